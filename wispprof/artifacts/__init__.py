@@ -1,0 +1,1 @@
+"""What lies on disk: profiles, traces, estimators, predictors and plans."""

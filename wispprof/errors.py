@@ -1,0 +1,115 @@
+"""One exception tree. Every message says what happened and what to do next.
+
+WispprofError
+├── ArtifactError            a file of ours cannot be used
+│   ├── ArtifactMissing      it is not there
+│   ├── ArtifactDamaged      it is torn, edited or not one of ours
+│   └── ArtifactTooNew       a later version of this tool wrote it
+├── ModelError               a model or tokenizer cannot be used
+│   ├── ModelMissing
+│   └── ModelUnsupported     its family or state cannot be rolled back
+├── ProfileError             measurements that cannot be trusted or fitted
+│   └── PhysicsViolation     times do not vary with shape as they must
+├── FitError                 rows that no estimator should be fitted on
+├── PlanError                inputs of a plan contradict each other
+├── EngineError              the verifier engine was asked for something impossible
+│   └── OutOfKvMemory        no room for these tokens now
+└── RuntimeFault             serving
+    ├── ProtocolError        a frame that breaks the wire contract
+    ├── HandshakeRefused     version, model, tokenizer or key do not match
+    ├── ServerBusy           not now; carries ``retry_ms``
+    └── ServerUnreachable    no server answered in the stated time
+"""
+
+from __future__ import annotations
+
+
+class WispprofError(Exception):
+    """Base of everything this package raises on purpose.
+
+    ``fix`` says what the user can do; the CLI prints it after the message.
+    """
+
+    def __init__(self, message: str, fix: str = "") -> None:
+        super().__init__(message)
+        self.fix = fix
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{message} {self.fix}".rstrip() if self.fix else message
+
+
+class ArtifactError(WispprofError):
+    """A file of ours cannot be used."""
+
+
+class ArtifactMissing(ArtifactError):
+    """The file is not there."""
+
+
+class ArtifactDamaged(ArtifactError):
+    """The file is torn, was edited, or is not one of ours."""
+
+
+class ArtifactTooNew(ArtifactError):
+    """A later version of this tool wrote the file."""
+
+
+class ModelError(WispprofError):
+    """A model or tokenizer cannot be used."""
+
+
+class ModelMissing(ModelError):
+    """There is no model at that place."""
+
+
+class ModelUnsupported(ModelError):
+    """The model's family, or its state, is one this engine cannot serve."""
+
+
+class ProfileError(WispprofError):
+    """Measurements that cannot be trusted or fitted."""
+
+
+class PhysicsViolation(ProfileError):
+    """Measured times do not vary with shape as they must."""
+
+
+class FitError(WispprofError):
+    """Rows that no estimator should be fitted on."""
+
+
+class PlanError(WispprofError):
+    """Inputs of a plan contradict each other."""
+
+
+class EngineError(WispprofError):
+    """The verifier engine was asked for something impossible."""
+
+
+class OutOfKvMemory(EngineError):
+    """There is no room in the KV cache for these tokens now."""
+
+
+class RuntimeFault(WispprofError):
+    """Base of what goes wrong while serving."""
+
+
+class ProtocolError(RuntimeFault):
+    """A frame that breaks the wire contract."""
+
+
+class HandshakeRefused(RuntimeFault):
+    """Protocol version, model, tokenizer or key do not match."""
+
+
+class ServerBusy(RuntimeFault):
+    """The server takes no more now; ``retry_ms`` says when to ask again."""
+
+    def __init__(self, message: str, retry_ms: float, fix: str = "") -> None:
+        super().__init__(message, fix)
+        self.retry_ms = retry_ms
+
+
+class ServerUnreachable(RuntimeFault):
+    """No server answered in the stated time."""

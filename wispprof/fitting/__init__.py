@@ -1,0 +1,1 @@
+"""Verification-time estimators and rejection predictors, with their held-out evaluation."""

@@ -1,0 +1,1 @@
+"""Everything that touches torch: verifier engine, draft model, sampling, loading."""

@@ -1,0 +1,1 @@
+"""From profiles to tables: draft lengths, batches, capacity, break-even."""

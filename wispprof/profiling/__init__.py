@@ -1,0 +1,1 @@
+"""Measuring: sweeps over the verifier engine, the edge, and acceptance traces."""

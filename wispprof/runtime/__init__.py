@@ -1,0 +1,1 @@
+"""The split runtime: verification server, edge client, and what runs between them."""

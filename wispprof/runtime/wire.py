@@ -1,0 +1,165 @@
+"""The frames between edge and server: msgpack arrays, one per WebSocket message.
+
+Sessions are numbered by the edge and belong to their connection. After a lost link the edge opens
+again with every token it has seen committed; whatever KV the server still holds for that prefix is
+reused, so resuming needs no message of its own.
+
+Epochs keep drafts of an abandoned path out of the tail. The edge owns the number and raises it each
+time it rolls drafts back. When the server sees a contradiction (a rejected draft, or a frame whose
+overlap differs from committed text) it ignores that epoch from then on; the edge will see the same
+contradiction in the commit, roll back, and go on under the next number. A stale draft could never
+change the text, only waste rows.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from wispprof.errors import ProtocolError
+
+PROTOCOL_VERSION = 1
+MAX_FRAME_BYTES = 1 << 20
+MAX_DRAFTS = 64
+
+
+class Hello(msgspec.Struct, tag="h", array_like=True, frozen=True):
+    """First frame of the edge. Empty ``target`` or ``tokenizer`` accepts whatever the server has."""
+
+    protocol: int
+    tokenizer: str
+    target: str = ""
+    key: str = ""
+    edge: str = ""
+
+
+class Welcome(msgspec.Struct, tag="w", array_like=True, frozen=True):
+    """The server's answer to a good hello."""
+
+    protocol: int
+    target: str
+    tokenizer: str
+    max_context: int
+    max_drafts: int
+    stream: bool
+    load_level: int = 0
+    plan: str = ""
+
+
+class Open(msgspec.Struct, tag="o", array_like=True, frozen=True):
+    """Start or resume a session. ``tokens`` = prompt and everything committed so far; the last
+    ``generated`` of them are output already delivered."""
+
+    session: int
+    tokens: list[int]
+    max_new: int
+    generated: int = 0
+    tokens_per_s: float = 1.0
+    ttft_ms: float | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: list[int] = []
+    undrafted: bool = False
+    """The edge will send no drafts: the server may always advance this session (centralized)."""
+
+
+class Draft(msgspec.Struct, tag="d", array_like=True, frozen=True):
+    """Draft tokens at ``base …``. ``survival``: one byte per token, 255 = certain to be accepted
+    given those before it. In round mode the frame is the whole round, even when empty."""
+
+    session: int
+    epoch: int
+    base: int
+    tokens: list[int]
+    survival: bytes
+    draft_ms: float
+    slack_ms: float
+
+
+class Commit(msgspec.Struct, tag="c", array_like=True, frozen=True):
+    """New tokens of a session: ``tokens`` end at ``frontier`` (positions, prompt included).
+    ``finished``: "" while it goes on, else ``stop``, ``length`` or ``context``."""
+
+    session: int
+    epoch: int
+    frontier: int
+    tokens: list[int]
+    accepted: int
+    drafted: int
+    queue_ms: float
+    verify_ms: float
+    load_level: int = 0
+    finished: str = ""
+
+
+class Close(msgspec.Struct, tag="x", array_like=True, frozen=True):
+    """The edge is done with a session; everything it held is released."""
+
+    session: int
+
+
+class Problem(msgspec.Struct, tag="p", array_like=True, frozen=True):
+    """Something was refused. ``session`` is -1 where it concerns the connection, which then closes.
+    Codes: ``hello``, ``frame``, ``session``, ``limit``, ``busy`` (see ``retry_ms``), ``slo``,
+    ``draining``, ``internal``."""
+
+    session: int
+    code: str
+    message: str
+    retry_ms: float = 0.0
+
+
+class Ping(msgspec.Struct, tag="i", array_like=True, frozen=True):
+    """Link measurement: the server answers at once with ``reply_bytes`` of payload."""
+
+    number: int
+    payload: bytes = b""
+    reply_bytes: int = 0
+
+
+class Pong(msgspec.Struct, tag="j", array_like=True, frozen=True):
+    number: int
+    payload: bytes = b""
+
+
+EdgeFrame = Hello | Open | Draft | Close | Ping
+ServerFrame = Welcome | Commit | Problem | Pong
+
+_encoder = msgspec.msgpack.Encoder()
+_from_edge = msgspec.msgpack.Decoder(EdgeFrame)
+_from_server = msgspec.msgpack.Decoder(ServerFrame)
+
+
+def encode(frame: EdgeFrame | ServerFrame) -> bytes:
+    """One frame as bytes."""
+    return _encoder.encode(frame)
+
+
+def decode_edge(data: bytes) -> EdgeFrame:
+    """Decode what an edge sent; raises :class:`ProtocolError` on anything malformed."""
+    return _decode(_from_edge, data)
+
+
+def decode_server(data: bytes) -> ServerFrame:
+    """Decode what a server sent; raises :class:`ProtocolError` on anything malformed."""
+    return _decode(_from_server, data)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder, data: bytes):  # type: ignore[no-untyped-def]
+    if len(data) > MAX_FRAME_BYTES:
+        raise ProtocolError(
+            f"A frame of {len(data)} bytes exceeds the limit of {MAX_FRAME_BYTES}.",
+            "Send shorter prompts or fewer drafts per frame.",
+        )
+    try:
+        return decoder.decode(data)
+    except (msgspec.DecodeError, msgspec.ValidationError) as fault:
+        raise ProtocolError(
+            f"Malformed frame: {fault}.", "Use a client of the same protocol version."
+        ) from fault
+
+
+def survival_byte(probability: float) -> int:
+    """Probability to its wire byte, 0…255."""
+    return max(0, min(255, round(probability * 255)))
