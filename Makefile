@@ -1,0 +1,56 @@
+# make demo   measure, fit, plan, serve and compare policies on this machine (ARGS=--quick: a short run)
+# make test   every test
+# make check  lint, format and types
+# Each makes .venv from requirements.lock first, where it is missing or older than the lock.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+# Rooms without torch are typed strictly.
+TYPED := cli.py wispprof/core.py wispprof/errors.py wispprof/config.py wispprof/artifacts \
+	wispprof/hardware wispprof/policies wispprof/sessions wispprof/planning wispprof/simulation \
+	wispprof/fitting wispprof/reporting wispprof/cli
+
+.PHONY: help demo test check format lock clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# //p;/^$$/q' Makefile
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: $(PYTHON) is older than 3.11. Try: make PYTHON=python3.11" >&2; exit 1; }
+	@echo "Installing the pinned packages into $(VENV) (once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/wispprof demo $(ARGS)
+
+test: $(READY)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(wildcard $(TYPED))
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Write the installed versions down; torch without the build tag of one machine.
+lock: $(READY)
+	@{ sed -n 1p requirements.lock; $(BIN)/python -m pip freeze --exclude-editable \
+		| sed 's/^\(torch==[^+]*\)+.*/\1/' | LC_ALL=C sort -f; } > requirements.lock.tmp
+	@mv requirements.lock.tmp requirements.lock
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,265 @@
+"""What every command shares: where output goes, how progress looks, how a fault ends.
+
+Three rules hold for all commands. Results go to stdout: a table, or with ``--json`` exactly one JSON
+document. Everything else (progress, notes, faults) goes to stderr. A fault is one clear line with its
+fix and exit code 1, a wrong option 2, Ctrl-C 130.
+
+Faults need no ``try`` in a command: the group that holds all commands runs them under :func:`guard`.
+Nothing here imports a room, and rich is imported when something is printed, so ``--help`` stays fast.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from wispprof.errors import WispprofError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.progress import Progress
+    from rich.table import Table
+
+__all__ = [
+    "GuardedGroup",
+    "JsonFlag",
+    "console",
+    "emit_json",
+    "fail",
+    "guard",
+    "note",
+    "output",
+    "progress",
+    "result",
+    "table",
+    "tracker",
+    "warn",
+]
+
+FAULT, USAGE, INTERRUPTED = 1, 2, 130
+
+JsonFlag = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
+]
+"""The ``--json`` option: ``def command(as_json: JsonFlag = False)``."""
+
+
+@cache
+def console() -> Console:
+    """The stderr console: progress, notes and faults."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+@cache
+def output() -> Console:
+    """The stdout console: results meant for a reader."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def result(document: Any, shown: RenderableType, as_json: bool) -> None:
+    """Print a command's result: ``document`` as JSON where ``as_json``, else ``shown`` for a reader."""
+    if as_json:
+        emit_json(document)
+    else:
+        output().print(shown)
+
+
+def emit_json(document: Any, indent: int | None = 2) -> None:
+    """Print ``document`` on stdout as one JSON document.
+
+    Dataclasses become objects, numpy arrays lists, paths strings; NaN and infinities become null,
+    because strict readers refuse them. ``indent=None`` gives a single line.
+    """
+    sys.stdout.write(json.dumps(_plain(document), indent=indent, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, PurePath):
+        return str(value)
+    if hasattr(value, "_asdict"):
+        return _plain(value._asdict())
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in value]
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def table(title: str, *columns: str, caption: str | None = None) -> Table:
+    """An empty table in the house style. A column named ``>name`` is right-aligned (numbers)."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(
+        title=title,
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        title_style="bold",
+        caption_justify="left",
+        header_style="bold",
+    )
+    for column in columns:
+        made.add_column(column.removeprefix(">"), justify="right" if column[0] == ">" else "left")
+    return made
+
+
+# --- what is going on -----------------------------------------------------------------------------
+
+
+def note(message: str) -> None:
+    """One line on stderr for the person who watches."""
+    console().print(message, style="dim", markup=False)
+
+
+def warn(message: str) -> None:
+    """One line on stderr about something that is not as it should be."""
+    console().print(f"[yellow]warning:[/yellow] {_escape(message)}")
+
+
+def progress() -> Progress:
+    """A progress display on stderr with share done, elapsed time and ETA; use as context manager.
+
+    ``with progress() as bar: task = bar.add_task("prefill shapes", total=40); bar.advance(task)``.
+    A task may carry ``status="…"``, a few words shown at its end.
+    """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        SpinnerColumn,
+        Task,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Status(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(str(task.fields.get("status", "")), style="dim")
+
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        Status(),
+        console=console(),
+    )
+
+
+class tracker:
+    """One bar for a callback-style worker: call it with ``(done, total, status)``.
+
+    ``with tracker("profile-server") as report: profile(..., progress=report)``
+    """
+
+    def __init__(self, description: str, total: int | None = None) -> None:
+        self._bar = progress()
+        self._task = self._bar.add_task(description, total=total, status="")
+
+    def __enter__(self) -> tracker:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int | None = None, status: str = "") -> None:
+        if total is None:
+            self._bar.update(self._task, completed=done, status=status)
+        else:
+            self._bar.update(self._task, completed=done, total=total, status=status)
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def fail(message: str, fix: str = "", code: int = FAULT) -> typer.Exit:
+    """Print the one line of a fault and return the exit to raise: ``raise fail("…", "…")``."""
+    line = f"[bold red]error:[/bold red] {_escape(message)}"
+    console().print(f"{line} [green]{_escape(fix)}[/green]" if fix else line, soft_wrap=True)
+    return typer.Exit(code)
+
+
+@contextmanager
+def guard() -> Iterator[None]:
+    """Turn what this package raises on purpose into one clear line and an exit code.
+
+    Anything else is a defect and keeps its traceback. ``WISPPROF_DEBUG=1`` keeps all of them.
+    """
+    debug = bool(os.environ.get("WISPPROF_DEBUG"))
+    try:
+        yield
+    except WispprofError as fault:
+        if debug:
+            raise
+        message = str(fault).removesuffix(fault.fix).rstrip() if fault.fix else str(fault)
+        raise fail(message, fault.fix) from fault
+    except KeyboardInterrupt as stop:
+        console().print("Interrupted. Complete files and rows are kept.", style="yellow")
+        raise typer.Exit(INTERRUPTED) from stop
+    except OSError as fault:
+        fix = _OS_FIXES.get(fault.errno or 0)
+        if debug or fix is None:
+            raise
+        where = f": {fault.filename}" if fault.filename else ""
+        raise fail(f"{fault.strerror}{where}.", fix) from fault
+
+
+_OS_FIXES = {
+    errno.EACCES: "Choose a place you may write to and read from.",
+    errno.EADDRINUSE: "Another program listens there: stop it or choose another --port.",
+    errno.EADDRNOTAVAIL: "This machine has no such address: check --host.",
+    errno.ENOSPC: "Make room on the disk and run the command again.",
+    errno.EROFS: "Choose a place you may write to.",
+    errno.EISDIR: "Give a file, not a folder.",
+    errno.ENOTDIR: "Give a folder, not a file.",
+}
+
+
+class GuardedGroup(TyperGroup):
+    """The group of all commands: each of them runs under :func:`guard`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with guard():
+            return super().invoke(ctx)
