@@ -1,0 +1,287 @@
+"""The edge's view of one session: committed tokens, and drafts held beyond them. Pure.
+
+    committed (prompt included)   | drafts
+    --------------------------- frontier ------ sent ------ end of the draft
+
+A drafter (a model's KV cache, a replayed trace) mirrors ``committed + drafts``. Whatever a commit does to
+the path comes back as a :class:`CommitEffect`: roll the drafter back to a length, then append tokens. So a
+commit that matches leaves drafts and their KV where they are, and one that does not costs a rollback by
+length; there is no third case.
+
+Round mode: one round is outstanding at a time. ``take`` hands out everything beyond the frontier as the
+round, and nothing more until a commit answers; what is drafted meanwhile is *proactive* (SpecEdge, section
+4.2: it continues the fully accepted path, its first token guessing the target's bonus). Opening a session
+counts as an outstanding round, for the end of the prefill commits a token unasked.
+
+Stream mode: ``take`` hands out what has not been sent yet, whenever asked, and drafting goes on up to
+``lead_limit`` drafts beyond the frontier.
+
+Epochs (see :mod:`wispprof.runtime.wire`): raised each time drafts are rolled back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from wispprof.errors import ProtocolError
+
+__all__ = ["CommitEffect", "EdgePath", "Held", "Outgoing"]
+
+
+class Held(NamedTuple):
+    """A draft token beyond the frontier, P(accepted | those before it were), and what it cost."""
+
+    token: int
+    survival: float
+    draft_ms: float
+
+
+class Outgoing(NamedTuple):
+    """Content of one draft frame. ``draft_ms``: drafting time of its tokens."""
+
+    epoch: int
+    base: int
+    tokens: tuple[int, ...]
+    survival: tuple[float, ...]
+    draft_ms: float
+
+
+class CommitEffect(NamedTuple):
+    """What a commit means for the edge.
+
+    ``tokens``: newly committed tokens (empty for a duplicate). ``rollback_to``: length the drafter must
+    be cut to first, ``None`` to leave it. ``extend``: committed tokens to append to the drafter after
+    that. ``hits``: drafts of ours that equal committed tokens; ``accepted``: those of them that the
+    server verified (a hit on the target's own token saves no step, but the lead stands). ``kept``: drafts
+    that still stand beyond the new frontier. ``proactive``: there was a guess at the target's own token;
+    ``proactive_hit``: it was right. ``rejected``: a draft of ours was contradicted. ``wasted_*``: drafts
+    after that first rejected one, dropped with it.
+    """
+
+    tokens: tuple[int, ...] = ()
+    rollback_to: int | None = None
+    extend: tuple[int, ...] = ()
+    hits: int = 0
+    accepted: int = 0
+    kept: int = 0
+    proactive: bool = False
+    proactive_hit: bool = False
+    rejected: bool = False
+    wasted_ms: float = 0.0
+    wasted_tokens: int = 0
+
+
+class EdgePath:
+    """Committed tokens, drafts beyond them, and what the server was told of those.
+
+    ``stream``: stream mode instead of round mode. ``lead_limit``: most drafts held beyond the frontier
+    (in round mode: round and proactive drafts together). ``end``: position past the last token of the
+    generation; the target always adds one token of its own, so no draft is ever useful at ``end - 1``.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[int],
+        *,
+        stream: bool = False,
+        lead_limit: int = 64,
+        end: int | None = None,
+    ) -> None:
+        if not tokens:
+            raise ValueError("a session starts from at least one committed token")
+        if lead_limit < 0:
+            raise ValueError(f"lead_limit must not be negative, got {lead_limit}")
+        self.stream = stream
+        self.lead_limit = lead_limit
+        self.end = end
+        self._committed = list(tokens)
+        self._drafts: list[Held] = []
+        self._epoch = 0
+        self._sent = len(tokens)
+        self._waiting = True
+
+    # --- what there is ---
+
+    @property
+    def committed(self) -> tuple[int, ...]:
+        """Every committed token, prompt included."""
+        return tuple(self._committed)
+
+    @property
+    def frontier(self) -> int:
+        """Committed length."""
+        return len(self._committed)
+
+    @property
+    def drafts(self) -> tuple[Held, ...]:
+        """Drafts beyond the frontier, oldest first."""
+        return tuple(self._drafts)
+
+    @property
+    def lead(self) -> int:
+        """Number of drafts beyond the frontier."""
+        return len(self._drafts)
+
+    @property
+    def length(self) -> int:
+        """Tokens that a drafter in step with this path holds."""
+        return len(self._committed) + len(self._drafts)
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    @property
+    def sent(self) -> int:
+        """Position up to which the server was told our drafts; never below the frontier."""
+        return self._sent
+
+    @property
+    def unsent(self) -> int:
+        """Drafts that were not handed out yet (round mode: the proactive ones)."""
+        return self.length - self._sent
+
+    @property
+    def waiting(self) -> bool:
+        """Round mode: a round (or the prefill) is outstanding. Stream mode: no commit came yet."""
+        return self._waiting
+
+    @property
+    def room(self) -> int:
+        """How many more drafts may be held: by ``lead_limit``, and by the end of the generation."""
+        room = self.lead_limit - len(self._drafts)
+        if self.end is not None:
+            room = min(room, self.end - 1 - self.length)
+        return max(0, room)
+
+    def sequence(self) -> list[int]:
+        """What a drafter in step with this path holds: committed tokens, then drafts."""
+        return [*self._committed, *(held.token for held in self._drafts)]
+
+    # --- what happens to it ---
+
+    def propose(self, token: int, survival: float = 1.0, draft_ms: float = 0.0) -> int:
+        """Hold one more draft token; returns its position. Raises ``ValueError`` with no room."""
+        if self.room <= 0:
+            raise ValueError(f"no room for a draft: {self.lead} held beyond {self.frontier}")
+        position = self.length
+        self._drafts.append(Held(int(token), float(survival), float(draft_ms)))
+        return position
+
+    def take(self, limit: int | None = None) -> Outgoing | None:
+        """Content of the next draft frame, or ``None`` if nothing is to be sent.
+
+        Round mode: the whole round from the frontier on (at most ``limit`` tokens; what is left stays as
+        proactive drafts), possibly empty, once per commit. Stream mode: up to ``limit`` unsent drafts.
+        """
+        if self.stream:
+            first, last = self._sent - self.frontier, len(self._drafts)
+            if limit is not None:
+                last = min(last, first + limit)
+            if last <= first:
+                return None
+        else:
+            if self._waiting:
+                return None
+            first, last = 0, len(self._drafts)
+            if limit is not None:
+                last = min(last, limit)
+            self._waiting = True
+        part = self._drafts[first:last]
+        base = self.frontier + first
+        self._sent = max(self._sent, self.frontier + last)
+        return Outgoing(
+            self._epoch,
+            base,
+            tuple(held.token for held in part),
+            tuple(held.survival for held in part),
+            sum(held.draft_ms for held in part),
+        )
+
+    def on_commit(self, frontier: int, tokens: Sequence[int], accepted: int = 0) -> CommitEffect:
+        """Take in committed ``tokens`` that end at ``frontier``; ``accepted`` of them were our drafts.
+
+        Idempotent: a duplicate or late commit changes nothing, and only the unknown part of an
+        overlapping one counts. Raises :class:`ProtocolError` if it leaves a gap after the frontier
+        (a commit was lost: reopen the session) or contradicts committed tokens.
+        """
+        known = self.frontier
+        start = frontier - len(tokens)
+        if start > known:
+            raise ProtocolError(
+                f"A commit starts at position {start}, beyond the known frontier {known}.",
+                "Reopen the session from its committed tokens.",
+            )
+        overlap = min(known, frontier) - start
+        if overlap > 0 and (
+            start < 0 or self._committed[start : start + overlap] != list(tokens[:overlap])
+        ):
+            raise ProtocolError(
+                f"A commit contradicts tokens that were committed before position {known}.",
+                "The server does not hold the model that began this generation; start again.",
+            )
+        if frontier <= known:
+            return CommitEffect()
+        new = tuple(int(token) for token in tokens[known - start :])
+        self._waiting = False
+        return self._advance(new, max(0, accepted - max(0, overlap)))
+
+    def drop(self, position: int) -> int | None:
+        """Abandon the drafts at and beyond ``position``; returns the drafter's new length.
+
+        Returns ``None`` if there was nothing to drop. What is left will be sent anew, under the next
+        epoch: the server forgets the tail of an older one.
+        """
+        keep = max(0, position - self.frontier)
+        if keep >= len(self._drafts):
+            return None
+        del self._drafts[keep:]
+        self._roll_epoch()
+        return self.length
+
+    def reopened(self) -> None:
+        """The session was opened anew from :attr:`committed`: the server holds no drafts of ours."""
+        self._sent = self.frontier
+        self._waiting = True
+
+    def _advance(self, new: tuple[int, ...], accepted: int) -> CommitEffect:
+        held = self._drafts
+        hits = 0
+        while hits < min(len(held), len(new)) and held[hits].token == new[hits]:
+            hits += 1
+        self._committed.extend(new)
+        rejected = hits < min(len(held), len(new))
+        # The target's own token is the last of the commit: a draft there was a guess at it.
+        proactive = len(held) >= len(new) and hits >= len(new) - 1
+        proactive_hit = hits == len(new)
+        if rejected:
+            wasted = held[hits + 1 :]
+            self._drafts = []
+            self._roll_epoch()
+            return CommitEffect(
+                tokens=new,
+                rollback_to=len(self._committed) - len(new) + hits,
+                extend=new[hits:],
+                hits=hits,
+                accepted=accepted,
+                proactive=proactive,
+                rejected=True,
+                wasted_ms=sum(draft.draft_ms for draft in wasted),
+                wasted_tokens=len(wasted),
+            )
+        self._drafts = held[len(new) :]
+        self._sent = max(self._sent, self.frontier)
+        return CommitEffect(
+            tokens=new,
+            extend=new[hits:],
+            hits=hits,
+            accepted=accepted,
+            kept=len(self._drafts),
+            proactive=proactive,
+            proactive_hit=proactive_hit,
+        )
+
+    def _roll_epoch(self) -> None:
+        self._epoch += 1
+        self._sent = self.frontier
