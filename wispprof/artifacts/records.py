@@ -13,7 +13,7 @@ import numpy as np
 
 from wispprof.core import BatchShape, DraftFeatures, Sampling
 
-__all__ = ["AcceptanceTrace", "EdgeRow", "StepRow", "TracePath"]
+__all__ = ["AcceptanceTrace", "EdgeRow", "LinkRow", "StepRow", "TracePath"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,28 @@ class EdgeRow:
     tokens: int = 1
     energy_j: float | None = None
     temperature_c: float | None = None
+    flags: tuple[str, ...] = ()
+    order: int = 0
+    source: str = "measured"
+    citation: str = ""
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.samples_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkRow:
+    """Transfers between an edge and a server, in the wire's own frames.
+
+    ``kind``: ``rtt`` (a small frame there and back), ``uplink`` and ``downlink`` (``payload_bytes`` one
+    way, a small frame back; the samples hold the whole exchange).
+    """
+
+    key: str
+    kind: str
+    payload_bytes: int
+    samples_ms: tuple[float, ...]
     flags: tuple[str, ...] = ()
     order: int = 0
     source: str = "measured"

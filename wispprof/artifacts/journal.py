@@ -1,0 +1,116 @@
+"""The journal of a running sweep: every finished row is on disk before the next one starts.
+
+First line: what the sweep is (a header that a resumed sweep must match); then one sealed row a line.
+A last line that a crash tore off is dropped on resume; damage anywhere else is an error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from wispprof.artifacts import files
+from wispprof.artifacts.rows import Row, decode_row, encode_row, open_line, seal_line
+from wispprof.errors import ArtifactDamaged, ArtifactError
+
+__all__ = ["RowJournal"]
+
+FORMAT = "wispprof/journal"
+
+
+class RowJournal:
+    """Append-only rows of one sweep. Use as a context manager.
+
+    ``header`` identifies the sweep (model, grid, seed, engine, hardware). With ``resume`` an existing
+    journal is continued: ``rows`` then holds what it had, and a different header raises
+    :class:`ArtifactError`. Without ``resume`` an existing journal raises too, so that finished
+    measurements are never thrown away by accident; ``overwrite`` does throw them away.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        header: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.kind = kind
+        self.rows: list[Row] = []
+        self.recovered_bytes = 0
+        first = seal_line({"format": FORMAT, "schema": 1, "kind": kind, "header": dict(header)})
+        exists = self.path.exists() and self.path.stat().st_size > 0
+        if exists and resume:
+            self._recover(first)
+        elif exists and not overwrite:
+            raise ArtifactError(
+                f"{self.path} holds rows of an unfinished sweep.",
+                "Go on with --resume, or start over with --overwrite.",
+            )
+        if not self.path.exists() or not resume or not exists:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_atomic(self.path, first)
+        self._file: IO[bytes] | None = self.path.open("ab")
+
+    def append(self, row: Row) -> None:
+        """Add a finished row; it is on the disk when this returns."""
+        if self._file is None:
+            raise ValueError("the journal is closed")
+        self._file.write(encode_row(row))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.rows.append(row)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def remove(self) -> None:
+        """Close and delete: the rows have become a profile."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> RowJournal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _recover(self, first: bytes) -> None:
+        data = files.read_bytes(self.path, "journal")
+        end = data.rfind(b"\n") + 1  # what follows the last newline was torn off by a crash
+        lines = data[:end].splitlines(keepends=True)
+        if not lines:
+            self.recovered_bytes = len(data)
+            files.write_atomic(self.path, first)
+            return
+        if lines[0] != first:
+            open_line(lines[0], f"{self.path} line 1")
+            raise ArtifactError(
+                f"{self.path} belongs to another sweep: model, grid, settings or machine differ.",
+                "Repeat the first command's options, or start over with --overwrite.",
+            )
+        keys: set[str] = set()
+        for number, line in enumerate(lines[1:], start=2):
+            row = decode_row(line, self.kind, f"{self.path} line {number}")
+            if row.key in keys and row.kind != "sentinel":
+                raise ArtifactDamaged(
+                    f"{self.path} line {number}: repeats the row {row.key!r}.",
+                    "Start over with --overwrite.",
+                )
+            keys.add(row.key)
+            self.rows.append(row)
+        if end < len(data):
+            self.recovered_bytes = len(data) - end
+            os.truncate(self.path, end)

@@ -1,0 +1,90 @@
+"""The manifest of a profile: what was measured, on what, with what, when, and the hash of the rows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from wispprof.errors import ArtifactDamaged
+
+__all__ = ["PROFILE_SCHEMA", "Manifest", "ModelInfo"]
+
+PROFILE_SCHEMA = 1
+PROFILE_KINDS = ("server", "edge", "link")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Which model was measured. ``parameters`` counts weights; ``config_hash`` its architecture.
+
+    ``kv_bytes_per_token``: what one cached token takes, 0 where unknown.
+    """
+
+    id: str
+    dtype: str = ""
+    parameters: int = 0
+    config_hash: str = ""
+    tokenizer_hash: str = ""
+    max_context: int = 0
+    kv_bytes_per_token: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Provenance of a profile's rows.
+
+    ``engine``: settings of what was measured (attention backend, KV tokens, threads, …).
+    ``hardware``: :meth:`wispprof.hardware.Fingerprint.as_dict`. ``measure``: settings of the sweep.
+    ``summary``: what the sweep found out besides rows (drift, ratios of the physics check, …).
+    ``rows`` and ``rows_hash`` are filled in by ``save_profile``.
+    """
+
+    kind: str
+    model: ModelInfo
+    command: str = ""
+    seed: int = 0
+    engine: dict[str, Any] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
+    measure: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    started: str = ""
+    ended: str = ""
+    source: str = "measured"
+    citation: str = ""
+    rows: int = 0
+    rows_hash: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str) -> Manifest:
+        """Check names and types; raises :class:`ArtifactDamaged` naming ``where`` and the fault.
+
+        Unknown names are ignored: a later minor version may add some.
+        """
+        known = {entry.name for entry in fields(cls)}
+        values = {name: value for name, value in data.items() if name in known}
+        kind = values.get("kind")
+        if kind not in PROFILE_KINDS:
+            raise _damaged(where, f"unknown kind of profile {kind!r}")
+        model = values.get("model")
+        if not isinstance(model, dict) or not isinstance(model.get("id"), str):
+            raise _damaged(where, "'model' has no id")
+        names = {entry.name for entry in fields(ModelInfo)}
+        values["model"] = ModelInfo(**{k: v for k, v in model.items() if k in names})
+        for name in ("engine", "hardware", "measure", "summary", "versions"):
+            if not isinstance(values.get(name, {}), dict):
+                raise _damaged(where, f"'{name}' is not an object")
+        for name in ("rows", "seed"):
+            if type(values.get(name, 0)) is not int:
+                raise _damaged(where, f"'{name}' is not a whole number")
+        for name in ("command", "started", "ended", "source", "citation", "rows_hash"):
+            if not isinstance(values.get(name, ""), str):
+                raise _damaged(where, f"'{name}' is not a string")
+        return cls(**values)
+
+
+def _damaged(where: str, fault: str) -> ArtifactDamaged:
+    return ArtifactDamaged(f"{where}: {fault}.", "Restore the file or measure it anew.")

@@ -1,0 +1,223 @@
+"""Profiles on disk: ``NAME.jsonl`` of rows and ``NAME.manifest.json`` beside it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from wispprof.artifacts import files
+from wispprof.artifacts.document import check_schema
+from wispprof.artifacts.manifest import PROFILE_SCHEMA, Manifest
+from wispprof.artifacts.records import EdgeRow, LinkRow, StepRow
+from wispprof.artifacts.rows import Row, decode_row, encode_row
+from wispprof.errors import ArtifactDamaged
+
+__all__ = [
+    "EdgeProfile",
+    "LinkProfile",
+    "Profile",
+    "ServerProfile",
+    "load_edge",
+    "load_link",
+    "load_profile",
+    "load_server",
+    "make_profile",
+    "profile_files",
+    "save_profile",
+]
+
+FORMAT = "wispprof/profile"
+
+
+@dataclass(frozen=True)
+class ServerProfile:
+    """Step times of a verifier engine by batch shape."""
+
+    manifest: Manifest
+    rows: tuple[StepRow, ...]
+
+    @property
+    def hash(self) -> str:
+        """Content hash of the rows: the name other artifacts know this profile by."""
+        return rows_hash(self.rows)
+
+
+@dataclass(frozen=True)
+class EdgeProfile:
+    """What drafting costs on an edge device."""
+
+    manifest: Manifest
+    rows: tuple[EdgeRow, ...]
+
+    @property
+    def hash(self) -> str:
+        """Content hash of the rows."""
+        return rows_hash(self.rows)
+
+    def of_kind(self, kind: str) -> tuple[EdgeRow, ...]:
+        """Rows of one kind by rising context."""
+        rows = (row for row in self.rows if row.kind == kind)
+        return tuple(sorted(rows, key=lambda row: (row.context, row.tokens)))
+
+    def draft_ms(self, context: int) -> float:
+        """Milliseconds of one draft step over ``context`` cached tokens: interpolated between the
+        measured contexts, held flat outside them. Raises ArtifactDamaged without such rows."""
+        rows = self.of_kind("draft_step")
+        if not rows:
+            raise ArtifactDamaged(
+                f"The edge profile of {self.manifest.model.id} has no draft_step rows.",
+                "Measure it with profile-edge.",
+            )
+        if context <= rows[0].context:
+            return rows[0].median_ms
+        for low, high in itertools.pairwise(rows):
+            if context <= high.context:
+                share = (context - low.context) / max(1, high.context - low.context)
+                return low.median_ms + share * (high.median_ms - low.median_ms)
+        return rows[-1].median_ms
+
+
+@dataclass(frozen=True)
+class LinkProfile:
+    """Round trips and transfer times between an edge and a server."""
+
+    manifest: Manifest
+    rows: tuple[LinkRow, ...]
+
+    @property
+    def hash(self) -> str:
+        """Content hash of the rows."""
+        return rows_hash(self.rows)
+
+
+Profile = ServerProfile | EdgeProfile | LinkProfile
+
+
+def profile_files(path: Path) -> tuple[Path, Path]:
+    """The files (rows, manifest) that ``NAME``, ``NAME.jsonl`` or ``NAME.manifest.json`` stands for."""
+    name = path.name.removesuffix(".manifest.json").removesuffix(".jsonl")
+    return path.with_name(f"{name}.jsonl"), path.with_name(f"{name}.manifest.json")
+
+
+def rows_hash(rows: Iterable[Row]) -> str:
+    """Hash of the rows as they are written."""
+    return files.content_hash(b"".join(encode_row(row) for row in rows))
+
+
+def make_profile(manifest: Manifest, rows: Iterable[Row]) -> Profile:
+    """Rows in the order they were measured, with a manifest that states their count and hash."""
+    ordered = tuple(sorted(rows, key=lambda row: (row.order, row.key)))
+    whole = replace(manifest, rows=len(ordered), rows_hash=rows_hash(ordered))
+    if manifest.kind == "server":
+        return ServerProfile(whole, cast("tuple[StepRow, ...]", ordered))
+    if manifest.kind == "edge":
+        return EdgeProfile(whole, cast("tuple[EdgeRow, ...]", ordered))
+    return LinkProfile(whole, cast("tuple[LinkRow, ...]", ordered))
+
+
+def save_profile(profile: Profile, path: Path) -> str:
+    """Write both files atomically, rows first; returns the rows' hash."""
+    whole = make_profile(profile.manifest, profile.rows)
+    rows_file, manifest_file = profile_files(Path(path))
+    body = b"".join(encode_row(row) for row in whole.rows)
+    document = {"format": FORMAT, "schema": PROFILE_SCHEMA, **whole.manifest.as_dict()}
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False, default=files.plain)
+    files.write_atomic(rows_file, body)
+    files.write_atomic(manifest_file, (text + "\n").encode())
+    return whole.manifest.rows_hash
+
+
+def load_manifest(path: Path) -> Manifest:
+    """The manifest alone; raises as :func:`load_profile` does."""
+    manifest_file = profile_files(Path(path))[1]
+    data = files.read_bytes(
+        manifest_file,
+        "profile manifest",
+        "Name a profile, or make one with profile-server or -edge.",
+    )
+    document = files.parse_json(data, f"manifest {manifest_file}")
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ArtifactDamaged(f"{manifest_file} is not a profile's manifest.", "Name a profile.")
+    check_schema(manifest_file, "profile", document.get("schema"), PROFILE_SCHEMA)
+    return Manifest.from_dict(document, f"manifest {manifest_file}")
+
+
+def load_profile(path: Path) -> Profile:
+    """Read and check a profile.
+
+    Raises :class:`ArtifactMissing`, :class:`ArtifactTooNew`, or :class:`ArtifactDamaged` whose message
+    names the line and the fault: torn, changed, out of order, repeated, or missing at the end.
+    """
+    path = Path(path)
+    rows_file = profile_files(path)[0]
+    manifest = load_manifest(path)
+    data = files.read_bytes(rows_file, "profile rows", "Restore the .jsonl beside the manifest.")
+    rows = _read_rows(data, manifest, rows_file)
+    if files.content_hash(data) != manifest.rows_hash:
+        raise ArtifactDamaged(
+            f"{rows_file}: every line is whole, but together they are not the {manifest.rows} rows "
+            "that the manifest describes (content hash differs).",
+            "Restore both files from the same run.",
+        )
+    return make_profile(manifest, rows)
+
+
+def _read_rows(data: bytes, manifest: Manifest, rows_file: Path) -> list[Row]:
+    rows: list[Row] = []
+    seen: dict[tuple[str, int], int] = {}
+    for number, line in enumerate(data.splitlines(keepends=True), start=1):
+        where = f"{rows_file} line {number}"
+        if not line.endswith(b"\n"):
+            raise ArtifactDamaged(
+                f"{where}: the line is torn (it has no end).",
+                "Restore the file or measure it anew.",
+            )
+        row = decode_row(line, manifest.kind, where)
+        key = (row.key, row.order)
+        if key in seen:
+            raise ArtifactDamaged(
+                f"{where}: repeats the row {row.key!r} of line {seen[key]}.",
+                "Restore the file or measure it anew.",
+            )
+        if rows and (row.order, row.key) < (rows[-1].order, rows[-1].key):
+            raise ArtifactDamaged(
+                f"{where}: out of order (row {row.order} after row {rows[-1].order}).",
+                "Restore the file or measure it anew.",
+            )
+        seen[key] = number
+        rows.append(row)
+    if len(rows) != manifest.rows:
+        raise ArtifactDamaged(
+            f"{rows_file} line {len(rows)}: the file ends here with {len(rows)} rows, "
+            f"the manifest says {manifest.rows}.",
+            "Restore the file or measure it anew.",
+        )
+    return rows
+
+
+def load_server(path: Path) -> ServerProfile:
+    """Load a profile that must be a server's."""
+    return cast(ServerProfile, _of_kind(load_profile(path), "server", path))
+
+
+def load_edge(path: Path) -> EdgeProfile:
+    """Load a profile that must be an edge device's."""
+    return cast(EdgeProfile, _of_kind(load_profile(path), "edge", path))
+
+
+def load_link(path: Path) -> LinkProfile:
+    """Load a profile that must be a link's."""
+    return cast(LinkProfile, _of_kind(load_profile(path), "link", path))
+
+
+def _of_kind(profile: Profile, kind: str, path: Path) -> Profile:
+    if profile.manifest.kind != kind:
+        raise ArtifactDamaged(
+            f"{path} is a profile of kind {profile.manifest.kind!r}, not {kind!r}.",
+            f"Name a {kind} profile.",
+        )
+    return profile

@@ -1,0 +1,71 @@
+"""Who made an artifact: the command, the moment, the versions."""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib.metadata
+import platform
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Provenance", "command_line", "library_versions", "utc_now"]
+
+_LIBRARIES = ("wispprof", "torch", "transformers", "numpy", "scikit-learn", "lightgbm")
+
+
+def utc_now() -> str:
+    """The moment as ISO 8601 in UTC, to the second."""
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+
+
+def command_line() -> str:
+    """The running command as one would type it, without the folder of the program."""
+    program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
+    return shlex.join([program, *sys.argv[1:]])
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of what a measurement depends on, read without importing any of it."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if "wispprof" not in versions:  # a checkout that was never installed
+        import wispprof
+
+        versions["wispprof"] = wispprof.__version__
+    return versions
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """``command`` as typed, ``created`` as ISO 8601 UTC, ``versions`` by library."""
+
+    command: str = ""
+    created: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def now(cls) -> Provenance:
+        return cls(command_line(), utc_now(), library_versions())
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: object) -> Provenance:
+        """Read leniently: provenance informs people, nothing is decided by it."""
+        if not isinstance(data, dict):
+            return cls()
+        versions = data.get("versions")
+        known = versions if isinstance(versions, dict) else {}
+        return cls(
+            str(data.get("command", "")),
+            str(data.get("created", "")),
+            {str(name): str(value) for name, value in known.items()},
+        )

@@ -1,0 +1,203 @@
+"""Rows of a profile as lines of JSON. Each line carries a checksum, so a fault has a line number."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from wispprof.artifacts import files
+from wispprof.artifacts.records import EdgeRow, LinkRow, StepRow
+from wispprof.core import BatchShape, VerifyItem
+from wispprof.errors import ArtifactDamaged
+
+__all__ = ["EDGE_KINDS", "LINK_KINDS", "STEP_KINDS", "Row", "decode_row", "encode_row"]
+
+Row = StepRow | EdgeRow | LinkRow
+
+STEP_KINDS = ("verify", "prefill", "mixed", "sentinel")
+EDGE_KINDS = (
+    "draft_step",
+    "forward",
+    "prefill",
+    "controller",
+    "burst",
+    "sustained",
+    "energy",
+    "sentinel",
+)
+LINK_KINDS = ("rtt", "uplink", "downlink")
+
+_MOST_ITEMS = 1 << 16
+
+
+def encode_row(row: Row) -> bytes:
+    """One row as one line, newline included. Raises ValueError for NaN and infinities."""
+    body: dict[str, Any] = {"key": row.key, "kind": row.kind}
+    if isinstance(row, StepRow):
+        body["items"] = _runs(row.shape)
+        if row.padded_tokens:
+            body["padded"] = row.padded_tokens
+    elif isinstance(row, EdgeRow):
+        body["context"], body["tokens"] = row.context, row.tokens
+        if row.energy_j is not None:
+            body["energy_j"] = row.energy_j
+        if row.temperature_c is not None:
+            body["temperature_c"] = row.temperature_c
+    else:
+        body["bytes"] = row.payload_bytes
+    body["ms"] = row.samples_ms
+    body["order"] = row.order
+    if row.flags:
+        body["flags"] = row.flags
+    if row.source != "measured":
+        body["source"], body["citation"] = row.source, row.citation
+    return seal_line(body)
+
+
+def seal_line(body: dict[str, Any]) -> bytes:
+    """A JSON object as one line that ends in its own checksum."""
+    text = json.dumps(
+        body, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=files.plain
+    )
+    return seal_text(text)
+
+
+def seal_text(text: str) -> bytes:
+    """The text of a JSON object, with its checksum put before the closing brace, as one line."""
+    return f'{text[:-1]},"sum":"{_sum(text)}"}}\n'.encode()
+
+
+def open_line(line: bytes, where: str) -> dict[str, Any]:
+    """The object of a sealed line; raises :class:`ArtifactDamaged` naming ``where`` and the fault."""
+    text = line.rstrip(b"\r\n")
+    body, mark, rest = text.rpartition(b',"sum":"')
+    if not mark or len(rest) != 10 or not text.endswith(b'"}'):
+        files.parse_json(text, where)  # names the column where the line is torn
+        raise _damaged(where, "the line has no checksum")
+    try:
+        content = (body + b"}").decode()
+    except UnicodeDecodeError:
+        raise _damaged(where, "the line is not UTF-8 text") from None
+    if _sum(content).encode() != rest[:8]:
+        raise _damaged(where, "the line was changed after it was written (checksum differs)")
+    value = files.parse_json(content.encode(), where)
+    if not isinstance(value, dict):
+        raise _damaged(where, "the line is not a JSON object")
+    return value
+
+
+def decode_row(line: bytes, profile: str, where: str) -> Row:
+    """One line of a ``server``, ``edge`` or ``link`` profile; errors name ``where`` and the fault."""
+    body = open_line(line, where)
+    try:
+        common: dict[str, Any] = {
+            "key": _text(body["key"]),
+            "samples_ms": _samples(body["ms"]),
+            "flags": tuple(_text(flag) for flag in body.get("flags", ())),
+            "order": _count(body["order"]),
+            "source": _text(body.get("source", "measured")),
+            "citation": _text(body.get("citation", "")),
+        }
+        kind = _text(body["kind"])
+        if common["source"] not in ("measured", "published", "imported"):
+            raise ValueError(f"unknown source {common['source']!r}")
+        if common["source"] != "measured" and not common["citation"]:
+            raise ValueError(f"a {common['source']} row needs its citation")
+        if profile == "server":
+            _known(kind, STEP_KINDS)
+            return StepRow(
+                kind=kind,
+                shape=_shape(body["items"]),
+                padded_tokens=_count(body.get("padded", 0)),
+                **common,
+            )
+        if profile == "edge":
+            _known(kind, EDGE_KINDS)
+            return EdgeRow(
+                kind=kind,
+                context=_count(body["context"]),
+                tokens=_count(body["tokens"]),
+                energy_j=_optional(body.get("energy_j")),
+                temperature_c=_optional(body.get("temperature_c")),
+                **common,
+            )
+        _known(kind, LINK_KINDS)
+        return LinkRow(kind=kind, payload_bytes=_count(body["bytes"]), **common)
+    except KeyError as fault:
+        raise _damaged(where, f"the row has no {fault.args[0]!r}") from None
+    except (ValueError, TypeError) as fault:
+        raise _damaged(where, str(fault)) from None
+
+
+def _sum(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def _damaged(where: str, fault: str) -> ArtifactDamaged:
+    return ArtifactDamaged(f"{where}: {fault}.", "Restore the file or measure it anew.")
+
+
+def _runs(shape: BatchShape) -> list[list[int]]:
+    """Items as ``[count, new, cached, prefill]``, equal neighbours together; order is kept."""
+    runs: list[list[int]] = []
+    for item in shape.items:
+        entry = [item.new, item.cached, int(item.prefill)]
+        if runs and runs[-1][1:] == entry:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, *entry])
+    return runs
+
+
+def _shape(runs: object) -> BatchShape:
+    if not isinstance(runs, list):
+        raise ValueError("'items' is not a list")
+    items: list[VerifyItem] = []
+    for run in runs:
+        if not isinstance(run, list) or len(run) != 4:
+            raise ValueError("an entry of 'items' is not [count, new, cached, prefill]")
+        count, new, cached, prefill = (_count(value) for value in run)
+        if not 0 < count <= _MOST_ITEMS - len(items) or new < 1 or prefill > 1:
+            raise ValueError(f"impossible entry of 'items': {run}")
+        items += [VerifyItem(new, cached, bool(prefill))] * count
+    if not items:
+        raise ValueError("the shape has no items")
+    return BatchShape(tuple(items))
+
+
+def _samples(values: object) -> tuple[float, ...]:
+    if not isinstance(values, list) or not values:
+        raise ValueError("'ms' holds no samples")
+    return tuple(_number(value) for value in values)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{value!r} is not a number")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{value!r} is not a finite number >= 0")
+    return float(value)
+
+
+def _optional(value: object) -> float | None:
+    return None if value is None else _number(value)
+
+
+def _count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is not a whole number >= 0")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is not a string")
+    return value
+
+
+def _known(kind: str, kinds: Sequence[str]) -> None:
+    if kind not in kinds:
+        raise ValueError(f"unknown kind {kind!r}")
