@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import importlib.metadata
 import platform
 import shlex
@@ -29,6 +30,11 @@ def command_line() -> str:
 
 def library_versions() -> dict[str, str]:
     """Installed versions of what a measurement depends on, read without importing any of it."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:

@@ -1,0 +1,212 @@
+"""Documents, traces, atomic writes and bundled files."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import wispprof.artifacts as artifacts
+from wispprof.artifacts import (
+    AcceptanceTrace,
+    TracePath,
+    bundled,
+    load_trace,
+    read_document,
+    save_trace,
+    trace_hash,
+    write_document,
+)
+from wispprof.artifacts.files import write_atomic
+from wispprof.core import Sampling
+from wispprof.errors import ArtifactDamaged, ArtifactMissing, ArtifactTooNew
+
+leaves = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+)
+values = st.recursive(
+    leaves | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.text(max_size=6), values, max_size=5))
+@settings(max_examples=100, deadline=None)
+def test_documents_round_trip(tmp_path_factory, payload):
+    path = tmp_path_factory.mktemp("doc") / "x.json"
+    digest = write_document(path, "plan", payload, {"trace": "blake2b:1"})
+    document = read_document(path, "plan")
+    assert document.payload == payload
+    assert document.hash == digest
+    assert document.inputs == {"trace": "blake2b:1"}
+    assert document.provenance.versions["python"]
+
+
+def test_documents_take_numpy_and_integer_keys(tmp_path):
+    path = tmp_path / "x.json"
+    write_document(
+        path, "plan", {"a": np.float32(1.5), "b": np.arange(3), "c": {1: 1, 10: 2, 2: 3}}
+    )
+    assert read_document(path, "plan").payload == {
+        "a": 1.5,
+        "b": [0, 1, 2],
+        "c": {"1": 1, "10": 2, "2": 3},
+    }
+    with pytest.raises(ValueError, match="JSON"):
+        write_document(path, "plan", {"a": float("inf")})
+    assert read_document(path, "plan").payload["a"] == 1.5  # the refused write changed nothing
+
+
+def test_damaged_documents(tmp_path):
+    path = tmp_path / "x.json"
+    write_document(path, "estimator", {"slope": 1.25})
+    good = path.read_text()
+    with pytest.raises(ArtifactDamaged, match=r"holds a estimator, not a plan"):
+        read_document(path, "plan")
+    path.write_text(good.replace("1.25", "1.5"))
+    with pytest.raises(ArtifactDamaged, match="changed after it was written"):
+        read_document(path, "estimator")
+    path.write_text(good[: len(good) // 2])
+    with pytest.raises(ArtifactDamaged, match=r"line \d+"):
+        read_document(path, "estimator")
+    path.write_text(good.replace("1.25", "NaN"))
+    with pytest.raises(ArtifactDamaged, match="NaN"):
+        read_document(path, "estimator")
+    path.write_text(json.dumps({**json.loads(good), "schema": 2}))
+    with pytest.raises(ArtifactTooNew, match="schema 2"):
+        read_document(path, "estimator")
+    path.write_text("{}")
+    with pytest.raises(ArtifactDamaged, match="not a file of wispprof"):
+        read_document(path, "estimator")
+    path.unlink()
+    with pytest.raises(ArtifactMissing, match=r"x\.json"):
+        read_document(path, "estimator")
+    with pytest.raises(ArtifactMissing):
+        read_document(tmp_path, "estimator")  # a folder
+
+
+# --- traces -------------------------------------------------------------------------------------
+
+
+def make_path(seed, n, m, depth):
+    rng = np.random.default_rng(seed)
+    scale = 10.0 ** rng.integers(-30, 30, (m, depth, 4))
+    return TracePath(
+        tuple(int(t) for t in rng.integers(0, 5000, n)),
+        tuple(int(t) for t in rng.integers(0, 5000, m)),
+        rng.integers(0, 5000, (m, depth)).astype(np.int32),
+        (rng.normal(size=(m, depth, 4)) * scale).astype(np.float32),
+        rng.integers(0, depth + 1, m).astype(np.int32),
+    )
+
+
+def make_trace(*paths, **meta):
+    return AcceptanceTrace("target", "draft", "tok", Sampling(0.8, 5, 0.9, 7), paths, meta)
+
+
+def same(a, b):
+    return (
+        a.prompt == b.prompt
+        and a.path == b.path
+        and all(
+            np.array_equal(getattr(a, n), getattr(b, n))
+            and getattr(a, n).dtype == getattr(b, n).dtype
+            for n in ("drafts", "features", "accepted")
+        )
+    )
+
+
+@given(st.integers(0, 1 << 30), st.integers(0, 9), st.integers(0, 20), st.integers(1, 6))
+@settings(max_examples=60, deadline=None)
+def test_traces_round_trip_exactly(tmp_path_factory, seed, n, m, depth):
+    file = tmp_path_factory.mktemp("trace") / "t.jsonl"
+    trace = make_trace(make_path(seed, n, m, depth), make_path(seed + 1, n, m, depth), note="x")
+    digest = save_trace(trace, file)
+    back = load_trace(file)
+    assert all(same(a, b) for a, b in zip(trace.paths, back.paths, strict=True))
+    assert (back.sampling, back.meta, back.target) == (trace.sampling, {"note": "x"}, "target")
+    assert trace_hash(back) == digest
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        (lambda lines: [*lines[:-1], lines[-1][:-30]], "line 4.*torn"),
+        (lambda lines: lines[:-1], "line 3.*2 paths.*says 3"),
+        (lambda lines: [lines[0], lines[2], lines[1], lines[3]], "not the lines"),
+        (
+            lambda lines: [*lines[:2], lines[2].replace(b"[", b"[1,", 1), lines[3]],
+            "line 3.*changed",
+        ),
+        (lambda lines: [lines[0].replace(b"target", b"tergat"), *lines[1:]], "line 1.*changed"),
+        (lambda lines: [b"hello\n"], "not an acceptance trace"),
+        (lambda lines: [], "not an acceptance trace"),
+    ],
+)
+def test_damaged_traces_name_line_and_fault(tmp_path, how, says):
+    file = tmp_path / "t.jsonl"
+    save_trace(make_trace(*(make_path(s, 3, 9, 4) for s in range(3))), file)
+    file.write_bytes(b"".join(how(file.read_bytes().splitlines(keepends=True))))
+    with pytest.raises(ArtifactDamaged, match=says):
+        load_trace(file)
+
+
+def test_a_trace_with_wrong_shapes_is_not_written(tmp_path):
+    path = make_path(0, 3, 9, 4)
+    bad = TracePath(path.prompt, path.path, path.drafts, path.features[:, :, :3], path.accepted)
+    with pytest.raises(ValueError, match="features"):
+        save_trace(make_trace(bad), tmp_path / "t.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+# --- atomic writes, bundled files, no pickle ------------------------------------------------------
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
+    file = tmp_path / "a"
+    write_atomic(file, b"old")
+
+    def broken(source, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_bundled_files_are_found_in_a_checkout_and_in_a_wheel(tmp_path, monkeypatch):
+    checkout, wheel = tmp_path / "checkout", tmp_path / "site-packages"
+    for root, place in ((checkout, "profiles"), (wheel, "wispprof/_bundled/profiles")):
+        (root / "wispprof").mkdir(parents=True)
+        (root / place).mkdir(parents=True)
+        (root / place / "a.jsonl").write_text("x")
+    (checkout / "pyproject.toml").write_text("")
+    (wheel / "models").mkdir()  # a stranger's folder in site-packages
+    monkeypatch.setattr(bundled, "PACKAGE", checkout / "wispprof")
+    assert bundled.path("profiles/a.jsonl") == checkout / "profiles/a.jsonl"
+    monkeypatch.setattr(bundled, "PACKAGE", wheel / "wispprof")
+    assert bundled.path("profiles/a.jsonl") == wheel / "wispprof/_bundled/profiles/a.jsonl"
+    with pytest.raises(ArtifactMissing, match="does not hold models"):
+        bundled.path("models")
+    with pytest.raises(ValueError, match="relative"):
+        bundled.path("../secrets")
+
+
+def test_nothing_here_can_run_code_from_disk():
+    """No module of this room imports pickle and its kin, or calls eval or exec."""
+    folder = Path(artifacts.__file__).parent
+    for file in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                assert not {"pickle", "marshal", "shelve"} & {a.name for a in node.names}
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in {"eval", "exec", "compile"}
