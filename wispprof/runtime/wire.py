@@ -47,7 +47,8 @@ class Welcome(msgspec.Struct, tag="w", array_like=True, frozen=True):
 
 class Open(msgspec.Struct, tag="o", array_like=True, frozen=True):
     """Start or resume a session. ``tokens`` = prompt and everything committed so far; the last
-    ``generated`` of them are output already delivered."""
+    ``generated`` of them are output already delivered. ``max_new`` bounds the whole output,
+    ``generated`` included."""
 
     session: int
     tokens: list[int]

@@ -1,0 +1,82 @@
+"""When the next draft of a streaming edge will arrive, and what it will be worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["Arrivals"]
+
+_WEIGHT = 0.25
+_PATIENCE = 2.0
+"""An arrival later than this many times the usual wait is no longer expected at a known time."""
+
+
+def _blend(old: float | None, new: float) -> float:
+    return new if old is None else old + _WEIGHT * (new - old)
+
+
+class Arrivals:
+    """Running means of one session's draft frames: gap, length, survival by place in the frame.
+
+    Two waits are kept apart: the gap between frames of one epoch, and the recovery from a commit
+    that contradicted the drafts to the first frame of the next epoch, which costs the link's round
+    trip besides the drafting.
+    """
+
+    __slots__ = ("_gap_ms", "_last_ms", "_length", "_recover_ms", "_recovering", "_survival")
+
+    def __init__(self) -> None:
+        self._last_ms: float | None = None
+        self._gap_ms: float | None = None
+        self._recover_ms: float | None = None
+        self._recovering = False
+        self._length: float | None = None
+        self._survival: list[float] = []
+
+    def arrived(self, now_ms: float, survival: Sequence[float], draft_ms: float) -> None:
+        """A frame that added drafts came; ``draft_ms`` is the time its drafting took."""
+        if self._last_ms is not None:
+            gap = max(0.0, now_ms - self._last_ms)
+            if self._recovering:
+                self._recover_ms = _blend(self._recover_ms, gap)
+            else:
+                self._gap_ms = _blend(self._gap_ms, gap)
+        elif draft_ms > 0:
+            self._gap_ms = draft_ms
+        self._recovering = False
+        self._last_ms = now_ms
+        self._length = _blend(self._length, float(len(survival)))
+        for place, value in enumerate(survival):
+            if place < len(self._survival):
+                self._survival[place] = _blend(self._survival[place], value)
+            else:
+                self._survival.append(value)
+
+    def contradicted(self, now_ms: float) -> None:
+        """A commit left at ``now_ms`` that sends the edge back: drafts restart from there."""
+        self._recovering = True
+        self._last_ms = now_ms
+
+    @property
+    def due_ms(self) -> float | None:
+        """When the next frame is expected; ``None`` while too little is known."""
+        wait = self._wait()
+        return None if wait is None or self._last_ms is None else self._last_ms + wait
+
+    @property
+    def expires_ms(self) -> float | None:
+        """From then on the frame is overdue and ``due_ms`` should not be believed."""
+        wait = self._wait()
+        if wait is None or self._last_ms is None:
+            return None
+        return self._last_ms + _PATIENCE * wait
+
+    @property
+    def due_tail(self) -> tuple[float, ...]:
+        """Expected survival of the next frame's drafts, in order."""
+        if self._length is None:
+            return ()
+        return tuple(self._survival[: max(1, round(self._length))])
+
+    def _wait(self) -> float | None:
+        return self._recover_ms if self._recovering else self._gap_ms

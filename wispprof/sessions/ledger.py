@@ -1,0 +1,457 @@
+"""The server's account of one session: committed tokens, draft tail, cache length, deadline.
+
+Pure: no clock, no I/O, no torch. The step loop of the runtime and the simulator drive the same object:
+
+    merge() as draft frames arrive · view() for the policy · feed() for the engine · apply() its outcome
+
+Positions count from the start of the session, prompt included; the *frontier* is the committed length,
+so the next token to decide stands at position ``frontier``. The tail always begins at the frontier.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from wispprof.core import Feed, Outcome, Slo
+from wispprof.policies.api import Member, SessionView
+from wispprof.sessions.arrivals import Arrivals
+from wispprof.sessions.pace import Pace
+
+__all__ = ["Committed", "MergeResult", "ServerSession", "Tally"]
+
+
+class MergeResult(NamedTuple):
+    """What became of a draft frame: ``taken`` new drafts, and why the rest was ``dropped``.
+
+    ``reason``: "" , ``epoch`` (old), ``contradiction`` (differs from committed text), ``gap`` (begins
+    beyond the tail), ``conflict`` (differs from the tail within one epoch), ``overflow``, ``finished``.
+    """
+
+    taken: int
+    dropped: int = 0
+    reason: str = ""
+
+
+class Committed(NamedTuple):
+    """What a step changed. ``tokens`` is empty after a prompt chunk that was not the last.
+
+    ``accepted`` of ``drafted`` verified proposals stand; ``finished`` is "" while the session goes
+    on, else ``stop``, ``length`` or ``context``. ``rollback``: where the commit was cut short, the
+    length that the engine's cache must be cut to. ``first``: these hold the session's first token.
+    ``late_ms``: by how much the commit missed its deadline (negative: early).
+    """
+
+    session: str
+    epoch: int
+    frontier: int
+    tokens: tuple[int, ...]
+    accepted: int
+    drafted: int
+    queue_ms: float
+    finished: str = ""
+    rollback: int | None = None
+    first: bool = False
+    late_ms: float = -math.inf
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of draft tokens. ``drafted == accepted + matched + wasted + len(tail)`` at all times.
+
+    ``drafted``: taken into the tail. ``accepted``: verified and kept. ``matched``: overtaken by a
+    commit that agreed with them, without having been verified. ``wasted``: contradicted or withdrawn.
+    ``trimmed``: held at a step and left out of it by the policy (they may be verified later).
+    ``dropped``: tokens refused by merge, by reason; ``frames`` likewise counts the frames.
+    """
+
+    drafted: int = 0
+    accepted: int = 0
+    matched: int = 0
+    wasted: int = 0
+    trimmed: int = 0
+    steps: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    frames: Counter[str] = field(default_factory=Counter)
+
+
+class _Flight(NamedTuple):
+    """What the engine works on now."""
+
+    fed: int
+    drafts: int
+    emit: bool
+    epoch: int
+    deadline_ms: float
+    queued_from_ms: float
+
+
+class ServerSession:
+    """State of one generation on the server.
+
+    ``tokens``: prompt and everything committed, the last ``generated`` of them output. ``max_new``
+    bounds the whole output, ``generated`` included. ``stop``: token ids that end the session (the stop
+    token itself is committed). ``stream``: the server may advance the session at any time; otherwise
+    (round mode) only once its round has arrived. ``undrafted`` sessions are always ready.
+    ``max_tail`` bounds the drafts held; it equals the lead an edge is allowed, so an edge that keeps
+    to its lead never meets it. ``floor_ms``: the least time any token can take, for ``hopeless``.
+    """
+
+    def __init__(
+        self,
+        session: str,
+        tokens: Sequence[int],
+        *,
+        slo: Slo,
+        max_new: int,
+        max_context: int,
+        now_ms: float,
+        generated: int = 0,
+        stop: Sequence[int] = (),
+        stream: bool = False,
+        undrafted: bool = False,
+        cached: int = 0,
+        max_tail: int = 64,
+        floor_ms: float = 0.0,
+    ) -> None:
+        if not tokens or not 0 <= generated < len(tokens):
+            raise ValueError(f"{len(tokens)} tokens cannot hold {generated} generated ones")
+        if len(tokens) >= max_context or generated >= max_new:
+            raise ValueError(
+                f"nothing left to generate: {len(tokens)} of {max_context} context tokens and "
+                f"{generated} of {max_new} new tokens are used"
+            )
+        if not 0 <= cached < len(tokens):
+            raise ValueError(f"{cached} cached tokens leave none of {len(tokens)} to feed")
+        self.session = session
+        self.tokens = list(tokens)
+        self.generated = generated
+        self.max_new = max_new
+        self.max_context = max_context
+        self.stop = frozenset(stop)
+        self.stream = stream
+        self.undrafted = undrafted
+        self.cached = cached
+        self.max_tail = max_tail
+        self.floor_ms = floor_ms
+        self.epoch = 0
+        self.finished = ""
+        self.tail: list[int] = []
+        self.tail_survival: list[float] = []
+        self.tally = Tally()
+        self.pace = Pace(slo, now_ms)
+        self.arrivals = Arrivals()
+        self._min_epoch = 0
+        self._started = False
+        self._waiting_from_ms = now_ms
+        self._round_at = -1
+        self._round_deadline_ms = math.inf
+        self._flight: _Flight | None = None
+        self._flight_withdrawn = False
+        self._started_ms = math.nan
+        self._view: SessionView | None = None
+        self._view_until_ms = math.inf
+
+    # --- what it is ---------------------------------------------------------------------------
+
+    @property
+    def slo(self) -> Slo:
+        return self.pace.slo
+
+    @property
+    def frontier(self) -> int:
+        """Committed length."""
+        return len(self.tokens)
+
+    @property
+    def prompt_left(self) -> int:
+        """Tokens to prefill before the next one can be decided; 0 while decoding.
+
+        A decoding session has exactly its pending token without KV. A fresh one, and one whose KV
+        was taken away, prefills up to and with its last token, which emits.
+        """
+        left = len(self.tokens) - self.cached
+        return left if left > 1 or not self._started else 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether it may take part in the next step."""
+        if self.finished or self._flight is not None:
+            return False
+        free = self.stream or self.undrafted or not self._started
+        return free or self._round_at >= len(self.tokens)
+
+    @property
+    def in_flight(self) -> bool:
+        return self._flight is not None
+
+    @property
+    def tokens_left(self) -> int:
+        """The most tokens it may still commit."""
+        return min(self.max_new - self.generated, self.max_context - len(self.tokens))
+
+    # --- drafts arrive ------------------------------------------------------------------------
+
+    def merge(
+        self,
+        epoch: int,
+        base: int,
+        tokens: Sequence[int],
+        survival: Sequence[float],
+        now_ms: float,
+        slack_ms: float,
+        draft_ms: float,
+    ) -> MergeResult:
+        """Take a draft frame into the tail, by position.
+
+        ``survival``: P(accepted | those before were), one float per token. ``slack_ms``: what the
+        edge has left before this round must be answered (round mode). Idempotent; never changes
+        what will be committed, and never raises on a frame's content.
+        """
+        if len(survival) != len(tokens):
+            raise ValueError(f"{len(tokens)} drafts came with {len(survival)} survival values")
+        if self.finished:
+            return self._drop("finished", len(tokens))
+        if epoch < max(self._min_epoch, self.epoch):
+            return self._drop("epoch", len(tokens))
+        if epoch > self.epoch:
+            self._clear_tail()
+            self.epoch = epoch
+        frontier = len(self.tokens)
+        overlap = max(0, min(frontier - base, len(tokens)))
+        if base < 0 or list(tokens[:overlap]) != self.tokens[base : base + overlap]:
+            self._contradicted(now_ms)
+            return self._drop("contradiction", len(tokens))
+        if base >= frontier:
+            self._round_arrived(now_ms, slack_ms)
+        return self._extend_tail(base, tokens, survival, overlap, now_ms, draft_ms)
+
+    def _extend_tail(
+        self,
+        base: int,
+        tokens: Sequence[int],
+        survival: Sequence[float],
+        overlap: int,
+        now_ms: float,
+        draft_ms: float,
+    ) -> MergeResult:
+        place = max(0, base - len(self.tokens))
+        if place > len(self.tail):
+            return self._drop("gap", len(tokens))
+        known = min(len(self.tail) - place, len(tokens) - overlap)
+        if list(tokens[overlap : overlap + known]) != self.tail[place : place + known]:
+            return self._drop("conflict", len(tokens))
+        room = self.max_tail - len(self.tail)
+        fresh = list(tokens[overlap + known :])
+        taken = fresh[:room]
+        if taken:
+            odds = [_probability(p) for p in survival[overlap + known :][:room]]
+            self.tail += taken
+            self.tail_survival += odds
+            self.tally.drafted += len(taken)
+            self.arrivals.arrived(now_ms, odds, draft_ms)
+            self._view = None
+        if len(fresh) > len(taken):
+            lost = len(fresh) - len(taken)
+            self._drop("overflow", lost)
+            return MergeResult(len(taken), lost, "overflow")
+        return MergeResult(len(taken))
+
+    def _round_arrived(self, now_ms: float, slack_ms: float) -> None:
+        deadline = now_ms + slack_ms if math.isfinite(slack_ms) else math.inf
+        if self._round_at < len(self.tokens):
+            self._round_at = len(self.tokens)
+            self._waiting_from_ms = self._waiting_from_ms if self.stream else now_ms
+            self._round_deadline_ms = deadline
+            self._view = None
+        elif deadline < self._round_deadline_ms:
+            self._round_deadline_ms = deadline
+            self._view = None
+
+    def _drop(self, reason: str, tokens: int) -> MergeResult:
+        self.tally.dropped[reason] += tokens
+        self.tally.frames[reason] += 1
+        return MergeResult(0, tokens, reason)
+
+    def _clear_tail(self) -> None:
+        self.tally.wasted += len(self.tail)
+        self._flight_withdrawn = True
+        self.tail.clear()
+        self.tail_survival.clear()
+        self._view = None
+
+    def _contradicted(self, now_ms: float) -> None:
+        self._clear_tail()
+        self._min_epoch = self.epoch + 1
+        self.arrivals.contradicted(now_ms)
+
+    # --- a step takes it ----------------------------------------------------------------------
+
+    def view(self, now_ms: float) -> SessionView:
+        """What the batching policy may know of it now. Kept until something changes."""
+        if self._view is None or now_ms >= self._view_until_ms:
+            self._view = self._look(now_ms)
+        return self._view
+
+    def _look(self, now_ms: float) -> SessionView:
+        prompt_left = self.prompt_left
+        hopeless_from = self.pace.hopeless_from_ms(self.tokens_left, self.floor_ms)
+        hopeless = now_ms >= hopeless_from
+        self._view_until_ms = math.inf if hopeless else hopeless_from
+        drafting = self.stream and not self.undrafted
+        due_ms = expires_ms = None
+        if drafting and not prompt_left:
+            due_ms, expires_ms = self.arrivals.due_ms, self.arrivals.expires_ms
+        if expires_ms is not None:
+            if now_ms >= expires_ms:
+                due_ms = None
+            else:
+                self._view_until_ms = min(self._view_until_ms, expires_ms)
+        # The target's own token always comes on top, so the last token needs no draft.
+        useful = 0 if prompt_left else self.tokens_left - 1
+        return SessionView(
+            session=self.session,
+            slo=self.slo,
+            cached=self.cached,
+            arrived_ms=self._waiting_from_ms,
+            deadline_ms=self.deadline_ms,
+            prompt_left=prompt_left,
+            tail=tuple(self.tail_survival[:useful]),
+            ready=self.ready,
+            stream=drafting,
+            due_ms=due_ms,
+            due_tail=self.arrivals.due_tail if due_ms is not None else (),
+            committed=self.generated,
+            hopeless=hopeless,
+        )
+
+    @property
+    def deadline_ms(self) -> float:
+        """When the next commit must leave the server to keep the promise."""
+        rounds = self._started and not (self.stream or self.undrafted)
+        return self._round_deadline_ms if rounds else self.pace.deadline_ms
+
+    def feed(self, member: Member, now_ms: float = math.nan) -> Feed:
+        """The tokens to give to the engine for this part in a step; :meth:`apply` must follow.
+
+        Raises ``ValueError`` on a part that the session cannot take: that is a policy's defect.
+        """
+        if self._flight is not None or self.finished:
+            raise ValueError(f"session {self.session} is in a step already, or has ended")
+        left = self.prompt_left
+        if left:
+            if member.drafts or not 0 < member.prefill <= left:
+                raise ValueError(f"{member} does not fit a session with {left} prompt tokens left")
+            fed = self.tokens[self.cached : self.cached + member.prefill]
+            drafts, emit = 0, member.prefill == left
+        else:
+            useful = min(len(self.tail), self.tokens_left - 1)
+            if member.prefill or not 0 <= member.drafts <= useful:
+                raise ValueError(f"{member} does not fit a session with {useful} useful drafts")
+            drafts, emit = member.drafts, True
+            fed = [self.tokens[-1], *self.tail[:drafts]]
+            self.tally.trimmed += useful - drafts
+        self._flight = _Flight(
+            len(fed), drafts, emit, self.epoch, self.deadline_ms, self._waiting_from_ms
+        )
+        self._flight_withdrawn = False
+        self._started_ms = now_ms
+        self._view = None
+        return Feed(self.session, fed, drafts, emit)
+
+    def cancel(self) -> None:
+        """The step did not happen: nothing was fed."""
+        self._flight = None
+        self._view = None
+
+    def apply(self, outcome: Outcome, now_ms: float) -> Committed:
+        """Commit what the engine decided, cut where the session ends, and reconcile the tail."""
+        flight = self._flight
+        if flight is None:
+            raise ValueError(f"session {self.session} took part in no step")
+        if len(outcome.tokens) != (outcome.accepted + 1 if flight.emit else 0):
+            raise ValueError(f"{outcome} does not answer a feed with emit={flight.emit}")
+        self._flight = None
+        self._view = None
+        self.cached += flight.fed - flight.drafts + outcome.accepted
+        queue_ms = max(0.0, self._started_ms - flight.queued_from_ms)
+        if not flight.emit:
+            return Committed(self.session, flight.epoch, self.frontier, (), 0, 0, queue_ms)
+        first = self.pace.first_ms is None
+        tokens = self._append(outcome.tokens)
+        accepted = min(outcome.accepted, len(tokens))
+        self.pace.commit(len(tokens), now_ms)
+        self._reconcile(tokens, accepted, now_ms)
+        self.tally.steps += 1
+        self._started = True
+        self._waiting_from_ms = now_ms
+        rollback = None
+        if self.cached > self.frontier:
+            rollback = self.cached = self.frontier
+        return Committed(
+            session=self.session,
+            epoch=flight.epoch,
+            frontier=self.frontier,
+            tokens=tokens,
+            accepted=accepted,
+            drafted=flight.drafts,
+            queue_ms=queue_ms,
+            finished=self.finished,
+            rollback=rollback,
+            first=first,
+            late_ms=now_ms - flight.deadline_ms,
+        )
+
+    def _append(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        kept: list[int] = []
+        for token in tokens:
+            kept.append(token)
+            self.tokens.append(token)
+            self.generated += 1
+            if token in self.stop:
+                self.finished = "stop"
+            elif self.generated >= self.max_new:
+                self.finished = "length"
+            elif len(self.tokens) >= self.max_context:
+                self.finished = "context"
+            if self.finished:
+                break
+        return tuple(kept)
+
+    def _reconcile(self, new: Sequence[int], accepted: int, now_ms: float) -> None:
+        """Hold the tail against what was committed: it stays as far as it agrees, or goes."""
+        agreed = 0
+        for ours, theirs in zip(new, self.tail, strict=False):
+            if ours != theirs:
+                break
+            agreed += 1
+        contradicted = agreed < min(len(new), len(self.tail))
+        self.tally.accepted += accepted
+        if self._flight_withdrawn:
+            # These drafts left the tail while the engine verified them: they were booked as wasted.
+            self.tally.wasted -= accepted
+            self.tally.matched += agreed
+        else:
+            self.tally.matched += agreed - accepted
+        del self.tail[:agreed]
+        del self.tail_survival[:agreed]
+        if contradicted:
+            self._contradicted(now_ms)
+        if self.finished:
+            self._clear_tail()
+
+    # --- its cache ----------------------------------------------------------------------------
+
+    def evicted(self, cached: int = 0) -> None:
+        """The engine keeps only the first ``cached`` tokens of it: the rest is prefilled again."""
+        if self._flight is not None or not 0 <= cached <= self.cached:
+            raise ValueError(f"cannot cut {self.cached} cached tokens to {cached} now")
+        self.cached = cached
+        self._view = None
+
+
+def _probability(value: float) -> float:
+    return min(1.0, max(0.0, value)) if value == value else 0.0
