@@ -1,1 +1,36 @@
-"""Pure decisions, shared by runtime and simulator."""
+"""Pure decisions, shared by runtime and simulator: when to stop drafting, who goes into the step."""
+
+from wispprof.policies.api import (
+    BatchPolicy,
+    Controller,
+    Limits,
+    Member,
+    RoundContext,
+    SessionView,
+    StepPlan,
+)
+from wispprof.policies.load import LOAD_BOUNDS, LOAD_LEVELS, load_level, stretch
+from wispprof.policies.registry import (
+    BATCH_POLICIES,
+    CONTROLLERS,
+    make_batch_policy,
+    make_controller,
+)
+
+__all__ = [
+    "BATCH_POLICIES",
+    "CONTROLLERS",
+    "LOAD_BOUNDS",
+    "LOAD_LEVELS",
+    "BatchPolicy",
+    "Controller",
+    "Limits",
+    "Member",
+    "RoundContext",
+    "SessionView",
+    "StepPlan",
+    "load_level",
+    "make_batch_policy",
+    "make_controller",
+    "stretch",
+]

@@ -1,0 +1,133 @@
+"""A step under construction: keeps count against the limits and the estimator while members join."""
+
+from __future__ import annotations
+
+import math
+
+from wispprof.core import CostAccumulator, StepEstimator
+from wispprof.policies.api import Limits, Member, SessionView, StepPlan
+
+__all__ = ["StepBuilder", "eligible", "idle", "trimmed"]
+
+
+def eligible(sessions: list[SessionView]) -> list[SessionView]:
+    """Those that may take part now: a prompt is waiting, or a round has arrived."""
+    return [s for s in sessions if s.ready or s.prompt_left]
+
+
+def idle(now_ms: float, wake_ms: float | None, reason: str) -> StepPlan:
+    """A plan without members. ``wake_ms`` is never in the past, or the loop would spin."""
+    if wake_ms is not None:
+        wake_ms = max(wake_ms, now_ms + 0.1) if math.isfinite(wake_ms) else None
+    return StepPlan(wake_ms=wake_ms, reason=reason)
+
+
+def trimmed(session: SessionView, keep: int | None) -> int:
+    """How many drafts a session offers when at most ``keep`` may be used (``None``: all)."""
+    held = len(session.tail)
+    return held if keep is None else min(held, keep)
+
+
+class StepBuilder:
+    """Adds members one by one; whatever would break a limit or the time budget is refused.
+
+    ``budget_ms`` bounds the step's *bound*, not its median. Prompt chunks share
+    ``limits.prefill_chunk`` between them, so one step never prefills more than that.
+    """
+
+    __slots__ = ("_planned", "cost", "kv", "limits", "members", "prefill_left", "tokens")
+
+    def __init__(self, estimator: StepEstimator, limits: Limits) -> None:
+        self.cost: CostAccumulator = estimator.start()
+        self.limits = limits
+        self.members: list[Member] = []
+        self.tokens = 0
+        self.kv = limits.kv_free
+        self.prefill_left = limits.prefill_chunk
+        self._planned: set[str] = set()
+
+    @property
+    def full(self) -> bool:
+        """Nothing more can join, whatever it is."""
+        room = min(self.limits.max_tokens - self.tokens, self.kv)
+        return room <= 0 or len(self.members) >= self.limits.max_items
+
+    def room(self) -> int:
+        """Most new tokens that one more member may bring."""
+        if len(self.members) >= self.limits.max_items:
+            return 0
+        return min(self.limits.max_tokens - self.tokens, self.kv)
+
+    def add_decode(
+        self, session: SessionView, drafts: int, budget_ms: float = math.inf, *, shrink: bool = True
+    ) -> bool:
+        """Add a decoding session with ``drafts`` of its tail.
+
+        ``shrink``: fewer drafts rather than none where a token limit is short (dropping drafts is
+        lossless). The time budget never shrinks a tail: that is the policy's own business.
+        """
+        room = self.room()
+        if room < 1 or session.session in self._planned:
+            return False
+        if drafts + 1 > room:
+            if not shrink:
+                return False
+            drafts = room - 1
+        cost = self.cost.add(drafts + 1, session.cached)
+        if cost.bound_ms > budget_ms:
+            return False
+        self._take(cost, Member(session.session, drafts=drafts), drafts + 1)
+        return True
+
+    def add_prefill(
+        self, session: SessionView, budget_ms: float = math.inf, *, most: int | None = None
+    ) -> int:
+        """Add the largest chunk of a prompt that fits (``most``: a lower cap); returns its tokens."""
+        chunk = min(session.prompt_left, self.prefill_left, self.room())
+        if most is not None:
+            chunk = min(chunk, most)
+        if chunk < 1 or session.session in self._planned:
+            return 0
+        cost = self.cost.add(chunk, session.cached, True)
+        if cost.bound_ms > budget_ms:
+            chunk, cost = self._largest(session, chunk, budget_ms)
+            if chunk < 1:
+                return 0
+        self._take(cost, Member(session.session, prefill=chunk), chunk)
+        self.prefill_left -= chunk
+        return chunk
+
+    def add(self, session: SessionView, keep: int | None = None) -> bool:
+        """Add whatever the session has to do: a prompt chunk, or its tail (at most ``keep``)."""
+        if session.prompt_left:
+            return self.add_prefill(session) > 0
+        return self.add_decode(session, trimmed(session, keep))
+
+    def plan(self, reason: str = "") -> StepPlan:
+        return StepPlan(
+            members=tuple(self.members),
+            p50_ms=self.cost.p50_ms,
+            bound_ms=self.cost.bound_ms,
+            reason=reason,
+        )
+
+    def _largest(
+        self, session: SessionView, most: int, budget_ms: float
+    ) -> tuple[int, CostAccumulator]:
+        """Bisect the chunk: predictions never fall when work is added."""
+        low, high, best = 0, most, self.cost
+        while high - low > 1:
+            middle = (low + high) // 2
+            cost = self.cost.add(middle, session.cached, True)
+            if cost.bound_ms > budget_ms:
+                high = middle
+            else:
+                low, best = middle, cost
+        return low, best
+
+    def _take(self, cost: CostAccumulator, member: Member, new: int) -> None:
+        self.cost = cost
+        self.members.append(member)
+        self._planned.add(member.session)
+        self.tokens += new
+        self.kv -= new

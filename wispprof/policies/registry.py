@@ -1,0 +1,63 @@
+"""Policies by name, for commands, plans and the simulator."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from wispprof.core import RejectionPredictor
+from wispprof.errors import PlanError
+from wispprof.policies.api import BatchPolicy, Controller
+from wispprof.policies.controllers import FixedController, SledController, WispController
+from wispprof.policies.rounds import Centralized, Fcfs, SledStatic, SpecEdgePipeline
+from wispprof.policies.wisp import Wisp
+
+__all__ = ["BATCH_POLICIES", "CONTROLLERS", "make_batch_policy", "make_controller"]
+
+_BATCH: Mapping[str, Callable[..., BatchPolicy]] = {
+    "centralized": Centralized,
+    "fcfs": Fcfs,
+    "sled_static": SledStatic,
+    "specedge_pipeline": SpecEdgePipeline,
+    "wisp": Wisp,
+}
+_CONTROLLERS: Mapping[str, Callable[..., Controller]] = {
+    "fixed": FixedController,
+    "sled": SledController,
+    "wisp": WispController,
+}
+
+BATCH_POLICIES: tuple[str, ...] = tuple(_BATCH)
+CONTROLLERS: tuple[str, ...] = tuple(_CONTROLLERS)
+
+
+def make_batch_policy(name: str, **options: Any) -> BatchPolicy:
+    """A fresh batching policy. Raises :class:`PlanError` on an unknown name or option."""
+    policy: BatchPolicy = _make("batching policy", _BATCH, name, options)
+    return policy
+
+
+def make_controller(
+    name: str, predictor: RejectionPredictor | None = None, **options: Any
+) -> Controller:
+    """A fresh controller for one session. ``predictor`` gives the survival of each token."""
+    options["predictor"] = predictor
+    controller: Controller = _make("controller", _CONTROLLERS, name, options)
+    return controller
+
+
+def _make(
+    kind: str, table: Mapping[str, Callable[..., Any]], name: str, options: dict[str, Any]
+) -> Any:
+    if name not in table:
+        raise PlanError(f"There is no {kind} named {name!r}.", f"Choose one of {', '.join(table)}.")
+    maker = table[name]
+    known = inspect.signature(maker).parameters
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise PlanError(
+            f"The {kind} {name!r} has no option {', '.join(unknown)}.",
+            f"Its options: {', '.join(known) or 'none'}.",
+        )
+    return maker(**options)
