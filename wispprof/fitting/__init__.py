@@ -1,1 +1,24 @@
-"""Verification-time estimators and rejection predictors, with their held-out evaluation."""
+"""Verification-time estimators, rejection predictors, and their held-out evaluation. No torch."""
+
+from wispprof.fitting.estimator import Accumulator, Domain, FittedEstimator, load_estimator
+from wispprof.fitting.predictors import (
+    PREDICTOR_KINDS,
+    FittedPredictor,
+    fit_predictor,
+    load_predictor,
+)
+from wispprof.fitting.selection import fit_estimator
+from wispprof.fitting.surfaces import ESTIMATOR_KINDS
+
+__all__ = [
+    "ESTIMATOR_KINDS",
+    "PREDICTOR_KINDS",
+    "Accumulator",
+    "Domain",
+    "FittedEstimator",
+    "FittedPredictor",
+    "fit_estimator",
+    "fit_predictor",
+    "load_estimator",
+    "load_predictor",
+]

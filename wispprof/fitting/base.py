@@ -1,0 +1,70 @@
+"""The manners of every estimator here, and the nonnegative least squares they share.
+
+A *surface* maps the totals of a batch to median milliseconds. It is made by ``fit`` (learned attributes
+end in ``_``), lies on disk as plain JSON, and is evaluated from plain numbers alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from wispprof.fitting.features import FloatArray, Totals
+from wispprof.fitting.rows import Observations
+
+__all__ = ["Surface", "fit_nonnegative"]
+
+
+class Surface(Protocol):
+    """Totals of a batch to its median time.
+
+    ``monotone`` says whether predictions are guaranteed never to fall when work is added.
+    """
+
+    kind: str
+    monotone: bool
+
+    def fit(self, data: Observations) -> Self:
+        """Learn from observations and return self."""
+
+    def p50(self, totals: Totals) -> float:
+        """Median milliseconds of one non-empty batch."""
+
+    def p50_many(self, totals: FloatArray) -> FloatArray:
+        """The same for rows (n, 8); returns (n,). Equal to :meth:`p50` within rounding."""
+
+    def payload(self) -> dict[str, Any]:
+        """Everything needed to evaluate the surface, as JSON."""
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any]) -> Self:
+        """A fitted surface from its payload."""
+
+
+def fit_nonnegative(design: FloatArray, times_ms: FloatArray, ridge: float = 1e-6) -> FloatArray:
+    """Weights ≥ 0 that minimise the relative error of ``design @ weights`` against ``times_ms``.
+
+    Columns are scaled to one before a small ridge acts, so that units do not decide what is shrunk.
+    Two passes reweight rows by the inverse of their absolute residual (towards the median, because
+    timing noise has a tail on one side).
+    """
+    from sklearn.linear_model import LinearRegression
+
+    scale = np.maximum(np.abs(design).max(axis=0), 1e-300)
+    relative = design / scale / times_ms[:, None]
+    width = design.shape[1]
+    floor = np.sqrt(ridge * len(design)) * np.eye(width) * np.abs(relative).mean(axis=0)
+    target = np.concatenate([np.ones(len(design)), np.zeros(width)])
+    weight = np.ones(len(design))
+    weights = np.zeros(width)
+    for _ in range(3):
+        root = np.sqrt(weight)[:, None]
+        solver = LinearRegression(positive=True, fit_intercept=False)
+        solver.fit(np.vstack([relative * root, floor]), target * np.append(root, np.ones(width)))
+        weights = np.asarray(solver.coef_, dtype=np.float64)
+        residual = np.abs(relative @ weights - 1.0)
+        weight = 1.0 / np.maximum(residual, max(float(np.median(residual)), 1e-4))
+        weight /= weight.mean()
+    scaled: FloatArray = weights / scale
+    return scaled

@@ -1,0 +1,11 @@
+"""Rejection predictors: features of a draft token to the chance that the target keeps it."""
+
+from wispprof.fitting.predictors.fitted import (
+    PREDICTOR_KINDS,
+    FittedPredictor,
+    fit_predictor,
+    judge,
+    load_predictor,
+)
+
+__all__ = ["PREDICTOR_KINDS", "FittedPredictor", "fit_predictor", "judge", "load_predictor"]

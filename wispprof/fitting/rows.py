@@ -1,0 +1,195 @@
+"""From profile rows to arrays, and the refusals of rows that nothing should be fitted on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from wispprof.artifacts.records import StepRow
+from wispprof.core import BatchShape
+from wispprof.errors import FitError
+from wispprof.fitting.features import FloatArray, decode_totals_of, totals_matrix, totals_of
+
+__all__ = ["MINIMUM_SHAPES", "Observations", "check_rows", "check_same_model", "read_step_log"]
+
+MINIMUM_SHAPES = 12
+"""Fewer distinct shapes than this leave the four linear terms and a held-out part undetermined."""
+
+DISTRUSTED = frozenset({"drift", "throttled"})
+SAME_SHAPE_FACTOR = 2.5
+"""Medians of one shape further apart than this are not one model on one machine."""
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Rows as arrays; one entry per distinct shape, with the samples of all its rows.
+
+    ``totals`` and ``decode`` (n, 8): features of the whole shape and of its items that are not prompt
+    chunks. ``median_ms`` (n,). ``samples``: n arrays of raw times. ``padded`` (n,): tokens the step
+    really computed, 0 where unknown. ``groups``: the shape's key, which splits never divide.
+    """
+
+    totals: FloatArray
+    decode: FloatArray
+    median_ms: FloatArray
+    samples: tuple[FloatArray, ...]
+    padded: FloatArray
+    groups: tuple[str, ...]
+    shapes: tuple[BatchShape, ...]
+
+    def __len__(self) -> int:
+        return len(self.median_ms)
+
+    @property
+    def weights(self) -> FloatArray:
+        """Weights that turn squared errors into squared relative errors."""
+        return 1.0 / self.median_ms**2
+
+    def take(self, index: np.ndarray | Sequence[int]) -> Observations:
+        """The observations at these positions (or under this mask)."""
+        place = np.asarray(index)
+        if place.dtype == bool:
+            place = np.flatnonzero(place)
+        return Observations(
+            self.totals[place],
+            self.decode[place],
+            self.median_ms[place],
+            tuple(self.samples[i] for i in place),
+            self.padded[place],
+            tuple(self.groups[i] for i in place),
+            tuple(self.shapes[i] for i in place),
+        )
+
+    @classmethod
+    def of(cls, rows: Sequence[StepRow]) -> Observations:
+        """Gather rows by shape. Raises :class:`FitError` as :func:`check_rows` does."""
+        merged: dict[str, list[StepRow]] = {}
+        for row in check_rows(rows):
+            merged.setdefault(row.shape.key(), []).append(row)
+        shapes = [group[0].shape for group in merged.values()]
+        samples = tuple(
+            np.array([s for row in group for s in row.samples_ms]) for group in merged.values()
+        )
+        padded = [max(row.padded_tokens for row in group) for group in merged.values()]
+        return cls(
+            totals_matrix(shapes),
+            np.array([decode_totals_of(s) for s in shapes], dtype=np.float64),
+            np.array([float(np.median(s)) for s in samples]),
+            samples,
+            np.array(padded, dtype=np.float64),
+            tuple(merged),
+            tuple(shapes),
+        )
+
+    def repeat_noise(self) -> FloatArray:
+        """Relative noise of each shape's median, (n,): spread of its samples ÷ √samples."""
+        noise = []
+        for samples, median in zip(self.samples, self.median_ms, strict=True):
+            mad = float(np.median(np.abs(samples - median))) * 1.4826
+            noise.append(1.2533 * mad / math.sqrt(len(samples)) / float(median))
+        return np.array(noise)
+
+
+def check_rows(rows: Sequence[StepRow]) -> list[StepRow]:
+    """Return the rows worth fitting, without drifted and throttled ones.
+
+    Raises :class:`FitError` for NaN, infinite, zero or negative times, too few distinct shapes,
+    columns that do not vary, and rows of one shape that contradict each other.
+    """
+    for row in rows:
+        if not row.samples_ms:
+            raise FitError(f"Row {row.key} has no samples.", "Measure it again.")
+        if not row.shape.items:
+            raise FitError(f"Row {row.key} has an empty batch shape.", "Drop the row.")
+        for sample in row.samples_ms:
+            if not math.isfinite(sample):
+                raise FitError(f"Row {row.key} has a time that is {sample}.", "Measure it again.")
+            if sample <= 0:
+                raise FitError(
+                    f"Row {row.key} has a time of {sample} ms; a step takes longer than nothing.",
+                    "Check the clock of the profile and measure the row again.",
+                )
+    kept = [row for row in rows if not DISTRUSTED & set(row.flags)]
+    distinct = {row.shape.key() for row in kept}
+    if len(distinct) < MINIMUM_SHAPES:
+        dropped = len(rows) - len(kept)
+        raise FitError(
+            f"{len(distinct)} distinct batch shapes are too few to fit and to hold some out; "
+            f"{MINIMUM_SHAPES} are needed ({dropped} drifted or throttled rows were left out).",
+            "Profile a larger grid.",
+        )
+    _check_columns_vary(kept)
+    _check_agreement(kept)
+    return kept
+
+
+def _check_columns_vary(rows: Sequence[StepRow]) -> None:
+    table = np.array([totals_of(row.shape.items) for row in rows], dtype=np.float64)
+    for column, name in ((1, "new tokens"), (2, "cached tokens")):
+        if np.ptp(table[:, column]) == 0:
+            raise FitError(
+                f"Every row has {table[0, column]:.0f} {name}, so their cost cannot be told.",
+                f"Profile shapes that differ in {name}.",
+            )
+    if np.ptp([row.median_ms for row in rows]) == 0:
+        raise FitError(
+            "Every row took the same time, whatever its shape.",
+            "Check that the profile measured the model and not the clock.",
+        )
+
+
+def _check_agreement(rows: Sequence[StepRow]) -> None:
+    medians: dict[str, list[float]] = {}
+    for row in rows:
+        medians.setdefault(row.shape.key(), []).append(row.median_ms)
+    clashes = [k for k, v in medians.items() if max(v) > SAME_SHAPE_FACTOR * min(v)]
+    repeated = sum(len(v) > 1 for v in medians.values())
+    if len(clashes) >= 2 and len(clashes) > repeated / 2:
+        times = medians[clashes[0]]
+        raise FitError(
+            f"{len(clashes)} shapes appear with contradicting times, such as {clashes[0]} with "
+            f"{min(times):.3g} and {max(times):.3g} ms: two models or machines are mixed.",
+            "Fit one profile of one model on one machine at a time.",
+        )
+
+
+def check_same_model(identities: Mapping[str, str]) -> None:
+    """Refuse profiles of different models: maps a profile's name to its model's identity."""
+    if len(set(identities.values())) > 1:
+        named = ", ".join(f"{name} ({model})" for name, model in identities.items())
+        raise FitError(
+            f"Profiles of different models cannot be fitted together: {named}.",
+            "Fit each of them alone.",
+        )
+
+
+def read_step_log(path: Path) -> list[StepRow]:
+    """Read a server's own step log: JSON lines ``{"shape": [[new, cached, prefill], …], "ms": 12.3}``.
+
+    Raises :class:`FitError` naming the first line that is not such a record.
+    """
+    rows = []
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError as fault:
+        raise FitError(f"{path} cannot be read: {fault.strerror}.", "Name a step log.") from fault
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            shape = BatchShape.of(record["shape"])
+            taken = float(record["ms"])
+        except (ValueError, KeyError, TypeError, IndexError) as fault:
+            raise FitError(
+                f"Line {number} of {path} is not a step record ({fault}).",
+                'Each line reads {"shape": [[new, cached, prefill], …], "ms": 12.3}.',
+            ) from fault
+        kind = "verify" if not shape.prefill_tokens else "mixed"
+        rows.append(StepRow(f"log{number}", kind, shape, (taken,), order=number))
+    return rows
