@@ -1,0 +1,207 @@
+"""One forward pass over packed tokens, in two bodies with one face.
+
+:class:`TransformersDecoder` runs the model's own forward with our attention. :class:`LeanDecoder` runs
+the same arithmetic for the plain pre-norm decoder block that the Llama, Qwen2, Qwen3 and Mistral
+families share, with q/k/v and gate/up fused into one product each and without the library's layers
+of wrappers: on small models those cost as much as the arithmetic. It shares the weights of the
+transformers model (fused once, the originals become views), and tests hold the two equal.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wispprof.lm.attention import Attend
+
+__all__ = ["Decoder", "LeanDecoder", "TransformersDecoder", "decoder_for"]
+
+
+class Decoder(Protocol):
+    """Packed tokens in, final hidden states out; ``attend`` owns everything about sessions."""
+
+    scale: float
+
+    def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """``ids``, ``positions`` (T,) int64 → hidden states after the final norm, (T, hidden)."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, hidden) → (n, V)."""
+
+
+def decoder_for(model: Any) -> Decoder:
+    """The lean body where the model is exactly of its shape, the model's own forward otherwise."""
+    return LeanDecoder(model) if LeanDecoder.fits(model) else TransformersDecoder(model)
+
+
+class TransformersDecoder:
+    """The model's own forward: packed as one row with explicit positions, no cache object, no mask."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        attention = model.model.layers[0].self_attn
+        self.scale = float(attention.scaling)
+        weight = model.get_input_embeddings().weight
+        # A four-dimensional mask is passed through untouched, so none is built.
+        self._no_mask = torch.zeros((1, 1, 1, 1), dtype=weight.dtype, device=weight.device)
+
+    def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        out = self._model.model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            attention_mask=self._no_mask,
+            use_cache=False,
+            wispprof_attend=attend,
+        )
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self._model.lm_head(hidden)
+        return out
+
+
+class _Block(NamedTuple):
+    norm1: Tensor
+    norm2: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+class LeanDecoder:
+    """The plain decoder block of Llama, Qwen2, Qwen3 and Mistral, without wrappers."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        self._embed: Tensor = model.model.embed_tokens.weight
+        self._head: Tensor = model.lm_head.weight
+        self._head_bias: Tensor | None = model.lm_head.bias
+        self._norm: Tensor = model.model.norm.weight
+        self._rotary = model.model.rotary_emb
+        self._eps = float(config.rms_norm_eps)
+        attention = model.model.layers[0].self_attn
+        self.scale = float(attention.scaling)
+        self._dim = int(attention.head_dim)
+        self._heads = config.num_attention_heads
+        self._kv_heads = config.num_key_value_heads
+        with torch.no_grad():
+            self._blocks = [_block(layer) for layer in model.model.layers]
+        self._table = self._rotary_table(min(2048, config.max_position_embeddings))
+        self._max = config.max_position_embeddings
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Exactly the classes whose block is known to be this one, unquantised, with SiLU."""
+        config = model.config
+        return (
+            type(model).__name__
+            in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
+            and config.hidden_act == "silu"
+            and getattr(config, "quantization_config", None) is None
+            and all(type(m) is nn.Linear for m in _linears(model.model.layers[0]))
+        )
+
+    def _rotary_table(self, length: int) -> Tensor:
+        """cos and signed sin of positions 0 … length-1: (length, 2, 1, d).
+
+        The first half of sin is negated: ``rotate_half(x) * sin`` becomes ``swapped_halves(x) * signed``.
+        """
+        cos, sin = self._rotary(
+            self._embed[:1], torch.arange(length, device=self._embed.device)[None]
+        )
+        sin = torch.cat((-sin[..., : self._dim // 2], sin[..., self._dim // 2 :]), -1)
+        return torch.stack((cos[0], sin[0]), 1)[:, :, None]
+
+    def reserve(self, length: int) -> None:
+        """Make the rotary table cover positions below ``length``."""
+        have = len(self._table)
+        if length > have:
+            self._table = self._rotary_table(min(max(length, 2 * have), max(self._max, length)))
+
+    def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        heads, kv_heads, dim, eps = self._heads, self._kv_heads, self._dim, self._eps
+        rotated, half = heads + kv_heads, dim // 2
+        tokens = ids.shape[0]
+        angles = self._table.index_select(0, positions)
+        cos, sin = angles[:, 0], angles[:, 1]
+        x = self._embed.index_select(0, ids)
+        width = (x.shape[-1],)
+        for number, b in enumerate(self._blocks):
+            h = torch.rms_norm(x, width, b.norm1, eps)
+            qkv = F.linear(h, b.qkv, b.qkv_bias).view(tokens, rotated + kv_heads, dim)
+            if b.q_norm is not None and b.k_norm is not None:
+                q = torch.rms_norm(qkv[:, :heads], (dim,), b.q_norm, eps)
+                k = torch.rms_norm(qkv[:, heads:rotated], (dim,), b.k_norm, eps)
+                qk = torch.cat((q, k), 1)
+            else:
+                qk = qkv[:, :rotated]
+            qk = torch.addcmul(qk * cos, torch.roll(qk, half, -1), sin)
+            a = attend(number, qk[:, :heads], qk[:, heads:], qkv[:, rotated:])
+            x = x + F.linear(a, b.out, b.out_bias)
+            h = torch.rms_norm(x, width, b.norm2, eps)
+            gate, up = F.linear(h, b.gate_up, b.gate_up_bias).chunk(2, -1)
+            x = x + F.linear(F.silu(gate) * up, b.down, b.down_bias)
+        return torch.rms_norm(x, width, self._norm, eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self._head, self._head_bias)
+
+
+def _linears(layer: Any) -> list[nn.Module]:
+    a, m = layer.self_attn, layer.mlp
+    return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
+
+
+def _block(layer: Any) -> _Block:
+    a, m = layer.self_attn, layer.mlp
+    qkv, qkv_bias = _fuse(a.q_proj, a.k_proj, a.v_proj)
+    gate_up, gate_up_bias = _fuse(m.gate_proj, m.up_proj)
+    return _Block(
+        norm1=layer.input_layernorm.weight,
+        norm2=layer.post_attention_layernorm.weight,
+        qkv=qkv,
+        qkv_bias=qkv_bias,
+        q_norm=a.q_norm.weight if hasattr(a, "q_norm") else None,
+        k_norm=a.k_norm.weight if hasattr(a, "k_norm") else None,
+        out=a.o_proj.weight,
+        out_bias=a.o_proj.bias,
+        gate_up=gate_up,
+        gate_up_bias=gate_up_bias,
+        down=m.down_proj.weight,
+        down_bias=m.down_proj.bias,
+    )
+
+
+def _fuse(*layers: Any) -> tuple[Tensor, Tensor | None]:
+    """One matrix for several layers of the same input; the layers' own weights become views of it."""
+    weight = _fuse_parameters([layer.weight for layer in layers])
+    biases = [layer.bias for layer in layers]
+    return weight, None if biases[0] is None else _fuse_parameters(biases)
+
+
+def _fuse_parameters(parts: list[Tensor]) -> Tensor:
+    first = parts[0]
+    storage = first.untyped_storage()
+    together = all(p.untyped_storage().data_ptr() == storage.data_ptr() for p in parts)
+    rows = sum(len(p) for p in parts)
+    if together and storage.nbytes() == rows * first[0].numel() * first.itemsize:
+        # Fused by an earlier decoder of the same model.
+        shape, stride = (rows, *first.shape[1:]), first.stride()
+        return torch.as_strided(first.detach(), shape, stride, 0)
+    fused = torch.cat([p.detach() for p in parts])
+    start = 0
+    for part in parts:
+        part.data = fused[start : start + len(part)]
+        start += len(part)
+    return fused
