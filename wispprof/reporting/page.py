@@ -45,25 +45,30 @@ class Page:
 
     def render(self) -> str:
         """The whole page as HTML."""
-        tiles = "".join(
-            f'<div class="tile"><dt>{html.escape(t.name)}</dt><dd>{html.escape(t.value)}'
-            f"{f'<small>{html.escape(t.unit)}</small>' if t.unit else ''}</dd></div>"
-            for t in self.tiles
-        )
-        sections = "\n".join(
-            f'<section id="{s.anchor}"><h2>{html.escape(s.title)}</h2>{paragraph(s.lead)}{s.body}</section>'
-            for s in self.sections
-        )
+        head = f'<dl class="tiles">{"".join(map(_tile, self.tiles))}</dl>' if self.tiles else ""
+        sections = "\n".join(map(_section, self.sections))
         return (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<title>{html.escape(self.title)}</title>"
             f"<style>{theme.CSS_VARIABLES}\n{_css()}</style></head>\n<body>"
             f'<header><p class="brand">wispprof</p><h1>{html.escape(self.headline)}</h1>'
-            f'<p class="lead">{html.escape(self.lead)}</p>'
-            f"{f'<dl class="tiles">{tiles}</dl>' if tiles else ''}</header>\n"
+            f'<p class="lead">{html.escape(self.lead)}</p>{head}</header>\n'
             f"<main>{sections}</main>\n<footer>{html.escape(self.footer)}</footer></body></html>\n"
         )
+
+
+def _tile(tile: Tile) -> str:
+    unit = f"<small>{html.escape(tile.unit)}</small>" if tile.unit else ""
+    name, value = html.escape(tile.name), html.escape(tile.value)
+    return f'<div class="tile"><dt>{name}</dt><dd>{value}{unit}</dd></div>'
+
+
+def _section(section: Section) -> str:
+    title = f"<h2>{html.escape(section.title)}</h2>"
+    return (
+        f'<section id="{section.anchor}">{title}{paragraph(section.lead)}{section.body}</section>'
+    )
 
 
 @cache
