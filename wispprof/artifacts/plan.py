@@ -1,0 +1,272 @@
+"""The plan: what the server and the edges obey, as frozen records, and as one JSON document.
+
+Two tables carry the work. :class:`BatchRow` says, per SLO class and load level, how much a step may
+hold. :class:`DraftRow` says, per device, round trip, load level, SLO class and mode, how far to draft
+and when to stop. Every row keeps the figures it was chosen by, so a plan can explain itself.
+
+Load levels are defined in :mod:`wispprof.policies.load`; a plan repeats their bounds, so that a plan
+made under other bounds is refused rather than misread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from wispprof.artifacts.document import read_document, write_document
+from wispprof.artifacts.provenance import Provenance
+from wispprof.errors import ArtifactDamaged, PlanError
+
+__all__ = [
+    "BatchRow",
+    "BreakEvenRow",
+    "CapacityRow",
+    "DraftRow",
+    "Plan",
+    "load_plan",
+    "save_plan",
+]
+
+KIND = "plan"
+MODES = ("stream", "round")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """What a step may hold for an SLO class at a load level.
+
+    ``sessions``: concurrent sessions the level stands for. ``token_budget``: most new tokens a step
+    may hold with its bound within the class's time per token. ``max_items``: most undrafted sessions
+    likewise. ``prefill_chunk``: most prompt tokens beside the level's decoding sessions.
+    ``p50_ms`` and ``bound_ms``: the level's step with that chunk.
+    """
+
+    tokens_per_s: float
+    load_level: int
+    sessions: int
+    token_budget: int
+    max_items: int
+    prefill_chunk: int
+    p50_ms: float
+    bound_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRow:
+    """How a device drafts in one cell.
+
+    ``k``: most drafts of a round (mode ``round``), or most drafts verified in one step (``stream``);
+    0 means do not draft. ``stop``: draft on only while the cumulative survival of the next token is
+    at least this. ``lead``: how far the edge may draft beyond the frontier it knows.
+    ``expected_tokens_per_s``: of the mean session, ``slow_tokens_per_s``: of the session at the
+    violation quantile; both with every session of the level drafting alike. ``by_k``: expected
+    tokens/s for k = 0, 1, 2 …; ``slow_by_k`` likewise. ``round_ms``: mean time from commit to
+    commit; ``step_ms``: of the server's step in it; ``commits``: mean tokens per commit.
+    ``price``: tokens the server commits per ms of step at this level: what a ms of it is worth.
+    ``feasible``: the slow session keeps ``tokens_per_s``. ``nearest_tokens_per_s``: the fastest
+    promise that this cell could keep with any k.
+    """
+
+    device: str
+    rtt_ms: float
+    load_level: int
+    tokens_per_s: float
+    mode: str
+    k: int
+    stop: float
+    lead: int
+    expected_tokens_per_s: float
+    slow_tokens_per_s: float
+    round_ms: float
+    step_ms: float
+    commits: float
+    draft_ms: float
+    price: float
+    feasible: bool
+    nearest_tokens_per_s: float
+    energy_j_per_token: float = 0.0
+    by_k: tuple[float, ...] = ()
+    slow_by_k: tuple[float, ...] = ()
+
+    @property
+    def cell(self) -> str:
+        """The name of the cell: ``device/rtt/load/slo/mode``, as ``plan explain`` takes it."""
+        speed = f"{self.tokens_per_s:g}"
+        return f"{self.device}/{self.rtt_ms:g}/{self.load_level}/{speed}/{self.mode}"
+
+
+@dataclass(frozen=True, slots=True)
+class CapacityRow:
+    """Most sessions of one class on one kind of device that keep their promise.
+
+    ``centralized``: undrafted; ``split``: with the best k in ``mode``. ``bound_by``: what ends it:
+    ``time``, ``kv`` (cache memory) or ``limit`` (the search's own limit).
+    """
+
+    device: str
+    rtt_ms: float
+    tokens_per_s: float
+    mode: str
+    centralized: int
+    split: int
+    k: int
+    bound_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class BreakEvenRow:
+    """Where drafting begins to pay. ``acceptance``: mean conditional acceptance of the trace.
+
+    ``needed``: the least one at which some k ≥ 1 beats k = 0, ``None`` if none does. ``verdict``:
+    ``split`` or ``server-only``. ``gain``: best drafted over undrafted tokens/s.
+    """
+
+    device: str
+    rtt_ms: float
+    load_level: int
+    mode: str
+    acceptance: float
+    needed: float | None
+    gain: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the runtime obeys. Look-ups round in the safe direction and never fail on range.
+
+    ``inputs`` maps names to content hashes (estimator, traces, profiles). ``context``: cached tokens
+    per session that the plan reckons with. ``notes``: what a reader should know, in sentences.
+    """
+
+    draft: tuple[DraftRow, ...]
+    batch: tuple[BatchRow, ...]
+    capacity: tuple[CapacityRow, ...] = ()
+    break_even: tuple[BreakEvenRow, ...] = ()
+    load_bounds: tuple[float, ...] = ()
+    context: int = 0
+    objective: str = "goodput"
+    survival: tuple[float, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    hash: str = ""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(r.device for r in self.draft))
+
+    @property
+    def slo_classes(self) -> tuple[float, ...]:
+        """Token speeds planned for, rising."""
+        return tuple(sorted({r.tokens_per_s for r in self.batch}))
+
+    def draft_row(
+        self,
+        device: str,
+        rtt_ms: float,
+        load_level: int,
+        tokens_per_s: float,
+        mode: str = "stream",
+    ) -> DraftRow:
+        """The row for a device: nearest round trip (by ratio), nearest level, the slowest class that
+        is at least as fast as ``tokens_per_s`` (else the fastest). An unknown device takes the rows
+        of the one whose draft step is slowest: its lead and its k are the most careful.
+
+        Raises :class:`PlanError` where the plan has no rows of ``mode``.
+        """
+        rows = [r for r in self.draft if r.mode == mode]
+        if not rows:
+            raise PlanError(f"The plan has no rows for mode {mode!r}.", "Make it anew.")
+        if not any(r.device == device for r in rows):
+            device = max(rows, key=lambda r: r.draft_ms).device
+        rows = [r for r in rows if r.device == device]
+        rtt = min({r.rtt_ms for r in rows}, key=lambda v: (abs(_log(v) - _log(rtt_ms)), v))
+        level = min({r.load_level for r in rows}, key=lambda v: (abs(v - load_level), v))
+        speed = _class_of({r.tokens_per_s for r in rows}, tokens_per_s)
+        key = (rtt, level, speed)
+        return next(r for r in rows if (r.rtt_ms, r.load_level, r.tokens_per_s) == key)
+
+    def batch_row(self, tokens_per_s: float, load_level: int) -> BatchRow:
+        """The row for an SLO class, chosen as :meth:`draft_row` chooses."""
+        if not self.batch:
+            raise PlanError("The plan has no batching table.", "Make it anew.")
+        level = min({r.load_level for r in self.batch}, key=lambda v: (abs(v - load_level), v))
+        speed = _class_of({r.tokens_per_s for r in self.batch}, tokens_per_s)
+        return next(r for r in self.batch if (r.load_level, r.tokens_per_s) == (level, speed))
+
+    def find(self, cell: str) -> DraftRow:
+        """The row named ``device/rtt/load/slo[/mode]``; raises :class:`PlanError` naming some."""
+        wanted = cell if cell.count("/") == 4 else f"{cell}/stream"
+        for row in self.draft:
+            if row.cell == wanted:
+                return row
+        some = ", ".join(r.cell for r in self.draft[:3])
+        raise PlanError(f"The plan has no cell {cell!r}.", f"Cells look like {some}, …")
+
+
+def save_plan(plan: Plan, path: Path, provenance: Provenance | None = None) -> str:
+    """Write a plan atomically; returns its content hash."""
+    payload = asdict(plan)
+    del payload["inputs"], payload["hash"]
+    return write_document(Path(path), KIND, payload, plan.inputs, provenance)
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan. Raises the artifact errors; :class:`ArtifactDamaged` names a row that is wrong."""
+    document = read_document(Path(path), KIND)
+    payload = dict(document.payload)
+    where = f"plan {path}"
+    try:
+        return Plan(
+            draft=_rows(DraftRow, payload["draft"], where),
+            batch=_rows(BatchRow, payload["batch"], where),
+            capacity=_rows(CapacityRow, payload["capacity"], where),
+            break_even=_rows(BreakEvenRow, payload["break_even"], where),
+            load_bounds=tuple(float(b) for b in payload["load_bounds"]),
+            context=int(payload["context"]),
+            objective=str(payload["objective"]),
+            survival=tuple(float(s) for s in payload["survival"]),
+            settings=dict(payload["settings"]),
+            inputs=document.inputs,
+            notes=tuple(str(n) for n in payload["notes"]),
+            hash=document.hash,
+        )
+    except (KeyError, TypeError, ValueError) as fault:
+        raise ArtifactDamaged(
+            f"{where} is not a complete plan ({fault}).", "Make it anew with `wispprof plan`."
+        ) from fault
+
+
+Row = TypeVar("Row", DraftRow, BatchRow, CapacityRow, BreakEvenRow)
+
+
+def _rows(kind: type[Row], entries: Iterable[dict[str, Any]], where: str) -> tuple[Row, ...]:
+    known = {f.name for f in fields(kind)}
+    rows = []
+    for number, entry in enumerate(entries, start=1):
+        values: dict[str, Any] = {
+            name: tuple(float(v) for v in value) if isinstance(value, list) else value
+            for name, value in entry.items()
+            if name in known
+        }
+        try:
+            rows.append(kind(**values))
+        except TypeError as fault:
+            raise ArtifactDamaged(
+                f"{where}: {kind.__name__} {number} is not whole ({fault}).",
+                "Make it anew with `wispprof plan`.",
+            ) from fault
+    return tuple(rows)
+
+
+def _class_of(classes: set[float], tokens_per_s: float) -> float:
+    fast_enough = [c for c in classes if c >= tokens_per_s * (1 - 1e-9)]
+    return min(fast_enough) if fast_enough else max(classes)
+
+
+def _log(value: float) -> float:
+    return math.log(max(value, 0.5))

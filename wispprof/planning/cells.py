@@ -1,0 +1,153 @@
+"""One cell of the draft-length table: the best k for a device, link, load and promise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from wispprof.artifacts.plan import DraftRow
+from wispprof.planning.acceptance import Runs
+from wispprof.planning.settings import PlanSettings
+from wispprof.planning.timing import Pace, StepTimes, round_pace, stream_pace, undrafted_pace
+
+__all__ = ["Curve", "Device", "curve", "draft_row"]
+
+_MAX_LEAD = 32
+
+
+class Device(Protocol):
+    """What the planner asks of an edge device; the simulator's device profiles answer it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def draft_w(self) -> float: ...
+
+    def step_ms(self, context: int) -> float:
+        """One draft token over ``context`` tokens, the controller's decision included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """Paces for k = 0 … k_max of the mean session, tokens/s of the slow one in the same company, and
+    what one more row of one session adds to that step."""
+
+    mode: str
+    draft_ms: float
+    rtt_ms: float
+    mean: tuple[Pace, ...]
+    slow: tuple[float, ...]
+    row_ms: tuple[float, ...]
+
+
+def curve(
+    times: StepTimes,
+    sessions: int,
+    draft_ms: float,
+    rtt_ms: float,
+    mean: Runs,
+    slow: Runs,
+    mode: str,
+    k_max: int,
+) -> Curve:
+    """Every k of one cell. The slow session shares the steps that mean sessions make."""
+    pace_of = stream_pace if mode == "stream" else round_pace
+    undrafted = undrafted_pace(times, sessions)
+    paces, slow_speeds = [undrafted], [undrafted.tokens_per_s]
+    for k in range(1, k_max + 1):
+        pace = pace_of(times, sessions, k, draft_ms, rtt_ms, mean)
+        paces.append(pace)
+        if mode == "round":
+            slow_commits = 1.0 + sum(slow.cumulative[:k])
+        else:
+            fixed = StepTimes(_Constant(pace.step_ms), 0)
+            slow_commits = stream_pace(fixed, 1, k, draft_ms, rtt_ms, slow).commits
+        slow_speeds.append(slow_commits / pace.round_ms * 1000.0)
+    rows = tuple(times.row_ms(p.items, p.rows) for p in paces)
+    return Curve(mode, draft_ms, rtt_ms, tuple(paces), tuple(slow_speeds), rows)
+
+
+def draft_row(
+    cell: Curve, device: Device, load_level: int, tokens_per_s: float, settings: PlanSettings
+) -> DraftRow:
+    """Choose k: among those that keep the promise the fastest (or the least energy), else the k that
+    comes nearest to it."""
+    fast = [p.tokens_per_s for p in cell.mean]
+    energy = [_energy_j(p, k, cell.draft_ms, device.draft_w) for k, p in enumerate(cell.mean)]
+    keeping = [k for k, speed in enumerate(cell.slow) if speed >= tokens_per_s]
+    choices = keeping or [max(range(len(fast)), key=lambda k: cell.slow[k])]
+    best = max(choices, key=lambda k: (fast[k], -k))
+    if settings.objective == "energy":
+        near = [k for k in choices if fast[k] >= fast[best] * (1 - settings.energy_slack)]
+        best = min(near, key=lambda k: (energy[k], k))
+    if 0 in choices and fast[best] < fast[0] * settings.min_gain:
+        best = 0
+    pace = cell.mean[best]
+    lead = 0
+    if best:
+        # Far enough that the next step finds best drafts although the frontier is known late.
+        lead = min(_MAX_LEAD, best + round((cell.rtt_ms + pace.step_ms) / cell.draft_ms) + 1)
+    return DraftRow(
+        device=device.name,
+        rtt_ms=cell.rtt_ms,
+        load_level=load_level,
+        tokens_per_s=tokens_per_s,
+        mode=cell.mode,
+        k=best,
+        stop=_stop(cell, best),
+        lead=lead if cell.mode == "stream" else best,
+        expected_tokens_per_s=pace.tokens_per_s,
+        slow_tokens_per_s=cell.slow[best],
+        round_ms=pace.round_ms,
+        step_ms=pace.step_ms,
+        commits=pace.commits,
+        draft_ms=cell.draft_ms,
+        price=pace.price,
+        feasible=bool(keeping),
+        nearest_tokens_per_s=max(cell.slow),
+        energy_j_per_token=energy[best],
+        by_k=tuple(fast),
+        slow_by_k=tuple(cell.slow),
+    )
+
+
+def _stop(cell: Curve, k: int) -> float:
+    """Cumulative survival below which another draft costs more than it brings.
+
+    A draft is worth its row where survival exceeds what the server commits elsewhere in the time the
+    row takes; in round mode the session itself also waits for its drafting, at its own speed.
+    """
+    if not k:
+        return 1.0
+    pace = cell.mean[k]
+    worth = pace.price * cell.row_ms[k]
+    if cell.mode == "round":
+        worth += pace.tokens_per_ms * cell.draft_ms
+    return min(0.95, max(0.02, worth))
+
+
+def _energy_j(pace: Pace, k: int, draft_ms: float, draft_w: float) -> float:
+    """Edge energy per committed token: drafting only."""
+    return draft_w * pace.drafted * draft_ms / 1000.0 if k else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Constant:
+    """An estimator whose step always takes the same time: one session alters nobody's step."""
+
+    p50_ms: float
+    coverage: float = 0.5
+
+    @property
+    def bound_ms(self) -> float:
+        return self.p50_ms
+
+    def start(self) -> _Constant:
+        return self
+
+    def add(self, new: int, cached: int, prefill: bool = False) -> _Constant:
+        return self
+
+    def predict(self, shape: object) -> tuple[float, float]:
+        return self.p50_ms, self.p50_ms

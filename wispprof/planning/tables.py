@@ -1,0 +1,156 @@
+"""The batching table, capacity, and the sessions that a load level stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from wispprof.artifacts.plan import BatchRow, BreakEvenRow, CapacityRow
+from wispprof.core import StepEstimator
+from wispprof.planning.acceptance import Runs
+from wispprof.planning.cells import Curve, Device, curve
+from wispprof.planning.settings import PlanSettings
+from wispprof.planning.timing import StepTimes
+from wispprof.policies.load import LOAD_LEVELS, load_level, representative_stretch
+
+__all__ = ["batch_row", "break_even_row", "capacity_row", "largest", "sessions_of_levels"]
+
+_LEAST_CHUNK = 16
+
+
+def largest(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """The largest value in ``low … high`` for which ``holds``, or ``low - 1``. It must hold up to
+    some value and not beyond."""
+    if not holds(low):
+        return low - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def sessions_of_levels(times: StepTimes, most: int) -> dict[int, int]:
+    """Level → sessions it stands for: the fewest that reach its representative stretch.
+
+    Levels that ``most`` sessions do not reach are left out, but for the highest one reached, which
+    then stands for ``most``.
+    """
+    alone = times.whole(1, 1)[0]
+
+    def stretch(count: int) -> float:
+        return times.whole(count, 1)[0] / alone if alone > 0 else 1.0
+
+    levels = {0: 1}
+    for level in range(1, LOAD_LEVELS):
+        wanted = representative_stretch(level)
+        count = 1 + largest(1, most, lambda n, wanted=wanted: stretch(n) < wanted)  # type: ignore[misc]
+        if count > most:
+            if load_level(stretch(most)) == level:
+                levels[level] = most
+            break
+        levels[level] = count
+    return levels
+
+
+def batch_row(
+    times: StepTimes, level: int, sessions: int, tokens_per_s: float, settings: PlanSettings
+) -> BatchRow:
+    """What fits a step within the class's time per token, on the bound."""
+    tpot_ms = 1000.0 / tokens_per_s
+    items = largest(1, settings.kv_sessions, lambda n: times.whole(n, 1)[1] <= tpot_ms)
+    rows = largest(
+        1,
+        max(1, settings.max_step_tokens // sessions),
+        lambda new: times.whole(sessions, new)[1] <= tpot_ms,
+    )
+    step = times.estimator.start()
+    for _ in range(sessions):
+        step = step.add(1, times.cached)
+
+    def fits(chunk: int) -> bool:
+        return step.add(chunk, times.cached, True).bound_ms <= tpot_ms
+
+    chunk = max(_LEAST_CHUNK, largest(1, settings.max_prefill_chunk, fits))
+    chunk = min(chunk, settings.max_prefill_chunk)
+    filled = step.add(chunk, times.cached, True)
+    return BatchRow(
+        tokens_per_s=tokens_per_s,
+        load_level=level,
+        sessions=sessions,
+        token_budget=max(1, rows) * sessions,
+        max_items=max(1, items),
+        prefill_chunk=chunk,
+        p50_ms=filled.p50_ms,
+        bound_ms=filled.bound_ms,
+    )
+
+
+def capacity_row(
+    times: StepTimes,
+    device: Device,
+    rtt_ms: float,
+    tokens_per_s: float,
+    mode: str,
+    mean: Runs,
+    slow: Runs,
+    settings: PlanSettings,
+) -> CapacityRow:
+    """Most sessions that keep their promise, undrafted and with the best k."""
+    most = settings.kv_sessions
+    draft_ms = device.step_ms(settings.context)
+
+    def undrafted(count: int) -> bool:
+        return 1000.0 / times.whole(count, 1)[0] >= tokens_per_s
+
+    def cell(count: int) -> Curve:
+        return curve(times, count, draft_ms, rtt_ms, mean, slow, mode, settings.k_max)
+
+    def split(count: int) -> bool:
+        return max(cell(count).slow) >= tokens_per_s
+
+    central = largest(1, most, undrafted)
+    # k = 0 is a choice of the split system too, so its capacity is never the smaller one.
+    count = largest(max(1, central), most, split)
+    k = 0
+    if count >= 1:
+        speeds = cell(count).slow
+        k = max(range(len(speeds)), key=lambda i: (speeds[i], -i))
+    bound_by = "time"
+    if count == most:
+        bound_by = "kv" if most < settings.max_sessions else "limit"
+    return CapacityRow(
+        device.name, rtt_ms, tokens_per_s, mode, max(0, central), max(0, count), k, bound_by
+    )
+
+
+def break_even_row(
+    times: StepTimes,
+    device: Device,
+    rtt_ms: float,
+    level: int,
+    sessions: int,
+    mode: str,
+    mean: Runs,
+    settings: PlanSettings,
+) -> BreakEvenRow:
+    """The acceptance at which drafting begins to pay."""
+    draft_ms = device.step_ms(settings.context)
+
+    def gain(runs: Runs) -> float:
+        cell = curve(times, sessions, draft_ms, rtt_ms, runs, runs, mode, settings.k_max)
+        return max(p.tokens_per_s for p in cell.mean[1:]) / cell.mean[0].tokens_per_s
+
+    now = gain(mean)
+    needed: float | None = None
+    percent = largest(0, 99, lambda p: p == 0 or gain(mean.scaled(p / 100)) < settings.min_gain)
+    if percent < 99:
+        needed = (percent + 1) / 100
+    verdict = "split" if now >= settings.min_gain else "server-only"
+    return BreakEvenRow(device.name, rtt_ms, level, mode, mean.acceptance, needed, now, verdict)
+
+
+def step_times(estimator: StepEstimator, settings: PlanSettings) -> StepTimes:
+    """The times every table shares."""
+    return StepTimes(estimator, settings.context)
