@@ -1,11 +1,14 @@
 """The command line: parse, call, print. Every command imports its room when it runs."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from wispprof import __version__
-from wispprof.cli.common import GuardedGroup
+from wispprof.cli import reference
+from wispprof.cli.common import GuardedGroup, known_options
+from wispprof.config import ENV_PREFIX, read_config
 
 app = typer.Typer(
     name="wispprof",
@@ -13,7 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Measure, fit, plan and run split speculative LLM serving.",
+    context_settings={"auto_envvar_prefix": ENV_PREFIX, "help_option_names": ["-h", "--help"]},
 )
 
 
@@ -25,11 +28,39 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Settings for all commands (default: wispprof.toml, where there is one)."
+        ),
+    ] = None,
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            allow_from_autoenv=False,
+            help="Print the version and exit.",
         ),
     ] = False,
 ) -> None:
     """Measure, fit, plan and run split speculative LLM serving."""
+    found = read_config(config)
+    found.check(known_options(context.command))
+    context.default_map = _by_command(found.sections)
+
+
+def _by_command(sections: Any) -> dict[str, Any]:
+    """Sections under the names that commands are called by."""
+    return {
+        name.replace("_", "-") if isinstance(value, dict) else name: (
+            _by_command(value) if isinstance(value, dict) else value
+        )
+        for name, value in sections.items()
+    }
+
+
+for _command in (reference,):
+    _command.register(app)

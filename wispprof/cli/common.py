@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from wispprof.config import Known
 from wispprof.errors import WispprofError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ __all__ = [
     "emit_json",
     "fail",
     "guard",
+    "known_options",
     "note",
     "output",
     "progress",
@@ -263,3 +265,22 @@ class GuardedGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         with guard():
             return super().invoke(ctx)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        # Every option can be set by an environment variable of its own name; saying so at each of
+        # them would bury the help text.
+        command = super().get_command(ctx, cmd_name)
+        for parameter in getattr(command, "params", ()):
+            if not parameter.envvar:
+                parameter.show_envvar = False
+        return command
+
+
+def known_options(group: Any) -> Known:
+    """Names of all commands and their options, as a settings file may use them."""
+    return {
+        name.replace("-", "_"): known_options(command)
+        if hasattr(command, "commands")
+        else {p.name: None for p in command.params if p.name not in ("help", "config")}
+        for name, command in group.commands.items()
+    }
