@@ -17,15 +17,22 @@ PROFILE_KINDS = ("server", "edge", "link")
 class ModelInfo:
     """Which model was measured. ``parameters`` counts weights; ``config_hash`` its architecture.
 
-    ``kv_bytes_per_token``: what one cached token takes, 0 where unknown.
+    ``kv_bytes_per_token``: what one cached token takes. Empty or 0 where unknown. The names are those
+    of the identity that a loaded model states, so ``ModelInfo(**info.as_dict())`` takes it over.
     """
 
     id: str
     dtype: str = ""
     parameters: int = 0
+    family: str = ""
     config_hash: str = ""
+    weights_hash: str = ""
     tokenizer_hash: str = ""
     max_context: int = 0
+    vocab_size: int = 0
+    layers: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
     kv_bytes_per_token: int = 0
 
 

@@ -1,0 +1,82 @@
+"""Axes, ranges and the shapes made of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from wispprof.errors import ArtifactMissing, ProfileError
+from wispprof.profiling.grids import GRIDS, Axes, Capacity, load_axes, parse_range, server_shots
+
+ROOMY = Capacity(1 << 22, 256, 1 << 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("8", (8,)),
+        ("1-4", (1, 2, 3, 4)),
+        ("64-1024*2", (64, 128, 256, 512, 1024)),
+        ("0-512+128", (0, 128, 256, 384, 512)),
+        ("4, 1-2 ,4-16*2", (1, 2, 4, 8, 16)),
+        ("3-20*3", (3, 9)),
+    ],
+)
+def test_ranges(text, values):
+    assert parse_range(text) == values
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "4-1", "0-8*2", "1-8*1", "1-8+0", "1--2", "-1", "0-9999999"]
+)
+def test_ranges_that_make_no_sense_say_so(text):
+    with pytest.raises(ProfileError):
+        parse_range(text)
+
+
+@pytest.mark.parametrize("name", list(GRIDS))
+def test_grids_hold_what_they_promise(name):
+    shots = server_shots(GRIDS[name], ROOMY)
+    shapes = [shot.subject for shot in shots]
+    assert len({shot.key for shot in shots}) == len(shots)
+    assert {"verify", "prefill", "mixed"} == {shot.kind for shot in shots}
+    assert any(len(set(s.items)) > 1 and not s.prefill_tokens for s in shapes), "ragged shapes"
+    assert any(s.max_new == 1 for s in shapes), "k = 0"
+    for shot in shots:
+        assert (shot.kind == "verify") == (shot.subject.prefill_tokens == 0)
+        assert (shot.kind == "prefill") == all(item.prefill for item in shot.subject.items)
+
+
+def test_grids_stay_within_the_device():
+    small = Capacity(3000, 4, 512, step_tokens=128)
+    for name in GRIDS:
+        assert all(small.holds(shot.subject) for shot in server_shots(GRIDS[name], small))
+    with pytest.raises(ProfileError, match="fits"):
+        server_shots(Axes((8,), (5,), (64,)), small)
+
+
+def test_rows_near_the_memory_limit():
+    capacity = Capacity(40_000, 64, 4096)
+    fullest = max(s.subject.cached_tokens for s in server_shots(GRIDS["standard"], capacity))
+    assert fullest > 0.9 * capacity.kv_tokens
+
+
+def test_axes_from_toml(tmp_path):
+    file = tmp_path / "grid.toml"
+    file.write_text(
+        '[server]\nbase = "quick"\nitems = "1-4*2"\ncached = [10, 20]\nfull_share=[0.5]\n'
+    )
+    axes = load_axes(str(file))
+    assert (axes.items, axes.cached, axes.full_share) == ((1, 2, 4), (10, 20), (0.5,))
+    assert axes.new == GRIDS["quick"].new
+    for text, says in (
+        ("itemz = [1]", "no axis"),
+        ("items = [", "not TOML"),
+        ('base = "x"', "base"),
+        ("items = [true]", "numbers"),
+        ("items = 4", "numbers"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ProfileError, match=says):
+            load_axes(str(file))
+    with pytest.raises(ArtifactMissing, match="neither"):
+        load_axes("nowhere")

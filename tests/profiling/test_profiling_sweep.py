@@ -1,0 +1,280 @@
+"""The sweep engine under an injected clock: repeats, drift, resume, budget, expectation, physics."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import statistics
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wispprof.artifacts import ModelInfo, RowJournal, StepRow
+from wispprof.core import BatchShape
+from wispprof.errors import EngineError, PhysicsViolation
+from wispprof.hardware import Reading
+from wispprof.profiling.expectation import choose_probes, expectation, nonnegative_fit
+from wispprof.profiling.grids import GRIDS, Capacity, server_shots, shape_work, within_budget
+from wispprof.profiling.physics import check_physics
+from wispprof.profiling.stats import half_width, median_interval
+from wispprof.profiling.sweep import Shot, Sweep, SweepSettings, duration, flag_drift
+
+MODEL = ModelInfo("tiny", "float32", 1_000_000, kv_bytes_per_token=4096)
+CAPACITY = Capacity(20_000, 16, 2048)
+
+
+class FakeMachine:
+    """A device whose time is counted, not spent: linear cost, given noise, optional hog and faults."""
+
+    def __init__(self, noise=0.0, hog_after=None, refuse=(), die_at=None, blind=False, seed=0):
+        self.now, self.noise, self.hog_after = 0.0, noise, hog_after
+        self.refuse, self.die_at, self.blind = refuse, die_at, blind
+        self.random = random.Random(seed)
+        self.fired, self.prepared, self.shot = 0, [], None
+
+    def clock(self):
+        return self.now
+
+    def prepare(self, shot):
+        if shot.key in self.refuse:
+            raise EngineError("too large", "")
+        self.prepared.append(shot.key)
+        if self.die_at is not None and len(self.prepared) > self.die_at:
+            raise KeyboardInterrupt
+        self.now += 0.002 + 1e-6 * shot.subject.cached_tokens
+        self.shot = shot
+
+    def step_ms(self, shape):
+        if self.blind:
+            return 5.0
+        return 1.0 + 0.02 * shape.new_tokens + 0.004 * shape.cached_tokens
+
+    def fire(self):
+        ms = self.step_ms(self.shot.subject) * (1 + self.noise * self.random.random())
+        self.fired += 1
+        if self.hog_after is not None and self.now > self.hog_after:
+            ms *= 1.6
+        self.now += ms / 1000
+        return ms
+
+    def finish(self):
+        self.shot = None
+
+    def row(self, shot, samples, flags, order):
+        return StepRow(shot.key, shot.kind, shot.subject, samples, flags, order=order)
+
+
+def shots(grid="quick"):
+    return server_shots(GRIDS[grid], CAPACITY)
+
+
+SENTINEL = Shot("sentinel", "sentinel", BatchShape.uniform(4, 5, 256))
+
+
+def sweep(machine, chosen=None, journal=None, **how):
+    sweep_settings = how.pop("settings", SweepSettings(sentinel_every=5))
+    return Sweep(
+        machine,
+        shots() if chosen is None else chosen,
+        sweep_settings,
+        sentinel=SENTINEL,
+        journal=journal,
+        clock=machine.clock,
+        **how,
+    )
+
+
+# --- statistics -----------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0.1, 1e6), max_size=60))
+def test_the_interval_brackets_the_median(samples):
+    low, high = median_interval(samples)
+    if samples:
+        assert low <= statistics.median(samples) <= high
+    assert half_width(samples) >= 0
+    assert (half_width(samples) < float("inf")) == (len(samples) >= 6)
+
+
+def test_the_interval_covers_as_it_says():
+    """Coverage of the true median over many draws; a 75 % interval must cover less."""
+    generator = random.Random(1)
+    hits = {0.95: 0, 0.75: 0}
+    for _ in range(2000):
+        draw = [generator.expovariate(1.0) for _ in range(15)]
+        for confidence in hits:
+            low, high = median_interval(draw, confidence)
+            hits[confidence] += low <= 0.693147 <= high
+    assert hits[0.95] / 2000 >= 0.94
+    assert hits[0.75] / 2000 < 0.90
+
+
+# --- the sweep ------------------------------------------------------------------------------------
+
+
+def test_every_shot_once_in_random_order_with_raw_samples():
+    machine = FakeMachine(noise=0.01)
+    result = sweep(machine).run()
+    rows = [row for row in result.rows if row.kind != "sentinel"]
+    assert sorted(row.key for row in rows) == sorted(shot.key for shot in shots())
+    assert [row.key for row in rows] != [shot.key for shot in shots()]
+    assert all(6 <= len(row.samples_ms) <= 30 for row in result.rows)
+    assert [row.order for row in result.rows] == list(range(len(result.rows)))
+    assert not any(row.flags for row in result.rows)
+    again = sweep(FakeMachine(noise=0.01)).run()
+    assert [row.key for row in again.rows] == [row.key for row in result.rows]
+
+
+def test_noise_asks_for_repeats_and_is_flagged_where_they_do_not_help():
+    calm, wild = FakeMachine(noise=0.01), FakeMachine(noise=2.0)
+    few, many = sweep(calm).run(), sweep(wild).run()
+    count = lambda result: sum(len(row.samples_ms) for row in result.rows)  # noqa: E731
+    assert count(many) > 2 * count(few)
+    assert any("noisy" in row.flags for row in many.rows)
+
+
+def test_slow_shots_are_cut_short_but_not_below_three():
+    machine = FakeMachine(noise=0.5)
+    result = sweep(machine, settings=SweepSettings(shot_s=0.005)).run()
+    assert {3} == {len(row.samples_ms) for row in result.rows if row.median_ms > 5}
+
+
+def test_a_hog_in_the_middle_is_seen_by_the_sentinel():
+    quiet = sweep(FakeMachine(noise=0.01)).run()
+    assert not any("drift" in row.flags for row in quiet.rows)
+    half = sum(sum(row.samples_ms) for row in quiet.rows) / 2000
+    disturbed = sweep(FakeMachine(noise=0.01, hog_after=half)).run()
+    marked = [i for i, row in enumerate(disturbed.rows) if "drift" in row.flags]
+    assert marked
+    assert marked[0] > 5  # the quiet part stands
+    assert marked == list(range(marked[0], len(disturbed.rows)))
+
+
+def test_throttling_is_flagged():
+    class Hot:
+        name = "hot"
+
+        def read(self):
+            return Reading(throttled=True)
+
+    result = sweep(FakeMachine(), sensors=Hot()).run()
+    assert all("throttled" in row.flags for row in result.rows)
+
+
+def test_what_the_backend_refuses_is_named_and_the_rest_measured():
+    victim = shots()[3].key
+    result = sweep(FakeMachine(refuse=(victim,))).run()
+    assert result.refused == {victim: "too large"}
+    assert victim not in {row.key for row in result.rows}
+
+
+@given(st.integers(0, 60), st.integers(0, 40))
+@settings(max_examples=12, deadline=None)
+def test_killed_anywhere_and_resumed_every_key_is_there_once(tmp_path_factory, die_at, torn):
+    """Also with the last line torn, as kill -9 in the middle of a write leaves it."""
+    path = tmp_path_factory.mktemp("sweep") / "j.jsonl"
+    machine = FakeMachine(die_at=die_at)
+    with RowJournal(path, "server", {}) as journal, contextlib.suppress(KeyboardInterrupt):
+        sweep(machine, journal=journal).run()
+    finished = len(path.read_bytes().splitlines()) - 1
+    if finished:
+        path.write_bytes(path.read_bytes()[: -torn or None])
+    second = FakeMachine()
+    with RowJournal(path, "server", {}, resume=True) as journal:
+        kept = {row.key for row in journal.rows if row.kind != "sentinel"}
+        result = sweep(second, journal=journal).run()
+    keys = [row.key for row in result.rows if row.kind != "sentinel"]
+    assert sorted(keys) == sorted(shot.key for shot in shots())
+    assert not kept & set(second.prepared)  # none measured twice
+    orders = [row.order for row in result.rows]
+    assert orders == sorted(set(orders))
+
+
+def test_a_budget_stops_between_shots():
+    machine = FakeMachine()
+    result = sweep(machine, budget_s=1.0).run()
+    assert result.out_of_time > 0
+    assert 1.0 < result.seconds < 2.0
+
+
+def test_progress_counts_to_the_end_and_tells_an_eta():
+    seen = []
+    sweep(FakeMachine(), progress=lambda *update: seen.append(update)).run()
+    assert [update[0] for update in seen] == list(range(len(shots()) + 1))
+    assert seen[0][2].startswith("ETA ")
+    assert (duration(65), duration(7265)) == ("1:05", "2:01:05")
+
+
+def test_flags_of_earlier_drift_are_replaced():
+    rows = [
+        StepRow("s", "sentinel", SENTINEL.subject, (1.0,), order=0),
+        StepRow("a", "verify", SENTINEL.subject, (1.0,), ("noisy", "drift"), order=1),
+        StepRow("s", "sentinel", SENTINEL.subject, (1.01,), order=2),
+    ]
+    assert flag_drift(rows, 0.1)[1].flags == ("noisy",)
+
+
+# --- expectation and budget -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", ["quick", "standard"])
+def test_the_announced_time_is_right_within_thirty_percent(grid):
+    machine = FakeMachine(noise=0.05)
+    chosen = shots(grid)
+    sentinel = Shot("s", "sentinel", SENTINEL.subject, shape_work(SENTINEL.subject))
+    expect = expectation(machine, chosen, sentinel, SweepSettings(), machine.clock)
+    result = Sweep(
+        machine, chosen, SweepSettings(), sentinel=sentinel, clock=machine.clock, expect_s=expect
+    ).run()
+    assert 0.7 < result.seconds / result.expected_s < 1.3
+
+
+def test_nonnegative_fit_recovers_a_line_and_never_goes_below_zero():
+    import numpy as np
+
+    work = np.array([[1, x, y] for x in (1, 5, 20) for y in (2, 9, 40)], dtype=float)
+    assert nonnegative_fit(work, work @ [2, 0.5, 0]) == pytest.approx([2, 0.5, 0], abs=1e-3)
+    assert (nonnegative_fit(work, 5 - 0.1 * work[:, 1]) >= 0).all()
+
+
+def test_a_budget_takes_corners_first_and_stays_within():
+    chosen = shots("standard")
+    some = within_budget(chosen, 20.0, [1.0] * len(chosen))
+    assert len(some) == 20
+    works = [sum(shot.work) for shot in chosen]
+    assert min(works) in [sum(shot.work) for shot in some[:2]]
+    assert max(works) in [sum(shot.work) for shot in some[:3]]
+    assert [s.key for s in choose_probes(chosen, 5)] == [s.key for s in some[:5]]
+
+
+# --- physics --------------------------------------------------------------------------------------
+
+
+def test_an_honest_backend_passes():
+    report = check_physics(sweep(FakeMachine(noise=0.1)).run().rows, MODEL)
+    assert report.growth > 1.15
+    assert report.order > 0.5
+    assert report.memory > 1.05
+
+
+def test_a_backend_that_ignores_its_batch_is_refused():
+    rows = sweep(FakeMachine(noise=0.1, blind=True)).run().rows
+    with pytest.raises(PhysicsViolation, match="ignore its batch"):
+        check_physics(rows, MODEL)
+
+
+def test_a_backend_that_ignores_its_cache_is_refused():
+    class Forgetful(FakeMachine):
+        def step_ms(self, shape):
+            return 1.0 + 0.5 * shape.new_tokens
+
+    with pytest.raises(PhysicsViolation, match="cache"):
+        check_physics(sweep(Forgetful()).run().rows, MODEL)
+
+
+def test_times_without_waiting_for_the_device_are_refused():
+    big = ModelInfo("8b", "bfloat16", 8_000_000_000, kv_bytes_per_token=147_456)
+    row = StepRow("k", "verify", BatchShape.uniform(4, 5, 64), (0.05, 0.06))
+    with pytest.raises(PhysicsViolation, match="waiting for the device"):
+        check_physics([row], big)

@@ -1,0 +1,156 @@
+"""Does a server profile obey physics? What does not is refused: it would mislead everything after it.
+
+Four laws, each phrased so that a correct backend on any device passes:
+
+1. *Floor*: no step reads its weights and KV faster, or multiplies faster, than any hardware could.
+   (Timing without waiting for the device breaks this one.)
+2. *Growth*: far more work takes more time. (A backend that ignores its batch breaks it.)
+3. *Memory*: with enough KV to read beside the weights, longer contexts take more time.
+4. *Order*: over all rows, time goes up with work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from wispprof.artifacts.manifest import ModelInfo
+from wispprof.artifacts.records import StepRow
+from wispprof.core import BatchShape
+from wispprof.errors import PhysicsViolation
+
+__all__ = ["PhysicsReport", "check_physics", "step_bytes", "step_flops"]
+
+FASTEST_BYTES_PER_S = 40e12
+"""Above what any device of 2026 reads weights at, from memory or from its caches."""
+FASTEST_FLOPS = 20e15
+"""Above any device's matrix rate at 16 bits or more."""
+
+_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class PhysicsReport:
+    """What was found. ``growth``: time of the heaviest step over that of the lightest; ``order``: rank
+    correlation of work and time over all rows; None where there were too few rows to say."""
+
+    growth: float | None
+    order: float | None
+    memory: float | None
+
+    def as_dict(self) -> dict[str, float | None]:
+        rounded = {name: getattr(self, name) for name in ("growth", "order", "memory")}
+        return {k: None if v is None else round(v, 4) for k, v in rounded.items()}
+
+
+def step_bytes(shape: BatchShape, model: ModelInfo) -> float:
+    """Bytes a step must read: every weight once, every cached token once."""
+    return model.parameters * _WIDTH.get(model.dtype, 2) + (
+        shape.cached_tokens * model.kv_bytes_per_token
+    )
+
+
+def step_flops(shape: BatchShape, model: ModelInfo) -> float:
+    """Floating-point operations of a step: two per weight and token, and attention's share."""
+    width = _WIDTH.get(model.dtype, 2)
+    # Scores and values: 2 + 2 operations per pair and channel; at least the KV heads' channels.
+    channels = model.kv_bytes_per_token / (2 * width)
+    return 2.0 * model.parameters * shape.new_tokens + 4.0 * channels * shape.attention_pairs
+
+
+def check_physics(rows: Sequence[StepRow], model: ModelInfo) -> PhysicsReport:
+    """Raise :class:`PhysicsViolation` that names the law and the rows; else say how well it holds."""
+    measured = [row for row in rows if row.source == "measured" and row.kind != "sentinel"]
+    for row in measured:
+        _floor(row, model)
+    if len(measured) < 4:
+        return PhysicsReport(None, None, None)
+    return PhysicsReport(
+        _growth(measured, model), _order(measured, model), _memory(measured, model)
+    )
+
+
+def _floor(row: StepRow, model: ModelInfo) -> None:
+    seconds = row.median_ms / 1000
+    least = max(
+        step_bytes(row.shape, model) / FASTEST_BYTES_PER_S,
+        step_flops(row.shape, model) / FASTEST_FLOPS,
+    )
+    if seconds <= 0 or seconds < least:
+        raise PhysicsViolation(
+            f"{row.key} took {row.median_ms:.4f} ms, faster than any hardware could read or multiply "
+            f"({least * 1000:.4f} ms).",
+            "The step is probably timed without waiting for the device to finish.",
+        )
+
+
+def _work(shape: BatchShape, model: ModelInfo) -> float:
+    """One number to order shapes by: bytes, and operations at a machine balance of 30 per byte."""
+    return step_bytes(shape, model) + step_flops(shape, model) / 30
+
+
+def _growth(rows: Sequence[StepRow], model: ModelInfo) -> float | None:
+    work = [_work(row.shape, model) for row in rows]
+    light, heavy = rows[int(np.argmin(work))], rows[int(np.argmax(work))]
+    ratio = heavy.median_ms / light.median_ms
+    if max(work) < 4 * min(work):
+        return ratio
+    if ratio < 1.15:
+        raise PhysicsViolation(
+            f"{heavy.key} does {max(work) / min(work):.0f} times the work of {light.key} and takes only "
+            f"{ratio:.2f} times its time.",
+            "The backend seems to ignore its batch: do not trust these times.",
+        )
+    return ratio
+
+
+def _memory(rows: Sequence[StepRow], model: ModelInfo) -> float | None:
+    """Compare steps that differ in their context alone."""
+    groups: dict[tuple[str, int, int], list[StepRow]] = {}
+    for row in rows:
+        items = row.shape.items
+        if row.kind == "verify" and len(set(items)) == 1:
+            groups.setdefault((row.kind, len(items), items[0].new), []).append(row)
+    weights = model.parameters * _WIDTH.get(model.dtype, 2)
+    best: tuple[float, StepRow, StepRow] | None = None
+    for group in groups.values():
+        short = min(group, key=lambda row: row.shape.cached_tokens)
+        long = max(group, key=lambda row: row.shape.cached_tokens)
+        extra = long.shape.cached_tokens - short.shape.cached_tokens
+        share = extra * model.kv_bytes_per_token / max(weights, 1)
+        if share >= 0.5 and (best is None or share > best[0]):
+            best = (share, short, long)
+    if best is None:
+        return None
+    share, short, long = best
+    ratio = long.median_ms / short.median_ms
+    if ratio < 1.05:
+        raise PhysicsViolation(
+            f"{long.key} reads {share:.1f} times the weights' bytes in KV more than {short.key} and takes "
+            f"only {ratio:.2f} times its time.",
+            "The backend seems to ignore its cache: do not trust these times.",
+        )
+    return ratio
+
+
+def _order(rows: Sequence[StepRow], model: ModelInfo) -> float | None:
+    work = np.array([_work(row.shape, model) for row in rows])
+    if len(rows) < 8 or work.max() < 4 * work.min():
+        return None
+    times = np.array([row.median_ms for row in rows])
+    value = float(np.corrcoef(_ranks(work), _ranks(times))[0, 1])
+    if not value > 0.5:
+        raise PhysicsViolation(
+            f"Over {len(rows)} shapes, time and work are barely related (rank correlation {value:.2f}).",
+            "The backend seems to ignore its batch, or the machine is too disturbed to measure on.",
+        )
+    return value
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks with ties shared."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return np.asarray((ends - (counts - 1) / 2)[inverse])
