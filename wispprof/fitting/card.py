@@ -1,0 +1,200 @@
+"""Model cards: what was fitted, on what, how good it is where it did not learn, and why it was chosen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from wispprof.artifacts import files
+from wispprof.fitting.conformal import REGIMES
+from wispprof.fitting.estimator import FittedEstimator
+from wispprof.fitting.predictors import FittedPredictor
+
+__all__ = [
+    "estimator_card",
+    "explain_estimator",
+    "explain_predictor",
+    "predictor_card",
+    "write_card",
+]
+
+
+def explain_estimator(estimator: FittedEstimator) -> str:
+    """One paragraph on why this estimator was chosen and how far it can be trusted."""
+    report = estimator.report
+    errors = report["held_out"]
+    chosen = report["chosen"]
+    own = errors[chosen]
+    noise = report["repeat_noise_percent"]
+    text = [
+        f"{report['shapes']} batch shapes ({report['samples']} timed steps) were fitted; whole shapes "
+        "were held out in turn, so every error here is on shapes the estimator had not seen."
+    ]
+    if report["asked"] == "auto":
+        text.append(
+            f"`{chosen}` was chosen because its mean error of {own['mape']:.1f} % is the smallest of "
+            "those whose predictions never fall when work is added."
+        )
+        others = sorted((n for n in errors if n != chosen), key=lambda n: errors[n]["mape"])
+        if others:
+            listed = ", ".join(f"`{n}` {errors[n]['mape']:.1f} %" for n in others)
+            text.append(f"The others: {listed}.")
+        better = [n for n in others if errors[n]["mape"] < own["mape"]]
+        if better:
+            named = ", ".join(f"`{n}`" for n in better)
+            text.append(
+                f"{named} erred less but can predict that more work takes less time, which would "
+                "mislead a scheduler that adds one item at a time."
+            )
+    else:
+        text.append(f"`{chosen}` was asked for; its mean held-out error is {own['mape']:.1f} %.")
+    text.append(
+        f"Half of the shapes are predicted within {own['median_ape']:.1f} % and nine of ten within "
+        f"{own['p90_ape']:.1f} %, on average {abs(own['bias']):.1f} % too "
+        f"{'high' if own['bias'] >= 0 else 'low'}; repeating a measurement moves its median by about "
+        f"{noise:.1f} %, and no estimator can do better than that."
+    )
+    factors = estimator.ratio.at(estimator.coverage)
+    text.append(
+        f"The bound lies {100 * (min(factors) - 1):.0f} to {100 * (max(factors) - 1):.0f} % above the "
+        f"median, by regime, and is meant to hold for {100 * estimator.coverage:g} % of steps. Outside "
+        "the measured box of shapes, what the physical terms add is multiplied by "
+        f"{estimator.inflation:g} in the bound, and the prediction is flagged."
+    )
+    return " ".join(text)
+
+
+def explain_predictor(predictor: FittedPredictor) -> str:
+    """One paragraph on why this predictor was chosen and what it is worth."""
+    report = predictor.report
+    chosen = report["chosen"]
+    own = report["held_out"][chosen]
+    why = (
+        "was asked for" if report["asked"] != "auto" else "had the least log loss on tuning prompts"
+    )
+    text = [
+        f"`{chosen}` {why}. It learnt from {report['tokens']['learn']} draft tokens, was calibrated on "
+        f"{report['tokens']['tune']} and judged on {report['tokens']['test']}, all of different prompts "
+        f"({report['prompts']} in all); the target kept {100 * own['accepted_share']:.0f} % of them."
+    ]
+    if own["auc"] is not None:
+        text.append(
+            f"It ranks a kept token above a rejected one {100 * own['auc']:.0f} % of the time. A "
+            f"threshold that lets {100 * own['recall']:.0f} % of the kept tokens pass lets "
+            f"{100 * own['false_acceptance']:.0f} % of the rejected ones pass too."
+        )
+    text.append(
+        f"Its probabilities are off by {100 * own['ece']:.1f} points on average (expected calibration "
+        "error)."
+    )
+    return " ".join(text)
+
+
+def estimator_card(
+    estimator: FittedEstimator, inputs: dict[str, str]
+) -> tuple[str, dict[str, Any]]:
+    """(Markdown, JSON) of an estimator's card."""
+    report = estimator.report
+    low, high = estimator.domain.low, estimator.domain.high
+    lines = [
+        "# Verification-time estimator",
+        "",
+        explain_estimator(estimator),
+        "",
+        "## Held-out error by estimator (whole shapes held out, percent)",
+        "",
+        "| estimator | MAPE | median | p90 | p99 | bias | never falls |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in sorted(report["held_out"].items(), key=lambda item: item[1]["mape"]):
+        figures = " | ".join(
+            f"{row[k]:.2f}" for k in ("mape", "median_ape", "p90_ape", "p99_ape", "bias")
+        )
+        lines.append(f"| {name} | {figures} | {'yes' if report['monotone'][name] else 'no'} |")
+    lines += [
+        "",
+        f"## Bound at {100 * estimator.coverage:g} %",
+        "",
+        "| regime | bound ÷ median | calibration shapes |",
+        "|---|---|---|",
+    ]
+    factors = estimator.ratio.at(estimator.coverage)
+    for name, factor, count in zip(REGIMES, factors, estimator.ratio.shapes, strict=True):
+        lines.append(f"| {name} | {factor:.3f} | {count} |")
+    lines += [
+        "",
+        f"A step is large from {estimator.ratio.split_ms:.3g} ms on. Regimes with few shapes share the "
+        "factor of a wider one.",
+        "",
+        "## Measured domain",
+        "",
+        "| total | from | to |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {n} | {a} | {b} |" for n, a, b in zip(low._fields, low, high, strict=True)]
+    lines += ["", *_inputs(inputs)]
+    document = {
+        "kind": estimator.kind,
+        "explanation": explain_estimator(estimator),
+        "report": report,
+        "bound": estimator.ratio.payload(),
+        "domain": {"low": low._asdict(), "high": high._asdict()},
+        "inflation": estimator.inflation,
+        "inputs": inputs,
+    }
+    return "\n".join(lines), document
+
+
+def predictor_card(
+    predictor: FittedPredictor, inputs: dict[str, str]
+) -> tuple[str, dict[str, Any]]:
+    """(Markdown, JSON) of a predictor's card."""
+    report = predictor.report
+    lines = [
+        "# Rejection predictor",
+        "",
+        explain_predictor(predictor),
+        "",
+        "## On held-out prompts",
+        "",
+        "| predictor | AUC | false acceptance at 80 % recall | ECE | log loss |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in report["held_out"].items():
+        figures = [row[k] for k in ("auc", "false_acceptance", "ece", "log_loss")]
+        shown = " | ".join("–" if v is None else f"{v:.3f}" for v in figures)
+        lines.append(f"| {name} | {shown} |")
+    lines += [
+        "",
+        f"## Reliability of `{report['chosen']}`",
+        "",
+        "| predicted | kept | tokens |",
+        "|---|---|---|",
+    ]
+    curve = report["held_out"][report["chosen"]]["reliability"]
+    lines += [f"| {p:.3f} | {a:.3f} | {n} |" for p, a, n in curve]
+    lines += ["", *_inputs(inputs)]
+    document = {
+        "kind": predictor.kind,
+        "explanation": explain_predictor(predictor),
+        "report": report,
+        "inputs": inputs,
+    }
+    return "\n".join(lines), document
+
+
+def _inputs(inputs: dict[str, str]) -> list[str]:
+    listed = [f"- {name}: `{digest}`" for name, digest in inputs.items()]
+    return ["## Made from", "", *listed, ""] if listed else []
+
+
+def write_card(artifact: Path, card: tuple[str, dict[str, Any]]) -> tuple[Path, Path]:
+    """Write ``NAME.card.md`` and ``NAME.card.json`` beside an artifact ``NAME.json``."""
+    markdown, document = card
+    text = artifact.with_name(f"{artifact.stem}.card.md")
+    data = artifact.with_name(f"{artifact.stem}.card.json")
+    files.write_atomic(text, markdown.encode())
+    body = json.dumps(document, indent=1, ensure_ascii=False, default=files.plain)
+    files.write_atomic(data, (body + "\n").encode())
+    return text, data

@@ -1,0 +1,106 @@
+"""What ``wispprof fit`` does, without the printing: profile and trace in, artifacts and cards out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from wispprof.artifacts import load_server, load_trace, trace_hash
+from wispprof.artifacts.records import AcceptanceTrace, StepRow
+from wispprof.errors import FitError
+from wispprof.fitting.card import estimator_card, predictor_card, write_card
+from wispprof.fitting.estimator import FittedEstimator
+from wispprof.fitting.predictors import FittedPredictor, fit_predictor
+from wispprof.fitting.rows import check_same_model
+from wispprof.fitting.selection import fit_estimator
+
+__all__ = ["FitResult", "ServerRows", "fit_files", "load_server_rows"]
+
+
+@dataclass
+class FitResult:
+    """What was fitted, and the files that were written."""
+
+    estimator: FittedEstimator | None = None
+    predictor: FittedPredictor | None = None
+    files: list[Path] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ServerRows:
+    """Rows of one or more profiles of one model, with the hashes of where they came from."""
+
+    rows: tuple[StepRow, ...]
+    inputs: dict[str, str]
+    model: str
+    tokenizer_hash: str
+
+
+def load_server_rows(paths: Sequence[Path]) -> ServerRows:
+    """Load server profiles that may be fitted together.
+
+    Raises :class:`FitError` where their models, number formats or devices differ.
+    """
+    rows: list[StepRow] = []
+    inputs: dict[str, str] = {}
+    identities: dict[str, str] = {}
+    tokenizer = ""
+    for path in paths:
+        profile = load_server(path)
+        model = profile.manifest.model
+        known = (model.id, model.dtype, model.config_hash)
+        identities[Path(path).name] = " ".join(part for part in known if part)
+        inputs[f"profile:{Path(path).name}" if len(paths) > 1 else "profile"] = profile.hash
+        tokenizer = tokenizer or model.tokenizer_hash
+        rows.extend(profile.rows)
+    check_same_model(identities)
+    return ServerRows(tuple(rows), inputs, next(iter(identities.values()), ""), tokenizer)
+
+
+def fit_files(
+    out: Path,
+    server: Sequence[Path] = (),
+    trace: Sequence[Path] = (),
+    kind: str = "auto",
+    predictor_kind: str = "auto",
+    coverage: float = 0.95,
+    seed: int = 0,
+) -> FitResult:
+    """Fit what is given and write ``estimator.json``, ``predictor.json`` and their cards to ``out``."""
+    if not server and not trace:
+        raise FitError("There is nothing to fit.", "Name a server profile, a trace, or both.")
+    result = FitResult()
+    loaded = load_server_rows(server) if server else None
+    traces = [load_trace(path) for path in trace]
+    if loaded is not None:
+        _check_pair(loaded, traces)
+        result.estimator = fit_estimator(loaded.rows, kind, coverage)
+    if traces:
+        result.predictor = fit_predictor(traces, predictor_kind, seed)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    if loaded is not None and result.estimator is not None:
+        target = Path(out) / "estimator.json"
+        result.estimator.save(target, loaded.inputs)
+        card = estimator_card(result.estimator, loaded.inputs)
+        result.files += [target, *write_card(target, card)]
+    if result.predictor is not None:
+        inputs = {
+            f"trace:{Path(p).name}": trace_hash(t) for p, t in zip(trace, traces, strict=True)
+        }
+        if len(inputs) == 1:
+            inputs = {"trace": next(iter(inputs.values()))}
+        target = Path(out) / "predictor.json"
+        result.predictor.save(target, inputs)
+        result.files += [target, *write_card(target, predictor_card(result.predictor, inputs))]
+    return result
+
+
+def _check_pair(loaded: ServerRows, traces: Sequence[AcceptanceTrace]) -> None:
+    for trace in traces:
+        if loaded.tokenizer_hash and trace.tokenizer_hash not in ("", loaded.tokenizer_hash):
+            raise FitError(
+                f"The server profile is of {loaded.model}, the trace of {trace.target} with another "
+                "tokenizer.",
+                "Fit a profile and a trace of the same target.",
+            )
