@@ -1,0 +1,83 @@
+"""What is simulated, as frozen settings: a system, a server, a fleet, its links and its load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from wispprof.core import Slo, StepEstimator
+from wispprof.simulation.acceptance import AcceptanceSource
+from wispprof.simulation.arrivals import ClosedFleet, OpenLoad
+from wispprof.simulation.devices import DeviceProfile
+from wispprof.simulation.links import LinkProfile
+from wispprof.simulation.systems import System
+
+__all__ = ["Scenario", "ServerModel", "pick"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ServerModel:
+    """One verification server. ``kv_tokens``: cache tokens that fit in its memory (``None``: no limit).
+
+    ``overhead_ms``: what the step loop adds to each step (collecting, deciding, sending). ``spread``: see
+    :class:`~wispprof.simulation.costs.StepTimes`. ``prefill_chunk``: most prompt tokens a step takes.
+    """
+
+    estimator: StepEstimator
+    kv_tokens: int | None = None
+    max_items: int = 1024
+    max_tokens: int = 8192
+    prefill_chunk: int = 512
+    max_context: int = 131_072
+    overhead_ms: float = 0.5
+    spread: float | None = None
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Everything that a run depends on; two runs of equal scenarios give equal reports.
+
+    ``devices``, ``links`` and ``slos`` are mixes: values with weights, dealt to devices by their number, so
+    a larger fleet holds the smaller one. Sessions that were asked for in the first ``warmup_s`` seconds are
+    served but not counted.
+    """
+
+    system: System
+    server: ServerModel
+    load: ClosedFleet | OpenLoad
+    acceptance: AcceptanceSource
+    devices: tuple[tuple[DeviceProfile, float], ...] = ((DeviceProfile(), 1.0),)
+    links: tuple[tuple[LinkProfile, float], ...] = ((LinkProfile(), 1.0),)
+    slos: tuple[tuple[Slo, float], ...] = ((Slo(4.0), 1.0),)
+    seconds: float = 120.0
+    warmup_s: float = 20.0
+    seed: int = 0
+    meta: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_s < self.seconds:
+            raise ValueError("a scenario needs 0 <= warmup_s < seconds")
+        for mix in (self.devices, self.links, self.slos):
+            if not mix or min(weight for _, weight in mix) <= 0:
+                raise ValueError("every mix needs at least one value, and weights above zero")
+
+    def with_devices(self, devices: int) -> Scenario:
+        """The same scenario with another fleet size. Only for closed fleets (``ValueError``)."""
+        if not isinstance(self.load, ClosedFleet):
+            raise ValueError("only a closed fleet has a number of devices")
+        return replace(self, load=replace(self.load, devices=devices))
+
+
+def pick(mix: Sequence[tuple[T, float]], number: int, salt: float) -> T:
+    """Deal a value to device ``number``: a golden-ratio sequence, so that any prefix keeps the weights."""
+    total = sum(weight for _, weight in mix)
+    place = math.modf((number + 0.5) * salt)[0] * total
+    for value, weight in mix:
+        place -= weight
+        if place < 0:
+            return value
+    return mix[-1][0]

@@ -1,0 +1,245 @@
+"""The server's side: sessions admitted by memory, a batching policy asked whenever the engine is free.
+
+Sessions are the runtime's own (:class:`~wispprof.sessions.ledger.ServerSession`), policies too. The
+engine is a clock: a step over its batch shape takes what the estimator says, times its residual.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from random import Random
+from typing import TYPE_CHECKING
+
+from wispprof.core import Feed, Outcome, StepEstimator
+from wispprof.policies.api import BatchPolicy, Limits, StepPlan
+from wispprof.policies.load import load_level, stretch
+from wispprof.sessions.ledger import ServerSession
+from wispprof.sessions.path import Outgoing
+from wispprof.simulation.costs import StepTimes, WithoutPrefixCache
+from wispprof.simulation.edge import Answer, Edge
+from wispprof.simulation.links import COMMIT_BYTES, TOKEN_BYTES
+from wispprof.simulation.scenario import ServerModel
+
+if TYPE_CHECKING:
+    from wispprof.simulation.engine import Simulation
+
+__all__ = ["PolicyBroke", "Server"]
+
+_UNLIMITED = 1 << 40
+_LEVEL_EVERY = 16
+
+
+class PolicyBroke(RuntimeError):
+    """A batching policy went beyond its limits, planned a session twice, or one it was not shown."""
+
+
+class Server:
+    """One engine and its step loop, driven by events."""
+
+    def __init__(
+        self, sim: Simulation, model: ServerModel, policy: BatchPolicy, rng: Random
+    ) -> None:
+        self._sim = sim
+        self._model = model
+        self._policy = policy
+        self._estimator: StepEstimator = (
+            model.estimator if sim.system.prefix_cache else WithoutPrefixCache(model.estimator)
+        )
+        self._times = StepTimes(self._estimator, model.spread, rng)
+        self._sessions: dict[str, ServerSession] = {}
+        self._edges: dict[str, Edge] = {}
+        self._queue: deque[Edge] = deque()
+        self._reserved = 0
+        self._kv_used = 0
+        self._kv_tokens = model.kv_tokens if model.kv_tokens is not None else _UNLIMITED
+        self._busy = False
+        self._wake = 0
+        self._level = 0
+        self._steps = 0
+        # The least time a token can take: a lone step that commits a full tail.
+        alone = self._estimator.start().add(1, 0).p50_ms
+        self._floor_ms = alone / (1 + sim.system.lead_limit)
+
+    # --- frames arrive ---
+
+    def open(self, now_ms: float, edge: Edge) -> None:
+        """An opening frame arrived. Admission is in order of arrival, by the memory it may come to need."""
+        need = edge.script.prompt_tokens + edge.record.output_tokens
+        if need > min(self._kv_tokens, self._model.max_context):
+            edge.record.refused = True
+            self._sim.ended(now_ms, edge)
+            return
+        self._queue.append(edge)
+        self._admit(now_ms)
+        self._decide(now_ms)
+
+    def draft(self, now_ms: float, sent: tuple[Edge, Outgoing, float]) -> None:
+        """A draft frame arrived."""
+        edge, frame, slack_ms = sent
+        session = self._sessions.get(edge.key)
+        if session is None:
+            return
+        session.merge(
+            frame.epoch,
+            frame.base,
+            frame.tokens,
+            frame.survival,
+            now_ms,
+            slack_ms,
+            frame.draft_ms,
+        )
+        if not self._busy:
+            self._decide(now_ms)
+
+    def _admit(self, now_ms: float) -> None:
+        model = self._model
+        while self._queue:
+            edge = self._queue[0]
+            need = edge.script.prompt_tokens + edge.record.output_tokens
+            if self._reserved + need > self._kv_tokens:
+                return
+            self._queue.popleft()
+            self._reserved += need
+            self._edges[edge.key] = edge
+            self._sessions[edge.key] = ServerSession(
+                edge.key,
+                edge.script.prompt,
+                slo=edge.slo,
+                max_new=edge.record.output_tokens,
+                max_context=model.max_context + 1,
+                # The promise counts from the request, not from admission.
+                now_ms=edge.record.asked_ms,
+                stream=edge.stream,
+                undrafted=edge.controller is None,
+                max_tail=self._sim.system.lead_limit,
+                floor_ms=self._floor_ms,
+            )
+
+    # --- the step loop ---
+
+    def _decide(self, now_ms: float) -> None:
+        if self._busy or not self._sessions:
+            return
+        self._wake += 1
+        model = self._model
+        limits = Limits(
+            model.max_items,
+            model.max_tokens,
+            model.prefill_chunk,
+            self._kv_tokens - self._kv_used,
+        )
+        views = [session.view(now_ms) for session in self._sessions.values()]
+        plan = self._policy.plan(now_ms, views, self._estimator, limits)
+        if plan.members:
+            self._step(now_ms, plan, limits)
+        elif plan.wake_ms is not None:
+            self._sim.at(max(plan.wake_ms, now_ms + 1e-3), self._woken, self._wake)
+
+    def _woken(self, now_ms: float, wake: int) -> None:
+        if wake == self._wake:
+            self._decide(now_ms)
+
+    def _step(self, now_ms: float, plan: StepPlan, limits: Limits) -> None:
+        items: list[tuple[int, int, bool]] = []
+        feeds: list[Feed] = []
+        sessions = self._sessions
+        rows = prefill = 0
+        for member in plan.members:
+            session = sessions.get(member.session)
+            if session is None or session.in_flight:
+                raise PolicyBroke(f"{self._policy.name} planned {member.session} twice, or unasked")
+            items.append((0, session.cached, member.prefill > 0))
+            feed = session.feed(member, now_ms)
+            new = len(feed.tokens)
+            items[-1] = (new, items[-1][1], items[-1][2])
+            feeds.append(feed)
+            rows += new
+            prefill += member.prefill
+        if (
+            len(items) > limits.max_items
+            or rows > min(limits.max_tokens, limits.kv_free)
+            or prefill > limits.prefill_chunk
+        ):
+            raise PolicyBroke(f"{self._policy.name} went beyond {limits} with {rows} rows")
+        p50_ms, took_ms = self._times.sample(items)
+        self._busy = True
+        self._steps += 1
+        counters = self._sim.counters
+        counters.steps += 1
+        counters.step_ms += took_ms
+        counters.predicted_ms += p50_ms
+        counters.rows += rows
+        counters.prefill_rows += prefill
+        done_ms = now_ms + took_ms + self._model.overhead_ms
+        self._sim.at(done_ms, self._done, (feeds, took_ms, now_ms))
+
+    def _done(self, now_ms: float, ran: tuple[list[Feed], float, float]) -> None:
+        feeds, took_ms, began_ms = ran
+        self._busy = False
+        sim, sessions, edges = self._sim, self._sessions, self._edges
+        counters = sim.counters
+        counters.busy_ms += now_ms - max(began_ms, sim.counted_from_ms)
+        if self._steps % _LEVEL_EVERY == 1:
+            self._look_at_load()
+        freed = False
+        for feed in feeds:
+            key = feed.session
+            session, edge = sessions[key], edges[key]
+            before = session.cached
+            commit = session.apply(_decided(feed, session, edge), now_ms)
+            self._kv_used += session.cached - before
+            if not commit.tokens:
+                continue
+            counters.committed += len(commit.tokens)
+            if not commit.first:
+                counters.rounds += 1
+                counters.verified += commit.drafted
+                counters.accepted += commit.accepted
+                counters.queue_ms += commit.queue_ms
+            size = COMMIT_BYTES + TOKEN_BYTES * len(commit.tokens)
+            counters.down_bytes += size
+            sim.at(
+                edge.link.down(now_ms, size), edge.on_commit, Answer(commit, took_ms, self._level)
+            )
+            if commit.finished:
+                self._kv_used -= session.cached
+                self._reserved -= edge.script.prompt_tokens + edge.record.output_tokens
+                del sessions[key], edges[key]
+                freed = True
+        if freed:
+            self._admit(now_ms)
+        self._decide(now_ms)
+
+    def _look_at_load(self) -> None:
+        cached = [s.cached for s in self._sessions.values() if not s.prompt_left]
+        self._level = load_level(stretch(self._estimator, cached), self._level)
+
+    @property
+    def kv_used(self) -> int:
+        """Cache tokens held now."""
+        return self._kv_used
+
+    def check_integrity(self) -> None:
+        """Books balance: KV in use is the sum over sessions, reservations too. Raises ``AssertionError``."""
+        if self._busy:
+            return
+        assert self._kv_used == sum(s.cached for s in self._sessions.values())
+        assert self._reserved == sum(
+            e.script.prompt_tokens + e.record.output_tokens for e in self._edges.values()
+        )
+        assert self._kv_used <= self._kv_tokens
+
+
+def _decided(feed: Feed, session: ServerSession, edge: Edge) -> Outcome:
+    """What the target says to a feed: its script's path, as far as the drafts agree, and one more."""
+    if not feed.emit:
+        return Outcome(feed.session, 0, ())
+    path = edge.script.path
+    place = len(session.tokens) - edge.script.prompt_tokens
+    accepted, drafts = 0, feed.drafts
+    if drafts:
+        tokens = feed.tokens
+        first = len(tokens) - drafts
+        while accepted < drafts and tokens[first + accepted] == path[place + accepted]:
+            accepted += 1
+    return Outcome(feed.session, accepted, tuple(path[place : place + accepted + 1]))

@@ -1,0 +1,121 @@
+"""The systems that are compared: which policy pieces each is made of, and how its edges behave.
+
+Every piece is the one that the runtime runs. Only the clairvoyant bound is the simulator's own: it knows
+what the target will say, so nothing real can run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from wispprof.core import DraftFeatures, RejectionPredictor
+from wispprof.errors import PlanError
+from wispprof.policies.api import BatchPolicy, Controller, RoundContext
+from wispprof.policies.registry import make_batch_policy, make_controller
+from wispprof.simulation.acceptance import Script
+
+__all__ = ["SYSTEMS", "System", "system"]
+
+
+@dataclass(frozen=True)
+class System:
+    """A way of serving. ``controller`` ``None``: the edge never drafts (centralized serving).
+
+    ``proactive``: in round mode, the edge drafts on while its round is out. ``prefix_cache``: the server
+    keeps KV between rounds. ``clairvoyant``: edges know how many of their drafts will be accepted.
+    ``label`` is its name in tables; ``lead_limit`` the most drafts held beyond the frontier. In stream mode
+    drafts share a frame as long as drafting them takes at most ``frame_share`` of the round trip, and
+    they are at most ``frame_max``.
+    """
+
+    label: str
+    batching: str
+    controller: str | None = None
+    batching_options: Mapping[str, Any] = field(default_factory=dict)
+    controller_options: Mapping[str, Any] = field(default_factory=dict)
+    proactive: int = 0
+    prefix_cache: bool = True
+    clairvoyant: bool = False
+    lead_limit: int = 24
+    frame_share: float = 0.25
+    frame_max: int = 8
+
+    def frame_tokens(self, rtt_ms: float, draft_ms: float) -> int:
+        """How many drafts share a frame in stream mode."""
+        return max(1, min(self.frame_max, int(self.frame_share * rtt_ms / max(draft_ms, 1e-3))))
+
+    def make_batching(self) -> BatchPolicy:
+        return make_batch_policy(self.batching, **self.batching_options)
+
+    def make_controller(self, predictor: RejectionPredictor, script: Script) -> Controller | None:
+        """One session's controller; ``None`` for sessions that never draft."""
+        if self.clairvoyant:
+            return _Clairvoyant(script, **self.controller_options)
+        if self.controller is None:
+            return None
+        return make_controller(self.controller, predictor, **self.controller_options)
+
+    def but(self, **changes: Any) -> System:
+        """A variant, e.g. ``system("wisp").but(label="wisp k=4", controller_options={"k_max": 4})``."""
+        return replace(self, **changes)
+
+
+class _Clairvoyant:
+    """Drafts exactly what will be accepted. A ceiling for controllers, not one of them."""
+
+    name = "clairvoyant"
+
+    def __init__(self, script: Script, k_max: int = 16) -> None:
+        self._script = script
+        self._k_max = k_max
+        self._left = 0
+
+    def begin(self, context: RoundContext) -> int:
+        self._left = self._script.ahead(self._k_max)
+        return self._left
+
+    def go_on(self, depth: int, features: DraftFeatures) -> bool:
+        return depth + 1 < self._left
+
+    def survival(self) -> float:
+        return 1.0
+
+    def finish(self, drafted: int, accepted: int) -> None:
+        """Knows already."""
+
+
+_SLED_FIXED = System("sled-fixed", "sled_static", "fixed", controller_options={"k": 5}, proactive=8)
+_SLED_THRESHOLD = System(
+    "sled-threshold", "sled_static", "sled", controller_options={"k_max": 8}, proactive=8
+)
+
+SYSTEMS: Mapping[str, System] = {
+    s.label: s
+    for s in (
+        System("centralized", "centralized"),
+        _SLED_FIXED,
+        _SLED_FIXED.but(label="sled-fixed-nocache", prefix_cache=False),
+        _SLED_THRESHOLD,
+        _SLED_THRESHOLD.but(label="sled-threshold-nocache", prefix_cache=False),
+        System("fcfs", "fcfs", "fixed", controller_options={"k": 4}),
+        System("specedge", "specedge_pipeline", "fixed", controller_options={"k": 5}, proactive=8),
+        System("wisp", "wisp", "wisp"),
+        System("wispprof", "wispprof", "wispprof"),
+        System("clairvoyant", "wispprof", clairvoyant=True),
+    )
+}
+"""By label. ``sled`` is short for ``sled-threshold``."""
+
+_ALIASES = {"sled": "sled-threshold", "sled-nocache": "sled-threshold-nocache"}
+
+
+def system(name: str) -> System:
+    """A system by label. Raises :class:`PlanError` on an unknown one."""
+    found = SYSTEMS.get(_ALIASES.get(name, name))
+    if found is None:
+        raise PlanError(
+            f"There is no system named {name!r} to simulate.", f"Choose of {', '.join(SYSTEMS)}."
+        )
+    return found
