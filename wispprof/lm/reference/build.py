@@ -15,9 +15,9 @@ from transformers import LlamaForCausalLM
 
 from wispprof.lm.reference import corpus, train
 
-TARGET_RECIPE = train.Recipe(steps=1700, decay_share=0.25)
-DRAFT_RECIPE = train.Recipe(steps=2000, decay_share=0.25, short=(16, 256), long=(4, 1024))
-POOL_BATCHES, POOL_ROWS = 60, 64
+TARGET_RECIPE = train.Recipe(steps=1300, decay_share=0.25)
+DRAFT_RECIPE = train.Recipe(steps=1500, decay_share=0.25, short=(16, 256), long=(4, 1024))
+POOL_BATCHES, POOL_ROWS = 40, 64
 
 Reporter = Callable[[str], train.Progress]
 """Given the name of a part ("target", "draft", …), returns its progress callback."""
