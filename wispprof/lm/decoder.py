@@ -25,6 +25,9 @@ class Decoder(Protocol):
 
     scale: float
 
+    def reserve(self, length: int) -> None:
+        """Be ready for positions below ``length``."""
+
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """``ids``, ``positions`` (T,) int64 → hidden states after the final norm, (T, hidden)."""
 
@@ -47,6 +50,9 @@ class TransformersDecoder:
         weight = model.get_input_embeddings().weight
         # A four-dimensional mask is passed through untouched, so none is built.
         self._no_mask = torch.zeros((1, 1, 1, 1), dtype=weight.dtype, device=weight.device)
+
+    def reserve(self, length: int) -> None:
+        """Nothing to do: the model computes its rotary angles itself."""
 
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         out = self._model.model(

@@ -27,7 +27,7 @@ _WHOLE_FILE = 256 << 20
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A transformers causal LM in evaluation mode, its tokenizer (``None`` if it has none), and its identity."""
+    """A transformers causal LM in evaluation mode, its tokenizer (``None`` if none), its identity."""
 
     model: Any
     tokenizer: Any
@@ -262,14 +262,14 @@ def _check_supported(config: Any, name: str) -> int:
     window = getattr(config, "sliding_window", None)
     if family.startswith("qwen") and not getattr(config, "use_sliding_window", False):
         window = None
-    if layer_types & {"sliding_attention", "chunked_attention"} or window is not None:
-        if not window or window < max_context:
-            raise ModelUnsupported(
-                f"{name} attends through a sliding window of {window} tokens, shorter than its context of "
-                f"{max_context}.",
-                "Use a model with full attention, or lower max_position_embeddings in its config.json "
-                "to the window.",
-            )
+    windowed = layer_types & {"sliding_attention", "chunked_attention"} or window is not None
+    if windowed and (not window or window < max_context):
+        raise ModelUnsupported(
+            f"{name} attends through a sliding window of {window} tokens, shorter than its context of "
+            f"{max_context}.",
+            "Use a model with full attention, or lower max_position_embeddings in its config.json "
+            "to the window.",
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     rope_type = rope.get("rope_type", "default")
     if rope_type in ("dynamic", "longrope"):
