@@ -1,0 +1,73 @@
+"""What a session's edge knows of time: draft step, server, and the slack left in a round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from wispprof.core import Slo
+from wispprof.policies.api import RoundContext
+
+__all__ = ["Pacing"]
+
+_WEIGHT = 0.25
+_FIRST_GUESS_MS = 10.0
+
+
+class Pacing:
+    """Running means of one session's times, and the WISP budget of a round.
+
+    The budget of a round is its expected tokens over the promised speed. It runs from the arrival of
+    the last commit, so drafting and waiting at the edge are counted as they really took; what is left
+    after the link's round trip is the server's to queue and verify in.
+    """
+
+    def __init__(self, slo: Slo) -> None:
+        self._slo = slo
+        self._draft_ms: float | None = None
+        self._server_ms: float | None = None
+        self._since_ms: float | None = None
+
+    def drafted(self, draft_ms: float) -> None:
+        """A draft step took this long."""
+        self._draft_ms = _blend(self._draft_ms, draft_ms)
+
+    def committed(self, now_ms: float, server_ms: float) -> None:
+        """A commit arrived; the server spent ``server_ms`` queueing and verifying."""
+        if self._since_ms is not None:  # the first commit's time is the prefill's
+            self._server_ms = _blend(self._server_ms, server_ms)
+        self._since_ms = now_ms
+
+    @property
+    def draft_ms(self) -> float:
+        return _FIRST_GUESS_MS if self._draft_ms is None else self._draft_ms
+
+    @property
+    def server_ms(self) -> float:
+        return _FIRST_GUESS_MS if self._server_ms is None else self._server_ms
+
+    def context(self, rtt_ms: float, load_level: int, lead: int) -> RoundContext:
+        """What a controller is told when a round begins."""
+        return RoundContext(
+            draft_ms=self.draft_ms,
+            rtt_ms=rtt_ms,
+            server_ms=self.server_ms,
+            load_level=load_level,
+            lead=lead,
+            slo=self._slo,
+        )
+
+    def slack_ms(self, survival: Sequence[float], now_ms: float, rtt_ms: float) -> float:
+        """Remaining slack of a round that leaves now: expected tokens / speed − draft − network − waited.
+
+        ``survival``: of each draft, given those before it. Negative where the promise is already late.
+        """
+        expected, product = 1.0, 1.0
+        for value in survival:
+            product *= value
+            expected += product
+        since = now_ms if self._since_ms is None else self._since_ms
+        return expected * self._slo.tpot_ms - (now_ms - since) - rtt_ms
+
+
+def _blend(old: float | None, new: float) -> float:
+    return new if old is None else old + _WEIGHT * (new - old)

@@ -1,0 +1,169 @@
+"""When to draft and when to send: the controller's decisions turned into frames, for both modes. Pure.
+
+Round mode. A round begins with the drafts that are held already (a proactive hit); they are put before
+the controller one by one as if just drafted, then it drafts on until the controller stops, and the round
+leaves. While it is out, up to ``proactive`` more tokens are drafted beyond it.
+
+Stream mode. Drafting goes on ahead of the frontier in stretches. A stretch that ends by its length is
+followed by the next; one that the controller ends early, or does not want to begin, pauses drafting
+until the next commit: what follows a doubtful token is probably waste.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from wispprof.core import DraftFeatures, DraftToken
+from wispprof.policies.api import Controller, RoundContext
+from wispprof.sessions.path import CommitEffect, EdgePath, Outgoing
+
+__all__ = ["DraftingSettings", "Turns"]
+
+ContextOf = Callable[[int], RoundContext]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftingSettings:
+    """How far an edge drafts.
+
+    ``lead``: most drafts held beyond the frontier, bounded by what the server takes. ``proactive``: in
+    round mode, how many tokens to draft beyond a round that is out (0: wait instead); the first of them
+    guesses the target's own token. ``frame_share``: in stream mode, drafts are grouped into one frame
+    as long as drafting the group takes at most this share of the round trip. ``stream``: override the
+    server's mode (``None``: as the server says).
+    """
+
+    lead: int = 24
+    proactive: int = 8
+    frame_share: float = 0.25
+    frame_max: int = 8
+    stream: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.lead < 0 or self.proactive < 0 or self.frame_max < 1:
+            raise ValueError("lead and proactive must not be negative, frame_max at least 1")
+
+
+class Turns:
+    """Decides for one session. Told of every draft and commit, asked for frames by :meth:`due`."""
+
+    def __init__(
+        self,
+        path: EdgePath,
+        controller: Controller | None,
+        settings: DraftingSettings,
+        stop: Sequence[int] = (),
+    ) -> None:
+        self._path = path
+        self._controller = controller
+        self._settings = settings
+        self._stop = frozenset(stop)
+        self._features: list[DraftFeatures] = []  # of the drafts held, in order
+        self._budget: int | None = None
+        self._judged = 0  # drafts of this round (stretch) that were put before the controller
+        self._rated = 0  # stream: leading drafts whose survival is known
+        self._closed = False  # round: complete; stream: paused until a commit
+        self._silent = False
+        self._group = 1
+
+    # --- may a token be drafted now? ---
+
+    def may_draft(self) -> bool:
+        """Whether the next token beyond the path should be drafted."""
+        path = self._path
+        if self._controller is None or self._silent or path.room == 0 or self._ends():
+            return False
+        if path.stream:
+            return not self._closed
+        if path.waiting:
+            return path.unsent < self._settings.proactive
+        return self._budget is None or not self._closed
+
+    def drafted(self, token: DraftToken) -> None:
+        """A token was drafted and is held by the path."""
+        self._features.append(token.features)
+
+    def nothing_to_draft(self) -> None:
+        """The drafter has nothing to propose until the text goes on."""
+        self._silent = True
+
+    def committed(self, effect: CommitEffect, drafted: int) -> None:
+        """A commit changed the path; ``drafted`` of our drafts were verified for it."""
+        gone = len(self._features) if effect.rejected else len(effect.tokens)
+        del self._features[:gone]
+        self._rated = max(0, self._rated - gone)
+        if self._controller is not None:
+            self._controller.finish(drafted, effect.accepted)
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new round (or stretch) with whatever is held."""
+        self._budget = None
+        self._judged = 0
+        self._closed = False
+        self._silent = False
+
+    def _ends(self) -> bool:
+        drafts = self._path.drafts
+        return bool(drafts) and drafts[-1].token in self._stop
+
+    # --- what leaves now? ---
+
+    def due(self, context_of: ContextOf) -> Outgoing | None:
+        """The next frame to send now, or ``None``."""
+        if self._controller is None:
+            return None
+        return self._stream_due(context_of) if self._path.stream else self._round_due(context_of)
+
+    def _round_due(self, context_of: ContextOf) -> Outgoing | None:
+        path, controller = self._path, self._controller
+        assert controller is not None
+        if path.waiting:
+            return None
+        if self._budget is None:
+            self._budget = controller.begin(context_of(path.lead))
+            self._judged = 0
+            self._closed = self._budget <= 0
+        while not self._closed and self._judged < path.lead:
+            self._closed = not self._judge(self._judged) or self._judged >= self._budget
+        if not self._closed and (path.room == 0 or self._silent or self._ends()):
+            self._closed = True
+        if not self._closed:
+            return None
+        out = path.take(self._judged)
+        self.reset()
+        return out
+
+    def _stream_due(self, context_of: ContextOf) -> Outgoing | None:
+        path = self._path
+        while not self._closed:
+            if self._budget is None:
+                self._begin_stretch(context_of(path.lead))
+            elif self._judged >= self._budget:
+                self._budget = None
+            elif self._rated < path.lead:
+                go_on = self._judge(self._rated)
+                self._rated += 1
+                self._closed = not go_on and self._judged < self._budget
+            else:
+                break
+        flush = self._closed or path.room == 0 or self._silent or self._ends()
+        return path.take() if path.unsent and (flush or path.unsent >= self._group) else None
+
+    def _begin_stretch(self, context: RoundContext) -> None:
+        assert self._controller is not None
+        self._budget = self._controller.begin(context)
+        self._judged = 0
+        self._closed = self._budget <= 0
+        share = self._settings.frame_share * context.rtt_ms / max(context.draft_ms, 1e-3)
+        self._group = int(max(1, min(share, self._settings.frame_max)))
+
+    def _judge(self, place: int) -> bool:
+        """Put the draft at ``place`` of the lead before the controller; whether to go on."""
+        controller, path = self._controller, self._path
+        assert controller is not None
+        go_on = controller.go_on(self._judged, self._features[place])
+        path.rate(path.frontier + place, controller.survival())
+        self._judged += 1
+        return go_on
