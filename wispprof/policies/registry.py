@@ -11,9 +11,15 @@ from wispprof.errors import PlanError
 from wispprof.policies.api import BatchPolicy, Controller
 from wispprof.policies.controllers import FixedController, SledController, WispController
 from wispprof.policies.rounds import Centralized, Fcfs, SledStatic, SpecEdgePipeline
+from wispprof.policies.stream import StreamSettings, Wispprof
 from wispprof.policies.wisp import Wisp
 
 __all__ = ["BATCH_POLICIES", "CONTROLLERS", "make_batch_policy", "make_controller"]
+
+
+def _wispprof(**options: Any) -> Wispprof:
+    return Wispprof(StreamSettings(**options))
+
 
 _BATCH: Mapping[str, Callable[..., BatchPolicy]] = {
     "centralized": Centralized,
@@ -21,7 +27,9 @@ _BATCH: Mapping[str, Callable[..., BatchPolicy]] = {
     "sled_static": SledStatic,
     "specedge_pipeline": SpecEdgePipeline,
     "wisp": Wisp,
+    "wispprof": _wispprof,
 }
+_OPTIONS_OF: Mapping[str, Callable[..., Any]] = {"wispprof": StreamSettings}
 _CONTROLLERS: Mapping[str, Callable[..., Controller]] = {
     "fixed": FixedController,
     "sled": SledController,
@@ -53,7 +61,7 @@ def _make(
     if name not in table:
         raise PlanError(f"There is no {kind} named {name!r}.", f"Choose one of {', '.join(table)}.")
     maker = table[name]
-    known = inspect.signature(maker).parameters
+    known = inspect.signature(_OPTIONS_OF.get(name, maker) if table is _BATCH else maker).parameters
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise PlanError(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from wispprof.core import StepEstimator
 from wispprof.policies.api import Limits, SessionView, StepPlan
 from wispprof.policies.build import StepBuilder, eligible, idle
-from wispprof.policies.marginal import expected_tokens, marginal_costs
+from wispprof.policies.marginal import Slopes, expected_tokens
 
 __all__ = ["Wisp"]
 
@@ -30,6 +30,7 @@ class Wisp:
     urgency: float = 1.0
     name: str = field(default="wisp", init=False)
     stream: bool = field(default=False, init=False)
+    _slopes: Slopes = field(default_factory=Slopes, init=False, repr=False)
 
     def plan(
         self,
@@ -73,7 +74,7 @@ class Wisp:
         limits: Limits,
     ) -> tuple[list[int], int]:
         """Indices in the order they are tried; the first so many of them are urgent."""
-        costs = marginal_costs(estimator, ready, limits)
+        costs = self._slopes.of(estimator, ready, limits)
         urgent_ms = now_ms + self.urgency * costs.all_bound_ms
         urgent: list[tuple[float, int]] = []
         rest: list[tuple[float, int]] = []

@@ -1,0 +1,64 @@
+"""How much of a prompt to feed beside running sessions, so that none of them misses its deadline."""
+
+from __future__ import annotations
+
+import math
+
+from wispprof.policies.api import SessionView
+from wispprof.policies.build import StepBuilder
+
+__all__ = ["add_prompts"]
+
+_LEAST = 16
+"""Tokens a prompt gets per step whatever the others need: nothing starves."""
+_GAP = 0.8
+"""Share of the fastest running session's time per token that a step with prompts may take."""
+_STRETCH = 1.5
+"""A step may always grow by this factor for prompts: on a loaded server the gap is spent already."""
+
+
+def add_prompts(
+    build: StepBuilder,
+    now_ms: float,
+    prompts: list[SessionView],
+    decode: list[SessionView],
+    *,
+    sized: bool = True,
+) -> None:
+    """Add prompt chunks to a step whose decoding members are chosen.
+
+    Earliest first-token deadline first, then arrival. ``sized``: the step's bound stays within the
+    slack of every running session that could keep it, and within its usual gap between tokens.
+    """
+    order = sorted(prompts, key=lambda s: (s.hopeless, s.deadline_ms, s.arrived_ms))
+    budget_ms = _budget(build, now_ms, decode) if sized else math.inf
+    for session in order:
+        if build.full or not build.prefill_left:
+            return
+        if build.add_prefill(session, max(budget_ms, _hurry_ms(build, now_ms, session))):
+            continue
+        if session is order[0]:
+            build.add_prefill(session, most=_LEAST)
+
+
+def _budget(build: StepBuilder, now_ms: float, decode: list[SessionView]) -> float:
+    if not decode:
+        return math.inf
+    running_ms = build.cost.bound_ms
+    alive = [s for s in decode if not s.hopeless] or decode
+    gap_ms = _GAP * min(s.slo.tpot_ms for s in alive)
+    keepable = [s.deadline_ms - now_ms for s in alive if s.deadline_ms - now_ms >= running_ms]
+    return min([max(gap_ms, _STRETCH * running_ms), *keepable])
+
+
+def _hurry_ms(build: StepBuilder, now_ms: float, session: SessionView) -> float:
+    """Time a step may take so that this prompt's first token is still in time, at one step's share.
+
+    Zero while it has time: only a first token that is about to be late lets the step grow, and never
+    beyond twice what the running sessions need.
+    """
+    left_ms = session.deadline_ms - now_ms
+    running_ms = build.cost.bound_ms
+    if session.hopeless or not running_ms or left_ms > 4.0 * running_ms or left_ms < running_ms:
+        return 0.0
+    return min(left_ms, 2.0 * running_ms)

@@ -1,0 +1,237 @@
+"""The ``wispprof`` batching policy: every step chooses how much of each tail to verify now.
+
+Its pieces, each of which can be switched off (:class:`StreamSettings`):
+
+*trim*: the tails that maximise expected tokens per ms (:mod:`wispprof.policies.tails`).
+*wait*: a session whose next draft is due stays out where reading its cache once instead of twice is
+worth more than the token it might lose (:mod:`wispprof.policies.waiting`).
+*slack*: tokens of sessions that fall behind their promise weigh more, those that ran ahead can be
+left out for their sake, and a step is kept short enough for those who can still be in time.
+*size_prefill*: prompt chunks as large as no running session minds (:mod:`wispprof.policies.prefill`).
+*demote_hopeless*: sessions whose promise is lost take only what nobody else needs.
+*floor*: the plan of centralized serving is always among the candidates.
+
+The candidates are priced exactly by the estimator, on its median for throughput and on its bound for
+deadlines, so the linear costs that made them decide nothing by themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from wispprof.core import StepEstimator
+from wispprof.policies.api import Limits, SessionView, StepPlan
+from wispprof.policies.build import StepBuilder, eligible, idle
+from wispprof.policies.marginal import MarginalCosts, Slopes, price_batches
+from wispprof.policies.prefill import add_prompts
+from wispprof.policies.tails import Book, BoolArray, FloatArray, IntArray, keep_at, solve
+from wispprof.policies.waiting import waits
+
+__all__ = ["StreamSettings", "Wispprof"]
+
+_RETRY_MS = 1.0
+_FEW = 96
+"""Up to this many sessions several candidates are priced; beyond, one more row hardly shows."""
+_SCALES = (0.0, 0.5, 0.75, 1.0, 1.5, 2.5)
+_MANY_SCALES = (1.0, 2.5)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSettings:
+    """Switches of the pieces, and their few constants.
+
+    ``catch_up``: weight of a token of a session that is far behind; 1 switches weighing off.
+    ``hopeless_weight``: of one whose promise is lost. ``patience``: a session left out for this many
+    steps takes part whatever it is worth.
+    """
+
+    trim: bool = True
+    wait: bool = True
+    slack: bool = True
+    size_prefill: bool = True
+    demote_hopeless: bool = True
+    floor: bool = True
+    catch_up: float = 4.0
+    hopeless_weight: float = 0.25
+    patience: float = 8.0
+
+
+@dataclass
+class Wispprof:
+    """Stream-mode batching. ``settings`` switches its pieces."""
+
+    settings: StreamSettings = field(default_factory=StreamSettings)
+    name: str = field(default="wispprof", init=False)
+    stream: bool = field(default=True, init=False)
+    _slopes: Slopes = field(default_factory=Slopes, init=False, repr=False)
+
+    def plan(
+        self,
+        now_ms: float,
+        sessions: list[SessionView],
+        estimator: StepEstimator,
+        limits: Limits,
+    ) -> StepPlan:
+        ready = eligible(sessions)
+        if not ready:
+            return idle(now_ms, None, "idle")
+        if min(limits.max_items, limits.max_tokens, limits.kv_free) < 1:
+            return idle(now_ms, now_ms + _RETRY_MS, "no room")
+        decode = [s for s in ready if not s.prompt_left]
+        prompts = [s for s in ready if s.prompt_left]
+        build = StepBuilder(estimator, limits)
+        wake_ms = math.inf
+        if decode:
+            costs = self._slopes.of(estimator, decode, limits)
+            chosen, keep, wake_ms = self._choose(
+                now_ms, decode, estimator, limits, costs, bool(prompts)
+            )
+            for index in chosen:
+                build.add_decode(decode[index], keep[index])
+        if prompts:
+            add_prompts(build, now_ms, prompts, decode, sized=self.settings.size_prefill)
+        if build.members:
+            return build.plan("stream")
+        return idle(now_ms, min(wake_ms, now_ms + 50.0), "waiting for drafts")
+
+    # --- who decodes, with how much -----------------------------------------------------------
+
+    def _choose(
+        self,
+        now_ms: float,
+        decode: list[SessionView],
+        estimator: StepEstimator,
+        limits: Limits,
+        costs: MarginalCosts,
+        company: bool,
+    ) -> tuple[list[int], list[int], float]:
+        """(indices in order of need, drafts kept by index, when to ask again if nobody advances)."""
+        count = len(decode)
+        settings = self.settings
+        slack = np.fromiter((s.deadline_ms for s in decode), np.float64, count) - now_ms
+        idle_ms = now_ms - np.fromiter((s.arrived_ms for s in decode), np.float64, count)
+        lost = np.fromiter((s.hopeless for s in decode), np.bool_, count)
+        horizon = 2.0 * costs.all_bound_ms
+        weight = self._weights(decode, slack, lost, horizon)
+        book = Book.of(decode, costs, weight)
+        everyone = np.ones(count, dtype=bool)
+        stale = idle_ms > settings.patience * costs.all_bound_ms
+        if settings.trim:
+            rate, keep = solve(book, everyone)
+        else:
+            keep = book.lengths
+            rate = solve(book, everyone)[0]
+        members = everyone.copy()
+        wake_ms = math.inf
+        if settings.wait:
+            out, wake_ms = waits(now_ms, decode, book, keep, rate, slack, costs)
+            members &= ~out | stale
+        if settings.slack and bool((weight > 1.0).any()):
+            members &= stale | (slack < horizon) | (_net(book, keep, rate) >= 0.0)
+        if settings.demote_hopeless and bool((~lost).any()):
+            members &= ~lost | stale | (_net(book, keep, rate) >= 0.0)
+        if not members.any() and not self._pays_to_idle(now_ms, decode, book, keep, rate, wake_ms):
+            members = everyone
+        if not members.any() and not company:
+            return [], [], wake_ms
+        need = np.lexsort((-book.gains[np.arange(count), keep], slack, ~stale))
+        members, keep = self._fit(members, keep, need, limits)
+        members, keep = self._best(book, members, keep, rate, slack, lost, estimator, limits, need)
+        order = [int(i) for i in need if members[i]]
+        return order, keep.tolist(), wake_ms
+
+    def _weights(
+        self, decode: list[SessionView], slack: FloatArray, lost: BoolArray, horizon: float
+    ) -> FloatArray:
+        """Worth of a session's tokens: 1 while its slack exceeds the horizon, rising to ``catch_up``
+        when it is as far behind as it should be ahead."""
+        weight = np.ones(len(decode))
+        if self.settings.slack and horizon > 0:
+            behind = np.clip(1.0 - slack / horizon, 0.0, 2.0) / 2.0
+            weight += (self.settings.catch_up - 1.0) * behind
+        if self.settings.demote_hopeless:
+            weight[lost] = self.settings.hopeless_weight
+        return weight
+
+    @staticmethod
+    def _pays_to_idle(
+        now_ms: float,
+        decode: list[SessionView],
+        book: Book,
+        keep: IntArray,
+        rate: float,
+        wake_ms: float,
+    ) -> bool:
+        """Whether waiting for the first due draft, the server idle, still beats starting now."""
+        if not math.isfinite(wake_ms):
+            return False
+        return (wake_ms - now_ms) * rate < float(book.weight.sum()) * 0.1
+
+    @staticmethod
+    def _fit(
+        members: BoolArray, keep: IntArray, need: IntArray, limits: Limits
+    ) -> tuple[BoolArray, IntArray]:
+        """Cut to the limits: the least needy leave, then the longest tails are shortened."""
+        room = min(limits.max_tokens, limits.kv_free)
+        inside = need[members[need]]
+        dropped = inside[min(limits.max_items, room) :]
+        members = members.copy()
+        members[dropped] = False
+        keep = keep * members
+        spare = room - int(members.sum())
+        while int(keep.sum()) > spare:
+            most = int(keep.max())
+            widest = np.flatnonzero(keep == most)
+            excess = int(keep.sum()) - spare
+            keep[widest[:excess]] = most - 1
+        return members, keep
+
+    def _best(
+        self,
+        book: Book,
+        members: BoolArray,
+        keep: IntArray,
+        rate: float,
+        slack: FloatArray,
+        lost: BoolArray,
+        estimator: StepEstimator,
+        limits: Limits,
+        need: IntArray,
+    ) -> tuple[BoolArray, IntArray]:
+        """Price candidates exactly and take the best: fewest promises broken, then the best rate."""
+        masks, keeps = [members], [keep]
+        if self.settings.trim:
+            scales = _SCALES if len(keep) <= _FEW else _MANY_SCALES
+            for scale in scales:
+                if scale != 1.0:
+                    mask, cut = self._fit(members, keep_at(book, rate * scale), need, limits)
+                    masks.append(mask)
+                    keeps.append(cut)
+        if self.settings.floor:
+            mask, cut = self._fit(np.ones_like(members), np.zeros_like(keep), need, limits)
+            masks.append(mask)
+            keeps.append(cut)
+        inside, kept = np.array(masks), np.array(keeps)
+        new = np.where(inside, kept + 1, 0)
+        p50, bound = price_batches(estimator, new, book.cached)
+        gains = np.take_along_axis(book.gains[None], kept[..., None], axis=2)[..., 0]
+        rates = (gains * book.weight * inside).sum(axis=1) / np.maximum(p50, 1e-9)
+        if self.settings.slack:
+            # Who stays out is answered by the next step at the earliest.
+            finish = np.where(inside, bound[:, None], 2.0 * bound[:, None])
+            in_time = (slack >= bound.min()) & ~lost
+            broken = ((finish > slack) & in_time).sum(axis=1)
+        else:
+            broken = np.zeros(len(p50), dtype=np.int64)
+        best = int(np.lexsort((-rates, broken))[0])
+        return inside[best], kept[best]
+
+
+def _net(book: Book, keep: IntArray, rate: float) -> FloatArray:
+    """What each session's part is worth beyond the time it takes, at the going rate."""
+    gains = book.gains[np.arange(len(keep)), keep] * book.weight
+    net: FloatArray = gains - rate * (book.lone_ms + keep * book.row_ms)
+    return net
