@@ -129,7 +129,7 @@ class Simulation:
             script,
             self.system.make_controller(source.predictor, script),
             self._stream,
-            self.system.lead_limit,
+            self.system.drafting,
         )
         size = OPEN_BYTES + TOKEN_BYTES * request.prompt_tokens
         self.counters.up_bytes += size
@@ -158,9 +158,9 @@ class Simulation:
         self.counters.up_bytes += size
         self.at(edge.link.up(now_ms, size), self.server.draft, (edge, frame, slack_ms))
 
-    def drafted(self, cost_ms: float, tokens: int = 1) -> None:
-        """``tokens`` were drafted (negative: they were planned and then not begun)."""
-        self.counters.drafted += tokens
+    def drafted(self, cost_ms: float) -> None:
+        """A draft step began; it will be finished."""
+        self.counters.drafted += 1
         self.counters.drafting_ms += cost_ms
 
     def wasted(self, cost_ms: float, tokens: int) -> None:

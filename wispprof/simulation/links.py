@@ -43,6 +43,17 @@ class LinkProfile:
                 f"a link needs rtt_ms >= 0, jitter_ms >= 0 and 0 <= loss < 1, got {self}"
             )
 
+    @property
+    def retransmission_ms(self) -> float:
+        """What one lost packet costs."""
+        return max(200.0, 1.5 * self.rtt_ms)
+
+    @property
+    def mean_rtt_ms(self) -> float:
+        """Mean round trip of an empty frame: what a meter on the edge settles at."""
+        lost = self.loss / (1.0 - self.loss)
+        return self.rtt_ms + 2.0 * (self.jitter_ms + lost * self.retransmission_ms)
+
 
 class Link:
     """One device's link: when does a frame sent now arrive?"""
@@ -64,7 +75,7 @@ class Link:
         self._half = profile.rtt_ms / 2.0
         self._jitter = profile.jitter_ms
         self._loss = profile.loss
-        self._penalty = max(200.0, 1.5 * profile.rtt_ms)
+        self._penalty = profile.retransmission_ms
         self._up_free = self._down_free = 0.0
 
     def up(self, now_ms: float, size: int) -> float:

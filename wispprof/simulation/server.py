@@ -58,7 +58,7 @@ class Server:
         self._steps = 0
         # The least time a token can take: a lone step that commits a full tail.
         alone = self._estimator.start().add(1, 0).p50_ms
-        self._floor_ms = alone / (1 + sim.system.lead_limit)
+        self._floor_ms = alone / (1 + sim.system.drafting.lead)
 
     # --- frames arrive ---
 
@@ -104,14 +104,14 @@ class Server:
             self._sessions[edge.key] = ServerSession(
                 edge.key,
                 edge.script.prompt,
-                slo=edge.slo,
+                slo=edge.record.slo,
                 max_new=edge.record.output_tokens,
                 max_context=model.max_context + 1,
                 # The promise counts from the request, not from admission.
                 now_ms=edge.record.asked_ms,
                 stream=edge.stream,
                 undrafted=edge.controller is None,
-                max_tail=self._sim.system.lead_limit,
+                max_tail=self._sim.system.drafting.lead,
                 floor_ms=self._floor_ms,
             )
 

@@ -14,20 +14,23 @@ from wispprof.core import DraftFeatures, RejectionPredictor
 from wispprof.errors import PlanError
 from wispprof.policies.api import BatchPolicy, Controller, RoundContext
 from wispprof.policies.registry import make_batch_policy, make_controller
+from wispprof.sessions.turns import DraftingSettings
 from wispprof.simulation.acceptance import Script
 
 __all__ = ["SYSTEMS", "System", "system"]
+
+
+_WAITS = DraftingSettings(proactive=0)
+_PROACTIVE = DraftingSettings(proactive=8)
 
 
 @dataclass(frozen=True)
 class System:
     """A way of serving. ``controller`` ``None``: the edge never drafts (centralized serving).
 
-    ``proactive``: in round mode, the edge drafts on while its round is out. ``prefix_cache``: the server
-    keeps KV between rounds. ``clairvoyant``: edges know how many of their drafts will be accepted.
-    ``label`` is its name in tables; ``lead_limit`` the most drafts held beyond the frontier. In stream mode
-    drafts share a frame as long as drafting them takes at most ``frame_share`` of the round trip, and
-    they are at most ``frame_max``.
+    ``drafting``: how far edges draft ahead (``proactive``: in round mode, while a round is out).
+    ``prefix_cache``: the server keeps KV between rounds. ``clairvoyant``: edges know how many of their
+    drafts will be accepted. ``label`` is its name in tables.
     """
 
     label: str
@@ -35,16 +38,9 @@ class System:
     controller: str | None = None
     batching_options: Mapping[str, Any] = field(default_factory=dict)
     controller_options: Mapping[str, Any] = field(default_factory=dict)
-    proactive: int = 0
     prefix_cache: bool = True
     clairvoyant: bool = False
-    lead_limit: int = 24
-    frame_share: float = 0.25
-    frame_max: int = 8
-
-    def frame_tokens(self, rtt_ms: float, draft_ms: float) -> int:
-        """How many drafts share a frame in stream mode."""
-        return max(1, min(self.frame_max, int(self.frame_share * rtt_ms / max(draft_ms, 1e-3))))
+    drafting: DraftingSettings = _WAITS
 
     def make_batching(self) -> BatchPolicy:
         return make_batch_policy(self.batching, **self.batching_options)
@@ -86,9 +82,11 @@ class _Clairvoyant:
         """Knows already."""
 
 
-_SLED_FIXED = System("sled-fixed", "sled_static", "fixed", controller_options={"k": 5}, proactive=8)
+_SLED_FIXED = System(
+    "sled-fixed", "sled_static", "fixed", controller_options={"k": 5}, drafting=_PROACTIVE
+)
 _SLED_THRESHOLD = System(
-    "sled-threshold", "sled_static", "sled", controller_options={"k_max": 8}, proactive=8
+    "sled-threshold", "sled_static", "sled", controller_options={"k_max": 8}, drafting=_PROACTIVE
 )
 
 SYSTEMS: Mapping[str, System] = {
@@ -100,7 +98,13 @@ SYSTEMS: Mapping[str, System] = {
         _SLED_THRESHOLD,
         _SLED_THRESHOLD.but(label="sled-threshold-nocache", prefix_cache=False),
         System("fcfs", "fcfs", "fixed", controller_options={"k": 4}),
-        System("specedge", "specedge_pipeline", "fixed", controller_options={"k": 5}, proactive=8),
+        System(
+            "specedge",
+            "specedge_pipeline",
+            "fixed",
+            controller_options={"k": 5},
+            drafting=_PROACTIVE,
+        ),
         System("wisp", "wisp", "wisp"),
         System("wispprof", "wispprof", "wispprof"),
         System("clairvoyant", "wispprof", clairvoyant=True),
