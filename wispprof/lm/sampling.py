@@ -72,7 +72,8 @@ def _draw_filtered(
 ) -> Tensor:
     """Draw among the ``width`` most likely tokens; rows whose filter may keep more are drawn again."""
     vocab = scaled.shape[1]
-    width = min(vocab, width)
+    # A top-k must be seen whole: the top-p after it is a share of its mass.
+    width = min(vocab, max(width, *(s.top_k + 1 for s in samplings)))
     values, ids = scaled.topk(width)
     device = scaled.device
     top_k = torch.tensor([s.top_k or vocab for s in samplings], device=device).clamp_(max=vocab)
@@ -109,7 +110,7 @@ def choose_numpy(logits: np.ndarray, position: int, sampling: Sampling) -> int:
     scaled = logits.astype(np.float32) / np.float32(sampling.temperature)
     if not sampling.top_k and sampling.top_p >= 1:
         return int((gumbel_numpy(keys, np.arange(len(scaled)))[0] + scaled).argmax())
-    vocab, width = len(scaled), _CANDIDATES
+    vocab, width = len(scaled), max(_CANDIDATES, sampling.top_k + 1)
     while True:
         width = min(width, vocab)
         ids = np.argpartition(scaled, vocab - width)[vocab - width :]
@@ -148,7 +149,7 @@ def filtered_probs(logits: Tensor, sampling: Sampling) -> Tensor:
         floor = scaled.topk(min(sampling.top_k, scaled.shape[-1])).values[:, -1:]
         scaled = scaled.masked_fill(scaled < floor, -torch.inf)
     if sampling.top_p < 1:
-        ordered, ids = scaled.sort(-1, descending=True, stable=True)
+        ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
         probs = ordered.softmax(-1)
         drop = (probs.cumsum(-1) - probs) >= sampling.top_p
         drop[:, 0] = False
