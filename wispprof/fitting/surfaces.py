@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from wispprof.errors import FitError
 from wispprof.fitting.base import Surface
+from wispprof.fitting.forest import Forest
+from wispprof.fitting.hybrid import WispprofSurface
 from wispprof.fitting.linear import WispLinear
+from wispprof.fitting.staircase import Staircase
 
 __all__ = ["ESTIMATOR_KINDS", "surface_class"]
 
-_SURFACES: dict[str, type[Surface]] = {c.kind: c for c in (WispLinear,)}
+_SURFACES: dict[str, type[Surface]] = {
+    c.kind: c for c in (WispLinear, Staircase, Forest, WispprofSurface)
+}
 
 ESTIMATOR_KINDS = tuple(_SURFACES)
 

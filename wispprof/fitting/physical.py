@@ -1,0 +1,186 @@
+"""The physical part: what a step must cost, as nonnegative terms of the batch totals.
+
+A step reads the weights (constant), multiplies every padded token with them (a convex-or-not curve in
+tokens after graph padding), reads the cache (a curve in cached tokens), touches query-key pairs, and
+waits for its longest item: kernels that split work by item are as slow as the widest and deepest one,
+and dense caches compute ``items × widest × deepest``. Every term grows with work and every weight is
+≥ 0, so the sum never falls when work is added.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from wispprof.fitting.base import fit_nonnegative
+from wispprof.fitting.features import FloatArray, Totals, bucket_many
+from wispprof.fitting.rows import Observations
+
+__all__ = ["Curve", "PhysicalTerms", "graph_buckets"]
+
+NEW_KNOTS = 6
+CACHED_KNOTS = 3
+BUCKET_SHARE = 0.8
+"""Share of rows whose padding must follow the buckets before they are believed."""
+
+
+class Curve:
+    """A non-decreasing piecewise linear function through the origin, by its slope between knots."""
+
+    def __init__(self, knots: Sequence[float], slopes: Sequence[float]) -> None:
+        if len(slopes) != len(knots) + 1 or min(slopes) < 0:
+            raise ValueError("a curve has one slope ≥ 0 more than knots")
+        self.knots = [float(k) for k in knots]
+        self.slopes = [float(s) for s in slopes]
+        edges = [0.0, *self.knots]
+        # Value at the left end of each segment.
+        self._left = list(edges)
+        self._base = [0.0]
+        for index in range(len(self.knots)):
+            rise = self.slopes[index] * (edges[index + 1] - edges[index])
+            self._base.append(self._base[-1] + rise)
+
+    def __call__(self, x: float) -> float:
+        place = bisect_right(self.knots, x)
+        return self._base[place] + self.slopes[place] * (x - self._left[place])
+
+    def many(self, x: FloatArray) -> FloatArray:
+        place = np.searchsorted(self.knots, x, side="right")
+        slope, base, left = np.array(self.slopes), np.array(self._base), np.array(self._left)
+        result: FloatArray = base[place] + slope[place] * (x - left[place])
+        return result
+
+    @staticmethod
+    def columns(x: FloatArray, knots: Sequence[float]) -> FloatArray:
+        """The part of ``x`` that lies in each segment, (n, knots + 1): what the slopes multiply."""
+        edges = np.array([0.0, *knots, np.inf])
+        part: FloatArray = np.clip(x[:, None], edges[:-1], edges[1:]) - edges[:-1]
+        return part
+
+
+def spread_knots(x: FloatArray, count: int) -> list[float]:
+    """Up to ``count`` knots at quantiles of the distinct values, none at the ends."""
+    distinct = np.unique(x[x > 0])
+    if len(distinct) < 4:
+        return []
+    wanted = np.quantile(distinct, np.linspace(0, 1, min(count, len(distinct) - 2) + 2)[1:-1])
+    return [float(k) for k in np.unique(wanted)]
+
+
+def graph_buckets(data: Observations) -> FloatArray:
+    """Token counts that steps are padded to, (b,), or empty where steps are not padded."""
+    known = data.padded > 0
+    if not known.any():
+        return np.zeros(0)
+    buckets = np.unique(data.padded[known])
+    follows = bucket_many(data.totals[known, 1], buckets) == data.padded[known]
+    padded = data.padded[known] > data.totals[known, 1]
+    believable = follows.mean() >= BUCKET_SHARE and padded.any()
+    return buckets if believable else np.zeros(0)
+
+
+class PhysicalTerms:
+    """``buckets_`` (b,), ``new_`` and ``cached_`` curves, ``weights_`` (10,) of the other terms."""
+
+    kind = "physical"
+    monotone = True
+
+    def __init__(self, new_knots: int = NEW_KNOTS, cached_knots: int = CACHED_KNOTS) -> None:
+        self.new_knots = new_knots
+        self.cached_knots = cached_knots
+        self.buckets_: list[float] = []
+        self.new_ = Curve([], [0.0])
+        self.cached_ = Curve([], [0.0])
+        self.weights_: tuple[float, ...] = (0.0,) * 10
+
+    def fit(self, data: Observations) -> Self:
+        buckets = graph_buckets(data)
+        self.buckets_ = [float(b) for b in buckets]
+        tokens = bucket_many(data.totals[:, 1], buckets)
+        new_knots = spread_knots(tokens, self.new_knots)
+        cached_knots = spread_knots(data.totals[:, 2], self.cached_knots)
+        design = np.concatenate(
+            [
+                Curve.columns(tokens, new_knots),
+                Curve.columns(data.totals[:, 2], cached_knots),
+                self._others(data.totals),
+            ],
+            axis=1,
+        )
+        weights = fit_nonnegative(design, data.median_ms).tolist()
+        first, second = len(new_knots) + 1, len(cached_knots) + 1
+        self.new_ = Curve(new_knots, weights[:first])
+        self.cached_ = Curve(cached_knots, weights[first : first + second])
+        self.weights_ = tuple(weights[first + second :])
+        return self
+
+    @staticmethod
+    def _others(totals: FloatArray) -> FloatArray:
+        items, _, _, cross, square, deep, wide, prefill = totals.T
+        terms = (
+            np.ones(len(totals)),
+            items,
+            cross,
+            square,
+            deep,
+            prefill,
+            items * deep,
+            items * wide,
+            wide * deep,
+            items * wide * deep,
+        )
+        return np.stack(terms, axis=1)
+
+    def tokens(self, new: float) -> float:
+        """Tokens computed for ``new`` fed ones, after graph padding."""
+        buckets = self.buckets_
+        place = bisect_left(buckets, new)
+        return buckets[place] if place < len(buckets) else new
+
+    def p50(self, totals: Totals) -> float:
+        items, new, cached, cross, square, deep, wide, prefill = totals
+        w0, w1, w2, w3, w4, w5, w6, w7, w8, w9 = self.weights_
+        padded = wide * deep
+        return (
+            self.new_(self.tokens(new))
+            + self.cached_(cached)
+            + w0
+            + items * (w1 + w6 * deep + w7 * wide + w9 * padded)
+            + w2 * cross
+            + w3 * square
+            + w4 * deep
+            + w5 * prefill
+            + w8 * padded
+        )
+
+    def p50_many(self, totals: FloatArray) -> FloatArray:
+        tokens = bucket_many(totals[:, 1], np.array(self.buckets_))
+        result: FloatArray = (
+            self.new_.many(tokens)
+            + self.cached_.many(totals[:, 2])
+            + self._others(totals) @ np.array(self.weights_)
+        )
+        return result
+
+    def payload(self) -> dict[str, Any]:
+        return {
+            "buckets": self.buckets_,
+            "new": {"knots": self.new_.knots, "slopes": self.new_.slopes},
+            "cached": {"knots": self.cached_.knots, "slopes": self.cached_.slopes},
+            "weights": list(self.weights_),
+        }
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any]) -> Self:
+        terms = cls()
+        terms.buckets_ = sorted(float(b) for b in payload["buckets"])
+        terms.new_ = Curve(payload["new"]["knots"], payload["new"]["slopes"])
+        terms.cached_ = Curve(payload["cached"]["knots"], payload["cached"]["slopes"])
+        weights = tuple(float(w) for w in payload["weights"])
+        if len(weights) != 10 or min(weights) < 0:
+            raise ValueError("the physical part has ten weights ≥ 0")
+        terms.weights_ = weights
+        return terms
