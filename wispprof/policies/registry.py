@@ -10,6 +10,7 @@ from wispprof.core import RejectionPredictor
 from wispprof.errors import PlanError
 from wispprof.policies.api import BatchPolicy, Controller
 from wispprof.policies.controllers import FixedController, SledController, WispController
+from wispprof.policies.optimal import WispprofController
 from wispprof.policies.rounds import Centralized, Fcfs, SledStatic, SpecEdgePipeline
 from wispprof.policies.stream import StreamSettings, Wispprof
 from wispprof.policies.wisp import Wisp
@@ -34,6 +35,7 @@ _CONTROLLERS: Mapping[str, Callable[..., Controller]] = {
     "fixed": FixedController,
     "sled": SledController,
     "wisp": WispController,
+    "wispprof": WispprofController,
 }
 
 BATCH_POLICIES: tuple[str, ...] = tuple(_BATCH)
