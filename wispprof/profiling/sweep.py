@@ -142,7 +142,7 @@ class Sweep(Generic[Subject]):
         shuffled = sorted(shots, key=lambda shot: shot.key)
         random.Random(settings.seed).shuffle(shuffled)
         self._todo = [shot for shot in shuffled if shot.key not in done]
-        self._total = len(shots)
+        self._total = len(self._todo) + len(done)
 
     def run(self) -> SweepResult:
         begin, refused, late = self._clock(), dict[str, str](), 0
