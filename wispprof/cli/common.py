@@ -130,7 +130,7 @@ def table(title: str, *columns: str, caption: str | None = None) -> Table:
         header_style="bold",
     )
     for column in columns:
-        made.add_column(column.removeprefix(">"), justify="right" if column[0] == ">" else "left")
+        made.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
     return made
 
 
@@ -270,10 +270,17 @@ class GuardedGroup(TyperGroup):
         # Every option can be set by an environment variable of its own name; saying so at each of
         # them would bury the help text.
         command = super().get_command(ctx, cmd_name)
-        for parameter in getattr(command, "params", ()):
-            if not parameter.envvar:
-                parameter.show_envvar = False
+        if command is not None:
+            _hide_environment(command)
         return command
+
+
+def _hide_environment(command: Any) -> None:
+    for parameter in command.params:
+        if hasattr(parameter, "show_envvar") and not parameter.envvar:
+            parameter.show_envvar = False
+    for inner in getattr(command, "commands", {}).values():
+        _hide_environment(inner)
 
 
 def known_options(group: Any) -> Known:

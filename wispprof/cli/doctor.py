@@ -1,0 +1,74 @@
+"""``wispprof doctor``: check this installation and say what to do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wispprof.cli import common
+
+__all__ = ["register"]
+
+_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``doctor`` to the commands."""
+    app.command("doctor", rich_help_panel="Project")(doctor)
+
+
+def doctor(
+    target: Annotated[str, typer.Option(help="Target to check (default: the bundled one).")] = "",
+    draft: Annotated[str, typer.Option(help="Draft to check (default: the bundled one).")] = "",
+    host: Annotated[str, typer.Option(help="Address a server would listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of that server.")] = 8200,
+    api_key_file: Annotated[Path | None, typer.Option(help="Keys of that server.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key, PEM.")] = None,
+    server: Annotated[str, typer.Option(help="A running server to greet, ws://HOST:PORT.")] = "",
+    key: Annotated[str, typer.Option(help="API key for --server.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder that results would go to.")] = Path("out"),
+    run: Annotated[Path | None, typer.Option(help="A folder of artifacts to check.")] = None,
+    as_json: common.JsonFlag = False,
+) -> None:
+    """Check installation, machine, models, ports, keys and files; say what to do about each fault.
+
+    Exit code 1 where something would fail.
+    """
+    from rich.text import Text
+
+    from wispprof.doctor import CHECKS, Finding, Situation, examine
+
+    situation = Situation(
+        target=target,
+        draft=draft,
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        server=server,
+        key=key,
+        out=out,
+        run=run,
+        environ=os.environ,
+    )
+    findings: list[Finding] = []
+    with common.tracker("doctor", total=len(CHECKS)) as report:
+        for finding in examine(situation, CHECKS):
+            findings.append(finding)
+            report(len(findings), status=finding.what)
+    table = common.table("", "", "check", "found")
+    for finding in findings:
+        text = Text(finding.found)
+        if finding.fix:
+            text.append(f"\n{finding.fix}", style="green")
+        style = _STYLES[finding.status]
+        table.add_row(Text(finding.status, style=style), finding.what, text)
+    failed = [f.what for f in findings if f.status == "fail"]
+    common.result({"ok": not failed, "findings": findings}, table, as_json)
+    if failed:
+        raise typer.Exit(common.FAULT)

@@ -1,0 +1,42 @@
+"""Checks of an installation: what could go wrong on this machine, found before it does, with its fix.
+
+A check is a function from a :class:`Situation` to a :class:`Finding`. It reads the world through the
+situation where it can, so that tests can plant each fault.
+"""
+
+from wispprof.doctor.files import artifacts, output_folder
+from wispprof.doctor.findings import Check, Finding, Situation, examine
+from wispprof.doctor.machine import (
+    clock,
+    devices,
+    installation,
+    load,
+    memory,
+    open_files,
+    sensors,
+    threads,
+)
+from wispprof.doctor.models import engine, models, tokenizers
+from wispprof.doctor.serving import api_keys, port, server, tls
+
+CHECKS: tuple[Check, ...] = (
+    installation,
+    devices,
+    threads,
+    memory,
+    load,
+    clock,
+    sensors,
+    open_files,
+    models,
+    tokenizers,
+    engine,
+    port,
+    api_keys,
+    tls,
+    server,
+    output_folder,
+    artifacts,
+)
+
+__all__ = ["CHECKS", "Check", "Finding", "Situation", "examine"]

@@ -1,0 +1,63 @@
+"""What a check is told and what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from wispprof.errors import WispprofError
+
+__all__ = ["Check", "Finding", "Situation", "examine"]
+
+Status = Literal["ok", "warn", "fail", "skip"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``what`` was looked at, how it stands, what was ``found``, and the ``fix`` where there is need.
+
+    ``warn``: it works, and something will be worse than it could be. ``fail``: a command will fail.
+    ``skip``: there was nothing to look at.
+    """
+
+    what: str
+    status: Status
+    found: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Where and how the tool is going to be used. ``None`` means: not asked for.
+
+    ``target`` and ``draft``: model folders or hub ids. ``run``: a folder of artifacts.
+    ``server``: address of a running server. ``environ``: the process's environment.
+    """
+
+    target: str = ""
+    draft: str = ""
+    host: str = "127.0.0.1"
+    port: int = 8200
+    api_key_file: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    server: str = ""
+    key: str = ""
+    out: Path = Path("out")
+    run: Path | None = None
+    environ: Mapping[str, str] = field(default_factory=dict)
+
+
+Check = Callable[[Situation], Finding]
+
+
+def examine(situation: Situation, checks: Sequence[Check]) -> Iterator[Finding]:
+    """Run the checks in order. What a check raises on purpose is a finding with the same fix."""
+    for check in checks:
+        try:
+            yield check(situation)
+        except WispprofError as fault:
+            message = str(fault).removesuffix(fault.fix).rstrip() if fault.fix else str(fault)
+            yield Finding(check.__name__.replace("_", " "), "fail", message, fault.fix)
