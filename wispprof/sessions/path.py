@@ -56,7 +56,7 @@ class CommitEffect(NamedTuple):
     server verified (a hit on the target's own token saves no step, but the lead stands). ``kept``: drafts
     that still stand beyond the new frontier. ``proactive``: there was a guess at the target's own token;
     ``proactive_hit``: it was right. ``rejected``: a draft of ours was contradicted. ``wasted_*``: drafts
-    after that first rejected one, dropped with it.
+    after that first rejected one, dropped with it; ``dropped_ms`` counts the rejected one too.
     """
 
     tokens: tuple[int, ...] = ()
@@ -70,6 +70,7 @@ class CommitEffect(NamedTuple):
     rejected: bool = False
     wasted_ms: float = 0.0
     wasted_tokens: int = 0
+    dropped_ms: float = 0.0
 
 
 class EdgePath:
@@ -169,6 +170,14 @@ class EdgePath:
         self._drafts.append(Held(int(token), float(survival), float(draft_ms)))
         return position
 
+    def rate(self, position: int, survival: float) -> None:
+        """Replace the survival of the draft held at ``position``: a proactive draft is judged again once
+        it is known to stand at the beginning of a round."""
+        index = position - self.frontier
+        if not 0 <= index < len(self._drafts):
+            raise ValueError(f"no draft is held at position {position}")
+        self._drafts[index] = self._drafts[index]._replace(survival=float(survival))
+
     def take(self, limit: int | None = None) -> Outgoing | None:
         """Content of the next draft frame, or ``None`` if nothing is to be sent.
 
@@ -199,8 +208,17 @@ class EdgePath:
             sum(held.draft_ms for held in part),
         )
 
-    def on_commit(self, frontier: int, tokens: Sequence[int], accepted: int = 0) -> CommitEffect:
-        """Take in committed ``tokens`` that end at ``frontier``; ``accepted`` of them were our drafts.
+    def on_commit(
+        self,
+        frontier: int,
+        tokens: Sequence[int],
+        accepted: int = 0,
+        drafted: int | None = None,
+    ) -> CommitEffect:
+        """Take in committed ``tokens`` that end at ``frontier``.
+
+        ``accepted`` of them were our drafts, of ``drafted`` that the server verified (known or not: it
+        tells a wrong guess from a rejected draft).
 
         Idempotent: a duplicate or late commit changes nothing, and only the unknown part of an
         overlapping one counts. Raises :class:`ProtocolError` if it leaves a gap after the frontier
@@ -225,7 +243,8 @@ class EdgePath:
             return CommitEffect()
         new = tuple(int(token) for token in tokens[known - start :])
         self._waiting = False
-        return self._advance(new, max(0, accepted - max(0, overlap)))
+        rejected = drafted is not None and accepted < drafted
+        return self._advance(new, max(0, accepted - max(0, overlap)), not rejected)
 
     def drop(self, position: int) -> int | None:
         """Abandon the drafts at and beyond ``position``; returns the drafter's new length.
@@ -245,7 +264,7 @@ class EdgePath:
         self._sent = self.frontier
         self._waiting = True
 
-    def _advance(self, new: tuple[int, ...], accepted: int) -> CommitEffect:
+    def _advance(self, new: tuple[int, ...], accepted: int, guess: bool) -> CommitEffect:
         held = self._drafts
         hits = 0
         while hits < min(len(held), len(new)) and held[hits].token == new[hits]:
@@ -253,7 +272,7 @@ class EdgePath:
         self._committed.extend(new)
         rejected = hits < min(len(held), len(new))
         # The target's own token is the last of the commit: a draft there was a guess at it.
-        proactive = len(held) >= len(new) and hits >= len(new) - 1
+        proactive = guess and len(held) >= len(new) and hits >= len(new) - 1
         proactive_hit = hits == len(new)
         if rejected:
             wasted = held[hits + 1 :]
@@ -269,6 +288,7 @@ class EdgePath:
                 rejected=True,
                 wasted_ms=sum(draft.draft_ms for draft in wasted),
                 wasted_tokens=len(wasted),
+                dropped_ms=sum(draft.draft_ms for draft in held[hits:]),
             )
         self._drafts = held[len(new) :]
         self._sent = max(self._sent, self.frontier)

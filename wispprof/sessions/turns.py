@@ -65,20 +65,20 @@ class Turns:
         self._rated = 0  # stream: leading drafts whose survival is known
         self._closed = False  # round: complete; stream: paused until a commit
         self._silent = False
+        self._worthwhile = True  # round: the controller drafted at all last time
         self._group = 1
 
     # --- may a token be drafted now? ---
 
     def may_draft(self) -> bool:
-        """Whether the next token beyond the path should be drafted."""
+        """Whether the next token beyond the path should be drafted. Ask :meth:`due` before: it begins
+        rounds and stretches, and before one has begun nothing says how far to draft."""
         path = self._path
         if self._controller is None or self._silent or path.room == 0 or self._ends():
             return False
-        if path.stream:
-            return not self._closed
-        if path.waiting:
-            return path.unsent < self._settings.proactive
-        return self._budget is None or not self._closed
+        if path.waiting and not path.stream:
+            return self._worthwhile and path.unsent < self._settings.proactive
+        return self._budget is not None and not self._closed
 
     def drafted(self, token: DraftToken) -> None:
         """A token was drafted and is held by the path."""
@@ -125,6 +125,7 @@ class Turns:
             self._budget = controller.begin(context_of(path.lead))
             self._judged = 0
             self._closed = self._budget <= 0
+            self._worthwhile = not self._closed
         while not self._closed and self._judged < path.lead:
             self._closed = not self._judge(self._judged) or self._judged >= self._budget
         if not self._closed and (path.room == 0 or self._silent or self._ends()):

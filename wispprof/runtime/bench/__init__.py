@@ -1,0 +1,1 @@
+"""Load and emulation: replay fleets against a running server, and servers that fit into a process."""

@@ -1,0 +1,136 @@
+"""What one request went through, as the user sees it and as the edge spent it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from wispprof.core import Slo
+from wispprof.sessions.path import CommitEffect
+
+__all__ = ["RequestStats"]
+
+
+@dataclass(slots=True)
+class RequestStats:
+    """Statistics of one request. Times are ms since the request began.
+
+    ``rounds``: commits after the first token. ``drafted``: tokens drafted. ``accepted``: verified and
+    kept. ``wasted_ms``: edge time spent on drafts after the first rejected one; ``dropped_ms`` and
+    ``dropped``: all drafts that ended in no committed token, the rejected ones included.
+    ``offered_by_position[j]``: verified rounds with at least j+1 drafts; ``accepted_by_position[j]``:
+    those in which the first j+1 were accepted. ``proactive_hits`` of ``proactive_guesses``: how often a
+    guess at the target's own token was right. ``draft_only``: tokens that no server confirmed.
+    """
+
+    begun_ms: float = 0.0
+    first_ms: float | None = None
+    last_ms: float | None = None
+    tokens: int = 0
+    draft_only: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    sent: int = 0
+    verified: int = 0
+    accepted: int = 0
+    draft_ms: float = 0.0
+    wasted_ms: float = 0.0
+    dropped: int = 0
+    dropped_ms: float = 0.0
+    proactive_guesses: int = 0
+    proactive_hits: int = 0
+    queue_ms: float = 0.0
+    verify_ms: float = 0.0
+    rtt_ms: float = 0.0
+    up_bytes: int = 0
+    down_bytes: int = 0
+    reopened: int = 0
+    finished: str = ""
+    energy_j: float | None = None
+    first_tokens: int = 0
+    offered_by_position: list[int] = field(default_factory=list)
+    accepted_by_position: list[int] = field(default_factory=list)
+
+    def commit(self, effect: CommitEffect, now_ms: float, drafted: int) -> None:
+        """Note a commit that arrived at ``now_ms`` for which ``drafted`` proposals were verified."""
+        at = now_ms - self.begun_ms
+        if self.first_ms is None:
+            self.first_ms = at
+            self.first_tokens = len(effect.tokens)
+        else:
+            self.rounds += 1
+            self.verified += drafted
+            self.accepted += effect.accepted
+            self._by_position(drafted, effect.accepted)
+        self.last_ms = at
+        self.tokens += len(effect.tokens)
+        self.wasted_ms += effect.wasted_ms
+        self.proactive_guesses += effect.proactive
+        self.proactive_hits += effect.proactive_hit
+
+    def _by_position(self, drafted: int, accepted: int) -> None:
+        missing = drafted - len(self.offered_by_position)
+        if missing > 0:
+            self.offered_by_position += [0] * missing
+            self.accepted_by_position += [0] * missing
+        for place in range(drafted):
+            self.offered_by_position[place] += 1
+            self.accepted_by_position[place] += place < accepted
+
+    @property
+    def ttft_ms(self) -> float | None:
+        return self.first_ms
+
+    @property
+    def tpot_ms(self) -> float | None:
+        """Mean ms per token after the first commit; ``None`` with nothing after it."""
+        later = self.tokens - self.first_tokens
+        if later <= 0 or self.first_ms is None or self.last_ms is None:
+            return None
+        return (self.last_ms - self.first_ms) / later
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Committed tokens over the whole request, its first token's wait included."""
+        return self.tokens * 1000.0 / self.last_ms if self.last_ms else 0.0
+
+    @property
+    def accepted_per_round(self) -> float:
+        return self.accepted / self.rounds if self.rounds else 0.0
+
+    def kept(self, slo: Slo) -> bool:
+        """Whether the promise was kept: first token in time, then the sustained speed."""
+        if self.first_ms is None or (slo.ttft_ms is not None and self.first_ms > slo.ttft_ms):
+            return False
+        tpot_ms = self.tpot_ms
+        return tpot_ms is None or tpot_ms <= slo.tpot_ms
+
+    def summary(self) -> dict[str, object]:
+        """Everything, with the derived figures; JSON-ready."""
+        rounds = max(1, self.rounds)
+        return {
+            **asdict(self),
+            "tokens_per_s": self.tokens_per_s,
+            "ttft_ms": self.ttft_ms,
+            "tpot_ms": self.tpot_ms,
+            "accepted_per_round": self.accepted_per_round,
+            "queue_ms_per_round": self.queue_ms / rounds,
+            "verify_ms_per_round": self.verify_ms / rounds,
+        }
+
+    def line(self) -> str:
+        """One line for a terminal."""
+        parts = [f"{self.tokens} tokens", f"{self.tokens_per_s:.1f} tokens/s"]
+        if self.first_ms is not None:
+            parts.append(f"first after {self.first_ms:.0f} ms")
+        if self.drafted:
+            parts.append(f"accepted {self.accepted_per_round:.2f} per round ({self.rounds} rounds)")
+            share = self.wasted_ms / self.draft_ms if self.draft_ms else 0.0
+            parts.append(f"wasted drafting {self.wasted_ms:.0f} ms ({share:.0%})")
+        if self.proactive_guesses:
+            parts.append(f"guessed ahead {self.proactive_hits}/{self.proactive_guesses}")
+        parts.append(f"link {self.rtt_ms:.1f} ms")
+        if self.reopened:
+            parts.append(f"reopened {self.reopened}x")
+        if self.draft_only:
+            parts.append(f"{self.draft_only} tokens UNVERIFIED (draft alone)")
+        return " · ".join(parts)
