@@ -102,13 +102,15 @@ class Close(msgspec.Struct, tag="x", array_like=True, frozen=True):
 
 class Problem(msgspec.Struct, tag="p", array_like=True, frozen=True):
     """Something was refused. ``session`` is -1 where it concerns the connection, which then closes.
-    Codes: ``hello``, ``frame``, ``session``, ``limit``, ``busy`` (see ``retry_ms``), ``slo``,
+    Codes: ``hello``, ``frame``, ``session``, ``limit``, ``busy`` (see ``retry_ms``), ``slo``
+    (``tokens_per_s``: the speed that could be promised, 0 where speed is not the matter),
     ``draining``, ``internal``."""
 
     session: int
     code: str
     message: str
     retry_ms: float = 0.0
+    tokens_per_s: float = 0.0
 
 
 class Ping(msgspec.Struct, tag="i", array_like=True, frozen=True):

@@ -189,6 +189,11 @@ class ServerSession:
         return self._flight is not None
 
     @property
+    def waiting_from_ms(self) -> float:
+        """Since when it waits: its request, its round, or its last commit."""
+        return self._waiting_from_ms
+
+    @property
     def tokens_left(self) -> int:
         """The most tokens it may still commit."""
         return min(self.max_new - self.generated, self.max_context - len(self.tokens))
@@ -443,7 +448,21 @@ class ServerSession:
         if self.finished:
             self._clear_tail()
 
+    def abandon(self) -> None:
+        """Nobody wants the rest: held drafts are booked as wasted, nothing more is committed."""
+        self._flight = None
+        self._clear_tail()
+        self.finished = self.finished or "abandoned"
+
     # --- its cache ----------------------------------------------------------------------------
+
+    def adopted(self, cached: int) -> None:
+        """Before its first step: the engine already holds the first ``cached`` tokens (a prefix that
+        another session left). At least one token is left to feed."""
+        if self._started or self._flight is not None or not 0 <= cached < len(self.tokens):
+            raise ValueError(f"cannot adopt {cached} cached tokens now")
+        self.cached = cached
+        self._view = None
 
     def evicted(self, cached: int = 0) -> None:
         """The engine keeps only the first ``cached`` tokens of it: the rest is prefilled again."""

@@ -1,0 +1,44 @@
+"""The FastAPI application: doors of one verification server."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Response, WebSocket
+from fastapi.responses import JSONResponse
+
+from wispprof import __version__
+from wispprof.runtime.server.edgelink import EdgeLink
+from wispprof.runtime.server.server import VerificationServer
+
+__all__ = ["make_app"]
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def make_app(server: VerificationServer) -> FastAPI:
+    """``/v1/split`` for edges; ``/health`` (alive), ``/ready`` (takes requests), ``/metrics``."""
+    app = FastAPI(title="wispprof", version=__version__, docs_url=None, redoc_url=None)
+
+    @app.websocket("/v1/split")
+    async def split(socket: WebSocket) -> None:
+        await EdgeLink(server, socket).serve()
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        return JSONResponse({"status": "ok", "version": __version__})
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        body = {
+            "ready": server.ready,
+            "target": server.model.id,
+            "policy": server.policy.name,
+            "load_level": server.load_level,
+            "sessions": len(server.house),
+        }
+        return JSONResponse(body, 200 if server.ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(server.metrics.text(), media_type=METRICS_TYPE)
+
+    return app

@@ -1,0 +1,184 @@
+"""The step loop: collect, plan, verify, commit.
+
+It is the only one that reads or changes ledgers besides the front's merge, and both run on the event
+loop, so nothing here is locked. The engine works in its own thread meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from wispprof.core import BatchShape, Feed, Outcome
+from wispprof.errors import OutOfKvMemory
+from wispprof.policies import BatchPolicy, Limits, StepPlan
+from wispprof.runtime.server.estimate import StepClock
+from wispprof.runtime.server.house import House
+from wispprof.runtime.server.live import LiveSession
+from wispprof.runtime.server.metrics import Metrics, StepRecord
+from wispprof.runtime.server.worker import EngineWorker
+
+__all__ = ["StepLoop"]
+
+log = logging.getLogger("wispprof.server")
+
+IDLE_MS = 1_000.0
+"""An idle loop wakes that often, to sweep what has expired and to check the engine's books once."""
+
+
+class StepLoop:
+    """Drives the engine. ``limits()`` says what a step may not exceed at the present load."""
+
+    def __init__(
+        self,
+        house: House,
+        worker: EngineWorker,
+        policy: BatchPolicy,
+        clock: StepClock,
+        metrics: Metrics,
+        limits: Callable[[int], Limits],
+        now_ms: Callable[[], float],
+    ) -> None:
+        self._house = house
+        self._worker = worker
+        self._policy = policy
+        self._clock = clock
+        self._metrics = metrics
+        self._limits = limits
+        self._now_ms = now_ms
+        self._bell = asyncio.Event()
+        self._stopping = False
+        self._checked = True
+        self._margin = 0
+        self.rejected_plans = 0
+        self.failed_steps = 0
+
+    def ring(self) -> None:
+        """Something changed: a frame, a request, a session that left."""
+        self._bell.set()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._bell.set()
+
+    async def run(self) -> None:
+        """Step until stopped; a step under way is finished and committed."""
+        while not self._stopping:
+            self._bell.clear()
+            seated = await self.collect()
+            plan = self.plan(seated)
+            if not plan.members:
+                await self._rest(plan)
+                continue
+            members, feeds = self._feeds(plan)
+            if feeds:
+                await self.verify(plan, members, feeds)
+        await self._house.collect(self._now_ms())
+
+    async def collect(self) -> dict[str, LiveSession]:
+        """Let come and go who wants to, and seat whom memory holds."""
+        return await self._house.collect(self._now_ms(), margin=self._margin)
+
+    def plan(self, seated: dict[str, LiveSession]) -> StepPlan:
+        """Ask the policy who advances now."""
+        now = self._now_ms()
+        views = [live.ledger.view(now) for live in seated.values()]
+        kv_free = max(0, self._worker.engine.kv_free - self._margin)
+        return self._policy.plan(now, views, self._clock.estimator, self._limits(kv_free))
+
+    async def verify(
+        self, plan: StepPlan, members: list[LiveSession], feeds: Sequence[Feed]
+    ) -> None:
+        """One engine step over the planned members; then commit."""
+        shape = BatchShape.of(
+            (len(feed.tokens), live.ledger.cached, bool(live.ledger.prompt_left))
+            for feed, live in zip(feeds, members, strict=True)
+        )
+        try:
+            outcomes, actual_ms = await self._worker.step(feeds)
+        except OutOfKvMemory:
+            self._out_of_memory(members, shape)
+            return
+        except Exception:
+            self.failed_steps += 1
+            log.exception("engine step failed")
+            self._house.failed_step(members)
+            return
+        self._margin = 0
+        self._checked = False
+        committed = self.commit(members, outcomes, actual_ms)
+        self._note(plan, shape, actual_ms, committed)
+
+    def commit(
+        self, members: list[LiveSession], outcomes: Sequence[Outcome], actual_ms: float
+    ) -> int:
+        """Book every outcome and tell its owner; returns the tokens committed."""
+        now = self._now_ms()
+        committed = 0
+        for live, outcome in zip(members, outcomes, strict=True):
+            done = live.ledger.apply(outcome, now)
+            committed += len(done.tokens)
+            self._house.committed(live, done, now, actual_ms)
+        return committed
+
+    def _feeds(self, plan: StepPlan) -> tuple[list[LiveSession], list[Feed]]:
+        now = self._now_ms()
+        members: list[LiveSession] = []
+        feeds: list[Feed] = []
+        for member in plan.members:
+            live = self._house.get(member.session)
+            try:
+                if live is None:
+                    raise ValueError(f"{member.session} is not a session")
+                feeds.append(live.ledger.feed(member, now))
+                members.append(live)
+            except ValueError:
+                # A policy's defect must not take the server down: the others still advance.
+                self.rejected_plans += 1
+                log.exception("policy %s planned the impossible", self._policy.name)
+        return members, feeds
+
+    def _note(self, plan: StepPlan, shape: BatchShape, actual_ms: float, committed: int) -> None:
+        p50, bound = plan.p50_ms, plan.bound_ms
+        if p50 <= 0 or len(shape.items) != len(plan.members):
+            p50, bound = self._clock.estimator.predict(shape)
+        self._clock.observe(shape, p50, actual_ms)
+        self._metrics.step(
+            StepRecord(
+                self._now_ms(),
+                len(shape.items),
+                shape.new_tokens,
+                shape.prefill_tokens,
+                p50,
+                bound,
+                actual_ms,
+                committed,
+                plan.reason,
+            )
+        )
+        self._metrics.drift.set(self._clock.drift)
+
+    def _out_of_memory(self, members: list[LiveSession], shape: BatchShape) -> None:
+        """The engine's pages are coarser than tokens: try again with less, then with less still."""
+        for live in members:
+            live.ledger.cancel()
+        free = self._worker.engine.kv_free
+        if len(members) == 1 and self._margin >= free:
+            self._house.fail(members[0], "limit", "The KV cache cannot hold this session.")
+            self._margin = 0
+            return
+        self._margin = min(free, max(64, 2 * self._margin, shape.new_tokens // 2 + self._margin))
+        log.warning("out of KV memory at %d new tokens; margin %d", shape.new_tokens, self._margin)
+
+    async def _rest(self, plan: StepPlan) -> None:
+        """Sleep until something changes, the policy wants to be asked, or it is time to tidy up."""
+        wait_ms = IDLE_MS
+        if plan.wake_ms is not None:
+            wait_ms = min(wait_ms, max(0.0, plan.wake_ms - self._now_ms()))
+        try:
+            await asyncio.wait_for(self._bell.wait(), wait_ms / 1000.0)
+        except TimeoutError:
+            if plan.wake_ms is None and not self._checked:
+                await self._house.check_integrity(full=False)
+                self._checked = True
