@@ -227,7 +227,7 @@ class ServerSession:
             self.epoch = epoch
         frontier = len(self.tokens)
         overlap = max(0, min(frontier - base, len(tokens)))
-        if base < 0 or list(tokens[:overlap]) != self.tokens[base : base + overlap]:
+        if base < 0 or (overlap and list(tokens[:overlap]) != self.tokens[base : base + overlap]):
             self._contradicted(now_ms)
             return self._drop("contradiction", len(tokens))
         if base >= frontier:
@@ -247,7 +247,7 @@ class ServerSession:
         if place > len(self.tail):
             return self._drop("gap", len(tokens))
         known = min(len(self.tail) - place, len(tokens) - overlap)
-        if list(tokens[overlap : overlap + known]) != self.tail[place : place + known]:
+        if known and list(tokens[overlap : overlap + known]) != self.tail[place : place + known]:
             return self._drop("conflict", len(tokens))
         room = self.max_tail - len(self.tail)
         fresh = list(tokens[overlap + known :])

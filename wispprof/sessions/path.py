@@ -151,10 +151,12 @@ class EdgePath:
     @property
     def room(self) -> int:
         """How many more drafts may be held: by ``lead_limit``, and by the end of the generation."""
-        room = self.lead_limit - len(self._drafts)
+        held = len(self._drafts)
+        room = self.lead_limit - held
         if self.end is not None:
-            room = min(room, self.end - 1 - self.length)
-        return max(0, room)
+            before_end = self.end - 1 - len(self._committed) - held
+            room = before_end if before_end < room else room
+        return room if room > 0 else 0
 
     def sequence(self) -> list[int]:
         """What a drafter in step with this path holds: committed tokens, then drafts."""
@@ -176,7 +178,8 @@ class EdgePath:
         index = position - self.frontier
         if not 0 <= index < len(self._drafts):
             raise ValueError(f"no draft is held at position {position}")
-        self._drafts[index] = self._drafts[index]._replace(survival=float(survival))
+        held = self._drafts[index]
+        self._drafts[index] = Held(held.token, float(survival), held.draft_ms)
 
     def take(self, limit: int | None = None) -> Outgoing | None:
         """Content of the next draft frame, or ``None`` if nothing is to be sent.
@@ -203,9 +206,9 @@ class EdgePath:
         return Outgoing(
             self._epoch,
             base,
-            tuple(held.token for held in part),
-            tuple(held.survival for held in part),
-            sum(held.draft_ms for held in part),
+            tuple([held.token for held in part]),
+            tuple([held.survival for held in part]),
+            sum([held.draft_ms for held in part]),
         )
 
     def on_commit(

@@ -105,6 +105,8 @@ class Turns:
         self._silent = False
 
     def _ends(self) -> bool:
+        if not self._stop:
+            return False
         drafts = self._path.drafts
         return bool(drafts) and drafts[-1].token in self._stop
 
