@@ -349,9 +349,24 @@ class _Astray(Sequence[Sequence[DraftToken]]):
         return len(self._features)
 
     def __getitem__(self, place: int) -> Sequence[DraftToken]:  # type: ignore[override]
-        return [DraftToken(_WRONG, f) for f in self._features[place + 1 : place + 17]] or [
-            DraftToken(_WRONG, self._features[-1])
-        ]
+        return _WrongTail(self._features, place + 1)
+
+
+class _WrongTail(Sequence[DraftToken]):
+    """Wrong tokens with the features of the positions from ``first`` on; at least one."""
+
+    __slots__ = ("_features", "_first")
+
+    def __init__(self, features: list[DraftFeatures], first: int) -> None:
+        self._features = features
+        self._first = min(first, len(features) - 1)
+
+    def __len__(self) -> int:
+        return len(self._features) - self._first
+
+    def __getitem__(self, depth: int) -> DraftToken:  # type: ignore[override]
+        place = self._first + depth if depth >= 0 else depth
+        return DraftToken(_WRONG, self._features[place])
 
 
 def survival_curve(

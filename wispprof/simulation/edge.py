@@ -117,7 +117,9 @@ class Edge:
         drafting = self.controller is not None
         if drafting and not self.stream:
             self._catch_up(now_ms)
-        effect = self.path.on_commit(commit.frontier, commit.tokens, commit.accepted)
+        effect = self.path.on_commit(
+            commit.frontier, commit.tokens, commit.accepted, commit.drafted
+        )
         if drafting:
             if effect.rollback_to is not None:
                 self.script.rollback(effect.rollback_to)
@@ -190,10 +192,11 @@ class Edge:
 
     def _begin_step(self, at_ms: float) -> _Step:
         path = self.path
-        cost = self.device.step_ms(path.length)
-        self._free_ms = at_ms + cost
+        position = path.length
+        cost = self.device.step_ms(position)
+        self._free_ms = done_ms = at_ms + cost
         self._sim.drafted(cost)
-        return _Step(at_ms + cost, cost, path.length, path.epoch)
+        return _Step(done_ms, cost, position, path.epoch)
 
     def _absorb(self, step: _Step) -> None:
         """A step ended: hold its token, unless its place has been decided meanwhile."""
