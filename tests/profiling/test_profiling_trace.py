@@ -1,0 +1,196 @@
+"""Acceptance traces: the batched way equals the slow, obvious way."""
+
+from __future__ import annotations
+
+import json
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from wispprof.artifacts import load_trace, save_trace, trace_hash
+from wispprof.core import Feed, Sampling
+from wispprof.errors import ArtifactDamaged, EngineError, ModelError, ProfileError
+from wispprof.lm.draft import TorchDrafter
+from wispprof.lm.engine import VerifierEngine
+from wispprof.lm.loading import random_model
+from wispprof.profiling.acceptance import TraceSettings, accepted_lengths, take_trace, target_paths
+from wispprof.profiling.prompts import held_out_prompts, load_prompts
+from wispprof.profiling.rollout import DraftRollout
+
+WARM = Sampling(0.8, 20, 0.9, seed=5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return random_model("tiny-llama", seed=1)
+
+
+@pytest.fixture(scope="module")
+def draft():
+    return random_model("tiny-qwen3", seed=2)
+
+
+def text(count, seed=0):
+    generator = random.Random(seed)
+    return [generator.randrange(2, 96) for _ in range(count)]
+
+
+def one_by_one(loaded, tokens, first, depth, sampling):
+    """Ask the drafter anew at every position."""
+    drafter = TorchDrafter(loaded)
+    drafts, features = [], []
+    for length in range(first, len(tokens)):
+        drafter.open(tokens[:length], sampling)
+        row = [drafter.draft() for _ in range(depth)]
+        drafts.append([d.token for d in row])
+        features.append([list(d.features) for d in row])
+    return np.array(drafts), np.array(features, dtype=np.float32)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("shape", ["tiny-llama", "tiny-qwen3", "tiny-mistral"])
+def test_the_rollout_equals_the_drafter_at_every_position(shape, sampling):
+    loaded = random_model(shape, seed=3)
+    tokens, first, depth = text(40), 9, 5
+    drafts, features = DraftRollout(loaded).run(tokens, first, depth, sampling)
+    slow_drafts, slow_features = one_by_one(loaded, tokens, first, depth, sampling)
+    assert np.array_equal(drafts, slow_drafts)
+    np.testing.assert_allclose(features, slow_features, rtol=1e-3, atol=1e-3)
+    # Negative control: the same positions of a text that differs early look different.
+    other = [tokens[0] ^ 1, *tokens[1:]]
+    assert not np.allclose(DraftRollout(loaded).run(other, first, depth, sampling)[1], features)
+
+
+def test_the_rollout_in_blocks_and_chunks_is_the_same(draft, monkeypatch):
+    tokens = text(60)
+    whole = DraftRollout(draft).run(tokens, 7, 3, WARM)
+    monkeypatch.setattr("wispprof.profiling.rollout._CHUNK", 16)
+    pieces = DraftRollout(draft)
+    pieces._rows = 11
+    again = pieces.run(tokens, 7, 3, WARM)
+    assert np.array_equal(whole[0], again[0])
+    np.testing.assert_allclose(whole[1], again[1], rtol=1e-4, atol=1e-4)
+    with pytest.raises(EngineError, match="context"):
+        pieces.run(text(255), 7, 3, WARM)
+    with pytest.raises(EngineError, match="at least one"):
+        pieces.run(text(5), 5, 3, WARM)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["greedy", "sampled"])
+def test_paths_are_what_a_lone_session_would_get(target, sampling):
+    prompts = [text(n, n) for n in (5, 17, 40)]
+    settings = TraceSettings(sampling=sampling, path_tokens=12)
+    for prompt, path in zip(prompts, target_paths(target, prompts, settings), strict=True):
+        engine = VerifierEngine(target, kv_tokens=200, max_sessions=1)
+        engine.open("a", sampling)
+        own = list(engine.step([Feed("a", prompt)])[0].tokens)
+        while len(own) < 12:
+            own += engine.step([Feed("a", own[-1:])])[0].tokens
+        assert path == own
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["greedy", "sampled"])
+def test_accepted_is_what_the_engine_would_accept(target, draft, sampling, tmp_path):
+    """The trace's word against a verify step, at every uncensored position."""
+    settings = TraceSettings(sampling=sampling, path_tokens=14, depth=4, batch=2)
+    prompts = [text(6, 1), text(20, 2), text(9, 3)]
+    seen = []
+    trace = take_trace(
+        target, draft, settings, lambda *update: seen.append(update[:2]), prompts=prompts
+    )
+    assert seen[-1] == (6, 6)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    for path in trace.paths:
+        tokens = [*path.prompt, *path.path]
+        engine = VerifierEngine(target, kv_tokens=4096, max_sessions=2)
+        for row in range(path.scored_rows()):
+            engine.open("a", sampling)
+            context = tokens[: len(path.prompt) + row]
+            drafts = path.drafts[row].tolist()
+            [outcome] = engine.step([Feed("a", [*context, *drafts], drafts=len(drafts))])
+            assert outcome.accepted == path.accepted[row]
+            engine.close("a")
+    save_trace(trace, tmp_path / "t.jsonl")
+    assert trace_hash(load_trace(tmp_path / "t.jsonl")) == trace_hash(trace)
+
+
+def test_a_model_always_accepts_itself(target):
+    settings = TraceSettings(sampling=WARM, path_tokens=12, depth=3)
+    trace = take_trace(target, target, settings, prompts=[text(8)])
+    assert trace.survival_by_position().tolist() == [1.0, 1.0, 1.0]
+
+
+def test_accepted_lengths_count_the_matching_prefix_only():
+    drafts = np.array([[5, 6, 7], [6, 0, 8], [0, 8, 9], [8, 9, 1]])
+    assert accepted_lengths(drafts, [5, 6, 7, 8]).tolist() == [3, 1, 0, 1]
+
+
+def test_pairs_and_lengths_that_cannot_work_say_so(target, draft):
+    stranger = SimpleNamespace(info=SimpleNamespace(id="x", tokenizer_hash="other", vocab_size=9))
+    with pytest.raises(ModelError, match="share a tokenizer"):
+        take_trace(target, stranger, TraceSettings(), prompts=[text(5)])
+    with pytest.raises(ProfileError, match="context"):
+        take_trace(target, draft, TraceSettings(path_tokens=250), prompts=[text(50)])
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer of characters."""
+
+    bos_token_id = 0
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": [ord(c) for c in text]}
+
+
+def test_held_out_prompts_are_held_out_and_repeatable(monkeypatch):
+    from wispprof.lm.reference import corpus
+
+    files = [corpus.SourceFile(f"f{i}.py", f"line of file {i}\n" * 40) for i in range(3)]
+    trained = [corpus.SourceFile("t.py", "trained on this\n" * 40)]
+    monkeypatch.setattr(corpus, "collect", lambda root=None: (trained, files))
+    prompts = held_out_prompts(Letters(), 12, 50, seed=4)
+    assert len(prompts) == 12
+    assert all(25 <= len(p) <= 50 and p[0] == 0 for p in prompts)
+    whole = "".join(f.text for f in files)
+    assert all("".join(map(chr, p[1:])) in whole for p in prompts)
+    assert prompts == held_out_prompts(Letters(), 12, 50, seed=4)
+    assert prompts != held_out_prompts(Letters(), 12, 50, seed=5)
+
+
+def test_prompts_of_a_user(tmp_path):
+    lines = tmp_path / "p.jsonl"
+    lines.write_text('{"prompt": "abc"}\n\n{"text": "defghi"}\n"jk"\n')
+    found = load_prompts(lines, Letters(), 9, 4)
+    assert sorted(map(len, found)) == [3, 4, 4]
+    lines.write_text('{"prompt": "abc"}\n{"prompt": 4}\n')
+    with pytest.raises(ArtifactDamaged, match="line 2"):
+        load_prompts(lines, Letters(), 9, 4)
+    lines.write_text(json.dumps("x")[:-1])
+    with pytest.raises(ArtifactDamaged, match="line 1"):
+        load_prompts(lines, Letters(), 9, 4)
+    lines.write_text("")
+    with pytest.raises(ProfileError, match="no prompts"):
+        load_prompts(lines, Letters(), 9, 4)
+    plain = tmp_path / "p.txt"
+    plain.write_text("some line\n" * 30)
+    assert len(load_prompts(plain, Letters(), 3, 20)) == 3
+    plain.write_text("short")
+    with pytest.raises(ProfileError, match="long enough"):
+        load_prompts(plain, Letters(), 3, 20)
+    with pytest.raises(ModelError, match="tokenizer"):
+        load_prompts(plain, None, 3, 20)
