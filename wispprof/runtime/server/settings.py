@@ -31,7 +31,7 @@ class ServerSettings:
     target_id: str = ""
     estimator: Path | None = None
     plan: Path | None = None
-    policy: str = "wisp"
+    policy: str = "wispprof"
     policy_options: dict[str, Any] = field(default_factory=dict)
 
     host: str = "127.0.0.1"
