@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wispprof.cli.common import JsonFlag, note, output, result, table
+from wispprof.cli.common import JsonFlag, emit_json, note, output, table, tracker
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from wispprof.fitting import FittedEstimator, FittedPredictor
+    from wispprof.fitting.evaluate import Evaluation
 
 __all__ = ["register"]
 
@@ -49,32 +52,132 @@ def fit(
     coverage: Annotated[
         float, typer.Option("--coverage", min=0.5, max=0.999, help="Coverage of the upper bound.")
     ] = 0.95,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the split by prompt.")] = 0,
+    evaluate: Annotated[
+        bool,
+        typer.Option(
+            "--evaluate",
+            help="Also score all estimators with whole blocks of shapes held out (a minute), with plots.",
+        ),
+    ] = False,
+    splits: Annotated[
+        int, typer.Option("--splits", min=1, help="Random splits that test the bound's coverage.")
+    ] = 20,
+    update: Annotated[
+        Path | None,
+        typer.Option(
+            "--update", help="Recalibrate the estimator in --out on this step log of a server."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of every split.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Fit a verification-time estimator and a rejection predictor, and say how good they are."""
     from wispprof.fitting.card import explain_estimator, explain_predictor
-    from wispprof.fitting.run import fit_files
+    from wispprof.fitting.run import evaluate_files, fit_files, update_files
 
-    fitted = fit_files(out, server or (), trace or (), estimator, predictor, coverage, seed)
-    document: dict[str, Any] = {"files": [str(f) for f in fitted.files]}
+    if update is not None:
+        if server or trace or evaluate:
+            raise typer.BadParameter("--update goes with --out alone.")
+        fitted = update_files(out, update)
+    else:
+        fitted = fit_files(out, server or (), trace or (), estimator, predictor, coverage, seed)
+    document: dict[str, Any] = {}
+    found = None
+    if evaluate:
+        if not server:
+            raise typer.BadParameter("--evaluate needs a --server profile.")
+        with tracker("evaluate") as report:
+            found, plots = evaluate_files(out, server, splits, seed, report)
+        fitted.files += plots
+        document["evaluation"] = {
+            "noise": found.noise,
+            "blocks": found.blocks,
+            "regimes": found.regimes,
+            "splits": found.splits,
+            "learning": found.learning,
+        }
     if fitted.estimator is not None:
-        document["estimator"] = fitted.estimator.report
-        document["estimator"]["explanation"] = explain_estimator(fitted.estimator)
+        explained = explain_estimator(fitted.estimator)
+        document["estimator"] = {**fitted.estimator.report, "explanation": explained}
     if fitted.predictor is not None:
-        document["predictor"] = fitted.predictor.report
-        document["predictor"]["explanation"] = explain_predictor(fitted.predictor)
+        explained = explain_predictor(fitted.predictor)
+        document["predictor"] = {**fitted.predictor.report, "explanation": explained}
+    document["files"] = [str(f) for f in fitted.files]
     if as_json:
-        result(document, "", True)
+        emit_json(document)
         return
     if fitted.estimator is not None:
         _show_estimator(fitted.estimator)
         output().print(document["estimator"]["explanation"], markup=False)
+    if found is not None:
+        _show_evaluation(found)
     if fitted.predictor is not None:
         _show_predictor(fitted.predictor)
         output().print(document["predictor"]["explanation"], markup=False)
     for file in fitted.files:
         note(f"wrote {file}")
+
+
+COLUMNS = (">n", ">MAPE", ">median", ">p90", ">p99", ">bias", ">cover", ">bound")
+
+
+def _wide(title: str, *columns: str, caption: str | None = None) -> Table:
+    """A table of many narrow columns that still fits 80 characters."""
+    shown = table(title, *columns, caption=caption)
+    shown.padding = (0, 1, 0, 0)
+    shown.pad_edge = False
+    for column in shown.columns[:2]:
+        column.no_wrap = True
+    return shown
+
+
+def _show_evaluation(found: Evaluation) -> None:
+    noise = found.noise["median"]
+    for inside, what in ((True, "inside"), (False, "outside")):
+        errors = _wide(
+            f"Blocks of shapes held out, {what} the box of those left (percent; noise {noise:.2f})",
+            "held out by",
+            "estimator",
+            *COLUMNS,
+            caption="cover: samples under the bound at 95 %. bound: bound ÷ median.",
+        )
+        for row in (r for r in found.blocks if r["in_domain"] == inside):
+            errors.add_row(row["scheme"], row["estimator"], *_figures(row))
+        output().print(errors)
+    regimes = _wide("The same by regime, inside (percent)", "regime", "estimator", *COLUMNS)
+    for row in sorted(found.regimes, key=lambda r: r["regime"]):
+        regimes.add_row(row["regime"], row["estimator"], *_figures(row))
+    output().print(regimes)
+    bounds = table(
+        "Coverage of the bound over random splits of shapes",
+        "estimator",
+        ">asked",
+        ">found",
+        ">worst split",
+        ">bound ÷ median",
+    )
+    for row in found.splits:
+        figures = [f"{100 * row[k]:.1f} %" for k in ("level", "coverage", "worst_split")]
+        bounds.add_row(row["estimator"], *figures, f"{row['sharpness']:.3f}")
+    output().print(bounds)
+    sizes = sorted({row["shapes"] for row in found.learning})
+    learning = table(
+        "Held-out MAPE by shapes learnt from (percent)", "estimator", *(f">{s}" for s in sizes)
+    )
+    for kind in dict.fromkeys(row["estimator"] for row in found.learning):
+        points = {r["shapes"]: r["mape"] for r in found.learning if r["estimator"] == kind}
+        learning.add_row(kind, *(f"{points[s]:.2f}" for s in sizes))
+    output().print(learning)
+
+
+def _figures(row: dict[str, Any]) -> list[str]:
+    shown = [f"{row[k]:.2f}" for k in ("mape", "median_ape", "p90_ape", "p99_ape")]
+    return [
+        *shown,
+        f"{row['bias']:+.2f}",
+        f"{100 * row['coverage']:.1f}",
+        f"{row['sharpness']:.3f}",
+    ]
 
 
 def _show_estimator(estimator: FittedEstimator) -> None:

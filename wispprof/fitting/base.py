@@ -28,6 +28,9 @@ class Surface(Protocol):
     def fit(self, data: Observations) -> Self:
         """Learn from observations and return self."""
 
+    def again(self) -> Self:
+        """An unfitted surface with the settings that this one's fit chose."""
+
     def p50(self, totals: Totals) -> float:
         """Median milliseconds of one non-empty batch."""
 

@@ -62,6 +62,13 @@ def explain_estimator(estimator: FittedEstimator) -> str:
         "the measured box of shapes, what the physical terms add is multiplied by "
         f"{estimator.inflation:g} in the bound, and the prediction is flagged."
     )
+    update = report.get("update")
+    if update:
+        text.append(
+            f"It was since recalibrated on {update['steps']} steps of a running server: the median is "
+            f"scaled by {update['scale']:.3f}, which took its mean error on them from "
+            f"{update['before']['mape']:.1f} to {update['after']['mape']:.1f} %."
+        )
     return " ".join(text)
 
 

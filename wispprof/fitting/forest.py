@@ -61,6 +61,9 @@ class Forest:
         )
         self.threshold_, self.value_ = (parts[k].astype(np.float64) for k in ("t", "v"))
 
+    def again(self) -> Self:
+        return type(self)(self.trees, self.seed)
+
     def p50(self, totals: Totals) -> float:
         return float(self.p50_many(np.array([totals], dtype=np.float64))[0])
 

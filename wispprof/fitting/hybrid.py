@@ -38,23 +38,25 @@ def residual_features(totals: FloatArray, physical: PhysicalTerms) -> FloatArray
 
 
 class WispprofSurface:
-    """``physical_``, ``residual_``, ``alpha_`` and ``high_``, the upper corner of the measured box."""
+    """``physical_``, ``residual_``, ``alpha_`` and ``high_``, the upper corner of the measured box.
+
+    ``choice``: (α, boosting rounds); without it they are chosen by held-out error.
+    """
 
     kind = "wispprof"
     monotone = True
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, choice: tuple[float, int] | None = None) -> None:
         self.seed = seed
+        self.choice = choice
+        self.choice_ = choice
         self.physical_ = PhysicalTerms()
         self.residual_ = MonotoneTables(0)
         self.alpha_ = 1.0
         self.high_ = Totals(0, 0, 0, 0, 0, 0, 0, 0)
 
     def fit(self, data: Observations) -> Self:
-        errors = self._search(data)
-        simple = (ALPHAS[0], ROUNDS[0])
-        best = min(errors, key=lambda c: errors[c])
-        alpha, rounds = best if errors[best] < WORTH * errors[simple] else simple
+        alpha, rounds = self.choice_ = self.choice or self._choose(data)
         self.physical_ = PhysicalTerms().fit(data)
         features = residual_features(data.totals, self.physical_)
         target = np.log(data.median_ms) - alpha * np.log(features[:, 6])
@@ -62,6 +64,15 @@ class WispprofSurface:
         self.alpha_ = alpha
         self.high_ = Totals(*(int(v) for v in data.totals.max(axis=0)))
         return self
+
+    def again(self) -> Self:
+        return type(self)(self.seed, self.choice_)
+
+    def _choose(self, data: Observations) -> tuple[float, int]:
+        errors = self._search(data)
+        simple = (ALPHAS[0], ROUNDS[0])
+        best = min(errors, key=lambda c: errors[c])
+        return best if errors[best] < WORTH * errors[simple] else simple
 
     def _search(self, data: Observations) -> dict[tuple[float, int], float]:
         """Mean absolute log error on shapes held out, for each (α, rounds)."""

@@ -31,6 +31,9 @@ class WispLinear:
         self.coef_ = (a, b, c, d)
         return self
 
+    def again(self) -> Self:
+        return type(self)()
+
     def p50(self, totals: Totals) -> float:
         a, b, c, d = self.coef_
         _, new, cached, cross, square, *_ = totals

@@ -134,6 +134,9 @@ class PhysicalTerms:
         )
         return np.stack(terms, axis=1)
 
+    def again(self) -> Self:
+        return type(self)(self.new_knots, self.cached_knots)
+
     def tokens(self, new: float) -> float:
         """Tokens computed for ``new`` fed ones, after graph padding."""
         buckets = self.buckets_

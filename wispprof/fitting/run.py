@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from wispprof.artifacts import load_server, load_trace, trace_hash
+from wispprof.artifacts import (
+    files,
+    load_server,
+    load_trace,
+    read_document,
+    trace_hash,
+    write_document,
+)
 from wispprof.artifacts.records import AcceptanceTrace, StepRow
 from wispprof.errors import FitError
 from wispprof.fitting.card import estimator_card, predictor_card, write_card
-from wispprof.fitting.estimator import FittedEstimator
+from wispprof.fitting.estimator import FittedEstimator, load_estimator
+from wispprof.fitting.evaluate import Evaluation, Progress, evaluate
+from wispprof.fitting.plots import plot_evaluation
 from wispprof.fitting.predictors import FittedPredictor, fit_predictor
-from wispprof.fitting.rows import check_same_model
+from wispprof.fitting.rows import Observations, check_same_model, read_step_log
 from wispprof.fitting.selection import fit_estimator
+from wispprof.fitting.update import recalibrate
 
-__all__ = ["FitResult", "ServerRows", "fit_files", "load_server_rows"]
+__all__ = [
+    "FitResult",
+    "ServerRows",
+    "evaluate_files",
+    "fit_files",
+    "load_server_rows",
+    "update_files",
+]
 
 
 @dataclass
@@ -94,6 +111,34 @@ def fit_files(
         result.predictor.save(target, inputs)
         result.files += [target, *write_card(target, predictor_card(result.predictor, inputs))]
     return result
+
+
+def evaluate_files(
+    out: Path,
+    server: Sequence[Path],
+    splits: int = 20,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Evaluation, list[Path]]:
+    """Score every estimator on held-out blocks; writes ``evaluation.json`` and plots to ``out``."""
+    loaded = load_server_rows(server)
+    found = evaluate(Observations.of(loaded.rows), splits=splits, seed=seed, progress=progress)
+    target = Path(out) / "evaluation.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_document(target, "evaluation", asdict(found), loaded.inputs)
+    return found, [target, *plot_evaluation(found, Path(out))]
+
+
+def update_files(out: Path, log: Path) -> FitResult:
+    """Recalibrate ``out/estimator.json`` on a server's own step log, in place, atomically."""
+    target = Path(out) / "estimator.json"
+    estimator = recalibrate(load_estimator(target), read_step_log(log))
+    inputs = read_document(target, "estimator").inputs
+    inputs["update"] = files.content_hash(Path(log).read_bytes())
+    estimator.save(target, inputs)
+    return FitResult(
+        estimator, None, [target, *write_card(target, estimator_card(estimator, inputs))]
+    )
 
 
 def _check_pair(loaded: ServerRows, traces: Sequence[AcceptanceTrace]) -> None:

@@ -46,6 +46,9 @@ class Staircase:
         self.times_ = [float(t) for t in np.maximum.accumulate(times)]
         return self
 
+    def again(self) -> Self:
+        return type(self)()
+
     def p50(self, totals: Totals) -> float:
         place = bisect_left(self.steps_, totals.new)
         if place < len(self.steps_):

@@ -1,0 +1,224 @@
+"""Drift: watch predicted against measured step times while serving, and correct without re-profiling.
+
+Three parts look at the same stream of (predicted, measured, shape):
+
+- the *median* follows by a slow multiplicative step on the sign of the error, a running median of the
+  log ratio that one wild sample cannot move far;
+- the *bound* follows by adaptive conformal inference (Gibbs and Candès, NeurIPS 2021, in the scale-free
+  form of Angelopoulos et al., "Conformal PID control", 2023): each miss raises a log factor, each hit
+  lowers it a little, in the ratio that makes the long-run miss rate the one promised;
+- the *detector* is a two-sided CUSUM (Page, 1954) on whitened log residuals, per cell of the shape
+  space and for all cells together. It says "re-profile" and names the cells that went wrong. It never
+  fires because of the correction: it looks at the uncorrected predictions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from wispprof.core import BatchShape
+from wispprof.fitting.estimator import FittedEstimator
+from wispprof.fitting.features import Totals, totals_of
+
+__all__ = ["Cell", "DriftMonitor", "DriftSettings", "DriftStatus", "cell_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class DriftSettings:
+    """``warm_up``: steps that teach the stream's own centre and spread before the detector listens.
+
+    ``slack`` and ``limit``: CUSUM allowance and threshold in standard deviations; with 0.5 and 16 an
+    undisturbed stream of independent errors runs for millions of steps. ``clip``: largest whitened
+    residual that counts, so that a single stall is no drift. ``rate``: step of the bound's log factor,
+    in units of the residuals' spread; ``median_rate`` that of the median. ``meaningful``: a drift
+    smaller than this relative change is not worth a new profile.
+    """
+
+    warm_up: int = 100
+    slack: float = 0.5
+    limit: float = 16.0
+    clip: float = 3.0
+    rate: float = 0.25
+    median_rate: float = 0.05
+    meaningful: float = 0.05
+    cell_warm_up: int = 30
+
+
+class Cell(NamedTuple):
+    """A region of shape space: powers of two of new tokens and deepest cache, with or without chunks."""
+
+    new: int
+    cached: int
+    prefill: bool
+
+    def __str__(self) -> str:
+        high_new, high_cached = 2**self.new, 2**self.cached
+        chunks = " with prompt chunks" if self.prefill else ""
+        return f"≤ {high_new} new tokens over ≤ {high_cached} cached{chunks}"
+
+
+def cell_of(totals: Totals) -> Cell:
+    """The cell of a batch; new tokens by powers of four, deepest cache by powers of sixteen."""
+    new = 2 * math.ceil(math.log2(max(1, totals.new)) / 2)
+    cached = 4 * math.ceil(math.log2(max(1, totals.max_cached)) / 4)
+    return Cell(new, cached, totals.prefill > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class DriftStatus:
+    """What the monitor knows. ``re_profile``: the detector has fired; ``reason`` says it in words.
+
+    ``ratio``: running median of measured ÷ predicted; ``bound_scale``: present factor on the bound;
+    ``coverage``: share of the last steps (up to 500) under their corrected bound; ``cells``: those that
+    went wrong, with their ratio.
+    """
+
+    steps: int
+    ratio: float
+    bound_scale: float
+    coverage: float
+    re_profile: bool
+    reason: str = ""
+    cells: tuple[tuple[Cell, float], ...] = ()
+
+
+@dataclass(slots=True)
+class _Track:
+    """Running centre, spread and CUSUM of one stream of log ratios."""
+
+    count: int = 0
+    mean: float = 0.0
+    deviation: float = 0.0
+    up: float = 0.0
+    down: float = 0.0
+    recent: float = 0.0
+
+    def observe(self, value: float, settings: DriftSettings, warm_up: int, least: float) -> bool:
+        """Take one log ratio; returns whether this stream has left its starting level."""
+        self.count += 1
+        self.recent += (value - self.recent) / min(self.count, 50)
+        if self.count <= warm_up:
+            # Welford; the level that later steps are compared with.
+            delta = value - self.mean
+            self.mean += delta / self.count
+            self.deviation += delta * (value - self.mean)
+            return False
+        spread = max(math.sqrt(self.deviation / max(1, warm_up - 1)), least)
+        score = max(-settings.clip, min(settings.clip, (value - self.mean) / spread))
+        # A start level known from few steps is itself uncertain by spread / √steps.
+        slack = settings.slack + 2.0 / math.sqrt(warm_up)
+        self.up = max(0.0, self.up + score - slack)
+        self.down = max(0.0, self.down - score - slack)
+        return max(self.up, self.down) > settings.limit
+
+
+@dataclass(slots=True)
+class DriftMonitor:
+    """Feed it every step; ask it for the corrected estimator and for the verdict.
+
+    ``estimator`` is the one as fitted. :meth:`observe` costs a few microseconds.
+    """
+
+    estimator: FittedEstimator
+    settings: DriftSettings = field(default_factory=DriftSettings)
+    _log_ratio: float = 0.0
+    _log_bound: float = 0.0
+    _spread: float = 0.05
+    _steps: int = 0
+    _hits: list[bool] = field(default_factory=list)
+    _all: _Track = field(default_factory=_Track)
+    _cells: dict[Cell, _Track] = field(default_factory=dict)
+    _wrong: dict[Cell, bool] = field(default_factory=dict)
+    _fired: bool = False
+
+    def observe(self, shape: BatchShape, measured_ms: float) -> DriftStatus | None:
+        """Take a finished step. Returns the status on the step at which the detector first fires.
+
+        Steps of no or no finite time are ignored: a clock that jumped is no evidence.
+        """
+        if not shape.items or not math.isfinite(measured_ms) or measured_ms <= 0:
+            return None
+        base = self.estimator
+        p50, bound = base.predict(shape)
+        ratio = math.log(measured_ms / p50)
+        self._steps += 1
+        hit = measured_ms <= bound * math.exp(self._log_bound)
+        if len(self._hits) == 500:
+            self._hits[self._steps % 500] = hit
+        else:
+            self._hits.append(hit)
+        self._correct(ratio, hit)
+        return self._detect(totals_of(shape.items), ratio)
+
+    def _correct(self, ratio: float, hit: bool) -> None:
+        settings = self.settings
+        error = ratio - self._log_ratio
+        self._spread += 0.02 * (min(abs(error), 10 * self._spread) - self._spread)
+        scale = max(self._spread, 0.002)
+        # Far from the median the step is longer, as long as the miss is believable noise or more.
+        urgency = min(4.0, max(1.0, abs(error) / scale / 3))
+        self._log_ratio += settings.median_rate * scale * urgency * math.copysign(1.0, error)
+        miss = 1.0 - self.estimator.coverage
+        self._log_bound += settings.rate * scale * ((0.0 if hit else 1.0) - miss)
+
+    def _detect(self, totals: Totals, ratio: float) -> DriftStatus | None:
+        settings = self.settings
+        least = settings.meaningful / 4
+        moved = self._all.observe(ratio, settings, settings.warm_up, least)
+        cell = cell_of(totals)
+        track = self._cells.setdefault(cell, _Track())
+        if track.observe(ratio, settings, settings.cell_warm_up, least):
+            self._wrong[cell] = abs(track.recent - track.mean) >= settings.meaningful
+        large = abs(self._all.recent - self._all.mean) >= settings.meaningful
+        if not self._fired and ((moved and large) or any(self._wrong.values())):
+            self._fired = True
+            return self.status()
+        return None
+
+    # --- asking -----------------------------------------------------------------------------------
+
+    @property
+    def bound_scale(self) -> float:
+        """Factor on the fitted bound now."""
+        return math.exp(self._log_bound)
+
+    def corrected(self) -> FittedEstimator:
+        """The estimator with the present corrections; make it now and then, not at every step."""
+        base = self.estimator
+        median = math.exp(self._log_ratio)
+        p50_scale = base.p50_scale * median
+        # The bound may not fall below the median, however fast the median moved.
+        least = p50_scale / min(base.ratio.at(base.coverage))
+        return base.with_scale(p50_scale, max(base.bound_scale * self.bound_scale, least))
+
+    def status(self) -> DriftStatus:
+        """Everything at once."""
+        cells = tuple(
+            sorted(
+                (
+                    (cell, math.exp(track.recent))
+                    for cell, track in self._cells.items()
+                    if self._wrong.get(cell)
+                ),
+                key=lambda pair: -abs(math.log(pair[1])),
+            )
+        )
+        ratio = math.exp(self._log_ratio)
+        reason = ""
+        if self._fired:
+            away = 100 * (math.exp(self._all.recent) - 1)
+            where = "; ".join(f"{cell}: {100 * (r - 1):+.0f} %" for cell, r in cells[:5])
+            side = "longer" if away >= 0 else "shorter"
+            reason = f"Steps take {abs(away):.0f} % {side} than predicted: re-profile"
+            reason += f" ({where})." if where else "."
+        covered = sum(self._hits) / len(self._hits) if self._hits else 1.0
+        return DriftStatus(
+            self._steps, ratio, self.bound_scale, covered, self._fired, reason, cells
+        )
+
+    def residuals(self) -> Mapping[str, tuple[int, float]]:
+        """Steps and running ratio measured ÷ predicted, by cell."""
+        return {str(cell): (t.count, math.exp(t.recent)) for cell, t in self._cells.items()}
