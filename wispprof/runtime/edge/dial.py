@@ -11,11 +11,14 @@ import ssl as tls
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
+from urllib.parse import urlsplit, urlunsplit
 
 from wispprof.errors import RuntimeFault
 from wispprof.runtime.wire import MAX_FRAME_BYTES
 
-__all__ = ["Connection", "Dial", "LinkLost", "Traffic", "websocket_dial"]
+__all__ = ["Connection", "Dial", "LinkLost", "Traffic", "server_url", "websocket_dial"]
+
+SPLIT_PATH = "/v1/split"
 
 
 class LinkLost(RuntimeFault):
@@ -104,14 +107,31 @@ class _WebSocket:
             await self._socket.close()
 
 
+def server_url(text: str) -> str:
+    """A server's address as people write it, as a WebSocket URL.
+
+    ``host:8200``, ``http://host:8200`` and ``ws://host:8200/v1/split`` all mean the same door.
+    Raises :class:`LinkLost` where it is no address.
+    """
+    given = text if "://" in text else f"ws://{text}"
+    parts = urlsplit(given)
+    scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
+    if scheme not in ("ws", "wss") or not parts.hostname:
+        raise LinkLost(f"{text!r} is no server address.", "Use HOST:PORT or wss://HOST:PORT.", True)
+    path = parts.path if parts.path not in ("", "/") else SPLIT_PATH
+    return urlunsplit((scheme, parts.netloc, path, parts.query, ""))
+
+
 def websocket_dial(
     url: str, *, timeout_ms: float = 5000.0, ssl: tls.SSLContext | None = None
 ) -> Dial:
-    """Dial ``ws://`` or ``wss://`` addresses. ``ssl`` replaces the system's trust for ``wss://``.
+    """Dial a server (see :func:`server_url` for addresses). ``ssl`` replaces the system's trust for ``wss://``.
 
     Keep-alive is the client's business (its pings also measure the link), compression is off: token ids
     do not compress, and every frame would pay for the attempt.
     """
+
+    url = server_url(url)
 
     async def dial() -> Connection:
         from websockets.asyncio.client import connect

@@ -40,20 +40,20 @@ class DraftWorker(Protocol):
 
 
 class _Follower:
-    """A drafter and what it holds. Runs in whatever thread calls it."""
+    """A drafter, and what it holds in :attr:`held`. Runs in whatever thread calls it."""
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
-        self._held: list[int] = []
+        self.held: list[int] = []
         self._most = int(getattr(drafter, "max_context", 0)) or sys.maxsize
 
     def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
         """Start anew; a prompt beyond the drafter's context leaves it out of this session."""
-        self._held = []
+        self.held = []
         if len(tokens) >= self._most:
             return
         self.drafter.open(tokens, sampling)
-        self._held = list(tokens)
+        self.held = list(tokens)
         prefill = getattr(self.drafter, "prefill", None)
         if prefill is not None:
             prefill()
@@ -67,20 +67,20 @@ class _Follower:
 
     def follow(self, sequence: Sequence[int]) -> int:
         """Make the drafter hold ``sequence``; returns the number of tokens it had to read anew."""
-        held, wanted = self._held, list(sequence)
+        held, wanted = self.held, list(sequence)
         same = common_prefix(held, wanted)
         if same < len(held):
             self.drafter.rollback(same)
         if same < len(wanted):
             self.drafter.extend(wanted[same:])
-        self._held = wanted
+        self.held = wanted
         return len(wanted) - same
 
     def step(self) -> DraftToken | None:
         if getattr(self.drafter, "silent", False):
             return None
         drafted = self.drafter.draft()
-        self._held.append(drafted.token)
+        self.held.append(drafted.token)
         return drafted
 
 
@@ -108,6 +108,11 @@ class ThreadWorker:
     def __init__(self, drafter: Drafter, executor: Executor) -> None:
         self._follower = _Follower(drafter)
         self._executor = executor
+
+    @property
+    def held(self) -> list[int]:
+        """Tokens the drafter held after its last step."""
+        return self._follower.held
 
     async def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
         loop = asyncio.get_running_loop()

@@ -1,0 +1,97 @@
+"""What one device drafts with: a draft model, n-gram lookup, or both; shared by all its requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from wispprof.core import Drafter, RejectionPredictor
+from wispprof.errors import WispprofError
+from wispprof.policies.api import Controller
+from wispprof.runtime.edge.lookup import LookupDrafter, LookupFirst
+from wispprof.runtime.edge.worker import ThreadWorker, common_prefix
+
+__all__ = ["DRAFTERS", "Device"]
+
+DRAFTERS = ("model", "lookup", "both", "none")
+
+
+class Device:
+    """Makes the drafting parts of a request.
+
+    ``kind``: ``model``, ``lookup``, ``both`` (lookup first) or ``none`` (centralized). ``loaded``: the
+    draft model as :func:`wispprof.lm.loading.load_model` gives it. All steps run in one thread: a device
+    has one engine. Drafters are kept and reused, so a conversation's next turn finds its KV.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        controller: str = "wisp",
+        options: dict[str, Any] | None = None,
+        predictor: RejectionPredictor | None = None,
+        loaded: Any = None,
+    ) -> None:
+        if kind not in DRAFTERS:
+            raise WispprofError(
+                f"There is no drafter {kind!r}.", f"Choose one of {', '.join(DRAFTERS)}."
+            )
+        if kind in ("model", "both") and loaded is None:
+            raise ValueError(f"the drafter {kind!r} needs a draft model")
+        self.kind = kind
+        self.stream = True
+        self._controller = (controller, dict(options or {}))
+        self._predictor = predictor
+        self._loaded = loaded
+        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draft")
+        self._idle: list[tuple[list[int], Drafter]] = []
+        if kind != "none":
+            self.controller()  # a wrong name or option is told now, not at the first request
+
+    def controller(self) -> Controller:
+        """A fresh speculation controller for one request."""
+        from wispprof.policies import make_controller
+
+        name, options = self._controller
+        if name == "wispprof":
+            options = {"stream": self.stream, **options}
+        return make_controller(name, predictor=self._predictor, **options)
+
+    @contextmanager
+    def lend(self, prompt: Sequence[int]):  # type: ignore[no-untyped-def]
+        """``with device.lend(prompt) as (worker, controller)``; both ``None`` where nothing drafts."""
+        if self.kind == "none":
+            yield None, None
+            return
+        held, drafter = self._take(list(prompt))
+        worker = ThreadWorker(drafter, self._threads)
+        try:
+            yield worker, self.controller()
+        finally:
+            self._idle.append((worker.held or held, drafter))
+            del self._idle[:-8]
+
+    def _take(self, prompt: list[int]) -> tuple[list[int], Drafter]:
+        if not self._idle:
+            return [], self._make()
+        best = max(range(len(self._idle)), key=lambda i: common_prefix(self._idle[i][0], prompt))
+        return self._idle.pop(best)
+
+    def _make(self) -> Drafter:
+        parts: dict[str, Callable[[], Drafter]] = {
+            "model": self._model,
+            "lookup": LookupDrafter,
+            "both": lambda: LookupFirst(LookupDrafter(), self._model()),
+        }
+        return parts[self.kind]()
+
+    def _model(self) -> Drafter:
+        from wispprof.lm.draft import TorchDrafter
+
+        return TorchDrafter(self._loaded)
+
+    def close(self) -> None:
+        """End the drafting thread."""
+        self._threads.shutdown(wait=True)
