@@ -27,6 +27,7 @@ __all__ = ["PolicyBroke", "Server"]
 
 _UNLIMITED = 1 << 40
 _LEVEL_EVERY = 16
+_INSTANT_MS = 1e-6
 
 
 class PolicyBroke(RuntimeError):
@@ -170,12 +171,10 @@ class Server:
         counters.predicted_ms += p50_ms
         counters.rows += rows
         counters.prefill_rows += prefill
-        done_ms = now_ms + took_ms + self._model.overhead_ms
-        self._sim.at(done_ms, self._done, (feeds, took_ms, now_ms))
+        self._sim.at(now_ms + took_ms, self._done, (feeds, took_ms, now_ms))
 
     def _done(self, now_ms: float, ran: tuple[list[Feed], float, float]) -> None:
         feeds, took_ms, began_ms = ran
-        self._busy = False
         sim, sessions, edges = self._sim, self._sessions, self._edges
         counters = sim.counters
         counters.busy_ms += now_ms - max(began_ms, sim.counted_from_ms)
@@ -208,6 +207,11 @@ class Server:
                 freed = True
         if freed:
             self._admit(now_ms)
+        # Commits leave first; the loop collects what has arrived and decides after its own overhead.
+        self._sim.at(now_ms + max(self._model.overhead_ms, _INSTANT_MS), self._free, None)
+
+    def _free(self, now_ms: float, _: None) -> None:
+        self._busy = False
         self._decide(now_ms)
 
     def _look_at_load(self) -> None:
