@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 from wispprof.lm.reference import corpus, train
 
 TARGET_RECIPE = train.Recipe(steps=1300, decay_share=0.25)
-DRAFT_RECIPE = train.Recipe(steps=1500, decay_share=0.25, short=(16, 256), long=(4, 1024))
+DRAFT_RECIPE = train.Recipe(steps=1200, decay_share=0.25, short=(16, 256), long=(4, 1024))
 POOL_BATCHES, POOL_ROWS = 40, 64
 
 Reporter = Callable[[str], train.Progress]
