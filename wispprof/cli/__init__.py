@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from wispprof import __version__
-from wispprof.cli import doctor, fit, reference
+from wispprof.cli import bench, doctor, edge, fit, reference, report, serve
 from wispprof.cli.common import GuardedGroup, known_options
 from wispprof.config import ENV_PREFIX, read_config
 
@@ -62,5 +62,5 @@ def _by_command(sections: Any) -> dict[str, Any]:
     }
 
 
-for _command in (fit, doctor, reference):
+for _command in (fit, serve, edge, bench, report, doctor, reference):
     _command.register(app)

@@ -1,1 +1,24 @@
-"""Tables, plots and one self-contained HTML report."""
+"""Tables, plots and one self-contained HTML report. Imports no torch."""
+
+from wispprof.reporting.report import render_report, verdict, write_report
+from wispprof.reporting.results import Answer, Bench, Piece, bench_table
+from wispprof.reporting.run import ANSWER_KIND, BENCH_KIND, Run, load_run
+from wispprof.reporting.tables import Column, Table, to_html, to_rich
+
+__all__ = [
+    "ANSWER_KIND",
+    "BENCH_KIND",
+    "Answer",
+    "Bench",
+    "Column",
+    "Piece",
+    "Run",
+    "Table",
+    "bench_table",
+    "load_run",
+    "render_report",
+    "to_html",
+    "to_rich",
+    "verdict",
+    "write_report",
+]
