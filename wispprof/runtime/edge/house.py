@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ssl as tls
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,30 +96,31 @@ class Reply:
         self.finished = ""
         self.verified = True
 
-    async def text(self) -> AsyncIterator[str]:
+    async def text(self) -> AsyncGenerator[str]:
         """Pieces of the answer as they are committed."""
         house, prompt = self._house, self._prompt
         stream = TextStream(house.tokenizer, prompt.tokens)
         scanner = StopScanner(prompt.stops)
-        async for chunk in self._chunks():
-            self.verified = self.verified and chunk.verified
-            shown = chunk.tokens
-            if shown and shown[-1] in house.stop_tokens:
-                shown = shown[:-1]
-            self.tokens.extend(chunk.tokens)
-            piece = scanner.push(stream.push(shown))
-            if piece:
-                yield piece
-            if scanner.hit:
-                self.finished = "stop"
-                return
+        async with aclosing(self._chunks()) as chunks:
+            async for chunk in chunks:
+                self.verified = self.verified and chunk.verified
+                shown = chunk.tokens
+                if shown and shown[-1] in house.stop_tokens:
+                    shown = shown[:-1]
+                self.tokens.extend(chunk.tokens)
+                piece = scanner.push(stream.push(shown))
+                if piece:
+                    yield piece
+                if scanner.hit:
+                    self.finished = "stop"
+                    return
         rest = scanner.push(stream.finish()) + scanner.finish()
         if scanner.hit:
             self.finished = "stop"
         if rest:
             yield rest
 
-    async def _chunks(self) -> AsyncIterator[Chunk]:
+    async def _chunks(self) -> AsyncGenerator[Chunk]:
         house, prompt = self._house, self._prompt
         request = GenerationRequest(
             tokens=prompt.tokens,
@@ -138,13 +139,10 @@ class Reply:
                 fallback=house.settings.fallback == "draft",
             )
             self.stats = generation.stats
-            source = generation.stream()
-            try:
+            async with aclosing(generation.stream()) as source:
                 async for chunk in source:
                     yield chunk
-                self.finished = generation.stats.finished
-            finally:
-                await source.aclose()  # type: ignore[attr-defined]
+            self.finished = generation.stats.finished
 
 
 class EdgeHouse:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -52,14 +53,13 @@ class EdgeMetrics:
             "wispprof_edge_received_bytes", "Received over links.", registry=registry
         )
 
-    async def watch(self, reply: Reply) -> AsyncIterator[str]:
+    async def watch(self, reply: Reply) -> AsyncGenerator[str]:
         """The reply's text, counted when it ends, however it ends."""
-        source = reply.text()
         try:
-            async for piece in source:
-                yield piece
+            async with aclosing(reply.text()) as source:
+                async for piece in source:
+                    yield piece
         finally:
-            await source.aclose()  # type: ignore[attr-defined]
             self._count(reply.stats, reply.finished or "aborted")
 
     def _count(self, stats: RequestStats, finished: str) -> None:

@@ -7,7 +7,7 @@ import ipaddress
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import uvicorn
@@ -124,7 +124,7 @@ def _prompt_tokens(house: EdgeHouse, body: CompletionRequest) -> tuple[int, ...]
     if isinstance(given, str):
         return house.encode(given)
     if given and isinstance(given[0], int):
-        return tuple(given)  # type: ignore[arg-type]
+        return tuple(given)
     if len(given) != 1:
         raise ApiError("One prompt per request.", param="prompt")
     only = given[0]
@@ -231,7 +231,7 @@ async def _events(
     reply: Reply,
     prompt: Prompt,
     first: str | None,
-    pieces: AsyncIterator[str],
+    pieces: AsyncGenerator[str],
     usage: bool,
 ) -> AsyncIterator[str]:
     def event(choice: dict[str, Any], **more: Any) -> str:
@@ -252,7 +252,7 @@ async def _events(
     except WispprofError as fault:
         yield f"data: {json.dumps(error_body(str(fault), 'server_error'))}\n\n"
     finally:
-        await asyncio.shield(pieces.aclose())  # type: ignore[attr-defined]
+        await asyncio.shield(pieces.aclose())
 
 
 def _reason(reply: Reply) -> str:

@@ -9,7 +9,7 @@ meanwhile been decided is thrown away when it ends.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -146,7 +146,7 @@ class Generation:
             self._end()
         return self.stats
 
-    async def stream(self) -> AsyncIterator[Chunk]:
+    async def stream(self) -> AsyncGenerator[Chunk]:
         """Generate, handing out tokens as they are committed."""
         task = asyncio.create_task(self.run(), name="generation")
         try:

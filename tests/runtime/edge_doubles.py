@@ -1,0 +1,141 @@
+"""What the edge's tests share: a hash target with its traces, a linear step cost, a pocket server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from wispprof.artifacts.records import AcceptanceTrace, TracePath
+from wispprof.core import BatchShape, Sampling
+from wispprof.policies import make_batch_policy, make_controller
+from wispprof.runtime.bench import PocketServer
+from wispprof.runtime.edge import (
+    ClientSettings,
+    Dial,
+    EdgeClient,
+    Generation,
+    GenerationRequest,
+    TimedWorker,
+)
+from wispprof.runtime.server.double import HashDrafter, HashEngine, HashTarget
+from wispprof.sessions.turns import DraftingSettings
+
+
+@dataclass(frozen=True)
+class LinearCost:
+    """A step costs ``fixed + per_token · new + per_cached · cached`` ms; a step estimator."""
+
+    fixed_ms: float = 8.0
+    per_token_ms: float = 0.3
+    per_cached_ms: float = 0.001
+    coverage: float = 0.95
+
+    def start(self) -> Batch:
+        return Batch(self)
+
+    def predict(self, shape: BatchShape) -> tuple[float, float]:
+        batch = self.start()
+        for item in shape.items:
+            batch = batch.add(item.new, item.cached, item.prefill)
+        return batch.p50_ms, batch.bound_ms
+
+    def step_ms(self, shape: BatchShape) -> float:
+        return self.predict(shape)[0]
+
+
+@dataclass(frozen=True)
+class Batch:
+    cost: LinearCost
+    new: int = 0
+    cached: int = 0
+
+    @property
+    def p50_ms(self) -> float:
+        c = self.cost
+        if not self.new:
+            return 0.0
+        return c.fixed_ms + c.per_token_ms * self.new + c.per_cached_ms * self.cached
+
+    @property
+    def bound_ms(self) -> float:
+        return 1.1 * self.p50_ms
+
+    def add(self, new: int, cached: int, prefill: bool = False) -> Batch:
+        return Batch(self.cost, self.new + new, self.cached + cached)
+
+
+def pocket(policy: str = "fcfs", cost: LinearCost | None = None, **options: object) -> PocketServer:
+    """A server of the hash target, to be entered on the running loop."""
+    cost = cost or LinearCost()
+    return PocketServer(HashEngine(), make_batch_policy(policy, **options), cost, cost.step_ms)
+
+
+def truth(prompt: Sequence[int], count: int, sampling: Sampling | None = None) -> list[int]:
+    return HashTarget().generate(prompt, count, sampling or Sampling())
+
+
+def drafting(
+    client: EdgeClient,
+    prompt: Sequence[int],
+    *,
+    max_new: int = 48,
+    k: int = 4,
+    accuracy: float = 0.8,
+    draft_ms: float = 5.0,
+    proactive: int = 0,
+    lead: int = 24,
+    sampling: Sampling | None = None,
+    controller: str = "fixed",
+    fallback: bool = False,
+    **options: object,
+) -> Generation:
+    """A drafting generation of the hash target's text."""
+    request = GenerationRequest(tuple(prompt), max_new, sampling or Sampling())
+    worker = TimedWorker(HashDrafter(HashTarget(), accuracy), lambda context: draft_ms)
+    if controller == "fixed":
+        options["k"] = k
+    return Generation(
+        client,
+        request,
+        worker,
+        make_controller(controller, **options),
+        DraftingSettings(lead=lead, proactive=proactive),
+        fallback=fallback,
+    )
+
+
+def plain(client: EdgeClient, prompt: Sequence[int], max_new: int = 48) -> Generation:
+    """A centralized generation."""
+    return Generation(client, GenerationRequest(tuple(prompt), max_new))
+
+
+def edge(dial: Dial, **settings: object) -> EdgeClient:
+    return EdgeClient(dial, ClientSettings(**settings))  # type: ignore[arg-type]
+
+
+def hash_trace(
+    paths: int = 4, length: int = 40, depth: int = 6, accuracy: float = 0.75
+) -> AcceptanceTrace:
+    """What profiling would record of the hash pair: exact, and quick."""
+    target = HashTarget()
+    made = []
+    for number in range(paths):
+        prompt = tuple((number * 31 + i * 7) % 256 for i in range(5 + number))
+        path = tuple(target.generate(prompt, length))
+        drafter = HashDrafter(target, accuracy)
+        drafts = np.zeros((length, depth), dtype=np.int32)
+        features = np.zeros((length, depth, 4), dtype=np.float32)
+        accepted = np.zeros(length, dtype=np.int32)
+        for row in range(length):
+            drafter.open((*prompt, *path[:row]), Sampling())
+            good = True
+            for place in range(depth):
+                drafted = drafter.draft()
+                drafts[row, place] = drafted.token
+                features[row, place] = drafted.features
+                good = good and row + place < length and drafted.token == path[row + place]
+                accepted[row] += good
+        made.append(TracePath(prompt, path, drafts, features, accepted))
+    return AcceptanceTrace("hash", "hash-draft", "", Sampling(), tuple(made))

@@ -1,0 +1,232 @@
+"""A fleet of replay edges against a running server: right tokens, right delays, no models."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from random import Random
+from typing import TYPE_CHECKING
+
+from wispprof.artifacts.records import AcceptanceTrace, TracePath
+from wispprof.core import RejectionPredictor, Slo
+from wispprof.errors import HandshakeRefused, ProfileError, WispprofError
+from wispprof.policies import make_controller
+from wispprof.policies.api import Controller
+from wispprof.runtime.bench.result import BenchResult, Outcome, summarise
+from wispprof.runtime.bench.settings import BenchSettings
+from wispprof.runtime.bench.watch import HandleWatch, MetricsWatch, StepWatch
+from wispprof.runtime.edge.client import EdgeClient
+from wispprof.runtime.edge.dial import Dial, server_url, websocket_dial
+from wispprof.runtime.edge.replay import ReplayDrafter
+from wispprof.runtime.edge.session import Generation, GenerationRequest
+from wispprof.runtime.edge.settings import ClientSettings
+from wispprof.runtime.edge.worker import TimedWorker
+from wispprof.runtime.link import LinkSettings, emulate
+from wispprof.simulation.systems import system
+
+if TYPE_CHECKING:
+    from wispprof.runtime.server.run import RunningServer
+
+__all__ = ["Progress", "bench", "run_bench"]
+
+Progress = Callable[[int, int, str], None]
+"""Called with (requests done, requests in all, a few words)."""
+
+
+async def run_bench(
+    settings: BenchSettings,
+    server: str | RunningServer | Dial,
+    trace: AcceptanceTrace,
+    progress: Progress | None = None,
+    *,
+    watch: StepWatch | None = None,
+) -> BenchResult:
+    """Offer the load of ``settings`` to ``server`` and measure what its users would have seen.
+
+    ``server``: an address, a server that runs in this process, or a dial. ``trace``: taken with the
+    target that the server runs; its paths are the prompts, and what every text must equal.
+    Raises :class:`HandshakeRefused` or :class:`ServerUnreachable` where the first device cannot
+    connect; what befalls single requests is counted in the result.
+    """
+    return await _Fleet(settings, server, trace, progress, watch).run()
+
+
+def bench(
+    settings: BenchSettings,
+    server: str,
+    trace: AcceptanceTrace,
+    progress: Progress | None = None,
+) -> BenchResult:
+    """:func:`run_bench` for callers without an event loop."""
+    return asyncio.run(run_bench(settings, server, trace, progress))
+
+
+class _Fleet:
+    def __init__(
+        self,
+        settings: BenchSettings,
+        server: str | RunningServer | Dial,
+        trace: AcceptanceTrace,
+        progress: Progress | None,
+        watch: StepWatch | None,
+    ) -> None:
+        if not trace.paths:
+            raise ProfileError(
+                "The trace holds no paths.", "Take one with `wispprof profile-edge`."
+            )
+        self.settings = settings
+        self.trace = trace
+        self.dial, self.watch = _reach(server, watch)
+        self.system = system(settings.system)
+        if self.system.clairvoyant:
+            raise WispprofError(
+                "The clairvoyant system exists in the simulator only.", "Choose another one."
+            )
+        self.controller = settings.controller or self.system.controller
+        self.drafting = settings.drafting or self.system.drafting
+        self.predictor = _predictor(settings)
+        self.outcomes: list[Outcome] = []
+        self.asked = 0
+        self.progress = progress
+        self.total = settings.requests * (1 if settings.rate_per_s else settings.devices)
+        self.first_s: float | None = None
+        self.last_s = 0.0
+
+    async def run(self) -> BenchResult:
+        settings = self.settings
+        rng = Random(settings.seed)
+        clients = [
+            EdgeClient(self._dial_of(i), self._client_of(i)) for i in range(settings.devices)
+        ]
+        entered: list[EdgeClient] = []
+        try:
+            for client in clients:
+                entered.append(await client.__aenter__())
+            if self.watch is not None:
+                await self.watch.begin()
+            work = (
+                self._poisson(clients, rng) if settings.rate_per_s else self._closed(clients, rng)
+            )
+            await asyncio.gather(*offered(clients, rng))
+            steps, said = ([], {}) if self.watch is None else await self.watch.end()
+        finally:
+            for client in entered:
+                await client.__aexit__(None, None, None)
+        loop_seconds = self.last_s - (self.first_s or 0.0)
+        up = sum(client.traffic.up_bytes for client in clients)
+        down = sum(client.traffic.down_bytes for client in clients)
+        return summarise(
+            settings.system, settings.load(), self.outcomes, loop_seconds, steps, said, (up, down)
+        )
+
+    # --- when requests come ---
+
+    def _closed(self, clients: Sequence[EdgeClient], rng: Random) -> list[Awaitable[None]]:
+        ramp_s = self.settings.ramp_ms / 1000.0
+        return [
+            self._device(i, client, rng.random() * ramp_s, Random(rng.random()))
+            for i, client in enumerate(clients)
+        ]
+
+    async def _device(self, number: int, client: EdgeClient, start_s: float, rng: Random) -> None:
+        await asyncio.sleep(start_s)
+        for request in range(self.settings.requests):
+            if request and self.settings.think_ms:
+                await asyncio.sleep(rng.expovariate(1000.0 / self.settings.think_ms))
+            await self._request(number, client, number + request * self.settings.devices)
+
+    def _poisson(self, clients: Sequence[EdgeClient], rng: Random) -> list[Awaitable[None]]:
+        at = 0.0
+        work: list[Awaitable[None]] = []
+        for request in range(self.settings.requests):
+            at += rng.expovariate(self.settings.rate_per_s)
+            number = request % len(clients)
+            work.append(self._later(at, number, clients[number], request))
+        return work
+
+    async def _later(self, at_s: float, number: int, client: EdgeClient, request: int) -> None:
+        await asyncio.sleep(at_s)
+        await self._request(number, client, request)
+
+    # --- one request ---
+
+    async def _request(self, number: int, client: EdgeClient, index: int) -> None:
+        settings = self.settings
+        path = self.trace.paths[index % len(self.trace.paths)]
+        slo = Slo(settings.tokens_per_s[number % len(settings.tokens_per_s)], settings.ttft_ms)
+        request = GenerationRequest(
+            tokens=path.prompt,
+            max_new=min(settings.max_new, len(path.path)),
+            sampling=self.trace.sampling,
+            slo=slo,
+        )
+        worker, controller = self._drafting_of(number, path, client)
+        generation = Generation(client, request, worker, controller, self.drafting)
+        loop = asyncio.get_running_loop()
+        self.first_s = loop.time() if self.first_s is None else self.first_s
+        fault, lossless = "", True
+        try:
+            await generation.run()
+        except HandshakeRefused:
+            raise
+        except WispprofError as error:
+            fault = str(error)
+            lossless = not isinstance(error, ProfileError)  # the target left the recorded path
+        out = generation.output
+        lossless = lossless and out == path.path[: len(out)]
+        lossless = lossless and (bool(fault) or len(out) == request.max_new)
+        self.last_s = loop.time()
+        self.outcomes.append(Outcome(number, slo, generation.stats, lossless, fault))
+        if self.progress is not None:
+            kept = sum(o.kept for o in self.outcomes)
+            done = len(self.outcomes)
+            self.progress(done, self.total, f"{kept}/{done} kept their promise")
+
+    def _drafting_of(
+        self, number: int, path: TracePath, client: EdgeClient
+    ) -> tuple[TimedWorker, Controller] | tuple[None, None]:
+        if self.controller is None:
+            return None, None
+        device = self.settings.device[number % len(self.settings.device)]
+        options = dict(self.settings.options or self.system.controller_options)
+        if self.controller == "wispprof":
+            stream = self.drafting.stream
+            running = (
+                stream if stream is not None else bool(client.welcome and client.welcome.stream)
+            )
+            options.setdefault("stream", running)
+        controller = make_controller(self.controller, self.predictor, **options)
+        drafter = ReplayDrafter([path])
+        return TimedWorker(drafter, device.step_ms, device.prefill_ms_per_token), controller
+
+    def _dial_of(self, number: int) -> Dial:
+        profile = self.settings.link
+        if profile.rtt_ms == 0 and profile.jitter_ms == 0 and profile.loss == 0:
+            return self.dial
+        return emulate(self.dial, LinkSettings(profile, seed=self.settings.seed * 1000 + number))
+
+    def _client_of(self, number: int) -> ClientSettings:
+        return ClientSettings(
+            tokenizer=self.trace.tokenizer_hash,
+            key=self.settings.key,
+            name=f"bench-{number}",
+        )
+
+
+def _reach(
+    server: str | RunningServer | Dial, watch: StepWatch | None
+) -> tuple[Dial, StepWatch | None]:
+    if isinstance(server, str):
+        url = server_url(server)
+        return websocket_dial(url), watch or MetricsWatch(url)
+    if callable(server):
+        return server, watch
+    return websocket_dial(server.split_url), watch or HandleWatch(server)
+
+
+def _predictor(settings: BenchSettings) -> RejectionPredictor | None:
+    if settings.predictor is None:
+        return None
+    from wispprof.fitting import load_predictor
+
+    return load_predictor(settings.predictor)
