@@ -1,0 +1,108 @@
+"""Losslessness of split decoding at full size, on the bundled pair or any other.
+
+50 held-out prompts × 64 tokens over the real WebSocket: greedy output against transformers' own
+``generate`` for k = 0, 1, 4, 8 and batches of 1 to 16 sessions, and sampled output (T = 0.8, top-p 0.9)
+against the undrafted run of the same seed, under every batching policy. Float32: in bfloat16 the batch
+shape itself moves logits near ties.
+
+    python benchmarks/lossless.py                      # everything
+    python benchmarks/lossless.py --prompts 8 --tokens 24
+
+Exit code 1 where one token differs. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def main() -> int:
+    arguments = _arguments()
+
+    from wispprof.artifacts import bundled
+    from wispprof.core import Sampling
+    from wispprof.lm.draft import TorchDrafter
+    from wispprof.lm.engine import VerifierEngine
+    from wispprof.lm.loading import load_model
+    from wispprof.policies import BATCH_POLICIES
+    from wispprof.profiling.prompts import held_out_prompts
+    from wispprof.runtime.lossless import Case, compare, generate_alone, split_outputs
+    from wispprof.runtime.server import ServedModel
+
+    pair = "models/reference-pair/"
+    target = load_model(arguments.target or bundled.path(pair + "target"))
+    draft = load_model(arguments.draft or bundled.path(pair + "draft"))
+    prompts = held_out_prompts(target.tokenizer, arguments.prompts, 48)
+    eos = target.tokenizer.eos_token_id
+    stop = [] if eos is None else [int(eos)]
+    size = arguments.tokens
+    engine = VerifierEngine(target, kv_tokens=65_536, max_sessions=64)
+    info = target.info
+    model = ServedModel(info.id, info.tokenizer_hash, info.vocab_size, engine.max_context)
+
+    def split(case: Case) -> list[list[int]]:
+        work = split_outputs(engine, model, lambda: TorchDrafter(draft), prompts, size, case, stop)
+        return asyncio.run(work)
+
+    begun = time.perf_counter()
+    wanted = generate_alone(target.model, prompts, size, stop)
+    print(f"{'sampling':>9} {'policy':>18} {'k':>2} {'batch':>5} {'tokens':>7} {'wrong':>5} first")
+    rows = []
+
+    def check(name: str, case: Case, right: list[list[int]]) -> None:
+        verdict = compare(split(case), right)
+        rows.append(verdict.lossless)
+        print(
+            f"{name:>9} {case.policy:>18} {case.k:>2} {case.sessions:>5} {verdict.tokens:>7} "
+            f"{verdict.wrong:>5} {verdict.first or ''}",
+            flush=True,
+        )
+
+    for k in (0, 1, 4, 8):
+        check("greedy", Case(k, 16), wanted)
+    for sessions in (1, 5):
+        check("greedy", Case(4, sessions, "wisp"), wanted)
+    sampled = Sampling(temperature=0.8, top_p=0.9, seed=1)
+    right = split(Case(0, 16, "fcfs", sampled))
+    for policy in BATCH_POLICIES:
+        check("T=0.8", Case(4, 16, policy, sampled), right)
+    for k in (1, 8):
+        check("T=0.8", Case(k, 16, "wispprof", sampled), right)
+
+    spoiled = [list(tokens) for tokens in wanted]
+    spoiled[-1][-1] += 1
+    control = compare(spoiled, wanted)
+    print(
+        f"negative control: one corrupted token of {control.tokens} is seen: {not control.lossless}"
+    )
+    lossless = all(rows) and not control.lossless
+    summary = {
+        "benchmark": "lossless",
+        "prompts": len(prompts),
+        "tokens": size,
+        "cases": len(rows),
+        "lossless": lossless,
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+    print(json.dumps(summary))
+    return 0 if lossless else 1
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--target", default="", help="folder or hub id (default: bundled)")
+    parser.add_argument("--draft", default="", help="folder or hub id (default: bundled)")
+    parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--tokens", type=int, default=64)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
