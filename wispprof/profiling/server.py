@@ -115,11 +115,9 @@ class EngineShooter:
         return elapsed * 1000
 
     def finish(self) -> None:
-        for number in range(len(self._feeds)):
-            self._engine.close(f"profile {number}")
-        # A fork that was refused has left its predecessors open.
+        # By what is open rather than by what was planned: a refused fork leaves a part of its shot.
         for name in self._engine.sessions:
-            if name.startswith("profile ") and name != _MASTER:
+            if name != _MASTER:
                 self._engine.close(name)
         self._feeds, self._cached = [], []
 

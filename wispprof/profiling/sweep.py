@@ -199,8 +199,8 @@ def repeat(
     sensors: Sensors,
 ) -> tuple[tuple[float, ...], bool]:
     """Prepare, warm up and fire until the median is known; returns samples and whether it throttled."""
-    shooter.prepare(shot)
     try:
+        shooter.prepare(shot)
         begin = clock()
         for _ in range(settings.warmup):
             shooter.fire()

@@ -1,0 +1,210 @@
+"""profile-server and profile-edge on tiny models, with real forwards and counted time."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from wispprof.artifacts import load_edge, load_server
+from wispprof.core import Sampling
+from wispprof.errors import ArtifactError, PhysicsViolation, ProfileError
+from wispprof.lm.engine import VerifierEngine
+from wispprof.lm.loading import random_model
+from wispprof.profiling import edge, server
+from wispprof.profiling.grids import Axes
+from wispprof.profiling.session import Output, journal_file
+from wispprof.profiling.sweep import SweepSettings
+
+AXES = Axes(
+    items=(1, 4), new=(1, 5), cached=(16, 128), skew_items=(4,), chunk=(32,), mixed_items=(2,)
+)
+SWEEP = SweepSettings(most=8, sentinel_every=5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return random_model("tiny-llama", seed=1)
+
+
+class CountedTime:
+    """A clock that moves by what the engine has just computed: exact, and the same on any machine."""
+
+    def __init__(self, monkeypatch, blind=False, die_after=None):
+        self.now, self.steps, self.die_after = 0.0, 0, die_after
+        real = VerifierEngine.step
+
+        def step(engine, feeds, **more):
+            cached = sum(engine.cached(feed.session) for feed in feeds)
+            new = sum(len(feed.tokens) for feed in feeds)
+            outcomes = real(engine, feeds, **more)
+            self.steps += 1
+            if self.die_after is not None and self.steps > self.die_after:
+                raise KeyboardInterrupt
+            self.now += 0.005 if blind else 0.001 + 2e-5 * new + 4e-6 * cached
+            return outcomes
+
+        monkeypatch.setattr(VerifierEngine, "step", step)
+
+    def __call__(self):
+        self.now += 1e-7
+        return self.now
+
+
+def settings(path=None, **more):
+    output = Output(path, resume=more.pop("resume", False))
+    return server.ServerSettings(axes=AXES, sweep=SWEEP, output=output, **more)
+
+
+def test_a_server_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
+    clock = CountedTime(monkeypatch)
+    profile = server.profile_server(settings(tmp_path / "p"), loaded=tiny, clock=clock)
+    assert load_server(tmp_path / "p") == profile
+    assert not journal_file(tmp_path / "p").exists()
+    kinds = {row.kind for row in profile.rows}
+    assert kinds == {"verify", "prefill", "mixed", "sentinel"}
+    for row in profile.rows:
+        shape = row.shape
+        ms = 1 + 0.02 * shape.new_tokens + 0.004 * shape.cached_tokens
+        assert row.median_ms == pytest.approx(ms, rel=0.01), row.key
+    manifest = profile.manifest
+    assert manifest.model.parameters == tiny.info.parameters
+    assert manifest.engine["backend"] == "slots"
+    assert manifest.summary["physics"]["growth"] > 1.15
+    assert manifest.hardware["hash"]
+    assert manifest.summary["drift"]["drifted"] is False
+    with pytest.raises(ArtifactError, match="--overwrite"):
+        server.profile_server(settings(tmp_path / "p"), loaded=tiny, clock=clock)
+
+
+def test_interrupted_and_resumed(tiny, monkeypatch, tmp_path):
+    clock = CountedTime(monkeypatch, die_after=120)
+    with pytest.raises(KeyboardInterrupt):
+        server.profile_server(settings(tmp_path / "p"), loaded=tiny, clock=clock)
+    assert journal_file(tmp_path / "p").exists()
+    assert not (tmp_path / "p.jsonl").exists()
+    clock.die_after = None
+    with pytest.raises(ArtifactError, match="--resume"):
+        server.profile_server(settings(tmp_path / "p"), loaded=tiny, clock=clock)
+    profile = server.profile_server(settings(tmp_path / "p", resume=True), loaded=tiny, clock=clock)
+    keys = [row.key for row in profile.rows if row.kind != "sentinel"]
+    planned = server.plan_server(settings(), loaded=tiny, clock=clock)
+    assert sorted(keys) == sorted(shot.key for shot in planned.shots)
+
+
+def test_a_backend_that_ignores_its_batch_is_refused(tiny, monkeypatch, tmp_path):
+    clock = CountedTime(monkeypatch, blind=True)
+    heavy = Axes(items=(1, 2, 4, 8), new=(1, 9), cached=(16, 64, 240))
+    chosen = server.ServerSettings(axes=heavy, sweep=SWEEP, output=Output(tmp_path / "p"))
+    with pytest.raises(PhysicsViolation):
+        server.profile_server(chosen, loaded=tiny, clock=clock)
+    assert not (tmp_path / "p.jsonl").exists()
+
+
+def test_every_repeat_meets_the_same_state(tiny):
+    engine = VerifierEngine(tiny, kv_tokens=2000, max_sessions=8)
+    shooter = server.EngineShooter(engine, 200)
+    shot = next(
+        s
+        for s in server.server_shots(AXES, server.Capacity(1000, 8, 256))
+        if s.subject.prefill_tokens and len(s.subject.items) > 1
+    )
+    shooter.prepare(shot)
+    shapes = []
+    for _ in range(4):
+        shooter.fire()
+        shapes.append(engine.last_step.shape)
+    assert all(shape == shot.subject for shape in shapes)
+    engine.check_integrity()
+    shooter.finish()
+    shooter.close()
+    assert engine.sessions == []
+    assert engine.kv_free == 2000
+
+
+def test_too_little_memory_is_said(tiny, monkeypatch):
+    with pytest.raises(ProfileError, match="KV tokens"):
+        server.profile_server(settings(kv_tokens=40), loaded=tiny)
+
+
+def test_a_budget_leaves_shots_out(tiny, monkeypatch):
+    clock = CountedTime(monkeypatch)
+    whole = server.plan_server(settings(), loaded=tiny, clock=clock)
+    some = server.plan_server(
+        settings(budget_minutes=whole.expected_s / 60 / 3), loaded=tiny, clock=clock
+    )
+    assert 0 < len(some.shots) < len(whole.shots)
+    assert some.expected_s < whole.expected_s / 2
+
+
+def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
+    ticks = itertools.count()
+    clock = lambda: next(ticks) * 0.004  # noqa: E731  each reading 4 ms later
+    axes = edge.EdgeAxes((16, 64), (16, 32), 64, burst_s=0.1, sustained_s=0.2)
+    monkeypatch.setitem(edge.EDGE_GRIDS, "quick", axes)
+    chosen = edge.EdgeSettings(output=Output(tmp_path / "e"), sampling=Sampling(0.7, seed=1))
+    seen = []
+    profile = edge.profile_edge(
+        chosen, lambda *update: seen.append(update[:2]), loaded=tiny, clock=clock
+    )
+    assert load_edge(tmp_path / "e") == profile
+    assert not journal_file(tmp_path / "e").exists()
+    kinds = {row.kind for row in profile.rows}
+    assert kinds == set(edge.EdgeRow.__doc__.split("``")) & kinds | {"sentinel"}
+    assert {
+        "draft_step",
+        "forward",
+        "prefill",
+        "controller",
+        "burst",
+        "sustained",
+        "energy",
+    } < kinds
+    assert {row.context for row in profile.of_kind("draft_step")} == {16, 64}
+    assert profile.draft_ms(40) == pytest.approx(4.0)
+    assert seen[-1][0] == seen[-1][1]
+    [energy] = profile.of_kind("energy")
+    assert energy.energy_j is None
+    assert profile.manifest.summary["energy_sensor"] == "no sensor"
+    assert profile.manifest.summary["burst_tokens_per_s"] == pytest.approx(2000)
+
+
+def test_edge_shots_do_what_their_kind_says(tiny):
+    from wispprof.lm.draft import TorchDrafter
+
+    drafter = TorchDrafter(tiny)
+    shooter = edge.DrafterShooter(drafter, 96, Sampling())
+    for shot in edge.edge_shots(edge.EDGE_GRIDS["quick"], 256):
+        shooter.prepare(shot)
+        for _ in range(3):
+            before = drafter.length
+            shooter.fire()
+            if shot.kind != "controller":
+                assert drafter.length == before
+        if shot.kind in ("draft_step", "forward"):
+            assert drafter.length == shot.subject.context
+            assert drafter.cached_kv().shape[3] == shot.subject.context
+        if shot.kind == "prefill":
+            assert drafter.length == max(1, shot.subject.context) + shot.subject.tokens + 1
+        shooter.finish()
+    with pytest.raises(ProfileError, match="too short"):
+        edge.edge_shots(edge.EDGE_GRIDS["quick"], 20)
+
+
+def test_an_edge_that_does_not_draft_is_refused():
+    row = edge.EdgeRow
+    lazy = [row("d", "draft_step", 64, (0.1,)), row("f", "forward", 64, (4.0,))]
+    with pytest.raises(PhysicsViolation, match="without doing its work"):
+        edge._check(lazy)
+    deaf = [row("a", "prefill", 0, (4.0,), 64), row("b", "prefill", 0, (4.0,), 512)]
+    with pytest.raises(PhysicsViolation, match="ignore its prompt"):
+        edge._check(deaf)
