@@ -24,7 +24,7 @@ from wispprof.simulation.scenario import Scenario
 from wispprof.simulation.setups import linear_server, merged, read_setup, wisp_scenario
 from wispprof.simulation.systems import System, system
 
-__all__ = ["Comparison", "Figure", "reproduce_specedge", "reproduce_wisp"]
+__all__ = ["PAPERS", "Comparison", "Figure", "reproduce_specedge", "reproduce_wisp"]
 
 Progress = Callable[[int, str], None]
 
@@ -246,3 +246,10 @@ def _comparison(setup: Mapping[str, Any], figures: tuple[Figure, ...]) -> Compar
         {a["name"]: a["why"] for a in setup["assumption"]},
         figures,
     )
+
+
+PAPERS: Mapping[str, Callable[[Executor | None, Progress | None], Comparison]] = {
+    "wisp": reproduce_wisp,
+    "specedge": reproduce_specedge,
+}
+"""Papers by the name that the command takes."""

@@ -1,0 +1,153 @@
+"""Capacity search, metrics and published setups."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from wispprof.core import Slo
+from wispprof.errors import ArtifactMissing, PlanError
+from wispprof.simulation import Scenario, ServerModel, simulate, system
+from wispprof.simulation import capacity as search
+from wispprof.simulation.acceptance import SyntheticAcceptance
+from wispprof.simulation.arrivals import ClosedFleet, Lengths, Poisson
+from wispprof.simulation.capacity import capacity
+from wispprof.simulation.costs import LinearCost
+from wispprof.simulation.metrics import SessionRecord
+from wispprof.simulation.reproduce import Comparison, Figure
+from wispprof.simulation.setups import linear_server, read_setup, wisp_scenario
+
+
+def scenario(name: str, slo: float, fixed_ms: float = 30.0) -> Scenario:
+    return Scenario(
+        system(name),
+        ServerModel(LinearCost(fixed_ms, row_ms=1.5), spread=0.0),
+        ClosedFleet(1, Lengths(20, 30), ramp_ms=200.0),
+        SyntheticAcceptance(0.7),
+        slos=((Slo(slo), 1.0),),
+        seconds=6.0,
+        warmup_s=1.0,
+    )
+
+
+def test_centralized_capacity_is_its_formula() -> None:
+    """Steps of n sessions take 30 + 1.5 n + 0.5 ms, plus a prompt of 20 rows every 30 tokens a session."""
+    found = capacity(scenario("centralized", 10.0), start=4, tolerance=0.0)
+    # n rows and n x 20 / 30 prompt rows a step on average: 30.5 + 2.5 n <= 100 ms.
+    assert found.devices == pytest.approx((100 - 30.5) / 2.5, abs=2)
+    assert found.bounded
+    assert found.report is not None
+    assert found.report.violations <= 0.05
+
+
+@pytest.mark.parametrize("name", ["centralized", "fcfs", "wispprof"])
+def test_a_stricter_promise_never_raises_capacity(name: str) -> None:
+    found = [capacity(scenario(name, slo), start=8, most=64).devices for slo in (6.0, 9.0, 14.0)]
+    assert found == sorted(found, reverse=True)
+    assert found[0] > 0
+
+
+@pytest.mark.parametrize("name", ["centralized", "fcfs"])
+def test_a_slower_server_never_raises_capacity(name: str) -> None:
+    found = [capacity(scenario(name, 9.0, ms), start=8, most=64).devices for ms in (15, 40, 80)]
+    assert found == sorted(found, reverse=True)
+
+
+def _report_for(scenario: Scenario, limit: int):  # type: ignore[no-untyped-def]
+    assert isinstance(scenario.load, ClosedFleet)
+    kept = 1.0 if scenario.load.devices <= limit else 0.5
+    return replace(_REPORT, attainment=kept, sessions=scenario.load.devices)
+
+
+_REPORT = simulate(replace(scenario("centralized", 1.0), seconds=2.0, warmup_s=0.0))
+
+
+@pytest.mark.parametrize("limit", [0, 1, 7, 16, 33, 90])
+@pytest.mark.parametrize("wide", [1, 3])
+def test_the_search_finds_the_edge_whatever_its_width(
+    limit: int, wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        search, "run_all", lambda many, executor: [_report_for(s, limit) for s in many]
+    )
+    found = capacity(scenario("fcfs", 1.0), start=4, tolerance=0.0, wide=wide)
+    assert found.devices == limit
+    assert [size for size, _ in found.probes] == sorted({size for size, _ in found.probes})
+
+
+def test_the_search_says_when_it_met_its_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        search, "run_all", lambda many, executor: [_report_for(s, 999) for s in many]
+    )
+    found = capacity(scenario("fcfs", 1.0), start=4, most=50)
+    assert (found.devices, found.bounded) == (50, False)
+
+
+def test_only_fleets_have_a_capacity() -> None:
+    with pytest.raises(ValueError, match="closed fleet"):
+        capacity(replace(scenario("fcfs", 1.0), load=Poisson(1.0)))
+
+
+def test_unknown_systems_are_named() -> None:
+    with pytest.raises(PlanError, match="wispprof"):
+        system("magic")
+
+
+# --- when is a promise kept? ---
+
+
+def record(**changes: object) -> SessionRecord:
+    base = SessionRecord(0, 0, Slo(10.0, ttft_ms=500.0), 0.0, 10, 20)
+    base.first_ms, base.last_ms, base.tokens, base.done = 400.0, 2300.0, 20, True
+    for name, value in changes.items():
+        setattr(base, name, value)
+    return base
+
+
+@pytest.mark.parametrize(
+    ("changes", "now", "kept"),
+    [
+        ({}, 9000.0, True),
+        ({"last_ms": 2301.0}, 9000.0, False),
+        ({"first_ms": 501.0}, 9000.0, False),
+        ({"done": False, "tokens": 10, "last_ms": 1300.0}, 1310.0, True),
+        ({"done": False, "tokens": 10, "last_ms": 1310.0}, 1311.0, False),
+        ({"done": False, "tokens": 3, "last_ms": 500.0}, 600.0, None),
+        ({"done": False, "tokens": 3, "last_ms": 500.0}, 2000.0, False),
+        ({"done": False, "tokens": 0, "first_ms": math.nan}, 400.0, None),
+        ({"done": False, "tokens": 0, "first_ms": math.nan}, 501.0, False),
+        ({"refused": True}, 10.0, False),
+    ],
+)
+def test_promises(changes: dict[str, object], now: float, kept: bool | None) -> None:
+    assert record(**changes).kept(now) is kept
+
+
+# --- published setups ---
+
+
+def test_setups_ship_and_build() -> None:
+    setup = read_setup("wisp")
+    assert setup["published"]["capacity"]["8"]["wisp"] == 86
+    built = wisp_scenario(setup, system("wisp"), 8.0, setup["server"])
+    assert built.server.estimator.predict is not None
+    assert read_setup("specedge")["prices"]["edge"] == 0.35
+    with pytest.raises(ArtifactMissing):
+        read_setup("nothing")
+
+
+def test_assumptions_override_the_server() -> None:
+    model = linear_server({"fixed_ms": 5.0, "row_ms": 1.0, "max_items": 7}, fixed_ms=6.0)
+    assert model.max_items == 7
+    assert model.estimator.start().add(1, 0).p50_ms == 7.0
+
+
+def test_verdicts_name_what_makes_the_difference() -> None:
+    comparison = Comparison("t", "c", 0.2, {"fair": "", "odd": ""}, ())
+    assert (
+        comparison.verdict(Figure("a", 2.0, {"fair": 2.3, "odd": 9.0})) == "met by the fair setup"
+    )
+    assert comparison.verdict(Figure("a", 2.0, {"fair": 1.0, "odd": 1.9})) == "met under: odd"
+    assert "not met" in comparison.verdict(Figure("a", 2.0, {"fair": 1.0, "odd": math.nan}))

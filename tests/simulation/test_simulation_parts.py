@@ -1,0 +1,323 @@
+"""Loads, links, devices, acceptance sources and costs of the simulator, each by itself."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wispprof.artifacts.records import AcceptanceTrace, EdgeRow, TracePath
+from wispprof.core import BatchShape, Sampling
+from wispprof.errors import ArtifactDamaged, ArtifactMissing, ProfileError
+from wispprof.policies.survival import ConfidenceSurvival
+from wispprof.simulation.acceptance import (
+    MemoPredictor,
+    SyntheticAcceptance,
+    TraceAcceptance,
+)
+from wispprof.simulation.arrivals import Bursts, Lengths, Poisson, Replay, read_requests
+from wispprof.simulation.costs import LinearCost, StepTimes, WithoutPrefixCache
+from wispprof.simulation.devices import DeviceProfile
+from wispprof.simulation.links import Link, LinkProfile
+from wispprof.simulation.scenario import pick
+
+AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:17:04.0319600,3180,8
+2023-11-16 18:17:03.9799600,4808,10
+"""
+MOONCAKE = """{"timestamp": 500, "input_length": 12, "output_length": 3, "hash_ids": [1]}
+{"timestamp": 2500, "input_length": 20, "output_length": 9, "hash_ids": [2]}
+"""
+
+
+# --- loads ---
+
+
+def test_azure_traces_are_read_and_sorted(tmp_path: Path) -> None:
+    file = tmp_path / "azure.csv"
+    file.write_text(AZURE)
+    first, second = read_requests(file)
+    assert first == (0.0, 4808, 10)
+    assert second[1:] == (3180, 8)
+    assert second.at_ms == pytest.approx(52.0, abs=0.1)
+
+
+def test_mooncake_traces_are_read_and_replayed_faster(tmp_path: Path) -> None:
+    file = tmp_path / "mooncake.jsonl"
+    file.write_text(MOONCAKE)
+    recorded = read_requests(file)
+    assert recorded == ((0.0, 12, 3), (2000.0, 20, 9))
+    fast = list(Replay(recorded, speed=4.0, max_prompt=15).requests(Random(0), 1e9))
+    assert [tuple(r) for r in fast] == [(0.0, 12, 3), (500.0, 15, 9)]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (AZURE + "yesterday,1,2\n", "line 4"),
+        (AZURE + "2023-11-16 18:17:05,-1,2\n", "line 4"),
+        ("a,b\n1,2\n", "line 1"),
+        (MOONCAKE + '{"timestamp": 1}\n', "line 3"),
+        (MOONCAKE + "{torn", "line 3"),
+        (MOONCAKE + '{"timestamp": NaN, "input_length": 1, "output_length": 1}', "line 3"),
+        ("", "line 1"),
+    ],
+)
+def test_a_damaged_trace_names_its_line(tmp_path: Path, text: str, line: str) -> None:
+    file = tmp_path / "trace"
+    file.write_text(text)
+    with pytest.raises(ArtifactDamaged, match=line):
+        read_requests(file)
+
+
+def test_a_missing_trace_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactMissing):
+        read_requests(tmp_path / "none.csv")
+
+
+def test_poisson_has_its_rate_and_bursts_theirs() -> None:
+    plain = list(Poisson(20.0).requests(Random(3), 100_000.0))
+    assert len(plain) == pytest.approx(2000, rel=0.08)
+    bursts = Bursts(5.0, 50.0, every_s=10.0, burst_s=2.0)
+    times = [r.at_ms for r in bursts.requests(Random(3), 100_000.0)]
+    assert times == sorted(times)
+    inside = sum(bursts.rate(t) == 50.0 for t in times)
+    assert inside == pytest.approx(1000, rel=0.1)
+    assert len(times) - inside == pytest.approx(400, rel=0.15)
+
+
+@given(st.integers(1, 4000), st.integers(1, 4000), st.floats(0, 2), st.integers(0, 99))
+def test_lengths_stay_legal(prompt: int, output: int, sigma: float, seed: int) -> None:
+    p, o = Lengths(prompt, output, sigma, sigma, max_tokens=2048).draw(Random(seed))
+    assert 1 <= p <= 2048
+    assert 2 <= o <= 2048
+
+
+def test_any_prefix_of_a_fleet_keeps_the_mix() -> None:
+    mix = (("a", 1.0), ("b", 3.0))
+    for count in (40, 400):
+        share = sum(pick(mix, i, 0.6180339887) == "a" for i in range(count)) / count
+        assert share == pytest.approx(0.25, abs=0.05)
+
+
+# --- links ---
+
+
+@given(
+    st.floats(0, 200),
+    st.floats(0, 50),
+    st.floats(0, 0.5),
+    st.lists(st.tuples(st.floats(0, 30), st.integers(50, 5000)), min_size=1, max_size=30),
+)
+@settings(max_examples=50)
+def test_frames_stay_in_order_and_never_beat_light(
+    rtt: float, jitter: float, loss: float, frames: list[tuple[float, int]]
+) -> None:
+    link = Link(LinkProfile(rtt, jitter, loss, up_mbps=1.0), Random(1))
+    now = last = 0.0
+    for pause, size in frames:
+        now += pause
+        at = link.up(now, size)
+        assert at >= now + rtt / 2 + size * 8 / 1000 - 1e-9
+        assert at >= last
+        last = at
+
+
+def test_the_mean_round_trip_is_what_frames_take() -> None:
+    profile = LinkProfile(30.0, jitter_ms=4.0, loss=0.05)
+    total, rounds = 0.0, 20_000
+    link, now = Link(profile, Random(2)), 0.0
+    for _ in range(rounds):
+        now += 10_000.0  # far apart: no frame waits for another
+        up = link.up(now, 0)
+        total += link.down(up, 0) - now
+    assert total / rounds == pytest.approx(profile.mean_rtt_ms, rel=0.05)
+
+
+def test_impossible_links_are_refused() -> None:
+    with pytest.raises(ValueError, match="loss"):
+        LinkProfile(10.0, loss=1.0)
+
+
+# --- devices ---
+
+
+def test_a_device_from_its_profile_rows() -> None:
+    rows = [
+        EdgeRow(f"s{c}", "draft_step", c, (10.0 + c / 100.0,) * 3, energy_j=0.05)
+        for c in (0, 100, 400, 800)
+    ]
+    rows.append(EdgeRow("p", "prefill", 0, (128.0,), tokens=256))
+    rows.append(EdgeRow("c", "controller", 0, (0.02,)))
+    device = DeviceProfile.from_rows("d", rows)
+    assert device.step_ms(500) == pytest.approx(15.02)
+    assert device.prefill_ms_per_token == pytest.approx(0.5)
+    assert device.draft_w > 0
+
+
+def test_a_profile_without_draft_steps_is_refused() -> None:
+    with pytest.raises(ProfileError, match="draft steps"):
+        DeviceProfile.from_rows("d", [])
+
+
+# --- acceptance ---
+
+
+@pytest.mark.parametrize("persistence", [0.0, 0.6, 0.9])
+def test_the_synthetic_source_has_the_survival_it_states(persistence: float) -> None:
+    source = SyntheticAcceptance(0.7, concentration=2.0, persistence=persistence)
+    script = source.script((1, 2), 10, 60_000)
+    counts = np.zeros(5)
+    for start in range(0, 59_000, 7):
+        script.rollback(10)
+        script.extend([1] * start)
+        ahead = script.ahead(5)
+        counts[:ahead] += 1
+    measured = counts / len(range(0, 59_000, 7))
+    assert measured == pytest.approx(source.survival(5), abs=0.03)
+
+
+def test_a_published_curve_is_matched() -> None:
+    curve = [0.869, 0.716, 0.631, 0.557, 0.494, 0.426]
+    source = SyntheticAcceptance.from_survival(curve, concentration=1.0)
+    assert source.survival(6) == pytest.approx(curve, abs=0.06)
+
+
+def test_a_better_predictor_ranks_better_and_stays_calibrated() -> None:
+    blurred = [SyntheticAcceptance(0.75, noise=n).auc() for n in (0.0, 1.0, 4.0)]
+    assert blurred[0] > blurred[1] > blurred[2] > 0.5
+    source = SyntheticAcceptance(0.75, noise=1.0)
+    script = source.script((5,), 1, 40_000)
+    sure = sum(script._features[i].confidence for i in range(40_000)) / 40_000
+    right = sum(t == p for t, p in zip(script._tokens, script.path, strict=True)) / 40_000
+    assert sure == pytest.approx(right, abs=0.01)
+
+
+def _trace(depth: int = 4, length: int = 40) -> AcceptanceTrace:
+    rng = np.random.default_rng(0)
+    paths = []
+    for number in range(3):
+        path = rng.integers(10, 100, length)
+        drafts = np.zeros((length, depth), dtype=np.int64)
+        accepted = np.zeros(length, dtype=np.int64)
+        # A draft that is wrong exactly at every fifth position, and from there on.
+        for row in range(length):
+            wrong = False
+            for j in range(depth):
+                place = row + j
+                wrong = wrong or place % 5 == number
+                truth = int(path[place]) if place < length else 0
+                drafts[row, j] = 1000 + place if wrong or place >= length else truth
+            hits = drafts[row] == [
+                int(path[row + j]) if row + j < length else -1 for j in range(depth)
+            ]
+            accepted[row] = int(np.cumprod(hits).sum())
+        features = rng.random((length, depth, 4)).astype(np.float32)
+        # Within one text the features of a position do not depend on where the draft began.
+        paths.append(TracePath((1, 2, number), tuple(map(int, path)), drafts, features, accepted))
+    return AcceptanceTrace("t", "d", "hash", Sampling(), tuple(paths))
+
+
+def test_a_replayed_script_proposes_what_was_recorded() -> None:
+    source = TraceAcceptance(_trace(), ConfidenceSurvival())
+    script = source.script((3,), 7, 100)
+    assert len(script.path) == 100
+    script.open([0] * 7, Sampling())
+    hits = 0
+    for place in range(60):
+        ahead = script.ahead(4)
+        drafted = [script.draft() for _ in range(4)]
+        want = list(script.path[place : place + 4])
+        agreed = 0
+        while agreed < 4 and drafted[agreed].token == want[agreed]:
+            agreed += 1
+        assert agreed == ahead
+        hits += agreed
+        script.rollback(7 + place)
+        script.extend([script.path[place]])
+        assert script.length == 7 + place + 1
+        assert script.on_path
+    assert hits > 60
+
+
+def test_a_trace_too_short_for_its_depth_is_refused() -> None:
+    with pytest.raises(ProfileError, match="longer"):
+        TraceAcceptance(_trace(depth=4, length=4), ConfidenceSurvival())
+
+
+def test_scripts_depend_on_the_seed_alone() -> None:
+    for source in (SyntheticAcceptance(0.6), TraceAcceptance(_trace(), ConfidenceSurvival())):
+        one, same, other = (source.script(s, 5, 50) for s in ((1, 2), (1, 2), (2, 1)))
+        first = [one.draft() for _ in range(20)]
+        assert first == [same.draft() for _ in range(20)]
+        assert first != [other.draft() for _ in range(20)]
+
+
+def test_memo_asks_once() -> None:
+    asked = []
+
+    class Counting(ConfidenceSurvival):
+        def survival(self, features, depth):  # type: ignore[no-untyped-def]
+            asked.append(depth)
+            return super().survival(features, depth)
+
+    memo = MemoPredictor(Counting())
+    token = SyntheticAcceptance(0.6).script((1,), 1, 5).draft()
+    assert {memo.survival(token.features, 2) for _ in range(5)} == {
+        ConfidenceSurvival().survival(token.features, 2)
+    }
+    assert asked == [2]
+
+
+def test_rolling_back_further_than_held_is_refused() -> None:
+    script = SyntheticAcceptance(0.6).script((1,), 3, 5)
+    with pytest.raises(ValueError, match="roll"):
+        script.rollback(4)
+
+
+# --- costs ---
+
+ITEMS = st.lists(
+    st.tuples(st.integers(1, 64), st.integers(0, 4000), st.booleans()), min_size=1, max_size=12
+)
+
+
+@given(ITEMS, st.tuples(st.integers(1, 64), st.integers(0, 4000), st.booleans()))
+def test_costs_never_fall_and_add_up(
+    items: list[tuple[int, int, bool]], more: tuple[int, int, bool]
+) -> None:
+    for cost in (
+        LinearCost(10.0, 0.2, 1e-4, 1e-6, 0.05, floor_rows=8),
+        WithoutPrefixCache(LinearCost(10.0, 0.2)),
+    ):
+        batch = cost.start()
+        assert batch.p50_ms == 0
+        for item in items:
+            batch = batch.add(*item)
+        p50, bound = cost.predict(BatchShape.of(items))
+        assert (batch.p50_ms, batch.bound_ms) == pytest.approx((p50, bound))
+        assert batch.add(*more).p50_ms >= batch.p50_ms
+        assert bound >= p50
+
+
+def test_drawn_step_times_keep_the_stated_coverage() -> None:
+    cost = LinearCost(10.0, 0.2, bound_ratio=1.2, covers=0.9)
+    times = StepTimes(cost, None, Random(0))
+    items = [(3, 100, False)] * 5
+    bound = cost.predict(BatchShape.of(items))[1]
+    drawn = [times.sample(items)[1] for _ in range(4000)]
+    assert sum(d <= bound for d in drawn) / 4000 == pytest.approx(0.9, abs=0.02)
+    assert float(np.median(drawn)) == pytest.approx(times.sample(items)[0], rel=0.01)
+    exact = StepTimes(cost, 0.0, Random(0)).sample(items)
+    assert exact[0] == exact[1]
+
+
+def test_nonsense_costs_are_refused() -> None:
+    with pytest.raises(ValueError, match="negative"):
+        LinearCost(-1.0)
+    assert math.isfinite(LinearCost(1.0).coverage)

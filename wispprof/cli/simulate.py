@@ -1,0 +1,340 @@
+"""``wispprof simulate`` and ``wispprof reproduce``: fleets that do not exist yet, and published ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wispprof.cli.common import JsonFlag, note, result, table, tracker
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from wispprof.simulation.metrics import Report
+    from wispprof.simulation.reproduce import Comparison
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``simulate`` and ``reproduce`` to the commands."""
+    app.command("simulate")(simulate)
+    app.command("reproduce")(reproduce)
+
+
+def simulate(
+    devices: Annotated[int, typer.Option(min=1, help="Devices of a closed fleet.")] = 40,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option("--policy", help="System to simulate; may be repeated (default: wispprof)."),
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Simulate all systems.")] = False,
+    capacity: Annotated[
+        bool,
+        typer.Option("--capacity", help="Search the most devices within --violations instead."),
+    ] = False,
+    violations: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="Share of sessions that may miss their SLO.")
+    ] = 0.05,
+    slo: Annotated[
+        list[float] | None,
+        typer.Option("--slo", help="Tokens/s promised; repeated for equal shares (default: 4)."),
+    ] = None,
+    ttft: Annotated[
+        float | None, typer.Option("--ttft", help="Milliseconds to the first token promised.")
+    ] = None,
+    rtt: Annotated[float, typer.Option(min=0.0, help="Link round trip, ms.")] = 30.0,
+    jitter: Annotated[float, typer.Option(min=0.0, help="Mean extra delay each way, ms.")] = 0.0,
+    loss: Annotated[
+        float, typer.Option(min=0.0, max=0.9, help="Chance that a frame is sent again.")
+    ] = 0.0,
+    server: Annotated[
+        str | None,
+        typer.Option("--server", help="Estimator file, or preset a100-32b or h200-32b."),
+    ] = None,
+    kv_tokens: Annotated[
+        int | None, typer.Option("--kv-tokens", min=1, help="KV cache of the server, tokens.")
+    ] = None,
+    edge: Annotated[Path | None, typer.Option("--edge", help="Edge profile.")] = None,
+    draft_speed: Annotated[
+        float, typer.Option("--draft-speed", min=0.01, help="Draft tokens/s without a profile.")
+    ] = 60.0,
+    trace: Annotated[Path | None, typer.Option("--trace", help="Acceptance trace.")] = None,
+    predictor: Annotated[
+        Path | None, typer.Option("--predictor", help="Rejection predictor for the trace.")
+    ] = None,
+    acceptance: Annotated[
+        float, typer.Option(min=0.01, max=0.99, help="Mean acceptance without a trace.")
+    ] = 0.75,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="Plan whose rows wispprof's edges obey.")
+    ] = None,
+    arrivals: Annotated[
+        str,
+        typer.Option(
+            help="closed, poisson, bursts, or a request trace (Azure CSV, Mooncake JSONL)."
+        ),
+    ] = "closed",
+    per_s: Annotated[
+        float, typer.Option("--per-s", min=0.0, help="Requests a second of poisson and bursts.")
+    ] = 1.0,
+    speed: Annotated[
+        float, typer.Option(min=0.001, help="Plays a request trace this many times as fast.")
+    ] = 1.0,
+    think: Annotated[
+        float, typer.Option(min=0.0, help="Mean pause between a device's requests, ms.")
+    ] = 0.0,
+    prompt: Annotated[int, typer.Option(min=1, help="Median prompt tokens.")] = 512,
+    output: Annotated[int, typer.Option(min=2, help="Median output tokens.")] = 128,
+    spread: Annotated[float, typer.Option(min=0.0, help="Log-normal sigma of both lengths.")] = 0.3,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Simulated seconds.")] = 120.0,
+    warmup: Annotated[
+        float, typer.Option(min=0.0, help="Seconds at the beginning not counted.")
+    ] = 20.0,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal runs.")] = 0,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Processes (default: one a core).")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Simulate a fleet of edges on one server, under one policy or several."""
+    from wispprof.errors import PlanError
+    from wispprof.simulation.arrivals import Lengths
+    from wispprof.simulation.inputs import load_of, read_inputs, slo_mix, with_plan
+    from wispprof.simulation.links import LinkProfile
+    from wispprof.simulation.scenario import Scenario
+    from wispprof.simulation.systems import SYSTEMS, system
+
+    if warmup >= seconds:
+        raise typer.BadParameter("--warmup must be shorter than --seconds.")
+    if capacity and arrivals != "closed":
+        raise PlanError("A capacity is a number of devices.", "Leave --arrivals at closed.")
+    inputs = read_inputs(
+        server=server,
+        edge=edge,
+        trace=trace,
+        predictor=predictor,
+        draft_tokens_per_s=draft_speed,
+        acceptance=acceptance,
+    )
+    for line in inputs.notes:
+        note(line)
+    from dataclasses import replace
+
+    model = replace(inputs.server, kv_tokens=kv_tokens) if kv_tokens else inputs.server
+    load = load_of(
+        arrivals,
+        devices=devices,
+        lengths=Lengths(prompt, output, spread, spread),
+        think_ms=think,
+        per_s=per_s,
+        speed=speed,
+    )
+    names = list(SYSTEMS) if compare else policy or ["wispprof"]
+    scenarios = [
+        Scenario(
+            with_plan(system(name), plan, inputs.device.name),
+            model,
+            load,
+            inputs.acceptance,
+            devices=((inputs.device, 1.0),),
+            links=((LinkProfile(rtt, jitter, loss), 1.0),),
+            slos=slo_mix(slo or [4.0], ttft),
+            seconds=seconds,
+            warmup_s=warmup,
+            seed=seed,
+        )
+        for name in names
+    ]
+    run = _capacities if capacity else _runs
+    document, shown = run(scenarios, violations, jobs)
+    document["inputs"] = list(inputs.notes)
+    result(document, shown, as_json)
+
+
+def _runs(
+    scenarios: list[Any], violations: float, jobs: int | None
+) -> tuple[dict[str, Any], Table]:
+    from wispprof.simulation.capacity import pool, run_all
+
+    executor = pool(jobs) if len(scenarios) > 1 else None
+    try:
+        with tracker("simulate", len(scenarios)) as report:
+            reports = run_all(scenarios, executor, lambda done, word: report(done, status=word))
+    finally:
+        if executor is not None:
+            executor.shutdown()
+    return {"runs": [_summary(r) for r in reports]}, _report_table(reports)
+
+
+def _capacities(
+    scenarios: list[Any], violations: float, jobs: int | None
+) -> tuple[dict[str, Any], Table]:
+    import os
+
+    from wispprof.simulation.capacity import capacity, pool
+
+    wide = jobs or os.cpu_count() or 1
+    executor = pool(wide)
+    shown = table(
+        f"Capacity within {violations:.0%} violations",
+        "system",
+        ">devices",
+        ">attainment",
+        ">goodput tok/s",
+        ">step ms",
+        ">runs",
+    )
+    found = []
+    try:
+        with tracker("capacity") as report:
+            for scenario in scenarios:
+                answer = capacity(
+                    scenario,
+                    violations=violations,
+                    wide=wide,
+                    executor=executor,
+                    progress=lambda done, word, s=scenario: report(  # type: ignore[misc]
+                        done, status=f"{s.system.label}, {word}"
+                    ),
+                )
+                best = answer.report
+                shown.add_row(
+                    scenario.system.label,
+                    f"{'' if answer.bounded else '>= '}{answer.devices}",
+                    _percent(best.attainment) if best else "-",
+                    _number(best.goodput) if best else "-",
+                    _number(best.mean_step_ms) if best else "-",
+                    str(len(answer.probes)),
+                )
+                found.append(
+                    {
+                        "system": scenario.system.label,
+                        "devices": answer.devices,
+                        "bounded": answer.bounded,
+                        "violations": answer.violations,
+                        "probes": [list(p) for p in answer.probes],
+                        "report": _summary(best) if best else None,
+                    }
+                )
+    finally:
+        if executor is not None:
+            executor.shutdown()
+    return {"capacities": found}, shown
+
+
+def _summary(report: Report) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(report)
+
+
+def _report_table(reports: list[Report]) -> Table:
+    shown = table(
+        "Simulated fleet",
+        "system",
+        ">attainment",
+        ">goodput tok/s",
+        ">tokens/s",
+        ">TTFT p50",
+        ">p95 ms",
+        ">TPOT p50",
+        ">p95 ms",
+        ">step ms",
+        ">busy",
+        ">accepted/round",
+        ">wasted drafting",
+        caption="Attainment over judged sessions; TTFT and TPOT at the device.",
+    )
+    for r in reports:
+        shown.add_row(
+            r.system,
+            _percent(r.attainment),
+            _number(r.goodput),
+            _number(r.throughput),
+            _number(r.ttft_ms[0]),
+            _number(r.ttft_ms[1]),
+            _number(r.tpot_ms[0]),
+            _number(r.tpot_ms[1]),
+            _number(r.mean_step_ms),
+            _percent(r.utilisation),
+            f"{r.accepted_per_round:.2f}",
+            _percent(r.wasted_share),
+        )
+    return shown
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.1%}"
+
+
+def reproduce(
+    paper: Annotated[str, typer.Argument(help="wisp, specedge or configspec.")],
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Processes (default: one a core).")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Print a paper's headline table beside what the simulator (or its formulas) gives."""
+    from wispprof.errors import PlanError
+    from wispprof.simulation.capacity import pool
+    from wispprof.simulation.reproduce import PAPERS
+
+    make = PAPERS.get(paper)
+    if make is None:
+        raise PlanError(
+            f"There is no published table named {paper!r}.", f"Choose of {', '.join(PAPERS)}."
+        )
+    executor = pool(jobs)
+    try:
+        with tracker(f"reproduce {paper}") as report:
+            found = make(executor, lambda done, word: report(done, status=word))
+    finally:
+        if executor is not None:
+            executor.shutdown()
+    result(_document(found), _comparison_table(found), as_json)
+
+
+def _document(found: Comparison) -> Mapping[str, Any]:
+    return {
+        "paper": found.title,
+        "citation": found.citation,
+        "within": found.within,
+        "assumptions": found.assumptions,
+        "figures": [
+            {
+                "name": f.name,
+                "published": f.published,
+                "simulated": f.simulated,
+                "verdict": found.verdict(f),
+            }
+            for f in found.figures
+        ],
+    }
+
+
+def _comparison_table(found: Comparison) -> Table:
+    shown = table(
+        f"{found.title} ({found.citation})",
+        "figure",
+        ">published",
+        *(f">{name}" for name in found.assumptions),
+        f"within {found.within:.0%}?",
+        caption="\n".join(f"{name}: {why}" for name, why in found.assumptions.items()),
+    )
+    for figure in found.figures:
+        shown.add_row(
+            figure.name,
+            f"{figure.published:.4g}",
+            *("-" if math.isnan(v) else f"{v:.4g}" for v in figure.simulated.values()),
+            found.verdict(figure),
+        )
+    return shown
