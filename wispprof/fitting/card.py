@@ -31,6 +31,14 @@ def explain_estimator(estimator: FittedEstimator) -> str:
         f"{report['shapes']} batch shapes ({report['samples']} timed steps) were fitted; whole shapes "
         "were held out in turn, so every error here is on shapes the estimator had not seen."
     ]
+    flagged = report["flagged_rows"]
+    if flagged["left_out"]:
+        text.append(f"{flagged['left_out']} drifted or throttled rows were left out.")
+    if flagged["kept"]:
+        text.append(
+            f"{flagged['kept']} rows had drifted or were throttled and were kept, because too few would "
+            "have remained: measure again on a quiet machine for a better fit."
+        )
     if report["asked"] == "auto":
         text.append(
             f"`{chosen}` was chosen because its mean error of {own['mape']:.1f} % is the smallest of "
@@ -57,7 +65,7 @@ def explain_estimator(estimator: FittedEstimator) -> str:
     )
     factors = estimator.ratio.at(estimator.coverage)
     text.append(
-        f"The bound lies {100 * (min(factors) - 1):.0f} to {100 * (max(factors) - 1):.0f} % above the "
+        f"The bound lies {100 * (min(factors) - 1):.1f} to {100 * (max(factors) - 1):.1f} % above the "
         f"median, by regime, and is meant to hold for {100 * estimator.coverage:g} % of steps. Outside "
         "the measured box of shapes, what the physical terms add is multiplied by "
         f"{estimator.inflation:g} in the bound, and the prediction is flagged."

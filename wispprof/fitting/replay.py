@@ -152,7 +152,8 @@ def gain_lengths(tables: Iterable[FloatArray], value: float, typical: FloatArray
 def _first(stop: np.ndarray) -> np.ndarray:
     """Tokens drafted when the rule stops after the first True of each row, or never."""
     stop = np.column_stack([stop[:, :-1], np.ones(len(stop), dtype=bool)])
-    return np.argmax(stop, axis=1) + 1
+    lengths: np.ndarray = np.argmax(stop, axis=1) + 1
+    return lengths
 
 
 # --- comparison -----------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ MINIMUM_SHAPES = 12
 """Fewer distinct shapes than this leave the four linear terms and a held-out part undetermined."""
 
 DISTRUSTED = frozenset({"drift", "throttled"})
+TRUSTED_SHARE = 0.7
+"""Distrusted rows are left out only where at least this share of the shapes remains."""
 SAME_SHAPE_FACTOR = 2.5
 """Medians of one shape further apart than this are not one model on one machine."""
 
@@ -32,6 +34,7 @@ class Observations:
     ``totals`` and ``decode`` (n, 8): features of the whole shape and of its items that are not prompt
     chunks. ``median_ms`` (n,). ``samples``: n arrays of raw times. ``padded`` (n,): tokens the step
     really computed, 0 where unknown. ``groups``: the shape's key, which splits never divide.
+    ``flagged``: rows with a flag of distrust that are in nevertheless; ``left_out``: those that are not.
     """
 
     totals: FloatArray
@@ -41,6 +44,8 @@ class Observations:
     padded: FloatArray
     groups: tuple[str, ...]
     shapes: tuple[BatchShape, ...]
+    flagged: int = 0
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.median_ms)
@@ -69,7 +74,8 @@ class Observations:
     def of(cls, rows: Sequence[StepRow]) -> Observations:
         """Gather rows by shape. Raises :class:`FitError` as :func:`check_rows` does."""
         merged: dict[str, list[StepRow]] = {}
-        for row in check_rows(rows):
+        kept = check_rows(rows)
+        for row in kept:
             merged.setdefault(row.shape.key(), []).append(row)
         shapes = [group[0].shape for group in merged.values()]
         samples = tuple(
@@ -84,6 +90,8 @@ class Observations:
             np.array(padded, dtype=np.float64),
             tuple(merged),
             tuple(shapes),
+            sum(bool(DISTRUSTED & set(row.flags)) for row in kept),
+            len(rows) - len(kept),
         )
 
     def repeat_noise(self) -> FloatArray:
@@ -96,7 +104,10 @@ class Observations:
 
 
 def check_rows(rows: Sequence[StepRow]) -> list[StepRow]:
-    """Return the rows worth fitting, without drifted and throttled ones.
+    """Return the rows worth fitting.
+
+    Drifted and throttled rows are left out, unless so many are that too little would remain: on a busy
+    machine a profile in which everything drifted is still worth more than none.
 
     Raises :class:`FitError` for NaN, infinite, zero or negative times, too few distinct shapes,
     columns that do not vary, and rows of one shape that contradict each other.
@@ -114,15 +125,17 @@ def check_rows(rows: Sequence[StepRow]) -> list[StepRow]:
                     f"Row {row.key} has a time of {sample} ms; a step takes longer than nothing.",
                     "Check the clock of the profile and measure the row again.",
                 )
-    kept = [row for row in rows if not DISTRUSTED & set(row.flags)]
-    distinct = {row.shape.key() for row in kept}
+    distinct = {row.shape.key() for row in rows}
     if len(distinct) < MINIMUM_SHAPES:
-        dropped = len(rows) - len(kept)
         raise FitError(
             f"{len(distinct)} distinct batch shapes are too few to fit and to hold some out; "
-            f"{MINIMUM_SHAPES} are needed ({dropped} drifted or throttled rows were left out).",
+            f"{MINIMUM_SHAPES} are needed.",
             "Profile a larger grid.",
         )
+    trusted = [row for row in rows if not DISTRUSTED & set(row.flags)]
+    remaining = len({row.shape.key() for row in trusted})
+    enough = max(MINIMUM_SHAPES, TRUSTED_SHARE * len(distinct))
+    kept = trusted if remaining >= enough else list(rows)
     _check_columns_vary(kept)
     _check_agreement(kept)
     return kept

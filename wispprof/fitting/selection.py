@@ -104,6 +104,7 @@ def fit_estimator(
         "samples": int(sum(len(s) for s in data.samples)),
         "repeat_noise_percent": float(100 * np.median(noise)),
         "coverage": coverage,
+        "flagged_rows": {"kept": data.flagged, "left_out": data.left_out},
     }
     fitted[best].report.update(report)
     return fitted[best]

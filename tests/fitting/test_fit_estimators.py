@@ -1,0 +1,425 @@
+"""Estimators: one answer however asked, never falling, bounds that hold, refusals that say why."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic_steps import random_shape, synthetic_rows, true_ms
+
+from wispprof.artifacts.records import StepRow
+from wispprof.core import BatchShape, VerifyItem
+from wispprof.errors import ArtifactDamaged, ArtifactMissing, FitError
+from wispprof.fitting import ESTIMATOR_KINDS, FittedEstimator, fit_estimator, load_estimator
+from wispprof.fitting.evaluate import blocks_of, coverage_of, evaluate, fit_on
+from wispprof.fitting.features import (
+    EMPTY,
+    decode_totals_of,
+    extend,
+    extend_many,
+    totals_matrix,
+    totals_of,
+)
+from wispprof.fitting.physical import PhysicalTerms, graph_buckets
+from wispprof.fitting.rows import Observations, check_same_model
+from wispprof.fitting.selection import folds_of
+from wispprof.fitting.update import recalibrate
+
+MONOTONE = tuple(k for k in ESTIMATOR_KINDS if k != "forest")
+
+
+@pytest.fixture(scope="module")
+def data() -> Observations:
+    return Observations.of(synthetic_rows(140))
+
+
+@pytest.fixture(scope="module")
+def fitted(data: Observations) -> dict[str, FittedEstimator]:
+    return {kind: fit_on(kind, data) for kind in ESTIMATOR_KINDS}
+
+
+items = st.builds(
+    VerifyItem, st.integers(1, 300), st.integers(0, 20000), st.booleans() | st.just(False)
+)
+
+
+# --- features -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(st.lists(items, min_size=1, max_size=30))
+def test_totals_are_those_of_the_shape(batch: list[VerifyItem]) -> None:
+    shape, totals = BatchShape(tuple(batch)), totals_of(batch)
+    assert totals.items == len(batch)
+    assert totals.new == shape.new_tokens
+    assert totals.cached == shape.cached_tokens
+    assert totals.attention_pairs == shape.attention_pairs
+    assert totals.max_cached == shape.max_cached
+    assert totals.max_new == shape.max_new
+    assert totals.prefill == shape.prefill_tokens
+
+
+@settings(max_examples=40)
+@given(st.lists(items, max_size=8), st.lists(items, min_size=1, max_size=8))
+def test_extending_by_many_equals_extending_by_each(
+    batch: list[VerifyItem], candidates: list[VerifyItem]
+) -> None:
+    totals = totals_of(batch)
+    new, cached, prefill = zip(*candidates, strict=True)
+    table = extend_many(totals, np.array(new), np.array(cached), np.array(prefill))
+    assert [tuple(row) for row in table] == [extend(totals, *c) for c in candidates]
+
+
+# --- one answer however asked ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ESTIMATOR_KINDS)
+def test_whole_incremental_and_vectorised_predictions_agree(
+    kind: str, fitted: dict[str, FittedEstimator]
+) -> None:
+    estimator = fitted[kind]
+    rng = np.random.default_rng(3)
+    shapes = [random_shape(rng, 60) for _ in range(25)]
+    decode = np.array([decode_totals_of(s) for s in shapes], dtype=float)
+    many = np.stack(estimator.predict_many(totals_matrix(shapes), decode), axis=1)
+    for shape, row in zip(shapes, many, strict=True):
+        whole = estimator.predict(shape)
+        running = estimator.start()
+        order = rng.permutation(len(shape.items))
+        for i in order[:-1]:
+            running = running.add(*shape.items[i])
+        last = shape.items[order[-1]]
+        grown = running.add(*last)
+        p50, bound = running.add_many(*(np.array([v]) for v in last))
+        for other in ((grown.p50_ms, grown.bound_ms), (p50[0], bound[0]), row):
+            assert other == pytest.approx(whole, rel=1e-9)
+
+
+def test_adding_leaves_the_batch_as_it_was(fitted: dict[str, FittedEstimator]) -> None:
+    batch = fitted["wispprof"].start().add(5, 500)
+    before = batch.p50_ms, batch.bound_ms
+    batch.add(8, 8000)
+    batch.add(64, 0, True)
+    assert (batch.p50_ms, batch.bound_ms) == before
+
+
+@pytest.mark.parametrize("kind", ESTIMATOR_KINDS)
+def test_the_empty_batch_costs_nothing(kind: str, fitted: dict[str, FittedEstimator]) -> None:
+    start = fitted[kind].start()
+    assert (start.p50_ms, start.bound_ms) == (0.0, 0.0)
+    assert start.totals == EMPTY
+    assert fitted[kind].predict(BatchShape(())) == (0.0, 0.0)
+
+
+# --- never falls ----------------------------------------------------------------------------------
+
+
+def _more(rng: np.random.Generator, shape: BatchShape) -> BatchShape:
+    """The shape with work added: an item, or more new or cached tokens of one."""
+    change = rng.integers(3)
+    if change == 0:
+        extra = VerifyItem(
+            int(2 ** rng.uniform(0, 8)), int(2 ** rng.uniform(0, 14)), rng.random() < 0.3
+        )
+        return BatchShape((*shape.items, extra))
+    place = int(rng.integers(len(shape.items)))
+    item = shape.items[place]
+    grown = item._replace(
+        new=item.new + int(change == 1) * int(rng.integers(1, 40)),
+        cached=item.cached + int(change == 2) * int(rng.integers(1, 4000)),
+    )
+    return BatchShape((*shape.items[:place], grown, *shape.items[place + 1 :]))
+
+
+Totals4 = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Totals4:
+    """Totals of 10,000 batches and of the same with work added: (before, decode, after, decode)."""
+    rng = np.random.default_rng(11)
+    shapes = [random_shape(rng, 40) for _ in range(2_000)]
+    before = [shape for shape in shapes for _ in range(5)]
+    after = [_more(rng, shape) for shape in before]
+    return tuple(  # type: ignore[return-value]
+        np.array([totals(s) for s in part], dtype=float)
+        for part in (before, after)
+        for totals in (lambda s: totals_of(s.items), decode_totals_of)
+    )
+
+
+def _falls(estimator: FittedEstimator, pairs: Totals4) -> int:
+    low = np.stack(estimator.predict_many(*pairs[:2]))
+    high = np.stack(estimator.predict_many(*pairs[2:]))
+    return int((high < low * (1 - 1e-12)).any(axis=0).sum())
+
+
+@pytest.mark.parametrize("kind", MONOTONE)
+def test_predictions_never_fall_when_work_is_added(
+    kind: str,
+    fitted: dict[str, FittedEstimator],
+    pairs: Totals4,
+) -> None:
+    for coverage in (0.95, 0.99):
+        assert _falls(fitted[kind].with_coverage(coverage), pairs) == 0
+
+
+def test_the_check_can_fail(fitted: dict[str, FittedEstimator], pairs: Totals4) -> None:
+    assert not fitted["forest"].surface.monotone
+    assert _falls(fitted["forest"], pairs) > 0
+
+
+# --- physics, domain ------------------------------------------------------------------------------
+
+
+def test_graph_buckets_are_found_and_believed_only_where_padding_follows(
+    data: Observations,
+) -> None:
+    buckets = graph_buckets(data)
+    assert set(buckets) <= {1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024}
+    shuffled = dataclasses.replace(data, padded=np.random.default_rng(0).permutation(data.padded))
+    assert len(graph_buckets(shuffled)) == 0
+    assert len(graph_buckets(dataclasses.replace(data, padded=data.totals[:, 1]))) == 0
+
+
+def test_physical_weights_are_not_negative(data: Observations) -> None:
+    terms = PhysicalTerms().fit(data)
+    assert min(*terms.weights_, *terms.new_.slopes, *terms.cached_.slopes) >= 0
+
+
+def test_beyond_the_domain_it_is_flagged_inflated_and_still_growing(
+    fitted: dict[str, FittedEstimator],
+) -> None:
+    estimator = fitted["wispprof"]
+    inside = BatchShape.uniform(8, 5, 1000)
+    assert estimator.in_domain(inside)
+    far = [BatchShape.uniform(8 * n, 5, 12_000) for n in (8, 16, 32)]
+    assert not any(estimator.in_domain(s) for s in far)
+    times = [estimator.predict(s) for s in far]
+    assert times[0][0] < times[1][0] < times[2][0]
+    # What the physical part adds is true to scale, and the bound's margin widens with distance.
+    assert times[2][0] == pytest.approx(true_ms(far[2]), rel=0.35)
+    margins = [bound / p50 for p50, bound in times]
+    assert margins[0] < margins[1] < margins[2] < estimator.inflation * 1.3
+
+
+# --- bounds ---------------------------------------------------------------------------------------
+
+
+def test_bounds_cover_what_they_promise(fitted: dict[str, FittedEstimator]) -> None:
+    fresh = Observations.of(synthetic_rows(300, seed=77))
+    estimator = fitted["wispprof"]
+    inside = fresh.take([i for i, s in enumerate(fresh.shapes) if estimator.in_domain(s)])
+    for level, tolerance in ((0.95, 0.035), (0.99, 0.015)):
+        p50, bound = estimator.with_coverage(level).predict_many(inside.totals, inside.decode)
+        assert abs(coverage_of(bound, inside.samples) - level) < tolerance
+        assert (bound / p50).mean() < 1.15
+        assert (bound >= p50).all()
+    # Negative control: the median is no bound.
+    assert coverage_of(p50, inside.samples) < 0.8
+
+
+def test_regimes_with_few_shapes_share_a_factor(data: Observations) -> None:
+    plain = data.take(data.totals[:, 7] == 0)
+    estimator = fit_on("wisp-linear", plain)
+    assert estimator.ratio.shapes[2:] == (0, 0)
+    assert all(f >= 1 for row in estimator.ratio.factors for f in row)
+
+
+@pytest.mark.parametrize("coverage", [0.3, 1.0, 1.5])
+def test_impossible_coverage_is_refused(
+    coverage: float, fitted: dict[str, FittedEstimator]
+) -> None:
+    with pytest.raises(ValueError, match="coverage"):
+        fitted["wisp-linear"].with_coverage(coverage)
+
+
+# --- choosing and evaluating ----------------------------------------------------------------------
+
+
+def test_the_choice_is_by_held_out_error_and_never_the_forest(data: Observations) -> None:
+    estimator = fit_estimator(data)
+    errors = estimator.report["held_out"]
+    assert estimator.kind == estimator.report["chosen"] == "wispprof"
+    assert set(errors) == set(ESTIMATOR_KINDS)
+    for other in ("wisp-linear", "staircase", "forest"):
+        assert errors["wispprof"]["mape"] < errors[other]["mape"]
+    assert errors["wispprof"]["median_ape"] < 2.5
+    assert errors["wispprof"]["p90_ape"] < 8
+
+
+def test_folds_and_blocks_never_divide_a_shape() -> None:
+    rows = synthetic_rows(60)
+    again = [dataclasses.replace(r, key=r.key + "'", order=r.order + 100) for r in rows]
+    data = Observations.of([*rows, *again])
+    assert len(data) == 60
+    assert len(set(data.groups)) == 60
+    assert all(len(s) == 14 for s in data.samples)
+    assert np.bincount(folds_of(data)).tolist() == [6] * 10
+    schemes = set()
+    for scheme, held in blocks_of(data):
+        schemes.add(scheme)
+        column = {"items": 0, "new": 6, "cached": 5}.get(scheme)
+        if column is not None:
+            values = data.totals[:, column]
+            assert not set(values[held]) & set(values[~held])
+    assert schemes == {"items", "new", "cached", "corner"}
+
+
+def test_evaluation_tells_inside_from_outside_and_counts_its_steps(data: Observations) -> None:
+    seen: list[tuple[int, int]] = []
+    found = evaluate(
+        data, ("wisp-linear", "staircase"), splits=3, progress=lambda d, t, _: seen.append((d, t))
+    )
+    assert seen[-1][0] == seen[-1][1] == len(seen)
+    assert {r["scheme"] for r in found.blocks} == {"items", "new", "cached", "corner", "all"}
+    inside, outside = found.overall("wisp-linear"), found.overall("wisp-linear", in_domain=False)
+    blocks = sum(int(h.sum()) for _, h in blocks_of(data))
+    assert inside["shapes"] + outside["shapes"] == blocks
+    assert all(math.isfinite(r["coverage"]) and r["sharpness"] >= 1 for r in found.blocks)
+    assert [r["level"] for r in found.splits] == [0.95, 0.99] * 2
+    assert len({r["shapes"] for r in found.learning}) >= 3
+
+
+# --- on disk --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ESTIMATOR_KINDS)
+def test_saved_estimators_answer_the_same(
+    kind: str, fitted: dict[str, FittedEstimator], tmp_path: object
+) -> None:
+    path = tmp_path / "estimator.json"  # type: ignore[operator]
+    original = fitted[kind].with_coverage(0.97).with_scale(1.1, 1.2)
+    original.save(path, {"profile": "blake2b:0"})
+    loaded = load_estimator(path)
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        shape = random_shape(rng, 90)
+        assert loaded.predict(shape) == pytest.approx(original.predict(shape), rel=1e-12)
+    assert loaded.coverage == 0.97
+    assert load_estimator(path, 0.9).coverage == 0.9
+
+
+def test_damaged_estimators_are_refused(
+    fitted: dict[str, FittedEstimator], tmp_path: object
+) -> None:
+    from wispprof.artifacts.document import read_document, write_document
+
+    path = tmp_path / "estimator.json"  # type: ignore[operator]
+    with pytest.raises(ArtifactMissing):
+        load_estimator(path)
+    fitted["wispprof"].save(path)
+    payload = read_document(path, "estimator").payload
+    payload["surface"]["physical"]["weights"][2] = -1.0
+    write_document(path, "estimator", payload)
+    with pytest.raises(ArtifactDamaged, match="weights"):
+        load_estimator(path)
+    write_document(path, "estimator", {"kind": "oracle", "surface": {}})
+    with pytest.raises(ArtifactDamaged, match="oracle"):
+        load_estimator(path)
+
+
+def test_asking_needs_no_learning_library(
+    fitted: dict[str, FittedEstimator], tmp_path: object
+) -> None:
+    path = tmp_path / "estimator.json"  # type: ignore[operator]
+    fitted["wispprof"].save(path)
+    code = (
+        "import sys; from pathlib import Path; from wispprof.fitting import load_estimator\n"
+        f"e = load_estimator(Path({str(path)!r})); b = e.start().add(5, 500); b.bound_ms\n"
+        "b.add_many([1, 2], [3, 4])\n"
+        "bad = {'torch', 'sklearn', 'lightgbm', 'pandas', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def _with(rows: list[StepRow], place: int, **changes: object) -> list[StepRow]:
+    return [dataclasses.replace(r, **changes) if i == place else r for i, r in enumerate(rows)]  # type: ignore[arg-type]
+
+
+ROWS = synthetic_rows(30)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (ROWS[:8], "too few"),
+        (_with(ROWS, 3, samples_ms=(1.0, math.nan)), "nan"),
+        (_with(ROWS, 3, samples_ms=(1.0, math.inf)), "inf"),
+        (_with(ROWS, 3, samples_ms=(-1.0,)), "longer than nothing"),
+        (_with(ROWS, 3, samples_ms=()), "no samples"),
+        (_with(ROWS, 3, shape=BatchShape(())), "empty batch"),
+        ([dataclasses.replace(r, samples_ms=(5.0,)) for r in ROWS], "same time"),
+        (
+            [StepRow(f"{n}", "verify", BatchShape.of([(n, 64)]), (1.0 + n,)) for n in range(1, 20)],
+            "64 cached tokens",
+        ),
+        (
+            [StepRow(f"{n}", "verify", BatchShape.of([(4, n)]), (1.0 + n,)) for n in range(1, 20)],
+            "4 new tokens",
+        ),
+        (
+            ROWS
+            + [dataclasses.replace(r, samples_ms=tuple(4 * s for s in r.samples_ms)) for r in ROWS],
+            "two models",
+        ),
+    ],
+)
+def test_rows_that_nothing_should_be_fitted_on(rows: list[StepRow], words: str) -> None:
+    with pytest.raises(FitError, match=words):
+        fit_estimator(rows, "wisp-linear")
+
+
+def test_profiles_of_two_models_are_refused() -> None:
+    check_same_model({"a.jsonl": "m float32", "b.jsonl": "m float32"})
+    with pytest.raises(FitError, match=r"a\.jsonl \(m float32\)"):
+        check_same_model({"a.jsonl": "m float32", "b.jsonl": "n float32"})
+
+
+def test_unknown_estimators_are_refused() -> None:
+    with pytest.raises(FitError, match="oracle"):
+        fit_estimator(ROWS, "oracle")
+
+
+def test_drifted_rows_are_left_out_unless_little_would_remain() -> None:
+    some = [dataclasses.replace(r, flags=("drift",)) if r.order < 5 else r for r in ROWS]
+    assert (Observations.of(some).left_out, Observations.of(some).flagged) == (5, 0)
+    most = [dataclasses.replace(r, flags=("drift",)) if r.order < 25 else r for r in ROWS]
+    assert (Observations.of(most).left_out, Observations.of(most).flagged) == (0, 25)
+
+
+# --- update ---------------------------------------------------------------------------------------
+
+
+def test_recalibration_follows_a_slower_server(fitted: dict[str, FittedEstimator]) -> None:
+    log = synthetic_rows(300, seed=9, samples=1, factor=1.3)
+    updated = recalibrate(fitted["wispprof"], log)
+    fresh = Observations.of(synthetic_rows(200, seed=10, factor=1.3))
+    inside = fresh.take([i for i, s in enumerate(fresh.shapes) if updated.in_domain(s)])
+    _, stale = fitted["wispprof"].predict_many(inside.totals, inside.decode)
+    p50, bound = updated.predict_many(inside.totals, inside.decode)
+    assert coverage_of(stale, inside.samples) < 0.1
+    assert abs(coverage_of(bound, inside.samples) - 0.95) < 0.03
+    assert np.median(p50 / inside.median_ms) == pytest.approx(1.0, abs=0.02)
+    assert updated.report["update"]["scale"] == pytest.approx(1.3, rel=0.03)
+    with pytest.raises(FitError, match="too few"):
+        recalibrate(updated, log[:20])
+
+
+@settings(max_examples=25)
+@given(st.lists(items, min_size=1, max_size=12))
+def test_the_bound_is_never_below_the_median(
+    fitted: dict[str, FittedEstimator], batch: list[VerifyItem]
+) -> None:
+    p50, bound = fitted["wispprof"].predict(BatchShape(tuple(batch)))
+    assert 0 < p50 <= bound

@@ -1,0 +1,81 @@
+"""Replay: tokens and waste counted right, the clairvoyant on top, real controllers like their rules."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from synthetic_traces import synthetic_trace
+
+from wispprof.artifacts.records import TracePath
+from wispprof.errors import FitError
+from wispprof.fitting import fit_predictor
+from wispprof.fitting.predictors.data import split_prompts
+from wispprof.fitting.replay import (
+    Setting,
+    clairvoyant_lengths,
+    compare_controllers,
+    fixed_lengths,
+    replay_controller,
+    survival_tables,
+    threshold_lengths,
+    walk,
+)
+from wispprof.policies.controllers import FixedController, WispController
+
+
+def _path(accepted: list[int], depth: int) -> TracePath:
+    length = len(accepted)
+    zeros = np.zeros((length, depth, 4), dtype=np.float32)
+    return TracePath(
+        (1,), tuple(range(length)), np.zeros((length, depth), int), zeros, np.array(accepted)
+    )
+
+
+def test_rounds_are_counted_by_hand() -> None:
+    path = _path([2, 0, 0, 4, 0, 0, 0, 0, 1, 0, 0, 0], 4)
+    # Rounds start at 0 (2 of 3 kept, the third rejected), at 3 (3 of 3) and at 7 (0 of 3).
+    result = walk([path], fixed_lengths([path], 3))
+    assert result == (3 + 4 + 1, 3, 9, 5, 0 + 0 + 2)
+    cost = Setting(10.0, 20.0, server_ms=30.0, row_ms=1.0)
+    assert result.total_ms(cost) == 9 * 10 + 3 * 50 + 12
+    assert result.tokens_per_s(cost) == pytest.approx(8000 / 252)
+    assert result.wasted_ms(cost) == 20 / 8
+    with pytest.raises(FitError, match="long enough"):
+        walk([_path([1, 1], 4)], fixed_lengths([path], 3))
+
+
+def test_the_clairvoyant_wastes_nothing_and_nobody_beats_it() -> None:
+    trace = synthetic_trace(16, 56)
+    _, tune, test = split_prompts(trace.paths)
+    predictors = {"margin-logistic": fit_predictor(trace, "margin-logistic")}
+    records = compare_controllers(tune, test, predictors)
+    cells = {(r["device"], r["rtt_ms"]) for r in records}
+    assert len(cells) == 9
+    for cell in cells:
+        rows = {r["controller"]: r for r in records if (r["device"], r["rtt_ms"]) == cell}
+        assert rows["clairvoyant"]["wasted_ms"] == 0
+        best = max(r["tokens_per_s"] for r in rows.values())
+        assert rows["clairvoyant"]["tokens_per_s"] == pytest.approx(best)
+        assert set(rows) == {
+            "fixed",
+            "clairvoyant",
+            "threshold:margin-logistic",
+            "gain:margin-logistic",
+        }
+    fast = {r["controller"]: r for r in records if r["device"] == "fast" and r["rtt_ms"] == 30}
+    assert fast["threshold:margin-logistic"]["wasted_ms"] < fast["fixed"]["wasted_ms"]
+
+
+def test_controllers_replay_like_their_rules() -> None:
+    trace = synthetic_trace(12, 48)
+    predictor = fit_predictor(trace, "threshold")
+    cost = Setting(10.0, 30.0)
+    paths = trace.paths
+    assert replay_controller(paths, lambda: FixedController(3), cost) == walk(
+        paths, fixed_lengths(paths, 3)
+    )
+    rule = threshold_lengths(survival_tables(paths, predictor), 0.6)
+    assert replay_controller(paths, lambda: WispController(predictor, 0.6, 8), cost) == walk(
+        paths, rule
+    )
+    assert walk(paths, clairvoyant_lengths(paths, 8)).wasted == 0
