@@ -67,7 +67,7 @@ estimators = st.builds(
 
 
 @pytest.mark.parametrize("name", BATCH_POLICIES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(sessions=views(), limits=limits_of, estimator=estimators)
 def test_a_plan_keeps_every_limit_and_starves_nobody(name, sessions, limits, estimator):
     plan = make_batch_policy(name).plan(0.0, sessions, estimator, limits)
@@ -99,7 +99,7 @@ def test_a_plan_keeps_every_limit_and_starves_nobody(name, sessions, limits, est
         assert plan.wake_ms > 0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(sessions=views(), limits=limits_of, estimator=estimators)
 def test_wisp_never_breaks_a_deadline_it_could_keep(sessions, limits, estimator):
     plan = make_batch_policy("wisp").plan(0.0, sessions, estimator, limits)

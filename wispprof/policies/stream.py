@@ -6,7 +6,9 @@ Its pieces, each of which can be switched off (:class:`StreamSettings`):
 *wait*: a session whose next draft is due stays out where reading its cache once instead of twice is
 worth more than the token it might lose (:mod:`wispprof.policies.waiting`).
 *slack*: tokens of sessions that fall behind their promise weigh more, those that ran ahead can be
-left out for their sake, and a step is kept short enough for those who can still be in time.
+left out for their sake. (``in_time`` adds a hard rule: no step so long that a session misses the
+due time of its next token. It is off: promises count over a whole generation, and short steps for one
+token's sake cost more sessions their promise than they save.)
 *size_prefill*: prompt chunks as large as no running session minds (:mod:`wispprof.policies.prefill`).
 *demote_hopeless*: sessions whose promise is lost take only what nobody else needs.
 *floor*: the plan of centralized serving is always among the candidates.
@@ -37,6 +39,7 @@ _FEW = 96
 """Up to this many sessions several candidates are priced; beyond, one more row hardly shows."""
 _SCALES = (0.0, 0.5, 0.75, 1.0, 1.5, 2.5)
 _MANY_SCALES = (1.0, 2.5)
+_BLEND = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class StreamSettings:
     size_prefill: bool = True
     demote_hopeless: bool = True
     floor: bool = True
+    in_time: bool = False
     catch_up: float = 4.0
     hopeless_weight: float = 0.25
     patience: float = 8.0
@@ -67,6 +71,7 @@ class Wispprof:
     name: str = field(default="wispprof", init=False)
     stream: bool = field(default=True, init=False)
     _slopes: Slopes = field(default_factory=Slopes, init=False, repr=False)
+    _backlog: float = field(default=0.0, init=False, repr=False)
 
     def plan(
         self,
@@ -93,6 +98,9 @@ class Wispprof:
                 build.add_decode(decode[index], keep[index])
         if prompts:
             add_prompts(build, now_ms, prompts, decode, sized=self.settings.size_prefill)
+        fed = sum(m.prefill for m in build.members)
+        backlog = sum([s.prompt_left for s in prompts]) > fed
+        self._backlog += _BLEND * (float(backlog) - self._backlog)
         if build.members:
             return build.plan("stream")
         return idle(now_ms, min(wake_ms, now_ms + 50.0), "waiting for drafts")
@@ -116,7 +124,10 @@ class Wispprof:
         lost = np.fromiter((s.hopeless for s in decode), np.bool_, count)
         horizon = 2.0 * costs.all_bound_ms
         weight = self._weights(decode, slack, lost, horizon)
-        book = Book.of(decode, costs, weight)
+        # Steps that waiting prompts call for anyway have paid their fixed part: decoding then costs only what
+        # it adds, and a draft must beat what a lone advance earns for that.
+        sunk_ms = self._backlog * costs.fixed_ms
+        book = Book.of(decode, costs._replace(fixed_ms=costs.fixed_ms - sunk_ms), weight)
         everyone = np.ones(count, dtype=bool)
         stale = idle_ms > settings.patience * costs.all_bound_ms
         if settings.trim:
@@ -139,7 +150,9 @@ class Wispprof:
             return [], [], wake_ms
         need = np.lexsort((-book.gains[np.arange(count), keep], slack, ~stale))
         members, keep = self._fit(members, keep, need, limits)
-        members, keep = self._best(book, members, keep, rate, slack, lost, estimator, limits, need)
+        members, keep = self._best(
+            book, members, keep, rate, slack, lost, estimator, limits, need, sunk_ms
+        )
         order = [int(i) for i in need if members[i]]
         return order, keep.tolist(), wake_ms
 
@@ -200,6 +213,7 @@ class Wispprof:
         estimator: StepEstimator,
         limits: Limits,
         need: IntArray,
+        sunk_ms: float,
     ) -> tuple[BoolArray, IntArray]:
         """Price candidates exactly and take the best: fewest promises broken, then the best rate."""
         masks, keeps = [members], [keep]
@@ -218,8 +232,8 @@ class Wispprof:
         new = np.where(inside, kept + 1, 0)
         p50, bound = price_batches(estimator, new, book.cached)
         gains = np.take_along_axis(book.gains[None], kept[..., None], axis=2)[..., 0]
-        rates = (gains * book.weight * inside).sum(axis=1) / np.maximum(p50, 1e-9)
-        if self.settings.slack:
+        rates = (gains * book.weight * inside).sum(axis=1) / np.maximum(p50 - sunk_ms, 1e-9)
+        if self.settings.slack and self.settings.in_time:
             # Who stays out is answered by the next step at the earliest.
             finish = np.where(inside, bound[:, None], 2.0 * bound[:, None])
             in_time = (slack >= bound.min()) & ~lost

@@ -42,7 +42,7 @@ def waits(
     if rate <= 0.0 or not len(decode):
         return out, wake_ms
     used = float((book.lone_ms + keep * book.row_ms).sum())
-    step_ms = max(1e-6, book.fixed_ms + used)
+    step_ms = max(1e-6, costs.fixed_ms + used)
     safety = costs.all_bound_ms
     read = (book.read_ms * rate / np.maximum(book.weight, 1e-9)).tolist()
     rows = (book.row_ms * rate / np.maximum(book.weight, 1e-9)).tolist()

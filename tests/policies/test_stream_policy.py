@@ -1,0 +1,217 @@
+"""The ``wispprof`` batching policy: its optimum, its floor, and each of its pieces."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic_step import SyntheticEstimator
+
+from wispprof.core import Slo
+from wispprof.policies import Limits, SessionView, make_batch_policy
+from wispprof.policies.marginal import MarginalCosts, expected_tokens, mean_costs, price_batches
+from wispprof.policies.tails import Book, solve
+
+LIMITS = Limits(64, 4096, 512, 1 << 20)
+
+
+def stream(name: str, **options) -> SessionView:
+    fields = {
+        "slo": Slo(4.0),
+        "cached": 500,
+        "arrived_ms": 0.0,
+        "deadline_ms": 1e9,
+        "stream": True,
+    } | options
+    return SessionView(session=name, **fields)
+
+
+def plain(estimator, sessions, drafts) -> float:
+    """Expected tokens per ms of a batch, straight from its definition."""
+    batch = estimator.start()
+    tokens = 0.0
+    for session, keep in zip(sessions, drafts, strict=True):
+        batch = batch.add(1 + keep, session.cached)
+        tokens += expected_tokens(session.tail[:keep])
+    return tokens / batch.p50_ms
+
+
+costs_of = st.builds(
+    MarginalCosts,
+    fixed_ms=st.floats(0.1, 50),
+    item_ms=st.floats(0, 1),
+    row_ms=st.floats(0.001, 2),
+    pair_ms=st.floats(0, 1e-4),
+    kv_ms=st.floats(0, 1e-3),
+    alone_bound_ms=st.just(1.0),
+    all_bound_ms=st.just(1.0),
+)
+tails_of = st.lists(st.lists(st.floats(0, 1), max_size=4).map(tuple), min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(costs=costs_of, tails=tails_of, weights=st.lists(st.floats(0.2, 4), min_size=4, max_size=4))
+def test_the_fixed_point_is_the_best_of_all_tail_choices(costs, tails, weights):
+    sessions = [stream(str(i), tail=t, cached=400 * i) for i, t in enumerate(tails)]
+    book = Book.of(sessions, costs, np.array(weights[: len(tails)]))
+    rate, keep = solve(book, np.ones(len(tails), dtype=bool))
+
+    def ratio(choice) -> float:
+        won = sum(
+            w * expected_tokens(t[:c]) for w, t, c in zip(weights, tails, choice, strict=False)
+        )
+        spent = costs.fixed_ms
+        for session, drafts in zip(sessions, choice, strict=True):
+            row = costs.row_ms + costs.pair_ms * session.cached
+            spent += costs.item_ms + costs.kv_ms * session.cached + (1 + drafts) * row
+        return won / spent
+
+    best = max(ratio(c) for c in itertools.product(*[range(len(t) + 1) for t in tails]))
+    assert ratio(keep.tolist()) == pytest.approx(best, rel=1e-5)
+    assert rate == pytest.approx(best, rel=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    tails=st.lists(st.lists(st.floats(0, 1), max_size=6).map(tuple), min_size=1, max_size=12),
+    fixed=st.floats(0.1, 40),
+    row=st.floats(0, 2),
+    kv=st.floats(0, 1e-3),
+    bucket=st.sampled_from([1, 8, 32]),
+    flat=st.sampled_from([0, 24]),
+)
+def test_never_worse_than_centralized(tails, fixed, row, kv, bucket, flat):
+    estimator = SyntheticEstimator(fixed=fixed, row=row, kv=kv, bucket=bucket, flat_rows=flat)
+    sessions = [stream(str(i), tail=t, cached=300 * i) for i, t in enumerate(tails)]
+    plan = make_batch_policy("wispprof", wait=False).plan(0.0, sessions, estimator, LIMITS)
+    drafts = {m.session: m.drafts for m in plan.members}
+    assert set(drafts) == {s.session for s in sessions}
+    ours = plain(estimator, sessions, [drafts[s.session] for s in sessions])
+    assert ours >= plain(estimator, sessions, [0] * len(sessions)) * (1 - 1e-9)
+
+
+def test_without_its_floor_a_staircase_can_beat_it():
+    """The negative control of the test above: linear costs alone do not see the next stair."""
+    estimator = SyntheticEstimator(fixed=1.0, row=1.0, bucket=8, kv=0.0)
+    sessions = [stream(str(i), tail=(0.55,), cached=0) for i in range(8)]
+    keep_all = plain(estimator, sessions, [1] * 8)
+    none = plain(estimator, sessions, [0] * 8)
+    assert none > keep_all
+    plan = make_batch_policy("wispprof").plan(0.0, sessions, estimator, LIMITS)
+    assert sum(m.drafts for m in plan.members) == 0
+
+
+def test_tails_are_trimmed_under_load_and_kept_when_rows_are_free():
+    sessions = [stream(str(i), tail=(0.9, 0.5, 0.2)) for i in range(32)]
+    policy = make_batch_policy("wispprof")
+    free = policy.plan(0.0, sessions, SyntheticEstimator(row=1e-6), LIMITS)
+    dear = make_batch_policy("wispprof").plan(
+        0.0, sessions, SyntheticEstimator(fixed=1, row=1.0), LIMITS
+    )
+    assert {m.drafts for m in free.members} == {3}
+    assert max(m.drafts for m in dear.members) <= 1
+    kept = make_batch_policy("wispprof", trim=False, floor=False).plan(
+        0.0, sessions, SyntheticEstimator(fixed=1, row=1.0), LIMITS
+    )
+    assert {m.drafts for m in kept.members} == {3}
+
+
+def test_a_due_draft_is_waited_for_where_reading_the_cache_costs_most():
+    def plan(cached: int, **options):
+        due = {"due_ms": 10.0, "due_tail": (0.9, 0.8)}
+        sessions = [stream(f"d{i}", cached=cached, **due) for i in range(8)]
+        sessions += [stream(f"r{i}", cached=cached, tail=(0.9, 0.9)) for i in range(8)]
+        estimator = SyntheticEstimator(fixed=5.0, row=0.02, kv=1e-3)
+        chosen = make_batch_policy("wispprof", **options).plan(0.0, sessions, estimator, LIMITS)
+        return {m.session[0] for m in chosen.members}
+
+    assert plan(8000) == {"r"}
+    assert plan(8000, wait=False) == {"r", "d"}
+    assert plan(5) == {"r", "d"}
+
+
+def test_nobody_waits_for_a_draft_past_its_deadline():
+    due = {"due_ms": 10.0, "due_tail": (0.9, 0.8), "deadline_ms": 20.0}
+    sessions = [stream(f"d{i}", cached=8000, **due) for i in range(8)]
+    sessions += [stream(f"r{i}", cached=8000, tail=(0.9, 0.9)) for i in range(8)]
+    estimator = SyntheticEstimator(fixed=5.0, row=0.02, kv=1e-3)
+    plan = make_batch_policy("wispprof").plan(0.0, sessions, estimator, LIMITS)
+    assert {m.session[0] for m in plan.members} == {"r", "d"}
+
+
+def test_sessions_behind_their_promise_keep_more_of_their_tails():
+    tail = (0.6, 0.6)
+    sessions = [stream(f"ahead{i}", tail=tail, deadline_ms=5000.0) for i in range(15)]
+    sessions.append(stream("behind", tail=tail, deadline_ms=-50.0))
+    estimator = SyntheticEstimator(fixed=4.0, row=0.6)
+    plan = make_batch_policy("wispprof").plan(0.0, sessions, estimator, LIMITS)
+    drafts = {m.session: m.drafts for m in plan.members}
+    assert drafts["behind"] > max(d for n, d in drafts.items() if n != "behind")
+
+
+def test_hopeless_sessions_give_way_but_do_not_starve():
+    lost = [stream(f"lost{i}", hopeless=True, deadline_ms=-900.0) for i in range(6)]
+    alive = [stream(f"alive{i}", deadline_ms=-5.0) for i in range(6)]
+    estimator = SyntheticEstimator(fixed=2.0, row=2.0)
+    plan = make_batch_policy("wispprof").plan(0.0, lost + alive, estimator, LIMITS)
+    assert {m.session[:5] for m in plan.members} == {"alive"}
+    later = make_batch_policy("wispprof").plan(5000.0, lost + alive, estimator, LIMITS)
+    assert {m.session[:5] for m in later.members} == {
+        "alive",
+        "lost0",
+        *(f"lost{i}" for i in range(6)),
+    }
+
+
+def test_a_prompt_is_cut_so_that_running_sessions_keep_their_gap():
+    running = [stream(str(i), slo=Slo(10.0)) for i in range(12)]
+    prompt = stream("new", prompt_left=1500, cached=0, slo=Slo(10.0))
+    estimator = SyntheticEstimator(fixed=5.0, row=0.5, kv=0.0)
+    plan = make_batch_policy("wispprof").plan(0.0, [*running, prompt], estimator, LIMITS)
+    whole = make_batch_policy("wispprof", size_prefill=False).plan(
+        0.0, [*running, prompt], estimator, LIMITS
+    )
+    assert plan.bound_ms <= 100.0 < whole.bound_ms
+    assert 0 < next(m.prefill for m in plan.members if m.session == "new") < 512
+    alone = make_batch_policy("wispprof").plan(0.0, [prompt], estimator, LIMITS)
+    assert alone.members[0].prefill == 512
+
+
+def test_with_no_cache_left_it_asks_again_instead_of_planning():
+    plan = make_batch_policy("wispprof").plan(
+        7.0, [stream("a")], SyntheticEstimator(), Limits(8, 64, 64, 0)
+    )
+    assert plan.members == ()
+    assert plan.wake_ms is not None
+    assert plan.wake_ms > 7.0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 9000))
+def test_slopes_recover_a_linear_estimator(items, new, cached):
+    estimator = SyntheticEstimator(fixed=3.0, row=0.25, kv=2e-4, pair=1e-5)
+    costs = mean_costs(estimator, items, new, cached)
+    assert costs.kv_ms == pytest.approx(2e-4, rel=0.02)
+    assert costs.pair_ms == pytest.approx(1e-5, rel=0.02)
+    # The pairs inside a chunk are not in the linear form; they are what the row's slope is off by.
+    assert costs.row_ms == pytest.approx(0.25, rel=0.02)
+    assert math.isclose(costs.fixed_ms + costs.item_ms, 3.0, rel_tol=0.2)
+
+
+def test_batches_are_priced_alike_by_totals_and_one_by_one():
+    estimator = SyntheticEstimator(kv=1e-3)
+
+    class ByTotals(SyntheticEstimator):
+        def predict_totals(self, totals):
+            p50 = np.array([self.time(int(t[1]), int(t[2]), 0) for t in totals])
+            return p50, p50 * self.ratio
+
+    new = np.array([[1, 2, 0], [0, 0, 0], [3, 1, 5]])
+    cached = np.array([10, 500, 900])
+    one_by_one = price_batches(estimator, new, cached)
+    at_once = price_batches(ByTotals(kv=1e-3), new, cached)
+    assert np.allclose(one_by_one, at_once)
