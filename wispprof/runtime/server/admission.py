@@ -17,6 +17,10 @@ from wispprof.runtime.server.settings import ServerSettings
 __all__ = ["Admission", "Refused", "utilisation"]
 
 
+_SLOWEST_TPOT_MS = 60_000.0
+"""A promise of less than a token per minute is none."""
+
+
 class Refused(RuntimeFault):
     """A request that is not taken. ``code`` as in :class:`~wispprof.runtime.wire.Problem`;
     ``nearest_tokens_per_s``: the speed that could be kept, 0 where that is not the matter."""
@@ -117,6 +121,7 @@ class Admission:
                 "limit",
                 f"This key holds {mine} sessions, which is its limit.",
                 "Close some first.",
+                retry_ms=1_000.0,
             )
         waiting = sum(1 for live in house.lives if live.ledger.pace.first_ms is None)
         if len(house) >= settings.max_sessions or waiting >= settings.max_waiting:
@@ -154,7 +159,7 @@ class Admission:
         self._first_token(request, estimator, others)
 
     def _refuse_speed(self, slo: Slo, load: Callable[[float], float], limit: float) -> None:
-        slow, fast = slo.tpot_ms * 1024.0, slo.tpot_ms
+        slow, fast = max(_SLOWEST_TPOT_MS, slo.tpot_ms), slo.tpot_ms
         if load(slow) > limit:
             raise Refused(
                 "busy",
@@ -162,7 +167,7 @@ class Admission:
                 "Retry later.",
                 retry_ms=self._retry_ms(),
             )
-        for _ in range(20):
+        for _ in range(24):
             middle = math.sqrt(slow * fast)
             if load(middle) > limit:
                 fast = middle

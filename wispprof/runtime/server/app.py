@@ -7,6 +7,7 @@ from fastapi.responses import JSONResponse
 
 from wispprof import __version__
 from wispprof.runtime.server.edgelink import EdgeLink
+from wispprof.runtime.server.http import add_openai
 from wispprof.runtime.server.server import VerificationServer
 
 __all__ = ["make_app"]
@@ -41,4 +42,6 @@ def make_app(server: VerificationServer) -> FastAPI:
     async def metrics() -> Response:
         return Response(server.metrics.text(), media_type=METRICS_TYPE)
 
+    if server.text is not None:
+        add_openai(app, server, server.text)
     return app

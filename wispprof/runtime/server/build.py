@@ -9,6 +9,7 @@ from wispprof.errors import ModelMissing
 from wispprof.runtime.server.engine import Engine, ServedModel
 from wispprof.runtime.server.server import VerificationServer
 from wispprof.runtime.server.settings import ServerSettings
+from wispprof.runtime.server.text import TextSide
 
 __all__ = ["build_server", "load_engine"]
 
@@ -36,12 +37,14 @@ def build_server(
 
         parts["plan"] = load_plan(settings.plan)
     if engine is None or model is None:
-        engine, model = load_engine(settings)
+        engine, model, tokenizer = load_engine(settings)
+        if tokenizer is not None:
+            parts.setdefault("text", TextSide(tokenizer))
     return VerificationServer(engine, model, settings, **parts)
 
 
-def load_engine(settings: ServerSettings) -> tuple[Engine, ServedModel]:
-    """The verifier engine of the settings' target. Imports torch."""
+def load_engine(settings: ServerSettings) -> tuple[Engine, ServedModel, Any]:
+    """The verifier engine of the settings' target, its identity, its tokenizer. Imports torch."""
     if not settings.target:
         raise ModelMissing("No target model was named.", "Give --target, a folder or a hub id.")
     from wispprof.lm.engine import VerifierEngine
@@ -57,7 +60,8 @@ def load_engine(settings: ServerSettings) -> tuple[Engine, ServedModel]:
     )
     engine.warm_up()
     name = settings.target_id or Path(settings.target).name or info.id
-    return engine, ServedModel(name, info.tokenizer_hash, info.vocab_size, engine.max_context)
+    model = ServedModel(name, info.tokenizer_hash, info.vocab_size, engine.max_context)
+    return engine, model, loaded.tokenizer
 
 
 def _default_kv_tokens(device: str, info: Any) -> int:

@@ -185,7 +185,7 @@ class House:
         if done.rollback is not None:
             self._roll_back(live.name, done.rollback)
         if live.closing:
-            self._leave(live, "abort", now_ms)
+            self._leave(live, live.closing, now_ms)
             return
         if not done.tokens:
             return
@@ -205,14 +205,14 @@ class House:
 
     # --- leaving ------------------------------------------------------------------------------
 
-    def leave(self, live: LiveSession, now_ms: float) -> None:
+    def leave(self, live: LiveSession, now_ms: float, reason: str = "abort") -> None:
         """The owner is done with the session, or gone."""
         if live.name not in self._lives:
             return
         if live.ledger.in_flight:
-            live.closing = True
+            live.closing = reason
         else:
-            self._leave(live, "abort", now_ms)
+            self._leave(live, reason, now_ms)
         self.ring()
 
     def fail(

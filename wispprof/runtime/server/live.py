@@ -46,8 +46,8 @@ class LiveSession:
     """One open session. ``number`` is the owner's name for it, ``ledger.session`` the engine's.
 
     ``heard_ms``: last sign of life from either side; ``told_ms``: its last commit. ``opened``: the engine
-    knows it, with ``reused`` tokens of another session's cache. ``closing``: its owner left while a
-    step was under way.
+    knows it, with ``reused`` tokens of another session's cache. ``closing``: why its
+    owner left while a step was under way.
     """
 
     ledger: ServerSession
@@ -56,7 +56,7 @@ class LiveSession:
     number: int
     heard_ms: float
     opened: bool = False
-    closing: bool = False
+    closing: str = ""
     reused: int = 0
     told_ms: float = 0.0
 

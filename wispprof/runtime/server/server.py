@@ -23,6 +23,7 @@ from wispprof.runtime.server.live import GenerationRequest, LiveSession, Owner
 from wispprof.runtime.server.metrics import Metrics
 from wispprof.runtime.server.settings import ServerSettings
 from wispprof.runtime.server.steploop import StepLoop
+from wispprof.runtime.server.text import TextSide
 from wispprof.runtime.server.worker import EngineWorker
 
 __all__ = ["VerificationServer", "monotonic_ms"]
@@ -40,7 +41,7 @@ class VerificationServer:
 
     ``estimator``: a fitted one, or ``None`` to learn from this server's own steps. ``plan``: its batching
     table bounds a step, row by the fastest SLO class that is live and the load level; without one the
-    settings' constants do.
+    settings' constants do. ``text``: what the HTTP door needs to speak text; without it that door stays shut.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class VerificationServer:
         policy: BatchPolicy | None = None,
         estimator: StepEstimator | None = None,
         plan: Plan | None = None,
+        text: TextSide | None = None,
         now_ms: Callable[[], float] = monotonic_ms,
     ) -> None:
         self.settings = settings
         self.model = model
         self.plan = plan
+        self.text = text
         self.policy = policy or make_batch_policy(settings.policy, **settings.policy_options)
         self.metrics = Metrics()
         self.clock = StepClock(estimator)
@@ -190,9 +193,9 @@ class VerificationServer:
         )
         self.loop.ring()
 
-    def close(self, live: LiveSession) -> None:
-        """Its owner is done with a session, or gone."""
-        self.house.leave(live, self.now_ms())
+    def close(self, live: LiveSession, reason: str = "abort") -> None:
+        """Its owner is done with a session, or gone; ``reason`` ``stop``: it has all it wanted."""
+        self.house.leave(live, self.now_ms(), reason)
 
     async def check_integrity(self) -> None:
         """Full audit of an idle server: raises :class:`EngineError` where something leaked."""

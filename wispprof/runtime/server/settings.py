@@ -24,6 +24,7 @@ class ServerSettings:
     ``idle_ttl_ms``: a session whose edge is silent that long is released; ``idle_evict_ms``: after that long
     its KV may be taken by others if memory is short (it is prefilled again with its next round).
     ``admit``: ``slo`` refuses what the estimator says cannot be kept, ``all`` refuses nothing for its SLO.
+    ``http_tokens_per_s`` and ``http_max_tokens``: what an HTTP request gets that names none.
     ``backlog_frames``: frames a slow reader may leave unread before its connection is closed.
     """
 
@@ -63,6 +64,8 @@ class ServerSettings:
     idle_ttl_ms: float = 600_000.0
     idle_evict_ms: float = 2_000.0
 
+    http_tokens_per_s: float = 1.0
+    http_max_tokens: int = 256
     hello_timeout_ms: float = 5_000.0
     backlog_frames: int = 1024
     drain_timeout_ms: float = 30_000.0
