@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from wispprof import __version__
-from wispprof.cli import bench, doctor, edge, fit, reference, report, serve
+from wispprof.cli import bench, demo, doctor, edge, fit, reference, report, serve
 from wispprof.cli.common import GuardedGroup, known_options
 from wispprof.config import ENV_PREFIX, read_config
 
@@ -62,5 +62,31 @@ def _by_command(sections: Any) -> dict[str, Any]:
     }
 
 
-for _command in (fit, serve, edge, bench, report, doctor, reference):
+for _command in (demo, fit, serve, edge, bench, report, doctor, reference):
     _command.register(app)
+
+_PANELS = {
+    "Start here": ("demo", "doctor"),
+    "Measure": ("profile-server", "profile-edge", "profile-link", "trace", "profile"),
+    "Decide": ("fit", "plan", "simulate", "reproduce", "report"),
+    "Run": ("serve", "edge", "generate", "chat", "bench", "link"),
+    "Project": ("reference-pair",),
+}
+
+
+def _arrange() -> None:
+    """Commands in the order in which they are used, whoever registered them first."""
+    place = {name: panel for panel, names in _PANELS.items() for name in names}
+    order = {name: number for number, name in enumerate(place)}
+    entries: list[Any] = [*app.registered_commands, *app.registered_groups]
+    for entry in entries:
+        entry.rich_help_panel = place.get(_name(entry), "Project")
+    app.registered_commands.sort(key=lambda entry: order.get(_name(entry), len(order)))
+    app.registered_groups.sort(key=lambda entry: order.get(_name(entry), len(order)))
+
+
+def _name(entry: Any) -> str:
+    return str(entry.name or entry.callback.__name__.replace("_", "-"))
+
+
+_arrange()

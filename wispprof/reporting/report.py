@@ -90,16 +90,12 @@ def verdict(benches: Sequence[Bench]) -> str:
 def _lead(run: Run, benches: Sequence[Bench]) -> str:
     parts = []
     if benches:
-        parts.append(f"{_load_words(benches[0])}; the same engine and load under every policy.")
+        parts.append(f"{benches[0].load_words()}; the same engine and load under every policy.")
     profile = run.server or run.edge
     if profile is not None:
         machine = _machine(profile.manifest.hardware)
         parts.append(f"Measured on {machine} with {profile.manifest.model.id}.")
     return " ".join(parts)
-
-
-def _load_words(bench: Bench) -> str:
-    return str(bench.load.get("words", "One load"))
 
 
 def _machine(hardware: dict[str, object]) -> str:
@@ -146,8 +142,8 @@ def _held_out_error(run: Run) -> float | None:
 def _policies(benches: Sequence[Bench]) -> list[Section]:
     if not benches:
         return []
-    slo = str(benches[0].load.get("slo_words", "their promise"))
-    body = figure(figures.policy_bars([b.bar() for b in benches], slo))
+    promise = benches[0].promise_words()
+    body = figure(figures.policy_bars([b.bar() for b in benches], promise))
     body += to_html(bench_table(benches))
     return [
         Section(
@@ -292,9 +288,8 @@ def _plan(run: Run, benches: Sequence[Bench]) -> list[Section]:
     if plan is None or not plan.draft:
         return []
     classes = plan.slo_classes or tuple(sorted({r.tokens_per_s for r in plan.draft}))
-    asked = [b.load.get("tokens_per_s") for b in benches]
-    wanted = [float(v) for v in asked if isinstance(v, int | float)]
-    speed = statistics.median(wanted) if wanted else classes[len(classes) // 2]
+    asked = [speed for b in benches for speed in b.promises]
+    speed = statistics.median_low(asked) if asked else classes[len(classes) // 2]
     device = plan.devices[0]
     maps = "".join(
         draft_length_map(plan, device, mode, speed)

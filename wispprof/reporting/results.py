@@ -5,16 +5,17 @@ A bench document is one policy under one load, an answer document one request of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from wispprof.artifacts import Document
 from wispprof.errors import ArtifactDamaged
 from wispprof.reporting.figures import PolicyBar, StepPoint
 from wispprof.reporting.tables import Column, Table
 
-__all__ = ["Answer", "Bench", "Piece", "bench_table"]
+__all__ = ["Answer", "Bench", "Piece", "Result", "bench_table"]
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,30 @@ class Answer:
         return "".join(piece.text for piece in self.pieces)
 
 
+class Result(Protocol):
+    """What a bench gives: :class:`wispprof.runtime.bench.BenchResult`, or a simulated one."""
+
+    @property
+    def policy(self) -> str: ...
+
+    @property
+    def load(self) -> Mapping[str, Any]: ...
+
+    @property
+    def figures(self) -> Mapping[str, float]: ...
+
+    @property
+    def steps(self) -> Sequence[tuple[float, float, float]]: ...
+
+
 @dataclass(frozen=True)
 class Bench:
     """One policy under one load.
 
-    ``load``: what was offered, in words and numbers, the same for every policy of a comparison.
-    ``figures``: scalar results by name, units in the names. ``steps``: (predicted p50, bound,
-    measured) ms of the steps that were taken.
+    ``load``: what was offered, the same for every policy of a comparison (see
+    :meth:`wispprof.runtime.bench.BenchSettings.load`). ``figures``: scalar results by name, units in
+    the names, ``None`` where unknown. ``steps``: (predicted p50, bound, measured) ms of the steps that
+    were taken.
     """
 
     policy: str
@@ -78,6 +96,41 @@ class Bench:
             )
         except (KeyError, TypeError, ValueError) as fault:
             raise ArtifactDamaged(f"A bench lacks {fault}.", "Run it again.") from fault
+
+    @classmethod
+    def of_result(cls, result: Result) -> Bench:
+        """From a bench that just ran."""
+        figures = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in result.figures.items()
+        }
+        return cls(result.policy, dict(result.load), figures, tuple(result.steps))
+
+    @property
+    def promises(self) -> tuple[float, ...]:
+        """Token speeds promised, tokens/s."""
+        return tuple(float(v) for v in self.load.get("slo_tokens_per_s", ()))
+
+    def promise_words(self) -> str:
+        """``12 tokens/s``, or the range of several classes."""
+        speeds = sorted(set(self.promises))
+        if not speeds:
+            return "their promise"
+        if len(speeds) == 1:
+            return f"{speeds[0]:g} tokens/s"
+        return f"{speeds[0]:g} to {speeds[-1]:g} tokens/s"
+
+    def load_words(self) -> str:
+        """The load in half a sentence."""
+        count = self.load.get("devices", "?")
+        kinds = ", ".join(str(kind) for kind in self.load.get("device", ()))
+        words = f"{count} replay edges"
+        if kinds:
+            words += f" that draft like {kinds}"
+        words += f", promised {self.promise_words()}"
+        if self.load.get("rtt_ms"):
+            words += f", over a {float(self.load['rtt_ms']):g} ms link"
+        return words
 
     def payload(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,78 @@
+"""``wispprof demo``: measure, fit, plan, serve and compare, on the bundled pair and this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wispprof.cli import common
+
+if TYPE_CHECKING:
+    from wispprof.demo import DemoResult
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``demo`` to the commands."""
+    app.command("demo")(demo)
+
+
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Less of everything: a minute.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of artifacts and report.")] = Path("out/demo"),
+    pair: Annotated[
+        Path | None,
+        typer.Option(help="Folder with target/ and draft/ (default: the bundled pair)."),
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="What the real edge is asked to go on from.")] = "",
+    as_json: common.JsonFlag = False,
+) -> None:
+    """Everything in a row on this machine: profile both sides, fit, plan, serve, answer, compare.
+
+    Prints one table and, as its last line, one JSON object; writes a report to look at.
+    """
+    from dataclasses import replace
+
+    from wispprof.demo import DemoSettings, run_demo
+
+    settings = DemoSettings.quick(out, pair) if quick else DemoSettings(out=out, pair=pair)
+    if prompt:
+        settings = replace(settings, prompt=prompt)
+    with common.progress() as bars:
+
+        def stage(name: str) -> Any:
+            task = bars.add_task(name, total=None, status="")
+
+            def report(done: int, total: int, status: str = "") -> None:
+                bars.update(task, completed=done, total=total, status=status)
+
+            return report
+
+        result = run_demo(settings, stage)
+    if not as_json:
+        _show(result)
+    common.emit_json(result.record(), indent=None)
+    if not result.lossless:
+        raise common.fail(
+            "A text differs from what the target alone writes.",
+            "This is a defect: please report it.",
+        )
+
+
+def _show(result: DemoResult) -> None:
+    from rich.text import Text
+
+    from wispprof.reporting import bench_table, to_rich
+
+    out = common.output()
+    text = Text(result.answer.prompt, style="dim")
+    for piece in result.answer.pieces:
+        text.append(piece.text, style="green" if piece.origin == "draft" else "yellow")
+    out.print(Text("A real edge answers (green: drafted and accepted, yellow: the target's own)"))
+    out.print(text)
+    out.print()
+    out.print(to_rich(bench_table(result.benches, result.verdict + ".")))
+    out.print(f"Report: {result.report}", markup=False, highlight=False)
