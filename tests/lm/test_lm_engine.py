@@ -11,14 +11,29 @@ import torch
 from wispprof.core import Feed, Sampling
 from wispprof.errors import EngineError, OutOfKvMemory
 from wispprof.lm.engine import VerifierEngine
+from wispprof.lm.graphs import StepGraphs
 from wispprof.lm.loading import LoadedModel, random_model
+from wispprof.lm.paged import PagedStore
 
+BACKENDS = ("slots", "paged", "graphs")
 FAMILIES = ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral")
 
 
 @pytest.fixture(scope="module")
 def llama() -> LoadedModel:
     return random_model("tiny-llama", seed=1, device="cpu")
+
+
+def make(loaded: LoadedModel, backend: str, **limits: int) -> VerifierEngine:
+    """``graphs`` is the paged backend padded to graph buckets, run uncaptured."""
+    if backend == "slots":
+        return VerifierEngine(loaded, backend=backend, **limits)
+    engine = VerifierEngine(loaded, backend="paged", **limits)
+    if backend == "graphs":
+        store = engine._store
+        assert isinstance(store, PagedStore)
+        engine._graphs = StepGraphs(engine._decoder, store, torch.device("cpu"), capture=False)
+    return engine
 
 
 def tokens(count: int, seed: int, vocab: int = 96) -> list[int]:
@@ -43,14 +58,15 @@ def greedy(loaded: LoadedModel, prompt: list[int], count: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ragged_logits_equal_single_forwards(family: str) -> None:
+def test_ragged_logits_equal_single_forwards(family: str, backend: str) -> None:
     loaded = random_model(family, seed=3, device="cpu")
     with torch.no_grad():  # biases that are not zero, where the family has them
         for name, p in loaded.model.named_parameters():
             if name.endswith("bias"):
                 p.normal_(0, 0.3)
-    engine = VerifierEngine(loaded, kv_tokens=4000)
+    engine = make(loaded, backend, kv_tokens=4000)
     lengths = [1, 7, 30, 64, 100, 3, 200]
     texts = [tokens(n + 40, n) for n in lengths]
     for i, (n, text) in enumerate(zip(lengths, texts, strict=True)):
@@ -69,11 +85,12 @@ def test_ragged_logits_equal_single_forwards(family: str) -> None:
         assert (engine.last_logits[i] - expected).abs().max() < 1e-4
 
 
-def test_greedy_steps_equal_generate_whatever_is_drafted(llama: LoadedModel) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_greedy_steps_equal_generate_whatever_is_drafted(llama: LoadedModel, backend: str) -> None:
     prompts = [tokens(n, 50 + n) for n in (2, 9, 31)]
     expected = [greedy(llama, p, 40) for p in prompts]
     rng = random.Random(5)
-    engine = VerifierEngine(llama, kv_tokens=2000)
+    engine = make(llama, backend, kv_tokens=2000)
     got: list[list[int]] = []
     for i, prompt in enumerate(prompts):
         engine.open(str(i))
@@ -142,9 +159,10 @@ def churn(engine: VerifierEngine, rounds: int, seed: int) -> None:
         assert engine.kv_free == engine.kv_tokens - sum(engine.cached(n) for n in engine.sessions)
 
 
-def test_integrity_after_a_thousand_random_rounds(llama: LoadedModel) -> None:
-    engine = VerifierEngine(llama, kv_tokens=1500, max_sessions=6)
-    churn(engine, 1000, seed=11)
+@pytest.mark.parametrize(("backend", "rounds"), [("slots", 1000), ("paged", 1000), ("graphs", 200)])
+def test_integrity_after_random_rounds(llama: LoadedModel, backend: str, rounds: int) -> None:
+    engine = make(llama, backend, kv_tokens=1500, max_sessions=6)
+    churn(engine, rounds, seed=11)
     report = engine.check_integrity()
     assert report.errors
     assert report.worst < 1e-4
@@ -164,8 +182,9 @@ def test_integrity_notices_corruption(llama: LoadedModel) -> None:
     assert engine.check_integrity("b").worst < 1e-4
 
 
-def test_fork_shares_nothing_afterwards(llama: LoadedModel) -> None:
-    engine = VerifierEngine(llama, kv_tokens=500)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fork_shares_nothing_afterwards(llama: LoadedModel, backend: str) -> None:
+    engine = make(llama, backend, kv_tokens=500)
     text = tokens(50, 3)
     engine.open("a")
     first = engine.step([Feed("a", text)])[0].tokens
@@ -176,8 +195,11 @@ def test_fork_shares_nothing_afterwards(llama: LoadedModel) -> None:
     engine.check_integrity()
 
 
-def test_a_failed_step_changes_nothing(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = VerifierEngine(llama, kv_tokens=100, max_sessions=3)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_failed_step_changes_nothing(
+    llama: LoadedModel, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make(llama, backend, kv_tokens=100, max_sessions=3)
     for name in "abc":
         engine.open(name)
         engine.step([Feed(name, tokens(20, ord(name)))])

@@ -23,9 +23,11 @@ from torch import Tensor
 from wispprof.core import BatchShape, Feed, Outcome, Sampling, VerifyItem
 from wispprof.errors import EngineError, OutOfKvMemory
 from wispprof.lm.decoder import Decoder, decoder_for
+from wispprof.lm.graphs import Bucket, StepGraphs
 from wispprof.lm.info import ModelInfo
-from wispprof.lm.kv import KvGeometry, KvStore
+from wispprof.lm.kv import KvGeometry, KvPlan, KvStore
 from wispprof.lm.loading import LoadedModel
+from wispprof.lm.paged import PagedStore
 from wispprof.lm.sampling import choose
 from wispprof.lm.slots import SlotStore
 
@@ -76,9 +78,11 @@ class _Batch(NamedTuple):
 class VerifierEngine:
     """Serves up to ``max_sessions`` sessions that cache up to ``kv_tokens`` tokens in all.
 
-    ``backend``: ``slots`` (dense, any device), ``paged`` (CUDA), or ``auto``. Not thread-safe: one
-    thread owns an engine. Lengths and limits count cached tokens; a session's pending token (the last
-    one emitted) is not cached until it is fed.
+    ``backend``: ``slots`` (dense), ``paged``, or ``auto`` (paged on CUDA, slots elsewhere).
+    ``attention`` chooses among :data:`~wispprof.lm.paged.ATTENTIONS` of the paged backend. ``graphs``:
+    capture verify steps as CUDA graphs (paged on CUDA only). Not thread-safe: one thread owns an
+    engine. Lengths and limits count cached tokens; a session's pending token (the last one emitted) is
+    not cached until it is fed.
     """
 
     def __init__(
@@ -89,6 +93,8 @@ class VerifierEngine:
         max_sessions: int = 256,
         backend: str = "auto",
         max_context: int | None = None,
+        graphs: bool = True,
+        attention: str = "auto",
     ) -> None:
         if kv_tokens < 1 or max_sessions < 1:
             raise EngineError("An engine needs kv_tokens >= 1 and max_sessions >= 1.")
@@ -111,7 +117,10 @@ class VerifierEngine:
             max_context=self.max_context,
         )
         self.backend = _pick_backend(backend, self._device)
-        self._store = self._make_store()
+        self._store = self._make_store(attention)
+        self._graphs: StepGraphs | None = None
+        if graphs and isinstance(self._store, PagedStore) and self._device.type == "cuda":
+            self._graphs = StepGraphs(self._decoder, self._store, self._device)
         self._sessions: dict[str, _Session] = {}
         self._cached_tokens = 0
 
@@ -198,10 +207,11 @@ class VerifierEngine:
         batch = self._validate(feeds)
         lengths = batch.cached + batch.new
         self._store.ensure(batch.handles, batch.cached, lengths)
-        plan = self._store.plan(batch.handles, batch.cached, batch.new)
+        bucket = self._graphs.bucket(batch.new) if self._graphs else None
+        plan = None if bucket else self._store.plan(batch.handles, batch.cached, batch.new)
 
         # Pack the items' tokens in the store's order.
-        order = plan.order
+        order = plan.order if plan else np.arange(len(feeds))
         new, rows = batch.new[order], batch.rows[order]
         ids = np.concatenate([np.asarray(feeds[i].tokens, dtype=np.int64) for i in order.tolist()])
         if ids.min() < 0 or ids.max() >= self.info.vocab_size:
@@ -214,13 +224,12 @@ class VerifierEngine:
         emitted = int(row_ends[-1])
         picked = np.arange(emitted) + np.repeat(ends - row_ends, rows)
 
-        hidden = self._decoder.forward(self._to(ids), self._to(positions), plan.attend)
+        if plan:
+            logits = self._run(plan, ids, positions, picked)
+        else:
+            logits = self._replay(bucket, batch, ids, positions, picked)
         chosen = np.empty(0, dtype=np.int64)
-        logits = hidden[:0]
         if emitted:
-            if emitted < len(ids):
-                hidden = hidden.index_select(0, self._to(picked))
-            logits = self._decoder.logits(hidden)
             samplings = [
                 s for i in order.tolist() for s in [batch.sessions[i].sampling] * int(batch.rows[i])
             ]
@@ -245,6 +254,7 @@ class VerifierEngine:
                 )
             ),
             emitted_rows=emitted,
+            padded_tokens=bucket.tokens if bucket else 0,
         )
         self.last_logits = (
             [
@@ -255,6 +265,36 @@ class VerifierEngine:
             else []
         )
         return self._commit(feeds, batch, accepted.tolist(), first.tolist(), chosen.tolist())
+
+    def _run(
+        self, plan: KvPlan, ids: np.ndarray, positions: np.ndarray, picked: np.ndarray
+    ) -> Tensor:
+        """Logits of the picked rows (none: no logits)."""
+        hidden = self._decoder.forward(self._to(ids), self._to(positions), plan.attend)
+        if not len(picked):
+            return hidden[:0]
+        if len(picked) < len(ids):
+            hidden = hidden.index_select(0, self._to(picked))
+        return self._decoder.logits(hidden)
+
+    def _replay(
+        self,
+        bucket: Bucket | None,
+        batch: _Batch,
+        ids: np.ndarray,
+        positions: np.ndarray,
+        picked: np.ndarray,
+    ) -> Tensor:
+        """The same by a captured graph."""
+        assert bucket is not None
+        assert self._graphs is not None
+        assert isinstance(self._store, PagedStore)
+        arrays = self._store.arrange(batch.handles, batch.cached, batch.new)
+        logits = self._graphs.run(bucket, ids, positions, arrays)
+        if not len(picked) and self._device.type == "cuda":
+            # Nothing will be read back: wait here, before the host image is filled again.
+            torch.cuda.current_stream(self._device).synchronize()
+        return logits.index_select(0, self._to(picked))
 
     def _commit(
         self,
@@ -365,6 +405,8 @@ class VerifierEngine:
                 self.step([Feed(name, [0] * size, drafts=size - 1) for name in names])
                 for name in names:
                     self.rollback(name, 0)
+            if self._graphs:
+                self._graphs.capture_all(most_tokens=16 * self.max_sessions)
         finally:
             for name in names:
                 self.close(name)
@@ -372,8 +414,18 @@ class VerifierEngine:
 
     # --- inside --------------------------------------------------------------------------------
 
-    def _make_store(self) -> KvStore:
-        return SlotStore(self._geometry, self._decoder.scale, self._dtype, self._device)
+    def _make_store(self, attention: str) -> KvStore:
+        common = (self._geometry, self._decoder.scale, self._dtype, self._device)
+        if self.backend == "slots":
+            return SlotStore(*common)
+        try:
+            return PagedStore(*common, self.kv_tokens, self.max_sessions, attention=attention)
+        except torch.OutOfMemoryError as fault:
+            gigabytes = self.kv_tokens * self.info.kv_bytes_per_token / 1e9
+            raise OutOfKvMemory(
+                f"{self.kv_tokens} KV tokens need {gigabytes:.1f} GB, more than the device has left.",
+                "Start with fewer --kv-tokens.",
+            ) from fault
 
     def _get(self, session: str) -> _Session:
         try:
@@ -417,6 +469,8 @@ def _count_accepted(
 
 
 def _pick_backend(backend: str, device: torch.device) -> str:
-    if backend not in ("auto", "slots"):
-        raise EngineError(f"Unknown attention backend {backend!r}.", "Use auto or slots.")
-    return "slots"
+    if backend == "auto":
+        return "paged" if device.type == "cuda" else "slots"
+    if backend not in ("slots", "paged"):
+        raise EngineError(f"Unknown KV backend {backend!r}.", "Use auto, slots or paged.")
+    return backend
