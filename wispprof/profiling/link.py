@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LinkSettings", "link_rows", "link_summary", "profile_link"]
 
-SIZES = (1 << 10, 16 << 10, 128 << 10)
+SIZES = (1 << 10, 16 << 10, 64 << 10)
 
 
 @dataclass(frozen=True)
