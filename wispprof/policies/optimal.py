@@ -39,9 +39,16 @@ _REST = 12
 def rows_of(plan: Plan, device: str, mode: str = "stream") -> RowOf:
     """The plan's row for whatever a device meets: round trip, load level and SLO of the round."""
 
+    known: dict[tuple[int, int, float], DraftRow] = {}
+
     def row(context: RoundContext) -> DraftRow:
         speed = context.slo.tokens_per_s if context.slo is not None else max(plan.slo_classes)
-        return plan.draft_row(device, context.rtt_ms, context.load_level, speed, mode)
+        # Round trips are measured anew all the time; within 5 % they mean the same row.
+        rtt_step = round(20.0 * math.log(max(context.rtt_ms, 0.1)))
+        key = (rtt_step, context.load_level, speed)
+        if key not in known:
+            known[key] = plan.draft_row(device, context.rtt_ms, context.load_level, speed, mode)
+        return known[key]
 
     return row
 

@@ -1,0 +1,273 @@
+"""The planner: sanity properties, obedience of look-ups, the artifact, exports and words."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wispprof.artifacts.plan import load_plan, save_plan
+from wispprof.core import BatchShape
+from wispprof.errors import ArtifactDamaged, PlanError
+from wispprof.planning import PlanSettings, Runs, make_plan
+from wispprof.planning.export import export
+from wispprof.planning.run import SpeedDevice
+from wispprof.planning.timing import StepTimes, round_pace, stream_pace, undrafted_pace
+from wispprof.planning.words import compare, explain
+
+
+@dataclass(frozen=True)
+class Batch:
+    step: Step
+    rows: int = 0
+    cached: int = 0
+
+    @property
+    def p50_ms(self) -> float:
+        step = self.step
+        return step.fixed + step.row * self.rows + step.kv * self.cached if self.rows else 0.0
+
+    @property
+    def bound_ms(self) -> float:
+        return 1.1 * self.p50_ms
+
+    def add(self, new: int, cached: int, prefill: bool = False) -> Batch:
+        return Batch(self.step, self.rows + new, self.cached + cached)
+
+
+@dataclass(frozen=True)
+class Step:
+    """``fixed + row·rows + kv·cached`` ms."""
+
+    fixed: float = 20.0
+    row: float = 0.2
+    kv: float = 1e-4
+    coverage: float = 0.95
+
+    def start(self) -> Batch:
+        return Batch(self)
+
+    def predict(self, shape: BatchShape) -> tuple[float, float]:
+        batch = self.start()
+        for item in shape.items:
+            batch = batch.add(*item)
+        return batch.p50_ms, batch.bound_ms
+
+    def slower(self, factor: float) -> Step:
+        return Step(self.fixed * factor, self.row * factor, self.kv * factor)
+
+
+SMALL = PlanSettings(rtts_ms=(5.0, 80.0), slos=(4.0, 12.0), k_max=6, context=1000, max_sessions=96)
+LAPTOP = SpeedDevice("laptop", 60.0, 20.0)
+PI = SpeedDevice("pi", 8.0, 6.0)
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return make_plan(Step(), [LAPTOP, PI], Runs.geometric(0.7), SMALL)
+
+
+# --- renewal models -------------------------------------------------------------------------------
+
+
+def test_stream_with_nothing_ever_accepted_goes_at_undrafted_step_pace():
+    times = StepTimes(Step(row=0.0, kv=0.0), 0)
+    pace = stream_pace(times, 4, 4, 1.0, 5.0, Runs.geometric(0.0))
+    assert pace.tokens_per_ms == pytest.approx(undrafted_pace(times, 4).tokens_per_ms)
+
+
+def test_stream_with_everything_accepted_is_bound_by_the_draft_or_by_k():
+    times = StepTimes(Step(row=0.0, kv=0.0), 0)
+    sure = Runs.geometric(1.0)
+    assert stream_pace(times, 1, 3, 0.01, 0.0, sure).commits == pytest.approx(4.0, rel=0.1)
+    # A draft as slow as two steps never gets ahead of a frontier that moves every step.
+    assert stream_pace(times, 1, 3, 40.0, 0.0, sure).commits == pytest.approx(1.0, rel=0.05)
+
+
+def test_round_counts_draft_link_and_step():
+    times = StepTimes(Step(fixed=10.0, row=0.0, kv=0.0), 0)
+    pace = round_pace(times, 1, 2, 5.0, 30.0, Runs.geometric(0.5))
+    assert pace.round_ms == pytest.approx(2 * 5 + 30 + 10)
+    assert pace.commits == pytest.approx(1 + 0.5 + 0.25)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    acceptance=st.floats(0, 0.95),
+    draft_ms=st.floats(1, 100),
+    rtt=st.floats(0, 150),
+    more=st.floats(1, 100),
+    sessions=st.integers(1, 40),
+    k=st.integers(1, 8),
+)
+def test_a_longer_link_and_a_slower_draft_never_speed_a_round_up(
+    acceptance, draft_ms, rtt, more, sessions, k
+):
+    times = StepTimes(Step(), 500)
+    runs = Runs.geometric(acceptance)
+    now = round_pace(times, sessions, k, draft_ms, rtt, runs).tokens_per_ms
+    assert round_pace(times, sessions, k, draft_ms, rtt + more, runs).tokens_per_ms <= now * 1.02
+    assert round_pace(times, sessions, k, draft_ms + more, rtt, runs).tokens_per_ms <= now * 1.02
+
+
+def test_runs_keep_their_shape_when_scaled():
+    runs = Runs.of([0.8, 0.7, 0.65])
+    assert runs.scaled(0.5).acceptance == pytest.approx(0.5, abs=1e-3)
+    assert sum(runs.lengths()) == pytest.approx(1.0)
+    with pytest.raises(PlanError, match="falling"):
+        Runs.of([0.5, 0.6])
+
+
+# --- sanity of whole plans ------------------------------------------------------------------------
+
+
+def capacities(made) -> dict[tuple, tuple[int, int]]:
+    return {
+        (r.device, r.rtt_ms, r.tokens_per_s, r.mode): (r.centralized, r.split)
+        for r in made.capacity
+    }
+
+
+def test_a_slower_server_never_raises_capacity(plan):
+    slow = capacities(make_plan(Step().slower(1.5), [LAPTOP, PI], Runs.geometric(0.7), SMALL))
+    for cell, (central, split) in capacities(plan).items():
+        assert slow[cell][0] <= central
+        assert slow[cell][1] <= split
+
+
+def test_a_stricter_promise_never_raises_capacity(plan):
+    for (device, rtt, speed, mode), (central, split) in capacities(plan).items():
+        if speed == 4.0:
+            strict = capacities(plan)[(device, rtt, 12.0, mode)]
+            assert strict[0] <= central
+            assert strict[1] <= split
+            assert split >= central
+
+
+def test_a_longer_round_trip_never_lengthens_what_it_can_keep(plan):
+    for row in plan.draft:
+        if row.rtt_ms == 5.0:
+            far = plan.draft_row(row.device, 80.0, row.load_level, row.tokens_per_s, row.mode)
+            assert far.expected_tokens_per_s <= row.expected_tokens_per_s * 1.001
+            assert far.nearest_tokens_per_s <= row.nearest_tokens_per_s * 1.001
+
+
+def test_do_not_speculate_where_drafting_cannot_pay():
+    useless = make_plan(Step(), [LAPTOP], Runs.geometric(0.0), SMALL)
+    assert {r.k for r in useless.draft} == {0}
+    assert {r.verdict for r in useless.break_even} == {"server-only"}
+    crawling = make_plan(Step(kv=0.0), [SpeedDevice("clock", 0.1)], Runs.geometric(0.9), SMALL)
+    assert {r.k for r in crawling.draft} == {0}
+
+
+def test_speculate_where_rows_are_free_and_the_draft_is_fast():
+    easy = make_plan(Step(row=1e-4), [SpeedDevice("fast", 2000.0)], Runs.geometric(0.9), SMALL)
+    assert min(r.k for r in easy.draft if r.rtt_ms == 5.0) >= 3
+
+
+def test_every_k_is_weighed_and_the_best_feasible_taken(plan):
+    for row in plan.draft:
+        assert len(row.by_k) == SMALL.k_max + 1
+        assert row.expected_tokens_per_s == pytest.approx(row.by_k[row.k])
+        if row.feasible:
+            assert row.slow_by_k[row.k] >= row.tokens_per_s
+        else:
+            assert max(row.slow_by_k) < row.tokens_per_s
+            assert row.nearest_tokens_per_s == pytest.approx(max(row.slow_by_k))
+
+
+def test_energy_objective_never_takes_more_energy(plan):
+    frugal = make_plan(
+        Step(), [LAPTOP, PI], Runs.geometric(0.7), replace(SMALL, objective="energy")
+    )
+    for row in frugal.draft:
+        usual = plan.find(row.cell)
+        assert row.energy_j_per_token <= usual.energy_j_per_token + 1e-12
+        assert row.expected_tokens_per_s >= usual.expected_tokens_per_s * 0.94
+
+
+def test_batching_rows_keep_their_promise_where_it_can_be_kept(plan):
+    for row in plan.batch:
+        batch = Step().start()
+        for _ in range(row.max_items):
+            batch = batch.add(1, SMALL.context)
+        assert batch.bound_ms <= 1000.0 / row.tokens_per_s or row.max_items == 1
+        assert 1 <= row.prefill_chunk <= SMALL.max_prefill_chunk
+        assert row.token_budget >= 1
+
+
+# --- looking up, saving, showing ------------------------------------------------------------------
+
+
+def test_look_ups_never_fail_on_range_and_err_on_the_safe_side(plan):
+    assert plan.draft_row("laptop", 1e6, 99, 1e3).rtt_ms == 80.0
+    assert plan.draft_row("laptop", 0.0, -1, 0.1).tokens_per_s == 4.0
+    assert plan.draft_row("laptop", 5.0, 0, 5.0).tokens_per_s == 12.0
+    assert plan.draft_row("unheard of", 5.0, 0, 4.0).device == "pi"
+    assert plan.batch_row(99.0, 99).tokens_per_s == 12.0
+    with pytest.raises(PlanError, match="mode"):
+        plan.draft_row("laptop", 5.0, 0, 4.0, "tree")
+
+
+def test_a_plan_survives_the_disk_and_notices_tampering(plan, tmp_path):
+    file = tmp_path / "plan.json"
+    digest = save_plan(plan, file)
+    loaded = load_plan(file)
+    assert loaded == replace(plan, hash=digest, settings=loaded.settings)
+    document = json.loads(file.read_text())
+    document["payload"]["draft"][0]["k"] = 99
+    file.write_text(json.dumps(document))
+    with pytest.raises(ArtifactDamaged, match="changed"):
+        load_plan(file)
+
+
+def test_explanations_hold_the_figures(plan):
+    row = next(r for r in plan.draft if r.k > 0)
+    text = "\n".join(explain(plan, row.cell))
+    assert f"k = {row.k}" in text
+    assert f"{row.expected_tokens_per_s:.3g}" in text
+    none = next(r for r in plan.draft if r.k == 0)
+    assert "Do not draft" in "\n".join(explain(plan, none.cell))
+    with pytest.raises(PlanError, match="Cells look like"):
+        explain(plan, "nowhere")
+
+
+def test_differences_are_found(plan):
+    assert compare(plan, plan) == []
+    other = make_plan(Step(row=0.02), [LAPTOP], Runs.geometric(0.7), SMALL)
+    fields = {c.field for c in compare(plan, other)}
+    assert {"cell", "k", "expected_tokens_per_s"} <= fields
+
+
+def test_exports_have_the_other_tools_form(plan):
+    lines = export(plan, "csv").splitlines()
+    assert len(lines) == 1 + len(plan.draft)
+    config = json.loads(export(plan, "vllm", "laptop", 5.0))
+    ranges = config["num_speculative_tokens_per_batch_size"]
+    assert ranges[0][0] == 1
+    assert all(b[0] == a[1] + 1 for a, b in itertools.pairwise(ranges))
+    assert max(k for *_, k in ranges) <= config["num_speculative_tokens"]
+    table = json.loads(export(plan, "sglang"))
+    tokens, rates = table["sample_batch_tokens"], table["sample_steps_per_sec"]
+    assert tokens == sorted(set(tokens))
+    assert rates == sorted(rates, reverse=True)
+    assert table["max_batch_tokens"] >= tokens[-1]
+    with pytest.raises(PlanError, match="csv"):
+        export(plan, "yaml")
+
+
+def test_contradictory_inputs_are_refused():
+    with pytest.raises(PlanError, match="at least one"):
+        make_plan(Step(), [], Runs.geometric(0.5), SMALL)
+    with pytest.raises(PlanError, match="Two devices"):
+        make_plan(Step(), [LAPTOP, LAPTOP], Runs.geometric(0.5), SMALL)
+    with pytest.raises(PlanError, match="no acceptance trace"):
+        make_plan(Step(), [LAPTOP], {}, SMALL)
+    with pytest.raises(PlanError, match="takes no time"):
+        make_plan(Step(0.0, 0.0, 0.0), [LAPTOP], Runs.geometric(0.5), SMALL)
+    with pytest.raises(PlanError, match="SLO"):
+        PlanSettings(slos=())

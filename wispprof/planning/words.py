@@ -1,0 +1,96 @@
+"""A plan in words: why a cell is as it is, and what two plans do differently."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import NamedTuple
+
+from wispprof.artifacts.plan import DraftRow, Plan
+
+__all__ = ["Change", "compare", "explain"]
+
+
+class Change(NamedTuple):
+    """A field of a cell that differs. ``before`` or ``after`` is ``None`` where there is no such cell."""
+
+    cell: str
+    field: str
+    before: object
+    after: object
+
+
+def explain(plan: Plan, cell: str) -> list[str]:
+    """Sentences with the numbers a cell was chosen by."""
+    row = plan.find(cell)
+    load = next((b for b in plan.batch if b.load_level == row.load_level), None)
+    sessions = f"{load.sessions} sessions" if load is not None else "its sessions"
+    undrafted = row.by_k[0] if row.by_k else 0.0
+    lines = [
+        f"{row.device}, {row.rtt_ms:g} ms round trip, load level {row.load_level} ({sessions} of "
+        f"{plan.context} cached tokens), promise {row.tokens_per_s:g} tokens/s, {row.mode} mode.",
+        f"One draft token takes {row.draft_ms:.3g} ms there; the server's step {row.step_ms:.3g} ms.",
+    ]
+    lines += _choice(row, undrafted)
+    lines.append(_promise(row))
+    if row.k:
+        lines.append(_stop(row))
+    if row.energy_j_per_token:
+        lines.append(f"Drafting takes {row.energy_j_per_token:.3g} J per committed token.")
+    return lines
+
+
+def _choice(row: DraftRow, undrafted: float) -> list[str]:
+    drafted = max(range(1, len(row.by_k)), key=lambda k: row.by_k[k], default=0)
+    best = row.by_k[drafted] if drafted else 0.0
+    if row.k == 0:
+        line = f"Do not draft: without drafts a session gets {undrafted:.3g} tokens/s"
+        if drafted:
+            line += f", with the best draft length, {drafted}, it would get {best:.3g}"
+        return [line + "."]
+    gain = row.expected_tokens_per_s / undrafted if undrafted else 0.0
+    lines = [
+        f"k = {row.k}: {row.expected_tokens_per_s:.3g} tokens/s, {gain:.2f} times the "
+        f"{undrafted:.3g} without drafts; {row.commits:.2f} tokens per commit, one every "
+        f"{row.round_ms:.3g} ms."
+    ]
+    if drafted != row.k:
+        lines.append(f"k = {drafted} would be faster on average ({best:.3g}), but see the promise.")
+    return lines
+
+
+def _promise(row: DraftRow) -> str:
+    slow = f"the slow session (the one that decides attainment) gets {row.slow_tokens_per_s:.3g}"
+    if row.feasible:
+        return f"The promise of {row.tokens_per_s:g} tokens/s is kept: {slow}."
+    return (
+        f"The promise of {row.tokens_per_s:g} tokens/s cannot be kept: {slow}. "
+        f"The nearest that can: {row.nearest_tokens_per_s:.3g}."
+    )
+
+
+def _stop(row: DraftRow) -> str:
+    return (
+        f"Drafting stops where the chance that all drafts so far and the next one hold falls under "
+        f"{row.stop:.2f}: the server commits {row.price:.3g} tokens per ms of step at this load. "
+        f"The edge may run {row.lead} tokens ahead."
+    )
+
+
+def compare(before: Plan, after: Plan, tolerance: float = 0.01) -> list[Change]:
+    """What differs between two plans' draft-length tables; numbers within ``tolerance`` are equal."""
+    old, new = {r.cell: r for r in before.draft}, {r.cell: r for r in after.draft}
+    changes = [Change(c, "cell", None, "new") for c in new if c not in old]
+    changes += [Change(c, "cell", "gone", None) for c in old if c not in new]
+    names = [f.name for f in fields(DraftRow) if f.name not in ("by_k", "slow_by_k")]
+    for cell, row in new.items():
+        if cell not in old:
+            continue
+        for name in names:
+            a, b = getattr(old[cell], name), getattr(row, name)
+            if isinstance(a, float) and isinstance(b, float):
+                if abs(a - b) <= tolerance * max(abs(a), abs(b)):
+                    continue
+            elif a == b:
+                continue
+            changes.append(Change(cell, name, a, b))
+    return changes
