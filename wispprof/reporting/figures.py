@@ -67,7 +67,7 @@ def latency_surface(rows: Sequence[StepRow], estimator: StepEstimator) -> str:
         raise ValueError("the profile holds no uniform verify shapes")
     sizes = _spread(sorted({len(row.shape.items) for row in uniform}), MOST_LINES)
     colors = dict(zip(sizes, theme.ramp(len(sizes)), strict=True))
-    with theme.canvas(3.4 * len(panels) + 1.1, 3.7, len(panels), sharey=True) as (figure, axes):
+    with theme.canvas(9.4, 3.6, len(panels), sharey=True) as (figure, axes):
         for panel, new in zip(axes, panels, strict=True):
             for size in sizes:
                 mine = [

@@ -276,8 +276,7 @@ def _acceptance(run: Run) -> list[Section]:
         Section(
             "acceptance",
             "How far a draft survives",
-            f"{trace.draft} drafts for {trace.target}: the share of drafts that the target accepts, by "
-            "their place in the round.",
+            "The share of draft tokens that the target accepts, by their place in the round.",
             figure(figures.acceptance_by_position(trace), narrow=True, note=note),
         )
     ]
@@ -305,7 +304,7 @@ def _plan(run: Run, benches: Sequence[Bench]) -> list[Section]:
             f"The plan’s draft length for each round trip and load, with {plan.context:,} cached tokens "
             "per session. 0 means: do not speculate here. Server and edge look their row up while they "
             "run.",
-            maps + notes + (f"<h2>How many devices</h2>{capacity}" if capacity else ""),
+            maps + notes + (f"<h3>How many devices</h3>{capacity}" if capacity else ""),
         )
     ]
 
