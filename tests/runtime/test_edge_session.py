@@ -191,9 +191,11 @@ def test_twenty_sessions_survive_a_killed_server(policy: str) -> None:
     async def main() -> None:
         async with pocket(policy) as server, edge(server.dial, ping_ms=200.0) as client:
             prompts = [(n, 3, 5) for n in range(20)]
-            made = [drafting(client, p, max_new=64, k=3, proactive=4) for p in prompts]
+            made = [drafting(client, p, max_new=128, k=3, proactive=4) for p in prompts]
             running = [asyncio.create_task(g.run()) for g in made]
             for _ in range(2):
+                while not client.up:
+                    await asyncio.sleep(0.05)
                 await asyncio.sleep(0.35)
                 server.refuse = True
                 server.cut()
@@ -201,7 +203,7 @@ def test_twenty_sessions_survive_a_killed_server(policy: str) -> None:
                 server.refuse = False
             stats = await asyncio.gather(*running)
             for prompt, generation, stat in zip(prompts, made, stats, strict=True):
-                assert list(generation.output) == truth(prompt, 64)
+                assert list(generation.output) == truth(prompt, 128)
                 assert stat.reopened >= 1
             assert client.reconnects >= 2
             assert server.engine.sessions == ()  # type: ignore[attr-defined]

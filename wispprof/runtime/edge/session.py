@@ -84,7 +84,7 @@ class Generation:
             lead_limit=min(settings.lead, welcome.max_drafts if welcome else settings.lead),
             end=len(request.tokens) + request.max_new,
         )
-        self._pacing = Pacing(request.slo)
+        self._pacing = Pacing(request.slo, settings.carry)
         self._turns = Turns(self._path, controller, settings, request.stop)
         self._number = -1
         self._finished = ""
@@ -282,7 +282,9 @@ class Generation:
             if effect.rejected:
                 stats.dropped += 1 + effect.wasted_tokens
                 stats.dropped_ms += effect.dropped_ms
-            self._pacing.committed(now_ms, commit.queue_ms + commit.verify_ms)
+            self._pacing.committed(
+                now_ms, commit.queue_ms + commit.verify_ms, len(effect.tokens)
+            )
             self._turns.committed(effect, commit.drafted)
             self._chunks.put_nowait(Chunk(effect.tokens))
         if commit.finished:
