@@ -104,9 +104,7 @@ class _Fleet:
                 entered.append(await client.__aenter__())
             if self.watch is not None:
                 await self.watch.begin()
-            work = (
-                self._poisson(clients, rng) if settings.rate_per_s else self._closed(clients, rng)
-            )
+            offered = self._poisson if settings.rate_per_s else self._closed
             await asyncio.gather(*offered(clients, rng))
             steps, said = ([], {}) if self.watch is None else await self.watch.end()
         finally:
