@@ -131,7 +131,7 @@ def test_promises(changes: dict[str, object], now: float, kept: bool | None) -> 
 def test_setups_ship_and_build() -> None:
     setup = read_setup("wisp")
     assert setup["published"]["capacity"]["8"]["wisp"] == 86
-    built = wisp_scenario(setup, system("wisp"), 8.0, setup["server"])
+    built = wisp_scenario(setup, system("wisp"), 8.0, setup["assumption"][0])
     assert built.server.estimator.predict is not None
     assert read_setup("specedge")["prices"]["edge"] == 0.35
     with pytest.raises(ArtifactMissing):

@@ -18,11 +18,15 @@ class Pacing:
 
     The budget of a round is its expected tokens over the promised speed. It runs from the arrival of
     the last commit, so drafting and waiting at the edge are counted as they really took; what is left
-    after the link's round trip is the server's to queue and verify in.
+    after the link's round trip is the server's to queue and verify in. With ``carry`` it runs from the
+    moment the last committed token was due instead: what a session ran ahead counts for it, and what it
+    fell behind against it.
     """
 
-    def __init__(self, slo: Slo) -> None:
+    def __init__(self, slo: Slo, carry: bool = False) -> None:
         self._slo = slo
+        self._carry = carry
+        self._due_ms = 0.0
         self._draft_ms: float | None = None
         self._server_ms: float | None = None
         self._since_ms: float | None = None
@@ -31,11 +35,14 @@ class Pacing:
         """A draft step took this long."""
         self._draft_ms = _blend(self._draft_ms, draft_ms)
 
-    def committed(self, now_ms: float, server_ms: float) -> None:
-        """A commit arrived; the server spent ``server_ms`` queueing and verifying."""
-        if self._since_ms is not None:  # the first commit's time is the prefill's
+    def committed(self, now_ms: float, server_ms: float, tokens: int = 1) -> None:
+        """``tokens`` were committed; the server spent ``server_ms`` queueing and verifying."""
+        if self._since_ms is None:
+            self._due_ms = now_ms + (tokens - 1) * self._slo.tpot_ms
+        else:  # the first commit's time is the prefill's
             self._server_ms = _blend(self._server_ms, server_ms)
-        self._since_ms = now_ms
+            self._due_ms += tokens * self._slo.tpot_ms
+        self._since_ms = self._due_ms if self._carry else now_ms
 
     @property
     def draft_ms(self) -> float:

@@ -31,7 +31,7 @@ class DraftingSettings:
     round mode, how many tokens to draft beyond a round that is out (0: wait instead); the first of them
     guesses the target's own token. ``frame_share``: in stream mode, drafts are grouped into one frame
     as long as drafting the group takes at most this share of the round trip. ``stream``: override the
-    server's mode (``None``: as the server says).
+    server's mode (``None``: as the server says). ``carry``: see :class:`~wispprof.sessions.pacing.Pacing`.
     """
 
     lead: int = 24
@@ -39,6 +39,7 @@ class DraftingSettings:
     frame_share: float = 0.25
     frame_max: int = 8
     stream: bool | None = None
+    carry: bool = False
 
     def __post_init__(self) -> None:
         if self.lead < 0 or self.proactive < 0 or self.frame_max < 1:

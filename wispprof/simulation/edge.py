@@ -92,7 +92,7 @@ class Edge:
             prompt, stream=stream, lead_limit=drafting.lead, end=len(prompt) + record.output_tokens
         )
         self._turns = Turns(self.path, controller, drafting)
-        self._pacing = Pacing(record.slo)
+        self._pacing = Pacing(record.slo, drafting.carry)
         self._rtt_ms = link.profile.mean_rtt_ms
         self._load_level = 0
         self._running: _Step | None = None
@@ -126,7 +126,7 @@ class Edge:
             if effect.extend:
                 self.script.extend(effect.extend)
             self._load_level = answer.load_level
-            self._pacing.committed(now_ms, commit.queue_ms + answer.verify_ms)
+            self._pacing.committed(now_ms, commit.queue_ms + answer.verify_ms, len(commit.tokens))
             self._turns.committed(effect, commit.drafted)
             self._sim.effect(effect)
         if commit.finished:

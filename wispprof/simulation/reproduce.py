@@ -86,10 +86,9 @@ def reproduce_wisp(
             progress(done, status)
 
     for assumption in setup["assumption"]:
-        server = merged(setup["server"], assumption.get("server", {}))
         for kind, label in assumption["systems"].items():
             for slo in setup["slos"]:
-                scenario = wisp_scenario(setup, system(label), slo, server)
+                scenario = wisp_scenario(setup, system(label), slo, assumption)
                 result = capacity(
                     scenario,
                     violations=run["violations"],

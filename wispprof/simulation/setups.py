@@ -44,13 +44,15 @@ def linear_server(table: Table, **changes: Any) -> ServerModel:
     return ServerModel(LinearCost(**cost), **{**rest, **changes})
 
 
-def wisp_scenario(setup: Table, system: System, slo: float, server: Table) -> Scenario:
-    """One cell of WISP's capacity table."""
+def wisp_scenario(setup: Table, system: System, slo: float, assumption: Table) -> Scenario:
+    """One cell of WISP's capacity table, under an assumption's overrides of server and workload."""
     edge, run = setup["edge"], setup["run"]
+    server = merged(setup["server"], assumption.get("server", {}))
+    workload = merged(setup["workload"], assumption.get("workload", {}))
     return Scenario(
         system,
         linear_server(server),
-        ClosedFleet(run["start"], Lengths(**setup["workload"])),
+        ClosedFleet(run["start"], Lengths(**workload)),
         SyntheticAcceptance(**setup["acceptance"]),
         devices=(
             (
@@ -61,7 +63,7 @@ def wisp_scenario(setup: Table, system: System, slo: float, server: Table) -> Sc
             ),
         ),
         links=((LinkProfile(edge["rtt_ms"], edge["jitter_ms"]), 1.0),),
-        slos=((Slo(slo), 1.0),),
+        slos=((Slo(slo, setup["ttft_ms"]), 1.0),),
         seconds=run["seconds"],
         warmup_s=run["warmup_s"],
         seed=run["seed"],

@@ -22,6 +22,9 @@ __all__ = ["SYSTEMS", "System", "system"]
 
 _WAITS = DraftingSettings(proactive=0)
 _PROACTIVE = DraftingSettings(proactive=8)
+# WISP with slack counted over the whole generation, as a sustained speed suggests: what a session ran
+# ahead may be spent later. Its text leaves that open.
+_CARRIES = DraftingSettings(proactive=0, carry=True)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ SYSTEMS: Mapping[str, System] = {
             drafting=_PROACTIVE,
         ),
         System("wisp", "wisp", "wisp"),
+        System("wisp-carry", "wisp", "wisp", drafting=_CARRIES),
         System("wispprof", "wispprof", "wispprof"),
         System("clairvoyant", "wispprof", clairvoyant=True),
     )
