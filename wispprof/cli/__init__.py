@@ -6,7 +6,19 @@ from typing import Annotated, Any
 import typer
 
 from wispprof import __version__
-from wispprof.cli import bench, demo, doctor, edge, fit, profile, reference, report, serve, simulate
+from wispprof.cli import (
+    bench,
+    demo,
+    doctor,
+    edge,
+    fit,
+    plan,
+    profile,
+    reference,
+    report,
+    serve,
+    simulate,
+)
 from wispprof.cli.common import GuardedGroup, known_options
 from wispprof.config import ENV_PREFIX, read_config
 
@@ -62,7 +74,7 @@ def _by_command(sections: Any) -> dict[str, Any]:
     }
 
 
-for _command in (demo, profile, fit, simulate, serve, edge, bench, report, doctor, reference):
+for _command in (demo, profile, fit, plan, simulate, serve, edge, bench, report, doctor, reference):
     _command.register(app)
 
 _PANELS = {
