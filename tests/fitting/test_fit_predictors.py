@@ -96,7 +96,7 @@ def test_outcomes_shuffled_leave_nothing_to_learn(trace: AcceptanceTrace) -> Non
 
 def test_auto_keeps_the_least_log_loss(trace: AcceptanceTrace) -> None:
     report = fit_predictor(trace, kinds=("threshold", "margin-logistic")).report
-    loss = report["tuning_log_loss"]
+    loss = report["validation_log_loss"]
     assert report["chosen"] == min(loss, key=lambda k: loss[k])
     assert set(report["held_out"]) == {"threshold", "margin-logistic"}
 

@@ -56,7 +56,8 @@ def fit(
         bool,
         typer.Option(
             "--evaluate",
-            help="Also score all estimators with whole blocks of shapes held out (a minute), with plots.",
+            help="Also score all estimators with whole blocks of shapes held out, with plots, and replay "
+            "whole rounds under every predictor (minutes).",
         ),
     ] = False,
     splits: Annotated[
@@ -73,7 +74,7 @@ def fit(
 ) -> None:
     """Fit a verification-time estimator and a rejection predictor, and say how good they are."""
     from wispprof.fitting.card import explain_estimator, explain_predictor
-    from wispprof.fitting.run import evaluate_files, fit_files, update_files
+    from wispprof.fitting.run import evaluate_files, fit_files, replay_files, update_files
 
     if update is not None:
         if server or trace or evaluate:
@@ -84,18 +85,20 @@ def fit(
     document: dict[str, Any] = {}
     found = None
     if evaluate:
-        if not server:
-            raise typer.BadParameter("--evaluate needs a --server profile.")
-        with tracker("evaluate") as report:
-            found, plots = evaluate_files(out, server, splits, seed, report)
-        fitted.files += plots
-        document["evaluation"] = {
-            "noise": found.noise,
-            "blocks": found.blocks,
-            "regimes": found.regimes,
-            "splits": found.splits,
-            "learning": found.learning,
-        }
+        if server:
+            with tracker("evaluate") as report:
+                found, files = evaluate_files(out, server, splits, seed, report)
+            fitted.files += files
+            document["evaluation"] = {
+                "noise": found.noise,
+                "blocks": found.blocks,
+                "regimes": found.regimes,
+                "splits": found.splits,
+                "learning": found.learning,
+            }
+        if trace:
+            document["replay"], files = replay_files(out, trace, seed)
+            fitted.files += files
     if fitted.estimator is not None:
         explained = explain_estimator(fitted.estimator)
         document["estimator"] = {**fitted.estimator.report, "explanation": explained}
@@ -114,6 +117,8 @@ def fit(
     if fitted.predictor is not None:
         _show_predictor(fitted.predictor)
         output().print(document["predictor"]["explanation"], markup=False)
+    if "replay" in document:
+        _show_replay(document["replay"])
     for file in fitted.files:
         note(f"wrote {file}")
 
@@ -168,6 +173,40 @@ def _show_evaluation(found: Evaluation) -> None:
         points = {r["shapes"]: r["mape"] for r in found.learning if r["estimator"] == kind}
         learning.add_row(kind, *(f"{points[s]:.2f}" for s in sizes))
     output().print(learning)
+
+
+def _show_replay(summary: list[dict[str, Any]]) -> None:
+    shown = _wide(
+        "Whole rounds replayed on held-out prompts (wasted: drafting ms a token)",
+        "device",
+        ">RTT",
+        "rule",
+        ">value",
+        ">tokens/s",
+        ">wasted",
+        ">drafted",
+        ">kept",
+        caption="↑ most tokens/s, ↓ least waste among those as fast as the best fixed k; their values are "
+        "tuned on other prompts.\nDevice: ms a drafted token.",
+    )
+    for cell in summary:
+        for name in ("fixed", "fastest", "frugal", "clairvoyant"):
+            row = cell[name]
+            if row is None:
+                continue
+            sign = {"fastest": "↑ ", "frugal": "↓ "}.get(name, "")
+            rule = sign + row["controller"]
+            figures = [f"{row[k]:.2f}" for k in ("wasted_ms", "drafted", "accepted")]
+            first = name == "fixed"
+            shown.add_row(
+                f"{cell['device']} {row['draft_ms']:g}" if first else "",
+                f"{cell['rtt_ms']:g}" if first else "",
+                rule,
+                f"{row['value']:g}",
+                f"{row['tokens_per_s']:.2f}",
+                *figures,
+            )
+    output().print(shown)
 
 
 def _figures(row: dict[str, Any]) -> list[str]:

@@ -86,7 +86,9 @@ def explain_predictor(predictor: FittedPredictor) -> str:
     chosen = report["chosen"]
     own = report["held_out"][chosen]
     why = (
-        "was asked for" if report["asked"] != "auto" else "had the least log loss on tuning prompts"
+        "was asked for"
+        if report["asked"] != "auto"
+        else "was chosen because it had the least log loss on prompts it had not seen"
     )
     text = [
         f"`{chosen}` {why}. It learnt from {report['tokens']['learn']} draft tokens, was calibrated on "

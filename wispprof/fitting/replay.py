@@ -32,6 +32,7 @@ __all__ = [
     "Walk",
     "compare_controllers",
     "replay_controller",
+    "summarise",
     "survival_tables",
     "walk",
 ]
@@ -203,6 +204,33 @@ def compare_controllers(
             best = max(learnt, key=lambda v: learnt[v].tokens_per_s(cost))
             records.append(_record(device, cost, name, best, judged[best]))
     return records
+
+
+def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per device and RTT: the best fixed k, the tuned rule of most tokens/s (``fastest``), the one of
+    least waste among those no slower than the best fixed k (``frugal``, None if there is none), and the
+    clairvoyant."""
+    cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for record in records:
+        cells.setdefault((record["device"], record["rtt_ms"]), []).append(record)
+    summary = []
+    for (device, rtt), rows in cells.items():
+        named = {r["controller"]: r for r in rows}
+        tuned = [r for r in rows if ":" in r["controller"]]
+        # A part in a thousand is rounding of counts, not loss.
+        least = 0.999 * named["fixed"]["tokens_per_s"]
+        able = [r for r in tuned if r["tokens_per_s"] >= least]
+        summary.append(
+            {
+                "device": device,
+                "rtt_ms": rtt,
+                "fixed": named["fixed"],
+                "fastest": max(tuned, key=lambda r: r["tokens_per_s"]),
+                "frugal": min(able, key=lambda r: r["wasted_ms"]) if able else None,
+                "clairvoyant": named["clairvoyant"],
+            }
+        )
+    return summary
 
 
 def _record(device: str, cost: Setting, name: str, value: float, result: Walk) -> dict[str, Any]:

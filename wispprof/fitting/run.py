@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from wispprof.artifacts import (
     files,
@@ -20,7 +21,10 @@ from wispprof.fitting.card import estimator_card, predictor_card, write_card
 from wispprof.fitting.estimator import FittedEstimator, load_estimator
 from wispprof.fitting.evaluate import Evaluation, Progress, evaluate
 from wispprof.fitting.plots import plot_evaluation
-from wispprof.fitting.predictors import FittedPredictor, fit_predictor
+from wispprof.fitting.predictors import PREDICTOR_KINDS, FittedPredictor, fit_predictor
+from wispprof.fitting.predictors.data import split_prompts
+from wispprof.fitting.predictors.fitted import paths_of
+from wispprof.fitting.replay import compare_controllers, summarise
 from wispprof.fitting.rows import Observations, check_same_model, read_step_log
 from wispprof.fitting.selection import fit_estimator
 from wispprof.fitting.update import recalibrate
@@ -31,6 +35,7 @@ __all__ = [
     "evaluate_files",
     "fit_files",
     "load_server_rows",
+    "replay_files",
     "update_files",
 ]
 
@@ -127,6 +132,23 @@ def evaluate_files(
     target.parent.mkdir(parents=True, exist_ok=True)
     write_document(target, "evaluation", asdict(found), loaded.inputs)
     return found, [target, *plot_evaluation(found, Path(out))]
+
+
+def replay_files(
+    out: Path, trace: Sequence[Path], seed: int = 0
+) -> tuple[list[dict[str, Any]], list[Path]]:
+    """Replay whole rounds under every predictor; writes ``replay.json`` to ``out``.
+
+    Rules are tuned on the prompts that calibrate the predictors and judged on those that judge them.
+    """
+    traces = [load_trace(path) for path in trace]
+    _, tune, test = split_prompts(paths_of(traces), seed=seed)
+    predictors = {kind: fit_predictor(traces, kind, seed) for kind in PREDICTOR_KINDS}
+    records = compare_controllers(tune, test, dict(predictors))
+    target = Path(out) / "replay.json"
+    inputs = {f"trace:{Path(p).name}": trace_hash(t) for p, t in zip(trace, traces, strict=True)}
+    write_document(target, "replay", {"records": records}, inputs)
+    return summarise(records), [target]
 
 
 def update_files(out: Path, log: Path) -> FitResult:

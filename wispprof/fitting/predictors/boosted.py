@@ -58,11 +58,12 @@ class BoostedTrees:
         table = np.column_stack([rows.features, rows.depth]).astype(np.float64)
         parameters = {
             "objective": "binary",
-            "num_leaves": LEAVES,
-            "max_depth": 6,
-            "learning_rate": 0.08,
-            "min_data_in_leaf": max(10, len(rows) // 200),
-            "lambda_l2": 1.0,
+            # Small trees and large leaves, for the reason given in the perceptron.
+            "num_leaves": 4,
+            "max_depth": 3,
+            "learning_rate": 0.04,
+            "min_data_in_leaf": max(10, len(rows) // 30),
+            "lambda_l2": 20.0,
             "feature_fraction": 0.8,
             "bagging_fraction": 0.8,
             "bagging_freq": 1,

@@ -33,6 +33,22 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.depth)
 
+    def take(self, mask: np.ndarray) -> TokenRows:
+        """The rows under a mask."""
+        return TokenRows(
+            self.features[mask], self.depth[mask], self.accepted[mask], self.prompt[mask]
+        )
+
+    def joined(self, other: TokenRows) -> TokenRows:
+        """Rows of two disjoint sets of paths, their prompts numbered on."""
+        first = int(self.prompt.max()) + 1
+        return TokenRows(
+            np.concatenate([self.features, other.features]),
+            np.concatenate([self.depth, other.depth]),
+            np.concatenate([self.accepted, other.accepted]),
+            np.concatenate([self.prompt, other.prompt + first]),
+        )
+
 
 def token_rows(paths: Sequence[TracePath]) -> TokenRows:
     """Label every draft token that was drafted while all before it were right.

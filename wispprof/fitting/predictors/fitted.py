@@ -96,7 +96,8 @@ def fit_predictor(
     """Fit a rejection predictor on acceptance traces, split by prompt.
 
     Three fifths of the prompts teach the score, a fifth calibrates it, a fifth judges it; the figures
-    stand in ``.report``. ``auto`` keeps the kind of least log loss on the calibration prompts.
+    stand in ``.report``. ``auto`` keeps the kind of least log loss, cross-validated by
+    prompt on the other four fifths.
     Raises :class:`FitError` for too few prompts or tokens of one outcome, and for traces of two pairs.
     """
     paths = paths_of(traces)
@@ -104,26 +105,51 @@ def fit_predictor(
     check_classes(learn)
     tried = tuple(kinds) if kind == "auto" else (kind,)
     fitted: dict[str, FittedPredictor] = {}
-    loss: dict[str, float] = {}
     for name in tried:
         scorer = _scorer_class(name)().fit(learn)
-        score = scorer.score_many(tune.features, tune.depth)
-        if np.unique(tune.accepted).size < 2:
-            raise FitError("All draft tokens of one part agree.", "Take a longer trace.")
-        fitted[name] = FittedPredictor(scorer, Calibration.fit(score, tune.accepted))
-        loss[name] = log_loss(fitted[name].survival_batch(tune.features, tune.depth), tune.accepted)
-    best = min(tried, key=lambda n: loss[n])
+        fitted[name] = FittedPredictor(scorer, _calibrate(scorer, tune))
+    loss = {} if len(tried) == 1 else _cross_validate(tried, learn, tune)
+    best = min(tried, key=lambda n: loss.get(n, 0.0))
     fitted[best].report.update(
         {
             "chosen": best,
             "asked": kind,
             "held_out": {n: judge(fitted[n], test) for n in tried},
-            "tuning_log_loss": loss,
+            "validation_log_loss": loss,
             "prompts": len({p.prompt for p in paths}),
             "tokens": {"learn": len(learn), "tune": len(tune), "test": len(test)},
         }
     )
     return fitted[best]
+
+
+def _calibrate(scorer: Scorer, rows: TokenRows) -> Calibration:
+    if np.unique(rows.accepted).size < 2:
+        raise FitError("All draft tokens of one part have one outcome.", "Take a longer trace.")
+    return Calibration.fit(scorer.score_many(rows.features, rows.depth), rows.accepted)
+
+
+def _cross_validate(
+    kinds: Sequence[str], learn: TokenRows, tune: TokenRows, folds: int = 4
+) -> dict[str, float]:
+    """Mean log loss of each kind on prompts it saw neither in learning nor in calibration.
+
+    Fold f is judged, fold f + 1 calibrates, the others teach.
+    """
+    both = learn.joined(tune)
+    fold = both.prompt % folds
+    loss = dict.fromkeys(kinds, 0.0)
+    for number in range(folds):
+        judged, calibrating = fold == number, fold == (number + 1) % folds
+        rows = both.take(judged)
+        if not len(rows) or not calibrating.any():
+            continue
+        for name in kinds:
+            scorer = _scorer_class(name)().fit(both.take(~(judged | calibrating)))
+            predictor = FittedPredictor(scorer, _calibrate(scorer, both.take(calibrating)))
+            probability = predictor.survival_batch(rows.features, rows.depth)
+            loss[name] += log_loss(probability, rows.accepted) * len(rows) / len(both)
+    return loss
 
 
 def paths_of(

@@ -36,12 +36,13 @@ class WispMlp:
         mean, spread = table.mean(axis=0), np.maximum(table.std(axis=0), 1e-9)
         network = MLPClassifier(
             self.hidden,
-            alpha=1e-3,
+            # Proposals of neighbouring positions repeat one another, so there is less to learn from than
+            # rows: a strong penalty and few passes beat early stopping on held-out rows (AUC 0.917
+            # against 0.893 on other prompts of the reference pair).
+            alpha=2.0,
             batch_size=min(256, len(rows)),
             learning_rate_init=3e-3,
-            max_iter=40,
-            early_stopping=len(rows) >= 500,
-            n_iter_no_change=6,
+            max_iter=12,
             random_state=self.seed,
         )
         with warnings.catch_warnings():
