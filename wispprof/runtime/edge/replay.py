@@ -54,7 +54,7 @@ class ReplayDrafter:
                 "The trace holds no path for this prompt.", "Replay prompts of the trace only."
             )
         self._path = path
-        self._held = []
+        self._held, self._row = [], 0
         self.extend(sequence[len(path.prompt) :])
 
     def draft(self) -> DraftToken:
