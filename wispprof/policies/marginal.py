@@ -9,13 +9,12 @@ chosen is always priced by the estimator.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wispprof.core import CostAccumulator, StepEstimator
-from wispprof.policies.api import Limits, SessionView
 
 __all__ = [
     "MarginalCosts",
@@ -45,7 +44,6 @@ class MarginalCosts(NamedTuple):
     all_bound_ms: float
 
 
-@runtime_checkable
 class TotalsEstimator(Protocol):
     """An estimator that prices many batches at once from their totals.
 
@@ -72,7 +70,9 @@ def price_batches(
 
     ``new`` (m, n): tokens each session feeds in each batch, 0 where it stays out; ``cached`` (n,).
     """
-    if isinstance(estimator, TotalsEstimator):
+    # An attribute look-up, because a protocol's isinstance costs more than the decision may take.
+    predict_totals: Any = getattr(estimator, "predict_totals", None)
+    if predict_totals is not None:
         inside = new > 0
         held = inside * cached
         totals = np.zeros((len(new), 8))
@@ -84,7 +84,8 @@ def price_batches(
         if new.shape[1]:
             totals[:, 5] = held.max(axis=1)
             totals[:, 6] = new.max(axis=1)
-        return estimator.predict_totals(totals)
+        priced: tuple[FloatArray, FloatArray] = predict_totals(totals)
+        return priced
     p50, bound = np.empty(len(new)), np.empty(len(new))
     depths = cached.tolist()
     for place, row in enumerate(new.tolist()):
@@ -108,19 +109,8 @@ class Slopes:
         self._estimator: StepEstimator | None = None
         self._known: dict[tuple[int, int, int], MarginalCosts] = {}
 
-    def of(
-        self, estimator: StepEstimator, sessions: Sequence[SessionView], limits: Limits
-    ) -> MarginalCosts:
-        """Slopes around a batch of ``sessions``, represented by their mean (``max_items`` at most)."""
-        if not sessions:
-            return MarginalCosts(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-        count = min(len(sessions), limits.max_items)
-        cached = sum([s.cached for s in sessions]) // len(sessions)
-        drafts = sum([len(s.tail) for s in sessions]) // len(sessions)
-        return self.at(estimator, count, 1 + drafts, cached)
-
     def at(self, estimator: StepEstimator, items: int, new: int, cached: int) -> MarginalCosts:
-        """Slopes around ``items`` items of ``new`` tokens over ``cached``."""
+        """Slopes around ``items`` ≥ 1 items of ``new`` tokens over ``cached``."""
         if estimator is not self._estimator:
             self._estimator = estimator
             self._known.clear()

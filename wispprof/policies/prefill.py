@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from operator import attrgetter
 
 from wispprof.policies.api import SessionView
 from wispprof.policies.build import StepBuilder
 
 __all__ = ["add_prompts"]
 
+_SPEED, _DEADLINE = attrgetter("slo.tokens_per_s"), attrgetter("deadline_ms")
 _LEAST = 16
 """Tokens a prompt gets per step whatever the others need: nothing starves."""
 _GAP = 0.8
@@ -46,9 +48,10 @@ def _budget(build: StepBuilder, now_ms: float, decode: list[SessionView]) -> flo
         return math.inf
     running_ms = build.cost.bound_ms
     alive = [s for s in decode if not s.hopeless] or decode
-    gap_ms = _GAP * min(s.slo.tpot_ms for s in alive)
-    keepable = [s.deadline_ms - now_ms for s in alive if s.deadline_ms - now_ms >= running_ms]
-    return min([max(gap_ms, _STRETCH * running_ms), *keepable])
+    gap_ms: float = _GAP * 1000.0 / max(map(_SPEED, alive))
+    earliest_ms = now_ms + running_ms
+    keepable: list[float] = [d for d in map(_DEADLINE, alive) if d >= earliest_ms]
+    return min(max(gap_ms, _STRETCH * running_ms), min(keepable, default=math.inf) - now_ms)
 
 
 def _hurry_ms(build: StepBuilder, now_ms: float, session: SessionView) -> float:

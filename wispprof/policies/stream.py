@@ -21,19 +21,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
 
 from wispprof.core import StepEstimator
 from wispprof.policies.api import Limits, SessionView, StepPlan
-from wispprof.policies.build import StepBuilder, eligible, idle
-from wispprof.policies.marginal import MarginalCosts, Slopes, price_batches
+from wispprof.policies.build import StepBuilder, idle
+from wispprof.policies.marginal import Slopes, price_batches
 from wispprof.policies.prefill import add_prompts
-from wispprof.policies.tails import Book, BoolArray, FloatArray, IntArray, keep_at, solve
+from wispprof.policies.tails import Book, BoolArray, Columns, FloatArray, IntArray, keep_at, solve
 from wispprof.policies.waiting import waits
 
 __all__ = ["StreamSettings", "Wispprof"]
 
+_DEADLINE, _ARRIVED = attrgetter("deadline_ms"), attrgetter("arrived_ms")
+_HOPELESS = attrgetter("hopeless")
 _RETRY_MS = 1.0
 _FEW = 96
 """Up to this many sessions several candidates are priced; beyond, one more row hardly shows."""
@@ -80,20 +83,16 @@ class Wispprof:
         estimator: StepEstimator,
         limits: Limits,
     ) -> StepPlan:
-        ready = eligible(sessions)
-        if not ready:
+        decode = [s for s in sessions if s.ready and not s.prompt_left]
+        prompts = [s for s in sessions if s.prompt_left]
+        if not decode and not prompts:
             return idle(now_ms, None, "idle")
         if min(limits.max_items, limits.max_tokens, limits.kv_free) < 1:
             return idle(now_ms, now_ms + _RETRY_MS, "no room")
-        decode = [s for s in ready if not s.prompt_left]
-        prompts = [s for s in ready if s.prompt_left]
         build = StepBuilder(estimator, limits)
         wake_ms = math.inf
         if decode:
-            costs = self._slopes.of(estimator, decode, limits)
-            chosen, keep, wake_ms = self._choose(
-                now_ms, decode, estimator, limits, costs, bool(prompts)
-            )
+            chosen, keep, wake_ms = self._choose(now_ms, decode, estimator, limits, bool(prompts))
             for index in chosen:
                 build.add_decode(decode[index], keep[index])
         if prompts:
@@ -113,21 +112,22 @@ class Wispprof:
         decode: list[SessionView],
         estimator: StepEstimator,
         limits: Limits,
-        costs: MarginalCosts,
         company: bool,
     ) -> tuple[list[int], list[int], float]:
         """(indices in order of need, drafts kept by index, when to ask again if nobody advances)."""
         count = len(decode)
         settings = self.settings
-        slack = np.fromiter((s.deadline_ms for s in decode), np.float64, count) - now_ms
-        idle_ms = now_ms - np.fromiter((s.arrived_ms for s in decode), np.float64, count)
-        lost = np.fromiter((s.hopeless for s in decode), np.bool_, count)
+        columns = Columns.of(decode)
+        costs = columns.slopes(self._slopes, estimator, limits.max_items)
+        slack = np.fromiter(map(_DEADLINE, decode), np.float64, count) - now_ms
+        idle_ms = now_ms - np.fromiter(map(_ARRIVED, decode), np.float64, count)
+        lost = np.fromiter(map(_HOPELESS, decode), np.bool_, count)
         horizon = 2.0 * costs.all_bound_ms
         weight = self._weights(decode, slack, lost, horizon)
         # Steps that waiting prompts call for anyway have paid their fixed part: decoding then costs only what
         # it adds, and a draft must beat what a lone advance earns for that.
         sunk_ms = self._backlog * costs.fixed_ms
-        book = Book.of(decode, costs._replace(fixed_ms=costs.fixed_ms - sunk_ms), weight)
+        book = Book.build(columns, costs._replace(fixed_ms=costs.fixed_ms - sunk_ms), weight)
         everyone = np.ones(count, dtype=bool)
         stale = idle_ms > settings.patience * costs.all_bound_ms
         if settings.trim:

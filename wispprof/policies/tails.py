@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wispprof.core import StepEstimator
 from wispprof.policies.api import SessionView
-from wispprof.policies.marginal import MarginalCosts
+from wispprof.policies.marginal import MarginalCosts, Slopes
 
-__all__ = ["Book", "keep_at", "rate_of", "solve"]
+__all__ = ["Book", "Columns", "keep_at", "rate_of", "solve"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -27,6 +30,33 @@ BoolArray = NDArray[np.bool_]
 MAX_TAIL = 32
 _ROUNDS = 12
 _SETTLED = 1e-6
+
+
+_TAIL, _CACHED = attrgetter("tail"), attrgetter("cached")
+
+
+class Columns(NamedTuple):
+    """What a book reads of its sessions."""
+
+    tails: list[tuple[float, ...]]
+    cached: IntArray
+    lengths: IntArray
+
+    @classmethod
+    def of(cls, sessions: Sequence[SessionView]) -> Columns:
+        tails = list(map(_TAIL, sessions))
+        count = len(tails)
+        return cls(
+            tails,
+            np.fromiter(map(_CACHED, sessions), np.int64, count),
+            np.fromiter(map(len, tails), np.int64, count),
+        )
+
+    def slopes(self, known: Slopes, estimator: StepEstimator, max_items: int) -> MarginalCosts:
+        """Marginal costs around a batch of these sessions, represented by their mean."""
+        count = len(self.tails)
+        drafts, cached = int(self.lengths.sum()) // count, int(self.cached.sum()) // count
+        return known.at(estimator, min(count, max_items), 1 + drafts, cached)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +81,12 @@ class Book:
 
     @classmethod
     def of(cls, sessions: Sequence[SessionView], costs: MarginalCosts, weight: FloatArray) -> Book:
-        count = len(sessions)
-        tails = [s.tail for s in sessions]
-        cached = np.fromiter((s.cached for s in sessions), np.int64, count)
-        lengths = np.fromiter(map(len, tails), np.int64, count)
+        return cls.build(Columns.of(sessions), costs, weight)
+
+    @classmethod
+    def build(cls, columns: Columns, costs: MarginalCosts, weight: FloatArray) -> Book:
+        tails, cached, lengths = columns
+        count = len(tails)
         widest = int(lengths.max()) if count else 0
         alive = np.zeros((count, widest))
         if widest:

@@ -24,6 +24,8 @@ from wispprof.policies.tails import Book, BoolArray, FloatArray, IntArray
 __all__ = ["waits"]
 
 _MOST_STEPS = 6
+_SURE = 0.995
+"""No draft is taken for surer than this; where reading costs less than the rest, nobody waits."""
 
 
 def waits(
@@ -38,24 +40,25 @@ def waits(
     """(who stays out of this step, when the first of their drafts is due)."""
     out = np.zeros(len(decode), dtype=bool)
     wake_ms = math.inf
-    # Nobody gains by waiting where even a certain draft would save less than it risks.
     if rate <= 0.0 or not len(decode):
         return out, wake_ms
     used = float((book.lone_ms + keep * book.row_ms).sum())
     step_ms = max(1e-6, costs.fixed_ms + used)
     safety = costs.all_bound_ms
-    read = (book.read_ms * rate / np.maximum(book.weight, 1e-9)).tolist()
-    rows = (book.row_ms * rate / np.maximum(book.weight, 1e-9)).tolist()
-    slacks = slack.tolist()
-    for index, session in enumerate(decode):
+    price = rate / np.maximum(book.weight, 1e-9)
+    read, rows = book.read_ms * price, book.row_ms * price
+    ends = np.ones(len(decode))
+    held_any = np.flatnonzero(book.lengths)
+    ends[held_any] = book.alive[held_any, book.lengths[held_any] - 1]
+    for index in np.flatnonzero(read > 1.0 - _SURE * ends).tolist():
+        session = decode[index]
         due_ms = session.due_ms
         if due_ms is None or not session.due_tail or due_ms < now_ms:
             continue
         steps = max(1, math.ceil((due_ms - now_ms) / step_ms))
-        if steps > _MOST_STEPS or slacks[index] < steps * step_ms + safety:
+        if steps > _MOST_STEPS or slack[index] < steps * step_ms + safety:
             continue
-        held = int(book.lengths[index])
-        alive = float(book.alive[index, held - 1]) if held else 1.0
+        alive = float(ends[index])
         won = 0.0
         due = session.due_tail
         for place in range(steps):
@@ -63,8 +66,8 @@ def waits(
                 alive *= due[place]
                 won += 1.0 - alive
             else:
-                won += 1.0 - rows[index]
-        if steps * read[index] > won:
+                won += 1.0 - float(rows[index])
+        if steps * float(read[index]) > won:
             out[index] = True
             wake_ms = min(wake_ms, due_ms)
     return out, wake_ms

@@ -11,15 +11,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from operator import attrgetter
+
+import numpy as np
 
 from wispprof.core import StepEstimator
 from wispprof.policies.api import Limits, SessionView, StepPlan
 from wispprof.policies.build import StepBuilder, eligible, idle
-from wispprof.policies.marginal import Slopes, expected_tokens
+from wispprof.policies.marginal import Slopes
+from wispprof.policies.tails import Book, Columns
 
 __all__ = ["Wisp"]
 
+_DEADLINE = attrgetter("deadline_ms")
 _RETRY_MS = 1.0
+_WIDEST = 65
+"""Widths of refused items that are told apart; wider ones count as this wide."""
 
 
 @dataclass
@@ -45,6 +52,7 @@ class Wisp:
         order, urgent = self._order(now_ms, ready, estimator, limits)
         build = StepBuilder(estimator, limits)
         budget_ms = math.inf
+        refused = [math.inf] * (_WIDEST + 1)
         for position, index in enumerate(order):
             if build.full:
                 break
@@ -56,7 +64,15 @@ class Wisp:
             if session.prompt_left:
                 joined = build.add_prefill(session, allowed) > 0
             else:
-                joined = build.add_decode(session, len(session.tail), allowed)
+                new = 1 + len(session.tail)
+                # The batch only grows and its budget only shrinks: what is no smaller than something
+                # the budget refused need not be priced.
+                if session.cached >= refused[min(new, _WIDEST)]:
+                    continue
+                joined = build.add_decode(session, new - 1, allowed)
+                if not joined and allowed == budget_ms and not build.full:
+                    for width in range(min(new, _WIDEST), _WIDEST + 1):
+                        refused[width] = min(refused[width], session.cached)
             if joined:
                 budget_ms = allowed
         if build.members:
@@ -74,28 +90,22 @@ class Wisp:
         limits: Limits,
     ) -> tuple[list[int], int]:
         """Indices in the order they are tried; the first so many of them are urgent."""
-        costs = self._slopes.of(estimator, ready, limits)
-        urgent_ms = now_ms + self.urgency * costs.all_bound_ms
-        urgent: list[tuple[float, int]] = []
-        rest: list[tuple[float, int]] = []
-        row, kv, pair, item = costs.row_ms, costs.kv_ms, costs.pair_ms, costs.item_ms
+        columns = Columns.of(ready)
+        costs = columns.slopes(self._slopes, estimator, limits.max_items)
+        book = Book.build(columns, costs, np.ones(len(ready)))
+        value = book.gains[np.arange(len(ready)), book.lengths]
+        spent = book.lone_ms + book.lengths * book.row_ms
         for index, session in enumerate(ready):
-            deadline = session.deadline_ms
-            if deadline <= urgent_ms:
-                urgent.append((deadline, index))
-                continue
             if session.prompt_left:
                 # A prompt commits one token when its last chunk is fed: value by what is left.
                 new = min(session.prompt_left, limits.prefill_chunk)
-                value = new / session.prompt_left
-            else:
-                new = 1 + len(session.tail)
-                value = expected_tokens(session.tail)
-            cost = item + new * (row + pair * session.cached) + kv * session.cached
-            rest.append((-value / (cost + 1e-9), index))
-        urgent.sort()
-        rest.sort()
-        return [i for _, i in urgent] + [i for _, i in rest], len(urgent)
+                value[index] = new / session.prompt_left
+                spent[index] += (new - 1) * book.row_ms[index]
+        deadline = np.fromiter(map(_DEADLINE, ready), np.float64, len(ready))
+        urgent = deadline <= now_ms + self.urgency * costs.all_bound_ms
+        rank = np.where(urgent, deadline, -value / (spent + 1e-9))
+        order: list[int] = np.lexsort((rank, ~urgent)).tolist()
+        return order, int(urgent.sum())
 
 
 def _alone_ms(session: SessionView, estimator: StepEstimator) -> float:
