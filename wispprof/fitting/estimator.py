@@ -235,8 +235,11 @@ class FittedEstimator:
         split = self.ratio.split_ms
         bound = np.where(raw < split, raw * small, np.maximum(raw * large, split * small))
         high = np.array(self.domain.high, dtype=np.float64)
-        above = (totals[:, (0, 1, 2, 5, 6, 7)] > high[[0, 1, 2, 5, 6, 7]]).any(axis=1)
-        if above.any():
+        high[3:5] = np.inf  # the products of the others, which have no box of their own
+        over = totals > high
+        if over.any():
+            above = over.any(axis=1)
+            high[3:5] = self.domain.high[3:5]
             inside = self.surface.p50_many(np.minimum(totals[above], high))
             bound[above] += np.maximum(0.0, raw[above] - inside) * (self.inflation - 1.0)
         some = totals[:, 0] > 0

@@ -100,7 +100,8 @@ def extend_many(totals: Totals, new: Any, cached: Any, prefill: Any = False) -> 
         np.asarray(cached, dtype=np.float64),
         np.asarray(prefill, dtype=bool),
     )
-    table = np.empty((len(fed), len(EMPTY)))
+    # Column-major: everything that follows works column by column.
+    table = np.empty((len(fed), len(EMPTY)), order="F")
     table[:, 0] = totals.items + 1
     table[:, 1] = totals.new + fed
     table[:, 2] = totals.cached + held

@@ -33,8 +33,12 @@ WORTH = 0.97
 def residual_features(totals: FloatArray, physical: PhysicalTerms) -> FloatArray:
     """(n, 7): padded tokens, cached, items, deepest, widest, prefill tokens, physical ms."""
     tokens = bucket_many(totals[:, 1], np.array(physical.buckets_))
-    columns = (tokens, *totals[:, (2, 0, 5, 6, 7)].T, physical.p50_many(totals))
-    return np.stack(columns, axis=1)
+    features = np.empty((len(totals), 7), order="F")
+    features[:, 0] = tokens
+    for place, column in enumerate((2, 0, 5, 6, 7), 1):
+        features[:, place] = totals[:, column]
+    features[:, 6] = physical.p50_many(totals)
+    return features
 
 
 class WispprofSurface:
@@ -126,11 +130,16 @@ class WispprofSurface:
         return float(base**self.alpha_) * math.exp(value) + excess
 
     def p50_many(self, totals: FloatArray) -> FloatArray:
-        inside = np.minimum(totals, np.array(self.high_, dtype=np.float64))
-        features = residual_features(inside, self.physical_)
+        high = np.array(self.high_, dtype=np.float64)
+        if not (totals > high).any():
+            return self._inside(residual_features(totals, self.physical_))
+        features = residual_features(np.minimum(totals, high), self.physical_)
         excess = self.physical_.p50_many(totals) - features[:, 6]
-        value = np.exp(self.residual_.value_many(features))
-        result: FloatArray = features[:, 6] ** self.alpha_ * value + excess
+        return self._inside(features) + excess
+
+    def _inside(self, features: FloatArray) -> FloatArray:
+        base = features[:, 6] if self.alpha_ == 1.0 else features[:, 6] ** self.alpha_
+        result: FloatArray = base * np.exp(self.residual_.value_many(features))
         return result
 
     def payload(self) -> dict[str, Any]:

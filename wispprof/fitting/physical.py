@@ -161,10 +161,20 @@ class PhysicalTerms:
 
     def p50_many(self, totals: FloatArray) -> FloatArray:
         tokens = bucket_many(totals[:, 1], np.array(self.buckets_))
+        items, _, cached, cross, square, deep, wide, prefill = totals.T
+        w0, w1, w2, w3, w4, w5, w6, w7, w8, w9 = self.weights_
+        padded = wide * deep
+        # The very operations of :meth:`p50`, in its order: both must round alike.
         result: FloatArray = (
             self.new_.many(tokens)
-            + self.cached_.many(totals[:, 2])
-            + self._others(totals) @ np.array(self.weights_)
+            + self.cached_.many(cached)
+            + w0
+            + items * (w1 + w6 * deep + w7 * wide + w9 * padded)
+            + w2 * cross
+            + w3 * square
+            + w4 * deep
+            + w5 * prefill
+            + w8 * padded
         )
         return result
 
