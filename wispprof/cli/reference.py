@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from wispprof.cli import common
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+    from wispprof.profiling.pair import PairFigures
 
 BUNDLED = "models/reference-pair"
 
@@ -57,38 +62,37 @@ def evaluate(
         Path | None,
         typer.Option(help="Folder with target/ and draft/ (default: the bundled pair)."),
     ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Held-out windows of 512 tokens.")] = 200,
+    windows: Annotated[int, typer.Option(min=1, help="Held-out windows of 512 tokens.")] = 100,
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts for acceptance.")] = 50,
+    card: Annotated[bool, typer.Option("--card", help="Write the pair's model card.")] = False,
     as_json: common.JsonFlag = False,
 ) -> None:
-    """Held-out loss, repetition and cost of a token, for both models of a pair."""
+    """Held-out loss, repetition, cost of a token, acceptance and sampled agreement of a pair."""
+    from dataclasses import asdict
+
+    from rich.console import Group
+
     from wispprof.artifacts import bundled
-    from wispprof.lm.loading import load_model
-    from wispprof.lm.reference import evaluate as measure
-    from wispprof.reporting.tables import Column, Table, to_rich
+    from wispprof.profiling.pair import evaluate_pair, write_card
 
     folder = pair or bundled.path(BUNDLED)
-    texts = measure.held_out_texts()
-    found: dict[str, dict[str, float | int | str]] = {}
     with common.progress() as bars:
-        task = bars.add_task("evaluate", total=6, status="")
-        for side in ("target", "draft"):
-            bars.update(task, status=f"{side}: loss")
-            loaded = load_model(folder / side, device="cpu")
-            loss = measure.held_out_loss(loaded.model, loaded.tokenizer, texts, max_windows=windows)
-            bars.update(task, advance=1, status=f"{side}: repetition")
-            repeated = measure.repetition(loaded.model, loaded.tokenizer, texts)
-            bars.update(task, advance=1, status=f"{side}: step")
-            found[side] = {
-                "parameters": loaded.info.parameters,
-                "loss_per_token": loss.per_token,
-                "loss_per_byte": loss.per_byte,
-                "held_out_tokens": loss.tokens,
-                "repetition": repeated,
-                "step_ms": measure.step_ms(loaded.model),
-            }
-            bars.update(task, advance=1)
-    ratio = float(found["draft"]["step_ms"]) / float(found["target"]["step_ms"])
-    table = Table(
+        task = bars.add_task("evaluate", total=4, status="")
+
+        def step(done: int, total: int, status: str) -> None:
+            bars.update(task, completed=done, total=total, status=status)
+
+        found = evaluate_pair(folder, windows, prompts, step)
+    if card:
+        common.note(f"Wrote {write_card(folder, found)}.")
+    tables = Group(*_tables(folder, found))
+    common.result({"pair": str(folder), **asdict(found)}, tables, as_json)
+
+
+def _tables(folder: Path, found: PairFigures) -> list[RichTable]:
+    from wispprof.reporting.tables import Column, Table, to_rich
+
+    sides = Table(
         f"Pair {folder}",
         (
             Column("model"),
@@ -100,15 +104,41 @@ def evaluate(
         ),
         tuple(
             (
-                side,
-                int(row["parameters"]),
-                row["loss_per_token"],
-                row["loss_per_byte"],
-                row["repetition"],
-                row["step_ms"],
+                name,
+                side.parameters,
+                side.loss_per_token,
+                side.loss_per_byte,
+                side.repetition,
+                side.step_ms,
             )
-            for side, row in found.items()
+            for name, side in (("target", found.target), ("draft", found.draft))
         ),
-        note=f"A draft step costs {ratio:.2f} of a target step (plain transformers, this machine).",
+        note=f"A draft step costs {found.step_ratio:.2f} of a target step "
+        "(plain transformers, this machine).",
     )
-    common.result({"pair": str(folder), **found, "step_ratio": ratio}, to_rich(table), as_json)
+    survival = Table(
+        "Greedy acceptance: all of the first j drafts accepted",
+        tuple(Column(f"j = {j + 1}", "", 3) for j in range(len(found.survival))),
+        (found.survival,),
+    )
+    agreement = Table(
+        "Sampled agreement on one token",
+        (
+            Column("sampling"),
+            Column("best possible", "Σ min(p, q)", 3),
+            Column("same noise", "ours", 3),
+            Column("share of best", "", 2),
+            Column("independent", "", 3),
+        ),
+        tuple(
+            (
+                f"T = {s.temperature:g}, top-p {s.top_p:g}",
+                a.best,
+                a.same_noise,
+                a.same_noise / a.best,
+                a.independent,
+            )
+            for s, a in found.agreement
+        ),
+    )
+    return [to_rich(table) for table in (sides, survival, agreement)]

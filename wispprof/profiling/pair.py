@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wispprof.artifacts.files import write_text
+from wispprof.artifacts.files import write_atomic
 from wispprof.core import Sampling
 from wispprof.lm.loading import load_model
 from wispprof.lm.reference import evaluate
@@ -97,9 +97,10 @@ def evaluate_pair(
 
 def write_card(folder: Path, figures: PairFigures) -> Path:
     """Write ``folder/README.md`` and ``folder/figures.json``; recipes come from the training's own logs."""
-    write_text(folder / "figures.json", json.dumps(asdict(figures), indent=1) + "\n")
+    record = json.dumps(asdict(figures), indent=1) + "\n"
+    write_atomic(folder / "figures.json", record.encode())
     card = folder / "README.md"
-    write_text(card, _card(folder, figures))
+    write_atomic(card, _card(folder, figures).encode())
     return card
 
 
@@ -143,7 +144,7 @@ def _card(folder: Path, figures: PairFigures) -> str:
             "Made by `wispprof reference-pair train`; figures by `wispprof reference-pair evaluate --card`,",
             "on held-out files, 2 CPU cores.",
             "",
-            "| model | parameters | layers × hidden | loss, nats/token | nats/byte | repeated 4-grams | step ms |",
+            "| model | parameters | layers × hidden | nats/token | nats/byte | repeated 4-grams | step ms |",
             "|---|---|---|---|---|---|---|",
             *rows,
             "",
@@ -165,9 +166,9 @@ def _card(folder: Path, figures: PairFigures) -> str:
             "",
             "## Data and recipe",
             "",
-            "The sources of CPython's standard library (PSF licence), without third-party packages, code-page",
-            "tables, duplicates and data files; 4 % of the files, chosen by a hash of their name, are held out",
-            "whole. Byte-level BPE, vocabulary 4,096.",
+            "The sources of CPython's standard library (PSF licence), without third-party packages,",
+            "code-page tables, duplicates and data files; 4 % of the files, chosen by a hash of their name,",
+            "are held out whole. Byte-level BPE, vocabulary 4,096.",
             "",
             *recipes,
             "- The draft minimises KL(target ‖ draft), half of the time on text the target wrote itself.",

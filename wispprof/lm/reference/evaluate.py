@@ -1,5 +1,5 @@
-"""Figures of a pair on held-out files: loss, repetition, cost of a step. Plain transformers throughout,
-so that they do not depend on this project's own engine.
+"""Figures of a pair on held-out files: loss, repetition, cost of a step, agreement. Plain transformers
+throughout, so that they do not depend on this project's own engine.
 
 Acceptance by position is taken from an acceptance trace instead (see ``wispprof.profiling``).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
+from wispprof.core import Sampling
 from wispprof.lm.reference import corpus
+from wispprof.lm.sampling import Agreement, agreement
 
 
 @dataclass(frozen=True)
@@ -95,3 +98,27 @@ def step_ms(model: Any, context: int = 128, repeats: int = 60) -> float:
         samples.append(1000 * (time.perf_counter() - began))
         cache.crop(-1)
     return statistics.median(samples)
+
+
+@torch.inference_mode()
+def agreement_table(
+    target: Any,
+    draft: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    samplings: Sequence[Sampling],
+    files: int = 24,
+    context: int = 128,
+    positions: int = 32,
+) -> list[Agreement]:
+    """How often the two agree on the next token of held-out text, for each sampling.
+
+    Taken at ``positions`` positions after ``context`` tokens of each of ``files`` files.
+    """
+    rows = [tokenizer(t, add_special_tokens=False).input_ids for t in texts]
+    length = context + positions
+    ids = torch.tensor([row[:length] for row in rows if len(row) >= length][:files])
+    p, q = (
+        model(ids, use_cache=False).logits[:, context:].flatten(0, 1) for model in (target, draft)
+    )
+    return [agreement(p, q, sampling, draws=16) for sampling in samplings]
