@@ -96,7 +96,7 @@ def test_accounting_adds_up() -> None:
         assert stats.wasted_ms <= stats.dropped_ms <= stats.draft_ms
         assert stats.accepted_by_position[0] <= stats.offered_by_position[0] <= stats.rounds
         assert sum(stats.accepted_by_position) == stats.accepted
-        assert sum(stats.offered_by_position) == stats.verified
+        assert sum(stats.offered_by_position) == stats.verified_drafts
 
 
 def test_proactive_drafting_gains_and_never_lowers_acceptance() -> None:

@@ -102,7 +102,7 @@ def summarise(
         "tpot_p95_ms": _percentile(tpot, 95),
         "tpot_p99_ms": _percentile(tpot, 99),
         "accepted_per_round": _share(sum(s.accepted for s in stats), rounds),
-        "acceptance": _share(sum(s.accepted for s in stats), sum(s.verified for s in stats)),
+        "acceptance": _share(sum(s.accepted for s in stats), sum(s.verified_drafts for s in stats)),
         "drafted_per_token": _share(sum(s.drafted for s in stats), tokens),
         "wasted_ms": sum(s.wasted_ms for s in stats),
         "wasted_share": _share(sum(s.wasted_ms for s in stats), draft_ms),

@@ -282,9 +282,7 @@ class Generation:
             if effect.rejected:
                 stats.dropped += 1 + effect.wasted_tokens
                 stats.dropped_ms += effect.dropped_ms
-            self._pacing.committed(
-                now_ms, commit.queue_ms + commit.verify_ms, len(effect.tokens)
-            )
+            self._pacing.committed(now_ms, commit.queue_ms + commit.verify_ms, len(effect.tokens))
             self._turns.committed(effect, commit.drafted)
             self._chunks.put_nowait(Chunk(effect.tokens))
         if commit.finished:

@@ -30,7 +30,7 @@ class RequestStats:
     rounds: int = 0
     drafted: int = 0
     sent: int = 0
-    verified: int = 0
+    verified_drafts: int = 0
     accepted: int = 0
     draft_ms: float = 0.0
     wasted_ms: float = 0.0
@@ -58,7 +58,7 @@ class RequestStats:
             self.first_tokens = len(effect.tokens)
         else:
             self.rounds += 1
-            self.verified += drafted
+            self.verified_drafts += drafted
             self.accepted += effect.accepted
             self._by_position(drafted, effect.accepted)
         self.last_ms = at
