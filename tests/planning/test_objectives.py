@@ -1,0 +1,98 @@
+"""ConfigSpec's published choices from its formulas, and what a choice by objective must satisfy."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wispprof.errors import PlanError
+from wispprof.planning.objectives import DraftOption, best, pareto_front, score
+
+SMALL_ALPHA = {2: 0.70, 5: 0.546, 6: 0.52, 8: 0.44}
+LARGE_ALPHA = {2: 0.76, 5: 0.622}
+SMALL = {"rpi4b": (4.1, 0.0), "rpi5": (14.4, 8.3), "jetson": (92.0, 43.6)}
+LARGE = {"rpi4b": (0.72, 0.0), "rpi5": (1.8, 8.3), "jetson": (24.5, 54.0)}
+LENGTHS = range(2, 11)
+VERIFY_S, PRICE = 0.5, 0.90e-6
+
+
+def small(device: str) -> DraftOption:
+    speed, power = SMALL[device]
+    return DraftOption(f"1B-Instruct on {device}", speed, SMALL_ALPHA, power)
+
+
+def large(device: str) -> DraftOption:
+    speed, power = LARGE[device]
+    return DraftOption(f"8B on {device}", speed, LARGE_ALPHA, power)
+
+
+# K, G tokens/s, η thousand tokens/$, E J/token (None: not published)
+PUBLISHED = [
+    (small("rpi4b"), "goodput", 2, 2.44, 1334, None),
+    (large("rpi4b"), "cost", 2, 0.77, 1401, None),
+    (small("rpi5"), "goodput", 6, 4.50, 763, 0.84),
+    (large("rpi5"), "cost", 2, 1.55, 1401, 3.75),
+    (small("rpi5"), "energy", 2, 3.76, 1334, 0.48),
+    (small("jetson"), "goodput", 8, 7.65, 623, 0.85),
+    (large("jetson"), "cost", 2, 4.35, 1401, 1.74),
+    (small("jetson"), "energy", 2, 4.60, 1334, 0.39),
+]
+
+
+@pytest.mark.parametrize(("option", "objective", "k", "goodput", "cost", "energy"), PUBLISHED)
+def test_published_choices_within_three_percent(option, objective, k, goodput, cost, energy):
+    choice = best([option], objective, LENGTHS, VERIFY_S, PRICE)
+    assert choice.k == k
+    assert choice.scores.goodput == pytest.approx(goodput, rel=0.03)
+    assert choice.scores.cost / 1000 == pytest.approx(cost, rel=0.03)
+    if energy is not None:
+        assert choice.scores.energy == pytest.approx(energy, rel=0.03)
+
+
+@pytest.mark.parametrize("device", ["rpi4b", "rpi5", "jetson"])
+def test_published_choice_of_model(device):
+    both = [small(device), large(device)]
+    assert best(both, "goodput", LENGTHS, VERIFY_S, PRICE).option is both[0]
+    assert best(both, "cost", LENGTHS, VERIFY_S, PRICE).option is both[1]
+
+
+def test_a_slower_link_would_have_changed_the_published_answer():
+    """Negative control: the choice does depend on the verification time."""
+    assert best([small("rpi5")], "goodput", LENGTHS, 0.05, PRICE).k < 6
+
+
+options = st.builds(
+    DraftOption,
+    name=st.text(max_size=3),
+    tokens_per_s=st.floats(0.5, 200),
+    acceptance=st.floats(0.05, 0.95).map(lambda a: {k: a ** (k / 2) for k in (1, 4, 8)}),
+    draft_w=st.floats(1, 60),
+)
+
+
+@given(st.lists(options, min_size=1, max_size=4), st.floats(0.01, 1))
+def test_every_best_choice_lies_on_the_front(drafts, verify_s):
+    lengths = range(1, 9)
+    front = [c.scores.keyed() for c in pareto_front(drafts, lengths, verify_s, PRICE)]
+    for place, objective in enumerate(("goodput", "cost", "energy")):
+        top = best(drafts, objective, lengths, verify_s, PRICE).scores.keyed()[place]
+        assert top == pytest.approx(max(f[place] for f in front))
+    mixed = best(drafts, {"goodput": 1.0, "energy": 1.0}, lengths, verify_s, PRICE)
+    assert mixed.scores.goodput <= max(f[0] for f in front) * (1 + 1e-9)
+
+
+def test_zero_drafts_are_a_choice_and_billed_when_asked():
+    option = DraftOption("slow", 0.5, {1: 0.1}, 5.0)
+    assert best([option], "goodput", range(9), 0.1, PRICE).k == 0
+    plain = score(option, 0, 0.1, PRICE)
+    assert plain.energy == 0.0
+    assert plain.cost == float("inf")
+    assert score(option, 0, 0.1, PRICE, bill_bonus=True).cost == pytest.approx(1 / PRICE)
+
+
+def test_unknown_objectives_are_refused():
+    with pytest.raises(PlanError, match="goodput"):
+        best([small("rpi5")], "speed", LENGTHS, VERIFY_S, PRICE)
+    with pytest.raises(PlanError):
+        DraftOption("x", 0.0, {1: 0.5})
