@@ -20,6 +20,10 @@ class Engine(Protocol):
     """
 
     @property
+    def sessions(self) -> Sequence[str]:
+        """Names of all open sessions."""
+
+    @property
     def kv_free(self) -> int:
         """Cache tokens that can still be taken."""
 

@@ -130,10 +130,14 @@ class House:
 
     def _settled(self, live: LiveSession) -> None:
         if live.name not in self._lives:
+            # Its owner left while the engine's thread was opening it.
+            if live.held:
+                self._close_in_engine(live.name)
             return
-        if not live.opened:
+        if not live.held:
             self.fail(live, "busy", "The engine holds no more sessions now.", 1_000.0)
             return
+        live.opened = True
         if live.reused:
             live.ledger.adopted(live.reused)
             self._metrics.reused_tokens.inc(live.reused)
@@ -242,7 +246,7 @@ class House:
             ledger.slo, ledger.tally, reason, kept, max(0.0, now_ms - ledger.pace.opened_ms)
         )
         if not live.opened:
-            return
+            return  # never opened, or being opened right now: see _settled
         if not keep:
             self._close_in_engine(live.name)
             return
@@ -288,13 +292,13 @@ class House:
 
 def _open(engine: Engine, live: LiveSession) -> None:
     engine.open(live.name, live.sampling)
-    live.opened = True
+    live.held = True
 
 
 def _fork(engine: Engine, live: LiveSession, parent: str, length: int, take_over: bool) -> None:
     try:
         engine.fork(parent, live.name, length, live.sampling)
-        live.opened = True
+        live.held = True
         live.reused = length
     except OutOfKvMemory:
         _open(engine, live)
@@ -305,6 +309,9 @@ def _fork(engine: Engine, live: LiveSession, parent: str, length: int, take_over
 
 def _audit(engine: Engine, expected: dict[str, int], one: str | None, kv_total: int) -> None:
     engine.check_integrity(one)
+    leaked = set(engine.sessions) - set(expected)
+    if leaked:
+        raise EngineError(f"The engine holds {len(leaked)} sessions that nobody knows: {leaked}.")
     if kv_total - engine.kv_free != sum(expected.values()):
         raise EngineError(
             f"{kv_total - engine.kv_free} cache tokens are taken, known sessions hold "

@@ -45,8 +45,9 @@ class Owner(Protocol):
 class LiveSession:
     """One open session. ``number`` is the owner's name for it, ``ledger.session`` the engine's.
 
-    ``heard_ms``: last sign of life from either side; ``told_ms``: its last commit. ``opened``: the engine
-    knows it, with ``reused`` tokens of another session's cache. ``closing``: why its
+    ``heard_ms``: last sign of life from either side; ``told_ms``: its last commit. ``held``: the engine
+    has opened it (set in its thread), with ``reused`` tokens of another session's cache; ``opened``: the
+    event loop knows that. ``closing``: why its
     owner left while a step was under way.
     """
 
@@ -55,6 +56,7 @@ class LiveSession:
     owner: Owner
     number: int
     heard_ms: float
+    held: bool = False
     opened: bool = False
     closing: str = ""
     reused: int = 0

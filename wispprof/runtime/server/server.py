@@ -198,10 +198,10 @@ class VerificationServer:
         self.house.leave(live, self.now_ms(), reason)
 
     async def check_integrity(self) -> None:
-        """Full audit of an idle server: raises :class:`EngineError` where something leaked."""
-        if any(live.ledger.in_flight for live in self.house.lives):
-            raise RuntimeFault("The books can only be checked between steps.")
-        await self.house.check_integrity(full=True)
+        """Full audit between two steps: raises :class:`EngineError` where something leaked."""
+        if self._task is None or self._task.done():
+            raise RuntimeFault("Only a running server can be audited.", "Start it first.")
+        await self.loop.audit()
         if self._worker.failed_chores:
             raise EngineError(f"{self._worker.failed_chores} engine chores failed; see the log.")
 

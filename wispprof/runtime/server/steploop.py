@@ -51,6 +51,7 @@ class StepLoop:
         self._stopping = False
         self._checked = True
         self._margin = 0
+        self._audits: list[asyncio.Future[None]] = []
         self.rejected_plans = 0
         self.failed_steps = 0
 
@@ -67,6 +68,7 @@ class StepLoop:
         while not self._stopping:
             self._bell.clear()
             seated = await self.collect()
+            await self._audit()
             plan = self.plan(seated)
             if not plan.members:
                 await self._rest(plan)
@@ -75,6 +77,7 @@ class StepLoop:
             if feeds:
                 await self.verify(plan, members, feeds)
         await self._house.collect(self._now_ms())
+        await self._audit()
 
     async def collect(self) -> dict[str, LiveSession]:
         """Let come and go who wants to, and seat whom memory holds."""
@@ -170,6 +173,26 @@ class StepLoop:
             return
         self._margin = min(free, max(64, 2 * self._margin, shape.new_tokens // 2 + self._margin))
         log.warning("out of KV memory at %d new tokens; margin %d", shape.new_tokens, self._margin)
+
+    async def audit(self) -> None:
+        """Have all books compared between two steps; raises what the comparison raises."""
+        asked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._audits.append(asked)
+        self.ring()
+        await asked
+
+    async def _audit(self) -> None:
+        asked, self._audits = self._audits, []
+        if not asked:
+            return
+        try:
+            await self._house.check_integrity(full=True)
+        except Exception as fault:
+            for one in asked:
+                one.set_exception(fault)
+        else:
+            for one in asked:
+                one.set_result(None)
 
     async def _rest(self, plan: StepPlan) -> None:
         """Sleep until something changes, the policy wants to be asked, or it is time to tidy up."""
