@@ -16,7 +16,7 @@ from wispprof.simulation.arrivals import ClosedFleet, Lengths, Poisson
 from wispprof.simulation.capacity import capacity
 from wispprof.simulation.costs import LinearCost
 from wispprof.simulation.metrics import SessionRecord
-from wispprof.simulation.reproduce import Comparison, Figure
+from wispprof.simulation.reproduce import Comparison, Figure, reproduce_configspec
 from wispprof.simulation.setups import linear_server, read_setup, wisp_scenario
 
 
@@ -151,3 +151,10 @@ def test_verdicts_name_what_makes_the_difference() -> None:
     )
     assert comparison.verdict(Figure("a", 2.0, {"fair": 1.0, "odd": 1.9})) == "met under: odd"
     assert "not met" in comparison.verdict(Figure("a", 2.0, {"fair": 1.0, "odd": math.nan}))
+
+
+def test_every_published_choice_of_configspec_is_met() -> None:
+    found = reproduce_configspec()
+    assert len(found.figures) == 2 * 4 + 6 * 5
+    for figure in found.figures:
+        assert found.verdict(figure) == "met by the fair setup", figure

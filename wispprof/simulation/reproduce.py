@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from wispprof.core import Slo
+from wispprof.planning.objectives import Choice, DraftOption, best
 from wispprof.sessions.turns import DraftingSettings
 from wispprof.simulation.acceptance import SyntheticAcceptance
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
@@ -24,7 +25,14 @@ from wispprof.simulation.scenario import Scenario
 from wispprof.simulation.setups import linear_server, merged, read_setup, wisp_scenario
 from wispprof.simulation.systems import System, system
 
-__all__ = ["PAPERS", "Comparison", "Figure", "reproduce_specedge", "reproduce_wisp"]
+__all__ = [
+    "PAPERS",
+    "Comparison",
+    "Figure",
+    "reproduce_configspec",
+    "reproduce_specedge",
+    "reproduce_wisp",
+]
 
 Progress = Callable[[int, str], None]
 
@@ -247,8 +255,58 @@ def _comparison(setup: Mapping[str, Any], figures: tuple[Figure, ...]) -> Compar
     )
 
 
+def reproduce_configspec(
+    executor: Executor | None = None, progress: Progress | None = None
+) -> Comparison:
+    """ConfigSpec's choices for Llama-3.1-70B: chosen and scored by its formulas. Nothing is simulated.
+
+    The choice itself counts: a K or a draft model other than the published one shows as its own figure.
+    """
+    setup = read_setup("configspec")
+    figures: list[Figure] = []
+    for done, row in enumerate(setup["published"], start=1):
+        options = [
+            DraftOption(
+                name,
+                acceptance={int(k): a for k, a in setup["drafts"][name]["acceptance"].items()},
+                **figures_of,
+            )
+            for name, figures_of in setup["devices"][row["device"]].items()
+        ]
+        choices = {
+            a["name"]: best(
+                options,
+                row["objective"],
+                a.get("lengths", setup["lengths"]),
+                setup["verify_s"],
+                setup["dollars_per_token"],
+                bill_bonus=a.get("bill_bonus", False),
+            )
+            for a in setup["assumption"]
+        }
+        where = f"{row['device']}, best {row['objective']}"
+        wanted = {f"{row['draft']} chosen": 1.0, "K": row["k"], "tokens/s": row["goodput"]}
+        wanted |= {"K tokens/$": row["cost"], "J/token": row.get("energy", math.nan)}
+        given = {name: _choice_figures(choice, row["draft"]) for name, choice in choices.items()}
+        figures += [
+            Figure(f"{where}: {label}", value, {n: g[place] for n, g in given.items()})
+            for place, (label, value) in enumerate(wanted.items())
+            if not math.isnan(value)
+        ]
+        if progress is not None:
+            progress(done, where)
+    return _comparison(setup, tuple(figures))
+
+
+def _choice_figures(choice: Choice, draft: str) -> tuple[float, float, float, float, float]:
+    """Whether ``draft`` was chosen, K, tokens/s, thousand tokens/$, J/token."""
+    goodput, cost, energy = choice.scores
+    return float(choice.option.name == draft), float(choice.k), goodput, cost / 1000.0, energy
+
+
 PAPERS: Mapping[str, Callable[[Executor | None, Progress | None], Comparison]] = {
     "wisp": reproduce_wisp,
     "specedge": reproduce_specedge,
+    "configspec": reproduce_configspec,
 }
 """Papers by the name that the command takes."""
