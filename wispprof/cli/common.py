@@ -130,7 +130,9 @@ def table(title: str, *columns: str, caption: str | None = None) -> Table:
         header_style="bold",
     )
     for column in columns:
-        made.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+        made.add_column(
+            column.removeprefix(">"), justify="right" if column.startswith(">") else "left"
+        )
     return made
 
 
@@ -285,9 +287,9 @@ def _hide_environment(command: Any) -> None:
 
 def known_options(group: Any) -> Known:
     """Names of all commands and their options, as a settings file may use them."""
-    return {
-        name.replace("-", "_"): known_options(command)
-        if hasattr(command, "commands")
-        else {p.name: None for p in command.params if p.name not in ("help", "config")}
-        for name, command in group.commands.items()
-    }
+    return {name.replace("-", "_"): _names_of(command) for name, command in group.commands.items()}
+
+
+def _names_of(command: Any) -> Known:
+    own: Known = {p.name: None for p in command.params if p.name not in ("help", "config")}
+    return {**own, **known_options(command)} if hasattr(command, "commands") else own

@@ -28,7 +28,7 @@ def doctor(
     api_key_file: Annotated[Path | None, typer.Option(help="Keys of that server.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key, PEM.")] = None,
-    server: Annotated[str, typer.Option(help="A running server to greet, ws://HOST:PORT.")] = "",
+    server: Annotated[str, typer.Option(help="A running server to greet, HOST:PORT.")] = "",
     key: Annotated[str, typer.Option(help="API key for --server.")] = "",
     out: Annotated[Path, typer.Option(help="Folder that results would go to.")] = Path("out"),
     run: Annotated[Path | None, typer.Option(help="A folder of artifacts to check.")] = None,
