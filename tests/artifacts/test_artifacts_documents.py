@@ -24,6 +24,7 @@ from wispprof.artifacts import (
     write_document,
 )
 from wispprof.artifacts.files import write_atomic
+from wispprof.artifacts.provenance import command_line
 from wispprof.core import Sampling
 from wispprof.errors import ArtifactDamaged, ArtifactMissing, ArtifactTooNew
 
@@ -199,6 +200,15 @@ def test_bundled_files_are_found_in_a_checkout_and_in_a_wheel(tmp_path, monkeypa
         bundled.path("models")
     with pytest.raises(ValueError, match="relative"):
         bundled.path("../secrets")
+
+
+def test_provenance_keeps_no_secrets(monkeypatch):
+    words = ["/usr/bin/wispprof", "trace", "--server", "ws://x", "--key", "hush", "--api-key=hush"]
+    monkeypatch.setattr("sys.argv", [*words, "--path-tokens", "9", "--server-token", "hush"])
+    said = command_line()
+    assert "hush" not in said
+    assert said.startswith("wispprof trace --server ws://x --key")
+    assert "--path-tokens 9" in said
 
 
 def test_nothing_here_can_run_code_from_disk():

@@ -16,9 +16,17 @@ from wispprof.errors import ArtifactDamaged, EngineError, ModelError, ProfileErr
 from wispprof.lm.draft import TorchDrafter
 from wispprof.lm.engine import VerifierEngine
 from wispprof.lm.loading import random_model
-from wispprof.profiling.acceptance import TraceSettings, accepted_lengths, take_trace, target_paths
+from wispprof.profiling.acceptance import (
+    TraceSettings,
+    accepted_lengths,
+    take_trace,
+    target_paths,
+    trace_remote,
+)
 from wispprof.profiling.prompts import held_out_prompts, load_prompts
+from wispprof.profiling.remote import RemoteTarget
 from wispprof.profiling.rollout import DraftRollout
+from wispprof.runtime import wire
 
 WARM = Sampling(0.8, 20, 0.9, seed=5)
 
@@ -123,6 +131,59 @@ def test_accepted_is_what_the_engine_would_accept(target, draft, sampling, tmp_p
             engine.close("a")
     save_trace(trace, tmp_path / "t.jsonl")
     assert trace_hash(load_trace(tmp_path / "t.jsonl")) == trace_hash(trace)
+
+
+class EngineServer:
+    """A server's end of a connection, with a real engine behind it and no network before it."""
+
+    def __init__(self, loaded, tokenizer=""):
+        self.loaded, self.tokenizer, self.frames, self.opened = loaded, tokenizer, [], []
+
+    async def send(self, data):
+        frame = wire.decode_edge(data)
+        if isinstance(frame, wire.Hello):
+            self.frames.append(wire.Welcome(1, "far", self.tokenizer, 256, 8, True))
+            return
+        assert frame.undrafted
+        self.opened.append(frame)
+        sampling = Sampling(frame.temperature, frame.top_k, frame.top_p, frame.seed)
+        settings = TraceSettings(sampling=sampling, path_tokens=frame.max_new)
+        [path] = target_paths(self.loaded, [frame.tokens], settings)
+        start = len(frame.tokens)
+        for done in range(0, len(path), 5):
+            piece = path[done : done + 5]
+            finished = "length" if done + 5 >= len(path) else ""
+            frontier = start + done + len(piece)
+            self.frames.append(
+                wire.Commit(frame.session, 0, frontier, piece, 0, 0, 0, 0, finished=finished)
+            )
+
+    async def receive(self):
+        return wire.encode(self.frames.pop(0))
+
+    async def close(self):
+        pass
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["greedy", "sampled"])
+def test_a_remote_target_gives_the_same_trace_as_a_local_one(target, draft, sampling):
+    settings = TraceSettings(sampling=sampling, path_tokens=14, depth=3, batch=2)
+    prompts = [text(6, 1), text(20, 2), text(9, 3)]
+    local = take_trace(target, draft, settings, prompts=prompts)
+
+    async def dial():
+        return EngineServer(target)
+
+    far = RemoteTarget("ws://x")
+    remote = trace_remote(far, settings, draft=draft, prompts=prompts, dial=dial)
+    assert trace_hash(remote) == trace_hash(local)
+    assert remote.target == "far"
+
+    async def stranger():
+        return EngineServer(target, tokenizer="other")
+
+    with pytest.raises(ModelError, match="share a tokenizer"):
+        trace_remote(far, settings, draft=draft, prompts=prompts, dial=stranger)
 
 
 def test_a_model_always_accepts_itself(target):

@@ -6,14 +6,17 @@ import datetime as dt
 import functools
 import importlib.metadata
 import platform
+import re
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 __all__ = ["Provenance", "command_line", "library_versions", "utc_now"]
 
+_SECRET = re.compile(r"--?([\w-]*key|[\w-]*-?api-key[\w-]*|token|[\w-]*-token|[\w-]*secret[\w-]*)$")
 _LIBRARIES = ("wispprof", "torch", "transformers", "numpy", "scikit-learn", "lightgbm")
 
 
@@ -23,9 +26,29 @@ def utc_now() -> str:
 
 
 def command_line() -> str:
-    """The running command as one would type it, without the folder of the program."""
+    """The running command as one would type it, without the folder of the program.
+
+    Keys are left out: artifacts are made to be passed on.
+    """
     program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
-    return shlex.join([program, *sys.argv[1:]])
+    return shlex.join([program, *_without_secrets(sys.argv[1:])])
+
+
+def _without_secrets(words: Sequence[str]) -> list[str]:
+    """Values of options that are called ``…key…``, ``…token`` or ``…secret…`` become ``***``."""
+    shown: list[str] = []
+    hide_next = False
+    for word in words:
+        name, given, _ = word.partition("=")
+        secret = bool(_SECRET.match(name))
+        if hide_next and not word.startswith("--"):
+            shown.append("***")
+        elif secret and given:
+            shown.append(f"{name}=***")
+        else:
+            shown.append(word)
+        hide_next = secret and not given
+    return shown
 
 
 def library_versions() -> dict[str, str]:

@@ -131,6 +131,10 @@ def profile_edge(
     target_model: Annotated[
         str, typer.Option("--model", help="Target of the trace. Default: the bundled one.")
     ] = "",
+    server: Annotated[
+        str, typer.Option(help="Ask a running server for the trace's paths instead of --model.")
+    ] = "",
+    key: Annotated[str, typer.Option(help="API key of that server.")] = "",
     target: Target = None,
     repeats: Repeats = None,
     seed: Seed = 0,
@@ -170,6 +174,8 @@ def profile_edge(
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            server=server,
+            key=key,
             out=trace_out,
             quiet=True,
         )
@@ -213,6 +219,10 @@ def trace(
     top_k: Annotated[int, typer.Option(min=0, help="0 switches it off.")] = 0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="1 switches it off.")] = 1.0,
     seed: Seed = 0,
+    server: Annotated[
+        str, typer.Option(help="Ask a running server for the target's paths instead of --model.")
+    ] = "",
+    key: Annotated[str, typer.Option(help="API key of that server.")] = "",
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("trace.jsonl"),
     as_json: JsonFlag = False,
     quiet: Annotated[bool, typer.Option(hidden=True)] = False,
@@ -220,7 +230,8 @@ def trace(
     """Take an acceptance trace: the target's path and what the draft would propose along it."""
     from wispprof.artifacts import save_trace
     from wispprof.core import Sampling
-    from wispprof.profiling.acceptance import TraceSettings, trace_pair
+    from wispprof.profiling.acceptance import TraceSettings, trace_pair, trace_remote
+    from wispprof.profiling.remote import RemoteTarget
 
     settings = TraceSettings(
         target=model,
@@ -236,7 +247,10 @@ def trace(
         seed=seed,
     )
     with tracker("trace") as report:
-        taken = trace_pair(settings, report)
+        if server:
+            taken = trace_remote(RemoteTarget(server, key), settings, report)
+        else:
+            taken = trace_pair(settings, report)
     digest = save_trace(taken, out)
     survival = taken.survival_by_position().tolist()
     note(f"wrote {out}")
@@ -497,7 +511,7 @@ def _print_profile(profile: Profile, everything: bool) -> None:
         flags = " ".join(row.flags)
         name = row.shape.key() if isinstance(row, StepRow) else row.key
         shown.add_row(
-            row.kind, name, f"{row.median_ms:.3f}", spread, str(len(row.samples_ms)), flags
+            row.kind, name, f"{row.median_ms:.4g}", spread, str(len(row.samples_ms)), flags
         )
     output().print(shown)
     skip = ("drift", "physics", "refused")

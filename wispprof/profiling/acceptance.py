@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,9 +26,18 @@ from wispprof.profiling.sweep import Progress
 if TYPE_CHECKING:
     from wispprof.lm.engine import VerifierEngine
     from wispprof.lm.loading import LoadedModel
+    from wispprof.profiling.remote import RemoteTarget
     from wispprof.profiling.rollout import DraftRollout
+    from wispprof.runtime.edge.dial import Dial
 
-__all__ = ["TraceSettings", "accepted_lengths", "take_trace", "target_paths", "trace_pair"]
+__all__ = [
+    "TraceSettings",
+    "accepted_lengths",
+    "take_trace",
+    "target_paths",
+    "trace_pair",
+    "trace_remote",
+]
 
 BUNDLED_TARGET = "models/reference-pair/target"
 BUNDLED_DRAFT = "models/reference-pair/draft"
@@ -84,34 +93,89 @@ def take_trace(
 
     Raises :class:`ModelError` where the two do not share a tokenizer.
     """
+    _check_pair(target.info.id, target.info.tokenizer_hash, target.info.vocab_size, draft)
+    if prompts is None:
+        prompts = _prompts(settings, target.tokenizer, target.info.max_context)
+    trace = _assemble(
+        draft,
+        prompts,
+        lambda batch: target_paths(target, batch, settings),
+        settings,
+        progress,
+        clock,
+    )
+    known = {"dtype": target.info.dtype, "target_weights": target.info.weights_hash}
+    return replace(trace, target=target.info.id, meta={**trace.meta, **known})
+
+
+def trace_remote(
+    server: RemoteTarget,
+    settings: TraceSettings,
+    progress: Progress | None = None,
+    *,
+    draft: LoadedModel | None = None,
+    prompts: Sequence[Sequence[int]] | None = None,
+    dial: Dial | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> AcceptanceTrace:
+    """The same with a target that only a server holds: its paths come over the wire.
+
+    Raises :class:`ModelError` where draft and server do not share a tokenizer, and what
+    :class:`~wispprof.profiling.remote.RemoteTarget` raises.
+    """
+    from wispprof.lm.loading import load_model
+
+    if draft is None:
+        name = settings.draft or str(bundled.path(BUNDLED_DRAFT))
+        draft = load_model(name, settings.dtype, settings.device)
+    welcome = server.greet(dial)
+    _check_pair(welcome.target, welcome.tokenizer, draft.info.vocab_size, draft)
+    if prompts is None:
+        prompts = _prompts(settings, draft.tokenizer, welcome.max_context)
+    end = getattr(draft.tokenizer, "eos_token_id", None)
+    trace = _assemble(
+        draft,
+        prompts,
+        lambda batch: server.paths(batch, settings.sampling, settings.path_tokens, end, dial),
+        settings,
+        progress,
+        clock,
+    )
+    return replace(trace, target=welcome.target, meta={**trace.meta, "server": server.server})
+
+
+def _assemble(
+    draft: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    paths_of: Callable[[Sequence[Sequence[int]]], list[list[int]]],
+    settings: TraceSettings,
+    progress: Progress | None,
+    clock: Callable[[], float],
+) -> AcceptanceTrace:
+    """Batch by batch: the target's paths, then the draft's view of them."""
     from wispprof.profiling.rollout import DraftRollout
 
     begin = clock()
-    _check_pair(target, draft)
-    if prompts is None:
-        prompts = _prompts(settings, target)
     report = progress or (lambda done, whole, status: None)
     total, generated = 2 * len(prompts), 0
     rollout = DraftRollout(draft)
     found: list[TracePath] = []
     for batch in _batches(prompts, settings.batch):
         report(len(found) + generated, total, "the target's own path")
-        paths = target_paths(target, batch, settings)
+        paths = paths_of(batch)
         generated += len(batch)
         for prompt, path in zip(batch, paths, strict=True):
             report(len(found) + generated, total, "the draft's view of every position")
             found.append(_seen_by_draft(rollout, prompt, path, settings))
     report(total, total, "done")
     return AcceptanceTrace(
-        target=target.info.id,
+        target="",
         draft=draft.info.id,
-        tokenizer_hash=target.info.tokenizer_hash,
+        tokenizer_hash=draft.info.tokenizer_hash,
         sampling=settings.sampling,
         paths=tuple(found),
         meta={
             "prompts": settings.prompts.name if settings.prompts else "held-out sources",
-            "dtype": target.info.dtype,
-            "target_weights": target.info.weights_hash,
             "draft_weights": draft.info.weights_hash,
             "command": command_line(),
             "hardware": fingerprint().hash,
@@ -184,9 +248,9 @@ def accepted_lengths(drafts: np.ndarray, path: Sequence[int]) -> np.ndarray:
     return np.asarray((drafts == truth).cumprod(axis=1).sum(axis=1), dtype=np.int32)
 
 
-def _prompts(settings: TraceSettings, target: LoadedModel) -> list[list[int]]:
-    size = min(settings.prompt_tokens, target.info.max_context - settings.path_tokens)
-    asked = (target.tokenizer, settings.count, size, settings.seed)
+def _prompts(settings: TraceSettings, tokenizer: Any, context: int) -> list[list[int]]:
+    size = min(settings.prompt_tokens, context - settings.path_tokens)
+    asked = (tokenizer, settings.count, size, settings.seed)
     if settings.prompts is None:
         return held_out_prompts(*asked)
     return load_prompts(settings.prompts, *asked)
@@ -197,13 +261,13 @@ def _batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[S
         yield prompts[start : start + size]
 
 
-def _check_pair(target: LoadedModel, draft: LoadedModel) -> None:
-    one, other = target.info, draft.info
-    if one.tokenizer_hash != other.tokenizer_hash or (
-        not one.tokenizer_hash and one.vocab_size != other.vocab_size
+def _check_pair(target: str, tokenizer_hash: str, vocabulary: int, draft: LoadedModel) -> None:
+    own = draft.info
+    if tokenizer_hash != own.tokenizer_hash or (
+        not tokenizer_hash and vocabulary != own.vocab_size
     ):
         raise ModelError(
-            f"{one.id} and {other.id} do not share a tokenizer, so none of the draft's tokens means what "
+            f"{target} and {own.id} do not share a tokenizer, so none of the draft's tokens means what "
             "the target's do.",
             "Use a draft of the same model family.",
         )

@@ -21,7 +21,14 @@ from wispprof.policies.api import RoundContext
 from wispprof.policies.controllers import WispController
 from wispprof.profiling.expectation import expectation
 from wispprof.profiling.session import Announcement, Output, begin_manifest, open_journal, seal
-from wispprof.profiling.sweep import Progress, Shot, Sweep, SweepSettings, plan_seconds
+from wispprof.profiling.sweep import (
+    Progress,
+    Shot,
+    Sweep,
+    SweepSettings,
+    plan_seconds,
+    significant,
+)
 
 if TYPE_CHECKING:
     from wispprof.lm.loading import LoadedModel
@@ -216,6 +223,8 @@ def profile_edge(
     clock: Callable[[], float] = time.perf_counter,
 ) -> EdgeProfile:
     """Measure, check, and (with an output path) write an edge profile. Ctrl-C keeps finished rows."""
+    if progress is not None:
+        progress(0, 1, "loading the draft, timing a few steps")
     setup = _set_up(settings, loaded, clock)
     measure = {"grid": settings.grid, "sustained_s": setup.axes.sustained_s}
     manifest = begin_manifest(
@@ -363,7 +372,7 @@ class _Windows:
         while now - begin < span or not samples:
             shooter.round(context)
             before, now = now, self._clock()
-            samples.append(round((now - before) * 1000 / _ROUND, 4))
+            samples.append(significant((now - before) * 1000 / _ROUND))
         used, state = self._meter.end(), self._look.read()
         drafted = len(samples) * _ROUND
         joules = None if used.energy_j is None else used.energy_j / drafted

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from wispprof.artifacts import LinkProfile, LinkRow, ModelInfo
 from wispprof.errors import HandshakeRefused, ProtocolError, ServerUnreachable
 from wispprof.profiling.session import Output, begin_manifest, seal
-from wispprof.profiling.sweep import Progress, SweepResult, SweepSettings
+from wispprof.profiling.sweep import Progress, SweepResult, SweepSettings, significant
 
 if TYPE_CHECKING:
     from wispprof.runtime.edge.dial import Connection, Dial
@@ -126,7 +126,7 @@ async def link_rows(
                     "Use smaller sizes or a server of the same version.",
                 )
             if index >= settings.warmup:
-                samples[kind, size].append(round(elapsed, 4))
+                samples[kind, size].append(significant(elapsed))
         if progress is not None:
             progress(index + 1, rounds, "exchanging frames")
     return tuple(

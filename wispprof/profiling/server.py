@@ -165,6 +165,8 @@ def profile_server(
     ``loaded`` profiles a model that is loaded already. Ctrl-C leaves the journal with every finished
     row. Raises :class:`PhysicsViolation` where the times cannot be right; the journal is kept then.
     """
+    if progress is not None:
+        progress(0, 1, "loading the model, timing a few shapes")
     setup = _set_up(settings, loaded, clock)
     manifest = begin_manifest(
         "server",

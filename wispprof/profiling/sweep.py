@@ -33,6 +33,7 @@ __all__ = [
     "flag_drift",
     "plan_seconds",
     "repeat",
+    "significant",
 ]
 
 Progress = Callable[[int, int, str], None]
@@ -208,7 +209,7 @@ def repeat(
                 break
         samples: list[float] = []
         while len(samples) < settings.most:
-            samples.append(round(shooter.fire(), 4))
+            samples.append(significant(shooter.fire()))
             if len(samples) >= settings.least and half_width(samples) <= settings.target:
                 break
             if len(samples) >= 3 and clock() - begin > settings.shot_s:
@@ -216,6 +217,11 @@ def repeat(
         return tuple(samples), bool(sensors.read().throttled)  # read while it is still hot
     finally:
         shooter.finish()
+
+
+def significant(ms: float) -> float:
+    """Six digits: more than any clock tells, fewer than a float's seventeen on disk."""
+    return float(f"{ms:.6g}")
 
 
 def plan_seconds(
