@@ -6,6 +6,9 @@ well under a millisecond, or scheduling eats the step. Three ways to ask are com
 interleaved: one call of ``add`` per candidate, one call of ``add_many`` for all of them, and fitting's
 own way, a full prediction of every grown batch from its items.
 
+On the edge the same holds for the rejection predictor: it runs after every drafted token, and a fast
+device drafts one in 5 ms. Every kind must answer in under 20 µs with numpy at most.
+
     python benchmarks/estimator.py [--estimator fit/estimator.json] [--candidates 1000] [--json]
 
 Without ``--estimator`` every kind is fitted on a small profile of made-up times: what is measured here is
@@ -24,13 +27,23 @@ from pathlib import Path
 import numpy as np
 
 from wispprof.artifacts.records import StepRow
-from wispprof.core import BatchShape, VerifyItem
-from wispprof.fitting import ESTIMATOR_KINDS, FittedEstimator, load_estimator
+from wispprof.core import BatchShape, DraftFeatures, VerifyItem
+from wispprof.fitting import (
+    ESTIMATOR_KINDS,
+    PREDICTOR_KINDS,
+    FittedEstimator,
+    FittedPredictor,
+    load_estimator,
+)
 from wispprof.fitting.evaluate import fit_on
+from wispprof.fitting.predictors.calibration import Calibration
+from wispprof.fitting.predictors.data import TokenRows
+from wispprof.fitting.predictors.fitted import SCORERS
 from wispprof.fitting.rows import Observations
 
 ROUNDS = 15
 LIMIT_US = 1000.0
+TOKEN_LIMIT_US = 20.0
 
 
 def made_up_rows(count: int, rng: np.random.Generator) -> list[StepRow]:
@@ -96,6 +109,25 @@ def measure(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def measure_predictor(kind: str, rng: np.random.Generator) -> float:
+    """Median microseconds of CPU time for one token's survival."""
+    count = 4000
+    table = np.abs(rng.normal(1.0, 0.5, (count, 4)))
+    accepted = rng.random(count) < 1 / (1 + np.exp(-3 * (table[:, 0] - 0.5)))
+    tokens = TokenRows(table, rng.integers(0, 8, count), accepted, np.zeros(count, dtype=int))
+    scorer = SCORERS[kind]().fit(tokens)
+    calibration = Calibration.fit(scorer.score_many(table, tokens.depth), accepted)
+    predictor = FittedPredictor(scorer, calibration)
+    asked = [DraftFeatures(*row) for row in table[:300].tolist()]
+    times = []
+    for _ in range(ROUNDS):
+        begin = time.thread_time()
+        for features in asked:
+            predictor.survival(features, 3)
+        times.append((time.thread_time() - begin) / len(asked) * 1e6)
+    return statistics.median(times)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--estimator", type=Path, help="a fitted estimator; else one of each kind")
@@ -117,6 +149,12 @@ def main() -> None:
                 f"{kind:<14}" + "".join(f"{row[n]:>12.0f}" for n in ("add_many", "add", "predict"))
             )
         print()
+    tokens = {kind: measure_predictor(kind, rng) for kind in PREDICTOR_KINDS}
+    if not chosen.json:
+        print(f"Median µs of a predictor per drafted token (limit {TOKEN_LIMIT_US:.0f})\n")
+        for kind, micros in tokens.items():
+            print(f"{kind:<18}{micros:>8.2f}")
+        print()
     slowest = max(row["add_many"] for row in results.values())
     print(
         json.dumps(
@@ -125,7 +163,10 @@ def main() -> None:
                 "candidates": chosen.candidates,
                 "us": results,
                 "limit_us": LIMIT_US,
-                "within_limit": slowest * 1000 / chosen.candidates < LIMIT_US,
+                "predictor_us": tokens,
+                "predictor_limit_us": TOKEN_LIMIT_US,
+                "within_limit": slowest * 1000 / chosen.candidates < LIMIT_US
+                and max(tokens.values()) < TOKEN_LIMIT_US,
             }
         )
     )

@@ -210,13 +210,9 @@ def _show_replay(summary: list[dict[str, Any]]) -> None:
 
 
 def _figures(row: dict[str, Any]) -> list[str]:
-    shown = [f"{row[k]:.2f}" for k in ("mape", "median_ape", "p90_ape", "p99_ape")]
-    return [
-        *shown,
-        f"{row['bias']:+.2f}",
-        f"{100 * row['coverage']:.1f}",
-        f"{row['sharpness']:.3f}",
-    ]
+    errors = [f"{row[k]:.1f}" for k in ("mape", "median_ape", "p90_ape", "p99_ape")]
+    covered = f"{100 * row['coverage']:.1f}"
+    return [str(row["shapes"]), *errors, f"{row['bias']:+.1f}", covered, f"{row['sharpness']:.2f}"]
 
 
 def _show_estimator(estimator: FittedEstimator) -> None:

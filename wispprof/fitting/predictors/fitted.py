@@ -29,10 +29,10 @@ from wispprof.fitting.predictors.simple import MarginLogistic, Threshold
 __all__ = ["PREDICTOR_KINDS", "FittedPredictor", "fit_predictor", "judge", "load_predictor"]
 
 KIND = "predictor"
-_SCORERS: dict[str, type[Scorer]] = {
+SCORERS: dict[str, type[Scorer]] = {
     c.kind: c for c in (Threshold, MarginLogistic, WispMlp, BoostedTrees)
 }
-PREDICTOR_KINDS = tuple(_SCORERS)
+PREDICTOR_KINDS = tuple(SCORERS)
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ def load_predictor(path: Path) -> FittedPredictor:
 
 
 def _scorer_class(kind: str) -> type[Scorer]:
-    if kind not in _SCORERS:
+    if kind not in SCORERS:
         raise FitError(
-            f"There is no predictor called {kind!r}.", f"Choose one of {', '.join(_SCORERS)}."
+            f"There is no predictor called {kind!r}.", f"Choose one of {', '.join(SCORERS)}."
         )
-    return _SCORERS[kind]
+    return SCORERS[kind]
 
 
 def fit_predictor(

@@ -1,0 +1,98 @@
+"""The fit command: files, cards, one JSON document, and no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic_steps import random_shape, synthetic_rows, true_ms
+from synthetic_traces import synthetic_trace
+from typer.testing import CliRunner
+
+from wispprof.artifacts import Manifest, ModelInfo, make_profile, save_profile, save_trace
+from wispprof.cli import app
+from wispprof.errors import FitError
+from wispprof.fitting import load_estimator, load_predictor
+from wispprof.fitting.run import fit_files
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("fit")
+    rows = synthetic_rows(60)
+    for name, model in (("server", "small"), ("other", "large")):
+        manifest = Manifest("server", ModelInfo(model, tokenizer_hash="tokenizer"))
+        save_profile(make_profile(manifest, rows), path / f"{name}.jsonl")
+    save_trace(synthetic_trace(16, 48), path / "trace.jsonl")
+    return path
+
+
+def _run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["fit", *arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_everything_is_written_and_explained(folder: Path) -> None:
+    out = folder / "out"
+    code, shown, faults = _run(
+        *("--server", str(folder / "server.jsonl"), "--trace", str(folder / "trace.jsonl")),
+        *("--estimator", "wisp-linear", "--predictor", "threshold", "--out", str(out), "--json"),
+    )
+    assert code == 0, faults
+    document = json.loads(shown)
+    assert document["estimator"]["chosen"] == "wisp-linear"
+    assert "whole shapes" in document["estimator"]["explanation"]
+    assert "different prompts" in document["predictor"]["explanation"]
+    assert {Path(f).name for f in document["files"]} == {
+        f"{name}{suffix}"
+        for name in ("estimator", "predictor")
+        for suffix in (".json", ".card.md", ".card.json")
+    }
+    assert load_estimator(out / "estimator.json").kind == "wisp-linear"
+    assert load_predictor(out / "predictor.json").kind == "threshold"
+    card = (out / "estimator.card.md").read_text()
+    assert "| wisp-linear |" in card
+    assert json.loads((out / "estimator.card.json").read_text())["inputs"].keys() == {"profile"}
+
+
+def test_update_recalibrates_in_place(folder: Path) -> None:
+    out = folder / "updated"
+    fit_files(out, [folder / "server.jsonl"], kind="wisp-linear")
+    rng = np.random.default_rng(3)
+    shapes = [random_shape(rng, 20) for _ in range(80)]
+    log = folder / "steps.jsonl"
+    lines = [
+        json.dumps({"shape": [list(i) for i in s.items], "ms": 2 * true_ms(s)}) for s in shapes
+    ]
+    log.write_text("\n".join(lines) + "\n")
+    code, shown, faults = _run("--update", str(log), "--out", str(out))
+    assert code == 0, faults
+    assert "recalibrated on 80 steps" in " ".join(shown.split())
+    assert load_estimator(out / "estimator.json").p50_scale == pytest.approx(2.0, rel=0.25)
+    log.write_text('{"shape": [[1, 2]], "ms": "soon"}\n')
+    code, _, faults = _run("--update", str(log), "--out", str(out))
+    assert code == 1
+    assert "Line 1" in " ".join(faults.split())
+
+
+def test_two_models_and_nothing_to_do_are_refused(folder: Path) -> None:
+    with pytest.raises(FitError, match="different models"):
+        fit_files(folder / "x", [folder / "server.jsonl", folder / "other.jsonl"])
+    code, _, faults = _run("--out", str(folder / "x"))
+    assert code == 1
+    assert "nothing to fit" in faults
+    assert not (folder / "x").exists()
+    assert _run("--evaluate", "--update", "x", "--out", str(folder))[0] == 2
+
+
+def test_fitting_imports_no_torch(folder: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nimport wispprof.cli.fit, wispprof.fitting.run as run\n"
+        f"run.fit_files(Path({str(folder / 'bare')!r}), [Path({str(folder / 'server.jsonl')!r})], "
+        "kind='wisp-linear')\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
