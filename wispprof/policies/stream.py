@@ -90,13 +90,15 @@ class Wispprof:
         if min(limits.max_items, limits.max_tokens, limits.kv_free) < 1:
             return idle(now_ms, now_ms + _RETRY_MS, "no room")
         build = StepBuilder(estimator, limits)
-        wake_ms = math.inf
+        wake_ms, gain = math.inf, 1.0
         if decode:
-            chosen, keep, wake_ms = self._choose(now_ms, decode, estimator, limits, bool(prompts))
+            chosen, keep, wake_ms, gain = self._choose(
+                now_ms, decode, estimator, limits, bool(prompts)
+            )
             for index in chosen:
                 build.add_decode(decode[index], keep[index])
         if prompts:
-            add_prompts(build, now_ms, prompts, decode, sized=self.settings.size_prefill)
+            add_prompts(build, now_ms, prompts, decode, gain, sized=self.settings.size_prefill)
         fed = sum(m.prefill for m in build.members)
         backlog = sum([s.prompt_left for s in prompts]) > fed
         self._backlog += _BLEND * (float(backlog) - self._backlog)
@@ -113,8 +115,9 @@ class Wispprof:
         estimator: StepEstimator,
         limits: Limits,
         company: bool,
-    ) -> tuple[list[int], list[int], float]:
-        """(indices in order of need, drafts kept by index, when to ask again if nobody advances)."""
+    ) -> tuple[list[int], list[int], float, float]:
+        """(indices in order of need, drafts kept by index, when to ask again if nobody advances,
+        expected tokens per member)."""
         count = len(decode)
         settings = self.settings
         columns = Columns.of(decode)
@@ -147,14 +150,16 @@ class Wispprof:
         if not members.any() and not self._pays_to_idle(now_ms, decode, book, keep, rate, wake_ms):
             members = everyone
         if not members.any() and not company:
-            return [], [], wake_ms
+            return [], [], wake_ms, 1.0
         need = np.lexsort((-book.gains[np.arange(count), keep], slack, ~stale))
         members, keep = self._fit(members, keep, need, limits)
         members, keep = self._best(
             book, members, keep, rate, slack, lost, estimator, limits, need, sunk_ms
         )
         order = [int(i) for i in need if members[i]]
-        return order, keep.tolist(), wake_ms
+        gains = book.gains[order, keep[order]]
+        gain = float(gains.mean()) if order else 1.0
+        return order, keep.tolist(), wake_ms, gain
 
     def _weights(
         self, decode: list[SessionView], slack: FloatArray, lost: BoolArray, horizon: float
