@@ -146,9 +146,7 @@ def test_assumptions_override_the_server() -> None:
 
 def test_verdicts_name_what_makes_the_difference() -> None:
     comparison = Comparison("t", "c", 0.2, {"fair": "", "odd": ""}, ())
-    assert (
-        comparison.verdict(Figure("a", 2.0, {"fair": 2.3, "odd": 9.0})) == "met by the fair setup"
-    )
+    assert comparison.verdict(Figure("a", 2.0, {"fair": 2.3, "odd": 9.0})) == "met: fair"
     assert comparison.verdict(Figure("a", 2.0, {"fair": 1.0, "odd": 1.9})) == "met under: odd"
     assert "not met" in comparison.verdict(Figure("a", 2.0, {"fair": 1.0, "odd": math.nan}))
 
@@ -157,4 +155,4 @@ def test_every_published_choice_of_configspec_is_met() -> None:
     found = reproduce_configspec()
     assert len(found.figures) == 2 * 4 + 6 * 5
     for figure in found.figures:
-        assert found.verdict(figure) == "met by the fair setup", figure
+        assert found.verdict(figure) == "met: paper's search", figure

@@ -65,11 +65,11 @@ class Comparison:
     figures: tuple[Figure, ...]
 
     def verdict(self, figure: Figure) -> str:
-        """One line: met by the fair setup, by a named assumption, or not at all."""
+        """One line: met by the first (fair) setup, by another named assumption, or not at all."""
         good = figure.within(self.within)
         fair = next(iter(self.assumptions))
         if fair in good:
-            return "met by the fair setup"
+            return f"met: {fair}"
         if good:
             return f"met under: {good[0]}"
         return "not met by any assumption here"
