@@ -133,7 +133,7 @@ TRACE_OF_HASH = dataclasses.replace(TRACE, tokenizer_hash="hash")
 def test_devices_by_name_by_number_and_by_nonsense() -> None:
     assert device_of("medium").draft_ms == 16.0
     assert device_of("2.5").draft_ms == 2.5
-    assert device_of("rpi5").draft_ms == pytest.approx(1000 / 14.4)
+    assert 50.0 < device_of("rpi-5").draft_ms < 90.0
     with pytest.raises(WispprofError, match="no device"):
         device_of("toaster")
     with pytest.raises(WispprofError, match="is none"):

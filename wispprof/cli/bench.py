@@ -32,8 +32,8 @@ def bench(
     device: Annotated[
         list[str] | None,
         typer.Option(
-            help="Kind of device: fast, medium, slow, jetson-orin, rpi5, rpi4, the ms of a draft "
-            "step, or an edge profile. May be repeated: a mixed fleet [medium]."
+            help="Kind of device: fast, medium, slow, the ms of a draft step, or an edge profile "
+            "(a file, or a shipped one: rpi-5). May be repeated: a mixed fleet [medium]."
         ),
     ] = None,
     slo: Annotated[
