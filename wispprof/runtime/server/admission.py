@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
-from wispprof.core import Slo, StepEstimator
+from wispprof.core import CostAccumulator, Slo, StepEstimator
 from wispprof.errors import RuntimeFault
+from wispprof.runtime.server.budget import TokenBudget
 from wispprof.runtime.server.engine import ServedModel
 from wispprof.runtime.server.estimate import StepClock
 from wispprof.runtime.server.house import House
 from wispprof.runtime.server.live import GenerationRequest
 from wispprof.runtime.server.settings import ServerSettings
 
-__all__ = ["Admission", "Refused", "utilisation"]
+__all__ = ["Admission", "Refused", "Utilisation"]
 
 
 _SLOWEST_TPOT_MS = 60_000.0
@@ -39,23 +40,46 @@ class Refused(RuntimeFault):
         self.nearest_tokens_per_s = nearest_tokens_per_s
 
 
-def utilisation(estimator: StepEstimator, promises: list[tuple[float, int]]) -> float:
+@dataclass(frozen=True, slots=True)
+class Utilisation:
     """Share of time that steps need so that every session gets its token speed, undrafted.
 
-    ``promises``: (tpot ms, cached tokens) of each session. With steps as often as the fastest session
-    needs them, the fixed part of a step is paid once per its TPOT, and each session's own part once
-    per its own. Drafting only lowers this where it pays, so the answer is a safe one.
+    With steps as often as the fastest session needs them, the fixed part of a step is paid once per
+    its TPOT, and each session's own part once per its own. Drafting only lowers this where it pays, so
+    the answer is a safe one. ``fastest_ms``: least TPOT; ``own``: the sessions' own parts.
     """
-    if not promises:
-        return 0.0
-    batch = estimator.start().add(1, 0)
-    fixed = before = batch.p50_ms
-    share = fixed / min(tpot for tpot, _ in promises)
-    for tpot, cached in promises:
-        batch = batch.add(1, cached)
-        share += (batch.p50_ms - before) / tpot
-        before = batch.p50_ms
-    return share
+
+    fixed_ms: float
+    fastest_ms: float
+    own: float
+    batch: CostAccumulator
+
+    @classmethod
+    def of(cls, estimator: StepEstimator, promises: Iterable[tuple[float, int]]) -> Utilisation:
+        """``promises``: (tpot ms, cached tokens) of each session."""
+        batch = estimator.start().add(1, 0)
+        fixed = before = batch.p50_ms
+        fastest, own = math.inf, 0.0
+        for tpot, cached in promises:
+            batch = batch.add(1, cached)
+            own += (batch.p50_ms - before) / tpot
+            before = batch.p50_ms
+            fastest = min(fastest, tpot)
+        return cls(fixed, fastest, own, batch)
+
+    @property
+    def share(self) -> float:
+        return self.own + self.fixed_ms / self.fastest_ms
+
+    def with_one(self, cached: int) -> Callable[[float], float]:
+        """The share with one more session of so many cached tokens, as a function of its TPOT."""
+        grown = self.batch.add(1, cached).p50_ms - self.batch.p50_ms
+
+        def share(tpot_ms: float) -> float:
+            fastest = min(self.fastest_ms, tpot_ms)
+            return self.own + self.fixed_ms / fastest + grown / tpot_ms
+
+        return share
 
 
 class Admission:
@@ -68,13 +92,16 @@ class Admission:
         self._house = house
         self._clock = clock
         self._model = model
+        self.budget = TokenBudget(settings.tokens_per_key_per_s)
 
-    def check(self, request: GenerationRequest, key: str, draining: bool) -> GenerationRequest:
+    def check(
+        self, request: GenerationRequest, key: str, now_ms: float, draining: bool
+    ) -> GenerationRequest:
         """The request, clipped to what can be; raises :class:`Refused`."""
         if draining:
             raise Refused("draining", "The server is shutting down.", "Try another server.")
         request = self._fits(request)
-        self._bounded(key)
+        self._bounded(key, now_ms)
         if self._settings.admit == "slo":
             self._promised(request)
         return request
@@ -113,8 +140,16 @@ class Admission:
             )
         return replace(request, max_new=max_new)
 
-    def _bounded(self, key: str) -> None:
+    def _bounded(self, key: str, now_ms: float) -> None:
         settings, house = self._settings, self._house
+        wait_ms = self.budget.wait_ms(key, now_ms)
+        if wait_ms > 0:
+            raise Refused(
+                "limit",
+                f"This key has used its {self.budget.rate:g} tokens/s.",
+                "Retry later.",
+                retry_ms=wait_ms,
+            )
         mine = sum(1 for live in house.lives if live.owner.key == key)
         if mine >= settings.sessions_per_key:
             raise Refused(
@@ -150,10 +185,7 @@ class Admission:
             if not live.closing
         ]
         cached = len(request.tokens) + (request.max_new - request.generated) // 2
-
-        def load(tpot_ms: float) -> float:
-            return utilisation(estimator, [*others, (tpot_ms, cached)])
-
+        load = Utilisation.of(estimator, others).with_one(cached)
         if load(request.slo.tpot_ms) > limit:
             self._refuse_speed(request.slo, load, limit)
         self._first_token(request, estimator, others)

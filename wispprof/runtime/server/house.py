@@ -56,6 +56,7 @@ class House:
         self.load_level = 0
         self.waiting = 0
         self.ring: Callable[[], None] = lambda: None
+        self.spend: Callable[[str, int, float], None] = lambda key, tokens, now_ms: None
 
     def __len__(self) -> int:
         return len(self._lives)
@@ -193,6 +194,8 @@ class House:
             return
         if not done.tokens:
             return
+        prompt = live.ledger.frontier - len(done.tokens) - live.reused if done.first else 0
+        self.spend(live.owner.key, len(done.tokens) + prompt, now_ms)
         since = live.ledger.pace.opened_ms if done.first else live.told_ms
         live.told_ms = now_ms
         live.heard_ms = max(live.heard_ms, now_ms)

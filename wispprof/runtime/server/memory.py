@@ -1,8 +1,9 @@
 """Who may hold KV. Pure: decides over ledgers, touches no engine.
 
 Order of sacrifice when memory is short: kept caches of ended sessions; sessions that have been idle for
-a while (their tokens stay, and are prefilled again with their next round); then newcomers wait; and only
-then is a running session set back, the one whose deadline is furthest.
+a while (their tokens stay, and are prefilled again with their next round); then newcomers wait, and give
+back what they have prefilled so far; and only then is a running session set back, the one whose deadline
+is furthest.
 """
 
 from __future__ import annotations
@@ -61,14 +62,26 @@ def arrange(
         room += live.ledger.cached
         plan.evict.append(live)
         plan.seated.remove(live)
-    _seat_running(plan, running, room)
-    room -= sum(1 for live in running if live not in plan.evict)
-    room += sum(live.ledger.cached for live in running if live in plan.evict)
-    _seat_fresh(plan, fresh, room, alone=not running)
+    room = _seat_running(plan, running, fresh, room)
+    # Sleepers come back or turn idle; with neither them nor runners, somebody must be let in now.
+    alone = not running and not any(live.ledger.cached for live in plan.seated)
+    _seat_fresh(plan, fresh, room, alone)
     return plan
 
 
-def _seat_running(plan: MemoryPlan, running: list[LiveSession], room: int) -> None:
+def _seat_running(
+    plan: MemoryPlan, running: list[LiveSession], fresh: list[LiveSession], room: int
+) -> int:
+    """Seat who decodes, if need be at the cost of half-prefilled prompts, then of each other;
+    returns the room that is left."""
+    for live in sorted(fresh, key=lambda one: -one.ledger.waiting_from_ms):
+        if room >= len(running):
+            break
+        if live.ledger.cached:
+            room += live.ledger.cached
+            plan.evict.append(live)
+            plan.waiting += 1
+            fresh.remove(live)
     order = sorted(running, key=lambda one: one.ledger.deadline_ms)
     while len(order) > max(1, room):
         victim = order.pop()
@@ -76,6 +89,7 @@ def _seat_running(plan: MemoryPlan, running: list[LiveSession], room: int) -> No
         plan.waiting += 1
         room += victim.ledger.cached
     plan.seated += order
+    return room - len(order)
 
 
 def _seat_fresh(plan: MemoryPlan, fresh: list[LiveSession], room: int, alone: bool) -> None:

@@ -82,6 +82,7 @@ class VerificationServer:
         )
         self.house.ring = self.loop.ring
         self.admission = Admission(settings, self.house, self.clock, model)
+        self.house.spend = self.admission.budget.spend
         self._task: asyncio.Task[None] | None = None
 
     # --- life ---------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ class VerificationServer:
         """Admit a request. Raises :class:`~wispprof.runtime.server.admission.Refused` with the code
         and the nearest thing that would be taken."""
         try:
-            request = self.admission.check(request, owner.key, self.draining)
+            request = self.admission.check(request, owner.key, self.now_ms(), self.draining)
         except Refused as fault:
             self.metrics.refused.labels(fault.code).inc()
             raise
