@@ -21,6 +21,7 @@ from wispprof.runtime.server.build import build_server
 from wispprof.runtime.server.engine import Engine, ServedModel
 from wispprof.runtime.server.server import VerificationServer
 from wispprof.runtime.server.settings import ServerSettings
+from wispprof.runtime.server.watch import watch
 
 __all__ = ["RunningServer", "bind", "running_server", "serve"]
 
@@ -188,11 +189,17 @@ async def _serve(
     front = _Uvicorn(_config(server, settings), on_signal)
     await server.start()
     task = asyncio.create_task(front.serve(sockets=[listener]), name="uvicorn")
+    board: asyncio.Task[None] | None = None
     try:
         while not front.started and not task.done():
             await asyncio.sleep(0.01)
         if not task.done():
             announce(server, listener.getsockname()[1])
+            if settings.live:
+                board = asyncio.create_task(watch(server), name="live board")
         await task
     finally:
+        if board is not None:
+            board.cancel()
+            await asyncio.gather(board, return_exceptions=True)
         await server.stop()

@@ -165,6 +165,11 @@ class VerificationServer:
         return self.house.load_level
 
     @property
+    def kv_free(self) -> int:
+        """Cache tokens that can still be taken."""
+        return self._worker.engine.kv_free
+
+    @property
     def stream(self) -> bool:
         """Whether sessions run in stream mode."""
         return self.policy.stream
