@@ -113,7 +113,7 @@ def profile_server(
 
 def profile_edge(
     draft: Annotated[
-        str, typer.Option(help="Folder or hub id of the draft. Default: the bundled one.")
+        str, typer.Option(help="Folder, hub id or .gguf of the draft. Default: the bundled one.")
     ] = "",
     dtype: Dtype = "float32",
     device: Device = "auto",

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from wispprof.artifacts import EdgeProfile, EdgeRow, ModelInfo, RowJournal, bundled
@@ -84,7 +85,8 @@ QUICK = SweepSettings(target=0.05, most=20, shot_s=1.0, sentinel_every=5)
 
 @dataclass(frozen=True)
 class EdgeSettings:
-    """``draft``: folder, hub id, or empty for the bundled draft. ``sustained_s`` replaces the grid's."""
+    """``draft``: folder, hub id, ``.gguf`` file (llama.cpp), or empty for the bundled draft.
+    ``sustained_s`` replaces the grid's."""
 
     draft: str = ""
     dtype: str = "float32"
@@ -282,42 +284,72 @@ class _Setup:
     engine: dict[str, Any]
 
 
-def _set_up(
-    settings: EdgeSettings, loaded: LoadedModel | None, clock: Callable[[], float]
-) -> _Setup:
+@dataclass(frozen=True)
+class _Device:
+    """A drafter ready to be measured, and what it is."""
+
+    drafter: Drafter
+    model: ModelInfo
+    engine: dict[str, Any]
+    synchronize: Callable[[], None] = lambda: None
+
+
+def _torch_device(settings: EdgeSettings, loaded: LoadedModel | None) -> _Device:
     import torch
 
     from wispprof.lm.draft import TorchDrafter
     from wispprof.lm.loading import load_model
 
+    if loaded is None:
+        name = settings.draft or str(bundled.path(BUNDLED_DRAFT))
+        loaded = load_model(name, settings.dtype, settings.device)
+    device = loaded.device
+    names = ModelInfo.__dataclass_fields__
+    known = {k: v for k, v in loaded.info.as_dict().items() if k in names}
+    return _Device(
+        TorchDrafter(loaded),
+        ModelInfo(**cast("dict[str, Any]", known)),
+        {"backend": "torch", "device": str(device), "threads": torch.get_num_threads()},
+        torch.cuda.synchronize if device.type == "cuda" else (lambda: None),
+    )
+
+
+def _llamacpp_device(settings: EdgeSettings) -> _Device:
+    from wispprof.profiling.llamacpp import LlamaCppDrafter
+
+    gpu_layers = 0 if settings.device == "cpu" else -1
+    drafter = LlamaCppDrafter(Path(settings.draft), gpu_layers=gpu_layers)
+    device = settings.device if settings.device != "auto" else "cpu"
+    engine = {"backend": "llama.cpp", "device": device, "gpu_layers": gpu_layers}
+    return _Device(drafter, drafter.info, engine)
+
+
+def _set_up(
+    settings: EdgeSettings, loaded: LoadedModel | None, clock: Callable[[], float]
+) -> _Setup:
     if settings.grid not in EDGE_GRIDS:
         raise ProfileError(
             f"There is no edge grid {settings.grid!r}.", f"Use {', '.join(EDGE_GRIDS)}."
         )
-    if loaded is None:
-        name = settings.draft or str(bundled.path(BUNDLED_DRAFT))
-        loaded = load_model(name, settings.dtype, settings.device)
-    info, device = loaded.info, loaded.device
+    gguf = loaded is None and settings.draft.endswith(".gguf")
+    device = _llamacpp_device(settings) if gguf else _torch_device(settings, loaded)
     axes = EDGE_GRIDS[settings.grid]
     if settings.sustained_s is not None:
         axes = replace(axes, sustained_s=settings.sustained_s)
     sweep = settings.sweep or (QUICK if settings.grid == "quick" else SweepSettings())
     shooter = DrafterShooter(
-        TorchDrafter(loaded),
-        info.vocab_size,
+        device.drafter,
+        device.model.vocab_size,
         settings.sampling,
         seed=sweep.seed,
         clock=clock,
-        synchronize=torch.cuda.synchronize if device.type == "cuda" else (lambda: None),
+        synchronize=device.synchronize,
     )
-    shots = edge_shots(axes, info.max_context)
+    shots = edge_shots(axes, device.model.max_context)
     steps = [shot for shot in shots if shot.kind == "draft_step"]
     sentinel = replace(steps[len(steps) // 2], key="sentinel", kind="sentinel")
-    engine = {"backend": "torch", "device": str(device), "threads": torch.get_num_threads()}
-    known = {k: v for k, v in info.as_dict().items() if k in ModelInfo.__dataclass_fields__}
-    model = ModelInfo(**cast("dict[str, Any]", known))
     expect_s = expectation(shooter, shots, sentinel, sweep, clock)
-    return _Setup(shooter, shots, sentinel, expect_s, sweep, axes, model, engine)
+    return _Setup(shooter, shots, sentinel, expect_s, sweep, axes, device.model, device.engine)
 
 
 class _Windows:
