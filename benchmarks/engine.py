@@ -56,17 +56,16 @@ def main() -> None:
     rng = np.random.default_rng(0)
     room = 2 * items * (args.longest + args.equal + 2 * new)
 
-    engine = VerifierEngine(loaded, kv_tokens=room, max_sessions=4 * items)
+    limits = {"kv_tokens": room, "max_sessions": 4 * items}
+    engine = VerifierEngine(loaded, **limits, attention=args.attention)
     arms["engine"] = engine_arm(engine, "ragged", contexts, new, rng)
     arms[f"engine@{args.equal}"] = engine_arm(engine, "equal", [args.equal] * items, new, rng)
-    engines = [engine]
     if device.type == "cuda":
-        plain = VerifierEngine(loaded, kv_tokens=room, max_sessions=4 * items, graphs=False)
+        plain = VerifierEngine(loaded, **limits, attention=args.attention, graphs=False)
         arms["engine, no graphs"] = engine_arm(plain, "ragged", contexts, new, rng)
         arms[f"engine@{args.equal}, no graphs"] = engine_arm(
             plain, "equal", [args.equal] * items, new, rng
         )
-        engines.append(plain)
     if not args.engine_only:
         arms["loop"] = loop_arm(loaded, contexts, new, rng)
         arms["dense"] = dense_arm(loaded, items, equal, new, rng)
@@ -106,6 +105,9 @@ def parse() -> argparse.Namespace:
     p.add_argument("--repeats", type=int, default=20)
     p.add_argument(
         "--threads", type=int, default=0, help="torch threads (default: torch's own choice)"
+    )
+    p.add_argument(
+        "--attention", default="auto", help="of the paged backend: triton, varlen or gather"
     )
     p.add_argument("--engine-only", action="store_true", help="leave the transformers arms out")
     return p.parse_args()

@@ -11,7 +11,7 @@ Without CUDA the same buckets run uncaptured (``capture=False``), which is how t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class StepGraphs:
         self._capture = capture
         self._static: dict[Bucket, _Static] = {}
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._memory: tuple[int, int] | None = None
+        self._memory: Any = None
 
     def bucket(self, new: np.ndarray) -> Bucket | None:
         """The bucket of a step with these new tokens per item; ``None`` where none is large enough."""
@@ -67,22 +67,25 @@ class StepGraphs:
     def run(
         self, bucket: Bucket, ids: np.ndarray, positions: np.ndarray, arrays: dict[str, np.ndarray]
     ) -> Tensor:
-        """Logits (bucket.tokens, V); rows beyond the step's tokens are padding. Valid until the next run."""
+        """Hidden states (bucket.tokens, hidden), padding last; valid until the next run.
+
+        The output head stays outside: it need not see padding, nor rows that emit nothing.
+        """
         static = self._static.get(bucket) or self._make_static(bucket)
         self._fill(static, bucket, ids, positions, arrays)
         if not self._capture:
             return self._forward(static)
         if bucket not in self._graphs:
             self._graphs[bucket] = self._record(static)
-        graph, logits = self._graphs[bucket]
+        graph, hidden = self._graphs[bucket]
         graph.replay()
-        return logits
+        return hidden
 
     @torch.inference_mode()
     def capture_all(self, most_tokens: int) -> None:
         """Capture every bucket up to ``most_tokens``, so that no served step pays for it."""
         empty = np.empty(0, dtype=np.int64)
-        nothing = {
+        nothing: dict[str, np.ndarray] = {
             "write": empty,
             "starts": np.zeros(1, dtype=np.int32),
             "lengths": empty,
@@ -95,11 +98,10 @@ class StepGraphs:
 
     def _forward(self, static: _Static) -> Tensor:
         plan = self._store.plan_on(static.inputs)
-        hidden = self._decoder.forward(static.ids, static.positions, plan.attend)
-        return self._decoder.logits(hidden)
+        return self._decoder.forward(static.ids, static.positions, plan.attend)
 
     def _record(self, static: _Static) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):  # compiles kernels and allocates workspaces outside the capture
@@ -107,10 +109,10 @@ class StepGraphs:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):
-            logits = self._forward(static)
+            hidden = self._forward(static)
         # Graphs never run at once, so they share their intermediate memory.
         self._memory = self._memory or graph.pool()
-        return graph, logits
+        return graph, hidden
 
     def _make_static(self, bucket: Bucket) -> _Static:
         tokens, width = bucket.tokens, self._store.tables.width
@@ -120,10 +122,10 @@ class StepGraphs:
         with torch.inference_mode(False):
             host = torch.zeros(words, dtype=torch.int64, pin_memory=self._device.type == "cuda")
             device = torch.zeros(words, dtype=torch.int64, device=self._device)
-        ids, positions, write = device[:wide].split(tokens)
+        ids, positions, write = torch.split(device[:wide], tokens)
         small = device[wide:].view(torch.int32)
-        starts, lengths, rows, tables, _ = small.split(
-            [tokens + 1, tokens, tokens, tokens * width, len(small) - narrow]
+        starts, lengths, rows, tables, _ = torch.split(
+            small, [tokens + 1, tokens, tokens, tokens * width, len(small) - narrow]
         )
         inputs = PagedInputs(
             write=write,

@@ -59,8 +59,8 @@ class KvStore(Protocol):
     def plan(self, handles: np.ndarray, cached: np.ndarray, new: np.ndarray) -> KvPlan:
         """Arrange a step of items that add ``new`` tokens to ``cached`` ones (``ensure`` came first)."""
 
-    def fork(self, source: int, length: int) -> int:
-        """A new handle that holds the first ``length`` tokens of ``source``."""
+    def fork(self, source: int, length: int, private: bool = False) -> int:
+        """A new handle that holds the first ``length`` tokens of ``source``, shared or copied at once."""
 
     def truncate(self, handle: int, length: int) -> None:
         """Only the first ``length`` tokens will be asked for again."""

@@ -35,11 +35,13 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
 
 
 def load_model(path_or_id: str | Path, dtype: str = "float32", device: str = "auto") -> LoadedModel:
@@ -63,7 +65,7 @@ def load_model(path_or_id: str | Path, dtype: str = "float32", device: str = "au
             raise _unreadable(folder, fault) from fault
         max_context = _check_supported(config, str(path_or_id))
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch_dtype, local_files_only=True, use_safetensors=True
             )
         except Exception as fault:
@@ -101,7 +103,8 @@ def random_model(
         made = AutoConfig.for_model(config["model_type"], **fields)
         max_context = _check_supported(made, name)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(made, dtype=torch_dtype)
+            auto: Any = AutoModelForCausalLM
+            model = auto.from_config(made, dtype=torch_dtype)
     model.to_empty(device=torch_device)
     model.tie_weights()
     # Buffers (rotary frequencies) came up empty with everything else: make them anew.
@@ -209,13 +212,16 @@ def _find(path_or_id: str) -> Path:
 
 def _find_on_hub(repo: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    fix = "Download the model into a folder and give that folder, or check the id and the network."
     try:
         return Path(snapshot_download(repo, local_files_only=True, allow_patterns=patterns))
-    except Exception:  # not in the local cache; what is wrong with the hub is said below
-        pass
-    fix = "Download the model into a folder and give that folder, or check the id and the network."
+    except HFValidationError as fault:
+        raise ModelMissing(f"{repo} is neither a folder nor a hub id.", fix) from fault
+    except LocalEntryNotFoundError:
+        pass  # not in the local cache: ask the hub
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         raise ModelMissing(f"{repo} is not in the local hub cache, and HF_HUB_OFFLINE is set.", fix)
     try:
@@ -327,8 +333,9 @@ def _weights_hash(folder: Path) -> str:
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Its progress bars and advice would break the one clear line that a command prints."""
-    from transformers.utils import logging
+    from transformers.utils import logging as library_logging
 
+    logging: Any = library_logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

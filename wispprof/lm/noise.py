@@ -47,7 +47,7 @@ def gumbel_numpy(keys: np.ndarray, ids: np.ndarray) -> np.ndarray:
     x >>= np.uint32(1)
     v = (x.astype(np.float32) + np.float32(0.5)) * np.float32(_SCALE)
     np.minimum(v, np.float32(_BELOW_ONE), out=v)
-    return -np.log(-np.log1p(-v))
+    return np.asarray(-np.log(-np.log1p(-v)))
 
 
 def _round_numpy(x: np.ndarray) -> np.ndarray:

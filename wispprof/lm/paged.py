@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wispprof.errors import EngineError
+from wispprof.errors import EngineError, OutOfKvMemory
 from wispprof.lm.attention import grouped_attention, visible
 from wispprof.lm.kv import KvGeometry
 from wispprof.lm.pages import NULL_PAGE, BlockTables
@@ -126,8 +126,13 @@ class PagedStore:
             )
             self._data[:, :, new] = self._data[:, :, old]
 
-    def fork(self, source: int, length: int) -> int:
-        return self.tables.fork(source, length)
+    def fork(self, source: int, length: int, private: bool = False) -> int:
+        if private and -(-length // self.page_size) > self.tables.free_pages:
+            raise OutOfKvMemory("A private copy does not fit.", "Fork without copying.")
+        handle = self.tables.fork(source, length)
+        if private:
+            self.ensure(np.array([handle]), np.array([0]), np.array([length]))
+        return handle
 
     def truncate(self, handle: int, length: int) -> None:
         self.tables.truncate(handle, length)
@@ -211,7 +216,7 @@ class _Dense:
 def _varlen(q: Tensor, keys: Tensor, values: Tensor, x: PagedInputs, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    out: Tensor = varlen_attn(
+    out = varlen_attn(
         q.contiguous(),
         keys,
         values,
@@ -225,6 +230,7 @@ def _varlen(q: Tensor, keys: Tensor, values: Tensor, x: PagedInputs, scale: floa
         seqused_k=x.lengths,
         block_table=x.tables,
     )
+    assert isinstance(out, Tensor)
     return out.flatten(1)
 
 

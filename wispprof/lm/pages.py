@@ -109,7 +109,7 @@ class BlockTables:
     def places(self, handles: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Where tokens lie: page * page_size + offset, for (handle, position) pairs."""
         pages = self.table[handles, positions // self.page_size].astype(np.int64)
-        return pages * self.page_size + positions % self.page_size
+        return np.asarray(pages * self.page_size + positions % self.page_size)
 
     def check(self, lengths: dict[int, int]) -> None:
         """Raise :class:`EngineError` if references, free pages and tables contradict each other."""

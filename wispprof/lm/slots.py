@@ -42,7 +42,7 @@ class _Pool:
         self.capacity = capacity
         self.owners: list[int] = []
         self._shape = (geometry.layers, 2, geometry.kv_heads, capacity, geometry.head_dim)
-        self._like = {"dtype": dtype, "device": device}
+        self._dtype, self._device = dtype, device
         self.rows = 0
         self.data = torch.empty(0)
         self.keys: list[Tensor] = []
@@ -63,7 +63,8 @@ class _Pool:
     @torch.inference_mode(False)
     def _resize(self, rows: int) -> None:
         layers, two, kv_heads, capacity, dim = self._shape
-        data = torch.zeros((layers, two, rows, kv_heads, capacity, dim), **self._like)
+        shape = (layers, two, rows, kv_heads, capacity, dim)
+        data = torch.zeros(shape, dtype=self._dtype, device=self._device)
         kept = len(self.owners)
         if kept:
             data[:, :, :kept] = self.data[:, :, :kept]
@@ -224,7 +225,8 @@ class SlotStore:
         pool.owners.pop()
         self._pool_of[handle] = -1
 
-    def fork(self, source: int, length: int) -> int:
+    def fork(self, source: int, length: int, private: bool = False) -> int:
+        """Always a copy: slots share nothing."""
         handle = self.add()
         number = int(np.searchsorted(self._capacities, length))
         pool = self._pools[number]
@@ -247,7 +249,8 @@ class SlotStore:
             shape = (g.layers, 2, g.kv_heads, 0, g.head_dim)
             return torch.zeros(shape, dtype=self._dtype, device=self._device)
         pool = self._pools[self._pool_of[handle]]
-        return pool.data[:, :, int(self._row_of[handle]), :, :length].clone()
+        kept: Tensor = pool.data[:, :, int(self._row_of[handle]), :, :length]
+        return kept.clone()
 
     def check(self, lengths: dict[int, int]) -> None:
         seen: set[int] = set()

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="import-not-found,import-untyped,untyped-decorator,no-untyped-call,no-untyped-def"
 """Paged attention for few query rows over long caches, as two Triton kernels (flash-decoding).
 
 The first reads each page once for all query heads that share its KV head, split over stretches of the
@@ -7,7 +8,7 @@ step are read from tensors, so the launch of a captured graph holds for any step
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -65,14 +66,15 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+# Triton reads a kernel's annotations: only its own may stand there.
 @triton.jit
 def _stretch(
-    q: Any, keys: Any, values: Any, starts: Any, lengths: Any, tables: Any, partial: Any, stats: Any,
-    scale: Any, q_token: Any, q_head: Any, kv_page: Any, kv_slot: Any, kv_head: Any,
-    table_row: Any, heads: Any,
+    q, keys, values, starts, lengths, tables, partial, stats,
+    scale, q_token, q_head, kv_page, kv_slot, kv_head,
+    table_row, heads,
     GROUP: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, SPLITS: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     item = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.program_id(2) % SPLITS
@@ -124,9 +126,7 @@ def _stretch(
 
 
 @triton.jit
-def _join(
-    partial: Any, stats: Any, out: Any, heads: Any, DIM: tl.constexpr, SPLITS: tl.constexpr
-) -> None:
+def _join(partial, stats, out, heads, DIM: tl.constexpr, SPLITS: tl.constexpr):
     cell = tl.program_id(0).to(tl.int64) * heads + tl.program_id(1)
     split = tl.arange(0, SPLITS)
     dims = tl.arange(0, DIM)
