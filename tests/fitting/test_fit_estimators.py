@@ -423,3 +423,43 @@ def test_the_bound_is_never_below_the_median(
 ) -> None:
     p50, bound = fitted["wispprof"].predict(BatchShape(tuple(batch)))
     assert 0 < p50 <= bound
+
+
+# --- busy machines --------------------------------------------------------------------------------
+
+
+def _busy(swing: float) -> list[StepRow]:
+    """A sweep during which the machine's speed wanders, with a sentinel every eight rows."""
+    rng = np.random.default_rng(8)
+    sentinel = BatchShape.uniform(4, 5, 512)
+    rows: list[StepRow] = []
+    for order, row in enumerate(synthetic_rows(120, seed=4)):
+        slow = math.exp(swing * math.sin(order / 17))
+        times = tuple(t * slow for t in row.samples_ms)
+        rows.append(dataclasses.replace(row, samples_ms=times, order=2 * order, flags=("drift",)))
+        if order % 8 == 0:
+            seen = true_ms(sentinel) * slow * np.exp(0.015 * rng.standard_normal(7))
+            samples = tuple(float(t) for t in seen)
+            rows.append(
+                StepRow(f"s{order}", "sentinel", sentinel, samples, ("drift",), 24, 2 * order + 1)
+            )
+    return rows
+
+
+def test_drift_that_the_sentinel_saw_is_taken_out_of_medians_and_left_in_samples() -> None:
+    rows = _busy(0.4)
+    data = Observations.of(rows)
+    assert data.drift == pytest.approx(0.8, abs=0.1)
+    assert data.flagged == len(rows)
+    truth = np.array([true_ms(s) for s in data.shapes])
+    raw = np.array([float(np.median(s)) for s in data.samples])
+    assert np.abs(np.log(data.median_ms / truth)).mean() < 0.05
+    assert np.abs(np.log(raw / truth)).mean() > 0.15
+
+
+def test_a_quiet_sentinel_changes_next_to_nothing() -> None:
+    data = Observations.of(_busy(0.0))
+    raw = np.array([float(np.median(s)) for s in data.samples])
+    assert np.abs(data.median_ms / raw - 1).max() < 0.01
+    without = [r for r in _busy(0.4) if r.kind != "sentinel"]
+    assert Observations.of(without).drift == 0.0

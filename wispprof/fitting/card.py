@@ -39,6 +39,12 @@ def explain_estimator(estimator: FittedEstimator) -> str:
             f"{flagged['kept']} rows had drifted or were throttled and were kept, because too few would "
             "have remained: measure again on a quiet machine for a better fit."
         )
+    if report["drift_percent"] > 0.5:
+        text.append(
+            f"By its sentinel the machine was up to {report['drift_percent']:.0f} % slower at times than "
+            "at others; medians and their errors are at its typical speed, the bound covers times as "
+            "they were measured."
+        )
     if report["asked"] == "auto":
         text.append(
             f"`{chosen}` was chosen because its mean error of {own['mape']:.1f} % is the smallest of "

@@ -14,6 +14,7 @@ from wispprof.artifacts.records import StepRow
 from wispprof.core import BatchShape
 from wispprof.errors import FitError
 from wispprof.fitting.features import FloatArray, decode_totals_of, totals_matrix, totals_of
+from wispprof.fitting.sentinel import drift_factors
 
 __all__ = ["MINIMUM_SHAPES", "Observations", "check_rows", "check_same_model", "read_step_log"]
 
@@ -35,6 +36,7 @@ class Observations:
     chunks. ``median_ms`` (n,). ``samples``: n arrays of raw times. ``padded`` (n,): tokens the step
     really computed, 0 where unknown. ``groups``: the shape's key, which splits never divide.
     ``flagged``: rows with a flag of distrust that are in nevertheless; ``left_out``: those that are not.
+    ``drift``: largest log ratio between speeds of the machine that medians were corrected for.
     """
 
     totals: FloatArray
@@ -46,6 +48,7 @@ class Observations:
     shapes: tuple[BatchShape, ...]
     flagged: int = 0
     left_out: int = 0
+    drift: float = 0.0
 
     def __len__(self) -> int:
         return len(self.median_ms)
@@ -72,34 +75,48 @@ class Observations:
 
     @classmethod
     def of(cls, rows: Sequence[StepRow]) -> Observations:
-        """Gather rows by shape. Raises :class:`FitError` as :func:`check_rows` does."""
-        merged: dict[str, list[StepRow]] = {}
+        """Gather rows by shape. Raises :class:`FitError` as :func:`check_rows` does.
+
+        Where drifted rows had to be kept, ``median_ms`` is taken at the machine's typical speed, as the
+        sentinel tells it; ``samples`` stay as measured, so that a bound learnt from them covers drift.
+        """
         kept = check_rows(rows)
-        for row in kept:
-            merged.setdefault(row.shape.key(), []).append(row)
-        shapes = [group[0].shape for group in merged.values()]
-        samples = tuple(
-            np.array([s for row in group for s in row.samples_ms]) for group in merged.values()
-        )
-        padded = [max(row.padded_tokens for row in group) for group in merged.values()]
+        flagged = sum(bool(DISTRUSTED & set(row.flags)) for row in kept)
+        factors = drift_factors(kept) if flagged else np.ones(len(kept))
+        merged: dict[str, list[tuple[StepRow, float]]] = {}
+        for row, factor in zip(kept, factors.tolist(), strict=True):
+            merged.setdefault(row.shape.key(), []).append((row, factor))
+        shapes = [group[0][0].shape for group in merged.values()]
+        medians = [
+            float(np.median([s / factor for row, factor in group for s in row.samples_ms]))
+            for group in merged.values()
+        ]
         return cls(
             totals_matrix(shapes),
             np.array([decode_totals_of(s) for s in shapes], dtype=np.float64),
-            np.array([float(np.median(s)) for s in samples]),
-            samples,
-            np.array(padded, dtype=np.float64),
+            np.array(medians),
+            tuple(
+                np.array([s for row, _ in group for s in row.samples_ms])
+                for group in merged.values()
+            ),
+            np.array(
+                [max(row.padded_tokens for row, _ in group) for group in merged.values()],
+                dtype=np.float64,
+            ),
             tuple(merged),
             tuple(shapes),
-            sum(bool(DISTRUSTED & set(row.flags)) for row in kept),
+            flagged,
             len(rows) - len(kept),
+            float(np.ptp(np.log(factors))),
         )
 
     def repeat_noise(self) -> FloatArray:
         """Relative noise of each shape's median, (n,): spread of its samples ÷ √samples."""
         noise = []
-        for samples, median in zip(self.samples, self.median_ms, strict=True):
+        for samples in self.samples:
+            median = float(np.median(samples))
             mad = float(np.median(np.abs(samples - median))) * 1.4826
-            noise.append(1.2533 * mad / math.sqrt(len(samples)) / float(median))
+            noise.append(1.2533 * mad / math.sqrt(len(samples)) / median)
         return np.array(noise)
 
 

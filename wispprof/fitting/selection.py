@@ -105,6 +105,7 @@ def fit_estimator(
         "repeat_noise_percent": float(100 * np.median(noise)),
         "coverage": coverage,
         "flagged_rows": {"kept": data.flagged, "left_out": data.left_out},
+        "drift_percent": float(100 * (np.exp(data.drift) - 1)),
     }
     fitted[best].report.update(report)
     return fitted[best]
