@@ -159,7 +159,7 @@ def churn(engine: VerifierEngine, rounds: int, seed: int) -> None:
         assert engine.kv_free == engine.kv_tokens - sum(engine.cached(n) for n in engine.sessions)
 
 
-@pytest.mark.parametrize(("backend", "rounds"), [("slots", 1000), ("paged", 1000), ("graphs", 200)])
+@pytest.mark.parametrize(("backend", "rounds"), [("slots", 1000), ("paged", 500), ("graphs", 150)])
 def test_integrity_after_random_rounds(llama: LoadedModel, backend: str, rounds: int) -> None:
     engine = make(llama, backend, kv_tokens=1500, max_sessions=6)
     churn(engine, rounds, seed=11)
