@@ -74,5 +74,6 @@ def _show(result: DemoResult) -> None:
     out.print(Text("A real edge answers (green: drafted and accepted, yellow: the target's own)"))
     out.print(text)
     out.print()
-    out.print(to_rich(bench_table(result.benches, result.verdict + ".")))
+    out.print(to_rich(bench_table(result.benches, brief=True)))
+    out.print(Text(f"{result.verdict}.", style="bold"))
     out.print(f"Report: {result.report}", markup=False, highlight=False)

@@ -19,7 +19,16 @@ from wispprof.simulation.devices import DeviceProfile
 if TYPE_CHECKING:
     from wispprof.lm.loading import LoadedModel
 
-__all__ = ["DEVICE", "Measured", "Progress", "Stage", "expected_speed", "measure"]
+__all__ = [
+    "DEVICE",
+    "Measured",
+    "Progress",
+    "Stage",
+    "expected_speed",
+    "first_token_ms",
+    "measure",
+    "promises",
+]
 
 Progress = Callable[[int, int, str], None]
 Stage = Callable[[str], Progress]
@@ -140,3 +149,12 @@ def promises(settings: DemoSettings, estimator: FittedEstimator) -> tuple[float,
     cached = settings.prompt_tokens + settings.max_new // 2
     alone = expected_speed(estimator, settings.devices, cached)
     return tuple(float(f"{share * alone:.2g}") for share in settings.shares)
+
+
+def first_token_ms(settings: DemoSettings, estimator: FittedEstimator) -> float:
+    """The promised wait for a first token: three times what reading everybody's prompt takes, and at
+    least half a second. Without such a promise a policy may rightly let new prompts wait for ever."""
+    from wispprof.core import BatchShape
+
+    prompt = BatchShape.of([(settings.prompt_tokens, 0, True)])
+    return max(500.0, 3.0 * settings.devices * estimator.predict(prompt)[0])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from wispprof.artifacts import write_document
 from wispprof.core import Sampling
-from wispprof.demo.measure import Measured, Stage, promises
+from wispprof.demo.measure import Measured, Stage, first_token_ms, promises
 from wispprof.demo.settings import DemoSettings
 from wispprof.errors import EngineError
 from wispprof.reporting import ANSWER_KIND, BENCH_KIND, Answer, Bench, Piece
@@ -92,7 +92,11 @@ async def answer(
                 done = len(reply.tokens)
                 report(done, settings.answer_tokens, "")
             commits.append(reply.tokens[done:])
-            report(settings.answer_tokens, settings.answer_tokens, reply.stats.line())
+            report(
+                settings.answer_tokens,
+                settings.answer_tokens,
+                f"{reply.stats.tokens_per_s:.0f} tokens/s",
+            )
             text = TextStream(house.tokenizer, ask.tokens)
             pieces = []
             for commit in commits:
@@ -132,6 +136,7 @@ async def compare(
             devices=settings.devices,
             device=(measured.device,),
             tokens_per_s=promises(settings, measured.estimator),
+            ttft_ms=first_token_ms(settings, measured.estimator),
             requests=settings.requests,
             max_new=settings.max_new,
             link=LinkProfile(rtt_ms=settings.rtt_ms),

@@ -16,7 +16,7 @@ from wispprof.doctor.machine import (
     sensors,
     threads,
 )
-from wispprof.doctor.models import engine, models, tokenizers
+from wispprof.doctor.pair import engine, models, tokenizers
 from wispprof.doctor.serving import api_keys, port, server, tls
 
 CHECKS: tuple[Check, ...] = (

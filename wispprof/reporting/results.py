@@ -160,7 +160,7 @@ class Bench:
 
 _COLUMNS: tuple[tuple[str, Column], ...] = (
     ("goodput_tokens_per_s", Column("goodput", "tokens/s", best="max")),
-    ("attainment", Column("attainment", "of sessions", 0, percent=True, best="max")),
+    ("attainment", Column("kept", "of sessions", 0, percent=True, best="max")),
     ("tokens_per_s", Column("all tokens", "tokens/s", best="max")),
     ("ttft_p50_ms", Column("TTFT p50", "ms", 0, best="min")),
     ("ttft_p95_ms", Column("TTFT p95", "ms", 0, best="min")),
@@ -169,13 +169,31 @@ _COLUMNS: tuple[tuple[str, Column], ...] = (
     ("accepted_per_round", Column("accepted", "per round", 2, best="max")),
     ("wasted_share", Column("wasted", "of drafting", 0, percent=True, best="min")),
     ("step_p50_ms", Column("step p50", "ms")),
-    ("step_error", Column("step error", "median, predicted", 0, percent=True, best="min")),
+    ("step_error", Column("step error", "median", 0, percent=True, best="min")),
 )
 
 
-def bench_table(benches: Sequence[Bench], title: str = "") -> Table:
-    """All policies side by side; columns that nobody measured are left out."""
-    shown = [(n, c) for n, c in _COLUMNS if any(b.figure(n) is not None for b in benches)]
+_BRIEF = (
+    "goodput_tokens_per_s",
+    "attainment",
+    "tokens_per_s",
+    "ttft_p50_ms",
+    "tpot_p50_ms",
+    "accepted_per_round",
+    "step_error",
+)
+
+
+def bench_table(benches: Sequence[Bench], title: str = "", brief: bool = False) -> Table:
+    """All policies side by side; columns that nobody measured are left out.
+
+    ``brief``: those that fit into a terminal of 80 columns.
+    """
+    shown = [
+        (name, column)
+        for name, column in _COLUMNS
+        if any(b.figure(name) is not None for b in benches) and (not brief or name in _BRIEF)
+    ]
     return Table(
         title,
         (Column("policy"), *(column for _, column in shown)),

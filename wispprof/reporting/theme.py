@@ -162,6 +162,8 @@ def svg(figure: Figure, name: str, label: str) -> str:
         text,
         count=1,
     )
+    # Ids are the page's: two figures may not both have an "axes_1".
+    text = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     for color, variable in zip(_LIGHT, _NAMES, strict=True):
         text = re.sub(re.escape(color), f"var(--{variable})", text, flags=re.IGNORECASE)
     text = re.sub(r"font: ([^;\"]*?)px [^;\"]*", r"font-size: \1px; font-family: inherit", text)

@@ -1,0 +1,197 @@
+"""The doctor finds each planted fault and names its fix; a healthy situation has none."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from wispprof import doctor
+from wispprof.artifacts import write_document
+from wispprof.cli import app
+from wispprof.doctor import Finding, Situation, examine, machine, pair
+
+HEALTHY = Situation(environ={})
+
+
+def one(check: Callable[[Situation], Finding], situation: Situation) -> Finding:
+    return next(iter(examine(situation, [check])))
+
+
+def assert_fault(finding: Finding, *said: str, status: str = "fail") -> None:
+    assert finding.status == status, finding
+    assert finding.fix, finding
+    for words in said:
+        assert words in finding.found + finding.fix, finding
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        doctor.installation,
+        doctor.threads,
+        doctor.clock,
+        doctor.api_keys,
+        doctor.tls,
+        doctor.server,
+        doctor.artifacts,
+    ],
+)
+def test_a_healthy_situation_has_no_fault(check: Callable[[Situation], Finding]) -> None:
+    finding = one(check, HEALTHY)
+    assert finding.status in ("ok", "skip"), finding
+
+
+# --- planted faults ---------------------------------------------------------------------------------
+
+
+def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.metadata
+
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "msgspec":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "0.0.1" if name == "numpy" else real(name)
+
+    monkeypatch.setattr(machine.importlib.metadata, "version", version)
+    assert_fault(one(doctor.installation, HEALTHY), "msgspec is missing", "numpy 0.0.1", "pip")
+
+
+@pytest.mark.parametrize("asked", ["0", "4096", "many"])
+def test_wrong_threads(asked: str) -> None:
+    situation = replace(HEALTHY, environ={"OMP_NUM_THREADS": asked})
+    assert_fault(one(doctor.threads, situation), asked, status="warn")
+
+
+def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    class Little:
+        available = 100 << 20
+
+    monkeypatch.setattr(psutil, "virtual_memory", Little)
+    assert_fault(one(doctor.memory, HEALTHY), "GiB", status="warn")
+
+
+def test_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (1e3, 1e3, 1e3))
+    assert_fault(one(doctor.load, HEALTHY), "other programs", status="warn")
+
+
+def test_a_wrong_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.time, "time", lambda: 0.0)
+    assert_fault(one(doctor.clock, HEALTHY), "certificates", status="warn")
+
+
+def test_a_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        taken = replace(HEALTHY, port=int(listener.getsockname()[1]))
+        assert_fault(one(doctor.port, taken), "--port")
+    assert one(doctor.port, replace(HEALTHY, port=free_port())).status == "ok"
+
+
+def test_no_key_beyond_loopback() -> None:
+    assert_fault(one(doctor.api_keys, replace(HEALTHY, host="0.0.0.0")), "--api-key-file")
+
+
+def test_keys_that_are_short_missing_or_readable_by_others(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    situation = replace(HEALTHY, api_key_file=file)
+    assert_fault(one(doctor.api_keys, situation), "no file")
+    file.write_text("short\n")
+    assert_fault(one(doctor.api_keys, situation), "16")
+    file.write_text("k" * 32)
+    file.chmod(0o644)
+    assert_fault(one(doctor.api_keys, situation), "chmod 600", status="warn")
+    file.chmod(stat.S_IRUSR)
+    assert one(doctor.api_keys, situation).status == "ok"
+
+
+def test_tls_halves_and_nonsense(tmp_path: Path) -> None:
+    cert = tmp_path / "cert.pem"
+    cert.write_text("nonsense")
+    assert_fault(one(doctor.tls, replace(HEALTHY, tls_cert=cert)), "missing")
+    assert_fault(one(doctor.tls, replace(HEALTHY, tls_cert=cert, tls_key=cert)), "cannot be used")
+    assert_fault(one(doctor.tls, replace(HEALTHY, host="0.0.0.0")), "--tls-cert", status="warn")
+
+
+def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wispprof.doctor.serving.DIAL_MS", 50.0)
+    away = replace(HEALTHY, server=f"127.0.0.1:{free_port()}")
+    assert_fault(one(doctor.server, away), "wispprof serve")
+    assert_fault(one(doctor.server, replace(HEALTHY, server="ftp://x")), "address")
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    assert_fault(one(doctor.output_folder, replace(HEALTHY, out=tmp_path / "out" / "a")), "--out")
+
+
+def test_damaged_and_newer_artifacts(tmp_path: Path) -> None:
+    situation = replace(HEALTHY, run=tmp_path)
+    write_document(tmp_path / "bench.json", "bench", {"policy": "wisp"})
+    assert one(doctor.artifacts, situation).status == "ok"
+    whole = json.loads((tmp_path / "bench.json").read_text())
+    (tmp_path / "bench.json").write_text(json.dumps({**whole, "schema": 99}, indent=1))
+    assert_fault(one(doctor.artifacts, situation), "Upgrade")
+    (tmp_path / "bench.json").write_text(json.dumps({**whole, "payload": {"x": 1}}, indent=1))
+    assert_fault(one(doctor.artifacts, situation), "changed")
+    assert_fault(one(doctor.artifacts, replace(situation, run=tmp_path / "none")), "--run")
+
+
+def test_a_missing_model(tmp_path: Path) -> None:
+    situation = replace(HEALTHY, target=str(tmp_path / "none"), draft=str(tmp_path / "none"))
+    assert_fault(one(doctor.models, situation), "none")
+
+
+def test_models_that_are_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    def loaded(path: str) -> object:
+        size, tokenizer = {"big": (9, "a"), "small": (1, "a"), "other": (1, "b"), "bare": (1, "")}[
+            path
+        ]
+        info = SimpleNamespace(id=path, family="llama", parameters=size, tokenizer_hash=tokenizer)
+        return SimpleNamespace(info=info)
+
+    monkeypatch.setattr(pair, "_load", loaded)
+
+    def both(target: str, draft: str) -> Situation:
+        return replace(HEALTHY, target=target, draft=draft)
+
+    assert one(doctor.models, both("big", "small")).status == "ok"
+    assert one(doctor.tokenizers, both("big", "small")).status == "ok"
+    assert_fault(one(doctor.models, both("small", "big")), "smaller draft", status="warn")
+    assert_fault(one(doctor.tokenizers, both("big", "other")), "different tokenizers")
+    assert_fault(one(doctor.tokenizers, both("big", "bare")), "no tokenizer")
+
+
+# --- the command ------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_one_json_document_and_fails_where_something_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.clock, doctor.output_folder))
+    done = CliRunner().invoke(app, ["doctor", "--json", "--out", str(tmp_path)])
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["ok"] is True
+    (tmp_path / "file").write_text("")
+    done = CliRunner().invoke(app, ["doctor", "--json", "--out", str(tmp_path / "file")])
+    assert done.exit_code == 1
+    found = json.loads(done.stdout)
+    assert [f["status"] for f in found["findings"]] == ["ok", "fail"]

@@ -1,0 +1,242 @@
+"""A run on disk to its page: complete, self-contained, repeatable, and honest about what lacks."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wispprof.artifacts import save_profile, save_trace, write_document
+from wispprof.artifacts.manifest import Manifest, ModelInfo
+from wispprof.artifacts.plan import save_plan
+from wispprof.artifacts.profile import ServerProfile, make_profile
+from wispprof.artifacts.records import AcceptanceTrace, StepRow, TracePath
+from wispprof.core import BatchShape, Sampling
+from wispprof.errors import ArtifactDamaged, ArtifactMissing
+from wispprof.fitting import fit_estimator
+from wispprof.planning import PlanSettings, make_plan
+from wispprof.reporting import (
+    ANSWER_KIND,
+    BENCH_KIND,
+    Answer,
+    Bench,
+    Piece,
+    load_run,
+    render_report,
+    verdict,
+    write_report,
+)
+from wispprof.simulation.devices import DeviceProfile
+
+
+def step_rows(seed: int = 0) -> list[StepRow]:
+    noise = np.random.default_rng(seed)
+    rows = []
+    for items in (1, 2, 4, 8):
+        for new in (1, 5):
+            for cached in (64, 256, 512):
+                shape = BatchShape.uniform(items, new, cached)
+                middle = 3.0 + 0.2 * shape.new_tokens + 0.003 * shape.cached_tokens
+                samples = middle * noise.lognormal(0, 0.02, 6)
+                rows.append(
+                    StepRow(shape.key(), "verify", shape, tuple(samples.tolist()), order=len(rows))
+                )
+    return rows
+
+
+def make_trace() -> AcceptanceTrace:
+    noise = np.random.default_rng(1)
+    paths = []
+    for _ in range(6):
+        accepted = np.minimum(noise.geometric(0.3, 40) - 1, 4).astype(np.int32)
+        drafts = np.zeros((40, 4), np.int32)
+        features = noise.random((40, 4, 4)).astype(np.float32)
+        paths.append(TracePath((1, 2, 3), tuple(range(40)), drafts, features, accepted))
+    return AcceptanceTrace("target", "draft", "hash", Sampling(), tuple(paths))
+
+
+def bench(policy: str, goodput: float, attainment: float) -> Bench:
+    load = {"devices": 8, "slo_tokens_per_s": [4.0, 8.0], "rtt_ms": 5.0, "device": ["d (4 ms)"]}
+    figures = {
+        "goodput_tokens_per_s": goodput,
+        "attainment": attainment,
+        "tokens_per_s": 100.0,
+        "ttft_p50_ms": None,
+    }
+    return Bench(policy, load, figures, ((3.0, 4.0, 3.1), (6.0, 7.0, 6.4)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    profile = make_profile(
+        Manifest("server", ModelInfo("tiny", "float32", 1000), hardware={"cpu": "a <cpu>"}),
+        step_rows(),
+    )
+    assert isinstance(profile, ServerProfile)
+    save_profile(profile, out / "server")
+    trace = make_trace()
+    trace_hash = save_trace(trace, out / "trace.jsonl")
+    estimator = fit_estimator(step_rows(), "wisp-linear")
+    estimator.save(out / "estimator.json", {"profile": profile.hash})
+    plan = make_plan(
+        estimator,
+        [DeviceProfile("laptop", draft_ms=4.0)],
+        trace,
+        PlanSettings(rtts_ms=(5.0, 50.0), slos=(4.0, 8.0), k_max=4, max_sessions=16),
+        inputs={"trace": trace_hash},
+    )
+    save_plan(plan, out / "plan.json")
+    for name, goodput, share in (("centralized", 50.0, 0.5), ("wisp", 90.0, 0.9)):
+        write_document(
+            out / f"bench-{name}.json", BENCH_KIND, bench(name, goodput, share).payload()
+        )
+    answer = Answer("def <f>:", (Piece(" a & b", "draft"), Piece("!", "target")), {})
+    write_document(out / "answer.json", ANSWER_KIND, answer.payload())
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> str:
+    return render_report(load_run(folder))
+
+
+class Page(HTMLParser):
+    """Collects what could load something from elsewhere, and whether tags close."""
+
+    VOID = ("meta", "br", "hr", "img", "use", "path", "input", "link")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.loads: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.stack.append(tag)
+        given = dict(attrs)
+        if tag in ("script", "link", "iframe", "img"):
+            self.loads.append(tag)
+        for name in ("src", "href", "xlink:href"):
+            value = given.get(name) or ""
+            if value and not value.startswith("#"):
+                self.loads.append(value)
+        if given.get("id"):
+            self.ids.append(str(given["id"]))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.stack.pop() == tag
+
+
+def parsed(text: str) -> Page:
+    page = Page()
+    page.feed(text)
+    return page
+
+
+def test_every_section_is_there(page: str) -> None:
+    text = page
+    sections = re.findall(r'<section id="(\w+)"', text)
+    assert sections == [
+        "policies",
+        "answer",
+        "surface",
+        "accuracy",
+        "acceptance",
+        "plan",
+        "provenance",
+    ]
+    assert "1.80 × the goodput of the server alone" in text
+    assert "def &lt;f&gt;:" in text
+    assert "a &amp; b" in text
+    assert "a &lt;cpu&gt;" in text
+
+
+def test_the_page_is_whole_and_self_contained(page: str) -> None:
+    found = parsed(page)
+    assert found.stack == []
+    assert found.loads == []
+    assert len(found.ids) == len(set(found.ids)), "ids of two figures clash"
+    for reference in re.findall(r'(?:href="#|url\(#)([^")]+)', page):
+        assert reference in found.ids
+
+
+def test_figures_take_their_colours_from_the_page(page: str) -> None:
+    figures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(figures) == 4
+    for figure in figures:
+        assert "var(--ink)" in figure
+        assert "#1c1b22" not in figure
+        assert 'role="img"' in figure
+    assert "prefers-color-scheme:dark" in page
+
+
+def test_the_same_run_gives_the_same_page(folder: Path, page: str) -> None:
+    assert render_report(load_run(folder)) == page
+
+
+def test_a_part_of_a_run_is_reported_too(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "trace.jsonl").write_bytes((folder / "trace.jsonl").read_bytes())
+    text = write_report(load_run(tmp_path), tmp_path / "report.html").read_text()
+    assert re.findall(r'<section id="(\w+)"', text) == ["acceptance", "provenance"]
+
+
+def test_a_changed_input_makes_what_came_of_it_stale(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert load_run(tmp_path).stale() == []
+    save_profile(
+        make_profile(Manifest("server", ModelInfo("tiny")), step_rows(seed=7)), tmp_path / "server"
+    )
+    assert load_run(tmp_path).stale() == ["estimator.json"]
+
+
+def test_a_damaged_part_is_named(folder: Path, tmp_path: Path) -> None:
+    text = (folder / "plan.json").read_text()
+    (tmp_path / "plan.json").write_text(text.replace('"k": ', '"k": 1', 1))
+    with pytest.raises(ArtifactDamaged, match=r"plan\.json"):
+        load_run(tmp_path)
+
+
+def test_an_empty_folder_holds_no_run(tmp_path: Path) -> None:
+    (tmp_path / "notes.json").write_text("{}")
+    with pytest.raises(ArtifactMissing):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("alone", "split", "said"),
+    [
+        (50.0, 90.0, "pays here: wisp delivers 1.80 ×"),
+        (90.0, 50.0, "does not pay here: the server alone delivers 1.80 ×"),
+        (50.0, 50.5, "the same goodput"),
+        (0.0, 10.0, "only split serving kept its promise"),
+        (10.0, 0.0, "only the server alone kept its promise"),
+        (0.0, 0.0, "no policy kept its promise"),
+    ],
+)
+def test_the_verdict_follows_the_figures(alone: float, split: float, said: str) -> None:
+    assert said in verdict([bench("centralized", alone, 1.0), bench("wisp", split, 1.0)])
+
+
+def test_without_a_comparison_there_is_no_verdict() -> None:
+    assert verdict([bench("wisp", 1.0, 1.0)]) == ""
+
+
+def test_an_answer_survives_the_disk(folder: Path) -> None:
+    found = load_run(folder).answer
+    assert found is not None
+    assert Answer.of(found).text == " a & b!"
+
+
+def test_unknown_figures_become_null() -> None:
+    class Found:
+        policy, load, steps = "wisp", {}, ()
+        figures = {"goodput_tokens_per_s": float("nan"), "attainment": 1.0}
+
+    assert Bench.of_result(Found()).figures == {"goodput_tokens_per_s": None, "attainment": 1.0}  # type: ignore[arg-type]

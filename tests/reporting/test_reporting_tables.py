@@ -1,0 +1,53 @@
+"""One table, two printers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from rich.console import Console
+
+from wispprof.reporting.tables import Column, Table, to_html, to_rich
+
+TABLE = Table(
+    "policies <b>",
+    (Column("policy"), Column("goodput", "tokens/s", best="max"), Column("share", percent=True)),
+    (("wisp", 12.345, 0.5), ("sled & co", 3.0, None), ("a", math.nan, 1.0)),
+)
+
+
+def test_html_is_escaped_and_marks_the_best() -> None:
+    page = to_html(TABLE)
+    assert "policies &lt;b&gt;" in page
+    assert "sled &amp; co" in page
+    assert page.count('class="n best"') == 1
+    assert ">12.3<" in page
+    assert "50.0 %" in page
+
+
+def test_rich_shows_the_same_cells() -> None:
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(to_rich(TABLE))
+    console.file.close()
+    text = console.export_text()
+    assert "12.3" in text
+    assert "50.0 %" in text
+    assert "–" in text
+
+
+def test_equal_values_have_no_best() -> None:
+    table = Table("", (Column("x"), Column("y", best="min")), (("a", 1), ("b", 1)))
+    assert "best" not in to_html(table)
+
+
+def test_ragged_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 cells"):
+        Table("t", (Column("x"),), (("a", 1),))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (True, "yes"), (1234567, "1,234,567"), (2.0, "2.0"), (math.inf, "∞"), ("a", "a")],
+)
+def test_cells(value: object, text: str) -> None:
+    assert Column("c").text(value) == text  # type: ignore[arg-type]
