@@ -23,7 +23,9 @@ from wispprof.policies.tails import Book, BoolArray, FloatArray, IntArray
 
 __all__ = ["waits"]
 
-_MOST_STEPS = 6
+_MOST_STEPS = 1
+"""Steps ahead for which an expected arrival is believed. In simulation (long contexts, near capacity)
+waiting for the next step's drafts raised attainment, waiting for later ones lowered it again."""
 _SURE = 0.995
 """No draft is taken for surer than this; where reading costs less than the rest, nobody waits."""
 
