@@ -178,7 +178,8 @@ class Admission:
 
     def _promised(self, request: GenerationRequest) -> None:
         estimator = self._clock.estimator
-        limit = self._settings.admit_load
+        # What prompts take, and what a step takes beyond its median, is not there for promises.
+        limit = (self._settings.admit_load - self._clock.prefill_share) / self._clock.stretch
         others = [
             (live.ledger.slo.tpot_ms, live.ledger.frontier)
             for live in self._house.lives

@@ -154,12 +154,30 @@ class StepClock:
         self._now = fitted
         self._learnt = LearningEstimator()
         self._ratios: deque[float] = deque(maxlen=window)
+        self._cycles: deque[tuple[float, float, float]] = deque(maxlen=window)
         self._since = 0
         self._window = window
         self._tolerance = tolerance
         self.scale = 1.0
         self.steps = 0
         self.corrections = 0
+
+    @property
+    def stretch(self) -> float:
+        """Mean time from one step's beginning to the next one's over its predicted median, while there
+        was always work: what planning, committing and the tail of slow steps add. At least 1."""
+        predicted = sum(p for _, p, _ in self._cycles)
+        return max(1.0, sum(c for c, _, _ in self._cycles) / predicted) if predicted > 0 else 1.0
+
+    @property
+    def prefill_share(self) -> float:
+        """Share of busy time that prompts took lately."""
+        busy = sum(c for c, _, _ in self._cycles)
+        return sum(c * share for c, _, share in self._cycles) / busy if busy > 0 else 0.0
+
+    def cycle(self, cycle_ms: float, predicted_ms: float, prefill_share: float) -> None:
+        """A step that another followed at once took ``cycle_ms``, planning and commit included."""
+        self._cycles.append((cycle_ms, predicted_ms, prefill_share))
 
     @property
     def learning(self) -> bool:

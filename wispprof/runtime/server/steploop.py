@@ -52,6 +52,8 @@ class StepLoop:
         self._checked = True
         self._margin = 0
         self._audits: list[asyncio.Future[None]] = []
+        self._cycle: tuple[float, StepRecord] | None = None
+        self._begun_ms = 0.0
         self.rejected_plans = 0
         self.failed_steps = 0
 
@@ -71,8 +73,10 @@ class StepLoop:
             await self._audit()
             plan = self.plan(seated)
             if not plan.members:
+                self._cycle = None
                 await self._rest(plan)
                 continue
+            self._note_cycle()
             members, feeds = self._feeds(plan)
             if feeds:
                 await self.verify(plan, members, feeds)
@@ -147,20 +151,30 @@ class StepLoop:
         if p50 <= 0 or len(shape.items) != len(plan.members):
             p50, bound = self._clock.estimator.predict(shape)
         self._clock.observe(shape, p50, actual_ms)
-        self._metrics.step(
-            StepRecord(
-                self._now_ms(),
-                len(shape.items),
-                shape.new_tokens,
-                shape.prefill_tokens,
-                p50,
-                bound,
-                actual_ms,
-                committed,
-                plan.reason,
-            )
+        record = StepRecord(
+            self._now_ms(),
+            len(shape.items),
+            shape.new_tokens,
+            shape.prefill_tokens,
+            p50,
+            bound,
+            actual_ms,
+            committed,
+            plan.reason,
         )
+        self._metrics.step(record)
+        self._cycle = (self._begun_ms, record)
         self._metrics.drift.set(self._clock.drift)
+
+    def _note_cycle(self) -> None:
+        """Called where a step begins: the one before it, if nothing was idle between, has ended."""
+        now = self._now_ms()
+        if self._cycle is not None:
+            begun, record = self._cycle
+            share = record.prefill_tokens / max(1, record.new_tokens)
+            self._clock.cycle(now - begun, record.predicted_ms, share)
+        self._cycle = None
+        self._begun_ms = now
 
     def _out_of_memory(self, members: list[LiveSession], shape: BatchShape) -> None:
         """The engine's pages are coarser than tokens: try again with less, then with less still."""
