@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -437,7 +438,7 @@ def _keeping_rows(out: Path, name: str, run: Callable[[Any], Any]) -> Any:
     from wispprof.profiling.session import journal_file
 
     try:
-        with tracker(name) as report:
+        with _bar(name) as report:
             return run(report)
     except KeyboardInterrupt:
         journal = journal_file(out)
@@ -448,6 +449,35 @@ def _keeping_rows(out: Path, name: str, run: Callable[[Any], Any]) -> Any:
             said = "Interrupted before the first row; nothing was written."
         console().print(said, style="yellow", markup=False)
         raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar for a sweep, which tells its own ETA: shots differ too much for one by their number."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[status]}", style="dim", markup=False),
+    )
+    with Progress(*columns, console=console()) as bars:
+        task = bars.add_task(name, total=None, status="")
+
+        def report(done: int, total: int, status: str) -> None:
+            bars.update(task, completed=done, total=total, status=status)
+
+        yield report
 
 
 def _announce(plan: Announcement, as_json: bool) -> None:

@@ -162,12 +162,13 @@ def link_summary(rows: Sequence[LinkRow]) -> dict[str, Any]:
         ordered = sorted((r for r in rows if r.kind == kind), key=lambda row: row.payload_bytes)
         if not ordered:
             continue
-        large, base_ms, base_bytes = ordered[-1], rtt.median_ms, 0
+        # The fastest exchange of each size: queueing and other traffic only add.
+        large, base_ms, base_bytes = ordered[-1], min(rtt.samples_ms), 0
         if len(ordered) > 1:
-            base_ms, base_bytes = ordered[0].median_ms, ordered[0].payload_bytes
-        extra_ms = large.median_ms - base_ms
-        # Under a tenth of the round trip the slope is noise: the link is faster than can be told.
-        if extra_ms > 0.1 * rtt.median_ms:
+            base_ms, base_bytes = min(ordered[0].samples_ms), ordered[0].payload_bytes
+        extra_ms = min(large.samples_ms) - base_ms
+        # A slope lost in the spread of the round trip says only that the link is faster than can be told.
+        if extra_ms > max(0.1 * rtt.median_ms, 0.5 * (rtt.median_ms - min(rtt.samples_ms))):
             megabits = (large.payload_bytes - base_bytes) * 8 / 1e6 / (extra_ms / 1000)
             found[f"{kind}_mbit_per_s"] = round(megabits, 2)
     return found
