@@ -12,7 +12,7 @@ ARGS ?=
 # Rooms without torch are typed strictly.
 TYPED := cli.py wispprof/core.py wispprof/errors.py wispprof/config.py wispprof/artifacts \
 	wispprof/hardware wispprof/policies wispprof/sessions wispprof/planning wispprof/simulation \
-	wispprof/fitting wispprof/reporting wispprof/doctor wispprof/cli
+	wispprof/fitting wispprof/reporting wispprof/doctor wispprof/demo wispprof/cli
 
 .PHONY: help demo test check format lock clean
 .DEFAULT_GOAL := help

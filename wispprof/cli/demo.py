@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
+BUSY = 0.3
+"""Share of flagged rows from which on the figures are called rough."""
+
 
 def register(app: typer.Typer) -> None:
     """Add ``demo`` to the commands."""
@@ -54,6 +57,11 @@ def demo(
         result = run_demo(settings, stage)
     if not as_json:
         _show(result)
+    if result.flagged > BUSY:
+        common.warn(
+            f"{result.flagged:.0%} of the profile's rows drifted or were noisy: this machine was busy, "
+            "and the figures are rough. Run the demo again when it is idle."
+        )
     common.emit_json(result.record(), indent=None)
     if not result.lossless:
         raise common.fail(

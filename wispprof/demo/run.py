@@ -18,7 +18,8 @@ __all__ = ["DemoResult", "run_demo"]
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found; ``report`` is the page."""
+    """What the demo found; ``report`` is the page. ``flagged``: share of the server profile's rows that
+    were measured under drift, noise or throttling."""
 
     answer: Answer
     benches: tuple[Bench, ...]
@@ -26,6 +27,7 @@ class DemoResult:
     seconds: float
     estimator_mape: float
     survival: tuple[float, ...]
+    flagged: float
 
     @property
     def verdict(self) -> str:
@@ -46,6 +48,7 @@ class DemoResult:
             "answer_tokens_per_s": self.answer.stats.get("tokens_per_s"),
             "acceptance_by_position": [round(float(s), 3) for s in self.survival],
             "estimator_mape_percent": round(self.estimator_mape, 2),
+            "flagged_rows_share": round(self.flagged, 3),
             "report": str(self.report),
             "seconds": round(self.seconds, 1),
         }
@@ -69,6 +72,7 @@ def run_demo(settings: DemoSettings, stage: Stage) -> DemoResult:
         seconds=time.monotonic() - began,
         estimator_mape=float(measured.estimator.report["held_out"][kind]["mape"]),
         survival=tuple(float(s) for s in measured.trace.survival_by_position()),
+        flagged=sum(bool(row.flags) for row in measured.server.rows) / len(measured.server.rows),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from wispprof.artifacts import write_document
@@ -134,7 +135,7 @@ async def compare(
         load = BenchSettings(
             system=name,
             devices=settings.devices,
-            device=(measured.device,),
+            device=(replace(measured.device, draft_ms=round(measured.device.draft_ms, 2)),),
             tokens_per_s=promises(settings, measured.estimator),
             ttft_ms=first_token_ms(settings, measured.estimator),
             requests=settings.requests,
