@@ -1,5 +1,6 @@
 """Verification-time estimators, rejection predictors, and their held-out evaluation. No torch."""
 
+from wispprof.fitting.drift import DriftMonitor, DriftSettings, DriftStatus
 from wispprof.fitting.estimator import Accumulator, Domain, FittedEstimator, load_estimator
 from wispprof.fitting.predictors import (
     PREDICTOR_KINDS,
@@ -15,6 +16,9 @@ __all__ = [
     "PREDICTOR_KINDS",
     "Accumulator",
     "Domain",
+    "DriftMonitor",
+    "DriftSettings",
+    "DriftStatus",
     "FittedEstimator",
     "FittedPredictor",
     "fit_estimator",

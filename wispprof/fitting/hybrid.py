@@ -2,7 +2,8 @@
 
 Inside the measured box: ``physical^α · exp(residual)``. With α = 1 the residual can only raise the
 ratio as work grows; a smaller α leaves it room to lower the ratio while the product still never falls.
-α and the number of boosting rounds are chosen by held-out error, and zero rounds is a candidate.
+The bends of the physical curves, α and the number of boosting rounds are chosen by held-out error, and
+zero rounds is a candidate.
 
 Beyond the box the totals are cut to it and the physical terms add what the excess costs. The sum of two
 parts that never fall never falls, and nothing is clamped in silence.
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator
-from typing import Any, Self
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -26,6 +27,8 @@ __all__ = ["WispprofSurface", "residual_features"]
 
 ROUNDS = (0, 15, 30, 60, 120)
 ALPHAS = (1.0, 0.85, 0.6)
+KNOTS = ((0, 0), (2, 1), (6, 3))
+"""Bends of the physical curves in new and cached tokens; noisy profiles can afford few."""
 WORTH = 0.97
 """A more complicated choice must cut the held-out error at least to this share."""
 
@@ -41,16 +44,24 @@ def residual_features(totals: FloatArray, physical: PhysicalTerms) -> FloatArray
     return features
 
 
+class Choice(NamedTuple):
+    """Settings of a surface: bends of the physical curves, exponent α, boosting rounds."""
+
+    knots: tuple[int, int] = KNOTS[0]
+    alpha: float = ALPHAS[0]
+    rounds: int = ROUNDS[0]
+
+
 class WispprofSurface:
     """``physical_``, ``residual_``, ``alpha_`` and ``high_``, the upper corner of the measured box.
 
-    ``choice``: (α, boosting rounds); without it they are chosen by held-out error.
+    ``choice``: settings; without them they are chosen by held-out error.
     """
 
     kind = "wispprof"
     monotone = True
 
-    def __init__(self, seed: int = 0, choice: tuple[float, int] | None = None) -> None:
+    def __init__(self, seed: int = 0, choice: Choice | None = None) -> None:
         self.seed = seed
         self.choice = choice
         self.choice_ = choice
@@ -60,46 +71,26 @@ class WispprofSurface:
         self.high_ = Totals(0, 0, 0, 0, 0, 0, 0, 0)
 
     def fit(self, data: Observations) -> Self:
-        alpha, rounds = self.choice_ = self.choice or self._choose(data)
-        self.physical_ = PhysicalTerms().fit(data)
+        choice = self.choice_ = self.choice or self._choose(data)
+        self.physical_ = PhysicalTerms(*choice.knots).fit(data)
         features = residual_features(data.totals, self.physical_)
-        target = np.log(data.median_ms) - alpha * np.log(features[:, 6])
-        self.residual_ = MonotoneTables(rounds).fit(features, target)
-        self.alpha_ = alpha
+        target = np.log(data.median_ms) - choice.alpha * np.log(features[:, 6])
+        self.residual_ = MonotoneTables(choice.rounds).fit(features, target)
+        self.alpha_ = choice.alpha
         self.high_ = Totals(*(int(v) for v in data.totals.max(axis=0)))
         return self
 
     def again(self) -> Self:
         return type(self)(self.seed, self.choice_)
 
-    def _choose(self, data: Observations) -> tuple[float, int]:
-        errors = self._search(data)
-        simple = (ALPHAS[0], ROUNDS[0])
-        best = min(errors, key=lambda c: errors[c])
-        return best if errors[best] < WORTH * errors[simple] else simple
-
-    def _search(self, data: Observations) -> dict[tuple[float, int], float]:
-        """Mean absolute log error on shapes held out, for each (α, rounds)."""
-        errors: dict[tuple[float, int], list[float]] = {}
-        for held in _inner_folds(data, self.seed):
-            learn, test = data.take(~held), data.take(held)
-            physical = PhysicalTerms().fit(learn)
-            features = residual_features(learn.totals, physical)
-            asked = residual_features(np.minimum(test.totals, learn.totals.max(axis=0)), physical)
-            inside = np.log(asked[:, 6])
-            excess = physical.p50_many(test.totals) - asked[:, 6]
-            for alpha in ALPHAS:
-                target = np.log(learn.median_ms) - alpha * np.log(features[:, 6])
-                offset = float(target.mean())
-                booster = MonotoneTables(max(ROUNDS)).train(features, target - offset)
-                for rounds in ROUNDS:
-                    if rounds == 0 and alpha != 1.0:
-                        continue
-                    extra = _boosted(booster, asked, rounds) if rounds else 0.0
-                    predicted = np.exp(alpha * inside + offset + extra) + excess
-                    size = np.abs(np.log(predicted / test.median_ms))
-                    errors.setdefault((alpha, rounds), []).append(float(size.mean()))
-        return {choice: float(np.mean(values)) for choice, values in errors.items()}
+    def _choose(self, data: Observations) -> Choice:
+        folds = list(_inner_folds(data, self.seed))
+        errors = {knots: _physical_error(data, folds, knots) for knots in KNOTS}
+        knots = min(errors, key=lambda k: errors[k])
+        corrected = _corrected_errors(data, folds, knots)
+        best = min(corrected, key=lambda c: corrected[c])
+        simple = Choice(knots)
+        return best if corrected[best] < WORTH * corrected[simple] else simple
 
     # --- asking -----------------------------------------------------------------------------------
 
@@ -160,6 +151,45 @@ class WispprofSurface:
             raise ValueError("alpha must lie in (0, 1]")
         surface.high_ = Totals(*(int(v) for v in payload["high"]))
         return surface
+
+
+def _physical_error(
+    data: Observations, folds: Sequence[np.ndarray], knots: tuple[int, int]
+) -> float:
+    """Mean absolute log error of the physical part alone on shapes held out."""
+    errors = []
+    for held in folds:
+        test = data.take(held)
+        physical = PhysicalTerms(*knots).fit(data.take(~held))
+        ratio = physical.p50_many(test.totals) / test.median_ms
+        errors.append(float(np.abs(np.log(ratio)).mean()))
+    return float(np.mean(errors))
+
+
+def _corrected_errors(
+    data: Observations, folds: Sequence[np.ndarray], knots: tuple[int, int]
+) -> dict[Choice, float]:
+    """Mean absolute log error on shapes held out, for each α and number of rounds."""
+    errors: dict[Choice, list[float]] = {}
+    for held in folds:
+        learn, test = data.take(~held), data.take(held)
+        physical = PhysicalTerms(*knots).fit(learn)
+        features = residual_features(learn.totals, physical)
+        asked = residual_features(np.minimum(test.totals, learn.totals.max(axis=0)), physical)
+        inside = np.log(asked[:, 6])
+        excess = physical.p50_many(test.totals) - asked[:, 6]
+        for alpha in ALPHAS:
+            target = np.log(learn.median_ms) - alpha * np.log(features[:, 6])
+            offset = float(target.mean())
+            booster = MonotoneTables(max(ROUNDS)).train(features, target - offset)
+            for rounds in ROUNDS:
+                if rounds == 0 and alpha != 1.0:
+                    continue
+                extra = _boosted(booster, asked, rounds) if rounds else 0.0
+                predicted = np.exp(alpha * inside + offset + extra) + excess
+                size = np.abs(np.log(predicted / test.median_ms))
+                errors.setdefault(Choice(knots, alpha, rounds), []).append(float(size.mean()))
+    return {choice: float(np.mean(values)) for choice, values in errors.items()}
 
 
 def _boosted(booster: Any, features: FloatArray, rounds: int) -> FloatArray:
