@@ -114,6 +114,7 @@ class WispprofController:
         self._last = self.predictor.survival(features, depth)
         self._held.append(self._last)
         self._alive *= self._last
+        self._drafted += 1
         if not self.stream and depth < self.k_max:
             self._by_depth[depth] += _WEIGHT * (self._last - self._by_depth[depth])
         if depth + 1 >= self._most:
@@ -125,7 +126,6 @@ class WispprofController:
 
     def finish(self, drafted: int, accepted: int) -> None:
         if self.stream:
-            self._drafted += drafted
             self._accepted += accepted
             self._rest = max(0, self._rest - 1)
 

@@ -1,0 +1,83 @@
+"""``wispprof plan`` from files, as a user calls it, and its refusals."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from wispprof.artifacts import save_trace
+from wispprof.artifacts.records import AcceptanceTrace, TracePath
+from wispprof.cli import app
+from wispprof.core import Sampling
+from wispprof.fitting.conformal import LEVELS, RatioBound
+from wispprof.fitting.estimator import Domain, FittedEstimator
+from wispprof.fitting.features import EMPTY, Totals
+from wispprof.fitting.linear import WispLinear
+
+
+@pytest.fixture
+def folder(tmp_path):
+    surface = WispLinear()
+    surface.coef_ = (0.2, 0.0, 1e-4, 20.0)
+    ratio = RatioBound(40.0, ((1.1,) * len(LEVELS),) * 4, (99, 99, 99, 99))
+    domain = Domain(EMPTY, Totals(*(1 << 20 for _ in range(8))))
+    FittedEstimator(surface, ratio, domain).save(tmp_path / "estimator.json")
+    rng = np.random.default_rng(0)
+    paths = []
+    for _ in range(6):
+        hits = rng.random((40, 4)) < 0.75
+        drafts = np.where(hits, 1, 0)
+        accepted = np.cumprod(hits, axis=1).sum(axis=1)
+        features = np.ones((40, 4, 4), dtype=np.float32)
+        paths.append(TracePath((1, 2), (1,) * 40, drafts, features, accepted))
+    trace = AcceptanceTrace("target", "draft", "tok", Sampling(), tuple(paths))
+    save_trace(trace, tmp_path / "trace.jsonl")
+    return tmp_path
+
+
+def call(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def make(folder, *more: object):
+    return call(
+        "plan",
+        *("--estimator", folder / "estimator.json", "--trace", folder / "trace.jsonl"),
+        *("--device", "laptop=60", "--rtt", 20, "--slo", 4, "--slo", 8, "--sessions", 32),
+        *("--k-max", 4, "--out", folder / "plan.json", *more),
+    )
+
+
+def test_make_show_explain_diff_export(folder):
+    made = make(folder, "--json")
+    assert made.exit_code == 0, made.output
+    plan = json.loads(made.stdout)
+    assert {"estimator", "trace"} <= set(plan["inputs"])
+    file = folder / "plan.json"
+    assert "laptop" in call("plan", "show", file).stdout
+    explained = call("plan", "explain", "laptop/20/0/4", "--plan", file)
+    assert "20 ms round trip" in explained.stdout
+    same = call("plan", "diff", file, file, "--json")
+    assert json.loads(same.stdout) == {"changes": []}
+    ranges = json.loads(call("plan", "export", file, "--format", "vllm").stdout)
+    assert "num_speculative_tokens_per_batch_size" in ranges
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (("--device", "laptop=30"), "called laptop"),
+        (("--device", "nonsense"), "TOKENS_PER_S"),
+        (("--slo", "0"), "SLO"),
+        (("--trace", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--objective", "fame"), "fame"),
+    ],
+)
+def test_bad_input_is_one_clear_line(folder, more, word):
+    result = make(folder, *more)
+    assert result.exit_code == 1
+    assert word in result.output.replace("\n", " ")
+    assert not (folder / "plan.json").exists()
