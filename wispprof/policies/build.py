@@ -74,7 +74,7 @@ class StepBuilder:
                 return False
             drafts = room - 1
         cost = self.cost.add(drafts + 1, session.cached)
-        if cost.bound_ms > budget_ms:
+        if budget_ms < math.inf and cost.bound_ms > budget_ms:
             return False
         self._take(cost, Member(session.session, drafts=drafts), drafts + 1)
         return True
@@ -89,7 +89,7 @@ class StepBuilder:
         if chunk < 1 or session.session in self._planned:
             return 0
         cost = self.cost.add(chunk, session.cached, True)
-        if cost.bound_ms > budget_ms:
+        if budget_ms < math.inf and cost.bound_ms > budget_ms:
             chunk, cost = self._largest(session, chunk, budget_ms)
             if chunk < 1:
                 return 0
@@ -119,7 +119,7 @@ class StepBuilder:
         while high - low > 1:
             middle = (low + high) // 2
             cost = self.cost.add(middle, session.cached, True)
-            if cost.bound_ms > budget_ms:
+            if budget_ms < math.inf and cost.bound_ms > budget_ms:
                 high = middle
             else:
                 low, best = middle, cost
