@@ -112,9 +112,11 @@ SYSTEMS: Mapping[str, System] = {
         System("wisp-carry", "wisp", "wisp", drafting=_CARRIES),
         System("wispprof", "wispprof", "wispprof"),
         System("clairvoyant", "wispprof", clairvoyant=True),
+        System("clairvoyant-rounds", "fcfs", clairvoyant=True),
     )
 }
-"""By label. ``sled`` is short for ``sled-threshold``."""
+"""By label. The ceiling is the better of the two clairvoyants: streams win where compute binds, rounds
+where cache reads do. ``sled`` is short for ``sled-threshold``."""
 
 _ALIASES = {"sled": "sled-threshold", "sled-nocache": "sled-threshold-nocache"}
 
