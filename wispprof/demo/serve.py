@@ -41,7 +41,11 @@ def make_engine(settings: DemoSettings, measured: Measured) -> VerifierEngine:
 async def serving(
     name: str, engine: VerifierEngine, measured: Measured
 ) -> AsyncIterator[RunningServer]:
-    """A server on a loopback port under the batching policy of system ``name``."""
+    """A server on a loopback port under the batching policy of system ``name``.
+
+    Every system gets the same estimator and the same limits of a step: a batching table made for one of
+    them would make the comparison its own.
+    """
     from wispprof.runtime.server.engine import ServedModel
     from wispprof.runtime.server.run import running_server
     from wispprof.runtime.server.settings import ServerSettings
@@ -55,7 +59,6 @@ async def serving(
         model=model,
         policy=system(name).make_batching(),
         estimator=measured.estimator,
-        plan=measured.plan,
     ) as running:
         yield running
     if engine.sessions:
