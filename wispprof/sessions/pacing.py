@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from wispprof.core import Slo
@@ -30,10 +31,23 @@ class Pacing:
         self._draft_ms: float | None = None
         self._server_ms: float | None = None
         self._since_ms: float | None = None
+        self._sent_ms: float | None = None
 
     def drafted(self, draft_ms: float) -> None:
         """A draft step took this long."""
         self._draft_ms = _blend(self._draft_ms, draft_ms)
+
+    def sent(self, now_ms: float) -> None:
+        """A draft frame left."""
+        self._sent_ms = now_ms
+
+    def left_ms(self, now_ms: float, rtt_ms: float) -> float:
+        """How long until the commit of what was sent last is expected, at least a quarter of the usual
+        wait where it is overdue; ``inf`` before anything was sent."""
+        if self._sent_ms is None:
+            return math.inf
+        usual = rtt_ms + self.server_ms
+        return max(self._sent_ms + usual - now_ms, usual / 4.0)
 
     def committed(self, now_ms: float, server_ms: float, tokens: int = 1) -> None:
         """``tokens`` were committed; the server spent ``server_ms`` queueing and verifying."""

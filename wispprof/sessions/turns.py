@@ -11,6 +11,7 @@ until the next commit: what follows a doubtful token is probably waste.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -71,14 +72,26 @@ class Turns:
 
     # --- may a token be drafted now? ---
 
-    def may_draft(self) -> bool:
+    def may_draft(self, left_ms: float = math.inf, draft_ms: float = 0.0) -> bool:
         """Whether the next token beyond the path should be drafted. Ask :meth:`due` before: it begins
-        rounds and stretches, and before one has begun nothing says how far to draft."""
+        rounds and stretches, and before one has begun nothing says how far to draft.
+
+        ``left_ms``: until the commit of the round that is out is expected, ``draft_ms``: a draft step.
+        A proactive step that would outlast the wait is begun only where that pays: if everything out
+        is accepted and guessed right it has used the time that was left, if not it delays the next
+        round by the rest of itself.
+        """
         path = self._path
         if self._controller is None or self._silent or path.room == 0 or self._ends():
             return False
         if path.waiting and not path.stream:
-            return self._worthwhile and path.unsent < self._settings.proactive
+            if not self._worthwhile or path.unsent >= self._settings.proactive:
+                return False
+            overlap = min(max(left_ms, 0.0), draft_ms)
+            if overlap >= draft_ms:
+                return True
+            chance = self._chance()
+            return chance * overlap > (1.0 - chance) * (draft_ms - overlap)
         return self._budget is not None and not self._closed
 
     def drafted(self, token: DraftToken) -> None:
@@ -104,6 +117,14 @@ class Turns:
         self._judged = 0
         self._closed = False
         self._silent = False
+
+    def _chance(self) -> float:
+        """P(everything held stands): survival of what was sent, the draft's confidence in the rest."""
+        path = self._path
+        sent = path.lead - path.unsent
+        odds = [held.survival for held in path.drafts[:sent]]
+        odds += [features.confidence for features in self._features[sent:]]
+        return math.prod(odds)
 
     def _ends(self) -> bool:
         if not self._stop:

@@ -127,7 +127,7 @@ class Generation:
                     self._absorb(step.result(), *place)
                     step = None
                 self._send_due()
-                if step is None and opening is None and self._worker and self._turns.may_draft():
+                if step is None and opening is None and self._worker and self._may_draft():
                     place = (self._path.length, self._path.epoch)
                     step = self._spawn(self._worker.step(self._path.sequence()))
                 await self._wake.wait()
@@ -195,6 +195,11 @@ class Generation:
         path.propose(step.drafted.token, 1.0, step.draft_ms)
         self._turns.drafted(step.drafted)
 
+    def _may_draft(self) -> bool:
+        now_ms = asyncio.get_running_loop().time() * 1000.0
+        left_ms = self._pacing.left_ms(now_ms, self._client.rtt.mean_ms)
+        return self._turns.may_draft(left_ms, self._pacing.draft_ms)
+
     def _send_due(self) -> None:
         """Send whatever the mode and the controller say is due now."""
         if self._worker is None or not self._client.up:
@@ -221,6 +226,7 @@ class Generation:
             round(out.draft_ms, 2),
             round(slack_ms, 1),
         )
+        self._pacing.sent(now_ms)
         if self._client.draft(frame):
             self.stats.sent += len(out.tokens)
 

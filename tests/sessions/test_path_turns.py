@@ -1,0 +1,131 @@
+"""When an edge drafts and sends: rounds, proactive drafts, stretches of a stream."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from wispprof.core import DraftFeatures, DraftToken, Slo
+from wispprof.policies import make_controller
+from wispprof.policies.api import RoundContext
+from wispprof.sessions.pacing import Pacing
+from wispprof.sessions.path import EdgePath, Outgoing
+from wispprof.sessions.turns import DraftingSettings, Turns
+
+
+def context(lead: int) -> RoundContext:
+    return RoundContext(draft_ms=10.0, rtt_ms=40.0, server_ms=20.0, lead=lead)
+
+
+def drafted(token: int, confidence: float = 0.9) -> DraftToken:
+    return DraftToken(token, DraftFeatures(confidence, 0.1, 2.0, 1.0))
+
+
+class Bench:
+    """A path and its turns, past the first commit; drafts count up from 100."""
+
+    def __init__(self, controller: str = "fixed", stream: bool = False, **kwargs: object) -> None:
+        settings = kwargs.pop("settings", DraftingSettings(proactive=3))
+        assert isinstance(settings, DraftingSettings)
+        stop = kwargs.pop("stop", ())
+        self.path = EdgePath([1, 2, 3], stream=stream, lead_limit=8)
+        self.turns = Turns(self.path, make_controller(controller, **kwargs), settings, stop)  # type: ignore[arg-type]
+        self.turns.committed(self.path.on_commit(4, [4]), 0)
+
+    def run(self, confidence: float = 0.9) -> tuple[list[Outgoing], int]:
+        """Draft as long as it may; what left, and how many were drafted."""
+        out, count = [], 0
+        while True:
+            while (frame := self.turns.due(context)) is not None:
+                out.append(frame)
+            if not self.turns.may_draft():
+                return out, count
+            token = 100 + self.path.length
+            self.path.propose(token, 1.0, 10.0)
+            self.turns.drafted(drafted(token, confidence))
+            count += 1
+
+
+def test_a_round_and_what_is_drafted_beyond_it() -> None:
+    bench = Bench(k=4)
+    out, count = bench.run()
+    assert [len(frame.tokens) for frame in out] == [4]
+    assert count == 4 + 3
+    assert out[0].survival == pytest.approx((0.9,) * 4)
+    # A hit: the three kept drafts begin the next round, rated like fresh ones, and one is drafted.
+    own = [draft.token for draft in bench.path.drafts[:5]]
+    bench.turns.committed(bench.path.on_commit(9, own, 4, 4), 4)
+    out, count = bench.run()
+    assert [len(frame.tokens) for frame in out] == [4]
+    assert out[0].base == 9
+    assert out[0].survival == pytest.approx((0.9,) * 4)
+    assert count == 2 + 3
+
+
+def test_k_zero_sends_an_empty_round_and_drafts_nothing_ahead() -> None:
+    bench = Bench(k=0)
+    out, count = bench.run()
+    assert [frame.tokens for frame in out] == [()]
+    assert count == 0
+
+
+def test_the_controller_ends_a_round() -> None:
+    out, _ = Bench("wisp", threshold=0.5, k_max=8).run(confidence=0.3)
+    assert [len(frame.tokens) for frame in out] == [1]
+
+
+def test_a_drafted_stop_token_ends_the_round() -> None:
+    bench = Bench(k=6, stop=(105,))
+    out, _ = bench.run()
+    assert out[0].tokens == (104, 105)
+
+
+def test_a_stream_groups_frames_and_stops_at_the_lead() -> None:
+    bench = Bench(k=3, stream=True, settings=DraftingSettings(frame_share=0.5))
+    out, count = bench.run()
+    assert count == 8
+    assert [len(frame.tokens) for frame in out] == [2, 2, 2, 2]  # half of 40 ms holds two drafts
+    assert [frame.base for frame in out] == [4, 6, 8, 10]
+
+
+def test_a_stream_pauses_after_a_doubtful_token_until_the_next_commit() -> None:
+    bench = Bench("wisp", stream=True, threshold=0.5, k_max=8)
+    out, count = bench.run(confidence=0.3)
+    assert count == 1
+    assert len(out) == 1
+    assert bench.run()[1] == 0
+    bench.turns.committed(bench.path.on_commit(5, [77], 0, 1), 1)
+    assert bench.run()[1] > 0
+
+
+def test_a_proactive_step_that_outlasts_the_wait_must_pay() -> None:
+    def may(confidence: float, left_ms: float) -> bool:
+        bench = Bench(k=2)
+        for token in (200, 201):
+            assert bench.turns.due(context) is None
+            bench.path.propose(token)
+            bench.turns.drafted(drafted(token, confidence))
+        assert bench.turns.due(context) is not None
+        return bench.turns.may_draft(left_ms, 10.0)
+
+    assert may(0.2, 10.0)  # there is time for all of it
+    assert not may(0.2, 5.0)
+    assert may(0.95, 5.0)
+    assert not may(0.95, 0.0)
+
+
+def test_pacing_of_a_round() -> None:
+    pacing = Pacing(Slo(10.0))
+    assert math.isinf(pacing.left_ms(0.0, 40.0))
+    pacing.committed(1000.0, 300.0)  # the prefill's time says nothing of verify steps
+    pacing.drafted(20.0)
+    # Two expected tokens at 100 ms each, 60 ms gone since the commit, 40 ms on the link.
+    assert pacing.slack_ms([1.0], 1060.0, 40.0) == pytest.approx(100.0)
+    assert pacing.slack_ms([], 1060.0, 40.0) == pytest.approx(0.0)
+    pacing.sent(1060.0)
+    pacing.committed(1200.0, 60.0)
+    assert pacing.server_ms == 60.0
+    pacing.sent(1210.0)
+    assert pacing.left_ms(1230.0, 40.0) == pytest.approx(80.0)
+    assert pacing.left_ms(5000.0, 40.0) == pytest.approx(25.0)
