@@ -7,7 +7,6 @@ shows what is left when the device is warm. Energy is counted over the sustained
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,11 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from wispprof.artifacts import EdgeProfile, EdgeRow, ModelInfo, RowJournal, bundled
-from wispprof.core import Drafter, DraftFeatures, Sampling
+from wispprof.core import Drafter, Sampling
 from wispprof.errors import PhysicsViolation, ProfileError
 from wispprof.hardware import EnergyMeter, Sensors, energy_meter, sensors
-from wispprof.policies.api import RoundContext
-from wispprof.policies.controllers import WispController
+from wispprof.profiling.drafting import (
+    EDGE_GRIDS,
+    ROUND,
+    DrafterShooter,
+    EdgeAxes,
+    EdgePoint,
+    edge_shots,
+)
 from wispprof.profiling.expectation import expectation
 from wispprof.profiling.session import Announcement, Output, begin_manifest, open_journal, seal
 from wispprof.profiling.sweep import (
@@ -37,49 +42,15 @@ if TYPE_CHECKING:
 __all__ = [
     "EDGE_GRIDS",
     "DrafterShooter",
+    "EdgeAxes",
     "EdgePoint",
     "EdgeSettings",
+    "edge_shots",
     "plan_edge",
     "profile_edge",
 ]
 
 BUNDLED_DRAFT = "models/reference-pair/draft"
-_ROUND = 8
-"""Tokens drafted before a roll back in the windows, as a round does."""
-_DECISIONS = 200
-
-
-@dataclass(frozen=True)
-class EdgePoint:
-    """What one shot measures: see :class:`~wispprof.artifacts.records.EdgeRow` for the kinds."""
-
-    context: int
-    tokens: int = 1
-
-
-@dataclass(frozen=True)
-class EdgeAxes:
-    """``contexts`` of draft steps, ``chunks`` of prefill over nothing and over ``chunk_context``;
-    windows in seconds (0: none)."""
-
-    contexts: tuple[int, ...]
-    chunks: tuple[int, ...]
-    chunk_context: int
-    burst_s: float
-    sustained_s: float
-
-
-EDGE_GRIDS: dict[str, EdgeAxes] = {
-    "quick": EdgeAxes((64, 256, 1024), (64, 256), 256, 2.0, 0.0),
-    "standard": EdgeAxes((16, 64, 128, 256, 512, 1024, 2048), (16, 64, 256, 512), 512, 5.0, 60.0),
-    "full": EdgeAxes(
-        (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
-        (16, 32, 64, 128, 256, 512, 1024),
-        1024,
-        10.0,
-        300.0,
-    ),
-}
 QUICK = SweepSettings(target=0.05, most=20, shot_s=1.0, sentinel_every=5)
 
 
@@ -96,125 +67,6 @@ class EdgeSettings:
     sustained_s: float | None = None
     sweep: SweepSettings | None = None
     output: Output = field(default_factory=Output)
-
-
-class DrafterShooter:
-    """Fires points at a drafter. The drafter must offer ``prefill`` and ``forward`` beside
-    :class:`~wispprof.core.Drafter`, as :class:`~wispprof.lm.draft.TorchDrafter` does."""
-
-    def __init__(
-        self,
-        drafter: Drafter,
-        vocabulary: int,
-        sampling: Sampling,
-        *,
-        seed: int = 0,
-        clock: Callable[[], float] = time.perf_counter,
-        synchronize: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._drafter, self._vocabulary, self._sampling = drafter, vocabulary, sampling
-        self._clock, self._synchronize = clock, synchronize
-        self._random = random.Random(seed)
-        self._fire: Callable[[], None] = lambda: None
-        self._restore: Callable[[], None] = lambda: None
-        self._per_fire = 1
-
-    def prepare(self, shot: Shot[EdgePoint]) -> None:
-        point, drafter = shot.subject, cast(Any, self._drafter)
-        context = max(1, point.context)
-        if shot.kind == "controller":
-            self._prepare_controller()
-            return
-        self.hold(context)
-        self._per_fire = 1
-        if shot.kind == "prefill":
-            chunk = self.tokens(point.tokens + 1)  # the last one waits for the next draft
-            drafter.extend(chunk)
-            self._fire = drafter.prefill
-
-            def restore() -> None:
-                drafter.rollback(context)
-                drafter.extend(chunk)
-
-            self._restore = restore
-        else:
-            self._fire = drafter.forward if shot.kind == "forward" else drafter.draft
-            self._restore = lambda: drafter.rollback(context)
-
-    def hold(self, context: int) -> None:
-        """A sequence of ``context`` tokens, all of them in the draft's cache."""
-        drafter = cast(Any, self._drafter)
-        drafter.open(self.tokens(context), self._sampling)
-        drafter.prefill()
-        drafter.draft()
-        drafter.rollback(context)
-
-    def fire(self) -> float:
-        self._synchronize()
-        begin = self._clock()
-        self._fire()
-        self._synchronize()
-        elapsed = self._clock() - begin
-        self._restore()
-        return elapsed * 1000 / self._per_fire
-
-    def finish(self) -> None:
-        self._fire = self._restore = lambda: None
-
-    def row(
-        self, shot: Shot[EdgePoint], samples: tuple[float, ...], flags: tuple[str, ...], order: int
-    ) -> EdgeRow:
-        point = shot.subject
-        return EdgeRow(
-            shot.key, shot.kind, point.context, samples, point.tokens, flags=flags, order=order
-        )
-
-    def round(self, context: int) -> None:
-        """One round of steady drafting from ``context``."""
-        for _ in range(_ROUND):
-            self._drafter.draft()
-        self._synchronize()
-        self._drafter.rollback(context)
-
-    def tokens(self, count: int) -> list[int]:
-        return [self._random.randrange(self._vocabulary) for _ in range(count)]
-
-    def _prepare_controller(self) -> None:
-        """The wisp controller with the predictor that stands in until one is fitted."""
-        controller = WispController(k_max=_DECISIONS + 1, threshold=0.0)
-        context = RoundContext(draft_ms=10.0, rtt_ms=20.0, server_ms=20.0)
-        seen = DraftFeatures(0.7, 1.2, 1.5, 2.0)
-
-        def decide() -> None:
-            controller.begin(context)
-            for depth in range(_DECISIONS):
-                controller.go_on(depth, seen)
-
-        self._fire, self._restore, self._per_fire = decide, lambda: None, _DECISIONS
-
-
-def edge_shots(axes: EdgeAxes, most_context: int) -> list[Shot[EdgePoint]]:
-    """Every point that the draft's context has room for."""
-    shots = [_shot("controller", EdgePoint(0))]
-    for context in axes.contexts:
-        if context + _ROUND < most_context:
-            shots += [_shot(kind, EdgePoint(context)) for kind in ("draft_step", "forward")]
-    for chunk in axes.chunks:
-        for context in (0, axes.chunk_context):
-            if context + chunk + 2 < most_context:
-                shots.append(_shot("prefill", EdgePoint(context, chunk)))
-    if len(shots) < 3:
-        raise ProfileError(
-            f"The draft's context of {most_context} tokens is too short for this grid.",
-            "Choose another draft model.",
-        )
-    return shots
-
-
-def _shot(kind: str, point: EdgePoint) -> Shot[EdgePoint]:
-    work = (1.0, float(point.tokens), float(point.context * point.tokens))
-    name = f"{kind} {point.tokens}@{point.context}"
-    return Shot(name, kind, point, (1e-3, 0.0, 0.0) if kind == "controller" else work)
 
 
 def profile_edge(
@@ -404,9 +256,9 @@ class _Windows:
         while now - begin < span or not samples:
             shooter.round(context)
             before, now = now, self._clock()
-            samples.append(significant((now - before) * 1000 / _ROUND))
+            samples.append(significant((now - before) * 1000 / ROUND))
         used, state = self._meter.end(), self._look.read()
-        drafted = len(samples) * _ROUND
+        drafted = len(samples) * ROUND
         joules = None if used.energy_j is None else used.energy_j / drafted
         window = EdgeRow(
             f"{kind} {span:g} s",
