@@ -1,0 +1,79 @@
+"""What the demo decides by itself: its load, its record, and the pieces of the answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from wispprof.core import BatchShape
+from wispprof.demo import DemoResult, DemoSettings
+from wispprof.demo.measure import first_token_ms, promises
+from wispprof.demo.serve import _joined
+from wispprof.reporting import Answer, Bench, Piece
+
+
+class Linear:
+    """A step of 2 ms and 1 ms per new token."""
+
+    def predict(self, shape: BatchShape) -> tuple[float, float]:
+        return 2.0 + shape.new_tokens, 3.0 + shape.new_tokens
+
+
+LINEAR = cast(Any, Linear())
+
+
+def test_promises_are_shares_of_the_servers_own_speed() -> None:
+    settings = DemoSettings(devices=8, shares=(0.5, 1.0))
+    assert promises(settings, LINEAR) == (50.0, 100.0)
+
+
+def test_the_first_token_is_promised_by_the_prompts_and_never_at_once() -> None:
+    settings = DemoSettings(devices=8, prompt_tokens=98)
+    assert first_token_ms(settings, LINEAR) == pytest.approx(3 * 8 * 100)
+    assert first_token_ms(replace(settings, devices=1, prompt_tokens=1), LINEAR) == 500.0
+
+
+def test_quick_is_less_of_everything() -> None:
+    full, quick = DemoSettings(), DemoSettings.quick()
+    assert quick.systems == full.systems, "the comparison stays whole"
+    assert quick.shares == full.shares
+    for name in ("prompts", "prompt_tokens", "path_tokens", "requests", "max_new"):
+        assert getattr(quick, name) < getattr(full, name)
+
+
+def test_traces_hold_what_the_load_asks_for() -> None:
+    for settings in (DemoSettings(), DemoSettings.quick()):
+        assert settings.max_new <= settings.path_tokens
+        assert settings.prompts * settings.path_tokens >= 8 * settings.depth
+
+
+def test_a_pair_of_ones_own() -> None:
+    settings = DemoSettings(pair=Path("mine"))
+    assert (settings.target, settings.draft) == (Path("mine/target"), Path("mine/draft"))
+
+
+def test_neighbours_of_one_origin_are_joined_and_no_text_is_lost() -> None:
+    pieces = [Piece("a", "draft"), Piece("", "target"), Piece("b", "draft"), Piece("c", "target")]
+    assert _joined(pieces) == (Piece("ab", "draft"), Piece("c", "target"))
+
+
+def result(mismatches: float) -> DemoResult:
+    figures = {"goodput_tokens_per_s": 1.0, "attainment": 1.0, "mismatches": mismatches}
+    return DemoResult(
+        answer=Answer("p", (), {"tokens_per_s": 3.0}),
+        benches=(Bench("wisp", {}, figures),),
+        report=Path("r.html"),
+        seconds=1.0,
+        estimator_mape=2.0,
+        survival=(0.5,),
+        flagged=0.0,
+    )
+
+
+def test_the_record_is_plain_and_says_whether_texts_differ() -> None:
+    assert result(0.0).record()["lossless"] is True
+    assert result(1.0).record()["lossless"] is False
+    assert result(0.0).record()["systems"]["wisp"]["accepted_per_round"] is None
