@@ -194,3 +194,14 @@ def test_a_policy_defect_does_not_reach_the_engine() -> None:
 
 def test_sampling_is_part_of_a_request() -> None:
     assert ask(sampling=Sampling(0.5)).sampling.temperature == 0.5
+
+
+def test_one_prompt_on_an_idle_server_does_not_shut_the_door() -> None:
+    clock = StepClock(known())
+    clock.prefilled(1000.0, 500.0)
+    assert clock.prefill_load(1000.0) == pytest.approx(0.05)
+    assert clock.prefill_load(20_000.0) == 0.0
+    assert clock.stretch == 1.0
+    for _ in range(10):
+        clock.cycle(15.0, 10.0)
+    assert clock.stretch == pytest.approx(1.5)

@@ -107,6 +107,7 @@ async def test_a_client_that_hangs_up_leaves_nothing(running: RunningServer) -> 
                 bare.post("/v1/completions", json={**body, "stream": stream})
             )
             while not len(house):
+                assert not asking.done(), asking.result().text
                 await asyncio.sleep(0.001)
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)

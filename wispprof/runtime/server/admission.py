@@ -103,7 +103,7 @@ class Admission:
         request = self._fits(request)
         self._bounded(key, now_ms)
         if self._settings.admit == "slo":
-            self._promised(request)
+            self._promised(request, now_ms)
         return request
 
     def _fits(self, request: GenerationRequest) -> GenerationRequest:
@@ -176,10 +176,10 @@ class Admission:
 
     # --- promises -----------------------------------------------------------------------------
 
-    def _promised(self, request: GenerationRequest) -> None:
+    def _promised(self, request: GenerationRequest, now_ms: float) -> None:
         estimator = self._clock.estimator
         # What prompts take, and what a step takes beyond its median, is not there for promises.
-        limit = (self._settings.admit_load - self._clock.prefill_share) / self._clock.stretch
+        limit = self._settings.admit_load / self._clock.stretch - self._clock.prefill_load(now_ms)
         others = [
             (live.ledger.slo.tpot_ms, live.ledger.frontier)
             for live in self._house.lives

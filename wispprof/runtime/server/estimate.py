@@ -18,6 +18,7 @@ from wispprof.fitting import FittedEstimator
 __all__ = ["LearningEstimator", "StepClock"]
 
 _COVERAGE = 0.95
+_PREFILL_WINDOW_MS = 10_000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,8 @@ class StepClock:
         self._now = fitted
         self._learnt = LearningEstimator()
         self._ratios: deque[float] = deque(maxlen=window)
-        self._cycles: deque[tuple[float, float, float]] = deque(maxlen=window)
+        self._cycles: deque[tuple[float, float]] = deque(maxlen=window)
+        self._prefills: deque[tuple[float, float]] = deque(maxlen=8 * window)
         self._since = 0
         self._window = window
         self._tolerance = tolerance
@@ -166,18 +168,22 @@ class StepClock:
     def stretch(self) -> float:
         """Mean time from one step's beginning to the next one's over its predicted median, while there
         was always work: what planning, committing and the tail of slow steps add. At least 1."""
-        predicted = sum(p for _, p, _ in self._cycles)
-        return max(1.0, sum(c for c, _, _ in self._cycles) / predicted) if predicted > 0 else 1.0
+        predicted = sum(p for _, p in self._cycles)
+        return max(1.0, sum(c for c, _ in self._cycles) / predicted) if predicted > 0 else 1.0
 
-    @property
-    def prefill_share(self) -> float:
-        """Share of busy time that prompts took lately."""
-        busy = sum(c for c, _, _ in self._cycles)
-        return sum(c * share for c, _, share in self._cycles) / busy if busy > 0 else 0.0
+    def prefill_load(self, now_ms: float) -> float:
+        """Share of all time that prompts took over the last seconds."""
+        while self._prefills and self._prefills[0][0] < now_ms - _PREFILL_WINDOW_MS:
+            self._prefills.popleft()
+        return sum(ms for _, ms in self._prefills) / _PREFILL_WINDOW_MS
 
-    def cycle(self, cycle_ms: float, predicted_ms: float, prefill_share: float) -> None:
+    def cycle(self, cycle_ms: float, predicted_ms: float) -> None:
         """A step that another followed at once took ``cycle_ms``, planning and commit included."""
-        self._cycles.append((cycle_ms, predicted_ms, prefill_share))
+        self._cycles.append((cycle_ms, predicted_ms))
+
+    def prefilled(self, now_ms: float, took_ms: float) -> None:
+        """Prompts took ``took_ms`` of a step that ended now."""
+        self._prefills.append((now_ms, took_ms))
 
     @property
     def learning(self) -> bool:

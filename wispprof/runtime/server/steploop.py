@@ -164,6 +164,9 @@ class StepLoop:
         )
         self._metrics.step(record)
         self._cycle = (self._begun_ms, record)
+        if record.prefill_tokens:
+            share = record.prefill_tokens / record.new_tokens
+            self._clock.prefilled(record.at_ms, share * actual_ms)
         self._metrics.drift.set(self._clock.drift)
 
     def _note_cycle(self) -> None:
@@ -171,8 +174,7 @@ class StepLoop:
         now = self._now_ms()
         if self._cycle is not None:
             begun, record = self._cycle
-            share = record.prefill_tokens / max(1, record.new_tokens)
-            self._clock.cycle(now - begun, record.predicted_ms, share)
+            self._clock.cycle(now - begun, record.predicted_ms)
         self._cycle = None
         self._begun_ms = now
 
