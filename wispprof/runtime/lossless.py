@@ -73,7 +73,7 @@ def generate_alone(
     import torch
     from transformers import GenerationConfig
 
-    config = GenerationConfig(
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new, do_sample=False, eos_token_id=list(stop) or None, pad_token_id=0
     )
     own, model.generation_config = model.generation_config, config
