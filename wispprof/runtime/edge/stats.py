@@ -108,7 +108,7 @@ class RequestStats:
         """Everything, with the derived figures; JSON-ready."""
         rounds = max(1, self.rounds)
         return {
-            **asdict(self),
+            **{k: v for k, v in asdict(self).items() if k not in ("begun_ms", "first_tokens")},
             "tokens_per_s": self.tokens_per_s,
             "ttft_ms": self.ttft_ms,
             "tpot_ms": self.tpot_ms,
@@ -119,10 +119,11 @@ class RequestStats:
 
     def line(self) -> str:
         """One line for a terminal."""
-        parts = [f"{self.tokens} tokens", f"{self.tokens_per_s:.1f} tokens/s"]
+        parts = [f"{self.tokens} tokens"]
         if self.first_ms is not None:
+            parts.append(f"{self.tokens_per_s:.1f} tokens/s")
             parts.append(f"first after {self.first_ms:.0f} ms")
-        if self.drafted:
+        if self.rounds and self.drafted:
             parts.append(f"accepted {self.accepted_per_round:.2f} per round ({self.rounds} rounds)")
             share = self.wasted_ms / self.draft_ms if self.draft_ms else 0.0
             parts.append(f"wasted drafting {self.wasted_ms:.0f} ms ({share:.0%})")
