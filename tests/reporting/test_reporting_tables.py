@@ -7,6 +7,7 @@ import math
 import pytest
 from rich.console import Console
 
+from wispprof.reporting.results import Bench, bench_table
 from wispprof.reporting.tables import Column, Table, to_html, to_rich
 
 TABLE = Table(
@@ -26,13 +27,26 @@ def test_html_is_escaped_and_marks_the_best() -> None:
 
 
 def test_rich_shows_the_same_cells() -> None:
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(to_rich(TABLE))
-    console.file.close()
+    with open("/dev/null", "w") as nowhere:
+        console = Console(width=100, record=True, file=nowhere)
+        console.print(to_rich(TABLE))
     text = console.export_text()
     assert "12.3" in text
     assert "50.0 %" in text
     assert "–" in text
+
+
+def test_the_brief_comparison_fits_a_terminal() -> None:
+    names = ("goodput_tokens_per_s", "attainment", "tokens_per_s", "ttft_p50_ms", "tpot_p50_ms")
+    figures = {**dict.fromkeys(names, 1234.5), "attainment": 1.0, "accepted_per_round": 2.5}
+    benches = [Bench("centralized", {}, {**figures, "step_error": 0.25, "wasted_share": 0.5})]
+    with open("/dev/null", "w") as nowhere:
+        console = Console(width=80, record=True, file=nowhere)
+        console.print(to_rich(bench_table(benches, brief=True)))
+    text = console.export_text()
+    assert "…" not in text
+    assert "centralized" in text
+    assert "step" in text
 
 
 def test_equal_values_have_no_best() -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
-BUSY = 0.3
+BUSY = 0.5
 """Share of flagged rows from which on the figures are called rough."""
 
 

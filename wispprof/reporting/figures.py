@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 MOST_PANELS, MOST_LINES = 3, 6
+PROFILE = "profile"
+"""Group of the steps that the estimator was fitted on; every other group is a policy."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def predicted_against_measured(points: Sequence[StepPoint], coverage: float) -> 
         edge = (min(everything) * 0.8, max(everything) * 1.25)
         left.plot(edge, edge, color=theme.MUTED, linewidth=1, linestyle=(0, (4, 3)))
         for index, (name, mine) in enumerate(groups.items()):
-            color = theme.SERIES[index % len(theme.SERIES)]
+            color = theme.MUTED if name == PROFILE else theme.policy_color(name)
             left.scatter(
                 [p.predicted_ms for p in mine],
                 [p.measured_ms for p in mine],

@@ -256,7 +256,7 @@ def _profile_points(run: Run, estimator: StepEstimator) -> list[figures.StepPoin
     if run.server is None:
         return []
     predictions = [(estimator.predict(row.shape), row.median_ms) for row in run.server.rows]
-    return [figures.StepPoint(p, b, m, "profile") for (p, b), m in predictions]
+    return [figures.StepPoint(p, b, m, figures.PROFILE) for (p, b), m in predictions]
 
 
 def _acceptance(run: Run) -> list[Section]:

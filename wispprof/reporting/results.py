@@ -159,17 +159,17 @@ class Bench:
 
 
 _COLUMNS: tuple[tuple[str, Column], ...] = (
-    ("goodput_tokens_per_s", Column("goodput", "tokens/s", best="max")),
-    ("attainment", Column("kept", "of sessions", 0, percent=True, best="max")),
-    ("tokens_per_s", Column("all tokens", "tokens/s", best="max")),
+    ("goodput_tokens_per_s", Column("goodput", "tok/s", best="max")),
+    ("attainment", Column("kept", "sessions", 0, percent=True, best="max")),
+    ("tokens_per_s", Column("all", "tok/s", best="max")),
     ("ttft_p50_ms", Column("TTFT p50", "ms", 0, best="min")),
     ("ttft_p95_ms", Column("TTFT p95", "ms", 0, best="min")),
     ("tpot_p50_ms", Column("TPOT p50", "ms", best="min")),
     ("tpot_p95_ms", Column("TPOT p95", "ms", best="min")),
     ("accepted_per_round", Column("accepted", "per round", 2, best="max")),
     ("wasted_share", Column("wasted", "of drafting", 0, percent=True, best="min")),
-    ("step_p50_ms", Column("step p50", "ms")),
-    ("step_error", Column("step error", "median", 0, percent=True, best="min")),
+    ("step_p50_ms", Column("step", "p50 ms")),
+    ("step_error", Column("step", "error", 0, percent=True, best="min")),
 )
 
 

@@ -100,12 +100,16 @@ def to_rich(table: Table) -> RichTable:
         title_style="bold",
         caption_justify="left",
         header_style="bold",
+        pad_edge=False,
+        collapse_padding=True,
     )
     for index, column in enumerate(table.columns):
         header = Text(column.name)
         if column.unit:
             header.append(f"\n{column.unit}", style="dim")
-        made.add_column(header, justify="right" if table.is_number(index) else "left")
+        made.add_column(
+            header, justify="right" if table.is_number(index) else "left", no_wrap=index == 0
+        )
     for number, row in enumerate(table.rows):
         made.add_row(
             *(
