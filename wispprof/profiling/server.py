@@ -97,7 +97,7 @@ class EngineShooter:
     def prepare(self, shot: Shot[BatchShape]) -> None:
         for number, item in enumerate(shot.subject.items):
             name = f"profile {number}"
-            self._engine.fork(_MASTER, name, item.cached)
+            self._engine.fork(_MASTER, name, item.cached, private=True)
             self._cached.append(item.cached)
             drafts = 0 if item.prefill else item.new - 1
             self._feeds.append(Feed(name, self._tokens(item.new), drafts, not item.prefill))

@@ -16,8 +16,8 @@ from transformers import LlamaForCausalLM
 from wispprof.lm.reference import corpus, train
 
 TARGET_RECIPE = train.Recipe(steps=1300, decay_share=0.25)
-DRAFT_RECIPE = train.Recipe(steps=1200, decay_share=0.25, short=(16, 256), long=(4, 1024))
-POOL_BATCHES, POOL_ROWS = 40, 64
+DRAFT_RECIPE = train.Recipe(steps=1100, decay_share=0.25, short=(16, 256), long=(4, 1024))
+POOL_BATCHES, POOL_ROWS = 24, 64
 
 Reporter = Callable[[str], train.Progress]
 """Given the name of a part ("target", "draft", …), returns its progress callback."""
