@@ -197,7 +197,8 @@ def test_batching_rows_keep_their_promise_where_it_can_be_kept(plan):
             batch = batch.add(1, SMALL.context)
         assert batch.bound_ms <= 1000.0 / row.tokens_per_s or row.max_items == 1
         assert 1 <= row.prefill_chunk <= SMALL.max_prefill_chunk
-        assert row.token_budget >= 1
+        assert row.max_items >= row.sessions
+        assert row.token_budget >= row.max_items + row.prefill_chunk
 
 
 # --- looking up, saving, showing ------------------------------------------------------------------

@@ -38,10 +38,11 @@ MODES = ("stream", "round")
 class BatchRow:
     """What a step may hold for an SLO class at a load level.
 
-    ``sessions``: concurrent sessions the level stands for. ``token_budget``: most new tokens a step
-    may hold with its bound within the class's time per token. ``max_items``: most undrafted sessions
-    likewise. ``prefill_chunk``: most prompt tokens beside the level's decoding sessions.
-    ``p50_ms`` and ``bound_ms``: the level's step with that chunk.
+    ``sessions``: concurrent sessions the level stands for. ``max_items``: most sessions a step may
+    hold while its bound keeps within the class's time for the tokens it commits, never fewer than
+    ``sessions``. ``prefill_chunk``: most prompt tokens beside the level's sessions.
+    ``token_budget``: most new tokens, those items and that chunk together. ``p50_ms`` and ``bound_ms``:
+    the level's step with that chunk.
     """
 
     tokens_per_s: float

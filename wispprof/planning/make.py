@@ -75,8 +75,9 @@ def make_plan(
                 done += 1
                 if progress is not None:
                     progress(done, total, device.name)
+    likeliest = max((mean for mean, _ in runs.values()), key=lambda mean: mean.acceptance)
     batch = [
-        batch_row(times, level, sessions, slo, settings)
+        batch_row(times, level, sessions, slo, likeliest, settings)
         for level, sessions in levels.items()
         for slo in settings.slos
     ]

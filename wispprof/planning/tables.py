@@ -55,22 +55,41 @@ def sessions_of_levels(times: StepTimes, most: int) -> dict[int, int]:
 
 
 def batch_row(
-    times: StepTimes, level: int, sessions: int, tokens_per_s: float, settings: PlanSettings
+    times: StepTimes,
+    level: int,
+    sessions: int,
+    tokens_per_s: float,
+    mean: Runs,
+    settings: PlanSettings,
 ) -> BatchRow:
-    """What fits a step within the class's time per token, on the bound."""
+    """What a step may hold, on the bound, where promises count over a whole generation.
+
+    A step that commits several tokens of a session may take as many times the class's time per token.
+    Among the feeds (a pending token and its drafts) that keep within that, the one that commits most per
+    ms is the row's; where none does, the promise is past keeping by small steps, and the most productive
+    feed is the right one all the same. The limits never leave out a session that the level stands for.
+    """
     tpot_ms = 1000.0 / tokens_per_s
-    items = largest(1, settings.kv_sessions, lambda n: times.whole(n, 1)[1] <= tpot_ms)
-    rows = largest(
-        1,
-        max(1, settings.max_step_tokens // sessions),
-        lambda new: times.whole(sessions, new)[1] <= tpot_ms,
-    )
+
+    def commits(new: int) -> float:
+        return 1.0 + sum(mean.cumulative[: new - 1])
+
+    def keeps(count: int, new: int) -> bool:
+        return times.whole(count, new)[1] <= tpot_ms * commits(new)
+
+    most = max(1, min(settings.k_max + 1, settings.max_step_tokens // sessions))
+    feeds = range(1, most + 1)
+    keeping = [new for new in feeds if keeps(sessions, new)]
+    new = max(keeping or feeds, key=lambda n: commits(n) / times.whole(sessions, n)[0])
+    room = max(sessions, min(settings.kv_sessions, settings.max_step_tokens // new))
+    items = max(sessions, largest(sessions, room, lambda n: keeps(n, new)))
+    allowed_ms = max(tpot_ms * commits(new), times.whole(sessions, new)[1])
     step = times.estimator.start()
     for _ in range(sessions):
-        step = step.add(1, times.cached)
+        step = step.add(new, times.cached)
 
     def fits(chunk: int) -> bool:
-        return step.add(chunk, times.cached, True).bound_ms <= tpot_ms
+        return step.add(chunk, times.cached, True).bound_ms <= allowed_ms
 
     chunk = max(_LEAST_CHUNK, largest(1, settings.max_prefill_chunk, fits))
     chunk = min(chunk, settings.max_prefill_chunk)
@@ -79,8 +98,8 @@ def batch_row(
         tokens_per_s=tokens_per_s,
         load_level=level,
         sessions=sessions,
-        token_budget=max(1, rows) * sessions,
-        max_items=max(1, items),
+        token_budget=items * new + chunk,
+        max_items=items,
         prefill_chunk=chunk,
         p50_ms=filled.p50_ms,
         bound_ms=filled.bound_ms,
