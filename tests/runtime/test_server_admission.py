@@ -18,7 +18,8 @@ from wispprof.runtime.server import (
     VerificationServer,
 )
 from wispprof.runtime.server.admission import Utilisation
-from wispprof.runtime.server.estimate import LearningEstimator, StepClock
+from wispprof.runtime.server.clock import StepClock
+from wispprof.runtime.server.estimate import LearningEstimator
 
 
 class Owner:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from wispprof.core import CostAccumulator, Slo, StepEstimator
 from wispprof.errors import RuntimeFault
 from wispprof.runtime.server.budget import TokenBudget
+from wispprof.runtime.server.clock import StepClock
 from wispprof.runtime.server.engine import ServedModel
-from wispprof.runtime.server.estimate import StepClock
 from wispprof.runtime.server.house import House
 from wispprof.runtime.server.live import GenerationRequest
 from wispprof.runtime.server.settings import ServerSettings

@@ -1,24 +1,19 @@
-"""The step-time estimator of a running server: a fitted one held against reality, or one learnt here.
-
-Either way every step's predicted and measured time meet in :meth:`StepClock.observe`.
-"""
+"""The step-time estimator that a server learns from its own steps, where none was fitted."""
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from wispprof.core import BatchShape, StepEstimator
-from wispprof.fitting import FittedEstimator
+from wispprof.core import BatchShape
 
-__all__ = ["LearningEstimator", "StepClock"]
+__all__ = ["LearningEstimator", "warmup_shapes"]
 
 _COVERAGE = 0.95
-_PREFILL_WINDOW_MS = 10_000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,94 +134,6 @@ def _nonnegative(design: np.ndarray) -> np.ndarray:
             best_gain = gain
     weights: np.ndarray = best / scale
     return weights
-
-
-class StepClock:
-    """Predictions and what became of them.
-
-    A fitted estimator is corrected as a whole when the median of actual / predicted over the last
-    steps leaves ``tolerance``: a hot machine is slower everywhere. ``scale`` is that correction.
-    """
-
-    def __init__(
-        self, fitted: StepEstimator | None, window: int = 128, tolerance: float = 0.1
-    ) -> None:
-        self._fitted = fitted
-        self._now = fitted
-        self._learnt = LearningEstimator()
-        self._ratios: deque[float] = deque(maxlen=window)
-        self._cycles: deque[tuple[float, float]] = deque(maxlen=window)
-        self._prefills: deque[tuple[float, float]] = deque(maxlen=8 * window)
-        self._since = 0
-        self._window = window
-        self._tolerance = tolerance
-        self.scale = 1.0
-        self.steps = 0
-        self.corrections = 0
-
-    @property
-    def stretch(self) -> float:
-        """Mean time from one step's beginning to the next one's over its predicted median, while there
-        was always work: what planning, committing and the tail of slow steps add. At least 1."""
-        predicted = sum(p for _, p in self._cycles)
-        return max(1.0, sum(c for c, _ in self._cycles) / predicted) if predicted > 0 else 1.0
-
-    def prefill_load(self, now_ms: float) -> float:
-        """Share of all time that prompts took over the last seconds."""
-        while self._prefills and self._prefills[0][0] < now_ms - _PREFILL_WINDOW_MS:
-            self._prefills.popleft()
-        return sum(ms for _, ms in self._prefills) / _PREFILL_WINDOW_MS
-
-    def cycle(self, cycle_ms: float, predicted_ms: float) -> None:
-        """A step that another followed at once took ``cycle_ms``, planning and commit included."""
-        self._cycles.append((cycle_ms, predicted_ms))
-
-    def prefilled(self, now_ms: float, took_ms: float) -> None:
-        """Prompts took ``took_ms`` of a step that ended now."""
-        self._prefills.append((now_ms, took_ms))
-
-    @property
-    def learning(self) -> bool:
-        """Whether there is no fitted estimator and this server learns its own."""
-        return self._fitted is None
-
-    @property
-    def estimator(self) -> StepEstimator:
-        """What policies should ask now."""
-        return self._learnt if self._now is None else self._now
-
-    @property
-    def drift(self) -> float:
-        """Median of actual / predicted over the last steps; 1 while there are none."""
-        return float(np.median(self._ratios)) if self._ratios else 1.0
-
-    def observe(self, shape: BatchShape, predicted_ms: float, actual_ms: float) -> None:
-        self.steps += 1
-        if predicted_ms > 0:
-            self._ratios.append(actual_ms / predicted_ms)
-        if self._fitted is None:
-            self._learnt.observe(shape, actual_ms)
-            return
-        self._since += 1
-        if self._since >= self._window and abs(self.drift - 1.0) > self._tolerance:
-            self.scale *= self.drift
-            self.corrections += 1
-            self._now = _rescaled(self._fitted, self.scale)
-            self._since = 0
-            self._ratios.clear()
-
-    def learn(self, rows: Iterable[tuple[BatchShape, float]]) -> None:
-        """Warm-up measurements for a learning clock, taken before serving."""
-        for shape, actual_ms in rows:
-            self._learnt.observe(shape, actual_ms)
-        self._learnt.fit()
-
-
-def _rescaled(fitted: StepEstimator, scale: float) -> StepEstimator:
-    """The estimator times ``scale``, where it can be scaled at all (fitted ones can)."""
-    if not isinstance(fitted, FittedEstimator):
-        return fitted
-    return fitted.with_scale(fitted.p50_scale * scale, fitted.bound_scale * scale)
 
 
 def warmup_shapes(prefill_chunk: int) -> Sequence[tuple[int, int, int]]:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 
 from wispprof.errors import EngineError, OutOfKvMemory
 from wispprof.policies import load_level, stretch
+from wispprof.runtime.server.clock import StepClock
 from wispprof.runtime.server.engine import Engine
-from wispprof.runtime.server.estimate import StepClock
 from wispprof.runtime.server.kept import KeptCaches
 from wispprof.runtime.server.live import GenerationRequest, LiveSession, Owner
 from wispprof.runtime.server.memory import arrange

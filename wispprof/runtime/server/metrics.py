@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from wispprof.core import Slo
+from wispprof.fitting.drift import DriftStatus
 from wispprof.sessions.ledger import Committed, Tally
 
 __all__ = ["Metrics", "StepRecord", "slo_class"]
@@ -72,6 +73,19 @@ class Metrics:
         )
         self.load = gauge("load_level", "Load level as told to the edges, 0 to 4.")
         self.drift = gauge("step_time_drift_ratio", "Median of actual / predicted step time.")
+        self.re_profile = gauge(
+            "re_profile", "1 once the steps have left the fitted estimator's profile for good."
+        )
+        self.wrong_cells = gauge(
+            "re_profile_cell_ratio", "Actual / fitted step time where steps went wrong.", "cell"
+        )
+        self.bound_scale = gauge("step_time_bound_scale", "Present correction of the bound.")
+        self.bound_coverage = gauge(
+            "step_time_bound_coverage", "Share of the last steps under their corrected bound."
+        )
+        self.policy_faults = counter(
+            "policy_faults", "Steps planned without the policy because it failed.", "kind"
+        )
         self.connections = gauge("connections", "Open edge connections.")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens prefilled.")
         self.reused_tokens = counter("prefix_cache_hits", "Prompt tokens whose KV was reused.")
@@ -113,6 +127,16 @@ class Metrics:
         self.generation_tokens.inc(record.committed)
         if record.actual_ms > record.bound_ms > 0:
             self.step_over.inc()
+
+    def drifted(self, status: DriftStatus | None) -> None:
+        """What the drift monitor says now; ``None`` where nothing was fitted."""
+        if status is None:
+            return
+        self.re_profile.set(status.re_profile)
+        self.bound_scale.set(status.bound_scale)
+        self.bound_coverage.set(status.coverage)
+        for cell, ratio in status.cells:
+            self.wrong_cells.labels(str(cell)).set(ratio)
 
     def commit(self, commit: Committed, since_ms: float, ttft: bool) -> None:
         """``since_ms``: since the request (first token), or since the session's last commit."""

@@ -16,12 +16,14 @@ from wispprof.errors import EngineError, RuntimeFault
 from wispprof.policies import BatchPolicy, Limits, make_batch_policy
 from wispprof.runtime import wire
 from wispprof.runtime.server.admission import Admission, Refused
+from wispprof.runtime.server.clock import StepClock
 from wispprof.runtime.server.engine import Engine, ServedModel
-from wispprof.runtime.server.estimate import StepClock, warmup_shapes
+from wispprof.runtime.server.estimate import warmup_shapes
 from wispprof.runtime.server.house import House
 from wispprof.runtime.server.live import GenerationRequest, LiveSession, Owner
 from wispprof.runtime.server.metrics import Metrics
 from wispprof.runtime.server.settings import ServerSettings
+from wispprof.runtime.server.steplog import StepLog
 from wispprof.runtime.server.steploop import StepLoop
 from wispprof.runtime.server.text import TextSide
 from wispprof.runtime.server.worker import EngineWorker
@@ -95,6 +97,8 @@ class VerificationServer:
             )
             self.clock.learn(rows)
             log.info("no estimator given: calibrated on %d own steps, learning on", len(rows))
+        if self.settings.step_log is not None:
+            self.loop.step_log = StepLog(self.settings.step_log)
         self._task = asyncio.create_task(self.loop.run(), name="step loop")
         self._task.add_done_callback(self._loop_ended)
         self.started = True
@@ -112,6 +116,8 @@ class VerificationServer:
             await self.house.forget_kept()
         finally:
             self._worker.stop()
+            if self.loop.step_log is not None:
+                await asyncio.to_thread(self.loop.step_log.close)
 
     async def drain(self, timeout_ms: float) -> None:
         """Take nothing new and let sessions finish; what is left then is told to go elsewhere."""

@@ -17,7 +17,8 @@ class ServerSettings:
     """Everything ``wispprof serve`` can be told. Durations in ms, sizes in tokens.
 
     ``target``: folder or hub id; ``target_id``: the name edges ask for (its last part by default).
-    ``estimator`` and ``plan``: files; without an estimator the server calibrates itself.
+    ``estimator`` and ``plan``: files; without an estimator the server calibrates itself. ``step_log``: file
+    that every step's shape and time are appended to, for ``wispprof fit --update``.
     ``max_drafts``: most drafts held per session, the lead an edge may take.
     ``kv_tokens``: size of the KV cache, 0 lets the engine choose. ``max_waiting``: requests that may
     wait for memory. ``kept_sessions``: ended or lost sessions whose KV stays for reuse.
@@ -32,6 +33,7 @@ class ServerSettings:
     target_id: str = ""
     estimator: Path | None = None
     plan: Path | None = None
+    step_log: Path | None = None
     policy: str = "wispprof"
     policy_options: dict[str, Any] = field(default_factory=dict)
 

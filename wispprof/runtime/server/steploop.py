@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 
 from wispprof.core import BatchShape, Feed, Outcome
 from wispprof.errors import OutOfKvMemory
-from wispprof.policies import BatchPolicy, Limits, StepPlan
-from wispprof.runtime.server.estimate import StepClock
+from wispprof.policies import BatchPolicy, Limits, StepPlan, make_batch_policy
+from wispprof.runtime.server.clock import StepClock
 from wispprof.runtime.server.house import House
 from wispprof.runtime.server.live import LiveSession
 from wispprof.runtime.server.metrics import Metrics, StepRecord
+from wispprof.runtime.server.steplog import StepLog
 from wispprof.runtime.server.worker import EngineWorker
 
 __all__ = ["StepLoop"]
@@ -25,6 +26,9 @@ log = logging.getLogger("wispprof.server")
 
 IDLE_MS = 1_000.0
 """An idle loop wakes that often, to sweep what has expired and to check the engine's books once."""
+
+
+_DRIFT_EVERY = 32
 
 
 class StepLoop:
@@ -40,9 +44,12 @@ class StepLoop:
         limits: Callable[[int], Limits],
         now_ms: Callable[[], float],
     ) -> None:
+        self.step_log: StepLog | None = None
         self._house = house
         self._worker = worker
         self._policy = policy
+        self._simple = make_batch_policy("centralized")
+        self._policy_faults: set[str] = set()
         self._clock = clock
         self._metrics = metrics
         self._limits = limits
@@ -92,7 +99,26 @@ class StepLoop:
         now = self._now_ms()
         views = [live.ledger.view(now) for live in seated.values()]
         kv_free = max(0, self._worker.engine.kv_free - self._margin)
-        return self._policy.plan(now, views, self._clock.estimator, self._limits(kv_free))
+        limits = self._limits(kv_free)
+        try:
+            return self._policy.plan(now, views, self._clock.estimator, limits)
+        except Exception as fault:
+            # A policy's defect costs this step its drafts, never the server its life.
+            self._policy_failed(fault)
+        return self._simple.plan(now, views, self._clock.estimator, limits)
+
+    def _policy_failed(self, fault: Exception) -> None:
+        kind = type(fault).__name__
+        self._metrics.policy_faults.labels(kind).inc()
+        if kind in self._policy_faults:
+            return
+        self._policy_faults.add(kind)
+        log.error(
+            "policy %s failed (%s); such steps serve everybody undrafted, and this is logged once",
+            self._policy.name,
+            kind,
+            exc_info=fault,
+        )
 
     async def verify(
         self, plan: StepPlan, members: list[LiveSession], feeds: Sequence[Feed]
@@ -151,6 +177,8 @@ class StepLoop:
         if p50 <= 0 or len(shape.items) != len(plan.members):
             p50, bound = self._clock.estimator.predict(shape)
         self._clock.observe(shape, p50, actual_ms)
+        if self.step_log is not None:
+            self.step_log.note(shape, actual_ms)
         record = StepRecord(
             self._now_ms(),
             len(shape.items),
@@ -167,7 +195,9 @@ class StepLoop:
         if record.prefill_tokens:
             share = record.prefill_tokens / record.new_tokens
             self._clock.prefilled(record.at_ms, share * actual_ms)
-        self._metrics.drift.set(self._clock.drift)
+        self._metrics.drift.set(self._clock.ratio)
+        if self._clock.steps % _DRIFT_EVERY == 0:
+            self._metrics.drifted(self._clock.drift)
 
     def _note_cycle(self) -> None:
         """Called where a step begins: the one before it, if nothing was idle between, has ended."""

@@ -57,6 +57,9 @@ def board(server: VerificationServer) -> Table:
         ]
     else:
         rows += [("throughput", "–"), ("steps", "–"), ("step time", "–")]
+    status = server.clock.drift
+    if status is not None and status.re_profile:
+        rows.append(("drift", status.reason))
     ended = metrics.sessions_ended
     kept = f"{metrics.sessions_kept_slo / ended:.1%} of {ended} sessions" if ended else "–"
     rows += [("SLO kept", f"{kept}{f', {hopeless} hopeless now' if hopeless else ''}")]
