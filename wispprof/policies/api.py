@@ -34,7 +34,8 @@ class SessionView:
     part of their tail.
 
     ``cached``: tokens with KV. ``tail``: for each held draft, P(accepted | those before it were).
-    ``ready``: round mode, its round has arrived (possibly with no drafts); stream mode, always true.
+    ``ready``: it may take part now. Round mode: its round has arrived (possibly with no drafts), or it
+    has not had its first token yet; stream mode, always true. Only this decides, with a prompt left too.
     ``arrived_ms``: when it became ready, or its request arrived. ``deadline_ms``: when this step's
     commit must leave the server to keep the SLO (``inf``: never). ``due_ms``: when its next draft is
     expected (stream mode), ``None`` if unknown; ``due_tail`` is that draft's expected survival.

@@ -11,8 +11,9 @@ __all__ = ["StepBuilder", "eligible", "idle", "trimmed"]
 
 
 def eligible(sessions: list[SessionView]) -> list[SessionView]:
-    """Those that may take part now: a prompt is waiting, or a round has arrived."""
-    return [s for s in sessions if s.ready or s.prompt_left]
+    """Those that may take part now. The view says so: a new prompt may, and a stream at any time, but a
+    session in round mode (its cache evicted or not) only once its round has arrived."""
+    return [s for s in sessions if s.ready]
 
 
 def idle(now_ms: float, wake_ms: float | None, reason: str) -> StepPlan:

@@ -5,8 +5,9 @@ Its pieces, each of which can be switched off (:class:`StreamSettings`):
 *trim*: the tails that maximise expected tokens per ms (:mod:`wispprof.policies.tails`).
 *wait*: a session whose next draft is due stays out where reading its cache once instead of twice is
 worth more than the token it might lose (:mod:`wispprof.policies.waiting`).
-*slack*: tokens of sessions that fall behind their promise weigh more, those that ran ahead can be
-left out for their sake. (``in_time`` adds a hard rule: no step so long that a session misses the
+*slack*: tokens of sessions that fall behind their promise weigh more, so those that ran ahead give up
+drafts for their sake. They are not left out: that pinned everybody at the promised speed and cost more
+tokens than it saved promises. (``in_time`` adds a hard rule: no step so long that a session misses the
 due time of its next token. It is off: promises count over a whole generation, and short steps for one
 token's sake cost more sessions their promise than they save.)
 *size_prefill*: prompt chunks as large as no running session minds (:mod:`wispprof.policies.prefill`).
@@ -27,7 +28,7 @@ import numpy as np
 
 from wispprof.core import StepEstimator
 from wispprof.policies.api import Limits, SessionView, StepPlan
-from wispprof.policies.build import StepBuilder, idle
+from wispprof.policies.build import StepBuilder, eligible, idle
 from wispprof.policies.marginal import Slopes, price_batches
 from wispprof.policies.prefill import add_prompts
 from wispprof.policies.tails import Book, BoolArray, Columns, FloatArray, IntArray, keep_at, solve
@@ -83,8 +84,9 @@ class Wispprof:
         estimator: StepEstimator,
         limits: Limits,
     ) -> StepPlan:
-        decode = [s for s in sessions if s.ready and not s.prompt_left]
-        prompts = [s for s in sessions if s.prompt_left]
+        ready = eligible(sessions)
+        decode = [s for s in ready if not s.prompt_left]
+        prompts = [s for s in ready if s.prompt_left]
         if not decode and not prompts:
             return idle(now_ms, None, "idle")
         if min(limits.max_items, limits.max_tokens, limits.kv_free) < 1:
@@ -141,10 +143,12 @@ class Wispprof:
         members = everyone.copy()
         wake_ms = math.inf
         if settings.wait:
-            out, wake_ms = waits(now_ms, decode, book, keep, rate, slack, costs)
-            members &= ~out | stale
-        if settings.slack and bool((weight > 1.0).any()):
-            members &= stale | (slack < horizon) | (_net(book, keep, rate) >= 0.0)
+            out, due_ms, margin_ms = waits(
+                now_ms, decode, book, keep, rate, slack, costs.all_bound_ms
+            )
+            out &= ~stale
+            if out.any() and self._waiting_pays(book, keep, out, margin_ms, estimator):
+                members, wake_ms = ~out, due_ms
         if settings.demote_hopeless and bool((~lost).any()):
             members &= ~lost | stale | (_net(book, keep, rate) >= 0.0)
         if not members.any() and not self._pays_to_idle(now_ms, decode, book, keep, rate, wake_ms):
@@ -173,6 +177,17 @@ class Wispprof:
         if self.settings.demote_hopeless:
             weight[lost] = self.settings.hopeless_weight
         return weight
+
+    @staticmethod
+    def _waiting_pays(
+        book: Book, keep: IntArray, out: BoolArray, margin_ms: float, estimator: StepEstimator
+    ) -> bool:
+        """Whether the step without the waiters is really shorter, by the estimator: where rows are free
+        or padded it may save less than the linear costs promised, and then nobody waits."""
+        new = np.stack((keep + 1, np.where(out, 0, keep + 1)))
+        p50 = price_batches(estimator, new, book.cached)[0]
+        promised_ms = float((book.lone_ms + keep * book.row_ms)[out].sum())
+        return float(p50[0] - p50[1]) - promised_ms + margin_ms > 0.0
 
     @staticmethod
     def _pays_to_idle(

@@ -1,14 +1,17 @@
 """Whether a session should wait for a draft that is due, instead of advancing now.
 
-Advancing now commits one token more for certain but takes the due drafts' first token with it: if that
+Advancing now commits one token more for certain but takes the due draft's first token with it: if that
 draft was right, the token would have come anyway, one step later, out of the same read of the cache.
-With ``m`` steps until the draft can take part, d_j its cumulative survival (the held tail included)
-and k its length, advancing each step instead of waiting wins
+With d the chance that the held tail and the due draft's first token all hold, advancing now wins
+``1 - d`` tokens and costs one read of the session's cache. The session waits where that read, at the
+going rate, is worth more than those tokens, and more than its ``share`` of a step's fixed part besides:
+who waits makes the step shorter, so that the fixed part is paid more often and the drafts of all the
+others have less time to come.
 
-    Σ_{j ≤ min(m, k)} (1 - d_j) + max(0, m - k)      tokens
-
-and costs ``m`` reads of the session's cache and ``max(0, m - k)`` rows; the other rows are fed either
-way. The session waits where that time, at the going rate, is worth more than those tokens.
+A draft is waited for only if it comes before the step that is left ends. That step is shorter the more
+sessions wait, so the earliest due are taken first, as many as the step without them still reaches: with
+one order of arrival and a step that only shrinks there is exactly one such number. The going rate is
+taken of the members that remain, and the waiters again by that rate, until both stand.
 """
 
 from __future__ import annotations
@@ -18,14 +21,11 @@ import math
 import numpy as np
 
 from wispprof.policies.api import SessionView
-from wispprof.policies.marginal import MarginalCosts
-from wispprof.policies.tails import Book, BoolArray, FloatArray, IntArray
+from wispprof.policies.tails import Book, BoolArray, FloatArray, IntArray, rate_of
 
 __all__ = ["waits"]
 
-_MOST_STEPS = 1
-"""Steps ahead for which an expected arrival is believed. In simulation (long contexts, near capacity)
-waiting for the next step's drafts raised attainment, waiting for later ones lowered it again."""
+_ROUNDS = 8
 _SURE = 0.995
 """No draft is taken for surer than this; where reading costs less than the rest, nobody waits."""
 
@@ -37,39 +37,60 @@ def waits(
     keep: IntArray,
     rate: float,
     slack: FloatArray,
-    costs: MarginalCosts,
-) -> tuple[BoolArray, float]:
-    """(who stays out of this step, when the first of their drafts is due)."""
-    out = np.zeros(len(decode), dtype=bool)
-    wake_ms = math.inf
-    if rate <= 0.0 or not len(decode):
-        return out, wake_ms
-    used = float((book.lone_ms + keep * book.row_ms).sum())
-    step_ms = max(1e-6, costs.fixed_ms + used)
-    safety = costs.all_bound_ms
-    price = rate / np.maximum(book.weight, 1e-9)
-    read, rows = book.read_ms * price, book.row_ms * price
-    ends = np.ones(len(decode))
-    held_any = np.flatnonzero(book.lengths)
-    ends[held_any] = book.alive[held_any, book.lengths[held_any] - 1]
-    for index in np.flatnonzero(read > 1.0 - _SURE * ends).tolist():
+    safety_ms: float,
+    share: float = 1.0,
+) -> tuple[BoolArray, float, float]:
+    """(who stays out of this step, when the first of their drafts is due, and the most that this step
+    may cost above what the linear costs say it does for waiting still to pay, in ms).
+
+    ``rate``: what a ms is worth with everybody in. ``slack`` (n,): ms to each deadline;
+    who has less than the step and ``safety_ms`` left does not wait.
+    """
+    count = len(decode)
+    nobody = np.zeros(count, dtype=bool)
+    if rate <= 0.0 or not count:
+        return nobody, math.inf, 0.0
+    spent = book.lone_ms + keep * book.row_ms
+    whole_ms = max(1e-6, book.fixed_ms + float(spent.sum()))
+    ends = np.ones(count)
+    held = np.flatnonzero(book.lengths)
+    ends[held] = book.alive[held, book.lengths[held] - 1]
+    company = share * book.fixed_ms / count
+    # A rate is at most what it is with everybody in (else they would not all be worth their time), so
+    # whoever does not wait at that rate need not be looked at again.
+    able = rate * np.maximum(book.read_ms - company, 0.0) > (1.0 - _SURE * ends) * book.weight
+    able &= slack >= whole_ms + safety_ms
+    places: list[int] = []
+    due: list[float] = []
+    odds: list[float] = []
+    for index in np.flatnonzero(able).tolist():
         session = decode[index]
         due_ms = session.due_ms
-        if due_ms is None or not session.due_tail or due_ms < now_ms:
+        if due_ms is None or not session.due_tail or not now_ms <= due_ms <= now_ms + whole_ms:
             continue
-        steps = max(1, math.ceil((due_ms - now_ms) / step_ms))
-        if steps > _MOST_STEPS or slack[index] < steps * step_ms + safety:
-            continue
-        alive = float(ends[index])
-        won = 0.0
-        due = session.due_tail
-        for place in range(steps):
-            if place < len(due):
-                alive *= due[place]
-                won += 1.0 - alive
-            else:
-                won += 1.0 - float(rows[index])
-        if steps * float(read[index]) > won:
-            out[index] = True
-            wake_ms = min(wake_ms, due_ms)
-    return out, wake_ms
+        places.append(index)
+        due.append(due_ms - now_ms)
+        odds.append(float(ends[index]) * session.due_tail[0])
+    if not places:
+        return nobody, math.inf, 0.0
+    where, due_in, d = np.array(places), np.array(due), np.array(odds)
+    order = np.argsort(due_in, kind="stable")
+    where, due_in, d = where[order], due_in[order], d[order]
+    lost = (1.0 - d) * book.weight[where]
+    saved_ms = book.read_ms[where] - company
+    out = nobody
+    for _ in range(_ROUNDS):
+        pays = rate * saved_ms > lost
+        left_ms = whole_ms - np.cumsum(spent[where] * pays)
+        reached = pays & (due_in <= left_ms)
+        again = nobody.copy()
+        again[where[reached]] = True
+        if bool((again == out).all()):
+            break
+        out = again
+        rate = rate_of(book, ~out, keep)
+    taken = out[where]
+    if rate <= 0.0 or not taken.any():
+        return nobody, math.inf, 0.0
+    margin_ms = float((saved_ms - lost / rate)[taken].sum())
+    return out, now_ms + float(due_in[taken][0]), margin_ms

@@ -12,9 +12,14 @@ from dataclasses import dataclass
 from random import Random
 from statistics import NormalDist
 
+import numpy as np
+from numpy.typing import NDArray
+
 from wispprof.core import BatchShape, CostAccumulator, StepEstimator
 
 __all__ = ["LinearCost", "StepTimes", "WithoutPrefixCache"]
+
+FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,15 @@ class LinearCost:
         for item in shape.items:
             batch = batch.add(item.new, item.cached, item.prefill)
         return batch.p50_ms, batch.bound_ms
+
+    def predict_totals(self, totals: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """(p50, bound), each (n,), from rows (n, 8): see ``policies.marginal.TotalsEstimator``."""
+        items, new, cached, cross, square = totals[:, :5].T
+        p50 = self.fixed_ms + self.item_ms * items + self.kv_ms * cached
+        p50 += self.pair_ms * (cross + (square + new) / 2)
+        p50 += self.row_ms * np.maximum(new - self.floor_rows, 0.0)
+        p50 *= items > 0
+        return p50, p50 * self.bound_ratio
 
 
 class _LinearBatch:

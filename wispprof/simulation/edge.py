@@ -149,9 +149,9 @@ class Edge:
                 self._running = None
                 at = running.done_ms
             else:
-                if not turns.may_draft():
-                    return
                 at = max(at, self._free_ms)
+                if not self._may_draft(at):
+                    return
                 running = self._begin_step(at)
                 at = running.done_ms
             self._absorb(running)
@@ -163,7 +163,7 @@ class Edge:
         running, self._running = self._running, None
         while True:
             if running is None:
-                if self._free_ms >= now_ms or not self._turns.may_draft():
+                if self._free_ms >= now_ms or not self._may_draft(self._free_ms):
                     return
                 running = self._begin_step(self._free_ms)
             if running.done_ms > now_ms:
@@ -184,11 +184,15 @@ class Edge:
         out = self._turns.due(self._context)
         if out is not None:
             self._send(now_ms, out)
-        if self._running is None and now_ms >= self._free_ms and self._turns.may_draft():
+        if self._running is None and now_ms >= self._free_ms and self._may_draft(now_ms):
             self._running = step = self._begin_step(now_ms)
             self._sim.at(step.done_ms, self._streams, step)
 
     # --- both ---
+
+    def _may_draft(self, at_ms: float) -> bool:
+        left_ms = self._pacing.left_ms(at_ms, self._rtt_ms)
+        return self._turns.may_draft(left_ms, self._pacing.draft_ms)
 
     def _begin_step(self, at_ms: float) -> _Step:
         path = self.path
@@ -211,6 +215,7 @@ class Edge:
 
     def _send(self, now_ms: float, out: Outgoing) -> None:
         slack_ms = self._pacing.slack_ms(out.survival, now_ms, self._rtt_ms)
+        self._pacing.sent(now_ms)
         self._sim.send_draft(now_ms, self, out, slack_ms)
 
     def _context(self, lead: int) -> RoundContext:

@@ -80,6 +80,14 @@ class LearningEstimator:
             batch = batch.add(*item)
         return batch.p50_ms, batch.bound_ms
 
+    def predict_totals(self, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(p50, bound), each (n,), from rows (n, 8): see ``policies.marginal.TotalsEstimator``."""
+        items, new, cached, cross, square = totals[:, :5].T
+        step, per_new, per_pair, per_cached = self.weights
+        p50 = step + per_new * new + per_pair * (cross + (square + new) / 2) + per_cached * cached
+        p50 = p50 * (items > 0)
+        return p50, p50 * self.ratio
+
     def observe(self, shape: BatchShape, actual_ms: float) -> None:
         """Add a step; refits when enough came since the last fit."""
         self._rows.append(
