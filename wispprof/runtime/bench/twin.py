@@ -1,0 +1,141 @@
+"""The load of a bench in the simulator: the same fleet, promises and texts' statistics, request for request.
+
+A bench ends when its last request does, the simulator's fleets go on for ever. The twin therefore stops each
+device after its share and boils the run down as :mod:`wispprof.runtime.bench.result` does, so that the two
+columns differ by what the simulator gets wrong and by nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wispprof.artifacts.records import AcceptanceTrace
+from wispprof.core import RejectionPredictor, Slo
+from wispprof.errors import WispprofError
+from wispprof.runtime.bench.settings import BenchSettings
+from wispprof.simulation.acceptance import TraceAcceptance
+from wispprof.simulation.arrivals import ClosedFleet, Lengths
+from wispprof.simulation.devices import DeviceProfile
+from wispprof.simulation.edge import Edge
+from wispprof.simulation.engine import _DEVICE_STEP, _SLO_STEP, Simulation
+from wispprof.simulation.scenario import Scenario, ServerModel, pick
+from wispprof.simulation.systems import System
+
+__all__ = ["Mix", "Twin", "twin"]
+
+_LONGEST_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Kinds of devices and SLO classes (tokens/s) in equal shares, dealt as the simulator deals them."""
+
+    kinds: tuple[DeviceProfile, ...]
+    speeds: tuple[float, ...]
+
+    def device(self, devices: int) -> tuple[DeviceProfile, ...]:
+        """What each of ``devices`` devices is: for :attr:`BenchSettings.device`."""
+        mix = [(kind, 1.0) for kind in self.kinds]
+        return tuple(pick(mix, number, _DEVICE_STEP) for number in range(devices))
+
+    def tokens_per_s(self, devices: int) -> tuple[float, ...]:
+        """What each of them was promised: for :attr:`BenchSettings.tokens_per_s`."""
+        mix = [(speed, 1.0) for speed in self.speeds]
+        return tuple(pick(mix, number, _SLO_STEP) for number in range(devices))
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The figures that can be held against a bench's, named and defined as there."""
+
+    attainment: float
+    goodput_tokens_per_s: float
+    tokens_per_s: float
+    accepted_per_round: float
+    step_mean_ms: float
+    steps: int
+
+    @classmethod
+    def mean(cls, runs: Sequence[Twin]) -> Twin:
+        """Over several seeds."""
+        count = len(runs)
+        return cls(
+            sum(r.attainment for r in runs) / count,
+            sum(r.goodput_tokens_per_s for r in runs) / count,
+            sum(r.tokens_per_s for r in runs) / count,
+            sum(r.accepted_per_round for r in runs) / count,
+            sum(r.step_mean_ms for r in runs) / count,
+            round(sum(r.steps for r in runs) / count),
+        )
+
+
+class _Ending(Simulation):
+    """Devices stop after so many requests each."""
+
+    def __init__(self, scenario: Scenario, requests: int) -> None:
+        super().__init__(scenario)
+        self._requests = requests
+
+    def ended(self, now_ms: float, edge: Edge) -> None:
+        if edge.record.number + 1 < self._requests:
+            super().ended(now_ms, edge)
+
+
+def twin(
+    load: BenchSettings,
+    mix: Mix,
+    system: System,
+    server: ServerModel,
+    trace: AcceptanceTrace,
+    predictor: RejectionPredictor,
+    seeds: Sequence[int] = (0, 1, 2),
+) -> Twin:
+    """Simulate the closed fleet that ``load`` offers; the mean over ``seeds``.
+
+    ``load.device`` and ``load.tokens_per_s`` must be dealt by ``mix``. Raises :class:`WispprofError` for
+    Poisson loads, whose devices a bench and a simulator choose differently.
+    """
+    if load.rate_per_s:
+        raise WispprofError("Only closed fleets have a twin.", "Leave the arrival rate out.")
+    prompt = round(sum(len(p.prompt) for p in trace.paths) / len(trace.paths))
+    lengths = Lengths(prompt, min(load.max_new, min(len(p.path) for p in trace.paths)))
+    source = TraceAcceptance(trace, predictor)
+    runs = [
+        _run(
+            Scenario(
+                system,
+                server,
+                ClosedFleet(load.devices, lengths, load.think_ms, load.ramp_ms),
+                source,
+                devices=tuple((kind, 1.0) for kind in mix.kinds),
+                links=((load.link, 1.0),),
+                slos=tuple((Slo(speed, load.ttft_ms), 1.0) for speed in mix.speeds),
+                seconds=_LONGEST_S,
+                warmup_s=0.0,
+                seed=seed,
+            ),
+            load.requests,
+        )
+        for seed in seeds
+    ]
+    return Twin.mean(runs)
+
+
+def _run(scenario: Scenario, requests: int) -> Twin:
+    simulation = _Ending(scenario, requests)
+    simulation.run()
+    records, counters = simulation.records, simulation.counters
+    done = [r for r in records if r.done]
+    kept = [r for r in done if r.kept(r.last_ms)]
+    began = min(r.asked_ms for r in records)
+    seconds = (max(r.last_ms for r in done) - began) / 1000.0 if done else math.nan
+    return Twin(
+        len(kept) / len(records),
+        sum(r.tokens for r in kept) / seconds,
+        sum(r.tokens for r in done) / seconds,
+        counters.accepted / counters.rounds if counters.rounds else 0.0,
+        counters.step_ms / counters.steps,
+        counters.steps,
+    )
