@@ -113,8 +113,8 @@ class Run:
 # --- what is served ------------------------------------------------------------------------------
 
 
-def artifacts(folder: Path, quick: bool) -> None:
-    """Profile the server, take a trace, fit: into ``folder``."""
+def artifacts(folder: Path, quick: bool, long: bool) -> None:
+    """Profile the server, take a trace, fit: into ``folder``. ``long``: paths that outlast a long prompt."""
     from wispprof.fitting.run import fit_files
     from wispprof.lm.loading import load_model
     from wispprof.profiling.acceptance import TraceSettings, take_trace
@@ -141,6 +141,7 @@ def artifacts(folder: Path, quick: bool) -> None:
     output = Output(folder / "server", overwrite=True)
     profile_server(ServerSettings(axes=axes, sweep=sweep, output=output), loaded=target)
     count, path = (8, 48) if quick else (24, 72)
+    path = 192 if long else path
     settings = TraceSettings(count=count, prompt_tokens=PROMPT, path_tokens=path, depth=8)
     save_trace(take_trace(target, draft, settings), folder / "trace.jsonl")
     fit_files(folder, [folder / "server"], [folder / "trace.jsonl"])
@@ -530,6 +531,7 @@ async def _disturb(
             commits[number].append(loop.time() * 1000.0)
             if all(len(times) >= 4 for times in commits):
                 going.set()
+        going.set()
 
     running = [asyncio.create_task(decode(i)) for i in range(load.devices)]
     await going.wait()
@@ -569,7 +571,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of the interference")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     arguments = parser.parse_args()
-    arguments.requests = arguments.requests or (2 if arguments.quick else 4)
+    arguments.requests = arguments.requests or (2 if arguments.quick else 3)
 
     import torch
 
@@ -579,7 +581,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made, ProcessPoolExecutor(1, spawn) as pool:
         folder = arguments.run or Path(made)
         if arguments.run is None:
-            artifacts(folder, arguments.quick)
+            artifacts(folder, arguments.quick, arguments.interference)
         bed = make_bed(folder, arguments, pool)
         mape = bed.estimator.report["held_out"][bed.estimator.kind]["mape"]
         print(
