@@ -207,6 +207,9 @@ class CostAccumulator(Protocol):
 
     Immutable: :meth:`add` returns the batch with one more item, so a refused candidate costs nothing
     to take back. Neither prediction ever falls when work is added.
+
+    It may offer ``add_many(new, cached, prefill) -> (p50, bound)`` over arrays (n,): this batch with each
+    of n candidates added alone, equal to n calls of :meth:`add`. Schedulers use it where it is there.
     """
 
     @property

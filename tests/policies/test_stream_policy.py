@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_step import SyntheticEstimator
 
-from wispprof.core import Slo
-from wispprof.policies import Limits, SessionView, make_batch_policy
+from wispprof.core import BatchShape, Slo
+from wispprof.policies import BATCH_POLICIES, Limits, SessionView, make_batch_policy
 from wispprof.policies.marginal import MarginalCosts, expected_tokens, mean_costs, price_batches
 from wispprof.policies.tails import Book, solve
 
@@ -132,6 +132,83 @@ def test_a_due_draft_is_waited_for_where_reading_the_cache_costs_most():
     assert plan(8000) == {"r"}
     assert plan(8000, wait=False) == {"r", "d"}
     assert plan(5) == {"r", "d"}
+
+
+def test_those_who_wait_are_reached_by_the_step_that_is_left():
+    """Half the batch is due within a step of everybody, but not within the step that they leave."""
+    sessions = [
+        stream(f"d{i}", cached=8000, due_ms=5.0 + 4.0 * i, due_tail=(0.9, 0.9)) for i in range(24)
+    ]
+    sessions += [stream(f"r{i}", cached=8000, tail=(0.9, 0.9)) for i in range(8)]
+    estimator = SyntheticEstimator(fixed=5.0, row=0.02, kv=4e-4)
+    plan = make_batch_policy("wispprof", trim=False, floor=False).plan(
+        0.0, sessions, estimator, LIMITS
+    )
+    members = {m.session for m in plan.members}
+    waiting = [s for s in sessions if s.session not in members]
+    assert 0 < len(waiting) < 24
+    assert max(s.due_ms for s in waiting) <= plan.p50_ms
+    assert [s.session for s in waiting] == [f"d{i}" for i in range(len(waiting))]
+    everybody = estimator.predict(BatchShape.of((1 + len(s.tail), 8000) for s in sessions))[0]
+    assert all(s.due_ms <= everybody for s in sessions if s.due_ms)
+
+
+def test_nobody_waits_where_the_step_would_not_be_shorter():
+    """Linear costs promise a saving; this estimator pads small batches, so there is none."""
+
+    class Padded(SyntheticEstimator):
+        __slots__ = ()
+
+        def time(self, rows, cached, pairs):
+            return 40.0 + max(0.0, SyntheticEstimator.time(self, rows, cached, pairs) - 160.0)
+
+    due = {"due_ms": 5.0, "due_tail": (0.95, 0.9)}
+    sessions = [stream(f"d{i}", cached=8000, **due) for i in range(8)]
+    sessions += [stream(f"r{i}", cached=8000, tail=(0.9, 0.9)) for i in range(8)]
+    numbers = {"fixed": 5.0, "row": 0.02, "kv": 1.2e-3}
+    free = make_batch_policy("wispprof").plan(0.0, sessions, SyntheticEstimator(**numbers), LIMITS)
+    padded = make_batch_policy("wispprof").plan(0.0, sessions, Padded(**numbers), LIMITS)
+    assert len(free.members) == 8
+    assert len(padded.members) == 16
+
+
+def test_a_session_that_ran_ahead_is_not_left_out_for_one_that_is_behind():
+    sessions = [stream(f"ahead{i}", deadline_ms=5000.0) for i in range(15)]
+    sessions.append(stream("behind", deadline_ms=-50.0))
+    plan = make_batch_policy("wispprof").plan(0.0, sessions, SyntheticEstimator(), LIMITS)
+    assert len(plan.members) == 16
+
+
+def test_a_round_without_its_frame_is_not_prefilled_again_yet():
+    evicted = stream("evicted", prompt_left=700, ready=False, stream=False)
+    for name in BATCH_POLICIES:
+        plan = make_batch_policy(name).plan(
+            0.0, [evicted, stream("other")], SyntheticEstimator(), LIMITS
+        )
+        assert "evicted" not in {m.session for m in plan.members}
+
+
+def test_a_prompt_without_a_promise_is_not_put_off_forever():
+    running = [stream(str(i), slo=Slo(8.0), deadline_ms=60.0) for i in range(20)]
+    estimator = SyntheticEstimator(fixed=20.0, row=0.4, kv=0.0)
+
+    def fed(asked_ms: float, **options) -> int:
+        prompt = stream("new", prompt_left=800, cached=0, arrived_ms=asked_ms, deadline_ms=math.inf)
+        plan = make_batch_policy("wispprof", **options).plan(
+            0.0, [*running, prompt], estimator, LIMITS
+        )
+        assert plan.bound_ms <= 125.0
+        return next(m.prefill for m in plan.members if m.session == "new")
+
+    assert fed(-60_000.0) > 2 * fed(0.0)
+    assert fed(-60_000.0, first_token=math.inf) == fed(0.0)
+
+
+def test_among_prompts_without_a_promise_the_short_one_need_not_wait_for_the_long_one():
+    long = stream("long", prompt_left=4000, cached=0, arrived_ms=-20.0, deadline_ms=math.inf)
+    short = stream("short", prompt_left=60, cached=0, arrived_ms=0.0, deadline_ms=math.inf)
+    plan = make_batch_policy("wispprof").plan(0.0, [long, short], SyntheticEstimator(), LIMITS)
+    assert plan.members[0].session == "short"
 
 
 def test_nobody_waits_for_a_draft_past_its_deadline():

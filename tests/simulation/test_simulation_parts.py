@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from wispprof.artifacts.records import AcceptanceTrace, EdgeRow, TracePath
 from wispprof.core import BatchShape, Sampling
 from wispprof.errors import ArtifactDamaged, ArtifactMissing, ProfileError
+from wispprof.policies.marginal import price_batches
 from wispprof.policies.survival import ConfidenceSurvival
 from wispprof.simulation.acceptance import (
     MemoPredictor,
@@ -321,3 +322,25 @@ def test_nonsense_costs_are_refused() -> None:
     with pytest.raises(ValueError, match="negative"):
         LinearCost(-1.0)
     assert math.isfinite(LinearCost(1.0).coverage)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9000)), min_size=1, max_size=6),
+    st.sampled_from([0, 24]),
+)
+def test_linear_costs_price_many_batches_as_they_price_one(
+    items: list[tuple[int, int]], floor: int
+) -> None:
+    cost = LinearCost(18.0, row_ms=0.2, kv_ms=1e-4, pair_ms=1e-6, item_ms=0.05, floor_rows=floor)
+    new, cached = (np.array(column) for column in zip(*items, strict=True))
+    batch = cost.start().add(3, 700)
+    alone = [batch.add(*item) for item in items]
+    p50, bound = batch.add_many(new, cached)  # type: ignore[attr-defined]
+    assert np.allclose(p50, [one.p50_ms for one in alone])
+    assert np.allclose(bound, [one.bound_ms for one in alone])
+    inside = np.tril(np.ones((len(items), len(items)), dtype=np.int64))
+    p50, bound = price_batches(cost, inside * new, cached)
+    for count in range(1, len(items) + 1):
+        whole = cost.predict(BatchShape.of(items[:count]))
+        assert (p50[count - 1], bound[count - 1]) == pytest.approx(whole)

@@ -20,6 +20,7 @@ __all__ = [
     "MarginalCosts",
     "Slopes",
     "TotalsEstimator",
+    "bounds_with",
     "expected_tokens",
     "mean_costs",
     "price_batches",
@@ -61,6 +62,21 @@ def expected_tokens(tail: Sequence[float]) -> float:
         alive *= survival
         total += alive
     return total
+
+
+def bounds_with(
+    batch: CostAccumulator,
+    new: NDArray[np.int64],
+    cached: NDArray[np.int64],
+    prefill: NDArray[np.bool_],
+) -> FloatArray:
+    """Bound (n,) of the batch with each of n candidates added alone: at once where it knows how."""
+    add_many: Any = getattr(batch, "add_many", None)
+    if add_many is not None:
+        bounds: FloatArray = add_many(new, cached, prefill)[1]
+        return bounds
+    items = zip(new.tolist(), cached.tolist(), prefill.tolist(), strict=True)
+    return np.array([batch.add(*item).bound_ms for item in items])
 
 
 def price_batches(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from operator import attrgetter
 
+import numpy as np
+
 from wispprof.policies.api import SessionView
 from wispprof.policies.build import StepBuilder
 
@@ -15,6 +17,8 @@ _LEAST = 16
 """Tokens a prompt gets per step whatever the others need: nothing starves."""
 _GAP = 0.8
 """Share of the fastest running session's time for a step's tokens that it may take with prompts."""
+_LATE = 1.0
+"""The same share once a first token is late."""
 _STRETCH = 1.5
 """A step may always grow by this factor for prompts: on a loaded server the gap is spent already."""
 
@@ -27,21 +31,36 @@ def add_prompts(
     tokens: float = 1.0,
     *,
     sized: bool = True,
+    patience: float = math.inf,
 ) -> None:
     """Add prompt chunks to a step whose decoding members are chosen.
 
     Earliest first-token deadline first, then arrival. ``sized``: the step's bound stays within the
     slack of every running session that could keep it, and within its usual gap between tokens times
     the ``tokens`` that a running session is expected to commit in this step.
+
+    A prompt without a promise has a target instead: ``patience`` times what reading it alone would take.
+    From then on, as from a promise that is missed, a step may take the running sessions' whole gap, or
+    half as long again as they need.
     """
-    order = sorted(prompts, key=lambda s: (s.hopeless, s.deadline_ms, s.arrived_ms))
+    alone_ms = _alone_ms(build) if patience < math.inf else math.inf
+    queue = []
+    for session in prompts:
+        due_ms = session.deadline_ms
+        if due_ms == math.inf and alone_ms < math.inf:
+            whole = session.cached + session.prompt_left
+            due_ms = session.arrived_ms + patience * alone_ms * whole / build.limits.prefill_chunk
+        queue.append((session.hopeless, due_ms, session.arrived_ms, session.session, session))
+    queue.sort()
     budget_ms = _budget(build, now_ms, decode, tokens) if sized else math.inf
-    for session in order:
+    # A hurried step is measured by what the running sessions need, not by the prompts that joined before.
+    running_ms = build.cost.bound_ms
+    gap_ms = _gap_ms(decode, tokens)
+    for place, (_, due_ms, _, _, session) in enumerate(queue):
         if build.full or not build.prefill_left:
             return
-        if build.add_prefill(session, max(budget_ms, _hurry_ms(build, now_ms, session))):
-            continue
-        if session is order[0]:
+        hurry_ms = _hurry_ms(running_ms, gap_ms, due_ms - now_ms, session.hopeless)
+        if not build.add_prefill(session, max(budget_ms, hurry_ms)) and place == 0:
             build.add_prefill(session, most=_LEAST)
 
 
@@ -50,20 +69,33 @@ def _budget(build: StepBuilder, now_ms: float, decode: list[SessionView], tokens
         return math.inf
     running_ms = build.cost.bound_ms
     alive = [s for s in decode if not s.hopeless] or decode
-    gap_ms: float = _GAP * tokens * 1000.0 / max(map(_SPEED, alive))
-    earliest_ms = now_ms + running_ms
-    keepable: list[float] = [d for d in map(_DEADLINE, alive) if d >= earliest_ms]
-    return min(max(gap_ms, _STRETCH * running_ms), min(keepable, default=math.inf) - now_ms)
+    gap_ms = _GAP * _gap_ms(decode, tokens)
+    deadlines = np.fromiter(map(_DEADLINE, alive), np.float64, len(alive))
+    keepable = deadlines[deadlines >= now_ms + running_ms]
+    earliest_ms = float(keepable.min()) if len(keepable) else math.inf
+    return min(max(gap_ms, _STRETCH * running_ms), earliest_ms - now_ms)
 
 
-def _hurry_ms(build: StepBuilder, now_ms: float, session: SessionView) -> float:
+def _gap_ms(decode: list[SessionView], tokens: float) -> float:
+    """Time that the fastest running session has for the ``tokens`` of a step."""
+    alive = [s for s in decode if not s.hopeless] or decode
+    return tokens * 1000.0 / max(map(_SPEED, alive)) if alive else math.inf
+
+
+def _alone_ms(build: StepBuilder) -> float:
+    """A step with a full chunk of one prompt and nothing else."""
+    limits = build.limits
+    return build.estimator.start().add(limits.prefill_chunk, 0, True).p50_ms
+
+
+def _hurry_ms(running_ms: float, gap_ms: float, left_ms: float, hopeless: bool) -> float:
     """Time a step may take so that this prompt's first token is still in time, at one step's share.
 
-    Zero while it has time: only a first token that is about to be late lets the step grow, and never
-    beyond twice what the running sessions need.
+    Zero while it has time. A first token that is about to be late lets the step grow to twice what the
+    running sessions need, one that is late to their whole gap, or to half as much again.
     """
-    left_ms = session.deadline_ms - now_ms
-    running_ms = build.cost.bound_ms
-    if session.hopeless or not running_ms or left_ms > 4.0 * running_ms or left_ms < running_ms:
+    if left_ms > 4.0 * running_ms:
         return 0.0
+    if hopeless or left_ms < running_ms:
+        return max(_LATE * gap_ms, _STRETCH * running_ms)
     return min(left_ms, 2.0 * running_ms)

@@ -52,7 +52,8 @@ class StreamSettings:
 
     ``catch_up``: weight of a token of a session that is far behind; 1 switches weighing off.
     ``hopeless_weight``: of one whose promise is lost. ``patience``: a session left out for this many
-    steps takes part whatever it is worth.
+    steps takes part whatever it is worth. ``first_token``: target of a first token that nothing was promised
+    for, in times of reading its prompt alone on the server.
     """
 
     trim: bool = True
@@ -65,6 +66,7 @@ class StreamSettings:
     catch_up: float = 4.0
     hopeless_weight: float = 0.25
     patience: float = 8.0
+    first_token: float = 4.0
 
 
 @dataclass
@@ -100,7 +102,8 @@ class Wispprof:
             for index in chosen:
                 build.add_decode(decode[index], keep[index])
         if prompts:
-            add_prompts(build, now_ms, prompts, decode, gain, sized=self.settings.size_prefill)
+            sized, patience = self.settings.size_prefill, self.settings.first_token
+            add_prompts(build, now_ms, prompts, decode, gain, sized=sized, patience=patience)
         fed = sum(m.prefill for m in build.members)
         backlog = sum([s.prompt_left for s in prompts]) > fed
         self._backlog += _BLEND * (float(backlog) - self._backlog)
@@ -160,7 +163,7 @@ class Wispprof:
         members, keep = self._best(
             book, members, keep, rate, slack, lost, estimator, limits, need, sunk_ms
         )
-        order = [int(i) for i in need if members[i]]
+        order: list[int] = need[members[need]].tolist()
         gains = book.gains[order, keep[order]]
         gain = float(gains.mean()) if order else 1.0
         return order, keep.tolist(), wake_ms, gain

@@ -12,21 +12,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from wispprof.core import StepEstimator
 from wispprof.policies.api import Limits, SessionView, StepPlan
 from wispprof.policies.build import StepBuilder, eligible, idle
-from wispprof.policies.marginal import Slopes
-from wispprof.policies.tails import Book, Columns
+from wispprof.policies.marginal import Slopes, bounds_with
+from wispprof.policies.tails import Book, Columns, FloatArray
 
 __all__ = ["Wisp"]
 
-_DEADLINE = attrgetter("deadline_ms")
+_DEADLINE, _PROMPT_LEFT = attrgetter("deadline_ms"), attrgetter("prompt_left")
 _RETRY_MS = 1.0
-_WIDEST = 65
-"""Widths of refused items that are told apart; wider ones count as this wide."""
+_REFUSALS = 4
+"""Candidates refused one by one before all that are left are priced again at once."""
 
 
 @dataclass
@@ -49,32 +51,21 @@ class Wisp:
         ready = eligible(sessions)
         if not ready:
             return idle(now_ms, None, "idle")
-        order, urgent = self._order(now_ms, ready, estimator, limits)
+        order, urgent, columns = self._order(now_ms, ready, estimator, limits)
         build = StepBuilder(estimator, limits)
+        own_ms = columns.deadline - now_ms
+        # Late even if alone: keeps its place, constrains nobody.
+        late = bounds_with(build.cost, *columns.least) > own_ms
+        late[urgent:] = False
+        own_ms = np.where(late, math.inf, own_ms)
         budget_ms = math.inf
-        refused = [math.inf] * (_WIDEST + 1)
-        for position, index in enumerate(order):
-            if build.full:
-                break
-            session = ready[index]
-            own_ms = session.deadline_ms - now_ms
-            if position < urgent and _alone_ms(session, estimator) > own_ms:
-                own_ms = math.inf  # late even if alone: keeps its place, constrains nobody
-            allowed = min(budget_ms, own_ms)
-            if session.prompt_left:
-                joined = build.add_prefill(session, allowed) > 0
-            else:
-                new = 1 + len(session.tail)
-                # The batch only grows and its budget only shrinks: what is no smaller than something
-                # the budget refused need not be priced.
-                if session.cached >= refused[min(new, _WIDEST)]:
-                    continue
-                joined = build.add_decode(session, new - 1, allowed)
-                if not joined and allowed == budget_ms and not build.full:
-                    for width in range(min(new, _WIDEST), _WIDEST + 1):
-                        refused[width] = min(refused[width], session.cached)
-            if joined:
-                budget_ms = allowed
+        position = 0
+        while position < len(order) and not build.full:
+            # The batch only grows and its budget only shrinks: what the budget refuses now stays out.
+            new, cached, prompt = columns.least
+            bounds = bounds_with(build.cost, new[position:], cached[position:], prompt[position:])
+            fit = np.flatnonzero(bounds <= np.minimum(own_ms[position:], budget_ms)) + position
+            position, budget_ms = self._join(build, ready, order, fit, own_ms, budget_ms)
         if build.members:
             return build.plan("deadlines, then value")
         for index in sorted(range(len(ready)), key=lambda i: ready[i].deadline_ms):
@@ -82,33 +73,67 @@ class Wisp:
                 return build.plan("earliest deadline alone")
         return idle(now_ms, now_ms + _RETRY_MS, "no room")
 
+    @staticmethod
+    def _join(
+        build: StepBuilder,
+        ready: list[SessionView],
+        order: list[int],
+        fit: NDArray[np.int64],
+        own_ms: FloatArray,
+        budget_ms: float,
+    ) -> tuple[int, float]:
+        """Try candidates in turn until so many were refused that looking at all again is cheaper;
+        returns (where to go on, the earliest deadline in the batch)."""
+        refused = 0
+        for position in fit.tolist():
+            if build.full:
+                break
+            session = ready[order[position]]
+            allowed = min(budget_ms, float(own_ms[position]))
+            if session.prompt_left:
+                joined = build.add_prefill(session, allowed) > 0
+            else:
+                joined = build.add_decode(session, len(session.tail), allowed)
+            if joined:
+                budget_ms = allowed
+            else:
+                refused += 1
+                if refused == _REFUSALS:
+                    return position + 1, budget_ms
+        return len(order), budget_ms
+
     def _order(
         self,
         now_ms: float,
         ready: list[SessionView],
         estimator: StepEstimator,
         limits: Limits,
-    ) -> tuple[list[int], int]:
-        """Indices in the order they are tried; the first so many of them are urgent."""
+    ) -> tuple[list[int], int, _Candidates]:
+        """Indices in the order they are tried, how many of the first are urgent, and their columns."""
         columns = Columns.of(ready)
         costs = columns.slopes(self._slopes, estimator, limits.max_items)
         book = Book.build(columns, costs, np.ones(len(ready)))
         value = book.gains[np.arange(len(ready)), book.lengths]
         spent = book.lone_ms + book.lengths * book.row_ms
-        for index, session in enumerate(ready):
-            if session.prompt_left:
-                # A prompt commits one token when its last chunk is fed: value by what is left.
-                new = min(session.prompt_left, limits.prefill_chunk)
-                value[index] = new / session.prompt_left
-                spent[index] += (new - 1) * book.row_ms[index]
+        left = np.fromiter(map(_PROMPT_LEFT, ready), np.int64, len(ready))
+        prompt = left > 0
+        if prompt.any():
+            # A prompt commits one token when its last chunk is fed: value by what is left.
+            new = np.minimum(left[prompt], limits.prefill_chunk)
+            value[prompt] = new / left[prompt]
+            spent[prompt] += (new - 1) * book.row_ms[prompt]
         deadline = np.fromiter(map(_DEADLINE, ready), np.float64, len(ready))
         urgent = deadline <= now_ms + self.urgency * costs.all_bound_ms
         rank = np.where(urgent, deadline, -value / (spent + 1e-9))
-        order: list[int] = np.lexsort((rank, ~urgent)).tolist()
-        return order, int(urgent.sum())
+        order = np.lexsort((rank, ~urgent))
+        least = np.where(prompt, 1, 1 + columns.lengths)
+        found = _Candidates(deadline[order], (least[order], columns.cached[order], prompt[order]))
+        return order.tolist(), int(urgent.sum()), found
 
 
-def _alone_ms(session: SessionView, estimator: StepEstimator) -> float:
-    """Bound of the least step that answers this session: its round, or one token of its prompt."""
-    new = 1 if session.prompt_left else 1 + len(session.tail)
-    return estimator.start().add(new, session.cached, bool(session.prompt_left)).bound_ms
+class _Candidates(NamedTuple):
+    """In the order they are tried: deadlines, and (new, cached, prefill) of the least that answers each:
+    its round, or one token of its prompt."""
+
+    deadline: FloatArray
+    least: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]

@@ -91,6 +91,16 @@ class _LinearBatch:
         p50 = cost.fixed_ms + work + (cost.row_ms * charged if charged > 0 else 0.0)
         return _LinearBatch(cost, work, rows, p50)
 
+    def add_many(
+        self, new: NDArray[np.int64], cached: NDArray[np.int64], prefill: object = False
+    ) -> tuple[FloatArray, FloatArray]:
+        """(p50, bound), each (n,), with each of n candidates added alone."""
+        cost = self._cost
+        p50 = cost.fixed_ms + self._work + cost.item_ms + cost.kv_ms * cached.astype(np.float64)
+        p50 = p50 + cost.pair_ms * (new * cached + new * (new + 1) / 2)
+        p50 = p50 + cost.row_ms * np.maximum(self._rows + new - cost.floor_rows, 0)
+        return p50, p50 * cost.bound_ratio
+
 
 @dataclass(frozen=True, slots=True)
 class WithoutPrefixCache:

@@ -48,6 +48,15 @@ class _Batch:
             self.cached + cached,
         )
 
+    def add_many(
+        self, new: np.ndarray, cached: np.ndarray, prefill: np.ndarray | bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(p50, bound), each (n,), with each of n candidates added alone."""
+        step, per_new, per_pair, per_cached = self.weights
+        p50 = step + per_new * (self.new + new) + per_cached * (self.cached + cached)
+        p50 = p50 + per_pair * (self.pairs + new * cached + new * (new + 1) / 2)
+        return p50, p50 * self.ratio
+
 
 class LearningEstimator:
     """WISP's linear form (per step, per new token, per query-key pair, per cached token), learnt from
