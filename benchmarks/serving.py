@@ -20,6 +20,10 @@ Each request's text is compared with the target's own: any difference fails the 
 are the simulator's with that server's estimator and measured loop overhead, the mean of three seeds; "±" is
 their difference in percent of the real ones. Capacity is the simulator's: most devices at 95 % attainment.
 
+"pace" is the run's median of measured over fitted step time. On a quiet machine it is 1; where neighbours or
+heat slowed the machine during one run it says which rows not to compare, and the simulator is given the
+estimator at that pace, as the server's own drift correction does (``--as-fitted``: not).
+
 The last line is JSON.
 """
 
@@ -90,6 +94,7 @@ class Bed:
     rtt_ms: float
     ttft_ms: float
     max_new: int
+    as_fitted: bool
     pool: ProcessPoolExecutor
 
 
@@ -102,7 +107,7 @@ class Run:
     real: BenchResult
     simulated: Twin
     step_mean_ms: float
-    measured_over_predicted: float
+    pace: float
     overhead_ms: float
 
     @property
@@ -182,6 +187,7 @@ def make_bed(folder: Path, arguments: argparse.Namespace, pool: ProcessPoolExecu
         round(0.3 * step_ms, 1),
         max(1000.0, 4.0 * near * prompt_ms),
         new,
+        arguments.as_fitted,
         pool,
     )
 
@@ -204,6 +210,22 @@ class Watched:
         return plan
 
 
+class Steps:
+    """Shapes and times of all steps, taken where a step log would be."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[BatchShape, float]] = []
+
+    def note(self, shape: BatchShape, actual_ms: float) -> None:
+        self.rows.append((shape, actual_ms))
+
+    def close(self) -> None: ...
+
+    def pace(self, estimator: FittedEstimator) -> float:
+        """Median of measured over predicted."""
+        return statistics.median(ms / estimator.predict(shape)[0] for shape, ms in self.rows)
+
+
 def offer(load: BenchSettings, url: str, trace_file: str) -> BenchResult:
     """In the fleet's process: offer the load."""
     return asyncio.run(run_bench(load, url, load_trace(Path(trace_file))))
@@ -223,10 +245,11 @@ def load_of(bed: Bed, label: str, devices: int) -> BenchSettings:
     )
 
 
-def server_model(bed: Bed, overhead_ms: float) -> ServerModel:
+def server_model(bed: Bed, overhead_ms: float, pace: float = 1.0) -> ServerModel:
     """The running server as the simulator sees it."""
+    fitted = bed.estimator
     return ServerModel(
-        bed.estimator,
+        fitted.with_scale(fitted.p50_scale * pace, fitted.bound_scale * pace),
         bed.engine.kv_free,
         MAX_ITEMS,
         MAX_TOKENS,
@@ -258,6 +281,7 @@ async def run(bed: Bed, name: str, what: System, devices: int) -> Run:
     policy = Watched(what.make_batching())
     async with running(bed, policy) as served:
         records = served.server.metrics.steps = deque(maxlen=1 << 17)
+        seen = served.server.loop.step_log = Steps()
         real = await asyncio.get_running_loop().run_in_executor(
             bed.pool, offer, load, served.split_url, str(bed.trace_file)
         )
@@ -266,11 +290,12 @@ async def run(bed: Bed, name: str, what: System, devices: int) -> Run:
         raise SystemExit(f"{name}: texts differ from the target's own, or sessions were left")
     gaps = busy_gaps(steps, policy.rested_ms)
     overhead_ms = statistics.median(gaps) if gaps else LOOP_MS
+    pace = seen.pace(bed.estimator)
     simulated = twin(
         load,
         bed.mix,
         what,
-        server_model(bed, overhead_ms),
+        server_model(bed, overhead_ms, 1.0 if bed.as_fitted else pace),
         bed.trace,
         load_predictor(bed.predictor),
     )
@@ -280,7 +305,7 @@ async def run(bed: Bed, name: str, what: System, devices: int) -> Run:
         real,
         simulated,
         statistics.fmean(s.actual_ms for s in steps),
-        statistics.median(s.actual_ms / s.predicted_ms for s in steps if s.predicted_ms > 0),
+        pace,
         overhead_ms,
     )
 
@@ -342,6 +367,7 @@ def comparison(title: str, rows: list[Run]) -> Table:
             Column("(sim)", "ms"),
             Column("±", "%", digits=0),
             Column("loop", "ms"),
+            Column("pace", digits=2),
         ),
         tuple(
             (
@@ -352,6 +378,7 @@ def comparison(title: str, rows: list[Run]) -> Table:
                     for cell in (real, sim, 100.0 * off(real, sim))
                 ),
                 row.overhead_ms,
+                row.pace,
             )
             for row in rows
         ),
@@ -370,7 +397,7 @@ def record(row: Run) -> dict[str, Any]:
         "seconds": round(row.figures["seconds"], 1),
         "ttft_p95_ms": round(row.figures["ttft_p95_ms"], 1),
         "overhead_ms": round(row.overhead_ms, 2),
-        "measured_over_predicted": round(row.measured_over_predicted, 3),
+        "pace": round(row.pace, 3),
         **found,
     }
 
@@ -565,6 +592,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--interference", action="store_true")
+    parser.add_argument("--as-fitted", action="store_true", help="simulate at the profile's pace")
     parser.add_argument("--run", type=Path, help="folder with estimator, predictor and trace")
     parser.add_argument("--devices", type=int, default=10, help="the fleet near capacity")
     parser.add_argument("--requests", type=int, default=0, help="per device")
