@@ -17,10 +17,11 @@ _LEAST = 16
 """Tokens a prompt gets per step whatever the others need: nothing starves."""
 _GAP = 0.8
 """Share of the fastest running session's time for a step's tokens that it may take with prompts."""
-_LATE = 1.0
-"""The same share once a first token is late."""
 _STRETCH = 1.5
 """A step may always grow by this factor for prompts: on a loaded server the gap is spent already."""
+_FAIR = 2.0
+"""For a first token that is late, or about to be: half of the step is the prompts'. More only helps where
+prompts are few; a server that they saturate reads them no sooner, and its sessions run slower."""
 
 
 def add_prompts(
@@ -40,8 +41,8 @@ def add_prompts(
     the ``tokens`` that a running session is expected to commit in this step.
 
     A prompt without a promise has a target instead: ``patience`` times what reading it alone would take.
-    From then on, as from a promise that is missed, a step may take the running sessions' whole gap, or
-    half as long again as they need.
+    From then on, as from a promise that is missed, a step may take twice what its running sessions need,
+    whatever their next tokens' deadlines: those count over a whole generation.
     """
     alone_ms = _alone_ms(build) if patience < math.inf else math.inf
     queue = []
@@ -55,11 +56,10 @@ def add_prompts(
     budget_ms = _budget(build, now_ms, decode, tokens) if sized else math.inf
     # A hurried step is measured by what the running sessions need, not by the prompts that joined before.
     running_ms = build.cost.bound_ms
-    gap_ms = _gap_ms(decode, tokens)
     for place, (_, due_ms, _, _, session) in enumerate(queue):
         if build.full or not build.prefill_left:
             return
-        hurry_ms = _hurry_ms(running_ms, gap_ms, due_ms - now_ms, session.hopeless)
+        hurry_ms = _hurry_ms(running_ms, due_ms - now_ms, session.hopeless)
         if not build.add_prefill(session, max(budget_ms, hurry_ms)) and place == 0:
             build.add_prefill(session, most=_LEAST)
 
@@ -69,17 +69,11 @@ def _budget(build: StepBuilder, now_ms: float, decode: list[SessionView], tokens
         return math.inf
     running_ms = build.cost.bound_ms
     alive = [s for s in decode if not s.hopeless] or decode
-    gap_ms = _GAP * _gap_ms(decode, tokens)
+    gap_ms = _GAP * tokens * 1000.0 / max(map(_SPEED, alive))
     deadlines = np.fromiter(map(_DEADLINE, alive), np.float64, len(alive))
     keepable = deadlines[deadlines >= now_ms + running_ms]
     earliest_ms = float(keepable.min()) if len(keepable) else math.inf
     return min(max(gap_ms, _STRETCH * running_ms), earliest_ms - now_ms)
-
-
-def _gap_ms(decode: list[SessionView], tokens: float) -> float:
-    """Time that the fastest running session has for the ``tokens`` of a step."""
-    alive = [s for s in decode if not s.hopeless] or decode
-    return tokens * 1000.0 / max(map(_SPEED, alive)) if alive else math.inf
 
 
 def _alone_ms(build: StepBuilder) -> float:
@@ -88,14 +82,9 @@ def _alone_ms(build: StepBuilder) -> float:
     return build.estimator.start().add(limits.prefill_chunk, 0, True).p50_ms
 
 
-def _hurry_ms(running_ms: float, gap_ms: float, left_ms: float, hopeless: bool) -> float:
-    """Time a step may take so that this prompt's first token is still in time, at one step's share.
-
-    Zero while it has time. A first token that is about to be late lets the step grow to twice what the
-    running sessions need, one that is late to their whole gap, or to half as much again.
-    """
+def _hurry_ms(running_ms: float, left_ms: float, hopeless: bool) -> float:
+    """Time a step may take for a prompt whose first token is late or about to be; 0 while it has time."""
     if left_ms > 4.0 * running_ms:
         return 0.0
-    if hopeless or left_ms < running_ms:
-        return max(_LATE * gap_ms, _STRETCH * running_ms)
-    return min(left_ms, 2.0 * running_ms)
+    fair_ms = _FAIR * running_ms
+    return fair_ms if hopeless or left_ms < running_ms else min(left_ms, fair_ms)
