@@ -189,7 +189,7 @@ def test_a_round_without_its_frame_is_not_prefilled_again_yet():
 
 
 def test_a_prompt_without_a_promise_is_not_put_off_forever():
-    running = [stream(str(i), slo=Slo(8.0), deadline_ms=60.0) for i in range(20)]
+    running = [stream(str(i), slo=Slo(8.0), deadline_ms=45.0) for i in range(20)]
     estimator = SyntheticEstimator(fixed=20.0, row=0.4, kv=0.0)
 
     def fed(asked_ms: float, **options) -> int:

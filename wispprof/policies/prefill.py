@@ -69,7 +69,7 @@ def _budget(build: StepBuilder, now_ms: float, decode: list[SessionView], tokens
         return math.inf
     running_ms = build.cost.bound_ms
     alive = [s for s in decode if not s.hopeless] or decode
-    gap_ms = _GAP * tokens * 1000.0 / max(map(_SPEED, alive))
+    gap_ms: float = _GAP * tokens * 1000.0 / max(map(_SPEED, alive))
     deadlines = np.fromiter(map(_DEADLINE, alive), np.float64, len(alive))
     keepable = deadlines[deadlines >= now_ms + running_ms]
     earliest_ms = float(keepable.min()) if len(keepable) else math.inf
