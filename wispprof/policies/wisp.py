@@ -27,7 +27,7 @@ __all__ = ["Wisp"]
 
 _DEADLINE, _PROMPT_LEFT = attrgetter("deadline_ms"), attrgetter("prompt_left")
 _RETRY_MS = 1.0
-_REFUSALS = 4
+_REFUSALS = 8
 """Candidates refused one by one before all that are left are priced again at once."""
 
 
@@ -54,18 +54,22 @@ class Wisp:
         order, urgent, columns = self._order(now_ms, ready, estimator, limits)
         build = StepBuilder(estimator, limits)
         own_ms = columns.deadline - now_ms
+        new, cached, prompt = columns.least
+        bounds = bounds_with(build.cost, new, cached, prompt)
         # Late even if alone: keeps its place, constrains nobody.
-        late = bounds_with(build.cost, *columns.least) > own_ms
+        late = bounds > own_ms
         late[urgent:] = False
         own_ms = np.where(late, math.inf, own_ms)
         budget_ms = math.inf
         position = 0
-        while position < len(order) and not build.full:
+        while True:
             # The batch only grows and its budget only shrinks: what the budget refuses now stays out.
-            new, cached, prompt = columns.least
-            bounds = bounds_with(build.cost, new[position:], cached[position:], prompt[position:])
             fit = np.flatnonzero(bounds <= np.minimum(own_ms[position:], budget_ms)) + position
             position, budget_ms = self._join(build, ready, order, fit, own_ms, budget_ms)
+            if position == len(order) or build.full:
+                break
+            rest = slice(position, None)
+            bounds = bounds_with(build.cost, new[rest], cached[rest], prompt[rest])
         if build.members:
             return build.plan("deadlines, then value")
         for index in sorted(range(len(ready)), key=lambda i: ready[i].deadline_ms):
