@@ -54,7 +54,7 @@ class DemoSettings:
     devices: int = 8
     requests: int = 3
     max_new: int = 64
-    shares: tuple[float, ...] = (0.5, 0.8, 1.1, 1.4)
+    shares: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
     rtt_ms: float = 5.0
     seed: int = 0
 

@@ -11,7 +11,8 @@ tokens than it saved promises. (``in_time`` adds a hard rule: no step so long th
 due time of its next token. It is off: promises count over a whole generation, and short steps for one
 token's sake cost more sessions their promise than they save.)
 *size_prefill*: prompt chunks as large as no running session minds (:mod:`wispprof.policies.prefill`).
-*demote_hopeless*: sessions whose promise is lost take only what nobody else needs.
+*demote_hopeless*: tokens of sessions whose promise is lost weigh little, and where even a lone advance
+of theirs does not pay for its time (long contexts) they stay out.
 *floor*: the plan of centralized serving is always among the candidates.
 
 The candidates are priced exactly by the estimator, on its median for throughput and on its bound for
@@ -268,7 +269,12 @@ class Wispprof:
 
 
 def _net(book: Book, keep: IntArray, rate: float) -> FloatArray:
-    """What each session's part is worth beyond the time it takes, at the going rate."""
-    gains = book.gains[np.arange(len(keep)), keep] * book.weight
-    net: FloatArray = gains - rate * (book.lone_ms + keep * book.row_ms)
+    """What each session's part would be worth beyond the time it takes, were all tokens worth the same.
+
+    At the weighted rate of the urgent, a session whose promise is lost would be starved even where its
+    share of a step costs next to nothing, and a closed fleet would wait for it in the end.
+    """
+    gains = book.gains[np.arange(len(keep)), keep]
+    plain = rate * float(gains.sum()) / max(float((gains * book.weight).sum()), 1e-9)
+    net: FloatArray = gains - plain * (book.lone_ms + keep * book.row_ms)
     return net
