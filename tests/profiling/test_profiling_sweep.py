@@ -97,6 +97,15 @@ def test_the_interval_brackets_the_median(samples):
     assert (half_width(samples) < float("inf")) == (len(samples) >= 6)
 
 
+def test_thousands_of_samples_give_an_interval_as_hundreds_do():
+    samples = [float(i) for i in range(100_001)]
+    low, high = median_interval(samples)
+    assert low < 50_000 < high
+    assert 300 < high - low < 640
+    ranks = [median_interval([float(i) for i in range(n)])[0] for n in (999, 1000, 1001, 1002)]
+    assert max(ranks) - min(ranks) <= 2
+
+
 def test_the_interval_covers_as_it_says():
     """Coverage of the true median over many draws; a 75 % interval must cover less."""
     generator = random.Random(1)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 __all__ = ["half_width", "median_interval"]
 
+_EXACT = 1000
+"""Beyond, the binomial is taken for normal: 2.0**n overflows, and a rank more or less shows nowhere."""
 FEWEST = 6
 """Samples below which no order statistics bracket the median with 95 % confidence."""
 
@@ -17,6 +19,9 @@ FEWEST = 6
 def _rank(n: int, confidence: float) -> int:
     """The largest r with P(the r-th smallest and r-th largest of n bracket the median) >= confidence;
     0 where there is none. The count of samples below the median is binomial(n, 1/2)."""
+    if n > _EXACT:
+        z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+        return math.floor((n - z * math.sqrt(n)) / 2)
     tail, rank = 0.0, 0
     while True:
         tail += math.comb(n, rank) / 2.0**n
