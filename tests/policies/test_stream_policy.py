@@ -230,6 +230,20 @@ def test_sessions_behind_their_promise_keep_more_of_their_tails():
     assert drafts["behind"] > max(d for n, d in drafts.items() if n != "behind")
 
 
+def test_hopeless_sessions_give_way_but_do_not_starve():
+    lost = [stream(f"lost{i}", hopeless=True, deadline_ms=-900.0) for i in range(6)]
+    alive = [stream(f"alive{i}", deadline_ms=-5.0) for i in range(6)]
+    estimator = SyntheticEstimator(fixed=2.0, row=2.0)
+    plan = make_batch_policy("wispprof").plan(0.0, lost + alive, estimator, LIMITS)
+    assert {m.session[:5] for m in plan.members} == {"alive"}
+    later = make_batch_policy("wispprof").plan(5000.0, lost + alive, estimator, LIMITS)
+    assert {m.session[:5] for m in later.members} == {
+        "alive",
+        "lost0",
+        *(f"lost{i}" for i in range(6)),
+    }
+
+
 def test_hopeless_sessions_that_cost_much_give_way_but_do_not_starve():
     lost = [stream(f"lost{i}", hopeless=True, deadline_ms=-900.0, cached=8000) for i in range(6)]
     alive = [stream(f"alive{i}", deadline_ms=-5.0, cached=100) for i in range(6)]

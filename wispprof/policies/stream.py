@@ -11,8 +11,8 @@ tokens than it saved promises. (``in_time`` adds a hard rule: no step so long th
 due time of its next token. It is off: promises count over a whole generation, and short steps for one
 token's sake cost more sessions their promise than they save.)
 *size_prefill*: prompt chunks as large as no running session minds (:mod:`wispprof.policies.prefill`).
-*demote_hopeless*: tokens of sessions whose promise is lost weigh little, and where even a lone advance
-of theirs does not pay for its time (long contexts) they stay out.
+*demote_hopeless*: tokens of sessions whose promise is lost weigh little, and such sessions stay out
+where together they would add more to the step than the fixed part of a step of their own.
 *floor*: the plan of centralized serving is always among the candidates.
 
 The candidates are priced exactly by the estimator, on its median for throughput and on its bound for
@@ -154,7 +154,11 @@ class Wispprof:
             if out.any() and self._waiting_pays(book, keep, out, margin_ms, estimator):
                 members, wake_ms = ~out, due_ms
         if settings.demote_hopeless and bool((~lost).any()):
-            members &= ~lost | stale | (_net(book, keep, rate) >= 0.0)
+            out = lost & ~stale & (_net(book, keep, rate) < 0.0)
+            # Left out, they need a step of their own later, and its fixed part is paid again: that must
+            # cost less than what they add to this one, or they starve for nothing.
+            if float((book.lone_ms + keep * book.row_ms)[out].sum()) > costs.fixed_ms:
+                members &= ~out
         if not members.any() and not self._pays_to_idle(now_ms, decode, book, keep, rate, wake_ms):
             members = everyone
         if not members.any() and not company:
@@ -269,12 +273,7 @@ class Wispprof:
 
 
 def _net(book: Book, keep: IntArray, rate: float) -> FloatArray:
-    """What each session's part would be worth beyond the time it takes, were all tokens worth the same.
-
-    At the weighted rate of the urgent, a session whose promise is lost would be starved even where its
-    share of a step costs next to nothing, and a closed fleet would wait for it in the end.
-    """
-    gains = book.gains[np.arange(len(keep)), keep]
-    plain = rate * float(gains.sum()) / max(float((gains * book.weight).sum()), 1e-9)
-    net: FloatArray = gains - plain * (book.lone_ms + keep * book.row_ms)
+    """What each session's part is worth beyond the time it takes, at the going rate."""
+    gains = book.gains[np.arange(len(keep)), keep] * book.weight
+    net: FloatArray = gains - rate * (book.lone_ms + keep * book.row_ms)
     return net
