@@ -30,11 +30,17 @@ def register(parent: typer.Typer) -> None:
 def train(
     out: Annotated[Path, typer.Option(help="Folder that gets target/ and draft/.")],
     work: Annotated[Path, typer.Option(help="Folder of checkpoints; training resumes from it.")],
-    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore checkpoints, start over.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete the work folder first, start over.")
+    ] = False,
+    keep_target: Annotated[
+        bool,
+        typer.Option("--keep-target", help="Distil a new draft for the target that --out holds."),
+    ] = False,
 ) -> None:
     """Train target and draft from the standard library's own sources (hours on two CPU cores).
 
-    Tokenizer, checkpoints and the target's own text are kept in --work, so an interrupted training
+    Tokenizer, checkpoints and the draft's lessons are kept in --work, so an interrupted training
     goes on where it stopped.
     """
     from wispprof.lm.reference.build import build_pair
@@ -52,7 +58,7 @@ def train(
 
             return step
 
-        build_pair(out, work, report, resume=not fresh)
+        build_pair(out, work, report, resume=not fresh, keep_target=keep_target)
     common.note(f"Wrote {out / 'target'} and {out / 'draft'}.")
 
 

@@ -1,22 +1,21 @@
-"""Training of the reference pair on a CPU: a target from text, then a draft distilled from it.
+"""Training on a CPU: the loop both models of the reference pair share, and the target.
 
 Both are plain Llama-architecture models in transformers. Matrices of the layers are trained with
-Muon, the rest (embedding, norms) with AdamW, under bf16 autocast with float32 master weights. The
-learning rate is flat and then falls linearly to zero; the falling part of the target's training uses
-longer sequences, so that the model holds up at the contexts it is served at.
+Muon, the rest (embedding, norms) with AdamW, float32 master weights, products in bf16 on processors
+that multiply bf16 faster. The learning rate is flat and then falls linearly to zero; the falling part
+of the target's training uses longer sequences, so that the model holds up at the contexts it is
+served at.
 
-The draft minimises KL(target ‖ draft) on a mixture of file text and text that the target itself
-wrote, because what it will have to predict is the target's output rather than the files.
-
-State is saved every ``save_every`` steps and found again by ``--resume``.
+State is saved every ``save_every`` steps and found again by a later call.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -59,15 +58,14 @@ class Shape:
 
 
 TARGET = Shape(hidden=384, layers=8, heads=6, kv_heads=2, mlp=1024)
-DRAFT = Shape(hidden=192, layers=2, heads=3, kv_heads=1, mlp=512)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How long and how hard to train one model.
 
-    ``short`` and ``long`` are (sequences, tokens per sequence) of a step in the flat and in the
-    falling part of the schedule.
+    ``short`` and ``long`` are (sequences, tokens per sequence) of a step; the target takes short ones
+    in the flat part of the schedule and long ones in the falling part.
     """
 
     steps: int
@@ -94,6 +92,27 @@ class Recipe:
         return self.short if step < self.decay_start else self.long
 
 
+@cache
+def autocast_bf16() -> bool:
+    """Whether this processor multiplies bf16 matrices faster than float32 ones (best of three each)."""
+
+    def best(dtype: torch.dtype) -> float:
+        a, b = (torch.ones(shape, dtype=dtype) for shape in ((1024, 384), (384, 1024)))
+        samples = []
+        for _ in range(3):
+            began = time.perf_counter()
+            a @ b
+            samples.append(time.perf_counter() - began)
+        return min(samples)
+
+    return best(torch.bfloat16) < best(torch.float32)
+
+
+def autocast() -> torch.autocast:
+    """The precision of every forward pass in training."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=autocast_bf16())
+
+
 class Sampler:
     """Random crops of one long token stream, a pure function of (seed, step)."""
 
@@ -108,6 +127,48 @@ class Sampler:
         return torch.stack([self.stream[s : s + length + 1] for s in starts.tolist()])
 
 
+def orthogonalised(matrix: Tensor, rounds: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrix, roughly: singular values of ``matrix`` brought near one.
+
+    Newton-Schulz iteration with the quintic of Muon (Jordan et al., 2024).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / x.norm().clamp_min(1e-7)
+    for _ in range(rounds):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised momentum for matrices, with update sizes that match AdamW's.
+
+    As torch.optim.Muon, but in float32: torch's works in bf16, which processors without bf16 units
+    emulate so slowly that it takes most of a training step.
+    """
+
+    def __init__(
+        self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.1
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalised(p.grad.lerp(state["momentum"], group["momentum"]))
+                p.mul_(1 - group["lr"] * group["decay"])
+                p.add_(update, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+
+
 class PairOptimizer:
     """Muon for the matrices of the layers, AdamW for everything else, on one schedule."""
 
@@ -117,9 +178,7 @@ class PairOptimizer:
         rest = [p for n, p in named.items() if p.ndim != 2 or "embed" in n]
         self.recipe = recipe
         self.parts = (
-            torch.optim.Muon(
-                matrices, lr=recipe.muon_lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
-            ),
+            Muon(matrices, lr=recipe.muon_lr),
             torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
         )
         self.parameters = list(named.values())
@@ -160,7 +219,7 @@ def _resume(folder: Path, model: nn.Module, optimizer: PairOptimizer) -> int:
     return int(state["step"])
 
 
-def _run(
+def run(
     model: LlamaForCausalLM,
     recipe: Recipe,
     folder: Path,
@@ -173,7 +232,7 @@ def _run(
     first = _resume(folder, model, optimizer) if resume else 0
     began, tokens = time.monotonic(), 0
     for step in range(first, recipe.steps):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             loss = loss_of(step)
         loss.backward()
         optimizer.step(step)
@@ -198,70 +257,7 @@ def train_target(
         logits = model(batch[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
-    return _run(model, recipe, folder, loss_of, progress, resume)
-
-
-@torch.inference_mode()
-def self_text(
-    target: LlamaForCausalLM, stream: Tensor, rows: int, seed: int, prompt: int = 64, new: int = 192
-) -> Iterator[Tensor]:
-    """Endless batches (rows, prompt + new) of the target continuing text of the training files.
-
-    Half of the rows are greedy and half sampled at T = 1, as its users will ask for both.
-    """
-    sampler = Sampler(stream, seed + 1)
-    generator = torch.Generator().manual_seed(seed)
-    step = 0
-    while True:
-        ids = sampler.batch(step, (rows, prompt))[:, :prompt]
-        step += 1
-        cache = None
-        feed, out = ids, [ids]
-        for _ in range(new):
-            with torch.autocast("cpu", torch.bfloat16):
-                result = target(feed, past_key_values=cache, use_cache=True)
-            cache, logits = result.past_key_values, result.logits[:, -1].float()
-            noise = -torch.empty_like(logits).exponential_(generator=generator).log()
-            noise[: rows // 2] = 0.0
-            feed = (logits + noise).argmax(-1, keepdim=True)
-            out.append(feed)
-        yield torch.cat(out, 1)
-
-
-def train_draft(
-    target: LlamaForCausalLM,
-    stream: Tensor,
-    recipe: Recipe,
-    folder: Path,
-    progress: Progress,
-    resume: bool = False,
-    pool: Tensor | None = None,
-) -> LlamaForCausalLM:
-    """Distil a draft from ``target``.
-
-    ``pool`` (rows, tokens) holds text written by the target (see :func:`self_text`); where given,
-    every second step of the short part trains on it.
-    """
-    torch.manual_seed(recipe.seed + 1)
-    model = LlamaForCausalLM(DRAFT.config())
-    sampler = Sampler(stream, recipe.seed + 2)
-    target = target.eval().requires_grad_(False)
-
-    def batch_of(step: int) -> Tensor:
-        rows, length = recipe.batch_shape(step)
-        if pool is None or step % 2 or length >= pool.shape[1]:
-            return sampler.batch(step, (rows, length))[:, :-1]
-        generator = torch.Generator().manual_seed(recipe.seed * 7919 + step)
-        return pool[torch.randint(len(pool), (rows,), generator=generator)]
-
-    def loss_of(step: int) -> Tensor:
-        batch = batch_of(step)
-        with torch.no_grad():
-            wanted = target(batch, use_cache=False).logits.float().log_softmax(-1)
-        got = model(batch, use_cache=False).logits.float().log_softmax(-1)
-        return F.kl_div(got, wanted, log_target=True, reduction="none").sum(-1).mean()
-
-    return _run(model, recipe, folder, loss_of, progress, resume)
+    return run(model, recipe, folder, loss_of, progress, resume)
 
 
 def write_model(model: LlamaForCausalLM, tokenizer_file: Path, folder: Path) -> None:
@@ -275,7 +271,17 @@ def write_model(model: LlamaForCausalLM, tokenizer_file: Path, folder: Path) -> 
     ).save_pretrained(folder)
 
 
-def write_log(folder: Path, name: str, recipe: Recipe, shape: Shape, **figures: float) -> None:
-    """Write what was done (recipe, shape, figures) beside the model."""
-    record = {"recipe": asdict(recipe), "shape": asdict(shape), "figures": figures}
+def write_log(
+    folder: Path, name: str, recipe: Recipe, shape: Shape, model: nn.Module, training_tokens: int
+) -> None:
+    """Write what was done (recipe, precision, shape, sizes) beside the model."""
+    record = {
+        "recipe": asdict(recipe),
+        "precision": "bf16" if autocast_bf16() else "float32",
+        "shape": asdict(shape),
+        "figures": {
+            "training_tokens": training_tokens,
+            "parameters": sum(p.numel() for p in model.parameters()),
+        },
+    }
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
