@@ -109,6 +109,20 @@ def _recipe(folder: Path, side: str) -> dict[str, Any]:
     return record
 
 
+def _schedule(side: str, recipe: dict[str, Any]) -> str:
+    (rows, length), (long_rows, long_length) = recipe["short"], recipe["long"]
+    falling = f"the last {recipe['decay_share']:.0%}"
+    if side == "target":
+        return (
+            f"{recipe['steps']:,} steps of {rows} × {length} tokens, {falling} of "
+            f"{long_rows} × {long_length} with a falling learning rate"
+        )
+    return (
+        f"{recipe['steps']:,} steps, in turn {rows} × {length} tokens of the target's own text and "
+        f"{long_rows} × {long_length} of training files, {falling} with a falling learning rate"
+    )
+
+
 def _card(folder: Path, figures: PairFigures) -> str:
     rows, recipes = [], []
     for side, found in (("target", figures.target), ("draft", figures.draft)):
@@ -119,12 +133,9 @@ def _card(folder: Path, figures: PairFigures) -> str:
             f"{found.loss_per_token:.3f} | {found.loss_per_byte:.3f} | {found.repetition:.0%} | "
             f"{found.step_ms:.2f} |"
         )
-        short, long = recipe["short"], recipe["long"]
         recipes.append(
-            f"- {side}: {recipe['steps']:,} steps of {short[0]} × {short[1]} tokens, the last "
-            f"{recipe['decay_share']:.0%} of {long[0]} × {long[1]} with a falling learning rate; Muon "
-            f"{recipe['muon_lr']:g} for matrices, AdamW {recipe['adam_lr']:g} for the rest; bf16 autocast; "
-            f"seed {recipe['seed']}."
+            f"- {side}: {_schedule(side, recipe)}; Muon {recipe['muon_lr']:g} for matrices, "
+            f"AdamW {recipe['adam_lr']:g} for the rest; {log['precision']} products; seed {recipe['seed']}."
         )
     survival = " | ".join(f"{s:.3f}" for s in figures.survival)
     positions = " | ".join(str(j + 1) for j in range(len(figures.survival)))
@@ -171,7 +182,8 @@ def _card(folder: Path, figures: PairFigures) -> str:
             "are held out whole. Byte-level BPE, vocabulary 4,096.",
             "",
             *recipes,
-            "- The draft minimises KL(target ‖ draft), half of the time on text the target wrote itself.",
+            "- The draft minimises KL(target ‖ draft); its embedding begins as the principal components of",
+            "  the target's. The target's own text: half greedy, half sampled at T = 1.",
             "",
         ]
     )
