@@ -16,6 +16,7 @@ from wispprof.fitting.replay import (
     compare_controllers,
     fixed_lengths,
     replay_controller,
+    summarise,
     survival_tables,
     threshold_lengths,
     walk,
@@ -62,8 +63,33 @@ def test_the_clairvoyant_wastes_nothing_and_nobody_beats_it() -> None:
             "threshold:margin-logistic",
             "gain:margin-logistic",
         }
-    fast = {r["controller"]: r for r in records if r["device"] == "fast" and r["rtt_ms"] == 30}
+    fast = {
+        r["controller"]: r
+        for r in records
+        if r["device"] == "fast" and r["rtt_ms"] == 30 and r["aim"] != "frugal"
+    }
     assert fast["threshold:margin-logistic"]["wasted_ms"] < fast["fixed"]["wasted_ms"]
+
+
+def test_a_frugal_rule_is_chosen_by_its_tuning_prompts_alone() -> None:
+    trace = synthetic_trace(16, 56)
+    _, tune, test = split_prompts(trace.paths)
+    predictors = {"margin-logistic": fit_predictor(trace, "margin-logistic")}
+    records = compare_controllers(tune, test, predictors)
+    other = compare_controllers(tune, tune, predictors)
+    frugal = {
+        (r["device"], r["rtt_ms"], r["controller"]): r for r in records if r["aim"] == "frugal"
+    }
+    assert frugal
+    for r in other:
+        if r["aim"] != "frugal":
+            continue
+        twin = frugal[r["device"], r["rtt_ms"], r["controller"]]
+        assert twin["value"] == r["value"]
+        assert twin["tuned_wasted_ms"] == r["wasted_ms"]
+    for cell in summarise(records):
+        if cell["frugal"] is not None:
+            assert cell["frugal"]["tuned_wasted_ms"] <= cell["fastest"]["tuned_wasted_ms"]
 
 
 def test_controllers_replay_like_their_rules() -> None:

@@ -186,8 +186,8 @@ def _show_replay(summary: list[dict[str, Any]]) -> None:
         ">wasted",
         ">drafted",
         ">kept",
-        caption="↑ most tokens/s, ↓ least waste among those as fast as the best fixed k; their values are "
-        "tuned on other prompts.\nDevice: ms a drafted token.",
+        caption="↑ tuned for most tokens/s, ↓ for least waste while no slower than the best fixed k; both "
+        "on other prompts.\nDevice: ms a drafted token.",
     )
     for cell in summary:
         for name in ("fixed", "fastest", "frugal", "clairvoyant"):
