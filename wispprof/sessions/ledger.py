@@ -220,18 +220,23 @@ class ServerSession:
             raise ValueError(f"{len(tokens)} drafts came with {len(survival)} survival values")
         if self.finished:
             return self._drop("finished", len(tokens))
-        if epoch < max(self._min_epoch, self.epoch):
-            return self._drop("epoch", len(tokens))
-        if epoch > self.epoch:
+        if epoch != self.epoch or epoch < self._min_epoch:
+            if epoch < max(self._min_epoch, self.epoch):
+                return self._drop("epoch", len(tokens))
             self._clear_tail()
             self.epoch = epoch
         frontier = len(self.tokens)
-        overlap = max(0, min(frontier - base, len(tokens)))
-        if base < 0 or (overlap and list(tokens[:overlap]) != self.tokens[base : base + overlap]):
-            self._contradicted(now_ms)
-            return self._drop("contradiction", len(tokens))
         if base >= frontier:
             self._round_arrived(now_ms, slack_ms)
+            if base == frontier + len(self.tail) and len(tokens) <= self.max_tail - len(self.tail):
+                # What nearly every frame is: the next drafts, nothing known of them yet.
+                return self._take(tokens, survival, now_ms, draft_ms)
+            overlap = 0
+        else:
+            overlap = min(frontier - base, len(tokens))
+            if base < 0 or list(tokens[:overlap]) != self.tokens[base : base + overlap]:
+                self._contradicted(now_ms)
+                return self._drop("contradiction", len(tokens))
         return self._extend_tail(base, tokens, survival, overlap, now_ms, draft_ms)
 
     def _extend_tail(
@@ -249,27 +254,35 @@ class ServerSession:
         known = min(len(self.tail) - place, len(tokens) - overlap)
         if known and list(tokens[overlap : overlap + known]) != self.tail[place : place + known]:
             return self._drop("conflict", len(tokens))
-        room = self.max_tail - len(self.tail)
-        fresh = list(tokens[overlap + known :])
-        taken = fresh[:room]
+        fresh = slice(overlap + known, overlap + known + self.max_tail - len(self.tail))
+        lost = len(tokens) - overlap - known - len(tokens[fresh])
+        merged = self._take(tokens[fresh], survival[fresh], now_ms, draft_ms)
+        if lost:
+            self._drop("overflow", lost)
+            return MergeResult(merged.taken, lost, "overflow")
+        return merged
+
+    def _take(
+        self, tokens: Sequence[int], survival: Sequence[float], now_ms: float, draft_ms: float
+    ) -> MergeResult:
+        """Append new drafts; the tail has room for them."""
+        taken = len(tokens)
         if taken:
-            odds = [_probability(p) for p in survival[overlap + known :][:room]]
-            self.tail += taken
+            odds = [min(1.0, max(0.0, p)) if p == p else 0.0 for p in survival]
+            self.tail += tokens
             self.tail_survival += odds
-            self.tally.drafted += len(taken)
+            self.tally.drafted += taken
             self.arrivals.arrived(now_ms, odds, draft_ms)
             self._view = None
-        if len(fresh) > len(taken):
-            lost = len(fresh) - len(taken)
-            self._drop("overflow", lost)
-            return MergeResult(len(taken), lost, "overflow")
-        return MergeResult(len(taken))
+        return MergeResult(taken)
 
     def _round_arrived(self, now_ms: float, slack_ms: float) -> None:
+        if self.stream:
+            return  # ready at any time, and its deadlines are its pace's
         deadline = now_ms + slack_ms if math.isfinite(slack_ms) else math.inf
         if self._round_at < len(self.tokens):
             self._round_at = len(self.tokens)
-            self._waiting_from_ms = self._waiting_from_ms if self.stream else now_ms
+            self._waiting_from_ms = now_ms
             self._round_deadline_ms = deadline
             self._view = None
         elif deadline < self._round_deadline_ms:
@@ -470,7 +483,3 @@ class ServerSession:
             raise ValueError(f"cannot cut {self.cached} cached tokens to {cached} now")
         self.cached = cached
         self._view = None
-
-
-def _probability(value: float) -> float:
-    return min(1.0, max(0.0, value)) if value == value else 0.0

@@ -79,6 +79,9 @@ class EdgePath:
     ``stream``: stream mode instead of round mode. ``lead_limit``: most drafts held beyond the frontier
     (in round mode: round and proactive drafts together). ``end``: position past the last token of the
     generation; the target always adds one token of its own, so no draft is ever useful at ``end - 1``.
+
+    To be read only: ``frontier``, the committed length; ``epoch``; ``waiting``: in round mode, a round (or
+    the prefill) is outstanding, in stream mode, no commit came yet.
     """
 
     def __init__(
@@ -96,11 +99,16 @@ class EdgePath:
         self.stream = stream
         self.lead_limit = lead_limit
         self.end = end
+        self.frontier = len(tokens)
+        self.epoch = 0
+        self.waiting = True
         self._committed = list(tokens)
-        self._drafts: list[Held] = []
-        self._epoch = 0
-        self._sent = len(tokens)
-        self._waiting = True
+        # Drafts beyond the frontier, as columns: they are read and written at every draft step.
+        self._tokens: list[int] = []
+        self._survival: list[float] = []
+        self._draft_ms: list[float] = []
+        self._sent = self.frontier
+        self._most = self._may_hold()
 
     # --- what there is ---
 
@@ -110,28 +118,24 @@ class EdgePath:
         return tuple(self._committed)
 
     @property
-    def frontier(self) -> int:
-        """Committed length."""
-        return len(self._committed)
-
-    @property
     def drafts(self) -> tuple[Held, ...]:
         """Drafts beyond the frontier, oldest first."""
-        return tuple(self._drafts)
+        return tuple(map(Held, self._tokens, self._survival, self._draft_ms))
 
     @property
     def lead(self) -> int:
         """Number of drafts beyond the frontier."""
-        return len(self._drafts)
+        return len(self._tokens)
 
     @property
     def length(self) -> int:
         """Tokens that a drafter in step with this path holds."""
-        return len(self._committed) + len(self._drafts)
+        return self.frontier + len(self._tokens)
 
     @property
-    def epoch(self) -> int:
-        return self._epoch
+    def last_draft(self) -> int | None:
+        """The draft token farthest beyond the frontier, if any is held."""
+        return self._tokens[-1] if self._tokens else None
 
     @property
     def sent(self) -> int:
@@ -141,45 +145,43 @@ class EdgePath:
     @property
     def unsent(self) -> int:
         """Drafts that were not handed out yet (round mode: the proactive ones)."""
-        return self.length - self._sent
-
-    @property
-    def waiting(self) -> bool:
-        """Round mode: a round (or the prefill) is outstanding. Stream mode: no commit came yet."""
-        return self._waiting
+        return self.frontier + len(self._tokens) - self._sent
 
     @property
     def room(self) -> int:
         """How many more drafts may be held: by ``lead_limit``, and by the end of the generation."""
-        held = len(self._drafts)
-        room = self.lead_limit - held
-        if self.end is not None:
-            before_end = self.end - 1 - len(self._committed) - held
-            room = before_end if before_end < room else room
+        room = self._most - len(self._tokens)
         return room if room > 0 else 0
+
+    def _may_hold(self) -> int:
+        """Most drafts beyond this frontier."""
+        if self.end is None:
+            return self.lead_limit
+        return min(self.lead_limit, self.end - 1 - self.frontier)
 
     def sequence(self) -> list[int]:
         """What a drafter in step with this path holds: committed tokens, then drafts."""
-        return [*self._committed, *(held.token for held in self._drafts)]
+        return [*self._committed, *self._tokens]
 
     # --- what happens to it ---
 
     def propose(self, token: int, survival: float = 1.0, draft_ms: float = 0.0) -> int:
         """Hold one more draft token; returns its position. Raises ``ValueError`` with no room."""
-        if self.room <= 0:
+        position = self.frontier + len(self._tokens)
+        if len(self._tokens) >= self._most:
             raise ValueError(f"no room for a draft: {self.lead} held beyond {self.frontier}")
-        position = self.length
-        self._drafts.append(Held(int(token), float(survival), float(draft_ms)))
+        self._tokens.append(int(token))
+        self._survival.append(float(survival))
+        self._draft_ms.append(float(draft_ms))
         return position
 
     def rate(self, position: int, survival: float) -> None:
         """Replace the survival of the draft held at ``position``: a proactive draft is judged again once
         it is known to stand at the beginning of a round."""
         index = position - self.frontier
-        if not 0 <= index < len(self._drafts):
+        if not 0 <= index < len(self._tokens):
             raise ValueError(f"no draft is held at position {position}")
-        held = self._drafts[index]
-        self._drafts[index] = Held(held.token, float(survival), held.draft_ms)
+        self._survival[index] = float(survival)
 
     def take(self, limit: int | None = None) -> Outgoing | None:
         """Content of the next draft frame, or ``None`` if nothing is to be sent.
@@ -187,28 +189,28 @@ class EdgePath:
         Round mode: the whole round from the frontier on (at most ``limit`` tokens; what is left stays as
         proactive drafts), possibly empty, once per commit. Stream mode: up to ``limit`` unsent drafts.
         """
+        last = len(self._tokens)
         if self.stream:
-            first, last = self._sent - self.frontier, len(self._drafts)
+            first = self._sent - self.frontier
             if limit is not None:
                 last = min(last, first + limit)
             if last <= first:
                 return None
         else:
-            if self._waiting:
+            if self.waiting:
                 return None
-            first, last = 0, len(self._drafts)
+            first = 0
             if limit is not None:
                 last = min(last, limit)
-            self._waiting = True
-        part = self._drafts[first:last]
+            self.waiting = True
         base = self.frontier + first
         self._sent = max(self._sent, self.frontier + last)
         return Outgoing(
-            self._epoch,
+            self.epoch,
             base,
-            tuple([held.token for held in part]),
-            tuple([held.survival for held in part]),
-            sum([held.draft_ms for held in part]),
+            tuple(self._tokens[first:last]),
+            tuple(self._survival[first:last]),
+            sum(self._draft_ms[first:last]),
         )
 
     def on_commit(
@@ -245,7 +247,7 @@ class EdgePath:
         if frontier <= known:
             return CommitEffect()
         new = tuple(int(token) for token in tokens[known - start :])
-        self._waiting = False
+        self.waiting = False
         rejected = drafted is not None and accepted < drafted
         return self._advance(new, max(0, accepted - max(0, overlap)), not rejected)
 
@@ -256,55 +258,62 @@ class EdgePath:
         epoch: the server forgets the tail of an older one.
         """
         keep = max(0, position - self.frontier)
-        if keep >= len(self._drafts):
+        if keep >= len(self._tokens):
             return None
-        del self._drafts[keep:]
+        self._hold(slice(keep))
         self._roll_epoch()
         return self.length
 
     def reopened(self) -> None:
         """The session was opened anew from :attr:`committed`: the server holds no drafts of ours."""
         self._sent = self.frontier
-        self._waiting = True
+        self.waiting = True
+
+    def _hold(self, part: slice) -> None:
+        """Keep only these of the drafts."""
+        self._tokens = self._tokens[part]
+        self._survival = self._survival[part]
+        self._draft_ms = self._draft_ms[part]
 
     def _advance(self, new: tuple[int, ...], accepted: int, guess: bool) -> CommitEffect:
-        held = self._drafts
+        held = self._tokens
+        count, both = len(new), min(len(held), len(new))
         hits = 0
-        while hits < min(len(held), len(new)) and held[hits].token == new[hits]:
+        while hits < both and held[hits] == new[hits]:
             hits += 1
         self._committed.extend(new)
-        rejected = hits < min(len(held), len(new))
+        self.frontier += count
+        self._most = self._may_hold()
         # The target's own token is the last of the commit: a draft there was a guess at it.
-        proactive = guess and len(held) >= len(new) and hits >= len(new) - 1
-        proactive_hit = hits == len(new)
-        if rejected:
-            wasted = held[hits + 1 :]
-            self._drafts = []
+        proactive = guess and len(held) >= count and hits >= count - 1
+        if hits < both:
+            draft_ms = self._draft_ms
+            self._hold(slice(0))
             self._roll_epoch()
             return CommitEffect(
                 tokens=new,
-                rollback_to=len(self._committed) - len(new) + hits,
+                rollback_to=self.frontier - count + hits,
                 extend=new[hits:],
                 hits=hits,
                 accepted=accepted,
                 proactive=proactive,
                 rejected=True,
-                wasted_ms=sum(draft.draft_ms for draft in wasted),
-                wasted_tokens=len(wasted),
-                dropped_ms=sum(draft.draft_ms for draft in held[hits:]),
+                wasted_ms=sum(draft_ms[hits + 1 :]),
+                wasted_tokens=len(held) - hits - 1,
+                dropped_ms=sum(draft_ms[hits:]),
             )
-        self._drafts = held[len(new) :]
+        self._hold(slice(count, None))
         self._sent = max(self._sent, self.frontier)
         return CommitEffect(
             tokens=new,
             extend=new[hits:],
             hits=hits,
             accepted=accepted,
-            kept=len(self._drafts),
+            kept=len(self._tokens),
             proactive=proactive,
-            proactive_hit=proactive_hit,
+            proactive_hit=hits == count,
         )
 
     def _roll_epoch(self) -> None:
-        self._epoch += 1
+        self.epoch += 1
         self._sent = self.frontier

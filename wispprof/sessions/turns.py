@@ -84,7 +84,7 @@ class Turns:
         path = self._path
         if self._controller is None or self._silent or path.room == 0 or self._ends():
             return False
-        if path.waiting and not path.stream:
+        if not path.stream and path.waiting:
             if not self._worthwhile or path.unsent >= self._settings.proactive:
                 return False
             overlap = min(max(left_ms, 0.0), draft_ms)
@@ -127,10 +127,7 @@ class Turns:
         return math.prod(odds)
 
     def _ends(self) -> bool:
-        if not self._stop:
-            return False
-        drafts = self._path.drafts
-        return bool(drafts) and drafts[-1].token in self._stop
+        return bool(self._stop) and self._path.last_draft in self._stop
 
     # --- what leaves now? ---
 
@@ -173,8 +170,12 @@ class Turns:
                 self._closed = not go_on and self._judged < self._budget
             else:
                 break
-        flush = self._closed or path.room == 0 or self._silent or self._ends()
-        return path.take() if path.unsent and (flush or path.unsent >= self._group) else None
+        unsent = path.unsent
+        if unsent and (
+            unsent >= self._group or self._closed or self._silent or path.room == 0 or self._ends()
+        ):
+            return path.take()
+        return None
 
     def _begin_stretch(self, context: RoundContext) -> None:
         assert self._controller is not None
