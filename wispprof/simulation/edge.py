@@ -11,6 +11,7 @@ what is drafted while it is out is worked out when its commit comes. Only stream
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from wispprof.policies.api import Controller, RoundContext
@@ -181,10 +182,12 @@ class Edge:
                 return
             self._running = None
             self._absorb(done)
-        out = self._turns.due(self._context)
+        turns = self._turns
+        out = turns.due(self._context)
         if out is not None:
-            self._send(now_ms, out)
-        if self._running is None and now_ms >= self._free_ms and self._may_draft(now_ms):
+            # A stream's deadlines are the server's to know: no slack goes with its frames.
+            self._sim.send_draft(now_ms, self, out, math.inf)
+        if self._running is None and now_ms >= self._free_ms and turns.may_draft():
             self._running = step = self._begin_step(now_ms)
             self._sim.at(step.done_ms, self._streams, step)
 
@@ -199,7 +202,9 @@ class Edge:
         position = path.length
         cost = self.device.step_ms(position)
         self._free_ms = done_ms = at_ms + cost
-        self._sim.drafted(cost)
+        counters = self._sim.counters
+        counters.drafted += 1
+        counters.drafting_ms += cost
         return _Step(done_ms, cost, position, path.epoch)
 
     def _absorb(self, step: _Step) -> None:

@@ -158,11 +158,6 @@ class Simulation:
         self.counters.up_bytes += size
         self.at(edge.link.up(now_ms, size), self.server.draft, (edge, frame, slack_ms))
 
-    def drafted(self, cost_ms: float) -> None:
-        """A draft step began; it will be finished."""
-        self.counters.drafted += 1
-        self.counters.drafting_ms += cost_ms
-
     def wasted(self, cost_ms: float, tokens: int) -> None:
         """Drafting that was overtaken or contradicted."""
         self.counters.wasted_ms += cost_ms
