@@ -27,11 +27,11 @@ class Script:
     __slots__ = (
         "_astray",
         "_length",
-        "_proposals",
         "_tail",
         "_wrong_from",
         "path",
         "prompt_tokens",
+        "proposals",
     )
 
     def __init__(
@@ -43,7 +43,7 @@ class Script:
     ) -> None:
         self.prompt_tokens = prompt_tokens
         self.path = path
-        self._proposals = proposals
+        self.proposals = proposals
         self._astray = astray
         self._length = prompt_tokens
         self._wrong_from = -1
@@ -74,7 +74,7 @@ class Script:
         self._length += 1
         wrong = self._wrong_from
         if wrong < 0:
-            proposal = self._proposals[place]
+            proposal = self.proposals[place]
             if proposal.token != self.path[place]:
                 self._wrong_from = place
                 self._tail = self._astray[place]
@@ -100,7 +100,7 @@ class Script:
         if self._wrong_from >= 0:
             return 0
         start = self._length - self.prompt_tokens
-        proposals, path = self._proposals, self.path
+        proposals, path = self.proposals, self.path
         last = min(len(path), start + most)
         place = start
         while place < last and proposals[place].token == path[place]:
