@@ -195,7 +195,7 @@ def test_a_better_predictor_ranks_better_and_stays_calibrated() -> None:
     source = SyntheticAcceptance(0.75, noise=1.0)
     script = source.script((5,), 1, 40_000)
     sure = sum(p.features.confidence for p in script.proposals) / 40_000
-    right = sum(t == p for t, p in zip(script._tokens, script.path, strict=True)) / 40_000
+    right = sum(d.token == t for d, t in zip(script.proposals, script.path, strict=True)) / 40_000
     assert sure == pytest.approx(right, abs=0.01)
 
 
