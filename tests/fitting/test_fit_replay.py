@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from synthetic_traces import synthetic_trace
@@ -9,8 +11,10 @@ from synthetic_traces import synthetic_trace
 from wispprof.artifacts.records import TracePath
 from wispprof.errors import FitError
 from wispprof.fitting import fit_predictor
+from wispprof.fitting.predictors import fit_scorer
 from wispprof.fitting.predictors.data import split_prompts
 from wispprof.fitting.replay import (
+    Fold,
     Setting,
     clairvoyant_lengths,
     compare_controllers,
@@ -49,7 +53,7 @@ def test_the_clairvoyant_wastes_nothing_and_nobody_beats_it() -> None:
     trace = synthetic_trace(16, 56)
     _, tune, test = split_prompts(trace.paths)
     predictors = {"margin-logistic": fit_predictor(trace, "margin-logistic")}
-    records = compare_controllers(tune, test, predictors)
+    records = compare_controllers([Fold(tune, test, predictors)])
     cells = {(r["device"], r["rtt_ms"]) for r in records}
     assert len(cells) == 9
     for cell in cells:
@@ -75,8 +79,8 @@ def test_a_frugal_rule_is_chosen_by_its_tuning_prompts_alone() -> None:
     trace = synthetic_trace(16, 56)
     _, tune, test = split_prompts(trace.paths)
     predictors = {"margin-logistic": fit_predictor(trace, "margin-logistic")}
-    records = compare_controllers(tune, test, predictors)
-    other = compare_controllers(tune, tune, predictors)
+    records = compare_controllers([Fold(tune, test, predictors)])
+    other = compare_controllers([Fold(tune, tune, predictors)])
     frugal = {
         (r["device"], r["rtt_ms"], r["controller"]): r for r in records if r["aim"] == "frugal"
     }
@@ -90,6 +94,28 @@ def test_a_frugal_rule_is_chosen_by_its_tuning_prompts_alone() -> None:
     for cell in summarise(records):
         if cell["frugal"] is not None:
             assert cell["frugal"]["tuned_wasted_ms"] <= cell["fastest"]["tuned_wasted_ms"]
+
+
+def test_folds_are_judged_together() -> None:
+    trace = synthetic_trace(16, 56)
+    learn, one, two = split_prompts(trace.paths)
+    predictors = {"margin-logistic": fit_scorer("margin-logistic", learn, one)}
+    both = compare_controllers([Fold(one, two, predictors), Fold(two, one, predictors)])
+    seer = next(r for r in both if r["controller"] == "clairvoyant")
+    whole = walk([*two, *one], clairvoyant_lengths([*two, *one], int(seer["value"])))
+    cost = Setting(seer["draft_ms"], seer["rtt_ms"])
+    assert seer["tokens_per_s"] == pytest.approx(whole.tokens_per_s(cost))
+    rule = next(r for r in both if r["controller"] == "gain:margin-logistic" and r["aim"] == "fast")
+    parts = [
+        next(r for r in compare_controllers([fold]) if _same(r, rule))
+        for fold in (Fold(one, two, predictors), Fold(two, one, predictors))
+    ]
+    speeds = sorted(r["tokens_per_s"] for r in parts)
+    assert speeds[0] <= rule["tokens_per_s"] <= speeds[1]
+
+
+def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return all(a[k] == b[k] for k in ("device", "rtt_ms", "controller", "aim"))
 
 
 def test_controllers_replay_like_their_rules() -> None:

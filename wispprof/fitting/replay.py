@@ -14,7 +14,7 @@ beside are picked on the very prompts they are judged on, which flatters them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from wispprof.policies.api import Controller, RoundContext
 __all__ = [
     "DEVICES",
     "RTTS_MS",
+    "Fold",
     "Setting",
     "Walk",
     "compare_controllers",
@@ -41,7 +42,7 @@ __all__ = [
 DEVICES = {"slow": 66.0, "middle": 16.0, "fast": 5.0}
 """Milliseconds a drafted token takes: about a Raspberry Pi 5, a laptop CPU, a Jetson or laptop GPU."""
 RTTS_MS = (10.0, 30.0, 80.0)
-FRUGAL_MARGIN = 1.005
+FRUGAL_MARGIN = 1.01
 """A frugal value must beat the best fixed k by this on the prompts it is tuned on."""
 VALUES = tuple(np.round(np.concatenate([np.linspace(0.02, 0.9, 23), [0.93, 0.96]]), 3).tolist())
 
@@ -163,60 +164,97 @@ def _first(stop: np.ndarray) -> np.ndarray:
 # --- comparison -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Fold:
+    """One division of the prompts: predictors that saw neither part, ``tune`` to choose the rules' values,
+    ``test`` to judge them."""
+
+    tune: Sequence[TracePath]
+    test: Sequence[TracePath]
+    predictors: Mapping[str, RejectionPredictor]
+
+
 def compare_controllers(
-    tune: Sequence[TracePath],
-    test: Sequence[TracePath],
-    predictors: dict[str, RejectionPredictor],
+    folds: Sequence[Fold],
     devices: dict[str, float] | None = None,
     rtts_ms: Sequence[float] = RTTS_MS,
     base: Setting | None = None,
 ) -> list[dict[str, Any]]:
-    """Records of every rule at every device speed and RTT, judged on ``test``.
+    """Records of every rule at every device speed and RTT, judged on the folds' tests together.
 
-    ``setting`` names the cell; ``value`` is the rule's k or threshold; ``tokens_per_s``, ``wasted_ms``
-    and ``drafting_ms`` (per committed token) and ``accepted`` (per round) are what it achieves.
+    ``device`` and ``rtt_ms`` name the cell, ``controller`` the rule, ``aim`` what it was tuned towards;
+    ``value`` is the rule's k or threshold (the median over folds); ``tokens_per_s``, ``wasted_ms`` and
+    ``drafting_ms`` (per committed token) and ``accepted`` (per round) are what it achieves.
     """
-    depth = test[0].depth
     base = base or Setting(1.0, 1.0)
     cells = [
         (name, Setting(draft, rtt, base.server_ms, base.row_ms, base.decide_ms))
         for name, draft in (devices or DEVICES).items()
         for rtt in rtts_ms
     ]
-    fixed, fixed_learnt = (
-        {float(k): walk(paths, fixed_lengths(paths, k)) for k in range(depth + 1)}
-        for paths in (test, tune)
-    )
+    depth = folds[0].test[0].depth
+    test = [path for fold in folds for path in fold.test]
+    fixed = {float(k): walk(test, fixed_lengths(test, k)) for k in range(depth + 1)}
     seer = {float(k): walk(test, clairvoyant_lengths(test, k)) for k in range(depth + 1)}
-    tuned: dict[str, tuple[dict[float, Walk], dict[float, Walk]]] = {}
-    for name, predictor in predictors.items():
-        learn, judge = survival_tables(tune, predictor), survival_tables(test, predictor)
-        typical = np.array([np.concatenate([t[:, j] for t in learn]).mean() for j in range(depth)])
-        rules: dict[str, Callable[[list[FloatArray], float], Lengths]] = {
-            "threshold": threshold_lengths,
-            "gain": lambda tables, value, typical=typical: gain_lengths(tables, value, typical),  # type: ignore[misc]
-        }
-        for rule, lengths in rules.items():
-            tuned[f"{rule}:{name}"] = (
-                {v: walk(tune, lengths(learn, v)) for v in VALUES},
-                {v: walk(test, lengths(judge, v)) for v in VALUES},
-            )
+    played = [_play(fold, depth) for fold in folds]
     records = []
     for device, cost in cells:
         for name, walks in (("fixed", fixed), ("clairvoyant", seer)):
-            best = max(walks, key=lambda v: walks[v].tokens_per_s(cost))
+            best = _fastest(walks, cost)
             records.append(_record(device, cost, name, best, walks[best]))
-        enough = FRUGAL_MARGIN * max(w.tokens_per_s(cost) for w in fixed_learnt.values())
-        for name, (learnt, judged) in tuned.items():
-            best = max(learnt, key=lambda v: learnt[v].tokens_per_s(cost))
-            records.append(_record(device, cost, name, best, judged[best], learnt[best]))
-            able = [v for v in learnt if learnt[v].tokens_per_s(cost) >= enough]
-            if able:
-                best = min(able, key=lambda v: learnt[v].wasted)
-                records.append(
-                    _record(device, cost, name, best, judged[best], learnt[best], "frugal")
+        for name in played[0][1]:
+            for aim, choose in (("fast", _fastest), ("frugal", _frugal)):
+                values = [choose(rules[name][0], cost, still) for still, rules in played]
+                chosen = [value for value in values if value is not None]
+                if len(chosen) < len(played):
+                    continue
+                learnt, judged = (
+                    _together(
+                        rules[name][side][value]
+                        for (_, rules), value in zip(played, chosen, strict=True)
+                    )
+                    for side in (0, 1)
                 )
+                value = float(np.median(chosen))
+                records.append(_record(device, cost, name, value, judged, learnt, aim))
     return records
+
+
+Walks = dict[float, Walk]
+
+
+def _play(fold: Fold, depth: int) -> tuple[Walks, dict[str, tuple[Walks, Walks]]]:
+    """Walks of a fold by value: fixed k over the tuning prompts, and each rule over tuning and test."""
+    tune, test = fold.tune, fold.test
+    still = {float(k): walk(tune, fixed_lengths(tune, k)) for k in range(depth + 1)}
+    rules: dict[str, tuple[Walks, Walks]] = {}
+    for name, predictor in fold.predictors.items():
+        learn, judge = survival_tables(tune, predictor), survival_tables(test, predictor)
+        typical = np.array([np.concatenate([t[:, j] for t in learn]).mean() for j in range(depth)])
+        rules[f"threshold:{name}"] = (
+            {v: walk(tune, threshold_lengths(learn, v)) for v in VALUES},
+            {v: walk(test, threshold_lengths(judge, v)) for v in VALUES},
+        )
+        rules[f"gain:{name}"] = (
+            {v: walk(tune, gain_lengths(learn, v, typical)) for v in VALUES},
+            {v: walk(test, gain_lengths(judge, v, typical)) for v in VALUES},
+        )
+    return still, rules
+
+
+def _together(walks: Iterable[Walk]) -> Walk:
+    return Walk(*(sum(counts) for counts in zip(*walks, strict=True)))
+
+
+def _fastest(walks: Walks, cost: Setting, still: Walks | None = None) -> float:
+    return max(walks, key=lambda v: walks[v].tokens_per_s(cost))
+
+
+def _frugal(walks: Walks, cost: Setting, still: Walks) -> float | None:
+    """The value of least waste that beats the best fixed k of ``still`` on the same prompts, if any."""
+    enough = FRUGAL_MARGIN * still[_fastest(still, cost)].tokens_per_s(cost)
+    able = [v for v in walks if walks[v].tokens_per_s(cost) >= enough]
+    return min(able, key=lambda v: walks[v].wasted) if able else None
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

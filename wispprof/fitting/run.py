@@ -21,10 +21,10 @@ from wispprof.fitting.card import estimator_card, predictor_card, write_card
 from wispprof.fitting.estimator import FittedEstimator, load_estimator
 from wispprof.fitting.evaluate import Evaluation, Progress, evaluate
 from wispprof.fitting.plots import plot_evaluation
-from wispprof.fitting.predictors import PREDICTOR_KINDS, FittedPredictor, fit_predictor
+from wispprof.fitting.predictors import PREDICTOR_KINDS, FittedPredictor, fit_predictor, fit_scorer
 from wispprof.fitting.predictors.data import split_prompts
 from wispprof.fitting.predictors.fitted import paths_of
-from wispprof.fitting.replay import compare_controllers, summarise
+from wispprof.fitting.replay import Fold, compare_controllers, summarise
 from wispprof.fitting.rows import Observations, check_same_model, read_step_log
 from wispprof.fitting.selection import fit_estimator
 from wispprof.fitting.update import recalibrate
@@ -38,6 +38,8 @@ __all__ = [
     "replay_files",
     "update_files",
 ]
+
+REPLAY_FOLDS = 5
 
 
 @dataclass
@@ -139,12 +141,17 @@ def replay_files(
 ) -> tuple[list[dict[str, Any]], list[Path]]:
     """Replay whole rounds under every predictor; writes ``replay.json`` to ``out``.
 
-    Rules are tuned on the prompts that calibrate the predictors and judged on those that judge them.
+    Every prompt is judged once, in one of five folds: rules are tuned on the prompts that calibrate a
+    fold's predictors and judged on prompts that neither saw.
     """
     traces = [load_trace(path) for path in trace]
-    _, tune, test = split_prompts(paths_of(traces), seed=seed)
-    predictors = {kind: fit_predictor(traces, kind, seed) for kind in PREDICTOR_KINDS}
-    records = compare_controllers(tune, test, dict(predictors))
+    parts = split_prompts(paths_of(traces), (1.0,) * REPLAY_FOLDS, seed)
+    folds = []
+    for number, test in enumerate(parts):
+        tune, *others = parts[number + 1 :] + parts[:number]
+        learn = [path for part in others for path in part]
+        folds.append(Fold(tune, test, {k: fit_scorer(k, learn, tune) for k in PREDICTOR_KINDS}))
+    records = compare_controllers(folds)
     target = Path(out) / "replay.json"
     inputs = {f"trace:{Path(p).name}": trace_hash(t) for p, t in zip(trace, traces, strict=True)}
     write_document(target, "replay", {"records": records}, inputs)

@@ -4,8 +4,16 @@ from wispprof.fitting.predictors.fitted import (
     PREDICTOR_KINDS,
     FittedPredictor,
     fit_predictor,
+    fit_scorer,
     judge,
     load_predictor,
 )
 
-__all__ = ["PREDICTOR_KINDS", "FittedPredictor", "fit_predictor", "judge", "load_predictor"]
+__all__ = [
+    "PREDICTOR_KINDS",
+    "FittedPredictor",
+    "fit_predictor",
+    "fit_scorer",
+    "judge",
+    "load_predictor",
+]

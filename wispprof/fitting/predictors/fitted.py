@@ -26,7 +26,14 @@ from wispprof.fitting.predictors.data import TokenRows, check_classes, split_pro
 from wispprof.fitting.predictors.mlp import WispMlp
 from wispprof.fitting.predictors.simple import MarginLogistic, Threshold
 
-__all__ = ["PREDICTOR_KINDS", "FittedPredictor", "fit_predictor", "judge", "load_predictor"]
+__all__ = [
+    "PREDICTOR_KINDS",
+    "FittedPredictor",
+    "fit_predictor",
+    "fit_scorer",
+    "judge",
+    "load_predictor",
+]
 
 KIND = "predictor"
 SCORERS: dict[str, type[Scorer]] = {
@@ -85,6 +92,14 @@ def _scorer_class(kind: str) -> type[Scorer]:
             f"There is no predictor called {kind!r}.", f"Choose one of {', '.join(SCORERS)}."
         )
     return SCORERS[kind]
+
+
+def fit_scorer(kind: str, learn: Sequence[TracePath], tune: Sequence[TracePath]) -> FittedPredictor:
+    """A predictor of one kind that learns from some paths and is calibrated on others; no report."""
+    rows = token_rows(learn)
+    check_classes(rows)
+    scorer = _scorer_class(kind)().fit(rows)
+    return FittedPredictor(scorer, _calibrate(scorer, token_rows(tune)))
 
 
 def fit_predictor(
