@@ -117,9 +117,11 @@ class WispprofController:
         self._drafted += 1
         if not self.stream and depth < self.k_max:
             self._by_depth[depth] += _WEIGHT * (self._last - self._by_depth[depth])
-        if depth + 1 >= self._most:
+        depth += 1
+        if depth >= self._most:
             return False
-        return self._alive * self._ahead(depth + 1) >= self._stop
+        ahead = self._by_depth[depth] if depth < self.k_max else self._by_depth[-1]
+        return self._alive * ahead >= self._stop
 
     def survival(self) -> float:
         return self._last

@@ -36,21 +36,30 @@ class Arrivals:
     def arrived(self, now_ms: float, survival: Sequence[float], draft_ms: float) -> None:
         """A frame that added drafts came; ``draft_ms`` is the time its drafting took."""
         if self._last_ms is not None:
-            gap = max(0.0, now_ms - self._last_ms)
+            gap = now_ms - self._last_ms
+            if gap < 0.0:
+                gap = 0.0
             if self._recovering:
                 self._recover_ms = _blend(self._recover_ms, gap)
+                self._recovering = False
             else:
-                self._gap_ms = _blend(self._gap_ms, gap)
+                usual_ms = self._gap_ms
+                self._gap_ms = gap if usual_ms is None else usual_ms + _WEIGHT * (gap - usual_ms)
         elif draft_ms > 0:
             self._gap_ms = draft_ms
-        self._recovering = False
         self._last_ms = now_ms
-        self._length = _blend(self._length, float(len(survival)))
+        length = self._length
+        if length is None:
+            self._length = float(len(survival))
+        else:
+            self._length = length + _WEIGHT * (len(survival) - length)
+        usual = self._survival
+        known = len(usual)
         for place, value in enumerate(survival):
-            if place < len(self._survival):
-                self._survival[place] = _blend(self._survival[place], value)
+            if place < known:
+                usual[place] += _WEIGHT * (value - usual[place])
             else:
-                self._survival.append(value)
+                usual.append(value)
 
     def contradicted(self, now_ms: float) -> None:
         """A commit left at ``now_ms`` that sends the edge back: drafts restart from there."""

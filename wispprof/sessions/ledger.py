@@ -227,7 +227,8 @@ class ServerSession:
             self.epoch = epoch
         frontier = len(self.tokens)
         if base >= frontier:
-            self._round_arrived(now_ms, slack_ms)
+            if not self.stream:
+                self._round_arrived(now_ms, slack_ms)
             if base == frontier + len(self.tail) and len(tokens) <= self.max_tail - len(self.tail):
                 # What nearly every frame is: the next drafts, nothing known of them yet.
                 return self._take(tokens, survival, now_ms, draft_ms)
@@ -268,7 +269,7 @@ class ServerSession:
         """Append new drafts; the tail has room for them."""
         taken = len(tokens)
         if taken:
-            odds = [min(1.0, max(0.0, p)) if p == p else 0.0 for p in survival]
+            odds = [p if 0.0 <= p <= 1.0 else float(p > 1.0) for p in survival]
             self.tail += tokens
             self.tail_survival += odds
             self.tally.drafted += taken
@@ -277,8 +278,8 @@ class ServerSession:
         return MergeResult(taken)
 
     def _round_arrived(self, now_ms: float, slack_ms: float) -> None:
-        if self.stream:
-            return  # ready at any time, and its deadlines are its pace's
+        """Round mode: from now on it may take part. (A stream may at any time, and its pace sets its
+        deadlines.)"""
         deadline = now_ms + slack_ms if math.isfinite(slack_ms) else math.inf
         if self._round_at < len(self.tokens):
             self._round_at = len(self.tokens)

@@ -35,7 +35,8 @@ class Pacing:
 
     def drafted(self, draft_ms: float) -> None:
         """A draft step took this long."""
-        self._draft_ms = _blend(self._draft_ms, draft_ms)
+        usual = self._draft_ms
+        self._draft_ms = draft_ms if usual is None else usual + _WEIGHT * (draft_ms - usual)
 
     def sent(self, now_ms: float) -> None:
         """A draft frame left."""

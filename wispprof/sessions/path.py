@@ -80,7 +80,8 @@ class EdgePath:
     (in round mode: round and proactive drafts together). ``end``: position past the last token of the
     generation; the target always adds one token of its own, so no draft is ever useful at ``end - 1``.
 
-    To be read only: ``frontier``, the committed length; ``epoch``; ``waiting``: in round mode, a round (or
+    To be read only: ``frontier``, the committed length; ``sent``, the position up to which the server was
+    told our drafts, never below the frontier; ``epoch``; ``waiting``: in round mode, a round (or
     the prefill) is outstanding, in stream mode, no commit came yet.
     """
 
@@ -107,7 +108,7 @@ class EdgePath:
         self._tokens: list[int] = []
         self._survival: list[float] = []
         self._draft_ms: list[float] = []
-        self._sent = self.frontier
+        self.sent = self.frontier
         self._most = self._may_hold()
 
     # --- what there is ---
@@ -138,14 +139,9 @@ class EdgePath:
         return self._tokens[-1] if self._tokens else None
 
     @property
-    def sent(self) -> int:
-        """Position up to which the server was told our drafts; never below the frontier."""
-        return self._sent
-
-    @property
     def unsent(self) -> int:
         """Drafts that were not handed out yet (round mode: the proactive ones)."""
-        return self.frontier + len(self._tokens) - self._sent
+        return self.frontier + len(self._tokens) - self.sent
 
     @property
     def room(self) -> int:
@@ -191,7 +187,7 @@ class EdgePath:
         """
         last = len(self._tokens)
         if self.stream:
-            first = self._sent - self.frontier
+            first = self.sent - self.frontier
             if limit is not None:
                 last = min(last, first + limit)
             if last <= first:
@@ -204,7 +200,7 @@ class EdgePath:
                 last = min(last, limit)
             self.waiting = True
         base = self.frontier + first
-        self._sent = max(self._sent, self.frontier + last)
+        self.sent = max(self.sent, self.frontier + last)
         return Outgoing(
             self.epoch,
             base,
@@ -266,7 +262,7 @@ class EdgePath:
 
     def reopened(self) -> None:
         """The session was opened anew from :attr:`committed`: the server holds no drafts of ours."""
-        self._sent = self.frontier
+        self.sent = self.frontier
         self.waiting = True
 
     def _hold(self, part: slice) -> None:
@@ -303,7 +299,7 @@ class EdgePath:
                 dropped_ms=sum(draft_ms[hits:]),
             )
         self._hold(slice(count, None))
-        self._sent = max(self._sent, self.frontier)
+        self.sent = max(self.sent, self.frontier)
         return CommitEffect(
             tokens=new,
             extend=new[hits:],
@@ -316,4 +312,4 @@ class EdgePath:
 
     def _roll_epoch(self) -> None:
         self.epoch += 1
-        self._sent = self.frontier
+        self.sent = self.frontier

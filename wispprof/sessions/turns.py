@@ -82,7 +82,9 @@ class Turns:
         round by the rest of itself.
         """
         path = self._path
-        if self._controller is None or self._silent or path.room == 0 or self._ends():
+        if self._controller is None or self._silent or path.room == 0:
+            return False
+        if self._stop and self._ends():
             return False
         if not path.stream and path.waiting:
             if not self._worthwhile or path.unsent >= self._settings.proactive:
@@ -159,18 +161,21 @@ class Turns:
 
     def _stream_due(self, context_of: ContextOf) -> Outgoing | None:
         path = self._path
+        held = path.lead
+        first = path.frontier
         while not self._closed:
-            if self._budget is None:
-                self._begin_stretch(context_of(path.lead))
-            elif self._judged >= self._budget:
+            budget = self._budget
+            if budget is None:
+                self._begin_stretch(context_of(held))
+            elif self._judged >= budget:
                 self._budget = None
-            elif self._rated < path.lead:
+            elif self._rated < held:
                 go_on = self._judge(self._rated)
                 self._rated += 1
-                self._closed = not go_on and self._judged < self._budget
+                self._closed = not go_on and self._judged < budget
             else:
                 break
-        unsent = path.unsent
+        unsent = first + held - path.sent
         if unsent and (
             unsent >= self._group or self._closed or self._silent or path.room == 0 or self._ends()
         ):

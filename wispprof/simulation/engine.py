@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import heapq
 from collections.abc import Callable
+from heapq import heappop, heappush
 from random import Random
 from typing import Any
 
@@ -48,8 +48,8 @@ class Simulation:
 
     def at(self, when_ms: float, what: Callable[[float, Any], None], argument: Any) -> None:
         """Call ``what(when_ms, argument)`` when the clock gets there; ties in the order they were made."""
-        self._number += 1
-        heapq.heappush(self._heap, (when_ms, self._number, what, argument))
+        self._number = number = self._number + 1
+        heappush(self._heap, (when_ms, number, what, argument))
 
     def run(self) -> Report:
         """Run to the end and sum up."""
@@ -57,7 +57,7 @@ class Simulation:
         warm_ms = self.scenario.warmup_s * 1000.0
         if warm_ms > 0:
             self.at(warm_ms, self._warm, None)
-        heap, pop, end_ms = self._heap, heapq.heappop, self.end_ms
+        heap, pop, end_ms = self._heap, heappop, self.end_ms
         events = 0
         # Reference counting frees everything here; the cycle collector would only walk the fleet again
         # and again.

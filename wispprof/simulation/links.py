@@ -60,12 +60,15 @@ class Link:
 
     __slots__ = (
         "_down_free",
+        "_down_mbps",
         "_half",
         "_jitter",
         "_loss",
         "_penalty",
         "_rng",
+        "_steady",
         "_up_free",
+        "_up_mbps",
         "profile",
     )
 
@@ -76,25 +79,33 @@ class Link:
         self._jitter = profile.jitter_ms
         self._loss = profile.loss
         self._penalty = profile.retransmission_ms
+        self._up_mbps, self._down_mbps = profile.up_mbps, profile.down_mbps
+        self._steady = not (self._jitter > 0 or self._loss > 0)
         self._up_free = self._down_free = 0.0
 
     def up(self, now_ms: float, size: int) -> float:
         """Arrival at the server of ``size`` bytes sent by the edge at ``now_ms``."""
-        at = self._arrival(now_ms, size, self.profile.up_mbps)
+        at = self._arrival(now_ms, size, self._up_mbps)
         # In order: never before the frame sent earlier.
-        self._up_free = at = max(at, self._up_free)
+        if at < self._up_free:
+            return self._up_free
+        self._up_free = at
         return at
 
     def down(self, now_ms: float, size: int) -> float:
         """Arrival at the edge of ``size`` bytes sent by the server at ``now_ms``."""
-        at = self._arrival(now_ms, size, self.profile.down_mbps)
-        self._down_free = at = max(at, self._down_free)
+        at = self._arrival(now_ms, size, self._down_mbps)
+        if at < self._down_free:
+            return self._down_free
+        self._down_free = at
         return at
 
     def _arrival(self, now_ms: float, size: int, mbps: float) -> float:
         at = now_ms + self._half
         if mbps > 0:
             at += size * 8.0 / (mbps * 1000.0)
+        if self._steady:
+            return at
         if self._jitter > 0:
             at += self._rng.expovariate(1.0 / self._jitter)
         if self._loss > 0:
