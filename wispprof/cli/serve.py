@@ -48,6 +48,9 @@ def serve(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     backend: Annotated[str, typer.Option(help="Attention backend: auto, slots or paged.")] = "auto",
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="Processes, one per device, that share the target.")
+    ] = 1,
     kv_tokens: Annotated[
         int, typer.Option(min=0, help="KV cache in tokens; 0: by free memory.")
     ] = 0,
@@ -92,6 +95,7 @@ def serve(
             device=device,
             dtype=dtype,
             backend=backend,
+            tensor_parallel=tensor_parallel,
             kv_tokens=kv_tokens,
             max_items=max_items,
             max_tokens=max_tokens,
@@ -114,8 +118,18 @@ def serve(
         scheme = "wss" if settings.tls_cert is not None else "ws"
         note(f"ready: {scheme}://{settings.host}:{taken}/v1/split (Ctrl-C drains)")
 
-    note(f"loading {settings.target} …")
-    run(settings, announce)
+    if tensor_parallel == 1:
+        note(f"loading {settings.target} …")
+        run(settings, announce)
+        return
+    from wispprof.runtime.server import ranks
+
+    if not ranks.is_rank():
+        ranks.launch(tensor_parallel)
+        return
+    if ranks.leads():
+        note(f"loading {settings.target} …")
+    ranks.serve_ranks(settings, announce)
 
 
 def _bundled_target() -> str:
@@ -140,6 +154,7 @@ def _resolved(server: VerificationServer, settings: ServerSettings, port: int) -
         ("plan", f"{settings.plan} ({server.plan.hash[:12]})" if server.plan else "none"),
         ("step log", settings.step_log or "none"),
         ("KV cache", f"{server.house.kv_total} tokens"),
+        ("ranks", settings.tensor_parallel),
         ("address", f"{settings.host}:{port}{' (TLS)' if settings.tls_cert else ''}"),
         ("API keys", len(settings.api_keys) or "none (loopback only)"),
     ]

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wispprof.errors import ModelUnsupported
 from wispprof.lm.attention import Attend
+from wispprof.lm.parallel import Ranks
 
 __all__ = ["Decoder", "LeanDecoder", "TransformersDecoder", "decoder_for"]
 
@@ -35,9 +37,19 @@ class Decoder(Protocol):
         """(n, hidden) → (n, V)."""
 
 
-def decoder_for(model: Any) -> Decoder:
-    """The lean body where the model is exactly of its shape, the model's own forward otherwise."""
-    return LeanDecoder(model) if LeanDecoder.fits(model) else TransformersDecoder(model)
+def decoder_for(model: Any, ranks: Ranks | None = None) -> Decoder:
+    """The lean body where the model is exactly of its shape, the model's own forward otherwise.
+
+    ``ranks``: ``model`` is one rank's share of the weights, which only the lean body computes with.
+    """
+    if LeanDecoder.fits(model):
+        return LeanDecoder(model, ranks)
+    if ranks is not None:
+        raise ModelUnsupported(
+            f"{type(model).__name__} is not of the plain shape that is served over several ranks.",
+            "Serve it on one device.",
+        )
+    return TransformersDecoder(model)
 
 
 class TransformersDecoder:
@@ -86,10 +98,16 @@ class _Block(NamedTuple):
 
 
 class LeanDecoder:
-    """The plain decoder block of Llama, Qwen2, Qwen3 and Mistral, without wrappers."""
+    """The plain decoder block of Llama, Qwen2, Qwen3 and Mistral, without wrappers.
 
-    def __init__(self, model: Any) -> None:
+    With ``ranks`` the weights are one rank's share: its heads, its part of the MLP and of the vocabulary.
+    Two sums per layer join the shares; hidden states and logits are whole on every rank.
+    """
+
+    def __init__(self, model: Any, ranks: Ranks | None = None) -> None:
         config = model.config
+        self._ranks = ranks
+        shares = ranks.size if ranks else 1
         self._embed: Tensor = model.model.embed_tokens.weight
         self._head: Tensor = model.lm_head.weight
         self._head_bias: Tensor | None = model.lm_head.bias
@@ -99,8 +117,9 @@ class LeanDecoder:
         attention = model.model.layers[0].self_attn
         self.scale = float(attention.scaling)
         self._dim = int(attention.head_dim)
-        self._heads = config.num_attention_heads
-        self._kv_heads = config.num_key_value_heads
+        self._heads = config.num_attention_heads // shares
+        self._kv_heads = config.num_key_value_heads // shares
+        self._vocab = config.vocab_size
         with torch.no_grad():
             self._blocks = [_block(layer) for layer in model.model.layers]
         self._table = self._rotary_table(min(2048, config.max_position_embeddings))
@@ -139,6 +158,7 @@ class LeanDecoder:
         heads, kv_heads, dim, eps = self._heads, self._kv_heads, self._dim, self._eps
         rotated, half = heads + kv_heads, dim // 2
         tokens = ids.shape[0]
+        whole = self._ranks.sum if self._ranks else _as_it_is
         angles = self._table.index_select(0, positions)
         cos, sin = angles[:, 0], angles[:, 1]
         x = self._embed.index_select(0, ids)
@@ -154,14 +174,19 @@ class LeanDecoder:
                 qk = qkv[:, :rotated]
             qk = torch.addcmul(qk * cos, torch.roll(qk, half, -1), sin)
             a = attend(number, qk[:, :heads], qk[:, heads:], qkv[:, rotated:])
-            x = x + F.linear(a, b.out, b.out_bias)
+            x = x + whole(F.linear(a, b.out, b.out_bias))
             h = torch.rms_norm(x, width, b.norm2, eps)
             gate, up = F.linear(h, b.gate_up, b.gate_up_bias).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, b.down, b.down_bias)
+            x = x + whole(F.linear(F.silu(gate) * up, b.down, b.down_bias))
         return torch.rms_norm(x, width, self._norm, eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self._head, self._head_bias)
+        logits = F.linear(hidden, self._head, self._head_bias)
+        return self._ranks.gather(logits, self._vocab) if self._ranks else logits
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _linears(layer: Any) -> list[nn.Module]:

@@ -80,7 +80,7 @@ class VerifierEngine:
 
     ``backend``: ``slots`` (dense), ``paged``, or ``auto`` (paged on CUDA, slots elsewhere).
     ``attention`` chooses among :data:`~wispprof.lm.paged.ATTENTIONS` of the paged backend. ``graphs``:
-    capture verify steps as CUDA graphs (paged on CUDA only). Not thread-safe: one thread owns an
+    capture verify steps as CUDA graphs (paged on CUDA, one rank). Not thread-safe: one thread owns an
     engine. Lengths and limits count cached tokens; a session's pending token (the last one emitted) is
     not cached until it is fed.
     """
@@ -107,19 +107,23 @@ class VerifierEngine:
         self.last_logits: list[Tensor] = []
         self._device = loaded.device
         self._dtype = loaded.dtype
-        self._decoder: Decoder = decoder_for(loaded.model)
+        self._ranks = loaded.ranks
+        self._decoder: Decoder = decoder_for(loaded.model, loaded.ranks)
         self._decoder.reserve(self.max_context)
+        shares = loaded.ranks.size if loaded.ranks else 1
         self._geometry = KvGeometry(
             layers=info.layers,
-            heads=loaded.model.config.num_attention_heads,
-            kv_heads=info.kv_heads,
+            heads=loaded.model.config.num_attention_heads // shares,
+            kv_heads=info.kv_heads // shares,
             head_dim=info.head_dim,
             max_context=self.max_context,
         )
         self.backend = _pick_backend(backend, self._device)
         self._store = self._make_store(attention)
         self._graphs: StepGraphs | None = None
-        if graphs and isinstance(self._store, PagedStore) and self._device.type == "cuda":
+        # Over several ranks the sums would lie inside the graphs, which nobody here has measured.
+        captured = graphs and self._device.type == "cuda" and not loaded.ranks
+        if captured and isinstance(self._store, PagedStore):
             self._graphs = StepGraphs(self._decoder, self._store, self._device)
         self._sessions: dict[str, _Session] = {}
         self._cached_tokens = 0
@@ -249,6 +253,8 @@ class VerifierEngine:
                 s for i in order.tolist() for s in [batch.sessions[i].sampling] * int(batch.rows[i])
             ]
             chosen = choose(logits, positions[picked] + 1, samplings).cpu().numpy()
+            if self._ranks:
+                chosen = self._ranks.agree(chosen)
 
         accepted = np.zeros(len(feeds), dtype=np.int64)
         starts = row_ends - rows

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from wispprof.errors import ModelError, ModelMissing, ModelUnsupported
 from wispprof.lm.info import ModelInfo
+from wispprof.lm.parallel import Ranks
 from wispprof.lm.presets import PRESETS
 
 __all__ = ["LoadedModel", "ModelInfo", "load_model", "random_model", "tokenizer_hash"]
@@ -27,11 +28,15 @@ _WHOLE_FILE = 256 << 20
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A transformers causal LM in evaluation mode, its tokenizer (``None`` if none), its identity."""
+    """A transformers causal LM in evaluation mode, its tokenizer (``None`` if none), its identity.
+
+    ``ranks``: those that share the model; ``model`` then holds this rank's part, ``info`` tells of the whole.
+    """
 
     model: Any
     tokenizer: Any
     info: ModelInfo
+    ranks: Ranks | None = None
 
     @property
     def device(self) -> torch.device:
@@ -44,19 +49,26 @@ class LoadedModel:
         return dtype
 
 
-def load_model(path_or_id: str | Path, dtype: str = "float32", device: str = "auto") -> LoadedModel:
+def load_model(
+    path_or_id: str | Path,
+    dtype: str = "float32",
+    device: str = "auto",
+    ranks: Ranks | None = None,
+) -> LoadedModel:
     """Load a Llama-, Qwen2-, Qwen3- or Mistral-family model.
 
     ``path_or_id``: a folder in Hugging Face layout, or a hub id. A hub id is looked for in the local
     cache first; the hub is asked only if it is not there, with a short timeout.
     ``dtype``: ``float32``, ``bfloat16`` or ``float16``. ``device``: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …
+    ``ranks``: load this rank's share of it onto its device instead.
 
     Raises :class:`ModelMissing` where there is no model, :class:`ModelUnsupported` where this engine
     cannot serve it, and :class:`ModelError` where its files cannot be read.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch_dtype, torch_device = _dtype(dtype), _device(device)
+    torch_dtype = _dtype(dtype)
+    torch_device = ranks.device if ranks else _device(device)
     folder = _find(str(path_or_id))
     with _quiet_transformers():
         try:
@@ -64,16 +76,27 @@ def load_model(path_or_id: str | Path, dtype: str = "float32", device: str = "au
         except Exception as fault:
             raise _unreadable(folder, fault) from fault
         max_context = _check_supported(config, str(path_or_id))
+        model: Any
+        parameters = None
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch_dtype, local_files_only=True, use_safetensors=True
-            )
+            if ranks is None:
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=torch_dtype, local_files_only=True, use_safetensors=True
+                )
+            else:
+                from wispprof.lm.shards import load_shard
+
+                model, parameters = load_shard(folder, config, torch_dtype, ranks)
+        except ModelError:
+            raise
         except Exception as fault:
             raise _unreadable(folder, fault) from fault
         tokenizer = _tokenizer(folder)
     model.to(torch_device)
     name = folder.name if Path(path_or_id).expanduser().is_dir() else str(path_or_id)
-    return _loaded(model, tokenizer, name, dtype, _weights_hash(folder), max_context)
+    weights = _weights_hash(folder)
+    loaded = _loaded(model, tokenizer, name, dtype, weights, max_context, parameters)
+    return replace(loaded, ranks=ranks)
 
 
 def random_model(
@@ -137,7 +160,13 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def _loaded(
-    model: Any, tokenizer: Any, name: str, dtype: str, weights: str, max_context: int
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    dtype: str,
+    weights: str,
+    max_context: int,
+    parameters: int | None = None,
 ) -> LoadedModel:
     from wispprof.lm.attention import install
 
@@ -151,7 +180,7 @@ def _loaded(
     info = ModelInfo(
         id=name,
         family=config.model_type,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters or sum(p.numel() for p in model.parameters()),
         dtype=dtype,
         config_hash=_config_hash(config),
         weights_hash=weights,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wispprof.errors import ModelMissing
 from wispprof.runtime.server.engine import Engine, ServedModel
 from wispprof.runtime.server.server import VerificationServer
 from wispprof.runtime.server.settings import ServerSettings
 from wispprof.runtime.server.text import TextSide
+
+if TYPE_CHECKING:
+    from wispprof.lm.engine import VerifierEngine
+    from wispprof.lm.parallel import Ranks
 
 __all__ = ["build_server", "load_engine"]
 
@@ -43,18 +47,24 @@ def build_server(
     return VerificationServer(engine, model, settings, **parts)
 
 
-def load_engine(settings: ServerSettings) -> tuple[Engine, ServedModel, Any]:
-    """The verifier engine of the settings' target, its identity, its tokenizer. Imports torch."""
+def load_engine(
+    settings: ServerSettings, ranks: Ranks | None = None
+) -> tuple[VerifierEngine, ServedModel, Any]:
+    """The verifier engine of the settings' target, its identity, its tokenizer. Imports torch.
+
+    ``ranks``: this rank's engine, over its share of the target.
+    """
     if not settings.target:
         raise ModelMissing("No target model was named.", "Give --target, a folder or a hub id.")
     from wispprof.lm.engine import VerifierEngine
     from wispprof.lm.loading import load_model
 
-    loaded = load_model(settings.target, dtype=settings.dtype, device=settings.device)
+    loaded = load_model(settings.target, settings.dtype, settings.device, ranks)
     info = loaded.info
+    kv_tokens = settings.kv_tokens or _default_kv_tokens(loaded.device.type, info, ranks)
     engine = VerifierEngine(
         loaded,
-        kv_tokens=settings.kv_tokens or _default_kv_tokens(loaded.device.type, info),
+        kv_tokens=kv_tokens,
         max_sessions=settings.max_sessions + settings.kept_sessions,
         backend=settings.backend,
     )
@@ -64,9 +74,17 @@ def load_engine(settings: ServerSettings) -> tuple[Engine, ServedModel, Any]:
     return engine, model, loaded.tokenizer
 
 
-def _default_kv_tokens(device: str, info: Any) -> int:
-    """As much cache as the memory that is free now can spare."""
-    per_token = max(1, int(info.kv_bytes_per_token))
+def _default_kv_tokens(device: str, info: Any, ranks: Ranks | None) -> int:
+    """As much cache as the memory that is free now can spare, on the rank that has least."""
+    if ranks is not None:
+        # Ranks on one CPU share its memory; each GPU has its own.
+        share = 1 if device == "cpu" else ranks.size
+        return ranks.least(_tokens_in_free_memory(device, info, share))
+    return _tokens_in_free_memory(device, info, 1)
+
+
+def _tokens_in_free_memory(device: str, info: Any, share: int) -> int:
+    per_token = max(1, int(info.kv_bytes_per_token) // share)
     if device == "cuda":
         import torch
 

@@ -152,14 +152,19 @@ async def running_server(
         listener.close()
 
 
-def serve(settings: ServerSettings, announce: Callable[[VerificationServer, int], None]) -> None:
+def serve(
+    settings: ServerSettings,
+    announce: Callable[[VerificationServer, int], None],
+    **parts: Any,
+) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain; a second signal ends at once. Blocks.
 
-    ``announce`` is called once with the server and its port when requests are taken.
+    ``announce`` is called once with the server and its port when requests are taken. ``parts`` are those
+    of :func:`~wispprof.runtime.server.build.build_server`.
     """
     listener = bind(settings.host, settings.port)
     try:
-        asyncio.run(_serve(settings, listener, announce))
+        asyncio.run(_serve(settings, listener, announce, parts))
     finally:
         listener.close()
 
@@ -168,8 +173,9 @@ async def _serve(
     settings: ServerSettings,
     listener: socket.socket,
     announce: Callable[[VerificationServer, int], None],
+    parts: dict[str, Any],
 ) -> None:
-    server = build_server(settings)
+    server = build_server(settings, **parts)
     stopping: asyncio.Task[None] | None = None
 
     def on_signal() -> None:

@@ -19,6 +19,7 @@ class ServerSettings:
     ``target``: folder or hub id; ``target_id``: the name edges ask for (its last part by default).
     ``estimator`` and ``plan``: files; without an estimator the server calibrates itself. ``step_log``: file
     that every step's shape and time are appended to, for ``wispprof fit --update``.
+    ``tensor_parallel``: processes that share the target, see :mod:`wispprof.runtime.server.ranks`.
     ``max_drafts``: most drafts held per session, the lead an edge may take.
     ``kv_tokens``: size of the KV cache, 0 lets the engine choose. ``max_waiting``: requests that may
     wait for memory. ``kept_sessions``: ended or lost sessions whose KV stays for reuse.
@@ -46,6 +47,7 @@ class ServerSettings:
     device: str = "auto"
     dtype: str = "float32"
     backend: str = "auto"
+    tensor_parallel: int = 1
     kv_tokens: int = 0
 
     max_items: int = 64
@@ -79,7 +81,14 @@ class ServerSettings:
             raise ValueError(f"port must be 0 … 65535, got {self.port}")
         if self.admit not in ("slo", "all"):
             raise ValueError(f"admit must be slo or all, got {self.admit!r}")
-        for name in ("max_items", "max_tokens", "prefill_chunk", "max_sessions", "max_drafts"):
+        for name in (
+            "max_items",
+            "max_tokens",
+            "prefill_chunk",
+            "max_sessions",
+            "max_drafts",
+            "tensor_parallel",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if (self.tls_cert is None) != (self.tls_key is None):
