@@ -70,18 +70,18 @@ def test_rows_follow_the_load_level():
     light, heavy = ROW, replace(ROW, load_level=3, k=0)
     rows = rows_of(Plan(draft=(light, heavy), batch=()), "d")
     assert rows(CONTEXT).k == 3
-    assert rows(replace(CONTEXT, load_level=3)).k == 0
+    assert rows(CONTEXT._replace(load_level=3)).k == 0
 
 
 def test_rounds_are_longer_for_better_drafts_and_longer_links():
     assert settled(0.9) > settled(0.5) >= 1
-    far = replace(CONTEXT, rtt_ms=200.0)
+    far = CONTEXT._replace(rtt_ms=200.0)
     assert settled(0.8, far) >= settled(0.8)
     assert settled(0.02) <= 1
 
 
 def test_a_slow_draft_is_not_worth_a_round():
-    assert settled(0.6, replace(CONTEXT, draft_ms=2000.0)) == 0
+    assert settled(0.6, CONTEXT._replace(draft_ms=2000.0)) == 0
 
 
 def test_a_doubtful_token_ends_the_round():
@@ -94,15 +94,15 @@ def test_a_stream_drafts_no_farther_than_a_reply_can_take():
     controller = make_controller("wispprof", sure(0.99))
     ahead = controller.begin(CONTEXT)
     assert ahead >= (CONTEXT.rtt_ms + CONTEXT.server_ms) / CONTEXT.draft_ms
-    assert controller.begin(replace(CONTEXT, lead=ahead)) == 0
-    assert make_controller("wispprof", sure(0.99)).begin(replace(CONTEXT, rtt_ms=1e5)) <= 32
+    assert controller.begin(CONTEXT._replace(lead=ahead)) == 0
+    assert make_controller("wispprof", sure(0.99)).begin(CONTEXT._replace(rtt_ms=1e5)) <= 32
 
 
 def test_a_stream_pauses_behind_a_doubtful_lead_and_goes_on_after_a_commit():
     controller = make_controller("wispprof", DepthSurvival((0.9, 0.01, 0.005)))
     count = drafted(controller)
     assert count == 2
-    assert controller.begin(replace(CONTEXT, lead=count)) == 0
+    assert controller.begin(CONTEXT._replace(lead=count)) == 0
     assert controller.begin(CONTEXT) > 0
 
 

@@ -25,8 +25,7 @@ __all__ = [
 # --- server: who goes into the step -------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class SessionView:
+class SessionView(NamedTuple):
     """What a batching policy may know of one session that could take part in the next step.
 
     Prefilling sessions have ``prompt_left > 0`` and no tail; the step that feeds the last of their
@@ -106,8 +105,7 @@ class BatchPolicy(Protocol):
 # --- edge: draft on, or send --------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class RoundContext:
+class RoundContext(NamedTuple):
     """What the edge knows when a round (or a stretch of a stream) begins.
 
     ``draft_ms``: one draft step now. ``rtt_ms``: link round trip. ``server_ms``: recent queue plus

@@ -300,15 +300,8 @@ class EdgePath:
             )
         self._hold(slice(count, None))
         self.sent = max(self.sent, self.frontier)
-        return CommitEffect(
-            tokens=new,
-            extend=new[hits:],
-            hits=hits,
-            accepted=accepted,
-            kept=len(self._tokens),
-            proactive=proactive,
-            proactive_hit=hits == count,
-        )
+        kept = len(self._tokens)
+        return CommitEffect(new, None, new[hits:], hits, accepted, kept, proactive, hits == count)
 
     def _roll_epoch(self) -> None:
         self.epoch += 1

@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from wispprof.core import BatchShape, CostAccumulator, StepEstimator
+from wispprof.core import BatchShape, CostAccumulator, StepEstimator, VerifyItem
 
 __all__ = ["LinearCost", "StepTimes", "WithoutPrefixCache"]
 
@@ -53,10 +53,17 @@ class LinearCost:
         return _LinearBatch(self, 0.0, 0, 0.0)
 
     def predict(self, shape: BatchShape) -> tuple[float, float]:
-        batch = self.start()
-        for item in shape.items:
-            batch = batch.add(item.new, item.cached, item.prefill)
-        return batch.p50_ms, batch.bound_ms
+        if not shape.items:
+            return 0.0, 0.0
+        rows, work, pair_ms = 0, 0.0, self.pair_ms
+        for new, cached, _ in shape.items:
+            rows += new
+            work = work + self.item_ms + self.kv_ms * cached
+            if pair_ms:
+                work += pair_ms * (new * cached + new * (new + 1) / 2)
+        charged = rows - self.floor_rows
+        p50 = self.fixed_ms + work + (self.row_ms * charged if charged > 0 else 0.0)
+        return p50, p50 * self.bound_ratio
 
     def predict_totals(self, totals: FloatArray) -> tuple[FloatArray, FloatArray]:
         """(p50, bound), each (n,), from rows (n, 8): see ``policies.marginal.TotalsEstimator``."""
@@ -155,12 +162,9 @@ class StepTimes:
 
     def sample(self, items: list[tuple[int, int, bool]]) -> tuple[float, float]:
         """(median, drawn) milliseconds of a step over ``(new, cached, prefill)`` items."""
-        batch = self._estimator.start()
-        for new, cached, prefill in items:
-            batch = batch.add(new, cached, prefill)
-        p50 = batch.p50_ms
+        p50, bound = self._estimator.predict(BatchShape(tuple(map(VerifyItem._make, items))))
         noise = self._rng.gauss(0.0, 1.0)
         spread = self._spread
         if spread is None:
-            spread = math.log(batch.bound_ms / p50) / self._z if p50 > 0 else 0.0
+            spread = math.log(bound / p50) / self._z if p50 > 0 else 0.0
         return p50, p50 * math.exp(spread * noise) if spread > 0 else p50

@@ -38,13 +38,8 @@ class Answer(NamedTuple):
     load_level: int
 
 
-class _Step(NamedTuple):
-    """A draft step that runs: when it ends, what it costs, and the place it drafts for."""
-
-    done_ms: float
-    cost_ms: float
-    position: int
-    epoch: int
+# A draft step that runs: when it ends, what it costs, the position it drafts for, and the epoch.
+_Step = tuple[float, float, int, int]
 
 
 class Edge:
@@ -148,13 +143,13 @@ class Edge:
             running = self._running
             if running is not None:
                 self._running = None
-                at = running.done_ms
+                at = running[0]
             else:
                 at = max(at, self._free_ms)
                 if not self._may_draft(at):
                     return
                 running = self._begin_step(at)
-                at = running.done_ms
+                at = running[0]
             self._absorb(running)
         self._free_ms = max(at, self._free_ms)
         self._send(at, out)
@@ -167,7 +162,7 @@ class Edge:
                 if self._free_ms >= now_ms or not self._may_draft(self._free_ms):
                     return
                 running = self._begin_step(self._free_ms)
-            if running.done_ms > now_ms:
+            if running[0] > now_ms:
                 self._running = running
                 return
             self._absorb(running)
@@ -189,7 +184,7 @@ class Edge:
             self._sim.send_draft(now_ms, self, out, math.inf)
         if self._running is None and now_ms >= self._free_ms and turns.may_draft():
             self._running = step = self._begin_step(now_ms)
-            self._sim.at(step.done_ms, self._streams, step)
+            self._sim.at(step[0], self._streams, step)
 
     # --- both ---
 
@@ -205,17 +200,18 @@ class Edge:
         counters = self._sim.counters
         counters.drafted += 1
         counters.drafting_ms += cost
-        return _Step(done_ms, cost, position, path.epoch)
+        return done_ms, cost, position, path.epoch
 
     def _absorb(self, step: _Step) -> None:
         """A step ended: hold its token, unless its place has been decided meanwhile."""
         path = self.path
-        self._pacing.drafted(step.cost_ms)
-        if path.epoch != step.epoch or path.length != step.position:
-            self._sim.wasted(step.cost_ms if path.epoch != step.epoch else 0.0, 1)
+        _, cost_ms, position, epoch = step
+        self._pacing.drafted(cost_ms)
+        if path.epoch != epoch or path.length != position:
+            self._sim.wasted(cost_ms if path.epoch != epoch else 0.0, 1)
             return
         drafted = self.script.draft()
-        path.propose(drafted.token, 1.0, step.cost_ms)
+        path.propose(drafted.token, 1.0, cost_ms)
         self._turns.drafted(drafted)
 
     def _send(self, now_ms: float, out: Outgoing) -> None:
