@@ -6,12 +6,15 @@ profile says, a frame takes what the link says, and a step that has begun is fin
 a forward), whatever commit arrives meanwhile.
 
 Few events. In round mode nothing can arrive while a round is drafted, so it is worked out at once; and
-what is drafted while it is out is worked out when its commit comes. Only stream mode needs an event a step.
+what is drafted while it is out is worked out when its commit comes. In stream mode only two things see what
+an edge has done meanwhile: a commit that reaches it, and a server that decides; both let it catch up first
+(:meth:`Edge.advance`), and frames wait in its ``outbox`` until the server looks.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from wispprof.policies.api import Controller, RoundContext
@@ -43,7 +46,11 @@ _Step = tuple[float, float, int, int]
 
 
 class Edge:
-    """One generation on one device. ``controller`` ``None``: it never drafts."""
+    """One generation on one device. ``controller`` ``None``: it never drafts.
+
+    Stream mode: ``next_ms``, when it next has something to do by itself (``inf``: nothing before a commit);
+    ``outbox``: frames that have left, with the time of their arrival at the server, in order.
+    """
 
     __slots__ = (
         "_free_ms",
@@ -57,6 +64,8 @@ class Edge:
         "device",
         "key",
         "link",
+        "next_ms",
+        "outbox",
         "path",
         "record",
         "script",
@@ -93,6 +102,8 @@ class Edge:
         self._load_level = 0
         self._running: _Step | None = None
         self._free_ms = 0.0
+        self.next_ms = math.inf
+        self.outbox: deque[tuple[float, Outgoing]] = deque()
 
     # --- life ---
 
@@ -100,7 +111,7 @@ class Edge:
         """The opening frame has left; the draft model reads the prompt meanwhile."""
         self._free_ms = now_ms + self.device.prefill_ms_per_token * self.script.prompt_tokens
         if self.controller is not None and self.stream:
-            self._sim.at(self._free_ms, self._streams, None)
+            self.next_ms = self._free_ms
 
     def on_commit(self, now_ms: float, answer: Answer) -> None:
         """A commit reached the device: its tokens are shown, and drafts held against it."""
@@ -111,7 +122,9 @@ class Edge:
         record.tokens += len(commit.tokens)
         record.last_ms = now_ms
         drafting = self.controller is not None
-        if drafting and not self.stream:
+        if drafting and self.stream:
+            self.advance(now_ms)
+        elif drafting:
             self._catch_up(now_ms)
         effect = self.path.on_commit(
             commit.frontier, commit.tokens, commit.accepted, commit.drafted
@@ -129,7 +142,7 @@ class Edge:
             record.done = True
             self._sim.ended(now_ms, self)
         elif drafting and self.stream:
-            self._streams(now_ms, None)
+            self._streams(now_ms)
         elif drafting:
             self._round(now_ms)
 
@@ -170,21 +183,25 @@ class Edge:
 
     # --- stream mode ---
 
-    def _streams(self, now_ms: float, done: _Step | None) -> None:
+    def advance(self, until_ms: float) -> None:
+        """Work out what it has done up to and with ``until_ms``."""
+        while self.next_ms <= until_ms:
+            now_ms, self.next_ms = self.next_ms, math.inf
+            step, self._running = self._running, None
+            if step is not None:
+                self._absorb(step)
+            self._streams(now_ms)
+
+    def _streams(self, now_ms: float) -> None:
         """A step ended, a commit came, or the draft model is ready: send what is due, draft on."""
-        if done is not None:
-            if self.record.done:
-                return
-            self._running = None
-            self._absorb(done)
         turns = self._turns
         out = turns.due(self._context)
         if out is not None:
             # A stream's deadlines are the server's to know: no slack goes with its frames.
-            self._sim.send_draft(now_ms, self, out, math.inf)
+            self.outbox.append((self._sim.sent(now_ms, self.link, len(out.tokens)), out))
         if self._running is None and now_ms >= self._free_ms and turns.may_draft():
             self._running = step = self._begin_step(now_ms)
-            self._sim.at(step[0], self._streams, step)
+            self.next_ms = step[0]
 
     # --- both ---
 

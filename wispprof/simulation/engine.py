@@ -36,7 +36,7 @@ class Simulation:
         self.counted_from_ms = 0.0
         self.counters = Counters()
         self.records: list[SessionRecord] = []
-        self.edges: list[Edge] = []
+        self._live: dict[str, Edge] = {}  # generations that are not over yet
         self.events = 0
         self._heap: list[tuple[float, int, Callable[[float, Any], None], Any]] = []
         self._number = 0
@@ -135,9 +135,11 @@ class Simulation:
         self.counters.up_bytes += size
         self.at(link.up(now_ms, size), self.server.open, edge)
         edge.begin(now_ms)
+        self._live[edge.key] = edge
 
     def ended(self, now_ms: float, edge: Edge) -> None:
         """A generation is over at its device: a closed fleet's device thinks, and asks again."""
+        del self._live[edge.key]
         load = self.scenario.load
         if not isinstance(load, ClosedFleet):
             return
@@ -153,10 +155,15 @@ class Simulation:
     # --- what edges report ---
 
     def send_draft(self, now_ms: float, edge: Edge, frame: Outgoing, slack_ms: float) -> None:
-        """A draft frame leaves the edge."""
-        size = DRAFT_BYTES + (TOKEN_BYTES + 1) * len(frame.tokens)
+        """A whole round leaves the edge."""
+        arrives_ms = self.sent(now_ms, edge.link, len(frame.tokens))
+        self.at(arrives_ms, self.server.draft, (edge, frame, slack_ms))
+
+    def sent(self, now_ms: float, link: Link, tokens: int) -> float:
+        """A frame of so many drafts leaves an edge; when it arrives."""
+        size = DRAFT_BYTES + (TOKEN_BYTES + 1) * tokens
         self.counters.up_bytes += size
-        self.at(edge.link.up(now_ms, size), self.server.draft, (edge, frame, slack_ms))
+        return link.up(now_ms, size)
 
     def wasted(self, cost_ms: float, tokens: int) -> None:
         """Drafting that was overtaken or contradicted."""
@@ -175,11 +182,18 @@ class Simulation:
 
     def _warm(self, now_ms: float, _: None) -> None:
         """Counting begins."""
+        self._catch_up(now_ms)
         self.counted_from_ms = now_ms
         self.counters = Counters()
         self._before = {(r.device, r.number): r.tokens for r in self.records if r.tokens}
 
+    def _catch_up(self, now_ms: float) -> None:
+        """Let every edge do what it has done by now, so that it is counted where it belongs."""
+        for edge in self._live.values():
+            edge.advance(now_ms)
+
     def _report(self) -> Report:
+        self._catch_up(self.end_ms)
         before = self._before
         window = {
             key: r.tokens - before.get(key, 0)

@@ -6,6 +6,7 @@ engine is a clock: a step over its batch shape takes what the estimator says, ti
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from random import Random
 from typing import TYPE_CHECKING
@@ -49,6 +50,7 @@ class Server:
         self._times = StepTimes(self._estimator, model.spread, rng)
         self._sessions: dict[str, ServerSession] = {}
         self._edges: dict[str, Edge] = {}
+        self._streaming: dict[str, Edge] = {}  # those of them that draft ahead in stream mode
         self._queue: deque[Edge] = deque()
         self._reserved = 0
         self._kv_used = 0
@@ -75,7 +77,7 @@ class Server:
         self._decide(now_ms)
 
     def draft(self, now_ms: float, sent: tuple[Edge, Outgoing, float]) -> None:
-        """A draft frame arrived."""
+        """A round arrived."""
         edge, frame, slack_ms = sent
         session = self._sessions.get(edge.key)
         if session is None:
@@ -92,6 +94,17 @@ class Server:
         if not self._busy:
             self._decide(now_ms)
 
+    def _collect(self, now_ms: float) -> None:
+        """Streams: merge every frame that has arrived by now."""
+        sessions = self._sessions
+        for key, edge in self._streaming.items():
+            if edge.next_ms <= now_ms:
+                edge.advance(now_ms)
+            outbox = edge.outbox
+            while outbox and outbox[0][0] <= now_ms:
+                arrived_ms, (epoch, base, tokens, survival, draft_ms) = outbox.popleft()
+                sessions[key].merge(epoch, base, tokens, survival, arrived_ms, math.inf, draft_ms)
+
     def _admit(self, now_ms: float) -> None:
         model = self._model
         while self._queue:
@@ -102,6 +115,12 @@ class Server:
             self._queue.popleft()
             self._reserved += need
             self._edges[edge.key] = edge
+            if edge.stream and edge.controller is not None:
+                self._streaming[edge.key] = edge
+                # What came before nobody kept: the edge sends it again once it knows a frontier.
+                edge.advance(now_ms)
+                while edge.outbox and edge.outbox[0][0] < now_ms:
+                    edge.outbox.popleft()
             self._sessions[edge.key] = ServerSession(
                 edge.key,
                 edge.script.prompt,
@@ -122,6 +141,7 @@ class Server:
         if self._busy or not self._sessions:
             return
         self._wake += 1
+        self._collect(now_ms)
         model = self._model
         limits = Limits(
             model.max_items,
@@ -133,8 +153,27 @@ class Server:
         plan = self._policy.plan(now_ms, views, self._estimator, limits)
         if plan.members:
             self._step(now_ms, plan, limits)
-        elif plan.wake_ms is not None:
+            return
+        if plan.wake_ms is not None:
             self._sim.at(max(plan.wake_ms, now_ms + 1e-3), self._woken, self._wake)
+        for edge in self._streaming.values():
+            self._watch(edge)
+
+    def _watch(self, edge: Edge) -> None:
+        """With the engine idle, its next frame is an event."""
+        when = edge.outbox[0][0] if edge.outbox else edge.next_ms
+        if when < math.inf:
+            self._sim.at(when, self._stirred, (self._wake, edge))
+
+    def _stirred(self, now_ms: float, who: tuple[int, Edge]) -> None:
+        wake, edge = who
+        if wake != self._wake:
+            return
+        edge.advance(now_ms)
+        if edge.outbox and edge.outbox[0][0] <= now_ms:
+            self._decide(now_ms)
+        else:
+            self._watch(edge)
 
     def _woken(self, now_ms: float, wake: int) -> None:
         if wake == self._wake:
@@ -175,6 +214,7 @@ class Server:
 
     def _done(self, now_ms: float, ran: tuple[list[Feed], float, float]) -> None:
         feeds, took_ms, began_ms = ran
+        self._collect(now_ms)
         sim, sessions, edges = self._sim, self._sessions, self._edges
         counters = sim.counters
         counters.busy_ms += now_ms - max(began_ms, sim.counted_from_ms)
@@ -204,6 +244,7 @@ class Server:
                 self._kv_used -= session.cached
                 self._reserved -= edge.script.prompt_tokens + edge.record.output_tokens
                 del sessions[key], edges[key]
+                self._streaming.pop(key, None)
                 freed = True
         if freed:
             self._admit(now_ms)
