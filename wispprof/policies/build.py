@@ -93,6 +93,18 @@ class StepBuilder:
         self._take(cost, Member(session.session, drafts=drafts), drafts + 1)
         return True
 
+    def add_decodes(self, sessions: list[SessionView], drafts: list[int]) -> None:
+        """Add decoding sessions, each once, that fit the limits together."""
+        cost, members = self.cost, self.members
+        for session, kept in zip(sessions, drafts, strict=True):
+            cost = cost.add(kept + 1, session.cached)
+            members.append(Member(session.session, kept))
+        new = len(drafts) + sum(drafts)
+        self.cost = cost
+        self._planned.update([s.session for s in sessions])
+        self.tokens += new
+        self.kv -= new
+
     def add_prefill(
         self, session: SessionView, budget_ms: float = math.inf, *, most: int | None = None
     ) -> int:

@@ -142,29 +142,65 @@ def mean_costs(estimator: StepEstimator, items: int, new: int, cached: int) -> M
     Secants over half the batch rather than derivatives: a staircase (graph buckets) has no useful
     derivative.
     """
-    first = estimator.start().add(new, cached)
-    batch = first
-    for _ in range(items - 1):
-        batch = batch.add(new, cached)
     span, far = max(4, items // 2), max(256, 2 * cached)
-    base = batch.p50_ms
-    narrow = (_with(batch, span, 1, 0).p50_ms - base) / span
-    wide = batch.add(span, 0).p50_ms - base
-    deep = batch.add(1, far).p50_ms - batch.add(1, 0).p50_ms
-    deep_wide = batch.add(span, far).p50_ms - batch.add(span, 0).p50_ms
+    batch = (items, new, cached)
+    p50, bound = _price(
+        estimator,
+        (
+            (batch,),
+            (batch, (span, 1, 0)),
+            (batch, (1, span, 0)),
+            (batch, (1, 1, far)),
+            (batch, (1, 1, 0)),
+            (batch, (1, span, far)),
+            ((1, new, cached),),
+        ),
+    )
+    base = p50[0]
+    narrow, wide = (p50[1] - base) / span, p50[2] - base
+    deep, deep_wide = p50[3] - p50[4], p50[5] - p50[2]
     # narrow = item + row, wide = item + span·row; deep = far·(kv + pair), deep_wide = far·(kv + span·pair)
     row = max(0.0, (wide - narrow) / (span - 1))
     pair = max(0.0, (deep_wide - deep) / ((span - 1) * far))
     item = max(0.0, narrow - row)
     kv = max(0.0, deep / far - pair)
     used = items * (item + new * (row + pair * cached) + kv * cached)
-    return MarginalCosts(max(0.0, base - used), item, row, pair, kv, first.bound_ms, batch.bound_ms)
+    return MarginalCosts(max(0.0, base - used), item, row, pair, kv, bound[6], bound[0])
 
 
-def _with(batch: CostAccumulator, count: int, new: int, cached: int) -> CostAccumulator:
-    for _ in range(count):
-        batch = batch.add(new, cached)
-    return batch
+_Equal = tuple[int, int, int]
+"""So many items of so many new tokens over so many cached ones."""
+
+
+def _price(
+    estimator: StepEstimator, batches: Sequence[tuple[_Equal, ...]]
+) -> tuple[list[float], list[float]]:
+    """(p50, bound) of batches given as groups of equal decode items."""
+    predict_totals: Any = getattr(estimator, "predict_totals", None)
+    if predict_totals is not None:
+        rows = [
+            (
+                sum(n for n, _, _ in groups),
+                sum(n * new for n, new, _ in groups),
+                sum(n * held for n, _, held in groups),
+                sum(n * new * held for n, new, held in groups),
+                sum(n * new * new for n, new, _ in groups),
+                max(held for _, _, held in groups),
+                max(new for _, new, _ in groups),
+                0,
+            )
+            for groups in batches
+        ]
+        p50, bound = predict_totals(np.array(rows, dtype=np.float64))
+        return p50.tolist(), bound.tolist()
+    priced = []
+    for groups in batches:
+        batch = estimator.start()
+        for count, new, cached in groups:
+            for _ in range(count):
+                batch = batch.add(new, cached)
+        priced.append((batch.p50_ms, batch.bound_ms))
+    return [p50 for p50, _ in priced], [bound for _, bound in priced]
 
 
 def _rounded(value: int, bits: int) -> int:

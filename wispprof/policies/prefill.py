@@ -19,6 +19,9 @@ _GAP = 0.8
 """Share of the fastest running session's time for a step's tokens that it may take with prompts."""
 _STRETCH = 1.5
 """A step may always grow by this factor for prompts: on a loaded server the gap is spent already."""
+_CALM = 2.5
+"""And for a prompt that has time it grows by no more than this, however slow the promises: who decodes would
+feel the whole gap that was promised, and the newcomer gain little."""
 _FAIR = 2.0
 """For a first token that is late, or about to be: half of the step is the prompts'. More only helps where
 prompts are few; a server that they saturate reads them no sooner, and its sessions run slower."""
@@ -38,19 +41,20 @@ def add_prompts(
 
     Earliest first-token deadline first, then arrival. ``sized``: the step's bound stays within the
     slack of every running session that could keep it, and within its usual gap between tokens times
-    the ``tokens`` that a running session is expected to commit in this step.
+    the ``tokens`` that a running session is expected to commit in this step; and it is no longer than
+    the prompt's own first-token deadline calls for, beyond a moderate stretch.
 
     A prompt without a promise has a target instead: ``patience`` times what reading it alone would take.
     From then on, as from a promise that is missed, a step may take twice what its running sessions need,
     whatever their next tokens' deadlines: those count over a whole generation.
     """
-    alone_ms = _alone_ms(build) if patience < math.inf else math.inf
+    token_ms = _token_ms(build)
     queue = []
     for session in prompts:
         due_ms = session.deadline_ms
-        if due_ms == math.inf and alone_ms < math.inf:
+        if due_ms == math.inf and patience < math.inf:
             whole = session.cached + session.prompt_left
-            due_ms = session.arrived_ms + patience * alone_ms * whole / build.limits.prefill_chunk
+            due_ms = session.arrived_ms + patience * token_ms * whole
         queue.append((session.hopeless, due_ms, session.arrived_ms, session.session, session))
     queue.sort()
     budget_ms = _budget(build, now_ms, decode, tokens) if sized else math.inf
@@ -59,8 +63,13 @@ def add_prompts(
     for place, (_, due_ms, _, _, session) in enumerate(queue):
         if build.full or not build.prefill_left:
             return
-        hurry_ms = _hurry_ms(running_ms, due_ms - now_ms, session.hopeless)
-        if not build.add_prefill(session, max(budget_ms, hurry_ms)) and place == 0:
+        left_ms = due_ms - now_ms
+        hurry_ms = _hurry_ms(running_ms, left_ms, session.hopeless)
+        calm_ms = max(
+            _CALM * running_ms, _needed_ms(running_ms, token_ms * session.prompt_left, left_ms)
+        )
+        allowed_ms = max(min(budget_ms, calm_ms), hurry_ms) if sized and decode else math.inf
+        if not build.add_prefill(session, allowed_ms) and place == 0:
             build.add_prefill(session, most=_LEAST)
 
 
@@ -76,10 +85,17 @@ def _budget(build: StepBuilder, now_ms: float, decode: list[SessionView], tokens
     return min(max(gap_ms, _STRETCH * running_ms), earliest_ms - now_ms)
 
 
-def _alone_ms(build: StepBuilder) -> float:
-    """A step with a full chunk of one prompt and nothing else."""
-    limits = build.limits
-    return build.estimator.start().add(limits.prefill_chunk, 0, True).p50_ms
+def _token_ms(build: StepBuilder) -> float:
+    """A prompt token's share of a step with a full chunk of one prompt and nothing else."""
+    chunk = build.limits.prefill_chunk
+    return build.estimator.start().add(chunk, 0, True).p50_ms / chunk
+
+
+def _needed_ms(running_ms: float, work_ms: float, left_ms: float) -> float:
+    """How long steps must be for a prompt with so much reading left to be through in time, if all of them
+    are: reading takes what the running sessions leave of each."""
+    share = work_ms / left_ms if left_ms > work_ms else 1.0
+    return running_ms / (1.0 - share) if share < 1.0 else math.inf
 
 
 def _hurry_ms(running_ms: float, left_ms: float, hopeless: bool) -> float:

@@ -7,16 +7,14 @@ Its pieces, each of which can be switched off (:class:`StreamSettings`):
 worth more than the token it might lose (:mod:`wispprof.policies.waiting`).
 *slack*: tokens of sessions that fall behind their promise weigh more, so those that ran ahead give up
 drafts for their sake. They are not left out: that pinned everybody at the promised speed and cost more
-tokens than it saved promises. (``in_time`` adds a hard rule: no step so long that a session misses the
-due time of its next token. It is off: promises count over a whole generation, and short steps for one
-token's sake cost more sessions their promise than they save.)
+tokens than it saved promises.
 *size_prefill*: prompt chunks as large as no running session minds (:mod:`wispprof.policies.prefill`).
 *demote_hopeless*: tokens of sessions whose promise is lost weigh little, and such sessions stay out
 where together they would add more to the step than the fixed part of a step of their own.
 *floor*: the plan of centralized serving is always among the candidates.
 
-The candidates are priced exactly by the estimator, on its median for throughput and on its bound for
-deadlines, so the linear costs that made them decide nothing by themselves.
+Linear costs only say in which order drafts earn their time. How many of them join is decided by the
+estimator itself, which prices the step with the first of them, the first two, … and with none.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,7 +31,7 @@ from wispprof.policies.api import Limits, SessionView, StepPlan
 from wispprof.policies.build import StepBuilder, eligible, idle
 from wispprof.policies.marginal import Slopes, price_batches
 from wispprof.policies.prefill import add_prompts
-from wispprof.policies.tails import Book, BoolArray, Columns, FloatArray, IntArray, keep_at, solve
+from wispprof.policies.tails import Book, BoolArray, Columns, FloatArray, IntArray, Ladder
 from wispprof.policies.waiting import waits
 
 __all__ = ["StreamSettings", "Wispprof"]
@@ -40,10 +39,8 @@ __all__ = ["StreamSettings", "Wispprof"]
 _DEADLINE, _ARRIVED = attrgetter("deadline_ms"), attrgetter("arrived_ms")
 _HOPELESS = attrgetter("hopeless")
 _RETRY_MS = 1.0
-_FEW = 96
-"""Up to this many sessions several candidates are priced; beyond, one more row hardly shows."""
-_SCALES = (0.0, 0.5, 0.75, 1.0, 1.5, 2.5)
-_MANY_SCALES = (1.0, 2.5)
+_LONG = 64
+"""Ladders up to this long are priced rung by rung, longer ones at about half as many places."""
 _BLEND = 0.05
 
 
@@ -63,11 +60,40 @@ class StreamSettings:
     size_prefill: bool = True
     demote_hopeless: bool = True
     floor: bool = True
-    in_time: bool = False
     catch_up: float = 4.0
     hopeless_weight: float = 0.25
     patience: float = 8.0
     first_token: float = 4.0
+
+
+class _Need(NamedTuple):
+    """Who needs the step how much, (n,) each: ``slack`` in ms to each deadline, ``lost``: the promise is,
+    ``stale``: left out for so long that it takes part whatever it is worth."""
+
+    slack: FloatArray
+    lost: BoolArray
+    stale: BoolArray
+
+    def first(self, members: BoolArray, most: int) -> BoolArray:
+        """At most ``most`` of the members: stale ones, then by slack, lost promises last."""
+        if int(np.count_nonzero(members)) <= most:
+            return members
+        inside = np.flatnonzero(members)
+        key = np.where(self.lost, math.inf, self.slack)
+        key[self.stale] = -math.inf
+        taken = inside[np.argpartition(key[inside], most - 1)[:most]]
+        kept = np.zeros_like(members)
+        kept[taken] = True
+        return kept
+
+
+class _Choice(NamedTuple):
+    """Who decodes, with how many drafts each; when to ask again if nobody does; tokens expected of each."""
+
+    sessions: list[SessionView]
+    keep: list[int]
+    wake_ms: float = math.inf
+    gain: float = 1.0
 
 
 @dataclass
@@ -79,6 +105,8 @@ class Wispprof:
     stream: bool = field(default=True, init=False)
     _slopes: Slopes = field(default_factory=Slopes, init=False, repr=False)
     _backlog: float = field(default=0.0, init=False, repr=False)
+    _between_ms: float = field(default=0.0, init=False, repr=False)
+    _last: tuple[float, float] | None = field(default=None, init=False, repr=False)
 
     def plan(
         self,
@@ -87,30 +115,40 @@ class Wispprof:
         estimator: StepEstimator,
         limits: Limits,
     ) -> StepPlan:
+        self._note_gap(now_ms)
         ready = eligible(sessions)
         decode = [s for s in ready if not s.prompt_left]
-        prompts = [s for s in ready if s.prompt_left]
-        if not decode and not prompts:
+        if not ready:
             return idle(now_ms, None, "idle")
         if min(limits.max_items, limits.max_tokens, limits.kv_free) < 1:
             return idle(now_ms, now_ms + _RETRY_MS, "no room")
+        prompts = [s for s in ready if s.prompt_left] if len(decode) < len(ready) else []
         build = StepBuilder(estimator, limits)
         wake_ms, gain = math.inf, 1.0
         if decode:
             chosen, keep, wake_ms, gain = self._choose(
                 now_ms, decode, estimator, limits, bool(prompts)
             )
-            for index in chosen:
-                build.add_decode(decode[index], keep[index])
+            build.add_decodes(chosen, keep)
         if prompts:
             sized, patience = self.settings.size_prefill, self.settings.first_token
             add_prompts(build, now_ms, prompts, decode, gain, sized=sized, patience=patience)
-        fed = sum(m.prefill for m in build.members)
+        fed = sum([m.prefill for m in build.members]) if prompts else 0
         backlog = sum([s.prompt_left for s in prompts]) > fed
         self._backlog += _BLEND * (float(backlog) - self._backlog)
         if build.members:
+            self._last = now_ms, build.cost.p50_ms
             return build.plan("stream")
         return idle(now_ms, min(wake_ms, now_ms + 50.0), "waiting for drafts")
+
+    def _note_gap(self, now_ms: float) -> None:
+        """What passes from a step's predicted end to the next decision: the loop's own work and whatever the
+        prediction lacks. A step costs that much more, so a draft that saves one is worth more."""
+        if self._last is not None:
+            began_ms, p50_ms = self._last
+            gap_ms = min(max(now_ms - began_ms - p50_ms, -p50_ms), p50_ms)
+            self._between_ms += _BLEND * (gap_ms - self._between_ms)
+            self._last = None
 
     # --- who decodes, with how much -----------------------------------------------------------
 
@@ -121,70 +159,82 @@ class Wispprof:
         estimator: StepEstimator,
         limits: Limits,
         company: bool,
-    ) -> tuple[list[int], list[int], float, float]:
-        """(indices in order of need, drafts kept by index, when to ask again if nobody advances,
-        expected tokens per member)."""
-        count = len(decode)
-        settings = self.settings
+    ) -> _Choice:
+        settings, count = self.settings, len(decode)
         columns = Columns.of(decode)
         costs = columns.slopes(self._slopes, estimator, limits.max_items)
-        slack = np.fromiter(map(_DEADLINE, decode), np.float64, count) - now_ms
         idle_ms = now_ms - np.fromiter(map(_ARRIVED, decode), np.float64, count)
-        lost = np.fromiter(map(_HOPELESS, decode), np.bool_, count)
-        horizon = 2.0 * costs.all_bound_ms
-        weight = self._weights(decode, slack, lost, horizon)
+        need = _Need(
+            np.fromiter(map(_DEADLINE, decode), np.float64, count) - now_ms,
+            np.fromiter(map(_HOPELESS, decode), np.bool_, count),
+            idle_ms > settings.patience * costs.all_bound_ms,
+        )
+        if count > 2 * limits.max_items:
+            # A step holds a part of them: twice as many as it holds are looked at, the neediest.
+            everybody = np.ones(count, dtype=bool)
+            places = np.flatnonzero(need.first(everybody, 2 * limits.max_items))
+            decode = [decode[place] for place in places.tolist()]
+            need = _Need(need.slack[places], need.lost[places], need.stale[places])
+            columns, count = columns.take(places), len(places)
         # Steps that waiting prompts call for anyway have paid their fixed part: decoding then costs only what
         # it adds, and a draft must beat what a lone advance earns for that.
-        sunk_ms = self._backlog * costs.fixed_ms
-        book = Book.build(columns, costs._replace(fixed_ms=costs.fixed_ms - sunk_ms), weight)
+        extra_ms = max(0.0, self._between_ms) - self._backlog * costs.fixed_ms
+        fixed_ms = max(0.0, costs.fixed_ms + extra_ms)
+        weight = self._weights(need, 2.0 * costs.all_bound_ms)
+        book = Book.build(columns, costs._replace(fixed_ms=fixed_ms), weight)
         everyone = np.ones(count, dtype=bool)
-        stale = idle_ms > settings.patience * costs.all_bound_ms
-        if settings.trim:
-            rate, keep = solve(book, everyone)
-        else:
-            keep = book.lengths
-            rate = solve(book, everyone)[0]
-        members = everyone.copy()
-        wake_ms = math.inf
+        ladder = Ladder.of(book, everyone)
+        best = ladder.best
+        rate = float(ladder.worth[best] / max(ladder.spent_ms[best], 1e-9))
+        keep = ladder.keep(best, count) if settings.trim else columns.lengths
+        members, wake_ms = everyone, math.inf
         if settings.wait:
             out, due_ms, margin_ms = waits(
-                now_ms, decode, book, keep, rate, slack, costs.all_bound_ms
+                now_ms, decode, book, keep, rate, need.slack, costs.all_bound_ms
             )
-            out &= ~stale
+            out &= ~need.stale
             if out.any() and self._waiting_pays(book, keep, out, margin_ms, estimator):
                 members, wake_ms = ~out, due_ms
-        if settings.demote_hopeless and bool((~lost).any()):
-            out = lost & ~stale & (_net(book, keep, rate) < 0.0)
-            # Left out, they need a step of their own later, and its fixed part is paid again: that must
-            # cost less than what they add to this one, or they starve for nothing.
-            if float((book.lone_ms + keep * book.row_ms)[out].sum()) > costs.fixed_ms:
-                members &= ~out
-        if not members.any() and not self._pays_to_idle(now_ms, decode, book, keep, rate, wake_ms):
+        if settings.demote_hopeless and need.lost.any() and not need.lost.all():
+            members = self._demoted(members, book, keep, rate, need, costs.fixed_ms)
+        if not members.any() and not self._pays_to_idle(now_ms, book, rate, wake_ms):
             members = everyone
-        if not members.any() and not company:
-            return [], [], wake_ms, 1.0
-        need = np.lexsort((-book.gains[np.arange(count), keep], slack, ~stale))
-        members, keep = self._fit(members, keep, need, limits)
-        members, keep = self._best(
-            book, members, keep, rate, slack, lost, estimator, limits, need, sunk_ms
-        )
-        order: list[int] = need[members[need]].tolist()
-        gains = book.gains[order, keep[order]]
-        gain = float(gains.mean()) if order else 1.0
-        return order, keep.tolist(), wake_ms, gain
+        if not members.any():
+            return _Choice([], [], wake_ms)
+        room = min(limits.max_tokens, limits.kv_free)
+        most = min(limits.max_items, room)
+        members = need.first(members, most)
+        inside = int(np.count_nonzero(members))
+        if inside < count or len(ladder.owner) > room - inside:
+            ladder = Ladder.of(book, members, room - inside)
+        lone = need.first(everyone, most) if settings.floor and inside < count else None
+        members, keep = self._best(book, ladder, members, lone, estimator, extra_ms)
+        chosen = np.flatnonzero(members)
+        gain = float(book.gains(keep)[chosen].mean())
+        kept: list[int] = keep[chosen].tolist()
+        return _Choice([decode[place] for place in chosen.tolist()], kept, wake_ms, gain)
 
-    def _weights(
-        self, decode: list[SessionView], slack: FloatArray, lost: BoolArray, horizon: float
-    ) -> FloatArray:
+    def _weights(self, need: _Need, horizon_ms: float) -> FloatArray:
         """Worth of a session's tokens: 1 while its slack exceeds the horizon, rising to ``catch_up``
         when it is as far behind as it should be ahead."""
-        weight = np.ones(len(decode))
-        if self.settings.slack and horizon > 0:
-            behind = np.clip(1.0 - slack / horizon, 0.0, 2.0) / 2.0
+        weight = np.ones(len(need.slack))
+        if self.settings.slack and horizon_ms > 0:
+            behind = np.minimum(np.maximum(0.5 - need.slack / (2.0 * horizon_ms), 0.0), 1.0)
             weight += (self.settings.catch_up - 1.0) * behind
         if self.settings.demote_hopeless:
-            weight[lost] = self.settings.hopeless_weight
+            weight[need.lost] = self.settings.hopeless_weight
         return weight
+
+    @staticmethod
+    def _demoted(
+        members: BoolArray, book: Book, keep: IntArray, rate: float, need: _Need, fixed_ms: float
+    ) -> BoolArray:
+        """The members without those whose promise is lost and whose tokens do not pay at the going rate.
+        Left out, they need a step of their own later, and its fixed part is paid again: that must cost
+        less than what they add to this one, or they starve for nothing."""
+        spent = book.lone_ms + keep * book.row_ms
+        out = need.lost & ~need.stale & (book.gains(keep) * book.weight < rate * spent)
+        return members & ~out if float(spent[out].sum()) > fixed_ms else members
 
     @staticmethod
     def _waiting_pays(
@@ -198,82 +248,46 @@ class Wispprof:
         return float(p50[0] - p50[1]) - promised_ms + margin_ms > 0.0
 
     @staticmethod
-    def _pays_to_idle(
-        now_ms: float,
-        decode: list[SessionView],
-        book: Book,
-        keep: IntArray,
-        rate: float,
-        wake_ms: float,
-    ) -> bool:
+    def _pays_to_idle(now_ms: float, book: Book, rate: float, wake_ms: float) -> bool:
         """Whether waiting for the first due draft, the server idle, still beats starting now."""
         if not math.isfinite(wake_ms):
             return False
         return (wake_ms - now_ms) * rate < float(book.weight.sum()) * 0.1
 
-    @staticmethod
-    def _fit(
-        members: BoolArray, keep: IntArray, need: IntArray, limits: Limits
-    ) -> tuple[BoolArray, IntArray]:
-        """Cut to the limits: the least needy leave, then the longest tails are shortened."""
-        room = min(limits.max_tokens, limits.kv_free)
-        inside = need[members[need]]
-        dropped = inside[min(limits.max_items, room) :]
-        members = members.copy()
-        members[dropped] = False
-        keep = keep * members
-        spare = room - int(members.sum())
-        while int(keep.sum()) > spare:
-            most = int(keep.max())
-            widest = np.flatnonzero(keep == most)
-            excess = int(keep.sum()) - spare
-            keep[widest[:excess]] = most - 1
-        return members, keep
-
     def _best(
         self,
         book: Book,
+        ladder: Ladder,
         members: BoolArray,
-        keep: IntArray,
-        rate: float,
-        slack: FloatArray,
-        lost: BoolArray,
+        lone: BoolArray | None,
         estimator: StepEstimator,
-        limits: Limits,
-        need: IntArray,
-        sunk_ms: float,
+        extra_ms: float,
     ) -> tuple[BoolArray, IntArray]:
-        """Price candidates exactly and take the best: fewest promises broken, then the best rate."""
-        masks, keeps = [members], [keep]
-        if self.settings.trim:
-            scales = _SCALES if len(keep) <= _FEW else _MANY_SCALES
-            for scale in scales:
-                if scale != 1.0:
-                    mask, cut = self._fit(members, keep_at(book, rate * scale), need, limits)
-                    masks.append(mask)
-                    keeps.append(cut)
-        if self.settings.floor:
-            mask, cut = self._fit(np.ones_like(members), np.zeros_like(keep), need, limits)
-            masks.append(mask)
-            keeps.append(cut)
-        inside, kept = np.array(masks), np.array(keeps)
-        new = np.where(inside, kept + 1, 0)
-        p50, bound = price_batches(estimator, new, book.cached)
-        gains = np.take_along_axis(book.gains[None], kept[..., None], axis=2)[..., 0]
-        rates = (gains * book.weight * inside).sum(axis=1) / np.maximum(p50 - sunk_ms, 1e-9)
-        if self.settings.slack and self.settings.in_time:
-            # Who stays out is answered by the next step at the earliest.
-            finish = np.where(inside, bound[:, None], 2.0 * bound[:, None])
-            in_time = (slack >= bound.min()) & ~lost
-            broken = ((finish > slack) & in_time).sum(axis=1)
+        """The length of the ladder at which tokens per ms are most, by the estimator's own prices; or
+        everybody undrafted (``lone``) where that is better still."""
+        count = len(book.cached)
+        taken = self._rungs(ladder)
+        predict_totals: Any = getattr(estimator, "predict_totals", None)
+        if predict_totals is not None:
+            p50 = predict_totals(ladder.totals(taken, book.cached, members))[0]
         else:
-            broken = np.zeros(len(p50), dtype=np.int64)
-        best = int(np.lexsort((-rates, broken))[0])
-        return inside[best], kept[best]
+            new = np.stack([(ladder.keep(j, count) + 1) * members for j in taken.tolist()])
+            p50 = price_batches(estimator, new, book.cached)[0]
+        rates = ladder.worth[taken] / np.maximum(p50 + extra_ms, 1e-9)
+        best = int(rates.argmax())
+        if lone is not None:
+            p50 = price_batches(estimator, lone[None].astype(np.int64), book.cached)[0]
+            if float(book.weight @ lone) / max(float(p50[0]) + extra_ms, 1e-9) > rates[best]:
+                return lone, np.zeros(count, np.int64)
+        return members, ladder.keep(int(taken[best]), count)
 
-
-def _net(book: Book, keep: IntArray, rate: float) -> FloatArray:
-    """What each session's part is worth beyond the time it takes, at the going rate."""
-    gains = book.gains[np.arange(len(keep)), keep] * book.weight
-    net: FloatArray = gains - rate * (book.lone_ms + keep * book.row_ms)
-    return net
+    def _rungs(self, ladder: Ladder) -> IntArray:
+        """How many drafts the candidates take, rising."""
+        longest = len(ladder.owner)
+        if not self.settings.trim:
+            return np.array([0, longest] if self.settings.floor and longest else [longest])
+        first = 0 if self.settings.floor else min(1, ladder.best)
+        if longest <= _LONG:
+            return np.arange(first, longest + 1)
+        spread = np.linspace(first, longest, _LONG // 2).astype(np.int64)
+        return np.union1d(spread, ladder.best)

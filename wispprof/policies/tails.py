@@ -1,9 +1,9 @@
-"""The step's arithmetic, vectorised: what tails are worth, and how much of each to verify.
+"""The step's arithmetic, vectorised: what drafts are worth, and in which order they earn their time.
 
-The step maximises a ratio, expected (weighted) tokens over milliseconds. Dinkelbach's iteration solves
-it exactly where the cost is a sum over members plus a constant: at a going rate λ each session decides
-for itself (keep draft j iff its worth exceeds λ × the time of its row), the rate of that choice is
-the next λ, and λ rises to its fixed point in a few rounds.
+A step maximises a ratio, expected (weighted) tokens over milliseconds. Where the cost is a sum over members
+plus a constant, the best tails are those at which the ratio stops rising when drafts join in falling order of
+worth per ms: the fixed point of Dinkelbach's iteration, found by one sort. A session's own drafts never swap
+places in that order, for survival falls from draft to draft and their rows cost the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,18 +21,15 @@ from wispprof.core import StepEstimator
 from wispprof.policies.api import SessionView
 from wispprof.policies.marginal import MarginalCosts, Slopes
 
-__all__ = ["Book", "Columns", "keep_at", "rate_of", "solve"]
+__all__ = ["Book", "Columns", "Ladder", "rate_of", "solve"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
-MAX_TAIL = 32
-_ROUNDS = 12
-_SETTLED = 1e-6
-
-
 _TAIL, _CACHED = attrgetter("tail"), attrgetter("cached")
+_LEAST_MS = 1e-12
+"""A row that costs nothing is worth infinitely much per ms; this keeps the order among such rows."""
 
 
 class Columns(NamedTuple):
@@ -52,6 +49,11 @@ class Columns(NamedTuple):
             np.fromiter(map(len, tails), np.int64, count),
         )
 
+    def take(self, places: IntArray) -> Columns:
+        """The columns of some sessions only."""
+        tails = [self.tails[place] for place in places.tolist()]
+        return Columns(tails, self.cached[places], self.lengths[places])
+
     def slopes(self, known: Slopes, estimator: StepEstimator, max_items: int) -> MarginalCosts:
         """Marginal costs around a batch of these sessions, represented by their mean."""
         count = len(self.tails)
@@ -61,18 +63,20 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Book:
-    """Decoding sessions as columns. n sessions, tails padded to K.
+    """Decoding sessions as columns: n sessions that hold N drafts in all, session by session.
 
-    ``alive`` (n, K): cumulative survival, 0 past the tail. ``gains`` (n, K+1): expected tokens with
-    the first t drafts, ``gains[:, 0] == 1``. ``lone_ms`` (n,): what advancing without drafts adds to
-    a step, ``read_ms`` of it for the item and its cache; ``row_ms`` (n,): one more draft.
-    ``weight`` (n,): worth of a token of this session.
+    ``owner`` (N,): whose draft it is, ``depth`` (N,): its place in that tail, ``alive`` (N,): the chance
+    that it and all before it are accepted. ``ends`` (n,): that chance for a whole tail. ``lone_ms`` (n,):
+    what advancing without drafts adds to a step, ``read_ms`` of it for the item and its cache; ``row_ms``
+    (n,): one more draft. ``weight`` (n,): worth of a token of this session.
     """
 
     cached: IntArray
     lengths: IntArray
+    owner: IntArray
+    depth: IntArray
     alive: FloatArray
-    gains: FloatArray
+    ends: FloatArray
     lone_ms: FloatArray
     read_ms: FloatArray
     row_ms: FloatArray
@@ -87,23 +91,30 @@ class Book:
     def build(cls, columns: Columns, costs: MarginalCosts, weight: FloatArray) -> Book:
         tails, cached, lengths = columns
         count = len(tails)
-        widest = int(lengths.max()) if count else 0
-        alive = np.zeros((count, widest))
-        if widest:
-            inside = np.arange(widest) < lengths[:, None]
-            alive[inside] = np.fromiter(chain.from_iterable(tails), np.float64, int(lengths.sum()))
-            np.cumprod(alive, axis=1, out=alive)
-            alive = alive[:, :MAX_TAIL]
-        gains = np.ones((count, alive.shape[1] + 1))
-        np.cumsum(alive, axis=1, out=gains[:, 1:])
-        gains[:, 1:] += 1.0
-        row: FloatArray = costs.row_ms + costs.pair_ms * cached.astype(np.float64)
-        read: FloatArray = costs.item_ms + costs.kv_ms * cached.astype(np.float64)
+        held = int(lengths.sum())
+        ends = np.ones(count)
+        if held:
+            places = np.arange(int(lengths.max()))
+            inside = places < lengths[:, None]
+            chances = np.ones(inside.shape)
+            chances[inside] = np.fromiter(chain.from_iterable(tails), np.float64, held)
+            np.multiply.accumulate(chances, axis=1, out=chances)
+            ends = chances[:, -1]  # what follows a tail's last draft counts as certain
+            owner, depth = np.nonzero(inside)
+            alive = chances[inside]
+        else:
+            owner = depth = np.empty(0, np.int64)
+            alive = np.empty(0)
+        deep = cached.astype(np.float64)
+        row: FloatArray = costs.row_ms + costs.pair_ms * deep
+        read: FloatArray = costs.item_ms + costs.kv_ms * deep
         return cls(
             cached,
-            np.minimum(lengths, MAX_TAIL),
+            lengths,
+            owner,
+            depth,
             alive,
-            gains,
+            ends,
             read + row,
             read,
             row,
@@ -111,32 +122,87 @@ class Book:
             costs.fixed_ms,
         )
 
+    def gains(self, keep: IntArray) -> FloatArray:
+        """Expected tokens (n,) of each session with the first ``keep`` (n,) of its drafts."""
+        won = np.ones(len(keep))
+        if len(self.alive):
+            held = self.alive * (self.depth < keep[self.owner])
+            won += np.bincount(self.owner, held, len(keep))
+        return won
 
-def keep_at(book: Book, rate: float) -> IntArray:
-    """Drafts each session keeps when a millisecond is worth ``rate``, (n,)."""
-    if not book.alive.shape[1]:
-        return book.lengths
-    worth = book.alive * book.weight[:, None] >= (rate * book.row_ms)[:, None]
-    kept: IntArray = (worth & (book.alive > 0)).sum(axis=1)
-    return kept
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """Drafts of a step's members in the order in which they earn their time; any first j of them are the
+    leading parts of tails.
+
+    ``owner``, ``depth`` (M,) as in the book; ``worth`` and ``spent_ms`` (M + 1,): weighted expected tokens
+    and linear time of the step with the first 0 … M of them.
+    """
+
+    owner: IntArray
+    depth: IntArray
+    worth: FloatArray
+    spent_ms: FloatArray
+
+    @classmethod
+    def of(cls, book: Book, members: BoolArray, most: int | None = None) -> Self:
+        """``members`` (n,): who takes part. ``most``: longest ladder of use."""
+        owner, alive = book.owner, book.alive
+        value = alive * book.weight[owner]
+        density = value / np.maximum(book.row_ms, _LEAST_MS)[owner]
+        some = members[owner] & (alive > 0.0)
+        order = np.argsort(-density, kind="stable")
+        order = order[some[order]][:most]
+        worth, spent = np.empty(len(order) + 1), np.empty(len(order) + 1)
+        worth[0] = book.weight @ members
+        spent[0] = book.fixed_ms + book.lone_ms @ members
+        worth[1:], spent[1:] = value[order], book.row_ms[owner[order]]
+        np.add.accumulate(worth, out=worth)
+        np.add.accumulate(spent, out=spent)
+        return cls(owner[order], book.depth[order], worth, spent)
+
+    @property
+    def best(self) -> int:
+        """How many drafts make the highest rate by the linear costs; the fewest where rates are equal."""
+        return int((self.worth / np.maximum(self.spent_ms, 1e-9)).argmax())
+
+    def keep(self, taken: int, count: int) -> IntArray:
+        """Drafts (n,) that each of ``count`` sessions keeps when the first ``taken`` are."""
+        kept: IntArray = np.bincount(self.owner[:taken], minlength=count)
+        return kept
+
+    def totals(self, taken: IntArray, cached: IntArray, members: BoolArray) -> FloatArray:
+        """Rows (m, 8) as :class:`~wispprof.policies.marginal.TotalsEstimator` takes them, of the steps with
+        the first ``taken`` (m,) drafts, each ≤ M, for the same members."""
+        inside = cached * members
+        items, held = int(np.count_nonzero(members)), int(inside.sum())
+        cross, square = np.zeros(len(self.worth)), np.zeros(len(self.worth))
+        widest = np.ones(len(self.worth))
+        cross[1:], square[1:] = inside[self.owner], 2 * self.depth + 3
+        widest[1:] = self.depth + 2
+        rows = np.empty((len(taken), 8))
+        rows[:, 0] = items
+        rows[:, 1] = items + taken
+        rows[:, 2] = held
+        rows[:, 3] = held + np.add.accumulate(cross)[taken]
+        rows[:, 4] = items + np.add.accumulate(square)[taken]
+        rows[:, 5] = inside.max()
+        rows[:, 6] = np.maximum.accumulate(widest)[taken]
+        rows[:, 7] = 0.0
+        return rows
 
 
 def rate_of(book: Book, members: BoolArray, keep: IntArray) -> float:
     """Weighted tokens per ms of a choice, by the linear costs; 0 without members."""
-    gains = book.gains[np.arange(len(keep)), keep] * book.weight
-    spent = book.fixed_ms + float(((book.lone_ms + keep * book.row_ms) * members).sum())
-    won = float((gains * members).sum())
+    spent = book.fixed_ms + float((book.lone_ms + keep * book.row_ms) @ members)
+    won = float((book.gains(keep) * book.weight) @ members)
     return won / spent if spent > 0 and won > 0 else 0.0
 
 
 def solve(book: Book, members: BoolArray) -> tuple[float, IntArray]:
-    """Dinkelbach's fixed point over tails: (going rate, drafts each keeps)."""
-    keep = np.zeros_like(book.lengths)
-    rate = rate_of(book, members, keep)
-    for _ in range(_ROUNDS):
-        keep = keep_at(book, rate)
-        better = rate_of(book, members, keep)
-        if better <= rate * (1 + _SETTLED):
-            break
-        rate = better
-    return rate, keep
+    """The best tails of these members by the linear costs: (going rate, drafts each keeps)."""
+    ladder = Ladder.of(book, members)
+    taken = ladder.best
+    rate = float(ladder.worth[taken] / max(ladder.spent_ms[taken], 1e-9))
+    return rate, ladder.keep(taken, len(book.cached))

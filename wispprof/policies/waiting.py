@@ -46,15 +46,12 @@ def waits(
     ``rate``: what a ms is worth with everybody in. ``slack`` (n,): ms to each deadline;
     who has less than the step and ``safety_ms`` left does not wait.
     """
-    count = len(decode)
+    count, ends = len(decode), book.ends
     nobody = np.zeros(count, dtype=bool)
-    if rate <= 0.0 or not count:
+    if rate <= 0.0:
         return nobody, math.inf, 0.0
     spent = book.lone_ms + keep * book.row_ms
     whole_ms = max(1e-6, book.fixed_ms + float(spent.sum()))
-    ends = np.ones(count)
-    held = np.flatnonzero(book.lengths)
-    ends[held] = book.alive[held, book.lengths[held] - 1]
     company = share * book.fixed_ms / count
     # A rate is at most what it is with everybody in (else they would not all be worth their time), so
     # whoever does not wait at that rate need not be looked at again.

@@ -10,9 +10,9 @@ which is late even alone keeps its place in the order but no longer constrains t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +20,17 @@ from numpy.typing import NDArray
 from wispprof.core import StepEstimator
 from wispprof.policies.api import Limits, SessionView, StepPlan
 from wispprof.policies.build import StepBuilder, eligible, idle
-from wispprof.policies.marginal import Slopes, bounds_with
-from wispprof.policies.tails import Book, Columns, FloatArray
+from wispprof.policies.marginal import MarginalCosts, Slopes, bounds_with
+from wispprof.policies.tails import Book, BoolArray, Columns, FloatArray, IntArray
 
 __all__ = ["Wisp"]
 
 _DEADLINE, _PROMPT_LEFT = attrgetter("deadline_ms"), attrgetter("prompt_left")
 _RETRY_MS = 1.0
+_BLOCK = 128
+"""Candidates priced at once: most steps are full before the next ones are looked at."""
 _REFUSALS = 8
-"""Candidates refused one by one before all that are left are priced again at once."""
+"""Candidates refused one by one before all that are left of a block are priced again at once."""
 
 
 @dataclass
@@ -51,28 +53,16 @@ class Wisp:
         ready = eligible(sessions)
         if not ready:
             return idle(now_ms, None, "idle")
-        order, urgent, columns = self._order(now_ms, ready, estimator, limits)
+        queue = _Queue(now_ms, ready, estimator, limits, self._slopes, self.urgency)
         build = StepBuilder(estimator, limits)
-        own_ms = columns.deadline - now_ms
-        new, cached, prompt = columns.least
-        bounds = bounds_with(build.cost, new, cached, prompt)
-        # Late even if alone: keeps its place, constrains nobody.
-        late = bounds > own_ms
-        late[urgent:] = False
-        own_ms = np.where(late, math.inf, own_ms)
         budget_ms = math.inf
-        position = 0
-        while True:
-            # The batch only grows and its budget only shrinks: what the budget refuses now stays out.
-            fit = np.flatnonzero(bounds <= np.minimum(own_ms[position:], budget_ms)) + position
-            position, budget_ms = self._join(build, ready, order, fit, own_ms, budget_ms)
-            if position == len(order) or build.full:
+        for places in queue.blocks():
+            budget_ms = self._join(build, ready, queue, places, budget_ms)
+            if build.full or queue.least_ms(build) > budget_ms:
                 break
-            rest = slice(position, None)
-            bounds = bounds_with(build.cost, new[rest], cached[rest], prompt[rest])
         if build.members:
             return build.plan("deadlines, then value")
-        for index in sorted(range(len(ready)), key=lambda i: ready[i].deadline_ms):
+        for index in np.argsort(queue.deadline, kind="stable").tolist():
             if build.add(ready[index]):
                 return build.plan("earliest deadline alone")
         return idle(now_ms, now_ms + _RETRY_MS, "no room")
@@ -81,63 +71,100 @@ class Wisp:
     def _join(
         build: StepBuilder,
         ready: list[SessionView],
-        order: list[int],
-        fit: NDArray[np.int64],
-        own_ms: FloatArray,
+        queue: _Queue,
+        places: IntArray,
         budget_ms: float,
-    ) -> tuple[int, float]:
-        """Try candidates in turn until so many were refused that looking at all again is cheaper;
-        returns (where to go on, the earliest deadline in the batch)."""
-        refused = 0
-        for position in fit.tolist():
-            if build.full:
-                break
-            session = ready[order[position]]
-            allowed = min(budget_ms, float(own_ms[position]))
-            if session.prompt_left:
-                joined = build.add_prefill(session, allowed) > 0
-            else:
-                joined = build.add_decode(session, len(session.tail), allowed)
-            if joined:
-                budget_ms = allowed
-            else:
+    ) -> float:
+        """Try these candidates in turn; returns the earliest deadline in the batch, as ms from now."""
+        # The batch only grows and its budget only shrinks: what the budget refuses now stays out.
+        while len(places):
+            own_ms = queue.own_ms[places]
+            fit = np.flatnonzero(queue.bounds(build, places) <= np.minimum(own_ms, budget_ms))
+            refused, tried = 0, len(places)
+            for position in fit.tolist():
+                if build.full:
+                    return budget_ms
+                session = ready[int(places[position])]
+                allowed = min(budget_ms, float(own_ms[position]))
+                if session.prompt_left:
+                    joined = build.add_prefill(session, allowed) > 0
+                else:
+                    joined = build.add_decode(session, len(session.tail), allowed)
+                if joined:
+                    budget_ms = allowed
+                    continue
                 refused += 1
                 if refused == _REFUSALS:
-                    return position + 1, budget_ms
-        return len(order), budget_ms
+                    tried = position + 1
+                    break
+            places = places[tried:]
+        return budget_ms
 
-    def _order(
+
+class _Queue:
+    """Candidates as columns (n,). ``own_ms``: time to each deadline; ``inf`` for an urgent one that is late
+    even alone: it keeps its place in the order and constrains nobody."""
+
+    def __init__(
         self,
         now_ms: float,
         ready: list[SessionView],
         estimator: StepEstimator,
         limits: Limits,
-    ) -> tuple[list[int], int, _Candidates]:
-        """Indices in the order they are tried, how many of the first are urgent, and their columns."""
-        columns = Columns.of(ready)
-        costs = columns.slopes(self._slopes, estimator, limits.max_items)
-        book = Book.build(columns, costs, np.ones(len(ready)))
-        value = book.gains[np.arange(len(ready)), book.lengths]
+        slopes: Slopes,
+        urgency: float,
+    ) -> None:
+        count = len(ready)
+        self._columns = Columns.of(ready)
+        self._costs: MarginalCosts = self._columns.slopes(slopes, estimator, limits.max_items)
+        self._chunk = limits.prefill_chunk
+        self._left = np.fromiter(map(_PROMPT_LEFT, ready), np.int64, count)
+        self._prompt: BoolArray = self._left > 0
+        # The least that answers each: its round, or one token of its prompt.
+        self._new: NDArray[np.int64] = np.where(self._prompt, 1, 1 + self._columns.lengths)
+        self._least = int(self._new.min()), int(self._columns.cached.min())
+        self.deadline = np.fromiter(map(_DEADLINE, ready), np.float64, count)
+        self.own_ms = self.deadline - now_ms
+        urgent: BoolArray = self.own_ms <= urgency * self._costs.all_bound_ms
+        self._urgent = np.flatnonzero(urgent)
+        self._others = np.flatnonzero(~urgent)
+        alone = self.bounds(StepBuilder(estimator, limits), self._urgent)
+        self.own_ms[self._urgent[alone > self.own_ms[self._urgent]]] = math.inf
+
+    def blocks(self) -> Iterator[IntArray]:
+        """Places in the order in which they are tried: urgent ones by deadline, the others by expected
+        tokens per ms, which are only reckoned when it is their turn."""
+        order = self._urgent[np.argsort(self.deadline[self._urgent], kind="stable")]
+        for start in range(0, len(order), _BLOCK):
+            yield order[start : start + _BLOCK]
+        if len(self._others):
+            order = self._others[np.argsort(-self._value(), kind="stable")]
+            for start in range(0, len(order), _BLOCK):
+                yield order[start : start + _BLOCK]
+
+    def bounds(self, build: StepBuilder, places: IntArray) -> FloatArray:
+        """Bound of the step under construction with each of these added alone."""
+        cached = self._columns.cached[places]
+        return bounds_with(build.cost, self._new[places], cached, self._prompt[places])
+
+    def least_ms(self, build: StepBuilder) -> float:
+        """A floor of the step's bound whoever joins next: predictions never fall when work is added."""
+        new, cached = self._least
+        return min(build.cost.add(new, cached, chunk).bound_ms for chunk in (False, True))
+
+    def _value(self) -> FloatArray:
+        """Expected tokens per ms of those who are not urgent."""
+        places = self._others
+        columns = self._columns.take(places)
+        book = Book.build(columns, self._costs, np.ones(len(places)))
+        value = book.gains(book.lengths)
         spent = book.lone_ms + book.lengths * book.row_ms
-        left = np.fromiter(map(_PROMPT_LEFT, ready), np.int64, len(ready))
-        prompt = left > 0
+        prompt = self._prompt[places]
         if prompt.any():
             # A prompt commits one token when its last chunk is fed: value by what is left.
-            new = np.minimum(left[prompt], limits.prefill_chunk)
-            value[prompt] = new / left[prompt]
+            left = self._left[places][prompt]
+            new = np.minimum(left, self._chunk)
+            value[prompt] = new / left
             spent[prompt] += (new - 1) * book.row_ms[prompt]
-        deadline = np.fromiter(map(_DEADLINE, ready), np.float64, len(ready))
-        urgent = deadline <= now_ms + self.urgency * costs.all_bound_ms
-        rank = np.where(urgent, deadline, -value / (spent + 1e-9))
-        order = np.lexsort((rank, ~urgent))
-        least = np.where(prompt, 1, 1 + columns.lengths)
-        found = _Candidates(deadline[order], (least[order], columns.cached[order], prompt[order]))
-        return order.tolist(), int(urgent.sum()), found
-
-
-class _Candidates(NamedTuple):
-    """In the order they are tried: deadlines, and (new, cached, prefill) of the least that answers each:
-    its round, or one token of its prompt."""
-
-    deadline: FloatArray
-    least: tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
+        worth: FloatArray = value / (spent + 1e-9)
+        return worth
