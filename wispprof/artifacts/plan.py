@@ -54,6 +54,11 @@ class BatchRow:
     p50_ms: float
     bound_ms: float
 
+    @property
+    def cell(self) -> str:
+        """Its name, ``slo/load``."""
+        return f"{self.tokens_per_s:g}/{self.load_level}"
+
 
 @dataclass(frozen=True, slots=True)
 class DraftRow:

@@ -1,5 +1,6 @@
 """Load and emulation: replay fleets against a running server, and servers that fit into a process."""
 
+from wispprof.runtime.bench.apart import FleetProcess
 from wispprof.runtime.bench.fleet import Progress, bench, run_bench
 from wispprof.runtime.bench.pocket import PocketServer
 from wispprof.runtime.bench.result import BenchResult, Outcome
@@ -12,6 +13,7 @@ __all__ = [
     "DEVICES",
     "BenchResult",
     "BenchSettings",
+    "FleetProcess",
     "HandleWatch",
     "MetricsWatch",
     "Mix",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from fastapi import FastAPI, Response, WebSocket
 from fastapi.responses import JSONResponse
 
@@ -16,7 +18,7 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def make_app(server: VerificationServer) -> FastAPI:
-    """``/v1/split`` for edges; ``/health`` (alive), ``/ready`` (takes requests), ``/metrics``."""
+    """``/v1/split`` for edges; ``/health`` (alive), ``/ready`` (takes requests), ``/metrics``, ``/steps``."""
     app = FastAPI(title="wispprof", version=__version__, docs_url=None, redoc_url=None)
 
     @app.websocket("/v1/split")
@@ -41,6 +43,18 @@ def make_app(server: VerificationServer) -> FastAPI:
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(server.metrics.text(), media_type=METRICS_TYPE)
+
+    @app.get("/steps")
+    async def steps(since: int = 0) -> JSONResponse:
+        """Steps from number ``since`` on, as far back as they are held; ``next`` is the number to ask for."""
+        first, records = server.metrics.steps_since(since)
+        return JSONResponse(
+            {
+                "first": first,
+                "next": server.metrics.steps_seen,
+                "steps": [asdict(record) for record in records],
+            }
+        )
 
     if server.text is not None:
         add_openai(app, server, server.text)

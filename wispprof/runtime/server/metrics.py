@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from wispprof.artifacts.plan import BatchRow
 from wispprof.core import Slo
 from wispprof.fitting.drift import DriftStatus
 from wispprof.sessions.ledger import Committed, Tally
@@ -30,7 +31,7 @@ def slo_class(slo: Slo) -> str:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step, for the live view and for reports."""
+    """One step, for the live view, ``/steps`` and reports. ``row``: the plan's row it was bounded by."""
 
     at_ms: float
     items: int
@@ -41,13 +42,15 @@ class StepRecord:
     actual_ms: float
     committed: int
     reason: str
+    row: str = ""
 
 
 class Metrics:
     """Counters of one server in a registry of their own."""
 
-    def __init__(self, keep_steps: int = 1024) -> None:
+    def __init__(self, keep_steps: int = 8192) -> None:
         self.registry = CollectorRegistry()
+        self.steps_seen = 0
         self.steps: deque[StepRecord] = deque(maxlen=keep_steps)
         self.sessions_kept_slo = 0
         self.sessions_ended = 0
@@ -97,6 +100,9 @@ class Metrics:
         )
         self.step_actual = histogram("step_time_seconds", "Measured time of each step.", _STEP)
         self.step_over = counter("step_time_over_bound", "Steps that took longer than their bound.")
+        self.row_steps = counter(
+            "batch_row_steps", "Steps bounded by this row of the plan.", "slo_class", "load_level"
+        )
         self.step_items = histogram("step_items", "Sessions per step.", _ACCEPTED)
         self.ttft = histogram("time_to_first_token_seconds", "Request to first token.", _LATENCY)
         self.gap = histogram("inter_token_latency_seconds", "Gap between commits per token.", _GAP)
@@ -118,8 +124,12 @@ class Metrics:
             "spec_decode_accepted_per_step", "Accepted drafts per verified round.", _ACCEPTED
         )
 
-    def step(self, record: StepRecord) -> None:
+    def step(self, record: StepRecord, row: BatchRow | None = None) -> None:
+        """A step ended; ``row``: of the plan, that bounded it."""
         self.steps.append(record)
+        self.steps_seen += 1
+        if row is not None:
+            self.row_steps.labels(f"{row.tokens_per_s:g}", str(row.load_level)).inc()
         self.step_predicted.observe(record.predicted_ms / 1000.0)
         self.step_actual.observe(record.actual_ms / 1000.0)
         self.step_items.observe(record.items)
@@ -127,6 +137,13 @@ class Metrics:
         self.generation_tokens.inc(record.committed)
         if record.actual_ms > record.bound_ms > 0:
             self.step_over.inc()
+
+    def steps_since(self, number: int) -> tuple[int, list[StepRecord]]:
+        """(number of the first, the records) of the steps from ``number`` on that are still held; steps are
+        counted from 0."""
+        first = max(0, number, self.steps_seen - len(self.steps))
+        held = self.steps_seen - first
+        return first, list(self.steps)[-held:] if held > 0 else []
 
     def drifted(self, status: DriftStatus | None) -> None:
         """What the drift monitor says now; ``None`` where nothing was fitted."""

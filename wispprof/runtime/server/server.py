@@ -13,13 +13,14 @@ from collections.abc import Callable
 from wispprof.artifacts.plan import BatchRow, Plan
 from wispprof.core import BatchShape, Feed, Sampling, StepEstimator
 from wispprof.errors import EngineError, RuntimeFault
-from wispprof.policies import BatchPolicy, Limits, make_batch_policy
+from wispprof.policies import BatchPolicy, make_batch_policy
 from wispprof.runtime import wire
 from wispprof.runtime.server.admission import Admission, Refused
 from wispprof.runtime.server.clock import StepClock
 from wispprof.runtime.server.engine import Engine, ServedModel
 from wispprof.runtime.server.estimate import warmup_shapes
 from wispprof.runtime.server.house import House
+from wispprof.runtime.server.limits import StepLimits
 from wispprof.runtime.server.live import GenerationRequest, LiveSession, Owner
 from wispprof.runtime.server.metrics import Metrics
 from wispprof.runtime.server.settings import ServerSettings
@@ -66,20 +67,20 @@ class VerificationServer:
         self.metrics = Metrics()
         self.clock = StepClock(estimator)
         self.now_ms = now_ms
-        self._rows: dict[tuple[float, int], BatchRow] = {}
         self.draining = False
         self.started = False
         self._worker = EngineWorker(engine)
         self.house = House(
             settings, self._worker, self.clock, self.metrics, model.max_context, self.policy.stream
         )
+        self._limits = StepLimits(settings, plan, self.house)
         self.loop = StepLoop(
             self.house,
             self._worker,
             self.policy,
             self.clock,
             self.metrics,
-            self._limits_now,
+            self._limits,
             now_ms,
         )
         self.house.ring = self.loop.ring
@@ -142,27 +143,10 @@ class VerificationServer:
         for live in list(self.house.lives):
             self.house.fail(live, "internal", "The server's step loop died.")
 
-    def _limits_now(self, kv_free: int) -> Limits:
-        settings, row = self.settings, self.batch_row
-        if row is None:
-            return Limits(settings.max_items, settings.max_tokens, settings.prefill_chunk, kv_free)
-        return Limits(
-            max(1, min(settings.max_items, row.max_items)),
-            max(1, min(settings.max_tokens, row.token_budget)),
-            max(1, min(settings.prefill_chunk, row.prefill_chunk)),
-            kv_free,
-        )
-
     @property
     def batch_row(self) -> BatchRow | None:
         """The plan's row that is obeyed now."""
-        if self.plan is None:
-            return None
-        speed = max((live.ledger.slo.tokens_per_s for live in self.house.lives), default=1.0)
-        key = (speed, self.house.load_level)
-        if key not in self._rows:
-            self._rows[key] = self.plan.batch_row(*key)
-        return self._rows[key]
+        return self._limits.row
 
     # --- what the doors ask -------------------------------------------------------------------
 

@@ -12,7 +12,9 @@ import queue
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+from wispprof.artifacts.plan import BatchRow
 from wispprof.core import BatchShape, VerifyItem
 from wispprof.errors import WispprofError
 
@@ -23,11 +25,12 @@ log = logging.getLogger("wispprof.server")
 _MOST_WAITING = 100_000
 """Steps that may wait for a disk that hangs; beyond, steps are left out and counted."""
 
-_Step = tuple[tuple[VerifyItem, ...], float]
+_Step = tuple[tuple[VerifyItem, ...], float, float, str]
 
 
 class StepLog:
-    """Appends ``{"shape": [[new, cached, prefill], …], "ms": x}`` lines to ``path``.
+    """Appends ``{"shape": [[new, cached, prefill], …], "ms": x}`` lines to ``path``, with ``p50_ms`` as it
+    was predicted and the plan's ``row`` that bounded the step, where they are known.
 
     What was handed over is on disk after ``flush_s`` at the latest, and after :meth:`close`. A disk that
     fails ends the log, not the server: :attr:`fault` says why, and so does the server's own log.
@@ -52,12 +55,18 @@ class StepLog:
         self._thread = threading.Thread(target=self._write, name="step log", daemon=True)
         self._thread.start()
 
-    def note(self, shape: BatchShape, actual_ms: float) -> None:
+    def note(
+        self,
+        shape: BatchShape,
+        actual_ms: float,
+        p50_ms: float = 0.0,
+        row: BatchRow | None = None,
+    ) -> None:
         """Take a step; never waits."""
         if self.fault or self._waiting.qsize() >= _MOST_WAITING:
             self.left_out += 1
             return
-        self._waiting.put((shape.items, actual_ms))
+        self._waiting.put((shape.items, actual_ms, p50_ms, "" if row is None else row.cell))
 
     def close(self) -> None:
         """Write what is left and close the file. Waits for the disk. Idempotent."""
@@ -95,6 +104,13 @@ class StepLog:
 
 
 def _line(step: _Step) -> str:
-    items, actual_ms = step
-    shape = [[item.new, item.cached, int(item.prefill)] for item in items]
-    return json.dumps({"shape": shape, "ms": round(actual_ms, 4)}, separators=(",", ":")) + "\n"
+    items, actual_ms, p50_ms, row = step
+    record: dict[str, Any] = {
+        "shape": [[item.new, item.cached, int(item.prefill)] for item in items],
+        "ms": round(actual_ms, 4),
+    }
+    if p50_ms > 0:
+        record["p50_ms"] = round(p50_ms, 4)
+    if row:
+        record["row"] = row
+    return json.dumps(record, separators=(",", ":")) + "\n"

@@ -10,11 +10,13 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
+from wispprof.artifacts.plan import BatchRow
 from wispprof.core import BatchShape, Feed, Outcome
 from wispprof.errors import OutOfKvMemory
-from wispprof.policies import BatchPolicy, Limits, StepPlan, make_batch_policy
+from wispprof.policies import BatchPolicy, StepPlan, make_batch_policy
 from wispprof.runtime.server.clock import StepClock
 from wispprof.runtime.server.house import House
+from wispprof.runtime.server.limits import StepLimits
 from wispprof.runtime.server.live import LiveSession
 from wispprof.runtime.server.metrics import Metrics, StepRecord
 from wispprof.runtime.server.steplog import StepLog
@@ -32,7 +34,7 @@ _DRIFT_EVERY = 32
 
 
 class StepLoop:
-    """Drives the engine. ``limits()`` says what a step may not exceed at the present load."""
+    """Drives the engine. ``limits`` says what a step may not exceed at the present load."""
 
     def __init__(
         self,
@@ -41,7 +43,7 @@ class StepLoop:
         policy: BatchPolicy,
         clock: StepClock,
         metrics: Metrics,
-        limits: Callable[[int], Limits],
+        limits: StepLimits,
         now_ms: Callable[[], float],
     ) -> None:
         self.step_log: StepLog | None = None
@@ -58,6 +60,7 @@ class StepLoop:
         self._stopping = False
         self._checked = True
         self._margin = 0
+        self._row: BatchRow | None = None
         self._audits: list[asyncio.Future[None]] = []
         self._cycle: tuple[float, StepRecord] | None = None
         self._begun_ms = 0.0
@@ -99,7 +102,7 @@ class StepLoop:
         now = self._now_ms()
         views = [live.ledger.view(now) for live in seated.values()]
         kv_free = max(0, self._worker.engine.kv_free - self._margin)
-        limits = self._limits(kv_free)
+        limits, self._row = self._limits.at(kv_free)
         try:
             return self._policy.plan(now, views, self._clock.estimator, limits)
         except Exception as fault:
@@ -178,7 +181,7 @@ class StepLoop:
             p50, bound = self._clock.estimator.predict(shape)
         self._clock.observe(shape, p50, actual_ms)
         if self.step_log is not None:
-            self.step_log.note(shape, actual_ms)
+            self.step_log.note(shape, actual_ms, p50, self._row)
         record = StepRecord(
             self._now_ms(),
             len(shape.items),
@@ -189,8 +192,9 @@ class StepLoop:
             actual_ms,
             committed,
             plan.reason,
+            "" if self._row is None else self._row.cell,
         )
-        self._metrics.step(record)
+        self._metrics.step(record, self._row)
         self._cycle = (self._begun_ms, record)
         if record.prefill_tokens:
             share = record.prefill_tokens / record.new_tokens
