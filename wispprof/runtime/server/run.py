@@ -19,6 +19,7 @@ from wispprof.runtime import wire
 from wispprof.runtime.server.app import make_app
 from wispprof.runtime.server.build import build_server
 from wispprof.runtime.server.engine import Engine, ServedModel
+from wispprof.runtime.server.reading import EagerReader
 from wispprof.runtime.server.server import VerificationServer
 from wispprof.runtime.server.settings import ServerSettings
 from wispprof.runtime.server.watch import watch
@@ -109,7 +110,7 @@ def _config(server: VerificationServer, settings: ServerSettings) -> uvicorn.Con
         log_config=None,
         access_log=False,
         lifespan="off",
-        ws="websockets-sansio",
+        ws=EagerReader,
         ws_max_size=_MOST_WS_BYTES,
         ws_per_message_deflate=False,
         timeout_graceful_shutdown=5,
