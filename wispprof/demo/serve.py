@@ -129,32 +129,40 @@ def _joined(pieces: list[Piece]) -> tuple[Piece, ...]:
 async def compare(
     settings: DemoSettings, measured: Measured, engine: VerifierEngine, stage: Stage
 ) -> list[Bench]:
-    """The same load under every system, one after the other; written as ``bench-SYSTEM.json``."""
-    from wispprof.runtime.bench import BenchSettings, run_bench
+    """The same load under every system, one after the other; written as ``bench-SYSTEM.json``.
+
+    The replay edges live in a process of their own: in the server's they would take from every system the
+    time that their drafting costs, and most from those that draft most.
+    """
+    from wispprof.runtime.bench import BenchSettings, FleetProcess
     from wispprof.simulation.links import LinkProfile
 
     found = []
-    for name in settings.systems:
-        load = BenchSettings(
-            system=name,
-            devices=settings.devices,
-            device=(replace(measured.device, draft_ms=round(measured.device.draft_ms, 2)),),
-            tokens_per_s=promises(settings, measured.estimator),
-            ttft_ms=first_token_ms(settings, measured.estimator),
-            requests=settings.requests,
-            max_new=settings.max_new,
-            link=LinkProfile(rtt_ms=settings.rtt_ms),
-            predictor=measured.predictor,
-            seed=settings.seed,
-        )
-        async with serving(name, engine, measured) as running:
-            result = await run_bench(load, running, measured.trace, stage(f"bench {name}"))
-        bench = Bench.of_result(result)
-        write_document(
-            settings.out / f"bench-{name}.json",
-            BENCH_KIND,
-            bench.payload(),
-            {"trace": measured.plan.inputs["trace"]},
-        )
-        found.append(bench)
+    with FleetProcess() as fleet:
+        for name in settings.systems:
+            load = BenchSettings(
+                system=name,
+                devices=settings.devices,
+                device=(replace(measured.device, draft_ms=round(measured.device.draft_ms, 2)),),
+                tokens_per_s=promises(settings, measured.estimator),
+                ttft_ms=first_token_ms(settings, measured.estimator),
+                requests=settings.requests,
+                max_new=settings.max_new,
+                link=LinkProfile(rtt_ms=settings.rtt_ms),
+                predictor=measured.predictor,
+                seed=settings.seed,
+            )
+            report = stage(f"bench {name}")
+            async with serving(name, engine, measured) as running:
+                result = await fleet.bench(
+                    load, running.split_url, settings.out / "trace.jsonl", report
+                )
+            bench = Bench.of_result(result)
+            write_document(
+                settings.out / f"bench-{name}.json",
+                BENCH_KIND,
+                bench.payload(),
+                {"trace": measured.plan.inputs["trace"]},
+            )
+            found.append(bench)
     return found
