@@ -50,6 +50,7 @@ from wispprof.runtime.edge import (
     RequestStats,
     TimedWorker,
 )
+from wispprof.runtime.edge.dial import Traffic
 from wispprof.runtime.edge.replay import ReplayDrafter
 from wispprof.runtime.link import LinkSettings, emulate
 from wispprof.sessions.turns import DraftingSettings
@@ -191,10 +192,14 @@ class Cell:
     wasted_ms: float
     accepted: float
     hit_rate: float
+    up_bytes: float
+    down_bytes: float
 
 
 def measure(arm: Arm, trace: AcceptanceTrace, rtt: float, draft_ms: float, args: Any) -> Cell:
     """Every path of the trace, ``args.devices`` at a time, over links of their own."""
+
+    traffic = Traffic()
 
     async def main() -> list[RequestStats]:
         cost = Cost(args.fixed, args.row)
@@ -213,10 +218,11 @@ def measure(arm: Arm, trace: AcceptanceTrace, rtt: float, draft_ms: float, args:
                 stats = await own[0].run()
                 if own[0].output != path.path[: request.max_new]:
                     raise AssertionError(f"{arm.name} changed the text")
+                traffic.add(client.traffic)
                 return stats
 
         async with server:
-            dial = emulate(server.dial, LinkSettings(LinkProfile(rtt)))
+            dial = emulate(server.dial, LinkSettings(LinkProfile(rtt, args.jitter * rtt)))
             return list(await asyncio.gather(*(one(path) for path in trace.paths)))
 
     stats = run_virtual(main())
@@ -228,6 +234,8 @@ def measure(arm: Arm, trace: AcceptanceTrace, rtt: float, draft_ms: float, args:
         statistics.fmean(s.wasted_ms for s in stats),
         sum(s.accepted for s in stats) / max(1, rounds),
         sum(s.proactive_hits for s in stats) / max(1, guesses),
+        traffic.up_bytes / sum(s.tokens for s in stats),
+        traffic.down_bytes / sum(s.tokens for s in stats),
     )
 
 
@@ -277,11 +285,27 @@ def controllers(trace: AcceptanceTrace, args: Any) -> dict[str, Any]:
         if ceiling > 1.02 * rival:
             closed.append((ours - rival) / (ceiling - rival))
     gap = statistics.fmean(closed) if closed else float("nan")
+    wire = _on_the_wire(cells)
     print(
         f"\nwispprof stream / better of (best fixed k, centralized): least {min(ratios):.3f}, "
         f"mean {statistics.fmean(ratios):.3f}; share of the gap to the clairvoyant closed: {gap:.0%}"
     )
-    return {"tokens_per_s": shown, "least_ratio": min(ratios), "gap_closed": gap}
+    return {"tokens_per_s": shown, "least_ratio": min(ratios), "gap_closed": gap, "wire": wire}
+
+
+def _on_the_wire(cells: dict[tuple[float, str], dict[str, Cell]]) -> dict[str, Any]:
+    """Print bytes per committed token, hello, opening frame (the prompt) and pings included."""
+    print("\nbytes per committed token up / down (goal 40 / 40 at k = 4)\n")
+    found: dict[str, Any] = {}
+    for name in ("centralized", "fixed 4", "wispprof round", "wispprof stream"):
+        line = f"{name:20}"
+        for (rtt, device), by_arm in cells.items():
+            cell = by_arm[name]
+            line += f"{cell.up_bytes:>14.1f} /{cell.down_bytes:>6.1f}"
+            both = [round(cell.up_bytes, 1), round(cell.down_bytes, 1)]
+            found.setdefault(name, {})[f"{rtt:g} {device}"] = both
+        print(line)
+    return found
 
 
 def proactive(trace: AcceptanceTrace, args: Any) -> dict[str, Any]:
@@ -347,6 +371,9 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1, help="devices at a time")
     parser.add_argument("--fixed", type=float, default=18.0, help="fixed ms of a server step")
     parser.add_argument("--row", type=float, default=0.12, help="ms per new token of a step")
+    parser.add_argument(
+        "--jitter", type=float, default=0.0, help="added each way, share of the RTT"
+    )
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.trace is not None:

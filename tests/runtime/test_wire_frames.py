@@ -75,6 +75,24 @@ def test_a_round_of_five_drafts_is_small() -> None:
     assert len(wire.encode(frame)) < 64
 
 
+def test_a_stream_of_single_drafts_and_commits_is_small() -> None:
+    draft = wire.Draft(3, 17, 700, [4000], bytes(1), wire.brief_ms(16.3), 0)
+    assert len(wire.encode(draft)) == 17
+    commit = wire.Commit(3, 17, 701, [4000], 0, 1, wire.brief_ms(0.02), wire.brief_ms(22.4))
+    assert len(wire.encode(commit)) == 16
+    assert wire.decode_server(wire.encode(commit)) == commit
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False, width=32))
+def test_a_brief_time_is_near_and_takes_five_bytes_at_most(ms: float) -> None:
+    brief = wire.brief_ms(ms)
+    assert abs(brief - ms) <= (0.5 if abs(ms) >= 16 else 1 / 32)
+    frame = wire.Draft(0, 0, 0, [], b"", brief, 0)
+    size = len(wire.encode(frame)) - len(wire.encode(wire.Draft(0, 0, 0, [], b"", 0, 0)))
+    assert size <= 4 or abs(ms) > 2**31
+    assert wire.decode_edge(wire.encode(frame)) == frame
+
+
 @given(st.floats(-2.0, 2.0))
 def test_survival_fits_a_byte(probability: float) -> None:
     assert 0 <= wire.survival_byte(probability) <= 255

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 
@@ -33,11 +34,13 @@ class Bench:
         self.turns = Turns(self.path, make_controller(controller, **kwargs), settings, stop)  # type: ignore[arg-type]
         self.turns.committed(self.path.on_commit(4, [4]), 0)
 
-    def run(self, confidence: float = 0.9) -> tuple[list[Outgoing], int]:
-        """Draft as long as it may; what left, and how many were drafted."""
+    def run(
+        self, confidence: float = 0.9, hold: Callable[[int], bool] = lambda count: False
+    ) -> tuple[list[Outgoing], int]:
+        """Draft as long as it may; what left, and how many were drafted. ``hold(drafted so far)``."""
         out, count = [], 0
         while True:
-            while (frame := self.turns.due(context)) is not None:
+            while (frame := self.turns.due(context, hold(count))) is not None:
                 out.append(frame)
             if not self.turns.may_draft():
                 return out, count
@@ -89,6 +92,18 @@ def test_a_stream_groups_frames_and_stops_at_the_lead() -> None:
     assert [frame.base for frame in out] == [4, 6, 8, 10]
 
 
+def test_a_stream_holds_drafts_that_lose_nothing_by_it() -> None:
+    alone = DraftingSettings(frame_share=0.0, frame_max=3)
+    sizes = [len(frame.tokens) for frame in Bench(k=3, stream=True, settings=alone).run()[0]]
+    assert sizes == [1] * 8
+    bench = Bench(k=3, stream=True, settings=alone)
+    out, _ = bench.run(hold=lambda count: count != 2)
+    assert [len(frame.tokens) for frame in out] == [2, 3, 3]
+    # The last of a stretch that the controller ends goes at once: nothing comes that it could wait for.
+    out, _ = Bench("wisp", stream=True, threshold=0.5, k_max=8).run(0.3, hold=lambda count: True)
+    assert [len(frame.tokens) for frame in out] == [1]
+
+
 def test_a_stream_pauses_after_a_doubtful_token_until_the_next_commit() -> None:
     bench = Bench("wisp", stream=True, threshold=0.5, k_max=8)
     out, count = bench.run(confidence=0.3)
@@ -129,3 +144,19 @@ def test_pacing_of_a_round() -> None:
     pacing.sent(1210.0)
     assert pacing.left_ms(1230.0, 40.0) == pytest.approx(80.0)
     assert pacing.left_ms(5000.0, 40.0) == pytest.approx(25.0)
+
+
+def test_a_frame_may_be_held_until_the_server_takes_the_next_step() -> None:
+    pacing = Pacing(Slo(10.0))
+    pacing.drafted(4.0)
+    pacing.committed(1000.0, 300.0)
+    assert not pacing.may_hold(1001.0, 10.0)  # a prefill says nothing of the pace
+    pacing.committed(1100.0, 40.0)
+    # Steps begin at the server every 40 ms from 1095 on: frames for them leave by 1130, 1170, ...; a
+    # quarter of the period is kept back, and the next draft is there 4 ms later.
+    assert pacing.may_hold(1116.0, 10.0)
+    assert not pacing.may_hold(1117.0, 10.0)
+    assert not pacing.may_hold(1129.0, 10.0)
+    assert pacing.may_hold(1131.0, 10.0)
+    pacing.drafted(4.0, waited_ms=200.0)  # other sessions have the device
+    assert not pacing.may_hold(1131.0, 10.0)

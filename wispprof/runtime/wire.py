@@ -9,9 +9,16 @@ time it rolls drafts back. When the server sees a contradiction (a rejected draf
 overlap differs from committed text) it ignores that epoch from then on; the edge will see the same
 contradiction in the commit, roll back, and go on under the next number. A stale draft could never
 change the text, only waste rows.
+
+Most frames carry a token or two, so what is fixed costs most. In the two frames that do the work, numbers
+travel in the shortest msgpack form that is exact, fields at the end that say nothing are left out, and
+times are as precise as anybody needs them (:func:`brief_ms`): one draft takes 17 bytes, a commit of one
+token 16.
 """
 
 from __future__ import annotations
+
+import struct
 
 import msgspec
 
@@ -130,13 +137,37 @@ EdgeFrame = Hello | Open | Draft | Close | Ping
 ServerFrame = Welcome | Commit | Problem | Pong
 
 _encoder = msgspec.msgpack.Encoder()
+_float32 = struct.Struct(">f")
+_FLOAT32 = b"\xca"  # msgpack's type byte
 _from_edge = msgspec.msgpack.Decoder(EdgeFrame)
 _from_server = msgspec.msgpack.Decoder(ServerFrame)
 
 
 def encode(frame: EdgeFrame | ServerFrame) -> bytes:
     """One frame as bytes."""
+    if isinstance(frame, Draft):
+        spent, slack = _short(frame.draft_ms), _short(frame.slack_ms)
+        body = (frame.session, frame.epoch, frame.base, frame.tokens, frame.survival, spent, slack)
+        return _encoder.encode(("d", *body))
+    if isinstance(frame, Commit):
+        counts = (frame.session, frame.epoch, frame.frontier, frame.tokens, frame.accepted)
+        times = (frame.drafted, _short(frame.queue_ms), _short(frame.verify_ms))
+        if frame.finished:
+            return _encoder.encode(("c", *counts, *times, frame.load_level, frame.finished))
+        level = (frame.load_level,) if frame.load_level else ()
+        return _encoder.encode(("c", *counts, *times, *level))
     return _encoder.encode(frame)
+
+
+def _short(number: float) -> float | msgspec.Raw:
+    """The same number as integer or float32, where one of them is exact."""
+    if -0x80000000 <= number <= 0x7FFFFFFF and (whole := int(number)) == number:
+        return whole
+    try:
+        packed = _float32.pack(number)
+    except OverflowError:
+        return number
+    return msgspec.Raw(_FLOAT32 + packed) if _float32.unpack(packed)[0] == number else number
 
 
 def decode_edge(data: bytes) -> EdgeFrame:
@@ -161,6 +192,11 @@ def _decode(decoder: msgspec.msgpack.Decoder, data: bytes):  # type: ignore[no-u
         raise ProtocolError(
             f"Malformed frame: {fault}.", "Use a client of the same protocol version."
         ) from fault
+
+
+def brief_ms(ms: float) -> float:
+    """A time for a frame: whole milliseconds from 16 ms on, sixteenths (exact in float32) below."""
+    return round(ms) if abs(ms) >= 16.0 else round(16.0 * ms) / 16.0
 
 
 def survival_byte(probability: float) -> int:

@@ -12,6 +12,7 @@ __all__ = ["Pacing"]
 
 _WEIGHT = 0.25
 _FIRST_GUESS_MS = 10.0
+_MARGIN = 0.25
 
 
 class Pacing:
@@ -29,14 +30,17 @@ class Pacing:
         self._carry = carry
         self._due_ms = 0.0
         self._draft_ms: float | None = None
+        self._waited_ms = 0.0
         self._server_ms: float | None = None
         self._since_ms: float | None = None
         self._sent_ms: float | None = None
+        self._heard_ms = 0.0
 
-    def drafted(self, draft_ms: float) -> None:
-        """A draft step took this long."""
+    def drafted(self, draft_ms: float, waited_ms: float = 0.0) -> None:
+        """A draft step took this long, after it had waited for a device that other sessions share."""
         usual = self._draft_ms
         self._draft_ms = draft_ms if usual is None else usual + _WEIGHT * (draft_ms - usual)
+        self._waited_ms += _WEIGHT * (waited_ms - self._waited_ms)
 
     def sent(self, now_ms: float) -> None:
         """A draft frame left."""
@@ -50,8 +54,24 @@ class Pacing:
         usual = rtt_ms + self.server_ms
         return max(self._sent_ms + usual - now_ms, usual / 4.0)
 
+    def may_hold(self, now_ms: float, rtt_ms: float) -> bool:
+        """Stream mode: whether drafts that leave together with the next one are still in time for the
+        step that they would be in time for now; no, while the server's pace is not known.
+
+        The last commit left the server half a round trip before it came here. From then on the server
+        takes this session into a step once every :attr:`server_ms`, and what is to be in it must have left
+        half a round trip earlier. The last quarter of the period is kept for what nobody knows: jitter,
+        and steps that are shorter than usual.
+        """
+        if self._server_ms is None:
+            return False
+        period = max(self._server_ms, 1e-3)
+        left_ms = period - (now_ms - self._heard_ms + rtt_ms) % period
+        return self.draft_ms + self._waited_ms <= left_ms - _MARGIN * period
+
     def committed(self, now_ms: float, server_ms: float, tokens: int = 1) -> None:
         """``tokens`` were committed; the server spent ``server_ms`` queueing and verifying."""
+        self._heard_ms = now_ms
         if self._since_ms is None:
             self._due_ms = now_ms + (tokens - 1) * self._slo.tpot_ms
         else:  # the first commit's time is the prefill's

@@ -31,8 +31,10 @@ class DraftingSettings:
     ``lead``: most drafts held beyond the frontier, bounded by what the server takes. ``proactive``: in
     round mode, how many tokens to draft beyond a round that is out (0: wait instead); the first of them
     guesses the target's own token. ``frame_share``: in stream mode, drafts are grouped into one frame
-    as long as drafting the group takes at most this share of the round trip. ``stream``: override the
-    server's mode (``None``: as the server says). ``carry``: see :class:`~wispprof.sessions.pacing.Pacing`.
+    as long as drafting the group takes at most this share of the round trip, or loses no step of the
+    server (:meth:`~wispprof.sessions.pacing.Pacing.may_hold`), and up to ``frame_max`` of them.
+    ``stream``: override the server's mode (``None``: as the server says). ``carry``: see
+    :class:`~wispprof.sessions.pacing.Pacing`.
     """
 
     lead: int = 24
@@ -133,11 +135,16 @@ class Turns:
 
     # --- what leaves now? ---
 
-    def due(self, context_of: ContextOf) -> Outgoing | None:
-        """The next frame to send now, or ``None``."""
+    def due(self, context_of: ContextOf, hold: bool = False) -> Outgoing | None:
+        """The next frame to send now, or ``None``.
+
+        ``hold``: in stream mode, drafts may wait for the next one and lose nothing.
+        """
         if self._controller is None:
             return None
-        return self._stream_due(context_of) if self._path.stream else self._round_due(context_of)
+        if self._path.stream:
+            return self._stream_due(context_of, hold)
+        return self._round_due(context_of)
 
     def _round_due(self, context_of: ContextOf) -> Outgoing | None:
         path, controller = self._path, self._controller
@@ -159,7 +166,7 @@ class Turns:
         self.reset()
         return out
 
-    def _stream_due(self, context_of: ContextOf) -> Outgoing | None:
+    def _stream_due(self, context_of: ContextOf, hold: bool) -> Outgoing | None:
         path = self._path
         held = path.lead
         first = path.frontier
@@ -176,11 +183,11 @@ class Turns:
             else:
                 break
         unsent = first + held - path.sent
-        if unsent and (
-            unsent >= self._group or self._closed or self._silent or path.room == 0 or self._ends()
-        ):
-            return path.take()
-        return None
+        if not unsent:
+            return None
+        group = self._settings.frame_max if hold else self._group
+        alone = self._closed or self._silent or path.room == 0 or self._ends()  # no next one comes
+        return path.take() if alone or unsent >= group else None
 
     def _begin_stretch(self, context: RoundContext) -> None:
         assert self._controller is not None

@@ -195,7 +195,7 @@ class Edge:
     def _streams(self, now_ms: float) -> None:
         """A step ended, a commit came, or the draft model is ready: send what is due, draft on."""
         turns = self._turns
-        out = turns.due(self._context)
+        out = turns.due(self._context, self._pacing.may_hold(now_ms, self._rtt_ms))
         if out is not None:
             # A stream's deadlines are the server's to know: no slack goes with its frames.
             self.outbox.append((self._sim.sent(now_ms, self.link, len(out.tokens)), out))

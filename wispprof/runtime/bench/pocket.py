@@ -220,8 +220,8 @@ class PocketServer:
                         list(done.tokens),
                         done.accepted,
                         done.drafted,
-                        round(done.queue_ms, 2),
-                        round(now_ms - begun_ms, 2),
+                        wire.brief_ms(done.queue_ms),
+                        wire.brief_ms(now_ms - begun_ms),
                         self._level,
                         done.finished,
                     )

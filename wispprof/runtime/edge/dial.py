@@ -58,6 +58,13 @@ class Traffic:
         self.down_frames += 1
         return size
 
+    def add(self, other: Traffic) -> None:
+        """Count another connection's traffic too."""
+        self.up_bytes += other.up_bytes
+        self.down_bytes += other.down_bytes
+        self.up_frames += other.up_frames
+        self.down_frames += other.down_frames
+
 
 def _header(payload: int) -> int:
     return 2 if payload < 126 else 4 if payload < 65536 else 10

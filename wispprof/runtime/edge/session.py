@@ -9,6 +9,7 @@ meanwhile been decided is thrown away when it ends.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -118,7 +119,7 @@ class Generation:
                 self._fault = fault
             if self._worker is not None:
                 opening = self._spawn(self._worker.open(self.request.tokens, self.request.sampling))
-            place = (0, 0)
+            place = (0, 0, 0.0)
             while not self._finished and self._fault is None:
                 self._wake.clear()
                 if opening is not None and opening.done():
@@ -128,7 +129,7 @@ class Generation:
                     step = None
                 self._send_due()
                 if step is None and opening is None and self._worker and self._may_draft():
-                    place = (self._path.length, self._path.epoch)
+                    place = (self._path.length, self._path.epoch, loop.time() * 1000.0)
                     step = self._spawn(self._worker.step(self._path.sequence()))
                 await self._wake.wait()
             running = {task for task in (opening, step) if task is not None}
@@ -177,7 +178,7 @@ class Generation:
 
     # --- drafting ---
 
-    def _absorb(self, step: DraftStep | None, position: int, epoch: int) -> None:
+    def _absorb(self, step: DraftStep | None, position: int, epoch: int, begun_ms: float) -> None:
         """Take a finished draft step in, unless its place has been decided meanwhile."""
         if step is None:
             self._turns.nothing_to_draft()
@@ -185,7 +186,8 @@ class Generation:
         stats, path = self.stats, self._path
         stats.drafted += 1
         stats.draft_ms += step.draft_ms
-        self._pacing.drafted(step.draft_ms)
+        took_ms = asyncio.get_running_loop().time() * 1000.0 - begun_ms
+        self._pacing.drafted(step.draft_ms, max(0.0, took_ms - step.draft_ms))
         if path.epoch != epoch or path.length != position:
             stats.dropped += 1
             stats.dropped_ms += step.draft_ms
@@ -204,10 +206,9 @@ class Generation:
         """Send whatever the mode and the controller say is due now."""
         if self._worker is None or not self._client.up:
             return
-        while True:
-            out = self._turns.due(self._context)
-            if out is None:
-                return
+        now_ms = asyncio.get_running_loop().time() * 1000.0
+        hold = self._pacing.may_hold(now_ms, self._client.rtt.mean_ms)
+        while (out := self._turns.due(self._context, hold)) is not None:
             self._send(out)
 
     def _context(self, lead: int) -> RoundContext:
@@ -215,7 +216,10 @@ class Generation:
 
     def _send(self, out: Outgoing) -> None:
         now_ms = asyncio.get_running_loop().time() * 1000.0
-        slack_ms = self._pacing.slack_ms(out.survival, now_ms, self._client.rtt.mean_ms)
+        slack_ms = 0  # a stream's deadlines are set by its pace
+        if not self._path.stream:
+            left_ms = self._pacing.slack_ms(out.survival, now_ms, self._client.rtt.mean_ms)
+            slack_ms = math.floor(left_ms)
         survival = bytes(wire.survival_byte(p) for p in out.survival)
         frame = wire.Draft(
             self._number,
@@ -223,8 +227,8 @@ class Generation:
             out.base,
             list(out.tokens),
             survival,
-            round(out.draft_ms, 2),
-            round(slack_ms, 1),
+            round(out.draft_ms),
+            slack_ms,
         )
         self._pacing.sent(now_ms)
         if self._client.draft(frame):

@@ -213,8 +213,8 @@ class EdgeLink:
                 tokens=list(commit.tokens),
                 accepted=commit.accepted,
                 drafted=commit.drafted,
-                queue_ms=round(commit.queue_ms, 3),
-                verify_ms=round(verify_ms, 3),
+                queue_ms=wire.brief_ms(commit.queue_ms),
+                verify_ms=wire.brief_ms(verify_ms),
                 load_level=load_level,
                 finished=commit.finished,
             )
