@@ -140,6 +140,7 @@ class Edge:
             self._sim.effect(effect)
         if commit.finished:
             record.done = True
+            self.next_ms = math.inf
             self._sim.ended(now_ms, self)
         elif drafting and self.stream:
             self._streams(now_ms)

@@ -14,13 +14,11 @@ from wispprof.simulation.arrivals import ClosedFleet, Request
 from wispprof.simulation.edge import Edge
 from wispprof.simulation.links import DRAFT_BYTES, OPEN_BYTES, TOKEN_BYTES, Link
 from wispprof.simulation.metrics import Counters, Report, SessionRecord, summarise
-from wispprof.simulation.scenario import Scenario, pick
+from wispprof.simulation.scenario import DEVICE_STEP, LINK_STEP, SLO_STEP, Scenario, pick
 from wispprof.simulation.server import Server
 
 __all__ = ["Simulation", "simulate"]
 
-# Irrational steps deal each mix in its own order (golden ratio, and two that are independent of it).
-_DEVICE_STEP, _LINK_STEP, _SLO_STEP = 0.6180339887498949, 0.7548776662466927, 0.4142135623730951
 _RETRY_MS = 1000.0
 
 
@@ -105,7 +103,7 @@ class Simulation:
         record = SessionRecord(
             device,
             number,
-            pick(scenario.slos, device, _SLO_STEP),
+            pick(scenario.slos, device, SLO_STEP),
             now_ms,
             request.prompt_tokens,
             request.output_tokens,
@@ -114,7 +112,7 @@ class Simulation:
         link = self._links.get(device)
         if link is None:
             link = self._links[device] = Link(
-                pick(scenario.links, device, _LINK_STEP), Random(mix((scenario.seed, 5, device)))
+                pick(scenario.links, device, LINK_STEP), Random(mix((scenario.seed, 5, device)))
             )
         source = scenario.acceptance
         script = source.script(
@@ -124,7 +122,7 @@ class Simulation:
             self,
             f"{device}.{number}",
             record,
-            pick(scenario.devices, device, _DEVICE_STEP),
+            pick(scenario.devices, device, DEVICE_STEP),
             link,
             script,
             self.system.make_controller(source.predictor, script),

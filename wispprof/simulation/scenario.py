@@ -14,7 +14,10 @@ from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.links import LinkProfile
 from wispprof.simulation.systems import System
 
-__all__ = ["Scenario", "ServerModel", "pick"]
+__all__ = ["DEVICE_STEP", "LINK_STEP", "SLO_STEP", "Scenario", "ServerModel", "pick"]
+
+# Irrational steps deal each mix in its own order (golden ratio, and two that are independent of it).
+DEVICE_STEP, LINK_STEP, SLO_STEP = 0.6180339887498949, 0.7548776662466927, 0.4142135623730951
 
 T = TypeVar("T")
 
@@ -72,10 +75,11 @@ class Scenario:
         return replace(self, load=replace(self.load, devices=devices))
 
 
-def pick(mix: Sequence[tuple[T, float]], number: int, salt: float) -> T:
-    """Deal a value to device ``number``: a golden-ratio sequence, so that any prefix keeps the weights."""
+def pick(mix: Sequence[tuple[T, float]], number: int, step: float) -> T:
+    """Deal a value to device ``number``: multiples of an irrational ``step``, of which any first part keeps
+    the weights."""
     total = sum(weight for _, weight in mix)
-    place = math.modf((number + 0.5) * salt)[0] * total
+    place = math.modf((number + 0.5) * step)[0] * total
     for value, weight in mix:
         place -= weight
         if place < 0:

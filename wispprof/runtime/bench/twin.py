@@ -19,8 +19,8 @@ from wispprof.simulation.acceptance import TraceAcceptance
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.edge import Edge
-from wispprof.simulation.engine import _DEVICE_STEP, _SLO_STEP, Simulation
-from wispprof.simulation.scenario import Scenario, ServerModel, pick
+from wispprof.simulation.engine import Simulation
+from wispprof.simulation.scenario import DEVICE_STEP, SLO_STEP, Scenario, ServerModel, pick
 from wispprof.simulation.systems import System
 
 __all__ = ["Mix", "Twin", "twin"]
@@ -38,12 +38,12 @@ class Mix:
     def device(self, devices: int) -> tuple[DeviceProfile, ...]:
         """What each of ``devices`` devices is: for :attr:`BenchSettings.device`."""
         mix = [(kind, 1.0) for kind in self.kinds]
-        return tuple(pick(mix, number, _DEVICE_STEP) for number in range(devices))
+        return tuple(pick(mix, number, DEVICE_STEP) for number in range(devices))
 
     def tokens_per_s(self, devices: int) -> tuple[float, ...]:
         """What each of them was promised: for :attr:`BenchSettings.tokens_per_s`."""
         mix = [(speed, 1.0) for speed in self.speeds]
-        return tuple(pick(mix, number, _SLO_STEP) for number in range(devices))
+        return tuple(pick(mix, number, SLO_STEP) for number in range(devices))
 
 
 @dataclass(frozen=True)
