@@ -47,6 +47,25 @@ def test_another_seed_gives_another_run() -> None:
     assert repr(simulate(fleet("fcfs"))) != repr(simulate(fleet("fcfs", seed=1)))
 
 
+def _outcome(sim: Simulation) -> tuple[object, ...]:
+    report = sim.run()
+    times = [(r.device, r.number, r.first_ms, r.last_ms, r.tokens) for r in sim.records]
+    counters = report.counters
+    return times, counters.drafted, counters.up_bytes, counters.accepted, report.goodput
+
+
+@pytest.mark.parametrize("name", ["wispprof", "clairvoyant"])
+@pytest.mark.parametrize("fixed_ms", [2.0, 20.0])
+def test_how_often_anybody_looks_at_a_stream_changes_nothing(name: str, fixed_ms: float) -> None:
+    """Streams are worked out when they are looked at: seldom and all the time must come to the same."""
+    server = ServerModel(LinearCost(fixed_ms, row_ms=0.3), prefill_chunk=128)
+    seldom = Simulation(fleet(name, server=server))
+    always = Simulation(fleet(name, server=server))
+    for place in range(4000):
+        always.at(place * 0.997, lambda now_ms, _: always._catch_up(now_ms), None)
+    assert _outcome(seldom) == _outcome(always)
+
+
 @pytest.mark.parametrize("name", list(SYSTEMS))
 def test_what_is_asked_is_what_is_committed(name: str) -> None:
     load = Poisson(2.0, Lengths(40, 20, 0.4, 0.4))
