@@ -12,9 +12,7 @@ from transformers import LlamaForCausalLM
 from wispprof.lm.reference import distil, train
 
 TINY = train.Shape(hidden=32, layers=1, heads=2, kv_heads=1, mlp=48, head_dim=16, vocab=96)
-RECIPE = train.Recipe(
-    steps=8, short=(2, 24), long=(2, 24), decay_share=0.5, warmup=2, save_every=4
-)
+RECIPE = train.Recipe(steps=8, short=(2, 24), long=(2, 24), decay_share=0.5, warmup=2, save_every=4)
 
 
 @pytest.fixture
@@ -65,7 +63,8 @@ def test_orthogonalised_brings_singular_values_near_one() -> None:
     for shape in ((24, 40), (40, 24)):
         matrix = torch.randn(shape) @ torch.diag(torch.linspace(0.2, 3.0, shape[1]))
         values = torch.linalg.svdvals(train.orthogonalised(matrix))
-        assert 0.5 < values.min() and values.max() < 1.3
+        assert values.min() > 0.5
+        assert values.max() < 1.3
 
 
 def test_principal_components_keep_the_geometry_of_a_low_rank_embedding() -> None:
@@ -84,7 +83,8 @@ def test_half_of_the_own_text_is_the_targets_greedy_choice(tiny: LlamaForCausalL
     assert texts.shape == (4, 20)
     choice = tiny(texts).logits.argmax(-1)[:, distil.PROMPT - 1 : -1]
     follows = (choice == texts[:, distil.PROMPT :]).all(1).tolist()
-    assert follows[:2] == [True, True] and not all(follows[2:])
+    assert follows[:2] == [True, True]
+    assert not all(follows[2:])
 
 
 def test_lessons_hold_what_the_target_says(tiny: LlamaForCausalLM, tmp_path: Path) -> None:

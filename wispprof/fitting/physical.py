@@ -70,6 +70,15 @@ def spread_knots(x: FloatArray, count: int) -> list[float]:
     return [float(k) for k in np.unique(wanted)]
 
 
+def lone_token_knots(tokens: FloatArray) -> list[float]:
+    """Bends at 1 and 2 where steps of a single token were measured.
+
+    One token is a matrix-vector product, two are a matrix product: on CPUs the second token can cost
+    as much as the first.
+    """
+    return [1.0, 2.0] if (tokens == 1).any() and (tokens == 2).any() else []
+
+
 def graph_buckets(data: Observations) -> FloatArray:
     """Token counts that steps are padded to, (b,), or empty where steps are not padded."""
     known = data.padded > 0
@@ -100,7 +109,7 @@ class PhysicalTerms:
         buckets = graph_buckets(data)
         self.buckets_ = [float(b) for b in buckets]
         tokens = bucket_many(data.totals[:, 1], buckets)
-        new_knots = spread_knots(tokens, self.new_knots)
+        new_knots = sorted({*lone_token_knots(tokens), *spread_knots(tokens, self.new_knots)})
         cached_knots = spread_knots(data.totals[:, 2], self.cached_knots)
         design = np.concatenate(
             [

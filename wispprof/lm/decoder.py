@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from wispprof.errors import ModelUnsupported
 from wispprof.lm.attention import Attend
 from wispprof.lm.parallel import Ranks
+from wispprof.lm.products import Product, packs
 
 __all__ = ["Decoder", "LeanDecoder", "TransformersDecoder", "decoder_for"]
 
@@ -85,16 +86,12 @@ class TransformersDecoder:
 class _Block(NamedTuple):
     norm1: Tensor
     norm2: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
+    qkv: Product
     q_norm: Tensor | None
     k_norm: Tensor | None
-    out: Tensor
-    out_bias: Tensor | None
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    out: Product
+    gate_up: Product
+    down: Product
 
 
 class LeanDecoder:
@@ -109,8 +106,8 @@ class LeanDecoder:
         self._ranks = ranks
         shares = ranks.size if ranks else 1
         self._embed: Tensor = model.model.embed_tokens.weight
-        self._head: Tensor = model.lm_head.weight
-        self._head_bias: Tensor | None = model.lm_head.bias
+        pack = packs(model)
+        self._head = Product(model.lm_head.weight, model.lm_head.bias, pack)
         self._norm: Tensor = model.model.norm.weight
         self._rotary = model.model.rotary_emb
         self._eps = float(config.rms_norm_eps)
@@ -121,7 +118,7 @@ class LeanDecoder:
         self._kv_heads = config.num_key_value_heads // shares
         self._vocab = config.vocab_size
         with torch.no_grad():
-            self._blocks = [_block(layer) for layer in model.model.layers]
+            self._blocks = [_block(layer, pack) for layer in model.model.layers]
         self._table = self._rotary_table(min(2048, config.max_position_embeddings))
         self._max = config.max_position_embeddings
 
@@ -165,7 +162,7 @@ class LeanDecoder:
         width = (x.shape[-1],)
         for number, b in enumerate(self._blocks):
             h = torch.rms_norm(x, width, b.norm1, eps)
-            qkv = F.linear(h, b.qkv, b.qkv_bias).view(tokens, rotated + kv_heads, dim)
+            qkv = b.qkv(h).view(tokens, rotated + kv_heads, dim)
             if b.q_norm is not None and b.k_norm is not None:
                 q = torch.rms_norm(qkv[:, :heads], (dim,), b.q_norm, eps)
                 k = torch.rms_norm(qkv[:, heads:rotated], (dim,), b.k_norm, eps)
@@ -174,14 +171,14 @@ class LeanDecoder:
                 qk = qkv[:, :rotated]
             qk = torch.addcmul(qk * cos, torch.roll(qk, half, -1), sin)
             a = attend(number, qk[:, :heads], qk[:, heads:], qkv[:, rotated:])
-            x = x + whole(F.linear(a, b.out, b.out_bias))
+            x = x + whole(b.out(a))
             h = torch.rms_norm(x, width, b.norm2, eps)
-            gate, up = F.linear(h, b.gate_up, b.gate_up_bias).chunk(2, -1)
-            x = x + whole(F.linear(F.silu(gate) * up, b.down, b.down_bias))
+            gate, up = b.gate_up(h).chunk(2, -1)
+            x = x + whole(b.down(F.silu(gate) * up))
         return torch.rms_norm(x, width, self._norm, eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        logits = F.linear(hidden, self._head, self._head_bias)
+        logits = self._head(hidden)
         return self._ranks.gather(logits, self._vocab) if self._ranks else logits
 
 
@@ -194,23 +191,17 @@ def _linears(layer: Any) -> list[nn.Module]:
     return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
 
 
-def _block(layer: Any) -> _Block:
+def _block(layer: Any, pack: bool) -> _Block:
     a, m = layer.self_attn, layer.mlp
-    qkv, qkv_bias = _fuse(a.q_proj, a.k_proj, a.v_proj)
-    gate_up, gate_up_bias = _fuse(m.gate_proj, m.up_proj)
     return _Block(
         norm1=layer.input_layernorm.weight,
         norm2=layer.post_attention_layernorm.weight,
-        qkv=qkv,
-        qkv_bias=qkv_bias,
+        qkv=Product(*_fuse(a.q_proj, a.k_proj, a.v_proj), pack),
         q_norm=a.q_norm.weight if hasattr(a, "q_norm") else None,
         k_norm=a.k_norm.weight if hasattr(a, "k_norm") else None,
-        out=a.o_proj.weight,
-        out_bias=a.o_proj.bias,
-        gate_up=gate_up,
-        gate_up_bias=gate_up_bias,
-        down=m.down_proj.weight,
-        down_bias=m.down_proj.bias,
+        out=Product(a.o_proj.weight, a.o_proj.bias, pack),
+        gate_up=Product(*_fuse(m.gate_proj, m.up_proj), pack),
+        down=Product(m.down_proj.weight, m.down_proj.bias, pack),
     )
 
 

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 from wispprof.lm.reference import corpus, distil, train
 
 TARGET_RECIPE = train.Recipe(steps=1300, decay_share=0.25)
-DRAFT_RECIPE = train.Recipe(steps=2800, decay_share=0.4, short=(8, 512), long=(4, 1024))
+DRAFT_RECIPE = train.Recipe(steps=1800, decay_share=0.4, short=(8, 512), long=(4, 1024))
 OWN_BATCHES, OWN_ROWS = 12, 96
 """Calls of the target writing its own text, and texts of each."""
 FILE_ROWS = 768

@@ -1,0 +1,66 @@
+"""Laid-out weights give the same products, and the same decoder, as torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from wispprof.core import Feed, Sampling
+from wispprof.lm import products
+from wispprof.lm.engine import VerifierEngine
+from wispprof.lm.loading import random_model
+from wispprof.lm.products import Product, can_pack, packs
+
+pytestmark = pytest.mark.skipif(
+    not can_pack(torch.zeros(2, 2)), reason="this torch lays out no weights on this processor"
+)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_equal_a_plain_product_for_any_number_of_rows(bias: bool) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(96, 40)
+    offset = torch.randn(96) if bias else None
+    product = Product(weight, offset, pack=True)
+    for rows in (1, 2, 3, 16, 17, 200):
+        x = torch.randn(rows, 40)
+        wanted = x.double() @ weight.double().T + (0 if offset is None else offset.double())
+        torch.testing.assert_close(product(x).double(), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_all_but_lone_rows_are_multiplied_with_the_copy() -> None:
+    """Negative control: a weight changed behind its back changes lone rows and leaves the others."""
+    torch.manual_seed(0)
+    weight = torch.randn(96, 40)
+    product = Product(weight, None, pack=True)
+    one, few = torch.randn(1, 40), torch.randn(4, 40)
+    before = product(few)
+    weight += 1.0
+    torch.testing.assert_close(product(few), before)
+    torch.testing.assert_close(product(one), one @ weight.T, atol=1e-4, rtol=1e-4)
+
+
+def test_only_small_float32_models_on_a_cpu_are_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not can_pack(torch.zeros(4, 4, dtype=torch.bfloat16))
+    model = nn.Linear(8, 8)
+    assert packs(model)
+    monkeypatch.setattr(products, "MOST_BYTES", 100)
+    assert not packs(model)
+
+
+def test_an_engine_decides_alike_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = random_model("tiny-llama", seed=1, device="cpu")
+    packed = VerifierEngine(loaded, kv_tokens=2000)
+    monkeypatch.setattr(products, "can_pack", lambda weight: False)
+    plain = VerifierEngine(loaded, kv_tokens=2000)
+    feeds = [Feed("a", [5, 9, 3]), Feed("b", list(range(20)), drafts=4), Feed("c", [7])]
+    logits = []
+    for engine in (packed, plain):
+        for name in "abc":
+            engine.open(name, Sampling())
+        outcomes = engine.step(feeds, keep_logits=True)
+        logits.append((outcomes, engine.last_logits))
+    assert logits[0][0] == logits[1][0]
+    for a, b in zip(logits[0][1], logits[1][1], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
