@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
 import secrets
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
@@ -18,7 +16,16 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from wispprof.errors import RuntimeFault, ServerBusy, ServerUnreachable, WispprofError
 from wispprof.runtime.edge.house import EdgeHouse, EdgeSettings, Prompt, Reply, open_edge
 from wispprof.runtime.edge.metrics import EdgeMetrics
-from wispprof.runtime.edge.openai import ApiError, ChatRequest, CompletionRequest, error_body
+from wispprof.runtime.openai_shapes import (
+    ApiError,
+    ChatAnswer,
+    ChatRequest,
+    CompletionAnswer,
+    CompletionRequest,
+    error_body,
+    event,
+    usage,
+)
 from wispprof.runtime.server.run import bind
 
 __all__ = ["make_edge_app", "serve_edge"]
@@ -96,7 +103,7 @@ def make_edge_app(house: EdgeHouse) -> FastAPI:
         tokens = _prompt_tokens(house, body)
         prompt = _prompt(house, tokens, body.max_tokens, body)
         echo = body.prompt if body.echo and isinstance(body.prompt, str) else ""
-        return await _respond(house, metrics, body, prompt, _Completion(house.model, echo))
+        return await _respond(house, metrics, body, prompt, CompletionAnswer(house.model, echo))
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest) -> Response | dict[str, Any]:
@@ -104,7 +111,7 @@ def make_edge_app(house: EdgeHouse) -> FastAPI:
         said = [{"role": m.role, "content": m.text()} for m in body.messages]
         most = body.max_completion_tokens or body.max_tokens
         prompt = _prompt(house, house.chat(said), most, body)
-        return await _respond(house, metrics, body, prompt, _Chat(house.model))
+        return await _respond(house, metrics, body, prompt, ChatAnswer(house.model))
 
     return app
 
@@ -120,15 +127,8 @@ def _status(fault: WispprofError) -> tuple[int, dict[str, str]]:
 
 
 def _prompt_tokens(house: EdgeHouse, body: CompletionRequest) -> tuple[int, ...]:
-    given = body.prompt
-    if isinstance(given, str):
-        return house.encode(given)
-    if given and isinstance(given[0], int):
-        return tuple(given)
-    if len(given) != 1:
-        raise ApiError("One prompt per request.", param="prompt")
-    only = given[0]
-    return house.encode(only) if isinstance(only, str) else tuple(only)  # type: ignore[arg-type]
+    given = body.one_prompt()
+    return house.encode(given) if isinstance(given, str) else tuple(given)
 
 
 def _prompt(
@@ -151,106 +151,45 @@ def _prompt(
 # --- answers --------------------------------------------------------------------------------------
 
 
-class _Completion:
-    """How a completion looks, whole and in pieces."""
-
-    kind, piece_kind = "text_completion", "text_completion"
-
-    def __init__(self, model: str, echo: str = "") -> None:
-        self.model = model
-        self.echo = echo
-        self.id = f"cmpl-{secrets.token_hex(12)}"
-        self.created = int(time.time())
-
-    def head(self, streamed: bool) -> dict[str, Any]:
-        kind = self.piece_kind if streamed else self.kind
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-
-    def whole(self, text: str, finished: str) -> dict[str, Any]:
-        return self._choice({"text": self.echo + text}, finished)
-
-    def first(self) -> list[dict[str, Any]]:
-        return [self.piece(self.echo)] if self.echo else []
-
-    def piece(self, text: str) -> dict[str, Any]:
-        return self._choice({"text": text}, None)
-
-    def last(self, finished: str) -> dict[str, Any]:
-        return self._choice({"text": ""}, finished)
-
-    @staticmethod
-    def _choice(content: dict[str, Any], finished: str | None) -> dict[str, Any]:
-        return {"index": 0, **content, "logprobs": None, "finish_reason": finished}
-
-
-class _Chat(_Completion):
-    kind, piece_kind = "chat.completion", "chat.completion.chunk"
-
-    def __init__(self, model: str) -> None:
-        super().__init__(model)
-        self.id = f"chatcmpl-{secrets.token_hex(12)}"
-
-    def whole(self, text: str, finished: str) -> dict[str, Any]:
-        return self._choice({"message": {"role": "assistant", "content": text}}, finished)
-
-    def first(self) -> list[dict[str, Any]]:
-        return [self._choice({"delta": {"role": "assistant", "content": ""}}, None)]
-
-    def piece(self, text: str) -> dict[str, Any]:
-        return self._choice({"delta": {"content": text}}, None)
-
-    def last(self, finished: str) -> dict[str, Any]:
-        return self._choice({"delta": {}}, finished)
-
-
 async def _respond(
     house: EdgeHouse,
     metrics: EdgeMetrics,
     body: ChatRequest | CompletionRequest,
     prompt: Prompt,
-    form: _Completion,
+    answer: CompletionAnswer,
 ) -> Response | dict[str, Any]:
     reply = house.reply(prompt)
     pieces = metrics.watch(reply)
     # The first piece decides whether this is an answer or an error: afterwards the status is sent.
     first = await anext(pieces, None)
     if body.stream:
-        events = _events(form, reply, prompt, first, pieces, body.wants_usage)
+        events = _events(answer, reply, prompt, first, pieces, body.wants_usage)
         return StreamingResponse(events, media_type="text/event-stream")
     text = (first or "") + "".join([piece async for piece in pieces])
-    return {
-        **form.head(False),
-        "choices": [form.whole(text, _reason(reply))],
-        "usage": _usage(prompt, reply),
-        "wispprof": _extra(reply),
-    }
+    return answer.whole(text, _reason(reply), _usage(prompt, reply), wispprof=_extra(reply))
 
 
 async def _events(
-    form: _Completion,
+    answer: CompletionAnswer,
     reply: Reply,
     prompt: Prompt,
     first: str | None,
     pieces: AsyncGenerator[str],
-    usage: bool,
+    wants_usage: bool,
 ) -> AsyncIterator[str]:
-    def event(choice: dict[str, Any], **more: Any) -> str:
-        return f"data: {json.dumps({**form.head(True), 'choices': [choice], **more})}\n\n"
-
     try:
-        for choice in form.first():
-            yield event(choice)
+        if opening := answer.first():
+            yield opening
         if first:
-            yield event(form.piece(first))
+            yield answer.piece(first)
         async for piece in pieces:
-            yield event(form.piece(piece))
-        yield event(form.last(_reason(reply)), wispprof=_extra(reply))
-        if usage:
-            body = {**form.head(True), "choices": [], "usage": _usage(prompt, reply)}
-            yield f"data: {json.dumps(body)}\n\n"
+            yield answer.piece(piece)
+        yield answer.last(_reason(reply), wispprof=_extra(reply))
+        if wants_usage:
+            yield answer.counted(_usage(prompt, reply))
         yield "data: [DONE]\n\n"
     except WispprofError as fault:
-        yield f"data: {json.dumps(error_body(str(fault), 'server_error'))}\n\n"
+        yield event(error_body(str(fault), "server_error"))
     finally:
         await asyncio.shield(pieces.aclose())
 
@@ -259,9 +198,8 @@ def _reason(reply: Reply) -> str:
     return "stop" if reply.finished == "stop" else "length"
 
 
-def _usage(prompt: Prompt, reply: Reply) -> dict[str, int]:
-    asked, made = len(prompt.tokens), len(reply.tokens)
-    return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
+def _usage(prompt: Prompt, reply: Reply) -> dict[str, Any]:
+    return usage(len(prompt.tokens), len(reply.tokens))
 
 
 def _extra(reply: Reply) -> dict[str, Any]:

@@ -14,10 +14,18 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from wispprof.core import Slo
 from wispprof.errors import WispprofError
-from wispprof.runtime.edge.openai import ApiError, ChatRequest, CompletionRequest, error_body
 from wispprof.runtime.edge.text import StopScanner, TextStream
+from wispprof.runtime.openai_shapes import (
+    ApiError,
+    ChatAnswer,
+    ChatRequest,
+    CompletionAnswer,
+    CompletionRequest,
+    error_body,
+    event,
+    usage,
+)
 from wispprof.runtime.server.admission import Refused
-from wispprof.runtime.server.answers import ChatAnswer, CompletionAnswer, event, usage
 from wispprof.runtime.server.front import check_key
 from wispprof.runtime.server.live import GenerationRequest, LiveSession
 from wispprof.runtime.server.server import VerificationServer
@@ -98,11 +106,7 @@ def _refusal(fault: WispprofError) -> JSONResponse:
 
 
 def _prompt_tokens(text: TextSide, body: CompletionRequest) -> tuple[int, ...]:
-    given: Any = body.prompt
-    if isinstance(given, list) and given and not isinstance(given[0], int):
-        if len(given) != 1:
-            raise ApiError("One prompt per request.", param="prompt")
-        given = given[0]
+    given = body.one_prompt()
     return text.encode(given) if isinstance(given, str) else tuple(given)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from wispprof.runtime.edge.openai import ApiError
+from wispprof.runtime.openai_shapes import ApiError
 
 __all__ = ["ByteTokenizer", "TextSide"]
 
