@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +19,13 @@ from wispprof.runtime.edge import (
     Generation,
     GenerationRequest,
     TimedWorker,
+    websocket_dial,
 )
+from wispprof.runtime.edge.device import Device
+from wispprof.runtime.edge.house import EdgeHouse, EdgeSettings
 from wispprof.runtime.server.double import HashDrafter, HashEngine, HashTarget
+from wispprof.runtime.server.run import running_server
+from wispprof.runtime.server.settings import ServerSettings
 from wispprof.sessions.turns import DraftingSettings
 
 
@@ -139,3 +145,52 @@ def hash_trace(
                 accepted[row] += good
         made.append(TracePath(prompt, path, drafts, features, accepted))
     return AcceptanceTrace("hash", "hash-draft", "", Sampling(), tuple(made))
+
+
+class Letters:
+    """Token ``t`` is the t-th letter from a table of 256 visible characters."""
+
+    eos_token_id = None
+    chat_template = None
+    table = [chr(0x100 + n) for n in range(256)]
+
+    def get_vocab(self) -> dict[str, int]:
+        return {letter: n for n, letter in enumerate(self.table)}
+
+    def encode(self, text: str) -> list[int]:
+        return [self.table.index(c) if c in self.table else ord(c) % 256 for c in text]
+
+    def decode(self, tokens: list[int], **_: object) -> str:
+        return "".join(self.table[token] for token in tokens)
+
+
+class HashDevice(Device):
+    """A device whose model is the hash drafter."""
+
+    def _model(self) -> HashDrafter:
+        return HashDrafter(HashTarget(), 0.8)
+
+
+LETTERS = Letters()
+
+
+def text_of(prompt: str, count: int, sampling: Sampling | None = None) -> str:
+    return LETTERS.decode(truth(LETTERS.encode(prompt), count, sampling))
+
+
+@asynccontextmanager
+async def hash_house(
+    kind: str = "model", policy: str = "wispprof", server: str = ""
+) -> AsyncIterator[EdgeHouse]:
+    """An edge of the hash pair, ready to answer; without ``server`` it gets one of its own."""
+    async with AsyncExitStack() as stack:
+        if not server:
+            engine = HashEngine()
+            settings = ServerSettings(policy=policy, admit="all")
+            own = running_server(settings, engine=engine, model=engine.served)
+            server = (await stack.enter_async_context(own)).split_url
+        device = HashDevice(kind, "fixed", {"k": 3}, loaded=object())
+        stack.callback(device.close)
+        dial = websocket_dial(server)
+        client = await stack.enter_async_context(edge(dial, backoff_ms=5.0))
+        yield EdgeHouse(EdgeSettings(drafter=kind), LETTERS, device, client)

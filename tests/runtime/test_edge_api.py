@@ -10,62 +10,30 @@ from contextlib import asynccontextmanager
 import httpx
 import openai
 import pytest
-from edge_doubles import edge, truth
+from edge_doubles import LETTERS, hash_house, text_of
 
 from wispprof.core import Sampling
 from wispprof.errors import WispprofError
-from wispprof.runtime.edge import websocket_dial
-from wispprof.runtime.edge.device import Device
-from wispprof.runtime.edge.house import EdgeHouse, EdgeSettings
+from wispprof.runtime.edge.house import EdgeSettings
 from wispprof.runtime.edge.serve import make_edge_app, serve_edge
-from wispprof.runtime.server.double import HashDrafter, HashEngine, HashTarget
+from wispprof.runtime.link import LinkProxy, LinkSettings
+from wispprof.runtime.server.app import make_app
+from wispprof.runtime.server.double import HashEngine
 from wispprof.runtime.server.run import running_server
 from wispprof.runtime.server.settings import ServerSettings
+from wispprof.runtime.server.text import TextSide
+from wispprof.simulation.links import LinkProfile
 
 
-class Letters:
-    """Token ``t`` is the t-th letter from a table of 256 visible characters."""
-
-    eos_token_id = None
-    chat_template = None
-    table = [chr(0x100 + n) for n in range(256)]
-
-    def get_vocab(self) -> dict[str, int]:
-        return {letter: n for n, letter in enumerate(self.table)}
-
-    def encode(self, text: str) -> list[int]:
-        return [self.table.index(c) if c in self.table else ord(c) % 256 for c in text]
-
-    def decode(self, tokens: list[int], **_: object) -> str:
-        return "".join(self.table[token] for token in tokens)
-
-
-class HashDevice(Device):
-    """A device whose model is the hash drafter."""
-
-    def _model(self) -> HashDrafter:
-        return HashDrafter(HashTarget(), 0.8)
-
-
-LETTERS = Letters()
-
-
-def text_of(prompt: str, count: int, sampling: Sampling | None = None) -> str:
-    return LETTERS.decode(truth(LETTERS.encode(prompt), count, sampling))
+def over(app: object) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app)  # type: ignore[arg-type]
+    return httpx.AsyncClient(transport=transport, base_url="http://edge")
 
 
 @asynccontextmanager
 async def api(kind: str = "model", policy: str = "wispprof") -> AsyncIterator[httpx.AsyncClient]:
-    engine = HashEngine()
-    settings = ServerSettings(policy=policy, admit="all")
-    async with running_server(settings, engine=engine, model=engine.served) as running:
-        device = HashDevice(kind, "fixed", {"k": 3}, loaded=object())
-        async with edge(websocket_dial(running.split_url)) as client:
-            house = EdgeHouse(EdgeSettings(drafter=kind), LETTERS, device, client)
-            transport = httpx.ASGITransport(make_edge_app(house))
-            async with httpx.AsyncClient(transport=transport, base_url="http://edge") as http:
-                yield http
-        device.close()
+    async with hash_house(kind, policy) as house, over(make_edge_app(house)) as http:
+        yield http
 
 
 def openai_client(http: httpx.AsyncClient) -> openai.AsyncOpenAI:
@@ -150,6 +118,34 @@ async def test_the_same_seed_gives_the_same_text_whatever_drafts(kind: str) -> N
         )
         for n, answer in enumerate(answers):
             assert answer.choices[0].text == text_of(f"p{n}", 16, Sampling(0.7, seed=3))
+
+
+async def test_the_same_seed_gives_the_same_text_split_centralized_and_after_a_reconnect() -> None:
+    ask = {"model": "hash-256", "prompt": "once", "max_tokens": 120, "temperature": 0.8, "seed": 11}
+    engine = HashEngine(step_ms=lambda shape: 2.0)
+    settings = ServerSettings(policy="wispprof", admit="all")
+    parts = {"engine": engine, "model": engine.served, "text": TextSide(LETTERS)}
+    async with running_server(settings, **parts) as running:  # type: ignore[arg-type]
+        async with over(make_app(running.server)) as http:
+            alone = await openai_client(http).completions.create(**ask)
+        link = LinkSettings(LinkProfile(2.0))
+        async with LinkProxy("127.0.0.1", 0, "127.0.0.1", running.port, link) as proxy:
+            address = f"127.0.0.1:{proxy.port}"
+            async with hash_house(server=address) as house, over(make_edge_app(house)) as http:
+                client = openai_client(http)
+                split = await client.completions.create(**ask)
+                half = proxy.bytes_down // 2
+                again = asyncio.create_task(client.completions.create(**ask))
+                while proxy.bytes_down < 3 * half:
+                    await asyncio.sleep(0.001)
+                proxy.cut()
+                resumed = await again
+    expected = text_of("once", 120, Sampling(0.8, seed=11))
+    assert alone.choices[0].text == expected
+    assert split.choices[0].text == expected
+    assert resumed.choices[0].text == expected
+    assert resumed.model_extra is not None
+    assert resumed.model_extra["wispprof"]["reopened"] == 1
 
 
 async def test_bad_requests_are_refused_in_openais_form() -> None:

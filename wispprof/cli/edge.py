@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -60,8 +63,7 @@ def register(app: typer.Typer) -> None:
     app.command("link", rich_help_panel="Run")(link)
 
 
-def generate(
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+def _edge_settings(
     server: Server = "",
     key: Key = "",
     ca_file: CaFile = None,
@@ -79,6 +81,65 @@ def generate(
     slo: Speed = 2.0,
     fallback: Fallback = "none",
     give_up: GiveUp = 10.0,
+) -> EdgeSettings:
+    """What every command that drafts can be told, and the settings it makes."""
+    from wispprof.runtime.edge.house import EdgeSettings
+
+    options: dict[str, Any] = {}
+    if k is not None:
+        options["k" if controller == "fixed" else "k_max"] = k
+    if threshold is not None:
+        options["threshold"] = threshold
+    return EdgeSettings(
+        server=server,
+        key=key,
+        ca_file=ca_file,
+        draft=draft,
+        drafter=drafter,
+        controller=controller,
+        options=options,
+        predictor=predictor,
+        plan=plan,
+        plan_device=plan_device,
+        mode=mode,
+        lead=lead,
+        proactive=proactive,
+        tokens_per_s=slo,
+        fallback=fallback,
+        give_up_ms=give_up * 1000.0,
+    )
+
+
+def _drafts(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of :func:`_edge_settings`; it is called with the settings they make.
+
+    Typer reads a command's options off its signature, so that is what is put together here: arguments
+    first, then the shared options, then the command's own, which also replace shared ones of their name.
+    """
+    common_ones = signature(_edge_settings).parameters
+    own = {name: p for name, p in signature(command).parameters.items() if name != "settings"}
+    arguments = [p for p in own.values() if p.default is Parameter.empty]
+    shared = [p for name, p in common_ones.items() if name not in own]
+    options = [p for p in own.values() if p.default is not Parameter.empty]
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        settings = _edge_settings(**{name: given.pop(name) for name in common_ones})
+        command(settings=settings, **given)
+
+    known = {"EdgeSettings": object}  # a name for type checkers only
+    hints = get_type_hints(_edge_settings, localns=known, include_extras=True)
+    hints |= get_type_hints(command, localns=known, include_extras=True)
+    order = [p.replace(annotation=hints[p.name]) for p in (*arguments, *shared, *options)]
+    run.__signature__ = Signature(order)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in order}
+    return run
+
+
+@_drafts
+def generate(
+    settings: EdgeSettings,
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
@@ -91,32 +152,11 @@ def generate(
     import asyncio
 
     from wispprof.core import Sampling
-    from wispprof.runtime.edge.house import Prompt
+    from wispprof.runtime.edge.house import Prompt, open_edge
 
-    settings = _settings(
-        server=server,
-        key=key,
-        ca_file=ca_file,
-        draft=draft,
-        drafter=drafter,
-        controller=controller,
-        k=k,
-        threshold=threshold,
-        predictor=predictor,
-        plan=plan,
-        plan_device=plan_device,
-        mode=mode,
-        lead=lead,
-        proactive=proactive,
-        tokens_per_s=slo,
-        fallback=fallback,
-        give_up_ms=give_up * 1000.0,
-    )
     sampling = Sampling(temperature, top_k, top_p, seed)
 
     async def main() -> None:
-        from wispprof.runtime.edge.house import open_edge
-
         async with open_edge(settings) as house:
             ask = Prompt(house.encode(prompt), max_tokens, sampling, tuple(stop or ()))
             document = await _answer(house, ask, show=not as_json)
@@ -126,24 +166,9 @@ def generate(
     asyncio.run(main())
 
 
+@_drafts
 def chat(
-    server: Server = "",
-    key: Key = "",
-    ca_file: CaFile = None,
-    draft: Draft = "",
-    drafter: DrafterKind = "model",
-    controller: ControllerName = "wispprof",
-    k: K = None,
-    threshold: Threshold = None,
-    predictor: Predictor = None,
-    plan: PlanFile = None,
-    plan_device: PlanDevice = "",
-    mode: Mode = "",
-    lead: Lead = 24,
-    proactive: Proactive = 8,
-    slo: Speed = 2.0,
-    fallback: Fallback = "none",
-    give_up: GiveUp = 10.0,
+    settings: EdgeSettings,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
     top_k: TopK = 0,
@@ -155,31 +180,9 @@ def chat(
     import asyncio
 
     from wispprof.core import Sampling
-    from wispprof.runtime.edge.house import Prompt
-
-    settings = _settings(
-        server=server,
-        key=key,
-        ca_file=ca_file,
-        draft=draft,
-        drafter=drafter,
-        controller=controller,
-        k=k,
-        threshold=threshold,
-        predictor=predictor,
-        plan=plan,
-        plan_device=plan_device,
-        mode=mode,
-        lead=lead,
-        proactive=proactive,
-        tokens_per_s=slo,
-        fallback=fallback,
-        give_up_ms=give_up * 1000.0,
-    )
+    from wispprof.runtime.edge.house import Prompt, open_edge
 
     async def main() -> None:
-        from wispprof.runtime.edge.house import open_edge
-
         async with open_edge(settings) as house:
             if not getattr(house.tokenizer, "chat_template", None):
                 common.note(
@@ -198,25 +201,11 @@ def chat(
     asyncio.run(main())
 
 
+@_drafts
 def edge(
-    server: Server = "",
+    settings: EdgeSettings,
     host: Annotated[str, typer.Option(help="Loopback address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8300,
-    key: Key = "",
-    ca_file: CaFile = None,
-    draft: Draft = "",
-    drafter: DrafterKind = "model",
-    controller: ControllerName = "wispprof",
-    k: K = None,
-    threshold: Threshold = None,
-    predictor: Predictor = None,
-    plan: PlanFile = None,
-    plan_device: PlanDevice = "",
-    mode: Mode = "",
-    lead: Lead = 24,
-    proactive: Proactive = 8,
-    slo: Speed = 2.0,
-    fallback: Fallback = "none",
     give_up: GiveUp = 30.0,
     max_tokens: MaxTokens = 256,
 ) -> None:
@@ -225,31 +214,10 @@ def edge(
 
     from wispprof.runtime.edge.serve import serve_edge
 
-    settings = _settings(
-        server=server,
-        key=key,
-        ca_file=ca_file,
-        draft=draft,
-        drafter=drafter,
-        controller=controller,
-        k=k,
-        threshold=threshold,
-        predictor=predictor,
-        plan=plan,
-        plan_device=plan_device,
-        mode=mode,
-        lead=lead,
-        proactive=proactive,
-        tokens_per_s=slo,
-        fallback=fallback,
-        give_up_ms=give_up * 1000.0,
-    )
-    settings = replace(settings, max_tokens=max_tokens)
-
     def announce(house: EdgeHouse, where: str) -> None:
         common.note(f"{house.model} answers at {where}/v1 (Ctrl-C ends)")
 
-    asyncio.run(serve_edge(settings, host, port, announce))
+    asyncio.run(serve_edge(replace(settings, max_tokens=max_tokens), host, port, announce))
 
 
 def link(
@@ -295,18 +263,6 @@ def link(
 
 
 # --- shared ---------------------------------------------------------------------------------------
-
-
-def _settings(*, k: int | None, threshold: float | None, **given: Any) -> EdgeSettings:
-    from wispprof.runtime.edge.house import EdgeSettings
-
-    name = given["controller"]
-    options: dict[str, Any] = {}
-    if k is not None:
-        options["k" if name == "fixed" else "k_max"] = k
-    if threshold is not None:
-        options["threshold"] = threshold
-    return EdgeSettings(options=options, **given)
 
 
 async def _answer(house: EdgeHouse, ask: Prompt, show: bool) -> dict[str, Any]:

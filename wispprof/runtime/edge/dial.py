@@ -139,6 +139,8 @@ def websocket_dial(
     """
 
     url = server_url(url)
+    secure = url.startswith("wss:")
+    trust = (ssl or tls.create_default_context()) if secure else None
 
     async def dial() -> Connection:
         from websockets.asyncio.client import connect
@@ -152,7 +154,7 @@ def websocket_dial(
                 ping_interval=None,
                 compression=None,
                 max_size=MAX_FRAME_BYTES,
-                ssl=ssl,
+                ssl=trust,
                 proxy=None,
             )
         except InvalidURI as fault:

@@ -256,8 +256,7 @@ def _load(settings: EdgeSettings, folder: str) -> tuple[Any, Any, str]:
 async def _server(settings: EdgeSettings, stack: AsyncExitStack) -> tuple[Dial, bool | None]:
     """How to reach the server, and its mode where it is known before hello."""
     if settings.server:
-        context = tls.create_default_context(cafile=settings.ca_file) if settings.ca_file else None
-        return websocket_dial(settings.server, ssl=context), None
+        return websocket_dial(settings.server, ssl=_trust(settings.ca_file)), None
     from wispprof.runtime.server.run import running_server
     from wispprof.runtime.server.settings import ServerSettings
 
@@ -271,6 +270,18 @@ async def _server(settings: EdgeSettings, stack: AsyncExitStack) -> tuple[Dial, 
     )
     running = await stack.enter_async_context(running_server(server))
     return websocket_dial(running.split_url), stream
+
+
+def _trust(ca_file: Path | None) -> tls.SSLContext | None:
+    if ca_file is None:
+        return None
+    try:
+        return tls.create_default_context(cafile=ca_file)
+    except OSError as fault:  # an unreadable file, or (SSLError) one that holds no certificate
+        raise WispprofError(
+            f"{ca_file} is no certificate authority: {fault.strerror or fault}.",
+            "Give --ca-file a PEM file.",
+        ) from fault
 
 
 def _predictor(settings: EdgeSettings) -> RejectionPredictor | None:

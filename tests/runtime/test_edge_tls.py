@@ -1,0 +1,71 @@
+"""TLS between edge and server, with a real certificate made on the spot."""
+
+from __future__ import annotations
+
+import shutil
+import ssl
+import subprocess
+from pathlib import Path
+
+import pytest
+from edge_doubles import drafting, edge, truth
+
+from wispprof.runtime.edge import websocket_dial
+from wispprof.runtime.edge.dial import LinkLost
+from wispprof.runtime.server.double import HashEngine
+from wispprof.runtime.server.run import running_server
+from wispprof.runtime.server.settings import ServerSettings
+
+OPENSSL = shutil.which("openssl")
+pytestmark = pytest.mark.skipif(OPENSSL is None, reason="openssl makes the certificate")
+
+
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(certificate for ``localhost`` that is its own authority, its key)."""
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2"]
+    command = [str(OPENSSL), "req", "-x509", *curve, *name, "-out", str(cert), "-keyout", str(key)]
+    subprocess.run(command, check=True, capture_output=True)
+    return cert, key
+
+
+def tls_server(certified: tuple[Path, Path]):  # type: ignore[no-untyped-def]
+    engine = HashEngine()
+    settings = ServerSettings(tls_cert=certified[0], tls_key=certified[1], admit="all")
+    return running_server(settings, engine=engine, model=engine.served)
+
+
+async def test_a_generation_over_tls(certified: tuple[Path, Path]) -> None:
+    trust = ssl.create_default_context(cafile=certified[0])
+    async with tls_server(certified) as running:
+        dial = websocket_dial(f"wss://localhost:{running.port}", ssl=trust)
+        async with edge(dial) as client:
+            generation = drafting(client, (1, 2, 3), max_new=24, draft_ms=1.0)
+            await generation.run()
+    assert list(generation.output) == truth((1, 2, 3), 24)
+
+
+async def test_an_unknown_authority_is_refused_at_once(certified: tuple[Path, Path]) -> None:
+    async with tls_server(certified) as running:
+        with pytest.raises(LinkLost, match="TLS with") as fault:
+            async with edge(websocket_dial(f"wss://localhost:{running.port}")):
+                pass
+    assert fault.value.final
+    assert "certificate" in fault.value.fix.lower()
+
+
+async def test_a_certificate_for_another_host_is_refused(certified: tuple[Path, Path]) -> None:
+    trust = ssl.create_default_context(cafile=certified[0])
+    async with tls_server(certified) as running:
+        with pytest.raises(LinkLost, match="TLS with"):
+            async with edge(websocket_dial(f"wss://127.0.0.1:{running.port}", ssl=trust)):
+                pass
+
+
+async def test_plain_text_does_not_reach_a_tls_server(certified: tuple[Path, Path]) -> None:
+    async with tls_server(certified) as running:
+        with pytest.raises(LinkLost):
+            await websocket_dial(f"ws://localhost:{running.port}")()
