@@ -1,0 +1,271 @@
+"""Does a killed server, a cut link or a stalling one change a token? With real processes, in real time.
+
+    python benchmarks/resilience.py
+    python benchmarks/resilience.py --generations 6 --tokens 64 --only kill
+
+A real ``wispprof serve`` on the bundled target and a number of edges, each with its own connection through a
+link proxy, the bundled draft model, and one generation: every other one greedy, the others sampled with seeds
+of their own, one in four centralized. First they run undisturbed; then the same requests run again while
+
+* ``kill``: the server dies by ``kill -9`` once every generation is under way, and another process takes its
+  port three seconds later;
+* ``cut``: every link is cut at once, twice;
+* ``stall``: links deliver nothing for the last two of every five seconds, long enough to meet several.
+
+The physics. A server that dies takes every session's cache with it; only the edges know what was
+committed. They come back and open again with those tokens and the same seed; the noise of every position is
+what it was, so the text must go on to the last token as if nothing had happened. What a user may notice is a
+pause: about the outage, the server's start, and reading the text again.
+
+Prints a table and one JSON line; ends with an error where a generation did not finish with exactly the
+undisturbed text, or where the disturbance did not happen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from wispprof.artifacts import bundled
+from wispprof.core import Sampling
+from wispprof.errors import WispprofError
+from wispprof.runtime.edge import (
+    ClientSettings,
+    EdgeClient,
+    Generation,
+    GenerationRequest,
+    websocket_dial,
+)
+from wispprof.runtime.edge.device import Device
+from wispprof.runtime.link import LinkProxy, LinkSettings
+from wispprof.simulation.links import LinkProfile
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTAGE_S = 3.0
+UNDER_WAY = 8
+"""Tokens that every generation has before anything happens to it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One scenario. ``exact``: texts equal to the undisturbed run's; ``reopened``: sessions opened again;
+    ``disturbed``: kills, cuts or stalls; ``pause_s``: the longest wait for a token, of any generation."""
+
+    scenario: str
+    finished: int
+    exact: int
+    reopened: int
+    disturbed: int
+    pause_s: float
+    seconds: float
+
+
+@dataclass
+class Edge:
+    """One generation on a connection of its own."""
+
+    generation: Generation
+    heard: list[float]
+    fault: str = ""
+
+    async def run(self) -> None:
+        try:
+            async for _ in self.generation.stream():
+                self.heard.append(time.monotonic())
+        except WispprofError as fault:
+            self.fault = str(fault)
+
+    @property
+    def under_way(self) -> bool:
+        return len(self.generation.output) >= UNDER_WAY
+
+    @property
+    def pause_s(self) -> float:
+        return max((b - a for a, b in zip(self.heard, self.heard[1:], strict=False)), default=0.0)
+
+
+class Server:
+    """A ``wispprof serve`` process on a known port."""
+
+    def __init__(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            self.port = int(taken.getsockname()[1])
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = ["serve", "--port", str(self.port), "--admit", "all", "--log-level", "error"]
+        self._process = subprocess.Popen(
+            [sys.executable, str(ROOT / "cli.py"), *command],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    async def ready(self, seconds: float = 180.0) -> None:
+        """Wait until it answers; raises where it ended or is silent for so long."""
+        assert self._process is not None
+        until = time.monotonic() + seconds
+        async with httpx.AsyncClient(trust_env=False) as http:
+            while time.monotonic() < until and self._process.poll() is None:
+                with contextlib.suppress(httpx.HTTPError):
+                    if (await http.get(f"http://127.0.0.1:{self.port}/health")).is_success:
+                        return
+                await asyncio.sleep(0.1)
+        raise WispprofError("The server did not start.", "Run `wispprof serve` to see why.")
+
+    def kill(self) -> None:
+        """``kill -9``: no farewell."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+Disturb = Callable[[Server, LinkProxy, list[Edge]], Awaitable[int]]
+"""Does its worst once everybody is under way; returns how often."""
+
+
+async def nothing(server: Server, proxy: LinkProxy, edges: list[Edge]) -> int:
+    return 0
+
+
+async def kill(server: Server, proxy: LinkProxy, edges: list[Edge]) -> int:
+    server.kill()
+    await asyncio.sleep(OUTAGE_S)
+    server.start()
+    return 1
+
+
+async def cut(server: Server, proxy: LinkProxy, edges: list[Edge]) -> int:
+    before = proxy.connections
+    proxy.cut()
+    while proxy.connections < before + len(edges):  # all of them came back
+        await asyncio.sleep(0.01)
+    proxy.cut()
+    return 2 * len(edges)
+
+
+STALLS = LinkSettings(LinkProfile(10.0), stall_every_ms=5000.0, stall_ms=2000.0)
+SCENARIOS: dict[str, tuple[Disturb, LinkSettings]] = {
+    "kill": (kill, LinkSettings(LinkProfile(10.0))),
+    "cut": (cut, LinkSettings(LinkProfile(10.0))),
+    "stall": (nothing, STALLS),
+}
+
+
+async def scenario(
+    name: str, server: Server, device: Device, prompts: list[list[int]], args: Any
+) -> tuple[Run, list[tuple[int, ...]]]:
+    """Run every generation once; what came of it, and the texts."""
+    disturb, settings = SCENARIOS.get(name, (nothing, LinkSettings(LinkProfile(10.0))))
+    begun = time.monotonic()
+    async with contextlib.AsyncExitStack() as stack:
+        proxy = LinkProxy("127.0.0.1", 0, "127.0.0.1", server.port, settings)
+        await stack.enter_async_context(proxy)
+        edges = [
+            await stack.enter_async_context(edge(proxy.port, device, prompt, number, args))
+            for number, prompt in enumerate(prompts)
+        ]
+        tasks = [asyncio.create_task(one.run()) for one in edges]
+        while not all(one.under_way for one in edges) and not any(t.done() for t in tasks):
+            await asyncio.sleep(0.005)
+        disturbed = await disturb(server, proxy, edges)
+        await asyncio.gather(*tasks)
+    seconds = time.monotonic() - begun
+    if settings.stall_ms:
+        disturbed = int(seconds * 1000.0 // settings.stall_every_ms)
+    for one in edges:
+        if one.fault:
+            print(f"  {name}: {one.fault}", file=sys.stderr)
+    texts = [one.generation.output for one in edges]
+    done = sum(bool(one.generation.stats.finished) for one in edges)
+    reopened = sum(one.generation.stats.reopened for one in edges)
+    pause = max(one.pause_s for one in edges)
+    return Run(name, done, 0, reopened, disturbed, pause, seconds), texts
+
+
+@contextlib.asynccontextmanager
+async def edge(
+    port: int, device: Device, prompt: list[int], number: int, args: Any
+) -> AsyncIterator[Edge]:
+    """An edge that is connected and ready to generate."""
+    sampling = Sampling(0.8, 0, 0.95, seed=number) if number % 2 else Sampling()
+    request = GenerationRequest(tuple(prompt), args.tokens, sampling)
+    settings = ClientSettings(give_up_ms=120_000.0)
+    async with EdgeClient(websocket_dial(f"127.0.0.1:{port}"), settings) as client:
+        if number % 4 == 3:
+            yield Edge(Generation(client, request), [])
+            return
+        with device.lend(prompt) as (worker, controller):
+            yield Edge(Generation(client, request, worker, controller), [])
+
+
+async def run(args: Any) -> list[Run]:
+    from wispprof.lm.loading import load_model
+    from wispprof.profiling.prompts import held_out_prompts
+
+    loaded = load_model(str(bundled.path("models/reference-pair/draft")))
+    prompts = held_out_prompts(loaded.tokenizer, args.generations, 64)
+    device = Device("model", "wispprof", loaded=loaded)
+    server = Server()
+    runs = []
+    try:
+        server.start()
+        await server.ready()
+        plain, wanted = await scenario("undisturbed", server, device, prompts, args)
+        for name in ["undisturbed", *args.only]:
+            found, texts = plain, wanted
+            if name != "undisturbed":
+                print(f"{name} …", file=sys.stderr)
+                found, texts = await scenario(name, server, device, prompts, args)
+            exact = sum(a == b for a, b in zip(texts, wanted, strict=True))
+            runs.append(Run(**{**asdict(found), "exact": exact}))
+    finally:
+        server.kill()
+        device.close()
+    return runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--generations", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=160, help="per generation")
+    parser.add_argument("--only", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS))
+    args = parser.parse_args()
+    runs = asyncio.run(run(args))
+    print(f"{args.generations} generations of {args.tokens} tokens at most\n")
+    print(
+        f"{'':14}{'finished':>10}{'exact':>8}{'disturbed':>11}{'reopened':>10}{'longest pause s':>17}"
+        f"{'seconds':>9}"
+    )
+    for one in runs:
+        print(
+            f"{one.scenario:14}{one.finished:>10}{one.exact:>8}{one.disturbed:>11}{one.reopened:>10}"
+            f"{one.pause_s:>17.2f}{one.seconds:>9.1f}"
+        )
+    print(json.dumps({"benchmark": "resilience", "runs": [asdict(one) for one in runs]}))
+    for one in runs:
+        if min(one.finished, one.exact) < args.generations:
+            raise WispprofError(f"{one.scenario}: a text was lost or changed.")
+        missed = one.scenario in ("kill", "cut") and one.reopened < args.generations
+        if missed or (one.scenario == "stall" and not one.disturbed):
+            raise WispprofError(f"{one.scenario} came too late.", "Raise --tokens.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except WispprofError as fault:
+        sys.exit(f"error: {fault}")
