@@ -25,6 +25,7 @@ __all__ = [
     "BreakEvenRow",
     "CapacityRow",
     "DraftRow",
+    "MixRow",
     "Plan",
     "load_plan",
     "save_plan",
@@ -123,6 +124,31 @@ class CapacityRow:
 
 
 @dataclass(frozen=True, slots=True)
+class MixRow:
+    """Most sessions of several classes at once of which each keeps its promise.
+
+    ``slos``: the classes, tokens/s; ``shares``: of the sessions, summing to one; ``ks``: the draft length
+    with which each class just keeps its promise at ``split`` sessions. The rest as in :class:`CapacityRow`.
+    """
+
+    device: str
+    rtt_ms: float
+    mode: str
+    slos: tuple[float, ...]
+    shares: tuple[float, ...]
+    centralized: int
+    split: int
+    ks: tuple[float, ...]
+    bound_by: str
+
+    @property
+    def mix(self) -> str:
+        """The mix in words: ``4 tok/s 70 %, 8 tok/s 30 %``."""
+        pairs = zip(self.slos, self.shares, strict=True)
+        return ", ".join(f"{speed:g} tok/s {100 * share:.0f} %" for speed, share in pairs)
+
+
+@dataclass(frozen=True, slots=True)
 class BreakEvenRow:
     """Where drafting begins to pay. ``acceptance``: mean conditional acceptance of the trace.
 
@@ -152,6 +178,7 @@ class Plan:
     batch: tuple[BatchRow, ...]
     capacity: tuple[CapacityRow, ...] = ()
     break_even: tuple[BreakEvenRow, ...] = ()
+    mixes: tuple[MixRow, ...] = ()
     load_bounds: tuple[float, ...] = ()
     context: int = 0
     objective: str = "goodput"
@@ -232,6 +259,8 @@ def load_plan(path: Path) -> Plan:
             batch=_rows(BatchRow, payload["batch"], where),
             capacity=_rows(CapacityRow, payload["capacity"], where),
             break_even=_rows(BreakEvenRow, payload["break_even"], where),
+            # Older plans have none.
+            mixes=_rows(MixRow, payload.get("mixes", ()), where),
             load_bounds=tuple(float(b) for b in payload["load_bounds"]),
             context=int(payload["context"]),
             objective=str(payload["objective"]),
@@ -247,7 +276,7 @@ def load_plan(path: Path) -> Plan:
         ) from fault
 
 
-Row = TypeVar("Row", DraftRow, BatchRow, CapacityRow, BreakEvenRow)
+Row = TypeVar("Row", DraftRow, BatchRow, CapacityRow, MixRow, BreakEvenRow)
 
 
 def _rows(kind: type[Row], entries: Iterable[dict[str, Any]], where: str) -> tuple[Row, ...]:

@@ -55,6 +55,13 @@ def make(
     slo: Annotated[
         list[float] | None, typer.Option("--slo", help="Promise in tokens/s. Repeatable.")
     ] = None,
+    mix: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mix",
+            help="Class mix for capacity: SLO=SHARE,SLO=SHARE (default: equal). Repeatable.",
+        ),
+    ] = None,
     tokens: Annotated[
         int, typer.Option("--context", min=0, help="Cached tokens per session to plan for.")
     ] = 512,
@@ -80,7 +87,7 @@ def make(
         raise typer.BadParameter("--estimator is needed to make a plan (see `wispprof fit`).")
     from wispprof.artifacts.plan import load_plan, save_plan
     from wispprof.planning import PlanSettings
-    from wispprof.planning.run import link_rtt_ms, plan_files
+    from wispprof.planning.run import class_mix, link_rtt_ms, plan_files
 
     default = PlanSettings()
     rtts = tuple(rtt or ()) + tuple(link_rtt_ms(p) for p in link or ())
@@ -92,6 +99,7 @@ def make(
         max_sessions=sessions,
         kv_tokens=kv_tokens,
         objective=objective,
+        mixes=tuple(map(class_mix, mix or ())),
     )
     with tracker("plan") as report:
         plan = plan_files(estimator, edge or (), device or (), trace or (), settings, report)
@@ -243,6 +251,28 @@ def _show_capacity(plan: Plan, device: str, mode: str) -> None:
                 str(row.k),
                 row.bound_by,
             )
+    output().print(shown)
+    mixes = [r for r in plan.mixes if r.device == device and r.mode == mode]
+    if not mixes:
+        return
+    shown = table(
+        f"{device}: capacity of class mixes ({mode})",
+        ">RTT ms",
+        "mix",
+        ">centralized",
+        ">split",
+        "k of each",
+        "bound by",
+    )
+    for many in mixes:
+        shown.add_row(
+            f"{many.rtt_ms:g}",
+            many.mix,
+            str(many.centralized),
+            str(many.split),
+            " ".join(f"{k:g}" for k in many.ks),
+            many.bound_by,
+        )
     output().print(shown)
 
 

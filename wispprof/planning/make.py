@@ -11,6 +11,7 @@ from wispprof.core import StepEstimator
 from wispprof.errors import PlanError
 from wispprof.planning.acceptance import Runs, runs_of_trace
 from wispprof.planning.cells import Device, curve, draft_row
+from wispprof.planning.mix import mix_row
 from wispprof.planning.settings import PlanSettings
 from wispprof.planning.tables import (
     batch_row,
@@ -52,7 +53,7 @@ def make_plan(
     if times.whole(1, 1)[0] <= 0:
         raise PlanError("The estimator says that a step takes no time.", "Fit it anew.")
     levels = sessions_of_levels(times, settings.kv_sessions)
-    draft, capacity, break_even = [], [], []
+    draft, capacity, mixes, break_even = [], [], [], []
     total = len(fleet) * len(settings.rtts_ms) * len(MODES)
     done = 0
     for device in fleet:
@@ -71,6 +72,10 @@ def make_plan(
                 capacity += [
                     capacity_row(times, device, rtt_ms, s, mode, mean, slow, settings)
                     for s in settings.slos
+                ]
+                mixes += [
+                    mix_row(times, device, rtt_ms, mix, mode, mean, slow, settings)
+                    for mix in settings.mixes_or_equal
                 ]
                 done += 1
                 if progress is not None:
@@ -91,6 +96,7 @@ def make_plan(
         draft=tuple(draft),
         batch=tuple(batch),
         capacity=tuple(capacity),
+        mixes=tuple(mixes),
         break_even=tuple(break_even),
         load_bounds=LOAD_BOUNDS,
         context=settings.context,

@@ -12,9 +12,9 @@ from wispprof.artifacts.records import AcceptanceTrace
 from wispprof.errors import PlanError
 from wispprof.planning.cells import Device
 from wispprof.planning.make import make_plan
-from wispprof.planning.settings import PlanSettings
+from wispprof.planning.settings import Mix, PlanSettings
 
-__all__ = ["SpeedDevice", "link_rtt_ms", "plan_files"]
+__all__ = ["SpeedDevice", "class_mix", "link_rtt_ms", "plan_files"]
 
 Report = Callable[[int, int, str], None]
 
@@ -83,6 +83,17 @@ def plan_files(
     return make_plan(
         fitted, devices, acceptance, settings, inputs=inputs, notes=notes, progress=progress
     )
+
+
+def class_mix(text: str) -> Mix:
+    """``4=0.7,8=0.3`` as classes with their shares; raises :class:`PlanError`."""
+    try:
+        pairs = [entry.split("=") for entry in text.split(",")]
+        return tuple((float(speed), float(share)) for speed, share in pairs)
+    except ValueError:
+        raise PlanError(
+            f"{text!r} is not a class mix.", "For example: --mix 4=0.7,8=0.3."
+        ) from None
 
 
 def link_rtt_ms(path: Path) -> float:

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from wispprof.errors import PlanError
 
-__all__ = ["PlanSettings"]
+__all__ = ["Mix", "PlanSettings"]
+
+Mix = tuple[tuple[float, float], ...]
+"""SLO classes (tokens/s) with their shares of the sessions, any positive weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +21,8 @@ class PlanSettings:
     ``violations``: share of sessions that may miss their promise. ``min_gain``: drafting must beat
     not drafting by this factor, or the cell says k = 0 (drafting costs energy, and ties flap).
     ``objective``: ``goodput``, or ``energy``: the least energy per token among the k whose speed is
-    within ``energy_slack`` of the best.
+    within ``energy_slack`` of the best. ``mixes``: class mixes whose capacity is wanted beside that of
+    each class alone; without any, all classes in equal shares.
     """
 
     rtts_ms: tuple[float, ...] = (5.0, 20.0, 50.0, 100.0)
@@ -33,12 +37,19 @@ class PlanSettings:
     min_gain: float = 1.02
     objective: str = "goodput"
     energy_slack: float = 0.05
+    mixes: tuple[Mix, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.rtts_ms or min(self.rtts_ms) < 0:
             raise PlanError("The plan needs round trips of at least 0 ms.", "Give --rtt.")
         if not self.slos or min(self.slos) <= 0:
             raise PlanError("The plan needs SLO classes above 0 tokens/s.", "Give --slo.")
+        for mix in self.mixes:
+            if not mix or min(min(pair) for pair in mix) <= 0:
+                raise PlanError(
+                    "A class mix needs promises and shares above 0.",
+                    "For example: --mix 4=0.7,8=0.3.",
+                )
         if self.k_max < 1 or self.max_sessions < 1 or self.context < 0:
             raise PlanError(
                 "k_max and max_sessions must be at least 1, context at least 0.", "Correct them."
@@ -47,6 +58,13 @@ class PlanSettings:
             raise PlanError(
                 f"There is no objective {self.objective!r}.", "Choose goodput or energy."
             )
+
+    @property
+    def mixes_or_equal(self) -> tuple[Mix, ...]:
+        """The mixes wanted, or all classes in equal shares."""
+        if self.mixes or len(self.slos) < 2:
+            return self.mixes
+        return (tuple((speed, 1.0) for speed in self.slos),)
 
     @property
     def kv_sessions(self) -> int:

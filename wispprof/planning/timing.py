@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from wispprof.core import StepEstimator
 from wispprof.planning.acceptance import HORIZON, Runs
 
-__all__ = ["Pace", "StepTimes", "round_pace", "stream_pace", "undrafted_pace"]
+__all__ = ["Pace", "StepTimes", "renewal", "round_pace", "stream_pace", "undrafted_pace"]
 
 _ITERATIONS = 40
 _TOLERANCE = 1e-3
@@ -129,7 +129,7 @@ def stream_pace(
     commits = rows = 1.0
     drafted = 0.0
     for _ in range(_ITERATIONS):
-        commits, rows = _renewal(lengths.tolist(), step, k, draft_ms, rtt_ms)
+        commits, rows = renewal(lengths.tolist(), step, k, draft_ms, rtt_ms)
         wanted = times.p50_ms(sessions, rows)
         if abs(wanted - step) <= _TOLERANCE * step:
             break
@@ -138,10 +138,12 @@ def stream_pace(
     return Pace(commits / step, commits, step, step, rows, float(sessions), drafted)
 
 
-def _renewal(
+def renewal(
     lengths: list[float], step_ms: float, k: int, draft_ms: float, rtt_ms: float
 ) -> tuple[float, float]:
-    """(tokens, rows) per step, between two contradictions.
+    """(tokens, rows) per step of a stream, between two contradictions.
+
+    ``lengths``: P(run = 0, 1, …), see :meth:`~wispprof.planning.acceptance.Runs.lengths`.
 
     The frontier's path ``reached`` after each step is the same for all runs until the step in which
     the run's first wrong draft is decided; that step commits exactly ``run + 1`` tokens in all.

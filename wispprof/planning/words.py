@@ -34,6 +34,7 @@ def explain(plan: Plan, cell: str) -> list[str]:
     lines.append(_promise(row))
     if row.k:
         lines.append(_stop(row))
+    lines += _capacity(plan, row)
     if row.energy_j_per_token:
         lines.append(f"Drafting takes {row.energy_j_per_token:.3g} J per committed token.")
     return lines
@@ -74,6 +75,26 @@ def _stop(row: DraftRow) -> str:
         f"{row.stop:.2f}: the server commits {row.price:.3g} tokens per ms of step at this load. "
         f"The edge may run {row.lead} tokens ahead."
     )
+
+
+def _capacity(plan: Plan, row: DraftRow) -> list[str]:
+    """How many such devices fit, all of this class and in the mixes that hold it."""
+    where = (row.device, row.rtt_ms, row.mode)
+    lines = [
+        f"Capacity if all were promised {row.tokens_per_s:g} tokens/s: {alone.split} devices with "
+        f"k = {alone.k}, {alone.centralized} without drafts (bound by {alone.bound_by})."
+        for alone in plan.capacity
+        if (alone.device, alone.rtt_ms, alone.mode) == where
+        and alone.tokens_per_s == row.tokens_per_s
+    ]
+    for mix in plan.mixes:
+        if (mix.device, mix.rtt_ms, mix.mode) == where and row.tokens_per_s in mix.slos:
+            lengths = ", ".join(f"{k:g}" for k in mix.ks)
+            lines.append(
+                f"Of the mix {mix.mix}: {mix.split} devices with k = {lengths}, "
+                f"{mix.centralized} without drafts."
+            )
+    return lines
 
 
 def compare(before: Plan, after: Plan, tolerance: float = 0.01) -> list[Change]:
