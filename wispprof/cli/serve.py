@@ -51,6 +51,13 @@ def serve(
     tensor_parallel: Annotated[
         int, typer.Option(min=1, help="Processes, one per device, that share the target.")
     ] = 1,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Replicas behind one address, by Ray Serve.")
+    ] = False,
+    replicas: Annotated[int, typer.Option(min=1, help="Servers that --ray starts.")] = 1,
+    most_replicas: Annotated[
+        int, typer.Option(min=0, help="Most that --ray adds by load level; 0: no more.")
+    ] = 0,
     kv_tokens: Annotated[
         int, typer.Option(min=0, help="KV cache in tokens; 0: by free memory.")
     ] = 0,
@@ -118,6 +125,9 @@ def serve(
         scheme = "wss" if settings.tls_cert is not None else "ws"
         note(f"ready: {scheme}://{settings.host}:{taken}/v1/split (Ctrl-C drains)")
 
+    if ray:
+        _serve_replicas(settings, replicas, most_replicas)
+        return
     if tensor_parallel == 1:
         note(f"loading {settings.target} …")
         run(settings, announce)
@@ -130,6 +140,27 @@ def serve(
     if ranks.leads():
         note(f"loading {settings.target} …")
     ranks.serve_ranks(settings, announce)
+
+
+def _serve_replicas(settings: ServerSettings, replicas: int, most: int) -> None:
+    if settings.tensor_parallel > 1:
+        raise fail("--ray and --tensor-parallel do not go together yet.", "Use one.", code=2)
+    if settings.port == 0:
+        raise fail("Ray Serve needs a port of its own.", "Give --port.", code=2)
+    if settings.live:
+        raise fail("--live shows one server; --ray runs several.", "Leave one out.", code=2)
+    from wispprof.runtime.replicas import serve_replicas
+
+    scheme = "wss" if settings.tls_cert is not None else "ws"
+
+    def announce() -> None:
+        note(
+            f"ready: {scheme}://{settings.host}:{settings.port}/v1/split, {replicas} replicas; "
+            f"metrics from port {settings.port + 1} on (Ctrl-C ends)"
+        )
+
+    note(f"starting {replicas} replicas of {settings.target} …")
+    serve_replicas(settings, replicas, announce, most=most)
 
 
 def _bundled_target() -> str:

@@ -53,11 +53,25 @@ class Situation:
 Check = Callable[[Situation], Finding]
 
 
+_ACRONYMS = {"api": "API", "tls": "TLS"}
+
+
 def examine(situation: Situation, checks: Sequence[Check]) -> Iterator[Finding]:
-    """Run the checks in order. What a check raises on purpose is a finding with the same fix."""
+    """Run the checks in order. What a check raises on purpose is a finding with the same fix.
+
+    A check that breaks by itself is a finding too: it hides neither itself nor the others.
+    """
     for check in checks:
+        what = " ".join(_ACRONYMS.get(word, word) for word in check.__name__.split("_"))
         try:
             yield check(situation)
         except WispprofError as fault:
             message = str(fault).removesuffix(fault.fix).rstrip() if fault.fix else str(fault)
-            yield Finding(check.__name__.replace("_", " "), "fail", message, fault.fix)
+            yield Finding(what, "fail", message, fault.fix)
+        except Exception as fault:
+            yield Finding(
+                what,
+                "fail",
+                f"The check itself broke: {type(fault).__name__}: {fault}.",
+                "Report this line as a defect; the other checks stand.",
+            )

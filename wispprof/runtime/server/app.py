@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 from fastapi import FastAPI, Response, WebSocket
 from fastapi.responses import JSONResponse
@@ -17,9 +18,14 @@ __all__ = ["make_app"]
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def make_app(server: VerificationServer) -> FastAPI:
-    """``/v1/split`` for edges; ``/health`` (alive), ``/ready`` (takes requests), ``/metrics``, ``/steps``."""
-    app = FastAPI(title="wispprof", version=__version__, docs_url=None, redoc_url=None)
+def make_app(server: VerificationServer, lifespan: Any = None) -> FastAPI:
+    """``/v1/split`` for edges; ``/health`` (alive), ``/ready`` (takes requests), ``/metrics``, ``/steps``.
+
+    ``lifespan``: for hosts that leave starting and stopping the server to the application.
+    """
+    app = FastAPI(
+        title="wispprof", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan
+    )
 
     @app.websocket("/v1/split")
     async def split(socket: WebSocket) -> None:

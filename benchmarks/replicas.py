@@ -1,0 +1,176 @@
+"""Two replicas on Ray Serve: throughput against one, and twelve texts while one of the two is killed.
+
+The target is a stand-in: a hash of the prefix instead of a model, and a step that *sleeps* for
+``2 + 8 · new tokens`` ms instead of computing. That is the shape of a compute-bound server, and it is all
+that two replicas on a machine with few cores can be measured with: real engines would share its cores.
+So the ratio says what routing, proxy and step loops let through, not what two GPUs give.
+
+Physics: every step of a saturated replica costs 8 ms per session, however many there are, so one replica
+gives at most 125 tokens/s and two give twice that, however Serve spreads the connections.
+
+    python benchmarks/replicas.py            # needs wispprof[ray]; about a minute and a half
+    python benchmarks/replicas.py --window 5
+
+Texts are compared with the only right ones. Exit code 1 where one differs, or below 1.8 ×. The last line is
+JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+
+VOCAB, EDGES = 256, 12
+
+
+def step_ms(shape: Any) -> float:
+    return 2.0 + 8.0 * float(shape.new_tokens)
+
+
+def build(settings: Any) -> Any:
+    """A replica's server; runs in the replica's process."""
+    from wispprof.runtime.server import HashEngine, VerificationServer
+
+    engine = HashEngine(VOCAB, max_context=1 << 16, step_ms=step_ms)
+    return VerificationServer(engine, engine.served, settings)
+
+
+def main() -> int:
+    arguments = _arguments()
+    import ray
+    from ray import serve
+
+    from wispprof.runtime.replicas import deployment
+    from wispprof.runtime.server import ServerSettings
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = int(probe.getsockname()[1])
+    settings = ServerSettings(target="stand-in", admit="all", port=port, drain_timeout_ms=500.0)
+    ray.init(include_dashboard=False, num_cpus=2, log_to_driver=False, logging_level=logging.ERROR)
+    speeds: dict[int, float] = {}
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        for replicas in (1, 2):
+            app = deployment(settings, replicas, build=build, cpus=0.5)
+            serve.run(app, name="wispprof", route_prefix="/")
+            speeds[replicas] = asyncio.run(_throughput(port, arguments.window))
+            print(f"{replicas} replica(s): {speeds[replicas]:.1f} tokens/s", flush=True)
+        wrong, resumed, seconds = asyncio.run(_lose_one(port, arguments.tokens))
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+    ratio = speeds[2] / speeds[1]
+    print(f"ratio {ratio:.2f}")
+    print(
+        f"one replica of two killed under {EDGES} edges: {wrong} wrong texts of {EDGES}, "
+        f"{resumed} edges resumed, {seconds:.1f} s"
+    )
+    summary = {
+        "benchmark": "replicas",
+        "target": "stand-in that sleeps 2 + 8 ms per new token",
+        "tokens_per_s": {str(n): round(speed, 1) for n, speed in speeds.items()},
+        "ratio": round(ratio, 3),
+        "edges": EDGES,
+        "killed": 1,
+        "resumed": resumed,
+        "wrong": wrong,
+    }
+    print(json.dumps(summary))
+    return 0 if ratio >= 1.8 and not wrong and resumed else 1
+
+
+class Edge:
+    """One connection with one undrafted generation on it."""
+
+    def __init__(self, port: int, number: int, tokens: int) -> None:
+        from wispprof.runtime.edge import EdgeClient, websocket_dial
+
+        self.prompt = (number, 7, 11)
+        self.tokens = tokens
+        self.client = EdgeClient(websocket_dial(f"127.0.0.1:{port}"))
+        self.generation: Any = None
+
+    async def run(self) -> None:
+        from wispprof.runtime.edge import Generation, GenerationRequest
+
+        async with self.client:
+            self.generation = Generation(self.client, GenerationRequest(self.prompt, self.tokens))
+            await self.generation.run()
+
+    @property
+    def done(self) -> int:
+        return len(self.generation.output) if self.generation else 0
+
+    @property
+    def right(self) -> bool:
+        from wispprof.runtime.server import HashTarget
+
+        return list(self.generation.output) == HashTarget(VOCAB).generate(self.prompt, self.tokens)
+
+
+async def _throughput(port: int, window_s: float) -> float:
+    """Committed tokens/s of twelve edges while all of them generate."""
+    edges = [Edge(port, i, 3000) for i in range(EDGES)]
+    tasks = [asyncio.create_task(edge.run()) for edge in edges]
+    await _until(lambda: all(edge.done > 5 for edge in edges), tasks)
+    begun, had = time.perf_counter(), sum(edge.done for edge in edges)
+    await asyncio.sleep(window_s)
+    speed = (sum(edge.done for edge in edges) - had) / (time.perf_counter() - begun)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return speed
+
+
+async def _lose_one(port: int, tokens: int) -> tuple[int, int, float]:
+    """Wrong texts, edges that resumed, seconds."""
+    import ray
+
+    edges = [Edge(port, i, tokens) for i in range(EDGES)]
+    begun = time.perf_counter()
+    tasks = [asyncio.create_task(edge.run()) for edge in edges]
+    await _until(lambda: all(edge.done >= tokens // 3 for edge in edges), tasks)
+    ray.kill(ray.get_actor(_replicas()[0], namespace="serve"))
+    await asyncio.gather(*tasks)
+    wrong = sum(not edge.right for edge in edges)
+    resumed = sum(edge.client.reconnects > 0 for edge in edges)
+    return wrong, resumed, time.perf_counter() - begun
+
+
+def _replicas() -> list[str]:
+    import ray
+
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(a["name"] for a in named if a["name"].startswith("SERVE_REPLICA"))
+
+
+async def _until(ready: Any, tasks: list[asyncio.Task[None]]) -> None:
+    """Wait for ``ready``; what a task died of is raised instead of waited for."""
+    while not ready():
+        for task in tasks:
+            if task.done():
+                task.result()
+        await asyncio.sleep(0.02)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--window", type=float, default=15.0, help="seconds of measuring")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens of each text")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

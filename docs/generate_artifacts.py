@@ -1,0 +1,172 @@
+"""Write docs/artifacts.md from the records themselves: ``python docs/generate_artifacts.py``.
+
+Lines on disk are made by the project's own writers from small examples, fields come from the records, and
+a test compares the page with what this makes: it cannot lie about either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import tempfile
+import textwrap
+import typing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wispprof.artifacts import Document, LinkRow, StepRow, save_trace, write_document
+from wispprof.artifacts.document import SCHEMA
+from wispprof.artifacts.manifest import PROFILE_SCHEMA, Manifest, ModelInfo
+from wispprof.artifacts.plan import Plan
+from wispprof.artifacts.provenance import Provenance
+from wispprof.artifacts.records import AcceptanceTrace, EdgeRow, TracePath
+from wispprof.artifacts.rows import encode_row
+from wispprof.artifacts.trace import TRACE_SCHEMA
+from wispprof.core import BatchShape, Sampling
+
+PAGE = Path(__file__).with_name("artifacts.md")
+
+HEAD = f"""# Artifacts on disk
+
+Made by `python docs/generate_artifacts.py` from the records themselves. Schemas: profile {PROFILE_SCHEMA},
+trace {TRACE_SCHEMA}, documents {SCHEMA}.
+
+What holds for all of them:
+
+- **Text.** JSON in UTF-8; numbers only where JSON has them (no NaN, no infinities). Nothing is pickled.
+- **Whole or not at all.** A file is written beside its place, flushed to the disk and renamed.
+- **Versioned.** A file of a later schema is refused with "Upgrade wispprof". Names that a reader does not
+  know are ignored, so fields may be added within a schema.
+- **Hashed.** `blake2b:` and 32 hex digits (16 bytes) over the content: a document's payload (keys sorted, no
+  spaces), a profile's rows as they are written, a trace's paths. Provenance is outside: the same result made
+  twice has the same hash. A hash names inputs and guards against accidents; it is no signature.
+- **Sealed lines.** Rows and paths end with `sum`, a checksum of the line, so damage has a line number.
+- **Read strictly.** Whatever a file holds, a reader returns it or raises one of `ArtifactMissing`,
+  `ArtifactDamaged` and `ArtifactTooNew`, each with what to do. `tests/hardening` mutates every kind of file
+  to hold the readers to it.
+
+Provenance says which command made a file, when, and with which versions; values of options that carry keys
+are written as `***`.
+"""
+
+ESTIMATOR = """An estimator's payload names its surface (`kind`) and its own numbers, the box of shapes
+that was measured (`domain`), the bound's factors with their coverage, and the report of its held-out
+evaluation. A predictor's names its kind, its numbers (for LightGBM its own text format) and its calibration.
+"""
+
+ARRAYS = {
+    ("TracePath", "drafts"): "int (m, K)",
+    ("TracePath", "features"): "float (m, K, 4)",
+    ("TracePath", "accepted"): "int (m,)",
+}
+
+
+def render() -> str:
+    """The page as Markdown."""
+    step = StepRow("v0001", "verify", BatchShape.of([(5, 128), (5, 128), (1, 640)]), (8.25, 8.5))
+    link = LinkRow("rtt-32", "rtt", 32, (5.25, 5.5))
+    parts = [
+        HEAD,
+        "## Profile: `NAME.jsonl` and `NAME.manifest.json`\n",
+        "One row a line, under short names; equal items of a batch shape are runs "
+        "`[count, new, cached, prefill]`.\n",
+        _code(encode_row(step).decode() + encode_row(link).decode()),
+        _table(StepRow),
+        _table(EdgeRow),
+        _table(LinkRow),
+        "The manifest is one JSON object of these, with `format` `wispprof/profile` and `schema`.\n",
+        _table(Manifest),
+        _table(ModelInfo),
+        "## Acceptance trace: `NAME.jsonl`\n",
+        "A header line, then one sealed line per path; arrays lie flat, row by row.\n",
+        _code(_trace_lines()),
+        _table(AcceptanceTrace),
+        _table(TracePath),
+        "## Documents: estimator, predictor, plan, bench, answer\n",
+        "One JSON object; `payload` is what differs.\n",
+        _code(_document()),
+        _table(Document),
+        _table(Provenance),
+        ESTIMATOR,
+        "### Payload of a plan\n",
+        _table(Plan),
+        *(_table(kind) for kind in _rows_of(Plan)),
+    ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _rows_of(kind: Any) -> list[Any]:
+    """The records that a record's fields are tuples of, in their order."""
+    found = typing.get_type_hints(kind).values()
+    inner = [argument for hint in found for argument in typing.get_args(hint)]
+    return [each for each in inner if dataclasses.is_dataclass(each)]
+
+
+def _table(kind: Any) -> str:
+    """A record: what it says of itself, then its fields."""
+    text = " ".join(inspect.getdoc(kind).split())  # type: ignore[union-attr]
+    text = re.sub(r":(\w+):`~?([^`]+)`", _reference, text).replace("``", "`")
+    rows = [
+        f"| `{field.name}` | {_type(kind, field)} | {_default(field)} |"
+        for field in dataclasses.fields(kind)
+    ]
+    said = textwrap.fill(f"**{kind.__name__}.** {text}", 118, break_on_hyphens=False)
+    lines = [
+        said,
+        "",
+        "| field | type | default |",
+        "|---|---|---|",
+        *rows,
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _reference(match: re.Match[str]) -> str:
+    """A role of the docstring as code: a method with its class, anything else by its name."""
+    parts = match[2].split(".")
+    return f"`{'.'.join(parts[-2:] if match[1] == 'meth' else parts[-1:])}`"
+
+
+def _type(kind: Any, field: Any) -> str:
+    plain = ARRAYS.get((kind.__name__, field.name), str(field.type))
+    return plain.replace("|", "or").replace("Any", "any")
+
+
+def _default(field: Any) -> str:
+    if field.default is not dataclasses.MISSING:
+        return f"`{json.dumps(field.default)}`"
+    return "empty" if field.default_factory is not dataclasses.MISSING else ""
+
+
+def _code(text: str) -> str:
+    return f"```json\n{text.rstrip()}\n```\n"
+
+
+def _trace_lines() -> str:
+    path = TracePath(
+        prompt=(17, 4),
+        path=(9, 31),
+        drafts=np.array([[9], [30]], dtype=np.int32),
+        features=np.array([[[0.75, 0.5, 1.5, 2.0]], [[0.5, 1.25, 0.25, 2.0]]], dtype=np.float32),
+        accepted=np.array([1, 0], dtype=np.int32),
+    )
+    trace = AcceptanceTrace("target", "draft", "f4022cd0119577a0", Sampling(), (path,))
+    with tempfile.TemporaryDirectory() as folder:
+        save_trace(trace, Path(folder, "trace.jsonl"))
+        return Path(folder, "trace.jsonl").read_text()
+
+
+def _document() -> str:
+    made = Provenance("wispprof fit …", "2026-01-01T00:00:00+00:00", {"wispprof": "…"})
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "estimator.json")
+        write_document(file, "estimator", {"kind": "…"}, {"profile": "blake2b:…"}, made)
+        return file.read_text()
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
