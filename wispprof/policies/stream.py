@@ -74,6 +74,16 @@ class _Need(NamedTuple):
     lost: BoolArray
     stale: BoolArray
 
+    @classmethod
+    def of(cls, now_ms: float, decode: list[SessionView], patience_ms: float) -> _Need:
+        count = len(decode)
+        idle_ms = now_ms - np.fromiter(map(_ARRIVED, decode), np.float64, count)
+        return cls(
+            np.fromiter(map(_DEADLINE, decode), np.float64, count) - now_ms,
+            np.fromiter(map(_HOPELESS, decode), np.bool_, count),
+            idle_ms > patience_ms,
+        )
+
     def first(self, members: BoolArray, most: int) -> BoolArray:
         """At most ``most`` of the members: stale ones, then by slack, lost promises last."""
         if int(np.count_nonzero(members)) <= most:
@@ -160,22 +170,18 @@ class Wispprof:
         limits: Limits,
         company: bool,
     ) -> _Choice:
-        settings, count = self.settings, len(decode)
-        columns = Columns.of(decode)
-        costs = columns.slopes(self._slopes, estimator, limits.max_items)
-        idle_ms = now_ms - np.fromiter(map(_ARRIVED, decode), np.float64, count)
-        need = _Need(
-            np.fromiter(map(_DEADLINE, decode), np.float64, count) - now_ms,
-            np.fromiter(map(_HOPELESS, decode), np.bool_, count),
-            idle_ms > settings.patience * costs.all_bound_ms,
-        )
-        if count > 2 * limits.max_items:
+        settings, seats = self.settings, limits.max_items
+        if len(decode) > 2 * seats:
             # A step holds a part of them: twice as many as it holds are looked at, the neediest.
-            everybody = np.ones(count, dtype=bool)
-            places = np.flatnonzero(need.first(everybody, 2 * limits.max_items))
+            sample = Columns.of(decode[:: len(decode) // seats])
+            bound_ms = sample.slopes(self._slopes, estimator, seats).all_bound_ms
+            need = _Need.of(now_ms, decode, settings.patience * bound_ms)
+            places = np.flatnonzero(need.first(np.ones(len(decode), dtype=bool), 2 * seats))
             decode = [decode[place] for place in places.tolist()]
-            need = _Need(need.slack[places], need.lost[places], need.stale[places])
-            columns, count = columns.take(places), len(places)
+        count = len(decode)
+        columns = Columns.of(decode)
+        costs = columns.slopes(self._slopes, estimator, seats)
+        need = _Need.of(now_ms, decode, settings.patience * costs.all_bound_ms)
         # Steps that waiting prompts call for anyway have paid their fixed part: decoding then costs only what
         # it adds, and a draft must beat what a lone advance earns for that.
         extra_ms = max(0.0, self._between_ms) - self._backlog * costs.fixed_ms
@@ -202,7 +208,7 @@ class Wispprof:
         if not members.any():
             return _Choice([], [], wake_ms)
         room = min(limits.max_tokens, limits.kv_free)
-        most = min(limits.max_items, room)
+        most = min(seats, room)
         members = need.first(members, most)
         inside = int(np.count_nonzero(members))
         if inside < count or len(ladder.owner) > room - inside:

@@ -28,7 +28,7 @@ __all__ = ["Wisp"]
 _DEADLINE, _PROMPT_LEFT = attrgetter("deadline_ms"), attrgetter("prompt_left")
 _RETRY_MS = 1.0
 _BLOCK = 128
-"""Candidates priced at once: most steps are full before the next ones are looked at."""
+"""Candidates priced at first: most steps are full, or spent, before the others are looked at."""
 _REFUSALS = 8
 """Candidates refused one by one before all that are left of a block are priced again at once."""
 
@@ -139,8 +139,9 @@ class _Queue:
             yield order[start : start + _BLOCK]
         if len(self._others):
             order = self._others[np.argsort(-self._value(), kind="stable")]
-            for start in range(0, len(order), _BLOCK):
-                yield order[start : start + _BLOCK]
+            yield order[:_BLOCK]
+            if len(order) > _BLOCK:
+                yield order[_BLOCK:]
 
     def bounds(self, build: StepBuilder, places: IntArray) -> FloatArray:
         """Bound of the step under construction with each of these added alone."""
