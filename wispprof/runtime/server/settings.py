@@ -115,9 +115,16 @@ class ServerSettings:
 def read_api_keys(path: Path) -> tuple[str, ...]:
     """Keys of a file, one per line; empty lines and ``#`` comments are skipped.
 
-    Raises :class:`WispprofError` where the file holds none.
+    Raises :class:`WispprofError` where the file holds none, or a short one, or cannot be read.
     """
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8 text"
+        raise WispprofError(
+            f"The keys in {path} cannot be read: {reason}.", "Write one key per line into it."
+        ) from fault
+    lines = [line.strip() for line in text.splitlines()]
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
         raise WispprofError(f"{path} holds no API key.", "Write one key per line into it.")
