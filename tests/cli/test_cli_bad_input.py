@@ -159,7 +159,7 @@ def test_ctrl_c_while_profiling_keeps_whole_rows(
     def interrupted(shooter: EngineShooter) -> float:
         nonlocal shots
         shots += 1
-        if shots > 60:
+        if shots > 90:
             raise KeyboardInterrupt
         return fire(shooter)
 

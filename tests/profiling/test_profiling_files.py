@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import itertools
 import json
+import math
 import random
+import statistics
 from dataclasses import replace
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from wispprof import cli
 from wispprof.artifacts import (
     EdgeRow,
     Manifest,
@@ -22,13 +26,14 @@ from wispprof.artifacts import (
     make_profile,
     save_profile,
 )
-from wispprof.cli import profile as commands
 from wispprof.cli.common import GuardedGroup
 from wispprof.core import BatchShape
 from wispprof.errors import ArtifactDamaged, HandshakeRefused, ProfileError, ProtocolError
-from wispprof.profiling.compare import diff_profiles, export_rows, merge_profiles
+from wispprof.profiling.compare import diff_profiles
+from wispprof.profiling.export import export_rows
 from wispprof.profiling.link import LinkSettings, link_summary, profile_link
 from wispprof.profiling.llama_bench import import_results
+from wispprof.profiling.merge import merge_profiles
 from wispprof.profiling.session import Output
 
 MODEL = ModelInfo("tiny", "float32", 1_000_000, kv_bytes_per_token=4096)
@@ -67,6 +72,75 @@ def test_what_really_changed_is_named():
     edge = make_profile(Manifest("edge", MODEL), [EdgeRow("a", "draft_step", 1, (1.0,))])
     with pytest.raises(ProfileError, match="kind"):
         diff_profiles(server_profile(), edge)
+
+
+def swept(seed, slow=(), pace=1.0, count=120, noise=0.01, visit_noise=0.02):
+    """As a sweep leaves it: three visits of three samples each, and looks at a sentinel between."""
+    generator = random.Random(seed)
+    rows = []
+
+    def visit(ms):
+        here = ms * pace * math.exp(generator.gauss(0, visit_noise))
+        return [here * math.exp(abs(generator.gauss(0, noise))) for _ in range(3)]
+
+    for i in range(count):
+        shape = BatchShape.uniform(1 + i % 4, 5, 64 * (1 + i))
+        ms = (1 + 0.004 * shape.cached_tokens) * (1.15 if i in slow else 1.0)
+        samples = tuple(itertools.chain(*(visit(ms) for _ in range(3))))
+        rows.append(StepRow(f"k{i}", "verify", shape, samples, order=2 * i, visits=(3, 3, 3)))
+        if i % 10 == 0:
+            look = (*visit(5.0), *visit(5.0))
+            rows.append(StepRow("s", "sentinel", shape, look, order=2 * i + 1))
+    made = Manifest("server", MODEL, hardware=MACHINE, measure={"drift": 0.1})
+    return make_profile(made, rows)
+
+
+@pytest.mark.parametrize("pace", [1.0, 1.06, 0.95])
+@pytest.mark.parametrize("visit_noise", [0.005, 0.02, 0.05])
+def test_two_sweeps_of_one_machine_hardly_differ_however_noisy_it_is(pace, visit_noise):
+    """Over 20 pairs, though single medians are 5 % apart often enough; the pace is divided out."""
+    found = [
+        diff_profiles(
+            swept(seed, visit_noise=visit_noise),
+            swept(seed + 100, pace=pace, visit_noise=visit_noise),
+        )
+        for seed in range(20)
+    ]
+    assert max(one.changed_share for one in found) <= 0.05
+    assert statistics.fmean(one.changed_share for one in found) <= 0.005
+    assert statistics.fmean(one.pace for one in found) == pytest.approx(pace, rel=0.02)
+    if visit_noise == 0.05:
+        apart = [abs(row.ratio / one.pace - 1) > 0.05 for one in found for row in one.rows]
+        assert statistics.fmean(apart) > 0.1  # what a plain threshold would have reported
+
+
+def test_a_change_is_found_among_many_shapes_and_nothing_else_is():
+    slow = {7, 30, 31, 88}
+    for seed in range(10):
+        found = diff_profiles(swept(seed), swept(seed + 50, slow))
+        named = {int(row.key[1:]) for row in found.changed}
+        assert len(named & slow) >= 3
+        assert len(named - slow) <= 1
+
+
+def test_a_machine_that_became_slower_as_a_whole_is_not_explained_away():
+    one, other = swept(1), swept(2, pace=1.3)
+    found = diff_profiles(one, other)
+    assert found.pace == 1.0
+    assert found.sentinel_ratio == pytest.approx(1.3, rel=0.03)
+    assert found.changed_share == 1.0
+    slightly = swept(3, pace=1.08, visit_noise=0.002)
+    assert diff_profiles(swept(1, visit_noise=0.002), slightly).changed_share == 0
+    assert diff_profiles(swept(1, visit_noise=0.002), slightly, absolute=True).changed_share > 0.9
+
+
+def test_false_findings_are_bounded_not_each_test():
+    from wispprof.profiling.stats import discoveries
+
+    assert discoveries([0.01, 0.02, 0.03, 0.04, 0.05], 0.05) == [True] * 5
+    assert discoveries([0.02, 0.5, 0.5, 0.5, 0.5], 0.05) == [False] * 5
+    assert discoveries([0.5, 0.009, 0.02, 0.9, 0.2], 0.05) == [False, True, True, False, False]
+    assert discoveries([]) == []
 
 
 def test_merging_keeps_the_cleaner_row():
@@ -223,7 +297,8 @@ def test_servers_that_refuse_or_lie():
 # --- commands -------------------------------------------------------------------------------------
 
 app = typer.Typer(cls=GuardedGroup, pretty_exceptions_enable=False)
-commands.register(app)
+for commands in (cli.profile, cli.profile_edge, cli.profile_link, cli.profile_server):
+    commands.register(app)
 
 
 def run(*words):
@@ -270,7 +345,7 @@ def test_ctrl_c_says_where_the_rows_are(tmp_path, monkeypatch):
     monkeypatch.setattr(server, "profile_server", interrupted)
     stopped = run("profile-server", "--out", tmp_path / "p")
     assert stopped.exit_code == 130
-    assert "2 finished rows" in " ".join(stopped.stderr.split())
+    assert "2 finished visits" in " ".join(stopped.stderr.split())
     assert "--resume" in stopped.stderr
 
 

@@ -14,8 +14,9 @@ from wispprof.lm.engine import VerifierEngine
 from wispprof.lm.loading import random_model
 from wispprof.profiling import edge, server
 from wispprof.profiling.grids import Axes
+from wispprof.profiling.physics import check_edge
 from wispprof.profiling.session import Output, journal_file
-from wispprof.profiling.sweep import SweepSettings
+from wispprof.profiling.shots import SweepSettings
 
 AXES = Axes(
     items=(1, 4), new=(1, 5), cached=(16, 128), skew_items=(4,), chunk=(32,), mixed_items=(2,)
@@ -146,6 +147,22 @@ def test_a_budget_leaves_shots_out(tiny, monkeypatch):
     assert some.expected_s < whole.expected_s / 2
 
 
+def test_a_budget_holds_from_the_call_to_the_end(tiny, monkeypatch):
+    """Loading, first prefill and pilot included; the corners are there."""
+    clock = CountedTime(monkeypatch)
+    whole = server.plan_server(settings(), loaded=tiny, clock=clock)
+    begin, budget_s = clock(), whole.expected_s / 2
+    profile = server.profile_server(
+        settings(budget_minutes=budget_s / 60), loaded=tiny, clock=clock
+    )
+    assert 0.5 * budget_s < clock() - begin <= budget_s
+    work = [shot.subject.cached_tokens for shot in whole.shots]
+    kept = [row.shape.cached_tokens for row in profile.rows if row.kind != "sentinel"]
+    assert min(kept) == min(work)
+    assert max(kept) == max(work)
+    assert len(kept) < len(work)
+
+
 def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
     ticks = itertools.count()
     clock = lambda: next(ticks) * 0.004  # noqa: E731  each reading 4 ms later
@@ -204,7 +221,7 @@ def test_an_edge_that_does_not_draft_is_refused():
     row = edge.EdgeRow
     lazy = [row("d", "draft_step", 64, (0.1,)), row("f", "forward", 64, (4.0,))]
     with pytest.raises(PhysicsViolation, match="without doing its work"):
-        edge._check(lazy)
+        check_edge(lazy)
     deaf = [row("a", "prefill", 0, (4.0,), 64), row("b", "prefill", 0, (4.0,), 512)]
     with pytest.raises(PhysicsViolation, match="ignore its prompt"):
-        edge._check(deaf)
+        check_edge(deaf)

@@ -1,7 +1,8 @@
-"""The journal of a running sweep: every finished row is on disk before the next one starts.
+"""The journal of a running sweep: what one visit to a shot gave is on disk before the next one starts.
 
-First line: what the sweep is (a header that a resumed sweep must match); then one sealed row a line.
-A last line that a crash tore off is dropped on resume; damage anywhere else is an error.
+First line: what the sweep is (a header that a resumed sweep must match); then one sealed row a line,
+several of a key where the sweep came back to it. Every row has an order of its own. A last line
+that a crash tore off is dropped on resume; damage anywhere else is an error.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from wispprof.artifacts import files
 from wispprof.artifacts.rows import Row, decode_row, encode_row, open_line, seal_line
 from wispprof.errors import ArtifactDamaged, ArtifactError
 
-__all__ = ["RowJournal"]
+__all__ = ["RowJournal", "journal_header"]
 
 FORMAT = "wispprof/journal"
 
@@ -101,16 +102,24 @@ class RowJournal:
                 f"{self.path} belongs to another sweep: model, grid, settings or machine differ.",
                 "Repeat the first command's options, or start over with --overwrite.",
             )
-        keys: set[str] = set()
         for number, line in enumerate(lines[1:], start=2):
             row = decode_row(line, self.kind, f"{self.path} line {number}")
-            if row.key in keys and row.kind != "sentinel":
+            if self.rows and row.order <= self.rows[-1].order:
                 raise ArtifactDamaged(
-                    f"{self.path} line {number}: repeats the row {row.key!r}.",
+                    f"{self.path} line {number}: row {row.order} stands after row "
+                    f"{self.rows[-1].order}; a line was repeated or moved.",
                     "Start over with --overwrite.",
                 )
-            keys.add(row.key)
             self.rows.append(row)
         if end < len(data):
             self.recovered_bytes = len(data) - end
             os.truncate(self.path, end)
+
+
+def journal_header(path: Path) -> dict[str, Any]:
+    """The header of a journal; empty where there is no journal, or a crash tore its first line."""
+    if not path.exists():
+        return {}
+    first, end, _ = files.read_bytes(path, "journal").partition(b"\n")
+    header = open_line(first, f"{path} line 1").get("header") if end else None
+    return dict(header) if isinstance(header, dict) else {}

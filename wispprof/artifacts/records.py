@@ -25,6 +25,9 @@ class StepRow:
     ``flags`` mark rows that a reader should distrust: ``drift``, ``noisy``, ``throttled``.
     ``padded_tokens``: tokens the step really computed (graph bucket), 0 where it is not padded.
     ``source``: ``measured``, or ``published`` with ``citation``.
+    ``visits``: how many of ``samples_ms`` each visit of the sweep to this shape gave, one after
+    another; empty for a single visit. ``set_aside_ms``: samples taken beside a sentinel that was off,
+    where enough others remained to do without them.
     """
 
     key: str
@@ -36,6 +39,8 @@ class StepRow:
     order: int = 0
     source: str = "measured"
     citation: str = ""
+    visits: tuple[int, ...] = ()
+    set_aside_ms: tuple[float, ...] = ()
 
     @property
     def median_ms(self) -> float:
@@ -49,7 +54,8 @@ class EdgeRow:
     ``kind``: ``draft_step`` (one token over ``context`` cached, features included), ``forward`` (the
     bare forward of the same step), ``prefill`` (``tokens`` at once over ``context``), ``controller``
     (deciding once), ``burst`` and ``sustained`` (a drafted token within a short and a long window),
-    ``energy`` (``energy_j`` per drafted token; ``None`` where there is no sensor).
+    ``energy`` (``energy_j`` per drafted token; ``None`` where there is no sensor). ``visits`` and
+    ``set_aside_ms`` as in :class:`StepRow`.
     """
 
     key: str
@@ -63,6 +69,8 @@ class EdgeRow:
     order: int = 0
     source: str = "measured"
     citation: str = ""
+    visits: tuple[int, ...] = ()
+    set_aside_ms: tuple[float, ...] = ()
 
     @property
     def median_ms(self) -> float:

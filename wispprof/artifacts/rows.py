@@ -50,6 +50,11 @@ def encode_row(row: Row) -> bytes:
         body["bytes"] = row.payload_bytes
     body["ms"] = row.samples_ms
     body["order"] = row.order
+    if not isinstance(row, LinkRow):
+        if row.visits:
+            body["visits"] = row.visits
+        if row.set_aside_ms:
+            body["set_aside_ms"] = row.set_aside_ms
     if row.flags:
         body["flags"] = row.flags
     if row.source != "measured":
@@ -106,6 +111,10 @@ def decode_row(line: bytes, profile: str, where: str) -> Row:
             raise ValueError(f"unknown source {common['source']!r}")
         if common["source"] != "measured" and not common["citation"]:
             raise ValueError(f"a {common['source']} row needs its citation")
+        if profile != "link":
+            common["visits"] = _visits(body.get("visits"), len(common["samples_ms"]))
+            aside = body.get("set_aside_ms")
+            common["set_aside_ms"] = () if aside is None else _samples(aside, "set_aside_ms")
         if profile == "server":
             _known(kind, STEP_KINDS)
             return StepRow(
@@ -168,10 +177,21 @@ def _shape(runs: object) -> BatchShape:
     return BatchShape(tuple(items))
 
 
-def _samples(values: object) -> tuple[float, ...]:
+def _samples(values: object, name: str = "ms") -> tuple[float, ...]:
     if not isinstance(values, list) or not values:
-        raise ValueError("'ms' holds no samples")
+        raise ValueError(f"{name!r} holds no samples")
     return tuple(_number(value) for value in values)
+
+
+def _visits(values: object, samples: int) -> tuple[int, ...]:
+    if values is None:
+        return ()
+    if not isinstance(values, list):
+        raise ValueError("'visits' is not a list")
+    counts = tuple(_count(value) for value in values)
+    if sum(counts) != samples or 0 in counts:
+        raise ValueError(f"'visits' gives {sum(counts)} samples, 'ms' holds {samples}")
+    return counts
 
 
 def _number(value: object) -> float:

@@ -14,6 +14,9 @@ from wispprof.cli import (
     fit,
     plan,
     profile,
+    profile_edge,
+    profile_link,
+    profile_server,
     reference,
     report,
     serve,
@@ -74,7 +77,22 @@ def _by_command(sections: Any) -> dict[str, Any]:
     }
 
 
-for _command in (demo, profile, fit, plan, simulate, serve, edge, bench, report, doctor, reference):
+for _command in (
+    demo,
+    profile_server,
+    profile_edge,
+    profile_link,
+    profile,
+    fit,
+    plan,
+    simulate,
+    serve,
+    edge,
+    bench,
+    report,
+    doctor,
+    reference,
+):
     _command.register(app)
 
 _PANELS = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from wispprof.profiling.grids import Axes
-from wispprof.profiling.sweep import SweepSettings
+from wispprof.profiling.shots import SweepSettings
 
 __all__ = ["DemoSettings"]
 

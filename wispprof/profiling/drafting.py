@@ -13,7 +13,7 @@ from wispprof.core import Drafter, DraftFeatures, Sampling
 from wispprof.errors import ProfileError
 from wispprof.policies.api import RoundContext
 from wispprof.policies.controllers import WispController
-from wispprof.profiling.sweep import Shot
+from wispprof.profiling.shots import Shot
 
 __all__ = ["EDGE_GRIDS", "ROUND", "DrafterShooter", "EdgeAxes", "EdgePoint", "edge_shots"]
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from wispprof.core import BatchShape, VerifyItem
 from wispprof.errors import ArtifactMissing, ProfileError
-from wispprof.profiling.expectation import choose_probes
-from wispprof.profiling.sweep import Shot
+from wispprof.profiling.cost import choose_probes
+from wispprof.profiling.shots import Shot
 
 __all__ = [
     "GRIDS",

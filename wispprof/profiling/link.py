@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 from wispprof.artifacts import LinkProfile, LinkRow, ModelInfo
 from wispprof.errors import HandshakeRefused, ProtocolError, ServerUnreachable
 from wispprof.profiling.session import Output, begin_manifest, seal
-from wispprof.profiling.sweep import Progress, SweepResult, SweepSettings, significant
+from wispprof.profiling.shots import SweepSettings, significant
+from wispprof.profiling.sweep import Progress, SweepResult
 
 if TYPE_CHECKING:
     from wispprof.runtime.edge.dial import Connection, Dial

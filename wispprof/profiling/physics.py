@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from wispprof.artifacts.manifest import ModelInfo
-from wispprof.artifacts.records import StepRow
+from wispprof.artifacts.records import EdgeRow, StepRow
 from wispprof.core import BatchShape
 from wispprof.errors import PhysicsViolation
 
-__all__ = ["PhysicsReport", "check_physics", "step_bytes", "step_flops"]
+__all__ = ["PhysicsReport", "check_edge", "check_physics", "step_bytes", "step_flops"]
 
 FASTEST_BYTES_PER_S = 40e12
 """Above what any device of 2026 reads weights at, from memory or from its caches."""
@@ -73,6 +73,35 @@ def check_physics(rows: Sequence[StepRow], model: ModelInfo) -> PhysicsReport:
     return PhysicsReport(
         _growth(measured, model), _order(measured, model), _memory(measured, model)
     )
+
+
+def check_edge(rows: Sequence[EdgeRow]) -> None:
+    """A draft step contains its forward; more prompt takes longer. What contradicts it is refused.
+
+    Fastest samples are compared: a busy machine only adds time.
+    """
+    steps = {row.context: row for row in rows if row.kind == "draft_step"}
+    bare = {row.context: row for row in rows if row.kind == "forward"}
+    pairs = [(steps[c], bare[c]) for c in steps if c in bare]
+    cheaper = [(s, f) for s, f in pairs if min(s.samples_ms) < 0.5 * min(f.samples_ms)]
+    if pairs and len(cheaper) == len(pairs):
+        step, forward = cheaper[0]
+        raise PhysicsViolation(
+            f"A draft step over {step.context} tokens takes {min(step.samples_ms):.3f} ms, its bare "
+            f"forward {min(forward.samples_ms):.3f} ms.",
+            "The draft step is probably timed without doing its work.",
+        )
+    prefills = sorted(
+        (r for r in rows if r.kind == "prefill" and not r.context), key=lambda row: row.tokens
+    )
+    if len(prefills) >= 2 and prefills[-1].tokens >= 4 * prefills[0].tokens:
+        short, long = prefills[0], prefills[-1]
+        if min(long.samples_ms) < 1.05 * min(short.samples_ms) and long.tokens >= 256:
+            raise PhysicsViolation(
+                f"Prefilling {long.tokens} tokens takes {min(long.samples_ms):.3f} ms, {short.tokens} take "
+                f"{min(short.samples_ms):.3f} ms.",
+                "The backend seems to ignore its prompt: do not trust these times.",
+            )
 
 
 def _floor(row: StepRow, model: ModelInfo) -> None:

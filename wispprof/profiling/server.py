@@ -7,17 +7,17 @@ each repeat meets the very state the first one met.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from wispprof.artifacts import ModelInfo, ServerProfile, StepRow, bundled
+from wispprof.artifacts import RowJournal, ServerProfile, StepRow, bundled
 from wispprof.core import BatchShape, Feed, Sampling
 from wispprof.errors import ProfileError
-from wispprof.hardware import sensors
-from wispprof.profiling.expectation import expectation
+from wispprof.profiling.cost import CostModel, pilot
 from wispprof.profiling.grids import (
     Axes,
     Capacity,
@@ -26,8 +26,17 @@ from wispprof.profiling.grids import (
     within_budget,
 )
 from wispprof.profiling.physics import check_physics
-from wispprof.profiling.session import Announcement, Output, begin_manifest, open_journal, seal
-from wispprof.profiling.sweep import Progress, Shot, Sweep, SweepSettings, plan_seconds
+from wispprof.profiling.session import (
+    Announcement,
+    Output,
+    Setup,
+    begun,
+    model_info,
+    synchronizer,
+    take_profile,
+)
+from wispprof.profiling.shots import Shot, SweepSettings
+from wispprof.profiling.sweep import Progress, SweepResult
 
 if TYPE_CHECKING:
     from wispprof.lm.engine import VerifierEngine
@@ -42,6 +51,8 @@ QUICK_MINUTES = 0.6
 
 _MASTER = "profile master"
 _PREFILL_CHUNK = 512
+_PILOT_SHARE = 0.15
+"""Most of a budget that may be spent on learning what shots cost."""
 
 
 @dataclass(frozen=True)
@@ -138,21 +149,6 @@ class EngineShooter:
         return [self._random.randrange(self._engine.info.vocab_size) for _ in range(count)]
 
 
-@dataclass(frozen=True)
-class _Setup:
-    """Everything that is decided before the first shot."""
-
-    engine: VerifierEngine
-    shooter: EngineShooter
-    shots: list[Shot[BatchShape]]
-    sentinel: Shot[BatchShape]
-    expect_s: Callable[[Shot[BatchShape]], float]
-    sweep: SweepSettings
-    axes: Axes
-    model: ModelInfo
-    engine_settings: dict[str, Any]
-
-
 def profile_server(
     settings: ServerSettings,
     progress: Progress | None = None,
@@ -163,36 +159,25 @@ def profile_server(
     """Measure, check against physics, and (with an output path) write a server profile.
 
     ``loaded`` profiles a model that is loaded already. Ctrl-C leaves the journal with every finished
-    row. Raises :class:`PhysicsViolation` where the times cannot be right; the journal is kept then.
+    visit. Raises :class:`PhysicsViolation` where the times cannot be right; the journal is kept then.
     """
+    begin = clock()
     if progress is not None:
         progress(0, 1, "loading the model, timing a few shapes")
     setup = _set_up(settings, loaded, clock)
-    manifest = begin_manifest(
-        "server",
-        setup.model,
-        setup.sweep,
-        engine=setup.engine_settings,
-        measure={"grid": settings.grid, "axes": _plain(setup.axes)},
-    )
-    with open_journal(settings.output, manifest) as journal:
-        sweep = Sweep(
-            setup.shooter,
-            setup.shots,
-            setup.sweep,
-            sentinel=setup.sentinel,
-            journal=journal,
-            sensors=sensors(setup.engine_settings["device"]),
-            clock=clock,
-            progress=progress,
-            expect_s=setup.expect_s,
-            budget_s=settings.budget_s,
-        )
-        result = sweep.run()
+
+    def finish(result: SweepResult, journal: RowJournal | None) -> Any:
         rows = cast("tuple[StepRow, ...]", result.rows)
-        report = check_physics(rows, setup.model)
-        setup.shooter.close()
-        profile = seal(manifest, result, settings.output, journal, {"physics": report.as_dict()})
+        return rows, {"physics": check_physics(rows, setup.model).as_dict()}
+
+    profile = take_profile(
+        setup,
+        settings.output,
+        finish=finish,
+        clock=clock,
+        progress=progress,
+        budget_s=_budget_left(settings, begin, clock),
+    )
     return cast(ServerProfile, profile)
 
 
@@ -204,26 +189,37 @@ def plan_server(
 ) -> Announcement:
     """A dry run: load, time a few shapes, list the shots and say how long they will take."""
     setup = _set_up(settings, loaded, clock)
-    setup.shooter.close()
-    seconds = plan_seconds(setup.shots, setup.sentinel, setup.sweep, setup.expect_s)
-    return Announcement(tuple(setup.shots), seconds)
+    setup.close()
+    return setup.announce()
+
+
+def _budget_left(
+    settings: ServerSettings, begin: float, clock: Callable[[], float]
+) -> float | None:
+    """The budget counts from the call: loading, first prefill and pilot are part of it."""
+    if settings.budget_s is None:
+        return None
+    return max(0.0, settings.budget_s - (clock() - begin))
 
 
 def _set_up(
     settings: ServerSettings, loaded: LoadedModel | None, clock: Callable[[], float]
-) -> _Setup:
+) -> Setup[BatchShape]:
     import torch
 
     from wispprof.lm.engine import VerifierEngine
 
+    begin = clock()
     loaded = loaded or _load(settings)
     info, device = loaded.info, loaded.device
     axes = settings.axes or load_axes(settings.grid)
     sweep = settings.sweep or (QUICK if settings.grid == "quick" else STANDARD)
     context = info.max_context
     wanted = _wanted(axes, context)
-    most = settings.kv_tokens or _kv_room(device, info.kv_bytes_per_token)
     longest = min(wanted.context, context)
+    # What fitted when a sweep began is what its other half must be measured with, too.
+    resumed = begun(settings.output).get("engine", {}).get("kv_tokens")
+    most = settings.kv_tokens or resumed or _kv_room(device, info.kv_bytes_per_token)
     kv_tokens = min(most, wanted.kv_tokens + longest)
     if kv_tokens <= longest + 16:
         raise ProfileError(
@@ -234,24 +230,48 @@ def _set_up(
     engine = VerifierEngine(
         loaded, kv_tokens=kv_tokens, max_sessions=sessions + 1, backend=settings.backend
     )
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    shooter = EngineShooter(engine, longest, seed=sweep.seed, clock=clock, synchronize=synchronize)
+    shooter = EngineShooter(
+        engine, longest, seed=sweep.seed, clock=clock, synchronize=synchronizer(device)
+    )
     shots = server_shots(axes, Capacity(kv_tokens - longest, sessions, context))
     sentinel = _sentinel(shots)
-    expect_s = expectation(shooter, shots, sentinel, sweep, clock)
-    if settings.budget_s is not None:
-        watch = expect_s(sentinel) / sweep.sentinel_every
-        shots = within_budget(shots, settings.budget_s, [expect_s(s) + watch for s in shots])
-    engine_settings = {
-        "backend": engine.backend,
-        "kv_tokens": kv_tokens,
-        "max_sessions": sessions,
-        "max_context": context,
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-    }
-    model = ModelInfo(**cast("dict[str, Any]", _known(info.as_dict())))
-    return _Setup(engine, shooter, shots, sentinel, expect_s, sweep, axes, model, engine_settings)
+    left = _budget_left(settings, begin, clock)
+    most_s = math.inf if left is None else _PILOT_SHARE * left
+    cost = pilot(shooter, shots, sentinel, sweep, clock, most_s=most_s)
+    left = _budget_left(settings, begin, clock)
+    if left is not None:
+        shots = within_budget(shots, left, _prices(shots, sentinel, cost, sweep))
+    return Setup(
+        "server",
+        shooter,
+        shots,
+        sentinel,
+        cost,
+        sweep,
+        model_info(loaded),
+        engine={
+            "backend": engine.backend,
+            "kv_tokens": kv_tokens,
+            "max_sessions": sessions,
+            "max_context": context,
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+        },
+        measure={"grid": settings.grid, "axes": _plain(axes)},
+        close=shooter.close,
+    )
+
+
+def _prices(
+    shots: list[Shot[BatchShape]],
+    sentinel: Shot[BatchShape],
+    cost: CostModel[BatchShape],
+    sweep: SweepSettings,
+) -> list[float]:
+    """Seconds of each shot with its share of the looks at the sentinel."""
+    each = [cost.remaining(shot) for shot in shots]
+    look_s = cost.look_s(sentinel) / sweep.sentinel_every
+    return [seconds + visits * look_s for visits, seconds in each]
 
 
 def _load(settings: ServerSettings) -> LoadedModel:
@@ -261,11 +281,6 @@ def _load(settings: ServerSettings) -> LoadedModel:
         return random_model(settings.shape, 0, settings.dtype, settings.device)
     model = settings.model or str(bundled.path(BUNDLED_TARGET))
     return load_model(model, settings.dtype, settings.device)
-
-
-def _known(values: dict[str, object]) -> dict[str, object]:
-    """Those that a manifest has a name for."""
-    return {k: v for k, v in values.items() if k in ModelInfo.__dataclass_fields__}
 
 
 def _wanted(axes: Axes, context: int) -> Capacity:

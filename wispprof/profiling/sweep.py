@@ -1,119 +1,65 @@
-"""The sweep engine: shots in random order, repeated until their median is known, with drift in view.
+"""The sweep engine: shots in random order, visited until their medians are known, with drift in view.
 
-It knows nothing of models: a *shooter* prepares a shot, fires it once and returns milliseconds. Time
-comes from an injected clock, so tests run a sweep of hours in no time.
+It goes through all shots several times, each time in another order and for a few samples only, so that a slow
+phase of the machine falls upon all of them alike; from the third time on, only to those whose
+median is not yet known well enough. Time comes from an injected clock, so tests run a sweep of hours
+in no time.
 """
 
 from __future__ import annotations
 
 import gc
 import random
-import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from wispprof.artifacts.journal import RowJournal
 from wispprof.artifacts.rows import Row
 from wispprof.errors import EngineError
 from wispprof.hardware import NullSensors, Sensors
+from wispprof.profiling.cost import CostModel
+from wispprof.profiling.shots import Shooter, Shot, SweepSettings, duration, fire_some
 from wispprof.profiling.stats import half_width
+from wispprof.profiling.visits import Ledger
 
-__all__ = [
-    "Progress",
-    "Shooter",
-    "Shot",
-    "Sweep",
-    "SweepResult",
-    "SweepSettings",
-    "drift_summary",
-    "duration",
-    "flag_drift",
-    "plan_seconds",
-    "repeat",
-    "significant",
-]
+__all__ = ["Progress", "Sweep", "SweepResult"]
 
 Progress = Callable[[int, int, str], None]
-"""Called with (shots done, shots in all, a few words with the ETA)."""
+"""Called with (visits made, visits expected in all, a few words with the ETA)."""
 
 Subject = TypeVar("Subject")
 
-
-@dataclass(frozen=True)
-class Shot(Generic[Subject]):
-    """One thing to measure. ``key`` is unique in a sweep and stable between runs.
-
-    ``work``: numbers that its time grows with, for the expected time and for choosing informative
-    shots; the first is 1 (what a shot costs whatever it holds).
-    """
-
-    key: str
-    kind: str
-    subject: Subject
-    work: tuple[float, ...] = (1.0,)
-
-
-class Shooter(Protocol[Subject]):
-    """What a sweep measures with. ``prepare`` and ``finish`` frame the repeats of one shot."""
-
-    def prepare(self, shot: Shot[Subject]) -> None: ...
-
-    def fire(self) -> float:
-        """Do it once; returns milliseconds. The next call finds the same state again."""
-
-    def finish(self) -> None: ...
-
-    def row(
-        self, shot: Shot[Subject], samples: tuple[float, ...], flags: tuple[str, ...], order: int
-    ) -> Row: ...
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """``target``: half-width of the 95 % confidence interval of the median, relative to it.
-
-    A shot is repeated ``least`` to ``most`` times, and no further once it took ``shot_s`` seconds
-    (but three times at least). Every ``sentinel_every`` shots the sentinel is measured again; a
-    sentinel further than ``drift`` from the others marks the shots beside it.
-    """
-
-    seed: int = 0
-    target: float = 0.03
-    warmup: int = 2
-    least: int = 6
-    most: int = 30
-    shot_s: float = 4.0
-    sentinel_every: int = 10
-    drift: float = 0.10
-
-    def __post_init__(self) -> None:
-        if not (0 < self.target < 1 and 1 <= self.least <= self.most and self.sentinel_every >= 1):
-            raise ValueError(f"impossible sweep settings: {self}")
+_PROMISE = 1.15
+"""Share of the announced time after which no more samples are taken than each shot's least."""
+_TURN = 1_000_003
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """Every row there is now (resumed ones too), drift flags set, in the order of measurement.
+    """Every row there is now (resumed ones too), flags set, in the order of measurement.
 
     ``refused``: shots the backend could not do, with its reason. ``seconds``: this run alone.
-    ``expected_s``: what was announced when it began.
+    ``expected_s``: what was announced when it began; None without a pilot. ``out_of_time``: shots that
+    were not measured at all.
     """
 
     rows: tuple[Row, ...]
     seconds: float
-    expected_s: float
+    expected_s: float | None
     refused: dict[str, str] = field(default_factory=dict)
     out_of_time: int = 0
 
 
 class Sweep(Generic[Subject]):
-    """Measures ``shots`` with ``shooter``; rows go to ``journal`` one by one as they are finished.
+    """Measures ``shots`` with ``shooter``; what each visit gave goes to ``journal`` at once.
 
-    Rows that the journal already holds are not measured again. ``budget_s`` stops the sweep between
-    two shots. An exception or Ctrl-C leaves the journal complete up to the last finished row.
+    Visits that the journal already holds are not made again. ``cost``: what a pilot has learned; the
+    sweep then keeps to the time it announces, by giving up refinement rather than samples that every
+    shot must have. ``budget_s`` is never exceeded as long as visits take what they did before. An
+    exception or Ctrl-C leaves the journal complete up to the last finished visit.
     """
 
     def __init__(
@@ -127,7 +73,7 @@ class Sweep(Generic[Subject]):
         sensors: Sensors | None = None,
         clock: Callable[[], float] = time.perf_counter,
         progress: Progress | None = None,
-        expect_s: Callable[[Shot[Subject]], float] | None = None,
+        cost: CostModel[Subject] | None = None,
         budget_s: float | None = None,
     ) -> None:
         if len({shot.key for shot in shots}) != len(shots):
@@ -135,146 +81,123 @@ class Sweep(Generic[Subject]):
         self._shooter, self._settings, self._sentinel = shooter, settings, sentinel
         self._journal, self._sensors = journal, sensors or NullSensors()
         self._clock, self._progress = clock, progress or (lambda done, total, status: None)
-        self._expect = expect_s or (lambda shot: 1.0)
-        self._budget = budget_s
-        self._rows: list[Row] = list(journal.rows) if journal else []
-        self._order = max((row.order for row in self._rows), default=-1) + 1
-        done = {row.key for row in self._rows if row.kind != "sentinel"}
-        shuffled = sorted(shots, key=lambda shot: shot.key)
-        random.Random(settings.seed).shuffle(shuffled)
-        self._todo = [shot for shot in shuffled if shot.key not in done]
-        self._total = len(self._todo) + len(done)
+        self._promised = cost is not None
+        self._cost: CostModel[Subject] = cost if cost is not None else CostModel(settings)
+        self._budget_s = float("inf") if budget_s is None else budget_s
+        self._ledger = Ledger(settings.drift, journal.rows if journal else ())
+        self._shots = sorted(shots, key=lambda shot: shot.key)
+        self._refused: dict[str, str] = {}
+        self._skipped: set[str] = set()
+        self._since_look = settings.sentinel_every
+        self._made = 0
+        self._told: tuple[float, int, float] | None = None
 
     def run(self) -> SweepResult:
-        begin, refused, late = self._clock(), dict[str, str](), 0
-        announced = plan_seconds(self._todo, self._sentinel, self._settings, self._expect)
-        expected = [self._expect(shot) for shot in self._todo]
-        whole, done, eta = sum(expected), 0.0, announced
+        begin = self._clock()
+        announced = self._left()[1] if self._promised else None
+        ends = begin + self._budget_s
+        refined = min(ends, begin + _PROMISE * announced) if announced is not None else ends
         with _no_garbage_collection():
-            for index, shot in enumerate(self._todo):
-                if self._budget is not None and self._clock() - begin > self._budget:
-                    late = len(self._todo) - index
-                    break
-                if index % self._settings.sentinel_every == 0:
-                    self._look_at_sentinel()
-                ready = self._total - len(self._todo) + index
-                self._progress(ready, self._total, f"ETA {duration(eta)}  {shot.key}")
-                try:
-                    self._keep(self._measure(shot))
-                except EngineError as fault:
-                    refused[shot.key] = str(fault)
-                done += expected[index]
-                # What was left when announced, at the pace seen so far.
-                eta = (self._clock() - begin) * (whole - done) / max(done, 1e-9)
-            if self._todo:
-                self._look_at_sentinel()
-        self._progress(self._total - late, self._total, "done")
-        rows = flag_drift(self._rows, self._settings.drift)
-        return SweepResult(rows, self._clock() - begin, announced, refused, late)
+            while waiting := self._waiting():
+                turn = min(self._ledger.count(shot.key) for shot in waiting)
+                now = [shot for shot in waiting if self._ledger.count(shot.key) == turn]
+                random.Random(self._settings.seed * _TURN + turn).shuffle(now)
+                for shot in now:
+                    if self._done(shot):
+                        continue  # a look has cleared its visits meanwhile
+                    if not self._in_time(shot, ends if self._lacks(shot) else refined):
+                        self._skipped.add(shot.key)
+                        continue
+                    self._visit_one(shot)
+            if self._made:
+                self._look()
+        self._progress(self._made, self._made, "done")
+        rows = self._ledger.rows(self._settings.least, self._settings.target)
+        missing = sum(self._ledger.count(key) == 0 for key in self._skipped)
+        return SweepResult(rows, self._clock() - begin, announced, self._refused, missing)
 
-    def _look_at_sentinel(self) -> None:
+    # --- what is left to do -------------------------------------------------------------------
+
+    def _waiting(self) -> list[Shot[Subject]]:
+        gone = self._skipped | self._refused.keys()
+        return [shot for shot in self._shots if shot.key not in gone and not self._done(shot)]
+
+    def _done(self, shot: Shot[Subject]) -> bool:
+        if self._lacks(shot):
+            return False
+        taken, clean = self._ledger.samples(shot.key), self._ledger.clean(shot.key)
+        settings = self._settings
+        spent = len(taken) >= settings.most or sum(taken) / 1000 > settings.shot_s
+        return spent or (len(clean) >= settings.least and half_width(clean) <= settings.target)
+
+    def _lacks(self, shot: Shot[Subject]) -> bool:
+        """Whether the least that every shot must have is not there yet."""
+        taken = self._ledger.samples(shot.key)
+        spent = bool(taken) and sum(taken) / 1000 > self._settings.shot_s
+        return len(taken) < self._settings.least and not spent
+
+    def _in_time(self, shot: Shot[Subject], ends: float) -> bool:
+        """Whether a visit, and the last look at the sentinel, still fit before ``ends``."""
+        if ends == float("inf"):
+            return True
+        need = self._cost.visit_s(shot, self._block(shot) + self._warmup(shot))
         if self._sentinel is not None:
-            self._keep(self._measure(self._sentinel))
+            looks = 2 if self._since_look >= self._settings.sentinel_every else 1
+            need += looks * self._cost.look_s(self._sentinel)
+        return self._clock() + need <= ends
 
-    def _keep(self, row: Row) -> None:
+    def _left(self) -> tuple[int, float]:
+        have = [(shot, self._ledger.clean(shot.key)) for shot in self._waiting()]
+        return self._cost.plan_s(have, self._sentinel)
+
+    # --- doing it -----------------------------------------------------------------------------
+
+    def _visit_one(self, shot: Shot[Subject]) -> None:
+        if self._since_look >= self._settings.sentinel_every:
+            self._look()
+        self._tell(shot)
+        try:
+            self._keep(shot, self._warmup(shot), self._block(shot))
+        except EngineError as fault:
+            self._refused[shot.key] = str(fault)
+            return
+        self._made += 1
+        self._since_look += 1
+
+    def _tell(self, shot: Shot[Subject]) -> None:
+        """Progress with an ETA, reckoned anew once a second: it looks at every shot."""
+        now = self._clock()
+        if self._told is None or now - self._told[0] > 1.0:
+            visits, seconds = self._left()
+            self._told = now, self._made + visits, seconds
+        at, visits, seconds = self._told
+        words = f"ETA {duration(seconds - (now - at))}  {shot.key}"
+        self._progress(self._made, max(visits, self._made + 1), words)
+
+    def _look(self) -> None:
+        if self._sentinel is not None:
+            self._keep(self._sentinel, self._settings.warmup, self._settings.least)
+        self._since_look = 0
+
+    def _block(self, shot: Shot[Subject]) -> int:
+        left = self._settings.most - len(self._ledger.samples(shot.key))
+        return max(1, min(self._settings.block, left))
+
+    def _warmup(self, shot: Shot[Subject]) -> int:
+        warmup = self._settings.warmup
+        return min(1, warmup) if self._ledger.count(shot.key) else warmup
+
+    def _keep(self, shot: Shot[Subject], warmup: int, count: int) -> None:
+        begin = self._clock()
+        fires = fire_some(
+            self._shooter, shot, warmup, count, self._settings, self._clock, self._sensors
+        )
+        flags = ("throttled",) if fires.throttled else ()
+        row = self._shooter.row(shot, tuple(fires.samples), flags, self._ledger.next_order)
         if self._journal is not None:
             self._journal.append(row)
-        self._rows.append(row)
-        self._order += 1
-
-    def _measure(self, shot: Shot[Subject]) -> Row:
-        samples, reading = repeat(self._shooter, shot, self._settings, self._clock, self._sensors)
-        flags = []
-        if half_width(samples) > self._settings.target:
-            flags.append("noisy")
-        if reading:
-            flags.append("throttled")
-        return self._shooter.row(shot, samples, tuple(flags), self._order)
-
-
-def repeat(
-    shooter: Shooter[Subject],
-    shot: Shot[Subject],
-    settings: SweepSettings,
-    clock: Callable[[], float],
-    sensors: Sensors,
-) -> tuple[tuple[float, ...], bool]:
-    """Prepare, warm up and fire until the median is known; returns samples and whether it throttled."""
-    try:
-        shooter.prepare(shot)
-        begin = clock()
-        for _ in range(settings.warmup):
-            shooter.fire()
-            if clock() - begin > settings.shot_s / 2:
-                break
-        samples: list[float] = []
-        while len(samples) < settings.most:
-            samples.append(significant(shooter.fire()))
-            if len(samples) >= settings.least and half_width(samples) <= settings.target:
-                break
-            if len(samples) >= 3 and clock() - begin > settings.shot_s:
-                break
-        return tuple(samples), bool(sensors.read().throttled)  # read while it is still hot
-    finally:
-        shooter.finish()
-
-
-def significant(ms: float) -> float:
-    """Six digits: more than any clock tells, fewer than a float's seventeen on disk."""
-    return float(f"{ms:.6g}")
-
-
-def plan_seconds(
-    shots: Iterable[Shot[Subject]],
-    sentinel: Shot[Subject] | None,
-    settings: SweepSettings,
-    expect_s: Callable[[Shot[Subject]], float],
-) -> float:
-    """What a sweep of these shots is expected to take, sentinels included."""
-    listed = list(shots)
-    total = sum(expect_s(shot) for shot in listed)
-    if sentinel is not None and listed:
-        total += expect_s(sentinel) * (-(-len(listed) // settings.sentinel_every) + 1)
-    return total
-
-
-def flag_drift(rows: Iterable[Row], tolerance: float) -> tuple[Row, ...]:
-    """Mark rows between two sentinels of which at least one is off by more than ``tolerance``.
-
-    What the machine does undisturbed is the reference: the lower quartile of the sentinels' medians,
-    since disturbance only adds time. Existing drift flags are replaced.
-    """
-    ordered = sorted(rows, key=lambda row: row.order)
-    medians = {row.order: row.median_ms for row in ordered if row.kind == "sentinel"}
-    if len(medians) < 2:
-        return tuple(ordered)
-    reference = statistics.quantiles(medians.values(), n=4, method="inclusive")[0]
-    off = [order for order, ms in medians.items() if abs(ms / reference - 1) > tolerance]
-    marks = sorted(medians)
-    flagged = []
-    for row in ordered:
-        before = max((m for m in marks if m <= row.order), default=None)
-        after = min((m for m in marks if m >= row.order), default=None)
-        flags = tuple(flag for flag in row.flags if flag != "drift")
-        if before in off or after in off:
-            flags = (*flags, "drift")
-        flagged.append(replace(row, flags=flags))
-    return tuple(flagged)
-
-
-def drift_summary(rows: Iterable[Row], tolerance: float) -> dict[str, float | int | bool]:
-    """What the sentinels say, for the manifest: how many, their spread, how many shots are marked."""
-    listed = list(rows)
-    medians = [row.median_ms for row in listed if row.kind == "sentinel"]
-    marked = sum("drift" in row.flags for row in listed if row.kind != "sentinel")
-    worst = max(medians) / min(medians) - 1 if medians and min(medians) > 0 else 0.0
-    return {
-        "sentinels": len(medians),
-        "tolerance": tolerance,
-        "spread": round(worst, 4),
-        "drifted_rows": marked,
-        "drifted": marked > 0,
-    }
+        self._ledger.add(row)
+        self._cost.observe(shot, self._clock() - begin, fires)
 
 
 @contextmanager
@@ -288,10 +211,3 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def duration(seconds: float) -> str:
-    """``1:05``, or ``2:01:05`` from an hour on."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,209 @@
+"""Does a server profile say the same twice, and does it notice when it cannot?
+
+    python benchmarks/repeatability.py                # the quick grid on the bundled target
+    python benchmarks/repeatability.py --tiny         # a dozen shapes, to see that it works
+
+Three profiles of one grid, each in a process of its own, one after the other. During the third, CPU hogs
+(one process per core, plain arithmetic) start when half of its time is over. Then one table:
+
+- first against second: the share of shapes that `profile diff` reports as changed (goal: at most 5 %), and
+  beside it what plain rules on the same rows would have said (medians 5 % apart; intervals apart as well);
+- announced against actual seconds of each (goal: within 30 %);
+- the third: did the drift flag fire (goal: yes), and on the first two (goal: no)?
+
+The physics. Two runs of an undisturbed machine differ by the noise of samples, by where memory happens to
+lie, and by the pace of the whole machine. A hog takes cycles and cache from every shape alike, so the
+sentinel, which is one shape measured again and again, must slow down too.
+
+The last line is JSON. Exit code 1 if a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from wispprof.artifacts import ServerProfile, load_server
+from wispprof.profiling.compare import diff_profiles
+from wispprof.profiling.shots import duration
+from wispprof.profiling.stats import median_interval
+
+CHANGED, ETA, TOLERANCE = 0.05, 0.30, 0.05
+
+
+@dataclass(frozen=True)
+class Run:
+    """One profile: its own account of its time, and what its sentinels say."""
+
+    name: str
+    seconds: float
+    expected_s: float
+    drifted: bool
+    rows: int
+    noisy: int
+    marked: int
+
+    @property
+    def ratio(self) -> float:
+        return self.seconds / self.expected_s
+
+
+def measure(out: Path, options: dict[str, Any], started: Any = None) -> None:
+    """Take one profile; runs in a fresh process. ``started`` is set at the sweep's first visit."""
+    from wispprof.profiling import server
+    from wispprof.profiling.grids import Axes
+    from wispprof.profiling.session import Output
+    from wispprof.profiling.shots import SweepSettings
+
+    def report(done: int, total: int, status: str) -> None:
+        if started is not None and status.startswith("ETA"):
+            started.set()
+        if sys.stderr.isatty():
+            print(f"\r{out.name:8} {done}/{total} {status:60.60}", end="", file=sys.stderr)
+
+    more: dict[str, Any] = {"grid": options["grid"], "model": options["model"]}
+    if options["tiny"]:
+        axes = Axes(items=(1, 4, 16), new=(1, 5), cached=(64, 512))
+        more |= {"axes": axes, "sweep": SweepSettings(target=0.1, most=9, sentinel_every=4)}
+    if options["budget_minutes"]:
+        more["budget_minutes"] = options["budget_minutes"]
+    server.profile_server(server.ServerSettings(output=Output(out), **more), report)
+
+
+def burn(until: Any) -> None:
+    """Arithmetic over a working set larger than a core's caches, until told to stop."""
+    numbers = list(range(400_000))
+    while not until.is_set():
+        sum(numbers)
+
+
+def run(name: str, folder: Path, options: dict[str, Any], hog_after_s: float | None) -> Run:
+    """One profile, hogs beginning that long after its first visit."""
+    context = multiprocessing.get_context("spawn")
+    started, stop = context.Event(), context.Event()
+    process = context.Process(target=measure, args=(folder / name, options, started))
+    process.start()
+    hogs: list[Any] = []
+
+    def hog() -> None:
+        started.wait()
+        if not stop.wait(hog_after_s):
+            for _ in range(os.cpu_count() or 1):
+                hogs.append(context.Process(target=burn, args=(stop,), daemon=True))
+                hogs[-1].start()
+            print(f"{name}: {len(hogs)} hogs at {hog_after_s:.0f} s", file=sys.stderr)
+
+    thread = threading.Thread(target=hog, daemon=True)
+    if hog_after_s is not None:
+        thread.start()
+    process.join()
+    stop.set()
+    started.set()
+    if hog_after_s is not None:
+        thread.join()
+    for one in hogs:
+        one.join()
+    if process.exitcode:
+        sys.exit(f"error: the profile {name} failed")
+    return account(name, load_server(folder / name))
+
+
+def account(name: str, profile: ServerProfile) -> Run:
+    """What a profile says of its own making."""
+    said = profile.manifest.summary
+    rows = [row for row in profile.rows if row.kind != "sentinel"]
+    return Run(
+        name,
+        said["seconds"],
+        said["expected_s"],
+        said["drift"]["drifted"],
+        len(rows),
+        sum("noisy" in row.flags for row in rows),
+        sum("drift" in row.flags for row in rows),
+    )
+
+
+def plain_rules(one: ServerProfile, other: ServerProfile) -> tuple[float, float]:
+    """Shares of shapes whose medians are 5 % apart, and of those whose intervals are apart as well."""
+    before = {row.key: row for row in one.rows if row.kind != "sentinel"}
+    far = apart = count = 0
+    for row in other.rows:
+        if (old := before.get(row.key)) is None:
+            continue
+        count += 1
+        if abs(row.median_ms / old.median_ms - 1) <= TOLERANCE:
+            continue
+        far += 1
+        low, high = median_interval(old.samples_ms)
+        low_after, high_after = median_interval(row.samples_ms)
+        apart += high < low_after or high_after < low
+    return far / count, apart / count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--grid", default="quick")
+    parser.add_argument("--model", default="", help="target (default: the bundled one)")
+    parser.add_argument("--budget-minutes", type=float, help="for each profile")
+    parser.add_argument("--tiny", action="store_true", help="a few shapes only")
+    parser.add_argument("--keep", type=Path, help="folder to keep the three profiles in")
+    options = vars(parser.parse_args())
+    keep = options.pop("keep")
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        runs = [run(name, folder, options, None) for name in ("first", "second")]
+        runs.append(run("hogged", folder, options, runs[1].seconds / 2))
+        one, other = load_server(folder / "first"), load_server(folder / "second")
+        found = diff_profiles(one, other, TOLERANCE)
+        far, apart = plain_rules(one, other)
+    print(
+        f"{'':10}{'rows':>6}{'noisy':>7}{'drift':>7}{'announced':>11}{'actual':>8}{'ratio':>7}  flag"
+    )
+    for each in runs:
+        print(
+            f"{each.name:10}{each.rows:>6}{each.noisy:>7}{each.marked:>7}"
+            f"{duration(each.expected_s):>11}{duration(each.seconds):>8}{each.ratio:>7.2f}"
+            f"  {'drift' if each.drifted else '-'}"
+        )
+    print(
+        f"\nfirst against second: {len(found.changed)} of {len(found.rows)} shapes changed "
+        f"({found.changed_share:.1%}); medians 5 % apart: {far:.1%}, intervals apart as well: "
+        f"{apart:.1%}; sentinel {found.sentinel_ratio:.3f}, pace divided out {found.pace:.3f}"
+    )
+    goals = {
+        "changed": found.changed_share <= CHANGED,
+        "eta": all(abs(each.ratio - 1) <= ETA for each in runs[:2]),
+        "hog_seen": runs[2].drifted and runs[2].marked > 0,
+        "quiet_unflagged": not any(each.drifted for each in runs[:2]),
+    }
+    for name, met in goals.items():
+        print(f"{name:16} {'met' if met else 'MISSED'}")
+    document = {
+        "runs": [{**asdict(each), "ratio": each.ratio} for each in runs],
+        "changed_share": found.changed_share,
+        "plain_far": far,
+        "plain_apart": apart,
+        "sentinel_ratio": found.sentinel_ratio,
+        "pace": found.pace,
+        "goals": goals,
+        "minutes": (time.monotonic() - begin) / 60,
+    }
+    print(json.dumps(document))
+    sys.exit(0 if all(goals.values()) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""A profiler killed outright, again and again, in a process of its own: what it has measured stands."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from wispprof.artifacts import RowJournal, load_server
+from wispprof.artifacts.rows import decode_row
+from wispprof.profiling import server
+from wispprof.profiling.grids import Axes
+from wispprof.profiling.session import Output
+from wispprof.profiling.shots import SweepSettings
+
+KILLS = 4
+
+
+def measure(path: Path, resume: bool, told: Any) -> None:
+    """The profiler of a process: tells the order of each visit once it is on disk."""
+    # Times of so small a model are all overhead; what physics says of them has a test of its own.
+    server.check_physics = lambda rows, model: type("Passed", (), {"as_dict": lambda self: {}})()
+    append = RowJournal.append
+
+    def appended(journal: RowJournal, row: Any) -> None:
+        append(journal, row)
+        told.send(row.order)
+
+    RowJournal.append = appended  # type: ignore[method-assign]
+    settings = server.ServerSettings(
+        shape="tiny-llama",
+        device="cpu",
+        axes=Axes(items=(1, 3), new=(1, 4), cached=(8, 32), chunk=(16,), mixed_items=(2,)),
+        kv_tokens=600,
+        sweep=SweepSettings(least=6, most=6, target=0.9, sentinel_every=4),
+        output=Output(path, resume=resume),
+    )
+    server.profile_server(settings)
+
+
+def visits(journal: Path) -> dict[int, tuple[str, tuple[float, ...]]]:
+    """Order → (key, samples) of every whole line."""
+    whole = [line for line in journal.read_bytes().splitlines(keepends=True) if line[-1:] == b"\n"]
+    rows = [decode_row(line, "server", "journal") for line in whole[1:]]
+    return {row.order: (row.key, row.samples_ms) for row in rows}
+
+
+def test_killed_at_random_visits_and_resumed(tmp_path: Path) -> None:
+    """Every key once, every visit's samples in their row, no visit made twice."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["wispprof.lm.engine", "wispprof.profiling.server"])
+    generator = random.Random(7)
+    journal = tmp_path / "p.journal.jsonl"
+    kept: dict[int, tuple[str, tuple[float, ...]]] = {}
+    for attempt in range(KILLS):
+        hear, tell = context.Pipe(duplex=False)
+        process = context.Process(target=measure, args=(tmp_path / "p", attempt > 0, tell))
+        process.start()
+        tell.close()
+        for _ in range(generator.randint(1, 5)):
+            hear.recv()  # EOFError: it ended before it could be killed
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        now = visits(journal)
+        assert len(now) > len(kept)
+        assert kept.items() <= now.items()  # a resumed run changes nothing that is there
+        kept = now
+    hear, tell = context.Pipe(duplex=False)
+    process = context.Process(target=measure, args=(tmp_path / "p", True, tell))
+    process.start()
+    tell.close()
+    made = set()
+    while True:
+        try:
+            made.add(hear.recv())
+        except EOFError:
+            break
+    process.join()
+    assert process.exitcode == 0
+    assert not journal.exists()
+    assert not made & kept.keys()
+
+    rows = [row for row in load_server(tmp_path / "p").rows if row.kind != "sentinel"]
+    assert len({row.key for row in rows}) == len(rows) == 8 + 1 + 2
+    by_key = {row.key: row for row in rows}
+    for row in rows:
+        assert len(row.samples_ms) + len(row.set_aside_ms) == 6
+    for key, samples in kept.values():
+        if key in by_key:  # a look at the sentinel is not
+            have = Counter((*by_key[key].samples_ms, *by_key[key].set_aside_ms))
+            assert not Counter(samples) - have, f"samples of {key} were lost"

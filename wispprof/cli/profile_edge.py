@@ -1,0 +1,176 @@
+"""``wispprof profile-edge`` and ``trace``: what drafting costs here, and how much of it is accepted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wispprof.cli.common import JsonFlag, note, result, table, tracker
+from wispprof.cli.profiling import (
+    Device,
+    DryRun,
+    Dtype,
+    Out,
+    Overwrite,
+    Repeats,
+    Resume,
+    Seed,
+    Target,
+    announce,
+    finished,
+    keeping_rows,
+    output_of,
+    sweep_settings,
+)
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the tool."""
+    app.command("profile-edge")(profile_edge)
+    app.command("trace")(trace)
+
+
+def profile_edge(
+    draft: Annotated[
+        str, typer.Option(help="Folder, hub id or .gguf of the draft. Default: the bundled one.")
+    ] = "",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    grid: Annotated[str, typer.Option(help="quick, standard or full.")] = "quick",
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 switches it off.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="1 switches it off.")] = 1.0,
+    sustained_seconds: Annotated[
+        float | None, typer.Option(min=0.0, help="Length of the sustained window; 0 leaves it out.")
+    ] = None,
+    trace_out: Annotated[
+        Path | None,
+        typer.Option("--trace", help="Also take an acceptance trace into this file."),
+    ] = None,
+    target_model: Annotated[
+        str, typer.Option("--model", help="Target of the trace. Default: the bundled one.")
+    ] = "",
+    server: Annotated[
+        str, typer.Option(help="Ask a running server for the trace's paths instead of --model.")
+    ] = "",
+    key: Annotated[str, typer.Option(help="API key of that server.")] = "",
+    target: Target = None,
+    repeats: Repeats = None,
+    seed: Seed = 0,
+    out: Out = Path("edge"),
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Time drafting on this device: by context, in a burst, sustained, with energy."""
+    from wispprof.core import Sampling
+    from wispprof.profiling import edge
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    settings = edge.EdgeSettings(
+        draft=draft,
+        dtype=dtype,
+        device=device,
+        grid=grid,
+        sampling=sampling,
+        sustained_s=sustained_seconds,
+        sweep=sweep_settings(
+            edge.QUICK if grid == "quick" else edge.STANDARD, target, repeats, seed
+        ),
+        output=output_of(out, resume, overwrite),
+    )
+    if dry_run:
+        announce(edge.plan_edge(settings), as_json)
+        return
+    profile = keeping_rows(out, "profile-edge", lambda report: edge.profile_edge(settings, report))
+    if trace_out is not None:
+        trace(
+            draft=draft,
+            model=target_model,
+            dtype=dtype,
+            device=device,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            server=server,
+            key=key,
+            out=trace_out,
+            quiet=True,
+        )
+    finished(profile, out, as_json)
+
+
+def trace(
+    model: Annotated[
+        str, typer.Option(help="Folder or hub id of the target. Default: the bundled one.")
+    ] = "",
+    draft: Annotated[
+        str, typer.Option(help="Folder or hub id of the draft. Default: the bundled one.")
+    ] = "",
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text or JSON lines. Default: held-out sources.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Prompts.")] = 32,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Longest prompt.")] = 128,
+    path_tokens: Annotated[int, typer.Option(min=2, help="Longest path.")] = 128,
+    depth: Annotated[int, typer.Option("--k", min=1, max=64, help="Drafts per position.")] = 8,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 switches it off.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="1 switches it off.")] = 1.0,
+    seed: Seed = 0,
+    server: Annotated[
+        str, typer.Option(help="Ask a running server for the target's paths instead of --model.")
+    ] = "",
+    key: Annotated[str, typer.Option(help="API key of that server.")] = "",
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("trace.jsonl"),
+    as_json: JsonFlag = False,
+    quiet: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """Take an acceptance trace: the target's path and what the draft would propose along it."""
+    from wispprof.artifacts import save_trace
+    from wispprof.core import Sampling
+    from wispprof.profiling.acceptance import TraceSettings, trace_pair, trace_remote
+    from wispprof.profiling.remote import RemoteTarget
+
+    settings = TraceSettings(
+        target=model,
+        draft=draft,
+        dtype=dtype,
+        device=device,
+        sampling=Sampling(temperature, top_k, top_p, seed),
+        prompts=prompts,
+        count=count,
+        prompt_tokens=prompt_tokens,
+        path_tokens=path_tokens,
+        depth=depth,
+        seed=seed,
+    )
+    with tracker("trace") as report:
+        if server:
+            taken = trace_remote(RemoteTarget(server, key), settings, report)
+        else:
+            taken = trace_pair(settings, report)
+    digest = save_trace(taken, out)
+    survival = taken.survival_by_position().tolist()
+    note(f"wrote {out}")
+    if quiet:
+        return
+    shown = table(f"Accepted drafts of {taken.draft} under {taken.target}", "position", ">survival")
+    for position, share in enumerate(survival, start=1):
+        shown.add_row(str(position), f"{share:.3f}")
+    document = {
+        "file": str(out),
+        "hash": digest,
+        "paths": len(taken.paths),
+        "tokens": sum(len(path.path) for path in taken.paths),
+        "survival": survival,
+    }
+    result(document, shown, as_json)

@@ -1,0 +1,69 @@
+"""Several profiles of one model on one machine made into one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from wispprof.artifacts import Profile, make_profile
+from wispprof.artifacts.provenance import command_line
+from wispprof.artifacts.rows import Row
+from wispprof.errors import ProfileError
+
+__all__ = ["merge_profiles"]
+
+
+def merge_profiles(profiles: Sequence[Profile]) -> Profile:
+    """One profile with the rows of all: same kind, model, engine and machine.
+
+    Where several hold a key, the row without flags wins, then the one with more samples. Sentinels
+    are kept of the first only: they speak of one run. Raises :class:`ProfileError` where they differ.
+    """
+    if len(profiles) < 2:
+        raise ProfileError("Merging needs two profiles or more.", "Name them all.")
+    first = profiles[0]
+    for other in profiles[1:]:
+        for what, one, two in (
+            ("kinds", first.manifest.kind, other.manifest.kind),
+            ("models", first.manifest.model, other.manifest.model),
+            ("engines", _identity(first), _identity(other)),
+            ("machines", _machine(first), _machine(other)),
+        ):
+            if one != two:
+                raise ProfileError(
+                    f"The profiles are of different {what}: {one} and {two}.",
+                    "Merge only profiles of the same model on the same machine.",
+                )
+    best: dict[str, Row] = {}
+    for profile in profiles:
+        for key, row in _shots(profile).items():
+            if key not in best or _worth(row) > _worth(best[key]):
+                best[key] = row
+    sentinels = [row for row in first.rows if row.kind == "sentinel"]
+    rows = [replace(row, order=order) for order, row in enumerate([*sentinels, *best.values()])]
+    manifest = replace(
+        first.manifest,
+        command=command_line(),
+        ended=max(p.manifest.ended for p in profiles),
+        started=min(p.manifest.started for p in profiles),
+        summary={**first.manifest.summary, "merged": [p.hash for p in profiles]},
+    )
+    return make_profile(manifest, rows)
+
+
+def _worth(row: Row) -> tuple[int, int]:
+    return -len(row.flags), len(row.samples_ms)
+
+
+def _identity(profile: Profile) -> tuple[object, ...]:
+    """What must be equal of an engine; room for sessions does not change a step's time."""
+    engine = profile.manifest.engine
+    return tuple(engine.get(name) for name in ("backend", "device", "threads", "graphs"))
+
+
+def _machine(profile: Profile) -> object:
+    return profile.manifest.hardware.get("hash") or profile.manifest.citation
+
+
+def _shots(profile: Profile) -> dict[str, Row]:
+    return {row.key: row for row in profile.rows if row.kind != "sentinel"}
