@@ -98,10 +98,12 @@ class _Need(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """Who decodes, with how many drafts each; when to ask again if nobody does; tokens expected of each."""
+    """Who decodes, with how many drafts each; who was looked at: the neediest, all where they are few; when
+    to ask again if nobody decodes; tokens expected of each."""
 
     sessions: list[SessionView]
     keep: list[int]
+    seen: list[SessionView]
     wake_ms: float = math.inf
     gain: float = 1.0
 
@@ -136,9 +138,7 @@ class Wispprof:
         build = StepBuilder(estimator, limits)
         wake_ms, gain = math.inf, 1.0
         if decode:
-            chosen, keep, wake_ms, gain = self._choose(
-                now_ms, decode, estimator, limits, bool(prompts)
-            )
+            chosen, keep, decode, wake_ms, gain = self._choose(now_ms, decode, estimator, limits)
             build.add_decodes(chosen, keep)
         if prompts:
             sized, patience = self.settings.size_prefill, self.settings.first_token
@@ -168,7 +168,6 @@ class Wispprof:
         decode: list[SessionView],
         estimator: StepEstimator,
         limits: Limits,
-        company: bool,
     ) -> _Choice:
         settings, seats = self.settings, limits.max_items
         if len(decode) > 2 * seats:
@@ -206,7 +205,7 @@ class Wispprof:
         if not members.any() and not self._pays_to_idle(now_ms, book, rate, wake_ms):
             members = everyone
         if not members.any():
-            return _Choice([], [], wake_ms)
+            return _Choice([], [], decode, wake_ms)
         room = min(limits.max_tokens, limits.kv_free)
         most = min(seats, room)
         members = need.first(members, most)
@@ -218,7 +217,7 @@ class Wispprof:
         chosen = np.flatnonzero(members)
         gain = float(book.gains(keep)[chosen].mean())
         kept: list[int] = keep[chosen].tolist()
-        return _Choice([decode[place] for place in chosen.tolist()], kept, wake_ms, gain)
+        return _Choice([decode[place] for place in chosen.tolist()], kept, decode, wake_ms, gain)
 
     def _weights(self, need: _Need, horizon_ms: float) -> FloatArray:
         """Worth of a session's tokens: 1 while its slack exceeds the horizon, rising to ``catch_up``
