@@ -9,7 +9,9 @@ from typing import Any
 
 from wispprof.core import Drafter, RejectionPredictor
 from wispprof.errors import WispprofError
+from wispprof.hardware import EnergyMeter, NullMeter
 from wispprof.policies.api import Controller
+from wispprof.runtime.edge.energy import EnergyShares
 from wispprof.runtime.edge.lookup import LookupDrafter, LookupFirst
 from wispprof.runtime.edge.worker import ThreadWorker, common_prefix
 
@@ -24,6 +26,7 @@ class Device:
     ``kind``: ``model``, ``lookup``, ``both`` (lookup first) or ``none`` (centralized). ``loaded``: the
     draft model as :func:`wispprof.lm.loading.load_model` gives it. All steps run in one thread: a device
     has one engine. Drafters are kept and reused, so a conversation's next turn finds its KV.
+    ``meter``: what the device's energy is read from; :attr:`energy` deals it to the requests.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class Device:
         options: dict[str, Any] | None = None,
         predictor: RejectionPredictor | None = None,
         loaded: Any = None,
+        meter: EnergyMeter | None = None,
     ) -> None:
         if kind not in DRAFTERS:
             raise WispprofError(
@@ -42,6 +46,7 @@ class Device:
             raise ValueError(f"the drafter {kind!r} needs a draft model")
         self.kind = kind
         self.stream = True
+        self.energy = EnergyShares(meter or NullMeter())
         self._controller = (controller, dict(options or {}))
         self._predictor = predictor
         self._loaded = loaded

@@ -12,6 +12,7 @@ from typing import Any
 from wispprof.artifacts import bundled
 from wispprof.core import RejectionPredictor, Sampling, Slo
 from wispprof.errors import ModelError, WispprofError
+from wispprof.hardware import energy_meter
 from wispprof.runtime.edge.client import EdgeClient
 from wispprof.runtime.edge.device import Device
 from wispprof.runtime.edge.dial import Dial, websocket_dial
@@ -129,7 +130,8 @@ class Reply:
             slo=prompt.slo or house.settings.slo,
             stop=house.stop_tokens,
         )
-        with house.device.lend(prompt.tokens) as (worker, controller):
+        device = house.device
+        with device.lend(prompt.tokens) as (worker, controller), device.energy.share() as energy:
             generation = Generation(
                 house.client,
                 request,
@@ -143,6 +145,7 @@ class Reply:
                 async for chunk in source:
                     yield chunk
             self.finished = generation.stats.finished
+        self.stats.energy_j = energy.energy_j
 
 
 class EdgeHouse:
@@ -207,8 +210,9 @@ async def open_edge(settings: EdgeSettings) -> AsyncIterator[EdgeHouse]:
         options = dict(settings.options)
         if settings.controller == "wispprof" and settings.drafter != "none":
             options.update(_plan_rows(settings, stream))
+        meter = energy_meter(str(loaded.device) if loaded is not None else "cpu")
         device = Device(
-            settings.drafter, settings.controller, options, _predictor(settings), loaded
+            settings.drafter, settings.controller, options, _predictor(settings), loaded, meter
         )
         stack.callback(device.close)
         client = EdgeClient(

@@ -34,6 +34,7 @@ class EdgeMetrics:
         self.accepted = counter("accepted_tokens", "Drafts verified and kept.")
         self.draft_seconds = counter("draft_seconds", "Time spent drafting.")
         self.wasted_seconds = counter("wasted_draft_seconds", "Of it, after a first rejection.")
+        self.energy = counter("energy_joules", "Used by the device while requests ran.")
         self.guesses = counter("proactive_guesses", "Guesses at the target's own token.")
         self.hits = counter("proactive_hits", "Guesses that were right.")
         self.ttft = Histogram(
@@ -72,6 +73,7 @@ class EdgeMetrics:
         self.wasted_seconds.inc(stats.wasted_ms / 1000.0)
         self.guesses.inc(stats.proactive_guesses)
         self.hits.inc(stats.proactive_hits)
+        self.energy.inc(stats.energy_j or 0.0)
         if stats.ttft_ms is not None:
             self.ttft.observe(stats.ttft_ms / 1000.0)
         if stats.tpot_ms is not None:

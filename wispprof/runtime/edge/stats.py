@@ -20,6 +20,8 @@ class RequestStats:
     ``offered_by_position[j]``: verified rounds with at least j+1 drafts; ``accepted_by_position[j]``:
     those in which the first j+1 were accepted. ``proactive_hits`` of ``proactive_guesses``: how often a
     guess at the target's own token was right. ``draft_only``: tokens that no server confirmed.
+    ``energy_j``: what the device used meanwhile (see :mod:`wispprof.runtime.edge.energy`); ``None`` without a
+    sensor.
     """
 
     begun_ms: float = 0.0
@@ -97,6 +99,12 @@ class RequestStats:
     def accepted_per_round(self) -> float:
         return self.accepted / self.rounds if self.rounds else 0.0
 
+    @property
+    def energy_j_per_token(self) -> float | None:
+        """Joules of the device per token; ``None`` without a sensor or a token."""
+        made = self.tokens + self.draft_only
+        return None if self.energy_j is None or not made else self.energy_j / made
+
     def kept(self, slo: Slo) -> bool:
         """Whether the promise was kept: first token in time, then the sustained speed."""
         if self.first_ms is None or (slo.ttft_ms is not None and self.first_ms > slo.ttft_ms):
@@ -115,6 +123,7 @@ class RequestStats:
             "accepted_per_round": self.accepted_per_round,
             "queue_ms_per_round": self.queue_ms / rounds,
             "verify_ms_per_round": self.verify_ms / rounds,
+            "energy_j_per_token": self.energy_j_per_token,
         }
 
     def line(self) -> str:
@@ -129,6 +138,8 @@ class RequestStats:
             parts.append(f"wasted drafting {self.wasted_ms:.0f} ms ({share:.0%})")
         if self.proactive_guesses:
             parts.append(f"guessed ahead {self.proactive_hits}/{self.proactive_guesses}")
+        if self.energy_j_per_token is not None:
+            parts.append(f"{self.energy_j_per_token:.2g} J/token")
         parts.append(f"link {self.rtt_ms:.1f} ms")
         if self.reopened:
             parts.append(f"reopened {self.reopened}x")
