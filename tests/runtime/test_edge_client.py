@@ -66,20 +66,24 @@ async def test_sampled_text_is_the_same_split_or_centralized() -> None:
     ids=["tokenizer", "target", "key", "no key"],
 )
 async def test_a_wrong_edge_is_refused_at_hello_with_the_reason(
-    settings: dict[str, str], said: str
+    settings: dict[str, str], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with hash_server(api_keys=(KEY,)) as running:
         given = {"key": KEY, **settings}
         with pytest.raises(HandshakeRefused, match=said):
             async with edge(websocket_dial(running.split_url), **given):
                 pass
+        (told,) = [r.getMessage() for r in caplog.records if r.name == "wispprof.server"]
+        assert told.startswith("refused an edge at hello")
+        assert said in told
+        assert KEY not in told
         # Everybody else is served on.
         async with edge(websocket_dial(running.split_url), tokenizer="hash", key=KEY) as client:
             assert client.welcome is not None
             assert client.welcome.target == "hash-256"
 
 
-async def test_a_wrong_protocol_version_is_refused() -> None:
+async def test_a_wrong_protocol_version_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     class Newer:
         """Says hello in the next version of the protocol."""
 
@@ -106,6 +110,7 @@ async def test_a_wrong_protocol_version_is_refused() -> None:
         with pytest.raises(HandshakeRefused, match="rotocol"):
             async with edge(dial):
                 pass
+        assert "protocol" in caplog.text
 
 
 async def test_a_request_beyond_the_context_is_refused_alone() -> None:

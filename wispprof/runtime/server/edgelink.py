@@ -114,6 +114,8 @@ class EdgeLink:
                 raise HandshakeRefused("The first frame must be hello.", "Send hello first.")
             check_hello(hello, server.model, server.settings.api_keys)
         except HandshakeRefused as fault:
+            # The edge's own words may be in it, and may be long.
+            log.warning("refused an edge at hello: %.300s", fault)
             self._problem(-1, "hello", str(fault))
             raise _Hangup(1008) from fault
         if server.draining:
