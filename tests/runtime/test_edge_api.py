@@ -148,6 +148,32 @@ async def test_the_same_seed_gives_the_same_text_split_centralized_and_after_a_r
     assert resumed.model_extra["wispprof"]["reopened"] == 1
 
 
+async def test_an_app_that_hangs_up_ends_its_generation() -> None:
+    body = json.dumps({"prompt": "abc", "max_tokens": 3000, "temperature": 0}).encode()
+    head = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
+    headers = [(b"content-type", b"application/json")]
+    sent: list[dict[str, object]] = []
+    async with hash_house() as house:
+        app = make_edge_app(house)
+        messages = [{"type": "http.request", "body": body}]
+
+        async def receive() -> dict[str, object]:
+            if messages:
+                return messages.pop()
+            while house.client.traffic.down_frames < 10:  # in the middle of the answer
+                await asyncio.sleep(0.001)
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, object]) -> None:
+            sent.append(message)
+
+        await app({**head, "headers": headers}, receive, send)  # type: ignore[arg-type]
+        async with over(app) as http:
+            scraped = (await http.get("/metrics")).text
+    assert sent[0]["status"] == 499
+    assert 'wispprof_edge_requests_total{finished="aborted"} 1.0' in scraped
+
+
 async def test_bad_requests_are_refused_in_openais_form() -> None:
     async with api() as http:
         client = openai_client(http)

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from wispprof.errors import RuntimeFault, ServerBusy, ServerUnreachable, WispprofError
 from wispprof.runtime.edge.house import EdgeHouse, EdgeSettings, Prompt, Reply, open_edge
 from wispprof.runtime.edge.metrics import EdgeMetrics
+from wispprof.runtime.hangup import unless_gone
 from wispprof.runtime.openai_shapes import (
     ApiError,
     ChatAnswer,
@@ -98,20 +99,22 @@ def make_edge_app(house: EdgeHouse) -> FastAPI:
         return {"object": "list", "data": [entry]}
 
     @app.post("/v1/completions", response_model=None)
-    async def completions(body: CompletionRequest) -> Response | dict[str, Any]:
+    async def completions(body: CompletionRequest, request: Request) -> Response | dict[str, Any]:
         body.check()
         tokens = _prompt_tokens(house, body)
         prompt = _prompt(house, tokens, body.max_tokens, body)
         echo = body.prompt if body.echo and isinstance(body.prompt, str) else ""
-        return await _respond(house, metrics, body, prompt, CompletionAnswer(house.model, echo))
+        answer = CompletionAnswer(house.model, echo)
+        return await _respond(house, metrics, body, request, prompt, answer)
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat(body: ChatRequest) -> Response | dict[str, Any]:
+    async def chat(body: ChatRequest, request: Request) -> Response | dict[str, Any]:
         body.check()
         said = [{"role": m.role, "content": m.text()} for m in body.messages]
         most = body.max_completion_tokens or body.max_tokens
         prompt = _prompt(house, house.chat(said), most, body)
-        return await _respond(house, metrics, body, prompt, ChatAnswer(house.model))
+        answer = ChatAnswer(house.model)
+        return await _respond(house, metrics, body, request, prompt, answer)
 
     return app
 
@@ -155,18 +158,21 @@ async def _respond(
     house: EdgeHouse,
     metrics: EdgeMetrics,
     body: ChatRequest | CompletionRequest,
+    request: Request,
     prompt: Prompt,
     answer: CompletionAnswer,
 ) -> Response | dict[str, Any]:
     reply = house.reply(prompt)
     pieces = metrics.watch(reply)
+    if not body.stream:
+        text = await unless_gone(request, pieces)
+        if text is None:
+            return Response(status_code=499)
+        return answer.whole(text, _reason(reply), _usage(prompt, reply), wispprof=_extra(reply))
     # The first piece decides whether this is an answer or an error: afterwards the status is sent.
     first = await anext(pieces, None)
-    if body.stream:
-        events = _events(answer, reply, prompt, first, pieces, body.wants_usage)
-        return StreamingResponse(events, media_type="text/event-stream")
-    text = (first or "") + "".join([piece async for piece in pieces])
-    return answer.whole(text, _reason(reply), _usage(prompt, reply), wispprof=_extra(reply))
+    events = _events(answer, reply, prompt, first, pieces, body.wants_usage)
+    return StreamingResponse(events, media_type="text/event-stream")
 
 
 async def _events(

@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from wispprof.core import Slo
 from wispprof.errors import WispprofError
 from wispprof.runtime.edge.text import StopScanner, TextStream
+from wispprof.runtime.hangup import unless_gone
 from wispprof.runtime.openai_shapes import (
     ApiError,
     ChatAnswer,
@@ -219,32 +220,10 @@ async def _respond(
             media_type="text/event-stream",
             headers={"cache-control": "no-cache"},
         )
-    whole = await _unless_gone(request, pieces)
+    whole = await unless_gone(request, pieces)
     if whole is None:
         return Response(status_code=499)
     return JSONResponse(answer.whole(whole, generation.reason, generation.usage))
-
-
-async def _unless_gone(request: Request, pieces: AsyncGenerator[str]) -> str | None:
-    """The whole text, or ``None`` if the client hung up meanwhile: nobody pays for its answer then."""
-
-    async def collect() -> str:
-        async with aclosing(pieces):
-            return "".join([piece async for piece in pieces])
-
-    async def hung_up() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    work = asyncio.create_task(collect(), name="completion")
-    watch = asyncio.create_task(hung_up(), name="disconnect watch")
-    try:
-        await asyncio.wait([work, watch], return_when=asyncio.FIRST_COMPLETED)
-        return work.result() if work.done() else None
-    finally:
-        for task in (work, watch):
-            task.cancel()
-        await asyncio.gather(work, watch, return_exceptions=True)
 
 
 async def _events(
