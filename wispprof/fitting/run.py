@@ -28,6 +28,7 @@ from wispprof.fitting.replay import Fold, compare_controllers, summarise
 from wispprof.fitting.rows import Observations, check_same_model, read_step_log
 from wispprof.fitting.selection import fit_estimator
 from wispprof.fitting.update import recalibrate
+from wispprof.hardware import computing_on
 
 __all__ = [
     "FitResult",
@@ -70,15 +71,21 @@ def load_server_rows(paths: Sequence[Path]) -> ServerRows:
     inputs: dict[str, str] = {}
     identities: dict[str, str] = {}
     tokenizer = ""
+    machines: dict[str, None] = {}
     for path in paths:
         profile = load_server(path)
         model = profile.manifest.model
         known = (model.id, model.dtype, model.config_hash)
         identities[Path(path).name] = " ".join(part for part in known if part)
         inputs[f"profile:{Path(path).name}" if len(paths) > 1 else "profile"] = profile.hash
+        manifest = profile.manifest
+        device = str(manifest.engine.get("device", ""))
+        machines[computing_on(device, manifest.hardware)] = None
         tokenizer = tokenizer or model.tokenizer_hash
         rows.extend(profile.rows)
     check_same_model(identities)
+    if any(machines):
+        inputs["machine"] = " and ".join(filter(None, machines))
     return ServerRows(tuple(rows), inputs, next(iter(identities.values()), ""), tokenizer)
 
 

@@ -6,6 +6,7 @@ Never raises for a sensor that is missing: a Null object answers in its place.
 from wispprof.hardware.clocks import NullSensors, Reading, Sensors, sensors
 from wispprof.hardware.energy import EnergyMeter, EnergyReading, NullMeter, energy_meter
 from wispprof.hardware.machine import Fingerprint, Gpu, fingerprint
+from wispprof.hardware.origin import computing_on, made_elsewhere
 
 __all__ = [
     "EnergyMeter",
@@ -16,7 +17,9 @@ __all__ = [
     "NullSensors",
     "Reading",
     "Sensors",
+    "computing_on",
     "energy_meter",
     "fingerprint",
+    "made_elsewhere",
     "sensors",
 ]

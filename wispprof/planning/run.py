@@ -51,6 +51,9 @@ def plan_files(
     document = read_document(Path(estimator), "estimator")
     inputs = {"estimator": document.hash}
     notes: list[str] = []
+    if machine := document.inputs.get("machine"):
+        inputs["machine"] = machine
+        notes.append(f"Server times are those of {machine}.")
     shared, named = _traces(traces, inputs)
     devices: list[Device] = []
     for entry in edges:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from wispprof.lm.engine import VerifierEngine
     from wispprof.lm.parallel import Ranks
 
-__all__ = ["build_server", "load_engine"]
+__all__ = ["build_server", "foreign", "load_engine"]
+
+log = logging.getLogger("wispprof.server")
 
 _SHARE_OF_FREE_RAM = 0.25
 _SHARE_OF_FREE_VRAM = 0.85
@@ -40,11 +43,37 @@ def build_server(
         from wispprof.artifacts.plan import load_plan
 
         parts["plan"] = load_plan(settings.plan)
+    for line in foreign(settings):
+        log.warning(line)
     if engine is None or model is None:
         engine, model, tokenizer = load_engine(settings)
         if tokenizer is not None:
             parts.setdefault("text", TextSide(tokenizer))
     return VerificationServer(engine, model, settings, **parts)
+
+
+def foreign(settings: ServerSettings) -> list[str]:
+    """A line for each artifact that was made on another machine, or of another estimator, than serves."""
+    from wispprof.artifacts import read_document
+    from wispprof.hardware import computing_on, made_elsewhere
+
+    here = computing_on(settings.device)
+    estimator = read_document(settings.estimator, "estimator") if settings.estimator else None
+    plan = read_document(settings.plan, "plan") if settings.plan else None
+    lines: list[str | None] = []
+    if estimator is not None:
+        made_on = estimator.inputs.get("machine", "")
+        lines.append(made_elsewhere(f"The estimator {settings.estimator}", made_on, here))
+    if plan is not None:
+        made_on = plan.inputs.get("machine", "")
+        lines.append(made_elsewhere(f"The plan {settings.plan}", made_on, here))
+        made_of = plan.inputs.get("estimator", "")
+        if estimator is not None and made_of and made_of != estimator.hash:
+            lines.append(
+                f"The plan {settings.plan} was made with another estimator than {settings.estimator}: "
+                "make it anew with `wispprof plan`."
+            )
+    return [line for line in lines if line]
 
 
 def load_engine(
