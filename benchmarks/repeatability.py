@@ -4,7 +4,7 @@
     python benchmarks/repeatability.py --tiny         # a dozen shapes, to see that it works
 
 Three profiles of one grid, each in a process of its own, one after the other. During the third, CPU hogs
-(one process per core, plain arithmetic) start when half of its time is over. Then one table:
+(one process per core, plain arithmetic) start when half of its visits are made. Then one table:
 
 - first against second: the share of shapes that `profile diff` reports as changed (goal: at most 5 %), and
   beside it what plain rules on the same rows would have said (medians 5 % apart; intervals apart as well);
@@ -26,7 +26,6 @@ import multiprocessing
 import os
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,16 +58,16 @@ class Run:
         return self.seconds / self.expected_s
 
 
-def measure(out: Path, options: dict[str, Any], started: Any = None) -> None:
-    """Take one profile; runs in a fresh process. ``started`` is set at the sweep's first visit."""
+def measure(out: Path, options: dict[str, Any], half: Any) -> None:
+    """Take one profile; runs in a fresh process. ``half`` is set when half of the visits are made."""
     from wispprof.profiling import server
     from wispprof.profiling.grids import Axes
     from wispprof.profiling.session import Output
     from wispprof.profiling.shots import SweepSettings
 
     def report(done: int, total: int, status: str) -> None:
-        if started is not None and status.startswith("ETA"):
-            started.set()
+        if status.startswith("ETA") and 2 * done >= total:
+            half.set()
         if sys.stderr.isatty():
             print(f"\r{out.name:8} {done}/{total} {status:60.60}", end="", file=sys.stderr)
 
@@ -88,31 +87,22 @@ def burn(until: Any) -> None:
         sum(numbers)
 
 
-def run(name: str, folder: Path, options: dict[str, Any], hog_after_s: float | None) -> Run:
-    """One profile, hogs beginning that long after its first visit."""
+def run(name: str, folder: Path, options: dict[str, Any], hogs: int = 0) -> Run:
+    """One profile, with hogs from its middle on."""
     context = multiprocessing.get_context("spawn")
-    started, stop = context.Event(), context.Event()
-    process = context.Process(target=measure, args=(folder / name, options, started))
+    half, stop = context.Event(), context.Event()
+    process = context.Process(target=measure, args=(folder / name, options, half))
     process.start()
-    hogs: list[Any] = []
-
-    def hog() -> None:
-        started.wait()
-        if not stop.wait(hog_after_s):
-            for _ in range(os.cpu_count() or 1):
-                hogs.append(context.Process(target=burn, args=(stop,), daemon=True))
-                hogs[-1].start()
-            print(f"{name}: {len(hogs)} hogs at {hog_after_s:.0f} s", file=sys.stderr)
-
-    thread = threading.Thread(target=hog, daemon=True)
-    if hog_after_s is not None:
-        thread.start()
-    process.join()
+    burning: list[Any] = []
+    while process.is_alive():
+        process.join(0.2)
+        if hogs and half.is_set() and not burning:
+            burning = [context.Process(target=burn, args=(stop,)) for _ in range(hogs)]
+            for one in burning:
+                one.start()
+            print(f"{name}: {hogs} hogs", file=sys.stderr)
     stop.set()
-    started.set()
-    if hog_after_s is not None:
-        thread.join()
-    for one in hogs:
+    for one in burning:
         one.join()
     if process.exitcode:
         sys.exit(f"error: the profile {name} failed")
@@ -164,8 +154,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        runs = [run(name, folder, options, None) for name in ("first", "second")]
-        runs.append(run("hogged", folder, options, runs[1].seconds / 2))
+        runs = [run(name, folder, options) for name in ("first", "second")]
+        runs.append(run("hogged", folder, options, hogs=os.cpu_count() or 1))
         one, other = load_server(folder / "first"), load_server(folder / "second")
         found = diff_profiles(one, other, TOLERANCE)
         far, apart = plain_rules(one, other)

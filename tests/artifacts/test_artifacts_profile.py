@@ -23,6 +23,7 @@ from wispprof.artifacts import (
     make_profile,
     save_profile,
 )
+from wispprof.artifacts.journal import journal_header
 from wispprof.artifacts.rows import decode_row, encode_row
 from wispprof.core import BatchShape, VerifyItem
 from wispprof.errors import ArtifactDamaged, ArtifactError, ArtifactMissing, ArtifactTooNew
@@ -204,6 +205,40 @@ def test_draft_time_between_measured_contexts():
     made = [EdgeRow(f"d{c}", "draft_step", c, (ms,), order=c) for c, ms in ((100, 2.0), (300, 4.0))]
     profile = make_profile(Manifest("edge", ModelInfo("d")), made)
     assert [profile.draft_ms(c) for c in (0, 100, 200, 300, 900)] == [2.0, 2.0, 3.0, 4.0, 4.0]
+
+
+def test_drafting_time_counts_the_steps_that_catch_up():
+    step = EdgeRow("d", "draft_step", 100, (2.0,))
+    behind = EdgeRow("c", "catch_up", 100, (3.0,), tokens=2, order=1)
+    profile = make_profile(Manifest("edge", ModelInfo("d")), [step, behind])
+    assert profile.drafting_ms(100, caught_up=0.0) == profile.draft_ms(100) == 2.0
+    assert profile.drafting_ms(100, caught_up=0.25) == pytest.approx(2.25)
+    older = make_profile(Manifest("edge", ModelInfo("d")), [step])
+    assert older.drafting_ms(100, caught_up=0.25) == 2.0
+
+
+def test_visits_must_account_for_every_sample():
+    row = StepRow("k", "verify", BatchShape.uniform(1, 1, 8), (1.0, 2.0, 3.0), visits=(2, 1))
+    row = replace(row, set_aside_ms=(9.0,))
+    assert decode_row(encode_row(row), "server", "here") == row
+    for visits in ((1, 1), (3, 0), (4,)):
+        with pytest.raises(ArtifactDamaged, match="'visits' gives"):
+            decode_row(encode_row(replace(row, visits=visits)), "server", "here")
+
+
+def test_a_journal_takes_several_visits_of_a_key_but_no_line_twice(tmp_path):
+    path = tmp_path / "j.jsonl"
+    with RowJournal(path, "server", HEADER) as log:
+        for order in range(3):
+            log.append(replace(rows(1)[0], order=order))
+    with RowJournal(path, "server", HEADER, resume=True) as log:
+        assert [row.order for row in log.rows] == [0, 1, 2]
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines, lines[2]]))
+    with pytest.raises(ArtifactDamaged, match=r"line 5.*repeated or moved"):
+        RowJournal(path, "server", HEADER, resume=True)
+    assert journal_header(path) == HEADER
+    assert journal_header(tmp_path / "none.jsonl") == {}
 
 
 # --- journal ------------------------------------------------------------------------------------

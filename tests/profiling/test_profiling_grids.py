@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from wispprof.errors import ArtifactMissing, ProfileError
+from wispprof.profiling.drafting import EDGE_GRIDS, load_edge_axes
 from wispprof.profiling.grids import GRIDS, Axes, Capacity, load_axes, parse_range, server_shots
 
 ROOMY = Capacity(1 << 22, 256, 1 << 16)
@@ -80,3 +81,24 @@ def test_axes_from_toml(tmp_path):
             load_axes(str(file))
     with pytest.raises(ArtifactMissing, match="neither"):
         load_axes("nowhere")
+
+
+def test_edge_axes_from_toml(tmp_path):
+    file = tmp_path / "grid.toml"
+    file.write_text(
+        '[server]\nitems = [1]\n[edge]\nbase = "standard"\ncontexts = "64-256*2"\nburst_s = 1\n'
+    )
+    axes = load_edge_axes(str(file))
+    assert (axes.contexts, axes.burst_s) == ((64, 128, 256), 1.0)
+    assert axes.sustained_s == EDGE_GRIDS["standard"].sustained_s >= 60
+    for text, says in (
+        ("context = [1]", "no axis"),
+        ("contexts = 4", "numbers"),
+        ("burst_s = -1", "number >= 0"),
+        ("chunk_context = true", "number >= 0"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ProfileError, match=says):
+            load_edge_axes(str(file))
+    with pytest.raises(ArtifactMissing, match="neither"):
+        load_edge_axes("nowhere")

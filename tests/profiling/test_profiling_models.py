@@ -179,6 +179,7 @@ def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
     assert kinds == set(edge.EdgeRow.__doc__.split("``")) & kinds | {"sentinel"}
     assert {
         "draft_step",
+        "catch_up",
         "forward",
         "prefill",
         "controller",
@@ -210,6 +211,9 @@ def test_edge_shots_do_what_their_kind_says(tiny):
         if shot.kind in ("draft_step", "forward"):
             assert drafter.length == shot.subject.context
             assert drafter.cached_kv().shape[3] == shot.subject.context
+        if shot.kind == "catch_up":  # over as many tokens as a draft step, two of them unread
+            assert drafter.length == shot.subject.context
+            assert drafter.cached_kv().shape[3] == shot.subject.context - shot.subject.tokens
         if shot.kind == "prefill":
             assert drafter.length == max(1, shot.subject.context) + shot.subject.tokens + 1
         shooter.finish()

@@ -66,10 +66,22 @@ class EdgeProfile:
     def draft_ms(self, context: int) -> float:
         """Milliseconds of one draft step over ``context`` cached tokens: interpolated between the
         measured contexts, held flat outside them. Raises ArtifactDamaged without such rows."""
-        rows = self.of_kind("draft_step")
+        return self._ms("draft_step", context)
+
+    def drafting_ms(self, context: int, caught_up: float) -> float:
+        """Mean milliseconds per drafted token where a share ``caught_up`` of the steps must read two
+        tokens: the last draft and the target's own one, after a round accepted whole. Profiles without
+        ``catch_up`` rows count those like any other."""
+        step_ms = self.draft_ms(context)
+        if not self.of_kind("catch_up"):
+            return step_ms
+        return step_ms + caught_up * (self._ms("catch_up", context) - step_ms)
+
+    def _ms(self, kind: str, context: int) -> float:
+        rows = self.of_kind(kind)
         if not rows:
             raise ArtifactDamaged(
-                f"The edge profile of {self.manifest.model.id} has no draft_step rows.",
+                f"The edge profile of {self.manifest.model.id} has no {kind} rows.",
                 "Measure it with profile-edge.",
             )
         if context <= rows[0].context:

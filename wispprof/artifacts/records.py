@@ -51,8 +51,9 @@ class StepRow:
 class EdgeRow:
     """One measurement on an edge device.
 
-    ``kind``: ``draft_step`` (one token over ``context`` cached, features included), ``forward`` (the
-    bare forward of the same step), ``prefill`` (``tokens`` at once over ``context``), ``controller``
+    ``kind``: ``draft_step`` (one token over ``context`` cached, features included), ``catch_up`` (the same
+    where ``tokens`` must be read first, as after a round of which everything was accepted), ``forward``
+    (the bare forward of a step), ``prefill`` (``tokens`` at once over ``context``), ``controller``
     (deciding once), ``burst`` and ``sustained`` (a drafted token within a short and a long window),
     ``energy`` (``energy_j`` per drafted token; ``None`` where there is no sensor). ``visits`` and
     ``set_aside_ms`` as in :class:`StepRow`.

@@ -20,6 +20,7 @@ Row = StepRow | EdgeRow | LinkRow
 STEP_KINDS = ("verify", "prefill", "mixed", "sentinel")
 EDGE_KINDS = (
     "draft_step",
+    "catch_up",
     "forward",
     "prefill",
     "controller",
@@ -137,7 +138,7 @@ def decode_row(line: bytes, profile: str, where: str) -> Row:
         return LinkRow(kind=kind, payload_bytes=_count(body["bytes"]), **common)
     except KeyError as fault:
         raise _damaged(where, f"the row has no {fault.args[0]!r}") from None
-    except (ValueError, TypeError) as fault:
+    except (ValueError, TypeError, OverflowError) as fault:
         raise _damaged(where, str(fault)) from None
 
 

@@ -40,7 +40,13 @@ def profile_edge(
     ] = "",
     dtype: Dtype = "float32",
     device: Device = "auto",
-    grid: Annotated[str, typer.Option(help="quick, standard or full.")] = "quick",
+    grid: Annotated[
+        str, typer.Option(help="quick, standard, full, or a TOML file of axes.")
+    ] = "quick",
+    contexts: Annotated[
+        str, typer.Option(help="Cached tokens under a draft step, e.g. 64-4096*2.")
+    ] = "",
+    chunks: Annotated[str, typer.Option(help="Tokens prefilled at once, e.g. 64,256.")] = "",
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="0 switches it off.")] = 0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="1 switches it off.")] = 1.0,
@@ -70,13 +76,17 @@ def profile_edge(
     """Time drafting on this device: by context, in a burst, sustained, with energy."""
     from wispprof.core import Sampling
     from wispprof.profiling import edge
+    from wispprof.profiling.drafting import load_edge_axes, override_edge
 
+    asked = {k: v for k, v in (("contexts", contexts), ("chunks", chunks)) if v}
+    axes = override_edge(load_edge_axes(grid), asked, "options") if asked else None
     sampling = Sampling(temperature, top_k, top_p, seed)
     settings = edge.EdgeSettings(
         draft=draft,
         dtype=dtype,
         device=device,
         grid=grid,
+        axes=axes,
         sampling=sampling,
         sustained_s=sustained_seconds,
         sweep=sweep_settings(

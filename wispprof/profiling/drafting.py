@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from wispprof.artifacts import EdgeRow
@@ -13,12 +13,24 @@ from wispprof.core import Drafter, DraftFeatures, Sampling
 from wispprof.errors import ProfileError
 from wispprof.policies.api import RoundContext
 from wispprof.policies.controllers import WispController
+from wispprof.profiling.grids import read_grid, whole_numbers
 from wispprof.profiling.shots import Shot
 
-__all__ = ["EDGE_GRIDS", "ROUND", "DrafterShooter", "EdgeAxes", "EdgePoint", "edge_shots"]
+__all__ = [
+    "EDGE_GRIDS",
+    "ROUND",
+    "DrafterShooter",
+    "EdgeAxes",
+    "EdgePoint",
+    "edge_shots",
+    "load_edge_axes",
+    "override_edge",
+]
 
 ROUND = 8
 """Tokens drafted before a roll back in the windows, as a round does."""
+CATCH_UP = 2
+"""Tokens that wait to be read after a round accepted whole: its last draft, and the target's own."""
 _DECISIONS = 200
 
 
@@ -53,6 +65,33 @@ EDGE_GRIDS: dict[str, EdgeAxes] = {
         300.0,
     ),
 }
+
+
+def load_edge_axes(name: str) -> EdgeAxes:
+    """A named grid, or a TOML file whose ``[edge]`` table names axes (lists or range strings) and windows.
+
+    What the file leaves out is that of its ``base`` grid (default ``quick``).
+    """
+    if name in EDGE_GRIDS:
+        return EDGE_GRIDS[name]
+    base, table = read_grid(name, "edge", EDGE_GRIDS)
+    return override_edge(base, table, name)
+
+
+def override_edge(axes: EdgeAxes, values: dict[str, Any], where: str) -> EdgeAxes:
+    """``axes`` with some of them replaced: lists or range strings for axes, numbers for the rest."""
+    changed: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in EdgeAxes.__dataclass_fields__:
+            known = ", ".join(EdgeAxes.__dataclass_fields__)
+            raise ProfileError(f"{where}: there is no axis {name!r}.", f"Axes are {known}.")
+        if name in ("contexts", "chunks"):
+            changed[name] = whole_numbers(value, name, where)
+        elif isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            raise ProfileError(f"{where}: {name} is not a number >= 0.", "Write a number.")
+        else:
+            changed[name] = int(value) if name == "chunk_context" else float(value)
+    return replace(axes, **changed)
 
 
 class DrafterShooter:
@@ -94,6 +133,17 @@ class DrafterShooter:
                 drafter.extend(chunk)
 
             self._restore = restore
+        elif shot.kind == "catch_up":
+            waiting = self.tokens(point.tokens)
+            drafter.rollback(max(1, context - point.tokens))
+            drafter.extend(waiting)
+            self._fire = drafter.draft
+
+            def again() -> None:
+                drafter.rollback(max(1, context - point.tokens))
+                drafter.extend(waiting)
+
+            self._restore = again
         else:
             self._fire = drafter.forward if shot.kind == "forward" else drafter.draft
             self._restore = lambda: drafter.rollback(context)
@@ -156,6 +206,8 @@ def edge_shots(axes: EdgeAxes, most_context: int) -> list[Shot[EdgePoint]]:
     for context in axes.contexts:
         if context + ROUND < most_context:
             shots += [_shot(kind, EdgePoint(context)) for kind in ("draft_step", "forward")]
+            if context > CATCH_UP:
+                shots.append(_shot("catch_up", EdgePoint(context, CATCH_UP)))
     for chunk in axes.chunks:
         for context in (0, axes.chunk_context):
             if context + chunk + 2 < most_context:

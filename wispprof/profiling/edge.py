@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from wispprof.artifacts import EdgeProfile, EdgeRow, ModelInfo, RowJournal, bundled
 from wispprof.core import Drafter, Sampling
-from wispprof.errors import ProfileError
 from wispprof.profiling.cost import pilot
 from wispprof.profiling.drafting import (
     EDGE_GRIDS,
@@ -23,6 +22,7 @@ from wispprof.profiling.drafting import (
     EdgeAxes,
     EdgePoint,
     edge_shots,
+    load_edge_axes,
 )
 from wispprof.profiling.physics import check_edge
 from wispprof.profiling.session import (
@@ -62,12 +62,13 @@ STANDARD = SweepSettings(block=15, least=30, most=120)
 @dataclass(frozen=True)
 class EdgeSettings:
     """``draft``: folder, hub id, ``.gguf`` file (llama.cpp), or empty for the bundled draft.
-    ``sustained_s`` replaces the grid's."""
+    ``axes`` replaces the named ``grid``, ``sustained_s`` its longer window."""
 
     draft: str = ""
     dtype: str = "float32"
     device: str = "auto"
     grid: str = "quick"
+    axes: EdgeAxes | None = None
     sampling: Sampling = field(default_factory=Sampling)
     sustained_s: float | None = None
     sweep: SweepSettings | None = None
@@ -154,11 +155,7 @@ def _llamacpp_device(settings: EdgeSettings) -> _Device:
 
 
 def _axes(settings: EdgeSettings) -> EdgeAxes:
-    if settings.grid not in EDGE_GRIDS:
-        raise ProfileError(
-            f"There is no edge grid {settings.grid!r}.", f"Use {', '.join(EDGE_GRIDS)}."
-        )
-    axes = EDGE_GRIDS[settings.grid]
+    axes = settings.axes or load_edge_axes(settings.grid)
     if settings.sustained_s is not None:
         axes = replace(axes, sustained_s=settings.sustained_s)
     return axes
@@ -191,7 +188,7 @@ def _set_up(
         sweep,
         device.model,
         device.engine,
-        measure={"grid": settings.grid, "sustained_s": axes.sustained_s},
+        measure={"grid": settings.grid, "axes": asdict(axes)},
         after_s=axes.burst_s + axes.sustained_s,
     )
 

@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from wispprof.core import BatchShape, VerifyItem
 from wispprof.errors import ArtifactMissing, ProfileError
@@ -24,10 +24,14 @@ __all__ = [
     "Capacity",
     "load_axes",
     "parse_range",
+    "read_grid",
     "server_shots",
     "shape_work",
+    "whole_numbers",
     "within_budget",
 ]
+
+Grid = TypeVar("Grid")
 
 _RANGE = re.compile(r"^(\d+)(?:-(\d+)(?:([*+])(\d+))?)?$")
 _MOST_VALUES = 4096
@@ -137,20 +141,26 @@ def load_axes(name: str) -> Axes:
     """
     if name in GRIDS:
         return GRIDS[name]
+    base, table = read_grid(name, "server", GRIDS)
+    return override(base, table, name)
+
+
+def read_grid(name: str, section: str, grids: dict[str, Grid]) -> tuple[Grid, dict[str, Any]]:
+    """A TOML file's base grid and what its ``section`` (or the whole file) changes of it."""
     path = Path(name)
     if not path.is_file():
         raise ArtifactMissing(
-            f"{name!r} is neither a grid nor a file.", f"Use {', '.join(GRIDS)}, or a TOML file."
+            f"{name!r} is neither a grid nor a file.", f"Use {', '.join(grids)}, or a TOML file."
         )
     try:
         document = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
         raise ProfileError(f"{path} is not TOML: {fault}.", "Correct the file.") from None
-    table = document.get("server", document)
+    table = dict(document.get(section, document))
     base = str(table.pop("base", "quick"))
-    if base not in GRIDS:
-        raise ProfileError(f"{path}: unknown base grid {base!r}.", f"Use {', '.join(GRIDS)}.")
-    return override(GRIDS[base], table, str(path))
+    if base not in grids:
+        raise ProfileError(f"{path}: unknown base grid {base!r}.", f"Use {', '.join(grids)}.")
+    return grids[base], table
 
 
 def override(axes: Axes, values: dict[str, Any], where: str) -> Axes:
@@ -160,14 +170,26 @@ def override(axes: Axes, values: dict[str, Any], where: str) -> Axes:
         if name not in Axes.__dataclass_fields__:
             known = ", ".join(Axes.__dataclass_fields__)
             raise ProfileError(f"{where}: there is no axis {name!r}.", f"Axes are {known}.")
-        if isinstance(value, str) and name != "full_share":
-            value = parse_range(value)
-        if not isinstance(value, list | tuple) or not all(
-            isinstance(v, int | float) and not isinstance(v, bool) and v >= 0 for v in value
-        ):
-            raise ProfileError(f"{where}: {name} is not a list of numbers.", "Write [1, 2, 4].")
-        changed[name] = tuple(float(v) if name == "full_share" else int(v) for v in value)
+        if name == "full_share":
+            changed[name] = tuple(float(share) for share in _numbers(value, name, where))
+        else:
+            changed[name] = whole_numbers(value, name, where)
     return replace(axes, **changed)
+
+
+def whole_numbers(value: object, name: str, where: str) -> tuple[int, ...]:
+    """An axis as a list of numbers or a range string."""
+    if isinstance(value, str):
+        return parse_range(value)
+    return tuple(int(number) for number in _numbers(value, name, where))
+
+
+def _numbers(value: object, name: str, where: str) -> list[float]:
+    if not isinstance(value, list | tuple) or not all(
+        isinstance(v, int | float) and not isinstance(v, bool) and v >= 0 for v in value
+    ):
+        raise ProfileError(f"{where}: {name} is not a list of numbers.", "Write [1, 2, 4].")
+    return list(value)
 
 
 def shape_work(shape: BatchShape) -> tuple[float, ...]:

@@ -1,21 +1,15 @@
-"""profile-server: times of ragged batch shapes on the verifier engine.
-
-One master session is prefilled once to the longest context; the sessions of a shot are forks of it, and
-every repeat is rolled back by length. So a shot costs its own steps and a copy of keys and values, and
-each repeat meets the very state the first one met.
-"""
+"""profile-server: times of ragged batch shapes on the verifier engine."""
 
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from wispprof.artifacts import RowJournal, ServerProfile, StepRow, bundled
-from wispprof.core import BatchShape, Feed, Sampling
+from wispprof.core import BatchShape
 from wispprof.errors import ProfileError
 from wispprof.profiling.cost import CostModel, pilot
 from wispprof.profiling.grids import (
@@ -37,9 +31,9 @@ from wispprof.profiling.session import (
 )
 from wispprof.profiling.shots import Shot, SweepSettings
 from wispprof.profiling.sweep import Progress, SweepResult
+from wispprof.profiling.verifying import EngineShooter
 
 if TYPE_CHECKING:
-    from wispprof.lm.engine import VerifierEngine
     from wispprof.lm.loading import LoadedModel
 
 __all__ = ["EngineShooter", "ServerSettings", "plan_server", "profile_server"]
@@ -49,8 +43,6 @@ QUICK = SweepSettings(target=0.05, most=12, shot_s=1.5)
 STANDARD = SweepSettings()
 QUICK_MINUTES = 0.6
 
-_MASTER = "profile master"
-_PREFILL_CHUNK = 512
 _PILOT_SHARE = 0.15
 """Most of a budget that may be spent on learning what shots cost."""
 
@@ -81,72 +73,6 @@ class ServerSettings:
         if minutes is None and self.grid == "quick" and self.axes is None:
             minutes = QUICK_MINUTES
         return None if minutes is None else minutes * 60
-
-
-class EngineShooter:
-    """Fires batch shapes at an engine. ``synchronize`` waits for the device."""
-
-    def __init__(
-        self,
-        engine: VerifierEngine,
-        longest: int,
-        *,
-        seed: int = 0,
-        clock: Callable[[], float] = time.perf_counter,
-        synchronize: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._engine, self._clock, self._synchronize = engine, clock, synchronize
-        self._random = random.Random(seed)
-        self._feeds: list[Feed] = []
-        self._cached: list[int] = []
-        self._padded = 0
-        engine.open(_MASTER, Sampling())
-        for start in range(0, longest, _PREFILL_CHUNK):
-            chunk = self._tokens(min(_PREFILL_CHUNK, longest - start))
-            engine.step([Feed(_MASTER, chunk, emit=False)])
-
-    def prepare(self, shot: Shot[BatchShape]) -> None:
-        for number, item in enumerate(shot.subject.items):
-            name = f"profile {number}"
-            self._engine.fork(_MASTER, name, item.cached, private=True)
-            self._cached.append(item.cached)
-            drafts = 0 if item.prefill else item.new - 1
-            self._feeds.append(Feed(name, self._tokens(item.new), drafts, not item.prefill))
-
-    def fire(self) -> float:
-        engine = self._engine
-        self._synchronize()
-        begin = self._clock()
-        engine.step(self._feeds)
-        self._synchronize()
-        elapsed = self._clock() - begin
-        self._padded = engine.last_padded_tokens
-        for feed, cached in zip(self._feeds, self._cached, strict=True):
-            engine.rollback(feed.session, cached)
-        return elapsed * 1000
-
-    def finish(self) -> None:
-        # By what is open rather than by what was planned: a refused fork leaves a part of its shot.
-        for name in self._engine.sessions:
-            if name != _MASTER:
-                self._engine.close(name)
-        self._feeds, self._cached = [], []
-
-    def row(
-        self,
-        shot: Shot[BatchShape],
-        samples: tuple[float, ...],
-        flags: tuple[str, ...],
-        order: int,
-    ) -> StepRow:
-        return StepRow(shot.key, shot.kind, shot.subject, samples, flags, self._padded, order)
-
-    def close(self) -> None:
-        """Give the engine back as it was."""
-        self._engine.close(_MASTER)
-
-    def _tokens(self, count: int) -> list[int]:
-        return [self._random.randrange(self._engine.info.vocab_size) for _ in range(count)]
 
 
 def profile_server(
