@@ -330,3 +330,27 @@ def test_bytes_per_token_stay_small() -> None:
     up, down = run_virtual(main())
     assert up <= 40
     assert down <= 40
+
+
+def test_a_streams_bytes_per_token_stay_small() -> None:
+    """A device four times as fast as the server's steps: a frame a draft would be 70 bytes up."""
+
+    async def main() -> tuple[float, float, int, int]:
+        cost = LinearCost(fixed_ms=20.0)
+        async with pocket("wispprof", cost) as server:
+            dial = emulate(server.dial, LinkSettings(LinkProfile(20.0)))
+            async with edge(dial) as client:
+                runs = [
+                    drafting(client, p, max_new=64, accuracy=0.7, controller="wispprof")
+                    for p in PROMPTS[:4]
+                ]
+                await asyncio.gather(*(run.run() for run in runs))
+                sent = sum(run.stats.sent for run in runs)
+                frames = sum(run.traffic.up_frames for run in runs)
+                up, down = client.traffic.up_bytes / 256, client.traffic.down_bytes / 256
+                return up, down, sent, frames
+
+    up, down, sent, frames = run_virtual(main())
+    assert up <= 40
+    assert down <= 40
+    assert frames < sent / 1.5
