@@ -30,8 +30,8 @@ RowOf = Callable[[RoundContext], DraftRow | None]
 
 _WEIGHT = 0.1
 _PRIOR = 0.7
-_TRIAL = 48
-"""Drafts after which a stream is judged by what became of them."""
+_TRIAL = 16
+"""Commits after which a stream is judged by what its drafts won of them."""
 _REST = 12
 """Commits that a stream rests for after drafting did not pay, doubling up to 8 times this."""
 
@@ -57,7 +57,7 @@ class WispprofController:
     """One per session. ``rows``: the plan, see :func:`rows_of`; without it only measurements decide.
 
     ``k_max``: longest round. ``lead_max``: farthest lead of a stream. ``floor``: least cumulative
-    survival worth drafting for. ``pays``: accepted tokens per drafted one under which a stream rests.
+    survival worth drafting for. ``pays``: accepted drafts per commit under which a stream rests.
     """
 
     name = "wispprof"
@@ -71,7 +71,7 @@ class WispprofController:
         k_max: int = 16,
         lead_max: int = 32,
         floor: float = 0.05,
-        pays: float = 0.03,
+        pays: float = 0.05,
         hysteresis: float = 0.03,
     ) -> None:
         self.predictor = predictor or ConfidenceSurvival()
@@ -91,7 +91,7 @@ class WispprofController:
         self._stop = floor
         self._most = 0
         self._settled = False
-        self._drafted = self._accepted = 0
+        self._drafted = self._accepted = self._commits = 0
         self._rest = 0
         self._next_rest = _REST
 
@@ -128,8 +128,11 @@ class WispprofController:
 
     def finish(self, drafted: int, accepted: int) -> None:
         if self.stream:
-            self._accepted += accepted
-            self._rest = max(0, self._rest - 1)
+            if self._rest:
+                self._rest -= 1
+            elif self._drafted:
+                self._commits += 1
+                self._accepted += accepted
 
     # --- rounds -------------------------------------------------------------------------------
 
@@ -183,10 +186,11 @@ class WispprofController:
     def _resting(self) -> bool:
         if self._rest > 0:
             return True
-        if self._drafted >= _TRIAL:
-            share = self._accepted / self._drafted
-            self._drafted = self._accepted = 0
-            if share < self.pays:
+        if self._commits >= _TRIAL:
+            # Per commit, not per draft: how many drafts one rejection takes with it is the lead's affair.
+            won = self._accepted / self._commits
+            self._drafted = self._accepted = self._commits = 0
+            if won < self.pays:
                 self._rest, self._next_rest = self._next_rest, min(8 * _REST, 2 * self._next_rest)
                 return True
             self._next_rest = _REST
