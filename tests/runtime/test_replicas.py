@@ -99,9 +99,8 @@ def hash_server(settings: ServerSettings) -> Any:
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore")
 def test_a_session_outlives_its_replica(tmp_path: Path) -> None:
-    import cloudpickle
     import ray
-    from ray import serve
+    from ray import cloudpickle, serve
 
     cloudpickle.register_pickle_by_value(__import__(__name__))
     with socket.create_server(("127.0.0.1", 0)) as probe:

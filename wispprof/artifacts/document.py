@@ -20,10 +20,14 @@ from wispprof.artifacts import files
 from wispprof.artifacts.provenance import Provenance
 from wispprof.errors import ArtifactDamaged, ArtifactTooNew
 
-__all__ = ["SCHEMA", "Document", "read_document", "write_document"]
+__all__ = ["BAD_PAYLOAD", "SCHEMA", "Document", "read_document", "write_document"]
 
 SCHEMA = 1
 _PREFIX = "wispprof/"
+
+BAD_PAYLOAD = (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError)
+"""What taking a payload apart raises where it is not what this version writes. Readers turn it into
+:class:`~wispprof.errors.ArtifactDamaged`."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,10 @@ def read_document(path: Path, kind: str) -> Document:
         raise ArtifactDamaged(
             f"{kind} {path} has no payload or no inputs.", "Restore it or make it anew."
         )
-    digest = files.content_hash(files.canonical_json(payload))
+    try:
+        digest = files.content_hash(files.canonical_json(payload))
+    except ValueError as fault:  # 1e999 is JSON, and infinite
+        raise ArtifactDamaged(f"{kind} {path}: {fault}.", "Restore it or make it anew.") from None
     if digest != document.get("hash"):
         raise ArtifactDamaged(
             f"{kind} {path} was changed after it was written: its content hash is {digest}, "

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wispprof.artifacts.document import read_document, write_document
+from wispprof.artifacts.document import BAD_PAYLOAD, read_document, write_document
 from wispprof.artifacts.provenance import Provenance
 from wispprof.errors import ArtifactDamaged, PlanError
 
@@ -270,7 +270,7 @@ def load_plan(path: Path) -> Plan:
             notes=tuple(str(n) for n in payload["notes"]),
             hash=document.hash,
         )
-    except (KeyError, TypeError, ValueError) as fault:
+    except BAD_PAYLOAD as fault:
         raise ArtifactDamaged(
             f"{where} is not a complete plan ({fault}).", "Make it anew with `wispprof plan`."
         ) from fault
@@ -288,6 +288,13 @@ def _rows(kind: type[Row], entries: Iterable[dict[str, Any]], where: str) -> tup
             for name, value in entry.items()
             if name in known
         }
+        for each in fields(kind):
+            if each.name in values and not _fits(values[each.name], str(each.type)):
+                raise ArtifactDamaged(
+                    f"{where}: {kind.__name__} {number}: {each.name} is {values[each.name]!r}, "
+                    f"not {each.type}.",
+                    "Make it anew with `wispprof plan`.",
+                )
         try:
             rows.append(kind(**values))
         except TypeError as fault:
@@ -296,6 +303,17 @@ def _rows(kind: type[Row], entries: Iterable[dict[str, Any]], where: str) -> tup
                 "Make it anew with `wispprof plan`.",
             ) from fault
     return tuple(rows)
+
+
+def _fits(value: object, wanted: str) -> bool:
+    """Whether a value from JSON is of a row's field type."""
+    if value is None:
+        return wanted.endswith("| None")
+    if wanted.startswith("float"):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if wanted == "int":
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, {"str": str, "bool": bool}.get(wanted, tuple))
 
 
 def _class_of(classes: set[float], tokens_per_s: float) -> float:

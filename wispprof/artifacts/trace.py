@@ -122,6 +122,8 @@ def _path(body: dict[str, Any], where: str) -> TracePath:
         drafts = np.array(body["drafts"], dtype=np.int32).reshape(m, depth)
         features = np.array(body["features"], dtype=np.float32).reshape(m, depth, FEATURES)
         accepted = np.array(body["accepted"], dtype=np.int32).reshape(m)
+        if not np.isfinite(features).all():
+            raise ValueError("'features' are not finite")
         if m and (accepted.min() < 0 or accepted.max() > depth):
             raise ValueError("'accepted' is outside 0 … depth")
         prompt = tuple(_token(t) for t in body["prompt"])

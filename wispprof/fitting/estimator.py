@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from wispprof.artifacts.document import read_document, write_document
+from wispprof.artifacts.document import BAD_PAYLOAD, read_document, write_document
 from wispprof.artifacts.provenance import Provenance
 from wispprof.core import BatchShape
 from wispprof.errors import ArtifactDamaged, FitError
@@ -283,7 +283,7 @@ def load_estimator(path: Path, coverage: float | None = None) -> FittedEstimator
             float(payload["bound_scale"]),
             dict(payload.get("report", {})),
         )
-    except (KeyError, TypeError, ValueError, IndexError, FitError) as fault:
+    except (*BAD_PAYLOAD, FitError) as fault:
         raise ArtifactDamaged(
             f"{path} is not a complete estimator ({fault}).", "Fit it anew with `wispprof fit`."
         ) from fault

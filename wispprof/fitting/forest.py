@@ -92,8 +92,14 @@ class Forest:
 
     @classmethod
     def from_payload(cls, payload: dict[str, Any]) -> Self:
-        names = {"f": "feature", "t": "threshold", "l": "left", "r": "right", "v": "value"}
-        parts = {short: np.array(payload[name]) for short, name in names.items()}
+        whole, real = np.int64, np.float64
+        parts = {
+            "f": np.array(payload["feature"], whole),
+            "t": np.array(payload["threshold"], real),
+            "l": np.array(payload["left"], whole),
+            "r": np.array(payload["right"], whole),
+            "v": np.array(payload["value"], real),
+        }
         roots = np.array(payload["roots"], dtype=np.int64)
         surface = cls(len(roots))
         surface._set(roots, parts)

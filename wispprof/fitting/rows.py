@@ -205,9 +205,10 @@ def read_step_log(path: Path) -> list[StepRow]:
     """
     rows = []
     try:
-        lines = Path(path).read_text().splitlines()
-    except OSError as fault:
-        raise FitError(f"{path} cannot be read: {fault.strerror}.", "Name a step log.") from fault
+        lines = Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as fault:
+        reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8 text"
+        raise FitError(f"{path} cannot be read: {reason}.", "Name a step log.") from fault
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -215,7 +216,7 @@ def read_step_log(path: Path) -> list[StepRow]:
             record = json.loads(line)
             shape = BatchShape.of(record["shape"])
             taken = float(record["ms"])
-        except (ValueError, KeyError, TypeError, IndexError) as fault:
+        except (ValueError, KeyError, TypeError, IndexError, OverflowError) as fault:
             raise FitError(
                 f"Line {number} of {path} is not a step record ({fault}).",
                 'Each line reads {"shape": [[new, cached, prefill], …], "ms": 12.3}.',

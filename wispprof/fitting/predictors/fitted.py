@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from wispprof.artifacts.document import read_document, write_document
+from wispprof.artifacts.document import BAD_PAYLOAD, read_document, write_document
 from wispprof.artifacts.provenance import Provenance
 from wispprof.artifacts.records import AcceptanceTrace, TracePath
 from wispprof.core import DraftFeatures
@@ -79,11 +79,11 @@ def load_predictor(path: Path) -> FittedPredictor:
     try:
         scorer = _scorer_class(str(payload["kind"])).from_payload(payload["scorer"])
         calibration = Calibration.from_payload(payload["calibration"])
-    except (KeyError, TypeError, ValueError, IndexError, FitError) as fault:
+        return FittedPredictor(scorer, calibration, dict(payload.get("report", {})))
+    except (*BAD_PAYLOAD, FitError) as fault:
         raise ArtifactDamaged(
             f"{path} is not a complete predictor ({fault}).", "Fit it anew with `wispprof fit`."
         ) from fault
-    return FittedPredictor(scorer, calibration, dict(payload.get("report", {})))
 
 
 def _scorer_class(kind: str) -> type[Scorer]:

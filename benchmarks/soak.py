@@ -1,0 +1,261 @@
+"""A long run of sessions that come, go, break off and come back: does anything grow, leak, or go wrong?
+
+One server with the real engine on the bundled target, eight edges behind emulated links, all in this process,
+so that its memory is the memory of both sides. Every session takes a random prompt, drafter (model, lookup
+or none), draft length and sampling; some are aborted half-way; links are cut at random; a tenth of
+all texts is asked for over the server's HTTP door instead.
+
+What must hold at the end:
+
+- every finished text is, token for token, what the engine gives alone (0 wrong);
+- resident memory is at most 1.05 × what it was after warm-up;
+- after the last session no KV token is taken, no session is known, no task and no future waits.
+
+    python benchmarks/soak.py                       # 30 minutes
+    python benchmarks/soak.py --minutes 2
+
+Memory is read after garbage collection, as the median of the last readings, so one burst does not decide.
+Exit code 1 where something does not hold. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import json
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+EDGES, SESSIONS_PER_EDGE = 8, 2
+PROMPTS, LONGEST = 24, 40
+WARM_UP, MOST_GROWTH = 0.2, 1.05
+
+
+def main() -> int:
+    arguments = _arguments()
+    summary = asyncio.run(_soak(arguments.minutes * 60.0, arguments.seed))
+    print(json.dumps(summary))
+    return 0 if summary["holds"] else 1
+
+
+async def _soak(seconds: float, seed: int) -> dict[str, Any]:
+    from wispprof.artifacts import bundled
+    from wispprof.lm.draft import TorchDrafter
+    from wispprof.lm.engine import VerifierEngine
+    from wispprof.lm.loading import load_model
+    from wispprof.profiling.prompts import held_out_prompts
+    from wispprof.runtime.server import ServedModel, ServerSettings, running_server
+    from wispprof.runtime.server.text import TextSide
+
+    target = load_model(bundled.path("models/reference-pair/target"))
+    draft = load_model(bundled.path("models/reference-pair/draft"))
+    prompts = [tuple(p) for p in held_out_prompts(target.tokenizer, PROMPTS, 64)]
+    engine = VerifierEngine(target, kv_tokens=4096, max_sessions=128)
+    total = engine.kv_free
+    world = World(prompts, _alone(engine, prompts), lambda: TorchDrafter(draft), seed)
+    info = target.info
+    model = ServedModel(info.id, info.tokenizer_hash, info.vocab_size, engine.max_context)
+    settings = ServerSettings(admit="all", kept_sessions=16)
+    begun = time.monotonic()
+    before = _waiting()
+    with ThreadPoolExecutor(2, thread_name_prefix="draft") as world.executor:
+        text = TextSide(target.tokenizer)
+        async with running_server(settings, engine=engine, model=model, text=text) as running:
+            watch = asyncio.create_task(_watch(world, seconds, begun))
+            async with asyncio.TaskGroup() as group:
+                for number in range(EDGES):
+                    group.create_task(world.edge(number, running, begun + seconds))
+            readings = await watch
+            while len(running.server.house):
+                await asyncio.sleep(0.01)
+            await running.server.check_integrity()
+            await running.server.house.forget_kept()
+            left = {
+                "kv_tokens": total - engine.kv_free,
+                "engine_sessions": len(engine.sessions),
+                "chores": running.server._worker.pending,
+            }
+    await asyncio.sleep(0)
+    left["tasks and futures"] = max(0, _waiting() - before)
+    warm = readings[max(1, int(len(readings) * WARM_UP)) :]
+    third = max(1, len(warm) // 5)
+    early, late = statistics.median(warm[:third]), statistics.median(warm[-third:])
+    holds = not world.wrong and not any(left.values()) and late <= MOST_GROWTH * early
+    return {
+        "benchmark": "soak",
+        "minutes": round((time.monotonic() - begun) / 60.0, 1),
+        **dict(world.counts),
+        "tokens": world.tokens,
+        "wrong": world.wrong,
+        "rss_warm_mib": round(early, 1),
+        "rss_end_mib": round(late, 1),
+        "growth": round(late / early, 4),
+        "left": left,
+        "holds": holds,
+    }
+
+
+class World:
+    """What edges draw from, and what became of it."""
+
+    def __init__(
+        self,
+        prompts: list[tuple[int, ...]],
+        right: dict[tuple[int, int], list[int]],
+        drafter: Callable[[], Any],
+        seed: int,
+    ) -> None:
+        self.prompts = prompts
+        self.right = right
+        self.drafter = drafter
+        self.random = random.Random(seed)
+        self.executor: Any = None
+        self.counts: Counter[str] = Counter(finished=0, aborted=0, cuts=0, over_http=0)
+        self.tokens = self.wrong = 0
+
+    async def edge(self, number: int, running: Any, until: float) -> None:
+        """One edge: connections that last a few sessions, over a link of its own that is cut at times."""
+        from wispprof.runtime.edge import EdgeClient, websocket_dial
+        from wispprof.runtime.link import LinkProxy, LinkSettings
+        from wispprof.simulation.links import LinkProfile
+
+        link = LinkSettings(LinkProfile(rtt_ms=2.0 + number, jitter_ms=1.0), seed=number)
+        async with LinkProxy("127.0.0.1", 0, running.host, running.port, link) as proxy:
+            while time.monotonic() < until:
+                async with EdgeClient(websocket_dial(f"127.0.0.1:{proxy.port}")) as client:
+                    for _ in range(self.random.randrange(2, 8)):
+                        work = [
+                            self.over_http(running.http_url)
+                            if self.random.random() < 0.1
+                            else self.session(client)
+                            for _ in range(SESSIONS_PER_EDGE)
+                        ]
+                        cut = asyncio.create_task(self.maybe_cut(proxy))
+                        await asyncio.gather(*work)
+                        cut.cancel()
+                        await asyncio.gather(cut, return_exceptions=True)
+
+    async def maybe_cut(self, proxy: Any) -> None:
+        if self.random.random() < 0.1:
+            await asyncio.sleep(self.random.random())
+            proxy.cut()
+            self.counts["cuts"] += 1
+
+    async def session(self, client: Any) -> None:
+        from wispprof.core import Sampling
+        from wispprof.policies import make_controller
+        from wispprof.runtime.edge import (
+            DraftingSettings,
+            Generation,
+            GenerationRequest,
+            ThreadWorker,
+        )
+        from wispprof.runtime.edge.lookup import LookupDrafter
+
+        which, heat = self.random.randrange(len(self.prompts)), self.random.randrange(2)
+        count, k = self.random.randrange(1, LONGEST + 1), self.random.choice([1, 2, 4, 8])
+        request = GenerationRequest(
+            self.prompts[which], count, sampling=Sampling(0.8 * heat, seed=which)
+        )
+        kind = self.random.choice(["model", "lookup", "none"])
+        made: dict[str, Callable[[], Any]] = {"model": self.drafter, "lookup": LookupDrafter}
+        worker = ThreadWorker(made[kind](), self.executor) if kind in made else None
+        controller = make_controller("fixed", k=k) if worker else None
+        generation = Generation(
+            client, request, worker, controller, DraftingSettings(lead=2 * k, proactive=k)
+        )
+        task = asyncio.create_task(generation.run())
+        if self.random.random() < 0.2:
+            await asyncio.wait([task], timeout=self.random.random() * 0.3)
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        if task.cancelled():
+            self.counts["aborted"] += 1
+        self.judge(which, heat, list(generation.output), None if task.cancelled() else count)
+
+    async def over_http(self, url: str) -> None:
+        import httpx
+
+        which = self.random.randrange(len(self.prompts))
+        body = {"prompt": list(self.prompts[which]), "max_tokens": 8, "temperature": 0}
+        async with httpx.AsyncClient(timeout=120.0) as client:
+            answer = await client.post(f"{url}/v1/completions", json={**body, "ignore_eos": True})
+        self.counts["over_http"] += 1
+        if answer.status_code != 200 or answer.json()["usage"]["completion_tokens"] != 8:
+            self.wrong += 1
+
+    def judge(self, which: int, heat: int, found: list[int], count: int | None) -> None:
+        """An aborted text must be a beginning of the right one, a finished one all that was asked for."""
+        right = self.right[which, heat]
+        self.tokens += len(found)
+        if count is not None:
+            self.counts["finished"] += 1
+        if found != right[: len(found)] or (count is not None and len(found) != count):
+            self.wrong += 1
+
+
+def _alone(engine: Any, prompts: list[tuple[int, ...]]) -> dict[tuple[int, int], list[int]]:
+    """The right texts, greedy and sampled: every prompt by itself, undrafted."""
+    from wispprof.core import Feed, Sampling
+
+    texts: dict[tuple[int, int], list[int]] = {}
+    for which, prompt in enumerate(prompts):
+        for heat in (0, 1):
+            engine.open("alone", Sampling(0.8 * heat, seed=which))
+            out = list(engine.step([Feed("alone", prompt)])[0].tokens)
+            while len(out) < LONGEST:
+                out.extend(engine.step([Feed("alone", out[-1:])])[0].tokens)
+            engine.close("alone")
+            texts[which, heat] = out
+    return texts
+
+
+async def _watch(world: World, seconds: float, begun: float) -> list[float]:
+    """Resident MiB, a hundred times over the run."""
+    import psutil
+
+    process = psutil.Process()
+    readings = []
+    print(f"{'minute':>7} {'RSS MiB':>8} {'finished':>9} {'aborted':>8} {'cuts':>5} {'wrong':>6}")
+    for step in range(1, 101):
+        await asyncio.sleep(max(0.0, begun + seconds * step / 100 - time.monotonic()))
+        gc.collect()
+        readings.append(process.memory_info().rss / 2**20)
+        if step % 10 == 0:
+            counts, minute = world.counts, (time.monotonic() - begun) / 60
+            print(
+                f"{minute:7.1f} {readings[-1]:8.1f} {counts['finished']:9} {counts['aborted']:8} "
+                f"{counts['cuts']:5} {world.wrong:6}",
+                flush=True,
+            )
+    return readings
+
+
+def _waiting() -> int:
+    """Tasks and futures that nothing has decided yet."""
+    gc.collect()
+    # By type: isinstance would wake lazy modules that only look like objects.
+    return sum(issubclass(type(o), asyncio.Future) and not o.done() for o in gc.get_objects())
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
