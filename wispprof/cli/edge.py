@@ -24,7 +24,12 @@ Key = Annotated[str, typer.Option(help="API key of the server.", show_default=Fa
 CaFile = Annotated[
     Path | None, typer.Option(help="Certificate authority for wss:// (default: the system's).")
 ]
-Draft = Annotated[str, typer.Option(help="Draft model: folder or hub id (default: bundled).")]
+Draft = Annotated[
+    str, typer.Option(help="Draft model: folder, hub id or .gguf file (default: bundled).")
+]
+Tokenizer = Annotated[
+    str, typer.Option(help="The target's tokenizer: folder or hub id (default: beside the draft).")
+]
 DrafterKind = Annotated[
     str, typer.Option(help="What drafts: model, lookup, both (lookup first) or none.")
 ]
@@ -68,6 +73,7 @@ def _edge_settings(
     key: Key = "",
     ca_file: CaFile = None,
     draft: Draft = "",
+    tokenizer: Tokenizer = "",
     drafter: DrafterKind = "model",
     controller: ControllerName = "wispprof",
     k: K = None,
@@ -95,6 +101,7 @@ def _edge_settings(
         key=key,
         ca_file=ca_file,
         draft=draft,
+        tokenizer=tokenizer,
         drafter=drafter,
         controller=controller,
         options=options,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from wispprof.core import Drafter, RejectionPredictor
 from wispprof.errors import WispprofError
@@ -15,17 +16,32 @@ from wispprof.runtime.edge.energy import EnergyShares
 from wispprof.runtime.edge.lookup import LookupDrafter, LookupFirst
 from wispprof.runtime.edge.worker import ThreadWorker, common_prefix
 
-__all__ = ["DRAFTERS", "Device"]
+__all__ = ["DRAFTERS", "Device", "GgufDraft"]
 
 DRAFTERS = ("model", "lookup", "both", "none")
+
+
+class GgufDraft(NamedTuple):
+    """A draft model that llama.cpp runs. Its weights are mapped, so requests that run at the same time
+    share them; each has a KV cache of its own."""
+
+    path: Path
+    device: str
+
+    def drafter(self) -> Drafter:
+        """Raises :class:`ModelError` without the ``llamacpp`` extra or where the file cannot be loaded."""
+        from wispprof.profiling.llamacpp import LlamaCppDrafter
+
+        return LlamaCppDrafter(self.path, gpu_layers=0 if self.device == "cpu" else -1)
 
 
 class Device:
     """Makes the drafting parts of a request.
 
     ``kind``: ``model``, ``lookup``, ``both`` (lookup first) or ``none`` (centralized). ``loaded``: the
-    draft model as :func:`wispprof.lm.loading.load_model` gives it. All steps run in one thread: a device
-    has one engine. Drafters are kept and reused, so a conversation's next turn finds its KV.
+    draft model as :func:`wispprof.lm.loading.load_model` gives it, or a :class:`GgufDraft`. All steps run
+    in one thread: a device has one engine. Drafters are kept and reused, so a conversation's next turn
+    finds its KV.
     ``meter``: what the device's energy is read from; :attr:`energy` deals it to the requests.
     """
 
@@ -53,7 +69,9 @@ class Device:
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draft")
         self._idle: list[tuple[list[int], Drafter]] = []
         if kind != "none":
-            self.controller()  # a wrong name or option is told now, not at the first request
+            # A wrong name, option or file is told now, not at the first request.
+            self.controller()
+            self._idle.append(([], self._make()))
 
     def controller(self) -> Controller:
         """A fresh speculation controller for one request."""
@@ -93,6 +111,8 @@ class Device:
         return parts[self.kind]()
 
     def _model(self) -> Drafter:
+        if isinstance(self._loaded, GgufDraft):
+            return self._loaded.drafter()
         from wispprof.lm.draft import TorchDrafter
 
         return TorchDrafter(self._loaded)

@@ -14,7 +14,7 @@ from wispprof.core import RejectionPredictor, Sampling, Slo
 from wispprof.errors import ModelError, WispprofError
 from wispprof.hardware import energy_meter
 from wispprof.runtime.edge.client import EdgeClient
-from wispprof.runtime.edge.device import Device
+from wispprof.runtime.edge.device import Device, GgufDraft
 from wispprof.runtime.edge.dial import Dial, websocket_dial
 from wispprof.runtime.edge.session import Chunk, Generation, GenerationRequest
 from wispprof.runtime.edge.settings import ClientSettings
@@ -33,7 +33,8 @@ class EdgeSettings:
     """Everything an edge command can be told.
 
     ``server``: where to connect; empty starts one in this process on the bundled target. ``draft``:
-    folder or hub id of the draft model, empty for the bundled one; ``drafter``: see
+    folder or hub id of the draft model, or a ``.gguf`` file; empty for the bundled one. ``tokenizer``: folder
+    or hub id of the target's tokenizer, empty where the draft model's folder has it. ``drafter``: see
     :data:`~wispprof.runtime.edge.device.DRAFTERS`. ``mode``: ``round``, ``stream``, or empty for what
     the server runs. ``plan``: file whose rows the ``wispprof`` controller obeys, as ``plan_device``.
     ``fallback``: ``none``, or ``draft`` to go on with the draft alone where no server can be reached.
@@ -43,6 +44,7 @@ class EdgeSettings:
     key: str = ""
     ca_file: Path | None = None
     draft: str = ""
+    tokenizer: str = ""
     drafter: str = "model"
     dtype: str = "float32"
     device: str = "auto"
@@ -236,24 +238,27 @@ def _load(settings: EdgeSettings, folder: str) -> tuple[Any, Any, str]:
     """(draft model or ``None``, tokenizer, its hash)."""
     from wispprof.lm.loading import load_model, tokenizer_hash
 
-    loaded = None
+    loaded: Any = None
+    tokenizer = None
+    where = settings.tokenizer
     if settings.drafter in ("model", "both"):
-        loaded = load_model(folder, dtype=settings.dtype, device=settings.device)
-        tokenizer = loaded.tokenizer
-    else:
+        if folder.endswith(".gguf"):
+            loaded = GgufDraft(Path(folder), settings.device)
+            where = where or str(Path(folder).parent)
+        else:
+            loaded = load_model(folder, dtype=settings.dtype, device=settings.device)
+            tokenizer = None if where else loaded.tokenizer
+    if tokenizer is None:
         from transformers import AutoTokenizer
 
+        where = where or folder
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(where)
         except (OSError, ValueError) as fault:
             raise ModelError(
-                f"There is no tokenizer at {folder}.", "Give --draft, a folder that has one."
+                f"There is no tokenizer at {where}.",
+                "Give --tokenizer, a folder or hub id that has the target's.",
             ) from fault
-    if tokenizer is None:
-        raise ModelError(
-            f"The model in {folder} has no tokenizer.",
-            "Put the target's tokenizer files beside it.",
-        )
     return loaded, tokenizer, tokenizer_hash(tokenizer)
 
 
