@@ -73,7 +73,8 @@ def test_stricter_promises_and_slower_servers_never_raise_capacity(mode: str) ->
     promises = [fits(((12.0, 1.0), (speed, 1.0)), mode) for speed in (14.0, 20.0, 26.0, 60.0)]
     assert promises == sorted(promises, reverse=True)
     servers = [
-        fits(((12.0, 1.0), (20.0, 1.0)), mode, replace(COST, fixed_ms=ms)) for ms in (9, 18, 36, 900)
+        fits(((12.0, 1.0), (20.0, 1.0)), mode, replace(COST, fixed_ms=ms))
+        for ms in (9, 18, 36, 900)
     ]
     assert servers == sorted(servers, reverse=True)
     assert servers[-1] == 0

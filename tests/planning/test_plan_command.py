@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from wispprof.artifacts import save_trace
+from wispprof.artifacts import bundled, save_trace
 from wispprof.artifacts.records import AcceptanceTrace, TracePath
 from wispprof.cli import app
 from wispprof.core import Sampling
@@ -66,9 +66,31 @@ def test_make_show_explain_diff_export(folder):
     assert "num_speculative_tokens_per_batch_size" in ranges
 
 
+def test_a_profile_of_another_tokenizer_is_refused_in_one_line(folder):
+    profile = bundled.path("profiles/epyc-2core-reference-draft.jsonl")
+    planned = make(folder, "--edge", f"mine={profile}")
+    simulated = call("simulate", "--edge", profile, "--trace", folder / "trace.jsonl")
+    for refused in (planned, simulated):
+        assert refused.exit_code == 1
+        assert "another tokenizer" in " ".join(refused.output.split())
+
+
+def test_a_plan_says_which_machine_its_times_are_of(folder):
+    path = folder / "estimator.json"
+    document = json.loads(path.read_text())
+    document["inputs"]["machine"] = "NVIDIA H200"
+    path.write_text(json.dumps(document))
+    made = make(folder, "--json")
+    assert made.exit_code == 0, made.output
+    plan = json.loads(made.stdout)
+    assert plan["inputs"]["machine"] == "NVIDIA H200"
+    assert any("NVIDIA H200" in remark for remark in plan["notes"])
+
+
 @pytest.mark.parametrize(
     ("more", "word"),
     [
+        (("--mix", "4:8"), "class mix"),
         (("--device", "laptop=30"), "called laptop"),
         (("--device", "nonsense"), "TOKENS_PER_S"),
         (("--slo", "0"), "SLO"),

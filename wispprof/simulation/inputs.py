@@ -65,15 +65,24 @@ def read_inputs(
     """
     notes: list[str] = []
     model = _server(server, notes)
+    tokenizer = ""
     if edge is not None:
-        device = DeviceProfile.from_rows(edge.stem, load_edge(edge).rows)
+        profile = load_edge(edge)
+        tokenizer = profile.manifest.model.tokenizer_hash
+        device = DeviceProfile.from_rows(edge.stem, profile.rows)
         notes.append(f"edge: profile {edge}")
     else:
         device = DeviceProfile.from_speed("edge", draft_tokens_per_s)
         notes.append(f"edge: {draft_tokens_per_s:g} draft tokens/s (no profile given)")
     source: AcceptanceSource
     if trace is not None:
-        source = TraceAcceptance(load_trace(trace), _predictor(predictor))
+        recorded = load_trace(trace)
+        if tokenizer and recorded.tokenizer_hash and tokenizer != recorded.tokenizer_hash:
+            raise PlanError(
+                f"{edge} was profiled with another tokenizer than {trace} was taken with.",
+                "Profile the draft model that the trace is of, or take the trace with this one.",
+            )
+        source = TraceAcceptance(recorded, _predictor(predictor))
         notes.append(f"acceptance: trace {trace}")
     else:
         source = SyntheticAcceptance(acceptance, noise=noise)
