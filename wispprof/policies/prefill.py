@@ -17,11 +17,11 @@ _LEAST = 16
 """Tokens a prompt gets per step whatever the others need: nothing starves."""
 _GAP = 0.8
 """Share of the fastest running session's time for a step's tokens that it may take with prompts."""
-_STRETCH = 1.5
-"""A step may always grow by this factor for prompts: on a loaded server the gap is spent already."""
-_CALM = 2.5
-"""And for a prompt that has time it grows by no more than this, however slow the promises: who decodes would
-feel the whole gap that was promised, and the newcomer gain little."""
+_STRETCH = 2.5
+"""A step may always grow by this factor for prompts: on a loaded server the gap is spent already, and a
+session that does not decode yet leaves the fixed part of every step to the others. A prompt that has time
+gets no more than that, however slow the promises: who decodes would feel the whole gap that was promised,
+and the newcomer gain little."""
 _FAIR = 2.0
 """For a first token that is late, or about to be: half of the step is the prompts'. More only helps where
 prompts are few; a server that they saturate reads them no sooner, and its sessions run slower."""
@@ -66,7 +66,7 @@ def add_prompts(
         left_ms = due_ms - now_ms
         hurry_ms = _hurry_ms(running_ms, left_ms, session.hopeless)
         calm_ms = max(
-            _CALM * running_ms, _needed_ms(running_ms, token_ms * session.prompt_left, left_ms)
+            _STRETCH * running_ms, _needed_ms(running_ms, token_ms * session.prompt_left, left_ms)
         )
         allowed_ms = max(min(budget_ms, calm_ms), hurry_ms) if sized and decode else math.inf
         if not build.add_prefill(session, allowed_ms) and place == 0:
