@@ -218,10 +218,12 @@ def test_drafting_time_counts_the_steps_that_catch_up():
 
 
 def test_visits_must_account_for_every_sample():
-    row = StepRow("k", "verify", BatchShape.uniform(1, 1, 8), (1.0, 2.0, 3.0), visits=(2, 1))
+    row = StepRow(
+        "k", "verify", BatchShape.uniform(1, 1, 8), (1.0, 2.0, 3.0), visits=((0, 2), (7, 1))
+    )
     row = replace(row, set_aside_ms=(9.0,))
     assert decode_row(encode_row(row), "server", "here") == row
-    for visits in ((1, 1), (3, 0), (4,)):
+    for visits in (((0, 1), (7, 1)), ((0, 3), (7, 0)), ((0, 4),)):
         with pytest.raises(ArtifactDamaged, match="'visits' gives"):
             decode_row(encode_row(replace(row, visits=visits)), "server", "here")
 

@@ -87,7 +87,8 @@ def swept(seed, slow=(), pace=1.0, count=120, noise=0.01, visit_noise=0.02):
         shape = BatchShape.uniform(1 + i % 4, 5, 64 * (1 + i))
         ms = (1 + 0.004 * shape.cached_tokens) * (1.15 if i in slow else 1.0)
         samples = tuple(itertools.chain(*(visit(ms) for _ in range(3))))
-        rows.append(StepRow(f"k{i}", "verify", shape, samples, order=2 * i, visits=(3, 3, 3)))
+        visits = ((2 * i, 3), (2 * i + 400, 3), (2 * i + 800, 3))
+        rows.append(StepRow(f"k{i}", "verify", shape, samples, order=2 * i, visits=visits))
         if i % 10 == 0:
             look = (*visit(5.0), *visit(5.0))
             rows.append(StepRow("s", "sentinel", shape, look, order=2 * i + 1))

@@ -163,7 +163,9 @@ def test_samples_of_a_shot_are_spread_over_the_sweep():
     for row in result.rows:
         if row.kind != "sentinel":
             assert len(row.visits) == visited.count(row.key) >= 2
-            assert sum(row.visits) == len(row.samples_ms)
+            assert sum(count for _, count in row.visits) == len(row.samples_ms)
+            assert [order for order, _ in row.visits] == sorted({order for order, _ in row.visits})
+            assert row.visits[0][0] == row.order
 
 
 def test_noise_asks_for_repeats_and_is_flagged_where_they_do_not_help():

@@ -25,9 +25,9 @@ class StepRow:
     ``flags`` mark rows that a reader should distrust: ``drift``, ``noisy``, ``throttled``.
     ``padded_tokens``: tokens the step really computed (graph bucket), 0 where it is not padded.
     ``source``: ``measured``, or ``published`` with ``citation``.
-    ``visits``: how many of ``samples_ms`` each visit of the sweep to this shape gave, one after
-    another; empty for a single visit. ``set_aside_ms``: samples taken beside a sentinel that was off,
-    where enough others remained to do without them.
+    ``visits``: of each visit of the sweep to this shape, in turn, its place in the order of measurement
+    and how many of ``samples_ms`` it gave; empty for a single visit. ``set_aside_ms``: samples taken
+    beside a sentinel that was off, where enough others remained to do without them.
     """
 
     key: str
@@ -39,7 +39,7 @@ class StepRow:
     order: int = 0
     source: str = "measured"
     citation: str = ""
-    visits: tuple[int, ...] = ()
+    visits: tuple[tuple[int, int], ...] = ()
     set_aside_ms: tuple[float, ...] = ()
 
     @property
@@ -70,7 +70,7 @@ class EdgeRow:
     order: int = 0
     source: str = "measured"
     citation: str = ""
-    visits: tuple[int, ...] = ()
+    visits: tuple[tuple[int, int], ...] = ()
     set_aside_ms: tuple[float, ...] = ()
 
     @property

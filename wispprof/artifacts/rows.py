@@ -184,15 +184,16 @@ def _samples(values: object, name: str = "ms") -> tuple[float, ...]:
     return tuple(_number(value) for value in values)
 
 
-def _visits(values: object, samples: int) -> tuple[int, ...]:
+def _visits(values: object, samples: int) -> tuple[tuple[int, int], ...]:
     if values is None:
         return ()
-    if not isinstance(values, list):
-        raise ValueError("'visits' is not a list")
-    counts = tuple(_count(value) for value in values)
+    if not isinstance(values, list) or not all(isinstance(v, list) and len(v) == 2 for v in values):
+        raise ValueError("an entry of 'visits' is not [order, samples]")
+    visits = tuple((_count(order), _count(count)) for order, count in values)
+    counts = [count for _, count in visits]
     if sum(counts) != samples or 0 in counts:
         raise ValueError(f"'visits' gives {sum(counts)} samples, 'ms' holds {samples}")
-    return counts
+    return visits
 
 
 def _number(value: object) -> float:

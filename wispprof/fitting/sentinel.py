@@ -21,7 +21,8 @@ MINIMUM_SENTINELS = 4
 def drift_factors(rows: Sequence[StepRow]) -> FloatArray:
     """How slow the machine was at each row, (n,), against its typical speed; ones where unknown.
 
-    The logarithm of the sentinel's median is interpolated over the order of measurement. It is shrunk
+    The logarithm of the sentinel's median is interpolated over the order of measurement; a row measured
+    in several visits has the mean of theirs. It is shrunk
     by the share of its variance that its samples' scatter does not explain, so that on a quiet machine
     the sentinel's own noise is not written into every row.
     """
@@ -40,7 +41,10 @@ def drift_factors(rows: Sequence[StepRow]) -> FloatArray:
     noise = 1.57 * float(np.mean(scatter)) if scatter else 0.0
     spread = float(np.var(level, ddof=1))
     share = max(0.0, 1.0 - noise / spread) if spread > 0 else 0.0
-    asked = np.array([r.order for r in rows], dtype=np.float64)
-    moved = np.interp(asked, order, level - np.median(level))
+    level -= np.median(level)
+    moved = np.empty(len(rows))
+    for number, row in enumerate(rows):
+        places, samples = zip(*(row.visits or ((row.order, 1),)), strict=True)
+        moved[number] = np.average(np.interp(places, order, level), weights=samples)
     factors: FloatArray = np.exp(share * moved)
     return factors

@@ -195,6 +195,16 @@ class VerifierEngine:
         return list(self._sessions)
 
     @property
+    def attention(self) -> str:
+        """What attends: ``dense`` on slots, one of :data:`~wispprof.lm.paged.ATTENTIONS` on pages."""
+        return self._store.attention if isinstance(self._store, PagedStore) else "dense"
+
+    @property
+    def graphs(self) -> bool:
+        """Whether verify steps run as captured graphs."""
+        return self._graphs is not None
+
+    @property
     def kv_free(self) -> int:
         """Tokens that can still be cached, whoever caches them."""
         return self.kv_tokens - self._cached_tokens

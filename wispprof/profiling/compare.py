@@ -139,7 +139,7 @@ class _Noise:
 
 def _visit_variance(row: Row) -> tuple[float, int]:
     """Variance of the logarithms of a row's visits' medians, and its degrees of freedom."""
-    counts = () if isinstance(row, LinkRow) else row.visits
+    counts = [] if isinstance(row, LinkRow) else [n for _, n in row.visits]
     if len(counts) < 2:
         return 0.0, 0
     ends = list(itertools.accumulate(counts))

@@ -58,7 +58,8 @@ def _worth(row: Row) -> tuple[int, int]:
 def _identity(profile: Profile) -> tuple[object, ...]:
     """What must be equal of an engine; room for sessions does not change a step's time."""
     engine = profile.manifest.engine
-    return tuple(engine.get(name) for name in ("backend", "device", "threads", "graphs"))
+    stated = tuple(engine.get(name) for name in ("backend", "device", "threads"))
+    return *stated, engine.get("attention", "dense"), bool(engine.get("graphs"))
 
 
 def _machine(profile: Profile) -> object:

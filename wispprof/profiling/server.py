@@ -43,6 +43,8 @@ QUICK = SweepSettings(target=0.05, most=12, shot_s=1.5)
 STANDARD = SweepSettings()
 QUICK_MINUTES = 0.6
 
+_SEAL_SHARE = 0.01
+"""Share of a budget for checking the rows and writing them."""
 _PILOT_SHARE = 0.15
 """Most of a budget that may be spent on learning what shots cost."""
 
@@ -102,7 +104,7 @@ def profile_server(
         finish=finish,
         clock=clock,
         progress=progress,
-        budget_s=_budget_left(settings, begin, clock),
+        budget_s=_budget_left(settings, begin, clock, _SEAL_SHARE),
     )
     return cast(ServerProfile, profile)
 
@@ -120,12 +122,13 @@ def plan_server(
 
 
 def _budget_left(
-    settings: ServerSettings, begin: float, clock: Callable[[], float]
+    settings: ServerSettings, begin: float, clock: Callable[[], float], kept_back: float = 0.0
 ) -> float | None:
-    """The budget counts from the call: loading, first prefill and pilot are part of it."""
+    """The budget counts from the call: loading, first prefill and pilot are part of it. ``kept_back``:
+    share of it that is not to be spent yet."""
     if settings.budget_s is None:
         return None
-    return max(0.0, settings.budget_s - (clock() - begin))
+    return max(0.0, (1 - kept_back) * settings.budget_s - (clock() - begin))
 
 
 def _set_up(
@@ -177,6 +180,8 @@ def _set_up(
         model_info(loaded),
         engine={
             "backend": engine.backend,
+            "attention": engine.attention,
+            "graphs": engine.graphs,
             "kv_tokens": kv_tokens,
             "max_sessions": sessions,
             "max_context": context,

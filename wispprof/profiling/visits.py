@@ -91,7 +91,7 @@ class Ledger:
             first,
             samples_ms=_joined(kept),
             flags=tuple(flags),
-            visits=tuple(len(v.samples_ms) for v in kept) if len(kept) > 1 else (),
+            visits=tuple((v.order, len(v.samples_ms)) for v in kept) if len(kept) > 1 else (),
             set_aside_ms=_joined(aside),
         )
         if isinstance(row, EdgeRow) and row.kind in ("burst", "sustained", "energy"):
