@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -57,14 +58,20 @@ def make_controller(
     return controller
 
 
+@functools.cache
+def _options(maker: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of what it takes. Remembered: a controller is made for every session."""
+    return tuple(inspect.signature(maker).parameters)
+
+
 def _make(
     kind: str, table: Mapping[str, Callable[..., Any]], name: str, options: dict[str, Any]
 ) -> Any:
     if name not in table:
         raise PlanError(f"There is no {kind} named {name!r}.", f"Choose one of {', '.join(table)}.")
     maker = table[name]
-    known = inspect.signature(_OPTIONS_OF.get(name, maker) if table is _BATCH else maker).parameters
-    unknown = sorted(set(options) - set(known))
+    known = _options(_OPTIONS_OF.get(name, maker) if table is _BATCH else maker)
+    unknown = sorted(options.keys() - known)
     if unknown:
         raise PlanError(
             f"The {kind} {name!r} has no option {', '.join(unknown)}.",

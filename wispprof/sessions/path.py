@@ -227,6 +227,9 @@ class EdgePath:
         """
         known = self.frontier
         start = frontier - len(tokens)
+        guess = drafted is None or accepted >= drafted
+        if start == known and tokens:
+            return self._advance(tuple(map(int, tokens)), accepted, guess)
         if start > known:
             raise ProtocolError(
                 f"A commit starts at position {start}, beyond the known frontier {known}.",
@@ -242,10 +245,8 @@ class EdgePath:
             )
         if frontier <= known:
             return CommitEffect()
-        new = tuple(int(token) for token in tokens[known - start :])
-        self.waiting = False
-        rejected = drafted is not None and accepted < drafted
-        return self._advance(new, max(0, accepted - max(0, overlap)), not rejected)
+        new = tuple(map(int, tokens[known - start :]))
+        return self._advance(new, max(0, accepted - max(0, overlap)), guess)
 
     def drop(self, position: int) -> int | None:
         """Abandon the drafts at and beyond ``position``; returns the drafter's new length.
@@ -272,6 +273,7 @@ class EdgePath:
         self._draft_ms = self._draft_ms[part]
 
     def _advance(self, new: tuple[int, ...], accepted: int, guess: bool) -> CommitEffect:
+        self.waiting = False
         held = self._tokens
         count, both = len(new), min(len(held), len(new))
         hits = 0
@@ -287,20 +289,20 @@ class EdgePath:
             self._hold(slice(0))
             self._roll_epoch()
             return CommitEffect(
-                tokens=new,
-                rollback_to=self.frontier - count + hits,
-                extend=new[hits:],
-                hits=hits,
-                accepted=accepted,
+                new,
+                self.frontier - count + hits,
+                new[hits:],
+                hits,
+                accepted,
                 proactive=proactive,
                 rejected=True,
                 wasted_ms=sum(draft_ms[hits + 1 :]),
                 wasted_tokens=len(held) - hits - 1,
                 dropped_ms=sum(draft_ms[hits:]),
             )
-        self._hold(slice(count, None))
+        del held[:count], self._survival[:count], self._draft_ms[:count]
         self.sent = max(self.sent, self.frontier)
-        kept = len(self._tokens)
+        kept = len(held)
         return CommitEffect(new, None, new[hits:], hits, accepted, kept, proactive, hits == count)
 
     def _roll_epoch(self) -> None:
