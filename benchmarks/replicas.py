@@ -168,7 +168,7 @@ async def _lose_one(port: int, tokens: int) -> tuple[int, int, float]:
     ray.kill(ray.get_actor(_replicas()[0], namespace="serve"))
     await asyncio.gather(*tasks)
     wrong = sum(not edge.right for edge in edges)
-    resumed = sum(edge.generation.stats.reopened > 0 for edge in edges)
+    resumed = sum(edge.client.reconnects > 0 for edge in edges)
     return wrong, resumed, time.perf_counter() - begun
 
 

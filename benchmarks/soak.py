@@ -8,13 +8,15 @@ all texts is asked for over the server's HTTP door instead.
 What must hold at the end:
 
 - every finished text is, token for token, what the engine gives alone (0 wrong);
-- resident memory is at most 1.05 × what it was after warm-up;
+- resident memory at rest is at most 1.05 × what it was at rest after warm-up (a fifth of the run);
 - after the last session no KV token is taken, no session is known, no task and no future waits.
 
     python benchmarks/soak.py                       # 30 minutes
     python benchmarks/soak.py --minutes 2
 
-Memory is read after garbage collection, as the median of the last readings, so one burst does not decide.
+At rest means: all edges gone, no session, no kept cache, garbage collected. Under load memory also follows
+how many sessions there are at the moment, which says nothing about leaks.
+
 Exit code 1 where something does not hold. The last line is JSON.
 """
 
@@ -26,7 +28,6 @@ import contextlib
 import gc
 import json
 import random
-import statistics
 import sys
 import time
 from collections import Counter
@@ -72,15 +73,20 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
     with ThreadPoolExecutor(2, thread_name_prefix="draft") as world.executor:
         text = TextSide(target.tokenizer)
         async with running_server(settings, engine=engine, model=model, text=text) as running:
-            watch = asyncio.create_task(_watch(world, seconds, begun))
-            async with asyncio.TaskGroup() as group:
-                for number in range(EDGES):
-                    group.create_task(world.edge(number, running, begun + seconds))
-            readings = await watch
-            while len(running.server.house):
-                await asyncio.sleep(0.01)
-            await running.server.check_integrity()
-            await running.server.house.forget_kept()
+            watch = asyncio.create_task(_watch(world, begun))
+            resting = []
+            for share in (WARM_UP, 1.0):
+                async with asyncio.TaskGroup() as group:
+                    for number in range(EDGES):
+                        group.create_task(world.edge(number, running, begun + share * seconds))
+                while len(running.server.house):
+                    await asyncio.sleep(0.01)
+                await running.server.check_integrity()
+                await running.server.house.forget_kept()
+                resting.append(_resident_mib())
+                print(f"at rest: {resting[-1]:.1f} MiB", flush=True)
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
             left = {
                 "kv_tokens": total - engine.kv_free,
                 "engine_sessions": len(engine.sessions),
@@ -88,9 +94,7 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
             }
     await asyncio.sleep(0)
     left["tasks and futures"] = max(0, _waiting() - before)
-    warm = readings[max(1, int(len(readings) * WARM_UP)) :]
-    third = max(1, len(warm) // 5)
-    early, late = statistics.median(warm[:third]), statistics.median(warm[-third:])
+    early, late = resting
     holds = not world.wrong and not any(left.values()) and late <= MOST_GROWTH * early
     return {
         "benchmark": "soak",
@@ -222,25 +226,24 @@ def _alone(engine: Any, prompts: list[tuple[int, ...]]) -> dict[tuple[int, int],
     return texts
 
 
-async def _watch(world: World, seconds: float, begun: float) -> list[float]:
-    """Resident MiB, a hundred times over the run."""
+async def _watch(world: World, begun: float) -> None:
+    """A line every half minute."""
+    print(f"{'minute':>7} {'RSS MiB':>8} {'finished':>9} {'aborted':>8} {'cuts':>5} {'wrong':>6}")
+    while True:
+        await asyncio.sleep(30.0)
+        counts, minute = world.counts, (time.monotonic() - begun) / 60
+        print(
+            f"{minute:7.1f} {_resident_mib():8.1f} {counts['finished']:9} {counts['aborted']:8} "
+            f"{counts['cuts']:5} {world.wrong:6}",
+            flush=True,
+        )
+
+
+def _resident_mib() -> float:
     import psutil
 
-    process = psutil.Process()
-    readings = []
-    print(f"{'minute':>7} {'RSS MiB':>8} {'finished':>9} {'aborted':>8} {'cuts':>5} {'wrong':>6}")
-    for step in range(1, 101):
-        await asyncio.sleep(max(0.0, begun + seconds * step / 100 - time.monotonic()))
-        gc.collect()
-        readings.append(process.memory_info().rss / 2**20)
-        if step % 10 == 0:
-            counts, minute = world.counts, (time.monotonic() - begun) / 60
-            print(
-                f"{minute:7.1f} {readings[-1]:8.1f} {counts['finished']:9} {counts['aborted']:8} "
-                f"{counts['cuts']:5} {world.wrong:6}",
-                flush=True,
-            )
-    return readings
+    gc.collect()
+    return float(psutil.Process().memory_info().rss / 2**20)
 
 
 def _waiting() -> int:
