@@ -188,9 +188,14 @@ def _set_up(
         sweep,
         device.model,
         device.engine,
-        measure={"grid": settings.grid, "axes": asdict(axes)},
+        measure={"grid": settings.grid, "axes": _plain(axes)},
         after_s=axes.burst_s + axes.sustained_s,
     )
+
+
+def _plain(axes: EdgeAxes) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(axes).items()}
 
 
 def _summary(rows: Sequence[EdgeRow], sensor: str) -> dict[str, Any]:
