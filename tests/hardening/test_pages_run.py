@@ -1,0 +1,74 @@
+"""The commands that README and docs print are run as printed, where they need no model and no server.
+
+The measured files of the pages (``mine/…``) are the shipped profiles and a made trace that fits them.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from wispprof.artifacts import bundled, load_profile, save_trace
+from wispprof.cli import app
+
+sys.path.append(str(Path(__file__).parents[1] / "fitting"))
+
+from synthetic_traces import synthetic_trace
+
+ROOT = Path(__file__).parents[2]
+CHEAP = ("fit", "plan", "report", "profile")
+"""In the order in which one needs the other's files."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder after the measuring half of the README."""
+    place = tmp_path_factory.mktemp("reader")
+    (place / "mine").mkdir()
+    for name, shipped in (("server", "reference-pair"), ("edge", "reference-draft")):
+        for ending in (".jsonl", ".manifest.json"):
+            source = bundled.path(f"profiles/epyc-2core-{shipped}{ending}")
+            shutil.copy(source, place / "mine" / f"{name}{ending}")
+    model = load_profile(place / "mine" / "server").manifest.model
+    trace = replace(synthetic_trace(), target=model.id, tokenizer_hash=model.tokenizer_hash)
+    save_trace(trace, place / "mine" / "trace.jsonl")
+    return place
+
+
+def printed() -> list[str]:
+    """Cheap command lines of all pages, each once, those that make files before those that read them."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages if page.name != "cli.md")
+    lines = [
+        found.split("  #")[0].strip() for found in re.findall(r"^ *(wispprof .*)$", text, re.M)
+    ]
+    cheap = [line for line in dict.fromkeys(lines) if line.split()[1] in CHEAP]
+    # An update needs a step log of a server that ran.
+    cheap = [line for line in cheap if "--update" not in line]
+    return sorted(cheap, key=lambda line: ("--out" not in line, CHEAP.index(line.split()[1])))
+
+
+def test_commands_run_as_printed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    commands = printed()
+    assert len(commands) >= 5
+    for line in commands:
+        done = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert done.exit_code == 0, f"{line}: {done.output}"
+    assert (folder / "mine" / "plan.json").exists()
+    assert (folder / "mine" / "report.html").exists()
+
+
+def test_negative_control_a_command_without_its_file_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, shlex.split("wispprof plan show mine/plan.json")[1:])
+    assert done.exit_code == 1
