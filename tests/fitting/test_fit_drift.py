@@ -120,3 +120,23 @@ def test_impossible_times_are_no_evidence(estimator: FittedEstimator) -> None:
     assert monitor.observe(BatchShape(()), 1.0) is None
     assert monitor.status().steps == 0
     assert monitor.corrected().predict(shape) == estimator.predict(shape)
+
+
+def test_an_estimator_that_was_wrong_from_the_first_step_is_reported(
+    estimator: FittedEstimator,
+) -> None:
+    """What the first steps take is no level to compare with where it is beyond the estimator's own error."""
+    stream, monitor = Stream(11), DriftMonitor(estimator)
+    fired = [monitor.observe(*stream.step(1.6)) for _ in range(200)]
+    status = next(status for status in fired if status is not None)
+    assert "longer than predicted" in status.reason
+    near = DriftMonitor(estimator)
+    assert all(near.observe(*stream.step(1.03)) is None for _ in range(2000))
+
+
+def test_stalls_in_the_first_steps_hide_no_later_drift(estimator: FittedEstimator) -> None:
+    stream, monitor = Stream(12), DriftMonitor(estimator)
+    for number in range(100):
+        shape, taken = stream.step()
+        assert monitor.observe(shape, taken * (30.0 if number % 9 == 0 else 1.0)) is None
+    assert any(monitor.observe(*stream.step(1.2)) is not None for _ in range(150))

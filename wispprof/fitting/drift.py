@@ -15,6 +15,7 @@ Three parts look at the same stream of (predicted, measured, shape):
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -28,7 +29,10 @@ __all__ = ["Cell", "DriftMonitor", "DriftSettings", "DriftStatus", "cell_of"]
 
 @dataclass(frozen=True, slots=True)
 class DriftSettings:
-    """``warm_up``: steps that teach the stream's own centre and spread before the detector listens.
+    """``warm_up``: steps that teach the stream's own centre and spread before the detector listens. Both
+    are robust against a few wild steps, and the centre is believed only as far from 0 as nine of ten held-out
+    shapes were off when the estimator was fitted (``trust`` where its report does not say): an estimator that
+    was wrong from the first step on is no level to compare with.
 
     ``slack`` and ``limit``: CUSUM allowance and threshold in standard deviations; with 0.5 and 16 an
     undisturbed stream of independent errors runs for millions of steps. ``clip``: largest whitened
@@ -45,6 +49,7 @@ class DriftSettings:
     median_rate: float = 0.05
     meaningful: float = 0.05
     cell_warm_up: int = 30
+    trust: float = 0.25
 
 
 class Cell(NamedTuple):
@@ -91,28 +96,42 @@ class _Track:
 
     count: int = 0
     mean: float = 0.0
-    deviation: float = 0.0
+    spread: float = 0.0
+    first: list[float] = field(default_factory=list)
     up: float = 0.0
     down: float = 0.0
     recent: float = 0.0
 
-    def observe(self, value: float, settings: DriftSettings, warm_up: int, least: float) -> bool:
-        """Take one log ratio; returns whether this stream has left its starting level."""
+    def observe(
+        self, value: float, settings: DriftSettings, warm_up: int, least: float, trust: float
+    ) -> bool:
+        """Take one log ratio; returns whether this stream has left its starting level, which lies within
+        ``trust`` of 0."""
         self.count += 1
         self.recent += (value - self.recent) / min(self.count, 50)
         if self.count <= warm_up:
-            # Welford; the level that later steps are compared with.
-            delta = value - self.mean
-            self.mean += delta / self.count
-            self.deviation += delta * (value - self.mean)
+            self.first.append(value)
+            if self.count == warm_up:
+                centre, self.spread = _level(self.first)
+                self.mean = max(-trust, min(trust, centre))
+                self.first.clear()
             return False
-        spread = max(math.sqrt(self.deviation / max(1, warm_up - 1)), least)
+        spread = max(self.spread, least)
         score = max(-settings.clip, min(settings.clip, (value - self.mean) / spread))
         # A start level known from few steps is itself uncertain by spread / √steps.
         slack = settings.slack + 2.0 / math.sqrt(warm_up)
         self.up = max(0.0, self.up + score - slack)
         self.down = max(0.0, self.down - score - slack)
         return max(self.up, self.down) > settings.limit
+
+
+def _level(values: list[float]) -> tuple[float, float]:
+    """Centre and spread of a stream's first values, of which a few may be wild: the mean and the standard
+    deviation with everything farther than three robust deviations from the median drawn in to there."""
+    middle = statistics.median(values)
+    reach = 3.0 * 1.4826 * statistics.median([abs(v - middle) for v in values])
+    drawn = [max(middle - reach, min(middle + reach, v)) for v in values]
+    return statistics.fmean(drawn), statistics.pstdev(drawn)
 
 
 @dataclass(slots=True)
@@ -124,6 +143,7 @@ class DriftMonitor:
 
     estimator: FittedEstimator
     settings: DriftSettings = field(default_factory=DriftSettings)
+    _trust: float = 0.0
     _log_ratio: float = 0.0
     _log_bound: float = 0.0
     _spread: float = 0.05
@@ -133,6 +153,12 @@ class DriftMonitor:
     _cells: dict[Cell, _Track] = field(default_factory=dict)
     _wrong: dict[Cell, bool] = field(default_factory=dict)
     _fired: bool = False
+
+    def __post_init__(self) -> None:
+        report = self.estimator.report
+        held_out = report.get("held_out", {}).get(self.estimator.kind, {})
+        within = held_out.get("p90_ape")
+        self._trust = self.settings.trust if within is None else math.log1p(within / 100.0)
 
     def observe(self, shape: BatchShape, measured_ms: float) -> DriftStatus | None:
         """Take a finished step. Returns the status on the step at which the detector first fires.
@@ -167,10 +193,11 @@ class DriftMonitor:
     def _detect(self, totals: Totals, ratio: float) -> DriftStatus | None:
         settings = self.settings
         least = settings.meaningful / 4
-        moved = self._all.observe(ratio, settings, settings.warm_up, least)
+        trust = self._trust
+        moved = self._all.observe(ratio, settings, settings.warm_up, least, trust)
         cell = cell_of(totals)
         track = self._cells.setdefault(cell, _Track())
-        if track.observe(ratio, settings, settings.cell_warm_up, least):
+        if track.observe(ratio, settings, settings.cell_warm_up, least, trust):
             self._wrong[cell] = abs(track.recent - track.mean) >= settings.meaningful
         large = abs(self._all.recent - self._all.mean) >= settings.meaningful
         if not self._fired and ((moved and large) or any(self._wrong.values())):
