@@ -1,0 +1,167 @@
+"""What every run stands on: artifacts, the engine, and a load scaled to it by the estimator."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wispprof.artifacts import AcceptanceTrace, bundled, load_trace, save_trace
+from wispprof.core import BatchShape
+from wispprof.fitting import FittedEstimator, load_estimator
+from wispprof.runtime.bench import BenchSettings, FleetProcess, Mix
+from wispprof.simulation import ServerModel
+from wispprof.simulation.devices import DeviceProfile
+from wispprof.simulation.links import LinkProfile
+
+if TYPE_CHECKING:
+    from wispprof.lm.engine import VerifierEngine
+
+LOADS = {"below": 0.6, "near": 1.0, "above": 1.5}
+CLASSES = (0.25, 0.5, 0.75, 1.0)
+DRAFT_SHARES = {"fast": 0.15, "medium": 0.4, "slow": 1.0}
+MAX_ITEMS, MAX_TOKENS, CHUNK = 64, 1024, 256
+LOOP_MS = 2.0
+PROMPT = 96
+
+
+@dataclass
+class Bed:
+    """What every run needs. ``mix``: devices and promises; ``rtt_ms`` of the emulated link."""
+
+    engine: VerifierEngine
+    estimator: FittedEstimator
+    predictor: Path
+    trace_file: Path
+    trace: AcceptanceTrace
+    tokenizer: str
+    vocab: int
+    near: int
+    requests: int
+    mix: Mix
+    rtt_ms: float
+    ttft_ms: float
+    max_new: int
+    as_fitted: bool
+    fleet: FleetProcess
+
+
+def artifacts(folder: Path, quick: bool, long: bool) -> None:
+    """Profile the server, take a trace, fit: into ``folder``. ``long``: paths that outlast a long prompt."""
+    from wispprof.fitting.run import fit_files
+    from wispprof.lm.loading import load_model
+    from wispprof.profiling.acceptance import TraceSettings, take_trace
+    from wispprof.profiling.grids import Axes
+    from wispprof.profiling.server import ServerSettings, profile_server
+    from wispprof.profiling.session import Output
+    from wispprof.profiling.shots import SweepSettings
+
+    target = load_model(str(bundled.path("models/reference-pair/target")))
+    draft = load_model(str(bundled.path("models/reference-pair/draft")))
+    axes = Axes(
+        items=(1, 4, 8, 16) if quick else (1, 2, 4, 8, 16),
+        new=(1, 3, 7),
+        cached=(64, 192),
+        skew_items=(4, 12),
+        chunk=(32, 96, 256),
+        chunk_cached=(0,),
+        mixed_items=(4, 12),
+    )
+    least, most, shot_s = (4, 6, 0.2) if quick else (5, 10, 0.4)
+    sweep = SweepSettings(
+        target=0.06, least=least, most=most, shot_s=shot_s, sentinel_every=12, drift=0.6
+    )
+    output = Output(folder / "server", overwrite=True)
+    profile_server(ServerSettings(axes=axes, sweep=sweep, output=output), loaded=target)
+    count, path = (8, 48) if quick else (24, 72)
+    path = 192 if long else path
+    settings = TraceSettings(count=count, prompt_tokens=PROMPT, path_tokens=path, depth=8)
+    save_trace(take_trace(target, draft, settings), folder / "trace.jsonl")
+    fit_files(folder, [folder / "server"], [folder / "trace.jsonl"])
+
+
+def make_bed(folder: Path, arguments: argparse.Namespace, fleet: FleetProcess) -> Bed:
+    """The engine, and a load scaled to it by the estimator."""
+    from wispprof.lm.engine import VerifierEngine
+    from wispprof.lm.loading import load_model
+
+    estimator = load_estimator(folder / "estimator.json")
+    trace = load_trace(folder / "trace.jsonl")
+    target = load_model(str(bundled.path("models/reference-pair/target")))
+    most = math.ceil(max(LOADS.values()) * arguments.devices)
+    engine = VerifierEngine(target, kv_tokens=4096 + 512 * most, max_sessions=2 * most + 16)
+    engine.warm_up()
+    near, new = arguments.devices, min(len(p.path) for p in trace.paths)
+    prompt = round(statistics.fmean(len(p.prompt) for p in trace.paths))
+    step_ms = estimator.predict(BatchShape.uniform(near, 1, prompt + new // 2))[0]
+    prompt_ms = estimator.predict(BatchShape.of([(prompt, 0, True)]))[0]
+    alone = 1000.0 * new / (new * (step_ms + LOOP_MS) + near * prompt_ms)
+    kinds = tuple(
+        DeviceProfile(name, draft_ms=max(1.5, round(share * step_ms, 1)))
+        for name, share in DRAFT_SHARES.items()
+    )
+    speeds = tuple(float(f"{share * alone:.3g}") for share in CLASSES)
+    return Bed(
+        engine,
+        estimator,
+        folder / "predictor.json",
+        folder / "trace.jsonl",
+        trace,
+        target.info.tokenizer_hash,
+        target.info.vocab_size,
+        near,
+        arguments.requests,
+        Mix(kinds, speeds),
+        round(0.3 * step_ms, 1),
+        max(1000.0, 4.0 * near * prompt_ms),
+        new,
+        arguments.as_fitted,
+        fleet,
+    )
+
+
+def load_of(bed: Bed, label: str, devices: int) -> BenchSettings:
+    return BenchSettings(
+        system=label,
+        devices=devices,
+        device=bed.mix.device(devices),
+        tokens_per_s=bed.mix.tokens_per_s(devices),
+        ttft_ms=bed.ttft_ms,
+        requests=bed.requests,
+        max_new=bed.max_new,
+        link=LinkProfile(rtt_ms=bed.rtt_ms),
+        predictor=bed.predictor,
+    )
+
+
+def server_model(bed: Bed, overhead_ms: float, pace: float = 1.0) -> ServerModel:
+    """The running server as the simulator sees it."""
+    fitted = bed.estimator
+    return ServerModel(
+        fitted.with_scale(fitted.p50_scale * pace, fitted.bound_scale * pace),
+        bed.engine.kv_free,
+        MAX_ITEMS,
+        MAX_TOKENS,
+        CHUNK,
+        bed.engine.max_context,
+        overhead_ms,
+    )
+
+
+def running(bed: Bed, policy: Any) -> Any:
+    from wispprof.runtime.server import ServedModel, ServerSettings, running_server
+
+    model = ServedModel("pair", bed.tokenizer, bed.vocab, bed.engine.max_context)
+    settings = ServerSettings(
+        admit="all",
+        kept_sessions=0,
+        max_items=MAX_ITEMS,
+        max_tokens=MAX_TOKENS,
+        prefill_chunk=CHUNK,
+    )
+    return running_server(
+        settings, engine=bed.engine, model=model, policy=policy, estimator=bed.estimator
+    )

@@ -1,0 +1,109 @@
+"""Which system serves a load best, and what each piece of ``wispprof`` is worth."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import fields
+from typing import Any
+
+from _serving.bed import LOADS, Bed, load_of, server_model
+from _serving.run import Run, run
+from _serving.tables import comparison, record, show
+from wispprof.fitting import load_predictor
+from wispprof.policies.stream import StreamSettings
+from wispprof.reporting.tables import Column, Table
+from wispprof.runtime.bench import twin
+from wispprof.simulation import System, system
+
+SYSTEMS = {
+    "centralized": "centralized",
+    "sled_static": "sled-threshold",
+    "fcfs": "fcfs",
+    "specedge_pipeline": "specedge",
+    "wisp": "wisp",
+    "wispprof": "wispprof",
+}
+
+
+def compare(bed: Bed) -> dict[str, Any]:
+    rows: dict[str, list[Run]] = {}
+    for load, share in LOADS.items():
+        devices = max(1, round(share * bed.near))
+        rows[load] = [
+            asyncio.run(run(bed, name, system(label), devices)) for name, label in SYSTEMS.items()
+        ]
+        show(comparison(f"{load} capacity: {devices} devices", rows[load]))
+    overhead = {row.name: row.overhead_ms for row in rows["near"]}
+    capacity = {
+        name: simulated_capacity(bed, system(label), overhead[name])
+        for name, label in SYSTEMS.items()
+    }
+    best = {
+        load: max((r for r in found if r.name != "wispprof"), key=_goodput)
+        for load, found in rows.items()
+    }
+    lines = tuple(
+        (name, capacity[name], *(_goodput(_of(rows[load], name)) for load in LOADS))
+        for name in SYSTEMS
+    )
+    columns = (
+        Column("system"),
+        Column("capacity (sim)", "devices", best="max"),
+        *(Column(f"goodput {load}", "tok/s", best="max") for load in LOADS),
+    )
+    show(Table("Capacity and goodput", columns, lines))
+    return {
+        "loads": {load: [record(r) for r in found] for load, found in rows.items()},
+        "capacity_simulated": capacity,
+        "wispprof_over_wisp_capacity": round(capacity["wispprof"] / max(1, capacity["wisp"]), 3),
+        "wispprof_over_best_other_goodput": {
+            load: round(_goodput(_of(rows[load], "wispprof")) / max(1e-9, _goodput(row)), 3)
+            for load, row in best.items()
+        },
+    }
+
+
+def _of(rows: list[Run], name: str) -> Run:
+    return next(row for row in rows if row.name == name)
+
+
+def _goodput(row: Run) -> float:
+    return row.figures["goodput_tokens_per_s"]
+
+
+def simulated_capacity(bed: Bed, what: System, overhead_ms: float) -> int:
+    """Most devices at 95 % attainment: doubling, then halving the interval."""
+    predictor = load_predictor(bed.predictor)
+    model = server_model(bed, overhead_ms)
+
+    def holds(devices: int) -> bool:
+        load = load_of(bed, what.label, devices)
+        found = twin(load, bed.mix, what, model, bed.trace, predictor, seeds=(0, 1))
+        return found.attainment >= 0.95
+
+    low, high = 0, max(2, bed.near // 2)
+    while high < 8 * bed.near and holds(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def ablation(bed: Bed) -> dict[str, Any]:
+    """Each switch of the policy, the other way round from its default."""
+    variants: dict[str, dict[str, Any]] = {"wispprof": {}}
+    for one in fields(StreamSettings):
+        if isinstance(one.default, bool):
+            sign = "without" if one.default else "with"
+            variants[f"{sign} {one.name}"] = {one.name: not one.default}
+    found: dict[str, Any] = {}
+    for load in ("near", "above"):
+        devices = max(1, round(LOADS[load] * bed.near))
+        rows = [
+            asyncio.run(run(bed, name, system("wispprof").but(batching_options=options), devices))
+            for name, options in variants.items()
+        ]
+        show(comparison(f"wispprof's pieces, {load} capacity: {devices} devices", rows))
+        found[load] = [record(row) for row in rows]
+    return {"ablation": found}

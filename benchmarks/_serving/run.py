@@ -1,0 +1,108 @@
+"""One system at one load: served for real, then simulated."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from _serving.bed import LOOP_MS, Bed, load_of, running, server_model
+from wispprof.core import BatchShape
+from wispprof.fitting import FittedEstimator, load_predictor
+from wispprof.runtime.bench import BenchResult, Twin, twin
+from wispprof.simulation import System
+
+
+@dataclass(frozen=True)
+class Run:
+    """One system at one load, really and simulated. ``overhead_ms``: of the loop, between busy steps."""
+
+    name: str
+    devices: int
+    real: BenchResult
+    simulated: Twin
+    step_mean_ms: float
+    pace: float
+    overhead_ms: float
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return self.real.figures
+
+
+class Watched:
+    """A policy that notes when it let the engine rest."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.name, self.stream = inner.name, inner.stream
+        self.rested_ms: list[float] = []
+
+    def plan(self, now_ms: float, sessions: Any, estimator: Any, limits: Any) -> Any:
+        plan = self._inner.plan(now_ms, sessions, estimator, limits)
+        if not plan.members:
+            self.rested_ms.append(now_ms)
+        return plan
+
+
+class Steps:
+    """Shapes and times of all steps, taken where a step log would be."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[BatchShape, float]] = []
+
+    def note(self, shape: BatchShape, actual_ms: float, *predicted: Any) -> None:
+        self.rows.append((shape, actual_ms))
+
+    def close(self) -> None: ...
+
+    def pace(self, estimator: FittedEstimator) -> float:
+        """Median of measured over predicted."""
+        return statistics.median(ms / estimator.predict(shape)[0] for shape, ms in self.rows)
+
+
+async def run(bed: Bed, name: str, what: System, devices: int) -> Run:
+    """Serve the load for real, then simulate it."""
+    load = load_of(bed, what.label, devices)
+    policy = Watched(what.make_batching())
+    async with running(bed, policy) as served:
+        records = served.server.metrics.steps = deque(maxlen=1 << 17)
+        seen = served.server.loop.step_log = Steps()
+        real = await bed.fleet.bench(load, served.split_url, bed.trace_file)
+        steps = list(records)
+    if not real.lossless or bed.engine.sessions:
+        raise SystemExit(f"{name}: texts differ from the target's own, or sessions were left")
+    gaps = busy_gaps(steps, policy.rested_ms)
+    overhead_ms = statistics.median(gaps) if gaps else LOOP_MS
+    pace = seen.pace(bed.estimator)
+    simulated = twin(
+        load,
+        bed.mix,
+        what,
+        server_model(bed, overhead_ms, 1.0 if bed.as_fitted else pace),
+        bed.trace,
+        load_predictor(bed.predictor),
+    )
+    return Run(
+        name,
+        devices,
+        real,
+        simulated,
+        statistics.fmean(s.actual_ms for s in steps),
+        pace,
+        overhead_ms,
+    )
+
+
+def busy_gaps(steps: list[Any], rested_ms: list[float]) -> list[float]:
+    """Milliseconds from a step's end to the next one's beginning, where the engine was not let rest."""
+    gaps = []
+    rests = deque(sorted(rested_ms))
+    for before, after in itertools.pairwise(steps):
+        while rests and rests[0] < before.at_ms:
+            rests.popleft()
+        if not rests or rests[0] > after.at_ms:
+            gaps.append(max(0.0, after.at_ms - after.actual_ms - before.at_ms))
+    return gaps
