@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import httpx
@@ -60,6 +61,14 @@ async def test_a_plan_bounds_every_step_and_is_named_in_log_metrics_and_page(
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert {line["row"] for line in lines} == {"2/0"}
     assert all(line["p50_ms"] > 0 for line in lines)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system names no cores")
+async def test_a_fleet_keeps_to_the_cores_it_was_given() -> None:
+    mine = os.sched_getaffinity(0)
+    with FleetProcess(cores=(max(mine),)) as fleet:
+        assert await fleet.call(os.sched_getaffinity, 0) == {max(mine)}
+    assert os.sched_getaffinity(0) == mine
 
 
 async def test_the_fastest_class_that_is_live_chooses_the_row() -> None:

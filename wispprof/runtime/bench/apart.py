@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -24,12 +25,18 @@ _words: SimpleQueue[_Said | None] | None = None
 
 
 class FleetProcess:
-    """Use as ``with``. One bench at a time; the process and what it has imported stay for the next."""
+    """Use as ``with``. One bench at a time; the process and what it has imported stay for the next.
 
-    def __init__(self) -> None:
+    ``cores``: those it may run on (none: all), where the system can say so. A server measured beside it
+    should keep to the others, or the drafting of the fleet shows in its step times.
+    """
+
+    def __init__(self, cores: Collection[int] = ()) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._said: SimpleQueue[_Said | None] = spawn.SimpleQueue()
-        self._pool = ProcessPoolExecutor(1, spawn, initializer=_begin, initargs=(self._said,))
+        self._pool = ProcessPoolExecutor(
+            1, spawn, initializer=_begin, initargs=(self._said, tuple(cores))
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -66,9 +73,11 @@ class FleetProcess:
             await passing
 
 
-def _begin(words: SimpleQueue[_Said | None]) -> None:
+def _begin(words: SimpleQueue[_Said | None], cores: tuple[int, ...]) -> None:
     global _words
     _words = words
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
 
 
 def _bench(settings: BenchSettings, url: str, trace: Path) -> BenchResult:
