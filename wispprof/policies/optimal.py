@@ -30,7 +30,7 @@ RowOf = Callable[[RoundContext], DraftRow | None]
 
 _WEIGHT = 0.1
 _PRIOR = 0.7
-_TRIAL = 16
+_TRIAL = 40
 """Commits after which a stream is judged by what its drafts won of them."""
 _REST = 12
 """Commits that a stream rests for after drafting did not pay, doubling up to 8 times this."""
@@ -70,8 +70,8 @@ class WispprofController:
         stream: bool = True,
         k_max: int = 16,
         lead_max: int = 32,
-        floor: float = 0.05,
-        pays: float = 0.05,
+        floor: float = 0.01,
+        pays: float = 0.02,
         hysteresis: float = 0.03,
     ) -> None:
         self.predictor = predictor or ConfidenceSurvival()
