@@ -62,11 +62,16 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.requests = arguments.requests or (2 if arguments.quick else 3)
 
+    # The fleet has the last core to itself; threads started from here on keep to the others.
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if len(cores) > 1:
+        os.sched_setaffinity(0, cores[:-1])
+
     import torch
 
     torch.set_num_threads(arguments.threads)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as made, FleetProcess() as fleet:
+    with tempfile.TemporaryDirectory() as made, FleetProcess(cores[1:][-1:]) as fleet:
         folder = arguments.run or Path(made)
         if not (folder / "estimator.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
