@@ -118,7 +118,7 @@ def _open_files(folder: Path, stack: ExitStack) -> dict[str, Any]:
         else:
             paths = dict(_names_in(sorted(folder.glob("*.safetensors"))))
         opened: dict[Path, Any] = {
-            path: stack.enter_context(safe_open(path, framework="pt"))  # type: ignore[no-untyped-call]
+            path: stack.enter_context(safe_open(path, framework="pt"))
             for path in sorted(set(paths.values()))
         }
     except (OSError, KeyError, ValueError) as fault:
@@ -132,7 +132,7 @@ def _names_in(files: list[Path]) -> Iterator[tuple[str, Path]]:
     from safetensors import safe_open
 
     for file in files:
-        with safe_open(file, framework="pt") as opened:  # type: ignore[no-untyped-call]
+        with safe_open(file, framework="pt") as opened:
             yield from ((name, file) for name in opened.keys())  # noqa: SIM118
 
 
