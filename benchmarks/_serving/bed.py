@@ -131,6 +131,7 @@ def load_of(bed: Bed, label: str, devices: int) -> BenchSettings:
         tokens_per_s=bed.mix.tokens_per_s(devices),
         ttft_ms=bed.ttft_ms,
         requests=bed.requests,
+        hold=True,
         max_new=bed.max_new,
         link=LinkProfile(rtt_ms=bed.rtt_ms),
         predictor=bed.predictor,

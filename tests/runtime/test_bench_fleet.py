@@ -156,3 +156,18 @@ def test_a_failed_request_is_neither_kept_nor_counted_as_speed() -> None:
     assert result.figures["step_within_bound"] == 0.5
     assert result.figures["up_bytes_per_token"] == 10.0
     assert result.record(requests=True)["requests"][0]["kept"]
+
+
+def test_a_held_load_lets_fast_devices_go_on_until_the_slow_are_through() -> None:
+    settings = BenchSettings(
+        devices=4, device=(DEVICES["fast"], device_of("400")), requests=2, max_new=24, ramp_ms=0.0
+    )
+    ends = virtual(settings, "wisp")
+    held = virtual(dataclasses.replace(settings, hold=True), "wisp")
+    assert ends.lossless
+    assert held.lossless
+    assert len(ends.outcomes) == 8 < len(held.outcomes)
+    made = [sum(o.device == n for o in held.outcomes) for n in range(4)]
+    assert min(made[1], made[3]) == 2
+    assert min(made[0], made[2]) > 2
+    assert held.figures["tokens_per_s"] > ends.figures["tokens_per_s"]

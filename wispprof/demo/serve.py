@@ -147,6 +147,7 @@ async def compare(
                 tokens_per_s=promises(settings, measured.estimator),
                 ttft_ms=first_token_ms(settings, measured.estimator),
                 requests=settings.requests,
+                hold=True,
                 max_new=settings.max_new,
                 link=LinkProfile(rtt_ms=settings.rtt_ms),
                 predictor=measured.predictor,

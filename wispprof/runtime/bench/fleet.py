@@ -86,7 +86,7 @@ class _Fleet:
         self.drafting = settings.drafting or self.system.drafting
         self.predictor = _predictor(settings)
         self.outcomes: list[Outcome] = []
-        self.asked = 0
+        self.through = 0
         self.progress = progress
         self.total = settings.requests * (1 if settings.rate_per_s else settings.devices)
         self.first_s: float | None = None
@@ -132,6 +132,11 @@ class _Fleet:
             if request and self.settings.think_ms:
                 await asyncio.sleep(rng.expovariate(1000.0 / self.settings.think_ms))
             await self._request(number, client, number + request * self.settings.devices)
+        self.through += 1
+        request = self.settings.requests
+        while self.settings.hold and self.through < self.settings.devices:
+            await self._request(number, client, number + request * self.settings.devices)
+            request += 1
 
     def _poisson(self, clients: Sequence[EdgeClient], rng: Random) -> list[Awaitable[None]]:
         at = 0.0
@@ -170,6 +175,8 @@ class _Fleet:
         except WispprofError as error:
             fault = str(error)
             lossless = not isinstance(error, ProfileError)  # the target left the recorded path
+        if self.settings.hold and self.through == self.settings.devices:
+            return  # it ended after the load that is measured
         out = generation.output
         lossless = lossless and out == path.path[: len(out)]
         lossless = lossless and (bool(fault) or len(out) == request.max_new)
@@ -178,7 +185,7 @@ class _Fleet:
         if self.progress is not None:
             kept = sum(o.kept for o in self.outcomes)
             done = len(self.outcomes)
-            self.progress(done, self.total, f"{kept}/{done} kept their promise")
+            self.progress(done, max(done, self.total), f"{kept}/{done} kept their promise")
 
     def _drafting_of(
         self, number: int, path: TracePath, client: EdgeClient

@@ -71,7 +71,9 @@ class BenchSettings:
     many edges, each with its own connection; device ``i`` is ``device[i % len]`` and promises
     ``tokens_per_s[i % len]``. ``requests``: per device (closed fleet: one after the other, with a mean
     pause of ``think_ms``), or in all where ``rate_per_s`` gives Poisson arrivals. ``ramp_ms``: the
-    first requests of a closed fleet are spread over it. ``max_new``: tokens per request, at most what
+    first requests of a closed fleet are spread over it. ``hold``: devices of a closed fleet that are through
+    with their requests go on until all are, so that the load stays what it was and fast devices count for
+    all they did; what is unfinished then does not count. ``max_new``: tokens per request, at most what
     the trace's paths hold. ``link``: emulated on top of the real one.
     """
 
@@ -85,6 +87,7 @@ class BenchSettings:
     rate_per_s: float = 0.0
     think_ms: float = 0.0
     ramp_ms: float = 500.0
+    hold: bool = False
     link: LinkProfile = field(default_factory=lambda: LinkProfile(rtt_ms=0.0))
     controller: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -72,14 +72,20 @@ class Twin:
 
 
 class _Ending(Simulation):
-    """Devices stop after so many requests each."""
+    """Devices stop after so many requests each; with ``hold`` they go on until all have made theirs."""
 
-    def __init__(self, scenario: Scenario, requests: int) -> None:
+    def __init__(self, scenario: Scenario, load: BenchSettings) -> None:
         super().__init__(scenario)
-        self._requests = requests
+        self._offered = load
+        self._through = 0
+        self.over_ms = math.inf
 
     def ended(self, now_ms: float, edge: Edge) -> None:
-        if edge.record.number + 1 < self._requests:
+        load, made = self._offered, edge.record.number + 1
+        self._through += made == load.requests
+        if self._through == load.devices:
+            self.over_ms = min(self.over_ms, now_ms)
+        elif load.hold or made < load.requests:
             super().ended(now_ms, edge)
 
 
@@ -116,17 +122,19 @@ def twin(
                 warmup_s=0.0,
                 seed=seed,
             ),
-            load.requests,
+            load,
         )
         for seed in seeds
     ]
     return Twin.mean(runs)
 
 
-def _run(scenario: Scenario, requests: int) -> Twin:
-    simulation = _Ending(scenario, requests)
+def _run(scenario: Scenario, load: BenchSettings) -> Twin:
+    simulation = _Ending(scenario, load)
     simulation.run()
     records, counters = simulation.records, simulation.counters
+    if load.hold:
+        records = [r for r in records if r.done and r.last_ms <= simulation.over_ms]
     done = [r for r in records if r.done]
     kept = [r for r in done if r.kept(r.last_ms)]
     began = min(r.asked_ms for r in records)
