@@ -1,6 +1,22 @@
-"""For all rooms: property tests answer right or wrong, never slow, so a busy machine cannot fail them."""
+"""For all rooms: property tests answer right or wrong, never slow, so a busy machine cannot fail them; and a
+command that a test runs in this process leaves the tool's logger as it was."""
 
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("wispprof", deadline=None)
 settings.load_profile("wispprof")
+
+
+@pytest.fixture(autouse=True)
+def _logger_as_it_was() -> Iterator[None]:
+    logger = logging.getLogger("wispprof")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers, logger.propagate = handlers, propagate
+    logger.setLevel(level)

@@ -16,7 +16,7 @@ from wispprof.profiling.grids import Axes
 from wispprof.profiling.session import Output
 from wispprof.profiling.shots import SweepSettings
 
-KILLS = 4
+KILLS = 2
 
 
 def measure(path: Path, resume: bool, told: Any) -> None:
