@@ -22,7 +22,8 @@ _STRETCH = 4.0
 session that does not decode yet leaves the fixed part of every step to the others. A prompt that has time
 gets no more than that, however slow the promises: who decodes would feel the whole gap that was promised,
 and the newcomer gain little. In steps of L times their usual length a prompt is read L ÷ (L − 1) times as
-long as alone: a third longer at 4, two thirds at 2.5, which cost long prompts 6 % of goodput."""
+long as alone: a third longer at 4, two thirds at 2.5, which cost a fleet with
+long prompts 4 to 6 % of its goodput."""
 _FAIR = 2.0
 """For a first token that is late, or about to be: half of the step is the prompts'. More only helps where
 prompts are few; a server that they saturate reads them no sooner, and its sessions run slower."""
