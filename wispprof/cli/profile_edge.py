@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,10 @@ from wispprof.cli.profiling import (
     output_of,
     sweep_settings,
 )
+
+if TYPE_CHECKING:
+    from wispprof.artifacts.records import AcceptanceTrace
+    from wispprof.profiling.acceptance import TraceSettings
 
 __all__ = ["register"]
 
@@ -76,6 +80,7 @@ def profile_edge(
     """Time drafting on this device: by context, in a burst, sustained, with energy."""
     from wispprof.core import Sampling
     from wispprof.profiling import edge
+    from wispprof.profiling.acceptance import TraceSettings
     from wispprof.profiling.drafting import load_edge_axes, override_edge
 
     asked = {k: v for k, v in (("contexts", contexts), ("chunks", chunks)) if v}
@@ -99,20 +104,15 @@ def profile_edge(
         return
     profile = keeping_rows(out, "profile-edge", lambda report: edge.profile_edge(settings, report))
     if trace_out is not None:
-        trace(
+        asked_of_trace = TraceSettings(
+            target=target_model,
             draft=draft,
-            model=target_model,
             dtype=dtype,
             device=device,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            sampling=sampling,
             seed=seed,
-            server=server,
-            key=key,
-            out=trace_out,
-            quiet=True,
         )
+        _take(asked_of_trace, server, key, trace_out)
     finished(profile, out, as_json)
 
 
@@ -142,13 +142,10 @@ def trace(
     key: Annotated[str, typer.Option(help="API key of that server.")] = "",
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("trace.jsonl"),
     as_json: JsonFlag = False,
-    quiet: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Take an acceptance trace: the target's path and what the draft would propose along it."""
-    from wispprof.artifacts import save_trace
     from wispprof.core import Sampling
-    from wispprof.profiling.acceptance import TraceSettings, trace_pair, trace_remote
-    from wispprof.profiling.remote import RemoteTarget
+    from wispprof.profiling.acceptance import TraceSettings
 
     settings = TraceSettings(
         target=model,
@@ -163,16 +160,8 @@ def trace(
         depth=depth,
         seed=seed,
     )
-    with tracker("trace") as report:
-        if server:
-            taken = trace_remote(RemoteTarget(server, key), settings, report)
-        else:
-            taken = trace_pair(settings, report)
-    digest = save_trace(taken, out)
+    taken, digest = _take(settings, server, key, out)
     survival = taken.survival_by_position().tolist()
-    note(f"wrote {out}")
-    if quiet:
-        return
     shown = table(f"Accepted drafts of {taken.draft} under {taken.target}", "position", ">survival")
     for position, share in enumerate(survival, start=1):
         shown.add_row(str(position), f"{share:.3f}")
@@ -184,3 +173,19 @@ def trace(
         "survival": survival,
     }
     result(document, shown, as_json)
+
+
+def _take(settings: TraceSettings, server: str, key: str, out: Path) -> tuple[AcceptanceTrace, str]:
+    """Take a trace, of a running server's paths where one is named, and keep it; its content hash."""
+    from wispprof.artifacts import save_trace
+    from wispprof.profiling.acceptance import trace_pair, trace_remote
+    from wispprof.profiling.remote import RemoteTarget
+
+    with tracker("trace") as report:
+        if server:
+            taken = trace_remote(RemoteTarget(server, key), settings, report)
+        else:
+            taken = trace_pair(settings, report)
+    digest = save_trace(taken, out)
+    note(f"wrote {out}")
+    return taken, digest
