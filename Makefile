@@ -1,5 +1,5 @@
 # make demo   measure, fit, plan, serve and compare policies on this machine (ARGS=--quick: a short run)
-# make test   every test
+# make test   every test, on all cores (ARGS='tests/policies -x': some, in one process)
 # make check  lint, format and types
 # Each makes .venv from requirements.lock first, where it is missing or older than the lock.
 
@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+# Processes that share the tests: one per core, four at most. Chosen tests do not pay for starting them.
+WORKERS ?= $(if $(ARGS),0,logical)
 
 # Rooms without torch are typed strictly.
 TYPED := cli.py wispprof/core.py wispprof/errors.py wispprof/config.py wispprof/artifacts \
@@ -33,7 +35,7 @@ demo: $(READY)
 	@$(BIN)/wispprof demo $(ARGS)
 
 test: $(READY)
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -1,8 +1,10 @@
-"""For all rooms: property tests answer right or wrong, never slow, so a busy machine cannot fail them; and a
-command that a test runs in this process leaves the tool's logger as it was."""
+"""For all rooms: property tests answer right or wrong, never slow, so a busy machine cannot fail them; a
+command that a test runs in this process leaves the tool's logger as it was; and what was imported to collect
+the tests is left out of every later garbage collection, which otherwise walks through torch each time."""
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator
 
@@ -11,6 +13,11 @@ from hypothesis import settings
 
 settings.register_profile("wispprof", deadline=None)
 settings.load_profile("wispprof")
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

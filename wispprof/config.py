@@ -11,8 +11,6 @@ A section of the file is named like the command, an entry like its long option. 
 
 from __future__ import annotations
 
-import difflib
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -63,6 +61,8 @@ class Config:
             raise ConfigError(f"Section [{name}] of {self.path}: {fault}.", "Correct it.") from None
 
     def _check(self, given: Mapping[str, Any], known: Known, where: str) -> None:
+        import difflib
+
         for name, value in given.items():
             spelled = name.replace("_", "-")
             if name not in known:
@@ -88,6 +88,8 @@ def read_config(file: Path | None = None, folder: Path | None = None) -> Config:
 
     Raises :class:`ConfigError` where a named file is missing or the file is not TOML.
     """
+    import tomllib
+
     path = file or (folder or Path.cwd()) / FILE_NAME
     try:
         text = path.read_text(encoding="utf-8")

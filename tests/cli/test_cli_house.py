@@ -6,15 +6,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+import wispprof.cli
 from wispprof.cli import app, common
+from wispprof.cli.catalogue import CATALOGUE
 from wispprof.errors import ArtifactMissing
 
 RUNNER = CliRunner()
+NO_COMMANDS = {"__init__", "catalogue", "common", "overview", "profiling"}
 HEAVY = ("torch", "transformers", "fastapi", "sklearn", "pandas", "matplotlib", "lightgbm")
 
 
@@ -64,6 +68,34 @@ def test_every_command_has_help_and_a_known_panel() -> None:
         assert command.help, name
         done = RUNNER.invoke(app, [name, "--help"])
         assert done.exit_code == 0, name
+
+
+def test_overview_says_what_the_commands_say() -> None:
+    group: Any = typer.main.get_command(app)
+    shown = " ".join(RUNNER.invoke(app, ["--help"], env={"COLUMNS": "200"}).stdout.split())
+    for entry in CATALOGUE:
+        first, *_ = group.commands[entry.name].help.split("\n\n")
+        assert entry.line == " ".join(first.split()), entry.name
+        assert f"│ {entry.name} {entry.line} │" in shown, entry.name
+    registered = {file.stem for file in Path(wispprof.cli.__file__).parent.glob("*.py")}
+    assert {entry.module for entry in CATALOGUE} == registered - NO_COMMANDS
+
+
+def test_overview_loads_no_command_and_no_markdown() -> None:
+    code = (
+        "import sys\nfrom wispprof.cli import app\nsys.argv = ['wispprof', '--help']\n"
+        "try:\n    app()\nexcept SystemExit:\n    pass\n"
+        "print('\\n' + ' '.join(m for m in sys.modules if m.startswith(('wispprof', 'rich'))))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert not loaded & {f"wispprof.cli.{entry.module}" for entry in CATALOGUE}
+    assert "rich.markdown" not in loaded
+    assert "rich.table" in loaded
+
+
+def test_a_misspelt_command_is_guessed() -> None:
+    assert "'serve'" in RUNNER.invoke(app, ["serv"]).stderr
 
 
 def test_version_and_unknown_command() -> None:

@@ -1,15 +1,10 @@
-"""One course of steps, driven over any engine; run as a script under torchrun it is driven over ranks.
-
-python -m torch.distributed.run --nproc-per-node 2 parallel_drive.py FOLDER
-
-FOLDER holds one folder per model; each gets a ``rank0.json`` and a ``rank1.json``.
-"""
+"""One course of steps, driven over any engine: in this process, or over two that share the models."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +95,12 @@ def _drive_rank(folder: Path, ranks: Any) -> None:
     (folder / f"rank{ranks.rank}.json").write_text(json.dumps(found))
 
 
-if __name__ == "__main__":
+def drive_ranks(folder: Path, environment: dict[str, str]) -> None:
+    """The work of one rank's process: every model of ``folder`` gets its ``rank….json``."""
     from wispprof.lm.parallel import join
 
+    os.environ.update(environment)
     joined = join(2, "cpu")
-    for model in sorted(Path(sys.argv[1]).iterdir()):
+    for model in sorted(folder.iterdir()):
         _drive_rank(model, joined)
     joined.leave()

@@ -10,12 +10,12 @@ import math
 import random
 import statistics
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from wispprof import cli
 from wispprof.artifacts import (
     EdgeRow,
     Manifest,
@@ -298,8 +298,8 @@ def test_servers_that_refuse_or_lie():
 # --- commands -------------------------------------------------------------------------------------
 
 app = typer.Typer(cls=GuardedGroup, pretty_exceptions_enable=False)
-for commands in (cli.profile, cli.profile_edge, cli.profile_link, cli.profile_server):
-    commands.register(app)
+for commands in ("profile", "profile_edge", "profile_link", "profile_server"):
+    import_module(f"wispprof.cli.{commands}").register(app)
 
 
 def run(*words):

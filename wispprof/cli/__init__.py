@@ -1,4 +1,7 @@
-"""The command line: parse, call, print. Every command imports its room when it runs."""
+"""The command line: parse, call, print.
+
+A command is imported when it is called, and imports its room when it runs.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,28 +9,27 @@ from typing import Annotated, Any
 import typer
 
 from wispprof import __version__
-from wispprof.cli import (
-    bench,
-    demo,
-    doctor,
-    edge,
-    fit,
-    plan,
-    profile,
-    profile_edge,
-    profile_link,
-    profile_server,
-    reference,
-    report,
-    serve,
-    simulate,
-)
+from wispprof.cli.catalogue import CATALOGUE, Catalogue
 from wispprof.cli.common import GuardedGroup, known_options
 from wispprof.config import ENV_PREFIX, read_config
 
+
+class Tool(GuardedGroup):
+    """The group of all commands. It loads those that are called."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = Catalogue()
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from wispprof.cli.overview import show_overview
+
+        show_overview(self, ctx, CATALOGUE)
+
+
 app = typer.Typer(
     name="wispprof",
-    cls=GuardedGroup,
+    cls=Tool,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -63,7 +65,8 @@ def _root(
 ) -> None:
     """Measure, fit, plan and run split speculative LLM serving."""
     found = read_config(config)
-    found.check(known_options(context.command))
+    if found.sections:
+        found.check(known_options(context.command))
     context.default_map = _by_command(found.sections)
 
 
@@ -75,48 +78,3 @@ def _by_command(sections: Any) -> dict[str, Any]:
         )
         for name, value in sections.items()
     }
-
-
-for _command in (
-    demo,
-    profile_server,
-    profile_edge,
-    profile_link,
-    profile,
-    fit,
-    plan,
-    simulate,
-    serve,
-    edge,
-    bench,
-    report,
-    doctor,
-    reference,
-):
-    _command.register(app)
-
-_PANELS = {
-    "Start here": ("demo", "doctor"),
-    "Measure": ("profile-server", "profile-edge", "profile-link", "trace", "profile"),
-    "Decide": ("fit", "plan", "simulate", "reproduce", "report"),
-    "Run": ("serve", "edge", "generate", "chat", "bench", "link"),
-    "Project": ("reference-pair",),
-}
-
-
-def _arrange() -> None:
-    """Commands in the order in which they are used, whoever registered them first."""
-    place = {name: panel for panel, names in _PANELS.items() for name in names}
-    order = {name: number for number, name in enumerate(place)}
-    entries: list[Any] = [*app.registered_commands, *app.registered_groups]
-    for entry in entries:
-        entry.rich_help_panel = place.get(_name(entry), "Project")
-    app.registered_commands.sort(key=lambda entry: order.get(_name(entry), len(order)))
-    app.registered_groups.sort(key=lambda entry: order.get(_name(entry), len(order)))
-
-
-def _name(entry: Any) -> str:
-    return str(entry.name or entry.callback.__name__.replace("_", "-"))
-
-
-_arrange()

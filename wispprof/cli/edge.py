@@ -155,7 +155,10 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
     as_json: common.JsonFlag = False,
 ) -> None:
-    """Generate text: this device drafts, the server verifies. Streams, then prints one line of statistics."""
+    """Generate text: this device drafts, the server verifies.
+
+    Streams, then prints one line of statistics.
+    """
     import asyncio
 
     from wispprof.core import Sampling
@@ -216,7 +219,10 @@ def edge(
     give_up: GiveUp = 30.0,
     max_tokens: MaxTokens = 256,
 ) -> None:
-    """Serve an OpenAI-compatible API on this device: /v1/chat/completions, /v1/completions, /v1/models."""
+    """Serve an OpenAI-compatible API on this device.
+
+    It answers /v1/chat/completions, /v1/completions and /v1/models.
+    """
     import asyncio
 
     from wispprof.runtime.edge.serve import serve_edge
