@@ -11,18 +11,19 @@ The fleet runs in a process of its own, and one core is left to it, so that draf
 
 Centralized serving gives each of n sessions ``v(n) = new / (new * step(n) + n * prompt)`` tokens/s, by the
 fitted estimator: its own steps, and everybody's prompts in between. The fastest of four SLO classes (in the
-ratios 2 : 4 : 6 : 8) is what it gives to n = ``--devices``; that fleet is "near" capacity, 0.6 and 1.5 times
-as many are "below" and "above". Draft steps of three kinds of devices take 0.15, 0.4 and 1.0 of a step at
+ratios 2 : 4 : 6 : 8) is 0.85 of what it gives to n = ``--devices``; that fleet is "near" capacity, 0.6 and 1.5
+times as many are "below" and "above". Draft steps of three kinds of devices take 0.15, 0.4 and 1.0 of a step at
 that load, a round trip 0.3. Where a step's time grows with its rows from the first row on (few cores),
 drafts can win little: the table then shows who at least does not lose.
 
 Each request's text is compared with the target's own: any difference fails the run. Figures under "(sim)"
-are the simulator's with that server's estimator and measured loop overhead, the mean of three seeds; "±" is
-their difference in percent of the real ones. Capacity is the simulator's: most devices at 95 % attainment.
+are the simulator's for the same requests along the same texts, with that server's estimator, its measured loop
+overhead and the round trip that the edges measured, the mean of three seeds; "±" is their difference in percent
+of the real ones. Capacity is the simulator's: most devices at 95 % attainment.
 
-"pace" is the run's median of measured over fitted step time. On a quiet machine it is 1; where neighbours or
+"pace" is measured over fitted time of all steps of a run. On a quiet machine it is 1; where neighbours or
 heat slowed the machine during one run it says which rows not to compare, and the simulator is given the
-estimator at that pace, as the server's own drift correction does (``--as-fitted``: not).
+estimator at that pace and spread, as the server's own drift correction does (``--as-fitted``: not).
 
 The last line is JSON.
 """
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of the interference")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     arguments = parser.parse_args()
-    arguments.requests = arguments.requests or (2 if arguments.quick else 3)
+    arguments.requests = arguments.requests or (2 if arguments.quick else 5)
 
     # The fleet has the last core to itself; threads started from here on keep to the others.
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from wispprof.lm.engine import VerifierEngine
 
 LOADS = {"below": 0.6, "near": 1.0, "above": 1.5}
-CLASSES = (0.25, 0.5, 0.75, 1.0)
+CLASSES = (0.2125, 0.425, 0.6375, 0.85)
+"""In the ratios 2 : 4 : 6 : 8. Not 1: a load at the very edge of its promise is kept or missed by luck."""
 DRAFT_SHARES = {"fast": 0.15, "medium": 0.4, "slow": 1.0}
 MAX_ITEMS, MAX_TOKENS, CHUNK = 64, 1024, 256
 LOOP_MS = 2.0
@@ -138,8 +139,10 @@ def load_of(bed: Bed, label: str, devices: int) -> BenchSettings:
     )
 
 
-def server_model(bed: Bed, overhead_ms: float, pace: float = 1.0) -> ServerModel:
-    """The running server as the simulator sees it."""
+def server_model(
+    bed: Bed, overhead_ms: float, pace: float = 1.0, spread: float | None = None
+) -> ServerModel:
+    """The running server as the simulator sees it; ``pace``, ``spread``: of step times, if they were seen."""
     fitted = bed.estimator
     return ServerModel(
         fitted.with_scale(fitted.p50_scale * pace, fitted.bound_scale * pace),
@@ -149,6 +152,7 @@ def server_model(bed: Bed, overhead_ms: float, pace: float = 1.0) -> ServerModel
         CHUNK,
         bed.engine.max_context,
         overhead_ms,
+        spread or None,
     )
 
 

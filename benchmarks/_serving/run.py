@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections import deque
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from _serving.bed import LOOP_MS, Bed, load_of, running, server_model
 from wispprof.core import BatchShape
 from wispprof.fitting import FittedEstimator, load_predictor
 from wispprof.runtime.bench import BenchResult, Twin, twin
 from wispprof.simulation import System
+from wispprof.simulation.links import LinkProfile
+
+
+class Pace(NamedTuple):
+    """How the machine ran: measured over fitted time of all steps together, and the spread of that ratio's
+    logarithm from step to step."""
+
+    mean: float
+    spread: float
+
+    @property
+    def median(self) -> float:
+        """Of a log-normal ratio with this mean and spread."""
+        return self.mean * math.exp(-(self.spread**2) / 2)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One system at one load, really and simulated. ``overhead_ms``: of the loop, between busy steps."""
+    """One system at one load, really and simulated. ``overhead_ms``: of the loop, between busy steps;
+    ``rtt_ms``: of the link as the edges measured it, which includes a busy server's and a busy fleet's delays."""
 
     name: str
     devices: int
@@ -26,6 +42,7 @@ class Run:
     step_mean_ms: float
     pace: float
     overhead_ms: float
+    rtt_ms: float
 
     @property
     def figures(self) -> dict[str, float]:
@@ -58,9 +75,12 @@ class Steps:
 
     def close(self) -> None: ...
 
-    def pace(self, estimator: FittedEstimator) -> float:
-        """Median of measured over predicted."""
-        return statistics.median(ms / estimator.predict(shape)[0] for shape, ms in self.rows)
+    def pace(self, estimator: FittedEstimator) -> Pace:
+        """Against what the profile says of the same steps."""
+        predicted = [estimator.predict(shape)[0] for shape, _ in self.rows]
+        off = [math.log(ms / p50) for p50, (_, ms) in zip(predicted, self.rows, strict=True)]
+        mean = sum(ms for _, ms in self.rows) / sum(predicted)
+        return Pace(mean, statistics.stdev(off))
 
 
 async def run(bed: Bed, name: str, what: System, devices: int) -> Run:
@@ -76,12 +96,13 @@ async def run(bed: Bed, name: str, what: System, devices: int) -> Run:
         raise SystemExit(f"{name}: texts differ from the target's own, or sessions were left")
     gaps = busy_gaps(steps, policy.rested_ms)
     overhead_ms = statistics.median(gaps) if gaps else LOOP_MS
-    pace = seen.pace(bed.estimator)
+    pace = Pace(1.0, 0.0) if bed.as_fitted else seen.pace(bed.estimator)
+    rtt_ms = statistics.median(outcome.stats.rtt_ms for outcome in real.outcomes)
     simulated = twin(
-        load,
+        replace(load, link=LinkProfile(rtt_ms)),
         bed.mix,
         what,
-        server_model(bed, overhead_ms, 1.0 if bed.as_fitted else pace),
+        server_model(bed, overhead_ms, pace.median, pace.spread),
         bed.trace,
         load_predictor(bed.predictor),
     )
@@ -91,8 +112,9 @@ async def run(bed: Bed, name: str, what: System, devices: int) -> Run:
         real,
         simulated,
         statistics.fmean(s.actual_ms for s in steps),
-        pace,
+        pace.mean,
         overhead_ms,
+        rtt_ms,
     )
 
 

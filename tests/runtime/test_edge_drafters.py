@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from wispprof.core import DraftFeatures, DraftToken, Sampling
 from wispprof.errors import ProfileError
-from wispprof.runtime.bench import run_virtual
+from wispprof.runtime.bench import VirtualTimeLoop, run_virtual
 from wispprof.runtime.edge import ThreadWorker, TimedWorker
 from wispprof.runtime.edge.lookup import LookupDrafter, LookupFirst
 from wispprof.runtime.edge.replay import ReplayDrafter
@@ -226,6 +227,36 @@ def test_a_worker_follows_any_sequence() -> None:
         return loop.time() - opened
 
     assert run_virtual(main()) >= 0.1
+
+
+def test_a_late_timer_is_not_the_replayed_devices_fault() -> None:
+    """Steps that follow at once end on the device's clock, however late the loop was for each of them; a
+    step that was waited for begins when it is asked for."""
+
+    class Late(VirtualTimeLoop):
+        def call_at(self, when: float, *rest: Any, **more: Any) -> Any:
+            return super().call_at(when + 0.001, *rest, **more)
+
+    async def main() -> tuple[float, float]:
+        worker = TimedWorker(HashDrafter(HashTarget(), 1.0), lambda context: 2.5)
+        loop = asyncio.get_running_loop()
+        await worker.open([1, 2, 3], Sampling())
+        sequence, begun = [1, 2, 3], loop.time()
+        for _ in range(20):
+            step = await worker.step(sequence)
+            assert step is not None
+            assert step.draft_ms == 2.5
+            sequence.append(step.drafted.token)
+        run = loop.time() - begun
+        await asyncio.sleep(0.02)
+        begun = loop.time()
+        await worker.step(sequence)
+        return run, loop.time() - begun
+
+    with asyncio.Runner(loop_factory=Late) as runner:
+        run, lone = runner.run(main())
+    assert run == pytest.approx(20 * 0.0025 + 0.001)
+    assert lone == pytest.approx(0.0035)
 
 
 def test_a_prompt_beyond_the_drafters_context_is_left_alone() -> None:

@@ -48,6 +48,7 @@ class Server:
             model.estimator if sim.system.prefix_cache else WithoutPrefixCache(model.estimator)
         )
         self._times = StepTimes(self._estimator, model.spread, rng)
+        self._overhead_ms = max(model.overhead_ms, _INSTANT_MS)
         self._sessions: dict[str, ServerSession] = {}
         self._edges: dict[str, Edge] = {}
         self._streaming: dict[str, Edge] = {}  # those of them that draft ahead in stream mode
@@ -217,6 +218,8 @@ class Server:
         self._collect(now_ms)
         sim, sessions, edges = self._sim, self._sessions, self._edges
         counters = sim.counters
+        # The loop starts the next step before it sends: the engine does not wait for frames to leave.
+        leaves_ms = now_ms + self._overhead_ms
         counters.busy_ms += now_ms - max(began_ms, sim.counted_from_ms)
         if self._steps % _LEVEL_EVERY == 1:
             self._look_at_load()
@@ -238,7 +241,9 @@ class Server:
             size = COMMIT_BYTES + TOKEN_BYTES * len(commit.tokens)
             counters.down_bytes += size
             sim.at(
-                edge.link.down(now_ms, size), edge.on_commit, Answer(commit, took_ms, self._level)
+                edge.link.down(leaves_ms, size),
+                edge.on_commit,
+                Answer(commit, took_ms, self._level),
             )
             if commit.finished:
                 self._kv_used -= session.cached
@@ -248,8 +253,7 @@ class Server:
                 freed = True
         if freed:
             self._admit(now_ms)
-        # Commits leave first; the loop collects what has arrived and decides after its own overhead.
-        self._sim.at(now_ms + max(self._model.overhead_ms, _INSTANT_MS), self._free, None)
+        sim.at(leaves_ms, self._free, None)
 
     def _free(self, now_ms: float, _: None) -> None:
         self._busy = False

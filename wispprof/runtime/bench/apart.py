@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 
 from wispprof.artifacts import load_trace
 from wispprof.runtime.bench.fleet import Progress, run_bench
+from wispprof.runtime.bench.precise import run_precise
 from wispprof.runtime.bench.result import BenchResult
 from wispprof.runtime.bench.settings import BenchSettings
 
@@ -87,4 +88,4 @@ def _bench(settings: BenchSettings, url: str, trace: Path) -> BenchResult:
     def say(done: int, total: int, note: str) -> None:
         words.put((done, total, note))
 
-    return asyncio.run(run_bench(settings, url, load_trace(trace), say))
+    return run_precise(run_bench(settings, url, load_trace(trace), say))

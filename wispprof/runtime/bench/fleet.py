@@ -12,6 +12,7 @@ from wispprof.core import RejectionPredictor, Slo
 from wispprof.errors import HandshakeRefused, ProfileError, WispprofError
 from wispprof.policies import make_controller
 from wispprof.policies.api import Controller
+from wispprof.runtime.bench.precise import run_precise
 from wispprof.runtime.bench.result import BenchResult, Outcome, summarise
 from wispprof.runtime.bench.settings import BenchSettings
 from wispprof.runtime.bench.watch import HandleWatch, MetricsWatch, StepWatch
@@ -58,7 +59,7 @@ def bench(
     progress: Progress | None = None,
 ) -> BenchResult:
     """:func:`run_bench` for callers without an event loop."""
-    return asyncio.run(run_bench(settings, server, trace, progress))
+    return run_precise(run_bench(settings, server, trace, progress))
 
 
 class _Fleet:

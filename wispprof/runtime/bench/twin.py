@@ -1,6 +1,7 @@
-"""The load of a bench in the simulator: the same fleet, promises and texts' statistics, request for request.
+"""The load of a bench in the simulator: the same fleet, promises and texts, request for request.
 
-A bench ends when its last request does, the simulator's fleets go on for ever. The twin therefore stops each
+Every simulated request follows the very path of the trace that the real one follows, so what was accepted
+differs only by what the edges had drafted in time. A bench ends when its last request does, the simulator's fleets go on for ever. The twin therefore stops each
 device after its share and boils the run down as :mod:`wispprof.runtime.bench.result` does, so that the two
 columns differ by what the simulator gets wrong and by nothing else.
 """
@@ -10,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 
 from wispprof.artifacts.records import AcceptanceTrace
 from wispprof.core import RejectionPredictor, Slo
 from wispprof.errors import WispprofError
 from wispprof.runtime.bench.settings import BenchSettings
-from wispprof.simulation.acceptance import TraceAcceptance
-from wispprof.simulation.arrivals import ClosedFleet, Lengths
+from wispprof.simulation.acceptance import TraceReplay
+from wispprof.simulation.arrivals import ClosedFleet, Request
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.edge import Edge
 from wispprof.simulation.engine import Simulation
@@ -74,11 +76,23 @@ class Twin:
 class _Ending(Simulation):
     """Devices stop after so many requests each; with ``hold`` they go on until all have made theirs."""
 
-    def __init__(self, scenario: Scenario, load: BenchSettings) -> None:
+    def __init__(self, scenario: Scenario, load: BenchSettings, source: TraceReplay) -> None:
         super().__init__(scenario)
         self._offered = load
+        self._source = source
         self._through = 0
         self.over_ms = math.inf
+
+    def _load(self) -> None:
+        # As a bench spreads its first requests.
+        rng = Random(self._offered.seed)
+        for device in range(self._offered.devices):
+            self.at(rng.random() * self._offered.ramp_ms, self._next, (device, 0))
+            rng.random()
+
+    def _next(self, now_ms: float, who: tuple[int, int]) -> None:
+        prompt, path = self._source.lengths(*who)
+        self._ask(now_ms, (*who, Request(now_ms, prompt, min(self._offered.max_new, path))))
 
     def ended(self, now_ms: float, edge: Edge) -> None:
         load, made = self._offered, edge.record.number + 1
@@ -105,15 +119,13 @@ def twin(
     """
     if load.rate_per_s:
         raise WispprofError("Only closed fleets have a twin.", "Leave the arrival rate out.")
-    prompt = round(sum(len(p.prompt) for p in trace.paths) / len(trace.paths))
-    lengths = Lengths(prompt, min(load.max_new, min(len(p.path) for p in trace.paths)))
-    source = TraceAcceptance(trace, predictor)
+    source = TraceReplay(trace, predictor, load.devices)
     runs = [
         _run(
             Scenario(
                 system,
                 server,
-                ClosedFleet(load.devices, lengths, load.think_ms, load.ramp_ms),
+                ClosedFleet(load.devices, think_ms=load.think_ms, ramp_ms=load.ramp_ms),
                 source,
                 devices=tuple((kind, 1.0) for kind in mix.kinds),
                 links=((load.link, 1.0),),
@@ -123,14 +135,15 @@ def twin(
                 seed=seed,
             ),
             load,
+            source,
         )
         for seed in seeds
     ]
     return Twin.mean(runs)
 
 
-def _run(scenario: Scenario, load: BenchSettings) -> Twin:
-    simulation = _Ending(scenario, load)
+def _run(scenario: Scenario, load: BenchSettings, source: TraceReplay) -> Twin:
+    simulation = _Ending(scenario, load, source)
     simulation.run()
     records, counters = simulation.records, simulation.counters
     if load.hold:

@@ -8,6 +8,7 @@ the sequence the drafter should hold; the common prefix stays, KV and all.
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,10 @@ from typing import NamedTuple, Protocol
 from wispprof.core import Drafter, DraftToken, Sampling
 
 __all__ = ["DraftStep", "DraftWorker", "ThreadWorker", "TimedWorker"]
+
+
+_AT_ONCE_S = 0.0005
+"""A step asked for this soon after the one before it follows at once: nothing else was waited for."""
 
 
 class DraftStep(NamedTuple):
@@ -135,6 +140,9 @@ class TimedWorker:
 
     ``step_ms(context)``: one draft step over that many tokens. ``read_ms``: per prompt or committed
     token that the device's draft model has to read besides.
+
+    A timer that fires late is this process's fault and not the device's: the lateness of one step is taken
+    off the next where that follows at once, so that a run of steps takes what the device would take.
     """
 
     def __init__(
@@ -143,10 +151,11 @@ class TimedWorker:
         self._follower = _Follower(drafter)
         self._step_ms = step_ms
         self._read_ms = read_ms
+        self._ended_s = self._woke_s = -math.inf
 
     async def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
         self._follower.open(tokens, sampling)
-        await asyncio.sleep(self._read_ms * len(tokens) / 1000.0)
+        await self._spend(self._read_ms * len(tokens))
 
     async def step(self, sequence: Sequence[int]) -> DraftStep | None:
         drafted, read = self._follower.draft(sequence)
@@ -154,5 +163,13 @@ class TimedWorker:
             return None
         # One token is read by every step anyway: the last one it holds.
         cost_ms = self._step_ms(len(sequence)) + self._read_ms * max(0, read - 1)
-        await asyncio.sleep(cost_ms / 1000.0)
+        await self._spend(cost_ms)
         return DraftStep(drafted, cost_ms)
+
+    async def _spend(self, cost_ms: float) -> None:
+        loop = asyncio.get_running_loop()
+        asked_s = loop.time()
+        began_s = self._ended_s if asked_s - self._woke_s <= _AT_ONCE_S else asked_s
+        self._ended_s = began_s + cost_ms / 1000.0
+        await asyncio.sleep(max(0.0, self._ended_s - asked_s))
+        self._woke_s = loop.time()

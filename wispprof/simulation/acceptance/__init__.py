@@ -11,7 +11,7 @@ from wispprof.simulation.acceptance.synthetic import (
     TrustConfidence,
     survival_curve,
 )
-from wispprof.simulation.acceptance.trace import MemoPredictor, TraceAcceptance
+from wispprof.simulation.acceptance.trace import MemoPredictor, TraceAcceptance, TraceReplay
 
 __all__ = [
     "AcceptanceSource",
@@ -19,6 +19,7 @@ __all__ = [
     "Script",
     "SyntheticAcceptance",
     "TraceAcceptance",
+    "TraceReplay",
     "TrustConfidence",
     "mix",
     "survival_curve",

@@ -13,7 +13,7 @@ from wispprof.core import DraftFeatures, DraftToken, RejectionPredictor
 from wispprof.errors import ProfileError
 from wispprof.simulation.acceptance.script import Script, mix
 
-__all__ = ["MemoPredictor", "TraceAcceptance"]
+__all__ = ["MemoPredictor", "TraceAcceptance", "TraceReplay"]
 
 
 class MemoPredictor:
@@ -52,7 +52,8 @@ class TraceAcceptance:
 
     def __init__(self, trace: AcceptanceTrace, predictor: RejectionPredictor) -> None:
         self.predictor: RejectionPredictor = MemoPredictor(predictor)
-        self._segments = [s for s in map(_segment, trace.paths) if s.path]
+        segments = (_segment(path, path.scored_rows()) for path in trace.paths)
+        self._segments = [s for s in segments if s.path]
         if not self._segments:
             raise ProfileError(
                 "The acceptance trace holds no path longer than its own depth.",
@@ -73,8 +74,38 @@ class TraceAcceptance:
         return Script(prompt_tokens, path[:output_tokens], proposals, astray)
 
 
-def _segment(path: TracePath) -> _Segment:
-    rows = path.scored_rows()
+class TraceReplay:
+    """Scripts that are whole paths of a trace, told by number: what replay edges draft along.
+
+    Device d's request r follows path ``(r · devices + d) mod paths``, as a bench deals them. Rows that the end
+    of a path censors are kept: on the path, the proposal at a position is known for every row.
+    """
+
+    def __init__(self, trace: AcceptanceTrace, predictor: RejectionPredictor, devices: int) -> None:
+        self.predictor: RejectionPredictor = MemoPredictor(predictor)
+        self._paths = trace.paths
+        self._devices = devices
+        self._known: dict[int, _Segment] = {}
+
+    def lengths(self, device: int, number: int) -> tuple[int, int]:
+        """Prompt and path tokens of a device's request."""
+        path = self._paths[self._index(device, number)]
+        return len(path.prompt), len(path.path)
+
+    def script(self, seed: Sequence[int], prompt_tokens: int, output_tokens: int) -> Script:
+        """``seed``: (of the scenario, device, number of its request)."""
+        index = self._index(*seed[-2:])
+        whole = self._known.get(index)
+        if whole is None:
+            path = self._paths[index]
+            whole = self._known[index] = _segment(path, len(path.path))
+        return Script(prompt_tokens, whole.path[:output_tokens], whole.proposals, whole.astray)
+
+    def _index(self, device: int, number: int) -> int:
+        return (number * self._devices + device) % len(self._paths)
+
+
+def _segment(path: TracePath, rows: int) -> _Segment:
     drafted = [
         [
             DraftToken(int(token), DraftFeatures(*features))
