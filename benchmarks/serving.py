@@ -11,15 +11,15 @@ The fleet runs in a process of its own, and one core is left to it, so that draf
 
 Centralized serving gives each of n sessions ``v(n) = new / (new * step(n) + n * prompt)`` tokens/s, by the
 fitted estimator: its own steps, and everybody's prompts in between. The fastest of four SLO classes (in the
-ratios 2 : 4 : 6 : 8) is 0.85 of what it gives to n = ``--devices``; that fleet is "near" capacity, 0.6 and 1.5
-times as many are "below" and "above". Draft steps of three kinds of devices take 0.15, 0.4 and 1.0 of a step at
-that load, a round trip 0.3. Where a step's time grows with its rows from the first row on (few cores),
-drafts can win little: the table then shows who at least does not lose.
+ratios 2 : 4 : 6 : 8) is 0.85 of what it gives to n = ``--devices``; that fleet is "near" capacity, 0.6 and
+1.5 times as many are "below" and "above". Draft steps of three kinds of devices take 0.15, 0.4 and 1.0 of a
+step at that load, a round trip 0.3. Where a step's time grows with its rows from the first row on (few
+cores), drafts can win little: the table then shows who at least does not lose.
 
 Each request's text is compared with the target's own: any difference fails the run. Figures under "(sim)"
-are the simulator's for the same requests along the same texts, with that server's estimator, its measured loop
-overhead and the round trip that the edges measured, the mean of three seeds; "±" is their difference in percent
-of the real ones. Capacity is the simulator's: most devices at 95 % attainment.
+are the simulator's for the same requests along the same texts, with that server's estimator, its measured
+loop overhead and the round trip that the edges measured, the mean of three seeds; "±" is their difference
+in percent of the real ones. Capacity is the simulator's: most devices at 95 % attainment.
 
 "pace" is measured over fitted time of all steps of a run. On a quiet machine it is 1; where neighbours or
 heat slowed the machine during one run it says which rows not to compare, and the simulator is given the

@@ -33,7 +33,7 @@ class Pace(NamedTuple):
 @dataclass(frozen=True)
 class Run:
     """One system at one load, really and simulated. ``overhead_ms``: of the loop, between busy steps;
-    ``rtt_ms``: of the link as the edges measured it, which includes a busy server's and a busy fleet's delays."""
+    ``rtt_ms``: of the link as the edges measured it, a busy server's and a busy fleet's delays included."""
 
     name: str
     devices: int

@@ -1,4 +1,4 @@
-"""The simulator against the runtime: real edges, frames and books in virtual time, and the same load simulated.
+"""The simulator against the runtime: real edges, frames and books in virtual time, and the same load again.
 
 Nothing is random here but what both share, so the two columns differ only by what the simulator leaves out.
 """

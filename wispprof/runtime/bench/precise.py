@@ -1,9 +1,9 @@
 """An event loop whose timers keep their microseconds, for fleets that stand in for real devices.
 
-asyncio's usual selector, epoll, waits in whole milliseconds and rounds up: a replayed device of 2.5 ms a draft
-would draft at 3 and more, every round of four would come 2 to 4 ms late, and the server would be measured
-under a slower fleet than the one that was asked for. ``select`` takes microseconds, for up to about a
-thousand connections.
+asyncio's usual selector, epoll, waits in whole milliseconds and rounds up: a replayed device of 2.5 ms a
+draft would draft at 3 and more, every round of four would come 2 to 4 ms late, and the server would be
+measured under a slower fleet than the one that was asked for. ``select`` takes microseconds, for up to about
+a thousand connections.
 """
 
 from __future__ import annotations

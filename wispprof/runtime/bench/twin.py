@@ -1,9 +1,10 @@
 """The load of a bench in the simulator: the same fleet, promises and texts, request for request.
 
 Every simulated request follows the very path of the trace that the real one follows, so what was accepted
-differs only by what the edges had drafted in time. A bench ends when its last request does, the simulator's fleets go on for ever. The twin therefore stops each
-device after its share and boils the run down as :mod:`wispprof.runtime.bench.result` does, so that the two
-columns differ by what the simulator gets wrong and by nothing else.
+differs only by what the edges had drafted in time. A bench ends when its last request does, the simulator's
+fleets go on for ever. The twin therefore stops each device after its share and boils the run down as
+:mod:`wispprof.runtime.bench.result` does, so that the two columns differ by what the simulator gets wrong and
+by nothing else.
 """
 
 from __future__ import annotations

@@ -77,8 +77,8 @@ class TraceAcceptance:
 class TraceReplay:
     """Scripts that are whole paths of a trace, told by number: what replay edges draft along.
 
-    Device d's request r follows path ``(r · devices + d) mod paths``, as a bench deals them. Rows that the end
-    of a path censors are kept: on the path, the proposal at a position is known for every row.
+    Device d's request r follows path ``(r · devices + d) mod paths``, as a bench deals them. Rows that the
+    end of a path censors are kept: on the path, the proposal at a position is known for every row.
     """
 
     def __init__(self, trace: AcceptanceTrace, predictor: RejectionPredictor, devices: int) -> None:
