@@ -59,7 +59,7 @@ class FleetProcess:
     ) -> BenchResult:
         """:func:`~wispprof.runtime.bench.run_bench` against the server at ``url``, with a trace's file."""
         if progress is None:
-            return await self.call(_bench, settings, url, trace)
+            return await self.call(_bench, settings, url, trace, False)
         loop = asyncio.get_running_loop()
 
         def pass_on() -> None:
@@ -68,7 +68,7 @@ class FleetProcess:
 
         passing = loop.run_in_executor(None, pass_on)
         try:
-            return await self.call(_bench, settings, url, trace)
+            return await self.call(_bench, settings, url, trace, True)
         finally:
             self._said.put(None)
             await passing
@@ -81,11 +81,12 @@ def _begin(words: SimpleQueue[_Said | None], cores: tuple[int, ...]) -> None:
         os.sched_setaffinity(0, cores)
 
 
-def _bench(settings: BenchSettings, url: str, trace: Path) -> BenchResult:
+def _bench(settings: BenchSettings, url: str, trace: Path, tell: bool) -> BenchResult:
     words = _words
     assert words is not None
 
     def say(done: int, total: int, note: str) -> None:
         words.put((done, total, note))
 
-    return run_precise(run_bench(settings, url, load_trace(trace), say))
+    # Told nobody, words would fill the pipe, and the fleet would stand still on the next one.
+    return run_precise(run_bench(settings, url, load_trace(trace), say if tell else None))
