@@ -1,5 +1,6 @@
 # make demo   measure, fit, plan, serve and compare policies on this machine (ARGS=--quick: a short run)
 # make test   every test, on all cores (ARGS='tests/policies -x': some, in one process)
+# make readme run the demo and put its figures and its picture into the README
 # make check  lint, format and types
 # Each makes .venv from requirements.lock first, where it is missing or older than the lock.
 
@@ -16,7 +17,7 @@ TYPED := cli.py wispprof/core.py wispprof/errors.py wispprof/config.py wispprof/
 	wispprof/hardware wispprof/policies wispprof/sessions wispprof/planning wispprof/simulation \
 	wispprof/fitting wispprof/reporting wispprof/doctor wispprof/demo wispprof/cli
 
-.PHONY: help demo test check format lock clean
+.PHONY: help demo test readme check format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -36,6 +37,9 @@ demo: $(READY)
 
 test: $(READY)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
+
+readme: demo
+	@$(BIN)/python docs/generate_readme.py out/demo
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -148,6 +148,16 @@ async def test_sessions_resume_on_a_restarted_server(policy: str) -> None:
         assert list(generation.output) == truth(prompt, 64)
 
 
+async def test_a_first_opening_is_no_reopening() -> None:
+    """Not even one that the client sends itself, because the link was not up when it was asked for."""
+    async with hash_server() as running, edge(websocket_dial(running.split_url)) as client:
+        assert not client.up
+        early = await drafting(client, PROMPTS[0], max_new=8, draft_ms=0.1).run()
+        assert client.up
+        late = await drafting(client, PROMPTS[1], max_new=8, draft_ms=0.1).run()
+    assert early.reopened == late.reopened == 0
+
+
 async def test_links_are_cut_by_a_proxy_in_between() -> None:
     async with (
         hash_server() as running,

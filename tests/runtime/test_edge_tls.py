@@ -5,13 +5,16 @@ from __future__ import annotations
 import shutil
 import ssl
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from edge_doubles import drafting, edge, truth
+from edge_doubles import drafting, edge, hash_trace, truth
 
+from wispprof.errors import WispprofError
+from wispprof.runtime.bench import BenchSettings, run_bench
 from wispprof.runtime.edge import websocket_dial
-from wispprof.runtime.edge.dial import LinkLost
+from wispprof.runtime.edge.dial import LinkLost, trust
 from wispprof.runtime.server.double import HashEngine
 from wispprof.runtime.server.run import running_server
 from wispprof.runtime.server.settings import ServerSettings
@@ -46,6 +49,28 @@ async def test_a_generation_over_tls(certified: tuple[Path, Path]) -> None:
             generation = drafting(client, (1, 2, 3), max_new=24, draft_ms=1.0)
             await generation.run()
     assert list(generation.output) == truth((1, 2, 3), 24)
+
+
+async def test_a_bench_over_tls_reads_the_servers_steps_too(certified: tuple[Path, Path]) -> None:
+    load = BenchSettings(devices=2, requests=1, max_new=8, ca_file=certified[0])
+    trace = replace(hash_trace(), tokenizer_hash="hash")
+    async with tls_server(certified) as running:
+        server = f"wss://localhost:{running.port}"
+        result = await run_bench(load, server, trace)
+        with pytest.raises(WispprofError, match="TLS with"):
+            await run_bench(replace(load, ca_file=None), server, trace)
+    assert result.lossless
+    assert result.figures["steps"] > 0
+
+
+@pytest.mark.parametrize("content", [None, "no certificate"])
+def test_what_is_no_authority_is_refused_by_name(tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "ca.pem"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(WispprofError, match="is no certificate authority") as fault:
+        trust(file)
+    assert "--ca-file" in fault.value.fix
 
 
 async def test_an_unknown_authority_is_refused_at_once(certified: tuple[Path, Path]) -> None:

@@ -24,6 +24,7 @@ def bench(
     trace: Annotated[Path, typer.Option(help="Acceptance trace of the served pair.")],
     server: Annotated[str, typer.Option(help="Address of the server.")] = "127.0.0.1:8200",
     key: Annotated[str, typer.Option(help="API key of the server.", show_default=False)] = "",
+    ca_file: common.CaFile = None,
     system: Annotated[
         list[str] | None,
         typer.Option(help="How edges draft: centralized, sled, wisp, … May be repeated [wisp]."),
@@ -86,6 +87,7 @@ def bench(
             options={"k": k} if fixed else {},
             predictor=predictor,
             key=key,
+            ca_file=ca_file,
             seed=seed,
         )
         with common.tracker(f"bench {name}") as report:

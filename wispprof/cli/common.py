@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
+    "CaFile",
     "GuardedGroup",
     "JsonFlag",
     "console",
@@ -51,6 +52,11 @@ __all__ = [
 ]
 
 FAULT, USAGE, INTERRUPTED = 1, 2, 130
+
+CaFile = Annotated[
+    Path | None, typer.Option(help="Certificate authority for wss:// (default: the system's).")
+]
+"""The ``--ca-file`` option of whatever dials a server."""
 
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")

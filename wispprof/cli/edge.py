@@ -21,9 +21,6 @@ Server = Annotated[
     str, typer.Option(help="Address of the server (default: start one here on the bundled pair).")
 ]
 Key = Annotated[str, typer.Option(help="API key of the server.", show_default=False)]
-CaFile = Annotated[
-    Path | None, typer.Option(help="Certificate authority for wss:// (default: the system's).")
-]
 Draft = Annotated[
     str, typer.Option(help="Draft model: folder, hub id or .gguf file (default: bundled).")
 ]
@@ -71,7 +68,7 @@ def register(app: typer.Typer) -> None:
 def _edge_settings(
     server: Server = "",
     key: Key = "",
-    ca_file: CaFile = None,
+    ca_file: common.CaFile = None,
     draft: Draft = "",
     tokenizer: Tokenizer = "",
     drafter: DrafterKind = "model",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wispprof.cli.common import JsonFlag, note, result, table, tracker
+from wispprof.cli.common import CaFile, JsonFlag, note, result, table, tracker
 from wispprof.cli.profiling import (
     Device,
     DryRun,
@@ -68,6 +68,7 @@ def profile_edge(
         str, typer.Option(help="Ask a running server for the trace's paths instead of --model.")
     ] = "",
     key: Annotated[str, typer.Option(help="API key of that server.")] = "",
+    ca_file: CaFile = None,
     target: Target = None,
     repeats: Repeats = None,
     seed: Seed = 0,
@@ -112,7 +113,7 @@ def profile_edge(
             sampling=sampling,
             seed=seed,
         )
-        _take(asked_of_trace, server, key, trace_out)
+        _take(asked_of_trace, server, key, ca_file, trace_out)
     finished(profile, out, as_json)
 
 
@@ -140,6 +141,7 @@ def trace(
         str, typer.Option(help="Ask a running server for the target's paths instead of --model.")
     ] = "",
     key: Annotated[str, typer.Option(help="API key of that server.")] = "",
+    ca_file: CaFile = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("trace.jsonl"),
     as_json: JsonFlag = False,
 ) -> None:
@@ -160,7 +162,7 @@ def trace(
         depth=depth,
         seed=seed,
     )
-    taken, digest = _take(settings, server, key, out)
+    taken, digest = _take(settings, server, key, ca_file, out)
     survival = taken.survival_by_position().tolist()
     shown = table(f"Accepted drafts of {taken.draft} under {taken.target}", "position", ">survival")
     for position, share in enumerate(survival, start=1):
@@ -175,7 +177,9 @@ def trace(
     result(document, shown, as_json)
 
 
-def _take(settings: TraceSettings, server: str, key: str, out: Path) -> tuple[AcceptanceTrace, str]:
+def _take(
+    settings: TraceSettings, server: str, key: str, ca_file: Path | None, out: Path
+) -> tuple[AcceptanceTrace, str]:
     """Take a trace, of a running server's paths where one is named, and keep it; its content hash."""
     from wispprof.artifacts import save_trace
     from wispprof.profiling.acceptance import trace_pair, trace_remote
@@ -183,7 +187,7 @@ def _take(settings: TraceSettings, server: str, key: str, out: Path) -> tuple[Ac
 
     with tracker("trace") as report:
         if server:
-            taken = trace_remote(RemoteTarget(server, key), settings, report)
+            taken = trace_remote(RemoteTarget(server, key, ca_file=ca_file), settings, report)
         else:
             taken = trace_pair(settings, report)
     digest = save_trace(taken, out)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from wispprof.cli.common import JsonFlag, tracker
+from wispprof.cli.common import CaFile, JsonFlag, tracker
 from wispprof.cli.profiling import Out, Overwrite, finished, output_of
 
 __all__ = ["register"]
@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
 def profile_link(
     server: Annotated[str, typer.Argument(help="URL of a running server, e.g. ws://host:8765.")],
     key: Annotated[str, typer.Option(help="API key of the server.")] = "",
+    ca_file: CaFile = None,
     count: Annotated[int, typer.Option(min=3, help="Exchanges of each kind.")] = 40,
     out: Out = Path("link"),
     overwrite: Overwrite = False,
@@ -29,7 +30,9 @@ def profile_link(
     """Measure round trip, jitter and bandwidth to a server, in its own frames."""
     from wispprof.profiling import link
 
-    settings = link.LinkSettings(server, key, count=count, output=output_of(out, False, overwrite))
+    settings = link.LinkSettings(
+        server, key, count=count, output=output_of(out, False, overwrite), ca_file=ca_file
+    )
     with tracker("profile-link") as report:
         profile = link.profile_link(settings, report)
     finished(profile, out, as_json)

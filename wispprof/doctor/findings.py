@@ -45,6 +45,7 @@ class Situation:
     tls_key: Path | None = None
     server: str = ""
     key: str = ""
+    ca_file: Path | None = None
     out: Path = Path("out")
     run: Path | None = None
     environ: Mapping[str, str] = field(default_factory=dict)

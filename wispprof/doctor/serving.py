@@ -118,12 +118,13 @@ def server(situation: Situation) -> Finding:
 
 async def _greet(situation: Situation) -> Finding:
     from wispprof.runtime.edge.client import EdgeClient
-    from wispprof.runtime.edge.dial import websocket_dial
+    from wispprof.runtime.edge.dial import trust, websocket_dial
     from wispprof.runtime.edge.settings import ClientSettings
 
     settings = ClientSettings(
         key=situation.key, name="doctor", hello_ms=DIAL_MS, give_up_ms=DIAL_MS
     )
-    async with EdgeClient(websocket_dial(situation.server), settings) as client:
+    dial = websocket_dial(situation.server, ssl=trust(situation.ca_file))
+    async with EdgeClient(dial, settings) as client:
         target = client.welcome.target if client.welcome else ""
         return Finding("server", "ok", f"serves {target}; round trip {client.rtt.least_ms:.1f} ms")

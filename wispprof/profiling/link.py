@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from wispprof.artifacts import LinkProfile, LinkRow, ModelInfo
@@ -26,7 +27,8 @@ SIZES = (1 << 10, 16 << 10, 64 << 10)
 @dataclass(frozen=True)
 class LinkSettings:
     """``server``: address or URL. ``count``: exchanges of each kind, ``warmup`` more before them.
-    ``sizes``: payload bytes one way; ``timeout_s``: for one exchange."""
+    ``sizes``: payload bytes one way; ``timeout_s``: for one exchange. ``ca_file``: who
+    vouches for a server behind ``wss://`` (``None``: the system knows)."""
 
     server: str
     key: str = ""
@@ -35,6 +37,7 @@ class LinkSettings:
     sizes: Sequence[int] = SIZES
     timeout_s: float = 10.0
     output: Output = field(default_factory=Output)
+    ca_file: Path | None = None
 
 
 def profile_link(
@@ -57,10 +60,10 @@ async def _profile(
     dial: Dial | None,
     clock: Callable[[], float],
 ) -> LinkProfile:
-    from wispprof.runtime.edge.dial import websocket_dial
+    from wispprof.runtime.edge.dial import trust, websocket_dial
 
     begin = clock()
-    link = await (dial or websocket_dial(settings.server))()
+    link = await (dial or websocket_dial(settings.server, ssl=trust(settings.ca_file)))()
     try:
         welcome = await _greet(link, settings)
         model = ModelInfo(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wispprof.core import Sampling
@@ -18,11 +19,13 @@ __all__ = ["RemoteTarget"]
 
 @dataclass(frozen=True)
 class RemoteTarget:
-    """A server to ask. ``timeout_s``: longest silence while it generates."""
+    """A server to ask. ``timeout_s``: longest silence while it generates. ``ca_file``: who vouches for it
+    behind ``wss://`` (``None``: the system knows)."""
 
     server: str
     key: str = ""
     timeout_s: float = 60.0
+    ca_file: Path | None = None
 
     def greet(self, dial: Dial | None = None) -> Any:
         """The server's welcome: target, tokenizer hash, context."""
@@ -47,9 +50,9 @@ class RemoteTarget:
 
     async def _with_link(self, dial: Dial | None, asked: Any) -> Any:
         from wispprof.runtime import wire
-        from wispprof.runtime.edge.dial import websocket_dial
+        from wispprof.runtime.edge.dial import trust, websocket_dial
 
-        link = await (dial or websocket_dial(self.server))()
+        link = await (dial or websocket_dial(self.server, ssl=trust(self.ca_file)))()
         try:
             hello = wire.Hello(wire.PROTOCOL_VERSION, "", key=self.key, edge="trace")
             await link.send(wire.encode(hello))

@@ -172,5 +172,6 @@ def svg(figure: Figure, name: str, label: str) -> str:
 
 def standalone(inline: str) -> str:
     """An SVG file of its own from an inline one: it carries the colours and follows the viewer's theme."""
-    style = f"<style>svg{{font-family:system-ui,sans-serif}}{CSS_VARIABLES}</style>"
+    look = "svg{font-family:system-ui,sans-serif;background:var(--paper)}"
+    style = f"<style>{look}{CSS_VARIABLES}</style>"
     return re.sub(r"(<svg[^>]*>)", lambda m: m[1] + style, inline, count=1)

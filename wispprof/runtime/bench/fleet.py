@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from wispprof.runtime.bench.result import BenchResult, Outcome, summarise
 from wispprof.runtime.bench.settings import BenchSettings
 from wispprof.runtime.bench.watch import HandleWatch, MetricsWatch, StepWatch
 from wispprof.runtime.edge.client import EdgeClient
-from wispprof.runtime.edge.dial import Dial, server_url, websocket_dial
+from wispprof.runtime.edge.dial import Dial, server_url, trust, websocket_dial
 from wispprof.runtime.edge.replay import ReplayDrafter
 from wispprof.runtime.edge.session import Generation, GenerationRequest
 from wispprof.runtime.edge.settings import ClientSettings
@@ -77,7 +78,7 @@ class _Fleet:
             )
         self.settings = settings
         self.trace = trace
-        self.dial, self.watch = _reach(server, watch)
+        self.dial, self.watch = _reach(server, watch, settings.ca_file)
         self.system = system(settings.system)
         if self.system.clairvoyant:
             raise WispprofError(
@@ -220,11 +221,12 @@ class _Fleet:
 
 
 def _reach(
-    server: str | RunningServer | Dial, watch: StepWatch | None
+    server: str | RunningServer | Dial, watch: StepWatch | None, ca_file: Path | None
 ) -> tuple[Dial, StepWatch | None]:
     if isinstance(server, str):
         url = server_url(server)
-        return websocket_dial(url), watch or MetricsWatch(url)
+        trusted = trust(ca_file)
+        return websocket_dial(url, ssl=trusted), watch or MetricsWatch(url, trusted)
     if callable(server):
         return server, watch
     return websocket_dial(server.split_url), watch or HandleWatch(server)

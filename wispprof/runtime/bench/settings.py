@@ -74,7 +74,8 @@ class BenchSettings:
     first requests of a closed fleet are spread over it. ``hold``: devices of a closed fleet that are through
     with their requests go on until all are, so that the load stays what it was and fast devices count for
     all they did; what is unfinished then does not count. ``max_new``: tokens per request, at most what
-    the trace's paths hold. ``link``: emulated on top of the real one.
+    the trace's paths hold. ``link``: emulated on top of the real one. ``ca_file``: who vouches for a server
+    behind ``wss://`` (``None``: the system knows).
     """
 
     system: str = "wisp"
@@ -94,6 +95,7 @@ class BenchSettings:
     drafting: DraftingSettings | None = None
     predictor: Path | None = None
     key: str = ""
+    ca_file: Path | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 from wispprof.runtime.bench.result import StepSample
 
 if TYPE_CHECKING:
+    from ssl import SSLContext
+
     import httpx
 
     from wispprof.runtime.server.run import RunningServer
@@ -47,12 +49,13 @@ class HandleWatch:
 
 class MetricsWatch:
     """Asks the server behind a split address: for the sums at ``/metrics``, and for its steps one by one at
-    ``/steps``, where it shows them and still holds them all."""
+    ``/steps``, where it shows them and still holds them all. ``ssl`` replaces the system's trust."""
 
-    def __init__(self, split_url: str) -> None:
+    def __init__(self, split_url: str, ssl: SSLContext | None = None) -> None:
         parts = urlsplit(split_url)
         scheme = "https" if parts.scheme == "wss" else "http"
         self._url = f"{scheme}://{parts.netloc}"
+        self._trust: SSLContext | bool = True if ssl is None else ssl
         self._next: int | None = None
         self._before: dict[str, float] = {}
 
@@ -100,7 +103,9 @@ class MetricsWatch:
         import httpx
 
         try:
-            async with httpx.AsyncClient(timeout=5.0, trust_env=False) as client:
+            async with httpx.AsyncClient(
+                timeout=5.0, trust_env=False, verify=self._trust
+            ) as client:
                 answer = await client.get(self._url + path)
         except httpx.HTTPError:
             return None

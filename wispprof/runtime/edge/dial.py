@@ -10,13 +10,14 @@ import contextlib
 import ssl as tls
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit, urlunsplit
 
-from wispprof.errors import RuntimeFault
+from wispprof.errors import RuntimeFault, WispprofError
 from wispprof.runtime.wire import MAX_FRAME_BYTES
 
-__all__ = ["Connection", "Dial", "LinkLost", "Traffic", "server_url", "websocket_dial"]
+__all__ = ["Connection", "Dial", "LinkLost", "Traffic", "server_url", "trust", "websocket_dial"]
 
 SPLIT_PATH = "/v1/split"
 
@@ -127,6 +128,22 @@ def server_url(text: str) -> str:
         raise LinkLost(f"{text!r} is no server address.", "Use HOST:PORT or wss://HOST:PORT.", True)
     path = parts.path if parts.path not in ("", "/") else SPLIT_PATH
     return urlunsplit((scheme, parts.netloc, path, parts.query, ""))
+
+
+def trust(ca_file: Path | None) -> tls.SSLContext | None:
+    """Trust in servers that the authorities of ``ca_file`` (PEM) vouch for; ``None`` is the system's own.
+
+    Raises :class:`WispprofError` where the file is no such thing.
+    """
+    if ca_file is None:
+        return None
+    try:
+        return tls.create_default_context(cafile=ca_file)
+    except OSError as fault:  # an unreadable file, or (SSLError) one that holds no certificate
+        raise WispprofError(
+            f"{ca_file} is no certificate authority: {fault.strerror or fault}.",
+            "Give --ca-file a PEM file.",
+        ) from fault
 
 
 def websocket_dial(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl as tls
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from wispprof.errors import ModelError, WispprofError
 from wispprof.hardware import energy_meter
 from wispprof.runtime.edge.client import EdgeClient
 from wispprof.runtime.edge.device import Device, GgufDraft
-from wispprof.runtime.edge.dial import Dial, websocket_dial
+from wispprof.runtime.edge.dial import Dial, trust, websocket_dial
 from wispprof.runtime.edge.session import Chunk, Generation, GenerationRequest
 from wispprof.runtime.edge.settings import ClientSettings
 from wispprof.runtime.edge.stats import RequestStats
@@ -265,7 +264,7 @@ def _load(settings: EdgeSettings, folder: str) -> tuple[Any, Any, str]:
 async def _server(settings: EdgeSettings, stack: AsyncExitStack) -> tuple[Dial, bool | None]:
     """How to reach the server, and its mode where it is known before hello."""
     if settings.server:
-        return websocket_dial(settings.server, ssl=_trust(settings.ca_file)), None
+        return websocket_dial(settings.server, ssl=trust(settings.ca_file)), None
     from wispprof.runtime.server.run import running_server
     from wispprof.runtime.server.settings import ServerSettings
 
@@ -279,18 +278,6 @@ async def _server(settings: EdgeSettings, stack: AsyncExitStack) -> tuple[Dial, 
     )
     running = await stack.enter_async_context(running_server(server))
     return websocket_dial(running.split_url), stream
-
-
-def _trust(ca_file: Path | None) -> tls.SSLContext | None:
-    if ca_file is None:
-        return None
-    try:
-        return tls.create_default_context(cafile=ca_file)
-    except OSError as fault:  # an unreadable file, or (SSLError) one that holds no certificate
-        raise WispprofError(
-            f"{ca_file} is no certificate authority: {fault.strerror or fault}.",
-            "Give --ca-file a PEM file.",
-        ) from fault
 
 
 def _predictor(settings: EdgeSettings) -> RejectionPredictor | None:

@@ -93,6 +93,7 @@ class Generation:
         self._wake = asyncio.Event()
         self._chunks: asyncio.Queue[Chunk | None] = asyncio.Queue()
         self._reopening: asyncio.TimerHandle | None = None
+        self._openings = 0
         self._internal_faults = 0
 
     @property
@@ -256,6 +257,7 @@ class Generation:
     # --- what the client tells (wispprof.runtime.edge.client.Port) ---
 
     def opening(self) -> wire.Open:
+        self._openings += 1
         request, path = self.request, self._path
         sampling = request.sampling
         return wire.Open(
@@ -317,7 +319,7 @@ class Generation:
         )
 
     def reopened(self) -> None:
-        self.stats.reopened += 1
+        self.stats.reopened = self._openings - 1
         self._path.stream = self._stream_mode()
         self._path.reopened()
         self._turns.reset()

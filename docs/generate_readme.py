@@ -1,0 +1,127 @@
+"""Write the README's figures and its picture from a run of the demo.
+
+    python docs/generate_readme.py out/demo     # take over a run that `wispprof demo` left there
+    python docs/generate_readme.py              # again from docs/demo.json, the run taken over last
+
+``make readme`` does both: it runs the demo first. Nothing in the README between the two marks of a part is
+written by hand, and a test holds README and picture against ``docs/demo.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RECORD, PICTURE, README = HERE / "demo.json", HERE / "demo.svg", HERE.parent / "README.md"
+
+# Heading, figure of the record, how it is shown.
+COLUMNS = (
+    ("goodput, tok/s", "goodput_tokens_per_s", "{:.0f}"),
+    ("kept their promise", "attainment", "{:.0%}"),
+    ("all tok/s", "tokens_per_s", "{:.0f}"),
+    ("TTFT p50, ms", "ttft_p50_ms", "{:.0f}"),
+    ("TPOT p50, ms", "tpot_p50_ms", "{:.1f}"),
+    ("accepted per round", "accepted_per_round", "{:.2f}"),
+)
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """What the README shows of the run in ``folder``."""
+    from wispprof.reporting import Bench, load_run, verdict
+
+    run = load_run(folder)
+    benches = [Bench.of(document) for document in run.benches]
+    if run.server is None or not benches:
+        raise SystemExit(f"error: {folder} is not the folder of a whole demo. Run: wispprof demo")
+    hardware = run.server.manifest.hardware
+    return {
+        "machine": f"{hardware['cores']} cores of {hardware['cpu'] or hardware['arch']}",
+        "made": run.benches[-1].provenance.created[:10],
+        "seconds": _seconds(run.server.manifest.started, run.benches[-1].provenance.created),
+        "verdict": verdict(benches),
+        "load": benches[0].load,
+        "systems": {
+            bench.policy: {name: bench.figure(name) for _, name, _ in COLUMNS} for bench in benches
+        },
+    }
+
+
+def _seconds(begin: str, end: str) -> float:
+    return (datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds()
+
+
+def parts(record: dict[str, Any]) -> dict[str, str]:
+    """The generated parts of the README, by name."""
+    load = record["load"]
+    promised = ", ".join(f"{speed:.0f}" for speed in load["slo_tokens_per_s"])
+    head = " | ".join(heading for heading, _, _ in COLUMNS)
+    rows = [
+        f"| `{policy}` | " + " | ".join(_cell(figures[name], form) for _, name, form in COLUMNS)
+        for policy, figures in record["systems"].items()
+    ]
+    alt = "; ".join(
+        f"{policy} {figures['goodput_tokens_per_s']:.0f} tokens/s, {100 * figures['attainment']:.0f} % kept"
+        for policy, figures in record["systems"].items()
+    )
+    return {
+        "picture": f"![Goodput and promises kept, by serving policy: {alt}](docs/demo.svg)",
+        "table": "\n".join(
+            [
+                f"What it found on {record['machine']} in {record['seconds']:.0f} s"
+                f" ({record['made']}): {load['devices']} replayed devices over a",
+                f"{load['rtt_ms']:g} ms link, promised {promised} tokens/s in turn.",
+                "",
+                f"| policy | {head} |",
+                "|" + "---|" * (len(COLUMNS) + 1),
+                *(f"{row} |" for row in rows),
+                "",
+                f"> {record['verdict']}.",
+            ]
+        ),
+    }
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if not value else form.format(value).replace("%", " %")
+
+
+def render(text: str, record: dict[str, Any]) -> str:
+    """README ``text`` with its generated parts as ``record`` says."""
+    for name, content in parts(record).items():
+        begin, end = f"<!-- {name}: make readme -->", f"<!-- /{name} -->"
+        pattern = re.escape(begin) + r".*?" + re.escape(end)
+        text, found = re.subn(pattern, lambda _: f"{begin}\n{content}\n{end}", text, flags=re.S)  # noqa: B023
+        if found != 1:
+            raise SystemExit(f"error: README.md has no part {name!r}.")
+    return text
+
+
+def picture(record: dict[str, Any]) -> str:
+    """Goodput within all tokens/s, and promises kept, by policy: a file that follows the viewer's theme."""
+    from wispprof.reporting.figures import PolicyBar, policy_bars
+    from wispprof.reporting.theme import standalone
+
+    bars = [
+        PolicyBar(
+            policy, figures["goodput_tokens_per_s"], figures["attainment"], figures["tokens_per_s"]
+        )
+        for policy, figures in record["systems"].items()
+    ]
+    return standalone(policy_bars(bars, "their promise")) + "\n"
+
+
+def main(words: list[str]) -> None:
+    if words:
+        RECORD.write_text(json.dumps(record_of(Path(words[0])), indent=2) + "\n", encoding="utf-8")
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    README.write_text(render(README.read_text(encoding="utf-8"), record), encoding="utf-8")
+    PICTURE.write_text(picture(record), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
