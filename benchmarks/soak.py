@@ -15,7 +15,11 @@ What must hold at the end:
     python benchmarks/soak.py --minutes 2
 
 At rest means: all edges gone, no session, no kept cache, garbage collected. Under load memory also follows
-how many sessions there are at the moment, which says nothing about leaks.
+how many sessions there are at the moment, which says nothing about leaks. Beside resident memory stands what
+the C library's allocator has given out and not got back: where only the former grows, nothing leaks, but
+memory lies in pieces.
+
+Minutes are minutes of running: while the process is stopped (SIGSTOP) they stand still.
 
 Exit code 1 where something does not hold. The last line is JSON.
 """
@@ -25,8 +29,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import gc
 import json
+import math
 import random
 import sys
 import time
@@ -68,25 +74,28 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
     info = target.info
     model = ServedModel(info.id, info.tokenizer_hash, info.vocab_size, engine.max_context)
     settings = ServerSettings(admit="all", kept_sessions=16)
-    begun = time.monotonic()
     before = _waiting()
     with ThreadPoolExecutor(2, thread_name_prefix="draft") as world.executor:
         text = TextSide(target.tokenizer)
         async with running_server(settings, engine=engine, model=model, text=text) as running:
-            watch = asyncio.create_task(_watch(world, begun))
+            clock = asyncio.create_task(world.keep_time())
+            watch = asyncio.create_task(_watch(world))
             resting = []
             for share in (WARM_UP, 1.0):
                 async with asyncio.TaskGroup() as group:
                     for number in range(EDGES):
-                        group.create_task(world.edge(number, running, begun + share * seconds))
+                        group.create_task(world.edge(number, running, share * seconds))
                 while len(running.server.house):
                     await asyncio.sleep(0.01)
                 await running.server.check_integrity()
                 await running.server.house.forget_kept()
-                resting.append(_resident_mib())
-                print(f"at rest: {resting[-1]:.1f} MiB", flush=True)
+                resting.append((_resident_mib(), _given_out_mib()))
+                print(
+                    "at rest: {:.1f} MiB, {:.1f} of it given out".format(*resting[-1]), flush=True
+                )
             watch.cancel()
-            await asyncio.gather(watch, return_exceptions=True)
+            clock.cancel()
+            await asyncio.gather(watch, clock, return_exceptions=True)
             left = {
                 "kv_tokens": total - engine.kv_free,
                 "engine_sessions": len(engine.sessions),
@@ -94,17 +103,19 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
             }
     await asyncio.sleep(0)
     left["tasks and futures"] = max(0, _waiting() - before)
-    early, late = resting
+    (early, early_out), (late, late_out) = resting
     holds = not world.wrong and not any(left.values()) and late <= MOST_GROWTH * early
     return {
         "benchmark": "soak",
-        "minutes": round((time.monotonic() - begun) / 60.0, 1),
+        "minutes": round(world.seconds / 60.0, 1),
         **dict(world.counts),
         "tokens": world.tokens,
         "wrong": world.wrong,
         "rss_warm_mib": round(early, 1),
         "rss_end_mib": round(late, 1),
         "growth": round(late / early, 4),
+        "given_out_warm_mib": round(early_out, 1),
+        "given_out_end_mib": round(late_out, 1),
         "left": left,
         "holds": holds,
     }
@@ -127,6 +138,16 @@ class World:
         self.executor: Any = None
         self.counts: Counter[str] = Counter(finished=0, aborted=0, cuts=0, over_http=0)
         self.tokens = self.wrong = 0
+        self.seconds = 0.0
+
+    async def keep_time(self) -> None:
+        """Count the time that this process runs: a long silence is one in which it was stopped."""
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(0.2)
+            now = time.monotonic()
+            self.seconds += min(now - last, 5.0)
+            last = now
 
     async def edge(self, number: int, running: Any, until: float) -> None:
         """One edge: connections that last a few sessions, over a link of its own that is cut at times."""
@@ -136,7 +157,7 @@ class World:
 
         link = LinkSettings(LinkProfile(rtt_ms=2.0 + number, jitter_ms=1.0), seed=number)
         async with LinkProxy("127.0.0.1", 0, running.host, running.port, link) as proxy:
-            while time.monotonic() < until:
+            while self.seconds < until:
                 async with EdgeClient(websocket_dial(f"127.0.0.1:{proxy.port}")) as client:
                     for _ in range(self.random.randrange(2, 8)):
                         work = [
@@ -194,7 +215,7 @@ class World:
 
         which = self.random.randrange(len(self.prompts))
         body = {"prompt": list(self.prompts[which]), "max_tokens": 8, "temperature": 0}
-        async with httpx.AsyncClient(timeout=120.0) as client:
+        async with httpx.AsyncClient(timeout=None) as client:
             answer = await client.post(f"{url}/v1/completions", json={**body, "ignore_eos": True})
         self.counts["over_http"] += 1
         if answer.status_code != 200 or answer.json()["usage"]["completion_tokens"] != 8:
@@ -226,14 +247,16 @@ def _alone(engine: Any, prompts: list[tuple[int, ...]]) -> dict[tuple[int, int],
     return texts
 
 
-async def _watch(world: World, begun: float) -> None:
+async def _watch(world: World) -> None:
     """A line every half minute."""
-    print(f"{'minute':>7} {'RSS MiB':>8} {'finished':>9} {'aborted':>8} {'cuts':>5} {'wrong':>6}")
+    head = ("RSS MiB", "given out", "finished", "aborted")
+    print(f"{'minute':>7} " + " ".join(f"{name:>9}" for name in head) + "  cuts  wrong")
     while True:
         await asyncio.sleep(30.0)
-        counts, minute = world.counts, (time.monotonic() - begun) / 60
+        counts = world.counts
         print(
-            f"{minute:7.1f} {_resident_mib():8.1f} {counts['finished']:9} {counts['aborted']:8} "
+            f"{world.seconds / 60:7.1f} {_resident_mib():9.1f} {_given_out_mib():9.1f} "
+            f"{counts['finished']:9} {counts['aborted']:9} "
             f"{counts['cuts']:5} {world.wrong:6}",
             flush=True,
         )
@@ -244,6 +267,20 @@ def _resident_mib() -> float:
 
     gc.collect()
     return float(psutil.Process().memory_info().rss / 2**20)
+
+
+def _given_out_mib() -> float:
+    """What the C library's allocator has given out; NaN where it does not tell (glibc before 2.33)."""
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    fields = [(name, ctypes.c_size_t) for name in names.split()]
+    info = type("mallinfo2", (ctypes.Structure,), {"_fields_": fields})
+    try:
+        ask = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError):
+        return math.nan
+    ask.restype = info
+    told: Any = ask()
+    return float((told.uordblks + told.hblkhd) / 2**20)
 
 
 def _waiting() -> int:

@@ -10,7 +10,7 @@ from wispprof.core import Feed, Sampling
 from wispprof.lm import products
 from wispprof.lm.engine import VerifierEngine
 from wispprof.lm.loading import random_model
-from wispprof.lm.products import Product, can_pack, packs
+from wispprof.lm.products import Product, can_pack, filled, packs
 
 pytestmark = pytest.mark.skipif(
     not can_pack(torch.zeros(2, 2)), reason="this torch lays out no weights on this processor"
@@ -23,10 +23,19 @@ def test_products_equal_a_plain_product_for_any_number_of_rows(bias: bool) -> No
     weight = torch.randn(96, 40)
     offset = torch.randn(96) if bias else None
     product = Product(weight, offset, pack=True)
-    for rows in (1, 2, 3, 16, 17, 200):
+    for rows in (1, 2, 3, 16, 17, 65, 200, 257):
         x = torch.randn(rows, 40)
         wanted = x.double() @ weight.double().T + (0 if offset is None else offset.double())
         torch.testing.assert_close(product(x).double(), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_are_filled_up_to_few_numbers_by_little() -> None:
+    assert [filled(rows) for rows in range(2, 65)] == list(range(2, 65))
+    for rows in range(2, 2049):
+        assert rows <= filled(rows) <= 1.13 * rows
+        assert filled(filled(rows)) == filled(rows)
+    # Five products of a model, each with a kernel per number, stay below oneDNN's 1,024.
+    assert 5 * len({filled(rows) for rows in range(2, 2049)}) < 1024
 
 
 def test_all_but_lone_rows_are_multiplied_with_the_copy() -> None:

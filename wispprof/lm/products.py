@@ -4,6 +4,11 @@ A verify step multiplies a handful of rows with every weight of the model. On a 
 of two or more rows lays the weight out anew in every call, which for few rows costs as much as the product:
 a step of two tokens took 1.5 times that of one. oneDNN multiplies with a laid-out copy, the way torch's own
 compiler does on CPUs. One row alone is a matrix-vector product, which reads the weight as it lies.
+
+oneDNN makes a kernel for every number of rows that it meets, which takes a millisecond or two and keeps half
+a megabyte, up to 1,024 of them; beyond that they push each other out and leave their memory in pieces. Steps
+with prompts have any number of rows, so these are filled up to one of few (:func:`filled`). Small steps are
+not: every row of theirs costs.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Product", "can_pack", "packs"]
+__all__ = ["Product", "can_pack", "filled", "packs"]
 
 MOST_BYTES = 2 << 30
 """Models with more weights than this are served without a second copy of them."""
@@ -36,6 +41,14 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
+def filled(rows: int) -> int:
+    """``rows`` as they are up to 64, then rounded up to eights, and from 256 on to multiples of 32."""
+    if rows <= 64:
+        return rows
+    step = 8 if rows <= 256 else 32
+    return -(-rows // step) * step
+
+
 class Product:
     """``x @ weight.T + bias`` for ``x`` (rows, in), weight (out, in), bias (out,) or None.
 
@@ -54,8 +67,11 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._packed is not None and len(x) > 1:
+            rows = len(x)
+            if missing := filled(rows) - rows:
+                x = F.pad(x, (0, 0, 0, missing))
             out: Tensor = torch.ops.mkldnn._linear_pointwise(
                 x, self._packed, self._bias, "none", [], ""
             )
-            return out
+            return out[:rows] if missing else out
         return F.linear(x, self._weight, self._bias)
