@@ -7,7 +7,9 @@
 
 Physics. One engine (the bundled target, real forward passes) serves one system after the other; replay
 edges propose what the draft would have proposed, after the time their device takes, over an emulated link.
-The fleet runs in a process of its own, and one core is left to it, so that drafting costs the engine nothing.
+The fleet runs in a process of its own, and one core is left to it. Cores share more than they show (caches,
+power, often one physical core), so ballast of the lowest priority keeps that core busy throughout, profile
+included: a step costs the same whatever the fleet does.
 
 Centralized serving gives each of n sessions ``v(n) = new / (new * step(n) + n * prompt)`` tokens/s, by the
 fitted estimator: its own steps, and everybody's prompts in between. The fastest of four SLO classes (in the
@@ -23,7 +25,8 @@ in percent of the real ones. Capacity is the simulator's: most devices at 95 % a
 
 "pace" is measured over fitted time of all steps of a run. On a quiet machine it is 1; where neighbours or
 heat slowed the machine during one run it says which rows not to compare, and the simulator is given the
-estimator at that pace and spread, as the server's own drift correction does (``--as-fitted``: not).
+estimator at that pace and spread, as the server's own drift correction does (``--as-fitted``: not). A machine
+whose pace wanders cannot compare systems one after the other; "even" columns do: all simulated at pace 1.
 
 The last line is JSON.
 """
@@ -44,7 +47,7 @@ from _serving.bed import artifacts, make_bed
 from _serving.compare import ablation, compare
 from _serving.interference import interference
 
-from wispprof.runtime.bench import FleetProcess
+from wispprof.runtime.bench import Ballast, FleetProcess
 
 
 def main() -> None:
@@ -61,7 +64,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of the interference")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     arguments = parser.parse_args()
-    arguments.requests = arguments.requests or (2 if arguments.quick else 5)
+    arguments.requests = arguments.requests or (2 if arguments.quick else 4)
 
     # The fleet has the last core to itself; threads started from here on keep to the others.
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -72,7 +75,8 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as made, FleetProcess(cores[1:][-1:]) as fleet:
+    apart = cores[1:][-1:]
+    with tempfile.TemporaryDirectory() as made, FleetProcess(apart) as fleet, Ballast(apart):
         folder = arguments.run or Path(made)
         if not (folder / "estimator.json").exists():
             folder.mkdir(parents=True, exist_ok=True)

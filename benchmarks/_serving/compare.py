@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -38,28 +39,40 @@ def compare(bed: Bed) -> dict[str, Any]:
         name: simulated_capacity(bed, system(label), overhead[name])
         for name, label in SYSTEMS.items()
     }
-    best = {
-        load: max((r for r in found if r.name != "wispprof"), key=_goodput)
-        for load, found in rows.items()
-    }
     lines = tuple(
-        (name, capacity[name], *(_goodput(_of(rows[load], name)) for load in LOADS))
+        (
+            name,
+            capacity[name],
+            *(_goodput(_of(rows[load], name)) for load in LOADS),
+            *(_even(_of(rows[load], name)) for load in LOADS),
+        )
         for name in SYSTEMS
     )
     columns = (
         Column("system"),
         Column("capacity (sim)", "devices", best="max"),
         *(Column(f"goodput {load}", "tok/s", best="max") for load in LOADS),
+        *(Column(f"even {load}", "tok/s", best="max") for load in LOADS),
     )
     show(Table("Capacity and goodput", columns, lines))
     return {
         "loads": {load: [record(r) for r in found] for load, found in rows.items()},
         "capacity_simulated": capacity,
         "wispprof_over_wisp_capacity": round(capacity["wispprof"] / max(1, capacity["wisp"]), 3),
-        "wispprof_over_best_other_goodput": {
-            load: round(_goodput(_of(rows[load], "wispprof")) / max(1e-9, _goodput(row)), 3)
-            for load, row in best.items()
-        },
+        "wispprof_over_best_other_goodput": _over_best(rows, _goodput),
+        "wispprof_over_best_other_goodput_even": _over_best(rows, _even),
+    }
+
+
+def _over_best(rows: dict[str, list[Run]], figure: Callable[[Run], float]) -> dict[str, float]:
+    """``wispprof``'s figure over the best of the others', by load."""
+    return {
+        load: round(
+            figure(_of(found, "wispprof"))
+            / max(1e-9, max(figure(r) for r in found if r.name != "wispprof")),
+            3,
+        )
+        for load, found in rows.items()
     }
 
 
@@ -69,6 +82,10 @@ def _of(rows: list[Run], name: str) -> Run:
 
 def _goodput(row: Run) -> float:
     return row.figures["goodput_tokens_per_s"]
+
+
+def _even(row: Run) -> float:
+    return row.even.goodput_tokens_per_s
 
 
 def simulated_capacity(bed: Bed, what: System, overhead_ms: float) -> int:

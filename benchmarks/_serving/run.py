@@ -17,6 +17,9 @@ from wispprof.simulation import System
 from wispprof.simulation.links import LinkProfile
 
 
+EVEN_SPREAD = 0.1
+
+
 class Pace(NamedTuple):
     """How the machine ran: measured over fitted time of all steps together, and the spread of that ratio's
     logarithm from step to step."""
@@ -33,7 +36,8 @@ class Pace(NamedTuple):
 @dataclass(frozen=True)
 class Run:
     """One system at one load, really and simulated. ``overhead_ms``: of the loop, between busy steps;
-    ``rtt_ms``: of the link as the edges measured it, a busy server's and a busy fleet's delays included."""
+    ``rtt_ms``: of the link as the edges measured it, a busy server's and a busy fleet's delays included.
+    ``even``: simulated at the profile's own pace, which is the same for all systems."""
 
     name: str
     devices: int
@@ -43,6 +47,7 @@ class Run:
     pace: float
     overhead_ms: float
     rtt_ms: float
+    even: Twin
 
     @property
     def figures(self) -> dict[str, float]:
@@ -98,23 +103,23 @@ async def run(bed: Bed, name: str, what: System, devices: int) -> Run:
     overhead_ms = statistics.median(gaps) if gaps else LOOP_MS
     pace = Pace(1.0, 0.0) if bed.as_fitted else seen.pace(bed.estimator)
     rtt_ms = statistics.median(outcome.stats.rtt_ms for outcome in real.outcomes)
-    simulated = twin(
-        replace(load, link=LinkProfile(rtt_ms)),
-        bed.mix,
-        what,
-        server_model(bed, overhead_ms, pace.median, pace.spread),
-        bed.trace,
-        load_predictor(bed.predictor),
-    )
+    predictor = load_predictor(bed.predictor)
+
+    def simulated(pace: Pace) -> Twin:
+        server = server_model(bed, overhead_ms, pace.median, pace.spread)
+        link = LinkProfile(rtt_ms)
+        return twin(replace(load, link=link), bed.mix, what, server, bed.trace, predictor)
+
     return Run(
         name,
         devices,
         real,
-        simulated,
+        simulated(pace),
         statistics.fmean(s.actual_ms for s in steps),
         pace.mean,
         overhead_ms,
         rtt_ms,
+        simulated(Pace(1.0, EVEN_SPREAD)),
     )
 
 

@@ -30,7 +30,7 @@ def compared(row: Run) -> dict[str, tuple[float, float]]:
 def show(table: Table) -> None:
     from rich.console import Console
 
-    Console(width=max(124, Console().width)).print(to_rich(table))
+    Console(width=max(140, Console().width)).print(to_rich(table))
 
 
 def comparison(title: str, rows: list[Run]) -> Table:
@@ -52,6 +52,8 @@ def comparison(title: str, rows: list[Run]) -> Table:
             Column("±", "%", digits=0),
             Column("loop", "ms"),
             Column("pace", digits=2),
+            Column("kept", "even", percent=True, digits=0, best="max"),
+            Column("goodput", "even", best="max"),
         ),
         tuple(
             (
@@ -63,6 +65,8 @@ def comparison(title: str, rows: list[Run]) -> Table:
                 ),
                 row.overhead_ms,
                 row.pace,
+                row.even.attainment,
+                row.even.goodput_tokens_per_s,
             )
             for row in rows
         ),
@@ -82,5 +86,8 @@ def record(row: Run) -> dict[str, Any]:
         "ttft_p95_ms": round(row.figures["ttft_p95_ms"], 1),
         "overhead_ms": round(row.overhead_ms, 2),
         "pace": round(row.pace, 3),
+        "rtt_ms": round(row.rtt_ms, 2),
+        "even_attainment": round(row.even.attainment, 4),
+        "even_goodput": round(row.even.goodput_tokens_per_s, 2),
         **found,
     }

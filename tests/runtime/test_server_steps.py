@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from edge_doubles import LinearCost, hash_trace
 from prometheus_client.parser import text_string_to_metric_families
@@ -16,7 +17,7 @@ from split_client import edge
 
 from wispprof.artifacts import save_trace
 from wispprof.artifacts.plan import BatchRow, Plan
-from wispprof.runtime.bench import BenchSettings, FleetProcess, device_of
+from wispprof.runtime.bench import Ballast, BenchSettings, FleetProcess, device_of
 from wispprof.runtime.server import HashDrafter, HashEngine, ServerSettings, running_server
 from wispprof.runtime.server.metrics import Metrics, StepRecord
 
@@ -69,6 +70,21 @@ async def test_a_fleet_keeps_to_the_cores_it_was_given() -> None:
     with FleetProcess(cores=(max(mine),)) as fleet:
         assert await fleet.call(os.sched_getaffinity, 0) == {max(mine)}
     assert os.sched_getaffinity(0) == mine
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="the system knows no idle priority")
+def test_ballast_keeps_a_core_busy_at_the_lowest_priority_and_leaves_nothing() -> None:
+    core = max(os.sched_getaffinity(0))
+    with Ballast((core,)) as ballast:
+        (pid,) = ballast.pids
+        process = psutil.Process(pid)
+        while os.sched_getscheduler(pid) != os.SCHED_IDLE:
+            assert process.is_running()
+        assert os.sched_getaffinity(pid) == {core}
+        before = process.cpu_times().user
+        while process.cpu_times().user == before:
+            assert process.is_running()
+    assert not psutil.pid_exists(pid)
 
 
 async def test_the_fastest_class_that_is_live_chooses_the_row() -> None:

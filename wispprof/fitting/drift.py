@@ -153,6 +153,8 @@ class DriftMonitor:
     _cells: dict[Cell, _Track] = field(default_factory=dict)
     _wrong: dict[Cell, bool] = field(default_factory=dict)
     _fired: bool = False
+    _moved: float | None = None
+    """Log ratio of all steps together when the detector fired, if it was they that had moved."""
 
     def __post_init__(self) -> None:
         report = self.estimator.report
@@ -202,6 +204,7 @@ class DriftMonitor:
         large = abs(self._all.recent - self._all.mean) >= settings.meaningful
         if not self._fired and ((moved and large) or any(self._wrong.values())):
             self._fired = True
+            self._moved = self._all.recent if moved and large else None
             return self.status()
         return None
 
@@ -236,11 +239,16 @@ class DriftMonitor:
         ratio = math.exp(self._log_ratio)
         reason = ""
         if self._fired:
-            away = 100 * (math.exp(self._all.recent) - 1)
             where = "; ".join(f"{cell}: {100 * (r - 1):+.0f} %" for cell, r in cells[:5])
-            side = "longer" if away >= 0 else "shorter"
-            reason = f"Steps take {abs(away):.0f} % {side} than predicted: re-profile"
-            reason += f" ({where})." if where else "."
+            if self._moved is not None:
+                away = 100 * (math.exp(self._moved) - 1)
+                side = "longer" if away >= 0 else "shorter"
+                reason = f"Steps take {abs(away):.0f} % {side} than predicted: re-profile"
+                reason += f" ({where})." if where else "."
+            else:
+                reason = (
+                    f"Steps of some shapes take other times than predicted: re-profile ({where})."
+                )
         covered = sum(self._hits) / len(self._hits) if self._hits else 1.0
         return DriftStatus(
             self._steps, ratio, self.bound_scale, covered, self._fired, reason, cells

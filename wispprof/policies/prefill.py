@@ -9,6 +9,7 @@ import numpy as np
 
 from wispprof.policies.api import SessionView
 from wispprof.policies.build import StepBuilder
+from wispprof.policies.tails import FloatArray
 
 __all__ = ["add_prompts"]
 
@@ -17,13 +18,15 @@ _LEAST = 16
 """Tokens a prompt gets per step whatever the others need: nothing starves."""
 _GAP = 0.8
 """Share of the fastest running session's time for a step's tokens that it may take with prompts."""
-_STRETCH = 4.0
-"""A step may always grow by this factor for prompts: on a loaded server the gap is spent already, and a
-session that does not decode yet leaves the fixed part of every step to the others. A prompt that has time
-gets no more than that, however slow the promises: who decodes would feel the whole gap that was promised,
-and the newcomer gain little. In steps of L times their usual length a prompt is read L ÷ (L − 1) times as
-long as alone: a third longer at 4, two thirds at 2.5, which cost a fleet with
-long prompts 4 to 6 % of its goodput."""
+_CALM, _STRETCH = 2.0, 4.0
+"""A step may always grow by the first factor for prompts: on a loaded server the gap is spent already, and a
+session that does not decode yet leaves the fixed part of every step to the others. It may grow by up to the
+second where the running sessions are so far ahead of their promises that nobody would notice. More gains a
+prompt little: in steps of L times their usual length it is read L ÷ (L − 1) times as long as alone, a third
+longer at 4, two thirds at 2.5 (which, for everybody and always, cost a fleet with long prompts 4 to 6 % of
+its goodput)."""
+_UNNOTICED = 0.1
+"""A gap this share of what a session ran ahead of its promise is not noticed by its reader."""
 _FAIR = 2.0
 """For a first token that is late, or about to be: half of the step is the prompts'. More only helps where
 prompts are few; a server that they saturate reads them no sooner, and its sessions run slower."""
@@ -51,6 +54,11 @@ def add_prompts(
     whatever their next tokens' deadlines: those count over a whole generation.
     """
     token_ms = _token_ms(build)
+    # A hurried step is measured by what the running sessions need, not by the prompts that joined before.
+    running_ms = build.cost.bound_ms
+    alive = [s for s in decode if not s.hopeless] or decode
+    slack_ms = np.fromiter(map(_DEADLINE, alive), np.float64, len(alive)) - now_ms
+    stretched_ms = _stretched_ms(running_ms, slack_ms)
     queue = []
     for session in prompts:
         due_ms = session.deadline_ms
@@ -59,32 +67,30 @@ def add_prompts(
             due_ms = session.arrived_ms + patience * token_ms * whole
         queue.append((session.hopeless, due_ms, session.arrived_ms, session.session, session))
     queue.sort()
-    budget_ms = _budget(build, now_ms, decode, tokens) if sized else math.inf
-    # A hurried step is measured by what the running sessions need, not by the prompts that joined before.
-    running_ms = build.cost.bound_ms
+    budget_ms = math.inf
+    if sized and alive:
+        gap_ms: float = _GAP * tokens * 1000.0 / max(map(_SPEED, alive))
+        keepable = slack_ms[slack_ms >= running_ms]
+        budget_ms = max(gap_ms, stretched_ms)
+        budget_ms = min(budget_ms, float(keepable.min()) if len(keepable) else math.inf)
     for place, (_, due_ms, _, _, session) in enumerate(queue):
         if build.full or not build.prefill_left:
             return
         left_ms = due_ms - now_ms
         hurry_ms = _hurry_ms(running_ms, left_ms, session.hopeless)
-        calm_ms = max(
-            _STRETCH * running_ms, _needed_ms(running_ms, token_ms * session.prompt_left, left_ms)
-        )
+        calm_ms = max(stretched_ms, _needed_ms(running_ms, token_ms * session.prompt_left, left_ms))
         allowed_ms = max(min(budget_ms, calm_ms), hurry_ms) if sized and decode else math.inf
         if not build.add_prefill(session, allowed_ms) and place == 0:
             build.add_prefill(session, most=_LEAST)
 
 
-def _budget(build: StepBuilder, now_ms: float, decode: list[SessionView], tokens: float) -> float:
-    if not decode:
+def _stretched_ms(running_ms: float, slack_ms: FloatArray) -> float:
+    """How long a step may become for prompts that have time, whatever the gap that was promised: what most
+    running sessions, ``slack_ms`` (n,) from their next deadlines, would not notice."""
+    if not len(slack_ms):
         return math.inf
-    running_ms = build.cost.bound_ms
-    alive = [s for s in decode if not s.hopeless] or decode
-    gap_ms: float = _GAP * tokens * 1000.0 / max(map(_SPEED, alive))
-    deadlines = np.fromiter(map(_DEADLINE, alive), np.float64, len(alive))
-    keepable = deadlines[deadlines >= now_ms + running_ms]
-    earliest_ms = float(keepable.min()) if len(keepable) else math.inf
-    return min(max(gap_ms, _STRETCH * running_ms), earliest_ms - now_ms)
+    unnoticed_ms = _UNNOTICED * float(np.median(slack_ms))
+    return min(max(unnoticed_ms, _CALM * running_ms), _STRETCH * running_ms)
 
 
 def _token_ms(build: StepBuilder) -> float:

@@ -1,6 +1,7 @@
 """Load and emulation: replay fleets against a running server, and servers that fit into a process."""
 
 from wispprof.runtime.bench.apart import FleetProcess
+from wispprof.runtime.bench.ballast import Ballast
 from wispprof.runtime.bench.fleet import Progress, bench, run_bench
 from wispprof.runtime.bench.pocket import PocketServer
 from wispprof.runtime.bench.result import BenchResult, Outcome
@@ -11,6 +12,7 @@ from wispprof.runtime.bench.watch import HandleWatch, MetricsWatch, StepWatch
 
 __all__ = [
     "DEVICES",
+    "Ballast",
     "BenchResult",
     "BenchSettings",
     "FleetProcess",
