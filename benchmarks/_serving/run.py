@@ -16,7 +16,6 @@ from wispprof.runtime.bench import BenchResult, Twin, twin
 from wispprof.simulation import System
 from wispprof.simulation.links import LinkProfile
 
-
 EVEN_SPREAD = 0.1
 
 
