@@ -154,7 +154,7 @@ class DriftMonitor:
     _wrong: dict[Cell, bool] = field(default_factory=dict)
     _fired: bool = False
     _moved: float | None = None
-    """Log ratio of all steps together when the detector fired, if it was they that had moved."""
+    """Log ratio of all steps together when the detector fired, if that had moved too."""
 
     def __post_init__(self) -> None:
         report = self.estimator.report
@@ -204,7 +204,7 @@ class DriftMonitor:
         large = abs(self._all.recent - self._all.mean) >= settings.meaningful
         if not self._fired and ((moved and large) or any(self._wrong.values())):
             self._fired = True
-            self._moved = self._all.recent if moved and large else None
+            self._moved = self._all.recent if large else None
             return self.status()
         return None
 
