@@ -153,8 +153,6 @@ class DriftMonitor:
     _cells: dict[Cell, _Track] = field(default_factory=dict)
     _wrong: dict[Cell, bool] = field(default_factory=dict)
     _fired: bool = False
-    _moved: float | None = None
-    """Log ratio of all steps together when the detector fired, if that had moved too."""
 
     def __post_init__(self) -> None:
         report = self.estimator.report
@@ -204,7 +202,6 @@ class DriftMonitor:
         large = abs(self._all.recent - self._all.mean) >= settings.meaningful
         if not self._fired and ((moved and large) or any(self._wrong.values())):
             self._fired = True
-            self._moved = self._all.recent if large else None
             return self.status()
         return None
 
@@ -240,15 +237,15 @@ class DriftMonitor:
         reason = ""
         if self._fired:
             where = "; ".join(f"{cell}: {100 * (r - 1):+.0f} %" for cell, r in cells[:5])
-            if self._moved is not None:
-                away = 100 * (math.exp(self._moved) - 1)
+            away = 100 * (math.exp(self._all.recent) - 1)
+            if abs(away) >= 50 * self.settings.meaningful:
                 side = "longer" if away >= 0 else "shorter"
                 reason = f"Steps take {abs(away):.0f} % {side} than predicted: re-profile"
                 reason += f" ({where})." if where else "."
             else:
-                reason = (
-                    f"Steps of some shapes take other times than predicted: re-profile ({where})."
-                )
+                which = f"of some shapes take other times than predicted: re-profile ({where})."
+                past = "took other times than predicted for a while: re-profile."
+                reason = f"Steps {which if where else past}"
         covered = sum(self._hits) / len(self._hits) if self._hits else 1.0
         return DriftStatus(
             self._steps, ratio, self.bound_scale, covered, self._fired, reason, cells
