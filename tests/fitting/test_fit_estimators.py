@@ -97,7 +97,17 @@ def test_whole_incremental_and_vectorised_predictions_agree(
         last = shape.items[order[-1]]
         grown = running.add(*last)
         p50, bound = running.add_many(*(np.array([v]) for v in last))
-        for other in ((grown.p50_ms, grown.bound_ms), (p50[0], bound[0]), row):
+        chunks = estimator.start()
+        for item in shape.items:
+            chunks = chunks.add(*item) if item.prefill else chunks
+        steps = [(i.new, i.cached) for i in shape.items if not i.prefill]
+        together = chunks.add_all([new for new, _ in steps], [held for _, held in steps])
+        for other in (
+            (grown.p50_ms, grown.bound_ms),
+            (p50[0], bound[0]),
+            (together.p50_ms, together.bound_ms),
+            row,
+        ):
             assert other == pytest.approx(whole, rel=1e-9)
 
 

@@ -7,6 +7,7 @@ LightGBM.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +26,7 @@ from wispprof.fitting.features import (
     Totals,
     decode_totals_of,
     extend,
+    extend_all,
     extend_many,
     totals_of,
 )
@@ -117,6 +119,13 @@ class Accumulator:
         elif prefill:
             decode = self._estimator.start()
         return Accumulator(self._estimator, extend(self.totals, new, cached, prefill), decode)
+
+    def add_all(self, new: Sequence[int], cached: Sequence[int]) -> Accumulator:
+        """The batch with n decode items more at once: n calls of :meth:`add`, one after the other."""
+        decode = self.decode
+        if decode is not None:
+            decode = decode.add_all(new, cached)
+        return Accumulator(self._estimator, extend_all(self.totals, new, cached), decode)
 
     def add_many(
         self, new: Any, cached: Any, prefill: Any = False

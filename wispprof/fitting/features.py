@@ -7,6 +7,7 @@ never falls when work is added. All estimators of this package are functions of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import mul
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ __all__ = [
     "bucket_many",
     "decode_totals_of",
     "extend",
+    "extend_all",
     "extend_many",
     "totals_matrix",
     "totals_of",
@@ -67,6 +69,21 @@ def extend(totals: Totals, new: int, cached: int, prefill: bool = False) -> Tota
         cached if cached > deepest else deepest,
         new if new > widest else widest,
         prompt + new if prefill else prompt,
+    )
+
+
+def extend_all(totals: Totals, new: Sequence[int], cached: Sequence[int]) -> Totals:
+    """The totals with n decode items more: n calls of :func:`extend`."""
+    items, fed, held, cross, square, deepest, widest, prompt = totals
+    return Totals(
+        items + len(new),
+        fed + sum(new),
+        held + sum(cached),
+        cross + sum(map(mul, new, cached)),
+        square + sum(map(mul, new, new)),
+        max(deepest, max(cached, default=0)),
+        max(widest, max(new, default=0)),
+        prompt,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -95,13 +96,17 @@ class StepBuilder:
 
     def add_decodes(self, sessions: list[SessionView], drafts: list[int]) -> None:
         """Add decoding sessions, each once, that fit the limits together."""
-        cost, members = self.cost, self.members
-        for session, kept in zip(sessions, drafts, strict=True):
-            cost = cost.add(kept + 1, session.cached)
-            members.append(Member(session.session, kept))
+        names = [s.session for s in sessions]
+        cached = [s.cached for s in sessions]
+        add_all: Any = getattr(self.cost, "add_all", None)
+        if add_all is not None:
+            self.cost = add_all([kept + 1 for kept in drafts], cached)
+        else:
+            for kept, held in zip(drafts, cached, strict=True):
+                self.cost = self.cost.add(kept + 1, held)
+        self.members += map(Member, names, drafts)
+        self._planned.update(names)
         new = len(drafts) + sum(drafts)
-        self.cost = cost
-        self._planned.update([s.session for s in sessions])
         self.tokens += new
         self.kv -= new
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from wispprof.core import StepEstimator
 from wispprof.policies.api import Limits, SessionView, StepPlan
-from wispprof.policies.build import StepBuilder, eligible, idle
+from wispprof.policies.build import StepBuilder, idle
 from wispprof.policies.marginal import Slopes, price_batches
 from wispprof.policies.prefill import add_prompts
 from wispprof.policies.tails import Book, BoolArray, Columns, FloatArray, IntArray, Ladder
@@ -108,6 +108,16 @@ class _Choice(NamedTuple):
     gain: float = 1.0
 
 
+def _sorted(sessions: list[SessionView]) -> tuple[list[SessionView], list[SessionView]]:
+    """Those that may take part: who decodes, and who has a prompt to read."""
+    decode: list[SessionView] = []
+    prompts: list[SessionView] = []
+    for session in sessions:
+        if session.ready:
+            (prompts if session.prompt_left else decode).append(session)
+    return decode, prompts
+
+
 @dataclass
 class Wispprof:
     """Stream-mode batching. ``settings`` switches its pieces."""
@@ -128,13 +138,11 @@ class Wispprof:
         limits: Limits,
     ) -> StepPlan:
         self._note_gap(now_ms)
-        ready = eligible(sessions)
-        decode = [s for s in ready if not s.prompt_left]
-        if not ready:
+        decode, prompts = _sorted(sessions)
+        if not decode and not prompts:
             return idle(now_ms, None, "idle")
         if min(limits.max_items, limits.max_tokens, limits.kv_free) < 1:
             return idle(now_ms, now_ms + _RETRY_MS, "no room")
-        prompts = [s for s in ready if s.prompt_left] if len(decode) < len(ready) else []
         build = StepBuilder(estimator, limits)
         wake_ms, gain = math.inf, 1.0
         if decode:
