@@ -16,8 +16,14 @@ Choosing the best of many in hindsight picks their luck too. A cell whose regret
 run again with other seeds, ``wispprof`` against the rival that was chosen, until ``--seeds`` runs or a mean
 that is under 2 % by its standard error; its regret is the mean of those, and the error is printed.
 
+The noise of a single run's regret: ``wispprof`` against that rival under every seed that was run. It is
+printed where a cell was run again, and its pooled value in the summary, so that nobody chases luck.
+
 Capacity: the most devices with at least 95 % of promises kept, by search, for each server, round trip,
 SLO and device; the ratio of ``wispprof`` to ``wisp`` (at least one device).
+
+``--out FILE`` keeps each finished cell as one JSON line; a run that finds its cells there goes on after
+them, so a run that was stopped has lost one cell at most.
 
 Prints one line a cell as they come, a summary, and one JSON line last.
 """
@@ -33,6 +39,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from wispprof.core import Slo
@@ -154,9 +161,47 @@ def carried(cell: Cell) -> dict[str, Any]:
     return {**asdict(cell), **found, "ratio": found["wispprof"] / max(1, found["wisp"])}
 
 
-def spread(work: Callable[[Cell], Any], cells: list[Cell], executor: Executor | None) -> Iterator:  # type: ignore[type-arg]
-    """Results in the order of the cells."""
-    return iter(map(work, cells) if executor is None else executor.map(work, cells))
+class Kept:
+    """Finished cells on disk, one JSON line each; with no path nothing is kept."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._rows: dict[str, dict[str, Any]] = {}
+        if path is not None and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                # The last line of a run that was killed may be cut short: that cell is run again.
+                if line.endswith("}"):
+                    row = json.loads(line)
+                    self._rows[row.pop("key")] = row
+
+    def find(self, work: str, cell: Cell) -> dict[str, Any] | None:
+        """What an earlier run found here."""
+        return self._rows.get(f"{work} {cell!r}")
+
+    def add(self, work: str, cell: Cell, row: dict[str, Any]) -> None:
+        """Keep a result."""
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": f"{work} {cell!r}", **row}) + "\n")
+
+
+def spread(
+    work: Callable[[Cell], dict[str, Any]],
+    cells: list[Cell],
+    executor: Executor | None,
+    kept: Kept,
+) -> Iterator[dict[str, Any]]:
+    """Results in the order of the cells; what is kept already is not run again."""
+    name = work.__name__
+    known = {cell: row for cell in cells if (row := kept.find(name, cell)) is not None}
+    fresh = [cell for cell in cells if cell not in known]
+    found = map(work, fresh) if executor is None else executor.map(work, fresh)
+    for cell in cells:
+        row = known.get(cell)
+        if row is None:
+            row = next(found)
+            kept.add(name, cell, row)
+        yield row
 
 
 def grid(options: argparse.Namespace, loads: Iterable[float]) -> list[Cell]:
@@ -180,15 +225,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="most runs of a cell in doubt")
     parser.add_argument("--capacity", action="store_true", help="search capacities too")
     parser.add_argument("--jobs", type=int, default=0, help="processes (default: one a core)")
+    parser.add_argument("--out", type=Path, help="keep finished cells here, and go on after them")
     options = parser.parse_args()
+    kept = Kept(options.out)
     executor = pool(options.jobs or None)
     rows, sizes = [], []
     try:
-        for row in spread(judge, grid(options, LOADS), executor):
+        for row in spread(judge, grid(options, LOADS), executor, kept):
             rows.append(row)
             print(_line(row), flush=True)
         if options.capacity:
-            for size in spread(carried, grid(options, (1.0,)), executor):
+            for size in spread(carried, grid(options, (1.0,)), executor, kept):
                 sizes.append(size)
                 print(
                     f"{size['server']} rtt {size['rtt_ms']:3.0f} slo {size['slo']:g} draft "
@@ -221,6 +268,11 @@ def _summary(rows: list[dict[str, Any]], sizes: list[dict[str, Any]]) -> None:
         f"median {statistics.median(regrets):.1%}, worst {regrets[-1]:.1%}; to the ceiling "
         f"{statistics.fmean(row['to_ceiling'] for row in rows):.1%} on average"
     )
+    again = [row["regrets"] for row in rows if len(row["regrets"]) > 1]
+    freedom = sum(len(regrets) - 1 for regrets in again)
+    if freedom:
+        noise = math.sqrt(sum(statistics.variance(r) * (len(r) - 1) for r in again) / freedom)
+        print(f"noise of one run's regret from seed to seed, of {len(again)} cells: {noise:.1%}")
     for axis in ("server", "rtt_ms", "load", "slo", "draft_tokens_per_s", "best_other"):
         counted = Counter(str(row[axis]) for row in bad)
         if counted:

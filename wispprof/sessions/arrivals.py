@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 __all__ = ["Arrivals"]
@@ -66,26 +67,13 @@ class Arrivals:
         self._recovering = True
         self._last_ms = now_ms
 
-    @property
-    def due_ms(self) -> float | None:
-        """When the next frame is expected; ``None`` while too little is known."""
-        wait = self._wait()
-        return None if wait is None or self._last_ms is None else self._last_ms + wait
-
-    @property
-    def expires_ms(self) -> float | None:
-        """From then on the frame is overdue and ``due_ms`` should not be believed."""
-        wait = self._wait()
-        if wait is None or self._last_ms is None:
-            return None
-        return self._last_ms + _PATIENCE * wait
-
-    @property
-    def due_tail(self) -> tuple[float, ...]:
-        """Expected survival of the next frame's drafts, in order."""
-        if self._length is None:
-            return ()
-        return tuple(self._survival[: max(1, round(self._length))])
-
-    def _wait(self) -> float | None:
-        return self._recover_ms if self._recovering else self._gap_ms
+    def due(self, now_ms: float) -> tuple[float | None, tuple[float, ...], float]:
+        """(when the next frame is expected, survival expected of its drafts in order, until when to
+        believe it); ``(None, (), inf)`` while too little is known, and once the frame is overdue.
+        """
+        wait = self._recover_ms if self._recovering else self._gap_ms
+        last_ms, length = self._last_ms, self._length
+        if wait is None or last_ms is None or now_ms >= last_ms + _PATIENCE * wait:
+            return None, (), math.inf
+        tail = () if length is None else tuple(self._survival[: max(1, round(length))])
+        return last_ms + wait, tail, last_ms + _PATIENCE * wait

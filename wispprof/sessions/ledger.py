@@ -36,6 +36,9 @@ class MergeResult(NamedTuple):
     reason: str = ""
 
 
+_NOTHING_NEW = MergeResult(0)
+
+
 class Committed(NamedTuple):
     """What a step changed. ``tokens`` is empty after a prompt chunk that was not the last.
 
@@ -216,10 +219,11 @@ class ServerSession:
         edge has left before this round must be answered (round mode). Idempotent; never changes
         what will be committed, and never raises on a frame's content.
         """
-        if len(survival) != len(tokens):
-            raise ValueError(f"{len(tokens)} drafts came with {len(survival)} survival values")
+        count = len(tokens)
+        if len(survival) != count:
+            raise ValueError(f"{count} drafts came with {len(survival)} survival values")
         if self.finished:
-            return self._drop("finished", len(tokens))
+            return self._drop("finished", count)
         if epoch != self.epoch or epoch < self._min_epoch:
             if epoch < max(self._min_epoch, self.epoch):
                 return self._drop("epoch", len(tokens))
@@ -229,7 +233,8 @@ class ServerSession:
         if base >= frontier:
             if not self.stream:
                 self._round_arrived(now_ms, slack_ms)
-            if base == frontier + len(self.tail) and len(tokens) <= self.max_tail - len(self.tail):
+            held = len(self.tail)
+            if base == frontier + held and count <= self.max_tail - held:
                 # What nearly every frame is: the next drafts, nothing known of them yet.
                 return self._take(tokens, survival, now_ms, draft_ms)
             overlap = 0
@@ -268,13 +273,17 @@ class ServerSession:
     ) -> MergeResult:
         """Append new drafts; the tail has room for them."""
         taken = len(tokens)
-        if taken:
-            odds = [p if 0.0 <= p <= 1.0 else float(p > 1.0) for p in survival]
-            self.tail += tokens
-            self.tail_survival += odds
-            self.tally.drafted += taken
-            self.arrivals.arrived(now_ms, odds, draft_ms)
-            self._view = None
+        if not taken:
+            return _NOTHING_NEW
+        for chance in survival:
+            if not 0.0 <= chance <= 1.0:
+                survival = [p if 0.0 <= p <= 1.0 else float(p > 1.0) for p in survival]
+                break
+        self.tail += tokens
+        self.tail_survival += survival
+        self.tally.drafted += taken
+        self.arrivals.arrived(now_ms, survival, draft_ms)
+        self._view = None
         return MergeResult(taken)
 
     def _round_arrived(self, now_ms: float, slack_ms: float) -> None:
@@ -316,26 +325,27 @@ class ServerSession:
         return self._view
 
     def _look(self, now_ms: float) -> SessionView:
-        prompt_left = self.prompt_left
-        hopeless_from = self.pace.hopeless_from_ms(self.tokens_left, self.floor_ms)
+        pace, committed, cached = self.pace, len(self.tokens), self.cached
+        prompt_left = committed - cached
+        if prompt_left == 1 and self._started:
+            prompt_left = 0
+        tokens_left = min(self.max_new - self.generated, self.max_context - committed)
+        hopeless_from = pace.hopeless_from_ms(tokens_left, self.floor_ms)
         hopeless = now_ms >= hopeless_from
-        self._view_until_ms = math.inf if hopeless else hopeless_from
+        until_ms = math.inf if hopeless else hopeless_from
         drafting = self.stream and not self.undrafted
-        due_ms = expires_ms = None
+        due_ms, due_tail = None, ()
         if drafting and not prompt_left:
-            due_ms, expires_ms = self.arrivals.due_ms, self.arrivals.expires_ms
-        if expires_ms is not None:
-            if now_ms >= expires_ms:
-                due_ms = None
-            else:
-                self._view_until_ms = min(self._view_until_ms, expires_ms)
+            due_ms, due_tail, expires_ms = self.arrivals.due(now_ms)
+            until_ms = min(until_ms, expires_ms)
+        self._view_until_ms = until_ms
         # The target's own token always comes on top, so the last token needs no draft.
-        useful = 0 if prompt_left else self.tokens_left - 1
+        useful = 0 if prompt_left else tokens_left - 1
         # By place, as everything that is made once a commit: keywords triple what it costs.
         return SessionView(
             self.session,
-            self.slo,
-            self.cached,
+            pace.slo,
+            cached,
             self._waiting_from_ms,
             self.deadline_ms,
             prompt_left,
@@ -343,7 +353,7 @@ class ServerSession:
             self.ready,
             drafting,
             due_ms,
-            self.arrivals.due_tail if due_ms is not None else (),
+            due_tail,
             self.generated,
             hopeless,
         )
@@ -368,11 +378,11 @@ class ServerSession:
             fed = self.tokens[self.cached : self.cached + member.prefill]
             drafts, emit = 0, member.prefill == left
         else:
-            useful = min(len(self.tail), self.tokens_left - 1)
-            if member.prefill or not 0 <= member.drafts <= useful:
+            tail, drafts, emit = self.tail, member.drafts, True
+            useful = min(len(tail), self.tokens_left - 1) if tail else 0
+            if member.prefill or not 0 <= drafts <= useful:
                 raise ValueError(f"{member} does not fit a session with {useful} useful drafts")
-            drafts, emit = member.drafts, True
-            fed = [self.tokens[-1], *self.tail[:drafts]]
+            fed = [self.tokens[-1], *tail[:drafts]] if drafts else self.tokens[-1:]
             self.tally.trimmed += useful - drafts
         self._flight = _Flight(
             len(fed), drafts, emit, self.epoch, self.deadline_ms, self._waiting_from_ms
@@ -396,10 +406,11 @@ class ServerSession:
             raise ValueError(f"{outcome} does not answer a feed with emit={flight.emit}")
         self._flight = None
         self._view = None
-        self.cached += flight.fed - flight.drafts + outcome.accepted
-        queue_ms = max(0.0, self._started_ms - flight.queued_from_ms)
-        if not flight.emit:
-            return Committed(self.session, flight.epoch, self.frontier, (), 0, 0, queue_ms)
+        fed, drafts, emit, epoch, deadline_ms, queued_from_ms = flight
+        self.cached += fed - drafts + outcome.accepted
+        queue_ms = max(0.0, self._started_ms - queued_from_ms)
+        if not emit:
+            return Committed(self.session, epoch, self.frontier, (), 0, 0, queue_ms)
         first = self.pace.first_ms is None
         tokens = self._append(outcome.tokens)
         accepted = min(outcome.accepted, len(tokens))
@@ -408,24 +419,28 @@ class ServerSession:
         self.tally.steps += 1
         self._started = True
         self._waiting_from_ms = now_ms
-        rollback = None
-        if self.cached > self.frontier:
-            rollback = self.cached = self.frontier
+        frontier, rollback = len(self.tokens), None
+        if self.cached > frontier:
+            rollback = self.cached = frontier
         return Committed(
             self.session,
-            flight.epoch,
-            len(self.tokens),
+            epoch,
+            frontier,
             tokens,
             accepted,
-            flight.drafts,
+            drafts,
             queue_ms,
             self.finished,
             rollback,
             first,
-            now_ms - flight.deadline_ms,
+            now_ms - deadline_ms,
         )
 
-    def _append(self, tokens: Sequence[int]) -> tuple[int, ...]:
+    def _append(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        if not self.stop and len(tokens) < self.tokens_left:
+            self.tokens += tokens
+            self.generated += len(tokens)
+            return tokens
         kept: list[int] = []
         for token in tokens:
             kept.append(token)
@@ -443,23 +458,25 @@ class ServerSession:
 
     def _reconcile(self, new: Sequence[int], accepted: int, now_ms: float) -> None:
         """Hold the tail against what was committed: it stays as far as it agrees, or goes."""
+        tally, tail = self.tally, self.tail
         agreed = 0
-        for ours, theirs in zip(new, self.tail, strict=False):
+        for ours, theirs in zip(new, tail, strict=False):
             if ours != theirs:
                 break
             agreed += 1
-        contradicted = agreed < min(len(new), len(self.tail))
-        self.tally.accepted += accepted
+        contradicted = agreed < len(new) and agreed < len(tail)
+        tally.accepted += accepted
         if self._flight_withdrawn:
             # These drafts left the tail while the engine verified them: they were booked as wasted.
-            self.tally.wasted -= accepted
-            self.tally.matched += agreed
+            tally.wasted -= accepted
+            tally.matched += agreed
         else:
-            self.tally.matched += agreed - accepted
-        del self.tail[:agreed]
-        del self.tail_survival[:agreed]
+            tally.matched += agreed - accepted
         if contradicted:
+            del tail[:agreed]
             self._contradicted(now_ms)
+        elif agreed:
+            del tail[:agreed], self.tail_survival[:agreed]
         if self.finished:
             self._clear_tail()
 

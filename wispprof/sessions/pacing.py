@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from wispprof.core import Slo
 from wispprof.policies.api import RoundContext
@@ -63,11 +63,19 @@ class Pacing:
         half a round trip earlier. The last quarter of the period is kept for what nobody knows: jitter,
         and steps that are shorter than usual.
         """
+        return self.holds(rtt_ms)(now_ms)
+
+    def holds(self, rtt_ms: float) -> Callable[[float], bool]:
+        """:meth:`may_hold` of any moment, for as long as this object is told nothing new."""
         if self._server_ms is None:
-            return False
-        period = max(self._server_ms, 1e-3)
-        left_ms = period - (now_ms - self._heard_ms + rtt_ms) % period
-        return self.draft_ms + self._waited_ms <= left_ms - _MARGIN * period
+            return _never
+        period, heard_ms = max(self._server_ms, 1e-3), self._heard_ms
+        needed_ms, kept_ms = self.draft_ms + self._waited_ms, _MARGIN * period
+
+        def hold(now_ms: float) -> bool:
+            return needed_ms <= period - (now_ms - heard_ms + rtt_ms) % period - kept_ms
+
+        return hold
 
     def committed(self, now_ms: float, server_ms: float, tokens: int = 1) -> None:
         """``tokens`` were committed; the server spent ``server_ms`` queueing and verifying."""
@@ -103,6 +111,10 @@ class Pacing:
             expected += product
         since = now_ms if self._since_ms is None else self._since_ms
         return expected * self._slo.tpot_ms - (now_ms - since) - rtt_ms
+
+
+def _never(now_ms: float) -> bool:
+    return False
 
 
 def _blend(old: float | None, new: float) -> float:

@@ -163,13 +163,24 @@ class EdgePath:
 
     def propose(self, token: int, survival: float = 1.0, draft_ms: float = 0.0) -> int:
         """Hold one more draft token; returns its position. Raises ``ValueError`` with no room."""
-        position = self.frontier + len(self._tokens)
-        if len(self._tokens) >= self._most:
+        held = len(self._tokens)
+        if held >= self._most:
             raise ValueError(f"no room for a draft: {self.lead} held beyond {self.frontier}")
-        self._tokens.append(int(token))
-        self._survival.append(float(survival))
-        self._draft_ms.append(float(draft_ms))
-        return position
+        self._tokens.append(token)
+        self._survival.append(survival)
+        self._draft_ms.append(draft_ms)
+        return self.frontier + held
+
+    def hold(self, token: int, survival: float, draft_ms: float) -> tuple[int, int]:
+        """As :meth:`propose`; returns (:attr:`unsent`, :attr:`room`) after it."""
+        held = len(self._tokens) + 1
+        room = self._most - held
+        if room < 0:
+            raise ValueError(f"no room for a draft: {self.lead} held beyond {self.frontier}")
+        self._tokens.append(token)
+        self._survival.append(survival)
+        self._draft_ms.append(draft_ms)
+        return self.frontier + held - self.sent, room
 
     def rate(self, position: int, survival: float) -> None:
         """Replace the survival of the draft held at ``position``: a proactive draft is judged again once
@@ -229,7 +240,7 @@ class EdgePath:
         start = frontier - len(tokens)
         guess = drafted is None or accepted >= drafted
         if start == known and tokens:
-            return self._advance(tuple(map(int, tokens)), accepted, guess)
+            return self._advance(tuple(tokens), accepted, guess)
         if start > known:
             raise ProtocolError(
                 f"A commit starts at position {start}, beyond the known frontier {known}.",
@@ -245,7 +256,7 @@ class EdgePath:
             )
         if frontier <= known:
             return CommitEffect()
-        new = tuple(map(int, tokens[known - start :]))
+        new = tuple(tokens[known - start :])
         return self._advance(new, max(0, accepted - max(0, overlap)), guess)
 
     def drop(self, position: int) -> int | None:
@@ -275,35 +286,42 @@ class EdgePath:
     def _advance(self, new: tuple[int, ...], accepted: int, guess: bool) -> CommitEffect:
         self.waiting = False
         held = self._tokens
-        count, both = len(new), min(len(held), len(new))
+        drafts, count = len(held), len(new)
+        both = drafts if drafts < count else count
         hits = 0
         while hits < both and held[hits] == new[hits]:
             hits += 1
-        self._committed.extend(new)
-        self.frontier += count
+        self._committed += new
+        self.frontier = frontier = self.frontier + count
         self._most = self._may_hold()
         # The target's own token is the last of the commit: a draft there was a guess at it.
-        proactive = guess and len(held) >= count and hits >= count - 1
+        proactive = guess and drafts >= count and hits >= count - 1
+        # By place: an effect is made once a commit, and keywords triple what it costs.
         if hits < both:
             draft_ms = self._draft_ms
-            self._hold(slice(0))
+            self._tokens, self._survival, self._draft_ms = [], [], []
             self._roll_epoch()
             return CommitEffect(
                 new,
-                self.frontier - count + hits,
+                frontier - count + hits,
                 new[hits:],
                 hits,
                 accepted,
-                proactive=proactive,
-                rejected=True,
-                wasted_ms=sum(draft_ms[hits + 1 :]),
-                wasted_tokens=len(held) - hits - 1,
-                dropped_ms=sum(draft_ms[hits:]),
+                0,
+                proactive,
+                False,
+                True,
+                sum(draft_ms[hits + 1 :]),
+                drafts - hits - 1,
+                sum(draft_ms[hits:]),
             )
-        del held[:count], self._survival[:count], self._draft_ms[:count]
-        self.sent = max(self.sent, self.frontier)
-        kept = len(held)
-        return CommitEffect(new, None, new[hits:], hits, accepted, kept, proactive, hits == count)
+        if drafts:
+            del held[:count], self._survival[:count], self._draft_ms[:count]
+        if self.sent < frontier:
+            self.sent = frontier
+        return CommitEffect(
+            new, None, new[hits:], hits, accepted, drafts - both, proactive, hits == count
+        )
 
     def _roll_epoch(self) -> None:
         self.epoch += 1

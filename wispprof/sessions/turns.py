@@ -102,6 +102,37 @@ class Turns:
         """A token was drafted and is held by the path."""
         self._features.append(token.features)
 
+    def streamed(
+        self, token: DraftToken, draft_ms: float, context_of: ContextOf, hold: bool
+    ) -> Outgoing | None:
+        """Stream mode: a token was drafted as the path's next, at a cost of ``draft_ms``. Holds it and
+        answers with what is :meth:`due`. With nothing due the next token may be drafted.
+
+        Equal to ``path.propose``, :meth:`drafted` and :meth:`due`, in one call for a caller that drafts
+        many tokens at once. Raises ``ValueError`` with no room.
+        """
+        path, controller = self._path, self._controller
+        judged, budget, rated = self._judged, self._budget, self._rated
+        held, features = self._features, token.features
+        assert controller is not None
+        # Between the first and the last token of a stretch there is one judgement to make.
+        if budget is None or self._closed or judged >= budget or rated != len(held) or self._stop:
+            path.propose(token.token, 1.0, draft_ms)
+            held.append(features)
+            return self._stream_due(context_of, hold)
+        go_on = controller.go_on(judged, features)
+        unsent, room = path.hold(token.token, controller.survival(), draft_ms)
+        held.append(features)
+        self._judged = judged = judged + 1
+        self._rated = rated + 1
+        if judged >= budget:
+            return self._stream_due(context_of, hold)
+        if not go_on:
+            self._closed = True
+            return path.take()
+        full = unsent >= (self._settings.frame_max if hold else self._group)
+        return path.take() if full or not room else None
+
     def nothing_to_draft(self) -> None:
         """The drafter has nothing to propose until the text goes on."""
         self._silent = True
@@ -167,9 +198,7 @@ class Turns:
         return out
 
     def _stream_due(self, context_of: ContextOf, hold: bool) -> Outgoing | None:
-        path = self._path
-        held = path.lead
-        first = path.frontier
+        held = self._path.lead
         while not self._closed:
             budget = self._budget
             if budget is None:
@@ -182,12 +211,18 @@ class Turns:
                 self._closed = not go_on and self._judged < budget
             else:
                 break
-        unsent = first + held - path.sent
+        return self._group_due(hold)
+
+    def _group_due(self, hold: bool) -> Outgoing | None:
+        """The unsent drafts, where they are enough for a frame or no next one comes."""
+        path = self._path
+        unsent = path.unsent
         if not unsent:
             return None
-        group = self._settings.frame_max if hold else self._group
-        alone = self._closed or self._silent or path.room == 0 or self._ends()  # no next one comes
-        return path.take() if alone or unsent >= group else None
+        if unsent >= (self._settings.frame_max if hold else self._group):
+            return path.take()
+        alone = self._closed or self._silent or path.room == 0 or self._ends()
+        return path.take() if alone else None
 
     def _begin_stretch(self, context: RoundContext) -> None:
         assert self._controller is not None

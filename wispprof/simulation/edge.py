@@ -115,36 +115,39 @@ class Edge:
 
     def on_commit(self, now_ms: float, answer: Answer) -> None:
         """A commit reached the device: its tokens are shown, and drafts held against it."""
-        commit = answer.commit
-        record = self.record
+        commit, verify_ms, load_level = answer
+        record, count = self.record, len(commit.tokens)
         if record.tokens == 0:
             record.first_ms = now_ms
-        record.tokens += len(commit.tokens)
+        record.tokens += count
         record.last_ms = now_ms
-        drafting = self.controller is not None
-        if drafting and self.stream:
-            self.advance(now_ms)
-        elif drafting:
-            self._catch_up(now_ms)
+        controller = self.controller
+        if controller is not None:
+            if not self.stream:
+                self._catch_up(now_ms)
+            elif self.next_ms <= now_ms:
+                self.advance(now_ms)
         effect = self.path.on_commit(
             commit.frontier, commit.tokens, commit.accepted, commit.drafted
         )
-        if drafting:
+        if controller is not None:
             if effect.rollback_to is not None:
                 self.script.rollback(effect.rollback_to)
             if effect.extend:
                 self.script.extend(effect.extend)
-            self._load_level = answer.load_level
-            self._pacing.committed(now_ms, commit.queue_ms + answer.verify_ms, len(commit.tokens))
+            self._load_level = load_level
+            self._pacing.committed(now_ms, commit.queue_ms + verify_ms, count)
             self._turns.committed(effect, commit.drafted)
             self._sim.effect(effect)
         if commit.finished:
             record.done = True
             self.next_ms = math.inf
             self._sim.ended(now_ms, self)
-        elif drafting and self.stream:
+        elif controller is None:
+            pass
+        elif self.stream:
             self._streams(now_ms)
-        elif drafting:
+        else:
             self._round(now_ms)
 
     # --- round mode ---
@@ -186,12 +189,51 @@ class Edge:
 
     def advance(self, until_ms: float) -> None:
         """Work out what it has done up to and with ``until_ms``."""
-        while self.next_ms <= until_ms:
-            now_ms, self.next_ms = self.next_ms, math.inf
-            step, self._running = self._running, None
-            if step is not None:
-                self._absorb(step)
-            self._streams(now_ms)
+        now_ms = self.next_ms
+        if now_ms > until_ms:
+            return
+        # Only the first of its steps can have been overtaken: no commit comes while this runs.
+        self.next_ms = math.inf
+        step, self._running = self._running, None
+        if step is not None:
+            self._absorb(step)
+        self._streams(now_ms)
+        step = self._running
+        if step is not None and step[0] <= until_ms:
+            self._draft_on(step, until_ms)
+
+    def _draft_on(self, step: _Step, until_ms: float) -> None:
+        """Draft step after draft step up to and with ``until_ms``; ``step`` is the first of them."""
+        turns, pacing, device = self._turns, self._pacing, self.device
+        streamed, draft, context = turns.streamed, self.script.draft, self._context
+        counters, rtt_ms = self._sim.counters, self._rtt_ms
+        at_ms, cost_ms, position, epoch = step
+        drafting_ms, steps = counters.drafting_ms, 0
+        usual_ms, hold = pacing.draft_ms, pacing.holds(rtt_ms)
+        even = not device.draft_ms_per_ktoken
+        while at_ms <= until_ms:
+            if cost_ms != usual_ms:  # else it teaches nothing
+                pacing.drafted(cost_ms)
+                usual_ms, hold = pacing.draft_ms, pacing.holds(rtt_ms)
+            out = streamed(draft(), cost_ms, context, hold(at_ms))
+            if out is not None:
+                arrives_ms = self._sim.sent(at_ms, self.link, len(out.tokens))
+                self.outbox.append((arrives_ms, out))
+                if not turns.may_draft():
+                    self._free_ms, self.next_ms = at_ms, math.inf
+                    self._running = None
+                    break
+            position += 1
+            if not even:
+                cost_ms = device.step_ms(position)
+            at_ms += cost_ms
+            steps += 1
+            drafting_ms += cost_ms
+        else:
+            self._free_ms = self.next_ms = at_ms
+            self._running = at_ms, cost_ms, position, epoch
+        counters.drafted += steps
+        counters.drafting_ms = drafting_ms
 
     def _streams(self, now_ms: float) -> None:
         """A step ended, a commit came, or the draft model is ready: send what is due, draft on."""

@@ -102,9 +102,11 @@ class Server:
             if edge.next_ms <= now_ms:
                 edge.advance(now_ms)
             outbox = edge.outbox
-            while outbox and outbox[0][0] <= now_ms:
-                arrived_ms, (epoch, base, tokens, survival, draft_ms) = outbox.popleft()
-                sessions[key].merge(epoch, base, tokens, survival, arrived_ms, math.inf, draft_ms)
+            if outbox and outbox[0][0] <= now_ms:
+                merge = sessions[key].merge
+                while outbox and outbox[0][0] <= now_ms:
+                    arrived_ms, (epoch, base, tokens, survival, draft_ms) = outbox.popleft()
+                    merge(epoch, base, tokens, survival, arrived_ms, math.inf, draft_ms)
 
     def _admit(self, now_ms: float) -> None:
         model = self._model
@@ -189,13 +191,13 @@ class Server:
             session = sessions.get(member.session)
             if session is None or session.in_flight:
                 raise PolicyBroke(f"{self._policy.name} planned {member.session} twice, or unasked")
-            items.append((0, session.cached, member.prefill > 0))
+            cached, chunk = session.cached, member.prefill
             feed = session.feed(member, now_ms)
             new = len(feed.tokens)
-            items[-1] = (new, items[-1][1], items[-1][2])
+            items.append((new, cached, chunk > 0))
             feeds.append(feed)
             rows += new
-            prefill += member.prefill
+            prefill += chunk
         if (
             len(items) > limits.max_items
             or rows > min(limits.max_tokens, limits.kv_free)
@@ -217,51 +219,60 @@ class Server:
         feeds, took_ms, began_ms = ran
         self._collect(now_ms)
         sim, sessions, edges = self._sim, self._sessions, self._edges
-        counters = sim.counters
+        counters, at, level = sim.counters, sim.at, self._level
         # The loop starts the next step before it sends: the engine does not wait for frames to leave.
         leaves_ms = now_ms + self._overhead_ms
         counters.busy_ms += now_ms - max(began_ms, sim.counted_from_ms)
         if self._steps % _LEVEL_EVERY == 1:
-            self._look_at_load()
-        freed = False
+            level = self._look_at_load()
+        over: list[str] = []
+        queue_ms, kv_used = counters.queue_ms, self._kv_used
+        committed = rounds = verified = accepted = down_bytes = 0
         for feed in feeds:
             key = feed.session
             session, edge = sessions[key], edges[key]
             before = session.cached
             commit = session.apply(_decided(feed, session, edge), now_ms)
-            self._kv_used += session.cached - before
-            if not commit.tokens:
+            kv_used += session.cached - before
+            count = len(commit.tokens)
+            if not count:
                 continue
-            counters.committed += len(commit.tokens)
+            committed += count
             if not commit.first:
-                counters.rounds += 1
-                counters.verified += commit.drafted
-                counters.accepted += commit.accepted
-                counters.queue_ms += commit.queue_ms
-            size = COMMIT_BYTES + TOKEN_BYTES * len(commit.tokens)
-            counters.down_bytes += size
-            sim.at(
-                edge.link.down(leaves_ms, size),
-                edge.on_commit,
-                Answer(commit, took_ms, self._level),
-            )
+                rounds += 1
+                verified += commit.drafted
+                accepted += commit.accepted
+                queue_ms += commit.queue_ms
+            size = COMMIT_BYTES + TOKEN_BYTES * count
+            down_bytes += size
+            at(edge.link.down(leaves_ms, size), edge.on_commit, Answer(commit, took_ms, level))
             if commit.finished:
-                self._kv_used -= session.cached
-                self._reserved -= edge.script.prompt_tokens + edge.record.output_tokens
-                del sessions[key], edges[key]
-                self._streaming.pop(key, None)
-                freed = True
-        if freed:
+                kv_used -= session.cached
+                over.append(key)
+        self._kv_used = kv_used
+        counters.committed += committed
+        counters.rounds += rounds
+        counters.verified += verified
+        counters.accepted += accepted
+        counters.queue_ms = queue_ms
+        counters.down_bytes += down_bytes
+        for key in over:
+            edge = edges.pop(key)
+            del sessions[key]
+            self._streaming.pop(key, None)
+            self._reserved -= edge.script.prompt_tokens + edge.record.output_tokens
+        if over:
             self._admit(now_ms)
-        sim.at(leaves_ms, self._free, None)
+        at(leaves_ms, self._free, None)
 
     def _free(self, now_ms: float, _: None) -> None:
         self._busy = False
         self._decide(now_ms)
 
-    def _look_at_load(self) -> None:
+    def _look_at_load(self) -> int:
         cached = [s.cached for s in self._sessions.values() if not s.prompt_left]
         self._level = load_level(stretch(self._estimator, cached), self._level)
+        return self._level
 
     @property
     def kv_used(self) -> int:
