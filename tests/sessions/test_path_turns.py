@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
 
 from wispprof.core import DraftFeatures, DraftToken, Slo
 from wispprof.policies import make_controller
@@ -160,3 +163,62 @@ def test_a_frame_may_be_held_until_the_server_takes_the_next_step() -> None:
     assert pacing.may_hold(1131.0, 10.0)
     pacing.drafted(4.0, waited_ms=200.0)  # other sessions have the device
     assert not pacing.may_hold(1131.0, 10.0)
+
+
+@examples(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(0.0, 1.0), st.booleans()), min_size=1, max_size=40),
+    st.integers(1, 6),
+    st.integers(1, 12),
+    st.integers(1, 4),
+)
+def test_a_streamed_draft_equals_its_three_calls(
+    drafts: list[tuple[float, bool]], budget: int, lead: int, group: int
+) -> None:
+    """What the simulator asks for in one call is what the runtime asks for in three."""
+
+    class Stops:
+        """Goes on while a draft is surer than 0.2; a stretch has at most ``budget`` drafts."""
+
+        name = "stops"
+        _last = 1.0
+
+        def begin(self, context: RoundContext) -> int:
+            return max(0, min(budget, lead - context.lead))
+
+        def go_on(self, depth: int, features: DraftFeatures) -> bool:
+            self._last = features.confidence
+            return features.confidence > 0.2
+
+        def survival(self) -> float:
+            return self._last
+
+        def finish(self, drafted: int, accepted: int) -> None: ...
+
+    def make() -> tuple[EdgePath, Turns]:
+        path = EdgePath([1, 2], stream=True, lead_limit=lead, end=200)
+        path.waiting = False
+        wanted = DraftingSettings(lead=lead, frame_share=group / 10, frame_max=6)
+        turns = Turns(path, Stops(), wanted)
+        assert turns.due(context) is None
+        return path, turns
+
+    (one, fast), (other, plain) = make(), make()
+    for number, (confidence, hold) in enumerate(drafts):
+        token = DraftToken(number, DraftFeatures(confidence, 0.1, 0.1, 0.1))
+        assert fast.may_draft() == plain.may_draft()
+        if not plain.may_draft():
+            # A commit of everything held, and one more.
+            known = [held.token for held in other.drafts]
+            for path, turns in ((one, fast), (other, plain)):
+                effect = path.on_commit(
+                    path.frontier + len(known) + 1, [*known, 999], len(known), len(known)
+                )
+                turns.committed(effect, len(known))
+                assert turns.due(context) is None
+            continue
+        other.propose(token.token, 1.0, 2.5)
+        plain.drafted(token)
+        assert fast.streamed(token, 2.5, context, hold) == plain.due(context, hold)
+        assert one.drafts == other.drafts
+        assert one.sent == other.sent

@@ -24,10 +24,12 @@ __all__ = [
     "BatchRow",
     "BreakEvenRow",
     "CapacityRow",
+    "ChoiceRow",
     "DraftRow",
     "MixRow",
     "Plan",
     "load_plan",
+    "machine_of",
     "save_plan",
 ]
 
@@ -74,7 +76,9 @@ class DraftRow:
     commit; ``step_ms``: of the server's step in it; ``commits``: mean tokens per commit.
     ``price``: tokens the server commits per ms of step at this level: what a ms of it is worth.
     ``feasible``: the slow session keeps ``tokens_per_s``. ``nearest_tokens_per_s``: the fastest
-    promise that this cell could keep with any k.
+    promise that this cell could keep with any k. ``energy_j_per_token``: of drafting;
+    ``dollars_per_mtoken``: of a million committed tokens, 0 where no prices were given;
+    ``energy_by_k`` and ``dollars_by_k`` likewise for k = 0, 1, 2 ….
     """
 
     device: str
@@ -97,12 +101,46 @@ class DraftRow:
     energy_j_per_token: float = 0.0
     by_k: tuple[float, ...] = ()
     slow_by_k: tuple[float, ...] = ()
+    dollars_per_mtoken: float = 0.0
+    energy_by_k: tuple[float, ...] = ()
+    dollars_by_k: tuple[float, ...] = ()
 
     @property
     def cell(self) -> str:
         """The name of the cell: ``device/rtt/load/slo/mode``, as ``plan explain`` takes it."""
         speed = f"{self.tokens_per_s:g}"
         return f"{self.device}/{self.rtt_ms:g}/{self.load_level}/{speed}/{self.mode}"
+
+
+def machine_of(device: str) -> str:
+    """The machine of a device name: what stands before the colon of ``machine:draft``."""
+    return device.partition(":")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceRow:
+    """Which of several drafts a machine should run in one cell: ``device`` is the name of its rows.
+
+    The other figures are those of that device's :class:`DraftRow`, which holds the rest.
+    """
+
+    machine: str
+    rtt_ms: float
+    load_level: int
+    tokens_per_s: float
+    mode: str
+    device: str
+    k: int
+    expected_tokens_per_s: float
+    dollars_per_mtoken: float
+    energy_j_per_token: float
+    feasible: bool
+
+    @property
+    def cell(self) -> str:
+        """The name of the cell: ``machine/rtt/load/slo/mode``."""
+        speed = f"{self.tokens_per_s:g}"
+        return f"{self.machine}/{self.rtt_ms:g}/{self.load_level}/{speed}/{self.mode}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +208,9 @@ class BreakEvenRow:
 class Plan:
     """Everything the runtime obeys. Look-ups round in the safe direction and never fail on range.
 
+    A device is one draft model on one machine. Where a machine may run several, its devices are called
+    ``machine:draft``, and ``choices`` says which is the best by ``objective``.
+
     ``inputs`` maps names to content hashes (estimator, traces, profiles). ``context``: cached tokens
     per session that the plan reckons with. ``notes``: what a reader should know, in sentences.
     """
@@ -179,6 +220,7 @@ class Plan:
     capacity: tuple[CapacityRow, ...] = ()
     break_even: tuple[BreakEvenRow, ...] = ()
     mixes: tuple[MixRow, ...] = ()
+    choices: tuple[ChoiceRow, ...] = ()
     load_bounds: tuple[float, ...] = ()
     context: int = 0
     objective: str = "goodput"
@@ -207,7 +249,8 @@ class Plan:
     ) -> DraftRow:
         """The row for a device: nearest round trip (by ratio), nearest level, the slowest class that
         is at least as fast as ``tokens_per_s`` (else the fastest). An unknown device takes the rows
-        of the one whose draft step is slowest: its lead and its k are the most careful.
+        of the one whose draft step is slowest, of the same machine where there is one: its lead and its
+        k are the most careful.
 
         Raises :class:`PlanError` where the plan has no rows of ``mode``.
         """
@@ -215,7 +258,9 @@ class Plan:
         if not rows:
             raise PlanError(f"The plan has no rows for mode {mode!r}.", "Make it anew.")
         if not any(r.device == device for r in rows):
-            device = max(rows, key=lambda r: r.draft_ms).device
+            machine = machine_of(device)
+            like = [r for r in rows if machine_of(r.device) == machine]
+            device = max(like or rows, key=lambda r: r.draft_ms).device
         rows = [r for r in rows if r.device == device]
         rtt = min({r.rtt_ms for r in rows}, key=lambda v: (abs(_log(v) - _log(rtt_ms)), v))
         level = min({r.load_level for r in rows}, key=lambda v: (abs(v - load_level), v))
@@ -232,8 +277,13 @@ class Plan:
         return next(r for r in self.batch if (r.load_level, r.tokens_per_s) == (level, speed))
 
     def find(self, cell: str) -> DraftRow:
-        """The row named ``device/rtt/load/slo[/mode]``; raises :class:`PlanError` naming some."""
+        """The row named ``device/rtt/load/slo[/mode]``; by a machine's name, the row of the draft that it
+        should run there. Raises :class:`PlanError` naming some."""
         wanted = cell if cell.count("/") == 4 else f"{cell}/stream"
+        for choice in self.choices:
+            if choice.cell == wanted:
+                wanted = wanted.replace(choice.machine, choice.device, 1)
+                break
         for row in self.draft:
             if row.cell == wanted:
                 return row
@@ -261,6 +311,7 @@ def load_plan(path: Path) -> Plan:
             break_even=_rows(BreakEvenRow, payload["break_even"], where),
             # Older plans have none.
             mixes=_rows(MixRow, payload.get("mixes", ()), where),
+            choices=_rows(ChoiceRow, payload.get("choices", ()), where),
             load_bounds=tuple(float(b) for b in payload["load_bounds"]),
             context=int(payload["context"]),
             objective=str(payload["objective"]),
@@ -276,7 +327,7 @@ def load_plan(path: Path) -> Plan:
         ) from fault
 
 
-Row = TypeVar("Row", DraftRow, BatchRow, CapacityRow, MixRow, BreakEvenRow)
+Row = TypeVar("Row", DraftRow, BatchRow, CapacityRow, MixRow, ChoiceRow, BreakEvenRow)
 
 
 def _rows(kind: type[Row], entries: Iterable[dict[str, Any]], where: str) -> tuple[Row, ...]:

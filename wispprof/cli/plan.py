@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from wispprof.cli.common import JsonFlag, emit_json, note, output, result, table, tracker
-
-if TYPE_CHECKING:
-    from wispprof.artifacts.plan import Plan
+from wispprof.cli.common import JsonFlag, emit_json, note, result, table, tracker
+from wispprof.cli.plan_tables import show_plan
 
 __all__ = ["register"]
 
@@ -35,11 +33,19 @@ def make(
     ] = None,
     edge: Annotated[
         list[str] | None,
-        typer.Option("--edge", help="Edge profile, as PROFILE or NAME=PROFILE. Repeatable."),
+        typer.Option(
+            "--edge",
+            help="Edge profile, as PROFILE or NAME=PROFILE. Repeatable. Several drafts of one machine are "
+            "held against each other where they are called MACHINE:DRAFT.",
+        ),
     ] = None,
     device: Annotated[
         list[str] | None,
-        typer.Option("--device", help="A device by speed alone: NAME=TOKENS_PER_S. Repeatable."),
+        typer.Option(
+            "--device",
+            help="A device by speed alone: NAME=TOKENS_PER_S, or with its power drafting: @WATTS. "
+            "Repeatable.",
+        ),
     ] = None,
     trace: Annotated[
         list[str] | None,
@@ -73,8 +79,23 @@ def make(
     ] = 0,
     k_max: Annotated[int, typer.Option("--k-max", min=1, max=32, help="Longest draft.")] = 12,
     objective: Annotated[
-        str, typer.Option("--objective", help="goodput, or energy (least within 5 % of the best).")
+        str,
+        typer.Option(
+            "--objective",
+            help="goodput, cost, energy (least within 5 % of the best speed), or a mix: "
+            "goodput=0.7,cost=0.3.",
+        ),
     ] = "goodput",
+    server_price: Annotated[
+        float, typer.Option("--server-price", min=0.0, help="Dollars an hour of the server.")
+    ] = 0.0,
+    edge_price: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--edge-price",
+            help="Dollars an hour of drafting: DOLLARS, or NAME=DOLLARS for one device. Repeatable.",
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Where the plan is written.")] = Path(
         "plan.json"
     ),
@@ -88,6 +109,7 @@ def make(
     from wispprof.artifacts.plan import load_plan, save_plan
     from wispprof.planning import PlanSettings
     from wispprof.planning.run import class_mix, link_rtt_ms, plan_files
+    from wispprof.planning.run import edge_price as price
 
     default = PlanSettings()
     rtts = tuple(rtt or ()) + tuple(link_rtt_ms(p) for p in link or ())
@@ -99,6 +121,8 @@ def make(
         max_sessions=sessions,
         kv_tokens=kv_tokens,
         objective=objective,
+        server_price=server_price,
+        edge_prices=tuple(map(price, edge_price or ())),
         mixes=tuple(map(class_mix, mix or ())),
     )
     with tracker("plan") as report:
@@ -109,7 +133,7 @@ def make(
     if as_json:
         emit_json(plan)
     else:
-        _show(plan, None, "stream")
+        show_plan(plan, None, "stream")
 
 
 def show(
@@ -125,7 +149,7 @@ def show(
     if as_json:
         emit_json(loaded)
     else:
-        _show(loaded, device, mode)
+        show_plan(loaded, device, mode)
 
 
 def explain_cell(
@@ -189,114 +213,3 @@ def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     return "" if value is None else str(value)
-
-
-def _show(plan: Plan, device: str | None, mode: str) -> None:
-    for name in plan.devices if device is None else (device,):
-        _show_drafts(plan, name, mode)
-        _show_capacity(plan, name, mode)
-    _show_batches(plan)
-    for line in plan.notes:
-        output().print(line, markup=False)
-
-
-def _show_drafts(plan: Plan, device: str, mode: str) -> None:
-    shown = table(
-        f"{device}: draft length ({mode})",
-        ">RTT ms",
-        ">load",
-        ">SLO",
-        ">k",
-        ">stop",
-        ">lead",
-        ">tokens/s",
-        ">undrafted",
-        "feasible",
-        caption="* not feasible: the nearest promise that is",
-    )
-    for row in plan.draft:
-        if row.device != device or row.mode != mode:
-            continue
-        shown.add_row(
-            f"{row.rtt_ms:g}",
-            str(row.load_level),
-            f"{row.tokens_per_s:g}",
-            str(row.k),
-            f"{row.stop:.2f}" if row.k else "",
-            str(row.lead) if row.k else "",
-            f"{row.expected_tokens_per_s:.2f}",
-            f"{row.by_k[0]:.2f}" if row.by_k else "",
-            "yes" if row.feasible else f"* {row.nearest_tokens_per_s:.2f}",
-        )
-    output().print(shown)
-
-
-def _show_capacity(plan: Plan, device: str, mode: str) -> None:
-    shown = table(
-        f"{device}: capacity ({mode})",
-        ">RTT ms",
-        ">SLO",
-        ">centralized",
-        ">split",
-        ">k",
-        "bound by",
-    )
-    for row in plan.capacity:
-        if row.device == device and row.mode == mode:
-            shown.add_row(
-                f"{row.rtt_ms:g}",
-                f"{row.tokens_per_s:g}",
-                str(row.centralized),
-                str(row.split),
-                str(row.k),
-                row.bound_by,
-            )
-    output().print(shown)
-    mixes = [r for r in plan.mixes if r.device == device and r.mode == mode]
-    if not mixes:
-        return
-    shown = table(
-        f"{device}: capacity of class mixes ({mode})",
-        ">RTT ms",
-        "mix",
-        ">centralized",
-        ">split",
-        "k of each",
-        "bound by",
-    )
-    for many in mixes:
-        shown.add_row(
-            f"{many.rtt_ms:g}",
-            many.mix,
-            str(many.centralized),
-            str(many.split),
-            " ".join(f"{k:g}" for k in many.ks),
-            many.bound_by,
-        )
-    output().print(shown)
-
-
-def _show_batches(plan: Plan) -> None:
-    shown = table(
-        "Batching",
-        ">SLO",
-        ">load",
-        ">sessions",
-        ">token budget",
-        ">max items",
-        ">prefill",
-        ">p50 ms",
-        ">bound ms",
-    )
-    for row in plan.batch:
-        shown.add_row(
-            f"{row.tokens_per_s:g}",
-            str(row.load_level),
-            str(row.sessions),
-            str(row.token_budget),
-            str(row.max_items),
-            str(row.prefill_chunk),
-            f"{row.p50_ms:.2f}",
-            f"{row.bound_ms:.2f}",
-        )
-    output().print(shown)

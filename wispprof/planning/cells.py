@@ -9,6 +9,7 @@ from wispprof.artifacts.plan import DraftRow
 from wispprof.planning.acceptance import Runs
 from wispprof.planning.settings import PlanSettings
 from wispprof.planning.timing import Pace, StepTimes, round_pace, stream_pace, undrafted_pace
+from wispprof.planning.worth import Figures, choose
 
 __all__ = ["Curve", "Device", "curve", "draft_row"]
 
@@ -71,18 +72,18 @@ def curve(
 def draft_row(
     cell: Curve, device: Device, load_level: int, tokens_per_s: float, settings: PlanSettings
 ) -> DraftRow:
-    """Choose k: among those that keep the promise the fastest (or the least energy), else the k that
-    comes nearest to it."""
-    fast = [p.tokens_per_s for p in cell.mean]
-    energy = [_energy_j(p, k, cell.draft_ms, device.draft_w) for k, p in enumerate(cell.mean)]
+    """Choose k: among those that keep the promise the best by the objective, else the k that comes
+    nearest to it."""
+    figures = [_figures(p, k, cell.draft_ms, device, settings) for k, p in enumerate(cell.mean)]
     keeping = [k for k, speed in enumerate(cell.slow) if speed >= tokens_per_s]
-    choices = keeping or [max(range(len(fast)), key=lambda k: cell.slow[k])]
-    best = max(choices, key=lambda k: (fast[k], -k))
-    if settings.objective == "energy":
-        near = [k for k in choices if fast[k] >= fast[best] * (1 - settings.energy_slack)]
-        best = min(near, key=lambda k: (energy[k], k))
-    if 0 in choices and fast[best] < fast[0] * settings.min_gain:
-        best = 0
+    best = choose(
+        figures,
+        keeping or [max(range(len(figures)), key=lambda k: cell.slow[k])],
+        settings.weights,
+        energy_slack=settings.energy_slack,
+        lone=0,
+        min_gain=settings.min_gain,
+    )
     pace = cell.mean[best]
     lead = 0
     if best:
@@ -106,9 +107,12 @@ def draft_row(
         price=pace.price,
         feasible=bool(keeping),
         nearest_tokens_per_s=max(cell.slow),
-        energy_j_per_token=energy[best],
-        by_k=tuple(fast),
+        energy_j_per_token=figures[best].energy_j_per_token,
+        by_k=tuple(f.tokens_per_s for f in figures),
         slow_by_k=tuple(cell.slow),
+        dollars_per_mtoken=figures[best].dollars_per_mtoken,
+        energy_by_k=tuple(f.energy_j_per_token for f in figures),
+        dollars_by_k=tuple(f.dollars_per_mtoken for f in figures),
     )
 
 
@@ -127,9 +131,22 @@ def _stop(cell: Curve, k: int) -> float:
     return min(0.95, max(0.02, worth))
 
 
-def _energy_j(pace: Pace, k: int, draft_ms: float, draft_w: float) -> float:
-    """Edge energy per committed token: drafting only."""
-    return draft_w * pace.drafted * draft_ms / 1000.0 if k else 0.0
+_MS_PER_H, _MTOKEN = 3.6e6, 1e6
+
+
+def _figures(
+    pace: Pace, k: int, draft_ms: float, device: Device, settings: PlanSettings
+) -> Figures:
+    """What one draft length gives and takes. Energy: of drafting. Dollars: the server's busy time, shared
+    by what it commits in it, and the edge's drafting time."""
+    drafting_ms = pace.drafted * draft_ms if k else 0.0
+    server_ms = 1.0 / pace.price if pace.price > 0 else 0.0
+    billed = settings.server_price * server_ms + settings.edge_price(device.name) * drafting_ms
+    return Figures(
+        pace.tokens_per_s,
+        billed / _MS_PER_H * _MTOKEN,
+        device.draft_w * drafting_ms / 1000.0,
+    )
 
 
 @dataclass(frozen=True, slots=True)

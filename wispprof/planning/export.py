@@ -57,7 +57,7 @@ def _csv(plan: Plan) -> str:
     writer.writeheader()
     for row in plan.draft:
         values = asdict(row)
-        for name in ("by_k", "slow_by_k"):
+        for name in [name for name in names if name.endswith("by_k")]:
             values[name] = " ".join(f"{v:.4g}" for v in values[name])
         writer.writerow(values)
     return text.getvalue()

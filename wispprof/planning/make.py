@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 
-from wispprof.artifacts.plan import MODES, Plan
+from wispprof.artifacts.plan import MODES, Plan, machine_of
 from wispprof.artifacts.records import AcceptanceTrace
 from wispprof.core import StepEstimator
 from wispprof.errors import PlanError
 from wispprof.planning.acceptance import Runs, runs_of_trace
 from wispprof.planning.cells import Device, curve, draft_row
+from wispprof.planning.drafts import choices
 from wispprof.planning.mix import mix_row
 from wispprof.planning.settings import PlanSettings
 from wispprof.planning.tables import (
@@ -97,6 +98,7 @@ def make_plan(
         batch=tuple(batch),
         capacity=tuple(capacity),
         mixes=tuple(mixes),
+        choices=tuple(choices(draft, settings)),
         break_even=tuple(break_even),
         load_bounds=LOAD_BOUNDS,
         context=settings.context,
@@ -123,6 +125,17 @@ def _checked(devices: Iterable[Device], settings: PlanSettings) -> list[Device]:
             raise PlanError(f"The device name {device.name!r} holds a slash.", "Rename it.")
         if not device.step_ms(settings.context) > 0:
             raise PlanError(f"A draft step on {device.name} takes no time.", "Profile it anew.")
+        if "energy" in settings.weights and not device.draft_w > 0:
+            raise PlanError(
+                f"What drafting takes on {device.name} is not known, so energy cannot be an objective.",
+                "Profile it where power can be read, or give --device NAME=TOKENS_PER_S@WATTS.",
+            )
+    for name in (name for name, _ in settings.edge_prices if name):
+        if not any(name in (device, machine_of(device)) for device in names):
+            raise PlanError(
+                f"A price is given for {name!r}, which is no device of this plan.",
+                f"It has {', '.join(names)}.",
+            )
     return fleet
 
 

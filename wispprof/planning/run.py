@@ -14,7 +14,7 @@ from wispprof.planning.cells import Device
 from wispprof.planning.make import make_plan
 from wispprof.planning.settings import Mix, PlanSettings
 
-__all__ = ["SpeedDevice", "class_mix", "link_rtt_ms", "plan_files"]
+__all__ = ["SpeedDevice", "class_mix", "edge_price", "link_rtt_ms", "plan_files"]
 
 Report = Callable[[int, int, str], None]
 
@@ -41,7 +41,7 @@ def plan_files(
 ) -> Plan:
     """Read and check everything, and make the plan.
 
-    ``edges``: ``[NAME=]PROFILE``; ``speeds``: ``NAME=TOKENS_PER_S``; ``traces``: ``TRACE`` for all
+    ``edges``: ``[NAME=]PROFILE``; ``speeds``: ``NAME=TOKENS_PER_S[@WATTS]``; ``traces``: ``TRACE`` for all
     devices or ``NAME=TRACE`` for one. Raises :class:`PlanError` where they do not belong together.
     """
     from wispprof.fitting.estimator import load_estimator
@@ -66,8 +66,8 @@ def plan_files(
             notes += _check_pair(name, profile.manifest.model.tokenizer_hash, trace)
         devices.append(DeviceProfile.from_rows(name, profile.rows))
     for entry in speeds:
-        name, speed = _speed(entry)
-        devices.append(SpeedDevice(name, speed))
+        name, speed, watts = _speed(entry)
+        devices.append(SpeedDevice(name, speed, watts))
         notes.append(f"{name} is known by its drafting speed alone, {speed:g} tokens/s.")
     if shared is None and not named:
         raise PlanError("A plan needs an acceptance trace.", "Give --trace.")
@@ -144,12 +144,27 @@ def _split(entry: str) -> tuple[str, Path]:
     return (name, Path(path)) if found else ("", Path(entry))
 
 
-def _speed(entry: str) -> tuple[str, float]:
-    name, found, value = entry.partition("=")
+def edge_price(entry: str) -> tuple[str, float]:
+    """``[NAME=]DOLLARS`` an hour as (name, price); raises :class:`PlanError`."""
+    name, _, value = entry.rpartition("=")
     try:
-        speed = float(value)
+        return name, float(value)
     except ValueError:
-        speed = 0.0
-    if not found or not name or speed <= 0:
-        raise PlanError(f"{entry!r} is not NAME=TOKENS_PER_S.", "For example: --device rpi5=14.4.")
-    return name, speed
+        raise PlanError(
+            f"{entry!r} is no price.", "For example: --edge-price 0.35, or laptop=0.35."
+        ) from None
+
+
+def _speed(entry: str) -> tuple[str, float, float]:
+    name, found, value = entry.partition("=")
+    value, measured, power = value.partition("@")
+    try:
+        speed, watts = float(value), float(power) if measured else 0.0
+    except ValueError:
+        speed = watts = 0.0
+    if not found or not name or speed <= 0 or watts < 0 or (measured and not watts):
+        raise PlanError(
+            f"{entry!r} is not NAME=TOKENS_PER_S or NAME=TOKENS_PER_S@WATTS.",
+            "For example: --device rpi5=14.4@8.3.",
+        )
+    return name, speed, watts

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from wispprof.artifacts.plan import machine_of
 from wispprof.errors import PlanError
+from wispprof.planning.worth import weights_of
 
 __all__ = ["Mix", "PlanSettings"]
 
@@ -20,9 +22,12 @@ class PlanSettings:
 
     ``violations``: share of sessions that may miss their promise. ``min_gain``: drafting must beat
     not drafting by this factor, or the cell says k = 0 (drafting costs energy, and ties flap).
-    ``objective``: ``goodput``, or ``energy``: the least energy per token among the k whose speed is
-    within ``energy_slack`` of the best. ``mixes``: class mixes whose capacity is wanted beside that of
-    each class alone; without any, all classes in equal shares.
+    ``objective``: ``goodput``, ``cost``, ``energy`` (the least among the k whose speed is within
+    ``energy_slack`` of the best), or a mix, see :mod:`wispprof.planning.worth`. ``server_price``:
+    dollars an hour of the server, of which a session is billed its share of busy time;
+    ``edge_prices``: (device, dollars an hour of drafting), ``""`` for every device that has none of its
+    own. ``mixes``: class mixes whose capacity is wanted beside that of each class alone; without any,
+    all classes in equal shares.
     """
 
     rtts_ms: tuple[float, ...] = (5.0, 20.0, 50.0, 100.0)
@@ -37,6 +42,8 @@ class PlanSettings:
     min_gain: float = 1.02
     objective: str = "goodput"
     energy_slack: float = 0.05
+    server_price: float = 0.0
+    edge_prices: tuple[tuple[str, float], ...] = ()
     mixes: tuple[Mix, ...] = ()
 
     def __post_init__(self) -> None:
@@ -54,10 +61,23 @@ class PlanSettings:
             raise PlanError(
                 "k_max and max_sessions must be at least 1, context at least 0.", "Correct them."
             )
-        if self.objective not in ("goodput", "energy"):
+        if not min((self.server_price, *(price for _, price in self.edge_prices))) >= 0:
+            raise PlanError("A price must not be negative.", "Correct it.")
+        if "cost" in self.weights and not self.server_price > 0:
             raise PlanError(
-                f"There is no objective {self.objective!r}.", "Choose goodput or energy."
+                "What a token costs needs the price of the server.",
+                "Give --server-price in dollars an hour (and --edge-price, if drafting costs you).",
             )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The objective as weights that sum to one."""
+        return weights_of(self.objective)
+
+    def edge_price(self, device: str) -> float:
+        """Dollars an hour of drafting on a device."""
+        prices = dict(self.edge_prices)
+        return prices.get(device, prices.get(machine_of(device), prices.get("", 0.0)))
 
     @property
     def mixes_or_equal(self) -> tuple[Mix, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import NamedTuple
 
-from wispprof.artifacts.plan import DraftRow, Plan
+from wispprof.artifacts.plan import DraftRow, Plan, machine_of
+from wispprof.planning.drafts import front
 
 __all__ = ["Change", "compare", "explain"]
 
@@ -23,24 +24,77 @@ def explain(plan: Plan, cell: str) -> list[str]:
     """Sentences with the numbers a cell was chosen by."""
     row = plan.find(cell)
     load = next((b for b in plan.batch if b.load_level == row.load_level), None)
-    sessions = f"{load.sessions} sessions" if load is not None else "its sessions"
+    sessions = "its sessions"
+    if load is not None:
+        sessions = f"{load.sessions} session{'s' if load.sessions != 1 else ''}"
     undrafted = row.by_k[0] if row.by_k else 0.0
     lines = [
         f"{row.device}, {row.rtt_ms:g} ms round trip, load level {row.load_level} ({sessions} of "
         f"{plan.context} cached tokens), promise {row.tokens_per_s:g} tokens/s, {row.mode} mode.",
         f"One draft token takes {row.draft_ms:.3g} ms there; the server's step {row.step_ms:.3g} ms.",
     ]
-    lines += _choice(row, undrafted)
+    lines += _choice(row, undrafted, plan.objective)
     lines.append(_promise(row))
     if row.k:
         lines.append(_stop(row))
     lines += _capacity(plan, row)
     if row.energy_j_per_token:
         lines.append(f"Drafting takes {row.energy_j_per_token:.3g} J per committed token.")
+    if row.dollars_per_mtoken:
+        lines.append(
+            f"A million tokens cost {_money(row.dollars_per_mtoken)} of server and edge time"
+            + (f", undrafted {_money(row.dollars_by_k[0])}." if row.k else ".")
+        )
+    return lines + _drafts(plan, row)
+
+
+def _money(dollars: float) -> str:
+    return f"${dollars:.3g}"
+
+
+def _drafts(plan: Plan, row: DraftRow) -> list[str]:
+    """Which draft the machine should run there, and what the others would give."""
+    choice = next(
+        (
+            c
+            for c in plan.choices
+            if (c.machine, c.rtt_ms, c.load_level, c.tokens_per_s, c.mode)
+            == (
+                machine_of(row.device),
+                row.rtt_ms,
+                row.load_level,
+                row.tokens_per_s,
+                row.mode,
+            )
+        ),
+        None,
+    )
+    if choice is None:
+        return []
+    options, best = front(
+        plan, choice.machine, row.rtt_ms, row.load_level, row.tokens_per_s, row.mode
+    )
+    lines = [f"Of the drafts of {choice.machine}, {choice.device} is best by {plan.objective}."]
+    if choice.feasible and not choice.k:
+        lines[0] = f"No draft of {choice.machine} pays there."
+    elif not choice.feasible:
+        lines[0] = (
+            f"No draft of {choice.machine} keeps the promise; {choice.device} comes nearest to it."
+        )
+    lines.append("Beaten in nothing by any other choice (the Pareto front):")
+    for place in best:
+        option = options[place]
+        figures = option.figures
+        told = f"  {option.device}, k = {option.k}: {figures.tokens_per_s:.3g} tokens/s"
+        if figures.dollars_per_mtoken:
+            told += f", {_money(figures.dollars_per_mtoken)} per million tokens"
+        if any(o.figures.energy_j_per_token for o in options):
+            told += f", {figures.energy_j_per_token:.3g} J per token"
+        lines.append(told + ("" if option.keeps else " (breaks the promise)"))
     return lines
 
 
-def _choice(row: DraftRow, undrafted: float) -> list[str]:
+def _choice(row: DraftRow, undrafted: float, objective: str) -> list[str]:
     drafted = max(range(1, len(row.by_k)), key=lambda k: row.by_k[k], default=0)
     best = row.by_k[drafted] if drafted else 0.0
     if row.k == 0:
@@ -55,7 +109,10 @@ def _choice(row: DraftRow, undrafted: float) -> list[str]:
         f"{row.round_ms:.3g} ms."
     ]
     if drafted != row.k:
-        lines.append(f"k = {drafted} would be faster on average ({best:.3g}), but see the promise.")
+        why = (
+            "but see the promise" if objective == "goodput" else f"but the objective is {objective}"
+        )
+        lines.append(f"k = {drafted} would be faster on average ({best:.3g}), {why}.")
     return lines
 
 
@@ -102,7 +159,7 @@ def compare(before: Plan, after: Plan, tolerance: float = 0.01) -> list[Change]:
     old, new = {r.cell: r for r in before.draft}, {r.cell: r for r in after.draft}
     changes = [Change(c, "cell", None, "new") for c in new if c not in old]
     changes += [Change(c, "cell", "gone", None) for c in old if c not in new]
-    names = [f.name for f in fields(DraftRow) if f.name not in ("by_k", "slow_by_k")]
+    names = [f.name for f in fields(DraftRow) if not f.name.endswith("by_k")]
     for cell, row in new.items():
         if cell not in old:
             continue

@@ -334,7 +334,8 @@ class ServerSession:
         hopeless = now_ms >= hopeless_from
         until_ms = math.inf if hopeless else hopeless_from
         drafting = self.stream and not self.undrafted
-        due_ms, due_tail = None, ()
+        due_ms: float | None = None
+        due_tail: tuple[float, ...] = ()
         if drafting and not prompt_left:
             due_ms, due_tail, expires_ms = self.arrivals.due(now_ms)
             until_ms = min(until_ms, expires_ms)

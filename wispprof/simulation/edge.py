@@ -197,10 +197,9 @@ class Edge:
         step, self._running = self._running, None
         if step is not None:
             self._absorb(step)
-        self._streams(now_ms)
-        step = self._running
-        if step is not None and step[0] <= until_ms:
-            self._draft_on(step, until_ms)
+        begun = self._streams(now_ms)
+        if begun is not None and begun[0] <= until_ms:
+            self._draft_on(begun, until_ms)
 
     def _draft_on(self, step: _Step, until_ms: float) -> None:
         """Draft step after draft step up to and with ``until_ms``; ``step`` is the first of them."""
@@ -235,8 +234,9 @@ class Edge:
         counters.drafted += steps
         counters.drafting_ms = drafting_ms
 
-    def _streams(self, now_ms: float) -> None:
-        """A step ended, a commit came, or the draft model is ready: send what is due, draft on."""
+    def _streams(self, now_ms: float) -> _Step | None:
+        """A step ended, a commit came, or the draft model is ready: send what is due, draft on. Returns the
+        step that runs now."""
         turns = self._turns
         out = turns.due(self._context, self._pacing.may_hold(now_ms, self._rtt_ms))
         if out is not None:
@@ -245,6 +245,7 @@ class Edge:
         if self._running is None and now_ms >= self._free_ms and turns.may_draft():
             self._running = step = self._begin_step(now_ms)
             self.next_ms = step[0]
+        return self._running
 
     # --- both ---
 
