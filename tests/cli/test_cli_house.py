@@ -18,7 +18,7 @@ from wispprof.cli.catalogue import CATALOGUE
 from wispprof.errors import ArtifactMissing
 
 RUNNER = CliRunner()
-NO_COMMANDS = {"__init__", "catalogue", "common", "overview", "profiling"}
+NO_COMMANDS = {"plan_tables", "__init__", "catalogue", "common", "overview", "profiling"}
 HEAVY = ("torch", "transformers", "fastapi", "sklearn", "pandas", "matplotlib", "lightgbm")
 
 
