@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import typer
 
 from wispprof.cli import app
+from wispprof.errors import WispprofError
+from wispprof.runtime.bench import device_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -57,6 +60,21 @@ def test_commands_in_the_pages_parse(page: Path) -> None:
             parse(line)
         except USAGE_ERRORS as fault:
             pytest.fail(f"{page.name}: {line}: {fault}")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "cli.md"], ids=lambda p: p.name)
+def test_devices_in_the_pages_are_known(page: Path) -> None:
+    for line in commands_in(page):
+        words = shlex.split(line)
+        if words[1] == "bench":
+            for option, value in pairwise(words):
+                if option == "--device":
+                    assert device_of(value).draft_ms > 0
+
+
+def test_negative_control_an_unknown_device_is_refused() -> None:
+    with pytest.raises(WispprofError, match="rpi-5"):
+        device_of("rpi5")
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ def device_of(text: str) -> DeviceProfile:
         except (ArtifactMissing, ValueError) as fault:
             raise WispprofError(
                 f"There is no device {text!r}.",
-                f"Choose one of {', '.join(DEVICES)}, a number of ms, or an edge profile's file.",
+                f"Choose one of {', '.join(DEVICES)}, a number of ms, or an edge profile: its file, "
+                "or a shipped one such as rpi-5.",
             ) from fault
     from wispprof.artifacts import load_profile
     from wispprof.artifacts.records import EdgeRow

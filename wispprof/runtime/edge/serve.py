@@ -27,7 +27,7 @@ from wispprof.runtime.openai_shapes import (
     event,
     usage,
 )
-from wispprof.runtime.server.run import bind
+from wispprof.runtime.server.run import bind, keep_loaded
 
 __all__ = ["make_edge_app", "serve_edge"]
 
@@ -46,6 +46,7 @@ async def serve_edge(
             config = uvicorn.Config(
                 make_edge_app(house), log_config=None, access_log=False, lifespan="off"
             )
+            keep_loaded()
             shown = f"[{host}]" if ":" in host else host
             announce(house, f"http://{shown}:{listener.getsockname()[1]}")
             await uvicorn.Server(config).serve(sockets=[listener])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -24,7 +25,7 @@ from wispprof.runtime.server.server import VerificationServer
 from wispprof.runtime.server.settings import ServerSettings
 from wispprof.runtime.server.watch import watch
 
-__all__ = ["RunningServer", "bind", "running_server", "serve"]
+__all__ = ["RunningServer", "bind", "keep_loaded", "running_server", "serve"]
 
 log = logging.getLogger("wispprof.server")
 
@@ -153,6 +154,16 @@ async def running_server(
         listener.close()
 
 
+def keep_loaded() -> None:
+    """Leave what is loaded out of garbage collection, for a process that is about to serve.
+
+    Models and libraries are half a million objects that stay to the end; each full collection would go
+    through them all, and nothing else runs meanwhile.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def serve(
     settings: ServerSettings,
     announce: Callable[[VerificationServer, int], None],
@@ -201,6 +212,7 @@ async def _serve(
         while not front.started and not task.done():
             await asyncio.sleep(0.01)
         if not task.done():
+            keep_loaded()
             announce(server, listener.getsockname()[1])
             if settings.live:
                 board = asyncio.create_task(watch(server), name="live board")
