@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from wispprof.artifacts import write_document
-from wispprof.core import Sampling
 from wispprof.demo.measure import Measured, Stage, first_token_ms, promises
 from wispprof.demo.settings import DemoSettings
 from wispprof.errors import EngineError
@@ -85,9 +84,7 @@ async def answer(
             plan_device=measured.device.name,
         )
         async with open_edge(edge) as house:
-            ask = Prompt(
-                house.encode(settings.prompt), settings.answer_tokens, Sampling(seed=settings.seed)
-            )
+            ask = Prompt(house.encode(settings.prompt), settings.answer_tokens, settings.answer)
             reply = house.reply(ask)
             commits: list[list[int]] = []
             done = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from wispprof.core import Sampling
 from wispprof.profiling.grids import Axes
 from wispprof.profiling.shots import SweepSettings
 
@@ -23,13 +24,15 @@ class DemoSettings:
     ``path_tokens`` make the trace, drafted ``depth`` deep. ``devices`` replay edges make ``requests``
     each; ``shares``: the promises of their classes, as shares of the speed that the estimator expects
     of the server alone under this many sessions. ``rtt_ms``: emulated link. ``systems``: what is
-    compared.
+    compared. ``answer``: how the one answer that is shown is sampled, for small models repeat themselves
+    when greedy; everything else is greedy.
     """
 
     out: Path = Path("out/demo")
     pair: Path | None = None
     prompt: str = PROMPT
     answer_tokens: int = 96
+    answer: Sampling = Sampling(temperature=0.8, top_p=0.9)
     axes: Axes = field(
         default_factory=lambda: Axes(
             items=(1, 2, 4, 8, 16),
