@@ -32,7 +32,7 @@ class DemoSettings:
     pair: Path | None = None
     prompt: str = PROMPT
     answer_tokens: int = 96
-    answer: Sampling = Sampling(temperature=0.8, top_p=0.9)
+    answer: Sampling = field(default_factory=lambda: Sampling(temperature=0.8, top_p=0.9))
     axes: Axes = field(
         default_factory=lambda: Axes(
             items=(1, 2, 4, 8, 16),
