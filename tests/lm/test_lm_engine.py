@@ -195,6 +195,29 @@ def test_fork_shares_nothing_afterwards(llama: LoadedModel, backend: str) -> Non
     engine.check_integrity()
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_memory_of_sessions_that_ended_is_kept_where_asked_and_text_is_the_same(
+    llama: LoadedModel, keep: bool
+) -> None:
+    engine = VerifierEngine(
+        llama, kv_tokens=4000, max_sessions=16, backend="slots", keep_memory=keep
+    )
+    text = tokens(40, 3)
+    store = engine._store
+    held = []
+    for _ in range(2):
+        names = [f"s{i}" for i in range(12)]
+        for name in names:
+            engine.open(name)
+        outcomes = engine.step([Feed(name, text) for name in names])
+        assert {o.tokens for o in outcomes} == {tuple(greedy(llama, text, 1))}
+        engine.check_integrity()
+        for name in names:
+            engine.close(name)
+        held.append(max(pool.rows for pool in store._pools))  # type: ignore[attr-defined]
+    assert (min(held) >= 12) == keep
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_failed_step_changes_nothing(
     llama: LoadedModel, backend: str, monkeypatch: pytest.MonkeyPatch

@@ -80,9 +80,9 @@ class VerifierEngine:
 
     ``backend``: ``slots`` (dense), ``paged``, or ``auto`` (paged on CUDA, slots elsewhere).
     ``attention`` chooses among :data:`~wispprof.lm.paged.ATTENTIONS` of the paged backend. ``graphs``:
-    capture verify steps as CUDA graphs (paged on CUDA, one rank). Not thread-safe: one thread owns an
-    engine. Lengths and limits count cached tokens; a session's pending token (the last one emitted) is
-    not cached until it is fed.
+    capture verify steps as CUDA graphs (paged on CUDA, one rank). ``keep_memory``: slots that stand empty
+    are not given back. Not thread-safe: one thread owns an engine. Lengths and limits count cached tokens;
+    a session's pending token (the last one emitted) is not cached until it is fed.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class VerifierEngine:
         max_context: int | None = None,
         graphs: bool = True,
         attention: str = "auto",
+        keep_memory: bool = False,
     ) -> None:
         if kv_tokens < 1 or max_sessions < 1:
             raise EngineError("An engine needs kv_tokens >= 1 and max_sessions >= 1.")
@@ -119,7 +120,7 @@ class VerifierEngine:
             max_context=self.max_context,
         )
         self.backend = _pick_backend(backend, self._device)
-        self._store = self._make_store(attention)
+        self._store = self._make_store(attention, keep_memory)
         self._graphs: StepGraphs | None = None
         # Over several ranks the sums would lie inside the graphs, which nobody here has measured.
         captured = graphs and self._device.type == "cuda" and not loaded.ranks
@@ -432,10 +433,10 @@ class VerifierEngine:
 
     # --- inside --------------------------------------------------------------------------------
 
-    def _make_store(self, attention: str) -> KvStore:
+    def _make_store(self, attention: str, keep_memory: bool) -> KvStore:
         common = (self._geometry, self._decoder.scale, self._dtype, self._device)
         if self.backend == "slots":
-            return SlotStore(*common)
+            return SlotStore(*common, keep=keep_memory)
         try:
             return PagedStore(*common, self.kv_tokens, self.max_sessions, attention=attention)
         except torch.OutOfMemoryError as fault:

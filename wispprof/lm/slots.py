@@ -145,7 +145,11 @@ class SlotStore:
         dtype: torch.dtype,
         device: torch.device,
         base_capacity: int = 256,
+        keep: bool = False,
     ) -> None:
+        """``keep``: hold on to memory that stands empty, so that sessions come and go without it being
+        zeroed and copied anew."""
+        self._keep = keep
         self._geometry = geometry
         self._scale = scale
         self._dtype = dtype
@@ -177,7 +181,8 @@ class SlotStore:
     def remove(self, handle: int) -> None:
         if (number := int(self._pool_of[handle])) >= 0:
             self._vacate(handle)
-            self._pools[number].shrink()
+            if not self._keep:
+                self._pools[number].shrink()
         self._live.discard(handle)
         self._free.append(handle)
 
@@ -196,7 +201,7 @@ class SlotStore:
             ) from fault
         for i in move:
             self._move(int(handles[i]), int(wanted[i]), int(cached[i]))
-        for left in self._pools:
+        for left in () if self._keep else self._pools:
             left.shrink()
 
     def _move(self, handle: int, number: int, length: int) -> None:
