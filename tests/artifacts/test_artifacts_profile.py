@@ -223,6 +223,10 @@ def test_visits_must_account_for_every_sample():
     )
     row = replace(row, set_aside_ms=(9.0,))
     assert decode_row(encode_row(row), "server", "here") == row
+    aside = replace(row, aside_visits=((4, 1),))
+    assert decode_row(encode_row(aside), "server", "here") == aside
+    with pytest.raises(ArtifactDamaged, match="'aside_visits' gives"):
+        decode_row(encode_row(replace(row, aside_visits=((4, 2),))), "server", "here")
     for visits in (((0, 1), (7, 1)), ((0, 3), (7, 0)), ((0, 4),)):
         with pytest.raises(ArtifactDamaged, match="'visits' gives"):
             decode_row(encode_row(replace(row, visits=visits)), "server", "here")

@@ -144,6 +144,29 @@ def test_false_findings_are_bounded_not_each_test():
     assert discoveries([]) == []
 
 
+def test_merged_sweeps_follow_each_other_in_the_order_of_measurement():
+    """Orders of two sweeps would otherwise say that their visits were made at once."""
+
+    def look(order, key="s"):
+        return StepRow(key, "sentinel", BatchShape.uniform(4, 5, 64), (1.0,) * 3, order=order)
+
+    def row(key, order):
+        visits = ((order, 1), (order + 4, 2))
+        shape = BatchShape.uniform(1, 1, order + 1)
+        return StepRow(key, "verify", shape, (1.0,) * 3, order=order, visits=visits)
+
+    manifest = server_profile(1).manifest
+    late = replace(row("b", 3), set_aside_ms=(2.0,), aside_visits=((9, 1),))
+    one = make_profile(manifest, [look(0), row("a", 1), look(6)])
+    two = make_profile(manifest, [look(0), late, look(10)])
+    merged = merge_profiles([one, two])
+    assert [r.order for r in merged.rows] == [0, 1, 6, 7, 10, 17]
+    moved = next(r for r in merged.rows if r.key == "b")
+    assert (moved.visits, moved.aside_visits) == (((10, 1), (14, 2)), ((16, 1),))
+    strangers = make_profile(manifest, [look(0, "other"), late, look(10, "other")])
+    assert not any(r.kind == "sentinel" for r in merge_profiles([one, strangers]).rows)
+
+
 def test_merging_keeps_the_cleaner_row():
     one, two = server_profile(1, count=6), server_profile(2, count=6, first=3)
     dirty = make_profile(one.manifest, [replace(row, flags=("drift",)) for row in one.rows])

@@ -6,7 +6,16 @@ import pytest
 
 from wispprof.errors import ArtifactMissing, ProfileError
 from wispprof.profiling.drafting import EDGE_GRIDS, load_edge_axes
-from wispprof.profiling.grids import GRIDS, Axes, Capacity, load_axes, parse_range, server_shots
+from wispprof.profiling.grids import (
+    GRIDS,
+    Axes,
+    Capacity,
+    fullest,
+    load_axes,
+    parse_range,
+    server_shots,
+    wanted,
+)
 
 ROOMY = Capacity(1 << 22, 256, 1 << 16)
 
@@ -59,6 +68,27 @@ def test_rows_near_the_memory_limit():
     capacity = Capacity(40_000, 64, 4096)
     fullest = max(s.subject.cached_tokens for s in server_shots(GRIDS["standard"], capacity))
     assert fullest > 0.9 * capacity.kv_tokens
+
+
+@pytest.mark.parametrize("context", [48, 2048])
+def test_contexts_beyond_the_model_are_measured_at_its_very_end(context):
+    capacity = Capacity(1 << 22, 256, context)
+    shapes = [s.subject for s in server_shots(GRIDS["full"], capacity) if s.kind == "verify"]
+    ends = {i.new for s in shapes for i in s.items if i.cached + i.new == context}
+    assert ends == set(GRIDS["full"].new)
+
+
+@pytest.mark.parametrize("name", list(GRIDS))
+@pytest.mark.parametrize("context", [300, 2048, 1 << 16])
+def test_what_a_grid_wants_is_the_most_it_can_use(name, context):
+    axes = GRIDS[name]
+    most = wanted(axes, context)
+    endless = server_shots(axes, Capacity(1 << 40, 1 << 20, context))
+    if not axes.full_share:
+        assert all(most.holds(shot.subject) for shot in endless)
+    held = server_shots(axes, Capacity(most.kv_tokens, most.sessions, context))
+    longest = max(i.cached + i.new for s in held for i in s.subject.items)
+    assert longest <= max(most.context, min(context, fullest(axes, most.kv_tokens)))
 
 
 def test_axes_from_toml(tmp_path):

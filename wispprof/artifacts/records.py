@@ -27,7 +27,8 @@ class StepRow:
     ``source``: ``measured``, or ``published`` with ``citation``.
     ``visits``: of each visit of the sweep to this shape, in turn, its place in the order of measurement
     and how many of ``samples_ms`` it gave; empty for a single visit. ``set_aside_ms``: samples taken
-    beside a sentinel that was off, where enough others remained to do without them.
+    beside a sentinel that was off, where enough others remained to do without them; ``aside_visits``:
+    their visits.
     """
 
     key: str
@@ -41,6 +42,7 @@ class StepRow:
     citation: str = ""
     visits: tuple[tuple[int, int], ...] = ()
     set_aside_ms: tuple[float, ...] = ()
+    aside_visits: tuple[tuple[int, int], ...] = ()
 
     @property
     def median_ms(self) -> float:
@@ -55,8 +57,8 @@ class EdgeRow:
     where ``tokens`` must be read first, as after a round of which everything was accepted), ``forward``
     (the bare forward of a step), ``prefill`` (``tokens`` at once over ``context``), ``controller``
     (deciding once), ``burst`` and ``sustained`` (a drafted token within a short and a long window),
-    ``energy`` (``energy_j`` per drafted token; ``None`` where there is no sensor). ``visits`` and
-    ``set_aside_ms`` as in :class:`StepRow`.
+    ``energy`` (``energy_j`` per drafted token; ``None`` where there is no sensor). ``visits``,
+    ``set_aside_ms`` and ``aside_visits`` as in :class:`StepRow`.
     """
 
     key: str
@@ -72,6 +74,7 @@ class EdgeRow:
     citation: str = ""
     visits: tuple[tuple[int, int], ...] = ()
     set_aside_ms: tuple[float, ...] = ()
+    aside_visits: tuple[tuple[int, int], ...] = ()
 
     @property
     def median_ms(self) -> float:

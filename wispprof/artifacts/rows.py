@@ -56,6 +56,8 @@ def encode_row(row: Row) -> bytes:
             body["visits"] = row.visits
         if row.set_aside_ms:
             body["set_aside_ms"] = row.set_aside_ms
+        if row.aside_visits:
+            body["aside_visits"] = row.aside_visits
     if row.flags:
         body["flags"] = row.flags
     if row.source != "measured":
@@ -113,9 +115,10 @@ def decode_row(line: bytes, profile: str, where: str) -> Row:
         if common["source"] != "measured" and not common["citation"]:
             raise ValueError(f"a {common['source']} row needs its citation")
         if profile != "link":
-            common["visits"] = _visits(body.get("visits"), len(common["samples_ms"]))
             aside = body.get("set_aside_ms")
             common["set_aside_ms"] = () if aside is None else _samples(aside, "set_aside_ms")
+            for visits, samples in (("visits", "samples_ms"), ("aside_visits", "set_aside_ms")):
+                common[visits] = _visits(body.get(visits), len(common[samples]), visits)
         if profile == "server":
             _known(kind, STEP_KINDS)
             return StepRow(
@@ -184,15 +187,15 @@ def _samples(values: object, name: str = "ms") -> tuple[float, ...]:
     return tuple(_number(value) for value in values)
 
 
-def _visits(values: object, samples: int) -> tuple[tuple[int, int], ...]:
+def _visits(values: object, samples: int, name: str) -> tuple[tuple[int, int], ...]:
     if values is None:
         return ()
     if not isinstance(values, list) or not all(isinstance(v, list) and len(v) == 2 for v in values):
-        raise ValueError("an entry of 'visits' is not [order, samples]")
+        raise ValueError(f"an entry of {name!r} is not [order, samples]")
     visits = tuple((_count(order), _count(count)) for order, count in values)
     counts = [count for _, count in visits]
     if sum(counts) != samples or 0 in counts:
-        raise ValueError(f"'visits' gives {sum(counts)} samples, 'ms' holds {samples}")
+        raise ValueError(f"{name!r} gives {sum(counts)} samples, the row holds {samples}")
     return visits
 
 

@@ -71,13 +71,16 @@ class CostModel(Generic[Subject]):
         fire_s, frame_s = self._parts(shot)
         return frame_s + fires * fire_s
 
-    def remaining(self, shot: Shot[Subject], have: Sequence[float] = ()) -> tuple[int, float]:
-        """Visits and seconds until this shot, of which these samples are there, is finished."""
+    def remaining(
+        self, shot: Shot[Subject], have: Sequence[float] = (), taken: int = 0
+    ) -> tuple[int, float]:
+        """Visits and seconds until this shot, of which these undisturbed samples are there and ``taken`` in
+        all, is finished."""
         settings = self._settings
         fire_s, frame_s = self._parts(shot)
         # A spent allowance ends a shot, but only after the samples of a whole visit.
         most = min(settings.most, max(_FEW, int(settings.shot_s / max(fire_s, 1e-9)) + 1))
-        missing = self._needed(have, most) - len(have)
+        missing = min(self._needed(have, most) - len(have), most - taken)
         if missing <= 0:
             return 0, 0.0
         visits = math.ceil(missing / settings.block)
@@ -86,11 +89,11 @@ class CostModel(Generic[Subject]):
 
     def plan_s(
         self,
-        shots: Sequence[tuple[Shot[Subject], Sequence[float]]],
+        shots: Sequence[tuple[Shot[Subject], Sequence[float], int]],
         sentinel: Shot[Subject] | None,
     ) -> tuple[int, float]:
         """Visits and seconds until all these shots are finished, looks at the sentinel included."""
-        each = [self.remaining(shot, have) for shot, have in shots]
+        each = [self.remaining(shot, have, taken) for shot, have, taken in shots]
         visits, seconds = sum(v for v, _ in each), sum(s for _, s in each)
         if sentinel is not None and visits:
             looks = -(-visits // self._settings.sentinel_every) + 1
@@ -99,7 +102,7 @@ class CostModel(Generic[Subject]):
 
     def look_s(self, sentinel: Shot[Subject]) -> float:
         """One look at the sentinel."""
-        return self.visit_s(sentinel, self._settings.least + self._settings.warmup)
+        return self.visit_s(sentinel, self._settings.look + self._settings.look_warmup)
 
     def _needed(self, have: Sequence[float], most: int) -> float:
         """Samples a shot will need in all: by its own noise, or by that of all visits so far."""

@@ -22,11 +22,13 @@ __all__ = [
     "GRIDS",
     "Axes",
     "Capacity",
+    "fullest",
     "load_axes",
     "parse_range",
     "read_grid",
     "server_shots",
     "shape_work",
+    "wanted",
     "whole_numbers",
     "within_budget",
 ]
@@ -42,9 +44,10 @@ class Axes:
     """Axes of a server grid, in tokens and sessions. What does not fit the device is left out.
 
     Verify: ``items`` sessions × ``new`` tokens each (pending token and drafts; 1 is k = 0) × ``cached``
-    each. Skewed: batches of ``skew_items`` sessions whose contexts and draft lengths spread over
-    those axes. Prefill: ``chunk`` tokens over ``chunk_cached``, alone, and beside ``mixed_items``
-    verifying sessions. ``full_share``: batches that fill this share of the KV memory.
+    each; a context beyond the model's is measured at its very end. Skewed: batches of ``skew_items``
+    sessions whose contexts and draft lengths spread over those axes. Prefill: ``chunk`` tokens over
+    ``chunk_cached``, alone, and beside ``mixed_items`` verifying sessions. ``full_share``: batches that fill
+    this share of the KV memory.
     """
 
     items: tuple[int, ...]
@@ -218,17 +221,41 @@ def server_shots(axes: Axes, capacity: Capacity) -> list[Shot[BatchShape]]:
     return list(shots.values())
 
 
+def wanted(axes: Axes, context: int) -> Capacity:
+    """The most that the axes can use of a model with this context, but for ``full_share``.
+
+    ``context`` of the answer: tokens of the longest session.
+    """
+    new = max(axes.new, default=1)
+    verify = min(context, max(axes.cached, default=context) + new)
+    chunk = max((c + k for c in axes.chunk_cached for k in axes.chunk), default=0)
+    sessions = max((*axes.items, *axes.skew_items, *(n + 1 for n in axes.mixed_items)), default=1)
+    return Capacity(sessions * verify + chunk, sessions, min(context, max(verify, chunk)))
+
+
+def fullest(axes: Axes, kv_tokens: int) -> int:
+    """Tokens of the longest session in the batches of ``full_share``, did the context not end."""
+    return int(kv_tokens * max(axes.full_share, default=0.0)) // _few(axes)
+
+
+def _few(axes: Axes) -> int:
+    """Sessions of the batch that fills the memory with long contexts rather than with many."""
+    return max(1, max(axes.items) // 4)
+
+
 def _shapes(axes: Axes, capacity: Capacity) -> Iterator[tuple[str, BatchShape]]:
     for items in axes.items:
         for new in axes.new:
             for cached in axes.cached:
-                yield "verify", BatchShape.uniform(items, new, cached)
+                # A session ends with its context, and its last steps are the dearest it has.
+                if (held := min(cached, capacity.context - new)) > 0:
+                    yield "verify", BatchShape.uniform(items, new, held)
     usable = [c for c in axes.cached if c + max(axes.new, default=1) <= capacity.context]
     for items in axes.skew_items:
         for shape in _skewed(items, usable, axes.new):
             yield "verify", shape
     for share in axes.full_share:
-        for items in (max(axes.items), max(1, max(axes.items) // 4)):
+        for items in (max(axes.items), _few(axes)):
             new = axes.new[len(axes.new) // 2]
             cached = min(int(capacity.kv_tokens * share) // items, capacity.context) - new
             if cached > 0:

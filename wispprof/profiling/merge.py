@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from wispprof.artifacts import Profile, make_profile
 from wispprof.artifacts.provenance import command_line
+from wispprof.artifacts.records import LinkRow
 from wispprof.artifacts.rows import Row
 from wispprof.errors import ProfileError
 
@@ -16,8 +17,9 @@ __all__ = ["merge_profiles"]
 def merge_profiles(profiles: Sequence[Profile]) -> Profile:
     """One profile with the rows of all: same kind, model, engine and machine.
 
-    Where several hold a key, the row without flags wins, then the one with more samples. Sentinels
-    are kept of the first only: they speak of one run. Raises :class:`ProfileError` where they differ.
+    Where several hold a key, the row without flags wins, then the one with more samples. Orders go on from
+    profile to profile. Sentinels are kept where all are of one shape, so that they tell how slow the
+    machine was from one to the next; otherwise none are. Raises :class:`ProfileError` where they differ.
     """
     if len(profiles) < 2:
         raise ProfileError("Merging needs two profiles or more.", "Name them all.")
@@ -35,12 +37,18 @@ def merge_profiles(profiles: Sequence[Profile]) -> Profile:
                     "Merge only profiles of the same model on the same machine.",
                 )
     best: dict[str, Row] = {}
+    looks: list[Row] = []
+    start = 0
     for profile in profiles:
-        for key, row in _shots(profile).items():
-            if key not in best or _worth(row) > _worth(best[key]):
-                best[key] = row
-    sentinels = [row for row in first.rows if row.kind == "sentinel"]
-    rows = [replace(row, order=order) for order, row in enumerate([*sentinels, *best.values()])]
+        for row in (_later(row, start) for row in profile.rows):
+            if row.kind == "sentinel":
+                looks.append(row)
+            elif row.key not in best or _worth(row) > _worth(best[row.key]):
+                best[row.key] = row
+        start = 1 + max((_last(row) for row in (*best.values(), *looks)), default=0)
+    if len({row.key for row in looks}) > 1:
+        looks = []
+    rows = sorted((*looks, *best.values()), key=lambda row: row.order)
     manifest = replace(
         first.manifest,
         command=command_line(),
@@ -66,5 +74,18 @@ def _machine(profile: Profile) -> object:
     return profile.manifest.hardware.get("hash") or profile.manifest.citation
 
 
-def _shots(profile: Profile) -> dict[str, Row]:
-    return {row.key: row for row in profile.rows if row.kind != "sentinel"}
+def _later(row: Row, start: int) -> Row:
+    """The row with every place in its order of measurement moved on by ``start``."""
+    if isinstance(row, LinkRow):
+        return replace(row, order=row.order + start)
+    return replace(
+        row,
+        order=row.order + start,
+        visits=tuple((order + start, count) for order, count in row.visits),
+        aside_visits=tuple((order + start, count) for order, count in row.aside_visits),
+    )
+
+
+def _last(row: Row) -> int:
+    visits = () if isinstance(row, LinkRow) else (*row.visits, *row.aside_visits)
+    return max((order for order, _ in visits), default=row.order)

@@ -15,8 +15,10 @@ from wispprof.profiling.cost import CostModel, pilot
 from wispprof.profiling.grids import (
     Axes,
     Capacity,
+    fullest,
     load_axes,
     server_shots,
+    wanted,
     within_budget,
 )
 from wispprof.profiling.physics import check_physics
@@ -39,14 +41,16 @@ if TYPE_CHECKING:
 __all__ = ["EngineShooter", "ServerSettings", "plan_server", "profile_server"]
 
 BUNDLED_TARGET = "models/reference-pair/target"
-QUICK = SweepSettings(target=0.05, most=12, shot_s=1.5)
-STANDARD = SweepSettings()
+QUICK = SweepSettings(target=0.05, most=12, shot_s=1.5, sentinel_every=2, look=3)
+STANDARD = SweepSettings(most=21, sentinel_every=1, look=3)
 QUICK_MINUTES = 0.6
 
 _SEAL_SHARE = 0.01
 """Share of a budget for checking the rows and writing them."""
 _PILOT_SHARE = 0.15
 """Most of a budget that may be spent on learning what shots cost."""
+_LEAST_CONTEXT = 32
+"""Shortest longest session that is worth a profile, tokens."""
 
 
 @dataclass(frozen=True)
@@ -144,25 +148,24 @@ def _set_up(
     axes = settings.axes or load_axes(settings.grid)
     sweep = settings.sweep or (QUICK if settings.grid == "quick" else STANDARD)
     context = info.max_context
-    wanted = _wanted(axes, context)
-    longest = min(wanted.context, context)
+    most = wanted(axes, context)
     # What fitted when a sweep began is what its other half must be measured with, too.
     resumed = begun(settings.output).get("engine", {}).get("kv_tokens")
-    most = settings.kv_tokens or resumed or _kv_room(device, info.kv_bytes_per_token)
-    kv_tokens = min(most, wanted.kv_tokens + longest)
-    if kv_tokens <= longest + 16:
-        raise ProfileError(
-            f"There is room for {kv_tokens} KV tokens, too few for contexts of {longest}.",
-            "Choose shorter --cached, a smaller dtype, or free memory.",
-        )
-    sessions = settings.max_sessions or wanted.sessions
+    room = settings.kv_tokens or resumed or _kv_room(device, info.kv_bytes_per_token)
+    kv_tokens, longest = _memory(axes, room, most, context)
+    sessions = settings.max_sessions or most.sessions
     engine = VerifierEngine(
-        loaded, kv_tokens=kv_tokens, max_sessions=sessions + 1, backend=settings.backend
+        loaded,
+        kv_tokens=kv_tokens,
+        max_sessions=sessions + 1,
+        backend=settings.backend,
+        # Sessions come and go with every visit: without this, most of a sweep would zero memory.
+        keep_memory=True,
     )
     shooter = EngineShooter(
         engine, longest, seed=sweep.seed, clock=clock, synchronize=synchronizer(device)
     )
-    shots = server_shots(axes, Capacity(kv_tokens - longest, sessions, context))
+    shots = server_shots(axes, Capacity(kv_tokens - longest, sessions, longest))
     sentinel = _sentinel(shots)
     left = _budget_left(settings, begin, clock)
     most_s = math.inf if left is None else _PILOT_SHARE * left
@@ -214,14 +217,20 @@ def _load(settings: ServerSettings) -> LoadedModel:
     return load_model(model, settings.dtype, settings.device)
 
 
-def _wanted(axes: Axes, context: int) -> Capacity:
-    """The most that the axes can use of a model with this context."""
-    new = max(axes.new, default=1)
-    cached = [c for c in axes.cached if c + new <= context] or [max(1, context - new)]
-    chunk = max((c + k for c in axes.chunk_cached for k in axes.chunk), default=0)
-    sessions = max((*axes.items, *axes.skew_items, *(n + 1 for n in axes.mixed_items)), default=1)
-    longest = min(context, max(max(cached) + new, chunk))
-    return Capacity(sessions * (max(cached) + new) + chunk, sessions, longest)
+def _memory(axes: Axes, room: int, most: Capacity, context: int) -> tuple[int, int]:
+    """(KV tokens of the engine, tokens of the session that all others are forks of).
+
+    That session stands beside every shot, so where memory is scarce it has half of it and no more: shots
+    with longer sessions are left out. Raises :class:`ProfileError` where next to nothing would remain.
+    """
+    longest = max(most.context, min(context, fullest(axes, min(room, most.kv_tokens + context))))
+    longest = min(longest, room // 2)
+    if longest < _LEAST_CONTEXT:
+        raise ProfileError(
+            f"There is room for {room} KV tokens, too few to measure anything.",
+            "Choose a smaller dtype, free memory, or give more --kv-tokens.",
+        )
+    return min(room, most.kv_tokens + longest), longest
 
 
 def _kv_room(device: Any, bytes_per_token: int) -> int:
@@ -232,7 +241,7 @@ def _kv_room(device: Any, bytes_per_token: int) -> int:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] * 0.80
     else:
-        free = psutil.virtual_memory().available * 0.40
+        free = psutil.virtual_memory().available * 0.30
     return int(free // max(1, bytes_per_token))
 
 

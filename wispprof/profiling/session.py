@@ -80,7 +80,7 @@ class Setup(Generic[Subject]):
 
     def announce(self) -> Announcement:
         """What :func:`take_profile` would do, and how long it would take."""
-        have = [(shot, ()) for shot in self.shots]
+        have = [(shot, (), 0) for shot in self.shots]
         seconds = self.cost.plan_s(have, self.sentinel)[1] + self.after_s
         basis = f"a pilot of {self.cost.probes} shots on this machine, just now"
         return Announcement(tuple(self.shots), seconds, basis)

@@ -55,8 +55,8 @@ class SweepSettings:
     A shot is visited again and again, ``block`` samples at a time, until its median is that well known;
     it gives ``least`` to ``most`` samples, and no more once it took ``shot_s`` seconds (but one
     visit's at least). The first visit fires ``warmup`` times before it counts, later ones once. Every
-    ``sentinel_every`` visits comes a look at the sentinel; one further than ``drift`` from the
-    others marks the visits beside it.
+    ``sentinel_every`` visits comes a look at the sentinel, of ``look`` samples; one further than ``drift``
+    from the others marks the visits beside it.
     """
 
     seed: int = 0
@@ -67,12 +67,18 @@ class SweepSettings:
     most: int = 30
     shot_s: float = 4.0
     sentinel_every: int = 10
+    look: int = 6
     drift: float = 0.10
 
     def __post_init__(self) -> None:
-        counts = (self.block, self.least, self.sentinel_every)
+        counts = (self.block, self.least, self.sentinel_every, self.look)
         if not (0 < self.target < 1 and min(counts) >= 1 and self.least <= self.most):
             raise ValueError(f"impossible sweep settings: {self}")
+
+    @property
+    def look_warmup(self) -> int:
+        """Fires before a look counts; short looks are frequent ones, which keep the sentinel warm."""
+        return min(1 if self.look < self.least else self.warmup, self.warmup)
 
 
 class Fires(NamedTuple):

@@ -147,7 +147,11 @@ class Sweep(Generic[Subject]):
         return self._clock() + need <= ends
 
     def _left(self) -> tuple[int, float]:
-        have = [(shot, self._ledger.clean(shot.key)) for shot in self._waiting()]
+        ledger = self._ledger
+        have = [
+            (shot, ledger.clean(shot.key), len(ledger.samples(shot.key)))
+            for shot in self._waiting()
+        ]
         return self._cost.plan_s(have, self._sentinel)
 
     # --- doing it -----------------------------------------------------------------------------
@@ -176,7 +180,7 @@ class Sweep(Generic[Subject]):
 
     def _look(self) -> None:
         if self._sentinel is not None:
-            self._keep(self._sentinel, self._settings.warmup, self._settings.least)
+            self._keep(self._sentinel, self._settings.look_warmup, self._settings.look)
         self._since_look = 0
 
     def _block(self, shot: Shot[Subject]) -> int:

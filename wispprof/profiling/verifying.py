@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from wispprof.artifacts import StepRow
 from wispprof.core import BatchShape, Feed, Sampling
+from wispprof.errors import OutOfKvMemory
 from wispprof.profiling.shots import Shot
 
 if TYPE_CHECKING:
@@ -48,6 +50,10 @@ class EngineShooter:
             engine.step([Feed(_MASTER, chunk, emit=False)])
 
     def prepare(self, shot: Shot[BatchShape]) -> None:
+        with _memory_told():
+            self._prepare(shot)
+
+    def _prepare(self, shot: Shot[BatchShape]) -> None:
         for number, item in enumerate(shot.subject.items):
             name = f"profile {number}"
             self._engine.fork(_MASTER, name, item.cached, private=True)
@@ -56,6 +62,10 @@ class EngineShooter:
             self._feeds.append(Feed(name, self._tokens(item.new), drafts, not item.prefill))
 
     def fire(self) -> float:
+        with _memory_told():
+            return self._fire()
+
+    def _fire(self) -> float:
         engine = self._engine
         self._synchronize()
         begin = self._clock()
@@ -89,3 +99,23 @@ class EngineShooter:
 
     def _tokens(self, count: int) -> list[int]:
         return [self._random.randrange(self._engine.info.vocab_size) for _ in range(count)]
+
+
+@contextmanager
+def _memory_told() -> Iterator[None]:
+    """A device that is out of memory in one shot has refused that shot, and can do the others."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as fault:
+        torch.cuda.empty_cache()  # nothing where there is no GPU
+        first = (str(fault).splitlines() or [""])[0]
+        raise OutOfKvMemory(
+            f"The device ran out of memory: {first or 'no more is known'}"
+        ) from fault
+    except RuntimeError as fault:
+        # On a CPU, torch's allocator has no class of its own for it.
+        if "not enough memory" not in str(fault):
+            raise
+        raise OutOfKvMemory("The machine ran out of memory.") from fault

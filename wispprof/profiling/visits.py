@@ -91,8 +91,9 @@ class Ledger:
             first,
             samples_ms=_joined(kept),
             flags=tuple(flags),
-            visits=tuple((v.order, len(v.samples_ms)) for v in kept) if len(kept) > 1 else (),
+            visits=_places(kept) if len(visits) > 1 else (),
             set_aside_ms=_joined(aside),
+            aside_visits=_places(aside),
         )
         if isinstance(row, EdgeRow) and row.kind in ("burst", "sustained", "energy"):
             return row  # a window's spread is a finding, not a fault
@@ -108,6 +109,10 @@ class Ledger:
             return
         reference = statistics.quantiles(medians, n=4, method="inclusive")[0]
         self._off = [abs(ms / reference - 1) > self._drift for ms in medians]
+
+
+def _places(visits: Sequence[Row]) -> tuple[tuple[int, int], ...]:
+    return tuple((visit.order, len(visit.samples_ms)) for visit in visits)
 
 
 def _joined(visits: Sequence[Row]) -> tuple[float, ...]:

@@ -1,0 +1,186 @@
+"""profile-server where memory is scarce, and where what only serving and fitting need is not installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from wispprof.artifacts import load_server
+from wispprof.core import BatchShape
+from wispprof.errors import EngineError, ProfileError
+from wispprof.lm.engine import VerifierEngine
+from wispprof.lm.loading import random_model
+from wispprof.profiling import server
+from wispprof.profiling.grids import GRIDS, Axes
+from wispprof.profiling.shots import Shot, SweepSettings
+
+ROOMY = Axes(
+    items=(1, 8),
+    new=(1, 5),
+    cached=(16, 4096),
+    skew_items=(4,),
+    chunk=(32,),
+    mixed_items=(2,),
+    full_share=(0.5, 0.95),
+)
+SWEEP = SweepSettings(warmup=0, block=1, least=1, most=1, target=0.9, sentinel_every=5, look=1)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return random_model("tiny-llama", seed=1)
+
+
+@pytest.fixture
+def anything_goes(monkeypatch):
+    """Times of so small a model are all overhead; what physics says of them has a test of its own."""
+    passed = type("Passed", (), {"as_dict": lambda self: {}})()
+    monkeypatch.setattr(server, "check_physics", lambda rows, model: passed)
+
+
+def profile(tiny, **more):
+    return server.profile_server(
+        server.ServerSettings(axes=ROOMY, sweep=SWEEP, **more), loaded=tiny
+    )
+
+
+@pytest.mark.parametrize("backend", ["slots", "paged"])
+@pytest.mark.parametrize("kv_tokens", [90, 400, 1500])
+def test_a_small_memory_is_filled_and_nothing_refused(tiny, anything_goes, backend, kv_tokens):
+    made = profile(tiny, backend=backend, kv_tokens=kv_tokens)
+    assert made.manifest.summary["refused"] == {}
+    assert made.manifest.engine["kv_tokens"] == kv_tokens
+    longest = max(i.cached + i.new for row in made.rows for i in row.shape.items)
+    held = [row.shape.cached_tokens + row.shape.new_tokens for row in made.rows]
+    # The session that all are forks of stands beside every shot, with half of the memory at most.
+    assert max(held) + longest <= kv_tokens
+    assert max(held) > 0.9 * (kv_tokens - max(longest, kv_tokens // 2))
+
+
+def test_contexts_are_measured_to_their_last_token(tiny, anything_goes):
+    made = profile(tiny)
+    assert made.manifest.summary["refused"] == {}
+    context = made.manifest.engine["max_context"]
+    ends = {i.new for row in made.rows for i in row.shape.items if i.cached + i.new == context}
+    assert ends >= set(ROOMY.new)
+
+
+def test_next_to_no_memory_is_said(tiny):
+    with pytest.raises(ProfileError, match="KV tokens"):
+        profile(tiny, kv_tokens=50)
+
+
+def test_a_shot_beyond_the_memory_is_refused_and_leaves_no_trace(tiny):
+    """Negative control: the engine does not make room that it has not got."""
+    engine = VerifierEngine(tiny, kv_tokens=300, max_sessions=8)
+    shooter = server.EngineShooter(engine, 100)
+    free = engine.kv_free
+    with pytest.raises(EngineError, match="do not fit"):
+        shooter.prepare(Shot("large", "verify", BatchShape.uniform(3, 5, 90)))
+    shooter.finish()
+    assert engine.kv_free == free
+    shooter.prepare(Shot("long", "verify", BatchShape.uniform(2, 60, 95)))
+    with pytest.raises(EngineError, match="do not fit"):
+        shooter.fire()
+    shooter.finish()
+    assert engine.kv_free == free
+    shooter.prepare(Shot("small", "verify", BatchShape.uniform(2, 5, 90)))
+    assert shooter.fire() > 0
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] not enough memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+    ids=lambda fault: type(fault).__name__,
+)
+def test_a_device_out_of_memory_loses_that_shot_alone(tiny, anything_goes, monkeypatch, fault):
+    real = VerifierEngine.step
+
+    def step(engine, feeds, **more):
+        if len(feeds) == 8 and sum(len(feed.tokens) for feed in feeds) == 40:
+            raise fault
+        return real(engine, feeds, **more)
+
+    monkeypatch.setattr(VerifierEngine, "step", step)
+    made = profile(tiny, kv_tokens=3000)
+    refused = made.manifest.summary["refused"]
+    assert refused
+    assert all(key.startswith("8x(5@") for key in refused)
+    assert all("ran out of memory" in reason for reason in refused.values())
+    assert not any(row.key in refused for row in made.rows)
+    assert len(made.rows) > 10
+
+
+def test_other_faults_of_a_step_are_not_taken_for_want_of_memory(tiny, monkeypatch):
+    def step(engine, feeds, **more):
+        raise RuntimeError("a kernel is broken")
+
+    engine = VerifierEngine(tiny, kv_tokens=300, max_sessions=8)
+    shooter = server.EngineShooter(engine, 50)
+    monkeypatch.setattr(VerifierEngine, "step", step)
+    shooter.prepare(Shot("s", "verify", BatchShape.uniform(1, 1, 8)))
+    with pytest.raises(RuntimeError, match="broken"):
+        shooter.fire()
+
+
+def test_the_standard_grid_reaches_the_end_of_the_bundled_context_and_of_memory():
+    """No row near a limit is planned that the session all are forks of is too short for."""
+    axes, context = GRIDS["standard"], 2048
+    most = server.wanted(axes, context)
+    for room in (200, 5_000, 40_000, 1 << 30):
+        kv_tokens, longest = server._memory(axes, room, most, context)
+        capacity = server.Capacity(kv_tokens - longest, most.sessions, longest)
+        shapes = [shot.subject for shot in server.server_shots(axes, capacity)]
+        assert max(i.cached for s in shapes for i in s.items) <= longest <= context
+        assert kv_tokens <= room
+
+
+WITHOUT = """
+import importlib.metadata, sys
+missing = {"lightgbm", "msgspec"}
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+version = importlib.metadata.version
+def installed(name):
+    if name in missing:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version = installed
+if sys.argv[1] == "fit":
+    sys.argv[1:] = sys.argv[2:]
+    import lightgbm
+import wispprof.profiling.server as server
+server.check_physics = lambda rows, model: type("P", (), {"as_dict": lambda self: {}})()
+from wispprof.cli import app
+app(sys.argv[1:])
+"""
+
+
+def test_profile_server_needs_neither_lightgbm_nor_msgspec(tmp_path):
+    """An image made for a GPU has neither. The negative control imports one and must fail."""
+    words = ["profile-server", "--shape", "tiny-llama", "--device", "cpu", "--repeats", "3"]
+    words += ["--items", "1,2", "--new", "1,3", "--cached", "8,32", "--kv-tokens", "600"]
+    words += ["--out", str(tmp_path / "p")]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    made = load_server(tmp_path / "p")
+    assert len(made.rows) >= 8
+    assert not {"lightgbm", "msgspec"} & set(made.manifest.versions)
+    control = subprocess.run(
+        [sys.executable, "-c", WITHOUT, "fit"], capture_output=True, text=True, check=False
+    )
+    assert "No module named 'lightgbm'" in control.stderr
