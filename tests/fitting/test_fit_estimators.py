@@ -17,15 +17,18 @@ from wispprof.artifacts.records import StepRow
 from wispprof.core import BatchShape, VerifyItem
 from wispprof.errors import ArtifactDamaged, ArtifactMissing, FitError
 from wispprof.fitting import ESTIMATOR_KINDS, FittedEstimator, fit_estimator, load_estimator
+from wispprof.fitting.conformal import independent_scores
 from wispprof.fitting.evaluate import blocks_of, coverage_of, evaluate, fit_on
 from wispprof.fitting.features import (
     EMPTY,
+    Totals,
     decode_totals_of,
     extend,
     extend_many,
     totals_matrix,
     totals_of,
 )
+from wispprof.fitting.hybrid import WispprofSurface
 from wispprof.fitting.physical import PhysicalTerms, graph_buckets
 from wispprof.fitting.rows import Observations, check_same_model
 from wispprof.fitting.selection import folds_of
@@ -201,6 +204,38 @@ def test_graph_buckets_are_found_and_believed_only_where_padding_follows(
 def test_physical_weights_are_not_negative(data: Observations) -> None:
     terms = PhysicalTerms().fit(data)
     assert min(*terms.weights_, *terms.new_.slopes, *terms.cached_.slopes) >= 0
+
+
+def test_prompt_tokens_that_emit_nothing_cost_less() -> None:
+    """A head of 0.05 ms a token that emits: learnt, held to beyond the box, and never a reason to fall."""
+    rows = []
+    for row in synthetic_rows(160, seed=6, noise=0.002):
+        emit = row.shape.new_tokens - row.shape.prefill_tokens
+        times = tuple(ms + 0.05 * emit for ms in row.samples_ms)
+        rows.append(dataclasses.replace(row, samples_ms=times))
+    data = Observations.of(rows)
+    surface = WispprofSurface().fit(data)
+    assert surface.physical_.weights_[5] == pytest.approx(0.05, rel=0.3)
+    high = Totals(*(int(v) for v in data.totals.max(axis=0)))
+    full = [VerifyItem(8, 4000)] * (high.items + 4)
+    before = totals_of([*full, VerifyItem(high.prefill, 0, True)])
+    after = totals_of([*full, VerifyItem(high.prefill + 99, 0, True)])
+    assert surface.inside(after, high) >= surface.inside(before, high)
+    assert surface.p50(after) > surface.p50(before)
+    table = np.array([before, after], dtype=float)
+    each = [surface.inside(totals, high) for totals in (before, after)]
+    assert surface.inside_many(table, np.array(high, dtype=float)) == pytest.approx(each, rel=1e-12)
+
+
+def test_scores_count_by_how_much_of_them_is_independent() -> None:
+    rng = np.random.default_rng(0)
+    own, shared = rng.standard_normal((40, 25)), rng.standard_normal((40, 1))
+    assert independent_scores(list(own)) > 600  # scatter alone: nearly every sample
+    assert independent_scores(list(shared + 0.01 * own)) == pytest.approx(40, rel=0.01)
+    half = independent_scores(list(shared + own))
+    assert 60 < half < 110
+    assert independent_scores([v[:1] for v in own]) == 40
+    assert independent_scores([own[0]]) == 1
 
 
 def test_beyond_the_domain_it_is_flagged_inflated_and_still_growing(

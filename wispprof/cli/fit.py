@@ -91,6 +91,9 @@ def fit(
             fitted.files += files
             document["evaluation"] = {
                 "noise": found.noise,
+                "again": found.again,
+                "floor": {f"{level:g}": ratio for level, ratio in found.floor.items()},
+                "paced_floor": {f"{k:g}": ratio for k, ratio in found.paced_floor.items()},
                 "blocks": found.blocks,
                 "regimes": found.regimes,
                 "splits": found.splits,
@@ -144,10 +147,14 @@ def _show_evaluation(found: Evaluation) -> None:
             "held out by",
             "estimator",
             *COLUMNS,
-            caption="cover: samples under the bound at 95 %. bound: bound ÷ median.",
+            caption="cover: samples under the bound at 95 %. bound: bound ÷ median.\noracle: knows another "
+            "measurement of each shape, and the quantile of its own samples.",
         )
         for row in (r for r in found.blocks if r["in_domain"] == inside):
             errors.add_row(row["scheme"], row["estimator"], *_figures(row))
+        if inside and found.again is not None:
+            oracle = {**found.again, "shapes": "", "coverage": 0.95, "sharpness": found.floor[0.95]}
+            errors.add_row("", "oracle", *_figures(oracle))
         output().print(errors)
     regimes = _wide("The same by regime, inside (percent)", "regime", "estimator", *COLUMNS)
     for row in sorted(found.regimes, key=lambda r: r["regime"]):
@@ -160,10 +167,16 @@ def _show_evaluation(found: Evaluation) -> None:
         ">found",
         ">worst split",
         ">bound ÷ median",
+        caption="oracle: knows the quantile of each shape's own steps.\nat pace: and how slow the machine is "
+        "at every step.",
     )
     for row in found.splits:
         figures = [f"{100 * row[k]:.1f} %" for k in ("level", "coverage", "worst_split")]
         bounds.add_row(row["estimator"], *figures, f"{row['sharpness']:.3f}")
+    for name, floor in (("oracle", found.floor), ("at pace", found.paced_floor)):
+        for level, ratio in floor.items():
+            asked = f"{100 * level:.1f} %"
+            bounds.add_row(name, asked, asked, "", f"{ratio:.3f}")
     output().print(bounds)
     sizes = sorted({row["shapes"] for row in found.learning})
     learning = table(

@@ -13,7 +13,7 @@ import numpy as np
 from wispprof.fitting.features import FloatArray, Totals
 from wispprof.fitting.rows import Observations
 
-__all__ = ["Surface", "fit_nonnegative"]
+__all__ = ["Boxed", "Surface", "fit_nonnegative"]
 
 
 class Surface(Protocol):
@@ -37,12 +37,34 @@ class Surface(Protocol):
     def p50_many(self, totals: FloatArray) -> FloatArray:
         """The same for rows (n, 8); returns (n,). Equal to :meth:`p50` within rounding."""
 
+    def inside(self, totals: Totals, high: Totals) -> float:
+        """:meth:`p50` of the batch cut down to ``high``; never falls when work is added."""
+
+    def inside_many(self, totals: FloatArray, high: FloatArray) -> FloatArray:
+        """The same for rows (n, 8)."""
+
     def payload(self) -> dict[str, Any]:
         """Everything needed to evaluate the surface, as JSON."""
 
     @classmethod
     def from_payload(cls, payload: dict[str, Any]) -> Self:
         """A fitted surface from its payload."""
+
+
+class Boxed:
+    """``inside`` of surfaces that never fall in any single total: cut total by total."""
+
+    def p50(self, totals: Totals) -> float:
+        raise NotImplementedError
+
+    def p50_many(self, totals: FloatArray) -> FloatArray:
+        raise NotImplementedError
+
+    def inside(self, totals: Totals, high: Totals) -> float:
+        return self.p50(Totals(*(min(a, b) for a, b in zip(totals, high, strict=True))))
+
+    def inside_many(self, totals: FloatArray, high: FloatArray) -> FloatArray:
+        return self.p50_many(np.minimum(totals, high))
 
 
 def fit_nonnegative(design: FloatArray, times_ms: FloatArray, ridge: float = 1e-6) -> FloatArray:

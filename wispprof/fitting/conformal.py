@@ -5,7 +5,10 @@ them. The regimes' factors are joined so that the bound never falls when work is
 :meth:`RatioBound.decode` and :meth:`RatioBound.mixed`.
 
 Source: Vovk et al., "Algorithmic learning in a random world", ch. 4 (Mondrian, split form). Samples of
-one shape share its error, so a shape counts once: its samples have one vote together.
+one shape share its error, so its samples have one vote together, and how many independent scores there
+are is told by how much of their variance lies between shapes (:func:`independent_scores`): as many as
+shapes where predictions err and steps repeat, as many as samples where steps scatter and predictions are
+right.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import numpy as np
 
 from wispprof.fitting.features import FloatArray
 
-__all__ = ["LEVELS", "REGIMES", "RatioBound", "weighted_quantiles"]
+__all__ = ["LEVELS", "REGIMES", "RatioBound", "independent_scores", "weighted_quantiles"]
 
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 1.0)
 REGIMES = ("decode-small", "decode-large", "prefill-small", "prefill-large")
@@ -35,6 +38,21 @@ def weighted_quantiles(
     share = np.cumsum(weights[order]) / weights.sum()
     place = np.searchsorted(share, np.asarray(levels) - 1e-12, side="left")
     return [float(v) for v in values[order][np.minimum(place, len(values) - 1)]]
+
+
+def independent_scores(groups: Sequence[FloatArray]) -> float:
+    """How many independent scores these are worth, each group having one vote: with a share ρ of the variance
+    between groups and m scores in a group, groups ÷ (ρ + (1 - ρ) · mean of 1 / m) (the design effect of
+    clusters: Kish, "Survey sampling", 1965)."""
+    several = [group for group in groups if len(group) > 1]
+    if not several or len(groups) < 2:
+        return float(len(groups))
+    inverse = float(np.mean([1 / len(group) for group in groups]))
+    within = float(np.mean([group.var(ddof=1) for group in several]))
+    means = np.array([group.mean() for group in groups])
+    between = max(0.0, float(means.var(ddof=1)) - within * inverse)
+    share = between / (between + within) if between + within > 0 else 1.0
+    return len(groups) / (share + (1 - share) * inverse)
 
 
 @dataclass(frozen=True)
@@ -80,7 +98,8 @@ class RatioBound:
         ratios = np.concatenate([samples[i] / predicted[i] for i in members])
         votes = np.concatenate([np.full(len(samples[i]), 1.0 / len(samples[i])) for i in members])
         # The finite-sample correction of split conformal prediction: n + 1 places, not n.
-        levels = [min(1.0, level * (1 + 1 / len(members))) for level in LEVELS]
+        count = independent_scores([np.log(samples[i] / predicted[i]) for i in members])
+        levels = [min(1.0, level * (1 + 1 / count)) for level in LEVELS]
         # A median prediction is itself a promise, so the bound never lies below it.
         return tuple(max(1.0, q) for q in weighted_quantiles(ratios, votes, levels))
 

@@ -67,10 +67,6 @@ class Domain:
             or totals[7] > high[7]
         )
 
-    def clamp(self, totals: Totals) -> Totals:
-        """The totals cut down to the most that was measured."""
-        return Totals(*(min(a, b) for a, b in zip(totals, self.high, strict=True)))
-
 
 class Accumulator:
     """A batch being built. Immutable; predictions are computed when asked, once.
@@ -231,7 +227,7 @@ class FittedEstimator:
         # Past the split the small factor's last value stays a floor, or the bound could fall there.
         bound = raw * small if raw < split else max(raw * large, split * small)
         if self.domain.above(totals):
-            inside = self.surface.p50(self.domain.clamp(totals))
+            inside = self.surface.inside(totals, self.domain.high)
             bound += max(0.0, raw - inside) * (self.inflation - 1.0)
         return bound * self.bound_scale
 
@@ -249,7 +245,7 @@ class FittedEstimator:
         if over.any():
             above = over.any(axis=1)
             high[3:5] = self.domain.high[3:5]
-            inside = self.surface.p50_many(np.minimum(totals[above], high))
+            inside = self.surface.inside_many(totals[above], high)
             bound[above] += np.maximum(0.0, raw[above] - inside) * (self.inflation - 1.0)
         some = totals[:, 0] > 0
         return raw * self.p50_scale * some, bound * self.bound_scale * some

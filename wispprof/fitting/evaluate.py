@@ -16,6 +16,7 @@ import numpy as np
 from wispprof.fitting.conformal import REGIMES
 from wispprof.fitting.estimator import FittedEstimator
 from wispprof.fitting.features import FloatArray, Totals
+from wispprof.fitting.floor import bound_floor, measured_again, paced_floor
 from wispprof.fitting.rows import MINIMUM_SHAPES, Observations
 from wispprof.fitting.selection import assemble, out_of_fold, relative_errors
 from wispprof.fitting.surfaces import ESTIMATOR_KINDS, surface_class
@@ -37,10 +38,15 @@ class Evaluation:
     ``blocks``: per estimator, scheme and domain; ``regimes``: per estimator and regime, over all blocks
     in domain; ``splits``: per estimator and level over random splits; ``learning``: per estimator and
     number of shapes; ``points``: (estimator, scheme, predicted, bound, actual, in domain) for plots.
-    ``noise``: percent by which a repeated measurement moves a shape's median.
+    ``noise``: standard error of a shape's median, percent, over shapes. ``again``: errors of a second
+    measurement of the same shapes as a prediction, None where none was visited twice; ``floor``: mean of each
+    shape's own quantile ÷ its median, by level, and ``paced_floor`` for one who knows the machine's pace.
     """
 
     noise: dict[str, float]
+    again: dict[str, float] | None = None
+    floor: dict[float, float] = field(default_factory=dict)
+    paced_floor: dict[float, float] = field(default_factory=dict)
     blocks: list[dict[str, Any]] = field(default_factory=list)
     regimes: list[dict[str, Any]] = field(default_factory=list)
     splits: list[dict[str, Any]] = field(default_factory=list)
@@ -92,6 +98,9 @@ def evaluate(
     noise = 100 * data.repeat_noise()
     found = Evaluation(
         {"median": float(np.median(noise)), "p90": float(np.quantile(noise, 0.9))},
+        measured_again(data, seed),
+        bound_floor(data, LEVELS),
+        paced_floor(data, LEVELS),
     )
     blocks = list(blocks_of(data))
     sizes = _sizes(len(data))

@@ -10,13 +10,14 @@ from typing import Any, Self
 
 import numpy as np
 
+from wispprof.fitting.base import Boxed
 from wispprof.fitting.features import FloatArray, Totals
 from wispprof.fitting.rows import Observations
 
 __all__ = ["Forest"]
 
 
-class Forest:
+class Forest(Boxed):
     """Nodes of all trees in one array each: ``feature_`` (-1: leaf), ``threshold_``, ``left_``,
     ``right_``, ``value_``; ``roots_`` (trees,)."""
 

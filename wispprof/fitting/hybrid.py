@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from wispprof.fitting.features import FloatArray, Totals, bucket_many
-from wispprof.fitting.physical import PhysicalTerms
+from wispprof.fitting.physical import PhysicalTerms, emitting, emitting_many
 from wispprof.fitting.residual import MonotoneTables
 from wispprof.fitting.rows import Observations
 
@@ -27,20 +27,20 @@ __all__ = ["WispprofSurface", "residual_features"]
 
 ROUNDS = (0, 15, 30, 60, 120)
 ALPHAS = (1.0, 0.85, 0.6)
-KNOTS = ((0, 0), (2, 1), (6, 3))
+KNOTS = ((0, 0), (2, 1), (4, 2))
 """Bends of the physical curves in new and cached tokens; noisy profiles can afford few."""
 WORTH = 0.97
 """A more complicated choice must cut the held-out error at least to this share."""
 
 
-def residual_features(totals: FloatArray, physical: PhysicalTerms) -> FloatArray:
+def residual_features(totals: FloatArray, physical: PhysicalTerms, emit: FloatArray) -> FloatArray:
     """(n, 7): padded tokens, cached, items, deepest, widest, prefill tokens, physical ms."""
     tokens = bucket_many(totals[:, 1], np.array(physical.buckets_))
     features = np.empty((len(totals), 7), order="F")
     features[:, 0] = tokens
     for place, column in enumerate((2, 0, 5, 6, 7), 1):
         features[:, place] = totals[:, column]
-    features[:, 6] = physical.p50_many(totals)
+    features[:, 6] = physical.p50_many(totals, emit)
     return features
 
 
@@ -53,7 +53,8 @@ class Choice(NamedTuple):
 
 
 class WispprofSurface:
-    """``physical_``, ``residual_``, ``alpha_`` and ``high_``, the upper corner of the measured box.
+    """``physical_``, ``residual_``, ``alpha_``; ``high_``, the upper corner of the measured box, and
+    ``most_``, the most tokens that emitted.
 
     ``choice``: settings; without them they are chosen by held-out error.
     """
@@ -69,15 +70,18 @@ class WispprofSurface:
         self.residual_ = MonotoneTables(0)
         self.alpha_ = 1.0
         self.high_ = Totals(0, 0, 0, 0, 0, 0, 0, 0)
+        self.most_ = 0
 
     def fit(self, data: Observations) -> Self:
         choice = self.choice_ = self.choice or self._choose(data)
         self.physical_ = PhysicalTerms(*choice.knots).fit(data)
-        features = residual_features(data.totals, self.physical_)
+        emit = emitting_many(data.totals)
+        features = residual_features(data.totals, self.physical_, emit)
         target = np.log(data.median_ms) - choice.alpha * np.log(features[:, 6])
         self.residual_ = MonotoneTables(choice.rounds).fit(features, target)
         self.alpha_ = choice.alpha
         self.high_ = Totals(*(int(v) for v in data.totals.max(axis=0)))
+        self.most_ = int(emit.max())
         return self
 
     def again(self) -> Self:
@@ -95,38 +99,56 @@ class WispprofSurface:
     # --- asking -----------------------------------------------------------------------------------
 
     def p50(self, totals: Totals) -> float:
+        emit = emitting(totals)
+        base = self.physical_.p50(totals, emit)
         high = self.high_
-        physical = self.physical_
-        items, new, cached, _, _, deep, wide, prefill = totals
-        excess = 0.0
-        base = physical.p50(totals)
-        if (
-            new > high[1]
-            or cached > high[2]
-            or items > high[0]
-            or deep > high[5]
-            or wide > high[6]
-            or prefill > high[7]
+        if not (
+            totals[1] > high[1]
+            or totals[2] > high[2]
+            or totals[0] > high[0]
+            or totals[5] > high[5]
+            or totals[6] > high[6]
+            or totals[7] > high[7]
             or totals[3] > high[3]
             or totals[4] > high[4]
+            or emit > self.most_
         ):
-            totals = Totals(*(min(a, b) for a, b in zip(totals, high, strict=True)))
-            items, new, cached, _, _, deep, wide, prefill = totals
-            inside = physical.p50(totals)
-            excess, base = base - inside, inside
-        row = (physical.tokens(new), cached, items, deep, wide, prefill, base)
-        value = self.residual_.value(row)
-        if self.alpha_ == 1.0:
-            return base * math.exp(value) + excess
-        return float(base**self.alpha_) * math.exp(value) + excess
+            return self._corrected(totals, base)
+        cut, inside = self._cut(totals, emit)
+        return self._corrected(cut, inside) + (base - inside)
+
+    def inside(self, totals: Totals, high: Totals) -> float:
+        """Milliseconds of the batch cut to the measured box, whose corner is ``high_`` whatever is asked."""
+        return self._corrected(*self._cut(totals, emitting(totals)))
+
+    def _cut(self, totals: Totals, emit: int) -> tuple[Totals, float]:
+        """The totals cut to the box, and what the physical terms say there."""
+        cut = Totals(*(min(a, b) for a, b in zip(totals, self.high_, strict=True)))
+        return cut, self.physical_.p50(cut, min(emit, self.most_))
+
+    def _corrected(self, totals: Totals, base: float) -> float:
+        items, new, cached, _, _, deep, wide, prefill = totals
+        row = (self.physical_.tokens(new), cached, items, deep, wide, prefill, base)
+        value = math.exp(self.residual_.value(row))
+        return value * (base if self.alpha_ == 1.0 else float(base**self.alpha_))
 
     def p50_many(self, totals: FloatArray) -> FloatArray:
-        high = np.array(self.high_, dtype=np.float64)
-        if not (totals > high).any():
-            return self._inside(residual_features(totals, self.physical_))
-        features = residual_features(np.minimum(totals, high), self.physical_)
-        excess = self.physical_.p50_many(totals) - features[:, 6]
+        emit = emitting_many(totals)
+        if not ((totals > np.array(self.high_)).any() or (emit > self.most_).any()):
+            return self._inside(residual_features(totals, self.physical_, emit))
+        features = self._cut_features(totals, emit)
+        excess = self.physical_.p50_many(totals, emit) - features[:, 6]
         return self._inside(features) + excess
+
+    def inside_many(self, totals: FloatArray, high: FloatArray) -> FloatArray:
+        """:meth:`inside` over rows (n, 8)."""
+        return self._inside(self._cut_features(totals, emitting_many(totals)))
+
+    def _cut_features(self, totals: FloatArray, emit: FloatArray) -> FloatArray:
+        high = np.array(self.high_, dtype=np.float64)
+        return residual_features(
+            np.minimum(totals, high), self.physical_, np.minimum(emit, self.most_)
+        )
 
     def _inside(self, features: FloatArray) -> FloatArray:
         base = features[:, 6] if self.alpha_ == 1.0 else features[:, 6] ** self.alpha_
@@ -139,6 +161,7 @@ class WispprofSurface:
             "residual": self.residual_.payload(),
             "alpha": self.alpha_,
             "high": list(self.high_),
+            "most": self.most_,
         }
 
     @classmethod
@@ -150,6 +173,7 @@ class WispprofSurface:
         if not 0 < surface.alpha_ <= 1:
             raise ValueError("alpha must lie in (0, 1]")
         surface.high_ = Totals(*(int(v) for v in payload["high"]))
+        surface.most_ = int(payload["most"])
         return surface
 
 
@@ -161,7 +185,7 @@ def _physical_error(
     for held in folds:
         test = data.take(held)
         physical = PhysicalTerms(*knots).fit(data.take(~held))
-        ratio = physical.p50_many(test.totals) / test.median_ms
+        ratio = physical.p50_many(test.totals, emitting_many(test.totals)) / test.median_ms
         errors.append(float(np.abs(np.log(ratio)).mean()))
     return float(np.mean(errors))
 
@@ -174,10 +198,12 @@ def _corrected_errors(
     for held in folds:
         learn, test = data.take(~held), data.take(held)
         physical = PhysicalTerms(*knots).fit(learn)
-        features = residual_features(learn.totals, physical)
-        asked = residual_features(np.minimum(test.totals, learn.totals.max(axis=0)), physical)
+        learnt, emit = emitting_many(learn.totals), emitting_many(test.totals)
+        features = residual_features(learn.totals, physical, learnt)
+        cut = np.minimum(test.totals, learn.totals.max(axis=0))
+        asked = residual_features(cut, physical, np.minimum(emit, learnt.max()))
         inside = np.log(asked[:, 6])
-        excess = physical.p50_many(test.totals) - asked[:, 6]
+        excess = physical.p50_many(test.totals, emit) - asked[:, 6]
         for alpha in ALPHAS:
             target = np.log(learn.median_ms) - alpha * np.log(features[:, 6])
             offset = float(target.mean())

@@ -7,14 +7,14 @@ from typing import Any, Self
 import numpy as np
 
 from wispprof.errors import FitError
-from wispprof.fitting.base import fit_nonnegative
+from wispprof.fitting.base import Boxed, fit_nonnegative
 from wispprof.fitting.features import FloatArray, Totals
 from wispprof.fitting.rows import Observations
 
 __all__ = ["WispLinear"]
 
 
-class WispLinear:
+class WispLinear(Boxed):
     """``a·Σ new + b·Σ new·(cached + new) + c·Σ cached + d``, all weights ≥ 0.
 
     ``coef_``: (4,) milliseconds per token, per token pair, per cached token, and per step.

@@ -2,9 +2,12 @@
 
 A step reads the weights (constant), multiplies every padded token with them (a convex-or-not curve in
 tokens after graph padding), reads the cache (a curve in cached tokens), touches query-key pairs, and
-waits for its longest item: kernels that split work by item are as slow as the widest and deepest one,
-and dense caches compute ``items × widest × deepest``. Every term grows with work and every weight is
-≥ 0, so the sum never falls when work is added.
+waits for its deepest item. Only what emits goes through the output head, so a prompt's tokens cost less
+than a draft's. Every term grows with work and every weight is ≥ 0, so the sum never falls when work is
+added.
+
+Where a batch is cut to the measured box, the tokens that emit are cut by themselves: as the difference of
+two totals, of which one is cut and the other not, they could fall.
 """
 
 from __future__ import annotations
@@ -19,12 +22,23 @@ from wispprof.fitting.base import fit_nonnegative
 from wispprof.fitting.features import FloatArray, Totals, bucket_many
 from wispprof.fitting.rows import Observations
 
-__all__ = ["Curve", "PhysicalTerms", "graph_buckets"]
+__all__ = ["Curve", "PhysicalTerms", "emitting", "emitting_many", "graph_buckets"]
 
 NEW_KNOTS = 6
 CACHED_KNOTS = 3
+TERMS = 6
 BUCKET_SHARE = 0.8
 """Share of rows whose padding must follow the buckets before they are believed."""
+
+
+def emitting(totals: Totals) -> int:
+    """Tokens that go through the output head: all but those of prompt chunks."""
+    return totals[1] - totals[7]
+
+
+def emitting_many(totals: FloatArray) -> FloatArray:
+    """:func:`emitting` over rows (n, 8); returns (n,)."""
+    return np.asarray(totals[:, 1] - totals[:, 7])
 
 
 class Curve:
@@ -92,7 +106,8 @@ def graph_buckets(data: Observations) -> FloatArray:
 
 
 class PhysicalTerms:
-    """``buckets_`` (b,), ``new_`` and ``cached_`` curves, ``weights_`` (10,) of the other terms."""
+    """``buckets_`` (b,), ``new_`` and ``cached_`` curves, ``weights_`` (6,) of the other terms: a step, an
+    item, Σ new·cached, Σ new², the deepest item, a token that emits."""
 
     kind = "physical"
     monotone = True
@@ -103,7 +118,7 @@ class PhysicalTerms:
         self.buckets_: list[float] = []
         self.new_ = Curve([], [0.0])
         self.cached_ = Curve([], [0.0])
-        self.weights_: tuple[float, ...] = (0.0,) * 10
+        self.weights_: tuple[float, ...] = (0.0,) * TERMS
 
     def fit(self, data: Observations) -> Self:
         buckets = graph_buckets(data)
@@ -111,11 +126,13 @@ class PhysicalTerms:
         tokens = bucket_many(data.totals[:, 1], buckets)
         new_knots = sorted({*lone_token_knots(tokens), *spread_knots(tokens, self.new_knots)})
         cached_knots = spread_knots(data.totals[:, 2], self.cached_knots)
+        items, _, cached, cross, square, deep, _, _ = data.totals.T
         design = np.concatenate(
             [
                 Curve.columns(tokens, new_knots),
-                Curve.columns(data.totals[:, 2], cached_knots),
-                self._others(data.totals),
+                Curve.columns(cached, cached_knots),
+                np.stack([np.ones(len(data)), items, cross, square, deep], axis=1),
+                emitting_many(data.totals)[:, None],
             ],
             axis=1,
         )
@@ -126,23 +143,6 @@ class PhysicalTerms:
         self.weights_ = tuple(weights[first + second :])
         return self
 
-    @staticmethod
-    def _others(totals: FloatArray) -> FloatArray:
-        items, _, _, cross, square, deep, wide, prefill = totals.T
-        terms = (
-            np.ones(len(totals)),
-            items,
-            cross,
-            square,
-            deep,
-            prefill,
-            items * deep,
-            items * wide,
-            wide * deep,
-            items * wide * deep,
-        )
-        return np.stack(terms, axis=1)
-
     def again(self) -> Self:
         return type(self)(self.new_knots, self.cached_knots)
 
@@ -152,38 +152,36 @@ class PhysicalTerms:
         place = bisect_left(buckets, new)
         return buckets[place] if place < len(buckets) else new
 
-    def p50(self, totals: Totals) -> float:
-        items, new, cached, cross, square, deep, wide, prefill = totals
-        w0, w1, w2, w3, w4, w5, w6, w7, w8, w9 = self.weights_
-        padded = wide * deep
+    def p50(self, totals: Totals, emit: float) -> float:
+        """Milliseconds of a batch of which ``emit`` tokens emit (see :func:`emitting`)."""
+        items, new, cached, cross, square, deep, _, _ = totals
+        w0, w1, w2, w3, w4, w5 = self.weights_
         return (
             self.new_(self.tokens(new))
             + self.cached_(cached)
             + w0
-            + items * (w1 + w6 * deep + w7 * wide + w9 * padded)
+            + w1 * items
             + w2 * cross
             + w3 * square
             + w4 * deep
-            + w5 * prefill
-            + w8 * padded
+            + w5 * emit
         )
 
-    def p50_many(self, totals: FloatArray) -> FloatArray:
+    def p50_many(self, totals: FloatArray, emit: FloatArray) -> FloatArray:
+        """:meth:`p50` over rows (n, 8) and (n,)."""
         tokens = bucket_many(totals[:, 1], np.array(self.buckets_))
-        items, _, cached, cross, square, deep, wide, prefill = totals.T
-        w0, w1, w2, w3, w4, w5, w6, w7, w8, w9 = self.weights_
-        padded = wide * deep
+        items, _, cached, cross, square, deep, _, _ = totals.T
+        w0, w1, w2, w3, w4, w5 = self.weights_
         # The very operations of :meth:`p50`, in its order: both must round alike.
         result: FloatArray = (
             self.new_.many(tokens)
             + self.cached_.many(cached)
             + w0
-            + items * (w1 + w6 * deep + w7 * wide + w9 * padded)
+            + w1 * items
             + w2 * cross
             + w3 * square
             + w4 * deep
-            + w5 * prefill
-            + w8 * padded
+            + w5 * emit
         )
         return result
 
@@ -202,7 +200,7 @@ class PhysicalTerms:
         terms.new_ = Curve(payload["new"]["knots"], payload["new"]["slopes"])
         terms.cached_ = Curve(payload["cached"]["knots"], payload["cached"]["slopes"])
         weights = tuple(float(w) for w in payload["weights"])
-        if len(weights) != 10 or min(weights) < 0:
-            raise ValueError("the physical part has ten weights ≥ 0")
+        if len(weights) != TERMS or min(weights) < 0:
+            raise ValueError(f"the physical part has {TERMS} weights ≥ 0")
         terms.weights_ = weights
         return terms

@@ -14,7 +14,7 @@ from wispprof.artifacts.records import StepRow
 from wispprof.core import BatchShape
 from wispprof.errors import FitError
 from wispprof.fitting.features import FloatArray, decode_totals_of, totals_matrix, totals_of
-from wispprof.fitting.sentinel import drift_factors
+from wispprof.fitting.sentinel import Pace, drift_factors, visits_of
 
 __all__ = ["MINIMUM_SHAPES", "Observations", "check_rows", "check_same_model", "read_step_log"]
 
@@ -24,6 +24,8 @@ MINIMUM_SHAPES = 12
 DISTRUSTED = frozenset({"drift", "throttled"})
 TRUSTED_SHARE = 0.7
 """Distrusted rows are left out only where at least this share of the shapes remains."""
+PRIOR_FREEDOM = 4.0
+"""How many visits' worth the spread of all shapes counts against a shape's own visits."""
 SAME_SHAPE_FACTOR = 2.5
 """Medians of one shape further apart than this are not one model on one machine."""
 
@@ -35,6 +37,8 @@ class Observations:
     ``totals`` and ``decode`` (n, 8): features of the whole shape and of its items that are not prompt
     chunks. ``median_ms`` (n,). ``samples``: n arrays of raw times. ``padded`` (n,): tokens the step
     really computed, 0 where unknown. ``groups``: the shape's key, which splits never divide.
+    ``paced``: the same samples at the machine's typical pace, as ``median_ms`` is; ``visits``: n arrays with
+    the median of each visit's.
     ``flagged``: rows with a flag of distrust that are in nevertheless; ``left_out``: those that are not.
     ``drift``: largest log ratio between speeds of the machine that medians were corrected for.
     """
@@ -46,6 +50,8 @@ class Observations:
     padded: FloatArray
     groups: tuple[str, ...]
     shapes: tuple[BatchShape, ...]
+    paced: tuple[FloatArray, ...]
+    visits: tuple[FloatArray, ...]
     flagged: int = 0
     left_out: int = 0
     drift: float = 0.0
@@ -71,60 +77,91 @@ class Observations:
             self.padded[place],
             tuple(self.groups[i] for i in place),
             tuple(self.shapes[i] for i in place),
+            tuple(self.paced[i] for i in place),
+            tuple(self.visits[i] for i in place),
         )
 
     @classmethod
     def of(cls, rows: Sequence[StepRow]) -> Observations:
         """Gather rows by shape. Raises :class:`FitError` as :func:`check_rows` does.
 
-        Where drifted rows had to be kept, ``median_ms`` is taken at the machine's typical speed, as the
-        sentinel tells it; ``samples`` stay as measured, so that a bound learnt from them covers drift.
+        Where looks at a sentinel tell the machine's pace, ``median_ms`` is taken at its typical one.
+        ``samples`` stay as measured, and those that a sweep set aside are among them where it says when they
+        were taken, so that a bound learnt from them covers what the machine does.
         """
-        kept = check_rows(rows)
-        flagged = sum(bool(DISTRUSTED & set(row.flags)) for row in kept)
-        factors = drift_factors(kept) if flagged else np.ones(len(kept))
-        merged: dict[str, list[tuple[StepRow, float]]] = {}
-        for row, factor in zip(kept, factors.tolist(), strict=True):
-            merged.setdefault(row.shape.key(), []).append((row, factor))
-        shapes = [group[0][0].shape for group in merged.values()]
-        medians = [
-            float(np.median([s / factor for row, factor in group for s in row.samples_ms]))
-            for group in merged.values()
-        ]
+        pace = Pace.of(rows)
+        close = pace is not None and pace.close
+        kept = check_rows(rows, close)
+        distrusted = DISTRUSTED - {"drift"} if close else DISTRUSTED
+        flagged = sum(bool(distrusted & set(row.flags)) for row in kept)
+        if pace is not None and not (pace.learnt or flagged):
+            pace = None  # nothing says that rows follow the sentinel, nor that they would need it
+        merged: dict[str, list[StepRow]] = {}
+        for row in kept:
+            merged.setdefault(row.shape.key(), []).append(row)
+        shapes = [group[0].shape for group in merged.values()]
+        gathered = [_gather(group, pace) for group in merged.values()]
+        paced = tuple(np.concatenate(visits) for _, visits in gathered)
+        factors = drift_factors(kept, pace) if pace else np.ones(len(kept))
         return cls(
             totals_matrix(shapes),
             np.array([decode_totals_of(s) for s in shapes], dtype=np.float64),
-            np.array(medians),
-            tuple(
-                np.array([s for row, _ in group for s in row.samples_ms])
-                for group in merged.values()
-            ),
+            np.array([float(np.median(samples)) for samples in paced]),
+            tuple(raw for raw, _ in gathered),
             np.array(
-                [max(row.padded_tokens for row, _ in group) for group in merged.values()],
+                [max(row.padded_tokens for row in group) for group in merged.values()],
                 dtype=np.float64,
             ),
             tuple(merged),
             tuple(shapes),
+            paced,
+            tuple(np.array([np.median(visit) for visit in visits]) for _, visits in gathered),
             flagged,
             len(rows) - len(kept),
             float(np.ptp(np.log(factors))),
         )
 
     def repeat_noise(self) -> FloatArray:
-        """Relative noise of each shape's median, (n,): spread of its samples ÷ √samples."""
+        """Relative standard error of each shape's median, (n,): the spread of its visits ÷ √visits.
+
+        Visits to one shape meet other moments and other memory, which samples of one visit share. Few visits
+        tell little of a shape's own spread, so each is judged together with that of all (as in Smyth 2004).
+        Shapes of one visit have their samples alone: their spread ÷ √samples.
+        """
+        spread = [float(np.log(v).var(ddof=1)) for v in self.visits if len(v) > 1]
+        freedom = [len(v) - 1 for v in self.visits if len(v) > 1]
+        # The median of chi-square over its freedom (Wilson and Hilferty): no shape's mishap counts.
+        typical = [s / (1 - 2 / (9 * nu)) ** 3 for s, nu in zip(spread, freedom, strict=True)]
+        prior = float(np.median(typical)) if typical else 0.0
         noise = []
-        for samples in self.samples:
+        for samples, visits in zip(self.samples, self.visits, strict=True):
+            if len(visits) > 1:
+                own, nu = float(np.log(visits).var(ddof=1)), len(visits) - 1
+                pooled = (PRIOR_FREEDOM * prior + nu * own) / (PRIOR_FREEDOM + nu)
+                noise.append(math.sqrt(pooled / len(visits)))
+                continue
             median = float(np.median(samples))
             mad = float(np.median(np.abs(samples - median))) * 1.4826
             noise.append(1.2533 * mad / math.sqrt(len(samples)) / median)
         return np.array(noise)
 
 
-def check_rows(rows: Sequence[StepRow]) -> list[StepRow]:
+def _gather(rows: Sequence[StepRow], pace: Pace | None) -> tuple[FloatArray, list[FloatArray]]:
+    """All samples of one shape as measured, and visit by visit at the machine's typical pace."""
+    visits = [(order, np.array(samples)) for row in rows for order, samples in visits_of(row)]
+    raw = np.concatenate([samples for _, samples in visits])
+    if pace is None:
+        return raw, [samples for _, samples in visits]
+    slow = pace.factors([order for order, _ in visits], float(np.median(raw)))
+    return raw, [samples / factor for (_, samples), factor in zip(visits, slow, strict=True)]
+
+
+def check_rows(rows: Sequence[StepRow], paced: bool = False) -> list[StepRow]:
     """Return the rows worth fitting.
 
     Drifted and throttled rows are left out, unless so many are that too little would remain: on a busy
-    machine a profile in which everything drifted is still worth more than none.
+    machine a profile in which everything drifted is still worth more than none. ``paced``: how slow the
+    machine was at every visit is known, so that drift is no reason to leave a row out.
 
     Raises :class:`FitError` for NaN, infinite, zero or negative times, too few distinct shapes,
     columns that do not vary, and rows of one shape that contradict each other.
@@ -149,7 +186,8 @@ def check_rows(rows: Sequence[StepRow]) -> list[StepRow]:
             f"{MINIMUM_SHAPES} are needed.",
             "Profile a larger grid.",
         )
-    trusted = [row for row in rows if not DISTRUSTED & set(row.flags)]
+    distrusted = DISTRUSTED - {"drift"} if paced else DISTRUSTED
+    trusted = [row for row in rows if not distrusted & set(row.flags)]
     remaining = len({row.shape.key() for row in trusted})
     enough = max(MINIMUM_SHAPES, TRUSTED_SHARE * len(distinct))
     kept = trusted if remaining >= enough else list(rows)

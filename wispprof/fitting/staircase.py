@@ -7,13 +7,14 @@ from typing import Any, Self
 
 import numpy as np
 
+from wispprof.fitting.base import Boxed
 from wispprof.fitting.features import FloatArray, Totals
 from wispprof.fitting.rows import Observations
 
 __all__ = ["Staircase"]
 
 
-class Staircase:
+class Staircase(Boxed):
     """``steps_``: token counts; ``times_``: ms of a step padded to each, never falling.
 
     The context is the one most shapes were measured at. Beyond the last step time grows in proportion.
