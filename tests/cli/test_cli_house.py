@@ -103,6 +103,13 @@ def test_version_and_unknown_command() -> None:
     assert RUNNER.invoke(app, ["no-such-command"]).exit_code == common.USAGE
 
 
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "wispprof", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("wispprof ")
+
+
 def small_app(action: object) -> typer.Typer:
     made = typer.Typer(cls=common.GuardedGroup, pretty_exceptions_enable=False)
     made.command("act")(action)  # type: ignore[type-var]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -162,6 +163,25 @@ def test_a_budget_holds_from_the_call_to_the_end(tiny, monkeypatch):
     assert min(kept) == min(work)
     assert max(kept) == max(work)
     assert len(kept) < len(work)
+
+
+def test_a_slow_disk_costs_the_quick_grid_no_shapes(tiny, monkeypatch):
+    """Nobody asked for a time. Negative control: a time that was asked for counts from the call."""
+    clock = CountedTime(monkeypatch)
+
+    def load(asked):
+        clock.now += 60 * server.QUICK_MINUTES
+        return tiny
+
+    monkeypatch.setattr(server, "_load", load)
+    monkeypatch.setattr(server, "load_axes", lambda name: AXES)
+    quick = server.ServerSettings(sweep=SWEEP)
+    profile = server.profile_server(quick, clock=clock)
+    shapes = {row.key for row in profile.rows if row.kind != "sentinel"}
+    whole = server.plan_server(settings(), loaded=tiny, clock=clock)
+    assert shapes == {shot.key for shot in whole.shots}
+    with pytest.raises(ProfileError, match="--budget-minutes"):
+        server.profile_server(replace(quick, budget_minutes=server.QUICK_MINUTES), clock=clock)
 
 
 def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):

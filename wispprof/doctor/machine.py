@@ -98,7 +98,9 @@ def threads(situation: Situation) -> Finding:
             f"OMP_NUM_THREADS={asked}, but this process may use {cores} cores.",
             f"Unset it, or set it to a number from 1 to {cores}: oversubscribed steps jitter.",
         )
-    return Finding("threads", "ok", f"{asked or cores} compute threads on {cores} cores")
+    count = int(asked or cores)
+    word = "thread" if count == 1 else "threads"
+    return Finding("threads", "ok", f"{count} compute {word} on {cores} cores")
 
 
 def memory(situation: Situation) -> Finding:

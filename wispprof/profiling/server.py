@@ -96,6 +96,10 @@ def profile_server(
     begin = clock()
     if progress is not None:
         progress(0, 1, "loading the model, timing a few shapes")
+    if settings.budget_minutes is None:
+        # Nobody asked for a time: slow disks may not cost the quick grid its shapes.
+        loaded = loaded or _load(settings)
+        begin = clock()
     setup = _set_up(settings, loaded, clock)
 
     def finish(result: SweepResult, journal: RowJournal | None) -> Any:
