@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import selectors
 
 import pytest
 from edge_doubles import LinearCost, hash_trace, pocket
@@ -17,6 +19,7 @@ from wispprof.runtime.bench import (
     run_bench,
     run_virtual,
 )
+from wispprof.runtime.bench.precise import run_precise
 from wispprof.runtime.bench.result import Outcome, summarise
 from wispprof.runtime.edge import RequestStats
 from wispprof.runtime.server.double import HashEngine
@@ -128,6 +131,16 @@ async def test_against_a_real_server_with_its_step_records() -> None:
 
 
 TRACE_OF_HASH = dataclasses.replace(TRACE, tokenizer_hash="hash")
+
+
+def test_timers_keep_microseconds_up_to_a_thousand_connections() -> None:
+    """Beyond that ``select`` cannot count files, and a fleet must still run."""
+
+    async def selector() -> type:
+        return type(asyncio.get_running_loop()._selector)  # type: ignore[attr-defined]
+
+    assert run_precise(selector(), 900) is selectors.SelectSelector
+    assert run_precise(selector(), 5000) is selectors.DefaultSelector
 
 
 def test_devices_by_name_by_number_and_by_nonsense() -> None:

@@ -89,4 +89,5 @@ def _bench(settings: BenchSettings, url: str, trace: Path, tell: bool) -> BenchR
         words.put((done, total, note))
 
     # Told nobody, words would fill the pipe, and the fleet would stand still on the next one.
-    return run_precise(run_bench(settings, url, load_trace(trace), say if tell else None))
+    main = run_bench(settings, url, load_trace(trace), say if tell else None)
+    return run_precise(main, settings.devices)

@@ -60,7 +60,7 @@ def bench(
     progress: Progress | None = None,
 ) -> BenchResult:
     """:func:`run_bench` for callers without an event loop."""
-    return run_precise(run_bench(settings, server, trace, progress))
+    return run_precise(run_bench(settings, server, trace, progress), settings.devices)
 
 
 class _Fleet:
