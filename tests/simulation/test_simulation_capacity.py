@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,7 +16,7 @@ from wispprof.simulation import Scenario, ServerModel, simulate, system
 from wispprof.simulation import capacity as search
 from wispprof.simulation.acceptance import SyntheticAcceptance
 from wispprof.simulation.arrivals import ClosedFleet, Lengths, Poisson
-from wispprof.simulation.capacity import capacity
+from wispprof.simulation.capacity import capacity, workers
 from wispprof.simulation.costs import LinearCost
 from wispprof.simulation.metrics import SessionRecord
 from wispprof.simulation.reproduce import Comparison, Figure, reproduce_configspec
@@ -164,3 +167,25 @@ def test_every_published_choice_of_configspec_is_met() -> None:
     assert len(found.figures) == 2 * 4 + 6 * 5
     for figure in found.figures:
         assert found.verdict(figure) == "met: paper's search", figure
+
+
+def test_what_ends_early_ends_its_workers() -> None:
+    """Ctrl-C in the middle of a search leaves nobody behind, and does not wait for what runs."""
+
+    def interrupted() -> None:
+        with workers(2) as executor:
+            assert executor is not None
+            assert executor.submit(os.getpid).result() != os.getpid()
+            executor.submit(time.sleep, 600)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    for process in multiprocessing.active_children():
+        process.join(timeout=60)
+        assert not process.is_alive()
+
+
+def test_one_job_needs_no_workers() -> None:
+    with workers(1) as executor:
+        assert executor is None

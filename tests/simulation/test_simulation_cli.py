@@ -45,6 +45,7 @@ def test_capacity_and_a_replayed_trace(tmp_path: Path) -> None:
         (["simulate", "--server", "abacus"], "abacus"),
         (["simulate", "--arrivals", "nowhere.csv"], "nowhere.csv"),
         (["simulate", "--capacity", "--arrivals", "poisson"], "closed"),
+        (["simulate", "--out", "x.json"], "--capacity"),
         (["reproduce", "nobody"], "nobody"),
     ],
 )

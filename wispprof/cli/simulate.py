@@ -99,6 +99,10 @@ def simulate(
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Processes (default: one a core).")
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="With --capacity: keep the curves here, for `report` to draw."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Simulate a fleet of edges on one server, under one policy or several."""
@@ -113,6 +117,8 @@ def simulate(
         raise typer.BadParameter("--warmup must be shorter than --seconds.")
     if capacity and arrivals != "closed":
         raise PlanError("A capacity is a number of devices.", "Leave --arrivals at closed.")
+    if out is not None and not capacity:
+        raise PlanError("--out keeps the curves of --capacity.", "For other figures: --json.")
     inputs = read_inputs(
         server=server,
         edge=edge,
@@ -152,6 +158,13 @@ def simulate(
     ]
     run = _capacities if capacity else _runs
     document, shown = run(scenarios, violations, jobs)
+    if out is not None:
+        promised = ", ".join(f"{speed:g}" for speed in slo or [4.0])
+        words = (
+            f"Promise of {promised} tokens/s, round trip {rtt:g} ms, prompts of {prompt} and answers of "
+            f"{output} tokens (medians), {seconds:g} s each; {'; '.join(inputs.notes) or 'no files'}."
+        )
+        _keep(out, document, violations, words)
     document["inputs"] = list(inputs.notes)
     result(document, shown, as_json)
 
@@ -159,15 +172,13 @@ def simulate(
 def _runs(
     scenarios: list[Any], violations: float, jobs: int | None
 ) -> tuple[dict[str, Any], Table]:
-    from wispprof.simulation.capacity import pool, run_all
+    from wispprof.simulation.capacity import run_all, workers
 
-    executor = pool(jobs) if len(scenarios) > 1 else None
-    try:
-        with tracker("simulate", len(scenarios)) as report:
-            reports = run_all(scenarios, executor, lambda done, word: report(done, status=word))
-    finally:
-        if executor is not None:
-            executor.shutdown()
+    with (
+        workers(jobs if len(scenarios) > 1 else 1) as executor,
+        tracker("simulate", len(scenarios)) as report,
+    ):
+        reports = run_all(scenarios, executor, lambda done, word: report(done, status=word))
     return {"runs": [_summary(r) for r in reports]}, _report_table(reports)
 
 
@@ -176,10 +187,9 @@ def _capacities(
 ) -> tuple[dict[str, Any], Table]:
     import os
 
-    from wispprof.simulation.capacity import capacity, pool
+    from wispprof.simulation.capacity import capacity, workers
 
     wide = jobs or os.cpu_count() or 1
-    executor = pool(wide)
     shown = table(
         f"Capacity within {violations:.0%} violations",
         "system",
@@ -190,41 +200,56 @@ def _capacities(
         ">runs",
     )
     found = []
-    try:
-        with tracker("capacity") as report:
-            for scenario in scenarios:
-                answer = capacity(
-                    scenario,
-                    violations=violations,
-                    wide=wide,
-                    executor=executor,
-                    progress=lambda done, word, s=scenario: report(  # type: ignore[misc]
-                        done, status=f"{s.system.label}, {word}"
-                    ),
-                )
-                best = answer.report
-                shown.add_row(
-                    scenario.system.label,
-                    f"{'' if answer.bounded else '>= '}{answer.devices}",
-                    _percent(best.attainment) if best else "-",
-                    _number(best.goodput) if best else "-",
-                    _number(best.mean_step_ms) if best else "-",
-                    str(len(answer.probes)),
-                )
-                found.append(
-                    {
-                        "system": scenario.system.label,
-                        "devices": answer.devices,
-                        "bounded": answer.bounded,
-                        "violations": answer.violations,
-                        "probes": [list(p) for p in answer.probes],
-                        "report": _summary(best) if best else None,
-                    }
-                )
-    finally:
-        if executor is not None:
-            executor.shutdown()
+    with workers(wide) as executor, tracker("capacity") as report:
+        for scenario in scenarios:
+            answer = capacity(
+                scenario,
+                violations=violations,
+                wide=wide,
+                executor=executor,
+                progress=lambda done, word, s=scenario: report(  # type: ignore[misc]
+                    done, status=f"{s.system.label}, {word}"
+                ),
+            )
+            best = answer.report
+            shown.add_row(
+                scenario.system.label,
+                f"{'' if answer.bounded else '>= '}{answer.devices}",
+                _percent(best.attainment) if best else "-",
+                _number(best.goodput) if best else "-",
+                _number(best.mean_step_ms) if best else "-",
+                str(len(answer.probes)),
+            )
+            found.append(
+                {
+                    "system": scenario.system.label,
+                    "devices": answer.devices,
+                    "bounded": answer.bounded,
+                    "violations": answer.violations,
+                    "probes": [list(p) for p in answer.probes],
+                    "report": _summary(best) if best else None,
+                }
+            )
     return {"capacities": found}, shown
+
+
+def _keep(out: Path, document: Mapping[str, Any], violations: float, load: str) -> None:
+    """The curves of a capacity search as an artifact that ``report`` draws."""
+    from wispprof.artifacts import write_document
+    from wispprof.reporting import CAPACITY_KIND
+
+    systems = [
+        {
+            "system": c["system"],
+            "devices": c["devices"],
+            "bounded": c["bounded"],
+            # Fleets of which no session could be judged have no share.
+            "probes": [[n, None if math.isnan(share) else share] for n, share in c["probes"]],
+        }
+        for c in document["capacities"]
+    ]
+    write_document(out, CAPACITY_KIND, {"violations": violations, "load": load, "systems": systems})
+    note(f"wrote {out}")
 
 
 def _summary(report: Report) -> dict[str, Any]:
@@ -278,7 +303,7 @@ def reproduce(
 ) -> None:
     """Print a paper's headline table beside what the simulator (or its formulas) gives."""
     from wispprof.errors import PlanError
-    from wispprof.simulation.capacity import pool
+    from wispprof.simulation.capacity import workers
     from wispprof.simulation.reproduce import PAPERS
 
     make = PAPERS.get(paper)
@@ -286,13 +311,8 @@ def reproduce(
         raise PlanError(
             f"There is no published table named {paper!r}.", f"Choose of {', '.join(PAPERS)}."
         )
-    executor = pool(jobs)
-    try:
-        with tracker(f"reproduce {paper}") as report:
-            found = make(executor, lambda done, word: report(done, status=word))
-    finally:
-        if executor is not None:
-            executor.shutdown()
+    with workers(jobs) as executor, tracker(f"reproduce {paper}") as report:
+        found = make(executor, lambda done, word: report(done, status=word))
     result(_document(found), _comparison_table(found), as_json)
 
 
@@ -315,19 +335,22 @@ def _document(found: Comparison) -> Mapping[str, Any]:
 
 
 def _comparison_table(found: Comparison) -> Table:
+    """One column a setup, by letter, so that a terminal holds them all; the caption says what each is."""
+    letters = dict(zip(found.assumptions, "ABCDEFGHIJ", strict=False))
+    said = "\n".join(f"{letters[name]}  {name}: {why}" for name, why in found.assumptions.items())
     shown = table(
         f"{found.title} ({found.citation})",
         "figure",
         ">published",
-        *(f">{name}" for name in found.assumptions),
-        f"within {found.within:.0%}?",
-        caption="\n".join(f"{name}: {why}" for name, why in found.assumptions.items()),
+        *(f">{letter}" for letter in letters.values()),
+        f"within {found.within:.0%}",
+        caption=f"{said}\nwithin: the setups that come that near to what was published.",
     )
     for figure in found.figures:
         shown.add_row(
             figure.name,
             f"{figure.published:.4g}",
             *("-" if math.isnan(v) else f"{v:.4g}" for v in figure.simulated.values()),
-            found.verdict(figure),
+            " ".join(letters[name] for name in figure.within(found.within)) or "none",
         )
     return shown

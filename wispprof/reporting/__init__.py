@@ -2,12 +2,13 @@
 
 from wispprof.reporting.report import render_report, verdict, write_report
 from wispprof.reporting.results import Answer, Bench, Piece, bench_table
-from wispprof.reporting.run import ANSWER_KIND, BENCH_KIND, Run, load_run
+from wispprof.reporting.run import ANSWER_KIND, BENCH_KIND, CAPACITY_KIND, Run, load_run
 from wispprof.reporting.tables import Column, Table, to_html, to_rich
 
 __all__ = [
     "ANSWER_KIND",
     "BENCH_KIND",
+    "CAPACITY_KIND",
     "Answer",
     "Bench",
     "Column",

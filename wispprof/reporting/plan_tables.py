@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping, Sequence
 
-from wispprof.artifacts.plan import DraftRow, Plan
+from wispprof.artifacts.plan import BreakEvenRow, DraftRow, Plan
 from wispprof.reporting.tables import Column, Table
 
-__all__ = ["capacity_table", "draft_length_map"]
+__all__ = ["break_even_map", "capacity_table", "draft_length_map"]
 
 
 def draft_length_map(plan: Plan, device: str, mode: str, tokens_per_s: float) -> str:
@@ -24,22 +25,58 @@ def draft_length_map(plan: Plan, device: str, mode: str, tokens_per_s: float) ->
     ]
     rtts = sorted({r.rtt_ms for r in rows})
     levels = sorted({r.load_level for r in rows})
-    sessions = {b.load_level: b.sessions for b in plan.batch}
     longest = max((r.k for r in rows), default=0) or 1
-    cells = {(r.rtt_ms, r.load_level): r for r in rows}
+    cells = {(r.rtt_ms, r.load_level): _cell(r, longest) for r in rows}
+    title = f"{row.device}, {mode} mode, promise of {row.tokens_per_s:g} tokens/s"
+    return _map(plan, title, rtts, levels, cells)
+
+
+def break_even_map(plan: Plan, device: str, mode: str) -> str:
+    """Where speculation pays, by round trip (rows) and load level (columns), as HTML.
+
+    Each cell: a session's tokens/s with the best draft length over those without drafts, and from which
+    mean acceptance on drafting would pay there. The darker, the larger the gain; hatched where the server
+    alone is as fast.
+    """
+    rows = [r for r in plan.break_even if (r.device, r.mode) == (device, mode)]
+    if not rows:
+        return ""
+    most = max(1.01, *(r.gain for r in rows))
+    cells = {(r.rtt_ms, r.load_level): _break_even(r, most) for r in rows}
+    title = f"{device}, {mode} mode, measured acceptance {rows[0].acceptance:.2f}"
+    rtts, levels = sorted({r.rtt_ms for r in rows}), sorted({r.load_level for r in rows})
+    return _map(plan, title, rtts, levels, cells)
+
+
+def _break_even(row: BreakEvenRow, most: float) -> str:
+    needed = "never pays" if row.needed is None else f"pays from {row.needed:.2f}"
+    if row.verdict != "split":
+        return f'<td class="k no">× {row.gain:.2f}<small>{needed}</small></td>'
+    heat = 8 + 52 * max(0.0, row.gain - 1.0) / (most - 1.0)
+    return f'<td class="k" style="--heat:{heat:.0f}">× {row.gain:.2f}<small>{needed}</small></td>'
+
+
+def _map(
+    plan: Plan,
+    title: str,
+    rtts: Sequence[float],
+    levels: Sequence[int],
+    cells: Mapping[tuple[float, int], str],
+) -> str:
+    """Cells by round trip and load level as one table."""
+    sessions = {b.load_level: b.sessions for b in plan.batch}
     head = "".join(
         f'<th scope="col" class="n">load {level}<small>{_sessions(sessions.get(level))}</small></th>'
         for level in levels
     )
     body = "".join(
         f'<tr><th scope="row">{rtt:g} ms</th>'
-        + "".join(_cell(cells.get((rtt, level)), longest) for level in levels)
+        + "".join(cells.get((rtt, level), '<td class="k">–</td>') for level in levels)
         + "</tr>"
         for rtt in rtts
     )
-    title = html.escape(f"{row.device}, {mode} mode, promise of {row.tokens_per_s:g} tokens/s")
     return (
-        f'<div class="scroll"><table class="map"><caption>{title}</caption>'
+        f'<div class="scroll"><table class="map"><caption>{html.escape(title)}</caption>'
         f'<thead><tr><th scope="col">round trip</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
@@ -48,9 +85,7 @@ def _sessions(count: int | None) -> str:
     return "" if count is None else f"{count} session{'s' if count != 1 else ''}"
 
 
-def _cell(row: DraftRow | None, longest: int) -> str:
-    if row is None:
-        return '<td class="k">–</td>'
+def _cell(row: DraftRow, longest: int) -> str:
     if not row.feasible:
         nearest = f"{row.nearest_tokens_per_s:.1f} tokens/s at most"
         return f'<td class="k no">{row.k}<small>{nearest}</small></td>'

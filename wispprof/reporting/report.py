@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from wispprof.artifacts.provenance import utc_now
 from wispprof.core import StepEstimator
 from wispprof.reporting import figures
 from wispprof.reporting.page import Page, Section, Tile, facts, figure
-from wispprof.reporting.plan_tables import capacity_table, draft_length_map
+from wispprof.reporting.plan_sections import capacity_sections, plan_sections
 from wispprof.reporting.results import Answer, Bench, bench_table
 from wispprof.reporting.run import Run
 from wispprof.reporting.tables import Column, Table, to_html
@@ -41,7 +40,8 @@ def render_report(run: Run) -> str:
         *_surface(run),
         *_accuracy(run, benches),
         *_acceptance(run),
-        *_plan(run, benches),
+        *plan_sections(run, benches),
+        *capacity_sections(run),
         _provenance(run),
     ]
     return Page(
@@ -278,33 +278,6 @@ def _acceptance(run: Run) -> list[Section]:
             "How far a draft survives",
             "The share of draft tokens that the target accepts, by their place in the round.",
             figure(figures.acceptance_by_position(trace), narrow=True, note=note),
-        )
-    ]
-
-
-def _plan(run: Run, benches: Sequence[Bench]) -> list[Section]:
-    plan = run.plan
-    if plan is None or not plan.draft:
-        return []
-    classes = plan.slo_classes or tuple(sorted({r.tokens_per_s for r in plan.draft}))
-    asked = [speed for b in benches for speed in b.promises]
-    speed = statistics.median_low(asked) if asked else classes[len(classes) // 2]
-    device = plan.devices[0]
-    maps = "".join(
-        draft_length_map(plan, device, mode, speed)
-        for mode in ("stream", "round")
-        if any(r.mode == mode for r in plan.draft)
-    )
-    notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in plan.notes)
-    capacity = to_html(capacity_table(plan, device)) if plan.capacity else ""
-    return [
-        Section(
-            "plan",
-            "How far to draft",
-            f"The plan’s draft length for each round trip and load, with {plan.context:,} cached tokens "
-            "per session. 0 means: do not speculate here. Server and edge look their row up while they "
-            "run.",
-            maps + notes + (f"<h3>How many devices</h3>{capacity}" if capacity else ""),
         )
     ]
 

@@ -27,9 +27,9 @@ from wispprof.errors import ArtifactMissing
 if TYPE_CHECKING:
     from wispprof.fitting import FittedEstimator
 
-__all__ = ["ANSWER_KIND", "BENCH_KIND", "Run", "Source", "load_run"]
+__all__ = ["ANSWER_KIND", "BENCH_KIND", "CAPACITY_KIND", "Run", "Source", "load_run"]
 
-BENCH_KIND, ANSWER_KIND = "bench", "answer"
+BENCH_KIND, ANSWER_KIND, CAPACITY_KIND = "bench", "answer", "capacity"
 DOCUMENT_PREFIX, TRACE_FORMAT = "wispprof/", "wispprof/trace"
 
 
@@ -56,6 +56,7 @@ class Run:
     estimator: FittedEstimator | None = None
     plan: Plan | None = None
     answer: Document | None = None
+    capacity: Document | None = None
     benches: tuple[Document, ...] = ()
     sources: tuple[Source, ...] = ()
 
@@ -123,6 +124,7 @@ def load_run(folder: Path) -> Run:
         estimator=last("estimator"),
         plan=last("plan"),
         answer=last(ANSWER_KIND),
+        capacity=last(CAPACITY_KIND),
         benches=tuple(entry[1] for entry in benches),
         sources=tuple(source for entries in found.values() for source, _ in entries),
     )
@@ -176,4 +178,5 @@ _READERS: dict[str, Callable[[Path, Document], Any]] = {
     "plan": lambda path, _: load_plan(path),
     BENCH_KIND: lambda _, document: document,
     ANSWER_KIND: lambda _, document: document,
+    CAPACITY_KIND: lambda _, document: document,
 }

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 
@@ -18,7 +20,7 @@ from wispprof.simulation.engine import simulate
 from wispprof.simulation.metrics import Report
 from wispprof.simulation.scenario import Scenario
 
-__all__ = ["Capacity", "capacity", "pool", "run_all"]
+__all__ = ["Capacity", "capacity", "pool", "run_all", "workers"]
 
 Progress = Callable[[int, str], None]
 """Called with the number of finished runs and a word on the last one."""
@@ -39,15 +41,38 @@ class Capacity:
     bounded: bool
 
 
-def pool(jobs: int | None = None) -> Executor | None:
+def pool(jobs: int | None = None) -> ProcessPoolExecutor | None:
     """Worker processes for :func:`capacity` and :func:`run_all`; ``None`` (run here) for one job.
 
-    ``jobs`` ``None``: one a core. Use it as a context manager, or shut it down.
+    ``jobs`` ``None``: one a core. :func:`workers` is the same with an end.
     """
     jobs = jobs or os.cpu_count() or 1
     if jobs < 2:
         return None
-    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_deaf)
+
+
+def _deaf() -> None:
+    """Ctrl-C reaches every process of a terminal; the one that holds the workers ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def workers(jobs: int | None = None) -> Iterator[Executor | None]:
+    """A :func:`pool` for the length of a ``with``. Whatever ends that early, Ctrl-C too, ends the workers at
+    once: nobody waits for simulations that nobody will read."""
+    executor = pool(jobs)
+    try:
+        yield executor
+    except BaseException:
+        if executor is not None:
+            running = list((executor._processes or {}).values())
+            executor.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()
+        raise
+    if executor is not None:
+        executor.shutdown()
 
 
 def run_all(

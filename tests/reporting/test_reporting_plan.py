@@ -1,0 +1,86 @@
+"""What a report shows of a plan and of simulated capacities."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from wispprof.artifacts import read_document, write_document
+from wispprof.artifacts.plan import Plan, save_plan
+from wispprof.errors import ArtifactDamaged
+from wispprof.planning import PlanSettings, Runs, make_plan
+from wispprof.planning.run import SpeedDevice
+from wispprof.reporting import CAPACITY_KIND, load_run, render_report
+from wispprof.reporting.plan_figures import capacity_curves, drafts_front
+from wispprof.reporting.plan_tables import break_even_map
+from wispprof.simulation.costs import LinearCost
+
+DEVICES = (SpeedDevice("laptop:3b", 40.0, 30.0), SpeedDevice("laptop:1b", 110.0, 12.0))
+SETTINGS = PlanSettings(rtts_ms=(5.0, 80.0), slos=(8.0, 24.0), max_sessions=100, k_max=5)
+CURVES = {
+    "violations": 0.05,
+    "load": "A load <in words>.",
+    "systems": [
+        {"system": "wispprof", "devices": 24, "probes": [[16, 1.0], [24, 0.96], [32, 0.5]]},
+        {"system": "wisp", "devices": 12, "probes": [[8, 1.0], [12, 0.97], [16, None]]},
+    ],
+}
+
+
+def planned(**changes: object) -> Plan:
+    cost = LinearCost(18.0, row_ms=0.25, kv_ms=0.00006)
+    return make_plan(cost, DEVICES, Runs.geometric(0.75), replace(SETTINGS, **changes))  # type: ignore[arg-type]
+
+
+def test_the_break_even_map_says_from_where_on_drafting_pays() -> None:
+    plan = planned()
+    shown = break_even_map(plan, "laptop:1b", "round")
+    rows = [r for r in plan.break_even if (r.device, r.mode) == ("laptop:1b", "round")]
+    assert shown.count('<td class="k') == len(rows)
+    for row in rows:
+        assert f"× {row.gain:.2f}" in shown
+        assert ("never pays" if row.needed is None else f"pays from {row.needed:.2f}") in shown
+    assert shown.count("k no") == sum(r.verdict != "split" for r in rows) > 0
+    assert break_even_map(plan, "nobody", "round") == ""
+
+
+def test_the_front_is_drawn_of_what_the_plan_knows() -> None:
+    deaf = [replace(device, draft_w=0.0) for device in DEVICES]
+    cost = LinearCost(18.0, row_ms=0.25)
+    assert drafts_front(make_plan(cost, deaf, Runs.geometric(0.75), SETTINGS), 8.0) == ""
+    frugal, dear = drafts_front(planned(), 8.0), drafts_front(planned(server_price=5.0), 8.0)
+    assert "joules of drafting per token" in frugal
+    assert frugal.count("joules") >= 3  # one axis a panel
+    assert "joules" in dear
+    billed = drafts_front(planned(server_price=5.0, objective="cost"), 8.0)
+    assert "dollars per million tokens" in billed
+    for figure in (frugal, billed):
+        assert "1b" in figure
+        assert "Pareto front" in figure
+        assert "planned for its draft" in figure
+
+
+def test_curves_are_drawn_and_damage_is_named(tmp_path: Path) -> None:
+    write_document(tmp_path / "capacity.json", CAPACITY_KIND, CURVES)
+    figure = capacity_curves(read_document(tmp_path / "capacity.json", CAPACITY_KIND))
+    assert "wispprof: 24" in figure
+    assert "wisp: 12" in figure
+    assert "promised to 95 %" in figure
+    write_document(tmp_path / "capacity.json", CAPACITY_KIND, {"violations": 0.05})
+    with pytest.raises(ArtifactDamaged, match="systems"):
+        capacity_curves(read_document(tmp_path / "capacity.json", CAPACITY_KIND))
+
+
+def test_a_page_holds_all_of_it_once(tmp_path: Path) -> None:
+    save_plan(planned(), tmp_path / "plan.json")
+    write_document(tmp_path / "capacity.json", CAPACITY_KIND, CURVES)
+    page = render_report(load_run(tmp_path))
+    assert "Where speculation pays" in page
+    assert "What speed is paid with" in page
+    assert "How many devices one server carries" in page
+    assert "A load &lt;in words&gt;." in page
+    ids = re.findall(r'\sid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
