@@ -20,7 +20,7 @@ The noise of a single run's regret: ``wispprof`` against that rival under every 
 printed where a cell was run again, and its pooled value in the summary, so that nobody chases luck.
 
 Capacity: the most devices with at least 95 % of promises kept, by search, for each server, round trip,
-SLO and device; the ratio of ``wispprof`` to ``wisp`` (at least one device).
+SLO and device; the ratio of ``wispprof`` to ``wisp`` where both carry anybody.
 
 ``--out FILE`` keeps each finished cell as one JSON line; a run that finds its cells there goes on after
 them, so a run that was stopped has lost one cell at most.
@@ -170,9 +170,11 @@ class Kept:
         if path is not None and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 # The last line of a run that was killed may be cut short: that cell is run again.
-                if line.endswith("}"):
+                try:
                     row = json.loads(line)
-                    self._rows[row.pop("key")] = row
+                except ValueError:
+                    continue
+                self._rows[row.pop("key")] = row
 
     def find(self, work: str, cell: Cell) -> dict[str, Any] | None:
         """What an earlier run found here."""
@@ -182,7 +184,8 @@ class Kept:
         """Keep a result."""
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": f"{work} {cell!r}", **row}) + "\n")
+                # A line break first: what a killed run left of its last line stays by itself.
+                file.write("\n" + json.dumps({"key": f"{work} {cell!r}", **row}))
 
 
 def spread(
@@ -212,9 +215,9 @@ def grid(options: argparse.Namespace, loads: Iterable[float]) -> list[Cell]:
             SETUPS, RTTS, loads, SLOS, SPEEDS
         )
     ]
-    # A step prime to the grid's sizes: any part of the run has visited every axis.
+    # A step prime to the grids' sizes: any part of a run has visited every axis.
     count = min(options.cells or len(every), len(every))
-    return [every[(i * 97) % len(every)] for i in range(count)]
+    return [every[(i * 139) % len(every)] for i in range(count)]
 
 
 def main() -> None:
@@ -278,8 +281,16 @@ def _summary(rows: list[dict[str, Any]], sizes: list[dict[str, Any]]) -> None:
         if counted:
             print(f"  above {ALLOWED:.0%} by {axis}: {dict(counted.most_common())}")
     if sizes:
-        mean = math.exp(statistics.fmean(math.log(max(s["ratio"], 1e-9)) for s in sizes))
-        print(f"capacity over wisp's, geometric mean of {len(sizes)}: {mean:.2f}")
+        # Where wisp carries nobody there is no ratio, and its cell would carry the mean away.
+        both = [s for s in sizes if s["wisp"] > 0 and s["wispprof"] > 0]
+        if both:
+            mean = math.exp(statistics.fmean(math.log(s["ratio"]) for s in both))
+            least = min(s["ratio"] for s in both)
+            print(
+                f"capacity over wisp's, geometric mean of {len(both)}: {mean:.2f}, least {least:.2f}"
+            )
+        ours, theirs = (sum(s[name] > 0 for s in sizes) for name in ("wispprof", "wisp"))
+        print(f"cells in which anybody is carried, of {len(sizes)}: wispprof {ours}, wisp {theirs}")
 
 
 if __name__ == "__main__":
