@@ -16,6 +16,7 @@ from wispprof.errors import ArtifactDamaged, PlanError
 from wispprof.planning import PlanSettings, Runs, make_plan
 from wispprof.planning.export import export
 from wispprof.planning.run import SpeedDevice
+from wispprof.planning.tables import capacity_row, step_times
 from wispprof.planning.timing import StepTimes, round_pace, stream_pace, undrafted_pace
 from wispprof.planning.words import compare, explain
 
@@ -154,6 +155,54 @@ def test_a_longer_round_trip_never_lengthens_what_it_can_keep(plan):
             far = plan.draft_row(row.device, 80.0, row.load_level, row.tokens_per_s, row.mode)
             assert far.expected_tokens_per_s <= row.expected_tokens_per_s * 1.001
             assert far.nearest_tokens_per_s <= row.nearest_tokens_per_s * 1.001
+
+
+def test_a_longer_round_trip_that_shortens_a_draft_says_why(plan):
+    shorter = [
+        (row, far)
+        for row in plan.draft
+        if row.rtt_ms == 5.0
+        and (far := plan.draft_row(row.device, 80.0, row.load_level, row.tokens_per_s, row.mode)).k
+        < row.k
+    ]
+    assert shorter
+    for row, far in shorter:
+        told = "\n".join(explain(plan, far.cell))
+        assert f"At 5 ms of round trip k is {row.k}; here" in told
+        if far.feasible and far.slow_by_k[row.k] >= far.tokens_per_s:
+            assert far.by_k[row.k] < far.by_k[far.k] or far.by_k[row.k] < far.by_k[0] * 1.02
+        assert "At 5 ms" not in "\n".join(explain(plan, row.cell))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    fixed=st.floats(5, 80),
+    row=st.floats(0.01, 2),
+    acceptance=st.floats(0, 0.95),
+    speed=st.floats(2, 300),
+    rtt=st.floats(0, 150),
+    slower=st.floats(1.05, 3),
+    promise=st.floats(2, 30),
+    mode=st.sampled_from(["stream", "round"]),
+)
+def test_slower_servers_and_stricter_promises_never_raise_any_capacity(
+    fixed, row, acceptance, speed, rtt, slower, promise, mode
+):
+    limits = PlanSettings(k_max=4, context=500, max_sessions=64)
+    device, runs = SpeedDevice("x", speed), Runs.geometric(acceptance)
+
+    def fits(step: Step, tokens_per_s: float) -> tuple[int, int]:
+        found = capacity_row(
+            step_times(step, limits), device, rtt, tokens_per_s, mode, runs, runs, limits
+        )
+        return found.centralized, found.split
+
+    server = Step(fixed, row)
+    central, split = fits(server, promise)
+    assert split >= central
+    for harder in (fits(server.slower(slower), promise), fits(server, promise * slower)):
+        assert harder[0] <= central
+        assert harder[1] <= split
 
 
 def test_do_not_speculate_where_drafting_cannot_pay():

@@ -34,6 +34,7 @@ def explain(plan: Plan, cell: str) -> list[str]:
         f"One draft token takes {row.draft_ms:.3g} ms there; the server's step {row.step_ms:.3g} ms.",
     ]
     lines += _choice(row, undrafted, plan.objective)
+    lines += _link(plan, row)
     lines.append(_promise(row))
     if row.k:
         lines.append(_stop(row))
@@ -114,6 +115,34 @@ def _choice(row: DraftRow, undrafted: float, objective: str) -> list[str]:
         )
         lines.append(f"k = {drafted} would be faster on average ({best:.3g}), {why}.")
     return lines
+
+
+def _link(plan: Plan, row: DraftRow) -> list[str]:
+    """Why a longer round trip made the draft shorter, where it did."""
+    key = (row.device, row.load_level, row.tokens_per_s, row.mode)
+    nearer = [
+        r
+        for r in plan.draft
+        if (r.device, r.load_level, r.tokens_per_s, r.mode) == key and r.rtt_ms < row.rtt_ms
+    ]
+    if not nearer:
+        return []
+    near = max(nearer, key=lambda r: r.rtt_ms)
+    if row.k >= near.k or near.k >= len(row.by_k):
+        return []
+    there, here = row.by_k[near.k], row.by_k[row.k]
+    slow = row.slow_by_k[near.k]
+    if row.feasible and slow < row.tokens_per_s:
+        why = f"here the slow session would get {slow:.3g} tokens/s with it, under the promise"
+    elif there < here:
+        why = f"here it would give {there:.3g} tokens/s, less than the {here:.3g} of k = {row.k}"
+    elif not row.feasible:
+        why = f"here no length keeps the promise, and k = {row.k} comes nearest to it"
+    elif row.k == 0:
+        why = f"here it would give {there:.3g} tokens/s, too little above {here:.3g} to draft for"
+    else:
+        why = f"here k = {row.k} is the better one by {plan.objective}"
+    return [f"At {near.rtt_ms:g} ms of round trip k is {near.k}; {why}."]
 
 
 def _promise(row: DraftRow) -> str:
