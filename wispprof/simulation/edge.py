@@ -18,7 +18,7 @@ from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from wispprof.policies.api import Controller, RoundContext
-from wispprof.sessions.ledger import Committed
+from wispprof.sessions.account import Committed
 from wispprof.sessions.pacing import Pacing
 from wispprof.sessions.path import EdgePath, Outgoing
 from wispprof.sessions.turns import DraftingSettings, Turns

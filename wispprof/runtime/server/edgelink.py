@@ -17,7 +17,7 @@ from wispprof.runtime.server.admission import Refused
 from wispprof.runtime.server.front import check_draft, check_hello, request_of
 from wispprof.runtime.server.live import LiveSession
 from wispprof.runtime.server.server import VerificationServer
-from wispprof.sessions.ledger import Committed
+from wispprof.sessions.account import Committed
 
 __all__ = ["EdgeLink"]
 

@@ -19,7 +19,8 @@ from wispprof.runtime.server.memory import arrange
 from wispprof.runtime.server.metrics import Metrics
 from wispprof.runtime.server.settings import ServerSettings
 from wispprof.runtime.server.worker import EngineWorker
-from wispprof.sessions.ledger import Committed, ServerSession
+from wispprof.sessions.account import Committed
+from wispprof.sessions.ledger import ServerSession
 
 __all__ = ["House"]
 

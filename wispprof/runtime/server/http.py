@@ -31,7 +31,7 @@ from wispprof.runtime.server.front import check_key
 from wispprof.runtime.server.live import GenerationRequest, LiveSession
 from wispprof.runtime.server.server import VerificationServer
 from wispprof.runtime.server.text import TextSide
-from wispprof.sessions.ledger import Committed
+from wispprof.sessions.account import Committed
 
 __all__ = ["add_openai"]
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from wispprof.core import Sampling, Slo
-from wispprof.sessions.ledger import Committed, ServerSession
+from wispprof.sessions.account import Committed
+from wispprof.sessions.ledger import ServerSession
 
 __all__ = ["GenerationRequest", "LiveSession", "Owner"]
 

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from wispprof.artifacts.plan import BatchRow
 from wispprof.core import Slo
 from wispprof.fitting.drift import DriftStatus
-from wispprof.sessions.ledger import Committed, Tally
+from wispprof.sessions.account import Committed, Tally
 
 __all__ = ["Metrics", "StepRecord", "slo_class"]
 
