@@ -289,6 +289,10 @@ def _summary(rows: list[dict[str, Any]], sizes: list[dict[str, Any]]) -> None:
             print(
                 f"capacity over wisp's, geometric mean of {len(both)}: {mean:.2f}, least {least:.2f}"
             )
+        for server in sorted({s["server"] for s in sizes}):
+            mine = [s for s in sizes if s["server"] == server]
+            means = [statistics.fmean(s[name] for s in mine) for name in ("wispprof", "wisp")]
+            print(f"  mean capacity on {server}: wispprof {means[0]:.1f}, wisp {means[1]:.1f}")
         ours, theirs = (sum(s[name] > 0 for s in sizes) for name in ("wispprof", "wisp"))
         print(f"cells in which anybody is carried, of {len(sizes)}: wispprof {ours}, wisp {theirs}")
 
