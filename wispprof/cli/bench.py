@@ -94,6 +94,9 @@ def bench(
             results.append(run(settings, server, recorded, report))
     document = [result.record(requests=True) for result in results]
     common.result(document if len(document) > 1 else document[0], _shown(results), as_json)
+    for result in results:
+        for fault, count in result.faults.items():
+            common.warn(f"{result.policy}: {count} requests failed: {fault}")
     wrong = [result.policy for result in results if not result.lossless]
     if wrong:
         raise common.fail(
