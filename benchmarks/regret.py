@@ -20,7 +20,8 @@ The noise of a single run's regret: ``wispprof`` against that rival under every 
 printed where a cell was run again, and its pooled value in the summary, so that nobody chases luck.
 
 Capacity: the most devices with at least 95 % of promises kept, by search, for each server, round trip,
-SLO and device; the ratio of ``wispprof`` to ``wisp`` where both carry anybody.
+SLO and device; the ratio of ``wispprof`` to ``wisp`` where both carry anybody. Its runs are longer: a limit
+of 5 % is two sessions of the 37 that 40 s of long prompts let anybody judge.
 
 ``--out FILE`` keeps each finished cell as one JSON line; a run that finds its cells there goes on after
 them, so a run that was stopped has lost one cell at most.
@@ -227,6 +228,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=40.0)
     parser.add_argument("--seeds", type=int, default=5, help="most runs of a cell in doubt")
     parser.add_argument("--capacity", action="store_true", help="search capacities too")
+    parser.add_argument("--capacity-seconds", type=float, default=160.0, help="of each of its runs")
     parser.add_argument("--jobs", type=int, default=0, help="processes (default: one a core)")
     parser.add_argument("--out", type=Path, help="keep finished cells here, and go on after them")
     options = parser.parse_args()
@@ -238,6 +240,7 @@ def main() -> None:
             rows.append(row)
             print(_line(row), flush=True)
         if options.capacity:
+            options.seconds = options.capacity_seconds
             for size in spread(carried, grid(options, (1.0,)), executor, kept):
                 sizes.append(size)
                 print(
