@@ -32,13 +32,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder after the measuring half of the README."""
     place = tmp_path_factory.mktemp("reader")
     (place / "mine").mkdir()
-    for name, shipped in (("server", "reference-pair"), ("edge", "reference-draft")):
+    drafts = ("edge", "1b", "3b")  # one machine's, as the pages name them
+    for name, shipped in (
+        ("server", "reference-pair"),
+        *((draft, "reference-draft") for draft in drafts),
+    ):
         for ending in (".jsonl", ".manifest.json"):
             source = bundled.path(f"profiles/epyc-2core-{shipped}{ending}")
             shutil.copy(source, place / "mine" / f"{name}{ending}")
     model = load_profile(place / "mine" / "server").manifest.model
     trace = replace(synthetic_trace(), target=model.id, tokenizer_hash=model.tokenizer_hash)
-    save_trace(trace, place / "mine" / "trace.jsonl")
+    for name in ("trace", "1b-trace", "3b-trace"):
+        save_trace(trace, place / "mine" / f"{name}.jsonl")
     return place
 
 
