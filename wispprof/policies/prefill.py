@@ -21,7 +21,8 @@ _GAP = 0.8
 _CALM, _STRETCH = 2.0, 4.0
 """A step may always grow by the first factor for prompts: on a loaded server the gap is spent already, and a
 session that does not decode yet leaves the fixed part of every step to the others. It may grow by up to the
-second where the running sessions are so far ahead of their promises that nobody would notice. More gains a
+second where the running sessions are so far ahead of their promises that nobody would notice, and where more
+than one prompt waits: what is spared the running sessions then is paid by the whole queue. More gains a
 prompt little: in steps of L times their usual length it is read L ÷ (L − 1) times as long as alone, a third
 longer at 4, two thirds at 2.5 (which, for everybody and always, cost a fleet with long prompts 4 to 6 % of
 its goodput)."""
@@ -58,7 +59,7 @@ def add_prompts(
     running_ms = build.cost.bound_ms
     alive = [s for s in decode if not s.hopeless] or decode
     slack_ms = np.fromiter(map(_DEADLINE, alive), np.float64, len(alive)) - now_ms
-    stretched_ms = _stretched_ms(running_ms, slack_ms)
+    stretched_ms = _stretched_ms(running_ms, slack_ms, len(prompts))
     queue = []
     for session in prompts:
         due_ms = session.deadline_ms
@@ -84,11 +85,13 @@ def add_prompts(
             build.add_prefill(session, most=_LEAST)
 
 
-def _stretched_ms(running_ms: float, slack_ms: FloatArray) -> float:
+def _stretched_ms(running_ms: float, slack_ms: FloatArray, prompts: int) -> float:
     """How long a step may become for prompts that have time, whatever the gap that was promised: what most
     running sessions, ``slack_ms`` (n,) from their next deadlines, would not notice."""
     if not len(slack_ms):
         return math.inf
+    if prompts > 1:
+        return _STRETCH * running_ms
     middle = len(slack_ms) // 2
     unnoticed_ms = _UNNOTICED * float(np.partition(slack_ms, middle)[middle])
     return min(max(unnoticed_ms, _CALM * running_ms), _STRETCH * running_ms)
