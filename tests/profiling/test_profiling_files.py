@@ -144,37 +144,6 @@ def test_false_findings_are_bounded_not_each_test():
     assert discoveries([]) == []
 
 
-@pytest.mark.parametrize(("swing", "changed"), [(0.18, False), (0.01, True)])
-def test_a_pace_that_the_looks_of_one_sweep_know_is_no_change_of_another(swing, changed):
-    """A quarter slower as a whole: news of a machine whose looks agree, none of one that wanders that far
-    within each sweep. A shape that slowed down by itself is found on both."""
-
-    def profile(seed, slow):
-        rng = random.Random(seed)
-        manifest = server_profile(seed).manifest
-        rows = []
-        for order in range(0, 120, 2):
-            pace = slow * math.exp(swing * rng.choice((-1, 1)) * rng.uniform(0.6, 1.2))
-            sentinel = BatchShape.uniform(4, 5, 64)
-            rows.append(StepRow("s", "sentinel", sentinel, (9 * pace,) * 3, order=order))
-            ms = (10 + order) * slow * (1.9 if slow > 1 and order == 40 else 1.0)
-            samples = tuple(ms * rng.gauss(1, 0.01) for _ in range(6))
-            shape = BatchShape.uniform(1, 1, order + 8)
-            visits = ((order + 1, 3), (order + 200, 3))
-            rows.append(
-                StepRow(f"k{order}", "verify", shape, samples, order=order + 1, visits=visits)
-            )
-        return make_profile(manifest, rows)
-
-    found = diff_profiles(profile(1, 1.0), profile(2, 1.25))
-    assert found.sentinel_ratio == pytest.approx(1.25, rel=0.2)
-    assert (found.pace == 1.0) == changed
-    names = {row.key for row in found.changed}
-    assert "k40" in names
-    assert (len(names) > 50) == changed
-    assert len(names) == 1 or changed
-
-
 def test_merged_sweeps_follow_each_other_in_the_order_of_measurement():
     """Orders of two sweeps would otherwise say that their visits were made at once."""
 

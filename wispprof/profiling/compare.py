@@ -31,10 +31,6 @@ FALSE_FINDINGS = 0.05
 _PRIOR_FREEDOM = 4.0
 """How many visits' worth all shapes together count against a shape's own visits."""
 _DEFAULT_DRIFT = 0.10
-_WANDERS = 2.0
-"""Standard deviations of a sweep's own looks within which another sweep's pace is no news."""
-_FOLLOWING = 0.2
-"""How differently shapes follow the machine's pace: standard deviation, as a share of it."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +87,7 @@ def diff_profiles(
 
     ``tolerance``: relative difference of medians that does not matter. ``absolute``: a machine that
     was slower as a whole counts as changed. Without it, the sentinels' ratio is divided out as long as
-    it is no more than a sweep itself would accept of a sentinel (its ``drift`` setting), or than the
-    sentinels of either sweep wandered from look to look.
+    it is no more than a sweep itself would accept of a sentinel (its ``drift`` setting).
     """
     if before.manifest.kind != after.manifest.kind:
         raise ProfileError(
@@ -102,10 +97,9 @@ def diff_profiles(
         )
     old, new = _by_key(before), _by_key(after)
     both = [key for key in old if key in new]
-    shift, error, wander = _pace(before, after)
-    most = math.log1p(float(before.manifest.measure.get("drift", _DEFAULT_DRIFT)))
-    pace = 0.0 if absolute or abs(shift) > max(most, _WANDERS * wander) else shift
-    error += (_FOLLOWING * pace) ** 2
+    shift, error = _pace(before, after)
+    most = float(before.manifest.measure.get("drift", _DEFAULT_DRIFT))
+    pace = 0.0 if absolute or abs(shift) > math.log1p(most) else shift
     rows = [(old[key], new[key]) for key in both]
     noise = _Noise([*old.values(), *new.values()])
     p_values = [_p_value(one, other, noise, pace, error, tolerance) for one, other in rows]
@@ -165,24 +159,19 @@ def _within(row: Row) -> float:
     return (1.2533 * relative_spread(row.samples_ms)) ** 2 / max(1, len(row.samples_ms))
 
 
-def _pace(before: Profile, after: Profile) -> tuple[float, float, float]:
-    """Logarithm of how much slower the sentinel was after, the variance of that, and how far looks of one
-    sweep lie from each other (robust standard deviation)."""
-    shift, variance, wander = 0.0, 0.0, 0.0
+def _pace(before: Profile, after: Profile) -> tuple[float, float]:
+    """Logarithm of how much slower the sentinel was after, and the variance of that."""
+    shift, variance = 0.0, 0.0
     for sign, profile in ((-1.0, before), (1.0, after)):
         looks = [row for row in profile.rows if row.kind == "sentinel"]
         calm = [row for row in looks if "drift" not in row.flags] or looks
         logs = [math.log(row.median_ms) for row in calm if row.median_ms > 0]
         if not logs:
-            return 0.0, 0.0, 0.0
+            return 0.0, 0.0
         shift += sign * statistics.median(logs)
-        all_logs = [math.log(row.median_ms) for row in looks if row.median_ms > 0]
-        middle = statistics.median(all_logs)
-        apart = 1.4826 * statistics.median(abs(value - middle) for value in all_logs)
-        wander = max(wander, apart)
         if len(logs) > 1:
             variance += 1.571 * statistics.variance(logs) / len(logs)
-    return shift, variance, wander
+    return shift, variance
 
 
 def _p_value(
