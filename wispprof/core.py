@@ -209,8 +209,9 @@ class CostAccumulator(Protocol):
     to take back. Neither prediction ever falls when work is added.
 
     It may offer ``add_many(new, cached, prefill) -> (p50, bound)`` over arrays (n,): this batch with each
-    of n candidates added alone, equal to n calls of :meth:`add`; and ``add_all(new, cached)``: this batch
-    with n decode items more. Schedulers use them where they are there.
+    of n candidates added alone, equal to n calls of :meth:`add`; ``add_in_turn(new, cached)``, the same
+    after each of n decode items that join one after another; and ``add_all(new, cached)``: this batch with
+    n decode items more. Schedulers use them where they are there.
     """
 
     @property

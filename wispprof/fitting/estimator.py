@@ -1,8 +1,8 @@
 """The estimator that policies call: a surface for the median, a conformal factor for the bound.
 
-Three ways to ask, one answer: ``predict`` a whole shape, ``add`` items one by one, or ``add_many`` to
-price a thousand candidates at once over numpy arrays. Nothing here needs pandas, scikit-learn or
-LightGBM.
+Three ways to ask, one answer: ``predict`` a whole shape, ``add`` items one by one, or ``add_many`` and
+``add_in_turn`` to price a thousand candidates at once over numpy arrays. Nothing here needs pandas,
+scikit-learn or LightGBM.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from wispprof.fitting.features import (
     decode_totals_of,
     extend,
     extend_all,
+    extend_in_turn,
     extend_many,
     totals_of,
 )
@@ -123,6 +124,15 @@ class Accumulator:
             decode = decode.add_all(new, cached)
         return Accumulator(self._estimator, extend_all(self.totals, new, cached), decode)
 
+    def add_in_turn(self, new: Any, cached: Any) -> tuple[FloatArray, FloatArray]:
+        """(p50, bound), each (n,), after each of n decode items that join one after another.
+
+        Arguments are arrays of shape (n,). Equal to n calls of :meth:`add`, each on the one before."""
+        p50, bound = self._estimator.predict_totals(extend_in_turn(self.totals, new, cached))
+        if self.decode is not None:
+            bound = np.maximum(bound, self.decode.add_in_turn(new, cached)[1])
+        return p50, bound
+
     def add_many(
         self, new: Any, cached: Any, prefill: Any = False
     ) -> tuple[FloatArray, FloatArray]:
@@ -162,9 +172,13 @@ class FittedEstimator:
     bound_scale: float = 1.0
     report: dict[str, Any] = field(default_factory=dict)
     _factors: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+    _most: FloatArray = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_factors", self.ratio.at(self.coverage))
+        most = np.array(self.domain.high, dtype=np.float64)
+        most[3:5] = np.inf  # the products of the others, which have no box of their own
+        object.__setattr__(self, "_most", most)
 
     @property
     def kind(self) -> str:
@@ -234,17 +248,18 @@ class FittedEstimator:
     def predict_totals(self, totals: FloatArray) -> tuple[FloatArray, FloatArray]:
         """:meth:`p50_of` and :meth:`bound_of` over rows (n, 8)."""
         raw = self.surface.p50_many(totals)
-        factors = np.array(self._factors)
-        chunk = (totals[:, 7] > 0) * 2
-        small, large = factors[chunk], factors[chunk + 1]
+        small: Any
+        large: Any
+        small, large, *mixed = self._factors
+        chunk = totals[:, 7] > 0
+        if chunk.any():
+            small, large = np.where(chunk, mixed[0], small), np.where(chunk, mixed[1], large)
         split = self.ratio.split_ms
         bound = np.where(raw < split, raw * small, np.maximum(raw * large, split * small))
-        high = np.array(self.domain.high, dtype=np.float64)
-        high[3:5] = np.inf  # the products of the others, which have no box of their own
-        over = totals > high
+        over = totals > self._most
         if over.any():
             above = over.any(axis=1)
-            high[3:5] = self.domain.high[3:5]
+            high = np.array(self.domain.high, dtype=np.float64)
             inside = self.surface.inside_many(totals[above], high)
             bound[above] += np.maximum(0.0, raw[above] - inside) * (self.inflation - 1.0)
         some = totals[:, 0] > 0

@@ -23,6 +23,7 @@ __all__ = [
     "decode_totals_of",
     "extend",
     "extend_all",
+    "extend_in_turn",
     "extend_many",
     "totals_matrix",
     "totals_of",
@@ -112,13 +113,10 @@ def extend_many(totals: Totals, new: Any, cached: Any, prefill: Any = False) -> 
 
     ``new``, ``cached`` and ``prefill`` are arrays of shape (n,) or scalars that broadcast to it.
     """
-    fed, held, prompt = np.broadcast_arrays(
-        np.atleast_1d(np.asarray(new, dtype=np.float64)),
-        np.asarray(cached, dtype=np.float64),
-        np.asarray(prefill, dtype=bool),
-    )
+    fed, held = np.asarray(new, dtype=np.float64), np.asarray(cached, dtype=np.float64)
+    prompt = np.asarray(prefill, dtype=bool)
     # Column-major: everything that follows works column by column.
-    table = np.empty((len(fed), len(EMPTY)), order="F")
+    table = np.empty((max(fed.size, held.size, prompt.size), len(EMPTY)), order="F")
     table[:, 0] = totals.items + 1
     table[:, 1] = totals.new + fed
     table[:, 2] = totals.cached + held
@@ -127,6 +125,25 @@ def extend_many(totals: Totals, new: Any, cached: Any, prefill: Any = False) -> 
     table[:, 5] = np.maximum(totals.max_cached, held)
     table[:, 6] = np.maximum(totals.max_new, fed)
     table[:, 7] = totals.prefill + fed * prompt
+    return table
+
+
+def extend_in_turn(totals: Totals, new: Any, cached: Any) -> FloatArray:
+    """Totals of the batch after each of n decode items that join one after another, (n, 8).
+
+    ``new`` and ``cached`` are arrays of shape (n,)."""
+    fed, held = np.asarray(new, dtype=np.float64), np.asarray(cached, dtype=np.float64)
+    table = np.empty((len(fed), len(EMPTY)), order="F")
+    table[:, 0] = np.arange(totals.items + 1, totals.items + 1 + len(fed))
+    np.cumsum(fed, out=table[:, 1])
+    np.cumsum(held, out=table[:, 2])
+    np.cumsum(fed * held, out=table[:, 3])
+    np.cumsum(fed * fed, out=table[:, 4])
+    table[:, 1:5] += totals[1:5]
+    np.maximum.accumulate(held, out=table[:, 5])
+    np.maximum.accumulate(fed, out=table[:, 6])
+    np.maximum(table[:, 5:7], totals[5:7], out=table[:, 5:7])
+    table[:, 7] = totals.prefill
     return table
 
 

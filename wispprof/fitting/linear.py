@@ -40,7 +40,11 @@ class WispLinear(Boxed):
         return a * new + b * (cross + square) + c * cached + d
 
     def p50_many(self, totals: FloatArray) -> FloatArray:
-        result: FloatArray = self._design(totals) @ np.array(self.coef_)
+        a, b, c, d = self.coef_
+        # The very operations of :meth:`p50`, in its order: both must round alike.
+        result: FloatArray = (
+            a * totals[:, 1] + b * (totals[:, 3] + totals[:, 4]) + c * totals[:, 2] + d
+        )
         return result
 
     @staticmethod

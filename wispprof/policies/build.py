@@ -67,6 +67,11 @@ class StepBuilder:
         room = min(self.limits.max_tokens - self.tokens, self.kv)
         return room <= 0 or len(self.members) >= self.limits.max_items
 
+    @property
+    def seats(self) -> int:
+        """How many more members may join."""
+        return self.limits.max_items - len(self.members)
+
     def room(self) -> int:
         """Most new tokens that one more member may bring."""
         if len(self.members) >= self.limits.max_items:
@@ -149,7 +154,10 @@ class StepBuilder:
         down sixteen-fold at a time, for an estimator prices many chunks at the cost of one."""
         low, high = 0, most
         while high - low > 1:
-            sizes = np.unique(np.linspace(low + 1, high - 1, 16).astype(np.int64))
+            step = (high - low - 2) / 15
+            sizes = np.array(
+                sorted({int(low + 1 + place * step) for place in range(15)} | {high - 1})
+            )
             bounds = bounds_with(
                 self.cost, sizes, np.full(len(sizes), session.cached), np.ones(len(sizes), bool)
             )

@@ -20,6 +20,7 @@ __all__ = [
     "MarginalCosts",
     "Slopes",
     "TotalsEstimator",
+    "bounds_in_turn",
     "bounds_with",
     "expected_tokens",
     "mean_costs",
@@ -77,6 +78,18 @@ def bounds_with(
         return bounds
     items = zip(new.tolist(), cached.tolist(), prefill.tolist(), strict=True)
     return np.array([batch.add(*item).bound_ms for item in items])
+
+
+def bounds_in_turn(
+    batch: CostAccumulator, new: NDArray[np.int64], cached: NDArray[np.int64]
+) -> FloatArray | None:
+    """Bound (n,) of the batch after each of n decode items that join one after another; ``None`` where it
+    does not know how to price them at once."""
+    add_in_turn: Any = getattr(batch, "add_in_turn", None)
+    if add_in_turn is None:
+        return None
+    bounds: FloatArray = add_in_turn(new, cached)[1]
+    return bounds
 
 
 def price_batches(

@@ -7,13 +7,13 @@ from operator import attrgetter
 
 import numpy as np
 
-from wispprof.policies.api import SessionView
+from wispprof.policies.api import SessionView, column
 from wispprof.policies.build import StepBuilder
 from wispprof.policies.tails import FloatArray
 
 __all__ = ["add_prompts"]
 
-_SPEED, _DEADLINE = attrgetter("slo.tokens_per_s"), attrgetter("deadline_ms")
+_SPEED, _DEADLINE = attrgetter("slo.tokens_per_s"), column("deadline_ms")
 _LEAST = 16
 """Tokens a prompt gets per step whatever the others need: nothing starves."""
 _GAP = 0.8

@@ -6,34 +6,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from operator import attrgetter
+from itertools import chain, filterfalse, islice
 
 from wispprof.core import StepEstimator
-from wispprof.policies.api import Limits, SessionView, StepPlan
+from wispprof.policies.api import Limits, SessionView, StepPlan, column
 from wispprof.policies.build import StepBuilder, eligible, idle
 
 __all__ = ["Centralized", "Fcfs", "SledStatic", "SpecEdgePipeline"]
 
-_ARRIVED = attrgetter("arrived_ms")
+_ARRIVED, _SESSION = column("arrived_ms"), column("session")
 _RETRY_MS = 1.0  # nothing fitted (no KV left): ask again soon, somebody may finish meanwhile
 
 
 def _fill(
     now_ms: float,
-    queue: list[SessionView],
+    queue: Iterable[SessionView],
     estimator: StepEstimator,
     limits: Limits,
     max_batch: int | None,
     reason: str,
 ) -> StepPlan:
-    build = StepBuilder(estimator, limits)
+    build, session = StepBuilder(estimator, limits), None
     for session in queue:
         if build.full or (max_batch is not None and len(build.members) >= max_batch):
             break
         build.add(session)
     if not build.members:
-        return idle(now_ms, now_ms + _RETRY_MS if queue else None, "no room" if queue else "idle")
+        waits = session is not None
+        return idle(now_ms, now_ms + _RETRY_MS if waits else None, "no room" if waits else "idle")
     return build.plan(reason)
 
 
@@ -113,27 +115,35 @@ class SpecEdgePipeline:
         queue = sorted(eligible(sessions), key=_ARRIVED)
         if not queue:
             return idle(now_ms, None, "idle")
+        group_of = self._group_of
         for offset in range(self.groups):
             turn = (self._turn + offset) % self.groups
-            mine = [s for s in queue if self._group_of[s.session] == turn]
-            if mine:
+            # Not listed: a step is full long before a long queue ends.
+            mine = (s for s in queue if group_of[s.session] == turn)
+            first = next(mine, None)
+            if first is not None:
                 self._turn = (turn + 1) % self.groups
-                return _fill(now_ms, mine, estimator, limits, None, f"group {turn}")
+                return _fill(
+                    now_ms, chain((first,), mine), estimator, limits, None, f"group {turn}"
+                )
         raise AssertionError("every session has a group")
 
     def _assign(self, sessions: list[SessionView]) -> None:
         """New sessions join the smallest group; those that ended are forgotten."""
-        alive = {s.session for s in sessions}
-        if len(self._group_of) > len(alive):
+        names = list(map(_SESSION, sessions))
+        if len(self._group_of) > len(names):
+            alive = set(names)
             self._group_of = {k: g for k, g in self._group_of.items() if k in alive}
+        newcomers = list(filterfalse(self._group_of.__contains__, names))
+        if not newcomers:
+            return
         sizes = [0] * self.groups
         for group in self._group_of.values():
             sizes[group] += 1
-        for session in sessions:
-            if session.session not in self._group_of:
-                group = sizes.index(min(sizes))
-                self._group_of[session.session] = group
-                sizes[group] += 1
+        for name in newcomers:
+            group = sizes.index(min(sizes))
+            self._group_of[name] = group
+            sizes[group] += 1
 
 
 @dataclass
@@ -155,11 +165,9 @@ class Centralized:
     ) -> StepPlan:
         queue = sorted(eligible(sessions), key=_ARRIVED)
         build = StepBuilder(estimator, limits)
-        for session in queue:
-            if build.full:
-                break
-            if not session.prompt_left:
-                build.add_decode(session, 0)
+        seats = max(0, min(build.seats, build.room()))
+        decode = list(islice((s for s in queue if not s.prompt_left), seats))
+        build.add_decodes(decode, [0] * len(decode))
         for session in queue:
             if build.full or not build.prefill_left:
                 break

@@ -21,23 +21,33 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from operator import attrgetter
-from typing import Any, NamedTuple
+from itertools import compress
+from operator import not_
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from wispprof.core import StepEstimator
-from wispprof.policies.api import Limits, SessionView, StepPlan
+from wispprof.policies.api import Limits, SessionView, StepPlan, column
 from wispprof.policies.build import StepBuilder, idle
 from wispprof.policies.marginal import Slopes, price_batches
 from wispprof.policies.prefill import add_prompts
-from wispprof.policies.tails import Book, BoolArray, Columns, FloatArray, IntArray, Ladder
+from wispprof.policies.tails import (
+    Book,
+    BoolArray,
+    Columns,
+    FloatArray,
+    IntArray,
+    Ladder,
+    typical_slopes,
+    undrafted_totals,
+)
 from wispprof.policies.waiting import waits
 
 __all__ = ["StreamSettings", "Wispprof"]
 
-_DEADLINE, _ARRIVED = attrgetter("deadline_ms"), attrgetter("arrived_ms")
-_HOPELESS = attrgetter("hopeless")
+_DEADLINE, _ARRIVED = column("deadline_ms"), column("arrived_ms")
+_HOPELESS, _READY, _LEFT = column("hopeless"), column("ready"), column("prompt_left")
 _RETRY_MS = 1.0
 _LONG = 64
 """Ladders up to this long are priced rung by rung, longer ones at about half as many places."""
@@ -68,32 +78,43 @@ class StreamSettings:
 
 class _Need(NamedTuple):
     """Who needs the step how much, (n,) each: ``slack`` in ms to each deadline, ``lost``: the promise is,
-    ``stale``: left out for so long that it takes part whatever it is worth."""
+    ``idle``: ms since it became ready, ``stale``: left out for so long that it takes part whatever it is
+    worth, ``rank``: the lower, the more it needs the step: stale ones, then by slack, lost promises last."""
 
     slack: FloatArray
     lost: BoolArray
+    idle: FloatArray
     stale: BoolArray
+    rank: FloatArray
 
     @classmethod
-    def of(cls, now_ms: float, decode: list[SessionView], patience_ms: float) -> _Need:
+    def of(cls, now_ms: float, decode: list[SessionView], patience_ms: float) -> Self:
         count = len(decode)
-        idle_ms = now_ms - np.fromiter(map(_ARRIVED, decode), np.float64, count)
-        return cls(
-            np.fromiter(map(_DEADLINE, decode), np.float64, count) - now_ms,
-            np.fromiter(map(_HOPELESS, decode), np.bool_, count),
-            idle_ms > patience_ms,
-        )
+        idle = now_ms - np.fromiter(map(_ARRIVED, decode), np.float64, count)
+        slack = np.fromiter(map(_DEADLINE, decode), np.float64, count) - now_ms
+        lost = np.fromiter(map(_HOPELESS, decode), np.bool_, count)
+        return cls._ranked(slack, lost, idle, patience_ms)
+
+    def take(self, places: IntArray, patience_ms: float) -> _Need:
+        """The need of some only."""
+        return self._ranked(self.slack[places], self.lost[places], self.idle[places], patience_ms)
+
+    @classmethod
+    def _ranked(
+        cls, slack: FloatArray, lost: BoolArray, idle: FloatArray, patience_ms: float
+    ) -> Self:
+        stale = idle > patience_ms
+        rank = np.where(lost, math.inf, slack)
+        rank[stale] = -math.inf
+        return cls(slack, lost, idle, stale, rank)
 
     def first(self, members: BoolArray, most: int) -> BoolArray:
-        """At most ``most`` of the members: stale ones, then by slack, lost promises last."""
-        if int(np.count_nonzero(members)) <= most:
+        """At most ``most`` of the members, those who need it most."""
+        inside = members.nonzero()[0]
+        if len(inside) <= most:
             return members
-        inside = np.flatnonzero(members)
-        key = np.where(self.lost, math.inf, self.slack)
-        key[self.stale] = -math.inf
-        taken = inside[np.argpartition(key[inside], most - 1)[:most]]
-        kept = np.zeros_like(members)
-        kept[taken] = True
+        kept = np.zeros(len(members), dtype=bool)
+        kept[inside[self.rank[inside].argpartition(most - 1)[:most]]] = True
         return kept
 
 
@@ -110,12 +131,13 @@ class _Choice(NamedTuple):
 
 def _sorted(sessions: list[SessionView]) -> tuple[list[SessionView], list[SessionView]]:
     """Those that may take part: who decodes, and who has a prompt to read."""
-    decode: list[SessionView] = []
-    prompts: list[SessionView] = []
-    for session in sessions:
-        if session.ready:
-            (prompts if session.prompt_left else decode).append(session)
-    return decode, prompts
+    ready = sessions
+    if not all(map(_READY, sessions)):
+        ready = list(compress(sessions, map(_READY, sessions)))
+    left = list(map(_LEFT, ready))
+    if not any(left):
+        return ready, []
+    return list(compress(ready, map(not_, left))), list(compress(ready, left))
 
 
 @dataclass
@@ -178,17 +200,19 @@ class Wispprof:
         limits: Limits,
     ) -> _Choice:
         settings, seats = self.settings, limits.max_items
+        whole: _Need | None = None
         if len(decode) > 2 * seats:
             # A step holds a part of them: twice as many as it holds are looked at, the neediest.
-            sample = Columns.of(decode[:: len(decode) // seats])
-            bound_ms = sample.slopes(self._slopes, estimator, seats).all_bound_ms
-            need = _Need.of(now_ms, decode, settings.patience * bound_ms)
-            places = np.flatnonzero(need.first(np.ones(len(decode), dtype=bool), 2 * seats))
+            sample = decode[:: len(decode) // seats]
+            bound_ms = typical_slopes(sample, self._slopes, estimator, seats).all_bound_ms
+            whole = _Need.of(now_ms, decode, settings.patience * bound_ms)
+            places = whole.first(np.ones(len(decode), dtype=bool), 2 * seats).nonzero()[0]
             decode = [decode[place] for place in places.tolist()]
         count = len(decode)
         columns = Columns.of(decode)
         costs = columns.slopes(self._slopes, estimator, seats)
-        need = _Need.of(now_ms, decode, settings.patience * costs.all_bound_ms)
+        patience_ms = settings.patience * costs.all_bound_ms
+        need = whole.take(places, patience_ms) if whole else _Need.of(now_ms, decode, patience_ms)
         # Steps that waiting prompts call for anyway have paid their fixed part: decoding then costs only what
         # it adds, and a draft must beat what a lone advance earns for that.
         extra_ms = max(0.0, self._between_ms) - self._backlog * costs.fixed_ms
@@ -219,11 +243,11 @@ class Wispprof:
         members = need.first(members, most)
         inside = int(np.count_nonzero(members))
         if inside < count or len(ladder.owner) > room - inside:
-            ladder = Ladder.of(book, members, room - inside)
+            ladder = ladder.among(book, members, room - inside)
         lone = need.first(everyone, most) if settings.floor and inside < count else None
         members, keep = self._best(book, ladder, members, lone, estimator, extra_ms)
-        chosen = np.flatnonzero(members)
-        gain = float(book.gains(keep)[chosen].mean())
+        chosen = members.nonzero()[0]
+        gain = float(book.gains(keep)[chosen].sum()) / len(chosen)
         kept: list[int] = keep[chosen].tolist()
         return _Choice([decode[place] for place in chosen.tolist()], kept, decode, wake_ms, gain)
 
@@ -280,18 +304,22 @@ class Wispprof:
         everybody undrafted (``lone``) where that is better still."""
         count = len(book.cached)
         taken = self._rungs(ladder)
+        worth = ladder.worth[taken]
+        others: list[BoolArray] = []
+        if lone is not None:
+            others, worth = [lone], np.append(worth, book.weight @ lone)
         predict_totals: Any = getattr(estimator, "predict_totals", None)
         if predict_totals is not None:
-            p50 = predict_totals(ladder.totals(taken, book.cached, members))[0]
+            rows = ladder.totals(taken, book.cached, members)
+            alone = [undrafted_totals(book.cached, other)[None] for other in others]
+            p50 = predict_totals(np.concatenate([rows, *alone]))[0]
         else:
-            new = np.stack([(ladder.keep(j, count) + 1) * members for j in taken.tolist()])
-            p50 = price_batches(estimator, new, book.cached)[0]
-        rates = ladder.worth[taken] / np.maximum(p50 + extra_ms, 1e-9)
-        best = int(rates.argmax())
-        if lone is not None:
-            p50 = price_batches(estimator, lone[None].astype(np.int64), book.cached)[0]
-            if float(book.weight @ lone) / max(float(p50[0]) + extra_ms, 1e-9) > rates[best]:
-                return lone, np.zeros(count, np.int64)
+            steps = [(ladder.keep(j, count) + 1) * members for j in taken.tolist()]
+            p50 = price_batches(estimator, np.stack([*steps, *others]), book.cached)[0]
+        # The first of equals: everybody undrafted must be better than a ladder to replace it.
+        best = int((worth / np.maximum(p50 + extra_ms, 1e-9)).argmax())
+        if lone is not None and best == len(taken):
+            return lone, np.zeros(count, np.int64)
         return members, ladder.keep(int(taken[best]), count)
 
     def _rungs(self, ladder: Ladder) -> IntArray:
@@ -299,8 +327,11 @@ class Wispprof:
         longest = len(ladder.owner)
         if not self.settings.trim:
             return np.array([0, longest] if self.settings.floor and longest else [longest])
-        first = 0 if self.settings.floor else min(1, ladder.best)
+        best = ladder.best
+        first = 0 if self.settings.floor else min(1, best)
         if longest <= _LONG:
             return np.arange(first, longest + 1)
-        spread = np.linspace(first, longest, _LONG // 2).astype(np.int64)
-        return np.union1d(spread, ladder.best)
+        places = _LONG // 2 - 1
+        step = (longest - first) / places
+        spread = {int(first + place * step) for place in range(places)}
+        return np.array(sorted(spread | {longest, best}))

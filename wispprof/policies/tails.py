@@ -9,25 +9,23 @@ places in that order, for survival falls from draft to draft and their rows cost
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter
 from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wispprof.core import StepEstimator
-from wispprof.policies.api import SessionView
+from wispprof.policies.api import SessionView, column
 from wispprof.policies.marginal import MarginalCosts, Slopes
 
-__all__ = ["Book", "Columns", "Ladder", "rate_of", "solve"]
+__all__ = ["Book", "Columns", "Ladder", "rate_of", "solve", "typical_slopes", "undrafted_totals"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
-_TAIL, _CACHED = attrgetter("tail"), attrgetter("cached")
+_TAIL, _CACHED = column("tail"), column("cached")
 _LEAST_MS = 1e-12
 """A row that costs nothing is worth infinitely much per ms; this keeps the order among such rows."""
 
@@ -60,9 +58,20 @@ class Columns(NamedTuple):
         drafts, cached = int(self.lengths.sum()) // count, int(self.cached.sum()) // count
         return known.at(estimator, min(count, max_items), 1 + drafts, cached)
 
+    def expected(self) -> FloatArray:
+        """Expected tokens (n,) of each session with its whole tail."""
+        held = int(self.lengths.sum())
+        won = np.ones(len(self.tails))
+        if held:
+            inside = np.arange(int(self.lengths.max())) < self.lengths[:, None]
+            chances = np.zeros(inside.shape)
+            chances[inside] = np.fromiter(chain.from_iterable(self.tails), np.float64, held)
+            np.multiply.accumulate(chances, axis=1, out=chances)
+            won += np.add.accumulate(chances, axis=1)[:, -1]
+        return won
 
-@dataclass(frozen=True, slots=True)
-class Book:
+
+class Book(NamedTuple):
     """Decoding sessions as columns: n sessions that hold N drafts in all, session by session.
 
     ``owner`` (N,): whose draft it is, ``depth`` (N,): its place in that tail, ``alive`` (N,): the chance
@@ -100,7 +109,8 @@ class Book:
             chances[inside] = np.fromiter(chain.from_iterable(tails), np.float64, held)
             np.multiply.accumulate(chances, axis=1, out=chances)
             ends = chances[:, -1]  # what follows a tail's last draft counts as certain
-            owner, depth = np.nonzero(inside)
+            owner = np.repeat(np.arange(count), lengths)
+            depth = np.arange(held) - (np.cumsum(lengths) - lengths)[owner]
             alive = chances[inside]
         else:
             owner = depth = np.empty(0, np.int64)
@@ -131,15 +141,16 @@ class Book:
         return won
 
 
-@dataclass(frozen=True, slots=True)
-class Ladder:
+class Ladder(NamedTuple):
     """Drafts of a step's members in the order in which they earn their time; any first j of them are the
     leading parts of tails.
 
-    ``owner``, ``depth`` (M,) as in the book; ``worth`` and ``spent_ms`` (M + 1,): weighted expected tokens
-    and linear time of the step with the first 0 … M of them.
+    ``order``, ``owner``, ``depth`` (M,): which draft of the book it is, and what the book says of it;
+    ``worth`` and ``spent_ms`` (M + 1,): weighted expected tokens and linear time of the step with the first
+    0 … M of them.
     """
 
+    order: IntArray
     owner: IntArray
     depth: IntArray
     worth: FloatArray
@@ -149,18 +160,27 @@ class Ladder:
     def of(cls, book: Book, members: BoolArray, most: int | None = None) -> Self:
         """``members`` (n,): who takes part. ``most``: longest ladder of use."""
         owner, alive = book.owner, book.alive
-        value = alive * book.weight[owner]
-        density = value / np.maximum(book.row_ms, _LEAST_MS)[owner]
+        density = alive * book.weight[owner]
+        density /= np.maximum(book.row_ms, _LEAST_MS)[owner]
+        order = np.argsort(np.negative(density, out=density), kind="stable")
         some = members[owner] & (alive > 0.0)
-        order = np.argsort(-density, kind="stable")
-        order = order[some[order]][:most]
+        return cls._climb(book, members, order[some[order]][:most])
+
+    def among(self, book: Book, members: BoolArray, most: int | None = None) -> Self:
+        """The ladder of some of its members only: who leaves it changes nobody's place."""
+        return self._climb(book, members, self.order[members[self.owner]][:most])
+
+    @classmethod
+    def _climb(cls, book: Book, members: BoolArray, order: IntArray) -> Self:
+        owner = book.owner[order]
         worth, spent = np.empty(len(order) + 1), np.empty(len(order) + 1)
         worth[0] = book.weight @ members
         spent[0] = book.fixed_ms + book.lone_ms @ members
-        worth[1:], spent[1:] = value[order], book.row_ms[owner[order]]
+        np.multiply(book.alive[order], book.weight[owner], out=worth[1:])
+        spent[1:] = book.row_ms[owner]
         np.add.accumulate(worth, out=worth)
         np.add.accumulate(spent, out=spent)
-        return cls(owner[order], book.depth[order], worth, spent)
+        return cls(order, owner, book.depth[order], worth, spent)
 
     @property
     def best(self) -> int:
@@ -177,20 +197,39 @@ class Ladder:
         the first ``taken`` (m,) drafts, each ≤ M, for the same members."""
         inside = cached * members
         items, held = int(np.count_nonzero(members)), int(inside.sum())
-        cross, square = np.zeros(len(self.worth)), np.zeros(len(self.worth))
-        widest = np.ones(len(self.worth))
-        cross[1:], square[1:] = inside[self.owner], 2 * self.depth + 3
-        widest[1:] = self.depth + 2
-        rows = np.empty((len(taken), 8))
+        # What the step without drafts has, and what each draft adds to it; integers, exact in any order.
+        cross, square = np.empty(len(self.worth)), np.empty(len(self.worth))
+        widest = np.empty(len(self.worth))
+        cross[0], square[0], widest[0] = held, items, 1.0
+        cross[1:] = inside[self.owner]
+        np.add(self.depth, 2, out=widest[1:])
+        square[1:] = 2.0 * widest[1:] - 1.0
+        rows = np.empty((len(taken), 8), order="F")
         rows[:, 0] = items
-        rows[:, 1] = items + taken
+        np.add(taken, items, out=rows[:, 1])
         rows[:, 2] = held
-        rows[:, 3] = held + np.add.accumulate(cross)[taken]
-        rows[:, 4] = items + np.add.accumulate(square)[taken]
+        rows[:, 3] = np.add.accumulate(cross)[taken]
+        rows[:, 4] = np.add.accumulate(square)[taken]
         rows[:, 5] = inside.max()
         rows[:, 6] = np.maximum.accumulate(widest)[taken]
         rows[:, 7] = 0.0
         return rows
+
+
+def typical_slopes(
+    sessions: Sequence[SessionView], known: Slopes, estimator: StepEstimator, max_items: int
+) -> MarginalCosts:
+    """:meth:`Columns.slopes` of a few sessions of which nothing else is asked."""
+    count = len(sessions)
+    drafts, cached = sum(map(len, map(_TAIL, sessions))), sum(map(_CACHED, sessions))
+    return known.at(estimator, min(count, max_items), 1 + drafts // count, cached // count)
+
+
+def undrafted_totals(cached: IntArray, members: BoolArray) -> FloatArray:
+    """The row (8,) of the step in which these members, at least one, advance without drafts."""
+    inside = cached[members]
+    items, held = len(inside), int(inside.sum())
+    return np.array([items, items, held, held, items, inside.max(), 1.0, 0.0])
 
 
 def rate_of(book: Book, members: BoolArray, keep: IntArray) -> float:

@@ -12,25 +12,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wispprof.core import StepEstimator
-from wispprof.policies.api import Limits, SessionView, StepPlan
+from wispprof.policies.api import Limits, SessionView, StepPlan, column
 from wispprof.policies.build import StepBuilder, eligible, idle
-from wispprof.policies.marginal import MarginalCosts, Slopes, bounds_with
-from wispprof.policies.tails import Book, BoolArray, Columns, FloatArray, IntArray
+from wispprof.policies.marginal import MarginalCosts, Slopes, bounds_in_turn, bounds_with
+from wispprof.policies.tails import BoolArray, Columns, FloatArray, IntArray
 
 __all__ = ["Wisp"]
 
-_DEADLINE, _PROMPT_LEFT = attrgetter("deadline_ms"), attrgetter("prompt_left")
+_DEADLINE, _PROMPT_LEFT = column("deadline_ms"), column("prompt_left")
 _RETRY_MS = 1.0
 _BLOCK = 128
 """Candidates priced at first: most steps are full, or spent, before the others are looked at."""
 _REFUSALS = 8
 """Candidates refused one by one before all that are left of a block are priced again at once."""
+_RUN = 8
+"""From so many rounds in a row on they are priced at once as they would join one after another."""
 
 
 @dataclass
@@ -76,29 +77,56 @@ class Wisp:
         budget_ms: float,
     ) -> float:
         """Try these candidates in turn; returns the earliest deadline in the batch, as ms from now."""
-        # The batch only grows and its budget only shrinks: what the budget refuses now stays out.
-        while len(places):
-            own_ms = queue.own_ms[places]
-            fit = np.flatnonzero(queue.bounds(build, places) <= np.minimum(own_ms, budget_ms))
-            refused, tried = 0, len(places)
-            for position in fit.tolist():
-                if build.full:
-                    return budget_ms
-                session = ready[int(places[position])]
-                allowed = min(budget_ms, float(own_ms[position]))
-                if session.prompt_left:
-                    joined = build.add_prefill(session, allowed) > 0
-                else:
-                    joined = build.add_decode(session, len(session.tail), allowed)
+        own_ms = queue.own_ms
+        if queue.crowd(build, places):
+            # Whose whole tail is too much does not come with a part of it either.
+            places = places[queue.bounds(build, places) <= np.minimum(own_ms[places], budget_ms)]
+        while len(places) and build.room() > 0:
+            ahead = queue.rounds_ahead(places)
+            if ahead >= _RUN:
+                run = places[:ahead]
+                joined = queue.run(build, run, budget_ms)
                 if joined:
-                    budget_ms = allowed
+                    run = run[:joined]
+                    build.add_decodes([ready[p] for p in run.tolist()], queue.lengths(run).tolist())
+                    budget_ms = min(budget_ms, float(own_ms[run].min()))
+                places = places[joined:]
+                if build.room() < 1:
+                    break
+                if joined == ahead and queue.rounds_ahead(places[1:]) >= _RUN:
+                    # A lone prompt between two runs.
+                    allowed = min(budget_ms, float(own_ms[places[0]]))
+                    if _joins(build, ready[int(places[0])], allowed):
+                        budget_ms = allowed
+                    places = places[1:]
                     continue
-                refused += 1
+            # The batch only grows and its budget only shrinks: what the budget refuses now stays out.
+            least_ms = queue.bounds(build, places, build.room())
+            places = places[least_ms <= np.minimum(own_ms[places], budget_ms)]
+            tried = refused = 0
+            for place in places.tolist():
+                if build.room() < 1:
+                    return budget_ms
+                session = ready[place]
+                allowed = min(budget_ms, float(own_ms[place]))
+                tried += 1
+                if _joins(build, session, allowed):
+                    budget_ms = allowed
+                else:
+                    refused += 1
                 if refused == _REFUSALS:
-                    tried = position + 1
+                    break
+                if session.prompt_left and queue.rounds_ahead(places[tried:]) >= _RUN:
                     break
             places = places[tried:]
         return budget_ms
+
+
+def _joins(build: StepBuilder, session: SessionView, budget_ms: float) -> bool:
+    """Add a round, or what fits of a prompt, if the budget allows it."""
+    if session.prompt_left:
+        return build.add_prefill(session, budget_ms) > 0
+    return build.add_decode(session, len(session.tail), budget_ms)
 
 
 class _Queue:
@@ -143,10 +171,40 @@ class _Queue:
             if len(order) > _BLOCK:
                 yield order[_BLOCK:]
 
-    def bounds(self, build: StepBuilder, places: IntArray) -> FloatArray:
-        """Bound of the step under construction with each of these added alone."""
-        cached = self._columns.cached[places]
-        return bounds_with(build.cost, self._new[places], cached, self._prompt[places])
+    def bounds(self, build: StepBuilder, places: IntArray, most: int | None = None) -> FloatArray:
+        """Bound of the step under construction with each of these added alone, and at most ``most`` tokens of
+        it."""
+        cached, new = self._columns.cached[places], self._new[places]
+        if most is not None:
+            new = np.minimum(new, most)
+        return bounds_with(build.cost, new, cached, self._prompt[places])
+
+    def crowd(self, build: StepBuilder, places: IntArray) -> bool:
+        """Whether these bring more tokens than a step has room for."""
+        return int(self._new[places].sum()) > build.room()
+
+    def lengths(self, places: IntArray) -> IntArray:
+        """Drafts that these hold."""
+        return self._columns.lengths[places]
+
+    def rounds_ahead(self, places: IntArray) -> int:
+        """How many of these come before the first prompt."""
+        prompt = self._prompt[places]
+        first = int(prompt.argmax()) if len(prompt) else 0
+        return first if first or not len(prompt) or prompt[0] else len(prompt)
+
+    def run(self, build: StepBuilder, places: IntArray, budget_ms: float) -> int:
+        """How many of these rounds join, one after another, before one is refused or does not fit."""
+        places = places[: build.seats]
+        new = self._new[places]
+        fits = int(np.searchsorted(np.cumsum(new), build.room(), side="right"))
+        places, new = places[:fits], new[:fits]
+        bounds = bounds_in_turn(build.cost, new, self._columns.cached[places])
+        if bounds is None or not fits:
+            return 0
+        allowed_ms = np.minimum(np.minimum.accumulate(self.own_ms[places]), budget_ms)
+        refused = bounds > allowed_ms
+        return int(refused.argmax()) if refused.any() else fits
 
     def least_ms(self, build: StepBuilder) -> float:
         """A floor of the step's bound whoever joins next: predictions never fall when work is added."""
@@ -155,17 +213,17 @@ class _Queue:
 
     def _value(self) -> FloatArray:
         """Expected tokens per ms of those who are not urgent."""
-        places = self._others
+        places, costs = self._others, self._costs
         columns = self._columns.take(places)
-        book = Book.build(columns, self._costs, np.ones(len(places)))
-        value = book.gains(book.lengths)
-        spent = book.lone_ms + book.lengths * book.row_ms
+        value = columns.expected()
+        row_ms = costs.row_ms + costs.pair_ms * columns.cached
+        spent = costs.item_ms + costs.kv_ms * columns.cached + row_ms + columns.lengths * row_ms
         prompt = self._prompt[places]
         if prompt.any():
             # A prompt commits one token when its last chunk is fed: value by what is left.
             left = self._left[places][prompt]
             new = np.minimum(left, self._chunk)
             value[prompt] = new / left
-            spent[prompt] += (new - 1) * book.row_ms[prompt]
+            spent[prompt] += (new - 1) * row_ms[prompt]
         worth: FloatArray = value / (spent + 1e-9)
         return worth
