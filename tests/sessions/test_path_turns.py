@@ -222,3 +222,43 @@ def test_a_streamed_draft_equals_its_three_calls(
         assert fast.streamed(token, 2.5, context, hold) == plain.due(context, hold)
         assert one.drafts == other.drafts
         assert one.sent == other.sent
+
+
+@given(
+    confidences=st.lists(st.floats(0, 1), min_size=1, max_size=60),
+    k_max=st.integers(1, 6),
+    lead=st.integers(1, 8),
+    stop=st.sampled_from([(), (5, 17)]),
+)
+@examples(max_examples=80, deadline=None)
+def test_a_round_drafted_in_one_call_a_token_is_the_round_drafted_in_three(
+    confidences: list[float], k_max: int, lead: int, stop: tuple[int, ...]
+) -> None:
+    def make() -> tuple[EdgePath, Turns]:
+        path = EdgePath([1, 2], lead_limit=lead, end=200)
+        path.waiting = False
+        controller = make_controller("wisp", k_max=k_max)
+        turns = Turns(path, controller, DraftingSettings(lead=lead), stop)
+        assert turns.due(context) is None
+        return path, turns
+
+    (one, fast), (other, plain) = make(), make()
+    rounds = 0
+    for number, confidence in enumerate(confidences):
+        token = drafted(number, confidence)
+        assert fast.may_draft()
+        other.propose(token.token, 1.0, 2.5)
+        plain.drafted(token)
+        out = plain.due(context)
+        assert fast.rounded(token, 2.5, context) == out
+        assert one.drafts == other.drafts
+        if out is None:
+            continue
+        rounds += 1
+        right = len(out.tokens) // 2
+        for path, turns in ((one, fast), (other, plain)):
+            tokens = [*out.tokens[:right], 999]
+            effect = path.on_commit(path.frontier + right + 1, tokens, right, len(out.tokens))
+            turns.committed(effect, len(out.tokens))
+            assert turns.due(context) is None
+    assert rounds >= len(confidences) // max(k_max, lead) - 1

@@ -133,6 +133,25 @@ class Turns:
         full = unsent >= (self._settings.frame_max if hold else self._group)
         return path.take() if full or not room else None
 
+    def rounded(self, token: DraftToken, draft_ms: float, context_of: ContextOf) -> Outgoing | None:
+        """Round mode: :meth:`streamed` for the next token of a round that is being drafted."""
+        path, controller = self._path, self._controller
+        judged, budget, features = self._judged, self._budget, token.features
+        assert controller is not None
+        if budget is None or self._closed or self._silent or judged != path.lead or self._stop:
+            path.propose(token.token, 1.0, draft_ms)
+            self._features.append(features)
+            return self._round_due(context_of)
+        go_on = controller.go_on(judged, features)
+        _, room = path.hold(token.token, controller.survival(), draft_ms)
+        self._features.append(features)
+        self._judged = judged = judged + 1
+        if go_on and judged < budget and room:
+            return None
+        out = path.take(judged)
+        self.reset()
+        return out
+
     def nothing_to_draft(self) -> None:
         """The drafter has nothing to propose until the text goes on."""
         self._silent = True

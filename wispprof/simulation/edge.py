@@ -156,20 +156,40 @@ class Edge:
         """Draft the next round and send it. Nothing can arrive before it has left."""
         turns = self._turns
         at = now_ms
-        while (out := turns.due(self._context)) is None:
+        out = turns.due(self._context)
+        while out is None:
             running = self._running
             if running is not None:
                 self._running = None
                 at = running[0]
+                self._absorb(running)
+                out = turns.due(self._context)
             else:
                 at = max(at, self._free_ms)
                 if not self._may_draft(at):
                     return
-                running = self._begin_step(at)
-                at = running[0]
-            self._absorb(running)
+                at, out = self._draft_round(at)
         self._free_ms = max(at, self._free_ms)
         self._send(at, out)
+
+    def _draft_round(self, at_ms: float) -> tuple[float, Outgoing]:
+        """Draft step after draft step until the round is due; when that is, and the round."""
+        device, position = self.device, self.path.length
+        rounded, draft, context = self._turns.rounded, self.script.draft, self._context
+        drafted, counters = self._pacing.drafted, self._sim.counters
+        drafting_ms, steps = counters.drafting_ms, 0
+        out: Outgoing | None = None
+        while out is None:
+            cost_ms = device.step_ms(position)
+            at_ms += cost_ms
+            drafting_ms += cost_ms
+            position += 1
+            steps += 1
+            drafted(cost_ms)
+            out = rounded(draft(), cost_ms, context)
+        counters.drafted += steps
+        counters.drafting_ms = drafting_ms
+        return at_ms, out
 
     def _catch_up(self, now_ms: float) -> None:
         """What was drafted ahead while the round was out, up to now."""
