@@ -230,6 +230,39 @@ def test_sessions_behind_their_promise_keep_more_of_their_tails():
     assert drafts["behind"] > max(d for n, d in drafts.items() if n != "behind")
 
 
+def rescued(speed: float, behind: dict, **options) -> tuple[float, list[int]]:
+    """p50 of a step, and how many drafts each keeps, of fifteen that ran ahead and one that fell behind."""
+    tail = (0.9, 0.8, 0.7)
+    sessions = [stream(f"ahead{i}", tail=tail, deadline_ms=5000.0) for i in range(15)]
+    late = {"slo": Slo(speed), "deadline_ms": -20.0, "committed": 40} | behind
+    sessions.append(stream("behind", **late))
+    estimator = SyntheticEstimator(fixed=20.0, row=0.6)
+    plan = make_batch_policy("wispprof", **options).plan(0.0, sessions, estimator, LIMITS)
+    return plan.p50_ms, [member.drafts for member in plan.members]
+
+
+def test_a_session_behind_a_promise_that_undrafted_steps_would_keep_is_rescued():
+    usual_ms, drafts = rescued(25.0, {}, rescue=False)
+    assert usual_ms > 1000.0 / 25.0
+    assert sum(drafts) >= 30
+    short_ms, drafts = rescued(25.0, {})
+    assert short_ms < 1000.0 / 25.0
+    assert sum(drafts) < 15
+
+
+@pytest.mark.parametrize(
+    ("speed", "behind"),
+    [
+        pytest.param(60.0, {}, id="undrafted steps would miss it too"),
+        pytest.param(25.0, {"hopeless": True}, id="lost"),
+        pytest.param(25.0, {"deadline_ms": 400.0}, id="well ahead so far"),
+        pytest.param(4.0, {"deadline_ms": 240.0, "committed": 1}, id="just begun"),
+    ],
+)
+def test_who_needs_no_rescue_or_cannot_be_rescued_does_not_shorten_steps(speed, behind):
+    assert rescued(speed, behind) == rescued(speed, behind, rescue=False)
+
+
 def test_hopeless_sessions_give_way_but_do_not_starve():
     lost = [stream(f"lost{i}", hopeless=True, deadline_ms=-900.0) for i in range(6)]
     alive = [stream(f"alive{i}", deadline_ms=-5.0) for i in range(6)]

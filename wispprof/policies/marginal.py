@@ -45,6 +45,11 @@ class MarginalCosts(NamedTuple):
     alone_bound_ms: float
     all_bound_ms: float
 
+    def lone_ms(self, cached: NDArray[np.int64]) -> FloatArray:
+        """What items (n,) with one new token each add to the step."""
+        deep = cached.astype(np.float64)
+        return self.item_ms + self.row_ms + (self.kv_ms + self.pair_ms) * deep
+
 
 class TotalsEstimator(Protocol):
     """An estimator that prices many batches at once from their totals.

@@ -8,6 +8,8 @@ worth more than the token it might lose (:mod:`wispprof.policies.waiting`).
 *slack*: tokens of sessions that fall behind their promise weigh more, so those that ran ahead give up
 drafts for their sake. They are not left out: that pinned everybody at the promised speed and cost more
 tokens than it saved promises.
+*rescue*: a session that falls behind a promise which centralized serving would keep in this company weighs
+as much as all others together, and more: steps shrink towards undrafted ones until it is back on time.
 *size_prefill*: prompt chunks as large as no running session minds (:mod:`wispprof.policies.prefill`).
 *demote_hopeless*: tokens of sessions whose promise is lost weigh little, and such sessions stay out
 where together they would add more to the step than the fixed part of a step of their own.
@@ -23,14 +25,15 @@ import math
 from dataclasses import dataclass, field
 from itertools import compress
 from operator import not_
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from wispprof.core import StepEstimator
 from wispprof.policies.api import Limits, SessionView, StepPlan, column
 from wispprof.policies.build import StepBuilder, idle
-from wispprof.policies.marginal import Slopes, price_batches
+from wispprof.policies.marginal import MarginalCosts, Slopes, price_batches
+from wispprof.policies.need import Need
 from wispprof.policies.prefill import add_prompts
 from wispprof.policies.tails import (
     Book,
@@ -46,8 +49,7 @@ from wispprof.policies.waiting import waits
 
 __all__ = ["StreamSettings", "Wispprof"]
 
-_DEADLINE, _ARRIVED = column("deadline_ms"), column("arrived_ms")
-_HOPELESS, _READY, _LEFT = column("hopeless"), column("ready"), column("prompt_left")
+_READY, _LEFT = column("ready"), column("prompt_left")
 _RETRY_MS = 1.0
 _LONG = 64
 """Ladders up to this long are priced rung by rung, longer ones at about half as many places."""
@@ -59,6 +61,7 @@ class StreamSettings:
     """Switches of the pieces, and their few constants.
 
     ``catch_up``: weight of a token of a session that is far behind; 1 switches weighing off.
+    ``rescue_weight``: what those that need rescue weigh together, in times of all sessions of the step.
     ``hopeless_weight``: of one whose promise is lost. ``patience``: a session left out for this many
     steps takes part whatever it is worth. ``first_token``: target of a first token that nothing was promised
     for, in times of reading its prompt alone on the server.
@@ -67,55 +70,15 @@ class StreamSettings:
     trim: bool = True
     wait: bool = True
     slack: bool = True
+    rescue: bool = True
     size_prefill: bool = True
     demote_hopeless: bool = True
     floor: bool = True
     catch_up: float = 4.0
+    rescue_weight: float = 2.5
     hopeless_weight: float = 0.25
     patience: float = 8.0
     first_token: float = 4.0
-
-
-class _Need(NamedTuple):
-    """Who needs the step how much, (n,) each: ``slack`` in ms to each deadline, ``lost``: the promise is,
-    ``idle``: ms since it became ready, ``stale``: left out for so long that it takes part whatever it is
-    worth, ``rank``: the lower, the more it needs the step: stale ones, then by slack, lost promises last."""
-
-    slack: FloatArray
-    lost: BoolArray
-    idle: FloatArray
-    stale: BoolArray
-    rank: FloatArray
-
-    @classmethod
-    def of(cls, now_ms: float, decode: list[SessionView], patience_ms: float) -> Self:
-        count = len(decode)
-        idle = now_ms - np.fromiter(map(_ARRIVED, decode), np.float64, count)
-        slack = np.fromiter(map(_DEADLINE, decode), np.float64, count) - now_ms
-        lost = np.fromiter(map(_HOPELESS, decode), np.bool_, count)
-        return cls._ranked(slack, lost, idle, patience_ms)
-
-    def take(self, places: IntArray, patience_ms: float) -> _Need:
-        """The need of some only."""
-        return self._ranked(self.slack[places], self.lost[places], self.idle[places], patience_ms)
-
-    @classmethod
-    def _ranked(
-        cls, slack: FloatArray, lost: BoolArray, idle: FloatArray, patience_ms: float
-    ) -> Self:
-        stale = idle > patience_ms
-        rank = np.where(lost, math.inf, slack)
-        rank[stale] = -math.inf
-        return cls(slack, lost, idle, stale, rank)
-
-    def first(self, members: BoolArray, most: int) -> BoolArray:
-        """At most ``most`` of the members, those who need it most."""
-        inside = members.nonzero()[0]
-        if len(inside) <= most:
-            return members
-        kept = np.zeros(len(members), dtype=bool)
-        kept[inside[self.rank[inside].argpartition(most - 1)[:most]]] = True
-        return kept
 
 
 class _Choice(NamedTuple):
@@ -200,24 +163,24 @@ class Wispprof:
         limits: Limits,
     ) -> _Choice:
         settings, seats = self.settings, limits.max_items
-        whole: _Need | None = None
+        whole: Need | None = None
         if len(decode) > 2 * seats:
             # A step holds a part of them: twice as many as it holds are looked at, the neediest.
             sample = decode[:: len(decode) // seats]
             bound_ms = typical_slopes(sample, self._slopes, estimator, seats).all_bound_ms
-            whole = _Need.of(now_ms, decode, settings.patience * bound_ms)
+            whole = Need.of(now_ms, decode, settings.patience * bound_ms)
             places = whole.first(np.ones(len(decode), dtype=bool), 2 * seats).nonzero()[0]
             decode = [decode[place] for place in places.tolist()]
         count = len(decode)
         columns = Columns.of(decode)
         costs = columns.slopes(self._slopes, estimator, seats)
         patience_ms = settings.patience * costs.all_bound_ms
-        need = whole.take(places, patience_ms) if whole else _Need.of(now_ms, decode, patience_ms)
+        need = whole.take(places, patience_ms) if whole else Need.of(now_ms, decode, patience_ms)
         # Steps that waiting prompts call for anyway have paid their fixed part: decoding then costs only what
         # it adds, and a draft must beat what a lone advance earns for that.
         extra_ms = max(0.0, self._between_ms) - self._backlog * costs.fixed_ms
         fixed_ms = max(0.0, costs.fixed_ms + extra_ms)
-        weight = self._weights(need, 2.0 * costs.all_bound_ms)
+        weight = self._weights(decode, need, columns, costs)
         book = Book.build(columns, costs._replace(fixed_ms=fixed_ms), weight)
         everyone = np.ones(count, dtype=bool)
         ladder = Ladder.of(book, everyone)
@@ -251,20 +214,27 @@ class Wispprof:
         kept: list[int] = keep[chosen].tolist()
         return _Choice([decode[place] for place in chosen.tolist()], kept, decode, wake_ms, gain)
 
-    def _weights(self, need: _Need, horizon_ms: float) -> FloatArray:
-        """Worth of a session's tokens: 1 while its slack exceeds the horizon, rising to ``catch_up``
-        when it is as far behind as it should be ahead."""
-        weight = np.ones(len(need.slack))
-        if self.settings.slack and horizon_ms > 0:
-            behind = np.minimum(np.maximum(0.5 - need.slack / (2.0 * horizon_ms), 0.0), 1.0)
-            weight += (self.settings.catch_up - 1.0) * behind
-        if self.settings.demote_hopeless:
-            weight[need.lost] = self.settings.hopeless_weight
+    def _weights(
+        self, decode: list[SessionView], need: Need, columns: Columns, costs: MarginalCosts
+    ) -> FloatArray:
+        """What a token of each session (n,) is worth."""
+        settings, step_ms = self.settings, costs.all_bound_ms
+        weight = np.ones(len(decode))
+        if settings.slack:
+            weight += (settings.catch_up - 1.0) * need.behind(step_ms)
+        if settings.demote_hopeless:
+            weight[need.lost] = settings.hopeless_weight
+        if settings.rescue:
+            undrafted_ms = costs.fixed_ms + max(0.0, self._between_ms)
+            undrafted_ms += float(costs.lone_ms(columns.cached).sum())
+            urgency = need.urgency(decode, undrafted_ms, step_ms)
+            together = settings.rescue_weight * len(decode) / max(1.0, float(urgency.sum()))
+            weight = np.maximum(weight, 1.0 + together * urgency)
         return weight
 
     @staticmethod
     def _demoted(
-        members: BoolArray, book: Book, keep: IntArray, rate: float, need: _Need, fixed_ms: float
+        members: BoolArray, book: Book, keep: IntArray, rate: float, need: Need, fixed_ms: float
     ) -> BoolArray:
         """The members without those whose promise is lost and whose tokens do not pay at the going rate.
         Left out, they need a step of their own later, and its fixed part is paid again: that must cost
