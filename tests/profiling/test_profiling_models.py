@@ -11,6 +11,7 @@ import torch
 from wispprof.artifacts import load_edge, load_server
 from wispprof.core import Sampling
 from wispprof.errors import ArtifactError, PhysicsViolation, ProfileError
+from wispprof.fitting.rows import MINIMUM_SHAPES
 from wispprof.lm.engine import VerifierEngine
 from wispprof.lm.loading import random_model
 from wispprof.profiling import edge, server
@@ -182,6 +183,22 @@ def test_a_slow_disk_costs_the_quick_grid_no_shapes(tiny, monkeypatch):
     assert shapes == {shot.key for shot in whole.shots}
     with pytest.raises(ProfileError, match="--budget-minutes"):
         server.profile_server(replace(quick, budget_minutes=server.QUICK_MINUTES), clock=clock)
+
+
+def test_a_slow_machine_gets_the_shapes_that_a_fit_needs(tiny, monkeypatch):
+    """The quick grid's own time may not leave too few. Negative control: a time that was asked for may."""
+    assert server.QUICK_SHAPES > MINIMUM_SHAPES
+    monkeypatch.setattr(server, "QUICK_SHAPES", 5)
+    monkeypatch.setattr(server, "QUICK_MINUTES", 1e-4)
+    monkeypatch.setattr(server, "load_axes", lambda name: AXES)
+    clock = CountedTime(monkeypatch)
+    whole = server.plan_server(settings(), loaded=tiny, clock=clock)
+    profile = server.profile_server(server.ServerSettings(sweep=SWEEP), loaded=tiny, clock=clock)
+    shapes = {row.shape.key() for row in profile.rows if row.kind != "sentinel"}
+    assert len(shapes) == 5
+    assert profile.manifest.summary["left_out"] == len(whole.shots) - 5 > 0
+    with pytest.raises(ProfileError, match="--budget-minutes"):
+        server.profile_server(settings(budget_minutes=1e-4), loaded=tiny, clock=clock)
 
 
 def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):

@@ -146,6 +146,11 @@ def finished(profile: ServerProfile | EdgeProfile | LinkProfile, out: Path, as_j
             f"off, {drift['set_aside']} samples were set aside, and {drift['drifted_rows']} rows rest on "
             "disturbed ones (flag 'drift'). Measure again when it is quiet."
         )
+    if summary.get("left_out"):
+        warn(
+            f"{summary['left_out']} shots of the grid did not fit into the time. Give --budget-minutes, "
+            "or --grid standard, for more."
+        )
     if summary.get("out_of_time"):
         warn(f"{summary['out_of_time']} shots were left out: the time was up.")
     for key, reason in dict(summary.get("refused", {})).items():
@@ -166,7 +171,8 @@ def print_profile(profile: Profile, everything: bool) -> None:
 
     manifest = profile.manifest
     machine = manifest.hardware.get("board") or manifest.hardware.get("cpu") or "unknown machine"
-    title = f"{manifest.kind} profile: {manifest.model.id} {manifest.model.dtype} on {machine}"
+    model = " ".join(filter(None, (manifest.model.id, manifest.model.dtype)))
+    title = f"{manifest.kind} profile: {model} on {machine}"
     if manifest.source != "measured":
         title += f" ({manifest.source})"
     if manifest.kind == "server":

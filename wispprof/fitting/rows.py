@@ -184,7 +184,7 @@ def check_rows(rows: Sequence[StepRow], paced: bool = False) -> list[StepRow]:
         raise FitError(
             f"{len(distinct)} distinct batch shapes are too few to fit and to hold some out; "
             f"{MINIMUM_SHAPES} are needed.",
-            "Profile a larger grid.",
+            "Profile more of them: profile-server with --grid standard, or with more --budget-minutes.",
         )
     distrusted = DISTRUSTED - {"drift"} if paced else DISTRUSTED
     trusted = [row for row in rows if not distrusted & set(row.flags)]

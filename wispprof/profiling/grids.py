@@ -291,16 +291,20 @@ def _batch(items: Iterable[tuple[int, int]]) -> BatchShape:
 
 
 def within_budget(
-    shots: Sequence[Shot[BatchShape]], budget_s: float, cost_s: Sequence[float]
+    shots: Sequence[Shot[BatchShape]],
+    budget_s: float,
+    cost_s: Sequence[float],
+    least: int = 0,
 ) -> list[Shot[BatchShape]]:
     """The most informative shots that fit: far apart in the logarithm of their work, corners first.
 
-    ``cost_s``: expected seconds of each. A shot too dear for what is left is passed over.
+    ``cost_s``: expected seconds of each. A shot too dear for what is left is passed over. ``least``: so
+    many of the first are taken whatever they cost.
     """
     price = {shot.key: cost for shot, cost in zip(shots, cost_s, strict=True)}
     chosen, left = [], budget_s
     for shot in choose_probes(shots, len(shots)):
-        if price[shot.key] <= left:
+        if len(chosen) < least or price[shot.key] <= left:
             chosen.append(shot)
             left -= price[shot.key]
     if not chosen:

@@ -44,6 +44,8 @@ BUNDLED_TARGET = "models/reference-pair/target"
 QUICK = SweepSettings(target=0.05, most=12, shot_s=1.5, sentinel_every=2, look=3)
 STANDARD = SweepSettings(most=21, sentinel_every=1, look=3)
 QUICK_MINUTES = 0.6
+QUICK_SHAPES = 18
+"""What the quick grid measures on any machine: enough shapes to fit an estimator and to hold some out."""
 
 _SEAL_SHARE = 0.01
 """Share of a budget for checking the rows and writing them."""
@@ -58,7 +60,8 @@ class ServerSettings:
     """``model``: folder, hub id, or empty for the bundled target; ``shape`` names a well-known model
     shape to fill with random weights instead. ``kv_tokens`` None: what the device can hold and the
     grid can use. ``axes`` replaces the named ``grid``. ``budget_minutes`` None: no limit, but for the
-    quick grid :data:`QUICK_MINUTES`, so that it stays quick on a machine that is not."""
+    quick grid :data:`QUICK_MINUTES`, so that it stays quick on a machine that is not; :data:`QUICK_SHAPES`
+    are measured all the same."""
 
     model: str = ""
     shape: str = ""
@@ -104,7 +107,8 @@ def profile_server(
 
     def finish(result: SweepResult, journal: RowJournal | None) -> Any:
         rows = cast("tuple[StepRow, ...]", result.rows)
-        return rows, {"physics": check_physics(rows, setup.model).as_dict()}
+        physics = check_physics(rows, setup.model).as_dict()
+        return rows, {"physics": physics, "left_out": setup.left_out}
 
     profile = take_profile(
         setup,
@@ -112,7 +116,9 @@ def profile_server(
         finish=finish,
         clock=clock,
         progress=progress,
-        budget_s=_budget_left(settings, begin, clock, _SEAL_SHARE),
+        budget_s=_budget_left(settings, begin, clock, _SEAL_SHARE)
+        if settings.budget_minutes is not None
+        else None,
     )
     return cast(ServerProfile, profile)
 
@@ -175,8 +181,10 @@ def _set_up(
     most_s = math.inf if left is None else _PILOT_SHARE * left
     cost = pilot(shooter, shots, sentinel, sweep, clock, most_s=most_s)
     left = _budget_left(settings, begin, clock)
+    whole = len(shots)
     if left is not None:
-        shots = within_budget(shots, left, _prices(shots, sentinel, cost, sweep))
+        least = QUICK_SHAPES if settings.budget_minutes is None else 0
+        shots = within_budget(shots, left, _prices(shots, sentinel, cost, sweep), least)
     return Setup(
         "server",
         shooter,
@@ -197,6 +205,7 @@ def _set_up(
         },
         measure={"grid": settings.grid, "axes": _plain(axes)},
         close=shooter.close,
+        left_out=whole - len(shots),
     )
 
 

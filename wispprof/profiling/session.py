@@ -63,7 +63,8 @@ class Announcement:
 class Setup(Generic[Subject]):
     """Everything that is decided before the first shot. ``engine`` and ``measure`` go to the manifest.
 
-    ``after_s``: seconds of steady measurement that follow the sweep.
+    ``after_s``: seconds of steady measurement that follow the sweep. ``left_out``: shots of the grid
+    that the time does not allow.
     """
 
     kind: str
@@ -76,6 +77,7 @@ class Setup(Generic[Subject]):
     engine: dict[str, Any]
     measure: dict[str, Any]
     after_s: float = 0.0
+    left_out: int = 0
     close: Callable[[], None] = field(default=lambda: None)
 
     def announce(self) -> Announcement:
