@@ -13,6 +13,7 @@ from wispprof.artifacts.records import AcceptanceTrace
 from wispprof.core import DraftFeatures
 from wispprof.errors import ArtifactDamaged, FitError
 from wispprof.fitting import PREDICTOR_KINDS, FittedPredictor, fit_predictor, load_predictor
+from wispprof.fitting.card import explain_predictor
 from wispprof.fitting.predictors.calibration import (
     Calibration,
     expected_calibration_error,
@@ -99,6 +100,21 @@ def test_auto_keeps_the_least_log_loss(trace: AcceptanceTrace) -> None:
     loss = report["validation_log_loss"]
     assert report["chosen"] == min(loss, key=lambda k: loss[k])
     assert set(report["held_out"]) == {"threshold", "margin-logistic"}
+
+
+def test_the_card_says_what_the_choice_rests_on(trace: AcceptanceTrace) -> None:
+    """Prompts that judge have no say in it; where they see it otherwise the card says so."""
+    predictor = fit_predictor(trace, kinds=("threshold", "margin-logistic"))
+    report = predictor.report
+    other = next(kind for kind in report["held_out"] if kind != report["chosen"])
+    for kind, loss in (("chosen", 0.2), ("other", 0.1)):
+        report["held_out"][report["chosen"] if kind == "chosen" else other]["log_loss"] = loss
+    said = explain_predictor(predictor)
+    for kind, loss in report["validation_log_loss"].items():
+        assert f"`{kind}` {loss:.3f}" in said
+    assert f"`{other}` did better: 0.100 against 0.200" in said
+    report["held_out"][other]["log_loss"] = 0.3
+    assert "did better" not in explain_predictor(predictor)
 
 
 def test_what_cannot_be_learnt_from_is_refused(trace: AcceptanceTrace) -> None:

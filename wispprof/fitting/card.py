@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +92,10 @@ def explain_predictor(predictor: FittedPredictor) -> str:
     report = predictor.report
     chosen = report["chosen"]
     own = report["held_out"][chosen]
-    why = (
-        "was asked for"
-        if report["asked"] != "auto"
-        else "was chosen because it had the least log loss on prompts it had not seen"
-    )
+    counts = report["tokens"]
     text = [
-        f"`{chosen}` {why}. It learnt from {report['tokens']['learn']} draft tokens, was calibrated on "
-        f"{report['tokens']['tune']} and judged on {report['tokens']['test']}, all of different prompts "
+        f"`{chosen}` {_why_predictor(report)}. It learnt from {counts['learn']} draft tokens, was calibrated "
+        f"on {counts['tune']} and judged on {counts['test']}, all of different prompts "
         f"({report['prompts']} in all); the target kept {100 * own['accepted_share']:.0f} % of them."
     ]
     if own["auc"] is not None:
@@ -112,6 +109,32 @@ def explain_predictor(predictor: FittedPredictor) -> str:
         "error)."
     )
     return " ".join(text)
+
+
+def _why_predictor(report: Mapping[str, Any]) -> str:
+    """What the choice rests on: other prompts than those that judge, which may see it otherwise."""
+    chosen, tried = report["chosen"], report.get("validation_log_loss", {})
+    if report["asked"] != "auto":
+        return "was asked for"
+    if not tried:
+        return "was the only one to choose from"
+    figures = ", ".join(f"`{n}` {loss:.3f}" for n, loss in sorted(tried.items(), key=_second))
+    why = (
+        "was chosen because it had the least log loss where the prompts that teach and calibrate were "
+        f"cross-validated: {figures}"
+    )
+    judged = {name: row["log_loss"] for name, row in report["held_out"].items()}
+    best = min(judged, key=lambda name: judged[name])
+    if judged[best] < judged[chosen]:
+        why += (
+            f". On the prompts held out to judge by, which had no say in it, `{best}` did better: "
+            f"{judged[best]:.3f} against {judged[chosen]:.3f}; a longer trace would tell them apart"
+        )
+    return why
+
+
+def _second(item: tuple[str, float]) -> float:
+    return item[1]
 
 
 def estimator_card(
