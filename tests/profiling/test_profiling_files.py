@@ -184,6 +184,9 @@ def test_merging_keeps_the_cleaner_row():
             merge_profiles([one, other])
     with pytest.raises(ProfileError, match="two"):
         merge_profiles([one])
+    busier = replace(two.manifest, engine={**two.manifest.engine, "threads": 7})
+    with pytest.raises(ProfileError, match=r"of different engines: threads \w+ and threads 7\."):
+        merge_profiles([one, make_profile(busier, two.rows)])
 
 
 def test_export(tmp_path):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from wispprof.artifacts import Profile, make_profile
+from wispprof.artifacts.manifest import ModelInfo
 from wispprof.artifacts.provenance import command_line
 from wispprof.artifacts.records import LinkRow
 from wispprof.artifacts.rows import Row
@@ -32,6 +33,7 @@ def merge_profiles(profiles: Sequence[Profile]) -> Profile:
             ("machines", _machine(first), _machine(other)),
         ):
             if one != two:
+                one, two = _apart(one, two)
                 raise ProfileError(
                     f"The profiles are of different {what}: {one} and {two}.",
                     "Merge only profiles of the same model on the same machine.",
@@ -63,11 +65,25 @@ def _worth(row: Row) -> tuple[int, int]:
     return -len(row.flags), len(row.samples_ms)
 
 
-def _identity(profile: Profile) -> tuple[object, ...]:
+def _identity(profile: Profile) -> dict[str, object]:
     """What must be equal of an engine; room for sessions does not change a step's time."""
     engine = profile.manifest.engine
-    stated = tuple(engine.get(name) for name in ("backend", "device", "threads"))
-    return *stated, engine.get("attention", "dense"), bool(engine.get("graphs"))
+    stated = {name: engine.get(name) for name in ("backend", "device", "threads")}
+    return {
+        **stated,
+        "attention": engine.get("attention", "dense"),
+        "graphs": bool(engine.get("graphs")),
+    }
+
+
+def _apart(one: object, two: object) -> tuple[object, object]:
+    """Two things that differ, for a reader: of named properties only those that do."""
+    if isinstance(one, ModelInfo) and isinstance(two, ModelInfo):
+        one, two = asdict(one), asdict(two)
+    if not isinstance(one, dict) or not isinstance(two, dict):
+        return one, two
+    names = [name for name in one if one[name] != two[name]]
+    return tuple(", ".join(f"{name} {its[name]}" for name in names) for its in (one, two))
 
 
 def _machine(profile: Profile) -> object:
