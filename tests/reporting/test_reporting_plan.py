@@ -84,3 +84,17 @@ def test_a_page_holds_all_of_it_once(tmp_path: Path) -> None:
     assert "A load &lt;in words&gt;." in page
     ids = re.findall(r'\sid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
+
+
+def test_every_device_has_its_maps(tmp_path: Path) -> None:
+    """Folded but for the first. Negative control: one device alone is not folded."""
+    save_plan(planned(), tmp_path / "plan.json")
+    page = render_report(load_run(tmp_path))
+    for device in ("laptop:1b", "laptop:3b"):
+        for caption in ("promise of", "measured acceptance"):
+            assert len(re.findall(rf"<caption>{device}, stream mode, {caption}", page)) == 1
+        assert page.count(f"<summary>{device}</summary>") == 3  # lengths, break-even, capacity
+    assert page.count("<details open>") == 3
+    alone = make_plan(LinearCost(18.0), DEVICES[:1], Runs.geometric(0.75), SETTINGS)
+    save_plan(alone, tmp_path / "plan.json")
+    assert "<details" not in render_report(load_run(tmp_path))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import html
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from wispprof.artifacts.plan import Plan
 from wispprof.reporting.page import Section, figure
 from wispprof.reporting.plan_figures import capacity_curves, drafts_front
 from wispprof.reporting.plan_tables import break_even_map, capacity_table, draft_length_map
@@ -25,14 +26,12 @@ def plan_sections(run: Run, benches: Sequence[Bench]) -> list[Section]:
     asked = [speed for b in benches for speed in b.promises]
     wanted = statistics.median_low(asked) if asked else classes[len(classes) // 2]
     speed = plan.draft_row(plan.devices[0], 0.0, 0, wanted, plan.draft[0].mode).tokens_per_s
-    device = plan.devices[0]
-    maps = "".join(
-        draft_length_map(plan, device, mode, speed)
-        for mode in ("stream", "round")
-        if any(r.mode == mode for r in plan.draft)
-    )
+    maps = _by_device(plan, lambda device: _draft_lengths(plan, device, speed))
     notes = "".join(f'<p class="note">{html.escape(note)}</p>' for note in plan.notes)
-    even = "".join(break_even_map(plan, device, mode) for mode in ("stream", "round"))
+    even = _by_device(
+        plan,
+        lambda device: "".join(break_even_map(plan, device, mode) for mode in ("stream", "round")),
+    )
     if even:
         even = (
             "<h3>Where speculation pays</h3><p>A session’s tokens/s with the best draft length over those "
@@ -48,7 +47,7 @@ def plan_sections(run: Run, benches: Sequence[Bench]) -> list[Section]:
             f"{speed:g} tokens/s could not be promised. Objective of the plan: {plan.objective}. "
             "Predicted, not measured.",
         )
-    capacity = to_html(capacity_table(plan, device)) if plan.capacity else ""
+    capacity = _by_device(plan, lambda device: _capacity(plan, device))
     return [
         Section(
             "plan",
@@ -63,6 +62,34 @@ def plan_sections(run: Run, benches: Sequence[Bench]) -> list[Section]:
             + (f"<h3>How many devices</h3>{capacity}" if capacity else ""),
         )
     ]
+
+
+def _by_device(plan: Plan, show: Callable[[str], str]) -> str:
+    """What is shown of each device: of several, each in a fold of its own, the first one open.
+
+    Those that are folded take a line each.
+    """
+    shown = {device: show(device) for device in plan.devices}
+    shown = {device: body for device, body in shown.items() if body}
+    if len(shown) < 2:
+        return "".join(shown.values())
+    return "".join(
+        f"<details{'' if number else ' open'}><summary>{html.escape(device)}</summary>{body}</details>"
+        for number, (device, body) in enumerate(shown.items())
+    )
+
+
+def _draft_lengths(plan: Plan, device: str, speed: float) -> str:
+    return "".join(
+        draft_length_map(plan, device, mode, speed)
+        for mode in ("stream", "round")
+        if any((r.device, r.mode) == (device, mode) for r in plan.draft)
+    )
+
+
+def _capacity(plan: Plan, device: str) -> str:
+    table = capacity_table(plan, device)
+    return to_html(table) if table.rows else ""
 
 
 def capacity_sections(run: Run) -> list[Section]:
