@@ -262,23 +262,27 @@ def _report_table(reports: list[Report]) -> Table:
     shown = table(
         "Simulated fleet",
         "system",
-        ">SLO met",
-        ">goodput",
-        ">TTFT ms",
-        ">TPOT ms",
-        ">step ms",
-        ">accepted",
-        ">wasted",
-        caption="goodput: tokens/s of sessions that kept their SLO; TTFT, TPOT: p50 / p95 at the device; "
-        "accepted: drafts a round; wasted: share of drafting time.",
+        ">SLO\nkept",
+        ">good-\nput",
+        ">TTFT\np50",
+        ">\np95",
+        ">TPOT\np50",
+        ">\np95",
+        ">\nstep",
+        ">ac-\ncepted",
+        ">\nwasted",
+        caption="goodput: tokens/s of sessions that kept their SLO; TTFT and TPOT at the device and the "
+        "server's mean step in ms; accepted: drafts a round; wasted: share of drafting time.",
     )
+    # Whole names and ten columns within 80 characters.
+    shown.padding = 0
+    shown.columns[0].no_wrap = True
     for r in reports:
         shown.add_row(
             r.system,
             _percent(r.attainment),
             _number(r.goodput),
-            f"{_number(r.ttft_ms[0])} / {_number(r.ttft_ms[1])}",
-            f"{_number(r.tpot_ms[0])} / {_number(r.tpot_ms[1])}",
+            *map(_number, (*r.ttft_ms[:2], *r.tpot_ms[:2])),
             _number(r.mean_step_ms),
             _number(r.accepted_per_round),
             _percent(r.wasted_share),
@@ -291,7 +295,7 @@ def _number(value: float) -> str:
 
 
 def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.1%}"
+    return "-" if math.isnan(value) else "100%" if value == 1 else f"{value:.1%}"
 
 
 def reproduce(
