@@ -101,6 +101,10 @@ def test_a_port_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         taken = replace(HEALTHY, port=int(listener.getsockname()[1]))
         assert_fault(one(doctor.port, taken), "--port")
+        named = replace(taken, server=f"ws://localhost:{taken.port}")
+        assert one(doctor.port, named).status == "ok"  # what listens is what is asked about
+        for other in ("localhost:1", f"elsewhere:{taken.port}"):
+            assert_fault(one(doctor.port, replace(taken, server=other)), "--port")
     assert one(doctor.port, replace(HEALTHY, port=free_port())).status == "ok"
 
 
@@ -173,7 +177,11 @@ def test_models_that_are_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     def both(target: str, draft: str) -> Situation:
         return replace(HEALTHY, target=target, draft=draft)
 
-    assert one(doctor.models, both("big", "small")).status == "ok"
+    fine = one(doctor.models, both("big", "small"))
+    assert (fine.status, fine.found) == (
+        "ok",
+        "target big: llama, 0.0 M parameters; draft small: llama, 0.0 M",
+    )
     assert one(doctor.tokenizers, both("big", "small")).status == "ok"
     assert_fault(one(doctor.models, both("small", "big")), "smaller draft", status="warn")
     assert_fault(one(doctor.tokenizers, both("big", "other")), "different tokenizers")

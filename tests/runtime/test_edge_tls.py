@@ -80,6 +80,7 @@ async def test_an_unknown_authority_is_refused_at_once(certified: tuple[Path, Pa
                 pass
     assert fault.value.final
     assert "certificate" in fault.value.fix.lower()
+    assert "--ca-file" in fault.value.fix
 
 
 async def test_a_certificate_for_another_host_is_refused(certified: tuple[Path, Path]) -> None:
@@ -92,5 +93,6 @@ async def test_a_certificate_for_another_host_is_refused(certified: tuple[Path, 
 
 async def test_plain_text_does_not_reach_a_tls_server(certified: tuple[Path, Path]) -> None:
     async with tls_server(certified) as running:
-        with pytest.raises(LinkLost):
+        with pytest.raises(LinkLost) as fault:
             await websocket_dial(f"ws://localhost:{running.port}")()
+    assert "wss://" in fault.value.fix

@@ -24,6 +24,12 @@ def _load(path: str) -> Any:
     return load_model(path, device="cpu")
 
 
+def _said(side: str, info: Any) -> str:
+    """Side, name, family and size; a folder that is called after its side is named once."""
+    name = side if info.id == side else f"{side} {info.id}"
+    return f"{name}: {info.family}, {info.parameters / 1e6:.1f} M"
+
+
 def models(situation: Situation) -> Finding:
     """Target and draft can be loaded (the bundled pair where none is named)."""
     target, draft = (_load(path).info for path in _paths(situation))
@@ -38,8 +44,7 @@ def models(situation: Situation) -> Finding:
     return Finding(
         "models",
         "ok",
-        f"target {target.id}: {target.family}, {target.parameters / 1e6:.1f} M parameters; "
-        f"draft {draft.id}: {draft.family}, {draft.parameters / 1e6:.1f} M",
+        f"{_said('target', target)} parameters; {_said('draft', draft)}",
     )
 
 

@@ -8,6 +8,7 @@ import socket
 import ssl
 import stat
 import time
+from urllib.parse import urlsplit
 
 from wispprof.doctor.findings import Finding, Situation
 
@@ -25,6 +26,16 @@ def _loopback(host: str) -> bool:
         return False
 
 
+def _is_named(situation: Situation) -> bool:
+    """Whether ``--server`` is what listens at the port: whether it answers is for :func:`server` to say."""
+    from wispprof.runtime.edge.dial import server_url
+
+    if not situation.server:
+        return False
+    named = urlsplit(server_url(situation.server))
+    return named.port == situation.port and _loopback(named.hostname or "")
+
+
 def port(situation: Situation) -> Finding:
     """The port is free to listen on."""
     host, number = situation.host, situation.port
@@ -34,6 +45,8 @@ def port(situation: Situation) -> Finding:
         try:
             probe.bind((host, number))
         except OSError as fault:
+            if _is_named(situation):
+                return Finding("port", "ok", f"{host}:{number} is the server's that --server names")
             return Finding(
                 "port",
                 "fail",
@@ -67,7 +80,7 @@ def api_keys(situation: Situation) -> Finding:
             f"Other users of this machine can read {file}.",
             f"chmod 600 {file}",
         )
-    return Finding("API keys", "ok", f"{len(keys)} in {file}")
+    return Finding("API keys", "ok", f"{len(keys)} key{'s' if len(keys) != 1 else ''} in {file}")
 
 
 def tls(situation: Situation) -> Finding:

@@ -161,7 +161,12 @@ def websocket_dial(
 
     async def dial() -> Connection:
         from websockets.asyncio.client import connect
-        from websockets.exceptions import InvalidStatus, InvalidURI, WebSocketException
+        from websockets.exceptions import (
+            InvalidMessage,
+            InvalidStatus,
+            InvalidURI,
+            WebSocketException,
+        )
 
         try:
             socket = await connect(
@@ -181,13 +186,20 @@ def websocket_dial(
         except tls.SSLError as fault:
             raise LinkLost(
                 f"TLS with {url} failed: {fault.reason}.",
-                "Check the certificate, or name its authority's file.",
+                "Check the certificate, or name its authority's with --ca-file.",
                 True,
             ) from fault
         except InvalidStatus as fault:
             raise LinkLost(
                 f"{url} answered HTTP {fault.response.status_code} instead of a WebSocket.",
                 "Check the address: it must be one of `wispprof serve`.",
+            ) from fault
+        except InvalidMessage as fault:
+            raise LinkLost(
+                f"What answers at {url} is no WebSocket server.",
+                "Check the address."
+                if secure
+                else "Where the server does TLS, dial wss://HOST:PORT.",
             ) from fault
         except (OSError, TimeoutError, WebSocketException) as fault:
             raise LinkLost(
