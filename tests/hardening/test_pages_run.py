@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from wispprof import doctor
 from wispprof.artifacts import bundled, load_profile, save_trace
 from wispprof.cli import app
 
@@ -23,7 +25,7 @@ sys.path.append(str(Path(__file__).parents[1] / "fitting"))
 from synthetic_traces import synthetic_trace
 
 ROOT = Path(__file__).parents[2]
-CHEAP = ("fit", "plan", "report", "profile")
+CHEAP = ("fit", "plan", "report", "profile", "reproduce")
 """In the order in which one needs the other's files."""
 
 
@@ -69,6 +71,43 @@ def test_commands_run_as_printed(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         assert done.exit_code == 0, f"{line}: {done.output}"
     assert (folder / "mine" / "plan.json").exists()
     assert (folder / "mine" / "report.html").exists()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="the page's own tool")
+def test_keys_and_certificate_of_the_pages_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deploy's openssl lines make what its doctor line approves. Negative control: before, it does not."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    found = re.findall(r"^(wispprof doctor .*)$", page, re.M)
+    assert len(found) == 1
+    asked = shlex.split(found[0])[2:]
+    values = dict(zip(asked[::2], asked[1::2], strict=True))
+    situation = doctor.Situation(
+        host=values["--host"],
+        api_key_file=Path(values["--api-key-file"]),
+        tls_cert=Path(values["--tls-cert"]),
+        tls_key=Path(values["--tls-key"]),
+    )
+    checks = (doctor.api_keys, doctor.tls)
+    assert {found.status for found in doctor.examine(situation, checks)} == {"fail"}
+    lines = re.findall(r"^((?:openssl|cp) .*)$", page, re.M)
+    assert len(lines) == 3
+    for line in lines:
+        subprocess.run(["bash", "-c", line], check=True, capture_output=True, timeout=60)
+    assert {found.status for found in doctor.examine(situation, checks)} == {"ok"}
+    assert (tmp_path / "ca.pem").read_text() == (tmp_path / "cert.pem").read_text()
+
+
+def test_settings_of_the_page_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: one entry misspelt."""
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "config.md").read_text(), re.S)
+    for text, code in ((block, 0), (block.replace("port", "prot"), 1)):
+        Path("wispprof.toml").write_text(text)
+        done = CliRunner().invoke(app, ["reproduce", "configspec", "--json"])
+        assert done.exit_code == code, done.output
 
 
 def test_negative_control_a_command_without_its_file_fails(
