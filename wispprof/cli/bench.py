@@ -27,7 +27,9 @@ def bench(
     ca_file: common.CaFile = None,
     system: Annotated[
         list[str] | None,
-        typer.Option(help="How edges draft: centralized, sled, wisp, … May be repeated [wisp]."),
+        typer.Option(
+            help="How edges draft: wispprof, wisp, sled, centralized, … May be repeated [wispprof]."
+        ),
     ] = None,
     devices: Annotated[int, typer.Option(min=1, help="How many edges.")] = 8,
     device: Annotated[
@@ -70,7 +72,7 @@ def bench(
     recorded = load_trace(trace)
     kinds = tuple(device_of(name) for name in device or ["medium"])
     results = []
-    for name in system or ["wisp"]:
+    for name in system or ["wispprof"]:
         fixed = k is not None
         settings = BenchSettings(
             system=name,
@@ -133,7 +135,7 @@ _ROWS = (
 
 
 def _shown(results: list[BenchResult]) -> RenderableType:
-    table = common.table("bench", "", *(f">{result.policy}" for result in results))
+    table = common.table("bench", "edges draft as", *(f">{result.policy}" for result in results))
     for name, label, form in _ROWS:
         values = [result.figures.get(name) for result in results]
         if all(value is None or value != value for value in values):

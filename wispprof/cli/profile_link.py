@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 
 def profile_link(
-    server: Annotated[str, typer.Argument(help="URL of a running server, e.g. ws://host:8765.")],
+    server: Annotated[str, typer.Argument(help="URL of a running server, e.g. HOST:8200.")],
     key: Annotated[str, typer.Option(help="API key of the server.")] = "",
     ca_file: CaFile = None,
     count: Annotated[int, typer.Option(min=3, help="Exchanges of each kind.")] = 40,
