@@ -12,11 +12,11 @@ import pytest
 
 from wispprof.core import Slo
 from wispprof.errors import ArtifactMissing, PlanError
-from wispprof.simulation import Scenario, ServerModel, simulate, system
+from wispprof.simulation import Scenario, ServerModel, reproduce, simulate, system
 from wispprof.simulation import capacity as search
 from wispprof.simulation.acceptance import SyntheticAcceptance
 from wispprof.simulation.arrivals import ClosedFleet, Lengths, Poisson
-from wispprof.simulation.capacity import capacity, workers
+from wispprof.simulation.capacity import Capacity, capacity, workers
 from wispprof.simulation.costs import LinearCost
 from wispprof.simulation.metrics import SessionRecord
 from wispprof.simulation.reproduce import Comparison, Figure, reproduce_configspec
@@ -142,11 +142,42 @@ def test_promises(changes: dict[str, object], now: float, kept: bool | None) -> 
 def test_setups_ship_and_build() -> None:
     setup = read_setup("wisp")
     assert setup["published"]["capacity"]["8"]["wisp"] == 86
-    built = wisp_scenario(setup, system("wisp"), 8.0, setup["assumption"][0])
+    built = wisp_scenario(setup, "wisp", 8.0, setup["assumption"][0])
     assert built.server.estimator.predict is not None
+    assert built.system.batching_options == {"urgency": 32.0}
+    assert built.slos[0][0] == Slo(8.0, 1250.0)
+    assert (built.warmup_s, built.seconds) == (16.0, 48.0)
     assert read_setup("specedge")["prices"]["edge"] == 0.35
     with pytest.raises(ArtifactMissing):
         read_setup("nothing")
+
+
+def test_assumptions_override_one_kind_of_system() -> None:
+    setup = read_setup("wisp")
+    memory = next(a for a in setup["assumption"] if a["name"] == "and KV memory")
+    mine, theirs = (wisp_scenario(setup, kind, 2.0, memory) for kind in ("wisp", "centralized"))
+    assert mine.server.kv_tokens == theirs.server.kv_tokens == 39_700
+    assert mine.server.host_kv_ms == 0.052
+    assert theirs.server.host_kv_ms is None
+    assert (theirs.system.batching, theirs.system.controller) == ("fcfs", None)
+    assert theirs.seconds == 128.0
+
+
+def test_ratios_take_what_an_assumption_leaves_alone_from_the_one_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    devices = {"wisp": 30, "wisp-carry": 60, "centralized": 20}
+
+    def known(scenario: Scenario, **_: object) -> Capacity:
+        return Capacity(devices.get(scenario.system.label, 0), 0.05, None, (), True)
+
+    monkeypatch.setattr(reproduce, "capacity", known)
+    figures = {f.name: f.simulated for f in reproduce.reproduce_wisp().figures}
+    assert figures["capacity at 2 tok/s, wisp"]["fair"] == 30
+    ratio = figures["capacity at 2 tok/s, wisp / centralized"]
+    assert (ratio["fair"], ratio["slack carries over"]) == (1.5, 3.0)
+    # No device served is no ratio.
+    assert math.isnan(figures["goodput at 8 tok/s, wisp / sled"]["fair"])
 
 
 def test_assumptions_override_the_server() -> None:
@@ -159,7 +190,9 @@ def test_verdicts_name_what_makes_the_difference() -> None:
     comparison = Comparison("t", "c", 0.2, {"fair": "", "odd": ""}, ())
     assert comparison.verdict(Figure("a", 2.0, {"fair": 2.3, "odd": 9.0})) == "met: fair"
     assert comparison.verdict(Figure("a", 2.0, {"fair": 1.0, "odd": 1.9})) == "met under: odd"
-    assert "not met" in comparison.verdict(Figure("a", 2.0, {"fair": 1.0, "odd": math.nan}))
+    missed = comparison.verdict(Figure("a", 2.0, {"fair": 1.0, "odd": math.nan}))
+    assert missed == "not met; nearest: fair, -50%"
+    assert comparison.verdict(Figure("a", 2.0, {"fair": math.nan})) == "not simulated"
 
 
 def test_every_published_choice_of_configspec_is_met() -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from wispprof.cli import app
+from wispprof.cli.reproduce import shown
+from wispprof.simulation.reproduce import Comparison, Figure
 
 QUICK = ["--devices", "3", "--seconds", "4", "--warmup", "1", "--prompt", "20", "--output", "12"]
 
@@ -53,6 +58,39 @@ def test_faults_are_one_line(arguments: list[str], word: str) -> None:
     found = run(*arguments)
     assert found.exit_code == 1
     assert word in " ".join(found.output.split())
+
+
+def test_a_comparison_fits_eighty_columns() -> None:
+    names = ("capacity at 2 tok/s, wisp", "capacity at 2 tok/s, wisp / centralized", "speed, alone")
+    figures = tuple(
+        Figure(name, 1.691, {f"setup {i}": 1.6 + i for i in range(5)}) for name in names
+    )
+    found = Comparison("t", "c", 0.2, {f"setup {i}": "why " * 40 for i in range(5)}, figures)
+    console = Console(width=80, file=StringIO())
+    console.print(shown(found))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 80
+    (row,) = (line for line in lines if "wisp / centralized" in line)
+    assert row.split() == [
+        "wisp",
+        "/",
+        "centralized",
+        "1.69",
+        "1.60",
+        "2.60",
+        "3.60",
+        "4.60",
+        "5.60",
+        "A",
+    ]
+    # What stands alone has no heading, what has none near says how far the nearest is.
+    assert sum("capacity at 2 tok/s" in line for line in lines) == 1
+    assert any("speed, alone" in line for line in lines)
+    far = replace(found, figures=(replace(figures[0], published=4.0),))
+    console.print(shown(far))
+    assert "no: D +15%" not in console.file.getvalue()  # type: ignore[attr-defined]
+    console.print(shown(replace(far, within=0.01)))
+    assert "no: C -10%" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_configspec_as_json() -> None:

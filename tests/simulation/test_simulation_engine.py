@@ -16,6 +16,7 @@ from wispprof.simulation.costs import LinearCost
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.engine import Simulation
 from wispprof.simulation.links import LinkProfile
+from wispprof.simulation.metrics import Report
 from wispprof.simulation.server import PolicyBroke
 
 COST = LinearCost(20.0, row_ms=0.3, kv_ms=0.0002)
@@ -183,6 +184,20 @@ def test_memory_bounds_the_sessions_admitted() -> None:
     sim.run()
     assert 0 < most <= 300
     assert max(r.ttft_ms for r in sim.records if r.done) > 500.0
+
+
+def test_host_memory_admits_everybody_and_costs_the_way_back() -> None:
+    def run(**memory: object) -> Report:
+        return simulate(fleet("wisp", 12, server=ServerModel(COST, **memory)))  # type: ignore[arg-type]
+
+    free, roomy = run(), run(kv_tokens=10**6, host_kv_ms=1.0)
+    assert roomy == free
+    assert run(kv_tokens=300, host_kv_ms=0.0) == free
+    tight = run(kv_tokens=300, host_kv_ms=0.5)
+    assert tight.mean_step_ms > 1.05 * free.mean_step_ms
+    assert tight.ttft_ms[2] < run(kv_tokens=300).ttft_ms[2]
+    with pytest.raises(ValueError, match="kv_tokens"):
+        ServerModel(COST, host_kv_ms=0.5)
 
 
 def test_a_request_that_can_never_fit_is_refused_and_others_go_on() -> None:

@@ -25,6 +25,7 @@ from wispprof.simulation.arrivals import Bursts, Lengths, Poisson, Replay, read_
 from wispprof.simulation.costs import LinearCost, StepTimes, WithoutPrefixCache
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.links import Link, LinkProfile
+from wispprof.simulation.residency import Residency
 from wispprof.simulation.scenario import pick
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
@@ -344,3 +345,36 @@ def test_linear_costs_price_many_batches_as_they_price_one(
     for count in range(1, len(items) + 1):
         whole = cost.predict(BatchShape.of(items[:count]))
         assert (p50[count - 1], bound[count - 1]) == pytest.approx(whole)
+
+
+# --- caches in host memory ---
+
+
+def test_the_least_recently_used_cache_leaves() -> None:
+    card = Residency(100)
+    assert card.take([("a", 0, 40), ("b", 0, 40)]) == 0
+    assert card.take([("a", 40, 1)]) == 0
+    assert card.take([("c", 0, 50)]) == 0  # b leaves
+    assert card.take([("b", 40, 1), ("c", 50, 1)]) == 40  # and comes back, a leaves
+    assert card.used == 41 + 51
+    card.drop("b")
+    card.drop("nobody")
+    assert card.used == 51
+    assert card.take([("a", 41, 1)]) == 41
+
+
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(st.sampled_from("abcdef"), st.integers(0, 60), st.integers(1, 9)),
+            max_size=4,
+            unique_by=lambda member: member[0],
+        ),
+        max_size=30,
+    )
+)
+def test_the_card_never_holds_more_than_fits(steps: list[list[tuple[str, int, int]]]) -> None:
+    card, roomy = Residency(80), Residency(10**6)
+    for step in steps:
+        assert 0 <= roomy.take(step) <= card.take(step) <= sum(cached for _, cached, _ in step)
+        assert card.used <= 80

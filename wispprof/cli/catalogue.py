@@ -78,7 +78,7 @@ CATALOGUE = (
             "Simulate a fleet of edges on one server, under one policy or several.",
         ),
         (
-            "simulate",
+            "reproduce",
             "reproduce",
             "Print a paper's headline table beside what the simulator (or its formulas) gives.",
         ),

@@ -1,4 +1,4 @@
-"""``wispprof simulate`` and ``wispprof reproduce``: fleets that do not exist yet, and published ones."""
+"""``wispprof simulate``: fleets that do not exist yet."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from wispprof.simulation.metrics import Report
-    from wispprof.simulation.reproduce import Comparison
 
 __all__ = ["register"]
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``simulate`` and ``reproduce`` to the commands."""
+    """Add ``simulate`` to the commands."""
     app.command("simulate")(simulate)
-    app.command("reproduce")(reproduce)
 
 
 def simulate(
@@ -296,65 +294,3 @@ def _number(value: float) -> str:
 
 def _percent(value: float) -> str:
     return "-" if math.isnan(value) else "100%" if value == 1 else f"{value:.1%}"
-
-
-def reproduce(
-    paper: Annotated[str, typer.Argument(help="wisp, specedge or configspec.")],
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, help="Processes (default: one a core).")
-    ] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Print a paper's headline table beside what the simulator (or its formulas) gives."""
-    from wispprof.errors import PlanError
-    from wispprof.simulation.capacity import workers
-    from wispprof.simulation.reproduce import PAPERS
-
-    make = PAPERS.get(paper)
-    if make is None:
-        raise PlanError(
-            f"There is no published table named {paper!r}.", f"Choose of {', '.join(PAPERS)}."
-        )
-    with workers(jobs) as executor, tracker(f"reproduce {paper}") as report:
-        found = make(executor, lambda done, word: report(done, status=word))
-    result(_document(found), _comparison_table(found), as_json)
-
-
-def _document(found: Comparison) -> Mapping[str, Any]:
-    return {
-        "paper": found.title,
-        "citation": found.citation,
-        "within": found.within,
-        "assumptions": found.assumptions,
-        "figures": [
-            {
-                "name": f.name,
-                "published": f.published,
-                "simulated": f.simulated,
-                "verdict": found.verdict(f),
-            }
-            for f in found.figures
-        ],
-    }
-
-
-def _comparison_table(found: Comparison) -> Table:
-    """One column a setup, by letter, so that a terminal holds them all; the caption says what each is."""
-    letters = dict(zip(found.assumptions, "ABCDEFGHIJ", strict=False))
-    said = "\n".join(f"{letters[name]}  {name}: {why}" for name, why in found.assumptions.items())
-    shown = table(
-        f"{found.title} ({found.citation})",
-        "figure",
-        ">published",
-        *(f">{letter}" for letter in letters.values()),
-        f"within {found.within:.0%}",
-        caption=f"{said}\nwithin: the setups that come that near to what was published.",
-    )
-    for figure in found.figures:
-        shown.add_row(
-            figure.name,
-            f"{figure.published:.4g}",
-            *("-" if math.isnan(v) else f"{v:.4g}" for v in figure.simulated.values()),
-            " ".join(letters[name] for name in figure.within(found.within)) or "none",
-        )
-    return shown

@@ -26,6 +26,10 @@ T = TypeVar("T")
 class ServerModel:
     """One verification server. ``kv_tokens``: cache tokens that fit in its memory (``None``: no limit).
 
+    A session is admitted once its whole generation fits. With ``host_kv_ms`` everybody is: the caches that
+    were used least recently then wait in host memory, and each of their tokens costs a step that much
+    longer when its session is next in one (nothing is computed meanwhile; estimators do not know of it).
+
     ``overhead_ms``: what the step loop adds to each step (collecting, deciding, sending). ``spread``: see
     :class:`~wispprof.simulation.costs.StepTimes`. ``prefill_chunk``: most prompt tokens a step takes.
     """
@@ -38,6 +42,11 @@ class ServerModel:
     max_context: int = 131_072
     overhead_ms: float = 0.5
     spread: float | None = None
+    host_kv_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.host_kv_ms is not None and (self.host_kv_ms < 0 or self.kv_tokens is None):
+            raise ValueError("host_kv_ms must not be negative and needs kv_tokens")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from wispprof.sessions.path import Outgoing
 from wispprof.simulation.costs import StepTimes, WithoutPrefixCache
 from wispprof.simulation.edge import Answer, Edge
 from wispprof.simulation.links import COMMIT_BYTES, TOKEN_BYTES
+from wispprof.simulation.residency import Residency
 from wispprof.simulation.scenario import ServerModel
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ class Server:
         self._reserved = 0
         self._kv_used = 0
         self._kv_tokens = model.kv_tokens if model.kv_tokens is not None else _UNLIMITED
+        self._residency: Residency | None = None
+        if model.host_kv_ms is not None:
+            # Host memory admits everybody; what bounds a step is the card, of which no session keeps a part.
+            self._residency = Residency(self._kv_tokens)
+            self._kv_tokens = _UNLIMITED
         self._busy = False
         self._wake = 0
         self._level = 0
@@ -69,7 +75,7 @@ class Server:
     def open(self, now_ms: float, edge: Edge) -> None:
         """An opening frame arrived. Admission is in order of arrival, by the memory it may come to need."""
         need = edge.script.prompt_tokens + edge.record.output_tokens
-        if need > min(self._kv_tokens, self._model.max_context):
+        if need > min(self._model.kv_tokens or _UNLIMITED, self._model.max_context):
             edge.record.refused = True
             self._sim.ended(now_ms, edge)
             return
@@ -205,6 +211,10 @@ class Server:
         ):
             raise PolicyBroke(f"{self._policy.name} went beyond {limits} with {rows} rows")
         p50_ms, took_ms = self._times.sample(items)
+        host_ms = self._model.host_kv_ms
+        if self._residency is not None and host_ms is not None:
+            members = ((f.session, c, n) for f, (n, c, _) in zip(feeds, items, strict=True))
+            took_ms += host_ms * self._residency.take(members)
         self._busy = True
         self._steps += 1
         counters = self._sim.counters
@@ -260,6 +270,8 @@ class Server:
             edge = edges.pop(key)
             del sessions[key]
             self._streaming.pop(key, None)
+            if self._residency is not None:
+                self._residency.drop(key)
             self._reserved -= edge.script.prompt_tokens + edge.record.output_tokens
         if over:
             self._admit(now_ms)

@@ -15,7 +15,7 @@ from wispprof.simulation.costs import LinearCost
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.links import LinkProfile
 from wispprof.simulation.scenario import Scenario, ServerModel
-from wispprof.simulation.systems import System
+from wispprof.simulation.systems import system
 
 __all__ = ["linear_server", "merged", "read_setup", "wisp_scenario"]
 
@@ -44,15 +44,20 @@ def linear_server(table: Table, **changes: Any) -> ServerModel:
     return ServerModel(LinearCost(**cost), **{**rest, **changes})
 
 
-def wisp_scenario(setup: Table, system: System, slo: float, assumption: Table) -> Scenario:
-    """One cell of WISP's capacity table, under an assumption's overrides of server and workload."""
+def wisp_scenario(setup: Table, kind: str, slo: float, assumption: Table) -> Scenario:
+    """One cell of WISP's capacity table: a kind of system (``wisp``, ``centralized``, ``sled``) at ``slo``
+    tokens/s, under an assumption's system and its overrides of policy, server and workload."""
     edge, run = setup["edge"], setup["run"]
     server = merged(setup["server"], assumption.get("server", {}))
+    server |= assumption.get("server_of", {}).get(kind, {})
     workload = merged(setup["workload"], assumption.get("workload", {}))
+    policy = merged(setup["policy"].get(kind, {}), assumption.get("policy", {}).get(kind, {}))
+    answer_s = workload["output"] / slo
     return Scenario(
-        system,
+        system(assumption["systems"][kind]).but(**policy),
         linear_server(server),
-        ClosedFleet(run["start"], Lengths(**workload)),
+        # All at once, their prompts would decide: each size is judged on a fleet that is under way.
+        ClosedFleet(run["start"], Lengths(**workload), ramp_ms=answer_s * 1000.0),
         SyntheticAcceptance(**setup["acceptance"]),
         devices=(
             (
@@ -63,8 +68,8 @@ def wisp_scenario(setup: Table, system: System, slo: float, assumption: Table) -
             ),
         ),
         links=((LinkProfile(edge["rtt_ms"], edge["jitter_ms"]), 1.0),),
-        slos=((Slo(slo, setup["ttft_ms"]), 1.0),),
-        seconds=run["seconds"],
-        warmup_s=run["warmup_s"],
+        slos=((Slo(slo, setup["ttft_tokens"] * 1000.0 / slo), 1.0),),
+        seconds=answer_s + max(answer_s, run["least_s"]),
+        warmup_s=answer_s,
         seed=run["seed"],
     )
