@@ -133,7 +133,7 @@ def _growth(rows: Sequence[StepRow], model: ModelInfo) -> float | None:
         raise PhysicsViolation(
             f"{heavy.key} does {max(work) / min(work):.0f} times the work of {light.key} and takes only "
             f"{ratio:.2f} times its time.",
-            "The backend seems to ignore its batch: do not trust these times.",
+            _doubt("batch", light, heavy),
         )
     return ratio
 
@@ -162,9 +162,19 @@ def _memory(rows: Sequence[StepRow], model: ModelInfo) -> float | None:
         raise PhysicsViolation(
             f"{long.key} reads {share:.1f} times the weights' bytes in KV more than {short.key} and takes "
             f"only {ratio:.2f} times its time.",
-            "The backend seems to ignore its cache: do not trust these times.",
+            _doubt("cache", short, long),
         )
     return ratio
+
+
+def _doubt(what: str, *rows: StepRow) -> str:
+    """What to make of times that do not vary: few and disturbed samples may each have met the neighbours."""
+    if any({"noisy", "drift"} & set(row.flags) for row in rows):
+        return (
+            f"The backend seems to ignore its {what}, or the machine was too busy to tell: measure "
+            "again when it is quiet."
+        )
+    return f"The backend seems to ignore its {what}: do not trust these times."
 
 
 def _order(rows: Sequence[StepRow], model: ModelInfo) -> float | None:
