@@ -23,6 +23,7 @@ from wispprof.artifacts import (
     make_profile,
     save_profile,
 )
+from wispprof.artifacts.drafting import RESTED_MS
 from wispprof.artifacts.journal import journal_header
 from wispprof.artifacts.rows import decode_row, encode_row
 from wispprof.core import BatchShape, VerifyItem
@@ -215,6 +216,31 @@ def test_drafting_time_counts_the_steps_that_catch_up():
     assert profile.drafting_ms(100, caught_up=0.25) == pytest.approx(2.25)
     older = make_profile(Manifest("edge", ModelInfo("d")), [step])
     assert older.drafting_ms(100, caught_up=0.25) == 2.0
+
+
+def test_drafting_time_counts_what_a_rest_adds():
+    made = [
+        EdgeRow("d", "draft_step", 100, (2.0,)),
+        EdgeRow("r", "round", 100, (9.0,), tokens=4, order=1, rested_ms=20.0),
+        EdgeRow("s", "round", 300, (11.0,), tokens=4, order=2, rested_ms=20.0),
+    ]
+    profile = make_profile(Manifest("edge", ModelInfo("d")), made)
+    assert [profile.resume_ms(c) for c in (0, 100, 200, 900)] == [1.0, 1.0, 2.0, 3.0]
+    assert [profile.resume_ms(100, rest) for rest in (0.0, RESTED_MS / 2, 99.0)] == [0.0, 0.5, 1.0]
+    assert profile.drafting_ms(100, 0.0, resumed=1 / 4) == pytest.approx(9.0 / 4)
+    # Noise can make a round shorter than its steps; a rest never makes drafting faster.
+    quick = make_profile(profile.manifest, [made[0], replace(made[1], samples_ms=(7.0,))])
+    assert quick.resume_ms(100) == 0.0
+    older = make_profile(profile.manifest, made[:1])
+    assert older.resume_ms(100) == 0.0
+    assert older.drafting_ms(100, 0.0, resumed=1 / 4) == 2.0
+
+
+def test_a_row_says_how_long_the_device_rested():
+    row = EdgeRow("r", "round", 64, (9.0,), tokens=4, rested_ms=20.0)
+    assert decode_row(encode_row(row), "edge", "here") == row
+    # Rows of older profiles say nothing of it, and are written as they were.
+    assert b"rested" not in encode_row(replace(row, rested_ms=0.0))
 
 
 def test_visits_must_account_for_every_sample():

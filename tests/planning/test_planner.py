@@ -94,6 +94,24 @@ def test_round_counts_draft_link_and_step():
     pace = round_pace(times, 1, 2, 5.0, 30.0, Runs.geometric(0.5))
     assert pace.round_ms == pytest.approx(2 * 5 + 30 + 10)
     assert pace.commits == pytest.approx(1 + 0.5 + 0.25)
+    rested = round_pace(times, 1, 2, 5.0, 30.0, Runs.geometric(0.5), resume_ms=4.0)
+    assert rested.round_ms == pytest.approx(pace.round_ms + 4)
+
+
+def test_a_plan_counts_what_a_rest_adds_in_round_mode_alone():
+    slow = replace(LAPTOP, resume_ms=30.0)
+    fast, other = (make_plan(Step(), [d], Runs.geometric(0.7), SMALL) for d in (LAPTOP, slow))
+    for before, after in zip(fast.draft, other.draft, strict=True):
+        if before.mode == "stream":
+            assert after == before
+        else:
+            assert after.by_k[0] == before.by_k[0]
+            assert all(a < b for a, b in zip(after.by_k[1:], before.by_k[1:], strict=True))
+            assert all(
+                a > b for a, b in zip(after.energy_by_k[1:], before.energy_by_k[1:], strict=True)
+            )
+    for before, after in zip(fast.mixes, other.mixes, strict=True):
+        assert after.split <= before.split
 
 
 @settings(max_examples=40, deadline=None)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
-from wispprof.artifacts import load_edge, load_server
+from wispprof.artifacts import Manifest, ModelInfo, load_edge, load_server, make_profile
 from wispprof.core import Sampling
 from wispprof.errors import ArtifactError, PhysicsViolation, ProfileError
 from wispprof.fitting.rows import MINIMUM_SHAPES
+from wispprof.lm.draft import TorchDrafter
 from wispprof.lm.engine import VerifierEngine
 from wispprof.lm.loading import random_model
 from wispprof.profiling import edge, server
+from wispprof.profiling.cost import pilot
 from wispprof.profiling.grids import Axes
 from wispprof.profiling.physics import check_edge
 from wispprof.profiling.session import Output, journal_file
 from wispprof.profiling.shots import SweepSettings
+from wispprof.profiling.sweep import Sweep
 
 AXES = Axes(
     items=(1, 4), new=(1, 5), cached=(16, 128), skew_items=(4,), chunk=(32,), mixed_items=(2,)
@@ -202,14 +204,31 @@ def test_a_slow_machine_gets_the_shapes_that_a_fit_needs(tiny, monkeypatch):
 
 
 def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
-    ticks = itertools.count()
-    clock = lambda: next(ticks) * 0.004  # noqa: E731  each reading 4 ms later
-    axes = edge.EdgeAxes((16, 64), (16, 32), 64, burst_s=0.1, sustained_s=0.2)
+    now = 0.0
+    forward = TorchDrafter._forward
+
+    def counted(*args):
+        nonlocal now
+        now += 0.004  # each forward takes 4 ms
+        return forward(*args)
+
+    def clock():
+        nonlocal now
+        now += 1e-6
+        return now
+
+    monkeypatch.setattr(TorchDrafter, "_forward", counted)
+    axes = edge.EdgeAxes((16, 64), (16, 32), 64, burst_s=0.1, sustained_s=0.2, rounds=(16,))
+    rests = []
     monkeypatch.setitem(edge.EDGE_GRIDS, "quick", axes)
     chosen = edge.EdgeSettings(output=Output(tmp_path / "e"), sampling=Sampling(0.7, seed=1))
     seen = []
     profile = edge.profile_edge(
-        chosen, lambda *update: seen.append(update[:2]), loaded=tiny, clock=clock
+        chosen,
+        lambda *update: seen.append(update[:2]),
+        loaded=tiny,
+        clock=clock,
+        sleep=rests.append,
     )
     assert load_edge(tmp_path / "e") == profile
     assert not journal_file(tmp_path / "e").exists()
@@ -218,6 +237,7 @@ def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
     assert {
         "draft_step",
         "catch_up",
+        "round",
         "forward",
         "prefill",
         "controller",
@@ -226,26 +246,32 @@ def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
         "energy",
     } < kinds
     assert {row.context for row in profile.of_kind("draft_step")} == {16, 64}
-    assert profile.draft_ms(40) == pytest.approx(4.0)
+    assert profile.draft_ms(40) == pytest.approx(4.0, rel=1e-3)
+    assert profile.resume_ms(40) == pytest.approx(0.0, abs=1e-2)
+    [rested] = profile.of_kind("round")
+    assert (rested.tokens, rested.rested_ms) == (4, 20.0)
+    assert len(rests) > len(rested.samples_ms)
+    assert set(rests) == {0.02}
     assert seen[-1][0] == seen[-1][1]
     [energy] = profile.of_kind("energy")
     assert energy.energy_j is None
     assert profile.manifest.summary["energy_sensor"] == "no sensor"
-    assert profile.manifest.summary["burst_tokens_per_s"] == pytest.approx(2000)
+    assert profile.manifest.summary["burst_tokens_per_s"] == pytest.approx(250, rel=1e-3)
 
 
 def test_edge_shots_do_what_their_kind_says(tiny):
-    from wispprof.lm.draft import TorchDrafter
-
     drafter = TorchDrafter(tiny)
-    shooter = edge.DrafterShooter(drafter, 96, Sampling())
+    rests = []
+    shooter = edge.DrafterShooter(drafter, 96, Sampling(), sleep=rests.append)
     for shot in edge.edge_shots(edge.EDGE_GRIDS["quick"], 256):
         shooter.prepare(shot)
+        rests.clear()
         for _ in range(3):
             before = drafter.length
             shooter.fire()
             if shot.kind != "controller":
                 assert drafter.length == before
+        assert rests == ([0.02] * 3 if shot.kind == "round" else [])
         if shot.kind in ("draft_step", "forward"):
             assert drafter.length == shot.subject.context
             assert drafter.cached_kv().shape[3] == shot.subject.context
@@ -259,8 +285,61 @@ def test_edge_shots_do_what_their_kind_says(tiny):
         edge.edge_shots(edge.EDGE_GRIDS["quick"], 20)
 
 
+class _Waking:
+    """A drafter whose steps take 2 ms, and 1.5 ms more after a rest; clock and sleep are its own."""
+
+    def __init__(self, deaf=False):
+        self.now, self.length, self.rested, self.deaf = 0.0, 0, False, deaf
+
+    def open(self, tokens, sampling):
+        self.length = len(tokens)
+
+    def prefill(self):
+        self.now += 0.001
+
+    def draft(self):
+        self.now += 0.0035 if self.rested and not self.deaf else 0.002
+        self.length, self.rested = self.length + 1, False
+
+    forward = draft
+
+    def extend(self, tokens):
+        self.length += len(tokens)
+
+    def rollback(self, length):
+        self.length = length
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.rested = True
+
+
+@pytest.mark.parametrize(("deaf", "added"), [(False, 1.5), (True, 0.0)])
+def test_a_round_after_a_rest_is_timed_without_the_rest_and_announced_with_it(deaf, added):
+    device = _Waking(deaf)
+    shooter = edge.DrafterShooter(
+        device, 96, Sampling(), clock=lambda: device.now, sleep=device.sleep
+    )
+    axes = edge.EdgeAxes((64,), (16,), 64, 0.0, 0.0, rounds=(64,), rest_ms=50.0)
+    shots = [s for s in edge.edge_shots(axes, 256) if s.kind != "controller"]
+    sweep = SweepSettings(least=20, block=10)
+    cost = pilot(shooter, shots, None, sweep, lambda: device.now)
+    have = [(shot, (), 0) for shot in shots]
+    announced, begin = cost.plan_s(have, None)[1], device.now
+    rows = Sweep(shooter, shots, sweep, clock=lambda: device.now).run().rows
+    assert announced == pytest.approx(device.now - begin, rel=0.1)
+    assert announced > 20 * 0.05
+    profile = make_profile(Manifest("edge", ModelInfo("d")), rows)
+    assert profile.resume_ms(64) == pytest.approx(added)
+    assert profile.draft_ms(64) == pytest.approx(2.0)
+
+
 def test_an_edge_that_does_not_draft_is_refused():
     row = edge.EdgeRow
+    short = [row("d", "draft_step", 64, (2.0,)), row("r", "round", 64, (2.5,), 4, rested_ms=20.0)]
+    with pytest.raises(PhysicsViolation, match="all its steps"):
+        check_edge(short)
+    check_edge([short[0], replace(short[1], samples_ms=(9.0,))])
     lazy = [row("d", "draft_step", 64, (0.1,)), row("f", "forward", 64, (4.0,))]
     with pytest.raises(PhysicsViolation, match="without doing its work"):
         check_edge(lazy)

@@ -12,6 +12,7 @@ from edge_doubles import hash_trace, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wispprof.artifacts.drafting import RESTED_MS
 from wispprof.core import DraftFeatures, DraftToken, Sampling
 from wispprof.errors import ProfileError
 from wispprof.runtime.bench import VirtualTimeLoop, run_virtual
@@ -20,6 +21,7 @@ from wispprof.runtime.edge.lookup import LookupDrafter, LookupFirst
 from wispprof.runtime.edge.replay import ReplayDrafter
 from wispprof.runtime.edge.worker import common_prefix
 from wispprof.runtime.server.double import HashDrafter, HashTarget
+from wispprof.simulation.devices import DeviceProfile
 
 TRACE = hash_trace(paths=3, length=30, depth=6)
 
@@ -227,6 +229,27 @@ def test_a_worker_follows_any_sequence() -> None:
         return loop.time() - opened
 
     assert run_virtual(main()) >= 0.1
+
+
+def test_a_replayed_device_that_rested_pays_for_it() -> None:
+    """By the simulator's own rule, and only once: what follows at once does not pay again."""
+    device = DeviceProfile("d", draft_ms=2.0, resume_ms=3.0)
+
+    async def main() -> list[float]:
+        worker = TimedWorker(
+            HashDrafter(HashTarget(), 1.0), device.step_ms, resuming_ms=device.resuming_ms
+        )
+        await worker.open([1, 2, 3], Sampling())
+        sequence, costs = [1, 2, 3], []
+        for rest_s in (0.0, 0.03, 0.0, RESTED_MS / 2000, 0.0):
+            await asyncio.sleep(rest_s)
+            step = await worker.step(sequence)
+            assert step is not None
+            costs.append(step.draft_ms)
+            sequence.append(step.drafted.token)
+        return costs
+
+    assert run_virtual(main()) == pytest.approx([2.0, 5.0, 2.0, 3.5, 2.0])
 
 
 def test_a_late_timer_is_not_the_replayed_devices_fault() -> None:

@@ -57,11 +57,15 @@ def _outcome(sim: Simulation) -> tuple[object, ...]:
 
 @pytest.mark.parametrize("name", ["wispprof", "clairvoyant"])
 @pytest.mark.parametrize("fixed_ms", [2.0, 20.0])
-def test_how_often_anybody_looks_at_a_stream_changes_nothing(name: str, fixed_ms: float) -> None:
+@pytest.mark.parametrize("resume_ms", [0.0, 6.0])
+def test_how_often_anybody_looks_at_a_stream_changes_nothing(
+    name: str, fixed_ms: float, resume_ms: float
+) -> None:
     """Streams are worked out when they are looked at: seldom and all the time must come to the same."""
     server = ServerModel(LinearCost(fixed_ms, row_ms=0.3), prefill_chunk=128)
-    seldom = Simulation(fleet(name, server=server))
-    always = Simulation(fleet(name, server=server))
+    device = ((replace(DEVICE, resume_ms=resume_ms), 1.0),)
+    seldom = Simulation(fleet(name, server=server, devices=device))
+    always = Simulation(fleet(name, server=server, devices=device))
     for place in range(4000):
         always.at(place * 0.997, lambda now_ms, _: always._catch_up(now_ms), None)
     assert _outcome(seldom) == _outcome(always)
@@ -158,6 +162,34 @@ def test_proactive_drafting_hides_drafting_time() -> None:
         ).throughput
 
     assert speed(6) > 1.1 * speed(0)
+
+
+def test_a_rest_costs_every_round_what_it_adds() -> None:
+    """One device, everything accepted: from commit to commit, what a rest adds is added once."""
+    fresh, tired = DEVICE, replace(DEVICE, resume_ms=5.0)
+    link = ((LinkProfile(20.0), 1.0),)
+
+    def run(device: DeviceProfile, system_name: str = "fcfs") -> tuple[float, float]:
+        sure = SyntheticAcceptance(0.999, concentration=1e6)
+        report = simulate(
+            fleet(system_name, 1, devices=((device, 1.0),), links=link, acceptance=sure)
+        )
+        return report.counters.drafting_ms / report.counters.drafted, report.throughput
+
+    k = system("fcfs").controller_options["k"]
+    (before_ms, before), (after_ms, after) = run(fresh), run(tired)
+    assert before_ms == pytest.approx(8.0)
+    assert after_ms == pytest.approx(8.0 + 5.0 / k, rel=0.05)
+    assert after < before
+
+
+@pytest.mark.parametrize(("draft_ms", "rests"), [(2.0, True), (60.0, False)])
+def test_a_stream_resumes_only_where_its_lead_was_full(draft_ms: float, rests: bool) -> None:
+    device = ((DeviceProfile("d", draft_ms=draft_ms, resume_ms=30.0), 1.0),)
+    counters = simulate(fleet("wispprof", 1, devices=device)).counters
+    resumed_ms = counters.drafting_ms - draft_ms * counters.drafted
+    assert (resumed_ms > 30.0) == rests
+    assert rests or resumed_ms == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_stream_is_never_slower_than_centralized_for_one_device() -> None:

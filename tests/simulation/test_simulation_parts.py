@@ -160,6 +160,12 @@ def test_a_device_from_its_profile_rows() -> None:
     assert device.step_ms(500) == pytest.approx(15.02)
     assert device.prefill_ms_per_token == pytest.approx(0.5)
     assert device.draft_w > 0
+    assert device.resuming_ms(99.0) == 0.0
+    rows.append(EdgeRow("r", "round", 400, (62.0,), tokens=4, rested_ms=20.0))
+    device = DeviceProfile.from_rows("d", rows)
+    assert device.resume_ms == pytest.approx(62.0 - 4 * 14.0)
+    assert device.resuming_ms(99.0) == device.resume_ms
+    assert device.resuming_ms(0.0) == 0.0
 
 
 def test_a_profile_without_draft_steps_is_refused() -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from wispprof.artifacts import files
+from wispprof.artifacts import drafting, files
 from wispprof.artifacts.document import check_schema
 from wispprof.artifacts.manifest import PROFILE_SCHEMA, Manifest
 from wispprof.artifacts.records import EdgeRow, LinkRow, StepRow
@@ -60,37 +60,34 @@ class EdgeProfile:
 
     def of_kind(self, kind: str) -> tuple[EdgeRow, ...]:
         """Rows of one kind by rising context."""
-        rows = (row for row in self.rows if row.kind == kind)
-        return tuple(sorted(rows, key=lambda row: (row.context, row.tokens)))
+        return drafting.of_kind(self.rows, kind)
 
     def draft_ms(self, context: int) -> float:
         """Milliseconds of one draft step over ``context`` cached tokens: interpolated between the
         measured contexts, held flat outside them. Raises ArtifactDamaged without such rows."""
-        return self._ms("draft_step", context)
-
-    def drafting_ms(self, context: int, caught_up: float) -> float:
-        """Mean milliseconds per drafted token where a share ``caught_up`` of the steps must read two
-        tokens: the last draft and the target's own one, after a round accepted whole. Profiles without
-        ``catch_up`` rows count those like any other."""
-        step_ms = self.draft_ms(context)
-        if not self.of_kind("catch_up"):
-            return step_ms
-        return step_ms + caught_up * (self._ms("catch_up", context) - step_ms)
-
-    def _ms(self, kind: str, context: int) -> float:
-        rows = self.of_kind(kind)
-        if not rows:
+        step_ms = drafting.row_ms(self.rows, "draft_step", context)
+        if step_ms is None:
             raise ArtifactDamaged(
-                f"The edge profile of {self.manifest.model.id} has no {kind} rows.",
+                f"The edge profile of {self.manifest.model.id} has no draft_step rows.",
                 "Measure it with profile-edge.",
             )
-        if context <= rows[0].context:
-            return rows[0].median_ms
-        for low, high in itertools.pairwise(rows):
-            if context <= high.context:
-                share = (context - low.context) / max(1, high.context - low.context)
-                return low.median_ms + share * (high.median_ms - low.median_ms)
-        return rows[-1].median_ms
+        return step_ms
+
+    def resume_ms(self, context: int, rested_ms: float = math.inf) -> float:
+        """Milliseconds that a rest of ``rested_ms`` adds to the drafting after it: a round begun after a
+        rest, less as many draft steps. 0 where the profile has no ``round`` rows."""
+        return drafting.resume_ms(self.rows, context) * drafting.rested_share(rested_ms)
+
+    def drafting_ms(self, context: int, caught_up: float, resumed: float = 0.0) -> float:
+        """Mean milliseconds per drafted token where a share ``caught_up`` of the steps must read two
+        tokens (the last draft and the target's own one, after a round accepted whole) and a share
+        ``resumed`` comes after a rest: one over the draft length in round mode. Profiles without
+        ``catch_up`` rows count those steps like any other."""
+        step_ms = self.draft_ms(context)
+        behind_ms = drafting.row_ms(self.rows, "catch_up", context)
+        if behind_ms is not None:
+            step_ms += caught_up * (behind_ms - step_ms)
+        return step_ms + resumed * self.resume_ms(context)
 
 
 @dataclass(frozen=True)

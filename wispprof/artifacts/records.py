@@ -54,11 +54,12 @@ class EdgeRow:
     """One measurement on an edge device.
 
     ``kind``: ``draft_step`` (one token over ``context`` cached, features included), ``catch_up`` (the same
-    where ``tokens`` must be read first, as after a round of which everything was accepted), ``forward``
-    (the bare forward of a step), ``prefill`` (``tokens`` at once over ``context``), ``controller``
-    (deciding once), ``burst`` and ``sustained`` (a drafted token within a short and a long window),
-    ``energy`` (``energy_j`` per drafted token; ``None`` where there is no sensor). ``visits``,
-    ``set_aside_ms`` and ``aside_visits`` as in :class:`StepRow`.
+    where ``tokens`` must be read first, as after a round of which everything was accepted), ``round``
+    (``tokens`` drafted one after the other by a device that did nothing for ``rested_ms`` before; the rest
+    is not in the samples), ``forward`` (the bare forward of a step), ``prefill`` (``tokens`` at once over
+    ``context``), ``controller`` (deciding once), ``burst`` and ``sustained`` (a drafted token within a short
+    and a long window), ``energy`` (``energy_j`` per drafted token; ``None`` where there is no sensor).
+    ``visits``, ``set_aside_ms`` and ``aside_visits`` as in :class:`StepRow`.
     """
 
     key: str
@@ -75,6 +76,7 @@ class EdgeRow:
     visits: tuple[tuple[int, int], ...] = ()
     set_aside_ms: tuple[float, ...] = ()
     aside_visits: tuple[tuple[int, int], ...] = ()
+    rested_ms: float = 0.0
 
     @property
     def median_ms(self) -> float:

@@ -21,6 +21,7 @@ STEP_KINDS = ("verify", "prefill", "mixed", "sentinel")
 EDGE_KINDS = (
     "draft_step",
     "catch_up",
+    "round",
     "forward",
     "prefill",
     "controller",
@@ -47,6 +48,8 @@ def encode_row(row: Row) -> bytes:
             body["energy_j"] = row.energy_j
         if row.temperature_c is not None:
             body["temperature_c"] = row.temperature_c
+        if row.rested_ms:
+            body["rested_ms"] = row.rested_ms
     else:
         body["bytes"] = row.payload_bytes
     body["ms"] = row.samples_ms
@@ -135,6 +138,7 @@ def decode_row(line: bytes, profile: str, where: str) -> Row:
                 tokens=_count(body["tokens"]),
                 energy_j=_optional(body.get("energy_j")),
                 temperature_c=_optional(body.get("temperature_c")),
+                rested_ms=_number(body.get("rested_ms", 0.0)),
                 **common,
             )
         _known(kind, LINK_KINDS)

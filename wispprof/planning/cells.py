@@ -25,6 +25,10 @@ class Device(Protocol):
     @property
     def draft_w(self) -> float: ...
 
+    @property
+    def resume_ms(self) -> float:
+        """What a rest adds to the round drafted after it."""
+
     def step_ms(self, context: int) -> float:
         """One draft token over ``context`` tokens, the controller's decision included."""
 
@@ -32,7 +36,7 @@ class Device(Protocol):
 @dataclass(frozen=True, slots=True)
 class Curve:
     """Paces for k = 0 … k_max of the mean session, tokens/s of the slow one in the same company, and
-    what one more row of one session adds to that step."""
+    what one more row of one session adds to that step. ``resume_ms``: of a round's drafting, for a rest."""
 
     mode: str
     draft_ms: float
@@ -40,6 +44,7 @@ class Curve:
     mean: tuple[Pace, ...]
     slow: tuple[float, ...]
     row_ms: tuple[float, ...]
+    resume_ms: float = 0.0
 
 
 def curve(
@@ -51,22 +56,26 @@ def curve(
     slow: Runs,
     mode: str,
     k_max: int,
+    resume_ms: float = 0.0,
 ) -> Curve:
-    """Every k of one cell. The slow session shares the steps that mean sessions make."""
-    pace_of = stream_pace if mode == "stream" else round_pace
+    """Every k of one cell. The slow session shares the steps that mean sessions make. ``resume_ms``: what
+    a rest adds to a round; a stream drafts on."""
+    if mode == "stream":
+        resume_ms = 0.0
     undrafted = undrafted_pace(times, sessions)
     paces, slow_speeds = [undrafted], [undrafted.tokens_per_s]
     for k in range(1, k_max + 1):
-        pace = pace_of(times, sessions, k, draft_ms, rtt_ms, mean)
-        paces.append(pace)
         if mode == "round":
+            pace = round_pace(times, sessions, k, draft_ms, rtt_ms, mean, resume_ms)
             slow_commits = 1.0 + sum(slow.cumulative[:k])
         else:
+            pace = stream_pace(times, sessions, k, draft_ms, rtt_ms, mean)
             fixed = StepTimes(_Constant(pace.step_ms), 0)
             slow_commits = stream_pace(fixed, 1, k, draft_ms, rtt_ms, slow).commits
+        paces.append(pace)
         slow_speeds.append(slow_commits / pace.round_ms * 1000.0)
     rows = tuple(times.row_ms(p.items, p.rows) for p in paces)
-    return Curve(mode, draft_ms, rtt_ms, tuple(paces), tuple(slow_speeds), rows)
+    return Curve(mode, draft_ms, rtt_ms, tuple(paces), tuple(slow_speeds), rows, resume_ms)
 
 
 def draft_row(
@@ -74,7 +83,7 @@ def draft_row(
 ) -> DraftRow:
     """Choose k: among those that keep the promise the best by the objective, else the k that comes
     nearest to it."""
-    figures = [_figures(p, k, cell.draft_ms, device, settings) for k, p in enumerate(cell.mean)]
+    figures = [_figures(p, k, cell, device, settings) for k, p in enumerate(cell.mean)]
     keeping = [k for k, speed in enumerate(cell.slow) if speed >= tokens_per_s]
     best = choose(
         figures,
@@ -134,12 +143,10 @@ def _stop(cell: Curve, k: int) -> float:
 _MS_PER_H, _MTOKEN = 3.6e6, 1e6
 
 
-def _figures(
-    pace: Pace, k: int, draft_ms: float, device: Device, settings: PlanSettings
-) -> Figures:
+def _figures(pace: Pace, k: int, cell: Curve, device: Device, settings: PlanSettings) -> Figures:
     """What one draft length gives and takes. Energy: of drafting. Dollars: the server's busy time, shared
     by what it commits in it, and the edge's drafting time."""
-    drafting_ms = pace.drafted * draft_ms if k else 0.0
+    drafting_ms = pace.drafted * cell.draft_ms + cell.resume_ms / pace.commits if k else 0.0
     server_ms = 1.0 / pace.price if pace.price > 0 else 0.0
     billed = settings.server_price * server_ms + settings.edge_price(device.name) * drafting_ms
     return Figures(

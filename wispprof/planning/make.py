@@ -64,7 +64,15 @@ def make_plan(
             for mode in MODES:
                 for level, sessions in levels.items():
                     cell = curve(
-                        times, sessions, draft_ms, rtt_ms, mean, slow, mode, settings.k_max
+                        times,
+                        sessions,
+                        draft_ms,
+                        rtt_ms,
+                        mean,
+                        slow,
+                        mode,
+                        settings.k_max,
+                        device.resume_ms,
                     )
                     draft += [draft_row(cell, device, level, s, settings) for s in settings.slos]
                     break_even.append(

@@ -39,9 +39,7 @@ def mix_row(
     total = sum(share for _, share in mix)
     shares = [share / total for _, share in mix]
     most = settings.kv_sessions
-    shared = _Shared(
-        times, device.step_ms(settings.context), rtt_ms, mode, mean, slow, settings.k_max
-    )
+    shared = _Shared(times, device, rtt_ms, mode, mean, slow, settings)
 
     def undrafted(count: int) -> bool:
         return 1000.0 / times.whole(count, 1)[0] >= max(classes)
@@ -72,20 +70,21 @@ class _Shared:
     def __init__(
         self,
         times: StepTimes,
-        draft_ms: float,
+        device: Device,
         rtt_ms: float,
         mode: str,
         mean: Runs,
         slow: Runs,
-        k_max: int,
+        settings: PlanSettings,
     ) -> None:
         self._times = times
-        self._draft_ms = draft_ms
+        self._draft_ms = device.step_ms(settings.context)
+        self._resume_ms = device.resume_ms
         self._rtt_ms = rtt_ms
         self._stream = mode == "stream"
         self._mean, self._slow = mean, slow
         self._mean_lengths, self._slow_lengths = mean.lengths().tolist(), slow.lengths().tolist()
-        self._k_max = k_max
+        self._k_max = settings.k_max
 
     def lengths(
         self, classes: Sequence[float], shares: Sequence[float], count: int
@@ -108,7 +107,7 @@ class _Shared:
         """From commit to commit."""
         if self._stream or not k:
             return step_ms
-        away = k * self._draft_ms + self._rtt_ms
+        away = k * self._draft_ms + self._resume_ms + self._rtt_ms
         # Half of a running step is waited for, unless nobody else is there to run one.
         busy = min(1.0, (count - 1) * step_ms / (away + step_ms)) if count > 1 else 0.0
         return away + step_ms * (1.0 + 0.5 * busy)

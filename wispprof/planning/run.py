@@ -26,6 +26,7 @@ class SpeedDevice:
     name: str
     tokens_per_s: float
     draft_w: float = 0.0
+    resume_ms: float = 0.0
 
     def step_ms(self, context: int) -> float:
         return 1000.0 / self.tokens_per_s

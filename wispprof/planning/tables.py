@@ -118,13 +118,13 @@ def capacity_row(
 ) -> CapacityRow:
     """Most sessions that keep their promise, undrafted and with the best k."""
     most = settings.kv_sessions
-    draft_ms = device.step_ms(settings.context)
+    draft_ms, resume_ms = device.step_ms(settings.context), device.resume_ms
 
     def undrafted(count: int) -> bool:
         return 1000.0 / times.whole(count, 1)[0] >= tokens_per_s
 
     def cell(count: int) -> Curve:
-        return curve(times, count, draft_ms, rtt_ms, mean, slow, mode, settings.k_max)
+        return curve(times, count, draft_ms, rtt_ms, mean, slow, mode, settings.k_max, resume_ms)
 
     def split(count: int) -> bool:
         return max(cell(count).slow) >= tokens_per_s
@@ -155,10 +155,10 @@ def break_even_row(
     settings: PlanSettings,
 ) -> BreakEvenRow:
     """The acceptance at which drafting begins to pay."""
-    draft_ms = device.step_ms(settings.context)
+    draft_ms, resume_ms = device.step_ms(settings.context), device.resume_ms
 
     def gain(runs: Runs) -> float:
-        cell = curve(times, sessions, draft_ms, rtt_ms, runs, runs, mode, settings.k_max)
+        cell = curve(times, sessions, draft_ms, rtt_ms, runs, runs, mode, settings.k_max, resume_ms)
         return max(p.tokens_per_s for p in cell.mean[1:]) / cell.mean[0].tokens_per_s
 
     now = gain(mean)

@@ -3,11 +3,13 @@
 Both describe ``sessions`` alike sessions that share one server, each with ``k``:
 
 *round*: draft k, uplink, wait for the running step to end, verify, downlink. The step holds those
-sessions whose rounds arrived during the last one.
+sessions whose rounds arrived during the last one. The edge has rested meanwhile, and its first draft
+pays for that (``resume_ms``).
 
 *stream*: every step advances every session by one token and by whatever drafts have arrived. After
 a contradiction the edge hears of it half a round trip later and drafts from the new frontier; its
-j-th draft reaches the server ``rtt + j·draft`` after the commit. Until the first wrong draft is
+j-th draft reaches the server ``rtt + j·draft`` after the commit: it drafts while it waits, and what
+little it rests where its lead is full is not counted. Until the first wrong draft is
 committed the path is deterministic, so expected tokens and steps per renewal follow from the run
 distribution alone.
 
@@ -99,11 +101,17 @@ def undrafted_pace(times: StepTimes, sessions: int) -> Pace:
 
 
 def round_pace(
-    times: StepTimes, sessions: int, k: int, draft_ms: float, rtt_ms: float, runs: Runs
+    times: StepTimes,
+    sessions: int,
+    k: int,
+    draft_ms: float,
+    rtt_ms: float,
+    runs: Runs,
+    resume_ms: float = 0.0,
 ) -> Pace:
-    """Rounds of ``k`` ≥ 1 drafts."""
+    """Rounds of ``k`` ≥ 1 drafts, each begun after a rest that adds ``resume_ms``."""
     commits = 1.0 + sum(runs.cumulative[:k])
-    away = k * draft_ms + rtt_ms
+    away = k * draft_ms + resume_ms + rtt_ms
     items = 1.0
     step = times.p50_ms(items, 1 + k)
     for _ in range(_ITERATIONS):

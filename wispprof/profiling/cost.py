@@ -58,9 +58,10 @@ class CostModel(Generic[Subject]):
         """A visit that gave these fires took ``seconds`` in all."""
         seen = self._seen.setdefault(shot.key, _Seen(shot.work))
         fired_s = (sum(fires.warming) + sum(fires.samples)) / 1000
+        count = len(fires.warming) + len(fires.samples)
         seen.visits += 1
-        seen.frame_s += max(0.0, seconds - fired_s)
-        seen.fires += len(fires.warming) + len(fires.samples)
+        seen.frame_s += max(0.0, seconds - fired_s - count * shot.rest_s)
+        seen.fires += count
         seen.fire_s += fired_s
         seen.samples += fires.samples
         self._spreads[shot.key] = round(relative_spread(seen.samples), 3)
@@ -69,7 +70,7 @@ class CostModel(Generic[Subject]):
     def visit_s(self, shot: Shot[Subject], fires: int) -> float:
         """One visit with this many fires."""
         fire_s, frame_s = self._parts(shot)
-        return frame_s + fires * fire_s
+        return frame_s + fires * (fire_s + shot.rest_s)
 
     def remaining(
         self, shot: Shot[Subject], have: Sequence[float] = (), taken: int = 0
@@ -85,7 +86,8 @@ class CostModel(Generic[Subject]):
             return 0, 0.0
         visits = math.ceil(missing / settings.block)
         warm = visits * min(1, settings.warmup) + (0 if have else max(0, settings.warmup - 1))
-        return visits, visits * frame_s + (visits * settings.block + warm) * fire_s
+        fires = visits * settings.block + warm
+        return visits, visits * frame_s + fires * (fire_s + shot.rest_s)
 
     def plan_s(
         self,

@@ -19,6 +19,7 @@ from wispprof.profiling.shots import Shot
 __all__ = [
     "EDGE_GRIDS",
     "ROUND",
+    "ROUND_DRAFTS",
     "DrafterShooter",
     "EdgeAxes",
     "EdgePoint",
@@ -31,6 +32,8 @@ ROUND = 8
 """Tokens drafted before a roll back in the windows, as a round does."""
 CATCH_UP = 2
 """Tokens that wait to be read after a round accepted whole: its last draft, and the target's own."""
+ROUND_DRAFTS = 4
+"""Tokens of a ``round``: enough for what a rest costs to have worn off with the last of them."""
 _DECISIONS = 200
 
 
@@ -40,29 +43,40 @@ class EdgePoint:
 
     context: int
     tokens: int = 1
+    rested_ms: float = 0.0
 
 
 @dataclass(frozen=True)
 class EdgeAxes:
     """``contexts`` of draft steps, ``chunks`` of prefill over nothing and over ``chunk_context``;
-    windows in seconds (0: none)."""
+    windows in seconds (0: none); ``rounds``: contexts of whole rounds begun after a rest of ``rest_ms``."""
 
     contexts: tuple[int, ...]
     chunks: tuple[int, ...]
     chunk_context: int
     burst_s: float
     sustained_s: float
+    rounds: tuple[int, ...] = ()
+    rest_ms: float = 20.0
 
 
 EDGE_GRIDS: dict[str, EdgeAxes] = {
-    "quick": EdgeAxes((64, 256, 1024), (64, 256), 256, 2.0, 0.0),
-    "standard": EdgeAxes((16, 64, 128, 256, 512, 1024, 2048), (16, 64, 256, 512), 512, 5.0, 60.0),
+    "quick": EdgeAxes((64, 256, 1024), (64, 256), 256, 2.0, 0.0, (64, 256)),
+    "standard": EdgeAxes(
+        (16, 64, 128, 256, 512, 1024, 2048),
+        (16, 64, 256, 512),
+        512,
+        5.0,
+        60.0,
+        (64, 256, 1024),
+    ),
     "full": EdgeAxes(
         (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
         (16, 32, 64, 128, 256, 512, 1024),
         1024,
         10.0,
         300.0,
+        (64, 256, 1024, 4096),
     ),
 }
 
@@ -85,7 +99,7 @@ def override_edge(axes: EdgeAxes, values: dict[str, Any], where: str) -> EdgeAxe
         if name not in EdgeAxes.__dataclass_fields__:
             known = ", ".join(EdgeAxes.__dataclass_fields__)
             raise ProfileError(f"{where}: there is no axis {name!r}.", f"Axes are {known}.")
-        if name in ("contexts", "chunks"):
+        if name in ("contexts", "chunks", "rounds"):
             changed[name] = whole_numbers(value, name, where)
         elif isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
             raise ProfileError(f"{where}: {name} is not a number >= 0.", "Write a number.")
@@ -107,13 +121,14 @@ class DrafterShooter:
         seed: int = 0,
         clock: Callable[[], float] = time.perf_counter,
         synchronize: Callable[[], None] = lambda: None,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._drafter, self._vocabulary, self._sampling = drafter, vocabulary, sampling
-        self._clock, self._synchronize = clock, synchronize
+        self._clock, self._synchronize, self._sleep = clock, synchronize, sleep
         self._random = random.Random(seed)
         self._fire: Callable[[], None] = lambda: None
         self._restore: Callable[[], None] = lambda: None
-        self._per_fire = 1
+        self._per_fire, self._rest_s = 1, 0.0
 
     def prepare(self, shot: Shot[EdgePoint]) -> None:
         point, drafter = shot.subject, cast(Any, self._drafter)
@@ -122,7 +137,7 @@ class DrafterShooter:
             self._prepare_controller()
             return
         self.hold(context)
-        self._per_fire = 1
+        self._per_fire, self._rest_s = 1, shot.rest_s
         if shot.kind == "prefill":
             chunk = self.tokens(point.tokens + 1)  # the last one waits for the next draft
             drafter.extend(chunk)
@@ -144,6 +159,13 @@ class DrafterShooter:
                 drafter.extend(waiting)
 
             self._restore = again
+        elif shot.kind == "round":
+
+            def draft_all() -> None:
+                for _ in range(point.tokens):
+                    drafter.draft()
+
+            self._fire, self._restore = draft_all, lambda: drafter.rollback(context)
         else:
             self._fire = drafter.forward if shot.kind == "forward" else drafter.draft
             self._restore = lambda: drafter.rollback(context)
@@ -158,6 +180,8 @@ class DrafterShooter:
 
     def fire(self) -> float:
         self._synchronize()
+        if self._rest_s:
+            self._sleep(self._rest_s)
         begin = self._clock()
         self._fire()
         self._synchronize()
@@ -167,13 +191,21 @@ class DrafterShooter:
 
     def finish(self) -> None:
         self._fire = self._restore = lambda: None
+        self._rest_s = 0.0
 
     def row(
         self, shot: Shot[EdgePoint], samples: tuple[float, ...], flags: tuple[str, ...], order: int
     ) -> EdgeRow:
         point = shot.subject
         return EdgeRow(
-            shot.key, shot.kind, point.context, samples, point.tokens, flags=flags, order=order
+            shot.key,
+            shot.kind,
+            point.context,
+            samples,
+            point.tokens,
+            flags=flags,
+            order=order,
+            rested_ms=point.rested_ms,
         )
 
     def round(self, context: int) -> None:
@@ -208,6 +240,9 @@ def edge_shots(axes: EdgeAxes, most_context: int) -> list[Shot[EdgePoint]]:
             shots += [_shot(kind, EdgePoint(context)) for kind in ("draft_step", "forward")]
             if context > CATCH_UP:
                 shots.append(_shot("catch_up", EdgePoint(context, CATCH_UP)))
+    for context in axes.rounds:
+        if context + ROUND < most_context:
+            shots.append(_shot("round", EdgePoint(context, ROUND_DRAFTS, axes.rest_ms)))
     for chunk in axes.chunks:
         for context in (0, axes.chunk_context):
             if context + chunk + 2 < most_context:
@@ -221,6 +256,11 @@ def edge_shots(axes: EdgeAxes, most_context: int) -> list[Shot[EdgePoint]]:
 
 
 def _shot(kind: str, point: EdgePoint) -> Shot[EdgePoint]:
-    work = (1.0, float(point.tokens), float(point.context * point.tokens))
     name = f"{kind} {point.tokens}@{point.context}"
-    return Shot(name, kind, point, (1e-3, 0.0, 0.0) if kind == "controller" else work)
+    work = (1.0, float(point.tokens), float(point.context * point.tokens))
+    if kind == "controller":
+        work = (1e-3, 0.0, 0.0)
+    if kind == "round":  # its tokens come one after the other, each at the price of a step
+        name += f" after {point.rested_ms:g} ms"
+        work = tuple(point.tokens * part for part in (1.0, 1.0, float(point.context)))
+    return Shot(name, kind, point, work, point.rested_ms / 1000)

@@ -1,12 +1,14 @@
 """profile-edge: what drafting costs on this device.
 
-Draft steps by context length (features and sampling included) and the bare forward beside them, prefill
-speed, the controller's own time, then two windows of steady drafting: a burst, and a sustained one that
-shows what is left when the device is warm. Energy is counted over the sustained window, or the burst.
+Draft steps by context length (features and sampling included) and the bare forward beside them, whole
+rounds after a rest, prefill speed, the controller's own time, then two windows of steady drafting: a burst,
+and a sustained one that shows what is left when the device is warm. Energy is counted over the sustained
+window, or the burst.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from wispprof.artifacts import EdgeProfile, EdgeRow, ModelInfo, RowJournal, bundled
+from wispprof.artifacts.drafting import resume_ms
 from wispprof.core import Drafter, Sampling
 from wispprof.profiling.cost import pilot
 from wispprof.profiling.drafting import (
@@ -81,11 +84,13 @@ def profile_edge(
     *,
     loaded: LoadedModel | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> EdgeProfile:
-    """Measure, check, and (with an output path) write an edge profile. Ctrl-C keeps finished visits."""
+    """Measure, check, and (with an output path) write an edge profile. Ctrl-C keeps finished visits.
+    ``sleep`` is how the device rests before a round."""
     report = progress or (lambda done, total, status: None)
     report(0, 1, "loading the draft, timing a few steps")
-    setup = _set_up(settings, loaded, clock)
+    setup = _set_up(settings, loaded, clock, sleep)
     windows = Windows(setup, _axes(settings), clock)
     made = 0
 
@@ -111,9 +116,10 @@ def plan_edge(
     *,
     loaded: LoadedModel | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> Announcement:
     """A dry run: the shots and what they, and the windows after them, are expected to take."""
-    return _set_up(settings, loaded, clock).announce()
+    return _set_up(settings, loaded, clock, sleep).announce()
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,10 @@ def _axes(settings: EdgeSettings) -> EdgeAxes:
 
 
 def _set_up(
-    settings: EdgeSettings, loaded: LoadedModel | None, clock: Callable[[], float]
+    settings: EdgeSettings,
+    loaded: LoadedModel | None,
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
 ) -> Setup[EdgePoint]:
     axes = _axes(settings)
     gguf = loaded is None and settings.draft.endswith(".gguf")
@@ -175,6 +184,7 @@ def _set_up(
         seed=sweep.seed,
         clock=clock,
         synchronize=device.synchronize,
+        sleep=sleep,
     )
     shots = edge_shots(axes, device.model.max_context)
     steps = [shot for shot in shots if shot.kind == "draft_step"]
@@ -199,13 +209,18 @@ def _plain(axes: EdgeAxes) -> dict[str, Any]:
 
 
 def _summary(rows: Sequence[EdgeRow], sensor: str) -> dict[str, Any]:
-    """Speeds by their usual names: tokens/s in a burst, sustained, of prefill; J per drafted token."""
+    """Speeds by their usual names: tokens/s in a burst, sustained, of prefill; J per drafted token; ms that
+    a rest adds to the round after it."""
     found: dict[str, Any] = {"energy_sensor": sensor}
     for row in rows:
         if row.kind in ("burst", "sustained"):
             found[f"{row.kind}_tokens_per_s"] = round(1000 / row.median_ms, 2)
         if row.kind == "energy":
             found["energy_j_per_token"] = row.energy_j
+    rounds = [row.context for row in rows if row.kind == "round"]
+    if rounds:
+        added = statistics.median(resume_ms(rows, context) for context in rounds)
+        found["resume_ms"] = round(added, 3)
     prefills = [row for row in rows if row.kind == "prefill"]
     if prefills:
         best = max(row.tokens / row.median_ms for row in prefills)

@@ -30,7 +30,14 @@ def row_record(row: Row) -> dict[str, Any]:
             "padded_tokens": row.padded_tokens,
         }
     else:
-        for name in ("context", "tokens", "energy_j", "temperature_c", "payload_bytes"):
+        for name in (
+            "context",
+            "tokens",
+            "rested_ms",
+            "energy_j",
+            "temperature_c",
+            "payload_bytes",
+        ):
             if hasattr(row, name):
                 record[name] = getattr(row, name)
     return record | {

@@ -76,7 +76,8 @@ def check_physics(rows: Sequence[StepRow], model: ModelInfo) -> PhysicsReport:
 
 
 def check_edge(rows: Sequence[EdgeRow]) -> None:
-    """A draft step contains its forward; more prompt takes longer. What contradicts it is refused.
+    """A draft step contains its forward, a round its steps; more prompt takes longer. What contradicts it
+    is refused.
 
     Fastest samples are compared: a busy machine only adds time.
     """
@@ -91,6 +92,16 @@ def check_edge(rows: Sequence[EdgeRow]) -> None:
             f"forward {min(forward.samples_ms):.3f} ms.",
             "The draft step is probably timed without doing its work.",
         )
+    for row in rows:
+        step = steps.get(row.context)
+        if row.kind != "round" or step is None:
+            continue
+        if min(row.samples_ms) < 0.5 * row.tokens * min(step.samples_ms):
+            raise PhysicsViolation(
+                f"A round of {row.tokens} draft steps over {row.context} tokens takes "
+                f"{min(row.samples_ms):.3f} ms, one step {min(step.samples_ms):.3f} ms.",
+                "The round is probably timed without doing all its steps.",
+            )
     prefills = sorted(
         (r for r in rows if r.kind == "prefill" and not r.context), key=lambda row: row.tokens
     )

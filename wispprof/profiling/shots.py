@@ -24,13 +24,15 @@ class Shot(Generic[Subject]):
     """One thing to measure. ``key`` is unique in a sweep and stable between runs.
 
     ``work``: numbers that its time grows with, for the expected time and for choosing informative
-    shots; the first is 1 (what a shot costs whatever it holds).
+    shots; the first is 1 (what a shot costs whatever it holds). ``rest_s``: how long the device does
+    nothing before each fire; the expected time counts it, the samples do not.
     """
 
     key: str
     kind: str
     subject: Subject
     work: tuple[float, ...] = (1.0,)
+    rest_s: float = 0.0
 
 
 class Shooter(Protocol[Subject]):

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from wispprof.artifacts.drafting import rested_share, resume_ms
 from wispprof.artifacts.records import EdgeRow
 from wispprof.errors import ProfileError
 
@@ -19,6 +20,7 @@ class DeviceProfile:
     ``draft_ms``: one draft step over an empty context; ``draft_ms_per_ktoken`` is added per 1,000
     cached tokens. ``controller_ms``: deciding after each token. ``prefill_ms_per_token``: the draft
     model reading the prompt. ``draft_w`` and ``idle_w``: power while drafting and while waiting.
+    ``resume_ms``: what a rest adds to the first draft step after it.
     """
 
     name: str = "device"
@@ -28,10 +30,15 @@ class DeviceProfile:
     prefill_ms_per_token: float = 0.0
     draft_w: float = 0.0
     idle_w: float = 0.0
+    resume_ms: float = 0.0
 
     def step_ms(self, context: int) -> float:
         """One draft token over ``context`` tokens, the controller's decision included."""
         return self.draft_ms + self.draft_ms_per_ktoken * context / 1000.0 + self.controller_ms
+
+    def resuming_ms(self, rested_ms: float) -> float:
+        """What a draft step takes longer that begins this long after the last work of the device."""
+        return self.resume_ms * rested_share(rested_ms)
 
     @classmethod
     def from_speed(cls, name: str, tokens_per_s: float, **more: float) -> DeviceProfile:
@@ -41,10 +48,12 @@ class DeviceProfile:
     @classmethod
     def from_rows(cls, name: str, rows: Iterable[EdgeRow]) -> DeviceProfile:
         """From a measured edge profile: least-squares line of ``draft_step`` medians over context,
-        median of ``controller``, prefill per token, power while drafting.
+        median of ``controller``, prefill per token, power while drafting, what a rest adds (0 without
+        ``round`` rows).
 
         Raises :class:`ProfileError` without draft steps."""
         kinds: dict[str, list[EdgeRow]] = {}
+        rows = list(rows)
         for row in rows:
             kinds.setdefault(row.kind, []).append(row)
         steps = kinds.get("draft_step") or kinds.get("sustained") or kinds.get("burst")
@@ -54,6 +63,7 @@ class DeviceProfile:
             )
         base, slope = _line([(r.context, r.median_ms / max(1, r.tokens)) for r in steps])
         control = kinds.get("controller", [])
+        added = [resume_ms(rows, r.context) for r in kinds.get("round", [])]
         prefill = [r.median_ms / r.tokens for r in kinds.get("prefill", []) if r.tokens > 0]
         energies = [
             r.energy_j / (r.median_ms / 1000.0)
@@ -67,6 +77,7 @@ class DeviceProfile:
             controller_ms=statistics.median(r.median_ms for r in control) if control else 0.0,
             prefill_ms_per_token=statistics.median(prefill) if prefill else 0.0,
             draft_w=statistics.median(energies) if energies else 0.0,
+            resume_ms=statistics.median(added) if added else 0.0,
         )
 
 

@@ -229,7 +229,7 @@ class Edge:
         at_ms, cost_ms, position, epoch = step
         drafting_ms, steps = counters.drafting_ms, 0
         usual_ms, hold = pacing.draft_ms, pacing.holds(rtt_ms)
-        even = not device.draft_ms_per_ktoken
+        even = not device.draft_ms_per_ktoken and not device.resume_ms
         while at_ms <= until_ms:
             if cost_ms != usual_ms:  # else it teaches nothing
                 pacing.drafted(cost_ms)
@@ -277,6 +277,8 @@ class Edge:
         path = self.path
         position = path.length
         cost = self.device.step_ms(position)
+        if self.device.resume_ms:
+            cost += self.device.resuming_ms(at_ms - self._free_ms)
         self._free_ms = done_ms = at_ms + cost
         counters = self._sim.counters
         counters.drafted += 1

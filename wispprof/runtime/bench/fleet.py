@@ -204,7 +204,10 @@ class _Fleet:
             options.setdefault("stream", running)
         controller = make_controller(self.controller, self.predictor, **options)
         drafter = ReplayDrafter([path])
-        return TimedWorker(drafter, device.step_ms, device.prefill_ms_per_token), controller
+        worker = TimedWorker(
+            drafter, device.step_ms, device.prefill_ms_per_token, device.resuming_ms
+        )
+        return worker, controller
 
     def _dial_of(self, number: int) -> Dial:
         profile = self.settings.link

@@ -139,18 +139,24 @@ class TimedWorker:
     """A drafter that costs nothing made to cost what a device would: the loop's clock pays.
 
     ``step_ms(context)``: one draft step over that many tokens. ``read_ms``: per prompt or committed
-    token that the device's draft model has to read besides.
+    token that the device's draft model has to read besides. ``resuming_ms(rested_ms)``: what a step takes
+    longer after the device did nothing for so long.
 
     A timer that fires late is this process's fault and not the device's: the lateness of one step is taken
     off the next where that follows at once, so that a run of steps takes what the device would take.
     """
 
     def __init__(
-        self, drafter: Drafter, step_ms: Callable[[int], float], read_ms: float = 0.0
+        self,
+        drafter: Drafter,
+        step_ms: Callable[[int], float],
+        read_ms: float = 0.0,
+        resuming_ms: Callable[[float], float] = lambda rested_ms: 0.0,
     ) -> None:
         self._follower = _Follower(drafter)
         self._step_ms = step_ms
         self._read_ms = read_ms
+        self._resuming_ms = resuming_ms
         self._ended_s = self._woke_s = -math.inf
 
     async def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
@@ -163,13 +169,18 @@ class TimedWorker:
             return None
         # One token is read by every step anyway: the last one it holds.
         cost_ms = self._step_ms(len(sequence)) + self._read_ms * max(0, read - 1)
+        began_s = self._begins_s(asyncio.get_running_loop().time())
+        cost_ms += self._resuming_ms((began_s - self._ended_s) * 1000.0)
         await self._spend(cost_ms)
         return DraftStep(drafted, cost_ms)
 
     async def _spend(self, cost_ms: float) -> None:
         loop = asyncio.get_running_loop()
         asked_s = loop.time()
-        began_s = self._ended_s if asked_s - self._woke_s <= _AT_ONCE_S else asked_s
-        self._ended_s = began_s + cost_ms / 1000.0
+        self._ended_s = self._begins_s(asked_s) + cost_ms / 1000.0
         await asyncio.sleep(max(0.0, self._ended_s - asked_s))
         self._woke_s = loop.time()
+
+    def _begins_s(self, asked_s: float) -> float:
+        """When the device begins what is asked of it now."""
+        return self._ended_s if asked_s - self._woke_s <= _AT_ONCE_S else asked_s
