@@ -261,6 +261,6 @@ def _shot(kind: str, point: EdgePoint) -> Shot[EdgePoint]:
     if kind == "controller":
         work = (1e-3, 0.0, 0.0)
     if kind == "round":  # its tokens come one after the other, each at the price of a step
-        name += f" after {point.rested_ms:g} ms"
+        name += f"/{point.rested_ms:g}ms"
         work = tuple(point.tokens * part for part in (1.0, 1.0, float(point.context)))
     return Shot(name, kind, point, work, point.rested_ms / 1000)
