@@ -4,11 +4,14 @@
     python benchmarks/draft_speed.py --quick
     OMP_NUM_THREADS=1 python benchmarks/draft_speed.py --cpu-time      # on a machine that is not quiet
 
-A server in a process of its own, a real edge here: link, session, controller, drafting thread. Profiles of
-the draft are taken before, between and after the edge's requests, and per setting one line compares
+A server in a process of its own, a real edge here: link, session, controller, drafting thread. Short
+profiles of the draft (steps and rounds of the quick grid, at its settings) are taken before, between and
+after the edge's requests, a few prompts at a time, so that a slow minute of the machine falls upon both
+alike. Per setting one line compares
 
-- predicted: mean over the profiles before and after it of `EdgeProfile.drafting_ms` at the requests' mean
-  context, a share of the steps catching up after rounds accepted whole and a share resuming after a rest;
+- predicted: mean over the profiles before and after each stretch of requests of
+  `EdgeProfile.drafting_ms` at their mean context, a share of the steps catching up after rounds accepted
+  whole and a share resuming after a rest;
 - measured: drafting time over tokens drafted, as `generate` prints it (goal: within 10 %).
 
 Rests. In round mode an edge rests before every round, for a round trip and the server's time; a stream edge
@@ -39,7 +42,7 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +51,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from wispprof.artifacts import EdgeProfile, bundled
 from wispprof.artifacts.drafting import rested_share
 from wispprof.core import Sampling
+from wispprof.profiling.edge import EDGE_GRIDS, profile_edge
 from wispprof.profiling.edge import EdgeSettings as ProfileSettings
-from wispprof.profiling.edge import profile_edge
 from wispprof.profiling.prompts import held_out_prompts
 from wispprof.runtime.edge.house import EdgeSettings, Prompt, open_edge
 from wispprof.runtime.edge.worker import DraftStep, ThreadWorker
 
 GOAL = 0.10
+STRETCH = 4
+"""Prompts between two profiles."""
 
 
 @dataclass(frozen=True)
@@ -191,9 +196,10 @@ async def generate(
 
 
 def profile(cpu_time: bool) -> EdgeProfile:
-    """The quick edge profile, without a sustained window."""
+    """The quick edge profile's steps and rounds, around the requests' contexts."""
     clock = time.thread_time if cpu_time else time.perf_counter
-    return profile_edge(ProfileSettings(sustained_s=0.0), clock=clock)
+    axes = replace(EDGE_GRIDS["quick"], contexts=(64, 256), chunks=(), burst_s=0.0, sustained_s=0.0)
+    return profile_edge(ProfileSettings(axes=axes), clock=clock)
 
 
 def by_cpu_time() -> None:
@@ -207,6 +213,9 @@ def by_cpu_time() -> None:
         return DraftStep(drafted, (time.thread_time() - begun) * 1000.0)
 
     ThreadWorker._step = step  # type: ignore[method-assign]
+
+
+SUMMED = ("draft_ms", "drafted", "whole", "resumed", "said_ms")
 
 
 def main() -> None:
@@ -240,25 +249,34 @@ def main() -> None:
     for mode in dict.fromkeys(line.mode for line in lines):
         server, url = start_server(mode, servers)
         for line in (line for line in lines if line.mode == mode):
-            total = asyncio.run(generate(line, url, prompts, args.tokens, steps))
-            profiles.append(profile(args.cpu_time))
-            drafted = total["drafted"]
-            ms = total["draft_ms"] / drafted
-            at, whole = round(total["context"] / drafted), total["whole"] / drafted
-            resumed = total["resumed"] / drafted
-            beside = profiles[-2:]
-            said = statistics.fmean(p.drafting_ms(at, whole, resumed) for p in beside)
-            rest_ms = statistics.fmean(p.resume_ms(at) for p in beside)
+            sums: dict[str, float] = dict.fromkeys(SUMMED, 0.0)
+            trimmed_ms, rests_ms = [], []
+            for first in range(0, count, STRETCH):
+                some = prompts[first : first + STRETCH]
+                total = asyncio.run(generate(line, url, some, args.tokens, steps))
+                profiles.append(profile(args.cpu_time))
+                drafted = total["drafted"]
+                at, whole = round(total["context"] / drafted), total["whole"] / drafted
+                resumed = total["resumed"] / drafted
+                said = statistics.fmean(p.drafting_ms(at, whole, resumed) for p in profiles[-2:])
+                total["said_ms"] = said * drafted
+                sums = {name: sums[name] + total[name] for name in SUMMED}
+                trimmed_ms.append(total["trimmed_ms"])
+                rests_ms += [p.resume_ms(at) for p in profiles[-2:]]
+            drafted = sums["drafted"]
+            said, ms = sums["said_ms"] / drafted, sums["draft_ms"] / drafted
+            resumed, rest_ms = sums["resumed"] / drafted, statistics.fmean(rests_ms)
+            trimmed = statistics.fmean(trimmed_ms)
             print(
                 f"{line.name:22}{said:>13.3f}{ms:>13.3f}{ms / said - 1:>+8.1%}"
-                f"{total['trimmed_ms']:>12.3f}{total['whole']:>14.0f}{resumed:>9.1%}{rest_ms:>11.2f}",
+                f"{trimmed:>12.3f}{sums['whole']:>14.0f}{resumed:>9.1%}{rest_ms:>11.2f}",
                 flush=True,
             )
             document["lines"][line.name] = {
                 "predicted_ms": said,
                 "measured_ms": ms,
                 "off": ms / said - 1,
-                "trimmed_ms": total["trimmed_ms"],
+                "trimmed_ms": trimmed,
                 "resumed": resumed,
                 "resume_ms": rest_ms,
             }

@@ -165,19 +165,22 @@ def test_proactive_drafting_hides_drafting_time() -> None:
 
 
 def test_a_rest_costs_every_round_what_it_adds() -> None:
-    """One device, everything accepted: from commit to commit, what a rest adds is added once."""
+    """One device that waits for its commits: what a rest adds is added once a round. One that drafts on
+    meanwhile has no rest."""
     fresh, tired = DEVICE, replace(DEVICE, resume_ms=5.0)
-    link = ((LinkProfile(20.0), 1.0),)
 
-    def run(device: DeviceProfile, system_name: str = "fcfs") -> tuple[float, float]:
+    def run(device: DeviceProfile, ahead: int) -> tuple[float, float]:
+        chosen = replace(system("fcfs"), drafting=DraftingSettings(proactive=ahead))
         sure = SyntheticAcceptance(0.999, concentration=1e6)
         report = simulate(
-            fleet(system_name, 1, devices=((device, 1.0),), links=link, acceptance=sure)
+            fleet("fcfs", 1, system=chosen, devices=((device, 1.0),), acceptance=sure)
         )
         return report.counters.drafting_ms / report.counters.drafted, report.throughput
 
     k = system("fcfs").controller_options["k"]
-    (before_ms, before), (after_ms, after) = run(fresh), run(tired)
+    (before_ms, before), (after_ms, after) = run(fresh, 0), run(tired, 0)
+    busy_ms, _ = run(tired, 16)
+    assert busy_ms < 8.0 + 1.0 / k
     assert before_ms == pytest.approx(8.0)
     assert after_ms == pytest.approx(8.0 + 5.0 / k, rel=0.05)
     assert after < before

@@ -4,7 +4,7 @@ Both describe ``sessions`` alike sessions that share one server, each with ``k``
 
 *round*: draft k, uplink, wait for the running step to end, verify, downlink. The step holds those
 sessions whose rounds arrived during the last one. The edge has rested meanwhile, and its first draft
-pays for that (``resume_ms``).
+pays for that (``resume_ms``); one that drafts ahead meanwhile does better, in this as in all.
 
 *stream*: every step advances every session by one token and by whatever drafts have arrived. After
 a contradiction the edge hears of it half a round trip later and drafts from the new frontier; its

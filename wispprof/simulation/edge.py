@@ -178,9 +178,11 @@ class Edge:
         rounded, draft, context = self._turns.rounded, self.script.draft, self._context
         drafted, counters = self._pacing.drafted, self._sim.counters
         drafting_ms, steps = counters.drafting_ms, 0
+        resuming_ms = device.resuming_ms(at_ms - self._free_ms)
         out: Outgoing | None = None
         while out is None:
-            cost_ms = device.step_ms(position)
+            cost_ms = device.step_ms(position) + resuming_ms
+            resuming_ms = 0.0
             at_ms += cost_ms
             drafting_ms += cost_ms
             position += 1
