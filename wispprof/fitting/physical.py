@@ -56,14 +56,18 @@ class Curve:
         for index in range(len(self.knots)):
             rise = self.slopes[index] * (edges[index + 1] - edges[index])
             self._base.append(self._base[-1] + rise)
+        # The same as arrays: making them anew for every batch costs more than reading them.
+        self._arrays = tuple(
+            np.array(v, dtype=np.float64) for v in (self.knots, self.slopes, self._base, self._left)
+        )
 
     def __call__(self, x: float) -> float:
         place = bisect_right(self.knots, x)
         return self._base[place] + self.slopes[place] * (x - self._left[place])
 
     def many(self, x: FloatArray) -> FloatArray:
-        place = np.searchsorted(self.knots, x, side="right")
-        slope, base, left = np.array(self.slopes), np.array(self._base), np.array(self._left)
+        knots, slope, base, left = self._arrays
+        place = knots.searchsorted(x, side="right")
         result: FloatArray = base[place] + slope[place] * (x - left[place])
         return result
 

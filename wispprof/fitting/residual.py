@@ -105,6 +105,7 @@ class MonotoneTables:
             for g, t in self._live
         ]
         self._used = sorted({f for g, _ in self._live for f in g})
+        self._limits = [(f, np.array(edges[f], dtype=np.float64)) for f in self._used]
 
     def value(self, features: Sequence[float]) -> float:
         """Log ratio of one feature row (7,)."""
@@ -118,7 +119,7 @@ class MonotoneTables:
 
     def value_many(self, features: FloatArray) -> FloatArray:
         """Log ratios of rows (n, 7); returns (n,)."""
-        place = {f: np.searchsorted(self.edges_[f], features[:, f]) for f in self._used}
+        place = {f: limits.searchsorted(features[:, f]) for f, limits in self._limits}
         total = np.full(len(features), self._constant)
         for group, table in self._live:
             total += table[tuple(place[f] for f in group)]
