@@ -5,9 +5,9 @@
     OMP_NUM_THREADS=1 python benchmarks/draft_speed.py --cpu-time      # on a machine that is not quiet
 
 A server in a process of its own, a real edge here: link, session, controller, drafting thread. Short
-profiles of the draft (steps and rounds of the quick grid, at its settings) are taken before, between and
-after the edge's requests, a few prompts at a time, so that a slow minute of the machine falls upon both
-alike. Per setting one line compares
+profiles of the draft (steps and rounds of the quick grid, at the requests' temperature) are taken before,
+between and after the edge's requests, a few prompts at a time, so that a slow minute of the machine falls
+upon both alike. Per setting one line compares
 
 - predicted: mean over the profiles before and after each stretch of requests of
   `EdgeProfile.drafting_ms` at their mean context, a share of the steps catching up after rounds accepted
@@ -195,11 +195,11 @@ async def generate(
     return total
 
 
-def profile(cpu_time: bool) -> EdgeProfile:
-    """The quick edge profile's steps and rounds, around the requests' contexts."""
+def profile(cpu_time: bool, temperature: float) -> EdgeProfile:
+    """The quick edge profile's steps and rounds, around the requests' contexts and drawn as they draw."""
     clock = time.thread_time if cpu_time else time.perf_counter
     axes = replace(EDGE_GRIDS["quick"], contexts=(64, 256), chunks=(), burst_s=0.0, sustained_s=0.0)
-    return profile_edge(ProfileSettings(axes=axes), clock=clock)
+    return profile_edge(ProfileSettings(axes=axes, sampling=Sampling(temperature)), clock=clock)
 
 
 def by_cpu_time() -> None:
@@ -245,24 +245,28 @@ def main() -> None:
         f"{'whole rounds':>14}{'resumed':>9}{'resume ms':>11}"
     )
     document: dict[str, Any] = {"threads": torch.get_num_threads(), "lines": {}}
-    profiles = [profile(args.cpu_time)]
+    speeds: list[float] = []
     for mode in dict.fromkeys(line.mode for line in lines):
         server, url = start_server(mode, servers)
         for line in (line for line in lines if line.mode == mode):
             sums: dict[str, float] = dict.fromkeys(SUMMED, 0.0)
             trimmed_ms, rests_ms = [], []
+            before = profile(args.cpu_time, line.temperature)
+            speeds.append(before.draft_ms(256))
             for first in range(0, count, STRETCH):
                 some = prompts[first : first + STRETCH]
                 total = asyncio.run(generate(line, url, some, args.tokens, steps))
-                profiles.append(profile(args.cpu_time))
+                after = profile(args.cpu_time, line.temperature)
+                both, before = (before, after), after
+                speeds.append(after.draft_ms(256))
                 drafted = total["drafted"]
                 at, whole = round(total["context"] / drafted), total["whole"] / drafted
                 resumed = total["resumed"] / drafted
-                said = statistics.fmean(p.drafting_ms(at, whole, resumed) for p in profiles[-2:])
+                said = statistics.fmean(p.drafting_ms(at, whole, resumed) for p in both)
                 total["said_ms"] = said * drafted
                 sums = {name: sums[name] + total[name] for name in SUMMED}
                 trimmed_ms.append(total["trimmed_ms"])
-                rests_ms += [p.resume_ms(at) for p in profiles[-2:]]
+                rests_ms += [p.resume_ms(at) for p in both]
             drafted = sums["drafted"]
             said, ms = sums["said_ms"] / drafted, sums["draft_ms"] / drafted
             resumed, rest_ms = sums["resumed"] / drafted, statistics.fmean(rests_ms)
@@ -282,9 +286,8 @@ def main() -> None:
             }
         server.terminate()
         server.join()
-    speeds = [p.draft_ms(256) for p in profiles]
     apart = document["profiles_apart"] = max(speeds) / min(speeds) - 1
-    print(f"\nthe {len(profiles)} profiles: {apart:.1%} apart; goal: within {GOAL:.0%}")
+    print(f"\nthe {len(speeds)} profiles: {apart:.1%} apart; goal: within {GOAL:.0%}")
     print(json.dumps(document))
     sys.exit(any(abs(line["off"]) > GOAL for line in document["lines"].values()))
 
