@@ -1,6 +1,6 @@
 """Does the edge profile foretell what drafting takes in `generate`?
 
-    python benchmarks/draft_speed.py             # bundled pair, a minute or two
+    python benchmarks/draft_speed.py             # bundled pair, about four minutes
     python benchmarks/draft_speed.py --quick
     OMP_NUM_THREADS=1 python benchmarks/draft_speed.py --cpu-time      # on a machine that is not quiet
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def _why_predictor(report: Mapping[str, Any]) -> str:
         return "was asked for"
     if not tried:
         return "was the only one to choose from"
-    figures = ", ".join(f"`{n}` {loss:.3f}" for n, loss in sorted(tried.items(), key=_second))
+    figures = ", ".join(f"`{n}` {loss:.3f}" for n, loss in sorted(tried.items(), key=itemgetter(1)))
     why = (
         "was chosen because it had the least log loss where the prompts that teach and calibrate were "
         f"cross-validated: {figures}"
@@ -131,10 +132,6 @@ def _why_predictor(report: Mapping[str, Any]) -> str:
             f"{judged[best]:.3f} against {judged[chosen]:.3f}; a longer trace would tell them apart"
         )
     return why
-
-
-def _second(item: tuple[str, float]) -> float:
-    return item[1]
 
 
 def estimator_card(

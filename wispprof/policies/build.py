@@ -20,6 +20,12 @@ def eligible(sessions: list[SessionView]) -> list[SessionView]:
     return [s for s in sessions if s.ready]
 
 
+def spread(first: int, last: int, count: int) -> set[int]:
+    """At most ``count`` whole numbers from ``first`` to ``last``, both included, evenly apart."""
+    step = (last - first) / (count - 1)
+    return {int(first + place * step) for place in range(count - 1)} | {last}
+
+
 def idle(now_ms: float, wake_ms: float | None, reason: str) -> StepPlan:
     """A plan without members. ``wake_ms`` is never in the past, or the loop would spin."""
     if wake_ms is not None:
@@ -154,10 +160,7 @@ class StepBuilder:
         down sixteen-fold at a time, for an estimator prices many chunks at the cost of one."""
         low, high = 0, most
         while high - low > 1:
-            step = (high - low - 2) / 15
-            sizes = np.array(
-                sorted({int(low + 1 + place * step) for place in range(15)} | {high - 1})
-            )
+            sizes = np.array(sorted(spread(low + 1, high - 1, 16)))
             bounds = bounds_with(
                 self.cost, sizes, np.full(len(sizes), session.cached), np.ones(len(sizes), bool)
             )

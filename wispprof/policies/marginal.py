@@ -45,10 +45,10 @@ class MarginalCosts(NamedTuple):
     alone_bound_ms: float
     all_bound_ms: float
 
-    def lone_ms(self, cached: NDArray[np.int64]) -> FloatArray:
-        """What items (n,) with one new token each add to the step."""
+    def over(self, cached: NDArray[np.int64]) -> tuple[FloatArray, FloatArray]:
+        """What items over ``cached`` (n,) add to a step: (for the item and its cache, per new token)."""
         deep = cached.astype(np.float64)
-        return self.item_ms + self.row_ms + (self.kv_ms + self.pair_ms) * deep
+        return self.item_ms + self.kv_ms * deep, self.row_ms + self.pair_ms * deep
 
 
 class TotalsEstimator(Protocol):

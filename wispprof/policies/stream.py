@@ -31,7 +31,7 @@ import numpy as np
 
 from wispprof.core import StepEstimator
 from wispprof.policies.api import Limits, SessionView, StepPlan, column
-from wispprof.policies.build import StepBuilder, idle
+from wispprof.policies.build import StepBuilder, idle, spread
 from wispprof.policies.marginal import MarginalCosts, Slopes, price_batches
 from wispprof.policies.need import Need
 from wispprof.policies.prefill import add_prompts
@@ -225,8 +225,9 @@ class Wispprof:
         if settings.demote_hopeless:
             weight[need.lost] = settings.hopeless_weight
         if settings.rescue:
+            read_ms, row_ms = costs.over(columns.cached)
             undrafted_ms = costs.fixed_ms + max(0.0, self._between_ms)
-            undrafted_ms += float(costs.lone_ms(columns.cached).sum())
+            undrafted_ms += float((read_ms + row_ms).sum())
             urgency = need.urgency(decode, undrafted_ms, step_ms)
             together = settings.rescue_weight * len(decode) / max(1.0, float(urgency.sum()))
             weight = np.maximum(weight, 1.0 + together * urgency)
@@ -301,7 +302,4 @@ class Wispprof:
         first = 0 if self.settings.floor else min(1, best)
         if longest <= _LONG:
             return np.arange(first, longest + 1)
-        places = _LONG // 2 - 1
-        step = (longest - first) / places
-        spread = {int(first + place * step) for place in range(places)}
-        return np.array(sorted(spread | {longest, best}))
+        return np.array(sorted(spread(first, longest, _LONG // 2) | {best}))

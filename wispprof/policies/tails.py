@@ -58,16 +58,22 @@ class Columns(NamedTuple):
         drafts, cached = int(self.lengths.sum()) // count, int(self.cached.sum()) // count
         return known.at(estimator, min(count, max_items), 1 + drafts, cached)
 
+    def chances(self) -> tuple[BoolArray, FloatArray]:
+        """(n, longest tail): where a draft is held, and the chance that it and all before it are accepted;
+        what follows a tail's last draft counts as certain."""
+        inside = np.arange(int(self.lengths.max())) < self.lengths[:, None]
+        alive = np.ones(inside.shape)
+        held = int(self.lengths.sum())
+        alive[inside] = np.fromiter(chain.from_iterable(self.tails), np.float64, held)
+        np.multiply.accumulate(alive, axis=1, out=alive)
+        return inside, alive
+
     def expected(self) -> FloatArray:
         """Expected tokens (n,) of each session with its whole tail."""
-        held = int(self.lengths.sum())
         won = np.ones(len(self.tails))
-        if held:
-            inside = np.arange(int(self.lengths.max())) < self.lengths[:, None]
-            chances = np.zeros(inside.shape)
-            chances[inside] = np.fromiter(chain.from_iterable(self.tails), np.float64, held)
-            np.multiply.accumulate(chances, axis=1, out=chances)
-            won += np.add.accumulate(chances, axis=1)[:, -1]
+        if self.lengths.any():
+            inside, alive = self.chances()
+            won += np.add.accumulate(alive * inside, axis=1)[:, -1]
         return won
 
 
@@ -98,26 +104,20 @@ class Book(NamedTuple):
 
     @classmethod
     def build(cls, columns: Columns, costs: MarginalCosts, weight: FloatArray) -> Book:
-        tails, cached, lengths = columns
-        count = len(tails)
+        cached, lengths = columns.cached, columns.lengths
+        count = len(lengths)
         held = int(lengths.sum())
         ends = np.ones(count)
         if held:
-            places = np.arange(int(lengths.max()))
-            inside = places < lengths[:, None]
-            chances = np.ones(inside.shape)
-            chances[inside] = np.fromiter(chain.from_iterable(tails), np.float64, held)
-            np.multiply.accumulate(chances, axis=1, out=chances)
-            ends = chances[:, -1]  # what follows a tail's last draft counts as certain
+            inside, chances = columns.chances()
+            ends = chances[:, -1]
             owner = np.repeat(np.arange(count), lengths)
             depth = np.arange(held) - (np.cumsum(lengths) - lengths)[owner]
             alive = chances[inside]
         else:
             owner = depth = np.empty(0, np.int64)
             alive = np.empty(0)
-        deep = cached.astype(np.float64)
-        row: FloatArray = costs.row_ms + costs.pair_ms * deep
-        read: FloatArray = costs.item_ms + costs.kv_ms * deep
+        read, row = costs.over(cached)
         return cls(
             cached,
             lengths,

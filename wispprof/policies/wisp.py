@@ -213,11 +213,11 @@ class _Queue:
 
     def _value(self) -> FloatArray:
         """Expected tokens per ms of those who are not urgent."""
-        places, costs = self._others, self._costs
+        places = self._others
         columns = self._columns.take(places)
         value = columns.expected()
-        row_ms = costs.row_ms + costs.pair_ms * columns.cached
-        spent = costs.item_ms + costs.kv_ms * columns.cached + row_ms + columns.lengths * row_ms
+        read_ms, row_ms = self._costs.over(columns.cached)
+        spent = read_ms + row_ms + columns.lengths * row_ms
         prompt = self._prompt[places]
         if prompt.any():
             # A prompt commits one token when its last chunk is fed: value by what is left.
