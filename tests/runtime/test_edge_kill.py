@@ -50,6 +50,10 @@ async def ready(process: subprocess.Popen[bytes]) -> None:
     assert await asyncio.to_thread(process.stdout.readline) == b"ready\n"
 
 
+LONG = 192
+"""Tokens of a generation: far more than the fastest has when the slowest has its first eight."""
+
+
 async def test_twenty_generations_survive_kill_nine() -> None:
     port = free_port()
     first = start(port)
@@ -59,9 +63,9 @@ async def test_twenty_generations_survive_kill_nine() -> None:
         async with edge(websocket_dial(f"127.0.0.1:{port}"), backoff_ms=20.0) as client:
             prompts = [(n, 5, 5) for n in range(20)]
             made = [
-                drafting(client, p, max_new=48, draft_ms=1.0, proactive=4)
+                drafting(client, p, max_new=LONG, draft_ms=1.0, proactive=4)
                 if p[0] % 4
-                else plain(client, p)
+                else plain(client, p, max_new=LONG)
                 for p in prompts
             ]
             tasks = [asyncio.create_task(g.run()) for g in made]
@@ -73,7 +77,7 @@ async def test_twenty_generations_survive_kill_nine() -> None:
             second = start(port)
             stats = await asyncio.gather(*tasks)
         for prompt, generation, stat in zip(prompts, made, stats, strict=True):
-            assert list(generation.output) == truth(prompt, 48)
+            assert list(generation.output) == truth(prompt, LONG)
             assert stat.reopened >= 1
     finally:
         for process in (first, second):
