@@ -87,8 +87,7 @@ def serve(mode: str, tell: Any, cores: set[int]) -> None:
     """The server on its cores, until it is terminated."""
     if cores:
         os.sched_setaffinity(0, cores)
-    from wispprof.runtime.server.run import running_server
-    from wispprof.runtime.server.settings import ServerSettings
+    from wispprof.runtime.server import ServerSettings, run_front, running_server
 
     async def main() -> None:
         settings = ServerSettings(
@@ -101,7 +100,7 @@ def serve(mode: str, tell: Any, cores: set[int]) -> None:
             tell.send(running.split_url)
             await asyncio.Event().wait()
 
-    asyncio.run(main())
+    run_front(main())
 
 
 def share_cores() -> tuple[set[int], set[int]]:

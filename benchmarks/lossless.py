@@ -14,7 +14,6 @@ Exit code 1 where one token differs. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import sys
 import time
@@ -34,7 +33,7 @@ def main() -> int:
     from wispprof.policies import BATCH_POLICIES
     from wispprof.profiling.prompts import held_out_prompts
     from wispprof.runtime.lossless import Case, compare, generate_alone, split_outputs
-    from wispprof.runtime.server import ServedModel
+    from wispprof.runtime.server import ServedModel, run_front
 
     pair = "models/reference-pair/"
     target = load_model(arguments.target or bundled.path(pair + "target"))
@@ -49,7 +48,7 @@ def main() -> int:
 
     def split(case: Case) -> list[list[int]]:
         work = split_outputs(engine, model, lambda: TorchDrafter(draft), prompts, size, case, stop)
-        return asyncio.run(work)
+        return run_front(work)
 
     begun = time.perf_counter()
     wanted = generate_alone(target.model, prompts, size, stop)

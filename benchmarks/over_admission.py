@@ -30,6 +30,7 @@ from wispprof.runtime.server import (
     Refused,
     ServerSettings,
     VerificationServer,
+    run_front,
 )
 from wispprof.runtime.server.server import monotonic_ms
 
@@ -109,7 +110,7 @@ def main() -> None:
     rows = []
     for policy in ("fcfs", "wispprof"):
         for admit in ("slo", "all"):
-            offered, admitted, kept = asyncio.run(offer(admit, policy, seconds, rate))
+            offered, admitted, kept = run_front(offer(admit, policy, seconds, rate))
             share = kept / max(1, admitted)
             rows.append({"policy": policy, "admit": admit, "attainment": round(share, 3)})
             print(f"{policy:>9} {admit:>9} {offered:>8} {admitted:>8} {kept:>5} {share:>10.1%}")

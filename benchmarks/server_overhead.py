@@ -14,7 +14,6 @@ The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import statistics
 import sys
@@ -28,7 +27,7 @@ from websockets.asyncio.client import connect
 from wispprof.core import Outcome, Slo
 from wispprof.policies import Limits, Member, make_batch_policy
 from wispprof.runtime import wire
-from wispprof.runtime.server import HashEngine, ServerSettings, running_server
+from wispprof.runtime.server import HashEngine, ServerSettings, run_front, running_server
 from wispprof.runtime.server.estimate import LearningEstimator
 from wispprof.sessions.ledger import ServerSession
 
@@ -99,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=400)
     arguments = parser.parse_args()
-    round_ms, ping_ms = asyncio.run(overhead_ms(arguments.rounds))
+    round_ms, ping_ms = run_front(overhead_ms(arguments.rounds))
     added = round_ms - ping_ms
     print(
         f"round with a free engine {round_ms:.2f} ms, ping {ping_ms:.2f} ms: server adds {added:.2f} ms"

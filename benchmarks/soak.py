@@ -50,8 +50,10 @@ WARM_UP, MOST_GROWTH = 0.2, 1.05
 
 
 def main() -> int:
+    from wispprof.runtime.server import run_front
+
     arguments = _arguments()
-    summary = asyncio.run(_soak(arguments.minutes * 60.0, arguments.seed))
+    summary = run_front(_soak(arguments.minutes * 60.0, arguments.seed))
     print(json.dumps(summary))
     return 0 if summary["holds"] else 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -14,6 +13,7 @@ from wispprof.fitting import load_predictor
 from wispprof.policies.stream import StreamSettings
 from wispprof.reporting.tables import Column, Table
 from wispprof.runtime.bench import twin
+from wispprof.runtime.server import run_front
 from wispprof.simulation import System, system
 
 SYSTEMS = {
@@ -31,7 +31,7 @@ def compare(bed: Bed) -> dict[str, Any]:
     for load, share in LOADS.items():
         devices = max(1, round(share * bed.near))
         rows[load] = [
-            asyncio.run(run(bed, name, system(label), devices)) for name, label in SYSTEMS.items()
+            run_front(run(bed, name, system(label), devices)) for name, label in SYSTEMS.items()
         ]
         show(comparison(f"{load} capacity: {devices} devices", rows[load]))
     overhead = {row.name: row.overhead_ms for row in rows["near"]}
@@ -118,7 +118,7 @@ def ablation(bed: Bed) -> dict[str, Any]:
     for load in ("near", "above"):
         devices = max(1, round(LOADS[load] * bed.near))
         rows = [
-            asyncio.run(run(bed, name, system("wispprof").but(batching_options=options), devices))
+            run_front(run(bed, name, system("wispprof").but(batching_options=options), devices))
             for name, options in variants.items()
         ]
         show(comparison(f"wispprof's pieces, {load} capacity: {devices} devices", rows))

@@ -16,6 +16,7 @@ from wispprof.artifacts import AcceptanceTrace, load_trace
 from wispprof.core import Slo
 from wispprof.reporting.tables import Column, Table
 from wispprof.runtime.bench import BenchSettings
+from wispprof.runtime.server import run_front
 from wispprof.simulation import system
 
 
@@ -24,7 +25,7 @@ def interference(bed: Bed, repeats: int) -> dict[str, Any]:
     sessions, length = 12, 1500
     rows = []
     for name in ("fcfs", "wispprof"):
-        runs = [asyncio.run(_interfere(bed, name, sessions, length)) for _ in range(repeats)]
+        runs = [run_front(_interfere(bed, name, sessions, length)) for _ in range(repeats)]
         rows.append((name, *(statistics.median(figures) for figures in zip(*runs, strict=True))))
     columns = (
         Column("policy"),

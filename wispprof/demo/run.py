@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import Iterator
@@ -59,13 +58,15 @@ class DemoResult:
 
 def run_demo(settings: DemoSettings, stage: Stage) -> DemoResult:
     """Run every stage and write the report. Artifacts of an earlier demo in ``out`` are replaced."""
+    from wispprof.runtime.server import run_front
+
     began = time.monotonic()
     settings.out.mkdir(parents=True, exist_ok=True)
     for old in settings.out.glob("bench-*.json"):
         old.unlink()  # another choice of systems must not leave its results behind
     with _a_core_for_the_fleet():
         measured = measure(settings, stage)
-        found, benches = asyncio.run(_serve(settings, measured, stage))
+        found, benches = run_front(_serve(settings, measured, stage))
     run = load_run(settings.out)
     page = write_report(run, settings.out / "report.html")
     kind = measured.estimator.kind

@@ -130,7 +130,7 @@ async def link_rows(
                     "Use smaller sizes or a server of the same version.",
                 )
             if index >= settings.warmup:
-                samples[kind, size].append(significant(elapsed))
+                samples[kind, size].append(significant(max(0.0, elapsed - answer.lain_ms)))
         if progress is not None:
             progress(index + 1, rounds, "exchanging frames")
     return tuple(

@@ -129,8 +129,11 @@ class Ping(msgspec.Struct, tag="i", array_like=True, frozen=True):
 
 
 class Pong(msgspec.Struct, tag="j", array_like=True, frozen=True):
+    """``lain_ms``: how long the ping probably lay unread, which is no part of the link's round trip."""
+
     number: int
     payload: bytes = b""
+    lain_ms: float = 0.0
 
 
 EdgeFrame = Hello | Open | Draft | Close | Ping

@@ -316,7 +316,8 @@ class EdgeClient:
         elif isinstance(frame, wire.Pong):
             sent = self._pinged.pop(frame.number, None)
             if sent is not None:
-                self.rtt.add((asyncio.get_running_loop().time() - sent) * 1000.0)
+                took_ms = (asyncio.get_running_loop().time() - sent) * 1000.0
+                self.rtt.add(max(0.0, took_ms - frame.lain_ms))
         elif isinstance(frame, wire.Problem):
             if frame.session < 0:
                 raise LinkLost(f"The server ended the connection: {frame.message}")

@@ -8,6 +8,7 @@ steploop: collect → plan (policy) → verify (engine thread) → commit ──
 from wispprof.runtime.server.admission import Refused
 from wispprof.runtime.server.double import HashDrafter, HashEngine, HashTarget
 from wispprof.runtime.server.engine import Engine, ServedModel
+from wispprof.runtime.server.frontloop import run_front
 from wispprof.runtime.server.live import GenerationRequest, LiveSession, Owner
 from wispprof.runtime.server.run import RunningServer, running_server, serve
 from wispprof.runtime.server.server import VerificationServer
@@ -27,6 +28,7 @@ __all__ = [
     "ServerSettings",
     "VerificationServer",
     "read_api_keys",
+    "run_front",
     "running_server",
     "serve",
 ]

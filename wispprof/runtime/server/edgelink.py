@@ -15,6 +15,7 @@ from wispprof.errors import HandshakeRefused, ProtocolError
 from wispprof.runtime import wire
 from wispprof.runtime.server.admission import Refused
 from wispprof.runtime.server.front import check_draft, check_hello, request_of
+from wispprof.runtime.server.frontloop import lain_ms
 from wispprof.runtime.server.live import LiveSession
 from wispprof.runtime.server.server import VerificationServer
 from wispprof.sessions.account import Committed
@@ -96,7 +97,7 @@ class EdgeLink:
                 self._close(frame)
             elif isinstance(frame, wire.Ping):
                 size = min(max(0, frame.reply_bytes), MOST_PONG_BYTES)
-                self._post(wire.Pong(frame.number, bytes(size)))
+                self._post(wire.Pong(frame.number, bytes(size), wire.brief_ms(lain_ms())))
             else:
                 self._problem(-1, "frame", "Hello was said already.")
                 raise _Hangup(1002)

@@ -20,6 +20,7 @@ from wispprof.runtime import wire
 from wispprof.runtime.server.app import make_app
 from wispprof.runtime.server.build import build_server
 from wispprof.runtime.server.engine import Engine, ServedModel
+from wispprof.runtime.server.frontloop import run_front
 from wispprof.runtime.server.reading import EagerReader
 from wispprof.runtime.server.server import VerificationServer
 from wispprof.runtime.server.settings import ServerSettings
@@ -128,7 +129,8 @@ async def running_server(
     model: ServedModel | None = None,
     **parts: Any,
 ) -> AsyncIterator[RunningServer]:
-    """A real server on a free loopback port, in this process and event loop.
+    """A real server on a free loopback port, in this process and event loop (under
+    :func:`~wispprof.runtime.server.frontloop.run_front` it reads frames as ``wispprof serve`` does).
 
     With ``engine`` and ``model`` no model is loaded; ``parts`` go to :class:`VerificationServer`.
     On leaving, everything it held is released, and what its loop died of is raised.
@@ -176,7 +178,7 @@ def serve(
     """
     listener = bind(settings.host, settings.port)
     try:
-        asyncio.run(_serve(settings, listener, announce, parts))
+        run_front(_serve(settings, listener, announce, parts))
     finally:
         listener.close()
 

@@ -69,7 +69,7 @@ class VerificationServer:
         self.now_ms = now_ms
         self.draining = False
         self.started = False
-        self._worker = EngineWorker(engine)
+        self._worker = EngineWorker(engine, settings.gather_ms)
         self.house = House(
             settings, self._worker, self.clock, self.metrics, model.max_context, self.policy.stream
         )

@@ -28,6 +28,7 @@ class ServerSettings:
     ``admit``: ``slo`` refuses what the estimator says cannot be kept, ``all`` refuses nothing for its SLO.
     ``http_tokens_per_s`` and ``http_max_tokens``: what an HTTP request gets that names none.
     ``backlog_frames``: frames a slow reader may leave unread before its connection is closed.
+    ``gather_ms``: how long frames may lie unread while the engine computes; 0 reads each at once.
     """
 
     target: str = ""
@@ -72,6 +73,7 @@ class ServerSettings:
     http_max_tokens: int = 256
     hello_timeout_ms: float = 5_000.0
     backlog_frames: int = 1024
+    gather_ms: float = 8.0
     drain_timeout_ms: float = 30_000.0
     live: bool = False
     log_level: str = "info"

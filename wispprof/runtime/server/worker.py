@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from wispprof.core import Feed, Outcome
 from wispprof.runtime.server.engine import Engine
+from wispprof.runtime.server.frontloop import gathering
 
 __all__ = ["EngineWorker"]
 
@@ -23,10 +24,12 @@ class EngineWorker:
     """Runs engine calls in one thread, so that the event loop never waits for a forward pass.
 
     Chores (open, close, rollback) are collected and done together before the next step, in order.
+    ``gather_ms``: how long frames may lie unread during a step (:mod:`~wispprof.runtime.server.frontloop`).
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, gather_ms: float = 0.0) -> None:
         self.engine = engine
+        self._gather_ms = gather_ms
         self.failed_chores = 0
         self._chores: list[Callable[[Engine], None]] = []
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
@@ -47,7 +50,8 @@ class EngineWorker:
 
     async def step(self, feeds: Sequence[Feed]) -> tuple[list[Outcome], float]:
         """One engine step; returns its outcomes and its milliseconds."""
-        return await self.call(lambda engine: _timed(engine, feeds))
+        with gathering(self._gather_ms):
+            return await self.call(lambda engine: _timed(engine, feeds))
 
     async def call(self, work: Callable[[Engine], T]) -> T:
         """Run ``work`` in the engine's thread."""
