@@ -66,7 +66,7 @@ def artifacts(folder: Path, quick: bool, long: bool) -> None:
         items=(1, 4, 8, 16) if quick else (1, 2, 4, 8, 16),
         new=(1, 3, 7),
         cached=(64, 192),
-        skew_items=(4, 12),
+        skew_items=(4, 12) if quick else (2, 4, 8, 12, 16),
         chunk=(32, 96, 256),
         chunk_cached=(0,),
         mixed_items=(4, 12),

@@ -127,8 +127,8 @@ def test_a_lone_centralized_session_runs_at_the_speed_of_the_step() -> None:
         )
     )
     assert report.tpot_ms[0] == pytest.approx(26.5)
-    # Up, prompt, what the loop does before it sends, down.
-    assert report.ttft_ms[0] == pytest.approx(20.0 + 25.0 + 50.0 + 0.5 + 20.0)
+    # Up, prompt, what the loop does before it sends (half of all it does), down.
+    assert report.ttft_ms[0] == pytest.approx(20.0 + 25.0 + 50.0 + 0.25 + 20.0)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -175,7 +175,7 @@ def test_a_rest_costs_every_round_what_it_adds() -> None:
         report = simulate(
             fleet("fcfs", 1, system=chosen, devices=((device, 1.0),), acceptance=sure)
         )
-        return report.counters.drafting_ms / report.counters.drafted, report.throughput
+        return report.counters.drafting_ms / report.counters.drafted, report.tpot_ms[0]
 
     k = system("fcfs").controller_options["k"]
     (before_ms, before), (after_ms, after) = run(fresh, 0), run(tired, 0)
@@ -183,7 +183,7 @@ def test_a_rest_costs_every_round_what_it_adds() -> None:
     assert busy_ms < 8.0 + 1.0 / k
     assert before_ms == pytest.approx(8.0)
     assert after_ms == pytest.approx(8.0 + 5.0 / k, rel=0.05)
-    assert after < before
+    assert after > before
 
 
 @pytest.mark.parametrize(("draft_ms", "rests"), [(2.0, True), (60.0, False)])

@@ -230,8 +230,8 @@ class Server:
         self._collect(now_ms)
         sim, sessions, edges = self._sim, self._sessions, self._edges
         counters, at, level = sim.counters, sim.at, self._level
-        # The loop starts the next step before it sends: the engine does not wait for frames to leave.
-        leaves_ms = now_ms + self._overhead_ms
+        # Commits leave between the bookkeeping of this step and the decision on the next one.
+        leaves_ms = now_ms + self._overhead_ms / 2.0
         counters.busy_ms += now_ms - max(began_ms, sim.counted_from_ms)
         if self._steps % _LEVEL_EVERY == 1:
             level = self._look_at_load()
@@ -275,7 +275,7 @@ class Server:
             self._reserved -= edge.script.prompt_tokens + edge.record.output_tokens
         if over:
             self._admit(now_ms)
-        at(leaves_ms, self._free, None)
+        at(now_ms + self._overhead_ms, self._free, None)
 
     def _free(self, now_ms: float, _: None) -> None:
         self._busy = False

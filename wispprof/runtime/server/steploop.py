@@ -90,6 +90,8 @@ class StepLoop:
             members, feeds = self._feeds(plan)
             if feeds:
                 await self.verify(plan, members, feeds)
+                # What gathered meanwhile is merged before the next step is decided on.
+                await asyncio.sleep(0)
         await self._house.collect(self._now_ms())
         await self._audit()
 
