@@ -18,14 +18,14 @@ _LEAST = 16
 """Tokens a prompt gets per step whatever the others need: nothing starves."""
 _GAP = 0.8
 """Share of the fastest running session's time for a step's tokens that it may take with prompts."""
-_CALM, _STRETCH = 2.0, 4.0
+_CALM, _UNSEEN, _STRETCH = 2.0, 3.0, 4.0
 """A step may always grow by the first factor for prompts: on a loaded server the gap is spent already, and a
 session that does not decode yet leaves the fixed part of every step to the others. It may grow by up to the
-second where the running sessions are so far ahead of their promises that nobody would notice, and where more
-than one prompt waits: what is spared the running sessions then is paid by the whole queue. More gains a
-prompt little: in steps of L times their usual length it is read L ÷ (L − 1) times as long as alone, a third
-longer at 4, two thirds at 2.5 (which, for everybody and always, cost a fleet with long prompts 4 to 6 % of
-its goodput)."""
+second where the running sessions are so far ahead of their promises that nobody would notice, and by the
+third where more than one prompt waits: what is spared the running sessions then is paid by the whole queue.
+More gains a prompt little: in steps of L times their usual length it is read L ÷ (L − 1) times as long as
+alone, a third longer at 4, half at 3, two thirds at 2.5 (which, for everybody and always, cost a fleet with
+long prompts 4 to 6 % of its goodput)."""
 _UNNOTICED = 0.1
 """A gap this share of what a session ran ahead of its promise is not noticed by its reader."""
 _FAIR = 2.0
@@ -94,7 +94,7 @@ def _stretched_ms(running_ms: float, slack_ms: FloatArray, prompts: int) -> floa
         return _STRETCH * running_ms
     middle = len(slack_ms) // 2
     unnoticed_ms = _UNNOTICED * float(np.partition(slack_ms, middle)[middle])
-    return min(max(unnoticed_ms, _CALM * running_ms), _STRETCH * running_ms)
+    return min(max(unnoticed_ms, _CALM * running_ms), _UNSEEN * running_ms)
 
 
 def _token_ms(build: StepBuilder) -> float:
