@@ -3,17 +3,21 @@
 A step reads the weights (constant), multiplies every padded token with them (a convex-or-not curve in
 tokens after graph padding), reads the cache (a curve in cached tokens), touches query-key pairs, and
 waits for its deepest item. Only what emits goes through the output head, so a prompt's tokens cost less
-than a draft's. Every term grows with work and every weight is ≥ 0, so the sum never falls when work is
-added.
+than a draft's. Items whose contexts differ are attended to in groups: how many, no total says, but the more
+items there are and the deeper the deepest, the more there can be, and √(items · deepest) grows as they do in
+what was measured. Prompt chunks and decode items in one step are groups apart, which costs up to the smaller
+part's tokens. Every term grows with work and every weight is ≥ 0, so the sum never falls when work is added.
 
 Where a batch is cut to the measured box, the tokens that emit are cut by themselves: as the difference of
-two totals, of which one is cut and the other not, they could fall.
+two totals, of which one is cut and the other not, they could fall. A term in two totals may be cut in each:
+more of one makes the other dearer, so what lies beyond the box grows with both.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from math import sqrt
 from typing import Any, Self
 
 import numpy as np
@@ -26,7 +30,9 @@ __all__ = ["Curve", "PhysicalTerms", "emitting", "emitting_many", "graph_buckets
 
 NEW_KNOTS = 6
 CACHED_KNOTS = 3
-TERMS = 6
+TERMS = 8
+EARLIER_TERMS = 6
+"""Estimators saved before there were the last two have weights without them."""
 BUCKET_SHARE = 0.8
 """Share of rows whose padding must follow the buckets before they are believed."""
 
@@ -110,8 +116,9 @@ def graph_buckets(data: Observations) -> FloatArray:
 
 
 class PhysicalTerms:
-    """``buckets_`` (b,), ``new_`` and ``cached_`` curves, ``weights_`` (6,) of the other terms: a step, an
-    item, Σ new·cached, Σ new², the deepest item, a token that emits."""
+    """``buckets_`` (b,), ``new_`` and ``cached_`` curves, ``weights_`` (8,) of the other terms: a step, an
+    item, Σ new·cached, Σ new², the deepest item, a token that emits, √(items · deepest), and the smaller of
+    a prompt's tokens and those that emit."""
 
     kind = "physical"
     monotone = True
@@ -130,13 +137,14 @@ class PhysicalTerms:
         tokens = bucket_many(data.totals[:, 1], buckets)
         new_knots = sorted({*lone_token_knots(tokens), *spread_knots(tokens, self.new_knots)})
         cached_knots = spread_knots(data.totals[:, 2], self.cached_knots)
-        items, _, cached, cross, square, deep, _, _ = data.totals.T
+        items, _, cached, cross, square, deep, _, prefill = data.totals.T
+        emit = emitting_many(data.totals)
+        one, groups, mixed = np.ones(len(data)), np.sqrt(items * deep), np.minimum(prefill, emit)
         design = np.concatenate(
             [
                 Curve.columns(tokens, new_knots),
                 Curve.columns(cached, cached_knots),
-                np.stack([np.ones(len(data)), items, cross, square, deep], axis=1),
-                emitting_many(data.totals)[:, None],
+                np.stack([one, items, cross, square, deep, emit, groups, mixed], axis=1),
             ],
             axis=1,
         )
@@ -158,8 +166,8 @@ class PhysicalTerms:
 
     def p50(self, totals: Totals, emit: float) -> float:
         """Milliseconds of a batch of which ``emit`` tokens emit (see :func:`emitting`)."""
-        items, new, cached, cross, square, deep, _, _ = totals
-        w0, w1, w2, w3, w4, w5 = self.weights_
+        items, new, cached, cross, square, deep, _, prefill = totals
+        w0, w1, w2, w3, w4, w5, w6, w7 = self.weights_
         return (
             self.new_(self.tokens(new))
             + self.cached_(cached)
@@ -169,13 +177,15 @@ class PhysicalTerms:
             + w3 * square
             + w4 * deep
             + w5 * emit
+            + w6 * sqrt(items * deep)
+            + w7 * min(prefill, emit)
         )
 
     def p50_many(self, totals: FloatArray, emit: FloatArray) -> FloatArray:
         """:meth:`p50` over rows (n, 8) and (n,)."""
         tokens = bucket_many(totals[:, 1], np.array(self.buckets_))
-        items, _, cached, cross, square, deep, _, _ = totals.T
-        w0, w1, w2, w3, w4, w5 = self.weights_
+        items, _, cached, cross, square, deep, _, prefill = totals.T
+        w0, w1, w2, w3, w4, w5, w6, w7 = self.weights_
         # The very operations of :meth:`p50`, in its order: both must round alike.
         result: FloatArray = (
             self.new_.many(tokens)
@@ -186,6 +196,8 @@ class PhysicalTerms:
             + w3 * square
             + w4 * deep
             + w5 * emit
+            + w6 * np.sqrt(items * deep)
+            + w7 * np.minimum(prefill, emit)
         )
         return result
 
@@ -204,6 +216,8 @@ class PhysicalTerms:
         terms.new_ = Curve(payload["new"]["knots"], payload["new"]["slopes"])
         terms.cached_ = Curve(payload["cached"]["knots"], payload["cached"]["slopes"])
         weights = tuple(float(w) for w in payload["weights"])
+        if len(weights) == EARLIER_TERMS:
+            weights += (0.0,) * (TERMS - EARLIER_TERMS)
         if len(weights) != TERMS or min(weights) < 0:
             raise ValueError(f"the physical part has {TERMS} weights ≥ 0")
         terms.weights_ = weights
