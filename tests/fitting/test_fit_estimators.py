@@ -17,7 +17,7 @@ from wispprof.artifacts.records import StepRow
 from wispprof.core import BatchShape, VerifyItem
 from wispprof.errors import ArtifactDamaged, ArtifactMissing, FitError
 from wispprof.fitting import ESTIMATOR_KINDS, FittedEstimator, fit_estimator, load_estimator
-from wispprof.fitting.conformal import independent_scores
+from wispprof.fitting.conformal import RatioBound, independent_scores
 from wispprof.fitting.evaluate import blocks_of, coverage_of, evaluate, fit_on
 from wispprof.fitting.features import (
     EMPTY,
@@ -227,6 +227,33 @@ def test_prompt_tokens_that_emit_nothing_cost_less() -> None:
     assert surface.inside_many(table, np.array(high, dtype=float)) == pytest.approx(each, rel=1e-12)
 
 
+def test_mixed_and_many_deep_items_cost_more_than_their_sums() -> None:
+    """Terms in two totals: learnt, one answer however asked, and growing beyond the box too."""
+    rows = []
+    for row in synthetic_rows(160, seed=6, noise=0.002):
+        totals = totals_of(row.shape.items)
+        more = 0.05 * math.sqrt(totals.items * totals.max_cached)
+        more += 0.1 * min(totals.prefill, totals.new - totals.prefill)
+        rows.append(dataclasses.replace(row, samples_ms=tuple(ms + more for ms in row.samples_ms)))
+    data = Observations.of(rows)
+    estimator = fit_on("wispprof", data)
+    surface = estimator.surface
+    assert isinstance(surface, WispprofSurface)
+    assert surface.physical_.weights_[6] == pytest.approx(0.05, rel=0.3)
+    assert surface.physical_.weights_[7] == pytest.approx(0.1, rel=0.5)
+    rng = np.random.default_rng(2)
+    before = [random_shape(rng, 80) for _ in range(2_000)]
+    after = [_more(rng, shape) for shape in before]
+    tables = [totals_matrix(shapes) for shapes in (before, after)]
+    decode = [
+        np.array([decode_totals_of(s) for s in part], dtype=float) for part in (before, after)
+    ]
+    assert any(not estimator.in_domain(shape) for shape in before)
+    assert _falls(estimator, (tables[0], decode[0], tables[1], decode[1])) == 0
+    each = [surface.p50(totals_of(shape.items)) for shape in before[:200]]
+    assert surface.p50_many(tables[0][:200]) == pytest.approx(each, rel=1e-12)
+
+
 def test_scores_count_by_how_much_of_them_is_independent() -> None:
     rng = np.random.default_rng(0)
     own, shared = rng.standard_normal((40, 25)), rng.standard_normal((40, 1))
@@ -275,6 +302,34 @@ def test_regimes_with_few_shapes_share_a_factor(data: Observations) -> None:
     estimator = fit_on("wisp-linear", plain)
     assert estimator.ratio.shapes[2:] == (0, 0)
     assert all(f >= 1 for row in estimator.ratio.factors for f in row)
+
+
+def test_a_regime_known_from_few_shapes_borrows_the_tail_of_all() -> None:
+    """Regimes of 30 shapes, each wider than the last: each has its own factor, and none for 99 % is the
+    largest of its samples."""
+    rng = np.random.default_rng(1)
+    predicted, prefill = np.repeat([1.0, 9.0, 1.0, 9.0], 30), np.repeat([0, 0, 1, 1], 30) > 0
+    wide = (0.03, 0.04, 0.05, 0.06)
+    samples = [
+        ms * (1 + w * rng.standard_normal(100))
+        for ms, w in zip(predicted, np.repeat(wide, 30), strict=True)
+    ]
+    bound = RatioBound.calibrate(predicted, samples, prefill)
+    for level, deviations in ((0.95, 1.645), (0.99, 2.326)):
+        found = [f - 1 for f in bound.at(level)]
+        assert found == pytest.approx([w * deviations for w in wide], rel=0.1)
+
+
+def test_predictions_that_are_too_high_do_not_stretch_the_bound_of_others() -> None:
+    rng = np.random.default_rng(1)
+    predicted, prefill = np.repeat([1.0, 9.0], 60), np.zeros(120, dtype=bool)
+    samples = [
+        ms * (1 + 0.05 * rng.standard_normal(9)) * (0.8 if ms == 1.0 and shape % 30 else 1.0)
+        for shape, ms in enumerate(predicted)
+    ]
+    assert max(RatioBound.calibrate(predicted, samples, prefill).at(0.99)) < 1.3
+    exact = [np.full(9, ms) for ms in predicted]
+    assert max(RatioBound.calibrate(predicted, exact, prefill).at(0.99)) == 1.0
 
 
 @pytest.mark.parametrize("coverage", [0.3, 1.0, 1.5])
@@ -349,6 +404,24 @@ def test_saved_estimators_answer_the_same(
         assert loaded.predict(shape) == pytest.approx(original.predict(shape), rel=1e-12)
     assert loaded.coverage == 0.97
     assert load_estimator(path, 0.9).coverage == 0.9
+
+
+def test_estimators_of_before_there_were_terms_in_two_totals_still_answer(
+    fitted: dict[str, FittedEstimator], tmp_path: object
+) -> None:
+    from wispprof.artifacts.document import read_document, write_document
+
+    path = tmp_path / "estimator.json"  # type: ignore[operator]
+    fitted["wispprof"].save(path)
+    payload = read_document(path, "estimator").payload
+    weights = payload["surface"]["physical"]["weights"]
+    shape = BatchShape.of([(5, 700), (5, 900), (64, 0, True)])
+    answers = []
+    for saved in (weights[:6], [*weights[:6], 0.0, 0.0]):
+        payload["surface"]["physical"]["weights"] = saved
+        write_document(path, "estimator", payload)
+        answers.append(load_estimator(path).predict(shape))
+    assert answers[0] == answers[1]
 
 
 def test_damaged_estimators_are_refused(

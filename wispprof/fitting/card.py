@@ -168,7 +168,7 @@ def estimator_card(
     lines += [
         "",
         f"A step is large from {estimator.ratio.split_ms:.3g} ms on. Regimes with few shapes share the "
-        "factor of a wider one.",
+        "scale of a wider one; how far the tail reaches in units of it is common to all.",
         "",
         "## Measured domain",
         "",

@@ -1,12 +1,20 @@
-"""Upper bounds with a stated coverage: split-conformal quantiles of actual ÷ predicted, by regime.
+"""Upper bounds with a stated coverage: split-conformal quantiles of actual ÷ predicted, scaled by regime.
 
-Four regimes: decode steps small and large (by predicted time), and the same with prompt chunks in
-them. The regimes' factors are joined so that the bound never falls when work is added; see
-:meth:`RatioBound.decode` and :meth:`RatioBound.mixed`.
+Four regimes: decode steps small and large (by predicted time), and the same with prompt chunks in them.
+What lies beyond the prediction is measured in units of how far the regime's samples reach beyond theirs, and
+the quantiles of these scores are those of all regimes together: a few dozen shapes tell where nine of ten
+samples lie, not where 99 of 100 do. The regimes' factors are joined so that the bound never falls when work
+is added; see :meth:`FittedEstimator.bound_of` and :class:`Accumulator` in :mod:`wispprof.fitting.estimator`.
 
-Source: Vovk et al., "Algorithmic learning in a random world", ch. 4 (Mondrian, split form). Samples of
-one shape share its error, so its samples have one vote together, and how many independent scores there
-are is told by how much of their variance lies between shapes (:func:`independent_scores`): as many as
+Why it covers: where predictions have not seen their own shape, calibration shapes and a new one are
+exchangeable, and the quantile of their scores at n + 1 places covers the new one as often as it says (Vovk et
+al., "Algorithmic learning in a random world", ch. 4, split form; scores on a scale: Papadopoulos et al.,
+"Inductive confidence machines for regression", 2002). The scales treat all shapes alike; that the new one has
+no part in them moves a regime's by one shape in :data:`MINIMUM_REGIME` or more. What is promised is the share
+of all steps; that of one regime is near it as far as scores are distributed alike once scaled.
+
+Samples of one shape share its error, so its samples have one vote together, and how many independent scores
+there are is told by how much of their variance lies between shapes (:func:`independent_scores`): as many as
 shapes where predictions err and steps repeat, as many as samples where steps scatter and predictions are
 right.
 """
@@ -27,7 +35,12 @@ __all__ = ["LEVELS", "REGIMES", "RatioBound", "independent_scores", "weighted_qu
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 1.0)
 REGIMES = ("decode-small", "decode-large", "prefill-small", "prefill-large")
 MINIMUM_REGIME = 24
-"""Shapes a regime must have to get its own factor; below that it shares the pooled one."""
+"""Shapes a regime must have to get its own scale; below that it shares that of a wider one."""
+REACH = 0.9
+"""Share of a regime's samples within one unit of its scale."""
+STEADIEST = 0.5
+"""Least share of the scale of all that a regime's may be: one whose predictions lie too high reaches hardly
+beyond them, and in units of that every other reach would be endless."""
 
 
 def weighted_quantiles(
@@ -55,6 +68,12 @@ def independent_scores(groups: Sequence[FloatArray]) -> float:
     return len(groups) / (share + (1 - share) * inverse)
 
 
+def _quantiles(groups: Sequence[FloatArray], levels: Sequence[float]) -> list[float]:
+    """Quantiles of the values of all groups, each group having one vote."""
+    votes = [np.full(len(group), 1.0 / len(group)) for group in groups]
+    return weighted_quantiles(np.concatenate(groups), np.concatenate(votes), levels)
+
+
 @dataclass(frozen=True)
 class RatioBound:
     """Quantiles of actual ÷ predicted, as rows of ``factors`` (4 regimes × :data:`LEVELS`).
@@ -78,30 +97,25 @@ class RatioBound:
         ``predicted_ms`` (n,), ``samples`` n arrays of measured times, ``prefill`` (n,) bool.
         """
         split = float(np.median(predicted_ms))
-        large = predicted_ms >= split
-        kind = large.astype(int) + 2 * prefill.astype(int)
-        pooled = cls._quantiles(predicted_ms, samples, np.arange(len(predicted_ms)))
-        factors, counts = [], []
+        kind = (predicted_ms >= split).astype(int) + 2 * prefill.astype(int)
+        beyond = [times / ms - 1.0 for times, ms in zip(samples, predicted_ms, strict=True)]
+        least = max(1e-6, STEADIEST * _quantiles(beyond, [REACH])[0])
+        scale = []
         for regime in range(4):
             members = np.flatnonzero(kind == regime)
             if len(members) < MINIMUM_REGIME:
                 members = np.flatnonzero(prefill == (regime >= 2))
-            counts.append(int((kind == regime).sum()))
-            enough = len(members) >= MINIMUM_REGIME
-            factors.append(cls._quantiles(predicted_ms, samples, members) if enough else pooled)
-        return cls(split, tuple(factors), tuple(counts))
-
-    @staticmethod
-    def _quantiles(
-        predicted: FloatArray, samples: Sequence[FloatArray], members: np.ndarray
-    ) -> tuple[float, ...]:
-        ratios = np.concatenate([samples[i] / predicted[i] for i in members])
-        votes = np.concatenate([np.full(len(samples[i]), 1.0 / len(samples[i])) for i in members])
+            if len(members) < MINIMUM_REGIME:
+                members = np.arange(len(kind))
+            reach = _quantiles([beyond[i] for i in members], [REACH])[0]
+            scale.append(max(least, reach))
+        scores = [own / scale[regime] for own, regime in zip(beyond, kind, strict=True)]
         # The finite-sample correction of split conformal prediction: n + 1 places, not n.
-        count = independent_scores([np.log(samples[i] / predicted[i]) for i in members])
-        levels = [min(1.0, level * (1 + 1 / count)) for level in LEVELS]
+        count = independent_scores(scores)
+        found = _quantiles(scores, [min(1.0, level * (1 + 1 / count)) for level in LEVELS])
         # A median prediction is itself a promise, so the bound never lies below it.
-        return tuple(max(1.0, q) for q in weighted_quantiles(ratios, votes, levels))
+        factors = [tuple(float(1.0 + unit * max(0.0, q)) for q in found) for unit in scale]
+        return cls(split, tuple(factors), tuple(int((kind == r).sum()) for r in range(4)))
 
     def at(self, coverage: float) -> tuple[float, ...]:
         """The four factors at a coverage, interpolated between levels."""
