@@ -2,7 +2,8 @@
 
 Two oracles stand beside the estimators. One knows what another measurement of each very shape found, of as
 many visits as the row has: its error is repeat noise and nothing else. The other knows the quantile of each
-shape's own single steps: no bound of one number per shape that holds as often can lie lower.
+shape's own single steps: no bound of one number per shape that holds as often for each of them can lie lower.
+One that holds as often over all of them can, where a few shapes stalled.
 """
 
 from __future__ import annotations
