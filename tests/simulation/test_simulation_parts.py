@@ -346,6 +346,11 @@ def test_linear_costs_price_many_batches_as_they_price_one(
     p50, bound = batch.add_many(new, cached)  # type: ignore[attr-defined]
     assert np.allclose(p50, [one.p50_ms for one in alone])
     assert np.allclose(bound, [one.bound_ms for one in alone])
+    in_turn = batch
+    for item in items:
+        in_turn = in_turn.add(*item)
+    together = batch.add_all(new.tolist(), cached.tolist())  # type: ignore[attr-defined]
+    assert together.p50_ms == in_turn.p50_ms
     inside = np.tril(np.ones((len(items), len(items)), dtype=np.int64))
     p50, bound = price_batches(cost, inside * new, cached)
     for count in range(1, len(items) + 1):

@@ -111,8 +111,8 @@ class Book(NamedTuple):
         if held:
             inside, chances = columns.chances()
             ends = chances[:, -1]
-            owner = np.repeat(np.arange(count), lengths)
-            depth = np.arange(held) - (np.cumsum(lengths) - lengths)[owner]
+            owner = np.arange(count).repeat(lengths)
+            depth = np.arange(held) - (lengths.cumsum() - lengths)[owner]
             alive = chances[inside]
         else:
             owner = depth = np.empty(0, np.int64)
@@ -162,7 +162,7 @@ class Ladder(NamedTuple):
         owner, alive = book.owner, book.alive
         density = alive * book.weight[owner]
         density /= np.maximum(book.row_ms, _LEAST_MS)[owner]
-        order = np.argsort(np.negative(density, out=density), kind="stable")
+        order = np.negative(density, out=density).argsort(kind="stable")
         some = members[owner] & (alive > 0.0)
         return cls._climb(book, members, order[some[order]][:most])
 

@@ -60,7 +60,7 @@ def waits(
     places: list[int] = []
     due: list[float] = []
     odds: list[float] = []
-    for index in np.flatnonzero(able).tolist():
+    for index in able.nonzero()[0].tolist():
         session = decode[index]
         due_ms = session.due_ms
         if due_ms is None or not session.due_tail or not now_ms <= due_ms <= now_ms + whole_ms:
@@ -71,14 +71,14 @@ def waits(
     if not places:
         return nobody, math.inf, 0.0
     where, due_in, d = np.array(places), np.array(due), np.array(odds)
-    order = np.argsort(due_in, kind="stable")
+    order = due_in.argsort(kind="stable")
     where, due_in, d = where[order], due_in[order], d[order]
     lost = (1.0 - d) * book.weight[where]
     saved_ms = book.read_ms[where] - company
     out = nobody
     for _ in range(_ROUNDS):
         pays = rate * saved_ms > lost
-        left_ms = whole_ms - np.cumsum(spent[where] * pays)
+        left_ms = whole_ms - (spent[where] * pays).cumsum()
         reached = pays & (due_in <= left_ms)
         again = nobody.copy()
         again[where[reached]] = True

@@ -1,4 +1,4 @@
-"""What a server's session says of itself: what became of a frame, what a step changed, counts of drafts."""
+"""What a server's session says of itself: what a step changed, counts of drafts."""
 
 from __future__ import annotations
 
@@ -7,19 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-__all__ = ["Committed", "MergeResult", "Tally"]
-
-
-class MergeResult(NamedTuple):
-    """What became of a draft frame: ``taken`` new drafts, and why the rest was ``dropped``.
-
-    ``reason``: "" , ``epoch`` (old), ``contradiction`` (differs from committed text), ``gap`` (begins
-    beyond the tail), ``conflict`` (differs from the tail within one epoch), ``overflow``, ``finished``.
-    """
-
-    taken: int
-    dropped: int = 0
-    reason: str = ""
+__all__ = ["Committed", "Tally"]
 
 
 class Committed(NamedTuple):
@@ -51,7 +39,9 @@ class Tally:
     ``drafted``: taken into the tail. ``accepted``: verified and kept. ``matched``: overtaken by a
     commit that agreed with them, without having been verified. ``wasted``: contradicted or withdrawn.
     ``trimmed``: held at a step and left out of it by the policy (they may be verified later).
-    ``dropped``: tokens refused by merge, by reason; ``frames`` likewise counts the frames.
+    ``dropped``: tokens refused by merge, by reason; ``frames`` likewise counts the frames. Reasons: ``epoch``
+    (old), ``contradiction`` (differs from committed text), ``gap`` (begins beyond the tail), ``conflict``
+    (differs from the tail within one epoch), ``overflow``, ``finished``.
     """
 
     drafted: int = 0

@@ -12,29 +12,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from wispprof.core import Feed, Outcome, Slo
 from wispprof.policies.api import Member, SessionView
-from wispprof.sessions.account import Committed, MergeResult, Tally
+from wispprof.sessions.account import Committed, Tally
 from wispprof.sessions.arrivals import Arrivals
 from wispprof.sessions.pace import Pace
 
 __all__ = ["ServerSession"]
 
 
-_NOTHING_NEW = MergeResult(0)
-
-
-class _Flight(NamedTuple):
-    """What the engine works on now."""
-
-    fed: int
-    drafts: int
-    emit: bool
-    epoch: int
-    deadline_ms: float
-    queued_from_ms: float
+# What the engine works on now: tokens fed, drafts among them, whether it decides; the epoch, the deadline and
+# since when the session waited, as they were when the step began.
+_Flight = tuple[int, int, bool, int, float, float]
 
 
 class ServerSession:
@@ -79,6 +69,7 @@ class ServerSession:
         self.generated = generated
         self.max_new = max_new
         self.max_context = max_context
+        self._end = min(len(tokens) - generated + max_new, max_context)
         self.stop = frozenset(stop)
         self.stream = stream
         self.undrafted = undrafted
@@ -144,7 +135,7 @@ class ServerSession:
     @property
     def tokens_left(self) -> int:
         """The most tokens it may still commit."""
-        return min(self.max_new - self.generated, self.max_context - len(self.tokens))
+        return self._end - len(self.tokens)
 
     # --- drafts arrive ------------------------------------------------------------------------
 
@@ -157,8 +148,9 @@ class ServerSession:
         now_ms: float,
         slack_ms: float,
         draft_ms: float,
-    ) -> MergeResult:
-        """Take a draft frame into the tail, by position.
+    ) -> str:
+        """Take a draft frame into the tail, by position; returns why some of it was dropped, "" where nothing
+        was (see :class:`~wispprof.sessions.account.Tally`).
 
         ``survival``: P(accepted | those before were), one float per token. ``slack_ms``: what the
         edge has left before this round must be answered (round mode). Idempotent; never changes
@@ -181,7 +173,8 @@ class ServerSession:
             held = len(self.tail)
             if base == frontier + held and count <= self.max_tail - held:
                 # What nearly every frame is: the next drafts, nothing known of them yet.
-                return self._take(tokens, survival, now_ms, draft_ms)
+                self._take(tokens, survival, now_ms, draft_ms)
+                return ""
             overlap = 0
         else:
             overlap = min(frontier - base, len(tokens))
@@ -198,7 +191,7 @@ class ServerSession:
         overlap: int,
         now_ms: float,
         draft_ms: float,
-    ) -> MergeResult:
+    ) -> str:
         place = max(0, base - len(self.tokens))
         if place > len(self.tail):
             return self._drop("gap", len(tokens))
@@ -207,29 +200,24 @@ class ServerSession:
             return self._drop("conflict", len(tokens))
         fresh = slice(overlap + known, overlap + known + self.max_tail - len(self.tail))
         lost = len(tokens) - overlap - known - len(tokens[fresh])
-        merged = self._take(tokens[fresh], survival[fresh], now_ms, draft_ms)
-        if lost:
-            self._drop("overflow", lost)
-            return MergeResult(merged.taken, lost, "overflow")
-        return merged
+        self._take(tokens[fresh], survival[fresh], now_ms, draft_ms)
+        return self._drop("overflow", lost) if lost else ""
 
     def _take(
         self, tokens: Sequence[int], survival: Sequence[float], now_ms: float, draft_ms: float
-    ) -> MergeResult:
+    ) -> None:
         """Append new drafts; the tail has room for them."""
-        taken = len(tokens)
-        if not taken:
-            return _NOTHING_NEW
+        if not tokens:
+            return
         for chance in survival:
             if not 0.0 <= chance <= 1.0:
                 survival = [p if 0.0 <= p <= 1.0 else float(p > 1.0) for p in survival]
                 break
         self.tail += tokens
         self.tail_survival += survival
-        self.tally.drafted += taken
+        self.tally.drafted += len(tokens)
         self.arrivals.arrived(now_ms, survival, draft_ms)
         self._view = None
-        return MergeResult(taken)
 
     def _round_arrived(self, now_ms: float, slack_ms: float) -> None:
         """Round mode: from now on it may take part. (A stream may at any time, and its pace sets its
@@ -244,10 +232,10 @@ class ServerSession:
             self._round_deadline_ms = deadline
             self._view = None
 
-    def _drop(self, reason: str, tokens: int) -> MergeResult:
+    def _drop(self, reason: str, tokens: int) -> str:
         self.tally.dropped[reason] += tokens
         self.tally.frames[reason] += 1
-        return MergeResult(0, tokens, reason)
+        return reason
 
     def _clear_tail(self) -> None:
         self.tally.wasted += len(self.tail)
@@ -274,7 +262,7 @@ class ServerSession:
         prompt_left = committed - cached
         if prompt_left == 1 and self._started:
             prompt_left = 0
-        tokens_left = min(self.max_new - self.generated, self.max_context - committed)
+        tokens_left = self._end - committed
         hopeless_from = pace.hopeless_from_ms(tokens_left, self.floor_ms)
         hopeless = now_ms >= hopeless_from
         until_ms = math.inf if hopeless else hopeless_from
@@ -283,7 +271,8 @@ class ServerSession:
         due_tail: tuple[float, ...] = ()
         if drafting and not prompt_left:
             due_ms, due_tail, expires_ms = self.arrivals.due(now_ms)
-            until_ms = min(until_ms, expires_ms)
+            if expires_ms < until_ms:
+                until_ms = expires_ms
         self._view_until_ms = until_ms
         # The target's own token always comes on top, so the last token needs no draft.
         useful = 0 if prompt_left else tokens_left - 1
@@ -330,9 +319,8 @@ class ServerSession:
                 raise ValueError(f"{member} does not fit a session with {useful} useful drafts")
             fed = [self.tokens[-1], *tail[:drafts]] if drafts else self.tokens[-1:]
             self.tally.trimmed += useful - drafts
-        self._flight = _Flight(
-            len(fed), drafts, emit, self.epoch, self.deadline_ms, self._waiting_from_ms
-        )
+        waiting_from_ms = self._waiting_from_ms
+        self._flight = len(fed), drafts, emit, self.epoch, self.deadline_ms, waiting_from_ms
         self._flight_withdrawn = False
         self._started_ms = now_ms
         self._view = None
@@ -348,18 +336,19 @@ class ServerSession:
         flight = self._flight
         if flight is None:
             raise ValueError(f"session {self.session} took part in no step")
-        if len(outcome.tokens) != (outcome.accepted + 1 if flight.emit else 0):
-            raise ValueError(f"{outcome} does not answer a feed with emit={flight.emit}")
+        fed, drafts, emit, epoch, deadline_ms, queued_from_ms = flight
+        _, accepted, decided = outcome
+        if len(decided) != (accepted + 1 if emit else 0):
+            raise ValueError(f"{outcome} does not answer a feed with emit={emit}")
         self._flight = None
         self._view = None
-        fed, drafts, emit, epoch, deadline_ms, queued_from_ms = flight
-        self.cached += fed - drafts + outcome.accepted
+        self.cached += fed - drafts + accepted
         queue_ms = max(0.0, self._started_ms - queued_from_ms)
         if not emit:
             return Committed(self.session, epoch, self.frontier, (), 0, 0, queue_ms)
         first = self.pace.first_ms is None
-        tokens = self._append(outcome.tokens)
-        accepted = min(outcome.accepted, len(tokens))
+        tokens = self._append(decided)
+        accepted = min(accepted, len(tokens))
         self.pace.commit(len(tokens), now_ms)
         self._reconcile(tokens, accepted, now_ms)
         self.tally.steps += 1

@@ -23,23 +23,26 @@ class Pacing:
     after the link's round trip is the server's to queue and verify in. With ``carry`` it runs from the
     moment the last committed token was due instead: what a session ran ahead counts for it, and what it
     fell behind against it.
+
+    ``draft_ms``: a draft step; ``server_ms``: queueing and verifying; guesses until one was met.
     """
 
     def __init__(self, slo: Slo, carry: bool = False) -> None:
         self._slo = slo
         self._carry = carry
         self._due_ms = 0.0
-        self._draft_ms: float | None = None
+        self.draft_ms = self.server_ms = _FIRST_GUESS_MS
+        self._drafted = self._served = False
         self._waited_ms = 0.0
-        self._server_ms: float | None = None
         self._since_ms: float | None = None
         self._sent_ms: float | None = None
         self._heard_ms = 0.0
 
     def drafted(self, draft_ms: float, waited_ms: float = 0.0) -> None:
         """A draft step took this long, after it had waited for a device that other sessions share."""
-        usual = self._draft_ms
-        self._draft_ms = draft_ms if usual is None else usual + _WEIGHT * (draft_ms - usual)
+        usual = self.draft_ms if self._drafted else draft_ms
+        self.draft_ms = usual + _WEIGHT * (draft_ms - usual)
+        self._drafted = True
         self._waited_ms += _WEIGHT * (waited_ms - self._waited_ms)
 
     def sent(self, now_ms: float) -> None:
@@ -67,9 +70,9 @@ class Pacing:
 
     def holds(self, rtt_ms: float) -> Callable[[float], bool]:
         """:meth:`may_hold` of any moment, for as long as this object is told nothing new."""
-        if self._server_ms is None:
+        if not self._served:
             return _never
-        period, heard_ms = max(self._server_ms, 1e-3), self._heard_ms
+        period, heard_ms = max(self.server_ms, 1e-3), self._heard_ms
         needed_ms, kept_ms = self.draft_ms + self._waited_ms, _MARGIN * period
 
         def hold(now_ms: float) -> bool:
@@ -83,17 +86,11 @@ class Pacing:
         if self._since_ms is None:
             self._due_ms = now_ms + (tokens - 1) * self._slo.tpot_ms
         else:  # the first commit's time is the prefill's
-            self._server_ms = _blend(self._server_ms, server_ms)
+            usual = self.server_ms if self._served else server_ms
+            self.server_ms = usual + _WEIGHT * (server_ms - usual)
+            self._served = True
             self._due_ms += tokens * self._slo.tpot_ms
         self._since_ms = self._due_ms if self._carry else now_ms
-
-    @property
-    def draft_ms(self) -> float:
-        return _FIRST_GUESS_MS if self._draft_ms is None else self._draft_ms
-
-    @property
-    def server_ms(self) -> float:
-        return _FIRST_GUESS_MS if self._server_ms is None else self._server_ms
 
     def context(self, rtt_ms: float, load_level: int, lead: int) -> RoundContext:
         """What a controller is told when a round begins."""
@@ -115,7 +112,3 @@ class Pacing:
 
 def _never(now_ms: float) -> bool:
     return False
-
-
-def _blend(old: float | None, new: float) -> float:
-    return new if old is None else old + _WEIGHT * (new - old)

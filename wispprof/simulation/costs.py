@@ -8,6 +8,7 @@ questions as a fitted one, so policies cannot tell them apart.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from statistics import NormalDist
@@ -52,6 +53,11 @@ class LinearCost:
     def start(self) -> CostAccumulator:
         return _LinearBatch(self, 0.0, 0, 0.0)
 
+    def p50_ms(self, rows: int, work: float) -> float:
+        """Of a step with so many rows whose items and pairs take ``work`` ms."""
+        charged = rows - self.floor_rows
+        return self.fixed_ms + work + (self.row_ms * charged if charged > 0 else 0.0)
+
     def predict(self, shape: BatchShape) -> tuple[float, float]:
         if not shape.items:
             return 0.0, 0.0
@@ -61,8 +67,7 @@ class LinearCost:
             work = work + self.item_ms + self.kv_ms * cached
             if pair_ms:
                 work += pair_ms * (new * cached + new * (new + 1) / 2)
-        charged = rows - self.floor_rows
-        p50 = self.fixed_ms + work + (self.row_ms * charged if charged > 0 else 0.0)
+        p50 = self.p50_ms(rows, work)
         return p50, p50 * self.bound_ratio
 
     def predict_totals(self, totals: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -94,9 +99,17 @@ class _LinearBatch:
         work = self._work + cost.item_ms + cost.kv_ms * cached
         if cost.pair_ms:
             work += cost.pair_ms * (new * cached + new * (new + 1) / 2)
-        charged = rows - cost.floor_rows
-        p50 = cost.fixed_ms + work + (cost.row_ms * charged if charged > 0 else 0.0)
-        return _LinearBatch(cost, work, rows, p50)
+        return _LinearBatch(cost, work, rows, cost.p50_ms(rows, work))
+
+    def add_all(self, new: Sequence[int], cached: Sequence[int]) -> CostAccumulator:
+        """This batch with n decode items more, as :meth:`add` of each in turn."""
+        cost, work = self._cost, self._work
+        for rows, held in zip(new, cached, strict=True):
+            work = work + cost.item_ms + cost.kv_ms * held
+            if cost.pair_ms:
+                work += cost.pair_ms * (rows * held + rows * (rows + 1) / 2)
+        total = self._rows + sum(new)
+        return _LinearBatch(cost, work, total, cost.p50_ms(total, work) if total else 0.0)
 
     def add_many(
         self, new: NDArray[np.int64], cached: NDArray[np.int64], prefill: object = False

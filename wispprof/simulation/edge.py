@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from wispprof.policies.api import Controller, RoundContext
 from wispprof.sessions.account import Committed
@@ -30,17 +30,11 @@ from wispprof.simulation.metrics import SessionRecord
 if TYPE_CHECKING:
     from wispprof.simulation.engine import Simulation
 
-__all__ = ["Answer", "Edge"]
+__all__ = ["Edge"]
 
 
-class Answer(NamedTuple):
-    """What the server sends with a commit."""
-
-    commit: Committed
-    verify_ms: float
-    load_level: int
-
-
+# What the server sends: a commit, how long its step took, and the load level.
+_Answer = tuple[Committed, float, int]
 # A draft step that runs: when it ends, what it costs, the position it drafts for, and the epoch.
 _Step = tuple[float, float, int, int]
 
@@ -113,7 +107,7 @@ class Edge:
         if self.controller is not None and self.stream:
             self.next_ms = self._free_ms
 
-    def on_commit(self, now_ms: float, answer: Answer) -> None:
+    def on_commit(self, now_ms: float, answer: _Answer) -> None:
         """A commit reached the device: its tokens are shown, and drafts held against it."""
         commit, verify_ms, load_level = answer
         record, count = self.record, len(commit.tokens)
@@ -214,14 +208,20 @@ class Edge:
         now_ms = self.next_ms
         if now_ms > until_ms:
             return
+        step, path = self._running, self.path
         # Only the first of its steps can have been overtaken: no commit comes while this runs.
-        self.next_ms = math.inf
-        step, self._running = self._running, None
-        if step is not None:
-            self._absorb(step)
-        begun = self._streams(now_ms)
-        if begun is not None and begun[0] <= until_ms:
-            self._draft_on(begun, until_ms)
+        if (
+            step is None
+            or path.epoch != step[3]
+            or path.length != step[2]
+            or not self._turns.may_draft()
+        ):
+            self.next_ms, self._running = math.inf, None
+            if step is not None:
+                self._absorb(step)
+            step = self._streams(now_ms)
+        if step is not None and step[0] <= until_ms:
+            self._draft_on(step, until_ms)
 
     def _draft_on(self, step: _Step, until_ms: float) -> None:
         """Draft step after draft step up to and with ``until_ms``; ``step`` is the first of them."""
@@ -230,7 +230,7 @@ class Edge:
         counters, rtt_ms = self._sim.counters, self._rtt_ms
         at_ms, cost_ms, position, epoch = step
         drafting_ms, steps = counters.drafting_ms, 0
-        usual_ms, hold = pacing.draft_ms, pacing.holds(rtt_ms)
+        usual_ms = math.nan
         even = not device.draft_ms_per_ktoken and not device.resume_ms
         while at_ms <= until_ms:
             if cost_ms != usual_ms:  # else it teaches nothing
@@ -260,7 +260,9 @@ class Edge:
         """A step ended, a commit came, or the draft model is ready: send what is due, draft on. Returns the
         step that runs now."""
         turns = self._turns
-        out = turns.due(self._context, self._pacing.may_hold(now_ms, self._rtt_ms))
+        # Where nothing is unsent there is nothing to hold.
+        hold = self.path.unsent > 0 and self._pacing.may_hold(now_ms, self._rtt_ms)
+        out = turns.due(self._context, hold)
         if out is not None:
             # A stream's deadlines are the server's to know: no slack goes with its frames.
             self.outbox.append((self._sim.sent(now_ms, self.link, len(out.tokens)), out))

@@ -17,7 +17,7 @@ from wispprof.policies.load import load_level, stretch
 from wispprof.sessions.ledger import ServerSession
 from wispprof.sessions.path import Outgoing
 from wispprof.simulation.costs import StepTimes, WithoutPrefixCache
-from wispprof.simulation.edge import Answer, Edge
+from wispprof.simulation.edge import Edge
 from wispprof.simulation.links import COMMIT_BYTES, TOKEN_BYTES
 from wispprof.simulation.residency import Residency
 from wispprof.simulation.scenario import ServerModel
@@ -255,7 +255,7 @@ class Server:
                 queue_ms += commit.queue_ms
             size = COMMIT_BYTES + TOKEN_BYTES * count
             down_bytes += size
-            at(edge.link.down(leaves_ms, size), edge.on_commit, Answer(commit, took_ms, level))
+            at(edge.link.down(leaves_ms, size), edge.on_commit, (commit, took_ms, level))
             if commit.finished:
                 kv_used -= session.cached
                 over.append(key)
