@@ -67,6 +67,10 @@ def serve(
     max_drafts: Annotated[int, typer.Option(min=1, max=64, help="Lead an edge may take.")] = 32,
     max_sessions: Annotated[int, typer.Option(min=1, help="Most sessions at a time.")] = 1024,
     sessions_per_key: Annotated[int, typer.Option(min=1, help="Most sessions of one key.")] = 1024,
+    gather_ms: Annotated[
+        float,
+        typer.Option(min=0.0, help="How long frames may lie unread during a step; 0: not at all."),
+    ] = 8.0,
     admit: Annotated[
         str, typer.Option(help="slo: refuse promises that cannot be kept; all: refuse none.")
     ] = "slo",
@@ -110,6 +114,7 @@ def serve(
             max_drafts=max_drafts,
             max_sessions=max_sessions,
             sessions_per_key=sessions_per_key,
+            gather_ms=gather_ms,
             admit=admit,
             live=live,
             log_level=log_level,

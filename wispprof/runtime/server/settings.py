@@ -93,6 +93,8 @@ class ServerSettings:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.gather_ms < 0.0:
+            raise ValueError(f"gather_ms must not be negative, got {self.gather_ms}")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise WispprofError(
                 "TLS needs a certificate and its key.", "Give both --tls-cert and --tls-key."
