@@ -299,6 +299,17 @@ def test_hopeless_sessions_that_cost_little_advance_with_the_rest():
     assert len(plan.members) == 8
 
 
+def test_who_takes_part_whatever_it_is_worth_does_not_count_among_those_who_wait():
+    """A deep newcomer waits, by the rate of those that stay; a starved one stays, draft due or not."""
+    estimator = SyntheticEstimator(fixed=4.0, row=0.3, kv=4e-3, pair=2e-5)
+    due = {"cached": 4000, "due_ms": 0.0, "due_tail": (0.0,)}
+    sessions = [stream("new", **due), stream("starved", tail=(1.0,), arrived_ms=-600.0, **due)]
+    plan = make_batch_policy("wispprof").plan(0.0, sessions, estimator, LIMITS)
+    alone = [sessions[0], sessions[1]._replace(due_ms=None, due_tail=())]
+    without = make_batch_policy("wispprof").plan(0.0, alone, estimator, LIMITS)
+    assert plan.members == without.members
+
+
 def test_a_prompt_is_cut_so_that_running_sessions_keep_their_gap():
     running = [stream(str(i), slo=Slo(10.0)) for i in range(12)]
     prompt = stream("new", prompt_left=1500, cached=0, slo=Slo(10.0))

@@ -11,8 +11,9 @@ tokens than it saved promises.
 *rescue*: a session that falls behind a promise which centralized serving would keep in this company weighs
 as much as all others together, and more: steps shrink towards undrafted ones until it is back on time.
 *size_prefill*: prompt chunks as large as no running session minds (:mod:`wispprof.policies.prefill`).
-*demote_hopeless*: tokens of sessions whose promise is lost weigh little, and such sessions stay out
-where together they would add more to the step than the fixed part of a step of their own.
+*demote_hopeless*: tokens of sessions whose promise is lost weigh what those of sessions on time do, however
+late they are, and such sessions stay out where together they would add more to the step than the fixed part
+of a step of their own.
 *floor*: the plan of centralized serving is always among the candidates.
 
 Linear costs only say in which order drafts earn their time. How many of them join is decided by the
@@ -76,7 +77,7 @@ class StreamSettings:
     floor: bool = True
     catch_up: float = 4.0
     rescue_weight: float = 2.5
-    hopeless_weight: float = 0.25
+    hopeless_weight: float = 1.0
     patience: float = 8.0
     first_token: float = 4.0
 
@@ -189,10 +190,11 @@ class Wispprof:
         keep = ladder.keep(best, count) if settings.trim else columns.lengths
         members, wake_ms = everyone, math.inf
         if settings.wait:
+            # Who takes part whatever it is worth has no time to wait, and is no waiter to count with.
+            slack = np.where(need.stale, -math.inf, need.slack)
             out, due_ms, margin_ms = waits(
-                now_ms, decode, book, keep, rate, need.slack, costs.all_bound_ms
+                now_ms, decode, book, keep, rate, slack, costs.all_bound_ms
             )
-            out &= ~need.stale
             if out.any() and self._waiting_pays(book, keep, out, margin_ms, estimator):
                 members, wake_ms = ~out, due_ms
         if settings.demote_hopeless and need.lost.any() and not need.lost.all():
@@ -222,8 +224,6 @@ class Wispprof:
         weight = np.ones(len(decode))
         if settings.slack:
             weight += (settings.catch_up - 1.0) * need.behind(step_ms)
-        if settings.demote_hopeless:
-            weight[need.lost] = settings.hopeless_weight
         if settings.rescue:
             read_ms, row_ms = costs.over(columns.cached)
             undrafted_ms = costs.fixed_ms + max(0.0, self._between_ms)
@@ -231,6 +231,8 @@ class Wispprof:
             urgency = need.urgency(decode, undrafted_ms, step_ms)
             together = settings.rescue_weight * len(decode) / max(1.0, float(urgency.sum()))
             weight = np.maximum(weight, 1.0 + together * urgency)
+        if settings.demote_hopeless:
+            weight[need.lost] = settings.hopeless_weight
         return weight
 
     @staticmethod

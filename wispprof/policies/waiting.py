@@ -53,8 +53,8 @@ def waits(
     spent = book.lone_ms + keep * book.row_ms
     whole_ms = max(1e-6, book.fixed_ms + float(spent.sum()))
     company = share * book.fixed_ms / count
-    # A rate is at most what it is with everybody in (else they would not all be worth their time), so
-    # whoever does not wait at that rate need not be looked at again.
+    # Whoever would not wait for the surest of drafts at the rate with everybody in does not wait, though the
+    # rate may rise when others do.
     able = rate * np.maximum(book.read_ms - company, 0.0) > (1.0 - _SURE * ends) * book.weight
     able &= slack >= whole_ms + safety_ms
     places: list[int] = []
