@@ -1,0 +1,297 @@
+"""The ``wispprof`` policy once more, as its docstrings say it: loops over sessions, drafts and prompts, every
+candidate priced whole by ``estimator.predict``. Slow, and obvious; the tests compare its decisions with the
+policy's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from plain_step import Costs, Keep, Step, linear_costs, price, read_prompts, value_of
+
+from wispprof.core import StepEstimator
+from wispprof.policies import Limits, Member, SessionView
+from wispprof.policies.marginal import expected_tokens
+from wispprof.policies.stream import StreamSettings
+
+__all__ = ["Decision", "PlainWispprof"]
+
+
+class Choice(NamedTuple):
+    """Drafts kept by member, who was looked at, when to ask again; as in :class:`Decision`."""
+
+    keep: Keep = {}
+    seen: Sequence[SessionView] = ()
+    wake_ms: float = math.inf
+    weights: dict[str, float] = {}
+    extra_ms: float = 0.0
+
+
+class Decision(NamedTuple):
+    """``weights``: what a token of each session that was looked at is worth; ``extra_ms``: what a step costs
+    besides the estimator's price."""
+
+    members: dict[str, Member]
+    wake_ms: float | None = None
+    weights: dict[str, float] = {}
+    extra_ms: float = 0.0
+
+
+@dataclass
+class PlainWispprof:
+    """Asked with the same questions one after another, it remembers what the policy remembers."""
+
+    settings: StreamSettings = field(default_factory=StreamSettings)
+    between_ms: float = 0.0
+    backlog: float = 0.0
+    last: tuple[float, float] | None = None
+
+    def plan(
+        self,
+        now_ms: float,
+        sessions: Sequence[SessionView],
+        estimator: StepEstimator,
+        limits: Limits,
+    ) -> Decision:
+        if self.last is not None:
+            # What passes between a step's predicted end and the next decision, up to the step itself.
+            began_ms, p50_ms = self.last
+            gap_ms = min(max(now_ms - began_ms - p50_ms, -p50_ms), p50_ms)
+            self.between_ms += 0.05 * (gap_ms - self.between_ms)
+            self.last = None
+        decode = [s for s in sessions if s.ready and not s.prompt_left]
+        prompts = [s for s in sessions if s.ready and s.prompt_left]
+        if not decode and not prompts:
+            return Decision({})
+        if min(limits.max_items, limits.max_tokens, limits.kv_free) < 1:
+            return Decision({}, now_ms + 1.0)
+        step = Step(estimator, limits)
+        choice, won = Choice(), []
+        if decode:
+            choice = self.choose(now_ms, decode, estimator, limits)
+            for s in choice.seen:
+                if s.session in choice.keep:
+                    drafts = choice.keep[s.session]
+                    step.join(s, Member(s.session, drafts=drafts))
+                    won.append(expected_tokens(s.tail[:drafts]))
+        if prompts:
+            gain = sum(won) / len(won) if won else 1.0
+            read_prompts(step, now_ms, prompts, choice.seen, gain, self.settings)
+        fed = sum(m.prefill for m in step.members.values())
+        waiting = sum(s.prompt_left for s in prompts) > fed
+        self.backlog += 0.05 * (float(waiting) - self.backlog)
+        if step.members:
+            self.last = now_ms, step.price()[0]
+            return Decision(step.members, None, choice.weights, choice.extra_ms)
+        return Decision({}, max(min(choice.wake_ms, now_ms + 50.0), now_ms + 0.1))
+
+    # --- who decodes, with how much ---------------------------------------------------------------
+
+    def choose(
+        self,
+        now_ms: float,
+        decode: list[SessionView],
+        estimator: StepEstimator,
+        limits: Limits,
+    ) -> Choice:
+        settings, seats = self.settings, limits.max_items
+        if len(decode) > 2 * seats:
+            sample = linear_costs(estimator, decode[:: len(decode) // seats], seats)
+            needy = self.by_need(now_ms, decode, sample.bound)[: 2 * seats]
+            decode = [s for s in decode if s in needy]
+        costs = linear_costs(estimator, decode, seats)
+        extra_ms = max(0.0, self.between_ms) - self.backlog * costs.fixed
+        around = costs._replace(fixed=max(0.0, costs.fixed + extra_ms))
+        weight = self.weights(now_ms, decode, costs)
+        ladder = self.ladder(decode, around, weight)
+
+        # By linear costs: the length that makes the highest rate, and that rate.
+        best, rate = self.linear_best(decode, ladder, around, weight)
+        keep = kept(decode, ladder[:best])
+        if not settings.trim:
+            keep = {s.session: len(s.tail) for s in decode}
+
+        stale = {s.session for s in decode if self.stale(now_ms, s, costs.bound)}
+        out, wake_ms = set(), math.inf
+        if settings.wait:
+            out, wake_ms = self.waiters(
+                now_ms, decode, keep, rate, around, costs.bound, weight, estimator, stale
+            )
+        if settings.demote_hopeless and 0 < sum(s.hopeless for s in decode) < len(decode):
+            poor = []
+            for s in decode:
+                won = expected_tokens(s.tail[: keep[s.session]]) * weight[s.session]
+                spent = around.spent(s, keep[s.session])
+                if s.hopeless and s.session not in stale and won < rate * spent:
+                    poor.append((s.session, spent))
+            if sum(spent for _, spent in poor) > costs.fixed:
+                out = out | {name for name, _ in poor}
+        members = [s for s in decode if s.session not in out]
+        if not members:
+            if (wake_ms - now_ms) * rate < 0.1 * sum(weight.values()):
+                return Choice({}, decode, wake_ms)
+            members = decode
+
+        room = min(limits.max_tokens, limits.kv_free)
+        most = min(seats, room)
+        members = self.by_need(now_ms, members, costs.bound)[:most]
+        names = {s.session for s in members}
+        rungs = [d for d in ladder if d[0] in names][: room - len(members)]
+        candidates = [kept(members, rungs[:length]) for length in range(len(rungs) + 1)]
+        if not settings.floor:
+            least, _ = self.linear_best(members, rungs, around, weight)
+            candidates = candidates[min(1, least) :]
+        if not settings.trim:
+            candidates = [candidates[-1]]
+            if settings.floor and rungs:
+                candidates.insert(0, kept(members, []))
+        if settings.floor and len(members) < len(decode):
+            candidates.append(kept(self.by_need(now_ms, decode, costs.bound)[:most], []))
+        values = [value_of(decode, c, weight, estimator, extra_ms) for c in candidates]
+        chosen = candidates[values.index(max(values))]
+        return Choice(chosen, decode, wake_ms, weight, extra_ms)
+
+    def stale(self, now_ms: float, s: SessionView, bound_ms: float) -> bool:
+        """Left out for so many steps that it takes part whatever it is worth."""
+        return now_ms - s.arrived_ms > self.settings.patience * bound_ms
+
+    def by_need(
+        self, now_ms: float, sessions: Sequence[SessionView], bound_ms: float
+    ) -> list[SessionView]:
+        """Stale ones first, then by slack, lost promises last."""
+
+        def rank(s: SessionView) -> float:
+            if self.stale(now_ms, s, bound_ms):
+                return -math.inf
+            return math.inf if s.hopeless else s.deadline_ms
+
+        return sorted(sessions, key=rank)
+
+    def weights(
+        self, now_ms: float, decode: Sequence[SessionView], costs: Costs
+    ) -> dict[str, float]:
+        """What a token of each session is worth."""
+        settings, step_ms = self.settings, costs.bound
+        undrafted_ms = costs.fixed + max(0.0, self.between_ms)
+        undrafted_ms += sum(costs.spent(s, 0) for s in decode)
+        weight, urgency = {}, {}
+        for s in decode:
+            slack_ms, token_ms = s.deadline_ms - now_ms, 1000.0 / s.slo.tokens_per_s
+            # Two steps in hand: not behind at all; as many late: all the way.
+            behind = min(max(0.5 - slack_ms / (4.0 * step_ms), 0.0), 1.0)
+            weight[s.session] = 1.0 + (settings.catch_up - 1.0) * behind * settings.slack
+            # In full one step before the deadline, not at all three steps before it.
+            urgency[s.session] = min(max((3.0 - slack_ms / step_ms) / 2.0, 0.0), 1.0) ** 2
+            ahead = slack_ms >= 0.15 * token_ms * s.committed
+            if s.hopeless or token_ms < undrafted_ms or ahead:
+                urgency[s.session] = 0.0
+        together = settings.rescue_weight * len(decode) / max(1.0, sum(urgency.values()))
+        for s in decode:
+            if settings.rescue:
+                rescued = 1.0 + together * urgency[s.session]
+                weight[s.session] = max(weight[s.session], rescued)
+            if settings.demote_hopeless and s.hopeless:
+                weight[s.session] = settings.hopeless_weight
+        return weight
+
+    @staticmethod
+    def ladder(
+        decode: Sequence[SessionView], costs: Costs, weight: dict[str, float]
+    ) -> list[tuple[str, float]]:
+        """(whose draft, weighted tokens it is expected to bring), in falling order of that per ms."""
+        drafts = []
+        for s in decode:
+            alive = 1.0
+            for survival in s.tail:
+                alive *= survival
+                if alive > 0.0:
+                    brings = alive * weight[s.session]
+                    drafts.append((brings / max(costs.draft(s), 1e-12), s.session, brings))
+        drafts.sort(key=lambda draft: -draft[0])
+        return [(name, brings) for _, name, brings in drafts]
+
+    @staticmethod
+    def linear_best(
+        members: Sequence[SessionView],
+        ladder: Sequence[tuple[str, float]],
+        costs: Costs,
+        weight: dict[str, float],
+    ) -> tuple[int, float]:
+        """(how many drafts make the highest rate by the linear costs, the fewest of equals; that rate)."""
+        depth = {s.session: costs.draft(s) for s in members}
+        worth = sum(weight[s.session] for s in members)
+        spent = costs.fixed + sum(costs.spent(s, 0) for s in members)
+        best, rate = 0, worth / max(spent, 1e-9)
+        for length, (name, brings) in enumerate(ladder, 1):
+            worth, spent = worth + brings, spent + depth[name]
+            if worth / max(spent, 1e-9) > rate:
+                best, rate = length, worth / max(spent, 1e-9)
+        return best, rate
+
+    @staticmethod
+    def waiters(
+        now_ms: float,
+        decode: Sequence[SessionView],
+        keep: Keep,
+        rate: float,
+        costs: Costs,
+        safety_ms: float,
+        weight: dict[str, float],
+        estimator: StepEstimator,
+        stale: set[str],
+    ) -> tuple[set[str], float]:
+        """(who waits for a draft that is due, when the first of those is due)."""
+        spent = {s.session: costs.spent(s, keep[s.session]) for s in decode}
+        whole_ms = max(1e-6, costs.fixed + sum(spent.values()))
+        company_ms = costs.fixed / len(decode)
+        due, lost, saved = [], {}, {}
+        for s in decode:
+            if s.session in stale or s.due_ms is None or not s.due_tail:
+                continue
+            in_time = now_ms <= s.due_ms <= now_ms + whole_ms
+            if not in_time or s.deadline_ms - now_ms < whole_ms + safety_ms:
+                continue
+            held = math.prod(s.tail)
+            lost[s.session] = (1.0 - held * s.due_tail[0]) * weight[s.session]
+            saved[s.session] = costs.read(s) - company_ms
+            # However sure its draft, at the rate of the whole company it must be worth the wait.
+            if rate * max(saved[s.session], 0.0) > (1.0 - 0.995 * held) * weight[s.session]:
+                due.append(s)
+        due.sort(key=lambda s: s.due_ms)
+        out: set[str] = set()
+        for _ in range(8):
+            left_ms, again = whole_ms, set()
+            for s in due:
+                if rate * saved[s.session] > lost[s.session]:
+                    left_ms -= spent[s.session]
+                    if s.due_ms - now_ms > left_ms:
+                        break
+                    again.add(s.session)
+            if again == out:
+                break
+            out, worth, time = again, 0.0, costs.fixed
+            for s in decode:
+                if s.session not in out:
+                    worth += expected_tokens(s.tail[: keep[s.session]]) * weight[s.session]
+                    time += spent[s.session]
+            rate = worth / time if time > 0 and worth > 0 else 0.0
+        if rate <= 0.0 or not out:
+            return set(), math.inf
+        # The step must really become shorter: by what was promised, less what waiting gains anyway.
+        everybody = price(decode, keep, estimator)
+        others = price(decode, {n: k for n, k in keep.items() if n not in out}, estimator)
+        promised_ms = sum(spent[name] for name in out)
+        margin_ms = sum(saved[name] - lost[name] / rate for name in out)
+        if everybody - others - promised_ms + margin_ms <= 0.0:
+            return set(), math.inf
+        return out, min(s.due_ms for s in decode if s.session in out)
+
+
+def kept(members: Sequence[SessionView], taken: Sequence[tuple[str, float]]) -> Keep:
+    """Drafts that each member keeps when these are taken."""
+    keep = dict.fromkeys((s.session for s in members), 0)
+    for name, _ in taken:
+        keep[name] += 1
+    return keep
