@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from wispprof.artifacts.plan import load_plan, save_plan
 from wispprof.errors import PlanError
 from wispprof.planning import PlanSettings, Runs, make_plan
+from wispprof.planning.cells import Edge
 from wispprof.planning.mix import mix_row
 from wispprof.planning.run import SpeedDevice, class_mix
 from wispprof.planning.timing import StepTimes
@@ -36,7 +37,7 @@ def plan():
 
 def fits(mix, mode: str = "stream", cost: LinearCost = COST) -> int:
     times = StepTimes(cost, SETTINGS.context)
-    return mix_row(times, LAPTOP, 20.0, mix, mode, RUNS, RUNS, SETTINGS).split
+    return mix_row(times, Edge(LAPTOP, 20.0, mode, RUNS, RUNS), mix, SETTINGS).split
 
 
 @pytest.mark.parametrize("mode", ["stream", "round"])

@@ -14,6 +14,7 @@ from wispprof.artifacts.plan import load_plan, save_plan
 from wispprof.core import BatchShape
 from wispprof.errors import ArtifactDamaged, PlanError
 from wispprof.planning import PlanSettings, Runs, make_plan
+from wispprof.planning.cells import Edge
 from wispprof.planning.export import export
 from wispprof.planning.run import SpeedDevice
 from wispprof.planning.tables import capacity_row, step_times
@@ -207,12 +208,11 @@ def test_slower_servers_and_stricter_promises_never_raise_any_capacity(
     fixed, row, acceptance, speed, rtt, slower, promise, mode
 ):
     limits = PlanSettings(k_max=4, context=500, max_sessions=64)
-    device, runs = SpeedDevice("x", speed), Runs.geometric(acceptance)
+    runs = Runs.geometric(acceptance)
+    edge = Edge(SpeedDevice("x", speed), rtt, mode, runs, runs)
 
     def fits(step: Step, tokens_per_s: float) -> tuple[int, int]:
-        found = capacity_row(
-            step_times(step, limits), device, rtt, tokens_per_s, mode, runs, runs, limits
-        )
+        found = capacity_row(step_times(step, limits), edge, tokens_per_s, limits)
         return found.centralized, found.split
 
     server = Step(fixed, row)

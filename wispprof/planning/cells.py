@@ -11,7 +11,7 @@ from wispprof.planning.settings import PlanSettings
 from wispprof.planning.timing import Pace, StepTimes, round_pace, stream_pace, undrafted_pace
 from wispprof.planning.worth import Figures, choose
 
-__all__ = ["Curve", "Device", "curve", "draft_row"]
+__all__ = ["Curve", "Device", "Edge", "curve", "draft_row"]
 
 _MAX_LEAD = 32
 
@@ -34,6 +34,18 @@ class Device(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Edge:
+    """How alike sessions draft: on which device, over which link, in which mode, and how far what they draft
+    is right. ``slow``: runs of the session whose promise is the hardest to keep."""
+
+    device: Device
+    rtt_ms: float
+    mode: str
+    mean: Runs
+    slow: Runs
+
+
+@dataclass(frozen=True, slots=True)
 class Curve:
     """Paces for k = 0 … k_max of the mean session, tokens/s of the slow one in the same company, and
     what one more row of one session adds to that step. ``resume_ms``: of a round's drafting, for a rest."""
@@ -47,35 +59,25 @@ class Curve:
     resume_ms: float = 0.0
 
 
-def curve(
-    times: StepTimes,
-    sessions: int,
-    draft_ms: float,
-    rtt_ms: float,
-    mean: Runs,
-    slow: Runs,
-    mode: str,
-    k_max: int,
-    resume_ms: float = 0.0,
-) -> Curve:
-    """Every k of one cell. The slow session shares the steps that mean sessions make. ``resume_ms``: what
-    a rest adds to a round; a stream drafts on."""
-    if mode == "stream":
-        resume_ms = 0.0
+def curve(times: StepTimes, sessions: int, edge: Edge, k_max: int) -> Curve:
+    """Every k of one cell. The slow session shares the steps that mean sessions make. What a rest adds is a
+    round's alone; a stream drafts on."""
+    draft_ms, rtt_ms = edge.device.step_ms(times.cached), edge.rtt_ms
+    resume_ms = 0.0 if edge.mode == "stream" else edge.device.resume_ms
     undrafted = undrafted_pace(times, sessions)
     paces, slow_speeds = [undrafted], [undrafted.tokens_per_s]
     for k in range(1, k_max + 1):
-        if mode == "round":
-            pace = round_pace(times, sessions, k, draft_ms, rtt_ms, mean, resume_ms)
-            slow_commits = 1.0 + sum(slow.cumulative[:k])
+        if edge.mode == "round":
+            pace = round_pace(times, sessions, k, draft_ms, rtt_ms, edge.mean, resume_ms)
+            slow_commits = 1.0 + sum(edge.slow.cumulative[:k])
         else:
-            pace = stream_pace(times, sessions, k, draft_ms, rtt_ms, mean)
+            pace = stream_pace(times, sessions, k, draft_ms, rtt_ms, edge.mean)
             fixed = StepTimes(_Constant(pace.step_ms), 0)
-            slow_commits = stream_pace(fixed, 1, k, draft_ms, rtt_ms, slow).commits
+            slow_commits = stream_pace(fixed, 1, k, draft_ms, rtt_ms, edge.slow).commits
         paces.append(pace)
         slow_speeds.append(slow_commits / pace.round_ms * 1000.0)
     rows = tuple(times.row_ms(p.items, p.rows) for p in paces)
-    return Curve(mode, draft_ms, rtt_ms, tuple(paces), tuple(slow_speeds), rows, resume_ms)
+    return Curve(edge.mode, draft_ms, rtt_ms, tuple(paces), tuple(slow_speeds), rows, resume_ms)
 
 
 def draft_row(

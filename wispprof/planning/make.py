@@ -10,7 +10,7 @@ from wispprof.artifacts.records import AcceptanceTrace
 from wispprof.core import StepEstimator
 from wispprof.errors import PlanError
 from wispprof.planning.acceptance import Runs, runs_of_trace
-from wispprof.planning.cells import Device, curve, draft_row
+from wispprof.planning.cells import Device, Edge, curve, draft_row
 from wispprof.planning.drafts import choices
 from wispprof.planning.mix import mix_row
 from wispprof.planning.settings import PlanSettings
@@ -58,34 +58,15 @@ def make_plan(
     total = len(fleet) * len(settings.rtts_ms) * len(MODES)
     done = 0
     for device in fleet:
-        mean, slow = runs[device.name]
-        draft_ms = device.step_ms(settings.context)
         for rtt_ms in settings.rtts_ms:
             for mode in MODES:
+                edge = Edge(device, rtt_ms, mode, *runs[device.name])
                 for level, sessions in levels.items():
-                    cell = curve(
-                        times,
-                        sessions,
-                        draft_ms,
-                        rtt_ms,
-                        mean,
-                        slow,
-                        mode,
-                        settings.k_max,
-                        device.resume_ms,
-                    )
+                    cell = curve(times, sessions, edge, settings.k_max)
                     draft += [draft_row(cell, device, level, s, settings) for s in settings.slos]
-                    break_even.append(
-                        break_even_row(times, device, rtt_ms, level, sessions, mode, mean, settings)
-                    )
-                capacity += [
-                    capacity_row(times, device, rtt_ms, s, mode, mean, slow, settings)
-                    for s in settings.slos
-                ]
-                mixes += [
-                    mix_row(times, device, rtt_ms, mix, mode, mean, slow, settings)
-                    for mix in settings.mixes_or_equal
-                ]
+                    break_even.append(break_even_row(times, edge, level, sessions, settings))
+                capacity += [capacity_row(times, edge, s, settings) for s in settings.slos]
+                mixes += [mix_row(times, edge, mix, settings) for mix in settings.mixes_or_equal]
                 done += 1
                 if progress is not None:
                     progress(done, total, device.name)

@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from wispprof.artifacts.plan import MixRow
-from wispprof.planning.acceptance import Runs
-from wispprof.planning.cells import Device
+from wispprof.planning.cells import Edge
 from wispprof.planning.settings import Mix, PlanSettings
 from wispprof.planning.tables import largest
 from wispprof.planning.timing import StepTimes, renewal
@@ -24,22 +23,13 @@ _ITERATIONS = 40
 _TOLERANCE = 1e-3
 
 
-def mix_row(
-    times: StepTimes,
-    device: Device,
-    rtt_ms: float,
-    mix: Mix,
-    mode: str,
-    mean: Runs,
-    slow: Runs,
-    settings: PlanSettings,
-) -> MixRow:
+def mix_row(times: StepTimes, edge: Edge, mix: Mix, settings: PlanSettings) -> MixRow:
     """Most sessions in these shares of which each keeps its promise, undrafted and drafted."""
     classes = [speed for speed, _ in mix]
     total = sum(share for _, share in mix)
     shares = [share / total for _, share in mix]
     most = settings.kv_sessions
-    shared = _Shared(times, device, rtt_ms, mode, mean, slow, settings)
+    shared = _Shared(times, edge, settings.k_max)
 
     def undrafted(count: int) -> bool:
         return 1000.0 / times.whole(count, 1)[0] >= max(classes)
@@ -52,9 +42,9 @@ def mix_row(
     if count == most:
         bound_by = "kv" if most < settings.max_sessions else "limit"
     return MixRow(
-        device.name,
-        rtt_ms,
-        mode,
+        edge.device.name,
+        edge.rtt_ms,
+        edge.mode,
         tuple(classes),
         tuple(shares),
         central,
@@ -67,24 +57,16 @@ def mix_row(
 class _Shared:
     """Sessions of several classes over one server."""
 
-    def __init__(
-        self,
-        times: StepTimes,
-        device: Device,
-        rtt_ms: float,
-        mode: str,
-        mean: Runs,
-        slow: Runs,
-        settings: PlanSettings,
-    ) -> None:
+    def __init__(self, times: StepTimes, edge: Edge, k_max: int) -> None:
         self._times = times
-        self._draft_ms = device.step_ms(settings.context)
-        self._resume_ms = device.resume_ms
-        self._rtt_ms = rtt_ms
-        self._stream = mode == "stream"
-        self._mean, self._slow = mean, slow
-        self._mean_lengths, self._slow_lengths = mean.lengths().tolist(), slow.lengths().tolist()
-        self._k_max = settings.k_max
+        self._draft_ms = edge.device.step_ms(times.cached)
+        self._resume_ms = edge.device.resume_ms
+        self._rtt_ms = edge.rtt_ms
+        self._stream = edge.mode == "stream"
+        self._slow = edge.slow
+        self._mean_lengths = edge.mean.lengths().tolist()
+        self._slow_lengths = edge.slow.lengths().tolist()
+        self._k_max = k_max
 
     def lengths(
         self, classes: Sequence[float], shares: Sequence[float], count: int

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from wispprof.artifacts.plan import BatchRow, BreakEvenRow, CapacityRow
 from wispprof.core import StepEstimator
 from wispprof.planning.acceptance import Runs
-from wispprof.planning.cells import Curve, Device, curve
+from wispprof.planning.cells import Curve, Edge, curve
 from wispprof.planning.settings import PlanSettings
 from wispprof.planning.timing import StepTimes
 from wispprof.policies.load import LOAD_LEVELS, load_level, representative_stretch
@@ -107,24 +108,16 @@ def batch_row(
 
 
 def capacity_row(
-    times: StepTimes,
-    device: Device,
-    rtt_ms: float,
-    tokens_per_s: float,
-    mode: str,
-    mean: Runs,
-    slow: Runs,
-    settings: PlanSettings,
+    times: StepTimes, edge: Edge, tokens_per_s: float, settings: PlanSettings
 ) -> CapacityRow:
     """Most sessions that keep their promise, undrafted and with the best k."""
     most = settings.kv_sessions
-    draft_ms, resume_ms = device.step_ms(settings.context), device.resume_ms
 
     def undrafted(count: int) -> bool:
         return 1000.0 / times.whole(count, 1)[0] >= tokens_per_s
 
     def cell(count: int) -> Curve:
-        return curve(times, count, draft_ms, rtt_ms, mean, slow, mode, settings.k_max, resume_ms)
+        return curve(times, count, edge, settings.k_max)
 
     def split(count: int) -> bool:
         return max(cell(count).slow) >= tokens_per_s
@@ -140,25 +133,25 @@ def capacity_row(
     if count == most:
         bound_by = "kv" if most < settings.max_sessions else "limit"
     return CapacityRow(
-        device.name, rtt_ms, tokens_per_s, mode, max(0, central), max(0, count), k, bound_by
+        edge.device.name,
+        edge.rtt_ms,
+        tokens_per_s,
+        edge.mode,
+        max(0, central),
+        max(0, count),
+        k,
+        bound_by,
     )
 
 
 def break_even_row(
-    times: StepTimes,
-    device: Device,
-    rtt_ms: float,
-    level: int,
-    sessions: int,
-    mode: str,
-    mean: Runs,
-    settings: PlanSettings,
+    times: StepTimes, edge: Edge, level: int, sessions: int, settings: PlanSettings
 ) -> BreakEvenRow:
     """The acceptance at which drafting begins to pay."""
-    draft_ms, resume_ms = device.step_ms(settings.context), device.resume_ms
+    mean = edge.mean
 
     def gain(runs: Runs) -> float:
-        cell = curve(times, sessions, draft_ms, rtt_ms, runs, runs, mode, settings.k_max, resume_ms)
+        cell = curve(times, sessions, replace(edge, mean=runs, slow=runs), settings.k_max)
         return max(p.tokens_per_s for p in cell.mean[1:]) / cell.mean[0].tokens_per_s
 
     now = gain(mean)
@@ -167,7 +160,9 @@ def break_even_row(
     if percent < 99:
         needed = (percent + 1) / 100
     verdict = "split" if now >= settings.min_gain else "server-only"
-    return BreakEvenRow(device.name, rtt_ms, level, mode, mean.acceptance, needed, now, verdict)
+    return BreakEvenRow(
+        edge.device.name, edge.rtt_ms, level, edge.mode, mean.acceptance, needed, now, verdict
+    )
 
 
 def step_times(estimator: StepEstimator, settings: PlanSettings) -> StepTimes:
