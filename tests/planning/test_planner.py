@@ -245,6 +245,8 @@ def test_every_k_is_weighed_and_the_best_feasible_taken(plan):
         else:
             assert max(row.slow_by_k) < row.tokens_per_s
             assert row.nearest_tokens_per_s == pytest.approx(max(row.slow_by_k))
+            if row.k:
+                assert row.slow_by_k[row.k] >= SMALL.min_gain * row.slow_by_k[0]
 
 
 def test_energy_objective_never_takes_more_energy(plan):

@@ -15,7 +15,7 @@ from wispprof.planning import PlanSettings, Runs, make_plan
 from wispprof.planning.run import SpeedDevice
 from wispprof.reporting import CAPACITY_KIND, load_run, render_report
 from wispprof.reporting.plan_figures import capacity_curves, drafts_front
-from wispprof.reporting.plan_tables import break_even_map
+from wispprof.reporting.plan_tables import break_even_map, draft_length_map
 from wispprof.simulation.costs import LinearCost
 
 DEVICES = (SpeedDevice("laptop:3b", 40.0, 30.0), SpeedDevice("laptop:1b", 110.0, 12.0))
@@ -45,6 +45,42 @@ def test_the_break_even_map_says_from_where_on_drafting_pays() -> None:
         assert ("never pays" if row.needed is None else f"pays from {row.needed:.2f}") in shown
     assert shown.count("k no") == sum(r.verdict != "split" for r in rows) > 0
     assert break_even_map(plan, "nobody", "round") == ""
+
+
+@pytest.mark.parametrize("speed", [8.0, 24.0, 40.0])
+@pytest.mark.parametrize("mode", ["stream", "round"])
+def test_hatching_means_on_both_maps_that_drafting_does_not_pay(mode: str, speed: float) -> None:
+    """A promise out of reach is another matter, and so is one that drafts would break."""
+    plan = planned(slos=(8.0, 24.0, 40.0))
+    rows = [r for r in plan.draft if (r.device, r.mode) == ("laptop:1b", mode)]
+    rows = [r for r in rows if r.tokens_per_s == speed]
+    seen = cells(draft_length_map(plan, "laptop:1b", mode, speed))
+    pays = ["no" not in cell for cell in cells(break_even_map(plan, "laptop:1b", mode))]
+    assert len(seen) == len(pays) == len(rows)
+    for row, shown, worth in zip(rows, seen, pays, strict=True):
+        assert ("no" in shown) == (not row.k and not worth)
+        assert ("short" in shown) == (not row.feasible)
+    # The worlds that matter are there: out of reach, yet worth drafting for; and not worth it.
+    if speed == 40.0:
+        short = [("short" in shown, "no" in shown) for shown in seen]
+        assert (True, mode == "round") in short
+
+
+def test_a_promise_that_forbids_drafts_that_pay_is_not_hatched() -> None:
+    plan = planned()
+    place = next(i for i, r in enumerate(plan.draft) if r.device == "laptop:1b" and r.k)
+    row = replace(plan.draft[place], k=0)
+    forbidden = replace(plan, draft=(*plan.draft[:place], row, *plan.draft[place + 1 :]))
+    shown = (
+        cells(draft_length_map(p, row.device, row.mode, row.tokens_per_s))
+        for p in (plan, forbidden)
+    )
+    assert [c.count("no") for c in next(shown)] == [c.count("no") for c in next(shown)]
+
+
+def cells(shown: str) -> list[list[str]]:
+    """Classes of a map's cells, row by row."""
+    return [found.split() for found in re.findall(r'<td class="([^"]*)"', shown)]
 
 
 def test_the_front_is_drawn_of_what_the_plan_knows() -> None:

@@ -84,12 +84,15 @@ def draft_row(
     cell: Curve, device: Device, load_level: int, tokens_per_s: float, settings: PlanSettings
 ) -> DraftRow:
     """Choose k: among those that keep the promise the best by the objective, else the k that comes
-    nearest to it."""
+    nearest to it, if it comes nearer than no drafts by what drafting must gain."""
     figures = [_figures(p, k, cell, device, settings) for k, p in enumerate(cell.mean)]
     keeping = [k for k, speed in enumerate(cell.slow) if speed >= tokens_per_s]
+    nearest = max(range(len(figures)), key=lambda k: cell.slow[k])
+    if cell.slow[nearest] < cell.slow[0] * settings.min_gain:
+        nearest = 0
     best = choose(
         figures,
-        keeping or [max(range(len(figures)), key=lambda k: cell.slow[k])],
+        keeping or [nearest],
         settings.weights,
         energy_slack=settings.energy_slack,
         lone=0,

@@ -36,7 +36,7 @@ def plan_sections(run: Run, benches: Sequence[Bench]) -> list[Section]:
         even = (
             "<h3>Where speculation pays</h3><p>A session’s tokens/s with the best draft length over those "
             "without drafts, and the least mean acceptance at which any draft length would pay. Hatched: "
-            f"let the server work alone.</p>{even}"
+            f"let the server work alone, unless a promise hangs on what little there is to gain.</p>{even}"
         )
     drawn = drafts_front(plan, speed) if plan.draft[0].by_k else ""
     if drawn:
@@ -53,8 +53,9 @@ def plan_sections(run: Run, benches: Sequence[Bench]) -> list[Section]:
             "plan",
             "How far to draft",
             f"The plan’s draft length for each round trip and load, with {plan.context:,} cached tokens "
-            "per session. 0 means: do not speculate here. Server and edge look their row up while they "
-            "run.",
+            "per session. 0 means: do not speculate here, hatched where it would not pay. In a dashed frame: "
+            "no draft length keeps the promise, and this one comes nearest to it. Server and edge look their "
+            "row up while they run.",
             maps
             + notes
             + even

@@ -14,8 +14,9 @@ __all__ = ["break_even_map", "capacity_table", "draft_length_map"]
 def draft_length_map(plan: Plan, device: str, mode: str, tokens_per_s: float) -> str:
     """Draft length by round trip (rows) and load level (columns), as HTML.
 
-    The darker, the longer the draft; under it the expected tokens/s of a session. A hatched cell
-    cannot keep the promise with any draft length and names the nearest one that it could.
+    The darker, the longer the draft; under it the expected tokens/s of a session. Hatched as in
+    :func:`break_even_map`: no drafts, for they do not pay. A dashed frame: no draft length keeps the promise,
+    and the speed is that of the slow session where it comes nearest.
     """
     row = plan.draft_row(device, 0.0, 0, tokens_per_s, mode)
     rows = [
@@ -26,7 +27,12 @@ def draft_length_map(plan: Plan, device: str, mode: str, tokens_per_s: float) ->
     rtts = sorted({r.rtt_ms for r in rows})
     levels = sorted({r.load_level for r in rows})
     longest = max((r.k for r in rows), default=0) or 1
-    cells = {(r.rtt_ms, r.load_level): _cell(r, longest) for r in rows}
+    pays = {
+        _place(r)
+        for r in plan.break_even
+        if (r.device, r.mode, r.verdict) == (row.device, mode, "split")
+    }
+    cells = {_place(r): _cell(r, longest, _place(r) in pays) for r in rows}
     title = f"{row.device}, {mode} mode, promise of {row.tokens_per_s:g} tokens/s"
     return _map(plan, title, rtts, levels, cells)
 
@@ -36,13 +42,13 @@ def break_even_map(plan: Plan, device: str, mode: str) -> str:
 
     Each cell: a session's tokens/s with the best draft length over those without drafts, and from which
     mean acceptance on drafting would pay there. The darker, the larger the gain; hatched where the server
-    alone is as fast.
+    alone is as fast, or nearly.
     """
     rows = [r for r in plan.break_even if (r.device, r.mode) == (device, mode)]
     if not rows:
         return ""
     most = max(1.01, *(r.gain for r in rows))
-    cells = {(r.rtt_ms, r.load_level): _break_even(r, most) for r in rows}
+    cells = {_place(r): _break_even(r, most) for r in rows}
     title = f"{device}, {mode} mode, measured acceptance {rows[0].acceptance:.2f}"
     rtts, levels = sorted({r.rtt_ms for r in rows}), sorted({r.load_level for r in rows})
     return _map(plan, title, rtts, levels, cells)
@@ -85,13 +91,19 @@ def _sessions(count: int | None) -> str:
     return "" if count is None else f"{count} session{'s' if count != 1 else ''}"
 
 
-def _cell(row: DraftRow, longest: int) -> str:
-    if not row.feasible:
-        nearest = f"{row.nearest_tokens_per_s:.1f} tokens/s at most"
-        return f'<td class="k no">{row.k}<small>{nearest}</small></td>'
-    heat = 8 + 52 * row.k / longest
+def _place(row: DraftRow | BreakEvenRow) -> tuple[float, int]:
+    return row.rtt_ms, row.load_level
+
+
+def _cell(row: DraftRow, longest: int, pays: bool) -> str:
+    kind = "k" if row.feasible else "k short"
     speed = f"{row.expected_tokens_per_s:.1f} tokens/s"
-    return f'<td class="k" style="--heat:{heat:.0f}">{row.k}<small>{speed}</small></td>'
+    if not row.feasible:
+        speed = f"{row.slow_tokens_per_s:.1f} of {row.tokens_per_s:g} tokens/s"
+    if not row.k and not pays:
+        return f'<td class="{kind} no">{row.k}<small>{speed}</small></td>'
+    heat = 8 + 52 * row.k / longest
+    return f'<td class="{kind}" style="--heat:{heat:.0f}">{row.k}<small>{speed}</small></td>'
 
 
 def capacity_table(plan: Plan, device: str) -> Table:
