@@ -1,4 +1,4 @@
-"""Estimators: one answer however asked, never falling, bounds that hold, refusals that say why."""
+"""Estimators: one answer however asked, never falling, bounds that hold, files that answer the same."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_steps import random_shape, synthetic_rows, true_ms
 
-from wispprof.artifacts.records import StepRow
 from wispprof.core import BatchShape, VerifyItem
 from wispprof.errors import ArtifactDamaged, ArtifactMissing, FitError
 from wispprof.fitting import ESTIMATOR_KINDS, FittedEstimator, fit_estimator, load_estimator
-from wispprof.fitting.conformal import RatioBound, independent_scores
 from wispprof.fitting.evaluate import blocks_of, coverage_of, evaluate, fit_on
 from wispprof.fitting.features import (
     EMPTY,
@@ -30,7 +28,7 @@ from wispprof.fitting.features import (
 )
 from wispprof.fitting.hybrid import WispprofSurface
 from wispprof.fitting.physical import PhysicalTerms, graph_buckets
-from wispprof.fitting.rows import Observations, check_same_model
+from wispprof.fitting.rows import Observations
 from wispprof.fitting.selection import folds_of
 from wispprof.fitting.update import recalibrate
 
@@ -254,17 +252,6 @@ def test_mixed_and_many_deep_items_cost_more_than_their_sums() -> None:
     assert surface.p50_many(tables[0][:200]) == pytest.approx(each, rel=1e-12)
 
 
-def test_scores_count_by_how_much_of_them_is_independent() -> None:
-    rng = np.random.default_rng(0)
-    own, shared = rng.standard_normal((40, 25)), rng.standard_normal((40, 1))
-    assert independent_scores(list(own)) > 600  # scatter alone: nearly every sample
-    assert independent_scores(list(shared + 0.01 * own)) == pytest.approx(40, rel=0.01)
-    half = independent_scores(list(shared + own))
-    assert 60 < half < 110
-    assert independent_scores([v[:1] for v in own]) == 40
-    assert independent_scores([own[0]]) == 1
-
-
 def test_beyond_the_domain_it_is_flagged_inflated_and_still_growing(
     fitted: dict[str, FittedEstimator],
 ) -> None:
@@ -302,34 +289,6 @@ def test_regimes_with_few_shapes_share_a_factor(data: Observations) -> None:
     estimator = fit_on("wisp-linear", plain)
     assert estimator.ratio.shapes[2:] == (0, 0)
     assert all(f >= 1 for row in estimator.ratio.factors for f in row)
-
-
-def test_a_regime_known_from_few_shapes_borrows_the_tail_of_all() -> None:
-    """Regimes of 30 shapes, each wider than the last: each has its own factor, and none for 99 % is the
-    largest of its samples."""
-    rng = np.random.default_rng(1)
-    predicted, prefill = np.repeat([1.0, 9.0, 1.0, 9.0], 30), np.repeat([0, 0, 1, 1], 30) > 0
-    wide = (0.03, 0.04, 0.05, 0.06)
-    samples = [
-        ms * (1 + w * rng.standard_normal(100))
-        for ms, w in zip(predicted, np.repeat(wide, 30), strict=True)
-    ]
-    bound = RatioBound.calibrate(predicted, samples, prefill)
-    for level, deviations in ((0.95, 1.645), (0.99, 2.326)):
-        found = [f - 1 for f in bound.at(level)]
-        assert found == pytest.approx([w * deviations for w in wide], rel=0.1)
-
-
-def test_predictions_that_are_too_high_do_not_stretch_the_bound_of_others() -> None:
-    rng = np.random.default_rng(1)
-    predicted, prefill = np.repeat([1.0, 9.0], 60), np.zeros(120, dtype=bool)
-    samples = [
-        ms * (1 + 0.05 * rng.standard_normal(9)) * (0.8 if ms == 1.0 and shape % 30 else 1.0)
-        for shape, ms in enumerate(predicted)
-    ]
-    assert max(RatioBound.calibrate(predicted, samples, prefill).at(0.99)) < 1.3
-    exact = [np.full(9, ms) for ms in predicted]
-    assert max(RatioBound.calibrate(predicted, exact, prefill).at(0.99)) == 1.0
 
 
 @pytest.mark.parametrize("coverage", [0.3, 1.0, 1.5])
@@ -458,64 +417,6 @@ def test_asking_needs_no_learning_library(
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# --- refusals -------------------------------------------------------------------------------------
-
-
-def _with(rows: list[StepRow], place: int, **changes: object) -> list[StepRow]:
-    return [dataclasses.replace(r, **changes) if i == place else r for i, r in enumerate(rows)]  # type: ignore[arg-type]
-
-
-ROWS = synthetic_rows(30)
-
-
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        (ROWS[:8], "too few"),
-        (_with(ROWS, 3, samples_ms=(1.0, math.nan)), "nan"),
-        (_with(ROWS, 3, samples_ms=(1.0, math.inf)), "inf"),
-        (_with(ROWS, 3, samples_ms=(-1.0,)), "longer than nothing"),
-        (_with(ROWS, 3, samples_ms=()), "no samples"),
-        (_with(ROWS, 3, shape=BatchShape(())), "empty batch"),
-        ([dataclasses.replace(r, samples_ms=(5.0,)) for r in ROWS], "same time"),
-        (
-            [StepRow(f"{n}", "verify", BatchShape.of([(n, 64)]), (1.0 + n,)) for n in range(1, 20)],
-            "64 cached tokens",
-        ),
-        (
-            [StepRow(f"{n}", "verify", BatchShape.of([(4, n)]), (1.0 + n,)) for n in range(1, 20)],
-            "4 new tokens",
-        ),
-        (
-            ROWS
-            + [dataclasses.replace(r, samples_ms=tuple(4 * s for s in r.samples_ms)) for r in ROWS],
-            "two models",
-        ),
-    ],
-)
-def test_rows_that_nothing_should_be_fitted_on(rows: list[StepRow], words: str) -> None:
-    with pytest.raises(FitError, match=words):
-        fit_estimator(rows, "wisp-linear")
-
-
-def test_profiles_of_two_models_are_refused() -> None:
-    check_same_model({"a.jsonl": "m float32", "b.jsonl": "m float32"})
-    with pytest.raises(FitError, match=r"a\.jsonl \(m float32\)"):
-        check_same_model({"a.jsonl": "m float32", "b.jsonl": "n float32"})
-
-
-def test_unknown_estimators_are_refused() -> None:
-    with pytest.raises(FitError, match="oracle"):
-        fit_estimator(ROWS, "oracle")
-
-
-def test_drifted_rows_are_left_out_unless_little_would_remain() -> None:
-    some = [dataclasses.replace(r, flags=("drift",)) if r.order < 5 else r for r in ROWS]
-    assert (Observations.of(some).left_out, Observations.of(some).flagged) == (5, 0)
-    most = [dataclasses.replace(r, flags=("drift",)) if r.order < 25 else r for r in ROWS]
-    assert (Observations.of(most).left_out, Observations.of(most).flagged) == (0, 25)
-
-
 # --- update ---------------------------------------------------------------------------------------
 
 
@@ -541,43 +442,3 @@ def test_the_bound_is_never_below_the_median(
 ) -> None:
     p50, bound = fitted["wispprof"].predict(BatchShape(tuple(batch)))
     assert 0 < p50 <= bound
-
-
-# --- busy machines --------------------------------------------------------------------------------
-
-
-def _busy(swing: float) -> list[StepRow]:
-    """A sweep during which the machine's speed wanders, with a sentinel every eight rows."""
-    rng = np.random.default_rng(8)
-    sentinel = BatchShape.uniform(4, 5, 512)
-    rows: list[StepRow] = []
-    for order, row in enumerate(synthetic_rows(120, seed=4)):
-        slow = math.exp(swing * math.sin(order / 17))
-        times = tuple(t * slow for t in row.samples_ms)
-        rows.append(dataclasses.replace(row, samples_ms=times, order=2 * order, flags=("drift",)))
-        if order % 8 == 0:
-            seen = true_ms(sentinel) * slow * np.exp(0.015 * rng.standard_normal(7))
-            samples = tuple(float(t) for t in seen)
-            rows.append(
-                StepRow(f"s{order}", "sentinel", sentinel, samples, ("drift",), 24, 2 * order + 1)
-            )
-    return rows
-
-
-def test_drift_that_the_sentinel_saw_is_taken_out_of_medians_and_left_in_samples() -> None:
-    rows = _busy(0.4)
-    data = Observations.of(rows)
-    assert data.drift == pytest.approx(0.8, abs=0.1)
-    assert data.flagged == len(rows)
-    truth = np.array([true_ms(s) for s in data.shapes])
-    raw = np.array([float(np.median(s)) for s in data.samples])
-    assert np.abs(np.log(data.median_ms / truth)).mean() < 0.05
-    assert np.abs(np.log(raw / truth)).mean() > 0.15
-
-
-def test_a_quiet_sentinel_changes_next_to_nothing() -> None:
-    data = Observations.of(_busy(0.0))
-    raw = np.array([float(np.median(s)) for s in data.samples])
-    assert np.abs(data.median_ms / raw - 1).max() < 0.01
-    without = [r for r in _busy(0.4) if r.kind != "sentinel"]
-    assert Observations.of(without).drift == 0.0
