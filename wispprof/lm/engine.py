@@ -25,15 +25,15 @@ from wispprof.errors import EngineError, OutOfKvMemory
 from wispprof.lm.decoder import Decoder, decoder_for
 from wispprof.lm.graphs import Bucket, StepGraphs
 from wispprof.lm.info import ModelInfo
+from wispprof.lm.integrity import IntegrityReport, compare_with_fresh
 from wispprof.lm.kv import KvGeometry, KvStore
 from wispprof.lm.loading import LoadedModel
+from wispprof.lm.packing import Packed
 from wispprof.lm.paged import PagedStore
 from wispprof.lm.sampling import choose
 from wispprof.lm.slots import SlotStore
 
-__all__ = ["IntegrityReport", "StepReport", "VerifierEngine"]
-
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.08, torch.float16: 0.02}
+__all__ = ["StepReport", "VerifierEngine"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +43,6 @@ class StepReport:
     shape: BatchShape
     emitted_rows: int
     padded_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class IntegrityReport:
-    """Cached against fresh KV: largest error by session, relative to the largest fresh value."""
-
-    errors: dict[str, float]
-    tolerance: float
-
-    @property
-    def worst(self) -> float:
-        return max(self.errors.values(), default=0.0)
 
 
 @dataclass(slots=True)
@@ -234,26 +222,18 @@ class VerifierEngine:
         bucket = self._graphs.bucket(batch.new) if self._graphs else None
         plan = None if bucket else self._store.plan(batch.handles, batch.cached, batch.new)
 
-        # Pack the items' tokens in the store's order.
         order = plan.order if plan else np.arange(len(feeds))
-        new, rows = batch.new[order], batch.rows[order]
-        ids = np.concatenate([np.asarray(feeds[i].tokens, dtype=np.int64) for i in order.tolist()])
+        packed = Packed.of(feeds, batch.cached, batch.new, batch.rows, order)
+        ids, positions, picked = packed.ids, packed.positions, packed.picked
         if ids.min() < 0 or ids.max() >= self.info.vocab_size:
             raise EngineError(f"A token id lies outside the vocabulary of {self.info.vocab_size}.")
-        ends = np.cumsum(new)
-        positions = np.arange(len(ids)) + np.repeat(batch.cached[order] - (ends - new), new)
-
-        # Of an emitting item, the last drafts + 1 rows.
-        row_ends = np.cumsum(rows)
-        emitted = int(row_ends[-1])
-        picked = np.arange(emitted) + np.repeat(ends - row_ends, rows)
-
         if plan:
             hidden = self._decoder.forward(self._to(ids), self._to(positions), plan.attend)
         else:
             assert self._graphs is not None
             assert bucket is not None
             hidden = self._replay(self._graphs, bucket, batch, ids, positions)
+        emitted = len(picked)
         logits = hidden[:0]
         chosen = np.empty(0, dtype=np.int64)
         if emitted:
@@ -266,16 +246,7 @@ class VerifierEngine:
             chosen = choose(logits, positions[picked] + 1, samplings).cpu().numpy()
             if self._ranks:
                 chosen = self._ranks.agree(chosen)
-
-        accepted = np.zeros(len(feeds), dtype=np.int64)
-        starts = row_ends - rows
-        emitting = np.flatnonzero(rows)
-        if emitted:
-            accepted[order[emitting]] = _count_accepted(
-                chosen, ids, picked, starts[emitting], row_ends[emitting]
-            )
-        first = np.empty(len(feeds), dtype=np.int64)
-        first[order] = starts
+        accepted, first = packed.accepted(chosen), packed.first()
         self.last_step = StepReport(
             BatchShape(
                 tuple(
@@ -376,40 +347,12 @@ class VerifierEngine:
         self._store.check(lengths)
         if sum(lengths.values()) != self._cached_tokens:
             raise EngineError("The count of cached tokens is off.")
-        tolerance = _TOLERANCE[self._dtype]
-        errors = {}
-        for name in names:
-            kept = self._get(name)
-            length = len(kept.tokens)
-            if not length:
-                errors[name] = 0.0
-                continue
-            fresh = self._prefill_apart(kept.tokens)
-            found = self._store.read(kept.handle, length)
-            difference = (found.float() - fresh.float()).abs().max()
-            errors[name] = float(difference / fresh.float().abs().max().clamp(min=1e-6))
-        report = IntegrityReport(errors, tolerance)
-        bad = {name: error for name, error in errors.items() if not error <= tolerance}
-        if bad:
-            raise EngineError(
-                f"Cached KV differs from a fresh prefill in {len(bad)} session(s): {bad} "
-                f"(tolerance {tolerance}).",
-                "Close these sessions and report a defect.",
-            )
-        return report
-
-    def _prefill_apart(self, tokens: list[int], chunk: int = 512) -> Tensor:
-        """KV of tokens from a store of its own, (layers, 2, kv_heads, n, d)."""
-        store = SlotStore(self._geometry, self._decoder.scale, self._dtype, self._device)
-        handle = np.array([store.add()])
-        for start in range(0, len(tokens), chunk):
-            ids = np.array(tokens[start : start + chunk])
-            cached, new = np.array([start]), np.array([len(ids)])
-            store.ensure(handle, cached, cached + new)
-            plan = store.plan(handle, cached, new)
-            positions = self._to(np.arange(start, start + len(ids)))
-            self._decoder.forward(self._to(ids), positions, plan.attend)
-        return store.read(int(handle[0]), len(tokens))
+        kept = {name: self._get(name) for name in names}
+        held = (
+            (name, one.tokens, self._store.read(one.handle, len(one.tokens)))
+            for name, one in kept.items()
+        )
+        return compare_with_fresh(self._decoder, self._geometry, held)
 
     def warm_up(self) -> None:
         """Run a few small steps so that the first real one pays for no lazy initialisation."""
@@ -470,21 +413,6 @@ class VerifierEngine:
 
     def _to(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
-
-
-def _count_accepted(
-    chosen: np.ndarray, ids: np.ndarray, picked: np.ndarray, starts: np.ndarray, ends: np.ndarray
-) -> np.ndarray:
-    """Leading drafts that equal the target's choice, per emitting item.
-
-    Row r of an item chooses what should follow packed token ``picked[r]``; the draft that does follow
-    is the next packed token. The last row has no draft to agree with: there every count ends.
-    """
-    following = ids[np.minimum(picked + 1, len(ids) - 1)]
-    differs = chosen != following
-    differs[ends - 1] = True
-    index = np.where(differs, np.arange(len(chosen)), len(chosen))
-    return np.asarray(np.minimum.reduceat(index, starts) - starts)
 
 
 def _pick_backend(backend: str, device: torch.device) -> str:

@@ -18,7 +18,8 @@ import msgspec
 
 from wispprof.core import Feed, Outcome, Sampling
 from wispprof.errors import EngineError
-from wispprof.lm.engine import IntegrityReport, VerifierEngine
+from wispprof.lm.engine import VerifierEngine
+from wispprof.lm.integrity import IntegrityReport
 from wispprof.lm.parallel import Ranks
 
 __all__ = ["LeaderEngine", "follow"]
