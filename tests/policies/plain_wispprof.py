@@ -185,7 +185,8 @@ class PlainWispprof:
             # In full one step before the deadline, not at all three steps before it.
             urgency[s.session] = min(max((3.0 - slack_ms / step_ms) / 2.0, 0.0), 1.0) ** 2
             ahead = slack_ms >= 0.15 * token_ms * s.committed
-            if s.hopeless or token_ms < undrafted_ms or ahead:
+            # Steps without drafts that leave nothing to spare rescue nobody.
+            if s.hopeless or token_ms < 1.15 * undrafted_ms or ahead:
                 urgency[s.session] = 0.0
         together = settings.rescue_weight * len(decode) / max(1.0, sum(urgency.values()))
         for s in decode:

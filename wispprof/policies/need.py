@@ -19,7 +19,8 @@ _SPEED = attrgetter("slo.tokens_per_s")
 _SAFE = 0.15
 """Who ran ahead of its promise by this share of its generation so far will not miss it by a long step."""
 _SPARE = 1.15
-"""Undrafted steps must leave this much to spare, or a session that is late already catches up in none of them."""
+"""Undrafted steps must leave this much to spare, or a session that is late already catches up in none of
+them."""
 _NEAR, _FAR = 1.0, 3.0
 """Shorter steps are needed in full when the next deadline is as near as the first, in steps, and not at all
 from the second."""
@@ -68,8 +69,8 @@ class Need(NamedTuple):
         """How much each (n,) needs the steps to be short, 0 … 1: more, the nearer its next deadline.
 
         None where steps of ``undrafted_ms``, in which everybody advances by one token, would not keep its
-        promise with something to spare, where the promise is lost, and where the session has run well ahead of it so far: its
-        next drafts make up for a long step. ``step_ms``: a step with the drafts at hand.
+        promise with something to spare, where the promise is lost, and where the session has run well ahead
+        of it so far: its next drafts make up for a long step. ``step_ms``: a step with the drafts at hand.
         """
         count = len(decode)
         token_ms = 1000.0 / np.fromiter(map(_SPEED, decode), np.float64, count)
