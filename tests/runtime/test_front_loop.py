@@ -74,6 +74,15 @@ def test_a_hurry_before_the_wait_is_not_lost(pair):
         assert selector.select(None) == []
 
 
+def test_a_hurry_of_the_past_does_not_end_what_gathers_later(pair):
+    near, _ = pair
+    with selector_over(near) as selector:
+        selector.hurry()
+        selector.gather(0.01)
+        selector.select(None)
+        assert selector.lain_s > 0.001  # it waited; hurried, it would not have
+
+
 def test_a_loop_that_is_still_at_work_does_not_wait(pair):
     near, far = pair
     with selector_over(near) as selector:

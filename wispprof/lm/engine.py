@@ -352,7 +352,7 @@ class VerifierEngine:
             (name, one.tokens, self._store.read(one.handle, len(one.tokens)))
             for name, one in kept.items()
         )
-        return compare_with_fresh(self._decoder, self._geometry, held)
+        return compare_with_fresh(self._decoder, self._geometry, self._dtype, held)
 
     def warm_up(self) -> None:
         """Run a few small steps so that the first real one pays for no lazy initialisation."""

@@ -33,15 +33,17 @@ class IntegrityReport:
 
 
 def compare_with_fresh(
-    decoder: Decoder, geometry: KvGeometry, held: Iterable[tuple[str, list[int], Tensor]]
+    decoder: Decoder,
+    geometry: KvGeometry,
+    dtype: torch.dtype,
+    held: Iterable[tuple[str, list[int], Tensor]],
 ) -> IntegrityReport:
-    """``held``: session, its n cached tokens, and their KV, (layers, 2, kv_heads, n, d).
+    """``held``: session, its n cached tokens, and their KV of ``dtype``, (layers, 2, kv_heads, n, d).
 
     Raises :class:`EngineError` where they differ by more than rounding.
     """
-    errors, tolerance = {}, 0.0
+    errors, tolerance = {}, _TOLERANCE[dtype]
     for session, tokens, found in held:
-        tolerance = _TOLERANCE[found.dtype]
         if not tokens:
             errors[session] = 0.0
             continue

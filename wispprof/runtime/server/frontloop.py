@@ -36,6 +36,12 @@ class GatheringSelector(selectors.DefaultSelector):
         self.lain_s = 0.0
         self._hurried = threading.Event()
 
+    def gather(self, longest_s: float) -> None:
+        """Let events wait so long from now on. Hurries of the past are over: whatever they called for stands
+        in the loop's queue already, and a loop with work at hand does not wait."""
+        self._hurried.clear()
+        self.longest_s = longest_s
+
     def hurry(self) -> None:
         """End the wait under way, or the next one. From any thread."""
         self._hurried.set()
@@ -78,11 +84,11 @@ def gathering(longest_ms: float) -> Iterator[None]:
     if not isinstance(loop, FrontLoop):
         yield
         return
-    loop.selector.longest_s = longest_ms / 1000.0
+    loop.selector.gather(longest_ms / 1000.0)
     try:
         yield
     finally:
-        loop.selector.longest_s = 0.0
+        loop.selector.gather(0.0)
 
 
 def lain_ms() -> float:
