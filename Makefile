@@ -13,7 +13,7 @@ ARGS ?=
 WORKERS ?= $(if $(ARGS),0,logical)
 
 # Rooms without torch are typed strictly.
-TYPED := cli.py wispprof/core.py wispprof/errors.py wispprof/config.py wispprof/artifacts \
+TYPED := cli.py wispprof/types.py wispprof/errors.py wispprof/settings/sources.py wispprof/artifacts \
 	wispprof/hardware wispprof/policies wispprof/sessions wispprof/planning wispprof/simulation \
 	wispprof/fitting wispprof/reporting wispprof/doctor wispprof/demo wispprof/cli
 

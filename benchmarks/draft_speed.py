@@ -49,13 +49,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from wispprof.artifacts import EdgeProfile, bundled
-from wispprof.artifacts.drafting import rested_share
-from wispprof.core import Sampling
-from wispprof.profiling.edge import EDGE_GRIDS, profile_edge
-from wispprof.profiling.edge import EdgeSettings as ProfileSettings
+from wispprof.artifacts.draft_times import rested_share
+from wispprof.edge.draft_worker import DraftStep, ThreadWorker
+from wispprof.edge.edge_runtime import EdgeSettings, Prompt, open_edge
+from wispprof.profiling.edge_profiler import EDGE_GRIDS, profile_edge
+from wispprof.profiling.edge_profiler import EdgeSettings as ProfileSettings
 from wispprof.profiling.prompts import held_out_prompts
-from wispprof.runtime.edge.house import EdgeSettings, Prompt, open_edge
-from wispprof.runtime.edge.worker import DraftStep, ThreadWorker
+from wispprof.types import Sampling
 
 GOAL = 0.10
 STRETCH = 4
@@ -87,7 +87,8 @@ def serve(mode: str, tell: Any, cores: set[int]) -> None:
     """The server on its cores, until it is terminated."""
     if cores:
         os.sched_setaffinity(0, cores)
-    from wispprof.runtime.server import ServerSettings, run_front, running_server
+    from wispprof.server import run_front, running_server
+    from wispprof.settings.server_settings import ServerSettings
 
     async def main() -> None:
         settings = ServerSettings(

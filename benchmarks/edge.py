@@ -37,24 +37,19 @@ from pathlib import Path
 from typing import Any
 
 from wispprof.artifacts import bundled, load_trace
-from wispprof.artifacts.records import AcceptanceTrace, TracePath
-from wispprof.core import BatchShape, DraftFeatures, Feed, Outcome, Sampling
+from wispprof.artifacts.rows import AcceptanceTrace, TracePath
+from wispprof.drafters.replay import ReplayDrafter
+from wispprof.edge import EdgeClient, Generation, GenerationRequest, RequestStats, TimedWorker
+from wispprof.edge.connection import Traffic
 from wispprof.errors import WispprofError
 from wispprof.policies import make_batch_policy, make_controller
 from wispprof.policies.api import Controller, RoundContext
-from wispprof.runtime.bench import PocketServer, run_virtual
-from wispprof.runtime.edge import (
-    EdgeClient,
-    Generation,
-    GenerationRequest,
-    RequestStats,
-    TimedWorker,
-)
-from wispprof.runtime.edge.dial import Traffic
-from wispprof.runtime.edge.replay import ReplayDrafter
-from wispprof.runtime.link import LinkSettings, emulate
-from wispprof.sessions.turns import DraftingSettings
-from wispprof.simulation.links import LinkProfile
+from wispprof.sessions.draft_scheduler import DraftingSettings
+from wispprof.simulation.devices import LinkProfile
+from wispprof.testing.in_process_server import PocketServer
+from wispprof.testing.link_emulator import LinkSettings, emulate
+from wispprof.testing.virtual_time import run_virtual
+from wispprof.types import BatchShape, DraftFeatures, Feed, Outcome, Sampling
 
 RTTS = (5.0, 20.0, 50.0, 100.0)
 DEVICES = {"fast": 4.0, "medium": 16.0, "slow": 60.0}
@@ -335,8 +330,8 @@ def proactive(trace: AcceptanceTrace, args: Any) -> dict[str, Any]:
 
 def overhead(args: Any) -> dict[str, Any]:
     """Draft step against bare forward, taking turns over the same positions."""
-    from wispprof.lm.draft import TorchDrafter
-    from wispprof.lm.loading import load_model
+    from wispprof.drafters.torch_drafter import TorchDrafter
+    from wispprof.engines.loading import load_model
 
     folder = args.draft or str(bundled.path("models/reference-pair/draft"))
     drafter = TorchDrafter(load_model(folder))
@@ -379,7 +374,7 @@ def main() -> None:
     if args.trace is not None:
         trace = load_trace(args.trace)
     else:
-        from wispprof.profiling.acceptance import TraceSettings, trace_pair
+        from wispprof.profiling.acceptance_trace import TraceSettings, trace_pair
 
         print("taking a trace of the bundled pair", file=sys.stderr)
         trace = trace_pair(TraceSettings(count=8, path_tokens=args.tokens + 16, depth=8))

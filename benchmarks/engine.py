@@ -35,10 +35,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from wispprof.core import BatchShape, Feed
-from wispprof.lm.engine import VerifierEngine
-from wispprof.lm.loading import LoadedModel, load_model, random_model
-from wispprof.lm.presets import PRESETS
+from wispprof.engines.loading import LoadedModel, load_model, random_model
+from wispprof.engines.model_shapes import PRESETS
+from wispprof.engines.torch.engine import VerifierEngine
+from wispprof.types import BatchShape, Feed
 
 Arm = Callable[[], None]
 

@@ -26,8 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wispprof.artifacts.records import StepRow
-from wispprof.core import BatchShape, DraftFeatures, VerifyItem
+from wispprof.artifacts.rows import StepRow
 from wispprof.fitting import (
     ESTIMATOR_KINDS,
     PREDICTOR_KINDS,
@@ -35,11 +34,12 @@ from wispprof.fitting import (
     FittedPredictor,
     load_estimator,
 )
-from wispprof.fitting.evaluate import fit_on
+from wispprof.fitting.evaluation import fit_on
+from wispprof.fitting.observations import Observations
 from wispprof.fitting.predictors.calibration import Calibration
-from wispprof.fitting.predictors.data import TokenRows
-from wispprof.fitting.predictors.fitted import SCORERS
-from wispprof.fitting.rows import Observations
+from wispprof.fitting.predictors.fitted_predictor import SCORERS
+from wispprof.fitting.predictors.training_rows import TokenRows
+from wispprof.types import BatchShape, DraftFeatures, VerifyItem
 
 ROUNDS = 15
 LIMIT_US = 1000.0

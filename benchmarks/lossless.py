@@ -26,14 +26,14 @@ def main() -> int:
     arguments = _arguments()
 
     from wispprof.artifacts import bundled
-    from wispprof.core import Sampling
-    from wispprof.lm.draft import TorchDrafter
-    from wispprof.lm.engine import VerifierEngine
-    from wispprof.lm.loading import load_model
+    from wispprof.drafters.torch_drafter import TorchDrafter
+    from wispprof.engines.loading import load_model
+    from wispprof.engines.torch.engine import VerifierEngine
     from wispprof.policies import BATCH_POLICIES
     from wispprof.profiling.prompts import held_out_prompts
-    from wispprof.runtime.lossless import Case, compare, generate_alone, split_outputs
-    from wispprof.runtime.server import ServedModel, run_front
+    from wispprof.server import run_front
+    from wispprof.testing.lossless import Case, compare, generate_alone, split_outputs
+    from wispprof.types import Sampling, ServedModel
 
     pair = "models/reference-pair/"
     target = load_model(arguments.target or bundled.path(pair + "target"))

@@ -21,18 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wispprof.core import BatchShape, Slo
 from wispprof.policies import make_batch_policy
-from wispprof.runtime.server import (
-    GenerationRequest,
-    HashEngine,
-    LiveSession,
-    Refused,
-    ServerSettings,
-    VerificationServer,
-    run_front,
-)
-from wispprof.runtime.server.server import monotonic_ms
+from wispprof.server import GenerationRequest, LiveSession, Refused, VerificationServer, run_front
+from wispprof.server.verification_server import monotonic_ms
+from wispprof.settings.server_settings import ServerSettings
+from wispprof.testing.fake_engine import HashEngine
+from wispprof.types import BatchShape, Slo
 
 SPEED, TOKENS = 20.0, 40
 FIXED_MS, ROW_MS = 5.0, 2.0

@@ -43,14 +43,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wispprof.core import Slo
 from wispprof.simulation import Scenario, ServerModel, System, simulate, system
-from wispprof.simulation.acceptance import SyntheticAcceptance
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
-from wispprof.simulation.capacity import capacity, pool
-from wispprof.simulation.costs import LinearCost
-from wispprof.simulation.devices import DeviceProfile
-from wispprof.simulation.links import LinkProfile
+from wispprof.simulation.capacity_search import capacity, pool
+from wispprof.simulation.devices import DeviceProfile, LinkProfile
+from wispprof.simulation.step_costs import LinearCost
+from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
+from wispprof.types import Slo
 
 SERVERS = {
     "a100": LinearCost(42.0, row_ms=0.35, kv_ms=0.00017),

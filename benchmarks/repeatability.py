@@ -34,9 +34,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from wispprof.artifacts import ServerProfile, load_server
-from wispprof.profiling.compare import diff_profiles
-from wispprof.profiling.shots import duration
-from wispprof.profiling.stats import median_interval
+from wispprof.profiling.measurement_log import median_interval
+from wispprof.profiling.profile_tools import diff_profiles
+from wispprof.profiling.workload import duration
 
 CHANGED, ETA, TOLERANCE = 0.05, 0.30, 0.05
 
@@ -60,10 +60,10 @@ class Run:
 
 def measure(out: Path, options: dict[str, Any], half: Any) -> None:
     """Take one profile; runs in a fresh process. ``half`` is set when half of the visits are made."""
-    from wispprof.profiling import server
-    from wispprof.profiling.grids import Axes
-    from wispprof.profiling.session import Output
-    from wispprof.profiling.shots import SweepSettings
+    from wispprof.profiling import server_profiler
+    from wispprof.profiling.profile_run import Output
+    from wispprof.profiling.shape_grid import Axes
+    from wispprof.profiling.workload import SweepSettings
 
     def report(done: int, total: int, status: str) -> None:
         if status.startswith("ETA") and 2 * done >= total:
@@ -77,7 +77,9 @@ def measure(out: Path, options: dict[str, Any], half: Any) -> None:
         more |= {"axes": axes, "sweep": SweepSettings(target=0.1, most=9, sentinel_every=4)}
     if options["budget_minutes"]:
         more["budget_minutes"] = options["budget_minutes"]
-    server.profile_server(server.ServerSettings(output=Output(out), **more), report)
+    server_profiler.profile_server(
+        server_profiler.ServerSettings(output=Output(out), **more), report
+    )
 
 
 def burn(until: Any) -> None:

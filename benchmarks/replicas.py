@@ -45,7 +45,8 @@ def step_ms(shape: Any) -> float:
 
 def build(settings: Any) -> Any:
     """A replica's server; runs in the replica's process."""
-    from wispprof.runtime.server import HashEngine, VerificationServer
+    from wispprof.server import VerificationServer
+    from wispprof.testing.fake_engine import HashEngine
 
     engine = HashEngine(VOCAB, max_context=1 << 16, step_ms=step_ms)
     return VerificationServer(engine, engine.served, settings)
@@ -56,8 +57,8 @@ def main() -> int:
     import ray
     from ray import serve
 
-    from wispprof.runtime.replicas import deployment
-    from wispprof.runtime.server import ServerSettings
+    from wispprof.server.ray_replicas import deployment
+    from wispprof.settings.server_settings import ServerSettings
 
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = int(probe.getsockname()[1])
@@ -104,7 +105,7 @@ class Edge:
     """One connection with one undrafted generation on it."""
 
     def __init__(self, port: int, number: int, tokens: int) -> None:
-        from wispprof.runtime.edge import EdgeClient, websocket_dial
+        from wispprof.edge import EdgeClient, websocket_dial
 
         self.prompt = (number, 7, 11)
         self.tokens = tokens
@@ -112,7 +113,7 @@ class Edge:
         self.generation: Any = None
 
     async def run(self) -> None:
-        from wispprof.runtime.edge import Generation, GenerationRequest
+        from wispprof.edge import Generation, GenerationRequest
 
         async with self.client:
             self.generation = Generation(self.client, GenerationRequest(self.prompt, self.tokens))
@@ -124,7 +125,7 @@ class Edge:
 
     @property
     def right(self) -> bool:
-        from wispprof.runtime.server import HashTarget
+        from wispprof.testing.fake_engine import HashTarget
 
         return list(self.generation.output) == HashTarget(VOCAB).generate(self.prompt, self.tokens)
 

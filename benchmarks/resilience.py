@@ -40,18 +40,13 @@ from typing import Any
 import httpx
 
 from wispprof.artifacts import bundled
-from wispprof.core import Sampling
+from wispprof.edge import EdgeClient, Generation, GenerationRequest, websocket_dial
+from wispprof.edge.draft_device import Device
 from wispprof.errors import WispprofError
-from wispprof.runtime.edge import (
-    ClientSettings,
-    EdgeClient,
-    Generation,
-    GenerationRequest,
-    websocket_dial,
-)
-from wispprof.runtime.edge.device import Device
-from wispprof.runtime.link import LinkProxy, LinkSettings
-from wispprof.simulation.links import LinkProfile
+from wispprof.settings.edge_settings import ClientSettings
+from wispprof.simulation.devices import LinkProfile
+from wispprof.testing.link_emulator import LinkProxy, LinkSettings
+from wispprof.types import Sampling
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTAGE_S = 3.0
@@ -212,7 +207,7 @@ async def edge(
 
 
 async def run(args: Any) -> list[Run]:
-    from wispprof.lm.loading import load_model
+    from wispprof.engines.loading import load_model
     from wispprof.profiling.prompts import held_out_prompts
 
     loaded = load_model(str(bundled.path("models/reference-pair/draft")))

@@ -24,18 +24,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wispprof.core import Slo, StepEstimator
 from wispprof.policies import BATCH_POLICIES, Limits, SessionView, make_batch_policy
+from wispprof.types import Slo, StepEstimator
 
 QUEUES = 8
 
 
 def fitted() -> StepEstimator:
     """An estimator as a server loads it: the linear surface with a conformal bound."""
+    from wispprof.fitting.batch_totals import EMPTY, Totals
     from wispprof.fitting.conformal import LEVELS, RatioBound
     from wispprof.fitting.estimator import Domain, FittedEstimator
-    from wispprof.fitting.features import EMPTY, Totals
-    from wispprof.fitting.linear import WispLinear
+    from wispprof.fitting.step_time_models import WispLinear
 
     surface = WispLinear()
     surface.coef_ = (0.12, 1e-7, 0.06e-3, 18.0)

@@ -24,12 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from websockets.asyncio.client import connect
 
-from wispprof.core import Outcome, Slo
+from wispprof import protocol
 from wispprof.policies import Limits, Member, make_batch_policy
-from wispprof.runtime import wire
-from wispprof.runtime.server import HashEngine, ServerSettings, run_front, running_server
-from wispprof.runtime.server.estimate import LearningEstimator
-from wispprof.sessions.ledger import ServerSession
+from wispprof.server import run_front, running_server
+from wispprof.server.online_estimator import LearningEstimator
+from wispprof.sessions.session_state import ServerSession
+from wispprof.settings.server_settings import ServerSettings
+from wispprof.testing.fake_engine import HashEngine
+from wispprof.types import Outcome, Slo
 
 
 async def overhead_ms(rounds: int) -> tuple[float, float]:
@@ -41,20 +43,20 @@ async def overhead_ms(rounds: int) -> tuple[float, float]:
         running_server(settings, engine=engine, model=engine.served) as running,
         connect(running.split_url, compression=None) as socket,
     ):
-        await socket.send(wire.encode(wire.Hello(wire.PROTOCOL_VERSION, "")))
+        await socket.send(protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, "")))
         await socket.recv()
-        await socket.send(wire.encode(wire.Open(0, [1, 2, 3], 4000)))
-        commit = wire.decode_server(await socket.recv(decode=False))
+        await socket.send(protocol.encode(protocol.Open(0, [1, 2, 3], 4000)))
+        commit = protocol.decode_server(await socket.recv(decode=False))
         for number in range(rounds):
-            assert isinstance(commit, wire.Commit)
+            assert isinstance(commit, protocol.Commit)
             drafts = [1, 2, 3, 4]
-            frame = wire.Draft(0, number, commit.frontier, drafts, bytes(4), 1.0, 50.0)
+            frame = protocol.Draft(0, number, commit.frontier, drafts, bytes(4), 1.0, 50.0)
             begin = time.perf_counter()
-            await socket.send(wire.encode(frame))
-            commit = wire.decode_server(await socket.recv(decode=False))
+            await socket.send(protocol.encode(frame))
+            commit = protocol.decode_server(await socket.recv(decode=False))
             round_ms.append((time.perf_counter() - begin) * 1000)
             begin = time.perf_counter()
-            await socket.send(wire.encode(wire.Ping(number)))
+            await socket.send(protocol.encode(protocol.Ping(number)))
             await socket.recv()
             ping_ms.append((time.perf_counter() - begin) * 1000)
     return statistics.median(round_ms), statistics.median(ping_ms)

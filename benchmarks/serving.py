@@ -47,7 +47,8 @@ from _serving.bed import artifacts, make_bed
 from _serving.compare import ablation, compare
 from _serving.interference import interference
 
-from wispprof.runtime.bench import Ballast, FleetProcess
+from wispprof.bench import FleetProcess
+from wispprof.testing.cpu_burner import Ballast
 
 
 def main() -> None:

@@ -19,11 +19,11 @@ import argparse
 import json
 import time
 
-from wispprof.core import Slo
 from wispprof.simulation import SYSTEMS, Scenario, ServerModel, simulate, system
-from wispprof.simulation.acceptance import SyntheticAcceptance
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
-from wispprof.simulation.costs import LinearCost
+from wispprof.simulation.step_costs import LinearCost
+from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
+from wispprof.types import Slo
 
 
 def measure(name: str, devices: int, seconds: float, think_ms: float) -> dict[str, float | str]:

@@ -50,7 +50,7 @@ WARM_UP, MOST_GROWTH = 0.2, 1.05
 
 
 def main() -> int:
-    from wispprof.runtime.server import run_front
+    from wispprof.server import run_front
 
     arguments = _arguments()
     summary = run_front(_soak(arguments.minutes * 60.0, arguments.seed))
@@ -60,12 +60,14 @@ def main() -> int:
 
 async def _soak(seconds: float, seed: int) -> dict[str, Any]:
     from wispprof.artifacts import bundled
-    from wispprof.lm.draft import TorchDrafter
-    from wispprof.lm.engine import VerifierEngine
-    from wispprof.lm.loading import load_model
+    from wispprof.drafters.torch_drafter import TorchDrafter
+    from wispprof.engines.loading import load_model
+    from wispprof.engines.torch.engine import VerifierEngine
+    from wispprof.openai_api.text import TextSide
     from wispprof.profiling.prompts import held_out_prompts
-    from wispprof.runtime.server import ServedModel, ServerSettings, running_server
-    from wispprof.runtime.server.text import TextSide
+    from wispprof.server import running_server
+    from wispprof.settings.server_settings import ServerSettings
+    from wispprof.types import ServedModel
 
     target = load_model(bundled.path("models/reference-pair/target"))
     draft = load_model(bundled.path("models/reference-pair/draft"))
@@ -153,9 +155,9 @@ class World:
 
     async def edge(self, number: int, running: Any, until: float) -> None:
         """One edge: connections that last a few sessions, over a link of its own that is cut at times."""
-        from wispprof.runtime.edge import EdgeClient, websocket_dial
-        from wispprof.runtime.link import LinkProxy, LinkSettings
-        from wispprof.simulation.links import LinkProfile
+        from wispprof.edge import EdgeClient, websocket_dial
+        from wispprof.simulation.devices import LinkProfile
+        from wispprof.testing.link_emulator import LinkProxy, LinkSettings
 
         link = LinkSettings(LinkProfile(rtt_ms=2.0 + number, jitter_ms=1.0), seed=number)
         async with LinkProxy("127.0.0.1", 0, running.host, running.port, link) as proxy:
@@ -180,15 +182,11 @@ class World:
             self.counts["cuts"] += 1
 
     async def session(self, client: Any) -> None:
-        from wispprof.core import Sampling
+        from wispprof.drafters.ngram import LookupDrafter
+        from wispprof.edge import Generation, GenerationRequest, ThreadWorker
         from wispprof.policies import make_controller
-        from wispprof.runtime.edge import (
-            DraftingSettings,
-            Generation,
-            GenerationRequest,
-            ThreadWorker,
-        )
-        from wispprof.runtime.edge.lookup import LookupDrafter
+        from wispprof.settings.edge_settings import DraftingSettings
+        from wispprof.types import Sampling
 
         which, heat = self.random.randrange(len(self.prompts)), self.random.randrange(2)
         count, k = self.random.randrange(1, LONGEST + 1), self.random.choice([1, 2, 4, 8])
@@ -235,7 +233,7 @@ class World:
 
 def _alone(engine: Any, prompts: list[tuple[int, ...]]) -> dict[tuple[int, int], list[int]]:
     """The right texts, greedy and sampled: every prompt by itself, undrafted."""
-    from wispprof.core import Feed, Sampling
+    from wispprof.types import Feed, Sampling
 
     texts: dict[tuple[int, int], list[int]] = {}
     for which, prompt in enumerate(prompts):

@@ -32,16 +32,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 def main() -> int:
     arguments = _arguments()
 
-    from wispprof.lm.parallel import join, launched
+    from wispprof.engines.ranks import join, launched
 
     if not launched():
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         os.execv(sys.executable, [sys.executable, *torchrun, str(arguments.ranks), *sys.argv])
 
     from wispprof.artifacts import bundled
-    from wispprof.lm.engine import VerifierEngine
-    from wispprof.lm.leader import LeaderEngine, follow
-    from wispprof.lm.loading import load_model
+    from wispprof.engines.loading import load_model
+    from wispprof.engines.torch.engine import VerifierEngine
+    from wispprof.engines.torch.multi_rank_engine import LeaderEngine, follow
 
     folder = arguments.target or bundled.path("models/reference-pair/target")
     ranks = join(arguments.ranks, arguments.device)
@@ -62,13 +62,12 @@ def main() -> int:
 
 def _compare(arguments: argparse.Namespace, folder: Any, leader: Any) -> int:
     from wispprof.artifacts import bundled
-    from wispprof.core import Sampling
-    from wispprof.lm.draft import TorchDrafter
-    from wispprof.lm.engine import VerifierEngine
-    from wispprof.lm.loading import load_model
+    from wispprof.drafters.torch_drafter import TorchDrafter
+    from wispprof.engines.loading import load_model
+    from wispprof.engines.torch.engine import VerifierEngine
     from wispprof.profiling.prompts import held_out_prompts
-    from wispprof.runtime.lossless import Case, compare, generate_alone, split_outputs
-    from wispprof.runtime.server import ServedModel
+    from wispprof.testing.lossless import Case, compare, generate_alone, split_outputs
+    from wispprof.types import Sampling, ServedModel
 
     target = load_model(folder)
     draft = load_model(arguments.draft or bundled.path("models/reference-pair/draft"))
@@ -121,7 +120,7 @@ def _compare(arguments: argparse.Namespace, folder: Any, leader: Any) -> int:
 
 def _step_ms(engine: Any, items: int = 8, drafts: int = 4, cached: int = 128) -> float:
     """Median of 20 verify steps."""
-    from wispprof.core import Feed
+    from wispprof.types import Feed
 
     names = [f"timed {i}" for i in range(items)]
     for name in names:

@@ -20,13 +20,11 @@ import numpy as np
 
 from wispprof.artifacts import Document, LinkRow, StepRow, save_trace, write_document
 from wispprof.artifacts.document import SCHEMA
-from wispprof.artifacts.manifest import PROFILE_SCHEMA, Manifest, ModelInfo
+from wispprof.artifacts.manifest import PROFILE_SCHEMA, Manifest, ModelInfo, Provenance
 from wispprof.artifacts.plan import Plan
-from wispprof.artifacts.provenance import Provenance
-from wispprof.artifacts.records import AcceptanceTrace, EdgeRow, TracePath
-from wispprof.artifacts.rows import encode_row
+from wispprof.artifacts.rows import AcceptanceTrace, EdgeRow, TracePath, encode_row
 from wispprof.artifacts.trace import TRACE_SCHEMA
-from wispprof.core import BatchShape, Sampling
+from wispprof.types import BatchShape, Sampling
 
 PAGE = Path(__file__).with_name("artifacts.md")
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wispprof.artifacts import AcceptanceTrace, bundled, load_trace, save_trace
-from wispprof.core import BatchShape
+from wispprof.bench import FleetProcess, Mix
 from wispprof.fitting import FittedEstimator, load_estimator
-from wispprof.runtime.bench import BenchSettings, FleetProcess, Mix
+from wispprof.settings.bench_settings import BenchSettings
 from wispprof.simulation import ServerModel
-from wispprof.simulation.devices import DeviceProfile
-from wispprof.simulation.links import LinkProfile
+from wispprof.simulation.devices import DeviceProfile, LinkProfile
+from wispprof.types import BatchShape
 
 if TYPE_CHECKING:
-    from wispprof.lm.engine import VerifierEngine
+    from wispprof.engines.torch.engine import VerifierEngine
 
 LOADS = {"below": 0.6, "near": 1.0, "above": 1.5}
 CLASSES = (0.2125, 0.425, 0.6375, 0.85)
@@ -52,13 +52,13 @@ class Bed:
 
 def artifacts(folder: Path, quick: bool, long: bool) -> None:
     """Profile the server, take a trace, fit: into ``folder``. ``long``: paths that outlast a long prompt."""
-    from wispprof.fitting.run import fit_files
-    from wispprof.lm.loading import load_model
-    from wispprof.profiling.acceptance import TraceSettings, take_trace
-    from wispprof.profiling.grids import Axes
-    from wispprof.profiling.server import ServerSettings, profile_server
-    from wispprof.profiling.session import Output
-    from wispprof.profiling.shots import SweepSettings
+    from wispprof.engines.loading import load_model
+    from wispprof.fitting.pipeline import fit_files
+    from wispprof.profiling.acceptance_trace import TraceSettings, take_trace
+    from wispprof.profiling.profile_run import Output
+    from wispprof.profiling.server_profiler import ServerSettings, profile_server
+    from wispprof.profiling.shape_grid import Axes
+    from wispprof.profiling.workload import SweepSettings
 
     target = load_model(str(bundled.path("models/reference-pair/target")))
     draft = load_model(str(bundled.path("models/reference-pair/draft")))
@@ -87,8 +87,8 @@ def artifacts(folder: Path, quick: bool, long: bool) -> None:
 
 def make_bed(folder: Path, arguments: argparse.Namespace, fleet: FleetProcess) -> Bed:
     """The engine, and a load scaled to it by the estimator."""
-    from wispprof.lm.engine import VerifierEngine
-    from wispprof.lm.loading import load_model
+    from wispprof.engines.loading import load_model
+    from wispprof.engines.torch.engine import VerifierEngine
 
     estimator = load_estimator(folder / "estimator.json")
     trace = load_trace(folder / "trace.jsonl")
@@ -158,7 +158,9 @@ def server_model(
 
 
 def running(bed: Bed, policy: Any) -> Any:
-    from wispprof.runtime.server import ServedModel, ServerSettings, running_server
+    from wispprof.server import running_server
+    from wispprof.settings.server_settings import ServerSettings
+    from wispprof.types import ServedModel
 
     model = ServedModel("pair", bed.tokenizer, bed.vocab, bed.engine.max_context)
     settings = ServerSettings(

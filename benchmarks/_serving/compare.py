@@ -9,11 +9,11 @@ from typing import Any
 from _serving.bed import LOADS, Bed, load_of, server_model
 from _serving.run import Run, run
 from _serving.tables import comparison, record, show
+from wispprof.bench import twin
 from wispprof.fitting import load_predictor
-from wispprof.policies.stream import StreamSettings
+from wispprof.policies.wispprof import StreamSettings
 from wispprof.reporting.tables import Column, Table
-from wispprof.runtime.bench import twin
-from wispprof.runtime.server import run_front
+from wispprof.server import run_front
 from wispprof.simulation import System, system
 
 SYSTEMS = {

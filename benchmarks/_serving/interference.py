@@ -13,11 +13,11 @@ from typing import Any
 from _serving.bed import Bed, load_of, running
 from _serving.tables import show
 from wispprof.artifacts import AcceptanceTrace, load_trace
-from wispprof.core import Slo
 from wispprof.reporting.tables import Column, Table
-from wispprof.runtime.bench import BenchSettings
-from wispprof.runtime.server import run_front
+from wispprof.server import run_front
+from wispprof.settings.bench_settings import BenchSettings
 from wispprof.simulation import system
+from wispprof.types import Slo
 
 
 def interference(bed: Bed, repeats: int) -> dict[str, Any]:
@@ -62,9 +62,9 @@ def disturb(load: BenchSettings, url: str, trace: Path, length: int) -> tuple[fl
 async def _disturb(
     load: BenchSettings, url: str, trace: AcceptanceTrace, length: int
 ) -> tuple[float, ...]:
-    from wispprof.runtime.bench.fleet import _Fleet
-    from wispprof.runtime.edge.client import EdgeClient
-    from wispprof.runtime.edge.session import Generation, GenerationRequest
+    from wispprof.bench.fleet import _Fleet
+    from wispprof.edge.client import EdgeClient
+    from wispprof.edge.generation import Generation, GenerationRequest
 
     fleet = _Fleet(load, url, trace, None, None)
     clients = [EdgeClient(fleet._dial_of(i), fleet._client_of(i)) for i in range(load.devices + 1)]

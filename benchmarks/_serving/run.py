@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from _serving.bed import LOOP_MS, Bed, load_of, running, server_model
-from wispprof.core import BatchShape
+from wispprof.bench import BenchResult, Twin, twin
 from wispprof.fitting import FittedEstimator, load_predictor
-from wispprof.runtime.bench import BenchResult, Twin, twin
 from wispprof.simulation import System
-from wispprof.simulation.links import LinkProfile
+from wispprof.simulation.devices import LinkProfile
+from wispprof.types import BatchShape
 
 EVEN_SPREAD = 0.1
 

@@ -24,9 +24,9 @@ from wispprof.artifacts import (
     write_document,
 )
 from wispprof.artifacts.files import write_atomic
-from wispprof.artifacts.provenance import command_line
-from wispprof.core import Sampling
+from wispprof.artifacts.manifest import command_line
 from wispprof.errors import ArtifactDamaged, ArtifactMissing, ArtifactTooNew
+from wispprof.types import Sampling
 
 leaves = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)

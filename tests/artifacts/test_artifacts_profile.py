@@ -23,11 +23,11 @@ from wispprof.artifacts import (
     make_profile,
     save_profile,
 )
-from wispprof.artifacts.drafting import RESTED_MS
+from wispprof.artifacts.draft_times import RESTED_MS
 from wispprof.artifacts.journal import journal_header
 from wispprof.artifacts.rows import decode_row, encode_row
-from wispprof.core import BatchShape, VerifyItem
 from wispprof.errors import ArtifactDamaged, ArtifactError, ArtifactMissing, ArtifactTooNew
+from wispprof.types import BatchShape, VerifyItem
 
 times = st.floats(0, 1e9, allow_nan=False)
 samples = st.lists(times, min_size=1, max_size=5).map(tuple)

@@ -12,9 +12,9 @@ from typer.testing import CliRunner, Result
 
 from wispprof.artifacts import load_server, make_profile, save_profile, write_document
 from wispprof.artifacts.manifest import Manifest, ModelInfo
-from wispprof.artifacts.records import StepRow
+from wispprof.artifacts.rows import StepRow
 from wispprof.cli import app, common
-from wispprof.core import BatchShape
+from wispprof.types import BatchShape
 
 RUNNER = CliRunner()
 
@@ -147,7 +147,7 @@ def test_ctrl_c_while_profiling_keeps_whole_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted in the middle of a shot: exit 130, rows on disk are whole, and --resume ends it."""
-    from wispprof.profiling.server import EngineShooter
+    from wispprof.profiling.server_profiler import EngineShooter
 
     out = tmp_path / "server"
     arguments = (
@@ -163,7 +163,7 @@ def test_ctrl_c_while_profiling_keeps_whole_rows(
             raise KeyboardInterrupt
         return fire(shooter)
 
-    monkeypatch.setattr("wispprof.profiling.server.check_physics", lambda *_: _Physics())
+    monkeypatch.setattr("wispprof.profiling.server_profiler.check_physics", lambda *_: _Physics())
     monkeypatch.setattr(EngineShooter, "fire", interrupted)
     done = run(*arguments)
     assert done.exit_code == common.INTERRUPTED, done.output

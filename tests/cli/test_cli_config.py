@@ -10,8 +10,8 @@ import typer
 from typer.testing import CliRunner
 
 from wispprof.cli import app, common
-from wispprof.config import Config, ConfigError, read_config
-from wispprof.runtime.edge.settings import ClientSettings
+from wispprof.settings.edge_settings import ClientSettings
+from wispprof.settings.sources import Config, ConfigError, read_config
 
 RUNNER = CliRunner()
 
@@ -85,7 +85,7 @@ def test_a_section_fills_a_rooms_settings(here: Path) -> None:
 
 
 def test_a_rooms_refusal_names_section_and_file(here: Path) -> None:
-    from wispprof.runtime.edge.settings import DraftingSettings
+    from wispprof.settings.edge_settings import DraftingSettings
 
     (here / "wispprof.toml").write_text("[edge]\nlead = -1\n")
     with pytest.raises(ConfigError, match=r"Section \[edge\]"):

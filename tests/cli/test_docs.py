@@ -14,7 +14,7 @@ import typer
 
 from wispprof.cli import app
 from wispprof.errors import WispprofError
-from wispprof.runtime.bench import device_of
+from wispprof.settings.bench_settings import device_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

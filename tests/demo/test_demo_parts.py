@@ -8,11 +8,12 @@ from typing import Any, cast
 
 import pytest
 
-from wispprof.core import BatchShape
-from wispprof.demo import DemoResult, DemoSettings
-from wispprof.demo.measure import first_token_ms, promises
-from wispprof.demo.serve import _joined
+from wispprof.demo import DemoResult
+from wispprof.demo.compare_policies import _joined
+from wispprof.demo.measure_machine import first_token_ms, promises
 from wispprof.reporting import Answer, Bench, Piece
+from wispprof.settings.demo_settings import DemoSettings
+from wispprof.types import BatchShape
 
 
 class Linear:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from wispprof import doctor
 from wispprof.artifacts import write_document
 from wispprof.cli import app
-from wispprof.doctor import Finding, Situation, examine, machine, pair
+from wispprof.doctor import Finding, Situation, examine, machine_checks, model_checks
 
 HEALTHY = Situation(environ={})
 
@@ -67,7 +67,7 @@ def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
             raise importlib.metadata.PackageNotFoundError(name)
         return "0.0.1" if name == "numpy" else real(name)
 
-    monkeypatch.setattr(machine.importlib.metadata, "version", version)
+    monkeypatch.setattr(machine_checks.importlib.metadata, "version", version)
     assert_fault(one(doctor.installation, HEALTHY), "msgspec is missing", "numpy 0.0.1", "pip")
 
 
@@ -93,7 +93,7 @@ def test_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.time, "time", lambda: 0.0)
+    monkeypatch.setattr(machine_checks.time, "time", lambda: 0.0)
     assert_fault(one(doctor.clock, HEALTHY), "certificates", status="warn")
 
 
@@ -134,7 +134,7 @@ def test_tls_halves_and_nonsense(tmp_path: Path) -> None:
 
 
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wispprof.doctor.serving.DIAL_MS", 50.0)
+    monkeypatch.setattr("wispprof.doctor.server_checks.DIAL_MS", 50.0)
     away = replace(HEALTHY, server=f"127.0.0.1:{free_port()}")
     assert_fault(one(doctor.server, away), "wispprof serve")
     assert_fault(one(doctor.server, replace(HEALTHY, server="ftp://x")), "address")
@@ -172,7 +172,7 @@ def test_models_that_are_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
         info = SimpleNamespace(id=path, family="llama", parameters=size, tokenizer_hash=tokenizer)
         return SimpleNamespace(info=info)
 
-    monkeypatch.setattr(pair, "_load", loaded)
+    monkeypatch.setattr(model_checks, "_load", loaded)
 
     def both(target: str, draft: str) -> Situation:
         return replace(HEALTHY, target=target, draft=draft)

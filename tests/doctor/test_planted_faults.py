@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from wispprof.artifacts import read_document, write_document
 from wispprof.cli import app
-from wispprof.doctor import pair, serving
+from wispprof.doctor import model_checks, server_checks
 
 # What may change between two runs on a machine that others use.
 WEATHER = {"memory", "load", "sensors", "devices"}
@@ -52,7 +52,7 @@ def free_port() -> int:
 
 def examine(world: World) -> tuple[int, dict[str, tuple[str, str]]]:
     """Exit code; check → (status, what was found and its fix)."""
-    pair._load.cache_clear()
+    model_checks._load.cache_clear()
     words = [word for name, value in world.options.items() for word in (f"--{name}", value)]
     done = CliRunner().invoke(app, ["doctor", "--json", *words], env=world.environ)
     assert done.exit_code in (0, 1), done.output
@@ -70,8 +70,8 @@ def make_model(folder: Path, layers: int, words: int = 94) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    from wispprof.lm.loading import random_model
-    from wispprof.lm.presets import PRESETS
+    from wispprof.engines.loading import random_model
+    from wispprof.engines.model_shapes import PRESETS
 
     config = {**PRESETS["tiny-llama"], "num_hidden_layers": layers}
     random_model(config, device="cpu").model.save_pretrained(folder)
@@ -242,7 +242,7 @@ def test_the_healthy_installation_is_healthy(world: World) -> None:
 def test_each_fault_is_found_and_its_fix_named(
     world: World, fault: Callable[[World], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "DIAL_MS", 100.0)
+    monkeypatch.setattr(server_checks, "DIAL_MS", 100.0)
     _, healthy = examine(world)
     check, status, words = FAULTS[fault]
     fault(world)
@@ -258,8 +258,8 @@ def test_each_fault_is_found_and_its_fix_named(
 
 
 def test_an_expired_certificate(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    later = serving.time.time() + 200 * 86_400
-    monkeypatch.setattr(serving.time, "time", lambda: later)
+    later = server_checks.time.time() + 200 * 86_400
+    monkeypatch.setattr(server_checks.time, "time", lambda: later)
     assert examine(world)[1]["TLS"][0] == "fail"
 
 

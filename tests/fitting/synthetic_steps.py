@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from wispprof.artifacts.records import StepRow
-from wispprof.core import BatchShape, VerifyItem
+from wispprof.artifacts.rows import StepRow
+from wispprof.types import BatchShape, VerifyItem
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from wispprof.artifacts.records import AcceptanceTrace, TracePath
-from wispprof.core import Sampling
+from wispprof.artifacts.rows import AcceptanceTrace, TracePath
+from wispprof.types import Sampling
 
 
 def synthetic_path(rng: np.random.Generator, prompt: int, length: int, depth: int) -> TracePath:

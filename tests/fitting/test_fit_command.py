@@ -17,7 +17,7 @@ from wispprof.artifacts import Manifest, ModelInfo, make_profile, save_profile, 
 from wispprof.cli import app
 from wispprof.errors import FitError
 from wispprof.fitting import load_estimator, load_predictor
-from wispprof.fitting.run import fit_files
+from wispprof.fitting.pipeline import fit_files
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_two_models_and_nothing_to_do_are_refused(folder: Path) -> None:
 
 def test_fitting_imports_no_torch(folder: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nimport wispprof.cli.fit, wispprof.fitting.run as run\n"
+        "import sys\nfrom pathlib import Path\nimport wispprof.cli.fit, wispprof.fitting.pipeline as run\n"
         f"run.fit_files(Path({str(folder / 'bare')!r}), [Path({str(folder / 'server.jsonl')!r})], "
         "kind='wisp-linear')\nassert 'torch' not in sys.modules"
     )

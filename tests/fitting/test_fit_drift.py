@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from synthetic_steps import random_shape, synthetic_rows, true_ms
 
-from wispprof.core import BatchShape
 from wispprof.fitting import FittedEstimator
+from wispprof.fitting.batch_totals import totals_of
 from wispprof.fitting.drift import DriftMonitor, cell_of
-from wispprof.fitting.evaluate import fit_on
-from wispprof.fitting.features import totals_of
-from wispprof.fitting.rows import Observations
+from wispprof.fitting.evaluation import fit_on
+from wispprof.fitting.observations import Observations
+from wispprof.types import BatchShape
 
 
 @pytest.fixture(scope="module")

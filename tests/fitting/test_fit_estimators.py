@@ -13,11 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_steps import random_shape, synthetic_rows, true_ms
 
-from wispprof.core import BatchShape, VerifyItem
 from wispprof.errors import ArtifactDamaged, ArtifactMissing, FitError
 from wispprof.fitting import ESTIMATOR_KINDS, FittedEstimator, fit_estimator, load_estimator
-from wispprof.fitting.evaluate import blocks_of, coverage_of, evaluate, fit_on
-from wispprof.fitting.features import (
+from wispprof.fitting.batch_totals import (
     EMPTY,
     Totals,
     decode_totals_of,
@@ -26,11 +24,13 @@ from wispprof.fitting.features import (
     totals_matrix,
     totals_of,
 )
-from wispprof.fitting.hybrid import WispprofSurface
-from wispprof.fitting.physical import PhysicalTerms, graph_buckets
-from wispprof.fitting.rows import Observations
+from wispprof.fitting.drift import recalibrate
+from wispprof.fitting.evaluation import blocks_of, coverage_of, evaluate, fit_on
+from wispprof.fitting.observations import Observations
+from wispprof.fitting.physical_terms import PhysicalTerms, graph_buckets
 from wispprof.fitting.selection import folds_of
-from wispprof.fitting.update import recalibrate
+from wispprof.fitting.wispprof_model import WispprofSurface
+from wispprof.types import BatchShape, VerifyItem
 
 MONOTONE = tuple(k for k in ESTIMATOR_KINDS if k != "forest")
 

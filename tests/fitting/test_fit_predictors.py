@@ -9,18 +9,18 @@ import pytest
 from synthetic_traces import synthetic_trace
 
 from wispprof.artifacts.document import read_document, write_document
-from wispprof.artifacts.records import AcceptanceTrace
-from wispprof.core import DraftFeatures
+from wispprof.artifacts.rows import AcceptanceTrace
 from wispprof.errors import ArtifactDamaged, FitError
 from wispprof.fitting import PREDICTOR_KINDS, FittedPredictor, fit_predictor, load_predictor
-from wispprof.fitting.card import explain_predictor
+from wispprof.fitting.model_card import explain_predictor
 from wispprof.fitting.predictors.calibration import (
     Calibration,
     expected_calibration_error,
     reliability,
 )
-from wispprof.fitting.predictors.data import split_prompts, token_rows
-from wispprof.fitting.predictors.fitted import auc
+from wispprof.fitting.predictors.fitted_predictor import auc
+from wispprof.fitting.predictors.training_rows import split_prompts, token_rows
+from wispprof.types import DraftFeatures
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 from synthetic_traces import synthetic_trace
 
-from wispprof.artifacts.records import TracePath
+from wispprof.artifacts.rows import TracePath
 from wispprof.errors import FitError
 from wispprof.fitting import fit_predictor
-from wispprof.fitting.predictors import fit_scorer
-from wispprof.fitting.predictors.data import split_prompts
-from wispprof.fitting.replay import (
+from wispprof.fitting.controller_replay import (
     Fold,
     Setting,
     clairvoyant_lengths,
@@ -25,6 +23,8 @@ from wispprof.fitting.replay import (
     threshold_lengths,
     walk,
 )
+from wispprof.fitting.predictors import fit_scorer
+from wispprof.fitting.predictors.training_rows import split_prompts
 from wispprof.policies.controllers import FixedController, WispController
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wispprof.fitting.residual import FEATURES, GROUPS, MonotoneTables
+from wispprof.fitting.monotone_tables import FEATURES, GROUPS, MonotoneTables
 
 
 def _learn(rounds: int) -> tuple[MonotoneTables, np.ndarray, np.ndarray]:

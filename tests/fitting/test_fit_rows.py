@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from synthetic_steps import synthetic_rows, true_ms
 
-from wispprof.artifacts.records import StepRow
-from wispprof.core import BatchShape
+from wispprof.artifacts.rows import StepRow
 from wispprof.errors import FitError
 from wispprof.fitting import fit_estimator
-from wispprof.fitting.rows import Observations, check_same_model
+from wispprof.fitting.observations import Observations, check_same_model
+from wispprof.types import BatchShape
 
 
 def _with(rows: list[StepRow], place: int, **changes: object) -> list[StepRow]:

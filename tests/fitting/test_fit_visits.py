@@ -9,10 +9,10 @@ import pytest
 from synthetic_steps import random_shape, true_ms
 
 from wispprof.artifacts import StepRow
-from wispprof.core import BatchShape
-from wispprof.fitting.floor import bound_floor, measured_again, paced_floor
-from wispprof.fitting.rows import Observations
-from wispprof.fitting.sentinel import Pace, drift_factors, visits_of
+from wispprof.fitting.evaluation import bound_floor, measured_again, paced_floor
+from wispprof.fitting.machine_speed import Pace, drift_factors, visits_of
+from wispprof.fitting.observations import Observations
+from wispprof.types import BatchShape
 
 SHAPE = BatchShape.uniform(4, 5, 256)
 

@@ -33,12 +33,12 @@ from wispprof.artifacts.plan import (
     load_plan,
     save_plan,
 )
-from wispprof.core import BatchShape
 from wispprof.fitting import load_estimator
-from wispprof.fitting.predictors.fitted import PREDICTOR_KINDS, fit_scorer, load_predictor
-from wispprof.fitting.rows import Observations, read_step_log
+from wispprof.fitting.observations import Observations, read_step_log
+from wispprof.fitting.predictors.fitted_predictor import PREDICTOR_KINDS, fit_scorer, load_predictor
+from wispprof.fitting.registry import ESTIMATOR_KINDS, surface_class
 from wispprof.fitting.selection import assemble
-from wispprof.fitting.surfaces import ESTIMATOR_KINDS, surface_class
+from wispprof.types import BatchShape
 
 sys.path.append(str(Path(__file__).parents[1] / "fitting"))
 

@@ -13,26 +13,20 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from wispprof.core import Sampling
+from wispprof.edge import EdgeClient, Generation, GenerationRequest, TimedWorker, websocket_dial
 from wispprof.policies import make_controller
-from wispprof.runtime.edge import (
-    DraftingSettings,
-    EdgeClient,
-    Generation,
-    GenerationRequest,
-    TimedWorker,
-    websocket_dial,
-)
-from wispprof.runtime.link import LinkProxy, LinkSettings
-from wispprof.runtime.server import HashDrafter, HashTarget
-from wispprof.simulation.links import LinkProfile
+from wispprof.settings.edge_settings import DraftingSettings
+from wispprof.simulation.devices import LinkProfile
+from wispprof.testing.fake_engine import HashDrafter, HashTarget
+from wispprof.testing.link_emulator import LinkProxy, LinkSettings
+from wispprof.types import Sampling
 
 TOKENS = 96
 TARGET = HashTarget()
 
 SERVER = """
 import asyncio, sys
-from wispprof.runtime.server import HashEngine, ServerSettings, running_server
+from wispprof.server import HashEngine, ServerSettings, running_server
 
 async def main():
     engine = HashEngine(step_ms=lambda shape: 2.0 + 0.1 * shape.new_tokens)

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from wispprof.hardware import clocks, energy, machine, nvml
-from wispprof.hardware.machine import Gpu, probe
+from wispprof.hardware import clocks, energy, machine_info, nvml
+from wispprof.hardware.machine_info import Gpu, probe
 
 
 def put(root, files):
@@ -27,7 +27,7 @@ class Clock:
 
 
 def test_this_machine_has_a_stable_fingerprint():
-    first, second = machine.fingerprint(), machine.probe(machine.Path("/"))
+    first, second = machine_info.fingerprint(), machine_info.probe(machine_info.Path("/"))
     assert first == second
     assert first.hash == second.hash
     assert first.cores >= 1

@@ -8,8 +8,8 @@ import pytest
 
 from wispprof.artifacts import write_document
 from wispprof.hardware import computing_on, fingerprint, made_elsewhere
-from wispprof.runtime.server import ServerSettings
-from wispprof.runtime.server.build import foreign
+from wispprof.server.startup import foreign
+from wispprof.settings.server_settings import ServerSettings
 
 H200 = {"cpu": "Xeon", "cores": 16, "gpus": [{"name": "NVIDIA H200"}, {"name": "NVIDIA L4"}]}
 

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from wispprof.artifacts.plan import load_plan, save_plan
 from wispprof.errors import PlanError
-from wispprof.planning import PlanSettings, Runs, make_plan
-from wispprof.planning.cells import Edge
-from wispprof.planning.mix import mix_row
-from wispprof.planning.run import SpeedDevice, class_mix
-from wispprof.planning.timing import StepTimes
-from wispprof.planning.words import explain
-from wispprof.simulation.costs import LinearCost
+from wispprof.planning import Runs, make_plan
+from wispprof.planning.batch_table import mix_row
+from wispprof.planning.draft_table import Edge
+from wispprof.planning.explain import explain
+from wispprof.planning.pipeline import SpeedDevice, class_mix
+from wispprof.planning.session_speed import StepTimes
+from wispprof.settings.planner_settings import PlanSettings
+from wispprof.simulation.step_costs import LinearCost
 
 COST = LinearCost(18.0, row_ms=0.25, kv_ms=0.00006)
 LAPTOP = SpeedDevice("laptop", 60.0)

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 
 from wispprof.artifacts.plan import load_plan, machine_of, save_plan
 from wispprof.errors import PlanError
-from wispprof.planning import PlanSettings, Runs, make_plan
-from wispprof.planning.drafts import front
-from wispprof.planning.run import SpeedDevice, edge_price
-from wispprof.planning.words import explain
-from wispprof.planning.worth import Figures, choose, on_front, weights_of
-from wispprof.simulation.costs import LinearCost
+from wispprof.planning import Runs, make_plan
+from wispprof.planning.draft_choice import front
+from wispprof.planning.explain import explain
+from wispprof.planning.objective import Figures, choose, on_front
+from wispprof.planning.pipeline import SpeedDevice, edge_price
+from wispprof.settings.planner_settings import PlanSettings, weights_of
+from wispprof.simulation.step_costs import LinearCost
 
 COST = LinearCost(18.0, row_ms=0.25, kv_ms=0.00006)
 BIG, SMALL = SpeedDevice("laptop:3b-q4", 40.0, 30.0), SpeedDevice("laptop:1b-q4", 110.0, 12.0)

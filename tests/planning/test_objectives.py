@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wispprof.errors import PlanError
-from wispprof.planning.objectives import DraftOption, best, pareto_front, score
+from wispprof.simulation.configspec import DraftOption, best, pareto_front, score
 
 SMALL_ALPHA = {2: 0.70, 5: 0.546, 6: 0.52, 8: 0.44}
 LARGE_ALPHA = {2: 0.76, 5: 0.622}

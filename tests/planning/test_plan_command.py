@@ -9,13 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from wispprof.artifacts import bundled, save_trace
-from wispprof.artifacts.records import AcceptanceTrace, TracePath
+from wispprof.artifacts.rows import AcceptanceTrace, TracePath
 from wispprof.cli import app
-from wispprof.core import Sampling
+from wispprof.fitting.batch_totals import EMPTY, Totals
 from wispprof.fitting.conformal import LEVELS, RatioBound
 from wispprof.fitting.estimator import Domain, FittedEstimator
-from wispprof.fitting.features import EMPTY, Totals
-from wispprof.fitting.linear import WispLinear
+from wispprof.fitting.step_time_models import WispLinear
+from wispprof.types import Sampling
 
 
 @pytest.fixture

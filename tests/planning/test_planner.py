@@ -11,15 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wispprof.artifacts.plan import load_plan, save_plan
-from wispprof.core import BatchShape
 from wispprof.errors import ArtifactDamaged, PlanError
-from wispprof.planning import PlanSettings, Runs, make_plan
-from wispprof.planning.cells import Edge
-from wispprof.planning.export import export
-from wispprof.planning.run import SpeedDevice
-from wispprof.planning.tables import capacity_row, step_times
-from wispprof.planning.timing import StepTimes, round_pace, stream_pace, undrafted_pace
-from wispprof.planning.words import compare, explain
+from wispprof.planning import Runs, make_plan
+from wispprof.planning.batch_table import capacity_row, step_times
+from wispprof.planning.draft_table import Edge
+from wispprof.planning.explain import compare, explain
+from wispprof.planning.pipeline import SpeedDevice
+from wispprof.planning.plan_export import export
+from wispprof.planning.session_speed import StepTimes, round_pace, stream_pace, undrafted_pace
+from wispprof.settings.planner_settings import PlanSettings
+from wispprof.types import BatchShape
 
 
 @dataclass(frozen=True)

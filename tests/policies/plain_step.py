@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from wispprof.core import BatchShape, StepEstimator, VerifyItem
 from wispprof.policies import Limits, Member, SessionView
-from wispprof.policies.marginal import expected_tokens
-from wispprof.policies.stream import StreamSettings
+from wispprof.policies.cost_model import expected_tokens
+from wispprof.policies.wispprof import StreamSettings
+from wispprof.types import BatchShape, StepEstimator, VerifyItem
 
 __all__ = ["Costs", "Keep", "Step", "linear_costs", "price", "read_prompts", "value_of"]
 

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from plain_step import Costs, Keep, Step, linear_costs, price, read_prompts, value_of
 
-from wispprof.core import StepEstimator
 from wispprof.policies import Limits, Member, SessionView
-from wispprof.policies.marginal import expected_tokens
-from wispprof.policies.stream import StreamSettings
+from wispprof.policies.cost_model import expected_tokens
+from wispprof.policies.wispprof import StreamSettings
+from wispprof.types import StepEstimator
 
 __all__ = ["Decision", "PlainWispprof"]
 

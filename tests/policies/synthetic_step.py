@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from wispprof.core import BatchShape
+from wispprof.types import BatchShape
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_step import SyntheticEstimator
 
-from wispprof.core import Slo
 from wispprof.errors import PlanError
 from wispprof.policies import BATCH_POLICIES, Limits, SessionView, make_batch_policy
+from wispprof.types import Slo
 
 SLO = Slo(4.0)
 

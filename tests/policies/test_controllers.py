@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_step import SyntheticEstimator
 
-from wispprof.core import DraftFeatures
 from wispprof.policies import LOAD_LEVELS, RoundContext, load_level, make_controller, stretch
-from wispprof.policies.load import representative_stretch
-from wispprof.policies.survival import ConfidenceSurvival, DepthSurvival
+from wispprof.policies.controllers import ConfidenceSurvival, DepthSurvival
+from wispprof.policies.load_level import representative_stretch
+from wispprof.types import DraftFeatures
 
 CONTEXT = RoundContext(draft_ms=10.0, rtt_ms=30.0, server_ms=40.0)
 

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from synthetic_step import SyntheticEstimator
 
-from wispprof.core import Slo, StepEstimator
+from wispprof.fitting.batch_totals import EMPTY, Totals
 from wispprof.fitting.conformal import LEVELS, RatioBound
 from wispprof.fitting.estimator import Domain, FittedEstimator
-from wispprof.fitting.features import EMPTY, Totals
-from wispprof.fitting.linear import WispLinear
+from wispprof.fitting.step_time_models import WispLinear
 from wispprof.policies import Limits, SessionView, make_batch_policy
-from wispprof.policies.build import StepBuilder
-from wispprof.policies.marginal import MarginalCosts, Slopes, expected_tokens
-from wispprof.policies.rounds import SpecEdgePipeline
-from wispprof.policies.tails import Book, Columns, Ladder
+from wispprof.policies.baselines import SpecEdgePipeline
+from wispprof.policies.batch_builder import StepBuilder
+from wispprof.policies.cost_model import MarginalCosts, Slopes, expected_tokens
+from wispprof.policies.draft_selection import Book, Columns, Ladder
+from wispprof.types import Slo, StepEstimator
 
 
 def fitted() -> FittedEstimator:

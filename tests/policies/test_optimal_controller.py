@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from wispprof.artifacts.plan import DraftRow, Plan
-from wispprof.core import DraftFeatures, Slo
 from wispprof.policies import RoundContext, make_controller
-from wispprof.policies.optimal import rows_of
-from wispprof.policies.survival import DepthSurvival
+from wispprof.policies.controllers import DepthSurvival
+from wispprof.policies.stopping import rows_of
+from wispprof.types import DraftFeatures, Slo
 
 CONTEXT = RoundContext(draft_ms=10.0, rtt_ms=40.0, server_ms=30.0, slo=Slo(4.0))
 FEATURES = DraftFeatures(0.9, 0.1, 3.0, 1.0)

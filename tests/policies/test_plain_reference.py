@@ -16,16 +16,16 @@ from plain_step import value_of
 from plain_wispprof import Decision, PlainWispprof
 from synthetic_step import SyntheticEstimator
 
-from wispprof.artifacts.records import StepRow
-from wispprof.core import BatchShape, Slo, StepEstimator, VerifyItem
+from wispprof.artifacts.rows import StepRow
 from wispprof.fitting import FittedEstimator
-from wispprof.fitting.hybrid import Choice, WispprofSurface
-from wispprof.fitting.rows import Observations
+from wispprof.fitting.observations import Observations
 from wispprof.fitting.selection import assemble
+from wispprof.fitting.wispprof_model import Choice, WispprofSurface
 from wispprof.policies import Limits, SessionView, StepPlan
-from wispprof.policies.need import Need
-from wispprof.policies.stream import StreamSettings, Wispprof
-from wispprof.policies.tails import Book, BoolArray, FloatArray, IntArray, Ladder
+from wispprof.policies.draft_selection import Book, BoolArray, FloatArray, IntArray, Ladder
+from wispprof.policies.urgency import Need
+from wispprof.policies.wispprof import StreamSettings, Wispprof
+from wispprof.types import BatchShape, Slo, StepEstimator, VerifyItem
 
 
 def fitted() -> FittedEstimator:

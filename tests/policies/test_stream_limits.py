@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_step import SyntheticEstimator
 
-from wispprof.core import Slo
 from wispprof.policies import Limits, SessionView, make_batch_policy
-from wispprof.policies.marginal import expected_tokens, mean_costs
-from wispprof.policies.tails import Book, Ladder
+from wispprof.policies.cost_model import expected_tokens, mean_costs
+from wispprof.policies.draft_selection import Book, Ladder
+from wispprof.types import Slo
 
 LIMITS = Limits(64, 4096, 256, 1 << 20)
 

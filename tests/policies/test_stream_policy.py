@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_step import SyntheticEstimator
 
-from wispprof.core import BatchShape, Slo
 from wispprof.policies import BATCH_POLICIES, Limits, SessionView, make_batch_policy
-from wispprof.policies.marginal import MarginalCosts, expected_tokens, mean_costs, price_batches
-from wispprof.policies.tails import Book, solve
+from wispprof.policies.cost_model import MarginalCosts, expected_tokens, mean_costs, price_batches
+from wispprof.policies.draft_selection import Book, solve
+from wispprof.types import BatchShape, Slo
 
 LIMITS = Limits(64, 4096, 512, 1 << 20)
 

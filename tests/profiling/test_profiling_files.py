@@ -27,14 +27,12 @@ from wispprof.artifacts import (
     save_profile,
 )
 from wispprof.cli.common import GuardedGroup
-from wispprof.core import BatchShape
 from wispprof.errors import ArtifactDamaged, HandshakeRefused, ProfileError, ProtocolError
-from wispprof.profiling.compare import diff_profiles
-from wispprof.profiling.export import export_rows
-from wispprof.profiling.link import LinkSettings, link_summary, profile_link
-from wispprof.profiling.llama_bench import import_results
-from wispprof.profiling.merge import merge_profiles
-from wispprof.profiling.session import Output
+from wispprof.profiling.imported_profiles import import_results
+from wispprof.profiling.link_profiler import LinkSettings, link_summary, profile_link
+from wispprof.profiling.profile_run import Output
+from wispprof.profiling.profile_tools import diff_profiles, export_rows, merge_profiles
+from wispprof.types import BatchShape
 
 MODEL = ModelInfo("tiny", "float32", 1_000_000, kv_bytes_per_token=4096)
 MACHINE = {"hash": "abc", "cpu": "Some CPU"}
@@ -136,7 +134,7 @@ def test_a_machine_that_became_slower_as_a_whole_is_not_explained_away():
 
 
 def test_false_findings_are_bounded_not_each_test():
-    from wispprof.profiling.stats import discoveries
+    from wispprof.profiling.measurement_log import discoveries
 
     assert discoveries([0.01, 0.02, 0.03, 0.04, 0.05], 0.05) == [True] * 5
     assert discoveries([0.02, 0.5, 0.5, 0.5, 0.5], 0.05) == [False] * 5
@@ -266,25 +264,25 @@ class FakeLink:
         return self.now
 
     async def send(self, data):
-        from wispprof.runtime import wire
+        from wispprof import protocol
 
-        frame = wire.decode_edge(data)
-        if isinstance(frame, wire.Hello):
+        frame = protocol.decode_edge(data)
+        if isinstance(frame, protocol.Hello):
             if self.wrong == "key":
-                self.answers.append(wire.Problem(-1, "hello", "unknown key"))
+                self.answers.append(protocol.Problem(-1, "hello", "unknown key"))
             else:
-                self.answers.append(wire.Welcome(1, "tiny", "tok", 256, 8, True))
+                self.answers.append(protocol.Welcome(1, "tiny", "tok", 256, 8, True))
             return
         self.now += (self.rtt_ms + (len(frame.payload) + frame.reply_bytes) / self.rate) / 1000
         size = 3 if self.wrong == "size" else frame.reply_bytes
-        self.answers.append(wire.Pong(frame.number, bytes(size)))
+        self.answers.append(protocol.Pong(frame.number, bytes(size)))
 
     async def receive(self):
-        from wispprof.runtime import wire
+        from wispprof import protocol
 
         if not self.answers:
             await asyncio.sleep(3600)
-        return wire.encode(self.answers.pop(0))
+        return protocol.encode(self.answers.pop(0))
 
     async def close(self):
         self.closed = True
@@ -361,15 +359,15 @@ def test_the_profile_commands(tmp_path):
 
 
 def test_ctrl_c_says_where_the_rows_are(tmp_path, monkeypatch):
-    from wispprof.profiling import server
-    from wispprof.profiling.session import journal_file
+    from wispprof.profiling import server_profiler
+    from wispprof.profiling.profile_run import journal_file
 
     def interrupted(settings, progress):
         journal_file(settings.output.path).write_bytes(b"header\nrow\nrow\n")
         progress(2, 9, "ETA 0:05")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(server, "profile_server", interrupted)
+    monkeypatch.setattr(server_profiler, "profile_server", interrupted)
     stopped = run("profile-server", "--out", tmp_path / "p")
     assert stopped.exit_code == 130
     assert "2 finished visits" in " ".join(stopped.stderr.split())
@@ -377,7 +375,7 @@ def test_ctrl_c_says_where_the_rows_are(tmp_path, monkeypatch):
 
 
 def test_options_reach_the_settings(tmp_path, monkeypatch):
-    from wispprof.profiling import server
+    from wispprof.profiling import server_profiler
 
     seen = []
 
@@ -385,7 +383,7 @@ def test_options_reach_the_settings(tmp_path, monkeypatch):
         seen.append(settings)
         return server_profile()
 
-    monkeypatch.setattr(server, "profile_server", measured)
+    monkeypatch.setattr(server_profiler, "profile_server", measured)
     done = run(
         "profile-server", "--items", "1-8*2", "--new", "1,5", "--target", "0.1", "--seed", "3",
         "--budget-minutes", "2", "--out", tmp_path / "p", "--json",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from wispprof.errors import ArtifactMissing, ProfileError
-from wispprof.profiling.drafting import EDGE_GRIDS, load_edge_axes
-from wispprof.profiling.grids import (
+from wispprof.profiling.drafter_runner import EDGE_GRIDS, load_edge_axes
+from wispprof.profiling.shape_grid import (
     GRIDS,
     Axes,
     Capacity,

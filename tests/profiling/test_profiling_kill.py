@@ -11,20 +11,22 @@ from typing import Any
 
 from wispprof.artifacts import RowJournal, load_server
 from wispprof.artifacts.rows import decode_row
-from wispprof.profiling import server
-from wispprof.profiling.grids import Axes
-from wispprof.profiling.session import Output
-from wispprof.profiling.shots import SweepSettings
+from wispprof.profiling import server_profiler
+from wispprof.profiling.profile_run import Output
+from wispprof.profiling.shape_grid import Axes
+from wispprof.profiling.workload import SweepSettings
 
 KILLS = 2
 # Imported once and inherited by every process: a model's own module takes longer than its profile.
-PRELOAD = ["wispprof.profiling.server", "transformers.models.llama.modeling_llama"]
+PRELOAD = ["wispprof.profiling.server_profiler", "transformers.models.llama.modeling_llama"]
 
 
 def measure(path: Path, resume: bool, told: Any) -> None:
     """The profiler of a process: tells the order of each visit once it is on disk."""
     # Times of so small a model are all overhead; what physics says of them has a test of its own.
-    server.check_physics = lambda rows, model: type("Passed", (), {"as_dict": lambda self: {}})()
+    server_profiler.check_physics = lambda rows, model: type(
+        "Passed", (), {"as_dict": lambda self: {}}
+    )()
     append = RowJournal.append
 
     def appended(journal: RowJournal, row: Any) -> None:
@@ -32,7 +34,7 @@ def measure(path: Path, resume: bool, told: Any) -> None:
         told.send(row.order)
 
     RowJournal.append = appended  # type: ignore[method-assign]
-    settings = server.ServerSettings(
+    settings = server_profiler.ServerSettings(
         shape="tiny-llama",
         device="cpu",
         axes=Axes(items=(1, 3), new=(1, 4), cached=(8, 32), chunk=(16,), mixed_items=(2,)),
@@ -40,7 +42,7 @@ def measure(path: Path, resume: bool, told: Any) -> None:
         sweep=SweepSettings(least=6, most=6, target=0.9, sentinel_every=4),
         output=Output(path, resume=resume),
     )
-    server.profile_server(settings)
+    server_profiler.profile_server(settings)
 
 
 def visits(journal: Path) -> dict[int, tuple[str, tuple[float, ...]]]:

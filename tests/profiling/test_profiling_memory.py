@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from wispprof.artifacts import load_server
-from wispprof.core import BatchShape
+from wispprof.engines.loading import random_model
+from wispprof.engines.torch.engine import VerifierEngine
 from wispprof.errors import EngineError, ProfileError
-from wispprof.lm.engine import VerifierEngine
-from wispprof.lm.loading import random_model
-from wispprof.profiling import server
-from wispprof.profiling.grids import GRIDS, Axes
-from wispprof.profiling.shots import Shot, SweepSettings
+from wispprof.profiling import server_profiler
+from wispprof.profiling.shape_grid import GRIDS, Axes
+from wispprof.profiling.workload import Shot, SweepSettings
+from wispprof.types import BatchShape
 
 ROOMY = Axes(
     items=(1, 8),
@@ -38,12 +38,12 @@ def tiny():
 def anything_goes(monkeypatch):
     """Times of so small a model are all overhead; what physics says of them has a test of its own."""
     passed = type("Passed", (), {"as_dict": lambda self: {}})()
-    monkeypatch.setattr(server, "check_physics", lambda rows, model: passed)
+    monkeypatch.setattr(server_profiler, "check_physics", lambda rows, model: passed)
 
 
 def profile(tiny, **more):
-    return server.profile_server(
-        server.ServerSettings(axes=ROOMY, sweep=SWEEP, **more), loaded=tiny
+    return server_profiler.profile_server(
+        server_profiler.ServerSettings(axes=ROOMY, sweep=SWEEP, **more), loaded=tiny
     )
 
 
@@ -76,7 +76,7 @@ def test_next_to_no_memory_is_said(tiny):
 def test_a_shot_beyond_the_memory_is_refused_and_leaves_no_trace(tiny):
     """Negative control: the engine does not make room that it has not got."""
     engine = VerifierEngine(tiny, kv_tokens=300, max_sessions=8)
-    shooter = server.EngineShooter(engine, 100)
+    shooter = server_profiler.EngineShooter(engine, 100)
     free = engine.kv_free
     with pytest.raises(EngineError, match="do not fit"):
         shooter.prepare(Shot("large", "verify", BatchShape.uniform(3, 5, 90)))
@@ -123,7 +123,7 @@ def test_other_faults_of_a_step_are_not_taken_for_want_of_memory(tiny, monkeypat
         raise RuntimeError("a kernel is broken")
 
     engine = VerifierEngine(tiny, kv_tokens=300, max_sessions=8)
-    shooter = server.EngineShooter(engine, 50)
+    shooter = server_profiler.EngineShooter(engine, 50)
     monkeypatch.setattr(VerifierEngine, "step", step)
     shooter.prepare(Shot("s", "verify", BatchShape.uniform(1, 1, 8)))
     with pytest.raises(RuntimeError, match="broken"):
@@ -133,11 +133,11 @@ def test_other_faults_of_a_step_are_not_taken_for_want_of_memory(tiny, monkeypat
 def test_the_standard_grid_reaches_the_end_of_the_bundled_context_and_of_memory():
     """No row near a limit is planned that the session all are forks of is too short for."""
     axes, context = GRIDS["standard"], 2048
-    most = server.wanted(axes, context)
+    most = server_profiler.wanted(axes, context)
     for room in (200, 5_000, 40_000, 1 << 30):
-        kv_tokens, longest = server._memory(axes, room, most, context)
-        capacity = server.Capacity(kv_tokens - longest, most.sessions, longest)
-        shapes = [shot.subject for shot in server.server_shots(axes, capacity)]
+        kv_tokens, longest = server_profiler._memory(axes, room, most, context)
+        capacity = server_profiler.Capacity(kv_tokens - longest, most.sessions, longest)
+        shapes = [shot.subject for shot in server_profiler.server_shots(axes, capacity)]
         assert max(i.cached for s in shapes for i in s.items) <= longest <= context
         assert kv_tokens <= room
 
@@ -161,7 +161,7 @@ importlib.metadata.version = installed
 if sys.argv[1] == "fit":
     sys.argv[1:] = sys.argv[2:]
     import lightgbm
-import wispprof.profiling.server as server
+import wispprof.profiling.server_profiler as server
 server.check_physics = lambda rows, model: type("P", (), {"as_dict": lambda self: {}})()
 from wispprof.cli import app
 app(sys.argv[1:])

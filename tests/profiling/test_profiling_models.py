@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from wispprof.artifacts import Manifest, ModelInfo, load_edge, load_server, make_profile
-from wispprof.core import Sampling
+from wispprof.drafters.torch_drafter import TorchDrafter
+from wispprof.engines.loading import random_model
+from wispprof.engines.torch.engine import VerifierEngine
 from wispprof.errors import ArtifactError, PhysicsViolation, ProfileError
-from wispprof.fitting.rows import MINIMUM_SHAPES
-from wispprof.lm.draft import TorchDrafter
-from wispprof.lm.engine import VerifierEngine
-from wispprof.lm.loading import random_model
-from wispprof.profiling import edge, server
-from wispprof.profiling.cost import pilot
-from wispprof.profiling.grids import Axes
-from wispprof.profiling.physics import check_edge
-from wispprof.profiling.session import Output, journal_file
-from wispprof.profiling.shots import SweepSettings
+from wispprof.fitting.observations import MINIMUM_SHAPES
+from wispprof.profiling import edge_profiler, server_profiler
+from wispprof.profiling.physics_checks import check_edge
+from wispprof.profiling.profile_run import Output, journal_file
+from wispprof.profiling.shape_grid import Axes
 from wispprof.profiling.sweep import Sweep
+from wispprof.profiling.sweep_cost import pilot
+from wispprof.profiling.workload import SweepSettings
+from wispprof.types import Sampling
 
 AXES = Axes(
     items=(1, 4), new=(1, 5), cached=(16, 128), skew_items=(4,), chunk=(32,), mixed_items=(2,)
@@ -67,12 +67,12 @@ class CountedTime:
 
 def settings(path=None, **more):
     output = Output(path, resume=more.pop("resume", False))
-    return server.ServerSettings(axes=AXES, sweep=SWEEP, output=output, **more)
+    return server_profiler.ServerSettings(axes=AXES, sweep=SWEEP, output=output, **more)
 
 
 def test_a_server_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
     clock = CountedTime(monkeypatch)
-    profile = server.profile_server(settings(tmp_path / "p"), loaded=tiny, clock=clock)
+    profile = server_profiler.profile_server(settings(tmp_path / "p"), loaded=tiny, clock=clock)
     assert load_server(tmp_path / "p") == profile
     assert not journal_file(tmp_path / "p").exists()
     kinds = {row.kind for row in profile.rows}
@@ -89,39 +89,41 @@ def test_a_server_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
     assert manifest.hardware["hash"]
     assert manifest.summary["drift"]["drifted"] is False
     with pytest.raises(ArtifactError, match="--overwrite"):
-        server.profile_server(settings(tmp_path / "p"), loaded=tiny, clock=clock)
+        server_profiler.profile_server(settings(tmp_path / "p"), loaded=tiny, clock=clock)
 
 
 def test_interrupted_and_resumed(tiny, monkeypatch, tmp_path):
     clock = CountedTime(monkeypatch, die_after=120)
     with pytest.raises(KeyboardInterrupt):
-        server.profile_server(settings(tmp_path / "p"), loaded=tiny, clock=clock)
+        server_profiler.profile_server(settings(tmp_path / "p"), loaded=tiny, clock=clock)
     assert journal_file(tmp_path / "p").exists()
     assert not (tmp_path / "p.jsonl").exists()
     clock.die_after = None
     with pytest.raises(ArtifactError, match="--resume"):
-        server.profile_server(settings(tmp_path / "p"), loaded=tiny, clock=clock)
-    profile = server.profile_server(settings(tmp_path / "p", resume=True), loaded=tiny, clock=clock)
+        server_profiler.profile_server(settings(tmp_path / "p"), loaded=tiny, clock=clock)
+    profile = server_profiler.profile_server(
+        settings(tmp_path / "p", resume=True), loaded=tiny, clock=clock
+    )
     keys = [row.key for row in profile.rows if row.kind != "sentinel"]
-    planned = server.plan_server(settings(), loaded=tiny, clock=clock)
+    planned = server_profiler.plan_server(settings(), loaded=tiny, clock=clock)
     assert sorted(keys) == sorted(shot.key for shot in planned.shots)
 
 
 def test_a_backend_that_ignores_its_batch_is_refused(tiny, monkeypatch, tmp_path):
     clock = CountedTime(monkeypatch, blind=True)
     heavy = Axes(items=(1, 2, 4, 8), new=(1, 9), cached=(16, 64, 240))
-    chosen = server.ServerSettings(axes=heavy, sweep=SWEEP, output=Output(tmp_path / "p"))
+    chosen = server_profiler.ServerSettings(axes=heavy, sweep=SWEEP, output=Output(tmp_path / "p"))
     with pytest.raises(PhysicsViolation):
-        server.profile_server(chosen, loaded=tiny, clock=clock)
+        server_profiler.profile_server(chosen, loaded=tiny, clock=clock)
     assert not (tmp_path / "p.jsonl").exists()
 
 
 def test_every_repeat_meets_the_same_state(tiny):
     engine = VerifierEngine(tiny, kv_tokens=2000, max_sessions=8)
-    shooter = server.EngineShooter(engine, 200)
+    shooter = server_profiler.EngineShooter(engine, 200)
     shot = next(
         s
-        for s in server.server_shots(AXES, server.Capacity(1000, 8, 256))
+        for s in server_profiler.server_shots(AXES, server_profiler.Capacity(1000, 8, 256))
         if s.subject.prefill_tokens and len(s.subject.items) > 1
     )
     shooter.prepare(shot)
@@ -139,13 +141,13 @@ def test_every_repeat_meets_the_same_state(tiny):
 
 def test_too_little_memory_is_said(tiny, monkeypatch):
     with pytest.raises(ProfileError, match="KV tokens"):
-        server.profile_server(settings(kv_tokens=40), loaded=tiny)
+        server_profiler.profile_server(settings(kv_tokens=40), loaded=tiny)
 
 
 def test_a_budget_leaves_shots_out(tiny, monkeypatch):
     clock = CountedTime(monkeypatch)
-    whole = server.plan_server(settings(), loaded=tiny, clock=clock)
-    some = server.plan_server(
+    whole = server_profiler.plan_server(settings(), loaded=tiny, clock=clock)
+    some = server_profiler.plan_server(
         settings(budget_minutes=whole.expected_s / 60 / 3), loaded=tiny, clock=clock
     )
     assert 0 < len(some.shots) < len(whole.shots)
@@ -155,9 +157,9 @@ def test_a_budget_leaves_shots_out(tiny, monkeypatch):
 def test_a_budget_holds_from_the_call_to_the_end(tiny, monkeypatch):
     """Loading, first prefill and pilot included; the corners are there."""
     clock = CountedTime(monkeypatch)
-    whole = server.plan_server(settings(), loaded=tiny, clock=clock)
+    whole = server_profiler.plan_server(settings(), loaded=tiny, clock=clock)
     begin, budget_s = clock(), whole.expected_s / 2
-    profile = server.profile_server(
+    profile = server_profiler.profile_server(
         settings(budget_minutes=budget_s / 60), loaded=tiny, clock=clock
     )
     assert 0.5 * budget_s < clock() - begin <= budget_s
@@ -173,34 +175,38 @@ def test_a_slow_disk_costs_the_quick_grid_no_shapes(tiny, monkeypatch):
     clock = CountedTime(monkeypatch)
 
     def load(asked):
-        clock.now += 60 * server.QUICK_MINUTES
+        clock.now += 60 * server_profiler.QUICK_MINUTES
         return tiny
 
-    monkeypatch.setattr(server, "_load", load)
-    monkeypatch.setattr(server, "load_axes", lambda name: AXES)
-    quick = server.ServerSettings(sweep=SWEEP)
-    profile = server.profile_server(quick, clock=clock)
+    monkeypatch.setattr(server_profiler, "_load", load)
+    monkeypatch.setattr(server_profiler, "load_axes", lambda name: AXES)
+    quick = server_profiler.ServerSettings(sweep=SWEEP)
+    profile = server_profiler.profile_server(quick, clock=clock)
     shapes = {row.key for row in profile.rows if row.kind != "sentinel"}
-    whole = server.plan_server(settings(), loaded=tiny, clock=clock)
+    whole = server_profiler.plan_server(settings(), loaded=tiny, clock=clock)
     assert shapes == {shot.key for shot in whole.shots}
     with pytest.raises(ProfileError, match="--budget-minutes"):
-        server.profile_server(replace(quick, budget_minutes=server.QUICK_MINUTES), clock=clock)
+        server_profiler.profile_server(
+            replace(quick, budget_minutes=server_profiler.QUICK_MINUTES), clock=clock
+        )
 
 
 def test_a_slow_machine_gets_the_shapes_that_a_fit_needs(tiny, monkeypatch):
     """The quick grid's own time may not leave too few. Negative control: a time that was asked for may."""
-    assert server.QUICK_SHAPES > MINIMUM_SHAPES
-    monkeypatch.setattr(server, "QUICK_SHAPES", 5)
-    monkeypatch.setattr(server, "QUICK_MINUTES", 1e-4)
-    monkeypatch.setattr(server, "load_axes", lambda name: AXES)
+    assert server_profiler.QUICK_SHAPES > MINIMUM_SHAPES
+    monkeypatch.setattr(server_profiler, "QUICK_SHAPES", 5)
+    monkeypatch.setattr(server_profiler, "QUICK_MINUTES", 1e-4)
+    monkeypatch.setattr(server_profiler, "load_axes", lambda name: AXES)
     clock = CountedTime(monkeypatch)
-    whole = server.plan_server(settings(), loaded=tiny, clock=clock)
-    profile = server.profile_server(server.ServerSettings(sweep=SWEEP), loaded=tiny, clock=clock)
+    whole = server_profiler.plan_server(settings(), loaded=tiny, clock=clock)
+    profile = server_profiler.profile_server(
+        server_profiler.ServerSettings(sweep=SWEEP), loaded=tiny, clock=clock
+    )
     shapes = {row.shape.key() for row in profile.rows if row.kind != "sentinel"}
     assert len(shapes) == 5
     assert profile.manifest.summary["left_out"] == len(whole.shots) - 5 > 0
     with pytest.raises(ProfileError, match="--budget-minutes"):
-        server.profile_server(settings(budget_minutes=1e-4), loaded=tiny, clock=clock)
+        server_profiler.profile_server(settings(budget_minutes=1e-4), loaded=tiny, clock=clock)
 
 
 def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
@@ -218,12 +224,16 @@ def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
         return now
 
     monkeypatch.setattr(TorchDrafter, "_forward", counted)
-    axes = edge.EdgeAxes((16, 64), (16, 32), 64, burst_s=0.1, sustained_s=0.2, rounds=(16,))
+    axes = edge_profiler.EdgeAxes(
+        (16, 64), (16, 32), 64, burst_s=0.1, sustained_s=0.2, rounds=(16,)
+    )
     rests = []
-    monkeypatch.setitem(edge.EDGE_GRIDS, "quick", axes)
-    chosen = edge.EdgeSettings(output=Output(tmp_path / "e"), sampling=Sampling(0.7, seed=1))
+    monkeypatch.setitem(edge_profiler.EDGE_GRIDS, "quick", axes)
+    chosen = edge_profiler.EdgeSettings(
+        output=Output(tmp_path / "e"), sampling=Sampling(0.7, seed=1)
+    )
     seen = []
-    profile = edge.profile_edge(
+    profile = edge_profiler.profile_edge(
         chosen,
         lambda *update: seen.append(update[:2]),
         loaded=tiny,
@@ -233,7 +243,7 @@ def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
     assert load_edge(tmp_path / "e") == profile
     assert not journal_file(tmp_path / "e").exists()
     kinds = {row.kind for row in profile.rows}
-    assert kinds == set(edge.EdgeRow.__doc__.split("``")) & kinds | {"sentinel"}
+    assert kinds == set(edge_profiler.EdgeRow.__doc__.split("``")) & kinds | {"sentinel"}
     assert {
         "draft_step",
         "catch_up",
@@ -262,8 +272,8 @@ def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
 def test_edge_shots_do_what_their_kind_says(tiny):
     drafter = TorchDrafter(tiny)
     rests = []
-    shooter = edge.DrafterShooter(drafter, 96, Sampling(), sleep=rests.append)
-    for shot in edge.edge_shots(edge.EDGE_GRIDS["quick"], 256):
+    shooter = edge_profiler.DrafterShooter(drafter, 96, Sampling(), sleep=rests.append)
+    for shot in edge_profiler.edge_shots(edge_profiler.EDGE_GRIDS["quick"], 256):
         shooter.prepare(shot)
         rests.clear()
         for _ in range(3):
@@ -282,7 +292,7 @@ def test_edge_shots_do_what_their_kind_says(tiny):
             assert drafter.length == max(1, shot.subject.context) + shot.subject.tokens + 1
         shooter.finish()
     with pytest.raises(ProfileError, match="too short"):
-        edge.edge_shots(edge.EDGE_GRIDS["quick"], 20)
+        edge_profiler.edge_shots(edge_profiler.EDGE_GRIDS["quick"], 20)
 
 
 class _Waking:
@@ -317,11 +327,11 @@ class _Waking:
 @pytest.mark.parametrize(("deaf", "added"), [(False, 1.5), (True, 0.0)])
 def test_a_round_after_a_rest_is_timed_without_the_rest_and_announced_with_it(deaf, added):
     device = _Waking(deaf)
-    shooter = edge.DrafterShooter(
+    shooter = edge_profiler.DrafterShooter(
         device, 96, Sampling(), clock=lambda: device.now, sleep=device.sleep
     )
-    axes = edge.EdgeAxes((64,), (16,), 64, 0.0, 0.0, rounds=(64,), rest_ms=50.0)
-    shots = [s for s in edge.edge_shots(axes, 256) if s.kind != "controller"]
+    axes = edge_profiler.EdgeAxes((64,), (16,), 64, 0.0, 0.0, rounds=(64,), rest_ms=50.0)
+    shots = [s for s in edge_profiler.edge_shots(axes, 256) if s.kind != "controller"]
     sweep = SweepSettings(least=20, block=10)
     cost = pilot(shooter, shots, None, sweep, lambda: device.now)
     have = [(shot, (), 0) for shot in shots]
@@ -335,7 +345,7 @@ def test_a_round_after_a_rest_is_timed_without_the_rest_and_announced_with_it(de
 
 
 def test_an_edge_that_does_not_draft_is_refused():
-    row = edge.EdgeRow
+    row = edge_profiler.EdgeRow
     short = [row("d", "draft_step", 64, (2.0,)), row("r", "round", 64, (2.5,), 4, rested_ms=20.0)]
     with pytest.raises(PhysicsViolation, match="all its steps"):
         check_edge(short)

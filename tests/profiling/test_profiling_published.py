@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from wispprof.artifacts import bundled, load_edge
-from wispprof.profiling.published import PUBLISHED, VERIFY_S, published_profile
+from wispprof.profiling.imported_profiles import PUBLISHED, VERIFY_S, published_profile
 
 CHOICES = [(e.name, c) for e in PUBLISHED for c in e.choices]
 

@@ -13,16 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wispprof.artifacts import ModelInfo, RowJournal, StepRow
-from wispprof.core import BatchShape
 from wispprof.errors import EngineError, PhysicsViolation
 from wispprof.hardware import Reading
-from wispprof.profiling.cost import choose_probes, nonnegative_fit, pilot
-from wispprof.profiling.grids import GRIDS, Capacity, server_shots, shape_work, within_budget
-from wispprof.profiling.physics import check_physics
-from wispprof.profiling.shots import Shot, SweepSettings, duration
-from wispprof.profiling.stats import half_width, median_interval, relative_spread, samples_needed
+from wispprof.profiling.measurement_log import (
+    Ledger,
+    half_width,
+    median_interval,
+    relative_spread,
+    samples_needed,
+)
+from wispprof.profiling.physics_checks import check_physics
+from wispprof.profiling.shape_grid import GRIDS, Capacity, server_shots, shape_work, within_budget
 from wispprof.profiling.sweep import Sweep
-from wispprof.profiling.visits import Ledger
+from wispprof.profiling.sweep_cost import choose_probes, nonnegative_fit, pilot
+from wispprof.profiling.workload import Shot, SweepSettings, duration
+from wispprof.types import BatchShape
 
 MODEL = ModelInfo("tiny", "float32", 1_000_000, kv_bytes_per_token=4096)
 CAPACITY = Capacity(20_000, 16, 2048)

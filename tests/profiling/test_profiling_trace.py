@@ -10,23 +10,23 @@ import numpy as np
 import pytest
 import torch
 
+from wispprof import protocol
 from wispprof.artifacts import load_trace, save_trace, trace_hash
-from wispprof.core import Feed, Sampling
+from wispprof.drafters.torch_drafter import TorchDrafter
+from wispprof.engines.loading import random_model
+from wispprof.engines.torch.engine import VerifierEngine
 from wispprof.errors import ArtifactDamaged, EngineError, ModelError, ProfileError
-from wispprof.lm.draft import TorchDrafter
-from wispprof.lm.engine import VerifierEngine
-from wispprof.lm.loading import random_model
-from wispprof.profiling.acceptance import (
+from wispprof.profiling.acceptance_trace import (
     TraceSettings,
     accepted_lengths,
     take_trace,
     target_paths,
     trace_remote,
 )
+from wispprof.profiling.draft_rollout import DraftRollout
 from wispprof.profiling.prompts import held_out_prompts, load_prompts
-from wispprof.profiling.remote import RemoteTarget
-from wispprof.profiling.rollout import DraftRollout
-from wispprof.runtime import wire
+from wispprof.profiling.remote_target import RemoteTarget
+from wispprof.types import Feed, Sampling
 
 WARM = Sampling(0.8, 20, 0.9, seed=5)
 
@@ -83,7 +83,7 @@ def test_the_rollout_equals_the_drafter_at_every_position(shape, sampling):
 def test_the_rollout_in_blocks_and_chunks_is_the_same(draft, monkeypatch):
     tokens = text(60)
     whole = DraftRollout(draft).run(tokens, 7, 3, WARM)
-    monkeypatch.setattr("wispprof.profiling.rollout._CHUNK", 16)
+    monkeypatch.setattr("wispprof.profiling.draft_rollout._CHUNK", 16)
     pieces = DraftRollout(draft)
     pieces._rows = 11
     again = pieces.run(tokens, 7, 3, WARM)
@@ -140,9 +140,9 @@ class EngineServer:
         self.loaded, self.tokenizer, self.frames, self.opened = loaded, tokenizer, [], []
 
     async def send(self, data):
-        frame = wire.decode_edge(data)
-        if isinstance(frame, wire.Hello):
-            self.frames.append(wire.Welcome(1, "far", self.tokenizer, 256, 8, True))
+        frame = protocol.decode_edge(data)
+        if isinstance(frame, protocol.Hello):
+            self.frames.append(protocol.Welcome(1, "far", self.tokenizer, 256, 8, True))
             return
         assert frame.undrafted
         self.opened.append(frame)
@@ -155,11 +155,11 @@ class EngineServer:
             finished = "length" if done + 5 >= len(path) else ""
             frontier = start + done + len(piece)
             self.frames.append(
-                wire.Commit(frame.session, 0, frontier, piece, 0, 0, 0, 0, finished=finished)
+                protocol.Commit(frame.session, 0, frontier, piece, 0, 0, 0, 0, finished=finished)
             )
 
     async def receive(self):
-        return wire.encode(self.frames.pop(0))
+        return protocol.encode(self.frames.pop(0))
 
     async def close(self):
         pass
@@ -219,11 +219,11 @@ class Letters:
 
 
 def test_held_out_prompts_are_held_out_and_repeatable(monkeypatch):
-    from wispprof.lm.reference import corpus
+    from wispprof.profiling import held_out_corpus
 
-    files = [corpus.SourceFile(f"f{i}.py", f"line of file {i}\n" * 40) for i in range(3)]
-    trained = [corpus.SourceFile("t.py", "trained on this\n" * 40)]
-    monkeypatch.setattr(corpus, "collect", lambda root=None: (trained, files))
+    files = [held_out_corpus.SourceFile(f"f{i}.py", f"line of file {i}\n" * 40) for i in range(3)]
+    trained = [held_out_corpus.SourceFile("t.py", "trained on this\n" * 40)]
+    monkeypatch.setattr(held_out_corpus, "collect", lambda root=None: (trained, files))
     prompts = held_out_prompts(Letters(), 12, 50, seed=4)
     assert len(prompts) == 12
     assert all(25 <= len(p) <= 50 and p[0] == 0 for p in prompts)

@@ -13,11 +13,10 @@ from wispprof.artifacts import save_profile, save_trace, write_document
 from wispprof.artifacts.manifest import Manifest, ModelInfo
 from wispprof.artifacts.plan import save_plan
 from wispprof.artifacts.profile import ServerProfile, make_profile
-from wispprof.artifacts.records import AcceptanceTrace, StepRow, TracePath
-from wispprof.core import BatchShape, Sampling
+from wispprof.artifacts.rows import AcceptanceTrace, StepRow, TracePath
 from wispprof.errors import ArtifactDamaged, ArtifactMissing
 from wispprof.fitting import fit_estimator
-from wispprof.planning import PlanSettings, make_plan
+from wispprof.planning import make_plan
 from wispprof.reporting import (
     ANSWER_KIND,
     BENCH_KIND,
@@ -29,7 +28,9 @@ from wispprof.reporting import (
     verdict,
     write_report,
 )
+from wispprof.settings.planner_settings import PlanSettings
 from wispprof.simulation.devices import DeviceProfile
+from wispprof.types import BatchShape, Sampling
 
 
 def step_rows(seed: int = 0) -> list[StepRow]:

@@ -11,17 +11,17 @@ from multiprocessing.connection import wait
 
 import pytest
 
-from wispprof.core import Slo
 from wispprof.errors import ArtifactMissing, PlanError
 from wispprof.simulation import Scenario, ServerModel, reproduce, simulate, system
-from wispprof.simulation import capacity as search
-from wispprof.simulation.acceptance import SyntheticAcceptance
+from wispprof.simulation import capacity_search as search
 from wispprof.simulation.arrivals import ClosedFleet, Lengths, Poisson
-from wispprof.simulation.capacity import Capacity, capacity, workers
-from wispprof.simulation.costs import LinearCost
+from wispprof.simulation.capacity_search import Capacity, capacity, workers
 from wispprof.simulation.metrics import SessionRecord
+from wispprof.simulation.published_setups import linear_server, read_setup, wisp_scenario
 from wispprof.simulation.reproduce import Comparison, Figure, reproduce_configspec
-from wispprof.simulation.setups import linear_server, read_setup, wisp_scenario
+from wispprof.simulation.step_costs import LinearCost
+from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
+from wispprof.types import Slo
 
 
 def scenario(name: str, slo: float, fixed_ms: float = 30.0) -> Scenario:

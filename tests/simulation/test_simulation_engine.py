@@ -6,18 +6,17 @@ from dataclasses import replace
 
 import pytest
 
-from wispprof.core import Slo
 from wispprof.policies.api import Limits, Member, StepPlan
-from wispprof.sessions.turns import DraftingSettings
+from wispprof.sessions.draft_scheduler import DraftingSettings
 from wispprof.simulation import SYSTEMS, Scenario, ServerModel, simulate, system
-from wispprof.simulation.acceptance import SyntheticAcceptance
 from wispprof.simulation.arrivals import Bursts, ClosedFleet, Lengths, Poisson
-from wispprof.simulation.costs import LinearCost
-from wispprof.simulation.devices import DeviceProfile
-from wispprof.simulation.engine import Simulation
-from wispprof.simulation.links import LinkProfile
+from wispprof.simulation.devices import DeviceProfile, LinkProfile
+from wispprof.simulation.event_loop import Simulation
 from wispprof.simulation.metrics import Report
-from wispprof.simulation.server import PolicyBroke
+from wispprof.simulation.simulated_server import PolicyBroke
+from wispprof.simulation.step_costs import LinearCost
+from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
+from wispprof.types import Slo
 
 COST = LinearCost(20.0, row_ms=0.3, kv_ms=0.0002)
 DEVICE = DeviceProfile("d", draft_ms=8.0)

@@ -11,22 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wispprof.artifacts.records import AcceptanceTrace, EdgeRow, TracePath
-from wispprof.core import BatchShape, Sampling
+from wispprof.artifacts.rows import AcceptanceTrace, EdgeRow, TracePath
 from wispprof.errors import ArtifactDamaged, ArtifactMissing, ProfileError
-from wispprof.policies.marginal import price_batches
-from wispprof.policies.survival import ConfidenceSurvival
-from wispprof.simulation.acceptance import (
-    MemoPredictor,
-    SyntheticAcceptance,
-    TraceAcceptance,
-)
+from wispprof.policies.controllers import ConfidenceSurvival
+from wispprof.policies.cost_model import price_batches
 from wispprof.simulation.arrivals import Bursts, Lengths, Poisson, Replay, read_requests
-from wispprof.simulation.costs import LinearCost, StepTimes, WithoutPrefixCache
-from wispprof.simulation.devices import DeviceProfile
-from wispprof.simulation.links import Link, LinkProfile
-from wispprof.simulation.residency import Residency
+from wispprof.simulation.devices import DeviceProfile, Link, LinkProfile
+from wispprof.simulation.kv_offload import Residency
 from wispprof.simulation.scenario import pick
+from wispprof.simulation.step_costs import LinearCost, StepTimes, WithoutPrefixCache
+from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
+from wispprof.simulation.trace_replay import MemoPredictor, TraceAcceptance
+from wispprof.types import BatchShape, Sampling
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:17:04.0319600,3180,8

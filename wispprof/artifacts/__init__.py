@@ -6,7 +6,7 @@ reading a damaged or newer file names the fault and what to do. JSON and numpy o
 
 from wispprof.artifacts.document import Document, read_document, write_document
 from wispprof.artifacts.journal import RowJournal
-from wispprof.artifacts.manifest import Manifest, ModelInfo
+from wispprof.artifacts.manifest import Manifest, ModelInfo, Provenance
 from wispprof.artifacts.profile import (
     EdgeProfile,
     LinkProfile,
@@ -19,8 +19,7 @@ from wispprof.artifacts.profile import (
     make_profile,
     save_profile,
 )
-from wispprof.artifacts.provenance import Provenance
-from wispprof.artifacts.records import AcceptanceTrace, EdgeRow, LinkRow, StepRow, TracePath
+from wispprof.artifacts.rows import AcceptanceTrace, EdgeRow, LinkRow, StepRow, TracePath
 from wispprof.artifacts.trace import load_trace, save_trace, trace_hash
 
 __all__ = [

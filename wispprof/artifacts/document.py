@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from wispprof.artifacts import files
-from wispprof.artifacts.provenance import Provenance
+from wispprof.artifacts.manifest import Provenance
 from wispprof.errors import ArtifactDamaged, ArtifactTooNew
 
 __all__ = ["BAD_PAYLOAD", "SCHEMA", "Document", "read_document", "write_document"]

@@ -1,13 +1,117 @@
-"""The manifest of a profile: what was measured, on what, with what, when, and the hash of the rows."""
+"""Who made an artifact: the command, the moment, the versions.
+
+The manifest of a profile: what was measured, on what, with what, when, and the hash of the rows.
+"""
 
 from __future__ import annotations
 
+import datetime as dt
+import functools
+import importlib.metadata
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from wispprof.errors import ArtifactDamaged
 
-__all__ = ["PROFILE_SCHEMA", "Manifest", "ModelInfo"]
+__all__ = [
+    "PROFILE_SCHEMA",
+    "Manifest",
+    "ModelInfo",
+    "Provenance",
+    "command_line",
+    "library_versions",
+    "utc_now",
+]
+
+_SECRET = re.compile(r"--?([\w-]*key|[\w-]*-?api-key[\w-]*|token|[\w-]*-token|[\w-]*secret[\w-]*)$")
+_LIBRARIES = ("wispprof", "torch", "transformers", "numpy", "scikit-learn", "lightgbm")
+
+
+def utc_now() -> str:
+    """The moment as ISO 8601 in UTC, to the second."""
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+
+
+def command_line() -> str:
+    """The running command as one would type it, without the folder of the program.
+
+    Keys are left out: artifacts are made to be passed on.
+    """
+    program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
+    return shlex.join([program, *_without_secrets(sys.argv[1:])])
+
+
+def _without_secrets(words: Sequence[str]) -> list[str]:
+    """Values of options that are called ``…key…``, ``…token`` or ``…secret…`` become ``***``."""
+    shown: list[str] = []
+    hide_next = False
+    for word in words:
+        name, given, _ = word.partition("=")
+        secret = bool(_SECRET.match(name))
+        if hide_next and not word.startswith("--"):
+            shown.append("***")
+        elif secret and given:
+            shown.append(f"{name}=***")
+        else:
+            shown.append(word)
+        hide_next = secret and not given
+    return shown
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of what a measurement depends on, read without importing any of it."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if "wispprof" not in versions:  # a checkout that was never installed
+        import wispprof
+
+        versions["wispprof"] = wispprof.__version__
+    return versions
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """``command`` as typed, ``created`` as ISO 8601 UTC, ``versions`` by library."""
+
+    command: str = ""
+    created: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def now(cls) -> Provenance:
+        return cls(command_line(), utc_now(), library_versions())
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: object) -> Provenance:
+        """Read leniently: provenance informs people, nothing is decided by it."""
+        if not isinstance(data, dict):
+            return cls()
+        versions = data.get("versions")
+        known = versions if isinstance(versions, dict) else {}
+        return cls(
+            str(data.get("command", "")),
+            str(data.get("created", "")),
+            {str(name): str(value) for name, value in known.items()},
+        )
+
 
 PROFILE_SCHEMA = 1
 PROFILE_KINDS = ("server", "edge", "link")

@@ -4,7 +4,7 @@ Two tables carry the work. :class:`BatchRow` says, per SLO class and load level,
 hold. :class:`DraftRow` says, per device, round trip, load level, SLO class and mode, how far to draft
 and when to stop. Every row keeps the figures it was chosen by, so a plan can explain itself.
 
-Load levels are defined in :mod:`wispprof.policies.load`; a plan repeats their bounds, so that a plan
+Load levels are defined in :mod:`wispprof.policies.load_level`; a plan repeats their bounds, so that a plan
 made under other bounds is refused rather than misread.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from wispprof.artifacts.document import BAD_PAYLOAD, read_document, write_document
-from wispprof.artifacts.provenance import Provenance
+from wispprof.artifacts.manifest import Provenance
 from wispprof.errors import ArtifactDamaged, PlanError
 
 __all__ = [

@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from wispprof.artifacts import drafting, files
+from wispprof.artifacts import draft_times, files
 from wispprof.artifacts.document import check_schema
 from wispprof.artifacts.manifest import PROFILE_SCHEMA, Manifest
-from wispprof.artifacts.records import EdgeRow, LinkRow, StepRow
-from wispprof.artifacts.rows import Row, decode_row, encode_row
+from wispprof.artifacts.rows import EdgeRow, LinkRow, Row, StepRow, decode_row, encode_row
 from wispprof.errors import ArtifactDamaged
 
 __all__ = [
@@ -60,12 +59,12 @@ class EdgeProfile:
 
     def of_kind(self, kind: str) -> tuple[EdgeRow, ...]:
         """Rows of one kind by rising context."""
-        return drafting.of_kind(self.rows, kind)
+        return draft_times.of_kind(self.rows, kind)
 
     def draft_ms(self, context: int) -> float:
         """Milliseconds of one draft step over ``context`` cached tokens: interpolated between the
         measured contexts, held flat outside them. Raises ArtifactDamaged without such rows."""
-        step_ms = drafting.row_ms(self.rows, "draft_step", context)
+        step_ms = draft_times.row_ms(self.rows, "draft_step", context)
         if step_ms is None:
             raise ArtifactDamaged(
                 f"The edge profile of {self.manifest.model.id} has no draft_step rows.",
@@ -76,7 +75,7 @@ class EdgeProfile:
     def resume_ms(self, context: int, rested_ms: float = math.inf) -> float:
         """Milliseconds that a rest of ``rested_ms`` adds to the drafting after it: a round begun after a
         rest, less as many draft steps. 0 where the profile has no ``round`` rows."""
-        return drafting.resume_ms(self.rows, context) * drafting.rested_share(rested_ms)
+        return draft_times.resume_ms(self.rows, context) * draft_times.rested_share(rested_ms)
 
     def drafting_ms(self, context: int, caught_up: float, resumed: float = 0.0) -> float:
         """Mean milliseconds per drafted token where a share ``caught_up`` of the steps must read two
@@ -84,7 +83,7 @@ class EdgeProfile:
         ``resumed`` comes after a rest: one over the draft length in round mode. Profiles without
         ``catch_up`` rows count those steps like any other."""
         step_ms = self.draft_ms(context)
-        behind_ms = drafting.row_ms(self.rows, "catch_up", context)
+        behind_ms = draft_times.row_ms(self.rows, "catch_up", context)
         if behind_ms is not None:
             step_ms += caught_up * (behind_ms - step_ms)
         return step_ms + resumed * self.resume_ms(context)

@@ -14,10 +14,9 @@ import numpy as np
 
 from wispprof.artifacts import files
 from wispprof.artifacts.document import check_schema
-from wispprof.artifacts.records import AcceptanceTrace, TracePath
-from wispprof.artifacts.rows import open_line, seal_line, seal_text
-from wispprof.core import Sampling
+from wispprof.artifacts.rows import AcceptanceTrace, TracePath, open_line, seal_line, seal_text
 from wispprof.errors import ArtifactDamaged
+from wispprof.types import Sampling
 
 __all__ = ["TRACE_SCHEMA", "load_trace", "save_trace", "trace_hash"]
 

@@ -11,7 +11,7 @@ import typer
 from wispprof import __version__
 from wispprof.cli.catalogue import CATALOGUE, Catalogue
 from wispprof.cli.common import GuardedGroup, known_options
-from wispprof.config import ENV_PREFIX, read_config
+from wispprof.settings.sources import ENV_PREFIX, read_config
 
 
 class Tool(GuardedGroup):

@@ -12,7 +12,7 @@ from wispprof.cli import common
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from wispprof.runtime.bench import BenchResult
+    from wispprof.bench import BenchResult
 
 
 def register(app: typer.Typer) -> None:
@@ -65,9 +65,9 @@ def bench(
     Every text is compared with the trace: a result whose texts differ ends with exit code 1.
     """
     from wispprof.artifacts import load_trace
-    from wispprof.runtime.bench import BenchSettings, device_of
-    from wispprof.runtime.bench import bench as run
-    from wispprof.simulation.links import LinkProfile
+    from wispprof.bench import bench as run
+    from wispprof.settings.bench_settings import BenchSettings, device_of
+    from wispprof.simulation.devices import LinkProfile
 
     recorded = load_trace(trace)
     kinds = tuple(device_of(name) for name in device or ["medium"])

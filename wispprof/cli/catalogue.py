@@ -113,14 +113,6 @@ CATALOGUE = (
             "Emulate a link: a proxy with delay, jitter, bandwidth, loss, stalls and cuts before a server.",
         ),
     ),
-    *_panel(
-        "Project",
-        (
-            "reference",
-            "reference-pair",
-            "Train the small bundled draft and target, or evaluate a pair.",
-        ),
-    ),
 )
 
 

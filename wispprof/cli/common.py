@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from wispprof.config import Known
 from wispprof.errors import WispprofError
+from wispprof.settings.sources import Known
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

@@ -39,7 +39,8 @@ def demo(
     """
     from dataclasses import replace
 
-    from wispprof.demo import DemoSettings, run_demo
+    from wispprof.demo import run_demo
+    from wispprof.settings.demo_settings import DemoSettings
 
     settings = DemoSettings.quick(out, pair) if quick else DemoSettings(out=out, pair=pair)
     if prompt:

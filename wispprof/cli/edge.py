@@ -15,7 +15,7 @@ import typer
 from wispprof.cli import common
 
 if TYPE_CHECKING:
-    from wispprof.runtime.edge.house import EdgeHouse, EdgeSettings, Prompt
+    from wispprof.edge.edge_runtime import EdgeHouse, EdgeSettings, Prompt
 
 Server = Annotated[
     str, typer.Option(help="Address of the server (default: start one here on the bundled pair).")
@@ -86,7 +86,7 @@ def _edge_settings(
     give_up: GiveUp = 10.0,
 ) -> EdgeSettings:
     """What every command that drafts can be told, and the settings it makes."""
-    from wispprof.runtime.edge.house import EdgeSettings
+    from wispprof.edge.edge_runtime import EdgeSettings
 
     options: dict[str, Any] = {}
     if k is not None:
@@ -158,8 +158,8 @@ def generate(
     """
     import asyncio
 
-    from wispprof.core import Sampling
-    from wispprof.runtime.edge.house import Prompt, open_edge
+    from wispprof.edge.edge_runtime import Prompt, open_edge
+    from wispprof.types import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
 
@@ -186,8 +186,8 @@ def chat(
     """Talk to the target. Type a message and Enter; an empty line or Ctrl-D ends."""
     import asyncio
 
-    from wispprof.core import Sampling
-    from wispprof.runtime.edge.house import Prompt, open_edge
+    from wispprof.edge.edge_runtime import Prompt, open_edge
+    from wispprof.types import Sampling
 
     async def main() -> None:
         async with open_edge(settings) as house:
@@ -222,7 +222,7 @@ def edge(
     """
     import asyncio
 
-    from wispprof.runtime.edge.serve import serve_edge
+    from wispprof.edge.local_api import serve_edge
 
     def announce(house: EdgeHouse, where: str) -> None:
         common.note(f"{house.model} answers at {where}/v1 (Ctrl-C ends)")
@@ -247,8 +247,8 @@ def link(
     """Emulate a link: a proxy with delay, jitter, bandwidth, loss, stalls and cuts before a server."""
     import asyncio
 
-    from wispprof.runtime.link import LinkProxy, LinkSettings
-    from wispprof.simulation.links import LinkProfile
+    from wispprof.simulation.devices import LinkProfile
+    from wispprof.testing.link_emulator import LinkProxy, LinkSettings
 
     far_host, _, far_port = target.rpartition(":")
     if not far_host or not far_port.isdigit():

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from wispprof.fitting import FittedEstimator, FittedPredictor
-    from wispprof.fitting.evaluate import Evaluation
+    from wispprof.fitting.evaluation import Evaluation
 
 __all__ = ["register"]
 
@@ -73,8 +73,8 @@ def fit(
     as_json: JsonFlag = False,
 ) -> None:
     """Fit a verification-time estimator and a rejection predictor, and say how good they are."""
-    from wispprof.fitting.card import explain_estimator, explain_predictor
-    from wispprof.fitting.run import evaluate_files, fit_files, replay_files, update_files
+    from wispprof.fitting.model_card import explain_estimator, explain_predictor
+    from wispprof.fitting.pipeline import evaluate_files, fit_files, replay_files, update_files
 
     if update is not None:
         if server or trace or evaluate:

@@ -107,9 +107,9 @@ def make(
     if estimator is None:
         raise typer.BadParameter("--estimator is needed to make a plan (see `wispprof fit`).")
     from wispprof.artifacts.plan import load_plan, save_plan
-    from wispprof.planning import PlanSettings
-    from wispprof.planning.run import class_mix, link_rtt_ms, plan_files
-    from wispprof.planning.run import edge_price as price
+    from wispprof.planning.pipeline import class_mix, link_rtt_ms, plan_files
+    from wispprof.planning.pipeline import edge_price as price
+    from wispprof.settings.planner_settings import PlanSettings
 
     default = PlanSettings()
     rtts = tuple(rtt or ()) + tuple(link_rtt_ms(p) for p in link or ())
@@ -159,7 +159,7 @@ def explain_cell(
 ) -> None:
     """Say in words and numbers why a cell is as it is."""
     from wispprof.artifacts.plan import load_plan
-    from wispprof.planning.words import explain
+    from wispprof.planning.explain import explain
 
     loaded = load_plan(plan)
     lines = explain(loaded, cell)
@@ -176,7 +176,7 @@ def diff(
 ) -> None:
     """Compare the draft-length tables of two plans."""
     from wispprof.artifacts.plan import load_plan
-    from wispprof.planning.words import compare
+    from wispprof.planning.explain import compare
 
     changes = compare(load_plan(before), load_plan(after))
     if not all_fields:
@@ -199,7 +199,7 @@ def export_plan(
     """Write a plan for other tools."""
     from wispprof.artifacts import files
     from wispprof.artifacts.plan import load_plan
-    from wispprof.planning.export import export
+    from wispprof.planning.plan_export import export
 
     text = export(load_plan(plan), form, device, rtt, slo, mode)
     if out is None:

@@ -37,7 +37,7 @@ def show(
 ) -> None:
     """Print a profile: where it comes from and what it says."""
     from wispprof.artifacts import load_profile
-    from wispprof.profiling.export import row_record
+    from wispprof.profiling.profile_tools import row_record
 
     loaded = load_profile(found_profile(profile))
     if as_json:
@@ -55,7 +55,7 @@ def validate(
     """Check files: whole, unchanged, and physically possible. Exit code 1 if one is not."""
     from wispprof.artifacts import ServerProfile, load_profile, load_trace
     from wispprof.errors import ArtifactError, ProfileError
-    from wispprof.profiling.physics import check_physics
+    from wispprof.profiling.physics_checks import check_physics
 
     verdicts: dict[str, str] = {}
     for path in profiles:
@@ -87,7 +87,7 @@ def merge(
     from wispprof.artifacts import load_profile, save_profile
     from wispprof.artifacts.profile import profile_files
     from wispprof.cli.common import fail
-    from wispprof.profiling.merge import merge_profiles
+    from wispprof.profiling.profile_tools import merge_profiles
 
     if profile_files(out)[0].exists() and not overwrite:
         raise fail(f"{profile_files(out)[0]} exists.", "Choose another --out, or add --overwrite.")
@@ -110,7 +110,7 @@ def diff(
 ) -> None:
     """Say which shapes changed beyond noise between two profiles of the same machine."""
     from wispprof.artifacts import load_profile
-    from wispprof.profiling.compare import diff_profiles
+    from wispprof.profiling.profile_tools import diff_profiles
 
     found = diff_profiles(
         load_profile(found_profile(before)),
@@ -174,7 +174,7 @@ def export(
 ) -> None:
     """Write a profile's rows as a table for other tools."""
     from wispprof.artifacts import load_profile
-    from wispprof.profiling.export import export_rows
+    from wispprof.profiling.profile_tools import export_rows
 
     count = export_rows(load_profile(found_profile(profile)), to)
     note(f"wrote {count} rows to {to}")
@@ -187,7 +187,7 @@ def import_llama_bench(
     as_json: JsonFlag = False,
 ) -> None:
     """Make an edge profile of llama-bench's results."""
-    from wispprof.profiling.llama_bench import import_results
+    from wispprof.profiling.imported_profiles import import_results
 
     profile = import_results(file, output_of(out, False, overwrite))
     finished(profile, out, as_json)

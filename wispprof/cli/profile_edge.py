@@ -26,8 +26,8 @@ from wispprof.cli.profiling import (
 )
 
 if TYPE_CHECKING:
-    from wispprof.artifacts.records import AcceptanceTrace
-    from wispprof.profiling.acceptance import TraceSettings
+    from wispprof.artifacts.rows import AcceptanceTrace
+    from wispprof.profiling.acceptance_trace import TraceSettings
 
 __all__ = ["register"]
 
@@ -79,15 +79,15 @@ def profile_edge(
     as_json: JsonFlag = False,
 ) -> None:
     """Time drafting on this device: by context, in a burst, sustained, with energy."""
-    from wispprof.core import Sampling
-    from wispprof.profiling import edge
-    from wispprof.profiling.acceptance import TraceSettings
-    from wispprof.profiling.drafting import load_edge_axes, override_edge
+    from wispprof.profiling import edge_profiler
+    from wispprof.profiling.acceptance_trace import TraceSettings
+    from wispprof.profiling.drafter_runner import load_edge_axes, override_edge
+    from wispprof.types import Sampling
 
     asked = {k: v for k, v in (("contexts", contexts), ("chunks", chunks)) if v}
     axes = override_edge(load_edge_axes(grid), asked, "options") if asked else None
     sampling = Sampling(temperature, top_k, top_p, seed)
-    settings = edge.EdgeSettings(
+    settings = edge_profiler.EdgeSettings(
         draft=draft,
         dtype=dtype,
         device=device,
@@ -96,14 +96,19 @@ def profile_edge(
         sampling=sampling,
         sustained_s=sustained_seconds,
         sweep=sweep_settings(
-            edge.QUICK if grid == "quick" else edge.STANDARD, target, repeats, seed
+            edge_profiler.QUICK if grid == "quick" else edge_profiler.STANDARD,
+            target,
+            repeats,
+            seed,
         ),
         output=output_of(out, resume, overwrite),
     )
     if dry_run:
-        announce(edge.plan_edge(settings), as_json)
+        announce(edge_profiler.plan_edge(settings), as_json)
         return
-    profile = keeping_rows(out, "profile-edge", lambda report: edge.profile_edge(settings, report))
+    profile = keeping_rows(
+        out, "profile-edge", lambda report: edge_profiler.profile_edge(settings, report)
+    )
     if trace_out is not None:
         asked_of_trace = TraceSettings(
             target=target_model,
@@ -146,8 +151,8 @@ def trace(
     as_json: JsonFlag = False,
 ) -> None:
     """Take an acceptance trace: the target's path and what the draft would propose along it."""
-    from wispprof.core import Sampling
-    from wispprof.profiling.acceptance import TraceSettings
+    from wispprof.profiling.acceptance_trace import TraceSettings
+    from wispprof.types import Sampling
 
     settings = TraceSettings(
         target=model,
@@ -182,8 +187,8 @@ def _take(
 ) -> tuple[AcceptanceTrace, str]:
     """Take a trace, of a running server's paths where one is named, and keep it; its content hash."""
     from wispprof.artifacts import save_trace
-    from wispprof.profiling.acceptance import trace_pair, trace_remote
-    from wispprof.profiling.remote import RemoteTarget
+    from wispprof.profiling.acceptance_trace import trace_pair, trace_remote
+    from wispprof.profiling.remote_target import RemoteTarget
 
     with tracker("trace") as report:
         if server:

@@ -28,11 +28,11 @@ def profile_link(
     as_json: JsonFlag = False,
 ) -> None:
     """Measure round trip, jitter and bandwidth to a server, in its own frames."""
-    from wispprof.profiling import link
+    from wispprof.profiling import link_profiler
 
-    settings = link.LinkSettings(
+    settings = link_profiler.LinkSettings(
         server, key, count=count, output=output_of(out, False, overwrite), ca_file=ca_file
     )
     with tracker("profile-link") as report:
-        profile = link.profile_link(settings, report)
+        profile = link_profiler.profile_link(settings, report)
     finished(profile, out, as_json)

@@ -68,14 +68,14 @@ def profile_server(
     as_json: JsonFlag = False,
 ) -> None:
     """Time ragged batch shapes on the verifier engine."""
-    from wispprof.profiling import server
-    from wispprof.profiling.grids import load_axes, override
+    from wispprof.profiling import server_profiler
+    from wispprof.profiling.shape_grid import load_axes, override
 
     axes = None
     asked = {k: v for k, v in (("items", items), ("new", new), ("cached", cached)) if v}
     if asked:
         axes = override(load_axes(grid), asked, "options")
-    settings = server.ServerSettings(
+    settings = server_profiler.ServerSettings(
         model=model,
         shape=shape,
         dtype=dtype,
@@ -86,14 +86,17 @@ def profile_server(
         kv_tokens=kv_tokens,
         budget_minutes=budget_minutes,
         sweep=sweep_settings(
-            server.QUICK if grid == "quick" else server.STANDARD, target, repeats, seed
+            server_profiler.QUICK if grid == "quick" else server_profiler.STANDARD,
+            target,
+            repeats,
+            seed,
         ),
         output=output_of(out, resume, overwrite),
     )
     if dry_run:
-        announce(server.plan_server(settings), as_json)
+        announce(server_profiler.plan_server(settings), as_json)
         return
     profile = keeping_rows(
-        out, "profile-server", lambda report: server.profile_server(settings, report)
+        out, "profile-server", lambda report: server_profiler.profile_server(settings, report)
     )
     finished(profile, out, as_json)

@@ -14,8 +14,8 @@ from wispprof.cli.common import console, note, output, result, table, warn
 
 if TYPE_CHECKING:
     from wispprof.artifacts import EdgeProfile, LinkProfile, Profile, ServerProfile
-    from wispprof.profiling.session import Announcement, Output
-    from wispprof.profiling.shots import SweepSettings
+    from wispprof.profiling.profile_run import Announcement, Output
+    from wispprof.profiling.workload import SweepSettings
 
 __all__ = [
     "Device",
@@ -65,14 +65,14 @@ def sweep_settings(
 
 
 def output_of(out: Path, resume: bool, overwrite: bool) -> Output:
-    from wispprof.profiling.session import Output
+    from wispprof.profiling.profile_run import Output
 
     return Output(out, resume, overwrite)
 
 
 def keeping_rows(out: Path, name: str, run: Callable[[Any], Any]) -> Any:
     """Run with a progress bar; on Ctrl-C say where the finished rows are and how to go on."""
-    from wispprof.profiling.session import journal_file
+    from wispprof.profiling.profile_run import journal_file
 
     try:
         with _bar(name) as report:
@@ -118,7 +118,7 @@ def _bar(name: str) -> Iterator[Callable[[int, int, str], None]]:
 
 
 def announce(plan: Announcement, as_json: bool) -> None:
-    from wispprof.profiling.shots import duration
+    from wispprof.profiling.workload import duration
 
     shown = table(
         f"{len(plan.shots)} shots, about {duration(plan.expected_s)} (by {plan.basis})",
@@ -179,7 +179,7 @@ def print_profile(profile: Profile, everything: bool) -> None:
         shown = table(title, "kind", "shape", ">median ms", ">± %", ">samples", "flags")
     else:
         shown = table(title, "kind", "what", ">median ms", ">± %", ">samples", "flags")
-    from wispprof.profiling.stats import half_width
+    from wispprof.profiling.measurement_log import half_width
 
     rows = [row for row in profile.rows if everything or row.kind != "sentinel"]
     if not everything:

@@ -33,7 +33,7 @@ def reproduce(
 ) -> None:
     """Print a paper's headline table beside what the simulator (or its formulas) gives."""
     from wispprof.errors import PlanError
-    from wispprof.simulation.capacity import workers
+    from wispprof.simulation.capacity_search import workers
     from wispprof.simulation.reproduce import PAPERS
 
     make = PAPERS.get(paper)

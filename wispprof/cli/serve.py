@@ -12,7 +12,8 @@ from wispprof.cli.common import fail, note, table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from wispprof.runtime.server import ServerSettings, VerificationServer
+    from wispprof.server import VerificationServer
+    from wispprof.settings.server_settings import ServerSettings
 
 __all__ = ["register"]
 
@@ -82,9 +83,9 @@ def serve(
     Ctrl-C or SIGTERM drains: nothing new is taken, sessions finish, then the server ends. A second
     signal ends it at once.
     """
-    from wispprof.runtime.server import ServerSettings, read_api_keys
-    from wispprof.runtime.server import serve as run
-    from wispprof.runtime.server.logs import configure_logging
+    from wispprof.server import serve as run
+    from wispprof.server.json_logging import configure_logging
+    from wispprof.settings.server_settings import ServerSettings, read_api_keys
 
     for path in (api_key_file, estimator, plan, tls_cert, tls_key):
         if path is not None and not path.exists():
@@ -137,14 +138,14 @@ def serve(
         note(f"loading {settings.target} …")
         run(settings, announce)
         return
-    from wispprof.runtime.server import ranks
+    from wispprof.server import rank_server
 
-    if not ranks.is_rank():
-        ranks.launch(tensor_parallel)
+    if not rank_server.is_rank():
+        rank_server.launch(tensor_parallel)
         return
-    if ranks.leads():
+    if rank_server.leads():
         note(f"loading {settings.target} …")
-    ranks.serve_ranks(settings, announce)
+    rank_server.serve_ranks(settings, announce)
 
 
 def _serve_replicas(settings: ServerSettings, replicas: int, most: int) -> None:
@@ -154,7 +155,7 @@ def _serve_replicas(settings: ServerSettings, replicas: int, most: int) -> None:
         raise fail("Ray Serve needs a port of its own.", "Give --port.", code=2)
     if settings.live:
         raise fail("--live shows one server; --ray runs several.", "Leave one out.", code=2)
-    from wispprof.runtime.replicas import serve_replicas
+    from wispprof.server.ray_replicas import serve_replicas
 
     scheme = "wss" if settings.tls_cert is not None else "ws"
 

@@ -106,9 +106,9 @@ def simulate(
     """Simulate a fleet of edges on one server, under one policy or several."""
     from wispprof.errors import PlanError
     from wispprof.simulation.arrivals import Lengths
-    from wispprof.simulation.inputs import load_of, read_inputs, slo_mix, with_plan
-    from wispprof.simulation.links import LinkProfile
+    from wispprof.simulation.devices import LinkProfile
     from wispprof.simulation.scenario import Scenario
+    from wispprof.simulation.scenario_inputs import load_of, read_inputs, slo_mix, with_plan
     from wispprof.simulation.systems import SYSTEMS, system
 
     if warmup >= seconds:
@@ -170,7 +170,7 @@ def simulate(
 def _runs(
     scenarios: list[Any], violations: float, jobs: int | None
 ) -> tuple[dict[str, Any], Table]:
-    from wispprof.simulation.capacity import run_all, workers
+    from wispprof.simulation.capacity_search import run_all, workers
 
     with (
         workers(jobs if len(scenarios) > 1 else 1) as executor,
@@ -185,7 +185,7 @@ def _capacities(
 ) -> tuple[dict[str, Any], Table]:
     import os
 
-    from wispprof.simulation.capacity import capacity, workers
+    from wispprof.simulation.capacity_search import capacity, workers
 
     wide = jobs or os.cpu_count() or 1
     shown = table(

@@ -4,7 +4,7 @@ It strings the other rooms together and adds nothing of its own: whatever it doe
 do too.
 """
 
-from wispprof.demo.run import DemoResult, run_demo
-from wispprof.demo.settings import DemoSettings
+from wispprof.demo.demo_run import DemoResult, run_demo
+from wispprof.settings.demo_settings import DemoSettings
 
 __all__ = ["DemoResult", "DemoSettings", "run_demo"]

@@ -4,20 +4,21 @@ A check is a function from a :class:`Situation` to a :class:`Finding`. It reads 
 situation where it can, so that tests can plant each fault.
 """
 
-from wispprof.doctor.files import artifacts, output_folder
 from wispprof.doctor.findings import Check, Finding, Situation, examine
-from wispprof.doctor.machine import (
+from wispprof.doctor.machine_checks import (
+    artifacts,
     clock,
     devices,
     installation,
     load,
     memory,
     open_files,
+    output_folder,
     sensors,
     threads,
 )
-from wispprof.doctor.pair import engine, models, tokenizers
-from wispprof.doctor.serving import api_keys, port, server, tls
+from wispprof.doctor.model_checks import engine, models, tokenizers
+from wispprof.doctor.server_checks import api_keys, port, server, tls
 
 CHECKS: tuple[Check, ...] = (
     installation,

@@ -8,8 +8,8 @@ from wispprof.fitting.predictors import (
     fit_predictor,
     load_predictor,
 )
+from wispprof.fitting.registry import ESTIMATOR_KINDS
 from wispprof.fitting.selection import fit_estimator
-from wispprof.fitting.surfaces import ESTIMATOR_KINDS
 
 __all__ = [
     "ESTIMATOR_KINDS",

@@ -28,7 +28,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from wispprof.fitting.features import FloatArray
+from wispprof.fitting.batch_totals import FloatArray
 
 __all__ = ["LEVELS", "REGIMES", "RatioBound", "independent_scores", "weighted_quantiles"]
 

@@ -10,21 +10,38 @@ Three parts look at the same stream of (predicted, measured, shape):
 - the *detector* is a two-sided CUSUM (Page, 1954) on whitened log residuals, per cell of the shape
   space and for all cells together. It says "re-profile" and names the cells that went wrong. It never
   fires because of the correction: it looks at the uncorrected predictions.
+
+Bring an estimator up to date with what a server saw: its median scaled, its bound recalibrated.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from wispprof.core import BatchShape
-from wispprof.fitting.estimator import FittedEstimator
-from wispprof.fitting.features import Totals, totals_of
+import numpy as np
 
-__all__ = ["Cell", "DriftMonitor", "DriftSettings", "DriftStatus", "cell_of"]
+from wispprof.artifacts.rows import StepRow
+from wispprof.errors import FitError
+from wispprof.fitting.batch_totals import Totals, decode_totals_of, totals_matrix, totals_of
+from wispprof.fitting.conformal import RatioBound, weighted_quantiles
+from wispprof.fitting.estimator import FittedEstimator
+from wispprof.fitting.observations import DISTRUSTED
+from wispprof.fitting.selection import relative_errors
+from wispprof.types import BatchShape
+
+__all__ = [
+    "MINIMUM_STEPS",
+    "Cell",
+    "DriftMonitor",
+    "DriftSettings",
+    "DriftStatus",
+    "cell_of",
+    "recalibrate",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,3 +271,51 @@ class DriftMonitor:
     def residuals(self) -> Mapping[str, tuple[int, float]]:
         """Steps and running ratio measured ÷ predicted, by cell."""
         return {str(cell): (t.count, math.exp(t.recent)) for cell, t in self._cells.items()}
+
+
+MINIMUM_STEPS = 50
+
+
+def recalibrate(estimator: FittedEstimator, rows: Sequence[StepRow]) -> FittedEstimator:
+    """The same surface with its median scaled to the log and its bound learnt anew from it.
+
+    The scale is the median of actual ÷ predicted over steps inside the measured domain. The report
+    gains an ``update`` record with the error before and after. Raises :class:`FitError` for fewer than
+    :data:`MINIMUM_STEPS` usable steps.
+    """
+    usable = [
+        row
+        for row in rows
+        if row.shape.items
+        and not DISTRUSTED & set(row.flags)
+        and all(np.isfinite(s) and s > 0 for s in row.samples_ms)
+    ]
+    if len(usable) < MINIMUM_STEPS:
+        raise FitError(
+            f"{len(usable)} usable steps are too few to recalibrate on; {MINIMUM_STEPS} are needed.",
+            "Let the server run longer, or profile it anew.",
+        )
+    fresh = estimator.with_scale(1.0, 1.0)
+    totals = totals_matrix([row.shape for row in usable])
+    decode = np.array([decode_totals_of(row.shape) for row in usable], dtype=np.float64)
+    predicted, _ = fresh.predict_many(totals, decode)
+    samples = [np.array(row.samples_ms) for row in usable]
+    actual = np.array([row.median_ms for row in usable])
+    inside = np.array([fresh.in_domain(row.shape) for row in usable])
+    basis = inside if inside.sum() >= MINIMUM_STEPS else np.ones(len(usable), dtype=bool)
+    ratio = actual[basis] / predicted[basis]
+    scale = weighted_quantiles(ratio, np.ones(len(ratio)), [0.5])[0]
+    bound = RatioBound.calibrate(predicted * scale, samples, totals[:, 7] > 0)
+    # Bounds are kept in units of the surface, whose median the scale has not touched.
+    bound = replace(bound, split_ms=bound.split_ms / scale)
+    before, _ = estimator.predict_many(totals, decode)
+    report = dict(estimator.report) | {
+        "update": {
+            "steps": len(usable),
+            "in_domain": int(inside.sum()),
+            "scale": scale,
+            "before": relative_errors(before, actual),
+            "after": relative_errors(predicted * scale, actual),
+        }
+    }
+    return replace(estimator, ratio=bound, p50_scale=scale, bound_scale=scale, report=report)

@@ -15,12 +15,9 @@ from typing import Any, Self
 import numpy as np
 
 from wispprof.artifacts.document import BAD_PAYLOAD, read_document, write_document
-from wispprof.artifacts.provenance import Provenance
-from wispprof.core import BatchShape
+from wispprof.artifacts.manifest import Provenance
 from wispprof.errors import ArtifactDamaged, FitError
-from wispprof.fitting.base import Surface
-from wispprof.fitting.conformal import RatioBound
-from wispprof.fitting.features import (
+from wispprof.fitting.batch_totals import (
     EMPTY,
     FloatArray,
     Totals,
@@ -31,7 +28,10 @@ from wispprof.fitting.features import (
     extend_many,
     totals_of,
 )
-from wispprof.fitting.surfaces import surface_class
+from wispprof.fitting.conformal import RatioBound
+from wispprof.fitting.registry import surface_class
+from wispprof.fitting.step_time_models import Surface
+from wispprof.types import BatchShape
 
 __all__ = ["Accumulator", "Domain", "FittedEstimator", "load_estimator"]
 

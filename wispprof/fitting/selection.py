@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from wispprof.artifacts.records import StepRow
+from wispprof.artifacts.rows import StepRow
 from wispprof.errors import FitError
-from wispprof.fitting.base import Surface
+from wispprof.fitting.batch_totals import FloatArray
 from wispprof.fitting.conformal import RatioBound
 from wispprof.fitting.estimator import Domain, FittedEstimator
-from wispprof.fitting.features import FloatArray
-from wispprof.fitting.rows import Observations
-from wispprof.fitting.surfaces import ESTIMATOR_KINDS, surface_class
+from wispprof.fitting.observations import Observations
+from wispprof.fitting.registry import ESTIMATOR_KINDS, surface_class
+from wispprof.fitting.step_time_models import Surface
 
 __all__ = ["assemble", "fit_estimator", "folds_of", "out_of_fold", "relative_errors"]
 

@@ -5,8 +5,13 @@ Never raises for a sensor that is missing: a Null object answers in its place.
 
 from wispprof.hardware.clocks import NullSensors, Reading, Sensors, sensors
 from wispprof.hardware.energy import EnergyMeter, EnergyReading, NullMeter, energy_meter
-from wispprof.hardware.machine import Fingerprint, Gpu, fingerprint
-from wispprof.hardware.origin import computing_on, made_elsewhere
+from wispprof.hardware.machine_info import (
+    Fingerprint,
+    Gpu,
+    computing_on,
+    fingerprint,
+    made_elsewhere,
+)
 
 __all__ = [
     "EnergyMeter",

@@ -9,7 +9,7 @@ from wispprof.policies.api import (
     SessionView,
     StepPlan,
 )
-from wispprof.policies.load import LOAD_BOUNDS, LOAD_LEVELS, load_level, stretch
+from wispprof.policies.load_level import LOAD_BOUNDS, LOAD_LEVELS, load_level, stretch
 from wispprof.policies.registry import (
     BATCH_POLICIES,
     CONTROLLERS,

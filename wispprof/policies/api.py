@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
-from wispprof.core import DraftFeatures, Slo, StepEstimator
+from wispprof.types import DraftFeatures, Slo, StepEstimator
 
 __all__ = [
     "BatchPolicy",

@@ -8,8 +8,8 @@ from operator import attrgetter
 import numpy as np
 
 from wispprof.policies.api import SessionView, column
-from wispprof.policies.build import StepBuilder
-from wispprof.policies.tails import FloatArray
+from wispprof.policies.batch_builder import StepBuilder
+from wispprof.policies.draft_selection import FloatArray
 
 __all__ = ["add_prompts"]
 

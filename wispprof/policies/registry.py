@@ -7,14 +7,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from wispprof.core import RejectionPredictor
 from wispprof.errors import PlanError
 from wispprof.policies.api import BatchPolicy, Controller
+from wispprof.policies.baselines import Centralized, Fcfs, SledStatic, SpecEdgePipeline
 from wispprof.policies.controllers import FixedController, SledController, WispController
-from wispprof.policies.optimal import WispprofController
-from wispprof.policies.rounds import Centralized, Fcfs, SledStatic, SpecEdgePipeline
-from wispprof.policies.stream import StreamSettings, Wispprof
+from wispprof.policies.stopping import WispprofController
 from wispprof.policies.wisp import Wisp
+from wispprof.policies.wispprof import StreamSettings, Wispprof
+from wispprof.types import RejectionPredictor
 
 __all__ = ["BATCH_POLICIES", "CONTROLLERS", "make_batch_policy", "make_controller"]
 

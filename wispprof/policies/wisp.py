@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from wispprof.core import StepEstimator
 from wispprof.policies.api import Limits, SessionView, StepPlan, column
-from wispprof.policies.build import StepBuilder, eligible, idle
-from wispprof.policies.marginal import MarginalCosts, Slopes, bounds_in_turn, bounds_with
-from wispprof.policies.tails import BoolArray, Columns, FloatArray, IntArray
+from wispprof.policies.batch_builder import StepBuilder, eligible, idle
+from wispprof.policies.cost_model import MarginalCosts, Slopes, bounds_in_turn, bounds_with
+from wispprof.policies.draft_selection import BoolArray, Columns, FloatArray, IntArray
+from wispprof.types import StepEstimator
 
 __all__ = ["Wisp"]
 

@@ -21,7 +21,7 @@ def held_out_prompts(tokenizer: Any, count: int, tokens: int, seed: int = 0) -> 
 
     Each has between half of ``tokens`` and all of them, so that paths begin at different positions.
     """
-    from wispprof.lm.reference.corpus import collect
+    from wispprof.profiling.held_out_corpus import collect
 
     texts = [file.text for file in collect()[1]]
     return _cuts(tokenizer, texts, count, tokens, seed)

@@ -20,10 +20,9 @@ from wispprof.artifacts.journal import RowJournal
 from wispprof.artifacts.rows import Row
 from wispprof.errors import EngineError
 from wispprof.hardware import NullSensors, Sensors
-from wispprof.profiling.cost import CostModel
-from wispprof.profiling.shots import Shooter, Shot, SweepSettings, duration, fire_some
-from wispprof.profiling.stats import half_width
-from wispprof.profiling.visits import Ledger
+from wispprof.profiling.measurement_log import Ledger, half_width
+from wispprof.profiling.sweep_cost import CostModel
+from wispprof.profiling.workload import Shooter, Shot, SweepSettings, duration, fire_some
 
 __all__ = ["Progress", "Sweep", "SweepResult"]
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wispprof.artifacts.records import AcceptanceTrace, StepRow
-from wispprof.core import BatchShape, StepEstimator
+from wispprof.artifacts.rows import AcceptanceTrace, StepRow
 from wispprof.reporting import theme
+from wispprof.types import BatchShape, StepEstimator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

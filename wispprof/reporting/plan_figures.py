@@ -8,7 +8,7 @@ from typing import Any
 from wispprof.artifacts import Document
 from wispprof.artifacts.plan import Plan, machine_of
 from wispprof.errors import ArtifactDamaged
-from wispprof.planning.drafts import Option, front
+from wispprof.planning.draft_choice import Option, front
 from wispprof.reporting import theme
 
 __all__ = ["capacity_curves", "drafts_front"]

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from wispprof import __version__
 from wispprof.artifacts import files
-from wispprof.artifacts.provenance import utc_now
-from wispprof.core import StepEstimator
+from wispprof.artifacts.manifest import utc_now
 from wispprof.reporting import figures
+from wispprof.reporting.bench_records import Answer, Bench, bench_table
 from wispprof.reporting.page import Page, Section, Tile, facts, figure
 from wispprof.reporting.plan_sections import capacity_sections, plan_sections
-from wispprof.reporting.results import Answer, Bench, bench_table
-from wispprof.reporting.run import Run
+from wispprof.reporting.run_folder import Run
 from wispprof.reporting.tables import Column, Table, to_html
+from wispprof.types import StepEstimator
 
 __all__ = ["render_report", "verdict", "write_report"]
 

@@ -1,6 +1,6 @@
 """A fleet that does not exist yet, as discrete events over the runtime's own policies."""
 
-from wispprof.simulation.engine import simulate
+from wispprof.simulation.event_loop import simulate
 from wispprof.simulation.metrics import Report
 from wispprof.simulation.scenario import Scenario, ServerModel
 from wispprof.simulation.systems import SYSTEMS, System, system

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from wispprof.core import Slo
+from wispprof.types import Slo
 
 __all__ = ["Counters", "Report", "SessionRecord", "percentiles", "summarise"]
 

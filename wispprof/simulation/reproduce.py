@@ -12,18 +12,17 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from wispprof.core import Slo
-from wispprof.planning.objectives import Choice, DraftOption, best
-from wispprof.sessions.turns import DraftingSettings
-from wispprof.simulation.acceptance import SyntheticAcceptance
+from wispprof.sessions.draft_scheduler import DraftingSettings
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
-from wispprof.simulation.capacity import capacity, run_all
-from wispprof.simulation.devices import DeviceProfile
-from wispprof.simulation.links import LinkProfile
+from wispprof.simulation.capacity_search import capacity, run_all
+from wispprof.simulation.configspec import Choice, DraftOption, best
+from wispprof.simulation.devices import DeviceProfile, LinkProfile
 from wispprof.simulation.metrics import Report
+from wispprof.simulation.published_setups import linear_server, merged, read_setup, wisp_scenario
 from wispprof.simulation.scenario import Scenario
-from wispprof.simulation.setups import linear_server, merged, read_setup, wisp_scenario
+from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 from wispprof.simulation.systems import System, system
+from wispprof.types import Slo
 
 __all__ = [
     "PAPERS",

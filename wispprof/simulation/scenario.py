@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from wispprof.core import Slo, StepEstimator
-from wispprof.simulation.acceptance import AcceptanceSource
 from wispprof.simulation.arrivals import ClosedFleet, OpenLoad
-from wispprof.simulation.devices import DeviceProfile
-from wispprof.simulation.links import LinkProfile
+from wispprof.simulation.devices import DeviceProfile, LinkProfile
+from wispprof.simulation.simulated_output import AcceptanceSource
 from wispprof.simulation.systems import System
+from wispprof.types import Slo, StepEstimator
 
 __all__ = ["DEVICE_STEP", "LINK_STEP", "SLO_STEP", "Scenario", "ServerModel", "pick"]
 
@@ -31,7 +30,7 @@ class ServerModel:
     longer when its session is next in one (nothing is computed meanwhile; estimators do not know of it).
 
     ``overhead_ms``: what the step loop adds to each step (collecting, deciding, sending). ``spread``: see
-    :class:`~wispprof.simulation.costs.StepTimes`. ``prefill_chunk``: most prompt tokens a step takes.
+    :class:`~wispprof.simulation.step_costs.StepTimes`. ``prefill_chunk``: most prompt tokens a step takes.
     """
 
     estimator: StepEstimator

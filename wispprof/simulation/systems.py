@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from wispprof.core import DraftFeatures, RejectionPredictor
 from wispprof.errors import PlanError
 from wispprof.policies.api import BatchPolicy, Controller, RoundContext
 from wispprof.policies.registry import make_batch_policy, make_controller
-from wispprof.sessions.turns import DraftingSettings
-from wispprof.simulation.acceptance import Script
+from wispprof.sessions.draft_scheduler import DraftingSettings
+from wispprof.simulation.simulated_output import Script
+from wispprof.types import DraftFeatures, RejectionPredictor
 
 __all__ = ["SYSTEMS", "System", "system"]
 

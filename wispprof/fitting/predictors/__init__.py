@@ -1,6 +1,6 @@
 """Rejection predictors: features of a draft token to the chance that the target keeps it."""
 
-from wispprof.fitting.predictors.fitted import (
+from wispprof.fitting.predictors.fitted_predictor import (
     PREDICTOR_KINDS,
     FittedPredictor,
     fit_predictor,

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from wispprof.fitting.features import FloatArray
+from wispprof.fitting.batch_totals import FloatArray
 
 __all__ = ["Calibration", "expected_calibration_error", "reliability"]
 

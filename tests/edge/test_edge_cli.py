@@ -1,0 +1,82 @@
+"""Commands of the device: what is wrong is told in one line, with the fix and the right exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from edge_fixtures import hash_trace
+from typer.testing import CliRunner
+
+from wispprof.artifacts import save_trace
+from wispprof.cli import app
+
+RUN = CliRunner()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["link", "nonsense"], 2, "no HOST:PORT"),
+        (["link", "h:1", "--stall", "9", "--stall-every", "3"], 2, "never ends"),
+        (["generate", "x", "--mode", "sideways"], 1, "Choose round or stream"),
+        (["generate", "x", "--fallback", "hope"], 1, "Choose none or draft"),
+        (["generate", "x", "--draft", "/no/such/folder"], 1, "no model folder"),
+        (["bench", "--trace", "/no/such/trace"], 1, "acceptance trace"),
+        (["edge", "--host", "0.0.0.0"], 1, "Refusing to listen"),
+    ],
+)
+def test_mistakes_are_one_clear_line(arguments: list[str], code: int, said: str) -> None:
+    result = RUN.invoke(app, arguments)
+    assert result.exit_code == code
+    assert said in " ".join(result.stderr.split())
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+def test_bench_names_what_it_cannot_use(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    save_trace(hash_trace(paths=1, length=8, depth=2), trace)
+    device = RUN.invoke(app, ["bench", "--trace", str(trace), "--device", "toaster"])
+    assert device.exit_code == 1
+    assert "no device" in device.stderr
+    system = RUN.invoke(app, ["bench", "--trace", str(trace), "--system", "magic"])
+    assert system.exit_code == 1
+    assert "no system" in system.stderr
+
+
+def test_bench_prints_one_document_and_fails_on_a_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wispprof.bench import BenchResult
+    from wispprof.bench.bench_result import summarise
+    from wispprof.settings.bench_settings import BenchSettings
+
+    trace = tmp_path / "trace.jsonl"
+    save_trace(hash_trace(paths=1, length=8, depth=2), trace)
+
+    def offered(lossless: bool):  # type: ignore[no-untyped-def]
+        def run(settings: BenchSettings, *_: object) -> BenchResult:
+            from wispprof.bench import Outcome
+            from wispprof.edge import RequestStats
+            from wispprof.types import Slo
+
+            outcome = Outcome(
+                0, Slo(4.0), RequestStats(tokens=4, first_ms=1.0, last_ms=9.0), lossless
+            )
+            return summarise(settings.system, settings.load(), [outcome], 1.0, [], {}, (8, 16))
+
+        return run
+
+    arguments = ["bench", "--trace", str(trace), "--json", "--system", "sled"]
+    monkeypatch.setattr("wispprof.bench.bench", offered(True))
+    fine = RUN.invoke(app, arguments)
+    assert fine.exit_code == 0
+    document = json.loads(fine.stdout)
+    assert document["policy"] == "sled"
+    assert document["figures"]["up_bytes_per_token"] == 2.0
+    monkeypatch.setattr("wispprof.bench.bench", offered(False))
+    lossy = RUN.invoke(app, arguments)
+    assert lossy.exit_code == 1
+    assert "differ from the trace" in lossy.stderr

@@ -1,0 +1,216 @@
+"""The client against the real server over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+from edge_fixtures import drafting, edge, plain, truth
+from msgspec import structs
+
+from wispprof import protocol
+from wispprof.edge import Connection, LinkLost, server_url, websocket_dial
+from wispprof.edge.client import RttMeter
+from wispprof.errors import HandshakeRefused, RuntimeFault, ServerUnreachable
+from wispprof.server.process import running_server
+from wispprof.settings.server_settings import ServerSettings
+from wispprof.simulation.devices import LinkProfile
+from wispprof.testing.fake_engine import HashEngine
+from wispprof.testing.link_emulator import LinkProxy, LinkSettings
+from wispprof.types import Sampling
+
+PROMPTS = [(n, n + 1, 7) for n in range(16)]
+KEY = "a key of at least sixteen"
+
+
+@asynccontextmanager
+async def hash_server(policy: str = "wisp", **settings: object):  # type: ignore[no-untyped-def]
+    engine = HashEngine()
+    chosen = ServerSettings(policy=policy, admit="all", **settings)  # type: ignore[arg-type]
+    async with running_server(chosen, engine=engine, model=engine.served) as running:
+        yield running
+
+
+@pytest.mark.parametrize("policy", ["wisp", "fcfs", "wispprof"])
+async def test_mixed_batches_over_real_sockets_are_lossless(policy: str) -> None:
+    async with hash_server(policy) as running:
+        async with edge(websocket_dial(running.split_url), tokenizer="hash") as client:
+            made = [
+                drafting(client, p, max_new=32, k=k, draft_ms=0.1, proactive=4)
+                for p, k in zip(PROMPTS, (0, 1, 4, 8) * 3, strict=False)
+            ]
+            made += [plain(client, p, 32) for p in PROMPTS[12:]]
+            await asyncio.gather(*(g.run() for g in made))
+            for generation in made:
+                assert list(generation.output) == truth(generation.request.tokens, 32)
+        assert client.rtt.samples >= 1
+
+
+async def test_sampled_text_is_the_same_split_or_centralized() -> None:
+    sampling = Sampling(0.8, 0, 0.9, seed=5)
+    async with hash_server() as running, edge(websocket_dial(running.split_url)) as client:
+        split = drafting(client, PROMPTS[0], max_new=24, draft_ms=0.1, sampling=sampling)
+        await split.run()
+    assert list(split.output) == truth(PROMPTS[0], 24, sampling)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tokenizer": "other"}, "okenizer"),
+        ({"tokenizer": "hash", "target": "other"}, "other"),
+        ({"tokenizer": "hash", "key": "wrong"}, "key"),
+        ({"tokenizer": "hash", "key": ""}, "key"),
+    ],
+    ids=["tokenizer", "target", "key", "no key"],
+)
+async def test_a_wrong_edge_is_refused_at_hello_with_the_reason(
+    settings: dict[str, str], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with hash_server(api_keys=(KEY,)) as running:
+        given = {"key": KEY, **settings}
+        with pytest.raises(HandshakeRefused, match=said):
+            async with edge(websocket_dial(running.split_url), **given):
+                pass
+        (told,) = [r.getMessage() for r in caplog.records if r.name == "wispprof.server"]
+        assert told.startswith("refused an edge at hello")
+        assert said in told
+        assert KEY not in told
+        # Everybody else is served on.
+        async with edge(websocket_dial(running.split_url), tokenizer="hash", key=KEY) as client:
+            assert client.welcome is not None
+            assert client.welcome.target == "hash-256"
+
+
+async def test_a_wrong_protocol_version_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    class Newer:
+        """Says hello in the next version of the protocol."""
+
+        def __init__(self, inner: Connection) -> None:
+            self._inner = inner
+
+        async def send(self, data: bytes) -> None:
+            frame = protocol.decode_edge(data)
+            if isinstance(frame, protocol.Hello):
+                frame = structs.replace(frame, protocol=protocol.PROTOCOL_VERSION + 1)
+            await self._inner.send(protocol.encode(frame))
+
+        async def receive(self) -> bytes:
+            return await self._inner.receive()
+
+        async def close(self) -> None:
+            await self._inner.close()
+
+    async with hash_server() as running:
+
+        async def dial() -> Connection:
+            return Newer(await websocket_dial(running.split_url)())
+
+        with pytest.raises(HandshakeRefused, match="rotocol"):
+            async with edge(dial):
+                pass
+        assert "protocol" in caplog.text
+
+
+async def test_a_request_beyond_the_context_is_refused_alone() -> None:
+    async with hash_server() as running, edge(websocket_dial(running.split_url)) as client:
+        with pytest.raises(RuntimeFault, match="refused this request"):
+            await drafting(client, [1] * 5000, max_new=8).run()
+        fine = drafting(client, PROMPTS[0], max_new=8, draft_ms=0.1)
+        await fine.run()
+        assert list(fine.output) == truth(PROMPTS[0], 8)
+
+
+@pytest.mark.parametrize("policy", ["wisp", "wispprof"])
+async def test_sessions_resume_on_a_restarted_server(policy: str) -> None:
+    """The first server dies in the middle of 20 generations; another one takes its place."""
+    where = ""
+
+    async def dial() -> Connection:
+        return await websocket_dial(where)()
+
+    prompts = [(n, 9, 9) for n in range(20)]
+    async with AsyncExitStack() as stack:
+        async with hash_server(policy) as running:
+            where = running.split_url
+            client = await stack.enter_async_context(edge(dial, backoff_ms=5.0))
+            made = [drafting(client, p, max_new=64, draft_ms=0.5, proactive=4) for p in prompts]
+            tasks = [asyncio.create_task(g.run()) for g in made]
+            while min(g.path.frontier for g in made) < 10:
+                await asyncio.sleep(0.001)
+        async with hash_server(policy) as running:
+            where = running.split_url
+            stats = await asyncio.gather(*tasks)
+            await stack.aclose()
+    assert all(stat.reopened >= 1 for stat in stats)
+    for prompt, generation in zip(prompts, made, strict=True):
+        assert list(generation.output) == truth(prompt, 64)
+
+
+async def test_a_first_opening_is_no_reopening() -> None:
+    """Not even one that the client sends itself, because the link was not up when it was asked for."""
+    async with hash_server() as running, edge(websocket_dial(running.split_url)) as client:
+        assert not client.up
+        early = await drafting(client, PROMPTS[0], max_new=8, draft_ms=0.1).run()
+        assert client.up
+        late = await drafting(client, PROMPTS[1], max_new=8, draft_ms=0.1).run()
+    assert early.reopened == late.reopened == 0
+
+
+async def test_links_are_cut_by_a_proxy_in_between() -> None:
+    async with (
+        hash_server() as running,
+        LinkProxy(
+            "127.0.0.1", 0, running.host, running.port, LinkSettings(LinkProfile(2.0))
+        ) as proxy,
+    ):
+        dial = websocket_dial(f"127.0.0.1:{proxy.port}")
+        async with edge(dial, backoff_ms=5.0) as client:
+            made = [drafting(client, p, max_new=48, draft_ms=0.5) for p in PROMPTS]
+            running_tasks = [asyncio.create_task(g.run()) for g in made]
+            while min(g.path.frontier for g in made) < 12:
+                await asyncio.sleep(0.001)
+            proxy.cut()
+            stats = await asyncio.gather(*running_tasks)
+            assert all(s.reopened == 1 for s in stats)
+            assert proxy.connections == 2
+            for generation in made:
+                assert list(generation.output) == truth(generation.request.tokens, 48)
+            assert client.rtt.least_ms >= 2.0
+
+
+async def test_nobody_there() -> None:
+    with pytest.raises(ServerUnreachable, match="No server answers at"):
+        async with edge(websocket_dial("127.0.0.1:9"), give_up_ms=50.0):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("127.0.0.1:8200", "ws://127.0.0.1:8200/v1/split"),
+        ("http://host:1", "ws://host:1/v1/split"),
+        ("https://host", "wss://host/v1/split"),
+        ("wss://host/other", "wss://host/other"),
+    ],
+)
+def test_addresses(text: str, url: str) -> None:
+    assert server_url(text) == url
+
+
+@pytest.mark.parametrize("text", ["ftp://host", "ws://", ""])
+def test_wrong_addresses(text: str) -> None:
+    with pytest.raises(LinkLost, match="no server address"):
+        server_url(text)
+
+
+def test_the_round_trip_is_smoothed() -> None:
+    meter = RttMeter(100.0)
+    meter.add(20.0)
+    assert (meter.mean_ms, meter.least_ms) == (20.0, 20.0)
+    for _ in range(200):
+        meter.add(40.0)
+    assert meter.mean_ms == pytest.approx(40.0, abs=0.1)
+    assert meter.spread_ms < 1.0
+    assert meter.least_ms == 20.0

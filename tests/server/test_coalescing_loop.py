@@ -1,0 +1,205 @@
+"""Frames may gather while the engine computes, and nothing else changes for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+
+import pytest
+from ws_client import edge
+
+from wispprof import protocol
+from wispprof.edge.client import EdgeClient, RttMeter
+from wispprof.server import running_server
+from wispprof.server.coalescing_loop import (
+    FrontLoop,
+    GatheringSelector,
+    gathering,
+    lain_ms,
+    run_front,
+)
+from wispprof.settings.edge_settings import ClientSettings
+from wispprof.settings.server_settings import ServerSettings
+from wispprof.testing.fake_engine import HashDrafter, HashEngine
+from wispprof.testing.virtual_time import run_virtual
+
+ENDLESS_S = 3600.0
+"""A wait that only a hurry can end within a test."""
+
+
+@pytest.fixture
+def pair():
+    ends = socket.socketpair()
+    yield ends
+    for end in ends:
+        end.close()
+
+
+def selector_over(end: socket.socket) -> GatheringSelector:
+    selector = GatheringSelector()
+    selector.register(end, 1)
+    return selector
+
+
+def test_while_nothing_gathers_a_frame_is_seen_at_once(pair):
+    near, far = pair
+    with selector_over(near) as selector:
+        far.send(b"x")
+        assert [key.fileobj for key, _ in selector.select(ENDLESS_S)] == [near]
+        assert selector.lain_s == 0.0
+
+
+def test_what_gathers_is_seen_together_once_hurried(pair):
+    near, far = pair
+    with selector_over(near) as selector:
+        selector.longest_s = ENDLESS_S
+
+        def end_of_step() -> None:
+            far.send(b"x")
+            selector.hurry()
+
+        thread = threading.Thread(target=end_of_step)
+        thread.start()
+        assert [key.fileobj for key, _ in selector.select(None)] == [near]
+        thread.join()
+        assert selector.lain_s > 0.0
+
+
+def test_a_hurry_before_the_wait_is_not_lost(pair):
+    near, _ = pair
+    with selector_over(near) as selector:
+        selector.longest_s = ENDLESS_S
+        selector.hurry()
+        assert selector.select(None) == []
+
+
+def test_a_hurry_of_the_past_does_not_end_what_gathers_later(pair):
+    near, _ = pair
+    with selector_over(near) as selector:
+        selector.hurry()
+        selector.gather(0.01)
+        selector.select(None)
+        assert selector.lain_s > 0.001  # it waited; hurried, it would not have
+
+
+def test_a_loop_that_is_still_at_work_does_not_wait(pair):
+    near, far = pair
+    with selector_over(near) as selector:
+        selector.longest_s = ENDLESS_S
+        far.send(b"x")
+        assert len(selector.select(0)) == 1
+
+
+def test_timers_keep_their_time(pair):
+    near, _ = pair
+    with selector_over(near) as selector:
+        selector.longest_s = ENDLESS_S
+        assert selector.select(0.001) == []
+
+
+def test_how_long_a_frame_lay_stands_until_the_loop_looks_again(pair):
+    near, far = pair
+    with selector_over(near) as selector:
+        selector.longest_s = 0.001
+        far.send(b"x")
+        selector.select(None)
+        lain = selector.lain_s
+        assert lain > 0.0
+        selector.select(0)  # callbacks of what was found run meanwhile
+        assert selector.lain_s == lain
+        selector.longest_s = 0.0
+        selector.select(ENDLESS_S)
+        assert selector.lain_s == 0.0
+
+
+def test_work_in_a_thread_ends_the_wait():
+    async def main() -> str:
+        loop = asyncio.get_running_loop()
+        with gathering(ENDLESS_S * 1000.0):
+            return await loop.run_in_executor(None, lambda: "done")
+
+    assert run_front(main()) == "done"
+
+
+def test_gathering_ends_with_its_block_also_where_that_fails():
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, FrontLoop)
+        with gathering(5.0):
+            assert loop.selector.longest_s == 0.005
+        assert loop.selector.longest_s == 0.0
+        with contextlib.suppress(ZeroDivisionError), gathering(5.0):
+            raise ZeroDivisionError
+        assert loop.selector.longest_s == 0.0
+
+    run_front(main())
+
+
+def test_another_loop_is_left_alone():
+    async def main() -> float:
+        with gathering(ENDLESS_S * 1000.0):
+            await asyncio.sleep(0)
+            return lain_ms()
+
+    assert asyncio.run(main()) == 0.0
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "wispprof"])
+def test_a_server_on_it_writes_the_targets_own_text(policy: str):
+    prompts = [[n, n + 1, n + 2] for n in range(6)]
+    engine = HashEngine(64, step_ms=lambda shape: 1.0)
+
+    async def main() -> list[list[int]]:
+        settings = ServerSettings(policy=policy, admit="all", gather_ms=ENDLESS_S * 1000.0)
+        async with (
+            running_server(settings, engine=engine, model=engine.served) as running,
+            edge(running.split_url) as one,
+        ):
+            drafter = HashDrafter(engine.target, 0.6)
+            jobs = [
+                one.generate(n, prompt, 24, k=4, drafter=drafter)
+                for n, prompt in enumerate(prompts)
+            ]
+            return list(await asyncio.gather(*jobs))
+
+    assert run_front(main()) == [engine.target.generate(prompt, 24) for prompt in prompts]
+
+
+class SlowToRead:
+    """A connection to a server that reads pings late and says so: 10 ms of link, 20 ms unread."""
+
+    def __init__(self) -> None:
+        self._down: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def send(self, data: bytes) -> None:
+        frame = protocol.decode_edge(data)
+        answer: protocol.ServerFrame = protocol.Welcome(
+            protocol.PROTOCOL_VERSION, "", "", 64, 8, True
+        )
+        delay_s = 0.010
+        if isinstance(frame, protocol.Ping):
+            answer, delay_s = protocol.Pong(frame.number, b"", 20.0), 0.030
+        loop = asyncio.get_running_loop()
+        loop.call_later(delay_s, self._down.put_nowait, protocol.encode(answer))
+
+    async def receive(self) -> bytes:
+        return await self._down.get()
+
+    async def close(self) -> None: ...
+
+
+def test_the_link_is_measured_without_the_time_that_a_ping_lay_unread():
+    async def dial() -> SlowToRead:
+        return SlowToRead()
+
+    async def main() -> RttMeter:
+        async with EdgeClient(dial, ClientSettings(ping_ms=50.0)) as client:
+            while client.rtt.samples < 2:
+                await asyncio.sleep(0.01)
+            return client.rtt
+
+    rtt = run_virtual(main())
+    assert rtt.mean_ms == pytest.approx(10.0)
+    assert rtt.spread_ms < 5.0

@@ -1,0 +1,64 @@
+"""The server reads small frames without touching its connection, and stops where they are left lying."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from wispprof.server.coalescing_loop import MOST_UNREAD, EagerReader
+
+
+class Transport:
+    """Counts what is asked of it; like asyncio's, it takes a second pause or resume for none."""
+
+    def __init__(self) -> None:
+        self.reading = True
+        self.changes = 0
+
+    def pause_reading(self) -> None:
+        self.changes += self.reading
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.changes += not self.reading
+        self.reading = True
+
+
+@pytest.fixture
+def reader() -> EagerReader:
+    made = EagerReader.__new__(EagerReader)
+    made.queue = asyncio.Queue()
+    made.read_paused = made.close_sent = False
+    made.curr_msg_data_type = "bytes"
+    made.transport = Transport()  # type: ignore[assignment]
+    return made
+
+
+def arrive(reader: EagerReader, frames: int) -> None:
+    for number in range(frames):
+        reader.frames = [bytes([number])]
+        reader.send_receive_event_to_app()
+
+
+async def test_frames_taken_at_once_cost_the_connection_nothing(reader: EagerReader) -> None:
+    for _ in range(100):
+        arrive(reader, 2)
+        assert [(await reader.receive())["bytes"] for _ in range(2)] == [b"\0", b"\1"]
+    assert reader.transport.changes == 0
+
+
+async def test_a_backlog_stops_reading_until_it_is_worked_off(reader: EagerReader) -> None:
+    arrive(reader, MOST_UNREAD)
+    assert not reader.transport.reading
+    for left in reversed(range(MOST_UNREAD)):
+        await reader.receive()
+        assert reader.transport.reading is (left == 0)
+
+
+async def test_after_a_close_reading_goes_on_for_the_peers_reply(reader: EagerReader) -> None:
+    arrive(reader, MOST_UNREAD - 1)
+    reader.close_sent = True
+    arrive(reader, 5)
+    assert reader.transport.reading
+    assert reader.queue.qsize() == MOST_UNREAD - 1

@@ -1,0 +1,104 @@
+"""Frames: round trips, limits, and what newer or older peers may send."""
+
+from __future__ import annotations
+
+import contextlib
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wispprof import protocol
+from wispprof.errors import ProtocolError
+
+ints = st.integers(-(1 << 40), 1 << 40)
+tokens = st.lists(st.integers(0, 1 << 20), max_size=20)
+floats = st.floats(allow_nan=False)
+
+edge_frames = st.one_of(
+    st.builds(protocol.Hello, ints, st.text(), st.text(), st.text(), st.text()),
+    st.builds(protocol.Open, ints, tokens, ints, ints, floats, st.none() | floats),
+    st.builds(protocol.Draft, ints, ints, ints, tokens, st.binary(max_size=20), floats, floats),
+    st.builds(protocol.Close, ints),
+    st.builds(protocol.Ping, ints, st.binary(max_size=50), ints),
+)
+server_frames = st.one_of(
+    st.builds(protocol.Welcome, ints, st.text(), st.text(), ints, ints, st.booleans()),
+    st.builds(
+        protocol.Commit, ints, ints, ints, tokens, ints, ints, floats, floats, ints, st.text()
+    ),
+    st.builds(protocol.Problem, ints, st.text(), st.text(), floats, floats),
+    st.builds(protocol.Pong, ints, st.binary(max_size=50)),
+)
+
+
+@given(edge_frames)
+def test_edge_frames_survive(frame: protocol.EdgeFrame) -> None:
+    assert protocol.decode_edge(protocol.encode(frame)) == frame
+
+
+@given(server_frames)
+def test_server_frames_survive(frame: protocol.ServerFrame) -> None:
+    assert protocol.decode_server(protocol.encode(frame)) == frame
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_a_protocol_error_or_a_frame(data: bytes) -> None:
+    with contextlib.suppress(ProtocolError):
+        assert isinstance(protocol.decode_edge(data), protocol.EdgeFrame)
+
+
+def test_a_malformed_frame_names_the_fix() -> None:
+    with pytest.raises(ProtocolError) as fault:
+        protocol.decode_edge(b"noise")
+    assert fault.value.fix
+
+
+def test_frames_are_bounded() -> None:
+    with pytest.raises(ProtocolError, match="limit"):
+        protocol.decode_edge(bytes(protocol.MAX_FRAME_BYTES + 1))
+
+
+def test_a_server_frame_is_no_edge_frame() -> None:
+    with pytest.raises(ProtocolError):
+        protocol.decode_edge(protocol.encode(protocol.Pong(1)))
+
+
+def test_fields_may_be_added_at_the_end() -> None:
+    older = msgspec.msgpack.encode(["p", 3, "busy", "later", 20.0])
+    assert protocol.decode_server(older) == protocol.Problem(3, "busy", "later", 20.0, 0.0)
+    newer = msgspec.msgpack.encode(["x", 3, "something new"])
+    assert protocol.decode_edge(newer) == protocol.Close(3)
+
+
+def test_a_round_of_five_drafts_is_small() -> None:
+    frame = protocol.Draft(12, 3, 700, [4000, 17, 250, 3999, 8], bytes(5), 41.5, 120.25)
+    assert len(protocol.encode(frame)) < 64
+
+
+def test_a_stream_of_single_drafts_and_commits_is_small() -> None:
+    draft = protocol.Draft(3, 17, 700, [4000], bytes(1), protocol.brief_ms(16.3), 0)
+    assert len(protocol.encode(draft)) == 17
+    commit = protocol.Commit(
+        3, 17, 701, [4000], 0, 1, protocol.brief_ms(0.02), protocol.brief_ms(22.4)
+    )
+    assert len(protocol.encode(commit)) == 16
+    assert protocol.decode_server(protocol.encode(commit)) == commit
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False, width=32))
+def test_a_brief_time_is_near_and_takes_five_bytes_at_most(ms: float) -> None:
+    brief = protocol.brief_ms(ms)
+    assert abs(brief - ms) <= (0.5 if abs(ms) >= 16 else 1 / 32)
+    frame = protocol.Draft(0, 0, 0, [], b"", brief, 0)
+    size = len(protocol.encode(frame)) - len(
+        protocol.encode(protocol.Draft(0, 0, 0, [], b"", 0, 0))
+    )
+    assert size <= 4 or abs(ms) > 2**31
+    assert protocol.decode_edge(protocol.encode(frame)) == frame
+
+
+@given(st.floats(-2.0, 2.0))
+def test_survival_fits_a_byte(probability: float) -> None:
+    assert 0 <= protocol.survival_byte(probability) <= 255

@@ -1,0 +1,246 @@
+"""What the server says to those who get something wrong, and that nobody else notices."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+from ws_client import Edge, edge
+
+from wispprof import protocol
+from wispprof.errors import HandshakeRefused, ProtocolError, WispprofError
+from wispprof.server import RunningServer, running_server
+from wispprof.server.request_validation import check_draft, check_hello, check_key, request_of
+from wispprof.settings.server_settings import ServerSettings, read_api_keys
+from wispprof.testing.fake_engine import HashDrafter, HashEngine
+from wispprof.types import Sampling, ServedModel
+
+MODEL = ServedModel("big", "tok-1", 100, 512)
+
+
+def hello(**changes: Any) -> protocol.Hello:
+    return protocol.Hello(
+        **{"protocol": protocol.PROTOCOL_VERSION, "tokenizer": "tok-1", **changes}
+    )
+
+
+# --- pure checks ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"protocol": 99}, "protocol 1"),
+        ({"tokenizer": "other"}, "tokenizer"),
+        ({"target": "small"}, "'big'"),
+        ({"key": "wrong"}, "API key"),
+    ],
+)
+def test_hello_must_match(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(HandshakeRefused, match=says) as refused:
+        check_hello(hello(**{"key": "right", **changes}), MODEL, ["right"])
+    assert refused.value.fix
+
+
+def test_empty_target_and_tokenizer_take_what_there_is() -> None:
+    check_hello(hello(tokenizer="", target="", key=""), MODEL, [])
+
+
+def test_keys_are_compared_whole() -> None:
+    assert check_key("b", ["a", "b"])
+    assert check_key("anything", [])
+    assert not check_key("", ["a"])
+    assert not check_key("ab", ["a"])
+    assert not check_key("\udc80", ["a"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokens": [1] * 65, "survival": bytes(65)},
+        {"tokens": [1, 2], "survival": bytes(1)},
+        {"tokens": [100], "survival": bytes(1)},
+        {"tokens": [-1], "survival": bytes(1)},
+        {"base": -1},
+        {"epoch": -1},
+        {"base": 1 << 40},
+    ],
+)
+def test_drafts_no_honest_edge_sends(changes: dict[str, Any]) -> None:
+    honest = {"tokens": [1], "survival": bytes(1), "base": 3, "epoch": 0}
+    with pytest.raises(ProtocolError):
+        check_draft(
+            protocol.Draft(session=0, draft_ms=1.0, slack_ms=1.0, **{**honest, **changes}), 100
+        )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"tokens_per_s": 0.0},
+        {"tokens_per_s": float("inf")},
+        {"ttft_ms": -5.0},
+        {"seed": 1 << 63},
+    ],
+)
+def test_openings_that_mean_nothing(changes: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolError):
+        request_of(protocol.Open(0, [1, 2], 10, **changes))
+
+
+def test_settings_refuse_an_open_door(tmp_path: Any) -> None:
+    with pytest.raises(WispprofError, match="without an API key"):
+        ServerSettings(host="0.0.0.0")
+    ServerSettings(host="0.0.0.0", api_keys=("k" * 16,))
+    assert ServerSettings(host="::1").loopback
+    with pytest.raises(WispprofError, match="key"):
+        ServerSettings(tls_cert=tmp_path / "cert.pem")
+    keys = tmp_path / "keys"
+    keys.write_text("# mine\n\n" + "a" * 20 + "\n")
+    assert read_api_keys(keys) == ("a" * 20,)
+    keys.write_text("short\n")
+    with pytest.raises(WispprofError, match="16"):
+        read_api_keys(keys)
+    keys.write_text("# none\n")
+    with pytest.raises(WispprofError, match="no API key"):
+        read_api_keys(keys)
+
+
+# --- over the socket ---
+
+
+@pytest.fixture
+async def running() -> AsyncIterator[RunningServer]:
+    engine = HashEngine(64, max_context=256)
+    settings = ServerSettings(policy="fcfs", api_keys=("right-right-right",), max_drafts=8)
+    async with running_server(settings, engine=engine, model=engine.served) as one:
+        yield one
+        while len(one.server.house):
+            await asyncio.sleep(0.001)
+        await one.server.check_integrity()
+
+
+async def talk(
+    running: RunningServer, *frames: bytes | str
+) -> tuple[list[protocol.ServerFrame], int]:
+    """Send raw frames on a fresh connection; what came back until it closed, and the close code."""
+    answers: list[protocol.ServerFrame] = []
+    async with connect(running.split_url, compression=None, max_size=None) as socket:
+        try:
+            for frame in frames:
+                await socket.send(frame)
+            while True:
+                answers.append(protocol.decode_server(await socket.recv(decode=False)))
+        except ConnectionClosed:
+            pass
+        return answers, socket.close_code or 0
+
+
+GOOD = protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, "", "", "right-right-right"))
+
+
+@pytest.mark.parametrize(
+    ("frames", "code", "says"),
+    [
+        ([b"\x00nonsense"], "frame", "Malformed"),
+        (["text"], "frame", "Text"),
+        ([protocol.encode(protocol.Close(1))], "hello", "first frame"),
+        ([protocol.encode(protocol.Hello(9, ""))], "hello", "protocol"),
+        ([protocol.encode(protocol.Hello(1, "", "", "no"))], "hello", "API key"),
+        ([GOOD, b"\x93\x01"], "frame", "Malformed"),
+        ([GOOD, GOOD], "frame", "already"),
+        ([GOOD, bytes(protocol.MAX_FRAME_BYTES + 10)], "frame", "exceeds"),
+    ],
+)
+async def test_a_bad_frame_costs_its_sender_the_connection(
+    running: RunningServer, frames: list[bytes | str], code: str, says: str
+) -> None:
+    async with edge(running.split_url, key="right-right-right") as bystander:
+        prompt, drafter = [1, 2, 3], HashDrafter(HashEngine(64).target)
+        innocent = asyncio.create_task(bystander.generate(0, prompt, 60, drafter=drafter))
+        answers, closed = await talk(running, *frames)
+        problem = answers[-1]
+        assert isinstance(problem, protocol.Problem)
+        assert (problem.session, problem.code) == (-1, code)
+        assert says in problem.message
+        assert closed in (1002, 1008)
+        assert await innocent == HashEngine(64).target.generate(prompt, 60)
+
+
+async def test_a_huge_frame_is_cut_off(running: RunningServer) -> None:
+    _, closed = await talk(running, GOOD, bytes(protocol.MAX_FRAME_BYTES * 2))
+    assert closed == 1009
+
+
+async def first_problem(one: Edge, *frames: protocol.EdgeFrame) -> protocol.Problem:
+    one.stray.clear()
+    for frame in frames:
+        await one.send(frame)
+    while not any(isinstance(frame, protocol.Problem) for frame in one.stray):
+        await asyncio.sleep(0.001)
+    return next(frame for frame in one.stray if isinstance(frame, protocol.Problem))
+
+
+async def test_a_bad_request_costs_only_itself(running: RunningServer) -> None:
+    async with edge(running.split_url, key="right-right-right") as one:
+        refused = [
+            (protocol.Open(5, [], 10), "frame"),
+            (protocol.Open(5, [64], 10), "frame"),
+            (protocol.Open(5, [1] * 300, 10), "limit"),
+            (protocol.Open(5, [1], 0), "frame"),
+            (protocol.Open(5, [1], 10, generated=1), "frame"),
+            (protocol.Open(5, [1], 10, temperature=-1.0), "frame"),
+            (protocol.Open(5, [1], 10, tokens_per_s=1e12), "slo"),
+            (protocol.Open(-4, [1], 10), "session"),
+            (protocol.Draft(77, 0, 1, [1], bytes(1), 1.0, 1.0), "session"),
+        ]
+        for frame, code in refused:
+            problem = await first_problem(one, frame)
+            assert (problem.session, problem.code) == (frame.session, code), problem
+        problem = await first_problem(
+            one, protocol.Open(6, [1, 2], 200), protocol.Draft(6, 0, 2, [99], bytes(1), 1.0, 1.0)
+        )
+        assert (problem.session, problem.code) == (6, "frame")
+        await one.send(protocol.Close(6))
+        assert await one.generate(0, [3], 5) == HashEngine(64).target.generate([3], 5)
+        # Late frames of a session that has ended are nobody's fault.
+        one.stray.clear()
+        await one.send(protocol.Draft(0, 0, 9, [1], bytes(1), 1.0, 1.0))
+        await one.send(protocol.Ping(3, b"", 10))
+        while not one.stray:
+            await asyncio.sleep(0.001)
+        assert one.stray == [protocol.Pong(3, bytes(10))]
+
+
+async def test_too_many_faults_end_the_connection(running: RunningServer) -> None:
+    bad = protocol.encode(protocol.Draft(1, 0, 0, [], b"", 0.0, 0.0))
+    answers, closed = await talk(running, GOOD, *[bad] * 80)
+    assert closed == 1008
+    assert "Too many" in answers[-1].message  # type: ignore[union-attr]
+
+
+async def test_opening_anew_replaces_and_resumes(running: RunningServer) -> None:
+    target = HashEngine(64).target
+    prompt = list(range(20))
+    wanted = target.generate(prompt, 30, Sampling(0.5, seed=3))
+    async with edge(running.split_url, key="right-right-right") as one:
+        await one.send(protocol.Open(0, prompt, 30, temperature=0.5, seed=3))
+        resumed = await one.run(
+            0,
+            [*prompt, *wanted[:10]],
+            30,
+            k=0,
+            drafter=None,
+            sampling=Sampling(0.5, seed=3),
+            generated=10,
+        )
+    assert isinstance(resumed, list)
+    assert resumed[-20:] == wanted[10:]

@@ -1,0 +1,204 @@
+"""What is refused, why, and what is offered instead; and the clock that promises are made by."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wispprof.policies import Member
+from wispprof.server import GenerationRequest, Refused, VerificationServer
+from wispprof.server.admission import Utilisation
+from wispprof.server.online_estimator import LearningEstimator
+from wispprof.server.step_time_tracker import StepClock
+from wispprof.settings.server_settings import ServerSettings
+from wispprof.testing.fake_engine import HashEngine
+from wispprof.types import BatchShape, Sampling, Slo
+
+
+class Owner:
+    def __init__(self, key: str = "") -> None:
+        self.key = key
+
+    def committed(self, *_: object) -> None: ...
+
+    def failed(self, *_: object) -> None: ...
+
+
+def known(step: float = 10.0, new: float = 1.0) -> LearningEstimator:
+    """A step of ``step`` + ``new`` per token, exactly."""
+    estimator = LearningEstimator()
+    estimator.weights = (step, new, 0.0, 0.0)
+    estimator.ratio = 1.2
+    return estimator
+
+
+def server(**changes: object) -> VerificationServer:
+    engine = HashEngine(64, max_context=256)
+    settings = ServerSettings(policy="fcfs", **changes)  # type: ignore[arg-type]
+    return VerificationServer(
+        engine, engine.served, settings, estimator=known(), now_ms=lambda: 0.0
+    )
+
+
+def ask(speed: float = 1.0, length: int = 4, **changes: object) -> GenerationRequest:
+    return GenerationRequest(
+        tuple([1] * length),
+        20,
+        Slo(speed, changes.pop("ttft_ms", None)),  # type: ignore[arg-type]
+        **changes,  # type: ignore[arg-type]
+    )
+
+
+def utilisation(estimator: LearningEstimator, promises: list[tuple[float, int]]) -> float:
+    return Utilisation.of(estimator, promises).share
+
+
+def test_utilisation_is_what_physics_says() -> None:
+    estimator = known(10.0, 1.0)
+    # Ten sessions at 10 tokens/s: a step of 10 + 10 ms each 100 ms.
+    assert utilisation(estimator, [(100.0, 50)] * 10) == pytest.approx(0.2, rel=0.06)
+    # A slow session among fast ones costs its own share only.
+    mixed = utilisation(estimator, [(100.0, 50)] * 10 + [(1000.0, 50)])
+    assert mixed - utilisation(estimator, [(100.0, 50)] * 10) == pytest.approx(0.001, rel=0.1)
+
+
+@given(st.lists(st.tuples(st.floats(1.0, 1e4), st.integers(0, 1000)), min_size=1, max_size=20))
+def test_one_more_promise_never_lightens_the_load(promises) -> None:
+    estimator = known()
+    whole = utilisation(estimator, promises)
+    assert whole >= utilisation(estimator, promises[:-1])
+    *others, (tpot, cached) = promises
+    assert whole == pytest.approx(Utilisation.of(estimator, others).with_one(cached)(tpot))
+
+
+def test_a_speed_that_cannot_be_kept_is_refused_with_one_that_can() -> None:
+    one = server()
+    with pytest.raises(Refused) as refused:
+        one.open(ask(200.0), Owner())
+    assert refused.value.code == "slo"
+    nearest = refused.value.nearest_tokens_per_s
+    assert 0 < nearest < 200.0
+    one.open(ask(nearest), Owner())
+    with pytest.raises(Refused):
+        server().open(ask(nearest * 1.05), Owner())
+
+
+def test_a_full_server_says_busy_and_when_to_come_back() -> None:
+    one = server()
+    admitted = 0
+    codes = []
+    for speed in [10.0] * 100 + [1.0] * 100 + [0.01] * 300:
+        try:
+            one.open(ask(speed), Owner())
+            admitted += speed == 10.0
+        except Refused as fault:
+            codes.append(fault.code)
+    assert 40 < admitted <= 90
+    assert codes[0] == "slo"
+    assert codes[-1] == "busy"
+
+
+def test_everything_is_admitted_where_that_is_wanted() -> None:
+    one = server(admit="all")
+    for _ in range(200):
+        one.open(ask(1000.0), Owner())
+
+
+def test_first_token_promises_count_the_queue() -> None:
+    one = server(prefill_chunk=16)
+    one.open(ask(0.1, 160), Owner())
+    with pytest.raises(Refused, match="first token"):
+        one.open(ask(0.1, 160, ttft_ms=400.0), Owner())
+    one.open(ask(0.1, 160, ttft_ms=900.0), Owner())
+
+
+def test_limits_per_key_and_in_all() -> None:
+    one = server(sessions_per_key=2, max_sessions=3, admit="all")
+    mine = Owner("mine")
+    one.open(ask(), mine)
+    one.open(ask(), mine)
+    with pytest.raises(Refused, match="2 sessions") as mine_full:
+        one.open(ask(), mine)
+    assert mine_full.value.code == "limit"
+    one.open(ask(), Owner("yours"))
+    with pytest.raises(Refused) as full:
+        one.open(ask(), Owner("theirs"))
+    assert full.value.code == "busy"
+
+
+def test_tokens_per_key_are_a_rate() -> None:
+    now = [0.0]
+    engine = HashEngine(64)
+    settings = ServerSettings(tokens_per_key_per_s=10.0, admit="all")
+    one = VerificationServer(
+        engine, engine.served, settings, estimator=known(), now_ms=lambda: now[0]
+    )
+    one.admission.budget.spend("mine", 250, 0.0)
+    with pytest.raises(Refused) as refused:
+        one.open(ask(), Owner("mine"))
+    assert refused.value.code == "limit"
+    assert refused.value.retry_ms > 0
+    one.open(ask(), Owner("yours"))
+    now[0] = refused.value.retry_ms + 1.0
+    one.open(ask(), Owner("mine"))
+
+
+# --- the clock ---
+
+
+def test_a_learning_clock_finds_the_physics() -> None:
+    dice = random.Random(0)
+    clock = StepClock(None)
+    for _ in range(300):
+        shape = BatchShape.of(
+            (dice.randrange(1, 9), dice.randrange(500)) for _ in range(dice.randrange(1, 17))
+        )
+        truth = 5.0 + 0.4 * shape.new_tokens + 0.002 * shape.cached_tokens
+        clock.observe(shape, clock.estimator.predict(shape)[0], truth * dice.uniform(0.95, 1.1))
+    probe = BatchShape.uniform(8, 4, 300)
+    p50, bound = clock.estimator.predict(probe)
+    truth = 5.0 + 0.4 * 32 + 0.002 * 2400
+    assert p50 == pytest.approx(truth, rel=0.05)
+    assert truth < bound < 1.3 * truth
+    assert clock.learning
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 500)), min_size=1, max_size=10))
+def test_learnt_predictions_never_fall_when_work_is_added(items) -> None:
+    estimator = LearningEstimator()
+    dice = random.Random(1)
+    for _ in range(40):
+        estimator.observe(BatchShape.uniform(dice.randrange(1, 5), 2, 10), dice.uniform(1.0, 9.0))
+    batch = estimator.start()
+    assert batch.p50_ms == batch.bound_ms == 0.0
+    for new, cached in items:
+        grown = batch.add(new, cached)
+        assert grown.p50_ms >= batch.p50_ms
+        assert grown.bound_ms >= grown.p50_ms
+        batch = grown
+    assert estimator.predict(BatchShape.of(items)) == pytest.approx((batch.p50_ms, batch.bound_ms))
+
+
+def test_a_policy_defect_does_not_reach_the_engine() -> None:
+    one = server()
+    live = one.open(ask(), Owner())
+    with pytest.raises(ValueError):
+        live.ledger.feed(Member(live.name, drafts=3))
+
+
+def test_sampling_is_part_of_a_request() -> None:
+    assert ask(sampling=Sampling(0.5)).sampling.temperature == 0.5
+
+
+def test_one_prompt_on_an_idle_server_does_not_shut_the_door() -> None:
+    clock = StepClock(known())
+    clock.prefilled(1000.0, 500.0)
+    assert clock.prefill_load(1000.0) == pytest.approx(0.05)
+    assert clock.prefill_load(20_000.0) == 0.0
+    assert clock.stretch == 1.0
+    for _ in range(10):
+        clock.cycle(15.0, 10.0)
+    assert clock.stretch == pytest.approx(1.5)

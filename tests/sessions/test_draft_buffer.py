@@ -1,0 +1,283 @@
+"""The edge's path: what it holds never contradicts what is committed, and its drafter can follow it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wispprof.errors import ProtocolError
+from wispprof.sessions.draft_buffer import CommitEffect, EdgePath
+
+PROMPT = [7, 8, 9]
+
+
+def path_with(drafts: list[int], **kwargs: object) -> EdgePath:
+    path = EdgePath(PROMPT, **kwargs)  # type: ignore[arg-type]
+    path.on_commit(4, [1], 0)
+    for token in drafts:
+        path.propose(token, 0.5, 2.0)
+    return path
+
+
+def test_full_accept_with_wrong_guess_costs_only_what_follows() -> None:
+    path = path_with([2, 3])
+    assert path.take() is not None
+    for token in (50, 51, 52):  # proactive
+        path.propose(token, 0.5, 2.0)
+    effect = path.on_commit(7, [2, 3, 4], 2)
+    assert effect.hits == 2
+    assert effect.rejected
+    assert effect.proactive
+    assert not effect.proactive_hit
+    assert (effect.rollback_to, effect.extend) == (6, (4,))
+    assert (effect.wasted_tokens, effect.wasted_ms) == (2, 4.0)
+    assert path.lead == 0
+    assert path.epoch == 1
+
+
+def test_proactive_hit_keeps_the_lead_and_the_epoch() -> None:
+    path = path_with([2, 3])
+    path.take()
+    for token in (4, 5, 6):
+        path.propose(token, 0.5, 2.0)
+    effect = path.on_commit(7, [2, 3, 4], 2)
+    assert effect.proactive_hit
+    assert effect.rollback_to is None
+    assert effect.extend == ()
+    assert effect.kept == 2
+    assert path.epoch == 0
+    out = path.take()
+    assert out is not None
+    assert (out.base, out.tokens) == (7, (5, 6))
+
+
+def test_partial_accept_rolls_back_to_the_first_rejected() -> None:
+    path = path_with([2, 3, 9, 9])
+    path.take()
+    effect = path.on_commit(7, [2, 3, 4], 2)
+    assert (effect.rollback_to, effect.extend, effect.wasted_tokens) == (6, (4,), 1)
+
+
+def test_commit_beyond_the_drafts_extends() -> None:
+    path = path_with([2])
+    effect = path.on_commit(7, [2, 3, 4], 0)
+    assert (effect.rollback_to, effect.extend, effect.hits, effect.rejected) == (
+        None,
+        (3, 4),
+        1,
+        False,
+    )
+
+
+def test_trimmed_round_keeps_its_rest_and_sends_it_again() -> None:
+    path = path_with([2, 3, 4, 5])
+    path.take()
+    effect = path.on_commit(6, [2, 3], 1)  # one draft used, the own token equals the next
+    assert effect.kept == 2
+    out = path.take()
+    assert out is not None
+    assert (out.base, out.tokens) == (6, (4, 5))
+
+
+def test_duplicates_and_late_commits_change_nothing() -> None:
+    path = path_with([2, 3, 4])
+    path.on_commit(6, [2, 3], 1)
+    before = (path.committed, path.drafts, path.epoch)
+    assert path.on_commit(6, [2, 3], 1) == CommitEffect()
+    assert path.on_commit(5, [2], 0) == CommitEffect()
+    assert (path.committed, path.drafts, path.epoch) == before
+    overlapping = path.on_commit(7, [2, 3, 4], 2)
+    assert overlapping.tokens == (4,)
+
+
+def test_gaps_and_contradictions_are_errors() -> None:
+    path = path_with([])
+    with pytest.raises(ProtocolError, match="beyond the known frontier"):
+        path.on_commit(9, [1, 2], 0)
+    with pytest.raises(ProtocolError, match="contradicts"):
+        path.on_commit(5, [99, 2], 0)
+
+
+def test_round_mode_has_one_round_outstanding() -> None:
+    path = EdgePath(PROMPT)
+    assert path.take() is None  # the prefill is outstanding
+    path.on_commit(4, [1])
+    empty = path.take()
+    assert empty is not None
+    assert empty.tokens == ()
+    path.propose(2)
+    assert path.take() is None
+    path.on_commit(4, [1])  # a duplicate does not answer the round
+    assert path.take() is None
+
+
+def test_stream_mode_sends_each_draft_once() -> None:
+    path = path_with([2, 3, 4], stream=True)
+    first = path.take(2)
+    assert first is not None
+    assert (first.base, first.tokens) == (4, (2, 3))
+    second = path.take()
+    assert second is not None
+    assert (second.base, second.tokens) == (6, (4,))
+    assert path.take() is None
+    path.reopened()
+    again = path.take()
+    assert again is not None
+    assert again.tokens == (2, 3, 4)
+
+
+def test_room_ends_with_the_lead_and_before_the_last_token() -> None:
+    path = EdgePath(PROMPT, lead_limit=2, end=5)
+    path.propose(1)
+    assert path.room == 0  # position 4 is the target's own
+    path = EdgePath(PROMPT, lead_limit=1, end=50)
+    path.propose(1)
+    with pytest.raises(ValueError, match="no room"):
+        path.propose(1)
+
+
+def test_dropping_drafts_resends_the_rest_under_the_next_epoch() -> None:
+    path = path_with([2, 3, 4], stream=True)
+    path.take()
+    assert path.drop(5) == 5
+    assert path.drop(9) is None
+    out = path.take()
+    assert out is not None
+    assert (out.epoch, out.base, out.tokens) == (1, 4, (2,))
+
+
+class TinyServer:
+    """The epoch rules of the wire in their barest form: what may be done with a tail, at random."""
+
+    def __init__(self, prompt: list[int], truth: list[int]) -> None:
+        self.truth = truth
+        self.frontier = len(prompt)
+        self.tail: list[int] = []
+        self.epoch = 0
+        self.dead = -1
+
+    def merge(self, epoch: int, base: int, tokens: tuple[int, ...]) -> None:
+        if epoch <= self.dead or epoch < self.epoch:
+            return
+        if epoch > self.epoch:
+            self.epoch, self.tail = epoch, []
+        for position, token in enumerate(tokens, base):
+            if position < self.frontier:
+                if self.truth[position] != token:
+                    self.dead, self.tail = epoch, []
+                    return
+            elif position - self.frontier < len(self.tail):
+                if self.tail[position - self.frontier] != token:
+                    return
+            elif position - self.frontier == len(self.tail):
+                self.tail.append(token)
+            else:
+                return
+
+    def step(self, use: int) -> tuple[int, list[int], int]:
+        used = self.tail[:use]
+        accepted = 0
+        while accepted < len(used) and used[accepted] == self.truth[self.frontier + accepted]:
+            accepted += 1
+        new = self.truth[self.frontier : self.frontier + accepted + 1]
+        if self.tail[: accepted + 1] == new[: len(self.tail[: accepted + 1])]:
+            self.tail = self.tail[accepted + 1 :]
+        else:
+            self.dead, self.tail = self.epoch, []
+        self.frontier += len(new)
+        return self.frontier, new, accepted
+
+
+class Mirror:
+    """A drafter that only does what commit effects tell it."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = list(tokens)
+
+    def follow(self, effect: CommitEffect) -> None:
+        if effect.rollback_to is not None:
+            assert effect.rollback_to <= len(self.tokens)
+            del self.tokens[effect.rollback_to :]
+        self.tokens.extend(effect.extend)
+
+
+def interleave(path: EdgePath, seed: int, right: float, mirror: Mirror) -> tuple[list[int], int]:
+    """Run a path against :class:`TinyServer` over links that delay, repeat and cut; the accepted total."""
+    rng = random.Random(seed)
+    truth = PROMPT + [rng.randrange(6) for _ in range(40)]
+    server = TinyServer(PROMPT, truth)
+    uplink: list[tuple[int, int, tuple[int, ...]]] = []
+    downlink: list[tuple[int, list[int], int]] = []
+    accepted = 0
+    ready = True
+    while path.frontier < len(truth) - 12:
+        action = rng.random()
+        if action < 0.4 and path.room:
+            position = path.length
+            token = truth[position] if rng.random() < right else rng.randrange(6)
+            path.propose(token, 0.5, 1.0)
+            mirror.tokens.append(token)
+        elif action < 0.6:
+            out = path.take(rng.choice([None, 1, 4]))
+            if out is not None:
+                uplink.append((out.epoch, out.base, out.tokens))
+                if rng.random() < 0.1:
+                    uplink.append(uplink[-1])
+        elif action < 0.75 and uplink:
+            server.merge(*uplink.pop(0))
+            ready = True
+        elif action < 0.85 and (path.stream or ready) and server.frontier < len(truth) - 10:
+            downlink.append(server.step(rng.randrange(9)))
+            ready = False
+            if rng.random() < 0.1:
+                downlink.append(downlink[-1])
+        elif action < 0.98 and downlink:
+            effect = path.on_commit(*downlink.pop(0))
+            mirror.follow(effect)
+            accepted += effect.accepted
+        elif (
+            action >= 0.98
+        ):  # the link is cut: everything on its way is lost, the session opened anew
+            uplink.clear()
+            downlink.clear()
+            server = TinyServer(PROMPT, truth)
+            server.frontier = path.frontier
+            path.reopened()
+            ready = True
+        if path.frontier > len(PROMPT):
+            assert list(path.committed) == truth[: path.frontier]
+        assert mirror.tokens == path.sequence()
+        assert path.lead <= path.lead_limit
+        assert path.frontier <= path.sent <= path.length
+    return truth, accepted
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000), right=st.sampled_from([0.0, 0.5, 0.9, 1.0]), stream=st.booleans()
+)
+def test_any_interleaving_commits_the_servers_text(seed: int, right: float, stream: bool) -> None:
+    path = EdgePath(PROMPT, stream=stream, lead_limit=8)
+    interleave(path, seed, right, Mirror(PROMPT))
+
+
+def test_a_mirror_that_misses_one_rollback_is_noticed() -> None:
+    class Deaf(Mirror):
+        def follow(self, effect: CommitEffect) -> None:
+            super().follow(effect._replace(rollback_to=None))
+
+    path = EdgePath(PROMPT, stream=True, lead_limit=8)
+    with pytest.raises(AssertionError):
+        interleave(path, 1, 0.5, Deaf(PROMPT))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_a_perfect_draft_is_never_dropped(seed: int) -> None:
+    path = EdgePath(PROMPT, stream=True, lead_limit=8)
+    _, accepted = interleave(path, seed, 1.0, Mirror(PROMPT))
+    assert path.epoch == 0
+    assert accepted > 0

@@ -1,0 +1,196 @@
+"""What the edge's tests share: a hash target with its traces, a linear step cost, a pocket server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from wispprof.artifacts.rows import AcceptanceTrace, TracePath
+from wispprof.edge import (
+    Dial,
+    EdgeClient,
+    Generation,
+    GenerationRequest,
+    TimedWorker,
+    websocket_dial,
+)
+from wispprof.edge.draft_device import Device
+from wispprof.edge.edge_runtime import EdgeHouse, EdgeSettings
+from wispprof.policies import make_batch_policy, make_controller
+from wispprof.server.process import running_server
+from wispprof.sessions.draft_scheduler import DraftingSettings
+from wispprof.settings.edge_settings import ClientSettings
+from wispprof.settings.server_settings import ServerSettings
+from wispprof.testing.fake_engine import HashDrafter, HashEngine, HashTarget
+from wispprof.testing.in_process_server import PocketServer
+from wispprof.types import BatchShape, Sampling
+
+
+@dataclass(frozen=True)
+class LinearCost:
+    """A step costs ``fixed + per_token · new + per_cached · cached`` ms; a step estimator."""
+
+    fixed_ms: float = 8.0
+    per_token_ms: float = 0.3
+    per_cached_ms: float = 0.001
+    coverage: float = 0.95
+
+    def start(self) -> Batch:
+        return Batch(self)
+
+    def predict(self, shape: BatchShape) -> tuple[float, float]:
+        batch = self.start()
+        for item in shape.items:
+            batch = batch.add(item.new, item.cached, item.prefill)
+        return batch.p50_ms, batch.bound_ms
+
+    def step_ms(self, shape: BatchShape) -> float:
+        return self.predict(shape)[0]
+
+
+@dataclass(frozen=True)
+class Batch:
+    cost: LinearCost
+    new: int = 0
+    cached: int = 0
+
+    @property
+    def p50_ms(self) -> float:
+        c = self.cost
+        if not self.new:
+            return 0.0
+        return c.fixed_ms + c.per_token_ms * self.new + c.per_cached_ms * self.cached
+
+    @property
+    def bound_ms(self) -> float:
+        return 1.1 * self.p50_ms
+
+    def add(self, new: int, cached: int, prefill: bool = False) -> Batch:
+        return Batch(self.cost, self.new + new, self.cached + cached)
+
+
+def pocket(policy: str = "fcfs", cost: LinearCost | None = None, **options: object) -> PocketServer:
+    """A server of the hash target, to be entered on the running loop."""
+    cost = cost or LinearCost()
+    return PocketServer(HashEngine(), make_batch_policy(policy, **options), cost, cost.step_ms)
+
+
+def truth(prompt: Sequence[int], count: int, sampling: Sampling | None = None) -> list[int]:
+    return HashTarget().generate(prompt, count, sampling or Sampling())
+
+
+def drafting(
+    client: EdgeClient,
+    prompt: Sequence[int],
+    *,
+    max_new: int = 48,
+    k: int = 4,
+    accuracy: float = 0.8,
+    draft_ms: float = 5.0,
+    proactive: int = 0,
+    lead: int = 24,
+    sampling: Sampling | None = None,
+    controller: str = "fixed",
+    fallback: bool = False,
+    **options: object,
+) -> Generation:
+    """A drafting generation of the hash target's text."""
+    request = GenerationRequest(tuple(prompt), max_new, sampling or Sampling())
+    worker = TimedWorker(HashDrafter(HashTarget(), accuracy), lambda context: draft_ms)
+    if controller == "fixed":
+        options["k"] = k
+    return Generation(
+        client,
+        request,
+        worker,
+        make_controller(controller, **options),
+        DraftingSettings(lead=lead, proactive=proactive),
+        fallback=fallback,
+    )
+
+
+def plain(client: EdgeClient, prompt: Sequence[int], max_new: int = 48) -> Generation:
+    """A centralized generation."""
+    return Generation(client, GenerationRequest(tuple(prompt), max_new))
+
+
+def edge(dial: Dial, **settings: object) -> EdgeClient:
+    return EdgeClient(dial, ClientSettings(**settings))  # type: ignore[arg-type]
+
+
+def hash_trace(
+    paths: int = 4, length: int = 40, depth: int = 6, accuracy: float = 0.75
+) -> AcceptanceTrace:
+    """What profiling would record of the hash pair: exact, and quick."""
+    target = HashTarget()
+    made = []
+    for number in range(paths):
+        prompt = tuple((number * 31 + i * 7) % 256 for i in range(5 + number))
+        path = tuple(target.generate(prompt, length))
+        drafter = HashDrafter(target, accuracy)
+        drafts = np.zeros((length, depth), dtype=np.int32)
+        features = np.zeros((length, depth, 4), dtype=np.float32)
+        accepted = np.zeros(length, dtype=np.int32)
+        for row in range(length):
+            drafter.open((*prompt, *path[:row]), Sampling())
+            good = True
+            for place in range(depth):
+                drafted = drafter.draft()
+                drafts[row, place] = drafted.token
+                features[row, place] = drafted.features
+                good = good and row + place < length and drafted.token == path[row + place]
+                accepted[row] += good
+        made.append(TracePath(prompt, path, drafts, features, accepted))
+    return AcceptanceTrace("hash", "hash-draft", "", Sampling(), tuple(made))
+
+
+class Letters:
+    """Token ``t`` is the t-th letter from a table of 256 visible characters."""
+
+    eos_token_id = None
+    chat_template = None
+    table = [chr(0x100 + n) for n in range(256)]
+
+    def get_vocab(self) -> dict[str, int]:
+        return {letter: n for n, letter in enumerate(self.table)}
+
+    def encode(self, text: str) -> list[int]:
+        return [self.table.index(c) if c in self.table else ord(c) % 256 for c in text]
+
+    def decode(self, tokens: list[int], **_: object) -> str:
+        return "".join(self.table[token] for token in tokens)
+
+
+class HashDevice(Device):
+    """A device whose model is the hash drafter."""
+
+    def _model(self) -> HashDrafter:
+        return HashDrafter(HashTarget(), 0.8)
+
+
+LETTERS = Letters()
+
+
+def text_of(prompt: str, count: int, sampling: Sampling | None = None) -> str:
+    return LETTERS.decode(truth(LETTERS.encode(prompt), count, sampling))
+
+
+@asynccontextmanager
+async def hash_house(
+    kind: str = "model", policy: str = "wispprof", server: str = ""
+) -> AsyncIterator[EdgeHouse]:
+    """An edge of the hash pair, ready to answer; without ``server`` it gets one of its own."""
+    async with AsyncExitStack() as stack:
+        if not server:
+            engine = HashEngine()
+            settings = ServerSettings(policy=policy, admit="all")
+            own = running_server(settings, engine=engine, model=engine.served)
+            server = (await stack.enter_async_context(own)).split_url
+        device = HashDevice(kind, "fixed", {"k": 3}, loaded=object())
+        stack.callback(device.close)
+        dial = websocket_dial(server)
+        client = await stack.enter_async_context(edge(dial, backoff_ms=5.0))
+        yield EdgeHouse(EdgeSettings(drafter=kind), LETTERS, device, client)

@@ -1,0 +1,1 @@
+"""Train the bundled reference pair."""

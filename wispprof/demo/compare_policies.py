@@ -1,0 +1,167 @@
+"""The serving half of the demo: one engine, a real edge that answers, then every system under one load."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from wispprof.artifacts import write_document
+from wispprof.demo.measure_machine import Measured, Stage, first_token_ms, promises
+from wispprof.errors import EngineError
+from wispprof.reporting import ANSWER_KIND, BENCH_KIND, Answer, Bench, Piece
+from wispprof.settings.demo_settings import DemoSettings
+from wispprof.simulation.systems import system
+
+if TYPE_CHECKING:
+    from wispprof.engines.torch.engine import VerifierEngine
+    from wispprof.server.process import RunningServer
+
+__all__ = ["answer", "compare", "make_engine"]
+
+TARGET_NAME = "reference-pair"
+
+
+def make_engine(settings: DemoSettings, measured: Measured) -> VerifierEngine:
+    """The one verifier engine that all servers of the demo run on, one after the other."""
+    from wispprof.engines.torch.engine import VerifierEngine
+
+    longest = settings.prompt_tokens + max(settings.max_new, settings.path_tokens) + 64
+    sessions = 4 * settings.devices
+    engine = VerifierEngine(
+        measured.target, kv_tokens=2 * settings.devices * longest + 2048, max_sessions=sessions
+    )
+    engine.warm_up()
+    return engine
+
+
+@asynccontextmanager
+async def serving(
+    name: str, engine: VerifierEngine, measured: Measured
+) -> AsyncIterator[RunningServer]:
+    """A server on a loopback port under the batching policy of system ``name``.
+
+    Every system gets the same estimator and the same limits of a step: a batching table made for one of
+    them would make the comparison its own.
+    """
+    from wispprof.server.process import running_server
+    from wispprof.settings.server_settings import ServerSettings
+    from wispprof.types import ServedModel
+
+    info = measured.target.info
+    model = ServedModel(TARGET_NAME, info.tokenizer_hash, info.vocab_size, engine.max_context)
+    settings = ServerSettings(admit="all", kept_sessions=0, max_sessions=256)
+    async with running_server(
+        settings,
+        engine=engine,
+        model=model,
+        policy=system(name).make_batching(),
+        estimator=measured.estimator,
+    ) as running:
+        yield running
+    if engine.sessions:
+        raise EngineError(
+            f"{len(engine.sessions)} sessions were left in the engine after {name}.",
+            "This is a defect: please report it.",
+        )
+
+
+async def answer(
+    settings: DemoSettings, measured: Measured, engine: VerifierEngine, stage: Stage
+) -> Answer:
+    """A real draft model answers a prompt through a real server; written as ``answer.json``."""
+    from wispprof.edge.edge_runtime import EdgeSettings, Prompt, open_edge
+    from wispprof.openai_api.text import TextStream
+
+    report = stage("answer a prompt")
+    async with serving("wispprof", engine, measured) as running:
+        edge = EdgeSettings(
+            server=running.split_url,
+            draft=str(settings.draft),
+            predictor=measured.predictor,
+            plan=settings.out / "plan.json",
+            plan_device=measured.device.name,
+        )
+        async with open_edge(edge) as house:
+            ask = Prompt(house.encode(settings.prompt), settings.answer_tokens, settings.answer)
+            reply = house.reply(ask)
+            commits: list[list[int]] = []
+            done = 0
+            async for _ in reply.text():
+                commits.append(reply.tokens[done:])
+                done = len(reply.tokens)
+                report(done, settings.answer_tokens, "")
+            commits.append(reply.tokens[done:])
+            report(
+                settings.answer_tokens,
+                settings.answer_tokens,
+                f"{reply.stats.tokens_per_s:.0f} tokens/s",
+            )
+            text = TextStream(house.tokenizer, ask.tokens)
+            pieces = []
+            for commit in commits:
+                for place, token in enumerate(commit):
+                    # The last token of a commit is the target's own; those before it were drafted.
+                    origin = "draft" if place < len(commit) - 1 else "target"
+                    pieces.append(Piece(text.push([token]), origin))
+            pieces.append(Piece(text.finish(), "target"))
+    found = Answer(settings.prompt, _joined(pieces), reply.stats.summary())
+    write_document(settings.out / "answer.json", ANSWER_KIND, found.payload())
+    return found
+
+
+def _joined(pieces: list[Piece]) -> tuple[Piece, ...]:
+    """Neighbours of one origin as one piece."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        if not piece.text:
+            continue
+        if joined and joined[-1].origin == piece.origin:
+            piece = Piece(joined.pop().text + piece.text, piece.origin)
+        joined.append(piece)
+    return tuple(joined)
+
+
+async def compare(
+    settings: DemoSettings, measured: Measured, engine: VerifierEngine, stage: Stage
+) -> list[Bench]:
+    """The same load under every system, one after the other; written as ``bench-SYSTEM.json``.
+
+    The replay edges live in a process of their own: in the server's they would take from every system the
+    time that their drafting costs, and most from those that draft most.
+    """
+    from wispprof.bench import FleetProcess
+    from wispprof.settings.bench_settings import BenchSettings
+    from wispprof.simulation.devices import LinkProfile
+
+    found = []
+    with FleetProcess() as fleet:
+        for name in settings.systems:
+            load = BenchSettings(
+                system=name,
+                devices=settings.devices,
+                device=(replace(measured.device, draft_ms=round(measured.device.draft_ms, 2)),),
+                tokens_per_s=promises(settings, measured.estimator),
+                ttft_ms=first_token_ms(settings, measured.estimator),
+                requests=settings.requests,
+                hold=True,
+                max_new=settings.max_new,
+                link=LinkProfile(rtt_ms=settings.rtt_ms),
+                predictor=measured.predictor,
+                seed=settings.seed,
+            )
+            report = stage(f"bench {name}")
+            async with serving(name, engine, measured) as running:
+                result = await fleet.bench(
+                    load, running.split_url, settings.out / "trace.jsonl", report
+                )
+            bench = Bench.of_result(result)
+            write_document(
+                settings.out / f"bench-{name}.json",
+                BENCH_KIND,
+                bench.payload(),
+                {"trace": measured.plan.inputs["trace"]},
+            )
+            found.append(bench)
+    return found

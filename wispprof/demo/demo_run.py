@@ -1,0 +1,103 @@
+"""The demo from beginning to end."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wispprof.demo.compare_policies import answer, compare, make_engine
+from wispprof.demo.measure_machine import Measured, Stage, measure
+from wispprof.reporting import Answer, Bench, load_run, verdict, write_report
+from wispprof.settings.demo_settings import DemoSettings
+
+__all__ = ["DemoResult", "run_demo"]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found; ``report`` is the page. ``flagged``: share of the server profile's rows that
+    were measured under drift, noise or throttling."""
+
+    answer: Answer
+    benches: tuple[Bench, ...]
+    report: Path
+    seconds: float
+    estimator_mape: float
+    survival: tuple[float, ...]
+    flagged: float
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self.benches)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every text of every system was the target's own."""
+        return all(bench.figure("mismatches") == 0 for bench in self.benches)
+
+    def record(self) -> dict[str, Any]:
+        """Scalars only: what the demo's last line says."""
+        names = ("goodput_tokens_per_s", "attainment", "tokens_per_s", "accepted_per_round")
+        return {
+            "verdict": self.verdict,
+            "lossless": self.lossless,
+            "systems": {b.policy: {name: b.figure(name) for name in names} for b in self.benches},
+            "answer_tokens_per_s": self.answer.stats.get("tokens_per_s"),
+            "acceptance_by_position": [round(float(s), 3) for s in self.survival],
+            "estimator_mape_percent": round(self.estimator_mape, 2),
+            "flagged_rows_share": round(self.flagged, 3),
+            "report": str(self.report),
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def run_demo(settings: DemoSettings, stage: Stage) -> DemoResult:
+    """Run every stage and write the report. Artifacts of an earlier demo in ``out`` are replaced."""
+    from wispprof.server import run_front
+
+    began = time.monotonic()
+    settings.out.mkdir(parents=True, exist_ok=True)
+    for old in settings.out.glob("bench-*.json"):
+        old.unlink()  # another choice of systems must not leave its results behind
+    with _a_core_for_the_fleet():
+        measured = measure(settings, stage)
+        found, benches = run_front(_serve(settings, measured, stage))
+    run = load_run(settings.out)
+    page = write_report(run, settings.out / "report.html")
+    kind = measured.estimator.kind
+    return DemoResult(
+        answer=found,
+        benches=tuple(benches),
+        report=page,
+        seconds=time.monotonic() - began,
+        estimator_mape=float(measured.estimator.report["held_out"][kind]["mape"]),
+        survival=tuple(float(s) for s in measured.trace.survival_by_position()),
+        flagged=sum(bool(row.flags) for row in measured.server.rows) / len(measured.server.rows),
+    )
+
+
+@contextmanager
+def _a_core_for_the_fleet() -> Iterator[None]:
+    """Real edges bring their own processors; here they share one with the server, which is measured and
+    serves on a core less for that."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(before, (os.cpu_count() or 1) - 1)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+async def _serve(
+    settings: DemoSettings, measured: Measured, stage: Stage
+) -> tuple[Answer, list[Bench]]:
+    engine = make_engine(settings, measured)
+    found = await answer(settings, measured, engine, stage)
+    return found, await compare(settings, measured, engine, stage)

@@ -1,0 +1,1 @@
+"""Drafter backends: torch models, llama.cpp, n-gram lookup, replayed traces."""

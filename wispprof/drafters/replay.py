@@ -1,0 +1,106 @@
+"""A replayed drafter: proposes what the real draft model proposed, from an acceptance trace.
+
+It holds no model and takes no time; :class:`~wispprof.edge.draft_worker.TimedWorker` makes it cost
+what a device would. Text that the trace does not cover cannot be drafted: a session must start from a
+prompt of the trace, and the target must follow the recorded path (any other text raises
+:class:`ProfileError`, because then target and trace do not belong together).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from wispprof.artifacts.rows import AcceptanceTrace, TracePath
+from wispprof.errors import ProfileError
+from wispprof.types import DraftFeatures, DraftToken, Sampling
+
+__all__ = ["ReplayDrafter"]
+
+
+class ReplayDrafter:
+    """Drafts along one trace path (:class:`~wispprof.types.Drafter`).
+
+    Row ``i`` of the trace holds the draft's proposals given the true path up to ``i``. While the drafts
+    held equal the path, the next proposal is the first of the row further on. A proposal past the first
+    wrong draft can never be committed: there the row that left the path goes on, and beyond its depth
+    its last proposal stands in.
+    """
+
+    def __init__(self, trace: AcceptanceTrace | Sequence[TracePath]) -> None:
+        paths = trace.paths if isinstance(trace, AcceptanceTrace) else trace
+        self._by_prompt = {path.prompt: path for path in paths}
+        self._path: TracePath | None = None
+        self._held: list[int] = []
+        self._row = 0
+
+    @property
+    def length(self) -> int:
+        return (len(self._path.prompt) if self._path else 0) + len(self._held)
+
+    @property
+    def silent(self) -> bool:
+        """Nothing to propose: the path ends here."""
+        return self._path is None or len(self._held) >= len(self._path.path)
+
+    def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
+        """Start from a prompt of the trace, or from a prompt and a part of its path."""
+        sequence = tuple(tokens)
+        for size in {len(prompt) for prompt in self._by_prompt}:
+            path = self._by_prompt.get(sequence[:size])
+            if path is not None:
+                break
+        else:
+            raise ProfileError(
+                "The trace holds no path for this prompt.", "Replay prompts of the trace only."
+            )
+        self._path = path
+        self._held, self._row = [], 0
+        self.extend(sequence[len(path.prompt) :])
+
+    def draft(self) -> DraftToken:
+        path, held = self._the_path(), self._held
+        position = len(held)
+        if position >= len(path.path):
+            raise ProfileError("The trace path ends here.", "Ask for fewer tokens than it holds.")
+        right = self._right_length()
+        if right == position:
+            # On the true path every row that covers this position proposes the same token.
+            row, depth = position, 0
+        else:
+            # Past a wrong token: the row at whose proposal the drafts left the path.
+            row = right
+            depth = min(position - right, path.depth - 1)
+        token = int(path.drafts[row, depth])
+        features: DraftFeatures = path.features_at(row, depth)
+        held.append(token)
+        return DraftToken(token, features)
+
+    def rollback(self, length: int) -> None:
+        keep = length - len(self._the_path().prompt)
+        if not 0 <= keep <= len(self._held):
+            raise ValueError(f"cannot roll back {self.length} tokens to {length}")
+        del self._held[keep:]
+        self._row = min(self._row, keep)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        path = self._the_path()
+        first = len(self._held)
+        expected = path.path[first : first + len(tokens)]
+        if tuple(tokens[: len(expected)]) != expected:
+            raise ProfileError(
+                f"The target left the trace's path at token {first} or after it.",
+                "Take a trace with the target that the server runs, or serve the trace's target.",
+            )
+        self._held.extend(tokens)
+
+    def _the_path(self) -> TracePath:
+        if self._path is None:
+            raise ProfileError("The replay drafter was not opened.", "Call open() first.")
+        return self._path
+
+    def _right_length(self) -> int:
+        """Length of the held tokens' prefix that equals the path; remembered between drafts."""
+        path, held = self._the_path().path, self._held
+        while self._row < len(held) and held[self._row] == path[self._row]:
+            self._row += 1
+        return self._row

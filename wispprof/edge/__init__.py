@@ -1,0 +1,28 @@
+"""The edge: a client that drafts, sends, and takes in what the server commits."""
+
+from wispprof.edge.client import EdgeClient
+from wispprof.edge.connection import Connection, Dial, LinkLost, Traffic, server_url, websocket_dial
+from wispprof.edge.draft_worker import DraftStep, DraftWorker, ThreadWorker, TimedWorker
+from wispprof.edge.generation import Chunk, Generation, GenerationRequest
+from wispprof.edge.request_stats import RequestStats
+from wispprof.settings.edge_settings import ClientSettings, DraftingSettings
+
+__all__ = [
+    "Chunk",
+    "ClientSettings",
+    "Connection",
+    "Dial",
+    "DraftStep",
+    "DraftWorker",
+    "DraftingSettings",
+    "EdgeClient",
+    "Generation",
+    "GenerationRequest",
+    "LinkLost",
+    "RequestStats",
+    "ThreadWorker",
+    "TimedWorker",
+    "Traffic",
+    "server_url",
+    "websocket_dial",
+]

@@ -1,0 +1,122 @@
+"""What one device drafts with: a draft model, n-gram lookup, or both; shared by all its requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from wispprof.drafters.ngram import LookupDrafter, LookupFirst
+from wispprof.edge.draft_worker import ThreadWorker, common_prefix
+from wispprof.edge.request_stats import EnergyShares
+from wispprof.errors import WispprofError
+from wispprof.hardware import EnergyMeter, NullMeter
+from wispprof.policies.api import Controller
+from wispprof.types import Drafter, RejectionPredictor
+
+__all__ = ["DRAFTERS", "Device", "GgufDraft"]
+
+DRAFTERS = ("model", "lookup", "both", "none")
+
+
+class GgufDraft(NamedTuple):
+    """A draft model that llama.cpp runs. Its weights are mapped, so requests that run at the same time
+    share them; each has a KV cache of its own."""
+
+    path: Path
+    device: str
+
+    def drafter(self) -> Drafter:
+        """Raises :class:`ModelError` without the ``llamacpp`` extra or where the file cannot be loaded."""
+        from wispprof.drafters.llama_cpp import LlamaCppDrafter
+
+        return LlamaCppDrafter(self.path, gpu_layers=0 if self.device == "cpu" else -1)
+
+
+class Device:
+    """Makes the drafting parts of a request.
+
+    ``kind``: ``model``, ``lookup``, ``both`` (lookup first) or ``none`` (centralized). ``loaded``: the
+    draft model as :func:`~wispprof.engines.loading.load_model` gives it, or a :class:`GgufDraft`. All steps
+    run in one thread: a device has one engine. Drafters are kept and reused, so a conversation's next turn
+    finds its KV.
+    ``meter``: what the device's energy is read from; :attr:`energy` deals it to the requests.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        controller: str = "wisp",
+        options: dict[str, Any] | None = None,
+        predictor: RejectionPredictor | None = None,
+        loaded: Any = None,
+        meter: EnergyMeter | None = None,
+    ) -> None:
+        if kind not in DRAFTERS:
+            raise WispprofError(
+                f"There is no drafter {kind!r}.", f"Choose one of {', '.join(DRAFTERS)}."
+            )
+        if kind in ("model", "both") and loaded is None:
+            raise ValueError(f"the drafter {kind!r} needs a draft model")
+        self.kind = kind
+        self.stream = True
+        self.energy = EnergyShares(meter or NullMeter())
+        self._controller = (controller, dict(options or {}))
+        self._predictor = predictor
+        self._loaded = loaded
+        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draft")
+        self._idle: list[tuple[list[int], Drafter]] = []
+        if kind != "none":
+            # A wrong name, option or file is told now, not at the first request.
+            self.controller()
+            self._idle.append(([], self._make()))
+
+    def controller(self) -> Controller:
+        """A fresh speculation controller for one request."""
+        from wispprof.policies import make_controller
+
+        name, options = self._controller
+        if name == "wispprof":
+            options = {"stream": self.stream, **options}
+        return make_controller(name, predictor=self._predictor, **options)
+
+    @contextmanager
+    def lend(self, prompt: Sequence[int]):  # type: ignore[no-untyped-def]
+        """``with device.lend(prompt) as (worker, controller)``; both ``None`` where nothing drafts."""
+        if self.kind == "none":
+            yield None, None
+            return
+        held, drafter = self._take(list(prompt))
+        worker = ThreadWorker(drafter, self._threads)
+        try:
+            yield worker, self.controller()
+        finally:
+            self._idle.append((worker.held or held, drafter))
+            del self._idle[:-8]
+
+    def _take(self, prompt: list[int]) -> tuple[list[int], Drafter]:
+        if not self._idle:
+            return [], self._make()
+        best = max(range(len(self._idle)), key=lambda i: common_prefix(self._idle[i][0], prompt))
+        return self._idle.pop(best)
+
+    def _make(self) -> Drafter:
+        parts: dict[str, Callable[[], Drafter]] = {
+            "model": self._model,
+            "lookup": LookupDrafter,
+            "both": lambda: LookupFirst(LookupDrafter(), self._model()),
+        }
+        return parts[self.kind]()
+
+    def _model(self) -> Drafter:
+        if isinstance(self._loaded, GgufDraft):
+            return self._loaded.drafter()
+        from wispprof.drafters.torch_drafter import TorchDrafter
+
+        return TorchDrafter(self._loaded)
+
+    def close(self) -> None:
+        """End the drafting thread."""
+        self._threads.shutdown(wait=True)

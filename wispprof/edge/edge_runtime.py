@@ -1,0 +1,308 @@
+"""A ready edge: models loaded, server found (or started in this process), link up."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wispprof.artifacts import bundled
+from wispprof.edge.client import EdgeClient
+from wispprof.edge.connection import Dial, trust, websocket_dial
+from wispprof.edge.draft_device import Device, GgufDraft
+from wispprof.edge.generation import Chunk, Generation, GenerationRequest
+from wispprof.edge.request_stats import RequestStats
+from wispprof.errors import ModelError, WispprofError
+from wispprof.hardware import energy_meter
+from wispprof.openai_api.text import StopScanner, TextStream
+from wispprof.sessions.draft_scheduler import DraftingSettings
+from wispprof.settings.edge_settings import ClientSettings
+from wispprof.types import RejectionPredictor, Sampling, Slo
+
+__all__ = ["EdgeHouse", "EdgeSettings", "Prompt", "Reply", "open_edge"]
+
+BUNDLED_TARGET = "models/reference-pair/target"
+BUNDLED_DRAFT = "models/reference-pair/draft"
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeSettings:
+    """Everything an edge command can be told.
+
+    ``server``: where to connect; empty starts one in this process on the bundled target. ``draft``:
+    folder or hub id of the draft model, or a ``.gguf`` file; empty for the bundled one. ``tokenizer``: folder
+    or hub id of the target's tokenizer, empty where the draft model's folder has it. ``drafter``: see
+    :data:`~wispprof.edge.draft_device.DRAFTERS`. ``mode``: ``round``, ``stream``, or empty for what
+    the server runs. ``plan``: file whose rows the ``wispprof`` controller obeys, as ``plan_device``.
+    ``fallback``: ``none``, or ``draft`` to go on with the draft alone where no server can be reached.
+    """
+
+    server: str = ""
+    key: str = ""
+    ca_file: Path | None = None
+    draft: str = ""
+    tokenizer: str = ""
+    drafter: str = "model"
+    dtype: str = "float32"
+    device: str = "auto"
+    controller: str = "wispprof"
+    options: dict[str, Any] = field(default_factory=dict)
+    predictor: Path | None = None
+    plan: Path | None = None
+    plan_device: str = ""
+    mode: str = ""
+    lead: int = 24
+    proactive: int = 8
+    tokens_per_s: float = 2.0
+    ttft_ms: float | None = None
+    fallback: str = "none"
+    give_up_ms: float = 30_000.0
+    max_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("", "round", "stream"):
+            raise WispprofError(f"There is no mode {self.mode!r}.", "Choose round or stream.")
+        if self.fallback not in ("none", "draft"):
+            raise WispprofError(f"There is no fallback {self.fallback!r}.", "Choose none or draft.")
+
+    @property
+    def slo(self) -> Slo:
+        return Slo(self.tokens_per_s, self.ttft_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One request in tokens, with what text needs besides: stop strings end it early."""
+
+    tokens: tuple[int, ...]
+    max_new: int
+    sampling: Sampling
+    stops: tuple[str, ...] = ()
+    slo: Slo | None = None
+
+
+class Reply:
+    """One answer while it is generated: iterate over its text, then read the rest.
+
+    ``finished``: ``stop`` (a stop token or string) or ``length``. ``verified`` turns false where the
+    draft model had to go on alone.
+    """
+
+    def __init__(self, house: EdgeHouse, prompt: Prompt) -> None:
+        self._house = house
+        self._prompt = prompt
+        self.stats = RequestStats()
+        self.tokens: list[int] = []
+        self.finished = ""
+        self.verified = True
+
+    async def text(self) -> AsyncGenerator[str]:
+        """Pieces of the answer as they are committed."""
+        house, prompt = self._house, self._prompt
+        stream = TextStream(house.tokenizer, prompt.tokens)
+        scanner = StopScanner(prompt.stops)
+        async with aclosing(self._chunks()) as chunks:
+            async for chunk in chunks:
+                self.verified = self.verified and chunk.verified
+                shown = chunk.tokens
+                if shown and shown[-1] in house.stop_tokens:
+                    shown = shown[:-1]
+                self.tokens.extend(chunk.tokens)
+                piece = scanner.push(stream.push(shown))
+                if piece:
+                    yield piece
+                if scanner.hit:
+                    self.finished = "stop"
+                    return
+        rest = scanner.push(stream.finish()) + scanner.finish()
+        if scanner.hit:
+            self.finished = "stop"
+        if rest:
+            yield rest
+
+    async def _chunks(self) -> AsyncGenerator[Chunk]:
+        house, prompt = self._house, self._prompt
+        request = GenerationRequest(
+            tokens=prompt.tokens,
+            max_new=prompt.max_new,
+            sampling=prompt.sampling,
+            slo=prompt.slo or house.settings.slo,
+            stop=house.stop_tokens,
+        )
+        device = house.device
+        with device.lend(prompt.tokens) as (worker, controller), device.energy.share() as energy:
+            generation = Generation(
+                house.client,
+                request,
+                worker,
+                controller,
+                house.drafting,
+                fallback=house.settings.fallback == "draft",
+            )
+            self.stats = generation.stats
+            async with aclosing(generation.stream()) as source:
+                async for chunk in source:
+                    yield chunk
+            self.finished = generation.stats.finished
+        self.stats.energy_j = energy.energy_j
+
+
+class EdgeHouse:
+    """Tokenizer, device and client together; made by :func:`open_edge`."""
+
+    def __init__(
+        self, settings: EdgeSettings, tokenizer: Any, device: Device, client: EdgeClient
+    ) -> None:
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.device = device
+        self.client = client
+        self.stop_tokens = _stop_tokens(tokenizer)
+        stream = {"": None, "round": False, "stream": True}[settings.mode]
+        self.drafting = DraftingSettings(
+            lead=settings.lead, proactive=settings.proactive, stream=stream
+        )
+
+    @property
+    def model(self) -> str:
+        """Name of the target that answers."""
+        welcome = self.client.welcome
+        return welcome.target if welcome is not None and welcome.target else "target"
+
+    @property
+    def max_context(self) -> int:
+        welcome = self.client.welcome
+        return welcome.max_context if welcome is not None else 1 << 20
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Tokens of a prompt. Raises :class:`WispprofError` where it holds none."""
+        tokens = tuple(int(t) for t in self.tokenizer.encode(text))
+        if not tokens:
+            raise WispprofError("The prompt is empty.", "Give some text to go on from.")
+        return tokens
+
+    def chat(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+        """Tokens of a conversation, by the tokenizer's chat template where it has one."""
+        if getattr(self.tokenizer, "chat_template", None):
+            tokens = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            return tuple(int(t) for t in tokens)
+        # A base model has no roles: what was said so far is one text that it continues.
+        return self.encode("\n".join(message["content"] for message in messages))
+
+    def reply(self, prompt: Prompt) -> Reply:
+        return Reply(self, prompt)
+
+
+@asynccontextmanager
+async def open_edge(settings: EdgeSettings) -> AsyncIterator[EdgeHouse]:
+    """Load what drafts, find or start the server, connect.
+
+    Raises what loading raises, :class:`HandshakeRefused`, and :class:`ServerUnreachable` (the latter
+    only at the first request where ``fallback`` is ``draft``).
+    """
+    async with AsyncExitStack() as stack:
+        folder = settings.draft or str(bundled.path(BUNDLED_DRAFT))
+        loaded, tokenizer, digest = _load(settings, folder)
+        dial, stream = await _server(settings, stack)
+        options = dict(settings.options)
+        if settings.controller == "wispprof" and settings.drafter != "none":
+            options.update(_plan_rows(settings, stream))
+        meter = energy_meter(str(loaded.device) if loaded is not None else "cpu")
+        device = Device(
+            settings.drafter, settings.controller, options, _predictor(settings), loaded, meter
+        )
+        stack.callback(device.close)
+        client = EdgeClient(
+            dial,
+            ClientSettings(
+                tokenizer=digest,
+                key=settings.key,
+                give_up_ms=settings.give_up_ms,
+                offline_ok=settings.fallback == "draft",
+            ),
+        )
+        await stack.enter_async_context(client)
+        house = EdgeHouse(settings, tokenizer, device, client)
+        mode = house.drafting.stream
+        running = mode if mode is not None else bool(client.welcome and client.welcome.stream)
+        device.stream = running
+        yield house
+
+
+def _load(settings: EdgeSettings, folder: str) -> tuple[Any, Any, str]:
+    """(draft model or ``None``, tokenizer, its hash)."""
+    from wispprof.engines.loading import load_model, tokenizer_hash
+
+    loaded: Any = None
+    tokenizer = None
+    where = settings.tokenizer
+    if settings.drafter in ("model", "both"):
+        if folder.endswith(".gguf"):
+            loaded = GgufDraft(Path(folder), settings.device)
+            where = where or str(Path(folder).parent)
+        else:
+            loaded = load_model(folder, dtype=settings.dtype, device=settings.device)
+            tokenizer = None if where else loaded.tokenizer
+    if tokenizer is None:
+        from transformers import AutoTokenizer
+
+        where = where or folder
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(where)
+        except (OSError, ValueError) as fault:
+            raise ModelError(
+                f"There is no tokenizer at {where}.",
+                "Give --tokenizer, a folder or hub id that has the target's.",
+            ) from fault
+    return loaded, tokenizer, tokenizer_hash(tokenizer)
+
+
+async def _server(settings: EdgeSettings, stack: AsyncExitStack) -> tuple[Dial, bool | None]:
+    """How to reach the server, and its mode where it is known before hello."""
+    if settings.server:
+        return websocket_dial(settings.server, ssl=trust(settings.ca_file)), None
+    from wispprof.server.process import running_server
+    from wispprof.settings.server_settings import ServerSettings
+
+    stream = settings.mode != "round"
+    server = ServerSettings(
+        target=str(bundled.path(BUNDLED_TARGET)),
+        target_id="reference-pair",
+        policy="wispprof" if stream else "wisp",
+        device=settings.device,
+        admit="all",
+    )
+    running = await stack.enter_async_context(running_server(server))
+    return websocket_dial(running.split_url), stream
+
+
+def _predictor(settings: EdgeSettings) -> RejectionPredictor | None:
+    if settings.predictor is None:
+        return None
+    from wispprof.fitting import load_predictor
+
+    return load_predictor(settings.predictor)
+
+
+def _plan_rows(settings: EdgeSettings, stream: bool | None) -> dict[str, Any]:
+    if settings.plan is None:
+        return {}
+    from wispprof.artifacts.plan import load_plan
+    from wispprof.policies.stopping import rows_of
+
+    mode = settings.mode or ("round" if stream is False else "stream")
+    return {"rows": rows_of(load_plan(settings.plan), settings.plan_device, mode)}
+
+
+def _stop_tokens(tokenizer: Any) -> tuple[int, ...]:
+    eos = tokenizer.eos_token_id
+    found = {int(eos)} if eos is not None else set()
+    for name in ("<|im_end|>", "<|eot_id|>", "<|end_of_turn|>"):
+        number = tokenizer.get_vocab().get(name)
+        if number is not None:
+            found.add(int(number))
+    return tuple(sorted(found))

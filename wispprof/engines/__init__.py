@@ -1,0 +1,1 @@
+"""Engine backends, and loading of models."""

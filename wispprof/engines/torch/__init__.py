@@ -1,0 +1,1 @@
+"""The built-in engine: one forward pass of the target over a ragged batch, on PyTorch."""

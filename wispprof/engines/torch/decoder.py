@@ -1,0 +1,229 @@
+"""One forward pass over packed tokens, in two bodies with one face.
+
+:class:`TransformersDecoder` runs the model's own forward with our attention. :class:`LeanDecoder` runs
+the same arithmetic for the plain pre-norm decoder block that the Llama, Qwen2, Qwen3 and Mistral
+families share, with q/k/v and gate/up fused into one product each and without the library's layers
+of wrappers: on small models those cost as much as the arithmetic. It shares the weights of the
+transformers model (fused once, the originals become views), and tests hold the two equal.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wispprof.engines.ranks import Ranks
+from wispprof.engines.torch.attention import Attend
+from wispprof.engines.torch.packed_linear import Product, packs
+from wispprof.errors import ModelUnsupported
+
+__all__ = ["Decoder", "LeanDecoder", "TransformersDecoder", "decoder_for"]
+
+
+class Decoder(Protocol):
+    """Packed tokens in, final hidden states out; ``attend`` owns everything about sessions."""
+
+    scale: float
+
+    def reserve(self, length: int) -> None:
+        """Be ready for positions below ``length``."""
+
+    def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """``ids``, ``positions`` (T,) int64 → hidden states after the final norm, (T, hidden)."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, hidden) → (n, V)."""
+
+
+def decoder_for(model: Any, ranks: Ranks | None = None) -> Decoder:
+    """The lean body where the model is exactly of its shape, the model's own forward otherwise.
+
+    ``ranks``: ``model`` is one rank's share of the weights, which only the lean body computes with.
+    """
+    if LeanDecoder.fits(model):
+        return LeanDecoder(model, ranks)
+    if ranks is not None:
+        raise ModelUnsupported(
+            f"{type(model).__name__} is not of the plain shape that is served over several ranks.",
+            "Serve it on one device.",
+        )
+    return TransformersDecoder(model)
+
+
+class TransformersDecoder:
+    """The model's own forward: packed as one row with explicit positions, no cache object, no mask."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        attention = model.model.layers[0].self_attn
+        self.scale = float(attention.scaling)
+        weight = model.get_input_embeddings().weight
+        # A four-dimensional mask is passed through untouched, so none is built.
+        self._no_mask = torch.zeros((1, 1, 1, 1), dtype=weight.dtype, device=weight.device)
+
+    def reserve(self, length: int) -> None:
+        """Nothing to do: the model computes its rotary angles itself."""
+
+    def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        out = self._model.model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            attention_mask=self._no_mask,
+            use_cache=False,
+            wispprof_attend=attend,
+        )
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self._model.lm_head(hidden)
+        return out
+
+
+class _Block(NamedTuple):
+    norm1: Tensor
+    norm2: Tensor
+    qkv: Product
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Product
+    gate_up: Product
+    down: Product
+
+
+class LeanDecoder:
+    """The plain decoder block of Llama, Qwen2, Qwen3 and Mistral, without wrappers.
+
+    With ``ranks`` the weights are one rank's share: its heads, its part of the MLP and of the vocabulary.
+    Two sums per layer join the shares; hidden states and logits are whole on every rank.
+    """
+
+    def __init__(self, model: Any, ranks: Ranks | None = None) -> None:
+        config = model.config
+        self._ranks = ranks
+        shares = ranks.size if ranks else 1
+        self._embed: Tensor = model.model.embed_tokens.weight
+        pack = packs(model)
+        self._head = Product(model.lm_head.weight, model.lm_head.bias, pack)
+        self._norm: Tensor = model.model.norm.weight
+        self._rotary = model.model.rotary_emb
+        self._eps = float(config.rms_norm_eps)
+        attention = model.model.layers[0].self_attn
+        self.scale = float(attention.scaling)
+        self._dim = int(attention.head_dim)
+        self._heads = config.num_attention_heads // shares
+        self._kv_heads = config.num_key_value_heads // shares
+        self._vocab = config.vocab_size
+        with torch.no_grad():
+            self._blocks = [_block(layer, pack) for layer in model.model.layers]
+        self._table = self._rotary_table(min(2048, config.max_position_embeddings))
+        self._max = config.max_position_embeddings
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Exactly the classes whose block is known to be this one, unquantised, with SiLU."""
+        config = model.config
+        return (
+            type(model).__name__
+            in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
+            and config.hidden_act == "silu"
+            and getattr(config, "quantization_config", None) is None
+            and all(type(m) is nn.Linear for m in _linears(model.model.layers[0]))
+        )
+
+    def _rotary_table(self, length: int) -> Tensor:
+        """cos and signed sin of positions 0 … length-1: (length, 2, 1, d).
+
+        The first half of sin is negated: ``rotate_half(x) * sin`` becomes ``swapped_halves(x) * signed``.
+        """
+        cos, sin = self._rotary(
+            self._embed[:1], torch.arange(length, device=self._embed.device)[None]
+        )
+        sin = torch.cat((-sin[..., : self._dim // 2], sin[..., self._dim // 2 :]), -1)
+        return torch.stack((cos[0], sin[0]), 1)[:, :, None]
+
+    def reserve(self, length: int) -> None:
+        """Make the rotary table cover positions below ``length``."""
+        have = len(self._table)
+        if length > have:
+            self._table = self._rotary_table(min(max(length, 2 * have), max(self._max, length)))
+
+    def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        heads, kv_heads, dim, eps = self._heads, self._kv_heads, self._dim, self._eps
+        rotated, half = heads + kv_heads, dim // 2
+        tokens = ids.shape[0]
+        whole = self._ranks.sum if self._ranks else _as_it_is
+        angles = self._table.index_select(0, positions)
+        cos, sin = angles[:, 0], angles[:, 1]
+        x = self._embed.index_select(0, ids)
+        width = (x.shape[-1],)
+        for number, b in enumerate(self._blocks):
+            h = torch.rms_norm(x, width, b.norm1, eps)
+            qkv = b.qkv(h).view(tokens, rotated + kv_heads, dim)
+            if b.q_norm is not None and b.k_norm is not None:
+                q = torch.rms_norm(qkv[:, :heads], (dim,), b.q_norm, eps)
+                k = torch.rms_norm(qkv[:, heads:rotated], (dim,), b.k_norm, eps)
+                qk = torch.cat((q, k), 1)
+            else:
+                qk = qkv[:, :rotated]
+            qk = torch.addcmul(qk * cos, torch.roll(qk, half, -1), sin)
+            a = attend(number, qk[:, :heads], qk[:, heads:], qkv[:, rotated:])
+            x = x + whole(b.out(a))
+            h = torch.rms_norm(x, width, b.norm2, eps)
+            gate, up = b.gate_up(h).chunk(2, -1)
+            x = x + whole(b.down(F.silu(gate) * up))
+        return torch.rms_norm(x, width, self._norm, eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = self._head(hidden)
+        return self._ranks.gather(logits, self._vocab) if self._ranks else logits
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _linears(layer: Any) -> list[nn.Module]:
+    a, m = layer.self_attn, layer.mlp
+    return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
+
+
+def _block(layer: Any, pack: bool) -> _Block:
+    a, m = layer.self_attn, layer.mlp
+    return _Block(
+        norm1=layer.input_layernorm.weight,
+        norm2=layer.post_attention_layernorm.weight,
+        qkv=Product(*_fuse(a.q_proj, a.k_proj, a.v_proj), pack),
+        q_norm=a.q_norm.weight if hasattr(a, "q_norm") else None,
+        k_norm=a.k_norm.weight if hasattr(a, "k_norm") else None,
+        out=Product(a.o_proj.weight, a.o_proj.bias, pack),
+        gate_up=Product(*_fuse(m.gate_proj, m.up_proj), pack),
+        down=Product(m.down_proj.weight, m.down_proj.bias, pack),
+    )
+
+
+def _fuse(*layers: Any) -> tuple[Tensor, Tensor | None]:
+    """One matrix for several layers of the same input; the layers' own weights become views of it."""
+    weight = _fuse_parameters([layer.weight for layer in layers])
+    biases = [layer.bias for layer in layers]
+    return weight, None if biases[0] is None else _fuse_parameters(biases)
+
+
+def _fuse_parameters(parts: list[Tensor]) -> Tensor:
+    first = parts[0]
+    storage = first.untyped_storage()
+    together = all(p.untyped_storage().data_ptr() == storage.data_ptr() for p in parts)
+    rows = sum(len(p) for p in parts)
+    if together and storage.nbytes() == rows * first[0].numel() * first.itemsize:
+        # Fused by an earlier decoder of the same model.
+        shape, stride = (rows, *first.shape[1:]), first.stride()
+        return torch.as_strided(first.detach(), shape, stride, 0)
+    fused = torch.cat([p.detach() for p in parts])
+    start = 0
+    for part in parts:
+        part.data = fused[start : start + len(part)]
+        start += len(part)
+    return fused

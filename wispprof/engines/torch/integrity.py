@@ -1,0 +1,80 @@
+"""Whether cached keys and values are those of a fresh prefill of the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wispprof.engines.torch.decoder import Decoder
+from wispprof.engines.torch.dense_kv import SlotStore
+from wispprof.engines.torch.kv_store import KvGeometry
+from wispprof.errors import EngineError
+
+__all__ = ["IntegrityReport", "compare_with_fresh"]
+
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.08, torch.float16: 0.02}
+_CHUNK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class IntegrityReport:
+    """Cached against fresh KV: largest error by session, relative to the largest fresh value."""
+
+    errors: dict[str, float]
+    tolerance: float
+
+    @property
+    def worst(self) -> float:
+        return max(self.errors.values(), default=0.0)
+
+
+def compare_with_fresh(
+    decoder: Decoder,
+    geometry: KvGeometry,
+    dtype: torch.dtype,
+    held: Iterable[tuple[str, list[int], Tensor]],
+) -> IntegrityReport:
+    """``held``: session, its n cached tokens, and their KV of ``dtype``, (layers, 2, kv_heads, n, d).
+
+    Raises :class:`EngineError` where they differ by more than rounding.
+    """
+    errors, tolerance = {}, _TOLERANCE[dtype]
+    for session, tokens, found in held:
+        if not tokens:
+            errors[session] = 0.0
+            continue
+        fresh = _prefill_apart(decoder, geometry, tokens, found).float()
+        difference = (found.float() - fresh).abs().max()
+        errors[session] = float(difference / fresh.abs().max().clamp(min=1e-6))
+    bad = {name: error for name, error in errors.items() if not error <= tolerance}
+    if bad:
+        raise EngineError(
+            f"Cached KV differs from a fresh prefill in {len(bad)} session(s): {bad} "
+            f"(tolerance {tolerance}).",
+            "Close these sessions and report a defect.",
+        )
+    return IntegrityReport(errors, tolerance)
+
+
+def _prefill_apart(
+    decoder: Decoder, geometry: KvGeometry, tokens: list[int], like: Tensor
+) -> Tensor:
+    """KV of tokens from a store of its own, of the same kind as ``like``."""
+    store = SlotStore(geometry, decoder.scale, like.dtype, like.device)
+    handle = np.array([store.add()])
+    for start in range(0, len(tokens), _CHUNK):
+        ids = np.array(tokens[start : start + _CHUNK])
+        cached, new = np.array([start]), np.array([len(ids)])
+        store.ensure(handle, cached, cached + new)
+        plan = store.plan(handle, cached, new)
+        positions = np.arange(start, start + len(ids))
+        decoder.forward(
+            torch.from_numpy(ids).to(like.device),
+            torch.from_numpy(positions).to(like.device),
+            plan.attend,
+        )
+    return store.read(int(handle[0]), len(tokens))

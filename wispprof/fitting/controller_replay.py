@@ -1,0 +1,342 @@
+"""What a rejection predictor is worth: whole rounds replayed over an acceptance trace.
+
+A round drafts k tokens, crosses the link, is verified and commits the accepted prefix and one token
+more. How far a rule drafts at each position does not depend on how fast anything is, so a rule is
+walked over the trace once and then priced for every device and link.
+
+Rules: ``fixed`` k; ``threshold``, stop at the first token whose own survival falls below a value (WISP
+and SLED); ``gain``, draft on while the chance that the next token will count exceeds a value; and the
+clairvoyant, which knows the first rejection. The value of each rule is tuned on other prompts than it
+is judged on, towards one of two aims: ``fast``, most tokens/s, and ``frugal``, least wasted drafting
+time among values faster than the best fixed k. The best fixed k and the clairvoyant they are judged
+beside are picked on the very prompts they are judged on, which flatters them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from wispprof.artifacts.rows import TracePath
+from wispprof.errors import FitError
+from wispprof.fitting.batch_totals import FloatArray
+from wispprof.policies.api import Controller, RoundContext
+from wispprof.types import RejectionPredictor
+
+__all__ = [
+    "DEVICES",
+    "RTTS_MS",
+    "Fold",
+    "Setting",
+    "Walk",
+    "compare_controllers",
+    "replay_controller",
+    "summarise",
+    "survival_tables",
+    "walk",
+]
+
+DEVICES = {"slow": 66.0, "middle": 16.0, "fast": 5.0}
+"""Milliseconds a drafted token takes: about a Raspberry Pi 5, a laptop CPU, a Jetson or laptop GPU."""
+RTTS_MS = (10.0, 30.0, 80.0)
+FRUGAL_MARGIN = 1.01
+"""A frugal value must beat the best fixed k by this on the prompts it is tuned on."""
+VALUES = tuple(np.round(np.concatenate([np.linspace(0.02, 0.9, 23), [0.93, 0.96]]), 3).tolist())
+
+Lengths = Sequence[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What rounds cost. ``server_ms``: queue and the fixed part of a verify step; ``row_ms``: per verified
+    token; ``decide_ms``: the controller, per drafted token."""
+
+    draft_ms: float
+    rtt_ms: float
+    server_ms: float = 30.0
+    row_ms: float = 0.2
+    decide_ms: float = 0.0
+
+
+class Walk(NamedTuple):
+    """Counts over whole paths. ``wasted``: tokens drafted after the first rejected one of a round."""
+
+    tokens: int
+    rounds: int
+    drafted: int
+    accepted: int
+    wasted: int
+
+    def total_ms(self, cost: Setting) -> float:
+        """Time of all rounds, one after the other."""
+        rows = self.drafted + self.rounds
+        drafting = self.drafted * (cost.draft_ms + cost.decide_ms)
+        return drafting + self.rounds * (cost.rtt_ms + cost.server_ms) + rows * cost.row_ms
+
+    def tokens_per_s(self, cost: Setting) -> float:
+        return 1000.0 * self.tokens / self.total_ms(cost)
+
+    def wasted_ms(self, cost: Setting) -> float:
+        """Wasted drafting time per committed token."""
+        return self.wasted * cost.draft_ms / self.tokens
+
+    def drafting_ms(self, cost: Setting) -> float:
+        """Drafting time per committed token."""
+        return self.drafted * cost.draft_ms / self.tokens
+
+
+def walk(paths: Sequence[TracePath], lengths: Lengths) -> Walk:
+    """Play rounds from the start of each path; ``lengths[p][i]`` tokens are drafted at position i."""
+    tokens = rounds = drafted = kept = wasted = 0
+    for path, wanted in zip(paths, lengths, strict=True):
+        accepted = path.accepted.tolist()
+        rows = path.scored_rows()
+        plan = wanted.tolist()
+        position = 0
+        while position < rows:
+            length = plan[position]
+            good = min(length, accepted[position])
+            drafted += length
+            kept += good
+            wasted += max(0, length - good - 1)
+            position += good + 1
+            tokens += good + 1
+            rounds += 1
+    if rounds == 0:
+        raise FitError(
+            "No path of the trace is long enough to replay.", "Take longer paths than the depth."
+        )
+    return Walk(tokens, rounds, drafted, kept, wasted)
+
+
+# --- rules ----------------------------------------------------------------------------------------
+
+
+def survival_tables(paths: Sequence[TracePath], predictor: RejectionPredictor) -> list[FloatArray]:
+    """P(token j of the proposal at position i is accepted | those before were), (m, K) per path."""
+    tables = []
+    for path in paths:
+        rows, depth = path.features.shape[:2]
+        flat = np.asarray(path.features, dtype=np.float64).reshape(-1, 4)
+        depths = np.tile(np.arange(depth), rows)
+        tables.append(np.asarray(predictor.survival_batch(flat, depths)).reshape(rows, depth))
+    return tables
+
+
+def fixed_lengths(paths: Sequence[TracePath], k: int) -> Lengths:
+    return [np.full(len(path.accepted), k) for path in paths]
+
+
+def clairvoyant_lengths(paths: Sequence[TracePath], most: int) -> Lengths:
+    """Exactly what will be accepted, at most ``most``."""
+    return [np.minimum(path.accepted, most) for path in paths]
+
+
+def threshold_lengths(tables: Iterable[FloatArray], value: float) -> Lengths:
+    """Stop after the first token whose own survival is below ``value``; that token is sent too."""
+    return [_first(table < value) for table in tables]
+
+
+def gain_lengths(tables: Iterable[FloatArray], value: float, typical: FloatArray) -> Lengths:
+    """Stop where the chance that one more token will count falls below ``value``.
+
+    ``typical`` (K,): mean survival by depth, which stands for the token not yet drafted.
+    """
+    lengths = []
+    for table in tables:
+        reach = np.cumprod(table, axis=1)
+        following = np.append(typical[1:], 0.0)
+        length = _first(reach * following < value)
+        lengths.append(length if typical[0] >= value else np.zeros_like(length))
+    return lengths
+
+
+def _first(stop: np.ndarray) -> np.ndarray:
+    """Tokens drafted when the rule stops after the first True of each row, or never."""
+    stop = np.column_stack([stop[:, :-1], np.ones(len(stop), dtype=bool)])
+    lengths: np.ndarray = np.argmax(stop, axis=1) + 1
+    return lengths
+
+
+# --- comparison -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One division of the prompts: predictors that saw neither part, ``tune`` to choose the rules' values,
+    ``test`` to judge them."""
+
+    tune: Sequence[TracePath]
+    test: Sequence[TracePath]
+    predictors: Mapping[str, RejectionPredictor]
+
+
+def compare_controllers(
+    folds: Sequence[Fold],
+    devices: dict[str, float] | None = None,
+    rtts_ms: Sequence[float] = RTTS_MS,
+    base: Setting | None = None,
+) -> list[dict[str, Any]]:
+    """Records of every rule at every device speed and RTT, judged on the folds' tests together.
+
+    ``device`` and ``rtt_ms`` name the cell, ``controller`` the rule, ``aim`` what it was tuned towards;
+    ``value`` is the rule's k or threshold (the median over folds); ``tokens_per_s``, ``wasted_ms`` and
+    ``drafting_ms`` (per committed token) and ``accepted`` (per round) are what it achieves.
+    """
+    base = base or Setting(1.0, 1.0)
+    cells = [
+        (name, Setting(draft, rtt, base.server_ms, base.row_ms, base.decide_ms))
+        for name, draft in (devices or DEVICES).items()
+        for rtt in rtts_ms
+    ]
+    depth = folds[0].test[0].depth
+    test = [path for fold in folds for path in fold.test]
+    fixed = {float(k): walk(test, fixed_lengths(test, k)) for k in range(depth + 1)}
+    seer = {float(k): walk(test, clairvoyant_lengths(test, k)) for k in range(depth + 1)}
+    played = [_play(fold, depth) for fold in folds]
+    records = []
+    for device, cost in cells:
+        for name, walks in (("fixed", fixed), ("clairvoyant", seer)):
+            best = _fastest(walks, cost)
+            records.append(_record(device, cost, name, best, walks[best]))
+        for name in played[0][1]:
+            for aim, choose in (("fast", _fastest), ("frugal", _frugal)):
+                values = [choose(rules[name][0], cost, still) for still, rules in played]
+                chosen = [value for value in values if value is not None]
+                if len(chosen) < len(played):
+                    continue
+                learnt, judged = (
+                    _together(
+                        rules[name][side][value]
+                        for (_, rules), value in zip(played, chosen, strict=True)
+                    )
+                    for side in (0, 1)
+                )
+                value = float(np.median(chosen))
+                records.append(_record(device, cost, name, value, judged, learnt, aim))
+    return records
+
+
+Walks = dict[float, Walk]
+
+
+def _play(fold: Fold, depth: int) -> tuple[Walks, dict[str, tuple[Walks, Walks]]]:
+    """Walks of a fold by value: fixed k over the tuning prompts, and each rule over tuning and test."""
+    tune, test = fold.tune, fold.test
+    still = {float(k): walk(tune, fixed_lengths(tune, k)) for k in range(depth + 1)}
+    rules: dict[str, tuple[Walks, Walks]] = {}
+    for name, predictor in fold.predictors.items():
+        learn, judge = survival_tables(tune, predictor), survival_tables(test, predictor)
+        typical = np.array([np.concatenate([t[:, j] for t in learn]).mean() for j in range(depth)])
+        rules[f"threshold:{name}"] = (
+            {v: walk(tune, threshold_lengths(learn, v)) for v in VALUES},
+            {v: walk(test, threshold_lengths(judge, v)) for v in VALUES},
+        )
+        rules[f"gain:{name}"] = (
+            {v: walk(tune, gain_lengths(learn, v, typical)) for v in VALUES},
+            {v: walk(test, gain_lengths(judge, v, typical)) for v in VALUES},
+        )
+    return still, rules
+
+
+def _together(walks: Iterable[Walk]) -> Walk:
+    return Walk(*(sum(counts) for counts in zip(*walks, strict=True)))
+
+
+def _fastest(walks: Walks, cost: Setting, still: Walks | None = None) -> float:
+    return max(walks, key=lambda v: walks[v].tokens_per_s(cost))
+
+
+def _frugal(walks: Walks, cost: Setting, still: Walks) -> float | None:
+    """The value of least waste that beats the best fixed k of ``still`` on the same prompts, if any."""
+    enough = FRUGAL_MARGIN * still[_fastest(still, cost)].tokens_per_s(cost)
+    able = [v for v in walks if walks[v].tokens_per_s(cost) >= enough]
+    return min(able, key=lambda v: walks[v].wasted) if able else None
+
+
+def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per device and RTT: the best fixed k, the rule tuned for most tokens/s (``fastest``) and for least
+    waste (``frugal``, None where none beat the best fixed k while it was tuned), and the clairvoyant.
+
+    Which rule stands for an aim is decided by the prompts it was tuned on.
+    """
+    cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for record in records:
+        cells.setdefault((record["device"], record["rtt_ms"]), []).append(record)
+    summary = []
+    for (device, rtt), rows in cells.items():
+        named = {r["controller"]: r for r in rows if not r["aim"]}
+        fast = [r for r in rows if r["aim"] == "fast"]
+        frugal = [r for r in rows if r["aim"] == "frugal"]
+        summary.append(
+            {
+                "device": device,
+                "rtt_ms": rtt,
+                "fixed": named["fixed"],
+                "fastest": max(fast, key=lambda r: r["tuned_tokens_per_s"]),
+                "frugal": min(frugal, key=lambda r: r["tuned_wasted_ms"]) if frugal else None,
+                "clairvoyant": named["clairvoyant"],
+            }
+        )
+    return summary
+
+
+def _record(
+    device: str,
+    cost: Setting,
+    name: str,
+    value: float,
+    result: Walk,
+    learnt: Walk | None = None,
+    aim: str = "fast",
+) -> dict[str, Any]:
+    tuned = learnt or result
+    return {
+        "device": device,
+        "draft_ms": cost.draft_ms,
+        "rtt_ms": cost.rtt_ms,
+        "controller": name,
+        "aim": aim if learnt else "",
+        "value": value,
+        "tuned_tokens_per_s": tuned.tokens_per_s(cost),
+        "tuned_wasted_ms": tuned.wasted_ms(cost),
+        "tokens_per_s": result.tokens_per_s(cost),
+        "wasted_ms": result.wasted_ms(cost),
+        "drafting_ms": result.drafting_ms(cost),
+        "accepted": result.accepted / result.rounds,
+        "drafted": result.drafted / result.rounds,
+    }
+
+
+def replay_controller(
+    paths: Sequence[TracePath], make: Callable[[], Controller], cost: Setting
+) -> Walk:
+    """Play rounds under a real controller object, one per path, as an edge would drive it."""
+    context = RoundContext(cost.draft_ms, cost.rtt_ms, cost.server_ms)
+    tokens = rounds = drafted = kept = wasted = 0
+    for path in paths:
+        controller = make()
+        position = 0
+        while position < path.scored_rows():
+            most = min(controller.begin(context), path.depth)
+            length = 0
+            while length < most:
+                length += 1
+                if not controller.go_on(length - 1, path.features_at(position, length - 1)):
+                    break
+            good = min(length, int(path.accepted[position]))
+            controller.finish(length, good)
+            drafted += length
+            kept += good
+            wasted += max(0, length - good - 1)
+            position += good + 1
+            tokens += good + 1
+            rounds += 1
+    if rounds == 0:
+        raise FitError(
+            "No path of the trace is long enough to replay.", "Take longer paths than the depth."
+        )
+    return Walk(tokens, rounds, drafted, kept, wasted)

@@ -1,0 +1,165 @@
+"""A monotone boosted residual that evaluates in a handful of table look-ups.
+
+LightGBM learns trees of at most two features from fixed pairs, non-decreasing in each. A sum of such
+trees is a step function on a grid per pair, so it is tabulated once and looked up afterwards: no tree
+is walked in the scheduler's inner loop, and the tables, cleaned of rounding by running maxima, are
+non-decreasing exactly.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from wispprof.fitting.batch_totals import FloatArray
+
+__all__ = ["GROUPS", "MonotoneTables"]
+
+GROUPS = ((0, 1), (2, 3), (4,), (5,), (6,))
+"""Features that may interact, disjoint so that every tree belongs to one group; the features are those of
+:func:`wispprof.fitting.wispprof_model.residual_features`."""
+
+FEATURES = 7
+
+
+class MonotoneTables:
+    """``edges_``: per feature the thresholds; ``tables_``: per group a grid of values (log ratio)."""
+
+    def __init__(
+        self, rounds: int = 60, learning_rate: float = 0.08, leaves: int = 4, bins: int = 24
+    ) -> None:
+        self.rounds = rounds
+        self.learning_rate = learning_rate
+        self.leaves = leaves
+        self.bins = bins
+        self.edges_: list[list[float]] = [[] for _ in range(FEATURES)]
+        self.tables_: list[FloatArray] = []
+        self._groups: list[tuple[list[int], list[float], int, int]] = []
+        self.offset_ = 0.0
+
+    def train(self, features: FloatArray, target: FloatArray) -> Any:
+        """The LightGBM booster behind the tables, for choosing the number of rounds."""
+        import lightgbm
+
+        parameters = {
+            "objective": "l2",
+            "learning_rate": self.learning_rate,
+            "num_leaves": self.leaves,
+            "min_data_in_leaf": max(4, len(target) // 40),
+            "max_bin": self.bins,
+            "min_data_in_bin": 1,
+            "lambda_l2": 2.0,
+            "monotone_constraints": [1] * FEATURES,
+            "monotone_constraints_method": "basic",
+            "interaction_constraints": [list(g) for g in GROUPS],
+            "boost_from_average": True,
+            "feature_pre_filter": False,
+            "num_threads": 1,
+            "deterministic": True,
+            "seed": 0,
+            "verbosity": -1,
+        }
+        data = lightgbm.Dataset(features, label=target, params={"verbosity": -1})
+        return lightgbm.train(parameters, data, self.rounds)
+
+    def fit(self, features: FloatArray, target: FloatArray) -> Self:
+        """Learn ``target`` (n,) from ``features`` (n, 7)."""
+        self.offset_ = float(target.mean())
+        if self.rounds == 0:
+            self._set([[] for _ in range(FEATURES)], [np.zeros((1,) * len(g)) for g in GROUPS])
+            return self
+        booster = self.train(features, target - self.offset_)
+        trees = [t["tree_structure"] for t in booster.dump_model()["tree_info"]]
+        used: list[set[float]] = [set() for _ in range(FEATURES)]
+        for tree in trees:
+            for column, limit in _splits(tree):
+                used[column].add(limit)
+        edges = [sorted(values) for values in used]
+        tables = [np.zeros([len(edges[f]) + 1 for f in group]) for group in GROUPS]
+        for tree in trees:
+            columns = {column for column, _ in _splits(tree)}
+            home = next(i for i, g in enumerate(GROUPS) if columns <= set(g))
+            grids = [np.append(edges[f], np.inf) for f in GROUPS[home]]
+            mesh = np.meshgrid(*grids, indexing="ij")
+            points = dict(zip(GROUPS[home], mesh, strict=True))
+            tables[home] += _evaluate(tree, points, tables[home].shape)
+        for index, table in enumerate(tables):
+            for axis in range(table.ndim):
+                tables[index] = table = np.maximum.accumulate(table, axis=axis)
+        self._set(edges, tables)
+        return self
+
+    def _set(self, edges: list[list[float]], tables: list[FloatArray]) -> None:
+        self.edges_ = edges
+        self.tables_ = tables
+        # Groups that say nothing are left out of the inner loop; their constant joins the offset.
+        self._constant = sum(float(t.flat[0]) for t in tables if t.size == 1) + self.offset_
+        self._live = [
+            (group, table) for group, table in zip(GROUPS, tables, strict=True) if table.size > 1
+        ]
+        self._pairs = [
+            (g[0], g[-1], t.shape[-1] if t.ndim == 2 else 1, t.ndim, t.reshape(-1).tolist())
+            for g, t in self._live
+        ]
+        self._used = sorted({f for g, _ in self._live for f in g})
+        self._limits = [(f, np.array(edges[f], dtype=np.float64)) for f in self._used]
+
+    def value(self, features: Sequence[float]) -> float:
+        """Log ratio of one feature row (7,)."""
+        place = [0] * FEATURES
+        for f in self._used:
+            place[f] = bisect_left(self.edges_[f], features[f])
+        total = self._constant
+        for first, second, width, dimensions, flat in self._pairs:
+            total += flat[place[first] * width + place[second] if dimensions == 2 else place[first]]
+        return total
+
+    def value_many(self, features: FloatArray) -> FloatArray:
+        """Log ratios of rows (n, 7); returns (n,)."""
+        place = {f: limits.searchsorted(features[:, f]) for f, limits in self._limits}
+        total = np.full(len(features), self._constant)
+        for group, table in self._live:
+            total += table[tuple(place[f] for f in group)]
+        return total
+
+    def payload(self) -> dict[str, Any]:
+        return {
+            "edges": self.edges_,
+            "tables": [t.tolist() for t in self.tables_],
+            "offset": self.offset_,
+        }
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any]) -> Self:
+        edges = [[float(v) for v in row] for row in payload["edges"]]
+        tables = [np.array(t, dtype=np.float64) for t in payload["tables"]]
+        shapes = [tuple(len(edges[f]) + 1 for f in group) for group in GROUPS]
+        if len(edges) != FEATURES or [t.shape for t in tables] != shapes:
+            raise ValueError("the residual's tables do not fit its edges")
+        if any((np.diff(t, axis=a) < 0).any() for t in tables for a in range(t.ndim)):
+            raise ValueError("the residual's tables fall somewhere")
+        made = cls()
+        made.offset_ = float(payload["offset"])
+        made._set(edges, tables)
+        return made
+
+
+def _splits(node: dict[str, Any]) -> list[tuple[int, float]]:
+    if "split_feature" not in node:
+        return []
+    own = (int(node["split_feature"]), float(node["threshold"]))
+    return [own, *_splits(node["left_child"]), *_splits(node["right_child"])]
+
+
+def _evaluate(
+    node: dict[str, Any], points: dict[int, FloatArray], shape: tuple[int, ...]
+) -> FloatArray:
+    """A tree's values on a grid; a point at a threshold belongs to its left side."""
+    if "split_feature" not in node:
+        return np.full(shape, float(node["leaf_value"]))
+    left = points[int(node["split_feature"])] <= float(node["threshold"])
+    low = _evaluate(node["left_child"], points, shape)
+    return np.where(left, low, _evaluate(node["right_child"], points, shape))

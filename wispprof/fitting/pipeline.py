@@ -1,0 +1,186 @@
+"""What ``wispprof fit`` does, without the printing: profile and trace in, artifacts and cards out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wispprof.artifacts import (
+    files,
+    load_server,
+    load_trace,
+    read_document,
+    trace_hash,
+    write_document,
+)
+from wispprof.artifacts.rows import AcceptanceTrace, StepRow
+from wispprof.errors import FitError
+from wispprof.fitting.controller_replay import Fold, compare_controllers, summarise
+from wispprof.fitting.drift import recalibrate
+from wispprof.fitting.estimator import FittedEstimator, load_estimator
+from wispprof.fitting.evaluation import Evaluation, Progress, evaluate
+from wispprof.fitting.model_card import estimator_card, plot_evaluation, predictor_card, write_card
+from wispprof.fitting.observations import Observations, check_same_model, read_step_log
+from wispprof.fitting.predictors import PREDICTOR_KINDS, FittedPredictor, fit_predictor, fit_scorer
+from wispprof.fitting.predictors.fitted_predictor import paths_of
+from wispprof.fitting.predictors.training_rows import split_prompts
+from wispprof.fitting.selection import fit_estimator
+from wispprof.hardware import computing_on
+
+__all__ = [
+    "FitResult",
+    "ServerRows",
+    "evaluate_files",
+    "fit_files",
+    "load_server_rows",
+    "replay_files",
+    "update_files",
+]
+
+REPLAY_FOLDS = 5
+
+
+@dataclass
+class FitResult:
+    """What was fitted, and the files that were written."""
+
+    estimator: FittedEstimator | None = None
+    predictor: FittedPredictor | None = None
+    files: list[Path] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ServerRows:
+    """Rows of one or more profiles of one model, with the hashes of where they came from."""
+
+    rows: tuple[StepRow, ...]
+    inputs: dict[str, str]
+    model: str
+    tokenizer_hash: str
+
+
+def load_server_rows(paths: Sequence[Path]) -> ServerRows:
+    """Load server profiles that may be fitted together.
+
+    Raises :class:`FitError` where their models, number formats or devices differ.
+    """
+    rows: list[StepRow] = []
+    inputs: dict[str, str] = {}
+    identities: dict[str, str] = {}
+    tokenizer = ""
+    machines: dict[str, None] = {}
+    for path in paths:
+        profile = load_server(path)
+        model = profile.manifest.model
+        known = (model.id, model.dtype, model.config_hash)
+        identities[Path(path).name] = " ".join(part for part in known if part)
+        inputs[f"profile:{Path(path).name}" if len(paths) > 1 else "profile"] = profile.hash
+        manifest = profile.manifest
+        device = str(manifest.engine.get("device", ""))
+        machines[computing_on(device, manifest.hardware)] = None
+        tokenizer = tokenizer or model.tokenizer_hash
+        rows.extend(profile.rows)
+    check_same_model(identities)
+    if any(machines):
+        inputs["machine"] = " and ".join(filter(None, machines))
+    return ServerRows(tuple(rows), inputs, next(iter(identities.values()), ""), tokenizer)
+
+
+def fit_files(
+    out: Path,
+    server: Sequence[Path] = (),
+    trace: Sequence[Path] = (),
+    kind: str = "auto",
+    predictor_kind: str = "auto",
+    coverage: float = 0.95,
+    seed: int = 0,
+) -> FitResult:
+    """Fit what is given and write ``estimator.json``, ``predictor.json`` and their cards to ``out``."""
+    if not server and not trace:
+        raise FitError("There is nothing to fit.", "Name a server profile, a trace, or both.")
+    result = FitResult()
+    loaded = load_server_rows(server) if server else None
+    traces = [load_trace(path) for path in trace]
+    if loaded is not None:
+        _check_pair(loaded, traces)
+        result.estimator = fit_estimator(loaded.rows, kind, coverage)
+    if traces:
+        result.predictor = fit_predictor(traces, predictor_kind, seed)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    if loaded is not None and result.estimator is not None:
+        target = Path(out) / "estimator.json"
+        result.estimator.save(target, loaded.inputs)
+        card = estimator_card(result.estimator, loaded.inputs)
+        result.files += [target, *write_card(target, card)]
+    if result.predictor is not None:
+        inputs = {
+            f"trace:{Path(p).name}": trace_hash(t) for p, t in zip(trace, traces, strict=True)
+        }
+        if len(inputs) == 1:
+            inputs = {"trace": next(iter(inputs.values()))}
+        target = Path(out) / "predictor.json"
+        result.predictor.save(target, inputs)
+        result.files += [target, *write_card(target, predictor_card(result.predictor, inputs))]
+    return result
+
+
+def evaluate_files(
+    out: Path,
+    server: Sequence[Path],
+    splits: int = 20,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Evaluation, list[Path]]:
+    """Score every estimator on held-out blocks; writes ``evaluation.json`` and plots to ``out``."""
+    loaded = load_server_rows(server)
+    found = evaluate(Observations.of(loaded.rows), splits=splits, seed=seed, progress=progress)
+    target = Path(out) / "evaluation.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_document(target, "evaluation", asdict(found), loaded.inputs)
+    return found, [target, *plot_evaluation(found, Path(out))]
+
+
+def replay_files(
+    out: Path, trace: Sequence[Path], seed: int = 0
+) -> tuple[list[dict[str, Any]], list[Path]]:
+    """Replay whole rounds under every predictor; writes ``replay.json`` to ``out``.
+
+    Every prompt is judged once, in one of five folds: rules are tuned on the prompts that calibrate a
+    fold's predictors and judged on prompts that neither saw.
+    """
+    traces = [load_trace(path) for path in trace]
+    parts = split_prompts(paths_of(traces), (1.0,) * REPLAY_FOLDS, seed)
+    folds = []
+    for number, test in enumerate(parts):
+        tune, *others = parts[number + 1 :] + parts[:number]
+        learn = [path for part in others for path in part]
+        folds.append(Fold(tune, test, {k: fit_scorer(k, learn, tune) for k in PREDICTOR_KINDS}))
+    records = compare_controllers(folds)
+    target = Path(out) / "replay.json"
+    inputs = {f"trace:{Path(p).name}": trace_hash(t) for p, t in zip(trace, traces, strict=True)}
+    write_document(target, "replay", {"records": records}, inputs)
+    return summarise(records), [target]
+
+
+def update_files(out: Path, log: Path) -> FitResult:
+    """Recalibrate ``out/estimator.json`` on a server's own step log, in place, atomically."""
+    target = Path(out) / "estimator.json"
+    estimator = recalibrate(load_estimator(target), read_step_log(log))
+    inputs = read_document(target, "estimator").inputs
+    inputs["update"] = files.content_hash(Path(log).read_bytes())
+    estimator.save(target, inputs)
+    return FitResult(
+        estimator, None, [target, *write_card(target, estimator_card(estimator, inputs))]
+    )
+
+
+def _check_pair(loaded: ServerRows, traces: Sequence[AcceptanceTrace]) -> None:
+    for trace in traces:
+        if loaded.tokenizer_hash and trace.tokenizer_hash not in ("", loaded.tokenizer_hash):
+            raise FitError(
+                f"The server profile is of {loaded.model}, the trace of {trace.target} with another "
+                "tokenizer.",
+                "Fit a profile and a trace of the same target.",
+            )

@@ -1,0 +1,24 @@
+"""Which surfaces there are, by name."""
+
+from __future__ import annotations
+
+from wispprof.errors import FitError
+from wispprof.fitting.step_time_models import Forest, Staircase, Surface, WispLinear
+from wispprof.fitting.wispprof_model import WispprofSurface
+
+__all__ = ["ESTIMATOR_KINDS", "surface_class"]
+
+_SURFACES: dict[str, type[Surface]] = {
+    c.kind: c for c in (WispLinear, Staircase, Forest, WispprofSurface)
+}
+
+ESTIMATOR_KINDS = tuple(_SURFACES)
+
+
+def surface_class(kind: str) -> type[Surface]:
+    """The class of a surface; raises :class:`FitError` for an unknown name."""
+    if kind not in _SURFACES:
+        raise FitError(
+            f"There is no estimator called {kind!r}.", f"Choose one of {', '.join(_SURFACES)}."
+        )
+    return _SURFACES[kind]

@@ -1,1 +1,0 @@
-"""Everything that touches torch: verifier engine, draft model, sampling, loading."""

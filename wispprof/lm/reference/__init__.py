@@ -1,1 +1,0 @@
-"""The bundled reference pair: a small target and a smaller draft, trained by this project."""

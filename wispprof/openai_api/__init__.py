@@ -1,0 +1,1 @@
+"""One OpenAI-compatible API, mounted by the server and by the edge."""

@@ -1,0 +1,290 @@
+"""The batching table, capacity, and the sessions that a load level stands for.
+
+Capacity for a mix of SLO classes: how many sessions fit when some were promised more than others.
+
+All classes share every step. A class that needs no drafts to keep its promise makes none, so its sessions
+cost one row a step; a faster one drafts just as far as it must. Its rows lengthen everybody's step, and then
+others may have to draft too: draft lengths rise from 0, class by class, until every promise holds or one
+cannot be kept at any length. What a longer step asks of a class only grows, so the lengths found are the
+least that will do, and if there are none, none exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from wispprof.artifacts.plan import BatchRow, BreakEvenRow, CapacityRow, MixRow
+from wispprof.planning.acceptance_runs import Runs
+from wispprof.planning.draft_table import Curve, Edge, curve
+from wispprof.planning.session_speed import StepTimes, renewal
+from wispprof.policies.load_level import LOAD_LEVELS, load_level, representative_stretch
+from wispprof.settings.planner_settings import Mix, PlanSettings
+from wispprof.types import StepEstimator
+
+__all__ = [
+    "batch_row",
+    "break_even_row",
+    "capacity_row",
+    "largest",
+    "mix_row",
+    "sessions_of_levels",
+]
+
+_LEAST_CHUNK = 16
+
+
+def largest(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """The largest value in ``low … high`` for which ``holds``, or ``low - 1``. It must hold up to
+    some value and not beyond."""
+    if not holds(low):
+        return low - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def sessions_of_levels(times: StepTimes, most: int) -> dict[int, int]:
+    """Level → sessions it stands for: the fewest that reach its representative stretch.
+
+    Levels that ``most`` sessions do not reach are left out, but for the highest one reached, which
+    then stands for ``most``.
+    """
+    alone = times.whole(1, 1)[0]
+
+    def stretch(count: int) -> float:
+        return times.whole(count, 1)[0] / alone if alone > 0 else 1.0
+
+    levels = {0: 1}
+    for level in range(1, LOAD_LEVELS):
+        wanted = representative_stretch(level)
+        count = 1 + largest(1, most, lambda n, wanted=wanted: stretch(n) < wanted)  # type: ignore[misc]
+        if count > most:
+            if load_level(stretch(most)) == level:
+                levels[level] = most
+            break
+        levels[level] = count
+    return levels
+
+
+def batch_row(
+    times: StepTimes,
+    level: int,
+    sessions: int,
+    tokens_per_s: float,
+    mean: Runs,
+    settings: PlanSettings,
+) -> BatchRow:
+    """What a step may hold, on the bound, where promises count over a whole generation.
+
+    A step that commits several tokens of a session may take as many times the class's time per token.
+    Among the feeds (a pending token and its drafts) that keep within that, the one that commits most per
+    ms is the row's; where none does, the promise is past keeping by small steps, and the most productive
+    feed is the right one all the same. The limits never leave out a session that the level stands for.
+    """
+    tpot_ms = 1000.0 / tokens_per_s
+
+    def commits(new: int) -> float:
+        return 1.0 + sum(mean.cumulative[: new - 1])
+
+    def keeps(count: int, new: int) -> bool:
+        return times.whole(count, new)[1] <= tpot_ms * commits(new)
+
+    most = max(1, min(settings.k_max + 1, settings.max_step_tokens // sessions))
+    feeds = range(1, most + 1)
+    keeping = [new for new in feeds if keeps(sessions, new)]
+    new = max(keeping or feeds, key=lambda n: commits(n) / times.whole(sessions, n)[0])
+    room = max(sessions, min(settings.kv_sessions, settings.max_step_tokens // new))
+    items = max(sessions, largest(sessions, room, lambda n: keeps(n, new)))
+    allowed_ms = max(tpot_ms * commits(new), times.whole(sessions, new)[1])
+    step = times.estimator.start()
+    for _ in range(sessions):
+        step = step.add(new, times.cached)
+
+    def fits(chunk: int) -> bool:
+        return step.add(chunk, times.cached, True).bound_ms <= allowed_ms
+
+    chunk = max(_LEAST_CHUNK, largest(1, settings.max_prefill_chunk, fits))
+    chunk = min(chunk, settings.max_prefill_chunk)
+    filled = step.add(chunk, times.cached, True)
+    return BatchRow(
+        tokens_per_s=tokens_per_s,
+        load_level=level,
+        sessions=sessions,
+        token_budget=items * new + chunk,
+        max_items=items,
+        prefill_chunk=chunk,
+        p50_ms=filled.p50_ms,
+        bound_ms=filled.bound_ms,
+    )
+
+
+def capacity_row(
+    times: StepTimes, edge: Edge, tokens_per_s: float, settings: PlanSettings
+) -> CapacityRow:
+    """Most sessions that keep their promise, undrafted and with the best k."""
+    most = settings.kv_sessions
+
+    def undrafted(count: int) -> bool:
+        return 1000.0 / times.whole(count, 1)[0] >= tokens_per_s
+
+    def cell(count: int) -> Curve:
+        return curve(times, count, edge, settings.k_max)
+
+    def split(count: int) -> bool:
+        return max(cell(count).slow) >= tokens_per_s
+
+    central = largest(1, most, undrafted)
+    # k = 0 is a choice of the split system too, so its capacity is never the smaller one.
+    count = largest(max(1, central), most, split)
+    k = 0
+    if count >= 1:
+        speeds = cell(count).slow
+        k = max(range(len(speeds)), key=lambda i: (speeds[i], -i))
+    bound_by = "time"
+    if count == most:
+        bound_by = "kv" if most < settings.max_sessions else "limit"
+    return CapacityRow(
+        edge.device.name,
+        edge.rtt_ms,
+        tokens_per_s,
+        edge.mode,
+        max(0, central),
+        max(0, count),
+        k,
+        bound_by,
+    )
+
+
+def break_even_row(
+    times: StepTimes, edge: Edge, level: int, sessions: int, settings: PlanSettings
+) -> BreakEvenRow:
+    """The acceptance at which drafting begins to pay."""
+    mean = edge.mean
+
+    def gain(runs: Runs) -> float:
+        cell = curve(times, sessions, replace(edge, mean=runs, slow=runs), settings.k_max)
+        return max(p.tokens_per_s for p in cell.mean[1:]) / cell.mean[0].tokens_per_s
+
+    now = gain(mean)
+    needed: float | None = None
+    percent = largest(0, 99, lambda p: p == 0 or gain(mean.scaled(p / 100)) < settings.min_gain)
+    if percent < 99:
+        needed = (percent + 1) / 100
+    verdict = "split" if now >= settings.min_gain else "server-only"
+    return BreakEvenRow(
+        edge.device.name, edge.rtt_ms, level, edge.mode, mean.acceptance, needed, now, verdict
+    )
+
+
+def step_times(estimator: StepEstimator, settings: PlanSettings) -> StepTimes:
+    """The times every table shares."""
+    return StepTimes(estimator, settings.context)
+
+
+_ITERATIONS = 40
+_TOLERANCE = 1e-3
+
+
+def mix_row(times: StepTimes, edge: Edge, mix: Mix, settings: PlanSettings) -> MixRow:
+    """Most sessions in these shares of which each keeps its promise, undrafted and drafted."""
+    classes = [speed for speed, _ in mix]
+    total = sum(share for _, share in mix)
+    shares = [share / total for _, share in mix]
+    most = settings.kv_sessions
+    shared = _Shared(times, edge, settings.k_max)
+
+    def undrafted(count: int) -> bool:
+        return 1000.0 / times.whole(count, 1)[0] >= max(classes)
+
+    central = max(0, largest(1, most, undrafted))
+    count = largest(max(1, central), most, lambda n: shared.lengths(classes, shares, n) is not None)
+    count = max(0, count)
+    lengths = shared.lengths(classes, shares, count) if count else None
+    bound_by = "time"
+    if count == most:
+        bound_by = "kv" if most < settings.max_sessions else "limit"
+    return MixRow(
+        edge.device.name,
+        edge.rtt_ms,
+        edge.mode,
+        tuple(classes),
+        tuple(shares),
+        central,
+        count,
+        tuple(map(float, lengths or [0] * len(classes))),
+        bound_by,
+    )
+
+
+class _Shared:
+    """Sessions of several classes over one server."""
+
+    def __init__(self, times: StepTimes, edge: Edge, k_max: int) -> None:
+        self._times = times
+        self._draft_ms = edge.device.step_ms(times.cached)
+        self._resume_ms = edge.device.resume_ms
+        self._rtt_ms = edge.rtt_ms
+        self._stream = edge.mode == "stream"
+        self._slow = edge.slow
+        self._mean_lengths = edge.mean.lengths().tolist()
+        self._slow_lengths = edge.slow.lengths().tolist()
+        self._k_max = k_max
+
+    def lengths(
+        self, classes: Sequence[float], shares: Sequence[float], count: int
+    ) -> list[int] | None:
+        """Draft length of each class with which ``count`` sessions all keep their promise."""
+        ks = [0] * len(classes)
+        while True:
+            step_ms = self._step_ms(ks, shares, count)
+            behind = [
+                i for i, speed in enumerate(classes) if self._speed(ks[i], step_ms, count) < speed
+            ]
+            if not behind:
+                return ks
+            for i in behind:
+                ks[i] += 1
+                if ks[i] > self._k_max:
+                    return None
+
+    def _round_ms(self, k: int, step_ms: float, count: int) -> float:
+        """From commit to commit."""
+        if self._stream or not k:
+            return step_ms
+        away = k * self._draft_ms + self._resume_ms + self._rtt_ms
+        # Half of a running step is waited for, unless nobody else is there to run one.
+        busy = min(1.0, (count - 1) * step_ms / (away + step_ms)) if count > 1 else 0.0
+        return away + step_ms * (1.0 + 0.5 * busy)
+
+    def _speed(self, k: int, step_ms: float, count: int) -> float:
+        """Tokens/s of the slow session of a class."""
+        if not k:
+            commits = 1.0
+        elif self._stream:
+            commits = renewal(self._slow_lengths, step_ms, k, self._draft_ms, self._rtt_ms)[0]
+        else:
+            commits = 1.0 + sum(self._slow.cumulative[:k])
+        return 1000.0 * commits / self._round_ms(k, step_ms, count)
+
+    def _step_ms(self, ks: Sequence[int], shares: Sequence[float], count: int) -> float:
+        """The step that these draft lengths make of each other."""
+        step_ms = self._times.p50_ms(count, 1)
+        for _ in range(_ITERATIONS):
+            items = rows = 0.0
+            for k, share in zip(ks, shares, strict=True):
+                inside = min(1.0, step_ms / self._round_ms(k, step_ms, count)) * share * count
+                fed = 1.0 + k
+                if self._stream and k:
+                    fed = renewal(self._mean_lengths, step_ms, k, self._draft_ms, self._rtt_ms)[1]
+                items += inside
+                rows += inside * fed
+            wanted = self._times.p50_ms(max(1.0, items), rows / items)
+            if abs(wanted - step_ms) <= _TOLERANCE * step_ms:
+                break
+            step_ms += 0.5 * (wanted - step_ms)
+        return step_ms

@@ -1,0 +1,203 @@
+"""A plan in words: why a cell is as it is, and what two plans do differently."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import NamedTuple
+
+from wispprof.artifacts.plan import DraftRow, Plan, machine_of
+from wispprof.planning.draft_choice import front
+
+__all__ = ["Change", "compare", "explain"]
+
+
+class Change(NamedTuple):
+    """A field of a cell that differs. ``before`` or ``after`` is ``None`` where there is no such cell."""
+
+    cell: str
+    field: str
+    before: object
+    after: object
+
+
+def explain(plan: Plan, cell: str) -> list[str]:
+    """Sentences with the numbers a cell was chosen by."""
+    row = plan.find(cell)
+    load = next((b for b in plan.batch if b.load_level == row.load_level), None)
+    sessions = "its sessions"
+    if load is not None:
+        sessions = f"{load.sessions} session{'s' if load.sessions != 1 else ''}"
+    undrafted = row.by_k[0] if row.by_k else 0.0
+    lines = [
+        f"{row.device}, {row.rtt_ms:g} ms round trip, load level {row.load_level} ({sessions} of "
+        f"{plan.context} cached tokens), promise {row.tokens_per_s:g} tokens/s, {row.mode} mode.",
+        f"One draft token takes {row.draft_ms:.3g} ms there; the server's step {row.step_ms:.3g} ms.",
+    ]
+    lines += _choice(row, undrafted, plan.objective)
+    lines += _link(plan, row)
+    lines.append(_promise(row))
+    if row.k:
+        lines.append(_stop(row))
+    lines += _capacity(plan, row)
+    if row.energy_j_per_token:
+        lines.append(f"Drafting takes {row.energy_j_per_token:.3g} J per committed token.")
+    if row.dollars_per_mtoken:
+        lines.append(
+            f"A million tokens cost {_money(row.dollars_per_mtoken)} of server and edge time"
+            + (f", undrafted {_money(row.dollars_by_k[0])}." if row.k else ".")
+        )
+    return lines + _drafts(plan, row)
+
+
+def _money(dollars: float) -> str:
+    return f"${dollars:.3g}"
+
+
+def _drafts(plan: Plan, row: DraftRow) -> list[str]:
+    """Which draft the machine should run there, and what the others would give."""
+    choice = next(
+        (
+            c
+            for c in plan.choices
+            if (c.machine, c.rtt_ms, c.load_level, c.tokens_per_s, c.mode)
+            == (
+                machine_of(row.device),
+                row.rtt_ms,
+                row.load_level,
+                row.tokens_per_s,
+                row.mode,
+            )
+        ),
+        None,
+    )
+    if choice is None:
+        return []
+    options, best = front(
+        plan, choice.machine, row.rtt_ms, row.load_level, row.tokens_per_s, row.mode
+    )
+    lines = [f"Of the drafts of {choice.machine}, {choice.device} is best by {plan.objective}."]
+    if choice.feasible and not choice.k:
+        lines[0] = f"No draft of {choice.machine} pays there."
+    elif not choice.feasible:
+        lines[0] = (
+            f"No draft of {choice.machine} keeps the promise; {choice.device} comes nearest to it."
+        )
+    lines.append("Beaten in nothing by any other choice (the Pareto front):")
+    for place in best:
+        option = options[place]
+        figures = option.figures
+        told = f"  {option.device}, k = {option.k}: {figures.tokens_per_s:.3g} tokens/s"
+        if figures.dollars_per_mtoken:
+            told += f", {_money(figures.dollars_per_mtoken)} per million tokens"
+        if any(o.figures.energy_j_per_token for o in options):
+            told += f", {figures.energy_j_per_token:.3g} J per token"
+        lines.append(told + ("" if option.keeps else " (breaks the promise)"))
+    return lines
+
+
+def _choice(row: DraftRow, undrafted: float, objective: str) -> list[str]:
+    drafted = max(range(1, len(row.by_k)), key=lambda k: row.by_k[k], default=0)
+    best = row.by_k[drafted] if drafted else 0.0
+    if row.k == 0:
+        line = f"Do not draft: without drafts a session gets {undrafted:.3g} tokens/s"
+        if drafted:
+            line += f", with the best draft length, {drafted}, it would get {best:.3g}"
+        return [line + "."]
+    gain = row.expected_tokens_per_s / undrafted if undrafted else 0.0
+    lines = [
+        f"k = {row.k}: {row.expected_tokens_per_s:.3g} tokens/s, {gain:.2f} times the "
+        f"{undrafted:.3g} without drafts; {row.commits:.2f} tokens per commit, one every "
+        f"{row.round_ms:.3g} ms."
+    ]
+    if drafted != row.k:
+        why = (
+            "but see the promise" if objective == "goodput" else f"but the objective is {objective}"
+        )
+        lines.append(f"k = {drafted} would be faster on average ({best:.3g}), {why}.")
+    return lines
+
+
+def _link(plan: Plan, row: DraftRow) -> list[str]:
+    """Why a longer round trip made the draft shorter, where it did."""
+    key = (row.device, row.load_level, row.tokens_per_s, row.mode)
+    nearer = [
+        r
+        for r in plan.draft
+        if (r.device, r.load_level, r.tokens_per_s, r.mode) == key and r.rtt_ms < row.rtt_ms
+    ]
+    if not nearer:
+        return []
+    near = max(nearer, key=lambda r: r.rtt_ms)
+    if row.k >= near.k or near.k >= len(row.by_k):
+        return []
+    there, here = row.by_k[near.k], row.by_k[row.k]
+    slow = row.slow_by_k[near.k]
+    if row.feasible and slow < row.tokens_per_s:
+        why = f"here the slow session would get {slow:.3g} tokens/s with it, under the promise"
+    elif there < here:
+        why = f"here it would give {there:.3g} tokens/s, less than the {here:.3g} of k = {row.k}"
+    elif not row.feasible:
+        why = f"here no length keeps the promise, and k = {row.k} comes nearest to it"
+    elif row.k == 0:
+        why = f"here it would give {there:.3g} tokens/s, too little above {here:.3g} to draft for"
+    else:
+        why = f"here k = {row.k} is the better one by {plan.objective}"
+    return [f"At {near.rtt_ms:g} ms of round trip k is {near.k}; {why}."]
+
+
+def _promise(row: DraftRow) -> str:
+    slow = f"the slow session (the one that decides attainment) gets {row.slow_tokens_per_s:.3g}"
+    if row.feasible:
+        return f"The promise of {row.tokens_per_s:g} tokens/s is kept: {slow}."
+    return (
+        f"The promise of {row.tokens_per_s:g} tokens/s cannot be kept: {slow}. "
+        f"The nearest that can: {row.nearest_tokens_per_s:.3g}."
+    )
+
+
+def _stop(row: DraftRow) -> str:
+    return (
+        f"Drafting stops where the chance that all drafts so far and the next one hold falls under "
+        f"{row.stop:.2f}: the server commits {row.price:.3g} tokens per ms of step at this load. "
+        f"The edge may run {row.lead} tokens ahead."
+    )
+
+
+def _capacity(plan: Plan, row: DraftRow) -> list[str]:
+    """How many such devices fit, all of this class and in the mixes that hold it."""
+    where = (row.device, row.rtt_ms, row.mode)
+    lines = [
+        f"Capacity if all were promised {row.tokens_per_s:g} tokens/s: {alone.split} devices with "
+        f"k = {alone.k}, {alone.centralized} without drafts (bound by {alone.bound_by})."
+        for alone in plan.capacity
+        if (alone.device, alone.rtt_ms, alone.mode) == where
+        and alone.tokens_per_s == row.tokens_per_s
+    ]
+    for mix in plan.mixes:
+        if (mix.device, mix.rtt_ms, mix.mode) == where and row.tokens_per_s in mix.slos:
+            lengths = ", ".join(f"{k:g}" for k in mix.ks)
+            lines.append(
+                f"Of the mix {mix.mix}: {mix.split} devices with k = {lengths}, "
+                f"{mix.centralized} without drafts."
+            )
+    return lines
+
+
+def compare(before: Plan, after: Plan, tolerance: float = 0.01) -> list[Change]:
+    """What differs between two plans' draft-length tables; numbers within ``tolerance`` are equal."""
+    old, new = {r.cell: r for r in before.draft}, {r.cell: r for r in after.draft}
+    changes = [Change(c, "cell", None, "new") for c in new if c not in old]
+    changes += [Change(c, "cell", "gone", None) for c in old if c not in new]
+    names = [f.name for f in fields(DraftRow) if not f.name.endswith("by_k")]
+    for cell, row in new.items():
+        if cell not in old:
+            continue
+        for name in names:
+            a, b = getattr(old[cell], name), getattr(row, name)
+            if isinstance(a, float) and isinstance(b, float):
+                if abs(a - b) <= tolerance * max(abs(a), abs(b)):
+                    continue
+            elif a == b:
+                continue
+            changes.append(Change(cell, name, a, b))
+    return changes

@@ -1,0 +1,171 @@
+"""What ``wispprof plan`` does, without the printing: files in, a plan out, mismatches refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from wispprof.artifacts import load_edge, load_link, load_trace, read_document, trace_hash
+from wispprof.artifacts.plan import Plan
+from wispprof.artifacts.rows import AcceptanceTrace
+from wispprof.errors import PlanError
+from wispprof.planning.draft_table import Device
+from wispprof.planning.planner import make_plan
+from wispprof.settings.planner_settings import Mix, PlanSettings
+
+__all__ = ["SpeedDevice", "class_mix", "edge_price", "link_rtt_ms", "plan_files"]
+
+Report = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedDevice:
+    """A device of which only drafting speed (tokens/s) and power are known, as publications give it."""
+
+    name: str
+    tokens_per_s: float
+    draft_w: float = 0.0
+    resume_ms: float = 0.0
+
+    def step_ms(self, context: int) -> float:
+        return 1000.0 / self.tokens_per_s
+
+
+def plan_files(
+    estimator: Path,
+    edges: Sequence[str] = (),
+    speeds: Sequence[str] = (),
+    traces: Sequence[str] = (),
+    settings: PlanSettings | None = None,
+    progress: Report | None = None,
+) -> Plan:
+    """Read and check everything, and make the plan.
+
+    ``edges``: ``[NAME=]PROFILE``; ``speeds``: ``NAME=TOKENS_PER_S[@WATTS]``; ``traces``: ``TRACE`` for all
+    devices or ``NAME=TRACE`` for one. Raises :class:`PlanError` where they do not belong together.
+    """
+    from wispprof.fitting.estimator import load_estimator
+    from wispprof.simulation.devices import DeviceProfile
+
+    fitted = load_estimator(Path(estimator))
+    document = read_document(Path(estimator), "estimator")
+    inputs = {"estimator": document.hash}
+    notes: list[str] = []
+    if machine := document.inputs.get("machine"):
+        inputs["machine"] = machine
+        notes.append(f"Server times are those of {machine}.")
+    shared, named = _traces(traces, inputs)
+    devices: list[Device] = []
+    for entry in edges:
+        name, path = _split(entry)
+        profile = load_edge(path)
+        name = name or path.name.removesuffix(".jsonl")
+        inputs[f"edge:{name}"] = profile.hash
+        trace = named.get(name, shared)
+        if trace is not None:
+            notes += _check_pair(name, profile.manifest.model.tokenizer_hash, trace)
+        devices.append(DeviceProfile.from_rows(name, profile.rows))
+    for entry in speeds:
+        name, speed, watts = _speed(entry)
+        devices.append(SpeedDevice(name, speed, watts))
+        notes.append(f"{name} is known by its drafting speed alone, {speed:g} tokens/s.")
+    if shared is None and not named:
+        raise PlanError("A plan needs an acceptance trace.", "Give --trace.")
+    for name, trace in named.items():
+        if shared is not None and trace.tokenizer_hash != shared.tokenizer_hash:
+            raise PlanError(
+                f"The trace of {name} was taken with another tokenizer than the shared one.",
+                "Use traces of one target.",
+            )
+    acceptance: AcceptanceTrace | dict[str, AcceptanceTrace]
+    if named:
+        acceptance = {d.name: t for d in devices if (t := named.get(d.name, shared)) is not None}
+    else:
+        assert shared is not None
+        acceptance = shared
+    return make_plan(
+        fitted, devices, acceptance, settings, inputs=inputs, notes=notes, progress=progress
+    )
+
+
+def class_mix(text: str) -> Mix:
+    """``4=0.7,8=0.3`` as classes with their shares; raises :class:`PlanError`."""
+    try:
+        pairs = [entry.split("=") for entry in text.split(",")]
+        return tuple((float(speed), float(share)) for speed, share in pairs)
+    except ValueError:
+        raise PlanError(
+            f"{text!r} is not a class mix.", "For example: --mix 4=0.7,8=0.3."
+        ) from None
+
+
+def link_rtt_ms(path: Path) -> float:
+    """The round trip of a measured link: the median of its ``rtt`` rows."""
+    rows = [row for row in load_link(path).rows if row.kind == "rtt"]
+    if not rows:
+        raise PlanError(f"The link profile {path} has no round trips.", "Measure it anew.")
+    return sorted(row.median_ms for row in rows)[len(rows) // 2]
+
+
+def _traces(
+    entries: Sequence[str], inputs: dict[str, str]
+) -> tuple[AcceptanceTrace | None, dict[str, AcceptanceTrace]]:
+    shared: AcceptanceTrace | None = None
+    named: dict[str, AcceptanceTrace] = {}
+    for entry in entries:
+        name, path = _split(entry)
+        trace = load_trace(path)
+        if name:
+            named[name] = trace
+        elif shared is not None:
+            raise PlanError(
+                "Two traces were given for all devices.", "Name them: --trace DEVICE=TRACE."
+            )
+        else:
+            shared = trace
+        inputs[f"trace:{name}" if name else "trace"] = trace_hash(trace)
+    return shared, named
+
+
+def _check_pair(name: str, tokenizer: str, trace: AcceptanceTrace) -> list[str]:
+    """Notes on a device and a trace; raises where their tokenizers differ."""
+    if not tokenizer or not trace.tokenizer_hash:
+        return [f"The tokenizers of {name} and its trace could not be compared."]
+    if tokenizer != trace.tokenizer_hash:
+        raise PlanError(
+            f"{name} was profiled with another tokenizer than the acceptance trace was taken with.",
+            "Profile the draft model that the trace is of, or take the trace with this one.",
+        )
+    return []
+
+
+def _split(entry: str) -> tuple[str, Path]:
+    name, found, path = entry.rpartition("=")
+    return (name, Path(path)) if found else ("", Path(entry))
+
+
+def edge_price(entry: str) -> tuple[str, float]:
+    """``[NAME=]DOLLARS`` an hour as (name, price); raises :class:`PlanError`."""
+    name, _, value = entry.rpartition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise PlanError(
+            f"{entry!r} is no price.", "For example: --edge-price 0.35, or laptop=0.35."
+        ) from None
+
+
+def _speed(entry: str) -> tuple[str, float, float]:
+    name, found, value = entry.partition("=")
+    value, measured, power = value.partition("@")
+    try:
+        speed, watts = float(value), float(power) if measured else 0.0
+    except ValueError:
+        speed = watts = 0.0
+    if not found or not name or speed <= 0 or watts < 0 or (measured and not watts):
+        raise PlanError(
+            f"{entry!r} is not NAME=TOKENS_PER_S or NAME=TOKENS_PER_S@WATTS.",
+            "For example: --device rpi5=14.4@8.3.",
+        )
+    return name, speed, watts

@@ -1,0 +1,148 @@
+"""From measurements to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+
+from wispprof.artifacts.plan import MODES, Plan, machine_of
+from wispprof.artifacts.rows import AcceptanceTrace
+from wispprof.errors import PlanError
+from wispprof.planning.acceptance_runs import Runs, runs_of_trace
+from wispprof.planning.batch_table import (
+    batch_row,
+    break_even_row,
+    capacity_row,
+    mix_row,
+    sessions_of_levels,
+    step_times,
+)
+from wispprof.planning.draft_choice import choices
+from wispprof.planning.draft_table import Device, Edge, curve, draft_row
+from wispprof.policies.load_level import LOAD_BOUNDS, LOAD_LEVELS
+from wispprof.settings.planner_settings import PlanSettings
+from wispprof.types import StepEstimator
+
+__all__ = ["make_plan"]
+
+Report = Callable[[int, int, str], None]
+
+
+def make_plan(
+    estimator: StepEstimator,
+    devices: Iterable[Device],
+    acceptance: AcceptanceTrace | Mapping[str, AcceptanceTrace] | Runs,
+    settings: PlanSettings | None = None,
+    *,
+    inputs: Mapping[str, str] | None = None,
+    notes: Iterable[str] = (),
+    progress: Report | None = None,
+) -> Plan:
+    """Compute every table.
+
+    ``acceptance``: one trace (or :class:`Runs`) for all devices, or one trace per device name where
+    devices carry different drafts. ``inputs``: name → content hash of what the plan is made from.
+    ``progress`` is called with (done, total, device).
+
+    Raises :class:`PlanError` where inputs contradict each other: no device, two of one name, a draft
+    step of no length, a device without a trace, traces of different tokenizers.
+    """
+    settings = settings or PlanSettings()
+    fleet = _checked(devices, settings)
+    runs = {d.name: _runs(d.name, acceptance, settings) for d in fleet}
+    times = step_times(estimator, settings)
+    if times.whole(1, 1)[0] <= 0:
+        raise PlanError("The estimator says that a step takes no time.", "Fit it anew.")
+    levels = sessions_of_levels(times, settings.kv_sessions)
+    draft, capacity, mixes, break_even = [], [], [], []
+    total = len(fleet) * len(settings.rtts_ms) * len(MODES)
+    done = 0
+    for device in fleet:
+        for rtt_ms in settings.rtts_ms:
+            for mode in MODES:
+                edge = Edge(device, rtt_ms, mode, *runs[device.name])
+                for level, sessions in levels.items():
+                    cell = curve(times, sessions, edge, settings.k_max)
+                    draft += [draft_row(cell, device, level, s, settings) for s in settings.slos]
+                    break_even.append(break_even_row(times, edge, level, sessions, settings))
+                capacity += [capacity_row(times, edge, s, settings) for s in settings.slos]
+                mixes += [mix_row(times, edge, mix, settings) for mix in settings.mixes_or_equal]
+                done += 1
+                if progress is not None:
+                    progress(done, total, device.name)
+    likeliest = max((mean for mean, _ in runs.values()), key=lambda mean: mean.acceptance)
+    batch = [
+        batch_row(times, level, sessions, slo, likeliest, settings)
+        for level, sessions in levels.items()
+        for slo in settings.slos
+    ]
+    remarks = list(notes)
+    if max(levels) < LOAD_LEVELS - 1:
+        remarks.append(
+            f"{settings.kv_sessions} sessions stretch a step to load level {max(levels)} only; "
+            "higher levels use its rows."
+        )
+    return Plan(
+        draft=tuple(draft),
+        batch=tuple(batch),
+        capacity=tuple(capacity),
+        mixes=tuple(mixes),
+        choices=tuple(choices(draft, settings)),
+        break_even=tuple(break_even),
+        load_bounds=LOAD_BOUNDS,
+        context=settings.context,
+        objective=settings.objective,
+        survival=runs[fleet[0].name][0].cumulative[:16],
+        settings={**asdict(settings), "coverage": estimator.coverage},
+        inputs=dict(inputs or {}),
+        notes=tuple(remarks),
+    )
+
+
+def _checked(devices: Iterable[Device], settings: PlanSettings) -> list[Device]:
+    fleet = list(devices)
+    if not fleet:
+        raise PlanError("A plan needs at least one edge device.", "Give --edge or --device.")
+    names = [d.name for d in fleet]
+    twice = {n for n in names if names.count(n) > 1}
+    if twice:
+        raise PlanError(
+            f"Two devices are called {', '.join(sorted(twice))}.", "Name them apart: NAME=PROFILE."
+        )
+    for device in fleet:
+        if "/" in device.name:
+            raise PlanError(f"The device name {device.name!r} holds a slash.", "Rename it.")
+        if not device.step_ms(settings.context) > 0:
+            raise PlanError(f"A draft step on {device.name} takes no time.", "Profile it anew.")
+        if "energy" in settings.weights and not device.draft_w > 0:
+            raise PlanError(
+                f"What drafting takes on {device.name} is not known, so energy cannot be an objective.",
+                "Profile it where power can be read, or give --device NAME=TOKENS_PER_S@WATTS.",
+            )
+    for name in (name for name, _ in settings.edge_prices if name):
+        if not any(name in (device, machine_of(device)) for device in names):
+            raise PlanError(
+                f"A price is given for {name!r}, which is no device of this plan.",
+                f"It has {', '.join(names)}.",
+            )
+    return fleet
+
+
+def _runs(
+    name: str,
+    acceptance: AcceptanceTrace | Mapping[str, AcceptanceTrace] | Runs,
+    settings: PlanSettings,
+) -> tuple[Runs, Runs]:
+    if isinstance(acceptance, Runs):
+        return acceptance, acceptance
+    if isinstance(acceptance, AcceptanceTrace):
+        return runs_of_trace(acceptance, settings.violations)
+    hashes = {t.tokenizer_hash for t in acceptance.values()}
+    if len(hashes) > 1:
+        raise PlanError(
+            f"The traces were taken with {len(hashes)} different tokenizers.",
+            "One target has one tokenizer: use traces of one target.",
+        )
+    if name not in acceptance:
+        raise PlanError(f"There is no acceptance trace for {name!r}.", "Give --trace for it.")
+    return runs_of_trace(acceptance[name], settings.violations)

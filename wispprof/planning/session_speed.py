@@ -1,0 +1,177 @@
+"""How fast a session goes under a given load: the two renewal models the planner optimises over.
+
+Both describe ``sessions`` alike sessions that share one server, each with ``k``:
+
+*round*: draft k, uplink, wait for the running step to end, verify, downlink. The step holds those
+sessions whose rounds arrived during the last one. The edge has rested meanwhile, and its first draft
+pays for that (``resume_ms``); one that drafts ahead meanwhile does better, in this as in all.
+
+*stream*: every step advances every session by one token and by whatever drafts have arrived. After
+a contradiction the edge hears of it half a round trip later and drafts from the new frontier; its
+j-th draft reaches the server ``rtt + j·draft`` after the commit: it drafts while it waits, and what
+little it rests where its lead is full is not counted. Until the first wrong draft is
+committed the path is deterministic, so expected tokens and steps per renewal follow from the run
+distribution alone.
+
+Steps are priced by the estimator at the batch that results; step time and batch depend on each other
+and are iterated to a fixed point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from wispprof.planning.acceptance_runs import HORIZON, Runs
+from wispprof.types import StepEstimator
+
+__all__ = ["Pace", "StepTimes", "renewal", "round_pace", "stream_pace", "undrafted_pace"]
+
+_ITERATIONS = 40
+_TOLERANCE = 1e-3
+
+
+@dataclass
+class StepTimes:
+    """Step times of uniform batches over ``cached`` tokens each, remembered.
+
+    Fractions are interpolated: a mean of 2.4 rows per session is 0.6 of the way from 2 to 3.
+    """
+
+    estimator: StepEstimator
+    cached: int
+    _known: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict, repr=False)
+
+    def whole(self, items: int, new: int) -> tuple[float, float]:
+        """(p50, bound) of ``items`` items of ``new`` tokens."""
+        key = (items, new)
+        if key not in self._known:
+            batch = self.estimator.start()
+            for _ in range(items):
+                batch = batch.add(new, self.cached)
+            self._known[key] = (batch.p50_ms, batch.bound_ms)
+        return self._known[key]
+
+    def p50_ms(self, items: float, new: float) -> float:
+        """Median of a batch of ``items`` ≥ 1 items with ``new`` ≥ 1 tokens each on average."""
+        low_items, low_new = max(1, int(items)), max(1, int(new))
+        part_items, part_new = max(0.0, items - low_items), max(0.0, new - low_new)
+        time = self.whole(low_items, low_new)[0]
+        if part_items:
+            time += part_items * (self.whole(low_items + 1, low_new)[0] - time)
+        if part_new:
+            grown = self.whole(low_items, low_new + 1)[0] - self.whole(low_items, low_new)[0]
+            time += part_new * grown * (items / low_items)
+        return time
+
+    def row_ms(self, items: float, new: float) -> float:
+        """What one more token of one item adds, on average over two more of every item (a staircase
+        has no useful derivative)."""
+        count, width = max(1, round(items)), max(1, int(new))
+        return (self.whole(count, width + 2)[0] - self.whole(count, width)[0]) / (2 * count)
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What a session gets: ``tokens_per_ms``, ``commits`` tokens per commit on average, ``round_ms``
+    between commits, ``step_ms`` of the server, ``rows`` it feeds per step and session, ``items``
+    per step, ``drafted`` tokens per committed one."""
+
+    tokens_per_ms: float
+    commits: float
+    round_ms: float
+    step_ms: float
+    rows: float
+    items: float
+    drafted: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens_per_ms * 1000.0
+
+    @property
+    def price(self) -> float:
+        """Tokens committed per ms of the server's step."""
+        return self.items * self.commits / self.step_ms if self.step_ms > 0 else 0.0
+
+
+def undrafted_pace(times: StepTimes, sessions: int) -> Pace:
+    """k = 0: every step advances everybody by one token; no link in the loop."""
+    step = times.p50_ms(sessions, 1)
+    return Pace(1.0 / step, 1.0, step, step, 1.0, float(sessions))
+
+
+def round_pace(
+    times: StepTimes,
+    sessions: int,
+    k: int,
+    draft_ms: float,
+    rtt_ms: float,
+    runs: Runs,
+    resume_ms: float = 0.0,
+) -> Pace:
+    """Rounds of ``k`` ≥ 1 drafts, each begun after a rest that adds ``resume_ms``."""
+    commits = 1.0 + sum(runs.cumulative[:k])
+    away = k * draft_ms + resume_ms + rtt_ms
+    items = 1.0
+    step = times.p50_ms(items, 1 + k)
+    for _ in range(_ITERATIONS):
+        # Half of a running step is waited for, unless nobody else is there to run one.
+        busy = min(1.0, (sessions - 1) * step / (away + step)) if sessions > 1 else 0.0
+        round_ms = away + step * (1.0 + 0.5 * busy)
+        wanted = min(float(sessions), max(1.0, sessions * step / round_ms))
+        if abs(wanted - items) <= _TOLERANCE * items:
+            break
+        items += 0.5 * (wanted - items)
+        step = times.p50_ms(items, 1 + k)
+    busy = min(1.0, (sessions - 1) * step / (away + step)) if sessions > 1 else 0.0
+    round_ms = away + step * (1.0 + 0.5 * busy)
+    return Pace(commits / round_ms, commits, round_ms, step, 1.0 + k, items, k / commits)
+
+
+def stream_pace(
+    times: StepTimes, sessions: int, k: int, draft_ms: float, rtt_ms: float, runs: Runs
+) -> Pace:
+    """Streams of which at most ``k`` ≥ 1 drafts are verified in a step."""
+    lengths = runs.lengths()
+    step = times.p50_ms(sessions, 1)
+    commits = rows = 1.0
+    drafted = 0.0
+    for _ in range(_ITERATIONS):
+        commits, rows = renewal(lengths.tolist(), step, k, draft_ms, rtt_ms)
+        wanted = times.p50_ms(sessions, rows)
+        if abs(wanted - step) <= _TOLERANCE * step:
+            break
+        step += 0.5 * (wanted - step)
+    drafted = max(0.0, min(step / draft_ms, HORIZON) / commits)
+    return Pace(commits / step, commits, step, step, rows, float(sessions), drafted)
+
+
+def renewal(
+    lengths: list[float], step_ms: float, k: int, draft_ms: float, rtt_ms: float
+) -> tuple[float, float]:
+    """(tokens, rows) per step of a stream, between two contradictions.
+
+    ``lengths``: P(run = 0, 1, …), see :meth:`~wispprof.planning.acceptance_runs.Runs.lengths`.
+
+    The frontier's path ``reached`` after each step is the same for all runs until the step in which
+    the run's first wrong draft is decided; that step commits exactly ``run + 1`` tokens in all.
+    """
+    tokens = steps = rows = 0.0
+    reached = 0
+    fed = 0
+    count = 0
+    run = 0
+    last = len(lengths) - 1
+    while run <= last:
+        arrived = int(max(0.0, count * step_ms - rtt_ms) / draft_ms)
+        held = min(k, max(0, arrived - reached))
+        count += 1
+        fed += 1 + held
+        reached += 1 + held
+        while run <= last and reached >= run + 1:
+            share = lengths[run]
+            tokens += share * (run + 1)
+            steps += share * count
+            rows += share * fed
+            run += 1
+    return tokens / steps, rows / steps

@@ -1,0 +1,247 @@
+"""The step's arithmetic, vectorised: what drafts are worth, and in which order they earn their time.
+
+A step maximises a ratio, expected (weighted) tokens over milliseconds. Where the cost is a sum over members
+plus a constant, the best tails are those at which the ratio stops rising when drafts join in falling order of
+worth per ms: the fixed point of Dinkelbach's iteration, found by one sort. A session's own drafts never swap
+places in that order, for survival falls from draft to draft and their rows cost the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wispprof.policies.api import SessionView, column
+from wispprof.policies.cost_model import MarginalCosts, Slopes
+from wispprof.types import StepEstimator
+
+__all__ = ["Book", "Columns", "Ladder", "rate_of", "solve", "typical_slopes", "undrafted_totals"]
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+_TAIL, _CACHED = column("tail"), column("cached")
+_LEAST_MS = 1e-12
+"""A row that costs nothing is worth infinitely much per ms; this keeps the order among such rows."""
+
+
+class Columns(NamedTuple):
+    """What a book reads of its sessions."""
+
+    tails: list[tuple[float, ...]]
+    cached: IntArray
+    lengths: IntArray
+
+    @classmethod
+    def of(cls, sessions: Sequence[SessionView]) -> Columns:
+        tails = list(map(_TAIL, sessions))
+        count = len(tails)
+        return cls(
+            tails,
+            np.fromiter(map(_CACHED, sessions), np.int64, count),
+            np.fromiter(map(len, tails), np.int64, count),
+        )
+
+    def take(self, places: IntArray) -> Columns:
+        """The columns of some sessions only."""
+        tails = [self.tails[place] for place in places.tolist()]
+        return Columns(tails, self.cached[places], self.lengths[places])
+
+    def slopes(self, known: Slopes, estimator: StepEstimator, max_items: int) -> MarginalCosts:
+        """Marginal costs around a batch of these sessions, represented by their mean."""
+        count = len(self.tails)
+        drafts, cached = int(self.lengths.sum()) // count, int(self.cached.sum()) // count
+        return known.at(estimator, min(count, max_items), 1 + drafts, cached)
+
+    def chances(self) -> tuple[BoolArray, FloatArray]:
+        """(n, longest tail): where a draft is held, and the chance that it and all before it are accepted;
+        what follows a tail's last draft counts as certain."""
+        inside = np.arange(int(self.lengths.max())) < self.lengths[:, None]
+        alive = np.ones(inside.shape)
+        held = int(self.lengths.sum())
+        alive[inside] = np.fromiter(chain.from_iterable(self.tails), np.float64, held)
+        np.multiply.accumulate(alive, axis=1, out=alive)
+        return inside, alive
+
+    def expected(self) -> FloatArray:
+        """Expected tokens (n,) of each session with its whole tail."""
+        won = np.ones(len(self.tails))
+        if self.lengths.any():
+            inside, alive = self.chances()
+            won += np.add.accumulate(alive * inside, axis=1)[:, -1]
+        return won
+
+
+class Book(NamedTuple):
+    """Decoding sessions as columns: n sessions that hold N drafts in all, session by session.
+
+    ``owner`` (N,): whose draft it is, ``depth`` (N,): its place in that tail, ``alive`` (N,): the chance
+    that it and all before it are accepted. ``ends`` (n,): that chance for a whole tail. ``lone_ms`` (n,):
+    what advancing without drafts adds to a step, ``read_ms`` of it for the item and its cache; ``row_ms``
+    (n,): one more draft. ``weight`` (n,): worth of a token of this session.
+    """
+
+    cached: IntArray
+    lengths: IntArray
+    owner: IntArray
+    depth: IntArray
+    alive: FloatArray
+    ends: FloatArray
+    lone_ms: FloatArray
+    read_ms: FloatArray
+    row_ms: FloatArray
+    weight: FloatArray
+    fixed_ms: float
+
+    @classmethod
+    def of(cls, sessions: Sequence[SessionView], costs: MarginalCosts, weight: FloatArray) -> Book:
+        return cls.build(Columns.of(sessions), costs, weight)
+
+    @classmethod
+    def build(cls, columns: Columns, costs: MarginalCosts, weight: FloatArray) -> Book:
+        cached, lengths = columns.cached, columns.lengths
+        count = len(lengths)
+        held = int(lengths.sum())
+        ends = np.ones(count)
+        if held:
+            inside, chances = columns.chances()
+            ends = chances[:, -1]
+            owner = np.arange(count).repeat(lengths)
+            depth = np.arange(held) - (lengths.cumsum() - lengths)[owner]
+            alive = chances[inside]
+        else:
+            owner = depth = np.empty(0, np.int64)
+            alive = np.empty(0)
+        read, row = costs.over(cached)
+        return cls(
+            cached,
+            lengths,
+            owner,
+            depth,
+            alive,
+            ends,
+            read + row,
+            read,
+            row,
+            weight,
+            costs.fixed_ms,
+        )
+
+    def gains(self, keep: IntArray) -> FloatArray:
+        """Expected tokens (n,) of each session with the first ``keep`` (n,) of its drafts."""
+        won = np.ones(len(keep))
+        if len(self.alive):
+            held = self.alive * (self.depth < keep[self.owner])
+            won += np.bincount(self.owner, held, len(keep))
+        return won
+
+
+class Ladder(NamedTuple):
+    """Drafts of a step's members in the order in which they earn their time; any first j of them are the
+    leading parts of tails.
+
+    ``order``, ``owner``, ``depth`` (M,): which draft of the book it is, and what the book says of it;
+    ``worth`` and ``spent_ms`` (M + 1,): weighted expected tokens and linear time of the step with the first
+    0 … M of them.
+    """
+
+    order: IntArray
+    owner: IntArray
+    depth: IntArray
+    worth: FloatArray
+    spent_ms: FloatArray
+
+    @classmethod
+    def of(cls, book: Book, members: BoolArray, most: int | None = None) -> Self:
+        """``members`` (n,): who takes part. ``most``: longest ladder of use."""
+        owner, alive = book.owner, book.alive
+        density = alive * book.weight[owner]
+        density /= np.maximum(book.row_ms, _LEAST_MS)[owner]
+        order = np.negative(density, out=density).argsort(kind="stable")
+        some = members[owner] & (alive > 0.0)
+        return cls._climb(book, members, order[some[order]][:most])
+
+    def among(self, book: Book, members: BoolArray, most: int | None = None) -> Self:
+        """The ladder of some of its members only: who leaves it changes nobody's place."""
+        return self._climb(book, members, self.order[members[self.owner]][:most])
+
+    @classmethod
+    def _climb(cls, book: Book, members: BoolArray, order: IntArray) -> Self:
+        owner = book.owner[order]
+        worth, spent = np.empty(len(order) + 1), np.empty(len(order) + 1)
+        worth[0] = book.weight @ members
+        spent[0] = book.fixed_ms + book.lone_ms @ members
+        np.multiply(book.alive[order], book.weight[owner], out=worth[1:])
+        spent[1:] = book.row_ms[owner]
+        np.add.accumulate(worth, out=worth)
+        np.add.accumulate(spent, out=spent)
+        return cls(order, owner, book.depth[order], worth, spent)
+
+    @property
+    def best(self) -> int:
+        """How many drafts make the highest rate by the linear costs; the fewest where rates are equal."""
+        return int((self.worth / np.maximum(self.spent_ms, 1e-9)).argmax())
+
+    def keep(self, taken: int, count: int) -> IntArray:
+        """Drafts (n,) that each of ``count`` sessions keeps when the first ``taken`` are."""
+        kept: IntArray = np.bincount(self.owner[:taken], minlength=count)
+        return kept
+
+    def totals(self, taken: IntArray, cached: IntArray, members: BoolArray) -> FloatArray:
+        """Rows (m, 8) as :class:`~wispprof.policies.cost_model.TotalsEstimator` takes them, of the steps with
+        the first ``taken`` (m,) drafts, each ≤ M, for the same members."""
+        inside = cached * members
+        items, held = int(np.count_nonzero(members)), int(inside.sum())
+        # What the step without drafts has, and what each draft adds to it; integers, exact in any order.
+        cross, square = np.empty(len(self.worth)), np.empty(len(self.worth))
+        widest = np.empty(len(self.worth))
+        cross[0], square[0], widest[0] = held, items, 1.0
+        cross[1:] = inside[self.owner]
+        np.add(self.depth, 2, out=widest[1:])
+        square[1:] = 2.0 * widest[1:] - 1.0
+        rows = np.empty((len(taken), 8), order="F")
+        rows[:, 0] = items
+        np.add(taken, items, out=rows[:, 1])
+        rows[:, 2] = held
+        rows[:, 3] = np.add.accumulate(cross)[taken]
+        rows[:, 4] = np.add.accumulate(square)[taken]
+        rows[:, 5] = inside.max()
+        rows[:, 6] = np.maximum.accumulate(widest)[taken]
+        rows[:, 7] = 0.0
+        return rows
+
+
+def typical_slopes(
+    sessions: Sequence[SessionView], known: Slopes, estimator: StepEstimator, max_items: int
+) -> MarginalCosts:
+    """:meth:`Columns.slopes` of a few sessions of which nothing else is asked."""
+    count = len(sessions)
+    drafts, cached = sum(map(len, map(_TAIL, sessions))), sum(map(_CACHED, sessions))
+    return known.at(estimator, min(count, max_items), 1 + drafts // count, cached // count)
+
+
+def undrafted_totals(cached: IntArray, members: BoolArray) -> FloatArray:
+    """The row (8,) of the step in which these members, at least one, advance without drafts."""
+    inside = cached[members]
+    items, held = len(inside), int(inside.sum())
+    return np.array([items, items, held, held, items, inside.max(), 1.0, 0.0])
+
+
+def rate_of(book: Book, members: BoolArray, keep: IntArray) -> float:
+    """Weighted tokens per ms of a choice, by the linear costs; 0 without members."""
+    spent = book.fixed_ms + float((book.lone_ms + keep * book.row_ms) @ members)
+    won = float((book.gains(keep) * book.weight) @ members)
+    return won / spent if spent > 0 and won > 0 else 0.0
+
+
+def solve(book: Book, members: BoolArray) -> tuple[float, IntArray]:
+    """The best tails of these members by the linear costs: (going rate, drafts each keeps)."""
+    ladder = Ladder.of(book, members)
+    taken = ladder.best
+    rate = float(ladder.worth[taken] / max(ladder.spent_ms[taken], 1e-9))
+    return rate, ladder.keep(taken, len(book.cached))

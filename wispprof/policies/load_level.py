@@ -1,0 +1,59 @@
+"""Load level: one small number by which server, edge, simulator and plan mean the same thing.
+
+**Stretch** is what the sessions now decoding make of each other: the time of a step in which every one
+of them advances by one undrafted token, divided by the time of that step for one of them alone. It is
+1 on an idle server, stays near 1 while rows are free (the fixed part of a step dominates), and grows
+once rows and cache reads bind. It needs no hardware constants, so one scale serves every server.
+
+The **load level** is the number of :data:`LOAD_BOUNDS` that the stretch has reached: 0 … 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from wispprof.types import StepEstimator
+
+__all__ = ["LOAD_BOUNDS", "LOAD_LEVELS", "load_level", "representative_stretch", "stretch"]
+
+LOAD_BOUNDS: tuple[float, ...] = (1.15, 1.5, 2.25, 4.0)
+LOAD_LEVELS = len(LOAD_BOUNDS) + 1
+
+_HYSTERESIS = 0.05
+
+
+def stretch(estimator: StepEstimator, cached: Iterable[int]) -> float:
+    """Undrafted step time of sessions with these cached tokens over that of their mean alone."""
+    batch = estimator.start()
+    count = total = 0
+    for tokens in cached:
+        batch = batch.add(1, tokens)
+        count += 1
+        total += tokens
+    if count < 2:
+        return 1.0
+    alone = estimator.start().add(1, total // count).p50_ms
+    return max(1.0, batch.p50_ms / alone) if alone > 0 else 1.0
+
+
+def load_level(stretch: float, previous: int | None = None) -> int:
+    """Level of a stretch. With ``previous``, a level is left only when the stretch is 5 % past its
+    bound, so that edges do not flap between two rows of the plan."""
+    level = sum(stretch >= bound for bound in LOAD_BOUNDS)
+    if previous is None or level == previous:
+        return level
+    if level > previous:
+        return (
+            sum(stretch >= bound * (1 + _HYSTERESIS) for bound in LOAD_BOUNDS[previous:]) + previous
+        )
+    return sum(stretch >= bound * (1 - _HYSTERESIS) for bound in LOAD_BOUNDS[:previous])
+
+
+def representative_stretch(level: int) -> float:
+    """The stretch for which the plan computes a level: the geometric middle of its interval."""
+    if not 0 <= level < LOAD_LEVELS:
+        raise ValueError(f"load level must be 0 … {LOAD_LEVELS - 1}, got {level}")
+    edges = (1.0, *LOAD_BOUNDS, LOAD_BOUNDS[-1] ** 2 / LOAD_BOUNDS[-2])
+    if level == 0:
+        return 1.0
+    return float((edges[level] * edges[level + 1]) ** 0.5)

@@ -1,0 +1,306 @@
+"""Steady drafting after an edge sweep: a burst, what is left when the device is warm, and energy.
+
+profile-edge: what drafting costs on this device.
+
+Draft steps by context length (features and sampling included) and the bare forward beside them, whole
+rounds after a rest, prefill speed, the controller's own time, then two windows of steady drafting: a burst,
+and a sustained one that shows what is left when the device is warm. Energy is counted over the sustained
+window, or the burst.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from wispprof.artifacts import EdgeProfile, EdgeRow, ModelInfo, RowJournal, bundled
+from wispprof.artifacts.draft_times import resume_ms
+from wispprof.hardware import energy_meter, sensors
+from wispprof.profiling.drafter_runner import (
+    EDGE_GRIDS,
+    ROUND,
+    DrafterShooter,
+    EdgeAxes,
+    EdgePoint,
+    edge_shots,
+    load_edge_axes,
+)
+from wispprof.profiling.physics_checks import check_edge
+from wispprof.profiling.profile_run import (
+    Announcement,
+    Output,
+    Setup,
+    model_info,
+    synchronizer,
+    take_profile,
+)
+from wispprof.profiling.sweep import Progress, SweepResult
+from wispprof.profiling.sweep_cost import pilot
+from wispprof.profiling.workload import SweepSettings, significant
+from wispprof.types import Drafter, Sampling
+
+if TYPE_CHECKING:
+    from wispprof.engines.loading import LoadedModel
+
+__all__ = [
+    "EDGE_GRIDS",
+    "QUICK",
+    "STANDARD",
+    "DrafterShooter",
+    "EdgeAxes",
+    "EdgePoint",
+    "EdgeSettings",
+    "Windows",
+    "edge_shots",
+    "plan_edge",
+    "profile_edge",
+]
+
+
+class Windows:
+    """Burst and sustained drafting over the sentinel's context, and the energy of the longer window."""
+
+    def __init__(self, setup: Setup[EdgePoint], axes: EdgeAxes, clock: Callable[[], float]) -> None:
+        device = setup.engine["device"]
+        self._shooter = cast(DrafterShooter, setup.shooter)
+        self._context = setup.sentinel.subject.context
+        self._look, self._meter, self._clock = sensors(device), energy_meter(device), clock
+        spans = {"burst": axes.burst_s, "sustained": axes.sustained_s}
+        self._spans = {kind: span for kind, span in spans.items() if span > 0}
+
+    @property
+    def count(self) -> int:
+        """Windows there will be."""
+        return len(self._spans)
+
+    @property
+    def sensor(self) -> str:
+        """Name of what measures energy."""
+        return self._meter.sensor
+
+    def run(
+        self,
+        rows: Sequence[Any],
+        journal: RowJournal | None,
+        report: Callable[[int, str], None],
+    ) -> tuple[EdgeRow, ...]:
+        """The rows of the sweep with those of the windows added; windows that are there stay."""
+        done = list(cast("Sequence[EdgeRow]", rows))
+        have = {row.kind for row in done}
+        longest = max(self._spans.values(), default=0.0)
+        for number, (kind, span) in enumerate(self._spans.items()):
+            if kind in have:
+                continue  # of the run that is being resumed
+            report(number, f"{kind} drafting, {span:.0f} s")
+            order = max(row.order for row in (*done, *(journal.rows if journal else ()))) + 1
+            window, energy = self._window(kind, span, order)
+            made = [energy, window] if span == longest else [window]
+            for row in made:
+                if journal is not None:
+                    journal.append(row)
+                done.append(row)
+        return tuple(sorted(done, key=lambda row: row.order))
+
+    def _window(self, kind: str, span: float, order: int) -> tuple[EdgeRow, EdgeRow]:
+        shooter, context = self._shooter, self._context
+        shooter.hold(context)
+        samples: list[float] = []
+        self._meter.begin()
+        begin = now = self._clock()
+        while now - begin < span or not samples:
+            shooter.round(context)
+            before, now = now, self._clock()
+            samples.append(significant((now - before) * 1000 / ROUND))
+        used, state = self._meter.end(), self._look.read()
+        drafted = len(samples) * ROUND
+        joules = None if used.energy_j is None else used.energy_j / drafted
+        window = EdgeRow(
+            f"{kind} {span:g} s",
+            kind,
+            context,
+            tuple(samples),
+            temperature_c=state.temperature_c,
+            flags=("throttled",) if state.throttled else (),
+            order=order + 1,
+        )
+        mean = ((now - begin) * 1000 / drafted,)
+        energy = EdgeRow(
+            f"energy {span:g} s", "energy", context, mean, energy_j=joules, order=order
+        )
+        return window, energy
+
+
+BUNDLED_DRAFT = "models/reference-pair/draft"
+# A draft step is short beside what frames it (a prefilled context): many samples a visit.
+QUICK = SweepSettings(target=0.05, block=10, least=20, most=60, shot_s=1.0, sentinel_every=6)
+STANDARD = SweepSettings(block=15, least=30, most=120)
+
+
+@dataclass(frozen=True)
+class EdgeSettings:
+    """``draft``: folder, hub id, ``.gguf`` file (llama.cpp), or empty for the bundled draft.
+    ``axes`` replaces the named ``grid``, ``sustained_s`` its longer window."""
+
+    draft: str = ""
+    dtype: str = "float32"
+    device: str = "auto"
+    grid: str = "quick"
+    axes: EdgeAxes | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    sustained_s: float | None = None
+    sweep: SweepSettings | None = None
+    output: Output = field(default_factory=Output)
+
+
+def profile_edge(
+    settings: EdgeSettings,
+    progress: Progress | None = None,
+    *,
+    loaded: LoadedModel | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> EdgeProfile:
+    """Measure, check, and (with an output path) write an edge profile. Ctrl-C keeps finished visits.
+    ``sleep`` is how the device rests before a round."""
+    report = progress or (lambda done, total, status: None)
+    report(0, 1, "loading the draft, timing a few steps")
+    setup = _set_up(settings, loaded, clock, sleep)
+    windows = Windows(setup, _axes(settings), clock)
+    made = 0
+
+    def sweeping(done: int, total: int, status: str) -> None:
+        nonlocal made
+        made = total
+        report(done, total + windows.count, status)
+
+    def finish(result: SweepResult, journal: RowJournal | None) -> Any:
+        rows = windows.run(
+            result.rows, journal, lambda done, what: report(made + done, made + windows.count, what)
+        )
+        report(made + windows.count, made + windows.count, "done")
+        check_edge(rows)
+        return rows, _summary(rows, windows.sensor)
+
+    profile = take_profile(setup, settings.output, finish=finish, clock=clock, progress=sweeping)
+    return cast(EdgeProfile, profile)
+
+
+def plan_edge(
+    settings: EdgeSettings,
+    *,
+    loaded: LoadedModel | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Announcement:
+    """A dry run: the shots and what they, and the windows after them, are expected to take."""
+    return _set_up(settings, loaded, clock, sleep).announce()
+
+
+@dataclass(frozen=True)
+class _Device:
+    """A drafter ready to be measured, and what it is."""
+
+    drafter: Drafter
+    model: ModelInfo
+    engine: dict[str, Any]
+    synchronize: Callable[[], None] = lambda: None
+
+
+def _torch_device(settings: EdgeSettings, loaded: LoadedModel | None) -> _Device:
+    import torch
+
+    from wispprof.drafters.torch_drafter import TorchDrafter
+    from wispprof.engines.loading import load_model
+
+    if loaded is None:
+        name = settings.draft or str(bundled.path(BUNDLED_DRAFT))
+        loaded = load_model(name, settings.dtype, settings.device)
+    device = loaded.device
+    return _Device(
+        TorchDrafter(loaded),
+        model_info(loaded),
+        {"backend": "torch", "device": str(device), "threads": torch.get_num_threads()},
+        synchronizer(device),
+    )
+
+
+def _llamacpp_device(settings: EdgeSettings) -> _Device:
+    from wispprof.drafters.llama_cpp import LlamaCppDrafter
+
+    gpu_layers = 0 if settings.device == "cpu" else -1
+    drafter = LlamaCppDrafter(Path(settings.draft), gpu_layers=gpu_layers)
+    device = settings.device if settings.device != "auto" else "cpu"
+    engine = {"backend": "llama.cpp", "device": device, "gpu_layers": gpu_layers}
+    return _Device(drafter, drafter.info, engine)
+
+
+def _axes(settings: EdgeSettings) -> EdgeAxes:
+    axes = settings.axes or load_edge_axes(settings.grid)
+    if settings.sustained_s is not None:
+        axes = replace(axes, sustained_s=settings.sustained_s)
+    return axes
+
+
+def _set_up(
+    settings: EdgeSettings,
+    loaded: LoadedModel | None,
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
+) -> Setup[EdgePoint]:
+    axes = _axes(settings)
+    gguf = loaded is None and settings.draft.endswith(".gguf")
+    device = _llamacpp_device(settings) if gguf else _torch_device(settings, loaded)
+    sweep = settings.sweep or (QUICK if settings.grid == "quick" else STANDARD)
+    shooter = DrafterShooter(
+        device.drafter,
+        device.model.vocab_size,
+        settings.sampling,
+        seed=sweep.seed,
+        clock=clock,
+        synchronize=device.synchronize,
+        sleep=sleep,
+    )
+    shots = edge_shots(axes, device.model.max_context)
+    steps = [shot for shot in shots if shot.kind == "draft_step"]
+    sentinel = replace(steps[len(steps) // 2], key="sentinel", kind="sentinel")
+    return Setup(
+        "edge",
+        shooter,
+        shots,
+        sentinel,
+        pilot(shooter, shots, sentinel, sweep, clock),
+        sweep,
+        device.model,
+        device.engine,
+        measure={"grid": settings.grid, "axes": _plain(axes)},
+        after_s=axes.burst_s + axes.sustained_s,
+    )
+
+
+def _plain(axes: EdgeAxes) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(axes).items()}
+
+
+def _summary(rows: Sequence[EdgeRow], sensor: str) -> dict[str, Any]:
+    """Speeds by their usual names: tokens/s in a burst, sustained, of prefill; J per drafted token; ms that
+    a rest adds to the round after it."""
+    found: dict[str, Any] = {"energy_sensor": sensor}
+    for row in rows:
+        if row.kind in ("burst", "sustained"):
+            found[f"{row.kind}_tokens_per_s"] = round(1000 / row.median_ms, 2)
+        if row.kind == "energy":
+            found["energy_j_per_token"] = row.energy_j
+    rounds = [row.context for row in rows if row.kind == "round"]
+    if rounds:
+        added = statistics.median(resume_ms(rows, context) for context in rounds)
+        found["resume_ms"] = round(added, 3)
+    prefills = [row for row in rows if row.kind == "prefill"]
+    if prefills:
+        best = max(row.tokens / row.median_ms for row in prefills)
+        found["prefill_tokens_per_s"] = round(1000 * best, 1)
+    return found

@@ -1,0 +1,230 @@
+"""What both profilers share: from a prepared sweep to a profile on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+
+from wispprof.artifacts import Manifest, ModelInfo, Profile, RowJournal, make_profile, save_profile
+from wispprof.artifacts.journal import journal_header
+from wispprof.artifacts.manifest import command_line, library_versions, utc_now
+from wispprof.artifacts.profile import profile_files
+from wispprof.artifacts.rows import Row
+from wispprof.errors import ArtifactError
+from wispprof.hardware import fingerprint, sensors
+from wispprof.profiling.measurement_log import drift_summary
+from wispprof.profiling.sweep import Progress, Sweep, SweepResult
+from wispprof.profiling.sweep_cost import CostModel
+from wispprof.profiling.workload import Shooter, Shot, SweepSettings
+
+if TYPE_CHECKING:
+    from wispprof.engines.loading import LoadedModel
+
+__all__ = [
+    "Announcement",
+    "Output",
+    "Setup",
+    "begin_manifest",
+    "begun",
+    "journal_file",
+    "model_info",
+    "seal",
+    "synchronizer",
+    "take_profile",
+]
+
+Subject = TypeVar("Subject")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a profile goes. Without ``path`` it is only returned, and nothing is journaled."""
+
+    path: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """A dry run: the shots in the order of the grid, what they are expected to take, and what says so."""
+
+    shots: tuple[Shot[Any], ...]
+    expected_s: float
+    basis: str
+
+
+@dataclass(frozen=True)
+class Setup(Generic[Subject]):
+    """Everything that is decided before the first shot. ``engine`` and ``measure`` go to the manifest.
+
+    ``after_s``: seconds of steady measurement that follow the sweep. ``left_out``: shots of the grid
+    that the time does not allow.
+    """
+
+    kind: str
+    shooter: Shooter[Subject]
+    shots: Sequence[Shot[Subject]]
+    sentinel: Shot[Subject]
+    cost: CostModel[Subject]
+    sweep: SweepSettings
+    model: ModelInfo
+    engine: dict[str, Any]
+    measure: dict[str, Any]
+    after_s: float = 0.0
+    left_out: int = 0
+    close: Callable[[], None] = field(default=lambda: None)
+
+    def announce(self) -> Announcement:
+        """What :func:`take_profile` would do, and how long it would take."""
+        have = [(shot, (), 0) for shot in self.shots]
+        seconds = self.cost.plan_s(have, self.sentinel)[1] + self.after_s
+        basis = f"a pilot of {self.cost.probes} shots on this machine, just now"
+        return Announcement(tuple(self.shots), seconds, basis)
+
+
+def take_profile(
+    setup: Setup[Any],
+    output: Output,
+    *,
+    finish: Callable[[SweepResult, RowJournal | None], tuple[tuple[Row, ...], dict[str, Any]]],
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Progress | None = None,
+    budget_s: float | None = None,
+) -> Profile:
+    """Run the sweep, finish, and (with an output path) write the profile.
+
+    ``finish``: what comes after the sweep (windows, checks); returns all rows and what to say of them
+    in the manifest's summary. What it raises leaves the journal as it is.
+    """
+    manifest = begin_manifest(
+        setup.kind, setup.model, setup.sweep, engine=setup.engine, measure=setup.measure
+    )
+    with _open_journal(output, manifest) as journal:
+        result = Sweep(
+            setup.shooter,
+            setup.shots,
+            setup.sweep,
+            sentinel=setup.sentinel,
+            journal=journal,
+            sensors=sensors(setup.engine["device"]),
+            clock=clock,
+            progress=progress,
+            cost=setup.cost,
+            budget_s=budget_s,
+        ).run()
+        rows, summary = finish(result, journal)
+        setup.close()
+        return seal(manifest, replace(result, rows=rows), output, journal, summary)
+
+
+def begun(output: Output) -> Mapping[str, Any]:
+    """What the journal that is to be resumed says of its sweep; empty where there is none."""
+    if output.path is None or not output.resume:
+        return {}
+    return journal_header(journal_file(output.path))
+
+
+def model_info(loaded: LoadedModel) -> ModelInfo:
+    """A loaded model's identity, as far as a manifest has names for it."""
+    stated = loaded.info.as_dict()
+    known = {k: v for k, v in stated.items() if k in ModelInfo.__dataclass_fields__}
+    return ModelInfo(**cast("dict[str, Any]", known))
+
+
+def synchronizer(device: Any) -> Callable[[], None]:
+    """What waits for a torch device to finish; a CPU is always finished."""
+    import torch
+
+    return torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+
+
+def journal_file(path: Path) -> Path:
+    """Where the rows of an unfinished sweep lie: ``NAME.journal.jsonl``."""
+    return profile_files(path)[0].with_suffix(".journal.jsonl")
+
+
+@contextlib.contextmanager
+def _open_journal(output: Output, manifest: Manifest) -> Iterator[RowJournal | None]:
+    """The journal of this sweep; None where nothing is to be written.
+
+    Its header holds what must be equal for rows of two runs to stand in one profile.
+    """
+    if output.path is None:
+        yield None
+        return
+    rows_file = profile_files(output.path)[0]
+    path = journal_file(output.path)
+    if rows_file.exists() and not path.exists() and not output.overwrite:
+        raise ArtifactError(
+            f"{rows_file} exists.", "Choose another --out, or replace it with --overwrite."
+        )
+    header = {
+        "model": dataclasses.asdict(manifest.model),
+        "engine": manifest.engine,
+        "measure": manifest.measure,
+        "seed": manifest.seed,
+        "hardware": manifest.hardware.get("hash", ""),
+    }
+    with RowJournal(
+        path, manifest.kind, header, resume=output.resume, overwrite=output.overwrite
+    ) as journal:
+        yield journal
+
+
+def begin_manifest(
+    kind: str,
+    model: ModelInfo,
+    sweep: SweepSettings,
+    *,
+    engine: Mapping[str, Any],
+    measure: Mapping[str, Any],
+) -> Manifest:
+    """A manifest with everything that is known before the first shot."""
+    return Manifest(
+        kind=kind,
+        model=model,
+        command=command_line(),
+        seed=sweep.seed,
+        engine=dict(engine),
+        hardware=fingerprint().as_dict(),
+        measure={**dataclasses.asdict(sweep), **measure},
+        versions=library_versions(),
+        started=utc_now(),
+    )
+
+
+def seal(
+    manifest: Manifest,
+    result: SweepResult,
+    output: Output,
+    journal: RowJournal | None,
+    summary: Mapping[str, Any],
+) -> Profile:
+    """Rows and manifest become a profile; its files replace the journal."""
+    drift = drift_summary(result.rows, float(manifest.measure["drift"]))
+    expected_s = result.expected_s
+    whole = replace(
+        manifest,
+        ended=utc_now(),
+        summary={
+            "seconds": round(result.seconds, 2),
+            "expected_s": None if expected_s is None else round(expected_s, 2),
+            "drift": drift,
+            "noisy_rows": sum("noisy" in row.flags for row in result.rows),
+            "refused": result.refused,
+            "out_of_time": result.out_of_time,
+            **summary,
+        },
+    )
+    profile = make_profile(whole, result.rows)
+    if output.path is not None:
+        save_profile(profile, output.path)
+        if journal is not None:
+            journal.remove()
+    return profile

@@ -1,1 +1,0 @@
-"""The split runtime: verification server, edge client, and what runs between them."""

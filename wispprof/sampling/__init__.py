@@ -1,0 +1,1 @@
+"""Position noise and filtered argmax; numpy and torch give the same tokens."""

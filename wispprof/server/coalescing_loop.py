@@ -1,0 +1,135 @@
+"""The server's event loop, which lets frames gather while the engine computes.
+
+A draft frame is worth nothing before the step under way has ended: only then is the next one decided on. Read
+one by one, each costs a wake-up: a call into the kernel, the interpreter's lock taken from the engine's
+thread, cold caches for both; and an engine on a CPU computes on that same core. Read together they cost a
+fraction of that, so while a step runs this loop looks at its sockets only every few milliseconds, and at
+once when the step ends.
+
+The web server's end of a WebSocket, reading as fast as small frames come.
+
+uvicorn stops reading from a connection after every message until the application has taken it. That costs two
+calls into the kernel per frame, more than all the rest of a draft frame does. Here reading stops only where
+messages are left lying: the bound on memory is the same, the price is paid by slow readers alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import selectors
+import threading
+import time
+from collections.abc import Coroutine, Iterator
+from contextvars import Context
+from typing import Any, TypeVar
+
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+__all__ = [
+    "MOST_UNREAD",
+    "EagerReader",
+    "FrontLoop",
+    "GatheringSelector",
+    "gathering",
+    "lain_ms",
+    "run_front",
+]
+
+T = TypeVar("T")
+
+
+class GatheringSelector(selectors.DefaultSelector):
+    """A selector that lets events wait up to :attr:`longest_s` (0: none), or until :meth:`hurry`.
+
+    :attr:`lain_s`: how long what the last look found has probably lain, the mean of evenly spread arrivals;
+    it stands until the loop has dealt with all of it and looks again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.longest_s = 0.0
+        self.lain_s = 0.0
+        self._hurried = threading.Event()
+
+    def gather(self, longest_s: float) -> None:
+        """Let events wait so long from now on. Hurries of the past are over: whatever they called for stands
+        in the loop's queue already, and a loop with work at hand does not wait."""
+        self._hurried.clear()
+        self.longest_s = longest_s
+
+    def hurry(self) -> None:
+        """End the wait under way, or the next one. From any thread."""
+        self._hurried.set()
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        idle = timeout is None or timeout > 0.0
+        if not idle:
+            return super().select(timeout)  # the loop is still at work on what it found
+        self.lain_s = 0.0
+        if self.longest_s <= 0.0:
+            return super().select(timeout)
+        begun = time.monotonic()
+        self._hurried.wait(self.longest_s if timeout is None else min(self.longest_s, timeout))
+        self._hurried.clear()
+        self.lain_s = (time.monotonic() - begun) / 2.0
+        return super().select(0)
+
+
+class FrontLoop(asyncio.SelectorEventLoop):
+    """asyncio's own loop over a :class:`GatheringSelector`; other threads' calls do not wait."""
+
+    def __init__(self) -> None:
+        self.selector = GatheringSelector()
+        super().__init__(self.selector)
+
+    def call_soon_threadsafe(
+        self, callback: Any, *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        # First the loop's own wake-up: the look that follows a wait must find it.
+        handle = super().call_soon_threadsafe(callback, *args, context=context)
+        self.selector.hurry()
+        return handle
+
+
+@contextlib.contextmanager
+def gathering(longest_ms: float) -> Iterator[None]:
+    """Within, what comes to the running loop may lie unread for ``longest_ms``. Nothing on another loop
+    than :class:`FrontLoop`."""
+    loop = asyncio.get_running_loop()
+    if not isinstance(loop, FrontLoop):
+        yield
+        return
+    loop.selector.gather(longest_ms / 1000.0)
+    try:
+        yield
+    finally:
+        loop.selector.gather(0.0)
+
+
+def lain_ms() -> float:
+    """How long a frame that is being read has probably lain, for whoever measures the link by it."""
+    loop = asyncio.get_running_loop()
+    return loop.selector.lain_s * 1000.0 if isinstance(loop, FrontLoop) else 0.0
+
+
+def run_front(main: Coroutine[Any, Any, T]) -> T:
+    """``asyncio.run`` on a :class:`FrontLoop`."""
+    with asyncio.Runner(loop_factory=FrontLoop) as runner:
+        return runner.run(main)
+
+
+MOST_UNREAD = 16
+"""Messages that may wait for the application before reading from their connection stops."""
+
+
+class EagerReader(WebSocketsSansIOProtocol):
+    """Give it to :class:`uvicorn.Config` as ``ws``."""
+
+    def send_receive_event_to_app(self) -> None:
+        # The base class pauses unless it believes it has, and resumes once the queue is empty;
+        # asyncio lets reading resume that was never paused.
+        self.read_paused = True
+        super().send_receive_event_to_app()
+        if self.queue.qsize() >= MOST_UNREAD and not self.close_sent:
+            self.transport.pause_reading()

@@ -1,0 +1,187 @@
+"""What the server counts, as Prometheus metrics under ``wispprof:``.
+
+Suffixes follow vLLM's names where it has the quantity, so that existing dashboards need a prefix changed.
+Seconds in names and values; everything inside the server is milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from wispprof.artifacts.plan import BatchRow
+from wispprof.fitting.drift import DriftStatus
+from wispprof.sessions.commit_result import Committed, Tally
+from wispprof.types import Slo
+
+__all__ = ["Metrics", "StepRecord", "slo_class"]
+
+_STEP = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
+_LATENCY = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_GAP = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0)
+_ACCEPTED = tuple(float(n) for n in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32))
+
+
+def slo_class(slo: Slo) -> str:
+    """Label of an SLO: its token speed, ``8`` or ``2.5``."""
+    return f"{slo.tokens_per_s:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step, for the live view, ``/steps`` and reports. ``row``: the plan's row it was bounded by."""
+
+    at_ms: float
+    items: int
+    new_tokens: int
+    prefill_tokens: int
+    predicted_ms: float
+    bound_ms: float
+    actual_ms: float
+    committed: int
+    reason: str
+    row: str = ""
+
+
+class Metrics:
+    """Counters of one server in a registry of their own."""
+
+    def __init__(self, keep_steps: int = 8192) -> None:
+        self.registry = CollectorRegistry()
+        self.steps_seen = 0
+        self.steps: deque[StepRecord] = deque(maxlen=keep_steps)
+        self.sessions_kept_slo = 0
+        self.sessions_ended = 0
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"wispprof:{name}", text, labels, registry=self.registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"wispprof:{name}", text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(
+                f"wispprof:{name}", text, labels, buckets=buckets, registry=self.registry
+            )
+
+        self.running = gauge("num_requests_running", "Sessions that hold KV.")
+        self.waiting = gauge(
+            "num_requests_waiting", "Sessions waiting for memory or their prefill."
+        )
+        self.kv_usage = gauge("kv_cache_usage_perc", "Share of KV cache tokens in use, 0 to 1.")
+        self.kv_kept = gauge(
+            "kv_kept_tokens", "KV cache tokens kept for reuse after sessions ended."
+        )
+        self.load = gauge("load_level", "Load level as told to the edges, 0 to 4.")
+        self.drift = gauge("step_time_drift_ratio", "Median of actual / predicted step time.")
+        self.re_profile = gauge(
+            "re_profile", "1 once the steps have left the fitted estimator's profile for good."
+        )
+        self.wrong_cells = gauge(
+            "re_profile_cell_ratio", "Actual / fitted step time where steps went wrong.", "cell"
+        )
+        self.bound_scale = gauge("step_time_bound_scale", "Present correction of the bound.")
+        self.bound_coverage = gauge(
+            "step_time_bound_coverage", "Share of the last steps under their corrected bound."
+        )
+        self.policy_faults = counter(
+            "policy_faults", "Steps planned without the policy because it failed.", "kind"
+        )
+        self.connections = gauge("connections", "Open edge connections.")
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens prefilled.")
+        self.reused_tokens = counter("prefix_cache_hits", "Prompt tokens whose KV was reused.")
+        self.generation_tokens = counter("generation_tokens", "Tokens committed.")
+        self.success = counter("request_success", "Sessions that ended.", "finished_reason")
+        self.refused = counter("requests_refused", "Requests refused, by code.", "code")
+        self.step_predicted = histogram(
+            "step_time_predicted_seconds", "Predicted median time of each step.", _STEP
+        )
+        self.step_actual = histogram("step_time_seconds", "Measured time of each step.", _STEP)
+        self.step_over = counter("step_time_over_bound", "Steps that took longer than their bound.")
+        self.row_steps = counter(
+            "batch_row_steps", "Steps bounded by this row of the plan.", "slo_class", "load_level"
+        )
+        self.step_items = histogram("step_items", "Sessions per step.", _ACCEPTED)
+        self.ttft = histogram("time_to_first_token_seconds", "Request to first token.", _LATENCY)
+        self.gap = histogram("inter_token_latency_seconds", "Gap between commits per token.", _GAP)
+        self.queue = histogram("request_queue_time_seconds", "Ready until its step began.", _GAP)
+        self.e2e = histogram("e2e_request_latency_seconds", "Request to last token.", _LATENCY)
+        self.drafted = counter("spec_decode_num_draft_tokens", "Draft tokens received.")
+        self.verified = counter("spec_decode_num_verified_tokens", "Draft tokens verified.")
+        self.accepted = counter("spec_decode_num_accepted_tokens", "Draft tokens accepted.")
+        self.wasted = counter("draft_tokens_wasted", "Draft tokens contradicted or withdrawn.")
+        self.trimmed = counter(
+            "draft_tokens_trimmed", "Draft tokens the policy left out of a step."
+        )
+        self.dropped = counter("draft_tokens_dropped", "Draft tokens refused by merge.", "reason")
+        self.bad_frames = counter("bad_frames", "Frames refused, by code.", "code")
+        self.violations = counter("slo_violations", "Sessions that missed their SLO.", "slo_class")
+        self.kept = counter("slo_attained", "Sessions that kept their SLO.", "slo_class")
+        self.preempted = counter("num_preemptions", "Sessions whose KV was taken away.", "why")
+        self.accept_length = histogram(
+            "spec_decode_accepted_per_step", "Accepted drafts per verified round.", _ACCEPTED
+        )
+
+    def step(self, record: StepRecord, row: BatchRow | None = None) -> None:
+        """A step ended; ``row``: of the plan, that bounded it."""
+        self.steps.append(record)
+        self.steps_seen += 1
+        if row is not None:
+            self.row_steps.labels(f"{row.tokens_per_s:g}", str(row.load_level)).inc()
+        self.step_predicted.observe(record.predicted_ms / 1000.0)
+        self.step_actual.observe(record.actual_ms / 1000.0)
+        self.step_items.observe(record.items)
+        self.prompt_tokens.inc(record.prefill_tokens)
+        self.generation_tokens.inc(record.committed)
+        if record.actual_ms > record.bound_ms > 0:
+            self.step_over.inc()
+
+    def steps_since(self, number: int) -> tuple[int, list[StepRecord]]:
+        """(number of the first, the records) of the steps from ``number`` on that are still held; steps are
+        counted from 0."""
+        first = max(0, number, self.steps_seen - len(self.steps))
+        held = self.steps_seen - first
+        return first, list(self.steps)[-held:] if held > 0 else []
+
+    def drifted(self, status: DriftStatus | None) -> None:
+        """What the drift monitor says now; ``None`` where nothing was fitted."""
+        if status is None:
+            return
+        self.re_profile.set(status.re_profile)
+        self.bound_scale.set(status.bound_scale)
+        self.bound_coverage.set(status.coverage)
+        for cell, ratio in status.cells:
+            self.wrong_cells.labels(str(cell)).set(ratio)
+
+    def commit(self, commit: Committed, since_ms: float, ttft: bool) -> None:
+        """``since_ms``: since the request (first token), or since the session's last commit."""
+        self.queue.observe(commit.queue_ms / 1000.0)
+        if ttft:
+            self.ttft.observe(since_ms / 1000.0)
+        else:
+            self.gap.observe(since_ms / 1000.0 / max(1, len(commit.tokens)))
+        if commit.drafted:
+            self.verified.inc(commit.drafted)
+            self.accept_length.observe(commit.accepted)
+
+    def ended(self, slo: Slo, tally: Tally, reason: str, kept: bool | None, e2e_ms: float) -> None:
+        """A session is over. ``kept``: whether its SLO held, ``None`` where that says nothing."""
+        self.success.labels(reason).inc()
+        self.drafted.inc(tally.drafted)
+        self.accepted.inc(tally.accepted)
+        self.wasted.inc(tally.wasted)
+        self.trimmed.inc(tally.trimmed)
+        for why, count in tally.dropped.items():
+            self.dropped.labels(why).inc(count)
+        self.e2e.observe(e2e_ms / 1000.0)
+        if kept is None:
+            return
+        self.sessions_ended += 1
+        self.sessions_kept_slo += kept
+        (self.kept if kept else self.violations).labels(slo_class(slo)).inc()
+
+    def text(self) -> bytes:
+        """The exposition that ``/metrics`` answers with."""
+        return generate_latest(self.registry)

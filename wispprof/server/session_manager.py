@@ -1,0 +1,329 @@
+"""The sessions of a server: who is in, what the engine holds for them, and how they leave.
+
+Ledgers change on the event loop only. What the engine must do for it is queued as chores and done by
+:meth:`House.collect`, between two steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+from wispprof.errors import EngineError, OutOfKvMemory
+from wispprof.policies import load_level, stretch
+from wispprof.server.engine_thread import EngineWorker
+from wispprof.server.kv_scheduler import arrange
+from wispprof.server.metrics import Metrics
+from wispprof.server.prefix_cache import KeptCaches
+from wispprof.server.session import GenerationRequest, LiveSession, Owner
+from wispprof.server.step_time_tracker import StepClock
+from wispprof.sessions.commit_result import Committed
+from wispprof.sessions.session_state import ServerSession
+from wispprof.settings.server_settings import ServerSettings
+from wispprof.types import Engine
+
+__all__ = ["House"]
+
+log = logging.getLogger("wispprof.server")
+
+_LOAD_EVERY_MS = 25.0
+
+
+class House:
+    """Sessions by their engine name, and the caches of those that left."""
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        worker: EngineWorker,
+        clock: StepClock,
+        metrics: Metrics,
+        max_context: int,
+        stream: bool,
+    ) -> None:
+        self._settings = settings
+        self._worker = worker
+        self._clock = clock
+        self._metrics = metrics
+        self._max_context = max_context
+        self._stream = stream
+        self._lives: dict[str, LiveSession] = {}
+        self._kept = KeptCaches(settings.kept_sessions, settings.keep_ttl_ms)
+        self._arriving: list[LiveSession] = []
+        self._names = 0
+        self._audits = 0
+        self._kv_total = worker.engine.kv_free
+        self._load_until_ms = -1.0
+        self.load_level = 0
+        self.waiting = 0
+        self.ring: Callable[[], None] = lambda: None
+        self.spend: Callable[[str, int, float], None] = lambda key, tokens, now_ms: None
+
+    def __len__(self) -> int:
+        return len(self._lives)
+
+    @property
+    def kv_total(self) -> int:
+        """Cache tokens of the empty engine."""
+        return self._kv_total
+
+    @property
+    def lives(self) -> Iterable[LiveSession]:
+        return self._lives.values()
+
+    def get(self, name: str) -> LiveSession | None:
+        return self._lives.get(name)
+
+    # --- coming -------------------------------------------------------------------------------
+
+    def enter(
+        self, request: GenerationRequest, owner: Owner, number: int, now_ms: float
+    ) -> LiveSession:
+        """A new session, reusing the longest prefix that a kept cache holds."""
+        self._names += 1
+        name = f"s{self._names}"
+        ledger = ServerSession(
+            name,
+            request.tokens,
+            slo=request.slo,
+            max_new=request.max_new,
+            max_context=self._max_context,
+            now_ms=now_ms,
+            generated=request.generated,
+            stop=request.stop,
+            stream=self._stream,
+            undrafted=request.undrafted,
+            max_tail=self._settings.max_drafts,
+        )
+        live = LiveSession(ledger, request.sampling, owner, number, now_ms, told_ms=now_ms)
+        self._lives[name] = live
+        self._arriving.append(live)
+        self.ring()
+        return live
+
+    def _settle_in(self, live: LiveSession) -> None:
+        """Queue what opens a session in the engine."""
+        prefix = self._kept.find(live.ledger.tokens)
+        if prefix is None:
+            self._worker.chore(lambda engine: _open(engine, live))
+            return
+        parent, length = prefix.session, prefix.length
+        take_over = prefix.whole
+        if take_over:
+            # The child holds all that the parent held: keeping both would waste memory.
+            self._kept.forget(parent)
+        self._worker.chore(lambda engine: _fork(engine, live, parent, length, take_over))
+
+    # --- a step's needs -----------------------------------------------------------------------
+
+    async def collect(self, now_ms: float, margin: int = 0) -> dict[str, LiveSession]:
+        """Work off what happened since the last step; returns the sessions that may take part."""
+        self._sweep(now_ms)
+        arriving, self._arriving = self._arriving, []
+        for live in arriving:
+            if live.name in self._lives:
+                self._settle_in(live)
+        await self._worker.settle()
+        for live in arriving:
+            self._settled(live)
+        seated = await self._arrange(now_ms, margin)
+        self._measure_load(now_ms)
+        return seated
+
+    def _settled(self, live: LiveSession) -> None:
+        if live.name not in self._lives:
+            # Its owner left while the engine's thread was opening it.
+            if live.held:
+                self._close_in_engine(live.name)
+            return
+        if not live.held:
+            self.fail(live, "busy", "The engine holds no more sessions now.", 1_000.0)
+            return
+        live.opened = True
+        if live.reused:
+            live.ledger.adopted(live.reused)
+            self._metrics.reused_tokens.inc(live.reused)
+        live.ledger.floor_ms = self._clock.estimator.start().add(1, live.ledger.frontier).p50_ms
+        if self._stream and not live.ledger.undrafted:
+            live.ledger.floor_ms /= 1.0 + self._settings.max_drafts
+
+    async def _arrange(self, now_ms: float, margin: int) -> dict[str, LiveSession]:
+        lives = [live for live in self._lives.values() if live.opened]
+        free = max(0, self._worker.engine.kv_free - margin)
+        plan = arrange(lives, free, self._kept.tokens, now_ms, self._settings.idle_evict_ms)
+        self.waiting = plan.waiting
+        short = plan.short
+        while short > 0:
+            before = self._kept.tokens
+            self._drop_oldest_kept()
+            short -= before - self._kept.tokens
+        for live in plan.evict:
+            live.ledger.evicted()
+            self._metrics.preempted.labels("idle" if not live.ledger.ready else "memory").inc()
+            self._roll_back(live.name, 0)
+        await self._worker.settle()
+        return {live.name: live for live in plan.seated if live.name in self._lives}
+
+    def _drop_oldest_kept(self) -> None:
+        name = self._kept.oldest()
+        if name is not None:
+            self._close_in_engine(name)
+
+    def _measure_load(self, now_ms: float) -> None:
+        if now_ms < self._load_until_ms:
+            return
+        self._load_until_ms = now_ms + _LOAD_EVERY_MS
+        decoding = [live.ledger.cached for live in self._lives.values() if live.opened]
+        self.load_level = load_level(stretch(self._clock.estimator, decoding), self.load_level)
+        metrics = self._metrics
+        metrics.load.set(self.load_level)
+        metrics.running.set(sum(1 for cached in decoding if cached))
+        metrics.waiting.set(sum(1 for cached in decoding if not cached) + len(self._arriving))
+        metrics.kv_usage.set(1.0 - self._worker.engine.kv_free / max(1, self._kv_total))
+        metrics.kv_kept.set(self._kept.tokens)
+
+    # --- a step's results ---------------------------------------------------------------------
+
+    def committed(
+        self, live: LiveSession, done: Committed, now_ms: float, verify_ms: float
+    ) -> None:
+        """Tell the owner, and let the session go where it ended or its owner has left."""
+        if done.rollback is not None:
+            self._roll_back(live.name, done.rollback)
+        if live.closing:
+            self._leave(live, live.closing, now_ms)
+            return
+        if not done.tokens:
+            return
+        prompt = live.ledger.frontier - len(done.tokens) - live.reused if done.first else 0
+        self.spend(live.owner.key, len(done.tokens) + prompt, now_ms)
+        since = live.ledger.pace.opened_ms if done.first else live.told_ms
+        live.told_ms = now_ms
+        live.heard_ms = max(live.heard_ms, now_ms)
+        self._metrics.commit(done, now_ms - since, done.first)
+        live.owner.committed(live, done, verify_ms, self.load_level)
+        if done.finished and live.name in self._lives:
+            self._leave(live, done.finished, now_ms)
+
+    def failed_step(self, members: list[LiveSession]) -> None:
+        """The engine failed in the middle of a step: nobody in it can be trusted any more."""
+        for live in members:
+            live.ledger.cancel()
+            self.fail(live, "internal", "The engine failed; open the session again.", keep=False)
+
+    # --- leaving ------------------------------------------------------------------------------
+
+    def leave(self, live: LiveSession, now_ms: float, reason: str = "abort") -> None:
+        """The owner is done with the session, or gone."""
+        if live.name not in self._lives:
+            return
+        if live.ledger.in_flight:
+            live.closing = reason
+        else:
+            self._leave(live, reason, now_ms)
+        self.ring()
+
+    def fail(
+        self,
+        live: LiveSession,
+        code: str,
+        message: str,
+        retry_ms: float = 0.0,
+        keep: bool = True,
+    ) -> None:
+        """End a session against its owner's wish, and say why."""
+        if live.name not in self._lives:
+            return
+        if not live.closing:
+            live.owner.failed(live, code, message, retry_ms)
+        self._leave(live, code, live.told_ms, keep=keep)
+
+    def _leave(self, live: LiveSession, reason: str, now_ms: float, keep: bool = True) -> None:
+        del self._lives[live.name]
+        ledger = live.ledger
+        ledger.abandon()
+        # An aborted session says nothing about the promise, unless it was broken already.
+        kept: bool | None = ledger.pace.kept(now_ms)
+        if reason not in ("stop", "length", "context") and kept:
+            kept = None
+        self._metrics.ended(
+            ledger.slo, ledger.tally, reason, kept, max(0.0, now_ms - ledger.pace.opened_ms)
+        )
+        if not live.opened:
+            return  # never opened, or being opened right now: see _settled
+        if not keep:
+            self._close_in_engine(live.name)
+            return
+        for name in self._kept.keep(live.name, ledger.tokens[: ledger.cached], now_ms):
+            self._close_in_engine(name)
+
+    def _sweep(self, now_ms: float) -> None:
+        for name in self._kept.expired(now_ms):
+            self._close_in_engine(name)
+        deadline = now_ms - self._settings.idle_ttl_ms
+        silent = [one for one in self._lives.values() if one.heard_ms < deadline]
+        for live in silent:
+            self.fail(live, "session", "Nothing was heard of this session for too long.")
+
+    def _close_in_engine(self, name: str) -> None:
+        self._worker.chore(lambda engine: engine.close(name))
+
+    def _roll_back(self, name: str, length: int) -> None:
+        self._worker.chore(lambda engine: engine.rollback(name, length))
+
+    # --- the books ----------------------------------------------------------------------------
+
+    async def forget_kept(self) -> None:
+        """Release all kept caches."""
+        while len(self._kept):
+            self._drop_oldest_kept()
+        await self._worker.settle()
+
+    async def check_integrity(self, full: bool = True) -> None:
+        """Ledgers, kept caches and engine must agree to the token; call it between steps only.
+
+        ``full`` compares every cache with its tokens, which costs a forward pass over all of them;
+        otherwise one cache is. Raises :class:`EngineError` where something is off.
+        """
+        await self._worker.settle()
+        expected = {live.name: live.ledger.cached for live in self._lives.values() if live.opened}
+        expected |= self._kept.lengths()
+        names = sorted(expected)
+        one = names[self._audits % len(names)] if names and not full else None
+        self._audits += 1
+        await self._worker.call(lambda engine: _audit(engine, expected, one, self._kv_total))
+
+
+def _open(engine: Engine, live: LiveSession) -> None:
+    engine.open(live.name, live.sampling)
+    live.held = True
+
+
+def _fork(engine: Engine, live: LiveSession, parent: str, length: int, take_over: bool) -> None:
+    try:
+        engine.fork(parent, live.name, length, live.sampling)
+        live.held = True
+        live.reused = length
+    except OutOfKvMemory:
+        _open(engine, live)
+    finally:
+        if take_over:
+            engine.close(parent)
+
+
+def _audit(engine: Engine, expected: dict[str, int], one: str | None, kv_total: int) -> None:
+    engine.check_integrity(one)
+    leaked = set(engine.sessions) - set(expected)
+    if leaked:
+        raise EngineError(f"The engine holds {len(leaked)} sessions that nobody knows: {leaked}.")
+    if kv_total - engine.kv_free != sum(expected.values()):
+        raise EngineError(
+            f"{kv_total - engine.kv_free} cache tokens are taken, known sessions hold "
+            f"{sum(expected.values())}."
+        )
+    for name, cached in expected.items():
+        held = engine.cached(name)
+        if held != cached:
+            raise EngineError(
+                f"The engine caches {held} tokens of {name}, the ledger says {cached}."
+            )

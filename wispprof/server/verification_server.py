@@ -1,0 +1,227 @@
+"""The verification server behind its doors: admits requests, merges drafts, runs the step loop.
+
+The doors (WebSocket, HTTP) speak to this object on the event loop and to nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from wispprof import protocol
+from wispprof.artifacts.plan import BatchRow, Plan
+from wispprof.errors import EngineError, RuntimeFault
+from wispprof.openai_api.text import TextSide
+from wispprof.policies import BatchPolicy, make_batch_policy
+from wispprof.server.admission import Admission, Refused
+from wispprof.server.engine_loop import StepLoop
+from wispprof.server.engine_thread import EngineWorker
+from wispprof.server.metrics import Metrics
+from wispprof.server.online_estimator import warmup_shapes
+from wispprof.server.session import GenerationRequest, LiveSession, Owner
+from wispprof.server.session_manager import House
+from wispprof.server.step_limits import StepLimits
+from wispprof.server.step_log import StepLog
+from wispprof.server.step_time_tracker import StepClock
+from wispprof.settings.server_settings import ServerSettings
+from wispprof.types import BatchShape, Engine, Feed, Sampling, ServedModel, StepEstimator
+
+__all__ = ["VerificationServer", "monotonic_ms"]
+
+log = logging.getLogger("wispprof.server")
+
+
+def monotonic_ms() -> float:
+    """This process's clock in milliseconds. Clocks of two machines are never compared."""
+    return time.monotonic_ns() / 1e6
+
+
+class VerificationServer:
+    """One engine, one policy, many sessions.
+
+    ``estimator``: a fitted one, or ``None`` to learn from this server's own steps. ``plan``: its batching
+    table bounds a step, row by the fastest SLO class that is live and the load level; without one the
+    settings' constants do. ``text``: what the HTTP door needs to speak text; without it that door stays shut.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: ServedModel,
+        settings: ServerSettings,
+        *,
+        policy: BatchPolicy | None = None,
+        estimator: StepEstimator | None = None,
+        plan: Plan | None = None,
+        text: TextSide | None = None,
+        now_ms: Callable[[], float] = monotonic_ms,
+    ) -> None:
+        self.settings = settings
+        self.model = model
+        self.plan = plan
+        self.text = text
+        self.policy = policy or make_batch_policy(settings.policy, **settings.policy_options)
+        self.metrics = Metrics()
+        self.clock = StepClock(estimator)
+        self.now_ms = now_ms
+        self.draining = False
+        self.started = False
+        self._worker = EngineWorker(engine, settings.gather_ms)
+        self.house = House(
+            settings, self._worker, self.clock, self.metrics, model.max_context, self.policy.stream
+        )
+        self._limits = StepLimits(settings, plan, self.house)
+        self.loop = StepLoop(
+            self.house,
+            self._worker,
+            self.policy,
+            self.clock,
+            self.metrics,
+            self._limits,
+            now_ms,
+        )
+        self.house.ring = self.loop.ring
+        self.admission = Admission(settings, self.house, self.clock, model)
+        self.house.spend = self.admission.budget.spend
+        self._task: asyncio.Task[None] | None = None
+
+    # --- life ---------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Warm up (and calibrate, where nothing was fitted), then run the step loop."""
+        if self.clock.learning:
+            rows = await self._worker.call(
+                lambda engine: _calibrate(engine, self.model, self.settings.prefill_chunk)
+            )
+            self.clock.learn(rows)
+            log.info("no estimator given: calibrated on %d own steps, learning on", len(rows))
+        if self.settings.step_log is not None:
+            self.loop.step_log = StepLog(self.settings.step_log)
+        self._task = asyncio.create_task(self.loop.run(), name="step loop")
+        self._task.add_done_callback(self._loop_ended)
+        self.started = True
+
+    async def stop(self) -> None:
+        """End the loop and release everything; raises what the loop died of, if it did."""
+        self.draining = True
+        self.loop.stop()
+        task, self._task = self._task, None
+        try:
+            if task is not None:
+                await task
+            for live in list(self.house.lives):
+                self.house.fail(live, "draining", "The server is shutting down.", 1_000.0)
+            await self.house.forget_kept()
+        finally:
+            self._worker.stop()
+            if self.loop.step_log is not None:
+                await asyncio.to_thread(self.loop.step_log.close)
+
+    async def drain(self, timeout_ms: float) -> None:
+        """Take nothing new and let sessions finish; what is left then is told to go elsewhere."""
+        self.draining = True
+        until = self.now_ms() + timeout_ms
+        while len(self.house) and self.now_ms() < until:
+            await asyncio.sleep(0.02)
+        for live in list(self.house.lives):
+            self.house.fail(live, "draining", "The server is shutting down; resume elsewhere.", 0.0)
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests would be taken now."""
+        return self.started and not self.draining and self._task is not None
+
+    def _loop_ended(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or task.exception() is None:
+            return
+        # Without its loop a server only looks alive: /ready and every owner must hear of it.
+        self.draining = True
+        log.critical("the step loop died", exc_info=task.exception())
+        for live in list(self.house.lives):
+            self.house.fail(live, "internal", "The server's step loop died.")
+
+    @property
+    def batch_row(self) -> BatchRow | None:
+        """The plan's row that is obeyed now."""
+        return self._limits.row
+
+    # --- what the doors ask -------------------------------------------------------------------
+
+    @property
+    def load_level(self) -> int:
+        return self.house.load_level
+
+    @property
+    def kv_free(self) -> int:
+        """Cache tokens that can still be taken."""
+        return self._worker.engine.kv_free
+
+    @property
+    def stream(self) -> bool:
+        """Whether sessions run in stream mode."""
+        return self.policy.stream
+
+    def open(self, request: GenerationRequest, owner: Owner, number: int = 0) -> LiveSession:
+        """Admit a request. Raises :class:`~wispprof.server.admission.Refused` with the code
+        and the nearest thing that would be taken."""
+        try:
+            request = self.admission.check(request, owner.key, self.now_ms(), self.draining)
+        except Refused as fault:
+            self.metrics.refused.labels(fault.code).inc()
+            raise
+        return self.house.enter(request, owner, number, self.now_ms())
+
+    def draft(self, live: LiveSession, frame: protocol.Draft) -> None:
+        """Merge a checked draft frame into its session."""
+        now = self.now_ms()
+        live.heard_ms = now
+        live.ledger.merge(
+            frame.epoch,
+            frame.base,
+            frame.tokens,
+            [byte / 255.0 for byte in frame.survival],
+            now,
+            frame.slack_ms,
+            frame.draft_ms,
+        )
+        self.loop.ring()
+
+    def close(self, live: LiveSession, reason: str = "abort") -> None:
+        """Its owner is done with a session, or gone; ``reason`` ``stop``: it has all it wanted."""
+        self.house.leave(live, self.now_ms(), reason)
+
+    async def check_integrity(self) -> None:
+        """Full audit between two steps: raises :class:`EngineError` where something leaked."""
+        if self._task is None or self._task.done():
+            raise RuntimeFault("Only a running server can be audited.", "Start it first.")
+        await self.loop.audit()
+        if self._worker.failed_chores:
+            raise EngineError(f"{self._worker.failed_chores} engine chores failed; see the log.")
+
+
+def _calibrate(
+    engine: Engine, model: ServedModel, prefill_chunk: int
+) -> list[tuple[BatchShape, float]]:
+    """Time a few small shapes twice each on the idle engine; leaves nothing behind."""
+    rows: list[tuple[BatchShape, float]] = []
+    greedy = Sampling()
+    for sessions, new, cached in warmup_shapes(prefill_chunk):
+        if (new + cached) * sessions > engine.kv_free or new + cached > model.max_context:
+            continue
+        names = [f"calibration-{i}" for i in range(sessions)]
+        for name in names:
+            engine.open(name, greedy)
+            if cached:
+                engine.step([Feed(name, [0] * cached, 0, False)])
+        shape = BatchShape.uniform(sessions, new, cached)
+        for _ in range(2):
+            begin = time.perf_counter()
+            engine.step([Feed(name, [0] * new, new - 1, True) for name in names])
+            rows.append((shape, (time.perf_counter() - begin) * 1000.0))
+            for name in names:
+                engine.rollback(name, cached)
+        for name in names:
+            engine.close(name)
+    return rows

@@ -1,0 +1,265 @@
+"""One edge's connection: reads frames, keeps its sessions, writes commits.
+
+Everything an edge can do wrong ends here: it costs this connection a clear problem, and nobody else anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from wispprof import protocol
+from wispprof.errors import HandshakeRefused, ProtocolError
+from wispprof.server.admission import Refused
+from wispprof.server.coalescing_loop import lain_ms
+from wispprof.server.request_validation import check_draft, check_hello, request_of
+from wispprof.server.session import LiveSession
+from wispprof.server.verification_server import VerificationServer
+from wispprof.sessions.commit_result import Committed
+
+__all__ = ["EdgeLink"]
+
+log = logging.getLogger("wispprof.server")
+
+MOST_PROBLEMS = 64
+"""A connection that was told of so many faults is closed: it will not get better."""
+
+MOST_ENDED = 4096
+"""Ended session numbers that a connection remembers, to tell late frames from wrong ones."""
+
+MOST_PONG_BYTES = 1 << 16
+
+
+class _Hangup(Exception):
+    """The connection is to be closed with this code, after what was queued."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class EdgeLink:
+    """Serves one WebSocket until it closes; then releases whatever it held."""
+
+    def __init__(self, server: VerificationServer, socket: WebSocket) -> None:
+        self.key = ""
+        self._server = server
+        self._socket = socket
+        self._sessions: dict[int, LiveSession] = {}
+        self._ended: dict[int, None] = {}
+        self._outgoing: asyncio.Queue[bytes | None] = asyncio.Queue(server.settings.backlog_frames)
+        self._problems = 0
+        self._overrun = asyncio.Event()
+
+    async def serve(self) -> None:
+        await self._socket.accept()
+        self._server.metrics.connections.inc()
+        writer = asyncio.create_task(self._write(), name="edge link writer")
+        reader = asyncio.create_task(self._read(), name="edge link reader")
+        overrun = asyncio.create_task(self._overrun.wait(), name="edge link overrun")
+        code = 1000
+        try:
+            await asyncio.wait([reader, writer, overrun], return_when=asyncio.FIRST_COMPLETED)
+            if self._overrun.is_set():
+                code = 1013
+                log.warning("closing an edge that left %d frames unread", self._outgoing.qsize())
+            elif reader.done():
+                code = _code_of(reader)
+                await self._flush(writer)
+        finally:
+            self._release()
+            for task in (reader, writer, overrun):
+                task.cancel()
+            await asyncio.gather(reader, writer, overrun, return_exceptions=True)
+            self._server.metrics.connections.dec()
+            with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError):
+                await self._socket.close(code)
+
+    def _release(self) -> None:
+        for live in self._sessions.values():
+            self._server.close(live)
+        self._sessions.clear()
+
+    # --- reading ------------------------------------------------------------------------------
+
+    async def _read(self) -> None:
+        await self._greet()
+        while True:
+            frame = await self._receive()
+            if isinstance(frame, protocol.Draft):
+                self._draft(frame)
+            elif isinstance(frame, protocol.Open):
+                self._open(frame)
+            elif isinstance(frame, protocol.Close):
+                self._close(frame)
+            elif isinstance(frame, protocol.Ping):
+                size = min(max(0, frame.reply_bytes), MOST_PONG_BYTES)
+                self._post(protocol.Pong(frame.number, bytes(size), protocol.brief_ms(lain_ms())))
+            else:
+                self._problem(-1, "frame", "Hello was said already.")
+                raise _Hangup(1002)
+
+    async def _greet(self) -> None:
+        server = self._server
+        try:
+            async with asyncio.timeout(server.settings.hello_timeout_ms / 1000.0):
+                hello = await self._receive()
+        except TimeoutError:
+            self._problem(-1, "hello", "No hello came in time. Send hello first.")
+            raise _Hangup(1008) from None
+        try:
+            if not isinstance(hello, protocol.Hello):
+                raise HandshakeRefused("The first frame must be hello.", "Send hello first.")
+            check_hello(hello, server.model, server.settings.api_keys)
+        except HandshakeRefused as fault:
+            # The edge's own words may be in it, and may be long.
+            log.warning("refused an edge at hello: %.300s", fault)
+            self._problem(-1, "hello", str(fault))
+            raise _Hangup(1008) from fault
+        if server.draining:
+            self._problem(-1, "draining", "The server is shutting down. Try another server.")
+            raise _Hangup(1012)
+        self.key = hello.key
+        self._post(
+            protocol.Welcome(
+                protocol=protocol.PROTOCOL_VERSION,
+                target=server.model.id,
+                tokenizer=server.model.tokenizer,
+                max_context=server.model.max_context,
+                max_drafts=server.settings.max_drafts,
+                stream=server.stream,
+                load_level=server.load_level,
+                plan=server.plan.hash if server.plan else "",
+            )
+        )
+
+    async def _receive(self) -> protocol.EdgeFrame:
+        message = await self._socket.receive()
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code", 1006))
+        data = message.get("bytes")
+        try:
+            if data is None:
+                raise ProtocolError("Text frames are not spoken here.", "Send msgpack frames.")
+            return protocol.decode_edge(data)
+        except ProtocolError as fault:
+            self._problem(-1, "frame", str(fault))
+            raise _Hangup(1002) from fault
+
+    def _open(self, frame: protocol.Open) -> None:
+        number = frame.session
+        if number < 0:
+            self._problem(number, "session", "Session numbers start at 0.")
+            return
+        # The edge opens anew what it has lost track of: the old state goes, its KV is reused.
+        self._forget(number)
+        self._ended.pop(number, None)
+        try:
+            self._sessions[number] = self._server.open(request_of(frame), self, number)
+        except Refused as fault:
+            self._end(number)
+            self._post(
+                protocol.Problem(
+                    number, fault.code, str(fault), fault.retry_ms, fault.nearest_tokens_per_s
+                )
+            )
+        except ProtocolError as fault:
+            self._end(number)
+            self._problem(number, "frame", str(fault))
+
+    def _draft(self, frame: protocol.Draft) -> None:
+        live = self._sessions.get(frame.session)
+        if live is None:
+            # A stream's last drafts cross with the commit that ended it: no fault of the edge.
+            if frame.session not in self._ended:
+                self._problem(frame.session, "session", "This session is not open. Open it first.")
+            return
+        try:
+            check_draft(frame, self._server.model.vocab_size)
+        except ProtocolError as fault:
+            self._problem(frame.session, "frame", str(fault))
+            return
+        self._server.draft(live, frame)
+
+    def _close(self, frame: protocol.Close) -> None:
+        self._forget(frame.session)
+        self._end(frame.session)
+
+    def _forget(self, number: int) -> None:
+        live = self._sessions.pop(number, None)
+        if live is not None:
+            self._server.close(live)
+
+    def _end(self, number: int) -> None:
+        self._ended[number] = None
+        if len(self._ended) > MOST_ENDED:
+            del self._ended[next(iter(self._ended))]
+
+    # --- writing ------------------------------------------------------------------------------
+
+    def committed(
+        self, live: LiveSession, commit: Committed, verify_ms: float, load_level: int
+    ) -> None:
+        if self._sessions.get(live.number) is not live:
+            return
+        if commit.finished:
+            del self._sessions[live.number]
+            self._end(live.number)
+        self._post(
+            protocol.Commit(
+                session=live.number,
+                epoch=commit.epoch,
+                frontier=commit.frontier,
+                tokens=list(commit.tokens),
+                accepted=commit.accepted,
+                drafted=commit.drafted,
+                queue_ms=protocol.brief_ms(commit.queue_ms),
+                verify_ms=protocol.brief_ms(verify_ms),
+                load_level=load_level,
+                finished=commit.finished,
+            )
+        )
+
+    def failed(self, live: LiveSession, code: str, message: str, retry_ms: float = 0.0) -> None:
+        if self._sessions.get(live.number) is not live:
+            return
+        del self._sessions[live.number]
+        self._end(live.number)
+        self._post(protocol.Problem(live.number, code, message, retry_ms))
+
+    def _problem(self, session: int, code: str, message: str) -> None:
+        self._server.metrics.bad_frames.labels(code).inc()
+        self._problems += 1
+        self._post(protocol.Problem(session, code, message))
+        if self._problems >= MOST_PROBLEMS:
+            self._post(protocol.Problem(-1, "frame", "Too many faults on this connection."))
+            raise _Hangup(1008)
+
+    def _post(self, frame: protocol.ServerFrame) -> None:
+        try:
+            self._outgoing.put_nowait(protocol.encode(frame))
+        except asyncio.QueueFull:
+            self._overrun.set()
+
+    async def _write(self) -> None:
+        while (data := await self._outgoing.get()) is not None:
+            await self._socket.send_bytes(data)
+
+    async def _flush(self, writer: asyncio.Task[None]) -> None:
+        """Give what was queued, a problem above all, a moment to leave."""
+        with contextlib.suppress(asyncio.QueueFull):
+            self._outgoing.put_nowait(None)
+        await asyncio.wait([writer], timeout=1.0)
+
+
+def _code_of(reader: asyncio.Task[None]) -> int:
+    fault = reader.exception()
+    if isinstance(fault, _Hangup):
+        return fault.code
+    if isinstance(fault, WebSocketDisconnect):
+        return 1000
+    log.error("the edge link failed", exc_info=fault)
+    return 1011

@@ -1,0 +1,328 @@
+"""The edge's view of one session: committed tokens, and drafts held beyond them. Pure.
+
+    committed (prompt included)   | drafts
+    --------------------------- frontier ------ sent ------ end of the draft
+
+A drafter (a model's KV cache, a replayed trace) mirrors ``committed + drafts``. Whatever a commit does to
+the path comes back as a :class:`CommitEffect`: roll the drafter back to a length, then append tokens. So a
+commit that matches leaves drafts and their KV where they are, and one that does not costs a rollback by
+length; there is no third case.
+
+Round mode: one round is outstanding at a time. ``take`` hands out everything beyond the frontier as the
+round, and nothing more until a commit answers; what is drafted meanwhile is *proactive* (SpecEdge, section
+4.2: it continues the fully accepted path, its first token guessing the target's bonus). Opening a session
+counts as an outstanding round, for the end of the prefill commits a token unasked.
+
+Stream mode: ``take`` hands out what has not been sent yet, whenever asked, and drafting goes on up to
+``lead_limit`` drafts beyond the frontier.
+
+Epochs (see :mod:`wispprof.protocol`): raised each time drafts are rolled back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from wispprof.errors import ProtocolError
+
+__all__ = ["CommitEffect", "EdgePath", "Held", "Outgoing"]
+
+
+class Held(NamedTuple):
+    """A draft token beyond the frontier, P(accepted | those before it were), and what it cost."""
+
+    token: int
+    survival: float
+    draft_ms: float
+
+
+class Outgoing(NamedTuple):
+    """Content of one draft frame. ``draft_ms``: drafting time of its tokens."""
+
+    epoch: int
+    base: int
+    tokens: tuple[int, ...]
+    survival: tuple[float, ...]
+    draft_ms: float
+
+
+class CommitEffect(NamedTuple):
+    """What a commit means for the edge.
+
+    ``tokens``: newly committed tokens (empty for a duplicate). ``rollback_to``: length the drafter must
+    be cut to first, ``None`` to leave it. ``extend``: committed tokens to append to the drafter after
+    that. ``hits``: drafts of ours that equal committed tokens; ``accepted``: those of them that the
+    server verified (a hit on the target's own token saves no step, but the lead stands). ``kept``: drafts
+    that still stand beyond the new frontier. ``proactive``: there was a guess at the target's own token;
+    ``proactive_hit``: it was right. ``rejected``: a draft of ours was contradicted. ``wasted_*``: drafts
+    after that first rejected one, dropped with it; ``dropped_ms`` counts the rejected one too.
+    """
+
+    tokens: tuple[int, ...] = ()
+    rollback_to: int | None = None
+    extend: tuple[int, ...] = ()
+    hits: int = 0
+    accepted: int = 0
+    kept: int = 0
+    proactive: bool = False
+    proactive_hit: bool = False
+    rejected: bool = False
+    wasted_ms: float = 0.0
+    wasted_tokens: int = 0
+    dropped_ms: float = 0.0
+
+
+class EdgePath:
+    """Committed tokens, drafts beyond them, and what the server was told of those.
+
+    ``stream``: stream mode instead of round mode. ``lead_limit``: most drafts held beyond the frontier
+    (in round mode: round and proactive drafts together). ``end``: position past the last token of the
+    generation; the target always adds one token of its own, so no draft is ever useful at ``end - 1``.
+
+    To be read only: ``frontier``, the committed length; ``sent``, the position up to which the server was
+    told our drafts, never below the frontier; ``epoch``; ``waiting``: in round mode, a round (or
+    the prefill) is outstanding, in stream mode, no commit came yet.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[int],
+        *,
+        stream: bool = False,
+        lead_limit: int = 64,
+        end: int | None = None,
+    ) -> None:
+        if not tokens:
+            raise ValueError("a session starts from at least one committed token")
+        if lead_limit < 0:
+            raise ValueError(f"lead_limit must not be negative, got {lead_limit}")
+        self.stream = stream
+        self.lead_limit = lead_limit
+        self.end = end
+        self.frontier = len(tokens)
+        self.epoch = 0
+        self.waiting = True
+        self._committed = list(tokens)
+        # Drafts beyond the frontier, as columns: they are read and written at every draft step.
+        self._tokens: list[int] = []
+        self._survival: list[float] = []
+        self._draft_ms: list[float] = []
+        self.sent = self.frontier
+        self._most = self._may_hold()
+
+    # --- what there is ---
+
+    @property
+    def committed(self) -> tuple[int, ...]:
+        """Every committed token, prompt included."""
+        return tuple(self._committed)
+
+    @property
+    def drafts(self) -> tuple[Held, ...]:
+        """Drafts beyond the frontier, oldest first."""
+        return tuple(map(Held, self._tokens, self._survival, self._draft_ms))
+
+    @property
+    def lead(self) -> int:
+        """Number of drafts beyond the frontier."""
+        return len(self._tokens)
+
+    @property
+    def length(self) -> int:
+        """Tokens that a drafter in step with this path holds."""
+        return self.frontier + len(self._tokens)
+
+    @property
+    def last_draft(self) -> int | None:
+        """The draft token farthest beyond the frontier, if any is held."""
+        return self._tokens[-1] if self._tokens else None
+
+    @property
+    def unsent(self) -> int:
+        """Drafts that were not handed out yet (round mode: the proactive ones)."""
+        return self.frontier + len(self._tokens) - self.sent
+
+    @property
+    def room(self) -> int:
+        """How many more drafts may be held: by ``lead_limit``, and by the end of the generation."""
+        room = self._most - len(self._tokens)
+        return room if room > 0 else 0
+
+    def _may_hold(self) -> int:
+        """Most drafts beyond this frontier."""
+        if self.end is None:
+            return self.lead_limit
+        return min(self.lead_limit, self.end - 1 - self.frontier)
+
+    def sequence(self) -> list[int]:
+        """What a drafter in step with this path holds: committed tokens, then drafts."""
+        return [*self._committed, *self._tokens]
+
+    # --- what happens to it ---
+
+    def propose(self, token: int, survival: float = 1.0, draft_ms: float = 0.0) -> int:
+        """Hold one more draft token; returns its position. Raises ``ValueError`` with no room."""
+        held = len(self._tokens)
+        if held >= self._most:
+            raise ValueError(f"no room for a draft: {self.lead} held beyond {self.frontier}")
+        self._tokens.append(token)
+        self._survival.append(survival)
+        self._draft_ms.append(draft_ms)
+        return self.frontier + held
+
+    def hold(self, token: int, survival: float, draft_ms: float) -> tuple[int, int]:
+        """As :meth:`propose`; returns (:attr:`unsent`, :attr:`room`) after it."""
+        held = len(self._tokens) + 1
+        room = self._most - held
+        if room < 0:
+            raise ValueError(f"no room for a draft: {self.lead} held beyond {self.frontier}")
+        self._tokens.append(token)
+        self._survival.append(survival)
+        self._draft_ms.append(draft_ms)
+        return self.frontier + held - self.sent, room
+
+    def rate(self, position: int, survival: float) -> None:
+        """Replace the survival of the draft held at ``position``: a proactive draft is judged again once
+        it is known to stand at the beginning of a round."""
+        index = position - self.frontier
+        if not 0 <= index < len(self._tokens):
+            raise ValueError(f"no draft is held at position {position}")
+        self._survival[index] = float(survival)
+
+    def take(self, limit: int | None = None) -> Outgoing | None:
+        """Content of the next draft frame, or ``None`` if nothing is to be sent.
+
+        Round mode: the whole round from the frontier on (at most ``limit`` tokens; what is left stays as
+        proactive drafts), possibly empty, once per commit. Stream mode: up to ``limit`` unsent drafts.
+        """
+        last = len(self._tokens)
+        if self.stream:
+            first = self.sent - self.frontier
+            if limit is not None:
+                last = min(last, first + limit)
+            if last <= first:
+                return None
+        else:
+            if self.waiting:
+                return None
+            first = 0
+            if limit is not None:
+                last = min(last, limit)
+            self.waiting = True
+        base = self.frontier + first
+        self.sent = max(self.sent, self.frontier + last)
+        return Outgoing(
+            self.epoch,
+            base,
+            tuple(self._tokens[first:last]),
+            tuple(self._survival[first:last]),
+            sum(self._draft_ms[first:last]),
+        )
+
+    def on_commit(
+        self,
+        frontier: int,
+        tokens: Sequence[int],
+        accepted: int = 0,
+        drafted: int | None = None,
+    ) -> CommitEffect:
+        """Take in committed ``tokens`` that end at ``frontier``.
+
+        ``accepted`` of them were our drafts, of ``drafted`` that the server verified (known or not: it
+        tells a wrong guess from a rejected draft).
+
+        Idempotent: a duplicate or late commit changes nothing, and only the unknown part of an
+        overlapping one counts. Raises :class:`ProtocolError` if it leaves a gap after the frontier
+        (a commit was lost: reopen the session) or contradicts committed tokens.
+        """
+        known = self.frontier
+        start = frontier - len(tokens)
+        guess = drafted is None or accepted >= drafted
+        if start == known and tokens:
+            return self._advance(tuple(tokens), accepted, guess)
+        if start > known:
+            raise ProtocolError(
+                f"A commit starts at position {start}, beyond the known frontier {known}.",
+                "Reopen the session from its committed tokens.",
+            )
+        overlap = min(known, frontier) - start
+        if overlap > 0 and (
+            start < 0 or self._committed[start : start + overlap] != list(tokens[:overlap])
+        ):
+            raise ProtocolError(
+                f"A commit contradicts tokens that were committed before position {known}.",
+                "The server does not hold the model that began this generation; start again.",
+            )
+        if frontier <= known:
+            return CommitEffect()
+        new = tuple(tokens[known - start :])
+        return self._advance(new, max(0, accepted - max(0, overlap)), guess)
+
+    def drop(self, position: int) -> int | None:
+        """Abandon the drafts at and beyond ``position``; returns the drafter's new length.
+
+        Returns ``None`` if there was nothing to drop. What is left will be sent anew, under the next
+        epoch: the server forgets the tail of an older one.
+        """
+        keep = max(0, position - self.frontier)
+        if keep >= len(self._tokens):
+            return None
+        self._hold(slice(keep))
+        self._roll_epoch()
+        return self.length
+
+    def reopened(self) -> None:
+        """The session was opened anew from :attr:`committed`: the server holds no drafts of ours."""
+        self.sent = self.frontier
+        self.waiting = True
+
+    def _hold(self, part: slice) -> None:
+        """Keep only these of the drafts."""
+        self._tokens = self._tokens[part]
+        self._survival = self._survival[part]
+        self._draft_ms = self._draft_ms[part]
+
+    def _advance(self, new: tuple[int, ...], accepted: int, guess: bool) -> CommitEffect:
+        self.waiting = False
+        held = self._tokens
+        drafts, count = len(held), len(new)
+        both = drafts if drafts < count else count
+        hits = 0
+        while hits < both and held[hits] == new[hits]:
+            hits += 1
+        self._committed += new
+        self.frontier = frontier = self.frontier + count
+        self._most = self._may_hold()
+        # The target's own token is the last of the commit: a draft there was a guess at it.
+        proactive = guess and drafts >= count and hits >= count - 1
+        # By place: an effect is made once a commit, and keywords triple what it costs.
+        if hits < both:
+            draft_ms = self._draft_ms
+            self._tokens, self._survival, self._draft_ms = [], [], []
+            self._roll_epoch()
+            return CommitEffect(
+                new,
+                frontier - count + hits,
+                new[hits:],
+                hits,
+                accepted,
+                0,
+                proactive,
+                False,
+                True,
+                sum(draft_ms[hits + 1 :]),
+                drafts - hits - 1,
+                sum(draft_ms[hits:]),
+            )
+        if drafts:
+            del held[:count], self._survival[:count], self._draft_ms[:count]
+        if self.sent < frontier:
+            self.sent = frontier
+        return CommitEffect(
+            new, None, new[hits:], hits, accepted, drafts - both, proactive, hits == count
+        )
+
+    def _roll_epoch(self) -> None:
+        self.epoch += 1
+        self.sent = self.frontier

@@ -1,0 +1,70 @@
+"""When a session's next token is due. Pure arithmetic on the asker's clock."""
+
+from __future__ import annotations
+
+import math
+
+from wispprof.types import Slo
+
+__all__ = ["Pace"]
+
+
+class Pace:
+    """The promise of one session, counted over its whole generation.
+
+    Before the first token the time to first token counts. From the first token on, token number
+    ``n`` after it is due ``n * tpot_ms`` later: a session that ran ahead can wait, one that fell
+    behind has until its last token to catch up.
+
+    ``first_ms``: when the first token was committed, ``None`` before. ``deadline_ms``: when the next token
+    must be out, ``inf`` where nothing was promised for the first.
+    """
+
+    __slots__ = (
+        "_since_first",
+        "_tpot_ms",
+        "_ttft_missed",
+        "deadline_ms",
+        "first_ms",
+        "opened_ms",
+        "slo",
+    )
+
+    def __init__(self, slo: Slo, opened_ms: float) -> None:
+        self.slo = slo
+        self.opened_ms = opened_ms
+        self.first_ms: float | None = None
+        self.deadline_ms = math.inf if slo.ttft_ms is None else opened_ms + slo.ttft_ms
+        self._tpot_ms = slo.tpot_ms
+        self._since_first = 0
+        self._ttft_missed = False
+
+    def commit(self, tokens: int, now_ms: float) -> None:
+        """Note that ``tokens`` (at least one) were committed at ``now_ms``."""
+        first_ms = self.first_ms
+        if first_ms is None:
+            self._ttft_missed = now_ms > self.deadline_ms
+            self.first_ms = first_ms = now_ms
+            self._since_first = -1
+        self._since_first += tokens
+        self.deadline_ms = first_ms + (self._since_first + 1) * self._tpot_ms
+
+    def hopeless_from_ms(self, tokens_left: int, floor_ms: float) -> float:
+        """The moment from which the promise is lost whatever is done.
+
+        ``tokens_left`` may still come, each taking at least ``floor_ms``. ``-inf`` where a missed
+        first token has already lost it.
+        """
+        if self._ttft_missed:
+            return -math.inf
+        if self.first_ms is None:
+            return self.deadline_ms - floor_ms
+        last = self.first_ms + (self._since_first + tokens_left) * self._tpot_ms
+        return last - tokens_left * floor_ms
+
+    def kept(self, now_ms: float) -> bool:
+        """Whether the promise holds for what was committed up to ``now_ms`` (the last commit)."""
+        if self.first_ms is None:
+            return now_ms <= self.deadline_ms
+        late = now_ms > self.first_ms + self._since_first * self._tpot_ms
+        return not self._ttft_missed and not late

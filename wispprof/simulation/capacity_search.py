@@ -1,0 +1,159 @@
+"""Capacity: the most devices of a closed fleet that a server carries with few enough broken promises.
+
+Bracketing by doubling, then section search. Every probe of one search uses the same seed, and a larger fleet
+holds the smaller one (common random numbers), so probes differ by the added devices alone. With several
+processes each round probes several sizes at once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+from wispprof.simulation.event_loop import simulate
+from wispprof.simulation.metrics import Report
+from wispprof.simulation.scenario import Scenario
+
+__all__ = ["Capacity", "capacity", "pool", "run_all", "workers"]
+
+Progress = Callable[[int, str], None]
+"""Called with the number of finished runs and a word on the last one."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Result of a search. ``devices``: the most that kept within ``violations``, 0 if not even one did.
+
+    ``report``: the run at ``devices`` (``None`` at 0). ``probes``: (devices, attainment) in order of size.
+    ``bounded``: false where even ``most`` devices kept within it, so that the true figure may be higher.
+    """
+
+    devices: int
+    violations: float
+    report: Report | None
+    probes: tuple[tuple[int, float], ...]
+    bounded: bool
+
+
+def pool(jobs: int | None = None) -> ProcessPoolExecutor | None:
+    """Worker processes for :func:`capacity` and :func:`run_all`; ``None`` (run here) for one job.
+
+    ``jobs`` ``None``: one a core. :func:`workers` is the same with an end.
+    """
+    jobs = jobs or os.cpu_count() or 1
+    if jobs < 2:
+        return None
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_deaf)
+
+
+def _deaf() -> None:
+    """Ctrl-C reaches every process of a terminal; the one that holds the workers ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def workers(jobs: int | None = None) -> Iterator[Executor | None]:
+    """A :func:`pool` for the length of a ``with``. Whatever ends that early, Ctrl-C too, ends the workers at
+    once: nobody waits for simulations that nobody will read."""
+    executor = pool(jobs)
+    try:
+        yield executor
+    except BaseException:
+        if executor is not None:
+            running = list((executor._processes or {}).values())
+            executor.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()
+        raise
+    if executor is not None:
+        executor.shutdown()
+
+
+def run_all(
+    scenarios: Sequence[Scenario],
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+) -> list[Report]:
+    """Reports of scenarios, in their order, over the executor's processes."""
+    results: Iterable[Report] = (
+        map(simulate, scenarios) if executor is None else executor.map(simulate, scenarios)
+    )
+    reports: list[Report] = []
+    for report in results:
+        reports.append(report)
+        if progress is not None:
+            progress(len(reports), f"{report.system}: {report.attainment:.1%}")
+    return reports
+
+
+def capacity(
+    scenario: Scenario,
+    *,
+    violations: float = 0.05,
+    start: int = 16,
+    most: int = 4096,
+    tolerance: float = 0.02,
+    wide: int = 1,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+) -> Capacity:
+    """Search the capacity of ``scenario`` (its own fleet size does not matter).
+
+    ``tolerance``: the answer is exact to this share of itself (at least to one device). ``wide``: sizes
+    probed at once, as many as ``executor`` has processes. Attainment is not strictly monotone in fleet
+    size (sessions are whole, prompts collide); the search returns a size that kept the promise whose
+    next probed size did not.
+    """
+    if not 0 <= violations < 1 or start < 1 or most < start:
+        raise ValueError("capacity needs 0 <= violations < 1 and 1 <= start <= most")
+    reports: dict[int, Report] = {}
+
+    def probe(sizes: Sequence[int]) -> None:
+        fresh = [size for size in dict.fromkeys(sizes) if size not in reports]
+        found = run_all([scenario.with_devices(size) for size in fresh], executor)
+        for size, report in zip(fresh, found, strict=True):
+            reports[size] = report
+            if progress is not None:
+                progress(len(reports), f"{size} devices: {report.attainment:.1%}")
+
+    def keeps(size: int) -> bool:
+        report = reports[size]
+        # No session could be judged: the run is too short to say anything for this size.
+        return not math.isnan(report.attainment) and report.violations <= violations + 1e-12
+
+    low, high = 0, 0
+    size = start
+    while not high:
+        sizes = [min(most, size << step) for step in range(wide)]
+        probe(sizes)
+        for size in sizes:
+            if not keeps(size):
+                high = size
+                break
+            low = size
+        if low >= most:
+            return _result(low, violations, reports, bounded=False)
+        size = max(size * 2, 1)
+    while high - low > max(1, math.floor(tolerance * low)):
+        step = (high - low) / (wide + 1)
+        sizes = sorted({low + max(1, round(step * (i + 1))) for i in range(wide)} - {low, high})
+        probe(sizes)
+        for size in sizes:
+            if not keeps(size):
+                high = size
+                break
+            low = size
+    return _result(low, violations, reports, bounded=True)
+
+
+def _result(
+    devices: int, violations: float, reports: dict[int, Report], *, bounded: bool
+) -> Capacity:
+    probes = tuple((size, reports[size].attainment) for size in sorted(reports))
+    return Capacity(devices, violations, reports.get(devices), probes, bounded)

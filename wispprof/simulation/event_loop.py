@@ -1,0 +1,214 @@
+"""The event loop: one heap of (time, number, what, with what); everything else is edges and the server."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from heapq import heappop, heappush
+from random import Random
+from typing import Any
+
+from wispprof.sessions.draft_buffer import CommitEffect, Outgoing
+from wispprof.simulation.arrivals import ClosedFleet, Request
+from wispprof.simulation.devices import DRAFT_BYTES, OPEN_BYTES, TOKEN_BYTES, Link
+from wispprof.simulation.metrics import Counters, Report, SessionRecord, summarise
+from wispprof.simulation.scenario import DEVICE_STEP, LINK_STEP, SLO_STEP, Scenario, pick
+from wispprof.simulation.simulated_edge import Edge
+from wispprof.simulation.simulated_output import mix
+from wispprof.simulation.simulated_server import Server
+
+__all__ = ["Simulation", "simulate"]
+
+_RETRY_MS = 1000.0
+
+
+class Simulation:
+    """One run of a scenario. Every random draw comes from generators seeded by the scenario's seed and by who
+    draws, so fleets of different size or under different policies meet the same requests and texts."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.system = scenario.system
+        self.now_ms = 0.0
+        self.end_ms = scenario.seconds * 1000.0
+        self.counted_from_ms = 0.0
+        self.counters = Counters()
+        self.records: list[SessionRecord] = []
+        self._live: dict[str, Edge] = {}  # generations that are not over yet
+        self.events = 0
+        self._heap: list[tuple[float, int, Callable[[float, Any], None], Any]] = []
+        self._number = 0
+        self._links: dict[int, Link] = {}
+        self._before: dict[tuple[int, int], int] = {}
+        policy = self.system.make_batching()
+        self._stream = policy.stream
+        self.server = Server(self, scenario.server, policy, Random(mix((scenario.seed, 1))))
+
+    def at(self, when_ms: float, what: Callable[[float, Any], None], argument: Any) -> None:
+        """Call ``what(when_ms, argument)`` when the clock gets there; ties in the order they were made."""
+        self._number = number = self._number + 1
+        heappush(self._heap, (when_ms, number, what, argument))
+
+    def run(self) -> Report:
+        """Run to the end and sum up."""
+        self._load()
+        warm_ms = self.scenario.warmup_s * 1000.0
+        if warm_ms > 0:
+            self.at(warm_ms, self._warm, None)
+        heap, pop, end_ms = self._heap, heappop, self.end_ms
+        events = 0
+        # Reference counting frees everything here; the cycle collector would only walk the fleet again
+        # and again.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            while heap:
+                when, _, what, argument = pop(heap)
+                if when > end_ms:
+                    break
+                self.now_ms = when
+                events += 1
+                what(when, argument)
+        finally:
+            if collecting:
+                gc.enable()
+        self.events = events
+        return self._report()
+
+    # --- requests ---
+
+    def _load(self) -> None:
+        scenario = self.scenario
+        load = scenario.load
+        if isinstance(load, ClosedFleet):
+            for device in range(load.devices):
+                rng = Random(mix((scenario.seed, 2, device)))
+                self.at(rng.random() * load.ramp_ms, self._next, (device, 0))
+            return
+        rng = Random(mix((scenario.seed, 3)))
+        for device, request in enumerate(load.requests(rng, self.end_ms)):
+            self.at(request.at_ms, self._ask, (device, 0, request))
+
+    def _next(self, now_ms: float, who: tuple[int, int]) -> None:
+        """The next request of a closed fleet's device."""
+        device, number = who
+        load = self.scenario.load
+        assert isinstance(load, ClosedFleet)
+        rng = Random(mix((self.scenario.seed, 4, device, number)))
+        self._ask(now_ms, (device, number, Request(now_ms, *load.lengths.draw(rng))))
+
+    def _ask(self, now_ms: float, asked: tuple[int, int, Request]) -> None:
+        device, number, request = asked
+        scenario = self.scenario
+        record = SessionRecord(
+            device,
+            number,
+            pick(scenario.slos, device, SLO_STEP),
+            now_ms,
+            request.prompt_tokens,
+            request.output_tokens,
+        )
+        self.records.append(record)
+        link = self._links.get(device)
+        if link is None:
+            link = self._links[device] = Link(
+                pick(scenario.links, device, LINK_STEP), Random(mix((scenario.seed, 5, device)))
+            )
+        source = scenario.acceptance
+        script = source.script(
+            (scenario.seed, device, number), request.prompt_tokens, request.output_tokens
+        )
+        edge = Edge(
+            self,
+            f"{device}.{number}",
+            record,
+            pick(scenario.devices, device, DEVICE_STEP),
+            link,
+            script,
+            self.system.make_controller(source.predictor, script),
+            self._stream,
+            self.system.drafting,
+        )
+        size = OPEN_BYTES + TOKEN_BYTES * request.prompt_tokens
+        self.counters.up_bytes += size
+        self.at(link.up(now_ms, size), self.server.open, edge)
+        edge.begin(now_ms)
+        self._live[edge.key] = edge
+
+    def ended(self, now_ms: float, edge: Edge) -> None:
+        """A generation is over at its device: a closed fleet's device thinks, and asks again."""
+        del self._live[edge.key]
+        load = self.scenario.load
+        if not isinstance(load, ClosedFleet):
+            return
+        record = edge.record
+        pause = 0.0
+        if load.think_ms > 0:
+            rng = Random(mix((self.scenario.seed, 6, record.device, record.number)))
+            pause = rng.expovariate(1.0 / load.think_ms)
+        if record.refused:
+            pause = max(pause, _RETRY_MS)
+        self.at(now_ms + pause, self._next, (record.device, record.number + 1))
+
+    # --- what edges report ---
+
+    def send_draft(self, now_ms: float, edge: Edge, frame: Outgoing, slack_ms: float) -> None:
+        """A whole round leaves the edge."""
+        arrives_ms = self.sent(now_ms, edge.link, len(frame.tokens))
+        self.at(arrives_ms, self.server.draft, (edge, frame, slack_ms))
+
+    def sent(self, now_ms: float, link: Link, tokens: int) -> float:
+        """A frame of so many drafts leaves an edge; when it arrives."""
+        size = DRAFT_BYTES + (TOKEN_BYTES + 1) * tokens
+        self.counters.up_bytes += size
+        return link.up(now_ms, size)
+
+    def wasted(self, cost_ms: float, tokens: int) -> None:
+        """Drafting that was overtaken or contradicted."""
+        self.counters.wasted_ms += cost_ms
+        self.counters.wasted_tokens += tokens
+
+    def effect(self, effect: CommitEffect) -> None:
+        """What a commit did to an edge's drafts."""
+        counters = self.counters
+        counters.wasted_ms += effect.wasted_ms
+        counters.wasted_tokens += effect.wasted_tokens
+        counters.proactive += effect.proactive
+        counters.proactive_hits += effect.proactive_hit
+
+    # --- summing up ---
+
+    def _warm(self, now_ms: float, _: None) -> None:
+        """Counting begins."""
+        self._catch_up(now_ms)
+        self.counted_from_ms = now_ms
+        self.counters = Counters()
+        self._before = {(r.device, r.number): r.tokens for r in self.records if r.tokens}
+
+    def _catch_up(self, now_ms: float) -> None:
+        """Let every edge do what it has done by now, so that it is counted where it belongs."""
+        for edge in self._live.values():
+            edge.advance(now_ms)
+
+    def _report(self) -> Report:
+        self._catch_up(self.end_ms)
+        before = self._before
+        window = {
+            key: r.tokens - before.get(key, 0)
+            for r in self.records
+            if r.tokens > before.get(key := (r.device, r.number), 0)
+        }
+        return summarise(
+            self.system.label,
+            self.records,
+            self.counters,
+            window,
+            self.counted_from_ms,
+            self.end_ms,
+            self.events,
+        )
+
+
+def simulate(scenario: Scenario) -> Report:
+    """Run a scenario. Equal scenarios give equal reports."""
+    return Simulation(scenario).run()

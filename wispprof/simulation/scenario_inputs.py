@@ -1,0 +1,163 @@
+"""From names and files to the parts of a scenario: what a command line says, made into objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from wispprof.artifacts.bundled import roots
+from wispprof.artifacts.plan import load_plan
+from wispprof.artifacts.profile import load_edge
+from wispprof.artifacts.trace import load_trace
+from wispprof.errors import PlanError
+from wispprof.policies.controllers import ConfidenceSurvival
+from wispprof.simulation.arrivals import (
+    Bursts,
+    ClosedFleet,
+    Lengths,
+    OpenLoad,
+    Poisson,
+    Replay,
+    read_requests,
+)
+from wispprof.simulation.devices import DeviceProfile
+from wispprof.simulation.scenario import ServerModel
+from wispprof.simulation.simulated_output import AcceptanceSource
+from wispprof.simulation.step_costs import LinearCost
+from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
+from wispprof.simulation.systems import System
+from wispprof.simulation.trace_replay import TraceAcceptance
+from wispprof.types import RejectionPredictor, Slo
+
+__all__ = ["SERVER_PRESETS", "Inputs", "load_of", "read_inputs", "slo_mix", "with_plan"]
+
+SERVER_PRESETS: Mapping[str, ServerModel] = {
+    # Weights, row and KV costs from memory bandwidth and matrix rate of the card, 32 B parameters in
+    # bf16 with 8 KV heads: computed, not measured. Profile your own server for real answers.
+    "a100-32b": ServerModel(LinearCost(42.0, row_ms=0.35, kv_ms=0.00017), kv_tokens=200_000),
+    "h200-32b": ServerModel(LinearCost(18.0, row_ms=0.12, kv_ms=0.00006), kv_tokens=250_000),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Server, device and acceptance of a scenario. ``notes`` say where each came from."""
+
+    server: ServerModel
+    device: DeviceProfile
+    acceptance: AcceptanceSource
+    notes: tuple[str, ...]
+
+
+def read_inputs(
+    *,
+    server: str | None = None,
+    edge: Path | None = None,
+    trace: Path | None = None,
+    predictor: Path | None = None,
+    draft_tokens_per_s: float = 60.0,
+    acceptance: float = 0.75,
+    noise: float = 1.0,
+) -> Inputs:
+    """Read what is given; what is not comes from shipped files, then from presets.
+
+    ``server``: a preset's name or an estimator file. Raises the artifact errors, or :class:`PlanError`
+    for an unknown preset.
+    """
+    notes: list[str] = []
+    model = _server(server, notes)
+    tokenizer = ""
+    if edge is not None:
+        profile = load_edge(edge)
+        tokenizer = profile.manifest.model.tokenizer_hash
+        device = DeviceProfile.from_rows(edge.stem, profile.rows)
+        notes.append(f"edge: profile {edge}")
+    else:
+        device = DeviceProfile.from_speed("edge", draft_tokens_per_s)
+        notes.append(f"edge: {draft_tokens_per_s:g} draft tokens/s (no profile given)")
+    source: AcceptanceSource
+    if trace is not None:
+        recorded = load_trace(trace)
+        if tokenizer and recorded.tokenizer_hash and tokenizer != recorded.tokenizer_hash:
+            raise PlanError(
+                f"{edge} was profiled with another tokenizer than {trace} was taken with.",
+                "Profile the draft model that the trace is of, or take the trace with this one.",
+            )
+        source = TraceAcceptance(recorded, _predictor(predictor))
+        notes.append(f"acceptance: trace {trace}")
+    else:
+        source = SyntheticAcceptance(acceptance, noise=noise)
+        notes.append(f"acceptance: drawn, mean {acceptance:g} a position (no trace given)")
+    return Inputs(model, device, source, tuple(notes))
+
+
+def _server(name: str | None, notes: list[str]) -> ServerModel:
+    if name is None:
+        shipped = _shipped("estimator.json")
+        name = str(shipped) if shipped is not None else "a100-32b"
+    if name in SERVER_PRESETS:
+        notes.append(f"server: preset {name}, computed from data sheets, not measured")
+        return SERVER_PRESETS[name]
+    if not Path(name).exists() and not Path(name).suffix:
+        raise PlanError(
+            f"There is no server preset named {name!r}.",
+            f"Choose of {', '.join(SERVER_PRESETS)}, or name an estimator file.",
+        )
+    from wispprof.fitting import load_estimator
+
+    notes.append(f"server: estimator {name}")
+    return ServerModel(load_estimator(Path(name)))
+
+
+def _predictor(path: Path | None) -> RejectionPredictor:
+    if path is None:
+        return ConfidenceSurvival()
+    from wispprof.fitting import load_predictor
+
+    return load_predictor(path)
+
+
+def _shipped(name: str) -> Path | None:
+    """The first shipped artifact of that file name, searched in the shipped models and profiles."""
+    for root in roots():
+        for folder in ("models", "profiles"):
+            found = sorted((root / folder).rglob(name)) if (root / folder).is_dir() else []
+            if found:
+                return found[0]
+    return None
+
+
+def slo_mix(classes: Sequence[float], ttft_ms: float | None) -> tuple[tuple[Slo, float], ...]:
+    """Equal shares of SLO classes (tokens/s)."""
+    return tuple((Slo(speed, ttft_ms), 1.0) for speed in classes)
+
+
+def load_of(
+    arrivals: str,
+    *,
+    devices: int,
+    lengths: Lengths,
+    think_ms: float = 0.0,
+    per_s: float = 1.0,
+    burst_per_s: float | None = None,
+    speed: float = 1.0,
+) -> ClosedFleet | OpenLoad:
+    """``closed``, ``poisson``, ``bursts``, or the path of a request trace."""
+    if arrivals == "closed":
+        return ClosedFleet(devices, lengths, think_ms)
+    if arrivals == "poisson":
+        return Poisson(per_s, lengths)
+    if arrivals == "bursts":
+        return Bursts(per_s, burst_per_s if burst_per_s is not None else 4 * per_s, lengths=lengths)
+    return Replay(read_requests(arrivals), speed)
+
+
+def with_plan(system: System, plan: Path | None, device: str) -> System:
+    """The system with its ``wispprof`` controllers bound to a plan's rows for a device."""
+    if plan is None or system.controller != "wispprof":
+        return system
+    from wispprof.policies.stopping import rows_of
+
+    options = {**system.controller_options, "rows": rows_of(load_plan(plan), device)}
+    return replace(system, controller_options=options)

@@ -1,0 +1,126 @@
+"""One generation's future, as the simulator knows it and nobody else does.
+
+As long as everything drafted equals the target's path, the proposal at a position depends on that position
+alone (the draft saw the true prefix). From the first difference on the draft follows a wrong path of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from wispprof.types import DraftToken, RejectionPredictor, Sampling
+
+__all__ = ["AcceptanceSource", "Script", "mix"]
+
+PROMPT_TOKEN = 7
+"""Prompts only count by their length: every prompt token is this one."""
+
+
+class Script:
+    """One generation's future. Positions as everywhere: prompt tokens first.
+
+    ``path``: output tokens of the target. ``proposals[i]``: for output position ``i`` after the true prefix.
+    ``astray[i]``: what the draft would go on with if its proposal there was wrong; the last entry repeats.
+    """
+
+    __slots__ = (
+        "_astray",
+        "_length",
+        "_tail",
+        "_wrong_from",
+        "path",
+        "prompt_tokens",
+        "proposals",
+    )
+
+    def __init__(
+        self,
+        prompt_tokens: int,
+        path: Sequence[int],
+        proposals: Sequence[DraftToken],
+        astray: Sequence[Sequence[DraftToken]],
+    ) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.path = path
+        self.proposals = proposals
+        self._astray = astray
+        self._length = prompt_tokens
+        self._wrong_from = -1
+        self._tail: Sequence[DraftToken] = ()
+
+    @property
+    def prompt(self) -> list[int]:
+        return [PROMPT_TOKEN] * self.prompt_tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens held, committed and drafted."""
+        return self._length
+
+    @property
+    def on_path(self) -> bool:
+        """Whether everything held so far is what the target says."""
+        return self._wrong_from < 0
+
+    def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
+        """Start over from committed tokens (they are on the path by definition)."""
+        self._length = len(tokens)
+        self._wrong_from = -1
+
+    def draft(self) -> DraftToken:
+        """Propose the next token and hold it."""
+        place = self._length - self.prompt_tokens
+        self._length += 1
+        wrong = self._wrong_from
+        if wrong < 0:
+            proposal = self.proposals[place]
+            if proposal.token != self.path[place]:
+                self._wrong_from = place
+                self._tail = self._astray[place]
+            return proposal
+        tail = self._tail
+        depth = place - wrong - 1
+        return tail[depth] if depth < len(tail) else tail[-1]
+
+    def rollback(self, length: int) -> None:
+        """Hold only the first ``length`` tokens."""
+        if length > self._length:
+            raise ValueError(f"cannot roll {self._length} tokens back to {length}")
+        self._length = length
+        if length - self.prompt_tokens <= self._wrong_from:
+            self._wrong_from = -1
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append committed tokens."""
+        self._length += len(tokens)
+
+    def ahead(self, most: int) -> int:
+        """How many proposals from here on the target will accept, at most ``most`` (clairvoyant)."""
+        if self._wrong_from >= 0:
+            return 0
+        start = self._length - self.prompt_tokens
+        proposals, path = self.proposals, self.path
+        last = min(len(path), start + most)
+        place = start
+        while place < last and proposals[place].token == path[place]:
+            place += 1
+        return place - start
+
+
+class AcceptanceSource(Protocol):
+    """Where scripts come from. ``predictor`` reads the features that its scripts carry."""
+
+    @property
+    def predictor(self) -> RejectionPredictor: ...
+
+    def script(self, seed: Sequence[int], prompt_tokens: int, output_tokens: int) -> Script:
+        """The generation that this seed stands for, equal for equal arguments."""
+
+
+def mix(seed: Sequence[int]) -> int:
+    """One integer from several, distinct for distinct small ones."""
+    value = 0
+    for part in seed:
+        value = (value * 1_000_003 + part + 1) & 0xFFFFFFFFFFFFFFFF
+    return value

@@ -1,0 +1,317 @@
+"""The server's side: sessions admitted by memory, a batching policy asked whenever the engine is free.
+
+Sessions are the runtime's own (:class:`~wispprof.sessions.session_state.ServerSession`), policies too. The
+engine is a clock: a step over its batch shape takes what the estimator says, times its residual.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from random import Random
+from typing import TYPE_CHECKING
+
+from wispprof.policies.api import BatchPolicy, Limits, StepPlan
+from wispprof.policies.load_level import load_level, stretch
+from wispprof.sessions.draft_buffer import Outgoing
+from wispprof.sessions.session_state import ServerSession
+from wispprof.simulation.devices import COMMIT_BYTES, TOKEN_BYTES
+from wispprof.simulation.kv_offload import Residency
+from wispprof.simulation.scenario import ServerModel
+from wispprof.simulation.simulated_edge import Edge
+from wispprof.simulation.step_costs import StepTimes, WithoutPrefixCache
+from wispprof.types import Feed, Outcome, StepEstimator
+
+if TYPE_CHECKING:
+    from wispprof.simulation.event_loop import Simulation
+
+__all__ = ["PolicyBroke", "Server"]
+
+_UNLIMITED = 1 << 40
+_LEVEL_EVERY = 16
+_INSTANT_MS = 1e-6
+
+
+class PolicyBroke(RuntimeError):
+    """A batching policy went beyond its limits, planned a session twice, or one it was not shown."""
+
+
+class Server:
+    """One engine and its step loop, driven by events."""
+
+    def __init__(
+        self, sim: Simulation, model: ServerModel, policy: BatchPolicy, rng: Random
+    ) -> None:
+        self._sim = sim
+        self._model = model
+        self._policy = policy
+        self._estimator: StepEstimator = (
+            model.estimator if sim.system.prefix_cache else WithoutPrefixCache(model.estimator)
+        )
+        self._times = StepTimes(self._estimator, model.spread, rng)
+        self._overhead_ms = max(model.overhead_ms, _INSTANT_MS)
+        self._sessions: dict[str, ServerSession] = {}
+        self._edges: dict[str, Edge] = {}
+        self._streaming: dict[str, Edge] = {}  # those of them that draft ahead in stream mode
+        self._queue: deque[Edge] = deque()
+        self._reserved = 0
+        self._kv_used = 0
+        self._kv_tokens = model.kv_tokens if model.kv_tokens is not None else _UNLIMITED
+        self._residency: Residency | None = None
+        if model.host_kv_ms is not None:
+            # Host memory admits everybody; what bounds a step is the card, of which no session keeps a part.
+            self._residency = Residency(self._kv_tokens)
+            self._kv_tokens = _UNLIMITED
+        self._busy = False
+        self._wake = 0
+        self._level = 0
+        self._steps = 0
+        # The least time a token can take: a lone step that commits a full tail.
+        alone = self._estimator.start().add(1, 0).p50_ms
+        self._floor_ms = alone / (1 + sim.system.drafting.lead)
+
+    # --- frames arrive ---
+
+    def open(self, now_ms: float, edge: Edge) -> None:
+        """An opening frame arrived. Admission is in order of arrival, by the memory it may come to need."""
+        need = edge.script.prompt_tokens + edge.record.output_tokens
+        if need > min(self._model.kv_tokens or _UNLIMITED, self._model.max_context):
+            edge.record.refused = True
+            self._sim.ended(now_ms, edge)
+            return
+        self._queue.append(edge)
+        self._admit(now_ms)
+        self._decide(now_ms)
+
+    def draft(self, now_ms: float, sent: tuple[Edge, Outgoing, float]) -> None:
+        """A round arrived."""
+        edge, frame, slack_ms = sent
+        session = self._sessions.get(edge.key)
+        if session is None:
+            return
+        session.merge(
+            frame.epoch,
+            frame.base,
+            frame.tokens,
+            frame.survival,
+            now_ms,
+            slack_ms,
+            frame.draft_ms,
+        )
+        if not self._busy:
+            self._decide(now_ms)
+
+    def _collect(self, now_ms: float) -> None:
+        """Streams: merge every frame that has arrived by now."""
+        sessions = self._sessions
+        for key, edge in self._streaming.items():
+            if edge.next_ms <= now_ms:
+                edge.advance(now_ms)
+            outbox = edge.outbox
+            if outbox and outbox[0][0] <= now_ms:
+                merge = sessions[key].merge
+                while outbox and outbox[0][0] <= now_ms:
+                    arrived_ms, (epoch, base, tokens, survival, draft_ms) = outbox.popleft()
+                    merge(epoch, base, tokens, survival, arrived_ms, math.inf, draft_ms)
+
+    def _admit(self, now_ms: float) -> None:
+        model = self._model
+        while self._queue:
+            edge = self._queue[0]
+            need = edge.script.prompt_tokens + edge.record.output_tokens
+            if self._reserved + need > self._kv_tokens:
+                return
+            self._queue.popleft()
+            self._reserved += need
+            self._edges[edge.key] = edge
+            if edge.stream and edge.controller is not None:
+                self._streaming[edge.key] = edge
+                # What came before nobody kept: the edge sends it again once it knows a frontier.
+                edge.advance(now_ms)
+                while edge.outbox and edge.outbox[0][0] < now_ms:
+                    edge.outbox.popleft()
+            self._sessions[edge.key] = ServerSession(
+                edge.key,
+                edge.script.prompt,
+                slo=edge.record.slo,
+                max_new=edge.record.output_tokens,
+                max_context=model.max_context + 1,
+                # The promise counts from the request, not from admission.
+                now_ms=edge.record.asked_ms,
+                stream=edge.stream,
+                undrafted=edge.controller is None,
+                max_tail=self._sim.system.drafting.lead,
+                floor_ms=self._floor_ms,
+            )
+
+    # --- the step loop ---
+
+    def _decide(self, now_ms: float) -> None:
+        if self._busy or not self._sessions:
+            return
+        self._wake += 1
+        self._collect(now_ms)
+        model = self._model
+        limits = Limits(
+            model.max_items,
+            model.max_tokens,
+            model.prefill_chunk,
+            self._kv_tokens - self._kv_used,
+        )
+        views = [session.view(now_ms) for session in self._sessions.values()]
+        plan = self._policy.plan(now_ms, views, self._estimator, limits)
+        if plan.members:
+            self._step(now_ms, plan, limits)
+            return
+        if plan.wake_ms is not None:
+            self._sim.at(max(plan.wake_ms, now_ms + 1e-3), self._woken, self._wake)
+        for edge in self._streaming.values():
+            self._watch(edge)
+
+    def _watch(self, edge: Edge) -> None:
+        """With the engine idle, its next frame is an event."""
+        when = edge.outbox[0][0] if edge.outbox else edge.next_ms
+        if when < math.inf:
+            self._sim.at(when, self._stirred, (self._wake, edge))
+
+    def _stirred(self, now_ms: float, who: tuple[int, Edge]) -> None:
+        wake, edge = who
+        if wake != self._wake:
+            return
+        edge.advance(now_ms)
+        if edge.outbox and edge.outbox[0][0] <= now_ms:
+            self._decide(now_ms)
+        else:
+            self._watch(edge)
+
+    def _woken(self, now_ms: float, wake: int) -> None:
+        if wake == self._wake:
+            self._decide(now_ms)
+
+    def _step(self, now_ms: float, plan: StepPlan, limits: Limits) -> None:
+        items: list[tuple[int, int, bool]] = []
+        feeds: list[Feed] = []
+        sessions = self._sessions
+        rows = prefill = 0
+        for member in plan.members:
+            session = sessions.get(member.session)
+            if session is None or session.in_flight:
+                raise PolicyBroke(f"{self._policy.name} planned {member.session} twice, or unasked")
+            cached, chunk = session.cached, member.prefill
+            feed = session.feed(member, now_ms)
+            new = len(feed.tokens)
+            items.append((new, cached, chunk > 0))
+            feeds.append(feed)
+            rows += new
+            prefill += chunk
+        if (
+            len(items) > limits.max_items
+            or rows > min(limits.max_tokens, limits.kv_free)
+            or prefill > limits.prefill_chunk
+        ):
+            raise PolicyBroke(f"{self._policy.name} went beyond {limits} with {rows} rows")
+        p50_ms, took_ms = self._times.sample(items)
+        host_ms = self._model.host_kv_ms
+        if self._residency is not None and host_ms is not None:
+            members = ((f.session, c, n) for f, (n, c, _) in zip(feeds, items, strict=True))
+            took_ms += host_ms * self._residency.take(members)
+        self._busy = True
+        self._steps += 1
+        counters = self._sim.counters
+        counters.steps += 1
+        counters.step_ms += took_ms
+        counters.predicted_ms += p50_ms
+        counters.rows += rows
+        counters.prefill_rows += prefill
+        self._sim.at(now_ms + took_ms, self._done, (feeds, took_ms, now_ms))
+
+    def _done(self, now_ms: float, ran: tuple[list[Feed], float, float]) -> None:
+        feeds, took_ms, began_ms = ran
+        self._collect(now_ms)
+        sim, sessions, edges = self._sim, self._sessions, self._edges
+        counters, at, level = sim.counters, sim.at, self._level
+        # Commits leave between the bookkeeping of this step and the decision on the next one.
+        leaves_ms = now_ms + self._overhead_ms / 2.0
+        counters.busy_ms += now_ms - max(began_ms, sim.counted_from_ms)
+        if self._steps % _LEVEL_EVERY == 1:
+            level = self._look_at_load()
+        over: list[str] = []
+        queue_ms, kv_used = counters.queue_ms, self._kv_used
+        committed = rounds = verified = accepted = down_bytes = 0
+        for feed in feeds:
+            key = feed.session
+            session, edge = sessions[key], edges[key]
+            before = session.cached
+            commit = session.apply(_decided(feed, session, edge), now_ms)
+            kv_used += session.cached - before
+            count = len(commit.tokens)
+            if not count:
+                continue
+            committed += count
+            if not commit.first:
+                rounds += 1
+                verified += commit.drafted
+                accepted += commit.accepted
+                queue_ms += commit.queue_ms
+            size = COMMIT_BYTES + TOKEN_BYTES * count
+            down_bytes += size
+            at(edge.link.down(leaves_ms, size), edge.on_commit, (commit, took_ms, level))
+            if commit.finished:
+                kv_used -= session.cached
+                over.append(key)
+        self._kv_used = kv_used
+        counters.committed += committed
+        counters.rounds += rounds
+        counters.verified += verified
+        counters.accepted += accepted
+        counters.queue_ms = queue_ms
+        counters.down_bytes += down_bytes
+        for key in over:
+            edge = edges.pop(key)
+            del sessions[key]
+            self._streaming.pop(key, None)
+            if self._residency is not None:
+                self._residency.drop(key)
+            self._reserved -= edge.script.prompt_tokens + edge.record.output_tokens
+        if over:
+            self._admit(now_ms)
+        at(now_ms + self._overhead_ms, self._free, None)
+
+    def _free(self, now_ms: float, _: None) -> None:
+        self._busy = False
+        self._decide(now_ms)
+
+    def _look_at_load(self) -> int:
+        cached = [s.cached for s in self._sessions.values() if not s.prompt_left]
+        self._level = load_level(stretch(self._estimator, cached), self._level)
+        return self._level
+
+    @property
+    def kv_used(self) -> int:
+        """Cache tokens held now."""
+        return self._kv_used
+
+    def check_integrity(self) -> None:
+        """Books balance: KV in use is the sum over sessions, reservations too. Raises ``AssertionError``."""
+        if self._busy:
+            return
+        assert self._kv_used == sum(s.cached for s in self._sessions.values())
+        assert self._reserved == sum(
+            e.script.prompt_tokens + e.record.output_tokens for e in self._edges.values()
+        )
+        assert self._kv_used <= self._kv_tokens
+
+
+def _decided(feed: Feed, session: ServerSession, edge: Edge) -> Outcome:
+    """What the target says to a feed: its script's path, as far as the drafts agree, and one more."""
+    if not feed.emit:
+        return Outcome(feed.session, 0, ())
+    path = edge.script.path
+    place = len(session.tokens) - edge.script.prompt_tokens
+    accepted, drafts = 0, feed.drafts
+    if drafts:
+        tokens = feed.tokens
+        first = len(tokens) - drafts
+        while accepted < drafts and tokens[first + accepted] == path[place + accepted]:
+            accepted += 1
+    return Outcome(feed.session, accepted, tuple(path[place : place + accepted + 1]))

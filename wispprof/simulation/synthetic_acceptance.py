@@ -1,0 +1,192 @@
+"""Scripts drawn from a model of acceptance, for setups of which only averages are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from wispprof.simulation.simulated_output import Script
+from wispprof.types import DraftFeatures, DraftToken, RejectionPredictor
+
+__all__ = ["SyntheticAcceptance", "TrustConfidence", "survival_curve"]
+
+
+class TrustConfidence:
+    """A predictor that believes the feature ``confidence``: synthetic features are calibrated already."""
+
+    def survival(self, features: DraftFeatures, depth: int) -> float:
+        return features.confidence
+
+    def survival_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
+        confidence: np.ndarray = np.asarray(features)[:, 0]
+        return confidence
+
+
+_LEVELS = 64
+_RIGHT, _WRONG = 1, 0
+
+
+class SyntheticAcceptance:
+    """Scripts drawn from a model with four figures, for setups of which only averages are known.
+
+    Each output position has its own chance ``q`` of a right proposal, from a Beta law of mean
+    ``acceptance`` whose concentration is ``concentration`` (small: some positions are easy and some
+    hopeless). With probability ``persistence`` a position inherits the chance of the one before it. A
+    predictor sees ``logit(q)`` through Gaussian noise of standard deviation ``noise`` and answers with
+    the calibrated chance given what it sees; 0 knows ``q`` exactly (not the outcome), large values know
+    only the mean.
+    """
+
+    def __init__(
+        self,
+        acceptance: float = 0.75,
+        *,
+        concentration: float = 2.0,
+        persistence: float = 0.0,
+        noise: float = 1.0,
+    ) -> None:
+        if not 0 < acceptance < 1 or concentration <= 0 or not 0 <= persistence <= 1 or noise < 0:
+            raise ValueError(
+                "synthetic acceptance needs 0 < acceptance < 1, concentration > 0, "
+                f"0 <= persistence <= 1 and noise >= 0, got {acceptance}, {concentration}, "
+                f"{persistence}, {noise}"
+            )
+        self.acceptance = acceptance
+        self.concentration = concentration
+        self.persistence = persistence
+        self.noise = noise
+        self.predictor: RejectionPredictor = TrustConfidence()
+        self._edges, self._levels = _calibration(acceptance, concentration, noise)
+        self._right = [DraftToken(_RIGHT, features) for features in self._levels]
+        self._wrong = [DraftToken(_WRONG, features) for features in self._levels]
+
+    @classmethod
+    def from_survival(
+        cls, survival: Sequence[float], *, concentration: float = 2.0, noise: float = 1.0
+    ) -> SyntheticAcceptance:
+        """Match a measured or published curve: ``survival[j]`` = P(first j + 1 proposals accepted).
+
+        The mean is its first value; the persistence is the one whose curve comes closest (least squares).
+        """
+        if not survival or not 0 < survival[0] < 1:
+            raise ValueError("a survival curve begins with a probability between 0 and 1")
+        goal = np.asarray(survival, dtype=float)
+
+        def gap(persistence: float) -> float:
+            curve = survival_curve(survival[0], concentration, persistence, len(goal))
+            return float(((curve - goal) ** 2).sum())
+
+        best = min((i / 50 for i in range(51)), key=gap)
+        return cls(survival[0], concentration=concentration, persistence=best, noise=noise)
+
+    def survival(self, depth: int) -> np.ndarray:
+        """P(first j + 1 proposals accepted) for j < depth, (depth,)."""
+        return survival_curve(self.acceptance, self.concentration, self.persistence, depth)
+
+    def auc(self, samples: int = 20_000) -> float:
+        """The predictor's area under the ROC curve over positions, by simulation with a fixed seed."""
+        rng = np.random.default_rng(0)
+        right, level = self._draw(rng, samples)
+        order = np.argsort(level, kind="stable")
+        ranks = np.empty(samples)
+        ranks[order] = np.arange(1, samples + 1)
+        # Ties share their mean rank.
+        values, inverse = np.unique(level, return_inverse=True)
+        mean_rank = np.bincount(inverse, ranks) / np.bincount(inverse)
+        good = int(right.sum())
+        rank_sum = float(mean_rank[inverse][right].sum())
+        del values
+        return (rank_sum - good * (good + 1) / 2) / (good * (samples - good))
+
+    def script(self, seed: Sequence[int], prompt_tokens: int, output_tokens: int) -> Script:
+        rng = np.random.default_rng([s & 0xFFFFFFFF for s in seed])
+        right, level = self._draw(rng, output_tokens)
+        levels = level.tolist()
+        wrong = [self._wrong[i] for i in levels]
+        proposals = [
+            self._right[i] if ok else missed
+            for i, ok, missed in zip(levels, right.tolist(), wrong, strict=True)
+        ]
+        # A draft that went astray does not know it: its confidence goes on like any other.
+        return Script(prompt_tokens, [_RIGHT] * output_tokens, proposals, _Astray(wrong))
+
+    def _draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+        a = self.acceptance * self.concentration
+        q = rng.beta(a, self.concentration - a, count)
+        if self.persistence > 0:
+            fresh = rng.random(count) >= self.persistence
+            fresh[0] = True
+            q = q[np.maximum.accumulate(np.where(fresh, np.arange(count), 0))]
+        right = rng.random(count) < q
+        seen = _logit(q) + self.noise * rng.standard_normal(count)
+        return right, np.searchsorted(self._edges, seen)
+
+
+class _Astray(Sequence[Sequence[DraftToken]]):
+    """The wrong tokens of the positions that follow, cut when they are asked for; at least one."""
+
+    __slots__ = ("_wrong",)
+
+    def __init__(self, wrong: list[DraftToken]) -> None:
+        self._wrong = wrong
+
+    def __len__(self) -> int:
+        return len(self._wrong)
+
+    def __getitem__(self, place: int) -> Sequence[DraftToken]:  # type: ignore[override]
+        wrong = self._wrong
+        return wrong[min(place + 1, len(wrong) - 1) :]
+
+
+def survival_curve(
+    acceptance: float, concentration: float, persistence: float, depth: int
+) -> np.ndarray:
+    """P(first j + 1 proposals accepted) of the synthetic model, (depth,).
+
+    By runs: within a run of equal ``q`` of length r the chance is the Beta law's r-th moment.
+    """
+    a = acceptance * concentration
+    moments = [1.0]
+    for r in range(depth):
+        moments.append(moments[-1] * (a + r) / (concentration + r))
+    survive = [1.0]
+    for n in range(1, depth + 1):
+        # The first run has length r < n and then a fresh q begins, or it covers all n.
+        total = persistence ** (n - 1) * moments[n]
+        for r in range(1, n):
+            total += persistence ** (r - 1) * (1 - persistence) * moments[r] * survive[n - r]
+        survive.append(total)
+    return np.asarray(survive[1:])
+
+
+def _logit(q: np.ndarray) -> np.ndarray:
+    q = np.clip(q, 1e-6, 1 - 1e-6)
+    value: np.ndarray = np.log(q) - np.log1p(-q)
+    return value
+
+
+@lru_cache(maxsize=64)
+def _calibration(
+    acceptance: float, concentration: float, noise: float
+) -> tuple[np.ndarray, tuple[DraftFeatures, ...]]:
+    """What a noisy sight of ``logit(q)`` is worth: quantile edges, and mean ``q`` in each bin."""
+    rng = np.random.default_rng(20260120)
+    a = acceptance * concentration
+    q = rng.beta(a, concentration - a, 200_000)
+    seen = _logit(q) + noise * rng.standard_normal(q.size)
+    edges = np.quantile(seen, np.linspace(0, 1, _LEVELS + 1)[1:-1])
+    bins = np.searchsorted(edges, seen)
+    mean = np.bincount(bins, q, _LEVELS) / np.maximum(1, np.bincount(bins, minlength=_LEVELS))
+    mean = np.maximum.accumulate(mean)
+    return edges, tuple(_features(float(p)) for p in mean)
+
+
+def _features(confidence: float) -> DraftFeatures:
+    """Features of a two-way choice with this confidence: plausible, and monotone in it."""
+    p = min(max(confidence, 1e-6), 1 - 1e-6)
+    entropy = -(p * math.log(p) + (1 - p) * math.log1p(-p))
+    margin = math.log(p) - math.log1p(-p)
+    return DraftFeatures(p, entropy, margin, 1.0 + abs(margin))

@@ -1,0 +1,122 @@
+"""Scripts replayed from an acceptance trace: what a draft model really proposed, and with which features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import NamedTuple
+
+import numpy as np
+
+from wispprof.artifacts.rows import AcceptanceTrace, TracePath
+from wispprof.errors import ProfileError
+from wispprof.simulation.simulated_output import Script, mix
+from wispprof.types import DraftFeatures, DraftToken, RejectionPredictor
+
+__all__ = ["MemoPredictor", "TraceAcceptance", "TraceReplay"]
+
+
+class MemoPredictor:
+    """Another predictor, each answer computed once: scripts repeat the same few features many times."""
+
+    def __init__(self, predictor: RejectionPredictor) -> None:
+        self._predictor = predictor
+        self._known: dict[tuple[DraftFeatures, int], float] = {}
+
+    def survival(self, features: DraftFeatures, depth: int) -> float:
+        key = (features, depth)
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self._predictor.survival(features, depth)
+        return known
+
+    def survival_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
+        return self._predictor.survival_batch(features, depth)
+
+
+class _Segment(NamedTuple):
+    """The scored part of one trace path, as plain lists."""
+
+    path: list[int]
+    proposals: list[DraftToken]
+    astray: list[list[DraftToken]]
+
+
+class TraceAcceptance:
+    """Scripts cut from an acceptance trace: recorded paths, proposals and features, in random order.
+
+    A generation longer than one path goes on with another. Rows that the end of a path censors are left out.
+    Beyond the recorded depth of a wrong path its last feature row repeats. Prompt length is the caller's.
+    Raises :class:`ProfileError` if the trace holds no scored row.
+    """
+
+    def __init__(self, trace: AcceptanceTrace, predictor: RejectionPredictor) -> None:
+        self.predictor: RejectionPredictor = MemoPredictor(predictor)
+        segments = (_segment(path, path.scored_rows()) for path in trace.paths)
+        self._segments = [s for s in segments if s.path]
+        if not self._segments:
+            raise ProfileError(
+                "The acceptance trace holds no path longer than its own depth.",
+                "Record longer paths: wispprof profile-edge --trace.",
+            )
+
+    def script(self, seed: Sequence[int], prompt_tokens: int, output_tokens: int) -> Script:
+        rng = Random(mix(seed))
+        path: list[int] = []
+        proposals: list[DraftToken] = []
+        astray: list[list[DraftToken]] = []
+        while len(path) < output_tokens:
+            segment = rng.choice(self._segments)
+            start = rng.randrange(len(segment.path)) if not path else 0
+            path += segment.path[start:]
+            proposals += segment.proposals[start:]
+            astray += segment.astray[start:]
+        return Script(prompt_tokens, path[:output_tokens], proposals, astray)
+
+
+class TraceReplay:
+    """Scripts that are whole paths of a trace, told by number: what replay edges draft along.
+
+    Device d's request r follows path ``(r · devices + d) mod paths``, as a bench deals them. Rows that the
+    end of a path censors are kept: on the path, the proposal at a position is known for every row.
+    """
+
+    def __init__(self, trace: AcceptanceTrace, predictor: RejectionPredictor, devices: int) -> None:
+        self.predictor: RejectionPredictor = MemoPredictor(predictor)
+        self._paths = trace.paths
+        self._devices = devices
+        self._known: dict[int, _Segment] = {}
+
+    def lengths(self, device: int, number: int) -> tuple[int, int]:
+        """Prompt and path tokens of a device's request."""
+        path = self._paths[self._index(device, number)]
+        return len(path.prompt), len(path.path)
+
+    def script(self, seed: Sequence[int], prompt_tokens: int, output_tokens: int) -> Script:
+        """``seed``: (of the scenario, device, number of its request)."""
+        index = self._index(*seed[-2:])
+        whole = self._known.get(index)
+        if whole is None:
+            path = self._paths[index]
+            whole = self._known[index] = _segment(path, len(path.path))
+        return Script(prompt_tokens, whole.path[:output_tokens], whole.proposals, whole.astray)
+
+    def _index(self, device: int, number: int) -> int:
+        return (number * self._devices + device) % len(self._paths)
+
+
+def _segment(path: TracePath, rows: int) -> _Segment:
+    drafted = [
+        [
+            DraftToken(int(token), DraftFeatures(*features))
+            for token, features in zip(tokens, features_of, strict=True)
+        ]
+        for tokens, features_of in zip(
+            path.drafts[:rows].tolist(), path.features[:rows].tolist(), strict=True
+        )
+    ]
+    return _Segment(
+        list(map(int, path.path[:rows])),
+        [row[0] for row in drafted],
+        [row[1:] or row for row in drafted],
+    )

@@ -1,0 +1,1 @@
+"""Test doubles and harnesses: fake engine, in-process server, link emulator, virtual time."""

@@ -1,0 +1,249 @@
+"""A verifier engine without a model: its target is a hash of the prefix. For tests, here and yours.
+
+It keeps the whole contract of an engine: caches by length, runs out of memory, rolls back, and decides
+each token from exactly the tokens it was fed, so a lost rollback or a crossed session changes its text.
+The sampling settings are part of the hash, as noise is part of a sampled token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from wispprof.errors import EngineError, OutOfKvMemory
+from wispprof.types import (
+    BatchShape,
+    DraftFeatures,
+    DraftToken,
+    Feed,
+    Outcome,
+    Sampling,
+    ServedModel,
+)
+
+__all__ = ["HashDrafter", "HashEngine", "HashTarget"]
+
+_GREEDY = Sampling()
+_MASK = (1 << 64) - 1
+
+
+def _mix(state: int, value: int) -> int:
+    """One round of splitmix64 over a running state."""
+    z = (state + value * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+@dataclass(frozen=True, slots=True)
+class HashTarget:
+    """A language model of ``vocab`` tokens whose next token is a hash of all before it."""
+
+    vocab: int = 256
+
+    def start(self, sampling: Sampling) -> int:
+        """State of the empty prefix. Greedy ignores the seed, as argmax does."""
+        if sampling.temperature == 0:
+            return 1
+        knobs = (sampling.seed, sampling.temperature, sampling.top_k, sampling.top_p)
+        state = 2
+        for knob in knobs:
+            state = _mix(state, hash(knob) & _MASK)
+        return state
+
+    def feed(self, state: int, token: int) -> int:
+        return _mix(state, token + 1)
+
+    def next(self, state: int) -> int:
+        return (state >> 11) % self.vocab
+
+    def generate(
+        self, prompt: Sequence[int], count: int, sampling: Sampling = _GREEDY
+    ) -> list[int]:
+        """The only right continuation of ``prompt``."""
+        state = self.start(sampling)
+        for token in prompt:
+            state = self.feed(state, token)
+        out: list[int] = []
+        while len(out) < count:
+            out.append(self.next(state))
+            state = self.feed(state, out[-1])
+        return out
+
+
+@dataclass(slots=True)
+class _Cache:
+    """Tokens of one session and the hash state after each of them."""
+
+    sampling: Sampling
+    tokens: list[int] = field(default_factory=list)
+    states: list[int] = field(default_factory=list)
+
+
+class HashEngine:
+    """``step_ms`` says how long a step of some shape takes; ``sleep`` (seconds) spends that time."""
+
+    def __init__(
+        self,
+        vocab: int = 256,
+        *,
+        max_context: int = 4096,
+        kv_tokens: int = 1 << 20,
+        step_ms: Callable[[BatchShape], float] | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.target = HashTarget(vocab)
+        self._max_context = max_context
+        self._kv_tokens = kv_tokens
+        self._step_ms = step_ms
+        self._sleep = sleep
+        self._caches: dict[str, _Cache] = {}
+        self._used = 0
+        self.steps = 0
+
+    @property
+    def max_context(self) -> int:
+        return self._max_context
+
+    @property
+    def kv_free(self) -> int:
+        return self._kv_tokens - self._used
+
+    @property
+    def served(self) -> ServedModel:
+        """The model as edges see it."""
+        return ServedModel(
+            f"hash-{self.target.vocab}", "hash", self.target.vocab, self._max_context
+        )
+
+    @property
+    def sessions(self) -> tuple[str, ...]:
+        return tuple(self._caches)
+
+    def open(self, session: str, sampling: Sampling) -> None:
+        if session in self._caches:
+            raise EngineError(f"Session {session} is open already.")
+        self._caches[session] = _Cache(sampling)
+
+    def fork(self, session: str, child: str, length: int, sampling: Sampling) -> None:
+        parent = self._get(session)
+        if length > len(parent.tokens):
+            raise EngineError(f"{session} caches {len(parent.tokens)} tokens, not {length}.")
+        if length > self.kv_free:
+            raise OutOfKvMemory(f"No room for {length} forked tokens.")
+        self.open(child, sampling)
+        self._append(self._caches[child], parent.tokens[:length])
+
+    def step(self, feeds: Sequence[Feed]) -> list[Outcome]:
+        if len({feed.session for feed in feeds}) != len(feeds):
+            raise EngineError("A session takes part in a step once.")
+        shape = BatchShape.of(
+            (len(f.tokens), len(self._get(f.session).tokens), not f.emit) for f in feeds
+        )
+        if shape.new_tokens > self.kv_free:
+            raise OutOfKvMemory(f"{shape.new_tokens} new tokens, room for {self.kv_free}.")
+        for feed in feeds:
+            if len(self._get(feed.session).tokens) + len(feed.tokens) > self._max_context:
+                raise EngineError(f"{feed.session} would leave the context.")
+        outcomes = [self._decide(feed) for feed in feeds]
+        self.steps += 1
+        if self._step_ms is not None:
+            self._sleep(self._step_ms(shape) / 1000.0)
+        return outcomes
+
+    def _decide(self, feed: Feed) -> Outcome:
+        cache = self._get(feed.session)
+        tokens = list(feed.tokens)
+        sure = len(tokens) - feed.drafts
+        self._append(cache, tokens[:sure])
+        if not feed.emit:
+            return Outcome(feed.session, 0, ())
+        out = [self.target.next(cache.states[-1])]
+        for draft in tokens[sure:]:
+            if draft != out[-1]:
+                break
+            self._append(cache, [draft])
+            out.append(self.target.next(cache.states[-1]))
+        return Outcome(feed.session, len(out) - 1, tuple(out))
+
+    def _append(self, cache: _Cache, tokens: Sequence[int]) -> None:
+        state = cache.states[-1] if cache.states else self.target.start(cache.sampling)
+        for token in tokens:
+            state = self.target.feed(state, token)
+            cache.states.append(state)
+        cache.tokens.extend(tokens)
+        self._used += len(tokens)
+
+    def rollback(self, session: str, length: int) -> None:
+        cache = self._get(session)
+        if not 0 <= length <= len(cache.tokens):
+            raise EngineError(f"{session} caches {len(cache.tokens)} tokens, not {length}.")
+        self._used -= len(cache.tokens) - length
+        del cache.tokens[length:]
+        del cache.states[length:]
+
+    def close(self, session: str) -> None:
+        self._used -= len(self._get(session).tokens)
+        del self._caches[session]
+
+    def cached(self, session: str) -> int:
+        return len(self._get(session).tokens)
+
+    def check_integrity(self, session: str | None = None) -> None:
+        if self._used != sum(len(c.tokens) for c in self._caches.values()):
+            raise EngineError("Used tokens do not add up to what sessions hold.")
+        for name, cache in self._caches.items():
+            if session not in (None, name):
+                continue
+            state = self.target.start(cache.sampling)
+            for token in cache.tokens:
+                state = self.target.feed(state, token)
+            if cache.states and cache.states[-1] != state:
+                raise EngineError(f"The cache of {name} is not that of its tokens.")
+
+    def _get(self, session: str) -> _Cache:
+        try:
+            return self._caches[session]
+        except KeyError:
+            raise EngineError(f"There is no session {session}.") from None
+
+
+class HashDrafter:
+    """Proposes the hash target's next token with a given accuracy; a mistake is a hash as well."""
+
+    def __init__(self, target: HashTarget, accuracy: float = 0.7, salt: int = 0) -> None:
+        self._target = target
+        self._accuracy = accuracy
+        self._salt = salt
+        self._tokens: list[int] = []
+        self._states: list[int] = []
+
+    @property
+    def length(self) -> int:
+        return len(self._tokens)
+
+    def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
+        self._tokens, self._states = [], [self._target.start(sampling)]
+        self.extend(tokens)
+
+    def draft(self) -> DraftToken:
+        state = self._states[-1]
+        right = self._target.next(state)
+        chance = (_mix(state, self._salt) >> 16) % 10_000 / 10_000.0
+        token = right if chance < self._accuracy else (right + 1) % self._target.vocab
+        self.extend([token])
+        # Surer where it is right, with noise: so that predictors have something to learn.
+        confidence = min(0.99, max(0.01, 1.0 - chance))
+        return DraftToken(token, DraftFeatures(confidence, 1.0 - confidence, 4.0 * confidence, 1.0))
+
+    def rollback(self, length: int) -> None:
+        if length > len(self._tokens):
+            raise ValueError(f"{len(self._tokens)} tokens cannot be cut to {length}")
+        del self._tokens[length:]
+        del self._states[length + 1 :]
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self._tokens.append(token)
+            self._states.append(self._target.feed(self._states[-1], token))

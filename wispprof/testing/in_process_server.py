@@ -1,0 +1,266 @@
+"""A verification server in one process on the running loop's clock, for tests and emulations.
+
+It keeps the same books (:class:`~wispprof.sessions.session_state.ServerSession`), asks the same batching
+policies and speaks the same frames as the real server, but has no threads, sockets or admission, and the
+time of a step comes from a function of its shape. With a virtual loop that makes a whole edge, link and
+server run exact and repeatable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from wispprof import protocol
+from wispprof.edge.connection import Connection, LinkLost
+from wispprof.policies.api import BatchPolicy, Limits, Member
+from wispprof.policies.load_level import load_level, stretch
+from wispprof.sessions.session_state import ServerSession
+from wispprof.types import BatchShape, Feed, Outcome, Sampling, Slo, StepEstimator
+
+__all__ = ["PocketEngine", "PocketServer"]
+
+_HOUSEKEEPING_MS = 0.05
+_ROOMY = Limits(max_items=64, max_tokens=2048, prefill_chunk=512, kv_free=1 << 20)
+
+
+class PocketEngine(Protocol):
+    """What it needs of an engine; a subset of the real server's."""
+
+    def open(self, session: str, sampling: Sampling) -> None: ...
+
+    def step(self, feeds: Sequence[Feed]) -> list[Outcome]: ...
+
+    def rollback(self, session: str, length: int) -> None: ...
+
+    def close(self, session: str) -> None: ...
+
+
+class PocketServer:
+    """Serve with ``policy``; each step takes ``step_ms(shape)`` of the loop's time.
+
+    Use as ``async with``; :attr:`dial` is what an edge client is given. ``cut()`` breaks every
+    connection and forgets all sessions, as a killed server does.
+    """
+
+    def __init__(
+        self,
+        engine: PocketEngine,
+        policy: BatchPolicy,
+        estimator: StepEstimator,
+        step_ms: Callable[[BatchShape], float],
+        *,
+        limits: Limits = _ROOMY,
+        max_context: int = 1 << 16,
+        max_drafts: int = 32,
+        target: str = "",
+        tokenizer: str = "",
+    ) -> None:
+        self.engine = engine
+        self.policy = policy
+        self.estimator = estimator
+        self.step_ms = step_ms
+        self.limits = limits
+        self.max_context = max_context
+        self.max_drafts = max_drafts
+        self.target = target
+        self.tokenizer = tokenizer
+        self.steps = 0
+        self.refuse = False
+        self._sessions: dict[str, tuple[_Wire, int, ServerSession]] = {}
+        self._wires: list[_Wire] = []
+        self._opened = 0
+        self._level = 0
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> PocketServer:
+        self._task = asyncio.create_task(self._loop(), name="pocket server")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cut()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def dial(self) -> Connection:
+        """A fresh connection to it."""
+        if self.refuse:
+            raise LinkLost("The pocket server is away.")
+        link = _Wire(self)
+        self._wires.append(link)
+        return link
+
+    def cut(self) -> None:
+        """Break every connection; all sessions are gone, as after ``kill -9``."""
+        for link in self._wires:
+            link.cut()
+        self._wires.clear()
+        for name in list(self._sessions):
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        entry = self._sessions.pop(name, None)
+        if entry is not None and not entry[2].in_flight:
+            self.engine.close(name)
+
+    # --- frames ---
+
+    def take(self, link: _Wire, data: bytes) -> None:
+        frame = protocol.decode_edge(data)
+        now_ms = asyncio.get_running_loop().time() * 1000.0
+        if isinstance(frame, protocol.Hello):
+            link.reply(
+                protocol.Welcome(
+                    protocol.PROTOCOL_VERSION,
+                    self.target,
+                    self.tokenizer,
+                    self.max_context,
+                    self.max_drafts,
+                    self.policy.stream,
+                )
+            )
+        elif isinstance(frame, protocol.Ping):
+            link.reply(protocol.Pong(frame.number, bytes(frame.reply_bytes)))
+        elif isinstance(frame, protocol.Open):
+            self._open(link, frame, now_ms)
+        elif isinstance(frame, protocol.Draft):
+            entry = self._sessions.get(link.names.get(frame.session, ""))
+            if entry is not None:
+                odds = [byte / 255.0 for byte in frame.survival]
+                entry[2].merge(
+                    frame.epoch,
+                    frame.base,
+                    frame.tokens,
+                    odds,
+                    now_ms,
+                    frame.slack_ms,
+                    frame.draft_ms,
+                )
+        elif isinstance(frame, protocol.Close):
+            self._drop(link.names.pop(frame.session, ""))
+        self._wake.set()
+
+    def _open(self, link: _Wire, frame: protocol.Open, now_ms: float) -> None:
+        self._drop(link.names.get(frame.session, ""))
+        name = f"p{self._opened}"
+        self._opened += 1
+        session = ServerSession(
+            name,
+            frame.tokens,
+            slo=Slo(frame.tokens_per_s, frame.ttft_ms),
+            max_new=frame.max_new,
+            max_context=self.max_context,
+            now_ms=now_ms,
+            generated=frame.generated,
+            stop=frame.stop,
+            stream=self.policy.stream and not frame.undrafted,
+            undrafted=frame.undrafted,
+            max_tail=self.max_drafts,
+        )
+        sampling = Sampling(frame.temperature, frame.top_k, frame.top_p, frame.seed)
+        self.engine.open(name, sampling)
+        link.names[frame.session] = name
+        self._sessions[name] = (link, frame.session, session)
+
+    # --- steps ---
+
+    async def _loop(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            self._wake.clear()
+            now_ms = loop.time() * 1000.0
+            views = [
+                entry[2].view(now_ms) for entry in self._sessions.values() if not entry[2].finished
+            ]
+            plan = self.policy.plan(now_ms, views, self.estimator, self.limits)
+            if plan.members:
+                await self._step(plan.members)
+                continue
+            wait_s = None if plan.wake_ms is None else max(0.0, plan.wake_ms / 1000.0 - loop.time())
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    async def _step(self, members: Sequence[Member]) -> None:
+        loop = asyncio.get_running_loop()
+        begun_ms = loop.time() * 1000.0
+        taking = [self._sessions[member.session] for member in members]
+        feeds = [
+            entry[2].feed(member, begun_ms) for entry, member in zip(taking, members, strict=True)
+        ]
+        shape = BatchShape.of(
+            (len(feed.tokens), entry[2].cached, bool(member.prefill))
+            for feed, entry, member in zip(feeds, taking, members, strict=True)
+        )
+        self._level = load_level(
+            stretch(self.estimator, (e[2].cached for e in self._sessions.values())), self._level
+        )
+        outcomes = self.engine.step(feeds)
+        await asyncio.sleep(self.step_ms(shape) / 1000.0)
+        self.steps += 1
+        now_ms = loop.time() * 1000.0
+        for (link, number, session), outcome in zip(taking, outcomes, strict=True):
+            done = session.apply(outcome, now_ms)
+            if session.session not in self._sessions:  # its edge left meanwhile
+                self.engine.close(session.session)
+                continue
+            if done.rollback is not None:
+                self.engine.rollback(session.session, done.rollback)
+            if done.tokens:
+                link.reply(
+                    protocol.Commit(
+                        number,
+                        done.epoch,
+                        done.frontier,
+                        list(done.tokens),
+                        done.accepted,
+                        done.drafted,
+                        protocol.brief_ms(done.queue_ms),
+                        protocol.brief_ms(now_ms - begun_ms),
+                        self._level,
+                        done.finished,
+                    )
+                )
+            if done.finished:
+                self._drop(session.session)
+        await asyncio.sleep(_HOUSEKEEPING_MS / 1000.0)
+
+
+class _Wire:
+    """One connection: frames go straight into the server, answers into a queue."""
+
+    def __init__(self, server: PocketServer) -> None:
+        self.names: dict[int, str] = {}
+        self._server = server
+        self._down: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._gone = False
+
+    def reply(self, frame: protocol.ServerFrame) -> None:
+        if not self._gone:
+            self._down.put_nowait(protocol.encode(frame))
+
+    def cut(self) -> None:
+        self._gone = True
+        self._down.put_nowait(None)
+
+    async def send(self, data: bytes) -> None:
+        if self._gone:
+            raise LinkLost("The pocket server cut the connection.")
+        self._server.take(self, data)
+
+    async def receive(self) -> bytes:
+        data = None if self._gone else await self._down.get()
+        if data is None:
+            raise LinkLost("The pocket server cut the connection.")
+        return data
+
+    async def close(self) -> None:
+        self._gone = True
+        for name in self.names.values():
+            self._server._drop(name)
+        self.names.clear()

@@ -1,0 +1,337 @@
+"""The nouns of split speculative serving, as frozen records. Nothing here imports torch.
+
+Units live in names: ``*_ms`` are milliseconds, ``*_j`` joules, ``*_w`` watts, ``tokens_per_s`` a rate.
+Positions count tokens from the start of a session, prompt included: the first prompt token stands at
+position 0, and the first generated token of a prompt of ``n`` tokens at position ``n``.
+
+What the rest of the system may know of a model. Nothing here imports torch.
+
+What the server needs of a verifier engine. ``wispprof.engines.torch.engine.VerifierEngine`` is one, and
+:class:`~wispprof.testing.fake_engine.HashEngine` is another that needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+__all__ = [
+    "BatchShape",
+    "CostAccumulator",
+    "DraftFeatures",
+    "DraftToken",
+    "Drafter",
+    "Engine",
+    "Feed",
+    "ModelInfo",
+    "Outcome",
+    "RejectionPredictor",
+    "Sampling",
+    "ServedModel",
+    "Slo",
+    "StepEstimator",
+    "VerifyItem",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """What a session was promised.
+
+    ``tokens_per_s``: sustained token speed after the first token (the inverse of TPOT).
+    ``ttft_ms``: time from the request to its first token; ``None`` promises nothing.
+    """
+
+    tokens_per_s: float
+    ttft_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tokens_per_s > 0:
+            raise ValueError(f"tokens_per_s must be positive, got {self.tokens_per_s}")
+
+    @property
+    def tpot_ms(self) -> float:
+        """Milliseconds a token may take on average."""
+        return 1000.0 / self.tokens_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the target chooses a token. ``temperature == 0`` is plain argmax.
+
+    ``top_k == 0`` and ``top_p == 1`` switch the filters off. ``seed`` feeds the position noise, so a
+    session with the same seed, prompt and target gives the same text whatever was drafted.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(
+                "sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0, got "
+                f"{self.temperature}, {self.top_p}, {self.top_k}"
+            )
+
+
+class VerifyItem(NamedTuple):
+    """One session's share of a step: ``new`` tokens fed over ``cached`` tokens.
+
+    ``new`` counts the pending token and the drafts, or the tokens of a prompt chunk (``prefill``).
+    """
+
+    new: int
+    cached: int
+    prefill: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """All that a step's time depends on besides the hardware. The order of items does not matter."""
+
+    items: tuple[VerifyItem, ...]
+
+    @classmethod
+    def of(cls, items: Iterable[Sequence[int]]) -> BatchShape:
+        """Build from ``(new, cached)`` or ``(new, cached, prefill)`` sequences."""
+        return cls(tuple(VerifyItem(int(i[0]), int(i[1]), bool(i[2:] and i[2])) for i in items))
+
+    @classmethod
+    def uniform(cls, items: int, new: int, cached: int) -> BatchShape:
+        return cls((VerifyItem(new, cached),) * items)
+
+    @property
+    def new_tokens(self) -> int:
+        return sum(i.new for i in self.items)
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(i.cached for i in self.items)
+
+    @property
+    def prefill_tokens(self) -> int:
+        return sum(i.new for i in self.items if i.prefill)
+
+    @property
+    def attention_pairs(self) -> int:
+        """Query-key pairs that causal attention touches: Σ new·cached + new(new+1)/2."""
+        return sum(i.new * i.cached + i.new * (i.new + 1) // 2 for i in self.items)
+
+    @property
+    def max_cached(self) -> int:
+        return max((i.cached for i in self.items), default=0)
+
+    @property
+    def max_new(self) -> int:
+        return max((i.new for i in self.items), default=0)
+
+    def key(self) -> str:
+        """A stable name of the shape, equal for equal multisets: ``3x(5@128)+1x(64@0p)``."""
+        counts: dict[VerifyItem, int] = {}
+        for item in sorted(self.items):
+            counts[item] = counts.get(item, 0) + 1
+        return "+".join(
+            f"{n}x({i.new}@{i.cached}{'p' if i.prefill else ''})" for i, n in counts.items()
+        )
+
+
+class DraftFeatures(NamedTuple):
+    """What the draft model knew when it chose a token (WISP section 4: four statistics).
+
+    All are taken from the draft's raw logits (temperature 1, unfiltered): ``confidence`` the top-1
+    probability, ``entropy`` in nats, ``margin`` the top-1 minus top-2 logit, ``spread`` the standard
+    deviation of the logits.
+    """
+
+    confidence: float
+    entropy: float
+    margin: float
+    spread: float
+
+
+class DraftToken(NamedTuple):
+    """A proposed token and the features it was proposed with."""
+
+    token: int
+    features: DraftFeatures
+
+
+class Drafter(Protocol):
+    """Something that proposes tokens one at a time: a model, a replayed trace, an n-gram lookup.
+
+    A drafter holds one sequence. ``length`` is how many tokens it holds (committed and drafted).
+    """
+
+    @property
+    def length(self) -> int: ...
+
+    def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
+        """Forget everything and start a sequence from these committed tokens."""
+
+    def draft(self) -> DraftToken:
+        """Propose the token at position ``length`` and append it to the sequence."""
+
+    def rollback(self, length: int) -> None:
+        """Keep the first ``length`` tokens. ``length`` may not exceed the current one."""
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append committed tokens that this drafter did not propose."""
+
+
+class Feed(NamedTuple):
+    """One session's tokens in one engine step.
+
+    ``tokens`` are appended to the session's cached tokens. The last ``drafts`` of them are proposals.
+    With ``emit`` the target's own token is computed after each of the last ``drafts + 1`` fed tokens;
+    without it (a prompt chunk that is not the last) nothing is decided and ``drafts`` must be 0.
+    """
+
+    session: str
+    tokens: Sequence[int]
+    drafts: int = 0
+    emit: bool = True
+
+
+class Outcome(NamedTuple):
+    """What a step decided for one feed: ``tokens`` are the accepted drafts and the target's own next.
+
+    ``accepted`` = ``len(tokens) - 1`` where the feed emitted, else 0 with no tokens. After the step the
+    session's cache holds everything fed up to the last accepted draft: the target's own token is
+    pending, it has no cache entry yet and must be fed first next time.
+    """
+
+    session: str
+    accepted: int
+    tokens: tuple[int, ...]
+
+
+class CostAccumulator(Protocol):
+    """A batch being built, whose predicted time is known after every addition in O(1).
+
+    Immutable: :meth:`add` returns the batch with one more item, so a refused candidate costs nothing
+    to take back. Neither prediction ever falls when work is added.
+
+    It may offer ``add_many(new, cached, prefill) -> (p50, bound)`` over arrays (n,): this batch with each
+    of n candidates added alone, equal to n calls of :meth:`add`; ``add_in_turn(new, cached)``, the same
+    after each of n decode items that join one after another; and ``add_all(new, cached)``: this batch with
+    n decode items more. Schedulers use them where they are there.
+    """
+
+    @property
+    def p50_ms(self) -> float: ...
+
+    @property
+    def bound_ms(self) -> float: ...
+
+    def add(self, new: int, cached: int, prefill: bool = False) -> CostAccumulator: ...
+
+
+class StepEstimator(Protocol):
+    """Batch shape to time: a median and an upper bound with a stated coverage."""
+
+    @property
+    def coverage(self) -> float: ...
+
+    def start(self) -> CostAccumulator:
+        """The empty batch: costs the fixed part of a step once an item is added, 0 before."""
+
+    def predict(self, shape: BatchShape) -> tuple[float, float]:
+        """Return (p50 ms, bound ms) of a whole shape; equal to adding its items one by one."""
+
+
+class RejectionPredictor(Protocol):
+    """Features of a draft token to the probability that the target rejects it."""
+
+    def survival(self, features: DraftFeatures, depth: int) -> float:
+        """Calibrated P(accepted | all earlier drafts of the round were), ``depth`` counted from 0.
+
+        Plain floats, numpy at most, tens of microseconds: it runs after every draft token.
+        """
+
+    def survival_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
+        """The same for rows (n, 4) and depths (n,); returns (n,)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Identity and sizes of a loaded model.
+
+    ``id``: folder name, hub id or preset. ``family``: the config's ``model_type``. ``parameters``
+    counts tied weights once. ``config_hash`` and ``weights_hash`` identify what was measured
+    (``random:<seed>`` for random weights); ``tokenizer_hash`` is empty where there is no tokenizer.
+    ``max_context``: most tokens a session may cache. ``kv_bytes_per_token``: K and V of all layers.
+    """
+
+    id: str
+    family: str
+    parameters: int
+    dtype: str
+    config_hash: str
+    weights_hash: str
+    tokenizer_hash: str
+    max_context: int
+    vocab_size: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    kv_bytes_per_token: int
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values, as they go into a manifest."""
+        return asdict(self)
+
+
+class Engine(Protocol):
+    """Holds the KV of many sessions and decides their next tokens, one batch at a time.
+
+    Called from one thread only. Names of sessions are the caller's; they are never used twice.
+    """
+
+    @property
+    def sessions(self) -> Sequence[str]:
+        """Names of all open sessions."""
+
+    @property
+    def kv_free(self) -> int:
+        """Cache tokens that can still be taken."""
+
+    def open(self, session: str, sampling: Sampling) -> None:
+        """A new session with nothing cached."""
+
+    def fork(self, session: str, child: str, length: int, sampling: Sampling) -> None:
+        """Open ``child`` with the first ``length`` cached tokens of ``session``."""
+
+    def step(self, feeds: Sequence[Feed]) -> list[Outcome]:
+        """One forward pass over all feeds; outcomes in their order.
+
+        Raises :class:`~wispprof.errors.OutOfKvMemory` before anything was changed.
+        """
+
+    def rollback(self, session: str, length: int) -> None:
+        """Keep the first ``length`` cached tokens."""
+
+    def close(self, session: str) -> None:
+        """Release everything the session holds."""
+
+    def cached(self, session: str) -> int: ...
+
+    def check_integrity(self, session: str | None = None) -> object:
+        """Check the books, and the cache of one session or all against its tokens.
+
+        Raises :class:`~wispprof.errors.EngineError` where they do not agree.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What edges must agree with. ``tokenizer``: hash; empty where the model has none."""
+
+    id: str
+    tokenizer: str
+    vocab_size: int
+    max_context: int
