@@ -51,9 +51,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from wispprof.artifacts import EdgeProfile, bundled
 from wispprof.artifacts.draft_times import rested_share
 from wispprof.edge.draft_worker import DraftStep, ThreadWorker
-from wispprof.edge.edge_runtime import EdgeSettings, Prompt, open_edge
+from wispprof.edge.edge_runtime import EdgeProfilerSettings, Prompt, open_edge
 from wispprof.profiling.edge_profiler import EDGE_GRIDS, profile_edge
-from wispprof.profiling.edge_profiler import EdgeSettings as ProfileSettings
+from wispprof.profiling.edge_profiler import EdgeProfilerSettings as ProfileSettings
 from wispprof.profiling.prompts import held_out_prompts
 from wispprof.types import Sampling
 
@@ -87,7 +87,7 @@ def serve(mode: str, tell: Any, cores: set[int]) -> None:
     """The server on its cores, until it is terminated."""
     if cores:
         os.sched_setaffinity(0, cores)
-    from wispprof.server import run_front, running_server
+    from wispprof.server import run_coalescing, running_server
     from wispprof.settings.server_settings import ServerSettings
 
     async def main() -> None:
@@ -101,7 +101,7 @@ def serve(mode: str, tell: Any, cores: set[int]) -> None:
             tell.send(running.split_url)
             await asyncio.Event().wait()
 
-    run_front(main())
+    run_coalescing(main())
 
 
 def share_cores() -> tuple[set[int], set[int]]:
@@ -169,14 +169,14 @@ async def generate(
 ) -> dict[str, float]:
     """Sums over all prompts: drafting ms, drafted tokens, rounds accepted whole, context-steps; of the
     steps those that resumed after a rest, and their trimmed mean."""
-    settings = EdgeSettings(
+    settings = EdgeProfilerSettings(
         server=url, controller="fixed", options={"k": line.k}, mode=line.mode, proactive=0
     )
     total = {"draft_ms": 0.0, "drafted": 0.0, "whole": 0.0, "context": 0.0}
-    async with open_edge(settings) as house:
+    async with open_edge(settings) as runtime:
         # The first request warms up what a long-lived edge has warm.
         for number, prompt in enumerate([prompts[0], *prompts]):
-            reply = house.reply(
+            reply = runtime.reply(
                 Prompt(tuple(prompt), tokens, Sampling(line.temperature, seed=number))
             )
             async for _ in reply.text():
@@ -241,7 +241,7 @@ def main() -> None:
     steps = Steps()
     steps.watch()
     print(
-        f"{'setting':22}{'predicted ms':>13}{'measured ms':>13}{'off':>8}{'trimmed ms':>12}"
+        f"{'setting':22}{'predicted ms':>13}{'measured ms':>13}{'off':>8}{'cut_drafts ms':>12}"
         f"{'whole rounds':>14}{'resumed':>9}{'resume ms':>11}"
     )
     document: dict[str, Any] = {"threads": torch.get_num_threads(), "lines": {}}
@@ -270,17 +270,17 @@ def main() -> None:
             drafted = sums["drafted"]
             said, ms = sums["said_ms"] / drafted, sums["draft_ms"] / drafted
             resumed, rest_ms = sums["resumed"] / drafted, statistics.fmean(rests_ms)
-            trimmed = statistics.fmean(trimmed_ms)
+            cut_drafts = statistics.fmean(trimmed_ms)
             print(
                 f"{line.name:22}{said:>13.3f}{ms:>13.3f}{ms / said - 1:>+8.1%}"
-                f"{trimmed:>12.3f}{sums['whole']:>14.0f}{resumed:>9.1%}{rest_ms:>11.2f}",
+                f"{cut_drafts:>12.3f}{sums['whole']:>14.0f}{resumed:>9.1%}{rest_ms:>11.2f}",
                 flush=True,
             )
             document["lines"][line.name] = {
                 "predicted_ms": said,
                 "measured_ms": ms,
                 "off": ms / said - 1,
-                "trimmed_ms": trimmed,
+                "trimmed_ms": cut_drafts,
                 "resumed": resumed,
                 "resume_ms": rest_ms,
             }

@@ -45,11 +45,11 @@ from wispprof.errors import WispprofError
 from wispprof.policies import make_batch_policy, make_controller
 from wispprof.policies.api import Controller, RoundContext
 from wispprof.sessions.draft_scheduler import DraftingSettings
-from wispprof.simulation.devices import LinkProfile
-from wispprof.testing.in_process_server import PocketServer
+from wispprof.simulation.devices import LinkModel
+from wispprof.testing.in_process_server import InProcessServer
 from wispprof.testing.link_emulator import LinkSettings, emulate
 from wispprof.testing.virtual_time import run_virtual
-from wispprof.types import BatchShape, DraftFeatures, Feed, Outcome, Sampling
+from wispprof.types import BatchShape, DraftFeatures, Sampling, StepInput, VerifyResult
 
 RTTS = (5.0, 20.0, 50.0, 100.0)
 DEVICES = {"fast": 4.0, "medium": 16.0, "slow": 60.0}
@@ -99,15 +99,15 @@ class TraceEngine:
     def open(self, session: str, sampling: Sampling) -> None:
         self._held[session] = []
 
-    def step(self, feeds: list[Feed]) -> list[Outcome]:
+    def step(self, feeds: list[StepInput]) -> list[VerifyResult]:
         return [self._decide(feed) for feed in feeds]
 
-    def _decide(self, feed: Feed) -> Outcome:
+    def _decide(self, feed: StepInput) -> VerifyResult:
         held, tokens = self._held[feed.session], list(feed.tokens)
         sure = len(tokens) - feed.drafts
         held += tokens[:sure]
-        if not feed.emit:
-            return Outcome(feed.session, 0, ())
+        if not feed.needs_logits:
+            return VerifyResult(feed.session, 0, ())
         text = next(t for p, t in self._paths.items() if tuple(held[: len(p)]) == p)
         out = [text[len(held)]]
         for draft in tokens[sure:]:
@@ -115,7 +115,7 @@ class TraceEngine:
                 break
             held.append(draft)
             out.append(text[len(held)])
-        return Outcome(feed.session, len(out) - 1, tuple(out))
+        return VerifyResult(feed.session, len(out) - 1, tuple(out))
 
     def rollback(self, session: str, length: int) -> None:
         del self._held[session][length:]
@@ -140,7 +140,7 @@ class Clairvoyant:
         row = edge.length - len(self._path.prompt)
         ahead = int(self._path.accepted[row]) if row < len(self._path.accepted) else 0
         held = [d.token for d in edge.drafts]
-        first = edge.frontier - len(self._path.prompt)
+        first = edge.committed_len - len(self._path.prompt)
         wrong = list(self._path.path[first : first + len(held)]) != held
         self._left = 0 if wrong else ahead + (0 if self._stream else len(held))
         return self._left
@@ -148,7 +148,7 @@ class Clairvoyant:
     def go_on(self, depth: int, features: DraftFeatures) -> bool:
         return depth + 1 < self._left
 
-    def survival(self) -> float:
+    def acceptance_prob(self) -> float:
         return 1.0
 
     def finish(self, drafted: int, accepted: int) -> None:
@@ -199,13 +199,13 @@ def measure(arm: Arm, trace: AcceptanceTrace, rtt: float, draft_ms: float, args:
     async def main() -> list[RequestStats]:
         cost = Cost(args.fixed, args.row)
         engine = TraceEngine(trace.paths)
-        server = PocketServer(
+        server = InProcessServer(
             engine, make_batch_policy(arm.policy), cost, lambda shape: cost.predict(shape)[0]
         )
         turn = asyncio.Semaphore(args.devices)
 
         async def one(path: TracePath) -> RequestStats:
-            async with turn, EdgeClient(dial) as client:
+            async with turn, EdgeClient(connect) as client:
                 request = GenerationRequest(path.prompt, min(args.tokens, len(path.path) - 1))
                 own: list[Generation] = []
                 worker, controller = _drafting(arm, path, own, draft_ms)
@@ -217,7 +217,7 @@ def measure(arm: Arm, trace: AcceptanceTrace, rtt: float, draft_ms: float, args:
                 return stats
 
         async with server:
-            dial = emulate(server.dial, LinkSettings(LinkProfile(rtt, args.jitter * rtt)))
+            connect = emulate(server.connect, LinkSettings(LinkModel(rtt, args.jitter * rtt)))
             return list(await asyncio.gather(*(one(path) for path in trace.paths)))
 
     stats = run_virtual(main())
@@ -387,5 +387,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except WispprofError as fault:
-        sys.exit(f"error: {fault}")
+    except WispprofError as err:
+        sys.exit(f"error: {err}")

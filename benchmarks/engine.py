@@ -37,8 +37,8 @@ import torch
 
 from wispprof.engines.loading import LoadedModel, load_model, random_model
 from wispprof.engines.model_shapes import PRESETS
-from wispprof.engines.torch.engine import VerifierEngine
-from wispprof.types import BatchShape, Feed
+from wispprof.engines.torch.engine import TorchEngine
+from wispprof.types import BatchShape, StepInput
 
 Arm = Callable[[], None]
 
@@ -57,11 +57,11 @@ def main() -> None:
     room = 2 * items * (args.longest + args.equal + 2 * new)
 
     limits = {"kv_tokens": room, "max_sessions": 4 * items}
-    engine = VerifierEngine(loaded, **limits, attention=args.attention)
+    engine = TorchEngine(loaded, **limits, attention=args.attention)
     arms["engine"] = engine_arm(engine, "ragged", contexts, new, rng)
     arms[f"engine@{args.equal}"] = engine_arm(engine, "equal", [args.equal] * items, new, rng)
     if device.type == "cuda":
-        plain = VerifierEngine(loaded, **limits, attention=args.attention, graphs=False)
+        plain = TorchEngine(loaded, **limits, attention=args.attention, graphs=False)
         arms["engine, no graphs"] = engine_arm(plain, "ragged", contexts, new, rng)
         arms[f"engine@{args.equal}, no graphs"] = engine_arm(
             plain, "equal", [args.equal] * items, new, rng
@@ -124,7 +124,7 @@ def load(args: argparse.Namespace) -> LoadedModel:
 
 
 def engine_arm(
-    engine: VerifierEngine, name: str, contexts: list[int], new: int, rng: np.random.Generator
+    engine: TorchEngine, name: str, contexts: list[int], new: int, rng: np.random.Generator
 ) -> Arm:
     vocab = engine.info.vocab_size
     names = [f"{name} {i}" for i in range(len(contexts))]
@@ -132,8 +132,10 @@ def engine_arm(
         engine.open(session)
         for start in range(0, cached, 512):
             size = min(512, cached - start)
-            engine.step([Feed(session, rng.integers(0, vocab, size).tolist(), emit=False)])
-    feeds = [Feed(s, rng.integers(0, vocab, new).tolist(), new - 1) for s in names]
+            engine.step(
+                [StepInput(session, rng.integers(0, vocab, size).tolist(), needs_logits=False)]
+            )
+    feeds = [StepInput(s, rng.integers(0, vocab, new).tolist(), new - 1) for s in names]
 
     def run() -> None:
         engine.step(feeds)

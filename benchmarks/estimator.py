@@ -123,7 +123,7 @@ def measure_predictor(kind: str, rng: np.random.Generator) -> float:
     for _ in range(ROUNDS):
         begin = time.thread_time()
         for features in asked:
-            predictor.survival(features, 3)
+            predictor.acceptance_prob(features, 3)
         times.append((time.thread_time() - begin) / len(asked) * 1e6)
     return statistics.median(times)
 

@@ -28,10 +28,10 @@ def main() -> int:
     from wispprof.artifacts import bundled
     from wispprof.drafters.torch_drafter import TorchDrafter
     from wispprof.engines.loading import load_model
-    from wispprof.engines.torch.engine import VerifierEngine
+    from wispprof.engines.torch.engine import TorchEngine
     from wispprof.policies import BATCH_POLICIES
     from wispprof.profiling.prompts import held_out_prompts
-    from wispprof.server import run_front
+    from wispprof.server import run_coalescing
     from wispprof.testing.lossless import Case, compare, generate_alone, split_outputs
     from wispprof.types import Sampling, ServedModel
 
@@ -42,13 +42,13 @@ def main() -> int:
     eos = target.tokenizer.eos_token_id
     stop = [] if eos is None else [int(eos)]
     size = arguments.tokens
-    engine = VerifierEngine(target, kv_tokens=65_536, max_sessions=64)
+    engine = TorchEngine(target, kv_tokens=65_536, max_sessions=64)
     info = target.info
     model = ServedModel(info.id, info.tokenizer_hash, info.vocab_size, engine.max_context)
 
     def split(case: Case) -> list[list[int]]:
         work = split_outputs(engine, model, lambda: TorchDrafter(draft), prompts, size, case, stop)
-        return run_front(work)
+        return run_coalescing(work)
 
     begun = time.perf_counter()
     wanted = generate_alone(target.model, prompts, size, stop)

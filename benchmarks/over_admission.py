@@ -22,10 +22,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from wispprof.policies import make_batch_policy
-from wispprof.server import GenerationRequest, LiveSession, Refused, VerificationServer, run_front
+from wispprof.server import (
+    Refused,
+    ServerSession,
+    SessionRequest,
+    VerificationServer,
+    run_coalescing,
+)
 from wispprof.server.verification_server import monotonic_ms
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.testing.fake_engine import HashEngine
+from wispprof.testing.fake_engine import FakeEngine
 from wispprof.types import BatchShape, Slo
 
 SPEED, TOKENS = 20.0, 40
@@ -46,14 +52,14 @@ class Customer:
         self.tokens = 0
         self._ended = ended
 
-    def committed(self, live: LiveSession, commit, verify_ms: float, load_level: int) -> None:
+    def committed(self, live: ServerSession, commit, verify_ms: float, load_level: int) -> None:
         self.last_ms = monotonic_ms()
         self.first_ms = self.first_ms or self.last_ms
         self.tokens += len(commit.tokens)
         if commit.finished:
             self._ended.set()
 
-    def failed(self, live: LiveSession, code: str, message: str, retry_ms: float = 0.0) -> None:
+    def failed(self, live: ServerSession, code: str, message: str, retry_ms: float = 0.0) -> None:
         self._ended.set()
 
     @property
@@ -65,7 +71,7 @@ class Customer:
 
 async def offer(admit: str, policy: str, seconds: float, rate: float) -> tuple[int, int, int]:
     """(offered, admitted, kept)."""
-    engine = HashEngine(64, step_ms=step_ms)
+    engine = FakeEngine(64, step_ms=step_ms)
     settings = ServerSettings(admit=admit)
     server = VerificationServer(engine, engine.served, settings, policy=make_batch_policy(policy))
     await server.start()
@@ -79,7 +85,7 @@ async def offer(admit: str, policy: str, seconds: float, rate: float) -> tuple[i
         customer = Customer(ended)
         prompt = tuple(dice.randrange(64) for _ in range(4))
         try:
-            server.open(GenerationRequest(prompt, TOKENS, Slo(SPEED), undrafted=True), customer)
+            server.open(SessionRequest(prompt, TOKENS, Slo(SPEED), undrafted=True), customer)
             customers.append((customer, ended))
         except Refused:
             pass
@@ -104,7 +110,7 @@ def main() -> None:
     rows = []
     for policy in ("fcfs", "wispprof"):
         for admit in ("slo", "all"):
-            offered, admitted, kept = run_front(offer(admit, policy, seconds, rate))
+            offered, admitted, kept = run_coalescing(offer(admit, policy, seconds, rate))
             share = kept / max(1, admitted)
             rows.append({"policy": policy, "admit": admit, "attainment": round(share, 3)})
             print(f"{policy:>9} {admit:>9} {offered:>8} {admitted:>8} {kept:>5} {share:>10.1%}")

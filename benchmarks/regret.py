@@ -46,7 +46,7 @@ from typing import Any
 from wispprof.simulation import Scenario, ServerModel, System, simulate, system
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
 from wispprof.simulation.capacity_search import capacity, pool
-from wispprof.simulation.devices import DeviceProfile, LinkProfile
+from wispprof.simulation.devices import DeviceProfile, LinkModel
 from wispprof.simulation.step_costs import LinearCost
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 from wispprof.types import Slo
@@ -65,7 +65,7 @@ ALLOWED = 0.02
 
 
 def _fixed(k: int) -> System:
-    return system("fcfs").but(label=f"fixed-{k}", controller_options={"k": k})
+    return system("fcfs").replace_with(label=f"fixed-{k}", controller_options={"k": k})
 
 
 RIVALS = (
@@ -105,7 +105,7 @@ class Cell:
             ClosedFleet(self.devices, Lengths(self.context, OUTPUT, 0.0, 0.3)),
             SyntheticAcceptance(0.75),
             devices=((device, 1.0),),
-            links=((LinkProfile(self.rtt_ms, jitter_ms=self.rtt_ms / 20), 1.0),),
+            links=((LinkModel(self.rtt_ms, jitter_ms=self.rtt_ms / 20), 1.0),),
             slos=((Slo(self.slo), 1.0),),
             seconds=self.seconds,
             warmup_s=self.seconds / 4,

@@ -78,7 +78,7 @@ def measure(out: Path, options: dict[str, Any], half: Any) -> None:
     if options["budget_minutes"]:
         more["budget_minutes"] = options["budget_minutes"]
     server_profiler.profile_server(
-        server_profiler.ServerSettings(output=Output(out), **more), report
+        server_profiler.ServerProfilerSettings(output=Output(out), **more), report
     )
 
 

@@ -46,9 +46,9 @@ def step_ms(shape: Any) -> float:
 def build(settings: Any) -> Any:
     """A replica's server; runs in the replica's process."""
     from wispprof.server import VerificationServer
-    from wispprof.testing.fake_engine import HashEngine
+    from wispprof.testing.fake_engine import FakeEngine
 
-    engine = HashEngine(VOCAB, max_context=1 << 16, step_ms=step_ms)
+    engine = FakeEngine(VOCAB, max_context=1 << 16, step_ms=step_ms)
     return VerificationServer(engine, engine.served, settings)
 
 
@@ -105,11 +105,11 @@ class Edge:
     """One connection with one undrafted generation on it."""
 
     def __init__(self, port: int, number: int, tokens: int) -> None:
-        from wispprof.edge import EdgeClient, websocket_dial
+        from wispprof.edge import EdgeClient, websocket_connections
 
         self.prompt = (number, 7, 11)
         self.tokens = tokens
-        self.client = EdgeClient(websocket_dial(f"127.0.0.1:{port}"))
+        self.client = EdgeClient(websocket_connections(f"127.0.0.1:{port}"))
         self.generation: Any = None
 
     async def run(self) -> None:
@@ -125,9 +125,9 @@ class Edge:
 
     @property
     def right(self) -> bool:
-        from wispprof.testing.fake_engine import HashTarget
+        from wispprof.testing.fake_engine import FakeTarget
 
-        return list(self.generation.output) == HashTarget(VOCAB).generate(self.prompt, self.tokens)
+        return list(self.generation.output) == FakeTarget(VOCAB).generate(self.prompt, self.tokens)
 
 
 async def _all_reachable(port: int, replicas: int) -> None:

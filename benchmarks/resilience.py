@@ -40,11 +40,11 @@ from typing import Any
 import httpx
 
 from wispprof.artifacts import bundled
-from wispprof.edge import EdgeClient, Generation, GenerationRequest, websocket_dial
-from wispprof.edge.draft_device import Device
+from wispprof.edge import EdgeClient, Generation, GenerationRequest, websocket_connections
+from wispprof.edge.draft_device import DraftDevice
 from wispprof.errors import WispprofError
 from wispprof.settings.edge_settings import ClientSettings
-from wispprof.simulation.devices import LinkProfile
+from wispprof.simulation.devices import LinkModel
 from wispprof.testing.link_emulator import LinkProxy, LinkSettings
 from wispprof.types import Sampling
 
@@ -74,14 +74,14 @@ class Edge:
 
     generation: Generation
     heard: list[float]
-    fault: str = ""
+    err: str = ""
 
     async def run(self) -> None:
         try:
             async for _ in self.generation.stream():
                 self.heard.append(time.monotonic())
-        except WispprofError as fault:
-            self.fault = str(fault)
+        except WispprofError as err:
+            self.err = str(err)
 
     @property
     def under_way(self) -> bool:
@@ -151,19 +151,19 @@ async def cut(server: Server, proxy: LinkProxy, edges: list[Edge]) -> int:
     return 2 * len(edges)
 
 
-STALLS = LinkSettings(LinkProfile(10.0), stall_every_ms=5000.0, stall_ms=2000.0)
+STALLS = LinkSettings(LinkModel(10.0), stall_every_ms=5000.0, stall_ms=2000.0)
 SCENARIOS: dict[str, tuple[Disturb, LinkSettings]] = {
-    "kill": (kill, LinkSettings(LinkProfile(10.0))),
-    "cut": (cut, LinkSettings(LinkProfile(10.0))),
+    "kill": (kill, LinkSettings(LinkModel(10.0))),
+    "cut": (cut, LinkSettings(LinkModel(10.0))),
     "stall": (nothing, STALLS),
 }
 
 
 async def scenario(
-    name: str, server: Server, device: Device, prompts: list[list[int]], args: Any
+    name: str, server: Server, device: DraftDevice, prompts: list[list[int]], args: Any
 ) -> tuple[Run, list[tuple[int, ...]]]:
     """Run every generation once; what came of it, and the texts."""
-    disturb, settings = SCENARIOS.get(name, (nothing, LinkSettings(LinkProfile(10.0))))
+    disturb, settings = SCENARIOS.get(name, (nothing, LinkSettings(LinkModel(10.0))))
     begun = time.monotonic()
     async with contextlib.AsyncExitStack() as stack:
         proxy = LinkProxy("127.0.0.1", 0, "127.0.0.1", server.port, settings)
@@ -181,8 +181,8 @@ async def scenario(
     if settings.stall_ms:
         disturbed = int(seconds * 1000.0 // settings.stall_every_ms)
     for one in edges:
-        if one.fault:
-            print(f"  {name}: {one.fault}", file=sys.stderr)
+        if one.err:
+            print(f"  {name}: {one.err}", file=sys.stderr)
     texts = [one.generation.output for one in edges]
     done = sum(bool(one.generation.stats.finished) for one in edges)
     reopened = sum(one.generation.stats.reopened for one in edges)
@@ -192,13 +192,13 @@ async def scenario(
 
 @contextlib.asynccontextmanager
 async def edge(
-    port: int, device: Device, prompt: list[int], number: int, args: Any
+    port: int, device: DraftDevice, prompt: list[int], number: int, args: Any
 ) -> AsyncIterator[Edge]:
     """An edge that is connected and ready to generate."""
     sampling = Sampling(0.8, 0, 0.95, seed=number) if number % 2 else Sampling()
     request = GenerationRequest(tuple(prompt), args.tokens, sampling)
     settings = ClientSettings(give_up_ms=120_000.0)
-    async with EdgeClient(websocket_dial(f"127.0.0.1:{port}"), settings) as client:
+    async with EdgeClient(websocket_connections(f"127.0.0.1:{port}"), settings) as client:
         if number % 4 == 3:
             yield Edge(Generation(client, request), [])
             return
@@ -212,7 +212,7 @@ async def run(args: Any) -> list[Run]:
 
     loaded = load_model(str(bundled.path("models/reference-pair/draft")))
     prompts = held_out_prompts(loaded.tokenizer, args.generations, 64)
-    device = Device("model", "wispprof", loaded=loaded)
+    device = DraftDevice("model", "wispprof", loaded=loaded)
     server = Server()
     runs = []
     try:
@@ -261,5 +261,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except WispprofError as fault:
-        sys.exit(f"error: {fault}")
+    except WispprofError as err:
+        sys.exit(f"error: {err}")

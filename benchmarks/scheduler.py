@@ -25,23 +25,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from wispprof.policies import BATCH_POLICIES, Limits, SessionView, make_batch_policy
-from wispprof.types import Slo, StepEstimator
+from wispprof.types import Slo, StepTimeEstimator
 
 QUEUES = 8
 
 
-def fitted() -> StepEstimator:
+def fitted() -> StepTimeEstimator:
     """An estimator as a server loads it: the linear surface with a conformal bound."""
     from wispprof.fitting.batch_totals import EMPTY, Totals
     from wispprof.fitting.conformal import LEVELS, RatioBound
     from wispprof.fitting.estimator import Domain, FittedEstimator
     from wispprof.fitting.step_time_models import WispLinear
 
-    surface = WispLinear()
-    surface.coef_ = (0.12, 1e-7, 0.06e-3, 18.0)
+    step_model = WispLinear()
+    step_model.coef_ = (0.12, 1e-7, 0.06e-3, 18.0)
     ratio = RatioBound(40.0, ((1.1,) * len(LEVELS),) * 4, (99, 99, 99, 99))
     most = Totals(1024, 8192, 1 << 24, 1 << 34, 1 << 34, 1 << 15, 4096, 4096)
-    return FittedEstimator(surface, ratio, Domain(EMPTY, most))
+    return FittedEstimator(step_model, ratio, Domain(EMPTY, most))
 
 
 def queue(items: int, seed: int) -> list[SessionView]:
@@ -50,7 +50,9 @@ def queue(items: int, seed: int) -> list[SessionView]:
     views = []
     for number in range(items):
         prompt = rng.randint(64, 1500) if rng.random() < 0.02 else 0
-        tail = tuple(rng.uniform(0.3, 0.98) for _ in range(0 if prompt else rng.randint(0, 8)))
+        acceptance_probs = tuple(
+            rng.uniform(0.3, 0.98) for _ in range(0 if prompt else rng.randint(0, 8))
+        )
         due = rng.uniform(0.0, 60.0) if rng.random() < 0.5 and not prompt else None
         views.append(
             SessionView(
@@ -60,10 +62,10 @@ def queue(items: int, seed: int) -> list[SessionView]:
                 arrived_ms=-rng.uniform(0.0, 200.0),
                 deadline_ms=rng.uniform(-20.0, 900.0),
                 prompt_left=prompt,
-                tail=tail,
+                acceptance_probs=acceptance_probs,
                 stream=True,
                 due_ms=due,
-                due_tail=(0.8, 0.7) if due is not None else (),
+                due_acceptance_probs=(0.8, 0.7) if due is not None else (),
             )
         )
     return views

@@ -25,18 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from websockets.asyncio.client import connect
 
 from wispprof import protocol
-from wispprof.policies import Limits, Member, make_batch_policy
-from wispprof.server import run_front, running_server
+from wispprof.policies import Limits, ScheduledItem, make_batch_policy
+from wispprof.server import run_coalescing, running_server
 from wispprof.server.online_estimator import LearningEstimator
-from wispprof.sessions.session_state import ServerSession
+from wispprof.sessions.session_state import SessionState
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.testing.fake_engine import HashEngine
-from wispprof.types import Outcome, Slo
+from wispprof.testing.fake_engine import FakeEngine
+from wispprof.types import Slo, VerifyResult
 
 
 async def overhead_ms(rounds: int) -> tuple[float, float]:
     """(median round, median ping) in ms over loopback, engine time zero."""
-    engine = HashEngine(64)
+    engine = FakeEngine(64)
     settings = ServerSettings(policy="wisp")
     round_ms, ping_ms = [], []
     async with (
@@ -50,7 +50,7 @@ async def overhead_ms(rounds: int) -> tuple[float, float]:
         for number in range(rounds):
             assert isinstance(commit, protocol.Commit)
             drafts = [1, 2, 3, 4]
-            frame = protocol.Draft(0, number, commit.frontier, drafts, bytes(4), 1.0, 50.0)
+            frame = protocol.Draft(0, number, commit.committed_len, drafts, bytes(4), 1.0, 50.0)
             begin = time.perf_counter()
             await socket.send(protocol.encode(frame))
             commit = protocol.decode_server(await socket.recv(decode=False))
@@ -69,7 +69,7 @@ def decision_ms(policy_name: str, sessions: int, repeats: int = 15) -> tuple[flo
     policy = make_batch_policy(policy_name)
     ledgers = []
     for number in range(sessions):
-        ledger = ServerSession(
+        ledger = SessionState(
             f"s{number}",
             [1, 2, 3],
             slo=Slo(4.0),
@@ -78,8 +78,8 @@ def decision_ms(policy_name: str, sessions: int, repeats: int = 15) -> tuple[flo
             now_ms=0.0,
             stream=policy.stream,
         )
-        ledger.feed(Member(ledger.session, prefill=3), 0.0)
-        ledger.apply(Outcome(ledger.session, 0, (4,)), 1.0)
+        ledger.feed(ScheduledItem(ledger.session, prefill=3), 0.0)
+        ledger.apply(VerifyResult(ledger.session, 0, (4,)), 1.0)
         odds = [0.9 - 0.01 * (number % 9)] * 4
         ledger.merge(0, 4, [5, 6, 7, 8], odds, 2.0, 50.0 + number % 100, 10.0)
         ledgers.append(ledger)
@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=400)
     arguments = parser.parse_args()
-    round_ms, ping_ms = run_front(overhead_ms(arguments.rounds))
+    round_ms, ping_ms = run_coalescing(overhead_ms(arguments.rounds))
     added = round_ms - ping_ms
     print(
         f"round with a free engine {round_ms:.2f} ms, ping {ping_ms:.2f} ms: server adds {added:.2f} ms"

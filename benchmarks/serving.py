@@ -48,7 +48,7 @@ from _serving.compare import ablation, compare
 from _serving.interference import interference
 
 from wispprof.bench import FleetProcess
-from wispprof.testing.cpu_burner import Ballast
+from wispprof.testing.cpu_burner import CpuBurner
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     began = time.monotonic()
     apart = cores[1:][-1:]
-    with tempfile.TemporaryDirectory() as made, FleetProcess(apart) as fleet, Ballast(apart):
+    with tempfile.TemporaryDirectory() as made, FleetProcess(apart) as fleet, CpuBurner(apart):
         folder = arguments.run or Path(made)
         if not (folder / "estimator.json").exists():
             folder.mkdir(parents=True, exist_ok=True)

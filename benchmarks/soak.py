@@ -50,10 +50,10 @@ WARM_UP, MOST_GROWTH = 0.2, 1.05
 
 
 def main() -> int:
-    from wispprof.server import run_front
+    from wispprof.server import run_coalescing
 
     arguments = _arguments()
-    summary = run_front(_soak(arguments.minutes * 60.0, arguments.seed))
+    summary = run_coalescing(_soak(arguments.minutes * 60.0, arguments.seed))
     print(json.dumps(summary))
     return 0 if summary["holds"] else 1
 
@@ -62,8 +62,8 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
     from wispprof.artifacts import bundled
     from wispprof.drafters.torch_drafter import TorchDrafter
     from wispprof.engines.loading import load_model
-    from wispprof.engines.torch.engine import VerifierEngine
-    from wispprof.openai_api.text import TextSide
+    from wispprof.engines.torch.engine import TorchEngine
+    from wispprof.openai_api.text import ChatTokenizer
     from wispprof.profiling.prompts import held_out_prompts
     from wispprof.server import running_server
     from wispprof.settings.server_settings import ServerSettings
@@ -72,7 +72,7 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
     target = load_model(bundled.path("models/reference-pair/target"))
     draft = load_model(bundled.path("models/reference-pair/draft"))
     prompts = [tuple(p) for p in held_out_prompts(target.tokenizer, PROMPTS, 64)]
-    engine = VerifierEngine(target, kv_tokens=4096, max_sessions=128)
+    engine = TorchEngine(target, kv_tokens=4096, max_sessions=128)
     total = engine.kv_free
     world = World(prompts, _alone(engine, prompts), lambda: TorchDrafter(draft), seed)
     info = target.info
@@ -80,7 +80,7 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
     settings = ServerSettings(admit="all", kept_sessions=16)
     before = _waiting()
     with ThreadPoolExecutor(2, thread_name_prefix="draft") as world.executor:
-        text = TextSide(target.tokenizer)
+        text = ChatTokenizer(target.tokenizer)
         async with running_server(settings, engine=engine, model=model, text=text) as running:
             clock = asyncio.create_task(world.keep_time())
             watch = asyncio.create_task(_watch(world))
@@ -89,10 +89,10 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
                 async with asyncio.TaskGroup() as group:
                     for number in range(EDGES):
                         group.create_task(world.edge(number, running, share * seconds))
-                while len(running.server.house):
+                while len(running.server.manager):
                     await asyncio.sleep(0.01)
                 await running.server.check_integrity()
-                await running.server.house.forget_kept()
+                await running.server.manager.forget_kept()
                 resting.append((_resident_mib(), _given_out_mib()))
                 print(
                     "at rest: {:.1f} MiB, {:.1f} of it given out".format(*resting[-1]), flush=True
@@ -155,14 +155,14 @@ class World:
 
     async def edge(self, number: int, running: Any, until: float) -> None:
         """One edge: connections that last a few sessions, over a link of its own that is cut at times."""
-        from wispprof.edge import EdgeClient, websocket_dial
-        from wispprof.simulation.devices import LinkProfile
+        from wispprof.edge import EdgeClient, websocket_connections
+        from wispprof.simulation.devices import LinkModel
         from wispprof.testing.link_emulator import LinkProxy, LinkSettings
 
-        link = LinkSettings(LinkProfile(rtt_ms=2.0 + number, jitter_ms=1.0), seed=number)
+        link = LinkSettings(LinkModel(rtt_ms=2.0 + number, jitter_ms=1.0), seed=number)
         async with LinkProxy("127.0.0.1", 0, running.host, running.port, link) as proxy:
             while self.seconds < until:
-                async with EdgeClient(websocket_dial(f"127.0.0.1:{proxy.port}")) as client:
+                async with EdgeClient(websocket_connections(f"127.0.0.1:{proxy.port}")) as client:
                     for _ in range(self.random.randrange(2, 8)):
                         work = [
                             self.over_http(running.http_url)
@@ -198,7 +198,7 @@ class World:
         worker = ThreadWorker(made[kind](), self.executor) if kind in made else None
         controller = make_controller("fixed", k=k) if worker else None
         generation = Generation(
-            client, request, worker, controller, DraftingSettings(lead=2 * k, proactive=k)
+            client, request, worker, controller, DraftingSettings(draft_ahead=2 * k, proactive=k)
         )
         task = asyncio.create_task(generation.run())
         if self.random.random() < 0.2:
@@ -233,15 +233,15 @@ class World:
 
 def _alone(engine: Any, prompts: list[tuple[int, ...]]) -> dict[tuple[int, int], list[int]]:
     """The right texts, greedy and sampled: every prompt by itself, undrafted."""
-    from wispprof.types import Feed, Sampling
+    from wispprof.types import Sampling, StepInput
 
     texts: dict[tuple[int, int], list[int]] = {}
     for which, prompt in enumerate(prompts):
         for heat in (0, 1):
             engine.open("alone", Sampling(0.8 * heat, seed=which))
-            out = list(engine.step([Feed("alone", prompt)])[0].tokens)
+            out = list(engine.step([StepInput("alone", prompt)])[0].tokens)
             while len(out) < LONGEST:
-                out.extend(engine.step([Feed("alone", out[-1:])])[0].tokens)
+                out.extend(engine.step([StepInput("alone", out[-1:])])[0].tokens)
             engine.close("alone")
             texts[which, heat] = out
     return texts

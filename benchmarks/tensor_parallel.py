@@ -40,18 +40,18 @@ def main() -> int:
 
     from wispprof.artifacts import bundled
     from wispprof.engines.loading import load_model
-    from wispprof.engines.torch.engine import VerifierEngine
-    from wispprof.engines.torch.multi_rank_engine import LeaderEngine, follow
+    from wispprof.engines.torch.engine import TorchEngine
+    from wispprof.engines.torch.multi_rank_engine import MultiRankEngine, follow
 
     folder = arguments.target or bundled.path("models/reference-pair/target")
     ranks = join(arguments.ranks, arguments.device)
-    engine = VerifierEngine(load_model(folder, ranks=ranks), kv_tokens=16_384, max_sessions=64)
+    engine = TorchEngine(load_model(folder, ranks=ranks), kv_tokens=16_384, max_sessions=64)
     engine.warm_up()
     try:
         if ranks.rank:
             follow(engine, ranks)
             return 0
-        leader = LeaderEngine(engine, ranks)
+        leader = MultiRankEngine(engine, ranks)
         try:
             return _compare(arguments, folder, leader)
         finally:
@@ -64,7 +64,7 @@ def _compare(arguments: argparse.Namespace, folder: Any, leader: Any) -> int:
     from wispprof.artifacts import bundled
     from wispprof.drafters.torch_drafter import TorchDrafter
     from wispprof.engines.loading import load_model
-    from wispprof.engines.torch.engine import VerifierEngine
+    from wispprof.engines.torch.engine import TorchEngine
     from wispprof.profiling.prompts import held_out_prompts
     from wispprof.testing.lossless import Case, compare, generate_alone, split_outputs
     from wispprof.types import Sampling, ServedModel
@@ -72,7 +72,7 @@ def _compare(arguments: argparse.Namespace, folder: Any, leader: Any) -> int:
     target = load_model(folder)
     draft = load_model(arguments.draft or bundled.path("models/reference-pair/draft"))
     prompts = held_out_prompts(target.tokenizer, arguments.prompts, 48)
-    whole = VerifierEngine(target, kv_tokens=16_384, max_sessions=64)
+    whole = TorchEngine(target, kv_tokens=16_384, max_sessions=64)
     info, size = target.info, arguments.tokens
     model = ServedModel(info.id, info.tokenizer_hash, info.vocab_size, whole.max_context)
 
@@ -120,16 +120,16 @@ def _compare(arguments: argparse.Namespace, folder: Any, leader: Any) -> int:
 
 def _step_ms(engine: Any, items: int = 8, drafts: int = 4, cached: int = 128) -> float:
     """Median of 20 verify steps."""
-    from wispprof.types import Feed
+    from wispprof.types import StepInput
 
     names = [f"timed {i}" for i in range(items)]
     for name in names:
         engine.open(name)
-        engine.step([Feed(name, [5] * cached, 0, False)])
+        engine.step([StepInput(name, [5] * cached, 0, False)])
     times = []
     for _ in range(20):
         begun = time.perf_counter()
-        engine.step([Feed(name, [5] * (drafts + 1), drafts) for name in names])
+        engine.step([StepInput(name, [5] * (drafts + 1), drafts) for name in names])
         times.append((time.perf_counter() - begun) * 1000)
         for name in names:
             engine.rollback(name, cached)

@@ -20,7 +20,7 @@ import numpy as np
 
 from wispprof.artifacts import Document, LinkRow, StepRow, save_trace, write_document
 from wispprof.artifacts.document import SCHEMA
-from wispprof.artifacts.manifest import PROFILE_SCHEMA, Manifest, ModelInfo, Provenance
+from wispprof.artifacts.manifest import PROFILE_SCHEMA, Manifest, ModelRecord, Provenance
 from wispprof.artifacts.plan import Plan
 from wispprof.artifacts.rows import AcceptanceTrace, EdgeRow, TracePath, encode_row
 from wispprof.artifacts.trace import TRACE_SCHEMA
@@ -78,7 +78,7 @@ def render() -> str:
         _table(LinkRow),
         "The manifest is one JSON object of these, with `format` `wispprof/profile` and `schema`.\n",
         _table(Manifest),
-        _table(ModelInfo),
+        _table(ModelRecord),
         "## Acceptance trace: `NAME.jsonl`\n",
         "A header line, then one sealed line per path; arrays lie flat, row by row.\n",
         _code(_trace_lines()),

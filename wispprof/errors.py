@@ -27,16 +27,16 @@ from __future__ import annotations
 class WispprofError(Exception):
     """Base of everything this package raises on purpose.
 
-    ``fix`` says what the user can do; the CLI prints it after the message.
+    ``hint`` says what the user can do; the CLI prints it after the message.
     """
 
-    def __init__(self, message: str, fix: str = "") -> None:
+    def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
-        self.fix = fix
+        self.hint = hint
 
     def __str__(self) -> str:
         message = super().__str__()
-        return f"{message} {self.fix}".rstrip() if self.fix else message
+        return f"{message} {self.hint}".rstrip() if self.hint else message
 
 
 class ArtifactError(WispprofError):
@@ -106,8 +106,8 @@ class HandshakeRefused(RuntimeFault):
 class ServerBusy(RuntimeFault):
     """The server takes no more now; ``retry_ms`` says when to ask again."""
 
-    def __init__(self, message: str, retry_ms: float, fix: str = "") -> None:
-        super().__init__(message, fix)
+    def __init__(self, message: str, retry_ms: float, hint: str = "") -> None:
+        super().__init__(message, hint)
         self.retry_ms = retry_ms
 
 

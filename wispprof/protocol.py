@@ -73,25 +73,25 @@ class Open(msgspec.Struct, tag="o", array_like=True, frozen=True):
 
 
 class Draft(msgspec.Struct, tag="d", array_like=True, frozen=True):
-    """Draft tokens at ``base …``. ``survival``: one byte per token, 255 = certain to be accepted
+    """Draft tokens at ``base …``. ``acceptance_prob``: one byte per token, 255 = certain to be accepted
     given those before it. In round mode the frame is the whole round, even when empty."""
 
     session: int
     epoch: int
     base: int
     tokens: list[int]
-    survival: bytes
+    acceptance_prob: bytes
     draft_ms: float
     slack_ms: float
 
 
 class Commit(msgspec.Struct, tag="c", array_like=True, frozen=True):
-    """New tokens of a session: ``tokens`` end at ``frontier`` (positions, prompt included).
+    """New tokens of a session: ``tokens`` end at ``committed_len`` (positions, prompt included).
     ``finished``: "" while it goes on, else ``stop``, ``length`` or ``context``."""
 
     session: int
     epoch: int
-    frontier: int
+    committed_len: int
     tokens: list[int]
     accepted: int
     drafted: int
@@ -129,11 +129,11 @@ class Ping(msgspec.Struct, tag="i", array_like=True, frozen=True):
 
 
 class Pong(msgspec.Struct, tag="j", array_like=True, frozen=True):
-    """``lain_ms``: how long the ping probably lay unread, which is no part of the link's round trip."""
+    """``socket_wait_ms``: how long the ping probably lay unread, which is no part of the link's round trip."""
 
     number: int
     payload: bytes = b""
-    lain_ms: float = 0.0
+    socket_wait_ms: float = 0.0
 
 
 EdgeFrame = Hello | Open | Draft | Close | Ping
@@ -150,10 +150,18 @@ def encode(frame: EdgeFrame | ServerFrame) -> bytes:
     """One frame as bytes."""
     if isinstance(frame, Draft):
         spent, slack = _short(frame.draft_ms), _short(frame.slack_ms)
-        body = (frame.session, frame.epoch, frame.base, frame.tokens, frame.survival, spent, slack)
+        body = (
+            frame.session,
+            frame.epoch,
+            frame.base,
+            frame.tokens,
+            frame.acceptance_prob,
+            spent,
+            slack,
+        )
         return _encoder.encode(("d", *body))
     if isinstance(frame, Commit):
-        counts = (frame.session, frame.epoch, frame.frontier, frame.tokens, frame.accepted)
+        counts = (frame.session, frame.epoch, frame.committed_len, frame.tokens, frame.accepted)
         times = (frame.drafted, _short(frame.queue_ms), _short(frame.verify_ms))
         if frame.finished:
             return _encoder.encode(("c", *counts, *times, frame.load_level, frame.finished))
@@ -191,10 +199,10 @@ def _decode(decoder: msgspec.msgpack.Decoder, data: bytes):  # type: ignore[no-u
         )
     try:
         return decoder.decode(data)
-    except (msgspec.DecodeError, msgspec.ValidationError) as fault:
+    except (msgspec.DecodeError, msgspec.ValidationError) as err:
         raise ProtocolError(
-            f"Malformed frame: {fault}.", "Use a client of the same protocol version."
-        ) from fault
+            f"Malformed frame: {err}.", "Use a client of the same protocol version."
+        ) from err
 
 
 def brief_ms(ms: float) -> float:
@@ -202,6 +210,6 @@ def brief_ms(ms: float) -> float:
     return round(ms) if abs(ms) >= 16.0 else round(16.0 * ms) / 16.0
 
 
-def survival_byte(probability: float) -> int:
+def acceptance_byte(probability: float) -> int:
     """Probability to its wire byte, 0…255."""
     return max(0, min(255, round(probability * 255)))

@@ -6,8 +6,8 @@ position 0, and the first generated token of a prompt of ``n`` tokens at positio
 
 What the rest of the system may know of a model. Nothing here imports torch.
 
-What the server needs of a verifier engine. ``wispprof.engines.torch.engine.VerifierEngine`` is one, and
-:class:`~wispprof.testing.fake_engine.HashEngine` is another that needs no torch.
+What the server needs of a verifier engine. ``wispprof.engines.torch.engine.TorchEngine`` is one, and
+:class:`~wispprof.testing.fake_engine.FakeEngine` is another that needs no torch.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 __all__ = [
+    "BatchCost",
     "BatchShape",
-    "CostAccumulator",
     "DraftFeatures",
     "DraftToken",
     "Drafter",
     "Engine",
-    "Feed",
     "ModelInfo",
-    "Outcome",
     "RejectionPredictor",
     "Sampling",
     "ServedModel",
     "Slo",
-    "StepEstimator",
+    "StepInput",
+    "StepTimeEstimator",
     "VerifyItem",
+    "VerifyResult",
 ]
 
 
@@ -183,21 +183,21 @@ class Drafter(Protocol):
         """Append committed tokens that this drafter did not propose."""
 
 
-class Feed(NamedTuple):
+class StepInput(NamedTuple):
     """One session's tokens in one engine step.
 
     ``tokens`` are appended to the session's cached tokens. The last ``drafts`` of them are proposals.
-    With ``emit`` the target's own token is computed after each of the last ``drafts + 1`` fed tokens;
+    With ``needs_logits`` the target's own token is computed after each of the last ``drafts + 1`` fed tokens;
     without it (a prompt chunk that is not the last) nothing is decided and ``drafts`` must be 0.
     """
 
     session: str
     tokens: Sequence[int]
     drafts: int = 0
-    emit: bool = True
+    needs_logits: bool = True
 
 
-class Outcome(NamedTuple):
+class VerifyResult(NamedTuple):
     """What a step decided for one feed: ``tokens`` are the accepted drafts and the target's own next.
 
     ``accepted`` = ``len(tokens) - 1`` where the feed emitted, else 0 with no tokens. After the step the
@@ -210,7 +210,7 @@ class Outcome(NamedTuple):
     tokens: tuple[int, ...]
 
 
-class CostAccumulator(Protocol):
+class BatchCost(Protocol):
     """A batch being built, whose predicted time is known after every addition in O(1).
 
     Immutable: :meth:`add` returns the batch with one more item, so a refused candidate costs nothing
@@ -228,16 +228,16 @@ class CostAccumulator(Protocol):
     @property
     def bound_ms(self) -> float: ...
 
-    def add(self, new: int, cached: int, prefill: bool = False) -> CostAccumulator: ...
+    def add(self, new: int, cached: int, prefill: bool = False) -> BatchCost: ...
 
 
-class StepEstimator(Protocol):
+class StepTimeEstimator(Protocol):
     """Batch shape to time: a median and an upper bound with a stated coverage."""
 
     @property
     def coverage(self) -> float: ...
 
-    def start(self) -> CostAccumulator:
+    def start(self) -> BatchCost:
         """The empty batch: costs the fixed part of a step once an item is added, 0 before."""
 
     def predict(self, shape: BatchShape) -> tuple[float, float]:
@@ -247,13 +247,13 @@ class StepEstimator(Protocol):
 class RejectionPredictor(Protocol):
     """Features of a draft token to the probability that the target rejects it."""
 
-    def survival(self, features: DraftFeatures, depth: int) -> float:
+    def acceptance_prob(self, features: DraftFeatures, depth: int) -> float:
         """Calibrated P(accepted | all earlier drafts of the round were), ``depth`` counted from 0.
 
         Plain floats, numpy at most, tens of microseconds: it runs after every draft token.
         """
 
-    def survival_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    def acceptance_prob_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
         """The same for rows (n, 4) and depths (n,); returns (n,)."""
 
 
@@ -306,7 +306,7 @@ class Engine(Protocol):
     def fork(self, session: str, child: str, length: int, sampling: Sampling) -> None:
         """Open ``child`` with the first ``length`` cached tokens of ``session``."""
 
-    def step(self, feeds: Sequence[Feed]) -> list[Outcome]:
+    def step(self, feeds: Sequence[StepInput]) -> list[VerifyResult]:
         """One forward pass over all feeds; outcomes in their order.
 
         Raises :class:`~wispprof.errors.OutOfKvMemory` before anything was changed.

@@ -14,11 +14,11 @@ from wispprof.bench import FleetProcess, Mix
 from wispprof.fitting import FittedEstimator, load_estimator
 from wispprof.settings.bench_settings import BenchSettings
 from wispprof.simulation import ServerModel
-from wispprof.simulation.devices import DeviceProfile, LinkProfile
+from wispprof.simulation.devices import DeviceProfile, LinkModel
 from wispprof.types import BatchShape
 
 if TYPE_CHECKING:
-    from wispprof.engines.torch.engine import VerifierEngine
+    from wispprof.engines.torch.engine import TorchEngine
 
 LOADS = {"below": 0.6, "near": 1.0, "above": 1.5}
 CLASSES = (0.2125, 0.425, 0.6375, 0.85)
@@ -33,7 +33,7 @@ PROMPT = 96
 class Bed:
     """What every run needs. ``mix``: devices and promises; ``rtt_ms`` of the emulated link."""
 
-    engine: VerifierEngine
+    engine: TorchEngine
     estimator: FittedEstimator
     predictor: Path
     trace_file: Path
@@ -56,7 +56,7 @@ def artifacts(folder: Path, quick: bool, long: bool) -> None:
     from wispprof.fitting.pipeline import fit_files
     from wispprof.profiling.acceptance_trace import TraceSettings, take_trace
     from wispprof.profiling.profile_run import Output
-    from wispprof.profiling.server_profiler import ServerSettings, profile_server
+    from wispprof.profiling.server_profiler import ServerProfilerSettings, profile_server
     from wispprof.profiling.shape_grid import Axes
     from wispprof.profiling.workload import SweepSettings
 
@@ -77,7 +77,7 @@ def artifacts(folder: Path, quick: bool, long: bool) -> None:
         target=0.06, least=least, most=most, shot_s=shot_s, sentinel_every=12, drift=0.6
     )
     output = Output(folder / "server", overwrite=True)
-    profile_server(ServerSettings(axes=axes, sweep=sweep, output=output), loaded=target)
+    profile_server(ServerProfilerSettings(axes=axes, sweep=sweep, output=output), loaded=target)
     count, path = (8, 48) if quick else (24, 72)
     path = 192 if long else path
     settings = TraceSettings(count=count, prompt_tokens=PROMPT, path_tokens=path, depth=8)
@@ -88,13 +88,13 @@ def artifacts(folder: Path, quick: bool, long: bool) -> None:
 def make_bed(folder: Path, arguments: argparse.Namespace, fleet: FleetProcess) -> Bed:
     """The engine, and a load scaled to it by the estimator."""
     from wispprof.engines.loading import load_model
-    from wispprof.engines.torch.engine import VerifierEngine
+    from wispprof.engines.torch.engine import TorchEngine
 
     estimator = load_estimator(folder / "estimator.json")
     trace = load_trace(folder / "trace.jsonl")
     target = load_model(str(bundled.path("models/reference-pair/target")))
     most = math.ceil(max(LOADS.values()) * arguments.devices)
-    engine = VerifierEngine(target, kv_tokens=4096 + 512 * most, max_sessions=2 * most + 16)
+    engine = TorchEngine(target, kv_tokens=4096 + 512 * most, max_sessions=2 * most + 16)
     engine.warm_up()
     near, new = arguments.devices, min(len(p.path) for p in trace.paths)
     prompt = round(statistics.fmean(len(p.prompt) for p in trace.paths))
@@ -135,7 +135,7 @@ def load_of(bed: Bed, label: str, devices: int) -> BenchSettings:
         requests=bed.requests,
         hold=True,
         max_new=bed.max_new,
-        link=LinkProfile(rtt_ms=bed.rtt_ms),
+        link=LinkModel(rtt_ms=bed.rtt_ms),
         predictor=bed.predictor,
     )
 
@@ -159,11 +159,11 @@ def server_model(
 
 def running(bed: Bed, policy: Any) -> Any:
     from wispprof.server import running_server
-    from wispprof.settings.server_settings import ServerSettings
+    from wispprof.settings.server_settings import ServerProfilerSettings
     from wispprof.types import ServedModel
 
     model = ServedModel("pair", bed.tokenizer, bed.vocab, bed.engine.max_context)
-    settings = ServerSettings(
+    settings = ServerProfilerSettings(
         admit="all",
         kept_sessions=0,
         max_items=MAX_ITEMS,

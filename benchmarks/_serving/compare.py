@@ -9,11 +9,11 @@ from typing import Any
 from _serving.bed import LOADS, Bed, load_of, server_model
 from _serving.run import Run, run
 from _serving.tables import comparison, record, show
-from wispprof.bench import twin
+from wispprof.bench import simulate_bench
 from wispprof.fitting import load_predictor
-from wispprof.policies.wispprof import StreamSettings
+from wispprof.policies.wispprof import WispprofSettings
 from wispprof.reporting.tables import Column, Table
-from wispprof.server import run_front
+from wispprof.server import run_coalescing
 from wispprof.simulation import System, system
 
 SYSTEMS = {
@@ -31,7 +31,8 @@ def compare(bed: Bed) -> dict[str, Any]:
     for load, share in LOADS.items():
         devices = max(1, round(share * bed.near))
         rows[load] = [
-            run_front(run(bed, name, system(label), devices)) for name, label in SYSTEMS.items()
+            run_coalescing(run(bed, name, system(label), devices))
+            for name, label in SYSTEMS.items()
         ]
         show(comparison(f"{load} capacity: {devices} devices", rows[load]))
     overhead = {row.name: row.overhead_ms for row in rows["near"]}
@@ -95,7 +96,7 @@ def simulated_capacity(bed: Bed, what: System, overhead_ms: float) -> int:
 
     def holds(devices: int) -> bool:
         load = load_of(bed, what.label, devices)
-        found = twin(load, bed.mix, what, model, bed.trace, predictor, seeds=(0, 1))
+        found = simulate_bench(load, bed.mix, what, model, bed.trace, predictor, seeds=(0, 1))
         return found.attainment >= 0.95
 
     low, high = 0, max(2, bed.near // 2)
@@ -110,7 +111,7 @@ def simulated_capacity(bed: Bed, what: System, overhead_ms: float) -> int:
 def ablation(bed: Bed) -> dict[str, Any]:
     """Each switch of the policy, the other way round from its default."""
     variants: dict[str, dict[str, Any]] = {"wispprof": {}}
-    for one in fields(StreamSettings):
+    for one in fields(WispprofSettings):
         if isinstance(one.default, bool):
             sign = "without" if one.default else "with"
             variants[f"{sign} {one.name}"] = {one.name: not one.default}
@@ -118,7 +119,9 @@ def ablation(bed: Bed) -> dict[str, Any]:
     for load in ("near", "above"):
         devices = max(1, round(LOADS[load] * bed.near))
         rows = [
-            run_front(run(bed, name, system("wispprof").but(batching_options=options), devices))
+            run_coalescing(
+                run(bed, name, system("wispprof").replace_with(batching_options=options), devices)
+            )
             for name, options in variants.items()
         ]
         show(comparison(f"wispprof's pieces, {load} capacity: {devices} devices", rows))

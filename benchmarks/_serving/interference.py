@@ -14,7 +14,7 @@ from _serving.bed import Bed, load_of, running
 from _serving.tables import show
 from wispprof.artifacts import AcceptanceTrace, load_trace
 from wispprof.reporting.tables import Column, Table
-from wispprof.server import run_front
+from wispprof.server import run_coalescing
 from wispprof.settings.bench_settings import BenchSettings
 from wispprof.simulation import system
 from wispprof.types import Slo
@@ -25,7 +25,7 @@ def interference(bed: Bed, repeats: int) -> dict[str, Any]:
     sessions, length = 12, 1500
     rows = []
     for name in ("fcfs", "wispprof"):
-        runs = [run_front(_interfere(bed, name, sessions, length)) for _ in range(repeats)]
+        runs = [run_coalescing(_interfere(bed, name, sessions, length)) for _ in range(repeats)]
         rows.append((name, *(statistics.median(figures) for figures in zip(*runs, strict=True))))
     columns = (
         Column("policy"),

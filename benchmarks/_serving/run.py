@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from _serving.bed import LOOP_MS, Bed, load_of, running, server_model
-from wispprof.bench import BenchResult, Twin, twin
+from wispprof.bench import BenchResult, SimulatedBench, simulate_bench
 from wispprof.fitting import FittedEstimator, load_predictor
 from wispprof.simulation import System
-from wispprof.simulation.devices import LinkProfile
+from wispprof.simulation.devices import LinkModel
 from wispprof.types import BatchShape
 
 EVEN_SPREAD = 0.1
@@ -41,12 +41,12 @@ class Run:
     name: str
     devices: int
     real: BenchResult
-    simulated: Twin
+    simulated: SimulatedBench
     step_mean_ms: float
     pace: float
     overhead_ms: float
     rtt_ms: float
-    even: Twin
+    even: SimulatedBench
 
     @property
     def figures(self) -> dict[str, float]:
@@ -104,10 +104,10 @@ async def run(bed: Bed, name: str, what: System, devices: int) -> Run:
     rtt_ms = statistics.median(outcome.stats.rtt_ms for outcome in real.outcomes)
     predictor = load_predictor(bed.predictor)
 
-    def simulated(pace: Pace) -> Twin:
+    def simulated(pace: Pace) -> SimulatedBench:
         server = server_model(bed, overhead_ms, pace.median, pace.spread)
-        link = LinkProfile(rtt_ms)
-        return twin(replace(load, link=link), bed.mix, what, server, bed.trace, predictor)
+        link = LinkModel(rtt_ms)
+        return simulate_bench(replace(load, link=link), bed.mix, what, server, bed.trace, predictor)
 
     return Run(
         name,

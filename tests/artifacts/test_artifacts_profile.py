@@ -14,7 +14,7 @@ from wispprof.artifacts import (
     EdgeRow,
     LinkRow,
     Manifest,
-    ModelInfo,
+    ModelRecord,
     RowJournal,
     StepRow,
     load_edge,
@@ -95,7 +95,7 @@ def rows(n=6):
 
 
 def saved(folder, n=6):
-    profile = make_profile(Manifest("server", ModelInfo("tiny", "float32", 10)), rows(n))
+    profile = make_profile(Manifest("server", ModelRecord("tiny", "float32", 10)), rows(n))
     save_profile(profile, folder / "p")
     return profile, folder / "p.jsonl", folder / "p.manifest.json"
 
@@ -204,17 +204,17 @@ def test_a_published_row_needs_its_citation():
 
 def test_draft_time_between_measured_contexts():
     made = [EdgeRow(f"d{c}", "draft_step", c, (ms,), order=c) for c, ms in ((100, 2.0), (300, 4.0))]
-    profile = make_profile(Manifest("edge", ModelInfo("d")), made)
+    profile = make_profile(Manifest("edge", ModelRecord("d")), made)
     assert [profile.draft_ms(c) for c in (0, 100, 200, 300, 900)] == [2.0, 2.0, 3.0, 4.0, 4.0]
 
 
 def test_drafting_time_counts_the_steps_that_catch_up():
     step = EdgeRow("d", "draft_step", 100, (2.0,))
     behind = EdgeRow("c", "catch_up", 100, (3.0,), tokens=2, order=1)
-    profile = make_profile(Manifest("edge", ModelInfo("d")), [step, behind])
+    profile = make_profile(Manifest("edge", ModelRecord("d")), [step, behind])
     assert profile.drafting_ms(100, caught_up=0.0) == profile.draft_ms(100) == 2.0
     assert profile.drafting_ms(100, caught_up=0.25) == pytest.approx(2.25)
-    older = make_profile(Manifest("edge", ModelInfo("d")), [step])
+    older = make_profile(Manifest("edge", ModelRecord("d")), [step])
     assert older.drafting_ms(100, caught_up=0.25) == 2.0
 
 
@@ -224,7 +224,7 @@ def test_drafting_time_counts_what_a_rest_adds():
         EdgeRow("r", "round", 100, (9.0,), tokens=4, order=1, rested_ms=20.0),
         EdgeRow("s", "round", 300, (11.0,), tokens=4, order=2, rested_ms=20.0),
     ]
-    profile = make_profile(Manifest("edge", ModelInfo("d")), made)
+    profile = make_profile(Manifest("edge", ModelRecord("d")), made)
     assert [profile.resume_ms(c) for c in (0, 100, 200, 900)] == [1.0, 1.0, 2.0, 3.0]
     assert [profile.resume_ms(100, rest) for rest in (0.0, RESTED_MS / 2, 99.0)] == [0.0, 0.5, 1.0]
     assert profile.drafting_ms(100, 0.0, resumed=1 / 4) == pytest.approx(9.0 / 4)
@@ -243,19 +243,19 @@ def test_a_row_says_how_long_the_device_rested():
     assert b"rested" not in encode_row(replace(row, rested_ms=0.0))
 
 
-def test_visits_must_account_for_every_sample():
+def test_blocks_must_account_for_every_sample():
     row = StepRow(
-        "k", "verify", BatchShape.uniform(1, 1, 8), (1.0, 2.0, 3.0), visits=((0, 2), (7, 1))
+        "k", "verify", BatchShape.uniform(1, 1, 8), (1.0, 2.0, 3.0), blocks=((0, 2), (7, 1))
     )
     row = replace(row, set_aside_ms=(9.0,))
     assert decode_row(encode_row(row), "server", "here") == row
-    aside = replace(row, aside_visits=((4, 1),))
+    aside = replace(row, set_aside_blocks=((4, 1),))
     assert decode_row(encode_row(aside), "server", "here") == aside
-    with pytest.raises(ArtifactDamaged, match="'aside_visits' gives"):
-        decode_row(encode_row(replace(row, aside_visits=((4, 2),))), "server", "here")
-    for visits in (((0, 1), (7, 1)), ((0, 3), (7, 0)), ((0, 4),)):
-        with pytest.raises(ArtifactDamaged, match="'visits' gives"):
-            decode_row(encode_row(replace(row, visits=visits)), "server", "here")
+    with pytest.raises(ArtifactDamaged, match="'set_aside_blocks' gives"):
+        decode_row(encode_row(replace(row, set_aside_blocks=((4, 2),))), "server", "here")
+    for blocks in (((0, 1), (7, 1)), ((0, 3), (7, 0)), ((0, 4),)):
+        with pytest.raises(ArtifactDamaged, match="'blocks' gives"):
+            decode_row(encode_row(replace(row, blocks=blocks)), "server", "here")
 
 
 def test_a_journal_takes_several_visits_of_a_key_but_no_line_twice(tmp_path):

@@ -7,18 +7,18 @@ import dataclasses
 import selectors
 
 import pytest
-from edge_fixtures import LinearCost, hash_trace, pocket
+from edge_fixtures import LinearCost, hash_trace, in_process
 
 from wispprof.bench import BenchResult, run_bench
-from wispprof.bench.bench_result import Outcome, summarise
+from wispprof.bench.bench_result import RequestResult, summarise
 from wispprof.edge import RequestStats
 from wispprof.errors import WispprofError
 from wispprof.server.process import running_server
 from wispprof.settings.bench_settings import DEVICES, BenchSettings, device_of
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.simulation.devices import LinkProfile
-from wispprof.testing.fake_engine import HashEngine
-from wispprof.testing.high_res_loop import run_precise
+from wispprof.simulation.devices import LinkModel
+from wispprof.testing.fake_engine import FakeEngine
+from wispprof.testing.high_res_loop import run_high_res
 from wispprof.testing.virtual_time import run_virtual
 from wispprof.types import Slo
 
@@ -27,8 +27,8 @@ TRACE = hash_trace(paths=6, length=40, depth=6)
 
 def virtual(settings: BenchSettings, policy: str, trace=TRACE, **options: object) -> BenchResult:  # type: ignore[no-untyped-def]
     async def main() -> BenchResult:
-        async with pocket(policy, **options) as server:
-            return await run_bench(settings, server.dial, trace)
+        async with in_process(policy, **options) as server:
+            return await run_bench(settings, server.connect, trace)
 
     return run_virtual(main())
 
@@ -50,7 +50,7 @@ def test_every_system_is_lossless_and_adds_up(system: str, policy: str) -> None:
         tokens_per_s=(2.0, 8.0),
         requests=2,
         max_new=32,
-        link=LinkProfile(20.0, 5.0),
+        link=LinkModel(20.0, 5.0),
     )
     result = virtual(settings, policy)
     figures = result.figures
@@ -71,7 +71,7 @@ def test_every_system_is_lossless_and_adds_up(system: str, policy: str) -> None:
 
 
 def test_the_same_seed_gives_the_same_load_and_result() -> None:
-    settings = BenchSettings(devices=3, rate_per_s=20.0, requests=6, link=LinkProfile(10.0, 3.0))
+    settings = BenchSettings(devices=3, rate_per_s=20.0, requests=6, link=LinkModel(10.0, 3.0))
     one, two = virtual(settings, "wisp"), virtual(settings, "wisp")
     assert one.figures == two.figures
     assert one.load == two.load
@@ -104,7 +104,7 @@ def test_a_target_that_left_the_trace_is_reported(system: str) -> None:
 
 
 async def test_against_a_real_server_with_its_step_records() -> None:
-    engine = HashEngine()
+    engine = FakeEngine()
     settings = ServerSettings(policy="wisp", admit="all")
     load = BenchSettings(devices=4, requests=1, max_new=16, ramp_ms=0.0, device=(device_of("0.2"),))
     said: list[tuple[int, int]] = []
@@ -134,8 +134,8 @@ def test_timers_keep_microseconds_up_to_a_thousand_connections() -> None:
     async def selector() -> type:
         return type(asyncio.get_running_loop()._selector)  # type: ignore[attr-defined]
 
-    assert run_precise(selector(), 900) is selectors.SelectSelector
-    assert run_precise(selector(), 5000) is selectors.DefaultSelector
+    assert run_high_res(selector(), 900) is selectors.SelectSelector
+    assert run_high_res(selector(), 5000) is selectors.DefaultSelector
 
 
 def test_devices_by_name_by_number_and_by_nonsense() -> None:
@@ -152,7 +152,10 @@ def test_a_failed_request_is_neither_kept_nor_counted_as_speed() -> None:
     good, bad = RequestStats(), RequestStats()
     for stats in (good, bad):
         stats.first_ms, stats.last_ms, stats.tokens, stats.first_tokens = 10.0, 110.0, 11, 1
-    outcomes = [Outcome(0, Slo(5.0), good, True), Outcome(1, Slo(5.0), bad, True, "gone")]
+    outcomes = [
+        RequestResult(0, Slo(5.0), good, True),
+        RequestResult(1, Slo(5.0), bad, True, "gone"),
+    ]
     result = summarise(
         "wisp", {}, outcomes, 1.0, [(10.0, 12.0, 11.0), (10.0, 12.0, 20.0)], {}, (110, 220)
     )

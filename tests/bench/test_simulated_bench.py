@@ -6,15 +6,15 @@ Nothing is random here but what both share, so the two columns differ only by wh
 from __future__ import annotations
 
 import pytest
-from edge_fixtures import LinearCost, hash_trace, pocket
+from edge_fixtures import LinearCost, hash_trace, in_process
 
-from wispprof.bench import Mix, run_bench, twin
+from wispprof.bench import Mix, run_bench, simulate_bench
 from wispprof.bench.bench_result import BenchResult
-from wispprof.bench.simulated_bench import Twin
-from wispprof.policies.controllers import ConfidenceSurvival
+from wispprof.bench.simulated_bench import SimulatedBench
+from wispprof.policies.controllers import ConfidenceAcceptance
 from wispprof.settings.bench_settings import BenchSettings, device_of
 from wispprof.simulation import ServerModel, system
-from wispprof.simulation.devices import LinkProfile
+from wispprof.simulation.devices import LinkModel
 from wispprof.testing.virtual_time import run_virtual
 
 TRACE = hash_trace(paths=7, length=40, depth=6)
@@ -23,7 +23,7 @@ MIX = Mix((device_of("2.5"), device_of("7"), device_of("18")), (8.0, 16.0, 24.0)
 FIGURES = ("attainment", "goodput_tokens_per_s", "tokens_per_s")
 
 
-def both(label: str, devices: int, step_ms: float = 1.0) -> tuple[BenchResult, Twin]:
+def both(label: str, devices: int, step_ms: float = 1.0) -> tuple[BenchResult, SimulatedBench]:
     """``step_ms``: how much slower than the simulated steps the real ones are."""
     what = system(label)
     load = BenchSettings(
@@ -35,16 +35,18 @@ def both(label: str, devices: int, step_ms: float = 1.0) -> tuple[BenchResult, T
         requests=3,
         hold=True,
         max_new=32,
-        link=LinkProfile(6.0),
+        link=LinkModel(6.0),
     )
 
     async def main() -> BenchResult:
         cost = LinearCost(COST.fixed_ms * step_ms, COST.per_token_ms * step_ms)
-        async with pocket(what.batching, cost) as server:
-            return await run_bench(load, server.dial, TRACE)
+        async with in_process(what.batching, cost) as server:
+            return await run_bench(load, server.connect, TRACE)
 
     server = ServerModel(COST, None, 64, 2048, 512, overhead_ms=0.05, spread=1e-9)
-    return run_virtual(main()), twin(load, MIX, what, server, TRACE, ConfidenceSurvival(), (0,))
+    return run_virtual(main()), simulate_bench(
+        load, MIX, what, server, TRACE, ConfidenceAcceptance(), (0,)
+    )
 
 
 @pytest.mark.parametrize("label", ["centralized", "fcfs", "sled", "specedge", "wisp", "wispprof"])

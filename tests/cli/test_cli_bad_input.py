@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from wispprof.artifacts import load_server, make_profile, save_profile, write_document
-from wispprof.artifacts.manifest import Manifest, ModelInfo
+from wispprof.artifacts.manifest import Manifest, ModelRecord
 from wispprof.artifacts.rows import StepRow
 from wispprof.cli import app, common
 from wispprof.types import BatchShape
@@ -40,7 +40,7 @@ def server_profile(folder: Path, shapes: int = 24) -> Path:
         taken = 2.0 + 0.2 * shape.new_tokens + 0.003 * shape.cached_tokens
         rows.append(StepRow(f"r{number}", "verify", shape, (taken, taken * 1.01), order=number))
     path = folder / "server"
-    save_profile(make_profile(Manifest("server", ModelInfo("tiny")), rows), path)
+    save_profile(make_profile(Manifest("server", ModelRecord("tiny")), rows), path)
     return path.with_suffix(".jsonl")
 
 
@@ -147,24 +147,24 @@ def test_ctrl_c_while_profiling_keeps_whole_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted in the middle of a shot: exit 130, rows on disk are whole, and --resume ends it."""
-    from wispprof.profiling.server_profiler import EngineShooter
+    from wispprof.profiling.server_profiler import EngineRunner
 
     out = tmp_path / "server"
     arguments = (
         *("profile-server", "--shape", "tiny-llama", "--grid", "quick", "--repeats", "3"),
         *("--items", "1,4", "--new", "1,4", "--cached", "16,64", "--out", out),
     )
-    fire, shots = EngineShooter.fire, 0
+    fire, workloads = EngineRunner.run_once, 0
 
-    def interrupted(shooter: EngineShooter) -> float:
-        nonlocal shots
-        shots += 1
-        if shots > 90:
+    def interrupted(runner: EngineRunner) -> float:
+        nonlocal workloads
+        workloads += 1
+        if workloads > 90:
             raise KeyboardInterrupt
-        return fire(shooter)
+        return fire(runner)
 
     monkeypatch.setattr("wispprof.profiling.server_profiler.check_physics", lambda *_: _Physics())
-    monkeypatch.setattr(EngineShooter, "fire", interrupted)
+    monkeypatch.setattr(EngineRunner, "run_once", interrupted)
     done = run(*arguments)
     assert done.exit_code == common.INTERRUPTED, done.output
     assert "Traceback" not in done.stderr
@@ -174,7 +174,7 @@ def test_ctrl_c_while_profiling_keeps_whole_rows(
     assert kept > 0
     assert journal.read_bytes().endswith(b"\n")
 
-    monkeypatch.setattr(EngineShooter, "fire", fire)
+    monkeypatch.setattr(EngineRunner, "run_once", fire)
     done = run(*arguments, "--resume")
     assert done.exit_code == 0, done.output
     profile = load_server(out)

@@ -87,6 +87,6 @@ def test_a_section_fills_a_rooms_settings(here: Path) -> None:
 def test_a_rooms_refusal_names_section_and_file(here: Path) -> None:
     from wispprof.settings.edge_settings import DraftingSettings
 
-    (here / "wispprof.toml").write_text("[edge]\nlead = -1\n")
+    (here / "wispprof.toml").write_text("[edge]\ndraft-ahead = -1\n")
     with pytest.raises(ConfigError, match=r"Section \[edge\]"):
         read_config().settings(DraftingSettings, "edge")

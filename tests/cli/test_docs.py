@@ -58,8 +58,8 @@ def test_commands_in_the_pages_parse(page: Path) -> None:
     for line in commands_in(page):
         try:
             parse(line)
-        except USAGE_ERRORS as fault:
-            pytest.fail(f"{page.name}: {line}: {fault}")
+        except USAGE_ERRORS as err:
+            pytest.fail(f"{page.name}: {line}: {err}")
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != "cli.md"], ids=lambda p: p.name)

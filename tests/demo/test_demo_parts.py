@@ -10,8 +10,8 @@ import pytest
 
 from wispprof.demo import DemoResult
 from wispprof.demo.compare_policies import _joined
-from wispprof.demo.measure_machine import first_token_ms, promises
-from wispprof.reporting import Answer, Bench, Piece
+from wispprof.demo.measure_machine import first_token_ms, slo_classes
+from wispprof.reporting import Answer, Bench, TextSpan
 from wispprof.settings.demo_settings import DemoSettings
 from wispprof.types import BatchShape
 
@@ -28,7 +28,7 @@ LINEAR = cast(Any, Linear())
 
 def test_promises_are_shares_of_the_servers_own_speed() -> None:
     settings = DemoSettings(devices=8, shares=(0.5, 1.0))
-    assert promises(settings, LINEAR) == (50.0, 100.0)
+    assert slo_classes(settings, LINEAR) == (50.0, 100.0)
 
 
 def test_the_first_token_is_promised_by_the_prompts_and_never_at_once() -> None:
@@ -57,8 +57,13 @@ def test_a_pair_of_ones_own() -> None:
 
 
 def test_neighbours_of_one_origin_are_joined_and_no_text_is_lost() -> None:
-    pieces = [Piece("a", "draft"), Piece("", "target"), Piece("b", "draft"), Piece("c", "target")]
-    assert _joined(pieces) == (Piece("ab", "draft"), Piece("c", "target"))
+    pieces = [
+        TextSpan("a", "draft"),
+        TextSpan("", "target"),
+        TextSpan("b", "draft"),
+        TextSpan("c", "target"),
+    ]
+    assert _joined(pieces) == (TextSpan("ab", "draft"), TextSpan("c", "target"))
 
 
 def result(mismatches: float) -> DemoResult:
@@ -69,7 +74,7 @@ def result(mismatches: float) -> DemoResult:
         report=Path("r.html"),
         seconds=1.0,
         estimator_mape=2.0,
-        survival=(0.5,),
+        cum_acceptance=(0.5,),
         flagged=0.0,
     )
 

@@ -16,20 +16,20 @@ from typer.testing import CliRunner
 from wispprof import doctor
 from wispprof.artifacts import write_document
 from wispprof.cli import app
-from wispprof.doctor import Finding, Situation, examine, machine_checks, model_checks
+from wispprof.doctor import DoctorContext, Finding, examine, machine_checks, model_checks
 
-HEALTHY = Situation(environ={})
+HEALTHY = DoctorContext(environ={})
 
 
-def one(check: Callable[[Situation], Finding], situation: Situation) -> Finding:
+def one(check: Callable[[DoctorContext], Finding], situation: DoctorContext) -> Finding:
     return next(iter(examine(situation, [check])))
 
 
 def assert_fault(finding: Finding, *said: str, status: str = "fail") -> None:
     assert finding.status == status, finding
-    assert finding.fix, finding
+    assert finding.hint, finding
     for words in said:
-        assert words in finding.found + finding.fix, finding
+        assert words in finding.found + finding.hint, finding
 
 
 def free_port() -> int:
@@ -49,7 +49,7 @@ def free_port() -> int:
         doctor.artifacts,
     ],
 )
-def test_a_healthy_situation_has_no_fault(check: Callable[[Situation], Finding]) -> None:
+def test_a_healthy_situation_has_no_fault(check: Callable[[DoctorContext], Finding]) -> None:
     finding = one(check, HEALTHY)
     assert finding.status in ("ok", "skip"), finding
 
@@ -174,7 +174,7 @@ def test_models_that_are_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(model_checks, "_load", loaded)
 
-    def both(target: str, draft: str) -> Situation:
+    def both(target: str, draft: str) -> DoctorContext:
         return replace(HEALTHY, target=target, draft=draft)
 
     fine = one(doctor.models, both("big", "small"))

@@ -58,9 +58,9 @@ def examine(world: World) -> tuple[int, dict[str, tuple[str, str]]]:
     assert done.exit_code in (0, 1), done.output
     found: list[dict[str, Any]] = json.loads(done.stdout)["findings"]
     for finding in found:
-        assert finding["fix"] or finding["status"] in ("ok", "skip"), finding
+        assert finding["hint"] or finding["status"] in ("ok", "skip"), finding
     return done.exit_code, {
-        f["what"]: (f["status"], f"{f['found']} {f['fix']}")
+        f["what"]: (f["status"], f"{f['found']} {f['hint']}")
         for f in found
         if f["what"] not in WEATHER
     }
@@ -238,14 +238,14 @@ def test_the_healthy_installation_is_healthy(world: World) -> None:
     assert {status for status, _ in found.values()} <= {"ok", "skip"}, found
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("err", FAULTS, ids=lambda err: err.__name__)
 def test_each_fault_is_found_and_its_fix_named(
-    world: World, fault: Callable[[World], None], monkeypatch: pytest.MonkeyPatch
+    world: World, err: Callable[[World], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server_checks, "DIAL_MS", 100.0)
     _, healthy = examine(world)
-    check, status, words = FAULTS[fault]
-    fault(world)
+    check, status, words = FAULTS[err]
+    err(world)
     code, found = examine(world)
     assert code == (status == "fail")
     assert found[check][0] == status, found[check]

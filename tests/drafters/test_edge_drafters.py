@@ -19,7 +19,7 @@ from wispprof.edge import ThreadWorker, TimedWorker
 from wispprof.edge.draft_worker import common_prefix
 from wispprof.errors import ProfileError
 from wispprof.simulation.devices import DeviceProfile
-from wispprof.testing.fake_engine import HashDrafter, HashTarget
+from wispprof.testing.fake_engine import FakeDrafter, FakeTarget
 from wispprof.testing.virtual_time import VirtualTimeLoop, run_virtual
 from wispprof.types import DraftFeatures, DraftToken, Sampling
 
@@ -31,7 +31,7 @@ TRACE = hash_trace(paths=3, length=30, depth=6)
 
 def test_replay_proposes_what_the_draft_model_did() -> None:
     for path in TRACE.paths:
-        real, replay = HashDrafter(HashTarget(), 0.75), ReplayDrafter(TRACE)
+        real, replay = FakeDrafter(FakeTarget(), 0.75), ReplayDrafter(TRACE)
         for row in range(len(path.path) - TRACE.depth):
             start = (*path.prompt, *path.path[:row])
             real.open(start, Sampling())
@@ -53,7 +53,7 @@ def test_replay_on_the_true_path_goes_beyond_the_depth_of_a_row() -> None:
 
 def test_replay_rolls_back_and_extends_like_a_model() -> None:
     path = TRACE.paths[0]
-    real, replay = HashDrafter(HashTarget(), 0.75), ReplayDrafter(TRACE)
+    real, replay = FakeDrafter(FakeTarget(), 0.75), ReplayDrafter(TRACE)
     rng = random.Random(3)
     for drafter in (real, replay):
         drafter.open(path.prompt, Sampling())
@@ -213,8 +213,8 @@ def test_common_prefix(one: list[int], other: list[int]) -> None:
 
 def test_a_worker_follows_any_sequence() -> None:
     async def main() -> float:
-        target = HashTarget()
-        worker = TimedWorker(HashDrafter(target, 1.0), lambda context: 2.0, read_ms=0.5)
+        target = FakeTarget()
+        worker = TimedWorker(FakeDrafter(target, 1.0), lambda context: 2.0, read_ms=0.5)
         loop = asyncio.get_running_loop()
         await worker.open([1, 2, 3], Sampling())
         opened = loop.time()
@@ -237,7 +237,7 @@ def test_a_replayed_device_that_rested_pays_for_it() -> None:
 
     async def main() -> list[float]:
         worker = TimedWorker(
-            HashDrafter(HashTarget(), 1.0), device.step_ms, resuming_ms=device.resuming_ms
+            FakeDrafter(FakeTarget(), 1.0), device.step_ms, resuming_ms=device.resuming_ms
         )
         await worker.open([1, 2, 3], Sampling())
         sequence, costs = [1, 2, 3], []
@@ -261,7 +261,7 @@ def test_a_late_timer_is_not_the_replayed_devices_fault() -> None:
             return super().call_at(when + 0.001, *rest, **more)
 
     async def main() -> tuple[float, float]:
-        worker = TimedWorker(HashDrafter(HashTarget(), 1.0), lambda context: 2.5)
+        worker = TimedWorker(FakeDrafter(FakeTarget(), 1.0), lambda context: 2.5)
         loop = asyncio.get_running_loop()
         await worker.open([1, 2, 3], Sampling())
         sequence, begun = [1, 2, 3], loop.time()
@@ -308,7 +308,7 @@ def test_draft_kv_equals_a_fresh_prefill_after_hit_miss_and_partial_accept() -> 
     torch = pytest.importorskip("torch")
     from wispprof.drafters.torch_drafter import TorchDrafter
     from wispprof.engines.loading import random_model
-    from wispprof.sessions.draft_buffer import EdgePath
+    from wispprof.sessions.draft_buffer import DraftBuffer
 
     config = {
         "model_type": "llama",
@@ -331,7 +331,7 @@ def test_draft_kv_equals_a_fresh_prefill_after_hit_miss_and_partial_accept() -> 
         with ThreadPoolExecutor(1) as pool:
             worker = ThreadWorker(drafter, pool)
             await worker.open(prompt, Sampling())
-            path = EdgePath(prompt)
+            path = DraftBuffer(prompt)
             path.on_commit(6, [9])
             seen = set()
             for number in range(24):
@@ -345,7 +345,7 @@ def test_draft_kv_equals_a_fresh_prefill_after_hit_miss_and_partial_accept() -> 
                 accepted = 3 if kind != "partial" else int(rng.integers(0, 3))
                 own = held[accepted] if kind == "hit" else (held[accepted] + 1) % 64
                 effect = path.on_commit(
-                    path.frontier + accepted + 1, [*held[:accepted], own], accepted, 3
+                    path.committed_len + accepted + 1, [*held[:accepted], own], accepted, 3
                 )
                 seen.add((effect.proactive_hit, effect.rejected))
                 step = await worker.step(path.sequence())
@@ -356,7 +356,7 @@ def test_draft_kv_equals_a_fresh_prefill_after_hit_miss_and_partial_accept() -> 
                 ours, theirs = drafter.cached_kv(), fresh.cached_kv()
                 assert ours.shape == theirs.shape
                 assert torch.allclose(ours, theirs, atol=1e-4)
-                path.drop(path.frontier)
+                path.drop(path.committed_len)
         assert seen == {(True, False), (False, True)}
 
     asyncio.run(main())

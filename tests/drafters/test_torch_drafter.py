@@ -11,7 +11,7 @@ import torch
 from wispprof.drafters.torch_drafter import TorchDrafter, features_numpy, features_torch
 from wispprof.engines.loading import LoadedModel, random_model
 from wispprof.errors import EngineError
-from wispprof.sampling.sampler import choose
+from wispprof.sampling.sampler import sample_tokens
 from wispprof.types import Sampling
 
 
@@ -34,7 +34,7 @@ def test_tokens_and_features_equal_plain_forwards(loaded: LoadedModel, sampling:
     drafter.open(text, sampling)
     for _ in range(30):
         row = logits(loaded, text)
-        expected = int(choose(row, [len(text)], [sampling])[0])
+        expected = int(sample_tokens(row, [len(text)], [sampling])[0])
         token, features = drafter.draft()
         assert token == expected
         np.testing.assert_allclose(features, features_torch(row)[0].numpy(), rtol=1e-3, atol=1e-4)

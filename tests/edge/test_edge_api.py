@@ -10,17 +10,17 @@ from contextlib import asynccontextmanager
 import httpx
 import openai
 import pytest
-from edge_fixtures import LETTERS, hash_house, text_of
+from edge_fixtures import LETTERS, fake_runtime, text_of
 
 from wispprof.edge.edge_runtime import EdgeSettings
 from wispprof.edge.local_api import make_edge_app, serve_edge
 from wispprof.errors import WispprofError
-from wispprof.openai_api.text import TextSide
+from wispprof.openai_api.text import ChatTokenizer
 from wispprof.server.app import make_app
 from wispprof.server.process import running_server
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.simulation.devices import LinkProfile
-from wispprof.testing.fake_engine import HashEngine
+from wispprof.simulation.devices import LinkModel
+from wispprof.testing.fake_engine import FakeEngine
 from wispprof.testing.link_emulator import LinkProxy, LinkSettings
 from wispprof.types import Sampling
 
@@ -32,7 +32,7 @@ def over(app: object) -> httpx.AsyncClient:
 
 @asynccontextmanager
 async def api(kind: str = "model", policy: str = "wispprof") -> AsyncIterator[httpx.AsyncClient]:
-    async with hash_house(kind, policy) as house, over(make_edge_app(house)) as http:
+    async with fake_runtime(kind, policy) as runtime, over(make_edge_app(runtime)) as http:
         yield http
 
 
@@ -122,16 +122,19 @@ async def test_the_same_seed_gives_the_same_text_whatever_drafts(kind: str) -> N
 
 async def test_the_same_seed_gives_the_same_text_split_centralized_and_after_a_reconnect() -> None:
     ask = {"model": "hash-256", "prompt": "once", "max_tokens": 120, "temperature": 0.8, "seed": 11}
-    engine = HashEngine(step_ms=lambda shape: 2.0)
+    engine = FakeEngine(step_ms=lambda shape: 2.0)
     settings = ServerSettings(policy="wispprof", admit="all")
-    parts = {"engine": engine, "model": engine.served, "text": TextSide(LETTERS)}
+    parts = {"engine": engine, "model": engine.served, "text": ChatTokenizer(LETTERS)}
     async with running_server(settings, **parts) as running:  # type: ignore[arg-type]
         async with over(make_app(running.server)) as http:
             alone = await openai_client(http).completions.create(**ask)
-        link = LinkSettings(LinkProfile(2.0))
+        link = LinkSettings(LinkModel(2.0))
         async with LinkProxy("127.0.0.1", 0, "127.0.0.1", running.port, link) as proxy:
             address = f"127.0.0.1:{proxy.port}"
-            async with hash_house(server=address) as house, over(make_edge_app(house)) as http:
+            async with (
+                fake_runtime(server=address) as runtime,
+                over(make_edge_app(runtime)) as http,
+            ):
                 client = openai_client(http)
                 split = await client.completions.create(**ask)
                 half = proxy.bytes_down // 2
@@ -153,14 +156,14 @@ async def test_an_app_that_hangs_up_ends_its_generation() -> None:
     head = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
     headers = [(b"content-type", b"application/json")]
     sent: list[dict[str, object]] = []
-    async with hash_house() as house:
-        app = make_edge_app(house)
+    async with fake_runtime() as runtime:
+        app = make_edge_app(runtime)
         messages = [{"type": "http.request", "body": body}]
 
         async def receive() -> dict[str, object]:
             if messages:
                 return messages.pop()
-            while house.client.traffic.down_frames < 10:  # in the middle of the answer
+            while runtime.client.traffic.down_frames < 10:  # in the middle of the answer
                 await asyncio.sleep(0.001)
             return {"type": "http.disconnect"}
 
@@ -210,4 +213,4 @@ async def test_metrics_and_health() -> None:
 
 async def test_the_api_asks_for_no_key_so_it_stays_on_loopback() -> None:
     with pytest.raises(WispprofError, match="Refusing to listen"):
-        await serve_edge(EdgeSettings(), "0.0.0.0", 0, lambda house, where: None)
+        await serve_edge(EdgeSettings(), "0.0.0.0", 0, lambda runtime, where: None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from edge_fixtures import hash_house, text_of
+from edge_fixtures import fake_runtime, text_of
 from typer.testing import CliRunner, Result
 
 from wispprof.cli import app
@@ -22,7 +22,7 @@ def run(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
 
     def opened(settings: EdgeSettings):  # type: ignore[no-untyped-def]
         command.settings = settings  # type: ignore[attr-defined]
-        return hash_house()
+        return fake_runtime()
 
     monkeypatch.setattr("wispprof.edge.edge_runtime.open_edge", opened)
     return command

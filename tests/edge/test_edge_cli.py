@@ -58,11 +58,11 @@ def test_bench_prints_one_document_and_fails_on_a_loss(
 
     def offered(lossless: bool):  # type: ignore[no-untyped-def]
         def run(settings: BenchSettings, *_: object) -> BenchResult:
-            from wispprof.bench import Outcome
+            from wispprof.bench import RequestResult
             from wispprof.edge import RequestStats
             from wispprof.types import Slo
 
-            outcome = Outcome(
+            outcome = RequestResult(
                 0, Slo(4.0), RequestStats(tokens=4, first_ms=1.0, last_ms=9.0), lossless
             )
             return summarise(settings.system, settings.load(), [outcome], 1.0, [], {}, (8, 16))

@@ -10,13 +10,13 @@ from edge_fixtures import drafting, edge, plain, truth
 from msgspec import structs
 
 from wispprof import protocol
-from wispprof.edge import Connection, LinkLost, server_url, websocket_dial
+from wispprof.edge import Connection, LinkLost, server_url, websocket_connections
 from wispprof.edge.client import RttMeter
 from wispprof.errors import HandshakeRefused, RuntimeFault, ServerUnreachable
 from wispprof.server.process import running_server
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.simulation.devices import LinkProfile
-from wispprof.testing.fake_engine import HashEngine
+from wispprof.simulation.devices import LinkModel
+from wispprof.testing.fake_engine import FakeEngine
 from wispprof.testing.link_emulator import LinkProxy, LinkSettings
 from wispprof.types import Sampling
 
@@ -26,7 +26,7 @@ KEY = "a key of at least sixteen"
 
 @asynccontextmanager
 async def hash_server(policy: str = "wisp", **settings: object):  # type: ignore[no-untyped-def]
-    engine = HashEngine()
+    engine = FakeEngine()
     chosen = ServerSettings(policy=policy, admit="all", **settings)  # type: ignore[arg-type]
     async with running_server(chosen, engine=engine, model=engine.served) as running:
         yield running
@@ -35,7 +35,7 @@ async def hash_server(policy: str = "wisp", **settings: object):  # type: ignore
 @pytest.mark.parametrize("policy", ["wisp", "fcfs", "wispprof"])
 async def test_mixed_batches_over_real_sockets_are_lossless(policy: str) -> None:
     async with hash_server(policy) as running:
-        async with edge(websocket_dial(running.split_url), tokenizer="hash") as client:
+        async with edge(websocket_connections(running.split_url), tokenizer="hash") as client:
             made = [
                 drafting(client, p, max_new=32, k=k, draft_ms=0.1, proactive=4)
                 for p, k in zip(PROMPTS, (0, 1, 4, 8) * 3, strict=False)
@@ -49,7 +49,7 @@ async def test_mixed_batches_over_real_sockets_are_lossless(policy: str) -> None
 
 async def test_sampled_text_is_the_same_split_or_centralized() -> None:
     sampling = Sampling(0.8, 0, 0.9, seed=5)
-    async with hash_server() as running, edge(websocket_dial(running.split_url)) as client:
+    async with hash_server() as running, edge(websocket_connections(running.split_url)) as client:
         split = drafting(client, PROMPTS[0], max_new=24, draft_ms=0.1, sampling=sampling)
         await split.run()
     assert list(split.output) == truth(PROMPTS[0], 24, sampling)
@@ -71,14 +71,16 @@ async def test_a_wrong_edge_is_refused_at_hello_with_the_reason(
     async with hash_server(api_keys=(KEY,)) as running:
         given = {"key": KEY, **settings}
         with pytest.raises(HandshakeRefused, match=said):
-            async with edge(websocket_dial(running.split_url), **given):
+            async with edge(websocket_connections(running.split_url), **given):
                 pass
         (told,) = [r.getMessage() for r in caplog.records if r.name == "wispprof.server"]
         assert told.startswith("refused an edge at hello")
         assert said in told
         assert KEY not in told
         # Everybody else is served on.
-        async with edge(websocket_dial(running.split_url), tokenizer="hash", key=KEY) as client:
+        async with edge(
+            websocket_connections(running.split_url), tokenizer="hash", key=KEY
+        ) as client:
             assert client.welcome is not None
             assert client.welcome.target == "hash-256"
 
@@ -104,17 +106,17 @@ async def test_a_wrong_protocol_version_is_refused(caplog: pytest.LogCaptureFixt
 
     async with hash_server() as running:
 
-        async def dial() -> Connection:
-            return Newer(await websocket_dial(running.split_url)())
+        async def connect() -> Connection:
+            return Newer(await websocket_connections(running.split_url)())
 
         with pytest.raises(HandshakeRefused, match="rotocol"):
-            async with edge(dial):
+            async with edge(connect):
                 pass
         assert "protocol" in caplog.text
 
 
 async def test_a_request_beyond_the_context_is_refused_alone() -> None:
-    async with hash_server() as running, edge(websocket_dial(running.split_url)) as client:
+    async with hash_server() as running, edge(websocket_connections(running.split_url)) as client:
         with pytest.raises(RuntimeFault, match="refused this request"):
             await drafting(client, [1] * 5000, max_new=8).run()
         fine = drafting(client, PROMPTS[0], max_new=8, draft_ms=0.1)
@@ -127,17 +129,17 @@ async def test_sessions_resume_on_a_restarted_server(policy: str) -> None:
     """The first server dies in the middle of 20 generations; another one takes its place."""
     where = ""
 
-    async def dial() -> Connection:
-        return await websocket_dial(where)()
+    async def connect() -> Connection:
+        return await websocket_connections(where)()
 
     prompts = [(n, 9, 9) for n in range(20)]
     async with AsyncExitStack() as stack:
         async with hash_server(policy) as running:
             where = running.split_url
-            client = await stack.enter_async_context(edge(dial, backoff_ms=5.0))
+            client = await stack.enter_async_context(edge(connect, backoff_ms=5.0))
             made = [drafting(client, p, max_new=64, draft_ms=0.5, proactive=4) for p in prompts]
             tasks = [asyncio.create_task(g.run()) for g in made]
-            while min(g.path.frontier for g in made) < 10:
+            while min(g.path.committed_len for g in made) < 10:
                 await asyncio.sleep(0.001)
         async with hash_server(policy) as running:
             where = running.split_url
@@ -150,7 +152,7 @@ async def test_sessions_resume_on_a_restarted_server(policy: str) -> None:
 
 async def test_a_first_opening_is_no_reopening() -> None:
     """Not even one that the client sends itself, because the link was not up when it was asked for."""
-    async with hash_server() as running, edge(websocket_dial(running.split_url)) as client:
+    async with hash_server() as running, edge(websocket_connections(running.split_url)) as client:
         assert not client.up
         early = await drafting(client, PROMPTS[0], max_new=8, draft_ms=0.1).run()
         assert client.up
@@ -162,14 +164,14 @@ async def test_links_are_cut_by_a_proxy_in_between() -> None:
     async with (
         hash_server() as running,
         LinkProxy(
-            "127.0.0.1", 0, running.host, running.port, LinkSettings(LinkProfile(2.0))
+            "127.0.0.1", 0, running.host, running.port, LinkSettings(LinkModel(2.0))
         ) as proxy,
     ):
-        dial = websocket_dial(f"127.0.0.1:{proxy.port}")
-        async with edge(dial, backoff_ms=5.0) as client:
+        connect = websocket_connections(f"127.0.0.1:{proxy.port}")
+        async with edge(connect, backoff_ms=5.0) as client:
             made = [drafting(client, p, max_new=48, draft_ms=0.5) for p in PROMPTS]
             running_tasks = [asyncio.create_task(g.run()) for g in made]
-            while min(g.path.frontier for g in made) < 12:
+            while min(g.path.committed_len for g in made) < 12:
                 await asyncio.sleep(0.001)
             proxy.cut()
             stats = await asyncio.gather(*running_tasks)
@@ -182,7 +184,7 @@ async def test_links_are_cut_by_a_proxy_in_between() -> None:
 
 async def test_nobody_there() -> None:
     with pytest.raises(ServerUnreachable, match="No server answers at"):
-        async with edge(websocket_dial("127.0.0.1:9"), give_up_ms=50.0):
+        async with edge(websocket_connections("127.0.0.1:9"), give_up_ms=50.0):
             pass
 
 

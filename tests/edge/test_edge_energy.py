@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from edge_fixtures import hash_house
+from edge_fixtures import fake_runtime
 
 from wispprof.edge.edge_runtime import Prompt
 from wispprof.edge.request_stats import EnergyShares
@@ -81,17 +81,17 @@ def test_no_sensor_means_no_figure() -> None:
 
 
 async def test_an_answer_tells_its_energy() -> None:
-    async with hash_house() as house:
+    async with fake_runtime() as runtime:
         meter = Counter()
-        house.device.energy = EnergyShares(meter)
-        reply = house.reply(Prompt((1, 2, 3), 12, Sampling()))
+        runtime.device.energy = EnergyShares(meter)
+        reply = runtime.reply(Prompt((1, 2, 3), 12, Sampling()))
         async for _ in reply.text():
             meter.used += 0.5
         assert reply.stats.energy_j == pytest.approx(meter.used)
         assert reply.stats.summary()["energy_j_per_token"] == pytest.approx(meter.used / 12)
         assert "J/token" in reply.stats.line()
-        silent = house.reply(Prompt((1, 2, 3), 12, Sampling()))
-        house.device.energy = EnergyShares(NullMeter())
+        silent = runtime.reply(Prompt((1, 2, 3), 12, Sampling()))
+        runtime.device.energy = EnergyShares(NullMeter())
         async for _ in silent.text():
             pass
         assert silent.stats.summary()["energy_j_per_token"] is None

@@ -9,25 +9,25 @@ import pytest
 from edge_fixtures import LETTERS, edge, text_of
 
 from wispprof.artifacts import bundled
-from wispprof.edge import websocket_dial
-from wispprof.edge.draft_device import Device, GgufDraft
-from wispprof.edge.edge_runtime import EdgeHouse, EdgeSettings, Prompt, _load
+from wispprof.edge import websocket_connections
+from wispprof.edge.draft_device import DraftDevice, GgufDraft
+from wispprof.edge.edge_runtime import EdgeRuntime, EdgeSettings, Prompt, _load
 from wispprof.errors import ModelError, ModelMissing
 from wispprof.server.process import running_server
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.testing.fake_engine import HashDrafter, HashEngine, HashTarget
+from wispprof.testing.fake_engine import FakeDrafter, FakeEngine, FakeTarget
 from wispprof.types import Sampling
 
 TARGET = "models/reference-pair/target"
 
 
-class LlamaCpp(HashDrafter):
+class LlamaCpp(FakeDrafter):
     """Stands where llama.cpp's drafter does; notes what it was asked to load."""
 
     asked: list[tuple[Path, int]] = []
 
     def __init__(self, path: Path, *, gpu_layers: int) -> None:
-        super().__init__(HashTarget(), 0.8)
+        super().__init__(FakeTarget(), 0.8)
         self.asked.append((path, gpu_layers))
 
 
@@ -39,17 +39,17 @@ def llamacpp(monkeypatch: pytest.MonkeyPatch) -> type[LlamaCpp]:
 
 
 async def test_a_gguf_draft_drafts_and_requests_reuse_it(llamacpp: type[LlamaCpp]) -> None:
-    engine = HashEngine()
+    engine = FakeEngine()
     settings = ServerSettings(admit="all")
-    device = Device("model", "fixed", {"k": 3}, loaded=GgufDraft(Path("some.gguf"), "auto"))
+    device = DraftDevice("model", "fixed", {"k": 3}, loaded=GgufDraft(Path("some.gguf"), "auto"))
     assert llamacpp.asked == [(Path("some.gguf"), -1)]  # loaded before anybody asks
     async with (
         running_server(settings, engine=engine, model=engine.served) as running,
-        edge(websocket_dial(running.split_url)) as client,
+        edge(websocket_connections(running.split_url)) as client,
     ):
-        house = EdgeHouse(EdgeSettings(), LETTERS, device, client)
+        runtime = EdgeRuntime(EdgeSettings(), LETTERS, device, client)
         for _ in range(2):
-            reply = house.reply(Prompt(tuple(LETTERS.encode("abc")), 16, Sampling()))
+            reply = runtime.reply(Prompt(tuple(LETTERS.encode("abc")), 16, Sampling()))
             assert "".join([piece async for piece in reply.text()]) == text_of("abc", 16)
             assert reply.stats.drafted > 0
     device.close()
@@ -57,7 +57,7 @@ async def test_a_gguf_draft_drafts_and_requests_reuse_it(llamacpp: type[LlamaCpp
 
 
 def test_the_processor_gets_no_layers_on_a_gpu(llamacpp: type[LlamaCpp]) -> None:
-    Device("model", "fixed", loaded=GgufDraft(Path("some.gguf"), "cpu")).close()
+    DraftDevice("model", "fixed", loaded=GgufDraft(Path("some.gguf"), "cpu")).close()
     assert llamacpp.asked == [(Path("some.gguf"), 0)]
 
 
@@ -74,8 +74,8 @@ def test_the_tokenizer_is_the_one_named_or_the_one_beside_the_file(tmp_path: Pat
 
 def test_no_tokenizer_and_no_file_are_told_with_their_fix(tmp_path: Path) -> None:
     file = tmp_path / "draft.gguf"
-    with pytest.raises(ModelError, match="no tokenizer") as fault:
+    with pytest.raises(ModelError, match="no tokenizer") as err:
         _load(EdgeSettings(draft=str(file)), str(file))
-    assert "--tokenizer" in fault.value.fix
+    assert "--tokenizer" in err.value.hint
     with pytest.raises(ModelMissing, match=r"draft\.gguf"):
-        Device("model", "fixed", loaded=GgufDraft(file, "auto"))
+        DraftDevice("model", "fixed", loaded=GgufDraft(file, "auto"))

@@ -10,22 +10,22 @@ import sys
 
 from edge_fixtures import drafting, edge, plain, truth
 
-from wispprof.edge import websocket_dial
+from wispprof.edge import websocket_connections
 
 SERVER = """
 import asyncio, sys
-from wispprof.testing.fake_engine import HashEngine
+from wispprof.testing.fake_engine import FakeEngine
 from wispprof.server.process import running_server
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.link_emulator import LinkProxy, LinkSettings
-from wispprof.simulation.devices import LinkProfile
+from wispprof.simulation.devices import LinkModel
 
 async def main():
-    engine = HashEngine(step_ms=lambda shape: 3.0)
+    engine = FakeEngine(step_ms=lambda shape: 3.0)
     settings = ServerSettings(policy="wisp", admit="all")
     async with running_server(settings, engine=engine, model=engine.served) as running:
         # A known port for a server that takes a free one.
-        link = LinkSettings(LinkProfile(rtt_ms=0.0))
+        link = LinkSettings(LinkModel(rtt_ms=0.0))
         async with LinkProxy("127.0.0.1", int(sys.argv[1]), "127.0.0.1", running.port, link):
             print("ready", flush=True)
             await asyncio.Event().wait()
@@ -60,7 +60,7 @@ async def test_twenty_generations_survive_kill_nine() -> None:
     second: subprocess.Popen[bytes] | None = None
     try:
         await ready(first)
-        async with edge(websocket_dial(f"127.0.0.1:{port}"), backoff_ms=20.0) as client:
+        async with edge(websocket_connections(f"127.0.0.1:{port}"), backoff_ms=20.0) as client:
             prompts = [(n, 5, 5) for n in range(20)]
             made = [
                 drafting(client, p, max_new=LONG, draft_ms=1.0, proactive=4)
@@ -69,7 +69,7 @@ async def test_twenty_generations_survive_kill_nine() -> None:
                 for p in prompts
             ]
             tasks = [asyncio.create_task(g.run()) for g in made]
-            while min(g.path.frontier for g in made) < 8:
+            while min(g.path.committed_len for g in made) < 8:
                 await asyncio.sleep(0.002)
             first.send_signal(signal.SIGKILL)
             first.wait()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from edge_fixtures import hash_house, text_of
+from edge_fixtures import fake_runtime, text_of
 
 from wispprof.edge.local_api import make_edge_app
 from wispprof.types import Sampling
@@ -18,13 +18,13 @@ langchain_openai = pytest.importorskip("langchain_openai")
 async def test_chat_openai_streams_with_stop_strings_seed_and_max_tokens() -> None:
     expected = text_of("hello", 24, Sampling(0.9, 0, 0.8, seed=7))
     stop = expected[9:11]
-    async with hash_house() as house:
-        transport = httpx.ASGITransport(make_edge_app(house))
+    async with fake_runtime() as runtime:
+        transport = httpx.ASGITransport(make_edge_app(runtime))
         async with httpx.AsyncClient(transport=transport) as http:
 
             def model(**more: object):  # type: ignore[no-untyped-def]
                 return langchain_openai.ChatOpenAI(
-                    model=house.model,
+                    model=runtime.model,
                     base_url="http://edge/v1",
                     api_key="none",
                     http_async_client=http,

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from wispprof.edge import Connection, LinkLost
-from wispprof.simulation.devices import LinkProfile
+from wispprof.simulation.devices import LinkModel
 from wispprof.testing.link_emulator import LinkProxy, LinkSettings, emulate
 from wispprof.testing.virtual_time import run_virtual
 
@@ -62,25 +62,25 @@ def round_trips(
 
 
 def test_the_round_trip_is_what_was_asked() -> None:
-    assert round_trips(LinkSettings(LinkProfile(40.0)), frames=1) == [pytest.approx(40.0)]
+    assert round_trips(LinkSettings(LinkModel(40.0)), frames=1) == [pytest.approx(40.0)]
 
 
 def test_jitter_delays_and_keeps_the_order() -> None:
-    times = round_trips(LinkSettings(LinkProfile(40.0, jitter_ms=10.0)), gap_s=0.01)
+    times = round_trips(LinkSettings(LinkModel(40.0, jitter_ms=10.0)), gap_s=0.01)
     assert times == sorted(times)
     late = [at - 40.0 - 10.0 * n for n, at in enumerate(times)]
     assert min(late) >= -1e-6
     assert 5.0 < sum(late) / len(late) < 60.0
-    assert times == round_trips(LinkSettings(LinkProfile(40.0, jitter_ms=10.0)), gap_s=0.01)
+    assert times == round_trips(LinkSettings(LinkModel(40.0, jitter_ms=10.0)), gap_s=0.01)
 
 
 def test_bandwidth_costs_time_by_size() -> None:
-    narrow = LinkSettings(LinkProfile(0.0, up_mbps=0.08))
+    narrow = LinkSettings(LinkModel(0.0, up_mbps=0.08))
     assert round_trips(narrow, frames=1, size=100) == [pytest.approx(10.0)]
 
 
 def test_stalls_hold_everything_up() -> None:
-    settings = LinkSettings(LinkProfile(0.0), stall_every_ms=5000.0, stall_ms=2000.0)
+    settings = LinkSettings(LinkModel(0.0), stall_every_ms=5000.0, stall_ms=2000.0)
     assert settings.after_stall_ms(2999.0) == 2999.0
     assert settings.after_stall_ms(3000.0) == 5000.0
     assert settings.after_stall_ms(9500.0) == 10_000.0
@@ -90,7 +90,7 @@ def test_stalls_hold_everything_up() -> None:
 
 def test_a_cut_ends_both_directions() -> None:
     async def main() -> None:
-        connection = await emulate(echo, LinkSettings(LinkProfile(10.0), cut_every_ms=500.0))()
+        connection = await emulate(echo, LinkSettings(LinkModel(10.0), cut_every_ms=500.0))()
 
         async def talk() -> None:
             while True:
@@ -111,7 +111,7 @@ def test_a_cut_ends_both_directions() -> None:
 )
 def test_impossible_links_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError):
-        LinkSettings(LinkProfile(), **wrong)
+        LinkSettings(LinkModel(), **wrong)
 
 
 async def hung_up(reader: asyncio.StreamReader) -> bool:
@@ -131,7 +131,7 @@ async def test_the_proxy_passes_bytes_both_ways_and_cuts() -> None:
     port = server.sockets[0].getsockname()[1]
     async with (
         server,
-        LinkProxy("127.0.0.1", 0, "127.0.0.1", port, LinkSettings(LinkProfile(1.0))) as proxy,
+        LinkProxy("127.0.0.1", 0, "127.0.0.1", port, LinkSettings(LinkModel(1.0))) as proxy,
     ):
         reader, writer = await asyncio.open_connection("127.0.0.1", proxy.port)
         loop = asyncio.get_running_loop()

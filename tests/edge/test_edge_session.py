@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from edge_fixtures import LinearCost, drafting, edge, plain, pocket, truth
+from edge_fixtures import LinearCost, drafting, edge, in_process, plain, truth
 
 from wispprof.edge import Generation, RequestStats
 from wispprof.errors import ProtocolError, ServerUnreachable
-from wispprof.simulation.devices import LinkProfile
+from wispprof.simulation.devices import LinkModel
 from wispprof.testing.link_emulator import LinkSettings, emulate
 from wispprof.testing.virtual_time import run_virtual
 from wispprof.types import Sampling
@@ -21,7 +21,7 @@ async def fleet(
     policy: str, sessions: int, **options: object
 ) -> list[tuple[Generation, RequestStats]]:
     """``sessions`` generations at once over one link; each with its result."""
-    async with pocket(policy) as server, edge(server.dial) as client:
+    async with in_process(policy) as server, edge(server.connect) as client:
         made = [drafting(client, prompt, **options) for prompt in PROMPTS[:sessions]]  # type: ignore[arg-type]
         stats = await asyncio.gather(*(generation.run() for generation in made))
         assert server.engine.sessions == ()  # type: ignore[attr-defined]
@@ -42,13 +42,13 @@ def test_a_corrupted_commit_is_noticed() -> None:
     """Negative control: the comparison above does fail when one committed token is wrong."""
 
     async def main() -> None:
-        async with pocket() as server, edge(server.dial) as client:
+        async with in_process() as server, edge(server.connect) as client:
             generation = drafting(client, PROMPTS[0])
             decide = server.engine.step
 
             def corrupt(feeds):  # type: ignore[no-untyped-def]
                 outcomes = decide(feeds)
-                if generation.path.frontier > 20:
+                if generation.path.committed_len > 20:
                     outcomes = [
                         o._replace(tokens=(*o.tokens[:-1], o.tokens[-1] ^ 1)) for o in outcomes
                     ]
@@ -76,7 +76,7 @@ def test_sampled_text_depends_on_the_seed_alone(policy: str) -> None:
 
 def test_a_centralized_session_sends_nothing_but_its_opening() -> None:
     async def main() -> RequestStats:
-        async with pocket() as server, edge(server.dial) as client:
+        async with in_process() as server, edge(server.connect) as client:
             generation = plain(client, PROMPTS[0])
             stats = await generation.run()
             assert list(generation.output) == truth(PROMPTS[0], 48)
@@ -102,9 +102,9 @@ def test_accounting_adds_up() -> None:
 def test_proactive_drafting_gains_and_never_lowers_acceptance() -> None:
     def run(proactive: int, rtt: float) -> RequestStats:
         async def main() -> RequestStats:
-            async with pocket() as server:
-                dial = emulate(server.dial, LinkSettings(LinkProfile(rtt_ms=rtt)))
-                async with edge(dial) as client:
+            async with in_process() as server:
+                connect = emulate(server.connect, LinkSettings(LinkModel(rtt_ms=rtt)))
+                async with edge(connect) as client:
                     generation = drafting(
                         client, PROMPTS[1], max_new=200, proactive=proactive, accuracy=0.9
                     )
@@ -123,9 +123,9 @@ def test_proactive_drafting_gains_and_never_lowers_acceptance() -> None:
 def test_a_stream_is_never_slower_than_centralized_serving() -> None:
     def speed(drafts: bool, rtt: float, draft_ms: float) -> float:
         async def main() -> RequestStats:
-            async with pocket("wispprof") as server:
-                dial = emulate(server.dial, LinkSettings(LinkProfile(rtt_ms=rtt)))
-                async with edge(dial) as client:
+            async with in_process("wispprof") as server:
+                connect = emulate(server.connect, LinkSettings(LinkModel(rtt_ms=rtt)))
+                async with edge(connect) as client:
                     if drafts:
                         made = drafting(
                             client,
@@ -164,9 +164,9 @@ def test_slack_falls_with_the_link() -> None:
     for rtt in (0.0, 60.0):
 
         async def main(rtt: float = rtt) -> None:
-            async with pocket() as server:
-                dial = emulate(server.dial, LinkSettings(LinkProfile(rtt_ms=rtt)))
-                async with edge(dial) as client:
+            async with in_process() as server:
+                connect = emulate(server.connect, LinkSettings(LinkModel(rtt_ms=rtt)))
+                async with edge(connect) as client:
                     generation = drafting(client, PROMPTS[0], accuracy=1.0)
                     slacks: list[float] = []
                     send = client.draft
@@ -189,7 +189,7 @@ def test_slack_falls_with_the_link() -> None:
 @pytest.mark.parametrize("policy", ["fcfs", "wispprof"])
 def test_twenty_sessions_survive_a_killed_server(policy: str) -> None:
     async def main() -> None:
-        async with pocket(policy) as server, edge(server.dial, ping_ms=200.0) as client:
+        async with in_process(policy) as server, edge(server.connect, ping_ms=200.0) as client:
             prompts = [(n, 3, 5) for n in range(20)]
             made = [drafting(client, p, max_new=128, k=3, proactive=4) for p in prompts]
             running = [asyncio.create_task(g.run()) for g in made]
@@ -215,15 +215,15 @@ def test_twenty_sessions_survive_a_killed_server(policy: str) -> None:
 @pytest.mark.parametrize(
     "link",
     [
-        LinkSettings(LinkProfile(30.0, 10.0), cut_every_ms=700.0),
-        LinkSettings(LinkProfile(30.0), stall_every_ms=5000.0, stall_ms=2000.0),
-        LinkSettings(LinkProfile(60.0, 20.0, loss=0.05, up_mbps=0.5)),
+        LinkSettings(LinkModel(30.0, 10.0), cut_every_ms=700.0),
+        LinkSettings(LinkModel(30.0), stall_every_ms=5000.0, stall_ms=2000.0),
+        LinkSettings(LinkModel(60.0, 20.0, loss=0.05, up_mbps=0.5)),
     ],
     ids=["cuts", "stalls", "loss"],
 )
 def test_bad_links_change_no_token(policy: str, link: LinkSettings) -> None:
     async def main() -> None:
-        async with pocket(policy) as server, edge(emulate(server.dial, link)) as client:
+        async with in_process(policy) as server, edge(emulate(server.connect, link)) as client:
             made = [drafting(client, p, max_new=200, k=3, proactive=4) for p in PROMPTS[:6]]
             await asyncio.gather(*(g.run() for g in made))
             for prompt, generation in zip(PROMPTS, made, strict=False):
@@ -236,10 +236,10 @@ def test_bad_links_change_no_token(policy: str, link: LinkSettings) -> None:
 
 def test_without_a_server_there_is_one_clear_error() -> None:
     async def main() -> None:
-        async with pocket() as server:
+        async with in_process() as server:
             server.refuse = True
             with pytest.raises(ServerUnreachable, match=r"No server for .* s"):
-                async with edge(server.dial, give_up_ms=2000.0):
+                async with edge(server.connect, give_up_ms=2000.0):
                     pass
 
     run_virtual(main())
@@ -247,7 +247,7 @@ def test_without_a_server_there_is_one_clear_error() -> None:
 
 def test_a_lost_server_ends_the_request_unless_the_draft_may_go_on() -> None:
     async def main(fallback: bool) -> tuple[Generation, list[bool]]:
-        async with pocket() as server, edge(server.dial, give_up_ms=1500.0) as client:
+        async with in_process() as server, edge(server.connect, give_up_ms=1500.0) as client:
             generation = drafting(client, PROMPTS[0], accuracy=0.5, fallback=fallback)
             marks: list[bool] = []
             async for chunk in generation.stream():
@@ -272,9 +272,9 @@ def test_a_lost_server_ends_the_request_unless_the_draft_may_go_on() -> None:
 
 def test_offline_from_the_start_falls_back_too() -> None:
     async def main() -> RequestStats:
-        async with pocket() as server:
+        async with in_process() as server:
             server.refuse = True
-            async with edge(server.dial, give_up_ms=500.0, offline_ok=True) as client:
+            async with edge(server.connect, give_up_ms=500.0, offline_ok=True) as client:
                 with pytest.raises(ServerUnreachable):
                     await drafting(client, PROMPTS[0]).run()
                 return await drafting(client, PROMPTS[0], fallback=True).run()
@@ -285,11 +285,11 @@ def test_offline_from_the_start_falls_back_too() -> None:
 
 def test_a_server_of_another_model_is_found_out_on_resuming() -> None:
     async def main() -> None:
-        async with pocket() as server, edge(server.dial) as client:
+        async with in_process() as server, edge(server.connect) as client:
             generation = drafting(client, PROMPTS[0])
             task = asyncio.create_task(generation.run())
             await asyncio.sleep(0.1)
-            known = generation.path.frontier
+            known = generation.path.committed_len
             frame = generation.opening()
             assert frame.generated == known - len(PROMPTS[0])
             from wispprof.protocol import Commit
@@ -304,7 +304,7 @@ def test_a_server_of_another_model_is_found_out_on_resuming() -> None:
 
 def test_cancelling_a_request_releases_its_session() -> None:
     async def main() -> None:
-        async with pocket() as server, edge(server.dial) as client:
+        async with in_process() as server, edge(server.connect) as client:
             generation = drafting(client, PROMPTS[0], max_new=400)
             async for _ in generation.stream():
                 break
@@ -320,7 +320,10 @@ def test_cancelling_a_request_releases_its_session() -> None:
 
 def test_bytes_per_token_stay_small() -> None:
     async def main() -> tuple[float, float]:
-        async with pocket(cost=LinearCost(fixed_ms=20.0)) as server, edge(server.dial) as client:
+        async with (
+            in_process(cost=LinearCost(fixed_ms=20.0)) as server,
+            edge(server.connect) as client,
+        ):
             await asyncio.gather(
                 *(drafting(client, p, max_new=64, accuracy=0.7).run() for p in PROMPTS[:4])
             )
@@ -337,9 +340,9 @@ def test_a_streams_bytes_per_token_stay_small() -> None:
 
     async def main() -> tuple[float, float, int, int]:
         cost = LinearCost(fixed_ms=20.0)
-        async with pocket("wispprof", cost) as server:
-            dial = emulate(server.dial, LinkSettings(LinkProfile(20.0)))
-            async with edge(dial) as client:
+        async with in_process("wispprof", cost) as server:
+            connect = emulate(server.connect, LinkSettings(LinkModel(20.0)))
+            async with edge(connect) as client:
                 runs = [
                     drafting(client, p, max_new=64, accuracy=0.7, controller="wispprof")
                     for p in PROMPTS[:4]

@@ -12,13 +12,13 @@ import pytest
 from edge_fixtures import drafting, edge, hash_trace, truth
 
 from wispprof.bench import run_bench
-from wispprof.edge import websocket_dial
-from wispprof.edge.connection import LinkLost, trust
+from wispprof.edge import websocket_connections
+from wispprof.edge.connection import LinkLost, ssl_context
 from wispprof.errors import WispprofError
 from wispprof.server.process import running_server
 from wispprof.settings.bench_settings import BenchSettings
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.testing.fake_engine import HashEngine
+from wispprof.testing.fake_engine import FakeEngine
 
 OPENSSL = shutil.which("openssl")
 pytestmark = pytest.mark.skipif(OPENSSL is None, reason="openssl makes the certificate")
@@ -37,16 +37,16 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def tls_server(certified: tuple[Path, Path]):  # type: ignore[no-untyped-def]
-    engine = HashEngine()
+    engine = FakeEngine()
     settings = ServerSettings(tls_cert=certified[0], tls_key=certified[1], admit="all")
     return running_server(settings, engine=engine, model=engine.served)
 
 
 async def test_a_generation_over_tls(certified: tuple[Path, Path]) -> None:
-    trust = ssl.create_default_context(cafile=certified[0])
+    ssl_context = ssl.create_default_context(cafile=certified[0])
     async with tls_server(certified) as running:
-        dial = websocket_dial(f"wss://localhost:{running.port}", ssl=trust)
-        async with edge(dial) as client:
+        connect = websocket_connections(f"wss://localhost:{running.port}", ssl=ssl_context)
+        async with edge(connect) as client:
             generation = drafting(client, (1, 2, 3), max_new=24, draft_ms=1.0)
             await generation.run()
     assert list(generation.output) == truth((1, 2, 3), 24)
@@ -69,31 +69,33 @@ def test_what_is_no_authority_is_refused_by_name(tmp_path: Path, content: str | 
     file = tmp_path / "ca.pem"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(WispprofError, match="is no certificate authority") as fault:
-        trust(file)
-    assert "--ca-file" in fault.value.fix
+    with pytest.raises(WispprofError, match="is no certificate authority") as err:
+        ssl_context(file)
+    assert "--ca-file" in err.value.hint
 
 
 async def test_an_unknown_authority_is_refused_at_once(certified: tuple[Path, Path]) -> None:
     async with tls_server(certified) as running:
-        with pytest.raises(LinkLost, match="TLS with") as fault:
-            async with edge(websocket_dial(f"wss://localhost:{running.port}")):
+        with pytest.raises(LinkLost, match="TLS with") as err:
+            async with edge(websocket_connections(f"wss://localhost:{running.port}")):
                 pass
-    assert fault.value.final
-    assert "certificate" in fault.value.fix.lower()
-    assert "--ca-file" in fault.value.fix
+    assert err.value.final
+    assert "certificate" in err.value.hint.lower()
+    assert "--ca-file" in err.value.hint
 
 
 async def test_a_certificate_for_another_host_is_refused(certified: tuple[Path, Path]) -> None:
-    trust = ssl.create_default_context(cafile=certified[0])
+    ssl_context = ssl.create_default_context(cafile=certified[0])
     async with tls_server(certified) as running:
         with pytest.raises(LinkLost, match="TLS with"):
-            async with edge(websocket_dial(f"wss://127.0.0.1:{running.port}", ssl=trust)):
+            async with edge(
+                websocket_connections(f"wss://127.0.0.1:{running.port}", ssl=ssl_context)
+            ):
                 pass
 
 
 async def test_plain_text_does_not_reach_a_tls_server(certified: tuple[Path, Path]) -> None:
     async with tls_server(certified) as running:
-        with pytest.raises(LinkLost) as fault:
-            await websocket_dial(f"ws://localhost:{running.port}")()
-    assert "wss://" in fault.value.fix
+        with pytest.raises(LinkLost) as err:
+            await websocket_connections(f"ws://localhost:{running.port}")()
+    assert "wss://" in err.value.hint

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wispprof.errors import EngineError
-from wispprof.types import Feed, Sampling
+from wispprof.types import Sampling, StepInput
 
 PROMPTS, NEW, VOCAB = 20, 24, 96
 KV_TOKENS = 2_000
@@ -24,9 +24,9 @@ def drive(engine: Any) -> dict[str, Any]:
         hot = Sampling(0.8, top_k=20 * (i % 3), top_p=0.95, seed=i) if i % 2 else Sampling()
         engine.open(str(i), hot)
         if len(prompt) > 20:
-            engine.step([Feed(str(i), prompt[:20], emit=False)])
+            engine.step([StepInput(str(i), prompt[:20], needs_logits=False)])
             prompt = prompt[20:]
-        texts.append(list(engine.step([Feed(str(i), prompt)])[0].tokens))
+        texts.append(list(engine.step([StepInput(str(i), prompt)])[0].tokens))
     accepted = 0
     while any(len(text) < NEW for text in texts):
         feeds = []
@@ -34,20 +34,24 @@ def drive(engine: Any) -> dict[str, Any]:
             drafts = [rng.randrange(VOCAB) for _ in range(rng.choice([0, 1, 3]))]
             if texts[i][-1] % 2:  # a repetition is what random models often continue with
                 drafts = texts[i][-3:]
-            feeds.append(Feed(str(i), [texts[i][-1], *drafts], len(drafts)))
+            feeds.append(StepInput(str(i), [texts[i][-1], *drafts], len(drafts)))
         for outcome in engine.step(feeds):
             accepted += outcome.accepted
             texts[int(outcome.session)].extend(outcome.tokens)
     engine.fork("0", "child", 2, Sampling(0.5, seed=3))
     engine.rollback("1", 3)
     engine.close("2")
-    [forked] = engine.step([Feed("child", [5, 6, 7], 1)])
+    [forked] = engine.step([StepInput("child", [5, 6, 7], 1)])
     faults = []
-    for feeds in ([Feed("nobody", [1])], [Feed("0", [1_000])], [Feed("0", [1] * KV_TOKENS)]):
+    for feeds in (
+        [StepInput("nobody", [1])],
+        [StepInput("0", [1_000])],
+        [StepInput("0", [1] * KV_TOKENS)],
+    ):
         try:
             engine.step(feeds)
-        except EngineError as fault:
-            faults.append(type(fault).__name__)
+        except EngineError as err:
+            faults.append(type(err).__name__)
     engine.check_integrity()
     books = {name: engine.cached(name) for name in engine.sessions}
     for name in list(engine.sessions):
@@ -66,25 +70,25 @@ def drive(engine: Any) -> dict[str, Any]:
 def step_alone(engine: Any) -> list[int]:
     """One prompt, one step, on this process's engine only."""
     engine.open("alone")
-    [outcome] = engine.step([Feed("alone", list(range(40)))])
+    [outcome] = engine.step([StepInput("alone", list(range(40)))])
     engine.close("alone")
     return list(outcome.tokens)
 
 
 def _drive_rank(folder: Path, ranks: Any) -> None:
     from wispprof.engines.loading import load_model
-    from wispprof.engines.torch.engine import VerifierEngine
-    from wispprof.engines.torch.multi_rank_engine import LeaderEngine, follow
+    from wispprof.engines.torch.engine import TorchEngine
+    from wispprof.engines.torch.multi_rank_engine import MultiRankEngine, follow
 
     loaded = load_model(folder, ranks=ranks)
-    engine = VerifierEngine(loaded, kv_tokens=KV_TOKENS)
+    engine = TorchEngine(loaded, kv_tokens=KV_TOKENS)
     engine.warm_up()
     found: dict[str, Any] = {}
     if ranks.rank:
         follow(engine, ranks)
         found = {"sessions": engine.sessions, "kv_free": engine.kv_free}
     else:
-        leader = LeaderEngine(engine, ranks)
+        leader = MultiRankEngine(engine, ranks)
         found = drive(leader)
         leader.end()
     found["held"] = sum(p.numel() for p in loaded.model.parameters())

@@ -10,10 +10,10 @@ import torch
 
 from wispprof.engines.loading import LoadedModel, random_model
 from wispprof.engines.torch.cuda_graphs import StepGraphs
-from wispprof.engines.torch.engine import VerifierEngine
-from wispprof.engines.torch.paged_kv import PagedStore
+from wispprof.engines.torch.engine import TorchEngine
+from wispprof.engines.torch.paged_kv import PagedKvStore
 from wispprof.errors import EngineError, OutOfKvMemory
-from wispprof.types import Feed, Sampling
+from wispprof.types import Sampling, StepInput
 
 BACKENDS = ("slots", "paged", "graphs")
 FAMILIES = ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral")
@@ -24,14 +24,14 @@ def llama() -> LoadedModel:
     return random_model("tiny-llama", seed=1, device="cpu")
 
 
-def make(loaded: LoadedModel, backend: str, **limits: int) -> VerifierEngine:
+def make(loaded: LoadedModel, backend: str, **limits: int) -> TorchEngine:
     """``graphs`` is the paged backend padded to graph buckets, run uncaptured."""
     if backend == "slots":
-        return VerifierEngine(loaded, backend=backend, **limits)
-    engine = VerifierEngine(loaded, backend="paged", **limits)
+        return TorchEngine(loaded, backend=backend, **limits)
+    engine = TorchEngine(loaded, backend="paged", **limits)
     if backend == "graphs":
         store = engine._store
-        assert isinstance(store, PagedStore)
+        assert isinstance(store, PagedKvStore)
         engine._graphs = StepGraphs(engine._decoder, store, torch.device("cpu"), capture=False)
     return engine
 
@@ -71,11 +71,11 @@ def test_ragged_logits_equal_single_forwards(family: str, backend: str) -> None:
     texts = [tokens(n + 40, n) for n in lengths]
     for i, (n, text) in enumerate(zip(lengths, texts, strict=True)):
         engine.open(str(i))
-        engine.step([Feed(str(i), text[:n], emit=False)])
+        engine.step([StepInput(str(i), text[:n], needs_logits=False)])
     new = [1, 5, 2, 9, 1, 33, 5]
     drafts = [0, 4, 1, 3, 0, 0, 4]
     feeds = [
-        Feed(str(i), text[n : n + k], d)
+        StepInput(str(i), text[n : n + k], d)
         for i, (n, text, k, d) in enumerate(zip(lengths, texts, new, drafts, strict=True))
     ]
     engine.step(feeds, keep_logits=True)
@@ -95,9 +95,9 @@ def test_greedy_steps_equal_generate_whatever_is_drafted(llama: LoadedModel, bac
     for i, prompt in enumerate(prompts):
         engine.open(str(i))
         if len(prompt) > 4:
-            engine.step([Feed(str(i), prompt[:4], emit=False)])
+            engine.step([StepInput(str(i), prompt[:4], needs_logits=False)])
             prompt = prompt[4:]
-        got.append(list(engine.step([Feed(str(i), prompt)])[0].tokens))
+        got.append(list(engine.step([StepInput(str(i), prompt)])[0].tokens))
     while any(len(g) < 40 for g in got):
         feeds = []
         for i, g in enumerate(got):
@@ -105,7 +105,7 @@ def test_greedy_steps_equal_generate_whatever_is_drafted(llama: LoadedModel, bac
             guess = expected[i][len(g) : len(g) + k]
             if guess and rng.random() < 0.7:
                 guess[rng.randrange(len(guess))] = rng.randrange(96)
-            feeds.append(Feed(str(i), [g[-1], *guess], len(guess)))
+            feeds.append(StepInput(str(i), [g[-1], *guess], len(guess)))
         rng.shuffle(feeds)
         for out in engine.step(feeds):
             assert len(out.tokens) == out.accepted + 1
@@ -118,7 +118,7 @@ def test_greedy_steps_equal_generate_whatever_is_drafted(llama: LoadedModel, bac
     assert greedy(llama, broken, 40) != expected[2]
 
 
-def churn(engine: VerifierEngine, rounds: int, seed: int) -> None:
+def churn(engine: TorchEngine, rounds: int, seed: int) -> None:
     """Random accept / partial / reject rounds, prompts in chunks, closes, forks and rollbacks."""
     rng = random.Random(seed)
     pending: dict[str, list[int]] = {}
@@ -137,16 +137,16 @@ def churn(engine: VerifierEngine, rounds: int, seed: int) -> None:
                 del pending[name]
                 continue
             if len(text) > 20:
-                feeds.append(Feed(name, text[:20], emit=False))
+                feeds.append(StepInput(name, text[:20], needs_logits=False))
                 continue
             k = rng.choice([0, 0, 1, 3, 6])
-            feeds.append(Feed(name, text + [rng.randrange(96) for _ in range(k)], k))
+            feeds.append(StepInput(name, text + [rng.randrange(96) for _ in range(k)], k))
         before = {n: engine.tokens(n) for n in engine.sessions}
         for feed, out in zip(feeds, engine.step(feeds), strict=True):
             kept = len(feed.tokens) - feed.drafts + out.accepted
             assert engine.tokens(feed.session) == before[feed.session] + list(feed.tokens)[:kept]
             pending[feed.session] = (
-                [out.tokens[-1]] if feed.emit else pending[feed.session][len(feed.tokens) :]
+                [out.tokens[-1]] if feed.needs_logits else pending[feed.session][len(feed.tokens) :]
             )
         if pending and rng.random() < 0.1:
             name = rng.choice(sorted(pending))
@@ -169,10 +169,10 @@ def test_integrity_after_random_rounds(llama: LoadedModel, backend: str, rounds:
 
 
 def test_integrity_notices_corruption(llama: LoadedModel) -> None:
-    engine = VerifierEngine(llama, kv_tokens=500)
+    engine = TorchEngine(llama, kv_tokens=500)
     engine.open("a")
     engine.open("b")
-    engine.step([Feed("a", tokens(40, 1)), Feed("b", tokens(20, 2))])
+    engine.step([StepInput("a", tokens(40, 1)), StepInput("b", tokens(20, 2))])
     engine.check_integrity()
     store = engine._store
     pool = store._pools[int(store._pool_of[0])]  # type: ignore[attr-defined]
@@ -187,11 +187,11 @@ def test_fork_shares_nothing_afterwards(llama: LoadedModel, backend: str) -> Non
     engine = make(llama, backend, kv_tokens=500)
     text = tokens(50, 3)
     engine.open("a")
-    first = engine.step([Feed("a", text)])[0].tokens
+    first = engine.step([StepInput("a", text)])[0].tokens
     engine.fork("a", "b", 30)
     assert engine.tokens("b") == text[:30]
-    engine.step([Feed("b", tokens(10, 4))])
-    assert engine.step([Feed("a", first)])[0].tokens == tuple(greedy(llama, text, 2)[1:])
+    engine.step([StepInput("b", tokens(10, 4))])
+    assert engine.step([StepInput("a", first)])[0].tokens == tuple(greedy(llama, text, 2)[1:])
     engine.check_integrity()
 
 
@@ -199,9 +199,7 @@ def test_fork_shares_nothing_afterwards(llama: LoadedModel, backend: str) -> Non
 def test_memory_of_sessions_that_ended_is_kept_where_asked_and_text_is_the_same(
     llama: LoadedModel, keep: bool
 ) -> None:
-    engine = VerifierEngine(
-        llama, kv_tokens=4000, max_sessions=16, backend="slots", keep_memory=keep
-    )
+    engine = TorchEngine(llama, kv_tokens=4000, max_sessions=16, backend="slots", keep_memory=keep)
     text = tokens(40, 3)
     store = engine._store
     held = []
@@ -209,7 +207,7 @@ def test_memory_of_sessions_that_ended_is_kept_where_asked_and_text_is_the_same(
         names = [f"s{i}" for i in range(12)]
         for name in names:
             engine.open(name)
-        outcomes = engine.step([Feed(name, text) for name in names])
+        outcomes = engine.step([StepInput(name, text) for name in names])
         assert {o.tokens for o in outcomes} == {tuple(greedy(llama, text, 1))}
         engine.check_integrity()
         for name in names:
@@ -225,35 +223,35 @@ def test_a_failed_step_changes_nothing(
     engine = make(llama, backend, kv_tokens=100, max_sessions=3)
     for name in "abc":
         engine.open(name)
-        engine.step([Feed(name, tokens(20, ord(name)))])
+        engine.step([StepInput(name, tokens(20, ord(name)))])
 
     def state() -> object:
         return {n: engine.tokens(n) for n in engine.sessions}, engine.kv_free
 
     before = state()
-    bad: list[list[Feed]] = [
-        [Feed("a", [1]), Feed("nobody", [1])],
-        [Feed("a", [1]), Feed("a", [2])],
-        [Feed("a", [1]), Feed("b", [])],
-        [Feed("a", [1]), Feed("b", [1], 1)],
-        [Feed("a", [1]), Feed("b", [1, 2], 1, emit=False)],
-        [Feed("a", [1]), Feed("b", [96])],
-        [Feed("a", [1]), Feed("b", [-1])],
-        [Feed("a", [0] * 30), Feed("b", [0] * 30)],
-        [Feed("a", [0] * 240)],
+    bad: list[list[StepInput]] = [
+        [StepInput("a", [1]), StepInput("nobody", [1])],
+        [StepInput("a", [1]), StepInput("a", [2])],
+        [StepInput("a", [1]), StepInput("b", [])],
+        [StepInput("a", [1]), StepInput("b", [1], 1)],
+        [StepInput("a", [1]), StepInput("b", [1, 2], 1, needs_logits=False)],
+        [StepInput("a", [1]), StepInput("b", [96])],
+        [StepInput("a", [1]), StepInput("b", [-1])],
+        [StepInput("a", [0] * 30), StepInput("b", [0] * 30)],
+        [StepInput("a", [0] * 240)],
     ]
     for feeds in bad:
         with pytest.raises(EngineError):
             engine.step(feeds)
         assert state() == before
     with pytest.raises(OutOfKvMemory):
-        engine.step([Feed("a", [0] * 41)])
+        engine.step([StepInput("a", [0] * 41)])
     with pytest.raises(OutOfKvMemory):
         engine.open("d")
     engine.close("c")
     engine.fork("a", "d", 20)
     with pytest.raises(OutOfKvMemory):
-        engine.step([Feed("d", [0] * 41)])
+        engine.step([StepInput("d", [0] * 41)])
     engine.close("d")
 
     def explode(*_: object) -> None:
@@ -262,22 +260,22 @@ def test_a_failed_step_changes_nothing(
     before = state()
     monkeypatch.setattr(engine._decoder, "logits", explode)
     with pytest.raises(RuntimeError, match="went away"):
-        engine.step([Feed("a", [5, 6, 7], 2), Feed("b", [8])])
+        engine.step([StepInput("a", [5, 6, 7], 2), StepInput("b", [8])])
     monkeypatch.undo()
     assert state() == before
     engine.check_integrity()
 
 
 def test_the_context_can_be_filled_to_its_last_token(llama: LoadedModel) -> None:
-    engine = VerifierEngine(llama, kv_tokens=300)
+    engine = TorchEngine(llama, kv_tokens=300)
     engine.open("a")
     text = tokens(256, 9)
-    engine.step([Feed("a", text[:250])])
-    engine.step([Feed("a", text[250:256])], keep_logits=True)
+    engine.step([StepInput("a", text[:250])])
+    engine.step([StepInput("a", text[250:256])], keep_logits=True)
     assert engine.cached("a") == engine.max_context == 256
     assert (engine.last_logits[0][0] - full_logits(llama, text)[-1]).abs().max() < 1e-4
     with pytest.raises(EngineError, match="context"):
-        engine.step([Feed("a", [1])])
+        engine.step([StepInput("a", [1])])
 
 
 def test_sampled_text_is_the_same_whatever_the_batch(llama: LoadedModel) -> None:
@@ -286,14 +284,14 @@ def test_sampled_text_is_the_same_whatever_the_batch(llama: LoadedModel) -> None
 
     def run(k: int, company: int) -> list[int]:
         rng = random.Random(k)
-        engine = VerifierEngine(llama, kv_tokens=1000)
+        engine = TorchEngine(llama, kv_tokens=1000)
         engine.open("a", sampling)
         for i in range(company):
             engine.open(str(i), Sampling(temperature=float(i % 2), seed=i))
-        out = list(engine.step([Feed("a", prompt)])[0].tokens)
+        out = list(engine.step([StepInput("a", prompt)])[0].tokens)
         while len(out) < 30:
-            feeds = [Feed("a", [out[-1], *(rng.randrange(96) for _ in range(k))], k)]
-            feeds += [Feed(str(i), tokens(3, i)) for i in range(company)]
+            feeds = [StepInput("a", [out[-1], *(rng.randrange(96) for _ in range(k))], k)]
+            feeds += [StepInput(str(i), tokens(3, i)) for i in range(company)]
             out += engine.step(feeds)[0].tokens
         return out[:30]
 
@@ -304,13 +302,13 @@ def test_sampled_text_is_the_same_whatever_the_batch(llama: LoadedModel) -> None
 
 
 def test_zero_feeds_and_warm_up(llama: LoadedModel) -> None:
-    engine = VerifierEngine(llama, kv_tokens=64, max_sessions=2)
+    engine = TorchEngine(llama, kv_tokens=64, max_sessions=2)
     assert engine.step([]) == []
     engine.warm_up()
     assert engine.kv_free == 64
     assert engine.sessions == []
     engine.open("a")
-    engine.step([Feed("a", [1, 2], 1)])
+    engine.step([StepInput("a", [1, 2], 1)])
     assert engine.last_step is not None
     assert engine.last_step.shape.new_tokens == 2
     engine.check_integrity()

@@ -82,7 +82,7 @@ def test_a_missing_folder_is_said_at_once(
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_network)
     with pytest.raises(ModelMissing) as caught:
         load_model(place)
-    assert caught.value.fix
+    assert caught.value.hint
     assert "\n" not in str(caught.value)
 
 
@@ -118,7 +118,7 @@ def test_what_cannot_be_served_is_refused(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelUnsupported, match=reason) as caught:
         load_model(tmp_path)
-    assert caught.value.fix
+    assert caught.value.hint
 
 
 def test_random_models_repeat_and_presets_have_their_sizes() -> None:

@@ -17,8 +17,8 @@ from wispprof.engines.loading import load_model, random_model
 from wispprof.engines.model_shapes import PRESETS
 from wispprof.engines.ranks import Ranks, join
 from wispprof.engines.shard_loading import load_shard
-from wispprof.engines.torch.engine import VerifierEngine
-from wispprof.engines.torch.multi_rank_engine import LeaderEngine, follow
+from wispprof.engines.torch.engine import TorchEngine
+from wispprof.engines.torch.multi_rank_engine import MultiRankEngine, follow
 from wispprof.errors import EngineError, ModelError, ModelUnsupported
 
 # Biases on every layer and a vocabulary that does not split evenly; norms per head and a head of its own.
@@ -81,7 +81,7 @@ def driven(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", MODELS)
 def test_two_ranks_decide_what_one_process_decides(driven: Path, name: str) -> None:
     loaded = load_model(driven / name, device="cpu")
-    engine = VerifierEngine(loaded, kv_tokens=KV_TOKENS)
+    engine = TorchEngine(loaded, kv_tokens=KV_TOKENS)
     expected = drive(engine)
     found, follower = (json.loads((driven / name / f"rank{r}.json").read_text()) for r in (0, 1))
     assert len(found["texts"]) == PROMPTS
@@ -166,23 +166,23 @@ class Wire:
         self.left = True
 
 
-def engines() -> tuple[VerifierEngine, VerifierEngine]:
+def engines() -> tuple[TorchEngine, TorchEngine]:
     loaded = random_model("tiny-llama", seed=1, device="cpu")
-    first, second = (VerifierEngine(loaded, kv_tokens=500) for _ in range(2))
+    first, second = (TorchEngine(loaded, kv_tokens=500) for _ in range(2))
     return first, second
 
 
 def test_what_needs_no_collective_travels_with_the_next_step() -> None:
     wire: Any = Wire()
     mine, other = engines()
-    leader = LeaderEngine(mine, wire)
+    leader = MultiRankEngine(mine, wire)
     leader.open("a")
     leader.open("b")
     leader.close("b")
     assert wire.said == []
-    from wispprof.types import Feed
+    from wispprof.types import StepInput
 
-    leader.step([Feed("a", [1, 2, 3], 2)])
+    leader.step([StepInput("a", [1, 2, 3], 2)])
     leader.end()
     assert len(wire.said) == 2
     follow(other, wire)
@@ -194,18 +194,18 @@ def test_a_follower_with_other_books_stops_everything() -> None:
     wire: Any = Wire()
     mine, other = engines()
     other.open("stray")
-    LeaderEngine(mine, wire).check_integrity()
+    MultiRankEngine(mine, wire).check_integrity()
     with pytest.raises(EngineError, match="Rank 1 holds 1 sessions"):
         follow(other, wire)
 
 
 def test_a_failure_of_one_rank_ends_its_service() -> None:
-    from wispprof.types import Feed
+    from wispprof.types import StepInput
 
     wire: Any = Wire()
     mine, _ = engines()
     ended: list[int] = []
-    leader = LeaderEngine(mine, wire, on_broken=lambda: ended.append(1))
+    leader = MultiRankEngine(mine, wire, on_broken=lambda: ended.append(1))
     leader.open("a")
 
     def dies(*_: object) -> None:
@@ -213,10 +213,10 @@ def test_a_failure_of_one_rank_ends_its_service() -> None:
 
     mine._decoder = SimpleNamespace(forward=dies)  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="closed"):
-        leader.step([Feed("a", [1])])
+        leader.step([StepInput("a", [1])])
     assert (wire.left, ended) == (True, [1])
     assert "closed by peer" in leader.broken
     with pytest.raises(EngineError, match="nothing more"):
-        leader.step([Feed("a", [1])])
+        leader.step([StepInput("a", [1])])
     leader.close("a")
     leader.end()

@@ -8,9 +8,9 @@ from torch import nn
 
 from wispprof.engines.loading import random_model
 from wispprof.engines.torch import packed_linear
-from wispprof.engines.torch.engine import VerifierEngine
-from wispprof.engines.torch.packed_linear import Product, can_pack, filled, packs
-from wispprof.types import Feed, Sampling
+from wispprof.engines.torch.engine import TorchEngine
+from wispprof.engines.torch.packed_linear import PackedLinear, can_pack, pad_rows, should_prepack
+from wispprof.types import Sampling, StepInput
 
 pytestmark = pytest.mark.skipif(
     not can_pack(torch.zeros(2, 2)), reason="this torch lays out no weights on this processor"
@@ -22,7 +22,7 @@ def test_products_equal_a_plain_product_for_any_number_of_rows(bias: bool) -> No
     torch.manual_seed(0)
     weight = torch.randn(96, 40)
     offset = torch.randn(96) if bias else None
-    product = Product(weight, offset, pack=True)
+    product = PackedLinear(weight, offset, pack=True)
     for rows in (1, 2, 3, 16, 17, 65, 200, 257):
         x = torch.randn(rows, 40)
         wanted = x.double() @ weight.double().T + (0 if offset is None else offset.double())
@@ -30,19 +30,19 @@ def test_products_equal_a_plain_product_for_any_number_of_rows(bias: bool) -> No
 
 
 def test_rows_are_filled_up_to_few_numbers_by_little() -> None:
-    assert [filled(rows) for rows in range(2, 65)] == list(range(2, 65))
+    assert [pad_rows(rows) for rows in range(2, 65)] == list(range(2, 65))
     for rows in range(2, 2049):
-        assert rows <= filled(rows) <= 1.13 * rows
-        assert filled(filled(rows)) == filled(rows)
+        assert rows <= pad_rows(rows) <= 1.13 * rows
+        assert pad_rows(pad_rows(rows)) == pad_rows(rows)
     # Five products of a model, each with a kernel per number, stay below oneDNN's 1,024.
-    assert 5 * len({filled(rows) for rows in range(2, 2049)}) < 1024
+    assert 5 * len({pad_rows(rows) for rows in range(2, 2049)}) < 1024
 
 
 def test_all_but_lone_rows_are_multiplied_with_the_copy() -> None:
     """Negative control: a weight changed behind its back changes lone rows and leaves the others."""
     torch.manual_seed(0)
     weight = torch.randn(96, 40)
-    product = Product(weight, None, pack=True)
+    product = PackedLinear(weight, None, pack=True)
     one, few = torch.randn(1, 40), torch.randn(4, 40)
     before = product(few)
     weight += 1.0
@@ -53,17 +53,21 @@ def test_all_but_lone_rows_are_multiplied_with_the_copy() -> None:
 def test_only_small_float32_models_on_a_cpu_are_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not can_pack(torch.zeros(4, 4, dtype=torch.bfloat16))
     model = nn.Linear(8, 8)
-    assert packs(model)
+    assert should_prepack(model)
     monkeypatch.setattr(packed_linear, "MOST_BYTES", 100)
-    assert not packs(model)
+    assert not should_prepack(model)
 
 
 def test_an_engine_decides_alike_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = random_model("tiny-llama", seed=1, device="cpu")
-    packed = VerifierEngine(loaded, kv_tokens=2000)
+    packed = TorchEngine(loaded, kv_tokens=2000)
     monkeypatch.setattr(packed_linear, "can_pack", lambda weight: False)
-    plain = VerifierEngine(loaded, kv_tokens=2000)
-    feeds = [Feed("a", [5, 9, 3]), Feed("b", list(range(20)), drafts=4), Feed("c", [7])]
+    plain = TorchEngine(loaded, kv_tokens=2000)
+    feeds = [
+        StepInput("a", [5, 9, 3]),
+        StepInput("b", list(range(20)), drafts=4),
+        StepInput("c", [7]),
+    ]
     logits = []
     for engine in (packed, plain):
         for name in "abc":

@@ -10,12 +10,12 @@ import torch
 
 from wispprof.engines.loading import random_model
 from wispprof.engines.torch.block_table import BlockTables
-from wispprof.engines.torch.dense_kv import SlotStore
-from wispprof.engines.torch.engine import VerifierEngine
+from wispprof.engines.torch.dense_kv import DenseKvStore
+from wispprof.engines.torch.engine import TorchEngine
 from wispprof.engines.torch.kv_store import KvGeometry
-from wispprof.engines.torch.paged_kv import PagedStore
+from wispprof.engines.torch.paged_kv import PagedKvStore
 from wispprof.errors import EngineError, OutOfKvMemory
-from wispprof.types import Feed
+from wispprof.types import StepInput
 
 CPU = torch.device("cpu")
 
@@ -121,8 +121,8 @@ def test_paged_attention_equals_dense_slots(
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         pytest.importorskip("triton")
     geometry = KvGeometry(1, heads, kv_heads, dim, 512)
-    slots = SlotStore(geometry, 0.3, torch.float32, CPU)
-    paged = PagedStore(geometry, 0.3, torch.float32, CPU, 2000, 8, page_size, "gather")
+    slots = DenseKvStore(geometry, 0.3, torch.float32, CPU)
+    paged = PagedKvStore(geometry, 0.3, torch.float32, CPU, 2000, 8, page_size, "gather")
     handles = np.arange(5)
     results = []
     for store in (slots, paged):
@@ -151,19 +151,19 @@ def test_paged_attention_equals_dense_slots(
 
 
 def test_forks_share_pages_until_written_or_private() -> None:
-    engine = VerifierEngine(
+    engine = TorchEngine(
         random_model("tiny-llama", seed=1, device="cpu"), kv_tokens=600, backend="paged"
     )
     store = engine._store
-    assert isinstance(store, PagedStore)
+    assert isinstance(store, PagedKvStore)
     engine.open("a")
-    engine.step([Feed("a", list(range(90)))])
+    engine.step([StepInput("a", list(range(90)))])
     free = store.tables.free_pages
     engine.fork("a", "b", 80)
     assert store.tables.free_pages == free
     engine.fork("a", "c", 80, private=True)
     assert store.tables.free_pages == free - 2
-    engine.step([Feed("b", [1, 2])])
+    engine.step([StepInput("b", [1, 2])])
     assert store.tables.free_pages == free - 3
     engine.check_integrity()
     for name in "abc":

@@ -11,7 +11,12 @@ from scipy import stats
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from wispprof.sampling.position_noise import gumbel, gumbel_numpy, position_keys
-from wispprof.sampling.sampler import agreement, choose, choose_numpy, filtered_probs
+from wispprof.sampling.sampler import (
+    acceptance_rates,
+    filtered_probs,
+    sample_tokens,
+    sample_tokens_numpy,
+)
 from wispprof.types import Sampling
 
 DRAWS = 20_000
@@ -59,7 +64,7 @@ def test_noise_is_gumbel_and_uncorrelated() -> None:
 def test_draws_follow_the_filtered_distribution(sampling: Sampling) -> None:
     row = logits(1, 24, seed=3, scale=1.5)
     for position in (0, 17):
-        tokens = choose(
+        tokens = sample_tokens(
             row.expand(DRAWS, -1),
             [position] * DRAWS,
             [
@@ -81,7 +86,7 @@ def test_draws_follow_the_filtered_distribution(sampling: Sampling) -> None:
 
 def test_draws_along_positions_follow_it_too() -> None:
     row = logits(1, 24, seed=4)
-    tokens = choose(row.expand(DRAWS, -1), range(DRAWS), [Sampling(1.0, seed=9)] * DRAWS)
+    tokens = sample_tokens(row.expand(DRAWS, -1), range(DRAWS), [Sampling(1.0, seed=9)] * DRAWS)
     p = filtered_probs(row, Sampling(1.0))[0].double().numpy()
     assert chi_square(np.bincount(tokens.numpy(), minlength=24), p) > 1e-4
 
@@ -120,10 +125,10 @@ def test_greedy_is_argmax_and_rows_do_not_touch_each_other() -> None:
         Sampling(0.5, top_k=64, top_p=0.5, seed=5),
     ]
     positions = [3, 1, 4, 1, 5, 9, 2]
-    together = choose(rows, positions, mixed)
-    assert choose(rows, positions, [Sampling()] * 7).equal(rows.argmax(-1))
+    together = sample_tokens(rows, positions, mixed)
+    assert sample_tokens(rows, positions, [Sampling()] * 7).equal(rows.argmax(-1))
     for i, (p, s) in enumerate(zip(positions, mixed, strict=True)):
-        assert choose(rows[i : i + 1], [p], [s])[0] == together[i]
+        assert sample_tokens(rows[i : i + 1], [p], [s])[0] == together[i]
 
 
 @settings(max_examples=60, deadline=None)
@@ -139,8 +144,8 @@ def test_numpy_and_torch_draw_the_same(
 ) -> None:
     row = logits(1, vocab, seed=seed)
     sampling = Sampling(temperature, top_k, top_p, seed)
-    token = int(choose(row, [seed % 97], [sampling])[0])
-    assert choose_numpy(row[0].numpy(), seed % 97, sampling) == token
+    token = int(sample_tokens(row, [seed % 97], [sampling])[0])
+    assert sample_tokens_numpy(row[0].numpy(), seed % 97, sampling) == token
     # And it is the argmax of noise over what the plain definition keeps.
     kept = filtered_probs(row, sampling)[0]
     noise = gumbel_numpy(position_keys([seed], [seed % 97]), np.arange(vocab))[0]
@@ -151,10 +156,10 @@ def test_same_noise_agrees_nearly_as_often_as_anything_could() -> None:
     target = logits(200, 60, seed=7)
     draft = target + logits(200, 60, seed=8, scale=0.7)
     for sampling in SETTINGS:
-        a = agreement(target, draft, sampling, draws=32)
+        a = acceptance_rates(target, draft, sampling, draws=32)
         assert a.independent < a.same_noise <= a.best + 0.02
         # Daliri et al.: at least (1 - tv) / (1 + tv) of the draws agree.
         assert a.same_noise > a.best / (2 - a.best) - 0.02
-    same = agreement(target, target, Sampling(1.0), draws=2)
+    same = acceptance_rates(target, target, Sampling(1.0), draws=2)
     assert same.best == pytest.approx(1.0, abs=1e-5)
     assert same.same_noise == 1.0

@@ -25,11 +25,11 @@ from wispprof.fitting.batch_totals import (
     totals_of,
 )
 from wispprof.fitting.drift import recalibrate
-from wispprof.fitting.evaluation import blocks_of, coverage_of, evaluate, fit_on
+from wispprof.fitting.evaluation import coverage_of, evaluate, fit_on, groups_of
 from wispprof.fitting.observations import Observations
 from wispprof.fitting.physical_terms import PhysicalTerms, graph_buckets
 from wispprof.fitting.selection import folds_of
-from wispprof.fitting.wispprof_model import WispprofSurface
+from wispprof.fitting.wispprof_model import WispprofStepTime
 from wispprof.types import BatchShape, VerifyItem
 
 MONOTONE = tuple(k for k in ESTIMATOR_KINDS if k != "forest")
@@ -182,7 +182,7 @@ def test_predictions_never_fall_when_work_is_added(
 
 
 def test_the_check_can_fail(fitted: dict[str, FittedEstimator], pairs: Totals4) -> None:
-    assert not fitted["forest"].surface.monotone
+    assert not fitted["forest"].step_model.monotone
     assert _falls(fitted["forest"], pairs) > 0
 
 
@@ -212,17 +212,19 @@ def test_prompt_tokens_that_emit_nothing_cost_less() -> None:
         times = tuple(ms + 0.05 * emit for ms in row.samples_ms)
         rows.append(dataclasses.replace(row, samples_ms=times))
     data = Observations.of(rows)
-    surface = WispprofSurface().fit(data)
-    assert surface.physical_.weights_[5] == pytest.approx(0.05, rel=0.3)
+    step_model = WispprofStepTime().fit(data)
+    assert step_model.physical_.weights_[5] == pytest.approx(0.05, rel=0.3)
     high = Totals(*(int(v) for v in data.totals.max(axis=0)))
     full = [VerifyItem(8, 4000)] * (high.items + 4)
     before = totals_of([*full, VerifyItem(high.prefill, 0, True)])
     after = totals_of([*full, VerifyItem(high.prefill + 99, 0, True)])
-    assert surface.inside(after, high) >= surface.inside(before, high)
-    assert surface.p50(after) > surface.p50(before)
+    assert step_model.inside(after, high) >= step_model.inside(before, high)
+    assert step_model.p50(after) > step_model.p50(before)
     table = np.array([before, after], dtype=float)
-    each = [surface.inside(totals, high) for totals in (before, after)]
-    assert surface.inside_many(table, np.array(high, dtype=float)) == pytest.approx(each, rel=1e-12)
+    each = [step_model.inside(totals, high) for totals in (before, after)]
+    assert step_model.inside_many(table, np.array(high, dtype=float)) == pytest.approx(
+        each, rel=1e-12
+    )
 
 
 def test_mixed_and_many_deep_items_cost_more_than_their_sums() -> None:
@@ -235,10 +237,10 @@ def test_mixed_and_many_deep_items_cost_more_than_their_sums() -> None:
         rows.append(dataclasses.replace(row, samples_ms=tuple(ms + more for ms in row.samples_ms)))
     data = Observations.of(rows)
     estimator = fit_on("wispprof", data)
-    surface = estimator.surface
-    assert isinstance(surface, WispprofSurface)
-    assert surface.physical_.weights_[6] == pytest.approx(0.05, rel=0.3)
-    assert surface.physical_.weights_[7] == pytest.approx(0.1, rel=0.5)
+    step_model = estimator.step_model
+    assert isinstance(step_model, WispprofStepTime)
+    assert step_model.physical_.weights_[6] == pytest.approx(0.05, rel=0.3)
+    assert step_model.physical_.weights_[7] == pytest.approx(0.1, rel=0.5)
     rng = np.random.default_rng(2)
     before = [random_shape(rng, 80) for _ in range(2_000)]
     after = [_more(rng, shape) for shape in before]
@@ -248,8 +250,8 @@ def test_mixed_and_many_deep_items_cost_more_than_their_sums() -> None:
     ]
     assert any(not estimator.in_domain(shape) for shape in before)
     assert _falls(estimator, (tables[0], decode[0], tables[1], decode[1])) == 0
-    each = [surface.p50(totals_of(shape.items)) for shape in before[:200]]
-    assert surface.p50_many(tables[0][:200]) == pytest.approx(each, rel=1e-12)
+    each = [step_model.p50(totals_of(shape.items)) for shape in before[:200]]
+    assert step_model.p50_many(tables[0][:200]) == pytest.approx(each, rel=1e-12)
 
 
 def test_beyond_the_domain_it_is_flagged_inflated_and_still_growing(
@@ -322,7 +324,7 @@ def test_folds_and_blocks_never_divide_a_shape() -> None:
     assert all(len(s) == 14 for s in data.samples)
     assert np.bincount(folds_of(data)).tolist() == [6] * 10
     schemes = set()
-    for scheme, held in blocks_of(data):
+    for scheme, held in groups_of(data):
         schemes.add(scheme)
         column = {"items": 0, "new": 6, "cached": 5}.get(scheme)
         if column is not None:
@@ -337,11 +339,11 @@ def test_evaluation_tells_inside_from_outside_and_counts_its_steps(data: Observa
         data, ("wisp-linear", "staircase"), splits=3, progress=lambda d, t, _: seen.append((d, t))
     )
     assert seen[-1][0] == seen[-1][1] == len(seen)
-    assert {r["scheme"] for r in found.blocks} == {"items", "new", "cached", "corner", "all"}
+    assert {r["scheme"] for r in found.groups} == {"items", "new", "cached", "corner", "all"}
     inside, outside = found.overall("wisp-linear"), found.overall("wisp-linear", in_domain=False)
-    blocks = sum(int(h.sum()) for _, h in blocks_of(data))
+    blocks = sum(int(h.sum()) for _, h in groups_of(data))
     assert inside["shapes"] + outside["shapes"] == blocks
-    assert all(math.isfinite(r["coverage"]) and r["sharpness"] >= 1 for r in found.blocks)
+    assert all(math.isfinite(r["coverage"]) and r["sharpness"] >= 1 for r in found.groups)
     assert [r["level"] for r in found.splits] == [0.95, 0.99] * 2
     assert len({r["shapes"] for r in found.learning}) >= 3
 
@@ -373,11 +375,11 @@ def test_estimators_of_before_there_were_terms_in_two_totals_still_answer(
     path = tmp_path / "estimator.json"  # type: ignore[operator]
     fitted["wispprof"].save(path)
     payload = read_document(path, "estimator").payload
-    weights = payload["surface"]["physical"]["weights"]
+    weights = payload["step_model"]["physical"]["weights"]
     shape = BatchShape.of([(5, 700), (5, 900), (64, 0, True)])
     answers = []
     for saved in (weights[:6], [*weights[:6], 0.0, 0.0]):
-        payload["surface"]["physical"]["weights"] = saved
+        payload["step_model"]["physical"]["weights"] = saved
         write_document(path, "estimator", payload)
         answers.append(load_estimator(path).predict(shape))
     assert answers[0] == answers[1]
@@ -393,11 +395,11 @@ def test_damaged_estimators_are_refused(
         load_estimator(path)
     fitted["wispprof"].save(path)
     payload = read_document(path, "estimator").payload
-    payload["surface"]["physical"]["weights"][2] = -1.0
+    payload["step_model"]["physical"]["weights"][2] = -1.0
     write_document(path, "estimator", payload)
     with pytest.raises(ArtifactDamaged, match="weights"):
         load_estimator(path)
-    write_document(path, "estimator", {"kind": "oracle", "surface": {}})
+    write_document(path, "estimator", {"kind": "oracle", "step_model": {}})
     with pytest.raises(ArtifactDamaged, match="oracle"):
         load_estimator(path)
 

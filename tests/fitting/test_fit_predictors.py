@@ -74,11 +74,11 @@ def test_one_token_batch_and_loaded_file_agree(
     loaded = load_predictor(path)
     assert loaded.kind == kind
     rows = token_rows(trace.paths[:3])
-    batch = fitted[kind].survival_batch(rows.features, rows.depth)
+    batch = fitted[kind].acceptance_prob_batch(rows.features, rows.depth)
     assert ((batch > 0) & (batch < 1)).all()
     for place in range(0, len(rows), 7):
         features = DraftFeatures(*rows.features[place].tolist())
-        assert loaded.survival(features, int(rows.depth[place])) == pytest.approx(
+        assert loaded.acceptance_prob(features, int(rows.depth[place])) == pytest.approx(
             batch[place], abs=1e-9
         )
 

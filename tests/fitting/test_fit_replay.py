@@ -14,12 +14,12 @@ from wispprof.fitting import fit_predictor
 from wispprof.fitting.controller_replay import (
     Fold,
     Setting,
+    acceptance_tables,
     clairvoyant_lengths,
     compare_controllers,
     fixed_lengths,
     replay_controller,
     summarise,
-    survival_tables,
     threshold_lengths,
     walk,
 )
@@ -126,7 +126,7 @@ def test_controllers_replay_like_their_rules() -> None:
     assert replay_controller(paths, lambda: FixedController(3), cost) == walk(
         paths, fixed_lengths(paths, 3)
     )
-    rule = threshold_lengths(survival_tables(paths, predictor), 0.6)
+    rule = threshold_lengths(acceptance_tables(paths, predictor), 0.6)
     assert replay_controller(paths, lambda: WispController(predictor, 0.6, 8), cost) == walk(
         paths, rule
     )

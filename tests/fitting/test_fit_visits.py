@@ -10,7 +10,7 @@ from synthetic_steps import random_shape, true_ms
 
 from wispprof.artifacts import StepRow
 from wispprof.fitting.evaluation import bound_floor, measured_again, paced_floor
-from wispprof.fitting.machine_speed import Pace, drift_factors, visits_of
+from wispprof.fitting.machine_speed import MachineSpeed, drift_factors, visits_of
 from wispprof.fitting.observations import Observations
 from wispprof.types import BatchShape
 
@@ -18,14 +18,14 @@ SHAPE = BatchShape.uniform(4, 5, 256)
 
 
 def test_a_row_takes_the_mean_of_its_visits_not_the_pace_of_the_first():
-    looks = [
+    reference_samples = [
         StepRow("s", "sentinel", SHAPE, tuple(ms * f for f in (0.999, 1.0, 1.001)), order=order)
         for order, ms in ((0, 1.0), (10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0), (50, 1.0))
     ]
     quiet = StepRow("q", "verify", SHAPE, (1.0,) * 4, order=5)
-    split = StepRow("v", "verify", SHAPE, (1.0,) * 4, order=5, visits=((5, 2), (35, 2)))
+    split = StepRow("v", "verify", SHAPE, (1.0,) * 4, order=5, blocks=((5, 2), (35, 2)))
     late = StepRow("l", "verify", SHAPE, (2.0,) * 4, order=35)
-    *_, at_rest, between, slow = drift_factors([*looks, quiet, split, late])
+    *_, at_rest, between, slow = drift_factors([*reference_samples, quiet, split, late])
     assert slow / at_rest == pytest.approx(2.0, rel=0.01)
     assert between == pytest.approx(np.sqrt(at_rest * slow))
 
@@ -39,22 +39,24 @@ def sweep(share: float = 1.0, swing: float = 0.2, aside: bool = False) -> list[S
     rng = np.random.default_rng(3)
     shapes = [random_shape(rng, 16) for _ in range(60)]
     pace, order = 0.0, 0
-    looks: list[StepRow] = []
-    visits: dict[int, list[tuple[int, tuple[float, ...], bool]]] = {}
+    reference_samples: list[StepRow] = []
+    blocks: dict[int, list[tuple[int, tuple[float, ...], bool]]] = {}
 
     def fire(ms: float, slow: float) -> tuple[float, ...]:
         return tuple(float(v) for v in ms * np.exp(slow + 0.02 * rng.standard_normal(3)))
 
     for _ in range(8):
         for number in rng.permutation(len(shapes)).tolist():
-            looks.append(StepRow("s", "sentinel", SHAPE, fire(true_ms(SHAPE), pace), order=order))
+            reference_samples.append(
+                StepRow("s", "sentinel", SHAPE, fire(true_ms(SHAPE), pace), order=order)
+            )
             slow = share * pace
-            visit = (order + 1, fire(true_ms(shapes[number]), slow), aside and pace > 0.1)
-            visits.setdefault(number, []).append(visit)
+            block = (order + 1, fire(true_ms(shapes[number]), slow), aside and pace > 0.1)
+            blocks.setdefault(number, []).append(block)
             order += 2
             pace = 0.8 * pace + 0.6 * swing * rng.standard_normal()
     rows = []
-    for number, made in visits.items():
+    for number, made in blocks.items():
         kept, off = [v for v in made if not v[2]], [v for v in made if v[2]]
         if not kept:
             kept, off = off, []
@@ -65,12 +67,12 @@ def sweep(share: float = 1.0, swing: float = 0.2, aside: bool = False) -> list[S
                 shapes[number],
                 tuple(ms for _, samples, _ in kept for ms in samples),
                 order=made[0][0],
-                visits=tuple((at, len(samples)) for at, samples, _ in kept),
+                blocks=tuple((at, len(samples)) for at, samples, _ in kept),
                 set_aside_ms=tuple(ms for _, samples, _ in off for ms in samples),
-                aside_visits=tuple((at, len(samples)) for at, samples, _ in off),
+                set_aside_blocks=tuple((at, len(samples)) for at, samples, _ in off),
             )
         )
-    return [*looks, *rows]
+    return [*reference_samples, *rows]
 
 
 def errors(data: Observations) -> np.ndarray:
@@ -83,7 +85,7 @@ def errors(data: Observations) -> np.ndarray:
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_how_far_shapes_follow_the_sentinel_is_learnt_and_taken_out(share: float) -> None:
     rows = sweep(share)
-    pace = Pace.of(rows)
+    pace = MachineSpeed.of(rows)
     assert pace is not None
     assert (pace.learnt, pace.close) == (True, True)
     assert pace.share == pytest.approx(share, abs=0.12)
@@ -99,7 +101,7 @@ def test_how_far_shapes_follow_the_sentinel_is_learnt_and_taken_out(share: float
 
 def test_shapes_that_do_not_follow_the_sentinel_are_left_as_they_are() -> None:
     """Negative control: a sentinel that moves alone moves nothing else."""
-    data, pace = Observations.of(sweep(share=0.0)), Pace.of(sweep(share=0.0))
+    data, pace = Observations.of(sweep(share=0.0)), MachineSpeed.of(sweep(share=0.0))
     assert pace is not None
     assert abs(pace.share) < 0.03
     assert np.abs(errors(data)).mean() < 0.01
@@ -114,18 +116,18 @@ def test_what_was_set_aside_counts_once_its_pace_is_known() -> None:
     row = next(r for r in sweep(aside=True) if r.set_aside_ms)
     assert sum(len(s) for _, s in visits_of(row)) == len(row.samples_ms) + len(row.set_aside_ms)
     # Of an older profile nobody knows when they were taken.
-    older = dataclasses.replace(row, aside_visits=())
+    older = dataclasses.replace(row, set_aside_blocks=())
     assert sum(len(s) for _, s in visits_of(older)) == len(row.samples_ms)
 
 
 def test_looks_of_two_sweeps_or_of_two_shapes_tell_no_pace() -> None:
     rows = sweep()
-    assert Pace.of([*rows, *rows]) is None
+    assert MachineSpeed.of([*rows, *rows]) is None
     other = [
         dataclasses.replace(row, shape=BatchShape.uniform(1, 1, 8)) if number % 2 else row
         for number, row in enumerate(rows)
     ]
-    assert Pace.of(other) is None
+    assert MachineSpeed.of(other) is None
 
 
 def test_repeat_noise_is_what_another_sweep_of_the_shape_would_show() -> None:
@@ -141,12 +143,12 @@ def test_repeat_noise_is_what_another_sweep_of_the_shape_would_show() -> None:
     assert again is not None
     # Two rows differ by √2 of what one is off; the mean of a normal is √(2 / π) of its deviation.
     assert again["mape"] / 100 == pytest.approx(float(wild) * np.sqrt(2) * 0.8, rel=0.35)
-    single = [dataclasses.replace(r, visits=()) for r in sweep() if r.kind != "sentinel"]
+    single = [dataclasses.replace(r, blocks=()) for r in sweep() if r.kind != "sentinel"]
     assert measured_again(Observations.of(single)) is None
 
 
 def test_no_bound_lies_below_the_floor_and_knowing_the_pace_lowers_it() -> None:
     data = Observations.of(sweep())
-    floor, paced = bound_floor(data, (0.9, 0.95)), paced_floor(data, (0.9, 0.95))
-    assert 1 < paced[0.95] < 1.12 < 1.25 < floor[0.95]
+    floor, speed_corrected = bound_floor(data, (0.9, 0.95)), paced_floor(data, (0.9, 0.95))
+    assert 1 < speed_corrected[0.95] < 1.12 < 1.25 < floor[0.95]
     assert floor[0.9] < floor[0.95]

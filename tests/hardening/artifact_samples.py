@@ -12,7 +12,7 @@ from wispprof.artifacts import (
     EdgeRow,
     LinkRow,
     Manifest,
-    ModelInfo,
+    ModelRecord,
     Provenance,
     RowJournal,
     StepRow,
@@ -36,7 +36,7 @@ from wispprof.artifacts.plan import (
 from wispprof.fitting import load_estimator
 from wispprof.fitting.observations import Observations, read_step_log
 from wispprof.fitting.predictors.fitted_predictor import PREDICTOR_KINDS, fit_scorer, load_predictor
-from wispprof.fitting.registry import ESTIMATOR_KINDS, surface_class
+from wispprof.fitting.registry import ESTIMATOR_KINDS, model_class
 from wispprof.fitting.selection import assemble
 from wispprof.types import BatchShape
 
@@ -60,7 +60,7 @@ def write_samples(folder: Path) -> dict[str, tuple[Path, Reader]]:
         "link": [LinkRow("a", "rtt", 32, (5.0,), source="published", citation="somebody")],
     }
     for kind, made in rows.items():
-        manifest = Manifest(kind, ModelInfo("m"), engine={"backend": "slots"})
+        manifest = Manifest(kind, ModelRecord("m"), engine={"backend": "slots"})
         save_profile(make_profile(manifest, made), folder / kind)
         samples[f"{kind} rows"] = (folder / f"{kind}.jsonl", load_profile)
         samples[f"{kind} manifest"] = (folder / f"{kind}.manifest.json", load_profile)
@@ -75,8 +75,8 @@ def write_samples(folder: Path) -> dict[str, tuple[Path, Reader]]:
     data = Observations.of(steps)
     for kind in ESTIMATOR_KINDS:
         file = folder / f"{kind}.estimator.json"
-        surface = surface_class(kind)().fit(data)
-        assemble(surface, data.median_ms, data).save(file, {"profile": "x"}, PROVENANCE)
+        step_model = model_class(kind)().fit(data)
+        assemble(step_model, data.median_ms, data).save(file, {"profile": "x"}, PROVENANCE)
         samples[f"estimator {kind}"] = (file, load_estimator)
     for kind in PREDICTOR_KINDS:
         file = folder / f"{kind}.predictor.json"
@@ -117,7 +117,7 @@ def plan() -> Plan:
         break_even=(BreakEvenRow("laptop", 20.0, 0, "stream", 0.6, 0.3, 1.5, "split"),),
         load_bounds=(1.15, 1.5, 2.25, 4.0),
         context=512,
-        survival=(0.7, 0.5),
+        cum_acceptance=(0.7, 0.5),
         settings={"seed": 1},
         inputs={"estimator": "blake2b:0"},
         notes=("a note",),

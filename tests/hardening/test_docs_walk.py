@@ -84,7 +84,7 @@ def test_keys_and_certificate_of_the_pages_serve(
     assert len(found) == 1
     asked = shlex.split(found[0])[2:]
     values = dict(zip(asked[::2], asked[1::2], strict=True))
-    situation = doctor.Situation(
+    situation = doctor.DoctorContext(
         host=values["--host"],
         api_key_file=Path(values["--api-key-file"]),
         tls_cert=Path(values["--tls-cert"]),

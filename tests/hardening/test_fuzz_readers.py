@@ -63,10 +63,10 @@ def read(reader: Reader, path: Path) -> Any:
     found: Any
     try:
         found = reader(path)
-    except WispprofError as fault:
-        found = fault
+    except WispprofError as err:
+        found = err
     if isinstance(found, WispprofError):
-        assert found.fix, f"{found!r} does not say what to do"
+        assert found.hint, f"{found!r} does not say what to do"
     return found
 
 

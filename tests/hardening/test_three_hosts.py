@@ -13,28 +13,34 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from wispprof.edge import EdgeClient, Generation, GenerationRequest, TimedWorker, websocket_dial
+from wispprof.edge import (
+    EdgeClient,
+    Generation,
+    GenerationRequest,
+    TimedWorker,
+    websocket_connections,
+)
 from wispprof.policies import make_controller
 from wispprof.settings.edge_settings import DraftingSettings
-from wispprof.simulation.devices import LinkProfile
-from wispprof.testing.fake_engine import HashDrafter, HashTarget
+from wispprof.simulation.devices import LinkModel
+from wispprof.testing.fake_engine import FakeDrafter, FakeTarget
 from wispprof.testing.link_emulator import LinkProxy, LinkSettings
 from wispprof.types import Sampling
 
 TOKENS = 96
-TARGET = HashTarget()
+TARGET = FakeTarget()
 
 SERVER = """
 import asyncio, sys
-from wispprof.server import HashEngine, ServerSettings, running_server
+from wispprof.server import FakeEngine, ServerSettings, running_server
 
 async def main():
-    engine = HashEngine(step_ms=lambda shape: 2.0 + 0.1 * shape.new_tokens)
+    engine = FakeEngine(step_ms=lambda shape: 2.0 + 0.1 * shape.new_tokens)
     settings = ServerSettings(policy=sys.argv[1], admit="all")
     async with running_server(settings, engine=engine, model=engine.served) as running:
         print(running.port, flush=True)
         await asyncio.to_thread(sys.stdin.read)
-        while len(running.server.house):
+        while len(running.server.manager):
             await asyncio.sleep(0.001)
         await running.server.check_integrity()
     print("clean" if not engine.sessions else "leaks", flush=True)
@@ -65,18 +71,20 @@ async def server_host(policy: str) -> AsyncIterator[int]:
 
 def generation(client: EdgeClient, number: int, sampling: Sampling) -> Generation:
     request = GenerationRequest((number, 3, 9), TOKENS, sampling=sampling)
-    worker = TimedWorker(HashDrafter(TARGET, 0.7), lambda context: 0.5)
+    worker = TimedWorker(FakeDrafter(TARGET, 0.7), lambda context: 0.5)
     controller = make_controller("fixed", k=4)
-    return Generation(client, request, worker, controller, DraftingSettings(lead=8, proactive=4))
+    return Generation(
+        client, request, worker, controller, DraftingSettings(draft_ahead=8, proactive=4)
+    )
 
 
 async def edge_host(port: int, numbers: range, cut: LinkProxy | None) -> list[Generation]:
     """Four sessions over one connection; half-way the link is cut, if it is to be."""
-    async with EdgeClient(websocket_dial(f"127.0.0.1:{port}")) as client:
+    async with EdgeClient(websocket_connections(f"127.0.0.1:{port}")) as client:
         made = [generation(client, n, Sampling(0.7, seed=n)) for n in numbers]
         tasks = [asyncio.create_task(one.run()) for one in made]
         if cut is not None:
-            while min(one.path.frontier for one in made) < TOKENS // 2:
+            while min(one.path.committed_len for one in made) < TOKENS // 2:
                 await asyncio.sleep(0.002)
             cut.cut()
         await asyncio.gather(*tasks)
@@ -85,9 +93,9 @@ async def edge_host(port: int, numbers: range, cut: LinkProxy | None) -> list[Ge
 
 @pytest.mark.parametrize("policy", ["wisp", "wispprof"])
 async def test_two_edges_over_two_links_get_the_right_text(policy: str) -> None:
-    near = LinkSettings(LinkProfile(rtt_ms=4.0, jitter_ms=1.0), seed=1)
+    near = LinkSettings(LinkModel(rtt_ms=4.0, jitter_ms=1.0), seed=1)
     far = LinkSettings(
-        LinkProfile(rtt_ms=30.0, jitter_ms=10.0, loss=0.02),
+        LinkModel(rtt_ms=30.0, jitter_ms=10.0, loss=0.02),
         stall_every_ms=300.0,
         stall_ms=60.0,
         seed=2,

@@ -8,7 +8,7 @@ import pytest
 
 from wispprof.artifacts import write_document
 from wispprof.hardware import computing_on, fingerprint, made_elsewhere
-from wispprof.server.startup import foreign
+from wispprof.server.startup import warn_about_other_machines
 from wispprof.settings.server_settings import ServerSettings
 
 H200 = {"cpu": "Xeon", "cores": 16, "gpus": [{"name": "NVIDIA H200"}, {"name": "NVIDIA L4"}]}
@@ -49,7 +49,7 @@ def test_a_server_names_each_artifact_that_is_not_of_it(tmp_path: Path) -> None:
         made = write_document(estimator, "estimator", {"a": 1}, {"machine": made_on})
         of = {"machine": made_on, "estimator": plan_of or made}
         write_document(plan, "plan", {"b": 1}, of)
-        return foreign(settings)
+        return warn_about_other_machines(settings)
 
     assert lines(here) == []
     assert lines("") == []
@@ -60,4 +60,4 @@ def test_a_server_names_each_artifact_that_is_not_of_it(tmp_path: Path) -> None:
     ]
     (mismatch,) = lines(here, "blake2b:another")
     assert "another estimator" in mismatch
-    assert foreign(ServerSettings(device="cpu")) == []
+    assert warn_about_other_machines(ServerSettings(device="cpu")) == []

@@ -12,10 +12,10 @@ from wispprof.artifacts.plan import load_plan, save_plan
 from wispprof.errors import PlanError
 from wispprof.planning import Runs, make_plan
 from wispprof.planning.batch_table import mix_row
-from wispprof.planning.draft_table import Edge
+from wispprof.planning.draft_table import EdgeCosts
 from wispprof.planning.explain import explain
 from wispprof.planning.pipeline import SpeedDevice, class_mix
-from wispprof.planning.session_speed import StepTimes
+from wispprof.planning.session_speed import LoadedStepTimes
 from wispprof.settings.planner_settings import PlanSettings
 from wispprof.simulation.step_costs import LinearCost
 
@@ -37,8 +37,8 @@ def plan():
 
 
 def fits(mix, mode: str = "stream", cost: LinearCost = COST) -> int:
-    times = StepTimes(cost, SETTINGS.context)
-    return mix_row(times, Edge(LAPTOP, 20.0, mode, RUNS, RUNS), mix, SETTINGS).split
+    times = LoadedStepTimes(cost, SETTINGS.context)
+    return mix_row(times, EdgeCosts(LAPTOP, 20.0, mode, RUNS, RUNS), mix, SETTINGS).split
 
 
 @pytest.mark.parametrize("mode", ["stream", "round"])

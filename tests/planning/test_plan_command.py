@@ -20,11 +20,11 @@ from wispprof.types import Sampling
 
 @pytest.fixture
 def folder(tmp_path):
-    surface = WispLinear()
-    surface.coef_ = (0.2, 0.0, 1e-4, 20.0)
+    step_model = WispLinear()
+    step_model.coef_ = (0.2, 0.0, 1e-4, 20.0)
     ratio = RatioBound(40.0, ((1.1,) * len(LEVELS),) * 4, (99, 99, 99, 99))
     domain = Domain(EMPTY, Totals(*(1 << 20 for _ in range(8))))
-    FittedEstimator(surface, ratio, domain).save(tmp_path / "estimator.json")
+    FittedEstimator(step_model, ratio, domain).save(tmp_path / "estimator.json")
     rng = np.random.default_rng(0)
     paths = []
     for _ in range(6):

@@ -14,11 +14,11 @@ from wispprof.artifacts.plan import load_plan, save_plan
 from wispprof.errors import ArtifactDamaged, PlanError
 from wispprof.planning import Runs, make_plan
 from wispprof.planning.batch_table import capacity_row, step_times
-from wispprof.planning.draft_table import Edge
+from wispprof.planning.draft_table import EdgeCosts
 from wispprof.planning.explain import compare, explain
 from wispprof.planning.pipeline import SpeedDevice
 from wispprof.planning.plan_export import export
-from wispprof.planning.session_speed import StepTimes, round_pace, stream_pace, undrafted_pace
+from wispprof.planning.session_speed import LoadedStepTimes, round_pace, stream_pace, undrafted_pace
 from wispprof.settings.planner_settings import PlanSettings
 from wispprof.types import BatchShape
 
@@ -78,13 +78,13 @@ def plan():
 
 
 def test_stream_with_nothing_ever_accepted_goes_at_undrafted_step_pace():
-    times = StepTimes(Step(row=0.0, kv=0.0), 0)
+    times = LoadedStepTimes(Step(row=0.0, kv=0.0), 0)
     pace = stream_pace(times, 4, 4, 1.0, 5.0, Runs.geometric(0.0))
     assert pace.tokens_per_ms == pytest.approx(undrafted_pace(times, 4).tokens_per_ms)
 
 
 def test_stream_with_everything_accepted_is_bound_by_the_draft_or_by_k():
-    times = StepTimes(Step(row=0.0, kv=0.0), 0)
+    times = LoadedStepTimes(Step(row=0.0, kv=0.0), 0)
     sure = Runs.geometric(1.0)
     assert stream_pace(times, 1, 3, 0.01, 0.0, sure).commits == pytest.approx(4.0, rel=0.1)
     # A draft as slow as two steps never gets ahead of a frontier that moves every step.
@@ -92,7 +92,7 @@ def test_stream_with_everything_accepted_is_bound_by_the_draft_or_by_k():
 
 
 def test_round_counts_draft_link_and_step():
-    times = StepTimes(Step(fixed=10.0, row=0.0, kv=0.0), 0)
+    times = LoadedStepTimes(Step(fixed=10.0, row=0.0, kv=0.0), 0)
     pace = round_pace(times, 1, 2, 5.0, 30.0, Runs.geometric(0.5))
     assert pace.round_ms == pytest.approx(2 * 5 + 30 + 10)
     assert pace.commits == pytest.approx(1 + 0.5 + 0.25)
@@ -128,7 +128,7 @@ def test_a_plan_counts_what_a_rest_adds_in_round_mode_alone():
 def test_a_longer_link_and_a_slower_draft_never_speed_a_round_up(
     acceptance, draft_ms, rtt, more, sessions, k
 ):
-    times = StepTimes(Step(), 500)
+    times = LoadedStepTimes(Step(), 500)
     runs = Runs.geometric(acceptance)
     now = round_pace(times, sessions, k, draft_ms, rtt, runs).tokens_per_ms
     assert round_pace(times, sessions, k, draft_ms, rtt + more, runs).tokens_per_ms <= now * 1.02
@@ -210,7 +210,7 @@ def test_slower_servers_and_stricter_promises_never_raise_any_capacity(
 ):
     limits = PlanSettings(k_max=4, context=500, max_sessions=64)
     runs = Runs.geometric(acceptance)
-    edge = Edge(SpeedDevice("x", speed), rtt, mode, runs, runs)
+    edge = EdgeCosts(SpeedDevice("x", speed), rtt, mode, runs, runs)
 
     def fits(step: Step, tokens_per_s: float) -> tuple[int, int]:
         found = capacity_row(step_times(step, limits), edge, tokens_per_s, limits)

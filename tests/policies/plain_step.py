@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from wispprof.policies import Limits, Member, SessionView
+from wispprof.policies import Limits, ScheduledItem, SessionView
 from wispprof.policies.cost_model import expected_tokens
-from wispprof.policies.wispprof import StreamSettings
-from wispprof.types import BatchShape, StepEstimator, VerifyItem
+from wispprof.policies.wispprof import WispprofSettings
+from wispprof.types import BatchShape, StepTimeEstimator, VerifyItem
 
 __all__ = ["Costs", "Keep", "Step", "linear_costs", "price", "read_prompts", "value_of"]
 
@@ -45,11 +45,13 @@ def rounded_up(value: int, digits: int) -> int:
     return value
 
 
-def linear_costs(estimator: StepEstimator, sessions: Sequence[SessionView], seats: int) -> Costs:
+def linear_costs(
+    estimator: StepTimeEstimator, sessions: Sequence[SessionView], free_slots: int
+) -> Costs:
     """Secants over half the mean batch: so many items more, one item so much wider, one so much deeper."""
     count = len(sessions)
-    items = rounded_up(min(count, seats), 5)
-    new = 1 + sum(len(s.tail) for s in sessions) // count
+    items = rounded_up(min(count, free_slots), 5)
+    new = 1 + sum(len(s.acceptance_probs) for s in sessions) // count
     cached = rounded_up(sum(s.cached for s in sessions) // count, 4)
 
     def price(*more: tuple[int, int]) -> float:
@@ -72,16 +74,16 @@ def linear_costs(estimator: StepEstimator, sessions: Sequence[SessionView], seat
 class Step:
     """A step that grows."""
 
-    def __init__(self, estimator: StepEstimator, limits: Limits) -> None:
+    def __init__(self, estimator: StepTimeEstimator, limits: Limits) -> None:
         self.estimator, self.limits = estimator, limits
         self.items: list[VerifyItem] = []
-        self.members: dict[str, Member] = {}
+        self.members: dict[str, ScheduledItem] = {}
 
     def price(self, *more: VerifyItem) -> tuple[float, float]:
         items = (*self.items, *more)
         return self.estimator.predict(BatchShape(items)) if items else (0.0, 0.0)
 
-    def join(self, s: SessionView, member: Member) -> None:
+    def join(self, s: SessionView, member: ScheduledItem) -> None:
         new, chunk = member.prefill or 1 + member.drafts, bool(member.prefill)
         self.items.append(VerifyItem(new, s.cached, chunk))
         self.members[s.session] = member
@@ -96,7 +98,7 @@ class Step:
         return max(0, min(s.prompt_left, self.limits.prefill_chunk - fed, room))
 
 
-def price(sessions: Sequence[SessionView], keep: Keep, estimator: StepEstimator) -> float:
+def price(sessions: Sequence[SessionView], keep: Keep, estimator: StepTimeEstimator) -> float:
     """Median ms of the step in which these keep so many drafts; 0 with nobody in it."""
     items = [(1 + keep[s.session], s.cached) for s in sessions if s.session in keep]
     return estimator.predict(BatchShape.of(items))[0] if items else 0.0
@@ -106,14 +108,14 @@ def value_of(
     sessions: Sequence[SessionView],
     keep: Keep,
     weight: dict[str, float],
-    estimator: StepEstimator,
+    estimator: StepTimeEstimator,
     extra_ms: float,
 ) -> float:
     """Weighted tokens per ms."""
     worth = 0.0
     for s in sessions:
         if s.session in keep:
-            worth += weight[s.session] * expected_tokens(s.tail[: keep[s.session]])
+            worth += weight[s.session] * expected_tokens(s.acceptance_probs[: keep[s.session]])
     return worth / max(price(sessions, keep, estimator) + extra_ms, 1e-9)
 
 
@@ -123,13 +125,13 @@ def read_prompts(
     prompts: Sequence[SessionView],
     decode: Sequence[SessionView],
     tokens: float,
-    settings: StreamSettings,
+    settings: WispprofSettings,
 ) -> None:
     """Chunks as large as no running session minds; earliest first-token deadline first."""
     chunk = step.limits.prefill_chunk
     token_ms = step.estimator.predict(BatchShape.of([(chunk, 0, True)]))[0] / chunk
     running_ms = step.price()[1]
-    alive = [s for s in decode if not s.hopeless] or decode
+    alive = [s for s in decode if not s.slo_unreachable] or decode
     slack_ms = sorted(s.deadline_ms - now_ms for s in alive)
     stretched_ms = math.inf
     if len(prompts) > 1 and alive:
@@ -149,13 +151,13 @@ def read_prompts(
             return s.deadline_ms
         return s.arrived_ms + settings.first_token * token_ms * (s.cached + s.prompt_left)
 
-    queue = sorted(prompts, key=lambda s: (s.hopeless, due(s), s.arrived_ms, s.session))
+    queue = sorted(prompts, key=lambda s: (s.slo_unreachable, due(s), s.arrived_ms, s.session))
     for place, s in enumerate(queue):
         allowed_ms = math.inf
         if settings.size_prefill and decode:
             left_ms = due(s) - now_ms
             hurry_ms = 0.0
-            if s.hopeless or left_ms < running_ms:
+            if s.slo_unreachable or left_ms < running_ms:
                 hurry_ms = 2.0 * running_ms if left_ms <= 4.0 * running_ms else 0.0
             elif left_ms <= 4.0 * running_ms:
                 hurry_ms = min(left_ms, 2.0 * running_ms)
@@ -172,4 +174,4 @@ def read_prompts(
         ]
         size = fits[0] if fits else min(most, 16) if place == 0 else 0
         if size:
-            step.join(s, Member(s.session, prefill=size))
+            step.join(s, ScheduledItem(s.session, prefill=size))

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from plain_step import Costs, Keep, Step, linear_costs, price, read_prompts, value_of
 
-from wispprof.policies import Limits, Member, SessionView
+from wispprof.policies import Limits, ScheduledItem, SessionView
 from wispprof.policies.cost_model import expected_tokens
-from wispprof.policies.wispprof import StreamSettings
-from wispprof.types import StepEstimator
+from wispprof.policies.wispprof import WispprofSettings
+from wispprof.types import StepTimeEstimator
 
 __all__ = ["Decision", "PlainWispprof"]
 
@@ -33,7 +33,7 @@ class Decision(NamedTuple):
     """``weights``: what a token of each session that was looked at is worth; ``extra_ms``: what a step costs
     besides the estimator's price."""
 
-    members: dict[str, Member]
+    members: dict[str, ScheduledItem]
     wake_ms: float | None = None
     weights: dict[str, float] = {}
     extra_ms: float = 0.0
@@ -43,7 +43,7 @@ class Decision(NamedTuple):
 class PlainWispprof:
     """Asked with the same questions one after another, it remembers what the policy remembers."""
 
-    settings: StreamSettings = field(default_factory=StreamSettings)
+    settings: WispprofSettings = field(default_factory=WispprofSettings)
     between_ms: float = 0.0
     backlog: float = 0.0
     last: tuple[float, float] | None = None
@@ -52,7 +52,7 @@ class PlainWispprof:
         self,
         now_ms: float,
         sessions: Sequence[SessionView],
-        estimator: StepEstimator,
+        estimator: StepTimeEstimator,
         limits: Limits,
     ) -> Decision:
         if self.last is not None:
@@ -74,8 +74,8 @@ class PlainWispprof:
             for s in choice.seen:
                 if s.session in choice.keep:
                     drafts = choice.keep[s.session]
-                    step.join(s, Member(s.session, drafts=drafts))
-                    won.append(expected_tokens(s.tail[:drafts]))
+                    step.join(s, ScheduledItem(s.session, drafts=drafts))
+                    won.append(expected_tokens(s.acceptance_probs[:drafts]))
         if prompts:
             gain = sum(won) / len(won) if won else 1.0
             read_prompts(step, now_ms, prompts, choice.seen, gain, self.settings)
@@ -93,38 +93,38 @@ class PlainWispprof:
         self,
         now_ms: float,
         decode: list[SessionView],
-        estimator: StepEstimator,
+        estimator: StepTimeEstimator,
         limits: Limits,
     ) -> Choice:
-        settings, seats = self.settings, limits.max_items
-        if len(decode) > 2 * seats:
-            sample = linear_costs(estimator, decode[:: len(decode) // seats], seats)
-            needy = self.by_need(now_ms, decode, sample.bound)[: 2 * seats]
+        settings, free_slots = self.settings, limits.max_items
+        if len(decode) > 2 * free_slots:
+            sample = linear_costs(estimator, decode[:: len(decode) // free_slots], free_slots)
+            needy = self.by_need(now_ms, decode, sample.bound)[: 2 * free_slots]
             decode = [s for s in decode if s in needy]
-        costs = linear_costs(estimator, decode, seats)
+        costs = linear_costs(estimator, decode, free_slots)
         extra_ms = max(0.0, self.between_ms) - self.backlog * costs.fixed
         around = costs._replace(fixed=max(0.0, costs.fixed + extra_ms))
         weight = self.weights(now_ms, decode, costs)
-        ladder = self.ladder(decode, around, weight)
+        ranking = self.ranking(decode, around, weight)
 
         # By linear costs: the length that makes the highest rate, and that rate.
-        best, rate = self.linear_best(decode, ladder, around, weight)
-        keep = kept(decode, ladder[:best])
+        best, rate = self.linear_best(decode, ranking, around, weight)
+        keep = kept(decode, ranking[:best])
         if not settings.trim:
-            keep = {s.session: len(s.tail) for s in decode}
+            keep = {s.session: len(s.acceptance_probs) for s in decode}
 
-        stale = {s.session for s in decode if self.stale(now_ms, s, costs.bound)}
+        starved = {s.session for s in decode if self.starved(now_ms, s, costs.bound)}
         out, wake_ms = set(), math.inf
         if settings.wait:
             out, wake_ms = self.waiters(
-                now_ms, decode, keep, rate, around, costs.bound, weight, estimator, stale
+                now_ms, decode, keep, rate, around, costs.bound, weight, estimator, starved
             )
-        if settings.demote_hopeless and 0 < sum(s.hopeless for s in decode) < len(decode):
+        if settings.demote_hopeless and 0 < sum(s.slo_unreachable for s in decode) < len(decode):
             poor = []
             for s in decode:
-                won = expected_tokens(s.tail[: keep[s.session]]) * weight[s.session]
+                won = expected_tokens(s.acceptance_probs[: keep[s.session]]) * weight[s.session]
                 spent = around.spent(s, keep[s.session])
-                if s.hopeless and s.session not in stale and won < rate * spent:
+                if s.slo_unreachable and s.session not in starved and won < rate * spent:
                     poor.append((s.session, spent))
             if sum(spent for _, spent in poor) > costs.fixed:
                 out = out | {name for name, _ in poor}
@@ -135,10 +135,10 @@ class PlainWispprof:
             members = decode
 
         room = min(limits.max_tokens, limits.kv_free)
-        most = min(seats, room)
+        most = min(free_slots, room)
         members = self.by_need(now_ms, members, costs.bound)[:most]
         names = {s.session for s in members}
-        rungs = [d for d in ladder if d[0] in names][: room - len(members)]
+        rungs = [d for d in ranking if d[0] in names][: room - len(members)]
         candidates = [kept(members, rungs[:length]) for length in range(len(rungs) + 1)]
         if not settings.floor:
             least, _ = self.linear_best(members, rungs, around, weight)
@@ -153,7 +153,7 @@ class PlainWispprof:
         chosen = candidates[values.index(max(values))]
         return Choice(chosen, decode, wake_ms, weight, extra_ms)
 
-    def stale(self, now_ms: float, s: SessionView, bound_ms: float) -> bool:
+    def starved(self, now_ms: float, s: SessionView, bound_ms: float) -> bool:
         """Left out for so many steps that it takes part whatever it is worth."""
         return now_ms - s.arrived_ms > self.settings.patience * bound_ms
 
@@ -163,9 +163,9 @@ class PlainWispprof:
         """Stale ones first, then by slack, lost promises last."""
 
         def rank(s: SessionView) -> float:
-            if self.stale(now_ms, s, bound_ms):
+            if self.starved(now_ms, s, bound_ms):
                 return -math.inf
-            return math.inf if s.hopeless else s.deadline_ms
+            return math.inf if s.slo_unreachable else s.deadline_ms
 
         return sorted(sessions, key=rank)
 
@@ -186,27 +186,27 @@ class PlainWispprof:
             urgency[s.session] = min(max((3.0 - slack_ms / step_ms) / 2.0, 0.0), 1.0) ** 2
             ahead = slack_ms >= 0.15 * token_ms * s.committed
             # Steps without drafts that leave nothing to spare rescue nobody.
-            if s.hopeless or token_ms < 1.15 * undrafted_ms or ahead:
+            if s.slo_unreachable or token_ms < 1.15 * undrafted_ms or ahead:
                 urgency[s.session] = 0.0
         together = settings.rescue_weight * len(decode) / max(1.0, sum(urgency.values()))
         for s in decode:
-            if settings.rescue:
+            if settings.slo_boost:
                 rescued = 1.0 + together * urgency[s.session]
                 weight[s.session] = max(weight[s.session], rescued)
-            if settings.demote_hopeless and s.hopeless:
-                weight[s.session] = settings.hopeless_weight
+            if settings.demote_hopeless and s.slo_unreachable:
+                weight[s.session] = settings.slo_unreachable_weight
         return weight
 
     @staticmethod
-    def ladder(
+    def ranking(
         decode: Sequence[SessionView], costs: Costs, weight: dict[str, float]
     ) -> list[tuple[str, float]]:
         """(whose draft, weighted tokens it is expected to bring), in falling order of that per ms."""
         drafts = []
         for s in decode:
             alive = 1.0
-            for survival in s.tail:
-                alive *= survival
+            for acceptance_prob in s.acceptance_probs:
+                alive *= acceptance_prob
                 if alive > 0.0:
                     brings = alive * weight[s.session]
                     drafts.append((brings / max(costs.draft(s), 1e-12), s.session, brings))
@@ -216,7 +216,7 @@ class PlainWispprof:
     @staticmethod
     def linear_best(
         members: Sequence[SessionView],
-        ladder: Sequence[tuple[str, float]],
+        ranking: Sequence[tuple[str, float]],
         costs: Costs,
         weight: dict[str, float],
     ) -> tuple[int, float]:
@@ -225,7 +225,7 @@ class PlainWispprof:
         worth = sum(weight[s.session] for s in members)
         spent = costs.fixed + sum(costs.spent(s, 0) for s in members)
         best, rate = 0, worth / max(spent, 1e-9)
-        for length, (name, brings) in enumerate(ladder, 1):
+        for length, (name, brings) in enumerate(ranking, 1):
             worth, spent = worth + brings, spent + depth[name]
             if worth / max(spent, 1e-9) > rate:
                 best, rate = length, worth / max(spent, 1e-9)
@@ -240,8 +240,8 @@ class PlainWispprof:
         costs: Costs,
         safety_ms: float,
         weight: dict[str, float],
-        estimator: StepEstimator,
-        stale: set[str],
+        estimator: StepTimeEstimator,
+        starved: set[str],
     ) -> tuple[set[str], float]:
         """(who waits for a draft that is due, when the first of those is due)."""
         spent = {s.session: costs.spent(s, keep[s.session]) for s in decode}
@@ -249,13 +249,13 @@ class PlainWispprof:
         company_ms = costs.fixed / len(decode)
         due, lost, saved = [], {}, {}
         for s in decode:
-            if s.session in stale or s.due_ms is None or not s.due_tail:
+            if s.session in starved or s.due_ms is None or not s.due_acceptance_probs:
                 continue
             in_time = now_ms <= s.due_ms <= now_ms + whole_ms
             if not in_time or s.deadline_ms - now_ms < whole_ms + safety_ms:
                 continue
-            held = math.prod(s.tail)
-            lost[s.session] = (1.0 - held * s.due_tail[0]) * weight[s.session]
+            held = math.prod(s.acceptance_probs)
+            lost[s.session] = (1.0 - held * s.due_acceptance_probs[0]) * weight[s.session]
             saved[s.session] = costs.read(s) - company_ms
             # However sure its draft, at the rate of the whole company it must be worth the wait.
             if rate * max(saved[s.session], 0.0) > (1.0 - 0.995 * held) * weight[s.session]:
@@ -275,7 +275,9 @@ class PlainWispprof:
             out, worth, time = again, 0.0, costs.fixed
             for s in decode:
                 if s.session not in out:
-                    worth += expected_tokens(s.tail[: keep[s.session]]) * weight[s.session]
+                    worth += (
+                        expected_tokens(s.acceptance_probs[: keep[s.session]]) * weight[s.session]
+                    )
                     time += spent[s.session]
             rate = worth / time if time > 0 and worth > 0 else 0.0
         if rate <= 0.0 or not out:

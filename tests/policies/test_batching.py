@@ -27,8 +27,8 @@ def views(draw) -> list[SessionView]:
     sessions = []
     for number in range(count):
         prompt = draw(st.sampled_from([0, 0, 0, 1, 7, 900]))
-        survival = st.floats(0, 1)
-        tail = () if prompt else tuple(draw(st.lists(survival, max_size=8)))
+        acceptance_prob = st.floats(0, 1)
+        acceptance_probs = () if prompt else tuple(draw(st.lists(acceptance_prob, max_size=8)))
         due = draw(st.sampled_from([None, 0.0, 5.0, 40.0, 5000.0]))
         sessions.append(
             view(
@@ -37,12 +37,14 @@ def views(draw) -> list[SessionView]:
                 arrived_ms=draw(st.floats(-500, 0)),
                 deadline_ms=draw(st.sampled_from([-50.0, 5.0, 30.0, 60.0, 250.0, math.inf])),
                 prompt_left=prompt,
-                tail=tail,
+                acceptance_probs=acceptance_probs,
                 ready=draw(st.booleans()),
                 stream=draw(st.booleans()),
                 due_ms=due,
-                due_tail=tuple(draw(st.lists(survival, max_size=4))) if due is not None else (),
-                hopeless=draw(st.booleans()),
+                due_acceptance_probs=tuple(draw(st.lists(acceptance_prob, max_size=4)))
+                if due is not None
+                else (),
+                slo_unreachable=draw(st.booleans()),
             )
         )
     return sessions
@@ -86,7 +88,7 @@ def test_a_plan_keeps_every_limit_and_starves_nobody(name, sessions, limits, est
             prefill += new
         else:
             assert member.prefill == 0
-            assert 0 <= member.drafts <= len(session.tail)
+            assert 0 <= member.drafts <= len(session.acceptance_probs)
             new = 1 + member.drafts
         tokens += new
         batch = batch.add(new, session.cached, bool(session.prompt_left))
@@ -108,13 +110,16 @@ def test_wisp_never_breaks_a_deadline_it_could_keep(sessions, limits, estimator)
         return
     for member in plan.members:
         session = known[member.session]
-        new = 1 if session.prompt_left else 1 + len(session.tail)
+        new = 1 if session.prompt_left else 1 + len(session.acceptance_probs)
         alone = estimator.start().add(new, session.cached).bound_ms
         assert plan.bound_ms <= session.deadline_ms or alone > session.deadline_ms
 
 
 def test_wisp_refuses_what_would_make_the_earliest_deadline_late():
-    sessions = [view("a", deadline_ms=90.0, tail=(0.9,) * 60), view("b", deadline_ms=20.1)]
+    sessions = [
+        view("a", deadline_ms=90.0, acceptance_probs=(0.9,) * 60),
+        view("b", deadline_ms=20.1),
+    ]
     plan = make_batch_policy("wisp").plan(
         0.0, sessions, SyntheticEstimator(fixed=18, ratio=1.1), Limits(8, 100, 64, 1000)
     )

@@ -16,17 +16,17 @@ from wispprof.fitting.step_time_models import WispLinear
 from wispprof.policies import Limits, SessionView, make_batch_policy
 from wispprof.policies.baselines import SpecEdgePipeline
 from wispprof.policies.batch_builder import StepBuilder
-from wispprof.policies.cost_model import MarginalCosts, Slopes, expected_tokens
-from wispprof.policies.draft_selection import Book, Columns, Ladder
-from wispprof.types import Slo, StepEstimator
+from wispprof.policies.cost_model import MarginalCostCache, MarginalCosts, expected_tokens
+from wispprof.policies.draft_selection import BatchArrays, Columns, DraftRanking
+from wispprof.types import Slo, StepTimeEstimator
 
 
 def fitted() -> FittedEstimator:
-    surface = WispLinear()
-    surface.coef_ = (0.12, 1e-7, 0.06e-3, 18.0)
+    step_model = WispLinear()
+    step_model.coef_ = (0.12, 1e-7, 0.06e-3, 18.0)
     ratio = RatioBound(40.0, tuple((f,) * len(LEVELS) for f in (1.1, 1.15, 1.2, 1.3)), (99,) * 4)
     return FittedEstimator(
-        surface, ratio, Domain(EMPTY, Totals(48, 300, 1 << 17, 1, 1, 4000, 9, 9))
+        step_model, ratio, Domain(EMPTY, Totals(48, 300, 1 << 17, 1, 1, 4000, 9, 9))
     )
 
 
@@ -35,7 +35,7 @@ def queue(rng: random.Random, items: int) -> list[SessionView]:
     views = []
     for number in range(items):
         prompt = rng.randint(1, 900) if rng.random() < prompts else 0
-        tail = () if prompt else tuple(rng.random() for _ in range(rng.randint(0, 8)))
+        acceptance_probs = () if prompt else tuple(rng.random() for _ in range(rng.randint(0, 8)))
         views.append(
             SessionView(
                 f"s{number}",
@@ -44,24 +44,24 @@ def queue(rng: random.Random, items: int) -> list[SessionView]:
                 -rng.uniform(0.0, 200.0),
                 rng.uniform(-10.0, late),
                 prompt,
-                tail,
+                acceptance_probs,
                 rng.random() < 0.9,
             )
         )
     return views
 
 
-def one_by_one(sessions: list[SessionView], estimator: StepEstimator, limits: Limits) -> list:
+def one_by_one(sessions: list[SessionView], estimator: StepTimeEstimator, limits: Limits) -> list:
     """WISP's scheduler as it is written: each candidate in turn, priced by adding it."""
     ready = [s for s in sessions if s.ready]
     if not ready:
         return []
-    drafts = sum(len(s.tail) for s in ready) // len(ready)
+    drafts = sum(len(s.acceptance_probs) for s in ready) // len(ready)
     cached = sum(s.cached for s in ready) // len(ready)
-    costs = Slopes().at(estimator, min(len(ready), limits.max_items), 1 + drafts, cached)
+    costs = MarginalCostCache().at(estimator, min(len(ready), limits.max_items), 1 + drafts, cached)
 
     def alone(s: SessionView) -> float:
-        new = 1 if s.prompt_left else 1 + len(s.tail)
+        new = 1 if s.prompt_left else 1 + len(s.acceptance_probs)
         return estimator.start().add(new, s.cached, s.prompt_left > 0).bound_ms
 
     def value(s: SessionView) -> float:
@@ -70,7 +70,9 @@ def one_by_one(sessions: list[SessionView], estimator: StepEstimator, limits: Li
         if s.prompt_left:
             new = min(s.prompt_left, limits.prefill_chunk)
             return new / s.prompt_left / (lone_ms + (new - 1) * row_ms + 1e-9)
-        return expected_tokens(s.tail) / (lone_ms + len(s.tail) * row_ms + 1e-9)
+        return expected_tokens(s.acceptance_probs) / (
+            lone_ms + len(s.acceptance_probs) * row_ms + 1e-9
+        )
 
     urgent = [s for s in ready if s.deadline_ms <= costs.all_bound_ms]
     others = [s for s in ready if s.deadline_ms > costs.all_bound_ms]
@@ -82,7 +84,7 @@ def one_by_one(sessions: list[SessionView], estimator: StepEstimator, limits: Li
         if session.prompt_left:
             joined = build.add_prefill(session, allowed) > 0
         else:
-            joined = build.add_decode(session, len(session.tail), allowed)
+            joined = build.add_decode(session, len(session.acceptance_probs), allowed)
         budget_ms = allowed if joined else budget_ms
     return build.members
 
@@ -121,21 +123,23 @@ def test_a_ladder_of_some_is_the_ladder_of_all_without_the_others():
     count = len(sessions)
     weight = np.array([rng.uniform(0.2, 4.0) for _ in range(count)])
     costs = MarginalCosts(18.0, 0.01, 0.12, 1e-7, 6e-5, 20.0, 40.0)
-    book = Book.of(sessions, costs, weight)
-    everyone = Ladder.of(book, np.ones(count, dtype=bool))
+    arrays = BatchArrays.of(sessions, costs, weight)
+    everyone = DraftRanking.of(arrays, np.ones(count, dtype=bool))
     for most in (None, 7):
         some = np.array([rng.random() < 0.5 for _ in range(count)])
         for ours, theirs in zip(
-            everyone.among(book, some, most), Ladder.of(book, some, most), strict=True
+            everyone.among(arrays, some, most), DraftRanking.of(arrays, some, most), strict=True
         ):
             assert np.array_equal(ours, theirs)
 
 
 def test_expected_tokens_of_many_tails_are_those_of_each():
     sessions = queue(random.Random(11), 60)
-    expected = [expected_tokens(s.tail) for s in sessions]
+    expected = [expected_tokens(s.acceptance_probs) for s in sessions]
     assert Columns.of(sessions).expected() == pytest.approx(expected)
-    assert Columns.of([s._replace(tail=()) for s in sessions]).expected() == pytest.approx(1.0)
+    assert Columns.of(
+        [s._replace(acceptance_probs=()) for s in sessions]
+    ).expected() == pytest.approx(1.0)
 
 
 def test_a_newcomer_joins_the_smallest_group_while_others_go_on():

@@ -8,7 +8,7 @@ import pytest
 
 from wispprof.artifacts.plan import DraftRow, Plan
 from wispprof.policies import RoundContext, make_controller
-from wispprof.policies.controllers import DepthSurvival
+from wispprof.policies.controllers import DepthAcceptance
 from wispprof.policies.stopping import rows_of
 from wispprof.types import DraftFeatures, Slo
 
@@ -22,7 +22,7 @@ ROW = DraftRow(
     mode="stream",
     k=3,
     stop=0.3,
-    lead=6,
+    draft_ahead=6,
     expected_tokens_per_s=20.0,
     slow_tokens_per_s=18.0,
     round_ms=100.0,
@@ -35,8 +35,8 @@ ROW = DraftRow(
 )
 
 
-def sure(probability: float) -> DepthSurvival:
-    return DepthSurvival(tuple(probability ** (j + 1) for j in range(32)))
+def sure(probability: float) -> DepthAcceptance:
+    return DepthAcceptance(tuple(probability ** (j + 1) for j in range(32)))
 
 
 def drafted(controller, context: RoundContext = CONTEXT) -> int:
@@ -62,7 +62,7 @@ def test_the_plans_zero_is_obeyed_and_its_row_followed(stream):
     none = make_controller("wispprof", sure(0.95), rows=lambda _: replace(ROW, k=0), stream=stream)
     assert none.begin(CONTEXT) == 0
     some = make_controller("wispprof", sure(0.95), rows=lambda _: ROW, stream=stream)
-    assert 0 < some.begin(CONTEXT) <= (ROW.lead if stream else ROW.k)
+    assert 0 < some.begin(CONTEXT) <= (ROW.draft_ahead if stream else ROW.k)
     assert some.row == ROW
 
 
@@ -85,24 +85,24 @@ def test_a_slow_draft_is_not_worth_a_round():
 
 
 def test_a_doubtful_token_ends_the_round():
-    controller = make_controller("wispprof", DepthSurvival((0.9, 0.8, 0.02, 0.01)), stream=False)
+    controller = make_controller("wispprof", DepthAcceptance((0.9, 0.8, 0.02, 0.01)), stream=False)
     assert drafted(controller) == 3
-    assert controller.survival() < 0.1
+    assert controller.acceptance_prob() < 0.1
 
 
 def test_a_stream_drafts_no_farther_than_a_reply_can_take():
     controller = make_controller("wispprof", sure(0.99))
     ahead = controller.begin(CONTEXT)
     assert ahead >= (CONTEXT.rtt_ms + CONTEXT.server_ms) / CONTEXT.draft_ms
-    assert controller.begin(CONTEXT._replace(lead=ahead)) == 0
+    assert controller.begin(CONTEXT._replace(draft_ahead=ahead)) == 0
     assert make_controller("wispprof", sure(0.99)).begin(CONTEXT._replace(rtt_ms=1e5)) <= 32
 
 
 def test_a_stream_pauses_behind_a_doubtful_lead_and_goes_on_after_a_commit():
-    controller = make_controller("wispprof", DepthSurvival((0.9, 0.01, 0.005)))
+    controller = make_controller("wispprof", DepthAcceptance((0.9, 0.01, 0.005)))
     count = drafted(controller)
     assert count == 2
-    assert controller.begin(CONTEXT._replace(lead=count)) == 0
+    assert controller.begin(CONTEXT._replace(draft_ahead=count)) == 0
     assert controller.begin(CONTEXT) > 0
 
 

@@ -20,12 +20,18 @@ from wispprof.artifacts.rows import StepRow
 from wispprof.fitting import FittedEstimator
 from wispprof.fitting.observations import Observations
 from wispprof.fitting.selection import assemble
-from wispprof.fitting.wispprof_model import Choice, WispprofSurface
+from wispprof.fitting.wispprof_model import ModelChoice, WispprofStepTime
 from wispprof.policies import Limits, SessionView, StepPlan
-from wispprof.policies.draft_selection import Book, BoolArray, FloatArray, IntArray, Ladder
-from wispprof.policies.urgency import Need
-from wispprof.policies.wispprof import StreamSettings, Wispprof
-from wispprof.types import BatchShape, Slo, StepEstimator, VerifyItem
+from wispprof.policies.draft_selection import (
+    BatchArrays,
+    BoolArray,
+    DraftRanking,
+    FloatArray,
+    IntArray,
+)
+from wispprof.policies.urgency import Urgency
+from wispprof.policies.wispprof import Wispprof, WispprofSettings
+from wispprof.types import BatchShape, Slo, StepTimeEstimator, VerifyItem
 
 
 def fitted() -> FittedEstimator:
@@ -43,11 +49,11 @@ def fitted() -> FittedEstimator:
         kind = "mixed" if shape.prefill_tokens else "verify"
         rows.append(StepRow(shape.key(), kind, shape, times, order=number))
     data = Observations.of(rows)
-    surface = WispprofSurface(choice=Choice(alpha=0.85, rounds=15)).fit(data)
-    return assemble(surface, surface.p50_many(data.totals), data)
+    step_model = WispprofStepTime(choice=ModelChoice(alpha=0.85, rounds=15)).fit(data)
+    return assemble(step_model, step_model.p50_many(data.totals), data)
 
 
-ESTIMATORS: dict[str, StepEstimator] = {
+ESTIMATORS: dict[str, StepTimeEstimator] = {
     "linear": SyntheticEstimator(),
     "deep": SyntheticEstimator(fixed=4.0, row=0.3, kv=4e-3, pair=2e-5),
     "stairs": SyntheticEstimator(fixed=3.0, row=0.8, kv=1e-4, bucket=8),
@@ -65,7 +71,7 @@ class World(NamedTuple):
     asked_ms: tuple[float, ...]
 
 
-survivals = st.floats(0.0, 1.0)
+probabilities = st.floats(0.0, 1.0)
 
 
 @st.composite
@@ -94,15 +100,15 @@ def worlds(draw: st.DrawFn) -> World:
                 arrived_ms=draw(st.sampled_from((0.0, -90.0, -600.0))) if oldest else 0.0,
                 deadline_ms=deadline_ms + 0.001 * number,
                 prompt_left=prompt,
-                tail=() if prompt else tuple(draw(st.lists(survivals, max_size=6))),
+                acceptance_probs=() if prompt else tuple(draw(st.lists(probabilities, max_size=6))),
                 ready=draw(st.integers(0, 9)) > 0,
                 stream=True,
                 due_ms=draw(st.floats(0.0, 4.0) | st.floats(0.0, 40.0))
                 if due and not prompt
                 else None,
-                due_tail=(draw(survivals),) if due and not prompt else (),
+                due_acceptance_probs=(draw(probabilities),) if due and not prompt else (),
                 committed=draw(st.sampled_from((0, 20, 400))),
-                hopeless=last and draw(st.integers(0, 4)) == 0,
+                slo_unreachable=last and draw(st.integers(0, 4)) == 0,
             )
         )
     later = draw(st.lists(st.floats(1.0, 60.0), max_size=2))
@@ -145,35 +151,39 @@ def difference(world: World, policy: Wispprof, plain: PlainWispprof) -> str:
     return ""
 
 
-SWITCHES = tuple(f.name for f in dataclasses.fields(StreamSettings) if isinstance(f.default, bool))
+SWITCHES = tuple(
+    f.name for f in dataclasses.fields(WispprofSettings) if isinstance(f.default, bool)
+)
 switched = st.sampled_from(({}, {}, *({name: False} for name in SWITCHES)))
 
 
 @settings(max_examples=400)
 @given(world=worlds(), off=switched)
 def test_the_policy_decides_as_its_docstrings_say(world: World, off: dict[str, bool]) -> None:
-    chosen = StreamSettings(**off)
+    chosen = WispprofSettings(**off)
     assert not difference(world, Wispprof(chosen), PlainWispprof(chosen))
 
 
 class Longer(Wispprof):
     """Takes a draft more than the best."""
 
-    def _best(self, book: Book, ladder: Ladder, *more: Any) -> tuple[BoolArray, IntArray]:
-        members, keep = super()._best(book, ladder, *more)
-        taken = min(int(keep.sum()) + 1, len(ladder.owner))
-        return members, ladder.keep(taken, len(keep))
+    def _best(
+        self, arrays: BatchArrays, ranking: DraftRanking, *more: Any
+    ) -> tuple[BoolArray, IntArray]:
+        members, keep = super()._best(arrays, ranking, *more)
+        taken = min(int(keep.sum()) + 1, len(ranking.owner))
+        return members, ranking.keep(taken, len(keep))
 
 
 class Latest(Wispprof):
     """Takes the late for the early."""
 
-    def _weights(self, decode: list[SessionView], need: Need, *more: Any) -> FloatArray:
+    def _weights(self, decode: list[SessionView], need: Urgency, *more: Any) -> FloatArray:
         return super()._weights(decode, need._replace(slack=-need.slack), *more)
 
 
 def without(name: str) -> Wispprof:
-    return Wispprof(StreamSettings(**{name: False}))
+    return Wispprof(WispprofSettings(**{name: False}))
 
 
 BROKEN = {
@@ -206,7 +216,7 @@ def calm(rng: random.Random, estimator: str) -> World:
             cached=rng.choice((0, 100, 900, 4000, 15000)),
             arrived_ms=0.0,
             deadline_ms=1e6,
-            tail=tuple(rng.random() ** 0.5 for _ in range(rng.randint(0, 3))),
+            acceptance_probs=tuple(rng.random() ** 0.5 for _ in range(rng.randint(0, 3))),
             stream=True,
         )
         for number in range(rng.randint(1, 4))
@@ -230,7 +240,7 @@ def shares(estimator: str, policy: type[Wispprof] = Wispprof) -> tuple[list[floa
         plan = policy().plan(0.0, sessions, estimates, world.limits)
         ours = rate({m.session: m.drafts for m in plan.members})
         # Of each session: its first 0, 1, … drafts, or the session stays out.
-        tails = [(*range(len(s.tail) + 1), None) for s in sessions]
+        tails = [(*range(len(s.acceptance_probs) + 1), None) for s in sessions]
         rates = {False: [0.0], True: [0.0]}
         for choice in itertools.product(*tails):
             keep = {name: k for name, k in zip(names, choice, strict=True) if k is not None}

@@ -13,7 +13,7 @@ from synthetic_step import SyntheticEstimator
 
 from wispprof.policies import Limits, SessionView, make_batch_policy
 from wispprof.policies.cost_model import expected_tokens, mean_costs
-from wispprof.policies.draft_selection import Book, Ladder
+from wispprof.policies.draft_selection import BatchArrays, DraftRanking
 from wispprof.types import Slo
 
 LIMITS = Limits(64, 4096, 256, 1 << 20)
@@ -51,7 +51,7 @@ def test_where_drafts_cannot_pay_the_plan_is_that_of_centralized(tails, contexts
     """A row costs what a committed token does here: no draft that may be wrong is worth it."""
     estimator = SyntheticEstimator(fixed=0.0, row=1.0, kv=0.0)
     sessions = [
-        stream(str(i), tail=tuple(min(p, 0.99) for p in t), cached=contexts[i])
+        stream(str(i), acceptance_probs=tuple(min(p, 0.99) for p in t), cached=contexts[i])
         for i, t in enumerate(tails)
     ]
     ours = make_batch_policy("wispprof", wait=False).plan(0.0, sessions, estimator, LIMITS)
@@ -70,12 +70,14 @@ def test_where_drafts_cannot_pay_the_plan_is_that_of_centralized(tails, contexts
 def test_many_prices_at_once_and_one_by_one_agree(tails, fixed, row, bucket):
     """An estimator that prices whole ladders gives at least the rate of one that is asked step by step."""
     numbers = {"fixed": fixed, "row": row, "bucket": bucket, "pair": 1e-5}
-    sessions = [stream(str(i), tail=t, cached=200 * i) for i, t in enumerate(tails)]
+    sessions = [stream(str(i), acceptance_probs=t, cached=200 * i) for i, t in enumerate(tails)]
     by_name = {s.session: s for s in sessions}
 
     def rate(estimator) -> float:
         plan = make_batch_policy("wispprof", wait=False).plan(0.0, sessions, estimator, LIMITS)
-        won = sum(expected_tokens(by_name[m.session].tail[: m.drafts]) for m in plan.members)
+        won = sum(
+            expected_tokens(by_name[m.session].acceptance_probs[: m.drafts]) for m in plan.members
+        )
         return won / plan.p50_ms
 
     at_once, one_by_one = rate(ByTotals(**numbers)), rate(SyntheticEstimator(**numbers))
@@ -88,33 +90,33 @@ def test_the_rungs_of_a_ladder_are_leading_parts_of_tails(tails, items, cached):
     estimator = SyntheticEstimator(row=0.3, kv=1e-4)
     costs = mean_costs(ByTotals(row=0.3, kv=1e-4), items, 3, cached)
     assert costs == pytest.approx(mean_costs(estimator, items, 3, cached))
-    sessions = [stream(str(i), tail=t, cached=cached + i) for i, t in enumerate(tails)]
-    book = Book.of(sessions, costs, np.linspace(0.5, 2.0, len(tails)))
+    sessions = [stream(str(i), acceptance_probs=t, cached=cached + i) for i, t in enumerate(tails)]
+    arrays = BatchArrays.of(sessions, costs, np.linspace(0.5, 2.0, len(tails)))
     members = np.arange(len(tails)) % 3 != 1
-    ladder = Ladder.of(book, members)
-    for taken in range(len(ladder.owner) + 1):
-        keep = ladder.keep(taken, len(tails))
+    ranking = DraftRanking.of(arrays, members)
+    for taken in range(len(ranking.owner) + 1):
+        keep = ranking.keep(taken, len(tails))
         assert keep.sum() == taken
         assert not keep[~members].any()
         gains = [expected_tokens(t[:k]) for t, k in zip(tails, keep.tolist(), strict=True)]
-        assert book.gains(keep) == pytest.approx(gains)
-        worth = float((book.gains(keep) * book.weight) @ members)
-        assert ladder.worth[taken] == pytest.approx(worth)
-    totals = ladder.totals(np.arange(len(ladder.owner) + 1), book.cached, members)
+        assert arrays.gains(keep) == pytest.approx(gains)
+        worth = float((arrays.gains(keep) * arrays.weight) @ members)
+        assert ranking.worth[taken] == pytest.approx(worth)
+    totals = ranking.totals(np.arange(len(ranking.owner) + 1), arrays.cached, members)
     for taken, row in enumerate(totals):
-        new = (ladder.keep(taken, len(tails)) + 1)[members]
-        held = book.cached[members]
+        new = (ranking.keep(taken, len(tails)) + 1)[members]
+        held = arrays.cached[members]
         expected = [len(new), new.sum(), held.sum(), new @ held, (new * new).sum()]
         expected += [held.max(), new.max(), 0]
         assert row == pytest.approx(expected)
-    density = np.diff(ladder.worth) / np.diff(ladder.spent_ms)
+    density = np.diff(ranking.worth) / np.diff(ranking.spent_ms)
     assert all(later <= earlier * (1 + 1e-9) for earlier, later in itertools.pairwise(density))
 
 
 def test_with_more_sessions_than_seats_the_neediest_go_and_lost_promises_last():
     sessions = [stream(f"calm{i}", deadline_ms=5000.0 + i) for i in range(40)]
     sessions += [stream(f"late{i}", deadline_ms=20.0 + i) for i in range(6)]
-    sessions += [stream(f"lost{i}", deadline_ms=-9e5, hopeless=True) for i in range(40)]
+    sessions += [stream(f"lost{i}", deadline_ms=-9e5, slo_unreachable=True) for i in range(40)]
     sessions += [stream("starved", deadline_ms=9e5, arrived_ms=-1e6)]
     plan = make_batch_policy("wispprof").plan(
         0.0, sessions, SyntheticEstimator(), Limits(8, 4096, 256, 1 << 20)

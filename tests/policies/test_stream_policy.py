@@ -13,7 +13,7 @@ from synthetic_step import SyntheticEstimator
 
 from wispprof.policies import BATCH_POLICIES, Limits, SessionView, make_batch_policy
 from wispprof.policies.cost_model import MarginalCosts, expected_tokens, mean_costs, price_batches
-from wispprof.policies.draft_selection import Book, solve
+from wispprof.policies.draft_selection import BatchArrays, solve
 from wispprof.types import BatchShape, Slo
 
 LIMITS = Limits(64, 4096, 512, 1 << 20)
@@ -36,7 +36,7 @@ def plain(estimator, sessions, drafts) -> float:
     tokens = 0.0
     for session, keep in zip(sessions, drafts, strict=True):
         batch = batch.add(1 + keep, session.cached)
-        tokens += expected_tokens(session.tail[:keep])
+        tokens += expected_tokens(session.acceptance_probs[:keep])
     return tokens / batch.p50_ms
 
 
@@ -56,9 +56,9 @@ tails_of = st.lists(st.lists(st.floats(0, 1), max_size=4).map(tuple), min_size=1
 @settings(max_examples=60, deadline=None)
 @given(costs=costs_of, tails=tails_of, weights=st.lists(st.floats(0.2, 4), min_size=4, max_size=4))
 def test_the_fixed_point_is_the_best_of_all_tail_choices(costs, tails, weights):
-    sessions = [stream(str(i), tail=t, cached=400 * i) for i, t in enumerate(tails)]
-    book = Book.of(sessions, costs, np.array(weights[: len(tails)]))
-    rate, keep = solve(book, np.ones(len(tails), dtype=bool))
+    sessions = [stream(str(i), acceptance_probs=t, cached=400 * i) for i, t in enumerate(tails)]
+    arrays = BatchArrays.of(sessions, costs, np.array(weights[: len(tails)]))
+    rate, keep = solve(arrays, np.ones(len(tails), dtype=bool))
 
     def ratio(choice) -> float:
         won = sum(
@@ -86,7 +86,7 @@ def test_the_fixed_point_is_the_best_of_all_tail_choices(costs, tails, weights):
 )
 def test_never_worse_than_centralized(tails, fixed, row, kv, bucket, flat):
     estimator = SyntheticEstimator(fixed=fixed, row=row, kv=kv, bucket=bucket, flat_rows=flat)
-    sessions = [stream(str(i), tail=t, cached=300 * i) for i, t in enumerate(tails)]
+    sessions = [stream(str(i), acceptance_probs=t, cached=300 * i) for i, t in enumerate(tails)]
     plan = make_batch_policy("wispprof", wait=False).plan(0.0, sessions, estimator, LIMITS)
     drafts = {m.session: m.drafts for m in plan.members}
     assert set(drafts) == {s.session for s in sessions}
@@ -97,7 +97,7 @@ def test_never_worse_than_centralized(tails, fixed, row, kv, bucket, flat):
 def test_without_its_floor_a_staircase_can_beat_it():
     """The negative control of the test above: linear costs alone do not see the next stair."""
     estimator = SyntheticEstimator(fixed=1.0, row=1.0, bucket=8, kv=0.0)
-    sessions = [stream(str(i), tail=(0.55,), cached=0) for i in range(8)]
+    sessions = [stream(str(i), acceptance_probs=(0.55,), cached=0) for i in range(8)]
     keep_all = plain(estimator, sessions, [1] * 8)
     none = plain(estimator, sessions, [0] * 8)
     assert none > keep_all
@@ -106,7 +106,7 @@ def test_without_its_floor_a_staircase_can_beat_it():
 
 
 def test_tails_are_trimmed_under_load_and_kept_when_rows_are_free():
-    sessions = [stream(str(i), tail=(0.9, 0.5, 0.2)) for i in range(32)]
+    sessions = [stream(str(i), acceptance_probs=(0.9, 0.5, 0.2)) for i in range(32)]
     policy = make_batch_policy("wispprof")
     free = policy.plan(0.0, sessions, SyntheticEstimator(row=1e-6), LIMITS)
     dear = make_batch_policy("wispprof").plan(
@@ -122,9 +122,9 @@ def test_tails_are_trimmed_under_load_and_kept_when_rows_are_free():
 
 def test_a_due_draft_is_waited_for_where_reading_the_cache_costs_most():
     def plan(cached: int, **options):
-        due = {"due_ms": 10.0, "due_tail": (0.9, 0.8)}
+        due = {"due_ms": 10.0, "due_acceptance_probs": (0.9, 0.8)}
         sessions = [stream(f"d{i}", cached=cached, **due) for i in range(8)]
-        sessions += [stream(f"r{i}", cached=cached, tail=(0.9, 0.9)) for i in range(8)]
+        sessions += [stream(f"r{i}", cached=cached, acceptance_probs=(0.9, 0.9)) for i in range(8)]
         estimator = SyntheticEstimator(fixed=5.0, row=0.02, kv=1e-3)
         chosen = make_batch_policy("wispprof", **options).plan(0.0, sessions, estimator, LIMITS)
         return {m.session[0] for m in chosen.members}
@@ -137,9 +137,10 @@ def test_a_due_draft_is_waited_for_where_reading_the_cache_costs_most():
 def test_those_who_wait_are_reached_by_the_step_that_is_left():
     """Half the batch is due within a step of everybody, but not within the step that they leave."""
     sessions = [
-        stream(f"d{i}", cached=8000, due_ms=5.0 + 4.0 * i, due_tail=(0.9, 0.9)) for i in range(24)
+        stream(f"d{i}", cached=8000, due_ms=5.0 + 4.0 * i, due_acceptance_probs=(0.9, 0.9))
+        for i in range(24)
     ]
-    sessions += [stream(f"r{i}", cached=8000, tail=(0.9, 0.9)) for i in range(8)]
+    sessions += [stream(f"r{i}", cached=8000, acceptance_probs=(0.9, 0.9)) for i in range(8)]
     estimator = SyntheticEstimator(fixed=5.0, row=0.02, kv=4e-4)
     plan = make_batch_policy("wispprof", trim=False, floor=False).plan(
         0.0, sessions, estimator, LIMITS
@@ -149,7 +150,9 @@ def test_those_who_wait_are_reached_by_the_step_that_is_left():
     assert 0 < len(waiting) < 24
     assert max(s.due_ms for s in waiting) <= plan.p50_ms
     assert [s.session for s in waiting] == [f"d{i}" for i in range(len(waiting))]
-    everybody = estimator.predict(BatchShape.of((1 + len(s.tail), 8000) for s in sessions))[0]
+    everybody = estimator.predict(
+        BatchShape.of((1 + len(s.acceptance_probs), 8000) for s in sessions)
+    )[0]
     assert all(s.due_ms <= everybody for s in sessions if s.due_ms)
 
 
@@ -162,9 +165,9 @@ def test_nobody_waits_where_the_step_would_not_be_shorter():
         def time(self, rows, cached, pairs):
             return 40.0 + max(0.0, SyntheticEstimator.time(self, rows, cached, pairs) - 160.0)
 
-    due = {"due_ms": 5.0, "due_tail": (0.95, 0.9)}
+    due = {"due_ms": 5.0, "due_acceptance_probs": (0.95, 0.9)}
     sessions = [stream(f"d{i}", cached=8000, **due) for i in range(8)]
-    sessions += [stream(f"r{i}", cached=8000, tail=(0.9, 0.9)) for i in range(8)]
+    sessions += [stream(f"r{i}", cached=8000, acceptance_probs=(0.9, 0.9)) for i in range(8)]
     numbers = {"fixed": 5.0, "row": 0.02, "kv": 1.2e-3}
     free = make_batch_policy("wispprof").plan(0.0, sessions, SyntheticEstimator(**numbers), LIMITS)
     padded = make_batch_policy("wispprof").plan(0.0, sessions, Padded(**numbers), LIMITS)
@@ -212,18 +215,21 @@ def test_among_prompts_without_a_promise_the_short_one_need_not_wait_for_the_lon
 
 
 def test_nobody_waits_for_a_draft_past_its_deadline():
-    due = {"due_ms": 10.0, "due_tail": (0.9, 0.8), "deadline_ms": 20.0}
+    due = {"due_ms": 10.0, "due_acceptance_probs": (0.9, 0.8), "deadline_ms": 20.0}
     sessions = [stream(f"d{i}", cached=8000, **due) for i in range(8)]
-    sessions += [stream(f"r{i}", cached=8000, tail=(0.9, 0.9)) for i in range(8)]
+    sessions += [stream(f"r{i}", cached=8000, acceptance_probs=(0.9, 0.9)) for i in range(8)]
     estimator = SyntheticEstimator(fixed=5.0, row=0.02, kv=1e-3)
     plan = make_batch_policy("wispprof").plan(0.0, sessions, estimator, LIMITS)
     assert {m.session[0] for m in plan.members} == {"r", "d"}
 
 
 def test_sessions_behind_their_promise_keep_more_of_their_tails():
-    tail = (0.6, 0.6)
-    sessions = [stream(f"ahead{i}", tail=tail, deadline_ms=5000.0) for i in range(15)]
-    sessions.append(stream("behind", tail=tail, deadline_ms=-50.0))
+    acceptance_probs = (0.6, 0.6)
+    sessions = [
+        stream(f"ahead{i}", acceptance_probs=acceptance_probs, deadline_ms=5000.0)
+        for i in range(15)
+    ]
+    sessions.append(stream("behind", acceptance_probs=acceptance_probs, deadline_ms=-50.0))
     estimator = SyntheticEstimator(fixed=4.0, row=0.6)
     plan = make_batch_policy("wispprof").plan(0.0, sessions, estimator, LIMITS)
     drafts = {m.session: m.drafts for m in plan.members}
@@ -232,8 +238,11 @@ def test_sessions_behind_their_promise_keep_more_of_their_tails():
 
 def rescued(speed: float, behind: dict, **options) -> tuple[float, list[int]]:
     """p50 of a step, and how many drafts each keeps, of fifteen that ran ahead and one that fell behind."""
-    tail = (0.9, 0.8, 0.7)
-    sessions = [stream(f"ahead{i}", tail=tail, deadline_ms=5000.0) for i in range(15)]
+    acceptance_probs = (0.9, 0.8, 0.7)
+    sessions = [
+        stream(f"ahead{i}", acceptance_probs=acceptance_probs, deadline_ms=5000.0)
+        for i in range(15)
+    ]
     late = {"slo": Slo(speed), "deadline_ms": -20.0, "committed": 40} | behind
     sessions.append(stream("behind", **late))
     estimator = SyntheticEstimator(fixed=20.0, row=0.6)
@@ -242,7 +251,7 @@ def rescued(speed: float, behind: dict, **options) -> tuple[float, list[int]]:
 
 
 def test_a_session_behind_a_promise_that_undrafted_steps_would_keep_is_rescued():
-    usual_ms, drafts = rescued(25.0, {}, rescue=False)
+    usual_ms, drafts = rescued(25.0, {}, slo_boost=False)
     assert usual_ms > 1000.0 / 25.0
     assert sum(drafts) >= 30
     short_ms, drafts = rescued(25.0, {})
@@ -254,17 +263,17 @@ def test_a_session_behind_a_promise_that_undrafted_steps_would_keep_is_rescued()
     ("speed", "behind"),
     [
         pytest.param(60.0, {}, id="undrafted steps would miss it too"),
-        pytest.param(25.0, {"hopeless": True}, id="lost"),
+        pytest.param(25.0, {"slo_unreachable": True}, id="lost"),
         pytest.param(25.0, {"deadline_ms": 400.0}, id="well ahead so far"),
         pytest.param(4.0, {"deadline_ms": 240.0, "committed": 1}, id="just begun"),
     ],
 )
 def test_who_needs_no_rescue_or_cannot_be_rescued_does_not_shorten_steps(speed, behind):
-    assert rescued(speed, behind) == rescued(speed, behind, rescue=False)
+    assert rescued(speed, behind) == rescued(speed, behind, slo_boost=False)
 
 
 def test_hopeless_sessions_give_way_but_do_not_starve():
-    lost = [stream(f"lost{i}", hopeless=True, deadline_ms=-900.0) for i in range(6)]
+    lost = [stream(f"lost{i}", slo_unreachable=True, deadline_ms=-900.0) for i in range(6)]
     alive = [stream(f"alive{i}", deadline_ms=-5.0) for i in range(6)]
     estimator = SyntheticEstimator(fixed=2.0, row=2.0)
     plan = make_batch_policy("wispprof").plan(0.0, lost + alive, estimator, LIMITS)
@@ -278,7 +287,9 @@ def test_hopeless_sessions_give_way_but_do_not_starve():
 
 
 def test_hopeless_sessions_that_cost_much_give_way_but_do_not_starve():
-    lost = [stream(f"lost{i}", hopeless=True, deadline_ms=-900.0, cached=8000) for i in range(6)]
+    lost = [
+        stream(f"lost{i}", slo_unreachable=True, deadline_ms=-900.0, cached=8000) for i in range(6)
+    ]
     alive = [stream(f"alive{i}", deadline_ms=-5.0, cached=100) for i in range(6)]
     estimator = SyntheticEstimator(fixed=2.0, row=0.5, kv=1e-3)
     plan = make_batch_policy("wispprof").plan(0.0, lost + alive, estimator, LIMITS)
@@ -292,7 +303,7 @@ def test_hopeless_sessions_that_cost_much_give_way_but_do_not_starve():
 
 
 def test_hopeless_sessions_that_cost_little_advance_with_the_rest():
-    lost = [stream(f"lost{i}", hopeless=True, deadline_ms=-900.0) for i in range(6)]
+    lost = [stream(f"lost{i}", slo_unreachable=True, deadline_ms=-900.0) for i in range(6)]
     alive = [stream(f"alive{i}", deadline_ms=-5.0) for i in range(2)]
     estimator = SyntheticEstimator(fixed=8.0, row=1.0, kv=0.0)
     plan = make_batch_policy("wispprof").plan(0.0, lost + alive, estimator, LIMITS)
@@ -302,10 +313,13 @@ def test_hopeless_sessions_that_cost_little_advance_with_the_rest():
 def test_who_takes_part_whatever_it_is_worth_does_not_count_among_those_who_wait():
     """A deep newcomer waits, by the rate of those that stay; a starved one stays, draft due or not."""
     estimator = SyntheticEstimator(fixed=4.0, row=0.3, kv=4e-3, pair=2e-5)
-    due = {"cached": 4000, "due_ms": 0.0, "due_tail": (0.0,)}
-    sessions = [stream("new", **due), stream("starved", tail=(1.0,), arrived_ms=-600.0, **due)]
+    due = {"cached": 4000, "due_ms": 0.0, "due_acceptance_probs": (0.0,)}
+    sessions = [
+        stream("new", **due),
+        stream("starved", acceptance_probs=(1.0,), arrived_ms=-600.0, **due),
+    ]
     plan = make_batch_policy("wispprof").plan(0.0, sessions, estimator, LIMITS)
-    alone = [sessions[0], sessions[1]._replace(due_ms=None, due_tail=())]
+    alone = [sessions[0], sessions[1]._replace(due_ms=None, due_acceptance_probs=())]
     without = make_batch_policy("wispprof").plan(0.0, alone, estimator, LIMITS)
     assert plan.members == without.members
 

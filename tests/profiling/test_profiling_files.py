@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from wispprof.artifacts import (
     EdgeRow,
     Manifest,
-    ModelInfo,
+    ModelRecord,
     StepRow,
     load_edge,
     load_profile,
@@ -29,12 +29,12 @@ from wispprof.artifacts import (
 from wispprof.cli.common import GuardedGroup
 from wispprof.errors import ArtifactDamaged, HandshakeRefused, ProfileError, ProtocolError
 from wispprof.profiling.imported_profiles import import_results
-from wispprof.profiling.link_profiler import LinkSettings, link_summary, profile_link
+from wispprof.profiling.link_profiler import LinkProfilerSettings, link_summary, profile_link
 from wispprof.profiling.profile_run import Output
 from wispprof.profiling.profile_tools import diff_profiles, export_rows, merge_profiles
 from wispprof.types import BatchShape
 
-MODEL = ModelInfo("tiny", "float32", 1_000_000, kv_bytes_per_token=4096)
+MODEL = ModelRecord("tiny", "float32", 1_000_000, kv_bytes_per_token=4096)
 MACHINE = {"hash": "abc", "cpu": "Some CPU"}
 
 
@@ -77,19 +77,19 @@ def swept(seed, slow=(), pace=1.0, count=120, noise=0.01, visit_noise=0.02):
     generator = random.Random(seed)
     rows = []
 
-    def visit(ms):
+    def block(ms):
         here = ms * pace * math.exp(generator.gauss(0, visit_noise))
         return [here * math.exp(abs(generator.gauss(0, noise))) for _ in range(3)]
 
     for i in range(count):
         shape = BatchShape.uniform(1 + i % 4, 5, 64 * (1 + i))
         ms = (1 + 0.004 * shape.cached_tokens) * (1.15 if i in slow else 1.0)
-        samples = tuple(itertools.chain(*(visit(ms) for _ in range(3))))
-        visits = ((2 * i, 3), (2 * i + 400, 3), (2 * i + 800, 3))
-        rows.append(StepRow(f"k{i}", "verify", shape, samples, order=2 * i, visits=visits))
+        samples = tuple(itertools.chain(*(block(ms) for _ in range(3))))
+        blocks = ((2 * i, 3), (2 * i + 400, 3), (2 * i + 800, 3))
+        rows.append(StepRow(f"k{i}", "verify", shape, samples, order=2 * i, blocks=blocks))
         if i % 10 == 0:
-            look = (*visit(5.0), *visit(5.0))
-            rows.append(StepRow("s", "sentinel", shape, look, order=2 * i + 1))
+            reference_sample = (*block(5.0), *block(5.0))
+            rows.append(StepRow("s", "sentinel", shape, reference_sample, order=2 * i + 1))
     made = Manifest("server", MODEL, hardware=MACHINE, measure={"drift": 0.1})
     return make_profile(made, rows)
 
@@ -145,23 +145,25 @@ def test_false_findings_are_bounded_not_each_test():
 def test_merged_sweeps_follow_each_other_in_the_order_of_measurement():
     """Orders of two sweeps would otherwise say that their visits were made at once."""
 
-    def look(order, key="s"):
+    def reference_sample(order, key="s"):
         return StepRow(key, "sentinel", BatchShape.uniform(4, 5, 64), (1.0,) * 3, order=order)
 
     def row(key, order):
-        visits = ((order, 1), (order + 4, 2))
+        blocks = ((order, 1), (order + 4, 2))
         shape = BatchShape.uniform(1, 1, order + 1)
-        return StepRow(key, "verify", shape, (1.0,) * 3, order=order, visits=visits)
+        return StepRow(key, "verify", shape, (1.0,) * 3, order=order, blocks=blocks)
 
     manifest = server_profile(1).manifest
-    late = replace(row("b", 3), set_aside_ms=(2.0,), aside_visits=((9, 1),))
-    one = make_profile(manifest, [look(0), row("a", 1), look(6)])
-    two = make_profile(manifest, [look(0), late, look(10)])
+    late = replace(row("b", 3), set_aside_ms=(2.0,), set_aside_blocks=((9, 1),))
+    one = make_profile(manifest, [reference_sample(0), row("a", 1), reference_sample(6)])
+    two = make_profile(manifest, [reference_sample(0), late, reference_sample(10)])
     merged = merge_profiles([one, two])
     assert [r.order for r in merged.rows] == [0, 1, 6, 7, 10, 17]
     moved = next(r for r in merged.rows if r.key == "b")
-    assert (moved.visits, moved.aside_visits) == (((10, 1), (14, 2)), ((16, 1),))
-    strangers = make_profile(manifest, [look(0, "other"), late, look(10, "other")])
+    assert (moved.blocks, moved.set_aside_blocks) == (((10, 1), (14, 2)), ((16, 1),))
+    strangers = make_profile(
+        manifest, [reference_sample(0, "other"), late, reference_sample(10, "other")]
+    )
     assert not any(r.kind == "sentinel" for r in merge_profiles([one, strangers]).rows)
 
 
@@ -174,7 +176,7 @@ def test_merging_keeps_the_cleaner_row():
     assert all(not by_key[row.key].flags for row in two.rows)
     assert merged.manifest.rows == 9
     for other in (
-        make_profile(replace(two.manifest, model=ModelInfo("other")), two.rows),
+        make_profile(replace(two.manifest, model=ModelRecord("other")), two.rows),
         make_profile(replace(two.manifest, hardware={"hash": "x"}), two.rows),
         make_profile(replace(two.manifest, engine={"device": "cuda"}), two.rows),
     ):
@@ -289,10 +291,12 @@ class FakeLink:
 
 
 def measure(link, **more):
-    async def dial():
+    async def connect():
         return link
 
-    return profile_link(LinkSettings("ws://x", count=8, **more), dial=dial, clock=link.clock)
+    return profile_link(
+        LinkProfilerSettings("ws://x", count=8, **more), connect=connect, clock=link.clock
+    )
 
 
 def test_a_link_profile_finds_delay_and_bandwidth(tmp_path):

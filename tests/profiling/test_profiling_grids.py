@@ -9,15 +9,15 @@ from wispprof.profiling.drafter_runner import EDGE_GRIDS, load_edge_axes
 from wispprof.profiling.shape_grid import (
     GRIDS,
     Axes,
-    Capacity,
+    DeviceCapacity,
     fullest,
     load_axes,
     parse_range,
-    server_shots,
+    server_workloads,
     wanted,
 )
 
-ROOMY = Capacity(1 << 22, 256, 1 << 16)
+ROOMY = DeviceCapacity(1 << 22, 256, 1 << 16)
 
 
 @pytest.mark.parametrize(
@@ -45,35 +45,37 @@ def test_ranges_that_make_no_sense_say_so(text):
 
 @pytest.mark.parametrize("name", list(GRIDS))
 def test_grids_hold_what_they_promise(name):
-    shots = server_shots(GRIDS[name], ROOMY)
-    shapes = [shot.subject for shot in shots]
-    assert len({shot.key for shot in shots}) == len(shots)
-    assert {"verify", "prefill", "mixed"} == {shot.kind for shot in shots}
+    workloads = server_workloads(GRIDS[name], ROOMY)
+    shapes = [workload.subject for workload in workloads]
+    assert len({workload.key for workload in workloads}) == len(workloads)
+    assert {"verify", "prefill", "mixed"} == {workload.kind for workload in workloads}
     assert any(len(set(s.items)) > 1 and not s.prefill_tokens for s in shapes), "ragged shapes"
     assert any(s.max_new == 1 for s in shapes), "k = 0"
-    for shot in shots:
-        assert (shot.kind == "verify") == (shot.subject.prefill_tokens == 0)
-        assert (shot.kind == "prefill") == all(item.prefill for item in shot.subject.items)
+    for workload in workloads:
+        assert (workload.kind == "verify") == (workload.subject.prefill_tokens == 0)
+        assert (workload.kind == "prefill") == all(item.prefill for item in workload.subject.items)
 
 
 def test_grids_stay_within_the_device():
-    small = Capacity(3000, 4, 512, step_tokens=128)
+    small = DeviceCapacity(3000, 4, 512, step_tokens=128)
     for name in GRIDS:
-        assert all(small.holds(shot.subject) for shot in server_shots(GRIDS[name], small))
+        assert all(
+            small.holds(workload.subject) for workload in server_workloads(GRIDS[name], small)
+        )
     with pytest.raises(ProfileError, match="fits"):
-        server_shots(Axes((8,), (5,), (64,)), small)
+        server_workloads(Axes((8,), (5,), (64,)), small)
 
 
 def test_rows_near_the_memory_limit():
-    capacity = Capacity(40_000, 64, 4096)
-    fullest = max(s.subject.cached_tokens for s in server_shots(GRIDS["standard"], capacity))
+    capacity = DeviceCapacity(40_000, 64, 4096)
+    fullest = max(s.subject.cached_tokens for s in server_workloads(GRIDS["standard"], capacity))
     assert fullest > 0.9 * capacity.kv_tokens
 
 
 @pytest.mark.parametrize("context", [48, 2048])
 def test_contexts_beyond_the_model_are_measured_at_its_very_end(context):
-    capacity = Capacity(1 << 22, 256, context)
-    shapes = [s.subject for s in server_shots(GRIDS["full"], capacity) if s.kind == "verify"]
+    capacity = DeviceCapacity(1 << 22, 256, context)
+    shapes = [s.subject for s in server_workloads(GRIDS["full"], capacity) if s.kind == "verify"]
     ends = {i.new for s in shapes for i in s.items if i.cached + i.new == context}
     assert ends == set(GRIDS["full"].new)
 
@@ -83,10 +85,10 @@ def test_contexts_beyond_the_model_are_measured_at_its_very_end(context):
 def test_what_a_grid_wants_is_the_most_it_can_use(name, context):
     axes = GRIDS[name]
     most = wanted(axes, context)
-    endless = server_shots(axes, Capacity(1 << 40, 1 << 20, context))
+    endless = server_workloads(axes, DeviceCapacity(1 << 40, 1 << 20, context))
     if not axes.full_share:
-        assert all(most.holds(shot.subject) for shot in endless)
-    held = server_shots(axes, Capacity(most.kv_tokens, most.sessions, context))
+        assert all(most.holds(workload.subject) for workload in endless)
+    held = server_workloads(axes, DeviceCapacity(most.kv_tokens, most.sessions, context))
     longest = max(i.cached + i.new for s in held for i in s.subject.items)
     assert longest <= max(most.context, min(context, fullest(axes, most.kv_tokens)))
 

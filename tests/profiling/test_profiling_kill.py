@@ -34,7 +34,7 @@ def measure(path: Path, resume: bool, told: Any) -> None:
         told.send(row.order)
 
     RowJournal.append = appended  # type: ignore[method-assign]
-    settings = server_profiler.ServerSettings(
+    settings = server_profiler.ServerProfilerSettings(
         shape="tiny-llama",
         device="cpu",
         axes=Axes(items=(1, 3), new=(1, 4), cached=(8, 32), chunk=(16,), mixed_items=(2,)),
@@ -45,7 +45,7 @@ def measure(path: Path, resume: bool, told: Any) -> None:
     server_profiler.profile_server(settings)
 
 
-def visits(journal: Path) -> dict[int, tuple[str, tuple[float, ...]]]:
+def blocks(journal: Path) -> dict[int, tuple[str, tuple[float, ...]]]:
     """Order → (key, samples) of every whole line."""
     whole = [line for line in journal.read_bytes().splitlines(keepends=True) if line[-1:] == b"\n"]
     rows = [decode_row(line, "server", "journal") for line in whole[1:]]
@@ -69,7 +69,7 @@ def test_killed_at_random_visits_and_resumed(tmp_path: Path) -> None:
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        now = visits(journal)
+        now = blocks(journal)
         assert len(now) > len(kept)
         assert kept.items() <= now.items()  # a resumed run changes nothing that is there
         kept = now

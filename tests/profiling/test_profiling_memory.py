@@ -10,11 +10,11 @@ import torch
 
 from wispprof.artifacts import load_server
 from wispprof.engines.loading import random_model
-from wispprof.engines.torch.engine import VerifierEngine
+from wispprof.engines.torch.engine import TorchEngine
 from wispprof.errors import EngineError, ProfileError
 from wispprof.profiling import server_profiler
 from wispprof.profiling.shape_grid import GRIDS, Axes
-from wispprof.profiling.workload import Shot, SweepSettings
+from wispprof.profiling.workload import SweepSettings, Workload
 from wispprof.types import BatchShape
 
 ROOMY = Axes(
@@ -26,7 +26,9 @@ ROOMY = Axes(
     mixed_items=(2,),
     full_share=(0.5, 0.95),
 )
-SWEEP = SweepSettings(warmup=0, block=1, least=1, most=1, target=0.9, sentinel_every=5, look=1)
+SWEEP = SweepSettings(
+    warmup=0, block=1, least=1, most=1, target=0.9, sentinel_every=5, reference_sample=1
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def anything_goes(monkeypatch):
 
 def profile(tiny, **more):
     return server_profiler.profile_server(
-        server_profiler.ServerSettings(axes=ROOMY, sweep=SWEEP, **more), loaded=tiny
+        server_profiler.ServerProfilerSettings(axes=ROOMY, sweep=SWEEP, **more), loaded=tiny
     )
 
 
@@ -75,40 +77,40 @@ def test_next_to_no_memory_is_said(tiny):
 
 def test_a_shot_beyond_the_memory_is_refused_and_leaves_no_trace(tiny):
     """Negative control: the engine does not make room that it has not got."""
-    engine = VerifierEngine(tiny, kv_tokens=300, max_sessions=8)
-    shooter = server_profiler.EngineShooter(engine, 100)
+    engine = TorchEngine(tiny, kv_tokens=300, max_sessions=8)
+    runner = server_profiler.EngineRunner(engine, 100)
     free = engine.kv_free
     with pytest.raises(EngineError, match="do not fit"):
-        shooter.prepare(Shot("large", "verify", BatchShape.uniform(3, 5, 90)))
-    shooter.finish()
+        runner.prepare(Workload("large", "verify", BatchShape.uniform(3, 5, 90)))
+    runner.finish()
     assert engine.kv_free == free
-    shooter.prepare(Shot("long", "verify", BatchShape.uniform(2, 60, 95)))
+    runner.prepare(Workload("long", "verify", BatchShape.uniform(2, 60, 95)))
     with pytest.raises(EngineError, match="do not fit"):
-        shooter.fire()
-    shooter.finish()
+        runner.run_once()
+    runner.finish()
     assert engine.kv_free == free
-    shooter.prepare(Shot("small", "verify", BatchShape.uniform(2, 5, 90)))
-    assert shooter.fire() > 0
+    runner.prepare(Workload("small", "verify", BatchShape.uniform(2, 5, 90)))
+    assert runner.run_once() > 0
 
 
 @pytest.mark.parametrize(
-    "fault",
+    "err",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("[enforce fail] not enough memory: you tried to allocate 9 bytes"),
         MemoryError(),
     ],
-    ids=lambda fault: type(fault).__name__,
+    ids=lambda err: type(err).__name__,
 )
-def test_a_device_out_of_memory_loses_that_shot_alone(tiny, anything_goes, monkeypatch, fault):
-    real = VerifierEngine.step
+def test_a_device_out_of_memory_loses_that_shot_alone(tiny, anything_goes, monkeypatch, err):
+    real = TorchEngine.step
 
     def step(engine, feeds, **more):
         if len(feeds) == 8 and sum(len(feed.tokens) for feed in feeds) == 40:
-            raise fault
+            raise err
         return real(engine, feeds, **more)
 
-    monkeypatch.setattr(VerifierEngine, "step", step)
+    monkeypatch.setattr(TorchEngine, "step", step)
     made = profile(tiny, kv_tokens=3000)
     refused = made.manifest.summary["refused"]
     assert refused
@@ -122,12 +124,12 @@ def test_other_faults_of_a_step_are_not_taken_for_want_of_memory(tiny, monkeypat
     def step(engine, feeds, **more):
         raise RuntimeError("a kernel is broken")
 
-    engine = VerifierEngine(tiny, kv_tokens=300, max_sessions=8)
-    shooter = server_profiler.EngineShooter(engine, 50)
-    monkeypatch.setattr(VerifierEngine, "step", step)
-    shooter.prepare(Shot("s", "verify", BatchShape.uniform(1, 1, 8)))
+    engine = TorchEngine(tiny, kv_tokens=300, max_sessions=8)
+    runner = server_profiler.EngineRunner(engine, 50)
+    monkeypatch.setattr(TorchEngine, "step", step)
+    runner.prepare(Workload("s", "verify", BatchShape.uniform(1, 1, 8)))
     with pytest.raises(RuntimeError, match="broken"):
-        shooter.fire()
+        runner.run_once()
 
 
 def test_the_standard_grid_reaches_the_end_of_the_bundled_context_and_of_memory():
@@ -136,8 +138,8 @@ def test_the_standard_grid_reaches_the_end_of_the_bundled_context_and_of_memory(
     most = server_profiler.wanted(axes, context)
     for room in (200, 5_000, 40_000, 1 << 30):
         kv_tokens, longest = server_profiler._memory(axes, room, most, context)
-        capacity = server_profiler.Capacity(kv_tokens - longest, most.sessions, longest)
-        shapes = [shot.subject for shot in server_profiler.server_shots(axes, capacity)]
+        capacity = server_profiler.DeviceCapacity(kv_tokens - longest, most.sessions, longest)
+        shapes = [workload.subject for workload in server_profiler.server_workloads(axes, capacity)]
         assert max(i.cached for s in shapes for i in s.items) <= longest <= context
         assert kv_tokens <= room
 

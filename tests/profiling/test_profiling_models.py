@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wispprof.artifacts import Manifest, ModelInfo, load_edge, load_server, make_profile
+from wispprof.artifacts import Manifest, ModelRecord, load_edge, load_server, make_profile
 from wispprof.drafters.torch_drafter import TorchDrafter
 from wispprof.engines.loading import random_model
-from wispprof.engines.torch.engine import VerifierEngine
+from wispprof.engines.torch.engine import TorchEngine
 from wispprof.errors import ArtifactError, PhysicsViolation, ProfileError
 from wispprof.fitting.observations import MINIMUM_SHAPES
 from wispprof.profiling import edge_profiler, server_profiler
@@ -46,7 +46,7 @@ class CountedTime:
 
     def __init__(self, monkeypatch, blind=False, die_after=None):
         self.now, self.steps, self.die_after = 0.0, 0, die_after
-        real = VerifierEngine.step
+        real = TorchEngine.step
 
         def step(engine, feeds, **more):
             cached = sum(engine.cached(feed.session) for feed in feeds)
@@ -58,7 +58,7 @@ class CountedTime:
             self.now += 0.005 if blind else 0.001 + 2e-5 * new + 4e-6 * cached
             return outcomes
 
-        monkeypatch.setattr(VerifierEngine, "step", step)
+        monkeypatch.setattr(TorchEngine, "step", step)
 
     def __call__(self):
         self.now += 1e-7
@@ -67,7 +67,7 @@ class CountedTime:
 
 def settings(path=None, **more):
     output = Output(path, resume=more.pop("resume", False))
-    return server_profiler.ServerSettings(axes=AXES, sweep=SWEEP, output=output, **more)
+    return server_profiler.ServerProfilerSettings(axes=AXES, sweep=SWEEP, output=output, **more)
 
 
 def test_a_server_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
@@ -106,35 +106,39 @@ def test_interrupted_and_resumed(tiny, monkeypatch, tmp_path):
     )
     keys = [row.key for row in profile.rows if row.kind != "sentinel"]
     planned = server_profiler.plan_server(settings(), loaded=tiny, clock=clock)
-    assert sorted(keys) == sorted(shot.key for shot in planned.shots)
+    assert sorted(keys) == sorted(workload.key for workload in planned.workloads)
 
 
 def test_a_backend_that_ignores_its_batch_is_refused(tiny, monkeypatch, tmp_path):
     clock = CountedTime(monkeypatch, blind=True)
     heavy = Axes(items=(1, 2, 4, 8), new=(1, 9), cached=(16, 64, 240))
-    chosen = server_profiler.ServerSettings(axes=heavy, sweep=SWEEP, output=Output(tmp_path / "p"))
+    chosen = server_profiler.ServerProfilerSettings(
+        axes=heavy, sweep=SWEEP, output=Output(tmp_path / "p")
+    )
     with pytest.raises(PhysicsViolation):
         server_profiler.profile_server(chosen, loaded=tiny, clock=clock)
     assert not (tmp_path / "p.jsonl").exists()
 
 
 def test_every_repeat_meets_the_same_state(tiny):
-    engine = VerifierEngine(tiny, kv_tokens=2000, max_sessions=8)
-    shooter = server_profiler.EngineShooter(engine, 200)
-    shot = next(
+    engine = TorchEngine(tiny, kv_tokens=2000, max_sessions=8)
+    runner = server_profiler.EngineRunner(engine, 200)
+    workload = next(
         s
-        for s in server_profiler.server_shots(AXES, server_profiler.Capacity(1000, 8, 256))
+        for s in server_profiler.server_workloads(
+            AXES, server_profiler.DeviceCapacity(1000, 8, 256)
+        )
         if s.subject.prefill_tokens and len(s.subject.items) > 1
     )
-    shooter.prepare(shot)
+    runner.prepare(workload)
     shapes = []
     for _ in range(4):
-        shooter.fire()
+        runner.run_once()
         shapes.append(engine.last_step.shape)
-    assert all(shape == shot.subject for shape in shapes)
+    assert all(shape == workload.subject for shape in shapes)
     engine.check_integrity()
-    shooter.finish()
-    shooter.close()
+    runner.finish()
+    runner.close()
     assert engine.sessions == []
     assert engine.kv_free == 2000
 
@@ -150,7 +154,7 @@ def test_a_budget_leaves_shots_out(tiny, monkeypatch):
     some = server_profiler.plan_server(
         settings(budget_minutes=whole.expected_s / 60 / 3), loaded=tiny, clock=clock
     )
-    assert 0 < len(some.shots) < len(whole.shots)
+    assert 0 < len(some.workloads) < len(whole.workloads)
     assert some.expected_s < whole.expected_s / 2
 
 
@@ -163,7 +167,7 @@ def test_a_budget_holds_from_the_call_to_the_end(tiny, monkeypatch):
         settings(budget_minutes=budget_s / 60), loaded=tiny, clock=clock
     )
     assert 0.5 * budget_s < clock() - begin <= budget_s
-    work = [shot.subject.cached_tokens for shot in whole.shots]
+    work = [workload.subject.cached_tokens for workload in whole.workloads]
     kept = [row.shape.cached_tokens for row in profile.rows if row.kind != "sentinel"]
     assert min(kept) == min(work)
     assert max(kept) == max(work)
@@ -180,11 +184,11 @@ def test_a_slow_disk_costs_the_quick_grid_no_shapes(tiny, monkeypatch):
 
     monkeypatch.setattr(server_profiler, "_load", load)
     monkeypatch.setattr(server_profiler, "load_axes", lambda name: AXES)
-    quick = server_profiler.ServerSettings(sweep=SWEEP)
+    quick = server_profiler.ServerProfilerSettings(sweep=SWEEP)
     profile = server_profiler.profile_server(quick, clock=clock)
     shapes = {row.key for row in profile.rows if row.kind != "sentinel"}
     whole = server_profiler.plan_server(settings(), loaded=tiny, clock=clock)
-    assert shapes == {shot.key for shot in whole.shots}
+    assert shapes == {workload.key for workload in whole.workloads}
     with pytest.raises(ProfileError, match="--budget-minutes"):
         server_profiler.profile_server(
             replace(quick, budget_minutes=server_profiler.QUICK_MINUTES), clock=clock
@@ -200,11 +204,11 @@ def test_a_slow_machine_gets_the_shapes_that_a_fit_needs(tiny, monkeypatch):
     clock = CountedTime(monkeypatch)
     whole = server_profiler.plan_server(settings(), loaded=tiny, clock=clock)
     profile = server_profiler.profile_server(
-        server_profiler.ServerSettings(sweep=SWEEP), loaded=tiny, clock=clock
+        server_profiler.ServerProfilerSettings(sweep=SWEEP), loaded=tiny, clock=clock
     )
     shapes = {row.shape.key() for row in profile.rows if row.kind != "sentinel"}
     assert len(shapes) == 5
-    assert profile.manifest.summary["left_out"] == len(whole.shots) - 5 > 0
+    assert profile.manifest.summary["left_out"] == len(whole.workloads) - 5 > 0
     with pytest.raises(ProfileError, match="--budget-minutes"):
         server_profiler.profile_server(settings(budget_minutes=1e-4), loaded=tiny, clock=clock)
 
@@ -229,7 +233,7 @@ def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
     )
     rests = []
     monkeypatch.setitem(edge_profiler.EDGE_GRIDS, "quick", axes)
-    chosen = edge_profiler.EdgeSettings(
+    chosen = edge_profiler.EdgeProfilerSettings(
         output=Output(tmp_path / "e"), sampling=Sampling(0.7, seed=1)
     )
     seen = []
@@ -272,27 +276,29 @@ def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
 def test_edge_shots_do_what_their_kind_says(tiny):
     drafter = TorchDrafter(tiny)
     rests = []
-    shooter = edge_profiler.DrafterShooter(drafter, 96, Sampling(), sleep=rests.append)
-    for shot in edge_profiler.edge_shots(edge_profiler.EDGE_GRIDS["quick"], 256):
-        shooter.prepare(shot)
+    runner = edge_profiler.DrafterRunner(drafter, 96, Sampling(), sleep=rests.append)
+    for workload in edge_profiler.edge_workloads(edge_profiler.EDGE_GRIDS["quick"], 256):
+        runner.prepare(workload)
         rests.clear()
         for _ in range(3):
             before = drafter.length
-            shooter.fire()
-            if shot.kind != "controller":
+            runner.run_once()
+            if workload.kind != "controller":
                 assert drafter.length == before
-        assert rests == ([0.02] * 3 if shot.kind == "round" else [])
-        if shot.kind in ("draft_step", "forward"):
-            assert drafter.length == shot.subject.context
-            assert drafter.cached_kv().shape[3] == shot.subject.context
-        if shot.kind == "catch_up":  # over as many tokens as a draft step, two of them unread
-            assert drafter.length == shot.subject.context
-            assert drafter.cached_kv().shape[3] == shot.subject.context - shot.subject.tokens
-        if shot.kind == "prefill":
-            assert drafter.length == max(1, shot.subject.context) + shot.subject.tokens + 1
-        shooter.finish()
+        assert rests == ([0.02] * 3 if workload.kind == "round" else [])
+        if workload.kind in ("draft_step", "forward"):
+            assert drafter.length == workload.subject.context
+            assert drafter.cached_kv().shape[3] == workload.subject.context
+        if workload.kind == "catch_up":  # over as many tokens as a draft step, two of them unread
+            assert drafter.length == workload.subject.context
+            assert (
+                drafter.cached_kv().shape[3] == workload.subject.context - workload.subject.tokens
+            )
+        if workload.kind == "prefill":
+            assert drafter.length == max(1, workload.subject.context) + workload.subject.tokens + 1
+        runner.finish()
     with pytest.raises(ProfileError, match="too short"):
-        edge_profiler.edge_shots(edge_profiler.EDGE_GRIDS["quick"], 20)
+        edge_profiler.edge_workloads(edge_profiler.EDGE_GRIDS["quick"], 20)
 
 
 class _Waking:
@@ -327,19 +333,19 @@ class _Waking:
 @pytest.mark.parametrize(("deaf", "added"), [(False, 1.5), (True, 0.0)])
 def test_a_round_after_a_rest_is_timed_without_the_rest_and_announced_with_it(deaf, added):
     device = _Waking(deaf)
-    shooter = edge_profiler.DrafterShooter(
+    runner = edge_profiler.DrafterRunner(
         device, 96, Sampling(), clock=lambda: device.now, sleep=device.sleep
     )
     axes = edge_profiler.EdgeAxes((64,), (16,), 64, 0.0, 0.0, rounds=(64,), rest_ms=50.0)
-    shots = [s for s in edge_profiler.edge_shots(axes, 256) if s.kind != "controller"]
+    workloads = [s for s in edge_profiler.edge_workloads(axes, 256) if s.kind != "controller"]
     sweep = SweepSettings(least=20, block=10)
-    cost = pilot(shooter, shots, None, sweep, lambda: device.now)
-    have = [(shot, (), 0) for shot in shots]
+    cost = pilot(runner, workloads, None, sweep, lambda: device.now)
+    have = [(workload, (), 0) for workload in workloads]
     announced, begin = cost.plan_s(have, None)[1], device.now
-    rows = Sweep(shooter, shots, sweep, clock=lambda: device.now).run().rows
+    rows = Sweep(runner, workloads, sweep, clock=lambda: device.now).run().rows
     assert announced == pytest.approx(device.now - begin, rel=0.1)
     assert announced > 20 * 0.05
-    profile = make_profile(Manifest("edge", ModelInfo("d")), rows)
+    profile = make_profile(Manifest("edge", ModelRecord("d")), rows)
     assert profile.resume_ms(64) == pytest.approx(added)
     assert profile.draft_ms(64) == pytest.approx(2.0)
 

@@ -12,25 +12,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wispprof.artifacts import ModelInfo, RowJournal, StepRow
+from wispprof.artifacts import ModelRecord, RowJournal, StepRow
 from wispprof.errors import EngineError, PhysicsViolation
 from wispprof.hardware import Reading
 from wispprof.profiling.measurement_log import (
-    Ledger,
+    MeasurementLog,
     half_width,
     median_interval,
     relative_spread,
     samples_needed,
 )
 from wispprof.profiling.physics_checks import check_physics
-from wispprof.profiling.shape_grid import GRIDS, Capacity, server_shots, shape_work, within_budget
+from wispprof.profiling.shape_grid import (
+    GRIDS,
+    DeviceCapacity,
+    server_workloads,
+    shape_work,
+    within_budget,
+)
 from wispprof.profiling.sweep import Sweep
 from wispprof.profiling.sweep_cost import choose_probes, nonnegative_fit, pilot
-from wispprof.profiling.workload import Shot, SweepSettings, duration
+from wispprof.profiling.workload import SweepSettings, Workload, duration
 from wispprof.types import BatchShape
 
-MODEL = ModelInfo("tiny", "float32", 1_000_000, kv_bytes_per_token=4096)
-CAPACITY = Capacity(20_000, 16, 2048)
+MODEL = ModelRecord("tiny", "float32", 1_000_000, kv_bytes_per_token=4096)
+CAPACITY = DeviceCapacity(20_000, 16, 2048)
 
 
 class FakeMachine:
@@ -49,19 +55,19 @@ class FakeMachine:
         self.now, self.noise, self.hog, self.visit_noise = 0.0, noise, hog, visit_noise
         self.refuse, self.die_at, self.blind = refuse, die_at, blind
         self.random = random.Random(seed)
-        self.fired, self.prepared, self.shot = 0, [], None
+        self.fired, self.prepared, self.workload = 0, [], None
 
     def clock(self):
         return self.now
 
-    def prepare(self, shot):
-        if shot.key in self.refuse:
+    def prepare(self, workload):
+        if workload.key in self.refuse:
             raise EngineError("too large", "")
-        self.prepared.append(shot.key)
+        self.prepared.append(workload.key)
         if self.die_at is not None and len(self.prepared) > self.die_at:
             raise KeyboardInterrupt
-        self.now += 0.002 + 1e-6 * shot.subject.cached_tokens
-        self.shot = shot
+        self.now += 0.002 + 1e-6 * workload.subject.cached_tokens
+        self.workload = workload
         self.layout = 1 + self.visit_noise * self.random.gauss(0, 1)
 
     def step_ms(self, shape):
@@ -69,8 +75,8 @@ class FakeMachine:
             return 5.0
         return 1.0 + 0.02 * shape.new_tokens + 0.004 * shape.cached_tokens
 
-    def fire(self):
-        ms = self.step_ms(self.shot.subject) * (1 + self.noise * self.random.random())
+    def run_once(self):
+        ms = self.step_ms(self.workload.subject) * (1 + self.noise * self.random.random())
         ms *= self.layout
         self.fired += 1
         if self.hog[0] < self.now < self.hog[1]:
@@ -79,25 +85,25 @@ class FakeMachine:
         return ms
 
     def finish(self):
-        self.shot = None
+        self.workload = None
 
-    def row(self, shot, samples, flags, order):
-        return StepRow(shot.key, shot.kind, shot.subject, samples, flags, order=order)
+    def row(self, workload, samples, flags, order):
+        return StepRow(workload.key, workload.kind, workload.subject, samples, flags, order=order)
 
 
-def shots(grid="quick"):
-    return server_shots(GRIDS[grid], CAPACITY)
+def workloads(grid="quick"):
+    return server_workloads(GRIDS[grid], CAPACITY)
 
 
 MIDDLE = BatchShape.uniform(4, 5, 256)
-SENTINEL = Shot("sentinel", "sentinel", MIDDLE, shape_work(MIDDLE))
+SENTINEL = Workload("sentinel", "sentinel", MIDDLE, shape_work(MIDDLE))
 
 
 def sweep(machine, chosen=None, journal=None, **how):
     sweep_settings = how.pop("settings", SweepSettings(sentinel_every=5))
     return Sweep(
         machine,
-        shots() if chosen is None else chosen,
+        workloads() if chosen is None else chosen,
         sweep_settings,
         sentinel=SENTINEL,
         journal=journal,
@@ -147,8 +153,8 @@ def test_every_shot_once_in_random_order_with_raw_samples():
     machine = FakeMachine(noise=0.01)
     result = sweep(machine).run()
     rows = [row for row in result.rows if row.kind != "sentinel"]
-    assert sorted(row.key for row in rows) == sorted(shot.key for shot in shots())
-    assert [row.key for row in rows] != [shot.key for shot in shots()]
+    assert sorted(row.key for row in rows) == sorted(workload.key for workload in workloads())
+    assert [row.key for row in rows] != [workload.key for workload in workloads()]
     assert all(6 <= len(row.samples_ms) <= 30 for row in result.rows)
     orders = [row.order for row in result.rows]
     assert orders == sorted(set(orders))
@@ -162,16 +168,16 @@ def test_samples_of_a_shot_are_spread_over_the_sweep():
     machine = FakeMachine(noise=0.01)
     result = sweep(machine).run()
     visited = [key for key in machine.prepared if key != "sentinel"]
-    keys = {shot.key for shot in shots()}
+    keys = {workload.key for workload in workloads()}
     first, second = visited[: len(keys)], visited[len(keys) : 2 * len(keys)]
     assert set(first) == set(second) == keys
     assert first != second
     for row in result.rows:
         if row.kind != "sentinel":
-            assert len(row.visits) == visited.count(row.key) >= 2
-            assert sum(count for _, count in row.visits) == len(row.samples_ms)
-            assert [order for order, _ in row.visits] == sorted({order for order, _ in row.visits})
-            assert row.visits[0][0] == row.order
+            assert len(row.blocks) == visited.count(row.key) >= 2
+            assert sum(count for _, count in row.blocks) == len(row.samples_ms)
+            assert [order for order, _ in row.blocks] == sorted({order for order, _ in row.blocks})
+            assert row.blocks[0][0] == row.order
 
 
 def test_noise_asks_for_repeats_and_is_flagged_where_they_do_not_help():
@@ -194,7 +200,7 @@ def test_a_hog_in_the_middle_is_seen_by_the_sentinel():
     half = quiet.seconds / 2
     disturbed = sweep(FakeMachine(noise=0.01, hog=(half, 9e9)), budget_s=2 * quiet.seconds).run()
     marked = [row for row in disturbed.rows if row.kind != "sentinel" and "drift" in row.flags]
-    assert len(marked) > len(shots()) / 3
+    assert len(marked) > len(workloads()) / 3
     # What stands unmarked, stands on the quiet part alone; what was set aside is kept.
     for row in disturbed.rows:
         calm_ms = FakeMachine().step_ms(row.shape) * 1.011
@@ -229,7 +235,7 @@ def test_throttling_is_flagged():
 
 
 def test_what_the_backend_refuses_is_named_and_the_rest_measured():
-    victim = shots()[3].key
+    victim = workloads()[3].key
     result = sweep(FakeMachine(refuse=(victim,))).run()
     assert result.refused == {victim: "too large"}
     assert victim not in {row.key for row in result.rows}
@@ -251,9 +257,9 @@ def test_killed_anywhere_and_resumed_every_key_is_there_once(tmp_path_factory, d
         kept = Counter(row.key for row in journal.rows if row.kind != "sentinel")
         result = sweep(second, journal=journal).run()
     rows = [row for row in result.rows if row.kind != "sentinel"]
-    assert sorted(row.key for row in rows) == sorted(shot.key for shot in shots())
+    assert sorted(row.key for row in rows) == sorted(workload.key for workload in workloads())
     for row in rows:  # no visit lost, none made twice
-        assert len(row.visits) == kept[row.key] + second.prepared.count(row.key) == 2
+        assert len(row.blocks) == kept[row.key] + second.prepared.count(row.key) == 2
     orders = [row.order for row in result.rows]
     assert orders == sorted(set(orders))
 
@@ -271,7 +277,7 @@ def test_progress_counts_to_the_end_and_tells_an_eta():
     seen = []
     machine = FakeMachine(noise=0.01)
     sweep(machine, cost=piloted(machine), progress=lambda *update: seen.append(update)).run()
-    assert [update[0] for update in seen] == list(range(2 * len(shots()) + 1))
+    assert [update[0] for update in seen] == list(range(2 * len(workloads()) + 1))
     assert all(done <= total for done, total, _ in seen)
     assert seen[0][1] == seen[-1][1] == seen[-1][0]
     assert all(update[2].startswith("ETA ") for update in seen[:-1])
@@ -281,28 +287,28 @@ def test_progress_counts_to_the_end_and_tells_an_eta():
 def test_drift_is_judged_anew_with_every_look():
     """Two looks that disagree accuse each other's neighbours; the third one says who was right."""
 
-    def look(ms, order):
+    def reference_sample(ms, order):
         return StepRow("s", "sentinel", MIDDLE, (ms,) * 6, order=order)
 
-    def visit(order):
+    def block(order):
         return StepRow(f"v{order}", "verify", MIDDLE, (1.0,) * 6, order=order)
 
-    ledger = Ledger(0.1, [look(1.0, 0), visit(1), look(1.3, 2)])
+    ledger = MeasurementLog(0.1, [reference_sample(1.0, 0), block(1), reference_sample(1.3, 2)])
     assert ledger.disturbed(1)
-    for row in (visit(3), look(1.0, 4), visit(5), look(1.01, 6)):
+    for row in (block(3), reference_sample(1.0, 4), block(5), reference_sample(1.01, 6)):
         ledger.add(row)
     assert [ledger.disturbed(order) for order in (1, 3, 5)] == [True, True, False]
     flags = {row.order: row.flags for row in ledger.rows(6, 0.03)}
     assert flags == {0: (), 1: ("drift",), 2: ("drift",), 3: ("drift",), 4: (), 5: (), 6: ()}
     with pytest.raises(ValueError, match="comes after"):
-        ledger.add(visit(6))
+        ledger.add(block(6))
 
 
 # --- expectation and budget -----------------------------------------------------------------------
 
 
 def piloted(machine, chosen=None, settings=None):
-    chosen = shots() if chosen is None else chosen
+    chosen = workloads() if chosen is None else chosen
     return pilot(machine, chosen, SENTINEL, settings or SweepSettings(), machine.clock)
 
 
@@ -312,7 +318,7 @@ def piloted(machine, chosen=None, settings=None):
 )
 def test_the_announced_time_is_right_within_thirty_percent(grid, how):
     """Quiet and noisy machines, and one whose visits differ more than the samples of a visit."""
-    machine, chosen, rules = FakeMachine(**how), shots(grid), SweepSettings()
+    machine, chosen, rules = FakeMachine(**how), workloads(grid), SweepSettings()
     cost = piloted(machine, chosen, rules)
     result = sweep(machine, chosen, settings=rules, cost=cost).run()
     assert 0.7 < result.seconds / result.expected_s < 1.3
@@ -320,7 +326,7 @@ def test_the_announced_time_is_right_within_thirty_percent(grid, how):
 
 def test_a_pilot_alone_would_be_wrong_where_the_machine_slows_down():
     """Negative control: the time of a machine that halves its pace cannot be announced."""
-    machine, chosen = FakeMachine(noise=0.01), shots("standard")
+    machine, chosen = FakeMachine(noise=0.01), workloads("standard")
     cost = piloted(machine, chosen)
     machine.hog = (machine.now, 9e9)
     machine.step_ms = lambda shape, own=machine.step_ms: 2 * own(shape)
@@ -352,12 +358,12 @@ def test_nonnegative_fit_recovers_a_line_and_never_goes_below_zero():
 
 
 def test_a_budget_takes_corners_first_and_stays_within():
-    chosen = shots("standard")
+    chosen = workloads("standard")
     some = within_budget(chosen, 20.0, [1.0] * len(chosen))
     assert len(some) == 20
-    works = [sum(shot.work) for shot in chosen]
-    assert min(works) in [sum(shot.work) for shot in some[:2]]
-    assert max(works) in [sum(shot.work) for shot in some[:3]]
+    works = [sum(workload.work) for workload in chosen]
+    assert min(works) in [sum(workload.work) for workload in some[:2]]
+    assert max(works) in [sum(workload.work) for workload in some[:3]]
     assert [s.key for s in choose_probes(chosen, 5)] == [s.key for s in some[:5]]
 
 
@@ -390,7 +396,7 @@ def test_a_backend_that_ignores_its_cache_is_refused():
 
 
 def test_times_without_waiting_for_the_device_are_refused():
-    big = ModelInfo("8b", "bfloat16", 8_000_000_000, kv_bytes_per_token=147_456)
+    big = ModelRecord("8b", "bfloat16", 8_000_000_000, kv_bytes_per_token=147_456)
     row = StepRow("k", "verify", BatchShape.uniform(4, 5, 64), (0.05, 0.06))
     with pytest.raises(PhysicsViolation, match="waiting for the device"):
         check_physics([row], big)

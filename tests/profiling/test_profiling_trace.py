@@ -14,7 +14,7 @@ from wispprof import protocol
 from wispprof.artifacts import load_trace, save_trace, trace_hash
 from wispprof.drafters.torch_drafter import TorchDrafter
 from wispprof.engines.loading import random_model
-from wispprof.engines.torch.engine import VerifierEngine
+from wispprof.engines.torch.engine import TorchEngine
 from wispprof.errors import ArtifactDamaged, EngineError, ModelError, ProfileError
 from wispprof.profiling.acceptance_trace import (
     TraceSettings,
@@ -26,7 +26,7 @@ from wispprof.profiling.acceptance_trace import (
 from wispprof.profiling.draft_rollout import DraftRollout
 from wispprof.profiling.prompts import held_out_prompts, load_prompts
 from wispprof.profiling.remote_target import RemoteTarget
-from wispprof.types import Feed, Sampling
+from wispprof.types import Sampling, StepInput
 
 WARM = Sampling(0.8, 20, 0.9, seed=5)
 
@@ -100,11 +100,11 @@ def test_paths_are_what_a_lone_session_would_get(target, sampling):
     prompts = [text(n, n) for n in (5, 17, 40)]
     settings = TraceSettings(sampling=sampling, path_tokens=12)
     for prompt, path in zip(prompts, target_paths(target, prompts, settings), strict=True):
-        engine = VerifierEngine(target, kv_tokens=200, max_sessions=1)
+        engine = TorchEngine(target, kv_tokens=200, max_sessions=1)
         engine.open("a", sampling)
-        own = list(engine.step([Feed("a", prompt)])[0].tokens)
+        own = list(engine.step([StepInput("a", prompt)])[0].tokens)
         while len(own) < 12:
-            own += engine.step([Feed("a", own[-1:])])[0].tokens
+            own += engine.step([StepInput("a", own[-1:])])[0].tokens
         assert path == own
 
 
@@ -121,12 +121,12 @@ def test_accepted_is_what_the_engine_would_accept(target, draft, sampling, tmp_p
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     for path in trace.paths:
         tokens = [*path.prompt, *path.path]
-        engine = VerifierEngine(target, kv_tokens=4096, max_sessions=2)
+        engine = TorchEngine(target, kv_tokens=4096, max_sessions=2)
         for row in range(path.scored_rows()):
             engine.open("a", sampling)
             context = tokens[: len(path.prompt) + row]
             drafts = path.drafts[row].tolist()
-            [outcome] = engine.step([Feed("a", [*context, *drafts], drafts=len(drafts))])
+            [outcome] = engine.step([StepInput("a", [*context, *drafts], drafts=len(drafts))])
             assert outcome.accepted == path.accepted[row]
             engine.close("a")
     save_trace(trace, tmp_path / "t.jsonl")
@@ -153,9 +153,11 @@ class EngineServer:
         for done in range(0, len(path), 5):
             piece = path[done : done + 5]
             finished = "length" if done + 5 >= len(path) else ""
-            frontier = start + done + len(piece)
+            committed_len = start + done + len(piece)
             self.frames.append(
-                protocol.Commit(frame.session, 0, frontier, piece, 0, 0, 0, 0, finished=finished)
+                protocol.Commit(
+                    frame.session, 0, committed_len, piece, 0, 0, 0, 0, finished=finished
+                )
             )
 
     async def receive(self):
@@ -171,11 +173,11 @@ def test_a_remote_target_gives_the_same_trace_as_a_local_one(target, draft, samp
     prompts = [text(6, 1), text(20, 2), text(9, 3)]
     local = take_trace(target, draft, settings, prompts=prompts)
 
-    async def dial():
+    async def connect():
         return EngineServer(target)
 
     far = RemoteTarget("ws://x")
-    remote = trace_remote(far, settings, draft=draft, prompts=prompts, dial=dial)
+    remote = trace_remote(far, settings, draft=draft, prompts=prompts, connect=connect)
     assert trace_hash(remote) == trace_hash(local)
     assert remote.target == "far"
 
@@ -183,13 +185,13 @@ def test_a_remote_target_gives_the_same_trace_as_a_local_one(target, draft, samp
         return EngineServer(target, tokenizer="other")
 
     with pytest.raises(ModelError, match="share a tokenizer"):
-        trace_remote(far, settings, draft=draft, prompts=prompts, dial=stranger)
+        trace_remote(far, settings, draft=draft, prompts=prompts, connect=stranger)
 
 
 def test_a_model_always_accepts_itself(target):
     settings = TraceSettings(sampling=WARM, path_tokens=12, depth=3)
     trace = take_trace(target, target, settings, prompts=[text(8)])
-    assert trace.survival_by_position().tolist() == [1.0, 1.0, 1.0]
+    assert trace.cum_acceptance_by_position().tolist() == [1.0, 1.0, 1.0]
 
 
 def test_accepted_lengths_count_the_matching_prefix_only():

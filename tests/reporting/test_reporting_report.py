@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from wispprof.artifacts import save_profile, save_trace, write_document
-from wispprof.artifacts.manifest import Manifest, ModelInfo
+from wispprof.artifacts.manifest import Manifest, ModelRecord
 from wispprof.artifacts.plan import save_plan
 from wispprof.artifacts.profile import ServerProfile, make_profile
 from wispprof.artifacts.rows import AcceptanceTrace, StepRow, TracePath
@@ -22,7 +22,7 @@ from wispprof.reporting import (
     BENCH_KIND,
     Answer,
     Bench,
-    Piece,
+    TextSpan,
     load_run,
     render_report,
     verdict,
@@ -74,7 +74,7 @@ def bench(policy: str, goodput: float, attainment: float) -> Bench:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run")
     profile = make_profile(
-        Manifest("server", ModelInfo("tiny", "float32", 1000), hardware={"cpu": "a <cpu>"}),
+        Manifest("server", ModelRecord("tiny", "float32", 1000), hardware={"cpu": "a <cpu>"}),
         step_rows(),
     )
     assert isinstance(profile, ServerProfile)
@@ -95,7 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_document(
             out / f"bench-{name}.json", BENCH_KIND, bench(name, goodput, share).payload()
         )
-    answer = Answer("def <f>:", (Piece(" a & b", "draft"), Piece("!", "target")), {})
+    answer = Answer("def <f>:", (TextSpan(" a & b", "draft"), TextSpan("!", "target")), {})
     write_document(out / "answer.json", ANSWER_KIND, answer.payload())
     return out
 
@@ -192,7 +192,8 @@ def test_a_changed_input_makes_what_came_of_it_stale(folder: Path, tmp_path: Pat
         (tmp_path / file.name).write_bytes(file.read_bytes())
     assert load_run(tmp_path).stale() == []
     save_profile(
-        make_profile(Manifest("server", ModelInfo("tiny")), step_rows(seed=7)), tmp_path / "server"
+        make_profile(Manifest("server", ModelRecord("tiny")), step_rows(seed=7)),
+        tmp_path / "server",
     )
     assert load_run(tmp_path).stale() == ["estimator.json"]
 

@@ -14,15 +14,15 @@ from wispprof import protocol
 from wispprof.edge.client import EdgeClient, RttMeter
 from wispprof.server import running_server
 from wispprof.server.coalescing_loop import (
-    FrontLoop,
-    GatheringSelector,
-    gathering,
-    lain_ms,
-    run_front,
+    CoalescingLoop,
+    CoalescingSelector,
+    coalescing,
+    run_coalescing,
+    socket_wait_ms,
 )
 from wispprof.settings.edge_settings import ClientSettings
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.testing.fake_engine import HashDrafter, HashEngine
+from wispprof.testing.fake_engine import FakeDrafter, FakeEngine
 from wispprof.testing.virtual_time import run_virtual
 
 ENDLESS_S = 3600.0
@@ -37,8 +37,8 @@ def pair():
         end.close()
 
 
-def selector_over(end: socket.socket) -> GatheringSelector:
-    selector = GatheringSelector()
+def selector_over(end: socket.socket) -> CoalescingSelector:
+    selector = CoalescingSelector()
     selector.register(end, 1)
     return selector
 
@@ -58,7 +58,7 @@ def test_what_gathers_is_seen_together_once_hurried(pair):
 
         def end_of_step() -> None:
             far.send(b"x")
-            selector.hurry()
+            selector.wake_selector()
 
         thread = threading.Thread(target=end_of_step)
         thread.start()
@@ -71,14 +71,14 @@ def test_a_hurry_before_the_wait_is_not_lost(pair):
     near, _ = pair
     with selector_over(near) as selector:
         selector.longest_s = ENDLESS_S
-        selector.hurry()
+        selector.wake_selector()
         assert selector.select(None) == []
 
 
 def test_a_hurry_of_the_past_does_not_end_what_gathers_later(pair):
     near, _ = pair
     with selector_over(near) as selector:
-        selector.hurry()
+        selector.wake_selector()
         selector.gather(0.01)
         selector.select(None)
         assert selector.lain_s > 0.001  # it waited; hurried, it would not have
@@ -117,31 +117,31 @@ def test_how_long_a_frame_lay_stands_until_the_loop_looks_again(pair):
 def test_work_in_a_thread_ends_the_wait():
     async def main() -> str:
         loop = asyncio.get_running_loop()
-        with gathering(ENDLESS_S * 1000.0):
+        with coalescing(ENDLESS_S * 1000.0):
             return await loop.run_in_executor(None, lambda: "done")
 
-    assert run_front(main()) == "done"
+    assert run_coalescing(main()) == "done"
 
 
 def test_gathering_ends_with_its_block_also_where_that_fails():
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        assert isinstance(loop, FrontLoop)
-        with gathering(5.0):
+        assert isinstance(loop, CoalescingLoop)
+        with coalescing(5.0):
             assert loop.selector.longest_s == 0.005
         assert loop.selector.longest_s == 0.0
-        with contextlib.suppress(ZeroDivisionError), gathering(5.0):
+        with contextlib.suppress(ZeroDivisionError), coalescing(5.0):
             raise ZeroDivisionError
         assert loop.selector.longest_s == 0.0
 
-    run_front(main())
+    run_coalescing(main())
 
 
 def test_another_loop_is_left_alone():
     async def main() -> float:
-        with gathering(ENDLESS_S * 1000.0):
+        with coalescing(ENDLESS_S * 1000.0):
             await asyncio.sleep(0)
-            return lain_ms()
+            return socket_wait_ms()
 
     assert asyncio.run(main()) == 0.0
 
@@ -149,22 +149,22 @@ def test_another_loop_is_left_alone():
 @pytest.mark.parametrize("policy", ["fcfs", "wispprof"])
 def test_a_server_on_it_writes_the_targets_own_text(policy: str):
     prompts = [[n, n + 1, n + 2] for n in range(6)]
-    engine = HashEngine(64, step_ms=lambda shape: 1.0)
+    engine = FakeEngine(64, step_ms=lambda shape: 1.0)
 
     async def main() -> list[list[int]]:
-        settings = ServerSettings(policy=policy, admit="all", gather_ms=ENDLESS_S * 1000.0)
+        settings = ServerSettings(policy=policy, admit="all", coalesce_ms=ENDLESS_S * 1000.0)
         async with (
             running_server(settings, engine=engine, model=engine.served) as running,
             edge(running.split_url) as one,
         ):
-            drafter = HashDrafter(engine.target, 0.6)
+            drafter = FakeDrafter(engine.target, 0.6)
             jobs = [
                 one.generate(n, prompt, 24, k=4, drafter=drafter)
                 for n, prompt in enumerate(prompts)
             ]
             return list(await asyncio.gather(*jobs))
 
-    assert run_front(main()) == [engine.target.generate(prompt, 24) for prompt in prompts]
+    assert run_coalescing(main()) == [engine.target.generate(prompt, 24) for prompt in prompts]
 
 
 class SlowToRead:
@@ -191,11 +191,11 @@ class SlowToRead:
 
 
 def test_the_link_is_measured_without_the_time_that_a_ping_lay_unread():
-    async def dial() -> SlowToRead:
+    async def connect() -> SlowToRead:
         return SlowToRead()
 
     async def main() -> RttMeter:
-        async with EdgeClient(dial, ClientSettings(ping_ms=50.0)) as client:
+        async with EdgeClient(connect, ClientSettings(ping_ms=50.0)) as client:
             while client.rtt.samples < 2:
                 await asyncio.sleep(0.01)
             return client.rtt

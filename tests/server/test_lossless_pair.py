@@ -12,9 +12,9 @@ import pytest
 
 from wispprof.drafters.torch_drafter import TorchDrafter
 from wispprof.engines.loading import LoadedModel, random_model
-from wispprof.engines.torch.engine import VerifierEngine
+from wispprof.engines.torch.engine import TorchEngine
 from wispprof.testing.lossless import Case, compare, generate_alone, split_outputs
-from wispprof.types import Feed, Outcome, Sampling, ServedModel
+from wispprof.types import Sampling, ServedModel, StepInput, VerifyResult
 
 PROMPTS, MAX_NEW = 5, 12
 
@@ -36,8 +36,8 @@ def wanted(target: LoadedModel, prompts: list[list[int]]) -> list[list[int]]:
     return generate_alone(target.model, prompts, MAX_NEW)
 
 
-def serve(target: LoadedModel) -> tuple[VerifierEngine, ServedModel]:
-    engine = VerifierEngine(target, kv_tokens=4096, max_sessions=64)
+def serve(target: LoadedModel) -> tuple[TorchEngine, ServedModel]:
+    engine = TorchEngine(target, kv_tokens=4096, max_sessions=64)
     info = target.info
     return engine, ServedModel("tiny", info.tokenizer_hash, info.vocab_size, engine.max_context)
 
@@ -93,10 +93,10 @@ async def test_sampled_text_is_the_same_whatever_was_drafted(target, prompts) ->
     assert texts[0] != generate_alone(target.model, prompts, MAX_NEW)
 
 
-class Corrupting(VerifierEngine):
+class Corrupting(TorchEngine):
     """Gets one token wrong."""
 
-    def step(self, feeds: list[Feed], *, keep_logits: bool = False) -> list[Outcome]:
+    def step(self, feeds: list[StepInput], *, keep_logits: bool = False) -> list[VerifyResult]:
         outcomes = super().step(feeds, keep_logits=keep_logits)
         self.seen = getattr(self, "seen", 0) + 1
         if self.seen == 30 and outcomes[0].tokens:

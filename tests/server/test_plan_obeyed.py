@@ -10,7 +10,7 @@ import pytest
 from edge_fixtures import LinearCost, drafting, edge, truth
 
 from wispprof.artifacts.plan import BatchRow, Plan, load_plan, save_plan
-from wispprof.edge import websocket_dial
+from wispprof.edge import websocket_connections
 from wispprof.edge.edge_runtime import EdgeSettings, _plan_rows
 from wispprof.planning import Runs, make_plan
 from wispprof.planning.pipeline import SpeedDevice
@@ -18,7 +18,7 @@ from wispprof.server import running_server
 from wispprof.server.metrics import StepRecord
 from wispprof.settings.planner_settings import PlanSettings
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.testing.fake_engine import HashEngine
+from wispprof.testing.fake_engine import FakeEngine
 
 EDGES, TOKENS = 6, 24
 PROMPTS = [[n, *range(12)] for n in range(EDGES)]
@@ -43,7 +43,7 @@ def planned(k: int, **batch: int) -> Plan:
     )
     return replace(
         made,
-        draft=tuple(replace(row, k=k, lead=k, stop=0.02) for row in made.draft),
+        draft=tuple(replace(row, k=k, draft_ahead=k, stop=0.02) for row in made.draft),
         batch=tuple(_limited(row, **batch) for row in made.batch),
     )
 
@@ -57,7 +57,7 @@ async def run(plan: Plan, mode: str, folder: Path) -> Seen:
     file = folder / "plan.json"
     save_plan(plan, file)
     # Steps that take time: beside one that takes none, drafting would not pay and nobody would draft.
-    engine = HashEngine(step_ms=LinearCost(20.0).step_ms)
+    engine = FakeEngine(step_ms=LinearCost(20.0).step_ms)
     policy = "fcfs" if mode == "round" else "wispprof"
     settings = ServerSettings(policy=policy, admit="all")
     async with (
@@ -68,7 +68,7 @@ async def run(plan: Plan, mode: str, folder: Path) -> Seen:
             plan=load_plan(file),
             estimator=LinearCost(),
         ) as running,
-        edge(websocket_dial(running.split_url)) as client,
+        edge(websocket_connections(running.split_url)) as client,
     ):
         rows = _plan_rows(EdgeSettings(plan=file, plan_device="laptop", mode=mode), None)
         generations = [

@@ -50,9 +50,9 @@ def test_noise_is_a_protocol_error_or_a_frame(data: bytes) -> None:
 
 
 def test_a_malformed_frame_names_the_fix() -> None:
-    with pytest.raises(ProtocolError) as fault:
+    with pytest.raises(ProtocolError) as err:
         protocol.decode_edge(b"noise")
-    assert fault.value.fix
+    assert err.value.hint
 
 
 def test_frames_are_bounded() -> None:
@@ -100,5 +100,5 @@ def test_a_brief_time_is_near_and_takes_five_bytes_at_most(ms: float) -> None:
 
 
 @given(st.floats(-2.0, 2.0))
-def test_survival_fits_a_byte(probability: float) -> None:
-    assert 0 <= protocol.survival_byte(probability) <= 255
+def test_an_acceptance_probability_fits_a_byte(probability: float) -> None:
+    assert 0 <= protocol.acceptance_byte(probability) <= 255

@@ -89,9 +89,9 @@ def test_options_that_contradict_ray_are_refused(options: list[str]) -> None:
 
 def hash_server(settings: ServerSettings) -> Any:
     from wispprof.server import VerificationServer
-    from wispprof.testing.fake_engine import HashEngine
+    from wispprof.testing.fake_engine import FakeEngine
 
-    engine = HashEngine(kv_tokens=50_000, step_ms=lambda shape: 4.0)
+    engine = FakeEngine(kv_tokens=50_000, step_ms=lambda shape: 4.0)
     return VerificationServer(engine, engine.served, settings)
 
 
@@ -120,19 +120,19 @@ async def _generate_while_one_dies(port: int) -> list[int]:
     """Numbers of the edges whose text was wrong."""
     import ray
 
-    from wispprof.edge import EdgeClient, Generation, websocket_dial
+    from wispprof.edge import EdgeClient, Generation, websocket_connections
     from wispprof.edge import GenerationRequest as Request
     from wispprof.settings.edge_settings import ClientSettings
-    from wispprof.testing.fake_engine import HashTarget
+    from wispprof.testing.fake_engine import FakeTarget
 
-    target = HashTarget(256)
+    target = FakeTarget(256)
     prompts = [(3 + i, 7, 11) for i in range(4)]
     wanted = [target.generate(prompt, 400) for prompt in prompts]
     half = asyncio.Event()
 
     async def edge(number: int) -> list[int]:
         settings = ClientSettings(name=str(number))
-        async with EdgeClient(websocket_dial(f"127.0.0.1:{port}"), settings) as client:
+        async with EdgeClient(websocket_connections(f"127.0.0.1:{port}"), settings) as client:
             generation = Generation(client, Request(prompts[number], 400))
             task = asyncio.create_task(generation.run())
             while len(generation.output) < 100 and not task.done():

@@ -16,7 +16,7 @@ from wispprof.errors import HandshakeRefused, ProtocolError, WispprofError
 from wispprof.server import RunningServer, running_server
 from wispprof.server.request_validation import check_draft, check_hello, check_key, request_of
 from wispprof.settings.server_settings import ServerSettings, read_api_keys
-from wispprof.testing.fake_engine import HashDrafter, HashEngine
+from wispprof.testing.fake_engine import FakeDrafter, FakeEngine
 from wispprof.types import Sampling, ServedModel
 
 MODEL = ServedModel("big", "tok-1", 100, 512)
@@ -43,7 +43,7 @@ def hello(**changes: Any) -> protocol.Hello:
 def test_hello_must_match(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(HandshakeRefused, match=says) as refused:
         check_hello(hello(**{"key": "right", **changes}), MODEL, ["right"])
-    assert refused.value.fix
+    assert refused.value.hint
 
 
 def test_empty_target_and_tokenizer_take_what_there_is() -> None:
@@ -61,17 +61,17 @@ def test_keys_are_compared_whole() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"tokens": [1] * 65, "survival": bytes(65)},
-        {"tokens": [1, 2], "survival": bytes(1)},
-        {"tokens": [100], "survival": bytes(1)},
-        {"tokens": [-1], "survival": bytes(1)},
+        {"tokens": [1] * 65, "acceptance_prob": bytes(65)},
+        {"tokens": [1, 2], "acceptance_prob": bytes(1)},
+        {"tokens": [100], "acceptance_prob": bytes(1)},
+        {"tokens": [-1], "acceptance_prob": bytes(1)},
         {"base": -1},
         {"epoch": -1},
         {"base": 1 << 40},
     ],
 )
 def test_drafts_no_honest_edge_sends(changes: dict[str, Any]) -> None:
-    honest = {"tokens": [1], "survival": bytes(1), "base": 3, "epoch": 0}
+    honest = {"tokens": [1], "acceptance_prob": bytes(1), "base": 3, "epoch": 0}
     with pytest.raises(ProtocolError):
         check_draft(
             protocol.Draft(session=0, draft_ms=1.0, slack_ms=1.0, **{**honest, **changes}), 100
@@ -119,11 +119,11 @@ def test_settings_refuse_an_open_door(tmp_path: Any) -> None:
 
 @pytest.fixture
 async def running() -> AsyncIterator[RunningServer]:
-    engine = HashEngine(64, max_context=256)
+    engine = FakeEngine(64, max_context=256)
     settings = ServerSettings(policy="fcfs", api_keys=("right-right-right",), max_drafts=8)
     async with running_server(settings, engine=engine, model=engine.served) as one:
         yield one
-        while len(one.server.house):
+        while len(one.server.manager):
             await asyncio.sleep(0.001)
         await one.server.check_integrity()
 
@@ -164,7 +164,7 @@ async def test_a_bad_frame_costs_its_sender_the_connection(
     running: RunningServer, frames: list[bytes | str], code: str, says: str
 ) -> None:
     async with edge(running.split_url, key="right-right-right") as bystander:
-        prompt, drafter = [1, 2, 3], HashDrafter(HashEngine(64).target)
+        prompt, drafter = [1, 2, 3], FakeDrafter(FakeEngine(64).target)
         innocent = asyncio.create_task(bystander.generate(0, prompt, 60, drafter=drafter))
         answers, closed = await talk(running, *frames)
         problem = answers[-1]
@@ -172,7 +172,7 @@ async def test_a_bad_frame_costs_its_sender_the_connection(
         assert (problem.session, problem.code) == (-1, code)
         assert says in problem.message
         assert closed in (1002, 1008)
-        assert await innocent == HashEngine(64).target.generate(prompt, 60)
+        assert await innocent == FakeEngine(64).target.generate(prompt, 60)
 
 
 async def test_a_huge_frame_is_cut_off(running: RunningServer) -> None:
@@ -210,7 +210,7 @@ async def test_a_bad_request_costs_only_itself(running: RunningServer) -> None:
         )
         assert (problem.session, problem.code) == (6, "frame")
         await one.send(protocol.Close(6))
-        assert await one.generate(0, [3], 5) == HashEngine(64).target.generate([3], 5)
+        assert await one.generate(0, [3], 5) == FakeEngine(64).target.generate([3], 5)
         # Late frames of a session that has ended are nobody's fault.
         one.stray.clear()
         await one.send(protocol.Draft(0, 0, 9, [1], bytes(1), 1.0, 1.0))
@@ -228,7 +228,7 @@ async def test_too_many_faults_end_the_connection(running: RunningServer) -> Non
 
 
 async def test_opening_anew_replaces_and_resumes(running: RunningServer) -> None:
-    target = HashEngine(64).target
+    target = FakeEngine(64).target
     prompt = list(range(20))
     wanted = target.generate(prompt, 30, Sampling(0.5, seed=3))
     async with edge(running.split_url, key="right-right-right") as one:

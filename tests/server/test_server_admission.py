@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wispprof.policies import Member
-from wispprof.server import GenerationRequest, Refused, VerificationServer
+from wispprof.policies import ScheduledItem
+from wispprof.server import Refused, SessionRequest, VerificationServer
 from wispprof.server.admission import Utilisation
 from wispprof.server.online_estimator import LearningEstimator
-from wispprof.server.step_time_tracker import StepClock
+from wispprof.server.step_time_tracker import StepTimeTracker
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.testing.fake_engine import HashEngine
+from wispprof.testing.fake_engine import FakeEngine
 from wispprof.types import BatchShape, Sampling, Slo
 
 
@@ -36,15 +36,15 @@ def known(step: float = 10.0, new: float = 1.0) -> LearningEstimator:
 
 
 def server(**changes: object) -> VerificationServer:
-    engine = HashEngine(64, max_context=256)
+    engine = FakeEngine(64, max_context=256)
     settings = ServerSettings(policy="fcfs", **changes)  # type: ignore[arg-type]
     return VerificationServer(
         engine, engine.served, settings, estimator=known(), now_ms=lambda: 0.0
     )
 
 
-def ask(speed: float = 1.0, length: int = 4, **changes: object) -> GenerationRequest:
-    return GenerationRequest(
+def ask(speed: float = 1.0, length: int = 4, **changes: object) -> SessionRequest:
+    return SessionRequest(
         tuple([1] * length),
         20,
         Slo(speed, changes.pop("ttft_ms", None)),  # type: ignore[arg-type]
@@ -94,8 +94,8 @@ def test_a_full_server_says_busy_and_when_to_come_back() -> None:
         try:
             one.open(ask(speed), Owner())
             admitted += speed == 10.0
-        except Refused as fault:
-            codes.append(fault.code)
+        except Refused as err:
+            codes.append(err.code)
     assert 40 < admitted <= 90
     assert codes[0] == "slo"
     assert codes[-1] == "busy"
@@ -131,7 +131,7 @@ def test_limits_per_key_and_in_all() -> None:
 
 def test_tokens_per_key_are_a_rate() -> None:
     now = [0.0]
-    engine = HashEngine(64)
+    engine = FakeEngine(64)
     settings = ServerSettings(tokens_per_key_per_s=10.0, admit="all")
     one = VerificationServer(
         engine, engine.served, settings, estimator=known(), now_ms=lambda: now[0]
@@ -151,7 +151,7 @@ def test_tokens_per_key_are_a_rate() -> None:
 
 def test_a_learning_clock_finds_the_physics() -> None:
     dice = random.Random(0)
-    clock = StepClock(None)
+    clock = StepTimeTracker(None)
     for _ in range(300):
         shape = BatchShape.of(
             (dice.randrange(1, 9), dice.randrange(500)) for _ in range(dice.randrange(1, 17))
@@ -186,7 +186,7 @@ def test_a_policy_defect_does_not_reach_the_engine() -> None:
     one = server()
     live = one.open(ask(), Owner())
     with pytest.raises(ValueError):
-        live.ledger.feed(Member(live.name, drafts=3))
+        live.ledger.feed(ScheduledItem(live.name, drafts=3))
 
 
 def test_sampling_is_part_of_a_request() -> None:
@@ -194,7 +194,7 @@ def test_sampling_is_part_of_a_request() -> None:
 
 
 def test_one_prompt_on_an_idle_server_does_not_shut_the_door() -> None:
-    clock = StepClock(known())
+    clock = StepTimeTracker(known())
     clock.prefilled(1000.0, 500.0)
     assert clock.prefill_load(1000.0) == pytest.approx(0.05)
     assert clock.prefill_load(20_000.0) == 0.0

@@ -14,10 +14,10 @@ from ws_client import edge
 
 from wispprof import protocol
 from wispprof.server import VerificationServer, running_server
-from wispprof.server.websocket_endpoint import EdgeLink
-from wispprof.sessions.draft_buffer import EdgePath
+from wispprof.server.websocket_endpoint import WebSocketEndpoint
+from wispprof.sessions.draft_buffer import DraftBuffer
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.testing.fake_engine import HashDrafter, HashEngine
+from wispprof.testing.fake_engine import FakeDrafter, FakeEngine
 from wispprof.types import Sampling
 
 VOCAB = 32
@@ -70,7 +70,7 @@ class Visitor:
                 await self.task
                 self.thrown_out += 1
             self.socket = MemorySocket()
-            self.task = asyncio.create_task(EdgeLink(self._server, self.socket).serve())  # type: ignore[arg-type]
+            self.task = asyncio.create_task(WebSocketEndpoint(self._server, self.socket).serve())  # type: ignore[arg-type]
             self.socket.put(protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, "")))
         self.socket.put(data)
         await asyncio.sleep(0)
@@ -89,9 +89,11 @@ def plausible(dice: random.Random) -> protocol.EdgeFrame:
     if kind < 3:
         return protocol.Open(number, tokens, dice.randrange(1, 30), undrafted=kind == 0)
     if kind < 8:
-        survival = bytes(dice.randrange(256) for _ in tokens)
+        acceptance_prob = bytes(dice.randrange(256) for _ in tokens)
         epoch, base = dice.randrange(4), dice.randrange(40)
-        return protocol.Draft(number, epoch, base, tokens, survival, 1.0, dice.uniform(-9.0, 99.0))
+        return protocol.Draft(
+            number, epoch, base, tokens, acceptance_prob, 1.0, dice.uniform(-9.0, 99.0)
+        )
     return protocol.Close(number) if kind == 8 else protocol.Ping(number, b"x", dice.randrange(100))
 
 
@@ -108,8 +110,8 @@ def wild(dice: random.Random) -> protocol.EdgeFrame:
     if dice.randrange(2):
         opening = protocol.Open(number(), tokens, number(), number(), real(), real(), real())
         return msgspec.structs.replace(opening, seed=number(), top_k=number(), stop=[number()])
-    survival = bytes(dice.randrange(80))
-    return protocol.Draft(number(), number(), number(), tokens, survival, real(), real())
+    acceptance_prob = bytes(dice.randrange(80))
+    return protocol.Draft(number(), number(), number(), tokens, acceptance_prob, real(), real())
 
 
 def mutated(dice: random.Random) -> bytes:
@@ -128,7 +130,7 @@ def mutated(dice: random.Random) -> bytes:
 async def bystander(server: VerificationServer) -> None:
     """An honest session of its own link, in the middle of it all."""
     socket = MemorySocket()
-    link = asyncio.create_task(EdgeLink(server, socket).serve())  # type: ignore[arg-type]
+    link = asyncio.create_task(WebSocketEndpoint(server, socket).serve())  # type: ignore[arg-type]
     socket.put(protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, "")))
     socket.put(protocol.encode(protocol.Open(0, [1, 2, 3], 25, undrafted=True)))
     commits: list[int] = []
@@ -142,13 +144,13 @@ async def bystander(server: VerificationServer) -> None:
             if isinstance(frame, protocol.Commit):
                 commits += frame.tokens
         read = len(socket.sent)
-    assert commits == HashEngine(VOCAB).target.generate([1, 2, 3], 25)
+    assert commits == FakeEngine(VOCAB).target.generate([1, 2, 3], 25)
     socket.hang_up()
     await link
 
 
 async def storm(batch: list[bytes], policy: str) -> None:
-    engine = HashEngine(VOCAB, max_context=64, kv_tokens=600)
+    engine = FakeEngine(VOCAB, max_context=64, kv_tokens=600)
     server = VerificationServer(
         engine,
         engine.served,
@@ -161,7 +163,7 @@ async def storm(batch: list[bytes], policy: str) -> None:
         await visitor.send(data)
     await honest
     await visitor.leave()
-    while len(server.house):
+    while len(server.manager):
         await asyncio.sleep(0)
     assert server.loop.failed_steps == server.loop.rejected_plans == 0
     await server.check_integrity()
@@ -181,10 +183,10 @@ def test_ten_thousand_mutated_frames(seed: int, policy: str) -> None:
 
 
 async def test_two_hundred_connections_vanish_mid_round() -> None:
-    engine = HashEngine(VOCAB)
+    engine = FakeEngine(VOCAB)
     options = ServerSettings(policy="wisp", admit="all", kept_sessions=4)
     async with running_server(options, engine=engine, model=engine.served) as running:
-        house = running.server.house
+        manager = running.server.manager
 
         async def vanish(number: int) -> None:
             async with connect(running.split_url, compression=None) as socket:
@@ -194,18 +196,18 @@ async def test_two_hundred_connections_vanish_mid_round() -> None:
                 if number % 2:
                     first = protocol.decode_server(await socket.recv(decode=False))
                     assert isinstance(first, protocol.Commit)
-                    round_ = protocol.Draft(0, 0, first.frontier, [1, 2], bytes(2), 1.0, 50.0)
+                    round_ = protocol.Draft(0, 0, first.committed_len, [1, 2], bytes(2), 1.0, 50.0)
                     await socket.send(protocol.encode(round_))
                 socket.transport.abort()
 
         async with edge(running.split_url) as one:
             innocent = asyncio.create_task(
-                one.generate(0, [5, 6], 120, drafter=HashDrafter(engine.target))
+                one.generate(0, [5, 6], 120, drafter=FakeDrafter(engine.target))
             )
             for start in range(0, 200, 25):
                 await asyncio.gather(*(vanish(start + n) for n in range(25)))
             assert await innocent == engine.target.generate([5, 6], 120)
-        while len(house):
+        while len(manager):
             await asyncio.sleep(0.001)
         await running.server.check_integrity()
         while running.server.metrics.connections._value.get():
@@ -215,7 +217,7 @@ async def test_two_hundred_connections_vanish_mid_round() -> None:
 
 
 async def test_a_slow_reader_is_let_go_and_nobody_waits_for_it() -> None:
-    engine = HashEngine(VOCAB)
+    engine = FakeEngine(VOCAB)
     options = ServerSettings(policy="fcfs", backlog_frames=16)
     async with running_server(options, engine=engine, model=engine.served) as running:
         async with connect(running.split_url, compression=None, max_queue=1) as slow:
@@ -226,9 +228,9 @@ async def test_a_slow_reader_is_let_go_and_nobody_waits_for_it() -> None:
             for _ in range(200):
                 await slow.send(ping)
             async with edge(running.split_url) as one:
-                found = await one.generate(0, [9], 40, drafter=HashDrafter(engine.target))
+                found = await one.generate(0, [9], 40, drafter=FakeDrafter(engine.target))
             assert found == engine.target.generate([9], 40)
-            while len(running.server.house):
+            while len(running.server.manager):
                 await asyncio.sleep(0.001)
             slow.transport.abort()
         await running.server.check_integrity()
@@ -237,7 +239,7 @@ async def test_a_slow_reader_is_let_go_and_nobody_waits_for_it() -> None:
 async def test_drafts_out_of_order_twice_late_and_of_old_epochs() -> None:
     """Every frame is repeated, shuffled among the last few, and old ones come back much later."""
     dice = random.Random(3)
-    engine = HashEngine(VOCAB)
+    engine = FakeEngine(VOCAB)
     sampling = Sampling(0.9, seed=4)
     prompt, length = [3, 1, 4], 80
     for policy in ("wisp", "wispprof"):
@@ -252,15 +254,15 @@ async def test_drafts_out_of_order_twice_late_and_of_old_epochs() -> None:
             await socket.send(
                 protocol.encode(protocol.Open(0, prompt, length, temperature=0.9, seed=4))
             )
-            path = EdgePath(prompt, stream=welcome.stream, lead_limit=6, end=3 + length)
-            drafter = HashDrafter(engine.target, 0.5)
+            path = DraftBuffer(prompt, stream=welcome.stream, draft_ahead_limit=6, end=3 + length)
+            drafter = FakeDrafter(engine.target, 0.5)
             drafter.open(prompt, sampling)
             sent: list[bytes] = []
             finished = ""
             while not finished:
                 commit = protocol.decode_server(await socket.recv(decode=False))
                 assert isinstance(commit, protocol.Commit), commit
-                effect = path.on_commit(commit.frontier, commit.tokens, commit.accepted)
+                effect = path.on_commit(commit.committed_len, commit.tokens, commit.accepted)
                 finished = commit.finished
                 if effect.rollback_to is not None:
                     drafter.rollback(effect.rollback_to)

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 from ws_client import edge
 
-from wispprof.artifacts import Manifest, ModelInfo, make_profile, save_profile
+from wispprof.artifacts import Manifest, ModelRecord, make_profile, save_profile
 from wispprof.artifacts.rows import StepRow
 from wispprof.cli import app
 from wispprof.errors import WispprofError
@@ -24,10 +24,10 @@ from wispprof.policies import BatchPolicy, StepPlan, make_batch_policy
 from wispprof.server import running_server
 from wispprof.server.metrics import Metrics
 from wispprof.server.step_log import StepLog
-from wispprof.server.step_time_tracker import StepClock
+from wispprof.server.step_time_tracker import StepTimeTracker
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.simulation.step_costs import LinearCost
-from wispprof.testing.fake_engine import HashDrafter, HashEngine
+from wispprof.testing.fake_engine import FakeDrafter, FakeEngine
 from wispprof.types import BatchShape
 
 
@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         for number, shape in enumerate(shapes(60))
     ]
-    manifest = Manifest("server", ModelInfo("hash", tokenizer_hash="hash"))
+    manifest = Manifest("server", ModelRecord("hash", tokenizer_hash="hash"))
     save_profile(make_profile(manifest, rows), out / "server.jsonl")
     fit_files(out, [out / "server.jsonl"], kind="wisp-linear")
     return out
@@ -69,7 +69,7 @@ def estimator(folder: Path) -> FittedEstimator:
     return load_estimator(folder / "estimator.json")
 
 
-def run_steps(clock: StepClock, count: int, factor: float, seed: int) -> None:
+def run_steps(clock: StepTimeTracker, count: int, factor: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     for shape in shapes(count, seed):
         taken = float(factor * true_ms(shape) * np.exp(0.02 * rng.standard_normal()))
@@ -79,7 +79,7 @@ def run_steps(clock: StepClock, count: int, factor: float, seed: int) -> None:
 def test_policies_get_the_corrected_bound_and_the_operator_the_cells(
     estimator: FittedEstimator, caplog: pytest.LogCaptureFixture
 ) -> None:
-    clock, metrics = StepClock(estimator), Metrics()
+    clock, metrics = StepTimeTracker(estimator), Metrics()
     assert not clock.learning
     run_steps(clock, 300, 1.0, seed=2)
     probe = BatchShape.uniform(6, 4, 150)
@@ -116,7 +116,7 @@ def test_policies_get_the_corrected_bound_and_the_operator_the_cells(
 def test_negative_control_steps_as_profiled_say_nothing(
     estimator: FittedEstimator, caplog: pytest.LogCaptureFixture
 ) -> None:
-    clock = StepClock(estimator)
+    clock = StepTimeTracker(estimator)
     with caplog.at_level(logging.WARNING, "wispprof.server"):
         run_steps(clock, 600, 1.0, seed=4)
     assert clock.drift is not None
@@ -126,7 +126,7 @@ def test_negative_control_steps_as_profiled_say_nothing(
 
 def test_a_formula_is_used_as_it_is() -> None:
     formula = LinearCost(4.0, row_ms=0.3)
-    clock = StepClock(formula)
+    clock = StepTimeTracker(formula)
     run_steps(clock, 200, 3.0, seed=5)
     assert clock.estimator is formula
     assert clock.drift is None
@@ -136,7 +136,7 @@ async def test_serve_writes_the_log_that_fit_update_reads(folder: Path, tmp_path
     out, log = tmp_path / "fit", tmp_path / "logs" / "steps.jsonl"
     fit_files(out, [folder / "server.jsonl"], kind="wisp-linear")
     estimator = load_estimator(out / "estimator.json")
-    engine = HashEngine(64)
+    engine = FakeEngine(64)
     settings = ServerSettings(policy="wisp", admit="all", step_log=log)
     async with (
         running_server(
@@ -144,7 +144,7 @@ async def test_serve_writes_the_log_that_fit_update_reads(folder: Path, tmp_path
         ) as running,
         edge(running.split_url) as one,
     ):
-        drafter = HashDrafter(engine.target, 0.5)
+        drafter = FakeDrafter(engine.target, 0.5)
         found = await one.generate(0, [1, 2, 3], 200, drafter=drafter)
         assert found == engine.target.generate([1, 2, 3], 200)
         steps = running.server.clock.steps
@@ -203,7 +203,7 @@ def test_a_full_disk_ends_the_log_and_not_the_loop(
     log._thread.join()
     log.note(BatchShape.uniform(1, 1, 1), 1.0)
     log.close()
-    assert "No space" in log.fault
+    assert "No space" in log.err
     assert log.left_out == 1
     assert "No space" in caplog.text
 
@@ -233,7 +233,7 @@ class Broken:
 async def test_a_policy_that_raises_costs_its_steps_their_drafts(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine = HashEngine(64)
+    engine = FakeEngine(64)
     policy = Broken(make_batch_policy(name))
     with caplog.at_level(logging.ERROR, "wispprof.server"):
         async with (
@@ -242,7 +242,7 @@ async def test_a_policy_that_raises_costs_its_steps_their_drafts(
             ) as running,
             edge(running.split_url) as one,
         ):
-            found = await one.generate(0, [1, 2], 60, drafter=HashDrafter(engine.target))
+            found = await one.generate(0, [1, 2], 60, drafter=FakeDrafter(engine.target))
             assert found == engine.target.generate([1, 2], 60)
             assert running.server.ready
             async with httpx.AsyncClient() as client:

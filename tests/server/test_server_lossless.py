@@ -11,8 +11,8 @@ from ws_client import edge
 from wispprof.policies import BATCH_POLICIES
 from wispprof.server import VerificationServer, running_server
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.testing.fake_engine import HashDrafter, HashEngine
-from wispprof.types import Feed, Outcome, Sampling
+from wispprof.testing.fake_engine import FakeDrafter, FakeEngine
+from wispprof.types import Sampling, StepInput, VerifyResult
 
 POLICIES = list(BATCH_POLICIES)
 OPTIONS = {"sled_static": {"timeout_ms": 1.0}}
@@ -26,7 +26,7 @@ def prompts(count: int, seed: int = 1) -> list[list[int]]:
 
 
 async def outputs(
-    engine: HashEngine,
+    engine: FakeEngine,
     policy: str,
     batches: list[tuple[int, Sampling, int]],
     max_new: int = 16,
@@ -45,7 +45,7 @@ async def outputs(
                         prompt,
                         max_new,
                         k=k,
-                        drafter=HashDrafter(engine.target, 0.6),
+                        drafter=FakeDrafter(engine.target, 0.6),
                         sampling=sampling,
                     )
                     for number, prompt in enumerate(prompts(count))
@@ -59,20 +59,20 @@ async def outputs(
 
 async def settled(server: VerificationServer) -> None:
     """Wait until nobody is left, then audit every cache."""
-    while len(server.house):
+    while len(server.manager):
         await asyncio.sleep(0)
     await server.check_integrity()
 
 
 def wanted(
-    engine: HashEngine, sampling: Sampling, count: int, max_new: int = 16
+    engine: FakeEngine, sampling: Sampling, count: int, max_new: int = 16
 ) -> list[list[int]]:
     return [engine.target.generate(prompt, max_new, sampling) for prompt in prompts(count)]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_every_policy_and_draft_length(policy: str) -> None:
-    engine = HashEngine(64)
+    engine = FakeEngine(64)
     batches = [(k, sampling, 5) for k in (0, 1, 4, 8) for sampling in (GREEDY, SAMPLED)]
     for (k, sampling, count), found in zip(
         batches, await outputs(engine, policy, batches), strict=True
@@ -82,21 +82,21 @@ async def test_every_policy_and_draft_length(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", ["wisp", "wispprof"])
 async def test_mixed_batches(policy: str) -> None:
-    engine = HashEngine(64)
+    engine = FakeEngine(64)
     batches = [(4, GREEDY, count) for count in (1, 2, 7, 16)]
     for (_, _, count), found in zip(batches, await outputs(engine, policy, batches), strict=True):
         assert found == wanted(engine, GREEDY, count)
 
 
-class CorruptEngine(HashEngine):
+class CorruptEngine(FakeEngine):
     """Commits one wrong token in its 40th step."""
 
-    def step(self, feeds: list[Feed]) -> list[Outcome]:
+    def step(self, feeds: list[StepInput]) -> list[VerifyResult]:
         outcomes = super().step(feeds)
         if self.steps == 40:
             one = outcomes[0]
             wrong = (*one.tokens[:-1], (one.tokens[-1] + 1) % 64)
-            outcomes[0] = Outcome(one.session, one.accepted, wrong)
+            outcomes[0] = VerifyResult(one.session, one.accepted, wrong)
         return outcomes
 
 
@@ -108,7 +108,7 @@ async def test_a_corrupted_token_is_seen() -> None:
 
 
 async def test_seed_and_temperature_matter() -> None:
-    engine = HashEngine(64)
+    engine = FakeEngine(64)
     texts = [
         wanted(engine, sampling, 1)[0]
         for sampling in (GREEDY, SAMPLED, Sampling(0.8, 0, 0.9, 8), Sampling(0.7, 0, 0.9, 7))

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ws_client import edge
 
-from wispprof.policies import Member
-from wispprof.server import LiveSession, running_server
-from wispprof.server.kv_scheduler import arrange
-from wispprof.server.prefix_cache import KeptCaches, common_prefix
-from wispprof.sessions.session_state import ServerSession
+from wispprof.policies import ScheduledItem
+from wispprof.server import ServerSession, running_server
+from wispprof.server.kv_scheduler import schedule_kv
+from wispprof.server.prefix_cache import PrefixCache, common_prefix
+from wispprof.sessions.session_state import SessionState
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.testing.fake_engine import HashDrafter, HashEngine
+from wispprof.testing.fake_engine import FakeDrafter, FakeEngine
 from wispprof.types import Sampling, Slo
 
 
@@ -26,58 +26,58 @@ class Nobody:
     def failed(self, *_: object) -> None: ...
 
 
-def live(name: str, prompt: int, *, started: bool = False, heard: float = 0.0) -> LiveSession:
-    ledger = ServerSession(
+def live(name: str, prompt: int, *, started: bool = False, heard: float = 0.0) -> ServerSession:
+    ledger = SessionState(
         name, list(range(prompt)), slo=Slo(1.0), max_new=50, max_context=500, now_ms=heard
     )
     if started:
-        feed = ledger.feed(Member(name, prefill=prompt), heard)
-        from wispprof.types import Outcome
+        feed = ledger.feed(ScheduledItem(name, prefill=prompt), heard)
+        from wispprof.types import VerifyResult
 
-        ledger.apply(Outcome(feed.session, 0, (1,)), heard)
-    return LiveSession(ledger, Sampling(), Nobody(), 0, heard, opened=True)
+        ledger.apply(VerifyResult(feed.session, 0, (1,)), heard)
+    return ServerSession(ledger, Sampling(), Nobody(), 0, heard, opened=True)
 
 
-def ready(one: LiveSession, now: float = 0.0) -> LiveSession:
-    one.ledger.merge(0, one.ledger.frontier, [], [], now, 100.0, 0.0)
+def ready(one: ServerSession, now: float = 0.0) -> ServerSession:
+    one.ledger.merge(0, one.ledger.committed_len, [], [], now, 100.0, 0.0)
     return one
 
 
 def test_everybody_is_seated_while_there_is_room() -> None:
     lives = [live("a", 10), ready(live("b", 5, started=True)), live("c", 5, started=True)]
-    plan = arrange(lives, 11, 0, 0.0, 1000.0)
-    assert {one.name for one in plan.seated} == {"a", "b", "c"}
+    plan = schedule_kv(lives, 11, 0, 0.0, 1000.0)
+    assert {one.name for one in plan.runnable} == {"a", "b", "c"}
     assert (plan.short, plan.waiting, plan.evict) == (0, 0, [])
 
 
 def test_kept_caches_go_first_then_the_idle_then_newcomers_wait() -> None:
     idle, newcomer = live("idle", 40, started=True), live("new", 30, heard=5000.0)
-    plan = arrange([idle, newcomer], 10, 25, 5000.0, 1000.0)
+    plan = schedule_kv([idle, newcomer], 10, 25, 5000.0, 1000.0)
     assert (plan.short, plan.evict) == (20, [])
-    plan = arrange([idle, newcomer], 10, 5, 5000.0, 1000.0)
+    plan = schedule_kv([idle, newcomer], 10, 5, 5000.0, 1000.0)
     assert (plan.short, plan.evict) == (5, [idle])
-    assert newcomer in plan.seated
+    assert newcomer in plan.runnable
     awake = live("awake", 40, started=True, heard=4900.0)
-    plan = arrange([awake, newcomer], 10, 0, 5000.0, 1000.0)
+    plan = schedule_kv([awake, newcomer], 10, 0, 5000.0, 1000.0)
     assert (plan.evict, plan.waiting) == ([], 1)
-    assert newcomer not in plan.seated
+    assert newcomer not in plan.runnable
 
 
 def test_the_furthest_deadline_is_set_back_last_of_all() -> None:
     near, far = live("near", 20, started=True), live("far", 20, started=True)
-    near.ledger.merge(0, near.ledger.frontier, [], [], 0.0, 10.0, 0.0)
-    far.ledger.merge(0, far.ledger.frontier, [], [], 0.0, 900.0, 0.0)
-    plan = arrange([far, near], 1, 0, 0.0, 1000.0)
+    near.ledger.merge(0, near.ledger.committed_len, [], [], 0.0, 10.0, 0.0)
+    far.ledger.merge(0, far.ledger.committed_len, [], [], 0.0, 900.0, 0.0)
+    plan = schedule_kv([far, near], 1, 0, 0.0, 1000.0)
     assert plan.evict == [far]
-    assert plan.seated == [near]
+    assert plan.runnable == [near]
 
 
 def test_a_half_prefilled_prompt_gives_way_to_who_decodes() -> None:
     half, decoding = live("half", 40), ready(live("decoding", 20, started=True))
     half.ledger.adopted(15)
-    plan = arrange([half, decoding], 0, 0, 0.0, 1000.0)
+    plan = schedule_kv([half, decoding], 0, 0, 0.0, 1000.0)
     assert plan.evict == [half]
-    assert plan.seated == [decoding]
+    assert plan.runnable == [decoding]
 
 
 @given(
@@ -90,10 +90,10 @@ def test_whoever_is_seated_fits(kinds, free: int, kept: int) -> None:
     for number, (prompt, started, round_) in enumerate(kinds):
         one = live(f"s{number}", prompt, started=started)
         lives.append(ready(one) if started and round_ else one)
-    plan = arrange(lives, free, kept, 0.0, 1000.0)
-    assert len({one.name for one in plan.seated}) == len(plan.seated)
-    assert not {id(one) for one in plan.seated} & {id(one) for one in plan.evict}
-    asking = [one for one in plan.seated if one.ledger.ready]
+    plan = schedule_kv(lives, free, kept, 0.0, 1000.0)
+    assert len({one.name for one in plan.runnable}) == len(plan.runnable)
+    assert not {id(one) for one in plan.runnable} & {id(one) for one in plan.evict}
+    asking = [one for one in plan.runnable if one.ledger.ready]
     need = sum(one.ledger.prompt_left or 1 for one in asking)
     freed = free + plan.short + sum(one.ledger.cached for one in plan.evict)
     # One session is always let in, or nothing would ever end.
@@ -108,7 +108,7 @@ def test_common_prefix(a: list[int], b: list[int]) -> None:
 
 
 def test_kept_caches_forget_by_age_number_and_time() -> None:
-    kept = KeptCaches(most=2, ttl_ms=100.0)
+    kept = PrefixCache(most=2, ttl_ms=100.0)
     assert kept.keep("tiny", [1], 0.0) == ["tiny"]
     assert kept.keep("a", list(range(10)), 0.0) == []
     assert kept.keep("b", list(range(20)), 1.0) == ["a"]
@@ -124,7 +124,7 @@ def test_kept_caches_forget_by_age_number_and_time() -> None:
 
 async def test_more_sessions_than_memory_still_answer_rightly() -> None:
     """40 sessions of up to 60 tokens in a cache of 300: they wait, are evicted, and come out right."""
-    engine = HashEngine(64, kv_tokens=300, max_context=128)
+    engine = FakeEngine(64, kv_tokens=300, max_context=128)
     for policy in ("fcfs", "wispprof"):
         settings = ServerSettings(policy=policy, admit="all", idle_evict_ms=5.0, prefill_chunk=16)
         async with running_server(settings, engine=engine, model=engine.served) as running:
@@ -132,12 +132,12 @@ async def test_more_sessions_than_memory_still_answer_rightly() -> None:
                 prompts = [[number % 64, *range(number)] for number in range(40)]
                 found = await asyncio.gather(
                     *(
-                        one.generate(n, prompt, 20, drafter=HashDrafter(engine.target))
+                        one.generate(n, prompt, 20, drafter=FakeDrafter(engine.target))
                         for n, prompt in enumerate(prompts)
                     )
                 )
             assert list(found) == [engine.target.generate(prompt, 20) for prompt in prompts]
-            while len(running.server.house):
+            while len(running.server.manager):
                 await asyncio.sleep(0.001)
             await running.server.check_integrity()
         assert engine.kv_free == 300

@@ -9,10 +9,10 @@ import httpx
 import openai
 import pytest
 
-from wispprof.openai_api.text import ByteTokenizer, TextSide
+from wispprof.openai_api.text import ByteTokenizer, ChatTokenizer
 from wispprof.server import RunningServer, running_server
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.testing.fake_engine import HashEngine
+from wispprof.testing.fake_engine import FakeEngine
 from wispprof.types import Sampling
 
 KEY = "k" * 20
@@ -20,9 +20,9 @@ KEY = "k" * 20
 
 @pytest.fixture
 async def running() -> AsyncIterator[RunningServer]:
-    engine = HashEngine(128)
+    engine = FakeEngine(128)
     settings = ServerSettings(api_keys=(KEY,), prefill_chunk=16)
-    text = TextSide(ByteTokenizer())
+    text = ChatTokenizer(ByteTokenizer())
     async with running_server(settings, engine=engine, model=engine.served, text=text) as one:
         yield one
 
@@ -36,7 +36,7 @@ async def client(running: RunningServer) -> AsyncIterator[openai.AsyncOpenAI]:
 
 
 def text_of(prompt: str, count: int, sampling: Sampling = Sampling()) -> str:  # noqa: B008
-    return bytes(HashEngine(128).target.generate(list(prompt.encode()), count, sampling)).decode()
+    return bytes(FakeEngine(128).target.generate(list(prompt.encode()), count, sampling)).decode()
 
 
 async def test_models(client: openai.AsyncOpenAI) -> None:
@@ -100,7 +100,7 @@ async def test_refusals_name_the_matter(running: RunningServer, client: openai.A
 
 
 async def test_a_client_that_hangs_up_leaves_nothing(running: RunningServer) -> None:
-    house = running.server.house
+    manager = running.server.manager
     body = {"prompt": "endless", "max_tokens": 4000, "temperature": 0}
     auth = {"authorization": f"Bearer {KEY}"}
     for stream in (False, True):
@@ -108,12 +108,12 @@ async def test_a_client_that_hangs_up_leaves_nothing(running: RunningServer) -> 
             asking = asyncio.create_task(
                 bare.post("/v1/completions", json={**body, "stream": stream})
             )
-            while not len(house):
+            while not len(manager):
                 assert not asking.done(), asking.result().text
                 await asyncio.sleep(0.001)
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
-        while len(house):
+        while len(manager):
             await asyncio.sleep(0.001)
     await running.server.check_integrity()
 

@@ -27,7 +27,7 @@ from wispprof.server.dashboard import board
 from wispprof.server.json_logging import JsonLines, configure_logging
 from wispprof.server.process import bind
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.testing.fake_engine import HashDrafter, HashEngine
+from wispprof.testing.fake_engine import FakeDrafter, FakeEngine
 
 NOTHING = ServerSettings(policy="wisp", kept_sessions=2)
 
@@ -41,10 +41,10 @@ def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 
 
 async def test_metrics_pair_predicted_and_actual_step_times() -> None:
-    engine = HashEngine(64)
+    engine = FakeEngine(64)
     async with running_server(NOTHING, engine=engine, model=engine.served) as running:
         async with edge(running.split_url) as one:
-            drafter = HashDrafter(engine.target, 0.7)
+            drafter = FakeDrafter(engine.target, 0.7)
             await one.generate(0, [1, 2, 3], 40, drafter=drafter, tokens_per_s=2.0)
         async with httpx.AsyncClient() as client:
             found = samples((await client.get(f"{running.http_url}/metrics")).text)
@@ -68,12 +68,12 @@ async def test_metrics_pair_predicted_and_actual_step_times() -> None:
 
 
 async def test_drain_lets_sessions_finish_and_takes_no_more() -> None:
-    engine = HashEngine(64)
+    engine = FakeEngine(64)
     async with running_server(NOTHING, engine=engine, model=engine.served) as running:
         async with edge(running.split_url) as one:
-            drafter = HashDrafter(engine.target)
+            drafter = FakeDrafter(engine.target)
             last = asyncio.create_task(one.generate(0, [1], 60, drafter=drafter))
-            while not len(running.server.house):
+            while not len(running.server.manager):
                 await asyncio.sleep(0)
             drained = asyncio.create_task(running.server.drain(60_000.0))
             while not running.server.draining:
@@ -92,7 +92,7 @@ async def test_drain_lets_sessions_finish_and_takes_no_more() -> None:
 
 
 async def test_what_does_not_end_in_time_is_told_to_resume_elsewhere() -> None:
-    engine = HashEngine(64)
+    engine = FakeEngine(64)
     async with (
         running_server(NOTHING, engine=engine, model=engine.served) as running,
         edge(running.split_url) as one,
@@ -108,7 +108,7 @@ async def test_what_does_not_end_in_time_is_told_to_resume_elsewhere() -> None:
     assert engine.sessions == ()
 
 
-class Failing(HashEngine):
+class Failing(FakeEngine):
     """Breaks in one step."""
 
     def step(self, feeds):
@@ -124,18 +124,18 @@ async def test_an_engine_fault_ends_its_sessions_and_not_the_server() -> None:
     async with running_server(NOTHING, engine=engine, model=engine.served) as running:
         async with edge(running.split_url) as one:
             failed = await one.run(
-                0, [1], 60, k=2, drafter=HashDrafter(engine.target), sampling=GREEDY
+                0, [1], 60, k=2, drafter=FakeDrafter(engine.target), sampling=GREEDY
             )
             assert isinstance(failed, protocol.Problem)
             assert failed.code == "internal"
-            found = await one.generate(1, [1], 60, drafter=HashDrafter(engine.target))
+            found = await one.generate(1, [1], 60, drafter=FakeDrafter(engine.target))
             assert found == engine.target.generate([1], 60)
         assert running.server.loop.failed_steps == 1
     logging.getLogger("wispprof.server").setLevel(logging.NOTSET)
 
 
 async def test_the_audit_sees_a_leak() -> None:
-    engine = HashEngine(64)
+    engine = FakeEngine(64)
     async with running_server(NOTHING, engine=engine, model=engine.served) as running:
         await running.server.check_integrity()
         engine.open("stranger", GREEDY)
@@ -146,12 +146,12 @@ async def test_the_audit_sees_a_leak() -> None:
 
 
 async def test_the_board_shows_what_goes_on() -> None:
-    engine = HashEngine(64)
+    engine = FakeEngine(64)
     async with running_server(NOTHING, engine=engine, model=engine.served) as running:
         console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
         console.print(board(running.server))
         async with edge(running.split_url) as one:
-            await one.generate(0, [1, 2], 20, drafter=HashDrafter(engine.target))
+            await one.generate(0, [1, 2], 20, drafter=FakeDrafter(engine.target))
         console.print(board(running.server))
         console.file.close()
         shown = console.export_text()
@@ -161,9 +161,9 @@ async def test_the_board_shows_what_goes_on() -> None:
 
 def test_a_port_in_use_is_one_clear_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        with pytest.raises(WispprofError, match="in use") as fault:
+        with pytest.raises(WispprofError, match="in use") as err:
             bind("127.0.0.1", taken.getsockname()[1])
-        assert "--port" in fault.value.fix
+        assert "--port" in err.value.hint
     with pytest.raises(WispprofError, match="no host"):
         bind("no-such-host.invalid", 1)
 
@@ -215,6 +215,6 @@ def test_the_command_refuses_clearly(options: list[str], says: str, code: int) -
 
 
 def test_a_server_that_was_not_started_is_not_ready() -> None:
-    engine = HashEngine(64)
+    engine = FakeEngine(64)
     server = VerificationServer(engine, engine.served, NOTHING)
     assert not server.ready

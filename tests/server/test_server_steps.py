@@ -22,8 +22,8 @@ from wispprof.server import running_server
 from wispprof.server.metrics import Metrics, StepRecord
 from wispprof.settings.bench_settings import BenchSettings, device_of
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.testing.cpu_burner import Ballast
-from wispprof.testing.fake_engine import HashDrafter, HashEngine
+from wispprof.testing.cpu_burner import CpuBurner
+from wispprof.testing.fake_engine import FakeDrafter, FakeEngine
 
 NARROW = BatchRow(2.0, 0, 4, token_budget=6, max_items=2, prefill_chunk=3, p50_ms=1, bound_ms=2)
 WIDE = BatchRow(9.0, 0, 4, token_budget=512, max_items=32, prefill_chunk=64, p50_ms=1, bound_ms=2)
@@ -34,7 +34,7 @@ PLAN = Plan(draft=(), batch=(NARROW, WIDE), hash="plan")
 async def test_a_plan_bounds_every_step_and_is_named_in_log_metrics_and_page(
     policy: str, tmp_path: Path
 ) -> None:
-    engine, log = HashEngine(64), tmp_path / "steps.jsonl"
+    engine, log = FakeEngine(64), tmp_path / "steps.jsonl"
     settings = ServerSettings(policy=policy, admit="all", step_log=log)
     prompt = list(range(10))
     async with running_server(
@@ -43,7 +43,7 @@ async def test_a_plan_bounds_every_step_and_is_named_in_log_metrics_and_page(
         async with edge(running.split_url) as slow:
             texts = await asyncio.gather(
                 *(
-                    slow.generate(n, [*prompt, n], 12, drafter=HashDrafter(engine.target, 0.7))
+                    slow.generate(n, [*prompt, n], 12, drafter=FakeDrafter(engine.target, 0.7))
                     for n in range(5)
                 )
             )
@@ -79,7 +79,7 @@ async def test_a_fleet_keeps_to_the_cores_it_was_given() -> None:
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="the system knows no idle priority")
 def test_ballast_keeps_a_core_busy_at_the_lowest_priority_and_leaves_nothing() -> None:
     core = max(os.sched_getaffinity(0))
-    with Ballast((core,)) as ballast:
+    with CpuBurner((core,)) as ballast:
         (pid,) = ballast.pids
         process = psutil.Process(pid)
         while os.sched_getscheduler(pid) != os.SCHED_IDLE:
@@ -92,7 +92,7 @@ def test_ballast_keeps_a_core_busy_at_the_lowest_priority_and_leaves_nothing() -
 
 
 async def test_the_fastest_class_that_is_live_chooses_the_row() -> None:
-    engine = HashEngine(64)
+    engine = FakeEngine(64)
     async with running_server(
         ServerSettings(policy="fcfs", admit="all"), engine=engine, model=engine.served, plan=PLAN
     ) as running:
@@ -114,7 +114,7 @@ def test_steps_are_numbered_and_the_oldest_are_forgotten() -> None:
 
 
 async def test_a_fleet_in_a_process_of_its_own_measures_every_step(tmp_path: Path) -> None:
-    engine, said = HashEngine(), []
+    engine, said = FakeEngine(), []
     save_trace(
         dataclasses.replace(hash_trace(paths=4, length=20), tokenizer_hash="hash"),
         tmp_path / "trace.jsonl",

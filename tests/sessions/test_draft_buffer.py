@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wispprof.errors import ProtocolError
-from wispprof.sessions.draft_buffer import CommitEffect, EdgePath
+from wispprof.sessions.draft_buffer import CommitEffect, DraftBuffer
 
 PROMPT = [7, 8, 9]
 
 
-def path_with(drafts: list[int], **kwargs: object) -> EdgePath:
-    path = EdgePath(PROMPT, **kwargs)  # type: ignore[arg-type]
+def path_with(drafts: list[int], **kwargs: object) -> DraftBuffer:
+    path = DraftBuffer(PROMPT, **kwargs)  # type: ignore[arg-type]
     path.on_commit(4, [1], 0)
     for token in drafts:
         path.propose(token, 0.5, 2.0)
@@ -34,7 +34,7 @@ def test_full_accept_with_wrong_guess_costs_only_what_follows() -> None:
     assert not effect.proactive_hit
     assert (effect.rollback_to, effect.extend) == (6, (4,))
     assert (effect.wasted_tokens, effect.wasted_ms) == (2, 4.0)
-    assert path.lead == 0
+    assert path.draft_ahead == 0
     assert path.epoch == 1
 
 
@@ -102,7 +102,7 @@ def test_gaps_and_contradictions_are_errors() -> None:
 
 
 def test_round_mode_has_one_round_outstanding() -> None:
-    path = EdgePath(PROMPT)
+    path = DraftBuffer(PROMPT)
     assert path.take() is None  # the prefill is outstanding
     path.on_commit(4, [1])
     empty = path.take()
@@ -130,10 +130,10 @@ def test_stream_mode_sends_each_draft_once() -> None:
 
 
 def test_room_ends_with_the_lead_and_before_the_last_token() -> None:
-    path = EdgePath(PROMPT, lead_limit=2, end=5)
+    path = DraftBuffer(PROMPT, draft_ahead_limit=2, end=5)
     path.propose(1)
     assert path.room == 0  # position 4 is the target's own
-    path = EdgePath(PROMPT, lead_limit=1, end=50)
+    path = DraftBuffer(PROMPT, draft_ahead_limit=1, end=50)
     path.propose(1)
     with pytest.raises(ValueError, match="no room"):
         path.propose(1)
@@ -154,8 +154,8 @@ class TinyServer:
 
     def __init__(self, prompt: list[int], truth: list[int]) -> None:
         self.truth = truth
-        self.frontier = len(prompt)
-        self.tail: list[int] = []
+        self.committed_len = len(prompt)
+        self.pending_drafts: list[int] = []
         self.epoch = 0
         self.dead = -1
 
@@ -163,32 +163,32 @@ class TinyServer:
         if epoch <= self.dead or epoch < self.epoch:
             return
         if epoch > self.epoch:
-            self.epoch, self.tail = epoch, []
+            self.epoch, self.pending_drafts = epoch, []
         for position, token in enumerate(tokens, base):
-            if position < self.frontier:
+            if position < self.committed_len:
                 if self.truth[position] != token:
-                    self.dead, self.tail = epoch, []
+                    self.dead, self.pending_drafts = epoch, []
                     return
-            elif position - self.frontier < len(self.tail):
-                if self.tail[position - self.frontier] != token:
+            elif position - self.committed_len < len(self.pending_drafts):
+                if self.pending_drafts[position - self.committed_len] != token:
                     return
-            elif position - self.frontier == len(self.tail):
-                self.tail.append(token)
+            elif position - self.committed_len == len(self.pending_drafts):
+                self.pending_drafts.append(token)
             else:
                 return
 
     def step(self, use: int) -> tuple[int, list[int], int]:
-        used = self.tail[:use]
+        used = self.pending_drafts[:use]
         accepted = 0
-        while accepted < len(used) and used[accepted] == self.truth[self.frontier + accepted]:
+        while accepted < len(used) and used[accepted] == self.truth[self.committed_len + accepted]:
             accepted += 1
-        new = self.truth[self.frontier : self.frontier + accepted + 1]
-        if self.tail[: accepted + 1] == new[: len(self.tail[: accepted + 1])]:
-            self.tail = self.tail[accepted + 1 :]
+        new = self.truth[self.committed_len : self.committed_len + accepted + 1]
+        if self.pending_drafts[: accepted + 1] == new[: len(self.pending_drafts[: accepted + 1])]:
+            self.pending_drafts = self.pending_drafts[accepted + 1 :]
         else:
-            self.dead, self.tail = self.epoch, []
-        self.frontier += len(new)
-        return self.frontier, new, accepted
+            self.dead, self.pending_drafts = self.epoch, []
+        self.committed_len += len(new)
+        return self.committed_len, new, accepted
 
 
 class Mirror:
@@ -204,7 +204,7 @@ class Mirror:
         self.tokens.extend(effect.extend)
 
 
-def interleave(path: EdgePath, seed: int, right: float, mirror: Mirror) -> tuple[list[int], int]:
+def interleave(path: DraftBuffer, seed: int, right: float, mirror: Mirror) -> tuple[list[int], int]:
     """Run a path against :class:`TinyServer` over links that delay, repeat and cut; the accepted total."""
     rng = random.Random(seed)
     truth = PROMPT + [rng.randrange(6) for _ in range(40)]
@@ -213,7 +213,7 @@ def interleave(path: EdgePath, seed: int, right: float, mirror: Mirror) -> tuple
     downlink: list[tuple[int, list[int], int]] = []
     accepted = 0
     ready = True
-    while path.frontier < len(truth) - 12:
+    while path.committed_len < len(truth) - 12:
         action = rng.random()
         if action < 0.4 and path.room:
             position = path.length
@@ -229,7 +229,7 @@ def interleave(path: EdgePath, seed: int, right: float, mirror: Mirror) -> tuple
         elif action < 0.75 and uplink:
             server.merge(*uplink.pop(0))
             ready = True
-        elif action < 0.85 and (path.stream or ready) and server.frontier < len(truth) - 10:
+        elif action < 0.85 and (path.stream or ready) and server.committed_len < len(truth) - 10:
             downlink.append(server.step(rng.randrange(9)))
             ready = False
             if rng.random() < 0.1:
@@ -244,14 +244,14 @@ def interleave(path: EdgePath, seed: int, right: float, mirror: Mirror) -> tuple
             uplink.clear()
             downlink.clear()
             server = TinyServer(PROMPT, truth)
-            server.frontier = path.frontier
+            server.committed_len = path.committed_len
             path.reopened()
             ready = True
-        if path.frontier > len(PROMPT):
-            assert list(path.committed) == truth[: path.frontier]
+        if path.committed_len > len(PROMPT):
+            assert list(path.committed) == truth[: path.committed_len]
         assert mirror.tokens == path.sequence()
-        assert path.lead <= path.lead_limit
-        assert path.frontier <= path.sent <= path.length
+        assert path.draft_ahead <= path.draft_ahead_limit
+        assert path.committed_len <= path.sent <= path.length
     return truth, accepted
 
 
@@ -260,7 +260,7 @@ def interleave(path: EdgePath, seed: int, right: float, mirror: Mirror) -> tuple
     seed=st.integers(0, 10_000), right=st.sampled_from([0.0, 0.5, 0.9, 1.0]), stream=st.booleans()
 )
 def test_any_interleaving_commits_the_servers_text(seed: int, right: float, stream: bool) -> None:
-    path = EdgePath(PROMPT, stream=stream, lead_limit=8)
+    path = DraftBuffer(PROMPT, stream=stream, draft_ahead_limit=8)
     interleave(path, seed, right, Mirror(PROMPT))
 
 
@@ -269,7 +269,7 @@ def test_a_mirror_that_misses_one_rollback_is_noticed() -> None:
         def follow(self, effect: CommitEffect) -> None:
             super().follow(effect._replace(rollback_to=None))
 
-    path = EdgePath(PROMPT, stream=True, lead_limit=8)
+    path = DraftBuffer(PROMPT, stream=True, draft_ahead_limit=8)
     with pytest.raises(AssertionError):
         interleave(path, 1, 0.5, Deaf(PROMPT))
 
@@ -277,7 +277,7 @@ def test_a_mirror_that_misses_one_rollback_is_noticed() -> None:
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_a_perfect_draft_is_never_dropped(seed: int) -> None:
-    path = EdgePath(PROMPT, stream=True, lead_limit=8)
+    path = DraftBuffer(PROMPT, stream=True, draft_ahead_limit=8)
     _, accepted = interleave(path, seed, 1.0, Mirror(PROMPT))
     assert path.epoch == 0
     assert accepted > 0

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from wispprof.policies import make_controller
 from wispprof.policies.api import RoundContext
-from wispprof.sessions.draft_buffer import EdgePath, Outgoing
-from wispprof.sessions.draft_scheduler import DraftingSettings, Turns
-from wispprof.sessions.edge_timing import Pacing
+from wispprof.sessions.draft_buffer import DraftBuffer, Outgoing
+from wispprof.sessions.draft_scheduler import DraftingSettings, DraftScheduler
+from wispprof.sessions.edge_timing import EdgeTiming
 from wispprof.types import DraftFeatures, DraftToken, Slo
 
 
-def context(lead: int) -> RoundContext:
-    return RoundContext(draft_ms=10.0, rtt_ms=40.0, server_ms=20.0, lead=lead)
+def context(draft_ahead: int) -> RoundContext:
+    return RoundContext(draft_ms=10.0, rtt_ms=40.0, server_ms=20.0, draft_ahead=draft_ahead)
 
 
 def drafted(token: int, confidence: float = 0.9) -> DraftToken:
@@ -33,9 +33,11 @@ class Bench:
         settings = kwargs.pop("settings", DraftingSettings(proactive=3))
         assert isinstance(settings, DraftingSettings)
         stop = kwargs.pop("stop", ())
-        self.path = EdgePath([1, 2, 3], stream=stream, lead_limit=8)
-        self.turns = Turns(self.path, make_controller(controller, **kwargs), settings, stop)  # type: ignore[arg-type]
-        self.turns.committed(self.path.on_commit(4, [4]), 0)
+        self.path = DraftBuffer([1, 2, 3], stream=stream, draft_ahead_limit=8)
+        self.scheduler = DraftScheduler(
+            self.path, make_controller(controller, **kwargs), settings, stop
+        )  # type: ignore[arg-type]
+        self.scheduler.committed(self.path.on_commit(4, [4]), 0)
 
     def run(
         self, confidence: float = 0.9, hold: Callable[[int], bool] = lambda count: False
@@ -43,13 +45,13 @@ class Bench:
         """Draft as long as it may; what left, and how many were drafted. ``hold(drafted so far)``."""
         out, count = [], 0
         while True:
-            while (frame := self.turns.due(context, hold(count))) is not None:
+            while (frame := self.scheduler.due(context, hold(count))) is not None:
                 out.append(frame)
-            if not self.turns.may_draft():
+            if not self.scheduler.may_draft():
                 return out, count
             token = 100 + self.path.length
             self.path.propose(token, 1.0, 10.0)
-            self.turns.drafted(drafted(token, confidence))
+            self.scheduler.drafted(drafted(token, confidence))
             count += 1
 
 
@@ -58,14 +60,14 @@ def test_a_round_and_what_is_drafted_beyond_it() -> None:
     out, count = bench.run()
     assert [len(frame.tokens) for frame in out] == [4]
     assert count == 4 + 3
-    assert out[0].survival == pytest.approx((0.9,) * 4)
+    assert out[0].acceptance_prob == pytest.approx((0.9,) * 4)
     # A hit: the three kept drafts begin the next round, rated like fresh ones, and one is drafted.
     own = [draft.token for draft in bench.path.drafts[:5]]
-    bench.turns.committed(bench.path.on_commit(9, own, 4, 4), 4)
+    bench.scheduler.committed(bench.path.on_commit(9, own, 4, 4), 4)
     out, count = bench.run()
     assert [len(frame.tokens) for frame in out] == [4]
     assert out[0].base == 9
-    assert out[0].survival == pytest.approx((0.9,) * 4)
+    assert out[0].acceptance_prob == pytest.approx((0.9,) * 4)
     assert count == 2 + 3
 
 
@@ -113,7 +115,7 @@ def test_a_stream_pauses_after_a_doubtful_token_until_the_next_commit() -> None:
     assert count == 1
     assert len(out) == 1
     assert bench.run()[1] == 0
-    bench.turns.committed(bench.path.on_commit(5, [77], 0, 1), 1)
+    bench.scheduler.committed(bench.path.on_commit(5, [77], 0, 1), 1)
     assert bench.run()[1] > 0
 
 
@@ -121,11 +123,11 @@ def test_a_proactive_step_that_outlasts_the_wait_must_pay() -> None:
     def may(confidence: float, left_ms: float) -> bool:
         bench = Bench(k=2)
         for token in (200, 201):
-            assert bench.turns.due(context) is None
+            assert bench.scheduler.due(context) is None
             bench.path.propose(token)
-            bench.turns.drafted(drafted(token, confidence))
-        assert bench.turns.due(context) is not None
-        return bench.turns.may_draft(left_ms, 10.0)
+            bench.scheduler.drafted(drafted(token, confidence))
+        assert bench.scheduler.due(context) is not None
+        return bench.scheduler.may_draft(left_ms, 10.0)
 
     assert may(0.2, 10.0)  # there is time for all of it
     assert not may(0.2, 5.0)
@@ -134,7 +136,7 @@ def test_a_proactive_step_that_outlasts_the_wait_must_pay() -> None:
 
 
 def test_pacing_of_a_round() -> None:
-    pacing = Pacing(Slo(10.0))
+    pacing = EdgeTiming(Slo(10.0))
     assert math.isinf(pacing.left_ms(0.0, 40.0))
     pacing.committed(1000.0, 300.0)  # the prefill's time says nothing of verify steps
     pacing.drafted(20.0)
@@ -150,7 +152,7 @@ def test_pacing_of_a_round() -> None:
 
 
 def test_a_frame_may_be_held_until_the_server_takes_the_next_step() -> None:
-    pacing = Pacing(Slo(10.0))
+    pacing = EdgeTiming(Slo(10.0))
     pacing.drafted(4.0)
     pacing.committed(1000.0, 300.0)
     assert not pacing.may_hold(1001.0, 10.0)  # a prefill says nothing of the pace
@@ -173,7 +175,7 @@ def test_a_frame_may_be_held_until_the_server_takes_the_next_step() -> None:
     st.integers(1, 4),
 )
 def test_a_streamed_draft_equals_its_three_calls(
-    drafts: list[tuple[float, bool]], budget: int, lead: int, group: int
+    drafts: list[tuple[float, bool]], budget: int, draft_ahead: int, group: int
 ) -> None:
     """What the simulator asks for in one call is what the runtime asks for in three."""
 
@@ -184,24 +186,24 @@ def test_a_streamed_draft_equals_its_three_calls(
         _last = 1.0
 
         def begin(self, context: RoundContext) -> int:
-            return max(0, min(budget, lead - context.lead))
+            return max(0, min(budget, draft_ahead - context.draft_ahead))
 
         def go_on(self, depth: int, features: DraftFeatures) -> bool:
             self._last = features.confidence
             return features.confidence > 0.2
 
-        def survival(self) -> float:
+        def acceptance_prob(self) -> float:
             return self._last
 
         def finish(self, drafted: int, accepted: int) -> None: ...
 
-    def make() -> tuple[EdgePath, Turns]:
-        path = EdgePath([1, 2], stream=True, lead_limit=lead, end=200)
+    def make() -> tuple[DraftBuffer, DraftScheduler]:
+        path = DraftBuffer([1, 2], stream=True, draft_ahead_limit=draft_ahead, end=200)
         path.waiting = False
-        wanted = DraftingSettings(lead=lead, frame_share=group / 10, frame_max=6)
-        turns = Turns(path, Stops(), wanted)
-        assert turns.due(context) is None
-        return path, turns
+        wanted = DraftingSettings(draft_ahead=draft_ahead, frame_share=group / 10, frame_max=6)
+        scheduler = DraftScheduler(path, Stops(), wanted)
+        assert scheduler.due(context) is None
+        return path, scheduler
 
     (one, fast), (other, plain) = make(), make()
     for number, (confidence, hold) in enumerate(drafts):
@@ -210,12 +212,12 @@ def test_a_streamed_draft_equals_its_three_calls(
         if not plain.may_draft():
             # A commit of everything held, and one more.
             known = [held.token for held in other.drafts]
-            for path, turns in ((one, fast), (other, plain)):
+            for path, scheduler in ((one, fast), (other, plain)):
                 effect = path.on_commit(
-                    path.frontier + len(known) + 1, [*known, 999], len(known), len(known)
+                    path.committed_len + len(known) + 1, [*known, 999], len(known), len(known)
                 )
-                turns.committed(effect, len(known))
-                assert turns.due(context) is None
+                scheduler.committed(effect, len(known))
+                assert scheduler.due(context) is None
             continue
         other.propose(token.token, 1.0, 2.5)
         plain.drafted(token)
@@ -227,20 +229,22 @@ def test_a_streamed_draft_equals_its_three_calls(
 @given(
     confidences=st.lists(st.floats(0, 1), min_size=1, max_size=60),
     k_max=st.integers(1, 6),
-    lead=st.integers(1, 8),
+    draft_ahead=st.integers(1, 8),
     stop=st.sampled_from([(), (5, 17)]),
 )
 @examples(max_examples=80, deadline=None)
 def test_a_round_drafted_in_one_call_a_token_is_the_round_drafted_in_three(
-    confidences: list[float], k_max: int, lead: int, stop: tuple[int, ...]
+    confidences: list[float], k_max: int, draft_ahead: int, stop: tuple[int, ...]
 ) -> None:
-    def make() -> tuple[EdgePath, Turns]:
-        path = EdgePath([1, 2], lead_limit=lead, end=200)
+    def make() -> tuple[DraftBuffer, DraftScheduler]:
+        path = DraftBuffer([1, 2], draft_ahead_limit=draft_ahead, end=200)
         path.waiting = False
         controller = make_controller("wisp", k_max=k_max)
-        turns = Turns(path, controller, DraftingSettings(lead=lead), stop)
-        assert turns.due(context) is None
-        return path, turns
+        scheduler = DraftScheduler(
+            path, controller, DraftingSettings(draft_ahead=draft_ahead), stop
+        )
+        assert scheduler.due(context) is None
+        return path, scheduler
 
     (one, fast), (other, plain) = make(), make()
     rounds = 0
@@ -256,9 +260,9 @@ def test_a_round_drafted_in_one_call_a_token_is_the_round_drafted_in_three(
             continue
         rounds += 1
         right = len(out.tokens) // 2
-        for path, turns in ((one, fast), (other, plain)):
+        for path, scheduler in ((one, fast), (other, plain)):
             tokens = [*out.tokens[:right], 999]
-            effect = path.on_commit(path.frontier + right + 1, tokens, right, len(out.tokens))
-            turns.committed(effect, len(out.tokens))
-            assert turns.due(context) is None
-    assert rounds >= len(confidences) // max(k_max, lead) - 1
+            effect = path.on_commit(path.committed_len + right + 1, tokens, right, len(out.tokens))
+            scheduler.committed(effect, len(out.tokens))
+            assert scheduler.due(context) is None
+    assert rounds >= len(confidences) // max(k_max, draft_ahead) - 1

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wispprof.policies.api import Member
-from wispprof.sessions.session_state import ServerSession
-from wispprof.types import Feed, Outcome, Slo
+from wispprof.policies.api import ScheduledItem
+from wispprof.sessions.session_state import SessionState
+from wispprof.types import Slo, StepInput, VerifyResult
 
 VOCAB = 3
 
@@ -28,10 +28,10 @@ def truth(prompt: list[int], count: int) -> list[int]:
     return out
 
 
-def answer(session: ServerSession, feed: Feed, corrupt: bool = False) -> Outcome:
+def answer(session: SessionState, feed: StepInput, corrupt: bool = False) -> VerifyResult:
     """What a verifier engine decides for a feed, given everything the session has cached."""
-    if not feed.emit:
-        return Outcome(feed.session, 0, ())
+    if not feed.needs_logits:
+        return VerifyResult(feed.session, 0, ())
     tokens = list(feed.tokens)
     prefix = session.tokens[: session.cached] + tokens[: len(tokens) - feed.drafts]
     out: list[int] = []
@@ -41,36 +41,36 @@ def answer(session: ServerSession, feed: Feed, corrupt: bool = False) -> Outcome
         if own != draft:
             break
         prefix.append(own)
-    return Outcome(feed.session, len(out) - 1, tuple(out))
+    return VerifyResult(feed.session, len(out) - 1, tuple(out))
 
 
-def make(prompt: list[int] | None = None, **changes: object) -> ServerSession:
+def make(prompt: list[int] | None = None, **changes: object) -> SessionState:
     options: dict[str, object] = {
         "slo": Slo(10.0, 500.0),
         "max_new": 20,
         "max_context": 100,
         "now_ms": 0.0,
     }
-    return ServerSession("s", prompt or [1, 2, 0, 1], **{**options, **changes})  # type: ignore[arg-type]
+    return SessionState("s", prompt or [1, 2, 0, 1], **{**options, **changes})  # type: ignore[arg-type]
 
 
-def started(**changes: object) -> ServerSession:
+def started(**changes: object) -> SessionState:
     """A session that has its first token."""
     session = make(**changes)
-    feed = session.feed(Member("s", prefill=session.prompt_left), 5.0)
+    feed = session.feed(ScheduledItem("s", prefill=session.prompt_left), 5.0)
     session.apply(answer(session, feed), 10.0)
     return session
 
 
 def give(
-    session: ServerSession,
+    session: SessionState,
     tokens: list[int],
     base: int | None = None,
     epoch: int = 0,
     **more: float,
 ):
     now, slack = more.get("now_ms", 20.0), more.get("slack_ms", 100.0)
-    place = session.frontier if base is None else base
+    place = session.committed_len if base is None else base
     return session.merge(epoch, place, tokens, [0.5] * len(tokens), now, slack, 4.0)
 
 
@@ -80,21 +80,26 @@ def give(
 def test_prompt_goes_in_chunks_and_the_last_one_emits() -> None:
     session = make()
     view = session.view(0.0)
-    assert (view.prompt_left, view.ready, view.deadline_ms, view.tail) == (4, True, 500.0, ())
-    feed = session.feed(Member("s", prefill=3), 0.0)
-    assert (list(feed.tokens), feed.emit) == ([1, 2, 0], False)
+    assert (view.prompt_left, view.ready, view.deadline_ms, view.acceptance_probs) == (
+        4,
+        True,
+        500.0,
+        (),
+    )
+    feed = session.feed(ScheduledItem("s", prefill=3), 0.0)
+    assert (list(feed.tokens), feed.needs_logits) == ([1, 2, 0], False)
     assert session.apply(answer(session, feed), 1.0).tokens == ()
-    feed = session.feed(Member("s", prefill=1), 2.0)
-    assert feed.emit
+    feed = session.feed(ScheduledItem("s", prefill=1), 2.0)
+    assert feed.needs_logits
     done = session.apply(answer(session, feed), 7.0)
-    assert (done.first, done.frontier, done.tokens) == (True, 5, tuple(truth([1, 2, 0, 1], 1)))
+    assert (done.first, done.committed_len, done.tokens) == (True, 5, tuple(truth([1, 2, 0, 1], 1)))
     assert (session.prompt_left, session.cached) == (0, 4)
 
 
 def test_a_prompt_of_one_token_is_prefilled_too() -> None:
     session = make([2])
     assert session.view(0.0).prompt_left == 1
-    feed = session.feed(Member("s", prefill=1), 0.0)
+    feed = session.feed(ScheduledItem("s", prefill=1), 0.0)
     assert len(session.apply(answer(session, feed), 1.0).tokens) == 1
     assert session.prompt_left == 0
 
@@ -108,7 +113,7 @@ def test_round_mode_waits_for_its_round_and_stream_does_not() -> None:
     assert session.ready
     assert session.view(30.0).arrived_ms == 20.0
     assert session.view(30.0).deadline_ms == 120.0
-    feed = session.feed(Member("s"), 30.0)
+    feed = session.feed(ScheduledItem("s"), 30.0)
     assert len(feed.tokens) == 1
     assert not session.ready
     session.apply(answer(session, feed), 40.0)
@@ -119,11 +124,11 @@ def test_accepted_rejected_and_bonus() -> None:
     session = started(stream=True)
     right = truth(session.tokens, 4)
     give(session, [*right[:3], (right[3] + 1) % VOCAB])
-    feed = session.feed(Member("s", drafts=4), 30.0)
+    feed = session.feed(ScheduledItem("s", drafts=4), 30.0)
     done = session.apply(answer(session, feed), 40.0)
     assert (done.accepted, done.drafted, done.tokens) == (3, 4, tuple(right))
-    assert session.cached == session.frontier - 1
-    assert session.tail == []
+    assert session.cached == session.committed_len - 1
+    assert session.pending_drafts == []
     assert give(session, [1], epoch=0) == "epoch"
     assert give(session, [1], epoch=1) == ""
 
@@ -132,24 +137,28 @@ def test_a_tail_survives_a_step_that_left_it_out() -> None:
     session = started(stream=True)
     right = truth(session.tokens, 4)
     give(session, right)
-    feed = session.feed(Member("s", drafts=1), 30.0)
+    feed = session.feed(ScheduledItem("s", drafts=1), 30.0)
     session.apply(answer(session, feed), 40.0)
-    assert session.tail == right[2:]
-    assert (session.tally.accepted, session.tally.matched, session.tally.trimmed) == (1, 1, 3)
+    assert session.pending_drafts == right[2:]
+    assert (session.counters.accepted, session.counters.matched, session.counters.cut_drafts) == (
+        1,
+        1,
+        3,
+    )
 
 
 def test_drafts_of_a_withdrawn_path_may_still_be_accepted() -> None:
     session = started(stream=True)
     right = truth(session.tokens, 3)
     give(session, right)
-    feed = session.feed(Member("s", drafts=3), 30.0)
+    feed = session.feed(ScheduledItem("s", drafts=3), 30.0)
     give(session, [(right[0] + 1) % VOCAB], epoch=1)
     done = session.apply(answer(session, feed), 40.0)
     assert done.accepted == 3
-    assert session.tail == []
+    assert session.pending_drafts == []
     assert give(session, [0], epoch=1) == "epoch"
-    tally = session.tally
-    assert tally.drafted == tally.accepted + tally.matched + tally.wasted
+    counters = session.counters
+    assert counters.drafted == counters.accepted + counters.matched + counters.wasted
 
 
 # --- ends ---
@@ -162,11 +171,11 @@ def test_stop_token_in_an_accepted_block_cuts_it() -> None:
     place = right.index(stop)
     session = started(stream=True, stop=[stop])
     give(session, right)
-    feed = session.feed(Member("s", drafts=12), 30.0)
+    feed = session.feed(ScheduledItem("s", drafts=12), 30.0)
     done = session.apply(answer(session, feed), 40.0)
     assert done.finished == "stop"
     assert done.tokens == tuple(right[: place + 1])
-    assert done.rollback == session.frontier == session.cached
+    assert done.rollback == session.committed_len == session.cached
     assert not session.ready
     assert give(session, [1]) == "finished"
 
@@ -174,14 +183,14 @@ def test_stop_token_in_an_accepted_block_cuts_it() -> None:
 def test_length_and_context_limits() -> None:
     session = started(stream=True, max_new=3)
     give(session, truth(session.tokens, 5))
-    assert len(session.view(20.0).tail) == 1
-    feed = session.feed(Member("s", drafts=1), 30.0)
+    assert len(session.view(20.0).acceptance_probs) == 1
+    feed = session.feed(ScheduledItem("s", drafts=1), 30.0)
     assert session.apply(answer(session, feed), 40.0).finished == "length"
     tight = started(stream=True, max_context=6)
-    assert tight.view(20.0).tail == ()
-    feed = tight.feed(Member("s"), 30.0)
+    assert tight.view(20.0).acceptance_probs == ()
+    feed = tight.feed(ScheduledItem("s"), 30.0)
     done = tight.apply(answer(tight, feed), 40.0)
-    assert (done.finished, done.frontier) == ("context", 6)
+    assert (done.finished, done.committed_len) == ("context", 6)
 
 
 @pytest.mark.parametrize(
@@ -194,15 +203,15 @@ def test_impossible_sessions_are_refused(changes: dict[str, object]) -> None:
 
 def test_a_policy_that_plans_nonsense_is_told() -> None:
     session = make()
-    for member in (Member("s"), Member("s", drafts=1), Member("s", prefill=5)):
+    for member in (ScheduledItem("s"), ScheduledItem("s", drafts=1), ScheduledItem("s", prefill=5)):
         with pytest.raises(ValueError):
             session.feed(member)
     running = started(stream=True)
     with pytest.raises(ValueError):
-        running.feed(Member("s", drafts=1))
-    running.feed(Member("s"))
+        running.feed(ScheduledItem("s", drafts=1))
+    running.feed(ScheduledItem("s"))
     with pytest.raises(ValueError):
-        running.feed(Member("s"))
+        running.feed(ScheduledItem("s"))
     running.cancel()
     assert running.ready
 
@@ -214,7 +223,7 @@ def test_a_session_that_ran_ahead_can_wait() -> None:
     session = started(stream=True)
     assert session.view(10.0).deadline_ms == 110.0
     give(session, truth(session.tokens, 3))
-    feed = session.feed(Member("s", drafts=3), 20.0)
+    feed = session.feed(ScheduledItem("s", drafts=3), 20.0)
     done = session.apply(answer(session, feed), 30.0)
     assert done.late_ms == -80.0
     assert session.view(30.0).deadline_ms == 10.0 + 5 * 100.0
@@ -223,14 +232,14 @@ def test_a_session_that_ran_ahead_can_wait() -> None:
 def test_hopeless_only_when_no_speed_can_save_it() -> None:
     session = started(stream=True, floor_ms=20.0)
     last_ms = 10.0 + 19 * 100.0
-    assert not session.view(last_ms - 19 * 20.0 - 1).hopeless
-    assert session.view(last_ms - 19 * 20.0).hopeless
+    assert not session.view(last_ms - 19 * 20.0 - 1).slo_unreachable
+    assert session.view(last_ms - 19 * 20.0).slo_unreachable
     late = make()
-    assert not late.view(499.0).hopeless
-    assert late.view(500.0).hopeless
-    feed = late.feed(Member("s", prefill=4), 590.0)
+    assert not late.view(499.0).slo_unreachable
+    assert late.view(500.0).slo_unreachable
+    feed = late.feed(ScheduledItem("s", prefill=4), 590.0)
     late.apply(answer(late, feed), 600.0)
-    assert late.view(601.0).hopeless
+    assert late.view(601.0).slo_unreachable
 
 
 def test_no_promise_of_a_first_token_is_no_deadline() -> None:
@@ -249,11 +258,11 @@ def test_next_draft_is_expected_when_the_last_ones_say() -> None:
     right = truth(session.tokens, 6)
     assert session.view(20.0).due_ms is None
     for place in range(3):
-        give(session, [right[place]], base=session.frontier + place, now_ms=100.0 + 30 * place)
+        give(session, [right[place]], base=session.committed_len + place, now_ms=100.0 + 30 * place)
     view = session.view(161.0)
     assert view.due_ms is not None
     assert 160.0 < view.due_ms < 195.0
-    assert view.due_tail == (0.5,)
+    assert view.due_acceptance_probs == (0.5,)
     assert session.view(400.0).due_ms is None
     assert started().view(0.0).due_ms is None
 
@@ -265,11 +274,16 @@ def test_eviction_prefills_again_without_losing_the_round() -> None:
     right = truth(session.tokens, 2)
     give(session, right)
     view = session.view(30.0)
-    assert (view.ready, view.prompt_left, view.tail, view.deadline_ms) == (True, 5, (), 120.0)
-    feed = session.feed(Member("s", prefill=5), 30.0)
+    assert (view.ready, view.prompt_left, view.acceptance_probs, view.deadline_ms) == (
+        True,
+        5,
+        (),
+        120.0,
+    )
+    feed = session.feed(ScheduledItem("s", prefill=5), 30.0)
     done = session.apply(answer(session, feed), 40.0)
     assert done.tokens == (right[0],)
-    assert session.tail == [right[1]]
+    assert session.pending_drafts == [right[1]]
 
 
 # --- properties ---
@@ -287,11 +301,17 @@ frames = st.lists(
 )
 
 
-def sound(session: ServerSession) -> None:
-    tally = session.tally
-    assert tally.drafted == tally.accepted + tally.matched + tally.wasted + len(session.tail)
-    assert len(session.tail) == len(session.tail_survival) <= session.max_tail
-    assert session.cached <= session.frontier
+def sound(session: SessionState) -> None:
+    counters = session.counters
+    assert counters.drafted == counters.accepted + counters.matched + counters.wasted + len(
+        session.pending_drafts
+    )
+    assert (
+        len(session.pending_drafts)
+        == len(session.pending_acceptance_probs)
+        <= session.max_pending_drafts
+    )
+    assert session.cached <= session.committed_len
 
 
 @given(frames, st.booleans())
@@ -302,24 +322,24 @@ def test_committed_text_never_depends_on_what_was_merged(moves, stream: bool) ->
     for epoch, offset, tokens, step, drafts, midway in moves:
         now += 5.0
         if not midway:
-            give(session, tokens, base=session.frontier + offset, epoch=epoch, now_ms=now)
+            give(session, tokens, base=session.committed_len + offset, epoch=epoch, now_ms=now)
         sound(session)
         view = session.view(now)
         if step and view.ready:
-            member = Member("s", drafts=min(drafts, len(view.tail)))
+            member = ScheduledItem("s", drafts=min(drafts, len(view.acceptance_probs)))
             feed = session.feed(member, now)
             if midway:
-                give(session, tokens, base=session.frontier + offset, epoch=epoch, now_ms=now)
+                give(session, tokens, base=session.committed_len + offset, epoch=epoch, now_ms=now)
             done = session.apply(answer(session, feed), now + 1.0)
             assert len(done.tokens) >= 1
-            assert session.cached == session.frontier - 1 or session.finished
+            assert session.cached == session.committed_len - 1 or session.finished
         sound(session)
     assert session.tokens[4:] == truth([1, 2, 0, 1], len(session.tokens) - 4)
 
 
 def test_the_check_above_can_fail() -> None:
     session = make()
-    feed = session.feed(Member("s", prefill=4))
+    feed = session.feed(ScheduledItem("s", prefill=4))
     session.apply(answer(session, feed, corrupt=True), 1.0)
     assert session.tokens[4:] != truth([1, 2, 0, 1], 1)
 
@@ -337,10 +357,13 @@ def test_duplicates_change_nothing_in_any_order(tokens, cuts, random) -> None:
     repeats = [sorted(cut) for cut in cuts]
     random.shuffle(repeats)
     for start, end in repeats:
-        give(often, tokens[start:end], base=often.frontier + min(start, len(tokens)))
-        assert often.tally.drafted == len(tokens)
-    assert (often.tail, often.tail_survival) == (once.tail, once.tail_survival)
-    assert often.tally.drafted == once.tally.drafted
+        give(often, tokens[start:end], base=often.committed_len + min(start, len(tokens)))
+        assert often.counters.drafted == len(tokens)
+    assert (often.pending_drafts, often.pending_acceptance_probs) == (
+        once.pending_drafts,
+        once.pending_acceptance_probs,
+    )
+    assert often.counters.drafted == once.counters.drafted
 
 
 @given(
@@ -352,24 +375,24 @@ def test_duplicates_change_nothing_in_any_order(tokens, cuts, random) -> None:
 def test_a_contradictory_frame_never_survives(back: int, wrong: int, tokens) -> None:
     session = started(stream=True)
     give(session, tokens[:2])
-    base = session.frontier - back
+    base = session.committed_len - back
     frame = session.tokens[base:] + tokens
     place = min(wrong, back - 1)
     frame[place] = (frame[place] + 1) % VOCAB
     assert give(session, frame, base=base) == "contradiction"
-    assert session.tail == []
+    assert session.pending_drafts == []
     assert give(session, tokens) == "epoch"
     sound(session)
 
 
 def test_frames_of_hostile_content_are_counted_and_dropped() -> None:
-    session = started(stream=True, max_tail=4)
+    session = started(stream=True, max_pending_drafts=4)
     assert give(session, [1], base=-3) == "contradiction"
     assert give(session, [1], base=10**12, epoch=1) == "gap"
     assert give(session, [1] * 9, epoch=1) == "overflow"
-    assert len(session.tail) == 4
+    assert len(session.pending_drafts) == 4
     assert give(session, [2], epoch=1) == "conflict"
-    assert dict(session.tally.dropped) == {
+    assert dict(session.counters.dropped) == {
         "contradiction": 1,
         "gap": 1,
         "overflow": 5,
@@ -377,5 +400,5 @@ def test_frames_of_hostile_content_are_counted_and_dropped() -> None:
     }
     with pytest.raises(ValueError):
         session.merge(1, 5, [1, 2], [0.5], 0.0, 0.0, 0.0)
-    session.merge(2, session.frontier, [1, 2], [math.nan, 7.0], 0.0, 0.0, 0.0)
-    assert session.tail_survival == [0.0, 1.0]
+    session.merge(2, session.committed_len, [1, 2], [math.nan, 7.0], 0.0, 0.0, 0.0)
+    assert session.pending_acceptance_probs == [0.0, 1.0]

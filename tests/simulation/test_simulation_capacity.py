@@ -15,10 +15,10 @@ from wispprof.errors import ArtifactMissing, PlanError
 from wispprof.simulation import Scenario, ServerModel, reproduce, simulate, system
 from wispprof.simulation import capacity_search as search
 from wispprof.simulation.arrivals import ClosedFleet, Lengths, Poisson
-from wispprof.simulation.capacity_search import Capacity, capacity, workers
+from wispprof.simulation.capacity_search import CapacityResult, capacity, workers
 from wispprof.simulation.metrics import SessionRecord
 from wispprof.simulation.published_setups import linear_server, read_setup, wisp_scenario
-from wispprof.simulation.reproduce import Comparison, Figure, reproduce_configspec
+from wispprof.simulation.reproduce import Figure, ReproducedTable, reproduce_configspec
 from wispprof.simulation.step_costs import LinearCost
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 from wispprof.types import Slo
@@ -169,8 +169,8 @@ def test_ratios_take_what_an_assumption_leaves_alone_from_the_one_before(
 ) -> None:
     devices = {"wisp": 30, "wisp-carry": 60, "centralized": 20}
 
-    def known(scenario: Scenario, **_: object) -> Capacity:
-        return Capacity(devices.get(scenario.system.label, 0), 0.05, None, (), True)
+    def known(scenario: Scenario, **_: object) -> CapacityResult:
+        return CapacityResult(devices.get(scenario.system.label, 0), 0.05, None, (), True)
 
     monkeypatch.setattr(reproduce, "capacity", known)
     figures = {f.name: f.simulated for f in reproduce.reproduce_wisp().figures}
@@ -188,7 +188,7 @@ def test_assumptions_override_the_server() -> None:
 
 
 def test_verdicts_name_what_makes_the_difference() -> None:
-    comparison = Comparison("t", "c", 0.2, {"fair": "", "odd": ""}, ())
+    comparison = ReproducedTable("t", "c", 0.2, {"fair": "", "odd": ""}, ())
     assert comparison.verdict(Figure("a", 2.0, {"fair": 2.3, "odd": 9.0})) == "met: fair"
     assert comparison.verdict(Figure("a", 2.0, {"fair": 1.0, "odd": 1.9})) == "met under: odd"
     missed = comparison.verdict(Figure("a", 2.0, {"fair": 1.0, "odd": math.nan}))

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from wispprof.cli import app
 from wispprof.cli.reproduce import shown
-from wispprof.simulation.reproduce import Comparison, Figure
+from wispprof.simulation.reproduce import Figure, ReproducedTable
 
 QUICK = ["--devices", "3", "--seconds", "4", "--warmup", "1", "--prompt", "20", "--output", "12"]
 
@@ -65,7 +65,7 @@ def test_a_comparison_fits_eighty_columns() -> None:
     figures = tuple(
         Figure(name, 1.691, {f"setup {i}": 1.6 + i for i in range(5)}) for name in names
     )
-    found = Comparison("t", "c", 0.2, {f"setup {i}": "why " * 40 for i in range(5)}, figures)
+    found = ReproducedTable("t", "c", 0.2, {f"setup {i}": "why " * 40 for i in range(5)}, figures)
     console = Console(width=80, file=StringIO())
     console.print(shown(found))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]

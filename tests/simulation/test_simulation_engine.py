@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from wispprof.policies.api import Limits, Member, StepPlan
+from wispprof.policies.api import Limits, ScheduledItem, StepPlan
 from wispprof.sessions.draft_scheduler import DraftingSettings
 from wispprof.simulation import SYSTEMS, Scenario, ServerModel, simulate, system
 from wispprof.simulation.arrivals import Bursts, ClosedFleet, Lengths, Poisson
-from wispprof.simulation.devices import DeviceProfile, LinkProfile
+from wispprof.simulation.devices import DeviceProfile, LinkModel
 from wispprof.simulation.event_loop import Simulation
 from wispprof.simulation.metrics import Report
-from wispprof.simulation.simulated_server import PolicyBroke
+from wispprof.simulation.simulated_server import PolicyViolation
 from wispprof.simulation.step_costs import LinearCost
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 from wispprof.types import Slo
@@ -29,7 +29,7 @@ def fleet(name: str, count: int = 6, **changes: object) -> Scenario:
         ClosedFleet(count, Lengths(60, 24, 0.3, 0.3), ramp_ms=500.0),
         SyntheticAcceptance(0.75),
         devices=((DEVICE, 1.0),),
-        links=((LinkProfile(20.0, jitter_ms=2.0, loss=0.01), 1.0),),
+        links=((LinkModel(20.0, jitter_ms=2.0, loss=0.01), 1.0),),
         seconds=4.0,
         warmup_s=0.5,
     )
@@ -110,8 +110,8 @@ def test_committed_tokens_are_the_target_path(name: str, monkeypatch: pytest.Mon
     simulate(fleet(name))
     assert edges
     for edge in edges:
-        output = edge.path.committed[edge.script.prompt_tokens :]
-        assert list(output) == list(edge.script.path)
+        output = edge.path.committed[edge.output.prompt_tokens :]
+        assert list(output) == list(edge.output.path)
 
 
 def test_a_lone_centralized_session_runs_at_the_speed_of_the_step() -> None:
@@ -121,7 +121,7 @@ def test_a_lone_centralized_session_runs_at_the_speed_of_the_step() -> None:
             "centralized",
             1,
             server=ServerModel(cost, overhead_ms=0.5, spread=0.0, prefill_chunk=512),
-            links=((LinkProfile(40.0), 1.0),),
+            links=((LinkModel(40.0), 1.0),),
             load=ClosedFleet(1, Lengths(50, 30), ramp_ms=0.0),
         )
     )
@@ -138,10 +138,10 @@ def test_a_lone_round_takes_drafting_link_and_step(k: int) -> None:
         fleet(
             "fcfs",
             1,
-            system=system("fcfs").but(controller_options={"k": k}),
+            system=system("fcfs").replace_with(controller_options={"k": k}),
             server=ServerModel(cost, overhead_ms=0.5, spread=0.0),
             acceptance=SyntheticAcceptance(1e-4, concentration=100.0),
-            links=((LinkProfile(40.0), 1.0),),
+            links=((LinkModel(40.0), 1.0),),
             load=ClosedFleet(1, Lengths(50, 40), ramp_ms=0.0),
         )
     )
@@ -153,7 +153,7 @@ def test_a_lone_round_takes_drafting_link_and_step(k: int) -> None:
 
 def test_proactive_drafting_hides_drafting_time() -> None:
     def speed(ahead: int) -> float:
-        chosen = system("fcfs").but(
+        chosen = system("fcfs").replace_with(
             controller_options={"k": 4}, drafting=DraftingSettings(proactive=ahead)
         )
         return simulate(
@@ -249,9 +249,11 @@ def test_a_request_that_can_never_fit_is_refused_and_others_go_on() -> None:
 @pytest.mark.parametrize(
     "plan",
     [
-        lambda s: (Member(s[0].session), Member(s[0].session)),
-        lambda s: (Member("nobody"),),
-        lambda s: tuple(Member(v.session, prefill=v.prompt_left) for v in s if v.prompt_left),
+        lambda s: (ScheduledItem(s[0].session), ScheduledItem(s[0].session)),
+        lambda s: (ScheduledItem("nobody"),),
+        lambda s: tuple(
+            ScheduledItem(v.session, prefill=v.prompt_left) for v in s if v.prompt_left
+        ),
     ],
 )
 def test_a_policy_beyond_its_limits_is_caught(plan) -> None:  # type: ignore[no-untyped-def]
@@ -265,7 +267,7 @@ def test_a_policy_beyond_its_limits_is_caught(plan) -> None:  # type: ignore[no-
 
     sim = Simulation(fleet("fcfs", 3, load=ClosedFleet(3, Lengths(600, 8), ramp_ms=1.0)))
     sim.server._policy = Broken()
-    with pytest.raises((PolicyBroke, ValueError)):
+    with pytest.raises((PolicyViolation, ValueError)):
         sim.run()
 
 

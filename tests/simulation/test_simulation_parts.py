@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from wispprof.artifacts.rows import AcceptanceTrace, EdgeRow, TracePath
 from wispprof.errors import ArtifactDamaged, ArtifactMissing, ProfileError
-from wispprof.policies.controllers import ConfidenceSurvival
+from wispprof.policies.controllers import ConfidenceAcceptance
 from wispprof.policies.cost_model import price_batches
 from wispprof.simulation.arrivals import Bursts, Lengths, Poisson, Replay, read_requests
-from wispprof.simulation.devices import DeviceProfile, Link, LinkProfile
-from wispprof.simulation.kv_offload import Residency
+from wispprof.simulation.devices import DeviceProfile, Link, LinkModel
+from wispprof.simulation.kv_offload import KvOffload
 from wispprof.simulation.scenario import pick
-from wispprof.simulation.step_costs import LinearCost, StepTimes, WithoutPrefixCache
+from wispprof.simulation.step_costs import LinearCost, SimulatedStepTimes, WithoutPrefixCache
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 from wispprof.simulation.trace_replay import MemoPredictor, TraceAcceptance
 from wispprof.types import BatchShape, Sampling
@@ -116,7 +116,7 @@ def test_any_prefix_of_a_fleet_keeps_the_mix() -> None:
 def test_frames_stay_in_order_and_never_beat_light(
     rtt: float, jitter: float, loss: float, frames: list[tuple[float, int]]
 ) -> None:
-    link = Link(LinkProfile(rtt, jitter, loss, up_mbps=1.0), Random(1))
+    link = Link(LinkModel(rtt, jitter, loss, up_mbps=1.0), Random(1))
     now = last = 0.0
     for pause, size in frames:
         now += pause
@@ -127,7 +127,7 @@ def test_frames_stay_in_order_and_never_beat_light(
 
 
 def test_the_mean_round_trip_is_what_frames_take() -> None:
-    profile = LinkProfile(30.0, jitter_ms=4.0, loss=0.05)
+    profile = LinkModel(30.0, jitter_ms=4.0, loss=0.05)
     total, rounds = 0.0, 20_000
     link, now = Link(profile, Random(2)), 0.0
     for _ in range(rounds):
@@ -139,7 +139,7 @@ def test_the_mean_round_trip_is_what_frames_take() -> None:
 
 def test_impossible_links_are_refused() -> None:
     with pytest.raises(ValueError, match="loss"):
-        LinkProfile(10.0, loss=1.0)
+        LinkModel(10.0, loss=1.0)
 
 
 # --- devices ---
@@ -173,32 +173,32 @@ def test_a_profile_without_draft_steps_is_refused() -> None:
 
 
 @pytest.mark.parametrize("persistence", [0.0, 0.6, 0.9])
-def test_the_synthetic_source_has_the_survival_it_states(persistence: float) -> None:
+def test_the_synthetic_source_has_the_acceptance_it_states(persistence: float) -> None:
     source = SyntheticAcceptance(0.7, concentration=2.0, persistence=persistence)
-    script = source.script((1, 2), 10, 60_000)
+    output = source.output((1, 2), 10, 60_000)
     counts = np.zeros(5)
     for start in range(0, 59_000, 7):
-        script.rollback(10)
-        script.extend([1] * start)
-        ahead = script.ahead(5)
+        output.rollback(10)
+        output.extend([1] * start)
+        ahead = output.ahead(5)
         counts[:ahead] += 1
     measured = counts / len(range(0, 59_000, 7))
-    assert measured == pytest.approx(source.survival(5), abs=0.03)
+    assert measured == pytest.approx(source.acceptance_prob(5), abs=0.03)
 
 
 def test_a_published_curve_is_matched() -> None:
     curve = [0.869, 0.716, 0.631, 0.557, 0.494, 0.426]
-    source = SyntheticAcceptance.from_survival(curve, concentration=1.0)
-    assert source.survival(6) == pytest.approx(curve, abs=0.06)
+    source = SyntheticAcceptance.from_cum_acceptance(curve, concentration=1.0)
+    assert source.acceptance_prob(6) == pytest.approx(curve, abs=0.06)
 
 
 def test_a_better_predictor_ranks_better_and_stays_calibrated() -> None:
     blurred = [SyntheticAcceptance(0.75, noise=n).auc() for n in (0.0, 1.0, 4.0)]
     assert blurred[0] > blurred[1] > blurred[2] > 0.5
     source = SyntheticAcceptance(0.75, noise=1.0)
-    script = source.script((5,), 1, 40_000)
-    sure = sum(p.features.confidence for p in script.proposals) / 40_000
-    right = sum(d.token == t for d, t in zip(script.proposals, script.path, strict=True)) / 40_000
+    output = source.output((5,), 1, 40_000)
+    sure = sum(p.features.confidence for p in output.proposals) / 40_000
+    right = sum(d.token == t for d, t in zip(output.proposals, output.path, strict=True)) / 40_000
     assert sure == pytest.approx(right, abs=0.01)
 
 
@@ -228,35 +228,35 @@ def _trace(depth: int = 4, length: int = 40) -> AcceptanceTrace:
 
 
 def test_a_replayed_script_proposes_what_was_recorded() -> None:
-    source = TraceAcceptance(_trace(), ConfidenceSurvival())
-    script = source.script((3,), 7, 100)
-    assert len(script.path) == 100
-    script.open([0] * 7, Sampling())
+    source = TraceAcceptance(_trace(), ConfidenceAcceptance())
+    output = source.output((3,), 7, 100)
+    assert len(output.path) == 100
+    output.open([0] * 7, Sampling())
     hits = 0
     for place in range(60):
-        ahead = script.ahead(4)
-        drafted = [script.draft() for _ in range(4)]
-        want = list(script.path[place : place + 4])
+        ahead = output.ahead(4)
+        drafted = [output.draft() for _ in range(4)]
+        want = list(output.path[place : place + 4])
         agreed = 0
         while agreed < 4 and drafted[agreed].token == want[agreed]:
             agreed += 1
         assert agreed == ahead
         hits += agreed
-        script.rollback(7 + place)
-        script.extend([script.path[place]])
-        assert script.length == 7 + place + 1
-        assert script.on_path
+        output.rollback(7 + place)
+        output.extend([output.path[place]])
+        assert output.length == 7 + place + 1
+        assert output.on_path
     assert hits > 60
 
 
 def test_a_trace_too_short_for_its_depth_is_refused() -> None:
     with pytest.raises(ProfileError, match="longer"):
-        TraceAcceptance(_trace(depth=4, length=4), ConfidenceSurvival())
+        TraceAcceptance(_trace(depth=4, length=4), ConfidenceAcceptance())
 
 
 def test_scripts_depend_on_the_seed_alone() -> None:
-    for source in (SyntheticAcceptance(0.6), TraceAcceptance(_trace(), ConfidenceSurvival())):
-        one, same, other = (source.script(s, 5, 50) for s in ((1, 2), (1, 2), (2, 1)))
+    for source in (SyntheticAcceptance(0.6), TraceAcceptance(_trace(), ConfidenceAcceptance())):
+        one, same, other = (source.output(s, 5, 50) for s in ((1, 2), (1, 2), (2, 1)))
         first = [one.draft() for _ in range(20)]
         assert first == [same.draft() for _ in range(20)]
         assert first != [other.draft() for _ in range(20)]
@@ -265,23 +265,23 @@ def test_scripts_depend_on_the_seed_alone() -> None:
 def test_memo_asks_once() -> None:
     asked = []
 
-    class Counting(ConfidenceSurvival):
-        def survival(self, features, depth):  # type: ignore[no-untyped-def]
+    class Counting(ConfidenceAcceptance):
+        def acceptance_prob(self, features, depth):  # type: ignore[no-untyped-def]
             asked.append(depth)
-            return super().survival(features, depth)
+            return super().acceptance_prob(features, depth)
 
     memo = MemoPredictor(Counting())
-    token = SyntheticAcceptance(0.6).script((1,), 1, 5).draft()
-    assert {memo.survival(token.features, 2) for _ in range(5)} == {
-        ConfidenceSurvival().survival(token.features, 2)
+    token = SyntheticAcceptance(0.6).output((1,), 1, 5).draft()
+    assert {memo.acceptance_prob(token.features, 2) for _ in range(5)} == {
+        ConfidenceAcceptance().acceptance_prob(token.features, 2)
     }
     assert asked == [2]
 
 
 def test_rolling_back_further_than_held_is_refused() -> None:
-    script = SyntheticAcceptance(0.6).script((1,), 3, 5)
+    output = SyntheticAcceptance(0.6).output((1,), 3, 5)
     with pytest.raises(ValueError, match="roll"):
-        script.rollback(4)
+        output.rollback(4)
 
 
 # --- costs ---
@@ -311,13 +311,13 @@ def test_costs_never_fall_and_add_up(
 
 def test_drawn_step_times_keep_the_stated_coverage() -> None:
     cost = LinearCost(10.0, 0.2, bound_ratio=1.2, covers=0.9)
-    times = StepTimes(cost, None, Random(0))
+    times = SimulatedStepTimes(cost, None, Random(0))
     items = [(3, 100, False)] * 5
     bound = cost.predict(BatchShape.of(items))[1]
     drawn = [times.sample(items)[1] for _ in range(4000)]
     assert sum(d <= bound for d in drawn) / 4000 == pytest.approx(0.9, abs=0.02)
     assert float(np.median(drawn)) == pytest.approx(times.sample(items)[0], rel=0.01)
-    exact = StepTimes(cost, 0.0, Random(0)).sample(items)
+    exact = SimulatedStepTimes(cost, 0.0, Random(0)).sample(items)
     assert exact[0] == exact[1]
 
 
@@ -358,7 +358,7 @@ def test_linear_costs_price_many_batches_as_they_price_one(
 
 
 def test_the_least_recently_used_cache_leaves() -> None:
-    card = Residency(100)
+    card = KvOffload(100)
     assert card.take([("a", 0, 40), ("b", 0, 40)]) == 0
     assert card.take([("a", 40, 1)]) == 0
     assert card.take([("c", 0, 50)]) == 0  # b leaves
@@ -381,7 +381,7 @@ def test_the_least_recently_used_cache_leaves() -> None:
     )
 )
 def test_the_card_never_holds_more_than_fits(steps: list[list[tuple[str, int, int]]]) -> None:
-    card, roomy = Residency(80), Residency(10**6)
+    card, roomy = KvOffload(80), KvOffload(10**6)
     for step in steps:
         assert 0 <= roomy.take(step) <= card.take(step) <= sum(cached for _, cached, _ in step)
         assert card.used <= 80

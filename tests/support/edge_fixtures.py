@@ -10,22 +10,22 @@ import numpy as np
 
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
 from wispprof.edge import (
-    Dial,
+    ConnectionFactory,
     EdgeClient,
     Generation,
     GenerationRequest,
     TimedWorker,
-    websocket_dial,
+    websocket_connections,
 )
-from wispprof.edge.draft_device import Device
-from wispprof.edge.edge_runtime import EdgeHouse, EdgeSettings
+from wispprof.edge.draft_device import DraftDevice
+from wispprof.edge.edge_runtime import EdgeRuntime, EdgeSettings
 from wispprof.policies import make_batch_policy, make_controller
 from wispprof.server.process import running_server
 from wispprof.sessions.draft_scheduler import DraftingSettings
 from wispprof.settings.edge_settings import ClientSettings
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.testing.fake_engine import HashDrafter, HashEngine, HashTarget
-from wispprof.testing.in_process_server import PocketServer
+from wispprof.testing.fake_engine import FakeDrafter, FakeEngine, FakeTarget
+from wispprof.testing.in_process_server import InProcessServer
 from wispprof.types import BatchShape, Sampling
 
 
@@ -72,14 +72,16 @@ class Batch:
         return Batch(self.cost, self.new + new, self.cached + cached)
 
 
-def pocket(policy: str = "fcfs", cost: LinearCost | None = None, **options: object) -> PocketServer:
+def in_process(
+    policy: str = "fcfs", cost: LinearCost | None = None, **options: object
+) -> InProcessServer:
     """A server of the hash target, to be entered on the running loop."""
     cost = cost or LinearCost()
-    return PocketServer(HashEngine(), make_batch_policy(policy, **options), cost, cost.step_ms)
+    return InProcessServer(FakeEngine(), make_batch_policy(policy, **options), cost, cost.step_ms)
 
 
 def truth(prompt: Sequence[int], count: int, sampling: Sampling | None = None) -> list[int]:
-    return HashTarget().generate(prompt, count, sampling or Sampling())
+    return FakeTarget().generate(prompt, count, sampling or Sampling())
 
 
 def drafting(
@@ -91,7 +93,7 @@ def drafting(
     accuracy: float = 0.8,
     draft_ms: float = 5.0,
     proactive: int = 0,
-    lead: int = 24,
+    draft_ahead: int = 24,
     sampling: Sampling | None = None,
     controller: str = "fixed",
     fallback: bool = False,
@@ -99,7 +101,7 @@ def drafting(
 ) -> Generation:
     """A drafting generation of the hash target's text."""
     request = GenerationRequest(tuple(prompt), max_new, sampling or Sampling())
-    worker = TimedWorker(HashDrafter(HashTarget(), accuracy), lambda context: draft_ms)
+    worker = TimedWorker(FakeDrafter(FakeTarget(), accuracy), lambda context: draft_ms)
     if controller == "fixed":
         options["k"] = k
     return Generation(
@@ -107,7 +109,7 @@ def drafting(
         request,
         worker,
         make_controller(controller, **options),
-        DraftingSettings(lead=lead, proactive=proactive),
+        DraftingSettings(draft_ahead=draft_ahead, proactive=proactive),
         fallback=fallback,
     )
 
@@ -117,20 +119,20 @@ def plain(client: EdgeClient, prompt: Sequence[int], max_new: int = 48) -> Gener
     return Generation(client, GenerationRequest(tuple(prompt), max_new))
 
 
-def edge(dial: Dial, **settings: object) -> EdgeClient:
-    return EdgeClient(dial, ClientSettings(**settings))  # type: ignore[arg-type]
+def edge(connect: ConnectionFactory, **settings: object) -> EdgeClient:
+    return EdgeClient(connect, ClientSettings(**settings))  # type: ignore[arg-type]
 
 
 def hash_trace(
     paths: int = 4, length: int = 40, depth: int = 6, accuracy: float = 0.75
 ) -> AcceptanceTrace:
     """What profiling would record of the hash pair: exact, and quick."""
-    target = HashTarget()
+    target = FakeTarget()
     made = []
     for number in range(paths):
         prompt = tuple((number * 31 + i * 7) % 256 for i in range(5 + number))
         path = tuple(target.generate(prompt, length))
-        drafter = HashDrafter(target, accuracy)
+        drafter = FakeDrafter(target, accuracy)
         drafts = np.zeros((length, depth), dtype=np.int32)
         features = np.zeros((length, depth, 4), dtype=np.float32)
         accepted = np.zeros(length, dtype=np.int32)
@@ -164,11 +166,11 @@ class Letters:
         return "".join(self.table[token] for token in tokens)
 
 
-class HashDevice(Device):
+class HashDevice(DraftDevice):
     """A device whose model is the hash drafter."""
 
-    def _model(self) -> HashDrafter:
-        return HashDrafter(HashTarget(), 0.8)
+    def _model(self) -> FakeDrafter:
+        return FakeDrafter(FakeTarget(), 0.8)
 
 
 LETTERS = Letters()
@@ -179,18 +181,18 @@ def text_of(prompt: str, count: int, sampling: Sampling | None = None) -> str:
 
 
 @asynccontextmanager
-async def hash_house(
+async def fake_runtime(
     kind: str = "model", policy: str = "wispprof", server: str = ""
-) -> AsyncIterator[EdgeHouse]:
+) -> AsyncIterator[EdgeRuntime]:
     """An edge of the hash pair, ready to answer; without ``server`` it gets one of its own."""
     async with AsyncExitStack() as stack:
         if not server:
-            engine = HashEngine()
+            engine = FakeEngine()
             settings = ServerSettings(policy=policy, admit="all")
             own = running_server(settings, engine=engine, model=engine.served)
             server = (await stack.enter_async_context(own)).split_url
         device = HashDevice(kind, "fixed", {"k": 3}, loaded=object())
         stack.callback(device.close)
-        dial = websocket_dial(server)
-        client = await stack.enter_async_context(edge(dial, backoff_ms=5.0))
-        yield EdgeHouse(EdgeSettings(drafter=kind), LETTERS, device, client)
+        connect = websocket_connections(server)
+        client = await stack.enter_async_context(edge(connect, backoff_ms=5.0))
+        yield EdgeRuntime(EdgeSettings(drafter=kind), LETTERS, device, client)

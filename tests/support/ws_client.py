@@ -11,7 +11,7 @@ import msgspec
 from websockets.asyncio.client import ClientConnection, connect
 
 from wispprof import protocol
-from wispprof.sessions.draft_buffer import EdgePath
+from wispprof.sessions.draft_buffer import DraftBuffer
 from wispprof.types import Drafter, Sampling
 
 GREEDY = Sampling()
@@ -85,7 +85,9 @@ class Edge:
                 **more,
             )
         )
-        path = EdgePath(prompt, stream=self.welcome.stream, lead_limit=k, end=len(prompt) + max_new)
+        path = DraftBuffer(
+            prompt, stream=self.welcome.stream, draft_ahead_limit=k, end=len(prompt) + max_new
+        )
         if drafter is not None:
             drafter.open(prompt, sampling)
         while True:
@@ -93,7 +95,7 @@ class Edge:
             if isinstance(frame, protocol.Problem):
                 return frame
             assert isinstance(frame, protocol.Commit)
-            effect = path.on_commit(frame.frontier, frame.tokens, frame.accepted)
+            effect = path.on_commit(frame.committed_len, frame.tokens, frame.accepted)
             if frame.finished:
                 return list(path.committed[len(prompt) :])
             if drafter is None or undrafted:
@@ -105,10 +107,16 @@ class Edge:
                 path.propose(drafter.draft().token, 0.7, 1.0)
             out = path.take()
             if out is not None:
-                survival = bytes(protocol.survival_byte(p) for p in out.survival)
+                acceptance_prob = bytes(protocol.acceptance_byte(p) for p in out.acceptance_prob)
                 await self.send(
                     protocol.Draft(
-                        number, out.epoch, out.base, list(out.tokens), survival, out.draft_ms, 500.0
+                        number,
+                        out.epoch,
+                        out.base,
+                        list(out.tokens),
+                        acceptance_prob,
+                        out.draft_ms,
+                        500.0,
                     )
                 )
 

@@ -89,8 +89,8 @@ def test_half_of_the_own_text_is_the_targets_greedy_choice(tiny: LlamaForCausalL
 
 def test_lessons_hold_what_the_target_says(tiny: LlamaForCausalLM, tmp_path: Path) -> None:
     texts = distil.write_text(tiny, _stream(), rows=6, length=16, seed=5)
-    lessons = distil.ask(tiny, texts, rows=4, progress=_silent)
-    distil.keep(lessons, tmp_path / "deep" / "lessons.pt")
+    lessons = distil.query_teacher(tiny, texts, rows=4, progress=_silent)
+    distil.save_logits(lessons, tmp_path / "deep" / "lessons.pt")
     again = distil.kept(tmp_path / "deep" / "lessons.pt")
     tokens, top, log_p = again.batch(3, 2, seed=0)
     row = [r.tolist() for r in texts].index(tokens[0].tolist())
@@ -102,7 +102,7 @@ def test_a_draft_comes_nearer_to_its_target_and_resumes_where_it_stopped(
     tiny: LlamaForCausalLM, tmp_path: Path
 ) -> None:
     texts = distil.write_text(tiny, _stream(), rows=8, length=24, seed=5)
-    lessons = distil.ask(tiny, texts, rows=4, progress=_silent)
+    lessons = distil.query_teacher(tiny, texts, rows=4, progress=_silent)
 
     def draft(folder: str, losses: list[float], stop_at: int | None = None) -> LlamaForCausalLM:
         def progress(step: int, steps: int, loss: float, speed: float) -> None:

@@ -44,7 +44,7 @@ def _tokenizer(file: Path) -> Tokenizer:
 
 def _own_lessons(
     target: LlamaForCausalLM, stream: Tensor, recipe: train.Recipe, work: Path, report: Reporter
-) -> distil.Lessons:
+) -> distil.TeacherLogits:
     file = work / "own-lessons.pt"
     if not file.exists():
         rows, length = recipe.short
@@ -52,20 +52,23 @@ def _own_lessons(
         for i in range(OWN_BATCHES):
             texts.append(distil.write_text(target, stream, OWN_ROWS, length, seed=11 + i))
             progress(i + 1, OWN_BATCHES, float("nan"), float("nan"))
-        distil.keep(
-            distil.ask(target, torch.cat(texts), rows, report("target on its own text")), file
+        distil.save_logits(
+            distil.query_teacher(target, torch.cat(texts), rows, report("target on its own text")),
+            file,
         )
     return distil.kept(file)
 
 
 def _file_lessons(
     target: LlamaForCausalLM, stream: Tensor, recipe: train.Recipe, work: Path, report: Reporter
-) -> distil.Lessons:
+) -> distil.TeacherLogits:
     file = work / "file-lessons.pt"
     if not file.exists():
         rows, length = recipe.long
         crops = train.Sampler(stream, recipe.seed + 2).batch(0, (FILE_ROWS, length))[:, :-1]
-        distil.keep(distil.ask(target, crops, rows, report("target on training files")), file)
+        distil.save_logits(
+            distil.query_teacher(target, crops, rows, report("target on training files")), file
+        )
     return distil.kept(file)
 
 

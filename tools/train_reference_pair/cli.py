@@ -117,10 +117,10 @@ def _tables(folder: Path, found: PairFigures) -> list[RichTable]:
         note=f"A draft step costs {found.step_ratio:.2f} of a target step "
         "(plain transformers, this machine).",
     )
-    survival = Table(
+    cum_acceptance = Table(
         "Greedy acceptance: all of the first j drafts accepted",
-        tuple(Column(f"j = {j + 1}", "", 3) for j in range(len(found.survival))),
-        (found.survival,),
+        tuple(Column(f"j = {j + 1}", "", 3) for j in range(len(found.cum_acceptance))),
+        (found.cum_acceptance,),
     )
     agreement = Table(
         "Sampled agreement on one token",
@@ -142,4 +142,4 @@ def _tables(folder: Path, found: PairFigures) -> list[RichTable]:
             for s, a in found.agreement
         ),
     )
-    return [to_rich(table) for table in (sides, survival, agreement)]
+    return [to_rich(table) for table in (sides, cum_acceptance, agreement)]

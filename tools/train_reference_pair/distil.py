@@ -29,7 +29,7 @@ PROMPT = 64
 
 
 @dataclass(frozen=True)
-class Lessons:
+class TeacherLogits:
     """Text and the target's opinion of it.
 
     ``tokens`` (rows, length) int16; ``top`` (rows, length, TOP) int16 token ids and ``log_p``, their
@@ -70,7 +70,9 @@ def write_text(
 
 
 @torch.inference_mode()
-def ask(target: LlamaForCausalLM, tokens: Tensor, rows: int, progress: Progress) -> Lessons:
+def query_teacher(
+    target: LlamaForCausalLM, tokens: Tensor, rows: int, progress: Progress
+) -> TeacherLogits:
     """Work out the target's opinion of ``tokens`` (texts, length), ``rows`` texts at a time."""
     tops, log_ps = [], []
     for first in range(0, len(tokens), rows):
@@ -81,10 +83,10 @@ def ask(target: LlamaForCausalLM, tokens: Tensor, rows: int, progress: Progress)
         log_ps.append(log_p.to(torch.float16))
         done = min(first + rows, len(tokens))
         progress(done, len(tokens), float("nan"), float("nan"))
-    return Lessons(tokens.to(torch.int16), torch.cat(tops), torch.cat(log_ps))
+    return TeacherLogits(tokens.to(torch.int16), torch.cat(tops), torch.cat(log_ps))
 
 
-def keep(lessons: Lessons, file: Path) -> None:
+def save_logits(lessons: TeacherLogits, file: Path) -> None:
     """Write ``lessons``; never half of them."""
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(".tmp")
@@ -92,9 +94,9 @@ def keep(lessons: Lessons, file: Path) -> None:
     scratch.replace(file)
 
 
-def kept(file: Path) -> Lessons:
-    """Read what :func:`keep` wrote."""
-    return Lessons(*torch.load(file, weights_only=True, mmap=True))
+def kept(file: Path) -> TeacherLogits:
+    """Read what :func:`save_logits` wrote."""
+    return TeacherLogits(*torch.load(file, weights_only=True, mmap=True))
 
 
 def divergence(logits: Tensor, top: Tensor, log_p: Tensor) -> Tensor:
@@ -120,8 +122,8 @@ def principal_components(embedding: Tensor, size: int) -> Tensor:
 
 def train_draft(
     target: LlamaForCausalLM,
-    own: Lessons,
-    files: Lessons,
+    own: TeacherLogits,
+    files: TeacherLogits,
     recipe: Recipe,
     folder: Path,
     progress: Progress,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from wispprof.profiling import held_out_corpus
-from wispprof.sampling.sampler import Agreement, agreement
+from wispprof.sampling.sampler import AcceptanceRates, acceptance_rates
 from wispprof.types import Sampling
 
 
@@ -110,7 +110,7 @@ def agreement_table(
     files: int = 24,
     context: int = 128,
     positions: int = 32,
-) -> list[Agreement]:
+) -> list[AcceptanceRates]:
     """How often the two agree on the next token of held-out text, for each sampling.
 
     Taken at ``positions`` positions after ``context`` tokens of each of ``files`` files.
@@ -121,4 +121,4 @@ def agreement_table(
     p, q = (
         model(ids, use_cache=False).logits[:, context:].flatten(0, 1) for model in (target, draft)
     )
-    return [agreement(p, q, sampling, draws=16) for sampling in samplings]
+    return [acceptance_rates(p, q, sampling, draws=16) for sampling in samplings]

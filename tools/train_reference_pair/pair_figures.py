@@ -16,7 +16,7 @@ from tools.train_reference_pair import evaluate
 from wispprof.artifacts.files import write_atomic
 from wispprof.engines.loading import load_model
 from wispprof.profiling.acceptance_trace import TraceSettings, take_trace
-from wispprof.sampling.sampler import Agreement
+from wispprof.sampling.sampler import AcceptanceRates
 from wispprof.types import Sampling
 
 __all__ = ["SAMPLINGS", "PairFigures", "SideFigures", "evaluate_pair", "write_card"]
@@ -42,12 +42,12 @@ class SideFigures:
 
 @dataclass(frozen=True)
 class PairFigures:
-    """``survival[j]``: share of greedy proposals whose first ``j + 1`` tokens were all accepted."""
+    """``cum_acceptance[j]``: share of greedy proposals whose first ``j + 1`` tokens were all accepted."""
 
     target: SideFigures
     draft: SideFigures
-    survival: tuple[float, ...]
-    agreement: tuple[tuple[Sampling, Agreement], ...]
+    cum_acceptance: tuple[float, ...]
+    agreement: tuple[tuple[Sampling, AcceptanceRates], ...]
 
     @property
     def step_ratio(self) -> float:
@@ -90,7 +90,7 @@ def evaluate_pair(
     return PairFigures(
         target=sides["target"],
         draft=sides["draft"],
-        survival=tuple(float(s) for s in trace.survival_by_position()),
+        cum_acceptance=tuple(float(s) for s in trace.cum_acceptance_by_position()),
         agreement=tuple(zip(SAMPLINGS, agreement, strict=True)),
     )
 
@@ -137,8 +137,8 @@ def _card(folder: Path, figures: PairFigures) -> str:
             f"- {side}: {_schedule(side, recipe)}; Muon {recipe['muon_lr']:g} for matrices, "
             f"AdamW {recipe['adam_lr']:g} for the rest; {log['precision']} products; seed {recipe['seed']}."
         )
-    survival = " | ".join(f"{s:.3f}" for s in figures.survival)
-    positions = " | ".join(str(j + 1) for j in range(len(figures.survival)))
+    cum_acceptance = " | ".join(f"{s:.3f}" for s in figures.cum_acceptance)
+    positions = " | ".join(str(j + 1) for j in range(len(figures.cum_acceptance)))
     agreement = [
         f"| T = {s.temperature:g}, top-p {s.top_p:g} | {a.best:.3f} | {a.same_noise:.3f} | "
         f"{a.same_noise / a.best:.2f} | {a.independent:.3f} |"
@@ -165,8 +165,8 @@ def _card(folder: Path, figures: PairFigures) -> str:
             "Greedy acceptance: share of proposals whose first j tokens were all accepted.",
             "",
             f"| j | {positions} |",
-            "|---|" + "---|" * len(figures.survival),
-            f"| survives | {survival} |",
+            "|---|" + "---|" * len(figures.cum_acceptance),
+            f"| survives | {cum_acceptance} |",
             "",
             "Sampled agreement on one token: best possible (Σ min(p, q), both filtered), drawn with the same",
             "position noise (as this project does), and drawn independently.",

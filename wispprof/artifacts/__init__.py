@@ -6,7 +6,7 @@ reading a damaged or newer file names the fault and what to do. JSON and numpy o
 
 from wispprof.artifacts.document import Document, read_document, write_document
 from wispprof.artifacts.journal import RowJournal
-from wispprof.artifacts.manifest import Manifest, ModelInfo, Provenance
+from wispprof.artifacts.manifest import Manifest, ModelRecord, Provenance
 from wispprof.artifacts.profile import (
     EdgeProfile,
     LinkProfile,
@@ -30,7 +30,7 @@ __all__ = [
     "LinkProfile",
     "LinkRow",
     "Manifest",
-    "ModelInfo",
+    "ModelRecord",
     "Profile",
     "Provenance",
     "RowJournal",

@@ -92,8 +92,8 @@ def read_document(path: Path, kind: str) -> Document:
         )
     try:
         digest = files.content_hash(files.canonical_json(payload))
-    except ValueError as fault:  # 1e999 is JSON, and infinite
-        raise ArtifactDamaged(f"{kind} {path}: {fault}.", "Restore it or make it anew.") from None
+    except ValueError as err:  # 1e999 is JSON, and infinite
+        raise ArtifactDamaged(f"{kind} {path}: {err}.", "Restore it or make it anew.") from None
     if digest != document.get("hash"):
         raise ArtifactDamaged(
             f"{kind} {path} was changed after it was written: its content hash is {digest}, "

@@ -60,14 +60,14 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def read_bytes(path: Path, what: str, fix: str = "Check the path.") -> bytes:
+def read_bytes(path: Path, what: str, hint: str = "Check the path.") -> bytes:
     """The file's content, or :class:`ArtifactMissing` that says ``what`` was looked for."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise ArtifactMissing(f"No {what} at {path}.", fix) from None
-    except OSError as fault:
-        raise ArtifactMissing(f"Cannot read {what} {path}: {fault.strerror}.", fix) from fault
+        raise ArtifactMissing(f"No {what} at {path}.", hint) from None
+    except OSError as err:
+        raise ArtifactMissing(f"Cannot read {what} {path}: {err.strerror}.", hint) from err
 
 
 def canonical_json(value: Any) -> bytes:
@@ -100,18 +100,18 @@ def parse_json(data: bytes, where: str) -> Any:
     """Parse strict JSON; raises :class:`ArtifactDamaged` naming ``where``, line and fault."""
     try:
         return json.loads(data.decode(), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as fault:
+    except UnicodeDecodeError as err:
         raise ArtifactDamaged(
-            f"{where} is not text: byte {fault.start} is not UTF-8.", "Restore it or make it anew."
+            f"{where} is not text: byte {err.start} is not UTF-8.", "Restore it or make it anew."
         ) from None
-    except json.JSONDecodeError as fault:
+    except json.JSONDecodeError as err:
         raise ArtifactDamaged(
-            f"{where} is not whole JSON: line {fault.lineno}, column {fault.colno}: {fault.msg}.",
+            f"{where} is not whole JSON: line {err.lineno}, column {err.colno}: {err.msg}.",
             "Restore it or make it anew.",
         ) from None
-    except (ValueError, RecursionError) as fault:
+    except (ValueError, RecursionError) as err:
         raise ArtifactDamaged(
-            f"{where} is not valid JSON: {fault}.", "Restore it or make it anew."
+            f"{where} is not valid JSON: {err}.", "Restore it or make it anew."
         ) from None
 
 

@@ -22,7 +22,7 @@ from wispprof.errors import ArtifactDamaged
 __all__ = [
     "PROFILE_SCHEMA",
     "Manifest",
-    "ModelInfo",
+    "ModelRecord",
     "Provenance",
     "command_line",
     "library_versions",
@@ -118,11 +118,11 @@ PROFILE_KINDS = ("server", "edge", "link")
 
 
 @dataclass(frozen=True)
-class ModelInfo:
+class ModelRecord:
     """Which model was measured. ``parameters`` counts weights; ``config_hash`` its architecture.
 
     ``kv_bytes_per_token``: what one cached token takes. Empty or 0 where unknown. The names are those
-    of the identity that a loaded model states, so ``ModelInfo(**info.as_dict())`` takes it over.
+    of the identity that a loaded model states, so ``ModelRecord(**info.as_dict())`` takes it over.
     """
 
     id: str
@@ -151,7 +151,7 @@ class Manifest:
     """
 
     kind: str
-    model: ModelInfo
+    model: ModelRecord
     command: str = ""
     seed: int = 0
     engine: dict[str, Any] = field(default_factory=dict)
@@ -183,8 +183,8 @@ class Manifest:
         model = values.get("model")
         if not isinstance(model, dict) or not isinstance(model.get("id"), str):
             raise _damaged(where, "'model' has no id")
-        names = {entry.name for entry in fields(ModelInfo)}
-        values["model"] = ModelInfo(**{k: v for k, v in model.items() if k in names})
+        names = {entry.name for entry in fields(ModelRecord)}
+        values["model"] = ModelRecord(**{k: v for k, v in model.items() if k in names})
         for name in ("engine", "hardware", "measure", "summary", "versions"):
             if not isinstance(values.get(name, {}), dict):
                 raise _damaged(where, f"'{name}' is not an object")
@@ -197,5 +197,5 @@ class Manifest:
         return cls(**values)
 
 
-def _damaged(where: str, fault: str) -> ArtifactDamaged:
-    return ArtifactDamaged(f"{where}: {fault}.", "Restore the file or measure it anew.")
+def _damaged(where: str, err: str) -> ArtifactDamaged:
+    return ArtifactDamaged(f"{where}: {err}.", "Restore the file or measure it anew.")

@@ -68,8 +68,8 @@ class DraftRow:
     """How a device drafts in one cell.
 
     ``k``: most drafts of a round (mode ``round``), or most drafts verified in one step (``stream``);
-    0 means do not draft. ``stop``: draft on only while the cumulative survival of the next token is
-    at least this. ``lead``: how far the edge may draft beyond the frontier it knows.
+    0 means do not draft. ``stop``: draft on only while the cumulative acceptance probability of the next token is
+    at least this. ``draft_ahead``: how far the edge may draft beyond the frontier it knows.
     ``expected_tokens_per_s``: of the mean session, ``slow_tokens_per_s``: of the session at the
     violation quantile; both with every session of the level drafting alike. ``by_k``: expected
     tokens/s for k = 0, 1, 2 …; ``slow_by_k`` likewise. ``round_ms``: mean time from commit to
@@ -88,7 +88,7 @@ class DraftRow:
     mode: str
     k: int
     stop: float
-    lead: int
+    draft_ahead: int
     expected_tokens_per_s: float
     slow_tokens_per_s: float
     round_ms: float
@@ -224,7 +224,7 @@ class Plan:
     load_bounds: tuple[float, ...] = ()
     context: int = 0
     objective: str = "goodput"
-    survival: tuple[float, ...] = ()
+    cum_acceptance: tuple[float, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -315,16 +315,16 @@ def load_plan(path: Path) -> Plan:
             load_bounds=tuple(float(b) for b in payload["load_bounds"]),
             context=int(payload["context"]),
             objective=str(payload["objective"]),
-            survival=tuple(float(s) for s in payload["survival"]),
+            cum_acceptance=tuple(float(s) for s in payload["cum_acceptance"]),
             settings=dict(payload["settings"]),
             inputs=document.inputs,
             notes=tuple(str(n) for n in payload["notes"]),
             hash=document.hash,
         )
-    except BAD_PAYLOAD as fault:
+    except BAD_PAYLOAD as err:
         raise ArtifactDamaged(
-            f"{where} is not a complete plan ({fault}).", "Make it anew with `wispprof plan`."
-        ) from fault
+            f"{where} is not a complete plan ({err}).", "Make it anew with `wispprof plan`."
+        ) from err
 
 
 Row = TypeVar("Row", DraftRow, BatchRow, CapacityRow, MixRow, ChoiceRow, BreakEvenRow)
@@ -348,11 +348,11 @@ def _rows(kind: type[Row], entries: Iterable[dict[str, Any]], where: str) -> tup
                 )
         try:
             rows.append(kind(**values))
-        except TypeError as fault:
+        except TypeError as err:
             raise ArtifactDamaged(
-                f"{where}: {kind.__name__} {number} is not whole ({fault}).",
+                f"{where}: {kind.__name__} {number} is not whole ({err}).",
                 "Make it anew with `wispprof plan`.",
-            ) from fault
+            ) from err
     return tuple(rows)
 
 

@@ -46,9 +46,9 @@ class StepRow:
     ``flags`` mark rows that a reader should distrust: ``drift``, ``noisy``, ``throttled``.
     ``padded_tokens``: tokens the step really computed (graph bucket), 0 where it is not padded.
     ``source``: ``measured``, or ``published`` with ``citation``.
-    ``visits``: of each visit of the sweep to this shape, in turn, its place in the order of measurement
+    ``blocks``: of each visit of the sweep to this shape, in turn, its place in the order of measurement
     and how many of ``samples_ms`` it gave; empty for a single visit. ``set_aside_ms``: samples taken
-    beside a sentinel that was off, where enough others remained to do without them; ``aside_visits``:
+    beside a sentinel that was off, where enough others remained to do without them; ``set_aside_blocks``:
     their visits.
     """
 
@@ -61,9 +61,9 @@ class StepRow:
     order: int = 0
     source: str = "measured"
     citation: str = ""
-    visits: tuple[tuple[int, int], ...] = ()
+    blocks: tuple[tuple[int, int], ...] = ()
     set_aside_ms: tuple[float, ...] = ()
-    aside_visits: tuple[tuple[int, int], ...] = ()
+    set_aside_blocks: tuple[tuple[int, int], ...] = ()
 
     @property
     def median_ms(self) -> float:
@@ -80,7 +80,7 @@ class EdgeRow:
     is not in the samples), ``forward`` (the bare forward of a step), ``prefill`` (``tokens`` at once over
     ``context``), ``controller`` (deciding once), ``burst`` and ``sustained`` (a drafted token within a short
     and a long window), ``energy`` (``energy_j`` per drafted token; ``None`` where there is no sensor).
-    ``visits``, ``set_aside_ms`` and ``aside_visits`` as in :class:`StepRow`.
+    ``blocks``, ``set_aside_ms`` and ``set_aside_blocks`` as in :class:`StepRow`.
     """
 
     key: str
@@ -94,9 +94,9 @@ class EdgeRow:
     order: int = 0
     source: str = "measured"
     citation: str = ""
-    visits: tuple[tuple[int, int], ...] = ()
+    blocks: tuple[tuple[int, int], ...] = ()
     set_aside_ms: tuple[float, ...] = ()
-    aside_visits: tuple[tuple[int, int], ...] = ()
+    set_aside_blocks: tuple[tuple[int, int], ...] = ()
     rested_ms: float = 0.0
 
     @property
@@ -175,7 +175,7 @@ class AcceptanceTrace:
     def depth(self) -> int:
         return self.paths[0].depth
 
-    def survival_by_position(self) -> np.ndarray:
+    def cum_acceptance_by_position(self) -> np.ndarray:
         """Share of proposals whose first j+1 tokens were all accepted, (K,), uncensored rows only."""
         counts = np.concatenate([p.accepted[: p.scored_rows()] for p in self.paths])
         return np.array([(counts > j).mean() if len(counts) else np.nan for j in range(self.depth)])
@@ -221,12 +221,12 @@ def encode_row(row: Row) -> bytes:
     body["ms"] = row.samples_ms
     body["order"] = row.order
     if not isinstance(row, LinkRow):
-        if row.visits:
-            body["visits"] = row.visits
+        if row.blocks:
+            body["blocks"] = row.blocks
         if row.set_aside_ms:
             body["set_aside_ms"] = row.set_aside_ms
-        if row.aside_visits:
-            body["aside_visits"] = row.aside_visits
+        if row.set_aside_blocks:
+            body["set_aside_blocks"] = row.set_aside_blocks
     if row.flags:
         body["flags"] = row.flags
     if row.source != "measured":
@@ -286,8 +286,8 @@ def decode_row(line: bytes, profile: str, where: str) -> Row:
         if profile != "link":
             aside = body.get("set_aside_ms")
             common["set_aside_ms"] = () if aside is None else _samples(aside, "set_aside_ms")
-            for visits, samples in (("visits", "samples_ms"), ("aside_visits", "set_aside_ms")):
-                common[visits] = _visits(body.get(visits), len(common[samples]), visits)
+            for blocks, samples in (("blocks", "samples_ms"), ("set_aside_blocks", "set_aside_ms")):
+                common[blocks] = _visits(body.get(blocks), len(common[samples]), blocks)
         if profile == "server":
             _known(kind, STEP_KINDS)
             return StepRow(
@@ -309,18 +309,18 @@ def decode_row(line: bytes, profile: str, where: str) -> Row:
             )
         _known(kind, LINK_KINDS)
         return LinkRow(kind=kind, payload_bytes=_count(body["bytes"]), **common)
-    except KeyError as fault:
-        raise _damaged(where, f"the row has no {fault.args[0]!r}") from None
-    except (ValueError, TypeError, OverflowError) as fault:
-        raise _damaged(where, str(fault)) from None
+    except KeyError as err:
+        raise _damaged(where, f"the row has no {err.args[0]!r}") from None
+    except (ValueError, TypeError, OverflowError) as err:
+        raise _damaged(where, str(err)) from None
 
 
 def _sum(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
-def _damaged(where: str, fault: str) -> ArtifactDamaged:
-    return ArtifactDamaged(f"{where}: {fault}.", "Restore the file or measure it anew.")
+def _damaged(where: str, err: str) -> ArtifactDamaged:
+    return ArtifactDamaged(f"{where}: {err}.", "Restore the file or measure it anew.")
 
 
 def _runs(shape: BatchShape) -> list[list[int]]:
@@ -362,11 +362,11 @@ def _visits(values: object, samples: int, name: str) -> tuple[tuple[int, int], .
         return ()
     if not isinstance(values, list) or not all(isinstance(v, list) and len(v) == 2 for v in values):
         raise ValueError(f"an entry of {name!r} is not [order, samples]")
-    visits = tuple((_count(order), _count(count)) for order, count in values)
-    counts = [count for _, count in visits]
+    blocks = tuple((_count(order), _count(count)) for order, count in values)
+    counts = [count for _, count in blocks]
     if sum(counts) != samples or 0 in counts:
         raise ValueError(f"{name!r} gives {sum(counts)} samples, the row holds {samples}")
-    return visits
+    return blocks
 
 
 def _number(value: object) -> float:

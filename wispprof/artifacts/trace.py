@@ -86,8 +86,8 @@ def load_trace(path: Path) -> AcceptanceTrace:
             paths=tuple(paths),
             meta=dict(header["meta"]),
         )
-    except (KeyError, TypeError, ValueError) as fault:
-        raise _damaged(f"{path} line 1", f"bad header: {fault!r}") from None
+    except (KeyError, TypeError, ValueError) as err:
+        raise _damaged(f"{path} line 1", f"bad header: {err!r}") from None
 
 
 def _body(trace: AcceptanceTrace) -> bytes:
@@ -126,10 +126,10 @@ def _path(body: dict[str, Any], where: str) -> TracePath:
         if m and (accepted.min() < 0 or accepted.max() > depth):
             raise ValueError("'accepted' is outside 0 … depth")
         prompt = tuple(_token(t) for t in body["prompt"])
-    except KeyError as fault:
-        raise _damaged(where, f"the path has no {fault.args[0]!r}") from None
-    except (ValueError, TypeError, OverflowError) as fault:
-        raise _damaged(where, str(fault)) from None
+    except KeyError as err:
+        raise _damaged(where, f"the path has no {err.args[0]!r}") from None
+    except (ValueError, TypeError, OverflowError) as err:
+        raise _damaged(where, str(err)) from None
     return TracePath(prompt, path, drafts, features, accepted)
 
 
@@ -139,5 +139,5 @@ def _token(value: object) -> int:
     return value
 
 
-def _damaged(where: str, fault: str) -> ArtifactDamaged:
-    return ArtifactDamaged(f"{where}: {fault}.", "Restore the file or take the trace anew.")
+def _damaged(where: str, err: str) -> ArtifactDamaged:
+    return ArtifactDamaged(f"{where}: {err}.", "Restore the file or take the trace anew.")

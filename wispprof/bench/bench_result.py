@@ -13,25 +13,25 @@ import numpy as np
 from wispprof.edge.request_stats import RequestStats
 from wispprof.types import Slo
 
-__all__ = ["BenchResult", "Outcome", "StepSample", "summarise"]
+__all__ = ["BenchResult", "RequestResult", "StepSample", "summarise"]
 
 StepSample = tuple[float, float, float]
 """Predicted median, predicted bound, measured; ms."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One request. ``lossless``: its text equals the trace's path. ``fault``: why it did not finish."""
+class RequestResult:
+    """One request. ``lossless``: its text equals the trace's path. ``err``: why it did not finish."""
 
     device: int
     slo: Slo
     stats: RequestStats
     lossless: bool
-    fault: str = ""
+    err: str = ""
 
     @property
     def kept(self) -> bool:
-        return not self.fault and self.stats.kept(self.slo)
+        return not self.err and self.stats.kept(self.slo)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class BenchResult:
     load: dict[str, Any]
     figures: dict[str, float]
     steps: tuple[StepSample, ...] = ()
-    outcomes: tuple[Outcome, ...] = field(default=(), repr=False)
+    outcomes: tuple[RequestResult, ...] = field(default=(), repr=False)
     faults: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -71,7 +71,7 @@ class BenchResult:
 def summarise(
     policy: str,
     load: dict[str, Any],
-    outcomes: Sequence[Outcome],
+    outcomes: Sequence[RequestResult],
     seconds: float,
     steps: Sequence[StepSample],
     server: dict[str, float],
@@ -80,7 +80,7 @@ def summarise(
     """Boil requests down. ``seconds``: first request to last token. ``wire_bytes``: up and down over all
     connections, hellos and pings included. ``server``: what it says of its steps, where asked over HTTP.
     """
-    stats = [o.stats for o in outcomes if not o.fault]
+    stats = [o.stats for o in outcomes if not o.err]
     tokens = sum(s.tokens for s in stats)
     rounds = sum(s.rounds for s in stats)
     draft_ms = sum(s.draft_ms for s in stats)
@@ -117,7 +117,7 @@ def summarise(
     for speed in sorted({o.slo.tokens_per_s for o in outcomes}):
         mine = [o.kept for o in outcomes if o.slo.tokens_per_s == speed]
         figures[f"attainment_at_{speed:g}_tokens_per_s"] = _share(sum(mine), len(mine))
-    faults = Counter(o.fault for o in outcomes if o.fault)
+    faults = Counter(o.err for o in outcomes if o.err)
     return BenchResult(policy, load, figures, tuple(steps), tuple(outcomes), dict(faults))
 
 

@@ -9,11 +9,16 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
-from wispprof.bench.bench_result import BenchResult, Outcome, summarise
+from wispprof.bench.bench_result import BenchResult, RequestResult, summarise
 from wispprof.bench.step_watch import HandleWatch, MetricsWatch, StepWatch
 from wispprof.drafters.replay import ReplayDrafter
 from wispprof.edge.client import EdgeClient
-from wispprof.edge.connection import Dial, server_url, trust, websocket_dial
+from wispprof.edge.connection import (
+    ConnectionFactory,
+    server_url,
+    ssl_context,
+    websocket_connections,
+)
 from wispprof.edge.draft_worker import TimedWorker
 from wispprof.edge.generation import Generation, GenerationRequest
 from wispprof.errors import HandshakeRefused, ProfileError, WispprofError
@@ -22,7 +27,7 @@ from wispprof.policies.api import Controller
 from wispprof.settings.bench_settings import BenchSettings
 from wispprof.settings.edge_settings import ClientSettings
 from wispprof.simulation.systems import system
-from wispprof.testing.high_res_loop import run_precise
+from wispprof.testing.high_res_loop import run_high_res
 from wispprof.testing.link_emulator import LinkSettings, emulate
 from wispprof.types import RejectionPredictor, Slo
 
@@ -37,7 +42,7 @@ Progress = Callable[[int, int, str], None]
 
 async def run_bench(
     settings: BenchSettings,
-    server: str | RunningServer | Dial,
+    server: str | RunningServer | ConnectionFactory,
     trace: AcceptanceTrace,
     progress: Progress | None = None,
     *,
@@ -45,7 +50,7 @@ async def run_bench(
 ) -> BenchResult:
     """Offer the load of ``settings`` to ``server`` and measure what its users would have seen.
 
-    ``server``: an address, a server that runs in this process, or a dial. ``trace``: taken with the
+    ``server``: an address, a server that runs in this process, or a connect. ``trace``: taken with the
     target that the server runs; its paths are the prompts, and what every text must equal.
     Raises :class:`HandshakeRefused` or :class:`ServerUnreachable` where the first device cannot
     connect; what befalls single requests is counted in the result.
@@ -60,14 +65,14 @@ def bench(
     progress: Progress | None = None,
 ) -> BenchResult:
     """:func:`run_bench` for callers without an event loop."""
-    return run_precise(run_bench(settings, server, trace, progress), settings.devices)
+    return run_high_res(run_bench(settings, server, trace, progress), settings.devices)
 
 
 class _Fleet:
     def __init__(
         self,
         settings: BenchSettings,
-        server: str | RunningServer | Dial,
+        server: str | RunningServer | ConnectionFactory,
         trace: AcceptanceTrace,
         progress: Progress | None,
         watch: StepWatch | None,
@@ -78,7 +83,7 @@ class _Fleet:
             )
         self.settings = settings
         self.trace = trace
-        self.dial, self.watch = _reach(server, watch, settings.ca_file)
+        self.connect, self.watch = _reach(server, watch, settings.ca_file)
         self.system = system(settings.system)
         if self.system.clairvoyant:
             raise WispprofError(
@@ -87,7 +92,7 @@ class _Fleet:
         self.controller = settings.controller or self.system.controller
         self.drafting = settings.drafting or self.system.drafting
         self.predictor = _predictor(settings)
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[RequestResult] = []
         self.through = 0
         self.progress = progress
         self.total = settings.requests * (1 if settings.rate_per_s else settings.devices)
@@ -169,21 +174,21 @@ class _Fleet:
         generation = Generation(client, request, worker, controller, self.drafting)
         loop = asyncio.get_running_loop()
         self.first_s = loop.time() if self.first_s is None else self.first_s
-        fault, lossless = "", True
+        err, lossless = "", True
         try:
             await generation.run()
         except HandshakeRefused:
             raise
         except WispprofError as error:
-            fault = str(error)
+            err = str(error)
             lossless = not isinstance(error, ProfileError)  # the target left the recorded path
         if self.settings.hold and self.through == self.settings.devices:
             return  # it ended after the load that is measured
         out = generation.output
         lossless = lossless and out == path.path[: len(out)]
-        lossless = lossless and (bool(fault) or len(out) == request.max_new)
+        lossless = lossless and (bool(err) or len(out) == request.max_new)
         self.last_s = loop.time()
-        self.outcomes.append(Outcome(number, slo, generation.stats, lossless, fault))
+        self.outcomes.append(RequestResult(number, slo, generation.stats, lossless, err))
         if self.progress is not None:
             kept = sum(o.kept for o in self.outcomes)
             done = len(self.outcomes)
@@ -209,11 +214,11 @@ class _Fleet:
         )
         return worker, controller
 
-    def _dial_of(self, number: int) -> Dial:
+    def _dial_of(self, number: int) -> ConnectionFactory:
         profile = self.settings.link
         if profile.rtt_ms == 0 and profile.jitter_ms == 0 and profile.loss == 0:
-            return self.dial
-        return emulate(self.dial, LinkSettings(profile, seed=self.settings.seed * 1000 + number))
+            return self.connect
+        return emulate(self.connect, LinkSettings(profile, seed=self.settings.seed * 1000 + number))
 
     def _client_of(self, number: int) -> ClientSettings:
         return ClientSettings(
@@ -224,15 +229,15 @@ class _Fleet:
 
 
 def _reach(
-    server: str | RunningServer | Dial, watch: StepWatch | None, ca_file: Path | None
-) -> tuple[Dial, StepWatch | None]:
+    server: str | RunningServer | ConnectionFactory, watch: StepWatch | None, ca_file: Path | None
+) -> tuple[ConnectionFactory, StepWatch | None]:
     if isinstance(server, str):
         url = server_url(server)
-        trusted = trust(ca_file)
-        return websocket_dial(url, ssl=trusted), watch or MetricsWatch(url, trusted)
+        trusted = ssl_context(ca_file)
+        return websocket_connections(url, ssl=trusted), watch or MetricsWatch(url, trusted)
     if callable(server):
         return server, watch
-    return websocket_dial(server.split_url), watch or HandleWatch(server)
+    return websocket_connections(server.split_url), watch or HandleWatch(server)
 
 
 def _predictor(settings: BenchSettings) -> RejectionPredictor | None:

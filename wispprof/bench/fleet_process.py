@@ -16,7 +16,7 @@ from wispprof.artifacts import load_trace
 from wispprof.bench.bench_result import BenchResult
 from wispprof.bench.fleet import Progress, run_bench
 from wispprof.settings.bench_settings import BenchSettings
-from wispprof.testing.high_res_loop import run_precise
+from wispprof.testing.high_res_loop import run_high_res
 
 __all__ = ["FleetProcess"]
 
@@ -45,7 +45,7 @@ class FleetProcess:
     def __exit__(
         self,
         kind: type[BaseException] | None,
-        fault: BaseException | None,
+        err: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -90,4 +90,4 @@ def _bench(settings: BenchSettings, url: str, trace: Path, tell: bool) -> BenchR
 
     # Told nobody, words would fill the pipe, and the fleet would stand still on the next one.
     main = run_bench(settings, url, load_trace(trace), say if tell else None)
-    return run_precise(main, settings.devices)
+    return run_high_res(main, settings.devices)

@@ -21,12 +21,12 @@ from wispprof.simulation.arrivals import ClosedFleet, Request
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.event_loop import Simulation
 from wispprof.simulation.scenario import DEVICE_STEP, SLO_STEP, Scenario, ServerModel, pick
-from wispprof.simulation.simulated_edge import Edge
+from wispprof.simulation.simulated_edge import SimulatedEdge
 from wispprof.simulation.systems import System
 from wispprof.simulation.trace_replay import TraceReplay
 from wispprof.types import RejectionPredictor, Slo
 
-__all__ = ["Mix", "Twin", "twin"]
+__all__ = ["Mix", "SimulatedBench", "simulate_bench"]
 
 _LONGEST_S = 3600.0
 
@@ -50,7 +50,7 @@ class Mix:
 
 
 @dataclass(frozen=True)
-class Twin:
+class SimulatedBench:
     """The figures that can be held against a bench's, named and defined as there."""
 
     attainment: float
@@ -61,7 +61,7 @@ class Twin:
     steps: int
 
     @classmethod
-    def mean(cls, runs: Sequence[Twin]) -> Twin:
+    def mean(cls, runs: Sequence[SimulatedBench]) -> SimulatedBench:
         """Over several seeds."""
         count = len(runs)
         return cls(
@@ -95,7 +95,7 @@ class _Ending(Simulation):
         prompt, path = self._source.lengths(*who)
         self._ask(now_ms, (*who, Request(now_ms, prompt, min(self._offered.max_new, path))))
 
-    def ended(self, now_ms: float, edge: Edge) -> None:
+    def ended(self, now_ms: float, edge: SimulatedEdge) -> None:
         load, made = self._offered, edge.record.number + 1
         self._through += made == load.requests
         if self._through == load.devices:
@@ -104,7 +104,7 @@ class _Ending(Simulation):
             super().ended(now_ms, edge)
 
 
-def twin(
+def simulate_bench(
     load: BenchSettings,
     mix: Mix,
     system: System,
@@ -112,7 +112,7 @@ def twin(
     trace: AcceptanceTrace,
     predictor: RejectionPredictor,
     seeds: Sequence[int] = (0, 1, 2),
-) -> Twin:
+) -> SimulatedBench:
     """Simulate the closed fleet that ``load`` offers; the mean over ``seeds``.
 
     ``load.device`` and ``load.tokens_per_s`` must be dealt by ``mix``. Raises :class:`WispprofError` for
@@ -140,10 +140,10 @@ def twin(
         )
         for seed in seeds
     ]
-    return Twin.mean(runs)
+    return SimulatedBench.mean(runs)
 
 
-def _run(scenario: Scenario, load: BenchSettings, source: TraceReplay) -> Twin:
+def _run(scenario: Scenario, load: BenchSettings, source: TraceReplay) -> SimulatedBench:
     simulation = _Ending(scenario, load, source)
     simulation.run()
     records, counters = simulation.records, simulation.counters
@@ -153,7 +153,7 @@ def _run(scenario: Scenario, load: BenchSettings, source: TraceReplay) -> Twin:
     kept = [r for r in done if r.kept(r.last_ms)]
     began = min(r.asked_ms for r in records)
     seconds = (max(r.last_ms for r in done) - began) / 1000.0 if done else math.nan
-    return Twin(
+    return SimulatedBench(
         len(kept) / len(records),
         sum(r.tokens for r in kept) / seconds,
         sum(r.tokens for r in done) / seconds,

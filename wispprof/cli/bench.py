@@ -67,7 +67,7 @@ def bench(
     from wispprof.artifacts import load_trace
     from wispprof.bench import bench as run
     from wispprof.settings.bench_settings import BenchSettings, device_of
-    from wispprof.simulation.devices import LinkProfile
+    from wispprof.simulation.devices import LinkModel
 
     recorded = load_trace(trace)
     kinds = tuple(device_of(name) for name in device or ["medium"])
@@ -84,7 +84,7 @@ def bench(
             max_new=max_tokens,
             rate_per_s=rate,
             think_ms=think,
-            link=LinkProfile(rtt_ms=rtt, jitter_ms=jitter),
+            link=LinkModel(rtt_ms=rtt, jitter_ms=jitter),
             controller="fixed" if fixed and not controller else controller,
             options={"k": k} if fixed else {},
             predictor=predictor,
@@ -97,8 +97,8 @@ def bench(
     document = [result.record(requests=True) for result in results]
     common.result(document if len(document) > 1 else document[0], _shown(results), as_json)
     for result in results:
-        for fault, count in result.faults.items():
-            common.warn(f"{result.policy}: {count} requests failed: {fault}")
+        for err, count in result.faults.items():
+            common.warn(f"{result.policy}: {count} requests failed: {err}")
     wrong = [result.policy for result in results if not result.lossless]
     if wrong:
         raise common.fail(

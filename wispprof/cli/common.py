@@ -224,10 +224,10 @@ def _escape(text: str) -> str:
     return escape(text)
 
 
-def fail(message: str, fix: str = "", code: int = FAULT) -> typer.Exit:
+def fail(message: str, hint: str = "", code: int = FAULT) -> typer.Exit:
     """Print the one line of a fault and return the exit to raise: ``raise fail("…", "…")``."""
     line = f"[bold red]error:[/bold red] {_escape(message)}"
-    console().print(f"{line} [green]{_escape(fix)}[/green]" if fix else line, soft_wrap=True)
+    console().print(f"{line} [green]{_escape(hint)}[/green]" if hint else line, soft_wrap=True)
     return typer.Exit(code)
 
 
@@ -240,20 +240,20 @@ def guard() -> Iterator[None]:
     debug = bool(os.environ.get("WISPPROF_DEBUG"))
     try:
         yield
-    except WispprofError as fault:
+    except WispprofError as err:
         if debug:
             raise
-        message = str(fault).removesuffix(fault.fix).rstrip() if fault.fix else str(fault)
-        raise fail(message, fault.fix) from fault
+        message = str(err).removesuffix(err.hint).rstrip() if err.hint else str(err)
+        raise fail(message, err.hint) from err
     except KeyboardInterrupt as stop:
         console().print("Interrupted. Complete files and rows are kept.", style="yellow")
         raise typer.Exit(INTERRUPTED) from stop
-    except OSError as fault:
-        fix = _OS_FIXES.get(fault.errno or 0)
-        if debug or fix is None:
+    except OSError as err:
+        hint = _OS_FIXES.get(err.errno or 0)
+        if debug or hint is None:
             raise
-        where = f": {fault.filename}" if fault.filename else ""
-        raise fail(f"{fault.strerror}{where}.", fix) from fault
+        where = f": {err.filename}" if err.filename else ""
+        raise fail(f"{err.strerror}{where}.", hint) from err
 
 
 _OS_FIXES = {

@@ -41,9 +41,9 @@ def doctor(
     """
     from rich.text import Text
 
-    from wispprof.doctor import CHECKS, Finding, Situation, examine
+    from wispprof.doctor import CHECKS, DoctorContext, Finding, examine
 
-    situation = Situation(
+    situation = DoctorContext(
         target=target,
         draft=draft,
         host=host,
@@ -66,8 +66,8 @@ def doctor(
     table = common.table("", "", "check", "found")
     for finding in findings:
         text = Text(finding.found)
-        if finding.fix:
-            text.append(f"\n{finding.fix}", style="green")
+        if finding.hint:
+            text.append(f"\n{finding.hint}", style="green")
         style = _STYLES[finding.status]
         table.add_row(Text(finding.status, style=style), finding.what, text)
     failed = [f.what for f in findings if f.status == "fail"]

@@ -15,7 +15,7 @@ import typer
 from wispprof.cli import common
 
 if TYPE_CHECKING:
-    from wispprof.edge.edge_runtime import EdgeHouse, EdgeSettings, Prompt
+    from wispprof.edge.edge_runtime import EdgeRuntime, EdgeSettings, Prompt
 
 Server = Annotated[
     str, typer.Option(help="Address of the server (default: start one here on the bundled pair).")
@@ -79,7 +79,7 @@ def _edge_settings(
     plan: PlanFile = None,
     plan_device: PlanDevice = "",
     mode: Mode = "",
-    lead: Lead = 24,
+    draft_ahead: Lead = 24,
     proactive: Proactive = 8,
     slo: Speed = 2.0,
     fallback: Fallback = "none",
@@ -106,7 +106,7 @@ def _edge_settings(
         plan=plan,
         plan_device=plan_device,
         mode=mode,
-        lead=lead,
+        draft_ahead=draft_ahead,
         proactive=proactive,
         tokens_per_s=slo,
         fallback=fallback,
@@ -164,9 +164,9 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, seed)
 
     async def main() -> None:
-        async with open_edge(settings) as house:
-            ask = Prompt(house.encode(prompt), max_tokens, sampling, tuple(stop or ()))
-            document = await _answer(house, ask, show=not as_json)
+        async with open_edge(settings) as runtime:
+            ask = Prompt(runtime.encode(prompt), max_tokens, sampling, tuple(stop or ()))
+            document = await _answer(runtime, ask, show=not as_json)
             if as_json:
                 common.emit_json({"prompt": prompt, **document})
 
@@ -190,8 +190,8 @@ def chat(
     from wispprof.types import Sampling
 
     async def main() -> None:
-        async with open_edge(settings) as house:
-            if not getattr(house.tokenizer, "chat_template", None):
+        async with open_edge(settings) as runtime:
+            if not getattr(runtime.tokenizer, "chat_template", None):
                 common.note(
                     "This model has no chat template: it continues the conversation as text."
                 )
@@ -200,8 +200,8 @@ def chat(
             while said := await asyncio.to_thread(_ask):
                 messages.append({"role": "user", "content": said})
                 sampling = Sampling(temperature, top_k, top_p, seed + turn)
-                ask = Prompt(house.chat(messages), max_tokens, sampling)
-                document = await _answer(house, ask, show=True)
+                ask = Prompt(runtime.chat(messages), max_tokens, sampling)
+                document = await _answer(runtime, ask, show=True)
                 messages.append({"role": "assistant", "content": str(document["text"])})
                 turn += 1
 
@@ -224,8 +224,8 @@ def edge(
 
     from wispprof.edge.local_api import serve_edge
 
-    def announce(house: EdgeHouse, where: str) -> None:
-        common.note(f"{house.model} answers at {where}/v1 (Ctrl-C ends)")
+    def announce(runtime: EdgeRuntime, where: str) -> None:
+        common.note(f"{runtime.model} answers at {where}/v1 (Ctrl-C ends)")
 
     asyncio.run(serve_edge(replace(settings, max_tokens=max_tokens), host, port, announce))
 
@@ -247,7 +247,7 @@ def link(
     """Emulate a link: a proxy with delay, jitter, bandwidth, loss, stalls and cuts before a server."""
     import asyncio
 
-    from wispprof.simulation.devices import LinkProfile
+    from wispprof.simulation.devices import LinkModel
     from wispprof.testing.link_emulator import LinkProxy, LinkSettings
 
     far_host, _, far_port = target.rpartition(":")
@@ -255,14 +255,14 @@ def link(
         raise common.fail(f"{target!r} is no HOST:PORT.", "Example: 127.0.0.1:8200", common.USAGE)
     try:
         settings = LinkSettings(
-            LinkProfile(rtt, jitter, loss, up, down),
+            LinkModel(rtt, jitter, loss, up, down),
             stall_every * 1000.0,
             stall * 1000.0,
             cut_every * 1000.0,
             seed,
         )
-    except ValueError as fault:
-        raise common.fail(f"{fault}.", "Correct the options.", common.USAGE) from fault
+    except ValueError as err:
+        raise common.fail(f"{err}.", "Correct the options.", common.USAGE) from err
 
     async def main() -> None:
         async with LinkProxy(host, port, far_host, int(far_port), settings) as proxy:
@@ -275,9 +275,9 @@ def link(
 # --- shared ---------------------------------------------------------------------------------------
 
 
-async def _answer(house: EdgeHouse, ask: Prompt, show: bool) -> dict[str, Any]:
+async def _answer(runtime: EdgeRuntime, ask: Prompt, show: bool) -> dict[str, Any]:
     """Generate one answer, shown as it comes where asked; its document."""
-    reply = house.reply(ask)
+    reply = runtime.reply(ask)
     pieces: list[str] = []
     marked = False
     async for piece in reply.text():
@@ -297,7 +297,7 @@ async def _answer(house: EdgeHouse, ask: Prompt, show: bool) -> dict[str, Any]:
         "tokens": reply.tokens,
         "finished": reply.finished,
         "verified": reply.verified,
-        "model": house.model,
+        "model": runtime.model,
         "stats": reply.stats.summary(),
     }
 

@@ -94,7 +94,7 @@ def fit(
                 "again": found.again,
                 "floor": {f"{level:g}": ratio for level, ratio in found.floor.items()},
                 "paced_floor": {f"{k:g}": ratio for k, ratio in found.paced_floor.items()},
-                "blocks": found.blocks,
+                "groups": found.groups,
                 "regimes": found.regimes,
                 "splits": found.splits,
                 "learning": found.learning,
@@ -150,7 +150,7 @@ def _show_evaluation(found: Evaluation) -> None:
             caption="cover: samples under the bound at 95 %. bound: bound ÷ median.\noracle: knows another "
             "measurement of each shape, and the quantile of its own samples.",
         )
-        for row in (r for r in found.blocks if r["in_domain"] == inside):
+        for row in (r for r in found.groups if r["in_domain"] == inside):
             errors.add_row(row["scheme"], row["estimator"], *_figures(row))
         if inside and found.again is not None:
             oracle = {**found.again, "shapes": "", "coverage": 0.95, "sharpness": found.floor[0.95]}

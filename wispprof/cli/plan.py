@@ -180,7 +180,9 @@ def diff(
 
     changes = compare(load_plan(before), load_plan(after))
     if not all_fields:
-        changes = [c for c in changes if c.field in ("cell", "k", "lead", "feasible", "stop")]
+        changes = [
+            c for c in changes if c.field in ("cell", "k", "draft_ahead", "feasible", "stop")
+        ]
     shown = table(f"{len(changes)} differences", "cell", "field", ">before", ">after")
     for change in changes:
         shown.add_row(change.cell, change.field, _text(change.before), _text(change.after))

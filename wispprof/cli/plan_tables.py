@@ -59,7 +59,7 @@ def _show_drafts(plan: Plan, device: str, mode: str) -> None:
             f"{row.tokens_per_s:g}",
             str(row.k),
             f"{row.stop:.2f}" if row.k else "",
-            str(row.lead) if row.k else "",
+            str(row.draft_ahead) if row.k else "",
             f"{row.expected_tokens_per_s:.2f}",
             f"{row.by_k[0]:.2f}" if row.by_k else "",
             *([f"{row.dollars_per_mtoken:.3g}"] if priced else []),

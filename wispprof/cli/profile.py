@@ -67,8 +67,8 @@ def validate(
                 if isinstance(loaded, ServerProfile):
                     check_physics(loaded.rows, loaded.manifest.model)
             verdicts[str(path)] = "good"
-        except (ArtifactError, ProfileError) as fault:
-            verdicts[str(path)] = str(fault)
+        except (ArtifactError, ProfileError) as err:
+            verdicts[str(path)] = str(err)
     shown = table("Validation", "file", "verdict")
     for name, verdict in verdicts.items():
         shown.add_row(name, verdict)

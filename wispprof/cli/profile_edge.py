@@ -87,7 +87,7 @@ def profile_edge(
     asked = {k: v for k, v in (("contexts", contexts), ("chunks", chunks)) if v}
     axes = override_edge(load_edge_axes(grid), asked, "options") if asked else None
     sampling = Sampling(temperature, top_k, top_p, seed)
-    settings = edge_profiler.EdgeSettings(
+    settings = edge_profiler.EdgeProfilerSettings(
         draft=draft,
         dtype=dtype,
         device=device,
@@ -168,16 +168,16 @@ def trace(
         seed=seed,
     )
     taken, digest = _take(settings, server, key, ca_file, out)
-    survival = taken.survival_by_position().tolist()
+    cum_acceptance = taken.cum_acceptance_by_position().tolist()
     shown = table(f"Accepted drafts of {taken.draft} under {taken.target}", "position", ">survival")
-    for position, share in enumerate(survival, start=1):
+    for position, share in enumerate(cum_acceptance, start=1):
         shown.add_row(str(position), f"{share:.3f}")
     document = {
         "file": str(out),
         "hash": digest,
         "paths": len(taken.paths),
         "tokens": sum(len(path.path) for path in taken.paths),
-        "survival": survival,
+        "cum_acceptance": cum_acceptance,
     }
     result(document, shown, as_json)
 

@@ -30,7 +30,7 @@ def profile_link(
     """Measure round trip, jitter and bandwidth to a server, in its own frames."""
     from wispprof.profiling import link_profiler
 
-    settings = link_profiler.LinkSettings(
+    settings = link_profiler.LinkProfilerSettings(
         server, key, count=count, output=output_of(out, False, overwrite), ca_file=ca_file
     )
     with tracker("profile-link") as report:

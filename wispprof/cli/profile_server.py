@@ -75,7 +75,7 @@ def profile_server(
     asked = {k: v for k, v in (("items", items), ("new", new), ("cached", cached)) if v}
     if asked:
         axes = override(load_axes(grid), asked, "options")
-    settings = server_profiler.ServerSettings(
+    settings = server_profiler.ServerProfilerSettings(
         model=model,
         shape=shape,
         dtype=dtype,

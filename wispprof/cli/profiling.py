@@ -121,14 +121,14 @@ def announce(plan: Announcement, as_json: bool) -> None:
     from wispprof.profiling.workload import duration
 
     shown = table(
-        f"{len(plan.shots)} shots, about {duration(plan.expected_s)} (by {plan.basis})",
+        f"{len(plan.workloads)} shots, about {duration(plan.expected_s)} (by {plan.basis})",
         "kind",
-        "shot",
+        "workload",
     )
-    for shot in plan.shots:
-        shown.add_row(shot.kind, shot.key)
+    for workload in plan.workloads:
+        shown.add_row(workload.kind, workload.key)
     document = {
-        "shots": [{"kind": shot.kind, "key": shot.key} for shot in plan.shots],
+        "workloads": [{"kind": workload.kind, "key": workload.key} for workload in plan.workloads],
         "expected_s": plan.expected_s,
         "basis": plan.basis,
     }

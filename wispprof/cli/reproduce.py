@@ -14,7 +14,7 @@ from wispprof.cli.common import JsonFlag, result, table, tracker
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from wispprof.simulation.reproduce import Comparison, Figure
+    from wispprof.simulation.reproduce import Figure, ReproducedTable
 
 __all__ = ["register", "shown"]
 
@@ -46,7 +46,7 @@ def reproduce(
     result(_document(found), shown(found), as_json)
 
 
-def _document(found: Comparison) -> Mapping[str, Any]:
+def _document(found: ReproducedTable) -> Mapping[str, Any]:
     return {
         "paper": found.title,
         "citation": found.citation,
@@ -64,7 +64,7 @@ def _document(found: Comparison) -> Mapping[str, Any]:
     }
 
 
-def shown(found: Comparison) -> RenderableType:
+def shown(found: ReproducedTable) -> RenderableType:
     """One column a setup, by letter, so that a terminal of 80 columns holds them all; below, what each is."""
     from rich.console import Group
     from rich.table import Table as Grid

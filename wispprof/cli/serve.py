@@ -68,7 +68,7 @@ def serve(
     max_drafts: Annotated[int, typer.Option(min=1, max=64, help="Lead an edge may take.")] = 32,
     max_sessions: Annotated[int, typer.Option(min=1, help="Most sessions at a time.")] = 1024,
     sessions_per_key: Annotated[int, typer.Option(min=1, help="Most sessions of one key.")] = 1024,
-    gather_ms: Annotated[
+    coalesce_ms: Annotated[
         float,
         typer.Option(min=0.0, help="How long frames may lie unread during a step; 0: not at all."),
     ] = 8.0,
@@ -115,13 +115,13 @@ def serve(
             max_drafts=max_drafts,
             max_sessions=max_sessions,
             sessions_per_key=sessions_per_key,
-            gather_ms=gather_ms,
+            coalesce_ms=coalesce_ms,
             admit=admit,
             live=live,
             log_level=log_level,
         )
-    except ValueError as fault:
-        raise fail(str(fault), "Correct the option.", code=2) from fault
+    except ValueError as err:
+        raise fail(str(err), "Correct the option.", code=2) from err
     configure_logging(log_level, quiet=live)
 
     def announce(server: VerificationServer, taken: int) -> None:
@@ -143,7 +143,7 @@ def serve(
     if not rank_server.is_rank():
         rank_server.launch(tensor_parallel)
         return
-    if rank_server.leads():
+    if rank_server.is_rank0():
         note(f"loading {settings.target} …")
     rank_server.serve_ranks(settings, announce)
 
@@ -190,7 +190,7 @@ def _resolved(server: VerificationServer, settings: ServerSettings, port: int) -
         ),
         ("plan", f"{settings.plan} ({server.plan.hash[:12]})" if server.plan else "none"),
         ("step log", settings.step_log or "none"),
-        ("KV cache", f"{server.house.kv_total} tokens"),
+        ("KV cache", f"{server.manager.kv_total} tokens"),
         ("ranks", settings.tensor_parallel),
         ("address", f"{settings.host}:{port}{' (TLS)' if settings.tls_cert else ''}"),
         ("API keys", len(settings.api_keys) or "none (loopback only)"),

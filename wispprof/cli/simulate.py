@@ -106,7 +106,7 @@ def simulate(
     """Simulate a fleet of edges on one server, under one policy or several."""
     from wispprof.errors import PlanError
     from wispprof.simulation.arrivals import Lengths
-    from wispprof.simulation.devices import LinkProfile
+    from wispprof.simulation.devices import LinkModel
     from wispprof.simulation.scenario import Scenario
     from wispprof.simulation.scenario_inputs import load_of, read_inputs, slo_mix, with_plan
     from wispprof.simulation.systems import SYSTEMS, system
@@ -146,7 +146,7 @@ def simulate(
             load,
             inputs.acceptance,
             devices=((inputs.device, 1.0),),
-            links=((LinkProfile(rtt, jitter, loss), 1.0),),
+            links=((LinkModel(rtt, jitter, loss), 1.0),),
             slos=slo_mix(slo or [4.0], ttft),
             seconds=seconds,
             warmup_s=warmup,

@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from wispprof.artifacts import write_document
-from wispprof.demo.measure_machine import Measured, Stage, first_token_ms, promises
+from wispprof.demo.measure_machine import Measured, Stage, first_token_ms, slo_classes
 from wispprof.errors import EngineError
-from wispprof.reporting import ANSWER_KIND, BENCH_KIND, Answer, Bench, Piece
+from wispprof.reporting import ANSWER_KIND, BENCH_KIND, Answer, Bench, TextSpan
 from wispprof.settings.demo_settings import DemoSettings
 from wispprof.simulation.systems import system
 
 if TYPE_CHECKING:
-    from wispprof.engines.torch.engine import VerifierEngine
+    from wispprof.engines.torch.engine import TorchEngine
     from wispprof.server.process import RunningServer
 
 __all__ = ["answer", "compare", "make_engine"]
@@ -23,13 +23,13 @@ __all__ = ["answer", "compare", "make_engine"]
 TARGET_NAME = "reference-pair"
 
 
-def make_engine(settings: DemoSettings, measured: Measured) -> VerifierEngine:
+def make_engine(settings: DemoSettings, measured: Measured) -> TorchEngine:
     """The one verifier engine that all servers of the demo run on, one after the other."""
-    from wispprof.engines.torch.engine import VerifierEngine
+    from wispprof.engines.torch.engine import TorchEngine
 
     longest = settings.prompt_tokens + max(settings.max_new, settings.path_tokens) + 64
     sessions = 4 * settings.devices
-    engine = VerifierEngine(
+    engine = TorchEngine(
         measured.target, kv_tokens=2 * settings.devices * longest + 2048, max_sessions=sessions
     )
     engine.warm_up()
@@ -38,7 +38,7 @@ def make_engine(settings: DemoSettings, measured: Measured) -> VerifierEngine:
 
 @asynccontextmanager
 async def serving(
-    name: str, engine: VerifierEngine, measured: Measured
+    name: str, engine: TorchEngine, measured: Measured
 ) -> AsyncIterator[RunningServer]:
     """A server on a loopback port under the batching policy of system ``name``.
 
@@ -68,7 +68,7 @@ async def serving(
 
 
 async def answer(
-    settings: DemoSettings, measured: Measured, engine: VerifierEngine, stage: Stage
+    settings: DemoSettings, measured: Measured, engine: TorchEngine, stage: Stage
 ) -> Answer:
     """A real draft model answers a prompt through a real server; written as ``answer.json``."""
     from wispprof.edge.edge_runtime import EdgeSettings, Prompt, open_edge
@@ -83,9 +83,9 @@ async def answer(
             plan=settings.out / "plan.json",
             plan_device=measured.device.name,
         )
-        async with open_edge(edge) as house:
-            ask = Prompt(house.encode(settings.prompt), settings.answer_tokens, settings.answer)
-            reply = house.reply(ask)
+        async with open_edge(edge) as runtime:
+            ask = Prompt(runtime.encode(settings.prompt), settings.answer_tokens, settings.answer)
+            reply = runtime.reply(ask)
             commits: list[list[int]] = []
             done = 0
             async for _ in reply.text():
@@ -98,33 +98,33 @@ async def answer(
                 settings.answer_tokens,
                 f"{reply.stats.tokens_per_s:.0f} tokens/s",
             )
-            text = TextStream(house.tokenizer, ask.tokens)
+            text = TextStream(runtime.tokenizer, ask.tokens)
             pieces = []
             for commit in commits:
                 for place, token in enumerate(commit):
                     # The last token of a commit is the target's own; those before it were drafted.
                     origin = "draft" if place < len(commit) - 1 else "target"
-                    pieces.append(Piece(text.push([token]), origin))
-            pieces.append(Piece(text.finish(), "target"))
+                    pieces.append(TextSpan(text.push([token]), origin))
+            pieces.append(TextSpan(text.finish(), "target"))
     found = Answer(settings.prompt, _joined(pieces), reply.stats.summary())
     write_document(settings.out / "answer.json", ANSWER_KIND, found.payload())
     return found
 
 
-def _joined(pieces: list[Piece]) -> tuple[Piece, ...]:
+def _joined(pieces: list[TextSpan]) -> tuple[TextSpan, ...]:
     """Neighbours of one origin as one piece."""
-    joined: list[Piece] = []
+    joined: list[TextSpan] = []
     for piece in pieces:
         if not piece.text:
             continue
         if joined and joined[-1].origin == piece.origin:
-            piece = Piece(joined.pop().text + piece.text, piece.origin)
+            piece = TextSpan(joined.pop().text + piece.text, piece.origin)
         joined.append(piece)
     return tuple(joined)
 
 
 async def compare(
-    settings: DemoSettings, measured: Measured, engine: VerifierEngine, stage: Stage
+    settings: DemoSettings, measured: Measured, engine: TorchEngine, stage: Stage
 ) -> list[Bench]:
     """The same load under every system, one after the other; written as ``bench-SYSTEM.json``.
 
@@ -133,7 +133,7 @@ async def compare(
     """
     from wispprof.bench import FleetProcess
     from wispprof.settings.bench_settings import BenchSettings
-    from wispprof.simulation.devices import LinkProfile
+    from wispprof.simulation.devices import LinkModel
 
     found = []
     with FleetProcess() as fleet:
@@ -142,12 +142,12 @@ async def compare(
                 system=name,
                 devices=settings.devices,
                 device=(replace(measured.device, draft_ms=round(measured.device.draft_ms, 2)),),
-                tokens_per_s=promises(settings, measured.estimator),
+                tokens_per_s=slo_classes(settings, measured.estimator),
                 ttft_ms=first_token_ms(settings, measured.estimator),
                 requests=settings.requests,
                 hold=True,
                 max_new=settings.max_new,
-                link=LinkProfile(rtt_ms=settings.rtt_ms),
+                link=LinkModel(rtt_ms=settings.rtt_ms),
                 predictor=measured.predictor,
                 seed=settings.seed,
             )

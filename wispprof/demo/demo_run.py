@@ -28,7 +28,7 @@ class DemoResult:
     report: Path
     seconds: float
     estimator_mape: float
-    survival: tuple[float, ...]
+    cum_acceptance: tuple[float, ...]
     flagged: float
 
     @property
@@ -48,7 +48,7 @@ class DemoResult:
             "lossless": self.lossless,
             "systems": {b.policy: {name: b.figure(name) for name in names} for b in self.benches},
             "answer_tokens_per_s": self.answer.stats.get("tokens_per_s"),
-            "acceptance_by_position": [round(float(s), 3) for s in self.survival],
+            "acceptance_by_position": [round(float(s), 3) for s in self.cum_acceptance],
             "estimator_mape_percent": round(self.estimator_mape, 2),
             "flagged_rows_share": round(self.flagged, 3),
             "report": str(self.report),
@@ -58,7 +58,7 @@ class DemoResult:
 
 def run_demo(settings: DemoSettings, stage: Stage) -> DemoResult:
     """Run every stage and write the report. Artifacts of an earlier demo in ``out`` are replaced."""
-    from wispprof.server import run_front
+    from wispprof.server import run_coalescing
 
     began = time.monotonic()
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def run_demo(settings: DemoSettings, stage: Stage) -> DemoResult:
         old.unlink()  # another choice of systems must not leave its results behind
     with _a_core_for_the_fleet():
         measured = measure(settings, stage)
-        found, benches = run_front(_serve(settings, measured, stage))
+        found, benches = run_coalescing(_serve(settings, measured, stage))
     run = load_run(settings.out)
     page = write_report(run, settings.out / "report.html")
     kind = measured.estimator.kind
@@ -76,7 +76,7 @@ def run_demo(settings: DemoSettings, stage: Stage) -> DemoResult:
         report=page,
         seconds=time.monotonic() - began,
         estimator_mape=float(measured.estimator.report["held_out"][kind]["mape"]),
-        survival=tuple(float(s) for s in measured.trace.survival_by_position()),
+        cum_acceptance=tuple(float(s) for s in measured.trace.cum_acceptance_by_position()),
         flagged=sum(bool(row.flags) for row in measured.server.rows) / len(measured.server.rows),
     )
 

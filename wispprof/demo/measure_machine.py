@@ -27,7 +27,7 @@ __all__ = [
     "expected_speed",
     "first_token_ms",
     "measure",
-    "promises",
+    "slo_classes",
 ]
 
 Progress = Callable[[int, int, str], None]
@@ -57,9 +57,9 @@ def measure(settings: DemoSettings, stage: Stage) -> Measured:
     """Profile both sides, take an acceptance trace, fit, plan. Writes every artifact to ``out``."""
     from wispprof.engines.loading import load_model
     from wispprof.profiling.acceptance_trace import TraceSettings, take_trace
-    from wispprof.profiling.edge_profiler import EdgeSettings, profile_edge
+    from wispprof.profiling.edge_profiler import EdgeProfilerSettings, profile_edge
     from wispprof.profiling.profile_run import Output
-    from wispprof.profiling.server_profiler import ServerSettings, profile_server
+    from wispprof.profiling.server_profiler import ServerProfilerSettings, profile_server
 
     out = settings.out
     report = stage("load the pair")
@@ -70,7 +70,7 @@ def measure(settings: DemoSettings, stage: Stage) -> Measured:
     report(2, MODEL_LOADS, "")
 
     server = profile_server(
-        ServerSettings(
+        ServerProfilerSettings(
             axes=settings.axes,
             sweep=settings.sweep,
             output=Output(out / "server", overwrite=True),
@@ -79,7 +79,7 @@ def measure(settings: DemoSettings, stage: Stage) -> Measured:
         loaded=target,
     )
     edge = profile_edge(
-        EdgeSettings(
+        EdgeProfilerSettings(
             sweep=settings.sweep,
             output=Output(out / "edge", overwrite=True),
         ),
@@ -115,7 +115,7 @@ def measure(settings: DemoSettings, stage: Stage) -> Measured:
         trace,
         PlanSettings(
             rtts_ms=(1.0, 5.0, 20.0, 50.0, 100.0),
-            slos=promises(settings, fitted.estimator),
+            slos=slo_classes(settings, fitted.estimator),
             k_max=settings.depth,
             context=settings.prompt_tokens + settings.path_tokens // 2,
             max_sessions=64,
@@ -144,7 +144,7 @@ def expected_speed(estimator: FittedEstimator, sessions: int, cached: int) -> fl
     return 1000.0 / estimator.predict(BatchShape.uniform(sessions, 1, cached))[0]
 
 
-def promises(settings: DemoSettings, estimator: FittedEstimator) -> tuple[float, ...]:
+def slo_classes(settings: DemoSettings, estimator: FittedEstimator) -> tuple[float, ...]:
     """The SLO classes of the load in tokens/s, rising, to two digits."""
     cached = settings.prompt_tokens + settings.max_new // 2
     alone = expected_speed(estimator, settings.devices, cached)

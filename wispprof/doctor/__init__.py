@@ -1,10 +1,10 @@
 """Checks of an installation: what could go wrong on this machine, found before it does, with its fix.
 
-A check is a function from a :class:`Situation` to a :class:`Finding`. It reads the world through the
+A check is a function from a :class:`DoctorContext` to a :class:`Finding`. It reads the world through the
 situation where it can, so that tests can plant each fault.
 """
 
-from wispprof.doctor.findings import Check, Finding, Situation, examine
+from wispprof.doctor.findings import Check, DoctorContext, Finding, examine
 from wispprof.doctor.machine_checks import (
     artifacts,
     clock,
@@ -40,4 +40,4 @@ CHECKS: tuple[Check, ...] = (
     artifacts,
 )
 
-__all__ = ["CHECKS", "Check", "Finding", "Situation", "examine"]
+__all__ = ["CHECKS", "Check", "DoctorContext", "Finding", "examine"]

@@ -9,14 +9,14 @@ from typing import Literal
 
 from wispprof.errors import WispprofError
 
-__all__ = ["Check", "Finding", "Situation", "examine"]
+__all__ = ["Check", "DoctorContext", "Finding", "examine"]
 
 Status = Literal["ok", "warn", "fail", "skip"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """``what`` was looked at, how it stands, what was ``found``, and the ``fix`` where there is need.
+    """``what`` was looked at, how it stands, what was ``found``, and the ``hint`` where there is need.
 
     ``warn``: it works, and something will be worse than it could be. ``fail``: a command will fail.
     ``skip``: there was nothing to look at.
@@ -25,11 +25,11 @@ class Finding:
     what: str
     status: Status
     found: str
-    fix: str = ""
+    hint: str = ""
 
 
 @dataclass(frozen=True)
-class Situation:
+class DoctorContext:
     """Where and how the tool is going to be used. ``None`` means: not asked for.
 
     ``target`` and ``draft``: model folders or hub ids. ``run``: a folder of artifacts.
@@ -51,13 +51,13 @@ class Situation:
     environ: Mapping[str, str] = field(default_factory=dict)
 
 
-Check = Callable[[Situation], Finding]
+Check = Callable[[DoctorContext], Finding]
 
 
 _ACRONYMS = {"api": "API", "tls": "TLS"}
 
 
-def examine(situation: Situation, checks: Sequence[Check]) -> Iterator[Finding]:
+def examine(situation: DoctorContext, checks: Sequence[Check]) -> Iterator[Finding]:
     """Run the checks in order. What a check raises on purpose is a finding with the same fix.
 
     A check that breaks by itself is a finding too: it hides neither itself nor the others.
@@ -66,13 +66,13 @@ def examine(situation: Situation, checks: Sequence[Check]) -> Iterator[Finding]:
         what = " ".join(_ACRONYMS.get(word, word) for word in check.__name__.split("_"))
         try:
             yield check(situation)
-        except WispprofError as fault:
-            message = str(fault).removesuffix(fault.fix).rstrip() if fault.fix else str(fault)
-            yield Finding(what, "fail", message, fault.fix)
-        except Exception as fault:
+        except WispprofError as err:
+            message = str(err).removesuffix(err.hint).rstrip() if err.hint else str(err)
+            yield Finding(what, "fail", message, err.hint)
+        except Exception as err:
             yield Finding(
                 what,
                 "fail",
-                f"The check itself broke: {type(fault).__name__}: {fault}.",
+                f"The check itself broke: {type(err).__name__}: {err}.",
                 "Report this line as a defect; the other checks stand.",
             )

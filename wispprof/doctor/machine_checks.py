@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from wispprof.doctor.findings import Finding, Situation
+from wispprof.doctor.findings import DoctorContext, Finding
 
 __all__ = [
     "artifacts",
@@ -31,7 +31,7 @@ __all__ = [
 GIB = 1 << 30
 
 
-def installation(_: Situation) -> Finding:
+def installation(_: DoctorContext) -> Finding:
     """Every required package is there in a version this project works with."""
     from packaging.requirements import Requirement
 
@@ -69,7 +69,7 @@ def installation(_: Situation) -> Finding:
     )
 
 
-def devices(_: Situation) -> Finding:
+def devices(_: DoctorContext) -> Finding:
     """What torch can compute on."""
     import torch
 
@@ -93,7 +93,7 @@ def devices(_: Situation) -> Finding:
     return Finding("devices", "ok", f"{machine.title}; no GPU, the CPU backend serves")
 
 
-def threads(situation: Situation) -> Finding:
+def threads(situation: DoctorContext) -> Finding:
     """Compute threads of this process against the cores it may use."""
     asked = situation.environ.get("OMP_NUM_THREADS", "")
     cores = (
@@ -111,7 +111,7 @@ def threads(situation: Situation) -> Finding:
     return Finding("threads", "ok", f"{count} compute {word} on {cores} cores")
 
 
-def memory(situation: Situation) -> Finding:
+def memory(situation: DoctorContext) -> Finding:
     """Free memory: a 4-bit 7 B draft needs about 5 GiB, the bundled pair well under one."""
     import psutil
 
@@ -126,7 +126,7 @@ def memory(situation: Situation) -> Finding:
     return Finding("memory", "ok", f"{free / GIB:.1f} GiB free")
 
 
-def load(_: Situation) -> Finding:
+def load(_: DoctorContext) -> Finding:
     """Whether others compute here now: measurements would carry their noise."""
     if not hasattr(os, "getloadavg"):
         return Finding("load", "skip", "This system states no load average.")
@@ -141,7 +141,7 @@ def load(_: Situation) -> Finding:
     return Finding("load", "ok", f"load {busy:.1f} on {cores} cores")
 
 
-def clock(_: Situation) -> Finding:
+def clock(_: DoctorContext) -> Finding:
     """Resolution of the clock that measures steps, and whether the date can be right."""
     ticks = []
     for _round in range(200):
@@ -167,7 +167,7 @@ def clock(_: Situation) -> Finding:
     return Finding("clock", "ok", f"ticks of {tick_us:.2f} µs")
 
 
-def sensors(_: Situation) -> Finding:
+def sensors(_: DoctorContext) -> Finding:
     """Clock, temperature and energy sensors: without them the profile's columns stay empty."""
     from wispprof import hardware
 
@@ -190,7 +190,7 @@ def sensors(_: Situation) -> Finding:
     return Finding("sensors", "ok", f"{', '.join(seen)} readable")
 
 
-def open_files(_: Situation) -> Finding:
+def open_files(_: DoctorContext) -> Finding:
     """Connections a server may hold: each takes one file descriptor."""
     try:
         import resource
@@ -210,7 +210,7 @@ def open_files(_: Situation) -> Finding:
 ROOM_BYTES = 200 << 20
 
 
-def output_folder(situation: Situation) -> Finding:
+def output_folder(situation: DoctorContext) -> Finding:
     """Results can be written, and there is room for them."""
     folder = situation.out.absolute()
     there = next(f for f in (folder, *folder.parents) if f.exists())
@@ -221,11 +221,11 @@ def output_folder(situation: Situation) -> Finding:
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
-    except OSError as fault:
+    except OSError as err:
         return Finding(
             "output folder",
             "fail",
-            f"Nothing can be written to {there}: {fault.strerror}.",
+            f"Nothing can be written to {there}: {err.strerror}.",
             "Choose another --out, or change its permissions.",
         )
     free = shutil.disk_usage(there).free
@@ -239,7 +239,7 @@ def output_folder(situation: Situation) -> Finding:
     return Finding("output folder", "ok", f"{situation.out}, {free >> 30} GiB free")
 
 
-def artifacts(situation: Situation) -> Finding:
+def artifacts(situation: DoctorContext) -> Finding:
     """Every artifact of a run is whole, of a version this tool reads, and made from its neighbours."""
     if situation.run is None:
         return Finding("artifacts", "skip", "no --run folder named")

@@ -6,12 +6,12 @@ from functools import cache
 from typing import Any
 
 from wispprof.artifacts import bundled
-from wispprof.doctor.findings import Finding, Situation
+from wispprof.doctor.findings import DoctorContext, Finding
 
 __all__ = ["engine", "models", "tokenizers"]
 
 
-def _paths(situation: Situation) -> tuple[str, str]:
+def _paths(situation: DoctorContext) -> tuple[str, str]:
     target = situation.target or str(bundled.path("models/reference-pair/target"))
     draft = situation.draft or str(bundled.path("models/reference-pair/draft"))
     return target, draft
@@ -30,7 +30,7 @@ def _said(side: str, info: Any) -> str:
     return f"{name}: {info.family}, {info.parameters / 1e6:.1f} M"
 
 
-def models(situation: Situation) -> Finding:
+def models(situation: DoctorContext) -> Finding:
     """Target and draft can be loaded (the bundled pair where none is named)."""
     target, draft = (_load(path).info for path in _paths(situation))
     if draft.parameters >= target.parameters:
@@ -48,7 +48,7 @@ def models(situation: Situation) -> Finding:
     )
 
 
-def tokenizers(situation: Situation) -> Finding:
+def tokenizers(situation: DoctorContext) -> Finding:
     """Draft and target mean the same by a token id."""
     target, draft = (_load(path).info for path in _paths(situation))
     for side, info in (("target", target), ("draft", draft)):
@@ -70,7 +70,7 @@ def tokenizers(situation: Situation) -> Finding:
     return Finding("tokenizers", "ok", f"the same on both sides ({target.tokenizer_hash})")
 
 
-def engine(situation: Situation) -> Finding:
+def engine(situation: DoctorContext) -> Finding:
     """The target computes: one forward gives finite numbers, twice the same."""
     import torch
 

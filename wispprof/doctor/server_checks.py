@@ -10,7 +10,7 @@ import stat
 import time
 from urllib.parse import urlsplit
 
-from wispprof.doctor.findings import Finding, Situation
+from wispprof.doctor.findings import DoctorContext, Finding
 
 __all__ = ["api_keys", "port", "server", "tls"]
 
@@ -26,7 +26,7 @@ def _loopback(host: str) -> bool:
         return False
 
 
-def _is_named(situation: Situation) -> bool:
+def _is_named(situation: DoctorContext) -> bool:
     """Whether ``--server`` is what listens at the port: whether it answers is for :func:`server` to say."""
     from wispprof.edge.connection import server_url
 
@@ -36,7 +36,7 @@ def _is_named(situation: Situation) -> bool:
     return named.port == situation.port and _loopback(named.hostname or "")
 
 
-def port(situation: Situation) -> Finding:
+def port(situation: DoctorContext) -> Finding:
     """The port is free to listen on."""
     host, number = situation.host, situation.port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -44,19 +44,19 @@ def port(situation: Situation) -> Finding:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, number))
-        except OSError as fault:
+        except OSError as err:
             if _is_named(situation):
                 return Finding("port", "ok", f"{host}:{number} is the server's that --server names")
             return Finding(
                 "port",
                 "fail",
-                f"{host}:{number} cannot be listened on: {fault.strerror}.",
+                f"{host}:{number} cannot be listened on: {err.strerror}.",
                 "Stop the program that listens there (`ss -ltnp`), or choose another --port.",
             )
     return Finding("port", "ok", f"{host}:{number} is free")
 
 
-def api_keys(situation: Situation) -> Finding:
+def api_keys(situation: DoctorContext) -> Finding:
     """Beyond loopback there are keys, long enough, and readable by their owner alone."""
     from wispprof.settings.server_settings import read_api_keys
 
@@ -83,7 +83,7 @@ def api_keys(situation: Situation) -> Finding:
     return Finding("API keys", "ok", f"{len(keys)} key{'s' if len(keys) != 1 else ''} in {file}")
 
 
-def tls(situation: Situation) -> Finding:
+def tls(situation: DoctorContext) -> Finding:
     """Certificate and key belong together and are still valid."""
     cert, key = situation.tls_cert, situation.tls_key
     if cert is None and key is None:
@@ -99,8 +99,8 @@ def tls(situation: Situation) -> Finding:
         return Finding("TLS", "fail", "One of certificate and key is missing.", "Give both.")
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
-    except (OSError, ssl.SSLError) as fault:
-        reason = fault.reason if isinstance(fault, ssl.SSLError) else fault.strerror
+    except (OSError, ssl.SSLError) as err:
+        reason = err.reason if isinstance(err, ssl.SSLError) else err.strerror
         return Finding(
             "TLS",
             "fail",
@@ -122,22 +122,22 @@ def _days_left(cert: object) -> float:
     return (ssl.cert_time_to_seconds(ends) - time.time()) / 86_400
 
 
-def server(situation: Situation) -> Finding:
+def server(situation: DoctorContext) -> Finding:
     """A running server answers a hello."""
     if not situation.server:
         return Finding("server", "skip", "no --server named")
     return asyncio.run(_greet(situation))
 
 
-async def _greet(situation: Situation) -> Finding:
+async def _greet(situation: DoctorContext) -> Finding:
     from wispprof.edge.client import EdgeClient
-    from wispprof.edge.connection import trust, websocket_dial
+    from wispprof.edge.connection import ssl_context, websocket_connections
     from wispprof.settings.edge_settings import ClientSettings
 
     settings = ClientSettings(
         key=situation.key, name="doctor", hello_ms=DIAL_MS, give_up_ms=DIAL_MS
     )
-    dial = websocket_dial(situation.server, ssl=trust(situation.ca_file))
-    async with EdgeClient(dial, settings) as client:
+    connect = websocket_connections(situation.server, ssl=ssl_context(situation.ca_file))
+    async with EdgeClient(connect, settings) as client:
         target = client.welcome.target if client.welcome else ""
         return Finding("server", "ok", f"serves {target}; round trip {client.rtt.least_ms:.1f} ms")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from wispprof.artifacts import ModelInfo
+from wispprof.artifacts import ModelRecord
 from wispprof.errors import EngineError, ModelError, ModelMissing
 from wispprof.types import DraftToken, Sampling
 
@@ -57,14 +57,12 @@ class LlamaCppDrafter:
                 logits_all=False,
                 verbose=False,
             )
-        except (ValueError, RuntimeError, OSError) as fault:
-            raise ModelError(
-                f"llama.cpp cannot load {path}: {fault}.", "Fetch it again."
-            ) from fault
+        except (ValueError, RuntimeError, OSError) as err:
+            raise ModelError(f"llama.cpp cannot load {path}: {err}.", "Fetch it again.") from err
         self._lib = llama_cpp
         self.max_context = int(self._llm.n_ctx())
         self.vocabulary = int(self._llm.n_vocab())
-        self.info = ModelInfo(
+        self.info = ModelRecord(
             id=path.name,
             dtype="gguf",
             parameters=int(llama_cpp.llama_model_n_params(self._llm.model)),
@@ -98,11 +96,11 @@ class LlamaCppDrafter:
     def draft(self) -> DraftToken:
         """Propose the next token and append it: one call over all tokens without KV."""
         from wispprof.drafters.torch_drafter import features_numpy
-        from wispprof.sampling.sampler import choose_numpy
+        from wispprof.sampling.sampler import sample_tokens_numpy
 
         self._check(len(self._tokens) + 1)
         logits = self.forward()
-        token = choose_numpy(logits, len(self._tokens), self._sampling)
+        token = sample_tokens_numpy(logits, len(self._tokens), self._sampling)
         features = features_numpy(logits)
         self._tokens.append(token)
         return DraftToken(token, features)
@@ -136,8 +134,8 @@ class LlamaCppDrafter:
     def _eval(self, tokens: Sequence[int]) -> None:
         try:
             self._llm.eval(tokens)
-        except RuntimeError as fault:
-            raise EngineError(f"llama.cpp failed: {fault}.", "Lower the context.") from fault
+        except RuntimeError as err:
+            raise EngineError(f"llama.cpp failed: {err}.", "Lower the context.") from err
 
     def _check(self, length: int) -> None:
         if length > self.max_context:

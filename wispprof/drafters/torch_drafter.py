@@ -18,7 +18,7 @@ from wispprof.engines.loading import LoadedModel
 from wispprof.engines.torch.attention import grouped_attention, visible
 from wispprof.engines.torch.decoder import Decoder, decoder_for
 from wispprof.errors import EngineError
-from wispprof.sampling.sampler import choose, choose_numpy
+from wispprof.sampling.sampler import sample_tokens, sample_tokens_numpy
 from wispprof.types import DraftFeatures, DraftToken, ModelInfo, Sampling
 
 __all__ = ["TorchDrafter", "features_numpy", "features_torch"]
@@ -91,9 +91,12 @@ class TorchDrafter:
         position = len(self._tokens)
         if self._on_cpu:
             row = logits.float().numpy()[0]
-            token, features = choose_numpy(row, position, self._sampling), features_numpy(row)
+            token, features = (
+                sample_tokens_numpy(row, position, self._sampling),
+                features_numpy(row),
+            )
         else:
-            picked = choose(logits, [position], [self._sampling])
+            picked = sample_tokens(logits, [position], [self._sampling])
             numbers = torch.cat((features_torch(logits)[0], picked.double())).tolist()
             token, features = int(numbers[4]), DraftFeatures(*numbers[:4])
         self._tokens.append(token)

@@ -1,7 +1,14 @@
 """The edge: a client that drafts, sends, and takes in what the server commits."""
 
 from wispprof.edge.client import EdgeClient
-from wispprof.edge.connection import Connection, Dial, LinkLost, Traffic, server_url, websocket_dial
+from wispprof.edge.connection import (
+    Connection,
+    ConnectionFactory,
+    LinkLost,
+    Traffic,
+    server_url,
+    websocket_connections,
+)
 from wispprof.edge.draft_worker import DraftStep, DraftWorker, ThreadWorker, TimedWorker
 from wispprof.edge.generation import Chunk, Generation, GenerationRequest
 from wispprof.edge.request_stats import RequestStats
@@ -11,7 +18,7 @@ __all__ = [
     "Chunk",
     "ClientSettings",
     "Connection",
-    "Dial",
+    "ConnectionFactory",
     "DraftStep",
     "DraftWorker",
     "DraftingSettings",
@@ -24,5 +31,5 @@ __all__ = [
     "TimedWorker",
     "Traffic",
     "server_url",
-    "websocket_dial",
+    "websocket_connections",
 ]

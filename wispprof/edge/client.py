@@ -2,7 +2,7 @@
 
 One edge's connection to a server: hello, many sessions over one link, and coming back after a loss.
 
-The client owns the link and nothing of a session's text. A session registers a :class:`Port`; whenever
+The client owns the link and nothing of a session's text. A session registers a :class:`GenerationListener`; whenever
 the link comes back, the client asks each port for its opening frame (prompt and committed tokens) and
 sends it anew, which is all that resuming takes. Everything runs on one event loop, so what a port is
 told and what it answers cannot interleave.
@@ -17,13 +17,13 @@ from types import TracebackType
 from typing import Protocol
 
 from wispprof import protocol
-from wispprof.edge.connection import Connection, Dial, LinkLost, Traffic
+from wispprof.edge.connection import Connection, ConnectionFactory, LinkLost, Traffic
 from wispprof.errors import HandshakeRefused, ProtocolError, RuntimeFault, ServerUnreachable
 from wispprof.settings.edge_settings import ClientSettings
 
 __all__ = [
     "EdgeClient",
-    "Port",
+    "GenerationListener",
     "RttMeter",
 ]
 
@@ -51,7 +51,7 @@ class RttMeter:
 _BUSY = ("busy", "draining")
 
 
-class Port(Protocol):
+class GenerationListener(Protocol):
     """A session as the client sees it. Calls come from the event loop, one at a time.
 
     ``traffic`` counts the session's own frames.
@@ -73,7 +73,7 @@ class Port(Protocol):
     def lost(self) -> None:
         """The link is down; the client is trying to restore it."""
 
-    def failed(self, fault: RuntimeFault) -> None:
+    def failed(self, err: RuntimeFault) -> None:
         """The link will not come back."""
 
 
@@ -82,18 +82,18 @@ class EdgeClient:
 
     Entering connects and raises :class:`HandshakeRefused` or :class:`ServerUnreachable` (the latter
     only when the first session is opened, if the settings say ``offline_ok``). Later losses
-    are healed in the background; a port hears :meth:`Port.failed` once healing is given up.
+    are healed in the background; a port hears :meth:`GenerationListener.failed` once healing is given up.
     """
 
-    def __init__(self, dial: Dial, settings: ClientSettings | None = None) -> None:
+    def __init__(self, connect: ConnectionFactory, settings: ClientSettings | None = None) -> None:
         self.settings = settings = settings or ClientSettings()
         self.traffic = Traffic()
         self.rtt = RttMeter(settings.rtt_guess_ms)
         self.reconnects = 0
         self.welcome: protocol.Welcome | None = None
         self.load_level = 0
-        self._dial = dial
-        self._ports: dict[int, Port] = {}
+        self._dial = connect
+        self._ports: dict[int, GenerationListener] = {}
         self._next = 0
         self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()
         self._up = False
@@ -109,10 +109,10 @@ class EdgeClient:
     async def __aenter__(self) -> EdgeClient:
         try:
             connection = await self._connect(asyncio.get_running_loop().time())
-        except ServerUnreachable as fault:
+        except ServerUnreachable as err:
             if not self.settings.offline_ok:
                 raise
-            self._fault = fault
+            self._fault = err
             return self
         self._task = asyncio.create_task(self._keep(connection), name="edge link")
         return self
@@ -120,7 +120,7 @@ class EdgeClient:
     async def __aexit__(
         self,
         kind: type[BaseException] | None,
-        fault: BaseException | None,
+        err: BaseException | None,
         where: TracebackType | None,
     ) -> None:
         if self._task is not None:
@@ -138,7 +138,7 @@ class EdgeClient:
 
     # --- sessions ---
 
-    def open(self, port: Port) -> int:
+    def open(self, port: GenerationListener) -> int:
         """Register a session and open it; returns its number.
 
         Raises the fault that ended the connection, if healing it has been given up.
@@ -170,7 +170,7 @@ class EdgeClient:
         port = self._ports.get(frame.session)
         return port is not None and self._post(frame, port.traffic)
 
-    def _send_opening(self, number: int, port: Port) -> None:
+    def _send_opening(self, number: int, port: GenerationListener) -> None:
         import msgspec
 
         self._post(msgspec.structs.replace(port.opening(), session=number), port.traffic)
@@ -194,17 +194,17 @@ class EdgeClient:
         while True:
             try:
                 return await self._hello()
-            except LinkLost as fault:
-                if fault.final:
+            except LinkLost as err:
+                if err.final:
                     raise
                 gone_ms = (loop.time() - since) * 1000.0
-                pause_ms = max(self._pause_ms(attempt), fault.retry_ms)
+                pause_ms = max(self._pause_ms(attempt), err.retry_ms)
                 attempt += 1
                 if gone_ms + pause_ms > settings.give_up_ms:
                     raise ServerUnreachable(
-                        f"No server for {gone_ms / 1000:.1f} s. {fault}".rstrip(),
+                        f"No server for {gone_ms / 1000:.1f} s. {err}".rstrip(),
                         "Start one with `wispprof serve`, or check the address.",
-                    ) from fault
+                    ) from err
                 await asyncio.sleep(pause_ms / 1000.0)
 
     def _pause_ms(self, attempt: int) -> float:
@@ -243,9 +243,9 @@ class EdgeClient:
                     f"The server speaks protocol {answer.protocol}, this edge {protocol.PROTOCOL_VERSION}.",
                     "Install the same version on both sides.",
                 )
-        except TimeoutError as fault:
+        except TimeoutError as err:
             await connection.close()
-            raise LinkLost("The server did not answer hello in time.") from fault
+            raise LinkLost("The server did not answer hello in time.") from err
         except BaseException:
             await connection.close()
             raise
@@ -289,10 +289,10 @@ class EdgeClient:
             await asyncio.sleep(self._pause_ms(short_lived) / 1000.0)
             try:
                 connection = await self._connect(gone)
-            except RuntimeFault as fault:
-                self._fault = fault
+            except RuntimeFault as err:
+                self._fault = err
                 for number in list(self._ports):
-                    self._ports.pop(number).failed(fault)
+                    self._ports.pop(number).failed(err)
                 return
             self.reconnects += 1
 
@@ -306,9 +306,9 @@ class EdgeClient:
         try:
             done, _ = await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
             for pump in done:
-                fault = pump.exception()
-                if fault is not None and not isinstance(fault, LinkLost | ProtocolError):
-                    raise fault
+                err = pump.exception()
+                if err is not None and not isinstance(err, LinkLost | ProtocolError):
+                    raise err
         finally:
             for pump in pumps:
                 pump.cancel()
@@ -338,7 +338,7 @@ class EdgeClient:
             sent = self._pinged.pop(frame.number, None)
             if sent is not None:
                 took_ms = (asyncio.get_running_loop().time() - sent) * 1000.0
-                self.rtt.add(max(0.0, took_ms - frame.lain_ms))
+                self.rtt.add(max(0.0, took_ms - frame.socket_wait_ms))
         elif isinstance(frame, protocol.Problem):
             if frame.session < 0:
                 raise LinkLost(f"The server ended the connection: {frame.message}")

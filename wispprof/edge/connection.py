@@ -17,7 +17,15 @@ from urllib.parse import urlsplit, urlunsplit
 from wispprof.errors import RuntimeFault, WispprofError
 from wispprof.protocol import MAX_FRAME_BYTES
 
-__all__ = ["Connection", "Dial", "LinkLost", "Traffic", "server_url", "trust", "websocket_dial"]
+__all__ = [
+    "Connection",
+    "ConnectionFactory",
+    "LinkLost",
+    "Traffic",
+    "server_url",
+    "ssl_context",
+    "websocket_connections",
+]
 
 SPLIT_PATH = "/v1/split"
 
@@ -29,9 +37,9 @@ class LinkLost(RuntimeFault):
     """
 
     def __init__(
-        self, message: str, fix: str = "", final: bool = False, retry_ms: float = 0.0
+        self, message: str, hint: str = "", final: bool = False, retry_ms: float = 0.0
     ) -> None:
-        super().__init__(message, fix)
+        super().__init__(message, hint)
         self.final = final
         self.retry_ms = retry_ms
 
@@ -82,7 +90,7 @@ class Connection(Protocol):
         """End it; never raises."""
 
 
-Dial = Callable[[], Awaitable[Connection]]
+ConnectionFactory = Callable[[], Awaitable[Connection]]
 """Makes a fresh connection, or raises :class:`LinkLost`."""
 
 
@@ -98,16 +106,16 @@ class _WebSocket:
 
         try:
             await self._socket.send(data)
-        except ConnectionClosed as fault:
-            raise LinkLost(f"The server's connection ended: {fault}.") from fault
+        except ConnectionClosed as err:
+            raise LinkLost(f"The server's connection ended: {err}.") from err
 
     async def receive(self) -> bytes:
         from websockets.exceptions import ConnectionClosed
 
         try:
             data = await self._socket.recv(decode=False)
-        except ConnectionClosed as fault:
-            raise LinkLost(f"The server's connection ended: {fault}.") from fault
+        except ConnectionClosed as err:
+            raise LinkLost(f"The server's connection ended: {err}.") from err
         return bytes(data)
 
     async def close(self) -> None:
@@ -130,7 +138,7 @@ def server_url(text: str) -> str:
     return urlunsplit((scheme, parts.netloc, path, parts.query, ""))
 
 
-def trust(ca_file: Path | None) -> tls.SSLContext | None:
+def ssl_context(ca_file: Path | None) -> tls.SSLContext | None:
     """Trust in servers that the authorities of ``ca_file`` (PEM) vouch for; ``None`` is the system's own.
 
     Raises :class:`WispprofError` where the file is no such thing.
@@ -139,16 +147,16 @@ def trust(ca_file: Path | None) -> tls.SSLContext | None:
         return None
     try:
         return tls.create_default_context(cafile=ca_file)
-    except OSError as fault:  # an unreadable file, or (SSLError) one that holds no certificate
+    except OSError as err:  # an unreadable file, or (SSLError) one that holds no certificate
         raise WispprofError(
-            f"{ca_file} is no certificate authority: {fault.strerror or fault}.",
+            f"{ca_file} is no certificate authority: {err.strerror or err}.",
             "Give --ca-file a PEM file.",
-        ) from fault
+        ) from err
 
 
-def websocket_dial(
+def websocket_connections(
     url: str, *, timeout_ms: float = 5000.0, ssl: tls.SSLContext | None = None
-) -> Dial:
+) -> ConnectionFactory:
     """Dial a server (see :func:`server_url` for addresses). ``ssl`` replaces the system's trust for ``wss://``.
 
     Keep-alive is the client's business (its pings also measure the link), compression is off: token ids
@@ -157,9 +165,9 @@ def websocket_dial(
 
     url = server_url(url)
     secure = url.startswith("wss:")
-    trust = (ssl or tls.create_default_context()) if secure else None
+    ssl_context = (ssl or tls.create_default_context()) if secure else None
 
-    async def dial() -> Connection:
+    async def connect() -> Connection:
         from websockets.asyncio.client import connect
         from websockets.exceptions import (
             InvalidMessage,
@@ -176,35 +184,33 @@ def websocket_dial(
                 ping_interval=None,
                 compression=None,
                 max_size=MAX_FRAME_BYTES,
-                ssl=trust,
+                ssl=ssl_context,
                 proxy=None,
             )
-        except InvalidURI as fault:
+        except InvalidURI as err:
             raise LinkLost(
                 f"{url!r} is no server address.", "Use ws://HOST:PORT or wss://HOST:PORT.", True
-            ) from fault
-        except tls.SSLError as fault:
+            ) from err
+        except tls.SSLError as err:
             raise LinkLost(
-                f"TLS with {url} failed: {fault.reason}.",
+                f"TLS with {url} failed: {err.reason}.",
                 "Check the certificate, or name its authority's with --ca-file.",
                 True,
-            ) from fault
-        except InvalidStatus as fault:
+            ) from err
+        except InvalidStatus as err:
             raise LinkLost(
-                f"{url} answered HTTP {fault.response.status_code} instead of a WebSocket.",
+                f"{url} answered HTTP {err.response.status_code} instead of a WebSocket.",
                 "Check the address: it must be one of `wispprof serve`.",
-            ) from fault
-        except InvalidMessage as fault:
+            ) from err
+        except InvalidMessage as err:
             raise LinkLost(
                 f"What answers at {url} is no WebSocket server.",
                 "Check the address."
                 if secure
                 else "Where the server does TLS, dial wss://HOST:PORT.",
-            ) from fault
-        except (OSError, TimeoutError, WebSocketException) as fault:
-            raise LinkLost(
-                f"No server answers at {url}: {fault or type(fault).__name__}."
-            ) from fault
+            ) from err
+        except (OSError, TimeoutError, WebSocketException) as err:
+            raise LinkLost(f"No server answers at {url}: {err or type(err).__name__}.") from err
         return _WebSocket(socket)
 
-    return dial
+    return connect

@@ -16,7 +16,7 @@ from wispprof.hardware import EnergyMeter, NullMeter
 from wispprof.policies.api import Controller
 from wispprof.types import Drafter, RejectionPredictor
 
-__all__ = ["DRAFTERS", "Device", "GgufDraft"]
+__all__ = ["DRAFTERS", "DraftDevice", "GgufDraft"]
 
 DRAFTERS = ("model", "lookup", "both", "none")
 
@@ -35,7 +35,7 @@ class GgufDraft(NamedTuple):
         return LlamaCppDrafter(self.path, gpu_layers=0 if self.device == "cpu" else -1)
 
 
-class Device:
+class DraftDevice:
     """Makes the drafting parts of a request.
 
     ``kind``: ``model``, ``lookup``, ``both`` (lookup first) or ``none`` (centralized). ``loaded``: the

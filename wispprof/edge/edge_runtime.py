@@ -10,8 +10,8 @@ from typing import Any
 
 from wispprof.artifacts import bundled
 from wispprof.edge.client import EdgeClient
-from wispprof.edge.connection import Dial, trust, websocket_dial
-from wispprof.edge.draft_device import Device, GgufDraft
+from wispprof.edge.connection import ConnectionFactory, ssl_context, websocket_connections
+from wispprof.edge.draft_device import DraftDevice, GgufDraft
 from wispprof.edge.generation import Chunk, Generation, GenerationRequest
 from wispprof.edge.request_stats import RequestStats
 from wispprof.errors import ModelError, WispprofError
@@ -21,7 +21,7 @@ from wispprof.sessions.draft_scheduler import DraftingSettings
 from wispprof.settings.edge_settings import ClientSettings
 from wispprof.types import RejectionPredictor, Sampling, Slo
 
-__all__ = ["EdgeHouse", "EdgeSettings", "Prompt", "Reply", "open_edge"]
+__all__ = ["EdgeRuntime", "EdgeSettings", "Prompt", "Reply", "open_edge"]
 
 BUNDLED_TARGET = "models/reference-pair/target"
 BUNDLED_DRAFT = "models/reference-pair/draft"
@@ -53,7 +53,7 @@ class EdgeSettings:
     plan: Path | None = None
     plan_device: str = ""
     mode: str = ""
-    lead: int = 24
+    draft_ahead: int = 24
     proactive: int = 8
     tokens_per_s: float = 2.0
     ttft_ms: float | None = None
@@ -90,8 +90,8 @@ class Reply:
     draft model had to go on alone.
     """
 
-    def __init__(self, house: EdgeHouse, prompt: Prompt) -> None:
-        self._house = house
+    def __init__(self, runtime: EdgeRuntime, prompt: Prompt) -> None:
+        self._house = runtime
         self._prompt = prompt
         self.stats = RequestStats()
         self.tokens: list[int] = []
@@ -100,14 +100,14 @@ class Reply:
 
     async def text(self) -> AsyncGenerator[str]:
         """Pieces of the answer as they are committed."""
-        house, prompt = self._house, self._prompt
-        stream = TextStream(house.tokenizer, prompt.tokens)
+        runtime, prompt = self._house, self._prompt
+        stream = TextStream(runtime.tokenizer, prompt.tokens)
         scanner = StopScanner(prompt.stops)
         async with aclosing(self._chunks()) as chunks:
             async for chunk in chunks:
                 self.verified = self.verified and chunk.verified
                 shown = chunk.tokens
-                if shown and shown[-1] in house.stop_tokens:
+                if shown and shown[-1] in runtime.stop_tokens:
                     shown = shown[:-1]
                 self.tokens.extend(chunk.tokens)
                 piece = scanner.push(stream.push(shown))
@@ -123,23 +123,23 @@ class Reply:
             yield rest
 
     async def _chunks(self) -> AsyncGenerator[Chunk]:
-        house, prompt = self._house, self._prompt
+        runtime, prompt = self._house, self._prompt
         request = GenerationRequest(
             tokens=prompt.tokens,
             max_new=prompt.max_new,
             sampling=prompt.sampling,
-            slo=prompt.slo or house.settings.slo,
-            stop=house.stop_tokens,
+            slo=prompt.slo or runtime.settings.slo,
+            stop=runtime.stop_tokens,
         )
-        device = house.device
+        device = runtime.device
         with device.lend(prompt.tokens) as (worker, controller), device.energy.share() as energy:
             generation = Generation(
-                house.client,
+                runtime.client,
                 request,
                 worker,
                 controller,
-                house.drafting,
-                fallback=house.settings.fallback == "draft",
+                runtime.drafting,
+                fallback=runtime.settings.fallback == "draft",
             )
             self.stats = generation.stats
             async with aclosing(generation.stream()) as source:
@@ -149,11 +149,11 @@ class Reply:
         self.stats.energy_j = energy.energy_j
 
 
-class EdgeHouse:
+class EdgeRuntime:
     """Tokenizer, device and client together; made by :func:`open_edge`."""
 
     def __init__(
-        self, settings: EdgeSettings, tokenizer: Any, device: Device, client: EdgeClient
+        self, settings: EdgeSettings, tokenizer: Any, device: DraftDevice, client: EdgeClient
     ) -> None:
         self.settings = settings
         self.tokenizer = tokenizer
@@ -162,7 +162,7 @@ class EdgeHouse:
         self.stop_tokens = _stop_tokens(tokenizer)
         stream = {"": None, "round": False, "stream": True}[settings.mode]
         self.drafting = DraftingSettings(
-            lead=settings.lead, proactive=settings.proactive, stream=stream
+            draft_ahead=settings.draft_ahead, proactive=settings.proactive, stream=stream
         )
 
     @property
@@ -198,7 +198,7 @@ class EdgeHouse:
 
 
 @asynccontextmanager
-async def open_edge(settings: EdgeSettings) -> AsyncIterator[EdgeHouse]:
+async def open_edge(settings: EdgeSettings) -> AsyncIterator[EdgeRuntime]:
     """Load what drafts, find or start the server, connect.
 
     Raises what loading raises, :class:`HandshakeRefused`, and :class:`ServerUnreachable` (the latter
@@ -207,17 +207,17 @@ async def open_edge(settings: EdgeSettings) -> AsyncIterator[EdgeHouse]:
     async with AsyncExitStack() as stack:
         folder = settings.draft or str(bundled.path(BUNDLED_DRAFT))
         loaded, tokenizer, digest = _load(settings, folder)
-        dial, stream = await _server(settings, stack)
+        connect, stream = await _server(settings, stack)
         options = dict(settings.options)
         if settings.controller == "wispprof" and settings.drafter != "none":
             options.update(_plan_rows(settings, stream))
         meter = energy_meter(str(loaded.device) if loaded is not None else "cpu")
-        device = Device(
+        device = DraftDevice(
             settings.drafter, settings.controller, options, _predictor(settings), loaded, meter
         )
         stack.callback(device.close)
         client = EdgeClient(
-            dial,
+            connect,
             ClientSettings(
                 tokenizer=digest,
                 key=settings.key,
@@ -226,11 +226,11 @@ async def open_edge(settings: EdgeSettings) -> AsyncIterator[EdgeHouse]:
             ),
         )
         await stack.enter_async_context(client)
-        house = EdgeHouse(settings, tokenizer, device, client)
-        mode = house.drafting.stream
+        runtime = EdgeRuntime(settings, tokenizer, device, client)
+        mode = runtime.drafting.stream
         running = mode if mode is not None else bool(client.welcome and client.welcome.stream)
         device.stream = running
-        yield house
+        yield runtime
 
 
 def _load(settings: EdgeSettings, folder: str) -> tuple[Any, Any, str]:
@@ -253,18 +253,20 @@ def _load(settings: EdgeSettings, folder: str) -> tuple[Any, Any, str]:
         where = where or folder
         try:
             tokenizer = AutoTokenizer.from_pretrained(where)
-        except (OSError, ValueError) as fault:
+        except (OSError, ValueError) as err:
             raise ModelError(
                 f"There is no tokenizer at {where}.",
                 "Give --tokenizer, a folder or hub id that has the target's.",
-            ) from fault
+            ) from err
     return loaded, tokenizer, tokenizer_hash(tokenizer)
 
 
-async def _server(settings: EdgeSettings, stack: AsyncExitStack) -> tuple[Dial, bool | None]:
+async def _server(
+    settings: EdgeSettings, stack: AsyncExitStack
+) -> tuple[ConnectionFactory, bool | None]:
     """How to reach the server, and its mode where it is known before hello."""
     if settings.server:
-        return websocket_dial(settings.server, ssl=trust(settings.ca_file)), None
+        return websocket_connections(settings.server, ssl=ssl_context(settings.ca_file)), None
     from wispprof.server.process import running_server
     from wispprof.settings.server_settings import ServerSettings
 
@@ -277,7 +279,7 @@ async def _server(settings: EdgeSettings, stack: AsyncExitStack) -> tuple[Dial, 
         admit="all",
     )
     running = await stack.enter_async_context(running_server(server))
-    return websocket_dial(running.split_url), stream
+    return websocket_connections(running.split_url), stream
 
 
 def _predictor(settings: EdgeSettings) -> RejectionPredictor | None:

@@ -21,9 +21,9 @@ from wispprof.edge.draft_worker import DraftStep, DraftWorker
 from wispprof.edge.request_stats import RequestStats
 from wispprof.errors import ProtocolError, RuntimeFault, ServerBusy, ServerUnreachable
 from wispprof.policies.api import Controller, RoundContext
-from wispprof.sessions.draft_buffer import EdgePath, Outgoing
-from wispprof.sessions.draft_scheduler import Turns
-from wispprof.sessions.edge_timing import Pacing
+from wispprof.sessions.draft_buffer import DraftBuffer, Outgoing
+from wispprof.sessions.draft_scheduler import DraftScheduler
+from wispprof.sessions.edge_timing import EdgeTiming
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.types import Sampling, Slo
 
@@ -79,14 +79,16 @@ class Generation:
         self._settings = settings = settings or DraftingSettings()
         self._fallback = fallback and worker is not None
         welcome = client.welcome
-        self._path = EdgePath(
+        self._buffer = DraftBuffer(
             request.tokens,
             stream=self._stream_mode(),
-            lead_limit=min(settings.lead, welcome.max_drafts if welcome else settings.lead),
+            draft_ahead_limit=min(
+                settings.draft_ahead, welcome.max_drafts if welcome else settings.draft_ahead
+            ),
             end=len(request.tokens) + request.max_new,
         )
-        self._pacing = Pacing(request.slo, settings.carry)
-        self._turns = Turns(self._path, controller, settings, request.stop)
+        self._timing = EdgeTiming(request.slo, settings.carry)
+        self._scheduler = DraftScheduler(self._buffer, controller, settings, request.stop)
         self._number = -1
         self._finished = ""
         self._fault: RuntimeFault | None = None
@@ -97,13 +99,13 @@ class Generation:
         self._internal_faults = 0
 
     @property
-    def path(self) -> EdgePath:
-        return self._path
+    def path(self) -> DraftBuffer:
+        return self._buffer
 
     @property
     def output(self) -> tuple[int, ...]:
         """Committed tokens beyond the prompt."""
-        return self._path.committed[len(self.request.tokens) :]
+        return self._buffer.committed[len(self.request.tokens) :]
 
     # --- running ---
 
@@ -116,8 +118,8 @@ class Generation:
         try:
             try:
                 self._number = self._client.open(self)
-            except ServerUnreachable as fault:
-                self._fault = fault
+            except ServerUnreachable as err:
+                self._fault = err
             if self._worker is not None:
                 opening = self._spawn(self._worker.open(self.request.tokens, self.request.sampling))
             place = (0, 0, 0.0)
@@ -130,8 +132,8 @@ class Generation:
                     step = None
                 self._send_due()
                 if step is None and opening is None and self._worker and self._may_draft():
-                    place = (self._path.length, self._path.epoch, loop.time() * 1000.0)
-                    step = self._spawn(self._worker.step(self._path.sequence()))
+                    place = (self._buffer.length, self._buffer.epoch, loop.time() * 1000.0)
+                    step = self._spawn(self._worker.step(self._buffer.sequence()))
                 await self._wake.wait()
             running = {task for task in (opening, step) if task is not None}
             if running:  # a worker must not be left in the middle of a step
@@ -172,7 +174,7 @@ class Generation:
         stats.finished = self._finished
         stats.rtt_ms = self._client.rtt.mean_ms
         stats.up_bytes, stats.down_bytes = self.traffic.up_bytes, self.traffic.down_bytes
-        left = self._path.drafts
+        left = self._buffer.drafts
         stats.dropped += len(left)
         stats.dropped_ms += sum(held.draft_ms for held in left)
         self._chunks.put_nowait(None)
@@ -182,13 +184,13 @@ class Generation:
     def _absorb(self, step: DraftStep | None, position: int, epoch: int, begun_ms: float) -> None:
         """Take a finished draft step in, unless its place has been decided meanwhile."""
         if step is None:
-            self._turns.nothing_to_draft()
+            self._scheduler.nothing_to_draft()
             return
-        stats, path = self.stats, self._path
+        stats, path = self.stats, self._buffer
         stats.drafted += 1
         stats.draft_ms += step.draft_ms
         took_ms = asyncio.get_running_loop().time() * 1000.0 - begun_ms
-        self._pacing.drafted(step.draft_ms, max(0.0, took_ms - step.draft_ms))
+        self._timing.drafted(step.draft_ms, max(0.0, took_ms - step.draft_ms))
         if path.epoch != epoch or path.length != position:
             stats.dropped += 1
             stats.dropped_ms += step.draft_ms
@@ -196,49 +198,49 @@ class Generation:
                 stats.wasted_ms += step.draft_ms
             return
         path.propose(step.drafted.token, 1.0, step.draft_ms)
-        self._turns.drafted(step.drafted)
+        self._scheduler.drafted(step.drafted)
 
     def _may_draft(self) -> bool:
         now_ms = asyncio.get_running_loop().time() * 1000.0
-        left_ms = self._pacing.left_ms(now_ms, self._client.rtt.mean_ms)
-        return self._turns.may_draft(left_ms, self._pacing.draft_ms)
+        left_ms = self._timing.left_ms(now_ms, self._client.rtt.mean_ms)
+        return self._scheduler.may_draft(left_ms, self._timing.draft_ms)
 
     def _send_due(self) -> None:
         """Send whatever the mode and the controller say is due now."""
         if self._worker is None or not self._client.up:
             return
         now_ms = asyncio.get_running_loop().time() * 1000.0
-        hold = self._pacing.may_hold(now_ms, self._client.rtt.mean_ms)
-        while (out := self._turns.due(self._context, hold)) is not None:
+        hold = self._timing.may_hold(now_ms, self._client.rtt.mean_ms)
+        while (out := self._scheduler.due(self._context, hold)) is not None:
             self._send(out)
 
-    def _context(self, lead: int) -> RoundContext:
-        return self._pacing.context(self._client.rtt.mean_ms, self._client.load_level, lead)
+    def _context(self, draft_ahead: int) -> RoundContext:
+        return self._timing.context(self._client.rtt.mean_ms, self._client.load_level, draft_ahead)
 
     def _send(self, out: Outgoing) -> None:
         now_ms = asyncio.get_running_loop().time() * 1000.0
         slack_ms = 0  # a stream's deadlines are set by its pace
-        if not self._path.stream:
-            left_ms = self._pacing.slack_ms(out.survival, now_ms, self._client.rtt.mean_ms)
+        if not self._buffer.stream:
+            left_ms = self._timing.slack_ms(out.acceptance_prob, now_ms, self._client.rtt.mean_ms)
             slack_ms = math.floor(left_ms)
-        survival = bytes(protocol.survival_byte(p) for p in out.survival)
+        acceptance_prob = bytes(protocol.acceptance_byte(p) for p in out.acceptance_prob)
         frame = protocol.Draft(
             self._number,
             out.epoch,
             out.base,
             list(out.tokens),
-            survival,
+            acceptance_prob,
             round(out.draft_ms),
             slack_ms,
         )
-        self._pacing.sent(now_ms)
+        self._timing.sent(now_ms)
         if self._client.draft(frame):
             self.stats.sent += len(out.tokens)
 
     async def _draft_alone(self) -> None:
         """No server: the draft model goes on by itself, and every token says so."""
         assert self._worker is not None
-        sequence = list(self._path.committed)
+        sequence = list(self._buffer.committed)
         stop = frozenset(self.request.stop)
         while self.stats.tokens + self.stats.draft_only < self.request.max_new:
             step = await self._worker.step(sequence)
@@ -254,17 +256,17 @@ class Generation:
                 return
         self._finished = "length"
 
-    # --- what the client tells (wispprof.edge.client.Port) ---
+    # --- what the client tells (wispprof.edge.client.GenerationListener) ---
 
     def opening(self) -> protocol.Open:
         self._openings += 1
-        request, path = self.request, self._path
+        request, path = self.request, self._buffer
         sampling = request.sampling
         return protocol.Open(
             session=0,
             tokens=list(path.committed),
             max_new=request.max_new,
-            generated=path.frontier - len(request.tokens),
+            generated=path.committed_len - len(request.tokens),
             tokens_per_s=request.slo.tokens_per_s,
             ttft_ms=request.slo.ttft_ms,
             temperature=sampling.temperature,
@@ -277,15 +279,17 @@ class Generation:
 
     def committed(self, commit: protocol.Commit) -> None:
         now_ms = asyncio.get_running_loop().time() * 1000.0
-        path, stats = self._path, self.stats
-        known = path.frontier
+        path, stats = self._buffer, self.stats
+        known = path.committed_len
         try:
-            effect = path.on_commit(commit.frontier, commit.tokens, commit.accepted, commit.drafted)
-        except ProtocolError as fault:
-            if commit.frontier - len(commit.tokens) > known:
+            effect = path.on_commit(
+                commit.committed_len, commit.tokens, commit.accepted, commit.drafted
+            )
+        except ProtocolError as err:
+            if commit.committed_len - len(commit.tokens) > known:
                 self._client.reopen(self._number)  # a commit was lost on the way
             else:
-                self.failed(fault)
+                self.failed(err)
             return
         if effect.tokens:
             stats.commit(effect, now_ms, commit.drafted)
@@ -294,8 +298,8 @@ class Generation:
             if effect.rejected:
                 stats.dropped += 1 + effect.wasted_tokens
                 stats.dropped_ms += effect.dropped_ms
-            self._pacing.committed(now_ms, commit.queue_ms + commit.verify_ms, len(effect.tokens))
-            self._turns.committed(effect, commit.drafted)
+            self._timing.committed(now_ms, commit.queue_ms + commit.verify_ms, len(effect.tokens))
+            self._scheduler.committed(effect, commit.drafted)
             self._chunks.put_nowait(Chunk(effect.tokens))
         if commit.finished:
             self._finished = commit.finished
@@ -305,12 +309,10 @@ class Generation:
         self._internal_faults += problem.code == "internal"
         wait_ms = _REOPEN_MS.get(problem.code)
         if wait_ms is None or self._internal_faults > _INTERNAL_FAULTS:
-            fault = RuntimeFault(f"The server refused this request: {problem.message}")
+            err = RuntimeFault(f"The server refused this request: {problem.message}")
             if problem.code == "slo":
-                fault = ServerBusy(
-                    problem.message, problem.retry_ms, "Ask for less speed, or later."
-                )
-            self.failed(fault)
+                err = ServerBusy(problem.message, problem.retry_ms, "Ask for less speed, or later.")
+            self.failed(err)
             return
         if self._reopening is not None:
             self._reopening.cancel()
@@ -320,17 +322,17 @@ class Generation:
 
     def reopened(self) -> None:
         self.stats.reopened = self._openings - 1
-        self._path.stream = self._stream_mode()
-        self._path.reopened()
-        self._turns.reset()
+        self._buffer.stream = self._stream_mode()
+        self._buffer.reopened()
+        self._scheduler.reset()
         self._wake.set()
 
     def lost(self) -> None:
         self._wake.set()
 
-    def failed(self, fault: RuntimeFault) -> None:
+    def failed(self, err: RuntimeFault) -> None:
         if not self._finished:
-            self._fault = fault
+            self._fault = err
         self._wake.set()
 
     def _stream_mode(self) -> bool:

@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from wispprof.edge.edge_metrics import EdgeMetrics
-from wispprof.edge.edge_runtime import EdgeHouse, EdgeSettings, Prompt, Reply, open_edge
+from wispprof.edge.edge_runtime import EdgeRuntime, EdgeSettings, Prompt, Reply, open_edge
 from wispprof.errors import RuntimeFault, ServerBusy, ServerUnreachable, WispprofError
 from wispprof.openai_api.client_disconnect import unless_gone
 from wispprof.openai_api.openai_protocol import (
@@ -36,19 +36,19 @@ async def serve_edge(
     settings: EdgeSettings,
     host: str,
     port: int,
-    announce: Callable[[EdgeHouse, str], None],
+    announce: Callable[[EdgeRuntime, str], None],
 ) -> None:
     """Serve until cancelled or Ctrl-C. Only on loopback: this API asks for no key."""
     _refuse_beyond_loopback(host)
     listener = bind(host, port)
     try:
-        async with open_edge(settings) as house:
+        async with open_edge(settings) as runtime:
             config = uvicorn.Config(
-                make_edge_app(house), log_config=None, access_log=False, lifespan="off"
+                make_edge_app(runtime), log_config=None, access_log=False, lifespan="off"
             )
             keep_loaded()
             shown = f"[{host}]" if ":" in host else host
-            announce(house, f"http://{shown}:{listener.getsockname()[1]}")
+            announce(runtime, f"http://{shown}:{listener.getsockname()[1]}")
             await uvicorn.Server(config).serve(sockets=[listener])
     finally:
         listener.close()
@@ -66,88 +66,88 @@ def _refuse_beyond_loopback(host: str) -> None:
         )
 
 
-def make_edge_app(house: EdgeHouse) -> FastAPI:
+def make_edge_app(runtime: EdgeRuntime) -> FastAPI:
     """The application: ``/v1/chat/completions``, ``/v1/completions``, ``/v1/models``, ``/health``,
     ``/metrics``. Answers carry a ``wispprof`` object with the request's statistics."""
     app = FastAPI(title="wispprof edge", docs_url=None, redoc_url=None)
     metrics = EdgeMetrics()
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, fault: RequestValidationError) -> JSONResponse:
-        first = fault.errors()[0]
+    async def invalid(_: Request, err: RequestValidationError) -> JSONResponse:
+        first = err.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:])
         return JSONResponse(error_body(f"{where}: {first['msg']}", param=where or None), 400)
 
     @app.exception_handler(WispprofError)
-    async def refused(_: Request, fault: WispprofError) -> JSONResponse:
-        status, headers = _status(fault)
+    async def refused(_: Request, err: WispprofError) -> JSONResponse:
+        status, headers = _status(err)
         kind = "invalid_request_error" if status < 500 else "server_error"
-        body = error_body(str(fault), kind, getattr(fault, "param", None))
+        body = error_body(str(err), kind, getattr(err, "param", None))
         return JSONResponse(body, status, headers)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "link": house.client.up, "rtt_ms": house.client.rtt.mean_ms}
+        return {"status": "ok", "link": runtime.client.up, "rtt_ms": runtime.client.rtt.mean_ms}
 
     @app.get("/metrics")
     async def scrape() -> Response:
-        metrics.link(house.client)
+        metrics.link(runtime.client)
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        entry = {"id": house.model, "object": "model", "created": 0, "owned_by": "wispprof"}
+        entry = {"id": runtime.model, "object": "model", "created": 0, "owned_by": "wispprof"}
         return {"object": "list", "data": [entry]}
 
     @app.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response | dict[str, Any]:
         body.check()
-        tokens = _prompt_tokens(house, body)
-        prompt = _prompt(house, tokens, body.max_tokens, body)
+        tokens = _prompt_tokens(runtime, body)
+        prompt = _prompt(runtime, tokens, body.max_tokens, body)
         echo = body.prompt if body.echo and isinstance(body.prompt, str) else ""
-        answer = CompletionAnswer(house.model, echo)
-        return await _respond(house, metrics, body, request, prompt, answer)
+        answer = CompletionAnswer(runtime.model, echo)
+        return await _respond(runtime, metrics, body, request, prompt, answer)
 
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response | dict[str, Any]:
         body.check()
         said = [{"role": m.role, "content": m.text()} for m in body.messages]
         most = body.max_completion_tokens or body.max_tokens
-        prompt = _prompt(house, house.chat(said), most, body)
-        answer = ChatAnswer(house.model)
-        return await _respond(house, metrics, body, request, prompt, answer)
+        prompt = _prompt(runtime, runtime.chat(said), most, body)
+        answer = ChatAnswer(runtime.model)
+        return await _respond(runtime, metrics, body, request, prompt, answer)
 
     return app
 
 
-def _status(fault: WispprofError) -> tuple[int, dict[str, str]]:
-    if isinstance(fault, ApiError):
-        return fault.status, {}
-    if isinstance(fault, ServerBusy):
-        return 429, {"retry-after": str(max(1, round(fault.retry_ms / 1000.0)))}
-    if isinstance(fault, ServerUnreachable):
+def _status(err: WispprofError) -> tuple[int, dict[str, str]]:
+    if isinstance(err, ApiError):
+        return err.status, {}
+    if isinstance(err, ServerBusy):
+        return 429, {"retry-after": str(max(1, round(err.retry_ms / 1000.0)))}
+    if isinstance(err, ServerUnreachable):
         return 503, {"retry-after": "5"}
-    return (502 if isinstance(fault, RuntimeFault) else 400), {}
+    return (502 if isinstance(err, RuntimeFault) else 400), {}
 
 
-def _prompt_tokens(house: EdgeHouse, body: CompletionRequest) -> tuple[int, ...]:
+def _prompt_tokens(runtime: EdgeRuntime, body: CompletionRequest) -> tuple[int, ...]:
     given = body.one_prompt()
-    return house.encode(given) if isinstance(given, str) else tuple(given)
+    return runtime.encode(given) if isinstance(given, str) else tuple(given)
 
 
 def _prompt(
-    house: EdgeHouse,
+    runtime: EdgeRuntime,
     tokens: tuple[int, ...],
     most: int | None,
     body: ChatRequest | CompletionRequest,
 ) -> Prompt:
-    room = house.max_context - len(tokens)
+    room = runtime.max_context - len(tokens)
     if not tokens or room <= 0:
         raise ApiError(
-            f"The prompt has {len(tokens)} tokens; the model's context holds {house.max_context}.",
+            f"The prompt has {len(tokens)} tokens; the model's context holds {runtime.max_context}.",
             param="prompt",
         )
-    count = min(most or house.settings.max_tokens, room)
+    count = min(most or runtime.settings.max_tokens, room)
     sampling = body.sampling(secrets.randbits(31))
     return Prompt(tokens, count, sampling, body.stops())
 
@@ -156,14 +156,14 @@ def _prompt(
 
 
 async def _respond(
-    house: EdgeHouse,
+    runtime: EdgeRuntime,
     metrics: EdgeMetrics,
     body: ChatRequest | CompletionRequest,
     request: Request,
     prompt: Prompt,
     answer: CompletionAnswer,
 ) -> Response | dict[str, Any]:
-    reply = house.reply(prompt)
+    reply = runtime.reply(prompt)
     pieces = metrics.watch(reply)
     if not body.stream:
         text = await unless_gone(request, pieces)
@@ -195,8 +195,8 @@ async def _events(
         if wants_usage:
             yield answer.counted(_usage(prompt, reply))
         yield "data: [DONE]\n\n"
-    except WispprofError as fault:
-        yield event(error_body(str(fault), "server_error"))
+    except WispprofError as err:
+        yield event(error_body(str(err), "server_error"))
     finally:
         await asyncio.shield(pieces.aclose())
 

@@ -73,8 +73,8 @@ def load_model(
     with _quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        except Exception as fault:
-            raise _unreadable(folder, fault) from fault
+        except Exception as err:
+            raise _unreadable(folder, err) from err
         max_context = _check_supported(config, str(path_or_id))
         model: Any
         parameters = None
@@ -89,8 +89,8 @@ def load_model(
                 model, parameters = load_shard(folder, config, torch_dtype, ranks)
         except ModelError:
             raise
-        except Exception as fault:
-            raise _unreadable(folder, fault) from fault
+        except Exception as err:
+            raise _unreadable(folder, err) from err
         tokenizer = _tokenizer(folder)
     model.to(torch_device)
     name = folder.name if Path(path_or_id).expanduser().is_dir() else str(path_or_id)
@@ -210,8 +210,8 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as fault:
-        raise ModelError(f"Unknown device {name!r}.", "Use auto, cpu or cuda.") from fault
+    except RuntimeError as err:
+        raise ModelError(f"Unknown device {name!r}.", "Use auto, cpu or cuda.") from err
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(
             "torch sees no CUDA device here.", "Use --device cpu, or install a CUDA build of torch."
@@ -244,29 +244,31 @@ def _find_on_hub(repo: str) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    fix = "Download the model into a folder and give that folder, or check the id and the network."
+    hint = "Download the model into a folder and give that folder, or check the id and the network."
     try:
         return Path(snapshot_download(repo, local_files_only=True, allow_patterns=patterns))
-    except HFValidationError as fault:
-        raise ModelMissing(f"{repo} is neither a folder nor a hub id.", fix) from fault
+    except HFValidationError as err:
+        raise ModelMissing(f"{repo} is neither a folder nor a hub id.", hint) from err
     except LocalEntryNotFoundError:
         pass  # not in the local cache: ask the hub
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        raise ModelMissing(f"{repo} is not in the local hub cache, and HF_HUB_OFFLINE is set.", fix)
+        raise ModelMissing(
+            f"{repo} is not in the local hub cache, and HF_HUB_OFFLINE is set.", hint
+        )
     try:
         HfApi().model_info(repo, timeout=5.0)
         return Path(snapshot_download(repo, allow_patterns=patterns, etag_timeout=5.0))
-    except Exception as fault:
-        reason = type(fault).__name__
+    except Exception as err:
+        reason = type(err).__name__
         raise ModelMissing(
             f"{repo} is neither a folder nor in the local hub cache, and the hub did not give it ({reason}).",
-            fix,
-        ) from fault
+            hint,
+        ) from err
 
 
-def _unreadable(folder: Path, fault: Exception) -> ModelError:
-    first = str(fault).strip().splitlines()
-    line = first[0] if first else type(fault).__name__
+def _unreadable(folder: Path, err: Exception) -> ModelError:
+    first = str(err).strip().splitlines()
+    line = first[0] if first else type(err).__name__
     if "model type" in line or "model_type" in line:
         return ModelUnsupported(
             f"The model in {folder} is of a kind that transformers does not know: {line}",
@@ -280,19 +282,19 @@ def _unreadable(folder: Path, fault: Exception) -> ModelError:
 
 def _check_supported(config: Any, name: str) -> int:
     """Refuse what cannot be rolled back by length; return the longest context that can be served."""
-    fix = f"Use a decoder-only model of one of these families: {', '.join(FAMILIES)}."
+    hint = f"Use a decoder-only model of one of these families: {', '.join(FAMILIES)}."
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelUnsupported(f"{name} is an encoder-decoder model.", fix)
+        raise ModelUnsupported(f"{name} is an encoder-decoder model.", hint)
     layer_types = set(getattr(config, "layer_types", None) or ())
     family = config.model_type
     recurrent = layer_types - {"full_attention", "sliding_attention", "chunked_attention"}
     if recurrent or any(w in family for w in ("mamba", "rwkv", "jamba", "recurrent", "bamba")):
         kinds = ", ".join(sorted(recurrent)) or family
         raise ModelUnsupported(
-            f"{name} keeps recurrent state ({kinds}), which cannot be rolled back by length.", fix
+            f"{name} keeps recurrent state ({kinds}), which cannot be rolled back by length.", hint
         )
     if family not in FAMILIES:
-        raise ModelUnsupported(f"{name} is of the family {family!r}.", fix)
+        raise ModelUnsupported(f"{name} is of the family {family!r}.", hint)
     max_context = int(config.max_position_embeddings)
     window = getattr(config, "sliding_window", None)
     if family.startswith("qwen") and not getattr(config, "use_sliding_window", False):
@@ -324,11 +326,11 @@ def _tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as fault:
+    except Exception as err:
         raise ModelError(
-            f"The tokenizer in {folder} cannot be read: {str(fault).splitlines()[0]}",
+            f"The tokenizer in {folder} cannot be read: {str(err).splitlines()[0]}",
             "Fetch tokenizer.json and tokenizer_config.json of the model again.",
-        ) from fault
+        ) from err
 
 
 def _config_hash(config: Any) -> str:

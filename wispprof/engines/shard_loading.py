@@ -121,8 +121,8 @@ def _open_files(folder: Path, stack: ExitStack) -> dict[str, Any]:
             path: stack.enter_context(safe_open(path, framework="pt"))
             for path in sorted(set(paths.values()))
         }
-    except (OSError, KeyError, ValueError) as fault:
-        raise _unreadable(folder, str(fault)) from fault
+    except (OSError, KeyError, ValueError) as err:
+        raise _unreadable(folder, str(err)) from err
     if not opened:
         raise _unreadable(folder, "it holds no *.safetensors")
     return {name: opened[path] for name, path in paths.items()}

@@ -32,10 +32,10 @@ __all__ = [
     "Fold",
     "Setting",
     "Walk",
+    "acceptance_tables",
     "compare_controllers",
     "replay_controller",
     "summarise",
-    "survival_tables",
     "walk",
 ]
 
@@ -115,14 +115,18 @@ def walk(paths: Sequence[TracePath], lengths: Lengths) -> Walk:
 # --- rules ----------------------------------------------------------------------------------------
 
 
-def survival_tables(paths: Sequence[TracePath], predictor: RejectionPredictor) -> list[FloatArray]:
+def acceptance_tables(
+    paths: Sequence[TracePath], predictor: RejectionPredictor
+) -> list[FloatArray]:
     """P(token j of the proposal at position i is accepted | those before were), (m, K) per path."""
     tables = []
     for path in paths:
         rows, depth = path.features.shape[:2]
         flat = np.asarray(path.features, dtype=np.float64).reshape(-1, 4)
         depths = np.tile(np.arange(depth), rows)
-        tables.append(np.asarray(predictor.survival_batch(flat, depths)).reshape(rows, depth))
+        tables.append(
+            np.asarray(predictor.acceptance_prob_batch(flat, depths)).reshape(rows, depth)
+        )
     return tables
 
 
@@ -229,7 +233,7 @@ def _play(fold: Fold, depth: int) -> tuple[Walks, dict[str, tuple[Walks, Walks]]
     still = {float(k): walk(tune, fixed_lengths(tune, k)) for k in range(depth + 1)}
     rules: dict[str, tuple[Walks, Walks]] = {}
     for name, predictor in fold.predictors.items():
-        learn, judge = survival_tables(tune, predictor), survival_tables(test, predictor)
+        learn, judge = acceptance_tables(tune, predictor), acceptance_tables(test, predictor)
         typical = np.array([np.concatenate([t[:, j] for t in learn]).mean() for j in range(depth)])
         rules[f"threshold:{name}"] = (
             {v: walk(tune, threshold_lengths(learn, v)) for v in VALUES},

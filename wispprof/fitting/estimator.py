@@ -29,8 +29,8 @@ from wispprof.fitting.batch_totals import (
     totals_of,
 )
 from wispprof.fitting.conformal import RatioBound
-from wispprof.fitting.registry import surface_class
-from wispprof.fitting.step_time_models import Surface
+from wispprof.fitting.registry import model_class
+from wispprof.fitting.step_time_models import StepTimeModel
 from wispprof.types import BatchShape
 
 __all__ = ["Accumulator", "Domain", "FittedEstimator", "load_estimator"]
@@ -163,7 +163,7 @@ class FittedEstimator:
     this in the bound. ``p50_scale`` and ``bound_scale`` carry what the drift monitor learnt since.
     """
 
-    surface: Surface
+    step_model: StepTimeModel
     ratio: RatioBound
     domain: Domain
     coverage: float = 0.95
@@ -182,7 +182,7 @@ class FittedEstimator:
 
     @property
     def kind(self) -> str:
-        return self.surface.kind
+        return self.step_model.kind
 
     def with_coverage(self, coverage: float) -> FittedEstimator:
         """The same estimator with a bound of another coverage, in [0.5, 1)."""
@@ -223,13 +223,13 @@ class FittedEstimator:
 
     def regime(self, totals: Totals) -> int:
         """Index into :data:`~wispprof.fitting.conformal.REGIMES`."""
-        return self.ratio.regime(self.surface.p50(totals), totals.prefill > 0)
+        return self.ratio.regime(self.step_model.p50(totals), totals.prefill > 0)
 
     # --- from totals ------------------------------------------------------------------------------
 
     def p50_of(self, totals: Totals) -> float:
         """Median milliseconds of a batch with these totals; 0 for the empty one."""
-        return self.surface.p50(totals) * self.p50_scale if totals[0] else 0.0
+        return self.step_model.p50(totals) * self.p50_scale if totals[0] else 0.0
 
     def bound_of(self, totals: Totals, p50_ms: float) -> float:
         """The bound that belongs to a batch's own regime, given its median."""
@@ -241,13 +241,13 @@ class FittedEstimator:
         # Past the split the small factor's last value stays a floor, or the bound could fall there.
         bound = raw * small if raw < split else max(raw * large, split * small)
         if self.domain.above(totals):
-            inside = self.surface.inside(totals, self.domain.high)
+            inside = self.step_model.inside(totals, self.domain.high)
             bound += max(0.0, raw - inside) * (self.inflation - 1.0)
         return bound * self.bound_scale
 
     def predict_totals(self, totals: FloatArray) -> tuple[FloatArray, FloatArray]:
         """:meth:`p50_of` and :meth:`bound_of` over rows (n, 8)."""
-        raw = self.surface.p50_many(totals)
+        raw = self.step_model.p50_many(totals)
         small: Any
         large: Any
         small, large, *mixed = self._factors
@@ -260,7 +260,7 @@ class FittedEstimator:
         if over.any():
             above = over.any(axis=1)
             high = np.array(self.domain.high, dtype=np.float64)
-            inside = self.surface.inside_many(totals[above], high)
+            inside = self.step_model.inside_many(totals[above], high)
             bound[above] += np.maximum(0.0, raw[above] - inside) * (self.inflation - 1.0)
         some = totals[:, 0] > 0
         return raw * self.p50_scale * some, bound * self.bound_scale * some
@@ -272,8 +272,8 @@ class FittedEstimator:
     ) -> str:
         """Write the estimator as one JSON document; returns its content hash."""
         payload = {
-            "kind": self.surface.kind,
-            "surface": self.surface.payload(),
+            "kind": self.step_model.kind,
+            "step_model": self.step_model.payload(),
             "bound": self.ratio.payload(),
             "domain": {"low": list(self.domain.low), "high": list(self.domain.high)},
             "coverage": self.coverage,
@@ -289,10 +289,10 @@ def load_estimator(path: Path, coverage: float | None = None) -> FittedEstimator
     """Read an estimator. Raises the artifact errors, and :class:`ArtifactDamaged` for a bad payload."""
     payload = read_document(Path(path), KIND).payload
     try:
-        surface = surface_class(str(payload["kind"])).from_payload(payload["surface"])
+        step_model = model_class(str(payload["kind"])).from_payload(payload["step_model"])
         domain = payload["domain"]
         estimator = FittedEstimator(
-            surface,
+            step_model,
             RatioBound.from_payload(payload["bound"]),
             Domain(
                 Totals(*(int(v) for v in domain["low"])), Totals(*(int(v) for v in domain["high"]))
@@ -303,8 +303,8 @@ def load_estimator(path: Path, coverage: float | None = None) -> FittedEstimator
             float(payload["bound_scale"]),
             dict(payload.get("report", {})),
         )
-    except (*BAD_PAYLOAD, FitError) as fault:
+    except (*BAD_PAYLOAD, FitError) as err:
         raise ArtifactDamaged(
-            f"{path} is not a complete estimator ({fault}).", "Fit it anew with `wispprof fit`."
-        ) from fault
+            f"{path} is not a complete estimator ({err}).", "Fit it anew with `wispprof fit`."
+        ) from err
     return estimator if coverage is None else estimator.with_coverage(coverage)

@@ -5,7 +5,7 @@ many visits as the row has: its error is repeat noise and nothing else. The othe
 shape's own single steps: no bound of one number per shape that holds as often for each of them can lie lower.
 One that holds as often over all of them can, where a few shapes stalled.
 
-Held-out evaluation: blocks of whole shapes left out, every estimator side by side.
+Held-out evaluation: groups of whole shapes left out, every estimator side by side.
 
 Leaving random shapes out flatters whoever interpolates between neighbours. Here every shape of a block
 goes at once: all with a number of items, a draft length, a context, or a corner of all three. What falls
@@ -24,16 +24,16 @@ from wispprof.fitting.batch_totals import FloatArray, Totals
 from wispprof.fitting.conformal import REGIMES
 from wispprof.fitting.estimator import FittedEstimator
 from wispprof.fitting.observations import MINIMUM_SHAPES, Observations
-from wispprof.fitting.registry import ESTIMATOR_KINDS, surface_class
+from wispprof.fitting.registry import ESTIMATOR_KINDS, model_class
 from wispprof.fitting.selection import assemble, out_of_fold, relative_errors
 
 __all__ = [
     "Evaluation",
     "Progress",
-    "blocks_of",
     "bound_floor",
     "evaluate",
     "fit_on",
+    "groups_of",
     "measured_again",
     "paced_floor",
 ]
@@ -50,15 +50,15 @@ def measured_again(data: Observations, seed: int = 0) -> dict[str, float] | None
     rng = np.random.default_rng(seed)
     again: list[float] = []
     actual: list[float] = []
-    for visits in data.visits:
-        count = len(visits)
+    for blocks in data.blocks:
+        count = len(blocks)
         if count < 2:
             continue
         first = count // 2
         shrink = np.sqrt(2 * first * (count - first)) / count
         for _ in range(HALVINGS):
             order = rng.permutation(count)
-            one, other = visits[order[:first]], visits[order[first:]]
+            one, other = blocks[order[:first]], blocks[order[first:]]
             away = float(np.log(np.median(one) / np.median(other))) * shrink
             again.append(float(np.exp(away)))
             actual.append(1.0)
@@ -72,7 +72,7 @@ def bound_floor(data: Observations, levels: Sequence[float]) -> dict[float, floa
 
 def paced_floor(data: Observations, levels: Sequence[float]) -> dict[float, float]:
     """The same, did one know at every step how slow the machine is at that moment."""
-    return {level: _mean_quantile(data.paced, data, level) for level in levels}
+    return {level: _mean_quantile(data.speed_corrected, data, level) for level in levels}
 
 
 def _mean_quantile(samples: Sequence[FloatArray], data: Observations, level: float) -> float:
@@ -95,7 +95,7 @@ LEVELS = (0.95, 0.99)
 class Evaluation:
     """What held-out evaluation found. All tables are lists of flat records.
 
-    ``blocks``: per estimator, scheme and domain; ``regimes``: per estimator and regime, over all blocks
+    ``groups``: per estimator, scheme and domain; ``regimes``: per estimator and regime, over all groups
     in domain; ``splits``: per estimator and level over random splits; ``learning``: per estimator and
     number of shapes; ``points``: (estimator, scheme, predicted, bound, actual, in domain) for plots.
     ``noise``: standard error of a shape's median, percent, over shapes. ``again``: errors of a second
@@ -107,7 +107,7 @@ class Evaluation:
     again: dict[str, float] | None = None
     floor: dict[float, float] = field(default_factory=dict)
     paced_floor: dict[float, float] = field(default_factory=dict)
-    blocks: list[dict[str, Any]] = field(default_factory=list)
+    groups: list[dict[str, Any]] = field(default_factory=list)
     regimes: list[dict[str, Any]] = field(default_factory=list)
     splits: list[dict[str, Any]] = field(default_factory=list)
     learning: list[dict[str, Any]] = field(default_factory=list)
@@ -117,12 +117,12 @@ class Evaluation:
         """The record of one estimator over all block schemes."""
         return next(
             r
-            for r in self.blocks
+            for r in self.groups
             if r["estimator"] == kind and r["scheme"] == "all" and r["in_domain"] == in_domain
         )
 
 
-def blocks_of(data: Observations) -> Iterator[tuple[str, np.ndarray]]:
+def groups_of(data: Observations) -> Iterator[tuple[str, np.ndarray]]:
     """(scheme, mask of held-out shapes) for every block; each leaves enough to learn from."""
     for scheme, column in COLUMNS.items():
         values = data.totals[:, column]
@@ -143,8 +143,8 @@ def blocks_of(data: Observations) -> Iterator[tuple[str, np.ndarray]]:
 
 def fit_on(kind: str, data: Observations, coverage: float = 0.95) -> FittedEstimator:
     """An estimator with its bound, from these observations alone."""
-    predicted, surface = out_of_fold(kind, data, INNER_FOLDS, nested=False)
-    return assemble(surface, predicted, data, coverage)
+    predicted, step_model = out_of_fold(kind, data, INNER_FOLDS, nested=False)
+    return assemble(step_model, predicted, data, coverage)
 
 
 def evaluate(
@@ -154,7 +154,7 @@ def evaluate(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Score ``kinds`` by blocks, by random splits of the bound, and by learning curve."""
+    """Score ``kinds`` by groups, by random splits of the bound, and by learning curve."""
     noise = 100 * data.repeat_noise()
     found = Evaluation(
         {"median": float(np.median(noise)), "p90": float(np.quantile(noise, 0.9))},
@@ -162,9 +162,9 @@ def evaluate(
         bound_floor(data, LEVELS),
         paced_floor(data, LEVELS),
     )
-    blocks = list(blocks_of(data))
+    groups = list(groups_of(data))
     sizes = _sizes(len(data))
-    total = len(kinds) * (len(blocks) + splits + len(sizes) * LEARNING_REPEATS)
+    total = len(kinds) * (len(groups) + splits + len(sizes) * LEARNING_REPEATS)
     done = 0
 
     def step(what: str) -> None:
@@ -175,10 +175,10 @@ def evaluate(
 
     for kind in kinds:
         scored: list[_Scored] = []
-        for scheme, held in blocks:
+        for scheme, held in groups:
             scored.append(_score(kind, scheme, data.take(~held), data.take(held)))
             step(f"{kind}: {scheme}")
-        _summarise_blocks(found, kind, scored)
+        _summarise_groups(found, kind, scored)
         _random_splits(found, kind, data, splits, seed, lambda k=kind: step(f"{k}: coverage"))  # type: ignore[misc]
         for size in sizes:
             found.learning.append(_learning_point(kind, data, size, seed))
@@ -187,7 +187,7 @@ def evaluate(
     return found
 
 
-# --- blocks ---------------------------------------------------------------------------------------
+# --- groups ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def _as_totals(data: Observations) -> list[Totals]:
     return [Totals(*(int(v) for v in row)) for row in data.totals]
 
 
-def _summarise_blocks(found: Evaluation, kind: str, scored: list[_Scored]) -> None:
+def _summarise_groups(found: Evaluation, kind: str, scored: list[_Scored]) -> None:
     for scheme in (*dict.fromkeys(s.scheme for s in scored), "all"):
         chosen = [s for s in scored if scheme in (s.scheme, "all")]
         for inside in (True, False):
@@ -221,7 +221,7 @@ def _summarise_blocks(found: Evaluation, kind: str, scored: list[_Scored]) -> No
             if sum(int(m.sum()) for m in masks) == 0:
                 continue
             record = {"estimator": kind, "scheme": scheme, "in_domain": inside}
-            found.blocks.append(record | _figures(chosen, masks))
+            found.groups.append(record | _figures(chosen, masks))
     for number, name in enumerate(REGIMES):
         masks = [s.inside & (s.regime == number) for s in scored]
         if sum(int(m.sum()) for m in masks):
@@ -316,8 +316,8 @@ def _learning_point(kind: str, data: Observations, size: int, seed: int) -> dict
         order = np.random.default_rng((seed, repeat)).permutation(len(data))
         test = data.take(order[: len(data) // 4])
         learn = data.take(order[len(data) // 4 :][:size])
-        surface = surface_class(kind)().fit(learn)
-        errors.append(relative_errors(surface.p50_many(test.totals), test.median_ms))
+        step_model = model_class(kind)().fit(learn)
+        errors.append(relative_errors(step_model.p50_many(test.totals), test.median_ms))
     return {
         "estimator": kind,
         "shapes": size,

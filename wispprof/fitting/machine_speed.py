@@ -16,7 +16,7 @@ import numpy as np
 from wispprof.artifacts.rows import StepRow
 from wispprof.fitting.batch_totals import FloatArray
 
-__all__ = ["Pace", "drift_factors", "visits_of"]
+__all__ = ["MachineSpeed", "drift_factors", "visits_of"]
 
 MINIMUM_SENTINELS = 4
 MINIMUM_FREEDOM = 30
@@ -31,18 +31,18 @@ _MOST_SHARE = 1.2
 
 def visits_of(row: StepRow) -> Iterator[tuple[int, tuple[float, ...]]]:
     """(order, samples in ms) of each visit to a row, those set aside too where the row knows of when."""
-    for visits, samples in (
-        (row.visits or ((row.order, len(row.samples_ms)),), row.samples_ms),
-        (row.aside_visits, row.set_aside_ms),
+    for blocks, samples in (
+        (row.blocks or ((row.order, len(row.samples_ms)),), row.samples_ms),
+        (row.set_aside_blocks, row.set_aside_ms),
     ):
         start = 0
-        for order, count in visits:
+        for order, count in blocks:
             yield order, samples[start : start + count]
             start += count
 
 
 @dataclass(frozen=True)
-class Pace:
+class MachineSpeed:
     """How slow the machine was, by place in the order of measurement.
 
     ``orders`` and ``levels`` (m,): looks at the sentinel and the logarithm of how slow it was against its
@@ -61,24 +61,27 @@ class Pace:
     close: bool = False
 
     @classmethod
-    def of(cls, rows: Sequence[StepRow]) -> Pace | None:
+    def of(cls, rows: Sequence[StepRow]) -> MachineSpeed | None:
         """What these rows' sentinels say; None where there are too few, or several shapes of them."""
-        looks = sorted((r for r in rows if r.kind == "sentinel"), key=lambda r: r.order)
-        if len(looks) < MINIMUM_SENTINELS or len({r.shape.key() for r in looks}) != 1:
+        reference_samples = sorted((r for r in rows if r.kind == "sentinel"), key=lambda r: r.order)
+        if (
+            len(reference_samples) < MINIMUM_SENTINELS
+            or len({r.shape.key() for r in reference_samples}) != 1
+        ):
             return None
-        orders = np.array([r.order for r in looks], dtype=np.float64)
+        orders = np.array([r.order for r in reference_samples], dtype=np.float64)
         if len(np.unique(orders)) < len(orders):
             return None  # of several sweeps: their orders say nothing about each other
-        levels = np.log([r.median_ms for r in looks])
-        share = _believed(looks, levels)
+        levels = np.log([r.median_ms for r in reference_samples])
+        share = _believed(reference_samples, levels)
         levels -= np.median(levels)
         groups = [list(visits_of(r)) for r in rows if r.kind != "sentinel"]
-        visits = sum(len(group) for group in groups)
-        close = len(looks) >= CLOSE * visits
+        blocks = sum(len(group) for group in groups)
+        close = len(reference_samples) >= CLOSE * blocks
         plain = cls(orders, levels, share, close=close)
         return plain._learn([group for group in groups if len(group) > 1])
 
-    def _learn(self, groups: Sequence[Sequence[tuple[int, tuple[float, ...]]]]) -> Pace:
+    def _learn(self, groups: Sequence[Sequence[tuple[int, tuple[float, ...]]]]) -> MachineSpeed:
         """Regress how visits to one shape differ on how the sentinel did between them."""
         freedom = sum(len(group) - 1 for group in groups)
         if freedom < MINIMUM_FREEDOM:
@@ -103,7 +106,7 @@ class Pace:
             weight = np.minimum(1.0, reach / np.maximum(error, 1e-12))
         at = float(np.exp(middle))
         share, bend = float(found[0]), float(found[1])
-        return Pace(self.orders, self.levels, share, bend, at, True, self.close)
+        return MachineSpeed(self.orders, self.levels, share, bend, at, True, self.close)
 
     def _at(self, orders: Sequence[int]) -> FloatArray:
         return np.asarray(np.interp(orders, self.orders, self.levels))
@@ -115,12 +118,12 @@ class Pace:
         return factors
 
 
-def _believed(looks: Sequence[StepRow], levels: FloatArray) -> float:
+def _believed(reference_samples: Sequence[StepRow], levels: FloatArray) -> float:
     """Share of the looks' variance that their samples' scatter does not explain, so that on a quiet machine
     the sentinel's own noise is not written into every row."""
     scatter = [
         np.var(np.log(r.samples_ms), ddof=1) / len(r.samples_ms)
-        for r in looks
+        for r in reference_samples
         if len(r.samples_ms) > 1
     ]
     # A median is about half as precise again as a mean (π / 2 in variance).
@@ -129,18 +132,18 @@ def _believed(looks: Sequence[StepRow], levels: FloatArray) -> float:
     return max(0.0, 1.0 - noise / spread) if spread > 0 else 0.0
 
 
-def drift_factors(rows: Sequence[StepRow], pace: Pace | None = None) -> FloatArray:
+def drift_factors(rows: Sequence[StepRow], pace: MachineSpeed | None = None) -> FloatArray:
     """How slow the machine was at each row, (n,), against its typical speed; ones where unknown.
 
     The logarithm of the sentinel's median is interpolated over the order of measurement; a row measured
     in several visits has the mean of theirs.
     """
-    pace = pace or Pace.of(rows)
+    pace = pace or MachineSpeed.of(rows)
     if pace is None:
         return np.ones(len(rows))
     factors = np.empty(len(rows))
     for number, row in enumerate(rows):
-        visits = list(visits_of(row))
-        each = np.log(pace.factors([order for order, _ in visits], row.median_ms))
-        factors[number] = np.exp(np.average(each, weights=[len(s) for _, s in visits]))
+        blocks = list(visits_of(row))
+        each = np.log(pace.factors([order for order, _ in blocks], row.median_ms))
+        factors[number] = np.exp(np.average(each, weights=[len(s) for _, s in blocks]))
     return factors

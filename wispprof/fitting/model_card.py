@@ -263,12 +263,12 @@ COLORS = {
 
 
 def plot_evaluation(found: Evaluation, folder: Path) -> list[Path]:
-    """Write ``predicted.svg``, ``blocks.svg`` and ``learning.svg``; returns their paths."""
+    """Write ``predicted.svg``, ``groups.svg`` and ``learning.svg``; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    kinds = list(dict.fromkeys(r["estimator"] for r in found.blocks))
+    kinds = list(dict.fromkeys(r["estimator"] for r in found.groups))
     made = {
         "predicted.svg": _predicted(found, kinds),
-        "blocks.svg": _blocks(found, kinds),
+        "groups.svg": _held_out_groups(found, kinds),
         "learning.svg": _learning(found, kinds),
     }
     paths = []
@@ -304,15 +304,15 @@ def _predicted(found: Evaluation, kinds: list[str]) -> Figure:
     return figure
 
 
-def _blocks(found: Evaluation, kinds: list[str]) -> Figure:
+def _held_out_groups(found: Evaluation, kinds: list[str]) -> Figure:
     """Median and p90 absolute error by what was held out, in domain."""
     figure = _figure(7.5, 3.4)
     axis = figure.subplots()
-    schemes = list(dict.fromkeys(r["scheme"] for r in found.blocks))
+    schemes = list(dict.fromkeys(r["scheme"] for r in found.groups))
     width = 0.8 / len(kinds)
     for number, kind in enumerate(kinds):
         rows: dict[str, dict[str, Any]] = {
-            r["scheme"]: r for r in found.blocks if r["estimator"] == kind and r["in_domain"]
+            r["scheme"]: r for r in found.groups if r["estimator"] == kind and r["in_domain"]
         }
         known = [s for s in schemes if s in rows]
         x = np.array([schemes.index(s) for s in known]) + (number - len(kinds) / 2 + 0.5) * width

@@ -13,7 +13,7 @@ import numpy as np
 from wispprof.artifacts.rows import StepRow
 from wispprof.errors import FitError
 from wispprof.fitting.batch_totals import FloatArray, decode_totals_of, totals_matrix, totals_of
-from wispprof.fitting.machine_speed import Pace, drift_factors, visits_of
+from wispprof.fitting.machine_speed import MachineSpeed, drift_factors, visits_of
 from wispprof.types import BatchShape
 
 __all__ = ["MINIMUM_SHAPES", "Observations", "check_rows", "check_same_model", "read_step_log"]
@@ -37,7 +37,7 @@ class Observations:
     ``totals`` and ``decode`` (n, 8): features of the whole shape and of its items that are not prompt
     chunks. ``median_ms`` (n,). ``samples``: n arrays of raw times. ``padded`` (n,): tokens the step
     really computed, 0 where unknown. ``groups``: the shape's key, which splits never divide.
-    ``paced``: the same samples at the machine's typical pace, as ``median_ms`` is; ``visits``: n arrays with
+    ``speed_corrected``: the same samples at the machine's typical pace, as ``median_ms`` is; ``blocks``: n arrays with
     the median of each visit's.
     ``flagged``: rows with a flag of distrust that are in nevertheless; ``left_out``: those that are not.
     ``drift``: largest log ratio between speeds of the machine that medians were corrected for.
@@ -50,8 +50,8 @@ class Observations:
     padded: FloatArray
     groups: tuple[str, ...]
     shapes: tuple[BatchShape, ...]
-    paced: tuple[FloatArray, ...]
-    visits: tuple[FloatArray, ...]
+    speed_corrected: tuple[FloatArray, ...]
+    blocks: tuple[FloatArray, ...]
     flagged: int = 0
     left_out: int = 0
     drift: float = 0.0
@@ -77,8 +77,8 @@ class Observations:
             self.padded[place],
             tuple(self.groups[i] for i in place),
             tuple(self.shapes[i] for i in place),
-            tuple(self.paced[i] for i in place),
-            tuple(self.visits[i] for i in place),
+            tuple(self.speed_corrected[i] for i in place),
+            tuple(self.blocks[i] for i in place),
         )
 
     @classmethod
@@ -89,7 +89,7 @@ class Observations:
         ``samples`` stay as measured, and those that a sweep set aside are among them where it says when they
         were taken, so that a bound learnt from them covers what the machine does.
         """
-        pace = Pace.of(rows)
+        pace = MachineSpeed.of(rows)
         close = pace is not None and pace.close
         kept = check_rows(rows, close)
         distrusted = DISTRUSTED - {"drift"} if close else DISTRUSTED
@@ -101,12 +101,12 @@ class Observations:
             merged.setdefault(row.shape.key(), []).append(row)
         shapes = [group[0].shape for group in merged.values()]
         gathered = [_gather(group, pace) for group in merged.values()]
-        paced = tuple(np.concatenate(visits) for _, visits in gathered)
+        speed_corrected = tuple(np.concatenate(blocks) for _, blocks in gathered)
         factors = drift_factors(kept, pace) if pace else np.ones(len(kept))
         return cls(
             totals_matrix(shapes),
             np.array([decode_totals_of(s) for s in shapes], dtype=np.float64),
-            np.array([float(np.median(samples)) for samples in paced]),
+            np.array([float(np.median(samples)) for samples in speed_corrected]),
             tuple(raw for raw, _ in gathered),
             np.array(
                 [max(row.padded_tokens for row in group) for group in merged.values()],
@@ -114,8 +114,8 @@ class Observations:
             ),
             tuple(merged),
             tuple(shapes),
-            paced,
-            tuple(np.array([np.median(visit) for visit in visits]) for _, visits in gathered),
+            speed_corrected,
+            tuple(np.array([np.median(block) for block in blocks]) for _, blocks in gathered),
             flagged,
             len(rows) - len(kept),
             float(np.ptp(np.log(factors))),
@@ -128,17 +128,17 @@ class Observations:
         tell little of a shape's own spread, so each is judged together with that of all (as in Smyth 2004).
         Shapes of one visit have their samples alone: their spread ÷ √samples.
         """
-        spread = [float(np.log(v).var(ddof=1)) for v in self.visits if len(v) > 1]
-        freedom = [len(v) - 1 for v in self.visits if len(v) > 1]
+        spread = [float(np.log(v).var(ddof=1)) for v in self.blocks if len(v) > 1]
+        freedom = [len(v) - 1 for v in self.blocks if len(v) > 1]
         # The median of chi-square over its freedom (Wilson and Hilferty): no shape's mishap counts.
         typical = [s / (1 - 2 / (9 * nu)) ** 3 for s, nu in zip(spread, freedom, strict=True)]
         prior = float(np.median(typical)) if typical else 0.0
         noise = []
-        for samples, visits in zip(self.samples, self.visits, strict=True):
-            if len(visits) > 1:
-                own, nu = float(np.log(visits).var(ddof=1)), len(visits) - 1
+        for samples, blocks in zip(self.samples, self.blocks, strict=True):
+            if len(blocks) > 1:
+                own, nu = float(np.log(blocks).var(ddof=1)), len(blocks) - 1
                 pooled = (PRIOR_FREEDOM * prior + nu * own) / (PRIOR_FREEDOM + nu)
-                noise.append(math.sqrt(pooled / len(visits)))
+                noise.append(math.sqrt(pooled / len(blocks)))
                 continue
             median = float(np.median(samples))
             mad = float(np.median(np.abs(samples - median))) * 1.4826
@@ -146,21 +146,23 @@ class Observations:
         return np.array(noise)
 
 
-def _gather(rows: Sequence[StepRow], pace: Pace | None) -> tuple[FloatArray, list[FloatArray]]:
+def _gather(
+    rows: Sequence[StepRow], pace: MachineSpeed | None
+) -> tuple[FloatArray, list[FloatArray]]:
     """All samples of one shape as measured, and visit by visit at the machine's typical pace."""
-    visits = [(order, np.array(samples)) for row in rows for order, samples in visits_of(row)]
-    raw = np.concatenate([samples for _, samples in visits])
+    blocks = [(order, np.array(samples)) for row in rows for order, samples in visits_of(row)]
+    raw = np.concatenate([samples for _, samples in blocks])
     if pace is None:
-        return raw, [samples for _, samples in visits]
-    slow = pace.factors([order for order, _ in visits], float(np.median(raw)))
-    return raw, [samples / factor for (_, samples), factor in zip(visits, slow, strict=True)]
+        return raw, [samples for _, samples in blocks]
+    slow = pace.factors([order for order, _ in blocks], float(np.median(raw)))
+    return raw, [samples / factor for (_, samples), factor in zip(blocks, slow, strict=True)]
 
 
-def check_rows(rows: Sequence[StepRow], paced: bool = False) -> list[StepRow]:
+def check_rows(rows: Sequence[StepRow], speed_corrected: bool = False) -> list[StepRow]:
     """Return the rows worth fitting.
 
     Drifted and throttled rows are left out, unless so many are that too little would remain: on a busy
-    machine a profile in which everything drifted is still worth more than none. ``paced``: how slow the
+    machine a profile in which everything drifted is still worth more than none. ``speed_corrected``: how slow the
     machine was at every visit is known, so that drift is no reason to leave a row out.
 
     Raises :class:`FitError` for NaN, infinite, zero or negative times, too few distinct shapes,
@@ -186,7 +188,7 @@ def check_rows(rows: Sequence[StepRow], paced: bool = False) -> list[StepRow]:
             f"{MINIMUM_SHAPES} are needed.",
             "Profile more of them: profile-server with --grid standard, or with more --budget-minutes.",
         )
-    distrusted = DISTRUSTED - {"drift"} if paced else DISTRUSTED
+    distrusted = DISTRUSTED - {"drift"} if speed_corrected else DISTRUSTED
     trusted = [row for row in rows if not distrusted & set(row.flags)]
     remaining = len({row.shape.key() for row in trusted})
     enough = max(MINIMUM_SHAPES, TRUSTED_SHARE * len(distinct))
@@ -244,9 +246,9 @@ def read_step_log(path: Path) -> list[StepRow]:
     rows = []
     try:
         lines = Path(path).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as fault:
-        reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8 text"
-        raise FitError(f"{path} cannot be read: {reason}.", "Name a step log.") from fault
+    except (OSError, UnicodeDecodeError) as err:
+        reason = err.strerror if isinstance(err, OSError) else "it is not UTF-8 text"
+        raise FitError(f"{path} cannot be read: {reason}.", "Name a step log.") from err
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -254,11 +256,11 @@ def read_step_log(path: Path) -> list[StepRow]:
             record = json.loads(line)
             shape = BatchShape.of(record["shape"])
             taken = float(record["ms"])
-        except (ValueError, KeyError, TypeError, IndexError, OverflowError) as fault:
+        except (ValueError, KeyError, TypeError, IndexError, OverflowError) as err:
             raise FitError(
-                f"Line {number} of {path} is not a step record ({fault}).",
+                f"Line {number} of {path} is not a step record ({err}).",
                 'Each line reads {"shape": [[new, cached, prefill], …], "ms": 12.3}.',
-            ) from fault
+            ) from err
         kind = "verify" if not shape.prefill_tokens else "mixed"
         rows.append(StepRow(f"log{number}", kind, shape, (taken,), order=number))
     return rows

@@ -26,7 +26,7 @@ from wispprof.fitting.batch_totals import FloatArray, Totals, bucket_many
 from wispprof.fitting.observations import Observations
 from wispprof.fitting.step_time_models import fit_nonnegative
 
-__all__ = ["Curve", "PhysicalTerms", "emitting", "emitting_many", "graph_buckets"]
+__all__ = ["PhysicalTerms", "PiecewiseCurve", "emitting", "emitting_many", "graph_buckets"]
 
 NEW_KNOTS = 6
 CACHED_KNOTS = 3
@@ -47,7 +47,7 @@ def emitting_many(totals: FloatArray) -> FloatArray:
     return np.asarray(totals[:, 1] - totals[:, 7])
 
 
-class Curve:
+class PiecewiseCurve:
     """A non-decreasing piecewise linear function through the origin, by its slope between knots."""
 
     def __init__(self, knots: Sequence[float], slopes: Sequence[float]) -> None:
@@ -127,8 +127,8 @@ class PhysicalTerms:
         self.new_knots = new_knots
         self.cached_knots = cached_knots
         self.buckets_: list[float] = []
-        self.new_ = Curve([], [0.0])
-        self.cached_ = Curve([], [0.0])
+        self.new_ = PiecewiseCurve([], [0.0])
+        self.cached_ = PiecewiseCurve([], [0.0])
         self.weights_: tuple[float, ...] = (0.0,) * TERMS
 
     def fit(self, data: Observations) -> Self:
@@ -142,16 +142,16 @@ class PhysicalTerms:
         one, groups, mixed = np.ones(len(data)), np.sqrt(items * deep), np.minimum(prefill, emit)
         design = np.concatenate(
             [
-                Curve.columns(tokens, new_knots),
-                Curve.columns(cached, cached_knots),
+                PiecewiseCurve.columns(tokens, new_knots),
+                PiecewiseCurve.columns(cached, cached_knots),
                 np.stack([one, items, cross, square, deep, emit, groups, mixed], axis=1),
             ],
             axis=1,
         )
         weights = fit_nonnegative(design, data.median_ms).tolist()
         first, second = len(new_knots) + 1, len(cached_knots) + 1
-        self.new_ = Curve(new_knots, weights[:first])
-        self.cached_ = Curve(cached_knots, weights[first : first + second])
+        self.new_ = PiecewiseCurve(new_knots, weights[:first])
+        self.cached_ = PiecewiseCurve(cached_knots, weights[first : first + second])
         self.weights_ = tuple(weights[first + second :])
         return self
 
@@ -213,8 +213,8 @@ class PhysicalTerms:
     def from_payload(cls, payload: dict[str, Any]) -> Self:
         terms = cls()
         terms.buckets_ = sorted(float(b) for b in payload["buckets"])
-        terms.new_ = Curve(payload["new"]["knots"], payload["new"]["slopes"])
-        terms.cached_ = Curve(payload["cached"]["knots"], payload["cached"]["slopes"])
+        terms.new_ = PiecewiseCurve(payload["new"]["knots"], payload["new"]["slopes"])
+        terms.cached_ = PiecewiseCurve(payload["cached"]["knots"], payload["cached"]["slopes"])
         weights = tuple(float(w) for w in payload["weights"])
         if len(weights) == EARLIER_TERMS:
             weights += (0.0,) * (TERMS - EARLIER_TERMS)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from wispprof.errors import FitError
-from wispprof.fitting.step_time_models import Forest, Staircase, Surface, WispLinear
-from wispprof.fitting.wispprof_model import WispprofSurface
+from wispprof.fitting.step_time_models import Forest, Staircase, StepTimeModel, WispLinear
+from wispprof.fitting.wispprof_model import WispprofStepTime
 
-__all__ = ["ESTIMATOR_KINDS", "surface_class"]
+__all__ = ["ESTIMATOR_KINDS", "model_class"]
 
-_SURFACES: dict[str, type[Surface]] = {
-    c.kind: c for c in (WispLinear, Staircase, Forest, WispprofSurface)
+_SURFACES: dict[str, type[StepTimeModel]] = {
+    c.kind: c for c in (WispLinear, Staircase, Forest, WispprofStepTime)
 }
 
 ESTIMATOR_KINDS = tuple(_SURFACES)
 
 
-def surface_class(kind: str) -> type[Surface]:
+def model_class(kind: str) -> type[StepTimeModel]:
     """The class of a surface; raises :class:`FitError` for an unknown name."""
     if kind not in _SURFACES:
         raise FitError(

@@ -14,8 +14,8 @@ from wispprof.fitting.batch_totals import FloatArray
 from wispprof.fitting.conformal import RatioBound
 from wispprof.fitting.estimator import Domain, FittedEstimator
 from wispprof.fitting.observations import Observations
-from wispprof.fitting.registry import ESTIMATOR_KINDS, surface_class
-from wispprof.fitting.step_time_models import Surface
+from wispprof.fitting.registry import ESTIMATOR_KINDS, model_class
+from wispprof.fitting.step_time_models import StepTimeModel
 
 __all__ = ["assemble", "fit_estimator", "folds_of", "out_of_fold", "relative_errors"]
 
@@ -32,18 +32,18 @@ def folds_of(data: Observations, folds: int = FOLDS, seed: int = 0) -> np.ndarra
 
 def out_of_fold(
     kind: str, data: Observations, folds: int = FOLDS, seed: int = 0, nested: bool = True
-) -> tuple[FloatArray, Surface]:
+) -> tuple[FloatArray, StepTimeModel]:
     """Predictions that did not see their own shape, (n,), and the surface fitted on all of them.
 
     Without ``nested`` the settings (not the weights) are those that the fit on all shapes chose: much
     quicker, and good enough to calibrate a bound whose coverage is then tested on other shapes.
     """
-    whole = surface_class(kind)().fit(data)
+    whole = model_class(kind)().fit(data)
     fold = folds_of(data, min(folds, len(data)), seed)
     predicted = np.empty(len(data))
     for number in np.unique(fold):
         held = fold == number
-        part = (surface_class(kind)() if nested else whole.again()).fit(data.take(~held))
+        part = (model_class(kind)() if nested else whole.again()).fit(data.take(~held))
         predicted[held] = part.p50_many(data.totals[held])
     return predicted, whole
 
@@ -63,11 +63,11 @@ def relative_errors(predicted: FloatArray, actual: FloatArray) -> dict[str, floa
 
 
 def assemble(
-    surface: Surface, predicted: FloatArray, data: Observations, coverage: float = 0.95
+    step_model: StepTimeModel, predicted: FloatArray, data: Observations, coverage: float = 0.95
 ) -> FittedEstimator:
     """An estimator from a surface fitted on all of ``data`` and out-of-fold predictions."""
     ratio = RatioBound.calibrate(np.maximum(predicted, 1e-9), data.samples, data.totals[:, 7] > 0)
-    return FittedEstimator(surface, ratio, Domain.of(data.totals), coverage)
+    return FittedEstimator(step_model, ratio, Domain.of(data.totals), coverage)
 
 
 def fit_estimator(
@@ -87,10 +87,12 @@ def fit_estimator(
     fitted: dict[str, FittedEstimator] = {}
     errors: dict[str, dict[str, float]] = {}
     for name in tried:
-        predicted, surface = out_of_fold(name, data)
+        predicted, step_model = out_of_fold(name, data)
         errors[name] = relative_errors(predicted, data.median_ms)
-        fitted[name] = assemble(surface, predicted, data, coverage)
-    eligible = [n for n in tried if fitted[n].surface.monotone] if kind == "auto" else list(tried)
+        fitted[name] = assemble(step_model, predicted, data, coverage)
+    eligible = (
+        [n for n in tried if fitted[n].step_model.monotone] if kind == "auto" else list(tried)
+    )
     if not eligible:
         raise FitError("None of the estimators tried is monotone.", "Add wisp-linear to them.")
     best = min(eligible, key=lambda n: errors[n]["mape"])
@@ -99,7 +101,7 @@ def fit_estimator(
         "chosen": best,
         "asked": kind,
         "held_out": errors,
-        "monotone": {n: fitted[n].surface.monotone for n in tried},
+        "monotone": {n: fitted[n].step_model.monotone for n in tried},
         "shapes": len(data),
         "samples": int(sum(len(s) for s in data.samples)),
         "repeat_noise_percent": float(100 * np.median(noise)),

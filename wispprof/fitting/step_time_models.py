@@ -25,16 +25,16 @@ from wispprof.fitting.batch_totals import FloatArray, Totals
 from wispprof.fitting.observations import Observations
 
 __all__ = [
-    "Boxed",
+    "ClippedMixin",
     "Forest",
     "Staircase",
-    "Surface",
+    "StepTimeModel",
     "WispLinear",
     "fit_nonnegative",
 ]
 
 
-class Surface(Protocol):
+class StepTimeModel(Protocol):
     """Totals of a batch to its median time.
 
     ``monotone`` says whether predictions are guaranteed never to fall when work is added.
@@ -69,7 +69,7 @@ class Surface(Protocol):
         """A fitted surface from its payload."""
 
 
-class Boxed:
+class ClippedMixin:
     """``inside`` of surfaces that never fall in any single total: cut total by total."""
 
     def p50(self, totals: Totals) -> float:
@@ -113,7 +113,7 @@ def fit_nonnegative(design: FloatArray, times_ms: FloatArray, ridge: float = 1e-
     return scaled
 
 
-class WispLinear(Boxed):
+class WispLinear(ClippedMixin):
     """``a·Σ new + b·Σ new·(cached + new) + c·Σ cached + d``, all weights ≥ 0.
 
     ``coef_``: (4,) milliseconds per token, per token pair, per cached token, and per step.
@@ -156,15 +156,15 @@ class WispLinear(Boxed):
 
     @classmethod
     def from_payload(cls, payload: dict[str, Any]) -> Self:
-        surface = cls()
+        step_model = cls()
         coef = [float(v) for v in payload["coef"]]
         if len(coef) != 4 or min(coef) < 0:
             raise FitError("A wisp-linear estimator has four weights ≥ 0.", "Fit it anew.")
-        surface.coef_ = (coef[0], coef[1], coef[2], coef[3])
-        return surface
+        step_model.coef_ = (coef[0], coef[1], coef[2], coef[3])
+        return step_model
 
 
-class Staircase(Boxed):
+class Staircase(ClippedMixin):
     """``steps_``: token counts; ``times_``: ms of a step padded to each, never falling.
 
     The context is the one most shapes were measured at. Beyond the last step time grows in proportion.
@@ -219,18 +219,21 @@ class Staircase(Boxed):
 
     @classmethod
     def from_payload(cls, payload: dict[str, Any]) -> Self:
-        surface = cls()
-        surface.steps_ = [float(v) for v in payload["steps"]]
-        surface.times_ = [float(v) for v in payload["times_ms"]]
-        surface.context_ = float(payload["context"])
-        if not surface.steps_ or len(surface.steps_) != len(surface.times_):
+        step_model = cls()
+        step_model.steps_ = [float(v) for v in payload["steps"]]
+        step_model.times_ = [float(v) for v in payload["times_ms"]]
+        step_model.context_ = float(payload["context"])
+        if not step_model.steps_ or len(step_model.steps_) != len(step_model.times_):
             raise ValueError("a staircase needs as many times as steps")
-        if sorted(surface.steps_) != surface.steps_ or sorted(surface.times_) != surface.times_:
+        if (
+            sorted(step_model.steps_) != step_model.steps_
+            or sorted(step_model.times_) != step_model.times_
+        ):
             raise ValueError("a staircase never falls")
-        return surface
+        return step_model
 
 
-class Forest(Boxed):
+class Forest(ClippedMixin):
     """Nodes of all trees in one array each: ``feature_`` (-1: leaf), ``threshold_``, ``left_``,
     ``right_``, ``value_``; ``roots_`` (trees,)."""
 
@@ -315,15 +318,15 @@ class Forest(Boxed):
             "v": np.array(payload["value"], real),
         }
         roots = np.array(payload["roots"], dtype=np.int64)
-        surface = cls(len(roots))
-        surface._set(roots, parts)
-        nodes = np.arange(len(surface.feature_))
-        inner = surface.feature_ >= 0
+        step_model = cls(len(roots))
+        step_model._set(roots, parts)
+        nodes = np.arange(len(step_model.feature_))
+        inner = step_model.feature_ >= 0
         if len({len(p) for p in parts.values()}) != 1 or not len(roots):
             raise ValueError("the forest's arrays differ in length")
         # Children after parents: a walk always ends, whatever the file says.
-        if (np.minimum(surface.left_, surface.right_)[inner] <= nodes[inner]).any():
+        if (np.minimum(step_model.left_, step_model.right_)[inner] <= nodes[inner]).any():
             raise ValueError("the forest has a cycle")
-        if (np.maximum(surface.left_, surface.right_) >= len(nodes)).any():
+        if (np.maximum(step_model.left_, step_model.right_) >= len(nodes)).any():
             raise ValueError("the forest points outside itself")
-        return surface
+        return step_model

@@ -23,7 +23,7 @@ from wispprof.fitting.monotone_tables import MonotoneTables
 from wispprof.fitting.observations import Observations
 from wispprof.fitting.physical_terms import PhysicalTerms, emitting, emitting_many
 
-__all__ = ["WispprofSurface", "residual_features"]
+__all__ = ["WispprofStepTime", "residual_features"]
 
 ROUNDS = (0, 15, 30, 60, 120)
 ALPHAS = (1.0, 0.85, 0.6)
@@ -44,7 +44,7 @@ def residual_features(totals: FloatArray, physical: PhysicalTerms, emit: FloatAr
     return features
 
 
-class Choice(NamedTuple):
+class ModelChoice(NamedTuple):
     """Settings of a surface: bends of the physical curves, exponent α, boosting rounds."""
 
     knots: tuple[int, int] = KNOTS[0]
@@ -52,7 +52,7 @@ class Choice(NamedTuple):
     rounds: int = ROUNDS[0]
 
 
-class WispprofSurface:
+class WispprofStepTime:
     """``physical_``, ``residual_``, ``alpha_``; ``high_``, the upper corner of the measured box, and
     ``most_``, the most tokens that emitted.
 
@@ -62,7 +62,7 @@ class WispprofSurface:
     kind = "wispprof"
     monotone = True
 
-    def __init__(self, seed: int = 0, choice: Choice | None = None) -> None:
+    def __init__(self, seed: int = 0, choice: ModelChoice | None = None) -> None:
         self.seed = seed
         self.choice = choice
         self.choice_ = choice
@@ -87,13 +87,13 @@ class WispprofSurface:
     def again(self) -> Self:
         return type(self)(self.seed, self.choice_)
 
-    def _choose(self, data: Observations) -> Choice:
+    def _choose(self, data: Observations) -> ModelChoice:
         folds = list(_inner_folds(data, self.seed))
         errors = {knots: _physical_error(data, folds, knots) for knots in KNOTS}
         knots = min(errors, key=lambda k: errors[k])
         corrected = _corrected_errors(data, folds, knots)
         best = min(corrected, key=lambda c: corrected[c])
-        simple = Choice(knots)
+        simple = ModelChoice(knots)
         return best if corrected[best] < WORTH * corrected[simple] else simple
 
     # --- asking -----------------------------------------------------------------------------------
@@ -166,15 +166,15 @@ class WispprofSurface:
 
     @classmethod
     def from_payload(cls, payload: dict[str, Any]) -> Self:
-        surface = cls()
-        surface.physical_ = PhysicalTerms.from_payload(payload["physical"])
-        surface.residual_ = MonotoneTables.from_payload(payload["residual"])
-        surface.alpha_ = float(payload["alpha"])
-        if not 0 < surface.alpha_ <= 1:
+        step_model = cls()
+        step_model.physical_ = PhysicalTerms.from_payload(payload["physical"])
+        step_model.residual_ = MonotoneTables.from_payload(payload["residual"])
+        step_model.alpha_ = float(payload["alpha"])
+        if not 0 < step_model.alpha_ <= 1:
             raise ValueError("alpha must lie in (0, 1]")
-        surface.high_ = Totals(*(int(v) for v in payload["high"]))
-        surface.most_ = int(payload["most"])
-        return surface
+        step_model.high_ = Totals(*(int(v) for v in payload["high"]))
+        step_model.most_ = int(payload["most"])
+        return step_model
 
 
 def _physical_error(
@@ -192,9 +192,9 @@ def _physical_error(
 
 def _corrected_errors(
     data: Observations, folds: Sequence[np.ndarray], knots: tuple[int, int]
-) -> dict[Choice, float]:
+) -> dict[ModelChoice, float]:
     """Mean absolute log error on shapes held out, for each α and number of rounds."""
-    errors: dict[Choice, list[float]] = {}
+    errors: dict[ModelChoice, list[float]] = {}
     for held in folds:
         learn, test = data.take(~held), data.take(held)
         physical = PhysicalTerms(*knots).fit(learn)
@@ -214,7 +214,7 @@ def _corrected_errors(
                 extra = _boosted(booster, asked, rounds) if rounds else 0.0
                 predicted = np.exp(alpha * inside + offset + extra) + excess
                 size = np.abs(np.log(predicted / test.median_ms))
-                errors.setdefault(Choice(knots, alpha, rounds), []).append(float(size.mean()))
+                errors.setdefault(ModelChoice(knots, alpha, rounds), []).append(float(size.mean()))
     return {choice: float(np.mean(values)) for choice, values in errors.items()}
 
 

@@ -12,8 +12,8 @@ from wispprof.openai_api.openai_protocol import ApiError
 
 __all__ = [
     "ByteTokenizer",
+    "ChatTokenizer",
     "StopScanner",
-    "TextSide",
     "TextStream",
 ]
 
@@ -31,7 +31,7 @@ class ByteTokenizer:
         return bytes(tokens).decode("utf-8", "replace")
 
 
-class TextSide:
+class ChatTokenizer:
     """Encodes prompts and conversations; knows the tokens that end an answer."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -50,11 +50,11 @@ class TextSide:
             tokens = self.tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
             )
-        except Exception as fault:
+        except Exception as err:
             # Templates are programs of the model's maker; what they refuse is the request's fault.
             raise ApiError(
-                f"The model's chat template refuses this: {fault}", param="messages"
-            ) from (fault)
+                f"The model's chat template refuses this: {err}", param="messages"
+            ) from (err)
         return tuple(int(token) for token in tokens)
 
 

@@ -16,11 +16,11 @@ from dataclasses import replace
 
 from wispprof.artifacts.plan import BatchRow, BreakEvenRow, CapacityRow, MixRow
 from wispprof.planning.acceptance_runs import Runs
-from wispprof.planning.draft_table import Curve, Edge, curve
-from wispprof.planning.session_speed import StepTimes, renewal
-from wispprof.policies.load_level import LOAD_LEVELS, load_level, representative_stretch
+from wispprof.planning.draft_table import EdgeCosts, SpeedCurve, curve
+from wispprof.planning.session_speed import LoadedStepTimes, renewal
+from wispprof.policies.load_level import LOAD_LEVELS, load_level, representative_slowdown
 from wispprof.settings.planner_settings import Mix, PlanSettings
-from wispprof.types import StepEstimator
+from wispprof.types import StepTimeEstimator
 
 __all__ = [
     "batch_row",
@@ -48,7 +48,7 @@ def largest(low: int, high: int, holds: Callable[[int], bool]) -> int:
     return low
 
 
-def sessions_of_levels(times: StepTimes, most: int) -> dict[int, int]:
+def sessions_of_levels(times: LoadedStepTimes, most: int) -> dict[int, int]:
     """Level → sessions it stands for: the fewest that reach its representative stretch.
 
     Levels that ``most`` sessions do not reach are left out, but for the highest one reached, which
@@ -61,7 +61,7 @@ def sessions_of_levels(times: StepTimes, most: int) -> dict[int, int]:
 
     levels = {0: 1}
     for level in range(1, LOAD_LEVELS):
-        wanted = representative_stretch(level)
+        wanted = representative_slowdown(level)
         count = 1 + largest(1, most, lambda n, wanted=wanted: stretch(n) < wanted)  # type: ignore[misc]
         if count > most:
             if load_level(stretch(most)) == level:
@@ -72,7 +72,7 @@ def sessions_of_levels(times: StepTimes, most: int) -> dict[int, int]:
 
 
 def batch_row(
-    times: StepTimes,
+    times: LoadedStepTimes,
     level: int,
     sessions: int,
     tokens_per_s: float,
@@ -124,7 +124,7 @@ def batch_row(
 
 
 def capacity_row(
-    times: StepTimes, edge: Edge, tokens_per_s: float, settings: PlanSettings
+    times: LoadedStepTimes, edge: EdgeCosts, tokens_per_s: float, settings: PlanSettings
 ) -> CapacityRow:
     """Most sessions that keep their promise, undrafted and with the best k."""
     most = settings.kv_sessions
@@ -132,7 +132,7 @@ def capacity_row(
     def undrafted(count: int) -> bool:
         return 1000.0 / times.whole(count, 1)[0] >= tokens_per_s
 
-    def cell(count: int) -> Curve:
+    def cell(count: int) -> SpeedCurve:
         return curve(times, count, edge, settings.k_max)
 
     def split(count: int) -> bool:
@@ -161,7 +161,7 @@ def capacity_row(
 
 
 def break_even_row(
-    times: StepTimes, edge: Edge, level: int, sessions: int, settings: PlanSettings
+    times: LoadedStepTimes, edge: EdgeCosts, level: int, sessions: int, settings: PlanSettings
 ) -> BreakEvenRow:
     """The acceptance at which drafting begins to pay."""
     mean = edge.mean
@@ -181,16 +181,16 @@ def break_even_row(
     )
 
 
-def step_times(estimator: StepEstimator, settings: PlanSettings) -> StepTimes:
+def step_times(estimator: StepTimeEstimator, settings: PlanSettings) -> LoadedStepTimes:
     """The times every table shares."""
-    return StepTimes(estimator, settings.context)
+    return LoadedStepTimes(estimator, settings.context)
 
 
 _ITERATIONS = 40
 _TOLERANCE = 1e-3
 
 
-def mix_row(times: StepTimes, edge: Edge, mix: Mix, settings: PlanSettings) -> MixRow:
+def mix_row(times: LoadedStepTimes, edge: EdgeCosts, mix: Mix, settings: PlanSettings) -> MixRow:
     """Most sessions in these shares of which each keeps its promise, undrafted and drafted."""
     classes = [speed for speed, _ in mix]
     total = sum(share for _, share in mix)
@@ -224,7 +224,7 @@ def mix_row(times: StepTimes, edge: Edge, mix: Mix, settings: PlanSettings) -> M
 class _Shared:
     """Sessions of several classes over one server."""
 
-    def __init__(self, times: StepTimes, edge: Edge, k_max: int) -> None:
+    def __init__(self, times: LoadedStepTimes, edge: EdgeCosts, k_max: int) -> None:
         self._times = times
         self._draft_ms = edge.device.step_ms(times.cached)
         self._resume_ms = edge.device.resume_ms

@@ -8,15 +8,21 @@ from typing import Protocol
 from wispprof.artifacts.plan import DraftRow
 from wispprof.planning.acceptance_runs import Runs
 from wispprof.planning.objective import Figures, choose
-from wispprof.planning.session_speed import Pace, StepTimes, round_pace, stream_pace, undrafted_pace
+from wispprof.planning.session_speed import (
+    LoadedStepTimes,
+    SessionSpeed,
+    round_pace,
+    stream_pace,
+    undrafted_pace,
+)
 from wispprof.settings.planner_settings import PlanSettings
 
-__all__ = ["Curve", "Device", "Edge", "curve", "draft_row"]
+__all__ = ["EdgeCosts", "PlannedDevice", "SpeedCurve", "curve", "draft_row"]
 
 _MAX_LEAD = 32
 
 
-class Device(Protocol):
+class PlannedDevice(Protocol):
     """What the planner asks of an edge device; the simulator's device profiles answer it."""
 
     @property
@@ -34,11 +40,11 @@ class Device(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Edge:
+class EdgeCosts:
     """How alike sessions draft: on which device, over which link, in which mode, and how far what they draft
     is right. ``slow``: runs of the session whose promise is the hardest to keep."""
 
-    device: Device
+    device: PlannedDevice
     rtt_ms: float
     mode: str
     mean: Runs
@@ -46,20 +52,20 @@ class Edge:
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
+class SpeedCurve:
     """Paces for k = 0 … k_max of the mean session, tokens/s of the slow one in the same company, and
     what one more row of one session adds to that step. ``resume_ms``: of a round's drafting, for a rest."""
 
     mode: str
     draft_ms: float
     rtt_ms: float
-    mean: tuple[Pace, ...]
+    mean: tuple[SessionSpeed, ...]
     slow: tuple[float, ...]
     row_ms: tuple[float, ...]
     resume_ms: float = 0.0
 
 
-def curve(times: StepTimes, sessions: int, edge: Edge, k_max: int) -> Curve:
+def curve(times: LoadedStepTimes, sessions: int, edge: EdgeCosts, k_max: int) -> SpeedCurve:
     """Every k of one cell. The slow session shares the steps that mean sessions make. What a rest adds is a
     round's alone; a stream drafts on."""
     draft_ms, rtt_ms = edge.device.step_ms(times.cached), edge.rtt_ms
@@ -72,16 +78,22 @@ def curve(times: StepTimes, sessions: int, edge: Edge, k_max: int) -> Curve:
             slow_commits = 1.0 + sum(edge.slow.cumulative[:k])
         else:
             pace = stream_pace(times, sessions, k, draft_ms, rtt_ms, edge.mean)
-            fixed = StepTimes(_Constant(pace.step_ms), 0)
+            fixed = LoadedStepTimes(_Constant(pace.step_ms), 0)
             slow_commits = stream_pace(fixed, 1, k, draft_ms, rtt_ms, edge.slow).commits
         paces.append(pace)
         slow_speeds.append(slow_commits / pace.round_ms * 1000.0)
     rows = tuple(times.row_ms(p.items, p.rows) for p in paces)
-    return Curve(edge.mode, draft_ms, rtt_ms, tuple(paces), tuple(slow_speeds), rows, resume_ms)
+    return SpeedCurve(
+        edge.mode, draft_ms, rtt_ms, tuple(paces), tuple(slow_speeds), rows, resume_ms
+    )
 
 
 def draft_row(
-    cell: Curve, device: Device, load_level: int, tokens_per_s: float, settings: PlanSettings
+    cell: SpeedCurve,
+    device: PlannedDevice,
+    load_level: int,
+    tokens_per_s: float,
+    settings: PlanSettings,
 ) -> DraftRow:
     """Choose k: among those that keep the promise the best by the objective, else the k that comes
     nearest to it, if it comes nearer than no drafts by what drafting must gain."""
@@ -99,10 +111,10 @@ def draft_row(
         min_gain=settings.min_gain,
     )
     pace = cell.mean[best]
-    lead = 0
+    draft_ahead = 0
     if best:
         # Far enough that the next step finds best drafts although the frontier is known late.
-        lead = min(_MAX_LEAD, best + round((cell.rtt_ms + pace.step_ms) / cell.draft_ms) + 1)
+        draft_ahead = min(_MAX_LEAD, best + round((cell.rtt_ms + pace.step_ms) / cell.draft_ms) + 1)
     return DraftRow(
         device=device.name,
         rtt_ms=cell.rtt_ms,
@@ -111,7 +123,7 @@ def draft_row(
         mode=cell.mode,
         k=best,
         stop=_stop(cell, best),
-        lead=lead if cell.mode == "stream" else best,
+        draft_ahead=draft_ahead if cell.mode == "stream" else best,
         expected_tokens_per_s=pace.tokens_per_s,
         slow_tokens_per_s=cell.slow[best],
         round_ms=pace.round_ms,
@@ -130,7 +142,7 @@ def draft_row(
     )
 
 
-def _stop(cell: Curve, k: int) -> float:
+def _stop(cell: SpeedCurve, k: int) -> float:
     """Cumulative survival below which another draft costs more than it brings.
 
     A draft is worth its row where survival exceeds what the server commits elsewhere in the time the
@@ -148,7 +160,9 @@ def _stop(cell: Curve, k: int) -> float:
 _MS_PER_H, _MTOKEN = 3.6e6, 1e6
 
 
-def _figures(pace: Pace, k: int, cell: Curve, device: Device, settings: PlanSettings) -> Figures:
+def _figures(
+    pace: SessionSpeed, k: int, cell: SpeedCurve, device: PlannedDevice, settings: PlanSettings
+) -> Figures:
     """What one draft length gives and takes. Energy: of drafting. Dollars: the server's busy time, shared
     by what it commits in it, and the edge's drafting time."""
     drafting_ms = pace.drafted * cell.draft_ms + cell.resume_ms / pace.commits if k else 0.0

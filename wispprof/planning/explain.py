@@ -8,10 +8,10 @@ from typing import NamedTuple
 from wispprof.artifacts.plan import DraftRow, Plan, machine_of
 from wispprof.planning.draft_choice import front
 
-__all__ = ["Change", "compare", "explain"]
+__all__ = ["PlanChange", "compare", "explain"]
 
 
-class Change(NamedTuple):
+class PlanChange(NamedTuple):
     """A field of a cell that differs. ``before`` or ``after`` is ``None`` where there is no such cell."""
 
     cell: str
@@ -159,7 +159,7 @@ def _stop(row: DraftRow) -> str:
     return (
         f"Drafting stops where the chance that all drafts so far and the next one hold falls under "
         f"{row.stop:.2f}: the server commits {row.price:.3g} tokens per ms of step at this load. "
-        f"The edge may run {row.lead} tokens ahead."
+        f"The edge may run {row.draft_ahead} tokens ahead."
     )
 
 
@@ -183,11 +183,11 @@ def _capacity(plan: Plan, row: DraftRow) -> list[str]:
     return lines
 
 
-def compare(before: Plan, after: Plan, tolerance: float = 0.01) -> list[Change]:
+def compare(before: Plan, after: Plan, tolerance: float = 0.01) -> list[PlanChange]:
     """What differs between two plans' draft-length tables; numbers within ``tolerance`` are equal."""
     old, new = {r.cell: r for r in before.draft}, {r.cell: r for r in after.draft}
-    changes = [Change(c, "cell", None, "new") for c in new if c not in old]
-    changes += [Change(c, "cell", "gone", None) for c in old if c not in new]
+    changes = [PlanChange(c, "cell", None, "new") for c in new if c not in old]
+    changes += [PlanChange(c, "cell", "gone", None) for c in old if c not in new]
     names = [f.name for f in fields(DraftRow) if not f.name.endswith("by_k")]
     for cell, row in new.items():
         if cell not in old:
@@ -199,5 +199,5 @@ def compare(before: Plan, after: Plan, tolerance: float = 0.01) -> list[Change]:
                     continue
             elif a == b:
                 continue
-            changes.append(Change(cell, name, a, b))
+            changes.append(PlanChange(cell, name, a, b))
     return changes

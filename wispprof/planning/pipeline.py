@@ -10,7 +10,7 @@ from wispprof.artifacts import load_edge, load_link, load_trace, read_document, 
 from wispprof.artifacts.plan import Plan
 from wispprof.artifacts.rows import AcceptanceTrace
 from wispprof.errors import PlanError
-from wispprof.planning.draft_table import Device
+from wispprof.planning.draft_table import PlannedDevice
 from wispprof.planning.planner import make_plan
 from wispprof.settings.planner_settings import Mix, PlanSettings
 
@@ -56,7 +56,7 @@ def plan_files(
         inputs["machine"] = machine
         notes.append(f"Server times are those of {machine}.")
     shared, named = _traces(traces, inputs)
-    devices: list[Device] = []
+    devices: list[PlannedDevice] = []
     for entry in edges:
         name, path = _split(entry)
         profile = load_edge(path)

@@ -18,10 +18,10 @@ from wispprof.planning.batch_table import (
     step_times,
 )
 from wispprof.planning.draft_choice import choices
-from wispprof.planning.draft_table import Device, Edge, curve, draft_row
+from wispprof.planning.draft_table import EdgeCosts, PlannedDevice, curve, draft_row
 from wispprof.policies.load_level import LOAD_BOUNDS, LOAD_LEVELS
 from wispprof.settings.planner_settings import PlanSettings
-from wispprof.types import StepEstimator
+from wispprof.types import StepTimeEstimator
 
 __all__ = ["make_plan"]
 
@@ -29,8 +29,8 @@ Report = Callable[[int, int, str], None]
 
 
 def make_plan(
-    estimator: StepEstimator,
-    devices: Iterable[Device],
+    estimator: StepTimeEstimator,
+    devices: Iterable[PlannedDevice],
     acceptance: AcceptanceTrace | Mapping[str, AcceptanceTrace] | Runs,
     settings: PlanSettings | None = None,
     *,
@@ -60,7 +60,7 @@ def make_plan(
     for device in fleet:
         for rtt_ms in settings.rtts_ms:
             for mode in MODES:
-                edge = Edge(device, rtt_ms, mode, *runs[device.name])
+                edge = EdgeCosts(device, rtt_ms, mode, *runs[device.name])
                 for level, sessions in levels.items():
                     cell = curve(times, sessions, edge, settings.k_max)
                     draft += [draft_row(cell, device, level, s, settings) for s in settings.slos]
@@ -92,14 +92,14 @@ def make_plan(
         load_bounds=LOAD_BOUNDS,
         context=settings.context,
         objective=settings.objective,
-        survival=runs[fleet[0].name][0].cumulative[:16],
+        cum_acceptance=runs[fleet[0].name][0].cumulative[:16],
         settings={**asdict(settings), "coverage": estimator.coverage},
         inputs=dict(inputs or {}),
         notes=tuple(remarks),
     )
 
 
-def _checked(devices: Iterable[Device], settings: PlanSettings) -> list[Device]:
+def _checked(devices: Iterable[PlannedDevice], settings: PlanSettings) -> list[PlannedDevice]:
     fleet = list(devices)
     if not fleet:
         raise PlanError("A plan needs at least one edge device.", "Give --edge or --device.")

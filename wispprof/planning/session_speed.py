@@ -22,22 +22,29 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from wispprof.planning.acceptance_runs import HORIZON, Runs
-from wispprof.types import StepEstimator
+from wispprof.types import StepTimeEstimator
 
-__all__ = ["Pace", "StepTimes", "renewal", "round_pace", "stream_pace", "undrafted_pace"]
+__all__ = [
+    "LoadedStepTimes",
+    "SessionSpeed",
+    "renewal",
+    "round_pace",
+    "stream_pace",
+    "undrafted_pace",
+]
 
 _ITERATIONS = 40
 _TOLERANCE = 1e-3
 
 
 @dataclass
-class StepTimes:
+class LoadedStepTimes:
     """Step times of uniform batches over ``cached`` tokens each, remembered.
 
     Fractions are interpolated: a mean of 2.4 rows per session is 0.6 of the way from 2 to 3.
     """
 
-    estimator: StepEstimator
+    estimator: StepTimeEstimator
     cached: int
     _known: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict, repr=False)
 
@@ -71,7 +78,7 @@ class StepTimes:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class SessionSpeed:
     """What a session gets: ``tokens_per_ms``, ``commits`` tokens per commit on average, ``round_ms``
     between commits, ``step_ms`` of the server, ``rows`` it feeds per step and session, ``items``
     per step, ``drafted`` tokens per committed one."""
@@ -94,21 +101,21 @@ class Pace:
         return self.items * self.commits / self.step_ms if self.step_ms > 0 else 0.0
 
 
-def undrafted_pace(times: StepTimes, sessions: int) -> Pace:
+def undrafted_pace(times: LoadedStepTimes, sessions: int) -> SessionSpeed:
     """k = 0: every step advances everybody by one token; no link in the loop."""
     step = times.p50_ms(sessions, 1)
-    return Pace(1.0 / step, 1.0, step, step, 1.0, float(sessions))
+    return SessionSpeed(1.0 / step, 1.0, step, step, 1.0, float(sessions))
 
 
 def round_pace(
-    times: StepTimes,
+    times: LoadedStepTimes,
     sessions: int,
     k: int,
     draft_ms: float,
     rtt_ms: float,
     runs: Runs,
     resume_ms: float = 0.0,
-) -> Pace:
+) -> SessionSpeed:
     """Rounds of ``k`` ≥ 1 drafts, each begun after a rest that adds ``resume_ms``."""
     commits = 1.0 + sum(runs.cumulative[:k])
     away = k * draft_ms + resume_ms + rtt_ms
@@ -125,12 +132,12 @@ def round_pace(
         step = times.p50_ms(items, 1 + k)
     busy = min(1.0, (sessions - 1) * step / (away + step)) if sessions > 1 else 0.0
     round_ms = away + step * (1.0 + 0.5 * busy)
-    return Pace(commits / round_ms, commits, round_ms, step, 1.0 + k, items, k / commits)
+    return SessionSpeed(commits / round_ms, commits, round_ms, step, 1.0 + k, items, k / commits)
 
 
 def stream_pace(
-    times: StepTimes, sessions: int, k: int, draft_ms: float, rtt_ms: float, runs: Runs
-) -> Pace:
+    times: LoadedStepTimes, sessions: int, k: int, draft_ms: float, rtt_ms: float, runs: Runs
+) -> SessionSpeed:
     """Streams of which at most ``k`` ≥ 1 drafts are verified in a step."""
     lengths = runs.lengths()
     step = times.p50_ms(sessions, 1)
@@ -143,7 +150,7 @@ def stream_pace(
             break
         step += 0.5 * (wanted - step)
     drafted = max(0.0, min(step / draft_ms, HORIZON) / commits)
-    return Pace(commits / step, commits, step, step, rows, float(sessions), drafted)
+    return SessionSpeed(commits / step, commits, step, step, rows, float(sessions), drafted)
 
 
 def renewal(

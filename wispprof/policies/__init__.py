@@ -4,12 +4,12 @@ from wispprof.policies.api import (
     BatchPolicy,
     Controller,
     Limits,
-    Member,
     RoundContext,
+    ScheduledItem,
     SessionView,
     StepPlan,
 )
-from wispprof.policies.load_level import LOAD_BOUNDS, LOAD_LEVELS, load_level, stretch
+from wispprof.policies.load_level import LOAD_BOUNDS, LOAD_LEVELS, load_level, slowdown
 from wispprof.policies.registry import (
     BATCH_POLICIES,
     CONTROLLERS,
@@ -25,12 +25,12 @@ __all__ = [
     "BatchPolicy",
     "Controller",
     "Limits",
-    "Member",
     "RoundContext",
+    "ScheduledItem",
     "SessionView",
     "StepPlan",
     "load_level",
     "make_batch_policy",
     "make_controller",
-    "stretch",
+    "slowdown",
 ]

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
-from wispprof.types import DraftFeatures, Slo, StepEstimator
+from wispprof.types import DraftFeatures, Slo, StepTimeEstimator
 
 __all__ = [
     "BatchPolicy",
     "Controller",
     "Limits",
-    "Member",
     "RoundContext",
+    "ScheduledItem",
     "SessionView",
     "StepPlan",
     "column",
@@ -35,13 +35,13 @@ class SessionView(NamedTuple):
     prompt also emits their first token. Decoding sessions feed their pending token and any leading
     part of their tail.
 
-    ``cached``: tokens with KV. ``tail``: for each held draft, P(accepted | those before it were).
+    ``cached``: tokens with KV. ``acceptance_probs``: for each held draft, P(accepted | those before it were).
     ``ready``: it may take part now. Round mode: its round has arrived (possibly with no drafts), or it
     has not had its first token yet; stream mode, always true. Only this decides, with a prompt left too.
     ``arrived_ms``: when it became ready, or its request arrived. ``deadline_ms``: when this step's
     commit must leave the server to keep the SLO (``inf``: never). ``due_ms``: when its next draft is
-    expected (stream mode), ``None`` if unknown; ``due_tail`` is that draft's expected survival.
-    ``committed``: tokens generated so far. ``hopeless``: its SLO is lost whatever is done.
+    expected (stream mode), ``None`` if unknown; ``due_acceptance_probs`` is that draft's expected survival.
+    ``committed``: tokens generated so far. ``slo_unreachable``: its SLO is lost whatever is done.
     """
 
     session: str
@@ -50,13 +50,13 @@ class SessionView(NamedTuple):
     arrived_ms: float
     deadline_ms: float
     prompt_left: int = 0
-    tail: tuple[float, ...] = ()
+    acceptance_probs: tuple[float, ...] = ()
     ready: bool = True
     stream: bool = False
     due_ms: float | None = None
-    due_tail: tuple[float, ...] = ()
+    due_acceptance_probs: tuple[float, ...] = ()
     committed: int = 0
-    hopeless: bool = False
+    slo_unreachable: bool = False
 
 
 def column(name: str) -> Callable[[SessionView], Any]:
@@ -74,8 +74,8 @@ class Limits:
     kv_free: int
 
 
-class Member(NamedTuple):
-    """One session's part in a step: ``drafts`` of its tail, or ``prefill`` tokens of its prompt."""
+class ScheduledItem(NamedTuple):
+    """One session's part in a step: ``drafts`` of its acceptance_probs, or ``prefill`` tokens of its prompt."""
 
     session: str
     drafts: int = 0
@@ -86,7 +86,7 @@ class Member(NamedTuple):
 class StepPlan:
     """A decision. With no members the loop sleeps until a frame arrives or ``wake_ms`` comes."""
 
-    members: tuple[Member, ...] = ()
+    members: tuple[ScheduledItem, ...] = ()
     wake_ms: float | None = None
     p50_ms: float = 0.0
     bound_ms: float = 0.0
@@ -103,7 +103,7 @@ class BatchPolicy(Protocol):
         self,
         now_ms: float,
         sessions: list[SessionView],
-        estimator: StepEstimator,
+        estimator: StepTimeEstimator,
         limits: Limits,
     ) -> StepPlan:
         """Choose the members of the step that starts now. Never plans a session twice, never exceeds
@@ -117,14 +117,14 @@ class RoundContext(NamedTuple):
     """What the edge knows when a round (or a stretch of a stream) begins.
 
     ``draft_ms``: one draft step now. ``rtt_ms``: link round trip. ``server_ms``: recent queue plus
-    verify time. ``load_level``: as the server last said. ``lead``: drafts already beyond the frontier.
+    verify time. ``load_level``: as the server last said. ``draft_ahead``: drafts already beyond the frontier.
     """
 
     draft_ms: float
     rtt_ms: float
     server_ms: float
     load_level: int = 0
-    lead: int = 0
+    draft_ahead: int = 0
     slo: Slo | None = None
 
 
@@ -139,7 +139,7 @@ class Controller(Protocol):
     def go_on(self, depth: int, features: DraftFeatures) -> bool:
         """After the draft token number ``depth`` (from 0) of the round: draft another?"""
 
-    def survival(self) -> float:
+    def acceptance_prob(self) -> float:
         """P(the last token passed to :meth:`go_on` is accepted | those before it were)."""
 
     def finish(self, drafted: int, accepted: int) -> None:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from itertools import chain, filterfalse, islice
 
 from wispprof.policies.api import Limits, SessionView, StepPlan, column
-from wispprof.policies.batch_builder import StepBuilder, eligible, idle
-from wispprof.types import StepEstimator
+from wispprof.policies.batch_builder import StepBuilder, eligible, no_batch
+from wispprof.types import StepTimeEstimator
 
-__all__ = ["Centralized", "Fcfs", "SledStatic", "SpecEdgePipeline"]
+__all__ = ["Fcfs", "ServerOnly", "SledStatic", "SpecEdgePipeline"]
 
 _ARRIVED, _SESSION = column("arrived_ms"), column("session")
 _RETRY_MS = 1.0  # nothing fitted (no KV left): ask again soon, somebody may finish meanwhile
@@ -23,7 +23,7 @@ _RETRY_MS = 1.0  # nothing fitted (no KV left): ask again soon, somebody may fin
 def _fill(
     now_ms: float,
     queue: Iterable[SessionView],
-    estimator: StepEstimator,
+    estimator: StepTimeEstimator,
     limits: Limits,
     max_batch: int | None,
     reason: str,
@@ -35,7 +35,9 @@ def _fill(
         build.add(session)
     if not build.members:
         waits = session is not None
-        return idle(now_ms, now_ms + _RETRY_MS if waits else None, "no room" if waits else "idle")
+        return no_batch(
+            now_ms, now_ms + _RETRY_MS if waits else None, "no room" if waits else "no_batch"
+        )
     return build.plan(reason)
 
 
@@ -51,7 +53,7 @@ class Fcfs:
         self,
         now_ms: float,
         sessions: list[SessionView],
-        estimator: StepEstimator,
+        estimator: StepTimeEstimator,
         limits: Limits,
     ) -> StepPlan:
         queue = sorted(eligible(sessions), key=_ARRIVED)
@@ -74,16 +76,16 @@ class SledStatic:
         self,
         now_ms: float,
         sessions: list[SessionView],
-        estimator: StepEstimator,
+        estimator: StepTimeEstimator,
         limits: Limits,
     ) -> StepPlan:
         queue = sorted(eligible(sessions), key=_ARRIVED)
         if not queue:
-            return idle(now_ms, None, "idle")
+            return no_batch(now_ms, None, "no_batch")
         target = min(self.batch, limits.max_items)
         expires_ms = queue[0].arrived_ms + self.timeout_ms
         if len(queue) < target and now_ms < expires_ms:
-            return idle(now_ms, expires_ms, f"waiting for {target - len(queue)} more")
+            return no_batch(now_ms, expires_ms, f"waiting for {target - len(queue)} more")
         return _fill(now_ms, queue, estimator, limits, target, "static batch")
 
 
@@ -108,13 +110,13 @@ class SpecEdgePipeline:
         self,
         now_ms: float,
         sessions: list[SessionView],
-        estimator: StepEstimator,
+        estimator: StepTimeEstimator,
         limits: Limits,
     ) -> StepPlan:
         self._assign(sessions)
         queue = sorted(eligible(sessions), key=_ARRIVED)
         if not queue:
-            return idle(now_ms, None, "idle")
+            return no_batch(now_ms, None, "no_batch")
         group_of = self._group_of
         for offset in range(self.groups):
             turn = (self._turn + offset) % self.groups
@@ -147,7 +149,7 @@ class SpecEdgePipeline:
 
 
 @dataclass
-class Centralized:
+class ServerOnly:
     """No drafts at all: every decoding session advances by one token each step, prompts in chunks.
 
     This is continuous batching with chunked prefill, decodes first, on the same engine and kernels.
@@ -160,13 +162,13 @@ class Centralized:
         self,
         now_ms: float,
         sessions: list[SessionView],
-        estimator: StepEstimator,
+        estimator: StepTimeEstimator,
         limits: Limits,
     ) -> StepPlan:
         queue = sorted(eligible(sessions), key=_ARRIVED)
         build = StepBuilder(estimator, limits)
-        seats = max(0, min(build.seats, build.room()))
-        decode = list(islice((s for s in queue if not s.prompt_left), seats))
+        free_slots = max(0, min(build.free_slots, build.room()))
+        decode = list(islice((s for s in queue if not s.prompt_left), free_slots))
         build.add_decodes(decode, [0] * len(decode))
         for session in queue:
             if build.full or not build.prefill_left:
@@ -175,5 +177,5 @@ class Centralized:
                 build.add_prefill(session)
         if not build.members:
             wake_ms = now_ms + _RETRY_MS if queue else None
-            return idle(now_ms, wake_ms, "no room" if queue else "idle")
+            return no_batch(now_ms, wake_ms, "no room" if queue else "no_batch")
         return build.plan("all advance")

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from wispprof.policies.api import Limits, Member, SessionView, StepPlan
+from wispprof.policies.api import Limits, ScheduledItem, SessionView, StepPlan
 from wispprof.policies.cost_model import bounds_with
-from wispprof.types import CostAccumulator, StepEstimator
+from wispprof.types import BatchCost, StepTimeEstimator
 
-__all__ = ["StepBuilder", "eligible", "idle", "trimmed"]
+__all__ = ["StepBuilder", "cut_drafts", "eligible", "no_batch"]
 
 
 def eligible(sessions: list[SessionView]) -> list[SessionView]:
@@ -26,16 +26,16 @@ def spread(first: int, last: int, count: int) -> set[int]:
     return {int(first + place * step) for place in range(count - 1)} | {last}
 
 
-def idle(now_ms: float, wake_ms: float | None, reason: str) -> StepPlan:
+def no_batch(now_ms: float, wake_ms: float | None, reason: str) -> StepPlan:
     """A plan without members. ``wake_ms`` is never in the past, or the loop would spin."""
     if wake_ms is not None:
         wake_ms = max(wake_ms, now_ms + 0.1) if math.isfinite(wake_ms) else None
     return StepPlan(wake_ms=wake_ms, reason=reason)
 
 
-def trimmed(session: SessionView, keep: int | None) -> int:
+def cut_drafts(session: SessionView, keep: int | None) -> int:
     """How many drafts a session offers when at most ``keep`` may be used (``None``: all)."""
-    held = len(session.tail)
+    held = len(session.acceptance_probs)
     return held if keep is None else min(held, keep)
 
 
@@ -57,11 +57,11 @@ class StepBuilder:
         "tokens",
     )
 
-    def __init__(self, estimator: StepEstimator, limits: Limits) -> None:
+    def __init__(self, estimator: StepTimeEstimator, limits: Limits) -> None:
         self.estimator = estimator
-        self.cost: CostAccumulator = estimator.start()
+        self.cost: BatchCost = estimator.start()
         self.limits = limits
-        self.members: list[Member] = []
+        self.members: list[ScheduledItem] = []
         self.tokens = 0
         self.kv = limits.kv_free
         self.prefill_left = limits.prefill_chunk
@@ -74,7 +74,7 @@ class StepBuilder:
         return room <= 0 or len(self.members) >= self.limits.max_items
 
     @property
-    def seats(self) -> int:
+    def free_slots(self) -> int:
         """How many more members may join."""
         return self.limits.max_items - len(self.members)
 
@@ -102,7 +102,7 @@ class StepBuilder:
         cost = self.cost.add(drafts + 1, session.cached)
         if budget_ms < math.inf and cost.bound_ms > budget_ms:
             return False
-        self._take(cost, Member(session.session, drafts=drafts), drafts + 1)
+        self._take(cost, ScheduledItem(session.session, drafts=drafts), drafts + 1)
         return True
 
     def add_decodes(self, sessions: list[SessionView], drafts: list[int]) -> None:
@@ -115,7 +115,7 @@ class StepBuilder:
         else:
             for kept, held in zip(drafts, cached, strict=True):
                 self.cost = self.cost.add(kept + 1, held)
-        self.members += map(Member, names, drafts)
+        self.members += map(ScheduledItem, names, drafts)
         self._planned.update(names)
         new = len(drafts) + sum(drafts)
         self.tokens += new
@@ -135,7 +135,7 @@ class StepBuilder:
             chunk, cost = self._largest(session, chunk, budget_ms)
             if chunk < 1:
                 return 0
-        self._take(cost, Member(session.session, prefill=chunk), chunk)
+        self._take(cost, ScheduledItem(session.session, prefill=chunk), chunk)
         self.prefill_left -= chunk
         return chunk
 
@@ -143,7 +143,7 @@ class StepBuilder:
         """Add whatever the session has to do: a prompt chunk, or its tail (at most ``keep``)."""
         if session.prompt_left:
             return self.add_prefill(session) > 0
-        return self.add_decode(session, trimmed(session, keep))
+        return self.add_decode(session, cut_drafts(session, keep))
 
     def plan(self, reason: str = "") -> StepPlan:
         return StepPlan(
@@ -153,9 +153,7 @@ class StepBuilder:
             reason=reason,
         )
 
-    def _largest(
-        self, session: SessionView, most: int, budget_ms: float
-    ) -> tuple[int, CostAccumulator]:
+    def _largest(self, session: SessionView, most: int, budget_ms: float) -> tuple[int, BatchCost]:
         """The largest chunk within the budget: predictions never fall when work is added. Narrowed
         down sixteen-fold at a time, for an estimator prices many chunks at the cost of one."""
         low, high = 0, most
@@ -169,7 +167,7 @@ class StepBuilder:
             low = int(sizes[inside - 1]) if inside else low
         return low, self.cost.add(low, session.cached, True) if low else self.cost
 
-    def _take(self, cost: CostAccumulator, member: Member, new: int) -> None:
+    def _take(self, cost: BatchCost, member: ScheduledItem, new: int) -> None:
         self.cost = cost
         self.members.append(member)
         self._planned.add(member.session)

@@ -6,7 +6,7 @@ predictor is fitted from an acceptance trace.
 
 Speculation controllers with a fixed rule: ``fixed``, ``sled`` and ``wisp``.
 
-All of them answer :meth:`survival` for the token just judged, because the server may trim tails under
+All of them answer :meth:`acceptance_prob` for the token just judged, because the server may trim tails under
 any of them; without a fitted predictor the draft's own confidence stands in.
 """
 
@@ -21,8 +21,8 @@ from wispprof.policies.api import RoundContext
 from wispprof.types import DraftFeatures, RejectionPredictor
 
 __all__ = [
-    "ConfidenceSurvival",
-    "DepthSurvival",
+    "ConfidenceAcceptance",
+    "DepthAcceptance",
     "FixedController",
     "SledController",
     "WispController",
@@ -30,36 +30,38 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
-class ConfidenceSurvival:
+class ConfidenceAcceptance:
     """Survival = the draft's own top-1 probability, kept inside ``[floor, ceiling]``."""
 
     floor: float = 0.02
     ceiling: float = 0.98
 
-    def survival(self, features: DraftFeatures, depth: int) -> float:
+    def acceptance_prob(self, features: DraftFeatures, depth: int) -> float:
         return min(self.ceiling, max(self.floor, features.confidence))
 
-    def survival_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    def acceptance_prob_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
         clipped: np.ndarray = np.clip(np.asarray(features)[:, 0], self.floor, self.ceiling)
         return clipped
 
 
 @dataclass(frozen=True, slots=True)
-class DepthSurvival:
+class DepthAcceptance:
     """Survival by depth alone, from a trace's cumulative table (the last entry's ratio goes on).
 
     ``cumulative[j]`` = share of rounds whose first j+1 drafts were all accepted, as
-    ``AcceptanceTrace.survival_by_position`` gives it.
+    ``AcceptanceTrace.cum_acceptance_by_position`` gives it.
     """
 
     cumulative: tuple[float, ...]
 
     def __post_init__(self) -> None:
         if not self.cumulative or not all(0 <= c <= 1 for c in self.cumulative):
-            raise ValueError("cumulative survival needs at least one value, all within 0 … 1")
+            raise ValueError(
+                "cumulative acceptance probability needs at least one value, all within 0 … 1"
+            )
 
     @classmethod
-    def of(cls, cumulative: Sequence[float]) -> DepthSurvival:
+    def of(cls, cumulative: Sequence[float]) -> DepthAcceptance:
         return cls(tuple(float(c) for c in cumulative))
 
     def conditional(self, depth: int) -> float:
@@ -68,10 +70,10 @@ class DepthSurvival:
         before = self.cumulative[depth - 1] if depth else 1.0
         return self.cumulative[depth] / before if before > 0 else 0.0
 
-    def survival(self, features: DraftFeatures, depth: int) -> float:
+    def acceptance_prob(self, features: DraftFeatures, depth: int) -> float:
         return self.conditional(depth)
 
-    def survival_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    def acceptance_prob_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
         table = np.array([self.conditional(d) for d in range(len(self.cumulative))])
         looked_up: np.ndarray = table[np.minimum(np.asarray(depth, dtype=int), len(table) - 1)]
         return looked_up
@@ -86,19 +88,19 @@ class FixedController:
         if k < 0:
             raise ValueError(f"k must not be negative, got {k}")
         self.k = k
-        self.predictor = predictor or ConfidenceSurvival()
-        self._survival = 1.0
+        self.predictor = predictor or ConfidenceAcceptance()
+        self._acceptance_prob = 1.0
 
     def begin(self, context: RoundContext) -> int:
-        self._survival = 1.0
+        self._acceptance_prob = 1.0
         return self.k
 
     def go_on(self, depth: int, features: DraftFeatures) -> bool:
-        self._survival = self.predictor.survival(features, depth)
+        self._acceptance_prob = self.predictor.acceptance_prob(features, depth)
         return depth + 1 < self.k
 
-    def survival(self) -> float:
-        return self._survival
+    def acceptance_prob(self) -> float:
+        return self._acceptance_prob
 
     def finish(self, drafted: int, accepted: int) -> None:
         """Nothing to learn."""
@@ -142,4 +144,4 @@ class WispController(FixedController):
 
     def go_on(self, depth: int, features: DraftFeatures) -> bool:
         more = super().go_on(depth, features)
-        return more and self._survival >= self.threshold
+        return more and self._acceptance_prob >= self.threshold

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from wispprof.types import CostAccumulator, StepEstimator
+from wispprof.types import BatchCost, StepTimeEstimator
 
 __all__ = [
+    "MarginalCostCache",
     "MarginalCosts",
-    "Slopes",
     "TotalsEstimator",
     "bounds_in_turn",
     "bounds_with",
@@ -61,17 +61,17 @@ class TotalsEstimator(Protocol):
     def predict_totals(self, totals: FloatArray) -> tuple[FloatArray, FloatArray]: ...
 
 
-def expected_tokens(tail: Sequence[float]) -> float:
-    """Tokens a session is expected to commit with this tail: 1 + Σ of cumulative survival."""
+def expected_tokens(acceptance_probs: Sequence[float]) -> float:
+    """Tokens a session is expected to commit with this tail: 1 + Σ of cumulative acceptance probability."""
     total = alive = 1.0
-    for survival in tail:
-        alive *= survival
+    for acceptance_prob in acceptance_probs:
+        alive *= acceptance_prob
         total += alive
     return total
 
 
 def bounds_with(
-    batch: CostAccumulator,
+    batch: BatchCost,
     new: NDArray[np.int64],
     cached: NDArray[np.int64],
     prefill: NDArray[np.bool_],
@@ -86,7 +86,7 @@ def bounds_with(
 
 
 def bounds_in_turn(
-    batch: CostAccumulator, new: NDArray[np.int64], cached: NDArray[np.int64]
+    batch: BatchCost, new: NDArray[np.int64], cached: NDArray[np.int64]
 ) -> FloatArray | None:
     """Bound (n,) of the batch after each of n decode items that join one after another; ``None`` where it
     does not know how to price them at once."""
@@ -98,7 +98,7 @@ def bounds_in_turn(
 
 
 def price_batches(
-    estimator: StepEstimator, new: NDArray[np.int64], cached: NDArray[np.int64]
+    estimator: StepTimeEstimator, new: NDArray[np.int64], cached: NDArray[np.int64]
 ) -> tuple[FloatArray, FloatArray]:
     """(p50, bound) of m decode batches over the same n sessions.
 
@@ -131,7 +131,7 @@ def price_batches(
     return p50, bound
 
 
-class Slopes:
+class MarginalCostCache:
     """Marginal costs of one estimator, remembered: neighbouring steps have nearly the same batch.
 
     Batch sizes are rounded up to steps of about 6 %, contexts of about 12 %.
@@ -140,10 +140,10 @@ class Slopes:
     __slots__ = ("_estimator", "_known")
 
     def __init__(self) -> None:
-        self._estimator: StepEstimator | None = None
+        self._estimator: StepTimeEstimator | None = None
         self._known: dict[tuple[int, int, int], MarginalCosts] = {}
 
-    def at(self, estimator: StepEstimator, items: int, new: int, cached: int) -> MarginalCosts:
+    def at(self, estimator: StepTimeEstimator, items: int, new: int, cached: int) -> MarginalCosts:
         """Slopes around ``items`` ≥ 1 items of ``new`` tokens over ``cached``."""
         if estimator is not self._estimator:
             self._estimator = estimator
@@ -154,7 +154,7 @@ class Slopes:
         return self._known[key]
 
 
-def mean_costs(estimator: StepEstimator, items: int, new: int, cached: int) -> MarginalCosts:
+def mean_costs(estimator: StepTimeEstimator, items: int, new: int, cached: int) -> MarginalCosts:
     """Slopes around ``items`` equal items of ``new`` tokens over ``cached``.
 
     Secants over half the batch rather than derivatives: a staircase (graph buckets) has no useful
@@ -191,7 +191,7 @@ _Equal = tuple[int, int, int]
 
 
 def _price(
-    estimator: StepEstimator, batches: Sequence[tuple[_Equal, ...]]
+    estimator: StepTimeEstimator, batches: Sequence[tuple[_Equal, ...]]
 ) -> tuple[list[float], list[float]]:
     """(p50, bound) of batches given as groups of equal decode items."""
     predict_totals: Any = getattr(estimator, "predict_totals", None)

@@ -16,16 +16,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wispprof.policies.api import SessionView, column
-from wispprof.policies.cost_model import MarginalCosts, Slopes
-from wispprof.types import StepEstimator
+from wispprof.policies.cost_model import MarginalCostCache, MarginalCosts
+from wispprof.types import StepTimeEstimator
 
-__all__ = ["Book", "Columns", "Ladder", "rate_of", "solve", "typical_slopes", "undrafted_totals"]
+__all__ = [
+    "BatchArrays",
+    "Columns",
+    "DraftRanking",
+    "rate_of",
+    "solve",
+    "typical_costs",
+    "undrafted_totals",
+]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
-_TAIL, _CACHED = column("tail"), column("cached")
+_TAIL, _CACHED = column("acceptance_probs"), column("cached")
 _LEAST_MS = 1e-12
 """A row that costs nothing is worth infinitely much per ms; this keeps the order among such rows."""
 
@@ -52,7 +60,9 @@ class Columns(NamedTuple):
         tails = [self.tails[place] for place in places.tolist()]
         return Columns(tails, self.cached[places], self.lengths[places])
 
-    def slopes(self, known: Slopes, estimator: StepEstimator, max_items: int) -> MarginalCosts:
+    def marginal_costs(
+        self, known: MarginalCostCache, estimator: StepTimeEstimator, max_items: int
+    ) -> MarginalCosts:
         """Marginal costs around a batch of these sessions, represented by their mean."""
         count = len(self.tails)
         drafts, cached = int(self.lengths.sum()) // count, int(self.cached.sum()) // count
@@ -77,11 +87,11 @@ class Columns(NamedTuple):
         return won
 
 
-class Book(NamedTuple):
+class BatchArrays(NamedTuple):
     """Decoding sessions as columns: n sessions that hold N drafts in all, session by session.
 
-    ``owner`` (N,): whose draft it is, ``depth`` (N,): its place in that tail, ``alive`` (N,): the chance
-    that it and all before it are accepted. ``ends`` (n,): that chance for a whole tail. ``lone_ms`` (n,):
+    ``owner`` (N,): whose draft it is, ``depth`` (N,): its place in that acceptance_probs, ``alive`` (N,): the chance
+    that it and all before it are accepted. ``ends`` (n,): that chance for a whole acceptance_probs. ``lone_ms`` (n,):
     what advancing without drafts adds to a step, ``read_ms`` of it for the item and its cache; ``row_ms``
     (n,): one more draft. ``weight`` (n,): worth of a token of this session.
     """
@@ -99,11 +109,13 @@ class Book(NamedTuple):
     fixed_ms: float
 
     @classmethod
-    def of(cls, sessions: Sequence[SessionView], costs: MarginalCosts, weight: FloatArray) -> Book:
+    def of(
+        cls, sessions: Sequence[SessionView], costs: MarginalCosts, weight: FloatArray
+    ) -> BatchArrays:
         return cls.build(Columns.of(sessions), costs, weight)
 
     @classmethod
-    def build(cls, columns: Columns, costs: MarginalCosts, weight: FloatArray) -> Book:
+    def build(cls, columns: Columns, costs: MarginalCosts, weight: FloatArray) -> BatchArrays:
         cached, lengths = columns.cached, columns.lengths
         count = len(lengths)
         held = int(lengths.sum())
@@ -141,7 +153,7 @@ class Book(NamedTuple):
         return won
 
 
-class Ladder(NamedTuple):
+class DraftRanking(NamedTuple):
     """Drafts of a step's members in the order in which they earn their time; any first j of them are the
     leading parts of tails.
 
@@ -157,30 +169,30 @@ class Ladder(NamedTuple):
     spent_ms: FloatArray
 
     @classmethod
-    def of(cls, book: Book, members: BoolArray, most: int | None = None) -> Self:
+    def of(cls, arrays: BatchArrays, members: BoolArray, most: int | None = None) -> Self:
         """``members`` (n,): who takes part. ``most``: longest ladder of use."""
-        owner, alive = book.owner, book.alive
-        density = alive * book.weight[owner]
-        density /= np.maximum(book.row_ms, _LEAST_MS)[owner]
+        owner, alive = arrays.owner, arrays.alive
+        density = alive * arrays.weight[owner]
+        density /= np.maximum(arrays.row_ms, _LEAST_MS)[owner]
         order = np.negative(density, out=density).argsort(kind="stable")
         some = members[owner] & (alive > 0.0)
-        return cls._climb(book, members, order[some[order]][:most])
+        return cls._climb(arrays, members, order[some[order]][:most])
 
-    def among(self, book: Book, members: BoolArray, most: int | None = None) -> Self:
+    def among(self, arrays: BatchArrays, members: BoolArray, most: int | None = None) -> Self:
         """The ladder of some of its members only: who leaves it changes nobody's place."""
-        return self._climb(book, members, self.order[members[self.owner]][:most])
+        return self._climb(arrays, members, self.order[members[self.owner]][:most])
 
     @classmethod
-    def _climb(cls, book: Book, members: BoolArray, order: IntArray) -> Self:
-        owner = book.owner[order]
+    def _climb(cls, arrays: BatchArrays, members: BoolArray, order: IntArray) -> Self:
+        owner = arrays.owner[order]
         worth, spent = np.empty(len(order) + 1), np.empty(len(order) + 1)
-        worth[0] = book.weight @ members
-        spent[0] = book.fixed_ms + book.lone_ms @ members
-        np.multiply(book.alive[order], book.weight[owner], out=worth[1:])
-        spent[1:] = book.row_ms[owner]
+        worth[0] = arrays.weight @ members
+        spent[0] = arrays.fixed_ms + arrays.lone_ms @ members
+        np.multiply(arrays.alive[order], arrays.weight[owner], out=worth[1:])
+        spent[1:] = arrays.row_ms[owner]
         np.add.accumulate(worth, out=worth)
         np.add.accumulate(spent, out=spent)
-        return cls(order, owner, book.depth[order], worth, spent)
+        return cls(order, owner, arrays.depth[order], worth, spent)
 
     @property
     def best(self) -> int:
@@ -216,10 +228,13 @@ class Ladder(NamedTuple):
         return rows
 
 
-def typical_slopes(
-    sessions: Sequence[SessionView], known: Slopes, estimator: StepEstimator, max_items: int
+def typical_costs(
+    sessions: Sequence[SessionView],
+    known: MarginalCostCache,
+    estimator: StepTimeEstimator,
+    max_items: int,
 ) -> MarginalCosts:
-    """:meth:`Columns.slopes` of a few sessions of which nothing else is asked."""
+    """:meth:`Columns.marginal_costs` of a few sessions of which nothing else is asked."""
     count = len(sessions)
     drafts, cached = sum(map(len, map(_TAIL, sessions))), sum(map(_CACHED, sessions))
     return known.at(estimator, min(count, max_items), 1 + drafts // count, cached // count)
@@ -232,16 +247,16 @@ def undrafted_totals(cached: IntArray, members: BoolArray) -> FloatArray:
     return np.array([items, items, held, held, items, inside.max(), 1.0, 0.0])
 
 
-def rate_of(book: Book, members: BoolArray, keep: IntArray) -> float:
+def rate_of(arrays: BatchArrays, members: BoolArray, keep: IntArray) -> float:
     """Weighted tokens per ms of a choice, by the linear costs; 0 without members."""
-    spent = book.fixed_ms + float((book.lone_ms + keep * book.row_ms) @ members)
-    won = float((book.gains(keep) * book.weight) @ members)
+    spent = arrays.fixed_ms + float((arrays.lone_ms + keep * arrays.row_ms) @ members)
+    won = float((arrays.gains(keep) * arrays.weight) @ members)
     return won / spent if spent > 0 and won > 0 else 0.0
 
 
-def solve(book: Book, members: BoolArray) -> tuple[float, IntArray]:
+def solve(arrays: BatchArrays, members: BoolArray) -> tuple[float, IntArray]:
     """The best tails of these members by the linear costs: (going rate, drafts each keeps)."""
-    ladder = Ladder.of(book, members)
-    taken = ladder.best
-    rate = float(ladder.worth[taken] / max(ladder.spent_ms[taken], 1e-9))
-    return rate, ladder.keep(taken, len(book.cached))
+    ranking = DraftRanking.of(arrays, members)
+    taken = ranking.best
+    rate = float(ranking.worth[taken] / max(ranking.spent_ms[taken], 1e-9))
+    return rate, ranking.keep(taken, len(arrays.cached))

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from wispprof.types import StepEstimator
+from wispprof.types import StepTimeEstimator
 
-__all__ = ["LOAD_BOUNDS", "LOAD_LEVELS", "load_level", "representative_stretch", "stretch"]
+__all__ = ["LOAD_BOUNDS", "LOAD_LEVELS", "load_level", "representative_slowdown", "slowdown"]
 
 LOAD_BOUNDS: tuple[float, ...] = (1.15, 1.5, 2.25, 4.0)
 LOAD_LEVELS = len(LOAD_BOUNDS) + 1
@@ -22,7 +22,7 @@ LOAD_LEVELS = len(LOAD_BOUNDS) + 1
 _HYSTERESIS = 0.05
 
 
-def stretch(estimator: StepEstimator, cached: Iterable[int]) -> float:
+def slowdown(estimator: StepTimeEstimator, cached: Iterable[int]) -> float:
     """Undrafted step time of sessions with these cached tokens over that of their mean alone."""
     batch = estimator.start()
     count = total = 0
@@ -36,20 +36,21 @@ def stretch(estimator: StepEstimator, cached: Iterable[int]) -> float:
     return max(1.0, batch.p50_ms / alone) if alone > 0 else 1.0
 
 
-def load_level(stretch: float, previous: int | None = None) -> int:
+def load_level(slowdown: float, previous: int | None = None) -> int:
     """Level of a stretch. With ``previous``, a level is left only when the stretch is 5 % past its
     bound, so that edges do not flap between two rows of the plan."""
-    level = sum(stretch >= bound for bound in LOAD_BOUNDS)
+    level = sum(slowdown >= bound for bound in LOAD_BOUNDS)
     if previous is None or level == previous:
         return level
     if level > previous:
         return (
-            sum(stretch >= bound * (1 + _HYSTERESIS) for bound in LOAD_BOUNDS[previous:]) + previous
+            sum(slowdown >= bound * (1 + _HYSTERESIS) for bound in LOAD_BOUNDS[previous:])
+            + previous
         )
-    return sum(stretch >= bound * (1 - _HYSTERESIS) for bound in LOAD_BOUNDS[:previous])
+    return sum(slowdown >= bound * (1 - _HYSTERESIS) for bound in LOAD_BOUNDS[:previous])
 
 
-def representative_stretch(level: int) -> float:
+def representative_slowdown(level: int) -> float:
     """The stretch for which the plan computes a level: the geometric middle of its interval."""
     if not 0 <= level < LOAD_LEVELS:
         raise ValueError(f"load level must be 0 … {LOAD_LEVELS - 1}, got {level}")

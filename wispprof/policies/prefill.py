@@ -57,7 +57,7 @@ def add_prompts(
     token_ms = _token_ms(build)
     # A hurried step is measured by what the running sessions need, not by the prompts that joined before.
     running_ms = build.cost.bound_ms
-    alive = [s for s in decode if not s.hopeless] or decode
+    alive = [s for s in decode if not s.slo_unreachable] or decode
     slack_ms = np.fromiter(map(_DEADLINE, alive), np.float64, len(alive)) - now_ms
     stretched_ms = _stretched_ms(running_ms, slack_ms, len(prompts))
     queue = []
@@ -66,7 +66,9 @@ def add_prompts(
         if due_ms == math.inf and patience < math.inf:
             whole = session.cached + session.prompt_left
             due_ms = session.arrived_ms + patience * token_ms * whole
-        queue.append((session.hopeless, due_ms, session.arrived_ms, session.session, session))
+        queue.append(
+            (session.slo_unreachable, due_ms, session.arrived_ms, session.session, session)
+        )
     queue.sort()
     budget_ms = math.inf
     if sized and alive:
@@ -78,7 +80,7 @@ def add_prompts(
         if build.full or not build.prefill_left:
             return
         left_ms = due_ms - now_ms
-        hurry_ms = _hurry_ms(running_ms, left_ms, session.hopeless)
+        hurry_ms = _hurry_ms(running_ms, left_ms, session.slo_unreachable)
         calm_ms = max(stretched_ms, _needed_ms(running_ms, token_ms * session.prompt_left, left_ms))
         allowed_ms = max(min(budget_ms, calm_ms), hurry_ms) if sized and decode else math.inf
         if not build.add_prefill(session, allowed_ms) and place == 0:
@@ -110,9 +112,9 @@ def _needed_ms(running_ms: float, work_ms: float, left_ms: float) -> float:
     return running_ms / (1.0 - share) if share < 1.0 else math.inf
 
 
-def _hurry_ms(running_ms: float, left_ms: float, hopeless: bool) -> float:
+def _hurry_ms(running_ms: float, left_ms: float, slo_unreachable: bool) -> float:
     """Time a step may take for a prompt whose first token is late or about to be; 0 while it has time."""
     if left_ms > 4.0 * running_ms:
         return 0.0
     fair_ms = _FAIR * running_ms
-    return fair_ms if hopeless or left_ms < running_ms else min(left_ms, fair_ms)
+    return fair_ms if slo_unreachable or left_ms < running_ms else min(left_ms, fair_ms)

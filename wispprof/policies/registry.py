@@ -9,29 +9,29 @@ from typing import Any
 
 from wispprof.errors import PlanError
 from wispprof.policies.api import BatchPolicy, Controller
-from wispprof.policies.baselines import Centralized, Fcfs, SledStatic, SpecEdgePipeline
+from wispprof.policies.baselines import Fcfs, ServerOnly, SledStatic, SpecEdgePipeline
 from wispprof.policies.controllers import FixedController, SledController, WispController
 from wispprof.policies.stopping import WispprofController
 from wispprof.policies.wisp import Wisp
-from wispprof.policies.wispprof import StreamSettings, Wispprof
+from wispprof.policies.wispprof import Wispprof, WispprofSettings
 from wispprof.types import RejectionPredictor
 
 __all__ = ["BATCH_POLICIES", "CONTROLLERS", "make_batch_policy", "make_controller"]
 
 
 def _wispprof(**options: Any) -> Wispprof:
-    return Wispprof(StreamSettings(**options))
+    return Wispprof(WispprofSettings(**options))
 
 
 _BATCH: Mapping[str, Callable[..., BatchPolicy]] = {
-    "centralized": Centralized,
+    "centralized": ServerOnly,
     "fcfs": Fcfs,
     "sled_static": SledStatic,
     "specedge_pipeline": SpecEdgePipeline,
     "wisp": Wisp,
     "wispprof": _wispprof,
 }
-_OPTIONS_OF: Mapping[str, Callable[..., Any]] = {"wispprof": StreamSettings}
+_OPTIONS_OF: Mapping[str, Callable[..., Any]] = {"wispprof": WispprofSettings}
 _CONTROLLERS: Mapping[str, Callable[..., Controller]] = {
     "fixed": FixedController,
     "sled": SledController,

@@ -2,7 +2,7 @@
 
 *Round mode.* A round earns ``1 + Σ survival`` tokens and takes ``drafts·draft + link + server``. At the
 best rate ρ this edge can have (over its own running survival by depth, the draft step, the round trip and
-the server's time as they are now), one more draft pays iff its cumulative survival exceeds
+the server's time as they are now), one more draft pays iff its cumulative acceptance probability exceeds
 ``ρ·draft_ms`` plus what its row costs the server (the plan's stop value where there is a plan). k = 0 is
 among the choices; a new k must beat the old one by ``hysteresis``, so that k does not flap.
 
@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 from wispprof.artifacts.plan import DraftRow, Plan
 from wispprof.policies.api import RoundContext
-from wispprof.policies.controllers import ConfidenceSurvival
+from wispprof.policies.controllers import ConfidenceAcceptance
 from wispprof.types import DraftFeatures, RejectionPredictor
 
 __all__ = ["RowOf", "WispprofController", "rows_of"]
@@ -56,7 +56,7 @@ def rows_of(plan: Plan, device: str, mode: str = "stream") -> RowOf:
 class WispprofController:
     """One per session. ``rows``: the plan, see :func:`rows_of`; without it only measurements decide.
 
-    ``k_max``: longest round. ``lead_max``: farthest lead of a stream. ``floor``: least cumulative
+    ``k_max``: longest round. ``lead_max``: farthest draft_ahead of a stream. ``floor``: least cumulative
     survival worth drafting for. ``pays``: accepted drafts per commit under which a stream rests.
     """
 
@@ -74,7 +74,7 @@ class WispprofController:
         pays: float = 0.02,
         hysteresis: float = 0.03,
     ) -> None:
-        self.predictor = predictor or ConfidenceSurvival()
+        self.predictor = predictor or ConfidenceAcceptance()
         self.rows = rows
         self.row: DraftRow | None = None
         self.stream = stream
@@ -101,7 +101,7 @@ class WispprofController:
         self.row = self.rows(context) if self.rows is not None else None
         self._last = 1.0
         if self.stream:
-            self._held = self._held[-context.lead :] if context.lead else []
+            self._held = self._held[-context.draft_ahead :] if context.draft_ahead else []
             self._alive = math.prod(self._held)
             self._most = self._stream_budget(context)
         else:
@@ -111,7 +111,7 @@ class WispprofController:
         return self._most
 
     def go_on(self, depth: int, features: DraftFeatures) -> bool:
-        self._last = self.predictor.survival(features, depth)
+        self._last = self.predictor.acceptance_prob(features, depth)
         self._held.append(self._last)
         self._alive *= self._last
         self._drafted += 1
@@ -123,7 +123,7 @@ class WispprofController:
         ahead = self._by_depth[depth] if depth < self.k_max else self._by_depth[-1]
         return self._alive * ahead >= self._stop
 
-    def survival(self) -> float:
+    def acceptance_prob(self) -> float:
         return self._last
 
     def finish(self, drafted: int, accepted: int) -> None:
@@ -176,12 +176,12 @@ class WispprofController:
         if (row is not None and row.k == 0) or self._resting():
             return 0
         reach = (context.rtt_ms + context.server_ms) / max(context.draft_ms, 1e-3)
-        lead = min(self.lead_max, 4 + 2 * math.ceil(reach))
+        draft_ahead = min(self.lead_max, 4 + 2 * math.ceil(reach))
         if row is not None:
-            lead = min(lead, row.lead)
+            draft_ahead = min(draft_ahead, row.draft_ahead)
         if self._alive * self._ahead(0) < self._stop:
             return 0
-        return max(0, lead - context.lead)
+        return max(0, draft_ahead - context.draft_ahead)
 
     def _resting(self) -> bool:
         if self._rest > 0:

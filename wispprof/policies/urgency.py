@@ -11,10 +11,10 @@ import numpy as np
 from wispprof.policies.api import SessionView, column
 from wispprof.policies.draft_selection import BoolArray, FloatArray, IntArray
 
-__all__ = ["Need"]
+__all__ = ["Urgency"]
 
 _DEADLINE, _ARRIVED = column("deadline_ms"), column("arrived_ms")
-_HOPELESS, _COMMITTED = column("hopeless"), column("committed")
+_HOPELESS, _COMMITTED = column("slo_unreachable"), column("committed")
 _SPEED = attrgetter("slo.tokens_per_s")
 _SAFE = 0.15
 """Who ran ahead of its promise by this share of its generation so far will not miss it by a long step."""
@@ -26,15 +26,15 @@ _NEAR, _FAR = 1.0, 3.0
 from the second."""
 
 
-class Need(NamedTuple):
+class Urgency(NamedTuple):
     """Who needs the step how much, (n,) each: ``slack`` in ms to each deadline, ``lost``: the promise is,
-    ``idle``: ms since it became ready, ``stale``: left out for so long that it takes part whatever it is
+    ``idle``: ms since it became ready, ``starved``: left out for so long that it takes part whatever it is
     worth, ``rank``: the lower, the more it needs the step: stale ones, then by slack, lost promises last."""
 
     slack: FloatArray
     lost: BoolArray
     idle: FloatArray
-    stale: BoolArray
+    starved: BoolArray
     rank: FloatArray
 
     @classmethod
@@ -45,7 +45,7 @@ class Need(NamedTuple):
         lost = np.fromiter(map(_HOPELESS, decode), np.bool_, count)
         return cls._ranked(slack, lost, idle, patience_ms)
 
-    def take(self, places: IntArray, patience_ms: float) -> Need:
+    def take(self, places: IntArray, patience_ms: float) -> Urgency:
         """The need of some only."""
         return self._ranked(self.slack[places], self.lost[places], self.idle[places], patience_ms)
 
@@ -53,10 +53,10 @@ class Need(NamedTuple):
     def _ranked(
         cls, slack: FloatArray, lost: BoolArray, idle: FloatArray, patience_ms: float
     ) -> Self:
-        stale = idle > patience_ms
+        starved = idle > patience_ms
         rank = np.where(lost, math.inf, slack)
-        rank[stale] = -math.inf
-        return cls(slack, lost, idle, stale, rank)
+        rank[starved] = -math.inf
+        return cls(slack, lost, idle, starved, rank)
 
     def behind(self, step_ms: float) -> FloatArray:
         """How far each (n,) is behind its promise, 0 … 1: not at all with two steps of ``step_ms`` in hand,

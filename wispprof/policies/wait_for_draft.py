@@ -21,19 +21,19 @@ import math
 import numpy as np
 
 from wispprof.policies.api import SessionView
-from wispprof.policies.draft_selection import Book, BoolArray, FloatArray, IntArray, rate_of
+from wispprof.policies.draft_selection import BatchArrays, BoolArray, FloatArray, IntArray, rate_of
 
-__all__ = ["waits"]
+__all__ = ["should_wait"]
 
 _ROUNDS = 8
 _SURE = 0.995
 """No draft is taken for surer than this; where reading costs less than the rest, nobody waits."""
 
 
-def waits(
+def should_wait(
     now_ms: float,
     decode: list[SessionView],
-    book: Book,
+    arrays: BatchArrays,
     keep: IntArray,
     rate: float,
     slack: FloatArray,
@@ -46,16 +46,16 @@ def waits(
     ``rate``: what a ms is worth with everybody in. ``slack`` (n,): ms to each deadline;
     who has less than the step and ``safety_ms`` left does not wait.
     """
-    count, ends = len(decode), book.ends
+    count, ends = len(decode), arrays.ends
     nobody = np.zeros(count, dtype=bool)
     if rate <= 0.0:
         return nobody, math.inf, 0.0
-    spent = book.lone_ms + keep * book.row_ms
-    whole_ms = max(1e-6, book.fixed_ms + float(spent.sum()))
-    company = share * book.fixed_ms / count
+    spent = arrays.lone_ms + keep * arrays.row_ms
+    whole_ms = max(1e-6, arrays.fixed_ms + float(spent.sum()))
+    company = share * arrays.fixed_ms / count
     # Whoever would not wait for the surest of drafts at the rate with everybody in does not wait, though the
     # rate may rise when others do.
-    able = rate * np.maximum(book.read_ms - company, 0.0) > (1.0 - _SURE * ends) * book.weight
+    able = rate * np.maximum(arrays.read_ms - company, 0.0) > (1.0 - _SURE * ends) * arrays.weight
     able &= slack >= whole_ms + safety_ms
     places: list[int] = []
     due: list[float] = []
@@ -63,18 +63,22 @@ def waits(
     for index in able.nonzero()[0].tolist():
         session = decode[index]
         due_ms = session.due_ms
-        if due_ms is None or not session.due_tail or not now_ms <= due_ms <= now_ms + whole_ms:
+        if (
+            due_ms is None
+            or not session.due_acceptance_probs
+            or not now_ms <= due_ms <= now_ms + whole_ms
+        ):
             continue
         places.append(index)
         due.append(due_ms - now_ms)
-        odds.append(float(ends[index]) * session.due_tail[0])
+        odds.append(float(ends[index]) * session.due_acceptance_probs[0])
     if not places:
         return nobody, math.inf, 0.0
     where, due_in, d = np.array(places), np.array(due), np.array(odds)
     order = due_in.argsort(kind="stable")
     where, due_in, d = where[order], due_in[order], d[order]
-    lost = (1.0 - d) * book.weight[where]
-    saved_ms = book.read_ms[where] - company
+    lost = (1.0 - d) * arrays.weight[where]
+    saved_ms = arrays.read_ms[where] - company
     out = nobody
     for _ in range(_ROUNDS):
         pays = rate * saved_ms > lost
@@ -85,7 +89,7 @@ def waits(
         if bool((again == out).all()):
             break
         out = again
-        rate = rate_of(book, ~out, keep)
+        rate = rate_of(arrays, ~out, keep)
     taken = out[where]
     if rate <= 0.0 or not taken.any():
         return nobody, math.inf, 0.0

@@ -17,10 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wispprof.policies.api import Limits, SessionView, StepPlan, column
-from wispprof.policies.batch_builder import StepBuilder, eligible, idle
-from wispprof.policies.cost_model import MarginalCosts, Slopes, bounds_in_turn, bounds_with
+from wispprof.policies.batch_builder import StepBuilder, eligible, no_batch
+from wispprof.policies.cost_model import (
+    MarginalCostCache,
+    MarginalCosts,
+    bounds_in_turn,
+    bounds_with,
+)
 from wispprof.policies.draft_selection import BoolArray, Columns, FloatArray, IntArray
-from wispprof.types import StepEstimator
+from wispprof.types import StepTimeEstimator
 
 __all__ = ["Wisp"]
 
@@ -42,18 +47,18 @@ class Wisp:
     urgency: float = 1.0
     name: str = field(default="wisp", init=False)
     stream: bool = field(default=False, init=False)
-    _slopes: Slopes = field(default_factory=Slopes, init=False, repr=False)
+    _slopes: MarginalCostCache = field(default_factory=MarginalCostCache, init=False, repr=False)
 
     def plan(
         self,
         now_ms: float,
         sessions: list[SessionView],
-        estimator: StepEstimator,
+        estimator: StepTimeEstimator,
         limits: Limits,
     ) -> StepPlan:
         ready = eligible(sessions)
         if not ready:
-            return idle(now_ms, None, "idle")
+            return no_batch(now_ms, None, "no_batch")
         queue = _Queue(now_ms, ready, estimator, limits, self._slopes, self.urgency)
         build = StepBuilder(estimator, limits)
         budget_ms = math.inf
@@ -66,7 +71,7 @@ class Wisp:
         for index in np.argsort(queue.deadline, kind="stable").tolist():
             if build.add(ready[index]):
                 return build.plan("earliest deadline alone")
-        return idle(now_ms, now_ms + _RETRY_MS, "no room")
+        return no_batch(now_ms, now_ms + _RETRY_MS, "no room")
 
     @staticmethod
     def _join(
@@ -126,7 +131,7 @@ def _joins(build: StepBuilder, session: SessionView, budget_ms: float) -> bool:
     """Add a round, or what fits of a prompt, if the budget allows it."""
     if session.prompt_left:
         return build.add_prefill(session, budget_ms) > 0
-    return build.add_decode(session, len(session.tail), budget_ms)
+    return build.add_decode(session, len(session.acceptance_probs), budget_ms)
 
 
 class _Queue:
@@ -137,14 +142,16 @@ class _Queue:
         self,
         now_ms: float,
         ready: list[SessionView],
-        estimator: StepEstimator,
+        estimator: StepTimeEstimator,
         limits: Limits,
-        slopes: Slopes,
+        marginal_costs: MarginalCostCache,
         urgency: float,
     ) -> None:
         count = len(ready)
         self._columns = Columns.of(ready)
-        self._costs: MarginalCosts = self._columns.slopes(slopes, estimator, limits.max_items)
+        self._costs: MarginalCosts = self._columns.marginal_costs(
+            marginal_costs, estimator, limits.max_items
+        )
         self._chunk = limits.prefill_chunk
         self._left = np.fromiter(map(_PROMPT_LEFT, ready), np.int64, count)
         self._prompt: BoolArray = self._left > 0
@@ -195,7 +202,7 @@ class _Queue:
 
     def run(self, build: StepBuilder, places: IntArray, budget_ms: float) -> int:
         """How many of these rounds join, one after another, before one is refused or does not fit."""
-        places = places[: build.seats]
+        places = places[: build.free_slots]
         new = self._new[places]
         fits = int(np.searchsorted(np.cumsum(new), build.room(), side="right"))
         places, new = places[:fits], new[:fits]

@@ -1,6 +1,6 @@
 """The ``wispprof`` batching policy: every step chooses how much of each tail to verify now.
 
-Its pieces, each of which can be switched off (:class:`StreamSettings`):
+Its pieces, each of which can be switched off (:class:`WispprofSettings`):
 
 *trim*: the tails that maximise expected tokens per ms (:mod:`wispprof.policies.draft_selection`).
 *wait*: a session whose next draft is due stays out where reading its cache once instead of twice is
@@ -31,24 +31,24 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wispprof.policies.api import Limits, SessionView, StepPlan, column
-from wispprof.policies.batch_builder import StepBuilder, idle, spread
-from wispprof.policies.cost_model import MarginalCosts, Slopes, price_batches
+from wispprof.policies.batch_builder import StepBuilder, no_batch, spread
+from wispprof.policies.cost_model import MarginalCostCache, MarginalCosts, price_batches
 from wispprof.policies.draft_selection import (
-    Book,
+    BatchArrays,
     BoolArray,
     Columns,
+    DraftRanking,
     FloatArray,
     IntArray,
-    Ladder,
-    typical_slopes,
+    typical_costs,
     undrafted_totals,
 )
 from wispprof.policies.prefill import add_prompts
-from wispprof.policies.urgency import Need
-from wispprof.policies.wait_for_draft import waits
-from wispprof.types import StepEstimator
+from wispprof.policies.urgency import Urgency
+from wispprof.policies.wait_for_draft import should_wait
+from wispprof.types import StepTimeEstimator
 
-__all__ = ["StreamSettings", "Wispprof"]
+__all__ = ["Wispprof", "WispprofSettings"]
 
 _READY, _LEFT = column("ready"), column("prompt_left")
 _RETRY_MS = 1.0
@@ -58,12 +58,12 @@ _BLEND = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class StreamSettings:
+class WispprofSettings:
     """Switches of the pieces, and their few constants.
 
     ``catch_up``: weight of a token of a session that is far behind; 1 switches weighing off.
     ``rescue_weight``: what those that need rescue weigh together, in times of all sessions of the step.
-    ``hopeless_weight``: of one whose promise is lost. ``patience``: a session left out for this many
+    ``slo_unreachable_weight``: of one whose promise is lost. ``patience``: a session left out for this many
     steps takes part whatever it is worth. ``first_token``: target of a first token that nothing was promised
     for, in times of reading its prompt alone on the server.
     """
@@ -71,13 +71,13 @@ class StreamSettings:
     trim: bool = True
     wait: bool = True
     slack: bool = True
-    rescue: bool = True
+    slo_boost: bool = True
     size_prefill: bool = True
     demote_hopeless: bool = True
     floor: bool = True
     catch_up: float = 4.0
     rescue_weight: float = 2.5
-    hopeless_weight: float = 1.0
+    slo_unreachable_weight: float = 1.0
     patience: float = 8.0
     first_token: float = 4.0
 
@@ -108,10 +108,10 @@ def _sorted(sessions: list[SessionView]) -> tuple[list[SessionView], list[Sessio
 class Wispprof:
     """Stream-mode batching. ``settings`` switches its pieces."""
 
-    settings: StreamSettings = field(default_factory=StreamSettings)
+    settings: WispprofSettings = field(default_factory=WispprofSettings)
     name: str = field(default="wispprof", init=False)
     stream: bool = field(default=True, init=False)
-    _slopes: Slopes = field(default_factory=Slopes, init=False, repr=False)
+    _slopes: MarginalCostCache = field(default_factory=MarginalCostCache, init=False, repr=False)
     _backlog: float = field(default=0.0, init=False, repr=False)
     _between_ms: float = field(default=0.0, init=False, repr=False)
     _last: tuple[float, float] | None = field(default=None, init=False, repr=False)
@@ -120,15 +120,15 @@ class Wispprof:
         self,
         now_ms: float,
         sessions: list[SessionView],
-        estimator: StepEstimator,
+        estimator: StepTimeEstimator,
         limits: Limits,
     ) -> StepPlan:
         self._note_gap(now_ms)
         decode, prompts = _sorted(sessions)
         if not decode and not prompts:
-            return idle(now_ms, None, "idle")
+            return no_batch(now_ms, None, "no_batch")
         if min(limits.max_items, limits.max_tokens, limits.kv_free) < 1:
-            return idle(now_ms, now_ms + _RETRY_MS, "no room")
+            return no_batch(now_ms, now_ms + _RETRY_MS, "no room")
         build = StepBuilder(estimator, limits)
         wake_ms, gain = math.inf, 1.0
         if decode:
@@ -143,7 +143,7 @@ class Wispprof:
         if build.members:
             self._last = now_ms, build.cost.p50_ms
             return build.plan("stream")
-        return idle(now_ms, min(wake_ms, now_ms + 50.0), "waiting for drafts")
+        return no_batch(now_ms, min(wake_ms, now_ms + 50.0), "waiting for drafts")
 
     def _note_gap(self, now_ms: float) -> None:
         """What passes from a step's predicted end to the next decision: the loop's own work and whatever the
@@ -160,71 +160,71 @@ class Wispprof:
         self,
         now_ms: float,
         decode: list[SessionView],
-        estimator: StepEstimator,
+        estimator: StepTimeEstimator,
         limits: Limits,
     ) -> _Choice:
-        settings, seats = self.settings, limits.max_items
-        whole: Need | None = None
-        if len(decode) > 2 * seats:
+        settings, free_slots = self.settings, limits.max_items
+        whole: Urgency | None = None
+        if len(decode) > 2 * free_slots:
             # A step holds a part of them: twice as many as it holds are looked at, the neediest.
-            sample = decode[:: len(decode) // seats]
-            bound_ms = typical_slopes(sample, self._slopes, estimator, seats).all_bound_ms
-            whole = Need.of(now_ms, decode, settings.patience * bound_ms)
-            places = whole.first(np.ones(len(decode), dtype=bool), 2 * seats).nonzero()[0]
+            sample = decode[:: len(decode) // free_slots]
+            bound_ms = typical_costs(sample, self._slopes, estimator, free_slots).all_bound_ms
+            whole = Urgency.of(now_ms, decode, settings.patience * bound_ms)
+            places = whole.first(np.ones(len(decode), dtype=bool), 2 * free_slots).nonzero()[0]
             decode = [decode[place] for place in places.tolist()]
         count = len(decode)
         columns = Columns.of(decode)
-        costs = columns.slopes(self._slopes, estimator, seats)
+        costs = columns.marginal_costs(self._slopes, estimator, free_slots)
         patience_ms = settings.patience * costs.all_bound_ms
-        need = whole.take(places, patience_ms) if whole else Need.of(now_ms, decode, patience_ms)
+        need = whole.take(places, patience_ms) if whole else Urgency.of(now_ms, decode, patience_ms)
         # Steps that waiting prompts call for anyway have paid their fixed part: decoding then costs only what
         # it adds, and a draft must beat what a lone advance earns for that.
         extra_ms = max(0.0, self._between_ms) - self._backlog * costs.fixed_ms
         fixed_ms = max(0.0, costs.fixed_ms + extra_ms)
         weight = self._weights(decode, need, columns, costs)
-        book = Book.build(columns, costs._replace(fixed_ms=fixed_ms), weight)
+        arrays = BatchArrays.build(columns, costs._replace(fixed_ms=fixed_ms), weight)
         everyone = np.ones(count, dtype=bool)
-        ladder = Ladder.of(book, everyone)
-        best = ladder.best
-        rate = float(ladder.worth[best] / max(ladder.spent_ms[best], 1e-9))
-        keep = ladder.keep(best, count) if settings.trim else columns.lengths
+        ranking = DraftRanking.of(arrays, everyone)
+        best = ranking.best
+        rate = float(ranking.worth[best] / max(ranking.spent_ms[best], 1e-9))
+        keep = ranking.keep(best, count) if settings.trim else columns.lengths
         members, wake_ms = everyone, math.inf
         if settings.wait:
             # Who takes part whatever it is worth has no time to wait, and is no waiter to count with.
-            slack = np.where(need.stale, -math.inf, need.slack)
-            out, due_ms, margin_ms = waits(
-                now_ms, decode, book, keep, rate, slack, costs.all_bound_ms
+            slack = np.where(need.starved, -math.inf, need.slack)
+            out, due_ms, margin_ms = should_wait(
+                now_ms, decode, arrays, keep, rate, slack, costs.all_bound_ms
             )
-            if out.any() and self._waiting_pays(book, keep, out, margin_ms, estimator):
+            if out.any() and self._waiting_pays(arrays, keep, out, margin_ms, estimator):
                 members, wake_ms = ~out, due_ms
         if settings.demote_hopeless and need.lost.any() and not need.lost.all():
-            members = self._demoted(members, book, keep, rate, need, costs.fixed_ms)
-        if not members.any() and not self._pays_to_idle(now_ms, book, rate, wake_ms):
+            members = self._demoted(members, arrays, keep, rate, need, costs.fixed_ms)
+        if not members.any() and not self._pays_to_idle(now_ms, arrays, rate, wake_ms):
             members = everyone
         if not members.any():
             return _Choice([], [], decode, wake_ms)
         room = min(limits.max_tokens, limits.kv_free)
-        most = min(seats, room)
+        most = min(free_slots, room)
         members = need.first(members, most)
         inside = int(np.count_nonzero(members))
-        if inside < count or len(ladder.owner) > room - inside:
-            ladder = ladder.among(book, members, room - inside)
+        if inside < count or len(ranking.owner) > room - inside:
+            ranking = ranking.among(arrays, members, room - inside)
         lone = need.first(everyone, most) if settings.floor and inside < count else None
-        members, keep = self._best(book, ladder, members, lone, estimator, extra_ms)
+        members, keep = self._best(arrays, ranking, members, lone, estimator, extra_ms)
         chosen = members.nonzero()[0]
-        gain = float(book.gains(keep)[chosen].sum()) / len(chosen)
+        gain = float(arrays.gains(keep)[chosen].sum()) / len(chosen)
         kept: list[int] = keep[chosen].tolist()
         return _Choice([decode[place] for place in chosen.tolist()], kept, decode, wake_ms, gain)
 
     def _weights(
-        self, decode: list[SessionView], need: Need, columns: Columns, costs: MarginalCosts
+        self, decode: list[SessionView], need: Urgency, columns: Columns, costs: MarginalCosts
     ) -> FloatArray:
         """What a token of each session (n,) is worth."""
         settings, step_ms = self.settings, costs.all_bound_ms
         weight = np.ones(len(decode))
         if settings.slack:
             weight += (settings.catch_up - 1.0) * need.behind(step_ms)
-        if settings.rescue:
+        if settings.slo_boost:
             read_ms, row_ms = costs.over(columns.cached)
             undrafted_ms = costs.fixed_ms + max(0.0, self._between_ms)
             undrafted_ms += float((read_ms + row_ms).sum())
@@ -232,75 +232,84 @@ class Wispprof:
             together = settings.rescue_weight * len(decode) / max(1.0, float(urgency.sum()))
             weight = np.maximum(weight, 1.0 + together * urgency)
         if settings.demote_hopeless:
-            weight[need.lost] = settings.hopeless_weight
+            weight[need.lost] = settings.slo_unreachable_weight
         return weight
 
     @staticmethod
     def _demoted(
-        members: BoolArray, book: Book, keep: IntArray, rate: float, need: Need, fixed_ms: float
+        members: BoolArray,
+        arrays: BatchArrays,
+        keep: IntArray,
+        rate: float,
+        need: Urgency,
+        fixed_ms: float,
     ) -> BoolArray:
         """The members without those whose promise is lost and whose tokens do not pay at the going rate.
         Left out, they need a step of their own later, and its fixed part is paid again: that must cost
         less than what they add to this one, or they starve for nothing."""
-        spent = book.lone_ms + keep * book.row_ms
-        out = need.lost & ~need.stale & (book.gains(keep) * book.weight < rate * spent)
+        spent = arrays.lone_ms + keep * arrays.row_ms
+        out = need.lost & ~need.starved & (arrays.gains(keep) * arrays.weight < rate * spent)
         return members & ~out if float(spent[out].sum()) > fixed_ms else members
 
     @staticmethod
     def _waiting_pays(
-        book: Book, keep: IntArray, out: BoolArray, margin_ms: float, estimator: StepEstimator
+        arrays: BatchArrays,
+        keep: IntArray,
+        out: BoolArray,
+        margin_ms: float,
+        estimator: StepTimeEstimator,
     ) -> bool:
         """Whether the step without the waiters is really shorter, by the estimator: where rows are free
         or padded it may save less than the linear costs promised, and then nobody waits."""
         new = np.stack((keep + 1, np.where(out, 0, keep + 1)))
-        p50 = price_batches(estimator, new, book.cached)[0]
-        promised_ms = float((book.lone_ms + keep * book.row_ms)[out].sum())
+        p50 = price_batches(estimator, new, arrays.cached)[0]
+        promised_ms = float((arrays.lone_ms + keep * arrays.row_ms)[out].sum())
         return float(p50[0] - p50[1]) - promised_ms + margin_ms > 0.0
 
     @staticmethod
-    def _pays_to_idle(now_ms: float, book: Book, rate: float, wake_ms: float) -> bool:
+    def _pays_to_idle(now_ms: float, arrays: BatchArrays, rate: float, wake_ms: float) -> bool:
         """Whether waiting for the first due draft, the server idle, still beats starting now."""
         if not math.isfinite(wake_ms):
             return False
-        return (wake_ms - now_ms) * rate < float(book.weight.sum()) * 0.1
+        return (wake_ms - now_ms) * rate < float(arrays.weight.sum()) * 0.1
 
     def _best(
         self,
-        book: Book,
-        ladder: Ladder,
+        arrays: BatchArrays,
+        ranking: DraftRanking,
         members: BoolArray,
         lone: BoolArray | None,
-        estimator: StepEstimator,
+        estimator: StepTimeEstimator,
         extra_ms: float,
     ) -> tuple[BoolArray, IntArray]:
         """The length of the ladder at which tokens per ms are most, by the estimator's own prices; or
         everybody undrafted (``lone``) where that is better still."""
-        count = len(book.cached)
-        taken = self._rungs(ladder)
-        worth = ladder.worth[taken]
+        count = len(arrays.cached)
+        taken = self._rungs(ranking)
+        worth = ranking.worth[taken]
         others: list[BoolArray] = []
         if lone is not None:
-            others, worth = [lone], np.append(worth, book.weight @ lone)
+            others, worth = [lone], np.append(worth, arrays.weight @ lone)
         predict_totals: Any = getattr(estimator, "predict_totals", None)
         if predict_totals is not None:
-            rows = ladder.totals(taken, book.cached, members)
-            alone = [undrafted_totals(book.cached, other)[None] for other in others]
+            rows = ranking.totals(taken, arrays.cached, members)
+            alone = [undrafted_totals(arrays.cached, other)[None] for other in others]
             p50 = predict_totals(np.concatenate([rows, *alone]))[0]
         else:
-            steps = [(ladder.keep(j, count) + 1) * members for j in taken.tolist()]
-            p50 = price_batches(estimator, np.stack([*steps, *others]), book.cached)[0]
+            steps = [(ranking.keep(j, count) + 1) * members for j in taken.tolist()]
+            p50 = price_batches(estimator, np.stack([*steps, *others]), arrays.cached)[0]
         # The first of equals: everybody undrafted must be better than a ladder to replace it.
         best = int((worth / np.maximum(p50 + extra_ms, 1e-9)).argmax())
         if lone is not None and best == len(taken):
             return lone, np.zeros(count, np.int64)
-        return members, ladder.keep(int(taken[best]), count)
+        return members, ranking.keep(int(taken[best]), count)
 
-    def _rungs(self, ladder: Ladder) -> IntArray:
+    def _rungs(self, ranking: DraftRanking) -> IntArray:
         """How many drafts the candidates take, rising."""
-        longest = len(ladder.owner)
+        longest = len(ranking.owner)
         if not self.settings.trim:
             return np.array([0, longest] if self.settings.floor and longest else [longest])
-        best = ladder.best
+        best = ranking.best
         first = 0 if self.settings.floor else min(1, best)
         if longest <= _LONG:
             return np.arange(first, longest + 1)

@@ -21,12 +21,12 @@ from wispprof.errors import ModelError, ProfileError
 from wispprof.hardware import fingerprint
 from wispprof.profiling.prompts import held_out_prompts, load_prompts
 from wispprof.profiling.sweep import Progress
-from wispprof.types import Feed, Sampling
+from wispprof.types import Sampling, StepInput
 
 if TYPE_CHECKING:
-    from wispprof.edge.connection import Dial
+    from wispprof.edge.connection import ConnectionFactory
     from wispprof.engines.loading import LoadedModel
-    from wispprof.engines.torch.engine import VerifierEngine
+    from wispprof.engines.torch.engine import TorchEngine
     from wispprof.profiling.draft_rollout import DraftRollout
     from wispprof.profiling.remote_target import RemoteTarget
 
@@ -115,7 +115,7 @@ def trace_remote(
     *,
     draft: LoadedModel | None = None,
     prompts: Sequence[Sequence[int]] | None = None,
-    dial: Dial | None = None,
+    connect: ConnectionFactory | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> AcceptanceTrace:
     """The same with a target that only a server holds: its paths come over the wire.
@@ -128,7 +128,7 @@ def trace_remote(
     if draft is None:
         name = settings.draft or str(bundled.path(BUNDLED_DRAFT))
         draft = load_model(name, settings.dtype, settings.device)
-    welcome = server.greet(dial)
+    welcome = server.greet(connect)
     _check_pair(welcome.target, welcome.tokenizer, draft.info.vocab_size, draft)
     if prompts is None:
         prompts = _prompts(settings, draft.tokenizer, welcome.max_context)
@@ -136,7 +136,7 @@ def trace_remote(
     trace = _assemble(
         draft,
         prompts,
-        lambda batch: server.paths(batch, settings.sampling, settings.path_tokens, end, dial),
+        lambda batch: server.paths(batch, settings.sampling, settings.path_tokens, end, connect),
         settings,
         progress,
         clock,
@@ -191,7 +191,7 @@ def target_paths(
 
     All prompts are sessions of one engine, decoded together.
     """
-    from wispprof.engines.torch.engine import VerifierEngine
+    from wispprof.engines.torch.engine import TorchEngine
 
     room = settings.path_tokens
     for prompt in prompts:
@@ -201,7 +201,7 @@ def target_paths(
                 f"{target.info.max_context}.",
                 "Give fewer --prompt-tokens or --path-tokens.",
             )
-    engine = VerifierEngine(
+    engine = TorchEngine(
         target,
         kv_tokens=sum(len(prompt) + room for prompt in prompts),
         max_sessions=len(prompts),
@@ -213,22 +213,22 @@ def target_paths(
     paths = dict(zip(names, _first_tokens(engine, names, prompts), strict=True))
     live = names
     while live := [n for n in live if len(paths[n]) < room and paths[n][-1] != end]:
-        for outcome in engine.step([Feed(name, paths[name][-1:]) for name in live]):
+        for outcome in engine.step([StepInput(name, paths[name][-1:]) for name in live]):
             paths[outcome.session].extend(outcome.tokens)
     return [paths[name] for name in names]
 
 
 def _first_tokens(
-    engine: VerifierEngine, names: Sequence[str], prompts: Sequence[Sequence[int]]
+    engine: TorchEngine, names: Sequence[str], prompts: Sequence[Sequence[int]]
 ) -> list[list[int]]:
     """Prefill in steps of a bounded number of tokens."""
     first: list[list[int]] = []
-    step: list[Feed] = []
+    step: list[StepInput] = []
     for name, prompt in zip(names, prompts, strict=True):
         if step and sum(len(f.tokens) for f in step) + len(prompt) > _STEP_TOKENS:
             first += [list(o.tokens) for o in engine.step(step)]
             step = []
-        step.append(Feed(name, list(prompt)))
+        step.append(StepInput(name, list(prompt)))
     return first + [list(o.tokens) for o in engine.step(step)]
 
 

@@ -21,7 +21,7 @@ from wispprof.engines.loading import LoadedModel
 from wispprof.engines.torch.attention import Attend, grouped_attention, visible
 from wispprof.engines.torch.decoder import Decoder, decoder_for
 from wispprof.errors import EngineError
-from wispprof.sampling.sampler import choose
+from wispprof.sampling.sampler import sample_tokens
 from wispprof.types import Sampling
 
 __all__ = ["DraftRollout"]
@@ -104,7 +104,7 @@ class DraftRollout:
                 )
             logits = self._decoder.logits(hidden)
             positions = (contexts + step).cpu().numpy()
-            chosen = choose(logits, positions, [sampling] * rows)
+            chosen = sample_tokens(logits, positions, [sampling] * rows)
             drafts[:, step] = chosen.cpu().numpy()
             features[:, step] = features_torch(logits).cpu().numpy()
 

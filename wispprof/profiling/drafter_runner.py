@@ -13,17 +13,17 @@ from wispprof.errors import ProfileError
 from wispprof.policies.api import RoundContext
 from wispprof.policies.controllers import WispController
 from wispprof.profiling.shape_grid import read_grid, whole_numbers
-from wispprof.profiling.workload import Shot
+from wispprof.profiling.workload import Workload
 from wispprof.types import Drafter, DraftFeatures, Sampling
 
 __all__ = [
     "EDGE_GRIDS",
     "ROUND",
     "ROUND_DRAFTS",
-    "DrafterShooter",
+    "DrafterRunner",
     "EdgeAxes",
     "EdgePoint",
-    "edge_shots",
+    "edge_workloads",
     "load_edge_axes",
     "override_edge",
 ]
@@ -108,7 +108,7 @@ def override_edge(axes: EdgeAxes, values: dict[str, Any], where: str) -> EdgeAxe
     return replace(axes, **changed)
 
 
-class DrafterShooter:
+class DrafterRunner:
     """Fires points at a drafter. The drafter must offer ``prefill`` and ``forward`` beside
     :class:`~wispprof.types.Drafter`, as :class:`~wispprof.drafters.torch_drafter.TorchDrafter` does."""
 
@@ -130,15 +130,15 @@ class DrafterShooter:
         self._restore: Callable[[], None] = lambda: None
         self._per_fire, self._rest_s = 1, 0.0
 
-    def prepare(self, shot: Shot[EdgePoint]) -> None:
-        point, drafter = shot.subject, cast(Any, self._drafter)
+    def prepare(self, workload: Workload[EdgePoint]) -> None:
+        point, drafter = workload.subject, cast(Any, self._drafter)
         context = max(1, point.context)
-        if shot.kind == "controller":
+        if workload.kind == "controller":
             self._prepare_controller()
             return
         self.hold(context)
-        self._per_fire, self._rest_s = 1, shot.rest_s
-        if shot.kind == "prefill":
+        self._per_fire, self._rest_s = 1, workload.rest_s
+        if workload.kind == "prefill":
             chunk = self.tokens(point.tokens + 1)  # the last one waits for the next draft
             drafter.extend(chunk)
             self._fire = drafter.prefill
@@ -148,7 +148,7 @@ class DrafterShooter:
                 drafter.extend(chunk)
 
             self._restore = restore
-        elif shot.kind == "catch_up":
+        elif workload.kind == "catch_up":
             waiting = self.tokens(point.tokens)
             drafter.rollback(max(1, context - point.tokens))
             drafter.extend(waiting)
@@ -159,7 +159,7 @@ class DrafterShooter:
                 drafter.extend(waiting)
 
             self._restore = again
-        elif shot.kind == "round":
+        elif workload.kind == "round":
 
             def draft_all() -> None:
                 for _ in range(point.tokens):
@@ -167,7 +167,7 @@ class DrafterShooter:
 
             self._fire, self._restore = draft_all, lambda: drafter.rollback(context)
         else:
-            self._fire = drafter.forward if shot.kind == "forward" else drafter.draft
+            self._fire = drafter.forward if workload.kind == "forward" else drafter.draft
             self._restore = lambda: drafter.rollback(context)
 
     def hold(self, context: int) -> None:
@@ -178,7 +178,7 @@ class DrafterShooter:
         drafter.draft()
         drafter.rollback(context)
 
-    def fire(self) -> float:
+    def run_once(self) -> float:
         self._synchronize()
         if self._rest_s:
             self._sleep(self._rest_s)
@@ -194,12 +194,16 @@ class DrafterShooter:
         self._rest_s = 0.0
 
     def row(
-        self, shot: Shot[EdgePoint], samples: tuple[float, ...], flags: tuple[str, ...], order: int
+        self,
+        workload: Workload[EdgePoint],
+        samples: tuple[float, ...],
+        flags: tuple[str, ...],
+        order: int,
     ) -> EdgeRow:
-        point = shot.subject
+        point = workload.subject
         return EdgeRow(
-            shot.key,
-            shot.kind,
+            workload.key,
+            workload.kind,
             point.context,
             samples,
             point.tokens,
@@ -232,30 +236,30 @@ class DrafterShooter:
         self._fire, self._restore, self._per_fire = decide, lambda: None, _DECISIONS
 
 
-def edge_shots(axes: EdgeAxes, most_context: int) -> list[Shot[EdgePoint]]:
+def edge_workloads(axes: EdgeAxes, most_context: int) -> list[Workload[EdgePoint]]:
     """Every point that the draft's context has room for."""
-    shots = [_shot("controller", EdgePoint(0))]
+    workloads = [_shot("controller", EdgePoint(0))]
     for context in axes.contexts:
         if context + ROUND < most_context:
-            shots += [_shot(kind, EdgePoint(context)) for kind in ("draft_step", "forward")]
+            workloads += [_shot(kind, EdgePoint(context)) for kind in ("draft_step", "forward")]
             if context > CATCH_UP:
-                shots.append(_shot("catch_up", EdgePoint(context, CATCH_UP)))
+                workloads.append(_shot("catch_up", EdgePoint(context, CATCH_UP)))
     for context in axes.rounds:
         if context + ROUND < most_context:
-            shots.append(_shot("round", EdgePoint(context, ROUND_DRAFTS, axes.rest_ms)))
+            workloads.append(_shot("round", EdgePoint(context, ROUND_DRAFTS, axes.rest_ms)))
     for chunk in axes.chunks:
         for context in (0, axes.chunk_context):
             if context + chunk + 2 < most_context:
-                shots.append(_shot("prefill", EdgePoint(context, chunk)))
-    if len(shots) < 3:
+                workloads.append(_shot("prefill", EdgePoint(context, chunk)))
+    if len(workloads) < 3:
         raise ProfileError(
             f"The draft's context of {most_context} tokens is too short for this grid.",
             "Choose another draft model.",
         )
-    return shots
+    return workloads
 
 
-def _shot(kind: str, point: EdgePoint) -> Shot[EdgePoint]:
+def _shot(kind: str, point: EdgePoint) -> Workload[EdgePoint]:
     name = f"{kind} {point.tokens}@{point.context}"
     work = (1.0, float(point.tokens), float(point.context * point.tokens))
     if kind == "controller":
@@ -263,4 +267,4 @@ def _shot(kind: str, point: EdgePoint) -> Shot[EdgePoint]:
     if kind == "round":  # its tokens come one after the other, each at the price of a step
         name += f"/{point.rested_ms:g}ms"
         work = tuple(point.tokens * part for part in (1.0, 1.0, float(point.context)))
-    return Shot(name, kind, point, work, point.rested_ms / 1000)
+    return Workload(name, kind, point, work, point.rested_ms / 1000)

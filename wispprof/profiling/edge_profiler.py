@@ -17,16 +17,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from wispprof.artifacts import EdgeProfile, EdgeRow, ModelInfo, RowJournal, bundled
+from wispprof.artifacts import EdgeProfile, EdgeRow, ModelRecord, RowJournal, bundled
 from wispprof.artifacts.draft_times import resume_ms
 from wispprof.hardware import energy_meter, sensors
 from wispprof.profiling.drafter_runner import (
     EDGE_GRIDS,
     ROUND,
-    DrafterShooter,
+    DrafterRunner,
     EdgeAxes,
     EdgePoint,
-    edge_shots,
+    edge_workloads,
     load_edge_axes,
 )
 from wispprof.profiling.physics_checks import check_edge
@@ -50,12 +50,12 @@ __all__ = [
     "EDGE_GRIDS",
     "QUICK",
     "STANDARD",
-    "DrafterShooter",
+    "DrafterRunner",
     "EdgeAxes",
     "EdgePoint",
-    "EdgeSettings",
+    "EdgeProfilerSettings",
     "Windows",
-    "edge_shots",
+    "edge_workloads",
     "plan_edge",
     "profile_edge",
 ]
@@ -66,7 +66,7 @@ class Windows:
 
     def __init__(self, setup: Setup[EdgePoint], axes: EdgeAxes, clock: Callable[[], float]) -> None:
         device = setup.engine["device"]
-        self._shooter = cast(DrafterShooter, setup.shooter)
+        self._shooter = cast(DrafterRunner, setup.runner)
         self._context = setup.sentinel.subject.context
         self._look, self._meter, self._clock = sensors(device), energy_meter(device), clock
         spans = {"burst": axes.burst_s, "sustained": axes.sustained_s}
@@ -106,13 +106,13 @@ class Windows:
         return tuple(sorted(done, key=lambda row: row.order))
 
     def _window(self, kind: str, span: float, order: int) -> tuple[EdgeRow, EdgeRow]:
-        shooter, context = self._shooter, self._context
-        shooter.hold(context)
+        runner, context = self._shooter, self._context
+        runner.hold(context)
         samples: list[float] = []
         self._meter.begin()
         begin = now = self._clock()
         while now - begin < span or not samples:
-            shooter.round(context)
+            runner.round(context)
             before, now = now, self._clock()
             samples.append(significant((now - before) * 1000 / ROUND))
         used, state = self._meter.end(), self._look.read()
@@ -141,7 +141,7 @@ STANDARD = SweepSettings(block=15, least=30, most=120)
 
 
 @dataclass(frozen=True)
-class EdgeSettings:
+class EdgeProfilerSettings:
     """``draft``: folder, hub id, ``.gguf`` file (llama.cpp), or empty for the bundled draft.
     ``axes`` replaces the named ``grid``, ``sustained_s`` its longer window."""
 
@@ -157,7 +157,7 @@ class EdgeSettings:
 
 
 def profile_edge(
-    settings: EdgeSettings,
+    settings: EdgeProfilerSettings,
     progress: Progress | None = None,
     *,
     loaded: LoadedModel | None = None,
@@ -190,7 +190,7 @@ def profile_edge(
 
 
 def plan_edge(
-    settings: EdgeSettings,
+    settings: EdgeProfilerSettings,
     *,
     loaded: LoadedModel | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -205,12 +205,12 @@ class _Device:
     """A drafter ready to be measured, and what it is."""
 
     drafter: Drafter
-    model: ModelInfo
+    model: ModelRecord
     engine: dict[str, Any]
     synchronize: Callable[[], None] = lambda: None
 
 
-def _torch_device(settings: EdgeSettings, loaded: LoadedModel | None) -> _Device:
+def _torch_device(settings: EdgeProfilerSettings, loaded: LoadedModel | None) -> _Device:
     import torch
 
     from wispprof.drafters.torch_drafter import TorchDrafter
@@ -228,7 +228,7 @@ def _torch_device(settings: EdgeSettings, loaded: LoadedModel | None) -> _Device
     )
 
 
-def _llamacpp_device(settings: EdgeSettings) -> _Device:
+def _llamacpp_device(settings: EdgeProfilerSettings) -> _Device:
     from wispprof.drafters.llama_cpp import LlamaCppDrafter
 
     gpu_layers = 0 if settings.device == "cpu" else -1
@@ -238,7 +238,7 @@ def _llamacpp_device(settings: EdgeSettings) -> _Device:
     return _Device(drafter, drafter.info, engine)
 
 
-def _axes(settings: EdgeSettings) -> EdgeAxes:
+def _axes(settings: EdgeProfilerSettings) -> EdgeAxes:
     axes = settings.axes or load_edge_axes(settings.grid)
     if settings.sustained_s is not None:
         axes = replace(axes, sustained_s=settings.sustained_s)
@@ -246,7 +246,7 @@ def _axes(settings: EdgeSettings) -> EdgeAxes:
 
 
 def _set_up(
-    settings: EdgeSettings,
+    settings: EdgeProfilerSettings,
     loaded: LoadedModel | None,
     clock: Callable[[], float],
     sleep: Callable[[float], None],
@@ -255,7 +255,7 @@ def _set_up(
     gguf = loaded is None and settings.draft.endswith(".gguf")
     device = _llamacpp_device(settings) if gguf else _torch_device(settings, loaded)
     sweep = settings.sweep or (QUICK if settings.grid == "quick" else STANDARD)
-    shooter = DrafterShooter(
+    runner = DrafterRunner(
         device.drafter,
         device.model.vocab_size,
         settings.sampling,
@@ -264,15 +264,15 @@ def _set_up(
         synchronize=device.synchronize,
         sleep=sleep,
     )
-    shots = edge_shots(axes, device.model.max_context)
-    steps = [shot for shot in shots if shot.kind == "draft_step"]
+    workloads = edge_workloads(axes, device.model.max_context)
+    steps = [workload for workload in workloads if workload.kind == "draft_step"]
     sentinel = replace(steps[len(steps) // 2], key="sentinel", kind="sentinel")
     return Setup(
         "edge",
-        shooter,
-        shots,
+        runner,
+        workloads,
         sentinel,
-        pilot(shooter, shots, sentinel, sweep, clock),
+        pilot(runner, workloads, sentinel, sweep, clock),
         sweep,
         device.model,
         device.engine,

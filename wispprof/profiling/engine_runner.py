@@ -15,24 +15,24 @@ from typing import TYPE_CHECKING
 
 from wispprof.artifacts import StepRow
 from wispprof.errors import OutOfKvMemory
-from wispprof.profiling.workload import Shot
-from wispprof.types import BatchShape, Feed, Sampling
+from wispprof.profiling.workload import Workload
+from wispprof.types import BatchShape, Sampling, StepInput
 
 if TYPE_CHECKING:
-    from wispprof.engines.torch.engine import VerifierEngine
+    from wispprof.engines.torch.engine import TorchEngine
 
-__all__ = ["EngineShooter"]
+__all__ = ["EngineRunner"]
 
 _MASTER = "profile master"
 _PREFILL_CHUNK = 512
 
 
-class EngineShooter:
+class EngineRunner:
     """Fires batch shapes at an engine. ``synchronize`` waits for the device."""
 
     def __init__(
         self,
-        engine: VerifierEngine,
+        engine: TorchEngine,
         longest: int,
         *,
         seed: int = 0,
@@ -41,27 +41,27 @@ class EngineShooter:
     ) -> None:
         self._engine, self._clock, self._synchronize = engine, clock, synchronize
         self._random = random.Random(seed)
-        self._feeds: list[Feed] = []
+        self._feeds: list[StepInput] = []
         self._cached: list[int] = []
         self._padded = 0
         engine.open(_MASTER, Sampling())
         for start in range(0, longest, _PREFILL_CHUNK):
             chunk = self._tokens(min(_PREFILL_CHUNK, longest - start))
-            engine.step([Feed(_MASTER, chunk, emit=False)])
+            engine.step([StepInput(_MASTER, chunk, needs_logits=False)])
 
-    def prepare(self, shot: Shot[BatchShape]) -> None:
+    def prepare(self, workload: Workload[BatchShape]) -> None:
         with _memory_told():
-            self._prepare(shot)
+            self._prepare(workload)
 
-    def _prepare(self, shot: Shot[BatchShape]) -> None:
-        for number, item in enumerate(shot.subject.items):
+    def _prepare(self, workload: Workload[BatchShape]) -> None:
+        for number, item in enumerate(workload.subject.items):
             name = f"profile {number}"
             self._engine.fork(_MASTER, name, item.cached, private=True)
             self._cached.append(item.cached)
             drafts = 0 if item.prefill else item.new - 1
-            self._feeds.append(Feed(name, self._tokens(item.new), drafts, not item.prefill))
+            self._feeds.append(StepInput(name, self._tokens(item.new), drafts, not item.prefill))
 
-    def fire(self) -> float:
+    def run_once(self) -> float:
         with _memory_told():
             return self._fire()
 
@@ -86,12 +86,14 @@ class EngineShooter:
 
     def row(
         self,
-        shot: Shot[BatchShape],
+        workload: Workload[BatchShape],
         samples: tuple[float, ...],
         flags: tuple[str, ...],
         order: int,
     ) -> StepRow:
-        return StepRow(shot.key, shot.kind, shot.subject, samples, flags, self._padded, order)
+        return StepRow(
+            workload.key, workload.kind, workload.subject, samples, flags, self._padded, order
+        )
 
     def close(self) -> None:
         """Give the engine back as it was."""
@@ -108,14 +110,12 @@ def _memory_told() -> Iterator[None]:
 
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as fault:
+    except (torch.OutOfMemoryError, MemoryError) as err:
         torch.cuda.empty_cache()  # nothing where there is no GPU
-        first = (str(fault).splitlines() or [""])[0]
-        raise OutOfKvMemory(
-            f"The device ran out of memory: {first or 'no more is known'}"
-        ) from fault
-    except RuntimeError as fault:
+        first = (str(err).splitlines() or [""])[0]
+        raise OutOfKvMemory(f"The device ran out of memory: {first or 'no more is known'}") from err
+    except RuntimeError as err:
         # On a CPU, torch's allocator has no class of its own for it.
-        if "not enough memory" not in str(fault):
+        if "not enough memory" not in str(err):
             raise
-        raise OutOfKvMemory("The machine ran out of memory.") from fault
+        raise OutOfKvMemory("The machine ran out of memory.") from err

@@ -22,7 +22,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from wispprof.artifacts import EdgeProfile, EdgeRow, Manifest, ModelInfo, make_profile, save_profile
+from wispprof.artifacts import (
+    EdgeProfile,
+    EdgeRow,
+    Manifest,
+    ModelRecord,
+    make_profile,
+    save_profile,
+)
 from wispprof.artifacts.files import parse_json, read_bytes
 from wispprof.artifacts.manifest import command_line, library_versions
 from wispprof.artifacts.profile import profile_files
@@ -68,9 +75,9 @@ def rows_of(entries: Sequence[dict[str, Any]], where: str) -> list[EdgeRow]:
             depth = int(entry.get("n_depth", 0))
             speeds = [float(s) for s in entry.get("samples_ts") or [entry["avg_ts"]]]
             build = f"llama-bench, llama.cpp build {entry.get('build_commit', 'unknown')}"
-        except (KeyError, TypeError, ValueError) as fault:
+        except (KeyError, TypeError, ValueError) as err:
             raise ArtifactDamaged(
-                f"{where}, test {number}: {fault!r} is missing or not a number.",
+                f"{where}, test {number}: {err!r} is missing or not a number.",
                 "Make the file anew with: llama-bench -o json.",
             ) from None
         if (prompt and generated) or not speeds or min(speeds) <= 0:
@@ -107,7 +114,7 @@ def _manifest(entries: Sequence[dict[str, Any]], where: str) -> Manifest:
     kept = ("n_threads", "n_gpu_layers", "backends", "flash_attn", "type_k", "type_v")
     return Manifest(
         kind="edge",
-        model=ModelInfo(
+        model=ModelRecord(
             id=Path(str(first.get("model_filename") or "unknown")).name,
             dtype=str(first.get("model_type", "")),
             parameters=_whole(first.get("model_n_params")),
@@ -169,12 +176,12 @@ class PublishedDevice:
 
     name: str
     device: str
-    model: ModelInfo
+    model: ModelRecord
     choices: tuple[PublishedChoice, ...]
 
 
-_SMALL = ModelInfo("Llama-3.2-1B-Instruct Q4", "q4", 1_235_814_400, family="llama")
-_LARGE = ModelInfo("Llama-3.1-8B Q4", "q4", 8_030_261_248, family="llama")
+_SMALL = ModelRecord("Llama-3.2-1B-Instruct Q4", "q4", 1_235_814_400, family="llama")
+_LARGE = ModelRecord("Llama-3.1-8B Q4", "q4", 8_030_261_248, family="llama")
 
 PUBLISHED: tuple[PublishedDevice, ...] = (
     PublishedDevice("rpi-4b", "Raspberry Pi 4B", _SMALL, (PublishedChoice(2, 2.44, 1334e3),)),

@@ -10,22 +10,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from wispprof.artifacts import LinkProfile, LinkRow, ModelInfo
+from wispprof.artifacts import LinkProfile, LinkRow, ModelRecord
 from wispprof.errors import HandshakeRefused, ProtocolError, ServerUnreachable
 from wispprof.profiling.profile_run import Output, begin_manifest, seal
 from wispprof.profiling.sweep import Progress, SweepResult
 from wispprof.profiling.workload import SweepSettings, significant
 
 if TYPE_CHECKING:
-    from wispprof.edge.connection import Connection, Dial
+    from wispprof.edge.connection import Connection, ConnectionFactory
 
-__all__ = ["LinkSettings", "link_rows", "link_summary", "profile_link"]
+__all__ = ["LinkProfilerSettings", "link_rows", "link_summary", "profile_link"]
 
 SIZES = (1 << 10, 16 << 10, 64 << 10)
 
 
 @dataclass(frozen=True)
-class LinkSettings:
+class LinkProfilerSettings:
     """``server``: address or URL. ``count``: exchanges of each kind, ``warmup`` more before them.
     ``sizes``: payload bytes one way; ``timeout_s``: for one exchange. ``ca_file``: who
     vouches for a server behind ``wss://`` (``None``: the system knows)."""
@@ -41,32 +41,34 @@ class LinkSettings:
 
 
 def profile_link(
-    settings: LinkSettings,
+    settings: LinkProfilerSettings,
     progress: Progress | None = None,
     *,
-    dial: Dial | None = None,
+    connect: ConnectionFactory | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> LinkProfile:
-    """Measure the link to a server that is running. ``dial`` replaces the WebSocket (for tests).
+    """Measure the link to a server that is running. ``connect`` replaces the WebSocket (for tests).
 
     Raises :class:`ServerUnreachable`, :class:`HandshakeRefused`, :class:`ProtocolError`.
     """
-    return asyncio.run(_profile(settings, progress, dial, clock))
+    return asyncio.run(_profile(settings, progress, connect, clock))
 
 
 async def _profile(
-    settings: LinkSettings,
+    settings: LinkProfilerSettings,
     progress: Progress | None,
-    dial: Dial | None,
+    connect: ConnectionFactory | None,
     clock: Callable[[], float],
 ) -> LinkProfile:
-    from wispprof.edge.connection import trust, websocket_dial
+    from wispprof.edge.connection import ssl_context, websocket_connections
 
     begin = clock()
-    link = await (dial or websocket_dial(settings.server, ssl=trust(settings.ca_file)))()
+    link = await (
+        connect or websocket_connections(settings.server, ssl=ssl_context(settings.ca_file))
+    )()
     try:
         welcome = await _greet(link, settings)
-        model = ModelInfo(
+        model = ModelRecord(
             welcome.target, tokenizer_hash=welcome.tokenizer, max_context=welcome.max_context
         )
         manifest = begin_manifest(
@@ -83,7 +85,7 @@ async def _profile(
     return cast(LinkProfile, seal(manifest, result, settings.output, None, link_summary(rows)))
 
 
-async def _greet(link: Connection, settings: LinkSettings) -> Any:
+async def _greet(link: Connection, settings: LinkProfilerSettings) -> Any:
     from wispprof import protocol
 
     hello = protocol.Hello(protocol.PROTOCOL_VERSION, "", key=settings.key, edge="profile-link")
@@ -98,7 +100,7 @@ async def _greet(link: Connection, settings: LinkSettings) -> Any:
 
 async def link_rows(
     link: Connection,
-    settings: LinkSettings,
+    settings: LinkProfilerSettings,
     progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[LinkRow, ...]:
@@ -130,7 +132,7 @@ async def link_rows(
                     "Use smaller sizes or a server of the same version.",
                 )
             if index >= settings.warmup:
-                samples[kind, size].append(significant(max(0.0, elapsed - answer.lain_ms)))
+                samples[kind, size].append(significant(max(0.0, elapsed - answer.socket_wait_ms)))
         if progress is not None:
             progress(index + 1, rounds, "exchanging frames")
     return tuple(
@@ -139,7 +141,7 @@ async def link_rows(
     )
 
 
-async def _answer(link: Connection, settings: LinkSettings) -> Any:
+async def _answer(link: Connection, settings: LinkProfilerSettings) -> Any:
     from wispprof import protocol
 
     try:

@@ -21,7 +21,7 @@ from dataclasses import replace
 from wispprof.artifacts.rows import EdgeRow, LinkRow, Row
 
 __all__ = [
-    "Ledger",
+    "MeasurementLog",
     "discoveries",
     "drift_summary",
     "half_width",
@@ -109,7 +109,7 @@ _FEW = 3
 """Undisturbed samples with which a median is better than with the disturbed ones added."""
 
 
-class Ledger:
+class MeasurementLog:
     """Visits by key, in the order they were made. ``drift``: how far a look may be from the others."""
 
     def __init__(self, drift: float, rows: Iterable[Row] = ()) -> None:
@@ -156,29 +156,29 @@ class Ledger:
         ``drift`` marks a row that rests on disturbed samples, or on fewer than ``least`` others;
         ``noisy`` one whose interval is wider than ``target``.
         """
-        looks = [
+        reference_samples = [
             _flagged(row, ("drift",) if off else (), target)
             for row, off in zip(self._looks.values(), self._off, strict=True)
         ]
-        made = [self._row(visits, least, target) for visits in self._visits.values()]
-        return tuple(sorted((*looks, *made), key=lambda row: row.order))
+        made = [self._row(blocks, least, target) for blocks in self._visits.values()]
+        return tuple(sorted((*reference_samples, *made), key=lambda row: row.order))
 
-    def _row(self, visits: list[Row], least: int, target: float) -> Row:
-        first = visits[0]
+    def _row(self, blocks: list[Row], least: int, target: float) -> Row:
+        first = blocks[0]
         if isinstance(first, LinkRow):
             return first
-        good = [visit for visit in visits if not self.disturbed(visit.order)]
-        kept = good if len(_joined(good)) >= _FEW else visits
-        aside = [visit for visit in visits if visit not in kept]
-        thin = len(good) < len(visits) and len(_joined(good)) < least
-        flags = sorted({flag for visit in kept for flag in visit.flags})
+        good = [block for block in blocks if not self.disturbed(block.order)]
+        kept = good if len(_joined(good)) >= _FEW else blocks
+        aside = [block for block in blocks if block not in kept]
+        thin = len(good) < len(blocks) and len(_joined(good)) < least
+        flags = sorted({flag for block in kept for flag in block.flags})
         row = replace(
             first,
             samples_ms=_joined(kept),
             flags=tuple(flags),
-            visits=_places(kept) if len(visits) > 1 else (),
+            blocks=_places(kept) if len(blocks) > 1 else (),
             set_aside_ms=_joined(aside),
-            aside_visits=_places(aside),
+            set_aside_blocks=_places(aside),
         )
         if isinstance(row, EdgeRow) and row.kind in ("burst", "sustained", "energy"):
             return row  # a window's spread is a finding, not a fault
@@ -196,12 +196,12 @@ class Ledger:
         self._off = [abs(ms / reference - 1) > self._drift for ms in medians]
 
 
-def _places(visits: Sequence[Row]) -> tuple[tuple[int, int], ...]:
-    return tuple((visit.order, len(visit.samples_ms)) for visit in visits)
+def _places(blocks: Sequence[Row]) -> tuple[tuple[int, int], ...]:
+    return tuple((block.order, len(block.samples_ms)) for block in blocks)
 
 
-def _joined(visits: Sequence[Row]) -> tuple[float, ...]:
-    return tuple(itertools.chain.from_iterable(visit.samples_ms for visit in visits))
+def _joined(blocks: Sequence[Row]) -> tuple[float, ...]:
+    return tuple(itertools.chain.from_iterable(block.samples_ms for block in blocks))
 
 
 def _flagged(row: Row, more: tuple[str, ...], target: float) -> Row:
@@ -212,18 +212,20 @@ def _flagged(row: Row, more: tuple[str, ...], target: float) -> Row:
 def drift_summary(rows: Iterable[Row], tolerance: float) -> Mapping[str, float | int | bool]:
     """What the sentinels say, for the manifest: looks, their spread, what was marked and set aside."""
     listed = list(rows)
-    looks = [row for row in listed if row.kind == "sentinel"]
-    medians = [row.median_ms for row in looks]
-    shots = [row for row in listed if row.kind != "sentinel"]
+    reference_samples = [row for row in listed if row.kind == "sentinel"]
+    medians = [row.median_ms for row in reference_samples]
+    workloads = [row for row in listed if row.kind != "sentinel"]
     worst = max(medians) / min(medians) - 1 if medians and min(medians) > 0 else 0.0
-    marked = sum("drift" in row.flags for row in shots)
-    off = sum("drift" in row.flags for row in looks)
+    marked = sum("drift" in row.flags for row in workloads)
+    off = sum("drift" in row.flags for row in reference_samples)
     return {
-        "sentinels": len(looks),
+        "sentinels": len(reference_samples),
         "off": off,
         "tolerance": tolerance,
         "spread": round(worst, 4),
         "drifted_rows": marked,
-        "set_aside": sum(len(row.set_aside_ms) for row in shots if not isinstance(row, LinkRow)),
+        "set_aside": sum(
+            len(row.set_aside_ms) for row in workloads if not isinstance(row, LinkRow)
+        ),
         "drifted": off > 0,
     }

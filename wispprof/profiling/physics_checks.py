@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wispprof.artifacts.manifest import ModelInfo
+from wispprof.artifacts.manifest import ModelRecord
 from wispprof.artifacts.rows import EdgeRow, StepRow
 from wispprof.errors import PhysicsViolation
 from wispprof.types import BatchShape
@@ -48,14 +48,14 @@ class PhysicsReport:
         return {k: None if v is None else round(v, 4) for k, v in rounded.items()}
 
 
-def step_bytes(shape: BatchShape, model: ModelInfo) -> float:
+def step_bytes(shape: BatchShape, model: ModelRecord) -> float:
     """Bytes a step must read: every weight once, every cached token once."""
     return model.parameters * _WIDTH.get(model.dtype, 2) + (
         shape.cached_tokens * model.kv_bytes_per_token
     )
 
 
-def step_flops(shape: BatchShape, model: ModelInfo) -> float:
+def step_flops(shape: BatchShape, model: ModelRecord) -> float:
     """Floating-point operations of a step: two per weight and token, and attention's share."""
     width = _WIDTH.get(model.dtype, 2)
     # Scores and values: 2 + 2 operations per pair and channel; at least the KV heads' channels.
@@ -63,7 +63,7 @@ def step_flops(shape: BatchShape, model: ModelInfo) -> float:
     return 2.0 * model.parameters * shape.new_tokens + 4.0 * channels * shape.attention_pairs
 
 
-def check_physics(rows: Sequence[StepRow], model: ModelInfo) -> PhysicsReport:
+def check_physics(rows: Sequence[StepRow], model: ModelRecord) -> PhysicsReport:
     """Raise :class:`PhysicsViolation` that names the law and the rows; else say how well it holds."""
     measured = [row for row in rows if row.source == "measured" and row.kind != "sentinel"]
     for row in measured:
@@ -115,7 +115,7 @@ def check_edge(rows: Sequence[EdgeRow]) -> None:
             )
 
 
-def _floor(row: StepRow, model: ModelInfo) -> None:
+def _floor(row: StepRow, model: ModelRecord) -> None:
     seconds = row.median_ms / 1000
     least = max(
         step_bytes(row.shape, model) / FASTEST_BYTES_PER_S,
@@ -129,12 +129,12 @@ def _floor(row: StepRow, model: ModelInfo) -> None:
         )
 
 
-def _work(shape: BatchShape, model: ModelInfo) -> float:
+def _work(shape: BatchShape, model: ModelRecord) -> float:
     """One number to order shapes by: bytes, and operations at a machine balance of 30 per byte."""
     return step_bytes(shape, model) + step_flops(shape, model) / 30
 
 
-def _growth(rows: Sequence[StepRow], model: ModelInfo) -> float | None:
+def _growth(rows: Sequence[StepRow], model: ModelRecord) -> float | None:
     work = [_work(row.shape, model) for row in rows]
     light, heavy = rows[int(np.argmin(work))], rows[int(np.argmax(work))]
     ratio = _fastest(heavy) / _fastest(light)
@@ -149,7 +149,7 @@ def _growth(rows: Sequence[StepRow], model: ModelInfo) -> float | None:
     return ratio
 
 
-def _memory(rows: Sequence[StepRow], model: ModelInfo) -> float | None:
+def _memory(rows: Sequence[StepRow], model: ModelRecord) -> float | None:
     """Compare steps that differ in their context alone."""
     groups: dict[tuple[str, int, int], list[StepRow]] = {}
     for row in rows:
@@ -188,7 +188,7 @@ def _doubt(what: str, *rows: StepRow) -> str:
     return f"The backend seems to ignore its {what}: do not trust these times."
 
 
-def _order(rows: Sequence[StepRow], model: ModelInfo) -> float | None:
+def _order(rows: Sequence[StepRow], model: ModelRecord) -> float | None:
     work = np.array([_work(row.shape, model) for row in rows])
     if len(rows) < 8 or work.max() < 4 * work.min():
         return None

@@ -10,7 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from wispprof.artifacts import Manifest, ModelInfo, Profile, RowJournal, make_profile, save_profile
+from wispprof.artifacts import (
+    Manifest,
+    ModelRecord,
+    Profile,
+    RowJournal,
+    make_profile,
+    save_profile,
+)
 from wispprof.artifacts.journal import journal_header
 from wispprof.artifacts.manifest import command_line, library_versions, utc_now
 from wispprof.artifacts.profile import profile_files
@@ -20,7 +27,7 @@ from wispprof.hardware import fingerprint, sensors
 from wispprof.profiling.measurement_log import drift_summary
 from wispprof.profiling.sweep import Progress, Sweep, SweepResult
 from wispprof.profiling.sweep_cost import CostModel
-from wispprof.profiling.workload import Shooter, Shot, SweepSettings
+from wispprof.profiling.workload import Runner, SweepSettings, Workload
 
 if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
@@ -54,7 +61,7 @@ class Output:
 class Announcement:
     """A dry run: the shots in the order of the grid, what they are expected to take, and what says so."""
 
-    shots: tuple[Shot[Any], ...]
+    workloads: tuple[Workload[Any], ...]
     expected_s: float
     basis: str
 
@@ -68,12 +75,12 @@ class Setup(Generic[Subject]):
     """
 
     kind: str
-    shooter: Shooter[Subject]
-    shots: Sequence[Shot[Subject]]
-    sentinel: Shot[Subject]
+    runner: Runner[Subject]
+    workloads: Sequence[Workload[Subject]]
+    sentinel: Workload[Subject]
     cost: CostModel[Subject]
     sweep: SweepSettings
-    model: ModelInfo
+    model: ModelRecord
     engine: dict[str, Any]
     measure: dict[str, Any]
     after_s: float = 0.0
@@ -82,10 +89,10 @@ class Setup(Generic[Subject]):
 
     def announce(self) -> Announcement:
         """What :func:`take_profile` would do, and how long it would take."""
-        have = [(shot, (), 0) for shot in self.shots]
+        have = [(workload, (), 0) for workload in self.workloads]
         seconds = self.cost.plan_s(have, self.sentinel)[1] + self.after_s
         basis = f"a pilot of {self.cost.probes} shots on this machine, just now"
-        return Announcement(tuple(self.shots), seconds, basis)
+        return Announcement(tuple(self.workloads), seconds, basis)
 
 
 def take_profile(
@@ -107,8 +114,8 @@ def take_profile(
     )
     with _open_journal(output, manifest) as journal:
         result = Sweep(
-            setup.shooter,
-            setup.shots,
+            setup.runner,
+            setup.workloads,
             setup.sweep,
             sentinel=setup.sentinel,
             journal=journal,
@@ -130,11 +137,11 @@ def begun(output: Output) -> Mapping[str, Any]:
     return journal_header(journal_file(output.path))
 
 
-def model_info(loaded: LoadedModel) -> ModelInfo:
+def model_info(loaded: LoadedModel) -> ModelRecord:
     """A loaded model's identity, as far as a manifest has names for it."""
     stated = loaded.info.as_dict()
-    known = {k: v for k, v in stated.items() if k in ModelInfo.__dataclass_fields__}
-    return ModelInfo(**cast("dict[str, Any]", known))
+    known = {k: v for k, v in stated.items() if k in ModelRecord.__dataclass_fields__}
+    return ModelRecord(**cast("dict[str, Any]", known))
 
 
 def synchronizer(device: Any) -> Callable[[], None]:
@@ -179,7 +186,7 @@ def _open_journal(output: Output, manifest: Manifest) -> Iterator[RowJournal | N
 
 def begin_manifest(
     kind: str,
-    model: ModelInfo,
+    model: ModelRecord,
     sweep: SweepSettings,
     *,
     engine: Mapping[str, Any],

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from wispprof.artifacts import Profile, StepRow, make_profile
-from wispprof.artifacts.manifest import ModelInfo, command_line
+from wispprof.artifacts.manifest import ModelRecord, command_line
 from wispprof.artifacts.rows import LinkRow, Row
 from wispprof.errors import ProfileError
 from wispprof.profiling.measurement_log import (
@@ -36,8 +36,8 @@ from wispprof.profiling.measurement_log import (
 )
 
 __all__ = [
-    "Change",
-    "Comparison",
+    "ProfileDiff",
+    "RowChange",
     "diff_profiles",
     "export_rows",
     "merge_profiles",
@@ -52,7 +52,7 @@ _DEFAULT_DRIFT = 0.10
 
 
 @dataclass(frozen=True)
-class Change:
+class RowChange:
     """One key in both profiles. ``p_value``: how likely noise alone would take the medians this much
     further apart than the tolerance. ``doubtful``: a drift or throttling flag stands on it."""
 
@@ -69,14 +69,14 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ProfileDiff:
     """``same_machine`` and ``same_model`` by hash; rows of only one profile are listed by key.
 
     ``sentinel_ratio``: how much slower the sentinel was after (1 where there was none); ``pace``: what
     of it was taken for the machine's own pace and divided out, 1 where it was too much for that.
     """
 
-    rows: tuple[Change, ...]
+    rows: tuple[RowChange, ...]
     only_before: tuple[str, ...]
     only_after: tuple[str, ...]
     same_machine: bool
@@ -86,7 +86,7 @@ class Comparison:
     pace: float
 
     @property
-    def changed(self) -> tuple[Change, ...]:
+    def changed(self) -> tuple[RowChange, ...]:
         return tuple(row for row in self.rows if row.changed)
 
     @property
@@ -100,7 +100,7 @@ class Comparison:
 
 def diff_profiles(
     before: Profile, after: Profile, tolerance: float = 0.05, *, absolute: bool = False
-) -> Comparison:
+) -> ProfileDiff:
     """Compare rows of equal key, sentinels left out. Raises :class:`ProfileError` for unequal kinds.
 
     ``tolerance``: relative difference of medians that does not matter. ``absolute``: a machine that
@@ -122,9 +122,9 @@ def diff_profiles(
     noise = _Noise([*old.values(), *new.values()])
     p_values = [_p_value(one, other, noise, pace, error, tolerance) for one, other in rows]
     found = discoveries(p_values, FALSE_FINDINGS)
-    return Comparison(
+    return ProfileDiff(
         rows=tuple(
-            Change(one.key, one.median_ms, other.median_ms, p, changed, _doubtful(one, other))
+            RowChange(one.key, one.median_ms, other.median_ms, p, changed, _doubtful(one, other))
             for (one, other), p, changed in zip(rows, p_values, found, strict=True)
         ),
         only_before=tuple(key for key in old if key not in new),
@@ -157,7 +157,7 @@ class _Noise:
 
 def _visit_variance(row: Row) -> tuple[float, int]:
     """Variance of the logarithms of a row's visits' medians, and its degrees of freedom."""
-    counts = [] if isinstance(row, LinkRow) else [n for _, n in row.visits]
+    counts = [] if isinstance(row, LinkRow) else [n for _, n in row.blocks]
     if len(counts) < 2:
         return 0.0, 0
     ends = list(itertools.accumulate(counts))
@@ -181,8 +181,8 @@ def _pace(before: Profile, after: Profile) -> tuple[float, float]:
     """Logarithm of how much slower the sentinel was after, and the variance of that."""
     shift, variance = 0.0, 0.0
     for sign, profile in ((-1.0, before), (1.0, after)):
-        looks = [row for row in profile.rows if row.kind == "sentinel"]
-        calm = [row for row in looks if "drift" not in row.flags] or looks
+        reference_samples = [row for row in profile.rows if row.kind == "sentinel"]
+        calm = [row for row in reference_samples if "drift" not in row.flags] or reference_samples
         logs = [math.log(row.median_ms) for row in calm if row.median_ms > 0]
         if not logs:
             return 0.0, 0.0
@@ -240,18 +240,18 @@ def merge_profiles(profiles: Sequence[Profile]) -> Profile:
                     "Merge only profiles of the same model on the same machine.",
                 )
     best: dict[str, Row] = {}
-    looks: list[Row] = []
+    reference_samples: list[Row] = []
     start = 0
     for profile in profiles:
         for row in (_later(row, start) for row in profile.rows):
             if row.kind == "sentinel":
-                looks.append(row)
+                reference_samples.append(row)
             elif row.key not in best or _worth(row) > _worth(best[row.key]):
                 best[row.key] = row
-        start = 1 + max((_last(row) for row in (*best.values(), *looks)), default=0)
-    if len({row.key for row in looks}) > 1:
-        looks = []
-    rows = sorted((*looks, *best.values()), key=lambda row: row.order)
+        start = 1 + max((_last(row) for row in (*best.values(), *reference_samples)), default=0)
+    if len({row.key for row in reference_samples}) > 1:
+        reference_samples = []
+    rows = sorted((*reference_samples, *best.values()), key=lambda row: row.order)
     manifest = replace(
         first.manifest,
         command=command_line(),
@@ -279,7 +279,7 @@ def _identity(profile: Profile) -> dict[str, object]:
 
 def _apart(one: object, two: object) -> tuple[object, object]:
     """Two things that differ, for a reader: of named properties only those that do."""
-    if isinstance(one, ModelInfo) and isinstance(two, ModelInfo):
+    if isinstance(one, ModelRecord) and isinstance(two, ModelRecord):
         one, two = asdict(one), asdict(two)
     if not isinstance(one, dict) or not isinstance(two, dict):
         return one, two
@@ -298,14 +298,14 @@ def _later(row: Row, start: int) -> Row:
     return replace(
         row,
         order=row.order + start,
-        visits=tuple((order + start, count) for order, count in row.visits),
-        aside_visits=tuple((order + start, count) for order, count in row.aside_visits),
+        blocks=tuple((order + start, count) for order, count in row.blocks),
+        set_aside_blocks=tuple((order + start, count) for order, count in row.set_aside_blocks),
     )
 
 
 def _last(row: Row) -> int:
-    visits = () if isinstance(row, LinkRow) else (*row.visits, *row.aside_visits)
-    return max((order for order, _ in visits), default=row.order)
+    blocks = () if isinstance(row, LinkRow) else (*row.blocks, *row.set_aside_blocks)
+    return max((order for order, _ in blocks), default=row.order)
 
 
 def row_record(row: Row) -> dict[str, Any]:

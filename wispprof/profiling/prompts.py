@@ -38,8 +38,8 @@ def load_prompts(
     """
     try:
         text = path.read_text("utf-8")
-    except OSError as fault:
-        raise ArtifactMissing(f"Cannot read prompts {path}: {fault.strerror}.", "") from None
+    except OSError as err:
+        raise ArtifactMissing(f"Cannot read prompts {path}: {err.strerror}.", "") from None
     except UnicodeDecodeError:
         raise ArtifactDamaged(f"{path} is not UTF-8 text.", "Give text or JSON lines.") from None
     if path.suffix != ".jsonl":
@@ -59,8 +59,8 @@ def load_prompts(
 def _prompt_of(line: str, where: str) -> str:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as fault:
-        raise ArtifactDamaged(f"{where}: {fault.msg}.", "Write one JSON object a line.") from None
+    except json.JSONDecodeError as err:
+        raise ArtifactDamaged(f"{where}: {err.msg}.", "Write one JSON object a line.") from None
     value = entry.get("prompt", entry.get("text")) if isinstance(entry, dict) else entry
     if not isinstance(value, str):
         raise ArtifactDamaged(f"{where} has no prompt.", 'Write lines such as {"prompt": "…"}.')

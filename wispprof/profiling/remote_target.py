@@ -12,7 +12,7 @@ from wispprof.errors import HandshakeRefused, ProtocolError, ServerBusy, ServerU
 from wispprof.types import Sampling
 
 if TYPE_CHECKING:
-    from wispprof.edge.connection import Connection, Dial
+    from wispprof.edge.connection import Connection, ConnectionFactory
 
 __all__ = ["RemoteTarget"]
 
@@ -27,9 +27,9 @@ class RemoteTarget:
     timeout_s: float = 60.0
     ca_file: Path | None = None
 
-    def greet(self, dial: Dial | None = None) -> Any:
+    def greet(self, connect: ConnectionFactory | None = None) -> Any:
         """The server's welcome: target, tokenizer hash, context."""
-        return asyncio.run(self._with_link(dial, None))
+        return asyncio.run(self._with_link(connect, None))
 
     def paths(
         self,
@@ -37,7 +37,7 @@ class RemoteTarget:
         sampling: Sampling,
         path_tokens: int,
         stop: int | None = None,
-        dial: Dial | None = None,
+        connect: ConnectionFactory | None = None,
     ) -> list[list[int]]:
         """What the server's target generates from each prompt, all of them at once.
 
@@ -45,14 +45,16 @@ class RemoteTarget:
         :class:`ProtocolError`.
         """
         asked = (prompts, sampling, path_tokens, stop)
-        found: list[list[int]] = asyncio.run(self._with_link(dial, asked))
+        found: list[list[int]] = asyncio.run(self._with_link(connect, asked))
         return found
 
-    async def _with_link(self, dial: Dial | None, asked: Any) -> Any:
+    async def _with_link(self, connect: ConnectionFactory | None, asked: Any) -> Any:
         from wispprof import protocol
-        from wispprof.edge.connection import trust, websocket_dial
+        from wispprof.edge.connection import ssl_context, websocket_connections
 
-        link = await (dial or websocket_dial(self.server, ssl=trust(self.ca_file)))()
+        link = await (
+            connect or websocket_connections(self.server, ssl=ssl_context(self.ca_file))
+        )()
         try:
             hello = protocol.Hello(protocol.PROTOCOL_VERSION, "", key=self.key, edge="trace")
             await link.send(protocol.encode(hello))
@@ -100,7 +102,7 @@ class RemoteTarget:
                 continue
             path = paths[frame.session]
             path.extend(frame.tokens)
-            if frame.frontier != len(prompts[frame.session]) + len(path):
+            if frame.committed_len != len(prompts[frame.session]) + len(path):
                 raise ProtocolError("Commits of the server are not contiguous.", "Take it anew.")
             if frame.finished:
                 live.discard(frame.session)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from wispprof.artifacts import RowJournal, ServerProfile, StepRow, bundled
 from wispprof.errors import ProfileError
-from wispprof.profiling.engine_runner import EngineShooter
+from wispprof.profiling.engine_runner import EngineRunner
 from wispprof.profiling.physics_checks import check_physics
 from wispprof.profiling.profile_run import (
     Announcement,
@@ -23,26 +23,26 @@ from wispprof.profiling.profile_run import (
 )
 from wispprof.profiling.shape_grid import (
     Axes,
-    Capacity,
+    DeviceCapacity,
     fullest,
     load_axes,
-    server_shots,
+    server_workloads,
     wanted,
     within_budget,
 )
 from wispprof.profiling.sweep import Progress, SweepResult
 from wispprof.profiling.sweep_cost import CostModel, pilot
-from wispprof.profiling.workload import Shot, SweepSettings
+from wispprof.profiling.workload import SweepSettings, Workload
 from wispprof.types import BatchShape
 
 if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
 
-__all__ = ["EngineShooter", "ServerSettings", "plan_server", "profile_server"]
+__all__ = ["EngineRunner", "ServerProfilerSettings", "plan_server", "profile_server"]
 
 BUNDLED_TARGET = "models/reference-pair/target"
-QUICK = SweepSettings(target=0.05, most=12, shot_s=1.5, sentinel_every=2, look=3)
-STANDARD = SweepSettings(most=21, sentinel_every=1, look=3)
+QUICK = SweepSettings(target=0.05, most=12, shot_s=1.5, sentinel_every=2, reference_sample=3)
+STANDARD = SweepSettings(most=21, sentinel_every=1, reference_sample=3)
 QUICK_MINUTES = 0.6
 QUICK_SHAPES = 18
 """What the quick grid measures on any machine: enough shapes to fit an estimator and to hold some out."""
@@ -56,7 +56,7 @@ _LEAST_CONTEXT = 32
 
 
 @dataclass(frozen=True)
-class ServerSettings:
+class ServerProfilerSettings:
     """``model``: folder, hub id, or empty for the bundled target; ``shape`` names a well-known model
     shape to fill with random weights instead. ``kv_tokens`` None: what the device can hold and the
     grid can use. ``axes`` replaces the named ``grid``. ``budget_minutes`` None: no limit, but for the
@@ -85,7 +85,7 @@ class ServerSettings:
 
 
 def profile_server(
-    settings: ServerSettings,
+    settings: ServerProfilerSettings,
     progress: Progress | None = None,
     *,
     loaded: LoadedModel | None = None,
@@ -124,7 +124,7 @@ def profile_server(
 
 
 def plan_server(
-    settings: ServerSettings,
+    settings: ServerProfilerSettings,
     *,
     loaded: LoadedModel | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -136,7 +136,10 @@ def plan_server(
 
 
 def _budget_left(
-    settings: ServerSettings, begin: float, clock: Callable[[], float], kept_back: float = 0.0
+    settings: ServerProfilerSettings,
+    begin: float,
+    clock: Callable[[], float],
+    kept_back: float = 0.0,
 ) -> float | None:
     """The budget counts from the call: loading, first prefill and pilot are part of it. ``kept_back``:
     share of it that is not to be spent yet."""
@@ -146,11 +149,11 @@ def _budget_left(
 
 
 def _set_up(
-    settings: ServerSettings, loaded: LoadedModel | None, clock: Callable[[], float]
+    settings: ServerProfilerSettings, loaded: LoadedModel | None, clock: Callable[[], float]
 ) -> Setup[BatchShape]:
     import torch
 
-    from wispprof.engines.torch.engine import VerifierEngine
+    from wispprof.engines.torch.engine import TorchEngine
 
     begin = clock()
     loaded = loaded or _load(settings)
@@ -164,7 +167,7 @@ def _set_up(
     room = settings.kv_tokens or resumed or _kv_room(device, info.kv_bytes_per_token)
     kv_tokens, longest = _memory(axes, room, most, context)
     sessions = settings.max_sessions or most.sessions
-    engine = VerifierEngine(
+    engine = TorchEngine(
         loaded,
         kv_tokens=kv_tokens,
         max_sessions=sessions + 1,
@@ -172,23 +175,23 @@ def _set_up(
         # Sessions come and go with every visit: without this, most of a sweep would zero memory.
         keep_memory=True,
     )
-    shooter = EngineShooter(
+    runner = EngineRunner(
         engine, longest, seed=sweep.seed, clock=clock, synchronize=synchronizer(device)
     )
-    shots = server_shots(axes, Capacity(kv_tokens - longest, sessions, longest))
-    sentinel = _sentinel(shots)
+    workloads = server_workloads(axes, DeviceCapacity(kv_tokens - longest, sessions, longest))
+    sentinel = _sentinel(workloads)
     left = _budget_left(settings, begin, clock)
     most_s = math.inf if left is None else _PILOT_SHARE * left
-    cost = pilot(shooter, shots, sentinel, sweep, clock, most_s=most_s)
+    cost = pilot(runner, workloads, sentinel, sweep, clock, most_s=most_s)
     left = _budget_left(settings, begin, clock)
-    whole = len(shots)
+    whole = len(workloads)
     if left is not None:
         least = QUICK_SHAPES if settings.budget_minutes is None else 0
-        shots = within_budget(shots, left, _prices(shots, sentinel, cost, sweep), least)
+        workloads = within_budget(workloads, left, _prices(workloads, sentinel, cost, sweep), least)
     return Setup(
         "server",
-        shooter,
-        shots,
+        runner,
+        workloads,
         sentinel,
         cost,
         sweep,
@@ -204,24 +207,24 @@ def _set_up(
             "threads": torch.get_num_threads(),
         },
         measure={"grid": settings.grid, "axes": _plain(axes)},
-        close=shooter.close,
-        left_out=whole - len(shots),
+        close=runner.close,
+        left_out=whole - len(workloads),
     )
 
 
 def _prices(
-    shots: list[Shot[BatchShape]],
-    sentinel: Shot[BatchShape],
+    workloads: list[Workload[BatchShape]],
+    sentinel: Workload[BatchShape],
     cost: CostModel[BatchShape],
     sweep: SweepSettings,
 ) -> list[float]:
     """Seconds of each shot with its share of the looks at the sentinel."""
-    each = [cost.remaining(shot) for shot in shots]
+    each = [cost.remaining(workload) for workload in workloads]
     look_s = cost.look_s(sentinel) / sweep.sentinel_every
-    return [seconds + visits * look_s for visits, seconds in each]
+    return [seconds + blocks * look_s for blocks, seconds in each]
 
 
-def _load(settings: ServerSettings) -> LoadedModel:
+def _load(settings: ServerProfilerSettings) -> LoadedModel:
     from wispprof.engines.loading import load_model, random_model
 
     if settings.shape:
@@ -230,7 +233,7 @@ def _load(settings: ServerSettings) -> LoadedModel:
     return load_model(model, settings.dtype, settings.device)
 
 
-def _memory(axes: Axes, room: int, most: Capacity, context: int) -> tuple[int, int]:
+def _memory(axes: Axes, room: int, most: DeviceCapacity, context: int) -> tuple[int, int]:
     """(KV tokens of the engine, tokens of the session that all others are forks of).
 
     That session stands beside every shot, so where memory is scarce it has half of it and no more: shots
@@ -258,10 +261,10 @@ def _kv_room(device: Any, bytes_per_token: int) -> int:
     return int(free // max(1, bytes_per_token))
 
 
-def _sentinel(shots: list[Shot[BatchShape]]) -> Shot[BatchShape]:
+def _sentinel(workloads: list[Workload[BatchShape]]) -> Workload[BatchShape]:
     """A shape in the middle of the grid's work: long enough to time well, short enough to repeat."""
-    verify = [s for s in shots if s.kind == "verify"] or shots
-    ordered = sorted(verify, key=lambda shot: (sum(shot.work), shot.key))
+    verify = [s for s in workloads if s.kind == "verify"] or workloads
+    ordered = sorted(verify, key=lambda workload: (sum(workload.work), workload.key))
     middle = ordered[len(ordered) // 3]
     return replace(middle, key=f"sentinel {middle.key}", kind="sentinel")
 

@@ -15,18 +15,18 @@ from typing import Any, TypeVar
 
 from wispprof.errors import ArtifactMissing, ProfileError
 from wispprof.profiling.sweep_cost import choose_probes
-from wispprof.profiling.workload import Shot
+from wispprof.profiling.workload import Workload
 from wispprof.types import BatchShape, VerifyItem
 
 __all__ = [
     "GRIDS",
     "Axes",
-    "Capacity",
+    "DeviceCapacity",
     "fullest",
     "load_axes",
     "parse_range",
     "read_grid",
-    "server_shots",
+    "server_workloads",
     "shape_work",
     "wanted",
     "whole_numbers",
@@ -61,7 +61,7 @@ class Axes:
 
 
 @dataclass(frozen=True)
-class Capacity:
+class DeviceCapacity:
     """What the engine can hold: KV tokens in all, sessions at once, tokens a session, tokens a step."""
 
     kv_tokens: int
@@ -157,8 +157,8 @@ def read_grid(name: str, section: str, grids: dict[str, Grid]) -> tuple[Grid, di
         )
     try:
         document = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
-        raise ProfileError(f"{path} is not TOML: {fault}.", "Correct the file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as err:
+        raise ProfileError(f"{path} is not TOML: {err}.", "Correct the file.") from None
     table = dict(document.get(section, document))
     base = str(table.pop("base", "quick"))
     if base not in grids:
@@ -206,22 +206,22 @@ def shape_work(shape: BatchShape) -> tuple[float, ...]:
     )
 
 
-def server_shots(axes: Axes, capacity: Capacity) -> list[Shot[BatchShape]]:
+def server_workloads(axes: Axes, capacity: DeviceCapacity) -> list[Workload[BatchShape]]:
     """Every distinct shape of the grid that fits, verify shapes first."""
-    shots: dict[str, Shot[BatchShape]] = {}
+    workloads: dict[str, Workload[BatchShape]] = {}
     for kind, shape in _shapes(axes, capacity):
         key = shape.key()
-        if capacity.holds(shape) and key not in shots:
-            shots[key] = Shot(key, kind, shape, shape_work(shape))
-    if not shots:
+        if capacity.holds(shape) and key not in workloads:
+            workloads[key] = Workload(key, kind, shape, shape_work(shape))
+    if not workloads:
         raise ProfileError(
             "No shape of this grid fits the engine.",
             "Allow more KV tokens or sessions, or choose smaller axes.",
         )
-    return list(shots.values())
+    return list(workloads.values())
 
 
-def wanted(axes: Axes, context: int) -> Capacity:
+def wanted(axes: Axes, context: int) -> DeviceCapacity:
     """The most that the axes can use of a model with this context, but for ``full_share``.
 
     ``context`` of the answer: tokens of the longest session.
@@ -230,7 +230,7 @@ def wanted(axes: Axes, context: int) -> Capacity:
     verify = min(context, max(axes.cached, default=context) + new)
     chunk = max((c + k for c in axes.chunk_cached for k in axes.chunk), default=0)
     sessions = max((*axes.items, *axes.skew_items, *(n + 1 for n in axes.mixed_items)), default=1)
-    return Capacity(sessions * verify + chunk, sessions, min(context, max(verify, chunk)))
+    return DeviceCapacity(sessions * verify + chunk, sessions, min(context, max(verify, chunk)))
 
 
 def fullest(axes: Axes, kv_tokens: int) -> int:
@@ -243,7 +243,7 @@ def _few(axes: Axes) -> int:
     return max(1, max(axes.items) // 4)
 
 
-def _shapes(axes: Axes, capacity: Capacity) -> Iterator[tuple[str, BatchShape]]:
+def _shapes(axes: Axes, capacity: DeviceCapacity) -> Iterator[tuple[str, BatchShape]]:
     for items in axes.items:
         for new in axes.new:
             for cached in axes.cached:
@@ -291,22 +291,22 @@ def _batch(items: Iterable[tuple[int, int]]) -> BatchShape:
 
 
 def within_budget(
-    shots: Sequence[Shot[BatchShape]],
+    workloads: Sequence[Workload[BatchShape]],
     budget_s: float,
     cost_s: Sequence[float],
     least: int = 0,
-) -> list[Shot[BatchShape]]:
+) -> list[Workload[BatchShape]]:
     """The most informative shots that fit: far apart in the logarithm of their work, corners first.
 
-    ``cost_s``: expected seconds of each. A shot too dear for what is left is passed over. ``least``: so
+    ``cost_s``: expected seconds of each. A workload too dear for what is left is passed over. ``least``: so
     many of the first are taken whatever they cost.
     """
-    price = {shot.key: cost for shot, cost in zip(shots, cost_s, strict=True)}
+    price = {workload.key: cost for workload, cost in zip(workloads, cost_s, strict=True)}
     chosen, left = [], budget_s
-    for shot in choose_probes(shots, len(shots)):
-        if len(chosen) < least or price[shot.key] <= left:
-            chosen.append(shot)
-            left -= price[shot.key]
+    for workload in choose_probes(workloads, len(workloads)):
+        if len(chosen) < least or price[workload.key] <= left:
+            chosen.append(workload)
+            left -= price[workload.key]
     if not chosen:
         raise ProfileError(
             f"Not one shot fits into {budget_s:.0f} s.", "Give a larger --budget-minutes."

@@ -20,9 +20,9 @@ from wispprof.artifacts.journal import RowJournal
 from wispprof.artifacts.rows import Row
 from wispprof.errors import EngineError
 from wispprof.hardware import NullSensors, Sensors
-from wispprof.profiling.measurement_log import Ledger, half_width
+from wispprof.profiling.measurement_log import MeasurementLog, half_width
 from wispprof.profiling.sweep_cost import CostModel
-from wispprof.profiling.workload import Shooter, Shot, SweepSettings, duration, fire_some
+from wispprof.profiling.workload import Runner, SweepSettings, Workload, duration, run_repeatedly
 
 __all__ = ["Progress", "Sweep", "SweepResult"]
 
@@ -40,7 +40,7 @@ _TURN = 1_000_003
 class SweepResult:
     """Every row there is now (resumed ones too), flags set, in the order of measurement.
 
-    ``refused``: shots the backend could not do, with its reason. ``seconds``: this run alone.
+    ``refused``: workloads the backend could not do, with its reason. ``seconds``: this run alone.
     ``expected_s``: what was announced when it began; None without a pilot. ``out_of_time``: shots that
     were not measured at all.
     """
@@ -53,7 +53,7 @@ class SweepResult:
 
 
 class Sweep(Generic[Subject]):
-    """Measures ``shots`` with ``shooter``; what each visit gave goes to ``journal`` at once.
+    """Measures ``workloads`` with ``runner``; what each visit gave goes to ``journal`` at once.
 
     Visits that the journal already holds are not made again. ``cost``: what a pilot has learned; the
     sweep then keeps to the time it announces, by giving up refinement rather than samples that every
@@ -63,11 +63,11 @@ class Sweep(Generic[Subject]):
 
     def __init__(
         self,
-        shooter: Shooter[Subject],
-        shots: Sequence[Shot[Subject]],
+        runner: Runner[Subject],
+        workloads: Sequence[Workload[Subject]],
         settings: SweepSettings,
         *,
-        sentinel: Shot[Subject] | None = None,
+        sentinel: Workload[Subject] | None = None,
         journal: RowJournal | None = None,
         sensors: Sensors | None = None,
         clock: Callable[[], float] = time.perf_counter,
@@ -75,16 +75,16 @@ class Sweep(Generic[Subject]):
         cost: CostModel[Subject] | None = None,
         budget_s: float | None = None,
     ) -> None:
-        if len({shot.key for shot in shots}) != len(shots):
+        if len({workload.key for workload in workloads}) != len(workloads):
             raise ValueError("shots need distinct keys")
-        self._shooter, self._settings, self._sentinel = shooter, settings, sentinel
+        self._shooter, self._settings, self._sentinel = runner, settings, sentinel
         self._journal, self._sensors = journal, sensors or NullSensors()
         self._clock, self._progress = clock, progress or (lambda done, total, status: None)
         self._promised = cost is not None
         self._cost: CostModel[Subject] = cost if cost is not None else CostModel(settings)
         self._budget_s = float("inf") if budget_s is None else budget_s
-        self._ledger = Ledger(settings.drift, journal.rows if journal else ())
-        self._shots = sorted(shots, key=lambda shot: shot.key)
+        self._ledger = MeasurementLog(settings.drift, journal.rows if journal else ())
+        self._shots = sorted(workloads, key=lambda workload: workload.key)
         self._refused: dict[str, str] = {}
         self._skipped: set[str] = set()
         self._since_look = settings.sentinel_every
@@ -98,16 +98,16 @@ class Sweep(Generic[Subject]):
         refined = min(ends, begin + _PROMISE * announced) if announced is not None else ends
         with _no_garbage_collection():
             while waiting := self._waiting():
-                turn = min(self._ledger.count(shot.key) for shot in waiting)
-                now = [shot for shot in waiting if self._ledger.count(shot.key) == turn]
+                turn = min(self._ledger.count(workload.key) for workload in waiting)
+                now = [workload for workload in waiting if self._ledger.count(workload.key) == turn]
                 random.Random(self._settings.seed * _TURN + turn).shuffle(now)
-                for shot in now:
-                    if self._done(shot):
+                for workload in now:
+                    if self._done(workload):
                         continue  # a look has cleared its visits meanwhile
-                    if not self._in_time(shot, ends if self._lacks(shot) else refined):
-                        self._skipped.add(shot.key)
+                    if not self._in_time(workload, ends if self._lacks(workload) else refined):
+                        self._skipped.add(workload.key)
                         continue
-                    self._visit_one(shot)
+                    self._visit_one(workload)
             if self._made:
                 self._look()
         self._progress(self._made, self._made, "done")
@@ -117,90 +117,96 @@ class Sweep(Generic[Subject]):
 
     # --- what is left to do -------------------------------------------------------------------
 
-    def _waiting(self) -> list[Shot[Subject]]:
+    def _waiting(self) -> list[Workload[Subject]]:
         gone = self._skipped | self._refused.keys()
-        return [shot for shot in self._shots if shot.key not in gone and not self._done(shot)]
+        return [
+            workload
+            for workload in self._shots
+            if workload.key not in gone and not self._done(workload)
+        ]
 
-    def _done(self, shot: Shot[Subject]) -> bool:
-        if self._lacks(shot):
+    def _done(self, workload: Workload[Subject]) -> bool:
+        if self._lacks(workload):
             return False
-        taken, clean = self._ledger.samples(shot.key), self._ledger.clean(shot.key)
+        taken, clean = self._ledger.samples(workload.key), self._ledger.clean(workload.key)
         settings = self._settings
         spent = len(taken) >= settings.most or sum(taken) / 1000 > settings.shot_s
         return spent or (len(clean) >= settings.least and half_width(clean) <= settings.target)
 
-    def _lacks(self, shot: Shot[Subject]) -> bool:
+    def _lacks(self, workload: Workload[Subject]) -> bool:
         """Whether the least that every shot must have is not there yet."""
-        taken = self._ledger.samples(shot.key)
+        taken = self._ledger.samples(workload.key)
         spent = bool(taken) and sum(taken) / 1000 > self._settings.shot_s
         return len(taken) < self._settings.least and not spent
 
-    def _in_time(self, shot: Shot[Subject], ends: float) -> bool:
+    def _in_time(self, workload: Workload[Subject], ends: float) -> bool:
         """Whether a visit, and the last look at the sentinel, still fit before ``ends``."""
         if ends == float("inf"):
             return True
-        need = self._cost.visit_s(shot, self._block(shot) + self._warmup(shot))
+        need = self._cost.visit_s(workload, self._block(workload) + self._warmup(workload))
         if self._sentinel is not None:
-            looks = 2 if self._since_look >= self._settings.sentinel_every else 1
-            need += looks * self._cost.look_s(self._sentinel)
+            reference_samples = 2 if self._since_look >= self._settings.sentinel_every else 1
+            need += reference_samples * self._cost.look_s(self._sentinel)
         return self._clock() + need <= ends
 
     def _left(self) -> tuple[int, float]:
         ledger = self._ledger
         have = [
-            (shot, ledger.clean(shot.key), len(ledger.samples(shot.key)))
-            for shot in self._waiting()
+            (workload, ledger.clean(workload.key), len(ledger.samples(workload.key)))
+            for workload in self._waiting()
         ]
         return self._cost.plan_s(have, self._sentinel)
 
     # --- doing it -----------------------------------------------------------------------------
 
-    def _visit_one(self, shot: Shot[Subject]) -> None:
+    def _visit_one(self, workload: Workload[Subject]) -> None:
         if self._since_look >= self._settings.sentinel_every:
             self._look()
-        self._tell(shot)
+        self._tell(workload)
         try:
-            self._keep(shot, self._warmup(shot), self._block(shot))
-        except EngineError as fault:
-            self._refused[shot.key] = str(fault)
+            self._keep(workload, self._warmup(workload), self._block(workload))
+        except EngineError as err:
+            self._refused[workload.key] = str(err)
             return
         self._made += 1
         self._since_look += 1
 
-    def _tell(self, shot: Shot[Subject]) -> None:
+    def _tell(self, workload: Workload[Subject]) -> None:
         """Progress with an ETA, reckoned anew once a second: it looks at every shot."""
         now = self._clock()
         if self._told is None or now - self._told[0] > 1.0:
-            visits, seconds = self._left()
-            self._told = now, self._made + visits, seconds
-        at, visits, seconds = self._told
-        words = f"ETA {duration(seconds - (now - at))}  {shot.key}"
-        self._progress(self._made, max(visits, self._made + 1), words)
+            blocks, seconds = self._left()
+            self._told = now, self._made + blocks, seconds
+        at, blocks, seconds = self._told
+        words = f"ETA {duration(seconds - (now - at))}  {workload.key}"
+        self._progress(self._made, max(blocks, self._made + 1), words)
 
     def _look(self) -> None:
         if self._sentinel is not None:
-            self._keep(self._sentinel, self._settings.look_warmup, self._settings.look)
+            self._keep(
+                self._sentinel, self._settings.reference_warmup, self._settings.reference_sample
+            )
         self._since_look = 0
 
-    def _block(self, shot: Shot[Subject]) -> int:
-        left = self._settings.most - len(self._ledger.samples(shot.key))
+    def _block(self, workload: Workload[Subject]) -> int:
+        left = self._settings.most - len(self._ledger.samples(workload.key))
         return max(1, min(self._settings.block, left))
 
-    def _warmup(self, shot: Shot[Subject]) -> int:
+    def _warmup(self, workload: Workload[Subject]) -> int:
         warmup = self._settings.warmup
-        return min(1, warmup) if self._ledger.count(shot.key) else warmup
+        return min(1, warmup) if self._ledger.count(workload.key) else warmup
 
-    def _keep(self, shot: Shot[Subject], warmup: int, count: int) -> None:
+    def _keep(self, workload: Workload[Subject], warmup: int, count: int) -> None:
         begin = self._clock()
-        fires = fire_some(
-            self._shooter, shot, warmup, count, self._settings, self._clock, self._sensors
+        fires = run_repeatedly(
+            self._shooter, workload, warmup, count, self._settings, self._clock, self._sensors
         )
         flags = ("throttled",) if fires.throttled else ()
-        row = self._shooter.row(shot, tuple(fires.samples), flags, self._ledger.next_order)
+        row = self._shooter.row(workload, tuple(fires.samples), flags, self._ledger.next_order)
         if self._journal is not None:
             self._journal.append(row)
         self._ledger.add(row)
-        self._cost.observe(shot, self._clock() - begin, fires)
+        self._cost.observe(workload, self._clock() - begin, fires)
 
 
 @contextmanager

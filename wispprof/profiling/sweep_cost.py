@@ -19,7 +19,7 @@ import numpy as np
 from wispprof.errors import EngineError
 from wispprof.hardware import NullSensors
 from wispprof.profiling.measurement_log import half_width, relative_spread, samples_needed
-from wispprof.profiling.workload import Fires, Shooter, Shot, SweepSettings, fire_some
+from wispprof.profiling.workload import Runner, RunSamples, SweepSettings, Workload, run_repeatedly
 
 __all__ = ["CostModel", "choose_probes", "nonnegative_fit", "pilot"]
 
@@ -31,7 +31,7 @@ _FEW = 3
 @dataclass
 class _Seen:
     work: tuple[float, ...]
-    visits: int = 0
+    blocks: int = 0
     frame_s: float = 0.0
     fires: int = 0
     fire_s: float = 0.0
@@ -54,57 +54,59 @@ class CostModel(Generic[Subject]):
         """Shots that were measured at least once."""
         return len(self._seen)
 
-    def observe(self, shot: Shot[Subject], seconds: float, fires: Fires) -> None:
+    def observe(self, workload: Workload[Subject], seconds: float, fires: RunSamples) -> None:
         """A visit that gave these fires took ``seconds`` in all."""
-        seen = self._seen.setdefault(shot.key, _Seen(shot.work))
+        seen = self._seen.setdefault(workload.key, _Seen(workload.work))
         fired_s = (sum(fires.warming) + sum(fires.samples)) / 1000
         count = len(fires.warming) + len(fires.samples)
-        seen.visits += 1
-        seen.frame_s += max(0.0, seconds - fired_s - count * shot.rest_s)
+        seen.blocks += 1
+        seen.frame_s += max(0.0, seconds - fired_s - count * workload.rest_s)
         seen.fires += count
         seen.fire_s += fired_s
         seen.samples += fires.samples
-        self._spreads[shot.key] = round(relative_spread(seen.samples), 3)
+        self._spreads[workload.key] = round(relative_spread(seen.samples), 3)
         self._typical.clear()
 
-    def visit_s(self, shot: Shot[Subject], fires: int) -> float:
+    def visit_s(self, workload: Workload[Subject], fires: int) -> float:
         """One visit with this many fires."""
-        fire_s, frame_s = self._parts(shot)
-        return frame_s + fires * (fire_s + shot.rest_s)
+        fire_s, frame_s = self._parts(workload)
+        return frame_s + fires * (fire_s + workload.rest_s)
 
     def remaining(
-        self, shot: Shot[Subject], have: Sequence[float] = (), taken: int = 0
+        self, workload: Workload[Subject], have: Sequence[float] = (), taken: int = 0
     ) -> tuple[int, float]:
         """Visits and seconds until this shot, of which these undisturbed samples are there and ``taken`` in
         all, is finished."""
         settings = self._settings
-        fire_s, frame_s = self._parts(shot)
+        fire_s, frame_s = self._parts(workload)
         # A spent allowance ends a shot, but only after the samples of a whole visit.
         most = min(settings.most, max(_FEW, int(settings.shot_s / max(fire_s, 1e-9)) + 1))
         missing = min(self._needed(have, most) - len(have), most - taken)
         if missing <= 0:
             return 0, 0.0
-        visits = math.ceil(missing / settings.block)
-        warm = visits * min(1, settings.warmup) + (0 if have else max(0, settings.warmup - 1))
-        fires = visits * settings.block + warm
-        return visits, visits * frame_s + fires * (fire_s + shot.rest_s)
+        blocks = math.ceil(missing / settings.block)
+        warm = blocks * min(1, settings.warmup) + (0 if have else max(0, settings.warmup - 1))
+        fires = blocks * settings.block + warm
+        return blocks, blocks * frame_s + fires * (fire_s + workload.rest_s)
 
     def plan_s(
         self,
-        shots: Sequence[tuple[Shot[Subject], Sequence[float], int]],
-        sentinel: Shot[Subject] | None,
+        workloads: Sequence[tuple[Workload[Subject], Sequence[float], int]],
+        sentinel: Workload[Subject] | None,
     ) -> tuple[int, float]:
         """Visits and seconds until all these shots are finished, looks at the sentinel included."""
-        each = [self.remaining(shot, have, taken) for shot, have, taken in shots]
-        visits, seconds = sum(v for v, _ in each), sum(s for _, s in each)
-        if sentinel is not None and visits:
-            looks = -(-visits // self._settings.sentinel_every) + 1
-            seconds += looks * self.look_s(sentinel)
-        return visits, seconds
+        each = [self.remaining(workload, have, taken) for workload, have, taken in workloads]
+        blocks, seconds = sum(v for v, _ in each), sum(s for _, s in each)
+        if sentinel is not None and blocks:
+            reference_samples = -(-blocks // self._settings.sentinel_every) + 1
+            seconds += reference_samples * self.look_s(sentinel)
+        return blocks, seconds
 
-    def look_s(self, sentinel: Shot[Subject]) -> float:
+    def look_s(self, sentinel: Workload[Subject]) -> float:
         """One look at the sentinel."""
-        return self.visit_s(sentinel, self._settings.look + self._settings.look_warmup)
+        return self.visit_s(
+            sentinel, self._settings.reference_sample + self._settings.reference_warmup
+        )
 
     def _needed(self, have: Sequence[float], most: int) -> float:
         """Samples a shot will need in all: by its own noise, or by that of all visits so far."""
@@ -124,32 +126,32 @@ class CostModel(Generic[Subject]):
             )
         return self._typical[most]
 
-    def _parts(self, shot: Shot[Subject]) -> tuple[float, float]:
+    def _parts(self, workload: Workload[Subject]) -> tuple[float, float]:
         """Seconds of a fire and of a frame."""
-        seen = self._seen.get(shot.key)
+        seen = self._seen.get(workload.key)
         if seen is not None:
-            return seen.fire_s / seen.fires, seen.frame_s / seen.visits
+            return seen.fire_s / seen.fires, seen.frame_s / seen.blocks
         if not self._seen:
             return 0.0, 0.0
         if self._lines is None or len(self._seen) >= 1.3 * self._fitted:
             self._fit()
         assert self._lines is not None
-        fire, frame = self._lines
-        return float(np.dot(shot.work, fire)), float(np.dot(shot.work, frame))
+        run_once, frame = self._lines
+        return float(np.dot(workload.work, run_once)), float(np.dot(workload.work, frame))
 
     def _fit(self) -> None:
         listed = list(self._seen.values())
         work = np.array([seen.work for seen in listed])
-        fire = [seen.fire_s / seen.fires for seen in listed]
-        frame = [seen.frame_s / seen.visits for seen in listed]
-        self._lines = nonnegative_fit(work, fire), nonnegative_fit(work, frame)
+        run_once = [seen.fire_s / seen.fires for seen in listed]
+        frame = [seen.frame_s / seen.blocks for seen in listed]
+        self._lines = nonnegative_fit(work, run_once), nonnegative_fit(work, frame)
         self._fitted = len(listed)
 
 
 def pilot(
-    shooter: Shooter[Subject],
-    shots: Sequence[Shot[Subject]],
-    sentinel: Shot[Subject] | None,
+    runner: Runner[Subject],
+    workloads: Sequence[Workload[Subject]],
+    sentinel: Workload[Subject] | None,
     settings: SweepSettings,
     clock: Callable[[], float] = time.perf_counter,
     probes: int | None = None,
@@ -162,31 +164,33 @@ def pilot(
     """
     started = clock()
     model: CostModel[Subject] = CostModel(settings)
-    chosen = choose_probes(shots, min(12, max(6, len(shots) // 5)) if probes is None else probes)
+    chosen = choose_probes(
+        workloads, min(12, max(6, len(workloads) // 5)) if probes is None else probes
+    )
     if sentinel is not None:
         chosen = [sentinel, *chosen]
     block = settings.block
-    for shot in [*chosen, *chosen]:
+    for workload in [*chosen, *chosen]:
         begin = clock()
         if model.probes and begin - started > most_s:
             break
         try:
-            fires = fire_some(shooter, shot, 1, block, settings, clock, NullSensors())
+            fires = run_repeatedly(runner, workload, 1, block, settings, clock, NullSensors())
         except EngineError:
             continue
-        model.observe(shot, clock() - begin, fires)
+        model.observe(workload, clock() - begin, fires)
     return model
 
 
-def choose_probes(shots: Sequence[Shot[Subject]], count: int) -> list[Shot[Subject]]:
+def choose_probes(workloads: Sequence[Workload[Subject]], count: int) -> list[Workload[Subject]]:
     """Shots far apart in the logarithm of their work, the lightest first: corners, then the middle.
 
     Greedy farthest-point order; its first ``n`` cover the space about as well as any ``n`` can.
     """
-    if not shots:
+    if not workloads:
         return []
-    listed = sorted(shots, key=lambda shot: (sum(shot.work), shot.key))
-    points = np.log1p(np.array([shot.work for shot in listed], dtype=float))
+    listed = sorted(workloads, key=lambda workload: (sum(workload.work), workload.key))
+    points = np.log1p(np.array([workload.work for workload in listed], dtype=float))
     span = points.max(axis=0) - points.min(axis=0)
     points = points / np.where(span > 0, span, 1.0)
     order = [0]

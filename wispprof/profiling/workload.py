@@ -12,7 +12,15 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 from wispprof.artifacts.rows import Row
 from wispprof.hardware import Sensors
 
-__all__ = ["Fires", "Shooter", "Shot", "SweepSettings", "duration", "fire_some", "significant"]
+__all__ = [
+    "RunSamples",
+    "Runner",
+    "SweepSettings",
+    "Workload",
+    "duration",
+    "run_repeatedly",
+    "significant",
+]
 
 Subject = TypeVar("Subject")
 
@@ -20,7 +28,7 @@ _FEW = 3
 
 
 @dataclass(frozen=True)
-class Shot(Generic[Subject]):
+class Workload(Generic[Subject]):
     """One thing to measure. ``key`` is unique in a sweep and stable between runs.
 
     ``work``: numbers that its time grows with, for the expected time and for choosing informative
@@ -35,18 +43,22 @@ class Shot(Generic[Subject]):
     rest_s: float = 0.0
 
 
-class Shooter(Protocol[Subject]):
+class Runner(Protocol[Subject]):
     """What a sweep measures with. ``prepare`` and ``finish`` frame the fires of one visit."""
 
-    def prepare(self, shot: Shot[Subject]) -> None: ...
+    def prepare(self, workload: Workload[Subject]) -> None: ...
 
-    def fire(self) -> float:
+    def run_once(self) -> float:
         """Do it once; returns milliseconds. The next call finds the same state again."""
 
     def finish(self) -> None: ...
 
     def row(
-        self, shot: Shot[Subject], samples: tuple[float, ...], flags: tuple[str, ...], order: int
+        self,
+        workload: Workload[Subject],
+        samples: tuple[float, ...],
+        flags: tuple[str, ...],
+        order: int,
     ) -> Row: ...
 
 
@@ -57,7 +69,7 @@ class SweepSettings:
     A shot is visited again and again, ``block`` samples at a time, until its median is that well known;
     it gives ``least`` to ``most`` samples, and no more once it took ``shot_s`` seconds (but one
     visit's at least). The first visit fires ``warmup`` times before it counts, later ones once. Every
-    ``sentinel_every`` visits comes a look at the sentinel, of ``look`` samples; one further than ``drift``
+    ``sentinel_every`` blocks comes a reference_sample at the sentinel, of ``reference_sample`` samples; one further than ``drift``
     from the others marks the visits beside it.
     """
 
@@ -69,21 +81,21 @@ class SweepSettings:
     most: int = 30
     shot_s: float = 4.0
     sentinel_every: int = 10
-    look: int = 6
+    reference_sample: int = 6
     drift: float = 0.10
 
     def __post_init__(self) -> None:
-        counts = (self.block, self.least, self.sentinel_every, self.look)
+        counts = (self.block, self.least, self.sentinel_every, self.reference_sample)
         if not (0 < self.target < 1 and min(counts) >= 1 and self.least <= self.most):
             raise ValueError(f"impossible sweep settings: {self}")
 
     @property
-    def look_warmup(self) -> int:
+    def reference_warmup(self) -> int:
         """Fires before a look counts; short looks are frequent ones, which keep the sentinel warm."""
-        return min(1 if self.look < self.least else self.warmup, self.warmup)
+        return min(1 if self.reference_sample < self.least else self.warmup, self.warmup)
 
 
-class Fires(NamedTuple):
+class RunSamples(NamedTuple):
     """What one visit gave, ms: fires that warmed up, fires that count; whether the device throttled."""
 
     warming: list[float]
@@ -91,29 +103,29 @@ class Fires(NamedTuple):
     throttled: bool
 
 
-def fire_some(
-    shooter: Shooter[Subject],
-    shot: Shot[Subject],
+def run_repeatedly(
+    runner: Runner[Subject],
+    workload: Workload[Subject],
     warmup: int,
     count: int,
     settings: SweepSettings,
     clock: Callable[[], float],
     sensors: Sensors,
-) -> Fires:
+) -> RunSamples:
     """Prepare, warm up, fire ``count`` times; a slow shot only until its time is up, but three times."""
     try:
-        shooter.prepare(shot)
+        runner.prepare(workload)
         begin = clock()
         warming: list[float] = []
         while len(warming) < warmup and clock() - begin <= settings.shot_s / 2:
-            warming.append(significant(shooter.fire()))
+            warming.append(significant(runner.run_once()))
         samples: list[float] = []
         while len(samples) < count and (len(samples) < _FEW or clock() - begin <= settings.shot_s):
-            samples.append(significant(shooter.fire()))
+            samples.append(significant(runner.run_once()))
         # Read while it is still hot.
-        return Fires(warming, samples, bool(sensors.read().throttled))
+        return RunSamples(warming, samples, bool(sensors.read().throttled))
     finally:
-        shooter.finish()
+        runner.finish()
 
 
 def significant(ms: float) -> float:

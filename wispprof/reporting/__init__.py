@@ -1,6 +1,6 @@
 """Tables, plots and one self-contained HTML report. Imports no torch."""
 
-from wispprof.reporting.bench_records import Answer, Bench, Piece, bench_table
+from wispprof.reporting.bench_records import Answer, Bench, TextSpan, bench_table
 from wispprof.reporting.report import render_report, verdict, write_report
 from wispprof.reporting.run_folder import ANSWER_KIND, BENCH_KIND, CAPACITY_KIND, Run, load_run
 from wispprof.reporting.tables import Column, Table, to_html, to_rich
@@ -12,9 +12,9 @@ __all__ = [
     "Answer",
     "Bench",
     "Column",
-    "Piece",
     "Run",
     "Table",
+    "TextSpan",
     "bench_table",
     "load_run",
     "render_report",

@@ -15,11 +15,11 @@ from wispprof.errors import ArtifactDamaged
 from wispprof.reporting.figures import PolicyBar, StepPoint
 from wispprof.reporting.tables import Column, Table
 
-__all__ = ["Answer", "Bench", "Piece", "Result", "bench_table"]
+__all__ = ["Answer", "Bench", "Result", "TextSpan", "bench_table"]
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextSpan:
     """A stretch of generated text. ``origin``: ``draft`` (proposed and accepted) or ``target``."""
 
     text: str
@@ -31,7 +31,7 @@ class Answer:
     """One generation by a real edge: ``stats`` as the edge client summed them up."""
 
     prompt: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TextSpan, ...]
     stats: Mapping[str, Any]
 
     @classmethod
@@ -39,10 +39,10 @@ class Answer:
         """Raises :class:`ArtifactDamaged` where the document is not an answer."""
         payload = document.payload
         try:
-            pieces = tuple(Piece(str(p["text"]), str(p["origin"])) for p in payload["pieces"])
+            pieces = tuple(TextSpan(str(p["text"]), str(p["origin"])) for p in payload["pieces"])
             return cls(str(payload["prompt"]), pieces, dict(payload["stats"]))
-        except (KeyError, TypeError, ValueError) as fault:
-            raise ArtifactDamaged(f"The answer lacks {fault}.", "Run the demo again.") from fault
+        except (KeyError, TypeError, ValueError) as err:
+            raise ArtifactDamaged(f"The answer lacks {err}.", "Run the demo again.") from err
 
     def payload(self) -> dict[str, Any]:
         pieces = [{"text": p.text, "origin": p.origin} for p in self.pieces]
@@ -94,8 +94,8 @@ class Bench:
             return cls(
                 str(payload["policy"]), dict(payload["load"]), dict(payload["figures"]), steps
             )
-        except (KeyError, TypeError, ValueError) as fault:
-            raise ArtifactDamaged(f"A bench lacks {fault}.", "Run it again.") from fault
+        except (KeyError, TypeError, ValueError) as err:
+            raise ArtifactDamaged(f"A bench lacks {err}.", "Run it again.") from err
 
     @classmethod
     def of_result(cls, result: Result) -> Bench:

@@ -15,7 +15,7 @@ import numpy as np
 
 from wispprof.artifacts.rows import AcceptanceTrace, StepRow
 from wispprof.reporting import theme
-from wispprof.types import BatchShape, StepEstimator
+from wispprof.types import BatchShape, StepTimeEstimator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +55,7 @@ class PolicyBar:
     throughput: float
 
 
-def latency_surface(rows: Sequence[StepRow], estimator: StepEstimator) -> str:
+def latency_surface(rows: Sequence[StepRow], estimator: StepTimeEstimator) -> str:
     """Step time over cached tokens, one line per number of sessions, one panel per new tokens each.
 
     Points: medians of measured uniform verify shapes, bars from the 10th to the 90th percentile of
@@ -107,7 +107,7 @@ def latency_surface(rows: Sequence[StepRow], estimator: StepEstimator) -> str:
 def _surface_line(
     panel: Axes,
     rows: Sequence[StepRow],
-    estimator: StepEstimator,
+    estimator: StepTimeEstimator,
     size: int,
     new: int,
     color: str,
@@ -196,15 +196,17 @@ def acceptance_by_position(trace: AcceptanceTrace) -> str:
     Bars carry the 95 % interval over prompts (percentile bootstrap of whole prompts, seeded), because
     positions of one prompt are not independent.
     """
-    survival = trace.survival_by_position()
+    cum_acceptance = trace.cum_acceptance_by_position()
     low, high = _bootstrap(trace)
-    position = np.arange(1, len(survival) + 1)
-    before = np.concatenate([[1.0], survival[:-1]])
-    given = np.divide(survival, before, out=np.full_like(survival, np.nan), where=before > 0)
+    position = np.arange(1, len(cum_acceptance) + 1)
+    before = np.concatenate([[1.0], cum_acceptance[:-1]])
+    given = np.divide(
+        cum_acceptance, before, out=np.full_like(cum_acceptance, np.nan), where=before > 0
+    )
     with theme.canvas(6.6, 3.5) as (figure, (axes,)):
         axes.bar(
             position,
-            survival,
+            cum_acceptance,
             width=0.68,
             color=theme.ACCENT,
             alpha=0.85,
@@ -212,8 +214,8 @@ def acceptance_by_position(trace: AcceptanceTrace) -> str:
         )
         axes.errorbar(
             position,
-            survival,
-            yerr=[np.maximum(survival - low, 0), np.maximum(high - survival, 0)],
+            cum_acceptance,
+            yerr=[np.maximum(cum_acceptance - low, 0), np.maximum(high - cum_acceptance, 0)],
             fmt="none",
             ecolor=theme.INK,
             elinewidth=1,
@@ -226,7 +228,7 @@ def acceptance_by_position(trace: AcceptanceTrace) -> str:
             marker=theme.MARKERS[1],
             label="this draft, given all before it",
         )
-        for x, value, top in zip(position, survival, high, strict=True):
+        for x, value, top in zip(position, cum_acceptance, high, strict=True):
             axes.annotate(
                 f"{value:.2f}",
                 (x, min(value, top)),

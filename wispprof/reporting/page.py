@@ -24,21 +24,21 @@ class Tile:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page. ``body`` is HTML; ``title`` and ``lead`` are plain text."""
+    """A part of the page. ``body`` is HTML; ``title`` and ``draft_ahead`` are plain text."""
 
     anchor: str
     title: str
-    lead: str
+    draft_ahead: str
     body: str
 
 
 @dataclass(frozen=True)
 class Page:
-    """``headline`` is the finding in one sentence, ``lead`` what it was found on."""
+    """``headline`` is the finding in one sentence, ``draft_ahead`` what it was found on."""
 
     title: str
     headline: str
-    lead: str
+    draft_ahead: str
     tiles: Sequence[Tile] = ()
     sections: Sequence[Section] = field(default=())
     footer: str = ""
@@ -53,7 +53,7 @@ class Page:
             f"<title>{html.escape(self.title)}</title>"
             f"<style>{theme.CSS_VARIABLES}\n{_css()}</style></head>\n<body>"
             f'<header><p class="brand">wispprof</p><h1>{html.escape(self.headline)}</h1>'
-            f'<p class="lead">{html.escape(self.lead)}</p>{head}</header>\n'
+            f'<p class="lead">{html.escape(self.draft_ahead)}</p>{head}</header>\n'
             f"<main>{sections}</main>\n<footer>{html.escape(self.footer)}</footer></body></html>\n"
         )
 
@@ -66,9 +66,7 @@ def _tile(tile: Tile) -> str:
 
 def _section(section: Section) -> str:
     title = f"<h2>{html.escape(section.title)}</h2>"
-    return (
-        f'<section id="{section.anchor}">{title}{paragraph(section.lead)}{section.body}</section>'
-    )
+    return f'<section id="{section.anchor}">{title}{paragraph(section.draft_ahead)}{section.body}</section>'
 
 
 @cache

@@ -34,10 +34,10 @@ def capacity_curves(document: Document) -> str:
             )
             for found in systems
         ]
-    except (KeyError, TypeError, ValueError) as fault:
+    except (KeyError, TypeError, ValueError) as err:
         raise ArtifactDamaged(
-            f"The capacities lack {fault}.", "Run `wispprof simulate --capacity --out` again."
-        ) from fault
+            f"The capacities lack {err}.", "Run `wispprof simulate --capacity --out` again."
+        ) from err
     with theme.canvas(9.4, 4.0) as (figure, (axes,)):
         axes.axhline(limit, color=theme.MUTED, linewidth=1, linestyle=(0, (4, 3)))
         for index, (system, devices, probes) in enumerate(curves):

@@ -15,7 +15,7 @@ from wispprof.reporting.page import Page, Section, Tile, facts, figure
 from wispprof.reporting.plan_sections import capacity_sections, plan_sections
 from wispprof.reporting.run_folder import Run
 from wispprof.reporting.tables import Column, Table, to_html
-from wispprof.types import StepEstimator
+from wispprof.types import StepTimeEstimator
 
 __all__ = ["render_report", "verdict", "write_report"]
 
@@ -47,7 +47,7 @@ def render_report(run: Run) -> str:
     return Page(
         title="wispprof report",
         headline=verdict(benches) or "What was measured",
-        lead=_lead(run, benches),
+        draft_ahead=_lead(run, benches),
         tiles=_tiles(run, benches, answer),
         sections=sections,
         footer=f"Made by wispprof {__version__} on {utc_now()[:10]} from the artifacts in "
@@ -117,8 +117,8 @@ def _tiles(run: Run, benches: Sequence[Bench], answer: Answer | None) -> list[Ti
             Tile(f"SLO attainment, {best.policy}", f"{100 * bar.attainment:.0f}", "%"),
         ]
     if run.trace is not None:
-        survival = run.trace.survival_by_position()
-        tiles.append(Tile("first draft accepted", f"{100 * survival[0]:.0f}", "%"))
+        cum_acceptance = run.trace.cum_acceptance_by_position()
+        tiles.append(Tile("first draft accepted", f"{100 * cum_acceptance[0]:.0f}", "%"))
     if run.edge is not None and run.edge.of_kind("draft_step"):
         tiles.append(Tile("draft step, edge", f"{run.edge.draft_ms(256):.2f}", "ms"))
     error = _held_out_error(run)
@@ -252,7 +252,7 @@ def _accuracy(run: Run, benches: Sequence[Bench]) -> list[Section]:
     ]
 
 
-def _profile_points(run: Run, estimator: StepEstimator) -> list[figures.StepPoint]:
+def _profile_points(run: Run, estimator: StepTimeEstimator) -> list[figures.StepPoint]:
     if run.server is None:
         return []
     predictions = [(estimator.predict(row.shape), row.median_ms) for row in run.server.rows]
@@ -263,13 +263,13 @@ def _acceptance(run: Run) -> list[Section]:
     trace = run.trace
     if trace is None or not sum(p.scored_rows() for p in trace.paths):
         return []
-    survival = trace.survival_by_position()
+    cum_acceptance = trace.cum_acceptance_by_position()
     positions = sum(p.scored_rows() for p in trace.paths)
     sampling = trace.sampling
     how = "greedy" if sampling.temperature == 0 else f"T = {sampling.temperature:g}"
     note = (
         f"{positions:,} positions of {len(trace.paths)} held-out prompts, {how}, censored rows left "
-        f"out. A round of {trace.depth} drafts commits {1 + float(survival.sum()):.2f} tokens on "
+        f"out. A round of {trace.depth} drafts commits {1 + float(cum_acceptance.sum()):.2f} tokens on "
         "average. Bars: 95 % interval over prompts."
     )
     return [

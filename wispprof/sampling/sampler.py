@@ -19,13 +19,19 @@ from torch import Tensor
 from wispprof.sampling.position_noise import gumbel, gumbel_numpy, position_keys
 from wispprof.types import Sampling
 
-__all__ = ["Agreement", "agreement", "choose", "choose_numpy", "filtered_probs"]
+__all__ = [
+    "AcceptanceRates",
+    "acceptance_rates",
+    "filtered_probs",
+    "sample_tokens",
+    "sample_tokens_numpy",
+]
 
 # Most nuclei are far smaller than this; rows that need more candidates are done again with more.
 _CANDIDATES = 64
 
 
-def choose(
+def sample_tokens(
     logits: Tensor, positions: Sequence[int] | np.ndarray, samplings: Sequence[Sampling]
 ) -> Tensor:
     """The target's own tokens, (n,) int64 on the device of ``logits`` (n, V).
@@ -102,8 +108,8 @@ def _draw_filtered(
     return tokens
 
 
-def choose_numpy(logits: np.ndarray, position: int, sampling: Sampling) -> int:
-    """One row (V,) float32 without torch: the same token as :func:`choose`, for the edge."""
+def sample_tokens_numpy(logits: np.ndarray, position: int, sampling: Sampling) -> int:
+    """One row (V,) float32 without torch: the same token as :func:`sample_tokens`, for the edge."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     keys = position_keys([sampling.seed], [position])
@@ -158,7 +164,7 @@ def filtered_probs(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
+class AcceptanceRates:
     """How often target and draft agree on the next token, averaged over rows.
 
     ``best``: Σ min(p, q), which no method can exceed. ``same_noise``: both drawn with the position's
@@ -170,9 +176,9 @@ class Agreement:
     independent: float
 
 
-def agreement(
+def acceptance_rates(
     target_logits: Tensor, draft_logits: Tensor, sampling: Sampling, draws: int = 64
-) -> Agreement:
+) -> AcceptanceRates:
     """Agreement of two models on the same positions: logits (n, V) each, raw.
 
     ``same_noise`` averages ``draws`` seeds beginning at ``sampling.seed``.
@@ -187,7 +193,7 @@ def agreement(
         noise = gumbel(torch.from_numpy(words).to(p.device), ids)
         same = (noise + log_p).argmax(-1) == (noise + log_q).argmax(-1)
         hits += float(same.float().mean())
-    return Agreement(
+    return AcceptanceRates(
         best=float(torch.minimum(p, q).sum(-1).mean()),
         same_noise=hits / draws,
         independent=float((p * q).sum(-1).mean()),

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from wispprof.errors import RuntimeFault
-from wispprof.server.session import GenerationRequest
-from wispprof.server.session_manager import House
-from wispprof.server.step_time_tracker import StepClock
+from wispprof.server.session import SessionRequest
+from wispprof.server.session_manager import SessionManager
+from wispprof.server.step_time_tracker import StepTimeTracker
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.types import CostAccumulator, ServedModel, Slo, StepEstimator
+from wispprof.types import BatchCost, ServedModel, Slo, StepTimeEstimator
 
 __all__ = [
     "Admission",
@@ -62,11 +62,11 @@ class Refused(RuntimeFault):
         self,
         code: str,
         message: str,
-        fix: str = "",
+        hint: str = "",
         retry_ms: float = 0.0,
         nearest_tokens_per_s: float = 0.0,
     ) -> None:
-        super().__init__(message, fix)
+        super().__init__(message, hint)
         self.code = code
         self.retry_ms = retry_ms
         self.nearest_tokens_per_s = nearest_tokens_per_s
@@ -84,10 +84,10 @@ class Utilisation:
     fixed_ms: float
     fastest_ms: float
     own: float
-    batch: CostAccumulator
+    batch: BatchCost
 
     @classmethod
-    def of(cls, estimator: StepEstimator, promises: Iterable[tuple[float, int]]) -> Utilisation:
+    def of(cls, estimator: StepTimeEstimator, promises: Iterable[tuple[float, int]]) -> Utilisation:
         """``promises``: (tpot ms, cached tokens) of each session."""
         batch = estimator.start().add(1, 0)
         fixed = before = batch.p50_ms
@@ -118,17 +118,21 @@ class Admission:
     """Checks requests against hard limits, per-key limits, queue bounds, and the estimator."""
 
     def __init__(
-        self, settings: ServerSettings, house: House, clock: StepClock, model: ServedModel
+        self,
+        settings: ServerSettings,
+        manager: SessionManager,
+        clock: StepTimeTracker,
+        model: ServedModel,
     ) -> None:
         self._settings = settings
-        self._house = house
+        self._house = manager
         self._clock = clock
         self._model = model
         self.budget = TokenBudget(settings.tokens_per_key_per_s)
 
     def check(
-        self, request: GenerationRequest, key: str, now_ms: float, draining: bool
-    ) -> GenerationRequest:
+        self, request: SessionRequest, key: str, now_ms: float, draining: bool
+    ) -> SessionRequest:
         """The request, clipped to what can be; raises :class:`Refused`."""
         if draining:
             raise Refused("draining", "The server is shutting down.", "Try another server.")
@@ -138,7 +142,7 @@ class Admission:
             self._promised(request, now_ms)
         return request
 
-    def _fits(self, request: GenerationRequest) -> GenerationRequest:
+    def _fits(self, request: SessionRequest) -> SessionRequest:
         length = len(request.tokens)
         most = min(self._model.max_context, self._house.kv_total) - 1
         if self._settings.max_prompt:
@@ -173,7 +177,7 @@ class Admission:
         return replace(request, max_new=max_new)
 
     def _bounded(self, key: str, now_ms: float) -> None:
-        settings, house = self._settings, self._house
+        settings, manager = self._settings, self._house
         wait_ms = self.budget.wait_ms(key, now_ms)
         if wait_ms > 0:
             raise Refused(
@@ -182,7 +186,7 @@ class Admission:
                 "Retry later.",
                 retry_ms=wait_ms,
             )
-        mine = sum(1 for live in house.lives if live.owner.key == key)
+        mine = sum(1 for live in manager.lives if live.owner.key == key)
         if mine >= settings.sessions_per_key:
             raise Refused(
                 "limit",
@@ -190,11 +194,11 @@ class Admission:
                 "Close some first.",
                 retry_ms=1_000.0,
             )
-        waiting = sum(1 for live in house.lives if live.ledger.pace.first_ms is None)
-        if len(house) >= settings.max_sessions or waiting >= settings.max_waiting:
+        waiting = sum(1 for live in manager.lives if live.ledger.slo_tracker.first_ms is None)
+        if len(manager) >= settings.max_sessions or waiting >= settings.max_waiting:
             raise Refused(
                 "busy",
-                f"The server holds {len(house)} sessions, {waiting} of them waiting.",
+                f"The server holds {len(manager)} sessions, {waiting} of them waiting.",
                 "Retry later.",
                 retry_ms=self._retry_ms(),
             )
@@ -208,12 +212,12 @@ class Admission:
 
     # --- promises -----------------------------------------------------------------------------
 
-    def _promised(self, request: GenerationRequest, now_ms: float) -> None:
+    def _promised(self, request: SessionRequest, now_ms: float) -> None:
         estimator = self._clock.estimator
         # What prompts take, and what a step takes beyond its median, is not there for promises.
         limit = self._settings.admit_load / self._clock.stretch - self._clock.prefill_load(now_ms)
         others = [
-            (live.ledger.slo.tpot_ms, live.ledger.frontier)
+            (live.ledger.slo.tpot_ms, live.ledger.committed_len)
             for live in self._house.lives
             if not live.closing
         ]
@@ -249,8 +253,8 @@ class Admission:
 
     def _first_token(
         self,
-        request: GenerationRequest,
-        estimator: StepEstimator,
+        request: SessionRequest,
+        estimator: StepTimeEstimator,
         others: list[tuple[float, int]],
     ) -> None:
         if request.slo.ttft_ms is None:

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from wispprof import __version__
 from wispprof.server.openai_backend import add_openai
 from wispprof.server.verification_server import VerificationServer
-from wispprof.server.websocket_endpoint import EdgeLink
+from wispprof.server.websocket_endpoint import WebSocketEndpoint
 
 __all__ = ["make_app"]
 
@@ -29,7 +29,7 @@ def make_app(server: VerificationServer, lifespan: Any = None) -> FastAPI:
 
     @app.websocket("/v1/split")
     async def split(socket: WebSocket) -> None:
-        await EdgeLink(server, socket).serve()
+        await WebSocketEndpoint(server, socket).serve()
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -42,7 +42,7 @@ def make_app(server: VerificationServer, lifespan: Any = None) -> FastAPI:
             "target": server.model.id,
             "policy": server.policy.name,
             "load_level": server.load_level,
-            "sessions": len(server.house),
+            "sessions": len(server.manager),
         }
         return JSONResponse(body, 200 if server.ready else 503)
 

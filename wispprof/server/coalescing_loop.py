@@ -28,19 +28,19 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 __all__ = [
     "MOST_UNREAD",
+    "CoalescingLoop",
+    "CoalescingSelector",
     "EagerReader",
-    "FrontLoop",
-    "GatheringSelector",
-    "gathering",
-    "lain_ms",
-    "run_front",
+    "coalescing",
+    "run_coalescing",
+    "socket_wait_ms",
 ]
 
 T = TypeVar("T")
 
 
-class GatheringSelector(selectors.DefaultSelector):
-    """A selector that lets events wait up to :attr:`longest_s` (0: none), or until :meth:`hurry`.
+class CoalescingSelector(selectors.DefaultSelector):
+    """A selector that lets events wait up to :attr:`longest_s` (0: none), or until :meth:`wake_selector`.
 
     :attr:`lain_s`: how long what the last look found has probably lain, the mean of evenly spread arrivals;
     it stands until the loop has dealt with all of it and looks again.
@@ -58,7 +58,7 @@ class GatheringSelector(selectors.DefaultSelector):
         self._hurried.clear()
         self.longest_s = longest_s
 
-    def hurry(self) -> None:
+    def wake_selector(self) -> None:
         """End the wait under way, or the next one. From any thread."""
         self._hurried.set()
 
@@ -76,11 +76,11 @@ class GatheringSelector(selectors.DefaultSelector):
         return super().select(0)
 
 
-class FrontLoop(asyncio.SelectorEventLoop):
-    """asyncio's own loop over a :class:`GatheringSelector`; other threads' calls do not wait."""
+class CoalescingLoop(asyncio.SelectorEventLoop):
+    """asyncio's own loop over a :class:`CoalescingSelector`; other threads' calls do not wait."""
 
     def __init__(self) -> None:
-        self.selector = GatheringSelector()
+        self.selector = CoalescingSelector()
         super().__init__(self.selector)
 
     def call_soon_threadsafe(
@@ -88,16 +88,16 @@ class FrontLoop(asyncio.SelectorEventLoop):
     ) -> asyncio.Handle:
         # First the loop's own wake-up: the look that follows a wait must find it.
         handle = super().call_soon_threadsafe(callback, *args, context=context)
-        self.selector.hurry()
+        self.selector.wake_selector()
         return handle
 
 
 @contextlib.contextmanager
-def gathering(longest_ms: float) -> Iterator[None]:
+def coalescing(longest_ms: float) -> Iterator[None]:
     """Within, what comes to the running loop may lie unread for ``longest_ms``. Nothing on another loop
-    than :class:`FrontLoop`."""
+    than :class:`CoalescingLoop`."""
     loop = asyncio.get_running_loop()
-    if not isinstance(loop, FrontLoop):
+    if not isinstance(loop, CoalescingLoop):
         yield
         return
     loop.selector.gather(longest_ms / 1000.0)
@@ -107,15 +107,15 @@ def gathering(longest_ms: float) -> Iterator[None]:
         loop.selector.gather(0.0)
 
 
-def lain_ms() -> float:
+def socket_wait_ms() -> float:
     """How long a frame that is being read has probably lain, for whoever measures the link by it."""
     loop = asyncio.get_running_loop()
-    return loop.selector.lain_s * 1000.0 if isinstance(loop, FrontLoop) else 0.0
+    return loop.selector.lain_s * 1000.0 if isinstance(loop, CoalescingLoop) else 0.0
 
 
-def run_front(main: Coroutine[Any, Any, T]) -> T:
-    """``asyncio.run`` on a :class:`FrontLoop`."""
-    with asyncio.Runner(loop_factory=FrontLoop) as runner:
+def run_coalescing(main: Coroutine[Any, Any, T]) -> T:
+    """``asyncio.run`` on a :class:`CoalescingLoop`."""
+    with asyncio.Runner(loop_factory=CoalescingLoop) as runner:
         return runner.run(main)
 
 

@@ -21,20 +21,23 @@ def board(server: VerificationServer) -> Table:
     from rich import box
     from rich.table import Table
 
-    house, metrics = server.house, server.metrics
+    manager, metrics = server.manager, server.metrics
     now = server.now_ms()
     recent = [step for step in metrics.steps if now - step.at_ms <= _WINDOW_MS]
     shown = Table(
         title=f"{server.model.id} · {server.policy.name}", box=box.SIMPLE, show_header=False
     )
-    lives = list(house.lives)
+    lives = list(manager.lives)
     prefilling = sum(1 for live in lives if live.ledger.prompt_left)
-    hopeless = sum(1 for live in lives if live.ledger.view(now).hopeless)
+    slo_unreachable = sum(1 for live in lives if live.ledger.view(now).slo_unreachable)
     free = server.kv_free
     rows = [
-        ("sessions", f"{len(lives)} ({prefilling} prefilling, {house.waiting} waiting for memory)"),
+        (
+            "sessions",
+            f"{len(lives)} ({prefilling} prefilling, {manager.waiting} waiting for memory)",
+        ),
         ("load level", str(server.load_level)),
-        ("KV cache", f"{1 - free / max(1, house.kv_total):.0%} of {house.kv_total} tokens"),
+        ("KV cache", f"{1 - free / max(1, manager.kv_total):.0%} of {manager.kv_total} tokens"),
     ]
     if recent:
         span_ms = max(1.0, now - recent[0].at_ms + recent[0].actual_ms)
@@ -62,7 +65,12 @@ def board(server: VerificationServer) -> Table:
         rows.append(("drift", status.reason))
     ended = metrics.sessions_ended
     kept = f"{metrics.sessions_kept_slo / ended:.1%} of {ended} sessions" if ended else "–"
-    rows += [("SLO kept", f"{kept}{f', {hopeless} hopeless now' if hopeless else ''}")]
+    rows += [
+        (
+            "SLO kept",
+            f"{kept}{f', {slo_unreachable} slo_unreachable now' if slo_unreachable else ''}",
+        )
+    ]
     for name, value in rows:
         shown.add_row(name, value)
     return shown

@@ -15,14 +15,14 @@ from wispprof.errors import OutOfKvMemory
 from wispprof.policies import BatchPolicy, StepPlan, make_batch_policy
 from wispprof.server.engine_thread import EngineWorker
 from wispprof.server.metrics import Metrics, StepRecord
-from wispprof.server.session import LiveSession
-from wispprof.server.session_manager import House
+from wispprof.server.session import ServerSession
+from wispprof.server.session_manager import SessionManager
 from wispprof.server.step_limits import StepLimits
 from wispprof.server.step_log import StepLog
-from wispprof.server.step_time_tracker import StepClock
-from wispprof.types import BatchShape, Feed, Outcome
+from wispprof.server.step_time_tracker import StepTimeTracker
+from wispprof.types import BatchShape, StepInput, VerifyResult
 
-__all__ = ["StepLoop"]
+__all__ = ["EngineLoop"]
 
 log = logging.getLogger("wispprof.server")
 
@@ -33,21 +33,21 @@ IDLE_MS = 1_000.0
 _DRIFT_EVERY = 32
 
 
-class StepLoop:
+class EngineLoop:
     """Drives the engine. ``limits`` says what a step may not exceed at the present load."""
 
     def __init__(
         self,
-        house: House,
+        manager: SessionManager,
         worker: EngineWorker,
         policy: BatchPolicy,
-        clock: StepClock,
+        clock: StepTimeTracker,
         metrics: Metrics,
         limits: StepLimits,
         now_ms: Callable[[], float],
     ) -> None:
         self.step_log: StepLog | None = None
-        self._house = house
+        self._house = manager
         self._worker = worker
         self._policy = policy
         self._simple = make_batch_policy("centralized")
@@ -56,7 +56,7 @@ class StepLoop:
         self._metrics = metrics
         self._limits = limits
         self._now_ms = now_ms
-        self._bell = asyncio.Event()
+        self._wake_event = asyncio.Event()
         self._stopping = False
         self._checked = True
         self._margin = 0
@@ -67,21 +67,21 @@ class StepLoop:
         self.rejected_plans = 0
         self.failed_steps = 0
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Something changed: a frame, a request, a session that left."""
-        self._bell.set()
+        self._wake_event.set()
 
     def stop(self) -> None:
         self._stopping = True
-        self._bell.set()
+        self._wake_event.set()
 
     async def run(self) -> None:
         """Step until stopped; a step under way is finished and committed."""
         while not self._stopping:
-            self._bell.clear()
-            seated = await self.collect()
+            self._wake_event.clear()
+            runnable = await self.begin_step()
             await self._audit()
-            plan = self.plan(seated)
+            plan = self.plan(runnable)
             if not plan.members:
                 self._cycle = None
                 await self._rest(plan)
@@ -92,28 +92,28 @@ class StepLoop:
                 await self.verify(plan, members, feeds)
                 # What gathered meanwhile is merged before the next step is decided on.
                 await asyncio.sleep(0)
-        await self._house.collect(self._now_ms())
+        await self._house.begin_step(self._now_ms())
         await self._audit()
 
-    async def collect(self) -> dict[str, LiveSession]:
+    async def begin_step(self) -> dict[str, ServerSession]:
         """Let come and go who wants to, and seat whom memory holds."""
-        return await self._house.collect(self._now_ms(), margin=self._margin)
+        return await self._house.begin_step(self._now_ms(), margin=self._margin)
 
-    def plan(self, seated: dict[str, LiveSession]) -> StepPlan:
+    def plan(self, runnable: dict[str, ServerSession]) -> StepPlan:
         """Ask the policy who advances now."""
         now = self._now_ms()
-        views = [live.ledger.view(now) for live in seated.values()]
+        views = [live.ledger.view(now) for live in runnable.values()]
         kv_free = max(0, self._worker.engine.kv_free - self._margin)
         limits, self._row = self._limits.at(kv_free)
         try:
             return self._policy.plan(now, views, self._clock.estimator, limits)
-        except Exception as fault:
+        except Exception as err:
             # A policy's defect costs this step its drafts, never the server its life.
-            self._policy_failed(fault)
+            self._policy_failed(err)
         return self._simple.plan(now, views, self._clock.estimator, limits)
 
-    def _policy_failed(self, fault: Exception) -> None:
-        kind = type(fault).__name__
+    def _policy_failed(self, err: Exception) -> None:
+        kind = type(err).__name__
         self._metrics.policy_faults.labels(kind).inc()
         if kind in self._policy_faults:
             return
@@ -122,11 +122,11 @@ class StepLoop:
             "policy %s failed (%s); such steps serve everybody undrafted, and this is logged once",
             self._policy.name,
             kind,
-            exc_info=fault,
+            exc_info=err,
         )
 
     async def verify(
-        self, plan: StepPlan, members: list[LiveSession], feeds: Sequence[Feed]
+        self, plan: StepPlan, members: list[ServerSession], feeds: Sequence[StepInput]
     ) -> None:
         """One engine step over the planned members; then commit."""
         shape = BatchShape.of(
@@ -149,7 +149,7 @@ class StepLoop:
         self._note(plan, shape, actual_ms, committed)
 
     def commit(
-        self, members: list[LiveSession], outcomes: Sequence[Outcome], actual_ms: float
+        self, members: list[ServerSession], outcomes: Sequence[VerifyResult], actual_ms: float
     ) -> int:
         """Book every outcome and tell its owner; returns the tokens committed."""
         now = self._now_ms()
@@ -160,10 +160,10 @@ class StepLoop:
             self._house.committed(live, done, now, actual_ms)
         return committed
 
-    def _feeds(self, plan: StepPlan) -> tuple[list[LiveSession], list[Feed]]:
+    def _feeds(self, plan: StepPlan) -> tuple[list[ServerSession], list[StepInput]]:
         now = self._now_ms()
-        members: list[LiveSession] = []
-        feeds: list[Feed] = []
+        members: list[ServerSession] = []
+        feeds: list[StepInput] = []
         for member in plan.members:
             live = self._house.get(member.session)
             try:
@@ -214,7 +214,7 @@ class StepLoop:
         self._cycle = None
         self._begun_ms = now
 
-    def _out_of_memory(self, members: list[LiveSession], shape: BatchShape) -> None:
+    def _out_of_memory(self, members: list[ServerSession], shape: BatchShape) -> None:
         """The engine's pages are coarser than tokens: try again with less, then with less still."""
         for live in members:
             live.ledger.cancel()
@@ -230,7 +230,7 @@ class StepLoop:
         """Have all books compared between two steps; raises what the comparison raises."""
         asked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._audits.append(asked)
-        self.ring()
+        self.wake()
         await asked
 
     async def _audit(self) -> None:
@@ -239,9 +239,9 @@ class StepLoop:
             return
         try:
             await self._house.check_integrity(full=True)
-        except Exception as fault:
+        except Exception as err:
             for one in asked:
-                one.set_exception(fault)
+                one.set_exception(err)
         else:
             for one in asked:
                 one.set_result(None)
@@ -252,7 +252,7 @@ class StepLoop:
         if plan.wake_ms is not None:
             wait_ms = min(wait_ms, max(0.0, plan.wake_ms - self._now_ms()))
         try:
-            await asyncio.wait_for(self._bell.wait(), wait_ms / 1000.0)
+            await asyncio.wait_for(self._wake_event.wait(), wait_ms / 1000.0)
         except TimeoutError:
             if plan.wake_ms is None and not self._checked:
                 await self._house.check_integrity(full=False)

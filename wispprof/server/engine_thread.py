@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from wispprof.server.coalescing_loop import gathering
-from wispprof.types import Engine, Feed, Outcome
+from wispprof.server.coalescing_loop import coalescing
+from wispprof.types import Engine, StepInput, VerifyResult
 
 __all__ = ["EngineWorker"]
 
@@ -23,12 +23,12 @@ class EngineWorker:
     """Runs engine calls in one thread, so that the event loop never waits for a forward pass.
 
     Chores (open, close, rollback) are collected and done together before the next step, in order.
-    ``gather_ms``: how long frames may lie unread during a step (:mod:`~wispprof.server.coalescing_loop`).
+    ``coalesce_ms``: how long frames may lie unread during a step (:mod:`~wispprof.server.coalescing_loop`).
     """
 
-    def __init__(self, engine: Engine, gather_ms: float = 0.0) -> None:
+    def __init__(self, engine: Engine, coalesce_ms: float = 0.0) -> None:
         self.engine = engine
-        self._gather_ms = gather_ms
+        self._gather_ms = coalesce_ms
         self.failed_chores = 0
         self._chores: list[Callable[[Engine], None]] = []
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
@@ -38,18 +38,18 @@ class EngineWorker:
         """Chores not yet done."""
         return len(self._chores)
 
-    def chore(self, work: Callable[[Engine], None]) -> None:
+    def deferred_op(self, work: Callable[[Engine], None]) -> None:
         self._chores.append(work)
 
-    async def settle(self) -> None:
+    async def flush_deferred(self) -> None:
         """Do all chores now."""
         if self._chores:
             chores, self._chores = self._chores, []
             await self.call(lambda engine: self._work_off(engine, chores))
 
-    async def step(self, feeds: Sequence[Feed]) -> tuple[list[Outcome], float]:
+    async def step(self, feeds: Sequence[StepInput]) -> tuple[list[VerifyResult], float]:
         """One engine step; returns its outcomes and its milliseconds."""
-        with gathering(self._gather_ms):
+        with coalescing(self._gather_ms):
             return await self.call(lambda engine: _timed(engine, feeds))
 
     async def call(self, work: Callable[[Engine], T]) -> T:
@@ -72,7 +72,7 @@ class EngineWorker:
                 log.exception("engine chore failed")
 
 
-def _timed(engine: Engine, feeds: Sequence[Feed]) -> tuple[list[Outcome], float]:
+def _timed(engine: Engine, feeds: Sequence[StepInput]) -> tuple[list[VerifyResult], float]:
     begin = time.perf_counter()
     outcomes = engine.step(feeds)
     return outcomes, (time.perf_counter() - begin) * 1000.0

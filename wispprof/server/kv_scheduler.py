@@ -11,39 +11,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from wispprof.server.session import LiveSession
+from wispprof.server.session import ServerSession
 
-__all__ = ["MemoryPlan", "arrange"]
+__all__ = ["KvPlacement", "schedule_kv"]
 
 
 @dataclass(slots=True)
-class MemoryPlan:
-    """``seated``: sessions the policy may see. ``evict``: sessions that lose their cache.
+class KvPlacement:
+    """``runnable``: sessions the policy may see. ``evict``: sessions that lose their cache.
     ``short``: cache tokens that must be freed beyond that, from kept caches. ``waiting``: held back."""
 
-    seated: list[LiveSession] = field(default_factory=list)
-    evict: list[LiveSession] = field(default_factory=list)
+    runnable: list[ServerSession] = field(default_factory=list)
+    evict: list[ServerSession] = field(default_factory=list)
     short: int = 0
     waiting: int = 0
 
 
-def _need(live: LiveSession) -> int:
+def _need(live: ServerSession) -> int:
     """Cache tokens it takes to let a session advance once."""
     return live.ledger.prompt_left or 1
 
 
-def arrange(
-    lives: Sequence[LiveSession], kv_free: int, kept_tokens: int, now_ms: float, idle_ms: float
-) -> MemoryPlan:
+def schedule_kv(
+    lives: Sequence[ServerSession], kv_free: int, kept_tokens: int, now_ms: float, idle_ms: float
+) -> KvPlacement:
     """Seat as many sessions as memory allows; see the module's order of sacrifice."""
-    plan = MemoryPlan()
+    plan = KvPlacement()
     running, fresh, idle = [], [], []
     for live in lives:
         if not live.ledger.ready:
             # A session without KV and without a round has nothing to ask of this step.
             if live.ledger.cached or not live.ledger.prompt_left:
-                plan.seated.append(live)
-            if live.ledger.cached and now_ms - live.heard_ms >= idle_ms:
+                plan.runnable.append(live)
+            if live.ledger.cached and now_ms - live.last_seen_ms >= idle_ms:
                 idle.append(live)
         elif live.ledger.prompt_left:
             fresh.append(live)
@@ -51,26 +51,26 @@ def arrange(
             running.append(live)
     need = len(running) + sum(_need(live) for live in fresh)
     if need <= kv_free:
-        plan.seated += running
-        plan.seated += fresh
+        plan.runnable += running
+        plan.runnable += fresh
         return plan
     plan.short = min(kept_tokens, need - kv_free)
     room = kv_free + plan.short
-    for live in sorted(idle, key=lambda one: one.heard_ms):
+    for live in sorted(idle, key=lambda one: one.last_seen_ms):
         if room >= need:
             break
         room += live.ledger.cached
         plan.evict.append(live)
-        plan.seated.remove(live)
+        plan.runnable.remove(live)
     room = _seat_running(plan, running, fresh, room)
     # Sleepers come back or turn idle; with neither them nor runners, somebody must be let in now.
-    alone = not running and not any(live.ledger.cached for live in plan.seated)
+    alone = not running and not any(live.ledger.cached for live in plan.runnable)
     _seat_fresh(plan, fresh, room, alone)
     return plan
 
 
 def _seat_running(
-    plan: MemoryPlan, running: list[LiveSession], fresh: list[LiveSession], room: int
+    plan: KvPlacement, running: list[ServerSession], fresh: list[ServerSession], room: int
 ) -> int:
     """Seat who decodes, if need be at the cost of half-prefilled prompts, then of each other;
     returns the room that is left."""
@@ -88,22 +88,22 @@ def _seat_running(
         plan.evict.append(victim)
         plan.waiting += 1
         room += victim.ledger.cached
-    plan.seated += order
+    plan.runnable += order
     return room - len(order)
 
 
-def _seat_fresh(plan: MemoryPlan, fresh: list[LiveSession], room: int, alone: bool) -> None:
+def _seat_fresh(plan: KvPlacement, fresh: list[ServerSession], room: int, alone: bool) -> None:
     order = sorted(fresh, key=lambda one: (not one.ledger.cached, one.ledger.waiting_from_ms))
-    seated = 0
+    runnable = 0
     for live in order:
         need = _need(live)
         if need <= room:
             room -= need
-            seated += 1
-            plan.seated.append(live)
+            runnable += 1
+            plan.runnable.append(live)
         else:
             plan.waiting += 1
-    if alone and not seated and order:
+    if alone and not runnable and order:
         # Half-prefilled prompts that block each other: all but the first give back what they hold.
         plan.evict += [live for live in order[1:] if live.ledger.cached]
-        plan.seated.append(order[0])
+        plan.runnable.append(order[0])

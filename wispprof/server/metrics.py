@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from wispprof.artifacts.plan import BatchRow
 from wispprof.fitting.drift import DriftStatus
-from wispprof.sessions.commit_result import Committed, Tally
+from wispprof.sessions.commit_result import CommitResult, DraftCounters
 from wispprof.types import Slo
 
 __all__ = ["Metrics", "StepRecord", "slo_class"]
@@ -112,7 +112,7 @@ class Metrics:
         self.verified = counter("spec_decode_num_verified_tokens", "Draft tokens verified.")
         self.accepted = counter("spec_decode_num_accepted_tokens", "Draft tokens accepted.")
         self.wasted = counter("draft_tokens_wasted", "Draft tokens contradicted or withdrawn.")
-        self.trimmed = counter(
+        self.cut_drafts = counter(
             "draft_tokens_trimmed", "Draft tokens the policy left out of a step."
         )
         self.dropped = counter("draft_tokens_dropped", "Draft tokens refused by merge.", "reason")
@@ -155,7 +155,7 @@ class Metrics:
         for cell, ratio in status.cells:
             self.wrong_cells.labels(str(cell)).set(ratio)
 
-    def commit(self, commit: Committed, since_ms: float, ttft: bool) -> None:
+    def commit(self, commit: CommitResult, since_ms: float, ttft: bool) -> None:
         """``since_ms``: since the request (first token), or since the session's last commit."""
         self.queue.observe(commit.queue_ms / 1000.0)
         if ttft:
@@ -166,14 +166,16 @@ class Metrics:
             self.verified.inc(commit.drafted)
             self.accept_length.observe(commit.accepted)
 
-    def ended(self, slo: Slo, tally: Tally, reason: str, kept: bool | None, e2e_ms: float) -> None:
+    def ended(
+        self, slo: Slo, counters: DraftCounters, reason: str, kept: bool | None, e2e_ms: float
+    ) -> None:
         """A session is over. ``kept``: whether its SLO held, ``None`` where that says nothing."""
         self.success.labels(reason).inc()
-        self.drafted.inc(tally.drafted)
-        self.accepted.inc(tally.accepted)
-        self.wasted.inc(tally.wasted)
-        self.trimmed.inc(tally.trimmed)
-        for why, count in tally.dropped.items():
+        self.drafted.inc(counters.drafted)
+        self.accepted.inc(counters.accepted)
+        self.wasted.inc(counters.wasted)
+        self.cut_drafts.inc(counters.cut_drafts)
+        for why, count in counters.dropped.items():
             self.dropped.labels(why).inc(count)
         self.e2e.observe(e2e_ms / 1000.0)
         if kept is None:

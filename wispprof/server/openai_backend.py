@@ -24,12 +24,12 @@ from wispprof.openai_api.openai_protocol import (
     event,
     usage,
 )
-from wispprof.openai_api.text import StopScanner, TextSide, TextStream
+from wispprof.openai_api.text import ChatTokenizer, StopScanner, TextStream
 from wispprof.server.admission import Refused
 from wispprof.server.request_validation import check_key
-from wispprof.server.session import GenerationRequest, LiveSession
+from wispprof.server.session import ServerSession, SessionRequest
 from wispprof.server.verification_server import VerificationServer
-from wispprof.sessions.commit_result import Committed
+from wispprof.sessions.commit_result import CommitResult
 from wispprof.types import Slo
 
 __all__ = ["add_openai"]
@@ -37,7 +37,7 @@ __all__ = ["add_openai"]
 _STATUS = {"busy": 429, "slo": 429, "limit": 429, "draining": 503, "internal": 500, "frame": 400}
 
 
-def add_openai(app: FastAPI, server: VerificationServer, text: TextSide) -> None:
+def add_openai(app: FastAPI, server: VerificationServer, text: ChatTokenizer) -> None:
     """Add ``/v1/models``, ``/v1/completions`` and ``/v1/chat/completions``.
 
     Beside OpenAI's own fields a request may state its SLO: ``tokens_per_s`` and ``ttft_ms``. What cannot
@@ -45,14 +45,14 @@ def add_openai(app: FastAPI, server: VerificationServer, text: TextSide) -> None
     """
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, fault: RequestValidationError) -> JSONResponse:
-        first = fault.errors()[0]
+    async def invalid(_: Request, err: RequestValidationError) -> JSONResponse:
+        first = err.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:])
         return JSONResponse(error_body(f"{where}: {first['msg']}", param=where or None), 400)
 
     @app.exception_handler(WispprofError)
-    async def refused(_: Request, fault: WispprofError) -> JSONResponse:
-        return _refusal(fault)
+    async def refused(_: Request, err: WispprofError) -> JSONResponse:
+        return _refusal(err)
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
@@ -86,48 +86,48 @@ def _authorise(server: VerificationServer, request: Request) -> str:
     return key
 
 
-def _refusal(fault: WispprofError) -> JSONResponse:
-    if isinstance(fault, ApiError):
-        kind = "authentication_error" if fault.status == 401 else "invalid_request_error"
-        return JSONResponse(error_body(str(fault), kind, fault.param), fault.status)
-    if not isinstance(fault, Refused):
-        return JSONResponse(error_body(str(fault), "server_error"), 500)
-    status = _STATUS.get(fault.code, 500)
-    if fault.code == "limit" and not fault.retry_ms:
+def _refusal(err: WispprofError) -> JSONResponse:
+    if isinstance(err, ApiError):
+        kind = "authentication_error" if err.status == 401 else "invalid_request_error"
+        return JSONResponse(error_body(str(err), kind, err.param), err.status)
+    if not isinstance(err, Refused):
+        return JSONResponse(error_body(str(err), "server_error"), 500)
+    status = _STATUS.get(err.code, 500)
+    if err.code == "limit" and not err.retry_ms:
         status = 400  # no waiting makes a prompt shorter
-    body = error_body(str(fault), "invalid_request_error" if status == 400 else "rate_limit_error")
-    body["error"]["code"] = fault.code
-    if fault.nearest_tokens_per_s:
-        body["error"]["nearest_tokens_per_s"] = fault.nearest_tokens_per_s
+    body = error_body(str(err), "invalid_request_error" if status == 400 else "rate_limit_error")
+    body["error"]["code"] = err.code
+    if err.nearest_tokens_per_s:
+        body["error"]["nearest_tokens_per_s"] = err.nearest_tokens_per_s
     headers = {}
     if status in (429, 503):
-        headers["retry-after"] = str(max(1, round(fault.retry_ms / 1000.0)))
+        headers["retry-after"] = str(max(1, round(err.retry_ms / 1000.0)))
     return JSONResponse(body, status, headers)
 
 
-def _prompt_tokens(text: TextSide, body: CompletionRequest) -> tuple[int, ...]:
+def _prompt_tokens(text: ChatTokenizer, body: CompletionRequest) -> tuple[int, ...]:
     given = body.one_prompt()
     return text.encode(given) if isinstance(given, str) else tuple(given)
 
 
 def _request(
     server: VerificationServer,
-    text: TextSide,
+    text: ChatTokenizer,
     body: ChatRequest | CompletionRequest,
     tokens: tuple[int, ...],
     most: int | None,
-) -> GenerationRequest:
+) -> SessionRequest:
     body.check()
     more = body.model_extra or {}
     try:
         speed = float(more.get("tokens_per_s", server.settings.http_tokens_per_s))
         ttft = more.get("ttft_ms")
         slo = Slo(speed, None if ttft is None else float(ttft))
-    except (TypeError, ValueError) as fault:
-        raise ApiError(f"Bad SLO: {fault}", param="tokens_per_s") from fault
+    except (TypeError, ValueError) as err:
+        raise ApiError(f"Bad SLO: {err}", param="tokens_per_s") from err
     if body.model and body.model != server.model.id:
         raise ApiError(f"The model here is {server.model.id!r}.", status=404, param="model")
-    return GenerationRequest(
+    return SessionRequest(
         tokens=tokens,
         max_new=most or server.settings.http_max_tokens,
         slo=slo,
@@ -140,25 +140,25 @@ def _request(
 class _Generation:
     """One request's session, as its owner; iterate over :meth:`pieces` for the text."""
 
-    def __init__(self, server: VerificationServer, text: TextSide, key: str) -> None:
+    def __init__(self, server: VerificationServer, text: ChatTokenizer, key: str) -> None:
         self.key = key
         self.tokens: list[int] = []
         self.finished = ""
         self._server = server
         self._text = text
-        self._news: asyncio.Queue[Committed | Refused] = asyncio.Queue()
-        self.live: LiveSession | None = None
+        self._news: asyncio.Queue[CommitResult | Refused] = asyncio.Queue()
+        self.live: ServerSession | None = None
 
-    def open(self, request: GenerationRequest) -> None:
+    def open(self, request: SessionRequest) -> None:
         self.live = self._server.open(request, self)
         self._request = request
 
     def committed(
-        self, live: LiveSession, commit: Committed, verify_ms: float, load_level: int
+        self, live: ServerSession, commit: CommitResult, verify_ms: float, load_level: int
     ) -> None:
         self._news.put_nowait(commit)
 
-    def failed(self, live: LiveSession, code: str, message: str, retry_ms: float = 0.0) -> None:
+    def failed(self, live: ServerSession, code: str, message: str, retry_ms: float = 0.0) -> None:
         self._news.put_nowait(Refused(code, message, retry_ms=retry_ms))
 
     @property
@@ -202,7 +202,7 @@ class _Generation:
 
 async def _respond(
     server: VerificationServer,
-    text: TextSide,
+    text: ChatTokenizer,
     body: ChatRequest | CompletionRequest,
     request: Request,
     key: str,
@@ -241,5 +241,5 @@ async def _events(
             if wants_usage:
                 yield answer.counted(generation.usage)
             yield "data: [DONE]\n\n"
-        except Refused as fault:
-            yield event(error_body(str(fault), "server_error"))
+        except Refused as err:
+            yield event(error_body(str(err), "server_error"))

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["KeptCaches", "Prefix", "common_prefix"]
+__all__ = ["Prefix", "PrefixCache", "common_prefix"]
 
 LEAST_REUSE = 8
 """Shorter prefixes are not worth an engine call."""
@@ -39,7 +39,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return low
 
 
-class KeptCaches:
+class PrefixCache:
     """Ended sessions whose KV stays, least recently used first. Knows names and tokens, no engine."""
 
     def __init__(self, most: int, ttl_ms: float) -> None:

@@ -18,7 +18,7 @@ import uvicorn
 from wispprof import protocol
 from wispprof.errors import RuntimeFault, WispprofError
 from wispprof.server.app import make_app
-from wispprof.server.coalescing_loop import EagerReader, run_front
+from wispprof.server.coalescing_loop import EagerReader, run_coalescing
 from wispprof.server.dashboard import watch
 from wispprof.server.startup import build_server
 from wispprof.server.verification_server import VerificationServer
@@ -56,15 +56,15 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=1024)
-    except socket.gaierror as fault:
-        raise WispprofError(f"There is no host {host!r}.", "Check --host.") from fault
-    except OSError as fault:
-        if fault.errno == errno.EADDRINUSE:
+    except socket.gaierror as err:
+        raise WispprofError(f"There is no host {host!r}.", "Check --host.") from err
+    except OSError as err:
+        if err.errno == errno.EADDRINUSE:
             raise WispprofError(
                 f"Port {port} on {host} is in use.",
                 "Stop what listens there, or give another --port.",
-            ) from fault
-        raise WispprofError(f"Cannot listen on {host}:{port}: {fault.strerror}.") from fault
+            ) from err
+        raise WispprofError(f"Cannot listen on {host}:{port}: {err.strerror}.") from err
 
 
 class _Uvicorn(uvicorn.Server):
@@ -129,7 +129,7 @@ async def running_server(
     **parts: Any,
 ) -> AsyncIterator[RunningServer]:
     """A real server on a free loopback port, in this process and event loop (under
-    :func:`~wispprof.server.coalescing_loop.run_front` it reads frames as ``wispprof serve`` does).
+    :func:`~wispprof.server.coalescing_loop.run_coalescing` it reads frames as ``wispprof serve`` does).
 
     With ``engine`` and ``model`` no model is loaded; ``parts`` go to :class:`VerificationServer`.
     On leaving, everything it held is released, and what its loop died of is raised.
@@ -177,7 +177,7 @@ def serve(
     """
     listener = bind(settings.host, settings.port)
     try:
-        run_front(_serve(settings, listener, announce, parts))
+        run_coalescing(_serve(settings, listener, announce, parts))
     finally:
         listener.close()
 
@@ -198,7 +198,7 @@ async def _serve(
             front.leave()
             stopping.cancel()
             return
-        log.info("draining: %d sessions", len(server.house))
+        log.info("draining: %d sessions", len(server.manager))
         stopping = asyncio.create_task(leave(), name="drain")
 
     async def leave() -> None:

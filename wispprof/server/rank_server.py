@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from wispprof.errors import EngineError
-from wispprof.openai_api.text import TextSide
+from wispprof.openai_api.text import ChatTokenizer
 from wispprof.server.process import serve
 from wispprof.server.verification_server import VerificationServer
 from wispprof.settings.server_settings import ServerSettings
 
-__all__ = ["is_rank", "launch", "leads", "serve_ranks"]
+__all__ = ["is_rank", "is_rank0", "launch", "serve_ranks"]
 
 
 def is_rank() -> bool:
@@ -26,7 +26,7 @@ def is_rank() -> bool:
     return "RANK" in os.environ
 
 
-def leads() -> bool:
+def is_rank0() -> bool:
     """Whether this rank answers for its group."""
     return os.environ.get("RANK") == "0"
 
@@ -51,8 +51,8 @@ def launch(size: int) -> None:
         torchrun(["--standalone", "--nproc-per-node", str(size), program, *sys.argv[1:]])
     except SignalException:
         return  # we were told to end; the ranks were told, and have drained
-    except ChildFailedError as fault:
-        rank, failure = fault.get_first_failure()
+    except ChildFailedError as err:
+        rank, failure = err.get_first_failure()
         raise EngineError(
             f"Rank {rank} of {size} ended with code {failure.exitcode}; the others were stopped.",
             "Its own message stands above.",
@@ -67,7 +67,7 @@ def serve_ranks(
     Raises :class:`EngineError` where the ranks fell apart while serving.
     """
     from wispprof.engines.ranks import join
-    from wispprof.engines.torch.multi_rank_engine import LeaderEngine, follow
+    from wispprof.engines.torch.multi_rank_engine import MultiRankEngine, follow
     from wispprof.server.startup import load_engine
 
     ranks = join(settings.tensor_parallel, settings.device)
@@ -79,9 +79,9 @@ def serve_ranks(
                 signal.signal(one, signal.SIG_IGN)
             follow(engine, ranks)
             return
-        leader = LeaderEngine(engine, ranks, on_broken=_ask_to_end)
+        leader = MultiRankEngine(engine, ranks, on_broken=_ask_to_end)
         try:
-            text = TextSide(tokenizer) if tokenizer is not None else None
+            text = ChatTokenizer(tokenizer) if tokenizer is not None else None
             serve(settings, announce, engine=leader, model=model, text=text)
         finally:
             leader.end()

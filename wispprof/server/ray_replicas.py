@@ -80,11 +80,11 @@ def _ray() -> tuple[Any, Any]:
     try:
         import ray
         from ray import serve
-    except ImportError as fault:
+    except ImportError as err:
         raise RuntimeFault(
             "Replicas need Ray Serve, which is not installed.",
             'Install it: pip install "wispprof[ray]".',
-        ) from fault
+        ) from err
     return ray, serve
 
 
@@ -185,12 +185,12 @@ def serve_replicas(
         app = deployment(settings, replicas, most=most, build=build, gpus=_gpus(settings))
         try:
             serve.run(app, name=NAME, route_prefix="/")
-        except RuntimeError as fault:
-            reason = str(fault).strip().splitlines()[-1]
+        except RuntimeError as err:
+            reason = str(err).strip().splitlines()[-1]
             raise RuntimeFault(
                 f"Ray Serve could not start {replicas} replicas: {reason}",
                 "See `ray status` for what the cluster has free, and the replicas' logs.",
-            ) from fault
+            ) from err
         announce()
         over.wait()
         log.info("shutting down: replicas finish, edges resume elsewhere")
@@ -231,8 +231,8 @@ def _metrics_of(server: Any, settings: ServerSettings, rank: int) -> Any:
     port = settings.port + 1 + rank
     try:
         listener, _ = start_http_server(port, settings.host, registry=server.metrics.registry)
-    except OSError as fault:
-        log.warning("no metrics of replica %d: port %d: %s", rank, port, fault.strerror)
+    except OSError as err:
+        log.warning("no metrics of replica %d: port %d: %s", rank, port, err.strerror)
         return None
     log.info("metrics of replica %d: http://%s:%d/metrics", rank, settings.host, port)
     return listener

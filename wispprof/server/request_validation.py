@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from wispprof import protocol
 from wispprof.errors import HandshakeRefused, ProtocolError
-from wispprof.server.session import GenerationRequest
+from wispprof.server.session import SessionRequest
 from wispprof.types import Sampling, ServedModel, Slo
 
 __all__ = ["check_draft", "check_hello", "check_key", "request_of"]
@@ -51,13 +51,13 @@ def check_hello(hello: protocol.Hello, model: ServedModel, allowed: Sequence[str
         )
 
 
-def request_of(frame: protocol.Open) -> GenerationRequest:
+def request_of(frame: protocol.Open) -> SessionRequest:
     """An opening frame as a request. Raises :class:`ProtocolError` on values that mean nothing."""
     try:
         sampling = Sampling(frame.temperature, frame.top_k, frame.top_p, frame.seed)
         slo = Slo(frame.tokens_per_s, frame.ttft_ms)
-    except ValueError as fault:
-        raise ProtocolError(f"Bad opening frame: {fault}.", "Correct the request.") from fault
+    except ValueError as err:
+        raise ProtocolError(f"Bad opening frame: {err}.", "Correct the request.") from err
     numbers = [frame.temperature, frame.top_p, frame.tokens_per_s, frame.ttft_ms or 0.0]
     if not all(math.isfinite(number) for number in numbers) or (frame.ttft_ms or 1.0) <= 0:
         raise ProtocolError(
@@ -66,7 +66,7 @@ def request_of(frame: protocol.Open) -> GenerationRequest:
         )
     if not -(1 << 63) <= frame.seed < 1 << 63:
         raise ProtocolError("Bad opening frame: a seed has 64 bits.", "Choose a smaller seed.")
-    return GenerationRequest(
+    return SessionRequest(
         tokens=tuple(frame.tokens),
         max_new=frame.max_new,
         slo=slo,
@@ -81,13 +81,13 @@ def check_draft(frame: protocol.Draft, vocab_size: int) -> None:
     """Raises :class:`ProtocolError` on a draft frame that no honest edge sends."""
     count = len(frame.tokens)
     if count > protocol.MAX_DRAFTS:
-        fault = f"{count} drafts in one frame; the limit is {protocol.MAX_DRAFTS}"
-    elif len(frame.survival) != count:
-        fault = f"{count} drafts with {len(frame.survival)} survival bytes"
+        err = f"{count} drafts in one frame; the limit is {protocol.MAX_DRAFTS}"
+    elif len(frame.acceptance_prob) != count:
+        err = f"{count} drafts with {len(frame.acceptance_prob)} acceptance bytes"
     elif not (0 <= frame.epoch < MAX_POSITION and 0 <= frame.base < MAX_POSITION):
-        fault = f"epoch {frame.epoch} or base {frame.base} out of range"
+        err = f"epoch {frame.epoch} or base {frame.base} out of range"
     elif frame.tokens and (min(frame.tokens) < 0 or max(frame.tokens) >= vocab_size):
-        fault = f"a token outside the vocabulary of {vocab_size}"
+        err = f"a token outside the vocabulary of {vocab_size}"
     else:
         return
-    raise ProtocolError(f"Bad draft frame: {fault}.", "Use a client of the same protocol version.")
+    raise ProtocolError(f"Bad draft frame: {err}.", "Use a client of the same protocol version.")

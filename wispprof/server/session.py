@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from wispprof.sessions.commit_result import Committed
-from wispprof.sessions.session_state import ServerSession
+from wispprof.sessions.commit_result import CommitResult
+from wispprof.sessions.session_state import SessionState
 from wispprof.types import Sampling, Slo
 
-__all__ = ["GenerationRequest", "LiveSession", "Owner"]
+__all__ = ["ServerSession", "SessionListener", "SessionRequest"]
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationRequest:
+class SessionRequest:
     """What a client asks for, whichever door it came through.
 
     ``tokens``: prompt and what was committed before, the last ``generated`` of them output.
@@ -28,40 +28,40 @@ class GenerationRequest:
     undrafted: bool = False
 
 
-class Owner(Protocol):
+class SessionListener(Protocol):
     """Whoever opened a session: a WebSocket connection or an HTTP request. Called on the event loop
     and must not block."""
 
     key: str
 
     def committed(
-        self, live: LiveSession, commit: Committed, verify_ms: float, load_level: int
+        self, live: ServerSession, commit: CommitResult, verify_ms: float, load_level: int
     ) -> None: ...
 
-    def failed(self, live: LiveSession, code: str, message: str, retry_ms: float = 0.0) -> None:
+    def failed(self, live: ServerSession, code: str, message: str, retry_ms: float = 0.0) -> None:
         """The session ended without its owner's wish; nothing of it is left."""
 
 
 @dataclass(slots=True, eq=False)
-class LiveSession:
+class ServerSession:
     """One open session. ``number`` is the owner's name for it, ``ledger.session`` the engine's.
 
-    ``heard_ms``: last sign of life from either side; ``told_ms``: its last commit. ``held``: the engine
+    ``last_seen_ms``: last sign of life from either side; ``last_commit_ms``: its last commit. ``held``: the engine
     has opened it (set in its thread), with ``reused`` tokens of another session's cache; ``opened``: the
     event loop knows that. ``closing``: why its
     owner left while a step was under way.
     """
 
-    ledger: ServerSession
+    ledger: SessionState
     sampling: Sampling
-    owner: Owner
+    owner: SessionListener
     number: int
-    heard_ms: float
+    last_seen_ms: float
     held: bool = False
     opened: bool = False
     closing: str = ""
     reused: int = 0
-    told_ms: float = 0.0
+    last_commit_ms: float = 0.0
 
     @property
     def name(self) -> str:

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wispprof.errors import ModelMissing
-from wispprof.openai_api.text import TextSide
+from wispprof.openai_api.text import ChatTokenizer
 from wispprof.server.verification_server import VerificationServer
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.types import Engine, ServedModel
 
 if TYPE_CHECKING:
     from wispprof.engines.ranks import Ranks
-    from wispprof.engines.torch.engine import VerifierEngine
+    from wispprof.engines.torch.engine import TorchEngine
 
-__all__ = ["build_server", "foreign", "load_engine"]
+__all__ = ["build_server", "load_engine", "warn_about_other_machines"]
 
 log = logging.getLogger("wispprof.server")
 
@@ -43,16 +43,16 @@ def build_server(
         from wispprof.artifacts.plan import load_plan
 
         parts["plan"] = load_plan(settings.plan)
-    for line in foreign(settings):
+    for line in warn_about_other_machines(settings):
         log.warning(line)
     if engine is None or model is None:
         engine, model, tokenizer = load_engine(settings)
         if tokenizer is not None:
-            parts.setdefault("text", TextSide(tokenizer))
+            parts.setdefault("text", ChatTokenizer(tokenizer))
     return VerificationServer(engine, model, settings, **parts)
 
 
-def foreign(settings: ServerSettings) -> list[str]:
+def warn_about_other_machines(settings: ServerSettings) -> list[str]:
     """A line for each artifact that was made on another machine, or of another estimator, than serves."""
     from wispprof.artifacts import read_document
     from wispprof.hardware import computing_on, made_elsewhere
@@ -78,7 +78,7 @@ def foreign(settings: ServerSettings) -> list[str]:
 
 def load_engine(
     settings: ServerSettings, ranks: Ranks | None = None
-) -> tuple[VerifierEngine, ServedModel, Any]:
+) -> tuple[TorchEngine, ServedModel, Any]:
     """The verifier engine of the settings' target, its identity, its tokenizer. Imports torch.
 
     ``ranks``: this rank's engine, over its share of the target.
@@ -86,12 +86,12 @@ def load_engine(
     if not settings.target:
         raise ModelMissing("No target model was named.", "Give --target, a folder or a hub id.")
     from wispprof.engines.loading import load_model
-    from wispprof.engines.torch.engine import VerifierEngine
+    from wispprof.engines.torch.engine import TorchEngine
 
     loaded = load_model(settings.target, settings.dtype, settings.device, ranks)
     info = loaded.info
     kv_tokens = settings.kv_tokens or _default_kv_tokens(loaded.device.type, info, ranks)
-    engine = VerifierEngine(
+    engine = TorchEngine(
         loaded,
         kv_tokens=kv_tokens,
         max_sessions=settings.max_sessions + settings.kept_sessions,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from wispprof.artifacts.plan import BatchRow, Plan
 from wispprof.policies import Limits
-from wispprof.server.session_manager import House
+from wispprof.server.session_manager import SessionManager
 from wispprof.settings.server_settings import ServerSettings
 
 __all__ = ["StepLimits"]
@@ -16,10 +16,12 @@ class StepLimits:
     The settings stay the most that a row may allow: they say what this server's operator wants of it.
     """
 
-    def __init__(self, settings: ServerSettings, plan: Plan | None, house: House) -> None:
+    def __init__(
+        self, settings: ServerSettings, plan: Plan | None, manager: SessionManager
+    ) -> None:
         self.plan = plan
         self._settings = settings
-        self._house = house
+        self._house = manager
         self._rows: dict[tuple[float, int], BatchRow] = {}
 
     @property

@@ -33,7 +33,7 @@ class StepLog:
     was predicted and the plan's ``row`` that bounded the step, where they are known.
 
     What was handed over is on disk after ``flush_s`` at the latest, and after :meth:`close`. A disk that
-    fails ends the log, not the server: :attr:`fault` says why, and so does the server's own log.
+    fails ends the log, not the server: :attr:`err` says why, and so does the server's own log.
     Raises :class:`WispprofError` where the file cannot be opened.
     """
 
@@ -41,16 +41,16 @@ class StepLog:
         self.path = Path(path)
         self.written = 0
         self.left_out = 0
-        self.fault = ""
+        self.err = ""
         self._flush_s = flush_s
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
-        except OSError as fault:
+        except OSError as err:
             raise WispprofError(
-                f"The step log {self.path} cannot be opened: {fault.strerror}.",
+                f"The step log {self.path} cannot be opened: {err.strerror}.",
                 "Give --step-log a file that can be written.",
-            ) from fault
+            ) from err
         self._waiting: queue.SimpleQueue[_Step | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="step log", daemon=True)
         self._thread.start()
@@ -63,7 +63,7 @@ class StepLog:
         row: BatchRow | None = None,
     ) -> None:
         """Take a step; never waits."""
-        if self.fault or self._waiting.qsize() >= _MOST_WAITING:
+        if self.err or self._waiting.qsize() >= _MOST_WAITING:
             self.left_out += 1
             return
         self._waiting.put((shape.items, actual_ms, p50_ms, "" if row is None else row.cell))
@@ -78,9 +78,9 @@ class StepLog:
         try:
             with self._file:
                 self._drain()
-        except OSError as fault:
-            self.fault = fault.strerror or str(fault)
-            log.error("the step log %s ended: %s", self.path, self.fault)
+        except OSError as err:
+            self.err = err.strerror or str(err)
+            log.error("the step log %s ended: %s", self.path, self.err)
 
     def _drain(self) -> None:
         dirty_s: float | None = None

@@ -3,7 +3,7 @@
 A fitted estimator is watched by :class:`~wispprof.fitting.drift.DriftMonitor`: policies ask the corrected
 one, and where the steps have left the profile for good the log says so, with the cells that went wrong.
 Without a fitted one the server learns its own (:class:`LearningEstimator`). Either way every step's
-predicted and measured time meet in :meth:`StepClock.observe`.
+predicted and measured time meet in :meth:`StepTimeTracker.observe`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 from wispprof.fitting import FittedEstimator
 from wispprof.fitting.drift import Cell, DriftMonitor, DriftSettings, DriftStatus
 from wispprof.server.online_estimator import LearningEstimator
-from wispprof.types import BatchShape, StepEstimator
+from wispprof.types import BatchShape, StepTimeEstimator
 
-__all__ = ["StepClock"]
+__all__ = ["StepTimeTracker"]
 
 log = logging.getLogger("wispprof.server")
 
@@ -30,7 +30,7 @@ _SAME = 0.005
 """Corrections smaller than this leave the estimator alone: policies keep what they know of it."""
 
 
-class StepClock:
+class StepTimeTracker:
     """``fitted``: the estimator to start from; ``None`` learns one from this server's steps.
 
     A fitted estimator of another kind than :class:`FittedEstimator` (a test's, a formula) is used as it is.
@@ -38,7 +38,7 @@ class StepClock:
 
     def __init__(
         self,
-        fitted: StepEstimator | None,
+        fitted: StepTimeEstimator | None,
         window: int = 128,
         drift: DriftSettings | None = None,
     ) -> None:
@@ -66,7 +66,7 @@ class StepClock:
         return self._fitted is None
 
     @property
-    def estimator(self) -> StepEstimator:
+    def estimator(self) -> StepTimeEstimator:
         """What policies should ask now, corrections included."""
         return self._learnt if self._now is None else self._now
 

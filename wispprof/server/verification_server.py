@@ -13,20 +13,20 @@ from collections.abc import Callable
 from wispprof import protocol
 from wispprof.artifacts.plan import BatchRow, Plan
 from wispprof.errors import EngineError, RuntimeFault
-from wispprof.openai_api.text import TextSide
+from wispprof.openai_api.text import ChatTokenizer
 from wispprof.policies import BatchPolicy, make_batch_policy
 from wispprof.server.admission import Admission, Refused
-from wispprof.server.engine_loop import StepLoop
+from wispprof.server.engine_loop import EngineLoop
 from wispprof.server.engine_thread import EngineWorker
 from wispprof.server.metrics import Metrics
 from wispprof.server.online_estimator import warmup_shapes
-from wispprof.server.session import GenerationRequest, LiveSession, Owner
-from wispprof.server.session_manager import House
+from wispprof.server.session import ServerSession, SessionListener, SessionRequest
+from wispprof.server.session_manager import SessionManager
 from wispprof.server.step_limits import StepLimits
 from wispprof.server.step_log import StepLog
-from wispprof.server.step_time_tracker import StepClock
+from wispprof.server.step_time_tracker import StepTimeTracker
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.types import BatchShape, Engine, Feed, Sampling, ServedModel, StepEstimator
+from wispprof.types import BatchShape, Engine, Sampling, ServedModel, StepInput, StepTimeEstimator
 
 __all__ = ["VerificationServer", "monotonic_ms"]
 
@@ -53,9 +53,9 @@ class VerificationServer:
         settings: ServerSettings,
         *,
         policy: BatchPolicy | None = None,
-        estimator: StepEstimator | None = None,
+        estimator: StepTimeEstimator | None = None,
         plan: Plan | None = None,
-        text: TextSide | None = None,
+        text: ChatTokenizer | None = None,
         now_ms: Callable[[], float] = monotonic_ms,
     ) -> None:
         self.settings = settings
@@ -64,17 +64,17 @@ class VerificationServer:
         self.text = text
         self.policy = policy or make_batch_policy(settings.policy, **settings.policy_options)
         self.metrics = Metrics()
-        self.clock = StepClock(estimator)
+        self.clock = StepTimeTracker(estimator)
         self.now_ms = now_ms
         self.draining = False
         self.started = False
-        self._worker = EngineWorker(engine, settings.gather_ms)
-        self.house = House(
+        self._worker = EngineWorker(engine, settings.coalesce_ms)
+        self.manager = SessionManager(
             settings, self._worker, self.clock, self.metrics, model.max_context, self.policy.stream
         )
-        self._limits = StepLimits(settings, plan, self.house)
-        self.loop = StepLoop(
-            self.house,
+        self._limits = StepLimits(settings, plan, self.manager)
+        self.loop = EngineLoop(
+            self.manager,
             self._worker,
             self.policy,
             self.clock,
@@ -82,9 +82,9 @@ class VerificationServer:
             self._limits,
             now_ms,
         )
-        self.house.ring = self.loop.ring
-        self.admission = Admission(settings, self.house, self.clock, model)
-        self.house.spend = self.admission.budget.spend
+        self.manager.wake = self.loop.wake
+        self.admission = Admission(settings, self.manager, self.clock, model)
+        self.manager.spend = self.admission.budget.spend
         self._task: asyncio.Task[None] | None = None
 
     # --- life ---------------------------------------------------------------------------------
@@ -111,9 +111,9 @@ class VerificationServer:
         try:
             if task is not None:
                 await task
-            for live in list(self.house.lives):
-                self.house.fail(live, "draining", "The server is shutting down.", 1_000.0)
-            await self.house.forget_kept()
+            for live in list(self.manager.lives):
+                self.manager.fail(live, "draining", "The server is shutting down.", 1_000.0)
+            await self.manager.forget_kept()
         finally:
             self._worker.stop()
             if self.loop.step_log is not None:
@@ -123,10 +123,12 @@ class VerificationServer:
         """Take nothing new and let sessions finish; what is left then is told to go elsewhere."""
         self.draining = True
         until = self.now_ms() + timeout_ms
-        while len(self.house) and self.now_ms() < until:
+        while len(self.manager) and self.now_ms() < until:
             await asyncio.sleep(0.02)
-        for live in list(self.house.lives):
-            self.house.fail(live, "draining", "The server is shutting down; resume elsewhere.", 0.0)
+        for live in list(self.manager.lives):
+            self.manager.fail(
+                live, "draining", "The server is shutting down; resume elsewhere.", 0.0
+            )
 
     @property
     def ready(self) -> bool:
@@ -139,8 +141,8 @@ class VerificationServer:
         # Without its loop a server only looks alive: /ready and every owner must hear of it.
         self.draining = True
         log.critical("the step loop died", exc_info=task.exception())
-        for live in list(self.house.lives):
-            self.house.fail(live, "internal", "The server's step loop died.")
+        for live in list(self.manager.lives):
+            self.manager.fail(live, "internal", "The server's step loop died.")
 
     @property
     def batch_row(self) -> BatchRow | None:
@@ -151,7 +153,7 @@ class VerificationServer:
 
     @property
     def load_level(self) -> int:
-        return self.house.load_level
+        return self.manager.load_level
 
     @property
     def kv_free(self) -> int:
@@ -163,34 +165,36 @@ class VerificationServer:
         """Whether sessions run in stream mode."""
         return self.policy.stream
 
-    def open(self, request: GenerationRequest, owner: Owner, number: int = 0) -> LiveSession:
+    def open(
+        self, request: SessionRequest, owner: SessionListener, number: int = 0
+    ) -> ServerSession:
         """Admit a request. Raises :class:`~wispprof.server.admission.Refused` with the code
         and the nearest thing that would be taken."""
         try:
             request = self.admission.check(request, owner.key, self.now_ms(), self.draining)
-        except Refused as fault:
-            self.metrics.refused.labels(fault.code).inc()
+        except Refused as err:
+            self.metrics.refused.labels(err.code).inc()
             raise
-        return self.house.enter(request, owner, number, self.now_ms())
+        return self.manager.enter(request, owner, number, self.now_ms())
 
-    def draft(self, live: LiveSession, frame: protocol.Draft) -> None:
+    def draft(self, live: ServerSession, frame: protocol.Draft) -> None:
         """Merge a checked draft frame into its session."""
         now = self.now_ms()
-        live.heard_ms = now
+        live.last_seen_ms = now
         live.ledger.merge(
             frame.epoch,
             frame.base,
             frame.tokens,
-            [byte / 255.0 for byte in frame.survival],
+            [byte / 255.0 for byte in frame.acceptance_prob],
             now,
             frame.slack_ms,
             frame.draft_ms,
         )
-        self.loop.ring()
+        self.loop.wake()
 
-    def close(self, live: LiveSession, reason: str = "abort") -> None:
+    def close(self, live: ServerSession, reason: str = "abort") -> None:
         """Its owner is done with a session, or gone; ``reason`` ``stop``: it has all it wanted."""
-        self.house.leave(live, self.now_ms(), reason)
+        self.manager.leave(live, self.now_ms(), reason)
 
     async def check_integrity(self) -> None:
         """Full audit between two steps: raises :class:`EngineError` where something leaked."""
@@ -214,11 +218,11 @@ def _calibrate(
         for name in names:
             engine.open(name, greedy)
             if cached:
-                engine.step([Feed(name, [0] * cached, 0, False)])
+                engine.step([StepInput(name, [0] * cached, 0, False)])
         shape = BatchShape.uniform(sessions, new, cached)
         for _ in range(2):
             begin = time.perf_counter()
-            engine.step([Feed(name, [0] * new, new - 1, True) for name in names])
+            engine.step([StepInput(name, [0] * new, new - 1, True) for name in names])
             rows.append((shape, (time.perf_counter() - begin) * 1000.0))
             for name in names:
                 engine.rollback(name, cached)

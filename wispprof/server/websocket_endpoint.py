@@ -14,13 +14,13 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from wispprof import protocol
 from wispprof.errors import HandshakeRefused, ProtocolError
 from wispprof.server.admission import Refused
-from wispprof.server.coalescing_loop import lain_ms
+from wispprof.server.coalescing_loop import socket_wait_ms
 from wispprof.server.request_validation import check_draft, check_hello, request_of
-from wispprof.server.session import LiveSession
+from wispprof.server.session import ServerSession
 from wispprof.server.verification_server import VerificationServer
-from wispprof.sessions.commit_result import Committed
+from wispprof.sessions.commit_result import CommitResult
 
-__all__ = ["EdgeLink"]
+__all__ = ["WebSocketEndpoint"]
 
 log = logging.getLogger("wispprof.server")
 
@@ -41,14 +41,14 @@ class _Hangup(Exception):
         self.code = code
 
 
-class EdgeLink:
+class WebSocketEndpoint:
     """Serves one WebSocket until it closes; then releases whatever it held."""
 
     def __init__(self, server: VerificationServer, socket: WebSocket) -> None:
         self.key = ""
         self._server = server
         self._socket = socket
-        self._sessions: dict[int, LiveSession] = {}
+        self._sessions: dict[int, ServerSession] = {}
         self._ended: dict[int, None] = {}
         self._outgoing: asyncio.Queue[bytes | None] = asyncio.Queue(server.settings.backlog_frames)
         self._problems = 0
@@ -97,7 +97,9 @@ class EdgeLink:
                 self._close(frame)
             elif isinstance(frame, protocol.Ping):
                 size = min(max(0, frame.reply_bytes), MOST_PONG_BYTES)
-                self._post(protocol.Pong(frame.number, bytes(size), protocol.brief_ms(lain_ms())))
+                self._post(
+                    protocol.Pong(frame.number, bytes(size), protocol.brief_ms(socket_wait_ms()))
+                )
             else:
                 self._problem(-1, "frame", "Hello was said already.")
                 raise _Hangup(1002)
@@ -114,11 +116,11 @@ class EdgeLink:
             if not isinstance(hello, protocol.Hello):
                 raise HandshakeRefused("The first frame must be hello.", "Send hello first.")
             check_hello(hello, server.model, server.settings.api_keys)
-        except HandshakeRefused as fault:
+        except HandshakeRefused as err:
             # The edge's own words may be in it, and may be long.
-            log.warning("refused an edge at hello: %.300s", fault)
-            self._problem(-1, "hello", str(fault))
-            raise _Hangup(1008) from fault
+            log.warning("refused an edge at hello: %.300s", err)
+            self._problem(-1, "hello", str(err))
+            raise _Hangup(1008) from err
         if server.draining:
             self._problem(-1, "draining", "The server is shutting down. Try another server.")
             raise _Hangup(1012)
@@ -145,9 +147,9 @@ class EdgeLink:
             if data is None:
                 raise ProtocolError("Text frames are not spoken here.", "Send msgpack frames.")
             return protocol.decode_edge(data)
-        except ProtocolError as fault:
-            self._problem(-1, "frame", str(fault))
-            raise _Hangup(1002) from fault
+        except ProtocolError as err:
+            self._problem(-1, "frame", str(err))
+            raise _Hangup(1002) from err
 
     def _open(self, frame: protocol.Open) -> None:
         number = frame.session
@@ -159,16 +161,14 @@ class EdgeLink:
         self._ended.pop(number, None)
         try:
             self._sessions[number] = self._server.open(request_of(frame), self, number)
-        except Refused as fault:
+        except Refused as err:
             self._end(number)
             self._post(
-                protocol.Problem(
-                    number, fault.code, str(fault), fault.retry_ms, fault.nearest_tokens_per_s
-                )
+                protocol.Problem(number, err.code, str(err), err.retry_ms, err.nearest_tokens_per_s)
             )
-        except ProtocolError as fault:
+        except ProtocolError as err:
             self._end(number)
-            self._problem(number, "frame", str(fault))
+            self._problem(number, "frame", str(err))
 
     def _draft(self, frame: protocol.Draft) -> None:
         live = self._sessions.get(frame.session)
@@ -179,8 +179,8 @@ class EdgeLink:
             return
         try:
             check_draft(frame, self._server.model.vocab_size)
-        except ProtocolError as fault:
-            self._problem(frame.session, "frame", str(fault))
+        except ProtocolError as err:
+            self._problem(frame.session, "frame", str(err))
             return
         self._server.draft(live, frame)
 
@@ -201,7 +201,7 @@ class EdgeLink:
     # --- writing ------------------------------------------------------------------------------
 
     def committed(
-        self, live: LiveSession, commit: Committed, verify_ms: float, load_level: int
+        self, live: ServerSession, commit: CommitResult, verify_ms: float, load_level: int
     ) -> None:
         if self._sessions.get(live.number) is not live:
             return
@@ -212,7 +212,7 @@ class EdgeLink:
             protocol.Commit(
                 session=live.number,
                 epoch=commit.epoch,
-                frontier=commit.frontier,
+                committed_len=commit.committed_len,
                 tokens=list(commit.tokens),
                 accepted=commit.accepted,
                 drafted=commit.drafted,
@@ -223,7 +223,7 @@ class EdgeLink:
             )
         )
 
-    def failed(self, live: LiveSession, code: str, message: str, retry_ms: float = 0.0) -> None:
+    def failed(self, live: ServerSession, code: str, message: str, retry_ms: float = 0.0) -> None:
         if self._sessions.get(live.number) is not live:
             return
         del self._sessions[live.number]
@@ -256,10 +256,10 @@ class EdgeLink:
 
 
 def _code_of(reader: asyncio.Task[None]) -> int:
-    fault = reader.exception()
-    if isinstance(fault, _Hangup):
-        return fault.code
-    if isinstance(fault, WebSocketDisconnect):
+    err = reader.exception()
+    if isinstance(err, _Hangup):
+        return err.code
+    if isinstance(err, WebSocketDisconnect):
         return 1000
-    log.error("the edge link failed", exc_info=fault)
+    log.error("the edge link failed", exc_info=err)
     return 1011

@@ -7,10 +7,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-__all__ = ["Committed", "Tally"]
+__all__ = ["CommitResult", "DraftCounters"]
 
 
-class Committed(NamedTuple):
+class CommitResult(NamedTuple):
     """What a step changed. ``tokens`` is empty after a prompt chunk that was not the last.
 
     ``accepted`` of ``drafted`` verified proposals stand; ``finished`` is "" while the session goes
@@ -21,7 +21,7 @@ class Committed(NamedTuple):
 
     session: str
     epoch: int
-    frontier: int
+    committed_len: int
     tokens: tuple[int, ...]
     accepted: int
     drafted: int
@@ -33,14 +33,14 @@ class Committed(NamedTuple):
 
 
 @dataclass(slots=True)
-class Tally:
+class DraftCounters:
     """Counts of draft tokens. ``drafted == accepted + matched + wasted + len(tail)`` at all times.
 
-    ``drafted``: taken into the tail. ``accepted``: verified and kept. ``matched``: overtaken by a
+    ``drafted``: taken into the pending_drafts. ``accepted``: verified and kept. ``matched``: overtaken by a
     commit that agreed with them, without having been verified. ``wasted``: contradicted or withdrawn.
-    ``trimmed``: held at a step and left out of it by the policy (they may be verified later).
+    ``cut_drafts``: held at a step and left out of it by the policy (they may be verified later).
     ``dropped``: tokens refused by merge, by reason; ``frames`` likewise counts the frames. Reasons: ``epoch``
-    (old), ``contradiction`` (differs from committed text), ``gap`` (begins beyond the tail), ``conflict``
+    (old), ``contradiction`` (differs from committed text), ``gap`` (begins beyond the pending_drafts), ``conflict``
     (differs from the tail within one epoch), ``overflow``, ``finished``.
     """
 
@@ -48,7 +48,7 @@ class Tally:
     accepted: int = 0
     matched: int = 0
     wasted: int = 0
-    trimmed: int = 0
+    cut_drafts: int = 0
     steps: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     frames: Counter[str] = field(default_factory=Counter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["Arrivals"]
+__all__ = ["DraftArrivals"]
 
 _WEIGHT = 0.25
 _PATIENCE = 2.0
@@ -16,7 +16,7 @@ def _blend(old: float | None, new: float) -> float:
     return new if old is None else old + _WEIGHT * (new - old)
 
 
-class Arrivals:
+class DraftArrivals:
     """Running means of one session's draft frames: gap, length, survival by place in the frame.
 
     Two waits are kept apart: the gap between frames of one epoch, and the recovery from a commit
@@ -24,7 +24,14 @@ class Arrivals:
     trip besides the drafting.
     """
 
-    __slots__ = ("_gap_ms", "_last_ms", "_length", "_recover_ms", "_recovering", "_survival")
+    __slots__ = (
+        "_acceptance_probs",
+        "_gap_ms",
+        "_last_ms",
+        "_length",
+        "_recover_ms",
+        "_recovering",
+    )
 
     def __init__(self) -> None:
         self._last_ms: float | None = None
@@ -32,9 +39,9 @@ class Arrivals:
         self._recover_ms: float | None = None
         self._recovering = False
         self._length: float | None = None
-        self._survival: list[float] = []
+        self._acceptance_probs: list[float] = []
 
-    def arrived(self, now_ms: float, survival: Sequence[float], draft_ms: float) -> None:
+    def arrived(self, now_ms: float, acceptance_prob: Sequence[float], draft_ms: float) -> None:
         """A frame that added drafts came; ``draft_ms`` is the time its drafting took."""
         if self._last_ms is not None:
             gap = now_ms - self._last_ms
@@ -51,12 +58,12 @@ class Arrivals:
         self._last_ms = now_ms
         length = self._length
         if length is None:
-            self._length = float(len(survival))
+            self._length = float(len(acceptance_prob))
         else:
-            self._length = length + _WEIGHT * (len(survival) - length)
-        usual = self._survival
+            self._length = length + _WEIGHT * (len(acceptance_prob) - length)
+        usual = self._acceptance_probs
         known = len(usual)
-        for place, value in enumerate(survival):
+        for place, value in enumerate(acceptance_prob):
             if place < known:
                 usual[place] += _WEIGHT * (value - usual[place])
             else:
@@ -75,5 +82,7 @@ class Arrivals:
         last_ms, length = self._last_ms, self._length
         if wait is None or last_ms is None or now_ms >= last_ms + _PATIENCE * wait:
             return None, (), math.inf
-        tail = () if length is None else tuple(self._survival[: max(1, round(length))])
-        return last_ms + wait, tail, last_ms + _PATIENCE * wait
+        acceptance_probs = (
+            () if length is None else tuple(self._acceptance_probs[: max(1, round(length))])
+        )
+        return last_ms + wait, acceptance_probs, last_ms + _PATIENCE * wait

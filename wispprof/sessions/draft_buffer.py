@@ -14,7 +14,7 @@ round, and nothing more until a commit answers; what is drafted meanwhile is *pr
 counts as an outstanding round, for the end of the prefill commits a token unasked.
 
 Stream mode: ``take`` hands out what has not been sent yet, whenever asked, and drafting goes on up to
-``lead_limit`` drafts beyond the frontier.
+``draft_ahead_limit`` drafts beyond the frontier.
 
 Epochs (see :mod:`wispprof.protocol`): raised each time drafts are rolled back.
 """
@@ -26,14 +26,14 @@ from typing import NamedTuple
 
 from wispprof.errors import ProtocolError
 
-__all__ = ["CommitEffect", "EdgePath", "Held", "Outgoing"]
+__all__ = ["CommitEffect", "DraftBuffer", "Held", "Outgoing"]
 
 
 class Held(NamedTuple):
     """A draft token beyond the frontier, P(accepted | those before it were), and what it cost."""
 
     token: int
-    survival: float
+    acceptance_prob: float
     draft_ms: float
 
 
@@ -43,7 +43,7 @@ class Outgoing(NamedTuple):
     epoch: int
     base: int
     tokens: tuple[int, ...]
-    survival: tuple[float, ...]
+    acceptance_prob: tuple[float, ...]
     draft_ms: float
 
 
@@ -73,14 +73,14 @@ class CommitEffect(NamedTuple):
     dropped_ms: float = 0.0
 
 
-class EdgePath:
+class DraftBuffer:
     """Committed tokens, drafts beyond them, and what the server was told of those.
 
-    ``stream``: stream mode instead of round mode. ``lead_limit``: most drafts held beyond the frontier
+    ``stream``: stream mode instead of round mode. ``draft_ahead_limit``: most drafts held beyond the frontier
     (in round mode: round and proactive drafts together). ``end``: position past the last token of the
     generation; the target always adds one token of its own, so no draft is ever useful at ``end - 1``.
 
-    To be read only: ``frontier``, the committed length; ``sent``, the position up to which the server was
+    To be read only: ``committed_len``, the committed length; ``sent``, the position up to which the server was
     told our drafts, never below the frontier; ``epoch``; ``waiting``: in round mode, a round (or
     the prefill) is outstanding, in stream mode, no commit came yet.
     """
@@ -90,25 +90,25 @@ class EdgePath:
         tokens: Sequence[int],
         *,
         stream: bool = False,
-        lead_limit: int = 64,
+        draft_ahead_limit: int = 64,
         end: int | None = None,
     ) -> None:
         if not tokens:
             raise ValueError("a session starts from at least one committed token")
-        if lead_limit < 0:
-            raise ValueError(f"lead_limit must not be negative, got {lead_limit}")
+        if draft_ahead_limit < 0:
+            raise ValueError(f"draft_ahead_limit must not be negative, got {draft_ahead_limit}")
         self.stream = stream
-        self.lead_limit = lead_limit
+        self.draft_ahead_limit = draft_ahead_limit
         self.end = end
-        self.frontier = len(tokens)
+        self.committed_len = len(tokens)
         self.epoch = 0
         self.waiting = True
         self._committed = list(tokens)
         # Drafts beyond the frontier, as columns: they are read and written at every draft step.
         self._tokens: list[int] = []
-        self._survival: list[float] = []
+        self._acceptance_probs: list[float] = []
         self._draft_ms: list[float] = []
-        self.sent = self.frontier
+        self.sent = self.committed_len
         self._most = self._may_hold()
 
     # --- what there is ---
@@ -121,17 +121,17 @@ class EdgePath:
     @property
     def drafts(self) -> tuple[Held, ...]:
         """Drafts beyond the frontier, oldest first."""
-        return tuple(map(Held, self._tokens, self._survival, self._draft_ms))
+        return tuple(map(Held, self._tokens, self._acceptance_probs, self._draft_ms))
 
     @property
-    def lead(self) -> int:
+    def draft_ahead(self) -> int:
         """Number of drafts beyond the frontier."""
         return len(self._tokens)
 
     @property
     def length(self) -> int:
         """Tokens that a drafter in step with this path holds."""
-        return self.frontier + len(self._tokens)
+        return self.committed_len + len(self._tokens)
 
     @property
     def last_draft(self) -> int | None:
@@ -141,19 +141,19 @@ class EdgePath:
     @property
     def unsent(self) -> int:
         """Drafts that were not handed out yet (round mode: the proactive ones)."""
-        return self.frontier + len(self._tokens) - self.sent
+        return self.committed_len + len(self._tokens) - self.sent
 
     @property
     def room(self) -> int:
-        """How many more drafts may be held: by ``lead_limit``, and by the end of the generation."""
+        """How many more drafts may be held: by ``draft_ahead_limit``, and by the end of the generation."""
         room = self._most - len(self._tokens)
         return room if room > 0 else 0
 
     def _may_hold(self) -> int:
         """Most drafts beyond this frontier."""
         if self.end is None:
-            return self.lead_limit
-        return min(self.lead_limit, self.end - 1 - self.frontier)
+            return self.draft_ahead_limit
+        return min(self.draft_ahead_limit, self.end - 1 - self.committed_len)
 
     def sequence(self) -> list[int]:
         """What a drafter in step with this path holds: committed tokens, then drafts."""
@@ -161,34 +161,38 @@ class EdgePath:
 
     # --- what happens to it ---
 
-    def propose(self, token: int, survival: float = 1.0, draft_ms: float = 0.0) -> int:
+    def propose(self, token: int, acceptance_prob: float = 1.0, draft_ms: float = 0.0) -> int:
         """Hold one more draft token; returns its position. Raises ``ValueError`` with no room."""
         held = len(self._tokens)
         if held >= self._most:
-            raise ValueError(f"no room for a draft: {self.lead} held beyond {self.frontier}")
+            raise ValueError(
+                f"no room for a draft: {self.draft_ahead} held beyond {self.committed_len}"
+            )
         self._tokens.append(token)
-        self._survival.append(survival)
+        self._acceptance_probs.append(acceptance_prob)
         self._draft_ms.append(draft_ms)
-        return self.frontier + held
+        return self.committed_len + held
 
-    def hold(self, token: int, survival: float, draft_ms: float) -> tuple[int, int]:
+    def hold(self, token: int, acceptance_prob: float, draft_ms: float) -> tuple[int, int]:
         """As :meth:`propose`; returns (:attr:`unsent`, :attr:`room`) after it."""
         held = len(self._tokens) + 1
         room = self._most - held
         if room < 0:
-            raise ValueError(f"no room for a draft: {self.lead} held beyond {self.frontier}")
+            raise ValueError(
+                f"no room for a draft: {self.draft_ahead} held beyond {self.committed_len}"
+            )
         self._tokens.append(token)
-        self._survival.append(survival)
+        self._acceptance_probs.append(acceptance_prob)
         self._draft_ms.append(draft_ms)
-        return self.frontier + held - self.sent, room
+        return self.committed_len + held - self.sent, room
 
-    def rate(self, position: int, survival: float) -> None:
+    def rate(self, position: int, acceptance_prob: float) -> None:
         """Replace the survival of the draft held at ``position``: a proactive draft is judged again once
         it is known to stand at the beginning of a round."""
-        index = position - self.frontier
+        index = position - self.committed_len
         if not 0 <= index < len(self._tokens):
             raise ValueError(f"no draft is held at position {position}")
-        self._survival[index] = float(survival)
+        self._acceptance_probs[index] = float(acceptance_prob)
 
     def take(self, limit: int | None = None) -> Outgoing | None:
         """Content of the next draft frame, or ``None`` if nothing is to be sent.
@@ -198,7 +202,7 @@ class EdgePath:
         """
         last = len(self._tokens)
         if self.stream:
-            first = self.sent - self.frontier
+            first = self.sent - self.committed_len
             if limit is not None:
                 last = min(last, first + limit)
             if last <= first:
@@ -210,24 +214,24 @@ class EdgePath:
             if limit is not None:
                 last = min(last, limit)
             self.waiting = True
-        base = self.frontier + first
-        self.sent = max(self.sent, self.frontier + last)
+        base = self.committed_len + first
+        self.sent = max(self.sent, self.committed_len + last)
         return Outgoing(
             self.epoch,
             base,
             tuple(self._tokens[first:last]),
-            tuple(self._survival[first:last]),
+            tuple(self._acceptance_probs[first:last]),
             sum(self._draft_ms[first:last]),
         )
 
     def on_commit(
         self,
-        frontier: int,
+        committed_len: int,
         tokens: Sequence[int],
         accepted: int = 0,
         drafted: int | None = None,
     ) -> CommitEffect:
-        """Take in committed ``tokens`` that end at ``frontier``.
+        """Take in committed ``tokens`` that end at ``committed_len``.
 
         ``accepted`` of them were our drafts, of ``drafted`` that the server verified (known or not: it
         tells a wrong guess from a rejected draft).
@@ -236,8 +240,8 @@ class EdgePath:
         overlapping one counts. Raises :class:`ProtocolError` if it leaves a gap after the frontier
         (a commit was lost: reopen the session) or contradicts committed tokens.
         """
-        known = self.frontier
-        start = frontier - len(tokens)
+        known = self.committed_len
+        start = committed_len - len(tokens)
         guess = drafted is None or accepted >= drafted
         if start == known and tokens:
             return self._advance(tuple(tokens), accepted, guess)
@@ -246,7 +250,7 @@ class EdgePath:
                 f"A commit starts at position {start}, beyond the known frontier {known}.",
                 "Reopen the session from its committed tokens.",
             )
-        overlap = min(known, frontier) - start
+        overlap = min(known, committed_len) - start
         if overlap > 0 and (
             start < 0 or self._committed[start : start + overlap] != list(tokens[:overlap])
         ):
@@ -254,7 +258,7 @@ class EdgePath:
                 f"A commit contradicts tokens that were committed before position {known}.",
                 "The server does not hold the model that began this generation; start again.",
             )
-        if frontier <= known:
+        if committed_len <= known:
             return CommitEffect()
         new = tuple(tokens[known - start :])
         return self._advance(new, max(0, accepted - max(0, overlap)), guess)
@@ -265,7 +269,7 @@ class EdgePath:
         Returns ``None`` if there was nothing to drop. What is left will be sent anew, under the next
         epoch: the server forgets the tail of an older one.
         """
-        keep = max(0, position - self.frontier)
+        keep = max(0, position - self.committed_len)
         if keep >= len(self._tokens):
             return None
         self._hold(slice(keep))
@@ -274,13 +278,13 @@ class EdgePath:
 
     def reopened(self) -> None:
         """The session was opened anew from :attr:`committed`: the server holds no drafts of ours."""
-        self.sent = self.frontier
+        self.sent = self.committed_len
         self.waiting = True
 
     def _hold(self, part: slice) -> None:
         """Keep only these of the drafts."""
         self._tokens = self._tokens[part]
-        self._survival = self._survival[part]
+        self._acceptance_probs = self._acceptance_probs[part]
         self._draft_ms = self._draft_ms[part]
 
     def _advance(self, new: tuple[int, ...], accepted: int, guess: bool) -> CommitEffect:
@@ -292,18 +296,18 @@ class EdgePath:
         while hits < both and held[hits] == new[hits]:
             hits += 1
         self._committed += new
-        self.frontier = frontier = self.frontier + count
+        self.committed_len = committed_len = self.committed_len + count
         self._most = self._may_hold()
         # The target's own token is the last of the commit: a draft there was a guess at it.
         proactive = guess and drafts >= count and hits >= count - 1
         # By place: an effect is made once a commit, and keywords triple what it costs.
         if hits < both:
             draft_ms = self._draft_ms
-            self._tokens, self._survival, self._draft_ms = [], [], []
+            self._tokens, self._acceptance_probs, self._draft_ms = [], [], []
             self._roll_epoch()
             return CommitEffect(
                 new,
-                frontier - count + hits,
+                committed_len - count + hits,
                 new[hits:],
                 hits,
                 accepted,
@@ -316,13 +320,13 @@ class EdgePath:
                 sum(draft_ms[hits:]),
             )
         if drafts:
-            del held[:count], self._survival[:count], self._draft_ms[:count]
-        if self.sent < frontier:
-            self.sent = frontier
+            del held[:count], self._acceptance_probs[:count], self._draft_ms[:count]
+        if self.sent < committed_len:
+            self.sent = committed_len
         return CommitEffect(
             new, None, new[hits:], hits, accepted, drafts - both, proactive, hits == count
         )
 
     def _roll_epoch(self) -> None:
         self.epoch += 1
-        self.sent = self.frontier
+        self.sent = self.committed_len

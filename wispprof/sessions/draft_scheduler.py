@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from wispprof.policies.api import Controller, RoundContext
-from wispprof.sessions.draft_buffer import CommitEffect, EdgePath, Outgoing
+from wispprof.sessions.draft_buffer import CommitEffect, DraftBuffer, Outgoing
 from wispprof.types import DraftFeatures, DraftToken
 
-__all__ = ["DraftingSettings", "Turns"]
+__all__ = ["DraftScheduler", "DraftingSettings"]
 
 ContextOf = Callable[[int], RoundContext]
 
@@ -28,16 +28,16 @@ ContextOf = Callable[[int], RoundContext]
 class DraftingSettings:
     """How far an edge drafts.
 
-    ``lead``: most drafts held beyond the frontier, bounded by what the server takes. ``proactive``: in
+    ``draft_ahead``: most drafts held beyond the committed_len, bounded by what the server takes. ``proactive``: in
     round mode, how many tokens to draft beyond a round that is out (0: wait instead); the first of them
     guesses the target's own token. ``frame_share``: in stream mode, drafts are grouped into one frame
     as long as drafting the group takes at most this share of the round trip, or loses no step of the
-    server (:meth:`~wispprof.sessions.edge_timing.Pacing.may_hold`), and up to ``frame_max`` of them.
+    server (:meth:`~wispprof.sessions.edge_timing.EdgeTiming.may_hold`), and up to ``frame_max`` of them.
     ``stream``: override the server's mode (``None``: as the server says). ``carry``: see
-    :class:`~wispprof.sessions.edge_timing.Pacing`.
+    :class:`~wispprof.sessions.edge_timing.EdgeTiming`.
     """
 
-    lead: int = 24
+    draft_ahead: int = 24
     proactive: int = 8
     frame_share: float = 0.25
     frame_max: int = 8
@@ -45,21 +45,21 @@ class DraftingSettings:
     carry: bool = False
 
     def __post_init__(self) -> None:
-        if self.lead < 0 or self.proactive < 0 or self.frame_max < 1:
+        if self.draft_ahead < 0 or self.proactive < 0 or self.frame_max < 1:
             raise ValueError("lead and proactive must not be negative, frame_max at least 1")
 
 
-class Turns:
+class DraftScheduler:
     """Decides for one session. Told of every draft and commit, asked for frames by :meth:`due`."""
 
     def __init__(
         self,
-        path: EdgePath,
+        path: DraftBuffer,
         controller: Controller | None,
         settings: DraftingSettings,
         stop: Sequence[int] = (),
     ) -> None:
-        self._path = path
+        self._buffer = path
         self._controller = controller
         self._settings = settings
         self._stop = frozenset(stop)
@@ -83,7 +83,7 @@ class Turns:
         is accepted and guessed right it has used the time that was left, if not it delays the next
         round by the rest of itself.
         """
-        path = self._path
+        path = self._buffer
         if self._controller is None or self._silent or path.room == 0:
             return False
         if self._stop and self._ends():
@@ -111,7 +111,7 @@ class Turns:
         Equal to ``path.propose``, :meth:`drafted` and :meth:`due`, in one call for a caller that drafts
         many tokens at once. Raises ``ValueError`` with no room.
         """
-        path, controller = self._path, self._controller
+        path, controller = self._buffer, self._controller
         judged, budget, rated = self._judged, self._budget, self._rated
         held, features = self._features, token.features
         assert controller is not None
@@ -121,7 +121,7 @@ class Turns:
             held.append(features)
             return self._stream_due(context_of, hold)
         go_on = controller.go_on(judged, features)
-        unsent, room = path.hold(token.token, controller.survival(), draft_ms)
+        unsent, room = path.hold(token.token, controller.acceptance_prob(), draft_ms)
         held.append(features)
         self._judged = judged = judged + 1
         self._rated = rated + 1
@@ -135,15 +135,21 @@ class Turns:
 
     def rounded(self, token: DraftToken, draft_ms: float, context_of: ContextOf) -> Outgoing | None:
         """Round mode: :meth:`streamed` for the next token of a round that is being drafted."""
-        path, controller = self._path, self._controller
+        path, controller = self._buffer, self._controller
         judged, budget, features = self._judged, self._budget, token.features
         assert controller is not None
-        if budget is None or self._closed or self._silent or judged != path.lead or self._stop:
+        if (
+            budget is None
+            or self._closed
+            or self._silent
+            or judged != path.draft_ahead
+            or self._stop
+        ):
             path.propose(token.token, 1.0, draft_ms)
             self._features.append(features)
             return self._round_due(context_of)
         go_on = controller.go_on(judged, features)
-        _, room = path.hold(token.token, controller.survival(), draft_ms)
+        _, room = path.hold(token.token, controller.acceptance_prob(), draft_ms)
         self._features.append(features)
         self._judged = judged = judged + 1
         if go_on and judged < budget and room:
@@ -174,14 +180,14 @@ class Turns:
 
     def _chance(self) -> float:
         """P(everything held stands): survival of what was sent, the draft's confidence in the rest."""
-        path = self._path
-        sent = path.lead - path.unsent
-        odds = [held.survival for held in path.drafts[:sent]]
+        path = self._buffer
+        sent = path.draft_ahead - path.unsent
+        odds = [held.acceptance_prob for held in path.drafts[:sent]]
         odds += [features.confidence for features in self._features[sent:]]
         return math.prod(odds)
 
     def _ends(self) -> bool:
-        return bool(self._stop) and self._path.last_draft in self._stop
+        return bool(self._stop) and self._buffer.last_draft in self._stop
 
     # --- what leaves now? ---
 
@@ -192,21 +198,21 @@ class Turns:
         """
         if self._controller is None:
             return None
-        if self._path.stream:
+        if self._buffer.stream:
             return self._stream_due(context_of, hold)
         return self._round_due(context_of)
 
     def _round_due(self, context_of: ContextOf) -> Outgoing | None:
-        path, controller = self._path, self._controller
+        path, controller = self._buffer, self._controller
         assert controller is not None
         if path.waiting:
             return None
         if self._budget is None:
-            self._budget = controller.begin(context_of(path.lead))
+            self._budget = controller.begin(context_of(path.draft_ahead))
             self._judged = 0
             self._closed = self._budget <= 0
             self._worthwhile = not self._closed
-        while not self._closed and self._judged < path.lead:
+        while not self._closed and self._judged < path.draft_ahead:
             self._closed = not self._judge(self._judged) or self._judged >= self._budget
         if not self._closed and (path.room == 0 or self._silent or self._ends()):
             self._closed = True
@@ -217,7 +223,7 @@ class Turns:
         return out
 
     def _stream_due(self, context_of: ContextOf, hold: bool) -> Outgoing | None:
-        held = self._path.lead
+        held = self._buffer.draft_ahead
         while not self._closed:
             budget = self._budget
             if budget is None:
@@ -234,7 +240,7 @@ class Turns:
 
     def _group_due(self, hold: bool) -> Outgoing | None:
         """The unsent drafts, where they are enough for a frame or no next one comes."""
-        path = self._path
+        path = self._buffer
         unsent = path.unsent
         if not unsent:
             return None
@@ -253,9 +259,9 @@ class Turns:
 
     def _judge(self, place: int) -> bool:
         """Put the draft at ``place`` of the lead before the controller; whether to go on."""
-        controller, path = self._controller, self._path
+        controller, path = self._controller, self._buffer
         assert controller is not None
         go_on = controller.go_on(self._judged, self._features[place])
-        path.rate(path.frontier + place, controller.survival())
+        path.rate(path.committed_len + place, controller.acceptance_prob())
         self._judged += 1
         return go_on

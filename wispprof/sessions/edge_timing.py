@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from wispprof.policies.api import RoundContext
 from wispprof.types import Slo
 
-__all__ = ["Pacing"]
+__all__ = ["EdgeTiming"]
 
 _WEIGHT = 0.25
 _FIRST_GUESS_MS = 10.0
 _MARGIN = 0.25
 
 
-class Pacing:
+class EdgeTiming:
     """Running means of one session's times, and the WISP budget of a round.
 
     The budget of a round is its expected tokens over the promised speed. It runs from the arrival of
@@ -72,11 +72,11 @@ class Pacing:
         """:meth:`may_hold` of any moment, for as long as this object is told nothing new."""
         if not self._served:
             return _never
-        period, heard_ms = max(self.server_ms, 1e-3), self._heard_ms
+        period, last_seen_ms = max(self.server_ms, 1e-3), self._heard_ms
         needed_ms, kept_ms = self.draft_ms + self._waited_ms, _MARGIN * period
 
         def hold(now_ms: float) -> bool:
-            return needed_ms <= period - (now_ms - heard_ms + rtt_ms) % period - kept_ms
+            return needed_ms <= period - (now_ms - last_seen_ms + rtt_ms) % period - kept_ms
 
         return hold
 
@@ -92,18 +92,20 @@ class Pacing:
             self._due_ms += tokens * self._slo.tpot_ms
         self._since_ms = self._due_ms if self._carry else now_ms
 
-    def context(self, rtt_ms: float, load_level: int, lead: int) -> RoundContext:
+    def context(self, rtt_ms: float, load_level: int, draft_ahead: int) -> RoundContext:
         """What a controller is told when a round begins."""
         # By place: this is built at every stretch, and keywords cost more than the rest of it.
-        return RoundContext(self.draft_ms, rtt_ms, self.server_ms, load_level, lead, self._slo)
+        return RoundContext(
+            self.draft_ms, rtt_ms, self.server_ms, load_level, draft_ahead, self._slo
+        )
 
-    def slack_ms(self, survival: Sequence[float], now_ms: float, rtt_ms: float) -> float:
+    def slack_ms(self, acceptance_prob: Sequence[float], now_ms: float, rtt_ms: float) -> float:
         """Remaining slack of a round that leaves now: expected tokens / speed − draft − network − waited.
 
-        ``survival``: of each draft, given those before it. Negative where the promise is already late.
+        ``acceptance_prob``: of each draft, given those before it. Negative where the promise is already late.
         """
         expected, product = 1.0, 1.0
-        for value in survival:
+        for value in acceptance_prob:
             product *= value
             expected += product
         since = now_ms if self._since_ms is None else self._since_ms

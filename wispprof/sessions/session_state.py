@@ -5,7 +5,7 @@ Pure: no clock, no I/O, no torch. The step loop of the runtime and the simulator
     merge() as draft frames arrive · view() for the policy · feed() for the engine · apply() its outcome
 
 Positions count from the start of the session, prompt included; the *frontier* is the committed length,
-so the next token to decide stands at position ``frontier``. The tail always begins at the frontier.
+so the next token to decide stands at position ``committed_len``. The tail always begins at the frontier.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from wispprof.policies.api import Member, SessionView
-from wispprof.sessions.commit_result import Committed, Tally
-from wispprof.sessions.draft_arrivals import Arrivals
-from wispprof.sessions.slo import Pace
-from wispprof.types import Feed, Outcome, Slo
+from wispprof.policies.api import ScheduledItem, SessionView
+from wispprof.sessions.commit_result import CommitResult, DraftCounters
+from wispprof.sessions.draft_arrivals import DraftArrivals
+from wispprof.sessions.slo import SloTracker
+from wispprof.types import Slo, StepInput, VerifyResult
 
-__all__ = ["ServerSession"]
+__all__ = ["SessionState"]
 
 
 # What the engine works on now: tokens fed, drafts among them, whether it decides; the epoch, the deadline and
@@ -27,15 +27,15 @@ __all__ = ["ServerSession"]
 _Flight = tuple[int, int, bool, int, float, float]
 
 
-class ServerSession:
+class SessionState:
     """State of one generation on the server.
 
     ``tokens``: prompt and everything committed, the last ``generated`` of them output. ``max_new``
     bounds the whole output, ``generated`` included. ``stop``: token ids that end the session (the stop
     token itself is committed). ``stream``: the server may advance the session at any time; otherwise
     (round mode) only once its round has arrived. ``undrafted`` sessions are always ready.
-    ``max_tail`` bounds the drafts held; it equals the lead an edge is allowed, so an edge that keeps
-    to its lead never meets it. ``floor_ms``: the least time any token can take, for ``hopeless``.
+    ``max_pending_drafts`` bounds the drafts held; it equals the lead an edge is allowed, so an edge that keeps
+    to its lead never meets it. ``floor_ms``: the least time any token can take, for ``slo_unreachable``.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ServerSession:
         stream: bool = False,
         undrafted: bool = False,
         cached: int = 0,
-        max_tail: int = 64,
+        max_pending_drafts: int = 64,
         floor_ms: float = 0.0,
     ) -> None:
         if not tokens or not 0 <= generated < len(tokens):
@@ -74,15 +74,15 @@ class ServerSession:
         self.stream = stream
         self.undrafted = undrafted
         self.cached = cached
-        self.max_tail = max_tail
+        self.max_pending_drafts = max_pending_drafts
         self.floor_ms = floor_ms
         self.epoch = 0
         self.finished = ""
-        self.tail: list[int] = []
-        self.tail_survival: list[float] = []
-        self.tally = Tally()
-        self.pace = Pace(slo, now_ms)
-        self.arrivals = Arrivals()
+        self.pending_drafts: list[int] = []
+        self.pending_acceptance_probs: list[float] = []
+        self.counters = DraftCounters()
+        self.slo_tracker = SloTracker(slo, now_ms)
+        self.arrivals = DraftArrivals()
         self._min_epoch = 0
         self._started = False
         self._waiting_from_ms = now_ms
@@ -98,10 +98,10 @@ class ServerSession:
 
     @property
     def slo(self) -> Slo:
-        return self.pace.slo
+        return self.slo_tracker.slo
 
     @property
-    def frontier(self) -> int:
+    def committed_len(self) -> int:
         """Committed length."""
         return len(self.tokens)
 
@@ -144,21 +144,23 @@ class ServerSession:
         epoch: int,
         base: int,
         tokens: Sequence[int],
-        survival: Sequence[float],
+        acceptance_prob: Sequence[float],
         now_ms: float,
         slack_ms: float,
         draft_ms: float,
     ) -> str:
         """Take a draft frame into the tail, by position; returns why some of it was dropped, "" where nothing
-        was (see :class:`~wispprof.sessions.commit_result.Tally`).
+        was (see :class:`~wispprof.sessions.commit_result.DraftCounters`).
 
-        ``survival``: P(accepted | those before were), one float per token. ``slack_ms``: what the
+        ``acceptance_prob``: P(accepted | those before were), one float per token. ``slack_ms``: what the
         edge has left before this round must be answered (round mode). Idempotent; never changes
         what will be committed, and never raises on a frame's content.
         """
         count = len(tokens)
-        if len(survival) != count:
-            raise ValueError(f"{count} drafts came with {len(survival)} survival values")
+        if len(acceptance_prob) != count:
+            raise ValueError(
+                f"{count} drafts came with {len(acceptance_prob)} acceptance probabilities"
+            )
         if self.finished:
             return self._drop("finished", count)
         if epoch != self.epoch or epoch < self._min_epoch:
@@ -166,57 +168,69 @@ class ServerSession:
                 return self._drop("epoch", len(tokens))
             self._clear_tail()
             self.epoch = epoch
-        frontier = len(self.tokens)
-        if base >= frontier:
+        committed_len = len(self.tokens)
+        if base >= committed_len:
             if not self.stream:
                 self._round_arrived(now_ms, slack_ms)
-            held = len(self.tail)
-            if base == frontier + held and count <= self.max_tail - held:
+            held = len(self.pending_drafts)
+            if base == committed_len + held and count <= self.max_pending_drafts - held:
                 # What nearly every frame is: the next drafts, nothing known of them yet.
-                self._take(tokens, survival, now_ms, draft_ms)
+                self._take(tokens, acceptance_prob, now_ms, draft_ms)
                 return ""
             overlap = 0
         else:
-            overlap = min(frontier - base, len(tokens))
+            overlap = min(committed_len - base, len(tokens))
             if base < 0 or list(tokens[:overlap]) != self.tokens[base : base + overlap]:
                 self._contradicted(now_ms)
                 return self._drop("contradiction", len(tokens))
-        return self._extend_tail(base, tokens, survival, overlap, now_ms, draft_ms)
+        return self._extend_tail(base, tokens, acceptance_prob, overlap, now_ms, draft_ms)
 
     def _extend_tail(
         self,
         base: int,
         tokens: Sequence[int],
-        survival: Sequence[float],
+        acceptance_prob: Sequence[float],
         overlap: int,
         now_ms: float,
         draft_ms: float,
     ) -> str:
         place = max(0, base - len(self.tokens))
-        if place > len(self.tail):
+        if place > len(self.pending_drafts):
             return self._drop("gap", len(tokens))
-        known = min(len(self.tail) - place, len(tokens) - overlap)
-        if known and list(tokens[overlap : overlap + known]) != self.tail[place : place + known]:
+        known = min(len(self.pending_drafts) - place, len(tokens) - overlap)
+        if (
+            known
+            and list(tokens[overlap : overlap + known])
+            != self.pending_drafts[place : place + known]
+        ):
             return self._drop("conflict", len(tokens))
-        fresh = slice(overlap + known, overlap + known + self.max_tail - len(self.tail))
+        fresh = slice(
+            overlap + known, overlap + known + self.max_pending_drafts - len(self.pending_drafts)
+        )
         lost = len(tokens) - overlap - known - len(tokens[fresh])
-        self._take(tokens[fresh], survival[fresh], now_ms, draft_ms)
+        self._take(tokens[fresh], acceptance_prob[fresh], now_ms, draft_ms)
         return self._drop("overflow", lost) if lost else ""
 
     def _take(
-        self, tokens: Sequence[int], survival: Sequence[float], now_ms: float, draft_ms: float
+        self,
+        tokens: Sequence[int],
+        acceptance_prob: Sequence[float],
+        now_ms: float,
+        draft_ms: float,
     ) -> None:
         """Append new drafts; the tail has room for them."""
         if not tokens:
             return
-        for chance in survival:
+        for chance in acceptance_prob:
             if not 0.0 <= chance <= 1.0:
-                survival = [p if 0.0 <= p <= 1.0 else float(p > 1.0) for p in survival]
+                acceptance_prob = [
+                    p if 0.0 <= p <= 1.0 else float(p > 1.0) for p in acceptance_prob
+                ]
                 break
-        self.tail += tokens
-        self.tail_survival += survival
-        self.tally.drafted += len(tokens)
-        self.arrivals.arrived(now_ms, survival, draft_ms)
+        self.pending_drafts += tokens
+        self.pending_acceptance_probs += acceptance_prob
+        self.counters.drafted += len(tokens)
+        self.arrivals.arrived(now_ms, acceptance_prob, draft_ms)
         self._view = None
 
     def _round_arrived(self, now_ms: float, slack_ms: float) -> None:
@@ -233,15 +247,15 @@ class ServerSession:
             self._view = None
 
     def _drop(self, reason: str, tokens: int) -> str:
-        self.tally.dropped[reason] += tokens
-        self.tally.frames[reason] += 1
+        self.counters.dropped[reason] += tokens
+        self.counters.frames[reason] += 1
         return reason
 
     def _clear_tail(self) -> None:
-        self.tally.wasted += len(self.tail)
+        self.counters.wasted += len(self.pending_drafts)
         self._flight_withdrawn = True
-        self.tail.clear()
-        self.tail_survival.clear()
+        self.pending_drafts.clear()
+        self.pending_acceptance_probs.clear()
         self._view = None
 
     def _contradicted(self, now_ms: float) -> None:
@@ -258,19 +272,19 @@ class ServerSession:
         return self._view
 
     def _look(self, now_ms: float) -> SessionView:
-        pace, committed, cached = self.pace, len(self.tokens), self.cached
+        slo_tracker, committed, cached = self.slo_tracker, len(self.tokens), self.cached
         prompt_left = committed - cached
         if prompt_left == 1 and self._started:
             prompt_left = 0
         tokens_left = self._end - committed
-        hopeless_from = pace.hopeless_from_ms(tokens_left, self.floor_ms)
-        hopeless = now_ms >= hopeless_from
-        until_ms = math.inf if hopeless else hopeless_from
+        hopeless_from = slo_tracker.slo_unreachable_from_ms(tokens_left, self.floor_ms)
+        slo_unreachable = now_ms >= hopeless_from
+        until_ms = math.inf if slo_unreachable else hopeless_from
         drafting = self.stream and not self.undrafted
         due_ms: float | None = None
-        due_tail: tuple[float, ...] = ()
+        due_acceptance_probs: tuple[float, ...] = ()
         if drafting and not prompt_left:
-            due_ms, due_tail, expires_ms = self.arrivals.due(now_ms)
+            due_ms, due_acceptance_probs, expires_ms = self.arrivals.due(now_ms)
             if expires_ms < until_ms:
                 until_ms = expires_ms
         self._view_until_ms = until_ms
@@ -279,27 +293,27 @@ class ServerSession:
         # By place, as everything that is made once a commit: keywords triple what it costs.
         return SessionView(
             self.session,
-            pace.slo,
+            slo_tracker.slo,
             cached,
             self._waiting_from_ms,
             self.deadline_ms,
             prompt_left,
-            tuple(self.tail_survival[:useful]),
+            tuple(self.pending_acceptance_probs[:useful]),
             self.ready,
             drafting,
             due_ms,
-            due_tail,
+            due_acceptance_probs,
             self.generated,
-            hopeless,
+            slo_unreachable,
         )
 
     @property
     def deadline_ms(self) -> float:
         """When the next commit must leave the server to keep the promise."""
         rounds = self._started and not (self.stream or self.undrafted)
-        return self._round_deadline_ms if rounds else self.pace.deadline_ms
+        return self._round_deadline_ms if rounds else self.slo_tracker.deadline_ms
 
-    def feed(self, member: Member, now_ms: float = math.nan) -> Feed:
+    def feed(self, member: ScheduledItem, now_ms: float = math.nan) -> StepInput:
         """The tokens to give to the engine for this part in a step; :meth:`apply` must follow.
 
         Raises ``ValueError`` on a part that the session cannot take: that is a policy's defect.
@@ -311,56 +325,56 @@ class ServerSession:
             if member.drafts or not 0 < member.prefill <= left:
                 raise ValueError(f"{member} does not fit a session with {left} prompt tokens left")
             fed = self.tokens[self.cached : self.cached + member.prefill]
-            drafts, emit = 0, member.prefill == left
+            drafts, needs_logits = 0, member.prefill == left
         else:
-            tail, drafts, emit = self.tail, member.drafts, True
-            useful = min(len(tail), self.tokens_left - 1) if tail else 0
+            pending_drafts, drafts, needs_logits = self.pending_drafts, member.drafts, True
+            useful = min(len(pending_drafts), self.tokens_left - 1) if pending_drafts else 0
             if member.prefill or not 0 <= drafts <= useful:
                 raise ValueError(f"{member} does not fit a session with {useful} useful drafts")
-            fed = [self.tokens[-1], *tail[:drafts]] if drafts else self.tokens[-1:]
-            self.tally.trimmed += useful - drafts
+            fed = [self.tokens[-1], *pending_drafts[:drafts]] if drafts else self.tokens[-1:]
+            self.counters.cut_drafts += useful - drafts
         waiting_from_ms = self._waiting_from_ms
-        self._flight = len(fed), drafts, emit, self.epoch, self.deadline_ms, waiting_from_ms
+        self._flight = len(fed), drafts, needs_logits, self.epoch, self.deadline_ms, waiting_from_ms
         self._flight_withdrawn = False
         self._started_ms = now_ms
         self._view = None
-        return Feed(self.session, fed, drafts, emit)
+        return StepInput(self.session, fed, drafts, needs_logits)
 
     def cancel(self) -> None:
         """The step did not happen: nothing was fed."""
         self._flight = None
         self._view = None
 
-    def apply(self, outcome: Outcome, now_ms: float) -> Committed:
+    def apply(self, outcome: VerifyResult, now_ms: float) -> CommitResult:
         """Commit what the engine decided, cut where the session ends, and reconcile the tail."""
         flight = self._flight
         if flight is None:
             raise ValueError(f"session {self.session} took part in no step")
-        fed, drafts, emit, epoch, deadline_ms, queued_from_ms = flight
+        fed, drafts, needs_logits, epoch, deadline_ms, queued_from_ms = flight
         _, accepted, decided = outcome
-        if len(decided) != (accepted + 1 if emit else 0):
-            raise ValueError(f"{outcome} does not answer a feed with emit={emit}")
+        if len(decided) != (accepted + 1 if needs_logits else 0):
+            raise ValueError(f"{outcome} does not answer a feed with emit={needs_logits}")
         self._flight = None
         self._view = None
         self.cached += fed - drafts + accepted
         queue_ms = max(0.0, self._started_ms - queued_from_ms)
-        if not emit:
-            return Committed(self.session, epoch, self.frontier, (), 0, 0, queue_ms)
-        first = self.pace.first_ms is None
+        if not needs_logits:
+            return CommitResult(self.session, epoch, self.committed_len, (), 0, 0, queue_ms)
+        first = self.slo_tracker.first_ms is None
         tokens = self._append(decided)
         accepted = min(accepted, len(tokens))
-        self.pace.commit(len(tokens), now_ms)
+        self.slo_tracker.commit(len(tokens), now_ms)
         self._reconcile(tokens, accepted, now_ms)
-        self.tally.steps += 1
+        self.counters.steps += 1
         self._started = True
         self._waiting_from_ms = now_ms
-        frontier, rollback = len(self.tokens), None
-        if self.cached > frontier:
-            rollback = self.cached = frontier
-        return Committed(
+        committed_len, rollback = len(self.tokens), None
+        if self.cached > committed_len:
+            rollback = self.cached = committed_len
+        return CommitResult(
             self.session,
             epoch,
-            frontier,
+            committed_len,
             tokens,
             accepted,
             drafts,
@@ -393,25 +407,25 @@ class ServerSession:
 
     def _reconcile(self, new: Sequence[int], accepted: int, now_ms: float) -> None:
         """Hold the tail against what was committed: it stays as far as it agrees, or goes."""
-        tally, tail = self.tally, self.tail
+        counters, pending_drafts = self.counters, self.pending_drafts
         agreed = 0
-        for ours, theirs in zip(new, tail, strict=False):
+        for ours, theirs in zip(new, pending_drafts, strict=False):
             if ours != theirs:
                 break
             agreed += 1
-        contradicted = agreed < len(new) and agreed < len(tail)
-        tally.accepted += accepted
+        contradicted = agreed < len(new) and agreed < len(pending_drafts)
+        counters.accepted += accepted
         if self._flight_withdrawn:
             # These drafts left the tail while the engine verified them: they were booked as wasted.
-            tally.wasted -= accepted
-            tally.matched += agreed
+            counters.wasted -= accepted
+            counters.matched += agreed
         else:
-            tally.matched += agreed - accepted
+            counters.matched += agreed - accepted
         if contradicted:
-            del tail[:agreed]
+            del pending_drafts[:agreed]
             self._contradicted(now_ms)
         elif agreed:
-            del tail[:agreed], self.tail_survival[:agreed]
+            del pending_drafts[:agreed], self.pending_acceptance_probs[:agreed]
         if self.finished:
             self._clear_tail()
 

@@ -6,10 +6,10 @@ import math
 
 from wispprof.types import Slo
 
-__all__ = ["Pace"]
+__all__ = ["SloTracker"]
 
 
-class Pace:
+class SloTracker:
     """The promise of one session, counted over its whole generation.
 
     Before the first token the time to first token counts. From the first token on, token number
@@ -49,7 +49,7 @@ class Pace:
         self._since_first += tokens
         self.deadline_ms = first_ms + (self._since_first + 1) * self._tpot_ms
 
-    def hopeless_from_ms(self, tokens_left: int, floor_ms: float) -> float:
+    def slo_unreachable_from_ms(self, tokens_left: int, floor_ms: float) -> float:
         """The moment from which the promise is lost whatever is done.
 
         ``tokens_left`` may still come, each taking at least ``floor_ms``. ``-inf`` where a missed

@@ -11,7 +11,7 @@ from typing import Any
 from wispprof.artifacts import bundled
 from wispprof.errors import ArtifactMissing, WispprofError
 from wispprof.sessions.draft_scheduler import DraftingSettings
-from wispprof.simulation.devices import DeviceProfile, LinkProfile
+from wispprof.simulation.devices import DeviceProfile, LinkModel
 
 __all__ = ["DEVICES", "BenchSettings", "device_of"]
 
@@ -48,12 +48,12 @@ def device_of(text: str) -> DeviceProfile:
     if not path.exists():
         try:
             path = bundled.path(f"profiles/{text}.jsonl")
-        except (ArtifactMissing, ValueError) as fault:
+        except (ArtifactMissing, ValueError) as err:
             raise WispprofError(
                 f"There is no device {text!r}.",
                 f"Choose one of {', '.join(DEVICES)}, a number of ms, or an edge profile: its file, "
                 "or a shipped one such as rpi-5.",
-            ) from fault
+            ) from err
     from wispprof.artifacts import load_profile
     from wispprof.artifacts.rows import EdgeRow
 
@@ -89,7 +89,7 @@ class BenchSettings:
     think_ms: float = 0.0
     ramp_ms: float = 500.0
     hold: bool = False
-    link: LinkProfile = field(default_factory=lambda: LinkProfile(rtt_ms=0.0))
+    link: LinkModel = field(default_factory=lambda: LinkModel(rtt_ms=0.0))
     controller: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     drafting: DraftingSettings | None = None

@@ -28,7 +28,7 @@ class ServerSettings:
     ``admit``: ``slo`` refuses what the estimator says cannot be kept, ``all`` refuses nothing for its SLO.
     ``http_tokens_per_s`` and ``http_max_tokens``: what an HTTP request gets that names none.
     ``backlog_frames``: frames a slow reader may leave unread before its connection is closed.
-    ``gather_ms``: how long frames may lie unread while the engine computes; 0 reads each at once.
+    ``coalesce_ms``: how long frames may lie unread while the engine computes; 0 reads each at once.
     """
 
     target: str = ""
@@ -73,7 +73,7 @@ class ServerSettings:
     http_max_tokens: int = 256
     hello_timeout_ms: float = 5_000.0
     backlog_frames: int = 1024
-    gather_ms: float = 8.0
+    coalesce_ms: float = 8.0
     drain_timeout_ms: float = 30_000.0
     live: bool = False
     log_level: str = "info"
@@ -93,8 +93,8 @@ class ServerSettings:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.gather_ms < 0.0:
-            raise ValueError(f"gather_ms must not be negative, got {self.gather_ms}")
+        if self.coalesce_ms < 0.0:
+            raise ValueError(f"coalesce_ms must not be negative, got {self.coalesce_ms}")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise WispprofError(
                 "TLS needs a certificate and its key.", "Give both --tls-cert and --tls-key."
@@ -123,11 +123,11 @@ def read_api_keys(path: Path) -> tuple[str, ...]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        reason = fault.strerror if isinstance(fault, OSError) else "it is not UTF-8 text"
+    except (OSError, UnicodeDecodeError) as err:
+        reason = err.strerror if isinstance(err, OSError) else "it is not UTF-8 text"
         raise WispprofError(
             f"The keys in {path} cannot be read: {reason}.", "Write one key per line into it."
-        ) from fault
+        ) from err
     lines = [line.strip() for line in text.splitlines()]
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:

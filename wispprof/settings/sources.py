@@ -57,8 +57,8 @@ class Config:
         wanted = {f.name: given[f.name] for f in fields(kind) if f.name in given}  # type: ignore[arg-type]
         try:
             return kind(**wanted)
-        except (TypeError, ValueError) as fault:
-            raise ConfigError(f"Section [{name}] of {self.path}: {fault}.", "Correct it.") from None
+        except (TypeError, ValueError) as err:
+            raise ConfigError(f"Section [{name}] of {self.path}: {err}.", "Correct it.") from None
 
     def _check(self, given: Mapping[str, Any], known: Known, where: str) -> None:
         import difflib
@@ -97,12 +97,12 @@ def read_config(file: Path | None = None, folder: Path | None = None) -> Config:
         if file is None:
             return Config()
         raise ConfigError(f"There is no settings file {file}.", "Check --config.") from None
-    except (OSError, UnicodeDecodeError) as fault:
-        raise ConfigError(f"{path} cannot be read: {fault}.", "Name a text file.") from None
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"{path} cannot be read: {err}.", "Name a text file.") from None
     try:
         return Config(_underscored(tomllib.loads(text)), path)
-    except tomllib.TOMLDecodeError as fault:
-        raise ConfigError(f"{path} is not TOML: {fault}.", "Correct that line.") from None
+    except tomllib.TOMLDecodeError as err:
+        raise ConfigError(f"{path} is not TOML: {err}.", "Correct that line.") from None
 
 
 def _underscored(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -169,12 +169,10 @@ def read_requests(path: str | Path) -> tuple[Request, ...]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as fault:
-        raise ArtifactMissing(f"There is no request trace at {path}.", "Check the path.") from fault
-    except UnicodeDecodeError as fault:
-        raise ArtifactDamaged(
-            f"{path} is not a text file.", "Give a CSV or JSONL trace."
-        ) from fault
+    except FileNotFoundError as err:
+        raise ArtifactMissing(f"There is no request trace at {path}.", "Check the path.") from err
+    except UnicodeDecodeError as err:
+        raise ArtifactDamaged(f"{path} is not a text file.", "Give a CSV or JSONL trace.") from err
     lines = text.splitlines()
     reader = _mooncake if lines and lines[0].lstrip().startswith("{") else _azure
     rows = sorted(reader(path, lines))
@@ -190,19 +188,19 @@ def _azure(path: Path, lines: list[str]) -> Iterator[Request]:
     wanted = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
     try:
         columns = [header.index(name) for name in wanted]
-    except ValueError as fault:
+    except ValueError as err:
         raise ArtifactDamaged(
             f"{path} line 1: expected the columns {', '.join(wanted)}.",
             "Give a trace in Azure's CSV format or Mooncake's JSONL format.",
-        ) from fault
+        ) from err
     for number, row in enumerate(reader, start=2):
         if not row:
             continue
         try:
             when = datetime.fromisoformat(row[columns[0]].strip()[:26])
             yield _checked(when.timestamp() * 1000.0, int(row[columns[1]]), int(row[columns[2]]))
-        except (ValueError, IndexError) as fault:
-            raise _damaged(path, number, fault) from fault
+        except (ValueError, IndexError) as err:
+            raise _damaged(path, number, err) from err
 
 
 def _mooncake(path: Path, lines: list[str]) -> Iterator[Request]:
@@ -214,8 +212,8 @@ def _mooncake(path: Path, lines: list[str]) -> Iterator[Request]:
             yield _checked(
                 float(row["timestamp"]), int(row["input_length"]), int(row["output_length"])
             )
-        except (ValueError, KeyError, TypeError) as fault:
-            raise _damaged(path, number, fault) from fault
+        except (ValueError, KeyError, TypeError) as err:
+            raise _damaged(path, number, err) from err
 
 
 def _checked(at_ms: float, prompt: int, output: int) -> Request:
@@ -224,5 +222,5 @@ def _checked(at_ms: float, prompt: int, output: int) -> Request:
     return Request(at_ms, prompt, output)
 
 
-def _damaged(path: Path, number: int, fault: Exception) -> ArtifactDamaged:
-    return ArtifactDamaged(f"{path} line {number}: {fault!r}.", "Repair or remove that line.")
+def _damaged(path: Path, number: int, err: Exception) -> ArtifactDamaged:
+    return ArtifactDamaged(f"{path} line {number}: {err!r}.", "Repair or remove that line.")

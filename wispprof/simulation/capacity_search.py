@@ -20,14 +20,14 @@ from wispprof.simulation.event_loop import simulate
 from wispprof.simulation.metrics import Report
 from wispprof.simulation.scenario import Scenario
 
-__all__ = ["Capacity", "capacity", "pool", "run_all", "workers"]
+__all__ = ["CapacityResult", "capacity", "pool", "run_all", "workers"]
 
 Progress = Callable[[int, str], None]
 """Called with the number of finished runs and a word on the last one."""
 
 
 @dataclass(frozen=True)
-class Capacity:
+class CapacityResult:
     """Result of a search. ``devices``: the most that kept within ``violations``, 0 if not even one did.
 
     ``report``: the run at ``devices`` (``None`` at 0). ``probes``: (devices, attainment) in order of size.
@@ -102,7 +102,7 @@ def capacity(
     wide: int = 1,
     executor: Executor | None = None,
     progress: Progress | None = None,
-) -> Capacity:
+) -> CapacityResult:
     """Search the capacity of ``scenario`` (its own fleet size does not matter).
 
     ``tolerance``: the answer is exact to this share of itself (at least to one device). ``wide``: sizes
@@ -154,6 +154,6 @@ def capacity(
 
 def _result(
     devices: int, violations: float, reports: dict[int, Report], *, bounded: bool
-) -> Capacity:
+) -> CapacityResult:
     probes = tuple((size, reports[size].attainment) for size in sorted(reports))
-    return Capacity(devices, violations, reports.get(devices), probes, bounded)
+    return CapacityResult(devices, violations, reports.get(devices), probes, bounded)

@@ -23,7 +23,7 @@ from wispprof.errors import PlanError
 from wispprof.settings.planner_settings import OBJECTIVES
 
 __all__ = [
-    "Choice",
+    "ConfigChoice",
     "DraftOption",
     "Scores",
     "best",
@@ -75,7 +75,7 @@ class Scores(NamedTuple):
         return self.goodput, self.cost, -self.energy
 
 
-class Choice(NamedTuple):
+class ConfigChoice(NamedTuple):
     """A draft option, a draft length, and what they score."""
 
     option: DraftOption
@@ -110,7 +110,7 @@ def best(
     dollars_per_token: float,
     *,
     bill_bonus: bool = False,
-) -> Choice:
+) -> ConfigChoice:
     """The best choice by one objective, or by a mix: ``{"goodput": 0.7, "energy": 0.3}``.
 
     In a mix each figure is divided by the best of all choices, so that weights are shares of what is
@@ -128,7 +128,7 @@ def best(
     most_cost = max(c.scores.cost for c in choices)
     least_energy = min(c.scores.energy for c in choices)
 
-    def worth(choice: Choice) -> float:
+    def worth(choice: ConfigChoice) -> float:
         goodput, cost, energy = choice.scores
         shares = {
             "goodput": goodput / most_goodput,
@@ -147,7 +147,7 @@ def pareto_front(
     dollars_per_token: float,
     *,
     bill_bonus: bool = False,
-) -> list[Choice]:
+) -> list[ConfigChoice]:
     """Choices that no other one beats in one figure and equals in the rest, by falling goodput."""
     choices = _choices(options, lengths, verify_s, dollars_per_token, bill_bonus)
     front = [
@@ -168,9 +168,9 @@ def _choices(
     verify_s: float,
     dollars_per_token: float,
     bill_bonus: bool,
-) -> list[Choice]:
+) -> list[ConfigChoice]:
     choices = [
-        Choice(o, k, score(o, k, verify_s, dollars_per_token, bill_bonus=bill_bonus))
+        ConfigChoice(o, k, score(o, k, verify_s, dollars_per_token, bill_bonus=bill_bonus))
         for o in options
         for k in lengths
     ]

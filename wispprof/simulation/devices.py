@@ -24,7 +24,7 @@ __all__ = [
     "TOKEN_BYTES",
     "DeviceProfile",
     "Link",
-    "LinkProfile",
+    "LinkModel",
 ]
 
 
@@ -119,7 +119,7 @@ TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class LinkProfile:
+class LinkModel:
     """A link's figures. ``rtt_ms``: round trip of an empty frame, half of it each way.
 
     ``jitter_ms``: mean of an exponential delay added each way. ``loss``: probability that a frame needs
@@ -169,7 +169,7 @@ class Link:
         "profile",
     )
 
-    def __init__(self, profile: LinkProfile, rng: Random) -> None:
+    def __init__(self, profile: LinkModel, rng: Random) -> None:
         self.profile = profile
         self._rng = rng
         self._half = profile.rtt_ms / 2.0

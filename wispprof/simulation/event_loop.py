@@ -13,9 +13,9 @@ from wispprof.simulation.arrivals import ClosedFleet, Request
 from wispprof.simulation.devices import DRAFT_BYTES, OPEN_BYTES, TOKEN_BYTES, Link
 from wispprof.simulation.metrics import Counters, Report, SessionRecord, summarise
 from wispprof.simulation.scenario import DEVICE_STEP, LINK_STEP, SLO_STEP, Scenario, pick
-from wispprof.simulation.simulated_edge import Edge
+from wispprof.simulation.simulated_edge import SimulatedEdge
 from wispprof.simulation.simulated_output import mix
-from wispprof.simulation.simulated_server import Server
+from wispprof.simulation.simulated_server import SimulatedServer
 
 __all__ = ["Simulation", "simulate"]
 
@@ -34,7 +34,7 @@ class Simulation:
         self.counted_from_ms = 0.0
         self.counters = Counters()
         self.records: list[SessionRecord] = []
-        self._live: dict[str, Edge] = {}  # generations that are not over yet
+        self._live: dict[str, SimulatedEdge] = {}  # generations that are not over yet
         self.events = 0
         self._heap: list[tuple[float, int, Callable[[float, Any], None], Any]] = []
         self._number = 0
@@ -42,7 +42,9 @@ class Simulation:
         self._before: dict[tuple[int, int], int] = {}
         policy = self.system.make_batching()
         self._stream = policy.stream
-        self.server = Server(self, scenario.server, policy, Random(mix((scenario.seed, 1))))
+        self.server = SimulatedServer(
+            self, scenario.server, policy, Random(mix((scenario.seed, 1)))
+        )
 
     def at(self, when_ms: float, what: Callable[[float, Any], None], argument: Any) -> None:
         """Call ``what(when_ms, argument)`` when the clock gets there; ties in the order they were made."""
@@ -115,17 +117,17 @@ class Simulation:
                 pick(scenario.links, device, LINK_STEP), Random(mix((scenario.seed, 5, device)))
             )
         source = scenario.acceptance
-        script = source.script(
+        output = source.output(
             (scenario.seed, device, number), request.prompt_tokens, request.output_tokens
         )
-        edge = Edge(
+        edge = SimulatedEdge(
             self,
             f"{device}.{number}",
             record,
             pick(scenario.devices, device, DEVICE_STEP),
             link,
-            script,
-            self.system.make_controller(source.predictor, script),
+            output,
+            self.system.make_controller(source.predictor, output),
             self._stream,
             self.system.drafting,
         )
@@ -135,7 +137,7 @@ class Simulation:
         edge.begin(now_ms)
         self._live[edge.key] = edge
 
-    def ended(self, now_ms: float, edge: Edge) -> None:
+    def ended(self, now_ms: float, edge: SimulatedEdge) -> None:
         """A generation is over at its device: a closed fleet's device thinks, and asks again."""
         del self._live[edge.key]
         load = self.scenario.load
@@ -152,7 +154,9 @@ class Simulation:
 
     # --- what edges report ---
 
-    def send_draft(self, now_ms: float, edge: Edge, frame: Outgoing, slack_ms: float) -> None:
+    def send_draft(
+        self, now_ms: float, edge: SimulatedEdge, frame: Outgoing, slack_ms: float
+    ) -> None:
         """A whole round leaves the edge."""
         arrives_ms = self.sent(now_ms, edge.link, len(frame.tokens))
         self.at(arrives_ms, self.server.draft, (edge, frame, slack_ms))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-__all__ = ["Residency"]
+__all__ = ["KvOffload"]
 
 
-class Residency:
+class KvOffload:
     """``room`` cache tokens on the card; the least recently used session leaves first.
 
     Host memory holds a copy of everything, so leaving costs nothing and coming back is one read.

@@ -9,7 +9,7 @@ from typing import Any
 
 from wispprof.errors import ArtifactMissing
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
-from wispprof.simulation.devices import DeviceProfile, LinkProfile
+from wispprof.simulation.devices import DeviceProfile, LinkModel
 from wispprof.simulation.scenario import Scenario, ServerModel
 from wispprof.simulation.step_costs import LinearCost
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
@@ -53,7 +53,7 @@ def wisp_scenario(setup: Table, kind: str, slo: float, assumption: Table) -> Sce
     policy = merged(setup["policy"].get(kind, {}), assumption.get("policy", {}).get(kind, {}))
     answer_s = workload["output"] / slo
     return Scenario(
-        system(assumption["systems"][kind]).but(**policy),
+        system(assumption["systems"][kind]).replace_with(**policy),
         linear_server(server),
         # All at once, their prompts would decide: each size is judged on a fleet that is under way.
         ClosedFleet(run["start"], Lengths(**workload), ramp_ms=answer_s * 1000.0),
@@ -66,7 +66,7 @@ def wisp_scenario(setup: Table, kind: str, slo: float, assumption: Table) -> Sce
                 1.0,
             ),
         ),
-        links=((LinkProfile(edge["rtt_ms"], edge["jitter_ms"]), 1.0),),
+        links=((LinkModel(edge["rtt_ms"], edge["jitter_ms"]), 1.0),),
         slos=((Slo(slo, setup["ttft_tokens"] * 1000.0 / slo), 1.0),),
         seconds=answer_s + max(answer_s, run["least_s"]),
         warmup_s=answer_s,

@@ -15,8 +15,8 @@ from typing import Any
 from wispprof.sessions.draft_scheduler import DraftingSettings
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
 from wispprof.simulation.capacity_search import capacity, run_all
-from wispprof.simulation.configspec import Choice, DraftOption, best
-from wispprof.simulation.devices import DeviceProfile, LinkProfile
+from wispprof.simulation.configspec import ConfigChoice, DraftOption, best
+from wispprof.simulation.devices import DeviceProfile, LinkModel
 from wispprof.simulation.metrics import Report
 from wispprof.simulation.published_setups import linear_server, merged, read_setup, wisp_scenario
 from wispprof.simulation.scenario import Scenario
@@ -26,8 +26,8 @@ from wispprof.types import Slo
 
 __all__ = [
     "PAPERS",
-    "Comparison",
     "Figure",
+    "ReproducedTable",
     "reproduce_configspec",
     "reproduce_specedge",
     "reproduce_wisp",
@@ -59,7 +59,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ReproducedTable:
     """A paper's table. ``assumptions``: name to explanation, in column order; the first is the fair one."""
 
     title: str
@@ -86,7 +86,7 @@ def reproduce_wisp(
     executor: Executor | None = None,
     progress: Progress | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> Comparison:
+) -> ReproducedTable:
     """WISP's capacity (devices, and ratios of them) and goodput ratios at the outer SLO classes.
 
     ``overrides`` replace entries of ``[run]``.
@@ -166,7 +166,7 @@ def _ratio(
 
 def reproduce_specedge(
     executor: Executor | None = None, progress: Progress | None = None
-) -> Comparison:
+) -> ReproducedTable:
     """SpecEdge's cost efficiency, server throughput and inter-token latency against server-only."""
     setup = read_setup("specedge")
     scenarios: list[Scenario] = []
@@ -198,14 +198,14 @@ def _server_only(setup: Mapping[str, Any], assumption: Mapping[str, Any]) -> Sce
     step_ms = assumption.get("server_step_ms", setup["draft"]["server_step_ms"])
     k = setup["draft"]["k"]
     server = linear_server(setup["server"], fixed_ms=setup["server"]["fixed_ms"] + k * step_ms)
-    rounds = system("fcfs").but(label="server-only", controller_options={"k": k})
+    rounds = system("fcfs").replace_with(label="server-only", controller_options={"k": k})
     return _specedge_base(setup, rounds, setup["workload"]["batch"], replace(server))
 
 
 def _specedge(setup: Mapping[str, Any], assumption: Mapping[str, Any]) -> Scenario:
     draft, workload = setup["draft"], setup["workload"]
     ahead = assumption.get("proactive", draft["k"] + 1)
-    pipeline = system("specedge").but(
+    pipeline = system("specedge").replace_with(
         controller_options={"k": draft["k"]}, drafting=DraftingSettings(proactive=ahead)
     )
     base = _specedge_base(
@@ -217,7 +217,7 @@ def _specedge(setup: Mapping[str, Any], assumption: Mapping[str, Any]) -> Scenar
     return replace(
         base,
         devices=((DeviceProfile("RTX 4090", draft_ms=draft["edge_step_ms"]), 1.0),),
-        links=((LinkProfile(setup["link"]["rtt_ms"]), 1.0),),
+        links=((LinkModel(setup["link"]["rtt_ms"]), 1.0),),
     )
 
 
@@ -234,7 +234,7 @@ def _specedge_base(
         ),
         SyntheticAcceptance(**setup["acceptance"]),
         devices=((DeviceProfile("none", draft_ms=0.0), 1.0),),
-        links=((LinkProfile(0.0), 1.0),),
+        links=((LinkModel(0.0), 1.0),),
         slos=((Slo(1.0), 1.0),),
         **run,
     )
@@ -250,8 +250,8 @@ def _per_dollar(setup: Mapping[str, Any], report: Report, edges: bool) -> float:
     return float(report.throughput * report.seconds / cost)
 
 
-def _comparison(setup: Mapping[str, Any], figures: tuple[Figure, ...]) -> Comparison:
-    return Comparison(
+def _comparison(setup: Mapping[str, Any], figures: tuple[Figure, ...]) -> ReproducedTable:
+    return ReproducedTable(
         setup["title"],
         setup["citation"],
         setup["within"],
@@ -262,7 +262,7 @@ def _comparison(setup: Mapping[str, Any], figures: tuple[Figure, ...]) -> Compar
 
 def reproduce_configspec(
     executor: Executor | None = None, progress: Progress | None = None
-) -> Comparison:
+) -> ReproducedTable:
     """ConfigSpec's choices for Llama-3.1-70B: chosen and scored by its formulas. Nothing is simulated.
 
     The choice itself counts: a K or a draft model other than the published one shows as its own figure.
@@ -303,13 +303,13 @@ def reproduce_configspec(
     return _comparison(setup, tuple(figures))
 
 
-def _choice_figures(choice: Choice, draft: str) -> tuple[float, float, float, float, float]:
+def _choice_figures(choice: ConfigChoice, draft: str) -> tuple[float, float, float, float, float]:
     """Whether ``draft`` was chosen, K, tokens/s, thousand tokens/$, J/token."""
     goodput, cost, energy = choice.scores
     return float(choice.option.name == draft), float(choice.k), goodput, cost / 1000.0, energy
 
 
-PAPERS: Mapping[str, Callable[[Executor | None, Progress | None], Comparison]] = {
+PAPERS: Mapping[str, Callable[[Executor | None, Progress | None], ReproducedTable]] = {
     "wisp": reproduce_wisp,
     "specedge": reproduce_specedge,
     "configspec": reproduce_configspec,

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from wispprof.simulation.arrivals import ClosedFleet, OpenLoad
-from wispprof.simulation.devices import DeviceProfile, LinkProfile
+from wispprof.simulation.devices import DeviceProfile, LinkModel
 from wispprof.simulation.simulated_output import AcceptanceSource
 from wispprof.simulation.systems import System
-from wispprof.types import Slo, StepEstimator
+from wispprof.types import Slo, StepTimeEstimator
 
 __all__ = ["DEVICE_STEP", "LINK_STEP", "SLO_STEP", "Scenario", "ServerModel", "pick"]
 
@@ -30,10 +30,10 @@ class ServerModel:
     longer when its session is next in one (nothing is computed meanwhile; estimators do not know of it).
 
     ``overhead_ms``: what the step loop adds to each step (collecting, deciding, sending). ``spread``: see
-    :class:`~wispprof.simulation.step_costs.StepTimes`. ``prefill_chunk``: most prompt tokens a step takes.
+    :class:`~wispprof.simulation.step_costs.SimulatedStepTimes`. ``prefill_chunk``: most prompt tokens a step takes.
     """
 
-    estimator: StepEstimator
+    estimator: StepTimeEstimator
     kv_tokens: int | None = None
     max_items: int = 1024
     max_tokens: int = 8192
@@ -62,7 +62,7 @@ class Scenario:
     load: ClosedFleet | OpenLoad
     acceptance: AcceptanceSource
     devices: tuple[tuple[DeviceProfile, float], ...] = ((DeviceProfile(), 1.0),)
-    links: tuple[tuple[LinkProfile, float], ...] = ((LinkProfile(), 1.0),)
+    links: tuple[tuple[LinkModel, float], ...] = ((LinkModel(), 1.0),)
     slos: tuple[tuple[Slo, float], ...] = ((Slo(4.0), 1.0),)
     seconds: float = 120.0
     warmup_s: float = 20.0

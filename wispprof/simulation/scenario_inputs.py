@@ -11,7 +11,7 @@ from wispprof.artifacts.plan import load_plan
 from wispprof.artifacts.profile import load_edge
 from wispprof.artifacts.trace import load_trace
 from wispprof.errors import PlanError
-from wispprof.policies.controllers import ConfidenceSurvival
+from wispprof.policies.controllers import ConfidenceAcceptance
 from wispprof.simulation.arrivals import (
     Bursts,
     ClosedFleet,
@@ -112,7 +112,7 @@ def _server(name: str | None, notes: list[str]) -> ServerModel:
 
 def _predictor(path: Path | None) -> RejectionPredictor:
     if path is None:
-        return ConfidenceSurvival()
+        return ConfidenceAcceptance()
     from wispprof.fitting import load_predictor
 
     return load_predictor(path)

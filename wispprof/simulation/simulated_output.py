@@ -11,13 +11,13 @@ from typing import Protocol
 
 from wispprof.types import DraftToken, RejectionPredictor, Sampling
 
-__all__ = ["AcceptanceSource", "Script", "mix"]
+__all__ = ["AcceptanceSource", "SimulatedOutput", "mix"]
 
 PROMPT_TOKEN = 7
 """Prompts only count by their length: every prompt token is this one."""
 
 
-class Script:
+class SimulatedOutput:
     """One generation's future. Positions as everywhere: prompt tokens first.
 
     ``path``: output tokens of the target. ``proposals[i]``: for output position ``i`` after the true prefix.
@@ -79,9 +79,9 @@ class Script:
                 self._wrong_from = place
                 self._tail = self._astray[place]
             return proposal
-        tail = self._tail
+        acceptance_probs = self._tail
         depth = place - wrong - 1
-        return tail[depth] if depth < len(tail) else tail[-1]
+        return acceptance_probs[depth] if depth < len(acceptance_probs) else acceptance_probs[-1]
 
     def rollback(self, length: int) -> None:
         """Hold only the first ``length`` tokens."""
@@ -114,7 +114,9 @@ class AcceptanceSource(Protocol):
     @property
     def predictor(self) -> RejectionPredictor: ...
 
-    def script(self, seed: Sequence[int], prompt_tokens: int, output_tokens: int) -> Script:
+    def output(
+        self, seed: Sequence[int], prompt_tokens: int, output_tokens: int
+    ) -> SimulatedOutput:
         """The generation that this seed stands for, equal for equal arguments."""
 
 

@@ -1,6 +1,6 @@
 """The server's side: sessions admitted by memory, a batching policy asked whenever the engine is free.
 
-Sessions are the runtime's own (:class:`~wispprof.sessions.session_state.ServerSession`), policies too. The
+Sessions are the runtime's own (:class:`~wispprof.sessions.session_state.SessionState`), policies too. The
 engine is a clock: a step over its batch shape takes what the estimator says, times its residual.
 """
 
@@ -12,31 +12,31 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from wispprof.policies.api import BatchPolicy, Limits, StepPlan
-from wispprof.policies.load_level import load_level, stretch
+from wispprof.policies.load_level import load_level, slowdown
 from wispprof.sessions.draft_buffer import Outgoing
-from wispprof.sessions.session_state import ServerSession
+from wispprof.sessions.session_state import SessionState
 from wispprof.simulation.devices import COMMIT_BYTES, TOKEN_BYTES
-from wispprof.simulation.kv_offload import Residency
+from wispprof.simulation.kv_offload import KvOffload
 from wispprof.simulation.scenario import ServerModel
-from wispprof.simulation.simulated_edge import Edge
-from wispprof.simulation.step_costs import StepTimes, WithoutPrefixCache
-from wispprof.types import Feed, Outcome, StepEstimator
+from wispprof.simulation.simulated_edge import SimulatedEdge
+from wispprof.simulation.step_costs import SimulatedStepTimes, WithoutPrefixCache
+from wispprof.types import StepInput, StepTimeEstimator, VerifyResult
 
 if TYPE_CHECKING:
     from wispprof.simulation.event_loop import Simulation
 
-__all__ = ["PolicyBroke", "Server"]
+__all__ = ["PolicyViolation", "SimulatedServer"]
 
 _UNLIMITED = 1 << 40
 _LEVEL_EVERY = 16
 _INSTANT_MS = 1e-6
 
 
-class PolicyBroke(RuntimeError):
+class PolicyViolation(RuntimeError):
     """A batching policy went beyond its limits, planned a session twice, or one it was not shown."""
 
 
-class Server:
+class SimulatedServer:
     """One engine and its step loop, driven by events."""
 
     def __init__(
@@ -45,22 +45,24 @@ class Server:
         self._sim = sim
         self._model = model
         self._policy = policy
-        self._estimator: StepEstimator = (
+        self._estimator: StepTimeEstimator = (
             model.estimator if sim.system.prefix_cache else WithoutPrefixCache(model.estimator)
         )
-        self._times = StepTimes(self._estimator, model.spread, rng)
+        self._times = SimulatedStepTimes(self._estimator, model.spread, rng)
         self._overhead_ms = max(model.overhead_ms, _INSTANT_MS)
-        self._sessions: dict[str, ServerSession] = {}
-        self._edges: dict[str, Edge] = {}
-        self._streaming: dict[str, Edge] = {}  # those of them that draft ahead in stream mode
-        self._queue: deque[Edge] = deque()
+        self._sessions: dict[str, SessionState] = {}
+        self._edges: dict[str, SimulatedEdge] = {}
+        self._streaming: dict[
+            str, SimulatedEdge
+        ] = {}  # those of them that draft ahead in stream mode
+        self._queue: deque[SimulatedEdge] = deque()
         self._reserved = 0
         self._kv_used = 0
         self._kv_tokens = model.kv_tokens if model.kv_tokens is not None else _UNLIMITED
-        self._residency: Residency | None = None
+        self._residency: KvOffload | None = None
         if model.host_kv_ms is not None:
             # Host memory admits everybody; what bounds a step is the card, of which no session keeps a part.
-            self._residency = Residency(self._kv_tokens)
+            self._residency = KvOffload(self._kv_tokens)
             self._kv_tokens = _UNLIMITED
         self._busy = False
         self._wake = 0
@@ -68,13 +70,13 @@ class Server:
         self._steps = 0
         # The least time a token can take: a lone step that commits a full tail.
         alone = self._estimator.start().add(1, 0).p50_ms
-        self._floor_ms = alone / (1 + sim.system.drafting.lead)
+        self._floor_ms = alone / (1 + sim.system.drafting.draft_ahead)
 
     # --- frames arrive ---
 
-    def open(self, now_ms: float, edge: Edge) -> None:
+    def open(self, now_ms: float, edge: SimulatedEdge) -> None:
         """An opening frame arrived. Admission is in order of arrival, by the memory it may come to need."""
-        need = edge.script.prompt_tokens + edge.record.output_tokens
+        need = edge.output.prompt_tokens + edge.record.output_tokens
         if need > min(self._model.kv_tokens or _UNLIMITED, self._model.max_context):
             edge.record.refused = True
             self._sim.ended(now_ms, edge)
@@ -83,7 +85,7 @@ class Server:
         self._admit(now_ms)
         self._decide(now_ms)
 
-    def draft(self, now_ms: float, sent: tuple[Edge, Outgoing, float]) -> None:
+    def draft(self, now_ms: float, sent: tuple[SimulatedEdge, Outgoing, float]) -> None:
         """A round arrived."""
         edge, frame, slack_ms = sent
         session = self._sessions.get(edge.key)
@@ -93,7 +95,7 @@ class Server:
             frame.epoch,
             frame.base,
             frame.tokens,
-            frame.survival,
+            frame.acceptance_prob,
             now_ms,
             slack_ms,
             frame.draft_ms,
@@ -111,14 +113,14 @@ class Server:
             if outbox and outbox[0][0] <= now_ms:
                 merge = sessions[key].merge
                 while outbox and outbox[0][0] <= now_ms:
-                    arrived_ms, (epoch, base, tokens, survival, draft_ms) = outbox.popleft()
-                    merge(epoch, base, tokens, survival, arrived_ms, math.inf, draft_ms)
+                    arrived_ms, (epoch, base, tokens, acceptance_prob, draft_ms) = outbox.popleft()
+                    merge(epoch, base, tokens, acceptance_prob, arrived_ms, math.inf, draft_ms)
 
     def _admit(self, now_ms: float) -> None:
         model = self._model
         while self._queue:
             edge = self._queue[0]
-            need = edge.script.prompt_tokens + edge.record.output_tokens
+            need = edge.output.prompt_tokens + edge.record.output_tokens
             if self._reserved + need > self._kv_tokens:
                 return
             self._queue.popleft()
@@ -130,9 +132,9 @@ class Server:
                 edge.advance(now_ms)
                 while edge.outbox and edge.outbox[0][0] < now_ms:
                     edge.outbox.popleft()
-            self._sessions[edge.key] = ServerSession(
+            self._sessions[edge.key] = SessionState(
                 edge.key,
-                edge.script.prompt,
+                edge.output.prompt,
                 slo=edge.record.slo,
                 max_new=edge.record.output_tokens,
                 max_context=model.max_context + 1,
@@ -140,7 +142,7 @@ class Server:
                 now_ms=edge.record.asked_ms,
                 stream=edge.stream,
                 undrafted=edge.controller is None,
-                max_tail=self._sim.system.drafting.lead,
+                max_pending_drafts=self._sim.system.drafting.draft_ahead,
                 floor_ms=self._floor_ms,
             )
 
@@ -168,13 +170,13 @@ class Server:
         for edge in self._streaming.values():
             self._watch(edge)
 
-    def _watch(self, edge: Edge) -> None:
+    def _watch(self, edge: SimulatedEdge) -> None:
         """With the engine idle, its next frame is an event."""
         when = edge.outbox[0][0] if edge.outbox else edge.next_ms
         if when < math.inf:
             self._sim.at(when, self._stirred, (self._wake, edge))
 
-    def _stirred(self, now_ms: float, who: tuple[int, Edge]) -> None:
+    def _stirred(self, now_ms: float, who: tuple[int, SimulatedEdge]) -> None:
         wake, edge = who
         if wake != self._wake:
             return
@@ -190,13 +192,15 @@ class Server:
 
     def _step(self, now_ms: float, plan: StepPlan, limits: Limits) -> None:
         items: list[tuple[int, int, bool]] = []
-        feeds: list[Feed] = []
+        feeds: list[StepInput] = []
         sessions = self._sessions
         rows = prefill = 0
         for member in plan.members:
             session = sessions.get(member.session)
             if session is None or session.in_flight:
-                raise PolicyBroke(f"{self._policy.name} planned {member.session} twice, or unasked")
+                raise PolicyViolation(
+                    f"{self._policy.name} planned {member.session} twice, or unasked"
+                )
             cached, chunk = session.cached, member.prefill
             feed = session.feed(member, now_ms)
             new = len(feed.tokens)
@@ -209,7 +213,7 @@ class Server:
             or rows > min(limits.max_tokens, limits.kv_free)
             or prefill > limits.prefill_chunk
         ):
-            raise PolicyBroke(f"{self._policy.name} went beyond {limits} with {rows} rows")
+            raise PolicyViolation(f"{self._policy.name} went beyond {limits} with {rows} rows")
         p50_ms, took_ms = self._times.sample(items)
         host_ms = self._model.host_kv_ms
         if self._residency is not None and host_ms is not None:
@@ -225,7 +229,7 @@ class Server:
         counters.prefill_rows += prefill
         self._sim.at(now_ms + took_ms, self._done, (feeds, took_ms, now_ms))
 
-    def _done(self, now_ms: float, ran: tuple[list[Feed], float, float]) -> None:
+    def _done(self, now_ms: float, ran: tuple[list[StepInput], float, float]) -> None:
         feeds, took_ms, began_ms = ran
         self._collect(now_ms)
         sim, sessions, edges = self._sim, self._sessions, self._edges
@@ -272,7 +276,7 @@ class Server:
             self._streaming.pop(key, None)
             if self._residency is not None:
                 self._residency.drop(key)
-            self._reserved -= edge.script.prompt_tokens + edge.record.output_tokens
+            self._reserved -= edge.output.prompt_tokens + edge.record.output_tokens
         if over:
             self._admit(now_ms)
         at(now_ms + self._overhead_ms, self._free, None)
@@ -283,7 +287,7 @@ class Server:
 
     def _look_at_load(self) -> int:
         cached = [s.cached for s in self._sessions.values() if not s.prompt_left]
-        self._level = load_level(stretch(self._estimator, cached), self._level)
+        self._level = load_level(slowdown(self._estimator, cached), self._level)
         return self._level
 
     @property
@@ -297,21 +301,21 @@ class Server:
             return
         assert self._kv_used == sum(s.cached for s in self._sessions.values())
         assert self._reserved == sum(
-            e.script.prompt_tokens + e.record.output_tokens for e in self._edges.values()
+            e.output.prompt_tokens + e.record.output_tokens for e in self._edges.values()
         )
         assert self._kv_used <= self._kv_tokens
 
 
-def _decided(feed: Feed, session: ServerSession, edge: Edge) -> Outcome:
+def _decided(feed: StepInput, session: SessionState, edge: SimulatedEdge) -> VerifyResult:
     """What the target says to a feed: its script's path, as far as the drafts agree, and one more."""
-    if not feed.emit:
-        return Outcome(feed.session, 0, ())
-    path = edge.script.path
-    place = len(session.tokens) - edge.script.prompt_tokens
+    if not feed.needs_logits:
+        return VerifyResult(feed.session, 0, ())
+    path = edge.output.path
+    place = len(session.tokens) - edge.output.prompt_tokens
     accepted, drafts = 0, feed.drafts
     if drafts:
         tokens = feed.tokens
         first = len(tokens) - drafts
         while accepted < drafts and tokens[first + accepted] == path[place + accepted]:
             accepted += 1
-    return Outcome(feed.session, accepted, tuple(path[place : place + accepted + 1]))
+    return VerifyResult(feed.session, accepted, tuple(path[place : place + accepted + 1]))

@@ -16,9 +16,9 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from wispprof.types import BatchShape, CostAccumulator, StepEstimator, VerifyItem
+from wispprof.types import BatchCost, BatchShape, StepTimeEstimator, VerifyItem
 
-__all__ = ["LinearCost", "StepTimes", "WithoutPrefixCache"]
+__all__ = ["LinearCost", "SimulatedStepTimes", "WithoutPrefixCache"]
 
 FloatArray = NDArray[np.float64]
 
@@ -50,7 +50,7 @@ class LinearCost:
     def coverage(self) -> float:
         return self.covers
 
-    def start(self) -> CostAccumulator:
+    def start(self) -> BatchCost:
         return _LinearBatch(self, 0.0, 0, 0.0)
 
     def p50_ms(self, rows: int, work: float) -> float:
@@ -93,7 +93,7 @@ class _LinearBatch:
     def bound_ms(self) -> float:
         return self.p50_ms * self._cost.bound_ratio
 
-    def add(self, new: int, cached: int, prefill: bool = False) -> CostAccumulator:
+    def add(self, new: int, cached: int, prefill: bool = False) -> BatchCost:
         cost = self._cost
         rows = self._rows + new
         work = self._work + cost.item_ms + cost.kv_ms * cached
@@ -101,7 +101,7 @@ class _LinearBatch:
             work += cost.pair_ms * (new * cached + new * (new + 1) / 2)
         return _LinearBatch(cost, work, rows, cost.p50_ms(rows, work))
 
-    def add_all(self, new: Sequence[int], cached: Sequence[int]) -> CostAccumulator:
+    def add_all(self, new: Sequence[int], cached: Sequence[int]) -> BatchCost:
         """This batch with n decode items more, as :meth:`add` of each in turn."""
         cost, work = self._cost, self._work
         for rows, held in zip(new, cached, strict=True):
@@ -126,13 +126,13 @@ class _LinearBatch:
 class WithoutPrefixCache:
     """The same server when it keeps no KV between rounds: every item is fed from its first token on."""
 
-    inner: StepEstimator
+    inner: StepTimeEstimator
 
     @property
     def coverage(self) -> float:
         return self.inner.coverage
 
-    def start(self) -> CostAccumulator:
+    def start(self) -> BatchCost:
         return _Uncached(self.inner.start())
 
     def predict(self, shape: BatchShape) -> tuple[float, float]:
@@ -142,7 +142,7 @@ class WithoutPrefixCache:
 class _Uncached:
     __slots__ = ("_batch",)
 
-    def __init__(self, batch: CostAccumulator) -> None:
+    def __init__(self, batch: BatchCost) -> None:
         self._batch = batch
 
     @property
@@ -153,11 +153,11 @@ class _Uncached:
     def bound_ms(self) -> float:
         return self._batch.bound_ms
 
-    def add(self, new: int, cached: int, prefill: bool = False) -> CostAccumulator:
+    def add(self, new: int, cached: int, prefill: bool = False) -> BatchCost:
         return _Uncached(self._batch.add(new + cached, 0, True))
 
 
-class StepTimes:
+class SimulatedStepTimes:
     """What a step really takes: the estimator's median times a log-normal residual.
 
     ``spread``: standard deviation of the residual's logarithm; ``None`` takes the one under which the
@@ -166,7 +166,7 @@ class StepTimes:
 
     __slots__ = ("_estimator", "_rng", "_spread", "_z")
 
-    def __init__(self, estimator: StepEstimator, spread: float | None, rng: Random) -> None:
+    def __init__(self, estimator: StepTimeEstimator, spread: float | None, rng: Random) -> None:
         self._estimator = estimator
         self._rng = rng
         self._spread = spread

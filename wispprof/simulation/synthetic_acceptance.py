@@ -8,19 +8,19 @@ from functools import lru_cache
 
 import numpy as np
 
-from wispprof.simulation.simulated_output import Script
+from wispprof.simulation.simulated_output import SimulatedOutput
 from wispprof.types import DraftFeatures, DraftToken, RejectionPredictor
 
-__all__ = ["SyntheticAcceptance", "TrustConfidence", "survival_curve"]
+__all__ = ["SyntheticAcceptance", "TrustConfidence", "cum_acceptance_curve"]
 
 
 class TrustConfidence:
     """A predictor that believes the feature ``confidence``: synthetic features are calibrated already."""
 
-    def survival(self, features: DraftFeatures, depth: int) -> float:
+    def acceptance_prob(self, features: DraftFeatures, depth: int) -> float:
         return features.confidence
 
-    def survival_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    def acceptance_prob_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
         confidence: np.ndarray = np.asarray(features)[:, 0]
         return confidence
 
@@ -64,27 +64,27 @@ class SyntheticAcceptance:
         self._wrong = [DraftToken(_WRONG, features) for features in self._levels]
 
     @classmethod
-    def from_survival(
-        cls, survival: Sequence[float], *, concentration: float = 2.0, noise: float = 1.0
+    def from_cum_acceptance(
+        cls, acceptance_prob: Sequence[float], *, concentration: float = 2.0, noise: float = 1.0
     ) -> SyntheticAcceptance:
-        """Match a measured or published curve: ``survival[j]`` = P(first j + 1 proposals accepted).
+        """Match a measured or published curve: ``acceptance_prob[j]`` = P(first j + 1 proposals accepted).
 
         The mean is its first value; the persistence is the one whose curve comes closest (least squares).
         """
-        if not survival or not 0 < survival[0] < 1:
+        if not acceptance_prob or not 0 < acceptance_prob[0] < 1:
             raise ValueError("a survival curve begins with a probability between 0 and 1")
-        goal = np.asarray(survival, dtype=float)
+        goal = np.asarray(acceptance_prob, dtype=float)
 
         def gap(persistence: float) -> float:
-            curve = survival_curve(survival[0], concentration, persistence, len(goal))
+            curve = cum_acceptance_curve(acceptance_prob[0], concentration, persistence, len(goal))
             return float(((curve - goal) ** 2).sum())
 
         best = min((i / 50 for i in range(51)), key=gap)
-        return cls(survival[0], concentration=concentration, persistence=best, noise=noise)
+        return cls(acceptance_prob[0], concentration=concentration, persistence=best, noise=noise)
 
-    def survival(self, depth: int) -> np.ndarray:
+    def acceptance_prob(self, depth: int) -> np.ndarray:
         """P(first j + 1 proposals accepted) for j < depth, (depth,)."""
-        return survival_curve(self.acceptance, self.concentration, self.persistence, depth)
+        return cum_acceptance_curve(self.acceptance, self.concentration, self.persistence, depth)
 
     def auc(self, samples: int = 20_000) -> float:
         """The predictor's area under the ROC curve over positions, by simulation with a fixed seed."""
@@ -101,7 +101,9 @@ class SyntheticAcceptance:
         del values
         return (rank_sum - good * (good + 1) / 2) / (good * (samples - good))
 
-    def script(self, seed: Sequence[int], prompt_tokens: int, output_tokens: int) -> Script:
+    def output(
+        self, seed: Sequence[int], prompt_tokens: int, output_tokens: int
+    ) -> SimulatedOutput:
         rng = np.random.default_rng([s & 0xFFFFFFFF for s in seed])
         right, level = self._draw(rng, output_tokens)
         levels = level.tolist()
@@ -111,7 +113,7 @@ class SyntheticAcceptance:
             for i, ok, missed in zip(levels, right.tolist(), wrong, strict=True)
         ]
         # A draft that went astray does not know it: its confidence goes on like any other.
-        return Script(prompt_tokens, [_RIGHT] * output_tokens, proposals, _Astray(wrong))
+        return SimulatedOutput(prompt_tokens, [_RIGHT] * output_tokens, proposals, OffPath(wrong))
 
     def _draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
         a = self.acceptance * self.concentration
@@ -125,7 +127,7 @@ class SyntheticAcceptance:
         return right, np.searchsorted(self._edges, seen)
 
 
-class _Astray(Sequence[Sequence[DraftToken]]):
+class OffPath(Sequence[Sequence[DraftToken]]):
     """The wrong tokens of the positions that follow, cut when they are asked for; at least one."""
 
     __slots__ = ("_wrong",)
@@ -141,7 +143,7 @@ class _Astray(Sequence[Sequence[DraftToken]]):
         return wrong[min(place + 1, len(wrong) - 1) :]
 
 
-def survival_curve(
+def cum_acceptance_curve(
     acceptance: float, concentration: float, persistence: float, depth: int
 ) -> np.ndarray:
     """P(first j + 1 proposals accepted) of the synthetic model, (depth,).

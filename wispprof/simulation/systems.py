@@ -14,7 +14,7 @@ from wispprof.errors import PlanError
 from wispprof.policies.api import BatchPolicy, Controller, RoundContext
 from wispprof.policies.registry import make_batch_policy, make_controller
 from wispprof.sessions.draft_scheduler import DraftingSettings
-from wispprof.simulation.simulated_output import Script
+from wispprof.simulation.simulated_output import SimulatedOutput
 from wispprof.types import DraftFeatures, RejectionPredictor
 
 __all__ = ["SYSTEMS", "System", "system"]
@@ -48,15 +48,17 @@ class System:
     def make_batching(self) -> BatchPolicy:
         return make_batch_policy(self.batching, **self.batching_options)
 
-    def make_controller(self, predictor: RejectionPredictor, script: Script) -> Controller | None:
+    def make_controller(
+        self, predictor: RejectionPredictor, output: SimulatedOutput
+    ) -> Controller | None:
         """One session's controller; ``None`` for sessions that never draft."""
         if self.clairvoyant:
-            return _Clairvoyant(script, **self.controller_options)
+            return _Clairvoyant(output, **self.controller_options)
         if self.controller is None:
             return None
         return make_controller(self.controller, predictor, **self.controller_options)
 
-    def but(self, **changes: Any) -> System:
+    def replace_with(self, **changes: Any) -> System:
         """A variant, e.g. ``system("wisp").but(label="wisp k=4", controller_options={"k_max": 4})``."""
         return replace(self, **changes)
 
@@ -66,8 +68,8 @@ class _Clairvoyant:
 
     name = "clairvoyant"
 
-    def __init__(self, script: Script, k_max: int = 16) -> None:
-        self._script = script
+    def __init__(self, output: SimulatedOutput, k_max: int = 16) -> None:
+        self._script = output
         self._k_max = k_max
         self._left = 0
 
@@ -78,7 +80,7 @@ class _Clairvoyant:
     def go_on(self, depth: int, features: DraftFeatures) -> bool:
         return depth + 1 < self._left
 
-    def survival(self) -> float:
+    def acceptance_prob(self) -> float:
         return 1.0
 
     def finish(self, drafted: int, accepted: int) -> None:
@@ -97,9 +99,9 @@ SYSTEMS: Mapping[str, System] = {
     for s in (
         System("centralized", "centralized"),
         _SLED_FIXED,
-        _SLED_FIXED.but(label="sled-fixed-nocache", prefix_cache=False),
+        _SLED_FIXED.replace_with(label="sled-fixed-nocache", prefix_cache=False),
         _SLED_THRESHOLD,
-        _SLED_THRESHOLD.but(label="sled-threshold-nocache", prefix_cache=False),
+        _SLED_THRESHOLD.replace_with(label="sled-threshold-nocache", prefix_cache=False),
         System("fcfs", "fcfs", "fixed", controller_options={"k": 4}),
         System(
             "specedge",

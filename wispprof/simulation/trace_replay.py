@@ -10,7 +10,7 @@ import numpy as np
 
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
 from wispprof.errors import ProfileError
-from wispprof.simulation.simulated_output import Script, mix
+from wispprof.simulation.simulated_output import SimulatedOutput, mix
 from wispprof.types import DraftFeatures, DraftToken, RejectionPredictor
 
 __all__ = ["MemoPredictor", "TraceAcceptance", "TraceReplay"]
@@ -23,15 +23,15 @@ class MemoPredictor:
         self._predictor = predictor
         self._known: dict[tuple[DraftFeatures, int], float] = {}
 
-    def survival(self, features: DraftFeatures, depth: int) -> float:
+    def acceptance_prob(self, features: DraftFeatures, depth: int) -> float:
         key = (features, depth)
         known = self._known.get(key)
         if known is None:
-            known = self._known[key] = self._predictor.survival(features, depth)
+            known = self._known[key] = self._predictor.acceptance_prob(features, depth)
         return known
 
-    def survival_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
-        return self._predictor.survival_batch(features, depth)
+    def acceptance_prob_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
+        return self._predictor.acceptance_prob_batch(features, depth)
 
 
 class _Segment(NamedTuple):
@@ -60,7 +60,9 @@ class TraceAcceptance:
                 "Record longer paths: wispprof profile-edge --trace.",
             )
 
-    def script(self, seed: Sequence[int], prompt_tokens: int, output_tokens: int) -> Script:
+    def output(
+        self, seed: Sequence[int], prompt_tokens: int, output_tokens: int
+    ) -> SimulatedOutput:
         rng = Random(mix(seed))
         path: list[int] = []
         proposals: list[DraftToken] = []
@@ -71,7 +73,7 @@ class TraceAcceptance:
             path += segment.path[start:]
             proposals += segment.proposals[start:]
             astray += segment.astray[start:]
-        return Script(prompt_tokens, path[:output_tokens], proposals, astray)
+        return SimulatedOutput(prompt_tokens, path[:output_tokens], proposals, astray)
 
 
 class TraceReplay:
@@ -92,14 +94,18 @@ class TraceReplay:
         path = self._paths[self._index(device, number)]
         return len(path.prompt), len(path.path)
 
-    def script(self, seed: Sequence[int], prompt_tokens: int, output_tokens: int) -> Script:
+    def output(
+        self, seed: Sequence[int], prompt_tokens: int, output_tokens: int
+    ) -> SimulatedOutput:
         """``seed``: (of the scenario, device, number of its request)."""
         index = self._index(*seed[-2:])
         whole = self._known.get(index)
         if whole is None:
             path = self._paths[index]
             whole = self._known[index] = _segment(path, len(path.path))
-        return Script(prompt_tokens, whole.path[:output_tokens], whole.proposals, whole.astray)
+        return SimulatedOutput(
+            prompt_tokens, whole.path[:output_tokens], whole.proposals, whole.astray
+        )
 
     def _index(self, device: int, number: int) -> int:
         return (number * self._devices + device) % len(self._paths)

@@ -15,12 +15,12 @@ from collections.abc import Collection
 from types import TracebackType
 from typing import Self
 
-__all__ = ["Ballast"]
+__all__ = ["CpuBurner"]
 
 _TURNS = 1_000_000
 
 
-class Ballast:
+class CpuBurner:
     """Use as ``with``; one process per core in ``cores``. Does nothing where the system cannot name cores."""
 
     def __init__(self, cores: Collection[int]) -> None:
@@ -43,7 +43,7 @@ class Ballast:
     def __exit__(
         self,
         kind: type[BaseException] | None,
-        fault: BaseException | None,
+        err: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
         for process in self._processes:

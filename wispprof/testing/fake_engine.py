@@ -16,13 +16,13 @@ from wispprof.types import (
     BatchShape,
     DraftFeatures,
     DraftToken,
-    Feed,
-    Outcome,
     Sampling,
     ServedModel,
+    StepInput,
+    VerifyResult,
 )
 
-__all__ = ["HashDrafter", "HashEngine", "HashTarget"]
+__all__ = ["FakeDrafter", "FakeEngine", "FakeTarget"]
 
 _GREEDY = Sampling()
 _MASK = (1 << 64) - 1
@@ -37,7 +37,7 @@ def _mix(state: int, value: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class HashTarget:
+class FakeTarget:
     """A language model of ``vocab`` tokens whose next token is a hash of all before it."""
 
     vocab: int = 256
@@ -81,7 +81,7 @@ class _Cache:
     states: list[int] = field(default_factory=list)
 
 
-class HashEngine:
+class FakeEngine:
     """``step_ms`` says how long a step of some shape takes; ``sleep`` (seconds) spends that time."""
 
     def __init__(
@@ -93,7 +93,7 @@ class HashEngine:
         step_ms: Callable[[BatchShape], float] | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.target = HashTarget(vocab)
+        self.target = FakeTarget(vocab)
         self._max_context = max_context
         self._kv_tokens = kv_tokens
         self._step_ms = step_ms
@@ -135,11 +135,11 @@ class HashEngine:
         self.open(child, sampling)
         self._append(self._caches[child], parent.tokens[:length])
 
-    def step(self, feeds: Sequence[Feed]) -> list[Outcome]:
+    def step(self, feeds: Sequence[StepInput]) -> list[VerifyResult]:
         if len({feed.session for feed in feeds}) != len(feeds):
             raise EngineError("A session takes part in a step once.")
         shape = BatchShape.of(
-            (len(f.tokens), len(self._get(f.session).tokens), not f.emit) for f in feeds
+            (len(f.tokens), len(self._get(f.session).tokens), not f.needs_logits) for f in feeds
         )
         if shape.new_tokens > self.kv_free:
             raise OutOfKvMemory(f"{shape.new_tokens} new tokens, room for {self.kv_free}.")
@@ -152,20 +152,20 @@ class HashEngine:
             self._sleep(self._step_ms(shape) / 1000.0)
         return outcomes
 
-    def _decide(self, feed: Feed) -> Outcome:
+    def _decide(self, feed: StepInput) -> VerifyResult:
         cache = self._get(feed.session)
         tokens = list(feed.tokens)
         sure = len(tokens) - feed.drafts
         self._append(cache, tokens[:sure])
-        if not feed.emit:
-            return Outcome(feed.session, 0, ())
+        if not feed.needs_logits:
+            return VerifyResult(feed.session, 0, ())
         out = [self.target.next(cache.states[-1])]
         for draft in tokens[sure:]:
             if draft != out[-1]:
                 break
             self._append(cache, [draft])
             out.append(self.target.next(cache.states[-1]))
-        return Outcome(feed.session, len(out) - 1, tuple(out))
+        return VerifyResult(feed.session, len(out) - 1, tuple(out))
 
     def _append(self, cache: _Cache, tokens: Sequence[int]) -> None:
         state = cache.states[-1] if cache.states else self.target.start(cache.sampling)
@@ -209,10 +209,10 @@ class HashEngine:
             raise EngineError(f"There is no session {session}.") from None
 
 
-class HashDrafter:
+class FakeDrafter:
     """Proposes the hash target's next token with a given accuracy; a mistake is a hash as well."""
 
-    def __init__(self, target: HashTarget, accuracy: float = 0.7, salt: int = 0) -> None:
+    def __init__(self, target: FakeTarget, accuracy: float = 0.7, salt: int = 0) -> None:
         self._target = target
         self._accuracy = accuracy
         self._salt = salt

@@ -13,7 +13,7 @@ import selectors
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-__all__ = ["run_precise"]
+__all__ = ["run_high_res"]
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ _MOST = 900
 """Connections that leave room below 1,024 for whatever else a process has open."""
 
 
-def run_precise(main: Coroutine[Any, Any, T], connections: int) -> T:
+def run_high_res(main: Coroutine[Any, Any, T], connections: int) -> T:
     """``asyncio.run`` on a loop with timers in microseconds, where so many connections allow it."""
 
     def loop() -> asyncio.AbstractEventLoop:

@@ -1,6 +1,6 @@
 """A verification server in one process on the running loop's clock, for tests and emulations.
 
-It keeps the same books (:class:`~wispprof.sessions.session_state.ServerSession`), asks the same batching
+It keeps the same books (:class:`~wispprof.sessions.session_state.SessionState`), asks the same batching
 policies and speaks the same frames as the real server, but has no threads, sockets or admission, and the
 time of a step comes from a function of its shape. With a virtual loop that makes a whole edge, link and
 server run exact and repeatable.
@@ -14,41 +14,41 @@ from typing import Protocol
 
 from wispprof import protocol
 from wispprof.edge.connection import Connection, LinkLost
-from wispprof.policies.api import BatchPolicy, Limits, Member
-from wispprof.policies.load_level import load_level, stretch
-from wispprof.sessions.session_state import ServerSession
-from wispprof.types import BatchShape, Feed, Outcome, Sampling, Slo, StepEstimator
+from wispprof.policies.api import BatchPolicy, Limits, ScheduledItem
+from wispprof.policies.load_level import load_level, slowdown
+from wispprof.sessions.session_state import SessionState
+from wispprof.types import BatchShape, Sampling, Slo, StepInput, StepTimeEstimator, VerifyResult
 
-__all__ = ["PocketEngine", "PocketServer"]
+__all__ = ["InProcessEngine", "InProcessServer"]
 
 _HOUSEKEEPING_MS = 0.05
 _ROOMY = Limits(max_items=64, max_tokens=2048, prefill_chunk=512, kv_free=1 << 20)
 
 
-class PocketEngine(Protocol):
+class InProcessEngine(Protocol):
     """What it needs of an engine; a subset of the real server's."""
 
     def open(self, session: str, sampling: Sampling) -> None: ...
 
-    def step(self, feeds: Sequence[Feed]) -> list[Outcome]: ...
+    def step(self, feeds: Sequence[StepInput]) -> list[VerifyResult]: ...
 
     def rollback(self, session: str, length: int) -> None: ...
 
     def close(self, session: str) -> None: ...
 
 
-class PocketServer:
+class InProcessServer:
     """Serve with ``policy``; each step takes ``step_ms(shape)`` of the loop's time.
 
-    Use as ``async with``; :attr:`dial` is what an edge client is given. ``cut()`` breaks every
+    Use as ``async with``; :attr:`connect` is what an edge client is given. ``cut()`` breaks every
     connection and forgets all sessions, as a killed server does.
     """
 
     def __init__(
         self,
-        engine: PocketEngine,
+        engine: InProcessEngine,
         policy: BatchPolicy,
-        estimator: StepEstimator,
+        estimator: StepTimeEstimator,
         step_ms: Callable[[BatchShape], float],
         *,
         limits: Limits = _ROOMY,
@@ -68,14 +68,14 @@ class PocketServer:
         self.tokenizer = tokenizer
         self.steps = 0
         self.refuse = False
-        self._sessions: dict[str, tuple[_Wire, int, ServerSession]] = {}
+        self._sessions: dict[str, tuple[_Wire, int, SessionState]] = {}
         self._wires: list[_Wire] = []
         self._opened = 0
         self._level = 0
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> PocketServer:
+    async def __aenter__(self) -> InProcessServer:
         self._task = asyncio.create_task(self._loop(), name="pocket server")
         return self
 
@@ -85,7 +85,7 @@ class PocketServer:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    async def dial(self) -> Connection:
+    async def connect(self) -> Connection:
         """A fresh connection to it."""
         if self.refuse:
             raise LinkLost("The pocket server is away.")
@@ -129,7 +129,7 @@ class PocketServer:
         elif isinstance(frame, protocol.Draft):
             entry = self._sessions.get(link.names.get(frame.session, ""))
             if entry is not None:
-                odds = [byte / 255.0 for byte in frame.survival]
+                odds = [byte / 255.0 for byte in frame.acceptance_prob]
                 entry[2].merge(
                     frame.epoch,
                     frame.base,
@@ -147,7 +147,7 @@ class PocketServer:
         self._drop(link.names.get(frame.session, ""))
         name = f"p{self._opened}"
         self._opened += 1
-        session = ServerSession(
+        session = SessionState(
             name,
             frame.tokens,
             slo=Slo(frame.tokens_per_s, frame.ttft_ms),
@@ -158,7 +158,7 @@ class PocketServer:
             stop=frame.stop,
             stream=self.policy.stream and not frame.undrafted,
             undrafted=frame.undrafted,
-            max_tail=self.max_drafts,
+            max_pending_drafts=self.max_drafts,
         )
         sampling = Sampling(frame.temperature, frame.top_k, frame.top_p, frame.seed)
         self.engine.open(name, sampling)
@@ -186,7 +186,7 @@ class PocketServer:
             except TimeoutError:
                 pass
 
-    async def _step(self, members: Sequence[Member]) -> None:
+    async def _step(self, members: Sequence[ScheduledItem]) -> None:
         loop = asyncio.get_running_loop()
         begun_ms = loop.time() * 1000.0
         taking = [self._sessions[member.session] for member in members]
@@ -198,7 +198,7 @@ class PocketServer:
             for feed, entry, member in zip(feeds, taking, members, strict=True)
         )
         self._level = load_level(
-            stretch(self.estimator, (e[2].cached for e in self._sessions.values())), self._level
+            slowdown(self.estimator, (e[2].cached for e in self._sessions.values())), self._level
         )
         outcomes = self.engine.step(feeds)
         await asyncio.sleep(self.step_ms(shape) / 1000.0)
@@ -216,7 +216,7 @@ class PocketServer:
                     protocol.Commit(
                         number,
                         done.epoch,
-                        done.frontier,
+                        done.committed_len,
                         list(done.tokens),
                         done.accepted,
                         done.drafted,
@@ -234,7 +234,7 @@ class PocketServer:
 class _Wire:
     """One connection: frames go straight into the server, answers into a queue."""
 
-    def __init__(self, server: PocketServer) -> None:
+    def __init__(self, server: InProcessServer) -> None:
         self.names: dict[int, str] = {}
         self._server = server
         self._down: asyncio.Queue[bytes | None] = asyncio.Queue()

@@ -13,8 +13,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from wispprof.edge.connection import Connection, Dial, LinkLost
-from wispprof.simulation.devices import Link, LinkProfile
+from wispprof.edge.connection import Connection, ConnectionFactory, LinkLost
+from wispprof.simulation.devices import Link, LinkModel
 
 __all__ = ["LinkProxy", "LinkSettings", "emulate"]
 
@@ -30,7 +30,7 @@ class LinkSettings:
     connection's life it breaks. 0 switches a fault off. ``seed``: of jitter and loss.
     """
 
-    profile: LinkProfile = field(default_factory=LinkProfile)
+    profile: LinkModel = field(default_factory=LinkModel)
     stall_every_ms: float = 0.0
     stall_ms: float = 0.0
     cut_every_ms: float = 0.0
@@ -86,7 +86,7 @@ class _Line:
 # --- in process --------------------------------------------------------------------------------------
 
 
-def emulate(dial: Dial, settings: LinkSettings) -> Dial:
+def emulate(connect: ConnectionFactory, settings: LinkSettings) -> ConnectionFactory:
     """A dial whose connections run over an emulated link. Connecting costs one round trip."""
     made = 0
 
@@ -94,7 +94,7 @@ def emulate(dial: Dial, settings: LinkSettings) -> Dial:
         nonlocal made
         made += 1
         await asyncio.sleep(settings.profile.rtt_ms / 1000.0)
-        return _Emulated(await dial(), _Line(settings, settings.seed + made))
+        return _Emulated(await connect(), _Line(settings, settings.seed + made))
 
     return slow_dial
 
@@ -143,16 +143,16 @@ class _Emulated:
         self._lose(LinkLost("The connection was closed."))
         await self._inner.close()
 
-    def _lose(self, fault: LinkLost) -> None:
+    def _lose(self, err: LinkLost) -> None:
         if self._fault is None:
-            self._fault = fault
+            self._fault = err
         self._lost.set()
 
     async def _guard(self, work: Awaitable[None]) -> None:
         try:
             await work
-        except LinkLost as fault:
-            self._lose(fault)
+        except LinkLost as err:
+            self._lose(err)
 
     async def _pump_up(self) -> None:
         loop = asyncio.get_running_loop()

@@ -12,7 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from wispprof.edge import EdgeClient, Generation, GenerationRequest, ThreadWorker, websocket_dial
+from wispprof.edge import (
+    EdgeClient,
+    Generation,
+    GenerationRequest,
+    ThreadWorker,
+    websocket_connections,
+)
 from wispprof.policies import make_controller
 from wispprof.server import running_server
 from wispprof.settings.edge_settings import DraftingSettings
@@ -105,7 +111,7 @@ async def split_outputs(
     waiting = asyncio.Semaphore(case.sessions)
     with ThreadPoolExecutor(1, thread_name_prefix="draft") as executor:
         async with running_server(settings, engine=engine, model=model) as running:
-            async with EdgeClient(websocket_dial(running.split_url)) as client:
+            async with EdgeClient(websocket_connections(running.split_url)) as client:
 
                 async def one(number: int) -> None:
                     async with waiting:
@@ -120,7 +126,7 @@ async def split_outputs(
                             ),
                             ThreadWorker(drafter(), executor) if drafting and drafter else None,
                             make_controller("fixed", k=case.k) if drafting else None,
-                            DraftingSettings(lead=2 * case.k, proactive=case.k),
+                            DraftingSettings(draft_ahead=2 * case.k, proactive=case.k),
                         )
                         await generation.run()
                         out[number] = list(generation.output)
@@ -128,7 +134,7 @@ async def split_outputs(
                 async with asyncio.TaskGroup() as group:
                     for number in range(len(prompts)):
                         group.create_task(one(number))
-            while len(running.server.house):
+            while len(running.server.manager):
                 await asyncio.sleep(0.001)
             await running.server.check_integrity()
     return out

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from wispprof.engines.torch.decoder import Decoder
-from wispprof.engines.torch.paged_kv import PagedInputs, PagedStore
+from wispprof.engines.torch.paged_kv import PagedInputs, PagedKvStore
 
 __all__ = ["Bucket", "StepGraphs"]
 
@@ -47,7 +47,7 @@ class StepGraphs:
     """Graphs of one engine, captured when first needed (or all by :meth:`capture_all`)."""
 
     def __init__(
-        self, decoder: Decoder, store: PagedStore, device: torch.device, *, capture: bool = True
+        self, decoder: Decoder, store: PagedKvStore, device: torch.device, *, capture: bool = True
     ) -> None:
         self.buckets = TOKENS
         self._decoder = decoder

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from wispprof.engines.ranks import Ranks
 from wispprof.engines.torch.attention import Attend
-from wispprof.engines.torch.packed_linear import Product, packs
+from wispprof.engines.torch.packed_linear import PackedLinear, should_prepack
 from wispprof.errors import ModelUnsupported
 
 __all__ = ["Decoder", "LeanDecoder", "TransformersDecoder", "decoder_for"]
@@ -86,12 +86,12 @@ class TransformersDecoder:
 class _Block(NamedTuple):
     norm1: Tensor
     norm2: Tensor
-    qkv: Product
+    qkv: PackedLinear
     q_norm: Tensor | None
     k_norm: Tensor | None
-    out: Product
-    gate_up: Product
-    down: Product
+    out: PackedLinear
+    gate_up: PackedLinear
+    down: PackedLinear
 
 
 class LeanDecoder:
@@ -106,8 +106,8 @@ class LeanDecoder:
         self._ranks = ranks
         shares = ranks.size if ranks else 1
         self._embed: Tensor = model.model.embed_tokens.weight
-        pack = packs(model)
-        self._head = Product(model.lm_head.weight, model.lm_head.bias, pack)
+        pack = should_prepack(model)
+        self._head = PackedLinear(model.lm_head.weight, model.lm_head.bias, pack)
         self._norm: Tensor = model.model.norm.weight
         self._rotary = model.model.rotary_emb
         self._eps = float(config.rms_norm_eps)
@@ -196,12 +196,12 @@ def _block(layer: Any, pack: bool) -> _Block:
     return _Block(
         norm1=layer.input_layernorm.weight,
         norm2=layer.post_attention_layernorm.weight,
-        qkv=Product(*_fuse(a.q_proj, a.k_proj, a.v_proj), pack),
+        qkv=PackedLinear(*_fuse(a.q_proj, a.k_proj, a.v_proj), pack),
         q_norm=a.q_norm.weight if hasattr(a, "q_norm") else None,
         k_norm=a.k_norm.weight if hasattr(a, "k_norm") else None,
-        out=Product(a.o_proj.weight, a.o_proj.bias, pack),
-        gate_up=Product(*_fuse(m.gate_proj, m.up_proj), pack),
-        down=Product(m.down_proj.weight, m.down_proj.bias, pack),
+        out=PackedLinear(a.o_proj.weight, a.o_proj.bias, pack),
+        gate_up=PackedLinear(*_fuse(m.gate_proj, m.up_proj), pack),
+        down=PackedLinear(m.down_proj.weight, m.down_proj.bias, pack),
     )
 
 

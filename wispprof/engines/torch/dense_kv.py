@@ -24,7 +24,7 @@ from wispprof.engines.torch.attention import grouped_attention, visible
 from wispprof.engines.torch.kv_store import KvGeometry
 from wispprof.errors import EngineError, OutOfKvMemory
 
-__all__ = ["SlotStore"]
+__all__ = ["DenseKvStore"]
 
 # Feeds up to this many tokens form one group: a pending token and its drafts.
 _SMALL_FEED = 16
@@ -92,7 +92,7 @@ class _Group:
     mask: Tensor | None
 
 
-class SlotPlan:
+class DenseKvPlan:
     """A step on dense slots."""
 
     def __init__(self, order: np.ndarray, groups: list[_Group], scale: float, kv_heads: int):
@@ -135,7 +135,7 @@ class SlotPlan:
         return out if g.unpad is None else out.index_select(0, g.unpad)
 
 
-class SlotStore:
+class DenseKvStore:
     """Dense slot KV store (see the module's text): a :class:`~wispprof.engines.torch.kv_store.KvStore`."""
 
     def __init__(
@@ -194,11 +194,11 @@ class SlotStore:
         try:
             for pool, count in zip(*np.unique(wanted[move], return_counts=True), strict=True):
                 self._pools[pool].grow(len(self._pools[pool].owners) + int(count))
-        except (RuntimeError, MemoryError) as fault:  # torch says "not enough memory" either way
+        except (RuntimeError, MemoryError) as err:  # torch says "not enough memory" either way
             raise OutOfKvMemory(
-                f"The KV cache cannot grow: {str(fault).splitlines()[0]}",
+                f"The KV cache cannot grow: {str(err).splitlines()[0]}",
                 "Start with fewer --kv-tokens, or use a machine with more memory.",
-            ) from fault
+            ) from err
         for i in move:
             self._move(int(handles[i]), int(wanted[i]), int(cached[i]))
         for left in () if self._keep else self._pools:
@@ -274,7 +274,7 @@ class SlotStore:
 
     # --- a step --------------------------------------------------------------------------------
 
-    def plan(self, handles: np.ndarray, cached: np.ndarray, new: np.ndarray) -> SlotPlan:
+    def plan(self, handles: np.ndarray, cached: np.ndarray, new: np.ndarray) -> DenseKvPlan:
         pools, rows = self._pool_of[handles], self._row_of[handles]
         if len(handles) == 1:
             order = np.zeros(1, dtype=np.int64)
@@ -292,7 +292,7 @@ class SlotStore:
             )
             groups.append(group)
             start = group.stop
-        return SlotPlan(order, groups, self._scale, self._geometry.kv_heads)
+        return DenseKvPlan(order, groups, self._scale, self._geometry.kv_heads)
 
     def _group(
         self, pool: _Pool, start: int, rows: np.ndarray, cached: np.ndarray, new: np.ndarray

@@ -1,6 +1,6 @@
 """The verifier engine: one forward pass of the target over a ragged batch, acceptance decided, KV kept.
 
-    engine = VerifierEngine(load_model(folder), kv_tokens=65_536)
+    engine = TorchEngine(load_model(folder), kv_tokens=65_536)
     engine.open("a", Sampling())
     [first] = engine.step([Feed("a", prompt)])                        # prefill, emits the first token
     [round] = engine.step([Feed("a", (first.tokens[-1], *drafts), drafts=len(drafts))])
@@ -23,16 +23,16 @@ from torch import Tensor
 from wispprof.engines.loading import LoadedModel
 from wispprof.engines.torch.cuda_graphs import Bucket, StepGraphs
 from wispprof.engines.torch.decoder import Decoder, decoder_for
-from wispprof.engines.torch.dense_kv import SlotStore
+from wispprof.engines.torch.dense_kv import DenseKvStore
 from wispprof.engines.torch.integrity import IntegrityReport, compare_with_fresh
 from wispprof.engines.torch.kv_store import KvGeometry, KvStore
-from wispprof.engines.torch.paged_kv import PagedStore
-from wispprof.engines.torch.verify_batch import Packed
+from wispprof.engines.torch.paged_kv import PagedKvStore
+from wispprof.engines.torch.verify_batch import VerifyBatch
 from wispprof.errors import EngineError, OutOfKvMemory
-from wispprof.sampling.sampler import choose
-from wispprof.types import BatchShape, Feed, ModelInfo, Outcome, Sampling, VerifyItem
+from wispprof.sampling.sampler import sample_tokens
+from wispprof.types import BatchShape, ModelInfo, Sampling, StepInput, VerifyItem, VerifyResult
 
-__all__ = ["StepReport", "VerifierEngine"]
+__all__ = ["StepReport", "TorchEngine"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class _Batch(NamedTuple):
     """Rows that emit: drafts + 1, or 0."""
 
 
-class VerifierEngine:
+class TorchEngine:
     """Serves up to ``max_sessions`` sessions that cache up to ``kv_tokens`` tokens in all.
 
     ``backend``: ``slots`` (dense), ``paged``, or ``auto`` (paged on CUDA, slots elsewhere).
@@ -111,7 +111,7 @@ class VerifierEngine:
         self._graphs: StepGraphs | None = None
         # Over several ranks the sums would lie inside the graphs, which nobody here has measured.
         captured = graphs and self._device.type == "cuda" and not loaded.ranks
-        if captured and isinstance(self._store, PagedStore):
+        if captured and isinstance(self._store, PagedKvStore):
             self._graphs = StepGraphs(self._decoder, self._store, self._device)
         self._sessions: dict[str, _Session] = {}
         self._cached_tokens = 0
@@ -185,7 +185,7 @@ class VerifierEngine:
     @property
     def attention(self) -> str:
         """What attends: ``dense``, or on pages one of :data:`~wispprof.engines.torch.paged_kv.ATTENTIONS`."""
-        return self._store.attention if isinstance(self._store, PagedStore) else "dense"
+        return self._store.attention if isinstance(self._store, PagedKvStore) else "dense"
 
     @property
     def graphs(self) -> bool:
@@ -205,7 +205,7 @@ class VerifierEngine:
     # --- a step --------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def step(self, feeds: Sequence[Feed], *, keep_logits: bool = False) -> list[Outcome]:
+    def step(self, feeds: Sequence[StepInput], *, keep_logits: bool = False) -> list[VerifyResult]:
         """One forward pass: cache what is fed, decide what is accepted. Outcomes in the order of feeds.
 
         ``keep_logits`` leaves the emitting rows' logits in :attr:`last_logits`, (drafts + 1, V) per feed.
@@ -222,7 +222,7 @@ class VerifierEngine:
         plan = None if bucket else self._store.plan(batch.handles, batch.cached, batch.new)
 
         order = plan.order if plan else np.arange(len(feeds))
-        packed = Packed.of(feeds, batch.cached, batch.new, batch.rows, order)
+        packed = VerifyBatch.of(feeds, batch.cached, batch.new, batch.rows, order)
         ids, positions, picked = packed.ids, packed.positions, packed.picked
         if ids.min() < 0 or ids.max() >= self.info.vocab_size:
             raise EngineError(f"A token id lies outside the vocabulary of {self.info.vocab_size}.")
@@ -242,14 +242,14 @@ class VerifierEngine:
             samplings = [
                 s for i in order.tolist() for s in [batch.sessions[i].sampling] * int(batch.rows[i])
             ]
-            chosen = choose(logits, positions[picked] + 1, samplings).cpu().numpy()
+            chosen = sample_tokens(logits, positions[picked] + 1, samplings).cpu().numpy()
             if self._ranks:
                 chosen = self._ranks.agree(chosen)
         accepted, first = packed.accepted(chosen), packed.first()
         self.last_step = StepReport(
             BatchShape(
                 tuple(
-                    VerifyItem(n, c, not feed.emit)
+                    VerifyItem(n, c, not feed.needs_logits)
                     for n, c, feed in zip(
                         batch.new.tolist(), batch.cached.tolist(), feeds, strict=True
                     )
@@ -277,7 +277,7 @@ class VerifierEngine:
         positions: np.ndarray,
     ) -> Tensor:
         """Hidden states of a step by its captured graph, padding last."""
-        assert isinstance(self._store, PagedStore)
+        assert isinstance(self._store, PagedKvStore)
         arrays = self._store.arrange(batch.handles, batch.cached, batch.new)
         hidden = graphs.run(bucket, ids, positions, arrays)
         if not batch.rows.any() and self._device.type == "cuda":
@@ -287,12 +287,12 @@ class VerifierEngine:
 
     def _commit(
         self,
-        feeds: Sequence[Feed],
+        feeds: Sequence[StepInput],
         batch: _Batch,
         accepted: list[int],
         first: list[int],
         chosen: list[int],
-    ) -> list[Outcome]:
+    ) -> list[VerifyResult]:
         outcomes = []
         for feed, session, kept, start in zip(feeds, batch.sessions, accepted, first, strict=True):
             rejected = feed.drafts - kept
@@ -301,25 +301,25 @@ class VerifierEngine:
             self._cached_tokens += stays
             if rejected:
                 self._store.truncate(session.handle, len(session.tokens))
-            own = tuple(chosen[start : start + kept + 1]) if feed.emit else ()
-            outcomes.append(Outcome(feed.session, kept, own))
+            own = tuple(chosen[start : start + kept + 1]) if feed.needs_logits else ()
+            outcomes.append(VerifyResult(feed.session, kept, own))
         return outcomes
 
-    def _validate(self, feeds: Sequence[Feed]) -> _Batch:
+    def _validate(self, feeds: Sequence[StepInput]) -> _Batch:
         sessions = [self._get(feed.session) for feed in feeds]
         if len({feed.session for feed in feeds}) != len(feeds):
             raise EngineError("A session may take part in a step only once.")
         count = len(feeds)
         cached = np.fromiter((len(s.tokens) for s in sessions), np.int64, count)
         new = np.fromiter((len(f.tokens) for f in feeds), np.int64, count)
-        rows = np.fromiter((f.drafts + 1 if f.emit else 0 for f in feeds), np.int64, count)
+        rows = np.fromiter((f.drafts + 1 if f.needs_logits else 0 for f in feeds), np.int64, count)
         for feed, session in zip(feeds, sessions, strict=True):
             if not len(feed.tokens) or not 0 <= feed.drafts < len(feed.tokens):
                 raise EngineError(
                     f"Session {feed.session!r}: {len(feed.tokens)} tokens with {feed.drafts} drafts; a feed "
                     "needs at least one token that is not a draft."
                 )
-            if feed.drafts and not feed.emit:
+            if feed.drafts and not feed.needs_logits:
                 raise EngineError(
                     f"Session {feed.session!r}: drafts can only be fed where it emits."
                 )
@@ -363,7 +363,7 @@ class VerifierEngine:
             for size in (8, 1, 5, 1):
                 if size > min(room, self.max_context - 15):
                     break
-                self.step([Feed(name, [0] * size, drafts=size - 1) for name in names])
+                self.step([StepInput(name, [0] * size, drafts=size - 1) for name in names])
                 for name in names:
                     self.rollback(name, 0)
             if self._graphs:
@@ -378,15 +378,15 @@ class VerifierEngine:
     def _make_store(self, attention: str, keep_memory: bool) -> KvStore:
         common = (self._geometry, self._decoder.scale, self._dtype, self._device)
         if self.backend == "slots":
-            return SlotStore(*common, keep=keep_memory)
+            return DenseKvStore(*common, keep=keep_memory)
         try:
-            return PagedStore(*common, self.kv_tokens, self.max_sessions, attention=attention)
-        except torch.OutOfMemoryError as fault:
+            return PagedKvStore(*common, self.kv_tokens, self.max_sessions, attention=attention)
+        except torch.OutOfMemoryError as err:
             gigabytes = self.kv_tokens * self.info.kv_bytes_per_token / 1e9
             raise OutOfKvMemory(
                 f"{self.kv_tokens} KV tokens need {gigabytes:.1f} GB, more than the device has left.",
                 "Start with fewer --kv-tokens.",
-            ) from fault
+            ) from err
 
     def _get(self, session: str) -> _Session:
         try:

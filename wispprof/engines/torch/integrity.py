@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wispprof.engines.torch.decoder import Decoder
-from wispprof.engines.torch.dense_kv import SlotStore
+from wispprof.engines.torch.dense_kv import DenseKvStore
 from wispprof.engines.torch.kv_store import KvGeometry
 from wispprof.errors import EngineError
 
@@ -64,7 +64,7 @@ def _prefill_apart(
     decoder: Decoder, geometry: KvGeometry, tokens: list[int], like: Tensor
 ) -> Tensor:
     """KV of tokens from a store of its own, of the same kind as ``like``."""
-    store = SlotStore(geometry, decoder.scale, like.dtype, like.device)
+    store = DenseKvStore(geometry, decoder.scale, like.dtype, like.device)
     handle = np.array([store.add()])
     for start in range(0, len(tokens), _CHUNK):
         ids = np.array(tokens[start : start + _CHUNK])

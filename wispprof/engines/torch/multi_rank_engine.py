@@ -1,6 +1,6 @@
-"""One engine over several ranks: rank 0's :class:`LeaderEngine` is what the server sees, the others follow.
+"""One engine over several ranks: rank 0's :class:`MultiRankEngine` is what the server sees, the others follow.
 
-Every rank has a whole :class:`~wispprof.engines.torch.engine.VerifierEngine` over its own heads, and all
+Every rank has a whole :class:`~wispprof.engines.torch.engine.TorchEngine` over its own heads, and all
 of them go through the same calls in the same order, so their books are equal by construction. What needs no
 collective (open, rollback, close) waits and travels with the next step: a step costs one order.
 
@@ -17,12 +17,12 @@ from typing import TypeVar
 import msgspec
 
 from wispprof.engines.ranks import Ranks
-from wispprof.engines.torch.engine import VerifierEngine
+from wispprof.engines.torch.engine import TorchEngine
 from wispprof.engines.torch.integrity import IntegrityReport
 from wispprof.errors import EngineError
-from wispprof.types import Feed, Outcome, Sampling
+from wispprof.types import Sampling, StepInput, VerifyResult
 
-__all__ = ["LeaderEngine", "follow"]
+__all__ = ["MultiRankEngine", "follow"]
 
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ _decode = msgspec.msgpack.Decoder(_Order).decode
 _encode = msgspec.msgpack.Encoder().encode
 
 
-class LeaderEngine:
+class MultiRankEngine:
     """Rank 0's engine with its followers behind it; the interface of the server's ``Engine``.
 
     Raises what the engine raises. After a failure that the ranks do not share (:attr:`broken` says which)
@@ -85,7 +85,7 @@ class LeaderEngine:
 
     def __init__(
         self,
-        engine: VerifierEngine,
+        engine: TorchEngine,
         ranks: Ranks,
         on_broken: Callable[[], None] = lambda: None,
     ) -> None:
@@ -122,10 +122,10 @@ class LeaderEngine:
         self._engine.close(session)
         self._chores.append(_Close(session))
 
-    def step(self, feeds: Sequence[Feed]) -> list[Outcome]:
+    def step(self, feeds: Sequence[StepInput]) -> list[VerifyResult]:
         if not feeds:
             return []
-        packed = [(f.session, [int(t) for t in f.tokens], f.drafts, f.emit) for f in feeds]
+        packed = [(f.session, [int(t) for t in f.tokens], f.drafts, f.needs_logits) for f in feeds]
         self._order(_Step(packed))
         return self._shared(lambda: self._engine.step(feeds))
 
@@ -152,14 +152,14 @@ class LeaderEngine:
             return work()
         except EngineError:
             raise
-        except BaseException as fault:
-            self.broken = f"its ranks fell apart ({type(fault).__name__}: {fault})"
+        except BaseException as err:
+            self.broken = f"its ranks fell apart ({type(err).__name__}: {err})"
             self._ranks.leave()
             self._on_broken()
             raise
 
 
-def follow(engine: VerifierEngine, ranks: Ranks) -> None:
+def follow(engine: TorchEngine, ranks: Ranks) -> None:
     """Do what the leader orders until it says that it is over. Blocks.
 
     Raises :class:`EngineError` where this rank's books are not the leader's, and whatever a collective
@@ -167,8 +167,8 @@ def follow(engine: VerifierEngine, ranks: Ranks) -> None:
     """
     while True:
         order = _decode(ranks.hear())
-        for chore in order.chores:
-            _do(engine, chore)
+        for deferred_op in order.chores:
+            _do(engine, deferred_op)
         if (len(engine.sessions), engine.kv_free) != (order.sessions, order.kv_free):
             raise EngineError(
                 f"Rank {ranks.rank} holds {len(engine.sessions)} sessions with {engine.kv_free} KV tokens "
@@ -180,35 +180,37 @@ def follow(engine: VerifierEngine, ranks: Ranks) -> None:
             return
         try:
             if isinstance(work, _Step):
-                engine.step([Feed(*feed) for feed in work.feeds])
+                engine.step([StepInput(*feed) for feed in work.feeds])
             else:
                 _check(engine, ranks, work.session)
         except EngineError:
             pass  # the leader raises the same one, and answers for it
 
 
-def _do(engine: VerifierEngine, chore: _Chore) -> None:
-    if isinstance(chore, _Open):
-        engine.open(chore.session, chore.sampling)
-    elif isinstance(chore, _Rollback):
-        engine.rollback(chore.session, chore.length)
-    elif isinstance(chore, _Close):
-        engine.close(chore.session)
+def _do(engine: TorchEngine, deferred_op: _Chore) -> None:
+    if isinstance(deferred_op, _Open):
+        engine.open(deferred_op.session, deferred_op.sampling)
+    elif isinstance(deferred_op, _Rollback):
+        engine.rollback(deferred_op.session, deferred_op.length)
+    elif isinstance(deferred_op, _Close):
+        engine.close(deferred_op.session)
     else:
-        engine.fork(chore.session, chore.child, chore.length, chore.sampling)
+        engine.fork(
+            deferred_op.session, deferred_op.child, deferred_op.length, deferred_op.sampling
+        )
 
 
-def _check(engine: VerifierEngine, ranks: Ranks, session: str | None) -> IntegrityReport:
+def _check(engine: TorchEngine, ranks: Ranks, session: str | None) -> IntegrityReport:
     """Integrity on all ranks: every one of them raises if any does."""
-    fault: EngineError | None = None
+    err: EngineError | None = None
     report = IntegrityReport({}, 0.0)
     try:
         report = engine.check_integrity(session)
     except EngineError as found:
-        fault = found
-    sound = ranks.least(0 if fault else 1)
-    if fault:
-        raise fault
+        err = found
+    sound = ranks.least(0 if err else 1)
+    if err:
+        raise err
     if not sound:
         raise EngineError("The KV of another rank is not what its tokens say.", "See its log.")
     return report

@@ -7,7 +7,7 @@ compiler does on CPUs. One row alone is a matrix-vector product, which reads the
 
 oneDNN makes a kernel for every number of rows that it meets, which takes a millisecond or two and keeps half
 a megabyte, up to 1,024 of them; beyond that they push each other out and leave their memory in pieces. Steps
-with prompts have any number of rows, so these are filled up to one of few (:func:`filled`). Small steps are
+with prompts have any number of rows, so these are filled up to one of few (:func:`pad_rows`). Small steps are
 not: every row of theirs costs.
 """
 
@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Product", "can_pack", "filled", "packs"]
+__all__ = ["PackedLinear", "can_pack", "pad_rows", "should_prepack"]
 
 MOST_BYTES = 2 << 30
 """Models with more weights than this are served without a second copy of them."""
 
 
-def packs(model: Any) -> bool:
+def should_prepack(model: Any) -> bool:
     """Whether a model is small enough that a second copy of its weights is no burden."""
     return sum(p.nbytes for p in model.parameters()) <= MOST_BYTES
 
@@ -41,7 +41,7 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
-def filled(rows: int) -> int:
+def pad_rows(rows: int) -> int:
     """``rows`` as they are up to 64, then rounded up to eights, and from 256 on to multiples of 32."""
     if rows <= 64:
         return rows
@@ -49,7 +49,7 @@ def filled(rows: int) -> int:
     return -(-rows // step) * step
 
 
-class Product:
+class PackedLinear:
     """``x @ weight.T + bias`` for ``x`` (rows, in), weight (out, in), bias (out,) or None.
 
     ``pack``: keep a second copy of the weight, laid out, where :func:`can_pack` allows it.
@@ -68,7 +68,7 @@ class Product:
     def __call__(self, x: Tensor) -> Tensor:
         if self._packed is not None and len(x) > 1:
             rows = len(x)
-            if missing := filled(rows) - rows:
+            if missing := pad_rows(rows) - rows:
                 x = F.pad(x, (0, 0, 0, missing))
             out: Tensor = torch.ops.mkldnn._linear_pointwise(
                 x, self._packed, self._bias, "none", [], ""

@@ -22,7 +22,7 @@ from wispprof.engines.torch.block_table import NULL_PAGE, BlockTables
 from wispprof.engines.torch.kv_store import KvGeometry
 from wispprof.errors import EngineError, OutOfKvMemory
 
-__all__ = ["ATTENTIONS", "PagedInputs", "PagedStore", "pick_attention"]
+__all__ = ["ATTENTIONS", "PagedInputs", "PagedKvStore", "pick_attention"]
 
 ATTENTIONS = ("triton", "varlen", "gather")
 PAGE_SIZE = 64
@@ -47,10 +47,10 @@ class PagedInputs:
     max_length: int
 
 
-class PagedPlan:
+class PagedKvPlan:
     """A step on pages."""
 
-    def __init__(self, store: PagedStore, inputs: PagedInputs, order: np.ndarray) -> None:
+    def __init__(self, store: PagedKvStore, inputs: PagedInputs, order: np.ndarray) -> None:
         self.order = order
         self.inputs = inputs
         self._store = store
@@ -73,7 +73,7 @@ class PagedPlan:
         return self._dense.attend(q, keys, values, store.scale)
 
 
-class PagedStore:
+class PagedKvStore:
     """Paged KV store; implements :class:`~wispprof.engines.torch.kv_store.KvStore`.
 
     Holds ``kv_tokens`` rounded up to pages, one page more per session (its last page is part empty), and the
@@ -146,14 +146,14 @@ class PagedStore:
     def check(self, lengths: dict[int, int]) -> None:
         self.tables.check(lengths)
 
-    def plan(self, handles: np.ndarray, cached: np.ndarray, new: np.ndarray) -> PagedPlan:
+    def plan(self, handles: np.ndarray, cached: np.ndarray, new: np.ndarray) -> PagedKvPlan:
         arrays = self.arrange(handles, cached, new)
         inputs = PagedInputs(
             **{name: torch.from_numpy(a).to(self._device) for name, a in arrays.items()},
             max_new=int(new.max()),
             max_length=int((cached + new).max()),
         )
-        return PagedPlan(self, inputs, np.arange(len(handles)))
+        return PagedKvPlan(self, inputs, np.arange(len(handles)))
 
     def arrange(
         self, handles: np.ndarray, cached: np.ndarray, new: np.ndarray
@@ -170,9 +170,9 @@ class PagedStore:
             "rows": np.repeat(np.arange(len(handles), dtype=np.int32), new),
         }
 
-    def plan_on(self, inputs: PagedInputs) -> PagedPlan:
+    def plan_on(self, inputs: PagedInputs) -> PagedKvPlan:
         """A plan over tensors that live elsewhere (the static inputs of a captured graph)."""
-        return PagedPlan(self, inputs, np.arange(len(inputs.lengths)))
+        return PagedKvPlan(self, inputs, np.arange(len(inputs.lengths)))
 
     @property
     def null_place(self) -> int:

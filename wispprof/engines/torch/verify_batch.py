@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wispprof.types import Feed
+from wispprof.types import StepInput
 
-__all__ = ["Packed"]
+__all__ = ["VerifyBatch"]
 
 
-class Packed(NamedTuple):
+class VerifyBatch(NamedTuple):
     """Feeds packed item after item, in the store's ``order`` (n,).
 
     ``ids`` and ``positions`` (tokens,): of every packed token. ``picked`` (rows,): places of the tokens
@@ -30,12 +30,12 @@ class Packed(NamedTuple):
     @classmethod
     def of(
         cls,
-        feeds: Sequence[Feed],
+        feeds: Sequence[StepInput],
         cached: np.ndarray,
         new: np.ndarray,
         rows: np.ndarray,
         order: np.ndarray,
-    ) -> Packed:
+    ) -> VerifyBatch:
         """``cached``, ``new`` and ``rows`` (n,): tokens held, fed and emitting (drafts + 1, or 0) by feed."""
         new, rows = new[order], rows[order]
         ids = np.concatenate([np.asarray(feeds[i].tokens, dtype=np.int64) for i in order.tolist()])

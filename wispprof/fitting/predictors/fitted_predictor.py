@@ -57,10 +57,10 @@ class FittedPredictor:
     def kind(self) -> str:
         return self.scorer.kind
 
-    def survival(self, features: DraftFeatures, depth: int) -> float:
+    def acceptance_prob(self, features: DraftFeatures, depth: int) -> float:
         return self.calibration(self.scorer.score(features, depth))
 
-    def survival_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    def acceptance_prob_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
         return self.calibration.many(self.scorer.score_many(np.asarray(features, float), depth))
 
     def save(
@@ -83,10 +83,10 @@ def load_predictor(path: Path) -> FittedPredictor:
         scorer = _scorer_class(str(payload["kind"])).from_payload(payload["scorer"])
         calibration = Calibration.from_payload(payload["calibration"])
         return FittedPredictor(scorer, calibration, dict(payload.get("report", {})))
-    except (*BAD_PAYLOAD, FitError) as fault:
+    except (*BAD_PAYLOAD, FitError) as err:
         raise ArtifactDamaged(
-            f"{path} is not a complete predictor ({fault}).", "Fit it anew with `wispprof fit`."
-        ) from fault
+            f"{path} is not a complete predictor ({err}).", "Fit it anew with `wispprof fit`."
+        ) from err
 
 
 def _scorer_class(kind: str) -> type[Scorer]:
@@ -165,7 +165,7 @@ def _cross_validate(
         for name in kinds:
             scorer = _scorer_class(name)().fit(both.take(~(judged | calibrating)))
             predictor = FittedPredictor(scorer, _calibrate(scorer, both.take(calibrating)))
-            probability = predictor.survival_batch(rows.features, rows.depth)
+            probability = predictor.acceptance_prob_batch(rows.features, rows.depth)
             loss[name] += log_loss(probability, rows.accepted) * len(rows) / len(both)
     return loss
 
@@ -203,7 +203,7 @@ def judge(predictor: FittedPredictor, rows: TokenRows, recall: float = 0.8) -> d
     False acceptance: share of rejected tokens that pass a threshold which ``recall`` of the accepted
     ones pass. All NaN-free: with one outcome alone AUC and false acceptance are None.
     """
-    probability = predictor.survival_batch(rows.features, rows.depth)
+    probability = predictor.acceptance_prob_batch(rows.features, rows.depth)
     score = predictor.scorer.score_many(rows.features, rows.depth)
     good, bad = score[rows.accepted], score[~rows.accepted]
     report: dict[str, Any] = {
