@@ -6,7 +6,7 @@
 Three tables and one JSON line.
 
 1. tokens/s, wasted drafting and accepted drafts per round for every controller, at round trips of 5, 20,
-   50 and 100 ms and three device speeds, with the best fixed k chosen in hindsight per cell, centralized
+   50 and 100 ms and three device speeds, with the best fixed k chosen in hindsight per cell, server-only
    serving, and a clairvoyant that never drafts a token that would be rejected (the better of its round and
    its stream form): what better predictors could still win.
 2. proactive drafting on and off: speed, hit rate, and acceptance (which must not fall: the splice is right).
@@ -14,7 +14,7 @@ Three tables and one JSON line.
    and bookkeeping cost on top.
 
 The physics. A round costs k draft steps, the link's round trip, and the server's step, and yields the
-accepted drafts plus one token; centralized serving costs one step and no round trip per token, because the
+accepted drafts plus one token; server-only serving costs one step and no round trip per token, because the
 server does not wait for the edge. So rounds win by acceptance and lose by the round trip, and a stream,
 which sends drafts without waiting, can only gain: a draft that arrives late costs the server nothing.
 
@@ -168,7 +168,7 @@ class Arm:
 
 def arms() -> list[Arm]:
     ahead = DraftingSettings(proactive=8)
-    found = [Arm("centralized", "centralized", None)]
+    found = [Arm("server-only", "server-only", None)]
     found += [Arm(f"fixed {k}", "fcfs", "fixed", (("k", k),)) for k in FIXED]
     found += [
         Arm("sled", "fcfs", "sled", (("k_max", 8),), ahead),
@@ -273,7 +273,7 @@ def controllers(trace: AcceptanceTrace, args: Any) -> dict[str, Any]:
         print(line)
     ratios, closed = [], []
     for by_name in shown.values():
-        rival = max(by_name["best fixed k"], by_name["centralized"])
+        rival = max(by_name["best fixed k"], by_name["server-only"])
         ceiling = max(by_name["clairvoyant round"], by_name["clairvoyant stream"])
         ours = by_name["wispprof stream"]
         ratios.append(ours / rival)
@@ -282,7 +282,7 @@ def controllers(trace: AcceptanceTrace, args: Any) -> dict[str, Any]:
     gap = statistics.fmean(closed) if closed else float("nan")
     wire = _on_the_wire(cells)
     print(
-        f"\nwispprof stream / better of (best fixed k, centralized): least {min(ratios):.3f}, "
+        f"\nwispprof stream / better of (best fixed k, server-only): least {min(ratios):.3f}, "
         f"mean {statistics.fmean(ratios):.3f}; share of the gap to the clairvoyant closed: {gap:.0%}"
     )
     return {"tokens_per_s": shown, "least_ratio": min(ratios), "gap_closed": gap, "wire": wire}
@@ -292,7 +292,7 @@ def _on_the_wire(cells: dict[tuple[float, str], dict[str, Cell]]) -> dict[str, A
     """Print bytes per committed token, hello, opening frame (the prompt) and pings included."""
     print("\nbytes per committed token up / down (goal 40 / 40 at k = 4)\n")
     found: dict[str, Any] = {}
-    for name in ("centralized", "fixed 4", "wispprof round", "wispprof stream"):
+    for name in ("server-only", "fixed 4", "wispprof round", "wispprof stream"):
         line = f"{name:20}"
         for (rtt, device), by_arm in cells.items():
             cell = by_arm[name]

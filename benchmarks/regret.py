@@ -6,10 +6,10 @@
 
 The grid: round trip x fleet size x SLO x device, on an A100-like server with short contexts and an
 H200-like one with long contexts. In each cell every system serves the same requests (common random
-numbers) and the best of the others, centralized serving and several fixed draft lengths included, is chosen
+numbers) and the best of the others, server-only serving and several fixed draft lengths included, is chosen
 in hindsight by goodput: tokens/s of sessions that kept their promise.
 Regret is the share of that goodput which ``wispprof`` does not reach. The ceiling is the better of two
-clairvoyants, which draft exactly what will be accepted. Fleet sizes are shares of what centralized serving
+clairvoyants, which draft exactly what will be accepted. Fleet sizes are shares of what server-only serving
 carries at the cell's SLO by its linear cost, so loads from light to beyond capacity are all there.
 
 Choosing the best of many in hindsight picks their luck too. A cell whose regret is above 2 % is therefore
@@ -69,7 +69,7 @@ def _fixed(k: int) -> System:
 
 
 RIVALS = (
-    *map(system, ("centralized", "sled-fixed", "specedge", "wisp", "wisp-carry")),
+    *map(system, ("server-only", "sled-fixed", "specedge", "wisp", "wisp-carry")),
     *map(_fixed, (2, 4, 8)),
 )
 OURS = system("wispprof")
@@ -91,7 +91,7 @@ class Cell:
 
     @property
     def devices(self) -> int:
-        """``load`` times what centralized serving carries: decode and prompt rows within the pace."""
+        """``load`` times what server-only serving carries: decode and prompt rows within the pace."""
         cost = SERVERS[self.server]
         each = cost.row_ms * (1 + self.context / OUTPUT) + cost.kv_ms * self.context
         return max(2, round(self.load * (1000.0 / self.slo - cost.fixed_ms) / each))

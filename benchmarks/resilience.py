@@ -5,7 +5,7 @@
 
 A real ``wispprof serve`` on the bundled target and a number of edges, each with its own connection through a
 link proxy, the bundled draft model, and one generation: every other one greedy, the others sampled with seeds
-of their own, one in four centralized. First they run undisturbed; then the same requests run again while
+of their own, one in four server-only. First they run undisturbed; then the same requests run again while
 
 * ``kill``: the server dies by ``kill -9`` once every generation is under way, and another process takes its
   port three seconds later;

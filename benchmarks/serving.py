@@ -11,7 +11,7 @@ The fleet runs in a process of its own, and one core is left to it. Cores share 
 power, often one physical core), so ballast of the lowest priority keeps that core busy throughout, profile
 included: a step costs the same whatever the fleet does.
 
-Centralized serving gives each of n sessions ``v(n) = new / (new * step(n) + n * prompt)`` tokens/s, by the
+Server-only serving gives each of n sessions ``v(n) = new / (new * step(n) + n * prompt)`` tokens/s, by the
 fitted estimator: its own steps, and everybody's prompts in between. The fastest of four SLO classes (in the
 ratios 2 : 4 : 6 : 8) is 0.85 of what it gives to n = ``--devices``; that fleet is "near" capacity, 0.6 and
 1.5 times as many are "below" and "above". Draft steps of three kinds of devices take 0.15, 0.4 and 1.0 of a

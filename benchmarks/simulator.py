@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--think-s", type=float, default=30.0)
-    parser.add_argument("--systems", default="centralized,fcfs,wisp,wispprof")
+    parser.add_argument("--systems", default="server-only,fcfs,wisp,wispprof")
     options = parser.parse_args()
     rows = []
     head = f"{'system':14} {'load':10} {'CPU s / hour':>12} {'us / token':>11} {'tokens/s':>9}"

@@ -12,6 +12,7 @@ WispprofError
 │   └── PhysicsViolation     times do not vary with shape as they must
 ├── FitError                 rows that no estimator should be fitted on
 ├── PlanError                inputs of a plan contradict each other
+├── PluginError              a policy, estimator, drafter or engine that cannot be found by name
 ├── EngineError              the verifier engine was asked for something impossible
 │   └── OutOfKvMemory        no room for these tokens now
 └── RuntimeFault             serving
@@ -81,6 +82,10 @@ class FitError(WispprofError):
 
 class PlanError(WispprofError):
     """Inputs of a plan contradict each other."""
+
+
+class PluginError(WispprofError):
+    """No policy, controller, estimator, predictor, drafter or engine has this name."""
 
 
 class EngineError(WispprofError):

@@ -69,7 +69,7 @@ class Open(msgspec.Struct, tag="o", array_like=True, frozen=True):
     seed: int = 0
     stop: list[int] = []
     undrafted: bool = False
-    """The edge will send no drafts: the server may always advance this session (centralized)."""
+    """The edge will send no drafts: the server may always advance this session (server-only)."""
 
 
 class Draft(msgspec.Struct, tag="d", array_like=True, frozen=True):

@@ -17,7 +17,7 @@ from wispprof.server import run_coalescing
 from wispprof.simulation import System, system
 
 SYSTEMS = {
-    "centralized": "centralized",
+    "server-only": "server-only",
     "sled_static": "sled-threshold",
     "fcfs": "fcfs",
     "specedge_pipeline": "specedge",

@@ -36,7 +36,7 @@ def virtual(settings: BenchSettings, policy: str, trace=TRACE, **options: object
 @pytest.mark.parametrize(
     ("system", "policy"),
     [
-        ("centralized", "centralized"),
+        ("server-only", "server-only"),
         ("sled", "sled_static"),
         ("wisp", "wisp"),
         ("wispprof", "wispprof"),
@@ -62,7 +62,7 @@ def test_every_system_is_lossless_and_adds_up(system: str, policy: str) -> None:
     assert figures["ttft_p50_ms"] > 20.0
     assert figures["tpot_p50_ms"] <= figures["tpot_p95_ms"]
     assert {"attainment_at_2_tokens_per_s", "attainment_at_8_tokens_per_s"} <= figures.keys()
-    if system == "centralized":
+    if system == "server-only":
         assert figures["accepted_per_round"] == 0
         assert figures["wasted_ms"] == 0
     else:
@@ -89,7 +89,7 @@ def test_a_promise_nobody_can_keep_is_missed() -> None:
     assert late["attainment"] == 0.0
 
 
-@pytest.mark.parametrize("system", ["wisp", "centralized"])
+@pytest.mark.parametrize("system", ["wisp", "server-only"])
 def test_a_target_that_left_the_trace_is_reported(system: str) -> None:
     """Negative control: the loss check fails where the server's text is not the trace's."""
     wrong = tuple(

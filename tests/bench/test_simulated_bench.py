@@ -49,7 +49,7 @@ def both(label: str, devices: int, step_ms: float = 1.0) -> tuple[BenchResult, S
     )
 
 
-@pytest.mark.parametrize("label", ["centralized", "fcfs", "sled", "specedge", "wisp", "wispprof"])
+@pytest.mark.parametrize("label", ["server-only", "fcfs", "sled", "specedge", "wisp", "wispprof"])
 @pytest.mark.parametrize("devices", [3, 9])
 def test_the_simulator_says_what_the_runtime_does(label: str, devices: int) -> None:
     real, simulated = both(label, devices)

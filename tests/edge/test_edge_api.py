@@ -120,7 +120,7 @@ async def test_the_same_seed_gives_the_same_text_whatever_drafts(kind: str) -> N
             assert answer.choices[0].text == text_of(f"p{n}", 16, Sampling(0.7, seed=3))
 
 
-async def test_the_same_seed_gives_the_same_text_split_centralized_and_after_a_reconnect() -> None:
+async def test_the_same_seed_gives_the_same_text_split_server_only_and_after_a_reconnect() -> None:
     ask = {"model": "hash-256", "prompt": "once", "max_tokens": 120, "temperature": 0.8, "seed": 11}
     engine = FakeEngine(step_ms=lambda shape: 2.0)
     settings = ServerSettings(policy="wispprof", admit="all")

@@ -47,7 +47,7 @@ async def test_mixed_batches_over_real_sockets_are_lossless(policy: str) -> None
         assert client.rtt.samples >= 1
 
 
-async def test_sampled_text_is_the_same_split_or_centralized() -> None:
+async def test_sampled_text_is_the_same_split_or_server_only() -> None:
     sampling = Sampling(0.8, 0, 0.9, seed=5)
     async with hash_server() as running, edge(websocket_connections(running.split_url)) as client:
         split = drafting(client, PROMPTS[0], max_new=24, draft_ms=0.1, sampling=sampling)

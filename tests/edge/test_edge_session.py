@@ -74,7 +74,7 @@ def test_sampled_text_depends_on_the_seed_alone(policy: str) -> None:
     assert other[0][0].output not in texts
 
 
-def test_a_centralized_session_sends_nothing_but_its_opening() -> None:
+def test_a_server_only_session_sends_nothing_but_its_opening() -> None:
     async def main() -> RequestStats:
         async with in_process() as server, edge(server.connect) as client:
             generation = plain(client, PROMPTS[0])
@@ -120,7 +120,7 @@ def test_proactive_drafting_gains_and_never_lowers_acceptance() -> None:
         assert on.accepted_per_round >= 0.95 * off.accepted_per_round
 
 
-def test_a_stream_is_never_slower_than_centralized_serving() -> None:
+def test_a_stream_is_never_slower_than_server_only_serving() -> None:
     def speed(drafts: bool, rtt: float, draft_ms: float) -> float:
         async def main() -> RequestStats:
             async with in_process("wispprof") as server:

@@ -46,7 +46,7 @@ def test_a_mix_of_one_class_is_that_class(plan, mode: str) -> None:
     single = next(r for r in plan.mixes if r.mode == mode and len(r.slos) == 1)
     alone = next(r for r in plan.capacity if r.mode == mode and r.tokens_per_s == 24.0)
     assert single.split == pytest.approx(alone.split, abs=1)
-    assert single.centralized == alone.centralized
+    assert single.server_only == alone.server_only
 
 
 def test_a_mix_lies_between_its_classes_and_only_the_fast_one_drafts(plan) -> None:
@@ -55,8 +55,8 @@ def test_a_mix_lies_between_its_classes_and_only_the_fast_one_drafts(plan) -> No
     assert fast < mixed.split < slow
     assert mixed.shares == (0.75, 0.25)
     assert mixed.ks[0] == 0 < mixed.ks[1]
-    # Centralized serving makes the same step for all: the strictest promise decides.
-    assert mixed.centralized < mixed.split
+    # Server-only serving makes the same step for all: the strictest promise decides.
+    assert mixed.server_only < mixed.split
 
 
 @settings(max_examples=15, deadline=None)

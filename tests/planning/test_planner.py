@@ -148,7 +148,7 @@ def test_runs_keep_their_shape_when_scaled():
 
 def capacities(made) -> dict[tuple, tuple[int, int]]:
     return {
-        (r.device, r.rtt_ms, r.tokens_per_s, r.mode): (r.centralized, r.split)
+        (r.device, r.rtt_ms, r.tokens_per_s, r.mode): (r.server_only, r.split)
         for r in made.capacity
     }
 
@@ -214,7 +214,7 @@ def test_slower_servers_and_stricter_promises_never_raise_any_capacity(
 
     def fits(step: Step, tokens_per_s: float) -> tuple[int, int]:
         found = capacity_row(step_times(step, limits), edge, tokens_per_s, limits)
-        return found.centralized, found.split
+        return found.server_only, found.split
 
     server = Step(fixed, row)
     central, split = fits(server, promise)

@@ -159,7 +159,7 @@ def test_pipeline_groups_take_turns():
 
 
 def test_unknown_names_and_options_name_the_choices():
-    with pytest.raises(PlanError, match="centralized"):
+    with pytest.raises(PlanError, match="server-only"):
         make_batch_policy("best")
     with pytest.raises(PlanError, match="max_batch"):
         make_batch_policy("fcfs", batch=3)

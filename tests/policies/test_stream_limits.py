@@ -47,7 +47,7 @@ tails_of = st.lists(st.lists(st.floats(0, 1), max_size=5).map(tuple), min_size=1
 
 @settings(max_examples=50, deadline=None)
 @given(tails=tails_of, contexts=st.lists(st.integers(0, 4000), min_size=9, max_size=9))
-def test_where_drafts_cannot_pay_the_plan_is_that_of_centralized(tails, contexts):
+def test_where_drafts_cannot_pay_the_plan_is_that_of_server_only(tails, contexts):
     """A row costs what a committed token does here: no draft that may be wrong is worth it."""
     estimator = SyntheticEstimator(fixed=0.0, row=1.0, kv=0.0)
     sessions = [
@@ -55,7 +55,7 @@ def test_where_drafts_cannot_pay_the_plan_is_that_of_centralized(tails, contexts
         for i, t in enumerate(tails)
     ]
     ours = make_batch_policy("wispprof", wait=False).plan(0.0, sessions, estimator, LIMITS)
-    theirs = make_batch_policy("centralized").plan(0.0, sessions, estimator, LIMITS)
+    theirs = make_batch_policy("server-only").plan(0.0, sessions, estimator, LIMITS)
     assert set(ours.members) == set(theirs.members)
     assert ours.p50_ms == pytest.approx(theirs.p50_ms)
 

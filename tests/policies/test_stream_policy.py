@@ -84,7 +84,7 @@ def test_the_fixed_point_is_the_best_of_all_tail_choices(costs, tails, weights):
     bucket=st.sampled_from([1, 8, 32]),
     flat=st.sampled_from([0, 24]),
 )
-def test_never_worse_than_centralized(tails, fixed, row, kv, bucket, flat):
+def test_never_worse_than_server_only(tails, fixed, row, kv, bucket, flat):
     estimator = SyntheticEstimator(fixed=fixed, row=row, kv=kv, bucket=bucket, flat_rows=flat)
     sessions = [stream(str(i), acceptance_probs=t, cached=300 * i) for i, t in enumerate(tails)]
     plan = make_batch_policy("wispprof", wait=False).plan(0.0, sessions, estimator, LIMITS)

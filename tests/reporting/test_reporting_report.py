@@ -91,7 +91,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         inputs={"trace": trace_hash},
     )
     save_plan(plan, out / "plan.json")
-    for name, goodput, share in (("centralized", 50.0, 0.5), ("wisp", 90.0, 0.9)):
+    for name, goodput, share in (("server-only", 50.0, 0.5), ("wisp", 90.0, 0.9)):
         write_document(
             out / f"bench-{name}.json", BENCH_KIND, bench(name, goodput, share).payload()
         )
@@ -223,7 +223,7 @@ def test_an_empty_folder_holds_no_run(tmp_path: Path) -> None:
     ],
 )
 def test_the_verdict_follows_the_figures(alone: float, split: float, said: str) -> None:
-    assert said in verdict([bench("centralized", alone, 1.0), bench("wisp", split, 1.0)])
+    assert said in verdict([bench("server-only", alone, 1.0), bench("wisp", split, 1.0)])
 
 
 def test_without_a_comparison_there_is_no_verdict() -> None:

@@ -39,13 +39,13 @@ def test_rich_shows_the_same_cells() -> None:
 def test_the_brief_comparison_fits_a_terminal() -> None:
     names = ("goodput_tokens_per_s", "attainment", "tokens_per_s", "ttft_p50_ms", "tpot_p50_ms")
     figures = {**dict.fromkeys(names, 1234.5), "attainment": 1.0, "accepted_per_round": 2.5}
-    benches = [Bench("centralized", {}, {**figures, "step_error": 0.25, "wasted_share": 0.5})]
+    benches = [Bench("server-only", {}, {**figures, "step_error": 0.25, "wasted_share": 0.5})]
     with open("/dev/null", "w") as nowhere:
         console = Console(width=80, record=True, file=nowhere)
         console.print(to_rich(bench_table(benches, brief=True)))
     text = console.export_text()
     assert "…" not in text
-    assert "centralized" in text
+    assert "server-only" in text
     assert "step" in text
 
 

@@ -36,10 +36,10 @@ def scenario(name: str, slo: float, fixed_ms: float = 30.0) -> Scenario:
     )
 
 
-def test_centralized_capacity_is_its_formula() -> None:
+def test_server_only_capacity_is_its_formula() -> None:
     """Steps of n sessions take 30 + 1.5 n + 0.5 ms, plus a prompt of 20 rows every 30 tokens a session."""
     longer = replace(
-        scenario("centralized", 10.0),
+        scenario("server-only", 10.0),
         load=ClosedFleet(1, Lengths(20, 30), ramp_ms=200.0),
         seconds=6.0,
     )
@@ -51,7 +51,7 @@ def test_centralized_capacity_is_its_formula() -> None:
     assert found.report.violations <= 0.05
 
 
-@pytest.mark.parametrize("name", ["centralized", "fcfs", "wispprof"])
+@pytest.mark.parametrize("name", ["server-only", "fcfs", "wispprof"])
 def test_a_stricter_promise_never_raises_capacity(name: str) -> None:
     found = [
         capacity(scenario(name, slo), start=8, most=32, tolerance=0.1).devices
@@ -61,7 +61,7 @@ def test_a_stricter_promise_never_raises_capacity(name: str) -> None:
     assert found[0] > 0
 
 
-@pytest.mark.parametrize("name", ["centralized", "fcfs"])
+@pytest.mark.parametrize("name", ["server-only", "fcfs"])
 def test_a_slower_server_never_raises_capacity(name: str) -> None:
     found = [capacity(scenario(name, 9.0, ms), start=8, most=32).devices for ms in (20, 50, 80)]
     assert found == sorted(found, reverse=True)
@@ -73,7 +73,7 @@ def _report_for(scenario: Scenario, limit: int):  # type: ignore[no-untyped-def]
     return replace(_REPORT, attainment=kept, sessions=scenario.load.devices)
 
 
-_REPORT = simulate(replace(scenario("centralized", 1.0), seconds=2.0, warmup_s=0.0))
+_REPORT = simulate(replace(scenario("server-only", 1.0), seconds=2.0, warmup_s=0.0))
 
 
 @pytest.mark.parametrize("limit", [0, 1, 7, 16, 33, 90])
@@ -156,7 +156,7 @@ def test_setups_ship_and_build() -> None:
 def test_assumptions_override_one_kind_of_system() -> None:
     setup = read_setup("wisp")
     memory = next(a for a in setup["assumption"] if a["name"] == "and KV memory")
-    mine, theirs = (wisp_scenario(setup, kind, 2.0, memory) for kind in ("wisp", "centralized"))
+    mine, theirs = (wisp_scenario(setup, kind, 2.0, memory) for kind in ("wisp", "server-only"))
     assert mine.server.kv_tokens == theirs.server.kv_tokens == 39_700
     assert mine.server.host_kv_ms == 0.052
     assert theirs.server.host_kv_ms is None
@@ -167,7 +167,7 @@ def test_assumptions_override_one_kind_of_system() -> None:
 def test_ratios_take_what_an_assumption_leaves_alone_from_the_one_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    devices = {"wisp": 30, "wisp-carry": 60, "centralized": 20}
+    devices = {"wisp": 30, "wisp-carry": 60, "server-only": 20}
 
     def known(scenario: Scenario, **_: object) -> CapacityResult:
         return CapacityResult(devices.get(scenario.system.label, 0), 0.05, None, (), True)
@@ -175,7 +175,7 @@ def test_ratios_take_what_an_assumption_leaves_alone_from_the_one_before(
     monkeypatch.setattr(reproduce, "capacity", known)
     figures = {f.name: f.simulated for f in reproduce.reproduce_wisp().figures}
     assert figures["capacity at 2 tok/s, wisp"]["fair"] == 30
-    ratio = figures["capacity at 2 tok/s, wisp / centralized"]
+    ratio = figures["capacity at 2 tok/s, wisp / server-only"]
     assert (ratio["fair"], ratio["slack carries over"]) == (1.5, 3.0)
     # No device served is no ratio.
     assert math.isnan(figures["goodput at 8 tok/s, wisp / sled"]["fair"])

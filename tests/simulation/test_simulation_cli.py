@@ -32,7 +32,7 @@ def test_two_systems_give_one_document() -> None:
 
 def test_capacity_and_a_replayed_trace(tmp_path: Path) -> None:
     found = run(
-        "simulate", *QUICK, "--capacity", "--policy", "centralized", "--slo", "12", "--jobs", "1"
+        "simulate", *QUICK, "--capacity", "--policy", "server-only", "--slo", "12", "--jobs", "1"
     )
     assert found.exit_code == 0, found.output
     trace = tmp_path / "t.jsonl"
@@ -61,7 +61,7 @@ def test_faults_are_one_line(arguments: list[str], word: str) -> None:
 
 
 def test_a_comparison_fits_eighty_columns() -> None:
-    names = ("capacity at 2 tok/s, wisp", "capacity at 2 tok/s, wisp / centralized", "speed, alone")
+    names = ("capacity at 2 tok/s, wisp", "capacity at 2 tok/s, wisp / server-only", "speed, alone")
     figures = tuple(
         Figure(name, 1.691, {f"setup {i}": 1.6 + i for i in range(5)}) for name in names
     )
@@ -70,11 +70,11 @@ def test_a_comparison_fits_eighty_columns() -> None:
     console.print(shown(found))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert max(map(len, lines)) <= 80
-    (row,) = (line for line in lines if "wisp / centralized" in line)
+    (row,) = (line for line in lines if "wisp / server-only" in line)
     assert row.split() == [
         "wisp",
         "/",
-        "centralized",
+        "server-only",
         "1.69",
         "1.60",
         "2.60",

@@ -114,11 +114,11 @@ def test_committed_tokens_are_the_target_path(name: str, monkeypatch: pytest.Mon
         assert list(output) == list(edge.output.path)
 
 
-def test_a_lone_centralized_session_runs_at_the_speed_of_the_step() -> None:
+def test_a_lone_server_only_session_runs_at_the_speed_of_the_step() -> None:
     cost = LinearCost(25.0, row_ms=1.0)
     report = simulate(
         fleet(
-            "centralized",
+            "server-only",
             1,
             server=ServerModel(cost, overhead_ms=0.5, spread=0.0, prefill_chunk=512),
             links=((LinkModel(40.0), 1.0),),
@@ -194,11 +194,11 @@ def test_a_stream_resumes_only_where_its_lead_was_full(draft_ms: float, rests: b
     assert rests or resumed_ms == pytest.approx(0.0, abs=1e-6)
 
 
-def test_a_stream_is_never_slower_than_centralized_for_one_device() -> None:
+def test_a_stream_is_never_slower_than_server_only_for_one_device() -> None:
     for draft_ms in (2.0, 20.0, 200.0):
         device = ((DeviceProfile("d", draft_ms=draft_ms), 1.0),)
         stream = simulate(fleet("wispprof", 1, devices=device))
-        alone = simulate(fleet("centralized", 1, devices=device))
+        alone = simulate(fleet("server-only", 1, devices=device))
         assert stream.throughput >= 0.97 * alone.throughput
 
 

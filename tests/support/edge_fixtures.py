@@ -115,7 +115,7 @@ def drafting(
 
 
 def plain(client: EdgeClient, prompt: Sequence[int], max_new: int = 48) -> Generation:
-    """A centralized generation."""
+    """A server-only generation."""
     return Generation(client, GenerationRequest(tuple(prompt), max_new))
 
 

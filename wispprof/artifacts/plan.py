@@ -147,7 +147,7 @@ class ChoiceRow:
 class CapacityRow:
     """Most sessions of one class on one kind of device that keep their promise.
 
-    ``centralized``: undrafted; ``split``: with the best k in ``mode``. ``bound_by``: what ends it:
+    ``server-only``: undrafted; ``split``: with the best k in ``mode``. ``bound_by``: what ends it:
     ``time``, ``kv`` (cache memory) or ``limit`` (the search's own limit).
     """
 
@@ -155,7 +155,7 @@ class CapacityRow:
     rtt_ms: float
     tokens_per_s: float
     mode: str
-    centralized: int
+    server_only: int
     split: int
     k: int
     bound_by: str
@@ -174,7 +174,7 @@ class MixRow:
     mode: str
     slos: tuple[float, ...]
     shares: tuple[float, ...]
-    centralized: int
+    server_only: int
     split: int
     ks: tuple[float, ...]
     bound_by: str

@@ -28,7 +28,7 @@ def bench(
     system: Annotated[
         list[str] | None,
         typer.Option(
-            help="How edges draft: wispprof, wisp, sled, centralized, … May be repeated [wispprof]."
+            help="How edges draft: wispprof, wisp, sled, server-only, … May be repeated [wispprof]."
         ),
     ] = None,
     devices: Annotated[int, typer.Option(min=1, help="How many edges.")] = 8,

@@ -38,7 +38,7 @@ class GgufDraft(NamedTuple):
 class DraftDevice:
     """Makes the drafting parts of a request.
 
-    ``kind``: ``model``, ``lookup``, ``both`` (lookup first) or ``none`` (centralized). ``loaded``: the
+    ``kind``: ``model``, ``lookup``, ``both`` (lookup first) or ``none`` (server-only). ``loaded``: the
     draft model as :func:`~wispprof.engines.loading.load_model` gives it, or a :class:`GgufDraft`. All steps
     run in one thread: a device has one engine. Drafters are kept and reused, so a conversation's next turn
     finds its KV.

@@ -53,7 +53,7 @@ class Chunk(NamedTuple):
 
 
 class Generation:
-    """One request. Without ``worker`` and ``controller`` the session is undrafted (centralized).
+    """One request. Without ``worker`` and ``controller`` the session is undrafted (server-only).
 
     ``fallback``: when no server can be reached any more, go on with the draft alone and mark it;
     otherwise the fault is raised. Run it once, by :meth:`run` or by iterating :meth:`stream`.

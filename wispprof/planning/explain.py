@@ -168,7 +168,7 @@ def _capacity(plan: Plan, row: DraftRow) -> list[str]:
     where = (row.device, row.rtt_ms, row.mode)
     lines = [
         f"Capacity if all were promised {row.tokens_per_s:g} tokens/s: {alone.split} devices with "
-        f"k = {alone.k}, {alone.centralized} without drafts (bound by {alone.bound_by})."
+        f"k = {alone.k}, {alone.server_only} without drafts (bound by {alone.bound_by})."
         for alone in plan.capacity
         if (alone.device, alone.rtt_ms, alone.mode) == where
         and alone.tokens_per_s == row.tokens_per_s
@@ -178,7 +178,7 @@ def _capacity(plan: Plan, row: DraftRow) -> list[str]:
             lengths = ", ".join(f"{k:g}" for k in mix.ks)
             lines.append(
                 f"Of the mix {mix.mix}: {mix.split} devices with k = {lengths}, "
-                f"{mix.centralized} without drafts."
+                f"{mix.server_only} without drafts."
             )
     return lines
 

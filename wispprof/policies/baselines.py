@@ -1,7 +1,7 @@
 """Batching policies that take whatever is ready in order of arrival: the simple rivals.
 
 ``fcfs`` and ``sled_static`` (SLED, arXiv 2506.09397), ``specedge_pipeline`` (SpecEdge, arXiv
-2505.17052) and ``centralized`` (no drafts, continuous batching).
+2505.17052) and ``server-only`` (no drafts, continuous batching).
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class ServerOnly:
     This is continuous batching with chunked prefill, decodes first, on the same engine and kernels.
     """
 
-    name: str = field(default="centralized", init=False)
+    name: str = field(default="server-only", init=False)
     stream: bool = field(default=True, init=False)
 
     def plan(

@@ -24,7 +24,7 @@ def _wispprof(**options: Any) -> Wispprof:
 
 
 _BATCH: Mapping[str, Callable[..., BatchPolicy]] = {
-    "centralized": ServerOnly,
+    "server-only": ServerOnly,
     "fcfs": Fcfs,
     "sled_static": SledStatic,
     "specedge_pipeline": SpecEdgePipeline,

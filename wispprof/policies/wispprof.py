@@ -8,13 +8,13 @@ worth more than the token it might lose (:mod:`wispprof.policies.wait_for_draft`
 *slack*: tokens of sessions that fall behind their promise weigh more, so those that ran ahead give up
 drafts for their sake. They are not left out: that pinned everybody at the promised speed and cost more
 tokens than it saved promises.
-*rescue*: a session that falls behind a promise which centralized serving would keep in this company weighs
+*rescue*: a session that falls behind a promise which server-only serving would keep in this company weighs
 as much as all others together, and more: steps shrink towards undrafted ones until it is back on time.
 *size_prefill*: prompt chunks as large as no running session minds (:mod:`wispprof.policies.prefill`).
 *demote_hopeless*: tokens of sessions whose promise is lost weigh what those of sessions on time do, however
 late they are, and such sessions stay out where together they would add more to the step than the fixed part
 of a step of their own.
-*floor*: the plan of centralized serving is always among the candidates.
+*floor*: the plan of server-only serving is always among the candidates.
 
 Linear costs only say in which order drafts earn their time. How many of them join is decided by the
 estimator itself, which prices the step with the first of them, the first two, … and with none.

@@ -19,7 +19,7 @@ from wispprof.types import StepTimeEstimator
 
 __all__ = ["render_report", "verdict", "write_report"]
 
-ALONE = "centralized"
+ALONE = "server-only"
 EVEN = 0.03
 """Goodput within this share of each other counts as equal."""
 
@@ -150,7 +150,7 @@ def _policies(benches: Sequence[Bench]) -> list[Section]:
             "policies",
             "One load, every policy",
             "Goodput counts the tokens of sessions that kept their promise, and no others. The "
-            "centralized server sends no drafts and runs on the same kernels as the rest.",
+            "server-only server sends no drafts and runs on the same kernels as the rest.",
             body,
         )
     ]

@@ -47,7 +47,7 @@ _DARK = (
 _NAMES = ("ink", "muted", "grid", "paper", *(f"s{i}" for i in range(len(SERIES))))
 
 _POLICIES = {
-    "centralized": 5,
+    "server-only": 5,
     "sled": 1,
     "sled_static": 1,
     "specedge": 4,

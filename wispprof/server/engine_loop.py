@@ -50,7 +50,7 @@ class EngineLoop:
         self._house = manager
         self._worker = worker
         self._policy = policy
-        self._simple = make_batch_policy("centralized")
+        self._simple = make_batch_policy("server-only")
         self._policy_faults: set[str] = set()
         self._clock = clock
         self._metrics = metrics

@@ -1,4 +1,4 @@
-"""The OpenAI door: the target alone, centralized, through the same engine and the same step loop."""
+"""The OpenAI door: the target alone, server-only, through the same engine and the same step loop."""
 
 from __future__ import annotations
 

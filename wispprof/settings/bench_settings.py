@@ -65,7 +65,7 @@ def device_of(text: str) -> DeviceProfile:
 class BenchSettings:
     """One load under one way of drafting.
 
-    ``system``: ``centralized`` (undrafted sessions), or a name of
+    ``system``: ``server-only`` (undrafted sessions), or a name of
     :data:`wispprof.simulation.systems.SYSTEMS` that says how edges draft (the batching policy is the
     server's own); ``controller``, ``options`` and ``drafting`` replace what it says. ``devices``: how
     many edges, each with its own connection; device ``i`` is ``device[i % len]`` and promises

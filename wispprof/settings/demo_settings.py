@@ -53,7 +53,7 @@ class DemoSettings:
     prompt_tokens: int = 96
     path_tokens: int = 96
     depth: int = 8
-    systems: tuple[str, ...] = ("centralized", "sled", "wisp", "wispprof")
+    systems: tuple[str, ...] = ("server-only", "sled", "wisp", "wispprof")
     devices: int = 8
     requests: int = 3
     max_new: int = 64

@@ -44,7 +44,7 @@ def linear_server(table: Table, **changes: Any) -> ServerModel:
 
 
 def wisp_scenario(setup: Table, kind: str, slo: float, assumption: Table) -> Scenario:
-    """One cell of WISP's capacity table: a kind of system (``wisp``, ``centralized``, ``sled``) at ``slo``
+    """One cell of WISP's capacity table: a kind of system (``wisp``, ``server-only``, ``sled``) at ``slo``
     tokens/s, under an assumption's system and its overrides of policy, server and workload."""
     edge, run = setup["edge"], setup["run"]
     server = merged(setup["server"], assumption.get("server", {}))

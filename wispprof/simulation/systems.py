@@ -29,7 +29,7 @@ _CARRIES = DraftingSettings(proactive=0, carry=True)
 
 @dataclass(frozen=True)
 class System:
-    """A way of serving. ``controller`` ``None``: the edge never drafts (centralized serving).
+    """A way of serving. ``controller`` ``None``: the edge never drafts (server-only serving).
 
     ``drafting``: how far edges draft ahead (``proactive``: in round mode, while a round is out).
     ``prefix_cache``: the server keeps KV between rounds. ``clairvoyant``: edges know how many of their
@@ -97,7 +97,7 @@ _SLED_THRESHOLD = System(
 SYSTEMS: Mapping[str, System] = {
     s.label: s
     for s in (
-        System("centralized", "centralized"),
+        System("server-only", "server-only"),
         _SLED_FIXED,
         _SLED_FIXED.replace_with(label="sled-fixed-nocache", prefix_cache=False),
         _SLED_THRESHOLD,
