@@ -44,7 +44,7 @@ What holds for all of them:
   twice has the same hash. A hash names inputs and guards against accidents; it is no signature.
 - **Sealed lines.** Rows and paths end with `sum`, a checksum of the line, so damage has a line number.
 - **Read strictly.** Whatever a file holds, a reader returns it or raises one of `ArtifactMissing`,
-  `ArtifactDamaged` and `ArtifactTooNew`, each with what to do. `tests/hardening` mutates every kind of file
+  `ArtifactDamaged` and `ArtifactTooNew`, each with what to do. `tests/robustness` mutates every kind of file
   to hold the readers to it.
 
 Provenance says which command made a file, when, and with which versions; values of options that carry keys

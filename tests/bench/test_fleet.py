@@ -7,7 +7,7 @@ import dataclasses
 import selectors
 
 import pytest
-from edge_fixtures import LinearCost, hash_trace, in_process
+from fake_pair import LinearCost, hash_trace, in_process
 
 from wispprof.bench import BenchResult, run_bench
 from wispprof.bench.bench_result import RequestResult, summarise

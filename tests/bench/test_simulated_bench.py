@@ -6,7 +6,7 @@ Nothing is random here but what both share, so the two columns differ only by wh
 from __future__ import annotations
 
 import pytest
-from edge_fixtures import LinearCost, hash_trace, in_process
+from fake_pair import LinearCost, hash_trace, in_process
 
 from wispprof.bench import Mix, run_bench, simulate_bench
 from wispprof.bench.bench_result import BenchResult

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edge_fixtures import hash_trace, truth
+from fake_pair import hash_trace, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -10,14 +10,14 @@ from contextlib import asynccontextmanager
 import httpx
 import openai
 import pytest
-from edge_fixtures import LETTERS, fake_runtime, text_of
+from fake_pair import LETTERS, fake_runtime, text_of
 
-from wispprof.edge.edge_runtime import EdgeSettings
 from wispprof.edge.local_api import make_edge_app, serve_edge
 from wispprof.errors import WispprofError
 from wispprof.openai_api.text import ChatTokenizer
 from wispprof.server.app import make_app
 from wispprof.server.process import running_server
+from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.simulation.devices import LinkModel
 from wispprof.testing.fake_engine import FakeEngine

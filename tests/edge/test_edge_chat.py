@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from edge_fixtures import fake_runtime, text_of
+from fake_pair import fake_runtime, text_of
 from typer.testing import CliRunner, Result
 
 from wispprof.cli import app
-from wispprof.edge.edge_runtime import EdgeSettings
+from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.types import Sampling
 
 

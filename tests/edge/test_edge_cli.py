@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from edge_fixtures import hash_trace
+from fake_pair import hash_trace
 from typer.testing import CliRunner
 
 from wispprof.artifacts import save_trace

@@ -6,14 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from edge_fixtures import LETTERS, edge, text_of
+from fake_pair import LETTERS, edge, text_of
 
 from wispprof.artifacts import bundled
 from wispprof.edge import websocket_connections
 from wispprof.edge.draft_device import DraftDevice, GgufDraft
-from wispprof.edge.edge_runtime import EdgeRuntime, EdgeSettings, Prompt, _load
+from wispprof.edge.edge_runtime import EdgeRuntime, Prompt, _load
 from wispprof.errors import ModelError, ModelMissing
 from wispprof.server.process import running_server
+from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeDrafter, FakeEngine, FakeTarget
 from wispprof.types import Sampling

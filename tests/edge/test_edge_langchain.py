@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from edge_fixtures import fake_runtime, text_of
+from fake_pair import fake_runtime, text_of
 
 from wispprof.edge.local_api import make_edge_app
 from wispprof.types import Sampling

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from edge_fixtures import LinearCost, drafting, edge, in_process, plain, truth
+from fake_pair import LinearCost, drafting, edge, in_process, plain, truth
 
 from wispprof.edge import Generation, RequestStats
 from wispprof.errors import ProtocolError, ServerUnreachable

@@ -8,7 +8,7 @@ import socket
 import threading
 
 import pytest
-from ws_client import edge
+from raw_edge import edge
 
 from wispprof import protocol
 from wispprof.edge.client import EdgeClient, RttMeter

@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from edge_fixtures import LinearCost, drafting, edge, truth
+from fake_pair import LinearCost, drafting, edge, truth
 
 from wispprof.artifacts.plan import BatchRow, Plan, load_plan, save_plan
 from wispprof.edge import websocket_connections
-from wispprof.edge.edge_runtime import EdgeSettings, _plan_rows
+from wispprof.edge.edge_runtime import _plan_rows
 from wispprof.planning import Runs, make_plan
 from wispprof.planning.pipeline import SpeedDevice
 from wispprof.server import running_server
 from wispprof.server.metrics import StepRecord
+from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.settings.planner_settings import PlanSettings
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeEngine

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from raw_edge import Edge, edge
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
-from ws_client import Edge, edge
 
 from wispprof import protocol
 from wispprof.errors import HandshakeRefused, ProtocolError, WispprofError

@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from raw_edge import edge
 from websockets.asyncio.client import connect
-from ws_client import edge
 
 from wispprof import protocol
 from wispprof.server import VerificationServer, running_server

@@ -11,8 +11,8 @@ import httpx
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from raw_edge import edge
 from typer.testing import CliRunner
-from ws_client import edge
 
 from wispprof.artifacts import Manifest, ModelRecord, make_profile, save_profile
 from wispprof.artifacts.rows import StepRow

@@ -6,7 +6,7 @@ import asyncio
 import random
 
 import pytest
-from ws_client import edge
+from raw_edge import edge
 
 from wispprof.policies import BATCH_POLICIES
 from wispprof.server import VerificationServer, running_server

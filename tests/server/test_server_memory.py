@@ -6,7 +6,7 @@ import asyncio
 
 from hypothesis import given
 from hypothesis import strategies as st
-from ws_client import edge
+from raw_edge import edge
 
 from wispprof.policies import ScheduledItem
 from wispprof.server import ServerSession, running_server

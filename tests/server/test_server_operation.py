@@ -14,9 +14,9 @@ import httpx
 import pytest
 import typer
 from prometheus_client.parser import text_string_to_metric_families
+from raw_edge import GREEDY, edge
 from rich.console import Console
 from typer.testing import CliRunner
-from ws_client import GREEDY, edge
 
 from wispprof import protocol
 from wispprof.cli import serve as command

@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from edge_fixtures import LinearCost, hash_trace
+from fake_pair import LinearCost, hash_trace
 from prometheus_client.parser import text_string_to_metric_families
-from ws_client import edge
+from raw_edge import edge
 
 from wispprof.artifacts import save_trace
 from wispprof.artifacts.plan import BatchRow, Plan

@@ -15,7 +15,8 @@ import typer
 from wispprof.cli import common
 
 if TYPE_CHECKING:
-    from wispprof.edge.edge_runtime import EdgeRuntime, EdgeSettings, Prompt
+    from wispprof.edge.edge_runtime import EdgeRuntime, Prompt
+    from wispprof.settings.edge_settings import EdgeSettings
 
 Server = Annotated[
     str, typer.Option(help="Address of the server (default: start one here on the bundled pair).")
@@ -86,7 +87,7 @@ def _edge_settings(
     give_up: GiveUp = 10.0,
 ) -> EdgeSettings:
     """What every command that drafts can be told, and the settings it makes."""
-    from wispprof.edge.edge_runtime import EdgeSettings
+    from wispprof.settings.edge_settings import EdgeSettings
 
     options: dict[str, Any] = {}
     if k is not None:

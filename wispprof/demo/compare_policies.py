@@ -71,8 +71,9 @@ async def answer(
     settings: DemoSettings, measured: Measured, engine: TorchEngine, stage: Stage
 ) -> Answer:
     """A real draft model answers a prompt through a real server; written as ``answer.json``."""
-    from wispprof.edge.edge_runtime import EdgeSettings, Prompt, open_edge
+    from wispprof.edge.edge_runtime import Prompt, open_edge
     from wispprof.openai_api.text import TextStream
+    from wispprof.settings.edge_settings import EdgeSettings
 
     report = stage("answer a prompt")
     async with serving("wispprof", engine, measured) as running:

@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from wispprof.edge.edge_metrics import EdgeMetrics
-from wispprof.edge.edge_runtime import EdgeRuntime, EdgeSettings, Prompt, Reply, open_edge
+from wispprof.edge.edge_runtime import EdgeRuntime, Prompt, Reply, open_edge
 from wispprof.errors import RuntimeFault, ServerBusy, ServerUnreachable, WispprofError
 from wispprof.openai_api.client_disconnect import unless_gone
 from wispprof.openai_api.openai_protocol import (
@@ -28,6 +28,7 @@ from wispprof.openai_api.openai_protocol import (
     usage,
 )
 from wispprof.server.process import bind, keep_loaded
+from wispprof.settings.edge_settings import EdgeSettings
 
 __all__ = ["make_edge_app", "serve_edge"]
 

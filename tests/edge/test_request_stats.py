@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from edge_fixtures import fake_runtime
+from fake_pair import fake_runtime
 
 from wispprof.edge.edge_runtime import Prompt
 from wispprof.edge.request_stats import EnergyShares

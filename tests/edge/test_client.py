@@ -6,7 +6,7 @@ import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
-from edge_fixtures import drafting, edge, plain, truth
+from fake_pair import drafting, edge, plain, truth
 from msgspec import structs
 
 from wispprof import protocol

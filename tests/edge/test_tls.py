@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from edge_fixtures import drafting, edge, hash_trace, truth
+from fake_pair import drafting, edge, hash_trace, truth
 
 from wispprof.bench import run_bench
 from wispprof.edge import websocket_connections

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 
-from edge_fixtures import drafting, edge, plain, truth
+from fake_pair import drafting, edge, plain, truth
 
 from wispprof.edge import websocket_connections
 
