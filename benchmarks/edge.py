@@ -49,7 +49,15 @@ from wispprof.simulation.devices import LinkModel
 from wispprof.testing.in_process_server import InProcessServer
 from wispprof.testing.link_emulator import LinkSettings, emulate
 from wispprof.testing.virtual_time import run_virtual
-from wispprof.types import BatchShape, DraftFeatures, Sampling, StepInput, VerifyResult
+from wispprof.types import (
+    BatchCost,
+    BatchShape,
+    DraftFeatures,
+    Sampling,
+    StepInput,
+    StepTimeEstimator,
+    VerifyResult,
+)
 
 RTTS = (5.0, 20.0, 50.0, 100.0)
 DEVICES = {"fast": 4.0, "medium": 16.0, "slow": 60.0}
@@ -57,7 +65,7 @@ FIXED = (1, 2, 3, 4, 6, 8)
 
 
 @dataclass(frozen=True)
-class Cost:
+class Cost(StepTimeEstimator):
     """Step time of the emulated server; a step estimator that is right."""
 
     fixed_ms: float
@@ -73,7 +81,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(BatchCost):
     cost: Cost
     new: int
 

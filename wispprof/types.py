@@ -12,6 +12,7 @@ What the server needs of a verifier engine. ``wispprof.engines.torch.engine.Torc
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple, Protocol
@@ -210,38 +211,84 @@ class VerifyResult(NamedTuple):
     tokens: tuple[int, ...]
 
 
-class BatchCost(Protocol):
+class BatchCost(ABC):
     """A batch being built, whose predicted time is known after every addition in O(1).
 
     Immutable: :meth:`add` returns the batch with one more item, so a refused candidate costs nothing
-    to take back. Neither prediction ever falls when work is added.
-
-    It may offer ``add_many(new, cached, prefill) -> (p50, bound)`` over arrays (n,): this batch with each
-    of n candidates added alone, equal to n calls of :meth:`add`; ``add_in_turn(new, cached)``, the same
-    after each of n decode items that join one after another; and ``add_all(new, cached)``: this batch with
-    n decode items more. Schedulers use them where they are there.
+    to take back. Neither prediction ever falls when work is added. Estimators override the methods that
+    price or add many items if they can do better than one :meth:`add` per item; results stay equal.
     """
 
+    __slots__ = ()
+
     @property
+    @abstractmethod
     def p50_ms(self) -> float: ...
 
     @property
+    @abstractmethod
     def bound_ms(self) -> float: ...
 
-    def add(self, new: int, cached: int, prefill: bool = False) -> BatchCost: ...
+    @abstractmethod
+    def add(self, new: int, cached: int, prefill: bool = False) -> BatchCost:
+        """The batch with one more item."""
+
+    def add_all(self, new: Sequence[int], cached: Sequence[int]) -> BatchCost:
+        """The batch with n more decode items."""
+        batch: BatchCost = self
+        for item in zip(new, cached, strict=True):
+            batch = batch.add(*item)
+        return batch
+
+    def add_many(
+        self, new: np.ndarray, cached: np.ndarray, prefill: np.ndarray | bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(p50, bound), each (n,), of this batch with each of n candidates added alone."""
+        columns = np.broadcast_arrays(new, cached, prefill)
+        items = zip(*(column.tolist() for column in columns), strict=True)
+        return _prices([self.add(*item) for item in items])
+
+    def add_in_turn(self, new: np.ndarray, cached: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(p50, bound), each (n,), after each of n decode items that join one after another."""
+        batches: list[BatchCost] = []
+        batch: BatchCost = self
+        for item in zip(new.tolist(), cached.tolist(), strict=True):
+            batch = batch.add(*item)
+            batches.append(batch)
+        return _prices(batches)
 
 
-class StepTimeEstimator(Protocol):
+def _prices(batches: Sequence[BatchCost]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([b.p50_ms for b in batches]), np.array([b.bound_ms for b in batches])
+
+
+class StepTimeEstimator(ABC):
     """Batch shape to time: a median and an upper bound with a stated coverage."""
 
+    __slots__ = ()
+
     @property
+    @abstractmethod
     def coverage(self) -> float: ...
 
+    @abstractmethod
     def start(self) -> BatchCost:
         """The empty batch: costs the fixed part of a step once an item is added, 0 before."""
 
     def predict(self, shape: BatchShape) -> tuple[float, float]:
-        """Return (p50 ms, bound ms) of a whole shape; equal to adding its items one by one."""
+        """(p50 ms, bound ms) of a whole shape, by default from adding its items one by one."""
+        batch = self.start()
+        for item in shape.items:
+            batch = batch.add(*item)
+        return batch.p50_ms, batch.bound_ms
+
+    def predict_totals(self, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """(p50, bound), each (n,), of n decode batches from their totals (n, 8).
+
+        Columns: items, Σ new, Σ cached, Σ new·cached, Σ new², max cached, max new, prompt tokens.
+        ``None``, the default, if the totals do not determine this estimator's predictions.
+        """
+        return None
 
 
 class RejectionPredictor(Protocol):

@@ -20,11 +20,11 @@ from wispprof.planning.pipeline import SpeedDevice
 from wispprof.planning.plan_export import export
 from wispprof.planning.session_speed import LoadedStepTimes, round_pace, stream_pace, undrafted_pace
 from wispprof.settings.planner_settings import PlanSettings
-from wispprof.types import BatchShape
+from wispprof.types import BatchCost, StepTimeEstimator
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(BatchCost):
     step: Step
     rows: int = 0
     cached: int = 0
@@ -43,7 +43,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(StepTimeEstimator):
     """``fixed + row·rows + kv·cached`` ms."""
 
     fixed: float = 20.0
@@ -53,12 +53,6 @@ class Step:
 
     def start(self) -> Batch:
         return Batch(self)
-
-    def predict(self, shape: BatchShape) -> tuple[float, float]:
-        batch = self.start()
-        for item in shape.items:
-            batch = batch.add(*item)
-        return batch.p50_ms, batch.bound_ms
 
     def slower(self, factor: float) -> Step:
         return Step(self.fixed * factor, self.row * factor, self.kv * factor)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from wispprof.types import BatchShape
+from wispprof.types import BatchCost, StepTimeEstimator
 
 
 @dataclass(frozen=True, slots=True)
-class SyntheticBatch:
+class SyntheticBatch(BatchCost):
     estimator: SyntheticEstimator
     rows: int = 0
     cached: int = 0
@@ -32,7 +32,7 @@ class SyntheticBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class SyntheticEstimator:
+class SyntheticEstimator(StepTimeEstimator):
     """``flat_rows``: rows below this cost as much as this many (weights bind); ``bucket``: rows are
     padded to its multiples (graph buckets)."""
 
@@ -53,9 +53,3 @@ class SyntheticEstimator:
 
     def start(self) -> SyntheticBatch:
         return SyntheticBatch(self)
-
-    def predict(self, shape: BatchShape) -> tuple[float, float]:
-        batch = self.start()
-        for item in shape.items:
-            batch = batch.add(*item)
-        return batch.p50_ms, batch.bound_ms

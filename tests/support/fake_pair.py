@@ -26,11 +26,11 @@ from wispprof.settings.edge_settings import ClientSettings, EdgeSettings
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeDrafter, FakeEngine, FakeTarget
 from wispprof.testing.in_process_server import InProcessServer
-from wispprof.types import BatchShape, Sampling
+from wispprof.types import BatchCost, BatchShape, Sampling, StepTimeEstimator
 
 
 @dataclass(frozen=True)
-class LinearCost:
+class LinearCost(StepTimeEstimator):
     """A step costs ``fixed + per_token · new + per_cached · cached`` ms; a step estimator."""
 
     fixed_ms: float = 8.0
@@ -41,18 +41,12 @@ class LinearCost:
     def start(self) -> Batch:
         return Batch(self)
 
-    def predict(self, shape: BatchShape) -> tuple[float, float]:
-        batch = self.start()
-        for item in shape.items:
-            batch = batch.add(item.new, item.cached, item.prefill)
-        return batch.p50_ms, batch.bound_ms
-
     def step_ms(self, shape: BatchShape) -> float:
         return self.predict(shape)[0]
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(BatchCost):
     cost: LinearCost
     new: int = 0
     cached: int = 0

@@ -31,7 +31,7 @@ from wispprof.fitting.batch_totals import (
 from wispprof.fitting.conformal import RatioBound
 from wispprof.fitting.registry import model_class
 from wispprof.fitting.step_time_models import StepTimeModel
-from wispprof.types import BatchShape
+from wispprof.types import BatchCost, BatchShape, StepTimeEstimator
 
 __all__ = ["Accumulator", "Domain", "FittedEstimator", "load_estimator"]
 
@@ -69,7 +69,7 @@ class Domain:
         )
 
 
-class Accumulator:
+class Accumulator(BatchCost):
     """A batch being built. Immutable; predictions are computed when asked, once.
 
     ``decode`` is the same batch without its prompt chunks: a bound may not fall below what the decode
@@ -156,7 +156,7 @@ class Accumulator:
 
 
 @dataclass(frozen=True)
-class FittedEstimator:
+class FittedEstimator(StepTimeEstimator):
     """Batch shape to p50 and bound. Make one with :func:`~wispprof.fitting.fit_estimator`.
 
     ``inflation``: beyond the measured domain the time that the physical terms add is multiplied by

@@ -16,6 +16,7 @@ from wispprof.planning.session_speed import (
     undrafted_pace,
 )
 from wispprof.settings.planner_settings import PlanSettings
+from wispprof.types import BatchCost, BatchShape, StepTimeEstimator
 
 __all__ = ["EdgeCosts", "PlannedDevice", "SpeedCurve", "curve", "draft_row"]
 
@@ -176,7 +177,7 @@ def _figures(
 
 
 @dataclass(frozen=True, slots=True)
-class _Constant:
+class _Constant(BatchCost, StepTimeEstimator):
     """An estimator whose step always takes the same time: one session alters nobody's step."""
 
     p50_ms: float
@@ -192,5 +193,5 @@ class _Constant:
     def add(self, new: int, cached: int, prefill: bool = False) -> _Constant:
         return self
 
-    def predict(self, shape: object) -> tuple[float, float]:
+    def predict(self, shape: BatchShape) -> tuple[float, float]:
         return self.p50_ms, self.p50_ms

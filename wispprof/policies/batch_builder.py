@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
 from wispprof.policies.api import Limits, ScheduledItem, SessionView, StepPlan
-from wispprof.policies.cost_model import bounds_with
 from wispprof.types import BatchCost, StepTimeEstimator
 
 __all__ = ["StepBuilder", "cut_drafts", "eligible", "no_batch"]
@@ -109,12 +107,7 @@ class StepBuilder:
         """Add decoding sessions, each once, that fit the limits together."""
         names = [s.session for s in sessions]
         cached = [s.cached for s in sessions]
-        add_all: Any = getattr(self.cost, "add_all", None)
-        if add_all is not None:
-            self.cost = add_all([kept + 1 for kept in drafts], cached)
-        else:
-            for kept, held in zip(drafts, cached, strict=True):
-                self.cost = self.cost.add(kept + 1, held)
+        self.cost = self.cost.add_all([kept + 1 for kept in drafts], cached)
         self.members += map(ScheduledItem, names, drafts)
         self._planned.update(names)
         new = len(drafts) + sum(drafts)
@@ -159,9 +152,7 @@ class StepBuilder:
         low, high = 0, most
         while high - low > 1:
             sizes = np.array(sorted(spread(low + 1, high - 1, 16)))
-            bounds = bounds_with(
-                self.cost, sizes, np.full(len(sizes), session.cached), np.ones(len(sizes), bool)
-            )
+            bounds = self.cost.add_many(sizes, np.full(len(sizes), session.cached), True)[1]
             inside = int(np.searchsorted(bounds > budget_ms, True))
             high = int(sizes[inside]) if inside < len(sizes) else high
             low = int(sizes[inside - 1]) if inside else low

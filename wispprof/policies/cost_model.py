@@ -9,19 +9,16 @@ chosen is always priced by the estimator.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wispprof.types import BatchCost, StepTimeEstimator
+from wispprof.types import StepTimeEstimator
 
 __all__ = [
     "MarginalCostCache",
     "MarginalCosts",
-    "TotalsEstimator",
-    "bounds_in_turn",
-    "bounds_with",
     "expected_tokens",
     "mean_costs",
     "price_batches",
@@ -51,16 +48,6 @@ class MarginalCosts(NamedTuple):
         return self.item_ms + self.kv_ms * deep, self.row_ms + self.pair_ms * deep
 
 
-class TotalsEstimator(Protocol):
-    """An estimator that prices many batches at once from their totals.
-
-    Columns of ``totals`` (n, 8): items, Σ new, Σ cached, Σ new·cached, Σ new², max cached, max new,
-    prompt tokens. Returns (p50, bound), each (n,).
-    """
-
-    def predict_totals(self, totals: FloatArray) -> tuple[FloatArray, FloatArray]: ...
-
-
 def expected_tokens(acceptance_probs: Sequence[float]) -> float:
     """Tokens a session is expected to commit with this tail: 1 + Σ of cumulative acceptance probability."""
     total = alive = 1.0
@@ -70,33 +57,6 @@ def expected_tokens(acceptance_probs: Sequence[float]) -> float:
     return total
 
 
-def bounds_with(
-    batch: BatchCost,
-    new: NDArray[np.int64],
-    cached: NDArray[np.int64],
-    prefill: NDArray[np.bool_],
-) -> FloatArray:
-    """Bound (n,) of the batch with each of n candidates added alone: at once where it knows how."""
-    add_many: Any = getattr(batch, "add_many", None)
-    if add_many is not None:
-        bounds: FloatArray = add_many(new, cached, prefill)[1]
-        return bounds
-    items = zip(new.tolist(), cached.tolist(), prefill.tolist(), strict=True)
-    return np.array([batch.add(*item).bound_ms for item in items])
-
-
-def bounds_in_turn(
-    batch: BatchCost, new: NDArray[np.int64], cached: NDArray[np.int64]
-) -> FloatArray | None:
-    """Bound (n,) of the batch after each of n decode items that join one after another; ``None`` where it
-    does not know how to price them at once."""
-    add_in_turn: Any = getattr(batch, "add_in_turn", None)
-    if add_in_turn is None:
-        return None
-    bounds: FloatArray = add_in_turn(new, cached)[1]
-    return bounds
-
-
 def price_batches(
     estimator: StepTimeEstimator, new: NDArray[np.int64], cached: NDArray[np.int64]
 ) -> tuple[FloatArray, FloatArray]:
@@ -104,21 +64,19 @@ def price_batches(
 
     ``new`` (m, n): tokens each session feeds in each batch, 0 where it stays out; ``cached`` (n,).
     """
-    # An attribute look-up, because a protocol's isinstance costs more than the decision may take.
-    predict_totals: Any = getattr(estimator, "predict_totals", None)
-    if predict_totals is not None:
-        inside = new > 0
-        held = inside * cached
-        totals = np.zeros((len(new), 8))
-        totals[:, 0] = inside.sum(axis=1)
-        totals[:, 1] = new.sum(axis=1)
-        totals[:, 2] = held.sum(axis=1)
-        totals[:, 3] = new @ cached
-        totals[:, 4] = (new * new).sum(axis=1)
-        if new.shape[1]:
-            totals[:, 5] = held.max(axis=1)
-            totals[:, 6] = new.max(axis=1)
-        priced: tuple[FloatArray, FloatArray] = predict_totals(totals)
+    inside = new > 0
+    held = inside * cached
+    totals = np.zeros((len(new), 8))
+    totals[:, 0] = inside.sum(axis=1)
+    totals[:, 1] = new.sum(axis=1)
+    totals[:, 2] = held.sum(axis=1)
+    totals[:, 3] = new @ cached
+    totals[:, 4] = (new * new).sum(axis=1)
+    if new.shape[1]:
+        totals[:, 5] = held.max(axis=1)
+        totals[:, 6] = new.max(axis=1)
+    priced = estimator.predict_totals(totals)
+    if priced is not None:
         return priced
     p50, bound = np.empty(len(new)), np.empty(len(new))
     depths = cached.tolist()
@@ -194,23 +152,22 @@ def _price(
     estimator: StepTimeEstimator, batches: Sequence[tuple[_Equal, ...]]
 ) -> tuple[list[float], list[float]]:
     """(p50, bound) of batches given as groups of equal decode items."""
-    predict_totals: Any = getattr(estimator, "predict_totals", None)
-    if predict_totals is not None:
-        rows = [
-            (
-                sum(n for n, _, _ in groups),
-                sum(n * new for n, new, _ in groups),
-                sum(n * held for n, _, held in groups),
-                sum(n * new * held for n, new, held in groups),
-                sum(n * new * new for n, new, _ in groups),
-                max(held for _, _, held in groups),
-                max(new for _, new, _ in groups),
-                0,
-            )
-            for groups in batches
-        ]
-        p50, bound = predict_totals(np.array(rows, dtype=np.float64))
-        return p50.tolist(), bound.tolist()
+    rows = [
+        (
+            sum(n for n, _, _ in groups),
+            sum(n * new for n, new, _ in groups),
+            sum(n * held for n, _, held in groups),
+            sum(n * new * held for n, new, held in groups),
+            sum(n * new * new for n, new, _ in groups),
+            max(held for _, _, held in groups),
+            max(new for _, new, _ in groups),
+            0,
+        )
+        for groups in batches
+    ]
+    at_once = estimator.predict_totals(np.array(rows, dtype=np.float64))
+    if at_once is not None:
+        return at_once[0].tolist(), at_once[1].tolist()
     priced = []
     for groups in batches:
         batch = estimator.start()

@@ -21,8 +21,6 @@ from wispprof.policies.batch_builder import StepBuilder, eligible, no_batch
 from wispprof.policies.cost_model import (
     MarginalCostCache,
     MarginalCosts,
-    bounds_in_turn,
-    bounds_with,
 )
 from wispprof.policies.draft_selection import BoolArray, Columns, FloatArray, IntArray
 from wispprof.types import StepTimeEstimator
@@ -184,7 +182,7 @@ class _Queue:
         cached, new = self._columns.cached[places], self._new[places]
         if most is not None:
             new = np.minimum(new, most)
-        return bounds_with(build.cost, new, cached, self._prompt[places])
+        return build.cost.add_many(new, cached, self._prompt[places])[1]
 
     def crowd(self, build: StepBuilder, places: IntArray) -> bool:
         """Whether these bring more tokens than a step has room for."""
@@ -206,9 +204,9 @@ class _Queue:
         new = self._new[places]
         fits = int(np.searchsorted(np.cumsum(new), build.room(), side="right"))
         places, new = places[:fits], new[:fits]
-        bounds = bounds_in_turn(build.cost, new, self._columns.cached[places])
-        if bounds is None or not fits:
+        if not fits:
             return 0
+        bounds = build.cost.add_in_turn(new, self._columns.cached[places])[1]
         allowed_ms = np.minimum(np.minimum.accumulate(self.own_ms[places]), budget_ms)
         refused = bounds > allowed_ms
         return int(refused.argmax()) if refused.any() else fits

@@ -26,7 +26,7 @@ import math
 from dataclasses import dataclass, field
 from itertools import compress
 from operator import not_
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -290,11 +290,11 @@ class Wispprof:
         others: list[BoolArray] = []
         if lone is not None:
             others, worth = [lone], np.append(worth, arrays.weight @ lone)
-        predict_totals: Any = getattr(estimator, "predict_totals", None)
-        if predict_totals is not None:
-            rows = ranking.totals(taken, arrays.cached, members)
-            alone = [undrafted_totals(arrays.cached, other)[None] for other in others]
-            p50 = predict_totals(np.concatenate([rows, *alone]))[0]
+        rows = ranking.totals(taken, arrays.cached, members)
+        alone = [undrafted_totals(arrays.cached, other)[None] for other in others]
+        priced = estimator.predict_totals(np.concatenate([rows, *alone]))
+        if priced is not None:
+            p50 = priced[0]
         else:
             steps = [(ranking.keep(j, count) + 1) * members for j in taken.tolist()]
             p50 = price_batches(estimator, np.stack([*steps, *others]), arrays.cached)[0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wispprof.types import BatchShape
+from wispprof.types import BatchCost, BatchShape, StepTimeEstimator
 
 __all__ = ["LearningEstimator", "warmup_shapes"]
 
@@ -17,7 +17,7 @@ _COVERAGE = 0.95
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
+class _Batch(BatchCost):
     """Totals of a batch being built, priced by four weights."""
 
     weights: tuple[float, float, float, float]
@@ -58,7 +58,7 @@ class _Batch:
         return p50, p50 * self.ratio
 
 
-class LearningEstimator:
+class LearningEstimator(StepTimeEstimator):
     """WISP's linear form (per step, per new token, per query-key pair, per cached token), learnt from
     the steps of this server. All weights are kept ≥ 0, so predictions never fall when work is added.
 
@@ -82,12 +82,6 @@ class LearningEstimator:
 
     def start(self) -> _Batch:
         return _Batch(self.weights, self.ratio)
-
-    def predict(self, shape: BatchShape) -> tuple[float, float]:
-        batch = self.start()
-        for item in shape.items:
-            batch = batch.add(*item)
-        return batch.p50_ms, batch.bound_ms
 
     def predict_totals(self, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(p50, bound), each (n,), from rows (n, 8): see ``policies.marginal.TotalsEstimator``."""

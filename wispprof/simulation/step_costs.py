@@ -24,7 +24,7 @@ FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class LinearCost:
+class LinearCost(StepTimeEstimator):
     """``fixed + Σ (item + row·new + pair·pairs + kv·cached)``; ``pairs`` = new·cached + new(new+1)/2.
 
     ``floor_rows``: rows that cost nothing because the step is bound by reading the weights: the row and
@@ -80,18 +80,22 @@ class LinearCost:
         return p50, p50 * self.bound_ratio
 
 
-class _LinearBatch:
-    __slots__ = ("_cost", "_rows", "_work", "p50_ms")
+class _LinearBatch(BatchCost):
+    __slots__ = ("_cost", "_p50_ms", "_rows", "_work")
 
     def __init__(self, cost: LinearCost, work: float, rows: int, p50_ms: float) -> None:
         self._cost = cost
         self._work = work
         self._rows = rows
-        self.p50_ms = p50_ms
+        self._p50_ms = p50_ms
+
+    @property
+    def p50_ms(self) -> float:
+        return self._p50_ms
 
     @property
     def bound_ms(self) -> float:
-        return self.p50_ms * self._cost.bound_ratio
+        return self._p50_ms * self._cost.bound_ratio
 
     def add(self, new: int, cached: int, prefill: bool = False) -> BatchCost:
         cost = self._cost
@@ -123,7 +127,7 @@ class _LinearBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class WithoutPrefixCache:
+class WithoutPrefixCache(StepTimeEstimator):
     """The same server when it keeps no KV between rounds: every item is fed from its first token on."""
 
     inner: StepTimeEstimator
@@ -139,7 +143,7 @@ class WithoutPrefixCache:
         return self.inner.predict(BatchShape.of((i.new + i.cached, 0, True) for i in shape.items))
 
 
-class _Uncached:
+class _Uncached(BatchCost):
     __slots__ = ("_batch",)
 
     def __init__(self, batch: BatchCost) -> None:
