@@ -32,6 +32,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ class TraceEngine:
         self._paths = {path.prompt: path.prompt + path.path for path in paths}
         self._held: dict[str, list[int]] = {}
 
-    def open(self, session: str, sampling: Sampling) -> None:
+    def open(self, session: str, sampling: Sampling, tokens: Sequence[int] = ()) -> None:
         self._held[session] = []
 
     def step(self, feeds: list[StepInput]) -> list[VerifyResult]:

@@ -55,7 +55,7 @@ def main() -> int:
         try:
             return _compare(arguments, folder, leader)
         finally:
-            leader.end()
+            leader.shutdown()
     finally:
         ranks.leave()
 

@@ -1,23 +1,21 @@
-"""The nouns of split speculative serving, as frozen records. Nothing here imports torch.
+"""Records and interfaces that every package shares. Nothing here imports torch.
 
 Units live in names: ``*_ms`` are milliseconds, ``*_j`` joules, ``*_w`` watts, ``tokens_per_s`` a rate.
 Positions count tokens from the start of a session, prompt included: the first prompt token stands at
 position 0, and the first generated token of a prompt of ``n`` tokens at position ``n``.
-
-What the rest of the system may know of a model. Nothing here imports torch.
-
-What the server needs of a verifier engine. ``wispprof.engines.torch.engine.TorchEngine`` is one, and
-:class:`~wispprof.testing.fake_engine.FakeEngine` is another that needs no torch.
 """
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
+
+from wispprof.errors import EngineError
 
 __all__ = [
     "BatchCost",
@@ -26,6 +24,8 @@ __all__ = [
     "DraftToken",
     "Drafter",
     "Engine",
+    "EngineCapabilities",
+    "IntegrityReport",
     "ModelInfo",
     "RejectionPredictor",
     "Sampling",
@@ -162,34 +162,50 @@ class DraftToken(NamedTuple):
     features: DraftFeatures
 
 
-class Drafter(Protocol):
-    """Something that proposes tokens one at a time: a model, a replayed trace, an n-gram lookup.
+class Drafter(ABC):
+    """Proposes tokens one at a time: a model, an n-gram lookup, a replayed trace.
 
-    A drafter holds one sequence. ``length`` is how many tokens it holds (committed and drafted).
+    A drafter holds one sequence and is called from one thread. ``max_context``: maximum tokens it can hold.
     """
 
+    max_context: int = sys.maxsize
+
     @property
-    def length(self) -> int: ...
+    @abstractmethod
+    def length(self) -> int:
+        """Tokens held, committed and drafted."""
 
+    @property
+    def can_draft(self) -> bool:
+        """Whether there is anything to propose after the tokens held."""
+        return True
+
+    @abstractmethod
     def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
-        """Forget everything and start a sequence from these committed tokens."""
+        """Drop everything and start a sequence from these committed tokens."""
 
+    @abstractmethod
     def draft(self) -> DraftToken:
         """Propose the token at position ``length`` and append it to the sequence."""
 
+    @abstractmethod
     def rollback(self, length: int) -> None:
-        """Keep the first ``length`` tokens. ``length`` may not exceed the current one."""
+        """Keep the first ``length`` tokens. ``length`` must not exceed the current one."""
 
+    @abstractmethod
     def extend(self, tokens: Sequence[int]) -> None:
         """Append committed tokens that this drafter did not propose."""
+
+    def prefill(self) -> None:  # noqa: B027
+        """Read the tokens held now rather than with the next :meth:`draft`. Does nothing by default."""
 
 
 class StepInput(NamedTuple):
     """One session's tokens in one engine step.
 
-    ``tokens`` are appended to the session's cached tokens. The last ``drafts`` of them are proposals.
-    With ``needs_logits`` the target's own token is computed after each of the last ``drafts + 1`` fed tokens;
-    without it (a prompt chunk that is not the last) nothing is decided and ``drafts`` must be 0.
+    ``tokens`` are appended to the session's cached tokens; the last ``drafts`` of them are proposals.
+    With ``needs_logits`` the target's own token is computed after each of the last ``drafts + 1`` tokens.
+    Without it (a prompt chunk before the last one) nothing is decided and ``drafts`` must be 0.
     """
 
     session: str
@@ -199,11 +215,11 @@ class StepInput(NamedTuple):
 
 
 class VerifyResult(NamedTuple):
-    """What a step decided for one feed: ``tokens`` are the accepted drafts and the target's own next.
+    """What a step decided for one input: the accepted drafts, then the target's own next token.
 
-    ``accepted`` = ``len(tokens) - 1`` where the feed emitted, else 0 with no tokens. After the step the
-    session's cache holds everything fed up to the last accepted draft: the target's own token is
-    pending, it has no cache entry yet and must be fed first next time.
+    ``accepted`` is ``len(tokens) - 1``, or 0 with no tokens if the input did not need logits. The session
+    then caches its input up to the last accepted draft. The target's own token is not cached yet:
+    the next input of the session must begin with it.
     """
 
     session: str
@@ -308,10 +324,10 @@ class RejectionPredictor(Protocol):
 class ModelInfo:
     """Identity and sizes of a loaded model.
 
-    ``id``: folder name, hub id or preset. ``family``: the config's ``model_type``. ``parameters``
-    counts tied weights once. ``config_hash`` and ``weights_hash`` identify what was measured
-    (``random:<seed>`` for random weights); ``tokenizer_hash`` is empty where there is no tokenizer.
-    ``max_context``: most tokens a session may cache. ``kv_bytes_per_token``: K and V of all layers.
+    ``id``: folder name, hub id or preset. ``family``: the config's ``model_type``. ``parameters`` counts
+    tied weights once. ``config_hash`` and ``weights_hash`` identify what was measured; random weights
+    have the hash ``random:<seed>``. ``tokenizer_hash`` is empty without a tokenizer. ``max_context``:
+    maximum tokens a session may cache. ``kv_bytes_per_token``: K and V of all layers.
     """
 
     id: str
@@ -333,50 +349,127 @@ class ModelInfo:
         return asdict(self)
 
 
-class Engine(Protocol):
-    """Holds the KV of many sessions and decides their next tokens, one batch at a time.
+@dataclass(frozen=True, slots=True)
+class EngineCapabilities:
+    """What an engine can do.
 
-    Called from one thread only. Names of sessions are the caller's; they are never used twice.
+    ``families``: model types (``config.model_type``) it serves. ``trees``: verifies draft trees besides
+    chains. ``graphs``: runs steps as captured graphs, so times follow padded sizes. ``fork``: supports
+    :meth:`Engine.fork`. ``max_drafts``: of one input. ``max_context``: tokens a session may cache.
+    """
+
+    families: tuple[str, ...] | Literal["any"]
+    max_context: int
+    max_drafts: int
+    max_sessions: int
+    trees: bool = False
+    graphs: bool = False
+    fork: bool = False
+
+
+class IntegrityReport(NamedTuple):
+    """Cached KV against a fresh prefill: relative error by session, and the largest one allowed."""
+
+    errors: dict[str, float]
+    tolerance: float
+
+
+class Engine(ABC):
+    """Caches the KV of many sessions and decides their next tokens, one batch at a time.
+
+    All calls come from one thread. The caller chooses session names and never uses one twice. Every method
+    raises :class:`~wispprof.errors.EngineError` for a session that is not open. An error of that class
+    leaves every session as it was; after any other error the engine must not be used again.
     """
 
     @property
+    @abstractmethod
+    def capabilities(self) -> EngineCapabilities:
+        """Constant over the engine's life."""
+
+    @property
+    @abstractmethod
     def sessions(self) -> Sequence[str]:
         """Names of all open sessions."""
 
     @property
-    def kv_free(self) -> int:
-        """Cache tokens that can still be taken."""
+    @abstractmethod
+    def kv_tokens(self) -> int:
+        """Tokens that can be cached in all."""
 
-    def open(self, session: str, sampling: Sampling) -> None:
-        """A new session with nothing cached."""
+    @property
+    @abstractmethod
+    def kv_free(self) -> int:
+        """Tokens that can still be cached, by any sessions."""
+
+    @abstractmethod
+    def open(self, session: str, sampling: Sampling, tokens: Sequence[int] = ()) -> None:
+        """Start a session with nothing cached.
+
+        ``tokens``: what the session begins with, for engines that must know the prompt. Opening computes
+        nothing: the caller feeds the same tokens through :meth:`step`, in as many inputs as it likes.
+        Raises :class:`EngineError` if the name is taken, :class:`OutOfKvMemory` if all sessions are.
+        """
+
+    @abstractmethod
+    def step(self, inputs: Sequence[StepInput]) -> list[VerifyResult]:
+        """Run one forward pass over all inputs; results come in their order.
+
+        A session may appear once. Raises :class:`EngineError` if an input is invalid and
+        :class:`OutOfKvMemory` if the inputs need more than :attr:`kv_free`, before anything changes.
+        """
+
+    @abstractmethod
+    def rollback(self, session: str, length: int) -> None:
+        """Keep the first ``length`` cached tokens; raises :class:`EngineError` if fewer are cached."""
+
+    @abstractmethod
+    def close(self, session: str) -> None:
+        """End a session and free what it caches."""
+
+    @abstractmethod
+    def cached(self, session: str) -> int:
+        """Number of tokens the session caches."""
+
+    @abstractmethod
+    def check_integrity(self, session: str | None = None) -> IntegrityReport:
+        """Check the bookkeeping, and the cache of one session or of all against its tokens.
+
+        Costs a forward pass over the tokens checked. Raises :class:`EngineError` if they do not agree.
+        """
 
     def fork(self, session: str, child: str, length: int, sampling: Sampling) -> None:
-        """Open ``child`` with the first ``length`` cached tokens of ``session``."""
+        """Open ``child`` with the first ``length`` cached tokens of ``session``, without a prefill.
 
-    def step(self, feeds: Sequence[StepInput]) -> list[VerifyResult]:
-        """One forward pass over all feeds; outcomes in their order.
-
-        Raises :class:`~wispprof.errors.OutOfKvMemory` before anything was changed.
+        Raises :class:`EngineError` if ``length`` exceeds what is cached or the engine cannot fork, and
+        :class:`OutOfKvMemory` if ``length`` exceeds :attr:`kv_free`.
         """
+        raise EngineError(
+            f"{type(self).__name__} cannot fork sessions.", "Open a session and feed its tokens."
+        )
 
-    def rollback(self, session: str, length: int) -> None:
-        """Keep the first ``length`` cached tokens."""
+    def audit(self, expected: Mapping[str, int]) -> None:
+        """Raise :class:`EngineError` unless exactly these sessions are open and cache so many tokens."""
+        if leaked := set(self.sessions) - set(expected):
+            raise EngineError(f"The engine holds {len(leaked)} unknown sessions: {sorted(leaked)}.")
+        for name, cached in expected.items():
+            if (held := self.cached(name)) != cached:
+                raise EngineError(f"The engine caches {held} tokens of {name}, expected {cached}.")
+        if (used := self.kv_tokens - self.kv_free) != sum(expected.values()):
+            raise EngineError(
+                f"The engine uses {used} KV tokens; its sessions cache {sum(expected.values())}."
+            )
 
-    def close(self, session: str) -> None:
-        """Release everything the session holds."""
+    def warm_up(self) -> None:  # noqa: B027
+        """Pay for lazy initialization before the first real step. Does nothing by default."""
 
-    def cached(self, session: str) -> int: ...
-
-    def check_integrity(self, session: str | None = None) -> object:
-        """Check the books, and the cache of one session or all against its tokens.
-
-        Raises :class:`~wispprof.errors.EngineError` where they do not agree.
-        """
+    def shutdown(self) -> None:  # noqa: B027
+        """Release processes and devices. The engine is not used afterwards. Does nothing by default."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What edges must agree with. ``tokenizer``: hash; empty where the model has none."""
+    """Identity of the target, as an edge must know it. ``tokenizer``: its hash, empty without one."""
 
     id: str
     tokenizer: str

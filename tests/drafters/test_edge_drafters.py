@@ -21,7 +21,7 @@ from wispprof.errors import ProfileError
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.testing.fake_engine import FakeDrafter, FakeTarget
 from wispprof.testing.virtual_time import VirtualTimeLoop, run_virtual
-from wispprof.types import DraftFeatures, DraftToken, Sampling
+from wispprof.types import Drafter, DraftFeatures, DraftToken, Sampling
 
 TRACE = hash_trace(paths=3, length=30, depth=6)
 
@@ -83,7 +83,7 @@ def test_replay_refuses_strange_text() -> None:
     with pytest.raises(ProfileError, match="left the trace's path"):
         drafter.extend([path.path[0] ^ 1])
     drafter.extend(path.path)
-    assert drafter.silent
+    assert not drafter.can_draft
 
 
 # --- lookup ---------------------------------------------------------------------------------------
@@ -98,10 +98,10 @@ def test_lookup_continues_the_last_occurrence() -> None:
     assert drafter.draft().token == 7  # the later of two continuations
 
 
-def test_lookup_is_silent_without_a_match() -> None:
+def test_lookup_cannot_draft_without_a_match() -> None:
     drafter = LookupDrafter()
     drafter.open([1, 2, 3, 4], Sampling())
-    assert drafter.silent
+    assert not drafter.can_draft
     assert drafter.odds() == 0.0
     assert drafter.draft().features.confidence == pytest.approx(0.01)
 
@@ -149,7 +149,7 @@ def test_lookup_after_any_history_equals_a_fresh_one(seed: int) -> None:
         assert drafter.length == len(text)
 
 
-class Counting:
+class Counting(Drafter):
     """A model that notes what it read, and always proposes 99."""
 
     def __init__(self) -> None:

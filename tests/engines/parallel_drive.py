@@ -90,7 +90,7 @@ def _drive_rank(folder: Path, ranks: Any) -> None:
     else:
         leader = MultiRankEngine(engine, ranks)
         found = drive(leader)
-        leader.end()
+        leader.shutdown()
     found["held"] = sum(p.numel() for p in loaded.model.parameters())
     found["parameters"] = loaded.info.parameters
     # For the negative control: this rank's share of the weights, taken for the whole.

@@ -183,7 +183,7 @@ def test_what_needs_no_collective_travels_with_the_next_step() -> None:
     from wispprof.types import StepInput
 
     leader.step([StepInput("a", [1, 2, 3], 2)])
-    leader.end()
+    leader.shutdown()
     assert len(wire.said) == 2
     follow(other, wire)
     assert other.sessions == mine.sessions == ["a"]
@@ -219,4 +219,4 @@ def test_a_failure_of_one_rank_ends_its_service() -> None:
     with pytest.raises(EngineError, match="nothing more"):
         leader.step([StepInput("a", [1])])
     leader.close("a")
-    leader.end()
+    leader.shutdown()

@@ -139,7 +139,7 @@ async def test_the_audit_sees_a_leak() -> None:
     async with running_server(NOTHING, engine=engine, model=engine.served) as running:
         await running.server.check_integrity()
         engine.open("stranger", GREEDY)
-        with pytest.raises(EngineError, match="nobody knows"):
+        with pytest.raises(EngineError, match="unknown sessions"):
             await running.server.check_integrity()
         engine.close("stranger")
         await running.server.check_integrity()

@@ -16,12 +16,12 @@ import numpy as np
 
 from wispprof.artifacts import ModelRecord
 from wispprof.errors import EngineError, ModelError, ModelMissing
-from wispprof.types import DraftToken, Sampling
+from wispprof.types import Drafter, DraftToken, Sampling
 
 __all__ = ["LlamaCppDrafter"]
 
 
-class LlamaCppDrafter:
+class LlamaCppDrafter(Drafter):
     """A llama.cpp model as a :class:`~wispprof.types.Drafter`. Not thread-safe.
 
     ``max_context``: tokens of its KV cache. ``threads`` None leaves the choice to llama.cpp;

@@ -15,7 +15,7 @@ from wispprof.types import Drafter, DraftFeatures, DraftToken, Sampling
 __all__ = ["LookupDrafter", "LookupFirst"]
 
 
-class LookupDrafter:
+class LookupDrafter(Drafter):
     """Continues the latest earlier occurrence of the longest suffix of ``longest`` … ``shortest`` tokens.
 
     Its confidence is learnt while it serves: the share of its proposals, by length of the match, that
@@ -39,9 +39,9 @@ class LookupDrafter:
         return len(self._tokens)
 
     @property
-    def silent(self) -> bool:
-        """Nothing in the text so far ends like this."""
-        return self._find() is None
+    def can_draft(self) -> bool:
+        """Whether the text so far holds an earlier occurrence of its own end."""
+        return self._find() is not None
 
     def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
         self._tokens = []
@@ -50,7 +50,7 @@ class LookupDrafter:
         self._append(tokens)
 
     def draft(self) -> DraftToken:
-        """Propose; without a match (see :attr:`silent`) the last token again, with least confidence."""
+        """Propose; without a match (see :attr:`can_draft`) the last token again, with least confidence."""
         found = self._find()
         if found is None:
             token, confidence = self._tokens[-1], 0.01
@@ -114,7 +114,7 @@ class LookupDrafter:
         return None
 
 
-class LookupFirst:
+class LookupFirst(Drafter):
     """Ask ``lookup`` first and ``model`` where it is silent or its odds are under ``least``.
 
     The model only reads what lookup proposed when it is asked again, all of it in one forward.
@@ -136,7 +136,7 @@ class LookupFirst:
         self._model.open(tokens, sampling)
 
     def draft(self) -> DraftToken:
-        if not self._lookup.silent and self._lookup.odds() >= self._least:
+        if self._lookup.can_draft and self._lookup.odds() >= self._least:
             drafted = self._lookup.draft()
             self._behind.append(drafted.token)
             return drafted

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
 from wispprof.errors import ProfileError
-from wispprof.types import DraftFeatures, DraftToken, Sampling
+from wispprof.types import Drafter, DraftFeatures, DraftToken, Sampling
 
 __all__ = ["ReplayDrafter"]
 
 
-class ReplayDrafter:
+class ReplayDrafter(Drafter):
     """Drafts along one trace path (:class:`~wispprof.types.Drafter`).
 
     Row ``i`` of the trace holds the draft's proposals given the true path up to ``i``. While the drafts
@@ -38,9 +38,9 @@ class ReplayDrafter:
         return (len(self._path.prompt) if self._path else 0) + len(self._held)
 
     @property
-    def silent(self) -> bool:
-        """Nothing to propose: the path ends here."""
-        return self._path is None or len(self._held) >= len(self._path.path)
+    def can_draft(self) -> bool:
+        """Whether the path goes on after the tokens held."""
+        return self._path is not None and len(self._held) < len(self._path.path)
 
     def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
         """Start from a prompt of the trace, or from a prompt and a part of its path."""

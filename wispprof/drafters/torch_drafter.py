@@ -19,14 +19,14 @@ from wispprof.engines.torch.attention import grouped_attention, visible
 from wispprof.engines.torch.decoder import Decoder, decoder_for
 from wispprof.errors import EngineError
 from wispprof.sampling.sampler import sample_tokens, sample_tokens_numpy
-from wispprof.types import DraftFeatures, DraftToken, ModelInfo, Sampling
+from wispprof.types import Drafter, DraftFeatures, DraftToken, ModelInfo, Sampling
 
 __all__ = ["TorchDrafter", "features_numpy", "features_torch"]
 
 _PREFILL_CHUNK = 512
 
 
-class TorchDrafter:
+class TorchDrafter(Drafter):
     """A transformers model as a :class:`~wispprof.types.Drafter`. Not thread-safe.
 
     Raises :class:`EngineError` where a sequence would outgrow the model's context.

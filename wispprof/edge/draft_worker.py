@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -50,7 +49,7 @@ class _Follower:
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
         self.held: list[int] = []
-        self._most = int(getattr(drafter, "max_context", 0)) or sys.maxsize
+        self._most = drafter.max_context
 
     def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
         """Start anew; a prompt beyond the drafter's context leaves it out of this session."""
@@ -59,9 +58,7 @@ class _Follower:
             return
         self.drafter.open(tokens, sampling)
         self.held = list(tokens)
-        prefill = getattr(self.drafter, "prefill", None)
-        if prefill is not None:
-            prefill()
+        self.drafter.prefill()
 
     def draft(self, sequence: Sequence[int]) -> tuple[DraftToken | None, int]:
         """The token after ``sequence`` (``None``: nothing to propose), and how many had to be read."""
@@ -82,7 +79,7 @@ class _Follower:
         return len(wanted) - same
 
     def step(self) -> DraftToken | None:
-        if getattr(self.drafter, "silent", False):
+        if not self.drafter.can_draft:
             return None
         drafted = self.drafter.draft()
         self.held.append(drafted.token)

@@ -84,7 +84,7 @@ def serve_ranks(
             text = ChatTokenizer(tokenizer) if tokenizer is not None else None
             serve(settings, announce, engine=leader, model=model, text=text)
         finally:
-            leader.end()
+            leader.shutdown()
         if leader.broken:
             raise EngineError(f"The server ended: {leader.broken}.", "See the ranks' logs.")
     finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
-from wispprof.errors import EngineError, OutOfKvMemory
+from wispprof.errors import OutOfKvMemory
 from wispprof.policies import load_level, slowdown
 from wispprof.server.engine_thread import EngineWorker
 from wispprof.server.kv_scheduler import schedule_kv
@@ -48,7 +48,8 @@ class SessionManager:
         self._max_context = max_context
         self._stream = stream
         self._lives: dict[str, ServerSession] = {}
-        self._kept = PrefixCache(settings.kept_sessions, settings.keep_ttl_ms)
+        most_kept = settings.kept_sessions if worker.engine.capabilities.fork else 0
+        self._kept = PrefixCache(most_kept, settings.keep_ttl_ms)
         self._arriving: list[ServerSession] = []
         self._names = 0
         self._audits = 0
@@ -297,11 +298,11 @@ class SessionManager:
         names = sorted(expected)
         one = names[self._audits % len(names)] if names and not full else None
         self._audits += 1
-        await self._worker.call(lambda engine: _audit(engine, expected, one, self._kv_total))
+        await self._worker.call(lambda engine: _audit(engine, expected, one))
 
 
 def _open(engine: Engine, live: ServerSession) -> None:
-    engine.open(live.name, live.sampling)
+    engine.open(live.name, live.sampling, live.ledger.tokens)
     live.held = True
 
 
@@ -317,19 +318,6 @@ def _fork(engine: Engine, live: ServerSession, parent: str, length: int, take_ov
             engine.close(parent)
 
 
-def _audit(engine: Engine, expected: dict[str, int], one: str | None, kv_total: int) -> None:
+def _audit(engine: Engine, expected: dict[str, int], one: str | None) -> None:
     engine.check_integrity(one)
-    leaked = set(engine.sessions) - set(expected)
-    if leaked:
-        raise EngineError(f"The engine holds {len(leaked)} sessions that nobody knows: {leaked}.")
-    if kv_total - engine.kv_free != sum(expected.values()):
-        raise EngineError(
-            f"{kv_total - engine.kv_free} cache tokens are taken, known sessions hold "
-            f"{sum(expected.values())}."
-        )
-    for name, cached in expected.items():
-        held = engine.cached(name)
-        if held != cached:
-            raise EngineError(
-                f"The engine caches {held} tokens of {name}, the ledger says {cached}."
-            )
+    engine.audit(expected)

@@ -14,8 +14,12 @@ from dataclasses import dataclass, field
 from wispprof.errors import EngineError, OutOfKvMemory
 from wispprof.types import (
     BatchShape,
+    Drafter,
     DraftFeatures,
     DraftToken,
+    Engine,
+    EngineCapabilities,
+    IntegrityReport,
     Sampling,
     ServedModel,
     StepInput,
@@ -81,7 +85,7 @@ class _Cache:
     states: list[int] = field(default_factory=list)
 
 
-class FakeEngine:
+class FakeEngine(Engine):
     """``step_ms`` says how long a step of some shape takes; ``sleep`` (seconds) spends that time."""
 
     def __init__(
@@ -107,6 +111,20 @@ class FakeEngine:
         return self._max_context
 
     @property
+    def capabilities(self) -> EngineCapabilities:
+        return EngineCapabilities(
+            "any",
+            max_context=self._max_context,
+            max_drafts=self._max_context - 1,
+            max_sessions=1 << 20,
+            fork=True,
+        )
+
+    @property
+    def kv_tokens(self) -> int:
+        return self._kv_tokens
+
+    @property
     def kv_free(self) -> int:
         return self._kv_tokens - self._used
 
@@ -121,7 +139,7 @@ class FakeEngine:
     def sessions(self) -> tuple[str, ...]:
         return tuple(self._caches)
 
-    def open(self, session: str, sampling: Sampling) -> None:
+    def open(self, session: str, sampling: Sampling, tokens: Sequence[int] = ()) -> None:
         if session in self._caches:
             raise EngineError(f"Session {session} is open already.")
         self._caches[session] = _Cache(sampling)
@@ -190,7 +208,7 @@ class FakeEngine:
     def cached(self, session: str) -> int:
         return len(self._get(session).tokens)
 
-    def check_integrity(self, session: str | None = None) -> None:
+    def check_integrity(self, session: str | None = None) -> IntegrityReport:
         if self._used != sum(len(c.tokens) for c in self._caches.values()):
             raise EngineError("Used tokens do not add up to what sessions hold.")
         for name, cache in self._caches.items():
@@ -201,6 +219,9 @@ class FakeEngine:
                 state = self.target.feed(state, token)
             if cache.states and cache.states[-1] != state:
                 raise EngineError(f"The cache of {name} is not that of its tokens.")
+        return IntegrityReport(
+            dict.fromkeys(self._caches if session is None else [session], 0.0), 0.0
+        )
 
     def _get(self, session: str) -> _Cache:
         try:
@@ -209,7 +230,7 @@ class FakeEngine:
             raise EngineError(f"There is no session {session}.") from None
 
 
-class FakeDrafter:
+class FakeDrafter(Drafter):
     """Proposes the hash target's next token with a given accuracy; a mistake is a hash as well."""
 
     def __init__(self, target: FakeTarget, accuracy: float = 0.7, salt: int = 0) -> None:

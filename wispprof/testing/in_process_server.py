@@ -28,7 +28,7 @@ _ROOMY = Limits(max_items=64, max_tokens=2048, prefill_chunk=512, kv_free=1 << 2
 class InProcessEngine(Protocol):
     """What it needs of an engine; a subset of the real server's."""
 
-    def open(self, session: str, sampling: Sampling) -> None: ...
+    def open(self, session: str, sampling: Sampling, tokens: Sequence[int] = ()) -> None: ...
 
     def step(self, feeds: Sequence[StepInput]) -> list[VerifyResult]: ...
 
@@ -161,7 +161,7 @@ class InProcessServer:
             max_pending_drafts=self.max_drafts,
         )
         sampling = Sampling(frame.temperature, frame.top_k, frame.top_p, frame.seed)
-        self.engine.open(name, sampling)
+        self.engine.open(name, sampling, frame.tokens)
         link.names[frame.session] = name
         self._sessions[name] = (link, frame.session, session)
 

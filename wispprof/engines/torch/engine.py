@@ -20,17 +20,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wispprof.engines.loading import LoadedModel
+from wispprof.engines.loading import FAMILIES, LoadedModel
 from wispprof.engines.torch.cuda_graphs import Bucket, StepGraphs
 from wispprof.engines.torch.decoder import Decoder, decoder_for
 from wispprof.engines.torch.dense_kv import DenseKvStore
-from wispprof.engines.torch.integrity import IntegrityReport, compare_with_fresh
+from wispprof.engines.torch.integrity import compare_with_fresh
 from wispprof.engines.torch.kv_store import KvGeometry, KvStore
 from wispprof.engines.torch.paged_kv import PagedKvStore
 from wispprof.engines.torch.verify_batch import VerifyBatch
 from wispprof.errors import EngineError, OutOfKvMemory
 from wispprof.sampling.sampler import sample_tokens
-from wispprof.types import BatchShape, ModelInfo, Sampling, StepInput, VerifyItem, VerifyResult
+from wispprof.types import (
+    BatchShape,
+    Engine,
+    EngineCapabilities,
+    IntegrityReport,
+    ModelInfo,
+    Sampling,
+    StepInput,
+    VerifyItem,
+    VerifyResult,
+)
 
 __all__ = ["StepReport", "TorchEngine"]
 
@@ -62,7 +72,7 @@ class _Batch(NamedTuple):
     """Rows that emit: drafts + 1, or 0."""
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """Serves up to ``max_sessions`` sessions that cache up to ``kv_tokens`` tokens in all.
 
     ``backend``: ``slots`` (dense), ``paged``, or ``auto`` (paged on CUDA, slots elsewhere).
@@ -88,7 +98,7 @@ class TorchEngine:
             raise EngineError("An engine needs kv_tokens >= 1 and max_sessions >= 1.")
         info = loaded.info
         self.info: ModelInfo = info
-        self.kv_tokens = kv_tokens
+        self._kv_tokens = kv_tokens
         self.max_sessions = max_sessions
         self.max_context = min(max_context or info.max_context, info.max_context)
         self.last_step: StepReport | None = None
@@ -118,20 +128,19 @@ class TorchEngine:
 
     # --- sessions ------------------------------------------------------------------------------
 
-    def open(self, session: str, sampling: Sampling | None = None) -> None:
-        """Begin an empty session. Raises :class:`EngineError` if the name is taken."""
+    def open(
+        self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = ()
+    ) -> None:
         self._admit(session)
         self._sessions[session] = _Session(self._store.add(), sampling or Sampling())
 
     def close(self, session: str) -> None:
-        """End a session and free what it cached."""
         ended = self._get(session)
         self._store.remove(ended.handle)
         self._cached_tokens -= len(ended.tokens)
         del self._sessions[session]
 
     def rollback(self, session: str, length: int) -> None:
-        """Keep the first ``length`` cached tokens."""
         kept = self._get(session)
         if not 0 <= length <= len(kept.tokens):
             raise EngineError(
@@ -171,7 +180,6 @@ class TorchEngine:
         self._cached_tokens += length
 
     def cached(self, session: str) -> int:
-        """How many tokens of a session have KV."""
         return len(self._get(session).tokens)
 
     def tokens(self, session: str) -> list[int]:
@@ -193,8 +201,22 @@ class TorchEngine:
         return self._graphs is not None
 
     @property
+    def capabilities(self) -> EngineCapabilities:
+        return EngineCapabilities(
+            FAMILIES,
+            max_context=self.max_context,
+            max_drafts=self.max_context - 1,
+            max_sessions=self.max_sessions,
+            graphs=self.graphs,
+            fork=True,
+        )
+
+    @property
+    def kv_tokens(self) -> int:
+        return self._kv_tokens
+
+    @property
     def kv_free(self) -> int:
-        """Tokens that can still be cached, whoever caches them."""
         return self.kv_tokens - self._cached_tokens
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,23 +12,12 @@ from wispprof.engines.torch.decoder import Decoder
 from wispprof.engines.torch.dense_kv import DenseKvStore
 from wispprof.engines.torch.kv_store import KvGeometry
 from wispprof.errors import EngineError
+from wispprof.types import IntegrityReport
 
-__all__ = ["IntegrityReport", "compare_with_fresh"]
+__all__ = ["compare_with_fresh"]
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.08, torch.float16: 0.02}
 _CHUNK = 512
-
-
-@dataclass(frozen=True, slots=True)
-class IntegrityReport:
-    """Cached against fresh KV: largest error by session, relative to the largest fresh value."""
-
-    errors: dict[str, float]
-    tolerance: float
-
-    @property
-    def worst(self) -> float:
-        return max(self.errors.values(), default=0.0)
 
 
 def compare_with_fresh(

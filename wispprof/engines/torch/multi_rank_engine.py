@@ -18,9 +18,15 @@ import msgspec
 
 from wispprof.engines.ranks import Ranks
 from wispprof.engines.torch.engine import TorchEngine
-from wispprof.engines.torch.integrity import IntegrityReport
 from wispprof.errors import EngineError
-from wispprof.types import Sampling, StepInput, VerifyResult
+from wispprof.types import (
+    Engine,
+    EngineCapabilities,
+    IntegrityReport,
+    Sampling,
+    StepInput,
+    VerifyResult,
+)
 
 __all__ = ["MultiRankEngine", "follow"]
 
@@ -76,7 +82,7 @@ _decode = msgspec.msgpack.Decoder(_Order).decode
 _encode = msgspec.msgpack.Encoder().encode
 
 
-class MultiRankEngine:
+class MultiRankEngine(Engine):
     """Rank 0's engine with its followers behind it; the interface of the server's ``Engine``.
 
     Raises what the engine raises. After a failure that the ranks do not share (:attr:`broken` says which)
@@ -96,6 +102,14 @@ class MultiRankEngine:
         self._chores: list[_Chore] = []
 
     @property
+    def capabilities(self) -> EngineCapabilities:
+        return self._engine.capabilities
+
+    @property
+    def kv_tokens(self) -> int:
+        return self._engine.kv_tokens
+
+    @property
     def sessions(self) -> list[str]:
         return self._engine.sessions
 
@@ -106,7 +120,9 @@ class MultiRankEngine:
     def cached(self, session: str) -> int:
         return self._engine.cached(session)
 
-    def open(self, session: str, sampling: Sampling | None = None) -> None:
+    def open(
+        self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = ()
+    ) -> None:
         self._engine.open(session, sampling)
         self._chores.append(_Open(session, sampling))
 
@@ -134,8 +150,8 @@ class MultiRankEngine:
         self._order(_Check(session))
         return self._shared(lambda: _check(self._engine, self._ranks, session))
 
-    def end(self) -> None:
-        """Send the followers home."""
+    def shutdown(self) -> None:
+        """Tell the followers to return from :func:`follow`."""
         if not self.broken:
             self._order(_End())
 
