@@ -12,11 +12,6 @@ ARGS ?=
 # Processes that share the tests: one per core, four at most. Chosen tests do not pay for starting them.
 WORKERS ?= $(if $(ARGS),0,logical)
 
-# Rooms without torch are typed strictly.
-TYPED := cli.py wispprof/types.py wispprof/errors.py wispprof/settings/sources.py wispprof/artifacts \
-	wispprof/hardware wispprof/policies wispprof/sessions wispprof/planning wispprof/simulation \
-	wispprof/fitting wispprof/reporting wispprof/doctor wispprof/demo wispprof/cli
-
 .PHONY: help demo test readme check format lock clean
 .DEFAULT_GOAL := help
 
@@ -44,7 +39,8 @@ readme: demo
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy $(wildcard $(TYPED))
+	$(BIN)/mypy wispprof cli.py
+	$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
