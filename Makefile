@@ -1,7 +1,8 @@
 # make demo   measure, fit, plan, serve and compare policies on this machine (ARGS=--quick: a short run)
 # make test   every test, on all cores (ARGS='tests/policies -x': some, in one process)
 # make readme run the demo and put its figures and its picture into the README
-# make check  lint, format and types
+# make check  lint, format, types and import contracts
+# make test-lowest   the suite on the lowest versions that pyproject.toml allows
 # Each makes .venv from requirements.lock first, where it is missing or older than the lock.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ ARGS ?=
 # Processes that share the tests: one per core, four at most. Chosen tests do not pay for starting them.
 WORKERS ?= $(if $(ARGS),0,logical)
 
-.PHONY: help demo test readme check format lock clean
+.PHONY: help demo test test-lowest readme check format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,6 +33,15 @@ demo: $(READY)
 
 test: $(READY)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
+
+# The suite on the lowest versions that pyproject.toml allows. TORCH=2.13.0: with that torch instead.
+test-lowest:
+	@$(PYTHON) -m venv .venv-lowest
+	@.venv-lowest/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	@$(PYTHON) tools/lowest_versions.py $(if $(TORCH),torch=$(TORCH)) > .venv-lowest/lowest.txt
+	@.venv-lowest/bin/python -m pip install --quiet -r .venv-lowest/lowest.txt
+	@.venv-lowest/bin/python -m pip install --quiet --group dev -c .venv-lowest/lowest.txt -e .
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-lowest/bin/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
 
 readme: demo
 	@$(BIN)/python docs/generate_readme.py out/demo
