@@ -1,6 +1,6 @@
 """Print the lowest versions that pyproject.toml allows, one requirement a line, for ``make test-lowest``.
 
-    python tools/lowest_versions.py [NAME=VERSION ...]     # NAME=VERSION takes the place of a lower bound
+python tools/lowest_versions.py [NAME=VERSION ...]     # NAME=VERSION takes the place of a lower bound
 """
 
 from __future__ import annotations
