@@ -139,7 +139,7 @@ async def test_sessions_resume_on_a_restarted_server(policy: str) -> None:
             client = await stack.enter_async_context(edge(connect, backoff_ms=5.0))
             made = [drafting(client, p, max_new=64, draft_ms=0.5, proactive=4) for p in prompts]
             tasks = [asyncio.create_task(g.run()) for g in made]
-            while min(g.path.committed_len for g in made) < 10:
+            while min(g.buffer.committed_len for g in made) < 10:
                 await asyncio.sleep(0.001)
         async with hash_server(policy) as running:
             where = running.split_url
@@ -171,7 +171,7 @@ async def test_links_are_cut_by_a_proxy_in_between() -> None:
         async with edge(connect, backoff_ms=5.0) as client:
             made = [drafting(client, p, max_new=48, draft_ms=0.5) for p in PROMPTS]
             running_tasks = [asyncio.create_task(g.run()) for g in made]
-            while min(g.path.committed_len for g in made) < 12:
+            while min(g.buffer.committed_len for g in made) < 12:
                 await asyncio.sleep(0.001)
             proxy.cut()
             stats = await asyncio.gather(*running_tasks)

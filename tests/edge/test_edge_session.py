@@ -48,7 +48,7 @@ def test_a_corrupted_commit_is_noticed() -> None:
 
             def corrupt(feeds):  # type: ignore[no-untyped-def]
                 outcomes = decide(feeds)
-                if generation.path.committed_len > 20:
+                if generation.buffer.committed_len > 20:
                     outcomes = [
                         o._replace(tokens=(*o.tokens[:-1], o.tokens[-1] ^ 1)) for o in outcomes
                     ]
@@ -289,12 +289,12 @@ def test_a_server_of_another_model_is_found_out_on_resuming() -> None:
             generation = drafting(client, PROMPTS[0])
             task = asyncio.create_task(generation.run())
             await asyncio.sleep(0.1)
-            known = generation.path.committed_len
+            known = generation.buffer.committed_len
             frame = generation.opening()
             assert frame.generated == known - len(PROMPTS[0])
             from wispprof.protocol import Commit
 
-            wrong = [token ^ 1 for token in generation.path.committed[-2:]]
+            wrong = [token ^ 1 for token in generation.buffer.committed[-2:]]
             generation.committed(Commit(0, 0, known, wrong, 1, 1, 0.0, 0.0))
             with pytest.raises(ProtocolError, match="contradicts"):
                 await task

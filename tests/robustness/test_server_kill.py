@@ -69,7 +69,7 @@ async def test_twenty_generations_survive_kill_nine() -> None:
                 for p in prompts
             ]
             tasks = [asyncio.create_task(g.run()) for g in made]
-            while min(g.path.committed_len for g in made) < 8:
+            while min(g.buffer.committed_len for g in made) < 8:
                 await asyncio.sleep(0.002)
             first.send_signal(signal.SIGKILL)
             first.wait()

@@ -84,7 +84,7 @@ async def edge_host(port: int, numbers: range, cut: LinkProxy | None) -> list[Ge
         made = [generation(client, n, Sampling(0.7, seed=n)) for n in numbers]
         tasks = [asyncio.create_task(one.run()) for one in made]
         if cut is not None:
-            while min(one.path.committed_len for one in made) < TOKENS // 2:
+            while min(one.buffer.committed_len for one in made) < TOKENS // 2:
                 await asyncio.sleep(0.002)
             cut.cut()
         await asyncio.gather(*tasks)

@@ -267,7 +267,7 @@ async def test_drafts_out_of_order_twice_late_and_of_old_epochs() -> None:
                 if effect.rollback_to is not None:
                     drafter.rollback(effect.rollback_to)
                 drafter.extend(effect.extend)
-                while path.room:
+                while path.capacity_left:
                     path.propose(drafter.draft().token, 0.6, 1.0)
                 out = path.take()
                 if out is None:

@@ -1,4 +1,4 @@
-"""The edge's path: what it holds never contradicts what is committed, and its drafter can follow it."""
+"""The edge's buffer: what it holds never contradicts what is committed, and its drafter can follow it."""
 
 from __future__ import annotations
 
@@ -14,56 +14,56 @@ from wispprof.sessions.draft_buffer import CommitEffect, DraftBuffer
 PROMPT = [7, 8, 9]
 
 
-def path_with(drafts: list[int], **kwargs: object) -> DraftBuffer:
-    path = DraftBuffer(PROMPT, **kwargs)  # type: ignore[arg-type]
-    path.on_commit(4, [1], 0)
+def buffer_with(drafts: list[int], **kwargs: object) -> DraftBuffer:
+    buffer = DraftBuffer(PROMPT, **kwargs)  # type: ignore[arg-type]
+    buffer.on_commit(4, [1], 0)
     for token in drafts:
-        path.propose(token, 0.5, 2.0)
-    return path
+        buffer.propose(token, 0.5, 2.0)
+    return buffer
 
 
 def test_full_accept_with_wrong_guess_costs_only_what_follows() -> None:
-    path = path_with([2, 3])
-    assert path.take() is not None
+    buffer = buffer_with([2, 3])
+    assert buffer.take() is not None
     for token in (50, 51, 52):  # proactive
-        path.propose(token, 0.5, 2.0)
-    effect = path.on_commit(7, [2, 3, 4], 2)
+        buffer.propose(token, 0.5, 2.0)
+    effect = buffer.on_commit(7, [2, 3, 4], 2)
     assert effect.hits == 2
     assert effect.rejected
     assert effect.proactive
     assert not effect.proactive_hit
     assert (effect.rollback_to, effect.extend) == (6, (4,))
     assert (effect.wasted_tokens, effect.wasted_ms) == (2, 4.0)
-    assert path.draft_ahead == 0
-    assert path.epoch == 1
+    assert buffer.draft_ahead == 0
+    assert buffer.epoch == 1
 
 
 def test_proactive_hit_keeps_the_lead_and_the_epoch() -> None:
-    path = path_with([2, 3])
-    path.take()
+    buffer = buffer_with([2, 3])
+    buffer.take()
     for token in (4, 5, 6):
-        path.propose(token, 0.5, 2.0)
-    effect = path.on_commit(7, [2, 3, 4], 2)
+        buffer.propose(token, 0.5, 2.0)
+    effect = buffer.on_commit(7, [2, 3, 4], 2)
     assert effect.proactive_hit
     assert effect.rollback_to is None
     assert effect.extend == ()
     assert effect.kept == 2
-    assert path.epoch == 0
-    out = path.take()
+    assert buffer.epoch == 0
+    out = buffer.take()
     assert out is not None
     assert (out.base, out.tokens) == (7, (5, 6))
 
 
 def test_partial_accept_rolls_back_to_the_first_rejected() -> None:
-    path = path_with([2, 3, 9, 9])
-    path.take()
-    effect = path.on_commit(7, [2, 3, 4], 2)
+    buffer = buffer_with([2, 3, 9, 9])
+    buffer.take()
+    effect = buffer.on_commit(7, [2, 3, 4], 2)
     assert (effect.rollback_to, effect.extend, effect.wasted_tokens) == (6, (4,), 1)
 
 
 def test_commit_beyond_the_drafts_extends() -> None:
-    path = path_with([2])
-    effect = path.on_commit(7, [2, 3, 4], 0)
+    buffer = buffer_with([2])
+    effect = buffer.on_commit(7, [2, 3, 4], 0)
     assert (effect.rollback_to, effect.extend, effect.hits, effect.rejected) == (
         None,
         (3, 4),
@@ -73,80 +73,70 @@ def test_commit_beyond_the_drafts_extends() -> None:
 
 
 def test_trimmed_round_keeps_its_rest_and_sends_it_again() -> None:
-    path = path_with([2, 3, 4, 5])
-    path.take()
-    effect = path.on_commit(6, [2, 3], 1)  # one draft used, the own token equals the next
+    buffer = buffer_with([2, 3, 4, 5])
+    buffer.take()
+    effect = buffer.on_commit(6, [2, 3], 1)  # one draft used, the own token equals the next
     assert effect.kept == 2
-    out = path.take()
+    out = buffer.take()
     assert out is not None
     assert (out.base, out.tokens) == (6, (4, 5))
 
 
 def test_duplicates_and_late_commits_change_nothing() -> None:
-    path = path_with([2, 3, 4])
-    path.on_commit(6, [2, 3], 1)
-    before = (path.committed, path.drafts, path.epoch)
-    assert path.on_commit(6, [2, 3], 1) == CommitEffect()
-    assert path.on_commit(5, [2], 0) == CommitEffect()
-    assert (path.committed, path.drafts, path.epoch) == before
-    overlapping = path.on_commit(7, [2, 3, 4], 2)
+    buffer = buffer_with([2, 3, 4])
+    buffer.on_commit(6, [2, 3], 1)
+    before = (buffer.committed, buffer.drafts, buffer.epoch)
+    assert buffer.on_commit(6, [2, 3], 1) == CommitEffect()
+    assert buffer.on_commit(5, [2], 0) == CommitEffect()
+    assert (buffer.committed, buffer.drafts, buffer.epoch) == before
+    overlapping = buffer.on_commit(7, [2, 3, 4], 2)
     assert overlapping.tokens == (4,)
 
 
 def test_gaps_and_contradictions_are_errors() -> None:
-    path = path_with([])
-    with pytest.raises(ProtocolError, match="beyond the known frontier"):
-        path.on_commit(9, [1, 2], 0)
+    buffer = buffer_with([])
+    with pytest.raises(ProtocolError, match="beyond the committed length"):
+        buffer.on_commit(9, [1, 2], 0)
     with pytest.raises(ProtocolError, match="contradicts"):
-        path.on_commit(5, [99, 2], 0)
+        buffer.on_commit(5, [99, 2], 0)
 
 
 def test_round_mode_has_one_round_outstanding() -> None:
-    path = DraftBuffer(PROMPT)
-    assert path.take() is None  # the prefill is outstanding
-    path.on_commit(4, [1])
-    empty = path.take()
+    buffer = DraftBuffer(PROMPT)
+    assert buffer.take() is None  # the prefill is outstanding
+    buffer.on_commit(4, [1])
+    empty = buffer.take()
     assert empty is not None
     assert empty.tokens == ()
-    path.propose(2)
-    assert path.take() is None
-    path.on_commit(4, [1])  # a duplicate does not answer the round
-    assert path.take() is None
+    buffer.propose(2)
+    assert buffer.take() is None
+    buffer.on_commit(4, [1])  # a duplicate does not answer the round
+    assert buffer.take() is None
 
 
 def test_stream_mode_sends_each_draft_once() -> None:
-    path = path_with([2, 3, 4], stream=True)
-    first = path.take(2)
+    buffer = buffer_with([2, 3, 4], stream=True)
+    first = buffer.take(2)
     assert first is not None
     assert (first.base, first.tokens) == (4, (2, 3))
-    second = path.take()
+    second = buffer.take()
     assert second is not None
     assert (second.base, second.tokens) == (6, (4,))
-    assert path.take() is None
-    path.reopened()
-    again = path.take()
+    assert buffer.take() is None
+    buffer.reopened()
+    again = buffer.take()
     assert again is not None
     assert again.tokens == (2, 3, 4)
 
 
 def test_room_ends_with_the_lead_and_before_the_last_token() -> None:
-    path = DraftBuffer(PROMPT, draft_ahead_limit=2, end=5)
-    path.propose(1)
-    assert path.room == 0  # position 4 is the target's own
-    path = DraftBuffer(PROMPT, draft_ahead_limit=1, end=50)
-    path.propose(1)
-    with pytest.raises(ValueError, match="no room"):
-        path.propose(1)
-
-
-def test_dropping_drafts_resends_the_rest_under_the_next_epoch() -> None:
-    path = path_with([2, 3, 4], stream=True)
-    path.take()
-    assert path.drop(5) == 5
-    assert path.drop(9) is None
-    out = path.take()
-    assert out is not None
-    assert (out.epoch, out.base, out.tokens) == (1, 4, (2,))
+    buffer = DraftBuffer(PROMPT, draft_ahead_limit=2, end=5)
+    buffer.propose(1)
+    assert buffer.capacity_left == 0  # position 4 is the target's own
+    buffer = DraftBuffer(PROMPT, draft_ahead_limit=1, end=50)
+    buffer.propose(1)
+    with pytest.raises(ValueError, match="No capacity"):
+        buffer.propose(1)
 
 
 class TinyServer:
@@ -204,8 +194,10 @@ class Mirror:
         self.tokens.extend(effect.extend)
 
 
-def interleave(path: DraftBuffer, seed: int, right: float, mirror: Mirror) -> tuple[list[int], int]:
-    """Run a path against :class:`TinyServer` over links that delay, repeat and cut; the accepted total."""
+def interleave(
+    buffer: DraftBuffer, seed: int, right: float, mirror: Mirror
+) -> tuple[list[int], int]:
+    """Run a buffer against :class:`TinyServer` over links that delay, repeat and cut; the accepted total."""
     rng = random.Random(seed)
     truth = PROMPT + [rng.randrange(6) for _ in range(40)]
     server = TinyServer(PROMPT, truth)
@@ -213,15 +205,15 @@ def interleave(path: DraftBuffer, seed: int, right: float, mirror: Mirror) -> tu
     downlink: list[tuple[int, list[int], int]] = []
     accepted = 0
     ready = True
-    while path.committed_len < len(truth) - 12:
+    while buffer.committed_len < len(truth) - 12:
         action = rng.random()
-        if action < 0.4 and path.room:
-            position = path.length
+        if action < 0.4 and buffer.capacity_left:
+            position = buffer.length
             token = truth[position] if rng.random() < right else rng.randrange(6)
-            path.propose(token, 0.5, 1.0)
+            buffer.propose(token, 0.5, 1.0)
             mirror.tokens.append(token)
         elif action < 0.6:
-            out = path.take(rng.choice([None, 1, 4]))
+            out = buffer.take(rng.choice([None, 1, 4]))
             if out is not None:
                 uplink.append((out.epoch, out.base, out.tokens))
                 if rng.random() < 0.1:
@@ -229,13 +221,13 @@ def interleave(path: DraftBuffer, seed: int, right: float, mirror: Mirror) -> tu
         elif action < 0.75 and uplink:
             server.merge(*uplink.pop(0))
             ready = True
-        elif action < 0.85 and (path.stream or ready) and server.committed_len < len(truth) - 10:
+        elif action < 0.85 and (buffer.stream or ready) and server.committed_len < len(truth) - 10:
             downlink.append(server.step(rng.randrange(9)))
             ready = False
             if rng.random() < 0.1:
                 downlink.append(downlink[-1])
         elif action < 0.98 and downlink:
-            effect = path.on_commit(*downlink.pop(0))
+            effect = buffer.on_commit(*downlink.pop(0))
             mirror.follow(effect)
             accepted += effect.accepted
         elif (
@@ -244,14 +236,14 @@ def interleave(path: DraftBuffer, seed: int, right: float, mirror: Mirror) -> tu
             uplink.clear()
             downlink.clear()
             server = TinyServer(PROMPT, truth)
-            server.committed_len = path.committed_len
-            path.reopened()
+            server.committed_len = buffer.committed_len
+            buffer.reopened()
             ready = True
-        if path.committed_len > len(PROMPT):
-            assert list(path.committed) == truth[: path.committed_len]
-        assert mirror.tokens == path.sequence()
-        assert path.draft_ahead <= path.draft_ahead_limit
-        assert path.committed_len <= path.sent <= path.length
+        if buffer.committed_len > len(PROMPT):
+            assert list(buffer.committed) == truth[: buffer.committed_len]
+        assert mirror.tokens == buffer.sequence()
+        assert buffer.draft_ahead <= buffer.draft_ahead_limit
+        assert buffer.committed_len <= buffer.sent <= buffer.length
     return truth, accepted
 
 
@@ -260,8 +252,8 @@ def interleave(path: DraftBuffer, seed: int, right: float, mirror: Mirror) -> tu
     seed=st.integers(0, 10_000), right=st.sampled_from([0.0, 0.5, 0.9, 1.0]), stream=st.booleans()
 )
 def test_any_interleaving_commits_the_servers_text(seed: int, right: float, stream: bool) -> None:
-    path = DraftBuffer(PROMPT, stream=stream, draft_ahead_limit=8)
-    interleave(path, seed, right, Mirror(PROMPT))
+    buffer = DraftBuffer(PROMPT, stream=stream, draft_ahead_limit=8)
+    interleave(buffer, seed, right, Mirror(PROMPT))
 
 
 def test_a_mirror_that_misses_one_rollback_is_noticed() -> None:
@@ -269,15 +261,15 @@ def test_a_mirror_that_misses_one_rollback_is_noticed() -> None:
         def follow(self, effect: CommitEffect) -> None:
             super().follow(effect._replace(rollback_to=None))
 
-    path = DraftBuffer(PROMPT, stream=True, draft_ahead_limit=8)
+    buffer = DraftBuffer(PROMPT, stream=True, draft_ahead_limit=8)
     with pytest.raises(AssertionError):
-        interleave(path, 1, 0.5, Deaf(PROMPT))
+        interleave(buffer, 1, 0.5, Deaf(PROMPT))
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_a_perfect_draft_is_never_dropped(seed: int) -> None:
-    path = DraftBuffer(PROMPT, stream=True, draft_ahead_limit=8)
-    _, accepted = interleave(path, seed, 1.0, Mirror(PROMPT))
-    assert path.epoch == 0
+    buffer = DraftBuffer(PROMPT, stream=True, draft_ahead_limit=8)
+    _, accepted = interleave(buffer, seed, 1.0, Mirror(PROMPT))
+    assert buffer.epoch == 0
     assert accepted > 0

@@ -27,17 +27,17 @@ def drafted(token: int, confidence: float = 0.9) -> DraftToken:
 
 
 class Bench:
-    """A path and its turns, past the first commit; drafts count up from 100."""
+    """A buffer and its turns, past the first commit; drafts count up from 100."""
 
     def __init__(self, controller: str = "fixed", stream: bool = False, **kwargs: object) -> None:
         settings = kwargs.pop("settings", DraftingSettings(proactive=3))
         assert isinstance(settings, DraftingSettings)
         stop = kwargs.pop("stop", ())
-        self.path = DraftBuffer([1, 2, 3], stream=stream, draft_ahead_limit=8)
+        self.buffer = DraftBuffer([1, 2, 3], stream=stream, draft_ahead_limit=8)
         self.scheduler = DraftScheduler(
-            self.path, make_controller(controller, **kwargs), settings, stop
+            self.buffer, make_controller(controller, **kwargs), settings, stop
         )  # type: ignore[arg-type]
-        self.scheduler.committed(self.path.on_commit(4, [4]), 0)
+        self.scheduler.committed(self.buffer.on_commit(4, [4]), 0)
 
     def run(
         self, confidence: float = 0.9, hold: Callable[[int], bool] = lambda count: False
@@ -49,8 +49,8 @@ class Bench:
                 out.append(frame)
             if not self.scheduler.may_draft():
                 return out, count
-            token = 100 + self.path.length
-            self.path.propose(token, 1.0, 10.0)
+            token = 100 + self.buffer.length
+            self.buffer.propose(token, 1.0, 10.0)
             self.scheduler.drafted(drafted(token, confidence))
             count += 1
 
@@ -62,8 +62,8 @@ def test_a_round_and_what_is_drafted_beyond_it() -> None:
     assert count == 4 + 3
     assert out[0].acceptance_prob == pytest.approx((0.9,) * 4)
     # A hit: the three kept drafts begin the next round, rated like fresh ones, and one is drafted.
-    own = [draft.token for draft in bench.path.drafts[:5]]
-    bench.scheduler.committed(bench.path.on_commit(9, own, 4, 4), 4)
+    own = [draft.token for draft in bench.buffer.drafts[:5]]
+    bench.scheduler.committed(bench.buffer.on_commit(9, own, 4, 4), 4)
     out, count = bench.run()
     assert [len(frame.tokens) for frame in out] == [4]
     assert out[0].base == 9
@@ -115,7 +115,7 @@ def test_a_stream_pauses_after_a_doubtful_token_until_the_next_commit() -> None:
     assert count == 1
     assert len(out) == 1
     assert bench.run()[1] == 0
-    bench.scheduler.committed(bench.path.on_commit(5, [77], 0, 1), 1)
+    bench.scheduler.committed(bench.buffer.on_commit(5, [77], 0, 1), 1)
     assert bench.run()[1] > 0
 
 
@@ -124,7 +124,7 @@ def test_a_proactive_step_that_outlasts_the_wait_must_pay() -> None:
         bench = Bench(k=2)
         for token in (200, 201):
             assert bench.scheduler.due(context) is None
-            bench.path.propose(token)
+            bench.buffer.propose(token)
             bench.scheduler.drafted(drafted(token, confidence))
         assert bench.scheduler.due(context) is not None
         return bench.scheduler.may_draft(left_ms, 10.0)
@@ -198,12 +198,12 @@ def test_a_streamed_draft_equals_its_three_calls(
         def finish(self, drafted: int, accepted: int) -> None: ...
 
     def make() -> tuple[DraftBuffer, DraftScheduler]:
-        path = DraftBuffer([1, 2], stream=True, draft_ahead_limit=draft_ahead, end=200)
-        path.waiting = False
+        buffer = DraftBuffer([1, 2], stream=True, draft_ahead_limit=draft_ahead, end=200)
+        buffer.waiting = False
         wanted = DraftingSettings(draft_ahead=draft_ahead, frame_share=group / 10, frame_max=6)
-        scheduler = DraftScheduler(path, Stops(), wanted)
+        scheduler = DraftScheduler(buffer, Stops(), wanted)
         assert scheduler.due(context) is None
-        return path, scheduler
+        return buffer, scheduler
 
     (one, fast), (other, plain) = make(), make()
     for number, (confidence, hold) in enumerate(drafts):
@@ -212,9 +212,9 @@ def test_a_streamed_draft_equals_its_three_calls(
         if not plain.may_draft():
             # A commit of everything held, and one more.
             known = [held.token for held in other.drafts]
-            for path, scheduler in ((one, fast), (other, plain)):
-                effect = path.on_commit(
-                    path.committed_len + len(known) + 1, [*known, 999], len(known), len(known)
+            for buffer, scheduler in ((one, fast), (other, plain)):
+                effect = buffer.on_commit(
+                    buffer.committed_len + len(known) + 1, [*known, 999], len(known), len(known)
                 )
                 scheduler.committed(effect, len(known))
                 assert scheduler.due(context) is None
@@ -237,14 +237,14 @@ def test_a_round_drafted_in_one_call_a_token_is_the_round_drafted_in_three(
     confidences: list[float], k_max: int, draft_ahead: int, stop: tuple[int, ...]
 ) -> None:
     def make() -> tuple[DraftBuffer, DraftScheduler]:
-        path = DraftBuffer([1, 2], draft_ahead_limit=draft_ahead, end=200)
-        path.waiting = False
+        buffer = DraftBuffer([1, 2], draft_ahead_limit=draft_ahead, end=200)
+        buffer.waiting = False
         controller = make_controller("wisp", k_max=k_max)
         scheduler = DraftScheduler(
-            path, controller, DraftingSettings(draft_ahead=draft_ahead), stop
+            buffer, controller, DraftingSettings(draft_ahead=draft_ahead), stop
         )
         assert scheduler.due(context) is None
-        return path, scheduler
+        return buffer, scheduler
 
     (one, fast), (other, plain) = make(), make()
     rounds = 0
@@ -260,9 +260,11 @@ def test_a_round_drafted_in_one_call_a_token_is_the_round_drafted_in_three(
             continue
         rounds += 1
         right = len(out.tokens) // 2
-        for path, scheduler in ((one, fast), (other, plain)):
+        for buffer, scheduler in ((one, fast), (other, plain)):
             tokens = [*out.tokens[:right], 999]
-            effect = path.on_commit(path.committed_len + right + 1, tokens, right, len(out.tokens))
+            effect = buffer.on_commit(
+                buffer.committed_len + right + 1, tokens, right, len(out.tokens)
+            )
             scheduler.committed(effect, len(out.tokens))
             assert scheduler.due(context) is None
     assert rounds >= len(confidences) // max(k_max, draft_ahead) - 1

@@ -66,7 +66,7 @@ def test_how_often_anybody_looks_at_a_stream_changes_nothing(
     seldom = Simulation(fleet(name, server=server, devices=device))
     always = Simulation(fleet(name, server=server, devices=device))
     for place in range(4000):
-        always.at(place * 0.997, lambda now_ms, _: always._catch_up(now_ms), None)
+        always.schedule(place * 0.997, lambda now_ms, _: always._catch_up(now_ms), None)
     assert _outcome(seldom) == _outcome(always)
 
 
@@ -110,7 +110,7 @@ def test_committed_tokens_are_the_target_path(name: str, monkeypatch: pytest.Mon
     simulate(fleet(name))
     assert edges
     for edge in edges:
-        output = edge.path.committed[edge.output.prompt_tokens :]
+        output = edge.committed[edge.output.prompt_tokens :]
         assert list(output) == list(edge.output.path)
 
 

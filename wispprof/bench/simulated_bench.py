@@ -88,7 +88,7 @@ class _Ending(Simulation):
         # As a bench spreads its first requests.
         rng = Random(self._offered.seed)
         for device in range(self._offered.devices):
-            self.at(rng.random() * self._offered.ramp_ms, self._next, (device, 0))
+            self.schedule(rng.random() * self._offered.ramp_ms, self._next, (device, 0))
             rng.random()
 
     def _next(self, now_ms: float, who: tuple[int, int]) -> None:

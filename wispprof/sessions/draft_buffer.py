@@ -1,22 +1,21 @@
 """The edge's view of one session: committed tokens, and drafts held beyond them. Pure.
 
-    committed (prompt included)   | drafts
-    --------------------------- frontier ------ sent ------ end of the draft
+    committed (prompt included)  |  drafts: sent  |  drafts: unsent
+    ----------------------- committed_len ------ sent ------- length
 
-A drafter (a model's KV cache, a replayed trace) mirrors ``committed + drafts``. Whatever a commit does to
-the path comes back as a :class:`CommitEffect`: roll the drafter back to a length, then append tokens. So a
-commit that matches leaves drafts and their KV where they are, and one that does not costs a rollback by
-length; there is no third case.
+A drafter (a model's KV cache, a replayed trace) mirrors ``committed + drafts``. Each commit returns a
+:class:`CommitEffect`: roll the drafter back to a length, then append tokens. A matching commit leaves drafts and
+their KV where they are.
 
-Round mode: one round is outstanding at a time. ``take`` hands out everything beyond the frontier as the
-round, and nothing more until a commit answers; what is drafted meanwhile is *proactive* (SpecEdge, section
-4.2: it continues the fully accepted path, its first token guessing the target's bonus). Opening a session
-counts as an outstanding round, for the end of the prefill commits a token unasked.
+Round mode (synchronous drafting): one round is outstanding at a time. ``take`` returns everything beyond the
+committed length, and nothing more until a commit answers. What is drafted meanwhile is *proactive* (SpecEdge,
+section 4.2): it continues the fully accepted round, and its first token guesses the target's bonus token. Opening a
+session counts as an outstanding round, because the end of the prefill commits a token.
 
-Stream mode: ``take`` hands out what has not been sent yet, whenever asked, and drafting goes on up to
-``draft_ahead_limit`` drafts beyond the frontier.
+Stream mode (asynchronous drafting): ``take`` returns what has not been sent yet. Drafting continues up to
+``draft_ahead_limit`` drafts beyond the committed length.
 
-Epochs (see :mod:`wispprof.protocol`): raised each time drafts are rolled back.
+Epochs (see :mod:`wispprof.protocol`) rise each time drafts are rolled back.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ __all__ = ["CommitEffect", "DraftBuffer", "Held", "Outgoing"]
 
 
 class Held(NamedTuple):
-    """A draft token beyond the frontier, P(accepted | those before it were), and what it cost."""
+    """A draft token beyond the committed length, P(accepted | those before it were), and its drafting time."""
 
     token: int
     acceptance_prob: float
@@ -50,13 +49,12 @@ class Outgoing(NamedTuple):
 class CommitEffect(NamedTuple):
     """What a commit means for the edge.
 
-    ``tokens``: newly committed tokens (empty for a duplicate). ``rollback_to``: length the drafter must
-    be cut to first, ``None`` to leave it. ``extend``: committed tokens to append to the drafter after
-    that. ``hits``: drafts of ours that equal committed tokens; ``accepted``: those of them that the
-    server verified (a hit on the target's own token saves no step, but the lead stands). ``kept``: drafts
-    that still stand beyond the new frontier. ``proactive``: there was a guess at the target's own token;
-    ``proactive_hit``: it was right. ``rejected``: a draft of ours was contradicted. ``wasted_*``: drafts
-    after that first rejected one, dropped with it; ``dropped_ms`` counts the rejected one too.
+    ``tokens``: newly committed tokens (empty for a duplicate). ``rollback_to``: length the drafter must be cut
+    to first, ``None`` to leave it. ``extend``: committed tokens to append to the drafter after that.
+    ``hits``: drafts that equal committed tokens. ``accepted``: those of them that the server verified.
+    ``kept``: drafts that still stand. ``proactive``: there was a guess at the target's bonus token;
+    ``proactive_hit``: it was right. ``rejected``: a draft was contradicted. ``wasted_*``: drafts after the
+    first rejected one, dropped with it. ``dropped_*`` count the rejected one too.
     """
 
     tokens: tuple[int, ...] = ()
@@ -72,17 +70,21 @@ class CommitEffect(NamedTuple):
     wasted_tokens: int = 0
     dropped_ms: float = 0.0
 
+    @property
+    def dropped_tokens(self) -> int:
+        return self.rejected + self.wasted_tokens
+
 
 class DraftBuffer:
-    """Committed tokens, drafts beyond them, and what the server was told of those.
+    """Committed tokens, drafts beyond them, and which of those the server received.
 
-    ``stream``: stream mode instead of round mode. ``draft_ahead_limit``: most drafts held beyond the frontier
-    (in round mode: round and proactive drafts together). ``end``: position past the last token of the
-    generation; the target always adds one token of its own, so no draft is ever useful at ``end - 1``.
+    ``stream``: stream mode instead of round mode. ``draft_ahead_limit``: most drafts held (in round mode: round and
+    proactive drafts together). ``end``: position past the last token of the generation. The target always
+    adds one token of its own, so no draft is useful at ``end - 1``.
 
-    To be read only: ``committed_len``, the committed length; ``sent``, the position up to which the server was
-    told our drafts, never below the frontier; ``epoch``; ``waiting``: in round mode, a round (or
-    the prefill) is outstanding, in stream mode, no commit came yet.
+    Read only: ``committed_len``; ``sent``, the position up to which drafts were sent, never below
+    ``committed_len``; ``epoch``; ``waiting``: a round (or the prefill) is outstanding in round mode, no commit
+    came yet in stream mode.
     """
 
     def __init__(
@@ -94,9 +96,9 @@ class DraftBuffer:
         end: int | None = None,
     ) -> None:
         if not tokens:
-            raise ValueError("a session starts from at least one committed token")
+            raise ValueError("A session starts from at least one committed token.")
         if draft_ahead_limit < 0:
-            raise ValueError(f"draft_ahead_limit must not be negative, got {draft_ahead_limit}")
+            raise ValueError(f"draft_ahead_limit must not be negative, got {draft_ahead_limit}.")
         self.stream = stream
         self.draft_ahead_limit = draft_ahead_limit
         self.end = end
@@ -104,14 +106,12 @@ class DraftBuffer:
         self.epoch = 0
         self.waiting = True
         self._committed = list(tokens)
-        # Drafts beyond the frontier, as columns: they are read and written at every draft step.
+        # Drafts as columns: they are read and written at every draft step.
         self._tokens: list[int] = []
         self._acceptance_probs: list[float] = []
         self._draft_ms: list[float] = []
         self.sent = self.committed_len
-        self._most = self._may_hold()
-
-    # --- what there is ---
+        self._capacity = self._draft_capacity()
 
     @property
     def committed(self) -> tuple[int, ...]:
@@ -120,85 +120,72 @@ class DraftBuffer:
 
     @property
     def drafts(self) -> tuple[Held, ...]:
-        """Drafts beyond the frontier, oldest first."""
+        """Drafts beyond the committed length, oldest first."""
         return tuple(map(Held, self._tokens, self._acceptance_probs, self._draft_ms))
 
     @property
     def draft_ahead(self) -> int:
-        """Number of drafts beyond the frontier."""
+        """Number of drafts held."""
         return len(self._tokens)
 
     @property
     def length(self) -> int:
-        """Tokens that a drafter in step with this path holds."""
+        """Tokens that a drafter in step with this buffer holds."""
         return self.committed_len + len(self._tokens)
 
     @property
     def last_draft(self) -> int | None:
-        """The draft token farthest beyond the frontier, if any is held."""
+        """The newest draft token, if any is held."""
         return self._tokens[-1] if self._tokens else None
 
     @property
     def unsent(self) -> int:
-        """Drafts that were not handed out yet (round mode: the proactive ones)."""
+        """Drafts that have not been sent yet (round mode: the proactive ones)."""
         return self.committed_len + len(self._tokens) - self.sent
 
     @property
-    def room(self) -> int:
+    def capacity_left(self) -> int:
         """How many more drafts may be held: by ``draft_ahead_limit``, and by the end of the generation."""
-        room = self._most - len(self._tokens)
-        return room if room > 0 else 0
+        left = self._capacity - len(self._tokens)
+        return left if left > 0 else 0
 
-    def _may_hold(self) -> int:
-        """Most drafts beyond this frontier."""
+    def _draft_capacity(self) -> int:
+        """Most drafts beyond the current committed length."""
         if self.end is None:
             return self.draft_ahead_limit
         return min(self.draft_ahead_limit, self.end - 1 - self.committed_len)
 
     def sequence(self) -> list[int]:
-        """What a drafter in step with this path holds: committed tokens, then drafts."""
+        """What a drafter in step with this buffer holds: committed tokens, then drafts."""
         return [*self._committed, *self._tokens]
 
-    # --- what happens to it ---
+    def propose(
+        self, token: int, acceptance_prob: float = 1.0, draft_ms: float = 0.0
+    ) -> tuple[int, int]:
+        """Hold one more draft token; returns (:attr:`unsent`, :attr:`capacity_left`) after it.
 
-    def propose(self, token: int, acceptance_prob: float = 1.0, draft_ms: float = 0.0) -> int:
-        """Hold one more draft token; returns its position. Raises ``ValueError`` with no room."""
-        held = len(self._tokens)
-        if held >= self._most:
-            raise ValueError(
-                f"no room for a draft: {self.draft_ahead} held beyond {self.committed_len}"
-            )
-        self._tokens.append(token)
-        self._acceptance_probs.append(acceptance_prob)
-        self._draft_ms.append(draft_ms)
-        return self.committed_len + held
-
-    def hold(self, token: int, acceptance_prob: float, draft_ms: float) -> tuple[int, int]:
-        """As :meth:`propose`; returns (:attr:`unsent`, :attr:`room`) after it."""
+        Raises ``ValueError`` if no capacity is left.
+        """
         held = len(self._tokens) + 1
-        room = self._most - held
-        if room < 0:
+        left = self._capacity - held
+        if left < 0:
             raise ValueError(
-                f"no room for a draft: {self.draft_ahead} held beyond {self.committed_len}"
+                f"No capacity for a draft: {held - 1} are held beyond position {self.committed_len}."
             )
         self._tokens.append(token)
         self._acceptance_probs.append(acceptance_prob)
         self._draft_ms.append(draft_ms)
-        return self.committed_len + held - self.sent, room
+        return self.committed_len + held - self.sent, left
 
-    def rate(self, position: int, acceptance_prob: float) -> None:
-        """Replace the survival of the draft held at ``position``: a proactive draft is judged again once
-        it is known to stand at the beginning of a round."""
-        index = position - self.committed_len
-        if not 0 <= index < len(self._tokens):
-            raise ValueError(f"no draft is held at position {position}")
+    def rate(self, index: int, acceptance_prob: float) -> None:
+        """Replace the acceptance probability of the draft at ``index`` (0: the oldest held)."""
         self._acceptance_probs[index] = float(acceptance_prob)
 
     def take(self, limit: int | None = None) -> Outgoing | None:
         """Content of the next draft frame, or ``None`` if nothing is to be sent.
 
-        Round mode: the whole round from the frontier on (at most ``limit`` tokens; what is left stays as
-        proactive drafts), possibly empty, once per commit. Stream mode: up to ``limit`` unsent drafts.
+        Round mode: the whole round (at most ``limit`` tokens; the rest stay as proactive drafts), possibly
+        empty, once per commit. Stream mode: up to ``limit`` unsent drafts.
         """
         last = len(self._tokens)
         if self.stream:
@@ -233,12 +220,12 @@ class DraftBuffer:
     ) -> CommitEffect:
         """Take in committed ``tokens`` that end at ``committed_len``.
 
-        ``accepted`` of them were our drafts, of ``drafted`` that the server verified (known or not: it
-        tells a wrong guess from a rejected draft).
+        ``accepted`` of them were our drafts, of ``drafted`` that the server verified (if known: it tells a
+        wrong guess from a rejected draft).
 
-        Idempotent: a duplicate or late commit changes nothing, and only the unknown part of an
-        overlapping one counts. Raises :class:`ProtocolError` if it leaves a gap after the frontier
-        (a commit was lost: reopen the session) or contradicts committed tokens.
+        Idempotent: a duplicate or late commit changes nothing, and only the unknown part of an overlapping
+        one counts. Raises :class:`ProtocolError` if it leaves a gap (a commit was lost: reopen the session)
+        or contradicts committed tokens.
         """
         known = self.committed_len
         start = committed_len - len(tokens)
@@ -247,7 +234,7 @@ class DraftBuffer:
             return self._advance(tuple(tokens), accepted, guess)
         if start > known:
             raise ProtocolError(
-                f"A commit starts at position {start}, beyond the known frontier {known}.",
+                f"A commit starts at position {start}, beyond the committed length {known}.",
                 "Reopen the session from its committed tokens.",
             )
         overlap = min(known, committed_len) - start
@@ -263,29 +250,10 @@ class DraftBuffer:
         new = tuple(tokens[known - start :])
         return self._advance(new, max(0, accepted - max(0, overlap)), guess)
 
-    def drop(self, position: int) -> int | None:
-        """Abandon the drafts at and beyond ``position``; returns the drafter's new length.
-
-        Returns ``None`` if there was nothing to drop. What is left will be sent anew, under the next
-        epoch: the server forgets the tail of an older one.
-        """
-        keep = max(0, position - self.committed_len)
-        if keep >= len(self._tokens):
-            return None
-        self._hold(slice(keep))
-        self._roll_epoch()
-        return self.length
-
     def reopened(self) -> None:
-        """The session was opened anew from :attr:`committed`: the server holds no drafts of ours."""
+        """The session was opened anew from :attr:`committed`: the server holds none of our drafts."""
         self.sent = self.committed_len
         self.waiting = True
-
-    def _hold(self, part: slice) -> None:
-        """Keep only these of the drafts."""
-        self._tokens = self._tokens[part]
-        self._acceptance_probs = self._acceptance_probs[part]
-        self._draft_ms = self._draft_ms[part]
 
     def _advance(self, new: tuple[int, ...], accepted: int, guess: bool) -> CommitEffect:
         self.waiting = False
@@ -297,14 +265,15 @@ class DraftBuffer:
             hits += 1
         self._committed += new
         self.committed_len = committed_len = self.committed_len + count
-        self._most = self._may_hold()
+        self._capacity = self._draft_capacity()
         # The target's own token is the last of the commit: a draft there was a guess at it.
         proactive = guess and drafts >= count and hits >= count - 1
-        # By place: an effect is made once a commit, and keywords triple what it costs.
+        # By position: an effect is made once per commit, and keywords triple its cost.
         if hits < both:
             draft_ms = self._draft_ms
             self._tokens, self._acceptance_probs, self._draft_ms = [], [], []
-            self._roll_epoch()
+            self.epoch += 1
+            self.sent = committed_len
             return CommitEffect(
                 new,
                 committed_len - count + hits,
@@ -326,7 +295,3 @@ class DraftBuffer:
         return CommitEffect(
             new, None, new[hits:], hits, accepted, drafts - both, proactive, hits == count
         )
-
-    def _roll_epoch(self) -> None:
-        self.epoch += 1
-        self.sent = self.committed_len

@@ -46,7 +46,7 @@ class Simulation:
             self, scenario.server, policy, Random(mix((scenario.seed, 1)))
         )
 
-    def at(self, when_ms: float, what: Callable[[float, Any], None], argument: Any) -> None:
+    def schedule(self, when_ms: float, what: Callable[[float, Any], None], argument: Any) -> None:
         """Call ``what(when_ms, argument)`` when the clock gets there; ties in the order they were made."""
         self._number = number = self._number + 1
         heappush(self._heap, (when_ms, number, what, argument))
@@ -56,7 +56,7 @@ class Simulation:
         self._load()
         warm_ms = self.scenario.warmup_s * 1000.0
         if warm_ms > 0:
-            self.at(warm_ms, self._warm, None)
+            self.schedule(warm_ms, self._warm, None)
         heap, pop, end_ms = self._heap, heappop, self.end_ms
         events = 0
         # Reference counting frees everything here; the cycle collector would only walk the fleet again
@@ -85,11 +85,11 @@ class Simulation:
         if isinstance(load, ClosedFleet):
             for device in range(load.devices):
                 rng = Random(mix((scenario.seed, 2, device)))
-                self.at(rng.random() * load.ramp_ms, self._next, (device, 0))
+                self.schedule(rng.random() * load.ramp_ms, self._next, (device, 0))
             return
         rng = Random(mix((scenario.seed, 3)))
         for device, request in enumerate(load.requests(rng, self.end_ms)):
-            self.at(request.at_ms, self._ask, (device, 0, request))
+            self.schedule(request.at_ms, self._ask, (device, 0, request))
 
     def _next(self, now_ms: float, who: tuple[int, int]) -> None:
         """The next request of a closed fleet's device."""
@@ -133,7 +133,7 @@ class Simulation:
         )
         size = OPEN_BYTES + TOKEN_BYTES * request.prompt_tokens
         self.counters.up_bytes += size
-        self.at(link.up(now_ms, size), self.server.open, edge)
+        self.schedule(link.up(now_ms, size), self.server.open, edge)
         edge.begin(now_ms)
         self._live[edge.key] = edge
 
@@ -150,29 +150,29 @@ class Simulation:
             pause = rng.expovariate(1.0 / load.think_ms)
         if record.refused:
             pause = max(pause, _RETRY_MS)
-        self.at(now_ms + pause, self._next, (record.device, record.number + 1))
+        self.schedule(now_ms + pause, self._next, (record.device, record.number + 1))
 
     # --- what edges report ---
 
-    def send_draft(
+    def send_round(
         self, now_ms: float, edge: SimulatedEdge, frame: Outgoing, slack_ms: float
     ) -> None:
         """A whole round leaves the edge."""
-        arrives_ms = self.sent(now_ms, edge.link, len(frame.tokens))
-        self.at(arrives_ms, self.server.draft, (edge, frame, slack_ms))
+        arrives_ms = self.send(now_ms, edge.link, len(frame.tokens))
+        self.schedule(arrives_ms, self.server.draft, (edge, frame, slack_ms))
 
-    def sent(self, now_ms: float, link: Link, tokens: int) -> float:
+    def send(self, now_ms: float, link: Link, tokens: int) -> float:
         """A frame of so many drafts leaves an edge; when it arrives."""
         size = DRAFT_BYTES + (TOKEN_BYTES + 1) * tokens
         self.counters.up_bytes += size
         return link.up(now_ms, size)
 
-    def wasted(self, cost_ms: float, tokens: int) -> None:
+    def count_wasted(self, cost_ms: float, tokens: int) -> None:
         """Drafting that was overtaken or contradicted."""
         self.counters.wasted_ms += cost_ms
         self.counters.wasted_tokens += tokens
 
-    def effect(self, effect: CommitEffect) -> None:
+    def count_effect(self, effect: CommitEffect) -> None:
         """What a commit did to an edge's drafts."""
         counters = self.counters
         counters.wasted_ms += effect.wasted_ms

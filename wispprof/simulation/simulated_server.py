@@ -166,7 +166,7 @@ class SimulatedServer:
             self._step(now_ms, plan, limits)
             return
         if plan.wake_ms is not None:
-            self._sim.at(max(plan.wake_ms, now_ms + 1e-3), self._woken, self._wake)
+            self._sim.schedule(max(plan.wake_ms, now_ms + 1e-3), self._woken, self._wake)
         for edge in self._streaming.values():
             self._watch(edge)
 
@@ -174,7 +174,7 @@ class SimulatedServer:
         """With the engine idle, its next frame is an event."""
         when = edge.outbox[0][0] if edge.outbox else edge.next_ms
         if when < math.inf:
-            self._sim.at(when, self._stirred, (self._wake, edge))
+            self._sim.schedule(when, self._stirred, (self._wake, edge))
 
     def _stirred(self, now_ms: float, who: tuple[int, SimulatedEdge]) -> None:
         wake, edge = who
@@ -227,13 +227,13 @@ class SimulatedServer:
         counters.predicted_ms += p50_ms
         counters.rows += rows
         counters.prefill_rows += prefill
-        self._sim.at(now_ms + took_ms, self._done, (feeds, took_ms, now_ms))
+        self._sim.schedule(now_ms + took_ms, self._done, (feeds, took_ms, now_ms))
 
     def _done(self, now_ms: float, ran: tuple[list[StepInput], float, float]) -> None:
         feeds, took_ms, began_ms = ran
         self._collect(now_ms)
         sim, sessions, edges = self._sim, self._sessions, self._edges
-        counters, at, level = sim.counters, sim.at, self._level
+        counters, schedule, level = sim.counters, sim.schedule, self._level
         # Commits leave between the bookkeeping of this step and the decision on the next one.
         leaves_ms = now_ms + self._overhead_ms / 2.0
         counters.busy_ms += now_ms - max(began_ms, sim.counted_from_ms)
@@ -259,7 +259,7 @@ class SimulatedServer:
                 queue_ms += commit.queue_ms
             size = COMMIT_BYTES + TOKEN_BYTES * count
             down_bytes += size
-            at(edge.link.down(leaves_ms, size), edge.on_commit, (commit, took_ms, level))
+            schedule(edge.link.down(leaves_ms, size), edge.on_commit, (commit, took_ms, level))
             if commit.finished:
                 kv_used -= session.cached
                 over.append(key)
@@ -279,7 +279,7 @@ class SimulatedServer:
             self._reserved -= edge.output.prompt_tokens + edge.record.output_tokens
         if over:
             self._admit(now_ms)
-        at(now_ms + self._overhead_ms, self._free, None)
+        schedule(now_ms + self._overhead_ms, self._free, None)
 
     def _free(self, now_ms: float, _: None) -> None:
         self._busy = False

@@ -1,0 +1,177 @@
+"""The edge's side of one generation, as a state machine that runtime and simulator share. Pure.
+
+The driver owns the clock, the link and the drafter. It reports what happened and when, and asks what is next:
+
+    begin_step, end_step around a draft step · next_frame for what leaves · on_commit for what arrives
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from wispprof.policies.api import Controller, RoundContext
+from wispprof.sessions.draft_buffer import CommitEffect, DraftBuffer, Outgoing
+from wispprof.sessions.draft_scheduler import DraftingSettings, DraftScheduler
+from wispprof.sessions.edge_timing import EdgeTiming
+from wispprof.types import DraftToken, Slo
+
+__all__ = ["EdgeSession"]
+
+
+class EdgeSession:
+    """One generation: which drafts it holds, when it drafts and sends, what its link and server take.
+
+    ``tokens``: the prompt. ``max_new``: most tokens to generate. ``controller`` ``None``: the session never
+    drafts (server-only). ``rtt_ms`` and ``load_level`` are the driver's to keep up to date. At most one draft step
+    runs at a time; a commit may arrive while it runs.
+    """
+
+    __slots__ = (
+        "_controlled",
+        "_hold",
+        "_mean_draft_ms",
+        "_step_epoch",
+        "_step_position",
+        "buffer",
+        "load_level",
+        "rtt_ms",
+        "scheduler",
+        "timing",
+    )
+
+    def __init__(
+        self,
+        tokens: Sequence[int],
+        max_new: int,
+        slo: Slo,
+        settings: DraftingSettings,
+        controller: Controller | None = None,
+        *,
+        stop: Sequence[int] = (),
+        stream: bool = False,
+        rtt_ms: float = 0.0,
+    ) -> None:
+        self.buffer = DraftBuffer(
+            tokens,
+            stream=stream,
+            draft_ahead_limit=settings.draft_ahead,
+            end=len(tokens) + max_new,
+        )
+        self.scheduler = DraftScheduler(self.buffer, controller, settings, stop)
+        self.timing = EdgeTiming(slo, settings.carry)
+        self.rtt_ms = rtt_ms
+        self.load_level = 0
+        self._controlled = controller is not None
+        self._step_position = self._step_epoch = -1
+        # Of :meth:`drafted`: the mean after its last step, and the hold rule that belongs to it.
+        self._mean_draft_ms = math.nan
+        self._hold = self.timing.hold_rule(rtt_ms)
+
+    # --- drafting ---
+
+    def may_draft(self, now_ms: float) -> bool:
+        """Whether to begin a draft step. Call :meth:`next_frame` before: it begins rounds and bursts."""
+        scheduler, timing = self.scheduler, self.timing
+        if self.buffer.stream:
+            return scheduler.may_draft()
+        return scheduler.may_draft(timing.left_ms(now_ms, self.rtt_ms), timing.draft_ms)
+
+    def begin_step(self) -> int:
+        """A draft step for the next position begins; returns that position (the length of its context)."""
+        self._step_epoch = self.buffer.epoch
+        self._step_position = position = self.buffer.length
+        return position
+
+    @property
+    def step_overtaken(self) -> bool:
+        """Whether a commit has decided the position of the running draft step."""
+        buffer = self.buffer
+        return buffer.epoch != self._step_epoch or buffer.length != self._step_position
+
+    def end_step(
+        self, draft: Callable[[], DraftToken], draft_ms: float, waited_ms: float = 0.0
+    ) -> float | None:
+        """The running draft step ended; ``draft`` returns its token, and is called only if that still counts.
+
+        ``waited_ms``: how long it waited for a device that other sessions share. Returns ``None`` if the token
+        is held now. If a commit has overtaken it, the token is dropped and the wasted part of ``draft_ms`` is
+        returned: all of it after a rejected draft, else 0.
+        """
+        self.timing.drafted(draft_ms, waited_ms)
+        self._mean_draft_ms = math.nan
+        if self.step_overtaken:
+            return draft_ms if self.buffer.epoch != self._step_epoch else 0.0
+        token = draft()
+        self.buffer.propose(token.token, 1.0, draft_ms)
+        self.scheduler.drafted(token)
+        return None
+
+    def drafted(self, token: DraftToken, draft_ms: float, now_ms: float) -> Outgoing | None:
+        """A draft step that no commit can have overtaken ended; returns the frame that is due, if one is.
+
+        :meth:`begin_step`, :meth:`end_step` and :meth:`next_frame` in one call, for a driver that works out many
+        steps at once. In stream mode the next step may follow while nothing is due.
+        """
+        stream = self.buffer.stream
+        if draft_ms != self._mean_draft_ms:  # otherwise the means stay as they are
+            timing = self.timing
+            timing.drafted(draft_ms)
+            self._mean_draft_ms = timing.draft_ms
+            if stream:
+                self._hold = timing.hold_rule(self.rtt_ms)
+        if stream:
+            return self.scheduler.streamed(token, draft_ms, self._context, self._hold(now_ms))
+        return self.scheduler.rounded(token, draft_ms, self._context)
+
+    # --- sending ---
+
+    def next_frame(self, now_ms: float) -> Outgoing | None:
+        """The draft frame to send now, if one is due; :meth:`sent` must follow."""
+        buffer = self.buffer
+        # With nothing unsent there is nothing to hold.
+        hold = buffer.stream and buffer.unsent > 0 and self.timing.may_hold(now_ms, self.rtt_ms)
+        return self.scheduler.due(self._context, hold)
+
+    def sent(self, frame: Outgoing, now_ms: float) -> float:
+        """``frame`` leaves; returns its slack in ms (0 in stream mode, where the server sets the deadlines)."""
+        self.timing.sent(now_ms)
+        if self.buffer.stream:
+            return 0.0
+        return self.timing.slack_ms(frame.acceptance_prob, now_ms, self.rtt_ms)
+
+    def _context(self, draft_ahead: int) -> RoundContext:
+        return self.timing.context(self.rtt_ms, self.load_level, draft_ahead)
+
+    # --- commits ---
+
+    def on_commit(
+        self,
+        now_ms: float,
+        committed_len: int,
+        tokens: Sequence[int],
+        accepted: int,
+        drafted: int,
+        server_ms: float,
+    ) -> CommitEffect | None:
+        """A commit arrived, for which the server queued and verified ``server_ms``.
+
+        Returns its effect, which is empty for a duplicate; ``None`` if an earlier commit was lost: reopen
+        the session. Raises :class:`ProtocolError` if it contradicts committed tokens.
+        """
+        buffer = self.buffer
+        if committed_len - len(tokens) > buffer.committed_len:
+            return None
+        effect = buffer.on_commit(committed_len, tokens, accepted, drafted)
+        if self._controlled and effect.tokens:
+            self.timing.committed(now_ms, server_ms, len(effect.tokens))
+            self._mean_draft_ms = math.nan
+            self.scheduler.committed(effect, drafted)
+        return effect
+
+    def reopened(self, stream: bool) -> None:
+        """The session was opened anew from its committed tokens; ``stream``: the server's mode now."""
+        self._mean_draft_ms = math.nan
+        self.buffer.stream = stream
+        self.buffer.reopened()
+        self.scheduler.reset()
