@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from wispprof.artifacts import ServerProfile, load_server
 from wispprof.profiling.measurement_log import median_interval
 from wispprof.profiling.profile_tools import diff_profiles
-from wispprof.profiling.workload import duration
+from wispprof.profiling.workload import format_duration
 
 CHANGED, ETA, TOLERANCE = 0.05, 0.30, 0.05
 
@@ -74,7 +74,7 @@ def measure(out: Path, options: dict[str, Any], half: Any) -> None:
     more: dict[str, Any] = {"grid": options["grid"], "model": options["model"]}
     if options["tiny"]:
         axes = Axes(items=(1, 4, 16), new=(1, 5), cached=(64, 512))
-        more |= {"axes": axes, "sweep": SweepSettings(target=0.1, most=9, sentinel_every=4)}
+        more |= {"axes": axes, "sweep": SweepSettings(target=0.1, max_samples=9, sentinel_every=4)}
     if options["budget_minutes"]:
         more["budget_minutes"] = options["budget_minutes"]
     server_profiler.profile_server(
@@ -167,13 +167,13 @@ def main() -> None:
     for each in runs:
         print(
             f"{each.name:10}{each.rows:>6}{each.noisy:>7}{each.marked:>7}"
-            f"{duration(each.expected_s):>11}{duration(each.seconds):>8}{each.ratio:>7.2f}"
+            f"{format_duration(each.expected_s):>11}{format_duration(each.seconds):>8}{each.ratio:>7.2f}"
             f"  {'drift' if each.drifted else '-'}"
         )
     print(
         f"\nfirst against second: {len(found.changed)} of {len(found.rows)} shapes changed "
         f"({found.changed_share:.1%}); medians 5 % apart: {far:.1%}, intervals apart as well: "
-        f"{apart:.1%}; sentinel {found.sentinel_ratio:.3f}, pace divided out {found.pace:.3f}"
+        f"{apart:.1%}; sentinel {found.sentinel_ratio:.3f}, pace divided out {found.slowdown:.3f}"
     )
     goals = {
         "changed": found.changed_share <= CHANGED,
@@ -189,7 +189,7 @@ def main() -> None:
         "plain_far": far,
         "plain_apart": apart,
         "sentinel_ratio": found.sentinel_ratio,
-        "pace": found.pace,
+        "slowdown": found.slowdown,
         "goals": goals,
         "minutes": (time.monotonic() - begin) / 60,
     }

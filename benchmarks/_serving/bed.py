@@ -54,7 +54,7 @@ def artifacts(folder: Path, quick: bool, long: bool) -> None:
     """Profile the server, take a trace, fit: into ``folder``. ``long``: paths that outlast a long prompt."""
     from wispprof.engines.loading import load_model
     from wispprof.fitting.pipeline import fit_files
-    from wispprof.profiling.acceptance_trace import TraceSettings, take_trace
+    from wispprof.profiling.acceptance_trace import TraceSettings, collect_trace
     from wispprof.profiling.profile_run import Output
     from wispprof.profiling.server_profiler import ServerProfilerSettings, profile_server
     from wispprof.profiling.shape_grid import Axes
@@ -74,14 +74,19 @@ def artifacts(folder: Path, quick: bool, long: bool) -> None:
     )
     least, most, shot_s = (4, 6, 0.2) if quick else (5, 10, 0.4)
     sweep = SweepSettings(
-        target=0.06, least=least, most=most, shot_s=shot_s, sentinel_every=12, drift=0.6
+        target=0.06,
+        min_samples=least,
+        max_samples=most,
+        max_workload_s=shot_s,
+        sentinel_every=12,
+        drift=0.6,
     )
     output = Output(folder / "server", overwrite=True)
     profile_server(ServerProfilerSettings(axes=axes, sweep=sweep, output=output), loaded=target)
     count, path = (8, 48) if quick else (24, 72)
     path = 192 if long else path
     settings = TraceSettings(count=count, prompt_tokens=PROMPT, path_tokens=path, depth=8)
-    save_trace(take_trace(target, draft, settings), folder / "trace.jsonl")
+    save_trace(collect_trace(target, draft, settings), folder / "trace.jsonl")
     fit_files(folder, [folder / "server"], [folder / "trace.jsonl"])
 
 

@@ -126,7 +126,7 @@ def test_profile_edge_measures_a_gguf_draft(library, file, monkeypatch):
     ticks = iter(range(1 << 30))
     axes = edge_profiler.EdgeAxes((16, 32), (16,), 16, burst_s=0.05, sustained_s=0.0)
     monkeypatch.setitem(edge_profiler.EDGE_GRIDS, "quick", axes)
-    sweep = edge_profiler.SweepSettings(warmup=1, least=6, most=6, sentinel_every=50)
+    sweep = edge_profiler.SweepSettings(warmup=1, min_samples=6, max_samples=6, sentinel_every=50)
     chosen = edge_profiler.EdgeProfilerSettings(draft=str(file), sweep=sweep)
     profile = edge_profiler.profile_edge(chosen, clock=lambda: next(ticks) * 0.004)
     assert profile.manifest.engine["backend"] == "llama.cpp"

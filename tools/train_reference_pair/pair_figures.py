@@ -15,7 +15,7 @@ from typing import Any
 from tools.train_reference_pair import evaluate
 from wispprof.artifacts.files import write_atomic
 from wispprof.engines.loading import load_model
-from wispprof.profiling.acceptance_trace import TraceSettings, take_trace
+from wispprof.profiling.acceptance_trace import TraceSettings, collect_trace
 from wispprof.sampling.sampler import AcceptanceRates
 from wispprof.types import Sampling
 
@@ -85,7 +85,7 @@ def evaluate_pair(
         SAMPLINGS,
     )
     progress(3, 4, "greedy acceptance by position")
-    trace = take_trace(loaded["target"], loaded["draft"], TraceSettings(count=prompts))
+    trace = collect_trace(loaded["target"], loaded["draft"], TraceSettings(count=prompts))
     progress(4, 4, "")
     return PairFigures(
         target=sides["target"],

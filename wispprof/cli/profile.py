@@ -127,7 +127,7 @@ def diff(
     shown = table(
         f"{len(found.changed)} of {len(found.rows)} shapes changed beyond noise "
         f"(median ratio of all {found.median_ratio:.3f}, of the sentinel "
-        f"{found.sentinel_ratio:.3f}, divided out {found.pace:.3f})",
+        f"{found.sentinel_ratio:.3f}, divided out {found.slowdown:.3f})",
         "shape",
         ">before ms",
         ">after ms",
@@ -158,7 +158,7 @@ def diff(
         "changed_share": found.changed_share,
         "median_ratio": found.median_ratio,
         "sentinel_ratio": found.sentinel_ratio,
-        "pace": found.pace,
+        "slowdown": found.slowdown,
         "only_before": found.only_before,
         "only_after": found.only_after,
         "same_machine": found.same_machine,

@@ -81,11 +81,11 @@ def profile_edge(
     """Time drafting on this device: by context, in a burst, sustained, with energy."""
     from wispprof.profiling import edge_profiler
     from wispprof.profiling.acceptance_trace import TraceSettings
-    from wispprof.profiling.drafter_runner import load_edge_axes, override_edge
+    from wispprof.profiling.drafter_runner import load_edge_axes, override_edge_axes
     from wispprof.types import Sampling
 
     asked = {k: v for k, v in (("contexts", contexts), ("chunks", chunks)) if v}
-    axes = override_edge(load_edge_axes(grid), asked, "options") if asked else None
+    axes = override_edge_axes(load_edge_axes(grid), asked, "options") if asked else None
     sampling = Sampling(temperature, top_k, top_p, seed)
     settings = edge_profiler.EdgeProfilerSettings(
         draft=draft,

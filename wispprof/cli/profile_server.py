@@ -69,12 +69,12 @@ def profile_server(
 ) -> None:
     """Time ragged batch shapes on the verifier engine."""
     from wispprof.profiling import server_profiler
-    from wispprof.profiling.shape_grid import load_axes, override
+    from wispprof.profiling.shape_grid import load_axes, override_axes
 
     axes = None
     asked = {k: v for k, v in (("items", items), ("new", new), ("cached", cached)) if v}
     if asked:
-        axes = override(load_axes(grid), asked, "options")
+        axes = override_axes(load_axes(grid), asked, "options")
     settings = server_profiler.ServerProfilerSettings(
         model=model,
         shape=shape,

@@ -14,7 +14,7 @@ from wispprof.cli.common import console, note, output, result, table, warn
 
 if TYPE_CHECKING:
     from wispprof.artifacts import EdgeProfile, LinkProfile, Profile, ServerProfile
-    from wispprof.profiling.profile_run import Announcement, Output
+    from wispprof.profiling.profile_run import SweepPlan, Output
     from wispprof.profiling.workload import SweepSettings
 
 __all__ = [
@@ -60,7 +60,7 @@ def sweep_settings(
     if target is not None:
         changed = replace(changed, target=target)
     if repeats is not None:
-        changed = replace(changed, most=repeats, least=min(base.least, repeats))
+        changed = replace(changed, max_samples=repeats, min_samples=min(base.min_samples, repeats))
     return changed
 
 
@@ -72,13 +72,13 @@ def output_of(out: Path, resume: bool, overwrite: bool) -> Output:
 
 def keeping_rows(out: Path, name: str, run: Callable[[Any], Any]) -> Any:
     """Run with a progress bar; on Ctrl-C say where the finished rows are and how to go on."""
-    from wispprof.profiling.profile_run import journal_file
+    from wispprof.profiling.profile_run import journal_path
 
     try:
         with _bar(name) as report:
             return run(report)
     except KeyboardInterrupt:
-        journal = journal_file(out)
+        journal = journal_path(out)
         if journal.exists():
             rows = max(0, journal.read_bytes().count(b"\n") - 1)
             said = f"Interrupted. {rows} finished visits are in {journal}; go on with --resume."
@@ -117,11 +117,11 @@ def _bar(name: str) -> Iterator[Callable[[int, int, str], None]]:
         yield report
 
 
-def announce(plan: Announcement, as_json: bool) -> None:
-    from wispprof.profiling.workload import duration
+def announce(plan: SweepPlan, as_json: bool) -> None:
+    from wispprof.profiling.workload import format_duration
 
     shown = table(
-        f"{len(plan.workloads)} shots, about {duration(plan.expected_s)} (by {plan.basis})",
+        f"{len(plan.workloads)} shots, about {format_duration(plan.expected_s)} (by {plan.basis})",
         "kind",
         "workload",
     )

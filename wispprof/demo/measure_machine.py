@@ -56,7 +56,7 @@ class Measured:
 def measure(settings: DemoSettings, stage: Stage) -> Measured:
     """Profile both sides, take an acceptance trace, fit, plan. Writes every artifact to ``out``."""
     from wispprof.engines.loading import load_model
-    from wispprof.profiling.acceptance_trace import TraceSettings, take_trace
+    from wispprof.profiling.acceptance_trace import TraceSettings, collect_trace
     from wispprof.profiling.edge_profiler import EdgeProfilerSettings, profile_edge
     from wispprof.profiling.profile_run import Output
     from wispprof.profiling.server_profiler import ServerProfilerSettings, profile_server
@@ -86,7 +86,7 @@ def measure(settings: DemoSettings, stage: Stage) -> Measured:
         stage("profile the edge"),
         loaded=draft,
     )
-    trace = take_trace(
+    trace = collect_trace(
         target,
         draft,
         TraceSettings(

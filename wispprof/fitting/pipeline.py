@@ -27,7 +27,7 @@ from wispprof.fitting.predictors import PREDICTOR_KINDS, FittedPredictor, fit_pr
 from wispprof.fitting.predictors.fitted_predictor import paths_of
 from wispprof.fitting.predictors.training_rows import split_prompts
 from wispprof.fitting.selection import fit_estimator
-from wispprof.hardware import computing_on
+from wispprof.hardware import compute_device_name
 
 __all__ = [
     "FitResult",
@@ -79,7 +79,7 @@ def load_server_rows(paths: Sequence[Path]) -> ServerRows:
         inputs[f"profile:{Path(path).name}" if len(paths) > 1 else "profile"] = profile.hash
         manifest = profile.manifest
         device = str(manifest.engine.get("device", ""))
-        machines[computing_on(device, manifest.hardware)] = None
+        machines[compute_device_name(device, manifest.hardware)] = None
         tokenizer = tokenizer or model.tokenizer_hash
         rows.extend(profile.rows)
     check_same_model(identities)

@@ -1,6 +1,6 @@
-"""What the machine is and how it feels: fingerprint, clocks, temperature, energy windows.
+"""The machine: fingerprint, clocks, temperature, energy.
 
-Never raises for a sensor that is missing: a Null object answers in its place.
+A missing sensor never raises: :class:`NullSensors` or :class:`NullMeter` stands in for it.
 """
 
 from wispprof.hardware.clocks import NullSensors, Reading, Sensors, sensors
@@ -8,9 +8,9 @@ from wispprof.hardware.energy import EnergyMeter, EnergyReading, NullMeter, ener
 from wispprof.hardware.machine_info import (
     Fingerprint,
     Gpu,
-    computing_on,
+    compute_device_name,
     fingerprint,
-    made_elsewhere,
+    machine_mismatch,
 )
 
 __all__ = [
@@ -22,9 +22,9 @@ __all__ = [
     "NullSensors",
     "Reading",
     "Sensors",
-    "computing_on",
+    "compute_device_name",
     "energy_meter",
     "fingerprint",
-    "made_elsewhere",
+    "machine_mismatch",
     "sensors",
 ]

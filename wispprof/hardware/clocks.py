@@ -1,4 +1,4 @@
-"""Clocks and temperature. Where a sensor is missing the reading is ``None``; nothing here raises."""
+"""Clocks and temperature. A reading without a sensor is ``None``; nothing here raises."""
 
 from __future__ import annotations
 
@@ -9,13 +9,21 @@ from typing import Any, Protocol
 
 from wispprof.hardware import nvml
 
-__all__ = ["CpuSensors", "GpuSensors", "NullSensors", "Reading", "Sensors", "sensors"]
+__all__ = [
+    "CpuSensors",
+    "GpuSensors",
+    "NullSensors",
+    "Reading",
+    "Sensors",
+    "read_number",
+    "sensors",
+]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One look at the machine. ``throttled`` only where the device itself says so, or its clock stands
-    under the share of its own maximum that :class:`CpuSensors` was told to expect."""
+    """State of a device. ``throttled``: the driver reports it, or the clock is below
+    :class:`CpuSensors`' share of its maximum."""
 
     clock_mhz: float | None = None
     temperature_c: float | None = None
@@ -23,7 +31,7 @@ class Reading:
 
 
 class Sensors(Protocol):
-    """Something that can be looked at between two measurements."""
+    """Reads a device's state between two measurements."""
 
     name: str
 
@@ -42,8 +50,8 @@ class NullSensors:
 class CpuSensors:
     """Linux sysfs: mean scaling frequency and the hottest CPU, SoC or package zone.
 
-    ``throttle_share``: a clock under this share of the maximum counts as throttled, read while the
-    machine works (idle clocks are low for good reasons).
+    ``throttle_share``: a clock below this share of the maximum counts as throttled. Read it under load,
+    because idle clocks are low too.
     """
 
     name = "sysfs"
@@ -51,13 +59,13 @@ class CpuSensors:
     def __init__(self, root: Path = Path("/"), throttle_share: float = 0.7) -> None:
         self.throttle_share = throttle_share
         cpus = sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq"))
-        self._clocks = [c / "scaling_cur_freq" for c in cpus if _number(c / "scaling_cur_freq")]
-        limits = [_number(c / "cpuinfo_max_freq") for c in cpus]
+        self._clocks = [c / "scaling_cur_freq" for c in cpus if read_number(c / "scaling_cur_freq")]
+        limits = [read_number(c / "cpuinfo_max_freq") for c in cpus]
         self._limit_khz = max((limit for limit in limits if limit), default=0.0)
         self._zones = [
             zone / "temp"
             for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*"))
-            if _is_processor(zone) and _number(zone / "temp") is not None
+            if _is_processor(zone) and read_number(zone / "temp") is not None
         ]
 
     @property
@@ -65,8 +73,8 @@ class CpuSensors:
         return bool(self._clocks or self._zones)
 
     def read(self) -> Reading:
-        clocks = [khz for khz in map(_number, self._clocks) if khz]
-        heat = [value for value in map(_number, self._zones) if value is not None]
+        clocks = [khz for khz in map(read_number, self._clocks) if khz]
+        heat = [value for value in map(read_number, self._zones) if value is not None]
         mean = sum(clocks) / len(clocks) if clocks else None
         slow = mean < self.throttle_share * self._limit_khz if mean and self._limit_khz else None
         return Reading(
@@ -87,20 +95,20 @@ class GpuSensors:
         self._index = index
 
     def read(self) -> Reading:
-        clock = self._ask(lambda lib, dev: float(lib.nvmlDeviceGetClockInfo(dev, 1)))
-        heat = self._ask(lambda lib, dev: float(lib.nvmlDeviceGetTemperature(dev, 0)))
-        reasons = self._ask(
+        clock = self._query(lambda lib, dev: float(lib.nvmlDeviceGetClockInfo(dev, 1)))
+        heat = self._query(lambda lib, dev: float(lib.nvmlDeviceGetTemperature(dev, 0)))
+        reasons = self._query(
             lambda lib, dev: int(lib.nvmlDeviceGetCurrentClocksThrottleReasons(dev))
         )
         slow = None if reasons is None else bool(int(reasons) & self.THROTTLE_BITS)
         return Reading(clock, heat, slow)
 
-    def _ask(self, ask: Any) -> Any:
-        return nvml.read(lambda lib: ask(lib, lib.nvmlDeviceGetHandleByIndex(self._index)))
+    def _query(self, question: Any) -> Any:
+        return nvml.query(lambda lib: question(lib, lib.nvmlDeviceGetHandleByIndex(self._index)))
 
 
 def sensors(device: str = "cpu") -> Sensors:
-    """The sensors of a torch-style device name; a Null object where there are none."""
+    """The sensors of a torch-style device name; :class:`NullSensors` without any."""
     kind, _, index = device.partition(":")
     if kind == "cuda" and nvml.device_count() > 0:
         return GpuSensors(int(index or 0))
@@ -111,7 +119,8 @@ def sensors(device: str = "cpu") -> Sensors:
     return NullSensors()
 
 
-def _number(path: Path) -> float | None:
+def read_number(path: Path) -> float | None:
+    """The number in a sysfs file; ``None`` if it cannot be read."""
     try:
         return float(path.read_text())
     except (OSError, ValueError):

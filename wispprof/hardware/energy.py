@@ -1,5 +1,7 @@
-"""Energy of a window: begin, do the work, end. Counters where the hardware counts, integrated power
-where it only tells the present watts, and a Null meter that says "no sensor"."""
+"""Energy of a window: begin, do the work, end.
+
+RAPL and NVML count energy; hwmon reports power, which is integrated. Without a sensor the energy is ``None``.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from wispprof.hardware import nvml
+from wispprof.hardware.clocks import read_number
 
 __all__ = [
     "EnergyMeter",
@@ -25,7 +29,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class EnergyReading:
-    """``energy_j`` joules within ``window_ms``; None where there is no sensor. ``sensor`` names it."""
+    """``energy_j`` joules within ``window_ms``; ``None`` without a sensor. ``sensor``: its name."""
 
     energy_j: float | None
     window_ms: float
@@ -40,7 +44,7 @@ class EnergyReading:
 
 
 class EnergyMeter(Protocol):
-    """One window at a time."""
+    """Measures one window at a time."""
 
     sensor: str
 
@@ -49,97 +53,95 @@ class EnergyMeter(Protocol):
     def end(self) -> EnergyReading: ...
 
 
-class NullMeter:
-    """No sensor: a window has a duration and no energy."""
+class _CounterMeter:
+    """Differences of counters that only rise, except for one wrap at most within a window.
+
+    ``wraps``: per counter, the value after which it starts again at 0. ``joules_per_count``: its unit.
+    """
 
     sensor = "no sensor"
+    joules_per_count = 1.0
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
-        self._start = clock()
+    def __init__(self, wraps: list[float], clock: Callable[[], float]) -> None:
+        self._wraps, self._clock = wraps, clock
+        self._begin_counts: list[float | None] = []
+        self._begin_s = clock()
+
+    @property
+    def present(self) -> bool:
+        """Whether there is a counter that can be read."""
+        counts = self._read()
+        return bool(counts) and None not in counts
 
     def begin(self) -> None:
-        self._start = self._clock()
+        self._begin_counts, self._begin_s = self._read(), self._clock()
 
     def end(self) -> EnergyReading:
-        return EnergyReading(None, (self._clock() - self._start) * 1000, self.sensor)
+        counts, window_ms = self._read(), (self._clock() - self._begin_s) * 1000
+        total = 0.0
+        for before, after, wrap in zip(self._begin_counts, counts, self._wraps, strict=True):
+            if before is None or after is None:
+                return EnergyReading(None, window_ms, self.sensor)
+            total += after - before if after >= before else after - before + wrap
+        energy_j = total * self.joules_per_count if self._wraps else None
+        return EnergyReading(energy_j, window_ms, self.sensor)
+
+    def _read(self) -> list[float | None]:
+        return []
 
 
-class RaplMeter:
-    """Intel and AMD packages through Linux powercap. Counters wrap; a window may span one wrap."""
+class NullMeter(_CounterMeter):
+    """No sensor: a window has a duration and no energy."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        super().__init__([], clock)
+
+
+class RaplMeter(_CounterMeter):
+    """Intel and AMD packages through Linux powercap. Often only root can read the counters."""
 
     sensor = "rapl"
+    joules_per_count = 1e-6
 
     def __init__(
         self, root: Path = Path("/"), clock: Callable[[], float] = time.perf_counter
     ) -> None:
-        self._clock = clock
         zones = sorted((root / "sys/class/powercap").glob("intel-rapl:[0-9]*"))
         self._zones = [  # packages only: sub-zones (intel-rapl:0:0) are part of them
             zone
             for zone in zones
-            if zone.name.count(":") == 1 and _number(zone / "energy_uj") is not None
+            if zone.name.count(":") == 1 and read_number(zone / "energy_uj") is not None
         ]
-        self._wrap = [_number(zone / "max_energy_range_uj") or 0.0 for zone in self._zones]
-        self._begun: list[float | None] = []
-        self._start = 0.0
-
-    @property
-    def present(self) -> bool:
-        """Whether a counter can be read (often only by root)."""
-        return bool(self._zones)
-
-    def begin(self) -> None:
-        self._begun = self._read()
-        self._start = self._clock()
-
-    def end(self) -> EnergyReading:
-        now, window = self._read(), (self._clock() - self._start) * 1000
-        total = 0.0
-        for before, after, wrap in zip(self._begun, now, self._wrap, strict=True):
-            if before is None or after is None:
-                return EnergyReading(None, window, self.sensor)
-            total += after - before if after >= before else after - before + wrap
-        return EnergyReading(total / 1e6, window, self.sensor)
+        wraps = [read_number(zone / "max_energy_range_uj") or 0.0 for zone in self._zones]
+        super().__init__(wraps, clock)
 
     def _read(self) -> list[float | None]:
-        return [_number(zone / "energy_uj") for zone in self._zones]
+        return [read_number(zone / "energy_uj") for zone in self._zones]
 
 
-class NvmlMeter:
-    """An NVIDIA device's own counter (millijoules since the driver was loaded; Volta and later)."""
+class NvmlMeter(_CounterMeter):
+    """An NVIDIA GPU's own counter (Volta and later), in millijoules since the driver was loaded."""
 
     sensor = "nvml"
+    joules_per_count = 1e-3
 
     def __init__(self, index: int = 0, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._index, self._clock = index, clock
-        self._begun: float | None = None
-        self._start = 0.0
+        self._index = index
+        super().__init__([0.0], clock)
 
-    @property
-    def present(self) -> bool:
-        return self._read() is not None
-
-    def begin(self) -> None:
-        self._begun, self._start = self._read(), self._clock()
-
-    def end(self) -> EnergyReading:
-        now, window = self._read(), (self._clock() - self._start) * 1000
-        joules = None if now is None or self._begun is None else (now - self._begun) / 1000
-        return EnergyReading(joules, window, self.sensor)
-
-    def _read(self) -> float | None:
-        return nvml.read(
+    def _read(self) -> list[float | None]:
+        energy_mj = nvml.query(
             lambda lib: float(
                 lib.nvmlDeviceGetTotalEnergyConsumption(lib.nvmlDeviceGetHandleByIndex(self._index))
             )
         )
+        return [energy_mj]
 
 
 class HwmonMeter:
-    """Board sensors that tell watts (INA3221 on Jetson and others): sampled and integrated.
+    """Board power sensors (INA3221 on Jetson and others), sampled by a thread and integrated.
 
-    The largest rail is taken, which is the board's input. A sampling thread runs within the window.
+    Takes the rail with the most power, which is the board's input.
     """
 
     sensor = "hwmon"
@@ -150,9 +152,9 @@ class HwmonMeter:
         clock: Callable[[], float] = time.perf_counter,
         period_s: float = 0.1,
     ) -> None:
-        self._clock, self._period = clock, period_s
-        self._rails = _rails(root)
-        self._joules = self._last_w = self._last = self._start = 0.0
+        self._clock, self._period_s = clock, period_s
+        self._rails = _power_rails(root)
+        self._joules = self._last_w = self._last_s = self._begin_s = 0.0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -161,14 +163,13 @@ class HwmonMeter:
         return self.power_w() is not None
 
     def power_w(self) -> float | None:
-        """The largest rail's power now."""
-        known = [watts for watts in (rail() for rail in self._rails) if watts is not None]
-        return max(known, default=None)
+        """Present power of the largest rail."""
+        return max((watts for rail in self._rails if (watts := rail()) is not None), default=None)
 
     def begin(self) -> None:
         self._stop.clear()
         self._joules, self._last_w = 0.0, self.power_w() or 0.0
-        self._start = self._last = self._clock()
+        self._begin_s = self._last_s = self._clock()
         self._thread = threading.Thread(target=self._sample, name="wispprof-power", daemon=True)
         self._thread.start()
 
@@ -177,56 +178,44 @@ class HwmonMeter:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self._add()
-        return EnergyReading(self._joules, (self._last - self._start) * 1000, self.sensor)
+        self._integrate()
+        return EnergyReading(self._joules, (self._last_s - self._begin_s) * 1000, self.sensor)
 
     def _sample(self) -> None:
-        while not self._stop.wait(self._period):
-            self._add()
+        while not self._stop.wait(self._period_s):
+            self._integrate()
 
-    def _add(self) -> None:
+    def _integrate(self) -> None:
         watts, now = self.power_w(), self._clock()
         watts = self._last_w if watts is None else watts
-        self._joules += (watts + self._last_w) / 2 * (now - self._last)
-        self._last_w, self._last = watts, now
+        self._joules += (watts + self._last_w) / 2 * (now - self._last_s)
+        self._last_w, self._last_s = watts, now
 
 
 def energy_meter(device: str = "cpu", root: Path = Path("/")) -> EnergyMeter:
-    """The best meter for a torch-style device name; :class:`NullMeter` where there is none."""
+    """The best meter for a torch-style device name; :class:`NullMeter` without a sensor."""
     kind, _, index = device.partition(":")
-    if kind == "cuda":
-        gpu = NvmlMeter(int(index or 0))
-        if gpu.present:
-            return gpu
-    else:
-        rapl = RaplMeter(root)
-        if rapl.present:
-            return rapl
+    counter = NvmlMeter(int(index or 0)) if kind == "cuda" else RaplMeter(root)
+    if counter.present:
+        return counter
     board = HwmonMeter(root)
     return board if board.present else NullMeter()
 
 
-def _rails(root: Path) -> list[Callable[[], float | None]]:
+def _power_rails(root: Path) -> list[Callable[[], float | None]]:
+    """Functions that read the power of a rail in watts."""
+
+    def power(microwatts: Path) -> float | None:
+        value = read_number(microwatts)
+        return None if value is None else value * 1e-6
+
+    def product(millivolts: Path, milliamperes: Path) -> float | None:
+        volts, amperes = read_number(millivolts), read_number(milliamperes)
+        return None if volts is None or amperes is None else volts * amperes * 1e-6
+
     rails: list[Callable[[], float | None]] = []
     for chip in sorted((root / "sys/class/hwmon").glob("hwmon*")):
-        for file in sorted(chip.glob("power[0-9]*_input")):  # microwatts
-            rails.append(lambda file=file: _scaled(_number(file), 1e-6))  # type: ignore[misc]
-        for current in sorted(chip.glob("curr[0-9]*_input")):  # milliamperes beside millivolts
-            volts = chip / current.name.replace("curr", "in")
-            rails.append(lambda a=volts, b=current: _product(_number(a), _number(b)))  # type: ignore[misc]
+        rails += [partial(power, file) for file in sorted(chip.glob("power[0-9]*_input"))]
+        for current in sorted(chip.glob("curr[0-9]*_input")):
+            rails.append(partial(product, chip / current.name.replace("curr", "in"), current))
     return rails
-
-
-def _scaled(value: float | None, factor: float) -> float | None:
-    return None if value is None else value * factor
-
-
-def _product(volts: float | None, amperes: float | None) -> float | None:
-    return None if volts is None or amperes is None else volts * amperes * 1e-6
-
-
-def _number(path: Path) -> float | None:
-    try:
-        return float(path.read_text())
-    except (OSError, ValueError):
-        return None

@@ -1,9 +1,7 @@
-"""What machine this is, told without torch: CPU, cores, memory, GPUs, board, system.
+"""Identify this machine without torch: CPU, cores, memory, GPUs, board, system.
 
-The hash names the hardware: two runs on one machine agree in it after an upgrade of the kernel or of a
-library, which are recorded beside it.
-
-Where an artifact was made, in one name, and whether that is where it is used.
+The hash covers hardware only, so it does not change with the kernel, a driver or a library. Artifacts record the
+device that computed them; :func:`machine_mismatch` warns if they are used on another one.
 """
 
 from __future__ import annotations
@@ -26,10 +24,10 @@ from wispprof.hardware import nvml
 __all__ = [
     "Fingerprint",
     "Gpu",
-    "computing_on",
+    "compute_device_name",
     "fingerprint",
-    "made_elsewhere",
-    "probe",
+    "machine_mismatch",
+    "probe_machine",
 ]
 
 GIB = 1 << 30
@@ -37,7 +35,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Gpu:
-    """One accelerator. ``memory_gib`` is rounded to whole GiB, 0 where it cannot be read."""
+    """One accelerator. ``memory_gib`` is rounded to whole GiB, 0 if unknown."""
 
     name: str
     memory_gib: int = 0
@@ -63,7 +61,7 @@ class Fingerprint:
 
     @property
     def hash(self) -> str:
-        """Twelve hex digits over what is hardware here (not drivers, kernel or libraries)."""
+        """Twelve hex digits over the hardware (not drivers, kernel or libraries)."""
         hard = [
             self.cpu,
             self.cores,
@@ -77,7 +75,7 @@ class Fingerprint:
 
     @property
     def title(self) -> str:
-        """A few words for people: ``Raspberry Pi 5, 4 cores, 8 GiB``."""
+        """Short description: ``Raspberry Pi 5, 4 cores, 8 GiB``."""
         name = self.board or self.cpu or self.arch
         gpus = "".join(f", {gpu.name}" for gpu in self.gpus)
         return f"{name}, {self.cores} cores, {self.memory_gib} GiB{gpus}"
@@ -90,11 +88,11 @@ class Fingerprint:
 @functools.cache
 def fingerprint() -> Fingerprint:
     """This machine, probed once per process."""
-    return probe(Path("/"))
+    return probe_machine(Path("/"))
 
 
-def probe(root: Path) -> Fingerprint:
-    """Probe the machine; ``root`` is where ``proc`` and ``sys`` lie (a test may fake them)."""
+def probe_machine(root: Path) -> Fingerprint:
+    """Probe the machine. ``root`` contains ``proc`` and ``sys``, so that tests can fake them."""
     return Fingerprint(
         cpu=_cpu(root),
         cores=_usable_cores(),
@@ -122,13 +120,13 @@ def _usable_cores() -> int:
 
 
 def _cpu(root: Path) -> str:
-    wanted = ("model name", "Model", "cpu model", "Hardware")
+    names = ("model name", "Model", "cpu model", "Hardware")
     found: dict[str, str] = {}
     for line in _read(root / "proc/cpuinfo").splitlines():
         name, mark, value = line.partition(":")
-        if mark and name.strip() in wanted:
+        if mark and name.strip() in names:
             found.setdefault(name.strip(), " ".join(value.split()))
-    for name in wanted:
+    for name in names:
         if found.get(name):
             return found[name]
     return _sysctl("machdep.cpu.brand_string") or platform.processor()
@@ -159,14 +157,14 @@ def _gpus(root: Path) -> tuple[Gpu, ...]:
 
 
 def _nvml_gpu(index: int) -> Gpu | None:
-    def ask(lib: Any) -> Gpu:
+    def describe(lib: Any) -> Gpu:
         handle = lib.nvmlDeviceGetHandleByIndex(index)
         memory = round(lib.nvmlDeviceGetMemoryInfo(handle).total / GIB)
         return Gpu(
             _text(lib.nvmlDeviceGetName(handle)), memory, _text(lib.nvmlSystemGetDriverVersion())
         )
 
-    return nvml.read(ask)
+    return nvml.query(describe)
 
 
 def _proc_gpus(root: Path) -> tuple[Gpu, ...]:
@@ -183,10 +181,10 @@ def _text(value: object) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def computing_on(device: str, hardware: Mapping[str, Any] | None = None) -> str:
-    """What computes for a torch device (``cpu``, ``cuda:0``; anything else: the GPU if there is one).
+def compute_device_name(device: str, hardware: Mapping[str, Any] | None = None) -> str:
+    """Name of the processor behind a torch device (``cpu``, ``cuda:0``; anything else: the GPU if present).
 
-    ``hardware``: a manifest's, else this machine's. Empty where nothing is known.
+    ``hardware``: a manifest's record; default: this machine's. Empty if unknown.
     """
     facts = fingerprint().as_dict() if hardware is None else hardware
     gpus = [str(gpu["name"]) for gpu in facts.get("gpus", [])]
@@ -197,11 +195,11 @@ def computing_on(device: str, hardware: Mapping[str, Any] | None = None) -> str:
     return f"{cpu}, {cores} cores" if cpu and cores else str(cpu or facts.get("board", ""))
 
 
-def made_elsewhere(what: str, made_on: str, used_on: str) -> str | None:
-    """One line where the two are known and differ, else ``None``."""
+def machine_mismatch(what: str, made_on: str, used_on: str) -> str | None:
+    """A warning of one line if both are known and differ, else ``None``."""
     if not made_on or not used_on or made_on == used_on:
         return None
     return (
-        f"{what} was made on {made_on}, and this is {used_on}: its times will be off. "
+        f"{what} was made on {made_on}, but this machine is {used_on}: its times will be wrong. "
         "Run `wispprof profile-server` and `wispprof fit` here."
     )

@@ -1,4 +1,4 @@
-"""NVIDIA's management library, if it is installed and answers. Never raises: absent means ``None``."""
+"""NVIDIA's management library. Never raises: without the library or a device the answer is ``None``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["device_count", "library", "read"]
+__all__ = ["device_count", "library", "query"]
 
 T = TypeVar("T")
 
@@ -26,17 +26,16 @@ def library() -> Any | None:
 
 
 def device_count() -> int:
-    """How many devices NVML sees; 0 without it."""
-    found = read(lambda nvml: int(nvml.nvmlDeviceGetCount()))
-    return found or 0
+    """Number of devices that NVML sees; 0 without it."""
+    return query(lambda nvml: int(nvml.nvmlDeviceGetCount())) or 0
 
 
-def read(ask: Callable[[Any], T]) -> T | None:
-    """``ask(pynvml)``, or None where there is no library or the device does not support the question."""
+def query(question: Callable[[Any], T]) -> T | None:
+    """``question(pynvml)``; None without the library, or if the device does not support the question."""
     nvml = library()
     if nvml is None:
         return None
     try:
-        return ask(nvml)
+        return question(nvml)
     except nvml.NVMLError:
         return None

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TraceSettings",
     "accepted_lengths",
-    "take_trace",
+    "collect_trace",
     "target_paths",
     "trace_pair",
     "trace_remote",
@@ -77,10 +77,10 @@ def trace_pair(settings: TraceSettings, progress: Progress | None = None) -> Acc
     draft_name = settings.draft or str(bundled.path(BUNDLED_DRAFT))
     target = load_model(target_name, settings.dtype, settings.device)
     draft = load_model(draft_name, settings.dtype, settings.device)
-    return take_trace(target, draft, settings, progress)
+    return collect_trace(target, draft, settings, progress)
 
 
-def take_trace(
+def collect_trace(
     target: LoadedModel,
     draft: LoadedModel,
     settings: TraceSettings,

@@ -12,7 +12,7 @@ from wispprof.artifacts import EdgeRow
 from wispprof.errors import ProfileError
 from wispprof.policies.api import RoundContext
 from wispprof.policies.controllers import WispController
-from wispprof.profiling.shape_grid import read_grid, whole_numbers
+from wispprof.profiling.shape_grid import load_grid_file, parse_axis
 from wispprof.profiling.workload import Workload
 from wispprof.types import Drafter, DraftFeatures, Sampling
 
@@ -25,7 +25,7 @@ __all__ = [
     "EdgePoint",
     "edge_workloads",
     "load_edge_axes",
-    "override_edge",
+    "override_edge_axes",
 ]
 
 ROUND = 8
@@ -88,11 +88,11 @@ def load_edge_axes(name: str) -> EdgeAxes:
     """
     if name in EDGE_GRIDS:
         return EDGE_GRIDS[name]
-    base, table = read_grid(name, "edge", EDGE_GRIDS)
-    return override_edge(base, table, name)
+    base, table = load_grid_file(name, "edge", EDGE_GRIDS)
+    return override_edge_axes(base, table, name)
 
 
-def override_edge(axes: EdgeAxes, values: dict[str, Any], where: str) -> EdgeAxes:
+def override_edge_axes(axes: EdgeAxes, values: dict[str, Any], where: str) -> EdgeAxes:
     """``axes`` with some of them replaced: lists or range strings for axes, numbers for the rest."""
     changed: dict[str, Any] = {}
     for name, value in values.items():
@@ -100,7 +100,7 @@ def override_edge(axes: EdgeAxes, values: dict[str, Any], where: str) -> EdgeAxe
             known = ", ".join(EdgeAxes.__dataclass_fields__)
             raise ProfileError(f"{where}: there is no axis {name!r}.", f"Axes are {known}.")
         if name in ("contexts", "chunks", "rounds"):
-            changed[name] = whole_numbers(value, name, where)
+            changed[name] = parse_axis(value, name, where)
         elif isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
             raise ProfileError(f"{where}: {name} is not a number >= 0.", "Write a number.")
         else:

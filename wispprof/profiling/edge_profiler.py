@@ -31,16 +31,16 @@ from wispprof.profiling.drafter_runner import (
 )
 from wispprof.profiling.physics_checks import check_edge
 from wispprof.profiling.profile_run import (
-    Announcement,
+    SweepPlan,
     Output,
-    Setup,
+    ProfilerSetup,
     model_info,
     synchronizer,
-    take_profile,
+    collect_profile,
 )
 from wispprof.profiling.sweep import Progress, SweepResult
 from wispprof.profiling.sweep_cost import pilot
-from wispprof.profiling.workload import SweepSettings, significant
+from wispprof.profiling.workload import SweepSettings, round_ms
 from wispprof.types import Drafter, Sampling
 
 if TYPE_CHECKING:
@@ -64,7 +64,9 @@ __all__ = [
 class Windows:
     """Burst and sustained drafting over the sentinel's context, and the energy of the longer window."""
 
-    def __init__(self, setup: Setup[EdgePoint], axes: EdgeAxes, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, setup: ProfilerSetup[EdgePoint], axes: EdgeAxes, clock: Callable[[], float]
+    ) -> None:
         device = setup.engine["device"]
         self._shooter = cast(DrafterRunner, setup.runner)
         self._context = setup.sentinel.subject.context
@@ -114,7 +116,7 @@ class Windows:
         while now - begin < span or not samples:
             runner.round(context)
             before, now = now, self._clock()
-            samples.append(significant((now - before) * 1000 / ROUND))
+            samples.append(round_ms((now - before) * 1000 / ROUND))
         used, state = self._meter.end(), self._look.read()
         drafted = len(samples) * ROUND
         joules = None if used.energy_j is None else used.energy_j / drafted
@@ -136,8 +138,10 @@ class Windows:
 
 BUNDLED_DRAFT = "models/reference-pair/draft"
 # A draft step is short beside what frames it (a prefilled context): many samples a visit.
-QUICK = SweepSettings(target=0.05, block=10, least=20, most=60, shot_s=1.0, sentinel_every=6)
-STANDARD = SweepSettings(block=15, least=30, most=120)
+QUICK = SweepSettings(
+    target=0.05, block=10, min_samples=20, max_samples=60, max_workload_s=1.0, sentinel_every=6
+)
+STANDARD = SweepSettings(block=15, min_samples=30, max_samples=120)
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ def profile_edge(
         check_edge(rows)
         return rows, _summary(rows, windows.sensor)
 
-    profile = take_profile(setup, settings.output, finish=finish, clock=clock, progress=sweeping)
+    profile = collect_profile(setup, settings.output, finish=finish, clock=clock, progress=sweeping)
     return cast(EdgeProfile, profile)
 
 
@@ -195,7 +199,7 @@ def plan_edge(
     loaded: LoadedModel | None = None,
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
-) -> Announcement:
+) -> SweepPlan:
     """A dry run: the shots and what they, and the windows after them, are expected to take."""
     return _set_up(settings, loaded, clock, sleep).announce()
 
@@ -250,7 +254,7 @@ def _set_up(
     loaded: LoadedModel | None,
     clock: Callable[[], float],
     sleep: Callable[[float], None],
-) -> Setup[EdgePoint]:
+) -> ProfilerSetup[EdgePoint]:
     axes = _axes(settings)
     gguf = loaded is None and settings.draft.endswith(".gguf")
     device = _llamacpp_device(settings) if gguf else _torch_device(settings, loaded)
@@ -267,7 +271,7 @@ def _set_up(
     workloads = edge_workloads(axes, device.model.max_context)
     steps = [workload for workload in workloads if workload.kind == "draft_step"]
     sentinel = replace(steps[len(steps) // 2], key="sentinel", kind="sentinel")
-    return Setup(
+    return ProfilerSetup(
         "edge",
         runner,
         workloads,

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from wispprof.artifacts import LinkProfile, LinkRow, ModelRecord
 from wispprof.errors import HandshakeRefused, ProtocolError, ServerUnreachable
-from wispprof.profiling.profile_run import Output, begin_manifest, seal
+from wispprof.profiling.profile_run import Output, begin_manifest, finalize_profile
 from wispprof.profiling.sweep import Progress, SweepResult
-from wispprof.profiling.workload import SweepSettings, significant
+from wispprof.profiling.workload import SweepSettings, round_ms
 
 if TYPE_CHECKING:
     from wispprof.edge.connection import Connection, ConnectionFactory
@@ -74,7 +74,7 @@ async def _profile(
         manifest = begin_manifest(
             "link",
             model,
-            SweepSettings(most=settings.count, least=min(6, settings.count)),
+            SweepSettings(max_samples=settings.count, min_samples=min(6, settings.count)),
             engine={"server": settings.server, "protocol": welcome.protocol},
             measure={"sizes": list(settings.sizes)},
         )
@@ -82,7 +82,9 @@ async def _profile(
     finally:
         await link.close()
     result = SweepResult(rows, clock() - begin, 0.0)
-    return cast(LinkProfile, seal(manifest, result, settings.output, None, link_summary(rows)))
+    return cast(
+        LinkProfile, finalize_profile(manifest, result, settings.output, None, link_summary(rows))
+    )
 
 
 async def _greet(link: Connection, settings: LinkProfilerSettings) -> Any:
@@ -132,7 +134,7 @@ async def link_rows(
                     "Use smaller sizes or a server of the same version.",
                 )
             if index >= settings.warmup:
-                samples[kind, size].append(significant(max(0.0, elapsed - answer.socket_wait_ms)))
+                samples[kind, size].append(round_ms(max(0.0, elapsed - answer.socket_wait_ms)))
         if progress is not None:
             progress(index + 1, rounds, "exchanging frames")
     return tuple(

@@ -33,16 +33,16 @@ if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
 
 __all__ = [
-    "Announcement",
+    "SweepPlan",
     "Output",
-    "Setup",
+    "ProfilerSetup",
     "begin_manifest",
-    "begun",
-    "journal_file",
+    "resumed_header",
+    "journal_path",
     "model_info",
-    "seal",
+    "finalize_profile",
     "synchronizer",
-    "take_profile",
+    "collect_profile",
 ]
 
 Subject = TypeVar("Subject")
@@ -58,7 +58,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Announcement:
+class SweepPlan:
     """A dry run: the shots in the order of the grid, what they are expected to take, and what says so."""
 
     workloads: tuple[Workload[Any], ...]
@@ -67,7 +67,7 @@ class Announcement:
 
 
 @dataclass(frozen=True)
-class Setup(Generic[Subject]):
+class ProfilerSetup(Generic[Subject]):
     """Everything that is decided before the first shot. ``engine`` and ``measure`` go to the manifest.
 
     ``after_s``: seconds of steady measurement that follow the sweep. ``left_out``: shots of the grid
@@ -87,16 +87,16 @@ class Setup(Generic[Subject]):
     left_out: int = 0
     close: Callable[[], None] = field(default=lambda: None)
 
-    def announce(self) -> Announcement:
-        """What :func:`take_profile` would do, and how long it would take."""
+    def announce(self) -> SweepPlan:
+        """What :func:`collect_profile` would do, and how long it would take."""
         have = [(workload, (), 0) for workload in self.workloads]
-        seconds = self.cost.plan_s(have, self.sentinel)[1] + self.after_s
+        seconds = self.cost.total(have, self.sentinel)[1] + self.after_s
         basis = f"a pilot of {self.cost.probes} shots on this machine, just now"
-        return Announcement(tuple(self.workloads), seconds, basis)
+        return SweepPlan(tuple(self.workloads), seconds, basis)
 
 
-def take_profile(
-    setup: Setup[Any],
+def collect_profile(
+    setup: ProfilerSetup[Any],
     output: Output,
     *,
     finish: Callable[[SweepResult, RowJournal | None], tuple[tuple[Row, ...], dict[str, Any]]],
@@ -127,14 +127,14 @@ def take_profile(
         ).run()
         rows, summary = finish(result, journal)
         setup.close()
-        return seal(manifest, replace(result, rows=rows), output, journal, summary)
+        return finalize_profile(manifest, replace(result, rows=rows), output, journal, summary)
 
 
-def begun(output: Output) -> Mapping[str, Any]:
+def resumed_header(output: Output) -> Mapping[str, Any]:
     """What the journal that is to be resumed says of its sweep; empty where there is none."""
     if output.path is None or not output.resume:
         return {}
-    return journal_header(journal_file(output.path))
+    return journal_header(journal_path(output.path))
 
 
 def model_info(loaded: LoadedModel) -> ModelRecord:
@@ -151,7 +151,7 @@ def synchronizer(device: Any) -> Callable[[], None]:
     return torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
 
 
-def journal_file(path: Path) -> Path:
+def journal_path(path: Path) -> Path:
     """Where the rows of an unfinished sweep lie: ``NAME.journal.jsonl``."""
     return profile_files(path)[0].with_suffix(".journal.jsonl")
 
@@ -166,7 +166,7 @@ def _open_journal(output: Output, manifest: Manifest) -> Iterator[RowJournal | N
         yield None
         return
     rows_file = profile_files(output.path)[0]
-    path = journal_file(output.path)
+    path = journal_path(output.path)
     if rows_file.exists() and not path.exists() and not output.overwrite:
         raise ArtifactError(
             f"{rows_file} exists.", "Choose another --out, or replace it with --overwrite."
@@ -206,7 +206,7 @@ def begin_manifest(
     )
 
 
-def seal(
+def finalize_profile(
     manifest: Manifest,
     result: SweepResult,
     output: Output,

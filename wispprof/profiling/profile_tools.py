@@ -1,17 +1,10 @@
-"""Two profiles beside each other: which shapes changed beyond noise.
+"""Compare, merge and export profiles.
 
-A shape counts as changed where its time moved by more than a share that matters, and by more than noise
-explains. Noise is judged on logarithms, from three sources: samples within a visit, visits of one sweep to
-the same shape (each meets other memory and another moment), and the pace of the whole machine,
-which differs between any two sessions and is taken from the sentinel. Few visits tell little
-about a shape's own noise, so each is judged together with that of all shapes (Smyth 2004); the null
-hypothesis is not "equal" but "no further apart than the tolerance" (McCarthy and Smyth 2009); and as
-many shapes are tested at once, the share of false findings is what is bounded (Benjamini and Hochberg
-1995).
-
-Several profiles of one model on one machine made into one.
-
-Rows of a profile as flat records: for tables on a screen, CSV and Parquet.
+The comparison asks which shapes changed by more than a tolerance and by more than noise explains. It judges noise on
+logarithms, from three sources: samples of a block, blocks of one sweep (each has other memory and another moment), and
+the speed of the whole machine, which the sentinel shows. A few blocks tell little about one shape, so its variance
+is moderated by that of all shapes (Smyth 2004). The null hypothesis is a difference within the tolerance (McCarthy and
+Smyth 2009). The false discovery rate over all shapes is bounded (Benjamini and Hochberg 1995).
 """
 
 from __future__ import annotations
@@ -28,33 +21,46 @@ from wispprof.artifacts import Profile, StepRow, make_profile
 from wispprof.artifacts.manifest import ModelRecord, command_line
 from wispprof.artifacts.rows import LinkRow, Row
 from wispprof.errors import ProfileError
-from wispprof.profiling.measurement_log import (
-    discoveries,
-    half_width,
-    median_interval,
-    relative_spread,
-)
+from wispprof.profiling.measurement_log import half_width, median_interval, relative_spread
 
 __all__ = [
     "ProfileDiff",
     "RowChange",
     "diff_profiles",
+    "discoveries",
     "export_rows",
     "merge_profiles",
     "row_record",
 ]
 
-FALSE_FINDINGS = 0.05
+FALSE_DISCOVERY_RATE = 0.05
 """Largest expected share of false ones among the shapes reported as changed."""
-_PRIOR_FREEDOM = 4.0
-"""How many visits' worth all shapes together count against a shape's own visits."""
+_PRIOR_DF = 4.0
+"""Degrees of freedom with which the variance of all shapes counts against a shape's own."""
 _DEFAULT_DRIFT = 0.10
+_ENGINE_IDENTITY = {
+    "backend": None,
+    "device": None,
+    "threads": None,
+    "attention": "dense",
+    "graphs": False,
+}
+"""Engine facts that must agree to merge, with their defaults; capacity does not change a step's time."""
+_EDGE_AND_LINK_COLUMNS = (
+    "context", "tokens", "rested_ms", "energy_j", "temperature_c", "payload_bytes",
+)  # fmt: skip
+
+
+# --- diff -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RowChange:
-    """One key in both profiles. ``p_value``: how likely noise alone would take the medians this much
-    further apart than the tolerance. ``doubtful``: a drift or throttling flag stands on it."""
+    """One key in both profiles.
+
+    ``p_value``: probability that noise alone moves the medians this far beyond the tolerance.
+    ``doubtful``: either row is flagged ``drift`` or ``throttled``.
+    """
 
     key: str
     before_ms: float
@@ -65,15 +71,15 @@ class RowChange:
 
     @property
     def ratio(self) -> float:
-        return self.after_ms / self.before_ms if self.before_ms > 0 else float("inf")
+        return self.after_ms / self.before_ms if self.before_ms > 0 else math.inf
 
 
 @dataclass(frozen=True)
 class ProfileDiff:
-    """``same_machine`` and ``same_model`` by hash; rows of only one profile are listed by key.
+    """``same_machine`` and ``same_model``: by hash. ``only_before`` and ``only_after``: keys of one profile.
 
-    ``sentinel_ratio``: how much slower the sentinel was after (1 where there was none); ``pace``: what
-    of it was taken for the machine's own pace and divided out, 1 where it was too much for that.
+    ``sentinel_ratio``: time of the sentinel after over before; 1 without sentinels. ``slowdown``: the part of
+    it that was divided out as the machine's own; 1 if the ratio exceeds the allowed drift.
     """
 
     rows: tuple[RowChange, ...]
@@ -83,7 +89,7 @@ class ProfileDiff:
     same_model: bool
     drifted: bool
     sentinel_ratio: float
-    pace: float
+    slowdown: float
 
     @property
     def changed(self) -> tuple[RowChange, ...]:
@@ -101,11 +107,11 @@ class ProfileDiff:
 def diff_profiles(
     before: Profile, after: Profile, tolerance: float = 0.05, *, absolute: bool = False
 ) -> ProfileDiff:
-    """Compare rows of equal key, sentinels left out. Raises :class:`ProfileError` for unequal kinds.
+    """Compare rows of equal key, without sentinels. Raises :class:`ProfileError` for different kinds.
 
-    ``tolerance``: relative difference of medians that does not matter. ``absolute``: a machine that
-    was slower as a whole counts as changed. Without it, the sentinels' ratio is divided out as long as
-    it is no more than a sweep itself would accept of a sentinel (its ``drift`` setting).
+    ``tolerance``: relative difference of medians that does not matter. ``absolute``: a machine that is slower
+    as a whole counts as changed. Otherwise the sentinels' ratio is divided out, if it is within the
+    ``drift`` setting of the sweep.
     """
     if before.manifest.kind != after.manifest.kind:
         raise ProfileError(
@@ -114,18 +120,19 @@ def diff_profiles(
             "Name two of the same kind.",
         )
     old, new = _by_key(before), _by_key(after)
-    both = [key for key in old if key in new]
-    shift, error = _pace(before, after)
-    most = float(before.manifest.measure.get("drift", _DEFAULT_DRIFT))
-    pace = 0.0 if absolute or abs(shift) > math.log1p(most) else shift
-    rows = [(old[key], new[key]) for key in both]
+    pairs = [(old[key], new[key]) for key in old if key in new]
+    shift, shift_variance = _sentinel_shift(before, after)
+    max_drift = float(before.manifest.measure.get("drift", _DEFAULT_DRIFT))
+    slowdown = 0.0 if absolute or abs(shift) > math.log1p(max_drift) else shift
     noise = _Noise([*old.values(), *new.values()])
-    p_values = [_p_value(one, other, noise, pace, error, tolerance) for one, other in rows]
-    found = discoveries(p_values, FALSE_FINDINGS)
+    p_values = [
+        _p_value(one, other, noise, slowdown, shift_variance, tolerance) for one, other in pairs
+    ]
+    changed = discoveries(p_values, FALSE_DISCOVERY_RATE)
     return ProfileDiff(
         rows=tuple(
-            RowChange(one.key, one.median_ms, other.median_ms, p, changed, _doubtful(one, other))
-            for (one, other), p, changed in zip(rows, p_values, found, strict=True)
+            RowChange(one.key, one.median_ms, other.median_ms, p, found, _doubtful(one, other))
+            for (one, other), p, found in zip(pairs, p_values, changed, strict=True)
         ),
         only_before=tuple(key for key in old if key not in new),
         only_after=tuple(key for key in new if key not in old),
@@ -133,34 +140,43 @@ def diff_profiles(
         same_model=before.manifest.model == after.manifest.model,
         drifted=any("drift" in row.flags for row in (*before.rows, *after.rows)),
         sentinel_ratio=math.exp(shift),
-        pace=math.exp(pace),
+        slowdown=math.exp(slowdown),
     )
 
 
+def discoveries(p_values: Sequence[float], rate: float = FALSE_DISCOVERY_RATE) -> list[bool]:
+    """Which hypotheses to reject so that at most ``rate`` of the rejected are expected to be true."""
+    if not p_values:
+        return []
+    from scipy.stats import false_discovery_control
+
+    return [bool(p <= rate) for p in false_discovery_control(p_values)]
+
+
 class _Noise:
-    """Variance of the logarithm of a row's median, from its own visits and from those of all rows."""
+    """Variance of the logarithm of a row's median, from its own blocks and those of all rows."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        each = [_visit_variance(row) for row in rows]
-        # The median of chi-square over its freedom (Wilson and Hilferty): no row's mishap counts.
-        typical = [s / (1 - 2 / (9 * nu)) ** 3 for s, nu in each if nu]
+        each = [_block_variance(row) for row in rows]
+        # Each divided by the median of chi-square over df (Wilson and Hilferty); outliers do not count.
+        typical = [variance / (1 - 2 / (9 * df)) ** 3 for variance, df in each if df]
         self._prior = statistics.median(typical) if typical else 0.0
 
     def of(self, row: Row) -> tuple[float, float]:
         """(variance, degrees of freedom)."""
-        own, freedom = _visit_variance(row)
-        if not freedom:
-            return max(self._prior, _within(row)), _PRIOR_FREEDOM
-        pooled = (_PRIOR_FREEDOM * self._prior + freedom * own) / (_PRIOR_FREEDOM + freedom)
-        return pooled / (freedom + 1), _PRIOR_FREEDOM + freedom
+        own, df = _block_variance(row)
+        if not df:
+            return max(self._prior, _sample_variance(row)), _PRIOR_DF
+        pooled = (_PRIOR_DF * self._prior + df * own) / (_PRIOR_DF + df)
+        return pooled / (df + 1), _PRIOR_DF + df
 
 
-def _visit_variance(row: Row) -> tuple[float, int]:
-    """Variance of the logarithms of a row's visits' medians, and its degrees of freedom."""
-    counts = [] if isinstance(row, LinkRow) else [n for _, n in row.blocks]
+def _block_variance(row: Row) -> tuple[float, int]:
+    """Variance of the logarithms of the medians of a row's blocks, and its degrees of freedom."""
+    counts = [] if isinstance(row, LinkRow) else [count for _, count in row.blocks]
     if len(counts) < 2:
         return 0.0, 0
-    ends = list(itertools.accumulate(counts))
+    ends = itertools.accumulate(counts)
     medians = [
         math.log(max(1e-12, statistics.median(row.samples_ms[end - count : end])))
         for end, count in zip(ends, counts, strict=True)
@@ -168,22 +184,21 @@ def _visit_variance(row: Row) -> tuple[float, int]:
     return statistics.variance(medians), len(medians) - 1
 
 
-def _within(row: Row) -> float:
-    """Variance of the median from the samples alone: their interval's, or where six are missing, their
-    range's."""
+def _sample_variance(row: Row) -> float:
+    """Variance of the median from the samples alone: their interval's, or their range's if fewer than six."""
     width = half_width(row.samples_ms)
     if width < math.inf:
         return (width / 1.96) ** 2
     return (1.2533 * relative_spread(row.samples_ms)) ** 2 / max(1, len(row.samples_ms))
 
 
-def _pace(before: Profile, after: Profile) -> tuple[float, float]:
-    """Logarithm of how much slower the sentinel was after, and the variance of that."""
+def _sentinel_shift(before: Profile, after: Profile) -> tuple[float, float]:
+    """Logarithm of the sentinel's time after over before, and its variance."""
     shift, variance = 0.0, 0.0
     for sign, profile in ((-1.0, before), (1.0, after)):
-        reference_samples = [row for row in profile.rows if row.kind == "sentinel"]
-        calm = [row for row in reference_samples if "drift" not in row.flags] or reference_samples
-        logs = [math.log(row.median_ms) for row in calm if row.median_ms > 0]
+        references = [row for row in profile.rows if row.kind == "sentinel"]
+        clean = [row for row in references if "drift" not in row.flags] or references
+        logs = [math.log(row.median_ms) for row in clean if row.median_ms > 0]
         if not logs:
             return 0.0, 0.0
         shift += sign * statistics.median(logs)
@@ -193,19 +208,20 @@ def _pace(before: Profile, after: Profile) -> tuple[float, float]:
 
 
 def _p_value(
-    one: Row, other: Row, noise: _Noise, pace: float, pace_variance: float, tolerance: float
+    one: Row, other: Row, noise: _Noise, slowdown: float, shift_variance: float, tolerance: float
 ) -> float:
     from scipy.special import stdtr
 
     if one.median_ms <= 0 or other.median_ms <= 0:
         return 1.0 if one.median_ms == other.median_ms else 0.0
-    moved = abs(math.log(other.median_ms / one.median_ms) - pace)
-    (v1, n1), (v2, n2) = noise.of(one), noise.of(other)
-    error = math.sqrt(v1 + v2 + pace_variance)
-    far, least = moved - math.log1p(tolerance), moved + math.log1p(tolerance)
+    moved = abs(math.log(other.median_ms / one.median_ms) - slowdown)
+    (variance, df), (other_variance, other_df) = noise.of(one), noise.of(other)
+    error = math.sqrt(variance + other_variance + shift_variance)
+    beyond, within = moved - math.log1p(tolerance), moved + math.log1p(tolerance)
     if error == 0:
-        return 0.0 if far > 0 else 1.0
-    return min(1.0, float(stdtr(n1 + n2, -far / error) + stdtr(n1 + n2, -least / error)))
+        return 0.0 if beyond > 0 else 1.0
+    df += other_df
+    return min(1.0, float(stdtr(df, -beyond / error) + stdtr(df, -within / error)))
 
 
 def _by_key(profile: Profile) -> dict[str, Row]:
@@ -216,42 +232,34 @@ def _doubtful(one: Row, other: Row) -> bool:
     return bool({"drift", "throttled"} & {*one.flags, *other.flags})
 
 
+# --- merge ----------------------------------------------------------------------------------------
+
+
 def merge_profiles(profiles: Sequence[Profile]) -> Profile:
     """One profile with the rows of all: same kind, model, engine and machine.
 
-    Where several hold a key, the row without flags wins, then the one with more samples. Orders go on from
-    profile to profile. Sentinels are kept where all are of one shape, so that they tell how slow the
-    machine was from one to the next; otherwise none are. Raises :class:`ProfileError` where they differ.
+    Of rows with equal keys the one with fewer flags wins, then the one with more samples. Orders continue from
+    profile to profile. Sentinels are kept if all have the same shape, so that they show the speed of the
+    machine throughout; otherwise none are. Raises :class:`ProfileError` if the profiles do not match.
     """
     if len(profiles) < 2:
         raise ProfileError("Merging needs two profiles or more.", "Name them all.")
     first = profiles[0]
     for other in profiles[1:]:
-        for what, one, two in (
-            ("kinds", first.manifest.kind, other.manifest.kind),
-            ("models", first.manifest.model, other.manifest.model),
-            ("engines", _identity(first), _identity(other)),
-            ("machines", _machine(first), _machine(other)),
-        ):
-            if one != two:
-                one, two = _apart(one, two)
-                raise ProfileError(
-                    f"The profiles are of different {what}: {one} and {two}.",
-                    "Merge only profiles of the same model on the same machine.",
-                )
+        _check_mergeable(first, other)
     best: dict[str, Row] = {}
-    reference_samples: list[Row] = []
+    references: list[Row] = []
     start = 0
     for profile in profiles:
-        for row in (_later(row, start) for row in profile.rows):
+        for row in (_moved_on(row, start) for row in profile.rows):
             if row.kind == "sentinel":
-                reference_samples.append(row)
-            elif row.key not in best or _worth(row) > _worth(best[row.key]):
+                references.append(row)
+            elif row.key not in best or _quality(row) > _quality(best[row.key]):
                 best[row.key] = row
-        start = 1 + max((_last(row) for row in (*best.values(), *reference_samples)), default=0)
-    if len({row.key for row in reference_samples}) > 1:
-        reference_samples = []
-    rows = sorted((*reference_samples, *best.values()), key=lambda row: row.order)
+        start = 1 + max((_last_order(row) for row in (*best.values(), *references)), default=0)
+    if len({row.key for row in references}) > 1:
+        references = []
+    rows = sorted((*references, *best.values()), key=lambda row: row.order)
     manifest = replace(
         first.manifest,
         command=command_line(),
@@ -262,37 +270,50 @@ def merge_profiles(profiles: Sequence[Profile]) -> Profile:
     return make_profile(manifest, rows)
 
 
-def _worth(row: Row) -> tuple[int, int]:
+def _check_mergeable(first: Profile, other: Profile) -> None:
+    one, two = first.manifest, other.manifest
+    for what, left, right in (
+        ("kinds", one.kind, two.kind),
+        ("models", one.model, two.model),
+        ("engines", _engine_identity(first), _engine_identity(other)),
+        (
+            "machines",
+            one.hardware.get("hash") or one.citation,
+            two.hardware.get("hash") or two.citation,
+        ),
+    ):
+        if left != right:
+            left_text, right_text = _differences(left, right)
+            raise ProfileError(
+                f"The profiles are of different {what}: {left_text} and {right_text}.",
+                "Merge only profiles of the same model on the same machine.",
+            )
+
+
+def _engine_identity(profile: Profile) -> dict[str, object]:
+    engine = profile.manifest.engine
+    return {name: engine.get(name, default) for name, default in _ENGINE_IDENTITY.items()}
+
+
+def _differences(left: object, right: object) -> tuple[str, str]:
+    """Both as text; of records only the fields that differ."""
+    if isinstance(left, ModelRecord) and isinstance(right, ModelRecord):
+        left, right = asdict(left), asdict(right)
+    if not isinstance(left, dict) or not isinstance(right, dict):
+        return str(left), str(right)
+    names = [name for name in left if left[name] != right[name]]
+    return (
+        ", ".join(f"{name} {left[name]}" for name in names),
+        ", ".join(f"{name} {right[name]}" for name in names),
+    )
+
+
+def _quality(row: Row) -> tuple[int, int]:
     return -len(row.flags), len(row.samples_ms)
 
 
-def _identity(profile: Profile) -> dict[str, object]:
-    """What must be equal of an engine; room for sessions does not change a step's time."""
-    engine = profile.manifest.engine
-    stated = {name: engine.get(name) for name in ("backend", "device", "threads")}
-    return {
-        **stated,
-        "attention": engine.get("attention", "dense"),
-        "graphs": bool(engine.get("graphs")),
-    }
-
-
-def _apart(one: object, two: object) -> tuple[object, object]:
-    """Two things that differ, for a reader: of named properties only those that do."""
-    if isinstance(one, ModelRecord) and isinstance(two, ModelRecord):
-        one, two = asdict(one), asdict(two)
-    if not isinstance(one, dict) or not isinstance(two, dict):
-        return one, two
-    names = [name for name in one if one[name] != two[name]]
-    return tuple(", ".join(f"{name} {its[name]}" for name in names) for its in (one, two))
-
-
-def _machine(profile: Profile) -> object:
-    return profile.manifest.hardware.get("hash") or profile.manifest.citation
-
-
-def _later(row: Row, start: int) -> Row:
-    """The row with every place in its order of measurement moved on by ``start``."""
+def _moved_on(row: Row, start: int) -> Row:
+    """The row with all its places in the order of measurement moved by ``start``."""
     if isinstance(row, LinkRow):
         return replace(row, order=row.order + start)
     return replace(
@@ -303,15 +324,19 @@ def _later(row: Row, start: int) -> Row:
     )
 
 
-def _last(row: Row) -> int:
+def _last_order(row: Row) -> int:
     blocks = () if isinstance(row, LinkRow) else (*row.blocks, *row.set_aside_blocks)
     return max((order for order, _ in blocks), default=row.order)
 
 
+# --- export ---------------------------------------------------------------------------------------
+
+
 def row_record(row: Row) -> dict[str, Any]:
-    """A row as one flat record for tables: medians and interval, and the shape in numbers."""
+    """A row as a flat record for tables: median, interval, and the shape in numbers."""
     low, high = median_interval(row.samples_ms)
-    finite = low > float("-inf")
+    if low == -math.inf:
+        low, high = min(row.samples_ms), max(row.samples_ms)
     record: dict[str, Any] = {"key": row.key, "kind": row.kind}
     if isinstance(row, StepRow):
         shape = row.shape
@@ -325,20 +350,11 @@ def row_record(row: Row) -> dict[str, Any]:
             "padded_tokens": row.padded_tokens,
         }
     else:
-        for name in (
-            "context",
-            "tokens",
-            "rested_ms",
-            "energy_j",
-            "temperature_c",
-            "payload_bytes",
-        ):
-            if hasattr(row, name):
-                record[name] = getattr(row, name)
+        record |= {n: getattr(row, n) for n in _EDGE_AND_LINK_COLUMNS if hasattr(row, n)}
     return record | {
         "median_ms": row.median_ms,
-        "low_ms": low if finite else min(row.samples_ms),
-        "high_ms": high if finite else max(row.samples_ms),
+        "low_ms": low,
+        "high_ms": high,
         "samples": len(row.samples_ms),
         "flags": " ".join(row.flags),
         "order": row.order,
@@ -347,24 +363,26 @@ def row_record(row: Row) -> dict[str, Any]:
 
 
 def export_rows(profile: Profile, path: Path) -> int:
-    """Write the rows as ``.csv`` or ``.parquet`` (with the extra); returns how many.
+    """Write the rows as ``.csv`` or ``.parquet``; returns their number.
 
-    Raises :class:`ProfileError` for another ending or where the extra is missing.
+    Raises :class:`ProfileError` for another file type, or for Parquet without pyarrow.
     """
     import pandas as pd
 
     frame = pd.DataFrame([row_record(row) for row in profile.rows])
-    ending = path.suffix.lower()
     path.parent.mkdir(parents=True, exist_ok=True)
-    if ending == ".csv":
-        frame.to_csv(path, index=False)
-    elif ending == ".parquet":
-        try:
-            frame.to_parquet(path, index=False)
-        except ImportError:
+    match path.suffix.lower():
+        case ".csv":
+            frame.to_csv(path, index=False)
+        case ".parquet":
+            try:
+                frame.to_parquet(path, index=False)
+            except ImportError:
+                raise ProfileError(
+                    "Parquet needs pyarrow.", "Install it with: pip install 'wispprof[parquet]'."
+                ) from None
+        case _:
             raise ProfileError(
-                "Parquet needs pyarrow.", "Install it with: pip install 'wispprof[parquet]'."
-            ) from None
-    else:
-        raise ProfileError(f"Cannot export to {path.name!r}.", "Use a name in .csv or .parquet.")
+                f"Cannot export to {path.name!r}.", "Use a name in .csv or .parquet."
+            )
     return len(frame)

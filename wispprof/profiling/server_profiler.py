@@ -13,22 +13,22 @@ from wispprof.errors import ProfileError
 from wispprof.profiling.engine_runner import EngineRunner
 from wispprof.profiling.physics_checks import check_physics
 from wispprof.profiling.profile_run import (
-    Announcement,
+    SweepPlan,
     Output,
-    Setup,
-    begun,
+    ProfilerSetup,
+    resumed_header,
     model_info,
     synchronizer,
-    take_profile,
+    collect_profile,
 )
 from wispprof.profiling.shape_grid import (
     Axes,
     DeviceCapacity,
-    fullest,
+    longest_full_session,
     load_axes,
     server_workloads,
-    wanted,
-    within_budget,
+    required_capacity,
+    select_within_budget,
 )
 from wispprof.profiling.sweep import Progress, SweepResult
 from wispprof.profiling.sweep_cost import CostModel, pilot
@@ -41,8 +41,10 @@ if TYPE_CHECKING:
 __all__ = ["EngineRunner", "ServerProfilerSettings", "plan_server", "profile_server"]
 
 BUNDLED_TARGET = "models/reference-pair/target"
-QUICK = SweepSettings(target=0.05, most=12, shot_s=1.5, sentinel_every=2, reference_sample=3)
-STANDARD = SweepSettings(most=21, sentinel_every=1, reference_sample=3)
+QUICK = SweepSettings(
+    target=0.05, max_samples=12, max_workload_s=1.5, sentinel_every=2, reference_samples=3
+)
+STANDARD = SweepSettings(max_samples=21, sentinel_every=1, reference_samples=3)
 QUICK_MINUTES = 0.6
 QUICK_SHAPES = 18
 """What the quick grid measures on any machine: enough shapes to fit an estimator and to hold some out."""
@@ -110,7 +112,7 @@ def profile_server(
         physics = check_physics(rows, setup.model).as_dict()
         return rows, {"physics": physics, "left_out": setup.left_out}
 
-    profile = take_profile(
+    profile = collect_profile(
         setup,
         settings.output,
         finish=finish,
@@ -128,7 +130,7 @@ def plan_server(
     *,
     loaded: LoadedModel | None = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> Announcement:
+) -> SweepPlan:
     """A dry run: load, time a few shapes, list the shots and say how long they will take."""
     setup = _set_up(settings, loaded, clock)
     setup.close()
@@ -150,7 +152,7 @@ def _budget_left(
 
 def _set_up(
     settings: ServerProfilerSettings, loaded: LoadedModel | None, clock: Callable[[], float]
-) -> Setup[BatchShape]:
+) -> ProfilerSetup[BatchShape]:
     import torch
 
     from wispprof.engines.torch.engine import TorchEngine
@@ -161,9 +163,9 @@ def _set_up(
     axes = settings.axes or load_axes(settings.grid)
     sweep = settings.sweep or (QUICK if settings.grid == "quick" else STANDARD)
     context = info.max_context
-    most = wanted(axes, context)
+    most = required_capacity(axes, context)
     # What fitted when a sweep began is what its other half must be measured with, too.
-    resumed = begun(settings.output).get("engine", {}).get("kv_tokens")
+    resumed = resumed_header(settings.output).get("engine", {}).get("kv_tokens")
     room = settings.kv_tokens or resumed or _kv_room(device, info.kv_bytes_per_token)
     kv_tokens, longest = _memory(axes, room, most, context)
     sessions = settings.max_sessions or most.sessions
@@ -181,14 +183,16 @@ def _set_up(
     workloads = server_workloads(axes, DeviceCapacity(kv_tokens - longest, sessions, longest))
     sentinel = _sentinel(workloads)
     left = _budget_left(settings, begin, clock)
-    most_s = math.inf if left is None else _PILOT_SHARE * left
-    cost = pilot(runner, workloads, sentinel, sweep, clock, most_s=most_s)
+    pilot_s = math.inf if left is None else _PILOT_SHARE * left
+    cost = pilot(runner, workloads, sentinel, sweep, clock, budget_s=pilot_s)
     left = _budget_left(settings, begin, clock)
     whole = len(workloads)
     if left is not None:
         least = QUICK_SHAPES if settings.budget_minutes is None else 0
-        workloads = within_budget(workloads, left, _prices(workloads, sentinel, cost, sweep), least)
-    return Setup(
+        workloads = select_within_budget(
+            workloads, left, _prices(workloads, sentinel, cost, sweep), least
+        )
+    return ProfilerSetup(
         "server",
         runner,
         workloads,
@@ -220,8 +224,8 @@ def _prices(
 ) -> list[float]:
     """Seconds of each shot with its share of the looks at the sentinel."""
     each = [cost.remaining(workload) for workload in workloads]
-    look_s = cost.look_s(sentinel) / sweep.sentinel_every
-    return [seconds + blocks * look_s for blocks, seconds in each]
+    reference_s = cost.reference_s(sentinel) / sweep.sentinel_every
+    return [seconds + blocks * reference_s for blocks, seconds in each]
 
 
 def _load(settings: ServerProfilerSettings) -> LoadedModel:
@@ -239,7 +243,9 @@ def _memory(axes: Axes, room: int, most: DeviceCapacity, context: int) -> tuple[
     That session stands beside every shot, so where memory is scarce it has half of it and no more: shots
     with longer sessions are left out. Raises :class:`ProfileError` where next to nothing would remain.
     """
-    longest = max(most.context, min(context, fullest(axes, min(room, most.kv_tokens + context))))
+    longest = max(
+        most.context, min(context, longest_full_session(axes, min(room, most.kv_tokens + context)))
+    )
     longest = min(longest, room // 2)
     if longest < _LEAST_CONTEXT:
         raise ProfileError(

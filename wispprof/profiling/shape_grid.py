@@ -22,15 +22,15 @@ __all__ = [
     "GRIDS",
     "Axes",
     "DeviceCapacity",
-    "fullest",
+    "longest_full_session",
     "load_axes",
     "parse_range",
-    "read_grid",
+    "load_grid_file",
     "server_workloads",
-    "shape_work",
-    "wanted",
-    "whole_numbers",
-    "within_budget",
+    "shape_features",
+    "required_capacity",
+    "parse_axis",
+    "select_within_budget",
 ]
 
 Grid = TypeVar("Grid")
@@ -144,11 +144,11 @@ def load_axes(name: str) -> Axes:
     """
     if name in GRIDS:
         return GRIDS[name]
-    base, table = read_grid(name, "server", GRIDS)
-    return override(base, table, name)
+    base, table = load_grid_file(name, "server", GRIDS)
+    return override_axes(base, table, name)
 
 
-def read_grid(name: str, section: str, grids: dict[str, Grid]) -> tuple[Grid, dict[str, Any]]:
+def load_grid_file(name: str, section: str, grids: dict[str, Grid]) -> tuple[Grid, dict[str, Any]]:
     """A TOML file's base grid and what its ``section`` (or the whole file) changes of it."""
     path = Path(name)
     if not path.is_file():
@@ -166,7 +166,7 @@ def read_grid(name: str, section: str, grids: dict[str, Grid]) -> tuple[Grid, di
     return grids[base], table
 
 
-def override(axes: Axes, values: dict[str, Any], where: str) -> Axes:
+def override_axes(axes: Axes, values: dict[str, Any], where: str) -> Axes:
     """``axes`` with some of them replaced by lists or range strings."""
     changed: dict[str, tuple[Any, ...]] = {}
     for name, value in values.items():
@@ -176,11 +176,11 @@ def override(axes: Axes, values: dict[str, Any], where: str) -> Axes:
         if name == "full_share":
             changed[name] = tuple(float(share) for share in _numbers(value, name, where))
         else:
-            changed[name] = whole_numbers(value, name, where)
+            changed[name] = parse_axis(value, name, where)
     return replace(axes, **changed)
 
 
-def whole_numbers(value: object, name: str, where: str) -> tuple[int, ...]:
+def parse_axis(value: object, name: str, where: str) -> tuple[int, ...]:
     """An axis as a list of numbers or a range string."""
     if isinstance(value, str):
         return parse_range(value)
@@ -195,7 +195,7 @@ def _numbers(value: object, name: str, where: str) -> list[float]:
     return list(value)
 
 
-def shape_work(shape: BatchShape) -> tuple[float, ...]:
+def shape_features(shape: BatchShape) -> tuple[float, ...]:
     """What a step's time grows with: 1, new tokens, attended pairs, cached tokens, items."""
     return (
         1.0,
@@ -212,7 +212,7 @@ def server_workloads(axes: Axes, capacity: DeviceCapacity) -> list[Workload[Batc
     for kind, shape in _shapes(axes, capacity):
         key = shape.key()
         if capacity.holds(shape) and key not in workloads:
-            workloads[key] = Workload(key, kind, shape, shape_work(shape))
+            workloads[key] = Workload(key, kind, shape, shape_features(shape))
     if not workloads:
         raise ProfileError(
             "No shape of this grid fits the engine.",
@@ -221,7 +221,7 @@ def server_workloads(axes: Axes, capacity: DeviceCapacity) -> list[Workload[Batc
     return list(workloads.values())
 
 
-def wanted(axes: Axes, context: int) -> DeviceCapacity:
+def required_capacity(axes: Axes, context: int) -> DeviceCapacity:
     """The most that the axes can use of a model with this context, but for ``full_share``.
 
     ``context`` of the answer: tokens of the longest session.
@@ -233,7 +233,7 @@ def wanted(axes: Axes, context: int) -> DeviceCapacity:
     return DeviceCapacity(sessions * verify + chunk, sessions, min(context, max(verify, chunk)))
 
 
-def fullest(axes: Axes, kv_tokens: int) -> int:
+def longest_full_session(axes: Axes, kv_tokens: int) -> int:
     """Tokens of the longest session in the batches of ``full_share``, did the context not end."""
     return int(kv_tokens * max(axes.full_share, default=0.0)) // _few(axes)
 
@@ -290,7 +290,7 @@ def _batch(items: Iterable[tuple[int, int]]) -> BatchShape:
     return BatchShape(tuple(VerifyItem(new, cached) for new, cached in items))
 
 
-def within_budget(
+def select_within_budget(
     workloads: Sequence[Workload[BatchShape]],
     budget_s: float,
     cost_s: Sequence[float],

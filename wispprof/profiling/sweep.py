@@ -1,14 +1,14 @@
-"""The sweep engine: shots in random order, visited until their medians are known, with drift in view.
+"""Measure many workloads: plan, measure a block, log it, refine, stop at the announced time.
 
-It goes through all shots several times, each time in another order and for a few samples only, so that a slow
-phase of the machine falls upon all of them alike; from the third time on, only to those whose
-median is not yet known well enough. Time comes from an injected clock, so tests run a sweep of hours
-in no time.
+The sweep passes over all workloads several times, in a new random order each time, and takes a few samples of each.
+So a slow phase of the machine affects all workloads alike. Later passes skip workloads whose median is known well
+enough. The clock is injected, so tests run hours of a sweep in no time.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,27 +22,33 @@ from wispprof.errors import EngineError
 from wispprof.hardware import NullSensors, Sensors
 from wispprof.profiling.measurement_log import MeasurementLog, half_width
 from wispprof.profiling.sweep_cost import CostModel
-from wispprof.profiling.workload import Runner, SweepSettings, Workload, duration, run_repeatedly
+from wispprof.profiling.workload import (
+    Runner,
+    SweepSettings,
+    Workload,
+    format_duration,
+    run_repeatedly,
+)
 
 __all__ = ["Progress", "Sweep", "SweepResult"]
 
 Progress = Callable[[int, int, str], None]
-"""Called with (visits made, visits expected in all, a few words with the ETA)."""
+"""Called with (blocks measured, blocks expected in all, status text with the ETA)."""
 
 Subject = TypeVar("Subject")
 
-_PROMISE = 1.15
-"""Share of the announced time after which no more samples are taken than each shot's least."""
-_TURN = 1_000_003
+_REFINE_SHARE = 1.15
+"""Share of the announced time after which workloads get no more than ``min_samples``."""
+_PASS_SEED = 1_000_003
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """Every row there is now (resumed ones too), flags set, in the order of measurement.
+    """All rows (resumed ones too) with their flags, in the order of measurement.
 
-    ``refused``: workloads the backend could not do, with its reason. ``seconds``: this run alone.
-    ``expected_s``: what was announced when it began; None without a pilot. ``out_of_time``: shots that
-    were not measured at all.
+    ``refused``: key of each workload that the backend could not run, with the reason. ``seconds``: duration of this
+    run. ``expected_s``: time announced at its start; ``None`` without a pilot. ``out_of_time``: number of
+    workloads without any measurement.
     """
 
     rows: tuple[Row, ...]
@@ -53,12 +59,12 @@ class SweepResult:
 
 
 class Sweep(Generic[Subject]):
-    """Measures ``workloads`` with ``runner``; what each visit gave goes to ``journal`` at once.
+    """Measures ``workloads`` with ``runner`` and appends each block to ``journal`` at once.
 
-    Visits that the journal already holds are not made again. ``cost``: what a pilot has learned; the
-    sweep then keeps to the time it announces, by giving up refinement rather than samples that every
-    shot must have. ``budget_s`` is never exceeded as long as visits take what they did before. An
-    exception or Ctrl-C leaves the journal complete up to the last finished visit.
+    Blocks that are in the journal already are not repeated. ``cost``: cost model of a pilot. With it, the sweep
+    keeps to the time that it announces: it skips refinement, but no workload's ``min_samples``. It never exceeds
+    ``budget_s`` as long as blocks cost what they did before. An exception or Ctrl-C leaves every finished block
+    in the journal.
     """
 
     def __init__(
@@ -76,142 +82,147 @@ class Sweep(Generic[Subject]):
         budget_s: float | None = None,
     ) -> None:
         if len({workload.key for workload in workloads}) != len(workloads):
-            raise ValueError("shots need distinct keys")
-        self._shooter, self._settings, self._sentinel = runner, settings, sentinel
+            raise ValueError("workload keys must be distinct")
+        self._runner, self._settings, self._sentinel = runner, settings, sentinel
+        self._workloads = sorted(workloads, key=lambda workload: workload.key)
         self._journal, self._sensors = journal, sensors or NullSensors()
+        self._log = MeasurementLog(settings.drift, journal.rows if journal else ())
         self._clock, self._progress = clock, progress or (lambda done, total, status: None)
-        self._promised = cost is not None
+        self._has_pilot = cost is not None
         self._cost: CostModel[Subject] = cost if cost is not None else CostModel(settings)
-        self._budget_s = float("inf") if budget_s is None else budget_s
-        self._ledger = MeasurementLog(settings.drift, journal.rows if journal else ())
-        self._shots = sorted(workloads, key=lambda workload: workload.key)
+        self._budget_s = math.inf if budget_s is None else budget_s
         self._refused: dict[str, str] = {}
-        self._skipped: set[str] = set()
-        self._since_look = settings.sentinel_every
-        self._made = 0
-        self._told: tuple[float, int, float] | None = None
+        self._out_of_time: set[str] = set()
+        self._blocks_since_reference = settings.sentinel_every
+        self._blocks_done = 0
+        self._last_estimate: tuple[float, int, float] | None = None
 
     def run(self) -> SweepResult:
         begin = self._clock()
-        announced = self._left()[1] if self._promised else None
-        ends = begin + self._budget_s
-        refined = min(ends, begin + _PROMISE * announced) if announced is not None else ends
+        announced_s = self._remaining()[1] if self._has_pilot else None
+        deadline = begin + self._budget_s
+        refine_until = deadline
+        if announced_s is not None:
+            refine_until = min(deadline, begin + _REFINE_SHARE * announced_s)
         with _no_garbage_collection():
-            while waiting := self._waiting():
-                turn = min(self._ledger.count(workload.key) for workload in waiting)
-                now = [workload for workload in waiting if self._ledger.count(workload.key) == turn]
-                random.Random(self._settings.seed * _TURN + turn).shuffle(now)
-                for workload in now:
-                    if self._done(workload):
-                        continue  # a look has cleared its visits meanwhile
-                    if not self._in_time(workload, ends if self._lacks(workload) else refined):
-                        self._skipped.add(workload.key)
-                        continue
-                    self._visit_one(workload)
-            if self._made:
-                self._look()
-        self._progress(self._made, self._made, "done")
-        rows = self._ledger.rows(self._settings.least, self._settings.target)
-        missing = sum(self._ledger.count(key) == 0 for key in self._skipped)
-        return SweepResult(rows, self._clock() - begin, announced, self._refused, missing)
+            while unfinished := self._unfinished():
+                self._measure_pass(unfinished, deadline, refine_until)
+            if self._blocks_done:
+                self._measure_sentinel()
+        self._progress(self._blocks_done, self._blocks_done, "done")
+        rows = self._log.rows(self._settings.min_samples, self._settings.target)
+        missing = sum(self._log.block_count(key) == 0 for key in self._out_of_time)
+        return SweepResult(rows, self._clock() - begin, announced_s, self._refused, missing)
+
+    def _measure_pass(
+        self, unfinished: list[Workload[Subject]], deadline: float, refine_until: float
+    ) -> None:
+        """Measure a block of each workload that has the fewest, in random order."""
+        fewest = min(self._log.block_count(workload.key) for workload in unfinished)
+        chosen = [w for w in unfinished if self._log.block_count(w.key) == fewest]
+        random.Random(self._settings.seed * _PASS_SEED + fewest).shuffle(chosen)
+        for workload in chosen:
+            if self._is_finished(workload):
+                continue  # a newer reference measurement cleared its blocks
+            if not self._fits(workload, deadline if self._below_min(workload) else refine_until):
+                self._out_of_time.add(workload.key)
+                continue
+            if self._blocks_since_reference >= self._settings.sentinel_every:
+                self._measure_sentinel()
+            self._report_progress(workload)
+            try:
+                self._measure_block(workload, self._warmup(workload), self._block(workload))
+            except EngineError as err:
+                self._refused[workload.key] = str(err)
+                continue
+            self._blocks_done += 1
+            self._blocks_since_reference += 1
 
     # --- what is left to do -------------------------------------------------------------------
 
-    def _waiting(self) -> list[Workload[Subject]]:
-        gone = self._skipped | self._refused.keys()
-        return [
-            workload
-            for workload in self._shots
-            if workload.key not in gone and not self._done(workload)
-        ]
+    def _unfinished(self) -> list[Workload[Subject]]:
+        skipped = self._out_of_time | self._refused.keys()
+        return [w for w in self._workloads if w.key not in skipped and not self._is_finished(w)]
 
-    def _done(self, workload: Workload[Subject]) -> bool:
-        if self._lacks(workload):
+    def _is_finished(self, workload: Workload[Subject]) -> bool:
+        if self._below_min(workload):
             return False
-        taken, clean = self._ledger.samples(workload.key), self._ledger.clean(workload.key)
         settings = self._settings
-        spent = len(taken) >= settings.most or sum(taken) / 1000 > settings.shot_s
-        return spent or (len(clean) >= settings.least and half_width(clean) <= settings.target)
-
-    def _lacks(self, workload: Workload[Subject]) -> bool:
-        """Whether the least that every shot must have is not there yet."""
-        taken = self._ledger.samples(workload.key)
-        spent = bool(taken) and sum(taken) / 1000 > self._settings.shot_s
-        return len(taken) < self._settings.least and not spent
-
-    def _in_time(self, workload: Workload[Subject], ends: float) -> bool:
-        """Whether a visit, and the last look at the sentinel, still fit before ``ends``."""
-        if ends == float("inf"):
+        taken, clean = self._log.samples(workload.key), self._log.clean_samples(workload.key)
+        if len(taken) >= settings.max_samples or self._is_spent(taken):
             return True
-        need = self._cost.visit_s(workload, self._block(workload) + self._warmup(workload))
-        if self._sentinel is not None:
-            reference_samples = 2 if self._since_look >= self._settings.sentinel_every else 1
-            need += reference_samples * self._cost.look_s(self._sentinel)
-        return self._clock() + need <= ends
+        return len(clean) >= settings.min_samples and half_width(clean) <= settings.target
 
-    def _left(self) -> tuple[int, float]:
-        ledger = self._ledger
-        have = [
-            (workload, ledger.clean(workload.key), len(ledger.samples(workload.key)))
-            for workload in self._waiting()
+    def _below_min(self, workload: Workload[Subject]) -> bool:
+        taken = self._log.samples(workload.key)
+        return len(taken) < self._settings.min_samples and not self._is_spent(taken)
+
+    def _is_spent(self, samples: Sequence[float]) -> bool:
+        return sum(samples) / 1000 > self._settings.max_workload_s
+
+    def _fits(self, workload: Workload[Subject], until: float) -> bool:
+        """Whether a block and the last reference measurement end before ``until``."""
+        if until == math.inf:
+            return True
+        need_s = self._cost.block_s(workload, self._block(workload) + self._warmup(workload))
+        if self._sentinel is not None:
+            references = 2 if self._blocks_since_reference >= self._settings.sentinel_every else 1
+            need_s += references * self._cost.reference_s(self._sentinel)
+        return self._clock() + need_s <= until
+
+    def _remaining(self) -> tuple[int, float]:
+        """Blocks and seconds until all workloads are finished."""
+        log = self._log
+        states = [
+            (workload, log.clean_samples(workload.key), len(log.samples(workload.key)))
+            for workload in self._unfinished()
         ]
-        return self._cost.plan_s(have, self._sentinel)
+        return self._cost.total(states, self._sentinel)
+
+    def _report_progress(self, workload: Workload[Subject]) -> None:
+        """Report the ETA. Estimates it once a second at most, because that scans all workloads."""
+        now = self._clock()
+        if self._last_estimate is None or now - self._last_estimate[0] > 1.0:
+            blocks, seconds = self._remaining()
+            self._last_estimate = now, self._blocks_done + blocks, seconds
+        estimated_at, blocks, seconds = self._last_estimate
+        status = f"ETA {format_duration(seconds - (now - estimated_at))}  {workload.key}"
+        self._progress(self._blocks_done, max(blocks, self._blocks_done + 1), status)
 
     # --- doing it -----------------------------------------------------------------------------
 
-    def _visit_one(self, workload: Workload[Subject]) -> None:
-        if self._since_look >= self._settings.sentinel_every:
-            self._look()
-        self._tell(workload)
-        try:
-            self._keep(workload, self._warmup(workload), self._block(workload))
-        except EngineError as err:
-            self._refused[workload.key] = str(err)
-            return
-        self._made += 1
-        self._since_look += 1
-
-    def _tell(self, workload: Workload[Subject]) -> None:
-        """Progress with an ETA, reckoned anew once a second: it looks at every shot."""
-        now = self._clock()
-        if self._told is None or now - self._told[0] > 1.0:
-            blocks, seconds = self._left()
-            self._told = now, self._made + blocks, seconds
-        at, blocks, seconds = self._told
-        words = f"ETA {duration(seconds - (now - at))}  {workload.key}"
-        self._progress(self._made, max(blocks, self._made + 1), words)
-
-    def _look(self) -> None:
+    def _measure_sentinel(self) -> None:
         if self._sentinel is not None:
-            self._keep(
-                self._sentinel, self._settings.reference_warmup, self._settings.reference_sample
+            settings = self._settings
+            self._measure_block(
+                self._sentinel, settings.reference_warmup, settings.reference_samples
             )
-        self._since_look = 0
+        self._blocks_since_reference = 0
 
     def _block(self, workload: Workload[Subject]) -> int:
-        left = self._settings.most - len(self._ledger.samples(workload.key))
+        left = self._settings.max_samples - len(self._log.samples(workload.key))
         return max(1, min(self._settings.block, left))
 
     def _warmup(self, workload: Workload[Subject]) -> int:
         warmup = self._settings.warmup
-        return min(1, warmup) if self._ledger.count(workload.key) else warmup
+        return min(1, warmup) if self._log.block_count(workload.key) else warmup
 
-    def _keep(self, workload: Workload[Subject], warmup: int, count: int) -> None:
+    def _measure_block(self, workload: Workload[Subject], warmup: int, count: int) -> None:
         begin = self._clock()
-        fires = run_repeatedly(
-            self._shooter, workload, warmup, count, self._settings, self._clock, self._sensors
+        runs = run_repeatedly(
+            self._runner, workload, warmup, count, self._settings, self._clock, self._sensors
         )
-        flags = ("throttled",) if fires.throttled else ()
-        row = self._shooter.row(workload, tuple(fires.samples), flags, self._ledger.next_order)
+        flags = ("throttled",) if runs.throttled else ()
+        row = self._runner.row(workload, tuple(runs.samples), flags, self._log.next_order)
         if self._journal is not None:
             self._journal.append(row)
-        self._ledger.add(row)
-        self._cost.observe(workload, self._clock() - begin, fires)
+        self._log.add(row)
+        self._cost.observe(workload, self._clock() - begin, runs)
 
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """A collection in the middle of a step would be timed as if it belonged there."""
+    """Disable garbage collection: within a step it would be timed as part of the step."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()

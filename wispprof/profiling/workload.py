@@ -1,6 +1,6 @@
-"""Shots, who fires them, and one visit to one of them: the nouns of a sweep.
+"""What a sweep measures (:class:`Workload`), what runs it (:class:`Runner`), and how one block is measured.
 
-Nothing here knows of models: a *shooter* prepares a shot, fires it and returns milliseconds.
+Nothing here depends on a model: a runner prepares a workload, runs it and returns milliseconds.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ __all__ = [
     "Runner",
     "SweepSettings",
     "Workload",
-    "duration",
+    "format_duration",
+    "round_ms",
     "run_repeatedly",
-    "significant",
 ]
 
 Subject = TypeVar("Subject")
 
-_FEW = 3
+MIN_BLOCK_SAMPLES = 3
+"""Samples that a block yields even if they take longer than ``max_workload_s``."""
 
 
 @dataclass(frozen=True)
 class Workload(Generic[Subject]):
-    """One thing to measure. ``key`` is unique in a sweep and stable between runs.
+    """One thing to measure. ``key`` is unique within a sweep and stable between runs.
 
-    ``work``: numbers that its time grows with, for the expected time and for choosing informative
-    shots; the first is 1 (what a shot costs whatever it holds). ``rest_s``: how long the device does
-    nothing before each fire; the expected time counts it, the samples do not.
+    ``work``: quantities that the time grows with. They predict the time and pick informative workloads; the
+    first is 1, for the constant cost. ``rest_s``: idle time before each run. It counts towards
+    the expected time, but not in the samples.
     """
 
     key: str
@@ -44,12 +45,12 @@ class Workload(Generic[Subject]):
 
 
 class Runner(Protocol[Subject]):
-    """What a sweep measures with. ``prepare`` and ``finish`` frame the fires of one visit."""
+    """Runs workloads. ``prepare`` and ``finish`` enclose the runs of one block."""
 
     def prepare(self, workload: Workload[Subject]) -> None: ...
 
     def run_once(self) -> float:
-        """Do it once; returns milliseconds. The next call finds the same state again."""
+        """Run the prepared workload; returns milliseconds. Leaves the state as it was before."""
 
     def finish(self) -> None: ...
 
@@ -64,39 +65,39 @@ class Runner(Protocol[Subject]):
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """``target``: half-width of the 95 % confidence interval of the median, relative to it.
+    """``target``: half-width of the 95 % confidence interval of the median, relative to the median.
 
-    A shot is visited again and again, ``block`` samples at a time, until its median is that well known;
-    it gives ``least`` to ``most`` samples, and no more once it took ``shot_s`` seconds (but one
-    visit's at least). The first visit fires ``warmup`` times before it counts, later ones once. Every
-    ``sentinel_every`` blocks comes a reference_sample at the sentinel, of ``reference_sample`` samples; one further than ``drift``
-    from the others marks the visits beside it.
+    A workload is measured in blocks of ``block`` samples until it reaches ``target``. It gets
+    ``min_samples`` to ``max_samples``, and no further block once its samples took ``max_workload_s`` seconds. The
+    first block starts with ``warmup`` uncounted runs, later ones with one. After every ``sentinel_every``
+    blocks the sentinel workload is measured with ``reference_samples``; if its median is more than ``drift`` away
+    from the others, the neighbouring blocks count as disturbed.
     """
 
     seed: int = 0
     target: float = 0.03
     warmup: int = 2
     block: int = 3
-    least: int = 6
-    most: int = 30
-    shot_s: float = 4.0
+    min_samples: int = 6
+    max_samples: int = 30
+    max_workload_s: float = 4.0
     sentinel_every: int = 10
-    reference_sample: int = 6
+    reference_samples: int = 6
     drift: float = 0.10
 
     def __post_init__(self) -> None:
-        counts = (self.block, self.least, self.sentinel_every, self.reference_sample)
-        if not (0 < self.target < 1 and min(counts) >= 1 and self.least <= self.most):
-            raise ValueError(f"impossible sweep settings: {self}")
+        counts = (self.block, self.min_samples, self.sentinel_every, self.reference_samples)
+        if not (0 < self.target < 1 and min(counts) >= 1 and self.min_samples <= self.max_samples):
+            raise ValueError(f"invalid sweep settings: {self}")
 
     @property
     def reference_warmup(self) -> int:
-        """Fires before a look counts; short looks are frequent ones, which keep the sentinel warm."""
-        return min(1 if self.reference_sample < self.least else self.warmup, self.warmup)
+        """Uncounted runs of the sentinel. Short measurements are frequent, so they need only one."""
+        return min(1 if self.reference_samples < self.min_samples else self.warmup, self.warmup)
 
 
 class RunSamples(NamedTuple):
-    """What one visit gave, ms: fires that warmed up, fires that count; whether the device throttled."""
+    """One block, in ms: runs that warmed up, runs that count; whether the device throttled."""
 
     warming: list[float]
     samples: list[float]
@@ -112,29 +113,34 @@ def run_repeatedly(
     clock: Callable[[], float],
     sensors: Sensors,
 ) -> RunSamples:
-    """Prepare, warm up, fire ``count`` times; a slow shot only until its time is up, but three times."""
+    """Measure one block: prepare, warm up, run ``count`` times.
+
+    Stops early after ``max_workload_s``, but not before :data:`MIN_BLOCK_SAMPLES`.
+    """
     try:
         runner.prepare(workload)
         begin = clock()
         warming: list[float] = []
-        while len(warming) < warmup and clock() - begin <= settings.shot_s / 2:
-            warming.append(significant(runner.run_once()))
+        while len(warming) < warmup and clock() - begin <= settings.max_workload_s / 2:
+            warming.append(round_ms(runner.run_once()))
         samples: list[float] = []
-        while len(samples) < count and (len(samples) < _FEW or clock() - begin <= settings.shot_s):
-            samples.append(significant(runner.run_once()))
-        # Read while it is still hot.
+        while len(samples) < count and (
+            len(samples) < MIN_BLOCK_SAMPLES or clock() - begin <= settings.max_workload_s
+        ):
+            samples.append(round_ms(runner.run_once()))
+        # Read the sensors while the device is still hot.
         return RunSamples(warming, samples, bool(sensors.read().throttled))
     finally:
         runner.finish()
 
 
-def significant(ms: float) -> float:
-    """Six significant digits: finer than any clock here, and rows stay short."""
+def round_ms(ms: float) -> float:
+    """Six significant digits: finer than any clock used here, and rows stay short."""
     return float(f"{ms:.6g}")
 
 
-def duration(seconds: float) -> str:
-    """``1:05``, or ``2:01:05`` from an hour on."""
+def format_duration(seconds: float) -> str:
+    """``1:05``, or ``2:01:05`` from one hour."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

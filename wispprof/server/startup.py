@@ -55,18 +55,18 @@ def build_server(
 def warn_about_other_machines(settings: ServerSettings) -> list[str]:
     """A line for each artifact that was made on another machine, or of another estimator, than serves."""
     from wispprof.artifacts import read_document
-    from wispprof.hardware import computing_on, made_elsewhere
+    from wispprof.hardware import compute_device_name, machine_mismatch
 
-    here = computing_on(settings.device)
+    here = compute_device_name(settings.device)
     estimator = read_document(settings.estimator, "estimator") if settings.estimator else None
     plan = read_document(settings.plan, "plan") if settings.plan else None
     lines: list[str | None] = []
     if estimator is not None:
         made_on = estimator.inputs.get("machine", "")
-        lines.append(made_elsewhere(f"The estimator {settings.estimator}", made_on, here))
+        lines.append(machine_mismatch(f"The estimator {settings.estimator}", made_on, here))
     if plan is not None:
         made_on = plan.inputs.get("machine", "")
-        lines.append(made_elsewhere(f"The plan {settings.plan}", made_on, here))
+        lines.append(machine_mismatch(f"The plan {settings.plan}", made_on, here))
         made_of = plan.inputs.get("estimator", "")
         if estimator is not None and made_of and made_of != estimator.hash:
             lines.append(

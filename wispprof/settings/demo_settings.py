@@ -46,7 +46,12 @@ class DemoSettings:
     )
     sweep: SweepSettings = field(
         default_factory=lambda: SweepSettings(
-            target=0.06, least=5, most=12, shot_s=0.5, sentinel_every=12, drift=0.6
+            target=0.06,
+            min_samples=5,
+            max_samples=12,
+            max_workload_s=0.5,
+            sentinel_every=12,
+            drift=0.6,
         )
     )
     prompts: int = 16
@@ -68,7 +73,7 @@ class DemoSettings:
         return replace(
             full,
             axes=replace(full.axes, items=(1, 4, 8), new=(1, 5), cached=(64, 256), skew_items=(4,)),
-            sweep=replace(full.sweep, least=4, most=6, shot_s=0.25),
+            sweep=replace(full.sweep, min_samples=4, max_samples=6, max_workload_s=0.25),
             prompts=8,
             prompt_tokens=64,
             path_tokens=64,

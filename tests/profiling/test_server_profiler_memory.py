@@ -27,7 +27,13 @@ ROOMY = Axes(
     full_share=(0.5, 0.95),
 )
 SWEEP = SweepSettings(
-    warmup=0, block=1, least=1, most=1, target=0.9, sentinel_every=5, reference_sample=1
+    warmup=0,
+    block=1,
+    min_samples=1,
+    max_samples=1,
+    target=0.9,
+    sentinel_every=5,
+    reference_samples=1,
 )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from wispprof.hardware import clocks, energy, machine_info, nvml
-from wispprof.hardware.machine_info import Gpu, probe
+from wispprof.hardware.machine_info import Gpu, probe_machine
 
 
 def put(root, files):
@@ -27,7 +27,7 @@ class Clock:
 
 
 def test_this_machine_has_a_stable_fingerprint():
-    first, second = machine_info.fingerprint(), machine_info.probe(machine_info.Path("/"))
+    first, second = machine_info.fingerprint(), machine_info.probe_machine(machine_info.Path("/"))
     assert first == second
     assert first.hash == second.hash
     assert first.cores >= 1
@@ -45,7 +45,7 @@ def test_the_hash_follows_hardware_and_not_software(monkeypatch, tmp_path):
             "proc/driver/nvidia/gpus/0000/information": "Model: \t Some GPU\nIRQ: 5\n",
         },
     )
-    found = probe(tmp_path)
+    found = probe_machine(tmp_path)
     assert (found.cpu, found.board) == ("Some CPU", "Raspberry Pi 5 Model B Rev 1.0")
     assert found.gpus == (Gpu("Some GPU"),)
     assert "Raspberry Pi 5" in found.title
@@ -152,7 +152,7 @@ class FakeNvml:
 def test_nvml_present_and_refusing(monkeypatch, tmp_path):
     fake = FakeNvml()
     monkeypatch.setattr(nvml, "library", lambda: fake)
-    assert probe(tmp_path).gpus == (Gpu("H200", 139, "570"),)
+    assert probe_machine(tmp_path).gpus == (Gpu("H200", 139, "570"),)
     assert clocks.sensors("cuda:0").read() == clocks.Reading(1980.0, 55.0, True)
     meter = energy.energy_meter("cuda")
     meter.begin()

@@ -107,9 +107,9 @@ def test_two_sweeps_of_one_machine_hardly_differ_however_noisy_it_is(pace, visit
     ]
     assert max(one.changed_share for one in found) <= 0.05
     assert statistics.fmean(one.changed_share for one in found) <= 0.005
-    assert statistics.fmean(one.pace for one in found) == pytest.approx(pace, rel=0.02)
+    assert statistics.fmean(one.slowdown for one in found) == pytest.approx(pace, rel=0.02)
     if visit_noise == 0.05:
-        apart = [abs(row.ratio / one.pace - 1) > 0.05 for one in found for row in one.rows]
+        apart = [abs(row.ratio / one.slowdown - 1) > 0.05 for one in found for row in one.rows]
         assert statistics.fmean(apart) > 0.1  # what a plain threshold would have reported
 
 
@@ -125,7 +125,7 @@ def test_a_change_is_found_among_many_shapes_and_nothing_else_is():
 def test_a_machine_that_became_slower_as_a_whole_is_not_explained_away():
     one, other = swept(1), swept(2, pace=1.3)
     found = diff_profiles(one, other)
-    assert found.pace == 1.0
+    assert found.slowdown == 1.0
     assert found.sentinel_ratio == pytest.approx(1.3, rel=0.03)
     assert found.changed_share == 1.0
     slightly = swept(3, pace=1.08, visit_noise=0.002)
@@ -134,7 +134,7 @@ def test_a_machine_that_became_slower_as_a_whole_is_not_explained_away():
 
 
 def test_false_findings_are_bounded_not_each_test():
-    from wispprof.profiling.measurement_log import discoveries
+    from wispprof.profiling.profile_tools import discoveries
 
     assert discoveries([0.01, 0.02, 0.03, 0.04, 0.05], 0.05) == [True] * 5
     assert discoveries([0.02, 0.5, 0.5, 0.5, 0.5], 0.05) == [False] * 5
@@ -364,10 +364,10 @@ def test_the_profile_commands(tmp_path):
 
 def test_ctrl_c_says_where_the_rows_are(tmp_path, monkeypatch):
     from wispprof.profiling import server_profiler
-    from wispprof.profiling.profile_run import journal_file
+    from wispprof.profiling.profile_run import journal_path
 
     def interrupted(settings, progress):
-        journal_file(settings.output.path).write_bytes(b"header\nrow\nrow\n")
+        journal_path(settings.output.path).write_bytes(b"header\nrow\nrow\n")
         progress(2, 9, "ETA 0:05")
         raise KeyboardInterrupt
 

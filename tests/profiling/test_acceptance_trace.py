@@ -19,7 +19,7 @@ from wispprof.errors import ArtifactDamaged, EngineError, ModelError, ProfileErr
 from wispprof.profiling.acceptance_trace import (
     TraceSettings,
     accepted_lengths,
-    take_trace,
+    collect_trace,
     target_paths,
     trace_remote,
 )
@@ -114,7 +114,7 @@ def test_accepted_is_what_the_engine_would_accept(target, draft, sampling, tmp_p
     settings = TraceSettings(sampling=sampling, path_tokens=14, depth=4, batch=2)
     prompts = [text(6, 1), text(20, 2), text(9, 3)]
     seen = []
-    trace = take_trace(
+    trace = collect_trace(
         target, draft, settings, lambda *update: seen.append(update[:2]), prompts=prompts
     )
     assert seen[-1] == (6, 6)
@@ -171,7 +171,7 @@ class EngineServer:
 def test_a_remote_target_gives_the_same_trace_as_a_local_one(target, draft, sampling):
     settings = TraceSettings(sampling=sampling, path_tokens=14, depth=3, batch=2)
     prompts = [text(6, 1), text(20, 2), text(9, 3)]
-    local = take_trace(target, draft, settings, prompts=prompts)
+    local = collect_trace(target, draft, settings, prompts=prompts)
 
     async def connect():
         return EngineServer(target)
@@ -190,7 +190,7 @@ def test_a_remote_target_gives_the_same_trace_as_a_local_one(target, draft, samp
 
 def test_a_model_always_accepts_itself(target):
     settings = TraceSettings(sampling=WARM, path_tokens=12, depth=3)
-    trace = take_trace(target, target, settings, prompts=[text(8)])
+    trace = collect_trace(target, target, settings, prompts=[text(8)])
     assert trace.cum_acceptance_by_position().tolist() == [1.0, 1.0, 1.0]
 
 
@@ -202,9 +202,9 @@ def test_accepted_lengths_count_the_matching_prefix_only():
 def test_pairs_and_lengths_that_cannot_work_say_so(target, draft):
     stranger = SimpleNamespace(info=SimpleNamespace(id="x", tokenizer_hash="other", vocab_size=9))
     with pytest.raises(ModelError, match="share a tokenizer"):
-        take_trace(target, stranger, TraceSettings(), prompts=[text(5)])
+        collect_trace(target, stranger, TraceSettings(), prompts=[text(5)])
     with pytest.raises(ProfileError, match="context"):
-        take_trace(target, draft, TraceSettings(path_tokens=250), prompts=[text(50)])
+        collect_trace(target, draft, TraceSettings(path_tokens=250), prompts=[text(50)])
 
 
 # --- prompts --------------------------------------------------------------------------------------

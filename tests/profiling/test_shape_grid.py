@@ -10,11 +10,11 @@ from wispprof.profiling.shape_grid import (
     GRIDS,
     Axes,
     DeviceCapacity,
-    fullest,
+    longest_full_session,
     load_axes,
     parse_range,
     server_workloads,
-    wanted,
+    required_capacity,
 )
 
 ROOMY = DeviceCapacity(1 << 22, 256, 1 << 16)
@@ -68,8 +68,10 @@ def test_grids_stay_within_the_device():
 
 def test_rows_near_the_memory_limit():
     capacity = DeviceCapacity(40_000, 64, 4096)
-    fullest = max(s.subject.cached_tokens for s in server_workloads(GRIDS["standard"], capacity))
-    assert fullest > 0.9 * capacity.kv_tokens
+    longest_full_session = max(
+        s.subject.cached_tokens for s in server_workloads(GRIDS["standard"], capacity)
+    )
+    assert longest_full_session > 0.9 * capacity.kv_tokens
 
 
 @pytest.mark.parametrize("context", [48, 2048])
@@ -84,13 +86,13 @@ def test_contexts_beyond_the_model_are_measured_at_its_very_end(context):
 @pytest.mark.parametrize("context", [300, 2048, 1 << 16])
 def test_what_a_grid_wants_is_the_most_it_can_use(name, context):
     axes = GRIDS[name]
-    most = wanted(axes, context)
+    most = required_capacity(axes, context)
     endless = server_workloads(axes, DeviceCapacity(1 << 40, 1 << 20, context))
     if not axes.full_share:
         assert all(most.holds(workload.subject) for workload in endless)
     held = server_workloads(axes, DeviceCapacity(most.kv_tokens, most.sessions, context))
     longest = max(i.cached + i.new for s in held for i in s.subject.items)
-    assert longest <= max(most.context, min(context, fullest(axes, most.kv_tokens)))
+    assert longest <= max(most.context, min(context, longest_full_session(axes, most.kv_tokens)))
 
 
 def test_axes_from_toml(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from wispprof.artifacts import write_document
-from wispprof.hardware import computing_on, fingerprint, made_elsewhere
+from wispprof.hardware import compute_device_name, fingerprint, machine_mismatch
 from wispprof.server.startup import warn_about_other_machines
 from wispprof.settings.server_settings import ServerSettings
 
@@ -27,21 +27,21 @@ H200 = {"cpu": "Xeon", "cores": 16, "gpus": [{"name": "NVIDIA H200"}, {"name": "
     ],
 )
 def test_what_computes_has_one_name(device: str, hardware: dict[str, object], name: str) -> None:
-    assert computing_on(device, hardware) == name
+    assert compute_device_name(device, hardware) == name
 
 
 def test_only_what_is_known_and_differs_is_said() -> None:
-    assert made_elsewhere("It", "NVIDIA H200", "NVIDIA H200") is None
-    assert made_elsewhere("It", "", "NVIDIA H200") is None
-    line = made_elsewhere("The estimator e.json", "NVIDIA H200", "NVIDIA L4")
+    assert machine_mismatch("It", "NVIDIA H200", "NVIDIA H200") is None
+    assert machine_mismatch("It", "", "NVIDIA H200") is None
+    line = machine_mismatch("The estimator e.json", "NVIDIA H200", "NVIDIA L4")
     assert line is not None
     assert "\n" not in line
-    assert "e.json was made on NVIDIA H200, and this is NVIDIA L4" in line
+    assert "e.json was made on NVIDIA H200, but this machine is NVIDIA L4" in line
     assert "wispprof fit" in line
 
 
 def test_a_server_names_each_artifact_that_is_not_of_it(tmp_path: Path) -> None:
-    here = computing_on("cpu", fingerprint().as_dict())
+    here = compute_device_name("cpu", fingerprint().as_dict())
     estimator, plan = tmp_path / "estimator.json", tmp_path / "plan.json"
     settings = ServerSettings(device="cpu", estimator=estimator, plan=plan)
 

@@ -39,7 +39,7 @@ def measure(path: Path, resume: bool, told: Any) -> None:
         device="cpu",
         axes=Axes(items=(1, 3), new=(1, 4), cached=(8, 32), chunk=(16,), mixed_items=(2,)),
         kv_tokens=600,
-        sweep=SweepSettings(least=6, most=6, target=0.9, sentinel_every=4),
+        sweep=SweepSettings(min_samples=6, max_samples=6, target=0.9, sentinel_every=4),
         output=Output(path, resume=resume),
     )
     server_profiler.profile_server(settings)

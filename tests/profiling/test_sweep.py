@@ -27,12 +27,12 @@ from wispprof.profiling.shape_grid import (
     GRIDS,
     DeviceCapacity,
     server_workloads,
-    shape_work,
-    within_budget,
+    shape_features,
+    select_within_budget,
 )
 from wispprof.profiling.sweep import Sweep
-from wispprof.profiling.sweep_cost import choose_probes, nonnegative_fit, pilot
-from wispprof.profiling.workload import SweepSettings, Workload, duration
+from wispprof.profiling.sweep_cost import choose_probes, fit_line, pilot
+from wispprof.profiling.workload import SweepSettings, Workload, format_duration
 from wispprof.types import BatchShape
 
 MODEL = ModelRecord("tiny", "float32", 1_000_000, kv_bytes_per_token=4096)
@@ -96,7 +96,7 @@ def workloads(grid="quick"):
 
 
 MIDDLE = BatchShape.uniform(4, 5, 256)
-SENTINEL = Workload("sentinel", "sentinel", MIDDLE, shape_work(MIDDLE))
+SENTINEL = Workload("sentinel", "sentinel", MIDDLE, shape_features(MIDDLE))
 
 
 def sweep(machine, chosen=None, journal=None, **how):
@@ -190,7 +190,7 @@ def test_noise_asks_for_repeats_and_is_flagged_where_they_do_not_help():
 
 def test_slow_shots_are_cut_short_but_not_below_three():
     machine = FakeMachine(noise=0.5)
-    result = sweep(machine, settings=SweepSettings(shot_s=0.005)).run()
+    result = sweep(machine, settings=SweepSettings(max_workload_s=0.005)).run()
     assert {3} == {len(row.samples_ms) for row in result.rows if row.median_ms > 5}
 
 
@@ -281,7 +281,7 @@ def test_progress_counts_to_the_end_and_tells_an_eta():
     assert all(done <= total for done, total, _ in seen)
     assert seen[0][1] == seen[-1][1] == seen[-1][0]
     assert all(update[2].startswith("ETA ") for update in seen[:-1])
-    assert (duration(65), duration(7265)) == ("1:05", "2:01:05")
+    assert (format_duration(65), format_duration(7265)) == ("1:05", "2:01:05")
 
 
 def test_drift_is_judged_anew_with_every_look():
@@ -294,10 +294,10 @@ def test_drift_is_judged_anew_with_every_look():
         return StepRow(f"v{order}", "verify", MIDDLE, (1.0,) * 6, order=order)
 
     ledger = MeasurementLog(0.1, [reference_sample(1.0, 0), block(1), reference_sample(1.3, 2)])
-    assert ledger.disturbed(1)
+    assert ledger.is_disturbed(1)
     for row in (block(3), reference_sample(1.0, 4), block(5), reference_sample(1.01, 6)):
         ledger.add(row)
-    assert [ledger.disturbed(order) for order in (1, 3, 5)] == [True, True, False]
+    assert [ledger.is_disturbed(order) for order in (1, 3, 5)] == [True, True, False]
     flags = {row.order: row.flags for row in ledger.rows(6, 0.03)}
     assert flags == {0: (), 1: ("drift",), 2: ("drift",), 3: ("drift",), 4: (), 5: (), 6: ()}
     with pytest.raises(ValueError, match="comes after"):
@@ -349,17 +349,17 @@ def test_spread_and_samples_needed_fit_together():
     assert samples_needed(9.0, 0.03, 6, 60) == 60
 
 
-def test_nonnegative_fit_recovers_a_line_and_never_goes_below_zero():
+def test__fit_line_recovers_a_line_and_never_goes_below_zero():
     import numpy as np
 
     work = np.array([[1, x, y] for x in (1, 5, 20) for y in (2, 9, 40)], dtype=float)
-    assert nonnegative_fit(work, work @ [2, 0.5, 0]) == pytest.approx([2, 0.5, 0], abs=1e-3)
-    assert (nonnegative_fit(work, 5 - 0.1 * work[:, 1]) >= 0).all()
+    assert fit_line(work, work @ [2, 0.5, 0]) == pytest.approx([2, 0.5, 0], abs=1e-3)
+    assert (fit_line(work, 5 - 0.1 * work[:, 1]) >= 0).all()
 
 
 def test_a_budget_takes_corners_first_and_stays_within():
     chosen = workloads("standard")
-    some = within_budget(chosen, 20.0, [1.0] * len(chosen))
+    some = select_within_budget(chosen, 20.0, [1.0] * len(chosen))
     assert len(some) == 20
     works = [sum(workload.work) for workload in chosen]
     assert min(works) in [sum(workload.work) for workload in some[:2]]

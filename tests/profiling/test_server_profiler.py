@@ -15,7 +15,7 @@ from wispprof.errors import ArtifactError, PhysicsViolation, ProfileError
 from wispprof.fitting.observations import MINIMUM_SHAPES
 from wispprof.profiling import edge_profiler, server_profiler
 from wispprof.profiling.physics_checks import check_edge
-from wispprof.profiling.profile_run import Output, journal_file
+from wispprof.profiling.profile_run import Output, journal_path
 from wispprof.profiling.shape_grid import Axes
 from wispprof.profiling.sweep import Sweep
 from wispprof.profiling.sweep_cost import pilot
@@ -25,7 +25,7 @@ from wispprof.types import Sampling
 AXES = Axes(
     items=(1, 4), new=(1, 5), cached=(16, 128), skew_items=(4,), chunk=(32,), mixed_items=(2,)
 )
-SWEEP = SweepSettings(most=8, sentinel_every=5)
+SWEEP = SweepSettings(max_samples=8, sentinel_every=5)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,7 +74,7 @@ def test_a_server_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
     clock = CountedTime(monkeypatch)
     profile = server_profiler.profile_server(settings(tmp_path / "p"), loaded=tiny, clock=clock)
     assert load_server(tmp_path / "p") == profile
-    assert not journal_file(tmp_path / "p").exists()
+    assert not journal_path(tmp_path / "p").exists()
     kinds = {row.kind for row in profile.rows}
     assert kinds == {"verify", "prefill", "mixed", "sentinel"}
     for row in profile.rows:
@@ -96,7 +96,7 @@ def test_interrupted_and_resumed(tiny, monkeypatch, tmp_path):
     clock = CountedTime(monkeypatch, die_after=120)
     with pytest.raises(KeyboardInterrupt):
         server_profiler.profile_server(settings(tmp_path / "p"), loaded=tiny, clock=clock)
-    assert journal_file(tmp_path / "p").exists()
+    assert journal_path(tmp_path / "p").exists()
     assert not (tmp_path / "p.jsonl").exists()
     clock.die_after = None
     with pytest.raises(ArtifactError, match="--resume"):
@@ -245,7 +245,7 @@ def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
         sleep=rests.append,
     )
     assert load_edge(tmp_path / "e") == profile
-    assert not journal_file(tmp_path / "e").exists()
+    assert not journal_path(tmp_path / "e").exists()
     kinds = {row.kind for row in profile.rows}
     assert kinds == set(edge_profiler.EdgeRow.__doc__.split("``")) & kinds | {"sentinel"}
     assert {
@@ -338,10 +338,10 @@ def test_a_round_after_a_rest_is_timed_without_the_rest_and_announced_with_it(de
     )
     axes = edge_profiler.EdgeAxes((64,), (16,), 64, 0.0, 0.0, rounds=(64,), rest_ms=50.0)
     workloads = [s for s in edge_profiler.edge_workloads(axes, 256) if s.kind != "controller"]
-    sweep = SweepSettings(least=20, block=10)
+    sweep = SweepSettings(min_samples=20, block=10)
     cost = pilot(runner, workloads, None, sweep, lambda: device.now)
     have = [(workload, (), 0) for workload in workloads]
-    announced, begin = cost.plan_s(have, None)[1], device.now
+    announced, begin = cost.total(have, None)[1], device.now
     rows = Sweep(runner, workloads, sweep, clock=lambda: device.now).run().rows
     assert announced == pytest.approx(device.now - begin, rel=0.1)
     assert announced > 20 * 0.05
