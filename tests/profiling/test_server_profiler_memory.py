@@ -141,7 +141,7 @@ def test_other_faults_of_a_step_are_not_taken_for_want_of_memory(tiny, monkeypat
 def test_the_standard_grid_reaches_the_end_of_the_bundled_context_and_of_memory():
     """No row near a limit is planned that the session all are forks of is too short for."""
     axes, context = GRIDS["standard"], 2048
-    most = server_profiler.wanted(axes, context)
+    most = server_profiler.required_capacity(axes, context)
     for room in (200, 5_000, 40_000, 1 << 30):
         kv_tokens, longest = server_profiler._memory(axes, room, most, context)
         capacity = server_profiler.DeviceCapacity(kv_tokens - longest, most.sessions, longest)

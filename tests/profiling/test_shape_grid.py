@@ -10,11 +10,11 @@ from wispprof.profiling.shape_grid import (
     GRIDS,
     Axes,
     DeviceCapacity,
-    longest_full_session,
     load_axes,
+    longest_full_session,
     parse_range,
-    server_workloads,
     required_capacity,
+    server_workloads,
 )
 
 ROOMY = DeviceCapacity(1 << 22, 256, 1 << 16)

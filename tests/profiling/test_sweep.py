@@ -26,9 +26,9 @@ from wispprof.profiling.physics_checks import check_physics
 from wispprof.profiling.shape_grid import (
     GRIDS,
     DeviceCapacity,
+    select_within_budget,
     server_workloads,
     shape_features,
-    select_within_budget,
 )
 from wispprof.profiling.sweep import Sweep
 from wispprof.profiling.sweep_cost import choose_probes, fit_line, pilot

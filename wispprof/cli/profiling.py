@@ -14,7 +14,7 @@ from wispprof.cli.common import console, note, output, result, table, warn
 
 if TYPE_CHECKING:
     from wispprof.artifacts import EdgeProfile, LinkProfile, Profile, ServerProfile
-    from wispprof.profiling.profile_run import SweepPlan, Output
+    from wispprof.profiling.profile_run import Output, SweepPlan
     from wispprof.profiling.workload import SweepSettings
 
 __all__ = [

@@ -1,6 +1,7 @@
 """Energy of a window: begin, do the work, end.
 
-RAPL and NVML count energy; hwmon reports power, which is integrated. Without a sensor the energy is ``None``.
+RAPL and NVML count energy; hwmon reports power, which is integrated. Without a sensor the energy is
+``None``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Identify this machine without torch: CPU, cores, memory, GPUs, board, system.
 
-The hash covers hardware only, so it does not change with the kernel, a driver or a library. Artifacts record the
-device that computed them; :func:`machine_mismatch` warns if they are used on another one.
+The hash covers hardware only, so it does not change with the kernel, a driver or a library. Artifacts
+record the device that computed them; :func:`machine_mismatch` warns if they are used on another one.
 """
 
 from __future__ import annotations

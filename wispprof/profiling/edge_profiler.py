@@ -31,12 +31,12 @@ from wispprof.profiling.drafter_runner import (
 )
 from wispprof.profiling.physics_checks import check_edge
 from wispprof.profiling.profile_run import (
-    SweepPlan,
     Output,
     ProfilerSetup,
+    SweepPlan,
+    collect_profile,
     model_info,
     synchronizer,
-    collect_profile,
 )
 from wispprof.profiling.sweep import Progress, SweepResult
 from wispprof.profiling.sweep_cost import pilot

@@ -1,8 +1,8 @@
 """The blocks that a sweep has measured, which of them were disturbed, and the rows they become.
 
-The sentinel, one fixed workload, is measured between the blocks. If its median is off, the machine was disturbed: the
-neighbouring blocks are set aside if the workload has enough others. Medians get confidence intervals from order
-statistics, which assume nothing about the distribution of the noise.
+The sentinel, one fixed workload, is measured between the blocks. If its median is off, the machine was
+disturbed: the neighbouring blocks are set aside if the workload has enough others. Medians get confidence
+intervals from order statistics, which assume nothing about the distribution of the noise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ __all__ = [
 ]
 
 _MAX_EXACT_SAMPLES = 1000
-"""Above, the normal approximation of the binomial is used: 2.0**n overflows, and the rank differs by one at most."""
+"""Above, the normal approximation of the binomial is used: 2.0**n overflows, and the rank differs by one at
+most."""
 _MIN_INTERVAL_SAMPLES = 6
 """With fewer samples no order statistics bracket the median with 95 % confidence."""
 _MIN_CLEAN_SAMPLES = 3
@@ -81,8 +82,8 @@ def relative_spread(samples: Sequence[float]) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def samples_needed(spread: float, target: float, min_samples: int, max_samples: int) -> int:
-    """Samples of normal noise (``spread``: standard deviation over median) until :func:`half_width` is expected
-    below ``target``; between ``min_samples`` and ``max_samples``."""
+    """Samples of normal noise (``spread``: standard deviation over median) until :func:`half_width` is
+    expected below ``target``; between ``min_samples`` and ``max_samples``."""
     for n in range(max(_MIN_INTERVAL_SAMPLES, min_samples), max_samples):
         if spread * _expected_score(_interval_rank(n, 0.95), n) <= target:
             return n

@@ -179,7 +179,8 @@ def _memory(rows: Sequence[StepRow], model: ModelRecord) -> float | None:
 
 
 def _doubt(what: str, *rows: StepRow) -> str:
-    """What to make of times that do not vary: few and disturbed samples may each have met the neighbours."""
+    """What to make of times that do not vary: few and disturbed samples may each have met the
+    neighbours."""
     if any({"noisy", "drift"} & set(row.flags) for row in rows):
         return (
             f"The backend seems to ignore its {what}, or the machine was too busy to tell: measure "

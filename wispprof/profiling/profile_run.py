@@ -33,16 +33,16 @@ if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
 
 __all__ = [
-    "SweepPlan",
     "Output",
     "ProfilerSetup",
+    "SweepPlan",
     "begin_manifest",
-    "resumed_header",
+    "collect_profile",
+    "finalize_profile",
     "journal_path",
     "model_info",
-    "finalize_profile",
+    "resumed_header",
     "synchronizer",
-    "collect_profile",
 ]
 
 Subject = TypeVar("Subject")

@@ -1,10 +1,11 @@
 """Compare, merge and export profiles.
 
-The comparison asks which shapes changed by more than a tolerance and by more than noise explains. It judges noise on
-logarithms, from three sources: samples of a block, blocks of one sweep (each has other memory and another moment), and
-the speed of the whole machine, which the sentinel shows. A few blocks tell little about one shape, so its variance
-is moderated by that of all shapes (Smyth 2004). The null hypothesis is a difference within the tolerance (McCarthy and
-Smyth 2009). The false discovery rate over all shapes is bounded (Benjamini and Hochberg 1995).
+The comparison asks which shapes changed by more than a tolerance and by more than noise explains. It judges
+noise on logarithms, from three sources: samples of a block, blocks of one sweep (each has other memory and
+another moment), and the speed of the whole machine, which the sentinel shows. A few blocks tell little
+about one shape, so its variance is moderated by that of all shapes (Smyth 2004). The null hypothesis is a
+difference within the tolerance (McCarthy and Smyth 2009). The false discovery rate over all shapes is
+bounded (Benjamini and Hochberg 1995).
 """
 
 from __future__ import annotations
@@ -76,10 +77,11 @@ class RowChange:
 
 @dataclass(frozen=True)
 class ProfileDiff:
-    """``same_machine`` and ``same_model``: by hash. ``only_before`` and ``only_after``: keys of one profile.
+    """``same_machine`` and ``same_model``: by hash. ``only_before`` and ``only_after``: keys of one
+    profile.
 
-    ``sentinel_ratio``: time of the sentinel after over before; 1 without sentinels. ``slowdown``: the part of
-    it that was divided out as the machine's own; 1 if the ratio exceeds the allowed drift.
+    ``sentinel_ratio``: time of the sentinel after over before; 1 without sentinels. ``slowdown``: the part
+    of it that was divided out as the machine's own; 1 if the ratio exceeds the allowed drift.
     """
 
     rows: tuple[RowChange, ...]
@@ -109,8 +111,8 @@ def diff_profiles(
 ) -> ProfileDiff:
     """Compare rows of equal key, without sentinels. Raises :class:`ProfileError` for different kinds.
 
-    ``tolerance``: relative difference of medians that does not matter. ``absolute``: a machine that is slower
-    as a whole counts as changed. Otherwise the sentinels' ratio is divided out, if it is within the
+    ``tolerance``: relative difference of medians that does not matter. ``absolute``: a machine that is
+    slower as a whole counts as changed. Otherwise the sentinels' ratio is divided out, if it is within the
     ``drift`` setting of the sweep.
     """
     if before.manifest.kind != after.manifest.kind:
@@ -185,7 +187,8 @@ def _block_variance(row: Row) -> tuple[float, int]:
 
 
 def _sample_variance(row: Row) -> float:
-    """Variance of the median from the samples alone: their interval's, or their range's if fewer than six."""
+    """Variance of the median from the samples alone: their interval's, or their range's if fewer than
+    six."""
     width = half_width(row.samples_ms)
     if width < math.inf:
         return (width / 1.96) ** 2
@@ -238,9 +241,9 @@ def _doubtful(one: Row, other: Row) -> bool:
 def merge_profiles(profiles: Sequence[Profile]) -> Profile:
     """One profile with the rows of all: same kind, model, engine and machine.
 
-    Of rows with equal keys the one with fewer flags wins, then the one with more samples. Orders continue from
-    profile to profile. Sentinels are kept if all have the same shape, so that they show the speed of the
-    machine throughout; otherwise none are. Raises :class:`ProfileError` if the profiles do not match.
+    Of rows with equal keys the one with fewer flags wins, then the one with more samples. Orders continue
+    from profile to profile. Sentinels are kept if all have the same shape, so that they show the speed of
+    the machine throughout; otherwise none are. Raises :class:`ProfileError` if the profiles do not match.
     """
     if len(profiles) < 2:
         raise ProfileError("Merging needs two profiles or more.", "Name them all.")

@@ -13,22 +13,22 @@ from wispprof.errors import ProfileError
 from wispprof.profiling.engine_runner import EngineRunner
 from wispprof.profiling.physics_checks import check_physics
 from wispprof.profiling.profile_run import (
-    SweepPlan,
     Output,
     ProfilerSetup,
-    resumed_header,
-    model_info,
-    synchronizer,
+    SweepPlan,
     collect_profile,
+    model_info,
+    resumed_header,
+    synchronizer,
 )
 from wispprof.profiling.shape_grid import (
     Axes,
     DeviceCapacity,
-    longest_full_session,
     load_axes,
-    server_workloads,
+    longest_full_session,
     required_capacity,
     select_within_budget,
+    server_workloads,
 )
 from wispprof.profiling.sweep import Progress, SweepResult
 from wispprof.profiling.sweep_cost import CostModel, pilot

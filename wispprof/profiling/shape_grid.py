@@ -22,15 +22,15 @@ __all__ = [
     "GRIDS",
     "Axes",
     "DeviceCapacity",
-    "longest_full_session",
     "load_axes",
-    "parse_range",
     "load_grid_file",
+    "longest_full_session",
+    "parse_axis",
+    "parse_range",
+    "required_capacity",
+    "select_within_budget",
     "server_workloads",
     "shape_features",
-    "required_capacity",
-    "parse_axis",
-    "select_within_budget",
 ]
 
 Grid = TypeVar("Grid")
@@ -46,8 +46,8 @@ class Axes:
     Verify: ``items`` sessions × ``new`` tokens each (pending token and drafts; 1 is k = 0) × ``cached``
     each; a context beyond the model's is measured at its very end. Skewed: batches of ``skew_items``
     sessions whose contexts and draft lengths spread over those axes. Prefill: ``chunk`` tokens over
-    ``chunk_cached``, alone, and beside ``mixed_items`` verifying sessions. ``full_share``: batches that fill
-    this share of the KV memory.
+    ``chunk_cached``, alone, and beside ``mixed_items`` verifying sessions. ``full_share``: batches that
+    fill this share of the KV memory.
     """
 
     items: tuple[int, ...]

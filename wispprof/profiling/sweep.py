@@ -1,8 +1,8 @@
 """Measure many workloads: plan, measure a block, log it, refine, stop at the announced time.
 
-The sweep passes over all workloads several times, in a new random order each time, and takes a few samples of each.
-So a slow phase of the machine affects all workloads alike. Later passes skip workloads whose median is known well
-enough. The clock is injected, so tests run hours of a sweep in no time.
+The sweep passes over all workloads several times, in a new random order each time, and takes a few samples
+of each. So a slow phase of the machine affects all workloads alike. Later passes skip workloads whose
+median is known well enough. The clock is injected, so tests run hours of a sweep in no time.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ _PASS_SEED = 1_000_003
 class SweepResult:
     """All rows (resumed ones too) with their flags, in the order of measurement.
 
-    ``refused``: key of each workload that the backend could not run, with the reason. ``seconds``: duration of this
-    run. ``expected_s``: time announced at its start; ``None`` without a pilot. ``out_of_time``: number of
-    workloads without any measurement.
+    ``refused``: key of each workload that the backend could not run, with the reason. ``seconds``: duration
+    of this run. ``expected_s``: time announced at its start; ``None`` without a pilot. ``out_of_time``:
+    number of workloads without any measurement.
     """
 
     rows: tuple[Row, ...]
@@ -61,10 +61,10 @@ class SweepResult:
 class Sweep(Generic[Subject]):
     """Measures ``workloads`` with ``runner`` and appends each block to ``journal`` at once.
 
-    Blocks that are in the journal already are not repeated. ``cost``: cost model of a pilot. With it, the sweep
-    keeps to the time that it announces: it skips refinement, but no workload's ``min_samples``. It never exceeds
-    ``budget_s`` as long as blocks cost what they did before. An exception or Ctrl-C leaves every finished block
-    in the journal.
+    Blocks that are in the journal already are not repeated. ``cost``: cost model of a pilot. With it, the
+    sweep keeps to the time that it announces: it skips refinement, but no workload's ``min_samples``. It
+    never exceeds ``budget_s`` as long as blocks cost what they did before. An exception or Ctrl-C leaves
+    every finished block in the journal.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Predict what workloads cost: learned from a pilot, updated with every block of the sweep.
 
-A block has a constant part (fill caches, release them, write the row) and a part per run. Both are fitted as lines in the
-workloads' ``work`` without negative slopes; a workload that was measured is expected to cost the same again.
-The noise so far predicts how many samples a workload needs.
+A block has a constant part (fill caches, release them, write the row) and a part per run. Both are fitted
+as lines in the workloads' ``work`` without negative slopes; a workload that was measured is expected to
+cost the same again. The noise so far predicts how many samples a workload needs.
 """
 
 from __future__ import annotations
@@ -180,7 +180,8 @@ def pilot(
     """Measure two blocks of a few dissimilar workloads, and learn the cost of all from them.
 
     Two passes, because samples of two blocks differ more than those of one. ``probes`` ``None``: a fifth of
-    the workloads, 6 to 12. Starts no block after ``budget_s``. Workloads that the backend refuses are skipped.
+    the workloads, 6 to 12. Starts no block after ``budget_s``. Workloads that the backend refuses are
+    skipped.
     """
     started = clock()
     model: CostModel[Subject] = CostModel(settings)
@@ -204,7 +205,8 @@ def pilot(
 
 
 def choose_probes(workloads: Sequence[Workload[Subject]], count: int) -> list[Workload[Subject]]:
-    """Workloads far apart in the logarithm of their work: the lightest first, then corners, then the middle.
+    """Workloads far apart in the logarithm of their work: the lightest first, then corners, then the
+    middle.
 
     Greedy farthest-point order: the first ``n`` cover the space about as well as any ``n`` can.
     """
