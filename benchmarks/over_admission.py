@@ -52,14 +52,16 @@ class Customer:
         self.tokens = 0
         self._ended = ended
 
-    def committed(self, live: ServerSession, commit, verify_ms: float, load_level: int) -> None:
+    def committed(self, session: ServerSession, commit, verify_ms: float, load_level: int) -> None:
         self.last_ms = monotonic_ms()
         self.first_ms = self.first_ms or self.last_ms
         self.tokens += len(commit.tokens)
         if commit.finished:
             self._ended.set()
 
-    def failed(self, live: ServerSession, code: str, message: str, retry_ms: float = 0.0) -> None:
+    def failed(
+        self, session: ServerSession, code: str, message: str, retry_ms: float = 0.0
+    ) -> None:
         self._ended.set()
 
     @property

@@ -92,7 +92,7 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
                 while len(running.server.manager):
                     await asyncio.sleep(0.01)
                 await running.server.check_integrity()
-                await running.server.manager.forget_kept()
+                await running.server.manager.clear_prefix_cache()
                 resting.append((_resident_mib(), _given_out_mib()))
                 print(
                     "at rest: {:.1f} MiB, {:.1f} of it given out".format(*resting[-1]), flush=True

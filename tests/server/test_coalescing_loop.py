@@ -48,13 +48,13 @@ def test_while_nothing_gathers_a_frame_is_seen_at_once(pair):
     with selector_over(near) as selector:
         far.send(b"x")
         assert [key.fileobj for key, _ in selector.select(ENDLESS_S)] == [near]
-        assert selector.lain_s == 0.0
+        assert selector.waited_s == 0.0
 
 
 def test_what_gathers_is_seen_together_once_hurried(pair):
     near, far = pair
     with selector_over(near) as selector:
-        selector.longest_s = ENDLESS_S
+        selector.max_wait_s = ENDLESS_S
 
         def end_of_step() -> None:
             far.send(b"x")
@@ -64,13 +64,13 @@ def test_what_gathers_is_seen_together_once_hurried(pair):
         thread.start()
         assert [key.fileobj for key, _ in selector.select(None)] == [near]
         thread.join()
-        assert selector.lain_s > 0.0
+        assert selector.waited_s > 0.0
 
 
 def test_a_hurry_before_the_wait_is_not_lost(pair):
     near, _ = pair
     with selector_over(near) as selector:
-        selector.longest_s = ENDLESS_S
+        selector.max_wait_s = ENDLESS_S
         selector.wake_selector()
         assert selector.select(None) == []
 
@@ -81,13 +81,13 @@ def test_a_hurry_of_the_past_does_not_end_what_gathers_later(pair):
         selector.wake_selector()
         selector.gather(0.01)
         selector.select(None)
-        assert selector.lain_s > 0.001  # it waited; hurried, it would not have
+        assert selector.waited_s > 0.001  # it waited; hurried, it would not have
 
 
 def test_a_loop_that_is_still_at_work_does_not_wait(pair):
     near, far = pair
     with selector_over(near) as selector:
-        selector.longest_s = ENDLESS_S
+        selector.max_wait_s = ENDLESS_S
         far.send(b"x")
         assert len(selector.select(0)) == 1
 
@@ -95,23 +95,23 @@ def test_a_loop_that_is_still_at_work_does_not_wait(pair):
 def test_timers_keep_their_time(pair):
     near, _ = pair
     with selector_over(near) as selector:
-        selector.longest_s = ENDLESS_S
+        selector.max_wait_s = ENDLESS_S
         assert selector.select(0.001) == []
 
 
 def test_how_long_a_frame_lay_stands_until_the_loop_looks_again(pair):
     near, far = pair
     with selector_over(near) as selector:
-        selector.longest_s = 0.001
+        selector.max_wait_s = 0.001
         far.send(b"x")
         selector.select(None)
-        lain = selector.lain_s
+        lain = selector.waited_s
         assert lain > 0.0
         selector.select(0)  # callbacks of what was found run meanwhile
-        assert selector.lain_s == lain
-        selector.longest_s = 0.0
+        assert selector.waited_s == lain
+        selector.max_wait_s = 0.0
         selector.select(ENDLESS_S)
-        assert selector.lain_s == 0.0
+        assert selector.waited_s == 0.0
 
 
 def test_work_in_a_thread_ends_the_wait():
@@ -128,11 +128,11 @@ def test_gathering_ends_with_its_block_also_where_that_fails():
         loop = asyncio.get_running_loop()
         assert isinstance(loop, CoalescingLoop)
         with coalescing(5.0):
-            assert loop.selector.longest_s == 0.005
-        assert loop.selector.longest_s == 0.0
+            assert loop.selector.max_wait_s == 0.005
+        assert loop.selector.max_wait_s == 0.0
         with contextlib.suppress(ZeroDivisionError), coalescing(5.0):
             raise ZeroDivisionError
-        assert loop.selector.longest_s == 0.0
+        assert loop.selector.max_wait_s == 0.0
 
     run_coalescing(main())
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from wispprof.server.coalescing_loop import MOST_UNREAD, EagerReader
+from wispprof.server.coalescing_loop import MAX_UNREAD_MESSAGES, EagerWebSocket
 
 
 class Transport:
@@ -26,8 +26,8 @@ class Transport:
 
 
 @pytest.fixture
-def reader() -> EagerReader:
-    made = EagerReader.__new__(EagerReader)
+def reader() -> EagerWebSocket:
+    made = EagerWebSocket.__new__(EagerWebSocket)
     made.queue = asyncio.Queue()
     made.read_paused = made.close_sent = False
     made.curr_msg_data_type = "bytes"
@@ -35,30 +35,30 @@ def reader() -> EagerReader:
     return made
 
 
-def arrive(reader: EagerReader, frames: int) -> None:
+def arrive(reader: EagerWebSocket, frames: int) -> None:
     for number in range(frames):
         reader.frames = [bytes([number])]
         reader.send_receive_event_to_app()
 
 
-async def test_frames_taken_at_once_cost_the_connection_nothing(reader: EagerReader) -> None:
+async def test_frames_taken_at_once_cost_the_connection_nothing(reader: EagerWebSocket) -> None:
     for _ in range(100):
         arrive(reader, 2)
         assert [(await reader.receive())["bytes"] for _ in range(2)] == [b"\0", b"\1"]
     assert reader.transport.changes == 0
 
 
-async def test_a_backlog_stops_reading_until_it_is_worked_off(reader: EagerReader) -> None:
-    arrive(reader, MOST_UNREAD)
+async def test_a_backlog_stops_reading_until_it_is_worked_off(reader: EagerWebSocket) -> None:
+    arrive(reader, MAX_UNREAD_MESSAGES)
     assert not reader.transport.reading
-    for left in reversed(range(MOST_UNREAD)):
+    for left in reversed(range(MAX_UNREAD_MESSAGES)):
         await reader.receive()
         assert reader.transport.reading is (left == 0)
 
 
-async def test_after_a_close_reading_goes_on_for_the_peers_reply(reader: EagerReader) -> None:
-    arrive(reader, MOST_UNREAD - 1)
+async def test_after_a_close_reading_goes_on_for_the_peers_reply(reader: EagerWebSocket) -> None:
+    arrive(reader, MAX_UNREAD_MESSAGES - 1)
     reader.close_sent = True
     arrive(reader, 5)
     assert reader.transport.reading
-    assert reader.queue.qsize() == MOST_UNREAD - 1
+    assert reader.queue.qsize() == MAX_UNREAD_MESSAGES - 1

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from wispprof.cli import app
 from wispprof.errors import RuntimeFault
-from wispprof.server.ray_replicas import METRIC, LoadLevelPolicy, deployment, wanted_replicas
+from wispprof.server.ray_replicas import METRIC, LoadLevelPolicy, deployment, target_replicas
 from wispprof.settings.server_settings import ServerSettings
 
 HAVE_RAY = importlib.util.find_spec("ray") is not None
@@ -28,15 +28,15 @@ levels = st.lists(st.floats(0, 4), min_size=1, max_size=8)
 @given(levels)
 def test_more_load_never_asks_for_fewer(recorded: list[float]) -> None:
     now = len(recorded)
-    less = wanted_replicas(recorded, now, 0.5, 2.0)
-    more = wanted_replicas([min(4.0, level + 0.7) for level in recorded], now, 0.5, 2.0)
+    less = target_replicas(recorded, now, 0.5, 2.0)
+    more = target_replicas([min(4.0, level + 0.7) for level in recorded], now, 0.5, 2.0)
     assert more >= less >= 1
 
 
 @given(levels)
 def test_those_that_stay_can_bear_what_one_leaves(recorded: list[float]) -> None:
     now = len(recorded)
-    wanted = wanted_replicas(recorded, now, 0.5, 2.0)
+    wanted = target_replicas(recorded, now, 0.5, 2.0)
     if wanted < now:
         assert wanted == now - 1
         assert sum(recorded) / wanted <= 2.0
@@ -56,7 +56,7 @@ def test_those_that_stay_can_bear_what_one_leaves(recorded: list[float]) -> None
     ],
 )
 def test_how_many(recorded: list[float], wanted: int) -> None:
-    assert wanted_replicas(recorded, len(recorded) or 3, 0.5, 2.0) == wanted
+    assert target_replicas(recorded, len(recorded) or 3, 0.5, 2.0) == wanted
 
 
 def test_the_policy_reads_what_replicas_record() -> None:

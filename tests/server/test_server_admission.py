@@ -18,7 +18,7 @@ from wispprof.testing.fake_engine import FakeEngine
 from wispprof.types import BatchShape, Sampling, Slo
 
 
-class Owner:
+class Listener:
     def __init__(self, key: str = "") -> None:
         self.key = key
 
@@ -77,13 +77,13 @@ def test_one_more_promise_never_lightens_the_load(promises) -> None:
 def test_a_speed_that_cannot_be_kept_is_refused_with_one_that_can() -> None:
     one = server()
     with pytest.raises(Refused) as refused:
-        one.open(ask(200.0), Owner())
+        one.open(ask(200.0), Listener())
     assert refused.value.code == "slo"
     nearest = refused.value.nearest_tokens_per_s
     assert 0 < nearest < 200.0
-    one.open(ask(nearest), Owner())
+    one.open(ask(nearest), Listener())
     with pytest.raises(Refused):
-        server().open(ask(nearest * 1.05), Owner())
+        server().open(ask(nearest * 1.05), Listener())
 
 
 def test_a_full_server_says_busy_and_when_to_come_back() -> None:
@@ -92,7 +92,7 @@ def test_a_full_server_says_busy_and_when_to_come_back() -> None:
     codes = []
     for speed in [10.0] * 100 + [1.0] * 100 + [0.01] * 300:
         try:
-            one.open(ask(speed), Owner())
+            one.open(ask(speed), Listener())
             admitted += speed == 10.0
         except Refused as err:
             codes.append(err.code)
@@ -104,28 +104,28 @@ def test_a_full_server_says_busy_and_when_to_come_back() -> None:
 def test_everything_is_admitted_where_that_is_wanted() -> None:
     one = server(admit="all")
     for _ in range(200):
-        one.open(ask(1000.0), Owner())
+        one.open(ask(1000.0), Listener())
 
 
 def test_first_token_promises_count_the_queue() -> None:
     one = server(prefill_chunk=16)
-    one.open(ask(0.1, 160), Owner())
+    one.open(ask(0.1, 160), Listener())
     with pytest.raises(Refused, match="first token"):
-        one.open(ask(0.1, 160, ttft_ms=400.0), Owner())
-    one.open(ask(0.1, 160, ttft_ms=900.0), Owner())
+        one.open(ask(0.1, 160, ttft_ms=400.0), Listener())
+    one.open(ask(0.1, 160, ttft_ms=900.0), Listener())
 
 
 def test_limits_per_key_and_in_all() -> None:
     one = server(sessions_per_key=2, max_sessions=3, admit="all")
-    mine = Owner("mine")
+    mine = Listener("mine")
     one.open(ask(), mine)
     one.open(ask(), mine)
     with pytest.raises(Refused, match="2 sessions") as mine_full:
         one.open(ask(), mine)
     assert mine_full.value.code == "limit"
-    one.open(ask(), Owner("yours"))
+    one.open(ask(), Listener("yours"))
     with pytest.raises(Refused) as full:
-        one.open(ask(), Owner("theirs"))
+        one.open(ask(), Listener("theirs"))
     assert full.value.code == "busy"
 
 
@@ -138,12 +138,12 @@ def test_tokens_per_key_are_a_rate() -> None:
     )
     one.admission.budget.spend("mine", 250, 0.0)
     with pytest.raises(Refused) as refused:
-        one.open(ask(), Owner("mine"))
+        one.open(ask(), Listener("mine"))
     assert refused.value.code == "limit"
     assert refused.value.retry_ms > 0
-    one.open(ask(), Owner("yours"))
+    one.open(ask(), Listener("yours"))
     now[0] = refused.value.retry_ms + 1.0
-    one.open(ask(), Owner("mine"))
+    one.open(ask(), Listener("mine"))
 
 
 # --- the clock ---
@@ -184,9 +184,9 @@ def test_learnt_predictions_never_fall_when_work_is_added(items) -> None:
 
 def test_a_policy_defect_does_not_reach_the_engine() -> None:
     one = server()
-    live = one.open(ask(), Owner())
+    session = one.open(ask(), Listener())
     with pytest.raises(ValueError):
-        live.ledger.feed(ScheduledItem(live.name, drafts=3))
+        session.state.feed(ScheduledItem(session.name, drafts=3))
 
 
 def test_sampling_is_part_of_a_request() -> None:
@@ -198,7 +198,7 @@ def test_one_prompt_on_an_idle_server_does_not_shut_the_door() -> None:
     clock.prefilled(1000.0, 500.0)
     assert clock.prefill_load(1000.0) == pytest.approx(0.05)
     assert clock.prefill_load(20_000.0) == 0.0
-    assert clock.stretch == 1.0
+    assert clock.cycle_ratio == 1.0
     for _ in range(10):
         clock.cycle(15.0, 10.0)
-    assert clock.stretch == pytest.approx(1.5)
+    assert clock.cycle_ratio == pytest.approx(1.5)

@@ -204,7 +204,7 @@ def test_a_full_disk_ends_the_log_and_not_the_loop(
     log.note(BatchShape.uniform(1, 1, 1), 1.0)
     log.close()
     assert "No space" in log.err
-    assert log.left_out == 1
+    assert log.dropped == 1
     assert "No space" in caplog.text
 
 

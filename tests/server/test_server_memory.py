@@ -18,7 +18,7 @@ from wispprof.testing.fake_engine import FakeDrafter, FakeEngine
 from wispprof.types import Sampling, Slo
 
 
-class Nobody:
+class NullListener:
     key = ""
 
     def committed(self, *_: object) -> None: ...
@@ -26,55 +26,59 @@ class Nobody:
     def failed(self, *_: object) -> None: ...
 
 
-def live(name: str, prompt: int, *, started: bool = False, heard: float = 0.0) -> ServerSession:
-    ledger = SessionState(
+def session(name: str, prompt: int, *, started: bool = False, heard: float = 0.0) -> ServerSession:
+    state = SessionState(
         name, list(range(prompt)), slo=Slo(1.0), max_new=50, max_context=500, now_ms=heard
     )
     if started:
-        feed = ledger.feed(ScheduledItem(name, prefill=prompt), heard)
+        feed = state.feed(ScheduledItem(name, prefill=prompt), heard)
         from wispprof.types import VerifyResult
 
-        ledger.apply(VerifyResult(feed.session, 0, (1,)), heard)
-    return ServerSession(ledger, Sampling(), Nobody(), 0, heard, opened=True)
+        state.apply(VerifyResult(feed.session, 0, (1,)), heard)
+    return ServerSession(state, Sampling(), NullListener(), 0, heard, opened=True)
 
 
 def ready(one: ServerSession, now: float = 0.0) -> ServerSession:
-    one.ledger.merge(0, one.ledger.committed_len, [], [], now, 100.0, 0.0)
+    one.state.merge(0, one.state.committed_len, [], [], now, 100.0, 0.0)
     return one
 
 
 def test_everybody_is_seated_while_there_is_room() -> None:
-    lives = [live("a", 10), ready(live("b", 5, started=True)), live("c", 5, started=True)]
-    plan = schedule_kv(lives, 11, 0, 0.0, 1000.0)
+    sessions = [
+        session("a", 10),
+        ready(session("b", 5, started=True)),
+        session("c", 5, started=True),
+    ]
+    plan = schedule_kv(sessions, 11, 0, 0.0, 1000.0)
     assert {one.name for one in plan.runnable} == {"a", "b", "c"}
-    assert (plan.short, plan.waiting, plan.evict) == (0, 0, [])
+    assert (plan.tokens_to_free, plan.waiting, plan.evict) == (0, 0, [])
 
 
 def test_kept_caches_go_first_then_the_idle_then_newcomers_wait() -> None:
-    idle, newcomer = live("idle", 40, started=True), live("new", 30, heard=5000.0)
+    idle, newcomer = session("idle", 40, started=True), session("new", 30, heard=5000.0)
     plan = schedule_kv([idle, newcomer], 10, 25, 5000.0, 1000.0)
-    assert (plan.short, plan.evict) == (20, [])
+    assert (plan.tokens_to_free, plan.evict) == (20, [])
     plan = schedule_kv([idle, newcomer], 10, 5, 5000.0, 1000.0)
-    assert (plan.short, plan.evict) == (5, [idle])
+    assert (plan.tokens_to_free, plan.evict) == (5, [idle])
     assert newcomer in plan.runnable
-    awake = live("awake", 40, started=True, heard=4900.0)
+    awake = session("awake", 40, started=True, heard=4900.0)
     plan = schedule_kv([awake, newcomer], 10, 0, 5000.0, 1000.0)
     assert (plan.evict, plan.waiting) == ([], 1)
     assert newcomer not in plan.runnable
 
 
 def test_the_furthest_deadline_is_set_back_last_of_all() -> None:
-    near, far = live("near", 20, started=True), live("far", 20, started=True)
-    near.ledger.merge(0, near.ledger.committed_len, [], [], 0.0, 10.0, 0.0)
-    far.ledger.merge(0, far.ledger.committed_len, [], [], 0.0, 900.0, 0.0)
+    near, far = session("near", 20, started=True), session("far", 20, started=True)
+    near.state.merge(0, near.state.committed_len, [], [], 0.0, 10.0, 0.0)
+    far.state.merge(0, far.state.committed_len, [], [], 0.0, 900.0, 0.0)
     plan = schedule_kv([far, near], 1, 0, 0.0, 1000.0)
     assert plan.evict == [far]
     assert plan.runnable == [near]
 
 
 def test_a_half_prefilled_prompt_gives_way_to_who_decodes() -> None:
-    half, decoding = live("half", 40), ready(live("decoding", 20, started=True))
-    half.ledger.adopted(15)
+    half, decoding = session("half", 40), ready(session("decoding", 20, started=True))
+    half.state.adopted(15)
     plan = schedule_kv([half, decoding], 0, 0, 0.0, 1000.0)
     assert plan.evict == [half]
     assert plan.runnable == [decoding]
@@ -86,16 +90,16 @@ def test_a_half_prefilled_prompt_gives_way_to_who_decodes() -> None:
     st.integers(0, 60),
 )
 def test_whoever_is_seated_fits(kinds, free: int, kept: int) -> None:
-    lives = []
+    sessions = []
     for number, (prompt, started, round_) in enumerate(kinds):
-        one = live(f"s{number}", prompt, started=started)
-        lives.append(ready(one) if started and round_ else one)
-    plan = schedule_kv(lives, free, kept, 0.0, 1000.0)
+        one = session(f"s{number}", prompt, started=started)
+        sessions.append(ready(one) if started and round_ else one)
+    plan = schedule_kv(sessions, free, kept, 0.0, 1000.0)
     assert len({one.name for one in plan.runnable}) == len(plan.runnable)
     assert not {id(one) for one in plan.runnable} & {id(one) for one in plan.evict}
-    asking = [one for one in plan.runnable if one.ledger.ready]
-    need = sum(one.ledger.prompt_left or 1 for one in asking)
-    freed = free + plan.short + sum(one.ledger.cached for one in plan.evict)
+    asking = [one for one in plan.runnable if one.state.ready]
+    need = sum(one.state.prompt_left or 1 for one in asking)
+    freed = free + plan.tokens_to_free + sum(one.state.cached for one in plan.evict)
     # One session is always let in, or nothing would ever end.
     assert need <= freed or len(asking) == 1
 
@@ -108,7 +112,7 @@ def test_common_prefix(a: list[int], b: list[int]) -> None:
 
 
 def test_kept_caches_forget_by_age_number_and_time() -> None:
-    kept = PrefixCache(most=2, ttl_ms=100.0)
+    kept = PrefixCache(max_sessions=2, ttl_ms=100.0)
     assert kept.keep("tiny", [1], 0.0) == ["tiny"]
     assert kept.keep("a", list(range(10)), 0.0) == []
     assert kept.keep("b", list(range(20)), 1.0) == ["a"]

@@ -23,7 +23,7 @@ from wispprof.cli import serve as command
 from wispprof.cli.common import GuardedGroup
 from wispprof.errors import EngineError, WispprofError
 from wispprof.server import VerificationServer, running_server
-from wispprof.server.dashboard import board
+from wispprof.server.dashboard import dashboard_table
 from wispprof.server.json_logging import JsonLines, configure_logging
 from wispprof.server.process import bind
 from wispprof.settings.server_settings import ServerSettings
@@ -149,10 +149,10 @@ async def test_the_board_shows_what_goes_on() -> None:
     engine = FakeEngine(64)
     async with running_server(NOTHING, engine=engine, model=engine.served) as running:
         console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-        console.print(board(running.server))
+        console.print(dashboard_table(running.server))
         async with edge(running.split_url) as one:
             await one.generate(0, [1, 2], 20, drafter=FakeDrafter(engine.target))
-        console.print(board(running.server))
+        console.print(dashboard_table(running.server))
         console.file.close()
         shown = console.export_text()
     assert "wisp" in shown

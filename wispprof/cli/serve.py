@@ -140,7 +140,7 @@ def serve(
         return
     from wispprof.server import rank_server
 
-    if not rank_server.is_rank():
+    if not rank_server.started_by_torchrun():
         rank_server.launch(tensor_parallel)
         return
     if rank_server.is_rank0():

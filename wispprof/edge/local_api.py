@@ -27,7 +27,7 @@ from wispprof.openai_api.openai_protocol import (
     event,
     usage,
 )
-from wispprof.server.process import bind, keep_loaded
+from wispprof.server.process import bind, freeze_garbage_collector
 from wispprof.settings.edge_settings import EdgeSettings
 
 __all__ = ["make_edge_app", "serve_edge"]
@@ -47,7 +47,7 @@ async def serve_edge(
             config = uvicorn.Config(
                 make_edge_app(runtime), log_config=None, access_log=False, lifespan="off"
             )
-            keep_loaded()
+            freeze_garbage_collector()
             shown = f"[{host}]" if ":" in host else host
             announce(runtime, f"http://{shown}:{listener.getsockname()[1]}")
             await uvicorn.Server(config).serve(sockets=[listener])

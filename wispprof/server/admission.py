@@ -23,7 +23,7 @@ __all__ = [
     "Utilisation",
 ]
 
-_SECONDS_HELD = 20.0
+_BURST_S = 20.0
 
 
 class TokenBudget:
@@ -45,12 +45,12 @@ class TokenBudget:
         return max(0.0, -self._now(key, now_ms) / self.rate * 1000.0)
 
     def _now(self, key: str, now_ms: float) -> float:
-        full = self.rate * _SECONDS_HELD
+        full = self.rate * _BURST_S
         left, since = self._left.get(key, (full, now_ms))
         return min(full, left + (now_ms - since) / 1000.0 * self.rate)
 
 
-_SLOWEST_TPOT_MS = 60_000.0
+_MAX_TPOT_MS = 60_000.0
 """A promise of less than a token per minute is none."""
 
 
@@ -87,12 +87,12 @@ class Utilisation:
     batch: BatchCost
 
     @classmethod
-    def of(cls, estimator: StepTimeEstimator, promises: Iterable[tuple[float, int]]) -> Utilisation:
-        """``promises``: (tpot ms, cached tokens) of each session."""
+    def of(cls, estimator: StepTimeEstimator, slos: Iterable[tuple[float, int]]) -> Utilisation:
+        """``slos``: (tpot ms, cached tokens) of each session."""
         batch = estimator.start().add(1, 0)
         fixed = before = batch.p50_ms
         fastest, own = math.inf, 0.0
-        for tpot, cached in promises:
+        for tpot, cached in slos:
             batch = batch.add(1, cached)
             own += (batch.p50_ms - before) / tpot
             before = batch.p50_ms
@@ -125,7 +125,7 @@ class Admission:
         model: ServedModel,
     ) -> None:
         self._settings = settings
-        self._house = manager
+        self._manager = manager
         self._clock = clock
         self._model = model
         self.budget = TokenBudget(settings.tokens_per_key_per_s)
@@ -136,23 +136,23 @@ class Admission:
         """The request, clipped to what can be; raises :class:`Refused`."""
         if draining:
             raise Refused("draining", "The server is shutting down.", "Try another server.")
-        request = self._fits(request)
-        self._bounded(key, now_ms)
+        request = self._check_request(request)
+        self._check_limits(key, now_ms)
         if self._settings.admit == "slo":
-            self._promised(request, now_ms)
+            self._check_slo(request, now_ms)
         return request
 
-    def _fits(self, request: SessionRequest) -> SessionRequest:
+    def _check_request(self, request: SessionRequest) -> SessionRequest:
         length = len(request.tokens)
-        most = min(self._model.max_context, self._house.kv_total) - 1
+        max_prompt = min(self._model.max_context, self._manager.kv_total) - 1
         if self._settings.max_prompt:
-            most = min(most, self._settings.max_prompt)
+            max_prompt = min(max_prompt, self._settings.max_prompt)
         if not length:
             raise Refused("frame", "A session needs at least one token.", "Send a prompt.")
-        if length > most:
+        if length > max_prompt:
             raise Refused(
                 "limit",
-                f"The prompt has {length} tokens; at most {most} are taken.",
+                f"The prompt has {length} tokens; at most {max_prompt} are taken.",
                 "Shorten it.",
             )
         if min(request.tokens) < 0 or max(request.tokens) >= self._model.vocab_size:
@@ -167,7 +167,7 @@ class Admission:
             )
         if request.max_new <= request.generated:
             raise Refused("frame", "max_new leaves nothing to generate.", "Ask for more tokens.")
-        room = min(self._model.max_context, self._house.kv_total) - length + request.generated
+        room = min(self._model.max_context, self._manager.kv_total) - length + request.generated
         max_new = min(request.max_new, self._settings.max_new, room)
         if max_new <= request.generated:
             raise Refused(
@@ -176,8 +176,8 @@ class Admission:
             )
         return replace(request, max_new=max_new)
 
-    def _bounded(self, key: str, now_ms: float) -> None:
-        settings, manager = self._settings, self._house
+    def _check_limits(self, key: str, now_ms: float) -> None:
+        settings, manager = self._settings, self._manager
         wait_ms = self.budget.wait_ms(key, now_ms)
         if wait_ms > 0:
             raise Refused(
@@ -186,7 +186,7 @@ class Admission:
                 "Retry later.",
                 retry_ms=wait_ms,
             )
-        mine = sum(1 for live in manager.lives if live.owner.key == key)
+        mine = sum(1 for session in manager.sessions if session.listener.key == key)
         if mine >= settings.sessions_per_key:
             raise Refused(
                 "limit",
@@ -194,7 +194,9 @@ class Admission:
                 "Close some first.",
                 retry_ms=1_000.0,
             )
-        waiting = sum(1 for live in manager.lives if live.ledger.slo_tracker.first_ms is None)
+        waiting = sum(
+            1 for session in manager.sessions if session.state.slo_tracker.first_ms is None
+        )
         if len(manager) >= settings.max_sessions or waiting >= settings.max_waiting:
             raise Refused(
                 "busy",
@@ -206,29 +208,32 @@ class Admission:
     def _retry_ms(self) -> float:
         """When a session may have ended: the soonest by its promised pace, within a second or so."""
         left = [
-            live.ledger.tokens_left * live.ledger.slo.tpot_ms for live in self._house.lives
+            session.state.tokens_left * session.state.slo.tpot_ms
+            for session in self._manager.sessions
         ] or [0.0]
         return min(5_000.0, max(100.0, min(left)))
 
     # --- promises -----------------------------------------------------------------------------
 
-    def _promised(self, request: SessionRequest, now_ms: float) -> None:
+    def _check_slo(self, request: SessionRequest, now_ms: float) -> None:
         estimator = self._clock.estimator
         # What prompts take, and what a step takes beyond its median, is not there for promises.
-        limit = self._settings.admit_load / self._clock.stretch - self._clock.prefill_load(now_ms)
+        limit = self._settings.admit_load / self._clock.cycle_ratio - self._clock.prefill_load(
+            now_ms
+        )
         others = [
-            (live.ledger.slo.tpot_ms, live.ledger.committed_len)
-            for live in self._house.lives
-            if not live.closing
+            (session.state.slo.tpot_ms, session.state.committed_len)
+            for session in self._manager.sessions
+            if not session.closing
         ]
         cached = len(request.tokens) + (request.max_new - request.generated) // 2
         load = Utilisation.of(estimator, others).with_one(cached)
         if load(request.slo.tpot_ms) > limit:
             self._refuse_speed(request.slo, load, limit)
-        self._first_token(request, estimator, others)
+        self._check_ttft(request, estimator, others)
 
     def _refuse_speed(self, slo: Slo, load: Callable[[float], float], limit: float) -> None:
-        slow, fast = max(_SLOWEST_TPOT_MS, slo.tpot_ms), slo.tpot_ms
+        slow, fast = max(_MAX_TPOT_MS, slo.tpot_ms), slo.tpot_ms
         if load(slow) > limit:
             raise Refused(
                 "busy",
@@ -251,7 +256,7 @@ class Admission:
             nearest_tokens_per_s=nearest,
         )
 
-    def _first_token(
+    def _check_ttft(
         self,
         request: SessionRequest,
         estimator: StepTimeEstimator,
@@ -261,7 +266,7 @@ class Admission:
             return
         chunk = self._settings.prefill_chunk
         backlog = len(request.tokens) + sum(
-            live.ledger.prompt_left for live in self._house.lives if not live.closing
+            session.state.prompt_left for session in self._manager.sessions if not session.closing
         )
         batch = estimator.start()
         for _, cached in others:

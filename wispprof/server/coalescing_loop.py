@@ -27,10 +27,10 @@ from typing import Any, TypeVar
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 __all__ = [
-    "MOST_UNREAD",
+    "MAX_UNREAD_MESSAGES",
     "CoalescingLoop",
     "CoalescingSelector",
-    "EagerReader",
+    "EagerWebSocket",
     "coalescing",
     "run_coalescing",
     "socket_wait_ms",
@@ -40,39 +40,39 @@ T = TypeVar("T")
 
 
 class CoalescingSelector(selectors.DefaultSelector):
-    """A selector that lets events wait up to :attr:`longest_s` (0: none), or until :meth:`wake_selector`.
+    """A selector that lets events wait up to :attr:`max_wait_s` (0: none), or until :meth:`wake_selector`.
 
-    :attr:`lain_s`: how long what the last look found has probably lain, the mean of evenly spread arrivals;
+    :attr:`waited_s`: how long what the last look found has probably lain, the mean of evenly spread arrivals;
     it stands until the loop has dealt with all of it and looks again.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.longest_s = 0.0
-        self.lain_s = 0.0
-        self._hurried = threading.Event()
+        self.max_wait_s = 0.0
+        self.waited_s = 0.0
+        self._wake_event = threading.Event()
 
-    def gather(self, longest_s: float) -> None:
+    def gather(self, max_wait_s: float) -> None:
         """Let events wait so long from now on. Hurries of the past are over: whatever they called for stands
         in the loop's queue already, and a loop with work at hand does not wait."""
-        self._hurried.clear()
-        self.longest_s = longest_s
+        self._wake_event.clear()
+        self.max_wait_s = max_wait_s
 
     def wake_selector(self) -> None:
         """End the wait under way, or the next one. From any thread."""
-        self._hurried.set()
+        self._wake_event.set()
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         idle = timeout is None or timeout > 0.0
         if not idle:
             return super().select(timeout)  # the loop is still at work on what it found
-        self.lain_s = 0.0
-        if self.longest_s <= 0.0:
+        self.waited_s = 0.0
+        if self.max_wait_s <= 0.0:
             return super().select(timeout)
         begun = time.monotonic()
-        self._hurried.wait(self.longest_s if timeout is None else min(self.longest_s, timeout))
-        self._hurried.clear()
-        self.lain_s = (time.monotonic() - begun) / 2.0
+        self._wake_event.wait(self.max_wait_s if timeout is None else min(self.max_wait_s, timeout))
+        self._wake_event.clear()
+        self.waited_s = (time.monotonic() - begun) / 2.0
         return super().select(0)
 
 
@@ -93,14 +93,14 @@ class CoalescingLoop(asyncio.SelectorEventLoop):
 
 
 @contextlib.contextmanager
-def coalescing(longest_ms: float) -> Iterator[None]:
-    """Within, what comes to the running loop may lie unread for ``longest_ms``. Nothing on another loop
+def coalescing(max_wait_ms: float) -> Iterator[None]:
+    """Within, what comes to the running loop may lie unread for ``max_wait_ms``. Nothing on another loop
     than :class:`CoalescingLoop`."""
     loop = asyncio.get_running_loop()
     if not isinstance(loop, CoalescingLoop):
         yield
         return
-    loop.selector.gather(longest_ms / 1000.0)
+    loop.selector.gather(max_wait_ms / 1000.0)
     try:
         yield
     finally:
@@ -110,7 +110,7 @@ def coalescing(longest_ms: float) -> Iterator[None]:
 def socket_wait_ms() -> float:
     """How long a frame that is being read has probably lain, for whoever measures the link by it."""
     loop = asyncio.get_running_loop()
-    return loop.selector.lain_s * 1000.0 if isinstance(loop, CoalescingLoop) else 0.0
+    return loop.selector.waited_s * 1000.0 if isinstance(loop, CoalescingLoop) else 0.0
 
 
 def run_coalescing(main: Coroutine[Any, Any, T]) -> T:
@@ -119,11 +119,11 @@ def run_coalescing(main: Coroutine[Any, Any, T]) -> T:
         return runner.run(main)
 
 
-MOST_UNREAD = 16
+MAX_UNREAD_MESSAGES = 16
 """Messages that may wait for the application before reading from their connection stops."""
 
 
-class EagerReader(WebSocketsSansIOProtocol):
+class EagerWebSocket(WebSocketsSansIOProtocol):
     """Give it to :class:`uvicorn.Config` as ``ws``."""
 
     def send_receive_event_to_app(self) -> None:
@@ -131,5 +131,5 @@ class EagerReader(WebSocketsSansIOProtocol):
         # asyncio lets reading resume that was never paused.
         self.read_paused = True
         super().send_receive_event_to_app()
-        if self.queue.qsize() >= MOST_UNREAD and not self.close_sent:
+        if self.queue.qsize() >= MAX_UNREAD_MESSAGES and not self.close_sent:
             self.transport.pause_reading()

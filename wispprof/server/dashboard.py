@@ -11,12 +11,12 @@ from wispprof.server.verification_server import VerificationServer
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["board", "watch"]
+__all__ = ["dashboard_table", "run_dashboard"]
 
 _WINDOW_MS = 5_000.0
 
 
-def board(server: VerificationServer) -> Table:
+def dashboard_table(server: VerificationServer) -> Table:
     """The state of a server as a two-column table. ``–`` where there is nothing to say yet."""
     from rich import box
     from rich.table import Table
@@ -27,14 +27,14 @@ def board(server: VerificationServer) -> Table:
     shown = Table(
         title=f"{server.model.id} · {server.policy.name}", box=box.SIMPLE, show_header=False
     )
-    lives = list(manager.lives)
-    prefilling = sum(1 for live in lives if live.ledger.prompt_left)
-    slo_unreachable = sum(1 for live in lives if live.ledger.view(now).slo_unreachable)
+    sessions = list(manager.sessions)
+    prefilling = sum(1 for live in sessions if live.state.prompt_left)
+    slo_unreachable = sum(1 for live in sessions if live.state.view(now).slo_unreachable)
     free = server.kv_free
     rows = [
         (
             "sessions",
-            f"{len(lives)} ({prefilling} prefilling, {manager.waiting} waiting for memory)",
+            f"{len(sessions)} ({prefilling} prefilling, {manager.waiting} waiting for memory)",
         ),
         ("load level", str(server.load_level)),
         ("KV cache", f"{1 - free / max(1, manager.kv_total):.0%} of {manager.kv_total} tokens"),
@@ -64,7 +64,7 @@ def board(server: VerificationServer) -> Table:
     if status is not None and status.re_profile:
         rows.append(("drift", status.reason))
     ended = metrics.sessions_ended
-    kept = f"{metrics.sessions_kept_slo / ended:.1%} of {ended} sessions" if ended else "–"
+    kept = f"{metrics.sessions_met_slo / ended:.1%} of {ended} sessions" if ended else "–"
     rows += [
         (
             "SLO kept",
@@ -76,12 +76,12 @@ def board(server: VerificationServer) -> Table:
     return shown
 
 
-async def watch(server: VerificationServer) -> None:
+async def run_dashboard(server: VerificationServer) -> None:
     """Draw the board on stderr until cancelled."""
     from rich.console import Console
     from rich.live import Live
 
-    with Live(board(server), console=Console(stderr=True), auto_refresh=False) as live:
+    with Live(dashboard_table(server), console=Console(stderr=True), auto_refresh=False) as live:
         while True:
             await asyncio.sleep(0.5)
-            live.update(board(server), refresh=True)
+            live.update(dashboard_table(server), refresh=True)

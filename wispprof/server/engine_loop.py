@@ -47,7 +47,7 @@ class EngineLoop:
         now_ms: Callable[[], float],
     ) -> None:
         self.step_log: StepLog | None = None
-        self._house = manager
+        self._manager = manager
         self._worker = worker
         self._policy = policy
         self._simple = make_batch_policy("server-only")
@@ -87,22 +87,22 @@ class EngineLoop:
                 await self._rest(plan)
                 continue
             self._note_cycle()
-            members, feeds = self._feeds(plan)
-            if feeds:
-                await self.verify(plan, members, feeds)
+            members, inputs = self._step_inputs(plan)
+            if inputs:
+                await self.verify(plan, members, inputs)
                 # What gathered meanwhile is merged before the next step is decided on.
                 await asyncio.sleep(0)
-        await self._house.begin_step(self._now_ms())
+        await self._manager.begin_step(self._now_ms())
         await self._audit()
 
     async def begin_step(self) -> dict[str, ServerSession]:
         """Let come and go who wants to, and seat whom memory holds."""
-        return await self._house.begin_step(self._now_ms(), margin=self._margin)
+        return await self._manager.begin_step(self._now_ms(), margin=self._margin)
 
     def plan(self, runnable: dict[str, ServerSession]) -> StepPlan:
         """Ask the policy who advances now."""
         now = self._now_ms()
-        views = [live.ledger.view(now) for live in runnable.values()]
+        views = [session.state.view(now) for session in runnable.values()]
         kv_free = max(0, self._worker.engine.kv_free - self._margin)
         limits, self._row = self._limits.at(kv_free)
         try:
@@ -126,56 +126,56 @@ class EngineLoop:
         )
 
     async def verify(
-        self, plan: StepPlan, members: list[ServerSession], feeds: Sequence[StepInput]
+        self, plan: StepPlan, members: list[ServerSession], inputs: Sequence[StepInput]
     ) -> None:
         """One engine step over the planned members; then commit."""
         shape = BatchShape.of(
-            (len(feed.tokens), live.ledger.cached, bool(live.ledger.prompt_left))
-            for feed, live in zip(feeds, members, strict=True)
+            (len(feed.tokens), session.state.cached, bool(session.state.prompt_left))
+            for feed, session in zip(inputs, members, strict=True)
         )
         try:
-            outcomes, actual_ms = await self._worker.step(feeds)
+            results, actual_ms = await self._worker.step(inputs)
         except OutOfKvMemory:
             self._out_of_memory(members, shape)
             return
         except Exception:
             self.failed_steps += 1
             log.exception("engine step failed")
-            self._house.failed_step(members)
+            self._manager.failed_step(members)
             return
         self._margin = 0
         self._checked = False
-        committed = self.commit(members, outcomes, actual_ms)
+        committed = self.commit(members, results, actual_ms)
         self._note(plan, shape, actual_ms, committed)
 
     def commit(
-        self, members: list[ServerSession], outcomes: Sequence[VerifyResult], actual_ms: float
+        self, members: list[ServerSession], results: Sequence[VerifyResult], actual_ms: float
     ) -> int:
         """Book every outcome and tell its owner; returns the tokens committed."""
         now = self._now_ms()
         committed = 0
-        for live, outcome in zip(members, outcomes, strict=True):
-            done = live.ledger.apply(outcome, now)
+        for session, outcome in zip(members, results, strict=True):
+            done = session.state.apply(outcome, now)
             committed += len(done.tokens)
-            self._house.committed(live, done, now, actual_ms)
+            self._manager.committed(session, done, now, actual_ms)
         return committed
 
-    def _feeds(self, plan: StepPlan) -> tuple[list[ServerSession], list[StepInput]]:
+    def _step_inputs(self, plan: StepPlan) -> tuple[list[ServerSession], list[StepInput]]:
         now = self._now_ms()
         members: list[ServerSession] = []
-        feeds: list[StepInput] = []
+        inputs: list[StepInput] = []
         for member in plan.members:
-            live = self._house.get(member.session)
+            session = self._manager.get(member.session)
             try:
-                if live is None:
+                if session is None:
                     raise ValueError(f"{member.session} is not a session")
-                feeds.append(live.ledger.feed(member, now))
-                members.append(live)
+                inputs.append(session.state.feed(member, now))
+                members.append(session)
             except ValueError:
                 # A policy's defect must not take the server down: the others still advance.
                 self.rejected_plans += 1
                 log.exception("policy %s planned the impossible", self._policy.name)
-        return members, feeds
+        return members, inputs
 
     def _note(self, plan: StepPlan, shape: BatchShape, actual_ms: float, committed: int) -> None:
         p50, bound = plan.p50_ms, plan.bound_ms
@@ -216,11 +216,11 @@ class EngineLoop:
 
     def _out_of_memory(self, members: list[ServerSession], shape: BatchShape) -> None:
         """The engine's pages are coarser than tokens: try again with less, then with less still."""
-        for live in members:
-            live.ledger.cancel()
+        for session in members:
+            session.state.cancel()
         free = self._worker.engine.kv_free
         if len(members) == 1 and self._margin >= free:
-            self._house.fail(members[0], "limit", "The KV cache cannot hold this session.")
+            self._manager.fail(members[0], "limit", "The KV cache cannot hold this session.")
             self._margin = 0
             return
         self._margin = min(free, max(64, 2 * self._margin, shape.new_tokens // 2 + self._margin))
@@ -238,7 +238,7 @@ class EngineLoop:
         if not asked:
             return
         try:
-            await self._house.check_integrity(full=True)
+            await self._manager.check_integrity(full=True)
         except Exception as err:
             for one in asked:
                 one.set_exception(err)
@@ -255,5 +255,5 @@ class EngineLoop:
             await asyncio.wait_for(self._wake_event.wait(), wait_ms / 1000.0)
         except TimeoutError:
             if plan.wake_ms is None and not self._checked:
-                await self._house.check_integrity(full=False)
+                await self._manager.check_integrity(full=False)
                 self._checked = True

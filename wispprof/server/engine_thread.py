@@ -28,29 +28,29 @@ class EngineWorker:
 
     def __init__(self, engine: Engine, coalesce_ms: float = 0.0) -> None:
         self.engine = engine
-        self._gather_ms = coalesce_ms
-        self.failed_chores = 0
-        self._chores: list[Callable[[Engine], None]] = []
+        self._coalesce_ms = coalesce_ms
+        self.failed_ops = 0
+        self._deferred_ops: list[Callable[[Engine], None]] = []
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
 
     @property
     def pending(self) -> int:
         """Chores not yet done."""
-        return len(self._chores)
+        return len(self._deferred_ops)
 
     def deferred_op(self, work: Callable[[Engine], None]) -> None:
-        self._chores.append(work)
+        self._deferred_ops.append(work)
 
     async def flush_deferred(self) -> None:
         """Do all chores now."""
-        if self._chores:
-            chores, self._chores = self._chores, []
-            await self.call(lambda engine: self._work_off(engine, chores))
+        if self._deferred_ops:
+            ops, self._deferred_ops = self._deferred_ops, []
+            await self.call(lambda engine: self._work_off(engine, ops))
 
-    async def step(self, feeds: Sequence[StepInput]) -> tuple[list[VerifyResult], float]:
+    async def step(self, inputs: Sequence[StepInput]) -> tuple[list[VerifyResult], float]:
         """One engine step; returns its outcomes and its milliseconds."""
-        with coalescing(self._gather_ms):
-            return await self.call(lambda engine: _timed(engine, feeds))
+        with coalescing(self._coalesce_ms):
+            return await self.call(lambda engine: _timed(engine, inputs))
 
     async def call(self, work: Callable[[Engine], T]) -> T:
         """Run ``work`` in the engine's thread."""
@@ -61,18 +61,18 @@ class EngineWorker:
         """Let the thread end after what it is doing."""
         self._thread.shutdown(wait=True)
 
-    def _work_off(self, engine: Engine, chores: list[Callable[[Engine], None]]) -> None:
-        for work in chores:
+    def _work_off(self, engine: Engine, ops: list[Callable[[Engine], None]]) -> None:
+        for work in ops:
             try:
                 work(engine)
             except Exception:
                 # One session's chore must not cost the others their step; the integrity check
                 # and this counter show it.
-                self.failed_chores += 1
+                self.failed_ops += 1
                 log.exception("engine chore failed")
 
 
-def _timed(engine: Engine, feeds: Sequence[StepInput]) -> tuple[list[VerifyResult], float]:
+def _timed(engine: Engine, inputs: Sequence[StepInput]) -> tuple[list[VerifyResult], float]:
     begin = time.perf_counter()
-    outcomes = engine.step(feeds)
-    return outcomes, (time.perf_counter() - begin) * 1000.0
+    results = engine.step(inputs)
+    return results, (time.perf_counter() - begin) * 1000.0

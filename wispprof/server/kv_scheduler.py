@@ -19,91 +19,93 @@ __all__ = ["KvPlacement", "schedule_kv"]
 @dataclass(slots=True)
 class KvPlacement:
     """``runnable``: sessions the policy may see. ``evict``: sessions that lose their cache.
-    ``short``: cache tokens that must be freed beyond that, from kept caches. ``waiting``: held back."""
+    ``tokens_to_free``: cache tokens that must be freed beyond that, from kept caches. ``waiting``: held back."""
 
     runnable: list[ServerSession] = field(default_factory=list)
     evict: list[ServerSession] = field(default_factory=list)
-    short: int = 0
+    tokens_to_free: int = 0
     waiting: int = 0
 
 
-def _need(live: ServerSession) -> int:
+def _need(session: ServerSession) -> int:
     """Cache tokens it takes to let a session advance once."""
-    return live.ledger.prompt_left or 1
+    return session.state.prompt_left or 1
 
 
 def schedule_kv(
-    lives: Sequence[ServerSession], kv_free: int, kept_tokens: int, now_ms: float, idle_ms: float
+    sessions: Sequence[ServerSession], kv_free: int, kept_tokens: int, now_ms: float, idle_ms: float
 ) -> KvPlacement:
     """Seat as many sessions as memory allows; see the module's order of sacrifice."""
     plan = KvPlacement()
-    running, fresh, idle = [], [], []
-    for live in lives:
-        if not live.ledger.ready:
+    running, new, idle = [], [], []
+    for session in sessions:
+        if not session.state.ready:
             # A session without KV and without a round has nothing to ask of this step.
-            if live.ledger.cached or not live.ledger.prompt_left:
-                plan.runnable.append(live)
-            if live.ledger.cached and now_ms - live.last_seen_ms >= idle_ms:
-                idle.append(live)
-        elif live.ledger.prompt_left:
-            fresh.append(live)
+            if session.state.cached or not session.state.prompt_left:
+                plan.runnable.append(session)
+            if session.state.cached and now_ms - session.last_seen_ms >= idle_ms:
+                idle.append(session)
+        elif session.state.prompt_left:
+            new.append(session)
         else:
-            running.append(live)
-    need = len(running) + sum(_need(live) for live in fresh)
+            running.append(session)
+    need = len(running) + sum(_need(session) for session in new)
     if need <= kv_free:
         plan.runnable += running
-        plan.runnable += fresh
+        plan.runnable += new
         return plan
-    plan.short = min(kept_tokens, need - kv_free)
-    room = kv_free + plan.short
-    for live in sorted(idle, key=lambda one: one.last_seen_ms):
-        if room >= need:
+    plan.tokens_to_free = min(kept_tokens, need - kv_free)
+    remaining = kv_free + plan.tokens_to_free
+    for session in sorted(idle, key=lambda one: one.last_seen_ms):
+        if remaining >= need:
             break
-        room += live.ledger.cached
-        plan.evict.append(live)
-        plan.runnable.remove(live)
-    room = _seat_running(plan, running, fresh, room)
+        remaining += session.state.cached
+        plan.evict.append(session)
+        plan.runnable.remove(session)
+    remaining = _schedule_running(plan, running, new, remaining)
     # Sleepers come back or turn idle; with neither them nor runners, somebody must be let in now.
-    alone = not running and not any(live.ledger.cached for live in plan.runnable)
-    _seat_fresh(plan, fresh, room, alone)
+    none_cached = not running and not any(session.state.cached for session in plan.runnable)
+    _schedule_new(plan, new, remaining, none_cached)
     return plan
 
 
-def _seat_running(
-    plan: KvPlacement, running: list[ServerSession], fresh: list[ServerSession], room: int
+def _schedule_running(
+    plan: KvPlacement, running: list[ServerSession], new: list[ServerSession], remaining: int
 ) -> int:
     """Seat who decodes, if need be at the cost of half-prefilled prompts, then of each other;
     returns the room that is left."""
-    for live in sorted(fresh, key=lambda one: -one.ledger.waiting_from_ms):
-        if room >= len(running):
+    for session in sorted(new, key=lambda one: -one.state.waiting_from_ms):
+        if remaining >= len(running):
             break
-        if live.ledger.cached:
-            room += live.ledger.cached
-            plan.evict.append(live)
+        if session.state.cached:
+            remaining += session.state.cached
+            plan.evict.append(session)
             plan.waiting += 1
-            fresh.remove(live)
-    order = sorted(running, key=lambda one: one.ledger.deadline_ms)
-    while len(order) > max(1, room):
+            new.remove(session)
+    order = sorted(running, key=lambda one: one.state.deadline_ms)
+    while len(order) > max(1, remaining):
         victim = order.pop()
         plan.evict.append(victim)
         plan.waiting += 1
-        room += victim.ledger.cached
+        remaining += victim.state.cached
     plan.runnable += order
-    return room - len(order)
+    return remaining - len(order)
 
 
-def _seat_fresh(plan: KvPlacement, fresh: list[ServerSession], room: int, alone: bool) -> None:
-    order = sorted(fresh, key=lambda one: (not one.ledger.cached, one.ledger.waiting_from_ms))
+def _schedule_new(
+    plan: KvPlacement, new: list[ServerSession], remaining: int, none_cached: bool
+) -> None:
+    order = sorted(new, key=lambda one: (not one.state.cached, one.state.waiting_from_ms))
     runnable = 0
-    for live in order:
-        need = _need(live)
-        if need <= room:
-            room -= need
+    for session in order:
+        need = _need(session)
+        if need <= remaining:
+            remaining -= need
             runnable += 1
-            plan.runnable.append(live)
+            plan.runnable.append(session)
         else:
             plan.waiting += 1
-    if alone and not runnable and order:
+    if none_cached and not runnable and order:
         # Half-prefilled prompts that block each other: all but the first give back what they hold.
-        plan.evict += [live for live in order[1:] if live.ledger.cached]
+        plan.evict += [session for session in order[1:] if session.state.cached]
         plan.runnable.append(order[0])

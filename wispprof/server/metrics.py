@@ -52,7 +52,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.steps_seen = 0
         self.steps: deque[StepRecord] = deque(maxlen=keep_steps)
-        self.sessions_kept_slo = 0
+        self.sessions_met_slo = 0
         self.sessions_ended = 0
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -118,7 +118,7 @@ class Metrics:
         self.dropped = counter("draft_tokens_dropped", "Draft tokens refused by merge.", "reason")
         self.bad_frames = counter("bad_frames", "Frames refused, by code.", "code")
         self.violations = counter("slo_violations", "Sessions that missed their SLO.", "slo_class")
-        self.kept = counter("slo_attained", "Sessions that kept their SLO.", "slo_class")
+        self.met_slo = counter("slo_attained", "Sessions that kept their SLO.", "slo_class")
         self.preempted = counter("num_preemptions", "Sessions whose KV was taken away.", "why")
         self.accept_length = histogram(
             "spec_decode_accepted_per_step", "Accepted drafts per verified round.", _ACCEPTED
@@ -167,9 +167,9 @@ class Metrics:
             self.accept_length.observe(commit.accepted)
 
     def ended(
-        self, slo: Slo, counters: DraftCounters, reason: str, kept: bool | None, e2e_ms: float
+        self, slo: Slo, counters: DraftCounters, reason: str, met_slo: bool | None, e2e_ms: float
     ) -> None:
-        """A session is over. ``kept``: whether its SLO held, ``None`` where that says nothing."""
+        """A session is over. ``met_slo``: whether its SLO held, ``None`` where that says nothing."""
         self.success.labels(reason).inc()
         self.drafted.inc(counters.drafted)
         self.accepted.inc(counters.accepted)
@@ -178,11 +178,11 @@ class Metrics:
         for why, count in counters.dropped.items():
             self.dropped.labels(why).inc(count)
         self.e2e.observe(e2e_ms / 1000.0)
-        if kept is None:
+        if met_slo is None:
             return
         self.sessions_ended += 1
-        self.sessions_kept_slo += kept
-        (self.kept if kept else self.violations).labels(slo_class(slo)).inc()
+        self.sessions_met_slo += met_slo
+        (self.met_slo if met_slo else self.violations).labels(slo_class(slo)).inc()
 
     def text(self) -> bytes:
         """The exposition that ``/metrics`` answers with."""

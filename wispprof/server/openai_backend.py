@@ -147,23 +147,25 @@ class _Generation:
         self._server = server
         self._text = text
         self._news: asyncio.Queue[CommitResult | Refused] = asyncio.Queue()
-        self.live: ServerSession | None = None
+        self.session: ServerSession | None = None
 
     def open(self, request: SessionRequest) -> None:
-        self.live = self._server.open(request, self)
+        self.session = self._server.open(request, self)
         self._request = request
 
     def committed(
-        self, live: ServerSession, commit: CommitResult, verify_ms: float, load_level: int
+        self, session: ServerSession, commit: CommitResult, verify_ms: float, load_level: int
     ) -> None:
         self._news.put_nowait(commit)
 
-    def failed(self, live: ServerSession, code: str, message: str, retry_ms: float = 0.0) -> None:
+    def failed(
+        self, session: ServerSession, code: str, message: str, retry_ms: float = 0.0
+    ) -> None:
         self._news.put_nowait(Refused(code, message, retry_ms=retry_ms))
 
     @property
     def usage(self) -> dict[str, Any]:
-        reused = self.live.reused if self.live is not None else 0
+        reused = self.session.reused if self.session is not None else 0
         return usage(len(self._request.tokens), len(self.tokens), reused)
 
     async def pieces(self, stops: tuple[str, ...]) -> AsyncGenerator[str]:
@@ -191,8 +193,8 @@ class _Generation:
             if rest:
                 yield rest
         finally:
-            if self.live is not None:
-                self._server.close(self.live, reason)
+            if self.session is not None:
+                self._server.close(self.session, reason)
 
     @property
     def reason(self) -> str:

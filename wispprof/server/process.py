@@ -18,19 +18,19 @@ import uvicorn
 from wispprof import protocol
 from wispprof.errors import RuntimeFault, WispprofError
 from wispprof.server.app import make_app
-from wispprof.server.coalescing_loop import EagerReader, run_coalescing
-from wispprof.server.dashboard import watch
+from wispprof.server.coalescing_loop import EagerWebSocket, run_coalescing
+from wispprof.server.dashboard import run_dashboard
 from wispprof.server.startup import build_server
 from wispprof.server.verification_server import VerificationServer
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.types import Engine, ServedModel
 
-__all__ = ["RunningServer", "bind", "keep_loaded", "running_server", "serve"]
+__all__ = ["RunningServer", "bind", "freeze_garbage_collector", "running_server", "serve"]
 
 log = logging.getLogger("wispprof.server")
 
 # A frame just over the limit should meet a clear problem, not a cut connection.
-_MOST_WS_BYTES = protocol.MAX_FRAME_BYTES + (64 << 10)
+_MAX_MESSAGE_BYTES = protocol.MAX_FRAME_BYTES + (64 << 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +73,18 @@ class _Uvicorn(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, on_signal: Callable[[], None] | None = None) -> None:
         super().__init__(config)
         self._on_signal = on_signal
-        self._leaving = asyncio.Event()
+        self._exit = asyncio.Event()
 
     async def main_loop(self) -> None:
         # uvicorn looks at should_exit ten times a second; an in-process server has no time for that.
         while not await self.on_tick(0):
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._leaving.wait(), 0.1)
+                await asyncio.wait_for(self._exit.wait(), 0.1)
 
-    def leave(self) -> None:
+    def request_exit(self) -> None:
         """Close connections and end."""
         self.should_exit = True
-        self._leaving.set()
+        self._exit.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -111,8 +111,8 @@ def _config(server: VerificationServer, settings: ServerSettings) -> uvicorn.Con
         log_config=None,
         access_log=False,
         lifespan="off",
-        ws=EagerReader,
-        ws_max_size=_MOST_WS_BYTES,
+        ws=EagerWebSocket,
+        ws_max_size=_MAX_MESSAGE_BYTES,
         ws_per_message_deflate=False,
         timeout_graceful_shutdown=5,
         server_header=False,
@@ -149,13 +149,13 @@ async def running_server(
             await asyncio.sleep(0.002)
         yield RunningServer(settings.host, port, server)
     finally:
-        front.leave()
+        front.request_exit()
         await task
         await server.stop()
         listener.close()
 
 
-def keep_loaded() -> None:
+def freeze_garbage_collector() -> None:
     """Leave what is loaded out of garbage collection, for a process that is about to serve.
 
     Models and libraries are half a million objects that stay to the end; each full collection would go
@@ -195,15 +195,15 @@ async def _serve(
         nonlocal stopping
         if stopping is not None:
             front.force_exit = True
-            front.leave()
+            front.request_exit()
             stopping.cancel()
             return
         log.info("draining: %d sessions", len(server.manager))
-        stopping = asyncio.create_task(leave(), name="drain")
+        stopping = asyncio.create_task(request_exit(), name="drain")
 
-    async def leave() -> None:
+    async def request_exit() -> None:
         await server.drain(settings.drain_timeout_ms)
-        front.leave()
+        front.request_exit()
 
     front = _Uvicorn(_config(server, settings), on_signal)
     await server.start()
@@ -213,10 +213,10 @@ async def _serve(
         while not front.started and not task.done():
             await asyncio.sleep(0.01)
         if not task.done():
-            keep_loaded()
+            freeze_garbage_collector()
             announce(server, listener.getsockname()[1])
             if settings.live:
-                board = asyncio.create_task(watch(server), name="live board")
+                board = asyncio.create_task(run_dashboard(server), name="live board")
         await task
     finally:
         if board is not None:

@@ -18,10 +18,10 @@ from wispprof.server.process import serve
 from wispprof.server.verification_server import VerificationServer
 from wispprof.settings.server_settings import ServerSettings
 
-__all__ = ["is_rank", "is_rank0", "launch", "serve_ranks"]
+__all__ = ["started_by_torchrun", "is_rank0", "launch", "serve_ranks"]
 
 
-def is_rank() -> bool:
+def started_by_torchrun() -> bool:
     """Whether torchrun started this process."""
     return "RANK" in os.environ
 

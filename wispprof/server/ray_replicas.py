@@ -26,14 +26,14 @@ __all__ = [
     "LoadLevelPolicy",
     "deployment",
     "serve_replicas",
-    "wanted_replicas",
+    "target_replicas",
 ]
 
 METRIC = "load_level"
 """What a replica records of itself, 0 … 4."""
 
 
-def wanted_replicas(levels: Sequence[float], current: int, low: float, high: float) -> int:
+def target_replicas(levels: Sequence[float], current: int, low: float, high: float) -> int:
     """Replicas for these load levels, before the deployment's own limits.
 
     Above ``high`` on average one more for every ``high`` levels there are too many; below ``low`` one
@@ -65,12 +65,12 @@ class LoadLevelPolicy:
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
         recorded: Mapping[Any, float] = (context.aggregated_metrics or {}).get(METRIC, {})
         current = int(context.target_num_replicas)
-        return wanted_replicas(list(recorded.values()), current, self.low, self.high), {}
+        return target_replicas(list(recorded.values()), current, self.low, self.high), {}
 
 
 NAME = "wispprof"
 
-_MOST_CONNECTIONS = 10_000
+_MAX_CONNECTIONS = 10_000
 _MOST_REPLICAS_FACTOR = 4
 
 log = logging.getLogger("wispprof.server")
@@ -149,7 +149,7 @@ def deployment(
         }
     made = serve.deployment(
         name=NAME,
-        max_ongoing_requests=_MOST_CONNECTIONS,
+        max_ongoing_requests=_MAX_CONNECTIONS,
         graceful_shutdown_timeout_s=settings.drain_timeout_ms / 1000.0,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2.0,

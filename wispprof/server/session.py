@@ -35,29 +35,31 @@ class SessionListener(Protocol):
     key: str
 
     def committed(
-        self, live: ServerSession, commit: CommitResult, verify_ms: float, load_level: int
+        self, session: ServerSession, commit: CommitResult, verify_ms: float, load_level: int
     ) -> None: ...
 
-    def failed(self, live: ServerSession, code: str, message: str, retry_ms: float = 0.0) -> None:
+    def failed(
+        self, session: ServerSession, code: str, message: str, retry_ms: float = 0.0
+    ) -> None:
         """The session ended without its owner's wish; nothing of it is left."""
 
 
 @dataclass(slots=True, eq=False)
 class ServerSession:
-    """One open session. ``number`` is the owner's name for it, ``ledger.session`` the engine's.
+    """One open session. ``number`` is the owner's name for it, ``state.session`` the engine's.
 
-    ``last_seen_ms``: last sign of life from either side; ``last_commit_ms``: its last commit. ``held``: the engine
+    ``last_seen_ms``: last sign of life from either side; ``last_commit_ms``: its last commit. ``in_engine``: the engine
     has opened it (set in its thread), with ``reused`` tokens of another session's cache; ``opened``: the
     event loop knows that. ``closing``: why its
     owner left while a step was under way.
     """
 
-    ledger: SessionState
+    state: SessionState
     sampling: Sampling
-    owner: SessionListener
+    listener: SessionListener
     number: int
     last_seen_ms: float
-    held: bool = False
+    in_engine: bool = False
     opened: bool = False
     closing: str = ""
     reused: int = 0
@@ -65,4 +67,4 @@ class ServerSession:
 
     @property
     def name(self) -> str:
-        return self.ledger.session
+        return self.state.session

@@ -47,10 +47,10 @@ class SessionManager:
         self._metrics = metrics
         self._max_context = max_context
         self._stream = stream
-        self._lives: dict[str, ServerSession] = {}
-        most_kept = settings.kept_sessions if worker.engine.capabilities.fork else 0
-        self._kept = PrefixCache(most_kept, settings.keep_ttl_ms)
-        self._arriving: list[ServerSession] = []
+        self._sessions: dict[str, ServerSession] = {}
+        max_cached = settings.kept_sessions if worker.engine.capabilities.fork else 0
+        self._prefix_cache = PrefixCache(max_cached, settings.keep_ttl_ms)
+        self._opening: list[ServerSession] = []
         self._names = 0
         self._audits = 0
         self._kv_total = worker.engine.kv_free
@@ -61,7 +61,7 @@ class SessionManager:
         self.spend: Callable[[str, int, float], None] = lambda key, tokens, now_ms: None
 
     def __len__(self) -> int:
-        return len(self._lives)
+        return len(self._sessions)
 
     @property
     def kv_total(self) -> int:
@@ -69,21 +69,21 @@ class SessionManager:
         return self._kv_total
 
     @property
-    def lives(self) -> Iterable[ServerSession]:
-        return self._lives.values()
+    def sessions(self) -> Iterable[ServerSession]:
+        return self._sessions.values()
 
     def get(self, name: str) -> ServerSession | None:
-        return self._lives.get(name)
+        return self._sessions.get(name)
 
     # --- coming -------------------------------------------------------------------------------
 
-    def enter(
-        self, request: SessionRequest, owner: SessionListener, number: int, now_ms: float
+    def add(
+        self, request: SessionRequest, listener: SessionListener, number: int, now_ms: float
     ) -> ServerSession:
         """A new session, reusing the longest prefix that a kept cache holds."""
         self._names += 1
         name = f"s{self._names}"
-        ledger = SessionState(
+        state = SessionState(
             name,
             request.tokens,
             slo=request.slo,
@@ -96,79 +96,85 @@ class SessionManager:
             undrafted=request.undrafted,
             max_pending_drafts=self._settings.max_drafts,
         )
-        live = ServerSession(ledger, request.sampling, owner, number, now_ms, last_commit_ms=now_ms)
-        self._lives[name] = live
-        self._arriving.append(live)
+        session = ServerSession(
+            state, request.sampling, listener, number, now_ms, last_commit_ms=now_ms
+        )
+        self._sessions[name] = session
+        self._opening.append(session)
         self.wake()
-        return live
+        return session
 
-    def _open_in_engine(self, live: ServerSession) -> None:
+    def _open_in_engine(self, session: ServerSession) -> None:
         """Queue what opens a session in the engine."""
-        prefix = self._kept.find(live.ledger.tokens)
+        prefix = self._prefix_cache.find(session.state.tokens)
         if prefix is None:
-            self._worker.deferred_op(lambda engine: _open(engine, live))
+            self._worker.deferred_op(lambda engine: _open(engine, session))
             return
         parent, length = prefix.session, prefix.length
         take_over = prefix.whole
         if take_over:
             # The child holds all that the parent held: keeping both would waste memory.
-            self._kept.forget(parent)
-        self._worker.deferred_op(lambda engine: _fork(engine, live, parent, length, take_over))
+            self._prefix_cache.forget(parent)
+        self._worker.deferred_op(lambda engine: _fork(engine, session, parent, length, take_over))
 
     # --- a step's needs -----------------------------------------------------------------------
 
     async def begin_step(self, now_ms: float, margin: int = 0) -> dict[str, ServerSession]:
         """Work off what happened since the last step; returns the sessions that may take part."""
         self._sweep(now_ms)
-        arriving, self._arriving = self._arriving, []
-        for live in arriving:
-            if live.name in self._lives:
-                self._open_in_engine(live)
+        opening, self._opening = self._opening, []
+        for session in opening:
+            if session.name in self._sessions:
+                self._open_in_engine(session)
         await self._worker.flush_deferred()
-        for live in arriving:
-            self._settled(live)
-        runnable = await self._arrange(now_ms, margin)
+        for session in opening:
+            self._opened_in_engine(session)
+        runnable = await self._schedule_kv(now_ms, margin)
         self._measure_load(now_ms)
         return runnable
 
-    def _settled(self, live: ServerSession) -> None:
-        if live.name not in self._lives:
+    def _opened_in_engine(self, session: ServerSession) -> None:
+        if session.name not in self._sessions:
             # Its owner left while the engine's thread was opening it.
-            if live.held:
-                self._close_in_engine(live.name)
+            if session.in_engine:
+                self._close_in_engine(session.name)
             return
-        if not live.held:
-            self.fail(live, "busy", "The engine holds no more sessions now.", 1_000.0)
+        if not session.in_engine:
+            self.fail(session, "busy", "The engine holds no more sessions now.", 1_000.0)
             return
-        live.opened = True
-        if live.reused:
-            live.ledger.adopted(live.reused)
-            self._metrics.reused_tokens.inc(live.reused)
-        live.ledger.floor_ms = (
-            self._clock.estimator.start().add(1, live.ledger.committed_len).p50_ms
+        session.opened = True
+        if session.reused:
+            session.state.adopted(session.reused)
+            self._metrics.reused_tokens.inc(session.reused)
+        session.state.floor_ms = (
+            self._clock.estimator.start().add(1, session.state.committed_len).p50_ms
         )
-        if self._stream and not live.ledger.undrafted:
-            live.ledger.floor_ms /= 1.0 + self._settings.max_drafts
+        if self._stream and not session.state.undrafted:
+            session.state.floor_ms /= 1.0 + self._settings.max_drafts
 
-    async def _arrange(self, now_ms: float, margin: int) -> dict[str, ServerSession]:
-        lives = [live for live in self._lives.values() if live.opened]
+    async def _schedule_kv(self, now_ms: float, margin: int) -> dict[str, ServerSession]:
+        sessions = [session for session in self._sessions.values() if session.opened]
         free = max(0, self._worker.engine.kv_free - margin)
-        plan = schedule_kv(lives, free, self._kept.tokens, now_ms, self._settings.idle_evict_ms)
+        plan = schedule_kv(
+            sessions, free, self._prefix_cache.tokens, now_ms, self._settings.idle_evict_ms
+        )
         self.waiting = plan.waiting
-        short = plan.short
-        while short > 0:
-            before = self._kept.tokens
-            self._drop_oldest_kept()
-            short -= before - self._kept.tokens
-        for live in plan.evict:
-            live.ledger.evicted()
-            self._metrics.preempted.labels("idle" if not live.ledger.ready else "memory").inc()
-            self._roll_back(live.name, 0)
+        tokens_to_free = plan.tokens_to_free
+        while tokens_to_free > 0:
+            before = self._prefix_cache.tokens
+            self._drop_oldest_prefix()
+            tokens_to_free -= before - self._prefix_cache.tokens
+        for session in plan.evict:
+            session.state.evicted()
+            self._metrics.preempted.labels("idle" if not session.state.ready else "memory").inc()
+            self._roll_back(session.name, 0)
         await self._worker.flush_deferred()
-        return {live.name: live for live in plan.runnable if live.name in self._lives}
+        return {
+            session.name: session for session in plan.runnable if session.name in self._sessions
+        }
 
-    def _drop_oldest_kept(self) -> None:
-        name = self._kept.oldest()
+    def _drop_oldest_prefix(self) -> None:
+        name = self._prefix_cache.oldest()
         if name is not None:
             self._close_in_engine(name)
 
@@ -176,101 +182,105 @@ class SessionManager:
         if now_ms < self._load_until_ms:
             return
         self._load_until_ms = now_ms + _LOAD_EVERY_MS
-        decoding = [live.ledger.cached for live in self._lives.values() if live.opened]
+        decoding = [session.state.cached for session in self._sessions.values() if session.opened]
         self.load_level = load_level(slowdown(self._clock.estimator, decoding), self.load_level)
         metrics = self._metrics
         metrics.load.set(self.load_level)
         metrics.running.set(sum(1 for cached in decoding if cached))
-        metrics.waiting.set(sum(1 for cached in decoding if not cached) + len(self._arriving))
+        metrics.waiting.set(sum(1 for cached in decoding if not cached) + len(self._opening))
         metrics.kv_usage.set(1.0 - self._worker.engine.kv_free / max(1, self._kv_total))
-        metrics.kv_kept.set(self._kept.tokens)
+        metrics.kv_kept.set(self._prefix_cache.tokens)
 
     # --- a step's results ---------------------------------------------------------------------
 
     def committed(
-        self, live: ServerSession, done: CommitResult, now_ms: float, verify_ms: float
+        self, session: ServerSession, done: CommitResult, now_ms: float, verify_ms: float
     ) -> None:
         """Tell the owner, and let the session go where it ended or its owner has left."""
         if done.rollback is not None:
-            self._roll_back(live.name, done.rollback)
-        if live.closing:
-            self._leave(live, live.closing, now_ms)
+            self._roll_back(session.name, done.rollback)
+        if session.closing:
+            self._remove(session, session.closing, now_ms)
             return
         if not done.tokens:
             return
-        prompt = live.ledger.committed_len - len(done.tokens) - live.reused if done.first else 0
-        self.spend(live.owner.key, len(done.tokens) + prompt, now_ms)
-        since = live.ledger.slo_tracker.opened_ms if done.first else live.last_commit_ms
-        live.last_commit_ms = now_ms
-        live.last_seen_ms = max(live.last_seen_ms, now_ms)
+        prompt = (
+            session.state.committed_len - len(done.tokens) - session.reused if done.first else 0
+        )
+        self.spend(session.listener.key, len(done.tokens) + prompt, now_ms)
+        since = session.state.slo_tracker.opened_ms if done.first else session.last_commit_ms
+        session.last_commit_ms = now_ms
+        session.last_seen_ms = max(session.last_seen_ms, now_ms)
         self._metrics.commit(done, now_ms - since, done.first)
-        live.owner.committed(live, done, verify_ms, self.load_level)
-        if done.finished and live.name in self._lives:
-            self._leave(live, done.finished, now_ms)
+        session.listener.committed(session, done, verify_ms, self.load_level)
+        if done.finished and session.name in self._sessions:
+            self._remove(session, done.finished, now_ms)
 
     def failed_step(self, members: list[ServerSession]) -> None:
         """The engine failed in the middle of a step: nobody in it can be trusted any more."""
-        for live in members:
-            live.ledger.cancel()
-            self.fail(live, "internal", "The engine failed; open the session again.", keep=False)
+        for session in members:
+            session.state.cancel()
+            self.fail(session, "internal", "The engine failed; open the session again.", keep=False)
 
     # --- leaving ------------------------------------------------------------------------------
 
-    def leave(self, live: ServerSession, now_ms: float, reason: str = "abort") -> None:
+    def release(self, session: ServerSession, now_ms: float, reason: str = "abort") -> None:
         """The owner is done with the session, or gone."""
-        if live.name not in self._lives:
+        if session.name not in self._sessions:
             return
-        if live.ledger.in_flight:
-            live.closing = reason
+        if session.state.in_flight:
+            session.closing = reason
         else:
-            self._leave(live, reason, now_ms)
+            self._remove(session, reason, now_ms)
         self.wake()
 
     def fail(
         self,
-        live: ServerSession,
+        session: ServerSession,
         code: str,
         message: str,
         retry_ms: float = 0.0,
         keep: bool = True,
     ) -> None:
         """End a session against its owner's wish, and say why."""
-        if live.name not in self._lives:
+        if session.name not in self._sessions:
             return
-        if not live.closing:
-            live.owner.failed(live, code, message, retry_ms)
-        self._leave(live, code, live.last_commit_ms, keep=keep)
+        if not session.closing:
+            session.listener.failed(session, code, message, retry_ms)
+        self._remove(session, code, session.last_commit_ms, keep=keep)
 
-    def _leave(self, live: ServerSession, reason: str, now_ms: float, keep: bool = True) -> None:
-        del self._lives[live.name]
-        ledger = live.ledger
-        ledger.abandon()
+    def _remove(
+        self, session: ServerSession, reason: str, now_ms: float, keep: bool = True
+    ) -> None:
+        del self._sessions[session.name]
+        state = session.state
+        state.abandon()
         # An aborted session says nothing about the promise, unless it was broken already.
-        kept: bool | None = ledger.slo_tracker.kept(now_ms)
+        kept: bool | None = state.slo_tracker.kept(now_ms)
         if reason not in ("stop", "length", "context") and kept:
             kept = None
         self._metrics.ended(
-            ledger.slo,
-            ledger.counters,
+            state.slo,
+            state.counters,
             reason,
             kept,
-            max(0.0, now_ms - ledger.slo_tracker.opened_ms),
+            max(0.0, now_ms - state.slo_tracker.opened_ms),
         )
-        if not live.opened:
-            return  # never opened, or being opened right now: see _settled
+        if not session.opened:
+            return  # never opened, or being opened right now: see _opened_in_engine
         if not keep:
-            self._close_in_engine(live.name)
+            self._close_in_engine(session.name)
             return
-        for name in self._kept.keep(live.name, ledger.tokens[: ledger.cached], now_ms):
+        for name in self._prefix_cache.keep(session.name, state.tokens[: state.cached], now_ms):
             self._close_in_engine(name)
 
     def _sweep(self, now_ms: float) -> None:
-        for name in self._kept.expired(now_ms):
+        for name in self._prefix_cache.expired(now_ms):
             self._close_in_engine(name)
         deadline = now_ms - self._settings.idle_ttl_ms
-        silent = [one for one in self._lives.values() if one.last_seen_ms < deadline]
-        for live in silent:
-            self.fail(live, "session", "Nothing was heard of this session for too long.")
+        silent = [one for one in self._sessions.values() if one.last_seen_ms < deadline]
+        for session in silent:
+            self.fail(session, "session", "Nothing was heard of this session for too long.")
 
     def _close_in_engine(self, name: str) -> None:
         self._worker.deferred_op(lambda engine: engine.close(name))
@@ -280,10 +290,10 @@ class SessionManager:
 
     # --- the books ----------------------------------------------------------------------------
 
-    async def forget_kept(self) -> None:
+    async def clear_prefix_cache(self) -> None:
         """Release all kept caches."""
-        while len(self._kept):
-            self._drop_oldest_kept()
+        while len(self._prefix_cache):
+            self._drop_oldest_prefix()
         await self._worker.flush_deferred()
 
     async def check_integrity(self, full: bool = True) -> None:
@@ -293,26 +303,32 @@ class SessionManager:
         otherwise one cache is. Raises :class:`EngineError` where something is off.
         """
         await self._worker.flush_deferred()
-        expected = {live.name: live.ledger.cached for live in self._lives.values() if live.opened}
-        expected |= self._kept.lengths()
+        expected = {
+            session.name: session.state.cached
+            for session in self._sessions.values()
+            if session.opened
+        }
+        expected |= self._prefix_cache.lengths()
         names = sorted(expected)
         one = names[self._audits % len(names)] if names and not full else None
         self._audits += 1
         await self._worker.call(lambda engine: _audit(engine, expected, one))
 
 
-def _open(engine: Engine, live: ServerSession) -> None:
-    engine.open(live.name, live.sampling, live.ledger.tokens)
-    live.held = True
+def _open(engine: Engine, session: ServerSession) -> None:
+    engine.open(session.name, session.sampling, session.state.tokens)
+    session.in_engine = True
 
 
-def _fork(engine: Engine, live: ServerSession, parent: str, length: int, take_over: bool) -> None:
+def _fork(
+    engine: Engine, session: ServerSession, parent: str, length: int, take_over: bool
+) -> None:
     try:
-        engine.fork(parent, live.name, length, live.sampling)
-        live.held = True
-        live.reused = length
+        engine.fork(parent, session.name, length, session.sampling)
+        session.in_engine = True
+        session.reused = length
     except OutOfKvMemory:
-        _open(engine, live)
+        _open(engine, session)
     finally:
         if take_over:
             engine.close(parent)

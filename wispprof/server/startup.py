@@ -22,7 +22,7 @@ log = logging.getLogger("wispprof.server")
 
 _SHARE_OF_FREE_RAM = 0.25
 _SHARE_OF_FREE_VRAM = 0.85
-_MOST_CPU_TOKENS = 1 << 18
+_MAX_CPU_TOKENS = 1 << 18
 
 
 def build_server(
@@ -123,4 +123,4 @@ def _tokens_in_free_memory(device: str, info: Any, share: int) -> int:
 
     free = psutil.virtual_memory().available
     tokens = int(free * _SHARE_OF_FREE_RAM) // per_token
-    return max(int(info.max_context), min(tokens, _MOST_CPU_TOKENS))
+    return max(int(info.max_context), min(tokens, _MAX_CPU_TOKENS))

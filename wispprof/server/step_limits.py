@@ -21,7 +21,7 @@ class StepLimits:
     ) -> None:
         self.plan = plan
         self._settings = settings
-        self._house = manager
+        self._manager = manager
         self._rows: dict[tuple[float, int], BatchRow] = {}
 
     @property
@@ -29,8 +29,8 @@ class StepLimits:
         """The plan's row that is obeyed now; ``None`` without a plan."""
         if self.plan is None:
             return None
-        speed = max((live.ledger.slo.tokens_per_s for live in self._house.lives), default=1.0)
-        key = (speed, self._house.load_level)
+        speed = max((live.state.slo.tokens_per_s for live in self._manager.sessions), default=1.0)
+        key = (speed, self._manager.load_level)
         if key not in self._rows:
             self._rows[key] = self.plan.batch_row(*key)
         return self._rows[key]

@@ -22,7 +22,7 @@ __all__ = ["StepLog"]
 
 log = logging.getLogger("wispprof.server")
 
-_MOST_WAITING = 100_000
+_MAX_QUEUED = 100_000
 """Steps that may wait for a disk that hangs; beyond, steps are left out and counted."""
 
 _Step = tuple[tuple[VerifyItem, ...], float, float, str]
@@ -40,7 +40,7 @@ class StepLog:
     def __init__(self, path: Path, flush_s: float = 1.0) -> None:
         self.path = Path(path)
         self.written = 0
-        self.left_out = 0
+        self.dropped = 0
         self.err = ""
         self._flush_s = flush_s
         try:
@@ -51,7 +51,7 @@ class StepLog:
                 f"The step log {self.path} cannot be opened: {err.strerror}.",
                 "Give --step-log a file that can be written.",
             ) from err
-        self._waiting: queue.SimpleQueue[_Step | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Step | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="step log", daemon=True)
         self._thread.start()
 
@@ -63,15 +63,15 @@ class StepLog:
         row: BatchRow | None = None,
     ) -> None:
         """Take a step; never waits."""
-        if self.err or self._waiting.qsize() >= _MOST_WAITING:
-            self.left_out += 1
+        if self.err or self._queue.qsize() >= _MAX_QUEUED:
+            self.dropped += 1
             return
-        self._waiting.put((shape.items, actual_ms, p50_ms, "" if row is None else row.cell))
+        self._queue.put((shape.items, actual_ms, p50_ms, "" if row is None else row.cell))
 
     def close(self) -> None:
         """Write what is left and close the file. Waits for the disk. Idempotent."""
         if self._thread.is_alive():
-            self._waiting.put(None)
+            self._queue.put(None)
             self._thread.join()
 
     def _write(self) -> None:
@@ -87,7 +87,7 @@ class StepLog:
         while True:
             wait = None if dirty_s is None else max(0.0, dirty_s + self._flush_s - time.monotonic())
             try:
-                step = self._waiting.get(timeout=wait)
+                step = self._queue.get(timeout=wait)
             except queue.Empty:
                 self._file.flush()
                 dirty_s = None

@@ -25,8 +25,8 @@ log = logging.getLogger("wispprof.server")
 
 _PREFILL_WINDOW_MS = 10_000.0
 _CORRECT_EVERY = 16
-_QUIET = 128
-_SAME = 0.005
+_REPORT_EVERY = 128
+_MIN_CORRECTION = 0.005
 """Corrections smaller than this leave the estimator alone: policies keep what they know of it."""
 
 
@@ -43,15 +43,15 @@ class StepTimeTracker:
         drift: DriftSettings | None = None,
     ) -> None:
         self._fitted = fitted
-        self._now = fitted
-        self._learnt = LearningEstimator()
+        self._current = fitted
+        self._learned = LearningEstimator()
         self._monitor = (
             DriftMonitor(fitted, drift or DriftSettings())
             if isinstance(fitted, FittedEstimator)
             else None
         )
-        self._told: set[Cell] = set()
-        self._tell_from = 0
+        self._reported_cells: set[Cell] = set()
+        self._report_from_step = 0
         self._ratios: deque[float] = deque(maxlen=window)
         self._cycles: deque[tuple[float, float]] = deque(maxlen=window)
         self._prefills: deque[tuple[float, float]] = deque(maxlen=8 * window)
@@ -68,10 +68,10 @@ class StepTimeTracker:
     @property
     def estimator(self) -> StepTimeEstimator:
         """What policies should ask now, corrections included."""
-        return self._learnt if self._now is None else self._now
+        return self._learned if self._current is None else self._current
 
     @property
-    def stretch(self) -> float:
+    def cycle_ratio(self) -> float:
         """Mean time from one step's beginning to the next one's over its predicted median, while there
         was always work: what planning, committing and the tail of slow steps add. At least 1."""
         predicted = sum(p for _, p in self._cycles)
@@ -112,7 +112,7 @@ class StepTimeTracker:
         if predicted_ms > 0:
             self._ratios.append(actual_ms / predicted_ms)
         if self._fitted is None:
-            self._learnt.observe(shape, actual_ms)
+            self._learned.observe(shape, actual_ms)
             return
         if self._monitor is None:
             return
@@ -123,25 +123,27 @@ class StepTimeTracker:
     def learn(self, rows: Iterable[tuple[BatchShape, float]]) -> None:
         """Warm-up measurements for a learning clock, taken before serving."""
         for shape, actual_ms in rows:
-            self._learnt.observe(shape, actual_ms)
-        self._learnt.fit()
+            self._learned.observe(shape, actual_ms)
+        self._learned.fit()
 
     def _correct(self, monitor: DriftMonitor) -> None:
-        corrected, now = monitor.corrected(), self._now
+        corrected, now = monitor.corrected(), self._current
         assert isinstance(now, FittedEstimator)
         change = max(
             abs(corrected.p50_scale / now.p50_scale - 1.0),
             abs(corrected.bound_scale / now.bound_scale - 1.0),
         )
-        if change > _SAME:
-            self._now = corrected
+        if change > _MIN_CORRECTION:
+            self._current = corrected
             self.corrections += 1
         status = monitor.status()
         if not status.re_profile:
             return
         cells = {cell for cell, _ in status.cells}
-        if self._tell_from == 0 or (self.steps >= self._tell_from and not cells <= self._told):
+        if self._report_from_step == 0 or (
+            self.steps >= self._report_from_step and not cells <= self._reported_cells
+        ):
             # Once when it fires, and again when other regions of shapes went wrong too.
             log.warning("%s", status.reason)
-            self._told |= cells
-            self._tell_from = self.steps + _QUIET
+            self._reported_cells |= cells
+            self._report_from_step = self.steps + _REPORT_EVERY

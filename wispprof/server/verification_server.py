@@ -111,9 +111,9 @@ class VerificationServer:
         try:
             if task is not None:
                 await task
-            for live in list(self.manager.lives):
-                self.manager.fail(live, "draining", "The server is shutting down.", 1_000.0)
-            await self.manager.forget_kept()
+            for session in list(self.manager.sessions):
+                self.manager.fail(session, "draining", "The server is shutting down.", 1_000.0)
+            await self.manager.clear_prefix_cache()
         finally:
             self._worker.stop()
             if self.loop.step_log is not None:
@@ -125,9 +125,9 @@ class VerificationServer:
         until = self.now_ms() + timeout_ms
         while len(self.manager) and self.now_ms() < until:
             await asyncio.sleep(0.02)
-        for live in list(self.manager.lives):
+        for session in list(self.manager.sessions):
             self.manager.fail(
-                live, "draining", "The server is shutting down; resume elsewhere.", 0.0
+                session, "draining", "The server is shutting down; resume elsewhere.", 0.0
             )
 
     @property
@@ -141,8 +141,8 @@ class VerificationServer:
         # Without its loop a server only looks alive: /ready and every owner must hear of it.
         self.draining = True
         log.critical("the step loop died", exc_info=task.exception())
-        for live in list(self.manager.lives):
-            self.manager.fail(live, "internal", "The server's step loop died.")
+        for session in list(self.manager.sessions):
+            self.manager.fail(session, "internal", "The server's step loop died.")
 
     @property
     def batch_row(self) -> BatchRow | None:
@@ -166,22 +166,22 @@ class VerificationServer:
         return self.policy.stream
 
     def open(
-        self, request: SessionRequest, owner: SessionListener, number: int = 0
+        self, request: SessionRequest, listener: SessionListener, number: int = 0
     ) -> ServerSession:
         """Admit a request. Raises :class:`~wispprof.server.admission.Refused` with the code
         and the nearest thing that would be taken."""
         try:
-            request = self.admission.check(request, owner.key, self.now_ms(), self.draining)
+            request = self.admission.check(request, listener.key, self.now_ms(), self.draining)
         except Refused as err:
             self.metrics.refused.labels(err.code).inc()
             raise
-        return self.manager.enter(request, owner, number, self.now_ms())
+        return self.manager.add(request, listener, number, self.now_ms())
 
-    def draft(self, live: ServerSession, frame: protocol.Draft) -> None:
+    def draft(self, session: ServerSession, frame: protocol.Draft) -> None:
         """Merge a checked draft frame into its session."""
         now = self.now_ms()
-        live.last_seen_ms = now
-        live.ledger.merge(
+        session.last_seen_ms = now
+        session.state.merge(
             frame.epoch,
             frame.base,
             frame.tokens,
@@ -192,17 +192,17 @@ class VerificationServer:
         )
         self.loop.wake()
 
-    def close(self, live: ServerSession, reason: str = "abort") -> None:
+    def close(self, session: ServerSession, reason: str = "abort") -> None:
         """Its owner is done with a session, or gone; ``reason`` ``stop``: it has all it wanted."""
-        self.manager.leave(live, self.now_ms(), reason)
+        self.manager.release(session, self.now_ms(), reason)
 
     async def check_integrity(self) -> None:
         """Full audit between two steps: raises :class:`EngineError` where something leaked."""
         if self._task is None or self._task.done():
             raise RuntimeFault("Only a running server can be audited.", "Start it first.")
         await self.loop.audit()
-        if self._worker.failed_chores:
-            raise EngineError(f"{self._worker.failed_chores} engine chores failed; see the log.")
+        if self._worker.failed_ops:
+            raise EngineError(f"{self._worker.failed_ops} engine chores failed; see the log.")
 
 
 def _calibrate(

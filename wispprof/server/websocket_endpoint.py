@@ -24,16 +24,16 @@ __all__ = ["WebSocketEndpoint"]
 
 log = logging.getLogger("wispprof.server")
 
-MOST_PROBLEMS = 64
+MAX_PROBLEMS = 64
 """A connection that was told of so many faults is closed: it will not get better."""
 
-MOST_ENDED = 4096
+MAX_ENDED = 4096
 """Ended session numbers that a connection remembers, to tell late frames from wrong ones."""
 
-MOST_PONG_BYTES = 1 << 16
+MAX_PONG_BYTES = 1 << 16
 
 
-class _Hangup(Exception):
+class _CloseConnection(Exception):
     """The connection is to be closed with this code, after what was queued."""
 
     def __init__(self, code: int) -> None:
@@ -67,7 +67,7 @@ class WebSocketEndpoint:
                 code = 1013
                 log.warning("closing an edge that left %d frames unread", self._outgoing.qsize())
             elif reader.done():
-                code = _code_of(reader)
+                code = _close_code(reader)
                 await self._flush(writer)
         finally:
             self._release()
@@ -79,14 +79,14 @@ class WebSocketEndpoint:
                 await self._socket.close(code)
 
     def _release(self) -> None:
-        for live in self._sessions.values():
-            self._server.close(live)
+        for session in self._sessions.values():
+            self._server.close(session)
         self._sessions.clear()
 
     # --- reading ------------------------------------------------------------------------------
 
     async def _read(self) -> None:
-        await self._greet()
+        await self._handshake()
         while True:
             frame = await self._receive()
             if isinstance(frame, protocol.Draft):
@@ -96,22 +96,22 @@ class WebSocketEndpoint:
             elif isinstance(frame, protocol.Close):
                 self._close(frame)
             elif isinstance(frame, protocol.Ping):
-                size = min(max(0, frame.reply_bytes), MOST_PONG_BYTES)
-                self._post(
+                size = min(max(0, frame.reply_bytes), MAX_PONG_BYTES)
+                self._send(
                     protocol.Pong(frame.number, bytes(size), protocol.brief_ms(socket_wait_ms()))
                 )
             else:
                 self._problem(-1, "frame", "Hello was said already.")
-                raise _Hangup(1002)
+                raise _CloseConnection(1002)
 
-    async def _greet(self) -> None:
+    async def _handshake(self) -> None:
         server = self._server
         try:
             async with asyncio.timeout(server.settings.hello_timeout_ms / 1000.0):
                 hello = await self._receive()
         except TimeoutError:
             self._problem(-1, "hello", "No hello came in time. Send hello first.")
-            raise _Hangup(1008) from None
+            raise _CloseConnection(1008) from None
         try:
             if not isinstance(hello, protocol.Hello):
                 raise HandshakeRefused("The first frame must be hello.", "Send hello first.")
@@ -120,12 +120,12 @@ class WebSocketEndpoint:
             # The edge's own words may be in it, and may be long.
             log.warning("refused an edge at hello: %.300s", err)
             self._problem(-1, "hello", str(err))
-            raise _Hangup(1008) from err
+            raise _CloseConnection(1008) from err
         if server.draining:
             self._problem(-1, "draining", "The server is shutting down. Try another server.")
-            raise _Hangup(1012)
+            raise _CloseConnection(1012)
         self.key = hello.key
-        self._post(
+        self._send(
             protocol.Welcome(
                 protocol=protocol.PROTOCOL_VERSION,
                 target=server.model.id,
@@ -149,7 +149,7 @@ class WebSocketEndpoint:
             return protocol.decode_edge(data)
         except ProtocolError as err:
             self._problem(-1, "frame", str(err))
-            raise _Hangup(1002) from err
+            raise _CloseConnection(1002) from err
 
     def _open(self, frame: protocol.Open) -> None:
         number = frame.session
@@ -163,7 +163,7 @@ class WebSocketEndpoint:
             self._sessions[number] = self._server.open(request_of(frame), self, number)
         except Refused as err:
             self._end(number)
-            self._post(
+            self._send(
                 protocol.Problem(number, err.code, str(err), err.retry_ms, err.nearest_tokens_per_s)
             )
         except ProtocolError as err:
@@ -171,8 +171,8 @@ class WebSocketEndpoint:
             self._problem(number, "frame", str(err))
 
     def _draft(self, frame: protocol.Draft) -> None:
-        live = self._sessions.get(frame.session)
-        if live is None:
+        session = self._sessions.get(frame.session)
+        if session is None:
             # A stream's last drafts cross with the commit that ended it: no fault of the edge.
             if frame.session not in self._ended:
                 self._problem(frame.session, "session", "This session is not open. Open it first.")
@@ -182,35 +182,35 @@ class WebSocketEndpoint:
         except ProtocolError as err:
             self._problem(frame.session, "frame", str(err))
             return
-        self._server.draft(live, frame)
+        self._server.draft(session, frame)
 
     def _close(self, frame: protocol.Close) -> None:
         self._forget(frame.session)
         self._end(frame.session)
 
     def _forget(self, number: int) -> None:
-        live = self._sessions.pop(number, None)
-        if live is not None:
-            self._server.close(live)
+        session = self._sessions.pop(number, None)
+        if session is not None:
+            self._server.close(session)
 
     def _end(self, number: int) -> None:
         self._ended[number] = None
-        if len(self._ended) > MOST_ENDED:
+        if len(self._ended) > MAX_ENDED:
             del self._ended[next(iter(self._ended))]
 
     # --- writing ------------------------------------------------------------------------------
 
     def committed(
-        self, live: ServerSession, commit: CommitResult, verify_ms: float, load_level: int
+        self, session: ServerSession, commit: CommitResult, verify_ms: float, load_level: int
     ) -> None:
-        if self._sessions.get(live.number) is not live:
+        if self._sessions.get(session.number) is not session:
             return
         if commit.finished:
-            del self._sessions[live.number]
-            self._end(live.number)
-        self._post(
+            del self._sessions[session.number]
+            self._end(session.number)
+        self._send(
             protocol.Commit(
-                session=live.number,
+                session=session.number,
                 epoch=commit.epoch,
                 committed_len=commit.committed_len,
                 tokens=list(commit.tokens),
@@ -223,22 +223,24 @@ class WebSocketEndpoint:
             )
         )
 
-    def failed(self, live: ServerSession, code: str, message: str, retry_ms: float = 0.0) -> None:
-        if self._sessions.get(live.number) is not live:
+    def failed(
+        self, session: ServerSession, code: str, message: str, retry_ms: float = 0.0
+    ) -> None:
+        if self._sessions.get(session.number) is not session:
             return
-        del self._sessions[live.number]
-        self._end(live.number)
-        self._post(protocol.Problem(live.number, code, message, retry_ms))
+        del self._sessions[session.number]
+        self._end(session.number)
+        self._send(protocol.Problem(session.number, code, message, retry_ms))
 
     def _problem(self, session: int, code: str, message: str) -> None:
         self._server.metrics.bad_frames.labels(code).inc()
         self._problems += 1
-        self._post(protocol.Problem(session, code, message))
-        if self._problems >= MOST_PROBLEMS:
-            self._post(protocol.Problem(-1, "frame", "Too many faults on this connection."))
-            raise _Hangup(1008)
+        self._send(protocol.Problem(session, code, message))
+        if self._problems >= MAX_PROBLEMS:
+            self._send(protocol.Problem(-1, "frame", "Too many faults on this connection."))
+            raise _CloseConnection(1008)
 
-    def _post(self, frame: protocol.ServerFrame) -> None:
+    def _send(self, frame: protocol.ServerFrame) -> None:
         try:
             self._outgoing.put_nowait(protocol.encode(frame))
         except asyncio.QueueFull:
@@ -255,9 +257,9 @@ class WebSocketEndpoint:
         await asyncio.wait([writer], timeout=1.0)
 
 
-def _code_of(reader: asyncio.Task[None]) -> int:
+def _close_code(reader: asyncio.Task[None]) -> int:
     err = reader.exception()
-    if isinstance(err, _Hangup):
+    if isinstance(err, _CloseConnection):
         return err.code
     if isinstance(err, WebSocketDisconnect):
         return 1000
