@@ -63,7 +63,7 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
     from wispprof.drafters.torch_drafter import TorchDrafter
     from wispprof.engines.loading import load_model
     from wispprof.engines.torch.engine import TorchEngine
-    from wispprof.openai_api.text import ChatTokenizer
+    from wispprof.openai_api.tokenizer import ChatTokenizer
     from wispprof.profiling.prompts import held_out_prompts
     from wispprof.server import running_server
     from wispprof.settings.server_settings import ServerSettings
@@ -80,8 +80,10 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
     settings = ServerSettings(admit="all", kept_sessions=16)
     before = _waiting()
     with ThreadPoolExecutor(2, thread_name_prefix="draft") as world.executor:
-        text = ChatTokenizer(target.tokenizer)
-        async with running_server(settings, engine=engine, model=model, text=text) as running:
+        tokenizer = ChatTokenizer(target.tokenizer)
+        async with running_server(
+            settings, engine=engine, model=model, tokenizer=tokenizer
+        ) as running:
             clock = asyncio.create_task(world.keep_time())
             watch = asyncio.create_task(_watch(world))
             resting = []

@@ -19,6 +19,7 @@ token 16.
 from __future__ import annotations
 
 import struct
+from typing import TypeVar
 
 import msgspec
 
@@ -139,11 +140,13 @@ class Pong(msgspec.Struct, tag="j", array_like=True, frozen=True):
 EdgeFrame = Hello | Open | Draft | Close | Ping
 ServerFrame = Welcome | Commit | Problem | Pong
 
+_F = TypeVar("_F")
+
 _encoder = msgspec.msgpack.Encoder()
 _float32 = struct.Struct(">f")
 _FLOAT32 = b"\xca"  # msgpack's type byte
-_from_edge = msgspec.msgpack.Decoder(EdgeFrame)
-_from_server = msgspec.msgpack.Decoder(ServerFrame)
+_from_edge: msgspec.msgpack.Decoder[EdgeFrame] = msgspec.msgpack.Decoder(EdgeFrame)
+_from_server: msgspec.msgpack.Decoder[ServerFrame] = msgspec.msgpack.Decoder(ServerFrame)
 
 
 def encode(frame: EdgeFrame | ServerFrame) -> bytes:
@@ -191,7 +194,7 @@ def decode_server(data: bytes) -> ServerFrame:
     return _decode(_from_server, data)
 
 
-def _decode(decoder: msgspec.msgpack.Decoder, data: bytes):  # type: ignore[no-untyped-def]
+def _decode(decoder: msgspec.msgpack.Decoder[_F], data: bytes) -> _F:
     if len(data) > MAX_FRAME_BYTES:
         raise ProtocolError(
             f"A frame of {len(data)} bytes exceeds the limit of {MAX_FRAME_BYTES}.",

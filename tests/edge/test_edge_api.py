@@ -14,7 +14,7 @@ from fake_pair import LETTERS, fake_runtime, text_of
 
 from wispprof.edge.local_api import make_edge_app, serve_edge
 from wispprof.errors import WispprofError
-from wispprof.openai_api.text import ChatTokenizer
+from wispprof.openai_api.tokenizer import ChatTokenizer
 from wispprof.server.app import make_app
 from wispprof.server.process import running_server
 from wispprof.settings.edge_settings import EdgeSettings
@@ -124,7 +124,7 @@ async def test_the_same_seed_gives_the_same_text_split_server_only_and_after_a_r
     ask = {"model": "hash-256", "prompt": "once", "max_tokens": 120, "temperature": 0.8, "seed": 11}
     engine = FakeEngine(step_ms=lambda shape: 2.0)
     settings = ServerSettings(policy="wispprof", admit="all")
-    parts = {"engine": engine, "model": engine.served, "text": ChatTokenizer(LETTERS)}
+    parts = {"engine": engine, "model": engine.served, "tokenizer": ChatTokenizer(LETTERS)}
     async with running_server(settings, **parts) as running:  # type: ignore[arg-type]
         async with over(make_app(running.server)) as http:
             alone = await openai_client(http).completions.create(**ask)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wispprof.openai_api.text import StopScanner, TextStream
+from wispprof.openai_api.tokenizer import IncrementalDetokenizer, StopStringFilter
 
 
 class Bytes:
@@ -29,7 +29,7 @@ class Spaces:
 def test_bytes_in_any_grouping_give_the_text(text: str, seed: int) -> None:
     data = list(text.encode())
     rng = random.Random(seed)
-    stream = TextStream(Bytes(), list(b"prompt "))
+    stream = IncrementalDetokenizer(Bytes(), list(b"prompt "))
     pieces = []
     while data:
         count = rng.randrange(1, 4)
@@ -42,12 +42,12 @@ def test_bytes_in_any_grouping_give_the_text(text: str, seed: int) -> None:
 
 
 def test_a_space_before_the_first_word_is_kept() -> None:
-    stream = TextStream(Spaces(), [1, 2])
+    stream = IncrementalDetokenizer(Spaces(), [1, 2])
     assert stream.push([3]) + stream.push([4, 5]) + stream.finish() == " w3 w4 w5"
 
 
 def test_an_unfinished_character_comes_at_the_end() -> None:
-    stream = TextStream(Bytes())
+    stream = IncrementalDetokenizer(Bytes())
     assert stream.push([0xE2]) == ""
     assert stream.finish() == "\ufffd"
 
@@ -64,7 +64,7 @@ def test_an_unfinished_character_comes_at_the_end() -> None:
     ],
 )
 def test_stop_strings(pieces: list[str], stops: list[str], shown: str, hit: str) -> None:
-    scanner = StopScanner(stops)
+    scanner = StopStringFilter(stops)
     out = "".join(scanner.push(piece) for piece in pieces) + scanner.finish()
     assert out == shown
     assert scanner.hit == hit
@@ -75,7 +75,7 @@ def test_stop_strings(pieces: list[str], stops: list[str], shown: str, hit: str)
 def test_stop_strings_in_any_grouping(text: str, stops: list[str]) -> None:
     places = [text.find(stop) for stop in stops if stop in text]
     expected = text[: min(places)] if places else text
-    scanner = StopScanner(stops)
+    scanner = StopStringFilter(stops)
     out = "".join(scanner.push(letter) for letter in text) + scanner.finish()
     # Letter by letter the stop string that ends first wins; it may begin after another that is longer.
     assert out == expected or (scanner.hit and text.startswith(out + scanner.hit))

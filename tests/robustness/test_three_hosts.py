@@ -32,7 +32,9 @@ TARGET = FakeTarget()
 
 SERVER = """
 import asyncio, sys
-from wispprof.server import FakeEngine, ServerSettings, running_server
+from wispprof.server import running_server
+from wispprof.settings.server_settings import ServerSettings
+from wispprof.testing.fake_engine import FakeEngine
 
 async def main():
     engine = FakeEngine(step_ms=lambda shape: 2.0 + 0.1 * shape.new_tokens)

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from wispprof.openai_api.text import ByteTokenizer, ChatTokenizer
+from wispprof.openai_api.tokenizer import ByteTokenizer, ChatTokenizer
 from wispprof.server import RunningServer, running_server
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeEngine
@@ -22,8 +22,10 @@ KEY = "k" * 20
 async def running() -> AsyncIterator[RunningServer]:
     engine = FakeEngine(128)
     settings = ServerSettings(api_keys=(KEY,), prefill_chunk=16)
-    text = ChatTokenizer(ByteTokenizer())
-    async with running_server(settings, engine=engine, model=engine.served, text=text) as one:
+    tokenizer = ChatTokenizer(ByteTokenizer())
+    async with running_server(
+        settings, engine=engine, model=engine.served, tokenizer=tokenizer
+    ) as one:
         yield one
 
 

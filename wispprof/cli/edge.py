@@ -166,7 +166,7 @@ def generate(
 
     async def main() -> None:
         async with open_edge(settings) as runtime:
-            ask = Prompt(runtime.encode(prompt), max_tokens, sampling, tuple(stop or ()))
+            ask = Prompt(runtime.tokenizer.encode(prompt), max_tokens, sampling, tuple(stop or ()))
             document = await _answer(runtime, ask, show=not as_json)
             if as_json:
                 common.emit_json({"prompt": prompt, **document})
@@ -192,7 +192,7 @@ def chat(
 
     async def main() -> None:
         async with open_edge(settings) as runtime:
-            if not getattr(runtime.tokenizer, "chat_template", None):
+            if not runtime.tokenizer.has_chat_template:
                 common.note(
                     "This model has no chat template: it continues the conversation as text."
                 )
@@ -201,7 +201,7 @@ def chat(
             while said := await asyncio.to_thread(_ask):
                 messages.append({"role": "user", "content": said})
                 sampling = Sampling(temperature, top_k, top_p, seed + turn)
-                ask = Prompt(runtime.chat(messages), max_tokens, sampling)
+                ask = Prompt(runtime.tokenizer.chat(messages), max_tokens, sampling)
                 document = await _answer(runtime, ask, show=True)
                 messages.append({"role": "assistant", "content": str(document["text"])})
                 turn += 1

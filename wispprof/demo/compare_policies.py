@@ -72,7 +72,6 @@ async def answer(
 ) -> Answer:
     """A real draft model answers a prompt through a real server; written as ``answer.json``."""
     from wispprof.edge.edge_runtime import Prompt, open_edge
-    from wispprof.openai_api.text import TextStream
     from wispprof.settings.edge_settings import EdgeSettings
 
     report = stage("answer a prompt")
@@ -85,7 +84,9 @@ async def answer(
             plan_device=measured.device.name,
         )
         async with open_edge(edge) as runtime:
-            ask = Prompt(runtime.encode(settings.prompt), settings.answer_tokens, settings.answer)
+            ask = Prompt(
+                runtime.tokenizer.encode(settings.prompt), settings.answer_tokens, settings.answer
+            )
             reply = runtime.reply(ask)
             commits: list[list[int]] = []
             done = 0
@@ -99,7 +100,7 @@ async def answer(
                 settings.answer_tokens,
                 f"{reply.stats.tokens_per_s:.0f} tokens/s",
             )
-            text = TextStream(runtime.tokenizer, ask.tokens)
+            text = runtime.tokenizer.detokenizer(ask.tokens)
             pieces = []
             for commit in commits:
                 for place, token in enumerate(commit):

@@ -54,12 +54,14 @@ class EdgeMetrics:
             "wispprof_edge_received_bytes", "Received over links.", registry=registry
         )
 
-    async def watch(self, reply: Reply) -> AsyncGenerator[str]:
-        """The reply's text, counted when it ends, however it ends."""
+    async def watch(
+        self, reply: Reply, stream: AsyncGenerator[tuple[int, ...]]
+    ) -> AsyncGenerator[tuple[int, ...]]:
+        """The tokens of ``stream``; ``reply`` is counted when it ends, however it ends."""
         try:
-            async with aclosing(reply.text()) as source:
-                async for piece in source:
-                    yield piece
+            async with aclosing(stream):
+                async for tokens in stream:
+                    yield tokens
         finally:
             self._count(reply.stats, reply.finished or "aborted")
 

@@ -12,11 +12,11 @@ from wispprof.artifacts import bundled
 from wispprof.edge.client import EdgeClient
 from wispprof.edge.connection import ConnectionFactory, ssl_context, websocket_connections
 from wispprof.edge.draft_device import DraftDevice, GgufDraft
-from wispprof.edge.generation import Chunk, Generation, GenerationRequest
+from wispprof.edge.generation import Generation, GenerationRequest
 from wispprof.edge.request_stats import RequestStats
-from wispprof.errors import ModelError, WispprofError
+from wispprof.errors import ModelError
 from wispprof.hardware import energy_meter
-from wispprof.openai_api.text import StopScanner, TextStream
+from wispprof.openai_api import ChatTokenizer, TextGeneration
 from wispprof.sessions.draft_scheduler import DraftingSettings
 from wispprof.settings.edge_settings import ClientSettings, EdgeSettings
 from wispprof.types import RejectionPredictor, Sampling, Slo
@@ -29,62 +29,56 @@ BUNDLED_DRAFT = "models/reference-pair/draft"
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One request in tokens, with what text needs besides: stop strings end it early."""
+    """One request in tokens. ``stops``: strings that end it early. ``stop_tokens`` and ``slo``: the
+    tokenizer's and the settings' if not given."""
 
     tokens: tuple[int, ...]
     max_new: int
     sampling: Sampling
     stops: tuple[str, ...] = ()
     slo: Slo | None = None
+    stop_tokens: tuple[int, ...] | None = None
 
 
 class Reply:
     """One answer while it is generated: iterate over its text, then read the rest.
 
-    ``finished``: ``stop`` (a stop token or string) or ``length``. ``verified`` turns false where the
-    draft model had to go on alone.
+    ``finished``: ``stop`` (a stop token or string), ``length`` or ``context``. ``verified`` turns
+    false if the draft model had to go on alone. A
+    :class:`~wispprof.openai_api.TokenGeneration`.
     """
 
+    cached_tokens = None
+
     def __init__(self, runtime: EdgeRuntime, prompt: Prompt) -> None:
-        self._house = runtime
+        self._runtime = runtime
         self._prompt = prompt
+        stop_tokens = prompt.stop_tokens
+        self._stop_tokens = runtime.tokenizer.stop_tokens if stop_tokens is None else stop_tokens
         self.stats = RequestStats()
         self.tokens: list[int] = []
         self.finished = ""
         self.verified = True
 
-    async def text(self) -> AsyncGenerator[str]:
+    def text(self) -> AsyncGenerator[str]:
         """Pieces of the answer as they are committed."""
-        runtime, prompt = self._house, self._prompt
-        stream = TextStream(runtime.tokenizer, prompt.tokens)
-        scanner = StopScanner(prompt.stops)
-        async with aclosing(self._chunks()) as chunks:
-            async for chunk in chunks:
-                self.verified = self.verified and chunk.verified
-                shown = chunk.tokens
-                if shown and shown[-1] in runtime.stop_tokens:
-                    shown = shown[:-1]
-                self.tokens.extend(chunk.tokens)
-                piece = scanner.push(stream.push(shown))
-                if piece:
-                    yield piece
-                if scanner.hit:
-                    self.finished = "stop"
-                    return
-        rest = scanner.push(stream.finish()) + scanner.finish()
-        if scanner.hit:
-            self.finished = "stop"
-        if rest:
-            yield rest
+        prompt, tokenizer = self._prompt, self._runtime.tokenizer
+        text = TextGeneration(self, tokenizer, prompt.tokens, self._stop_tokens, prompt.stops)
+        return text.pieces()
 
-    async def _chunks(self) -> AsyncGenerator[Chunk]:
-        runtime, prompt = self._house, self._prompt
+    def statistics(self) -> dict[str, Any]:
+        """What the local API adds to a response."""
+        return {"wispprof": {"verified": self.verified, **self.stats.summary()}}
+
+    async def stream(self) -> AsyncGenerator[tuple[int, ...]]:
+        """Tokens as they are committed, a final stop token included."""
+        runtime, prompt = self._runtime, self._prompt
         request = GenerationRequest(
             tokens=prompt.tokens,
             max_new=prompt.max_new,
             sampling=prompt.sampling,
             slo=prompt.slo or runtime.settings.slo,
-            stop=runtime.stop_tokens,
+            stop=self._stop_tokens,
         )
         device = runtime.device
         with device.lend(prompt.tokens) as (worker, controller), device.energy.share() as energy:
@@ -99,7 +93,9 @@ class Reply:
             self.stats = generation.stats
             async with aclosing(generation.stream()) as source:
                 async for chunk in source:
-                    yield chunk
+                    self.verified = self.verified and chunk.verified
+                    self.tokens.extend(chunk.tokens)
+                    yield chunk.tokens
             self.finished = generation.stats.finished
         self.stats.energy_j = energy.energy_j
 
@@ -111,10 +107,9 @@ class EdgeRuntime:
         self, settings: EdgeSettings, tokenizer: Any, device: DraftDevice, client: EdgeClient
     ) -> None:
         self.settings = settings
-        self.tokenizer = tokenizer
+        self.tokenizer = ChatTokenizer(tokenizer)
         self.device = device
         self.client = client
-        self.stop_tokens = _stop_tokens(tokenizer)
         stream = {"": None, "round": False, "stream": True}[settings.mode]
         self.drafting = DraftingSettings(
             draft_ahead=settings.draft_ahead, proactive=settings.proactive, stream=stream
@@ -130,23 +125,6 @@ class EdgeRuntime:
     def max_context(self) -> int:
         welcome = self.client.welcome
         return welcome.max_context if welcome is not None else 1 << 20
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Tokens of a prompt. Raises :class:`WispprofError` where it holds none."""
-        tokens = tuple(int(t) for t in self.tokenizer.encode(text))
-        if not tokens:
-            raise WispprofError("The prompt is empty.", "Give some text to go on from.")
-        return tokens
-
-    def chat(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
-        """Tokens of a conversation, by the tokenizer's chat template where it has one."""
-        if getattr(self.tokenizer, "chat_template", None):
-            tokens = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-            return tuple(int(t) for t in tokens)
-        # A base model has no roles: what was said so far is one text that it continues.
-        return self.encode("\n".join(message["content"] for message in messages))
 
     def reply(self, prompt: Prompt) -> Reply:
         return Reply(self, prompt)
@@ -253,13 +231,3 @@ def _plan_rows(settings: EdgeSettings, stream: bool | None) -> dict[str, Any]:
 
     mode = settings.mode or ("round" if stream is False else "stream")
     return {"rows": rows_of(load_plan(settings.plan), settings.plan_device, mode)}
-
-
-def _stop_tokens(tokenizer: Any) -> tuple[int, ...]:
-    eos = tokenizer.eos_token_id
-    found = {int(eos)} if eos is not None else set()
-    for name in ("<|im_end|>", "<|eot_id|>", "<|end_of_turn|>"):
-        number = tokenizer.get_vocab().get(name)
-        if number is not None:
-            found.add(int(number))
-    return tuple(sorted(found))

@@ -1,1 +1,19 @@
-"""One OpenAI-compatible API, mounted by the server and by the edge."""
+"""One OpenAI-compatible API over a :class:`TextBackend`; ``routes`` mounts it on server and edge."""
+
+from wispprof.openai_api.openai_protocol import ApiError
+from wispprof.openai_api.text_backend import (
+    TextBackend,
+    TextGeneration,
+    TokenGeneration,
+    TokenRequest,
+)
+from wispprof.openai_api.tokenizer import ChatTokenizer
+
+__all__ = [
+    "ApiError",
+    "ChatTokenizer",
+    "TextBackend",
+    "TextGeneration",
+    "TokenGeneration",
+    "TokenRequest",
+]

@@ -1,8 +1,7 @@
-"""The OpenAI-compatible API's requests and answers, as the server and the edge both speak it.
+"""Requests, responses and errors of the OpenAI API (https://platform.openai.com/docs/api-reference).
 
-Follows https://platform.openai.com/docs/api-reference (chat completions and completions). Fields that the
-engine cannot honour are refused rather than ignored where they would change the text (``n`` > 1, tools,
-penalties, ``logprobs``); those that cannot are taken and ignored (``user``, ``metadata``).
+Fields that would change the text and are not supported are refused (``n`` > 1, tools, penalties,
+``logprobs``). Unknown fields that do not change it are ignored (``user``, ``metadata``).
 """
 
 from __future__ import annotations
@@ -19,31 +18,51 @@ from wispprof.types import Sampling
 
 __all__ = [
     "ApiError",
-    "ChatAnswer",
-    "ChatRequest",
-    "CompletionAnswer",
+    "ChatCompletionRequest",
+    "ChatCompletionResponse",
     "CompletionRequest",
+    "CompletionResponse",
     "Message",
-    "error_body",
     "event",
     "usage",
 ]
 
-# --- requests -------------------------------------------------------------------------------------
-
 
 class ApiError(WispprofError):
-    """A request that this API refuses; ``status`` is its HTTP status."""
+    """A request that failed. ``status``: its HTTP status; ``retry_ms``: when to try again (429, 503);
+    ``details``: further fields of the error object."""
 
-    def __init__(self, message: str, status: int = 400, param: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_ms: float = 0.0,
+        **details: Any,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
+        self.code = code
+        self.retry_ms = retry_ms
+        self.details = details
+
+    def body(self) -> dict[str, Any]:
+        """The error object that OpenAI clients expect."""
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        default = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {
+            "message": str(self),
+            "type": kinds.get(self.status, default),
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": {**error, **self.details}}
 
 
-def error_body(message: str, kind: str = "invalid_request_error", param: str | None = None) -> Any:
-    """An error as OpenAI clients expect it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+# --- requests -------------------------------------------------------------------------------------
 
 
 class Message(BaseModel):
@@ -65,8 +84,8 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class _Common(BaseModel):
-    model_config = ConfigDict(extra="allow")
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="ignore")
 
     model: str = ""
     max_tokens: int | None = Field(default=None, ge=1)
@@ -82,19 +101,36 @@ class _Common(BaseModel):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     tools: list[Any] | None = None
+    logprobs: bool | int | None = None
+    tokens_per_s: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    ttft_ms: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    ignore_eos: bool = False
+
+    @property
+    def max_new(self) -> int | None:
+        """Most output tokens, if the request limits them."""
+        return self.max_tokens
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
 
     def check(self) -> None:
         """Raise :class:`ApiError` for what would change the text and is not supported."""
         if self.n not in (None, 1):
             raise ApiError("Only n = 1 is supported.", param="n")
-        for name in ("presence_penalty", "frequency_penalty", "logit_bias", "tools"):
+        for name in ("presence_penalty", "frequency_penalty", "logit_bias", "tools", "logprobs"):
             if getattr(self, name):
                 raise ApiError(f"{name} is not supported.", param=name)
-        if (self.model_extra or {}).get("logprobs"):
-            raise ApiError("logprobs is not supported.", param="logprobs")
 
     def sampling(self, seed: int) -> Sampling:
-        """OpenAI's defaults: temperature 1, no nucleus. ``seed`` where the request names none."""
+        """Sampling with OpenAI's defaults (temperature 1, no nucleus); ``seed`` if the request sets none."""
         return Sampling(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=self.top_k or 0,
@@ -102,27 +138,22 @@ class _Common(BaseModel):
             seed=abs(self.seed) if self.seed is not None else seed,
         )
 
-    def stops(self) -> tuple[str, ...]:
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    @property
-    def wants_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
-
-class ChatRequest(_Common):
+class ChatCompletionRequest(_Request):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
 
+    @property
+    def max_new(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
-class CompletionRequest(_Common):
+
+class CompletionRequest(_Request):
     prompt: str | list[int] | list[str] | list[list[int]] = ""
     echo: bool = False
 
-    def one_prompt(self) -> str | list[int]:
-        """The prompt, as text or tokens; several are refused."""
+    def single_prompt(self) -> str | list[int]:
+        """The prompt, as text or tokens. Raises :class:`ApiError` for several prompts."""
         given: Any = self.prompt
         if isinstance(given, list) and given and not isinstance(given[0], int):
             if len(given) != 1:
@@ -131,88 +162,94 @@ class CompletionRequest(_Common):
         return given  # type: ignore[no-any-return]
 
 
-# --- answers --------------------------------------------------------------------------------------
+# --- responses ------------------------------------------------------------------------------------
 
 
-class CompletionAnswer:
-    """``/v1/completions``. ``echo``: the prompt's text, where the request wants it repeated."""
+class CompletionResponse:
+    """``/v1/completions``: one object, or chunks. ``echo``: the prompt's text, if it is to be repeated."""
 
-    prefix, whole_kind, piece_kind = "cmpl", "text_completion", "text_completion"
+    id_prefix, full_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, model: str, echo: str = "") -> None:
         self._echo = echo
         self._base = {
-            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "id": f"{self.id_prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": model,
         }
 
-    def whole(
-        self, text: str, finished: str, counts: dict[str, Any], **more: Any
+    def full(
+        self, text: str, finished: str, counts: dict[str, Any], **extra: Any
     ) -> dict[str, Any]:
-        """The answer in one piece; ``more``: fields beside OpenAI's own."""
-        choice = self._choice(self._whole(text), finished)
-        base = {**self._base, "object": self.whole_kind}
-        return {**base, "choices": [choice], "usage": counts, **more}
+        """The whole response; ``extra``: fields beside OpenAI's own."""
+        choice = self._choice(self._full_content(text), _finish_reason(finished))
+        base = {**self._base, "object": self.full_object}
+        return {**base, "choices": [choice], "usage": counts, **extra}
 
-    def first(self) -> str:
+    def opening_chunk(self) -> str:
         """What a stream begins with: the echo, or the role."""
-        return self.piece(self._echo) if self._echo else ""
+        return self.chunk(self._echo) if self._echo else ""
 
-    def piece(self, text: str) -> str:
-        return self._event([self._choice(self._piece(text), None)])
+    def chunk(self, text: str) -> str:
+        return self._event([self._choice(self._chunk_content(text), None)])
 
-    def last(self, finished: str, **more: Any) -> str:
-        return self._event([self._choice(self._nothing(), finished)], **more)
+    def final_chunk(self, finished: str, **extra: Any) -> str:
+        choice = self._choice(self._empty_content(), _finish_reason(finished))
+        return self._event([choice], **extra)
 
-    def counted(self, counts: dict[str, Any]) -> str:
-        """The piece that ``stream_options.include_usage`` asks for."""
+    def usage_chunk(self, counts: dict[str, Any]) -> str:
+        """The chunk that ``stream_options.include_usage`` asks for."""
         return self._event([], usage=counts)
 
-    def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
-        return event({**self._base, "object": self.piece_kind, "choices": choices, **more})
+    def _event(self, choices: list[dict[str, Any]], **extra: Any) -> str:
+        return event({**self._base, "object": self.chunk_object, "choices": choices, **extra})
 
-    def _whole(self, text: str) -> dict[str, Any]:
+    def _full_content(self, text: str) -> dict[str, Any]:
         return {"text": self._echo + text}
 
-    def _piece(self, text: str) -> dict[str, Any]:
+    def _chunk_content(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
-    def _nothing(self) -> dict[str, Any]:
+    def _empty_content(self) -> dict[str, Any]:
         return {"text": ""}
 
     @staticmethod
-    def _choice(content: dict[str, Any], finished: str | None) -> dict[str, Any]:
-        return {"index": 0, **content, "logprobs": None, "finish_reason": finished}
+    def _choice(content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+        return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
 
 
-class ChatAnswer(CompletionAnswer):
+class ChatCompletionResponse(CompletionResponse):
     """``/v1/chat/completions``."""
 
-    prefix, whole_kind, piece_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    id_prefix, full_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def first(self) -> str:
+    def opening_chunk(self) -> str:
         return self._event([self._choice({"delta": {"role": "assistant", "content": ""}}, None)])
 
-    def _whole(self, text: str) -> dict[str, Any]:
+    def _full_content(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text}}
 
-    def _piece(self, text: str) -> dict[str, Any]:
+    def _chunk_content(self, text: str) -> dict[str, Any]:
         return {"delta": {"content": text}}
 
-    def _nothing(self) -> dict[str, Any]:
+    def _empty_content(self) -> dict[str, Any]:
         return {"delta": {}}
 
 
-def usage(prompt: int, completion: int, reused: int | None = None) -> dict[str, Any]:
-    """Token counts; ``reused``: prompt tokens whose KV was there already, where that is known."""
+def _finish_reason(finished: str) -> str:
+    """OpenAI's finish reason: a full context counts as ``length``."""
+    return "stop" if finished == "stop" else "length"
+
+
+def usage(prompt: int, completion: int, cached: int | None = None) -> dict[str, Any]:
+    """Token counts; ``cached``: prompt tokens served from a prefix cache, if known."""
     counts: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
     }
-    if reused is not None:
-        counts["prompt_tokens_details"] = {"cached_tokens": reused}
+    if cached is not None:
+        counts["prompt_tokens_details"] = {"cached_tokens": cached}
     return counts
 
 

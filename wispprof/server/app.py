@@ -9,7 +9,8 @@ from fastapi import FastAPI, Response, WebSocket
 from fastapi.responses import JSONResponse
 
 from wispprof import __version__
-from wispprof.server.openai_backend import add_openai
+from wispprof.openai_api.routes import add_openai_routes
+from wispprof.server.openai_backend import SessionBackend
 from wispprof.server.verification_server import VerificationServer
 from wispprof.server.websocket_endpoint import WebSocketEndpoint
 
@@ -62,6 +63,6 @@ def make_app(server: VerificationServer, lifespan: Any = None) -> FastAPI:
             }
         )
 
-    if server.text is not None:
-        add_openai(app, server, server.text)
+    if server.tokenizer is not None:
+        add_openai_routes(app, SessionBackend(server, server.tokenizer))
     return app

@@ -20,9 +20,9 @@ import contextlib
 import selectors
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextvars import Context
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 class CoalescingSelector(selectors.DefaultSelector):
@@ -84,7 +85,10 @@ class CoalescingLoop(asyncio.SelectorEventLoop):
         super().__init__(self.selector)
 
     def call_soon_threadsafe(
-        self, callback: Any, *args: Any, context: Context | None = None
+        self,
+        callback: Callable[[*Ts], object],
+        *args: *Ts,
+        context: Context | None = None,
     ) -> asyncio.Handle:
         # First the loop's own wake-up: the look that follows a wait must find it.
         handle = super().call_soon_threadsafe(callback, *args, context=context)

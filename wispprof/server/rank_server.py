@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from wispprof.errors import EngineError
-from wispprof.openai_api.text import ChatTokenizer
+from wispprof.openai_api import ChatTokenizer
 from wispprof.server.process import serve
 from wispprof.server.verification_server import VerificationServer
 from wispprof.settings.server_settings import ServerSettings
 
-__all__ = ["started_by_torchrun", "is_rank0", "launch", "serve_ranks"]
+__all__ = ["is_rank0", "launch", "serve_ranks", "started_by_torchrun"]
 
 
 def started_by_torchrun() -> bool:
@@ -81,8 +81,8 @@ def serve_ranks(
             return
         leader = MultiRankEngine(engine, ranks, on_broken=_ask_to_end)
         try:
-            text = ChatTokenizer(tokenizer) if tokenizer is not None else None
-            serve(settings, announce, engine=leader, model=model, text=text)
+            chat = ChatTokenizer(tokenizer) if tokenizer is not None else None
+            serve(settings, announce, engine=leader, model=model, tokenizer=chat)
         finally:
             leader.shutdown()
         if leader.broken:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wispprof.errors import ModelMissing
-from wispprof.openai_api.text import ChatTokenizer
+from wispprof.openai_api import ChatTokenizer
 from wispprof.server.verification_server import VerificationServer
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.types import Engine, ServedModel
@@ -48,7 +48,7 @@ def build_server(
     if engine is None or model is None:
         engine, model, tokenizer = load_engine(settings)
         if tokenizer is not None:
-            parts.setdefault("text", ChatTokenizer(tokenizer))
+            parts.setdefault("tokenizer", ChatTokenizer(tokenizer))
     return VerificationServer(engine, model, settings, **parts)
 
 

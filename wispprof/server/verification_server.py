@@ -13,7 +13,7 @@ from collections.abc import Callable
 from wispprof import protocol
 from wispprof.artifacts.plan import BatchRow, Plan
 from wispprof.errors import EngineError, RuntimeFault
-from wispprof.openai_api.text import ChatTokenizer
+from wispprof.openai_api import ChatTokenizer
 from wispprof.policies import BatchPolicy, make_batch_policy
 from wispprof.server.admission import Admission, Refused
 from wispprof.server.engine_loop import EngineLoop
@@ -55,13 +55,13 @@ class VerificationServer:
         policy: BatchPolicy | None = None,
         estimator: StepTimeEstimator | None = None,
         plan: Plan | None = None,
-        text: ChatTokenizer | None = None,
+        tokenizer: ChatTokenizer | None = None,
         now_ms: Callable[[], float] = monotonic_ms,
     ) -> None:
         self.settings = settings
         self.model = model
         self.plan = plan
-        self.text = text
+        self.tokenizer = tokenizer
         self.policy = policy or make_batch_policy(settings.policy, **settings.policy_options)
         self.metrics = Metrics()
         self.clock = StepTimeTracker(estimator)

@@ -1,0 +1,112 @@
+"""What the OpenAI routes need from a token generator, and the text they make of its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from wispprof.openai_api.tokenizer import ChatTokenizer, StopStringFilter
+from wispprof.types import Sampling, Slo
+
+__all__ = ["TextBackend", "TextGeneration", "TokenGeneration", "TokenRequest"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRequest:
+    """One generation in tokens: at most ``max_new`` after ``tokens``, ended early by a stop token."""
+
+    tokens: tuple[int, ...]
+    max_new: int
+    sampling: Sampling
+    slo: Slo
+    stop_tokens: tuple[int, ...] = ()
+    api_key: str = ""
+
+
+class TokenGeneration(Protocol):
+    """One generation under way.
+
+    ``finished`` is empty until the generation ends, then ``stop``, ``length`` or ``context``. The
+    reader sets it to ``stop`` before it closes :meth:`stream` early because of a stop string.
+    """
+
+    finished: str
+
+    def stream(self) -> AsyncGenerator[Sequence[int]]:
+        """Committed tokens, the final stop token included. The generation begins with the first
+        iteration; closing the iterator releases all it holds. Raises :class:`WispprofError`."""
+
+    @property
+    def cached_tokens(self) -> int | None:
+        """Prompt tokens served from a prefix cache; ``None`` if unknown."""
+
+    def statistics(self) -> dict[str, Any]:
+        """Fields to add to the response beside OpenAI's own."""
+
+
+class TextBackend(Protocol):
+    """A model behind the OpenAI routes: the server's sessions, or an edge's generations."""
+
+    @property
+    def model(self) -> str:
+        """The model's id in requests and responses."""
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of prompt and output together."""
+
+    @property
+    def tokenizer(self) -> ChatTokenizer: ...
+
+    @property
+    def default_max_tokens(self) -> int:
+        """Output tokens of a request that does not set ``max_tokens``."""
+
+    @property
+    def default_slo(self) -> Slo:
+        """SLO of a request that does not state ``tokens_per_s`` or ``ttft_ms``."""
+
+    def accepts_key(self, api_key: str) -> bool: ...
+
+    def accepts_model(self, name: str) -> bool: ...
+
+    def generate(self, request: TokenRequest) -> TokenGeneration:
+        """A generation that has not begun."""
+
+
+class TextGeneration:
+    """The text of one generation, without its stop token and cut before the first stop string."""
+
+    def __init__(
+        self,
+        generation: TokenGeneration,
+        tokenizer: ChatTokenizer,
+        prompt: Sequence[int],
+        stop_tokens: Sequence[int],
+        stop_strings: Sequence[str],
+    ) -> None:
+        self.generation = generation
+        self.completion_tokens = 0
+        self._detokenizer = tokenizer.detokenizer(prompt)
+        self._stop_tokens = frozenset(stop_tokens)
+        self._filter = StopStringFilter(stop_strings)
+
+    async def pieces(self) -> AsyncGenerator[str]:
+        """Text as it is committed; closing the iterator ends the generation."""
+        generation, stop_filter = self.generation, self._filter
+        async with aclosing(generation.stream()) as chunks:
+            async for tokens in chunks:
+                self.completion_tokens += len(tokens)
+                shown = tokens[:-1] if tokens and tokens[-1] in self._stop_tokens else tokens
+                if piece := stop_filter.push(self._detokenizer.push(shown)):
+                    yield piece
+                if stop_filter.hit:
+                    generation.finished = "stop"
+                    return
+        rest = stop_filter.push(self._detokenizer.finish()) + stop_filter.finish()
+        if stop_filter.hit:
+            generation.finished = "stop"
+        if rest:
+            yield rest
