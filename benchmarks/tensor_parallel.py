@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 def main() -> int:
     arguments = _arguments()
 
-    from wispprof.engines.ranks import join, launched
+    from wispprof.engines.tensor_parallel import join, launched
 
     if not launched():
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -51,16 +51,16 @@ def main() -> int:
         if ranks.rank:
             follow(engine, ranks)
             return 0
-        leader = MultiRankEngine(engine, ranks)
+        rank0 = MultiRankEngine(engine, ranks)
         try:
-            return _compare(arguments, folder, leader)
+            return _compare(arguments, folder, rank0)
         finally:
-            leader.shutdown()
+            rank0.shutdown()
     finally:
         ranks.leave()
 
 
-def _compare(arguments: argparse.Namespace, folder: Any, leader: Any) -> int:
+def _compare(arguments: argparse.Namespace, folder: Any, rank0: Any) -> int:
     from wispprof.artifacts import bundled
     from wispprof.drafters.torch_drafter import TorchDrafter
     from wispprof.engines.loading import load_model
@@ -93,7 +93,7 @@ def _compare(arguments: argparse.Namespace, folder: Any, leader: Any) -> int:
     print(f"{'sampling':>9} {'policy':>9} {'k':>2} {'batch':>5} {'tokens':>7} {'wrong':>5} first")
     wrong = 0
     for name, case, wanted in cases:
-        verdict = compare(split(leader, case), wanted)
+        verdict = compare(split(rank0, case), wanted)
         wrong += verdict.wrong
         print(
             f"{name:>9} {case.policy:>9} {case.k:>2} {case.sessions:>5} {verdict.tokens:>7} "
@@ -112,7 +112,7 @@ def _compare(arguments: argparse.Namespace, folder: Any, leader: Any) -> int:
         "cases": len(cases),
         "wrong": wrong,
         "step_ms_one_process": _step_ms(whole),
-        "step_ms_ranks": _step_ms(leader),
+        "step_ms_ranks": _step_ms(rank0),
     }
     print(json.dumps(summary))
     return 0 if not wrong and seen else 1

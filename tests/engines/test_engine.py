@@ -15,7 +15,7 @@ from wispprof.engines.torch.paged_kv import PagedKvStore
 from wispprof.errors import EngineError, OutOfKvMemory
 from wispprof.types import Sampling, StepInput
 
-BACKENDS = ("slots", "paged", "graphs")
+BACKENDS = ("dense", "paged", "graphs")
 FAMILIES = ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral")
 
 
@@ -26,7 +26,7 @@ def llama() -> LoadedModel:
 
 def make(loaded: LoadedModel, backend: str, **limits: int) -> TorchEngine:
     """``graphs`` is the paged backend padded to graph buckets, run uncaptured."""
-    if backend == "slots":
+    if backend == "dense":
         return TorchEngine(loaded, backend=backend, **limits)
     engine = TorchEngine(loaded, backend="paged", **limits)
     if backend == "graphs":
@@ -159,7 +159,7 @@ def churn(engine: TorchEngine, rounds: int, seed: int) -> None:
         assert engine.kv_free == engine.kv_tokens - sum(engine.cached(n) for n in engine.sessions)
 
 
-@pytest.mark.parametrize(("backend", "rounds"), [("slots", 1000), ("paged", 500), ("graphs", 150)])
+@pytest.mark.parametrize(("backend", "rounds"), [("dense", 1000), ("paged", 500), ("graphs", 150)])
 def test_integrity_after_random_rounds(llama: LoadedModel, backend: str, rounds: int) -> None:
     engine = make(llama, backend, kv_tokens=1500, max_sessions=6)
     churn(engine, rounds, seed=11)
@@ -199,7 +199,7 @@ def test_fork_shares_nothing_afterwards(llama: LoadedModel, backend: str) -> Non
 def test_memory_of_sessions_that_ended_is_kept_where_asked_and_text_is_the_same(
     llama: LoadedModel, keep: bool
 ) -> None:
-    engine = TorchEngine(llama, kv_tokens=4000, max_sessions=16, backend="slots", keep_memory=keep)
+    engine = TorchEngine(llama, kv_tokens=4000, max_sessions=16, backend="dense", keep_memory=keep)
     text = tokens(40, 3)
     store = engine._store
     held = []

@@ -10,7 +10,7 @@ import torch
 
 from wispprof.engines.loading import load_model, random_model, tokenizer_hash
 from wispprof.engines.model_shapes import PRESETS
-from wispprof.engines.torch.decoder import LeanDecoder, TransformersDecoder, decoder_for
+from wispprof.engines.torch.decoder import FusedDecoder, TransformersDecoder, decoder_for
 from wispprof.errors import ModelError, ModelMissing, ModelUnsupported
 
 
@@ -46,7 +46,7 @@ def test_a_loaded_model_stays_an_ordinary_transformers_model(folder: Path) -> No
     ids = torch.arange(12)[None]
     with torch.inference_mode():
         whole = loaded.model(ids).logits
-        LeanDecoder(loaded.model)
+        FusedDecoder(loaded.model)
         past = loaded.model(ids[:, :7], use_cache=True).past_key_values
         rest = loaded.model(ids[:, 7:], past_key_values=past).logits
     torch.testing.assert_close(rest, whole[:, 7:], atol=1e-4, rtol=1e-4)
@@ -55,14 +55,14 @@ def test_a_loaded_model_stays_an_ordinary_transformers_model(folder: Path) -> No
 def test_both_decoders_agree() -> None:
     for name in ("tiny-llama", "tiny-qwen2", "tiny-qwen3", "tiny-mistral"):
         model = random_model(name, seed=1, device="cpu").model
-        assert isinstance(decoder_for(model), LeanDecoder)
+        assert isinstance(decoder_for(model), FusedDecoder)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return (q * (1 + layer) + k.sum() + v.mean()).flatten(1)
 
         ids, positions = torch.tensor([5, 6, 7]), torch.tensor([0, 9, 4])
         with torch.inference_mode():
-            a = LeanDecoder(model).forward(ids, positions, attend)
+            a = FusedDecoder(model).forward(ids, positions, attend)
             b = TransformersDecoder(model).forward(ids, positions, attend)
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
@@ -107,7 +107,7 @@ def test_a_folder_without_config_or_weights(tmp_path: Path, folder: Path) -> Non
         ({"model_type": "t5"}, "encoder-decoder"),
         ({"model_type": "gpt2"}, "family"),
         ({"model_type": "mistral", "sliding_window": 64}, "sliding window"),
-        ({"model_type": "no-such-thing"}, "does not know"),
+        ({"model_type": "no-such-thing"}, "does not support"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rotary"),
     ],
 )

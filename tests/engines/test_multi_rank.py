@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from parallel_drive import KV_TOKENS, PROMPTS, drive, drive_ranks, step_alone
+from rank_processes import KV_TOKENS, PROMPTS, drive, drive_ranks, step_alone
 from torch.distributed import TCPStore
 
 from wispprof.engines.loading import load_model, random_model
 from wispprof.engines.model_shapes import PRESETS
-from wispprof.engines.ranks import Ranks, join
-from wispprof.engines.shard_loading import load_shard
+from wispprof.engines.tensor_parallel import Ranks, join, load_shard
 from wispprof.engines.torch.engine import TorchEngine
 from wispprof.engines.torch.multi_rank_engine import MultiRankEngine, follow
 from wispprof.errors import EngineError, ModelError, ModelUnsupported
@@ -39,7 +38,7 @@ def run_ranks(folder: Path) -> None:
     context = multiprocessing.get_context("forkserver")
     # Imported once for both: that takes longer than all they do.
     context.set_forkserver_preload(
-        ["wispprof.engines.shard_loading", "transformers.models.llama.modeling_llama"]
+        ["wispprof.engines.tensor_parallel", "transformers.models.llama.modeling_llama"]
     )
     ranks = [
         context.Process(target=drive_ranks, args=(folder, environment(rank, store.port)))
@@ -87,7 +86,7 @@ def test_two_ranks_decide_what_one_process_decides(driven: Path, name: str) -> N
     assert len(found["texts"]) == PROMPTS
     assert {key: found[key] for key in expected} == expected
     assert expected["accepted"] > 0
-    assert expected["faults"] == ["EngineError", "EngineError", "EngineError"]
+    assert expected["errors"] == ["EngineError", "EngineError", "EngineError"]
     # Nothing is left behind on either rank, and neither holds the whole model.
     assert found["kv_free"] == follower["kv_free"] == KV_TOKENS
     assert follower["sessions"] == []
@@ -145,21 +144,21 @@ def test_ranks_are_started_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
         join(2)
 
 
-class Wire:
-    """Ranks' orders within one process: what the leader says is kept for the follower to hear."""
+class FakeRanks:
+    """Commands within one process: what rank 0 broadcasts is stored for the other rank to receive."""
 
     def __init__(self) -> None:
         self.rank = 1
-        self.said: list[bytes] = []
+        self.sent: list[bytes] = []
         self.left = False
 
-    def say(self, order: bytes) -> None:
-        self.said.append(order)
+    def broadcast(self, command: bytes) -> None:
+        self.sent.append(command)
 
-    def hear(self) -> bytes:
-        return self.said.pop(0)
+    def recv(self) -> bytes:
+        return self.sent.pop(0)
 
-    def least(self, number: int) -> int:
+    def all_reduce_min(self, number: int) -> int:
         return number
 
     def leave(self) -> None:
@@ -173,50 +172,50 @@ def engines() -> tuple[TorchEngine, TorchEngine]:
 
 
 def test_what_needs_no_collective_travels_with_the_next_step() -> None:
-    wire: Any = Wire()
+    ranks: Any = FakeRanks()
     mine, other = engines()
-    leader = MultiRankEngine(mine, wire)
-    leader.open("a")
-    leader.open("b")
-    leader.close("b")
-    assert wire.said == []
+    rank0 = MultiRankEngine(mine, ranks)
+    rank0.open("a")
+    rank0.open("b")
+    rank0.close("b")
+    assert ranks.sent == []
     from wispprof.types import StepInput
 
-    leader.step([StepInput("a", [1, 2, 3], 2)])
-    leader.shutdown()
-    assert len(wire.said) == 2
-    follow(other, wire)
+    rank0.step([StepInput("a", [1, 2, 3], 2)])
+    rank0.shutdown()
+    assert len(ranks.sent) == 2
+    follow(other, ranks)
     assert other.sessions == mine.sessions == ["a"]
     assert other.tokens("a") == mine.tokens("a")
 
 
-def test_a_follower_with_other_books_stops_everything() -> None:
-    wire: Any = Wire()
+def test_a_rank_with_other_sessions_stops_everything() -> None:
+    ranks: Any = FakeRanks()
     mine, other = engines()
     other.open("stray")
-    MultiRankEngine(mine, wire).check_integrity()
+    MultiRankEngine(mine, ranks).check_integrity()
     with pytest.raises(EngineError, match="Rank 1 holds 1 sessions"):
-        follow(other, wire)
+        follow(other, ranks)
 
 
 def test_a_failure_of_one_rank_ends_its_service() -> None:
     from wispprof.types import StepInput
 
-    wire: Any = Wire()
+    ranks: Any = FakeRanks()
     mine, _ = engines()
     ended: list[int] = []
-    leader = MultiRankEngine(mine, wire, on_broken=lambda: ended.append(1))
-    leader.open("a")
+    rank0 = MultiRankEngine(mine, ranks, on_broken=lambda: ended.append(1))
+    rank0.open("a")
 
     def dies(*_: object) -> None:
         raise RuntimeError("connection closed by peer")
 
     mine._decoder = SimpleNamespace(forward=dies)  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="closed"):
-        leader.step([StepInput("a", [1])])
-    assert (wire.left, ended) == (True, [1])
-    assert "closed by peer" in leader.broken
-    with pytest.raises(EngineError, match="nothing more"):
-        leader.step([StepInput("a", [1])])
-    leader.close("a")
-    leader.shutdown()
+        rank0.step([StepInput("a", [1])])
+    assert (ranks.left, ended) == (True, [1])
+    assert "closed by peer" in rank0.broken
+    with pytest.raises(EngineError, match="has stopped"):
+        rank0.step([StepInput("a", [1])])
+    rank0.close("a")
+    rank0.shutdown()

@@ -54,7 +54,7 @@ def test_only_small_float32_models_on_a_cpu_are_laid_out(monkeypatch: pytest.Mon
     assert not can_pack(torch.zeros(4, 4, dtype=torch.bfloat16))
     model = nn.Linear(8, 8)
     assert should_prepack(model)
-    monkeypatch.setattr(packed_linear, "MOST_BYTES", 100)
+    monkeypatch.setattr(packed_linear, "MAX_PACKED_BYTES", 100)
     assert not should_prepack(model)
 
 

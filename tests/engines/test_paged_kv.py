@@ -1,4 +1,4 @@
-"""Paged bookkeeping as an invariant machine, and its attention against dense slots."""
+"""Block tables under random operations, and paged attention against dense KV."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_pages_never_leak_and_never_alias_writers(seed: int) -> None:
-    """A model of the pool: what each handle wrote must be what it reads, through forks and rollbacks."""
+def test_blocks_never_leak_and_writers_never_share_one(seed: int) -> None:
+    """Each handle reads what it wrote, through forks and rollbacks."""
     rng = random.Random(seed)
     size, sessions, budget = 4, 5, 60
     tables = BlockTables(budget // size + sessions, size, max_context=40, handles=sessions)
@@ -53,8 +53,8 @@ def test_pages_never_leak_and_never_alias_writers(seed: int) -> None:
             lengths = [len(held[h]) + n for h, n in zip(chosen, new, strict=True)]
             if max(lengths) > 40 or sum(new) > room:
                 continue
-            # Within the budget the store must always find room.
-            copies = tables.ensure(
+            # Within the budget an allocation must always succeed.
+            copies = tables.allocate(
                 np.array(chosen), np.array([len(held[h]) for h in chosen]), np.array(lengths)
             )
             for old, fresh in copies:
@@ -62,12 +62,12 @@ def test_pages_never_leak_and_never_alias_writers(seed: int) -> None:
                     memory[fresh * size + offset] = memory.get(old * size + offset, -1)
             for handle, count in zip(chosen, new, strict=True):
                 at = np.arange(len(held[handle]), len(held[handle]) + count)
-                for place in tables.places(np.full(count, handle), at).tolist():
+                for slot in tables.slots(np.full(count, handle), at).tolist():
                     stamp += 1
-                    memory[place] = stamp
+                    memory[slot] = stamp
                     held[handle].append(stamp)
         for handle, wrote in held.items():
-            at = tables.places(np.full(len(wrote), handle), np.arange(len(wrote)))
+            at = tables.slots(np.full(len(wrote), handle), np.arange(len(wrote)))
             assert [memory[p] for p in at.tolist()] == wrote
         tables.check({h: len(w) for h, w in held.items()})
 
@@ -75,21 +75,21 @@ def test_pages_never_leak_and_never_alias_writers(seed: int) -> None:
 def test_the_check_notices_a_leak() -> None:
     tables = BlockTables(4, 4, 16, 2)
     handle = tables.add()
-    tables.ensure(np.array([handle]), np.array([0]), np.array([6]))
+    tables.allocate(np.array([handle]), np.array([0]), np.array([6]))
     tables.check({handle: 6})
     tables._free.pop()
     with pytest.raises(EngineError, match="leaked"):
         tables.check({handle: 6})
 
 
-def test_too_many_pages_are_refused_before_anything_changes() -> None:
+def test_too_many_blocks_are_refused_before_anything_changes() -> None:
     tables = BlockTables(3, 4, 64, 2)
     a, b = tables.add(), tables.add()
-    tables.ensure(np.array([a]), np.array([0]), np.array([5]))
+    tables.allocate(np.array([a]), np.array([0]), np.array([5]))
     with pytest.raises(OutOfKvMemory):
-        tables.ensure(np.array([a, b]), np.array([5, 0]), np.array([9, 4]))
+        tables.allocate(np.array([a, b]), np.array([5, 0]), np.array([9, 4]))
     tables.check({a: 5, b: 0})
-    assert tables.free_pages == 1
+    assert tables.free_blocks == 1
 
 
 def step_inputs(heads: int, kv_heads: int, dim: int) -> tuple[torch.Tensor, ...]:
@@ -105,37 +105,37 @@ NEW = np.array([7, 1, 5, 33, 2])
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 16), (8, 1, 32), (3, 3, 8)])
-@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize("attention", ["gather", "triton"])
-def test_paged_attention_equals_dense_slots(
+def test_paged_attention_equals_dense_attention(
     heads: int,
     kv_heads: int,
     dim: int,
-    page_size: int,
+    block_size: int,
     attention: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if attention == "triton":
-        if dim < 16 or page_size == 16:
+        if dim < 16 or block_size == 16:
             pytest.skip("no tile of this size")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         pytest.importorskip("triton")
     geometry = KvGeometry(1, heads, kv_heads, dim, 512)
-    slots = DenseKvStore(geometry, 0.3, torch.float32, CPU)
-    paged = PagedKvStore(geometry, 0.3, torch.float32, CPU, 2000, 8, page_size, "gather")
+    dense = DenseKvStore(geometry, 0.3, torch.float32, CPU)
+    paged = PagedKvStore(geometry, 0.3, torch.float32, CPU, 2000, 8, block_size, "gather")
     handles = np.arange(5)
     results = []
-    for store in (slots, paged):
+    for store in (dense, paged):
         assert [store.add() for _ in range(5)] == handles.tolist()
         generator = torch.Generator().manual_seed(1)
         for handle, cached in zip(handles, CACHED, strict=True):
             if cached:
                 one, zero, all_new = np.array([handle]), np.array([0]), np.array([cached])
-                store.ensure(one, zero, all_new)
+                store.allocate(one, zero, all_new)
                 past = torch.randn(2, int(cached), kv_heads, dim, generator=generator)
                 query = torch.zeros(int(cached), heads, dim)
                 store.plan(one, zero, all_new).attend(0, query, past[0], past[1])
-        store.ensure(handles, CACHED, CACHED + NEW)
+        store.allocate(handles, CACHED, CACHED + NEW)
         paged.attention = attention  # the interpreter is slow: the one step that counts
         plan = store.plan(handles, CACHED, NEW)
         # Into the store's packed order and back.
@@ -147,10 +147,10 @@ def test_paged_attention_equals_dense_slots(
         results.append(out)
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
     for handle, length in zip(handles.tolist(), (CACHED + NEW).tolist(), strict=True):
-        assert slots.read(handle, length).equal(paged.read(handle, length))
+        assert dense.read(handle, length).equal(paged.read(handle, length))
 
 
-def test_forks_share_pages_until_written_or_private() -> None:
+def test_forks_share_blocks_until_written_or_private() -> None:
     engine = TorchEngine(
         random_model("tiny-llama", seed=1, device="cpu"), kv_tokens=600, backend="paged"
     )
@@ -158,13 +158,13 @@ def test_forks_share_pages_until_written_or_private() -> None:
     assert isinstance(store, PagedKvStore)
     engine.open("a")
     engine.step([StepInput("a", list(range(90)))])
-    free = store.tables.free_pages
+    free = store.tables.free_blocks
     engine.fork("a", "b", 80)
-    assert store.tables.free_pages == free
+    assert store.tables.free_blocks == free
     engine.fork("a", "c", 80, private=True)
-    assert store.tables.free_pages == free - 2
+    assert store.tables.free_blocks == free - 2
     engine.step([StepInput("b", [1, 2])])
-    assert store.tables.free_pages == free - 3
+    assert store.tables.free_blocks == free - 3
     engine.check_integrity()
     for name in "abc":
         engine.close(name)

@@ -83,7 +83,7 @@ def test_a_server_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
         assert row.median_ms == pytest.approx(ms, rel=0.01), row.key
     manifest = profile.manifest
     assert manifest.model.parameters == tiny.info.parameters
-    assert manifest.engine["backend"] == "slots"
+    assert manifest.engine["backend"] == "dense"
     assert (manifest.engine["attention"], manifest.engine["graphs"]) == ("dense", False)
     assert manifest.summary["physics"]["growth"] > 1.15
     assert manifest.hardware["hash"]

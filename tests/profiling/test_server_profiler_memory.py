@@ -55,7 +55,7 @@ def profile(tiny, **more):
     )
 
 
-@pytest.mark.parametrize("backend", ["slots", "paged"])
+@pytest.mark.parametrize("backend", ["dense", "paged"])
 @pytest.mark.parametrize("kv_tokens", [90, 400, 1500])
 def test_a_small_memory_is_filled_and_nothing_refused(tiny, anything_goes, backend, kv_tokens):
     made = profile(tiny, backend=backend, kv_tokens=kv_tokens)

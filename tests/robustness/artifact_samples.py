@@ -60,7 +60,7 @@ def write_samples(folder: Path) -> dict[str, tuple[Path, Reader]]:
         "link": [LinkRow("a", "rtt", 32, (5.0,), source="published", citation="somebody")],
     }
     for kind, made in rows.items():
-        manifest = Manifest(kind, ModelRecord("m"), engine={"backend": "slots"})
+        manifest = Manifest(kind, ModelRecord("m"), engine={"backend": "dense"})
         save_profile(make_profile(manifest, made), folder / kind)
         samples[f"{kind} rows"] = (folder / f"{kind}.jsonl", load_profile)
         samples[f"{kind} manifest"] = (folder / f"{kind}.manifest.json", load_profile)

@@ -43,7 +43,7 @@ def profile_server(
     dtype: Dtype = "float32",
     device: Device = "auto",
     backend: Annotated[
-        str, typer.Option(help="KV store of the engine: auto, slots, paged.")
+        str, typer.Option(help="KV store of the engine: auto, dense, paged.")
     ] = "auto",
     grid: Annotated[
         str, typer.Option(help="quick, standard, full, or a TOML file of axes.")

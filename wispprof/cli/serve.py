@@ -48,7 +48,7 @@ def serve(
     tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    backend: Annotated[str, typer.Option(help="Attention backend: auto, slots or paged.")] = "auto",
+    backend: Annotated[str, typer.Option(help="Attention backend: auto, dense or paged.")] = "auto",
     tensor_parallel: Annotated[
         int, typer.Option(min=1, help="Processes, one per device, that share the target.")
     ] = 1,

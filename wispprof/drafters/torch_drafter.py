@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from wispprof.engines.loading import LoadedModel
-from wispprof.engines.torch.attention import grouped_attention, visible
 from wispprof.engines.torch.decoder import Decoder, decoder_for
+from wispprof.engines.torch.kv_store import causal_mask, grouped_attention
 from wispprof.errors import EngineError
 from wispprof.sampling.sampler import sample_tokens, sample_tokens_numpy
 from wispprof.types import Drafter, DraftFeatures, DraftToken, ModelInfo, Sampling
@@ -150,7 +150,7 @@ class TorchDrafter(Drafter):
         positions = torch.arange(start, stop, device=self._device)
         mask = None
         if new > 1:
-            mask = visible(positions[None], stop, self._group, self._dtype)
+            mask = causal_mask(positions[None], stop, self._group, self._dtype)
         keys, values, scale = self._keys, self._values, self._decoder.scale
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Loading a causal language model from a folder or hub id, or making one of random weights."""
+"""Load a causal language model from a folder or a hub id, or make one with random weights."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from typing import Any
 import torch
 
 from wispprof.engines.model_shapes import PRESETS
-from wispprof.engines.ranks import Ranks
+from wispprof.engines.tensor_parallel import Ranks, load_shard
 from wispprof.errors import ModelError, ModelMissing, ModelUnsupported
 from wispprof.types import ModelInfo
 
-__all__ = ["LoadedModel", "ModelInfo", "load_model", "random_model", "tokenizer_hash"]
+__all__ = ["FAMILIES", "LoadedModel", "load_model", "random_model", "tokenizer_hash"]
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_BLOCK = 1 << 20
-_WHOLE_FILE = 256 << 20
+_HASH_CHUNK = 1 << 20
+_MAX_FULLY_HASHED = 256 << 20
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A transformers causal LM in evaluation mode, its tokenizer (``None`` if none), its identity.
+    """A transformers causal LM in evaluation mode, its tokenizer (``None`` without one), its identity.
 
-    ``ranks``: those that share the model; ``model`` then holds this rank's part, ``info`` tells of the whole.
+    With ``ranks``, ``model`` holds this rank's shard; ``info`` describes the whole model.
     """
 
     model: Any
@@ -57,13 +57,12 @@ def load_model(
 ) -> LoadedModel:
     """Load a Llama-, Qwen2-, Qwen3- or Mistral-family model.
 
-    ``path_or_id``: a folder in Hugging Face layout, or a hub id. A hub id is looked for in the local
-    cache first; the hub is asked only if it is not there, with a short timeout.
-    ``dtype``: ``float32``, ``bfloat16`` or ``float16``. ``device``: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` …
-    ``ranks``: load this rank's share of it onto its device instead.
+    ``path_or_id``: a folder in Hugging Face layout, or a hub id. The hub is asked only for an id that is not in
+    the local cache, with a short timeout. ``dtype``: ``float32``, ``bfloat16`` or ``float16``. ``device``:
+    ``auto``, ``cpu``, ``cuda``, ``cuda:1`` … ``ranks``: load this rank's shard onto its device instead.
 
-    Raises :class:`ModelMissing` where there is no model, :class:`ModelUnsupported` where this engine
-    cannot serve it, and :class:`ModelError` where its files cannot be read.
+    Raises :class:`ModelMissing` if there is no model, :class:`ModelUnsupported` if this engine cannot serve
+    it, and :class:`ModelError` if its files cannot be read.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -84,8 +83,6 @@ def load_model(
                     folder, dtype=torch_dtype, local_files_only=True, use_safetensors=True
                 )
             else:
-                from wispprof.engines.shard_loading import load_shard
-
                 model, parameters = load_shard(folder, config, torch_dtype, ranks)
         except ModelError:
             raise
@@ -105,11 +102,11 @@ def random_model(
     dtype: str = "float32",
     device: str = "auto",
 ) -> LoadedModel:
-    """A model of a given shape with random weights, made on the device without any download.
+    """A model of a given shape with random weights, created on the device without a download.
 
     ``config``: a name from :data:`~wispprof.engines.model_shapes.PRESETS`, or a config as a mapping with
     ``model_type``. Weights are normal with the config's ``initializer_range``; norms are one, biases
-    zero. The same seed gives the same model on the same kind of device.
+    zero. The same seed gives the same model on the same type of device.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -130,7 +127,7 @@ def random_model(
             model = auto.from_config(made, dtype=torch_dtype)
     model.to_empty(device=torch_device)
     model.tie_weights()
-    # Buffers (rotary frequencies) came up empty with everything else: make them anew.
+    # to_empty() left the buffers (rotary frequencies) uninitialized.
     rotary = model.model.rotary_emb
     with torch.device(torch_device):
         model.model.rotary_emb = type(rotary)(config=made)
@@ -148,15 +145,12 @@ def random_model(
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """A hash of what token ids mean: the vocabulary and the special ids, whatever wrote the files."""
+    """A hash of the vocabulary and the special ids, whatever the file format."""
     digest = hashlib.sha256()
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
         digest.update(f"{number}:{token}\n".encode("utf-8", "surrogatepass"))
     digest.update(json.dumps(sorted(set(tokenizer.all_special_ids))).encode())
     return digest.hexdigest()[:16]
-
-
-# --- inside -------------------------------------------------------------------------------------
 
 
 def _loaded(
@@ -168,11 +162,11 @@ def _loaded(
     max_context: int,
     parameters: int | None = None,
 ) -> LoadedModel:
-    from wispprof.engines.torch.attention import install
+    from wispprof.engines.torch.decoder import install_attention
 
     model.eval()
     model.requires_grad_(False)
-    install(model)
+    install_attention(model)
     config = model.config
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -220,13 +214,13 @@ def _device(name: str) -> torch.device:
 
 
 def _find(path_or_id: str) -> Path:
-    """The folder with the model's files; asks the hub only for what looks like a hub id."""
+    """The folder with the model's files; asks the hub only for a name that looks like a hub id."""
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelMissing(
-                f"The folder {folder} holds no config.json, so it is not a model.",
-                "Point to a folder in Hugging Face layout (config.json, *.safetensors, tokenizer).",
+                f"The folder {folder} holds no config.json.",
+                "Give a folder in Hugging Face layout (config.json, *.safetensors, tokenizer).",
             )
         return folder
     parts = path_or_id.split("/")
@@ -250,7 +244,7 @@ def _find_on_hub(repo: str) -> Path:
     except HFValidationError as err:
         raise ModelMissing(f"{repo} is neither a folder nor a hub id.", hint) from err
     except LocalEntryNotFoundError:
-        pass  # not in the local cache: ask the hub
+        pass  # not in the local cache
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         raise ModelMissing(
             f"{repo} is not in the local hub cache, and HF_HUB_OFFLINE is set.", hint
@@ -261,7 +255,7 @@ def _find_on_hub(repo: str) -> Path:
     except Exception as err:
         reason = type(err).__name__
         raise ModelMissing(
-            f"{repo} is neither a folder nor in the local hub cache, and the hub did not give it ({reason}).",
+            f"{repo} is neither a folder nor in the local hub cache, and the hub did not return it ({reason}).",
             hint,
         ) from err
 
@@ -271,7 +265,7 @@ def _unreadable(folder: Path, err: Exception) -> ModelError:
     line = first[0] if first else type(err).__name__
     if "model type" in line or "model_type" in line:
         return ModelUnsupported(
-            f"The model in {folder} is of a kind that transformers does not know: {line}",
+            f"transformers does not support the model in {folder}: {line}",
             f"Use a model of one of these families: {', '.join(FAMILIES)}.",
         )
     return ModelError(
@@ -281,7 +275,7 @@ def _unreadable(folder: Path, err: Exception) -> ModelError:
 
 
 def _check_supported(config: Any, name: str) -> int:
-    """Refuse what cannot be rolled back by length; return the longest context that can be served."""
+    """Refuse models that cannot be rolled back by length; return the longest context to serve."""
     hint = f"Use a decoder-only model of one of these families: {', '.join(FAMILIES)}."
     if getattr(config, "is_encoder_decoder", False):
         raise ModelUnsupported(f"{name} is an encoder-decoder model.", hint)
@@ -294,7 +288,7 @@ def _check_supported(config: Any, name: str) -> int:
             f"{name} keeps recurrent state ({kinds}), which cannot be rolled back by length.", hint
         )
     if family not in FAMILIES:
-        raise ModelUnsupported(f"{name} is of the family {family!r}.", hint)
+        raise ModelUnsupported(f"The model family {family!r} of {name} is not supported.", hint)
     max_context = int(config.max_position_embeddings)
     window = getattr(config, "sliding_window", None)
     if family.startswith("qwen") and not getattr(config, "use_sliding_window", False):
@@ -302,7 +296,7 @@ def _check_supported(config: Any, name: str) -> int:
     windowed = layer_types & {"sliding_attention", "chunked_attention"} or window is not None
     if windowed and (not window or window < max_context):
         raise ModelUnsupported(
-            f"{name} attends through a sliding window of {window} tokens, shorter than its context of "
+            f"{name} has a sliding window of {window} tokens, shorter than its context of "
             f"{max_context}.",
             "Use a model with full attention, or lower max_position_embeddings in its config.json "
             "to the window.",
@@ -329,7 +323,7 @@ def _tokenizer(folder: Path) -> Any:
     except Exception as err:
         raise ModelError(
             f"The tokenizer in {folder} cannot be read: {str(err).splitlines()[0]}",
-            "Fetch tokenizer.json and tokenizer_config.json of the model again.",
+            "Download tokenizer.json and tokenizer_config.json again.",
         ) from err
 
 
@@ -343,27 +337,26 @@ def _config_hash(config: Any) -> str:
 def _weights_hash(folder: Path) -> str:
     """Identity of the weight files: their names, sizes and content.
 
-    Files over 256 MiB are hashed by their first and last MiB and 62 more spread evenly, so that a
-    70 B model does not cost a minute; any honest change of weights changes those too.
+    Of a file over 256 MiB, 64 MiB spread evenly are hashed, so that a 70 B model does not take a minute.
     """
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}\n".encode())
         with file.open("rb") as stream:
-            if size <= _WHOLE_FILE:
-                while block := stream.read(_BLOCK):
+            if size <= _MAX_FULLY_HASHED:
+                while block := stream.read(_HASH_CHUNK):
                     digest.update(block)
             else:
                 for i in range(64):
-                    stream.seek((size - _BLOCK) * i // 63)
-                    digest.update(stream.read(_BLOCK))
+                    stream.seek((size - _HASH_CHUNK) * i // 63)
+                    digest.update(stream.read(_HASH_CHUNK))
     return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Its progress bars and advice would break the one clear line that a command prints."""
+    """Silence transformers' progress bars and advice, which would clutter a command's output."""
     from transformers.utils import logging as library_logging
 
     logging: Any = library_logging

@@ -1,4 +1,4 @@
-"""Shapes of well-known models, for timing with random weights: time does not depend on their values.
+"""Shapes of well-known models, for timing with random weights: step time does not depend on weight values.
 
 Sources: the models' published ``config.json`` (Qwen3-8B, Qwen3-14B, Qwen3-32B, Llama-3.1-70B). The
 ``tiny-*`` shapes are for tests: grouped-query attention, a few thousand parameters.

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from wispprof.drafters.torch_drafter import features_torch
 from wispprof.engines.loading import LoadedModel
-from wispprof.engines.torch.attention import Attend, grouped_attention, visible
 from wispprof.engines.torch.decoder import Decoder, decoder_for
+from wispprof.engines.torch.kv_store import Attend, causal_mask, grouped_attention
 from wispprof.errors import EngineError
 from wispprof.sampling.sampler import sample_tokens
 from wispprof.types import Sampling
@@ -142,7 +142,7 @@ class DraftRollout:
         for start in range(0, length, _CHUNK):
             stop = min(length, start + _CHUNK)
             positions = torch.arange(start, stop, device=self._device)
-            mask = visible(positions[None], stop, self._group, self._dtype)
+            mask = causal_mask(positions[None], stop, self._group, self._dtype)
 
             def attend(
                 layer: int,

@@ -203,7 +203,7 @@ def _set_up(
         engine={
             "backend": engine.backend,
             "attention": engine.attention,
-            "graphs": engine.graphs,
+            "graphs": engine.capabilities.graphs,
             "kv_tokens": kv_tokens,
             "max_sessions": sessions,
             "max_context": context,

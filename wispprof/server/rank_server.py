@@ -66,7 +66,7 @@ def serve_ranks(
 
     Raises :class:`EngineError` where the ranks fell apart while serving.
     """
-    from wispprof.engines.ranks import join
+    from wispprof.engines.tensor_parallel import join
     from wispprof.engines.torch.multi_rank_engine import MultiRankEngine, follow
     from wispprof.server.startup import load_engine
 

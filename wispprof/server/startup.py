@@ -13,7 +13,7 @@ from wispprof.settings.server_settings import ServerSettings
 from wispprof.types import Engine, ServedModel
 
 if TYPE_CHECKING:
-    from wispprof.engines.ranks import Ranks
+    from wispprof.engines.tensor_parallel import Ranks
     from wispprof.engines.torch.engine import TorchEngine
 
 __all__ = ["build_server", "load_engine", "warn_about_other_machines"]
@@ -108,7 +108,7 @@ def _default_kv_tokens(device: str, info: Any, ranks: Ranks | None) -> int:
     if ranks is not None:
         # Ranks on one CPU share its memory; each GPU has its own.
         share = 1 if device == "cpu" else ranks.size
-        return ranks.least(_tokens_in_free_memory(device, info, share))
+        return ranks.all_reduce_min(_tokens_in_free_memory(device, info, share))
     return _tokens_in_free_memory(device, info, 1)
 
 

@@ -1,8 +1,8 @@
-"""Which pages hold which tokens: block tables, reference counts, copy on write. No torch.
+"""Block tables of a paged KV cache: reference counts, copy on write. No torch.
 
-A page holds ``page_size`` consecutive tokens of one session, or of several that were forked from each
-other: forking shares pages, and a shared page is copied when one of its owners is about to write into it.
-Page 0 is nobody's: padding of captured graphs writes there.
+A block holds the KV of ``block_size`` consecutive tokens of one session, or of several that were forked from
+each other: a fork shares blocks, and a shared block is copied before one of its sessions writes into it.
+The null block belongs to no session; padding tokens write there.
 """
 
 from __future__ import annotations
@@ -11,127 +11,127 @@ import numpy as np
 
 from wispprof.errors import EngineError, OutOfKvMemory
 
-__all__ = ["NULL_PAGE", "BlockTables"]
+__all__ = ["NULL_BLOCK", "NULL_SLOT", "BlockTables"]
 
-NULL_PAGE = 0
+NULL_BLOCK = 0
+NULL_SLOT = 0
+"""First slot of the null block. A slot is the place of one token: block * block_size + offset."""
 
 
 class BlockTables:
-    """Block tables of up to ``handles`` handles over ``pages`` pages (page 0 not counted)."""
+    """Block tables of up to ``handles`` handles over ``blocks`` blocks besides the null block."""
 
-    def __init__(self, pages: int, page_size: int, max_context: int, handles: int) -> None:
-        self.page_size = page_size
-        self.width = -(-max_context // page_size)
-        self.table = np.full((handles, self.width), NULL_PAGE, dtype=np.int32)
+    def __init__(self, blocks: int, block_size: int, max_context: int, handles: int) -> None:
+        self.block_size = block_size
+        self.width = -(-max_context // block_size)
+        self.table = np.full((handles, self.width), NULL_BLOCK, dtype=np.int32)
         self.count = np.zeros(handles, dtype=np.int64)
-        self._references = np.zeros(pages + 1, dtype=np.int64)
-        self._free = list(range(pages, 0, -1))
-        self._unused = list(range(handles - 1, -1, -1))
-        self._live: set[int] = set()
+        self._references = np.zeros(blocks + 1, dtype=np.int64)
+        self._free = list(range(blocks, 0, -1))
+        self._free_handles = list(range(handles - 1, -1, -1))
+        self._used_handles: set[int] = set()
 
     @property
-    def free_pages(self) -> int:
+    def free_blocks(self) -> int:
         return len(self._free)
 
     def add(self) -> int:
-        if not self._unused:
+        """A new handle without blocks."""
+        if not self._free_handles:
             raise OutOfKvMemory("All block tables are taken.", "Start with more --max-sessions.")
-        handle = self._unused.pop()
-        self._live.add(handle)
+        handle = self._free_handles.pop()
+        self._used_handles.add(handle)
         return handle
 
     def remove(self, handle: int) -> None:
         self.truncate(handle, 0)
-        self._live.discard(handle)
-        self._unused.append(handle)
+        self._used_handles.discard(handle)
+        self._free_handles.append(handle)
 
-    def ensure(
+    def allocate(
         self, handles: np.ndarray, cached: np.ndarray, lengths: np.ndarray
     ) -> list[tuple[int, int]]:
-        """Room for ``lengths`` tokens, pages from ``cached`` on writable and unshared.
+        """Give each handle blocks for ``lengths`` tokens, unshared from token ``cached`` on.
 
-        Returns page copies to make, (from, to). Raises :class:`OutOfKvMemory` before anything changed.
+        Returns block copies to make, (from, to). Raises :class:`OutOfKvMemory` before anything changes.
         """
-        size = self.page_size
-        pages = -(-lengths // size)
-        grow = np.flatnonzero(pages > self.count[handles])
+        size = self.block_size
+        blocks = -(-lengths // size)
+        grow = np.flatnonzero(blocks > self.count[handles])
         shared = [
-            (int(handles[i]), slot)
+            (int(handles[i]), index)
             for i in range(len(handles))
-            for slot in range(
-                int(cached[i]) // size, min(int(pages[i]), int(self.count[handles[i]]))
+            for index in range(
+                int(cached[i]) // size, min(int(blocks[i]), int(self.count[handles[i]]))
             )
-            if self._references[self.table[handles[i], slot]] > 1
+            if self._references[self.table[handles[i], index]] > 1
         ]
-        wanted = int((pages[grow] - self.count[handles[grow]]).sum()) + len(shared)
-        if wanted > len(self._free):
+        needed = int((blocks[grow] - self.count[handles[grow]]).sum()) + len(shared)
+        if needed > len(self._free):
             raise OutOfKvMemory(
-                f"{wanted} KV pages are needed and {len(self._free)} are free.",
+                f"{needed} KV blocks are needed and {len(self._free)} are free.",
                 "Close sessions, or start with more --kv-tokens.",
             )
         copies = []
-        for handle, slot in shared:
-            old = int(self.table[handle, slot])
-            if self._references[old] > 1:  # an earlier copy may have left this owner alone
+        for handle, index in shared:
+            old = int(self.table[handle, index])
+            if self._references[old] > 1:  # an earlier copy may have left one session only
                 new = self._take()
                 self._references[old] -= 1
-                self.table[handle, slot] = new
+                self.table[handle, index] = new
                 copies.append((old, new))
         for i in grow:
             handle = int(handles[i])
-            for slot in range(int(self.count[handle]), int(pages[i])):
-                self.table[handle, slot] = self._take()
-            self.count[handle] = pages[i]
+            for index in range(int(self.count[handle]), int(blocks[i])):
+                self.table[handle, index] = self._take()
+            self.count[handle] = blocks[i]
         return copies
 
     def fork(self, source: int, length: int) -> int:
-        """A new handle that shares the pages of the first ``length`` tokens."""
+        """A new handle that shares the blocks of the first ``length`` tokens."""
         handle = self.add()
-        pages = -(-length // self.page_size)
-        self.table[handle, :pages] = self.table[source, :pages]
-        self.count[handle] = pages
-        self._references[self.table[source, :pages]] += 1
+        blocks = -(-length // self.block_size)
+        self.table[handle, :blocks] = self.table[source, :blocks]
+        self.count[handle] = blocks
+        self._references[self.table[source, :blocks]] += 1
         return handle
 
     def truncate(self, handle: int, length: int) -> None:
-        """Give back the pages beyond the first ``length`` tokens."""
-        keep = -(-length // self.page_size)
+        """Free the blocks beyond the first ``length`` tokens."""
+        keep = -(-length // self.block_size)
         have = int(self.count[handle])
         if keep >= have:
             return
-        for page in self.table[handle, keep:have].tolist():
-            self._references[page] -= 1
-            if not self._references[page]:
-                self._free.append(page)
-        self.table[handle, keep:have] = NULL_PAGE
+        for block in self.table[handle, keep:have].tolist():
+            self._references[block] -= 1
+            if not self._references[block]:
+                self._free.append(block)
+        self.table[handle, keep:have] = NULL_BLOCK
         self.count[handle] = keep
 
-    def places(self, handles: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Where tokens lie: page * page_size + offset, for (handle, position) pairs."""
-        pages = self.table[handles, positions // self.page_size].astype(np.int64)
-        return np.asarray(pages * self.page_size + positions % self.page_size)
+    def slots(self, handles: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Slots of tokens given as (handle, position) pairs."""
+        blocks = self.table[handles, positions // self.block_size].astype(np.int64)
+        return np.asarray(blocks * self.block_size + positions % self.block_size)
 
     def check(self, lengths: dict[int, int]) -> None:
-        """Raise :class:`EngineError` if references, free pages and tables contradict each other."""
+        """Raise :class:`EngineError` if references, free blocks and tables contradict each other."""
         found = np.zeros_like(self._references)
-        for handle in self._live:
-            used = self.table[handle, : self.count[handle]]
+        for handle in self._used_handles:
+            used, rest = np.split(self.table[handle], [self.count[handle]])
             np.add.at(found, used, 1)
-            if (used == NULL_PAGE).any() or (
-                self.table[handle, self.count[handle] :] != NULL_PAGE
-            ).any():
+            if (used == NULL_BLOCK).any() or (rest != NULL_BLOCK).any():
                 raise EngineError(f"The block table of handle {handle} has holes.")
-            if lengths.get(handle, 0) > self.count[handle] * self.page_size:
-                raise EngineError(f"Handle {handle} is longer than its pages.")
+            if lengths.get(handle, 0) > self.count[handle] * self.block_size:
+                raise EngineError(f"Handle {handle} is longer than its blocks.")
         if (found != self._references).any():
-            raise EngineError("References of KV pages are miscounted.")
-        free = sorted(self._free)
-        if free != np.flatnonzero(found[1:] == 0).__add__(1).tolist():
-            raise EngineError("KV pages leaked, or are free and used at once.")
-        if set(lengths) != self._live:
-            raise EngineError("Block tables without a session, or sessions without one.")
+            raise EngineError("The reference counts of KV blocks are wrong.")
+        if sorted(self._free) != (np.flatnonzero(found[1:] == 0) + 1).tolist():
+            raise EngineError("KV blocks leaked, or are free and used at once.")
+        if set(lengths) != self._used_handles:
+            raise EngineError("Block tables and sessions do not correspond.")
 
     def _take(self) -> int:
-        page = self._free.pop()
-        self._references[page] = 1
-        return page
+        block = self._free.pop()
+        self._references[block] = 1
+        return block

@@ -1,12 +1,9 @@
-"""A verify step as a captured CUDA graph, one per bucket of tokens and of new tokens per item.
+"""Steps as captured CUDA graphs: one per bucket of tokens and of new tokens per input.
 
-A small step on a GPU waits for its launches, not for its arithmetic; a graph launches all of it at once.
-Its price is padding to the bucket, which :attr:`StepGraphs.buckets` states and a step reports, so that the
-estimator can know the staircase. Everything a step varies in lies in one static buffer that the host
-fills with one copy. Padding tokens are items of one token that write to the null page; items beyond them
-are empty.
-
-Without CUDA the same buckets run uncaptured (``capture=False``), which is how the padding is tested.
+A small step on a GPU is bound by its kernel launches; a graph launches all of them at once and pads the
+step to its bucket. All that varies between steps lies in one static buffer, which one copy fills.
+A padding token is an input of one token that writes to the null block; the remaining inputs are empty.
+With ``capture=False`` the same buckets run uncaptured on any device, to test the padding.
 """
 
 from __future__ import annotations
@@ -17,39 +14,61 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wispprof.engines.torch.block_table import NULL_BLOCK, NULL_SLOT
 from wispprof.engines.torch.decoder import Decoder
-from wispprof.engines.torch.paged_kv import PagedInputs, PagedKvStore
+from wispprof.engines.torch.paged_kv import AttentionMetadata, PagedKvStore
 
 __all__ = ["Bucket", "StepGraphs"]
 
-TOKENS = (4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)
-NEW = (1, 8, 16)
+TOKEN_BUCKETS = (4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)
+NEW_TOKEN_BUCKETS = (1, 8, 16)
 
 
 class Bucket(NamedTuple):
-    """Sizes a graph is captured for: tokens of the step, most new tokens of an item."""
+    """Sizes a graph is captured for: tokens of the step, maximum new tokens of an input."""
 
     tokens: int
-    new: int
+    max_new: int
+
+
+class _Views(NamedTuple):
+    """The inputs of a bucket: views of one buffer, tensors on the device or arrays on the host."""
+
+    ids: Any
+    positions: Any
+    slot_mapping: Any
+    query_start_loc: Any
+    seq_lens: Any
+    token_to_input: Any
+    block_tables: Any
+
+    @classmethod
+    def of(cls, words: Tensor, tokens: int, width: int) -> _Views:
+        """Split an int64 buffer: the int64 inputs first, then the int32 inputs, two to a word."""
+        ids, positions, slot_mapping = torch.split(words[: 3 * tokens], tokens)
+        narrow = words[3 * tokens :].view(torch.int32)
+        sizes = [tokens + 1, tokens, tokens, tokens * width]
+        starts, lengths, inputs, tables, _ = torch.split(narrow, [*sizes, len(narrow) - sum(sizes)])
+        tables = tables.view(tokens, width)
+        return cls(ids, positions, slot_mapping, starts, lengths, inputs, tables)
 
 
 class _Static(NamedTuple):
-    """A bucket's static inputs, views of one device buffer, and their host image."""
+    """A bucket's inputs on the host and on the device, and the attention metadata over the latter."""
 
-    host: Tensor
-    device: Tensor
-    ids: Tensor
-    positions: Tensor
-    inputs: PagedInputs
+    host_words: Tensor
+    host: _Views
+    device_words: Tensor
+    device: _Views
+    metadata: AttentionMetadata
 
 
 class StepGraphs:
-    """Graphs of one engine, captured when first needed (or all by :meth:`capture_all`)."""
+    """Graphs of one engine, each captured when first needed or by :meth:`capture_all`."""
 
     def __init__(
         self, decoder: Decoder, store: PagedKvStore, device: torch.device, *, capture: bool = True
     ) -> None:
-        self.buckets = TOKENS
         self._decoder = decoder
         self._store = store
         self._device = device
@@ -59,20 +78,21 @@ class StepGraphs:
         self._memory: Any = None
 
     def bucket(self, new: np.ndarray) -> Bucket | None:
-        """The bucket of a step with these new tokens per item; ``None`` where none is large enough."""
-        tokens = next((t for t in TOKENS if t >= int(new.sum())), None)
-        most = next((n for n in NEW if n >= int(new.max())), None)
-        return None if tokens is None or most is None else Bucket(tokens, most)
+        """The bucket of a step with these new tokens per input; ``None`` if none is large enough."""
+        tokens = next((t for t in TOKEN_BUCKETS if t >= int(new.sum())), None)
+        max_new = next((n for n in NEW_TOKEN_BUCKETS if n >= int(new.max())), None)
+        return None if tokens is None or max_new is None else Bucket(tokens, max_new)
 
     def run(
         self, bucket: Bucket, ids: np.ndarray, positions: np.ndarray, arrays: dict[str, np.ndarray]
     ) -> Tensor:
         """Hidden states (bucket.tokens, hidden), padding last; valid until the next run.
 
-        The output head stays outside: it need not see padding, nor rows that emit nothing.
+        ``arrays``: from :meth:`PagedKvStore.metadata_arrays`. The output head is not part of the graph.
         """
         static = self._static.get(bucket) or self._make_static(bucket)
-        self._fill(static, bucket, ids, positions, arrays)
+        _fill(static.host, ids, positions, arrays)
+        static.device_words.copy_(static.host_words, non_blocking=True)
         if not self._capture:
             return self._forward(static)
         if bucket not in self._graphs:
@@ -82,23 +102,23 @@ class StepGraphs:
         return hidden
 
     @torch.inference_mode()
-    def capture_all(self, most_tokens: int) -> None:
-        """Capture every bucket up to ``most_tokens``, so that no served step pays for it."""
+    def capture_all(self, max_tokens: int) -> None:
+        """Capture every bucket up to ``max_tokens``, so that no served step has to."""
         empty = np.empty(0, dtype=np.int64)
-        nothing: dict[str, np.ndarray] = {
-            "write": empty,
-            "starts": np.zeros(1, dtype=np.int32),
-            "lengths": empty,
-            "tables": np.zeros((0, 1), dtype=np.int32),
-            "rows": empty,
+        arrays: dict[str, np.ndarray] = {
+            "slot_mapping": empty,
+            "query_start_loc": np.zeros(1, dtype=np.int32),
+            "seq_lens": empty,
+            "block_tables": np.zeros((0, 1), dtype=np.int32),
+            "token_to_input": empty,
         }
-        for new in NEW:
-            for tokens in reversed([t for t in TOKENS if t <= most_tokens]):
-                self.run(Bucket(tokens, new), empty, empty, nothing)
+        for max_new in NEW_TOKEN_BUCKETS:
+            for tokens in reversed([t for t in TOKEN_BUCKETS if t <= max_tokens]):
+                self.run(Bucket(tokens, max_new), empty, empty, arrays)
 
     def _forward(self, static: _Static) -> Tensor:
-        plan = self._store.plan_on(static.inputs)
-        return self._decoder.forward(static.ids, static.positions, plan.attend)
+        plan = self._store.plan_from(static.metadata)
+        return self._decoder.forward(static.device.ids, static.device.positions, plan.attend)
 
     def _record(self, static: _Static) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -116,56 +136,37 @@ class StepGraphs:
 
     def _make_static(self, bucket: Bucket) -> _Static:
         tokens, width = bucket.tokens, self._store.tables.width
-        wide, narrow = 3 * tokens, 3 * tokens + 1 + tokens * width
-        # int64 parts first, then int32 parts two to a word.
-        words = wide + (narrow + 1) // 2
+        words = 3 * tokens + (3 * tokens + 1 + tokens * width + 1) // 2
         with torch.inference_mode(False):
             host = torch.zeros(words, dtype=torch.int64, pin_memory=self._device.type == "cuda")
             device = torch.zeros(words, dtype=torch.int64, device=self._device)
-        ids, positions, write = torch.split(device[:wide], tokens)
-        small = device[wide:].view(torch.int32)
-        starts, lengths, rows, tables, _ = torch.split(
-            small, [tokens + 1, tokens, tokens, tokens * width, len(small) - narrow]
+        views = _Views.of(device, tokens, width)
+        metadata = AttentionMetadata(
+            *views[2:],
+            max_query_len=bucket.max_new,
+            max_seq_len=min(width * self._store.block_size, self._store.max_context),
         )
-        inputs = PagedInputs(
-            write=write,
-            starts=starts,
-            lengths=lengths,
-            tables=tables.view(tokens, width),
-            rows=rows,
-            max_new=bucket.new,
-            max_length=min(width * self._store.page_size, self._store.max_context),
-        )
-        self._static[bucket] = _Static(host, device, ids, positions, inputs)
+        host_views = _Views(*(view.numpy() for view in _Views.of(host, tokens, width)))
+        self._static[bucket] = _Static(host, host_views, device, views, metadata)
         return self._static[bucket]
 
-    def _fill(
-        self,
-        static: _Static,
-        bucket: Bucket,
-        ids: np.ndarray,
-        positions: np.ndarray,
-        arrays: dict[str, np.ndarray],
-    ) -> None:
-        size, used, items = bucket.tokens, len(ids), len(arrays["lengths"])
-        padding = size - used
-        host = static.host.numpy()
-        host[:used], host[used:size] = ids, 0
-        host[size : size + used], host[size + used : 2 * size] = positions, 0
-        write = host[2 * size : 3 * size]
-        write[:used], write[used:] = arrays["write"], self._store.null_place
-        small = host[3 * size :].view(np.int32)
-        starts = small[: size + 1]
-        starts[: items + 1] = arrays["starts"]
-        starts[items + 1 :] = np.minimum(np.arange(used + 1, used + 1 + size - items), size)
-        lengths = small[size + 1 : 2 * size + 1]
-        lengths[:items], lengths[items:] = arrays["lengths"], 0
-        lengths[items : items + padding] = 1
-        rows = small[2 * size + 1 : 3 * size + 1]
-        rows[:used], rows[used:] = arrays["rows"], np.arange(items, items + padding)
-        width = self._store.tables.width
-        tables = small[3 * size + 1 : 3 * size + 1 + size * width].reshape(size, width)
-        have = arrays["tables"].shape[1]
-        tables[:items, :have] = arrays["tables"]
-        tables[items : items + padding, 0] = 0
-        static.device.copy_(static.host, non_blocking=True)
+
+def _fill(
+    host: _Views, ids: np.ndarray, positions: np.ndarray, arrays: dict[str, np.ndarray]
+) -> None:
+    """Write a step into a bucket's host arrays, padding behind it."""
+    size, used, inputs = len(host.ids), len(ids), len(arrays["seq_lens"])
+    padded = inputs + size - used  # inputs, with one of one token for each padding token
+    host.ids[:used], host.ids[used:] = ids, 0
+    host.positions[:used], host.positions[used:] = positions, 0
+    host.slot_mapping[:used], host.slot_mapping[used:] = arrays["slot_mapping"], NULL_SLOT
+    host.query_start_loc[: inputs + 1] = arrays["query_start_loc"]
+    host.query_start_loc[inputs + 1 :] = np.minimum(
+        np.arange(used + 1, used + 1 + size - inputs), size
+    )
+    host.seq_lens[:inputs] = arrays["seq_lens"]
+    host.seq_lens[inputs:padded], host.seq_lens[padded:] = 1, 0
+    host.token_to_input[:used] = arrays["token_to_input"]
+    host.token_to_input[used:] = np.arange(inputs, padded)
+    host.block_tables[:inputs, : arrays["block_tables"].shape[1]] = arrays["block_tables"]
+    host.block_tables[inputs:padded, 0] = NULL_BLOCK

@@ -1,10 +1,9 @@
-"""One forward pass over packed tokens, in two bodies with one face.
+"""One forward pass over packed tokens, in two equal implementations.
 
-:class:`TransformersDecoder` runs the model's own forward with our attention. :class:`LeanDecoder` runs
-the same arithmetic for the plain pre-norm decoder block that the Llama, Qwen2, Qwen3 and Mistral
-families share, with q/k/v and gate/up fused into one product each and without the library's layers
-of wrappers: on small models those cost as much as the arithmetic. It shares the weights of the
-transformers model (fused once, the originals become views), and tests hold the two equal.
+:class:`TransformersDecoder` runs the model's own forward with the KV store's attention.
+:class:`FusedDecoder` runs the same arithmetic for the pre-norm block that Llama, Qwen2, Qwen3 and Mistral
+share: q/k/v and gate/up fused into one product each, no module wrappers, which on small models cost as much
+as the arithmetic. It shares the weights of the transformers model.
 """
 
 from __future__ import annotations
@@ -15,21 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wispprof.engines.ranks import Ranks
-from wispprof.engines.torch.attention import Attend
+from wispprof.engines.tensor_parallel import Ranks
+from wispprof.engines.torch.kv_store import Attend
 from wispprof.engines.torch.packed_linear import PackedLinear, should_prepack
 from wispprof.errors import ModelUnsupported
 
-__all__ = ["Decoder", "LeanDecoder", "TransformersDecoder", "decoder_for"]
+__all__ = ["Decoder", "FusedDecoder", "TransformersDecoder", "decoder_for", "install_attention"]
+
+ATTENTION = "wispprof"
 
 
 class Decoder(Protocol):
-    """Packed tokens in, final hidden states out; ``attend`` owns everything about sessions."""
+    """Packed tokens in, final hidden states out; ``attend`` knows the sessions."""
 
     scale: float
 
     def reserve(self, length: int) -> None:
-        """Be ready for positions below ``length``."""
+        """Prepare for positions below ``length``."""
 
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """``ids``, ``positions`` (T,) int64 → hidden states after the final norm, (T, hidden)."""
@@ -39,29 +40,67 @@ class Decoder(Protocol):
 
 
 def decoder_for(model: Any, ranks: Ranks | None = None) -> Decoder:
-    """The lean body where the model is exactly of its shape, the model's own forward otherwise.
+    """A fused decoder if it supports the model, else the model's own forward.
 
-    ``ranks``: ``model`` is one rank's share of the weights, which only the lean body computes with.
+    ``ranks``: ``model`` holds one rank's shard, which only the fused decoder can compute with.
     """
-    if LeanDecoder.fits(model):
-        return LeanDecoder(model, ranks)
+    if FusedDecoder.supports(model):
+        return FusedDecoder(model, ranks)
     if ranks is not None:
         raise ModelUnsupported(
-            f"{type(model).__name__} is not of the plain shape that is served over several ranks.",
+            f"{type(model).__name__} cannot be served over several ranks.",
             "Serve it on one device.",
         )
     return TransformersDecoder(model)
 
 
+def install_attention(model: Any) -> None:
+    """Register the ``wispprof`` attention implementation and make ``model`` use it.
+
+    Called with a ``wispprof_attend`` argument, which transformers passes through the model's forward, it hands
+    packed queries, keys and values to the KV store. Called without, as by ``model.generate``, it is
+    transformers' ``sdpa``. So one loaded model serves the engine and stays an ordinary transformers model.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION, _attention_forward)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.set_attn_implementation(ATTENTION)
+
+
+def _attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    attend: Attend | None = kwargs.pop("wispprof_attend", None)
+    if attend is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ModelUnsupported(
+            "Attention with capped logits or sinks is not supported.",
+            "Use a Llama-, Qwen- or Mistral-family model.",
+        )
+    packed = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = attend(module.layer_idx, *packed)
+    return out.view(1, query.shape[2], query.shape[1], query.shape[3]), None
+
+
 class TransformersDecoder:
-    """The model's own forward: packed as one row with explicit positions, no cache object, no mask."""
+    """The model's own forward: tokens packed as one row with explicit positions, no cache object."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
         attention = model.model.layers[0].self_attn
         self.scale = float(attention.scaling)
         weight = model.get_input_embeddings().weight
-        # A four-dimensional mask is passed through untouched, so none is built.
+        # transformers passes a four-dimensional mask through untouched, so it builds none.
         self._no_mask = torch.zeros((1, 1, 1, 1), dtype=weight.dtype, device=weight.device)
 
     def reserve(self, length: int) -> None:
@@ -94,17 +133,17 @@ class _Block(NamedTuple):
     down: PackedLinear
 
 
-class LeanDecoder:
-    """The plain decoder block of Llama, Qwen2, Qwen3 and Mistral, without wrappers.
+class FusedDecoder:
+    """The decoder block of Llama, Qwen2, Qwen3 and Mistral with fused products.
 
-    With ``ranks`` the weights are one rank's share: its heads, its part of the MLP and of the vocabulary.
-    Two sums per layer join the shares; hidden states and logits are whole on every rank.
+    With ``ranks`` the weights are one rank's shard: its heads, its part of the MLP and of the vocabulary.
+    Two all-reduces per layer join the shards; hidden states and logits are complete on every rank.
     """
 
     def __init__(self, model: Any, ranks: Ranks | None = None) -> None:
         config = model.config
         self._ranks = ranks
-        shares = ranks.size if ranks else 1
+        shards = ranks.size if ranks else 1
         self._embed: Tensor = model.model.embed_tokens.weight
         pack = should_prepack(model)
         self._head = PackedLinear(model.lm_head.weight, model.lm_head.bias, pack)
@@ -114,8 +153,8 @@ class LeanDecoder:
         attention = model.model.layers[0].self_attn
         self.scale = float(attention.scaling)
         self._dim = int(attention.head_dim)
-        self._heads = config.num_attention_heads // shares
-        self._kv_heads = config.num_key_value_heads // shares
+        self._heads = config.num_attention_heads // shards
+        self._kv_heads = config.num_key_value_heads // shards
         self._vocab = config.vocab_size
         with torch.no_grad():
             self._blocks = [_block(layer, pack) for layer in model.model.layers]
@@ -123,8 +162,8 @@ class LeanDecoder:
         self._max = config.max_position_embeddings
 
     @staticmethod
-    def fits(model: Any) -> bool:
-        """Exactly the classes whose block is known to be this one, unquantised, with SiLU."""
+    def supports(model: Any) -> bool:
+        """Whether the model is of a class known to have this block, unquantized, with SiLU."""
         config = model.config
         return (
             type(model).__name__
@@ -146,7 +185,7 @@ class LeanDecoder:
         return torch.stack((cos[0], sin[0]), 1)[:, :, None]
 
     def reserve(self, length: int) -> None:
-        """Make the rotary table cover positions below ``length``."""
+        """Extend the rotary table to positions below ``length``."""
         have = len(self._table)
         if length > have:
             self._table = self._rotary_table(min(max(length, 2 * have), max(self._max, length)))
@@ -155,7 +194,7 @@ class LeanDecoder:
         heads, kv_heads, dim, eps = self._heads, self._kv_heads, self._dim, self._eps
         rotated, half = heads + kv_heads, dim // 2
         tokens = ids.shape[0]
-        whole = self._ranks.sum if self._ranks else _as_it_is
+        reduce = self._ranks.all_reduce if self._ranks else _identity
         angles = self._table.index_select(0, positions)
         cos, sin = angles[:, 0], angles[:, 1]
         x = self._embed.index_select(0, ids)
@@ -171,18 +210,18 @@ class LeanDecoder:
                 qk = qkv[:, :rotated]
             qk = torch.addcmul(qk * cos, torch.roll(qk, half, -1), sin)
             a = attend(number, qk[:, :heads], qk[:, heads:], qkv[:, rotated:])
-            x = x + whole(b.out(a))
+            x = x + reduce(b.out(a))
             h = torch.rms_norm(x, width, b.norm2, eps)
             gate, up = b.gate_up(h).chunk(2, -1)
-            x = x + whole(b.down(F.silu(gate) * up))
+            x = x + reduce(b.down(F.silu(gate) * up))
         return torch.rms_norm(x, width, self._norm, eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = self._head(hidden)
-        return self._ranks.gather(logits, self._vocab) if self._ranks else logits
+        return self._ranks.all_gather_columns(logits, self._vocab) if self._ranks else logits
 
 
-def _as_it_is(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 
@@ -206,7 +245,7 @@ def _block(layer: Any, pack: bool) -> _Block:
 
 
 def _fuse(*layers: Any) -> tuple[Tensor, Tensor | None]:
-    """One matrix for several layers of the same input; the layers' own weights become views of it."""
+    """One weight and bias for several layers of one input; the layers' own become views of them."""
     weight = _fuse_parameters([layer.weight for layer in layers])
     biases = [layer.bias for layer in layers]
     return weight, None if biases[0] is None else _fuse_parameters(biases)
@@ -218,7 +257,7 @@ def _fuse_parameters(parts: list[Tensor]) -> Tensor:
     together = all(p.untyped_storage().data_ptr() == storage.data_ptr() for p in parts)
     rows = sum(len(p) for p in parts)
     if together and storage.nbytes() == rows * first[0].numel() * first.itemsize:
-        # Fused by an earlier decoder of the same model.
+        # An earlier decoder of the same model fused them.
         shape, stride = (rows, *first.shape[1:]), first.stride()
         return torch.as_strided(first.detach(), shape, stride, 0)
     fused = torch.cat([p.detach() for p in parts])

@@ -1,14 +1,12 @@
-"""Dense slots: each session's keys and values lie in one contiguous stretch that grows by doubling.
+"""Dense KV: each session's keys and values are contiguous, in a row that grows by doubling.
 
-Slots of equal capacity share a pool, ``(layers, 2, rows, kv_heads, capacity, d)``, packed to the front:
-closing a session moves the last row into the gap. So the sessions of a pool are a batch as they lie,
-and a step reads them in place where other engines would copy; and since a pool's sessions are between
-half full and full, padding to the longest wastes at most half of the reading, and far less as a rule.
+Rows of equal capacity share a pool, ``(layers, 2, rows, kv_heads, capacity, d)``, packed to the front: closing
+a session moves the last row into the gap. So the sessions of a pool form a batch that a step reads in place;
+they are at least half full, so padding to the longest wastes at most half of the reading.
 
-A step splits into groups of one pool and one size of feed (verify items together, prompt chunks by
-powers of two), each padded and attended at once. A group whose rows are scattered is gathered first.
-Pools begin as zeros and masked scores are −∞, so what lies beyond a session's length is never seen,
-and never NaN.
+A step splits into groups of one pool and one size of input (verify inputs together, prompt chunks by
+powers of two), each padded and attended at once. A group whose rows are scattered is copied first.
+Pools begin as zeros and masked scores are −∞, so values beyond a session's length are never seen.
 """
 
 from __future__ import annotations
@@ -20,21 +18,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wispprof.engines.torch.attention import grouped_attention, visible
-from wispprof.engines.torch.kv_store import KvGeometry
+from wispprof.engines.torch.kv_store import (
+    KvGeometry,
+    KvPlan,
+    KvStore,
+    causal_mask,
+    grouped_attention,
+)
 from wispprof.errors import EngineError, OutOfKvMemory
 
 __all__ = ["DenseKvStore"]
 
-# Feeds up to this many tokens form one group: a pending token and its drafts.
-_SMALL_FEED = 16
-# Rows read in place may outnumber the items by this factor before gathering is cheaper (a gathered
-# row costs a quarter of attending to it; an idle row costs one whole).
-_IDLE_ROWS = 1.25
+# Inputs of up to this many tokens form one group.
+_SMALL_INPUT = 16
+# Rows read in place may exceed the inputs by this factor: copying a row costs a quarter of attending to it.
+_MAX_ROWS_PER_INPUT = 1.25
 
 
 class _Pool:
-    """Slots of one capacity. ``owners[row]`` is the handle in a row; rows are packed to the front."""
+    """Rows of one capacity. ``owners[row]`` is the handle in a row; used rows come first."""
 
     def __init__(
         self, geometry: KvGeometry, capacity: int, dtype: torch.dtype, device: torch.device
@@ -49,17 +51,17 @@ class _Pool:
         self.values: list[Tensor] = []
 
     def grow(self, rows: int) -> None:
-        """Have at least ``rows`` rows; what is stored stays."""
+        """Have at least ``rows`` rows; stored values stay."""
         if rows <= self.rows:
             return
         self._resize(max(rows, 2 * self.rows))
 
     def shrink(self) -> None:
-        """Give memory back once three quarters of the rows stand empty."""
+        """Free memory if at least three quarters of the rows are empty."""
         if self.rows > 4 and 4 * len(self.owners) <= self.rows:
             self._resize(2 * len(self.owners))
 
-    # Ordinary tensors, so that they may be written in and out of inference mode.
+    # Ordinary tensors, so that they can be written in and out of inference mode.
     @torch.inference_mode(False)
     def _resize(self, rows: int) -> None:
         layers, two, kv_heads, capacity, dim = self._shape
@@ -75,12 +77,15 @@ class _Pool:
 
 @dataclass(slots=True)
 class _Group:
-    """Items of a step that are attended together: tokens ``start:stop`` of the packed order."""
+    """Inputs that are attended together: packed tokens ``start:stop``, ``span`` rows from ``first``.
+
+    ``write``: flat places of new keys and values. ``gather``: rows to copy, ``None`` if read in place. ``pad``
+    and ``unpad``: indices from packed to padded tokens and back, ``None`` if the group needs no padding.
+    """
 
     pool: _Pool
     start: int
     stop: int
-    items: int
     new: int
     length: int
     write: Tensor
@@ -92,18 +97,13 @@ class _Group:
     mask: Tensor | None
 
 
-class DenseKvPlan:
-    """A step on dense slots."""
+class DenseKvPlan(KvPlan):
+    """A step over a dense store."""
 
-    def __init__(self, order: np.ndarray, groups: list[_Group], scale: float, kv_heads: int):
+    def __init__(self, order: np.ndarray, groups: list[_Group], scale: float):
         self.order = order
         self._groups = groups
         self._scale = scale
-        self._kv_heads = kv_heads
-
-    @property
-    def groups(self) -> int:
-        return len(self._groups)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dim = k.shape[2]
@@ -135,8 +135,8 @@ class DenseKvPlan:
         return out if g.unpad is None else out.index_select(0, g.unpad)
 
 
-class DenseKvStore:
-    """Dense slot KV store (see the module's text): a :class:`~wispprof.engines.torch.kv_store.KvStore`."""
+class DenseKvStore(KvStore):
+    """Contiguous KV per session (see the module's docstring)."""
 
     def __init__(
         self,
@@ -145,11 +145,10 @@ class DenseKvStore:
         dtype: torch.dtype,
         device: torch.device,
         base_capacity: int = 256,
-        keep: bool = False,
+        keep_memory: bool = False,
     ) -> None:
-        """``keep``: hold on to memory that stands empty, so that sessions come and go without it being
-        zeroed and copied anew."""
-        self._keep = keep
+        """``keep_memory``: do not free empty rows, so that later sessions need not zero memory again."""
+        self._keep_memory = keep_memory
         self._geometry = geometry
         self._scale = scale
         self._dtype = dtype
@@ -164,57 +163,62 @@ class DenseKvStore:
         self._capacities = np.array([p.capacity for p in self._pools])
         self._pool_of = np.full(16, -1, dtype=np.int64)
         self._row_of = np.zeros(16, dtype=np.int64)
-        self._live: set[int] = set()
-        self._free: list[int] = []
+        self._handles: set[int] = set()
+        self._free_handles: list[int] = []
 
     # --- bookkeeping ---------------------------------------------------------------------------
 
     def add(self) -> int:
-        handle = self._free.pop() if self._free else len(self._live)
+        handle = self._free_handles.pop() if self._free_handles else len(self._handles)
         if handle >= len(self._pool_of):
             self._pool_of = np.concatenate([self._pool_of, np.full_like(self._pool_of, -1)])
             self._row_of = np.concatenate([self._row_of, np.zeros_like(self._row_of)])
-        self._live.add(handle)
+        self._handles.add(handle)
         self._pool_of[handle] = -1
         return handle
 
     def remove(self, handle: int) -> None:
         if (number := int(self._pool_of[handle])) >= 0:
             self._vacate(handle)
-            if not self._keep:
+            if not self._keep_memory:
                 self._pools[number].shrink()
-        self._live.discard(handle)
-        self._free.append(handle)
+        self._handles.discard(handle)
+        self._free_handles.append(handle)
 
-    def ensure(self, handles: np.ndarray, cached: np.ndarray, lengths: np.ndarray) -> None:
-        wanted = np.searchsorted(self._capacities, lengths)
-        move = np.flatnonzero(wanted > self._pool_of[handles])
+    def allocate(self, handles: np.ndarray, cached: np.ndarray, lengths: np.ndarray) -> None:
+        pools = np.searchsorted(self._capacities, lengths)
+        move = np.flatnonzero(pools > self._pool_of[handles])
         if not len(move):
             return
         try:
-            for pool, count in zip(*np.unique(wanted[move], return_counts=True), strict=True):
+            for pool, count in zip(*np.unique(pools[move], return_counts=True), strict=True):
                 self._pools[pool].grow(len(self._pools[pool].owners) + int(count))
-        except (RuntimeError, MemoryError) as err:  # torch says "not enough memory" either way
+        except (RuntimeError, MemoryError) as err:  # torch raises either
             raise OutOfKvMemory(
                 f"The KV cache cannot grow: {str(err).splitlines()[0]}",
                 "Start with fewer --kv-tokens, or use a machine with more memory.",
             ) from err
         for i in move:
-            self._move(int(handles[i]), int(wanted[i]), int(cached[i]))
-        for left in () if self._keep else self._pools:
-            left.shrink()
+            self._move(int(handles[i]), int(pools[i]), int(cached[i]))
+        if not self._keep_memory:
+            for pool_left in self._pools:
+                pool_left.shrink()
 
     def _move(self, handle: int, number: int, length: int) -> None:
-        """Into a row of a larger pool (which has room), taking the first ``length`` tokens along."""
+        """Into a free row of a larger pool, with the first ``length`` tokens."""
+        row = self._copy(handle, number, length)
+        self._vacate(handle)
+        self._pools[number].owners.append(handle)
+        self._pool_of[handle], self._row_of[handle] = number, row
+
+    def _copy(self, source: int, number: int, length: int) -> int:
+        """Copy the first ``length`` tokens into the first free row of a pool; returns the row."""
         pool = self._pools[number]
         row = len(pool.owners)
         if length:
-            old = self._pools[self._pool_of[handle]]
-            old_row = int(self._row_of[handle])
+            old, old_row = self._pools[self._pool_of[source]], int(self._row_of[source])
             pool.data[:, :, row, :, :length] = old.data[:, :, old_row, :, :length]
-        self._vacate(handle)
-        pool.owners.append(handle)
-        self._pool_of[handle], self._row_of[handle] = number, row
+        return row
 
     def _vacate(self, handle: int) -> None:
         """Free the handle's row; the last row of the pool moves into the gap."""
@@ -231,22 +235,18 @@ class DenseKvStore:
         self._pool_of[handle] = -1
 
     def fork(self, source: int, length: int, private: bool = False) -> int:
-        """Always a copy: slots share nothing."""
+        """Always a copy: dense rows are not shared."""
         handle = self.add()
         number = int(np.searchsorted(self._capacities, length))
         pool = self._pools[number]
         pool.grow(len(pool.owners) + 1)
-        row = len(pool.owners)
-        if length:
-            old = self._pools[self._pool_of[source]]
-            old_row = int(self._row_of[source])
-            pool.data[:, :, row, :, :length] = old.data[:, :, old_row, :, :length]
+        row = self._copy(source, number, length)
         pool.owners.append(handle)
         self._pool_of[handle], self._row_of[handle] = number, row
         return handle
 
     def truncate(self, handle: int, length: int) -> None:
-        """Nothing to do: what lies beyond a length is masked and then overwritten."""
+        """Nothing to do: values beyond a length are masked and later overwritten."""
 
     def read(self, handle: int, length: int) -> Tensor:
         g = self._geometry
@@ -254,23 +254,23 @@ class DenseKvStore:
             shape = (g.layers, 2, g.kv_heads, 0, g.head_dim)
             return torch.zeros(shape, dtype=self._dtype, device=self._device)
         pool = self._pools[self._pool_of[handle]]
-        kept: Tensor = pool.data[:, :, int(self._row_of[handle]), :, :length]
-        return kept.clone()
+        stored: Tensor = pool.data[:, :, int(self._row_of[handle]), :, :length]
+        return stored.clone()
 
     def check(self, lengths: dict[int, int]) -> None:
         seen: set[int] = set()
         for number, pool in enumerate(self._pools):
             for row, handle in enumerate(pool.owners):
                 if self._pool_of[handle] != number or self._row_of[handle] != row:
-                    raise EngineError(f"Slot {row} of pool {number} and handle {handle} disagree.")
-                if handle in seen or handle not in self._live:
+                    raise EngineError(f"Row {row} of pool {number} and handle {handle} disagree.")
+                if handle in seen or handle not in self._handles:
                     raise EngineError(f"Handle {handle} is stored twice, or was removed.")
                 if lengths.get(handle, 0) > pool.capacity:
-                    raise EngineError(f"Handle {handle} is longer than its slot.")
+                    raise EngineError(f"Handle {handle} is longer than its row.")
                 seen.add(handle)
         missing = [h for h, n in lengths.items() if n and h not in seen]
-        if missing or set(lengths) != self._live:
-            raise EngineError(f"Handles without a slot, or slots without a session: {missing}.")
+        if missing or set(lengths) != self._handles:
+            raise EngineError(f"Handles without a row, or rows without a session: {missing}.")
 
     # --- a step --------------------------------------------------------------------------------
 
@@ -280,70 +280,74 @@ class DenseKvStore:
             order = np.zeros(1, dtype=np.int64)
             bounds = [0, 1]
         else:
-            sizes = np.where(new <= _SMALL_FEED, 0, np.ceil(np.log2(new)).astype(np.int64))
+            sizes = np.where(new <= _SMALL_INPUT, 0, np.ceil(np.log2(new)).astype(np.int64))
             order = np.lexsort((rows, sizes, pools))
             kind = (pools * 64 + sizes)[order]
             bounds = [0, *(np.flatnonzero(np.diff(kind)) + 1).tolist(), len(order)]
         groups, start = [], 0
         for a, b in pairwise(bounds):
-            items = order[a:b]
+            group_order = order[a:b]
             group = self._group(
-                self._pools[pools[items[0]]], start, rows[items], cached[items], new[items]
+                self._pools[pools[group_order[0]]],
+                start,
+                rows[group_order],
+                cached[group_order],
+                new[group_order],
             )
             groups.append(group)
             start = group.stop
-        return DenseKvPlan(order, groups, self._scale, self._geometry.kv_heads)
+        return DenseKvPlan(order, groups, self._scale)
 
     def _group(
         self, pool: _Pool, start: int, rows: np.ndarray, cached: np.ndarray, new: np.ndarray
     ) -> _Group:
         """``rows`` ascend. All index arithmetic of the step happens here, none in the layers."""
         kv_heads, heads = self._geometry.kv_heads, self._geometry.heads
-        items, total, most = len(rows), int(new.sum()), int(new.max())
+        count, total, max_new = len(rows), int(new.sum()), int(new.max())
         length = int((cached + new).max())
-        # Where each new token's key and value go: ((row * kv_heads) + head) * capacity + position.
+        # Place of a new key or value: ((row * kv_heads) + head) * capacity + position.
         first_token = np.cumsum(new) - new
         within = np.arange(total) - np.repeat(first_token, new)
         base = np.repeat(rows * kv_heads * pool.capacity + cached, new) + within
         write = (base[:, None] + np.arange(kv_heads) * pool.capacity).ravel()
-        # In place, or gathered?
         first, span = int(rows[0]), int(rows[-1] - rows[0]) + 1
-        in_place = span <= _IDLE_ROWS * items
+        in_place = span <= _MAX_ROWS_PER_INPUT * count
         if in_place:
             local = rows - first
         else:
-            span, local = items, np.arange(items)
-        exact = span == items and total == items * most
+            span, local = count, np.arange(count)
+        exact = span == count and total == count * max_new
         pad = unpad = None
         if not exact:
-            # Idle rows and missing tokens borrow token 0; what they compute is dropped.
-            slots = np.zeros(span * most, dtype=np.int64)
-            place = np.repeat(local * most, new) + within
-            slots[place] = np.arange(total)
-            pad, unpad = self._to(slots), self._to(place)
+            # Idle rows and missing tokens compute token 0; their output is dropped.
+            source = np.zeros(span * max_new, dtype=np.int64)
+            place = np.repeat(local * max_new, new) + within
+            source[place] = np.arange(total)
+            pad, unpad = self._to_device(source), self._to_device(place)
         mask = None
-        if items > 1 or most > 1:
-            limits = np.zeros((span, most), dtype=np.int64)
-            limits[local] = np.minimum(
-                cached[:, None] + np.arange(most), (cached + new - 1)[:, None]
+        if count > 1 or max_new > 1:
+            last_seen = np.zeros((span, max_new), dtype=np.int64)
+            last_seen[local] = np.minimum(
+                cached[:, None] + np.arange(max_new), (cached + new - 1)[:, None]
             )
-            if limits.min() < length - 1:
-                mask = visible(self._to(limits), length, heads // kv_heads, self._dtype)
+            if last_seen.min() < length - 1:
+                mask = causal_mask(
+                    self._to_device(last_seen), length, heads // kv_heads, self._dtype
+                )
         return _Group(
             pool=pool,
             start=start,
             stop=start + total,
-            items=items,
-            new=most,
+            new=max_new,
             length=length,
-            write=self._to(write),
+            write=self._to_device(write),
             first=first,
             span=span,
-            gather=None if in_place else self._to(rows),
+            gather=None if in_place else self._to_device(rows),
             pad=pad,
             unpad=unpad,
             mask=mask,
         )
 
-    def _to(self, array: np.ndarray) -> Tensor:
+    def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device)

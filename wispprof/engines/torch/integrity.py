@@ -1,4 +1,4 @@
-"""Whether cached keys and values are those of a fresh prefill of the same tokens."""
+"""Compare cached keys and values with those of a fresh prefill of the same tokens."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from wispprof.engines.torch.kv_store import KvGeometry
 from wispprof.errors import EngineError
 from wispprof.types import IntegrityReport
 
-__all__ = ["compare_with_fresh"]
+__all__ = ["compare_with_prefill"]
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.08, torch.float16: 0.02}
 _CHUNK = 512
 
 
-def compare_with_fresh(
+def compare_with_prefill(
     decoder: Decoder,
     geometry: KvGeometry,
     dtype: torch.dtype,
@@ -28,36 +28,33 @@ def compare_with_fresh(
 ) -> IntegrityReport:
     """``held``: session, its n cached tokens, and their KV of ``dtype``, (layers, 2, kv_heads, n, d).
 
-    Raises :class:`EngineError` where they differ by more than rounding.
+    An error is relative to the largest fresh value. Raises :class:`EngineError` if one exceeds rounding.
     """
     errors, tolerance = {}, _TOLERANCE[dtype]
     for session, tokens, found in held:
         if not tokens:
             errors[session] = 0.0
             continue
-        fresh = _prefill_apart(decoder, geometry, tokens, found).float()
+        fresh = _prefill(decoder, geometry, tokens, found).float()
         difference = (found.float() - fresh).abs().max()
         errors[session] = float(difference / fresh.abs().max().clamp(min=1e-6))
     bad = {name: error for name, error in errors.items() if not error <= tolerance}
     if bad:
         raise EngineError(
-            f"Cached KV differs from a fresh prefill in {len(bad)} session(s): {bad} "
-            f"(tolerance {tolerance}).",
+            f"Cached KV differs from a fresh prefill in {len(bad)} sessions: {bad} (tolerance {tolerance}).",
             "Close these sessions and report a defect.",
         )
     return IntegrityReport(errors, tolerance)
 
 
-def _prefill_apart(
-    decoder: Decoder, geometry: KvGeometry, tokens: list[int], like: Tensor
-) -> Tensor:
-    """KV of tokens from a store of its own, of the same kind as ``like``."""
+def _prefill(decoder: Decoder, geometry: KvGeometry, tokens: list[int], like: Tensor) -> Tensor:
+    """KV of tokens, computed in a store of its own with the dtype and device of ``like``."""
     store = DenseKvStore(geometry, decoder.scale, like.dtype, like.device)
     handle = np.array([store.add()])
     for start in range(0, len(tokens), _CHUNK):
         ids = np.array(tokens[start : start + _CHUNK])
         cached, new = np.array([start]), np.array([len(ids)])
-        store.ensure(handle, cached, cached + new)
+        store.allocate(handle, cached, cached + new)
         plan = store.plan(handle, cached, new)
         positions = np.arange(start, start + len(ids))
         decoder.forward(

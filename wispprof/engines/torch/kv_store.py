@@ -1,23 +1,31 @@
-"""What the engine asks of a KV store. Dense slots and pages stand behind it, tested for parity.
+"""What the engine asks of a KV store, and the attention that all stores share.
 
-A store knows handles, not sessions, and nothing of tokens. The engine keeps the lengths; a store only
-guarantees room. ``plan`` arranges a step once; ``attend`` then runs in every layer with what was planned.
+A store knows handles and lengths, not sessions and tokens. ``plan`` arranges a step once; ``attend`` then
+runs in every layer with what was planned.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["KvGeometry", "KvPlan", "KvStore"]
+__all__ = ["Attend", "KvGeometry", "KvPlan", "KvStore", "causal_mask", "grouped_attention"]
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q (T, heads, d), k (T, kv_heads, d), v (T, kv_heads, d)) → (T, heads · d). Writes k and v of the
+step's T packed tokens behind the cached tokens of each input, then attends causally."""
 
 
 @dataclass(frozen=True, slots=True)
 class KvGeometry:
-    """Sizes that the cache of a model has."""
+    """Sizes of a model's KV cache, on one rank."""
 
     layers: int
     heads: int
@@ -27,46 +35,85 @@ class KvGeometry:
 
 
 class KvPlan(Protocol):
-    """A step, arranged. ``order``: item numbers in the order in which their tokens must be packed."""
+    """An arranged step. ``order``: input numbers in the order in which their tokens must be packed."""
 
     order: np.ndarray
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write k, v (T, kv_heads, d) behind the cached tokens of each item, then attend causally.
-
-        ``q`` (T, heads, d); returns (T, heads · d).
-        """
+        """See :data:`Attend`."""
 
 
-class KvStore(Protocol):
-    """Room for the keys and values of up to ``max_sessions`` sessions and ``kv_tokens`` tokens in all.
+class KvStore(ABC):
+    """Keys and values of up to ``max_sessions`` handles and ``kv_tokens`` tokens in all.
 
-    Any set of sessions within both limits fits: fragmentation is the store's business.
+    Any handles within both limits fit: the store must cope with fragmentation.
     """
 
+    @abstractmethod
     def add(self) -> int:
         """A new, empty handle."""
 
+    @abstractmethod
     def remove(self, handle: int) -> None:
-        """Give back all that a handle holds."""
+        """Free all that a handle holds."""
 
-    def ensure(self, handles: np.ndarray, cached: np.ndarray, lengths: np.ndarray) -> None:
-        """Make room for ``lengths`` tokens in all per handle; the first ``cached`` are kept.
+    @abstractmethod
+    def allocate(self, handles: np.ndarray, cached: np.ndarray, lengths: np.ndarray) -> None:
+        """Reserve memory for ``lengths`` tokens per handle, keeping the first ``cached``.
 
-        Raises :class:`~wispprof.errors.OutOfKvMemory` before anything changed.
+        Raises :class:`~wispprof.errors.OutOfKvMemory` before anything changes.
         """
 
+    @abstractmethod
     def plan(self, handles: np.ndarray, cached: np.ndarray, new: np.ndarray) -> KvPlan:
-        """Arrange a step of items that add ``new`` tokens to ``cached`` ones (``ensure`` came first)."""
+        """Arrange a step that adds ``new`` tokens to ``cached`` ones, after :meth:`allocate`."""
 
+    @abstractmethod
     def fork(self, source: int, length: int, private: bool = False) -> int:
-        """A new handle that holds the first ``length`` tokens of ``source``, shared or copied at once."""
+        """A new handle with the first ``length`` tokens of ``source``; ``private``: copied at once."""
 
+    @abstractmethod
     def truncate(self, handle: int, length: int) -> None:
-        """Only the first ``length`` tokens will be asked for again."""
+        """Drop all but the first ``length`` tokens."""
 
+    @abstractmethod
     def read(self, handle: int, length: int) -> Tensor:
-        """Cached keys and values, (layers, 2, kv_heads, length, d), copied."""
+        """A copy of cached keys and values, (layers, 2, kv_heads, length, d)."""
 
+    @abstractmethod
     def check(self, lengths: dict[int, int]) -> None:
         """Raise :class:`~wispprof.errors.EngineError` if the bookkeeping contradicts itself."""
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of padded inputs, without repeating KV heads.
+
+    ``q`` (B, N, heads, d), ``k`` and ``v`` (B, kv_heads, L, d), possibly strided; ``mask`` additive
+    (B or 1, 1, N·g, L) with the g query heads of a KV head innermost, or ``None`` if everything is visible.
+    Returns (B, N, heads · d). The query heads that share a KV head are rows of one matrix, so keys and
+    values are read once for all of them.
+    """
+    batch, new, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    if new == 1:
+        folded = q.reshape(batch, kv_heads, group, dim)
+    else:
+        folded = q.view(batch, new, kv_heads, group, dim).transpose(1, 2)
+        folded = folded.reshape(batch, kv_heads, new * group, dim)
+    out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
+    if new == 1:
+        return out.reshape(batch, 1, heads * dim)
+    out = out.view(batch, kv_heads, new, group, dim).transpose(1, 2)
+    return out.reshape(batch, new, heads * dim)
+
+
+def causal_mask(last: Tensor, length: int, group: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask (B, 1, N·group, length): a token sees positions up to its ``last`` (B, N)."""
+    seen = torch.arange(length, device=last.device) <= last[:, :, None]
+    mask = torch.zeros(seen.shape, dtype=dtype, device=last.device)
+    mask.masked_fill_(~seen, -torch.inf)
+    batch, new, _ = mask.shape
+    if group > 1:
+        mask = mask[:, :, None].expand(batch, new, group, length)
+    return mask.reshape(batch, 1, new * group, length)

@@ -1,12 +1,11 @@
-"""One engine over several ranks: rank 0's :class:`MultiRankEngine` is what the server sees, the others follow.
+"""One engine over several ranks: rank 0's :class:`MultiRankEngine` serves, the other ranks :func:`follow` it.
 
-Every rank has a whole :class:`~wispprof.engines.torch.engine.TorchEngine` over its own heads, and all
-of them go through the same calls in the same order, so their books are equal by construction. What needs no
-collective (open, rollback, close) waits and travels with the next step: a step costs one order.
+Every rank runs a :class:`~wispprof.engines.torch.engine.TorchEngine` over its own heads. All ranks make the same
+calls in the same order, so their bookkeeping is equal. Calls without a collective (open, fork, rollback, close)
+are deferred and travel with the next step, so a step costs one command.
 
-A rank that fails where the others do not ends the group: its neighbours fail in their next collective,
-``torchrun`` stops what is left, and the edges resume with the server that comes next. Nothing is
-served from ranks that disagree.
+A failure on one rank ends the group: the other ranks fail in their next collective, ``torchrun`` stops them,
+and the edges resume on the next server.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import TypeVar
 
 import msgspec
 
-from wispprof.engines.ranks import Ranks
+from wispprof.engines.tensor_parallel import Ranks
 from wispprof.engines.torch.engine import TorchEngine
 from wispprof.errors import EngineError
 from wispprof.types import (
@@ -37,14 +36,23 @@ class _Open(msgspec.Struct, array_like=True, tag="o"):
     session: str
     sampling: Sampling | None
 
+    def apply(self, engine: TorchEngine) -> None:
+        engine.open(self.session, self.sampling)
+
 
 class _Rollback(msgspec.Struct, array_like=True, tag="r"):
     session: str
     length: int
 
+    def apply(self, engine: TorchEngine) -> None:
+        engine.rollback(self.session, self.length)
+
 
 class _Close(msgspec.Struct, array_like=True, tag="c"):
     session: str
+
+    def apply(self, engine: TorchEngine) -> None:
+        engine.close(self.session)
 
 
 class _Fork(msgspec.Struct, array_like=True, tag="f"):
@@ -53,40 +61,43 @@ class _Fork(msgspec.Struct, array_like=True, tag="f"):
     length: int
     sampling: Sampling | None
 
+    def apply(self, engine: TorchEngine) -> None:
+        engine.fork(self.session, self.child, self.length, self.sampling)
+
 
 class _Step(msgspec.Struct, array_like=True, tag="s"):
-    feeds: list[tuple[str, list[int], int, bool]]
+    inputs: list[tuple[str, list[int], int, bool]]
 
 
 class _Check(msgspec.Struct, array_like=True, tag="i"):
     session: str | None
 
 
-class _End(msgspec.Struct, array_like=True, tag="e"):
+class _Shutdown(msgspec.Struct, array_like=True, tag="e"):
     pass
 
 
-_Chore = _Open | _Rollback | _Close | _Fork
+_DeferredOp = _Open | _Rollback | _Close | _Fork
 
 
-class _Order(msgspec.Struct, array_like=True):
-    """Chores, then one piece of work. ``sessions`` and ``kv_free``: the leader's books between the two."""
+class _Command(msgspec.Struct, array_like=True):
+    """Deferred operations, then one task. ``sessions`` and ``kv_free``: rank 0's state between the two."""
 
-    chores: list[_Chore]
+    deferred: list[_DeferredOp]
     sessions: int
     kv_free: int
-    work: _Step | _Check | _End
+    task: _Step | _Check | _Shutdown
 
 
-_decode = msgspec.msgpack.Decoder(_Order).decode
+_decode = msgspec.msgpack.Decoder(_Command).decode
 _encode = msgspec.msgpack.Encoder().encode
 
 
 class MultiRankEngine(Engine):
-    """Rank 0's engine with its followers behind it; the interface of the server's ``Engine``.
+    """Rank 0's engine, with the other ranks behind it. Raises what :class:`TorchEngine` raises.
 
-    Raises what the engine raises. After a failure that the ranks do not share (:attr:`broken` says which)
-    ``on_broken`` is called once, and every step raises :class:`EngineError`.
+    After a failure that the ranks do not share, :attr:`broken` says which, ``on_broken`` is called once, and every
+    step raises :class:`EngineError`.
     """
 
     def __init__(
@@ -99,19 +110,19 @@ class MultiRankEngine(Engine):
         self._engine = engine
         self._ranks = ranks
         self._on_broken = on_broken
-        self._chores: list[_Chore] = []
+        self._deferred: list[_DeferredOp] = []
 
     @property
     def capabilities(self) -> EngineCapabilities:
         return self._engine.capabilities
 
     @property
-    def kv_tokens(self) -> int:
-        return self._engine.kv_tokens
-
-    @property
     def sessions(self) -> list[str]:
         return self._engine.sessions
+
+    @property
+    def kv_tokens(self) -> int:
+        return self._engine.kv_tokens
 
     @property
     def kv_free(self) -> int:
@@ -123,110 +134,102 @@ class MultiRankEngine(Engine):
     def open(
         self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = ()
     ) -> None:
-        self._engine.open(session, sampling)
-        self._chores.append(_Open(session, sampling))
+        self._defer(_Open(session, sampling))
 
     def fork(self, session: str, child: str, length: int, sampling: Sampling | None = None) -> None:
-        self._engine.fork(session, child, length, sampling)
-        self._chores.append(_Fork(session, child, length, sampling))
+        self._defer(_Fork(session, child, length, sampling))
 
     def rollback(self, session: str, length: int) -> None:
-        self._engine.rollback(session, length)
-        self._chores.append(_Rollback(session, length))
+        self._defer(_Rollback(session, length))
 
     def close(self, session: str) -> None:
-        self._engine.close(session)
-        self._chores.append(_Close(session))
+        self._defer(_Close(session))
 
-    def step(self, feeds: Sequence[StepInput]) -> list[VerifyResult]:
-        if not feeds:
+    def step(self, inputs: Sequence[StepInput]) -> list[VerifyResult]:
+        if not inputs:
             return []
-        packed = [(f.session, [int(t) for t in f.tokens], f.drafts, f.needs_logits) for f in feeds]
-        self._order(_Step(packed))
-        return self._shared(lambda: self._engine.step(feeds))
+        self._command(
+            _Step(
+                [(i.session, [int(t) for t in i.tokens], i.drafts, i.needs_logits) for i in inputs]
+            )
+        )
+        return self._on_all_ranks(lambda: self._engine.step(inputs))
 
     def check_integrity(self, session: str | None = None) -> IntegrityReport:
-        """Every rank compares its own KV; raises :class:`EngineError` where one of them is off."""
-        self._order(_Check(session))
-        return self._shared(lambda: _check(self._engine, self._ranks, session))
+        """Every rank checks its own KV; raises :class:`EngineError` if one of them finds an error."""
+        self._command(_Check(session))
+        return self._on_all_ranks(lambda: _check(self._engine, self._ranks, session))
 
     def shutdown(self) -> None:
-        """Tell the followers to return from :func:`follow`."""
+        """Make :func:`follow` return on the other ranks."""
         if not self.broken:
-            self._order(_End())
+            self._command(_Shutdown())
 
-    def _order(self, work: _Step | _Check | _End) -> None:
+    def _defer(self, operation: _DeferredOp) -> None:
+        operation.apply(self._engine)
+        self._deferred.append(operation)
+
+    def _command(self, task: _Step | _Check | _Shutdown) -> None:
         if self.broken:
-            raise EngineError(f"The engine serves nothing more: {self.broken}.")
-        chores, self._chores = self._chores, []
-        order = _Order(chores, len(self._engine.sessions), self._engine.kv_free, work)
-        self._shared(lambda: self._ranks.say(_encode(order)))
+            raise EngineError(f"The engine has stopped: {self.broken}.", "Restart the server.")
+        deferred, self._deferred = self._deferred, []
+        command = _Command(deferred, len(self._engine.sessions), self._engine.kv_free, task)
+        self._on_all_ranks(lambda: self._ranks.broadcast(_encode(command)))
 
-    def _shared(self, work: Callable[[], T]) -> T:
-        """Errors of the engine's own are raised on every rank alike; any other ends the group."""
+    def _on_all_ranks(self, work: Callable[[], T]) -> T:
+        """All ranks raise the same :class:`EngineError`; any other error ends the group."""
         try:
             return work()
         except EngineError:
             raise
         except BaseException as err:
-            self.broken = f"its ranks fell apart ({type(err).__name__}: {err})"
+            self.broken = f"a rank failed ({type(err).__name__}: {err})"
             self._ranks.leave()
             self._on_broken()
             raise
 
 
 def follow(engine: TorchEngine, ranks: Ranks) -> None:
-    """Do what the leader orders until it says that it is over. Blocks.
+    """Execute rank 0's commands until it shuts down. Blocks.
 
-    Raises :class:`EngineError` where this rank's books are not the leader's, and whatever a collective
-    raises when the leader is gone.
+    Raises :class:`EngineError` if this rank's sessions are not those of rank 0, and whatever a collective
+    raises when rank 0 is gone.
     """
     while True:
-        order = _decode(ranks.hear())
-        for deferred_op in order.chores:
-            _do(engine, deferred_op)
-        if (len(engine.sessions), engine.kv_free) != (order.sessions, order.kv_free):
+        command = _decode(ranks.recv())
+        for operation in command.deferred:
+            operation.apply(engine)
+        if (len(engine.sessions), engine.kv_free) != (command.sessions, command.kv_free):
             raise EngineError(
                 f"Rank {ranks.rank} holds {len(engine.sessions)} sessions with {engine.kv_free} KV tokens "
-                f"free; the leader {order.sessions} with {order.kv_free}.",
+                f"free; rank 0 holds {command.sessions} with {command.kv_free}.",
                 "Restart the server and report a defect.",
             )
-        work = order.work
-        if isinstance(work, _End):
+        task = command.task
+        if isinstance(task, _Shutdown):
             return
         try:
-            if isinstance(work, _Step):
-                engine.step([StepInput(*feed) for feed in work.feeds])
+            if isinstance(task, _Step):
+                engine.step([StepInput(*one) for one in task.inputs])
             else:
-                _check(engine, ranks, work.session)
+                _check(engine, ranks, task.session)
         except EngineError:
-            pass  # the leader raises the same one, and answers for it
-
-
-def _do(engine: TorchEngine, deferred_op: _Chore) -> None:
-    if isinstance(deferred_op, _Open):
-        engine.open(deferred_op.session, deferred_op.sampling)
-    elif isinstance(deferred_op, _Rollback):
-        engine.rollback(deferred_op.session, deferred_op.length)
-    elif isinstance(deferred_op, _Close):
-        engine.close(deferred_op.session)
-    else:
-        engine.fork(
-            deferred_op.session, deferred_op.child, deferred_op.length, deferred_op.sampling
-        )
+            pass  # rank 0 raises the same error to its caller
 
 
 def _check(engine: TorchEngine, ranks: Ranks, session: str | None) -> IntegrityReport:
-    """Integrity on all ranks: every one of them raises if any does."""
+    """Integrity on all ranks: if one of them finds an error, every one raises."""
     err: EngineError | None = None
     report = IntegrityReport({}, 0.0)
     try:
         report = engine.check_integrity(session)
     except EngineError as found:
         err = found
-    sound = ranks.least(0 if err else 1)
+    intact = ranks.all_reduce_min(0 if err else 1)
     if err:
         raise err
-    if not sound:
-        raise EngineError("The KV of another rank is not what its tokens say.", "See its log.")
+    if not intact:
+        raise EngineError(
+            "The KV of another rank does not match its tokens.", "See that rank's log."
+        )
     return report

@@ -1,14 +1,11 @@
-"""Products with the weights of a layer: as torch does them, or from weights laid out beforehand.
+"""Linear layers whose weights are packed beforehand for oneDNN, where that is faster.
 
-A verify step multiplies a handful of rows with every weight of the model. On a CPU, torch's float32 product
-of two or more rows lays the weight out anew in every call, which for few rows costs as much as the product:
-a step of two tokens took 1.5 times that of one. oneDNN multiplies with a laid-out copy, the way torch's own
-compiler does on CPUs. One row alone is a matrix-vector product, which reads the weight as it lies.
+On a CPU, torch's float32 product of two or more rows packs the weight anew in every call. For the few rows of a
+verify step that costs as much as the product itself. oneDNN also multiplies with a packed copy, as torch's
+compiler uses it. A single row is a matrix-vector product, which needs no packing.
 
-oneDNN makes a kernel for every number of rows that it meets, which takes a millisecond or two and keeps half
-a megabyte, up to 1,024 of them; beyond that they push each other out and leave their memory in pieces. Steps
-with prompts have any number of rows, so these are filled up to one of few (:func:`pad_rows`). Small steps are
-not: every row of theirs costs.
+oneDNN compiles a kernel for every number of rows, which takes 1 to 2 ms and half a megabyte, and caches 1,024
+of them. Steps with prompts have any number of rows, so :func:`pad_rows` rounds them up to a few numbers.
 """
 
 from __future__ import annotations
@@ -21,28 +18,29 @@ from torch import Tensor
 
 __all__ = ["PackedLinear", "can_pack", "pad_rows", "should_prepack"]
 
-MOST_BYTES = 2 << 30
-"""Models with more weights than this are served without a second copy of them."""
+MAX_PACKED_BYTES = 2 << 30
+"""Models with more weights than this are served without a second, packed copy."""
 
 
 def should_prepack(model: Any) -> bool:
-    """Whether a model is small enough that a second copy of its weights is no burden."""
-    return sum(p.nbytes for p in model.parameters()) <= MOST_BYTES
+    """Whether a model is small enough to hold a second copy of its weights."""
+    size: int = sum(p.nbytes for p in model.parameters())
+    return size <= MAX_PACKED_BYTES
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether a laid-out copy of this weight can be made, and would be used."""
-    return (
+    """Whether a packed copy of this weight can be made, and would be used."""
+    return bool(
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     )
 
 
 def pad_rows(rows: int) -> int:
-    """``rows`` as they are up to 64, then rounded up to eights, and from 256 on to multiples of 32."""
+    """``rows`` up to 64; above, rounded up to a multiple of 8, and of 32 from 257 on."""
     if rows <= 64:
         return rows
     step = 8 if rows <= 256 else 32
@@ -52,7 +50,7 @@ def pad_rows(rows: int) -> int:
 class PackedLinear:
     """``x @ weight.T + bias`` for ``x`` (rows, in), weight (out, in), bias (out,) or None.
 
-    ``pack``: keep a second copy of the weight, laid out, where :func:`can_pack` allows it.
+    ``pack``: keep a packed copy of the weight if :func:`can_pack` allows it.
     """
 
     __slots__ = ("_bias", "_packed", "_weight")
@@ -62,7 +60,7 @@ class PackedLinear:
         self._bias = None if bias is None else bias.detach()
         self._packed: Any = None
         if pack and can_pack(weight):
-            # Told how many rows to expect, or oneDNN may choose a layout for one row.
+            # With an expected number of rows, or oneDNN may choose a layout for one row.
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight, 16)
 
     def __call__(self, x: Tensor) -> Tensor:

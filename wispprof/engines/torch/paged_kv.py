@@ -1,83 +1,88 @@
-"""Paged KV: keys and values in pages of one pool, found through block tables.
+"""Paged KV: keys and values in blocks of one pool, addressed through block tables.
 
-Nothing moves when sessions grow, close or fork, and a step's arrangement is a handful of index tensors of
-fixed shape, which is what a captured graph needs. Three ways to attend, tested for parity where they run:
+Nothing moves when sessions grow, close or fork. A step's metadata is a few index tensors of fixed shape, as
+captured graphs need. Three attention backends compute the same:
 
-- ``triton``: :mod:`~wispprof.engines.torch.triton_attention`, split over the keys, reads pages in place
-- ``varlen``: torch's variable-length attention with its block table (torch 2.12 and FlashAttention-3)
-- ``gather``: pages gathered to dense, then
-  :func:`~wispprof.engines.torch.attention.grouped_attention`; any device
+- ``triton``: :mod:`~wispprof.engines.torch.triton_attention`, split over the keys, reads blocks in place
+- ``varlen``: torch's variable-length attention with a block table (torch 2.12 and FlashAttention-3)
+- ``gather``: copies blocks to a dense batch for
+  :func:`~wispprof.engines.torch.kv_store.grouped_attention`; any device
 """
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from wispprof.engines.torch.attention import grouped_attention, visible
-from wispprof.engines.torch.block_table import NULL_PAGE, BlockTables
-from wispprof.engines.torch.kv_store import KvGeometry
+from wispprof.engines.torch.block_table import BlockTables
+from wispprof.engines.torch.kv_store import (
+    KvGeometry,
+    KvStore,
+    causal_mask,
+    grouped_attention,
+)
 from wispprof.errors import EngineError, OutOfKvMemory
 
-__all__ = ["ATTENTIONS", "PagedInputs", "PagedKvStore", "pick_attention"]
+__all__ = ["ATTENTIONS", "AttentionMetadata", "PagedKvStore"]
 
 ATTENTIONS = ("triton", "varlen", "gather")
-PAGE_SIZE = 64
+BLOCK_SIZE = 64
 
 
 @dataclass(slots=True)
-class PagedInputs:
-    """What attention needs of a step, on the device. With items padded to B and tokens to T:
+class AttentionMetadata:
+    """What attention needs of a step, on the device, with inputs padded to B and tokens to T.
 
-    ``write`` (T,) int64 flat places of the new tokens; ``starts`` (B + 1,) int32 first packed token of each
-    item; ``lengths`` (B,) int32 cached + new; ``tables`` (B, W) int32; ``max_new`` and ``max_length``
-    bound new and length of every item. ``rows`` (T,) int32: the item of each token. Padding tokens belong to
-    an item of length 0 or of their own, write to page 0, and their outputs are dropped.
+    ``slot_mapping`` (T,) int64: slots of the new tokens. ``query_start_loc`` (B + 1,) int32: first packed token
+    of each input. ``seq_lens`` (B,) int32: cached + new. ``token_to_input`` (T,) int32. ``block_tables``
+    (B, W) int32. ``max_query_len`` and ``max_seq_len`` bound new tokens and length of every input.
+    Padding tokens belong to inputs of their own and write to the null block; their outputs are dropped.
     """
 
-    write: Tensor
-    starts: Tensor
-    lengths: Tensor
-    tables: Tensor
-    rows: Tensor
-    max_new: int
-    max_length: int
+    slot_mapping: Tensor
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    token_to_input: Tensor
+    block_tables: Tensor
+    max_query_len: int
+    max_seq_len: int
 
 
 class PagedKvPlan:
-    """A step on pages."""
+    """A step over a paged store."""
 
-    def __init__(self, store: PagedKvStore, inputs: PagedInputs, order: np.ndarray) -> None:
+    def __init__(self, store: PagedKvStore, metadata: AttentionMetadata, order: np.ndarray) -> None:
         self.order = order
-        self.inputs = inputs
+        self._metadata = metadata
         self._store = store
-        self._dense: _Dense | None = None
+        self._gather: _Gather | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        store, x = self._store, self.inputs
-        keys, values = store.pages(layer)
+        store, x = self._store, self._metadata
+        keys, values = store.blocks(layer)
         flat = (-1, k.shape[1], k.shape[2])
-        keys.view(flat).index_copy_(0, x.write, k)
-        values.view(flat).index_copy_(0, x.write, v)
+        keys.view(flat).index_copy_(0, x.slot_mapping, k)
+        values.view(flat).index_copy_(0, x.slot_mapping, v)
         if store.attention == "triton":
             from wispprof.engines.torch.triton_attention import paged_attention
 
             return paged_attention(q, keys, values, x, store.scale)
         if store.attention == "varlen":
             return _varlen(q, keys, values, x, store.scale)
-        if self._dense is None:
-            self._dense = _Dense(x, q.shape[1] // k.shape[1], q.dtype, store.page_size)
-        return self._dense.attend(q, keys, values, store.scale)
+        if self._gather is None:
+            self._gather = _Gather(x, q.shape[1] // k.shape[1], q.dtype, store.block_size)
+        return self._gather.attend(q, keys, values, store.scale)
 
 
-class PagedKvStore:
-    """Paged KV store; implements :class:`~wispprof.engines.torch.kv_store.KvStore`.
+class PagedKvStore(KvStore):
+    """KV in blocks (see the module's docstring).
 
-    Holds ``kv_tokens`` rounded up to pages, one page more per session (its last page is part empty), and the
-    null page; so any sessions within the engine's limits fit.
+    Holds ``kv_tokens`` rounded up to blocks, one block more per session, whose last block is part empty, and
+    the null block. So any sessions within the engine's limits fit.
     """
 
     def __init__(
@@ -88,29 +93,28 @@ class PagedKvStore:
         device: torch.device,
         kv_tokens: int,
         max_sessions: int,
-        page_size: int = PAGE_SIZE,
+        block_size: int = BLOCK_SIZE,
         attention: str = "auto",
     ) -> None:
         self.scale = scale
-        self.page_size = page_size
+        self.block_size = block_size
         self.max_context = geometry.max_context
         if attention == "auto":
-            attention = pick_attention(device, dtype, geometry.head_dim)
-        self.attention = attention
-        if self.attention not in ATTENTIONS:
+            attention = _select_attention(device, dtype, geometry.head_dim)
+        if attention not in ATTENTIONS:
             raise EngineError(
-                f"Unknown paged attention {attention!r}.", f"Use one of {ATTENTIONS}."
+                f"Unknown paged attention {attention!r}.", f"Use one of {', '.join(ATTENTIONS)}."
             )
-        self._geometry = geometry
+        self.attention = attention
         self._device = device
-        pages = -(-kv_tokens // page_size) + max_sessions
-        self.tables = BlockTables(pages, page_size, geometry.max_context, max_sessions)
-        shape = (geometry.layers, 2, pages + 1, page_size, geometry.kv_heads, geometry.head_dim)
+        blocks = -(-kv_tokens // block_size) + max_sessions
+        self.tables = BlockTables(blocks, block_size, geometry.max_context, max_sessions)
+        shape = (geometry.layers, 2, blocks + 1, block_size, geometry.kv_heads, geometry.head_dim)
         with torch.inference_mode(False):
             self._data = torch.zeros(shape, dtype=dtype, device=device)
 
-    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer: (pages, page_size, kv_heads, d) each."""
+    def blocks(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer: (blocks, block_size, kv_heads, d) each."""
         return self._data[layer, 0], self._data[layer, 1]
 
     def add(self) -> int:
@@ -119,8 +123,8 @@ class PagedKvStore:
     def remove(self, handle: int) -> None:
         self.tables.remove(handle)
 
-    def ensure(self, handles: np.ndarray, cached: np.ndarray, lengths: np.ndarray) -> None:
-        copies = self.tables.ensure(handles, cached, lengths)
+    def allocate(self, handles: np.ndarray, cached: np.ndarray, lengths: np.ndarray) -> None:
+        copies = self.tables.allocate(handles, cached, lengths)
         if copies:
             old, new = (
                 torch.tensor(side, device=self._device) for side in zip(*copies, strict=True)
@@ -128,145 +132,133 @@ class PagedKvStore:
             self._data[:, :, new] = self._data[:, :, old]
 
     def fork(self, source: int, length: int, private: bool = False) -> int:
-        if private and -(-length // self.page_size) > self.tables.free_pages:
+        if private and -(-length // self.block_size) > self.tables.free_blocks:
             raise OutOfKvMemory("A private copy does not fit.", "Fork without copying.")
         handle = self.tables.fork(source, length)
         if private:
-            self.ensure(np.array([handle]), np.array([0]), np.array([length]))
+            self.allocate(np.array([handle]), np.array([0]), np.array([length]))
         return handle
 
     def truncate(self, handle: int, length: int) -> None:
         self.tables.truncate(handle, length)
 
     def read(self, handle: int, length: int) -> Tensor:
-        places = self.tables.places(np.full(length, handle), np.arange(length))
-        flat = self._data.flatten(2, 3)[:, :, torch.from_numpy(places).to(self._device)]
+        slots = self.tables.slots(np.full(length, handle), np.arange(length))
+        flat = self._data.flatten(2, 3)[:, :, torch.from_numpy(slots).to(self._device)]
         return flat.transpose(2, 3).contiguous()
 
     def check(self, lengths: dict[int, int]) -> None:
         self.tables.check(lengths)
 
     def plan(self, handles: np.ndarray, cached: np.ndarray, new: np.ndarray) -> PagedKvPlan:
-        arrays = self.arrange(handles, cached, new)
-        inputs = PagedInputs(
+        arrays = self.metadata_arrays(handles, cached, new)
+        metadata = AttentionMetadata(
             **{name: torch.from_numpy(a).to(self._device) for name, a in arrays.items()},
-            max_new=int(new.max()),
-            max_length=int((cached + new).max()),
+            max_query_len=int(new.max()),
+            max_seq_len=int((cached + new).max()),
         )
-        return PagedKvPlan(self, inputs, np.arange(len(handles)))
+        return self.plan_from(metadata)
 
-    def arrange(
+    def metadata_arrays(
         self, handles: np.ndarray, cached: np.ndarray, new: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """The tensors of :class:`PagedInputs` as arrays, unpadded; tokens packed in the items' order."""
+        """The tensors of :class:`AttentionMetadata` as arrays, unpadded, tokens in the inputs' order."""
         ends = np.cumsum(new)
         positions = np.arange(int(ends[-1])) + np.repeat(cached - (ends - new), new)
         width = max(1, int(self.tables.count[handles].max()))
         return {
-            "write": self.tables.places(np.repeat(handles, new), positions),
-            "starts": np.concatenate([[0], ends]).astype(np.int32),
-            "lengths": (cached + new).astype(np.int32),
-            "tables": self.tables.table[handles, :width].copy(),
-            "rows": np.repeat(np.arange(len(handles), dtype=np.int32), new),
+            "slot_mapping": self.tables.slots(np.repeat(handles, new), positions),
+            "query_start_loc": np.concatenate([[0], ends]).astype(np.int32),
+            "seq_lens": (cached + new).astype(np.int32),
+            "token_to_input": np.repeat(np.arange(len(handles), dtype=np.int32), new),
+            "block_tables": self.tables.table[handles, :width].copy(),
         }
 
-    def plan_on(self, inputs: PagedInputs) -> PagedKvPlan:
-        """A plan over tensors that live elsewhere (the static inputs of a captured graph)."""
-        return PagedKvPlan(self, inputs, np.arange(len(inputs.lengths)))
-
-    @property
-    def null_place(self) -> int:
-        """Where padding tokens write."""
-        return NULL_PAGE * self.page_size
+    def plan_from(self, metadata: AttentionMetadata) -> PagedKvPlan:
+        """A plan over given tensors, such as the static inputs of a captured graph."""
+        return PagedKvPlan(self, metadata, np.arange(len(metadata.seq_lens)))
 
 
-class _Dense:
-    """The gather way: every item padded to the longest and to the most new tokens of the step."""
+class _Gather:
+    """Index tensors of the ``gather`` backend: inputs padded to the longest, and to the most new tokens."""
 
-    def __init__(self, x: PagedInputs, group: int, dtype: torch.dtype, page_size: int) -> None:
-        lengths = x.lengths.long()
-        starts = x.starts.long()
+    def __init__(
+        self, x: AttentionMetadata, group: int, dtype: torch.dtype, block_size: int
+    ) -> None:
+        lengths, starts = x.seq_lens.long(), x.query_start_loc.long()
         new = starts[1:] - starts[:-1]
-        steps = torch.arange(x.max_new, device=lengths.device)
-        last = (new - 1).clamp(min=0)[:, None]
-        within = torch.minimum(steps[None], last)
-        # Missing tokens of an item repeat its last one; what they compute is not picked up below.
-        self._take = (starts[:-1, None] + within).clamp(max=len(x.write) - 1).flatten()
-        limits = (lengths - new)[:, None] + within
-        self._mask = visible(limits.clamp(min=0), x.max_length, group, dtype)
-        rows = x.rows.long()
-        tokens = torch.arange(len(rows), device=rows.device)
-        self._put = rows * x.max_new + (tokens - starts[rows]).clamp(0, x.max_new - 1)
-        pages = -(-x.max_length // page_size)
-        self._pages = x.tables[:, :pages].long()
-        self._shape = (len(lengths), x.max_new)
-        self._length = x.max_length
+        steps = torch.arange(x.max_query_len, device=lengths.device)
+        # Padding repeats an input's last token; its output is not picked up by `_unpad`.
+        within = torch.minimum(steps[None], (new - 1).clamp(min=0)[:, None])
+        self._pad = (starts[:-1, None] + within).clamp(max=len(x.slot_mapping) - 1).flatten()
+        last_seen = ((lengths - new)[:, None] + within).clamp(min=0)
+        self._mask = causal_mask(last_seen, x.max_seq_len, group, dtype)
+        inputs = x.token_to_input.long()
+        offset = torch.arange(len(inputs), device=inputs.device) - starts[inputs]
+        self._unpad = inputs * x.max_query_len + offset.clamp(0, x.max_query_len - 1)
+        self._blocks = x.block_tables[:, : -(-x.max_seq_len // block_size)].long()
+        self._shape = (len(lengths), x.max_query_len)
+        self._length = x.max_seq_len
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        items, most = self._shape
+        inputs, new = self._shape
         heads, dim = q.shape[1:]
         k, v = (
-            pool[self._pages].flatten(1, 2)[:, : self._length].transpose(1, 2)
+            pool[self._blocks].flatten(1, 2)[:, : self._length].transpose(1, 2)
             for pool in (keys, values)
         )
-        padded = q[self._take].view(items, most, heads, dim)
+        padded = q[self._pad].view(inputs, new, heads, dim)
         out = grouped_attention(padded, k, v, self._mask, scale)
-        return out.view(items * most, heads * dim)[self._put]
+        return out.view(inputs * new, heads * dim)[self._unpad]
 
 
-def _varlen(q: Tensor, keys: Tensor, values: Tensor, x: PagedInputs, scale: float) -> Tensor:
+def _varlen(q: Tensor, keys: Tensor, values: Tensor, x: AttentionMetadata, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     out = varlen_attn(
         q.contiguous(),
         keys,
         values,
-        x.starts,
+        x.query_start_loc,
         None,
-        x.max_new,
-        x.max_length,
+        x.max_query_len,
+        x.max_seq_len,
         scale=scale,
         window_size=(-1, 0),
         enable_gqa=True,
-        seqused_k=x.lengths,
-        block_table=x.tables,
+        seqused_k=x.seq_lens,
+        block_table=x.block_tables,
     )
     assert isinstance(out, Tensor)
     return out.flatten(1)
 
 
-def pick_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The first way of :data:`ATTENTIONS` that this machine can run."""
+def _select_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The first of :data:`ATTENTIONS` that runs here."""
     if device.type != "cuda":
         return "gather"
-    import importlib.util
-
-    tiles = head_dim >= 16 and head_dim & (head_dim - 1) == 0
-    if tiles and importlib.util.find_spec("triton") is not None:
+    power_of_two = head_dim >= 16 and head_dim & (head_dim - 1) == 0
+    if power_of_two and importlib.util.find_spec("triton") is not None:
         return "triton"
-    return "varlen" if varlen_works(device, dtype) else "gather"
+    return "varlen" if _varlen_works(device, dtype) else "gather"
 
 
-def varlen_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's variable-length attention takes a block table here, by asking it once."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
-    except ImportError:
-        return False
-    pages = torch.zeros((2, PAGE_SIZE, 1, 64), dtype=dtype, device=device)
+def _varlen_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's variable-length attention accepts a block table here, by one trial call.
+
+    An older torch has no such argument; a newer one without FlashAttention-3 refuses it.
+    """
+    blocks = torch.zeros((2, BLOCK_SIZE, 1, 64), dtype=dtype, device=device)
     one = torch.tensor([1], dtype=torch.int32, device=device)
-    inputs = PagedInputs(
-        write=one.long(),
-        starts=torch.tensor([0, 1], dtype=torch.int32, device=device),
-        lengths=one,
-        tables=one[None],
-        rows=one - 1,
-        max_new=1,
-        max_length=PAGE_SIZE,
-    )
+    starts = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    metadata = AttentionMetadata(one.long(), starts, one, one - 1, one[None], 1, BLOCK_SIZE)
     try:
-        _varlen(pages[0, :1], pages, pages, inputs, 1.0)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError):
-        # An older torch knows no block_table; a newer one without FlashAttention-3 refuses it.
+        _varlen(blocks[0, :1], blocks, blocks, metadata, 1.0)
+    except (
+        ImportError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ):  # NotImplementedError is a RuntimeError
         return False
     return True

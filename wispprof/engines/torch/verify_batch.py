@@ -1,4 +1,4 @@
-"""A step's feeds packed into one row of tokens, and which of their drafts the target's choices accept."""
+"""The inputs of one step: their sizes, their tokens packed into one row, and which drafts are accepted."""
 
 from __future__ import annotations
 
@@ -7,62 +7,92 @@ from typing import NamedTuple
 
 import numpy as np
 
+from wispprof.errors import EngineError
 from wispprof.types import StepInput
 
-__all__ = ["VerifyBatch"]
+__all__ = ["StepSizes", "VerifyBatch"]
+
+
+class StepSizes(NamedTuple):
+    """Three arrays (n,) over a step's inputs: tokens cached before it, tokens it adds, rows of logits."""
+
+    cached: np.ndarray
+    new: np.ndarray
+    logit_rows: np.ndarray
+
+    @classmethod
+    def of(cls, inputs: Sequence[StepInput], cached: Sequence[int], max_context: int) -> StepSizes:
+        """Raises :class:`EngineError` if an input is invalid."""
+        if len({one.session for one in inputs}) != len(inputs):
+            raise EngineError("A session may take part in a step only once.")
+        for one, held in zip(inputs, cached, strict=True):
+            new = len(one.tokens)
+            if not new or not 0 <= one.drafts < new:
+                raise EngineError(
+                    f"Session {one.session!r}: {new} tokens with {one.drafts} drafts; an input needs at "
+                    "least one token that is not a draft."
+                )
+            if one.drafts and not one.needs_logits:
+                raise EngineError(f"Session {one.session!r}: an input with drafts needs logits.")
+            if held + new > max_context:
+                raise EngineError(
+                    f"Session {one.session!r} would cache {held + new} tokens; the context ends at "
+                    f"{max_context}.",
+                    "Feed fewer drafts, or finish the session.",
+                )
+        count = len(inputs)
+        return cls(
+            np.fromiter(cached, np.int64, count),
+            np.fromiter((len(one.tokens) for one in inputs), np.int64, count),
+            np.fromiter(
+                (one.drafts + 1 if one.needs_logits else 0 for one in inputs), np.int64, count
+            ),
+        )
 
 
 class VerifyBatch(NamedTuple):
-    """Feeds packed item after item, in the store's ``order`` (n,).
+    """Inputs packed one after another in ``order`` (n,).
 
-    ``ids`` and ``positions`` (tokens,): of every packed token. ``picked`` (rows,): places of the tokens
-    after which the target's own token is decided: of an emitting item its last drafts + 1. ``starts`` and
-    ``ends`` (n,): where each packed item's rows begin and end among those.
+    ``ids`` and ``positions`` (tokens,): of every packed token. ``logit_tokens`` (rows,): packed tokens whose
+    logits are needed, the last drafts + 1 of an input. ``starts`` and ``ends`` (n,): first and last + 1 row
+    of each packed input.
     """
 
     order: np.ndarray
     ids: np.ndarray
     positions: np.ndarray
-    picked: np.ndarray
+    logit_tokens: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
 
     @classmethod
-    def of(
-        cls,
-        feeds: Sequence[StepInput],
-        cached: np.ndarray,
-        new: np.ndarray,
-        rows: np.ndarray,
-        order: np.ndarray,
-    ) -> VerifyBatch:
-        """``cached``, ``new`` and ``rows`` (n,): tokens held, fed and emitting (drafts + 1, or 0) by feed."""
-        new, rows = new[order], rows[order]
-        ids = np.concatenate([np.asarray(feeds[i].tokens, dtype=np.int64) for i in order.tolist()])
+    def pack(cls, inputs: Sequence[StepInput], sizes: StepSizes, order: np.ndarray) -> VerifyBatch:
+        new, rows = sizes.new[order], sizes.logit_rows[order]
+        ids = np.concatenate([np.asarray(inputs[i].tokens, dtype=np.int64) for i in order.tolist()])
         token_ends, row_ends = np.cumsum(new), np.cumsum(rows)
-        positions = np.arange(len(ids)) + np.repeat(cached[order] - (token_ends - new), new)
-        picked = np.arange(int(row_ends[-1])) + np.repeat(token_ends - row_ends, rows)
-        return cls(order, ids, positions, picked, row_ends - rows, row_ends)
+        positions = np.arange(len(ids)) + np.repeat(sizes.cached[order] - (token_ends - new), new)
+        logit_tokens = np.arange(int(row_ends[-1])) + np.repeat(token_ends - row_ends, rows)
+        return cls(order, ids, positions, logit_tokens, row_ends - rows, row_ends)
 
-    def first(self) -> np.ndarray:
-        """Where each feed's rows begin (n,), in the order of feeds."""
+    def first_rows(self) -> np.ndarray:
+        """First row of each input (n,), in the order of the inputs."""
         first = np.empty(len(self.order), dtype=np.int64)
         first[self.order] = self.starts
         return first
 
     def accepted(self, chosen: np.ndarray) -> np.ndarray:
-        """Leading drafts of each feed (n,), in the order of feeds, that equal the target's choices (rows,).
+        """Number of leading drafts of each input (n,) that equal the target's tokens ``chosen`` (rows,).
 
-        Row r of an item chooses what should follow packed token ``picked[r]``; the draft that does follow
-        is the next packed token. The last row has no draft to agree with: there every count ends.
+        Row r holds the target's token after packed token ``logit_tokens[r]``; the draft in question is the
+        packed token behind that one. The last row of an input has no draft: every count ends there.
         """
         accepted = np.zeros(len(self.order), dtype=np.int64)
         if not len(chosen):
             return accepted
-        emitting = np.flatnonzero(self.ends > self.starts)
-        starts, ends = self.starts[emitting], self.ends[emitting]
-        differs = chosen != self.ids[np.minimum(self.picked + 1, len(self.ids) - 1)]
+        with_rows = np.flatnonzero(self.ends > self.starts)
+        starts, ends = self.starts[with_rows], self.ends[with_rows]
+        differs = chosen != self.ids[np.minimum(self.logit_tokens + 1, len(self.ids) - 1)]
         differs[ends - 1] = True
         index = np.where(differs, np.arange(len(chosen)), len(chosen))
-        accepted[self.order[emitting]] = np.minimum.reduceat(index, starts) - starts
+        accepted[self.order[with_rows]] = np.minimum.reduceat(index, starts) - starts
         return accepted

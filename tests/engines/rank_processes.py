@@ -1,4 +1,4 @@
-"""One course of steps, driven over any engine: in this process, or over two that share the models."""
+"""One sequence of steps for any engine: in this process, or over two ranks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def drive(engine: Any) -> dict[str, Any]:
     engine.rollback("1", 3)
     engine.close("2")
     [forked] = engine.step([StepInput("child", [5, 6, 7], 1)])
-    faults = []
+    errors = []
     for feeds in (
         [StepInput("nobody", [1])],
         [StepInput("0", [1_000])],
@@ -51,9 +51,9 @@ def drive(engine: Any) -> dict[str, Any]:
         try:
             engine.step(feeds)
         except EngineError as err:
-            faults.append(type(err).__name__)
+            errors.append(type(err).__name__)
     engine.check_integrity()
-    books = {name: engine.cached(name) for name in engine.sessions}
+    cached = {name: engine.cached(name) for name in engine.sessions}
     for name in list(engine.sessions):
         engine.close(name)
     engine.check_integrity()
@@ -61,8 +61,8 @@ def drive(engine: Any) -> dict[str, Any]:
         "texts": texts,
         "accepted": accepted,
         "forked": list(forked.tokens),
-        "faults": faults,
-        "books": books,
+        "errors": errors,
+        "cached": cached,
         "kv_free": engine.kv_free,
     }
 
@@ -88,9 +88,9 @@ def _drive_rank(folder: Path, ranks: Any) -> None:
         follow(engine, ranks)
         found = {"sessions": engine.sessions, "kv_free": engine.kv_free}
     else:
-        leader = MultiRankEngine(engine, ranks)
-        found = drive(leader)
-        leader.shutdown()
+        rank0 = MultiRankEngine(engine, ranks)
+        found = drive(rank0)
+        rank0.shutdown()
     found["held"] = sum(p.numel() for p in loaded.model.parameters())
     found["parameters"] = loaded.info.parameters
     # For the negative control: this rank's share of the weights, taken for the whole.
@@ -101,7 +101,7 @@ def _drive_rank(folder: Path, ranks: Any) -> None:
 
 def drive_ranks(folder: Path, environment: dict[str, str]) -> None:
     """The work of one rank's process: every model of ``folder`` gets its ``rank….json``."""
-    from wispprof.engines.ranks import join
+    from wispprof.engines.tensor_parallel import join
 
     os.environ.update(environment)
     joined = join(2, "cpu")
