@@ -51,10 +51,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from wispprof.artifacts import EdgeProfile, bundled
 from wispprof.artifacts.draft_times import rested_share
 from wispprof.edge.draft_worker import DraftStep, ThreadWorker
-from wispprof.edge.edge_runtime import EdgeProfilerSettings, Prompt, open_edge
+from wispprof.edge.edge_runtime import Prompt, open_edge
 from wispprof.profiling.edge_profiler import EDGE_GRIDS, profile_edge
 from wispprof.profiling.edge_profiler import EdgeProfilerSettings as ProfileSettings
 from wispprof.profiling.prompts import held_out_prompts
+from wispprof.settings.edge_settings import DraftingSettings, EdgeSettings
 from wispprof.types import Sampling
 
 GOAL = 0.10
@@ -169,8 +170,12 @@ async def generate(
 ) -> dict[str, float]:
     """Sums over all prompts: drafting ms, drafted tokens, rounds accepted whole, context-steps; of the
     steps those that resumed after a rest, and their trimmed mean."""
-    settings = EdgeProfilerSettings(
-        server=url, controller="fixed", options={"k": line.k}, mode=line.mode, proactive=0
+    settings = EdgeSettings(
+        server=url,
+        controller="fixed",
+        k=line.k,
+        mode=line.mode,
+        drafting=DraftingSettings(proactive=0),
     )
     total = {"draft_ms": 0.0, "drafted": 0.0, "whole": 0.0, "context": 0.0}
     async with open_edge(settings) as runtime:

@@ -45,7 +45,7 @@ from wispprof.edge.connection import Traffic
 from wispprof.errors import WispprofError
 from wispprof.policies import make_batch_policy, make_controller
 from wispprof.policies.api import Controller, RoundContext
-from wispprof.sessions.draft_scheduler import DraftingSettings
+from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.simulation.devices import LinkModel
 from wispprof.testing.in_process_server import InProcessServer
 from wispprof.testing.link_emulator import LinkSettings, emulate

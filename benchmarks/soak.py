@@ -77,7 +77,7 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
     world = World(prompts, _alone(engine, prompts), lambda: TorchDrafter(draft), seed)
     info = target.info
     model = ServedModel(info.id, info.tokenizer_hash, info.vocab_size, engine.max_context)
-    settings = ServerSettings(admit="all", kept_sessions=16)
+    settings = ServerSettings(admit="all", prefix_cache_sessions=16)
     before = _waiting()
     with ThreadPoolExecutor(2, thread_name_prefix="draft") as world.executor:
         tokenizer = ChatTokenizer(target.tokenizer)

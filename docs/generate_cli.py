@@ -16,8 +16,8 @@ PAGE = Path(__file__).with_name("cli.md")
 HEAD = """# Commands
 
 Made by `python docs/generate_cli.py` from the commands themselves. Every command prints its result on stdout
-(`--json`: one JSON document) and everything else on stderr; a fault is one line with its fix and exit code
-1, a wrong option 2, Ctrl-C 130. Every option can be given in a settings file or the environment too: see
+(`--json`: one JSON document) and everything else on stderr. An error is one line with its hint and exit code
+1, a wrong option 2, Ctrl-C 130. Every option can also be set in a settings file or the environment: see
 [config.md](config.md).
 """
 
@@ -59,10 +59,11 @@ def _row(parameter: Any) -> str:
     names = str(parameter.name).upper() if argument else ", ".join(parameter.opts)
     if parameter.required:
         default = "required"
-    elif parameter.default is None or parameter.default is False or parameter.default == "":
+    elif parameter.default in (None, "", []) or parameter.default is False:
         default = ""
     else:
-        default = f"`{parameter.default}`"
+        given = parameter.default
+        default = f"`{' '.join(map(str, given)) if isinstance(given, list) else given}`"
     text = " ".join((parameter.help or "").split()).replace("|", "\\|")
     return f"| `{names}` | {text} | {default} |"
 

@@ -1,6 +1,7 @@
 """One exception tree. Every message says what happened and what to do next.
 
 WispprofError
+├── SettingsError            a setting has a value that is not allowed
 ├── ArtifactError            a file of ours cannot be used
 │   ├── ArtifactMissing      it is not there
 │   ├── ArtifactDamaged      it is torn, edited or not one of ours
@@ -38,6 +39,10 @@ class WispprofError(Exception):
     def __str__(self) -> str:
         message = super().__str__()
         return f"{message} {self.hint}".rstrip() if self.hint else message
+
+
+class SettingsError(WispprofError, ValueError):
+    """A setting has a value that is not allowed, alone or beside the others."""
 
 
 class ArtifactError(WispprofError):

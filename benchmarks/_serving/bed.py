@@ -170,7 +170,7 @@ def running(bed: Bed, policy: Any) -> Any:
     model = ServedModel("pair", bed.tokenizer, bed.vocab, bed.engine.max_context)
     settings = ServerProfilerSettings(
         admit="all",
-        kept_sessions=0,
+        prefix_cache_sessions=0,
         max_items=MAX_ITEMS,
         max_tokens=MAX_TOKENS,
         prefill_chunk=CHUNK,

@@ -12,9 +12,9 @@ from wispprof.bench import Mix, run_bench, simulate_bench
 from wispprof.bench.bench_result import BenchResult
 from wispprof.bench.simulated_bench import SimulatedBench
 from wispprof.policies.controllers import ConfidenceAcceptance
-from wispprof.settings.bench_settings import BenchSettings, device_of
+from wispprof.settings.bench_settings import BenchSettings
 from wispprof.simulation import ServerModel, system
-from wispprof.simulation.devices import LinkModel
+from wispprof.simulation.devices import LinkModel, device_of
 from wispprof.testing.virtual_time import run_virtual
 
 TRACE = hash_trace(paths=7, length=40, depth=6)

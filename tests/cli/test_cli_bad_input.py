@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from wispprof.artifacts import load_server, make_profile, save_profile, write_document
 from wispprof.artifacts.manifest import Manifest, ModelRecord
 from wispprof.artifacts.rows import StepRow
-from wispprof.cli import app, common
+from wispprof.cli import app, console
 from wispprof.types import BatchShape
 
 RUNNER = CliRunner()
@@ -24,7 +24,7 @@ def run(*arguments: object) -> Result:
 
 
 def assert_one_line(done: Result, *said: str) -> None:
-    assert done.exit_code == common.FAULT, done.output
+    assert done.exit_code == console.FAULT, done.output
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, done.stderr
     assert "Traceback" not in done.stderr
@@ -166,7 +166,7 @@ def test_ctrl_c_while_profiling_keeps_whole_rows(
     monkeypatch.setattr("wispprof.profiling.server_profiler.check_physics", lambda *_: _Physics())
     monkeypatch.setattr(EngineRunner, "run_once", interrupted)
     done = run(*arguments)
-    assert done.exit_code == common.INTERRUPTED, done.output
+    assert done.exit_code == console.INTERRUPTED, done.output
     assert "Traceback" not in done.stderr
     assert not out.with_suffix(".jsonl").exists(), "an unfinished profile must not look finished"
     journal = tmp_path / "server.journal.jsonl"

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from wispprof.cli import app, common
-from wispprof.settings.edge_settings import ClientSettings
-from wispprof.settings.sources import Config, ConfigError, read_config
+from wispprof.cli import app, console
+from wispprof.cli.options import with_settings
+from wispprof.errors import SettingsError
+from wispprof.settings.edge_settings import ClientSettings, DraftingSettings, EdgeSettings
+from wispprof.settings.fields import Settings, declared, nested
+from wispprof.settings.server_settings import ServerSettings
+from wispprof.settings.shared_settings import ServerAccess
+from wispprof.settings.sources import Config, read_config
 
 RUNNER = CliRunner()
 
@@ -29,7 +35,9 @@ def port_seen(*typed: str, env: dict[str, str] | None = None) -> int:
     def probe(port: Annotated[int, typer.Option()] = 1) -> None:
         seen.append(port)
 
-    made = typer.Typer(cls=common.GuardedGroup, context_settings={"auto_envvar_prefix": "WISPPROF"})
+    made = typer.Typer(
+        cls=console.GuardedGroup, context_settings={"auto_envvar_prefix": "WISPPROF"}
+    )
     made.callback()(app.registered_callback.callback)  # type: ignore[union-attr,arg-type]
     made.command("probe")(probe)
     done = RUNNER.invoke(made, ["probe", *typed], env=env or {})
@@ -59,14 +67,14 @@ def test_precedence(here: Path) -> None:
 def test_a_wrong_file_is_one_clear_line(here: Path, text: str, said: str) -> None:
     (here / "wispprof.toml").write_text(text)
     done = RUNNER.invoke(app, ["fit"])
-    assert done.exit_code == common.FAULT
+    assert done.exit_code == console.FAULT
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_named_file_must_be_there(here: Path) -> None:
     done = RUNNER.invoke(app, ["--config", "nowhere.toml", "fit"])
-    assert done.exit_code == common.FAULT
+    assert done.exit_code == console.FAULT
     assert "nowhere.toml" in done.stderr
 
 
@@ -74,19 +82,81 @@ def test_no_file_means_defaults(here: Path) -> None:
     assert read_config() == Config()
 
 
-def test_a_section_fills_a_rooms_settings(here: Path) -> None:
-    (here / "wispprof.toml").write_text("[edge]\ngive-up-ms = 5.0\nname = 'a'\n")
-    settings = read_config().settings(ClientSettings, "edge")
-    assert (settings.give_up_ms, settings.name, settings.ping_ms) == (
-        5.0,
-        "a",
-        ClientSettings().ping_ms,
+def edge_seen(*typed: str, env: dict[str, str] | None = None) -> EdgeSettings:
+    """The settings that a command of an edge gets."""
+    seen: list[EdgeSettings] = []
+
+    @with_settings
+    def edge(settings: EdgeSettings) -> None:
+        seen.append(settings)
+
+    made = typer.Typer(
+        cls=console.GuardedGroup, context_settings={"auto_envvar_prefix": "WISPPROF"}
     )
+    made.callback()(app.registered_callback.callback)  # type: ignore[union-attr,arg-type]
+    made.command("edge")(edge)
+    done = RUNNER.invoke(made, ["edge", *typed], env=env or {})
+    assert done.exit_code == 0, done.output
+    return seen[0]
 
 
-def test_a_rooms_refusal_names_section_and_file(here: Path) -> None:
-    from wispprof.settings.edge_settings import DraftingSettings
+def test_settings_come_from_file_environment_and_options(here: Path) -> None:
+    (here / "wispprof.toml").write_text(
+        "[edge]\nping-ms = 5.0\nname = 'a'\ncontroller-option = ['x=1', 'y=z']\n"
+    )
+    settings = edge_seen("--slo", "3", env={"WISPPROF_EDGE_DRAFT_AHEAD": "7"})
+    assert (settings.client.ping_ms, settings.client.name) == (5.0, "a")
+    assert settings.controller_options == {"x": 1, "y": "z"}
+    assert settings.drafting == replace(DraftingSettings(), draft_ahead=7)
+    assert settings.tokens_per_s == 3.0
+    assert replace(settings.client, ping_ms=2000.0, name="") == ClientSettings()
 
-    (here / "wispprof.toml").write_text("[edge]\ndraft-ahead = -1\n")
-    with pytest.raises(ConfigError, match=r"Section \[edge\]"):
-        read_config().settings(DraftingSettings, "edge")
+
+def test_without_any_source_settings_are_their_defaults(here: Path) -> None:
+    assert edge_seen() == EdgeSettings()
+
+
+SETTINGS = (ServerSettings, EdgeSettings, ClientSettings, DraftingSettings, ServerAccess)
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_every_setting_is_an_option(kind: type[Settings]) -> None:
+    group: Any = typer.main.get_command(app)
+    command = group.commands["serve" if kind is ServerSettings else "edge"]
+    reachable = {parameter.name for parameter in command.params}
+    assert {each.key for each in declared(kind)} <= reachable
+    derived = {"tokenizer", "offline_ok"} if kind is ClientSettings else {"stream", "client"}
+    names = {each.name for each in declared(kind)} | {name for name, _ in nested(kind)} | derived
+    assert {each.name for each in fields(kind)} <= names  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"port": 70000}, "port must be 0 … 65535, got 70000."),
+        ({"max_items": 0}, "max_items must be at least 1, got 0."),
+        ({"coalesce_ms": float("nan")}, "coalesce_ms must be at least 0, got nan."),
+        ({"admit": "some"}, "admit must be slo or all, got 'some'."),
+        ({"max_new": 1.5}, "max_new must be an integer, got 1.5."),
+        ({"live": 1}, "live must be true or false, got 1."),
+        ({"plan": "plan.json"}, "plan must be a path, got 'plan.json'."),
+        ({"api_keys": "secret"}, "api_keys must be a list, got 'secret'."),
+        ({"host": None}, "host must be text, got None."),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError) as err:
+        ServerSettings(**given)
+    assert str(err.value) == message
+
+
+def test_a_value_that_is_not_allowed_ends_a_command(here: Path) -> None:
+    done = RUNNER.invoke(app, ["edge", "--mode", "steam"])
+    assert done.exit_code == console.USAGE
+    assert "mode must be empty or round or stream, got 'steam'" in done.stderr
+
+
+def test_a_named_value_needs_a_name(here: Path) -> None:
+    done = RUNNER.invoke(app, ["serve", "--policy-option", "boost"])
+    assert done.exit_code == console.USAGE
+    assert "Expected NAME=VALUE, got 'boost'." in done.stderr

@@ -13,12 +13,12 @@ import typer
 from typer.testing import CliRunner
 
 import wispprof.cli
-from wispprof.cli import app, common
-from wispprof.cli.catalogue import CATALOGUE
+from wispprof.cli import app, console
+from wispprof.cli.commands import COMMANDS
 from wispprof.errors import ArtifactMissing
 
 RUNNER = CliRunner()
-NO_COMMANDS = {"plan_tables", "__init__", "catalogue", "common", "overview", "profiling"}
+NO_COMMANDS = {"plan_tables", "__init__", "commands", "console", "options", "profiling"}
 HEAVY = ("torch", "transformers", "fastapi", "sklearn", "pandas", "matplotlib", "lightgbm")
 
 
@@ -73,12 +73,12 @@ def test_every_command_has_help_and_a_known_panel() -> None:
 def test_overview_says_what_the_commands_say() -> None:
     group: Any = typer.main.get_command(app)
     shown = " ".join(RUNNER.invoke(app, ["--help"], env={"COLUMNS": "200"}).stdout.split())
-    for entry in CATALOGUE:
+    for entry in COMMANDS:
         first, *_ = group.commands[entry.name].help.split("\n\n")
         assert entry.line == " ".join(first.split()), entry.name
         assert f"│ {entry.name} {entry.line} │" in shown, entry.name
     registered = {file.stem for file in Path(wispprof.cli.__file__).parent.glob("*.py")}
-    assert {entry.module for entry in CATALOGUE} == registered - NO_COMMANDS
+    assert {entry.module for entry in COMMANDS} == registered - NO_COMMANDS
 
 
 def test_overview_loads_no_command_and_no_markdown() -> None:
@@ -89,7 +89,7 @@ def test_overview_loads_no_command_and_no_markdown() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.splitlines()[-1].split())
-    assert not loaded & {f"wispprof.cli.{entry.module}" for entry in CATALOGUE}
+    assert not loaded & {f"wispprof.cli.{entry.module}" for entry in COMMANDS}
     assert "rich.markdown" not in loaded
     assert "rich.table" in loaded
 
@@ -100,7 +100,7 @@ def test_a_misspelt_command_is_guessed() -> None:
 
 def test_version_and_unknown_command() -> None:
     assert RUNNER.invoke(app, ["--version"]).stdout.startswith("wispprof ")
-    assert RUNNER.invoke(app, ["no-such-command"]).exit_code == common.USAGE
+    assert RUNNER.invoke(app, ["no-such-command"]).exit_code == console.USAGE
 
 
 def test_the_package_runs_as_a_module() -> None:
@@ -111,7 +111,7 @@ def test_the_package_runs_as_a_module() -> None:
 
 
 def small_app(action: object) -> typer.Typer:
-    made = typer.Typer(cls=common.GuardedGroup, pretty_exceptions_enable=False)
+    made = typer.Typer(cls=console.GuardedGroup, pretty_exceptions_enable=False)
     made.command("act")(action)  # type: ignore[type-var]
     made.command("other")(lambda: None)
     return made
@@ -122,7 +122,7 @@ def test_a_fault_is_one_line_with_its_fix_and_exit_1() -> None:
         raise ArtifactMissing("There is no plan.", "Make one.")
 
     done = RUNNER.invoke(small_app(action), ["act"])
-    assert done.exit_code == common.FAULT
+    assert done.exit_code == console.FAULT
     assert done.stdout == ""
     assert done.stderr.strip() == "error: There is no plan. Make one."
 
@@ -131,7 +131,7 @@ def test_interruption_ends_with_130() -> None:
     def action() -> None:
         raise KeyboardInterrupt
 
-    assert RUNNER.invoke(small_app(action), ["act"]).exit_code == common.INTERRUPTED
+    assert RUNNER.invoke(small_app(action), ["act"]).exit_code == console.INTERRUPTED
 
 
 def test_a_defect_keeps_its_traceback() -> None:
@@ -156,8 +156,8 @@ def test_json_goes_to_stdout_alone(capsys: pytest.CaptureFixture[str]) -> None:
     from wispprof.types import Slo
 
     document = {"slo": Slo(4.0), "where": Path("a"), "x": np.arange(2), "nan": float("nan")}
-    common.result(document, "for a reader", as_json=True)
-    with common.tracker("work", total=1) as report:
+    console.result(document, "for a reader", as_json=True)
+    with console.tracker("work", total=1) as report:
         report(1)
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {
@@ -170,4 +170,4 @@ def test_json_goes_to_stdout_alone(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_has_no_json_form_is_refused() -> None:
     with pytest.raises(TypeError):
-        common.emit_json(object())
+        console.emit_json(object())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import pytest
 from fake_pair import drafting, edge, plain, truth
@@ -15,6 +16,7 @@ from wispprof.edge.client import RttMeter
 from wispprof.errors import HandshakeRefused, RuntimeFault, ServerUnreachable
 from wispprof.server.process import running_server
 from wispprof.settings.server_settings import ServerSettings
+from wispprof.settings.shared_settings import ServerAccess
 from wispprof.simulation.devices import LinkModel
 from wispprof.testing.fake_engine import FakeEngine
 from wispprof.testing.link_emulator import LinkProxy, LinkSettings
@@ -66,10 +68,11 @@ async def test_sampled_text_is_the_same_split_or_server_only() -> None:
     ids=["tokenizer", "target", "key", "no key"],
 )
 async def test_a_wrong_edge_is_refused_at_hello_with_the_reason(
-    settings: dict[str, str], said: str, caplog: pytest.LogCaptureFixture
+    settings: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with hash_server(api_keys=(KEY,)) as running:
-        given = {"key": KEY, **settings}
+        given: dict[str, Any] = {**settings, "access": ServerAccess(settings.get("key", KEY))}
+        given.pop("key", None)
         with pytest.raises(HandshakeRefused, match=said):
             async with edge(websocket_connections(running.split_url), **given):
                 pass
@@ -79,7 +82,7 @@ async def test_a_wrong_edge_is_refused_at_hello_with_the_reason(
         assert KEY not in told
         # Everybody else is served on.
         async with edge(
-            websocket_connections(running.split_url), tokenizer="hash", key=KEY
+            websocket_connections(running.split_url), tokenizer="hash", access=ServerAccess(KEY)
         ) as client:
             assert client.welcome is not None
             assert client.welcome.target == "hash-256"

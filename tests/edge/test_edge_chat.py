@@ -45,8 +45,8 @@ def test_generate_makes_one_document_and_honours_its_options(run) -> None:  # ty
         "0.4",
         "--controller",
         "wisp",
-        "--give-up",
-        "3",
+        "--give-up-ms",
+        "3000",
         "--slo",
         "9",
     ]
@@ -55,8 +55,8 @@ def test_generate_makes_one_document_and_honours_its_options(run) -> None:  # ty
     document = json.loads(result.stdout)
     assert document["text"] == expected[: expected.index(stop)]
     assert (document["prompt"], document["finished"]) == ("abc", "stop")
-    assert run.settings.options == {"k_max": 6, "threshold": 0.4}
-    assert (run.settings.give_up_ms, run.settings.tokens_per_s) == (3000.0, 9.0)
+    assert run.settings.controller_options == {"k_max": 6, "threshold": 0.4}
+    assert (run.settings.client.give_up_ms, run.settings.tokens_per_s) == (3000.0, 9.0)
 
 
 def test_chat_goes_on_from_what_was_said(run) -> None:  # type: ignore[no-untyped-def]

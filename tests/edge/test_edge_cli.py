@@ -20,8 +20,8 @@ RUN = CliRunner()
     [
         (["link", "nonsense"], 2, "no HOST:PORT"),
         (["link", "h:1", "--stall", "9", "--stall-every", "3"], 2, "never ends"),
-        (["generate", "x", "--mode", "sideways"], 1, "Choose round or stream"),
-        (["generate", "x", "--fallback", "hope"], 1, "Choose none or draft"),
+        (["generate", "x", "--mode", "sideways"], 2, "mode must be empty or round or stream"),
+        (["generate", "x", "--fallback", "hope"], 2, "fallback must be none or draft"),
         (["generate", "x", "--draft", "/no/such/folder"], 1, "no model folder"),
         (["bench", "--trace", "/no/such/trace"], 1, "acceptance trace"),
         (["edge", "--host", "0.0.0.0"], 1, "Refusing to listen"),

@@ -18,6 +18,7 @@ from wispprof.errors import WispprofError
 from wispprof.server.process import running_server
 from wispprof.settings.bench_settings import BenchSettings
 from wispprof.settings.server_settings import ServerSettings
+from wispprof.settings.shared_settings import ServerAccess
 from wispprof.testing.fake_engine import FakeEngine
 
 OPENSSL = shutil.which("openssl")
@@ -53,13 +54,15 @@ async def test_a_generation_over_tls(certified: tuple[Path, Path]) -> None:
 
 
 async def test_a_bench_over_tls_reads_the_servers_steps_too(certified: tuple[Path, Path]) -> None:
-    load = BenchSettings(devices=2, requests=1, max_new=8, ca_file=certified[0])
+    load = BenchSettings(
+        devices=2, requests=1, max_new=8, access=ServerAccess(ca_file=certified[0])
+    )
     trace = replace(hash_trace(), tokenizer_hash="hash")
     async with tls_server(certified) as running:
         server = f"wss://localhost:{running.port}"
         result = await run_bench(load, server, trace)
         with pytest.raises(WispprofError, match="TLS with"):
-            await run_bench(replace(load, ca_file=None), server, trace)
+            await run_bench(replace(load, access=ServerAccess()), server, trace)
     assert result.lossless
     assert result.figures["steps"] > 0
 

@@ -26,7 +26,7 @@ from wispprof.artifacts import (
     make_profile,
     save_profile,
 )
-from wispprof.cli.common import GuardedGroup
+from wispprof.cli.console import GuardedGroup
 from wispprof.errors import ArtifactDamaged, HandshakeRefused, ProfileError, ProtocolError
 from wispprof.profiling.imported_profiles import import_results
 from wispprof.profiling.link_profiler import LinkProfilerSettings, link_summary, profile_link

@@ -154,7 +154,7 @@ async def storm(batch: list[bytes], policy: str) -> None:
     server = VerificationServer(
         engine,
         engine.served,
-        ServerSettings(policy=policy, kept_sessions=3, max_drafts=8, hello_timeout_ms=1e6),
+        ServerSettings(policy=policy, prefix_cache_sessions=3, max_drafts=8, hello_timeout_ms=1e6),
     )
     await server.start()
     visitor = Visitor(server)
@@ -184,7 +184,7 @@ def test_ten_thousand_mutated_frames(seed: int, policy: str) -> None:
 
 async def test_two_hundred_connections_vanish_mid_round() -> None:
     engine = FakeEngine(VOCAB)
-    options = ServerSettings(policy="wisp", admit="all", kept_sessions=4)
+    options = ServerSettings(policy="wisp", admit="all", prefix_cache_sessions=4)
     async with running_server(options, engine=engine, model=engine.served) as running:
         manager = running.server.manager
 

@@ -238,7 +238,10 @@ async def test_a_policy_that_raises_costs_its_steps_their_drafts(
     with caplog.at_level(logging.ERROR, "wispprof.server"):
         async with (
             running_server(
-                ServerSettings(kept_sessions=0), engine=engine, model=engine.served, policy=policy
+                ServerSettings(prefix_cache_sessions=0),
+                engine=engine,
+                model=engine.served,
+                policy=policy,
             ) as running,
             edge(running.split_url) as one,
         ):

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from wispprof.policies import make_controller
 from wispprof.policies.api import RoundContext
 from wispprof.sessions.draft_buffer import DraftBuffer, Outgoing
-from wispprof.sessions.draft_scheduler import DraftingSettings, DraftScheduler
+from wispprof.sessions.draft_scheduler import DraftScheduler
 from wispprof.sessions.edge_timing import EdgeTiming
+from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.types import DraftFeatures, DraftToken, Slo
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from wispprof.policies.api import Limits, ScheduledItem, StepPlan
-from wispprof.sessions.draft_scheduler import DraftingSettings
+from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.simulation import SYSTEMS, Scenario, ServerModel, simulate, system
 from wispprof.simulation.arrivals import Bursts, ClosedFleet, Lengths, Poisson
 from wispprof.simulation.devices import DeviceProfile, LinkModel

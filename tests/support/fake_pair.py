@@ -21,8 +21,7 @@ from wispprof.edge.draft_device import DraftDevice
 from wispprof.edge.edge_runtime import EdgeRuntime
 from wispprof.policies import make_batch_policy, make_controller
 from wispprof.server.process import running_server
-from wispprof.sessions.draft_scheduler import DraftingSettings
-from wispprof.settings.edge_settings import ClientSettings, EdgeSettings
+from wispprof.settings.edge_settings import ClientSettings, DraftingSettings, EdgeSettings
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeDrafter, FakeEngine, FakeTarget
 from wispprof.testing.in_process_server import InProcessServer

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wispprof.cli import common
+from wispprof.cli import console
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -40,7 +40,7 @@ def train(
     """
     from tools.train_reference_pair.build import build_pair
 
-    with common.progress() as bars:
+    with console.progress() as bars:
         tasks: dict[str, Any] = {}
 
         def report(part: str) -> Any:
@@ -54,7 +54,7 @@ def train(
             return step
 
         build_pair(out, work, report, resume=not fresh, keep_target=keep_target)
-    common.note(f"Wrote {out / 'target'} and {out / 'draft'}.")
+    console.note(f"Wrote {out / 'target'} and {out / 'draft'}.")
 
 
 @app.command("evaluate")
@@ -66,7 +66,7 @@ def evaluate(
     windows: Annotated[int, typer.Option(min=1, help="Held-out windows of 512 tokens.")] = 100,
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts for acceptance.")] = 50,
     card: Annotated[bool, typer.Option("--card", help="Write the pair's model card.")] = False,
-    as_json: common.JsonFlag = False,
+    as_json: console.JsonFlag = False,
 ) -> None:
     """Held-out loss, repetition, cost of a token, acceptance and sampled agreement of a pair."""
     from dataclasses import asdict
@@ -77,7 +77,7 @@ def evaluate(
     from wispprof.artifacts import bundled
 
     folder = pair or bundled.path(BUNDLED)
-    with common.progress() as bars:
+    with console.progress() as bars:
         task = bars.add_task("evaluate", total=4, status="")
 
         def step(done: int, total: int, status: str) -> None:
@@ -85,9 +85,9 @@ def evaluate(
 
         found = evaluate_pair(folder, windows, prompts, step)
     if card:
-        common.note(f"Wrote {write_card(folder, found)}.")
+        console.note(f"Wrote {write_card(folder, found)}.")
     tables = Group(*_tables(folder, found))
-    common.result({"pair": str(folder), **asdict(found)}, tables, as_json)
+    console.result({"pair": str(folder), **asdict(found)}, tables, as_json)
 
 
 def _tables(folder: Path, found: PairFigures) -> list[RichTable]:

@@ -5,7 +5,8 @@ from wispprof.bench.fleet import Progress, bench, run_bench
 from wispprof.bench.fleet_process import FleetProcess
 from wispprof.bench.simulated_bench import Mix, SimulatedBench, simulate_bench
 from wispprof.bench.step_watch import HandleWatch, MetricsWatch, StepWatch
-from wispprof.settings.bench_settings import DEVICES, BenchSettings, device_of
+from wispprof.settings.bench_settings import BenchSettings
+from wispprof.simulation.devices import DEVICES, device_of
 from wispprof.testing.cpu_burner import CpuBurner
 from wispprof.testing.in_process_server import InProcessServer
 from wispprof.testing.virtual_time import VirtualTimeLoop, run_virtual

@@ -83,7 +83,7 @@ class _Fleet:
             )
         self.settings = settings
         self.trace = trace
-        self.connect, self.watch = _reach(server, watch, settings.ca_file)
+        self.connect, self.watch = _reach(server, watch, settings.access.ca_file)
         self.system = system(settings.system)
         if self.system.clairvoyant:
             raise WispprofError(
@@ -223,7 +223,7 @@ class _Fleet:
     def _client_of(self, number: int) -> ClientSettings:
         return ClientSettings(
             tokenizer=self.trace.tokenizer_hash,
-            key=self.settings.key,
+            access=self.settings.access,
             name=f"bench-{number}",
         )
 

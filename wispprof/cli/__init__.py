@@ -1,7 +1,4 @@
-"""The command line: parse, call, print.
-
-A command is imported when it is called, and imports its room when it runs.
-"""
+"""The command line: each command parses, calls and prints."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,8 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from wispprof import __version__
-from wispprof.cli.catalogue import CATALOGUE, Catalogue
-from wispprof.cli.common import GuardedGroup, known_options
+from wispprof.cli.commands import LazyCommands, show_overview
+from wispprof.cli.console import GuardedGroup, known_options
 from wispprof.settings.sources import ENV_PREFIX, read_config
 
 
@@ -19,12 +16,10 @@ class Tool(GuardedGroup):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands = Catalogue()
+        self.commands = LazyCommands()
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        from wispprof.cli.overview import show_overview
-
-        show_overview(self, ctx, CATALOGUE)
+        show_overview(self, ctx)
 
 
 app = typer.Typer(
@@ -48,9 +43,7 @@ def _root(
     context: typer.Context,
     config: Annotated[
         Path | None,
-        typer.Option(
-            help="Settings for all commands (default: wispprof.toml, where there is one)."
-        ),
+        typer.Option(help="Settings file for all commands; default: wispprof.toml if it exists."),
     ] = None,
     version: Annotated[
         bool,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wispprof.cli import common
+from wispprof.cli import console
+from wispprof.cli.options import JsonFlag
 
 if TYPE_CHECKING:
     from wispprof.demo import DemoResult
@@ -31,9 +32,9 @@ def demo(
         typer.Option(help="Folder with target/ and draft/ (default: the bundled pair)."),
     ] = None,
     prompt: Annotated[str, typer.Option(help="What the real edge is asked to go on from.")] = "",
-    as_json: common.JsonFlag = False,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Everything in a row on this machine: profile both sides, fit, plan, serve, answer, compare.
+    """Profile, fit, plan, serve, generate and compare policies on this machine.
 
     Prints one table and, as its last line, one JSON object; writes a report to look at.
     """
@@ -45,7 +46,7 @@ def demo(
     settings = DemoSettings.quick(out, pair) if quick else DemoSettings(out=out, pair=pair)
     if prompt:
         settings = replace(settings, prompt=prompt)
-    with common.progress() as bars:
+    with console.progress() as bars:
 
         def stage(name: str) -> Any:
             task = bars.add_task(name, total=None, status="")
@@ -59,13 +60,13 @@ def demo(
     if not as_json:
         _show(result)
     if result.flagged > BUSY:
-        common.warn(
+        console.warn(
             f"{result.flagged:.0%} of the profile's rows drifted or were noisy: this machine was busy, "
             "and the figures are rough. Run the demo again when it is idle."
         )
-    common.emit_json(result.record(), indent=None)
+    console.emit_json(result.record(), indent=None)
     if not result.lossless:
-        raise common.fail(
+        raise console.fail(
             "A text differs from what the target alone writes.",
             "This is a defect: please report it.",
         )
@@ -76,7 +77,7 @@ def _show(result: DemoResult) -> None:
 
     from wispprof.reporting import bench_table, to_rich
 
-    out = common.output()
+    out = console.output()
     text = Text(result.answer.prompt, style="dim")
     for piece in result.answer.pieces:
         text.append(piece.text, style="green" if piece.origin == "draft" else "yellow")

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from wispprof.cli import common
+from wispprof.cli import console
+from wispprof.cli.options import CaFile, JsonFlag
 
 __all__ = ["register"]
 
@@ -30,14 +31,14 @@ def doctor(
     tls_key: Annotated[Path | None, typer.Option(help="Private key, PEM.")] = None,
     server: Annotated[str, typer.Option(help="A running server to greet, HOST:PORT.")] = "",
     key: Annotated[str, typer.Option(help="API key for --server.")] = "",
-    ca_file: common.CaFile = None,
+    ca_file: CaFile = None,
     out: Annotated[Path, typer.Option(help="Folder that results would go to.")] = Path("out"),
     run: Annotated[Path | None, typer.Option(help="A folder of artifacts to check.")] = None,
-    as_json: common.JsonFlag = False,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Check installation, machine, models, ports, keys and files; say what to do about each fault.
+    """Check installation, models, ports, keys and files; say what to do.
 
-    Exit code 1 where something would fail.
+    Exit code 1 if a check fails.
     """
     from rich.text import Text
 
@@ -59,11 +60,11 @@ def doctor(
         environ=os.environ,
     )
     findings: list[Finding] = []
-    with common.tracker("doctor", total=len(CHECKS)) as report:
+    with console.tracker("doctor", total=len(CHECKS)) as report:
         for finding in examine(situation, CHECKS):
             findings.append(finding)
             report(len(findings), status=finding.what)
-    table = common.table("", "", "check", "found")
+    table = console.table("", "", "check", "found")
     for finding in findings:
         text = Text(finding.found)
         if finding.hint:
@@ -71,6 +72,6 @@ def doctor(
         style = _STYLES[finding.status]
         table.add_row(Text(finding.status, style=style), finding.what, text)
     failed = [f.what for f in findings if f.status == "fail"]
-    common.result({"ok": not failed, "findings": findings}, table, as_json)
+    console.result({"ok": not failed, "findings": findings}, table, as_json)
     if failed:
-        raise typer.Exit(common.FAULT)
+        raise typer.Exit(console.FAULT)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wispprof.cli.common import JsonFlag, emit_json, note, output, table, tracker
+from wispprof.cli.console import emit_json, note, output, table, tracker
+from wispprof.cli.options import JsonFlag
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -72,7 +73,7 @@ def fit(
     seed: Annotated[int, typer.Option("--seed", help="Seed of every split.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Fit a verification-time estimator and a rejection predictor, and say how good they are."""
+    """Fit a step-time estimator and a rejection predictor, and score them."""
     from wispprof.fitting.model_card import explain_estimator, explain_predictor
     from wispprof.fitting.pipeline import evaluate_files, fit_files, replay_files, update_files
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from wispprof.cli.common import JsonFlag, emit_json, note, result, table, tracker
+from wispprof.cli.console import emit_json, note, result, table, tracker
+from wispprof.cli.options import JsonFlag
 from wispprof.cli.plan_tables import show_plan
 
 __all__ = ["register"]
@@ -17,7 +18,9 @@ PlanFile = Annotated[Path, typer.Argument(help="A plan file.")]
 
 def register(app: typer.Typer) -> None:
     """Add the ``plan`` group."""
-    group = typer.Typer(invoke_without_command=True, help="Make a plan, or look at one.")
+    group = typer.Typer(
+        invoke_without_command=True, help="Make a plan, or show, explain, compare and export one."
+    )
     group.callback()(make)
     group.command("show")(show)
     group.command("explain")(explain_cell)

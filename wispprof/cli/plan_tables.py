@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from wispprof.cli.common import output, table
+from wispprof.cli.console import output, table
 
 if TYPE_CHECKING:
     from wispprof.artifacts.plan import DraftRow, Plan

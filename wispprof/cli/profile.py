@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from wispprof.cli.common import JsonFlag, note, result, table, warn
+from wispprof.cli.console import note, result, table, warn
+from wispprof.cli.options import JsonFlag
 from wispprof.cli.profiling import (
     Out,
     Overwrite,
@@ -23,7 +24,9 @@ __all__ = ["register"]
 
 def register(app: typer.Typer) -> None:
     """Add the group to the tool."""
-    group = typer.Typer(help="Look at, check, join and compare profiles.", no_args_is_help=True)
+    group = typer.Typer(
+        help="Show, validate, merge, compare, export and import profiles.", no_args_is_help=True
+    )
     for command in (show, validate, merge, diff, export):
         group.command(command.__name__)(command)
     group.command("import-llama-bench")(import_llama_bench)
@@ -86,7 +89,7 @@ def merge(
     """Join profiles; of rows with the same key the cleaner one is kept."""
     from wispprof.artifacts import load_profile, save_profile
     from wispprof.artifacts.profile import profile_files
-    from wispprof.cli.common import fail
+    from wispprof.cli.console import fail
     from wispprof.profiling.profile_tools import merge_profiles
 
     if profile_files(out)[0].exists() and not overwrite:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wispprof.cli.common import CaFile, JsonFlag, note, result, table, tracker
+from wispprof.cli.console import note, result, table, tracker
+from wispprof.cli.options import CaFile, JsonFlag
 from wispprof.cli.profiling import (
     Device,
     DryRun,
@@ -78,7 +79,7 @@ def profile_edge(
     dry_run: DryRun = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Time drafting on this device: by context, in a burst, sustained, with energy."""
+    """Time drafting on this device, in bursts and sustained."""
     from wispprof.profiling import edge_profiler
     from wispprof.profiling.acceptance_trace import TraceSettings
     from wispprof.profiling.drafter_runner import load_edge_axes, override_edge_axes
@@ -150,7 +151,7 @@ def trace(
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")] = Path("trace.jsonl"),
     as_json: JsonFlag = False,
 ) -> None:
-    """Take an acceptance trace: the target's path and what the draft would propose along it."""
+    """Take an acceptance trace of a draft model under a target model."""
     from wispprof.profiling.acceptance_trace import TraceSettings
     from wispprof.types import Sampling
 

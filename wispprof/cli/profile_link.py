@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from wispprof.cli.common import CaFile, JsonFlag, tracker
+from wispprof.cli.console import tracker
+from wispprof.cli.options import CaFile, JsonFlag
 from wispprof.cli.profiling import Out, Overwrite, finished, output_of
 
 __all__ = ["register"]
@@ -27,7 +28,7 @@ def profile_link(
     overwrite: Overwrite = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measure round trip, jitter and bandwidth to a server, in its own frames."""
+    """Measure round trip, jitter and bandwidth to a server."""
     from wispprof.profiling import link_profiler
 
     settings = link_profiler.LinkProfilerSettings(

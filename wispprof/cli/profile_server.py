@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from wispprof.cli.common import JsonFlag
+from wispprof.cli.options import JsonFlag
 from wispprof.cli.profiling import (
     Device,
     DryRun,
@@ -67,7 +67,7 @@ def profile_server(
     dry_run: DryRun = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Time ragged batch shapes on the verifier engine."""
+    """Time ragged batch shapes on the verification engine."""
     from wispprof.profiling import server_profiler
     from wispprof.profiling.shape_grid import load_axes, override_axes
 

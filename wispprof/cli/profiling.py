@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wispprof.cli.common import console, note, output, result, table, warn
+from wispprof.cli.console import console, note, output, result, table, warn
 
 if TYPE_CHECKING:
     from wispprof.artifacts import EdgeProfile, LinkProfile, Profile, ServerProfile

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wispprof.cli.common import JsonFlag, note, result, table, tracker
+from wispprof.cli.console import note, result, table, tracker
+from wispprof.cli.options import JsonFlag
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -103,7 +104,7 @@ def simulate(
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Simulate a fleet of edges on one server, under one policy or several."""
+    """Simulate a fleet of edges on one server under several policies."""
     from wispprof.errors import PlanError
     from wispprof.simulation.arrivals import Lengths
     from wispprof.simulation.devices import LinkModel

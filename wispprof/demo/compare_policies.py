@@ -51,7 +51,7 @@ async def serving(
 
     info = measured.target.info
     model = ServedModel(TARGET_NAME, info.tokenizer_hash, info.vocab_size, engine.max_context)
-    settings = ServerSettings(admit="all", kept_sessions=0, max_sessions=256)
+    settings = ServerSettings(admit="all", prefix_cache_sessions=0, max_sessions=256)
     async with running_server(
         settings,
         engine=engine,

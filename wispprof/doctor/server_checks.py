@@ -133,9 +133,10 @@ async def _greet(situation: DoctorContext) -> Finding:
     from wispprof.edge.client import EdgeClient
     from wispprof.edge.connection import ssl_context, websocket_connections
     from wispprof.settings.edge_settings import ClientSettings
+    from wispprof.settings.shared_settings import ServerAccess
 
     settings = ClientSettings(
-        key=situation.key, name="doctor", hello_ms=DIAL_MS, give_up_ms=DIAL_MS
+        access=ServerAccess(situation.key), name="doctor", hello_ms=DIAL_MS, give_up_ms=DIAL_MS
     )
     connect = websocket_connections(situation.server, ssl=ssl_context(situation.ca_file))
     async with EdgeClient(connect, settings) as client:

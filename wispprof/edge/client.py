@@ -221,7 +221,7 @@ class EdgeClient:
                     protocol.PROTOCOL_VERSION,
                     settings.tokenizer,
                     settings.target,
-                    settings.key,
+                    settings.access.key,
                     settings.name,
                 )
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from wispprof.edge.request_stats import RequestStats
 from wispprof.errors import ModelError
 from wispprof.hardware import energy_meter
 from wispprof.openai_api import ChatTokenizer, TextGeneration
-from wispprof.sessions.draft_scheduler import DraftingSettings
-from wispprof.settings.edge_settings import ClientSettings, EdgeSettings
+from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.types import RejectionPredictor, Sampling, Slo
 
 __all__ = ["EdgeRuntime", "Prompt", "Reply", "open_edge"]
@@ -111,9 +110,7 @@ class EdgeRuntime:
         self.device = device
         self.client = client
         stream = {"": None, "round": False, "stream": True}[settings.mode]
-        self.drafting = DraftingSettings(
-            draft_ahead=settings.draft_ahead, proactive=settings.proactive, stream=stream
-        )
+        self.drafting = replace(settings.drafting, stream=stream)
 
     @property
     def model(self) -> str:
@@ -141,7 +138,7 @@ async def open_edge(settings: EdgeSettings) -> AsyncIterator[EdgeRuntime]:
         folder = settings.draft or str(bundled.path(BUNDLED_DRAFT))
         loaded, tokenizer, digest = _load(settings, folder)
         connect, stream = await _server(settings, stack)
-        options = dict(settings.options)
+        options = settings.controller_options
         if settings.controller == "wispprof" and settings.drafter != "none":
             options.update(_plan_rows(settings, stream))
         meter = energy_meter(str(loaded.device) if loaded is not None else "cpu")
@@ -151,12 +148,7 @@ async def open_edge(settings: EdgeSettings) -> AsyncIterator[EdgeRuntime]:
         stack.callback(device.close)
         client = EdgeClient(
             connect,
-            ClientSettings(
-                tokenizer=digest,
-                key=settings.key,
-                give_up_ms=settings.give_up_ms,
-                offline_ok=settings.fallback == "draft",
-            ),
+            replace(settings.client, tokenizer=digest, offline_ok=settings.fallback == "draft"),
         )
         await stack.enter_async_context(client)
         runtime = EdgeRuntime(settings, tokenizer, device, client)
@@ -199,7 +191,8 @@ async def _server(
 ) -> tuple[ConnectionFactory, bool | None]:
     """How to reach the server, and its mode where it is known before hello."""
     if settings.server:
-        return websocket_connections(settings.server, ssl=ssl_context(settings.ca_file)), None
+        trusted = ssl_context(settings.client.access.ca_file)
+        return websocket_connections(settings.server, ssl=trusted), None
     from wispprof.server.process import running_server
     from wispprof.settings.server_settings import ServerSettings
 

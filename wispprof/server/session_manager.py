@@ -48,8 +48,8 @@ class SessionManager:
         self._max_context = max_context
         self._stream = stream
         self._sessions: dict[str, ServerSession] = {}
-        max_cached = settings.kept_sessions if worker.engine.capabilities.fork else 0
-        self._prefix_cache = PrefixCache(max_cached, settings.keep_ttl_ms)
+        max_cached = settings.prefix_cache_sessions if worker.engine.capabilities.fork else 0
+        self._prefix_cache = PrefixCache(max_cached, settings.prefix_cache_ttl_ms)
         self._opening: list[ServerSession] = []
         self._names = 0
         self._audits = 0

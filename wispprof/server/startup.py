@@ -94,7 +94,7 @@ def load_engine(
     engine = TorchEngine(
         loaded,
         kv_tokens=kv_tokens,
-        max_sessions=settings.max_sessions + settings.kept_sessions,
+        max_sessions=settings.max_sessions + settings.prefix_cache_sessions,
         backend=settings.backend,
     )
     engine.warm_up()

@@ -13,42 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from wispprof.policies.api import Controller, RoundContext
 from wispprof.sessions.draft_buffer import CommitEffect, DraftBuffer, Outgoing
+from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.types import DraftFeatures, DraftToken
 
-__all__ = ["DraftScheduler", "DraftingSettings"]
+__all__ = ["DraftScheduler"]
 
 ContextOf = Callable[[int], RoundContext]
-
-
-@dataclass(frozen=True, slots=True)
-class DraftingSettings:
-    """How far an edge drafts.
-
-    ``draft_ahead``: most drafts held beyond the committed length, bounded by what the server takes.
-    ``proactive``: round mode, tokens to draft beyond a round that is out (0: wait instead); the first of them
-    guesses the target's own token. ``frame_share``: stream mode, drafts are grouped into one frame while
-    drafting them takes at most this share of the round trip, or misses no step of the server
-    (:meth:`~wispprof.sessions.edge_timing.EdgeTiming.may_hold`), and up to ``frame_max`` of them.
-    ``stream``: override the server's mode (``None``: as the server says). ``carry``: see
-    :class:`~wispprof.sessions.edge_timing.EdgeTiming`.
-    """
-
-    draft_ahead: int = 24
-    proactive: int = 8
-    frame_share: float = 0.25
-    frame_max: int = 8
-    stream: bool | None = None
-    carry: bool = False
-
-    def __post_init__(self) -> None:
-        if self.draft_ahead < 0 or self.proactive < 0 or self.frame_max < 1:
-            raise ValueError(
-                f"draft_ahead and proactive must be at least 0 and frame_max at least 1, got {self}."
-            )
 
 
 class DraftScheduler:

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 
 from wispprof.policies.api import Controller, RoundContext
 from wispprof.sessions.draft_buffer import CommitEffect, DraftBuffer, Outgoing
-from wispprof.sessions.draft_scheduler import DraftingSettings, DraftScheduler
+from wispprof.sessions.draft_scheduler import DraftScheduler
 from wispprof.sessions.edge_timing import EdgeTiming
+from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.types import DraftToken, Slo
 
 __all__ = ["EdgeSession"]

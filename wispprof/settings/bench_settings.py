@@ -1,116 +1,83 @@
-"""What a bench offers: devices, their links and promises, how they draft, and when requests come."""
+"""Settings of a load test: devices, links, SLOs, how edges draft, and when requests come."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from wispprof.artifacts import bundled
-from wispprof.errors import ArtifactMissing, WispprofError
-from wispprof.sessions.draft_scheduler import DraftingSettings
-from wispprof.simulation.devices import DeviceProfile, LinkModel
+from wispprof.settings.edge_settings import DraftingSettings
+from wispprof.settings.fields import Settings, setting
+from wispprof.settings.shared_settings import ServerAccess
 
-__all__ = ["DEVICES", "BenchSettings", "device_of"]
+if TYPE_CHECKING:
+    from wispprof.simulation.devices import DeviceProfile, LinkModel
 
-DEVICES: Mapping[str, DeviceProfile] = MappingProxyType(
-    {
-        device.name: device
-        for device in (
-            DeviceProfile("fast", draft_ms=4.0, prefill_ms_per_token=0.05),
-            DeviceProfile("medium", draft_ms=16.0, prefill_ms_per_token=0.2),
-            DeviceProfile("slow", draft_ms=60.0, prefill_ms_per_token=1.0),
-        )
-    }
-)
-"""Round figures for those who have no profile: drafting at 250, 62 and 17 tokens/s."""
+__all__ = ["BenchSettings"]
 
 
-def device_of(text: str) -> DeviceProfile:
-    """A device: a name of :data:`DEVICES`, the ms of a draft step (``16``), or an edge profile: its file,
-    or the name of one that ships with the package (``rpi-5``).
+def _medium() -> tuple[DeviceProfile, ...]:
+    from wispprof.simulation.devices import DEVICES
 
-    Raises :class:`WispprofError` on anything else, and what reading a profile raises.
-    """
-    if text in DEVICES:
-        return DEVICES[text]
-    try:
-        draft_ms = float(text)
-    except ValueError:
-        pass
-    else:
-        if not draft_ms > 0:
-            raise WispprofError(f"A draft step of {text} ms is none.", "Give more than 0.")
-        return DeviceProfile(f"{draft_ms:g}ms", draft_ms=draft_ms)
-    path = Path(text)
-    if not path.exists():
-        try:
-            path = bundled.path(f"profiles/{text}.jsonl")
-        except (ArtifactMissing, ValueError) as err:
-            raise WispprofError(
-                f"There is no device {text!r}.",
-                f"Choose one of {', '.join(DEVICES)}, a number of ms, or an edge profile: its file, "
-                "or a shipped one such as rpi-5.",
-            ) from err
-    from wispprof.artifacts import load_profile
-    from wispprof.artifacts.rows import EdgeRow
+    return (DEVICES["medium"],)
 
-    rows = [row for row in load_profile(path).rows if isinstance(row, EdgeRow)]
-    return DeviceProfile.from_rows(path.stem, rows)
+
+def _no_link() -> LinkModel:
+    from wispprof.simulation.devices import LinkModel
+
+    return LinkModel(rtt_ms=0.0)
 
 
 @dataclass(frozen=True)
-class BenchSettings:
+class BenchSettings(Settings):
     """One load under one way of drafting.
 
-    ``system``: ``server-only`` (undrafted sessions), or a name of
-    :data:`wispprof.simulation.systems.SYSTEMS` that says how edges draft (the batching policy is the
-    server's own); ``controller``, ``options`` and ``drafting`` replace what it says. ``devices``: how
-    many edges, each with its own connection; device ``i`` is ``device[i % len]`` and promises
-    ``tokens_per_s[i % len]``. ``requests``: per device (closed fleet: one after the other, with a mean
-    pause of ``think_ms``), or in all where ``rate_per_s`` gives Poisson arrivals. ``ramp_ms``: the
-    first requests of a closed fleet are spread over it. ``hold``: devices of a closed fleet that are through
-    with their requests go on until all are, so that the load stays what it was and fast devices count for
-    all they did; what is unfinished then does not count. ``max_new``: tokens per request, at most what
-    the trace's paths hold. ``link``: emulated on top of the real one. ``ca_file``: who vouches for a server
-    behind ``wss://`` (``None``: the system knows).
+    ``system``: ``server-only`` (sessions without drafts), or a name of
+    :data:`wispprof.simulation.systems.SYSTEMS` that says how edges draft; the server chooses the batching
+    policy. ``controller``, ``options`` and ``drafting`` replace what the system says. Device ``i`` is
+    ``device[i % len]``, has the SLO ``tokens_per_s[i % len]`` and its own connection. ``link`` is emulated
+    on top of the real one. A closed fleet starts spread over ``ramp_ms``. With ``hold``, devices that have
+    finished go on until all have, so that the load stays constant; what is unfinished then does not count.
     """
 
+    access: ServerAccess = field(default_factory=ServerAccess)
     system: str = "wisp"
-    devices: int = 8
-    device: tuple[DeviceProfile, ...] = (DEVICES["medium"],)
-    tokens_per_s: tuple[float, ...] = (4.0,)
-    ttft_ms: float | None = None
-    requests: int = 2
-    max_new: int = 48
-    rate_per_s: float = 0.0
-    think_ms: float = 0.0
-    ramp_ms: float = 500.0
-    hold: bool = False
-    link: LinkModel = field(default_factory=lambda: LinkModel(rtt_ms=0.0))
-    controller: str = ""
+    device: tuple[DeviceProfile, ...] = field(default_factory=_medium)
+    link: LinkModel = field(default_factory=_no_link)
     options: Mapping[str, Any] = field(default_factory=dict)
     drafting: DraftingSettings | None = None
-    predictor: Path | None = None
-    key: str = ""
-    ca_file: Path | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.devices < 1 or self.requests < 1 or self.max_new < 2:
-            raise WispprofError(
-                "A bench needs a device, a request and two tokens per request.",
-                "Raise the numbers.",
-            )
-        if not self.device or not self.tokens_per_s:
-            raise WispprofError(
-                "A bench needs a kind of device and a promise.", "Give one of each."
-            )
+    devices: int = setting(8, "Number of edge devices.", minimum=1)
+    tokens_per_s: tuple[float, ...] = setting(
+        (4.0,),
+        "SLO: token speed; repeatable, devices take them in turn.",
+        unit="tokens/s",
+        minimum=1e-6,
+        option="slo",
+    )
+    ttft_ms: float | None = setting(
+        None, "SLO: time to the first token.", unit="ms", option="ttft", minimum=0
+    )
+    requests: int = setting(2, "Requests per device; with --rate, of all devices.", minimum=1)
+    max_new: int = setting(
+        48, "Maximum tokens per request.", unit="tokens", minimum=2, option="max-tokens"
+    )
+    rate_per_s: float = setting(
+        0.0, "Poisson arrivals; 0 is a closed fleet.", unit="requests/s", minimum=0, option="rate"
+    )
+    think_ms: float = setting(
+        0.0, "Mean pause between a device's requests.", unit="ms", minimum=0, option="think"
+    )
+    ramp_ms: float = setting(
+        500.0, "Time over which a closed fleet starts.", unit="ms", minimum=0, option="ramp"
+    )
+    hold: bool = setting(False, "Keep finished devices of a closed fleet busy until all are done.")
+    controller: str = setting("", "Speculation controller; default: the system's.")
+    predictor: Path | None = setting(None, "Rejection predictor made by `wispprof fit`.")
+    seed: int = setting(0, "Seed of arrivals, jitter and loss.")
 
     def load(self) -> dict[str, Any]:
-        """What is offered, in words and numbers: the same for every system compared under it."""
+        """The offered load as a record: the same for every system compared under it."""
         return {
             "devices": self.devices,
             "device": [f"{d.name} ({d.draft_ms:g} ms)" for d in self.device],

@@ -1,4 +1,4 @@
-"""Frozen settings of an edge: how it connects, and how far it drafts."""
+"""Settings of an edge: what drafts, how far it drafts, and how it connects."""
 
 from __future__ import annotations
 
@@ -6,80 +6,147 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wispprof.errors import WispprofError
-from wispprof.sessions.draft_scheduler import DraftingSettings
+from wispprof.settings.fields import Settings, setting
+from wispprof.settings.shared_settings import ServerAccess, device_setting, dtype_setting
+from wispprof.settings.sources import named_value
 from wispprof.types import Slo
 
 __all__ = ["ClientSettings", "DraftingSettings", "EdgeSettings"]
 
 
 @dataclass(frozen=True, slots=True)
-class ClientSettings:
-    """How an edge connects.
+class ClientSettings(Settings):
+    """How an edge connects and reconnects.
 
-    ``tokenizer`` and ``target`` are checked by the server at hello (empty accepts what it has).
-    Reconnecting waits ``backoff_ms``, doubled up to ``backoff_max_ms``, each time multiplied by a random
-    factor in ``1 ± backoff_jitter``; a connection that stays away for ``give_up_ms`` is an error.
-    ``ping_ms``: interval of link measurements; a link that delivered nothing for ``dead_ms`` although
-    something was asked counts as lost. ``offline_ok``: entering without a server is no error yet.
-    ``rtt_guess_ms`` stands in until the first measurement.
+    The server checks ``tokenizer`` (a hash) and ``target`` at hello; empty accepts what it has.
+    ``offline_ok``: an unreachable server is an error at the first request, not at the start.
     """
 
+    access: ServerAccess = field(default_factory=ServerAccess)
     tokenizer: str = ""
-    target: str = ""
-    key: str = ""
-    name: str = ""
-    hello_ms: float = 5000.0
-    backoff_ms: float = 100.0
-    backoff_max_ms: float = 2000.0
-    backoff_jitter: float = 0.5
-    give_up_ms: float = 30_000.0
-    ping_ms: float = 2000.0
-    dead_ms: float = 10_000.0
-    rtt_guess_ms: float = 30.0
     offline_ok: bool = False
+    target: str = setting(
+        "", "Name of the target that the server must serve; empty accepts any.", option="target-id"
+    )
+    name: str = setting("", "Name of this device in the server's logs.")
+    hello_ms: float = setting(5000.0, "Time to wait for the answer to hello.", unit="ms", minimum=1)
+    backoff_ms: float = setting(
+        100.0, "First pause between attempts to reconnect; it doubles.", unit="ms", minimum=1
+    )
+    backoff_max_ms: float = setting(
+        2000.0, "Longest pause between attempts to reconnect.", unit="ms", minimum=1
+    )
+    backoff_jitter: float = setting(
+        0.5, "Random share by which a pause is longer or shorter.", minimum=0, maximum=1
+    )
+    give_up_ms: float = setting(
+        30_000.0, "Time without a server after which requests fail.", unit="ms", minimum=0
+    )
+    ping_ms: float = setting(2000.0, "Interval of round-trip measurements.", unit="ms", minimum=1)
+    dead_ms: float = setting(
+        10_000.0,
+        "Time without data, although an answer is due, after which the connection counts as lost.",
+        unit="ms",
+        minimum=1,
+    )
+    rtt_guess_ms: float = setting(
+        30.0, "Round trip assumed until the first measurement.", unit="ms", minimum=0
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class EdgeSettings:
+class DraftingSettings(Settings):
+    """How far an edge drafts. ``stream`` overrides the server's mode; ``None`` follows it."""
+
+    stream: bool | None = None
+    draft_ahead: int = setting(
+        24, "Maximum draft tokens an edge may keep ahead of the committed text.", minimum=0
+    )
+    proactive: int = setting(
+        8,
+        "Draft tokens beyond a round that is being verified (synchronous drafting); 0 waits.",
+        minimum=0,
+    )
+    frame_share: float = setting(
+        0.25,
+        "Largest share of the round trip that drafting one frame may take (asynchronous drafting).",
+        minimum=0,
+    )
+    frame_max: int = setting(
+        8, "Maximum draft tokens in a frame (asynchronous drafting).", minimum=1
+    )
+    carry: bool = setting(
+        False, "Count a round's time budget from when its predecessor was due, not from its commit."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeSettings(Settings):
     """Everything an edge command can be told.
 
-    ``server``: where to connect; empty starts one in this process on the bundled target. ``draft``:
-    folder or hub id of the draft model, or a ``.gguf`` file; empty for the bundled one. ``tokenizer``: folder
-    or hub id of the target's tokenizer, empty where the draft model's folder has it. ``drafter``: see
-    :data:`~wispprof.edge.draft_device.DRAFTERS`. ``mode``: ``round``, ``stream``, or empty for what
-    the server runs. ``plan``: file whose rows the ``wispprof`` controller obeys, as ``plan_device``.
-    ``fallback``: ``none``, or ``draft`` to go on with the draft alone where no server can be reached.
+    An empty ``server`` starts one in this process on the bundled target. ``plan_device`` names the rows of
+    ``plan`` that the ``wispprof`` controller obeys. ``fallback="draft"`` goes on with the draft model alone
+    if no server can be reached.
     """
 
-    server: str = ""
-    key: str = ""
-    ca_file: Path | None = None
-    draft: str = ""
-    tokenizer: str = ""
-    drafter: str = "model"
-    dtype: str = "float32"
-    device: str = "auto"
-    controller: str = "wispprof"
-    options: dict[str, Any] = field(default_factory=dict)
-    predictor: Path | None = None
-    plan: Path | None = None
-    plan_device: str = ""
-    mode: str = ""
-    draft_ahead: int = 24
-    proactive: int = 8
-    tokens_per_s: float = 2.0
-    ttft_ms: float | None = None
-    fallback: str = "none"
-    give_up_ms: float = 30_000.0
-    max_tokens: int = 256
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("", "round", "stream"):
-            raise WispprofError(f"There is no mode {self.mode!r}.", "Choose round or stream.")
-        if self.fallback not in ("none", "draft"):
-            raise WispprofError(f"There is no fallback {self.fallback!r}.", "Choose none or draft.")
+    client: ClientSettings = field(default_factory=ClientSettings)
+    drafting: DraftingSettings = field(default_factory=DraftingSettings)
+    server: str = setting("", "Address of the server; default: start one here on the bundled pair.")
+    draft: str = setting("", "Draft model: folder, hub id or .gguf file; default: the bundled one.")
+    tokenizer: str = setting(
+        "", "The target's tokenizer: folder or hub id; default: beside the draft model."
+    )
+    drafter: str = setting(
+        "model", "What drafts: the model, prompt lookup, both (lookup first) or none."
+    )
+    dtype: str = dtype_setting()
+    device: str = device_setting()
+    controller: str = setting(
+        "wispprof", "Speculation controller: fixed, sled, wisp, wispprof or one of your own."
+    )
+    k: int | None = setting(
+        None, "Draft length of the fixed controller, maximum draft length of others.", minimum=0
+    )
+    threshold: float | None = setting(None, "Threshold of the controllers sled and wisp.")
+    options: dict[str, Any] = setting(
+        {},
+        "Other option of the controller, as NAME=VALUE; repeatable.",
+        option="controller-option",
+        parse=named_value,
+    )
+    predictor: Path | None = setting(None, "Rejection predictor made by `wispprof fit`.")
+    plan: Path | None = setting(None, "Plan that the controller wispprof obeys.")
+    plan_device: str = setting("", "Name of this device in the plan.")
+    mode: str = setting(
+        "",
+        "round (synchronous drafting) or stream (asynchronous); default: what the server runs.",
+        choices=("", "round", "stream"),
+    )
+    tokens_per_s: float = setting(
+        2.0, "SLO: token speed asked for.", unit="tokens/s", minimum=0.01, option="slo"
+    )
+    ttft_ms: float | None = setting(
+        None, "SLO: time to the first token.", unit="ms", minimum=0.01, option="ttft"
+    )
+    fallback: str = setting(
+        "none",
+        "Without a server: none fails, draft goes on with the draft model alone (marked unverified).",
+        choices=("none", "draft"),
+    )
+    max_tokens: int = setting(
+        256, "Maximum tokens to generate if a request names no number.", unit="tokens", minimum=1
+    )
 
     @property
     def slo(self) -> Slo:
         return Slo(self.tokens_per_s, self.ttft_ms)
+
+    @property
+    def controller_options(self) -> dict[str, Any]:
+        """``options`` with ``k`` and ``threshold`` under the controller's own names."""
+        found = dict(self.options)
+        if self.k is not None:
+            found["k" if self.controller == "fixed" else "k_max"] = self.k
+        if self.threshold is not None:
+            found["threshold"] = self.threshold
+        return found

@@ -1,102 +1,145 @@
-"""How a verification server is set up. Frozen; the command line takes its defaults from here."""
+"""Settings of a verification server. Durations in ms, sizes in tokens."""
 
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wispprof.errors import WispprofError
+from wispprof.errors import SettingsError, WispprofError
+from wispprof.settings.fields import Settings, setting
+from wispprof.settings.shared_settings import device_setting, dtype_setting
+from wispprof.settings.sources import named_value
 
 __all__ = ["ServerSettings", "read_api_keys"]
 
 
 @dataclass(frozen=True)
-class ServerSettings:
-    """Everything ``wispprof serve`` can be told. Durations in ms, sizes in tokens.
+class ServerSettings(Settings):
+    """Everything ``wispprof serve`` can be told. Keys of ``api_key_file`` are added to ``api_keys``."""
 
-    ``target``: folder or hub id; ``target_id``: the name edges ask for (its last part by default).
-    ``estimator`` and ``plan``: files; without an estimator the server calibrates itself. ``step_log``: file
-    that every step's shape and time are appended to, for ``wispprof fit --update``.
-    ``tensor_parallel``: processes that share the target, see :mod:`wispprof.server.rank_server`.
-    ``max_drafts``: most drafts held per session, the lead an edge may take.
-    ``kv_tokens``: size of the KV cache, 0 lets the engine choose. ``max_waiting``: requests that may
-    wait for memory. ``kept_sessions``: ended or lost sessions whose KV stays for reuse.
-    ``idle_ttl_ms``: a session whose edge is silent that long is released; ``idle_evict_ms``: after that long
-    its KV may be taken by others if memory is short (it is prefilled again with its next round).
-    ``admit``: ``slo`` refuses what the estimator says cannot be kept, ``all`` refuses nothing for its SLO.
-    ``http_tokens_per_s`` and ``http_max_tokens``: what an HTTP request gets that names none.
-    ``backlog_frames``: frames a slow reader may leave unread before its connection is closed.
-    ``coalesce_ms``: how long frames may lie unread while the engine computes; 0 reads each at once.
-    """
+    target: str = setting("", "Target model: folder or hub id; default: the bundled pair's target.")
+    target_id: str = setting(
+        "", "Name of the target that edges ask for; default: the last part of --target."
+    )
+    estimator: Path | None = setting(
+        None, "Fitted step-time estimator; without one the server fits its own steps."
+    )
+    plan: Path | None = setting(None, "Plan whose batching table the server obeys.")
+    step_log: Path | None = setting(
+        None, "File to append the shape and time of every step to, for `wispprof fit --update`."
+    )
+    policy: str = setting(
+        "wispprof",
+        "Batching policy: server-only, fcfs, sled, specedge, wisp, wispprof or one of your own.",
+    )
+    policy_options: dict[str, Any] = setting(
+        {},
+        "Option of the policy, as NAME=VALUE; repeatable.",
+        option="policy-option",
+        parse=named_value,
+    )
 
-    target: str = ""
-    target_id: str = ""
-    estimator: Path | None = None
-    plan: Path | None = None
-    step_log: Path | None = None
-    policy: str = "wispprof"
-    policy_options: dict[str, Any] = field(default_factory=dict)
+    host: str = setting(
+        "127.0.0.1", "Address to listen on; beyond loopback an API key is required."
+    )
+    port: int = setting(8200, "Port to listen on; 0 takes a free one.", minimum=0, maximum=65535)
+    api_keys: tuple[str, ...] = setting(
+        (),
+        "Accepted API key; repeatable. Other users can read it in the process list.",
+        option="api-key",
+        secret=True,
+    )
+    api_key_file: Path | None = setting(None, "File of accepted API keys, one per line.")
+    tls_cert: Path | None = setting(None, "Certificate chain (PEM); needs --tls-key.")
+    tls_key: Path | None = setting(None, "Private key of the certificate (PEM).")
 
-    host: str = "127.0.0.1"
-    port: int = 8200
-    api_keys: tuple[str, ...] = ()
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
+    device: str = device_setting()
+    dtype: str = dtype_setting()
+    backend: str = setting("auto", "KV cache layout: auto, dense or paged.")
+    tensor_parallel: int = setting(
+        1, "Processes, one per device, that share the target.", minimum=1
+    )
+    kv_tokens: int = setting(
+        0, "Size of the KV cache; 0 lets the engine choose.", unit="tokens", minimum=0
+    )
 
-    device: str = "auto"
-    dtype: str = "float32"
-    backend: str = "auto"
-    tensor_parallel: int = 1
-    kv_tokens: int = 0
+    max_items: int = setting(64, "Maximum sessions in a step.", minimum=1)
+    max_tokens: int = setting(1024, "Maximum new tokens in a step.", unit="tokens", minimum=1)
+    prefill_chunk: int = setting(256, "Maximum prompt tokens in a step.", unit="tokens", minimum=1)
+    max_drafts: int = setting(
+        32, "Maximum pending draft tokens per session.", unit="tokens", minimum=1, maximum=64
+    )
 
-    max_items: int = 64
-    max_tokens: int = 1024
-    prefill_chunk: int = 256
-    max_drafts: int = 32
+    max_sessions: int = setting(1024, "Maximum open sessions.", minimum=1)
+    max_waiting: int = setting(256, "Maximum requests that wait for KV memory.", minimum=0)
+    sessions_per_key: int = setting(1024, "Maximum open sessions of one API key.", minimum=1)
+    tokens_per_key_per_s: float = setting(
+        0.0, "Rate limit of one API key; 0 switches it off.", unit="tokens/s", minimum=0
+    )
+    max_prompt: int = setting(
+        0, "Longest prompt; 0 allows the model's context.", unit="tokens", minimum=0
+    )
+    max_new: int = setting(
+        4096, "Maximum tokens that one request may generate.", unit="tokens", minimum=1
+    )
+    admit: str = setting(
+        "slo",
+        "Admission: slo refuses sessions whose SLO the estimator says cannot be met, all refuses none.",
+        choices=("slo", "all"),
+    )
+    admit_load: float = setting(
+        0.9, "Share of the server's time that admitted sessions may need.", minimum=0.01
+    )
+    prefix_cache_sessions: int = setting(
+        64, "Ended or lost sessions whose KV stays for reuse.", minimum=0
+    )
+    prefix_cache_ttl_ms: float = setting(
+        300_000.0, "Time that the KV of an ended session stays.", unit="ms", minimum=0
+    )
+    idle_ttl_ms: float = setting(
+        600_000.0, "Time without a frame after which a session is closed.", unit="ms", minimum=0
+    )
+    idle_evict_ms: float = setting(
+        2_000.0,
+        "Time without a frame after which a session's KV may be evicted if memory is short.",
+        unit="ms",
+        minimum=0,
+    )
 
-    max_sessions: int = 1024
-    max_waiting: int = 256
-    sessions_per_key: int = 1024
-    tokens_per_key_per_s: float = 0.0
-    max_prompt: int = 0
-    max_new: int = 4096
-    admit: str = "slo"
-    admit_load: float = 0.9
-    kept_sessions: int = 64
-    keep_ttl_ms: float = 300_000.0
-    idle_ttl_ms: float = 600_000.0
-    idle_evict_ms: float = 2_000.0
+    http_tokens_per_s: float = setting(
+        1.0, "SLO of an HTTP request that names none.", unit="tokens/s", minimum=0.01
+    )
+    http_max_tokens: int = setting(
+        256, "Maximum tokens of an HTTP request that names no number.", unit="tokens", minimum=1
+    )
+    hello_timeout_ms: float = setting(
+        5_000.0, "Time that a new connection has to say hello.", unit="ms", minimum=1
+    )
+    backlog_frames: int = setting(
+        1024, "Unread frames after which a slow reader's connection is closed.", minimum=1
+    )
+    coalesce_ms: float = setting(
+        8.0,
+        "Maximum time to coalesce incoming frames during a step; 0 disables.",
+        unit="ms",
+        minimum=0,
+    )
+    drain_timeout_ms: float = setting(
+        30_000.0, "Time that sessions have to finish after Ctrl-C or SIGTERM.", unit="ms", minimum=0
+    )
+    live: bool = setting(False, "Show queue, steps and SLO attainment while serving.")
+    log_level: str = setting(
+        "info", "Least severe messages to log.", choices=("debug", "info", "warning", "error")
+    )
 
-    http_tokens_per_s: float = 1.0
-    http_max_tokens: int = 256
-    hello_timeout_ms: float = 5_000.0
-    backlog_frames: int = 1024
-    coalesce_ms: float = 8.0
-    drain_timeout_ms: float = 30_000.0
-    live: bool = False
-    log_level: str = "info"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.port < 65536 and self.port != 0:
-            raise ValueError(f"port must be 0 … 65535, got {self.port}")
-        if self.admit not in ("slo", "all"):
-            raise ValueError(f"admit must be slo or all, got {self.admit!r}")
-        for name in (
-            "max_items",
-            "max_tokens",
-            "prefill_chunk",
-            "max_sessions",
-            "max_drafts",
-            "tensor_parallel",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.coalesce_ms < 0.0:
-            raise ValueError(f"coalesce_ms must not be negative, got {self.coalesce_ms}")
+    def check_together(self) -> None:
+        if self.api_key_file is not None:
+            keys = dict.fromkeys((*self.api_keys, *read_api_keys(self.api_key_file)))
+            object.__setattr__(self, "api_keys", tuple(keys))
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise WispprofError(
+            raise SettingsError(
                 "TLS needs a certificate and its key.", "Give both --tls-cert and --tls-key."
             )
         if not self.loopback and not self.api_keys:
@@ -119,7 +162,7 @@ class ServerSettings:
 def read_api_keys(path: Path) -> tuple[str, ...]:
     """Keys of a file, one per line; empty lines and ``#`` comments are skipped.
 
-    Raises :class:`WispprofError` where the file holds none, or a short one, or cannot be read.
+    Raises :class:`WispprofError` if the file holds no key or a short one, or cannot be read.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

@@ -1,32 +1,35 @@
-"""Settings from a file and from the environment, for every option of every command.
-
-Each room keeps its own frozen settings with its own defaults, and a command's options take their
-defaults from there. Between those defaults and what is typed stand two more layers::
+"""The settings file, which stands between the environment and the defaults::
 
     typed option  >  WISPPROF_SERVE_PORT=9000  >  wispprof.toml: [serve] port = 9000  >  default
 
-A section of the file is named like the command, an entry like its long option. The file is
-``wispprof.toml`` in the working folder, or what ``--config`` or ``WISPPROF_CONFIG`` names.
+A section is named like its command, an entry like its long option. The file is ``wispprof.toml`` in the
+working folder, or what ``--config`` or ``WISPPROF_CONFIG`` names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from wispprof.errors import WispprofError
+from wispprof.errors import SettingsError, WispprofError
 
-__all__ = ["ENV_PREFIX", "FILE_NAME", "Config", "ConfigError", "Known", "read_config"]
+__all__ = [
+    "ENV_PREFIX",
+    "FILE_NAME",
+    "Config",
+    "ConfigError",
+    "KnownNames",
+    "named_value",
+    "read_config",
+]
 
 FILE_NAME = "wispprof.toml"
 ENV_PREFIX = "WISPPROF"
 
-Known = Mapping[str, "Known | None"]
+KnownNames = Mapping[str, "KnownNames | None"]
 """Names that may appear: a section maps to what it may hold, an option to ``None``."""
-
-T = TypeVar("T")
 
 
 class ConfigError(WispprofError):
@@ -37,30 +40,17 @@ class ConfigError(WispprofError):
 class Config:
     """What a settings file says: ``sections`` by command, names with underscores, values as in TOML.
 
-    ``path`` is ``None`` where there is no file.
+    ``path`` is ``None`` if there is no file.
     """
 
     sections: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
-    def check(self, known: Known) -> None:
+    def check(self, known: KnownNames) -> None:
         """Raise :class:`ConfigError` for the first section or entry that no command knows."""
         self._check(self.sections, known, "")
 
-    def section(self, name: str) -> dict[str, Any]:
-        """Entries of one command; empty where the file says nothing."""
-        return dict(self.sections.get(name, {}))
-
-    def settings(self, kind: type[T], name: str) -> T:
-        """A room's settings (a dataclass) with what section ``name`` says of its fields."""
-        given = self.section(name)
-        wanted = {f.name: given[f.name] for f in fields(kind) if f.name in given}  # type: ignore[arg-type]
-        try:
-            return kind(**wanted)
-        except (TypeError, ValueError) as err:
-            raise ConfigError(f"Section [{name}] of {self.path}: {err}.", "Correct it.") from None
-
-    def _check(self, given: Mapping[str, Any], known: Known, where: str) -> None:
+    def _check(self, given: Mapping[str, Any], known: KnownNames, where: str) -> None:
         import difflib
 
         for name, value in given.items():
@@ -84,9 +74,9 @@ class Config:
 
 
 def read_config(file: Path | None = None, folder: Path | None = None) -> Config:
-    """Read ``file``, or ``wispprof.toml`` in ``folder`` (the working folder) where there is one.
+    """Read ``file``, or ``wispprof.toml`` in ``folder`` (the working folder) if there is one.
 
-    Raises :class:`ConfigError` where a named file is missing or the file is not TOML.
+    Raises :class:`ConfigError` if a named file is missing or the file is not TOML.
     """
     import tomllib
 
@@ -103,6 +93,22 @@ def read_config(file: Path | None = None, folder: Path | None = None) -> Config:
         return Config(_underscored(tomllib.loads(text)), path)
     except tomllib.TOMLDecodeError as err:
         raise ConfigError(f"{path} is not TOML: {err}.", "Correct that line.") from None
+
+
+def named_value(text: str) -> tuple[str, Any]:
+    """``NAME=VALUE`` as name and value: a JSON number, string, list, ``true``, ``false``, or plain text.
+
+    Raises :class:`SettingsError` if there is no name or no value.
+    """
+    import json
+
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise SettingsError(f"Expected NAME=VALUE, got {text!r}.", "For example: k_max=8.")
+    try:
+        return name.strip(), json.loads(value)
+    except ValueError:
+        return name.strip(), value
 
 
 def _underscored(section: Mapping[str, Any]) -> dict[str, Any]:

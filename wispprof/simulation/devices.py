@@ -9,22 +9,27 @@ frame: it is a frame that comes later, and holds up those behind it.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
+from types import MappingProxyType
 
+from wispprof.artifacts import bundled
 from wispprof.artifacts.draft_times import rested_share, resume_ms
 from wispprof.artifacts.rows import EdgeRow
-from wispprof.errors import ProfileError
+from wispprof.errors import ArtifactMissing, ProfileError, WispprofError
 
 __all__ = [
     "COMMIT_BYTES",
+    "DEVICES",
     "DRAFT_BYTES",
     "OPEN_BYTES",
     "TOKEN_BYTES",
     "DeviceProfile",
     "Link",
     "LinkModel",
+    "device_of",
 ]
 
 
@@ -116,6 +121,53 @@ OPEN_BYTES = 110
 """An opening frame without its prompt, likewise."""
 TOKEN_BYTES = 4
 """A token id in msgpack (3 bytes up to 65,535, 5 beyond); a draft's survival byte comes on top."""
+
+
+DEVICES: Mapping[str, DeviceProfile] = MappingProxyType(
+    {
+        device.name: device
+        for device in (
+            DeviceProfile("fast", draft_ms=4.0, prefill_ms_per_token=0.05),
+            DeviceProfile("medium", draft_ms=16.0, prefill_ms_per_token=0.2),
+            DeviceProfile("slow", draft_ms=60.0, prefill_ms_per_token=1.0),
+        )
+    }
+)
+"""Presets for use without a profile: drafting at 250, 62 and 17 tokens/s."""
+
+
+def device_of(text: str) -> DeviceProfile:
+    """A device by name: a preset of :data:`DEVICES`, the ms of a draft step (``16``), or an edge profile
+    (a file, or a shipped one such as ``rpi-5``).
+
+    Raises :class:`WispprofError` for anything else, and what reading a profile raises.
+    """
+    if text in DEVICES:
+        return DEVICES[text]
+    try:
+        draft_ms = float(text)
+    except ValueError:
+        pass
+    else:
+        if not draft_ms > 0:
+            raise WispprofError(
+                f"A draft step must take more than 0 ms, got {text}.", "Give its time in ms."
+            )
+        return DeviceProfile(f"{draft_ms:g}ms", draft_ms=draft_ms)
+    path = Path(text)
+    if not path.exists():
+        try:
+            path = bundled.path(f"profiles/{text}.jsonl")
+        except (ArtifactMissing, ValueError) as err:
+            raise WispprofError(
+                f"There is no device {text!r}.",
+                f"Choose one of {', '.join(DEVICES)}, a number of ms, or an edge profile: its file, "
+                "or a shipped one such as rpi-5.",
+            ) from err
+    from wispprof.artifacts import load_profile
+
+    rows = [row for row in load_profile(path).rows if isinstance(row, EdgeRow)]
+    return DeviceProfile.from_rows(path.stem, rows)
 
 
 @dataclass(frozen=True, slots=True)

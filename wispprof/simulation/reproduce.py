@@ -12,7 +12,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from wispprof.sessions.draft_scheduler import DraftingSettings
+from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
 from wispprof.simulation.capacity_search import capacity, run_all
 from wispprof.simulation.configspec import ConfigChoice, DraftOption, best

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from wispprof.policies.api import Controller
 from wispprof.sessions.commit_result import CommitResult
 from wispprof.sessions.draft_buffer import Outgoing
-from wispprof.sessions.draft_scheduler import DraftingSettings
 from wispprof.sessions.edge_session import EdgeSession
+from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.simulation.devices import DeviceProfile, Link
 from wispprof.simulation.metrics import SessionRecord
 from wispprof.simulation.simulated_output import SimulatedOutput

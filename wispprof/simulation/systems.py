@@ -13,7 +13,7 @@ from typing import Any
 from wispprof.errors import PlanError
 from wispprof.policies.api import BatchPolicy, Controller, RoundContext
 from wispprof.policies.registry import make_batch_policy, make_controller
-from wispprof.sessions.draft_scheduler import DraftingSettings
+from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.simulation.simulated_output import SimulatedOutput
 from wispprof.types import DraftFeatures, RejectionPredictor
 

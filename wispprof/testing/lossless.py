@@ -106,7 +106,7 @@ async def split_outputs(
     ``drafter`` makes a :class:`~wispprof.types.Drafter` per session (not needed for k = 0). Every cache
     is audited afterwards; :class:`~wispprof.errors.EngineError` where one is not what it should be.
     """
-    settings = ServerSettings(policy=case.policy, admit="all", kept_sessions=4)
+    settings = ServerSettings(policy=case.policy, admit="all", prefix_cache_sessions=4)
     out: list[list[int]] = [[] for _ in prompts]
     waiting = asyncio.Semaphore(case.sessions)
     with ThreadPoolExecutor(1, thread_name_prefix="draft") as executor:

@@ -1,11 +1,8 @@
-"""What every command shares: where output goes, how progress looks, how a fault ends.
+"""What every command prints with: results on stdout, everything else on stderr, and how an error ends.
 
-Three rules hold for all commands. Results go to stdout: a table, or with ``--json`` exactly one JSON
-document. Everything else (progress, notes, faults) goes to stderr. A fault is one clear line with its
-fix and exit code 1, a wrong option 2, Ctrl-C 130.
-
-Faults need no ``try`` in a command: the group that holds all commands runs them under :func:`guard`.
-Nothing here imports a room, and rich is imported when something is printed, so ``--help`` stays fast.
+Results are a table or, with ``--json``, one JSON document. An error is one line with its hint and exit
+code 1, a wrong option 2, Ctrl-C 130. Commands need no ``try``: :class:`GuardedGroup` runs them under
+:func:`guard`. rich is imported when something is printed, so ``--help`` stays fast.
 """
 
 from __future__ import annotations
@@ -19,14 +16,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
-from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperGroup
 
-from wispprof.errors import WispprofError
-from wispprof.settings.sources import Known
+from wispprof.errors import SettingsError, WispprofError
+from wispprof.settings.sources import KnownNames
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -34,9 +31,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
-    "CaFile",
     "GuardedGroup",
-    "JsonFlag",
     "console",
     "emit_json",
     "fail",
@@ -53,20 +48,10 @@ __all__ = [
 
 FAULT, USAGE, INTERRUPTED = 1, 2, 130
 
-CaFile = Annotated[
-    Path | None, typer.Option(help="Certificate authority for wss:// (default: the system's).")
-]
-"""The ``--ca-file`` option of whatever dials a server."""
-
-JsonFlag = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
-]
-"""The ``--json`` option: ``def command(as_json: JsonFlag = False)``."""
-
 
 @cache
 def console() -> Console:
-    """The stderr console: progress, notes and faults."""
+    """The stderr console: progress, notes and errors."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
@@ -74,17 +59,14 @@ def console() -> Console:
 
 @cache
 def output() -> Console:
-    """The stdout console: results meant for a reader."""
+    """The stdout console: results as tables and text."""
     from rich.console import Console
 
     return Console(highlight=False)
 
 
-# --- results --------------------------------------------------------------------------------------
-
-
 def result(document: Any, shown: RenderableType, as_json: bool) -> None:
-    """Print a command's result: ``document`` as JSON where ``as_json``, else ``shown`` for a reader."""
+    """Print a command's result: ``document`` as JSON, or ``shown``."""
     if as_json:
         emit_json(document)
     else:
@@ -92,10 +74,9 @@ def result(document: Any, shown: RenderableType, as_json: bool) -> None:
 
 
 def emit_json(document: Any, indent: int | None = 2) -> None:
-    """Print ``document`` on stdout as one JSON document.
+    """Print ``document`` on stdout as one JSON document; ``indent=None`` prints a single line.
 
-    Dataclasses become objects, numpy arrays lists, paths strings; NaN and infinities become null,
-    because strict readers refuse them. ``indent=None`` gives a single line.
+    Dataclasses become objects, numpy arrays lists, paths strings, NaN and infinities null.
     """
     sys.stdout.write(json.dumps(_plain(document), indent=indent, ensure_ascii=False) + "\n")
     sys.stdout.flush()
@@ -122,7 +103,7 @@ def _plain(value: Any) -> Any:
 
 
 def table(title: str, *columns: str, caption: str | None = None) -> Table:
-    """An empty table in the house style. A column named ``>name`` is right-aligned (numbers)."""
+    """An empty table. A column named ``>name`` is right-aligned (numbers)."""
     from rich import box
     from rich.table import Table
 
@@ -142,21 +123,18 @@ def table(title: str, *columns: str, caption: str | None = None) -> Table:
     return made
 
 
-# --- what is going on -----------------------------------------------------------------------------
-
-
 def note(message: str) -> None:
-    """One line on stderr for the person who watches."""
+    """Print one line on stderr."""
     console().print(message, style="dim", markup=False)
 
 
 def warn(message: str) -> None:
-    """One line on stderr about something that is not as it should be."""
+    """Print one line on stderr about something the user should know or mend."""
     console().print(f"[yellow]warning:[/yellow] {_escape(message)}")
 
 
 def progress() -> Progress:
-    """A progress display on stderr with share done, elapsed time and ETA; use as context manager.
+    """A progress display on stderr with share done, elapsed time and ETA; a context manager.
 
     ``with progress() as bar: task = bar.add_task("prefill shapes", total=40); bar.advance(task)``.
     A task may carry ``status="…"``, a few words shown at its end.
@@ -192,7 +170,7 @@ def progress() -> Progress:
 
 
 class tracker:
-    """One bar for a callback-style worker: call it with ``(done, total, status)``.
+    """A progress bar for work that reports by callback: call it with ``(done, total, status)``.
 
     ``with tracker("profile-server") as report: profile(..., progress=report)``
     """
@@ -215,9 +193,6 @@ class tracker:
             self._bar.update(self._task, completed=done, total=total, status=status)
 
 
-# --- faults ---------------------------------------------------------------------------------------
-
-
 def _escape(text: str) -> str:
     from rich.markup import escape
 
@@ -225,7 +200,7 @@ def _escape(text: str) -> str:
 
 
 def fail(message: str, hint: str = "", code: int = FAULT) -> typer.Exit:
-    """Print the one line of a fault and return the exit to raise: ``raise fail("…", "…")``."""
+    """Print an error on one line and return the exit to raise: ``raise fail("…", "…")``."""
     line = f"[bold red]error:[/bold red] {_escape(message)}"
     console().print(f"{line} [green]{_escape(hint)}[/green]" if hint else line, soft_wrap=True)
     return typer.Exit(code)
@@ -233,9 +208,9 @@ def fail(message: str, hint: str = "", code: int = FAULT) -> typer.Exit:
 
 @contextmanager
 def guard() -> Iterator[None]:
-    """Turn what this package raises on purpose into one clear line and an exit code.
+    """Print what this package raises on purpose as one line, and exit with its code.
 
-    Anything else is a defect and keeps its traceback. ``WISPPROF_DEBUG=1`` keeps all of them.
+    Anything else is a defect and keeps its traceback. ``WISPPROF_DEBUG=1`` keeps all tracebacks.
     """
     debug = bool(os.environ.get("WISPPROF_DEBUG"))
     try:
@@ -244,7 +219,8 @@ def guard() -> Iterator[None]:
         if debug:
             raise
         message = str(err).removesuffix(err.hint).rstrip() if err.hint else str(err)
-        raise fail(message, err.hint) from err
+        code = USAGE if isinstance(err, SettingsError) else FAULT
+        raise fail(message, err.hint, code) from err
     except KeyboardInterrupt as stop:
         console().print("Interrupted. Complete files and rows are kept.", style="yellow")
         raise typer.Exit(INTERRUPTED) from stop
@@ -260,7 +236,7 @@ _OS_FIXES = {
     errno.EACCES: "Choose a place you may write to and read from.",
     errno.EADDRINUSE: "Another program listens there: stop it or choose another --port.",
     errno.EADDRNOTAVAIL: "This machine has no such address: check --host.",
-    errno.ENOSPC: "Make room on the disk and run the command again.",
+    errno.ENOSPC: "Free some disk space and run the command again.",
     errno.EROFS: "Choose a place you may write to.",
     errno.EISDIR: "Give a file, not a folder.",
     errno.ENOTDIR: "Give a folder, not a file.",
@@ -275,8 +251,7 @@ class GuardedGroup(TyperGroup):
             return super().invoke(ctx)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        # Every option can be set by an environment variable of its own name; saying so at each of
-        # them would bury the help text.
+        # Every option has an environment variable of its own name: naming them all hides the help.
         command = super().get_command(ctx, cmd_name)
         if command is not None:
             _hide_environment(command)
@@ -291,11 +266,11 @@ def _hide_environment(command: Any) -> None:
         _hide_environment(inner)
 
 
-def known_options(group: Any) -> Known:
+def known_options(group: Any) -> KnownNames:
     """Names of all commands and their options, as a settings file may use them."""
     return {name.replace("-", "_"): _names_of(command) for name, command in group.commands.items()}
 
 
-def _names_of(command: Any) -> Known:
-    own: Known = {p.name: None for p in command.params if p.name not in ("help", "config")}
+def _names_of(command: Any) -> KnownNames:
+    own: KnownNames = {p.name: None for p in command.params if p.name not in ("help", "config")}
     return {**own, **known_options(command)} if hasattr(command, "commands") else own

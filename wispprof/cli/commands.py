@@ -1,0 +1,167 @@
+"""The commands: their modules, names and first lines, and the overview that ``wispprof --help`` prints.
+
+A module is imported when one of its commands is needed. The overview needs none of them; a test compares its
+lines with the commands' own help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.panel import Panel
+    from rich.text import Text
+
+__all__ = ["COMMANDS", "Entry", "LazyCommands", "show_overview"]
+
+_NAME, _ASIDE = "bold cyan", "dim"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One command: the ``panel`` it stands in, the ``module`` that registers it, its first line of help."""
+
+    panel: str
+    module: str
+    name: str
+    line: str
+
+
+COMMANDS = tuple(
+    Entry(panel, module, name, line)
+    for panel, commands in {
+        "Start here": (
+            (
+                "demo",
+                "demo",
+                "Profile, fit, plan, serve, generate and compare policies on this machine.",
+            ),
+            (
+                "doctor",
+                "doctor",
+                "Check installation, models, ports, keys and files; say what to do.",
+            ),
+        ),
+        "Measure": (
+            (
+                "profile_server",
+                "profile-server",
+                "Time ragged batch shapes on the verification engine.",
+            ),
+            (
+                "profile_edge",
+                "profile-edge",
+                "Time drafting on this device, in bursts and sustained.",
+            ),
+            (
+                "profile_link",
+                "profile-link",
+                "Measure round trip, jitter and bandwidth to a server.",
+            ),
+            (
+                "profile_edge",
+                "trace",
+                "Take an acceptance trace of a draft model under a target model.",
+            ),
+            ("profile", "profile", "Show, validate, merge, compare, export and import profiles."),
+        ),
+        "Decide": (
+            ("fit", "fit", "Fit a step-time estimator and a rejection predictor, and score them."),
+            ("plan", "plan", "Make a plan, or show, explain, compare and export one."),
+            (
+                "simulate",
+                "simulate",
+                "Simulate a fleet of edges on one server under several policies.",
+            ),
+            ("report", "reproduce", "Compare a paper's published results with the simulator's."),
+            ("report", "report", "Write a self-contained HTML report of a folder of artifacts."),
+        ),
+        "Run": (
+            ("serve", "serve", "Verify the drafts of many edges with one target model."),
+            ("edge", "edge", "Serve an OpenAI-compatible API on this device."),
+            ("edge", "generate", "Generate text: this device drafts, the server verifies."),
+            ("edge", "chat", "Chat with the target; an empty line or Ctrl-D ends."),
+            ("bench", "bench", "Load a running server with replayed edges; print their metrics."),
+            ("edge", "link", "Emulate a link: a proxy that adds delay, jitter, loss and stalls."),
+        ),
+    }.items()
+    for module, name, line in commands
+)
+
+
+class LazyCommands(MutableMapping[str, Any]):
+    """Commands by name, in the order of :data:`COMMANDS`; each is made when it is first taken out."""
+
+    def __init__(self) -> None:
+        self._by_name = {entry.name: entry for entry in COMMANDS}
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            self._make(self._by_name[name])
+        return self._made[name]
+
+    def _make(self, entry: Entry) -> None:
+        part = typer.Typer()
+        part.callback()(lambda: None)  # with a callback, Typer makes a group even of one command
+        import_module(f"wispprof.cli.{entry.module}").register(part)
+        group: Any = typer.main.get_command(part)
+        for name, command in group.commands.items():
+            command.rich_help_panel = self._by_name[name].panel
+            self._made.setdefault(name, command)
+
+    def __setitem__(self, name: str, command: Any) -> None:
+        self._made[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+
+def show_overview(group: Any, context: Any) -> None:
+    """Print usage, purpose, the tool's own options and all commands by panel.
+
+    Typer's own overview imports every command, a Markdown parser and a syntax highlighter, which doubles
+    the time of ``wispprof --help``.
+    """
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    head, _, rest = group.get_usage(context).partition(": ")
+    usage = Text.assemble((f"{head}: ", "bold yellow"), (rest, "bold"))
+    console.print(Padding(usage, 1))
+    console.print(Padding(Text(group.help or ""), (0, 1, 1, 1)))
+    records = [p.get_help_record(context) for p in group.get_params(context)]
+    options = [(Text(names, _NAME), Text(text)) for names, text in filter(None, records)]
+    console.print(_panel("Options", options, max(len(names) for names, _ in options)))
+    width = max(len(entry.name) for entry in COMMANDS)
+    for panel in dict.fromkeys(entry.panel for entry in COMMANDS):
+        rows = [(Text(e.name, _NAME), Text(e.line)) for e in COMMANDS if e.panel == panel]
+        console.print(_panel(panel, rows, width))
+
+
+def _panel(title: str, rows: list[tuple[Text, Text]], width: int) -> Panel:
+    from rich.panel import Panel
+    from rich.table import Table
+
+    table = Table(show_header=False, expand=True, box=None, pad_edge=False, padding=(0, 1))
+    table.add_column(no_wrap=True, width=width)
+    table.add_column(ratio=10)
+    for row in rows:
+        table.add_row(*row)
+    return Panel(table, title=title, title_align="left", border_style=_ASIDE)
