@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
-from wispprof.cli.reproduce import shown
+from wispprof.cli.report import shown
 
 from wispprof.cli import app
 from wispprof.simulation.reproduce import Figure, ReproducedTable
