@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
-from wispprof.cli.report import shown
 
 from wispprof.cli import app
+from wispprof.cli.report import shown
 from wispprof.simulation.reproduce import Figure, ReproducedTable
 
 QUICK = ["--devices", "3", "--seconds", "4", "--warmup", "1", "--prompt", "20", "--output", "12"]
