@@ -1,37 +1,29 @@
-"""The frames between edge and server: msgpack arrays, one per WebSocket message.
+"""The frames between edge and server: one msgpack array per WebSocket message. See ``docs/wire.md``.
 
-Sessions are numbered by the edge and belong to their connection. After a lost link the edge opens
-again with every token it has seen committed; whatever KV the server still holds for that prefix is
-reused, so resuming needs no message of its own.
-
-Epochs keep drafts of an abandoned path out of the tail. The edge owns the number and raises it each
-time it rolls drafts back. When the server sees a contradiction (a rejected draft, or a frame whose
-overlap differs from committed text) it ignores that epoch from then on; the edge will see the same
-contradiction in the commit, roll back, and go on under the next number. A stale draft could never
-change the text, only waste rows.
-
-Most frames carry a token or two, so what is fixed costs most. In the two frames that do the work, numbers
-travel in the shortest msgpack form that is exact, fields at the end that say nothing are left out, and
-times are as precise as anybody needs them (:func:`brief_ms`): one draft takes 17 bytes, a commit of one
-token 16.
+An **epoch** keeps drafts of an abandoned continuation out of the pending drafts. The edge owns the number
+and raises it with each rollback. After a contradiction (a rejected draft, or a frame that differs from
+committed text) the server ignores that epoch. A stale draft can waste work but never change the text.
 """
 
 from __future__ import annotations
 
 import struct
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
 from wispprof.errors import ProtocolError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 1 << 20
 MAX_DRAFTS = 64
 
+Position = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+Int64 = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
+
 
 class Hello(msgspec.Struct, tag="h", array_like=True, frozen=True):
-    """First frame of the edge. Empty ``target`` or ``tokenizer`` accepts whatever the server has."""
+    """The edge's first frame. An empty ``target`` or ``tokenizer`` accepts what the server has."""
 
     protocol: int
     tokenizer: str
@@ -41,7 +33,7 @@ class Hello(msgspec.Struct, tag="h", array_like=True, frozen=True):
 
 
 class Welcome(msgspec.Struct, tag="w", array_like=True, frozen=True):
-    """The server's answer to a good hello."""
+    """The server's answer to a valid hello."""
 
     protocol: int
     target: str
@@ -54,9 +46,12 @@ class Welcome(msgspec.Struct, tag="w", array_like=True, frozen=True):
 
 
 class Open(msgspec.Struct, tag="o", array_like=True, frozen=True):
-    """Start or resume a session. ``tokens`` = prompt and everything committed so far; the last
-    ``generated`` of them are output already delivered. ``max_new`` bounds the whole output,
-    ``generated`` included."""
+    """Start or resume a session.
+
+    ``tokens``: prompt and committed output; the last ``generated`` of them are output already
+    delivered. ``max_new`` bounds the whole output. ``undrafted``: the edge sends no drafts, so the
+    server may always advance the session (server-only serving).
+    """
 
     session: int
     tokens: list[int]
@@ -67,28 +62,31 @@ class Open(msgspec.Struct, tag="o", array_like=True, frozen=True):
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
+    seed: Int64 = 0
     stop: list[int] = []
     undrafted: bool = False
-    """The edge will send no drafts: the server may always advance this session (server-only)."""
 
 
 class Draft(msgspec.Struct, tag="d", array_like=True, frozen=True):
-    """Draft tokens at ``base …``. ``acceptance_prob``: one byte per token, 255 = certain to be accepted
-    given those before it. In round mode the frame is the whole round, even when empty."""
+    """Draft tokens from position ``base`` on.
+
+    ``acceptance_prob``: one byte per token, 255 if it is certain to be accepted given those before
+    it. In round mode the frame is the whole round, even if it is empty. ``slack_ms``: time the edge
+    has left, from the frame's arrival, before this round must be answered.
+    """
 
     session: int
-    epoch: int
-    base: int
-    tokens: list[int]
+    epoch: Position
+    base: Position
+    tokens: Annotated[list[int], msgspec.Meta(max_length=MAX_DRAFTS)]
     acceptance_prob: bytes
     draft_ms: float
     slack_ms: float
 
 
 class Commit(msgspec.Struct, tag="c", array_like=True, frozen=True):
-    """New tokens of a session: ``tokens`` end at ``committed_len`` (positions, prompt included).
-    ``finished``: "" while it goes on, else ``stop``, ``length`` or ``context``."""
+    """New tokens of a session. They end at ``committed_len``, a position that counts the prompt.
+    ``finished``: "" while the session goes on, else ``stop``, ``length`` or ``context``."""
 
     session: int
     epoch: int
@@ -103,16 +101,18 @@ class Commit(msgspec.Struct, tag="c", array_like=True, frozen=True):
 
 
 class Close(msgspec.Struct, tag="x", array_like=True, frozen=True):
-    """The edge is done with a session; everything it held is released."""
+    """The edge ends a session; the server releases all it holds."""
 
     session: int
 
 
 class Problem(msgspec.Struct, tag="p", array_like=True, frozen=True):
-    """Something was refused. ``session`` is -1 where it concerns the connection, which then closes.
-    Codes: ``hello``, ``frame``, ``session``, ``limit``, ``busy`` (see ``retry_ms``), ``slo``
-    (``tokens_per_s``: the speed that could be promised, 0 where speed is not the matter),
-    ``draining``, ``internal``."""
+    """Something was refused. ``session`` is -1 if it concerns the connection, which then closes.
+
+    Codes: ``hello``, ``frame``, ``session``, ``limit``, ``busy``, ``slo``, ``draining``,
+    ``internal``. ``retry_ms``: when to try again. ``tokens_per_s``: the speed that would be admitted,
+    0 if speed is not the reason.
+    """
 
     session: int
     code: str
@@ -122,7 +122,7 @@ class Problem(msgspec.Struct, tag="p", array_like=True, frozen=True):
 
 
 class Ping(msgspec.Struct, tag="i", array_like=True, frozen=True):
-    """Link measurement: the server answers at once with ``reply_bytes`` of payload."""
+    """Link measurement. The server answers at once with ``reply_bytes`` of payload."""
 
     number: int
     payload: bytes = b""
@@ -130,7 +130,7 @@ class Ping(msgspec.Struct, tag="i", array_like=True, frozen=True):
 
 
 class Pong(msgspec.Struct, tag="j", array_like=True, frozen=True):
-    """``socket_wait_ms``: how long the ping probably lay unread, which is no part of the link's round trip."""
+    """``socket_wait_ms``: time the ping probably waited unread; subtract it from the round trip."""
 
     number: int
     payload: bytes = b""
@@ -150,17 +150,17 @@ _from_server: msgspec.msgpack.Decoder[ServerFrame] = msgspec.msgpack.Decoder(Ser
 
 
 def encode(frame: EdgeFrame | ServerFrame) -> bytes:
-    """One frame as bytes."""
+    """One frame as bytes. In drafts and commits, numbers take their shortest exact form, and trailing
+    fields with default values are left out."""
     if isinstance(frame, Draft):
-        spent, slack = _short(frame.draft_ms), _short(frame.slack_ms)
         body = (
             frame.session,
             frame.epoch,
             frame.base,
             frame.tokens,
             frame.acceptance_prob,
-            spent,
-            slack,
+            _short(frame.draft_ms),
+            _short(frame.slack_ms),
         )
         return _encoder.encode(("d", *body))
     if isinstance(frame, Commit):
@@ -174,7 +174,7 @@ def encode(frame: EdgeFrame | ServerFrame) -> bytes:
 
 
 def _short(number: float) -> float | msgspec.Raw:
-    """The same number as integer or float32, where one of them is exact."""
+    """The same number as an integer or float32, if one of them is exact."""
     if -0x80000000 <= number <= 0x7FFFFFFF and (whole := int(number)) == number:
         return whole
     try:
@@ -185,12 +185,12 @@ def _short(number: float) -> float | msgspec.Raw:
 
 
 def decode_edge(data: bytes) -> EdgeFrame:
-    """Decode what an edge sent; raises :class:`ProtocolError` on anything malformed."""
+    """A frame from an edge. Raises :class:`ProtocolError` if it is malformed or out of bounds."""
     return _decode(_from_edge, data)
 
 
 def decode_server(data: bytes) -> ServerFrame:
-    """Decode what a server sent; raises :class:`ProtocolError` on anything malformed."""
+    """A frame from a server. Raises :class:`ProtocolError` if it is malformed or out of bounds."""
     return _decode(_from_server, data)
 
 
@@ -209,10 +209,10 @@ def _decode(decoder: msgspec.msgpack.Decoder[_F], data: bytes) -> _F:
 
 
 def brief_ms(ms: float) -> float:
-    """A time for a frame: whole milliseconds from 16 ms on, sixteenths (exact in float32) below."""
+    """A time rounded for a frame: to whole ms from 16 ms on, below to sixteenths (exact in float32)."""
     return round(ms) if abs(ms) >= 16.0 else round(16.0 * ms) / 16.0
 
 
 def acceptance_byte(probability: float) -> int:
-    """Probability to its wire byte, 0…255."""
+    """A probability as the byte of :class:`Draft`, 0 … 255."""
     return max(0, min(255, round(probability * 255)))

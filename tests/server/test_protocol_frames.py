@@ -13,13 +13,16 @@ from wispprof import protocol
 from wispprof.errors import ProtocolError
 
 ints = st.integers(-(1 << 40), 1 << 40)
+positions = st.integers(0, (1 << 31) - 1)
 tokens = st.lists(st.integers(0, 1 << 20), max_size=20)
 floats = st.floats(allow_nan=False)
 
 edge_frames = st.one_of(
     st.builds(protocol.Hello, ints, st.text(), st.text(), st.text(), st.text()),
     st.builds(protocol.Open, ints, tokens, ints, ints, floats, st.none() | floats),
-    st.builds(protocol.Draft, ints, ints, ints, tokens, st.binary(max_size=20), floats, floats),
+    st.builds(
+        protocol.Draft, ints, positions, positions, tokens, st.binary(max_size=20), floats, floats
+    ),
     st.builds(protocol.Close, ints),
     st.builds(protocol.Ping, ints, st.binary(max_size=50), ints),
 )

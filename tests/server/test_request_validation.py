@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from raw_edge import Edge, edge
@@ -14,7 +14,7 @@ from websockets.exceptions import ConnectionClosed
 from wispprof import protocol
 from wispprof.errors import HandshakeRefused, ProtocolError, WispprofError
 from wispprof.server import RunningServer, running_server
-from wispprof.server.request_validation import check_draft, check_hello, check_key, request_of
+from wispprof.server.request_validation import check_draft, check_hello, check_key, session_request
 from wispprof.settings.server_settings import ServerSettings, read_api_keys
 from wispprof.testing.fake_engine import FakeDrafter, FakeEngine
 from wispprof.types import Sampling, ServedModel
@@ -34,7 +34,7 @@ def hello(**changes: Any) -> protocol.Hello:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"protocol": 99}, "protocol 1"),
+        ({"protocol": 99}, f"protocol {protocol.PROTOCOL_VERSION}"),
         ({"tokenizer": "other"}, "tokenizer"),
         ({"target": "small"}, "'big'"),
         ({"key": "wrong"}, "API key"),
@@ -70,12 +70,12 @@ def test_keys_are_compared_whole() -> None:
         {"base": 1 << 40},
     ],
 )
-def test_drafts_no_honest_edge_sends(changes: dict[str, Any]) -> None:
-    honest = {"tokens": [1], "acceptance_prob": bytes(1), "base": 3, "epoch": 0}
+def test_drafts_no_correct_edge_sends(changes: dict[str, Any]) -> None:
+    valid = {"tokens": [1], "acceptance_prob": bytes(1), "base": 3, "epoch": 0}
+    frame = protocol.Draft(session=0, draft_ms=1.0, slack_ms=1.0, **{**valid, **changes})
+    data = protocol.encode(frame)
     with pytest.raises(ProtocolError):
-        check_draft(
-            protocol.Draft(session=0, draft_ms=1.0, slack_ms=1.0, **{**honest, **changes}), 100
-        )
+        check_draft(cast(protocol.Draft, protocol.decode_edge(data)), 100)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,9 @@ def test_drafts_no_honest_edge_sends(changes: dict[str, Any]) -> None:
     ],
 )
 def test_openings_that_mean_nothing(changes: dict[str, Any]) -> None:
+    data = protocol.encode(protocol.Open(0, [1, 2], 10, **changes))
     with pytest.raises(ProtocolError):
-        request_of(protocol.Open(0, [1, 2], 10, **changes))
+        session_request(cast(protocol.Open, protocol.decode_edge(data)))
 
 
 def test_settings_refuse_an_open_door(tmp_path: Any) -> None:
@@ -154,7 +155,11 @@ GOOD = protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, "", "", "right-
         (["text"], "frame", "Text"),
         ([protocol.encode(protocol.Close(1))], "hello", "first frame"),
         ([protocol.encode(protocol.Hello(9, ""))], "hello", "protocol"),
-        ([protocol.encode(protocol.Hello(1, "", "", "no"))], "hello", "API key"),
+        (
+            [protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, "", "", "no"))],
+            "hello",
+            "API key",
+        ),
         ([GOOD, b"\x93\x01"], "frame", "Malformed"),
         ([GOOD, GOOD], "frame", "already"),
         ([GOOD, bytes(protocol.MAX_FRAME_BYTES + 10)], "frame", "exceeds"),

@@ -103,7 +103,7 @@ class Edge:
             if effect.rollback_to is not None:
                 drafter.rollback(effect.rollback_to)
             drafter.extend(effect.extend)
-            while path.room:
+            while path.capacity_left:
                 path.propose(drafter.draft().token, 0.7, 1.0)
             out = path.take()
             if out is not None:

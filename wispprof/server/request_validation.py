@@ -1,4 +1,4 @@
-"""Checks of what comes over the wire, before it touches a session. Pure."""
+"""Checks of edge frames that need the server's model or keys. Pure."""
 
 from __future__ import annotations
 
@@ -12,32 +12,29 @@ from wispprof.errors import HandshakeRefused, ProtocolError
 from wispprof.server.session import SessionRequest
 from wispprof.types import Sampling, ServedModel, Slo
 
-__all__ = ["check_draft", "check_hello", "check_key", "request_of"]
-
-MAX_POSITION = 1 << 31
+__all__ = ["check_draft", "check_hello", "check_key", "session_request"]
 
 
 def check_key(key: str, allowed: Sequence[str]) -> bool:
-    """Whether ``key`` is one of ``allowed`` (an empty list allows all). Takes the same time for every
-    wrong key, whatever it shares with a right one."""
+    """Whether ``key`` is one of ``allowed``; an empty list allows all. Takes constant time."""
     if not allowed:
         return True
     digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
-    good = False
+    valid = False
     for one in allowed:
-        good |= hmac.compare_digest(digest, hashlib.sha256(one.encode()).digest())
-    return good
+        valid |= hmac.compare_digest(digest, hashlib.sha256(one.encode()).digest())
+    return valid
 
 
 def check_hello(hello: protocol.Hello, model: ServedModel, allowed: Sequence[str]) -> None:
-    """Raises :class:`HandshakeRefused` unless both sides mean the same protocol, model and tokens."""
+    """Raise :class:`HandshakeRefused` unless protocol, key, target and tokenizer match."""
     if hello.protocol != protocol.PROTOCOL_VERSION:
         raise HandshakeRefused(
             f"This server speaks protocol {protocol.PROTOCOL_VERSION}, the edge {hello.protocol}.",
             "Install the same wispprof version on both sides.",
         )
     if not check_key(hello.key, allowed):
-        raise HandshakeRefused("The API key is not known here.", "Check the key of this server.")
+        raise HandshakeRefused("Invalid API key.", "Use a key of this server.")
     if hello.target and hello.target != model.id:
         raise HandshakeRefused(
             f"This server verifies {model.id!r}, not {hello.target!r}.",
@@ -51,21 +48,16 @@ def check_hello(hello: protocol.Hello, model: ServedModel, allowed: Sequence[str
         )
 
 
-def request_of(frame: protocol.Open) -> SessionRequest:
-    """An opening frame as a request. Raises :class:`ProtocolError` on values that mean nothing."""
+def session_request(frame: protocol.Open) -> SessionRequest:
+    """The request of an opening frame. Raises :class:`ProtocolError` on invalid sampling or SLO."""
     try:
         sampling = Sampling(frame.temperature, frame.top_k, frame.top_p, frame.seed)
         slo = Slo(frame.tokens_per_s, frame.ttft_ms)
+        numbers = (frame.temperature, frame.top_p, frame.tokens_per_s, frame.ttft_ms or 0.0)
+        if not all(map(math.isfinite, numbers)) or (frame.ttft_ms or 1.0) <= 0:
+            raise ValueError("sampling and SLO need finite, positive numbers")
     except ValueError as err:
-        raise ProtocolError(f"Bad opening frame: {err}.", "Correct the request.") from err
-    numbers = [frame.temperature, frame.top_p, frame.tokens_per_s, frame.ttft_ms or 0.0]
-    if not all(math.isfinite(number) for number in numbers) or (frame.ttft_ms or 1.0) <= 0:
-        raise ProtocolError(
-            "Bad opening frame: sampling and SLO need finite, positive numbers.",
-            "Correct the request.",
-        )
-    if not -(1 << 63) <= frame.seed < 1 << 63:
-        raise ProtocolError("Bad opening frame: a seed has 64 bits.", "Choose a smaller seed.")
+        raise ProtocolError(f"Invalid opening frame: {err}.", "Correct the request.") from err
     return SessionRequest(
         tokens=tuple(frame.tokens),
         max_new=frame.max_new,
@@ -78,16 +70,14 @@ def request_of(frame: protocol.Open) -> SessionRequest:
 
 
 def check_draft(frame: protocol.Draft, vocab_size: int) -> None:
-    """Raises :class:`ProtocolError` on a draft frame that no honest edge sends."""
-    count = len(frame.tokens)
-    if count > protocol.MAX_DRAFTS:
-        err = f"{count} drafts in one frame; the limit is {protocol.MAX_DRAFTS}"
-    elif len(frame.acceptance_prob) != count:
-        err = f"{count} drafts with {len(frame.acceptance_prob)} acceptance bytes"
-    elif not (0 <= frame.epoch < MAX_POSITION and 0 <= frame.base < MAX_POSITION):
-        err = f"epoch {frame.epoch} or base {frame.base} out of range"
-    elif frame.tokens and (min(frame.tokens) < 0 or max(frame.tokens) >= vocab_size):
-        err = f"a token outside the vocabulary of {vocab_size}"
+    """Raise :class:`ProtocolError` on drafts that no correct edge sends."""
+    tokens, probs = frame.tokens, frame.acceptance_prob
+    if len(probs) != len(tokens):
+        reason = f"{len(tokens)} drafts with {len(probs)} acceptance bytes"
+    elif tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
+        reason = f"a token outside the vocabulary of {vocab_size}"
     else:
         return
-    raise ProtocolError(f"Bad draft frame: {err}.", "Use a client of the same protocol version.")
+    raise ProtocolError(
+        f"Invalid draft frame: {reason}.", "Use a client of the same protocol version."
+    )

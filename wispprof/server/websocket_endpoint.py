@@ -15,7 +15,7 @@ from wispprof import protocol
 from wispprof.errors import HandshakeRefused, ProtocolError
 from wispprof.server.admission import Refused
 from wispprof.server.coalescing_loop import socket_wait_ms
-from wispprof.server.request_validation import check_draft, check_hello, request_of
+from wispprof.server.request_validation import check_draft, check_hello, session_request
 from wispprof.server.session import ServerSession
 from wispprof.server.verification_server import VerificationServer
 from wispprof.sessions.commit_result import CommitResult
@@ -160,7 +160,7 @@ class WebSocketEndpoint:
         self._forget(number)
         self._ended.pop(number, None)
         try:
-            self._sessions[number] = self._server.open(request_of(frame), self, number)
+            self._sessions[number] = self._server.open(session_request(frame), self, number)
         except Refused as err:
             self._end(number)
             self._send(
