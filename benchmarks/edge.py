@@ -46,9 +46,9 @@ from wispprof.errors import WispprofError
 from wispprof.policies import make_batch_policy, make_controller
 from wispprof.policies.api import Controller, RoundContext
 from wispprof.settings.edge_settings import DraftingSettings
-from wispprof.simulation.devices import LinkModel
+from wispprof.settings.shared_settings import LinkModel, LinkSettings
 from wispprof.testing.in_process_server import InProcessServer
-from wispprof.testing.link_emulator import LinkSettings, emulate
+from wispprof.testing.link_emulator import emulate
 from wispprof.testing.virtual_time import run_virtual
 from wispprof.types import (
     BatchCost,

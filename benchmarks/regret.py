@@ -43,10 +43,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation import Scenario, ServerModel, System, simulate, system
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
 from wispprof.simulation.capacity_search import capacity, pool
-from wispprof.simulation.devices import DeviceProfile, LinkModel
+from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.step_costs import LinearCost
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 from wispprof.types import Slo

@@ -44,8 +44,8 @@ from wispprof.edge import EdgeClient, Generation, GenerationRequest, websocket_c
 from wispprof.edge.draft_device import DraftDevice
 from wispprof.errors import WispprofError
 from wispprof.settings.edge_settings import ClientSettings
-from wispprof.simulation.devices import LinkModel
-from wispprof.testing.link_emulator import LinkProxy, LinkSettings
+from wispprof.settings.shared_settings import LinkModel, LinkSettings
+from wispprof.testing.link_emulator import LinkProxy
 from wispprof.types import Sampling
 
 ROOT = Path(__file__).resolve().parents[1]

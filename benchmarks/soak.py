@@ -158,8 +158,8 @@ class World:
     async def edge(self, number: int, running: Any, until: float) -> None:
         """One edge: connections that last a few sessions, over a link of its own that is cut at times."""
         from wispprof.edge import EdgeClient, websocket_connections
-        from wispprof.simulation.devices import LinkModel
-        from wispprof.testing.link_emulator import LinkProxy, LinkSettings
+        from wispprof.settings.shared_settings import LinkModel, LinkSettings
+        from wispprof.testing.link_emulator import LinkProxy
 
         link = LinkSettings(LinkModel(rtt_ms=2.0 + number, jitter_ms=1.0), seed=number)
         async with LinkProxy("127.0.0.1", 0, running.host, running.port, link) as proxy:

@@ -27,7 +27,7 @@ def render() -> str:
     root: Any = typer.main.get_command(app)
     parts = [HEAD]
     panel = ""
-    order = ["Start here", "Measure", "Decide", "Run", "Project"]
+    order = ["Start here", "Measure", "Decide", "Run"]
     commands = sorted(root.commands.items(), key=lambda item: order.index(item[1].rich_help_panel))
     for name, command in commands:
         if command.rich_help_panel != panel:

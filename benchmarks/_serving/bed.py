@@ -13,8 +13,9 @@ from wispprof.artifacts import AcceptanceTrace, bundled, load_trace, save_trace
 from wispprof.bench import FleetProcess, Mix
 from wispprof.fitting import FittedEstimator, load_estimator
 from wispprof.settings.bench_settings import BenchSettings
+from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation import ServerModel
-from wispprof.simulation.devices import DeviceProfile, LinkModel
+from wispprof.simulation.devices import DeviceProfile
 from wispprof.types import BatchShape
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from _serving.bed import LOOP_MS, Bed, load_of, running, server_model
 from wispprof.bench import BenchResult, SimulatedBench, simulate_bench
 from wispprof.fitting import FittedEstimator, load_predictor
+from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation import System
-from wispprof.simulation.devices import LinkModel
 from wispprof.types import BatchShape
 
 EVEN_SPREAD = 0.1

@@ -16,7 +16,8 @@ from wispprof.errors import WispprofError
 from wispprof.server.process import running_server
 from wispprof.settings.bench_settings import BenchSettings
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.simulation.devices import DEVICES, LinkModel, device_of
+from wispprof.settings.shared_settings import LinkModel
+from wispprof.simulation.devices import DEVICES, device_of
 from wispprof.testing.fake_engine import FakeEngine
 from wispprof.testing.high_res_loop import run_high_res
 from wispprof.testing.virtual_time import run_virtual

@@ -13,8 +13,9 @@ from wispprof.bench.bench_result import BenchResult
 from wispprof.bench.simulated_bench import SimulatedBench
 from wispprof.policies.controllers import ConfidenceAcceptance
 from wispprof.settings.bench_settings import BenchSettings
+from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation import ServerModel, system
-from wispprof.simulation.devices import LinkModel, device_of
+from wispprof.simulation.devices import device_of
 from wispprof.testing.virtual_time import run_virtual
 
 TRACE = hash_trace(paths=7, length=40, depth=6)

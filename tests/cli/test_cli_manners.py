@@ -63,7 +63,7 @@ def test_rooms_that_decide_need_no_torch() -> None:
 def test_every_command_has_help_and_a_known_panel() -> None:
     group = typer.main.get_command(app)
     panels = {command.rich_help_panel for command in group.commands.values()}  # type: ignore[attr-defined]
-    assert panels <= {"Start here", "Measure", "Decide", "Run", "Project"}
+    assert panels <= {"Start here", "Measure", "Decide", "Run"}
     for name, command in group.commands.items():  # type: ignore[attr-defined]
         assert command.help, name
         done = RUNNER.invoke(app, [name, "--help"])

@@ -16,10 +16,9 @@ from wispprof.edge.client import RttMeter
 from wispprof.errors import HandshakeRefused, RuntimeFault, ServerUnreachable
 from wispprof.server.process import running_server
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.settings.shared_settings import ServerAccess
-from wispprof.simulation.devices import LinkModel
+from wispprof.settings.shared_settings import LinkModel, LinkSettings, ServerAccess
 from wispprof.testing.fake_engine import FakeEngine
-from wispprof.testing.link_emulator import LinkProxy, LinkSettings
+from wispprof.testing.link_emulator import LinkProxy
 from wispprof.types import Sampling
 
 PROMPTS = [(n, n + 1, 7) for n in range(16)]

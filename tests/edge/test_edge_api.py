@@ -19,9 +19,9 @@ from wispprof.server.app import make_app
 from wispprof.server.process import running_server
 from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.simulation.devices import LinkModel
+from wispprof.settings.shared_settings import LinkModel, LinkSettings
 from wispprof.testing.fake_engine import FakeEngine
-from wispprof.testing.link_emulator import LinkProxy, LinkSettings
+from wispprof.testing.link_emulator import LinkProxy
 from wispprof.types import Sampling
 
 

@@ -18,8 +18,8 @@ RUN = CliRunner()
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["link", "nonsense"], 2, "no HOST:PORT"),
-        (["link", "h:1", "--stall", "9", "--stall-every", "3"], 2, "never ends"),
+        (["link", "nonsense"], 2, "Expected HOST:PORT"),
+        (["link", "h:1", "--stall-ms", "9", "--stall-every-ms", "3"], 2, "never ends"),
         (["generate", "x", "--mode", "sideways"], 2, "mode must be empty or round or stream"),
         (["generate", "x", "--fallback", "hope"], 2, "fallback must be none or draft"),
         (["generate", "x", "--draft", "/no/such/folder"], 1, "no model folder"),
@@ -51,6 +51,7 @@ def test_bench_prints_one_document_and_fails_on_a_loss(
 ) -> None:
     from wispprof.bench import BenchResult
     from wispprof.bench.bench_result import summarise
+    from wispprof.bench.fleet import offered_load
     from wispprof.settings.bench_settings import BenchSettings
 
     trace = tmp_path / "trace.jsonl"
@@ -65,7 +66,9 @@ def test_bench_prints_one_document_and_fails_on_a_loss(
             outcome = RequestResult(
                 0, Slo(4.0), RequestStats(tokens=4, first_ms=1.0, last_ms=9.0), lossless
             )
-            return summarise(settings.system, settings.load(), [outcome], 1.0, [], {}, (8, 16))
+            return summarise(
+                settings.system, offered_load(settings), [outcome], 1.0, [], {}, (8, 16)
+            )
 
         return run
 

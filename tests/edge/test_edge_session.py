@@ -9,8 +9,8 @@ from fake_pair import LinearCost, drafting, edge, in_process, plain, truth
 
 from wispprof.edge import Generation, RequestStats
 from wispprof.errors import ProtocolError, ServerUnreachable
-from wispprof.simulation.devices import LinkModel
-from wispprof.testing.link_emulator import LinkSettings, emulate
+from wispprof.settings.shared_settings import LinkModel, LinkSettings
+from wispprof.testing.link_emulator import emulate
 from wispprof.testing.virtual_time import run_virtual
 from wispprof.types import Sampling
 

@@ -17,8 +17,9 @@ import asyncio, sys
 from wispprof.testing.fake_engine import FakeEngine
 from wispprof.server.process import running_server
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.testing.link_emulator import LinkProxy, LinkSettings
-from wispprof.simulation.devices import LinkModel
+from wispprof.testing.link_emulator import LinkProxy
+from wispprof.settings.shared_settings import LinkSettings
+from wispprof.settings.shared_settings import LinkModel
 
 async def main():
     engine = FakeEngine(step_ms=lambda shape: 3.0)

@@ -22,9 +22,9 @@ from wispprof.edge import (
 )
 from wispprof.policies import make_controller
 from wispprof.settings.edge_settings import DraftingSettings
-from wispprof.simulation.devices import LinkModel
+from wispprof.settings.shared_settings import LinkModel, LinkSettings
 from wispprof.testing.fake_engine import FakeDrafter, FakeTarget
-from wispprof.testing.link_emulator import LinkProxy, LinkSettings
+from wispprof.testing.link_emulator import LinkProxy
 from wispprof.types import Sampling
 
 TOKENS = 96

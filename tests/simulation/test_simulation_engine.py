@@ -8,9 +8,10 @@ import pytest
 
 from wispprof.policies.api import Limits, ScheduledItem, StepPlan
 from wispprof.settings.edge_settings import DraftingSettings
+from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation import SYSTEMS, Scenario, ServerModel, simulate, system
 from wispprof.simulation.arrivals import Bursts, ClosedFleet, Lengths, Poisson
-from wispprof.simulation.devices import DeviceProfile, LinkModel
+from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.event_loop import Simulation
 from wispprof.simulation.metrics import Report
 from wispprof.simulation.simulated_server import PolicyViolation

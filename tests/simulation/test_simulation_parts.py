@@ -15,8 +15,9 @@ from wispprof.artifacts.rows import AcceptanceTrace, EdgeRow, TracePath
 from wispprof.errors import ArtifactDamaged, ArtifactMissing, ProfileError
 from wispprof.policies.controllers import ConfidenceAcceptance
 from wispprof.policies.cost_model import price_batches
+from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation.arrivals import Bursts, Lengths, Poisson, Replay, read_requests
-from wispprof.simulation.devices import DeviceProfile, Link, LinkModel
+from wispprof.simulation.devices import DeviceProfile, Link
 from wispprof.simulation.kv_offload import KvOffload
 from wispprof.simulation.scenario import pick
 from wispprof.simulation.step_costs import LinearCost, SimulatedStepTimes, WithoutPrefixCache

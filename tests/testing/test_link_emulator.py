@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from wispprof.edge import Connection, LinkLost
-from wispprof.simulation.devices import LinkModel
-from wispprof.testing.link_emulator import LinkProxy, LinkSettings, emulate
+from wispprof.settings.shared_settings import LinkModel, LinkSettings
+from wispprof.testing.link_emulator import LinkProxy, emulate
 from wispprof.testing.virtual_time import run_virtual
 
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
 from wispprof.bench.bench_result import BenchResult, RequestResult, summarise
@@ -26,9 +26,11 @@ from wispprof.policies import make_controller
 from wispprof.policies.api import Controller
 from wispprof.settings.bench_settings import BenchSettings
 from wispprof.settings.edge_settings import ClientSettings
+from wispprof.settings.shared_settings import LinkSettings
+from wispprof.simulation.devices import DEVICES, DeviceProfile
 from wispprof.simulation.systems import system
 from wispprof.testing.high_res_loop import run_high_res
-from wispprof.testing.link_emulator import LinkSettings, emulate
+from wispprof.testing.link_emulator import emulate
 from wispprof.types import RejectionPredictor, Slo
 
 if TYPE_CHECKING:
@@ -121,7 +123,13 @@ class _Fleet:
         up = sum(client.traffic.up_bytes for client in clients)
         down = sum(client.traffic.down_bytes for client in clients)
         return summarise(
-            settings.system, settings.load(), self.outcomes, loop_seconds, steps, said, (up, down)
+            settings.system,
+            offered_load(settings),
+            self.outcomes,
+            loop_seconds,
+            steps,
+            said,
+            (up, down),
         )
 
     # --- when requests come ---
@@ -199,7 +207,8 @@ class _Fleet:
     ) -> tuple[TimedWorker, Controller] | tuple[None, None]:
         if self.controller is None:
             return None, None
-        device = self.settings.device[number % len(self.settings.device)]
+        devices = devices_of(self.settings)
+        device = devices[number % len(devices)]
         options = dict(self.settings.options or self.system.controller_options)
         if self.controller == "wispprof":
             stream = self.drafting.stream
@@ -226,6 +235,28 @@ class _Fleet:
             access=self.settings.access,
             name=f"bench-{number}",
         )
+
+
+def devices_of(settings: BenchSettings) -> tuple[DeviceProfile, ...]:
+    """The kinds of device of a load, the preset ``medium`` if it names none."""
+    return settings.device or (DEVICES["medium"],)
+
+
+def offered_load(settings: BenchSettings) -> dict[str, Any]:
+    """The offered load as a record: the same for every system compared under it."""
+    total = settings.requests * (1 if settings.rate_per_s else settings.devices)
+    return {
+        "devices": settings.devices,
+        "device": [f"{d.name} ({d.draft_ms:g} ms)" for d in devices_of(settings)],
+        "slo_tokens_per_s": list(settings.tokens_per_s),
+        "slo_ttft_ms": settings.ttft_ms,
+        "arrivals": f"poisson {settings.rate_per_s:g}/s" if settings.rate_per_s else "closed",
+        "requests": total,
+        "max_new": settings.max_new,
+        "rtt_ms": settings.link.rtt_ms,
+        "jitter_ms": settings.link.jitter_ms,
+        "seed": settings.seed,
+    }
 
 
 def _reach(

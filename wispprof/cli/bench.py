@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the command to the tool."""
-    app.command("bench", rich_help_panel="Run")(bench)
+    app.command("bench")(bench)
 
 
 @with_settings
@@ -39,8 +39,6 @@ def bench(
             "or a shipped one such as rpi-5); repeatable, for a mixed fleet."
         ),
     ] = ["medium"],  # noqa: B006
-    rtt: Annotated[float, typer.Option(min=0.0, help="Emulated round trip (ms).")] = 0.0,
-    jitter: Annotated[float, typer.Option(min=0.0, help="Emulated jitter each way (ms).")] = 0.0,
     k: Annotated[
         int | None, typer.Option(min=0, help="Draft length of a fixed controller.")
     ] = None,
@@ -52,13 +50,12 @@ def bench(
     """
     from wispprof.artifacts import load_trace
     from wispprof.bench import bench as run
-    from wispprof.simulation.devices import LinkModel, device_of
+    from wispprof.simulation.devices import device_of
 
     recorded = load_trace(trace)
     settings = replace(
         settings,
         device=tuple(map(device_of, device)),
-        link=LinkModel(rtt_ms=rtt, jitter_ms=jitter),
         controller=settings.controller or ("" if k is None else "fixed"),
         options={} if k is None else {"k": k},
     )

@@ -18,7 +18,7 @@ _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 
 def register(app: typer.Typer) -> None:
     """Add ``doctor`` to the commands."""
-    app.command("doctor", rich_help_panel="Project")(doctor)
+    app.command("doctor")(doctor)
 
 
 def doctor(

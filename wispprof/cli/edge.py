@@ -10,7 +10,7 @@ import typer
 from wispprof.cli import console
 from wispprof.cli.options import JsonFlag, with_settings
 from wispprof.settings.edge_settings import EdgeSettings
-from wispprof.settings.shared_settings import SamplingSettings
+from wispprof.settings.shared_settings import LinkSettings, SamplingSettings
 
 if TYPE_CHECKING:
     from wispprof.edge.edge_runtime import EdgeRuntime, Prompt
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the tool."""
-    app.command("generate", rich_help_panel="Run")(generate)
-    app.command("chat", rich_help_panel="Run")(chat)
-    app.command("edge", rich_help_panel="Run")(edge)
-    app.command("link", rich_help_panel="Run")(link)
+    app.command("generate")(generate)
+    app.command("chat")(chat)
+    app.command("edge")(edge)
+    app.command("link")(link)
 
 
 @with_settings
@@ -101,43 +101,28 @@ def edge(
     asyncio.run(serve_edge(settings, host, port, announce))
 
 
+@with_settings
 def link(
     target: Annotated[str, typer.Argument(help="HOST:PORT of the server behind the link.")],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8250,
+    settings: LinkSettings,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8250,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    rtt: Annotated[float, typer.Option(min=0.0, help="Round trip, ms.")] = 30.0,
-    jitter: Annotated[float, typer.Option(min=0.0, help="Mean added delay each way, ms.")] = 0.0,
-    loss: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of packets lost.")] = 0.0,
-    up: Annotated[float, typer.Option(min=0.0, help="Uplink, Mbit/s; 0 is unlimited.")] = 0.0,
-    down: Annotated[float, typer.Option(min=0.0, help="Downlink, Mbit/s; 0 is unlimited.")] = 0.0,
-    stall_every: Annotated[float, typer.Option(min=0.0, help="A stall every so many s.")] = 0.0,
-    stall: Annotated[float, typer.Option(min=0.0, help="Length of a stall, s.")] = 0.0,
-    cut_every: Annotated[float, typer.Option(min=0.0, help="Break connections after s.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of jitter and loss.")] = 0,
 ) -> None:
     """Emulate a link: a proxy that adds delay, jitter, loss and stalls."""
     import asyncio
 
-    from wispprof.simulation.devices import LinkModel
-    from wispprof.testing.link_emulator import LinkProxy, LinkSettings
+    from wispprof.testing.link_emulator import LinkProxy
 
     far_host, _, far_port = target.rpartition(":")
     if not far_host or not far_port.isdigit():
-        raise console.fail(f"{target!r} is no HOST:PORT.", "Example: 127.0.0.1:8200", console.USAGE)
-    try:
-        settings = LinkSettings(
-            LinkModel(rtt, jitter, loss, up, down),
-            stall_every * 1000.0,
-            stall * 1000.0,
-            cut_every * 1000.0,
-            seed,
+        raise console.fail(
+            f"Expected HOST:PORT, got {target!r}.", "Example: 127.0.0.1:8200", console.USAGE
         )
-    except ValueError as err:
-        raise console.fail(f"{err}.", "Correct the options.", console.USAGE) from err
 
     async def main() -> None:
         async with LinkProxy(host, port, far_host, int(far_port), settings) as proxy:
-            console.note(f"{host}:{proxy.port} leads to {target} over {rtt:g} ms (Ctrl-C ends)")
+            rtt_ms = settings.link.rtt_ms
+            console.note(f"{host}:{proxy.port} leads to {target} over {rtt_ms:g} ms (Ctrl-C ends)")
             await asyncio.Event().wait()
 
     asyncio.run(main())

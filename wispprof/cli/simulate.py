@@ -106,8 +106,8 @@ def simulate(
 ) -> None:
     """Simulate a fleet of edges on one server under several policies."""
     from wispprof.errors import PlanError
+    from wispprof.settings.shared_settings import LinkModel
     from wispprof.simulation.arrivals import Lengths
-    from wispprof.simulation.devices import LinkModel
     from wispprof.simulation.scenario import Scenario
     from wispprof.simulation.scenario_inputs import load_of, read_inputs, slo_mix, with_plan
     from wispprof.simulation.systems import SYSTEMS, system

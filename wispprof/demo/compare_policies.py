@@ -135,7 +135,7 @@ async def compare(
     """
     from wispprof.bench import FleetProcess
     from wispprof.settings.bench_settings import BenchSettings
-    from wispprof.simulation.devices import LinkModel
+    from wispprof.settings.shared_settings import LinkModel
 
     found = []
     with FleetProcess() as fleet:

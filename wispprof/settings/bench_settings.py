@@ -9,24 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.settings.fields import Settings, setting
-from wispprof.settings.shared_settings import ServerAccess
+from wispprof.settings.shared_settings import LinkModel, ServerAccess
 
 if TYPE_CHECKING:
-    from wispprof.simulation.devices import DeviceProfile, LinkModel
+    from wispprof.simulation.devices import DeviceProfile
 
 __all__ = ["BenchSettings"]
-
-
-def _medium() -> tuple[DeviceProfile, ...]:
-    from wispprof.simulation.devices import DEVICES
-
-    return (DEVICES["medium"],)
-
-
-def _no_link() -> LinkModel:
-    from wispprof.simulation.devices import LinkModel
-
-    return LinkModel(rtt_ms=0.0)
 
 
 @dataclass(frozen=True)
@@ -36,15 +24,16 @@ class BenchSettings(Settings):
     ``system``: ``server-only`` (sessions without drafts), or a name of
     :data:`wispprof.simulation.systems.SYSTEMS` that says how edges draft; the server chooses the batching
     policy. ``controller``, ``options`` and ``drafting`` replace what the system says. Device ``i`` is
-    ``device[i % len]``, has the SLO ``tokens_per_s[i % len]`` and its own connection. ``link`` is emulated
+    ``device[i % len]`` (without any, the preset ``medium``), has the SLO ``tokens_per_s[i % len]`` and its own
+    connection. ``link`` is emulated
     on top of the real one. A closed fleet starts spread over ``ramp_ms``. With ``hold``, devices that have
     finished go on until all have, so that the load stays constant; what is unfinished then does not count.
     """
 
     access: ServerAccess = field(default_factory=ServerAccess)
     system: str = "wisp"
-    device: tuple[DeviceProfile, ...] = field(default_factory=_medium)
-    link: LinkModel = field(default_factory=_no_link)
+    device: tuple[DeviceProfile, ...] = ()
+    link: LinkModel = field(default_factory=lambda: LinkModel(rtt_ms=0.0))
     options: Mapping[str, Any] = field(default_factory=dict)
     drafting: DraftingSettings | None = None
     devices: int = setting(8, "Number of edge devices.", minimum=1)
@@ -75,18 +64,3 @@ class BenchSettings(Settings):
     controller: str = setting("", "Speculation controller; default: the system's.")
     predictor: Path | None = setting(None, "Rejection predictor made by `wispprof fit`.")
     seed: int = setting(0, "Seed of arrivals, jitter and loss.")
-
-    def load(self) -> dict[str, Any]:
-        """The offered load as a record: the same for every system compared under it."""
-        return {
-            "devices": self.devices,
-            "device": [f"{d.name} ({d.draft_ms:g} ms)" for d in self.device],
-            "slo_tokens_per_s": list(self.tokens_per_s),
-            "slo_ttft_ms": self.ttft_ms,
-            "arrivals": f"poisson {self.rate_per_s:g}/s" if self.rate_per_s else "closed",
-            "requests": self.requests if self.rate_per_s else self.requests * self.devices,
-            "max_new": self.max_new,
-            "rtt_ms": self.link.rtt_ms,
-            "jitter_ms": self.link.jitter_ms,
-            "seed": self.seed,
-        }

@@ -19,6 +19,7 @@ from wispprof.artifacts import bundled
 from wispprof.artifacts.draft_times import rested_share, resume_ms
 from wispprof.artifacts.rows import EdgeRow
 from wispprof.errors import ArtifactMissing, ProfileError, WispprofError
+from wispprof.settings.shared_settings import LinkModel
 
 __all__ = [
     "COMMIT_BYTES",
@@ -28,7 +29,6 @@ __all__ = [
     "TOKEN_BYTES",
     "DeviceProfile",
     "Link",
-    "LinkModel",
     "device_of",
 ]
 
@@ -168,40 +168,6 @@ def device_of(text: str) -> DeviceProfile:
 
     rows = [row for row in load_profile(path).rows if isinstance(row, EdgeRow)]
     return DeviceProfile.from_rows(path.stem, rows)
-
-
-@dataclass(frozen=True, slots=True)
-class LinkModel:
-    """A link's figures. ``rtt_ms``: round trip of an empty frame, half of it each way.
-
-    ``jitter_ms``: mean of an exponential delay added each way. ``loss``: probability that a frame needs
-    a retransmission (again for each one), which costs ``max(200 ms, 1.5 RTT)`` once: a lone small frame has
-    nothing behind it that would trigger fast retransmission (RFC 6298 section 2.4's floor as Linux sets it).
-    ``up_mbps`` and ``down_mbps``: serialisation speed, 0 for unlimited.
-    """
-
-    rtt_ms: float = 30.0
-    jitter_ms: float = 0.0
-    loss: float = 0.0
-    up_mbps: float = 0.0
-    down_mbps: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.rtt_ms < 0 or self.jitter_ms < 0 or not 0 <= self.loss < 1:
-            raise ValueError(
-                f"a link needs rtt_ms >= 0, jitter_ms >= 0 and 0 <= loss < 1, got {self}"
-            )
-
-    @property
-    def retransmission_ms(self) -> float:
-        """What one lost packet costs."""
-        return max(200.0, 1.5 * self.rtt_ms)
-
-    @property
-    def mean_rtt_ms(self) -> float:
-        """Mean round trip of an empty frame: what a meter on the edge settles at."""
-        lost = self.loss / (1.0 - self.loss)
-        return self.rtt_ms + 2.0 * (self.jitter_ms + lost * self.retransmission_ms)
 
 
 class Link:

@@ -8,8 +8,9 @@ from importlib.resources import files
 from typing import Any
 
 from wispprof.errors import ArtifactMissing
+from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
-from wispprof.simulation.devices import DeviceProfile, LinkModel
+from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.scenario import Scenario, ServerModel
 from wispprof.simulation.step_costs import LinearCost
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from wispprof.settings.edge_settings import DraftingSettings
+from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
 from wispprof.simulation.capacity_search import capacity, run_all
 from wispprof.simulation.configspec import ConfigChoice, DraftOption, best
-from wispprof.simulation.devices import DeviceProfile, LinkModel
+from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.metrics import Report
 from wispprof.simulation.published_setups import linear_server, merged, read_setup, wisp_scenario
 from wispprof.simulation.scenario import Scenario

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation.arrivals import ClosedFleet, OpenLoad
-from wispprof.simulation.devices import DeviceProfile, LinkModel
+from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.simulated_output import AcceptanceSource
 from wispprof.simulation.systems import System
 from wispprof.types import Slo, StepTimeEstimator

@@ -10,51 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from random import Random
 
 from wispprof.edge.connection import Connection, ConnectionFactory, LinkLost
-from wispprof.simulation.devices import Link, LinkModel
+from wispprof.settings.shared_settings import LinkSettings
+from wispprof.simulation.devices import Link
 
-__all__ = ["LinkProxy", "LinkSettings", "emulate"]
+__all__ = ["LinkProxy", "emulate"]
 
 _CHUNK = 1 << 16
-
-
-@dataclass(frozen=True, slots=True)
-class LinkSettings:
-    """A link's figures and its faults.
-
-    ``profile``: round trip, jitter, loss and bandwidth. Every ``stall_every_ms`` the link delivers
-    nothing for ``stall_ms`` (both ways; what was sent arrives afterwards). Every ``cut_every_ms`` of a
-    connection's life it breaks. 0 switches a fault off. ``seed``: of jitter and loss.
-    """
-
-    profile: LinkModel = field(default_factory=LinkModel)
-    stall_every_ms: float = 0.0
-    stall_ms: float = 0.0
-    cut_every_ms: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.stall_every_ms, self.stall_ms, self.cut_every_ms) < 0:
-            raise ValueError("stalls and cuts take times that are not negative")
-        if self.stall_ms and self.stall_ms >= self.stall_every_ms:
-            raise ValueError(
-                f"a stall of {self.stall_ms} ms every {self.stall_every_ms} ms never ends"
-            )
-
-    def after_stall_ms(self, at_ms: float) -> float:
-        """When something due at ``at_ms`` (since the link began) is delivered: stalls hold it up.
-
-        Each period of ``stall_every_ms`` ends with its stall.
-        """
-        if not self.stall_ms:
-            return at_ms
-        period, into = divmod(at_ms, self.stall_every_ms)
-        if into < self.stall_every_ms - self.stall_ms:
-            return at_ms
-        return (period + 1) * self.stall_every_ms
 
 
 class _Line:
@@ -62,7 +26,7 @@ class _Line:
 
     def __init__(self, settings: LinkSettings, seed: int) -> None:
         self._settings = settings
-        self._link = Link(settings.profile, Random(seed))
+        self._link = Link(settings.link, Random(seed))
         self._born = asyncio.get_running_loop().time()
 
     def up_at(self, size: int) -> float:
@@ -93,7 +57,7 @@ def emulate(connect: ConnectionFactory, settings: LinkSettings) -> ConnectionFac
     async def slow_dial() -> Connection:
         nonlocal made
         made += 1
-        await asyncio.sleep(settings.profile.rtt_ms / 1000.0)
+        await asyncio.sleep(settings.link.rtt_ms / 1000.0)
         return _Emulated(await connect(), _Line(settings, settings.seed + made))
 
     return slow_dial
