@@ -162,11 +162,8 @@ def _loaded(
     max_context: int,
     parameters: int | None = None,
 ) -> LoadedModel:
-    from wispprof.engines.torch.decoder import install_attention
-
     model.eval()
     model.requires_grad_(False)
-    install_attention(model)
     config = model.config
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads

@@ -19,7 +19,7 @@ from wispprof.engines.torch.kv_store import Attend
 from wispprof.engines.torch.packed_linear import PackedLinear, should_prepack
 from wispprof.errors import ModelUnsupported
 
-__all__ = ["Decoder", "FusedDecoder", "TransformersDecoder", "decoder_for", "install_attention"]
+__all__ = ["Decoder", "FusedDecoder", "TransformersDecoder", "decoder_for"]
 
 ATTENTION = "wispprof"
 
@@ -54,7 +54,7 @@ def decoder_for(model: Any, ranks: Ranks | None = None) -> Decoder:
     return TransformersDecoder(model)
 
 
-def install_attention(model: Any) -> None:
+def _install_attention(model: Any) -> None:
     """Register the ``wispprof`` attention implementation and make ``model`` use it.
 
     Called with a ``wispprof_attend`` argument, which transformers passes through the model's forward, it hands
@@ -96,6 +96,7 @@ class TransformersDecoder:
     """The model's own forward: tokens packed as one row with explicit positions, no cache object."""
 
     def __init__(self, model: Any) -> None:
+        _install_attention(model)
         self._model = model
         attention = model.model.layers[0].self_attn
         self.scale = float(attention.scaling)
