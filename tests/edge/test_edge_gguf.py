@@ -9,8 +9,9 @@ import pytest
 from fake_pair import LETTERS, edge, text_of
 
 from wispprof.artifacts import bundled
+from wispprof.drafters import GgufDraft
 from wispprof.edge import websocket_connections
-from wispprof.edge.draft_device import DraftDevice, GgufDraft
+from wispprof.edge.draft_device import DraftDevice
 from wispprof.edge.edge_runtime import EdgeRuntime, Prompt, _load
 from wispprof.errors import ModelError, ModelMissing
 from wispprof.server.process import running_server

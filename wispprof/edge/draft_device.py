@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from wispprof.drafters.ngram import LookupDrafter, LookupFirst
+from wispprof.drafters import make_drafter
 from wispprof.edge.draft_worker import ThreadWorker, common_prefix
 from wispprof.edge.request_stats import EnergyShares
-from wispprof.errors import WispprofError
 from wispprof.hardware import EnergyMeter, NullMeter
 from wispprof.policies.api import Controller
 from wispprof.types import Drafter, RejectionPredictor
 
-__all__ = ["DRAFTERS", "DraftDevice", "GgufDraft"]
-
-DRAFTERS = ("model", "lookup", "both", "none")
-
-
-class GgufDraft(NamedTuple):
-    """A draft model that llama.cpp runs. Its weights are mapped, so requests that run at the same time
-    share them; each has a KV cache of its own."""
-
-    path: Path
-    device: str
-
-    def drafter(self) -> Drafter:
-        """Raises :class:`ModelError` without the ``llamacpp`` extra or where the file cannot be loaded."""
-        from wispprof.drafters.llama_cpp import LlamaCppDrafter
-
-        return LlamaCppDrafter(self.path, gpu_layers=0 if self.device == "cpu" else -1)
+__all__ = ["DraftDevice"]
 
 
 class DraftDevice:
@@ -54,12 +36,6 @@ class DraftDevice:
         loaded: Any = None,
         meter: EnergyMeter | None = None,
     ) -> None:
-        if kind not in DRAFTERS:
-            raise WispprofError(
-                f"There is no drafter {kind!r}.", f"Choose one of {', '.join(DRAFTERS)}."
-            )
-        if kind in ("model", "both") and loaded is None:
-            raise ValueError(f"the drafter {kind!r} needs a draft model")
         self.kind = kind
         self.stream = True
         self.energy = EnergyShares(meter or NullMeter())
@@ -103,19 +79,7 @@ class DraftDevice:
         return self._idle.pop(best)
 
     def _make(self) -> Drafter:
-        parts: dict[str, Callable[[], Drafter]] = {
-            "model": self._model,
-            "lookup": LookupDrafter,
-            "both": lambda: LookupFirst(LookupDrafter(), self._model()),
-        }
-        return parts[self.kind]()
-
-    def _model(self) -> Drafter:
-        if isinstance(self._loaded, GgufDraft):
-            return self._loaded.drafter()
-        from wispprof.drafters.torch_drafter import TorchDrafter
-
-        return TorchDrafter(self._loaded)
+        return make_drafter(self.kind, self._loaded)
 
     def close(self) -> None:
         """End the drafting thread."""

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from wispprof.artifacts import bundled
+from wispprof.drafters import GgufDraft, needs_model
 from wispprof.edge.client import EdgeClient
 from wispprof.edge.connection import ConnectionFactory, ssl_context, websocket_connections
-from wispprof.edge.draft_device import DraftDevice, GgufDraft
+from wispprof.edge.draft_device import DraftDevice
 from wispprof.edge.generation import Generation, GenerationRequest
 from wispprof.edge.request_stats import RequestStats
 from wispprof.errors import ModelError
@@ -165,7 +166,8 @@ def _load(settings: EdgeSettings, folder: str) -> tuple[Any, Any, str]:
     loaded: Any = None
     tokenizer = None
     where = settings.tokenizer
-    if settings.drafter in ("model", "both"):
+    plugin = settings.drafter not in ("lookup", "none")
+    if needs_model(settings.drafter) or (plugin and settings.draft):
         if folder.endswith(".gguf"):
             loaded = GgufDraft(Path(folder), settings.device)
             where = where or str(Path(folder).parent)

@@ -1,1 +1,53 @@
-"""Engine backends, and loading of models."""
+"""Engine backends by name: the built-in ``torch``, or one of an installed package (docs/extending.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from wispprof.plugins import load
+from wispprof.types import Engine, ServedModel
+
+__all__ = ["ENGINES", "EngineOptions", "LoadedEngine", "load_engine"]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What a server asks an engine factory for.
+
+    ``target``: folder or hub id. ``kv_tokens``: size of the KV cache, 0: what memory allows. ``backend``: KV
+    cache layout.
+    """
+
+    target: str
+    dtype: str = "float32"
+    device: str = "auto"
+    kv_tokens: int = 0
+    max_sessions: int = 256
+    backend: str = "auto"
+
+
+class LoadedEngine(NamedTuple):
+    """A warm engine, the identity of its target, and the target's tokenizer (``None`` without one)."""
+
+    engine: Engine
+    model: ServedModel
+    tokenizer: Any
+
+
+def load_engine(name: str, options: EngineOptions) -> LoadedEngine:
+    """Call the engine factory ``name``: a function of :class:`EngineOptions` to :class:`LoadedEngine`.
+
+    Raises :class:`~wispprof.errors.PluginError` for an unknown name, and what the factory raises.
+    """
+    loaded: LoadedEngine = load("engines", name, ENGINES)(options)
+    return loaded
+
+
+def _load_torch(options: EngineOptions) -> LoadedEngine:
+    from wispprof.engines.torch import load_torch_engine
+
+    return LoadedEngine(*load_torch_engine(options))
+
+
+ENGINES = {"torch": _load_torch}

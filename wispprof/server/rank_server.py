@@ -67,12 +67,13 @@ def serve_ranks(
     Raises :class:`EngineError` where the ranks fell apart while serving.
     """
     from wispprof.engines.tensor_parallel import join
+    from wispprof.engines.torch import load_torch_engine
     from wispprof.engines.torch.multi_rank_engine import MultiRankEngine, follow
-    from wispprof.server.startup import load_engine
+    from wispprof.server.startup import engine_options, served_model
 
     ranks = join(settings.tensor_parallel, settings.device)
     try:
-        engine, model, tokenizer = load_engine(settings, ranks)
+        engine, model, tokenizer = load_torch_engine(engine_options(settings), ranks)
         if ranks.rank:
             # Signals reach every process; the leader drains, and says when it is over.
             for one in (signal.SIGINT, signal.SIGTERM):
@@ -82,7 +83,13 @@ def serve_ranks(
         leader = MultiRankEngine(engine, ranks, on_broken=_ask_to_end)
         try:
             chat = ChatTokenizer(tokenizer) if tokenizer is not None else None
-            serve(settings, announce, engine=leader, model=model, tokenizer=chat)
+            serve(
+                settings,
+                announce,
+                engine=leader,
+                model=served_model(settings, model),
+                tokenizer=chat,
+            )
         finally:
             leader.shutdown()
         if leader.broken:

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
+from wispprof import engines
+from wispprof.engines import EngineOptions, LoadedEngine
 from wispprof.errors import ModelMissing
 from wispprof.openai_api import ChatTokenizer
 from wispprof.server.verification_server import VerificationServer
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.types import Engine, ServedModel
 
-if TYPE_CHECKING:
-    from wispprof.engines.tensor_parallel import Ranks
-    from wispprof.engines.torch.engine import TorchEngine
-
-__all__ = ["build_server", "load_engine", "warn_about_other_machines"]
+__all__ = [
+    "build_server",
+    "engine_options",
+    "load_engine",
+    "served_model",
+    "warn_about_other_machines",
+]
 
 log = logging.getLogger("wispprof.server")
-
-_SHARE_OF_FREE_RAM = 0.25
-_SHARE_OF_FREE_VRAM = 0.85
-_MAX_CPU_TOKENS = 1 << 18
 
 
 def build_server(
@@ -76,51 +76,26 @@ def warn_about_other_machines(settings: ServerSettings) -> list[str]:
     return [line for line in lines if line]
 
 
-def load_engine(
-    settings: ServerSettings, ranks: Ranks | None = None
-) -> tuple[TorchEngine, ServedModel, Any]:
-    """The verifier engine of the settings' target, its identity, its tokenizer. Imports torch.
+def load_engine(settings: ServerSettings) -> LoadedEngine:
+    """The engine that the settings name, the identity of its target, and the tokenizer."""
+    loaded = engines.load_engine(settings.engine, engine_options(settings))
+    return loaded._replace(model=served_model(settings, loaded.model))
 
-    ``ranks``: this rank's engine, over its share of the target.
-    """
+
+def engine_options(settings: ServerSettings) -> EngineOptions:
+    """The settings that an engine is loaded with. Raises :class:`ModelMissing` without a target."""
     if not settings.target:
         raise ModelMissing("No target model was named.", "Give --target, a folder or a hub id.")
-    from wispprof.engines.loading import load_model
-    from wispprof.engines.torch.engine import TorchEngine
-
-    loaded = load_model(settings.target, settings.dtype, settings.device, ranks)
-    info = loaded.info
-    kv_tokens = settings.kv_tokens or _default_kv_tokens(loaded.device.type, info, ranks)
-    engine = TorchEngine(
-        loaded,
-        kv_tokens=kv_tokens,
-        max_sessions=settings.max_sessions + settings.prefix_cache_sessions,
-        backend=settings.backend,
+    return EngineOptions(
+        settings.target,
+        settings.dtype,
+        settings.device,
+        settings.kv_tokens,
+        settings.max_sessions + settings.prefix_cache_sessions,
+        settings.backend,
     )
-    engine.warm_up()
-    name = settings.target_id or Path(settings.target).name or info.id
-    model = ServedModel(name, info.tokenizer_hash, info.vocab_size, engine.max_context)
-    return engine, model, loaded.tokenizer
 
 
-def _default_kv_tokens(device: str, info: Any, ranks: Ranks | None) -> int:
-    """As much cache as the memory that is free now can spare, on the rank that has least."""
-    if ranks is not None:
-        # Ranks on one CPU share its memory; each GPU has its own.
-        share = 1 if device == "cpu" else ranks.size
-        return ranks.all_reduce_min(_tokens_in_free_memory(device, info, share))
-    return _tokens_in_free_memory(device, info, 1)
-
-
-def _tokens_in_free_memory(device: str, info: Any, share: int) -> int:
-    per_token = max(1, int(info.kv_bytes_per_token) // share)
-    if device == "cuda":
-        import torch
-
-        free, _ = torch.cuda.mem_get_info()
-        return max(int(info.max_context), int(free * _SHARE_OF_FREE_VRAM) // per_token)
-    import psutil
-
-    free = psutil.virtual_memory().available
-    tokens = int(free * _SHARE_OF_FREE_RAM) // per_token
-    return max(int(info.max_context), min(tokens, _MAX_CPU_TOKENS))
+def served_model(settings: ServerSettings, model: ServedModel) -> ServedModel:
+    """``model`` under the name that edges ask for."""
+    return replace(model, id=settings.target_id) if settings.target_id else model

@@ -97,7 +97,7 @@ class EdgeSettings(Settings):
         "", "The target's tokenizer: folder or hub id; default: beside the draft model."
     )
     drafter: str = setting(
-        "model", "What drafts: the model, prompt lookup, both (lookup first) or none."
+        "model", "What drafts: model, lookup, both (lookup first), none or one of your own."
     )
     dtype: str = dtype_setting()
     device: str = device_setting()

@@ -57,6 +57,7 @@ class ServerSettings(Settings):
 
     device: str = device_setting()
     dtype: str = dtype_setting()
+    engine: str = setting("torch", "Engine that runs the target: torch or one of your own.")
     backend: str = setting("auto", "KV cache layout: auto, dense or paged.")
     tensor_parallel: int = setting(
         1, "Processes, one per device, that share the target.", minimum=1
