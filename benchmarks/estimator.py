@@ -36,9 +36,8 @@ from wispprof.fitting import (
 )
 from wispprof.fitting.evaluation import fit_on
 from wispprof.fitting.observations import Observations
-from wispprof.fitting.predictors.calibration import Calibration
-from wispprof.fitting.predictors.fitted_predictor import SCORERS
-from wispprof.fitting.predictors.training_rows import TokenRows
+from wispprof.fitting.rejection_predictor import SCORERS, Calibration
+from wispprof.fitting.token_rows import TokenRows
 from wispprof.types import BatchShape, DraftFeatures, VerifyItem
 
 ROUNDS = 15

@@ -25,14 +25,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from wispprof.policies import BATCH_POLICIES, Limits, SessionView, make_batch_policy
-from wispprof.types import Slo, StepTimeEstimator
+from wispprof.types import BatchTotals, Slo, StepTimeEstimator
 
 QUEUES = 8
 
 
 def fitted() -> StepTimeEstimator:
     """An estimator as a server loads it: the linear surface with a conformal bound."""
-    from wispprof.fitting.batch_totals import EMPTY, Totals
+    from wispprof.fitting.batch_totals import EMPTY
     from wispprof.fitting.conformal import LEVELS, RatioBound
     from wispprof.fitting.estimator import Domain, FittedEstimator
     from wispprof.fitting.step_time_models import WispLinear
@@ -40,7 +40,7 @@ def fitted() -> StepTimeEstimator:
     step_model = WispLinear()
     step_model.coef_ = (0.12, 1e-7, 0.06e-3, 18.0)
     ratio = RatioBound(40.0, ((1.1,) * len(LEVELS),) * 4, (99, 99, 99, 99))
-    most = Totals(1024, 8192, 1 << 24, 1 << 34, 1 << 34, 1 << 15, 4096, 4096)
+    most = BatchTotals(1024, 8192, 1 << 24, 1 << 34, 1 << 34, 1 << 15, 4096, 4096)
     return FittedEstimator(step_model, ratio, Domain(EMPTY, most))
 
 

@@ -11,7 +11,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from wispprof.errors import EngineError
 __all__ = [
     "BatchCost",
     "BatchShape",
+    "BatchTotals",
     "DraftFeatures",
     "DraftToken",
     "Drafter",
@@ -139,6 +140,43 @@ class BatchShape:
         return "+".join(
             f"{n}x({i.new}@{i.cached}{'p' if i.prefill else ''})" for i, n in counts.items()
         )
+
+
+Number = TypeVar("Number")
+
+
+class BatchTotals(NamedTuple, Generic[Number]):
+    """Totals of a batch shape, from which step times are predicted; each is updated in O(1) per item.
+
+    Every field is an integer, or an array (n,) over n batches. No field falls if work is added.
+    ``sum_new_cached`` and ``sum_new_sq`` are Σ new·cached and Σ new²; ``prefill`` counts the new tokens
+    of prompt chunks.
+    """
+
+    items: Number
+    sum_new: Number
+    sum_cached: Number
+    sum_new_cached: Number
+    sum_new_sq: Number
+    max_cached: Number
+    max_new: Number
+    prefill: Number
+
+    @property
+    def attention_pairs(self) -> Any:
+        """Query-key pairs that causal attention touches."""
+        totals: BatchTotals[Any] = self
+        return totals.sum_new_cached + (totals.sum_new_sq + totals.sum_new) / 2
+
+    @classmethod
+    def stack(cls, totals: Sequence[BatchTotals[int]]) -> BatchTotals[Any]:
+        """Totals of n batches as arrays (n,)."""
+        return BatchTotals(*np.array(totals, dtype=np.float64).reshape(-1, 8).T)
+
+    @classmethod
+    def empty(cls, count: int) -> BatchTotals[Any]:
+        """Arrays (count,) to be filled in place."""
+        return BatchTotals(*np.empty((8, count)))
 
 
 class DraftFeatures(NamedTuple):
@@ -298,10 +336,9 @@ class StepTimeEstimator(ABC):
             batch = batch.add(*item)
         return batch.p50_ms, batch.bound_ms
 
-    def predict_totals(self, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """(p50, bound), each (n,), of n decode batches from their totals (n, 8).
+    def predict_totals(self, totals: BatchTotals[Any]) -> tuple[np.ndarray, np.ndarray] | None:
+        """(p50, bound), each (n,), of n decode batches from their totals.
 
-        Columns: items, Σ new, Σ cached, Σ new·cached, Σ new², max cached, max new, prompt tokens.
         ``None``, the default, if the totals do not determine this estimator's predictions.
         """
         return None

@@ -13,16 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_steps import random_shape, synthetic_rows, true_ms
 
+from wispprof.artifacts.document import read_document, write_document
 from wispprof.errors import ArtifactDamaged, ArtifactMissing, FitError
 from wispprof.fitting import ESTIMATOR_KINDS, FittedEstimator, fit_estimator, load_estimator
 from wispprof.fitting.batch_totals import (
     EMPTY,
-    Totals,
+    ArrayTotals,
     decode_totals_of,
     extend,
     extend_many,
-    totals_matrix,
+    select,
     totals_of,
+    upper_corner,
 )
 from wispprof.fitting.drift import recalibrate
 from wispprof.fitting.evaluation import coverage_of, evaluate, fit_on, groups_of
@@ -30,7 +32,7 @@ from wispprof.fitting.observations import Observations
 from wispprof.fitting.physical_terms import PhysicalTerms, graph_buckets
 from wispprof.fitting.selection import folds_of
 from wispprof.fitting.wispprof_model import WispprofStepTime
-from wispprof.types import BatchShape, VerifyItem
+from wispprof.types import BatchShape, BatchTotals, VerifyItem
 
 MONOTONE = tuple(k for k in ESTIMATOR_KINDS if k != "forest")
 
@@ -58,8 +60,8 @@ items = st.builds(
 def test_totals_are_those_of_the_shape(batch: list[VerifyItem]) -> None:
     shape, totals = BatchShape(tuple(batch)), totals_of(batch)
     assert totals.items == len(batch)
-    assert totals.new == shape.new_tokens
-    assert totals.cached == shape.cached_tokens
+    assert totals.sum_new == shape.new_tokens
+    assert totals.sum_cached == shape.cached_tokens
     assert totals.attention_pairs == shape.attention_pairs
     assert totals.max_cached == shape.max_cached
     assert totals.max_new == shape.max_new
@@ -74,7 +76,7 @@ def test_extending_by_many_equals_extending_by_each(
     totals = totals_of(batch)
     new, cached, prefill = zip(*candidates, strict=True)
     table = extend_many(totals, np.array(new), np.array(cached), np.array(prefill))
-    assert [tuple(row) for row in table] == [extend(totals, *c) for c in candidates]
+    assert list(zip(*table, strict=True)) == [extend(totals, *c) for c in candidates]
 
 
 # --- one answer however asked ---------------------------------------------------------------------
@@ -87,8 +89,9 @@ def test_whole_incremental_and_vectorised_predictions_agree(
     estimator = fitted[kind]
     rng = np.random.default_rng(3)
     shapes = [random_shape(rng, 60) for _ in range(25)]
-    decode = np.array([decode_totals_of(s) for s in shapes], dtype=float)
-    many = np.stack(estimator.predict_many(totals_matrix(shapes), decode), axis=1)
+    totals = BatchTotals.stack([totals_of(s.items) for s in shapes])
+    decode = BatchTotals.stack([decode_totals_of(s) for s in shapes])
+    many = np.stack(estimator.predict_many(totals, decode), axis=1)
     for shape, row in zip(shapes, many, strict=True):
         whole = estimator.predict(shape)
         running = estimator.start()
@@ -148,7 +151,7 @@ def _more(rng: np.random.Generator, shape: BatchShape) -> BatchShape:
     return BatchShape((*shape.items[:place], grown, *shape.items[place + 1 :]))
 
 
-Totals4 = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Totals4 = tuple[ArrayTotals, ArrayTotals, ArrayTotals, ArrayTotals]
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +162,7 @@ def pairs() -> Totals4:
     before = [shape for shape in shapes for _ in range(5)]
     after = [_more(rng, shape) for shape in before]
     return tuple(  # type: ignore[return-value]
-        np.array([totals(s) for s in part], dtype=float)
+        BatchTotals.stack([totals(s) for s in part])
         for part in (before, after)
         for totals in (lambda s: totals_of(s.items), decode_totals_of)
     )
@@ -196,7 +199,7 @@ def test_graph_buckets_are_found_and_believed_only_where_padding_follows(
     assert set(buckets) <= {1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024}
     shuffled = dataclasses.replace(data, padded=np.random.default_rng(0).permutation(data.padded))
     assert len(graph_buckets(shuffled)) == 0
-    assert len(graph_buckets(dataclasses.replace(data, padded=data.totals[:, 1]))) == 0
+    assert len(graph_buckets(dataclasses.replace(data, padded=data.totals.sum_new))) == 0
 
 
 def test_physical_weights_are_not_negative(data: Observations) -> None:
@@ -214,17 +217,15 @@ def test_prompt_tokens_that_emit_nothing_cost_less() -> None:
     data = Observations.of(rows)
     step_model = WispprofStepTime().fit(data)
     assert step_model.physical_.weights_[5] == pytest.approx(0.05, rel=0.3)
-    high = Totals(*(int(v) for v in data.totals.max(axis=0)))
+    high = upper_corner(data.totals)
     full = [VerifyItem(8, 4000)] * (high.items + 4)
     before = totals_of([*full, VerifyItem(high.prefill, 0, True)])
     after = totals_of([*full, VerifyItem(high.prefill + 99, 0, True)])
-    assert step_model.inside(after, high) >= step_model.inside(before, high)
+    assert step_model.clipped(after, high) >= step_model.clipped(before, high)
     assert step_model.p50(after) > step_model.p50(before)
-    table = np.array([before, after], dtype=float)
-    each = [step_model.inside(totals, high) for totals in (before, after)]
-    assert step_model.inside_many(table, np.array(high, dtype=float)) == pytest.approx(
-        each, rel=1e-12
-    )
+    each = [step_model.clipped(totals, high) for totals in (before, after)]
+    together = BatchTotals.stack([before, after])
+    assert step_model.clipped_many(together, high) == pytest.approx(each, rel=1e-12)
 
 
 def test_mixed_and_many_deep_items_cost_more_than_their_sums() -> None:
@@ -233,7 +234,7 @@ def test_mixed_and_many_deep_items_cost_more_than_their_sums() -> None:
     for row in synthetic_rows(160, seed=6, noise=0.002):
         totals = totals_of(row.shape.items)
         more = 0.05 * math.sqrt(totals.items * totals.max_cached)
-        more += 0.1 * min(totals.prefill, totals.new - totals.prefill)
+        more += 0.1 * min(totals.prefill, totals.sum_new - totals.prefill)
         rows.append(dataclasses.replace(row, samples_ms=tuple(ms + more for ms in row.samples_ms)))
     data = Observations.of(rows)
     estimator = fit_on("wispprof", data)
@@ -244,14 +245,14 @@ def test_mixed_and_many_deep_items_cost_more_than_their_sums() -> None:
     rng = np.random.default_rng(2)
     before = [random_shape(rng, 80) for _ in range(2_000)]
     after = [_more(rng, shape) for shape in before]
-    tables = [totals_matrix(shapes) for shapes in (before, after)]
-    decode = [
-        np.array([decode_totals_of(s) for s in part], dtype=float) for part in (before, after)
-    ]
+    tables, decode = (
+        [BatchTotals.stack([totals(s) for s in part]) for part in (before, after)]
+        for totals in (lambda s: totals_of(s.items), decode_totals_of)
+    )
     assert any(not estimator.in_domain(shape) for shape in before)
     assert _falls(estimator, (tables[0], decode[0], tables[1], decode[1])) == 0
     each = [step_model.p50(totals_of(shape.items)) for shape in before[:200]]
-    assert step_model.p50_many(tables[0][:200]) == pytest.approx(each, rel=1e-12)
+    assert step_model.p50_many(select(tables[0], np.arange(200))) == pytest.approx(each, rel=1e-12)
 
 
 def test_beyond_the_domain_it_is_flagged_inflated_and_still_growing(
@@ -287,7 +288,7 @@ def test_bounds_cover_what_they_promise(fitted: dict[str, FittedEstimator]) -> N
 
 
 def test_regimes_with_few_shapes_share_a_factor(data: Observations) -> None:
-    plain = data.take(data.totals[:, 7] == 0)
+    plain = data.take(data.totals.prefill == 0)
     estimator = fit_on("wisp-linear", plain)
     assert estimator.ratio.shapes[2:] == (0, 0)
     assert all(f >= 1 for row in estimator.ratio.factors for f in row)
@@ -326,9 +327,9 @@ def test_folds_and_blocks_never_divide_a_shape() -> None:
     schemes = set()
     for scheme, held in groups_of(data):
         schemes.add(scheme)
-        column = {"items": 0, "new": 6, "cached": 5}.get(scheme)
-        if column is not None:
-            values = data.totals[:, column]
+        name = {"items": "items", "new": "max_new", "cached": "max_cached"}.get(scheme)
+        if name is not None:
+            values = getattr(data.totals, name)
             assert not set(values[held]) & set(values[~held])
     assert schemes == {"items", "new", "cached", "corner"}
 
@@ -367,41 +368,30 @@ def test_saved_estimators_answer_the_same(
     assert load_estimator(path, 0.9).coverage == 0.9
 
 
-def test_estimators_of_before_there_were_terms_in_two_totals_still_answer(
-    fitted: dict[str, FittedEstimator], tmp_path: object
+@pytest.mark.parametrize("kind", ["oracle", "os:system"])
+def test_a_kind_that_is_not_installed_is_refused_and_not_imported(
+    kind: str, fitted: dict[str, FittedEstimator], tmp_path: object
 ) -> None:
-    from wispprof.artifacts.document import read_document, write_document
-
     path = tmp_path / "estimator.json"  # type: ignore[operator]
-    fitted["wispprof"].save(path)
-    payload = read_document(path, "estimator").payload
-    weights = payload["step_model"]["physical"]["weights"]
-    shape = BatchShape.of([(5, 700), (5, 900), (64, 0, True)])
-    answers = []
-    for saved in (weights[:6], [*weights[:6], 0.0, 0.0]):
-        payload["step_model"]["physical"]["weights"] = saved
-        write_document(path, "estimator", payload)
-        answers.append(load_estimator(path).predict(shape))
-    assert answers[0] == answers[1]
+    write_document(path, "estimator", {"kind": kind, "step_model": {}})
+    with pytest.raises(ArtifactDamaged, match=kind):
+        load_estimator(path)
 
 
 def test_damaged_estimators_are_refused(
     fitted: dict[str, FittedEstimator], tmp_path: object
 ) -> None:
-    from wispprof.artifacts.document import read_document, write_document
-
     path = tmp_path / "estimator.json"  # type: ignore[operator]
     with pytest.raises(ArtifactMissing):
         load_estimator(path)
     fitted["wispprof"].save(path)
     payload = read_document(path, "estimator").payload
-    payload["step_model"]["physical"]["weights"][2] = -1.0
-    write_document(path, "estimator", payload)
-    with pytest.raises(ArtifactDamaged, match="weights"):
-        load_estimator(path)
-    write_document(path, "estimator", {"kind": "oracle", "step_model": {}})
-    with pytest.raises(ArtifactDamaged, match="oracle"):
-        load_estimator(path)
+    weights = payload["step_model"]["physical"]["weights"]
+    for bad in ([*weights[:2], -1.0, *weights[3:]], weights[:6]):
+        payload["step_model"]["physical"]["weights"] = bad
+        write_document(path, "estimator", payload)
+        with pytest.raises(ArtifactDamaged, match="weights"):
+            load_estimator(path)
 
 
 def test_asking_needs_no_learning_library(

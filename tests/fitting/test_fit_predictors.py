@@ -10,16 +10,16 @@ from synthetic_traces import synthetic_trace
 
 from wispprof.artifacts.document import read_document, write_document
 from wispprof.artifacts.rows import AcceptanceTrace
-from wispprof.errors import ArtifactDamaged, FitError
+from wispprof.errors import ArtifactDamaged, FitError, PluginError
 from wispprof.fitting import PREDICTOR_KINDS, FittedPredictor, fit_predictor, load_predictor
 from wispprof.fitting.model_card import explain_predictor
-from wispprof.fitting.predictors.calibration import (
+from wispprof.fitting.rejection_predictor import (
     Calibration,
+    auc,
     expected_calibration_error,
     reliability,
 )
-from wispprof.fitting.predictors.fitted_predictor import auc
-from wispprof.fitting.predictors.training_rows import split_prompts, token_rows
+from wispprof.fitting.token_rows import split_prompts, token_rows
 from wispprof.types import DraftFeatures
 
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_learnt_from_is_refused(trace: AcceptanceTrace) -> None:
         fit_predictor([spoilt, *trace.paths[1:]], "threshold")
     with pytest.raises(FitError, match="2 draft-target pairs"):
         fit_predictor([trace, dataclasses.replace(trace, draft="other")], "threshold")
-    with pytest.raises(FitError, match="oracle"):
+    with pytest.raises(PluginError, match="oracle"):
         fit_predictor(trace, "oracle")
 
 

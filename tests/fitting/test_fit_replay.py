@@ -23,8 +23,8 @@ from wispprof.fitting.controller_replay import (
     threshold_lengths,
     walk,
 )
-from wispprof.fitting.predictors import fit_scorer
-from wispprof.fitting.predictors.training_rows import split_prompts
+from wispprof.fitting.rejection_predictor import fit_scorer
+from wispprof.fitting.token_rows import split_prompts
 from wispprof.policies.controllers import FixedController, WispController
 
 

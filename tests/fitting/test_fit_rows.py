@@ -29,7 +29,7 @@ ROWS = synthetic_rows(30)
         (ROWS[:8], "too few"),
         (_with(ROWS, 3, samples_ms=(1.0, math.nan)), "nan"),
         (_with(ROWS, 3, samples_ms=(1.0, math.inf)), "inf"),
-        (_with(ROWS, 3, samples_ms=(-1.0,)), "longer than nothing"),
+        (_with(ROWS, 3, samples_ms=(-1.0,)), "must be positive"),
         (_with(ROWS, 3, samples_ms=()), "no samples"),
         (_with(ROWS, 3, shape=BatchShape(())), "empty batch"),
         ([dataclasses.replace(r, samples_ms=(5.0,)) for r in ROWS], "same time"),

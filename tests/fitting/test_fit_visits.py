@@ -9,8 +9,8 @@ import pytest
 from synthetic_steps import random_shape, true_ms
 
 from wispprof.artifacts import StepRow
-from wispprof.fitting.evaluation import bound_floor, measured_again, paced_floor
-from wispprof.fitting.machine_speed import MachineSpeed, drift_factors, visits_of
+from wispprof.fitting.evaluation import noise_floor, repeat_error
+from wispprof.fitting.machine_speed import MachineSpeed, blocks_of, slowdown_of_rows
 from wispprof.fitting.observations import Observations
 from wispprof.types import BatchShape
 
@@ -25,7 +25,7 @@ def test_a_row_takes_the_mean_of_its_visits_not_the_pace_of_the_first():
     quiet = StepRow("q", "verify", SHAPE, (1.0,) * 4, order=5)
     split = StepRow("v", "verify", SHAPE, (1.0,) * 4, order=5, blocks=((5, 2), (35, 2)))
     late = StepRow("l", "verify", SHAPE, (2.0,) * 4, order=35)
-    *_, at_rest, between, slow = drift_factors([*reference_samples, quiet, split, late])
+    *_, at_rest, between, slow = slowdown_of_rows([*reference_samples, quiet, split, late])
     assert slow / at_rest == pytest.approx(2.0, rel=0.01)
     assert between == pytest.approx(np.sqrt(at_rest * slow))
 
@@ -85,10 +85,10 @@ def errors(data: Observations) -> np.ndarray:
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_how_far_shapes_follow_the_sentinel_is_learnt_and_taken_out(share: float) -> None:
     rows = sweep(share)
-    pace = MachineSpeed.of(rows)
-    assert pace is not None
-    assert (pace.learnt, pace.close) == (True, True)
-    assert pace.share == pytest.approx(share, abs=0.12)
+    speed = MachineSpeed.of(rows)
+    assert speed is not None
+    assert (speed.learned, speed.dense) == (True, True)
+    assert speed.sensitivity == pytest.approx(share, abs=0.12)
     data = Observations.of(rows)
     blind = Observations.of([row for row in rows if row.kind != "sentinel"])
     assert np.abs(errors(data)).mean() < 0.4 * np.abs(errors(blind)).mean()
@@ -101,9 +101,9 @@ def test_how_far_shapes_follow_the_sentinel_is_learnt_and_taken_out(share: float
 
 def test_shapes_that_do_not_follow_the_sentinel_are_left_as_they_are() -> None:
     """Negative control: a sentinel that moves alone moves nothing else."""
-    data, pace = Observations.of(sweep(share=0.0)), MachineSpeed.of(sweep(share=0.0))
-    assert pace is not None
-    assert abs(pace.share) < 0.03
+    data, speed = Observations.of(sweep(share=0.0)), MachineSpeed.of(sweep(share=0.0))
+    assert speed is not None
+    assert abs(speed.sensitivity) < 0.03
     assert np.abs(errors(data)).mean() < 0.01
 
 
@@ -114,10 +114,10 @@ def test_what_was_set_aside_counts_once_its_pace_is_known() -> None:
     for key, samples in zip(whole.groups, whole.samples, strict=True):
         assert len(by_key[key]) == len(samples)
     row = next(r for r in sweep(aside=True) if r.set_aside_ms)
-    assert sum(len(s) for _, s in visits_of(row)) == len(row.samples_ms) + len(row.set_aside_ms)
+    assert sum(len(s) for _, s in blocks_of(row)) == len(row.samples_ms) + len(row.set_aside_ms)
     # Of an older profile nobody knows when they were taken.
     older = dataclasses.replace(row, set_aside_blocks=())
-    assert sum(len(s) for _, s in visits_of(older)) == len(row.samples_ms)
+    assert sum(len(s) for _, s in blocks_of(older)) == len(row.samples_ms)
 
 
 def test_looks_of_two_sweeps_or_of_two_shapes_tell_no_pace() -> None:
@@ -139,16 +139,16 @@ def test_repeat_noise_is_what_another_sweep_of_the_shape_would_show() -> None:
     assert wild > 4 * calm
     seen = float(np.abs(errors(blind)).mean()) * np.sqrt(np.pi / 2)
     assert wild == pytest.approx(seen, rel=0.35)
-    again = measured_again(blind)
+    again = repeat_error(blind)
     assert again is not None
     # Two rows differ by √2 of what one is off; the mean of a normal is √(2 / π) of its deviation.
     assert again["mape"] / 100 == pytest.approx(float(wild) * np.sqrt(2) * 0.8, rel=0.35)
     single = [dataclasses.replace(r, blocks=()) for r in sweep() if r.kind != "sentinel"]
-    assert measured_again(Observations.of(single)) is None
+    assert repeat_error(Observations.of(single)) is None
 
 
 def test_no_bound_lies_below_the_floor_and_knowing_the_pace_lowers_it() -> None:
     data = Observations.of(sweep())
-    floor, speed_corrected = bound_floor(data, (0.9, 0.95)), paced_floor(data, (0.9, 0.95))
+    floor, speed_corrected = noise_floor(data, (0.9, 0.95)), noise_floor(data, (0.9, 0.95), True)
     assert 1 < speed_corrected[0.95] < 1.12 < 1.25 < floor[0.95]
     assert floor[0.9] < floor[0.95]

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 from wispprof.artifacts import bundled, save_trace
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
 from wispprof.cli import app
-from wispprof.fitting.batch_totals import EMPTY, Totals
+from wispprof.fitting.batch_totals import EMPTY
 from wispprof.fitting.conformal import LEVELS, RatioBound
 from wispprof.fitting.estimator import Domain, FittedEstimator
 from wispprof.fitting.step_time_models import WispLinear
-from wispprof.types import Sampling
+from wispprof.types import BatchTotals, Sampling
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def folder(tmp_path):
     step_model = WispLinear()
     step_model.coef_ = (0.2, 0.0, 1e-4, 20.0)
     ratio = RatioBound(40.0, ((1.1,) * len(LEVELS),) * 4, (99, 99, 99, 99))
-    domain = Domain(EMPTY, Totals(*(1 << 20 for _ in range(8))))
+    domain = Domain(EMPTY, BatchTotals(*(1 << 20 for _ in range(8))))
     FittedEstimator(step_model, ratio, domain).save(tmp_path / "estimator.json")
     rng = np.random.default_rng(0)
     paths = []

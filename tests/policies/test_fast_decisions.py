@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from synthetic_step import SyntheticEstimator
 
-from wispprof.fitting.batch_totals import EMPTY, Totals
+from wispprof.fitting.batch_totals import EMPTY
 from wispprof.fitting.conformal import LEVELS, RatioBound
 from wispprof.fitting.estimator import Domain, FittedEstimator
 from wispprof.fitting.step_time_models import WispLinear
@@ -18,7 +18,7 @@ from wispprof.policies.baselines import SpecEdgePipeline
 from wispprof.policies.batch_builder import StepBuilder
 from wispprof.policies.cost_model import MarginalCostCache, MarginalCosts, expected_tokens
 from wispprof.policies.draft_selection import BatchArrays, Columns, DraftRanking
-from wispprof.types import Slo, StepTimeEstimator
+from wispprof.types import BatchTotals, Slo, StepTimeEstimator
 
 
 def fitted() -> FittedEstimator:
@@ -26,7 +26,7 @@ def fitted() -> FittedEstimator:
     step_model.coef_ = (0.12, 1e-7, 0.06e-3, 18.0)
     ratio = RatioBound(40.0, tuple((f,) * len(LEVELS) for f in (1.1, 1.15, 1.2, 1.3)), (99,) * 4)
     return FittedEstimator(
-        step_model, ratio, Domain(EMPTY, Totals(48, 300, 1 << 17, 1, 1, 4000, 9, 9))
+        step_model, ratio, Domain(EMPTY, BatchTotals(48, 300, 1 << 17, 1, 1, 4000, 9, 9))
     )
 
 

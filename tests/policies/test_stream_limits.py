@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from synthetic_step import SyntheticEstimator
 from wispprof.policies import Limits, SessionView, make_batch_policy
 from wispprof.policies.cost_model import expected_tokens, mean_costs
 from wispprof.policies.draft_selection import BatchArrays, DraftRanking
-from wispprof.types import Slo
+from wispprof.types import BatchTotals, Slo
 
 LIMITS = Limits(64, 4096, 256, 1 << 20)
 
@@ -35,10 +36,9 @@ class ByTotals(SyntheticEstimator):
 
     __slots__ = ()
 
-    def predict_totals(self, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        p50 = []
-        for _, new, cached, cross, square, *_ in totals:
-            p50.append(self.time(int(new), int(cached), int(cross + (square + new) / 2)))
+    def predict_totals(self, totals: BatchTotals[Any]) -> tuple[np.ndarray, np.ndarray]:
+        columns = (totals.sum_new, totals.sum_cached, totals.attention_pairs)
+        p50 = [self.time(*map(int, row)) for row in zip(*columns, strict=True)]
         return np.array(p50), np.array(p50) * self.ratio
 
 

@@ -364,7 +364,12 @@ def test_batches_are_priced_alike_by_totals_and_one_by_one():
 
     class ByTotals(SyntheticEstimator):
         def predict_totals(self, totals):
-            p50 = np.array([self.time(int(t[1]), int(t[2]), 0) for t in totals])
+            p50 = np.array(
+                [
+                    self.time(int(n), int(c), 0)
+                    for n, c in zip(totals.sum_new, totals.sum_cached, strict=True)
+                ]
+            )
             return p50, p50 * self.ratio
 
     new = np.array([[1, 2, 0], [0, 0, 0], [3, 1, 5]])

@@ -34,9 +34,9 @@ from wispprof.artifacts.plan import (
     save_plan,
 )
 from wispprof.fitting import load_estimator
+from wispprof.fitting.estimator import ESTIMATOR_KINDS, model_class
 from wispprof.fitting.observations import Observations, read_step_log
-from wispprof.fitting.predictors.fitted_predictor import PREDICTOR_KINDS, fit_scorer, load_predictor
-from wispprof.fitting.registry import ESTIMATOR_KINDS, model_class
+from wispprof.fitting.rejection_predictor import PREDICTOR_KINDS, fit_scorer, load_predictor
 from wispprof.fitting.selection import assemble
 from wispprof.types import BatchShape
 

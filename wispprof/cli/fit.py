@@ -92,9 +92,11 @@ def fit(
             fitted.files += files
             document["evaluation"] = {
                 "noise": found.noise,
-                "again": found.again,
-                "floor": {f"{level:g}": ratio for level, ratio in found.floor.items()},
-                "paced_floor": {f"{k:g}": ratio for k, ratio in found.paced_floor.items()},
+                "repeat_error": found.repeat_error,
+                "noise_floor": {f"{level:g}": ratio for level, ratio in found.noise_floor.items()},
+                "speed_corrected_floor": {
+                    f"{k:g}": ratio for k, ratio in found.speed_corrected_floor.items()
+                },
                 "groups": found.groups,
                 "regimes": found.regimes,
                 "splits": found.splits,
@@ -153,8 +155,13 @@ def _show_evaluation(found: Evaluation) -> None:
         )
         for row in (r for r in found.groups if r["in_domain"] == inside):
             errors.add_row(row["scheme"], row["estimator"], *_figures(row))
-        if inside and found.again is not None:
-            oracle = {**found.again, "shapes": "", "coverage": 0.95, "sharpness": found.floor[0.95]}
+        if inside and found.repeat_error is not None:
+            oracle = {
+                **found.repeat_error,
+                "shapes": "",
+                "coverage": 0.95,
+                "sharpness": found.noise_floor[0.95],
+            }
             errors.add_row("", "oracle", *_figures(oracle))
         output().print(errors)
     regimes = _wide("The same by regime, inside (percent)", "regime", "estimator", *COLUMNS)
@@ -174,7 +181,7 @@ def _show_evaluation(found: Evaluation) -> None:
     for row in found.splits:
         figures = [f"{100 * row[k]:.1f} %" for k in ("level", "coverage", "worst_split")]
         bounds.add_row(row["estimator"], *figures, f"{row['sharpness']:.3f}")
-    for name, floor in (("oracle", found.floor), ("at pace", found.paced_floor)):
+    for name, floor in (("oracle", found.noise_floor), ("at pace", found.speed_corrected_floor)):
         for level, ratio in floor.items():
             asked = f"{100 * level:.1f} %"
             bounds.add_row(name, asked, asked, "", f"{ratio:.3f}")

@@ -1,14 +1,19 @@
 """Verification-time estimators, rejection predictors, and their held-out evaluation. No torch."""
 
 from wispprof.fitting.drift import DriftMonitor, DriftSettings, DriftStatus
-from wispprof.fitting.estimator import Accumulator, Domain, FittedEstimator, load_estimator
-from wispprof.fitting.predictors import (
+from wispprof.fitting.estimator import (
+    ESTIMATOR_KINDS,
+    Accumulator,
+    Domain,
+    FittedEstimator,
+    load_estimator,
+)
+from wispprof.fitting.rejection_predictor import (
     PREDICTOR_KINDS,
     FittedPredictor,
     fit_predictor,
     load_predictor,
 )
-from wispprof.fitting.registry import ESTIMATOR_KINDS
 from wispprof.fitting.selection import fit_estimator
 
 __all__ = [

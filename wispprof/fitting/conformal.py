@@ -1,22 +1,17 @@
-"""Upper bounds with a stated coverage: split-conformal quantiles of actual ÷ predicted, scaled by regime.
+"""Upper bounds with a stated coverage: split-conformal quantiles of measured ÷ predicted, by regime.
 
-Four regimes: decode steps small and large (by predicted time), and the same with prompt chunks in them.
-What lies beyond the prediction is measured in units of how far the regime's samples reach beyond theirs, and
-the quantiles of these scores are those of all regimes together: a few dozen shapes tell where nine of ten
-samples lie, not where 99 of 100 do. The regimes' factors are joined so that the bound never falls when work
-is added; see :meth:`FittedEstimator.bound_of` and :class:`Accumulator` in :mod:`wispprof.fitting.estimator`.
+Regimes are decode steps small and large (by predicted time), and the same with prompt chunks. Scores are
+how far samples exceed their prediction, in units of their regime's scale. Quantiles are those of all
+regimes together: a few dozen shapes determine a regime's 90 % quantile, but not its 99 % quantile.
+:meth:`FittedEstimator.bound_of` joins the regimes so that the bound never falls if work is added.
 
-Why it covers: where predictions have not seen their own shape, calibration shapes and a new one are
-exchangeable, and the quantile of their scores at n + 1 places covers the new one as often as it says (Vovk et
-al., "Algorithmic learning in a random world", ch. 4, split form; scores on a scale: Papadopoulos et al.,
-"Inductive confidence machines for regression", 2002). The scales treat all shapes alike; that the new one has
-no part in them moves a regime's by one shape in :data:`MINIMUM_REGIME` or more. What is promised is the share
-of all steps; that of one regime is near it as far as scores are distributed alike once scaled.
+Calibration shapes and a new shape are exchangeable, so the quantile at n + 1 places covers the new one as
+often as stated (Vovk et al., "Algorithmic learning in a random world", ch. 4, split form; scaled scores:
+Papadopoulos et al., "Inductive confidence machines for regression", 2002). The stated coverage is that of
+all steps; a regime's own is near it if scaled scores are distributed alike.
 
-Samples of one shape share its error, so its samples have one vote together, and how many independent scores
-there are is told by how much of their variance lies between shapes (:func:`independent_scores`): as many as
-shapes where predictions err and steps repeat, as many as samples where steps scatter and predictions are
-right.
+Samples of one shape share its error, so a shape has one vote. :func:`independent_scores` estimates the
+number of independent scores: between the number of shapes and the number of samples.
 """
 
 from __future__ import annotations
@@ -35,12 +30,12 @@ __all__ = ["LEVELS", "REGIMES", "RatioBound", "independent_scores", "weighted_qu
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 1.0)
 REGIMES = ("decode-small", "decode-large", "prefill-small", "prefill-large")
 MINIMUM_REGIME = 24
-"""Shapes a regime must have to get its own scale; below that it shares that of a wider one."""
-REACH = 0.9
+"""Shapes that a regime needs for a scale of its own; with fewer it shares that of a wider regime."""
+SCALE_QUANTILE = 0.9
 """Share of a regime's samples within one unit of its scale."""
-STEADIEST = 0.5
-"""Least share of the scale of all that a regime's may be: one whose predictions lie too high reaches hardly
-beyond them, and in units of that every other reach would be endless."""
+MIN_SCALE_RATIO = 0.5
+"""Least ratio of a regime's scale to that of all. If predictions of a regime lie too high, its samples hardly
+exceed them, and its own scale would be near zero."""
 
 
 def weighted_quantiles(
@@ -54,9 +49,11 @@ def weighted_quantiles(
 
 
 def independent_scores(groups: Sequence[FloatArray]) -> float:
-    """How many independent scores these are worth, each group having one vote: with a share ρ of the variance
-    between groups and m scores in a group, groups ÷ (ρ + (1 - ρ) · mean of 1 / m) (the design effect of
-    clusters: Kish, "Survey sampling", 1965)."""
+    """Effective number of independent scores, each group having one vote.
+
+    With a share ρ of the variance between groups and m scores in a group it is
+    groups ÷ (ρ + (1 - ρ) · mean of 1 / m) (design effect of clusters: Kish, "Survey sampling", 1965).
+    """
     several = [group for group in groups if len(group) > 1]
     if not several or len(groups) < 2:
         return float(len(groups))
@@ -92,14 +89,14 @@ class RatioBound:
         samples: Sequence[FloatArray],
         prefill: np.ndarray,
     ) -> Self:
-        """Learn the factors from predictions that did not see their own shape.
+        """Learn the factors from predictions made without their own shape.
 
         ``predicted_ms`` (n,), ``samples`` n arrays of measured times, ``prefill`` (n,) bool.
         """
         split = float(np.median(predicted_ms))
         kind = (predicted_ms >= split).astype(int) + 2 * prefill.astype(int)
-        beyond = [times / ms - 1.0 for times, ms in zip(samples, predicted_ms, strict=True)]
-        least = max(1e-6, STEADIEST * _quantiles(beyond, [REACH])[0])
+        excess = [times / ms - 1.0 for times, ms in zip(samples, predicted_ms, strict=True)]
+        least = max(1e-6, MIN_SCALE_RATIO * _quantiles(excess, [SCALE_QUANTILE])[0])
         scale = []
         for regime in range(4):
             members = np.flatnonzero(kind == regime)
@@ -107,13 +104,13 @@ class RatioBound:
                 members = np.flatnonzero(prefill == (regime >= 2))
             if len(members) < MINIMUM_REGIME:
                 members = np.arange(len(kind))
-            reach = _quantiles([beyond[i] for i in members], [REACH])[0]
-            scale.append(max(least, reach))
-        scores = [own / scale[regime] for own, regime in zip(beyond, kind, strict=True)]
+            own_scale = _quantiles([excess[i] for i in members], [SCALE_QUANTILE])[0]
+            scale.append(max(least, own_scale))
+        scores = [own / scale[regime] for own, regime in zip(excess, kind, strict=True)]
         # The finite-sample correction of split conformal prediction: n + 1 places, not n.
         count = independent_scores(scores)
         found = _quantiles(scores, [min(1.0, level * (1 + 1 / count)) for level in LEVELS])
-        # A median prediction is itself a promise, so the bound never lies below it.
+        # The bound never lies below the median.
         factors = [tuple(float(1.0 + unit * max(0.0, q)) for q in found) for unit in scale]
         return cls(split, tuple(factors), tuple(int((kind == r).sum()) for r in range(4)))
 

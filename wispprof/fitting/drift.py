@@ -26,12 +26,12 @@ import numpy as np
 
 from wispprof.artifacts.rows import StepRow
 from wispprof.errors import FitError
-from wispprof.fitting.batch_totals import Totals, decode_totals_of, totals_matrix, totals_of
+from wispprof.fitting.batch_totals import Totals, decode_totals_of, totals_of
 from wispprof.fitting.conformal import RatioBound, weighted_quantiles
 from wispprof.fitting.estimator import FittedEstimator
 from wispprof.fitting.observations import DISTRUSTED
 from wispprof.fitting.selection import relative_errors
-from wispprof.types import BatchShape
+from wispprof.types import BatchShape, BatchTotals
 
 __all__ = [
     "MINIMUM_STEPS",
@@ -84,7 +84,7 @@ class Cell(NamedTuple):
 
 def cell_of(totals: Totals) -> Cell:
     """The cell of a batch; new tokens by powers of four, deepest cache by powers of sixteen."""
-    new = 2 * math.ceil(math.log2(max(1, totals.new)) / 2)
+    new = 2 * math.ceil(math.log2(max(1, totals.sum_new)) / 2)
     cached = 4 * math.ceil(math.log2(max(1, totals.max_cached)) / 4)
     return Cell(new, cached, totals.prefill > 0)
 
@@ -296,8 +296,8 @@ def recalibrate(estimator: FittedEstimator, rows: Sequence[StepRow]) -> FittedEs
             "Let the server run longer, or profile it anew.",
         )
     fresh = estimator.with_scale(1.0, 1.0)
-    totals = totals_matrix([row.shape for row in usable])
-    decode = np.array([decode_totals_of(row.shape) for row in usable], dtype=np.float64)
+    totals = BatchTotals.stack([totals_of(row.shape.items) for row in usable])
+    decode = BatchTotals.stack([decode_totals_of(row.shape) for row in usable])
     predicted, _ = fresh.predict_many(totals, decode)
     samples = [np.array(row.samples_ms) for row in usable]
     actual = np.array([row.median_ms for row in usable])
@@ -305,7 +305,7 @@ def recalibrate(estimator: FittedEstimator, rows: Sequence[StepRow]) -> FittedEs
     basis = inside if inside.sum() >= MINIMUM_STEPS else np.ones(len(usable), dtype=bool)
     ratio = actual[basis] / predicted[basis]
     scale = weighted_quantiles(ratio, np.ones(len(ratio)), [0.5])[0]
-    bound = RatioBound.calibrate(predicted * scale, samples, totals[:, 7] > 0)
+    bound = RatioBound.calibrate(predicted * scale, samples, totals.prefill > 0)
     # Bounds are kept in units of the surface, whose median the scale has not touched.
     bound = replace(bound, split_ms=bound.split_ms / scale)
     before, _ = estimator.predict_many(totals, decode)

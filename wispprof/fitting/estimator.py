@@ -1,8 +1,7 @@
-"""The estimator that policies call: a surface for the median, a conformal factor for the bound.
+"""The estimator that policies call: a step-time model for the median, a conformal factor for the bound.
 
-Three ways to ask, one answer: ``predict`` a whole shape, ``add`` items one by one, or ``add_many`` and
-``add_in_turn`` to price a thousand candidates at once over numpy arrays. Nothing here needs pandas,
-scikit-learn or LightGBM.
+It answers in three ways, with equal results: ``predict`` a whole shape, ``add`` items one by one, or price
+many candidates at once over numpy arrays. Nothing here needs pandas, scikit-learn or LightGBM.
 """
 
 from __future__ import annotations
@@ -10,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
+from wispprof import plugins
 from wispprof.artifacts.document import BAD_PAYLOAD, read_document, write_document
 from wispprof.artifacts.manifest import Provenance
-from wispprof.errors import ArtifactDamaged, FitError
+from wispprof.errors import ArtifactDamaged, FitError, PluginError
 from wispprof.fitting.batch_totals import (
     EMPTY,
+    ArrayTotals,
     FloatArray,
     Totals,
     decode_totals_of,
@@ -26,54 +28,93 @@ from wispprof.fitting.batch_totals import (
     extend_all,
     extend_in_turn,
     extend_many,
+    select,
     totals_of,
+    upper_corner,
 )
 from wispprof.fitting.conformal import RatioBound
-from wispprof.fitting.registry import model_class
-from wispprof.fitting.step_time_models import StepTimeModel
-from wispprof.types import BatchCost, BatchShape, StepTimeEstimator
+from wispprof.fitting.step_time_models import Forest, Staircase, StepTimeModel, WispLinear
+from wispprof.fitting.wispprof_model import WispprofStepTime
+from wispprof.types import BatchCost, BatchShape, BatchTotals, StepTimeEstimator
 
-__all__ = ["Accumulator", "Domain", "FittedEstimator", "load_estimator"]
+__all__ = [
+    "ESTIMATOR_KINDS",
+    "Accumulator",
+    "Domain",
+    "FittedEstimator",
+    "load_estimator",
+    "model_class",
+]
 
 KIND = "estimator"
+MODELS: dict[str, type[StepTimeModel]] = {
+    c.kind: c for c in (WispLinear, Staircase, Forest, WispprofStepTime)
+}
+ESTIMATOR_KINDS = tuple(MODELS)
+
+
+def model_class(kind: str) -> type[StepTimeModel]:
+    """The class of a step-time model: built in, an entry point, or ``MODULE:CLASS``.
+
+    Raises :class:`~wispprof.errors.PluginError` for an unknown name.
+    """
+    return cast("type[StepTimeModel]", plugins.load("estimators", kind, MODELS))
 
 
 @dataclass(frozen=True)
 class Domain:
-    """The box of totals that was measured; ``low`` and ``high`` are (8,) as :class:`Totals`."""
+    """The box of totals that was measured, from ``low`` to ``high``.
+
+    ``sum_new_cached`` and ``sum_new_sq`` follow from the others and are not checked.
+    """
 
     low: Totals
     high: Totals
 
     @classmethod
-    def of(cls, totals: FloatArray) -> Self:
-        return cls(
-            Totals(*(int(v) for v in totals.min(axis=0))),
-            Totals(*(int(v) for v in totals.max(axis=0))),
-        )
+    def of(cls, totals: ArrayTotals) -> Self:
+        return cls(BatchTotals(*(int(column.min()) for column in totals)), upper_corner(totals))
 
     def __contains__(self, totals: Totals) -> bool:
         low, high = self.low, self.high
-        return all(low[i] <= totals[i] <= high[i] for i in (0, 1, 2, 5, 6, 7))
+        return (
+            low.items <= totals.items <= high.items
+            and low.sum_new <= totals.sum_new <= high.sum_new
+            and low.sum_cached <= totals.sum_cached <= high.sum_cached
+            and low.max_cached <= totals.max_cached <= high.max_cached
+            and low.max_new <= totals.max_new <= high.max_new
+            and low.prefill <= totals.prefill <= high.prefill
+        )
 
     def above(self, totals: Totals) -> bool:
         """Whether the batch holds more of something than was ever measured."""
         high = self.high
         return (
-            totals[1] > high[1]
-            or totals[2] > high[2]
-            or totals[0] > high[0]
-            or totals[5] > high[5]
-            or totals[6] > high[6]
-            or totals[7] > high[7]
+            totals.sum_new > high.sum_new
+            or totals.sum_cached > high.sum_cached
+            or totals.items > high.items
+            or totals.max_cached > high.max_cached
+            or totals.max_new > high.max_new
+            or totals.prefill > high.prefill
         )
+
+    def above_many(self, totals: ArrayTotals) -> NDArray[np.bool_]:
+        """:meth:`above` of n batches, (n,)."""
+        high = self.high
+        above: NDArray[np.bool_] = totals.sum_new > high.sum_new
+        above |= totals.sum_cached > high.sum_cached
+        above |= totals.items > high.items
+        above |= totals.max_cached > high.max_cached
+        above |= totals.max_new > high.max_new
+        above |= totals.prefill > high.prefill
+        return above
 
 
 class Accumulator(BatchCost):
-    """A batch being built. Immutable; predictions are computed when asked, once.
+    """A batch being built. Immutable; each prediction is computed once, when it is first read.
 
-    ``decode`` is the same batch without its prompt chunks: a bound may not fall below what the decode
-    items alone would get, though prompt chunks have a factor of their own.
+    ``decode``: the same batch without its prompt chunks. Prompt chunks have a factor of their own, and
+    the bound may not fall below that of the decode items alone.
     """
 
     __slots__ = ("_bound", "_estimator", "_p50", "decode", "totals")
@@ -111,23 +152,19 @@ class Accumulator(BatchCost):
         if decode is not None:
             if not prefill:
                 decode = decode.add(new, cached)
-        elif prefill and self.totals[0]:
+        elif prefill and self.totals.items:
             decode = self
         elif prefill:
             decode = self._estimator.start()
         return Accumulator(self._estimator, extend(self.totals, new, cached, prefill), decode)
 
     def add_all(self, new: Sequence[int], cached: Sequence[int]) -> Accumulator:
-        """The batch with n decode items more at once: n calls of :meth:`add`, one after the other."""
         decode = self.decode
         if decode is not None:
             decode = decode.add_all(new, cached)
         return Accumulator(self._estimator, extend_all(self.totals, new, cached), decode)
 
     def add_in_turn(self, new: Any, cached: Any) -> tuple[FloatArray, FloatArray]:
-        """(p50, bound), each (n,), after each of n decode items that join one after another.
-
-        Arguments are arrays of shape (n,). Equal to n calls of :meth:`add`, each on the one before."""
         p50, bound = self._estimator.predict_totals(extend_in_turn(self.totals, new, cached))
         if self.decode is not None:
             bound = np.maximum(bound, self.decode.add_in_turn(new, cached)[1])
@@ -136,10 +173,6 @@ class Accumulator(BatchCost):
     def add_many(
         self, new: Any, cached: Any, prefill: Any = False
     ) -> tuple[FloatArray, FloatArray]:
-        """(p50, bound), each (n,), of this batch with each of n candidates added alone.
-
-        Arguments are arrays of shape (n,) or scalars. Equal to n calls of :meth:`add`.
-        """
         estimator = self._estimator
         p50, bound = estimator.predict_totals(extend_many(self.totals, new, cached, prefill))
         chunk = np.broadcast_to(np.asarray(prefill, dtype=bool), p50.shape)
@@ -159,8 +192,8 @@ class Accumulator(BatchCost):
 class FittedEstimator(StepTimeEstimator):
     """Batch shape to p50 and bound. Make one with :func:`~wispprof.fitting.fit_estimator`.
 
-    ``inflation``: beyond the measured domain the time that the physical terms add is multiplied by
-    this in the bound. ``p50_scale`` and ``bound_scale`` carry what the drift monitor learnt since.
+    ``inflation``: outside the measured domain, the time that the model adds is multiplied by this in the
+    bound. ``p50_scale`` and ``bound_scale``: corrections learned while serving.
     """
 
     step_model: StepTimeModel
@@ -172,13 +205,9 @@ class FittedEstimator(StepTimeEstimator):
     bound_scale: float = 1.0
     report: dict[str, Any] = field(default_factory=dict)
     _factors: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
-    _most: FloatArray = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_factors", self.ratio.at(self.coverage))
-        most = np.array(self.domain.high, dtype=np.float64)
-        most[3:5] = np.inf  # the products of the others, which have no box of their own
-        object.__setattr__(self, "_most", most)
 
     @property
     def kind(self) -> str:
@@ -194,8 +223,6 @@ class FittedEstimator(StepTimeEstimator):
             raise ValueError(f"scales must be positive, got {p50_scale}, {bound_scale}")
         return replace(self, p50_scale=p50_scale, bound_scale=bound_scale)
 
-    # --- asking -----------------------------------------------------------------------------------
-
     def start(self) -> Accumulator:
         return Accumulator(self, EMPTY, None)
 
@@ -208,64 +235,60 @@ class FittedEstimator(StepTimeEstimator):
             bound = max(bound, self.bound_of(decode, self.p50_of(decode)))
         return p50, bound
 
-    def predict_many(self, totals: FloatArray, decode: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """(p50, bound) of n batches from their totals and those of their decode items, (n, 8) each."""
+    def predict_many(
+        self, totals: ArrayTotals, decode: ArrayTotals
+    ) -> tuple[FloatArray, FloatArray]:
+        """(p50, bound) of n batches from their totals and those of their decode items."""
         p50, bound = self.predict_totals(totals)
-        mixed = (totals[:, 7] > 0) & (decode[:, 0] > 0)
+        mixed = (totals.prefill > 0) & (decode.items > 0)
         if mixed.any():
-            _, alone = self.predict_totals(decode[mixed])
+            _, alone = self.predict_totals(select(decode, mixed))
             bound[mixed] = np.maximum(bound[mixed], alone)
         return p50, bound
 
     def in_domain(self, shape: BatchShape) -> bool:
-        """Whether a batch like this one was measured; outside, the physical part extrapolates."""
+        """Whether a batch like this one was measured; outside, the model extrapolates."""
         return totals_of(shape.items) in self.domain
 
     def regime(self, totals: Totals) -> int:
         """Index into :data:`~wispprof.fitting.conformal.REGIMES`."""
         return self.ratio.regime(self.step_model.p50(totals), totals.prefill > 0)
 
-    # --- from totals ------------------------------------------------------------------------------
-
     def p50_of(self, totals: Totals) -> float:
         """Median milliseconds of a batch with these totals; 0 for the empty one."""
-        return self.step_model.p50(totals) * self.p50_scale if totals[0] else 0.0
+        return self.step_model.p50(totals) * self.p50_scale if totals.items else 0.0
 
     def bound_of(self, totals: Totals, p50_ms: float) -> float:
         """The bound that belongs to a batch's own regime, given its median."""
-        if not totals[0]:
+        if not totals.items:
             return 0.0
         raw = p50_ms / self.p50_scale
-        small, large = self._factors[2:] if totals[7] else self._factors[:2]
+        small, large = self._factors[2:] if totals.prefill else self._factors[:2]
         split = self.ratio.split_ms
-        # Past the split the small factor's last value stays a floor, or the bound could fall there.
+        # Past the split the bound stays at or above its last value before it, or it could fall there.
         bound = raw * small if raw < split else max(raw * large, split * small)
         if self.domain.above(totals):
-            inside = self.step_model.inside(totals, self.domain.high)
-            bound += max(0.0, raw - inside) * (self.inflation - 1.0)
+            clipped = self.step_model.clipped(totals, self.domain.high)
+            bound += max(0.0, raw - clipped) * (self.inflation - 1.0)
         return bound * self.bound_scale
 
-    def predict_totals(self, totals: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """:meth:`p50_of` and :meth:`bound_of` over rows (n, 8)."""
+    def predict_totals(self, totals: ArrayTotals) -> tuple[FloatArray, FloatArray]:
+        """:meth:`p50_of` and :meth:`bound_of` of n batches, each (n,)."""
         raw = self.step_model.p50_many(totals)
         small: Any
         large: Any
         small, large, *mixed = self._factors
-        chunk = totals[:, 7] > 0
+        chunk = totals.prefill > 0
         if chunk.any():
             small, large = np.where(chunk, mixed[0], small), np.where(chunk, mixed[1], large)
         split = self.ratio.split_ms
         bound = np.where(raw < split, raw * small, np.maximum(raw * large, split * small))
-        over = totals > self._most
-        if over.any():
-            above = over.any(axis=1)
-            high = np.array(self.domain.high, dtype=np.float64)
-            inside = self.step_model.inside_many(totals[above], high)
-            bound[above] += np.maximum(0.0, raw[above] - inside) * (self.inflation - 1.0)
-        some = totals[:, 0] > 0
+        above = self.domain.above_many(totals)
+        if above.any():
+            clipped = self.step_model.clipped_many(select(totals, above), self.domain.high)
+            bound[above] += np.maximum(0.0, raw[above] - clipped) * (self.inflation - 1.0)
+        some = totals.items > 0
         return raw * self.p50_scale * some, bound * self.bound_scale * some
-
-    # --- on disk ----------------------------------------------------------------------------------
 
     def save(
         self, path: Path, inputs: dict[str, str] | None = None, provenance: Provenance | None = None
@@ -289,21 +312,24 @@ def load_estimator(path: Path, coverage: float | None = None) -> FittedEstimator
     """Read an estimator. Raises the artifact errors, and :class:`ArtifactDamaged` for a bad payload."""
     payload = read_document(Path(path), KIND).payload
     try:
-        step_model = model_class(str(payload["kind"])).from_payload(payload["step_model"])
+        kind = str(payload["kind"])
+        if ":" in kind:  # a file must not name a module to import
+            raise FitError(
+                f"Estimators of kind {kind!r} are not loaded.", "Install an entry point."
+            )
+        step_model = model_class(kind).from_payload(payload["step_model"])
         domain = payload["domain"]
         estimator = FittedEstimator(
             step_model,
             RatioBound.from_payload(payload["bound"]),
-            Domain(
-                Totals(*(int(v) for v in domain["low"])), Totals(*(int(v) for v in domain["high"]))
-            ),
+            Domain(*(BatchTotals(*(int(v) for v in domain[side])) for side in ("low", "high"))),
             float(payload["coverage"]),
             float(payload["inflation"]),
             float(payload["p50_scale"]),
             float(payload["bound_scale"]),
             dict(payload.get("report", {})),
         )
-    except (*BAD_PAYLOAD, FitError) as err:
+    except (*BAD_PAYLOAD, FitError, PluginError) as err:
         raise ArtifactDamaged(
             f"{path} is not a complete estimator ({err}).", "Fit it anew with `wispprof fit`."
         ) from err

@@ -1,15 +1,12 @@
-"""How good an estimator could be on a profile: what its own measurements say of each other.
+"""Held-out evaluation: groups of whole shapes left out, every estimator side by side.
 
-Two oracles stand beside the estimators. One knows what another measurement of each very shape found, of as
-many visits as the row has: its error is repeat noise and nothing else. The other knows the quantile of each
-shape's own single steps: no bound of one number per shape that holds as often for each of them can lie lower.
-One that holds as often over all of them can, where a few shapes stalled.
+Random held-out shapes favour models that interpolate between neighbours. Here a group leaves together: all
+shapes of some numbers of items, of some draft lengths, of some contexts, or a corner of all three. Shapes
+outside the box of the rest are scored apart, because there an estimator extrapolates.
 
-Held-out evaluation: groups of whole shapes left out, every estimator side by side.
-
-Leaving random shapes out flatters whoever interpolates between neighbours. Here every shape of a block
-goes at once: all with a number of items, a draft length, a context, or a corner of all three. What falls
-outside the box that remains is scored apart, because there an estimator extrapolates.
+Two noise floors stand beside the estimators. :func:`repeat_error` predicts a shape by another measurement
+of it. :func:`noise_floor` knows each shape's own quantile of single steps: a bound of one number per shape
+that covers each shape alike cannot be lower.
 """
 
 from __future__ import annotations
@@ -20,93 +17,91 @@ from typing import Any
 
 import numpy as np
 
-from wispprof.fitting.batch_totals import FloatArray, Totals
+from wispprof.fitting.batch_totals import ArrayTotals, FloatArray
 from wispprof.fitting.conformal import REGIMES
-from wispprof.fitting.estimator import FittedEstimator
+from wispprof.fitting.estimator import ESTIMATOR_KINDS, FittedEstimator, model_class
 from wispprof.fitting.observations import MINIMUM_SHAPES, Observations
-from wispprof.fitting.registry import ESTIMATOR_KINDS, model_class
 from wispprof.fitting.selection import assemble, out_of_fold, relative_errors
+from wispprof.types import BatchTotals
 
 __all__ = [
     "Evaluation",
     "Progress",
-    "bound_floor",
     "evaluate",
     "fit_on",
     "groups_of",
-    "measured_again",
-    "paced_floor",
+    "noise_floor",
+    "repeat_error",
 ]
 
 HALVINGS = 20
+MAX_GROUPS = 5
+INNER_FOLDS = 5
+LEVELS = (0.95, 0.99)
+LEARNING_REPEATS = 3
+
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, what)."""
 
 
-def measured_again(data: Observations, seed: int = 0) -> dict[str, float] | None:
-    """Percentage errors of one measurement as a prediction of another; None without rows of several visits.
+def repeat_error(data: Observations, seed: int = 0) -> dict[str, float] | None:
+    """Percentage errors of one measurement as a prediction of another; None without rows of several blocks.
 
-    A shape's visits are halved at random, again and again. Two halves differ more than two whole rows
-    would, by a factor that their numbers of visits give.
+    A shape's blocks are halved at random, many times. Two halves differ more than two whole rows would,
+    by a factor that their numbers of blocks give.
     """
     rng = np.random.default_rng(seed)
-    again: list[float] = []
-    actual: list[float] = []
-    for blocks in data.blocks:
-        count = len(blocks)
+    ratios: list[float] = []
+    for block_ms in data.block_ms:
+        count = len(block_ms)
         if count < 2:
             continue
         first = count // 2
         shrink = np.sqrt(2 * first * (count - first)) / count
         for _ in range(HALVINGS):
             order = rng.permutation(count)
-            one, other = blocks[order[:first]], blocks[order[first:]]
-            away = float(np.log(np.median(one) / np.median(other))) * shrink
-            again.append(float(np.exp(away)))
-            actual.append(1.0)
-    return relative_errors(np.array(again), np.array(actual)) if again else None
+            one, other = block_ms[order[:first]], block_ms[order[first:]]
+            difference = float(np.log(np.median(one) / np.median(other))) * shrink
+            ratios.append(float(np.exp(difference)))
+    return relative_errors(np.array(ratios), np.ones(len(ratios))) if ratios else None
 
 
-def bound_floor(data: Observations, levels: Sequence[float]) -> dict[float, float]:
-    """Mean of each shape's own quantile of single steps ÷ its median, by level."""
-    return {level: _mean_quantile(data.samples, data, level) for level in levels}
+def noise_floor(
+    data: Observations, levels: Sequence[float], speed_corrected: bool = False
+) -> dict[float, float]:
+    """Mean of each shape's own quantile of single steps ÷ its median, by level.
 
-
-def paced_floor(data: Observations, levels: Sequence[float]) -> dict[float, float]:
-    """The same, did one know at every step how slow the machine is at that moment."""
-    return {level: _mean_quantile(data.speed_corrected, data, level) for level in levels}
-
-
-def _mean_quantile(samples: Sequence[FloatArray], data: Observations, level: float) -> float:
-    each = [
-        float(np.quantile(own, level, method="inverted_cdf")) / median
-        for own, median in zip(samples, data.median_ms.tolist(), strict=True)
-    ]
-    return float(np.mean(each))
-
-
-Progress = Callable[[int, int, str], None]
-
-COLUMNS = {"items": 0, "new": 6, "cached": 5}
-MAX_BLOCKS = 5
-INNER_FOLDS = 5
-LEVELS = (0.95, 0.99)
+    ``speed_corrected``: as if machine speed were known at every step.
+    """
+    samples = data.speed_corrected if speed_corrected else data.samples
+    return {
+        level: float(
+            np.mean(
+                [
+                    float(np.quantile(own, level, method="inverted_cdf")) / median
+                    for own, median in zip(samples, data.median_ms.tolist(), strict=True)
+                ]
+            )
+        )
+        for level in levels
+    }
 
 
 @dataclass
 class Evaluation:
-    """What held-out evaluation found. All tables are lists of flat records.
+    """Result of a held-out evaluation. All tables are lists of flat records.
 
     ``groups``: per estimator, scheme and domain; ``regimes``: per estimator and regime, over all groups
     in domain; ``splits``: per estimator and level over random splits; ``learning``: per estimator and
-    number of shapes; ``points``: (estimator, scheme, predicted, bound, actual, in domain) for plots.
-    ``noise``: standard error of a shape's median, percent, over shapes. ``again``: errors of a second
-    measurement of the same shapes as a prediction, None where none was visited twice; ``floor``: mean of each
-    shape's own quantile ÷ its median, by level, and ``paced_floor`` for one who knows the machine's pace.
+    number of shapes; ``points``: (estimator, scheme, predicted, bound, measured, in domain) for plots.
+    ``noise``: standard error of a shape's median, percent, over shapes. ``repeat_error``: see the
+    function; ``noise_floor`` and ``speed_corrected_floor``: by level.
     """
 
     noise: dict[str, float]
-    again: dict[str, float] | None = None
-    floor: dict[float, float] = field(default_factory=dict)
-    paced_floor: dict[float, float] = field(default_factory=dict)
+    repeat_error: dict[str, float] | None = None
+    noise_floor: dict[float, float] = field(default_factory=dict)
+    speed_corrected_floor: dict[float, float] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
     regimes: list[dict[str, Any]] = field(default_factory=list)
     splits: list[dict[str, Any]] = field(default_factory=list)
@@ -114,7 +109,7 @@ class Evaluation:
     points: list[dict[str, Any]] = field(default_factory=list)
 
     def overall(self, kind: str, in_domain: bool = True) -> dict[str, Any]:
-        """The record of one estimator over all block schemes."""
+        """The record of one estimator over all schemes."""
         return next(
             r
             for r in self.groups
@@ -122,18 +117,20 @@ class Evaluation:
         )
 
 
+def _scheme_columns(totals: ArrayTotals) -> dict[str, FloatArray]:
+    return {"items": totals.items, "new": totals.max_new, "cached": totals.max_cached}
+
+
 def groups_of(data: Observations) -> Iterator[tuple[str, np.ndarray]]:
-    """(scheme, mask of held-out shapes) for every block; each leaves enough to learn from."""
-    for scheme, column in COLUMNS.items():
-        values = data.totals[:, column]
+    """(scheme, mask of held-out shapes) of every group; each leaves enough to learn from."""
+    columns = _scheme_columns(data.totals)
+    for scheme, values in columns.items():
         distinct = np.unique(values)
-        for part in np.array_split(distinct, min(MAX_BLOCKS, len(distinct))):
+        for part in np.array_split(distinct, min(MAX_GROUPS, len(distinct))):
             held = np.isin(values, part)
             if held.any() and (~held).sum() >= MINIMUM_SHAPES:
                 yield scheme, held
-    high = np.stack(
-        [data.totals[:, c] > np.median(data.totals[:, c]) for c in COLUMNS.values()], axis=1
-    )
+    high = np.stack([values > np.median(values) for values in columns.values()], axis=1)
     octant = high @ np.array([4, 2, 1])
     for corner in np.unique(octant):
         held = octant == corner
@@ -142,7 +139,7 @@ def groups_of(data: Observations) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def fit_on(kind: str, data: Observations, coverage: float = 0.95) -> FittedEstimator:
-    """An estimator with its bound, from these observations alone."""
+    """An estimator with its bound from these observations."""
     predicted, step_model = out_of_fold(kind, data, INNER_FOLDS, nested=False)
     return assemble(step_model, predicted, data, coverage)
 
@@ -158,9 +155,9 @@ def evaluate(
     noise = 100 * data.repeat_noise()
     found = Evaluation(
         {"median": float(np.median(noise)), "p90": float(np.quantile(noise, 0.9))},
-        measured_again(data, seed),
-        bound_floor(data, LEVELS),
-        paced_floor(data, LEVELS),
+        repeat_error(data, seed),
+        noise_floor(data, LEVELS),
+        noise_floor(data, LEVELS, speed_corrected=True),
     )
     groups = list(groups_of(data))
     sizes = _sizes(len(data))
@@ -187,9 +184,6 @@ def evaluate(
     return found
 
 
-# --- groups ---------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Scored:
     scheme: str
@@ -204,13 +198,10 @@ class _Scored:
 def _score(kind: str, scheme: str, learn: Observations, test: Observations) -> _Scored:
     estimator = fit_on(kind, learn)
     p50, bound = estimator.predict_many(test.totals, test.decode)
-    regime = (p50 >= estimator.ratio.split_ms).astype(int) + 2 * (test.totals[:, 7] > 0)
-    inside = np.array([shape in estimator.domain for shape in _as_totals(test)])
+    regime = (p50 >= estimator.ratio.split_ms).astype(int) + 2 * (test.totals.prefill > 0)
+    rows = np.column_stack(test.totals).astype(int).tolist()
+    inside = np.array([BatchTotals(*row) in estimator.domain for row in rows])
     return _Scored(scheme, p50, bound, test.median_ms, test.samples, inside, regime)
-
-
-def _as_totals(data: Observations) -> list[Totals]:
-    return [Totals(*(int(v) for v in row)) for row in data.totals]
 
 
 def _summarise_groups(found: Evaluation, kind: str, scored: list[_Scored]) -> None:
@@ -261,9 +252,6 @@ def coverage_of(bound: FloatArray, samples: Sequence[FloatArray]) -> float:
     return float(np.mean([(s <= b).mean() for s, b in zip(samples, bound, strict=True)]))
 
 
-# --- coverage over random splits ------------------------------------------------------------------
-
-
 def _random_splits(
     found: Evaluation,
     kind: str,
@@ -298,11 +286,6 @@ def _random_splits(
             )
 
 
-# --- learning curve -------------------------------------------------------------------------------
-
-LEARNING_REPEATS = 3
-
-
 def _sizes(shapes: int) -> list[int]:
     most = int(shapes * 0.75)
     sizes = [round(most * 0.5**i) for i in range(5)]
@@ -316,8 +299,8 @@ def _learning_point(kind: str, data: Observations, size: int, seed: int) -> dict
         order = np.random.default_rng((seed, repeat)).permutation(len(data))
         test = data.take(order[: len(data) // 4])
         learn = data.take(order[len(data) // 4 :][:size])
-        step_model = model_class(kind)().fit(learn)
-        errors.append(relative_errors(step_model.p50_many(test.totals), test.median_ms))
+        model = model_class(kind)().fit(learn)
+        errors.append(relative_errors(model.p50_many(test.totals), test.median_ms))
     return {
         "estimator": kind,
         "shapes": size,

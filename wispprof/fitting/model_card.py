@@ -18,7 +18,7 @@ from wispprof.artifacts import files
 from wispprof.fitting.conformal import REGIMES
 from wispprof.fitting.estimator import FittedEstimator
 from wispprof.fitting.evaluation import Evaluation
-from wispprof.fitting.predictors import FittedPredictor
+from wispprof.fitting.rejection_predictor import FittedPredictor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,7 +58,7 @@ def explain_estimator(estimator: FittedEstimator) -> str:
             "at others; medians and their errors are at its typical speed, the bound covers times as "
             "they were measured."
         )
-    if report["asked"] == "auto":
+    if report["requested"] == "auto":
         text.append(
             f"`{chosen}` was chosen because its mean error of {own['mape']:.1f} % is the smallest of "
             "those whose predictions never fall when work is added."
@@ -126,7 +126,7 @@ def explain_predictor(predictor: FittedPredictor) -> str:
 def _why_predictor(report: Mapping[str, Any]) -> str:
     """What the choice rests on: other prompts than those that judge, which may see it otherwise."""
     chosen, tried = report["chosen"], report.get("validation_log_loss", {})
-    if report["asked"] != "auto":
+    if report["requested"] != "auto":
         return "was asked for"
     if not tried:
         return "was the only one to choose from"

@@ -1,4 +1,4 @@
-"""From profile rows to arrays, and the refusals of rows that nothing should be fitted on."""
+"""Profile rows as arrays, and the checks that refuse rows unfit for fitting."""
 
 from __future__ import annotations
 
@@ -12,20 +12,26 @@ import numpy as np
 
 from wispprof.artifacts.rows import StepRow
 from wispprof.errors import FitError
-from wispprof.fitting.batch_totals import FloatArray, decode_totals_of, totals_matrix, totals_of
-from wispprof.fitting.machine_speed import MachineSpeed, drift_factors, visits_of
-from wispprof.types import BatchShape
+from wispprof.fitting.batch_totals import (
+    ArrayTotals,
+    FloatArray,
+    decode_totals_of,
+    select,
+    totals_of,
+)
+from wispprof.fitting.machine_speed import MachineSpeed, blocks_of, slowdown_of_rows
+from wispprof.types import BatchShape, BatchTotals
 
 __all__ = ["MINIMUM_SHAPES", "Observations", "check_rows", "check_same_model", "read_step_log"]
 
 MINIMUM_SHAPES = 12
-"""Fewer distinct shapes than this leave the four linear terms and a held-out part undetermined."""
+"""Fewer distinct shapes do not determine the four linear terms and a held-out part."""
 
 DISTRUSTED = frozenset({"drift", "throttled"})
 TRUSTED_SHARE = 0.7
-"""Distrusted rows are left out only where at least this share of the shapes remains."""
-PRIOR_FREEDOM = 4.0
-"""How many visits' worth the spread of all shapes counts against a shape's own visits."""
+"""Distrusted rows are left out only if at least this share of the shapes remains."""
+PRIOR_BLOCKS = 4.0
+"""Weight of all shapes' spread against a shape's own, in blocks."""
 SAME_SHAPE_FACTOR = 2.5
 """Medians of one shape further apart than this are not one model on one machine."""
 
@@ -34,24 +40,23 @@ SAME_SHAPE_FACTOR = 2.5
 class Observations:
     """Rows as arrays; one entry per distinct shape, with the samples of all its rows.
 
-    ``totals`` and ``decode`` (n, 8): features of the whole shape and of its items that are not prompt
-    chunks. ``median_ms`` (n,). ``samples``: n arrays of raw times. ``padded`` (n,): tokens the step
-    really computed, 0 where unknown. ``groups``: the shape's key, which splits never divide.
-    ``speed_corrected``: the same samples at the machine's typical pace, as ``median_ms`` is; ``blocks``: n arrays with
-    the median of each visit's.
-    ``flagged``: rows with a flag of distrust that are in nevertheless; ``left_out``: those that are not.
-    ``drift``: largest log ratio between speeds of the machine that medians were corrected for.
+    ``totals`` and ``decode``: of the whole shape, and of its items that are not prompt chunks.
+    ``median_ms`` (n,): at the machine's typical speed. ``samples``: n arrays of times as measured.
+    ``padded`` (n,): tokens that the step computed, 0 if unknown. ``groups``: the shape's key, which no
+    split divides. ``speed_corrected``: the samples at the machine's typical speed. ``block_ms``: n arrays
+    with the median of each block. ``flagged`` and ``left_out``: distrusted rows that were kept, and not.
+    ``drift``: largest log ratio between machine speeds that medians were corrected for.
     """
 
-    totals: FloatArray
-    decode: FloatArray
+    totals: ArrayTotals
+    decode: ArrayTotals
     median_ms: FloatArray
     samples: tuple[FloatArray, ...]
     padded: FloatArray
     groups: tuple[str, ...]
     shapes: tuple[BatchShape, ...]
     speed_corrected: tuple[FloatArray, ...]
-    blocks: tuple[FloatArray, ...]
+    block_ms: tuple[FloatArray, ...]
     flagged: int = 0
     left_out: int = 0
     drift: float = 0.0
@@ -59,53 +64,46 @@ class Observations:
     def __len__(self) -> int:
         return len(self.median_ms)
 
-    @property
-    def weights(self) -> FloatArray:
-        """Weights that turn squared errors into squared relative errors."""
-        return 1.0 / self.median_ms**2
-
     def take(self, index: np.ndarray | Sequence[int]) -> Observations:
         """The observations at these positions (or under this mask)."""
         place = np.asarray(index)
         if place.dtype == bool:
             place = np.flatnonzero(place)
         return Observations(
-            self.totals[place],
-            self.decode[place],
+            select(self.totals, place),
+            select(self.decode, place),
             self.median_ms[place],
             tuple(self.samples[i] for i in place),
             self.padded[place],
             tuple(self.groups[i] for i in place),
             tuple(self.shapes[i] for i in place),
             tuple(self.speed_corrected[i] for i in place),
-            tuple(self.blocks[i] for i in place),
+            tuple(self.block_ms[i] for i in place),
         )
 
     @classmethod
     def of(cls, rows: Sequence[StepRow]) -> Observations:
         """Gather rows by shape. Raises :class:`FitError` as :func:`check_rows` does.
 
-        Where looks at a sentinel tell the machine's pace, ``median_ms`` is taken at its typical one.
-        ``samples`` stay as measured, and those that a sweep set aside are among them where it says when they
-        were taken, so that a bound learnt from them covers what the machine does.
+        ``samples`` stay as measured and include those that a sweep set aside, if their order is known. A
+        bound learned from them covers the machine as it is.
         """
-        pace = MachineSpeed.of(rows)
-        close = pace is not None and pace.close
-        kept = check_rows(rows, close)
-        distrusted = DISTRUSTED - {"drift"} if close else DISTRUSTED
-        flagged = sum(bool(distrusted & set(row.flags)) for row in kept)
-        if pace is not None and not (pace.learnt or flagged):
-            pace = None  # nothing says that rows follow the sentinel, nor that they would need it
+        speed = MachineSpeed.of(rows)
+        dense = speed is not None and speed.dense
+        kept = check_rows(rows, dense)
+        flagged = sum(bool(_distrusted(dense) & set(row.flags)) for row in kept)
+        if speed is not None and not (speed.learned or flagged):
+            speed = None  # no sign that rows follow the sentinel, or that they need correcting
         merged: dict[str, list[StepRow]] = {}
         for row in kept:
             merged.setdefault(row.shape.key(), []).append(row)
         shapes = [group[0].shape for group in merged.values()]
-        gathered = [_gather(group, pace) for group in merged.values()]
+        gathered = [_gather(group, speed) for group in merged.values()]
         speed_corrected = tuple(np.concatenate(blocks) for _, blocks in gathered)
-        factors = drift_factors(kept, pace) if pace else np.ones(len(kept))
+        slowdown = slowdown_of_rows(kept, speed) if speed else np.ones(len(kept))
         return cls(
-            totals_matrix(shapes),
-            np.array([decode_totals_of(s) for s in shapes], dtype=np.float64),
+            BatchTotals.stack([totals_of(s.items) for s in shapes]),
+            BatchTotals.stack([decode_totals_of(s) for s in shapes]),
             np.array([float(np.median(samples)) for samples in speed_corrected]),
             tuple(raw for raw, _ in gathered),
             np.array(
@@ -118,27 +116,30 @@ class Observations:
             tuple(np.array([np.median(block) for block in blocks]) for _, blocks in gathered),
             flagged,
             len(rows) - len(kept),
-            float(np.ptp(np.log(factors))),
+            float(np.ptp(np.log(slowdown))),
         )
 
     def repeat_noise(self) -> FloatArray:
-        """Relative standard error of each shape's median, (n,): the spread of its visits ÷ √visits.
+        """Relative standard error of each shape's median, (n,): the spread of its blocks ÷ √blocks.
 
-        Visits to one shape meet other moments and other memory, which samples of one visit share. Few visits
-        tell little of a shape's own spread, so each is judged together with that of all (as in Smyth 2004).
-        Shapes of one visit have their samples alone: their spread ÷ √samples.
+        Samples of one block share its moment and its memory, so blocks count. A few blocks say little
+        about a shape's spread, so it is pooled with that of all shapes (Smyth 2004). A shape of one block
+        has the spread of its samples ÷ √samples.
         """
-        spread = [float(np.log(v).var(ddof=1)) for v in self.blocks if len(v) > 1]
-        freedom = [len(v) - 1 for v in self.blocks if len(v) > 1]
-        # The median of chi-square over its freedom (Wilson and Hilferty): no shape's mishap counts.
-        typical = [s / (1 - 2 / (9 * nu)) ** 3 for s, nu in zip(spread, freedom, strict=True)]
+        several = [block_ms for block_ms in self.block_ms if len(block_ms) > 1]
+        spread = [float(np.log(block_ms).var(ddof=1)) for block_ms in several]
+        # The median of chi-square over its degrees of freedom (Wilson and Hilferty), robust to outliers.
+        typical = [
+            s / (1 - 2 / (9 * (len(block_ms) - 1))) ** 3
+            for s, block_ms in zip(spread, several, strict=True)
+        ]
         prior = float(np.median(typical)) if typical else 0.0
         noise = []
-        for samples, blocks in zip(self.samples, self.blocks, strict=True):
-            if len(blocks) > 1:
-                own, nu = float(np.log(blocks).var(ddof=1)), len(blocks) - 1
-                pooled = (PRIOR_FREEDOM * prior + nu * own) / (PRIOR_FREEDOM + nu)
-                noise.append(math.sqrt(pooled / len(blocks)))
+        for samples, block_ms in zip(self.samples, self.block_ms, strict=True):
+            if len(block_ms) > 1:
+                own, freedom = float(np.log(block_ms).var(ddof=1)), len(block_ms) - 1
+                pooled = (PRIOR_BLOCKS * prior + freedom * own) / (PRIOR_BLOCKS + freedom)
+                noise.append(math.sqrt(pooled / len(block_ms)))
                 continue
             median = float(np.median(samples))
             mad = float(np.median(np.abs(samples - median))) * 1.4826
@@ -147,23 +148,27 @@ class Observations:
 
 
 def _gather(
-    rows: Sequence[StepRow], pace: MachineSpeed | None
+    rows: Sequence[StepRow], speed: MachineSpeed | None
 ) -> tuple[FloatArray, list[FloatArray]]:
-    """All samples of one shape as measured, and visit by visit at the machine's typical pace."""
-    blocks = [(order, np.array(samples)) for row in rows for order, samples in visits_of(row)]
+    """All samples of one shape as measured, and block by block at the machine's typical speed."""
+    blocks = [(order, np.array(samples)) for row in rows for order, samples in blocks_of(row)]
     raw = np.concatenate([samples for _, samples in blocks])
-    if pace is None:
+    if speed is None:
         return raw, [samples for _, samples in blocks]
-    slow = pace.factors([order for order, _ in blocks], float(np.median(raw)))
-    return raw, [samples / factor for (_, samples), factor in zip(blocks, slow, strict=True)]
+    slowdown = speed.slowdown([order for order, _ in blocks], float(np.median(raw)))
+    return raw, [samples / slow for (_, samples), slow in zip(blocks, slowdown, strict=True)]
 
 
-def check_rows(rows: Sequence[StepRow], speed_corrected: bool = False) -> list[StepRow]:
+def _distrusted(dense: bool) -> frozenset[str]:
+    """Flags of distrust. Drift is none if machine speed is known at every block."""
+    return DISTRUSTED - {"drift"} if dense else DISTRUSTED
+
+
+def check_rows(rows: Sequence[StepRow], dense: bool = False) -> list[StepRow]:
     """Return the rows worth fitting.
 
-    Drifted and throttled rows are left out, unless so many are that too little would remain: on a busy
-    machine a profile in which everything drifted is still worth more than none. ``speed_corrected``: how slow the
-    machine was at every visit is known, so that drift is no reason to leave a row out.
+    Drifted and throttled rows are left out, unless too little would remain: a profile in which everything
+    drifted is better than none. ``dense``: machine speed is known at every block, so drifted rows stay.
 
     Raises :class:`FitError` for NaN, infinite, zero or negative times, too few distinct shapes,
     columns that do not vary, and rows of one shape that contradict each other.
@@ -178,7 +183,7 @@ def check_rows(rows: Sequence[StepRow], speed_corrected: bool = False) -> list[S
                 raise FitError(f"Row {row.key} has a time that is {sample}.", "Measure it again.")
             if sample <= 0:
                 raise FitError(
-                    f"Row {row.key} has a time of {sample} ms; a step takes longer than nothing.",
+                    f"Row {row.key} has a time of {sample} ms; step times must be positive.",
                     "Check the clock of the profile and measure the row again.",
                 )
     distinct = {row.shape.key() for row in rows}
@@ -188,8 +193,7 @@ def check_rows(rows: Sequence[StepRow], speed_corrected: bool = False) -> list[S
             f"{MINIMUM_SHAPES} are needed.",
             "Profile more of them: profile-server with --grid standard, or with more --budget-minutes.",
         )
-    distrusted = DISTRUSTED - {"drift"} if speed_corrected else DISTRUSTED
-    trusted = [row for row in rows if not distrusted & set(row.flags)]
+    trusted = [row for row in rows if not _distrusted(dense) & set(row.flags)]
     remaining = len({row.shape.key() for row in trusted})
     enough = max(MINIMUM_SHAPES, TRUSTED_SHARE * len(distinct))
     kept = trusted if remaining >= enough else list(rows)
@@ -199,11 +203,14 @@ def check_rows(rows: Sequence[StepRow], speed_corrected: bool = False) -> list[S
 
 
 def _check_columns_vary(rows: Sequence[StepRow]) -> None:
-    table = np.array([totals_of(row.shape.items) for row in rows], dtype=np.float64)
-    for column, name in ((1, "new tokens"), (2, "cached tokens")):
-        if np.ptp(table[:, column]) == 0:
+    totals = BatchTotals.stack([totals_of(row.shape.items) for row in rows])
+    for values, name in (
+        (totals.sum_new, "new tokens"),
+        (totals.sum_cached, "cached tokens"),
+    ):
+        if np.ptp(values) == 0:
             raise FitError(
-                f"Every row has {table[0, column]:.0f} {name}, so their cost cannot be told.",
+                f"Every row has {values[0]:.0f} {name}, so their cost cannot be fitted.",
                 f"Profile shapes that differ in {name}.",
             )
     if np.ptp([row.median_ms for row in rows]) == 0:

@@ -1,16 +1,14 @@
-"""The physical part: what a step must cost, as nonnegative terms of the batch totals.
+"""The physical part of the ``wispprof`` model: what a step must cost, as nonnegative terms of its totals.
 
-A step reads the weights (constant), multiplies every padded token with them (a convex-or-not curve in
-tokens after graph padding), reads the cache (a curve in cached tokens), touches query-key pairs, and
-waits for its deepest item. Only what emits goes through the output head, so a prompt's tokens cost less
-than a draft's. Items whose contexts differ are attended to in groups: how many, no total says, but the more
-items there are and the deeper the deepest, the more there can be, and √(items · deepest) grows as they do in
-what was measured. Prompt chunks and decode items in one step are groups apart, which costs up to the smaller
-part's tokens. Every term grows with work and every weight is ≥ 0, so the sum never falls when work is added.
+- A step reads the weights (constant) and multiplies each padded token with them (a curve in tokens).
+- It reads the cache (a curve in cached tokens), touches query-key pairs, and waits for its deepest item.
+- Only tokens that are sampled pass the output head, so a prompt token costs less than a draft.
+- Attention groups items of similar context. The totals do not tell how many groups there are; √(items ·
+  max_cached) grows as the groups do in measurements. Prompt chunks and decode items form separate groups,
+  which costs up to the smaller part's tokens.
 
-Where a batch is cut to the measured box, the tokens that emit are cut by themselves: as the difference of
-two totals, of which one is cut and the other not, they could fall. A term in two totals may be cut in each:
-more of one makes the other dearer, so what lies beyond the box grows with both.
+Every term grows with work and every weight is ≥ 0, so the sum never falls if work is added. If a batch is
+cut to the measured box, sampled tokens are cut by themselves: a difference of two totals could fall.
 """
 
 from __future__ import annotations
@@ -22,29 +20,43 @@ from typing import Any, Self
 
 import numpy as np
 
-from wispprof.fitting.batch_totals import FloatArray, Totals, bucket_many
+from wispprof.fitting.batch_totals import ArrayTotals, FloatArray, Totals
 from wispprof.fitting.observations import Observations
 from wispprof.fitting.step_time_models import fit_nonnegative
 
-__all__ = ["PhysicalTerms", "PiecewiseCurve", "emitting", "emitting_many", "graph_buckets"]
+__all__ = [
+    "PhysicalTerms",
+    "PiecewiseCurve",
+    "graph_buckets",
+    "padded_many",
+    "sampled_tokens",
+    "sampled_tokens_many",
+]
 
 NEW_KNOTS = 6
 CACHED_KNOTS = 3
 TERMS = 8
-EARLIER_TERMS = 6
-"""Estimators saved before there were the last two have weights without them."""
 BUCKET_SHARE = 0.8
-"""Share of rows whose padding must follow the buckets before they are believed."""
+"""Share of rows whose padding must follow the buckets before they are used."""
 
 
-def emitting(totals: Totals) -> int:
-    """Tokens that go through the output head: all but those of prompt chunks."""
-    return totals[1] - totals[7]
+def sampled_tokens(totals: Totals) -> int:
+    """Tokens that pass the output head: all but those of prompt chunks."""
+    return totals.sum_new - totals.prefill
 
 
-def emitting_many(totals: FloatArray) -> FloatArray:
-    """:func:`emitting` over rows (n, 8); returns (n,)."""
-    return np.asarray(totals[:, 1] - totals[:, 7])
+def sampled_tokens_many(totals: ArrayTotals) -> FloatArray:
+    """:func:`sampled_tokens` of n batches, (n,)."""
+    return np.asarray(totals.sum_new - totals.prefill)
+
+
+def padded_many(new: FloatArray, buckets: FloatArray) -> FloatArray:
+    """Tokens that a step computes after padding: the smallest bucket that holds ``new``, else ``new``."""
+    if len(buckets) == 0:
+        return new
+    place = np.searchsorted(buckets, new, side="left")
+    held = place < len(buckets)
+    return np.where(held, buckets[np.minimum(place, len(buckets) - 1)], new)
 
 
 class PiecewiseCurve:
@@ -62,7 +74,7 @@ class PiecewiseCurve:
         for index in range(len(self.knots)):
             rise = self.slopes[index] * (edges[index + 1] - edges[index])
             self._base.append(self._base[-1] + rise)
-        # The same as arrays: making them anew for every batch costs more than reading them.
+        # As arrays too: making them anew for every batch costs more than the look-up.
         self._arrays = tuple(
             np.array(v, dtype=np.float64) for v in (self.knots, self.slopes, self._base, self._left)
         )
@@ -94,8 +106,8 @@ def spread_knots(x: FloatArray, count: int) -> list[float]:
     return [float(k) for k in np.unique(wanted)]
 
 
-def lone_token_knots(tokens: FloatArray) -> list[float]:
-    """Bends at 1 and 2 where steps of a single token were measured.
+def single_token_knots(tokens: FloatArray) -> list[float]:
+    """Knots at 1 and 2 if steps of a single token were measured.
 
     One token is a matrix-vector product, two are a matrix product: on CPUs the second token can cost
     as much as the first.
@@ -109,19 +121,16 @@ def graph_buckets(data: Observations) -> FloatArray:
     if not known.any():
         return np.zeros(0)
     buckets = np.unique(data.padded[known])
-    follows = bucket_many(data.totals[known, 1], buckets) == data.padded[known]
-    padded = data.padded[known] > data.totals[known, 1]
-    believable = follows.mean() >= BUCKET_SHARE and padded.any()
-    return buckets if believable else np.zeros(0)
+    new, padded = data.totals.sum_new[known], data.padded[known]
+    follows = padded_many(new, buckets) == padded
+    plausible = follows.mean() >= BUCKET_SHARE and (padded > new).any()
+    return buckets if plausible else np.zeros(0)
 
 
 class PhysicalTerms:
-    """``buckets_`` (b,), ``new_`` and ``cached_`` curves, ``weights_`` (8,) of the other terms: a step, an
-    item, Σ new·cached, Σ new², the deepest item, a token that emits, √(items · deepest), and the smaller of
-    a prompt's tokens and those that emit."""
-
-    kind = "physical"
-    monotone = True
+    """``buckets_`` (b,), ``new_`` and ``cached_`` curves, and ``weights_`` (8,) of the other terms: a step,
+    an item, Σ new·cached, Σ new², the deepest item, a sampled token, √(items · max_cached), and the smaller
+    of a prompt's tokens and the sampled ones."""
 
     def __init__(self, new_knots: int = NEW_KNOTS, cached_knots: int = CACHED_KNOTS) -> None:
         self.new_knots = new_knots
@@ -134,17 +143,26 @@ class PhysicalTerms:
     def fit(self, data: Observations) -> Self:
         buckets = graph_buckets(data)
         self.buckets_ = [float(b) for b in buckets]
-        tokens = bucket_many(data.totals[:, 1], buckets)
-        new_knots = sorted({*lone_token_knots(tokens), *spread_knots(tokens, self.new_knots)})
-        cached_knots = spread_knots(data.totals[:, 2], self.cached_knots)
-        items, _, cached, cross, square, deep, _, prefill = data.totals.T
-        emit = emitting_many(data.totals)
-        one, groups, mixed = np.ones(len(data)), np.sqrt(items * deep), np.minimum(prefill, emit)
+        totals = data.totals
+        tokens = padded_many(totals.sum_new, buckets)
+        new_knots = sorted({*single_token_knots(tokens), *spread_knots(tokens, self.new_knots)})
+        cached_knots = spread_knots(totals.sum_cached, self.cached_knots)
+        sampled = sampled_tokens_many(totals)
+        others = [
+            np.ones(len(data)),
+            totals.items,
+            totals.sum_new_cached,
+            totals.sum_new_sq,
+            totals.max_cached,
+            sampled,
+            np.sqrt(totals.items * totals.max_cached),
+            np.minimum(totals.prefill, sampled),
+        ]
         design = np.concatenate(
             [
                 PiecewiseCurve.columns(tokens, new_knots),
-                PiecewiseCurve.columns(cached, cached_knots),
-                np.stack([one, items, cross, square, deep, emit, groups, mixed], axis=1),
+                PiecewiseCurve.columns(totals.sum_cached, cached_knots),
+                np.stack(others, axis=1),
             ],
             axis=1,
         )
@@ -155,49 +173,45 @@ class PhysicalTerms:
         self.weights_ = tuple(weights[first + second :])
         return self
 
-    def again(self) -> Self:
-        return type(self)(self.new_knots, self.cached_knots)
-
-    def tokens(self, new: float) -> float:
+    def padded(self, new: float) -> float:
         """Tokens computed for ``new`` fed ones, after graph padding."""
         buckets = self.buckets_
         place = bisect_left(buckets, new)
         return buckets[place] if place < len(buckets) else new
 
-    def p50(self, totals: Totals, emit: float) -> float:
-        """Milliseconds of a batch of which ``emit`` tokens emit (see :func:`emitting`)."""
-        items, new, cached, cross, square, deep, _, prefill = totals
+    def p50(self, totals: Totals, sampled: float) -> float:
+        """Milliseconds of a batch with so many sampled tokens (see :func:`sampled_tokens`)."""
+        items, new, cached, new_cached, new_sq, max_cached, _, prefill = totals
         w0, w1, w2, w3, w4, w5, w6, w7 = self.weights_
         return (
-            self.new_(self.tokens(new))
+            self.new_(self.padded(new))
             + self.cached_(cached)
             + w0
             + w1 * items
-            + w2 * cross
-            + w3 * square
-            + w4 * deep
-            + w5 * emit
-            + w6 * sqrt(items * deep)
-            + w7 * min(prefill, emit)
+            + w2 * new_cached
+            + w3 * new_sq
+            + w4 * max_cached
+            + w5 * sampled
+            + w6 * sqrt(items * max_cached)
+            + w7 * min(prefill, sampled)
         )
 
-    def p50_many(self, totals: FloatArray, emit: FloatArray) -> FloatArray:
-        """:meth:`p50` over rows (n, 8) and (n,)."""
-        tokens = bucket_many(totals[:, 1], np.array(self.buckets_))
-        items, _, cached, cross, square, deep, _, prefill = totals.T
+    def p50_many(self, totals: ArrayTotals, sampled: FloatArray) -> FloatArray:
+        """:meth:`p50` of n batches, (n,)."""
+        items, new, cached, new_cached, new_sq, max_cached, _, prefill = totals
         w0, w1, w2, w3, w4, w5, w6, w7 = self.weights_
-        # The very operations of :meth:`p50`, in its order: both must round alike.
+        # The operations of :meth:`p50` in its order: both must round alike.
         result: FloatArray = (
-            self.new_.many(tokens)
+            self.new_.many(padded_many(new, np.array(self.buckets_)))
             + self.cached_.many(cached)
             + w0
             + w1 * items
-            + w2 * cross
-            + w3 * square
-            + w4 * deep
-            + w5 * emit
-            + w6 * np.sqrt(items * deep)
-            + w7 * np.minimum(prefill, emit)
+            + w2 * new_cached
+            + w3 * new_sq
+            + w4 * max_cached
+            + w5 * sampled
+            + w6 * np.sqrt(items * max_cached)
+            + w7 * np.minimum(prefill, sampled)
         )
         return result
 
@@ -216,8 +230,6 @@ class PhysicalTerms:
         terms.new_ = PiecewiseCurve(payload["new"]["knots"], payload["new"]["slopes"])
         terms.cached_ = PiecewiseCurve(payload["cached"]["knots"], payload["cached"]["slopes"])
         weights = tuple(float(w) for w in payload["weights"])
-        if len(weights) == EARLIER_TERMS:
-            weights += (0.0,) * (TERMS - EARLIER_TERMS)
         if len(weights) != TERMS or min(weights) < 0:
             raise ValueError(f"the physical part has {TERMS} weights ≥ 0")
         terms.weights_ = weights

@@ -23,10 +23,15 @@ from wispprof.fitting.estimator import FittedEstimator, load_estimator
 from wispprof.fitting.evaluation import Evaluation, Progress, evaluate
 from wispprof.fitting.model_card import estimator_card, plot_evaluation, predictor_card, write_card
 from wispprof.fitting.observations import Observations, check_same_model, read_step_log
-from wispprof.fitting.predictors import PREDICTOR_KINDS, FittedPredictor, fit_predictor, fit_scorer
-from wispprof.fitting.predictors.fitted_predictor import paths_of
-from wispprof.fitting.predictors.training_rows import split_prompts
+from wispprof.fitting.rejection_predictor import (
+    PREDICTOR_KINDS,
+    FittedPredictor,
+    fit_predictor,
+    fit_scorer,
+    paths_of,
+)
 from wispprof.fitting.selection import fit_estimator
+from wispprof.fitting.token_rows import split_prompts
 from wispprof.hardware import compute_device_name
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Fit every estimator on one profile, and choose by held-out error."""
+"""Fit every estimator on one profile and choose by held-out error."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ import numpy as np
 
 from wispprof.artifacts.rows import StepRow
 from wispprof.errors import FitError
-from wispprof.fitting.batch_totals import FloatArray
+from wispprof.fitting.batch_totals import FloatArray, select
 from wispprof.fitting.conformal import RatioBound
-from wispprof.fitting.estimator import Domain, FittedEstimator
+from wispprof.fitting.estimator import (
+    ESTIMATOR_KINDS,
+    Domain,
+    FittedEstimator,
+    model_class,
+)
 from wispprof.fitting.observations import Observations
-from wispprof.fitting.registry import ESTIMATOR_KINDS, model_class
 from wispprof.fitting.step_time_models import StepTimeModel
 
 __all__ = ["assemble", "fit_estimator", "folds_of", "out_of_fold", "relative_errors"]
@@ -33,18 +37,18 @@ def folds_of(data: Observations, folds: int = FOLDS, seed: int = 0) -> np.ndarra
 def out_of_fold(
     kind: str, data: Observations, folds: int = FOLDS, seed: int = 0, nested: bool = True
 ) -> tuple[FloatArray, StepTimeModel]:
-    """Predictions that did not see their own shape, (n,), and the surface fitted on all of them.
+    """Predictions made without their own shape, (n,), and the model fitted on all shapes.
 
-    Without ``nested`` the settings (not the weights) are those that the fit on all shapes chose: much
-    quicker, and good enough to calibrate a bound whose coverage is then tested on other shapes.
+    Without ``nested`` the settings (not the weights) are those that the fit on all shapes chose. That is
+    much quicker, and precise enough for a bound whose coverage is then tested on other shapes.
     """
     whole = model_class(kind)().fit(data)
     fold = folds_of(data, min(folds, len(data)), seed)
     predicted = np.empty(len(data))
     for number in np.unique(fold):
         held = fold == number
-        part = (model_class(kind)() if nested else whole.again()).fit(data.take(~held))
-        predicted[held] = part.p50_many(data.totals[held])
+        part = (model_class(kind)() if nested else whole.clone_unfitted()).fit(data.take(~held))
+        predicted[held] = part.p50_many(select(data.totals, held))
     return predicted, whole
 
 
@@ -65,8 +69,8 @@ def relative_errors(predicted: FloatArray, actual: FloatArray) -> dict[str, floa
 def assemble(
     step_model: StepTimeModel, predicted: FloatArray, data: Observations, coverage: float = 0.95
 ) -> FittedEstimator:
-    """An estimator from a surface fitted on all of ``data`` and out-of-fold predictions."""
-    ratio = RatioBound.calibrate(np.maximum(predicted, 1e-9), data.samples, data.totals[:, 7] > 0)
+    """An estimator from a model fitted on all of ``data`` and out-of-fold predictions."""
+    ratio = RatioBound.calibrate(np.maximum(predicted, 1e-9), data.samples, data.totals.prefill > 0)
     return FittedEstimator(step_model, ratio, Domain.of(data.totals), coverage)
 
 
@@ -78,9 +82,9 @@ def fit_estimator(
 ) -> FittedEstimator:
     """Fit a verification-time estimator on profile rows.
 
-    ``kind`` names one of :data:`ESTIMATOR_KINDS`; ``auto`` fits all of ``kinds`` and keeps the one of
-    least held-out error among those whose predictions never fall when work is added. The comparison
-    stands in ``.report``. Raises :class:`FitError` for rows that nothing should be fitted on.
+    ``kind`` names a step-time model; ``auto`` fits all of ``kinds`` and keeps the one of least held-out
+    error among the monotone ones. ``.report`` holds the comparison.
+    Raises :class:`FitError` for rows that :func:`~wispprof.fitting.observations.check_rows` refuses.
     """
     data = rows if isinstance(rows, Observations) else Observations.of(rows)
     tried = tuple(kinds) if kind == "auto" else (kind,)
@@ -99,7 +103,7 @@ def fit_estimator(
     noise = data.repeat_noise()
     report: dict[str, Any] = {
         "chosen": best,
-        "asked": kind,
+        "requested": kind,
         "held_out": errors,
         "monotone": {n: fitted[n].step_model.monotone for n in tried},
         "shapes": len(data),

@@ -1,12 +1,11 @@
-"""The project's own estimator: physical terms, corrected by a monotone boosted residual.
+"""The ``wispprof`` step-time model: physical terms, corrected by a monotone boosted residual.
 
-Inside the measured box: ``physical^α · exp(residual)``. With α = 1 the residual can only raise the
-ratio as work grows; a smaller α leaves it room to lower the ratio while the product still never falls.
-The bends of the physical curves, α and the number of boosting rounds are chosen by held-out error, and
-zero rounds is a candidate.
+Inside the measured box it predicts ``physical^α · exp(residual)``. With α = 1 the residual can only raise
+the ratio as work grows. A smaller α lets the residual lower the ratio while the product never falls.
+Held-out error chooses the knots of the physical curves, α and the number of boosting rounds (0 included).
 
-Beyond the box the totals are cut to it and the physical terms add what the excess costs. The sum of two
-parts that never fall never falls, and nothing is clamped in silence.
+Outside the box the totals are cut to it, and the physical terms add the cost of the excess. Both parts
+never fall if work is added, so neither does their sum.
 """
 
 from __future__ import annotations
@@ -18,34 +17,51 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from wispprof.fitting.batch_totals import FloatArray, Totals, bucket_many
-from wispprof.fitting.monotone_tables import MonotoneTables
+from wispprof.fitting.batch_totals import (
+    EMPTY,
+    ArrayTotals,
+    FloatArray,
+    Totals,
+    clipped,
+    upper_corner,
+)
+from wispprof.fitting.monotone_tables import MonotoneTables, ResidualFeatures
 from wispprof.fitting.observations import Observations
-from wispprof.fitting.physical_terms import PhysicalTerms, emitting, emitting_many
+from wispprof.fitting.physical_terms import (
+    PhysicalTerms,
+    padded_many,
+    sampled_tokens,
+    sampled_tokens_many,
+)
+from wispprof.types import BatchTotals
 
-__all__ = ["WispprofStepTime", "residual_features"]
+__all__ = ["ModelChoice", "WispprofStepTime", "residual_features"]
 
 ROUNDS = (0, 15, 30, 60, 120)
 ALPHAS = (1.0, 0.85, 0.6)
 KNOTS = ((0, 0), (2, 1), (4, 2))
-"""Bends of the physical curves in new and cached tokens; noisy profiles can afford few."""
-WORTH = 0.97
-"""A more complicated choice must cut the held-out error at least to this share."""
+"""Knots of the physical curves in new and cached tokens; noisy profiles support few."""
+MIN_ERROR_RATIO = 0.97
+"""A more complicated choice must lower the held-out error at least to this share."""
 
 
-def residual_features(totals: FloatArray, physical: PhysicalTerms, emit: FloatArray) -> FloatArray:
-    """(n, 7): padded tokens, cached, items, deepest, widest, prefill tokens, physical ms."""
-    tokens = bucket_many(totals[:, 1], np.array(physical.buckets_))
-    features = np.empty((len(totals), 7), order="F")
-    features[:, 0] = tokens
-    for place, column in enumerate((2, 0, 5, 6, 7), 1):
-        features[:, place] = totals[:, column]
-    features[:, 6] = physical.p50_many(totals, emit)
-    return features
+def residual_features(
+    totals: ArrayTotals, physical: PhysicalTerms, sampled: FloatArray
+) -> ResidualFeatures:
+    """Features of n batches, arrays (n,)."""
+    return ResidualFeatures(
+        padded_many(totals.sum_new, np.array(physical.buckets_)),
+        totals.sum_cached,
+        totals.items,
+        totals.max_cached,
+        totals.max_new,
+        totals.prefill,
+        physical.p50_many(totals, sampled),
+    )
 
 
 class ModelChoice(NamedTuple):
-    """Settings of a surface: bends of the physical curves, exponent α, boosting rounds."""
+    """Settings of the model: knots of the physical curves, exponent α, boosting rounds."""
 
     knots: tuple[int, int] = KNOTS[0]
     alpha: float = ALPHAS[0]
@@ -54,9 +70,9 @@ class ModelChoice(NamedTuple):
 
 class WispprofStepTime:
     """``physical_``, ``residual_``, ``alpha_``; ``high_``, the upper corner of the measured box, and
-    ``most_``, the most tokens that emitted.
+    ``max_sampled_``, the most sampled tokens of a step in it.
 
-    ``choice``: settings; without them they are chosen by held-out error.
+    ``choice``: settings; if None, held-out error chooses them.
     """
 
     kind = "wispprof"
@@ -69,22 +85,22 @@ class WispprofStepTime:
         self.physical_ = PhysicalTerms()
         self.residual_ = MonotoneTables(0)
         self.alpha_ = 1.0
-        self.high_ = Totals(0, 0, 0, 0, 0, 0, 0, 0)
-        self.most_ = 0
+        self.high_ = EMPTY
+        self.max_sampled_ = 0
 
     def fit(self, data: Observations) -> Self:
         choice = self.choice_ = self.choice or self._choose(data)
         self.physical_ = PhysicalTerms(*choice.knots).fit(data)
-        emit = emitting_many(data.totals)
-        features = residual_features(data.totals, self.physical_, emit)
-        target = np.log(data.median_ms) - choice.alpha * np.log(features[:, 6])
+        sampled = sampled_tokens_many(data.totals)
+        features = residual_features(data.totals, self.physical_, sampled)
+        target = np.log(data.median_ms) - choice.alpha * np.log(features.physical_ms)
         self.residual_ = MonotoneTables(choice.rounds).fit(features, target)
         self.alpha_ = choice.alpha
-        self.high_ = Totals(*(int(v) for v in data.totals.max(axis=0)))
-        self.most_ = int(emit.max())
+        self.high_ = upper_corner(data.totals)
+        self.max_sampled_ = int(sampled.max())
         return self
 
-    def again(self) -> Self:
+    def clone_unfitted(self) -> Self:
         return type(self)(self.seed, self.choice_)
 
     def _choose(self, data: Observations) -> ModelChoice:
@@ -94,64 +110,68 @@ class WispprofStepTime:
         corrected = _corrected_errors(data, folds, knots)
         best = min(corrected, key=lambda c: corrected[c])
         simple = ModelChoice(knots)
-        return best if corrected[best] < WORTH * corrected[simple] else simple
-
-    # --- asking -----------------------------------------------------------------------------------
+        return best if corrected[best] < MIN_ERROR_RATIO * corrected[simple] else simple
 
     def p50(self, totals: Totals) -> float:
-        emit = emitting(totals)
-        base = self.physical_.p50(totals, emit)
+        sampled = sampled_tokens(totals)
+        physical_ms = self.physical_.p50(totals, sampled)
         high = self.high_
         if not (
-            totals[1] > high[1]
-            or totals[2] > high[2]
-            or totals[0] > high[0]
-            or totals[5] > high[5]
-            or totals[6] > high[6]
-            or totals[7] > high[7]
-            or totals[3] > high[3]
-            or totals[4] > high[4]
-            or emit > self.most_
+            totals.sum_new > high.sum_new
+            or totals.sum_cached > high.sum_cached
+            or totals.items > high.items
+            or totals.max_cached > high.max_cached
+            or totals.max_new > high.max_new
+            or totals.prefill > high.prefill
+            or totals.sum_new_cached > high.sum_new_cached
+            or totals.sum_new_sq > high.sum_new_sq
+            or sampled > self.max_sampled_
         ):
-            return self._corrected(totals, base)
-        cut, inside = self._cut(totals, emit)
-        return self._corrected(cut, inside) + (base - inside)
+            return self._corrected(totals, physical_ms)
+        cut, cut_ms = self._cut(totals, sampled)
+        return self._corrected(cut, cut_ms) + (physical_ms - cut_ms)
 
-    def inside(self, totals: Totals, high: Totals) -> float:
-        """Milliseconds of the batch cut to the measured box, whose corner is ``high_`` whatever is asked."""
-        return self._corrected(*self._cut(totals, emitting(totals)))
+    def clipped(self, totals: Totals, high: Totals) -> float:
+        """Milliseconds of the batch cut to the measured box, whose corner is ``high_``, not ``high``."""
+        return self._corrected(*self._cut(totals, sampled_tokens(totals)))
 
-    def _cut(self, totals: Totals, emit: int) -> tuple[Totals, float]:
-        """The totals cut to the box, and what the physical terms say there."""
-        cut = Totals(*(min(a, b) for a, b in zip(totals, self.high_, strict=True)))
-        return cut, self.physical_.p50(cut, min(emit, self.most_))
+    def _cut(self, totals: Totals, sampled: int) -> tuple[Totals, float]:
+        """The totals cut to the box, and their physical milliseconds."""
+        cut: Totals = BatchTotals(*map(min, totals, self.high_))
+        return cut, self.physical_.p50(cut, min(sampled, self.max_sampled_))
 
-    def _corrected(self, totals: Totals, base: float) -> float:
-        items, new, cached, _, _, deep, wide, prefill = totals
-        row = (self.physical_.tokens(new), cached, items, deep, wide, prefill, base)
-        value = math.exp(self.residual_.value(row))
-        return value * (base if self.alpha_ == 1.0 else float(base**self.alpha_))
-
-    def p50_many(self, totals: FloatArray) -> FloatArray:
-        emit = emitting_many(totals)
-        if not ((totals > np.array(self.high_)).any() or (emit > self.most_).any()):
-            return self._inside(residual_features(totals, self.physical_, emit))
-        features = self._cut_features(totals, emit)
-        excess = self.physical_.p50_many(totals, emit) - features[:, 6]
-        return self._inside(features) + excess
-
-    def inside_many(self, totals: FloatArray, high: FloatArray) -> FloatArray:
-        """:meth:`inside` over rows (n, 8)."""
-        return self._inside(self._cut_features(totals, emitting_many(totals)))
-
-    def _cut_features(self, totals: FloatArray, emit: FloatArray) -> FloatArray:
-        high = np.array(self.high_, dtype=np.float64)
-        return residual_features(
-            np.minimum(totals, high), self.physical_, np.minimum(emit, self.most_)
+    def _corrected(self, totals: Totals, physical_ms: float) -> float:
+        items, new, cached, _, _, max_cached, max_new, prefill = totals
+        tokens = self.physical_.padded(new)
+        features = ResidualFeatures(
+            tokens, cached, items, max_cached, max_new, prefill, physical_ms
         )
+        value = math.exp(self.residual_.value(features))
+        return value * (physical_ms if self.alpha_ == 1.0 else float(physical_ms**self.alpha_))
 
-    def _inside(self, features: FloatArray) -> FloatArray:
-        base = features[:, 6] if self.alpha_ == 1.0 else features[:, 6] ** self.alpha_
+    def p50_many(self, totals: ArrayTotals) -> FloatArray:
+        sampled = sampled_tokens_many(totals)
+        features = residual_features(totals, self.physical_, sampled)
+        if not (
+            any(column.max() > most for column, most in zip(totals, self.high_, strict=True))
+            or sampled.max() > self.max_sampled_
+        ):
+            return self._corrected_many(features)
+        cut = self._cut_features(totals, sampled)
+        excess: FloatArray = features.physical_ms - cut.physical_ms
+        return self._corrected_many(cut) + excess
+
+    def clipped_many(self, totals: ArrayTotals, high: Totals) -> FloatArray:
+        """:meth:`clipped` of n batches, (n,)."""
+        return self._corrected_many(self._cut_features(totals, sampled_tokens_many(totals)))
+
+    def _cut_features(self, totals: ArrayTotals, sampled: FloatArray) -> ResidualFeatures:
+        cut = clipped(totals, self.high_)
+        return residual_features(cut, self.physical_, np.minimum(sampled, self.max_sampled_))
+
+    def _corrected_many(self, features: ResidualFeatures) -> FloatArray:
+        physical_ms: FloatArray = features.physical_ms
+        base = physical_ms if self.alpha_ == 1.0 else physical_ms**self.alpha_
         result: FloatArray = base * np.exp(self.residual_.value_many(features))
         return result
 
@@ -161,31 +181,31 @@ class WispprofStepTime:
             "residual": self.residual_.payload(),
             "alpha": self.alpha_,
             "high": list(self.high_),
-            "most": self.most_,
+            "max_sampled": self.max_sampled_,
         }
 
     @classmethod
     def from_payload(cls, payload: dict[str, Any]) -> Self:
-        step_model = cls()
-        step_model.physical_ = PhysicalTerms.from_payload(payload["physical"])
-        step_model.residual_ = MonotoneTables.from_payload(payload["residual"])
-        step_model.alpha_ = float(payload["alpha"])
-        if not 0 < step_model.alpha_ <= 1:
+        model = cls()
+        model.physical_ = PhysicalTerms.from_payload(payload["physical"])
+        model.residual_ = MonotoneTables.from_payload(payload["residual"])
+        model.alpha_ = float(payload["alpha"])
+        if not 0 < model.alpha_ <= 1:
             raise ValueError("alpha must lie in (0, 1]")
-        step_model.high_ = Totals(*(int(v) for v in payload["high"]))
-        step_model.most_ = int(payload["most"])
-        return step_model
+        model.high_ = BatchTotals(*(int(v) for v in payload["high"]))
+        model.max_sampled_ = int(payload["max_sampled"])
+        return model
 
 
 def _physical_error(
     data: Observations, folds: Sequence[np.ndarray], knots: tuple[int, int]
 ) -> float:
-    """Mean absolute log error of the physical part alone on shapes held out."""
+    """Mean absolute log error of the physical part alone on held-out shapes."""
     errors = []
     for held in folds:
         test = data.take(held)
         physical = PhysicalTerms(*knots).fit(data.take(~held))
-        ratio = physical.p50_many(test.totals, emitting_many(test.totals)) / test.median_ms
+        ratio = physical.p50_many(test.totals, sampled_tokens_many(test.totals)) / test.median_ms
         errors.append(float(np.abs(np.log(ratio)).mean()))
     return float(np.mean(errors))
 
@@ -193,48 +213,47 @@ def _physical_error(
 def _corrected_errors(
     data: Observations, folds: Sequence[np.ndarray], knots: tuple[int, int]
 ) -> dict[ModelChoice, float]:
-    """Mean absolute log error on shapes held out, for each α and number of rounds."""
+    """Mean absolute log error on held-out shapes, for each α and number of rounds."""
     errors: dict[ModelChoice, list[float]] = {}
     for held in folds:
         learn, test = data.take(~held), data.take(held)
         physical = PhysicalTerms(*knots).fit(learn)
-        learnt, emit = emitting_many(learn.totals), emitting_many(test.totals)
-        features = residual_features(learn.totals, physical, learnt)
-        cut = np.minimum(test.totals, learn.totals.max(axis=0))
-        asked = residual_features(cut, physical, np.minimum(emit, learnt.max()))
-        inside = np.log(asked[:, 6])
-        excess = physical.p50_many(test.totals, emit) - asked[:, 6]
+        learn_sampled = sampled_tokens_many(learn.totals)
+        test_sampled = sampled_tokens_many(test.totals)
+        features = residual_features(learn.totals, physical, learn_sampled)
+        cut = clipped(test.totals, upper_corner(learn.totals))
+        cut_sampled = np.minimum(test_sampled, learn_sampled.max())
+        cut_features = residual_features(cut, physical, cut_sampled)
+        table, cut_log = np.column_stack(cut_features), np.log(cut_features.physical_ms)
+        excess = physical.p50_many(test.totals, test_sampled) - cut_features.physical_ms
         for alpha in ALPHAS:
-            target = np.log(learn.median_ms) - alpha * np.log(features[:, 6])
+            target = np.log(learn.median_ms) - alpha * np.log(features.physical_ms)
             offset = float(target.mean())
             booster = MonotoneTables(max(ROUNDS)).train(features, target - offset)
             for rounds in ROUNDS:
                 if rounds == 0 and alpha != 1.0:
                     continue
-                extra = _boosted(booster, asked, rounds) if rounds else 0.0
-                predicted = np.exp(alpha * inside + offset + extra) + excess
-                size = np.abs(np.log(predicted / test.median_ms))
-                errors.setdefault(ModelChoice(knots, alpha, rounds), []).append(float(size.mean()))
+                # One thread: for a few hundred rows, starting more costs more than it saves.
+                extra = (
+                    booster.predict(table, num_iteration=rounds, num_threads=1) if rounds else 0.0
+                )
+                predicted = np.exp(alpha * cut_log + offset + extra) + excess
+                error = float(np.abs(np.log(predicted / test.median_ms)).mean())
+                errors.setdefault(ModelChoice(knots, alpha, rounds), []).append(error)
     return {choice: float(np.mean(values)) for choice, values in errors.items()}
 
 
-def _boosted(booster: Any, features: FloatArray, rounds: int) -> FloatArray:
-    # One thread: for a few hundred rows, starting more of them costs far more than it saves.
-    value: FloatArray = booster.predict(features, num_iteration=rounds, num_threads=1)
-    return value
-
-
 def _inner_folds(data: Observations, seed: int) -> Iterator[np.ndarray]:
-    """Masks of held-out shapes: four random fifths, and the thirds by items and by depth in turn.
+    """Masks of held-out shapes: four random quarters, and the middle thirds by items and by depth.
 
-    Random folds alone would favour a residual that knows its neighbours; blocks ask it to bridge gaps.
+    Random folds alone would favour a residual that knows its neighbours; the thirds ask it to bridge gaps.
     """
     ranks = np.array([zlib.crc32(f"inner{seed}:{key}".encode()) for key in data.groups])
     fold = np.argsort(np.argsort(ranks, kind="stable"), kind="stable") % 4
     for number in range(4):
         yield fold == number
-    for column in (0, 5):
-        low, high = np.quantile(data.totals[:, column], (1 / 3, 2 / 3))
-        middle = (data.totals[:, column] > low) & (data.totals[:, column] <= high)
+    for column in (data.totals.items, data.totals.max_cached):
+        low, high = np.quantile(column, (1 / 3, 2 / 3))
+        middle = (column > low) & (column <= high)
         if 0 < middle.sum() < len(data) - 8:
             yield middle

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from wispprof.types import StepTimeEstimator
+from wispprof.types import BatchTotals, StepTimeEstimator
 
 __all__ = [
     "MarginalCostCache",
@@ -66,15 +66,16 @@ def price_batches(
     """
     inside = new > 0
     held = inside * cached
-    totals = np.zeros((len(new), 8))
-    totals[:, 0] = inside.sum(axis=1)
-    totals[:, 1] = new.sum(axis=1)
-    totals[:, 2] = held.sum(axis=1)
-    totals[:, 3] = new @ cached
-    totals[:, 4] = (new * new).sum(axis=1)
-    if new.shape[1]:
-        totals[:, 5] = held.max(axis=1)
-        totals[:, 6] = new.max(axis=1)
+    totals = BatchTotals(
+        items=inside.sum(axis=1),
+        sum_new=new.sum(axis=1),
+        sum_cached=held.sum(axis=1),
+        sum_new_cached=new @ cached,
+        sum_new_sq=(new * new).sum(axis=1),
+        max_cached=held.max(axis=1, initial=0),
+        max_new=new.max(axis=1, initial=0),
+        prefill=np.zeros(len(new), dtype=np.int64),
+    )
     priced = estimator.predict_totals(totals)
     if priced is not None:
         return priced
@@ -152,20 +153,20 @@ def _price(
     estimator: StepTimeEstimator, batches: Sequence[tuple[_Equal, ...]]
 ) -> tuple[list[float], list[float]]:
     """(p50, bound) of batches given as groups of equal decode items."""
-    rows = [
-        (
-            sum(n for n, _, _ in groups),
-            sum(n * new for n, new, _ in groups),
-            sum(n * held for n, _, held in groups),
-            sum(n * new * held for n, new, held in groups),
-            sum(n * new * new for n, new, _ in groups),
-            max(held for _, _, held in groups),
-            max(new for _, new, _ in groups),
-            0,
+    totals = [
+        BatchTotals(
+            items=sum(n for n, _, _ in groups),
+            sum_new=sum(n * new for n, new, _ in groups),
+            sum_cached=sum(n * held for n, _, held in groups),
+            sum_new_cached=sum(n * new * held for n, new, held in groups),
+            sum_new_sq=sum(n * new * new for n, new, _ in groups),
+            max_cached=max(held for _, _, held in groups),
+            max_new=max(new for _, new, _ in groups),
+            prefill=0,
         )
         for groups in batches
     ]
-    at_once = estimator.predict_totals(np.array(rows, dtype=np.float64))
+    at_once = estimator.predict_totals(BatchTotals.stack(totals))
     if at_once is not None:
         return at_once[0].tolist(), at_once[1].tolist()
     priced = []

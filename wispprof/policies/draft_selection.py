@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wispprof.policies.api import SessionView, column
 from wispprof.policies.cost_model import MarginalCostCache, MarginalCosts
-from wispprof.types import StepTimeEstimator
+from wispprof.types import BatchTotals, StepTimeEstimator
 
 __all__ = [
     "BatchArrays",
@@ -204,28 +204,27 @@ class DraftRanking(NamedTuple):
         kept: IntArray = np.bincount(self.owner[:taken], minlength=count)
         return kept
 
-    def totals(self, taken: IntArray, cached: IntArray, members: BoolArray) -> FloatArray:
-        """Rows (m, 8) as :class:`~wispprof.policies.cost_model.TotalsEstimator` takes them, of the steps with
-        the first ``taken`` (m,) drafts, each ≤ M, for the same members."""
+    def totals(self, taken: IntArray, cached: IntArray, members: BoolArray) -> BatchTotals[Any]:
+        """Totals (m,) of the steps with the first ``taken`` (m,) drafts, each ≤ M, for the same members."""
         inside = cached * members
         items, held = int(np.count_nonzero(members)), int(inside.sum())
         # What the step without drafts has, and what each draft adds to it; integers, exact in any order.
-        cross, square = np.empty(len(self.worth)), np.empty(len(self.worth))
-        widest = np.empty(len(self.worth))
-        cross[0], square[0], widest[0] = held, items, 1.0
-        cross[1:] = inside[self.owner]
-        np.add(self.depth, 2, out=widest[1:])
-        square[1:] = 2.0 * widest[1:] - 1.0
-        rows = np.empty((len(taken), 8), order="F")
-        rows[:, 0] = items
-        np.add(taken, items, out=rows[:, 1])
-        rows[:, 2] = held
-        rows[:, 3] = np.add.accumulate(cross)[taken]
-        rows[:, 4] = np.add.accumulate(square)[taken]
-        rows[:, 5] = inside.max()
-        rows[:, 6] = np.maximum.accumulate(widest)[taken]
-        rows[:, 7] = 0.0
-        return rows
+        new_cached, new_sq = np.empty(len(self.worth)), np.empty(len(self.worth))
+        max_new = np.empty(len(self.worth))
+        new_cached[0], new_sq[0], max_new[0] = held, items, 1.0
+        new_cached[1:] = inside[self.owner]
+        np.add(self.depth, 2, out=max_new[1:])
+        new_sq[1:] = 2.0 * max_new[1:] - 1.0
+        totals = BatchTotals.empty(len(taken))
+        totals.items[:] = items
+        np.add(taken, items, out=totals.sum_new)
+        totals.sum_cached[:] = held
+        totals.sum_new_cached[:] = np.add.accumulate(new_cached)[taken]
+        totals.sum_new_sq[:] = np.add.accumulate(new_sq)[taken]
+        totals.max_cached[:] = inside.max()
+        totals.max_new[:] = np.maximum.accumulate(max_new)[taken]
+        totals.prefill[:] = 0.0
+        return totals
 
 
 def typical_costs(
@@ -240,11 +239,11 @@ def typical_costs(
     return known.at(estimator, min(count, max_items), 1 + drafts // count, cached // count)
 
 
-def undrafted_totals(cached: IntArray, members: BoolArray) -> FloatArray:
-    """The row (8,) of the step in which these members, at least one, advance without drafts."""
+def undrafted_totals(cached: IntArray, members: BoolArray) -> BatchTotals[int]:
+    """Totals of the step in which these members, at least one, advance without drafts."""
     inside = cached[members]
     items, held = len(inside), int(inside.sum())
-    return np.array([items, items, held, held, items, inside.max(), 1.0, 0.0])
+    return BatchTotals(items, items, held, held, items, int(inside.max()), 1, 0)
 
 
 def rate_of(arrays: BatchArrays, members: BoolArray, keep: IntArray) -> float:

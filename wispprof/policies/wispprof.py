@@ -46,7 +46,7 @@ from wispprof.policies.draft_selection import (
 from wispprof.policies.prefill import add_prompts
 from wispprof.policies.urgency import Urgency
 from wispprof.policies.wait_for_draft import should_wait
-from wispprof.types import StepTimeEstimator
+from wispprof.types import BatchTotals, StepTimeEstimator
 
 __all__ = ["Wispprof", "WispprofSettings"]
 
@@ -290,9 +290,11 @@ class Wispprof:
         others: list[BoolArray] = []
         if lone is not None:
             others, worth = [lone], np.append(worth, arrays.weight @ lone)
-        rows = ranking.totals(taken, arrays.cached, members)
-        alone = [undrafted_totals(arrays.cached, other)[None] for other in others]
-        priced = estimator.predict_totals(np.concatenate([rows, *alone]))
+        totals = ranking.totals(taken, arrays.cached, members)
+        if lone is not None:
+            undrafted = np.array([undrafted_totals(arrays.cached, lone)], dtype=np.float64).T
+            totals = BatchTotals(*np.concatenate([totals, undrafted], axis=1))
+        priced = estimator.predict_totals(totals)
         if priced is not None:
             p50 = priced[0]
         else:

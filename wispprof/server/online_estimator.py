@@ -6,10 +6,11 @@ import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from wispprof.types import BatchCost, BatchShape, StepTimeEstimator
+from wispprof.types import BatchCost, BatchShape, BatchTotals, StepTimeEstimator
 
 __all__ = ["LearningEstimator", "warmup_shapes"]
 
@@ -83,12 +84,10 @@ class LearningEstimator(StepTimeEstimator):
     def start(self) -> _Batch:
         return _Batch(self.weights, self.ratio)
 
-    def predict_totals(self, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(p50, bound), each (n,), from rows (n, 8): see ``policies.marginal.TotalsEstimator``."""
-        items, new, cached, cross, square = totals[:, :5].T
+    def predict_totals(self, totals: BatchTotals[Any]) -> tuple[np.ndarray, np.ndarray]:
         step, per_new, per_pair, per_cached = self.weights
-        p50 = step + per_new * new + per_pair * (cross + (square + new) / 2) + per_cached * cached
-        p50 = p50 * (items > 0)
+        p50 = step + per_new * totals.sum_new + per_pair * totals.attention_pairs
+        p50 = (p50 + per_cached * totals.sum_cached) * (totals.items > 0)
         return p50, p50 * self.ratio
 
     def observe(self, shape: BatchShape, actual_ms: float) -> None:

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wispprof.types import BatchCost, BatchShape, StepTimeEstimator, VerifyItem
+from wispprof.types import BatchCost, BatchShape, BatchTotals, StepTimeEstimator, VerifyItem
 
 __all__ = ["LinearCost", "SimulatedStepTimes", "WithoutPrefixCache"]
 
@@ -70,13 +71,11 @@ class LinearCost(StepTimeEstimator):
         p50 = self.p50_ms(rows, work)
         return p50, p50 * self.bound_ratio
 
-    def predict_totals(self, totals: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """(p50, bound), each (n,), from rows (n, 8): see ``policies.marginal.TotalsEstimator``."""
-        items, new, cached, cross, square = totals[:, :5].T
-        p50 = self.fixed_ms + self.item_ms * items + self.kv_ms * cached
-        p50 += self.pair_ms * (cross + (square + new) / 2)
-        p50 += self.row_ms * np.maximum(new - self.floor_rows, 0.0)
-        p50 *= items > 0
+    def predict_totals(self, totals: BatchTotals[Any]) -> tuple[FloatArray, FloatArray]:
+        p50 = self.fixed_ms + self.item_ms * totals.items + self.kv_ms * totals.sum_cached
+        p50 += self.pair_ms * totals.attention_pairs
+        p50 += self.row_ms * np.maximum(totals.sum_new - self.floor_rows, 0.0)
+        p50 *= totals.items > 0
         return p50, p50 * self.bound_ratio
 
 

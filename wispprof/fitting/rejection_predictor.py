@@ -1,41 +1,46 @@
-"""Fit, judge, keep and load rejection predictors."""
+"""Rejection predictors: fit, calibrate, judge, save and load.
+
+A scorer ranks draft tokens; a calibration maps its score to the probability that the target accepts.
+Sources: isotonic regression, Zadrozny and Elkan (KDD 2002); logistic line, Platt (1999); expected
+calibration error, Guo et al. (ICML 2017), with bins of equal count.
+"""
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, cast
 
 import numpy as np
 
+from wispprof import plugins
 from wispprof.artifacts.document import BAD_PAYLOAD, read_document, write_document
 from wispprof.artifacts.manifest import Provenance
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
-from wispprof.errors import ArtifactDamaged, FitError
+from wispprof.errors import ArtifactDamaged, FitError, PluginError
 from wispprof.fitting.batch_totals import FloatArray
-from wispprof.fitting.predictors.boosted_trees import BoostedTrees
-from wispprof.fitting.predictors.calibration import (
-    Calibration,
-    expected_calibration_error,
-    reliability,
+from wispprof.fitting.rejection_scorers import (
+    BoostedTrees,
+    MarginLogistic,
+    Scorer,
+    Threshold,
+    WispMlp,
 )
-from wispprof.fitting.predictors.scorers import MarginLogistic, Scorer, Threshold, WispMlp
-from wispprof.fitting.predictors.training_rows import (
-    TokenRows,
-    check_classes,
-    split_prompts,
-    token_rows,
-)
+from wispprof.fitting.token_rows import TokenRows, check_classes, split_prompts, token_rows
 from wispprof.types import DraftFeatures
 
 __all__ = [
     "PREDICTOR_KINDS",
+    "Calibration",
     "FittedPredictor",
     "fit_predictor",
     "fit_scorer",
     "judge",
     "load_predictor",
+    "paths_of",
 ]
 
 KIND = "predictor"
@@ -43,6 +48,73 @@ SCORERS: dict[str, type[Scorer]] = {
     c.kind: c for c in (Threshold, MarginLogistic, WispMlp, BoostedTrees)
 }
 PREDICTOR_KINDS = tuple(SCORERS)
+
+ISOTONIC_ROWS = 1000
+"""Niculescu-Mizil and Caruana (ICML 2005): isotonic overfits below about a thousand rows."""
+KNOTS = 48
+LABELS = (False, True)
+MIN_PROBABILITY = 0.002
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A non-decreasing map from score to probability, linear between knots, flat beyond them."""
+
+    method: str
+    scores: tuple[float, ...]
+    values: tuple[float, ...]
+
+    @classmethod
+    def fit(cls, score: FloatArray, accepted: np.ndarray, method: str = "auto") -> Self:
+        """Learn from scores (n,) and outcomes (n,). ``method``: ``isotonic``, ``platt`` or ``auto``."""
+        if method == "auto":
+            method = "isotonic" if len(score) >= ISOTONIC_ROWS else "platt"
+        knots = np.unique(np.quantile(score, np.linspace(0, 1, KNOTS)))
+        if method == "platt":
+            from sklearn.linear_model import LogisticRegression
+
+            line = LogisticRegression(C=1e4).fit(score[:, None], accepted)
+            slope = max(0.0, float(line.coef_[0, 0]))
+            values = 1 / (1 + np.exp(-(slope * knots + float(line.intercept_[0]))))
+        else:
+            from sklearn.isotonic import IsotonicRegression
+
+            # Averaging within bins of equal count first keeps single outcomes from making 0 or 1.
+            place = np.clip(np.searchsorted(knots, score, side="right") - 1, 0, len(knots) - 1)
+            count = np.bincount(place, minlength=len(knots)).astype(float)
+            some = count > 0
+            centre = np.bincount(place, score, len(knots))[some] / count[some]
+            share = (np.bincount(place, accepted, len(knots))[some] + 1) / (count[some] + 2)
+            values = IsotonicRegression().fit_transform(centre, share, sample_weight=count[some])
+            knots = centre
+        values = np.clip(values, MIN_PROBABILITY, 1 - MIN_PROBABILITY)
+        return cls(method, tuple(float(s) for s in knots), tuple(float(v) for v in values))
+
+    def __call__(self, score: float) -> float:
+        scores, values = self.scores, self.values
+        place = bisect_right(scores, score)
+        if place == 0:
+            return values[0]
+        if place == len(scores):
+            return values[-1]
+        left = scores[place - 1]
+        share = (score - left) / (scores[place] - left)
+        return values[place - 1] + share * (values[place] - values[place - 1])
+
+    def many(self, score: FloatArray) -> FloatArray:
+        """The map over an array; (n,) to (n,)."""
+        return np.interp(score, self.scores, self.values)
+
+    def payload(self) -> dict[str, Any]:
+        return {"method": self.method, "scores": list(self.scores), "values": list(self.values)}
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any]) -> Self:
+        scores = tuple(float(v) for v in payload["scores"])
+        values = tuple(float(v) for v in payload["values"])
+        if not scores or len(scores) != len(values) or not all(map(math.isfinite, scores)):
+            raise ValueError("a calibration needs as many values as scores")
+        return cls(str(payload["method"]), scores, values)
 
 
 @dataclass(frozen=True)
@@ -80,25 +152,27 @@ def load_predictor(path: Path) -> FittedPredictor:
     """Read a predictor. Raises the artifact errors, :class:`ArtifactDamaged` for a bad payload."""
     payload = read_document(Path(path), KIND).payload
     try:
-        scorer = _scorer_class(str(payload["kind"])).from_payload(payload["scorer"])
+        kind = str(payload["kind"])
+        if ":" in kind:  # a file must not name a module to import
+            raise FitError(
+                f"Predictors of kind {kind!r} are not loaded.", "Install an entry point."
+            )
+        scorer = _scorer_class(kind).from_payload(payload["scorer"])
         calibration = Calibration.from_payload(payload["calibration"])
         return FittedPredictor(scorer, calibration, dict(payload.get("report", {})))
-    except (*BAD_PAYLOAD, FitError) as err:
+    except (*BAD_PAYLOAD, FitError, PluginError) as err:
         raise ArtifactDamaged(
             f"{path} is not a complete predictor ({err}).", "Fit it anew with `wispprof fit`."
         ) from err
 
 
 def _scorer_class(kind: str) -> type[Scorer]:
-    if kind not in SCORERS:
-        raise FitError(
-            f"There is no predictor called {kind!r}.", f"Choose one of {', '.join(SCORERS)}."
-        )
-    return SCORERS[kind]
+    """Built in, an entry point, or ``MODULE:CLASS``. Raises :class:`PluginError` for an unknown name."""
+    return cast("type[Scorer]", plugins.load("predictors", kind, SCORERS))
 
 
 def fit_scorer(kind: str, learn: Sequence[TracePath], tune: Sequence[TracePath]) -> FittedPredictor:
-    """A predictor of one kind that learns from some paths and is calibrated on others; no report."""
+    """A predictor fitted on ``learn`` and calibrated on ``tune``; its report is empty."""
     rows = token_rows(learn)
     check_classes(rows)
     scorer = _scorer_class(kind)().fit(rows)
@@ -113,9 +187,9 @@ def fit_predictor(
 ) -> FittedPredictor:
     """Fit a rejection predictor on acceptance traces, split by prompt.
 
-    Three fifths of the prompts teach the score, a fifth calibrates it, a fifth judges it; the figures
-    stand in ``.report``. ``auto`` keeps the kind of least log loss, cross-validated by
-    prompt on the other four fifths.
+    Three fifths of the prompts train the scorer, a fifth calibrates it, a fifth tests it; ``.report``
+    holds the figures. ``auto`` keeps the kind of least log loss, cross-validated by prompt on the first
+    four fifths.
     Raises :class:`FitError` for too few prompts or tokens of one outcome, and for traces of two pairs.
     """
     paths = paths_of(traces)
@@ -131,7 +205,7 @@ def fit_predictor(
     fitted[best].report.update(
         {
             "chosen": best,
-            "asked": kind,
+            "requested": kind,
             "held_out": {n: judge(fitted[n], test) for n in tried},
             "validation_log_loss": loss,
             "prompts": len({p.prompt for p in paths}),
@@ -150,13 +224,15 @@ def _calibrate(scorer: Scorer, rows: TokenRows) -> Calibration:
 def _cross_validate(
     kinds: Sequence[str], learn: TokenRows, tune: TokenRows, folds: int = 4
 ) -> dict[str, float]:
-    """Mean log loss of each kind on prompts it saw neither in learning nor in calibration.
+    """Mean log loss of each kind on prompts used neither to train nor to calibrate it.
 
-    Fold f is judged, fold f + 1 calibrates, the others teach.
+    Fold f is tested, fold f + 1 calibrates, the others train.
     """
     both = learn.joined(tune)
     fold = both.prompt % folds
     loss = dict.fromkeys(kinds, 0.0)
+    from sklearn.metrics import log_loss
+
     for number in range(folds):
         judged, calibrating = fold == number, fold == (number + 1) % folds
         rows = both.take(judged)
@@ -166,7 +242,9 @@ def _cross_validate(
             scorer = _scorer_class(name)().fit(both.take(~(judged | calibrating)))
             predictor = FittedPredictor(scorer, _calibrate(scorer, both.take(calibrating)))
             probability = predictor.acceptance_prob_batch(rows.features, rows.depth)
-            loss[name] += log_loss(probability, rows.accepted) * len(rows) / len(both)
+            loss[name] += (
+                log_loss(rows.accepted, probability, labels=LABELS) * len(rows) / len(both)
+            )
     return loss
 
 
@@ -192,17 +270,14 @@ def paths_of(
     return paths
 
 
-def log_loss(probability: FloatArray, accepted: np.ndarray) -> float:
-    """Mean negative log likelihood in nats."""
-    return float(-np.log(np.where(accepted, probability, 1 - probability)).mean())
-
-
 def judge(predictor: FittedPredictor, rows: TokenRows, recall: float = 0.8) -> dict[str, Any]:
     """AUC, ECE, log loss, reliability curve, and false acceptance at a recall of accepted tokens.
 
-    False acceptance: share of rejected tokens that pass a threshold which ``recall`` of the accepted
-    ones pass. All NaN-free: with one outcome alone AUC and false acceptance are None.
+    False acceptance: share of rejected tokens above the score that ``recall`` of the accepted ones
+    exceed. If all outcomes are alike, AUC and false acceptance are None.
     """
+    from sklearn.metrics import log_loss
+
     probability = predictor.acceptance_prob_batch(rows.features, rows.depth)
     score = predictor.scorer.score_many(rows.features, rows.depth)
     good, bad = score[rows.accepted], score[~rows.accepted]
@@ -211,7 +286,7 @@ def judge(predictor: FittedPredictor, rows: TokenRows, recall: float = 0.8) -> d
         "false_acceptance": None,
         "recall": recall,
         "ece": expected_calibration_error(probability, rows.accepted),
-        "log_loss": log_loss(probability, rows.accepted),
+        "log_loss": float(log_loss(rows.accepted, probability, labels=LABELS)),
         "accepted_share": float(rows.accepted.mean()),
         "reliability": reliability(probability, rows.accepted),
     }
@@ -222,8 +297,28 @@ def judge(predictor: FittedPredictor, rows: TokenRows, recall: float = 0.8) -> d
 
 
 def auc(good: FloatArray, bad: FloatArray) -> float:
-    """Chance that an accepted token scores above a rejected one; ties count half."""
+    """Probability that an accepted token scores above a rejected one; ties count half."""
     ordered = np.sort(bad)
     below = np.searchsorted(ordered, good, side="left")
     upto = np.searchsorted(ordered, good, side="right")
     return float((below + upto).mean() / 2 / len(bad))
+
+
+def reliability(
+    probability: FloatArray, accepted: np.ndarray, bins: int = 10
+) -> list[tuple[float, float, int]]:
+    """(mean predicted, share accepted, rows) of bins of equal count, by rising prediction."""
+    order = np.argsort(probability, kind="stable")
+    parts = np.array_split(order, min(bins, len(order)))
+    return [
+        (float(probability[p].mean()), float(accepted[p].mean()), len(p)) for p in parts if len(p)
+    ]
+
+
+def expected_calibration_error(
+    probability: FloatArray, accepted: np.ndarray, bins: int = 10
+) -> float:
+    """Mean distance between predicted and observed acceptance over bins of equal count."""
+    curve = reliability(probability, accepted, bins)
+    total = sum(n for _, _, n in curve)
+    return sum(abs(p - a) * n for p, a, n in curve) / total

@@ -1,4 +1,4 @@
-"""From acceptance traces to labelled draft tokens, split by prompt."""
+"""Labelled draft tokens from acceptance traces, split by prompt."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class TokenRows:
 
 
 def token_rows(paths: Sequence[TracePath]) -> TokenRows:
-    """Label every draft token that was drafted while all before it were right.
+    """Label every draft token whose predecessors in the proposal were all accepted.
 
-    Proposals that run past the end of their path are left out: what became of them is unknown.
+    Proposals that run past the end of their path are left out: their outcome is unknown.
     Raises :class:`FitError` for features that are not finite.
     """
     features, depths, labels, prompts = [], [], [], []
@@ -70,7 +70,7 @@ def token_rows(paths: Sequence[TracePath]) -> TokenRows:
         prompts.append(np.full(int(reached.sum()), number))
     if not features:
         raise FitError(
-            "The acceptance trace has no proposal whose end is known.",
+            "The acceptance trace has no proposal whose outcome is known.",
             "Take a trace with paths longer than its draft depth.",
         )
     table = np.concatenate(features)
@@ -107,7 +107,7 @@ def split_prompts(
 
 
 def check_classes(rows: TokenRows) -> None:
-    """Refuse rows with next to nothing rejected, or next to nothing accepted."""
+    """Refuse rows with too few rejected or too few accepted tokens."""
     rejected = int((~rows.accepted).sum())
     kept = len(rows) - rejected
     if min(rejected, kept) < MINIMUM_REJECTIONS:
