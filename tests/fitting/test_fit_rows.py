@@ -10,7 +10,7 @@ import pytest
 from synthetic_steps import synthetic_rows, true_ms
 
 from wispprof.artifacts.rows import StepRow
-from wispprof.errors import FitError
+from wispprof.errors import FitError, PluginError
 from wispprof.fitting import fit_estimator
 from wispprof.fitting.observations import Observations, check_same_model
 from wispprof.types import BatchShape
@@ -60,7 +60,7 @@ def test_profiles_of_two_models_are_refused() -> None:
 
 
 def test_unknown_estimators_are_refused() -> None:
-    with pytest.raises(FitError, match="oracle"):
+    with pytest.raises(PluginError, match="oracle"):
         fit_estimator(ROWS, "oracle")
 
 

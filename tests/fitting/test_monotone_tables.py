@@ -24,7 +24,7 @@ def test_tables_equal_the_trees() -> None:
     booster = MonotoneTables(40).train(_features(table), target - target.mean())
     expected = booster.predict(table, num_threads=1) + target.mean()
     assert tables.value_many(_features(table)) == pytest.approx(expected, abs=1e-9)
-    alone = [tables.value(ResidualFeatures(*row)) for row in table.tolist()]
+    alone = [tables.value(row) for row in table.tolist()]
     assert alone == pytest.approx(expected, abs=1e-9)
 
 
@@ -41,7 +41,7 @@ def test_tables_never_fall_and_learn_something() -> None:
 def test_no_rounds_is_a_constant() -> None:
     tables, table, target = _learn(0)
     assert np.ptp(tables.value_many(_features(table))) == 0
-    assert tables.value(ResidualFeatures(*[1.0] * FEATURES)) == pytest.approx(target.mean())
+    assert tables.value([1.0] * FEATURES) == pytest.approx(target.mean())
 
 
 def test_payload_round_trip_and_refusals() -> None:

@@ -103,7 +103,7 @@ def test_the_rungs_of_a_ladder_are_leading_parts_of_tails(tails, items, cached):
         worth = float((arrays.gains(keep) * arrays.weight) @ members)
         assert ranking.worth[taken] == pytest.approx(worth)
     totals = ranking.totals(np.arange(len(ranking.owner) + 1), arrays.cached, members)
-    for taken, row in enumerate(totals):
+    for taken, row in enumerate(zip(*totals, strict=True)):
         new = (ranking.keep(taken, len(tails)) + 1)[members]
         held = arrays.cached[members]
         expected = [len(new), new.sum(), held.sum(), new @ held, (new * new).sum()]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Sequence
+from operator import le
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -115,18 +116,7 @@ class WispprofStepTime:
     def p50(self, totals: Totals) -> float:
         sampled = sampled_tokens(totals)
         physical_ms = self.physical_.p50(totals, sampled)
-        high = self.high_
-        if not (
-            totals.sum_new > high.sum_new
-            or totals.sum_cached > high.sum_cached
-            or totals.items > high.items
-            or totals.max_cached > high.max_cached
-            or totals.max_new > high.max_new
-            or totals.prefill > high.prefill
-            or totals.sum_new_cached > high.sum_new_cached
-            or totals.sum_new_sq > high.sum_new_sq
-            or sampled > self.max_sampled_
-        ):
+        if sampled <= self.max_sampled_ and all(map(le, totals, self.high_)):
             return self._corrected(totals, physical_ms)
         cut, cut_ms = self._cut(totals, sampled)
         return self._corrected(cut, cut_ms) + (physical_ms - cut_ms)
@@ -143,9 +133,8 @@ class WispprofStepTime:
     def _corrected(self, totals: Totals, physical_ms: float) -> float:
         items, new, cached, _, _, max_cached, max_new, prefill = totals
         tokens = self.physical_.padded(new)
-        features = ResidualFeatures(
-            tokens, cached, items, max_cached, max_new, prefill, physical_ms
-        )
+        # In the order of ResidualFeatures; a plain tuple, because this runs once per candidate.
+        features = (tokens, cached, items, max_cached, max_new, prefill, physical_ms)
         value = math.exp(self.residual_.value(features))
         return value * (physical_ms if self.alpha_ == 1.0 else float(physical_ms**self.alpha_))
 
@@ -153,8 +142,8 @@ class WispprofStepTime:
         sampled = sampled_tokens_many(totals)
         features = residual_features(totals, self.physical_, sampled)
         if not (
-            any(column.max() > most for column, most in zip(totals, self.high_, strict=True))
-            or sampled.max() > self.max_sampled_
+            any(column.max(initial=0) > most for column, most in zip(totals, self.high_, strict=True))
+            or sampled.max(initial=0) > self.max_sampled_
         ):
             return self._corrected_many(features)
         cut = self._cut_features(totals, sampled)
