@@ -142,7 +142,10 @@ class WispprofStepTime:
         sampled = sampled_tokens_many(totals)
         features = residual_features(totals, self.physical_, sampled)
         if not (
-            any(column.max(initial=0) > most for column, most in zip(totals, self.high_, strict=True))
+            any(
+                column.max(initial=0) > most
+                for column, most in zip(totals, self.high_, strict=True)
+            )
             or sampled.max(initial=0) > self.max_sampled_
         ):
             return self._corrected_many(features)
