@@ -10,9 +10,9 @@ import pytest
 
 from wispprof.demo import DemoResult
 from wispprof.demo.compare_policies import _joined
+from wispprof.demo.demo_settings import DemoSettings
 from wispprof.demo.measure_machine import first_token_ms, slo_classes
 from wispprof.reporting import Answer, Bench, TextSpan
-from wispprof.settings.demo_settings import DemoSettings
 from wispprof.types import BatchShape
 
 

@@ -14,9 +14,9 @@ from wispprof.planning import Runs, make_plan
 from wispprof.planning.batch_table import mix_row
 from wispprof.planning.draft_table import EdgeCosts
 from wispprof.planning.explain import explain
-from wispprof.planning.pipeline import SpeedDevice, class_mix
+from wispprof.planning.pipeline import SpeedDevice
 from wispprof.planning.session_speed import LoadedStepTimes
-from wispprof.settings.planner_settings import PlanSettings
+from wispprof.settings.planner_settings import PlanSettings, class_mix
 from wispprof.simulation.step_costs import LinearCost
 
 COST = LinearCost(18.0, row_ms=0.25, kv_ms=0.00006)

@@ -14,8 +14,8 @@ from wispprof.planning import Runs, make_plan
 from wispprof.planning.draft_choice import front
 from wispprof.planning.explain import explain
 from wispprof.planning.objective import Figures, choose, on_front
-from wispprof.planning.pipeline import SpeedDevice, edge_price
-from wispprof.settings.planner_settings import PlanSettings, weights_of
+from wispprof.planning.pipeline import SpeedDevice
+from wispprof.settings.planner_settings import PlanSettings, device_price, weights_of
 from wispprof.simulation.step_costs import LinearCost
 
 COST = LinearCost(18.0, row_ms=0.25, kv_ms=0.00006)
@@ -183,10 +183,10 @@ def test_prices_are_checked() -> None:
         PlanSettings(server_price=1.0, edge_prices=(("", -1.0),))
     with pytest.raises(PlanError, match="no device"):
         make_plan(COST, [PI], Runs.geometric(0.7), replace(SETTINGS, edge_prices=(("tv", 1.0),)))
-    assert edge_price("0.35") == ("", 0.35)
-    assert edge_price("laptop:1b-q4=0.35") == ("laptop:1b-q4", 0.35)
-    with pytest.raises(PlanError, match="no price"):
-        edge_price("laptop=cheap")
+    assert device_price("0.35") == ("", 0.35)
+    assert device_price("laptop:1b-q4=0.35") == ("laptop:1b-q4", 0.35)
+    with pytest.raises(PlanError, match="not a price"):
+        device_price("laptop=cheap")
     assert SETTINGS.edge_price("pi") == 0.01
     assert SETTINGS.edge_price("laptop:1b-q4") == 0.35
     assert replace(SETTINGS, edge_prices=(("laptop", 2.0),)).edge_price("laptop:1b-q4") == 2.0

@@ -41,7 +41,7 @@ def demo(
     from dataclasses import replace
 
     from wispprof.demo import run_demo
-    from wispprof.settings.demo_settings import DemoSettings
+    from wispprof.demo.demo_settings import DemoSettings
 
     settings = DemoSettings.quick(out, pair) if quick else DemoSettings(out=out, pair=pair)
     if prompt:

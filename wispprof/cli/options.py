@@ -51,9 +51,11 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         if isinstance(kind, type) and issubclass(kind, Settings):
             groups[name] = kind() if parameter.default is Parameter.empty else parameter.default
             for field, default in _flattened(groups[name]):
+                assert field.key in fields or field.key not in options, field.key
                 fields.setdefault(field.key, field)
                 options.setdefault(field.key, _option(field, default))
         else:
+            assert name not in fields, f"{command.__name__}: {name} is a setting, too"
             options[name] = parameter.replace(annotation=kind, kind=Parameter.KEYWORD_ONLY)
 
     @wraps(command)

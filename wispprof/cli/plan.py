@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wispprof.cli.console import emit_json, note, result, table, tracker
-from wispprof.cli.options import JsonFlag
-from wispprof.cli.plan_tables import show_plan
+from wispprof.cli.console import emit_json, note, output, result, table, tracker
+from wispprof.cli.options import JsonFlag, OutputFile, with_settings
+from wispprof.settings.planner_settings import PlanSettings
+
+if TYPE_CHECKING:
+    from wispprof.artifacts.plan import DraftRow, Plan
 
 __all__ = ["register"]
 
@@ -29,104 +33,49 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="plan")
 
 
+@with_settings
 def make(
-    context: typer.Context,
-    estimator: Annotated[
-        Path | None, typer.Option("--estimator", help="Fitted verification-time estimator.")
-    ] = None,
+    ctx: typer.Context,
+    settings: PlanSettings,
+    estimator: Annotated[Path | None, typer.Option(help="Fitted step-time estimator.")] = None,
     edge: Annotated[
         list[str] | None,
         typer.Option(
-            "--edge",
-            help="Edge profile, as PROFILE or NAME=PROFILE. Repeatable. Several drafts of one machine are "
-            "held against each other where they are called MACHINE:DRAFT.",
+            help="Edge profile, as PROFILE or NAME=PROFILE; repeatable. Names MACHINE:DRAFT compare several "
+            "drafts of one machine.",
         ),
     ] = None,
     device: Annotated[
         list[str] | None,
         typer.Option(
-            "--device",
-            help="A device by speed alone: NAME=TOKENS_PER_S, or with its power drafting: @WATTS. "
-            "Repeatable.",
+            help="Device without a profile: NAME=TOKENS_PER_S, or NAME=TOKENS_PER_S@WATTS; repeatable."
         ),
     ] = None,
     trace: Annotated[
         list[str] | None,
-        typer.Option("--trace", help="Acceptance trace, as TRACE or DEVICE=TRACE. Repeatable."),
-    ] = None,
-    rtt: Annotated[
-        list[float] | None, typer.Option("--rtt", help="Round trip in ms. Repeatable.")
+        typer.Option(help="Acceptance trace, as TRACE or DEVICE=TRACE; repeatable."),
     ] = None,
     link: Annotated[
         list[Path] | None,
-        typer.Option("--link", help="Link profile whose round trip is planned for. Repeatable."),
+        typer.Option(help="Link profile whose round trip is added to those of --rtt; repeatable."),
     ] = None,
-    slo: Annotated[
-        list[float] | None, typer.Option("--slo", help="Promise in tokens/s. Repeatable.")
-    ] = None,
-    mix: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--mix",
-            help="Class mix for capacity: SLO=SHARE,SLO=SHARE (default: equal). Repeatable.",
-        ),
-    ] = None,
-    tokens: Annotated[
-        int, typer.Option("--context", min=0, help="Cached tokens per session to plan for.")
-    ] = 512,
-    sessions: Annotated[
-        int, typer.Option("--sessions", min=1, help="Most concurrent sessions.")
-    ] = 256,
-    kv_tokens: Annotated[
-        int, typer.Option("--kv-tokens", min=0, help="Tokens the KV cache holds, 0 for no limit.")
-    ] = 0,
-    k_max: Annotated[int, typer.Option("--k-max", min=1, max=32, help="Longest draft.")] = 12,
-    objective: Annotated[
-        str,
-        typer.Option(
-            "--objective",
-            help="goodput, cost, energy (least within 5 % of the best speed), or a mix: "
-            "goodput=0.7,cost=0.3.",
-        ),
-    ] = "goodput",
-    server_price: Annotated[
-        float, typer.Option("--server-price", min=0.0, help="Dollars an hour of the server.")
-    ] = 0.0,
-    edge_price: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--edge-price",
-            help="Dollars an hour of drafting: DOLLARS, or NAME=DOLLARS for one device. Repeatable.",
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Where the plan is written.")] = Path(
-        "plan.json"
-    ),
+    out: OutputFile = Path("plan.json"),
     as_json: JsonFlag = False,
 ) -> None:
     """Make a plan from an estimator, edge profiles and an acceptance trace."""
-    if context.invoked_subcommand is not None:
+    if ctx.invoked_subcommand is not None:
         return
     if estimator is None:
         raise typer.BadParameter("--estimator is needed to make a plan (see `wispprof fit`).")
     from wispprof.artifacts.plan import load_plan, save_plan
-    from wispprof.planning.pipeline import class_mix, link_rtt_ms, plan_files
-    from wispprof.planning.pipeline import edge_price as price
-    from wispprof.settings.planner_settings import PlanSettings
+    from wispprof.planning.pipeline import link_rtt_ms, plan_files
 
-    default = PlanSettings()
-    rtts = tuple(rtt or ()) + tuple(link_rtt_ms(p) for p in link or ())
-    settings = PlanSettings(
-        rtts_ms=tuple(sorted(set(rtts))) or default.rtts_ms,
-        slos=tuple(sorted(set(slo or default.slos))),
-        k_max=k_max,
-        context=tokens,
-        max_sessions=sessions,
-        kv_tokens=kv_tokens,
-        objective=objective,
-        server_price=server_price,
-        edge_prices=tuple(map(price, edge_price or ())),
-        mixes=tuple(map(class_mix, mix or ())),
+    rtts_ms = settings.rtts_ms
+    if link:
+        measured = tuple(map(link_rtt_ms, link))
+        rtts_ms = measured if rtts_ms == PlanSettings().rtts_ms else (*rtts_ms, *measured)
+    settings = replace(
+        settings, rtts_ms=tuple(sorted(set(rtts_ms))), slos=tuple(sorted(set(settings.slos)))
     )
     with tracker("plan") as report:
         plan = plan_files(estimator, edge or (), device or (), trace or (), settings, report)
@@ -136,7 +85,7 @@ def make(
     if as_json:
         emit_json(plan)
     else:
-        show_plan(plan, None, "stream")
+        _show_plan(plan, None, "stream")
 
 
 def show(
@@ -152,15 +101,17 @@ def show(
     if as_json:
         emit_json(loaded)
     else:
-        show_plan(loaded, device, mode)
+        _show_plan(loaded, device, mode)
 
 
 def explain_cell(
-    cell: Annotated[str, typer.Argument(help="DEVICE/RTT/LOAD/SLO, or with /stream or /round.")],
+    cell: Annotated[
+        str, typer.Argument(help="DEVICE/RTT/LOAD/SLO, optionally with /stream or /round.")
+    ],
     plan: Annotated[Path, typer.Option("--plan", help="The plan file.")] = Path("plan.json"),
     as_json: JsonFlag = False,
 ) -> None:
-    """Say in words and numbers why a cell is as it is."""
+    """Explain in words and numbers why a cell is as it is."""
     from wispprof.artifacts.plan import load_plan
     from wispprof.planning.explain import explain
 
@@ -196,8 +147,8 @@ def export_plan(
     plan: PlanFile,
     form: Annotated[str, typer.Option("--format", help="csv, vllm or sglang.")] = "csv",
     device: Annotated[str | None, typer.Option("--device", help="Whose rows.")] = None,
-    rtt: Annotated[float, typer.Option("--rtt", help="Round trip in ms.")] = 0.0,
-    slo: Annotated[float | None, typer.Option("--slo", help="Promise in tokens/s.")] = None,
+    rtt: Annotated[float, typer.Option("--rtt", help="Round trip (ms).")] = 0.0,
+    slo: Annotated[float | None, typer.Option("--slo", help="SLO (tokens/s).")] = None,
     mode: Annotated[str, typer.Option("--mode", help="stream or round.")] = "round",
     out: Annotated[Path | None, typer.Option("--out", help="A file instead of stdout.")] = None,
 ) -> None:
@@ -218,3 +169,168 @@ def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     return "" if value is None else str(value)
+
+
+def _show_plan(plan: Plan, device: str | None, mode: str) -> None:
+    """Print every table of one mode, of one ``device`` or all."""
+    from wispprof.artifacts.plan import machine_of
+    from wispprof.errors import PlanError
+
+    names = [d for d in plan.devices if device in (None, d, machine_of(d))]
+    if not names:
+        raise PlanError(f"The plan has no device {device!r}.", f"It has {', '.join(plan.devices)}.")
+    for name in names:
+        _show_drafts(plan, name, mode)
+        _show_capacity(plan, name, mode)
+    for machine in dict.fromkeys(map(machine_of, names)):
+        _show_choices(plan, machine, mode)
+    _show_batches(plan)
+    for line in plan.notes:
+        output().print(line, markup=False)
+
+
+def _show_drafts(plan: Plan, device: str, mode: str) -> None:
+    rows = [row for row in plan.draft if (row.device, row.mode) == (device, mode)]
+    priced = any(row.dollars_per_mtoken for row in rows)
+    powered = any(row.energy_j_per_token for row in rows)
+    shown = table(
+        f"{device}: draft length ({mode})",
+        ">RTT",
+        ">load",
+        ">SLO",
+        ">k",
+        ">stop",
+        ">ahead",
+        ">speed",
+        ">k = 0",
+        *([">$/M"] if priced else []),
+        *([">J/tok"] if powered else []),
+        "met",
+        caption="RTT in ms; SLO and speed in tokens/s of a session; k = 0: speed without drafts; ahead: "
+        "maximum draft tokens ahead. "
+        + ("$/M: dollars for a million tokens. " if priced else "")
+        + ("J/tok: joules of drafting per token. " if powered else "")
+        + "met: whether the SLO is; if not, * and the nearest that can be.",
+    )
+    for row in rows:
+        shown.add_row(
+            f"{row.rtt_ms:g}",
+            str(row.load_level),
+            f"{row.tokens_per_s:g}",
+            str(row.k),
+            f"{row.stop:.2f}" if row.k else "",
+            str(row.draft_ahead) if row.k else "",
+            f"{row.expected_tokens_per_s:.2f}",
+            f"{row.by_k[0]:.2f}" if row.by_k else "",
+            *([f"{row.dollars_per_mtoken:.3g}"] if priced else []),
+            *([f"{row.energy_j_per_token:.2g}"] if powered else []),
+            _feasible(row),
+        )
+    output().print(shown)
+
+
+def _feasible(row: DraftRow) -> str:
+    return "yes" if row.feasible else f"*{row.nearest_tokens_per_s:.1f}"
+
+
+def _show_choices(plan: Plan, machine: str, mode: str) -> None:
+    rows = [row for row in plan.choices if (row.machine, row.mode) == (machine, mode)]
+    if not rows:
+        return
+    shown = table(
+        f"{machine}: which draft, by {plan.objective} ({mode})",
+        ">RTT",
+        ">load",
+        ">SLO",
+        "draft",
+        ">k",
+        ">speed",
+        ">$/M",
+        ">J/tok",
+        "met",
+        caption=f"`plan explain {machine}/RTT/LOAD/SLO` lists all choices on the Pareto front.",
+    )
+    for row in rows:
+        shown.add_row(
+            f"{row.rtt_ms:g}",
+            str(row.load_level),
+            f"{row.tokens_per_s:g}",
+            (row.device.partition(":")[2] or row.device) if row.k else "none",
+            str(row.k),
+            f"{row.expected_tokens_per_s:.2f}",
+            f"{row.dollars_per_mtoken:.3g}" if row.dollars_per_mtoken else "-",
+            f"{row.energy_j_per_token:.2g}" if row.energy_j_per_token else "-",
+            "yes" if row.feasible else "no",
+        )
+    output().print(shown)
+
+
+def _show_capacity(plan: Plan, device: str, mode: str) -> None:
+    shown = table(
+        f"{device}: capacity ({mode})",
+        ">RTT ms",
+        ">SLO",
+        ">server-only",
+        ">split",
+        ">k",
+        "bound by",
+    )
+    for row in plan.capacity:
+        if row.device == device and row.mode == mode:
+            shown.add_row(
+                f"{row.rtt_ms:g}",
+                f"{row.tokens_per_s:g}",
+                str(row.server_only),
+                str(row.split),
+                str(row.k),
+                row.bound_by,
+            )
+    output().print(shown)
+    mixes = [r for r in plan.mixes if r.device == device and r.mode == mode]
+    if not mixes:
+        return
+    shown = table(
+        f"{device}: capacity of class mixes ({mode})",
+        ">RTT ms",
+        "mix",
+        ">server-only",
+        ">split",
+        "k of each",
+        "bound by",
+    )
+    for many in mixes:
+        shown.add_row(
+            f"{many.rtt_ms:g}",
+            many.mix,
+            str(many.server_only),
+            str(many.split),
+            " ".join(f"{k:g}" for k in many.ks),
+            many.bound_by,
+        )
+    output().print(shown)
+
+
+def _show_batches(plan: Plan) -> None:
+    shown = table(
+        "Batching",
+        ">SLO",
+        ">load",
+        ">sessions",
+        ">token budget",
+        ">max items",
+        ">prefill",
+        ">p50 ms",
+        ">bound ms",
+    )
+    for row in plan.batch:
+        shown.add_row(
+            f"{row.tokens_per_s:g}",
+            str(row.load_level),
+            str(row.sessions),
+            str(row.token_budget),
+            str(row.max_items),
+            str(row.prefill_chunk),
+            f"{row.p50_ms:.2f}",
+            f"{row.bound_ms:.2f}",
+        )
+    output().print(shown)

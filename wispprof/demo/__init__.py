@@ -5,6 +5,6 @@ do too.
 """
 
 from wispprof.demo.demo_run import DemoResult, run_demo
-from wispprof.settings.demo_settings import DemoSettings
+from wispprof.demo.demo_settings import DemoSettings
 
 __all__ = ["DemoResult", "DemoSettings", "run_demo"]

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from wispprof.artifacts import write_document
+from wispprof.demo.demo_settings import DemoSettings
 from wispprof.demo.measure_machine import Measured, Stage, first_token_ms, slo_classes
 from wispprof.errors import EngineError
 from wispprof.reporting import ANSWER_KIND, BENCH_KIND, Answer, Bench, TextSpan
-from wispprof.settings.demo_settings import DemoSettings
 from wispprof.simulation.systems import system
 
 if TYPE_CHECKING:

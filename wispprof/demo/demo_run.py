@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from wispprof.demo.compare_policies import answer, compare, make_engine
+from wispprof.demo.demo_settings import DemoSettings
 from wispprof.demo.measure_machine import Measured, Stage, measure
 from wispprof.reporting import Answer, Bench, load_run, verdict, write_report
-from wispprof.settings.demo_settings import DemoSettings
 
 __all__ = ["DemoResult", "run_demo"]
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from wispprof.artifacts import AcceptanceTrace, EdgeProfile, ServerProfile, save_trace
 from wispprof.artifacts.plan import Plan, load_plan, save_plan
+from wispprof.demo.demo_settings import DemoSettings
 from wispprof.errors import FitError
 from wispprof.fitting import FittedEstimator
 from wispprof.fitting.pipeline import fit_files
 from wispprof.planning import PlanSettings, make_plan
-from wispprof.settings.demo_settings import DemoSettings
 from wispprof.simulation.devices import DeviceProfile
 
 if TYPE_CHECKING:

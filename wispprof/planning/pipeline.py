@@ -12,9 +12,9 @@ from wispprof.artifacts.rows import AcceptanceTrace
 from wispprof.errors import PlanError
 from wispprof.planning.draft_table import PlannedDevice
 from wispprof.planning.planner import make_plan
-from wispprof.settings.planner_settings import Mix, PlanSettings
+from wispprof.settings.planner_settings import PlanSettings
 
-__all__ = ["SpeedDevice", "class_mix", "edge_price", "link_rtt_ms", "plan_files"]
+__all__ = ["SpeedDevice", "link_rtt_ms", "plan_files"]
 
 Report = Callable[[int, int, str], None]
 
@@ -89,17 +89,6 @@ def plan_files(
     )
 
 
-def class_mix(text: str) -> Mix:
-    """``4=0.7,8=0.3`` as classes with their shares; raises :class:`PlanError`."""
-    try:
-        pairs = [entry.split("=") for entry in text.split(",")]
-        return tuple((float(speed), float(share)) for speed, share in pairs)
-    except ValueError:
-        raise PlanError(
-            f"{text!r} is not a class mix.", "For example: --mix 4=0.7,8=0.3."
-        ) from None
-
-
 def link_rtt_ms(path: Path) -> float:
     """The round trip of a measured link: the median of its ``rtt`` rows."""
     rows = [row for row in load_link(path).rows if row.kind == "rtt"]
@@ -143,17 +132,6 @@ def _check_pair(name: str, tokenizer: str, trace: AcceptanceTrace) -> list[str]:
 def _split(entry: str) -> tuple[str, Path]:
     name, found, path = entry.rpartition("=")
     return (name, Path(path)) if found else ("", Path(entry))
-
-
-def edge_price(entry: str) -> tuple[str, float]:
-    """``[NAME=]DOLLARS`` an hour as (name, price); raises :class:`PlanError`."""
-    name, _, value = entry.rpartition("=")
-    try:
-        return name, float(value)
-    except ValueError:
-        raise PlanError(
-            f"{entry!r} is no price.", "For example: --edge-price 0.35, or laptop=0.35."
-        ) from None
 
 
 def _speed(entry: str) -> tuple[str, float, float]:

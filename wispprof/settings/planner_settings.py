@@ -1,13 +1,13 @@
-"""Settings of the planner, with the defaults the commands show."""
+"""Settings of the planner."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wispprof.artifacts.plan import machine_of
 from wispprof.errors import PlanError
+from wispprof.settings.fields import Settings, setting
 
-__all__ = ["OBJECTIVES", "Mix", "PlanSettings", "weights_of"]
+__all__ = ["OBJECTIVES", "Mix", "PlanSettings", "class_mix", "device_price", "weights_of"]
 
 OBJECTIVES = ("goodput", "cost", "energy")
 
@@ -15,58 +15,110 @@ Mix = tuple[tuple[float, float], ...]
 """SLO classes (tokens/s) with their shares of the sessions, any positive weights."""
 
 
-@dataclass(frozen=True, slots=True)
-class PlanSettings:
-    """``rtts_ms`` and ``slos``: the grid. ``k_max``: longest draft considered. ``context``: cached
-    tokens per session. ``max_sessions``: most concurrent sessions the engine takes; ``kv_tokens``:
-    its cache, 0 for unlimited. ``max_step_tokens`` and ``max_prefill_chunk``: limits of a step.
+def class_mix(text: str) -> Mix:
+    """``4=0.7,8=0.3`` as classes with their shares; raises :class:`PlanError`."""
+    try:
+        pairs = [entry.split("=") for entry in text.split(",")]
+        return tuple((float(speed), float(share)) for speed, share in pairs)
+    except ValueError:
+        raise PlanError(
+            f"{text!r} is not a class mix.", "For example: --mix 4=0.7,8=0.3."
+        ) from None
 
-    ``violations``: share of sessions that may miss their promise. ``min_gain``: drafting must beat
-    not drafting by this factor, or the cell says k = 0 (drafting costs energy, and ties flap).
-    ``objective``: ``goodput``, ``cost``, ``energy`` (the least among the k whose speed is within
-    ``energy_slack`` of the best), or a mix, see :mod:`wispprof.planning.objective`. ``server_price``:
-    dollars an hour of the server, of which a session is billed its share of busy time;
-    ``edge_prices``: (device, dollars an hour of drafting), ``""`` for every device that has none of its
-    own. ``mixes``: class mixes whose capacity is wanted beside that of each class alone; without any,
-    all classes in equal shares.
+
+def device_price(entry: str) -> tuple[str, float]:
+    """``[NAME=]DOLLARS`` an hour as (name, price); raises :class:`PlanError`."""
+    name, _, value = entry.rpartition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise PlanError(
+            f"{entry!r} is not a price.", "For example: --edge-price 0.35, or laptop=0.35."
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSettings(Settings):
+    """The grid of a plan, the limits of server and step, and what a plan optimises.
+
+    ``objective``: see :mod:`wispprof.planning.objective`. A session is billed its share of the server's busy
+    time. ``edge_prices`` are (device, dollars an hour of drafting), with ``""`` for every device that has no
+    price of its own. ``mixes`` are planned beside each class alone; the default is all classes in equal shares.
     """
 
-    rtts_ms: tuple[float, ...] = (5.0, 20.0, 50.0, 100.0)
-    slos: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0)
-    k_max: int = 12
-    context: int = 512
-    max_sessions: int = 256
-    kv_tokens: int = 0
-    max_step_tokens: int = 2048
-    max_prefill_chunk: int = 512
-    violations: float = 0.05
-    min_gain: float = 1.02
-    objective: str = "goodput"
-    energy_slack: float = 0.05
-    server_price: float = 0.0
-    edge_prices: tuple[tuple[str, float], ...] = ()
-    mixes: tuple[Mix, ...] = ()
+    rtts_ms: tuple[float, ...] = setting(
+        (5.0, 20.0, 50.0, 100.0), "Round trip; repeatable.", unit="ms", minimum=0, option="rtt"
+    )
+    slos: tuple[float, ...] = setting(
+        (2.0, 4.0, 6.0, 8.0),
+        "SLO: token speed; repeatable.",
+        unit="tokens/s",
+        minimum=1e-6,
+        option="slo",
+    )
+    k_max: int = setting(
+        12, "Maximum draft length considered.", unit="tokens", minimum=1, maximum=32
+    )
+    context: int = setting(512, "Cached tokens per session.", unit="tokens", minimum=0)
+    max_sessions: int = setting(256, "Maximum concurrent sessions.", minimum=1, option="sessions")
+    kv_tokens: int = setting(
+        0, "Size of the server's KV cache; 0 is unlimited.", unit="tokens", minimum=0
+    )
+    max_step_tokens: int = setting(2048, "Maximum new tokens in a step.", unit="tokens", minimum=1)
+    max_prefill_chunk: int = setting(
+        512, "Maximum prompt tokens in a step.", unit="tokens", minimum=1
+    )
+    violations: float = setting(
+        0.05, "Share of sessions that may miss their SLO.", minimum=0, maximum=0.99
+    )
+    min_gain: float = setting(
+        1.02,
+        "Speedup that drafting must reach; below it the plan says k = 0, which saves the edge's energy.",
+        minimum=1,
+    )
+    objective: str = setting(
+        "goodput",
+        "goodput, cost, energy (least within --energy-slack of the best speed), or a mix: "
+        "goodput=0.7,cost=0.3.",
+    )
+    energy_slack: float = setting(
+        0.05, "Share of speed that the objective energy may give up.", minimum=0, maximum=1
+    )
+    server_price: float = setting(0.0, "Price of the server.", unit="dollars/hour", minimum=0)
+    edge_prices: tuple[tuple[str, float], ...] = setting(
+        (),
+        "Price of drafting in dollars/hour: DOLLARS, or NAME=DOLLARS for one device; repeatable.",
+        unit="dollars/hour",
+        option="edge-price",
+        parse=device_price,
+    )
+    mixes: tuple[Mix, ...] = setting(
+        (),
+        "Class mix for capacity: SLO=SHARE,SLO=SHARE; repeatable; default: equal shares.",
+        option="mix",
+        parse=class_mix,
+    )
 
-    def __post_init__(self) -> None:
-        if not self.rtts_ms or min(self.rtts_ms) < 0:
-            raise PlanError("The plan needs round trips of at least 0 ms.", "Give --rtt.")
-        if not self.slos or min(self.slos) <= 0:
-            raise PlanError("The plan needs SLO classes above 0 tokens/s.", "Give --slo.")
+    def check_together(self) -> None:
+        if not self.rtts_ms:
+            raise PlanError("A plan needs a round trip.", "Give --rtt.")
+        if not self.slos:
+            raise PlanError("A plan needs an SLO class.", "Give --slo.")
         for mix in self.mixes:
             if not mix or min(min(pair) for pair in mix) <= 0:
                 raise PlanError(
-                    "A class mix needs promises and shares above 0.",
+                    f"A class mix needs speeds and shares above 0, got {mix}.",
                     "For example: --mix 4=0.7,8=0.3.",
                 )
-        if self.k_max < 1 or self.max_sessions < 1 or self.context < 0:
-            raise PlanError(
-                "k_max and max_sessions must be at least 1, context at least 0.", "Correct them."
-            )
-        if not min((self.server_price, *(price for _, price in self.edge_prices))) >= 0:
-            raise PlanError("A price must not be negative.", "Correct it.")
+        for device, price in self.edge_prices:
+            if not price >= 0:
+                raise PlanError(
+                    f"A price must not be negative, got {price:g} for {device or 'all devices'}.",
+                    "Correct --edge-price.",
+                )
         if "cost" in self.weights and not self.server_price > 0:
             raise PlanError(
-                "What a token costs needs the price of the server.",
+                "The objective cost needs the price of the server.",
                 "Give --server-price in dollars an hour (and --edge-price, if drafting costs you).",
             )
 
@@ -76,9 +128,9 @@ class PlanSettings:
         return weights_of(self.objective)
 
     def edge_price(self, device: str) -> float:
-        """Dollars an hour of drafting on a device."""
+        """Dollars an hour of drafting on a device, by its name or its machine's."""
         prices = dict(self.edge_prices)
-        return prices.get(device, prices.get(machine_of(device), prices.get("", 0.0)))
+        return prices.get(device, prices.get(device.partition(":")[0], prices.get("", 0.0)))
 
     @property
     def mixes_or_equal(self) -> tuple[Mix, ...]:
@@ -105,11 +157,11 @@ def weights_of(objective: str) -> dict[str, float]:
         weights = {name.strip(): float(value) if found else 1.0 for name, found, value in pairs}
     except ValueError:
         weights = {}
-    # A bare name weighs nothing beside others: which share it should have was not said.
+    # Beside others, a bare name has no weight.
     bare = len(weights) > 1 and any(not found for _, found, _ in pairs)
     total = sum(weights.values())
-    sound = not bare and 0 < total < float("inf") and min(weights.values()) >= 0
-    if not sound or len(weights) < len(pairs) or not set(weights) <= set(OBJECTIVES):
+    valid = not bare and 0 < total < float("inf") and min(weights.values()) >= 0
+    if not valid or len(weights) < len(pairs) or not set(weights) <= set(OBJECTIVES):
         raise PlanError(
             f"There is no objective {objective!r}.",
             f"Choose {', '.join(OBJECTIVES)}, or a mix such as goodput=0.7,energy=0.3.",
