@@ -383,7 +383,8 @@ def main() -> None:
     if args.trace is not None:
         trace = load_trace(args.trace)
     else:
-        from wispprof.profiling.acceptance_trace import TraceSettings, trace_pair
+        from wispprof.profiling.acceptance_trace import trace_pair
+        from wispprof.settings.profiler_settings import TraceSettings
 
         print("taking a trace of the bundled pair", file=sys.stderr)
         trace = trace_pair(TraceSettings(count=8, path_tokens=args.tokens + 16, depth=8))

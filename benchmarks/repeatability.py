@@ -37,6 +37,7 @@ from wispprof.artifacts import ServerProfile, load_server
 from wispprof.profiling.measurement_log import median_interval
 from wispprof.profiling.profile_tools import diff_profiles
 from wispprof.profiling.workload import format_duration
+from wispprof.settings import profiler_settings
 
 CHANGED, ETA, TOLERANCE = 0.05, 0.30, 0.05
 
@@ -61,9 +62,8 @@ class Run:
 def measure(out: Path, options: dict[str, Any], half: Any) -> None:
     """Take one profile; runs in a fresh process. ``half`` is set when half of the visits are made."""
     from wispprof.profiling import server_profiler
-    from wispprof.profiling.profile_run import Output
     from wispprof.profiling.shape_grid import Axes
-    from wispprof.profiling.workload import SweepSettings
+    from wispprof.settings.profiler_settings import Output, SweepSettings
 
     def report(done: int, total: int, status: str) -> None:
         if status.startswith("ETA") and 2 * done >= total:
@@ -78,7 +78,7 @@ def measure(out: Path, options: dict[str, Any], half: Any) -> None:
     if options["budget_minutes"]:
         more["budget_minutes"] = options["budget_minutes"]
     server_profiler.profile_server(
-        server_profiler.ServerProfilerSettings(output=Output(out), **more), report
+        profiler_settings.ServerProfilerSettings(output=Output(out), **more), report
     )
 
 

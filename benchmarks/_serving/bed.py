@@ -55,11 +55,15 @@ def artifacts(folder: Path, quick: bool, long: bool) -> None:
     """Profile the server, take a trace, fit: into ``folder``. ``long``: paths that outlast a long prompt."""
     from wispprof.engines.loading import load_model
     from wispprof.fitting.pipeline import fit_files
-    from wispprof.profiling.acceptance_trace import TraceSettings, collect_trace
-    from wispprof.profiling.profile_run import Output
-    from wispprof.profiling.server_profiler import ServerProfilerSettings, profile_server
+    from wispprof.profiling.acceptance_trace import collect_trace
+    from wispprof.profiling.server_profiler import profile_server
     from wispprof.profiling.shape_grid import Axes
-    from wispprof.profiling.workload import SweepSettings
+    from wispprof.settings.profiler_settings import (
+        Output,
+        ServerProfilerSettings,
+        SweepSettings,
+        TraceSettings,
+    )
 
     target = load_model(str(bundled.path("models/reference-pair/target")))
     draft = load_model(str(bundled.path("models/reference-pair/draft")))

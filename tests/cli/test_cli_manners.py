@@ -18,7 +18,7 @@ from wispprof.cli.commands import COMMANDS
 from wispprof.errors import ArtifactMissing
 
 RUNNER = CliRunner()
-NO_COMMANDS = {"plan_tables", "__init__", "commands", "console", "options", "profiling"}
+NO_COMMANDS = {"__init__", "commands", "console", "options"}
 HEAVY = ("torch", "transformers", "fastapi", "sklearn", "pandas", "matplotlib", "lightgbm")
 
 

@@ -18,6 +18,7 @@ from wispprof.drafters.torch_drafter import TorchDrafter
 from wispprof.engines.loading import random_model
 from wispprof.errors import EngineError, ModelError, ModelMissing
 from wispprof.profiling import edge_profiler
+from wispprof.settings import profiler_settings
 from wispprof.types import Sampling
 
 WARM = Sampling(0.8, 20, 0.9, seed=5)
@@ -127,7 +128,7 @@ def test_profile_edge_measures_a_gguf_draft(library, file, monkeypatch):
     axes = edge_profiler.EdgeAxes((16, 32), (16,), 16, burst_s=0.05, sustained_s=0.0)
     monkeypatch.setitem(edge_profiler.EDGE_GRIDS, "quick", axes)
     sweep = edge_profiler.SweepSettings(warmup=1, min_samples=6, max_samples=6, sentinel_every=50)
-    chosen = edge_profiler.EdgeProfilerSettings(draft=str(file), sweep=sweep)
+    chosen = profiler_settings.EdgeProfilerSettings(draft=str(file), sweep=sweep)
     profile = edge_profiler.profile_edge(chosen, clock=lambda: next(ticks) * 0.004)
     assert profile.manifest.engine["backend"] == "llama.cpp"
     assert profile.manifest.model.id == "draft.gguf"

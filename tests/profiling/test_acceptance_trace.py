@@ -17,7 +17,6 @@ from wispprof.engines.loading import random_model
 from wispprof.engines.torch.engine import TorchEngine
 from wispprof.errors import ArtifactDamaged, EngineError, ModelError, ProfileError
 from wispprof.profiling.acceptance_trace import (
-    TraceSettings,
     accepted_lengths,
     collect_trace,
     target_paths,
@@ -26,6 +25,7 @@ from wispprof.profiling.acceptance_trace import (
 from wispprof.profiling.draft_rollout import DraftRollout
 from wispprof.profiling.prompts import held_out_prompts, load_prompts
 from wispprof.profiling.remote_target import RemoteTarget
+from wispprof.settings.profiler_settings import TraceSettings
 from wispprof.types import Sampling, StepInput
 
 WARM = Sampling(0.8, 20, 0.9, seed=5)

@@ -12,9 +12,9 @@ from typing import Any
 from wispprof.artifacts import RowJournal, load_server
 from wispprof.artifacts.rows import decode_row
 from wispprof.profiling import server_profiler
-from wispprof.profiling.profile_run import Output
 from wispprof.profiling.shape_grid import Axes
-from wispprof.profiling.workload import SweepSettings
+from wispprof.settings import profiler_settings
+from wispprof.settings.profiler_settings import Output, SweepSettings
 
 KILLS = 2
 # Imported once and inherited by every process: a model's own module takes longer than its profile.
@@ -34,7 +34,7 @@ def measure(path: Path, resume: bool, told: Any) -> None:
         told.send(row.order)
 
     RowJournal.append = appended  # type: ignore[method-assign]
-    settings = server_profiler.ServerProfilerSettings(
+    settings = profiler_settings.ServerProfilerSettings(
         shape="tiny-llama",
         device="cpu",
         axes=Axes(items=(1, 3), new=(1, 4), cached=(8, 32), chunk=(16,), mixed_items=(2,)),

@@ -29,9 +29,9 @@ from wispprof.artifacts import (
 from wispprof.cli.console import GuardedGroup
 from wispprof.errors import ArtifactDamaged, HandshakeRefused, ProfileError, ProtocolError
 from wispprof.profiling.imported_profiles import import_results
-from wispprof.profiling.link_profiler import LinkProfilerSettings, link_summary, profile_link
-from wispprof.profiling.profile_run import Output
+from wispprof.profiling.link_profiler import link_summary, profile_link
 from wispprof.profiling.profile_tools import diff_profiles, export_rows, merge_profiles
+from wispprof.settings.profiler_settings import LinkProfilerSettings, Output
 from wispprof.types import BatchShape
 
 MODEL = ModelRecord("tiny", "float32", 1_000_000, kv_bytes_per_token=4096)
@@ -326,7 +326,7 @@ def test_servers_that_refuse_or_lie():
 # --- commands -------------------------------------------------------------------------------------
 
 app = typer.Typer(cls=GuardedGroup, pretty_exceptions_enable=False)
-for commands in ("profile", "profile_edge", "profile_link", "profile_server"):
+for commands in ("profile", "profilers"):
     import_module(f"wispprof.cli.{commands}").register(app)
 
 
@@ -374,7 +374,7 @@ def test_ctrl_c_says_where_the_rows_are(tmp_path, monkeypatch):
     monkeypatch.setattr(server_profiler, "profile_server", interrupted)
     stopped = run("profile-server", "--out", tmp_path / "p")
     assert stopped.exit_code == 130
-    assert "2 finished visits" in " ".join(stopped.stderr.split())
+    assert "2 finished blocks" in " ".join(stopped.stderr.split())
     assert "--resume" in stopped.stderr
 
 

@@ -15,11 +15,12 @@ from wispprof.errors import ArtifactError, PhysicsViolation, ProfileError
 from wispprof.fitting.observations import MINIMUM_SHAPES
 from wispprof.profiling import edge_profiler, server_profiler
 from wispprof.profiling.physics_checks import check_edge
-from wispprof.profiling.profile_run import Output, journal_path
+from wispprof.profiling.profile_run import journal_path
 from wispprof.profiling.shape_grid import Axes
 from wispprof.profiling.sweep import Sweep
 from wispprof.profiling.sweep_cost import pilot
-from wispprof.profiling.workload import SweepSettings
+from wispprof.settings import profiler_settings
+from wispprof.settings.profiler_settings import Output, SweepSettings
 from wispprof.types import Sampling
 
 AXES = Axes(
@@ -67,7 +68,7 @@ class CountedTime:
 
 def settings(path=None, **more):
     output = Output(path, resume=more.pop("resume", False))
-    return server_profiler.ServerProfilerSettings(axes=AXES, sweep=SWEEP, output=output, **more)
+    return profiler_settings.ServerProfilerSettings(axes=AXES, sweep=SWEEP, output=output, **more)
 
 
 def test_a_server_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
@@ -112,7 +113,7 @@ def test_interrupted_and_resumed(tiny, monkeypatch, tmp_path):
 def test_a_backend_that_ignores_its_batch_is_refused(tiny, monkeypatch, tmp_path):
     clock = CountedTime(monkeypatch, blind=True)
     heavy = Axes(items=(1, 2, 4, 8), new=(1, 9), cached=(16, 64, 240))
-    chosen = server_profiler.ServerProfilerSettings(
+    chosen = profiler_settings.ServerProfilerSettings(
         axes=heavy, sweep=SWEEP, output=Output(tmp_path / "p")
     )
     with pytest.raises(PhysicsViolation):
@@ -179,19 +180,19 @@ def test_a_slow_disk_costs_the_quick_grid_no_shapes(tiny, monkeypatch):
     clock = CountedTime(monkeypatch)
 
     def load(asked):
-        clock.now += 60 * server_profiler.QUICK_MINUTES
+        clock.now += 60 * profiler_settings.QUICK_MINUTES
         return tiny
 
     monkeypatch.setattr(server_profiler, "_load", load)
     monkeypatch.setattr(server_profiler, "load_axes", lambda name: AXES)
-    quick = server_profiler.ServerProfilerSettings(sweep=SWEEP)
+    quick = profiler_settings.ServerProfilerSettings(sweep=SWEEP)
     profile = server_profiler.profile_server(quick, clock=clock)
     shapes = {row.key for row in profile.rows if row.kind != "sentinel"}
     whole = server_profiler.plan_server(settings(), loaded=tiny, clock=clock)
     assert shapes == {workload.key for workload in whole.workloads}
     with pytest.raises(ProfileError, match="--budget-minutes"):
         server_profiler.profile_server(
-            replace(quick, budget_minutes=server_profiler.QUICK_MINUTES), clock=clock
+            replace(quick, budget_minutes=profiler_settings.QUICK_MINUTES), clock=clock
         )
 
 
@@ -199,12 +200,12 @@ def test_a_slow_machine_gets_the_shapes_that_a_fit_needs(tiny, monkeypatch):
     """The quick grid's own time may not leave too few. Negative control: a time that was asked for may."""
     assert server_profiler.QUICK_SHAPES > MINIMUM_SHAPES
     monkeypatch.setattr(server_profiler, "QUICK_SHAPES", 5)
-    monkeypatch.setattr(server_profiler, "QUICK_MINUTES", 1e-4)
+    monkeypatch.setattr(profiler_settings, "QUICK_MINUTES", 1e-4)
     monkeypatch.setattr(server_profiler, "load_axes", lambda name: AXES)
     clock = CountedTime(monkeypatch)
     whole = server_profiler.plan_server(settings(), loaded=tiny, clock=clock)
     profile = server_profiler.profile_server(
-        server_profiler.ServerProfilerSettings(sweep=SWEEP), loaded=tiny, clock=clock
+        profiler_settings.ServerProfilerSettings(sweep=SWEEP), loaded=tiny, clock=clock
     )
     shapes = {row.shape.key() for row in profile.rows if row.kind != "sentinel"}
     assert len(shapes) == 5
@@ -233,7 +234,7 @@ def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
     )
     rests = []
     monkeypatch.setitem(edge_profiler.EDGE_GRIDS, "quick", axes)
-    chosen = edge_profiler.EdgeProfilerSettings(
+    chosen = profiler_settings.EdgeProfilerSettings(
         output=Output(tmp_path / "e"), sampling=Sampling(0.7, seed=1)
     )
     seen = []

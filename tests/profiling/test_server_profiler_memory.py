@@ -14,7 +14,9 @@ from wispprof.engines.torch.engine import TorchEngine
 from wispprof.errors import EngineError, ProfileError
 from wispprof.profiling import server_profiler
 from wispprof.profiling.shape_grid import GRIDS, Axes
-from wispprof.profiling.workload import SweepSettings, Workload
+from wispprof.profiling.workload import Workload
+from wispprof.settings import profiler_settings
+from wispprof.settings.profiler_settings import SweepSettings
 from wispprof.types import BatchShape
 
 ROOMY = Axes(
@@ -51,7 +53,7 @@ def anything_goes(monkeypatch):
 
 def profile(tiny, **more):
     return server_profiler.profile_server(
-        server_profiler.ServerProfilerSettings(axes=ROOMY, sweep=SWEEP, **more), loaded=tiny
+        profiler_settings.ServerProfilerSettings(axes=ROOMY, sweep=SWEEP, **more), loaded=tiny
     )
 
 

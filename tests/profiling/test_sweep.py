@@ -32,7 +32,8 @@ from wispprof.profiling.shape_grid import (
 )
 from wispprof.profiling.sweep import Sweep
 from wispprof.profiling.sweep_cost import choose_probes, fit_line, pilot
-from wispprof.profiling.workload import SweepSettings, Workload, format_duration
+from wispprof.profiling.workload import Workload, format_duration
+from wispprof.settings.profiler_settings import SweepSettings
 from wispprof.types import BatchShape
 
 MODEL = ModelRecord("tiny", "float32", 1_000_000, kv_bytes_per_token=4096)

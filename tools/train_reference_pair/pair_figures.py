@@ -15,8 +15,9 @@ from typing import Any
 from tools.train_reference_pair import evaluate
 from wispprof.artifacts.files import write_atomic
 from wispprof.engines.loading import load_model
-from wispprof.profiling.acceptance_trace import TraceSettings, collect_trace
+from wispprof.profiling.acceptance_trace import collect_trace
 from wispprof.sampling.sampler import AcceptanceRates
+from wispprof.settings.profiler_settings import TraceSettings
 from wispprof.types import Sampling
 
 __all__ = ["SAMPLINGS", "PairFigures", "SideFigures", "evaluate_pair", "write_card"]

@@ -49,22 +49,22 @@ COMMANDS = tuple(
         ),
         "Measure": (
             (
-                "profile_server",
+                "profilers",
                 "profile-server",
                 "Time ragged batch shapes on the verification engine.",
             ),
             (
-                "profile_edge",
+                "profilers",
                 "profile-edge",
                 "Time drafting on this device, in bursts and sustained.",
             ),
             (
-                "profile_link",
+                "profilers",
                 "profile-link",
                 "Measure round trip, jitter and bandwidth to a server.",
             ),
             (
-                "profile_edge",
+                "profilers",
                 "trace",
                 "Take an acceptance trace of a draft model under a target model.",
             ),

@@ -133,38 +133,30 @@ def warn(message: str) -> None:
     console().print(f"[yellow]warning:[/yellow] {_escape(message)}")
 
 
-def progress() -> Progress:
-    """A progress display on stderr with share done, elapsed time and ETA; a context manager.
+def progress(eta: bool = True) -> Progress:
+    """A progress display on stderr; use as context manager.
 
-    ``with progress() as bar: task = bar.add_task("prefill shapes", total=40); bar.advance(task)``.
-    A task may carry ``status="…"``, a few words shown at its end.
+    ``with progress() as bar: task = bar.add_task("evaluate", total=40, status=""); bar.advance(task)``.
+    A task's ``status`` is shown at its end.
     """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
-        ProgressColumn,
         SpinnerColumn,
-        Task,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
-    from rich.text import Text
-
-    class Status(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text(str(task.fields.get("status", "")), style="dim")
 
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=28),
+        BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        Status(),
+        *((TextColumn("ETA"), TimeRemainingColumn()) if eta else ()),
+        TextColumn("{task.fields[status]}", style="dim", markup=False),
         console=console(),
     )
 
@@ -175,8 +167,8 @@ class tracker:
     ``with tracker("profile-server") as report: profile(..., progress=report)``
     """
 
-    def __init__(self, description: str, total: int | None = None) -> None:
-        self._bar = progress()
+    def __init__(self, description: str, total: int | None = None, eta: bool = True) -> None:
+        self._bar = progress(eta)
         self._task = self._bar.add_task(description, total=total, status="")
 
     def __enter__(self) -> tracker:
@@ -187,10 +179,9 @@ class tracker:
         self._bar.stop()
 
     def __call__(self, done: int, total: int | None = None, status: str = "") -> None:
-        if total is None:
-            self._bar.update(self._task, completed=done, status=status)
-        else:
-            self._bar.update(self._task, completed=done, total=total, status=status)
+        self._bar.update(self._task, completed=done, status=status)
+        if total is not None:
+            self._bar.update(self._task, total=total)
 
 
 def _escape(text: str) -> str:

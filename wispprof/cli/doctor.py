@@ -9,10 +9,13 @@ from typing import Annotated
 import typer
 
 from wispprof.cli import console
-from wispprof.cli.options import CaFile, JsonFlag
+from wispprof.cli.options import JsonFlag, with_settings
+from wispprof.settings.server_settings import ServerSettings
+from wispprof.settings.shared_settings import ServerAccess
 
 __all__ = ["register"]
 
+_SERVER = ServerSettings()
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 
 
@@ -21,19 +24,21 @@ def register(app: typer.Typer) -> None:
     app.command("doctor")(doctor)
 
 
+@with_settings
 def doctor(
-    target: Annotated[str, typer.Option(help="Target to check (default: the bundled one).")] = "",
-    draft: Annotated[str, typer.Option(help="Draft to check (default: the bundled one).")] = "",
-    host: Annotated[str, typer.Option(help="Address a server would listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of that server.")] = 8200,
-    api_key_file: Annotated[Path | None, typer.Option(help="Keys of that server.")] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Private key, PEM.")] = None,
-    server: Annotated[str, typer.Option(help="A running server to greet, HOST:PORT.")] = "",
-    key: Annotated[str, typer.Option(help="API key for --server.")] = "",
-    ca_file: CaFile = None,
+    access: ServerAccess,
+    target: Annotated[str, typer.Option(help="Target model; default: the bundled one.")] = "",
+    draft: Annotated[str, typer.Option(help="Draft model; default: the bundled one.")] = "",
+    host: Annotated[str, typer.Option(help="Address a server would listen on.")] = _SERVER.host,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port a server would listen on.")
+    ] = _SERVER.port,
+    api_key_file: Annotated[Path | None, typer.Option(help="API keys of that server.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key (PEM).")] = None,
+    server: Annotated[str, typer.Option(help="Running server to connect to, HOST:PORT.")] = "",
     out: Annotated[Path, typer.Option(help="Folder that results would go to.")] = Path("out"),
-    run: Annotated[Path | None, typer.Option(help="A folder of artifacts to check.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Folder of artifacts to check.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Check installation, models, ports, keys and files; say what to do.
@@ -44,7 +49,7 @@ def doctor(
 
     from wispprof.doctor import CHECKS, DoctorContext, Finding, examine
 
-    situation = DoctorContext(
+    context = DoctorContext(
         target=target,
         draft=draft,
         host=host,
@@ -53,15 +58,15 @@ def doctor(
         tls_cert=tls_cert,
         tls_key=tls_key,
         server=server,
-        key=key,
-        ca_file=ca_file,
+        key=access.key,
+        ca_file=access.ca_file,
         out=out,
         run=run,
         environ=os.environ,
     )
     findings: list[Finding] = []
     with console.tracker("doctor", total=len(CHECKS)) as report:
-        for finding in examine(situation, CHECKS):
+        for finding in examine(context, CHECKS):
             findings.append(finding)
             report(len(findings), status=finding.what)
     table = console.table("", "", "check", "found")

@@ -22,16 +22,12 @@ import typer
 
 from wispprof.settings.fields import Declared, Settings, declared, nested
 
-__all__ = ["CaFile", "JsonFlag", "OutputFile", "with_settings"]
+__all__ = ["JsonFlag", "OutputFile", "with_settings"]
 
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
 ]
 """The ``--json`` option: ``def command(as_json: JsonFlag = False)``."""
-
-CaFile = Annotated[
-    Path | None, typer.Option(help="Certificate authority for wss://; default: the system's.")
-]
 
 OutputFile = Annotated[Path, typer.Option("--out", "-o", help="File to write.")]
 

@@ -1,25 +1,22 @@
-"""The ``wispprof profile`` group: show, validate, merge, diff, export, import."""
+"""``wispprof profile``: show, validate, merge, compare, export and import profiles."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wispprof.cli.console import note, result, table, warn
+from wispprof.cli.console import note, output, result, table, warn
 from wispprof.cli.options import JsonFlag
-from wispprof.cli.profiling import (
-    Out,
-    Overwrite,
-    finished,
-    found_profile,
-    output_of,
-    print_profile,
-    profile_document,
-)
 
-__all__ = ["register"]
+if TYPE_CHECKING:
+    from wispprof.artifacts import EdgeProfile, LinkProfile, Profile, ServerProfile
+
+__all__ = ["Out", "Overwrite", "finished", "register"]
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="Name of the profile to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -38,24 +35,24 @@ def show(
     rows: Annotated[bool, typer.Option("--rows", help="Every row, sentinels too.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Print a profile: where it comes from and what it says."""
+    """Print a profile with its origin."""
     from wispprof.artifacts import load_profile
     from wispprof.profiling.profile_tools import row_record
 
-    loaded = load_profile(found_profile(profile))
+    loaded = load_profile(_found_profile(profile))
     if as_json:
-        document = profile_document(loaded)
+        document = _profile_document(loaded)
         document["rows"] = [row_record(row) for row in loaded.rows]
         result(document, "", True)
         return
-    print_profile(loaded, everything=rows)
+    _print_profile(loaded, everything=rows)
 
 
 def validate(
     profiles: Annotated[list[Path], typer.Argument(help="Profiles or traces.")],
     as_json: JsonFlag = False,
 ) -> None:
-    """Check files: whole, unchanged, and physically possible. Exit code 1 if one is not."""
+    """Check that files are complete, unmodified and physically possible; exit code 1 if not."""
     from wispprof.artifacts import ServerProfile, load_profile, load_trace
     from wispprof.errors import ArtifactError, ProfileError
     from wispprof.profiling.physics_checks import check_physics
@@ -66,7 +63,7 @@ def validate(
             if _is_trace(path):
                 load_trace(path)
             else:
-                loaded = load_profile(found_profile(path))
+                loaded = load_profile(_found_profile(path))
                 if isinstance(loaded, ServerProfile):
                     check_physics(loaded.rows, loaded.manifest.model)
             verdicts[str(path)] = "good"
@@ -86,7 +83,7 @@ def merge(
     overwrite: Overwrite = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Join profiles; of rows with the same key the cleaner one is kept."""
+    """Merge profiles; of rows with the same key the less disturbed one stays."""
     from wispprof.artifacts import load_profile, save_profile
     from wispprof.artifacts.profile import profile_files
     from wispprof.cli.console import fail
@@ -94,7 +91,7 @@ def merge(
 
     if profile_files(out)[0].exists() and not overwrite:
         raise fail(f"{profile_files(out)[0]} exists.", "Choose another --out, or add --overwrite.")
-    merged = merge_profiles([load_profile(found_profile(path)) for path in profiles])
+    merged = merge_profiles([load_profile(_found_profile(path)) for path in profiles])
     save_profile(merged, out)
     finished(merged, out, as_json)
 
@@ -107,17 +104,17 @@ def diff(
     ] = 0.05,
     absolute: Annotated[
         bool,
-        typer.Option("--absolute", help="A machine slower as a whole counts as changed, too."),
+        typer.Option("--absolute", help="Count a machine that is slower as a whole as changed."),
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Say which shapes changed beyond noise between two profiles of the same machine."""
+    """List the shapes that changed beyond noise between two profiles of a machine."""
     from wispprof.artifacts import load_profile
     from wispprof.profiling.profile_tools import diff_profiles
 
     found = diff_profiles(
-        load_profile(found_profile(before)),
-        load_profile(found_profile(after)),
+        load_profile(_found_profile(before)),
+        load_profile(_found_profile(after)),
         tolerance,
         absolute=absolute,
     )
@@ -126,7 +123,7 @@ def diff(
     if not found.same_model:
         warn("the profiles are of different models")
     if found.drifted:
-        warn("drift was seen while measuring: rows marked * may say more of the machine's load")
+        warn("the machine's speed drifted while measuring: rows marked * are doubtful")
     shown = table(
         f"{len(found.changed)} of {len(found.rows)} shapes changed beyond noise "
         f"(median ratio of all {found.median_ratio:.3f}, of the sentinel "
@@ -179,7 +176,7 @@ def export(
     from wispprof.artifacts import load_profile
     from wispprof.profiling.profile_tools import export_rows
 
-    count = export_rows(load_profile(found_profile(profile)), to)
+    count = export_rows(load_profile(_found_profile(profile)), to)
     note(f"wrote {count} rows to {to}")
 
 
@@ -191,8 +188,9 @@ def import_llama_bench(
 ) -> None:
     """Make an edge profile of llama-bench's results."""
     from wispprof.profiling.imported_profiles import import_results
+    from wispprof.settings.profiler_settings import Output
 
-    profile = import_results(file, output_of(out, False, overwrite))
+    profile = import_results(file, Output(out, overwrite=overwrite))
     finished(profile, out, as_json)
 
 
@@ -201,3 +199,91 @@ def _is_trace(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(40).startswith(b'{"format":"wispprof/trace"')
+
+
+def finished(profile: ServerProfile | EdgeProfile | LinkProfile, out: Path, as_json: bool) -> None:
+    """Print a profile that was just written, and what is wrong with it."""
+    from wispprof.artifacts.profile import profile_files
+
+    summary = profile.manifest.summary
+    drift = summary.get("drift", {})
+    if drift.get("drifted"):
+        warn(
+            f"the machine's speed drifted: {drift['off']} of {drift['sentinels']} sentinel measurements "
+            f"deviated, {drift['set_aside']} samples were discarded, and {drift['drifted_rows']} rows rest "
+            "on disturbed samples (flag 'drift'). Measure again when the machine is idle."
+        )
+    if summary.get("left_out"):
+        warn(
+            f"{summary['left_out']} workloads of the grid did not fit into the time limit. Give "
+            "--budget-minutes, or --grid standard, to measure more."
+        )
+    if summary.get("out_of_time"):
+        warn(f"{summary['out_of_time']} workloads were skipped at the time limit.")
+    for key, reason in dict(summary.get("refused", {})).items():
+        warn(f"{key} was skipped: {reason}")
+    note(f"wrote {profile_files(out)[0]} and its manifest")
+    if as_json:
+        result({"file": str(profile_files(out)[0]), **_profile_document(profile)}, "", True)
+    else:
+        _print_profile(profile, everything=False)
+
+
+def _profile_document(profile: Profile) -> dict[str, Any]:
+    return {"hash": profile.hash, "manifest": profile.manifest.as_dict()}
+
+
+def _print_profile(profile: Profile, everything: bool) -> None:
+    from wispprof.artifacts import StepRow
+
+    manifest = profile.manifest
+    machine = manifest.hardware.get("board") or manifest.hardware.get("cpu") or "unknown machine"
+    model = " ".join(filter(None, (manifest.model.id, manifest.model.dtype)))
+    title = f"{manifest.kind} profile: {model} on {machine}"
+    if manifest.source != "measured":
+        title += f" ({manifest.source})"
+    if manifest.kind == "server":
+        shown = table(title, "kind", "shape", ">median ms", ">± %", ">samples", "flags")
+    else:
+        shown = table(title, "kind", "what", ">median ms", ">± %", ">samples", "flags")
+    from wispprof.profiling.measurement_log import half_width
+
+    rows = [row for row in profile.rows if everything or row.kind != "sentinel"]
+    if not everything:
+        rows.sort(key=lambda row: (row.kind, _size(row), row.key))
+    for row in rows:
+        width = half_width(row.samples_ms)
+        spread = f"{100 * width:.1f}" if width < float("inf") else "–"
+        flags = " ".join(row.flags)
+        name = row.shape.key() if isinstance(row, StepRow) else row.key
+        shown.add_row(
+            row.kind, name, f"{row.median_ms:.4g}", spread, str(len(row.samples_ms)), flags
+        )
+    output().print(shown)
+    skip = ("drift", "physics", "refused")
+    facts = {k: v for k, v in manifest.summary.items() if k not in skip and v is not None}
+    if facts:
+        output().print("  ".join(f"{k} {v}" for k, v in facts.items()), markup=False)
+    if manifest.citation:
+        output().print(manifest.citation, markup=False)
+
+
+def _size(row: Any) -> int:
+    shape = getattr(row, "shape", None)
+    if shape is not None:
+        return int(shape.attention_pairs)
+    return int(getattr(row, "context", getattr(row, "payload_bytes", 0)))
+
+
+def _found_profile(path: Path) -> Path:
+    """A profile at this path, or the shipped one of that name."""
+    from wispprof.artifacts import bundled
+    from wispprof.artifacts.profile import profile_files
+    from wispprof.errors import ArtifactMissing
+
+    if profile_files(path)[1].exists() or len(path.parts) > 1:
+        return path
+    try:
+        return bundled.path(f"profiles/{profile_files(path)[0].name}")
+    except ArtifactMissing:
+        return path

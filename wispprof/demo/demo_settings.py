@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from wispprof.profiling.shape_grid import Axes
-from wispprof.profiling.workload import SweepSettings
+from wispprof.settings.profiler_settings import SweepSettings
 from wispprof.types import Sampling
 
 __all__ = ["DemoSettings"]

@@ -56,10 +56,15 @@ class Measured:
 def measure(settings: DemoSettings, stage: Stage) -> Measured:
     """Profile both sides, take an acceptance trace, fit, plan. Writes every artifact to ``out``."""
     from wispprof.engines.loading import load_model
-    from wispprof.profiling.acceptance_trace import TraceSettings, collect_trace
-    from wispprof.profiling.edge_profiler import EdgeProfilerSettings, profile_edge
-    from wispprof.profiling.profile_run import Output
-    from wispprof.profiling.server_profiler import ServerProfilerSettings, profile_server
+    from wispprof.profiling.acceptance_trace import collect_trace
+    from wispprof.profiling.edge_profiler import profile_edge
+    from wispprof.profiling.server_profiler import profile_server
+    from wispprof.settings.profiler_settings import (
+        EdgeProfilerSettings,
+        Output,
+        ServerProfilerSettings,
+        TraceSettings,
+    )
 
     out = settings.out
     report = stage("load the pair")

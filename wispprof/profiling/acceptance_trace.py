@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +20,8 @@ from wispprof.errors import ModelError, ProfileError
 from wispprof.hardware import fingerprint
 from wispprof.profiling.prompts import held_out_prompts, load_prompts
 from wispprof.profiling.sweep import Progress
-from wispprof.types import Sampling, StepInput
+from wispprof.settings.profiler_settings import TraceSettings
+from wispprof.types import StepInput
 
 if TYPE_CHECKING:
     from wispprof.edge.connection import ConnectionFactory
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from wispprof.profiling.remote_target import RemoteTarget
 
 __all__ = [
-    "TraceSettings",
     "accepted_lengths",
     "collect_trace",
     "target_paths",
@@ -42,31 +41,6 @@ __all__ = [
 BUNDLED_TARGET = "models/reference-pair/target"
 BUNDLED_DRAFT = "models/reference-pair/draft"
 _STEP_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class TraceSettings:
-    """Empty ``target`` and ``draft`` are the bundled pair; no ``prompts`` file means held-out sources.
-
-    ``depth``: K, tokens drafted at each position. ``batch``: sessions of the target at once.
-    """
-
-    target: str = ""
-    draft: str = ""
-    dtype: str = "float32"
-    device: str = "auto"
-    sampling: Sampling = field(default_factory=Sampling)
-    prompts: Path | None = None
-    count: int = 32
-    prompt_tokens: int = 128
-    path_tokens: int = 128
-    depth: int = 8
-    batch: int = 16
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.count, self.prompt_tokens, self.path_tokens, self.depth, self.batch) < 1:
-            raise ValueError(f"impossible trace settings: {self}")
 
 
 def trace_pair(settings: TraceSettings, progress: Progress | None = None) -> AcceptanceTrace:

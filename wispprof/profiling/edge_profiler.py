@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,7 +31,6 @@ from wispprof.profiling.drafter_runner import (
 )
 from wispprof.profiling.physics_checks import check_edge
 from wispprof.profiling.profile_run import (
-    Output,
     ProfilerSetup,
     SweepPlan,
     collect_profile,
@@ -40,8 +39,9 @@ from wispprof.profiling.profile_run import (
 )
 from wispprof.profiling.sweep import Progress, SweepResult
 from wispprof.profiling.sweep_cost import pilot
-from wispprof.profiling.workload import SweepSettings, round_ms
-from wispprof.types import Drafter, Sampling
+from wispprof.profiling.workload import round_ms
+from wispprof.settings.profiler_settings import EdgeProfilerSettings, SweepSettings
+from wispprof.types import Drafter
 
 if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
@@ -53,7 +53,6 @@ __all__ = [
     "DrafterRunner",
     "EdgeAxes",
     "EdgePoint",
-    "EdgeProfilerSettings",
     "Windows",
     "edge_workloads",
     "plan_edge",
@@ -142,22 +141,6 @@ QUICK = SweepSettings(
     target=0.05, block=10, min_samples=20, max_samples=60, max_workload_s=1.0, sentinel_every=6
 )
 STANDARD = SweepSettings(block=15, min_samples=30, max_samples=120)
-
-
-@dataclass(frozen=True)
-class EdgeProfilerSettings:
-    """``draft``: folder, hub id, ``.gguf`` file (llama.cpp), or empty for the bundled draft.
-    ``axes`` replaces the named ``grid``, ``sustained_s`` its longer window."""
-
-    draft: str = ""
-    dtype: str = "float32"
-    device: str = "auto"
-    grid: str = "quick"
-    axes: EdgeAxes | None = None
-    sampling: Sampling = field(default_factory=Sampling)
-    sustained_s: float | None = None
-    sweep: SweepSettings | None = None
-    output: Output = field(default_factory=Output)
 
 
 def profile_edge(

@@ -34,7 +34,7 @@ from wispprof.artifacts.files import parse_json, read_bytes
 from wispprof.artifacts.manifest import command_line, library_versions
 from wispprof.artifacts.profile import profile_files
 from wispprof.errors import ArtifactDamaged, ArtifactError, ProfileError
-from wispprof.profiling.profile_run import Output
+from wispprof.settings.profiler_settings import Output
 
 __all__ = [
     "PUBLISHED",

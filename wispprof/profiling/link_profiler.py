@@ -6,38 +6,19 @@ import asyncio
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from wispprof.artifacts import LinkProfile, LinkRow, ModelRecord
 from wispprof.errors import HandshakeRefused, ProtocolError, ServerUnreachable
-from wispprof.profiling.profile_run import Output, begin_manifest, finalize_profile
+from wispprof.profiling.profile_run import begin_manifest, finalize_profile
 from wispprof.profiling.sweep import Progress, SweepResult
-from wispprof.profiling.workload import SweepSettings, round_ms
+from wispprof.profiling.workload import round_ms
+from wispprof.settings.profiler_settings import LinkProfilerSettings, SweepSettings
 
 if TYPE_CHECKING:
     from wispprof.edge.connection import Connection, ConnectionFactory
 
-__all__ = ["LinkProfilerSettings", "link_rows", "link_summary", "profile_link"]
-
-SIZES = (1 << 10, 16 << 10, 64 << 10)
-
-
-@dataclass(frozen=True)
-class LinkProfilerSettings:
-    """``server``: address or URL. ``count``: exchanges of each kind, ``warmup`` more before them.
-    ``sizes``: payload bytes one way; ``timeout_s``: for one exchange. ``ca_file``: who
-    vouches for a server behind ``wss://`` (``None``: the system knows)."""
-
-    server: str
-    key: str = ""
-    count: int = 40
-    warmup: int = 3
-    sizes: Sequence[int] = SIZES
-    timeout_s: float = 10.0
-    output: Output = field(default_factory=Output)
-    ca_file: Path | None = None
+__all__ = ["link_rows", "link_summary", "profile_link"]
 
 
 def profile_link(
@@ -64,7 +45,7 @@ async def _profile(
 
     begin = clock()
     link = await (
-        connect or websocket_connections(settings.server, ssl=ssl_context(settings.ca_file))
+        connect or websocket_connections(settings.server, ssl=ssl_context(settings.access.ca_file))
     )()
     try:
         welcome = await _greet(link, settings)
@@ -90,7 +71,9 @@ async def _profile(
 async def _greet(link: Connection, settings: LinkProfilerSettings) -> Any:
     from wispprof import protocol
 
-    hello = protocol.Hello(protocol.PROTOCOL_VERSION, "", key=settings.key, edge="profile-link")
+    hello = protocol.Hello(
+        protocol.PROTOCOL_VERSION, "", key=settings.access.key, edge="profile-link"
+    )
     await link.send(protocol.encode(hello))
     answer = await _answer(link, settings)
     if isinstance(answer, protocol.Problem):

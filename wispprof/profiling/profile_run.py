@@ -27,13 +27,13 @@ from wispprof.hardware import fingerprint, sensors
 from wispprof.profiling.measurement_log import drift_summary
 from wispprof.profiling.sweep import Progress, Sweep, SweepResult
 from wispprof.profiling.sweep_cost import CostModel
-from wispprof.profiling.workload import Runner, SweepSettings, Workload
+from wispprof.profiling.workload import Runner, Workload
+from wispprof.settings.profiler_settings import Output, SweepSettings
 
 if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
 
 __all__ = [
-    "Output",
     "ProfilerSetup",
     "SweepPlan",
     "begin_manifest",
@@ -46,15 +46,6 @@ __all__ = [
 ]
 
 Subject = TypeVar("Subject")
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where a profile goes. Without ``path`` it is only returned, and nothing is journaled."""
-
-    path: Path | None = None
-    resume: bool = False
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)

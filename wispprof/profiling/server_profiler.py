@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from wispprof.artifacts import RowJournal, ServerProfile, StepRow, bundled
@@ -13,7 +13,6 @@ from wispprof.errors import ProfileError
 from wispprof.profiling.engine_runner import EngineRunner
 from wispprof.profiling.physics_checks import check_physics
 from wispprof.profiling.profile_run import (
-    Output,
     ProfilerSetup,
     SweepPlan,
     collect_profile,
@@ -32,20 +31,20 @@ from wispprof.profiling.shape_grid import (
 )
 from wispprof.profiling.sweep import Progress, SweepResult
 from wispprof.profiling.sweep_cost import CostModel, pilot
-from wispprof.profiling.workload import SweepSettings, Workload
+from wispprof.profiling.workload import Workload
+from wispprof.settings.profiler_settings import ServerProfilerSettings, SweepSettings
 from wispprof.types import BatchShape
 
 if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
 
-__all__ = ["EngineRunner", "ServerProfilerSettings", "plan_server", "profile_server"]
+__all__ = ["EngineRunner", "plan_server", "profile_server"]
 
 BUNDLED_TARGET = "models/reference-pair/target"
 QUICK = SweepSettings(
     target=0.05, max_samples=12, max_workload_s=1.5, sentinel_every=2, reference_samples=3
 )
 STANDARD = SweepSettings(max_samples=21, sentinel_every=1, reference_samples=3)
-QUICK_MINUTES = 0.6
 QUICK_SHAPES = 18
 """What the quick grid measures on any machine: enough shapes to fit an estimator and to hold some out."""
 
@@ -55,35 +54,6 @@ _PILOT_SHARE = 0.15
 """Most of a budget that may be spent on learning what shots cost."""
 _LEAST_CONTEXT = 32
 """Shortest longest session that is worth a profile, tokens."""
-
-
-@dataclass(frozen=True)
-class ServerProfilerSettings:
-    """``model``: folder, hub id, or empty for the bundled target; ``shape`` names a well-known model
-    shape to fill with random weights instead. ``kv_tokens`` None: what the device can hold and the
-    grid can use. ``axes`` replaces the named ``grid``. ``budget_minutes`` None: no limit, but for the
-    quick grid :data:`QUICK_MINUTES`, so that it stays quick on a machine that is not; :data:`QUICK_SHAPES`
-    are measured all the same."""
-
-    model: str = ""
-    shape: str = ""
-    dtype: str = "float32"
-    device: str = "auto"
-    backend: str = "auto"
-    grid: str = "quick"
-    axes: Axes | None = None
-    kv_tokens: int | None = None
-    max_sessions: int = 0
-    budget_minutes: float | None = None
-    sweep: SweepSettings | None = None
-    output: Output = field(default_factory=Output)
-
-    @property
-    def budget_s(self) -> float | None:
-        minutes = self.budget_minutes
-        if minutes is None and self.grid == "quick" and self.axes is None:
-            minutes = QUICK_MINUTES
-        return None if minutes is None else minutes * 60
 
 
 def profile_server(

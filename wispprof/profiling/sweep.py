@@ -22,13 +22,8 @@ from wispprof.errors import EngineError
 from wispprof.hardware import NullSensors, Sensors
 from wispprof.profiling.measurement_log import MeasurementLog, half_width
 from wispprof.profiling.sweep_cost import CostModel
-from wispprof.profiling.workload import (
-    Runner,
-    SweepSettings,
-    Workload,
-    format_duration,
-    run_repeatedly,
-)
+from wispprof.profiling.workload import Runner, Workload, format_duration, run_repeatedly
+from wispprof.settings.profiler_settings import SweepSettings
 
 __all__ = ["Progress", "Sweep", "SweepResult"]
 

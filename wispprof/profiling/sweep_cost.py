@@ -23,10 +23,10 @@ from wispprof.profiling.workload import (
     MIN_BLOCK_SAMPLES,
     Runner,
     RunSamples,
-    SweepSettings,
     Workload,
     run_repeatedly,
 )
+from wispprof.settings.profiler_settings import SweepSettings
 
 __all__ = ["CostModel", "choose_probes", "fit_line", "pilot"]
 

@@ -11,11 +11,11 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from wispprof.artifacts.rows import Row
 from wispprof.hardware import Sensors
+from wispprof.settings.profiler_settings import SweepSettings
 
 __all__ = [
     "RunSamples",
     "Runner",
-    "SweepSettings",
     "Workload",
     "format_duration",
     "round_ms",
@@ -61,39 +61,6 @@ class Runner(Protocol[Subject]):
         flags: tuple[str, ...],
         order: int,
     ) -> Row: ...
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """``target``: half-width of the 95 % confidence interval of the median, relative to the median.
-
-    A workload is measured in blocks of ``block`` samples until it reaches ``target``. It gets
-    ``min_samples`` to ``max_samples``, and no further block once its samples took ``max_workload_s``
-    seconds. The first block starts with ``warmup`` uncounted runs, later ones with one. After every
-    ``sentinel_every`` blocks the sentinel workload is measured with ``reference_samples``; if its median is
-    more than ``drift`` away from the others, the neighbouring blocks count as disturbed.
-    """
-
-    seed: int = 0
-    target: float = 0.03
-    warmup: int = 2
-    block: int = 3
-    min_samples: int = 6
-    max_samples: int = 30
-    max_workload_s: float = 4.0
-    sentinel_every: int = 10
-    reference_samples: int = 6
-    drift: float = 0.10
-
-    def __post_init__(self) -> None:
-        counts = (self.block, self.min_samples, self.sentinel_every, self.reference_samples)
-        if not (0 < self.target < 1 and min(counts) >= 1 and self.min_samples <= self.max_samples):
-            raise ValueError(f"invalid sweep settings: {self}")
-
-    @property
-    def reference_warmup(self) -> int:
-        """Uncounted runs of the sentinel. Short measurements are frequent, so they need only one."""
-        return min(1 if self.reference_samples < self.min_samples else self.warmup, self.warmup)
 
 
 class RunSamples(NamedTuple):

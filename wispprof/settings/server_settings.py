@@ -9,7 +9,7 @@ from typing import Any
 
 from wispprof.errors import SettingsError, WispprofError
 from wispprof.settings.fields import Settings, setting
-from wispprof.settings.shared_settings import device_setting, dtype_setting
+from wispprof.settings.shared_settings import backend_setting, device_setting, dtype_setting
 from wispprof.settings.sources import named_value
 
 __all__ = ["ServerSettings", "read_api_keys"]
@@ -58,7 +58,7 @@ class ServerSettings(Settings):
     device: str = device_setting()
     dtype: str = dtype_setting()
     engine: str = setting("torch", "Engine that runs the target: torch or one of your own.")
-    backend: str = setting("auto", "KV cache layout: auto, dense or paged.")
+    backend: str = backend_setting()
     tensor_parallel: int = setting(
         1, "Processes, one per device, that share the target.", minimum=1
     )

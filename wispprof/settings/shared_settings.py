@@ -15,6 +15,7 @@ __all__ = [
     "LinkSettings",
     "SamplingSettings",
     "ServerAccess",
+    "backend_setting",
     "device_setting",
     "dtype_setting",
 ]
@@ -31,6 +32,11 @@ def dtype_setting() -> Any:
         "float32",
         "Data type of weights and activations: float32, bfloat16 or float16.",
     )
+
+
+def backend_setting() -> Any:
+    """The field ``backend`` of whatever runs an engine."""
+    return setting("auto", "KV cache layout: auto, dense or paged.")
 
 
 @dataclass(frozen=True, slots=True)

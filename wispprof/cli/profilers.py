@@ -1,0 +1,240 @@
+"""``wispprof profile-server``, ``profile-edge``, ``profile-link`` and ``trace``: measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from wispprof.cli.console import INTERRUPTED, console, note, result, table, tracker
+from wispprof.cli.options import JsonFlag, OutputFile, with_settings
+from wispprof.cli.profile import Out, Overwrite, finished
+from wispprof.settings.profiler_settings import (
+    EdgeProfilerSettings,
+    LinkProfilerSettings,
+    Output,
+    PrecisionSettings,
+    ServerProfilerSettings,
+    TraceSettings,
+)
+from wispprof.settings.shared_settings import SamplingSettings, ServerAccess
+
+if TYPE_CHECKING:
+    from wispprof.artifacts.rows import AcceptanceTrace
+    from wispprof.profiling.profile_run import SweepPlan
+
+__all__ = ["register"]
+
+Resume = Annotated[bool, typer.Option("--resume", help="Continue at the next missing row.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="List the workloads and the expected time.")
+]
+TraceServer = Annotated[
+    str, typer.Option(help="Running server that generates the trace's paths instead of --model.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the tool."""
+    app.command("profile-server")(profile_server)
+    app.command("profile-edge")(profile_edge)
+    app.command("profile-link")(profile_link)
+    app.command("trace")(trace)
+
+
+@with_settings
+def profile_server(
+    settings: ServerProfilerSettings,
+    precision: PrecisionSettings,
+    items: Annotated[str, typer.Option(help="Sessions in a step, such as 1-32*2.")] = "",
+    new: Annotated[str, typer.Option(help="New tokens per session, such as 1,2,5,9.")] = "",
+    cached: Annotated[str, typer.Option(help="Cached tokens per session, such as 64-4096*2.")] = "",
+    out: Out = Path("server"),
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Time ragged batch shapes on the verification engine."""
+    from wispprof.profiling import server_profiler
+    from wispprof.profiling.shape_grid import load_axes, override_axes
+
+    quick = settings.grid == "quick"
+    axes = {"items": items, "new": new, "cached": cached}
+    given = {name: text for name, text in axes.items() if text}
+    settings = replace(
+        settings,
+        axes=override_axes(load_axes(settings.grid), given, "options") if given else None,
+        sweep=precision.applied_to(server_profiler.QUICK if quick else server_profiler.STANDARD),
+        output=Output(out, resume, overwrite),
+    )
+    if dry_run:
+        _announce(server_profiler.plan_server(settings), as_json)
+        return
+    profile = _keep_rows(
+        out, "profile-server", lambda report: server_profiler.profile_server(settings, report)
+    )
+    finished(profile, out, as_json)
+
+
+@with_settings
+def profile_edge(
+    settings: EdgeProfilerSettings,
+    sampling: SamplingSettings,
+    access: ServerAccess,
+    precision: PrecisionSettings,
+    contexts: Annotated[
+        str, typer.Option(help="Cached tokens under a draft step, such as 64-4096*2.")
+    ] = "",
+    chunks: Annotated[str, typer.Option(help="Tokens prefilled at once, such as 64,256.")] = "",
+    trace: Annotated[
+        Path | None, typer.Option(help="Also take an acceptance trace into this file.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="Target model of the trace; default: the bundled one.")
+    ] = "",
+    server: TraceServer = "",
+    out: Out = Path("edge"),
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Time drafting on this device, in bursts and sustained."""
+    from wispprof.profiling import edge_profiler
+    from wispprof.profiling.drafter_runner import load_edge_axes, override_edge_axes
+
+    quick = settings.grid == "quick"
+    given = {name: text for name, text in (("contexts", contexts), ("chunks", chunks)) if text}
+    settings = replace(
+        settings,
+        axes=override_edge_axes(load_edge_axes(settings.grid), given, "options") if given else None,
+        sampling=sampling.sampling(),
+        sweep=precision.applied_to(edge_profiler.QUICK if quick else edge_profiler.STANDARD),
+        output=Output(out, resume, overwrite),
+    )
+    if dry_run:
+        _announce(edge_profiler.plan_edge(settings), as_json)
+        return
+    profile = _keep_rows(
+        out, "profile-edge", lambda report: edge_profiler.profile_edge(settings, report)
+    )
+    if trace is not None:
+        wanted = TraceSettings(
+            target=model,
+            draft=settings.draft,
+            dtype=settings.dtype,
+            device=settings.device,
+            sampling=settings.sampling,
+            seed=sampling.seed,
+        )
+        _take(wanted, server, access, trace)
+    finished(profile, out, as_json)
+
+
+@with_settings
+def profile_link(
+    server: Annotated[str, typer.Argument(help="Address of a running server, such as HOST:8200.")],
+    settings: LinkProfilerSettings,
+    out: Out = Path("link"),
+    overwrite: Overwrite = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure round trip, jitter and bandwidth to a server."""
+    from wispprof.profiling import link_profiler
+
+    settings = replace(settings, server=server, output=Output(out, overwrite=overwrite))
+    with tracker("profile-link") as report:
+        profile = link_profiler.profile_link(settings, report)
+    finished(profile, out, as_json)
+
+
+@with_settings
+def trace(
+    settings: TraceSettings,
+    sampling: SamplingSettings,
+    access: ServerAccess,
+    server: TraceServer = "",
+    out: OutputFile = Path("trace.jsonl"),
+    as_json: JsonFlag = False,
+) -> None:
+    """Take an acceptance trace of a draft model under a target model."""
+    settings = replace(settings, sampling=sampling.sampling())
+    taken, digest = _take(settings, server, access, out)
+    cum_acceptance = taken.cum_acceptance_by_position().tolist()
+    shown = table(
+        f"Drafts of {taken.draft} accepted by {taken.target}",
+        "position",
+        ">cumulative acceptance",
+    )
+    for position, share in enumerate(cum_acceptance, start=1):
+        shown.add_row(str(position), f"{share:.3f}")
+    document = {
+        "file": str(out),
+        "hash": digest,
+        "paths": len(taken.paths),
+        "tokens": sum(len(path.path) for path in taken.paths),
+        "cum_acceptance": cum_acceptance,
+    }
+    result(document, shown, as_json)
+
+
+def _take(
+    settings: TraceSettings, server: str, access: ServerAccess, out: Path
+) -> tuple[AcceptanceTrace, str]:
+    """Take a trace and write it; the trace and its content hash."""
+    from wispprof.artifacts import save_trace
+    from wispprof.profiling.acceptance_trace import trace_pair, trace_remote
+    from wispprof.profiling.remote_target import RemoteTarget
+
+    with tracker("trace") as report:
+        if server:
+            target = RemoteTarget(server, access.key, ca_file=access.ca_file)
+            taken = trace_remote(target, settings, report)
+        else:
+            taken = trace_pair(settings, report)
+    digest = save_trace(taken, out)
+    note(f"wrote {out}")
+    return taken, digest
+
+
+def _keep_rows(out: Path, name: str, run: Callable[[Any], Any]) -> Any:
+    """Run with a progress bar; on Ctrl-C say where the finished rows are and how to resume."""
+    from wispprof.profiling.profile_run import journal_path
+
+    try:
+        # A sweep reports its own ETA: workloads differ too much to extrapolate from their number.
+        with tracker(name, eta=False) as report:
+            return run(report)
+    except KeyboardInterrupt:
+        journal = journal_path(out)
+        if journal.exists():
+            rows = max(0, journal.read_bytes().count(b"\n") - 1)
+            message = (
+                f"Interrupted. {rows} finished blocks are in {journal}; continue with --resume."
+            )
+        else:
+            message = "Interrupted before the first row; nothing was written."
+        console().print(message, style="yellow", markup=False)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _announce(plan: SweepPlan, as_json: bool) -> None:
+    from wispprof.profiling.workload import format_duration
+
+    shown = table(
+        f"{len(plan.workloads)} workloads, about {format_duration(plan.expected_s)} (by {plan.basis})",
+        "kind",
+        "workload",
+    )
+    for workload in plan.workloads:
+        shown.add_row(workload.kind, workload.key)
+    document = {
+        "workloads": [{"kind": workload.kind, "key": workload.key} for workload in plan.workloads],
+        "expected_s": plan.expected_s,
+        "basis": plan.basis,
+    }
+    result(document, shown, as_json)
