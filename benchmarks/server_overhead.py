@@ -27,7 +27,7 @@ from websockets.asyncio.client import connect
 from wispprof import protocol
 from wispprof.policies import Limits, ScheduledItem, make_batch_policy
 from wispprof.server import run_coalescing, running_server
-from wispprof.server.online_estimator import LearningEstimator
+from wispprof.server.step_time_tracker import OnlineEstimator
 from wispprof.sessions.session_state import SessionState
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeEngine
@@ -64,7 +64,7 @@ async def overhead_ms(rounds: int) -> tuple[float, float]:
 
 def decision_ms(policy_name: str, sessions: int, repeats: int = 15) -> tuple[float, float]:
     """(median views, median plan) in ms over so many sessions with a round waiting."""
-    estimator = LearningEstimator()
+    estimator = OnlineEstimator()
     estimator.weights = (10.0, 0.2, 0.0, 0.0005)
     policy = make_batch_policy(policy_name)
     ledgers = []

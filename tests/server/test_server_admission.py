@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from wispprof.policies import ScheduledItem
 from wispprof.server import Refused, SessionRequest, VerificationServer
 from wispprof.server.admission import Utilisation
-from wispprof.server.online_estimator import LearningEstimator
+from wispprof.server.step_time_tracker import OnlineEstimator
 from wispprof.server.step_time_tracker import StepTimeTracker
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeEngine
@@ -27,11 +27,11 @@ class Listener:
     def failed(self, *_: object) -> None: ...
 
 
-def known(step: float = 10.0, new: float = 1.0) -> LearningEstimator:
+def known(step: float = 10.0, new: float = 1.0) -> OnlineEstimator:
     """A step of ``step`` + ``new`` per token, exactly."""
-    estimator = LearningEstimator()
+    estimator = OnlineEstimator()
     estimator.weights = (step, new, 0.0, 0.0)
-    estimator.ratio = 1.2
+    estimator.bound_ratio = 1.2
     return estimator
 
 
@@ -52,7 +52,7 @@ def ask(speed: float = 1.0, length: int = 4, **changes: object) -> SessionReques
     )
 
 
-def utilisation(estimator: LearningEstimator, promises: list[tuple[float, int]]) -> float:
+def utilisation(estimator: OnlineEstimator, promises: list[tuple[float, int]]) -> float:
     return Utilisation.of(estimator, promises).share
 
 
@@ -168,7 +168,7 @@ def test_a_learning_clock_finds_the_physics() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 500)), min_size=1, max_size=10))
 def test_learnt_predictions_never_fall_when_work_is_added(items) -> None:
-    estimator = LearningEstimator()
+    estimator = OnlineEstimator()
     dice = random.Random(1)
     for _ in range(40):
         estimator.observe(BatchShape.uniform(dice.randrange(1, 5), 2, 10), dice.uniform(1.0, 9.0))

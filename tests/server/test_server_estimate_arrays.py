@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from wispprof.policies.cost_model import price_batches
-from wispprof.server.online_estimator import LearningEstimator
+from wispprof.server.step_time_tracker import OnlineEstimator
 from wispprof.types import BatchShape
 
 
 def test_arrays_agree_with_single_additions() -> None:
-    estimator = LearningEstimator()
-    estimator.weights, estimator.ratio = (12.0, 0.3, 2e-6, 4e-5), 1.2
+    estimator = OnlineEstimator()
+    estimator.weights, estimator.bound_ratio = (12.0, 0.3, 2e-6, 4e-5), 1.2
     new, cached = np.array([1, 5, 64]), np.array([700, 30, 0])
     batch = estimator.start().add(3, 400)
     alone = [batch.add(int(n), int(c)) for n, c in zip(new, cached, strict=True)]

@@ -1,7 +1,12 @@
-"""The FastAPI application: doors of one verification server."""
+"""The FastAPI application of a verification server, and its backend for the OpenAI API.
+
+Every OpenAI request is a server-only session of the engine loop.
+"""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from typing import Any
 
@@ -9,20 +14,27 @@ from fastapi import FastAPI, Response, WebSocket
 from fastapi.responses import JSONResponse
 
 from wispprof import __version__
+from wispprof.openai_api import ApiError, ChatTokenizer, TokenRequest
 from wispprof.openai_api.routes import add_openai_routes
-from wispprof.server.openai_backend import SessionBackend
+from wispprof.server.admission import Refused
+from wispprof.server.request_validation import check_key
+from wispprof.server.session import ServerSession, SessionRequest
 from wispprof.server.verification_server import VerificationServer
 from wispprof.server.websocket_endpoint import WebSocketEndpoint
+from wispprof.sessions.commit_result import CommitResult
+from wispprof.types import Slo
 
-__all__ = ["make_app"]
+__all__ = ["SessionBackend", "make_app"]
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_STATUS = {"busy": 429, "slo": 429, "limit": 429, "draining": 503, "internal": 500, "frame": 400}
+
 
 
 def make_app(server: VerificationServer, lifespan: Any = None) -> FastAPI:
-    """``/v1/split`` for edges; ``/health`` (alive), ``/ready`` (takes requests), ``/metrics``, ``/steps``.
+    """``/v1/split`` for edges, the OpenAI routes, ``/health``, ``/ready``, ``/metrics`` and ``/steps``.
 
-    ``lifespan``: for hosts that leave starting and stopping the server to the application.
+    ``lifespan``: for hosts that let the application start and stop the server.
     """
     app = FastAPI(
         title="wispprof", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan
@@ -53,7 +65,7 @@ def make_app(server: VerificationServer, lifespan: Any = None) -> FastAPI:
 
     @app.get("/steps")
     async def steps(since: int = 0) -> JSONResponse:
-        """Steps from number ``since`` on, as far back as they are held; ``next`` is the number to ask for."""
+        """Retained steps from number ``since`` on; ``next``: the ``since`` of the next request."""
         first, records = server.metrics.steps_since(since)
         return JSONResponse(
             {
@@ -66,3 +78,87 @@ def make_app(server: VerificationServer, lifespan: Any = None) -> FastAPI:
     if server.tokenizer is not None:
         add_openai_routes(app, SessionBackend(server, server.tokenizer))
     return app
+
+
+class SessionBackend:
+    """A :class:`~wispprof.openai_api.TextBackend` over one server's sessions."""
+
+    def __init__(self, server: VerificationServer, tokenizer: ChatTokenizer) -> None:
+        self._server = server
+        self.tokenizer = tokenizer
+        self.model = server.model.id
+        self.max_context = server.model.max_context
+        self.default_max_tokens = server.settings.http_max_tokens
+        self.default_slo = Slo(server.settings.http_tokens_per_s)
+
+    def accepts_key(self, api_key: str) -> bool:
+        return check_key(api_key, self._server.settings.api_keys)
+
+    def accepts_model(self, name: str) -> bool:
+        return not name or name == self.model
+
+    def generate(self, request: TokenRequest) -> SessionGeneration:
+        return SessionGeneration(self._server, request)
+
+
+class SessionGeneration:
+    """One request's session and its listener."""
+
+    def __init__(self, server: VerificationServer, request: TokenRequest) -> None:
+        self.key = request.api_key
+        self.finished = ""
+        self._server = server
+        self._request = request
+        self._updates: asyncio.Queue[CommitResult | Refused] = asyncio.Queue()
+        self._session: ServerSession | None = None
+
+    @property
+    def cached_tokens(self) -> int:
+        return self._session.reused if self._session is not None else 0
+
+    def statistics(self) -> dict[str, Any]:
+        return {}
+
+    def committed(
+        self, session: ServerSession, commit: CommitResult, verify_ms: float, load_level: int
+    ) -> None:
+        self._updates.put_nowait(commit)
+
+    def failed(
+        self, session: ServerSession, code: str, message: str, retry_ms: float = 0.0
+    ) -> None:
+        self._updates.put_nowait(Refused(code, message, retry_ms=retry_ms))
+
+    async def stream(self) -> AsyncGenerator[tuple[int, ...]]:
+        asked = self._request
+        request = SessionRequest(
+            tokens=asked.tokens,
+            max_new=asked.max_new,
+            slo=asked.slo,
+            sampling=asked.sampling,
+            stop=asked.stop_tokens,
+            undrafted=True,
+        )
+        try:
+            self._session = self._server.open(request, self)
+            while not self.finished:
+                update = await self._updates.get()
+                if isinstance(update, Refused):
+                    raise update
+                self.finished = update.finished
+                yield update.tokens
+        except Refused as err:
+            raise _api_error(err) from err
+        finally:
+            if self._session is not None:
+                self._server.close(self._session, "stop" if self.finished == "stop" else "abort")
+
+
+def _api_error(err: Refused) -> ApiError:
+    status = _STATUS.get(err.code, 500)
+    if err.code == "limit" and not err.retry_ms:
+        status = 400  # Waiting does not make a prompt shorter.
+    details: dict[str, Any] = {}
+    if err.nearest_tokens_per_s:
+        details["nearest_tokens_per_s"] = err.nearest_tokens_per_s
+    return ApiError(str(err), status, code=err.code, retry_ms=err.retry_ms, **details)

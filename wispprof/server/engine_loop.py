@@ -1,7 +1,7 @@
-"""The step loop: collect, plan, verify, commit.
+"""The engine loop: collect, plan, verify, commit.
 
-It is the only one that reads or changes ledgers besides the front's merge, and both run on the event
-loop, so nothing here is locked. The engine works in its own thread meanwhile.
+It runs on the event loop, as the merging of drafts does, so session states need no locks. The engine
+works in its own thread.
 """
 
 from __future__ import annotations
@@ -10,65 +10,98 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
-from wispprof.artifacts.plan import BatchRow
+from wispprof.artifacts.plan import BatchRow, Plan
 from wispprof.errors import OutOfKvMemory
-from wispprof.policies import BatchPolicy, StepPlan, make_batch_policy
-from wispprof.server.engine_thread import EngineWorker
+from wispprof.policies import BatchPolicy, Limits, StepPlan, make_batch_policy
+from wispprof.server.engine_thread import EngineThread
 from wispprof.server.metrics import Metrics, StepRecord
 from wispprof.server.session import ServerSession
 from wispprof.server.session_manager import SessionManager
-from wispprof.server.step_limits import StepLimits
 from wispprof.server.step_log import StepLog
 from wispprof.server.step_time_tracker import StepTimeTracker
+from wispprof.settings.server_settings import ServerSettings
 from wispprof.types import BatchShape, StepInput, VerifyResult
 
-__all__ = ["EngineLoop"]
+__all__ = ["EngineLoop", "StepLimits"]
 
 log = logging.getLogger("wispprof.server")
 
 IDLE_MS = 1_000.0
-"""An idle loop wakes that often, to sweep what has expired and to check the engine's books once."""
+"""Longest sleep of an idle loop, which then removes expired sessions and audits the engine once."""
+
+_DRIFT_EVERY_STEPS = 32
 
 
-_DRIFT_EVERY = 32
+class StepLimits:
+    """What a step may hold: the settings, tightened by the plan's row for the fastest SLO class that
+    is open and the load level."""
+
+    def __init__(
+        self, settings: ServerSettings, plan: Plan | None, manager: SessionManager
+    ) -> None:
+        self._plan = plan
+        self._settings = settings
+        self._manager = manager
+        self._rows: dict[tuple[float, int], BatchRow] = {}
+
+    @property
+    def row(self) -> BatchRow | None:
+        """The plan's row in force; ``None`` without a plan."""
+        if self._plan is None:
+            return None
+        speed = max((one.state.slo.tokens_per_s for one in self._manager.sessions), default=1.0)
+        key = (speed, self._manager.load_level)
+        if key not in self._rows:
+            self._rows[key] = self._plan.batch_row(*key)
+        return self._rows[key]
+
+    def get(self, kv_free: int) -> tuple[Limits, BatchRow | None]:
+        """The limits of a step that starts now, and the plan's row they follow."""
+        settings, row = self._settings, self.row
+        items, tokens, chunk = settings.max_items, settings.max_tokens, settings.prefill_chunk
+        if row is not None:
+            items = max(1, min(items, row.max_items))
+            tokens = max(1, min(tokens, row.token_budget))
+            chunk = max(1, min(chunk, row.prefill_chunk))
+        return Limits(items, tokens, chunk, kv_free), row
 
 
 class EngineLoop:
-    """Drives the engine. ``limits`` says what a step may not exceed at the present load."""
+    """Drives the engine, step by step."""
 
     def __init__(
         self,
         manager: SessionManager,
-        worker: EngineWorker,
+        engine_thread: EngineThread,
         policy: BatchPolicy,
-        clock: StepTimeTracker,
+        step_times: StepTimeTracker,
         metrics: Metrics,
         limits: StepLimits,
         now_ms: Callable[[], float],
     ) -> None:
         self.step_log: StepLog | None = None
         self._manager = manager
-        self._worker = worker
+        self._engine_thread = engine_thread
         self._policy = policy
-        self._simple = make_batch_policy("server-only")
-        self._policy_faults: set[str] = set()
-        self._clock = clock
+        self._fallback_policy = make_batch_policy("server-only")
+        self._policy_errors: set[str] = set()
+        self._step_times = step_times
         self._metrics = metrics
         self._limits = limits
         self._now_ms = now_ms
         self._wake_event = asyncio.Event()
         self._stopping = False
-        self._checked = True
-        self._margin = 0
+        self._audited = True
+        self._kv_margin = 0
         self._row: BatchRow | None = None
-        self._audits: list[asyncio.Future[None]] = []
-        self._cycle: tuple[float, StepRecord] | None = None
-        self._begun_ms = 0.0
+        self._audit_requests: list[asyncio.Future[None]] = []
+        self._last_step: tuple[float, StepRecord] | None = None
+        self._step_started_ms = 0.0
         self.rejected_plans = 0
         self.failed_steps = 0
 
     def wake(self) -> None:
-        """Something changed: a frame, a request, a session that left."""
+        """A frame or request arrived, or a session ended."""
         self._wake_event.set()
 
     def stop(self) -> None:
@@ -76,93 +109,88 @@ class EngineLoop:
         self._wake_event.set()
 
     async def run(self) -> None:
-        """Step until stopped; a step under way is finished and committed."""
+        """Step until stopped; the step under way is finished and committed."""
         while not self._stopping:
             self._wake_event.clear()
-            runnable = await self.begin_step()
-            await self._audit()
+            runnable = await self._manager.begin_step(self._now_ms(), self._kv_margin)
+            await self._serve_audits()
             plan = self.plan(runnable)
             if not plan.members:
-                self._cycle = None
-                await self._rest(plan)
+                self._last_step = None
+                await self._sleep(plan)
                 continue
             self._note_cycle()
-            members, inputs = self._step_inputs(plan)
+            sessions, inputs = self._step_inputs(plan)
             if inputs:
-                await self.verify(plan, members, inputs)
-                # What gathered meanwhile is merged before the next step is decided on.
+                await self.verify(plan, sessions, inputs)
+                # Frames that arrived meanwhile are merged before the next step is planned.
                 await asyncio.sleep(0)
         await self._manager.begin_step(self._now_ms())
-        await self._audit()
-
-    async def begin_step(self) -> dict[str, ServerSession]:
-        """Let come and go who wants to, and seat whom memory holds."""
-        return await self._manager.begin_step(self._now_ms(), margin=self._margin)
+        await self._serve_audits()
 
     def plan(self, runnable: dict[str, ServerSession]) -> StepPlan:
-        """Ask the policy who advances now."""
+        """What the policy puts into the next step; server-only if the policy raises."""
         now = self._now_ms()
         views = [session.state.view(now) for session in runnable.values()]
-        kv_free = max(0, self._worker.engine.kv_free - self._margin)
-        limits, self._row = self._limits.at(kv_free)
+        kv_free = max(0, self._engine_thread.engine.kv_free - self._kv_margin)
+        limits, self._row = self._limits.get(kv_free)
+        estimator = self._step_times.estimator
         try:
-            return self._policy.plan(now, views, self._clock.estimator, limits)
+            return self._policy.plan(now, views, estimator, limits)
         except Exception as err:
-            # A policy's defect costs this step its drafts, never the server its life.
             self._policy_failed(err)
-        return self._simple.plan(now, views, self._clock.estimator, limits)
+        return self._fallback_policy.plan(now, views, estimator, limits)
 
     def _policy_failed(self, err: Exception) -> None:
         kind = type(err).__name__
-        self._metrics.policy_faults.labels(kind).inc()
-        if kind in self._policy_faults:
-            return
-        self._policy_faults.add(kind)
-        log.error(
-            "policy %s failed (%s); such steps serve everybody undrafted, and this is logged once",
-            self._policy.name,
-            kind,
-            exc_info=err,
-        )
+        self._metrics.policy_errors.labels(kind).inc()
+        if kind not in self._policy_errors:
+            self._policy_errors.add(kind)
+            log.error(
+                "policy %s raised %s; such steps serve all sessions without drafts (logged once)",
+                self._policy.name,
+                kind,
+                exc_info=err,
+            )
 
     async def verify(
-        self, plan: StepPlan, members: list[ServerSession], inputs: Sequence[StepInput]
+        self, plan: StepPlan, sessions: list[ServerSession], inputs: Sequence[StepInput]
     ) -> None:
-        """One engine step over the planned members; then commit."""
+        """One engine step over the planned sessions; then commit."""
         shape = BatchShape.of(
-            (len(feed.tokens), session.state.cached, bool(session.state.prompt_left))
-            for feed, session in zip(inputs, members, strict=True)
+            (len(one.tokens), session.state.cached, bool(session.state.prompt_left))
+            for one, session in zip(inputs, sessions, strict=True)
         )
         try:
-            results, actual_ms = await self._worker.step(inputs)
+            results, actual_ms = await self._engine_thread.step(inputs)
         except OutOfKvMemory:
-            self._out_of_memory(members, shape)
+            self._out_of_memory(sessions, shape)
             return
         except Exception:
             self.failed_steps += 1
             log.exception("engine step failed")
-            self._manager.failed_step(members)
+            self._manager.step_failed(sessions)
             return
-        self._margin = 0
-        self._checked = False
-        committed = self.commit(members, results, actual_ms)
-        self._note(plan, shape, actual_ms, committed)
+        self._kv_margin = 0
+        self._audited = False
+        committed = self.commit(sessions, results, actual_ms)
+        self._record(plan, shape, actual_ms, committed)
 
     def commit(
-        self, members: list[ServerSession], results: Sequence[VerifyResult], actual_ms: float
+        self, sessions: list[ServerSession], results: Sequence[VerifyResult], actual_ms: float
     ) -> int:
-        """Book every outcome and tell its owner; returns the tokens committed."""
+        """Apply every result and notify its listener; returns the number of tokens committed."""
         now = self._now_ms()
         committed = 0
-        for session, outcome in zip(members, results, strict=True):
-            done = session.state.apply(outcome, now)
-            committed += len(done.tokens)
-            self._manager.committed(session, done, now, actual_ms)
+        for session, result in zip(sessions, results, strict=True):
+            commit = session.state.apply(result, now)
+            committed += len(commit.tokens)
+            self._manager.committed(session, commit, now, actual_ms)
         return committed
 
     def _step_inputs(self, plan: StepPlan) -> tuple[list[ServerSession], list[StepInput]]:
         now = self._now_ms()
-        members: list[ServerSession] = []
+        sessions: list[ServerSession] = []
         inputs: list[StepInput] = []
         for member in plan.members:
             session = self._manager.get(member.session)
@@ -170,20 +198,20 @@ class EngineLoop:
                 if session is None:
                     raise ValueError(f"{member.session} is not a session")
                 inputs.append(session.state.feed(member, now))
-                members.append(session)
+                sessions.append(session)
             except ValueError:
-                # A policy's defect must not take the server down: the others still advance.
+                # The policy's defect; the other sessions still advance.
                 self.rejected_plans += 1
-                log.exception("policy %s planned the impossible", self._policy.name)
-        return members, inputs
+                log.exception("policy %s planned an invalid item", self._policy.name)
+        return sessions, inputs
 
-    def _note(self, plan: StepPlan, shape: BatchShape, actual_ms: float, committed: int) -> None:
+    def _record(self, plan: StepPlan, shape: BatchShape, actual_ms: float, committed: int) -> None:
         p50, bound = plan.p50_ms, plan.bound_ms
         if p50 <= 0 or len(shape.items) != len(plan.members):
-            p50, bound = self._clock.estimator.predict(shape)
-        self._clock.observe(shape, p50, actual_ms)
+            p50, bound = self._step_times.estimator.predict(shape)
+        self._step_times.observe(shape, p50, actual_ms)
         if self.step_log is not None:
-            self.step_log.note(shape, actual_ms, p50, self._row)
+            self.step_log.append(shape, actual_ms, p50, self._row)
         record = StepRecord(
             self._now_ms(),
             len(shape.items),
@@ -197,63 +225,65 @@ class EngineLoop:
             "" if self._row is None else self._row.cell,
         )
         self._metrics.step(record, self._row)
-        self._cycle = (self._begun_ms, record)
+        self._last_step = (self._step_started_ms, record)
         if record.prefill_tokens:
             share = record.prefill_tokens / record.new_tokens
-            self._clock.prefilled(record.at_ms, share * actual_ms)
-        self._metrics.drift.set(self._clock.ratio)
-        if self._clock.steps % _DRIFT_EVERY == 0:
-            self._metrics.drifted(self._clock.drift)
+            self._step_times.prefilled(record.at_ms, share * actual_ms)
+        self._metrics.drift.set(self._step_times.ratio)
+        if self._step_times.steps % _DRIFT_EVERY_STEPS == 0:
+            self._metrics.drifted(self._step_times.drift)
 
     def _note_cycle(self) -> None:
-        """Called where a step begins: the one before it, if nothing was idle between, has ended."""
+        """A step begins. If no idle time lies between, the cycle of the step before it ends."""
         now = self._now_ms()
-        if self._cycle is not None:
-            begun, record = self._cycle
-            self._clock.cycle(now - begun, record.predicted_ms)
-        self._cycle = None
-        self._begun_ms = now
+        if self._last_step is not None:
+            started_ms, record = self._last_step
+            self._step_times.cycle(now - started_ms, record.predicted_ms)
+        self._last_step = None
+        self._step_started_ms = now
 
-    def _out_of_memory(self, members: list[ServerSession], shape: BatchShape) -> None:
-        """The engine's pages are coarser than tokens: try again with less, then with less still."""
-        for session in members:
+    def _out_of_memory(self, sessions: list[ServerSession], shape: BatchShape) -> None:
+        """KV blocks are coarser than tokens: keep a margin of free tokens, doubled until a step fits."""
+        for session in sessions:
             session.state.cancel()
-        free = self._worker.engine.kv_free
-        if len(members) == 1 and self._margin >= free:
-            self._manager.fail(members[0], "limit", "The KV cache cannot hold this session.")
-            self._margin = 0
+        free, margin = self._engine_thread.engine.kv_free, self._kv_margin
+        if len(sessions) == 1 and margin >= free:
+            self._manager.fail(sessions[0], "limit", "The KV cache cannot hold this session.")
+            self._kv_margin = 0
             return
-        self._margin = min(free, max(64, 2 * self._margin, shape.new_tokens // 2 + self._margin))
-        log.warning("out of KV memory at %d new tokens; margin %d", shape.new_tokens, self._margin)
+        self._kv_margin = min(free, max(64, 2 * margin, shape.new_tokens // 2 + margin))
+        log.warning(
+            "out of KV memory at %d new tokens; margin %d", shape.new_tokens, self._kv_margin
+        )
 
     async def audit(self) -> None:
-        """Have all books compared between two steps; raises what the comparison raises."""
-        asked: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._audits.append(asked)
+        """Check engine against sessions between two steps; raises :class:`EngineError`."""
+        request: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._audit_requests.append(request)
         self.wake()
-        await asked
+        await request
 
-    async def _audit(self) -> None:
-        asked, self._audits = self._audits, []
-        if not asked:
+    async def _serve_audits(self) -> None:
+        requests, self._audit_requests = self._audit_requests, []
+        if not requests:
             return
         try:
             await self._manager.check_integrity(full=True)
         except Exception as err:
-            for one in asked:
-                one.set_exception(err)
+            for request in requests:
+                request.set_exception(err)
         else:
-            for one in asked:
-                one.set_result(None)
+            for request in requests:
+                request.set_result(None)
 
-    async def _rest(self, plan: StepPlan) -> None:
-        """Sleep until something changes, the policy wants to be asked, or it is time to tidy up."""
+    async def _sleep(self, plan: StepPlan) -> None:
+        """Sleep until woken, until the policy wants to plan again, or for :data:`IDLE_MS`."""
         wait_ms = IDLE_MS
         if plan.wake_ms is not None:
             wait_ms = min(wait_ms, max(0.0, plan.wake_ms - self._now_ms()))
         try:
             await asyncio.wait_for(self._wake_event.wait(), wait_ms / 1000.0)
         except TimeoutError:
-            if plan.wake_ms is None and not self._checked:
+            if plan.wake_ms is None and not self._audited:
                 await self._manager.check_integrity(full=False)
-                self._checked = True
+                self._audited = True

@@ -1,9 +1,8 @@
-"""Who may hold KV. Pure: decides over ledgers, touches no engine.
+"""Which sessions may hold KV. Pure: decides from session states, does not touch the engine.
 
-Order of sacrifice when memory is short: kept caches of ended sessions; sessions that have been idle for
-a while (their tokens stay, and are prefilled again with their next round); then newcomers wait, and give
-back what they have prefilled so far; and only then is a running session set back, the one whose deadline
-is furthest.
+If memory is short, KV is taken in this order: cached prefixes; sessions idle for a while, which prefill
+again with their next round; prompts half prefilled, which wait; last, the running session with the latest
+deadline.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ from dataclasses import dataclass, field
 
 from wispprof.server.session import ServerSession
 
-__all__ = ["KvPlacement", "schedule_kv"]
+__all__ = ["KvSchedule", "schedule_kv"]
 
 
 @dataclass(slots=True)
-class KvPlacement:
-    """``runnable``: sessions the policy may see. ``evict``: sessions that lose their cache.
-    ``tokens_to_free``: cache tokens that must be freed beyond that, from kept caches. ``waiting``: held back."""
+class KvSchedule:
+    """``runnable``: sessions the policy may batch. ``evict``: sessions that lose their KV.
+    ``tokens_to_free``: tokens to take from cached prefixes. ``waiting``: sessions held back."""
 
     runnable: list[ServerSession] = field(default_factory=list)
     evict: list[ServerSession] = field(default_factory=list)
@@ -27,85 +26,87 @@ class KvPlacement:
     waiting: int = 0
 
 
-def _need(session: ServerSession) -> int:
-    """Cache tokens it takes to let a session advance once."""
+def _tokens_needed(session: ServerSession) -> int:
+    """KV tokens that let a session advance once."""
     return session.state.prompt_left or 1
 
 
 def schedule_kv(
-    sessions: Sequence[ServerSession], kv_free: int, kept_tokens: int, now_ms: float, idle_ms: float
-) -> KvPlacement:
-    """Seat as many sessions as memory allows; see the module's order of sacrifice."""
-    plan = KvPlacement()
+    sessions: Sequence[ServerSession],
+    kv_free: int,
+    cached_prefix_tokens: int,
+    now_ms: float,
+    idle_ms: float,
+) -> KvSchedule:
+    """Let as many sessions run as memory allows, taking KV in the module's order."""
+    plan = KvSchedule()
     running, new, idle = [], [], []
     for session in sessions:
-        if not session.state.ready:
-            # A session without KV and without a round has nothing to ask of this step.
-            if session.state.cached or not session.state.prompt_left:
+        state = session.state
+        if not state.ready:
+            # A session without KV and without a round needs nothing from this step.
+            if state.cached or not state.prompt_left:
                 plan.runnable.append(session)
-            if session.state.cached and now_ms - session.last_seen_ms >= idle_ms:
+            if state.cached and now_ms - session.last_seen_ms >= idle_ms:
                 idle.append(session)
-        elif session.state.prompt_left:
+        elif state.prompt_left:
             new.append(session)
         else:
             running.append(session)
-    need = len(running) + sum(_need(session) for session in new)
-    if need <= kv_free:
-        plan.runnable += running
-        plan.runnable += new
+    needed = len(running) + sum(_tokens_needed(session) for session in new)
+    if needed <= kv_free:
+        plan.runnable += running + new
         return plan
-    plan.tokens_to_free = min(kept_tokens, need - kv_free)
-    remaining = kv_free + plan.tokens_to_free
+    plan.tokens_to_free = min(cached_prefix_tokens, needed - kv_free)
+    free = kv_free + plan.tokens_to_free
     for session in sorted(idle, key=lambda one: one.last_seen_ms):
-        if remaining >= need:
+        if free >= needed:
             break
-        remaining += session.state.cached
+        free += session.state.cached
         plan.evict.append(session)
         plan.runnable.remove(session)
-    remaining = _schedule_running(plan, running, new, remaining)
-    # Sleepers come back or turn idle; with neither them nor runners, somebody must be let in now.
-    none_cached = not running and not any(session.state.cached for session in plan.runnable)
-    _schedule_new(plan, new, remaining, none_cached)
+    free = _schedule_running(plan, running, new, free)
+    # Sessions with KV run or turn idle later. If there are none, one new session must run now.
+    must_run = not running and not any(session.state.cached for session in plan.runnable)
+    _schedule_new(plan, new, free, must_run)
     return plan
 
 
 def _schedule_running(
-    plan: KvPlacement, running: list[ServerSession], new: list[ServerSession], remaining: int
+    plan: KvSchedule, running: list[ServerSession], new: list[ServerSession], free: int
 ) -> int:
-    """Seat who decodes, if need be at the cost of half-prefilled prompts, then of each other;
-    returns the room that is left."""
+    """Schedule decoding sessions at the cost of half-prefilled prompts, then of each other; returns
+    the free tokens left."""
     for session in sorted(new, key=lambda one: -one.state.waiting_from_ms):
-        if remaining >= len(running):
+        if free >= len(running):
             break
         if session.state.cached:
-            remaining += session.state.cached
+            free += session.state.cached
             plan.evict.append(session)
             plan.waiting += 1
             new.remove(session)
-    order = sorted(running, key=lambda one: one.state.deadline_ms)
-    while len(order) > max(1, remaining):
-        victim = order.pop()
+    by_deadline = sorted(running, key=lambda one: one.state.deadline_ms)
+    while len(by_deadline) > max(1, free):
+        victim = by_deadline.pop()
         plan.evict.append(victim)
         plan.waiting += 1
-        remaining += victim.state.cached
-    plan.runnable += order
-    return remaining - len(order)
+        free += victim.state.cached
+    plan.runnable += by_deadline
+    return free - len(by_deadline)
 
 
-def _schedule_new(
-    plan: KvPlacement, new: list[ServerSession], remaining: int, none_cached: bool
-) -> None:
+def _schedule_new(plan: KvSchedule, new: list[ServerSession], free: int, must_run: bool) -> None:
     order = sorted(new, key=lambda one: (not one.state.cached, one.state.waiting_from_ms))
-    runnable = 0
+    scheduled = 0
     for session in order:
-        need = _need(session)
-        if need <= remaining:
-            remaining -= need
-            runnable += 1
+        needed = _tokens_needed(session)
+        if needed <= free:
+            free -= needed
+            scheduled += 1
             plan.runnable.append(session)
         else:
             plan.waiting += 1
-    if none_cached and not runnable and order:
-        # Half-prefilled prompts that block each other: all but the first give back what they hold.
+    if must_run and not scheduled and order:
+        # Half-prefilled prompts block each other: all but the first give back their KV.
         plan.evict += [session for session in order[1:] if session.state.cached]
         plan.runnable.append(order[0])

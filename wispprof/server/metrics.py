@@ -1,7 +1,6 @@
-"""What the server counts, as Prometheus metrics under ``wispprof:``.
+"""Prometheus metrics of a server, named ``wispprof:…`` with vLLM's suffixes where it has the quantity.
 
-Suffixes follow vLLM's names where it has the quantity, so that existing dashboards need a prefix changed.
-Seconds in names and values; everything inside the server is milliseconds.
+Seconds in metric names and values, milliseconds in arguments.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def slo_class(slo: Slo) -> str:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step, for the live view, ``/steps`` and reports. ``row``: the plan's row it was bounded by."""
+    """One step. ``row``: the plan's row that limited it."""
 
     at_ms: float
     items: int
@@ -46,7 +45,7 @@ class StepRecord:
 
 
 class Metrics:
-    """Counters of one server in a registry of their own."""
+    """Metrics of one server in a registry of their own, and its last ``keep_steps`` steps."""
 
     def __init__(self, keep_steps: int = 8192) -> None:
         self.registry = CollectorRegistry()
@@ -71,23 +70,21 @@ class Metrics:
             "num_requests_waiting", "Sessions waiting for memory or their prefill."
         )
         self.kv_usage = gauge("kv_cache_usage_perc", "Share of KV cache tokens in use, 0 to 1.")
-        self.kv_kept = gauge(
-            "kv_kept_tokens", "KV cache tokens kept for reuse after sessions ended."
-        )
-        self.load = gauge("load_level", "Load level as told to the edges, 0 to 4.")
+        self.prefix_cache = gauge("prefix_cache_tokens", "KV cache tokens of ended sessions.")
+        self.load = gauge("load_level", "Load level sent to the edges, 0 to 4.")
         self.drift = gauge("step_time_drift_ratio", "Median of actual / predicted step time.")
         self.re_profile = gauge(
-            "re_profile", "1 once the steps have left the fitted estimator's profile for good."
+            "re_profile", "1 once step times differ from the fitted estimator's for good."
         )
         self.wrong_cells = gauge(
-            "re_profile_cell_ratio", "Actual / fitted step time where steps went wrong.", "cell"
+            "re_profile_cell_ratio", "Actual / fitted step time of drifted shapes.", "cell"
         )
-        self.bound_scale = gauge("step_time_bound_scale", "Present correction of the bound.")
+        self.bound_scale = gauge("step_time_bound_scale", "Current correction of the bound.")
         self.bound_coverage = gauge(
             "step_time_bound_coverage", "Share of the last steps under their corrected bound."
         )
-        self.policy_faults = counter(
-            "policy_faults", "Steps planned without the policy because it failed.", "kind"
+        self.policy_errors = counter(
+            "policy_errors", "Steps planned without the policy because it raised.", "kind"
         )
         self.connections = gauge("connections", "Open edge connections.")
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens prefilled.")
@@ -101,31 +98,31 @@ class Metrics:
         self.step_actual = histogram("step_time_seconds", "Measured time of each step.", _STEP)
         self.step_over = counter("step_time_over_bound", "Steps that took longer than their bound.")
         self.row_steps = counter(
-            "batch_row_steps", "Steps bounded by this row of the plan.", "slo_class", "load_level"
+            "batch_row_steps", "Steps limited by this row of the plan.", "slo_class", "load_level"
         )
         self.step_items = histogram("step_items", "Sessions per step.", _ACCEPTED)
         self.ttft = histogram("time_to_first_token_seconds", "Request to first token.", _LATENCY)
-        self.gap = histogram("inter_token_latency_seconds", "Gap between commits per token.", _GAP)
-        self.queue = histogram("request_queue_time_seconds", "Ready until its step began.", _GAP)
+        self.gap = histogram("inter_token_latency_seconds", "Time between commits, per token.", _GAP)
+        self.queue = histogram("request_queue_time_seconds", "Ready until step start.", _GAP)
         self.e2e = histogram("e2e_request_latency_seconds", "Request to last token.", _LATENCY)
         self.drafted = counter("spec_decode_num_draft_tokens", "Draft tokens received.")
         self.verified = counter("spec_decode_num_verified_tokens", "Draft tokens verified.")
         self.accepted = counter("spec_decode_num_accepted_tokens", "Draft tokens accepted.")
-        self.wasted = counter("draft_tokens_wasted", "Draft tokens contradicted or withdrawn.")
+        self.wasted = counter("draft_tokens_wasted", "Draft tokens contradicted or rolled back.")
         self.cut_drafts = counter(
-            "draft_tokens_trimmed", "Draft tokens the policy left out of a step."
+            "draft_tokens_cut", "Draft tokens the policy left out of a step."
         )
-        self.dropped = counter("draft_tokens_dropped", "Draft tokens refused by merge.", "reason")
+        self.dropped = counter("draft_tokens_dropped", "Draft tokens refused on arrival.", "reason")
         self.bad_frames = counter("bad_frames", "Frames refused, by code.", "code")
         self.violations = counter("slo_violations", "Sessions that missed their SLO.", "slo_class")
-        self.met_slo = counter("slo_attained", "Sessions that kept their SLO.", "slo_class")
-        self.preempted = counter("num_preemptions", "Sessions whose KV was taken away.", "why")
+        self.attained = counter("slo_attained", "Sessions that met their SLO.", "slo_class")
+        self.preempted = counter("num_preemptions", "Sessions whose KV was evicted.", "reason")
         self.accept_length = histogram(
             "spec_decode_accepted_per_step", "Accepted drafts per verified round.", _ACCEPTED
         )
 
     def step(self, record: StepRecord, row: BatchRow | None = None) -> None:
-        """A step ended; ``row``: of the plan, that bounded it."""
+        """A step ended; ``row``: the plan's row that limited it."""
         self.steps.append(record)
         self.steps_seen += 1
         if row is not None:
@@ -139,14 +136,13 @@ class Metrics:
             self.step_over.inc()
 
     def steps_since(self, number: int) -> tuple[int, list[StepRecord]]:
-        """(number of the first, the records) of the steps from ``number`` on that are still held; steps are
-        counted from 0."""
+        """(number of the first, records) of the retained steps from ``number`` on, counted from 0."""
         first = max(0, number, self.steps_seen - len(self.steps))
         held = self.steps_seen - first
         return first, list(self.steps)[-held:] if held > 0 else []
 
     def drifted(self, status: DriftStatus | None) -> None:
-        """What the drift monitor says now; ``None`` where nothing was fitted."""
+        """The drift monitor's status; ``None`` without a fitted estimator."""
         if status is None:
             return
         self.re_profile.set(status.re_profile)
@@ -155,10 +151,10 @@ class Metrics:
         for cell, ratio in status.cells:
             self.wrong_cells.labels(str(cell)).set(ratio)
 
-    def commit(self, commit: CommitResult, since_ms: float, ttft: bool) -> None:
-        """``since_ms``: since the request (first token), or since the session's last commit."""
+    def commit(self, commit: CommitResult, since_ms: float) -> None:
+        """A commit ``since_ms`` after the request (first token) or the session's last commit."""
         self.queue.observe(commit.queue_ms / 1000.0)
-        if ttft:
+        if commit.first:
             self.ttft.observe(since_ms / 1000.0)
         else:
             self.gap.observe(since_ms / 1000.0 / max(1, len(commit.tokens)))
@@ -169,21 +165,21 @@ class Metrics:
     def ended(
         self, slo: Slo, counters: DraftCounters, reason: str, met_slo: bool | None, e2e_ms: float
     ) -> None:
-        """A session is over. ``met_slo``: whether its SLO held, ``None`` where that says nothing."""
+        """A session ended. ``met_slo``: ``None`` if it does not count towards attainment."""
         self.success.labels(reason).inc()
         self.drafted.inc(counters.drafted)
         self.accepted.inc(counters.accepted)
         self.wasted.inc(counters.wasted)
         self.cut_drafts.inc(counters.cut_drafts)
-        for why, count in counters.dropped.items():
-            self.dropped.labels(why).inc(count)
+        for cause, count in counters.dropped.items():
+            self.dropped.labels(cause).inc(count)
         self.e2e.observe(e2e_ms / 1000.0)
         if met_slo is None:
             return
         self.sessions_ended += 1
         self.sessions_met_slo += met_slo
-        (self.met_slo if met_slo else self.violations).labels(slo_class(slo)).inc()
+        (self.attained if met_slo else self.violations).labels(slo_class(slo)).inc()
 
     def text(self) -> bytes:
-        """The exposition that ``/metrics`` answers with."""
+        """The text that ``/metrics`` returns."""
         return generate_latest(self.registry)

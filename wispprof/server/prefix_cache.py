@@ -1,7 +1,7 @@
-"""Caches of sessions that ended or lost their link, kept for whoever shares their prefix.
+"""KV of ended sessions, kept for sessions that share their prefix.
 
-The next turn of a chat, a resumed generation, and a request with the same system prompt all begin with
-tokens whose KV the engine still holds.
+The next turn of a chat, a resumed generation and a request with the same system prompt begin with tokens
+whose KV the engine still holds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MIN_REUSE_TOKENS = 8
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """``length`` tokens that ``session`` caches; ``whole``: it caches nothing else."""
+    """The first ``length`` tokens that ``session`` caches; ``whole``: it caches no more than these."""
 
     session: str
     length: int
@@ -40,7 +40,8 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class PrefixCache:
-    """Ended sessions whose KV stays, least recently used first. Knows names and tokens, no engine."""
+    """Names and tokens of ended sessions, least recently used first. Does not touch the engine: methods
+    return the sessions that the caller must close."""
 
     def __init__(self, max_sessions: int, ttl_ms: float) -> None:
         self._max_sessions = max_sessions
@@ -52,27 +53,29 @@ class PrefixCache:
 
     @property
     def tokens(self) -> int:
-        """Cache tokens held."""
-        return sum(len(tokens) for tokens, _ in self._entries.values())
+        """Cached tokens in all."""
+        return sum(self.lengths().values())
 
-    def keep(self, session: str, tokens: list[int], now_ms: float) -> list[str]:
-        """Keep a session that caches exactly ``tokens``; returns the sessions to close instead."""
+    def lengths(self) -> dict[str, int]:
+        """Cached tokens by session."""
+        return {name: len(tokens) for name, (tokens, _) in self._entries.items()}
+
+    def insert(self, session: str, tokens: list[int], now_ms: float) -> list[str]:
+        """Add a session that caches exactly ``tokens``; returns the sessions to close instead."""
         if len(tokens) < MIN_REUSE_TOKENS or self._max_sessions < 1:
             return [session]
-        redundant = [
-            name
-            for name, (held, _) in self._entries.items()
-            if len(held) <= len(tokens) and tokens[: len(held)] == held
+        evicted = [
+            name for name, (held, _) in self._entries.items() if tokens[: len(held)] == held
         ]
-        for name in redundant:
+        for name in evicted:
             del self._entries[name]
         self._entries[session] = (tokens, now_ms + self._ttl_ms)
         while len(self._entries) > self._max_sessions:
-            redundant.append(self._entries.popitem(last=False)[0])
-        return redundant
+            evicted.append(self._entries.popitem(last=False)[0])
+        return evicted
 
     def find(self, tokens: Sequence[int]) -> Prefix | None:
-        """The longest kept prefix of ``tokens``, leaving at least one token to feed."""
+        """The longest cached prefix of ``tokens`` that leaves at least one token to prefill."""
         wanted = list(tokens[:-1])
         best: Prefix | None = None
         for name, (held, _) in self._entries.items():
@@ -83,20 +86,16 @@ class PrefixCache:
             self._entries.move_to_end(best.session)
         return best
 
-    def lengths(self) -> dict[str, int]:
-        """Cached tokens by session."""
-        return {name: len(tokens) for name, (tokens, _) in self._entries.items()}
-
-    def forget(self, session: str) -> None:
+    def remove(self, session: str) -> None:
         del self._entries[session]
 
-    def oldest(self) -> str | None:
-        """Take out the least recently used session, to be closed."""
+    def pop_oldest(self) -> str | None:
+        """Remove the least recently used session."""
         return self._entries.popitem(last=False)[0] if self._entries else None
 
-    def expired(self, now_ms: float) -> list[str]:
-        """Take out all sessions past their time to live, to be closed."""
-        gone = [name for name, (_, until) in self._entries.items() if now_ms >= until]
-        for name in gone:
+    def pop_expired(self, now_ms: float) -> list[str]:
+        """Remove all sessions past their time to live."""
+        expired = [name for name, (_, until_ms) in self._entries.items() if now_ms >= until_ms]
+        for name in expired:
             del self._entries[name]
-        return gone
+        return expired

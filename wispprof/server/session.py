@@ -1,4 +1,4 @@
-"""A session while the server holds it, and what its owner hears of it."""
+"""An open session of the server, the request that opens it, and the listener it reports to."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ __all__ = ["ServerSession", "SessionListener", "SessionRequest"]
 
 @dataclass(frozen=True, slots=True)
 class SessionRequest:
-    """What a client asks for, whichever door it came through.
+    """What a client requests, over the WebSocket or over HTTP.
 
-    ``tokens``: prompt and what was committed before, the last ``generated`` of them output.
+    ``tokens``: prompt and committed output, the last ``generated`` of them output. ``max_new`` bounds
+    the whole output.
     """
 
     tokens: tuple[int, ...]
@@ -29,8 +30,10 @@ class SessionRequest:
 
 
 class SessionListener(Protocol):
-    """Whoever opened a session: a WebSocket connection or an HTTP request. Called on the event loop
-    and must not block."""
+    """The WebSocket connection or HTTP request that opened a session. ``key``: its API key.
+
+    Methods run on the event loop and must not block.
+    """
 
     key: str
 
@@ -41,17 +44,16 @@ class SessionListener(Protocol):
     def failed(
         self, session: ServerSession, code: str, message: str, retry_ms: float = 0.0
     ) -> None:
-        """The session ended without its owner's wish; nothing of it is left."""
+        """The server ended the session; nothing of it is left."""
 
 
 @dataclass(slots=True, eq=False)
 class ServerSession:
-    """One open session. ``number`` is the owner's name for it, ``state.session`` the engine's.
+    """One open session. ``number`` is the listener's name for it, :attr:`name` the engine's.
 
-    ``last_seen_ms``: last sign of life from either side; ``last_commit_ms``: its last commit. ``in_engine``: the engine
-    has opened it (set in its thread), with ``reused`` tokens of another session's cache; ``opened``: the
-    event loop knows that. ``closing``: why its
-    owner left while a step was under way.
+    ``in_engine``: the engine has opened it (set in the engine's thread), with ``reused`` tokens of a
+    cached prefix. ``opened``: the event loop has seen that. ``closing``: reason to close it after the
+    step under way. ``last_seen_ms``: the latest frame or commit.
     """
 
     state: SessionState

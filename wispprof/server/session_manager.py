@@ -1,6 +1,6 @@
-"""The sessions of a server: who is in, what the engine holds for them, and how they leave.
+"""The open sessions of a server and the KV that the engine holds for them.
 
-Ledgers change on the event loop only. What the engine must do for it is queued as chores and done by
+Session states change on the event loop only. Engine operations are deferred and run by
 :meth:`SessionManager.begin_step`, between two steps.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from wispprof.errors import OutOfKvMemory
 from wispprof.policies import load_level, slowdown
-from wispprof.server.engine_thread import EngineWorker
+from wispprof.server.engine_thread import EngineThread
 from wispprof.server.kv_scheduler import schedule_kv
 from wispprof.server.metrics import Metrics
 from wispprof.server.prefix_cache import PrefixCache
@@ -30,31 +30,36 @@ _LOAD_EVERY_MS = 25.0
 
 
 class SessionManager:
-    """Sessions by their engine name, and the caches of those that left."""
+    """Sessions by their engine name, and the prefix cache.
+
+    Set before use: ``wake`` (something changed, the engine loop should plan) and ``spend`` (count
+    tokens against an API key: key, tokens, now_ms).
+    """
 
     def __init__(
         self,
         settings: ServerSettings,
-        worker: EngineWorker,
-        clock: StepTimeTracker,
+        engine_thread: EngineThread,
+        step_times: StepTimeTracker,
         metrics: Metrics,
         max_context: int,
         stream: bool,
     ) -> None:
         self._settings = settings
-        self._worker = worker
-        self._clock = clock
+        self._engine_thread = engine_thread
+        self._step_times = step_times
         self._metrics = metrics
         self._max_context = max_context
         self._stream = stream
         self._sessions: dict[str, ServerSession] = {}
-        max_cached = settings.prefix_cache_sessions if worker.engine.capabilities.fork else 0
-        self._prefix_cache = PrefixCache(max_cached, settings.prefix_cache_ttl_ms)
-        self._opening: list[ServerSession] = []
-        self._names = 0
+        engine = engine_thread.engine
+        cached_sessions = settings.prefix_cache_sessions if engine.capabilities.fork else 0
+        self._prefix_cache = PrefixCache(cached_sessions, settings.prefix_cache_ttl_ms)
+        self._new_sessions: list[ServerSession] = []
+        self._last_number = 0
         self._audits = 0
-        self._kv_total = worker.engine.kv_free
-        self._load_until_ms = -1.0
+        self._next_load_ms = -1.0
+        self.kv_total = engine.kv_free
         self.load_level = 0
         self.waiting = 0
         self.wake: Callable[[], None] = lambda: None
@@ -64,25 +69,20 @@ class SessionManager:
         return len(self._sessions)
 
     @property
-    def kv_total(self) -> int:
-        """Cache tokens of the empty engine."""
-        return self._kv_total
-
-    @property
     def sessions(self) -> Iterable[ServerSession]:
         return self._sessions.values()
 
     def get(self, name: str) -> ServerSession | None:
         return self._sessions.get(name)
 
-    # --- coming -------------------------------------------------------------------------------
+    # --- opening ------------------------------------------------------------------------------
 
     def add(
         self, request: SessionRequest, listener: SessionListener, number: int, now_ms: float
     ) -> ServerSession:
-        """A new session, reusing the longest prefix that a kept cache holds."""
-        self._names += 1
-        name = f"s{self._names}"
+        """A new session; the next step opens it in the engine."""
+        self._last_number += 1
+        name = f"s{self._last_number}"
         state = SessionState(
             name,
             request.tokens,
@@ -100,132 +100,130 @@ class SessionManager:
             state, request.sampling, listener, number, now_ms, last_commit_ms=now_ms
         )
         self._sessions[name] = session
-        self._opening.append(session)
+        self._new_sessions.append(session)
         self.wake()
         return session
 
     def _open_in_engine(self, session: ServerSession) -> None:
-        """Queue what opens a session in the engine."""
         prefix = self._prefix_cache.find(session.state.tokens)
         if prefix is None:
-            self._worker.deferred_op(lambda engine: _open(engine, session))
+            self._engine_thread.defer(lambda engine: _open(engine, session))
             return
-        parent, length = prefix.session, prefix.length
-        take_over = prefix.whole
+        parent, length, take_over = prefix.session, prefix.length, prefix.whole
         if take_over:
-            # The child holds all that the parent held: keeping both would waste memory.
-            self._prefix_cache.forget(parent)
-        self._worker.deferred_op(lambda engine: _fork(engine, session, parent, length, take_over))
+            # The new session holds all that the cached one held.
+            self._prefix_cache.remove(parent)
+        self._engine_thread.defer(lambda engine: _fork(engine, session, parent, length, take_over))
 
-    # --- a step's needs -----------------------------------------------------------------------
-
-    async def begin_step(self, now_ms: float, margin: int = 0) -> dict[str, ServerSession]:
-        """Work off what happened since the last step; returns the sessions that may take part."""
-        self._sweep(now_ms)
-        opening, self._opening = self._opening, []
-        for session in opening:
-            if session.name in self._sessions:
-                self._open_in_engine(session)
-        await self._worker.flush_deferred()
-        for session in opening:
-            self._opened_in_engine(session)
-        runnable = await self._schedule_kv(now_ms, margin)
-        self._measure_load(now_ms)
-        return runnable
-
-    def _opened_in_engine(self, session: ServerSession) -> None:
+    def _opened(self, session: ServerSession) -> None:
         if session.name not in self._sessions:
-            # Its owner left while the engine's thread was opening it.
+            # Closed while the engine's thread was opening it.
             if session.in_engine:
                 self._close_in_engine(session.name)
             return
         if not session.in_engine:
             self.fail(session, "busy", "The engine holds no more sessions now.", 1_000.0)
             return
+        state = session.state
         session.opened = True
         if session.reused:
-            session.state.adopted(session.reused)
+            state.adopted(session.reused)
             self._metrics.reused_tokens.inc(session.reused)
-        session.state.floor_ms = (
-            self._clock.estimator.start().add(1, session.state.committed_len).p50_ms
-        )
-        if self._stream and not session.state.undrafted:
-            session.state.floor_ms /= 1.0 + self._settings.max_drafts
+        state.floor_ms = self._step_times.estimator.start().add(1, state.committed_len).p50_ms
+        if self._stream and not state.undrafted:
+            state.floor_ms /= 1.0 + self._settings.max_drafts
 
-    async def _schedule_kv(self, now_ms: float, margin: int) -> dict[str, ServerSession]:
-        sessions = [session for session in self._sessions.values() if session.opened]
-        free = max(0, self._worker.engine.kv_free - margin)
-        plan = schedule_kv(
-            sessions, free, self._prefix_cache.tokens, now_ms, self._settings.idle_evict_ms
-        )
+    # --- before a step ------------------------------------------------------------------------
+
+    async def begin_step(self, now_ms: float, kv_margin: int = 0) -> dict[str, ServerSession]:
+        """Open, close and evict sessions in the engine; returns the sessions that may be batched.
+        ``kv_margin``: KV tokens to leave free."""
+        self._remove_expired(now_ms)
+        new_sessions, self._new_sessions = self._new_sessions, []
+        for session in new_sessions:
+            if session.name in self._sessions:
+                self._open_in_engine(session)
+        await self._engine_thread.flush_deferred()
+        for session in new_sessions:
+            self._opened(session)
+        runnable = await self._schedule_kv(now_ms, kv_margin)
+        self._measure_load(now_ms)
+        return runnable
+
+    def _remove_expired(self, now_ms: float) -> None:
+        for name in self._prefix_cache.pop_expired(now_ms):
+            self._close_in_engine(name)
+        deadline = now_ms - self._settings.idle_ttl_ms
+        for session in [one for one in self._sessions.values() if one.last_seen_ms < deadline]:
+            idle_ms = now_ms - session.last_seen_ms
+            self.fail(session, "session", f"No data for this session for {idle_ms:,.0f} ms.")
+
+    async def _schedule_kv(self, now_ms: float, kv_margin: int) -> dict[str, ServerSession]:
+        opened = [session for session in self._sessions.values() if session.opened]
+        free = max(0, self._engine_thread.engine.kv_free - kv_margin)
+        cached = self._prefix_cache.tokens
+        plan = schedule_kv(opened, free, cached, now_ms, self._settings.idle_evict_ms)
         self.waiting = plan.waiting
-        tokens_to_free = plan.tokens_to_free
-        while tokens_to_free > 0:
-            before = self._prefix_cache.tokens
+        while cached - self._prefix_cache.tokens < plan.tokens_to_free:
             self._drop_oldest_prefix()
-            tokens_to_free -= before - self._prefix_cache.tokens
         for session in plan.evict:
             session.state.evicted()
             self._metrics.preempted.labels("idle" if not session.state.ready else "memory").inc()
             self._roll_back(session.name, 0)
-        await self._worker.flush_deferred()
-        return {
-            session.name: session for session in plan.runnable if session.name in self._sessions
-        }
-
-    def _drop_oldest_prefix(self) -> None:
-        name = self._prefix_cache.oldest()
-        if name is not None:
-            self._close_in_engine(name)
+        await self._engine_thread.flush_deferred()
+        return {one.name: one for one in plan.runnable if one.name in self._sessions}
 
     def _measure_load(self, now_ms: float) -> None:
-        if now_ms < self._load_until_ms:
+        if now_ms < self._next_load_ms:
             return
-        self._load_until_ms = now_ms + _LOAD_EVERY_MS
-        decoding = [session.state.cached for session in self._sessions.values() if session.opened]
-        self.load_level = load_level(slowdown(self._clock.estimator, decoding), self.load_level)
+        self._next_load_ms = now_ms + _LOAD_EVERY_MS
+        cached = [one.state.cached for one in self._sessions.values() if one.opened]
+        self.load_level = load_level(slowdown(self._step_times.estimator, cached), self.load_level)
+        running = sum(1 for tokens in cached if tokens)
         metrics = self._metrics
         metrics.load.set(self.load_level)
-        metrics.running.set(sum(1 for cached in decoding if cached))
-        metrics.waiting.set(sum(1 for cached in decoding if not cached) + len(self._opening))
-        metrics.kv_usage.set(1.0 - self._worker.engine.kv_free / max(1, self._kv_total))
-        metrics.kv_kept.set(self._prefix_cache.tokens)
+        metrics.running.set(running)
+        metrics.waiting.set(len(cached) - running + len(self._new_sessions))
+        metrics.kv_usage.set(1.0 - self._engine_thread.engine.kv_free / max(1, self.kv_total))
+        metrics.prefix_cache.set(self._prefix_cache.tokens)
 
-    # --- a step's results ---------------------------------------------------------------------
+    # --- after a step -------------------------------------------------------------------------
 
     def committed(
-        self, session: ServerSession, done: CommitResult, now_ms: float, verify_ms: float
+        self, session: ServerSession, commit: CommitResult, now_ms: float, verify_ms: float
     ) -> None:
-        """Tell the owner, and let the session go where it ended or its owner has left."""
-        if done.rollback is not None:
-            self._roll_back(session.name, done.rollback)
+        """Pass a commit on to the listener; removes the session if it ended or is closing."""
+        if commit.rollback is not None:
+            self._roll_back(session.name, commit.rollback)
         if session.closing:
             self._remove(session, session.closing, now_ms)
             return
-        if not done.tokens:
+        if not commit.tokens:
             return
-        prompt = (
-            session.state.committed_len - len(done.tokens) - session.reused if done.first else 0
-        )
-        self.spend(session.listener.key, len(done.tokens) + prompt, now_ms)
-        since = session.state.slo_tracker.opened_ms if done.first else session.last_commit_ms
+        tokens, since_ms = len(commit.tokens), session.last_commit_ms
+        spent = tokens
+        if commit.first:
+            spent = session.state.committed_len - session.reused
+            since_ms = session.state.slo_tracker.opened_ms
+        self.spend(session.listener.key, spent, now_ms)
         session.last_commit_ms = now_ms
         session.last_seen_ms = max(session.last_seen_ms, now_ms)
-        self._metrics.commit(done, now_ms - since, done.first)
-        session.listener.committed(session, done, verify_ms, self.load_level)
-        if done.finished and session.name in self._sessions:
-            self._remove(session, done.finished, now_ms)
+        self._metrics.commit(commit, now_ms - since_ms)
+        session.listener.committed(session, commit, verify_ms, self.load_level)
+        if commit.finished and session.name in self._sessions:
+            self._remove(session, commit.finished, now_ms)
 
-    def failed_step(self, members: list[ServerSession]) -> None:
-        """The engine failed in the middle of a step: nobody in it can be trusted any more."""
-        for session in members:
+    def step_failed(self, sessions: list[ServerSession]) -> None:
+        """The engine failed within a step: fail its sessions, whose KV cannot be trusted."""
+        for session in sessions:
             session.state.cancel()
-            self.fail(session, "internal", "The engine failed; open the session again.", keep=False)
+            message = "The engine failed; open the session again."
+            self.fail(session, "internal", message, cache_prefix=False)
 
-    # --- leaving ------------------------------------------------------------------------------
+    # --- closing ------------------------------------------------------------------------------
 
     def release(self, session: ServerSession, now_ms: float, reason: str = "abort") -> None:
-        """The owner is done with the session, or gone."""
+        """The listener ends the session; a step under way is finished first."""
         if session.name not in self._sessions:
             return
         if session.state.in_flight:
@@ -240,79 +238,63 @@ class SessionManager:
         code: str,
         message: str,
         retry_ms: float = 0.0,
-        keep: bool = True,
+        cache_prefix: bool = True,
     ) -> None:
-        """End a session against its owner's wish, and say why."""
+        """End a session and tell its listener why."""
         if session.name not in self._sessions:
             return
         if not session.closing:
             session.listener.failed(session, code, message, retry_ms)
-        self._remove(session, code, session.last_commit_ms, keep=keep)
+        self._remove(session, code, session.last_commit_ms, cache_prefix)
 
     def _remove(
-        self, session: ServerSession, reason: str, now_ms: float, keep: bool = True
+        self, session: ServerSession, reason: str, now_ms: float, cache_prefix: bool = True
     ) -> None:
         del self._sessions[session.name]
         state = session.state
         state.abandon()
-        # An aborted session says nothing about the promise, unless it was broken already.
-        kept: bool | None = state.slo_tracker.kept(now_ms)
-        if reason not in ("stop", "length", "context") and kept:
-            kept = None
-        self._metrics.ended(
-            state.slo,
-            state.counters,
-            reason,
-            kept,
-            max(0.0, now_ms - state.slo_tracker.opened_ms),
-        )
+        met_slo: bool | None = state.slo_tracker.kept(now_ms)
+        if reason not in ("stop", "length", "context") and met_slo:
+            met_slo = None  # An aborted session counts only if it had missed its SLO already.
+        e2e_ms = max(0.0, now_ms - state.slo_tracker.opened_ms)
+        self._metrics.ended(state.slo, state.counters, reason, met_slo, e2e_ms)
         if not session.opened:
-            return  # never opened, or being opened right now: see _opened_in_engine
-        if not keep:
-            self._close_in_engine(session.name)
-            return
-        for name in self._prefix_cache.keep(session.name, state.tokens[: state.cached], now_ms):
+            return  # Never opened, or being opened now: see _opened.
+        evicted = [session.name]
+        if cache_prefix:
+            tokens = state.tokens[: state.cached]
+            evicted = self._prefix_cache.insert(session.name, tokens, now_ms)
+        for name in evicted:
             self._close_in_engine(name)
 
-    def _sweep(self, now_ms: float) -> None:
-        for name in self._prefix_cache.expired(now_ms):
+    def _drop_oldest_prefix(self) -> None:
+        if (name := self._prefix_cache.pop_oldest()) is not None:
             self._close_in_engine(name)
-        deadline = now_ms - self._settings.idle_ttl_ms
-        silent = [one for one in self._sessions.values() if one.last_seen_ms < deadline]
-        for session in silent:
-            self.fail(session, "session", "Nothing was heard of this session for too long.")
 
     def _close_in_engine(self, name: str) -> None:
-        self._worker.deferred_op(lambda engine: engine.close(name))
+        self._engine_thread.defer(lambda engine: engine.close(name))
 
     def _roll_back(self, name: str, length: int) -> None:
-        self._worker.deferred_op(lambda engine: engine.rollback(name, length))
-
-    # --- the books ----------------------------------------------------------------------------
+        self._engine_thread.defer(lambda engine: engine.rollback(name, length))
 
     async def clear_prefix_cache(self) -> None:
-        """Release all kept caches."""
         while len(self._prefix_cache):
             self._drop_oldest_prefix()
-        await self._worker.flush_deferred()
+        await self._engine_thread.flush_deferred()
 
     async def check_integrity(self, full: bool = True) -> None:
-        """Ledgers, kept caches and engine must agree to the token; call it between steps only.
+        """Compare session states and prefix cache with the engine, between two steps only.
 
-        ``full`` compares every cache with its tokens, which costs a forward pass over all of them;
-        otherwise one cache is. Raises :class:`EngineError` where something is off.
+        ``full`` checks the KV of all sessions against their tokens, which costs a forward pass over all
+        of them; otherwise of one. Raises :class:`EngineError` if they differ.
         """
-        await self._worker.flush_deferred()
-        expected = {
-            session.name: session.state.cached
-            for session in self._sessions.values()
-            if session.opened
-        }
+        await self._engine_thread.flush_deferred()
+        expected = {one.name: one.state.cached for one in self._sessions.values() if one.opened}
         expected |= self._prefix_cache.lengths()
         names = sorted(expected)
-        one = names[self._audits % len(names)] if names and not full else None
+        checked = names[self._audits % len(names)] if names and not full else None
         self._audits += 1
-        await self._worker.call(lambda engine: _audit(engine, expected, one))
+        await self._engine_thread.call(lambda engine: _audit(engine, expected, checked))
 
 
 def _open(engine: Engine, session: ServerSession) -> None:
@@ -334,6 +316,6 @@ def _fork(
             engine.close(parent)
 
 
-def _audit(engine: Engine, expected: dict[str, int], one: str | None) -> None:
-    engine.check_integrity(one)
+def _audit(engine: Engine, expected: dict[str, int], checked: str | None) -> None:
+    engine.check_integrity(checked)
     engine.audit(expected)

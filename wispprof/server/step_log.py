@@ -1,7 +1,6 @@
 """The step log: every step's shape and time as a JSON line, for ``wispprof fit --update``.
 
-The step loop hands a step over and goes on; a thread of its own turns it into text and writes it, so that
-a slow disk costs no session anything.
+A thread of its own writes the lines, so that a slow disk delays no session.
 """
 
 from __future__ import annotations
@@ -23,25 +22,24 @@ __all__ = ["StepLog"]
 log = logging.getLogger("wispprof.server")
 
 _MAX_QUEUED = 100_000
-"""Steps that may wait for a disk that hangs; beyond, steps are left out and counted."""
+"""Steps that may wait for a blocked disk; later ones are dropped and counted."""
 
 _Step = tuple[tuple[VerifyItem, ...], float, float, str]
 
 
 class StepLog:
-    """Appends ``{"shape": [[new, cached, prefill], …], "ms": x}`` lines to ``path``, with ``p50_ms`` as it
-    was predicted and the plan's ``row`` that bounded the step, where they are known.
+    """Appends ``{"shape": [[new, cached, prefill], …], "ms": x}`` lines to ``path``, with the predicted
+    ``p50_ms`` and the plan's ``row`` if they are known.
 
-    What was handed over is on disk after ``flush_s`` at the latest, and after :meth:`close`. A disk that
-    fails ends the log, not the server: :attr:`err` says why, and so does the server's own log.
-    Raises :class:`WispprofError` where the file cannot be opened.
+    Steps are on disk after ``flush_s``, and after :meth:`close`. A disk error ends the log, not the
+    server; :attr:`error` holds it. Raises :class:`WispprofError` if the file cannot be opened.
     """
 
     def __init__(self, path: Path, flush_s: float = 1.0) -> None:
         self.path = Path(path)
         self.written = 0
         self.dropped = 0
-        self.err = ""
+        self.error = ""
         self._flush_s = flush_s
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,21 +53,21 @@ class StepLog:
         self._thread = threading.Thread(target=self._write, name="step log", daemon=True)
         self._thread.start()
 
-    def note(
+    def append(
         self,
         shape: BatchShape,
         actual_ms: float,
         p50_ms: float = 0.0,
         row: BatchRow | None = None,
     ) -> None:
-        """Take a step; never waits."""
-        if self.err or self._queue.qsize() >= _MAX_QUEUED:
+        """Queue a step; never blocks."""
+        if self.error or self._queue.qsize() >= _MAX_QUEUED:
             self.dropped += 1
             return
         self._queue.put((shape.items, actual_ms, p50_ms, "" if row is None else row.cell))
 
     def close(self) -> None:
-        """Write what is left and close the file. Waits for the disk. Idempotent."""
+        """Write what is queued and close the file. Blocks on the disk; idempotent."""
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
@@ -79,28 +77,29 @@ class StepLog:
             with self._file:
                 self._drain()
         except OSError as err:
-            self.err = err.strerror or str(err)
-            log.error("the step log %s ended: %s", self.path, self.err)
+            self.error = err.strerror or str(err)
+            log.error("the step log %s ended: %s", self.path, self.error)
 
     def _drain(self) -> None:
-        dirty_s: float | None = None
+        flush_at_s: float | None = None
         while True:
-            wait = None if dirty_s is None else max(0.0, dirty_s + self._flush_s - time.monotonic())
+            wait_s = None if flush_at_s is None else max(0.0, flush_at_s - time.monotonic())
             try:
-                step = self._queue.get(timeout=wait)
+                step = self._queue.get(timeout=wait_s)
             except queue.Empty:
                 self._file.flush()
-                dirty_s = None
+                flush_at_s = None
                 continue
             if step is None:
                 return
             self._file.write(_line(step))
             self.written += 1
-            now = time.monotonic()
-            dirty_s = now if dirty_s is None else dirty_s
-            if now >= dirty_s + self._flush_s:
+            now_s = time.monotonic()
+            if flush_at_s is None:
+                flush_at_s = now_s + self._flush_s
+            if now_s >= flush_at_s:
                 self._file.flush()
-                dirty_s = None
+                flush_at_s = None
 
 
 def _line(step: _Step) -> str:

@@ -1,9 +1,6 @@
-"""Predictions of a running server and what became of them.
+"""Predicted and measured step times of a running server.
 
-A fitted estimator is watched by :class:`~wispprof.fitting.drift.DriftMonitor`: policies ask the corrected
-one, and where the steps have left the profile for good the log says so, with the cells that went wrong.
-Without a fitted one the server learns its own (:class:`LearningEstimator`). Either way every step's
-predicted and measured time meet in :meth:`StepTimeTracker.observe`.
+A fitted estimator is corrected while its drift is watched; without one the server fits its own steps.
 """
 
 from __future__ import annotations
@@ -11,29 +8,134 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from wispprof.fitting import FittedEstimator
 from wispprof.fitting.drift import Cell, DriftMonitor, DriftSettings, DriftStatus
-from wispprof.server.online_estimator import LearningEstimator
-from wispprof.types import BatchShape, StepTimeEstimator
+from wispprof.types import BatchCost, BatchShape, BatchTotals, StepTimeEstimator
 
-__all__ = ["StepTimeTracker"]
+__all__ = ["OnlineEstimator", "StepTimeTracker", "warmup_shapes"]
 
 log = logging.getLogger("wispprof.server")
 
+_COVERAGE = 0.95
 _PREFILL_WINDOW_MS = 10_000.0
-_CORRECT_EVERY = 16
-_REPORT_EVERY = 128
+_CORRECT_EVERY_STEPS = 16
+_REPORT_EVERY_STEPS = 128
 _MIN_CORRECTION = 0.005
-"""Corrections smaller than this leave the estimator alone: policies keep what they know of it."""
+"""Smaller corrections leave the estimator unchanged, so that policies keep what they cached of it."""
+
+_Weights: TypeAlias = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class _LinearBatch(BatchCost):
+    """Totals of a batch, priced by weights per step, new token, query-key pair and cached token."""
+
+    weights: _Weights
+    bound_ratio: float
+    items: int = 0
+    new: int = 0
+    pairs: int = 0
+    cached: int = 0
+
+    @property
+    def p50_ms(self) -> float:
+        if not self.items:
+            return 0.0
+        step, per_new, per_pair, per_cached = self.weights
+        return step + per_new * self.new + per_pair * self.pairs + per_cached * self.cached
+
+    @property
+    def bound_ms(self) -> float:
+        return self.p50_ms * self.bound_ratio
+
+    def add(self, new: int, cached: int, prefill: bool = False) -> _LinearBatch:
+        return _LinearBatch(
+            self.weights,
+            self.bound_ratio,
+            self.items + 1,
+            self.new + new,
+            self.pairs + new * cached + new * (new + 1) // 2,
+            self.cached + cached,
+        )
+
+    def add_many(
+        self, new: np.ndarray, cached: np.ndarray, prefill: np.ndarray | bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        step, per_new, per_pair, per_cached = self.weights
+        p50 = step + per_new * (self.new + new) + per_cached * (self.cached + cached)
+        p50 = p50 + per_pair * (self.pairs + new * cached + new * (new + 1) / 2)
+        return p50, p50 * self.bound_ratio
+
+
+class OnlineEstimator(StepTimeEstimator):
+    """WISP's linear form, fitted to the last steps of this server. All weights are ≥ 0, so predictions
+    never fall if work is added. The bound is the median times the 95 % quantile of actual / predicted.
+    """
+
+    coverage = _COVERAGE
+
+    def __init__(self, window: int = 512, refit_every: int = 32) -> None:
+        self.weights: _Weights = (1.0, 0.05, 0.0, 0.0)
+        self.bound_ratio = 1.5
+        self._rows: deque[tuple[float, float, float, float, float]] = deque(maxlen=window)
+        self._steps_since_fit = 0
+        self._refit_every = refit_every
+
+    def start(self) -> _LinearBatch:
+        return _LinearBatch(self.weights, self.bound_ratio)
+
+    def predict_totals(self, totals: BatchTotals[Any]) -> tuple[np.ndarray, np.ndarray]:
+        step, per_new, per_pair, per_cached = self.weights
+        p50 = step + per_new * totals.sum_new + per_pair * totals.attention_pairs
+        p50 = (p50 + per_cached * totals.sum_cached) * (totals.items > 0)
+        return p50, p50 * self.bound_ratio
+
+    def observe(self, shape: BatchShape, actual_ms: float) -> None:
+        """Add a step; refits early, then after every ``refit_every`` steps."""
+        counts = float(shape.new_tokens), float(shape.attention_pairs), float(shape.cached_tokens)
+        self._rows.append((1.0, *counts, max(actual_ms, 1e-3)))
+        self._steps_since_fit += 1
+        if len(self._rows) in (4, 8, 16) or self._steps_since_fit >= self._refit_every:
+            self.fit()
+
+    def fit(self) -> None:
+        """Least relative squares with weights ≥ 0 over the window."""
+        from scipy.optimize import nnls
+
+        rows = np.array(self._rows)
+        if len(rows) < 4:
+            return
+        self._steps_since_fit = 0
+        features, times = rows[:, :4], rows[:, 4]
+        design = features / times[:, None]
+        scale = np.maximum(design.max(axis=0), 1e-300)
+        try:
+            weights = nnls(design / scale, np.ones(len(rows)), maxiter=100)[0] / scale
+        except RuntimeError:
+            return  # Nearly collinear steps: keep the last weights.
+        ratios = times / np.maximum(features @ weights, 1e-3)
+        # Least squares lands above the median on skewed noise; policies need the median.
+        centre = float(np.median(ratios))
+        step, per_new, per_pair, per_cached = (float(w) * centre for w in weights)
+        self.weights = (step, per_new, per_pair, per_cached)
+        self.bound_ratio = max(1.0, float(np.quantile(ratios, _COVERAGE)) / centre)
+
+
+def warmup_shapes(prefill_chunk: int) -> list[tuple[int, int, int]]:
+    """(sessions, new, cached) of the steps to measure before serving without a fitted estimator."""
+    deep = max(16, prefill_chunk)
+    return [(1, 1, 16), (1, 8, 16), (4, 1, 16), (4, 4, deep), (1, 1, deep), (1, deep, 0)]
 
 
 class StepTimeTracker:
-    """``fitted``: the estimator to start from; ``None`` learns one from this server's steps.
+    """``fitted``: the estimator to start from; ``None`` fits one to this server's steps.
 
-    A fitted estimator of another kind than :class:`FittedEstimator` (a test's, a formula) is used as it is.
+    Only a :class:`FittedEstimator` is corrected and watched; any other estimator is used as it is.
     """
 
     def __init__(
@@ -42,9 +144,9 @@ class StepTimeTracker:
         window: int = 128,
         drift: DriftSettings | None = None,
     ) -> None:
-        self._fitted = fitted
-        self._current = fitted
-        self._learned = LearningEstimator()
+        online = OnlineEstimator()
+        self._online = online if fitted is None else None
+        self._estimator: StepTimeEstimator = online if fitted is None else fitted
         self._monitor = (
             DriftMonitor(fitted, drift or DriftSettings())
             if isinstance(fitted, FittedEstimator)
@@ -58,92 +160,82 @@ class StepTimeTracker:
         self.steps = 0
         self.corrections = 0
 
-    # --- what policies and admission ask ------------------------------------------------------
-
     @property
     def learning(self) -> bool:
-        """Whether there is no fitted estimator and this server learns its own."""
-        return self._fitted is None
+        """Whether the server fits its own steps, for want of a fitted estimator."""
+        return self._online is not None
 
     @property
     def estimator(self) -> StepTimeEstimator:
-        """What policies should ask now, corrections included."""
-        return self._learned if self._current is None else self._current
+        """The estimator to use now, corrections included."""
+        return self._estimator
 
     @property
     def cycle_ratio(self) -> float:
-        """Mean time from one step's beginning to the next one's over its predicted median, while there
-        was always work: what planning, committing and the tail of slow steps add. At least 1."""
+        """Mean time between the starts of back-to-back steps over their predicted median, at least 1.
+        It covers planning, committing and the tail of slow steps."""
         predicted = sum(p for _, p in self._cycles)
         return max(1.0, sum(c for c, _ in self._cycles) / predicted) if predicted > 0 else 1.0
 
     def prefill_load(self, now_ms: float) -> float:
-        """Share of all time that prompts took over the last seconds."""
+        """Share of the last seconds spent on prefill."""
         while self._prefills and self._prefills[0][0] < now_ms - _PREFILL_WINDOW_MS:
             self._prefills.popleft()
         return sum(ms for _, ms in self._prefills) / _PREFILL_WINDOW_MS
 
-    # --- what operators ask -------------------------------------------------------------------
-
     @property
     def ratio(self) -> float:
-        """Median of measured / predicted over the last steps, against what policies were told; 1 while
-        there are none."""
+        """Median of measured / predicted time over the last steps; 1 before the first."""
         return float(np.median(self._ratios)) if self._ratios else 1.0
 
     @property
     def drift(self) -> DriftStatus | None:
-        """What the monitor knows; ``None`` without a fitted estimator to hold against reality."""
+        """Status of the drift monitor; ``None`` without a fitted estimator."""
         return None if self._monitor is None else self._monitor.status()
-
-    # --- what the step loop tells -------------------------------------------------------------
 
     def cycle(self, cycle_ms: float, predicted_ms: float) -> None:
         """A step that another followed at once took ``cycle_ms``, planning and commit included."""
         self._cycles.append((cycle_ms, predicted_ms))
 
-    def prefilled(self, now_ms: float, took_ms: float) -> None:
-        """Prompts took ``took_ms`` of a step that ended now."""
-        self._prefills.append((now_ms, took_ms))
+    def prefilled(self, now_ms: float, prefill_ms: float) -> None:
+        """Prefill took ``prefill_ms`` of a step that ended now."""
+        self._prefills.append((now_ms, prefill_ms))
 
     def observe(self, shape: BatchShape, predicted_ms: float, actual_ms: float) -> None:
-        """A step ended; ``predicted_ms``: what policies were told of it."""
+        """A step ended, for which policies were given ``predicted_ms``."""
         self.steps += 1
         if predicted_ms > 0:
             self._ratios.append(actual_ms / predicted_ms)
-        if self._fitted is None:
-            self._learned.observe(shape, actual_ms)
-            return
-        if self._monitor is None:
-            return
-        fired = self._monitor.observe(shape, actual_ms)
-        if fired is not None or self.steps % _CORRECT_EVERY == 0:
-            self._correct(self._monitor)
+        if self._online is not None:
+            self._online.observe(shape, actual_ms)
+        if self._monitor is not None:
+            detected = self._monitor.observe(shape, actual_ms)
+            if detected is not None or self.steps % _CORRECT_EVERY_STEPS == 0:
+                self._correct(self._monitor)
 
     def learn(self, rows: Iterable[tuple[BatchShape, float]]) -> None:
-        """Warm-up measurements for a learning clock, taken before serving."""
-        for shape, actual_ms in rows:
-            self._learned.observe(shape, actual_ms)
-        self._learned.fit()
+        """Fit to warm-up measurements taken before serving."""
+        if self._online is not None:
+            for shape, actual_ms in rows:
+                self._online.observe(shape, actual_ms)
+            self._online.fit()
 
     def _correct(self, monitor: DriftMonitor) -> None:
-        corrected, now = monitor.corrected(), self._current
-        assert isinstance(now, FittedEstimator)
+        corrected, current = monitor.corrected(), self._estimator
+        assert isinstance(current, FittedEstimator)
         change = max(
-            abs(corrected.p50_scale / now.p50_scale - 1.0),
-            abs(corrected.bound_scale / now.bound_scale - 1.0),
+            abs(corrected.p50_scale / current.p50_scale - 1.0),
+            abs(corrected.bound_scale / current.bound_scale - 1.0),
         )
         if change > _MIN_CORRECTION:
-            self._current = corrected
+            self._estimator = corrected
             self.corrections += 1
         status = monitor.status()
         if not status.re_profile:
             return
         cells = {cell for cell, _ in status.cells}
-        if self._report_from_step == 0 or (
-            self.steps >= self._report_from_step and not cells <= self._reported_cells
-        ):
-            # Once when it fires, and again when other regions of shapes went wrong too.
+        due = self.steps >= self._report_from_step and not cells <= self._reported_cells
+        if self._report_from_step == 0 or due:
             log.warning("%s", status.reason)
             self._reported_cells |= cells
-            self._report_from_step = self.steps + _REPORT_EVERY
+            self._report_from_step = self.steps + _REPORT_EVERY_STEPS

@@ -1,6 +1,6 @@
-"""The verification server behind its doors: admits requests, merges drafts, runs the step loop.
+"""The verification server: admits requests, merges drafts, runs the engine loop.
 
-The doors (WebSocket, HTTP) speak to this object on the event loop and to nothing else.
+The WebSocket and HTTP endpoints call this object on the event loop, and nothing else of the server.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from wispprof.errors import EngineError, RuntimeFault
 from wispprof.openai_api import ChatTokenizer
 from wispprof.policies import BatchPolicy, make_batch_policy
 from wispprof.server.admission import Admission, Refused
-from wispprof.server.engine_loop import EngineLoop
-from wispprof.server.engine_thread import EngineWorker
+from wispprof.server.engine_loop import EngineLoop, StepLimits
+from wispprof.server.engine_thread import EngineThread
 from wispprof.server.metrics import Metrics
-from wispprof.server.online_estimator import warmup_shapes
 from wispprof.server.session import ServerSession, SessionListener, SessionRequest
 from wispprof.server.session_manager import SessionManager
-from wispprof.server.step_limits import StepLimits
 from wispprof.server.step_log import StepLog
-from wispprof.server.step_time_tracker import StepTimeTracker
+from wispprof.server.step_time_tracker import StepTimeTracker, warmup_shapes
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.types import BatchShape, Engine, Sampling, ServedModel, StepInput, StepTimeEstimator
 
@@ -34,16 +32,15 @@ log = logging.getLogger("wispprof.server")
 
 
 def monotonic_ms() -> float:
-    """This process's clock in milliseconds. Clocks of two machines are never compared."""
+    """This process's clock. Clocks of two machines are never compared."""
     return time.monotonic_ns() / 1e6
 
 
 class VerificationServer:
-    """One engine, one policy, many sessions.
+    """One engine, one batching policy, many sessions.
 
-    ``estimator``: a fitted one, or ``None`` to learn from this server's own steps. ``plan``: its batching
-    table bounds a step, row by the fastest SLO class that is live and the load level; without one the
-    settings' constants do. ``text``: what the HTTP door needs to speak text; without it that door stays shut.
+    ``estimator``: a fitted one, or ``None`` to fit this server's own steps. ``plan``: its batching table
+    limits the steps, besides the settings. ``tokenizer``: for the OpenAI API, which is off without it.
     """
 
     def __init__(
@@ -64,92 +61,96 @@ class VerificationServer:
         self.tokenizer = tokenizer
         self.policy = policy or make_batch_policy(settings.policy, **settings.policy_options)
         self.metrics = Metrics()
-        self.clock = StepTimeTracker(estimator)
+        self.step_times = StepTimeTracker(estimator)
         self.now_ms = now_ms
         self.draining = False
         self.started = False
-        self._worker = EngineWorker(engine, settings.coalesce_ms)
+        self._engine_thread = EngineThread(engine, settings.coalesce_ms)
         self.manager = SessionManager(
-            settings, self._worker, self.clock, self.metrics, model.max_context, self.policy.stream
+            settings,
+            self._engine_thread,
+            self.step_times,
+            self.metrics,
+            model.max_context,
+            self.policy.stream,
         )
         self._limits = StepLimits(settings, plan, self.manager)
         self.loop = EngineLoop(
             self.manager,
-            self._worker,
+            self._engine_thread,
             self.policy,
-            self.clock,
+            self.step_times,
             self.metrics,
             self._limits,
             now_ms,
         )
         self.manager.wake = self.loop.wake
-        self.admission = Admission(settings, self.manager, self.clock, model)
+        self.admission = Admission(settings, self.manager, self.step_times, model)
         self.manager.spend = self.admission.budget.spend
         self._task: asyncio.Task[None] | None = None
 
-    # --- life ---------------------------------------------------------------------------------
+    # --- starting and stopping ----------------------------------------------------------------
 
     async def start(self) -> None:
-        """Warm up (and calibrate, where nothing was fitted), then run the step loop."""
-        if self.clock.learning:
-            rows = await self._worker.call(
+        """Calibrate if there is no fitted estimator, then run the engine loop."""
+        if self.step_times.learning:
+            rows = await self._engine_thread.call(
                 lambda engine: _calibrate(engine, self.model, self.settings.prefill_chunk)
             )
-            self.clock.learn(rows)
-            log.info("no estimator given: calibrated on %d own steps, learning on", len(rows))
+            self.step_times.learn(rows)
+            log.info("no estimator given: calibrated on %d steps of this server", len(rows))
         if self.settings.step_log is not None:
             self.loop.step_log = StepLog(self.settings.step_log)
-        self._task = asyncio.create_task(self.loop.run(), name="step loop")
+        self._task = asyncio.create_task(self.loop.run(), name="engine loop")
         self._task.add_done_callback(self._loop_ended)
         self.started = True
 
     async def stop(self) -> None:
-        """End the loop and release everything; raises what the loop died of, if it did."""
+        """End the loop and release everything; raises the loop's exception, if it had one."""
         self.draining = True
         self.loop.stop()
         task, self._task = self._task, None
         try:
             if task is not None:
                 await task
-            for session in list(self.manager.sessions):
-                self.manager.fail(session, "draining", "The server is shutting down.", 1_000.0)
+            self._fail_all("draining", "The server is shutting down.", 1_000.0)
             await self.manager.clear_prefix_cache()
         finally:
-            self._worker.stop()
+            self._engine_thread.stop()
             if self.loop.step_log is not None:
                 await asyncio.to_thread(self.loop.step_log.close)
 
     async def drain(self, timeout_ms: float) -> None:
-        """Take nothing new and let sessions finish; what is left then is told to go elsewhere."""
+        """Admit nothing new and let sessions finish; after ``timeout_ms`` fail those that are left."""
         self.draining = True
-        until = self.now_ms() + timeout_ms
-        while len(self.manager) and self.now_ms() < until:
+        deadline_ms = self.now_ms() + timeout_ms
+        while len(self.manager) and self.now_ms() < deadline_ms:
             await asyncio.sleep(0.02)
-        for session in list(self.manager.sessions):
-            self.manager.fail(
-                session, "draining", "The server is shutting down; resume elsewhere.", 0.0
-            )
+        self._fail_all("draining", "The server is shutting down; resume on another server.")
 
     @property
     def ready(self) -> bool:
-        """Whether requests would be taken now."""
+        """Whether requests are admitted now."""
         return self.started and not self.draining and self._task is not None
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
         if task.cancelled() or task.exception() is None:
             return
-        # Without its loop a server only looks alive: /ready and every owner must hear of it.
+        # Without its loop the server would look healthy and answer nobody.
         self.draining = True
-        log.critical("the step loop died", exc_info=task.exception())
+        log.critical("the engine loop failed", exc_info=task.exception())
+        self._fail_all("internal", "The server's engine loop failed.")
+
+    def _fail_all(self, code: str, message: str, retry_ms: float = 0.0) -> None:
         for session in list(self.manager.sessions):
-            self.manager.fail(session, "internal", "The server's step loop died.")
+            self.manager.fail(session, code, message, retry_ms)
+
+    # --- for the endpoints --------------------------------------------------------------------
 
     @property
     def batch_row(self) -> BatchRow | None:
-        """The plan's row that is obeyed now."""
+        """The plan's row in force."""
         return self._limits.row
-
-    # --- what the doors ask -------------------------------------------------------------------
 
     @property
     def load_level(self) -> int:
@@ -157,8 +158,8 @@ class VerificationServer:
 
     @property
     def kv_free(self) -> int:
-        """Cache tokens that can still be taken."""
-        return self._worker.engine.kv_free
+        """KV tokens not in use."""
+        return self._engine_thread.engine.kv_free
 
     @property
     def stream(self) -> bool:
@@ -168,8 +169,7 @@ class VerificationServer:
     def open(
         self, request: SessionRequest, listener: SessionListener, number: int = 0
     ) -> ServerSession:
-        """Admit a request. Raises :class:`~wispprof.server.admission.Refused` with the code
-        and the nearest thing that would be taken."""
+        """Admit a request. Raises :class:`~wispprof.server.admission.Refused`."""
         try:
             request = self.admission.check(request, listener.key, self.now_ms(), self.draining)
         except Refused as err:
@@ -193,30 +193,31 @@ class VerificationServer:
         self.loop.wake()
 
     def close(self, session: ServerSession, reason: str = "abort") -> None:
-        """Its owner is done with a session, or gone; ``reason`` ``stop``: it has all it wanted."""
+        """The listener ends a session; ``reason`` is ``stop`` if it has all it wants."""
         self.manager.release(session, self.now_ms(), reason)
 
     async def check_integrity(self) -> None:
-        """Full audit between two steps: raises :class:`EngineError` where something leaked."""
+        """Full audit between two steps. Raises :class:`EngineError` if something leaked."""
         if self._task is None or self._task.done():
             raise RuntimeFault("Only a running server can be audited.", "Start it first.")
         await self.loop.audit()
-        if self._worker.failed_ops:
-            raise EngineError(f"{self._worker.failed_ops} engine chores failed; see the log.")
+        if self._engine_thread.failed_ops:
+            raise EngineError(
+                f"{self._engine_thread.failed_ops} deferred engine operations failed; see the log."
+            )
 
 
 def _calibrate(
     engine: Engine, model: ServedModel, prefill_chunk: int
 ) -> list[tuple[BatchShape, float]]:
-    """Time a few small shapes twice each on the idle engine; leaves nothing behind."""
+    """Time a few small shapes twice each on the idle engine; leaves no session behind."""
     rows: list[tuple[BatchShape, float]] = []
-    greedy = Sampling()
     for sessions, new, cached in warmup_shapes(prefill_chunk):
         if (new + cached) * sessions > engine.kv_free or new + cached > model.max_context:
             continue
         names = [f"calibration-{i}" for i in range(sessions)]
         for name in names:
-            engine.open(name, greedy)
+            engine.open(name, Sampling(), [0] * (cached + new))
             if cached:
                 engine.step([StepInput(name, [0] * cached, 0, False)])
         shape = BatchShape.uniform(sessions, new, cached)

@@ -1,6 +1,6 @@
-"""One edge's connection: reads frames, keeps its sessions, writes commits.
+"""The WebSocket endpoint of one edge: reads its frames, holds its sessions, sends their commits.
 
-Everything an edge can do wrong ends here: it costs this connection a clear problem, and nobody else anything.
+An invalid frame costs its own connection a clear problem, and no other connection anything.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ __all__ = ["WebSocketEndpoint"]
 log = logging.getLogger("wispprof.server")
 
 MAX_PROBLEMS = 64
-"""A connection that was told of so many faults is closed: it will not get better."""
+"""A connection with so many invalid frames is closed."""
 
 MAX_ENDED = 4096
-"""Ended session numbers that a connection remembers, to tell late frames from wrong ones."""
+"""Ended session numbers that are remembered, to tell late frames from invalid ones."""
 
 MAX_PONG_BYTES = 1 << 16
 
 
 class _CloseConnection(Exception):
-    """The connection is to be closed with this code, after what was queued."""
+    """Close the connection with this code, after the queued frames."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -42,7 +42,7 @@ class _CloseConnection(Exception):
 
 
 class WebSocketEndpoint:
-    """Serves one WebSocket until it closes; then releases whatever it held."""
+    """Serves one connection until it closes, then releases its sessions."""
 
     def __init__(self, server: VerificationServer, socket: WebSocket) -> None:
         self.key = ""
@@ -52,36 +52,33 @@ class WebSocketEndpoint:
         self._ended: dict[int, None] = {}
         self._outgoing: asyncio.Queue[bytes | None] = asyncio.Queue(server.settings.backlog_frames)
         self._problems = 0
-        self._overrun = asyncio.Event()
+        self._slow_reader = asyncio.Event()
 
     async def serve(self) -> None:
         await self._socket.accept()
         self._server.metrics.connections.inc()
-        writer = asyncio.create_task(self._write(), name="edge link writer")
-        reader = asyncio.create_task(self._read(), name="edge link reader")
-        overrun = asyncio.create_task(self._overrun.wait(), name="edge link overrun")
+        writer = asyncio.create_task(self._write(), name="edge writer")
+        reader = asyncio.create_task(self._read(), name="edge reader")
+        slow = asyncio.create_task(self._slow_reader.wait(), name="slow edge")
         code = 1000
         try:
-            await asyncio.wait([reader, writer, overrun], return_when=asyncio.FIRST_COMPLETED)
-            if self._overrun.is_set():
+            await asyncio.wait([reader, writer, slow], return_when=asyncio.FIRST_COMPLETED)
+            if self._slow_reader.is_set():
                 code = 1013
-                log.warning("closing an edge that left %d frames unread", self._outgoing.qsize())
+                log.warning("closing an edge with %d unread frames", self._outgoing.qsize())
             elif reader.done():
                 code = _close_code(reader)
                 await self._flush(writer)
         finally:
-            self._release()
-            for task in (reader, writer, overrun):
+            for session in self._sessions.values():
+                self._server.close(session)
+            self._sessions.clear()
+            for task in (reader, writer, slow):
                 task.cancel()
-            await asyncio.gather(reader, writer, overrun, return_exceptions=True)
+            await asyncio.gather(reader, writer, slow, return_exceptions=True)
             self._server.metrics.connections.dec()
             with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError):
                 await self._socket.close(code)
-
-    def _release(self) -> None:
-        for session in self._sessions.values():
-            self._server.close(session)
-        self._sessions.clear()
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -94,30 +91,32 @@ class WebSocketEndpoint:
             elif isinstance(frame, protocol.Open):
                 self._open(frame)
             elif isinstance(frame, protocol.Close):
-                self._close(frame)
+                self._close(frame.session)
+                self._mark_ended(frame.session)
             elif isinstance(frame, protocol.Ping):
-                size = min(max(0, frame.reply_bytes), MAX_PONG_BYTES)
-                self._send(
-                    protocol.Pong(frame.number, bytes(size), protocol.brief_ms(socket_wait_ms()))
-                )
+                payload = bytes(min(max(0, frame.reply_bytes), MAX_PONG_BYTES))
+                waited_ms = protocol.brief_ms(socket_wait_ms())
+                self._send(protocol.Pong(frame.number, payload, waited_ms))
             else:
-                self._problem(-1, "frame", "Hello was said already.")
+                self._problem(-1, "frame", "The handshake is done already; got another hello.")
                 raise _CloseConnection(1002)
 
     async def _handshake(self) -> None:
         server = self._server
+        timeout_ms = server.settings.hello_timeout_ms
         try:
-            async with asyncio.timeout(server.settings.hello_timeout_ms / 1000.0):
+            async with asyncio.timeout(timeout_ms / 1000.0):
                 hello = await self._receive()
         except TimeoutError:
-            self._problem(-1, "hello", "No hello came in time. Send hello first.")
+            message = f"No hello received for {timeout_ms:,.0f} ms. Send hello first."
+            self._problem(-1, "hello", message)
             raise _CloseConnection(1008) from None
         try:
             if not isinstance(hello, protocol.Hello):
                 raise HandshakeRefused("The first frame must be hello.", "Send hello first.")
             check_hello(hello, server.model, server.settings.api_keys)
         except HandshakeRefused as err:
-            # The edge's own words may be in it, and may be long.
+            # The message may quote the edge's own, long text.
             log.warning("refused an edge at hello: %.300s", err)
             self._problem(-1, "hello", str(err))
             raise _CloseConnection(1008) from err
@@ -145,7 +144,7 @@ class WebSocketEndpoint:
         data = message.get("bytes")
         try:
             if data is None:
-                raise ProtocolError("Text frames are not spoken here.", "Send msgpack frames.")
+                raise ProtocolError("Expected a binary (msgpack) frame, got a text frame.")
             return protocol.decode_edge(data)
         except ProtocolError as err:
             self._problem(-1, "frame", str(err))
@@ -154,26 +153,26 @@ class WebSocketEndpoint:
     def _open(self, frame: protocol.Open) -> None:
         number = frame.session
         if number < 0:
-            self._problem(number, "session", "Session numbers start at 0.")
+            self._problem(number, "session", f"Session numbers start at 0, got {number}.")
             return
-        # The edge opens anew what it has lost track of: the old state goes, its KV is reused.
-        self._forget(number)
+        # An edge reopens a session it lost track of: close the old one, its KV is reused.
+        self._close(number)
         self._ended.pop(number, None)
         try:
             self._sessions[number] = self._server.open(session_request(frame), self, number)
         except Refused as err:
-            self._end(number)
+            self._mark_ended(number)
             self._send(
                 protocol.Problem(number, err.code, str(err), err.retry_ms, err.nearest_tokens_per_s)
             )
         except ProtocolError as err:
-            self._end(number)
+            self._mark_ended(number)
             self._problem(number, "frame", str(err))
 
     def _draft(self, frame: protocol.Draft) -> None:
         session = self._sessions.get(frame.session)
         if session is None:
-            # A stream's last drafts cross with the commit that ended it: no fault of the edge.
+            # The last drafts of a stream cross with the commit that ends it: not the edge's error.
             if frame.session not in self._ended:
                 self._problem(frame.session, "session", "This session is not open. Open it first.")
             return
@@ -184,16 +183,13 @@ class WebSocketEndpoint:
             return
         self._server.draft(session, frame)
 
-    def _close(self, frame: protocol.Close) -> None:
-        self._forget(frame.session)
-        self._end(frame.session)
-
-    def _forget(self, number: int) -> None:
+    def _close(self, number: int) -> None:
         session = self._sessions.pop(number, None)
         if session is not None:
             self._server.close(session)
 
-    def _end(self, number: int) -> None:
+    def _mark_ended(self, number: int) -> None:
+        self._sessions.pop(number, None)
         self._ended[number] = None
         if len(self._ended) > MAX_ENDED:
             del self._ended[next(iter(self._ended))]
@@ -206,8 +202,7 @@ class WebSocketEndpoint:
         if self._sessions.get(session.number) is not session:
             return
         if commit.finished:
-            del self._sessions[session.number]
-            self._end(session.number)
+            self._mark_ended(session.number)
         self._send(
             protocol.Commit(
                 session=session.number,
@@ -226,32 +221,30 @@ class WebSocketEndpoint:
     def failed(
         self, session: ServerSession, code: str, message: str, retry_ms: float = 0.0
     ) -> None:
-        if self._sessions.get(session.number) is not session:
-            return
-        del self._sessions[session.number]
-        self._end(session.number)
-        self._send(protocol.Problem(session.number, code, message, retry_ms))
+        if self._sessions.get(session.number) is session:
+            self._mark_ended(session.number)
+            self._send(protocol.Problem(session.number, code, message, retry_ms))
 
     def _problem(self, session: int, code: str, message: str) -> None:
         self._server.metrics.bad_frames.labels(code).inc()
         self._problems += 1
         self._send(protocol.Problem(session, code, message))
         if self._problems >= MAX_PROBLEMS:
-            self._send(protocol.Problem(-1, "frame", "Too many faults on this connection."))
+            self._send(protocol.Problem(-1, "frame", "Too many invalid frames on this connection."))
             raise _CloseConnection(1008)
 
     def _send(self, frame: protocol.ServerFrame) -> None:
         try:
             self._outgoing.put_nowait(protocol.encode(frame))
         except asyncio.QueueFull:
-            self._overrun.set()
+            self._slow_reader.set()
 
     async def _write(self) -> None:
         while (data := await self._outgoing.get()) is not None:
             await self._socket.send_bytes(data)
 
     async def _flush(self, writer: asyncio.Task[None]) -> None:
-        """Give what was queued, a problem above all, a moment to leave."""
+        """Let the queued frames leave, a problem above all, within a second."""
         with contextlib.suppress(asyncio.QueueFull):
             self._outgoing.put_nowait(None)
         await asyncio.wait([writer], timeout=1.0)
@@ -263,5 +256,5 @@ def _close_code(reader: asyncio.Task[None]) -> int:
         return err.code
     if isinstance(err, WebSocketDisconnect):
         return 1000
-    log.error("the edge link failed", exc_info=err)
+    log.error("an edge's connection failed", exc_info=err)
     return 1011
