@@ -74,7 +74,7 @@ class Steps:
     def __init__(self) -> None:
         self.rows: list[tuple[BatchShape, float]] = []
 
-    def note(self, shape: BatchShape, actual_ms: float, *predicted: Any) -> None:
+    def append(self, shape: BatchShape, actual_ms: float, *predicted: Any) -> None:
         self.rows.append((shape, actual_ms))
 
     def close(self) -> None: ...

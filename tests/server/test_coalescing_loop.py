@@ -1,4 +1,4 @@
-"""Frames may gather while the engine computes, and nothing else changes for it."""
+"""Frames wait while the engine computes, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from wispprof.testing.fake_engine import FakeDrafter, FakeEngine
 from wispprof.testing.virtual_time import run_virtual
 
 ENDLESS_S = 3600.0
-"""A wait that only a hurry can end within a test."""
+"""A wait that only a wake-up can end within a test."""
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def selector_over(end: socket.socket) -> CoalescingSelector:
     return selector
 
 
-def test_while_nothing_gathers_a_frame_is_seen_at_once(pair):
+def test_without_coalescing_a_frame_is_read_at_once(pair):
     near, far = pair
     with selector_over(near) as selector:
         far.send(b"x")
@@ -51,7 +51,7 @@ def test_while_nothing_gathers_a_frame_is_seen_at_once(pair):
         assert selector.waited_s == 0.0
 
 
-def test_what_gathers_is_seen_together_once_hurried(pair):
+def test_coalesced_frames_are_read_together_after_a_wake_up(pair):
     near, far = pair
     with selector_over(near) as selector:
         selector.max_wait_s = ENDLESS_S
@@ -67,7 +67,7 @@ def test_what_gathers_is_seen_together_once_hurried(pair):
         assert selector.waited_s > 0.0
 
 
-def test_a_hurry_before_the_wait_is_not_lost(pair):
+def test_a_wake_up_before_the_wait_is_not_lost(pair):
     near, _ = pair
     with selector_over(near) as selector:
         selector.max_wait_s = ENDLESS_S
@@ -75,16 +75,16 @@ def test_a_hurry_before_the_wait_is_not_lost(pair):
         assert selector.select(None) == []
 
 
-def test_a_hurry_of_the_past_does_not_end_what_gathers_later(pair):
+def test_an_old_wake_up_does_not_end_a_later_wait(pair):
     near, _ = pair
     with selector_over(near) as selector:
         selector.wake_selector()
-        selector.gather(0.01)
+        selector.coalesce(0.01)
         selector.select(None)
-        assert selector.waited_s > 0.001  # it waited; hurried, it would not have
+        assert selector.waited_s > 0.001  # it waited, as a pending wake-up would prevent
 
 
-def test_a_loop_that_is_still_at_work_does_not_wait(pair):
+def test_a_loop_with_work_does_not_wait(pair):
     near, far = pair
     with selector_over(near) as selector:
         selector.max_wait_s = ENDLESS_S
@@ -92,23 +92,23 @@ def test_a_loop_that_is_still_at_work_does_not_wait(pair):
         assert len(selector.select(0)) == 1
 
 
-def test_timers_keep_their_time(pair):
+def test_timers_are_on_time(pair):
     near, _ = pair
     with selector_over(near) as selector:
         selector.max_wait_s = ENDLESS_S
         assert selector.select(0.001) == []
 
 
-def test_how_long_a_frame_lay_stands_until_the_loop_looks_again(pair):
+def test_the_wait_of_a_frame_holds_until_the_next_idle_select(pair):
     near, far = pair
     with selector_over(near) as selector:
         selector.max_wait_s = 0.001
         far.send(b"x")
         selector.select(None)
-        lain = selector.waited_s
-        assert lain > 0.0
+        waited = selector.waited_s
+        assert waited > 0.0
         selector.select(0)  # callbacks of what was found run meanwhile
-        assert selector.waited_s == lain
+        assert selector.waited_s == waited
         selector.max_wait_s = 0.0
         selector.select(ENDLESS_S)
         assert selector.waited_s == 0.0
@@ -123,7 +123,7 @@ def test_work_in_a_thread_ends_the_wait():
     assert run_coalescing(main()) == "done"
 
 
-def test_gathering_ends_with_its_block_also_where_that_fails():
+def test_coalescing_ends_with_its_block_even_if_that_raises():
     async def main() -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, CoalescingLoop)
@@ -137,7 +137,7 @@ def test_gathering_ends_with_its_block_also_where_that_fails():
     run_coalescing(main())
 
 
-def test_another_loop_is_left_alone():
+def test_another_event_loop_is_not_affected():
     async def main() -> float:
         with coalescing(ENDLESS_S * 1000.0):
             await asyncio.sleep(0)
@@ -147,7 +147,7 @@ def test_another_loop_is_left_alone():
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "wispprof"])
-def test_a_server_on_it_writes_the_targets_own_text(policy: str):
+def test_a_server_on_it_commits_the_targets_own_text(policy: str):
     prompts = [[n, n + 1, n + 2] for n in range(6)]
     engine = FakeEngine(64, step_ms=lambda shape: 1.0)
 
@@ -168,7 +168,7 @@ def test_a_server_on_it_writes_the_targets_own_text(policy: str):
 
 
 class SlowToRead:
-    """A connection to a server that reads pings late and says so: 10 ms of link, 20 ms unread."""
+    """A connection to a server that reports late reads: 10 ms of link, 20 ms unread."""
 
     def __init__(self) -> None:
         self._down: asyncio.Queue[bytes] = asyncio.Queue()
@@ -190,7 +190,7 @@ class SlowToRead:
     async def close(self) -> None: ...
 
 
-def test_the_link_is_measured_without_the_time_that_a_ping_lay_unread():
+def test_the_round_trip_excludes_the_time_a_ping_waited_unread():
     async def connect() -> SlowToRead:
         return SlowToRead()
 

@@ -152,7 +152,7 @@ GOOD = protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, "", "", "right-
     ("frames", "code", "says"),
     [
         ([b"\x00nonsense"], "frame", "Malformed"),
-        (["text"], "frame", "Text"),
+        (["text"], "frame", "text frame"),
         ([protocol.encode(protocol.Close(1))], "hello", "first frame"),
         ([protocol.encode(protocol.Hello(9, ""))], "hello", "protocol"),
         (

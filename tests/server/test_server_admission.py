@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from wispprof.policies import ScheduledItem
 from wispprof.server import Refused, SessionRequest, VerificationServer
-from wispprof.server.admission import Utilisation
-from wispprof.server.step_time_tracker import OnlineEstimator
-from wispprof.server.step_time_tracker import StepTimeTracker
+from wispprof.server.admission import Utilization
+from wispprof.server.step_time_tracker import OnlineEstimator, StepTimeTracker
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeEngine
 from wispprof.types import BatchShape, Sampling, Slo
@@ -52,26 +51,26 @@ def ask(speed: float = 1.0, length: int = 4, **changes: object) -> SessionReques
     )
 
 
-def utilisation(estimator: OnlineEstimator, promises: list[tuple[float, int]]) -> float:
-    return Utilisation.of(estimator, promises).share
+def utilization(estimator: OnlineEstimator, promises: list[tuple[float, int]]) -> float:
+    return Utilization.of(estimator, promises).share
 
 
-def test_utilisation_is_what_physics_says() -> None:
+def test_utilization_is_what_physics_says() -> None:
     estimator = known(10.0, 1.0)
     # Ten sessions at 10 tokens/s: a step of 10 + 10 ms each 100 ms.
-    assert utilisation(estimator, [(100.0, 50)] * 10) == pytest.approx(0.2, rel=0.06)
+    assert utilization(estimator, [(100.0, 50)] * 10) == pytest.approx(0.2, rel=0.06)
     # A slow session among fast ones costs its own share only.
-    mixed = utilisation(estimator, [(100.0, 50)] * 10 + [(1000.0, 50)])
-    assert mixed - utilisation(estimator, [(100.0, 50)] * 10) == pytest.approx(0.001, rel=0.1)
+    mixed = utilization(estimator, [(100.0, 50)] * 10 + [(1000.0, 50)])
+    assert mixed - utilization(estimator, [(100.0, 50)] * 10) == pytest.approx(0.001, rel=0.1)
 
 
 @given(st.lists(st.tuples(st.floats(1.0, 1e4), st.integers(0, 1000)), min_size=1, max_size=20))
 def test_one_more_promise_never_lightens_the_load(promises) -> None:
     estimator = known()
-    whole = utilisation(estimator, promises)
-    assert whole >= utilisation(estimator, promises[:-1])
+    whole = utilization(estimator, promises)
+    assert whole >= utilization(estimator, promises[:-1])
     *others, (tpot, cached) = promises
-    assert whole == pytest.approx(Utilisation.of(estimator, others).with_one(cached)(tpot))
+    assert whole == pytest.approx(Utilization.of(estimator, others).with_one_more(cached)(tpot))
 
 
 def test_a_speed_that_cannot_be_kept_is_refused_with_one_that_can() -> None:

@@ -147,7 +147,7 @@ async def test_serve_writes_the_log_that_fit_update_reads(folder: Path, tmp_path
         drafter = FakeDrafter(engine.target, 0.5)
         found = await one.generate(0, [1, 2, 3], 200, drafter=drafter)
         assert found == engine.target.generate([1, 2, 3], 200)
-        steps = running.server.clock.steps
+        steps = running.server.step_times.steps
         async with httpx.AsyncClient() as client:
             shown = (await client.get(f"{running.http_url}/metrics")).text
     assert "wispprof:re_profile " in shown
@@ -169,7 +169,7 @@ def test_the_log_survives_a_restart_and_says_where_it_cannot_be(tmp_path: Path) 
     path = tmp_path / "steps.jsonl"
     for ms in (1.5, 2.5):
         log = StepLog(path)
-        log.note(BatchShape.of([(2, 30), (64, 0, 1)]), ms)
+        log.append(BatchShape.of([(2, 30), (64, 0, 1)]), ms)
         log.close()
         log.close()
         assert log.written == 1
@@ -199,11 +199,11 @@ def test_a_full_disk_ends_the_log_and_not_the_loop(
     log = StepLog(tmp_path / "steps.jsonl")
     log._file.close()
     log._file = FullDisk()  # type: ignore[assignment]
-    log.note(BatchShape.uniform(1, 1, 1), 1.0)
+    log.append(BatchShape.uniform(1, 1, 1), 1.0)
     log._thread.join()
-    log.note(BatchShape.uniform(1, 1, 1), 1.0)
+    log.append(BatchShape.uniform(1, 1, 1), 1.0)
     log.close()
-    assert "No space" in log.err
+    assert "No space" in log.error
     assert log.dropped == 1
     assert "No space" in caplog.text
 
@@ -255,10 +255,10 @@ async def test_a_policy_that_raises_costs_its_steps_their_drafts(
         sample.labels["kind"]: sample.value
         for family in text_string_to_metric_families(shown)
         for sample in family.samples
-        if sample.name == "wispprof:policy_faults_total"
+        if sample.name == "wispprof:policy_errors_total"
     }
     assert counted.keys() == {"KeyError", "ZeroDivisionError"}
     assert sum(counted.values()) >= 4
-    said = [r for r in caplog.records if "policy broken failed" in r.getMessage()]
-    assert len(said) == 2
+    logged = [r for r in caplog.records if "policy broken raised" in r.getMessage()]
+    assert len(logged) == 2
     assert engine.sessions == ()

@@ -23,8 +23,7 @@ from wispprof.cli.console import GuardedGroup
 from wispprof.errors import EngineError, WispprofError
 from wispprof.server import VerificationServer, running_server
 from wispprof.server.dashboard import dashboard_table
-from wispprof.server.json_logging import JsonLines, configure_logging
-from wispprof.server.process import bind
+from wispprof.server.process import JsonLines, bind, configure_logging
 from wispprof.settings.fields import declared
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeDrafter, FakeEngine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,7 +42,7 @@ def serve(
     signal ends it at once.
     """
     from wispprof.server import serve as run
-    from wispprof.server.json_logging import configure_logging
+    from wispprof.server.process import configure_logging
 
     for path in (settings.estimator, settings.plan, settings.tls_cert, settings.tls_key):
         if path is not None and not path.exists():
@@ -64,14 +65,15 @@ def serve(
         note(f"loading {settings.target} …")
         run(settings, announce)
         return
-    from wispprof.server import rank_server
+    from wispprof.server.process import launch_ranks, serve_ranks
 
-    if not rank_server.started_by_torchrun():
-        rank_server.launch(settings.tensor_parallel)
+    rank = os.environ.get("RANK")
+    if rank is None:
+        launch_ranks(settings.tensor_parallel)
         return
-    if rank_server.is_rank0():
+    if rank == "0":
         note(f"loading {settings.target} …")
-    rank_server.serve_ranks(settings, announce)
+    serve_ranks(settings, announce)
 
 
 def _serve_replicas(settings: ServerSettings, replicas: int, most: int) -> None:
@@ -110,8 +112,8 @@ def _resolved(server: VerificationServer, settings: ServerSettings, port: int) -
         ("policy", f"{server.policy.name} ({'stream' if server.stream else 'round'} mode)"),
         (
             "estimator",
-            "none given: learnt from this server's own steps"
-            if server.clock.learning
+            "none given: fitted to this server's own steps"
+            if server.step_times.learning
             else str(settings.estimator),
         ),
         ("plan", f"{settings.plan} ({server.plan.hash[:12]})" if server.plan else "none"),

@@ -154,9 +154,7 @@ class Admission:
                 "frame", f"{length} tokens cannot hold {request.generated} generated ones."
             )
         if request.max_new <= request.generated:
-            raise Refused(
-                "frame", "max_new leaves no token to generate.", "Request more tokens."
-            )
+            raise Refused("frame", "max_new leaves no token to generate.", "Request more tokens.")
         remaining = context - length + request.generated
         max_new = min(request.max_new, self._settings.max_new, remaining)
         if max_new <= request.generated:

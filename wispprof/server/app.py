@@ -30,7 +30,6 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _STATUS = {"busy": 429, "slo": 429, "limit": 429, "draining": 503, "internal": 500, "frame": 400}
 
 
-
 def make_app(server: VerificationServer, lifespan: Any = None) -> FastAPI:
     """``/v1/split`` for edges, the OpenAI routes, ``/health``, ``/ready``, ``/metrics`` and ``/steps``.
 

@@ -69,9 +69,7 @@ class CoalescingSelector(selectors.DefaultSelector):
         if self.max_wait_s <= 0.0:
             return super().select(timeout)
         begin = time.monotonic()
-        self._wake_event.wait(
-            self.max_wait_s if timeout is None else min(self.max_wait_s, timeout)
-        )
+        self._wake_event.wait(self.max_wait_s if timeout is None else min(self.max_wait_s, timeout))
         self._wake_event.clear()
         self.waited_s = (time.monotonic() - begin) / 2.0
         return super().select(0)

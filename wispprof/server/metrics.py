@@ -102,16 +102,16 @@ class Metrics:
         )
         self.step_items = histogram("step_items", "Sessions per step.", _ACCEPTED)
         self.ttft = histogram("time_to_first_token_seconds", "Request to first token.", _LATENCY)
-        self.gap = histogram("inter_token_latency_seconds", "Time between commits, per token.", _GAP)
+        self.gap = histogram(
+            "inter_token_latency_seconds", "Time between commits, per token.", _GAP
+        )
         self.queue = histogram("request_queue_time_seconds", "Ready until step start.", _GAP)
         self.e2e = histogram("e2e_request_latency_seconds", "Request to last token.", _LATENCY)
         self.drafted = counter("spec_decode_num_draft_tokens", "Draft tokens received.")
         self.verified = counter("spec_decode_num_verified_tokens", "Draft tokens verified.")
         self.accepted = counter("spec_decode_num_accepted_tokens", "Draft tokens accepted.")
         self.wasted = counter("draft_tokens_wasted", "Draft tokens contradicted or rolled back.")
-        self.cut_drafts = counter(
-            "draft_tokens_cut", "Draft tokens the policy left out of a step."
-        )
+        self.cut_drafts = counter("draft_tokens_cut", "Draft tokens the policy left out of a step.")
         self.dropped = counter("draft_tokens_dropped", "Draft tokens refused on arrival.", "reason")
         self.bad_frames = counter("bad_frames", "Frames refused, by code.", "code")
         self.violations = counter("slo_violations", "Sessions that missed their SLO.", "slo_class")

@@ -64,9 +64,7 @@ class PrefixCache:
         """Add a session that caches exactly ``tokens``; returns the sessions to close instead."""
         if len(tokens) < MIN_REUSE_TOKENS or self._max_sessions < 1:
             return [session]
-        evicted = [
-            name for name, (held, _) in self._entries.items() if tokens[: len(held)] == held
-        ]
+        evicted = [name for name, (held, _) in self._entries.items() if tokens[: len(held)] == held]
         for name in evicted:
             del self._entries[name]
         self._entries[session] = (tokens, now_ms + self._ttl_ms)

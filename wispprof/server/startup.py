@@ -1,4 +1,4 @@
-"""From settings to a server: loads the target, the estimator and the plan."""
+"""Build a server from its settings: load engine, estimator and plan."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def build_server(
     model: ServedModel | None = None,
     **parts: Any,
 ) -> VerificationServer:
-    """A server that is not started yet. ``parts``: ready-made estimator, policy, … for
-    :class:`VerificationServer`; what is not given is loaded as the settings say."""
+    """A server that is not started. ``parts`` for :class:`VerificationServer` (estimator, policy, …)
+    replace what the settings would load."""
     if (engine is None) != (model is None):
         raise ValueError("give both engine and model, or neither")
     if "estimator" not in parts and settings.estimator is not None:
@@ -53,7 +53,7 @@ def build_server(
 
 
 def warn_about_other_machines(settings: ServerSettings) -> list[str]:
-    """A line for each artifact that was made on another machine, or of another estimator, than serves."""
+    """One line per artifact made on another machine, or with another estimator than the server's."""
     from wispprof.artifacts import read_document
     from wispprof.hardware import compute_device_name, machine_mismatch
 
@@ -62,16 +62,16 @@ def warn_about_other_machines(settings: ServerSettings) -> list[str]:
     plan = read_document(settings.plan, "plan") if settings.plan else None
     lines: list[str | None] = []
     if estimator is not None:
-        made_on = estimator.inputs.get("machine", "")
-        lines.append(machine_mismatch(f"The estimator {settings.estimator}", made_on, here))
+        machine = estimator.inputs.get("machine", "")
+        lines.append(machine_mismatch(f"The estimator {settings.estimator}", machine, here))
     if plan is not None:
-        made_on = plan.inputs.get("machine", "")
-        lines.append(machine_mismatch(f"The plan {settings.plan}", made_on, here))
-        made_of = plan.inputs.get("estimator", "")
-        if estimator is not None and made_of and made_of != estimator.hash:
+        machine = plan.inputs.get("machine", "")
+        lines.append(machine_mismatch(f"The plan {settings.plan}", machine, here))
+        planned_with = plan.inputs.get("estimator", "")
+        if estimator is not None and planned_with and planned_with != estimator.hash:
             lines.append(
-                f"The plan {settings.plan} was made with another estimator than {settings.estimator}: "
-                "make it anew with `wispprof plan`."
+                f"The plan {settings.plan} was made with another estimator than {settings.estimator}. "
+                "Make it again with `wispprof plan`."
             )
     return [line for line in lines if line]
 
@@ -85,7 +85,7 @@ def load_engine(settings: ServerSettings) -> LoadedEngine:
 def engine_options(settings: ServerSettings) -> EngineOptions:
     """The settings that an engine is loaded with. Raises :class:`ModelMissing` without a target."""
     if not settings.target:
-        raise ModelMissing("No target model was named.", "Give --target, a folder or a hub id.")
+        raise ModelMissing("No target model given.", "Give --target, a folder or a hub id.")
     return EngineOptions(
         settings.target,
         settings.dtype,
