@@ -1,0 +1,64 @@
+"""The Triton kernels compiled for GPUs that this machine does not have: registers and spills.
+
+Both bound a kernel's occupancy. A change that makes a kernel heavier than the table fails here; a change that
+makes it lighter should lower its row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    not triton.__version__.startswith("3.9."), reason="the bounds are those of Triton 3.9"
+)
+
+BOUNDS = {  # kernel, architecture, query tile: registers a thread, spilled bytes stored, loaded
+    ("split", "sm_80", 16): (96, 0, 0),
+    ("split", "sm_80", 64): (255, 0, 0),
+    ("split", "sm_89", 16): (96, 0, 0),
+    ("split", "sm_89", 64): (255, 16, 16),
+    ("split", "sm_90", 16): (110, 0, 0),
+    ("split", "sm_90", 64): (254, 0, 0),
+    ("split", "sm_100", 16): (107, 0, 0),
+    ("split", "sm_100", 64): (218, 0, 0),
+    ("merge", "sm_80", 0): (32, 0, 0),
+    ("merge", "sm_89", 0): (35, 0, 0),
+    ("merge", "sm_90", 0): (32, 0, 0),
+    ("merge", "sm_100", 0): (32, 0, 0),
+}
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    environment |= {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[str, int]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(("kernel", "arch", "tile"), BOUNDS)
+def test_a_kernel_needs_no_more_registers_and_spills_than_before(
+    figures: dict[str, dict[str, int]], kernel: str, arch: str, tile: int, dtype: str
+) -> None:
+    found = figures[" ".join([kernel, arch, dtype, *([str(tile)] if tile else [])])]
+    registers, stored, loaded = BOUNDS[kernel, arch, tile]
+    assert found["registers"] <= registers
+    assert found["spill_stores"] <= stored
+    assert found["spill_loads"] <= loaded
+
+
+def test_every_compiled_kernel_has_a_bound(figures: dict[str, dict[str, int]]) -> None:
+    assert len(figures) == 2 * len(BOUNDS)
