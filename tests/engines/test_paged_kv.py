@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 
 import numpy as np
 import pytest
@@ -118,13 +117,9 @@ def test_paged_attention_equals_dense_attention(
     dim: int,
     block_size: int,
     attention: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if attention == "triton":
         pytest.importorskip("triton")
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-        # Decides when it is imported whether the interpreter runs it.
-        monkeypatch.delitem(sys.modules, "wispprof.engines.torch.triton_attention", raising=False)
     geometry = KvGeometry(1, heads, kv_heads, dim, 512)
     dense = DenseKvStore(geometry, 0.3, torch.float32, CPU)
     paged = PagedKvStore(geometry, 0.3, torch.float32, CPU, 2000, 8, block_size, "gather")
