@@ -22,7 +22,7 @@ RECORD, PICTURE, README = HERE / "demo.json", HERE / "demo.svg", HERE.parent / "
 # Heading, figure of the record, how it is shown.
 COLUMNS = (
     ("goodput, tok/s", "goodput_tokens_per_s", "{:.0f}"),
-    ("kept their promise", "attainment", "{:.0%}"),
+    ("SLO attainment", "attainment", "{:.0%}"),
     ("all tok/s", "tokens_per_s", "{:.0f}"),
     ("TTFT p50, ms", "ttft_p50_ms", "{:.0f}"),
     ("TPOT p50, ms", "tpot_p50_ms", "{:.1f}"),
@@ -58,23 +58,22 @@ def _seconds(begin: str, end: str) -> float:
 def parts(record: dict[str, Any]) -> dict[str, str]:
     """The generated parts of the README, by name."""
     load = record["load"]
-    promised = ", ".join(f"{speed:.0f}" for speed in load["slo_tokens_per_s"])
+    classes = ", ".join(f"{speed:.0f}" for speed in load["slo_tokens_per_s"])
     head = " | ".join(heading for heading, _, _ in COLUMNS)
     rows = [
         f"| `{policy}` | " + " | ".join(_cell(figures[name], form) for _, name, form in COLUMNS)
         for policy, figures in record["systems"].items()
     ]
     alt = "; ".join(
-        f"{policy} {figures['goodput_tokens_per_s']:.0f} tokens/s, {100 * figures['attainment']:.0f} % kept"
+        f"{policy} {figures['goodput_tokens_per_s']:.0f} tokens/s, {100 * figures['attainment']:.0f} % SLO attainment"
         for policy, figures in record["systems"].items()
     )
     return {
-        "picture": f"![Goodput and promises kept, by serving policy: {alt}](docs/demo.svg)",
+        "picture": f"![Goodput and SLO attainment by serving policy: {alt}](docs/demo.svg)",
         "table": "\n".join(
             [
-                f"What it found on {record['machine']} in {record['seconds']:.0f} s"
-                f" ({record['made']}): {load['devices']} replayed devices over a",
-                f"{load['rtt_ms']:g} ms link, promised {promised} tokens/s in turn.",
+                f"Measured on {record['machine']} in {record['seconds']:.0f} s ({record['made']}): {load['devices']} replayed",
+                f"devices over a {load['rtt_ms']:g} ms link, with SLOs of {classes} tokens/s in turn.",
                 "",
                 f"| policy | {head} |",
                 "|" + "---|" * (len(COLUMNS) + 1),
@@ -102,7 +101,7 @@ def render(text: str, record: dict[str, Any]) -> str:
 
 
 def picture(record: dict[str, Any]) -> str:
-    """Goodput within all tokens/s, and promises kept, by policy: a file that follows the viewer's theme."""
+    """Goodput within all tokens/s, and SLO attainment, by policy: a file that follows the viewer's theme."""
     from wispprof.reporting.figures import PolicyBar, policy_bars
     from wispprof.reporting.theme import standalone
 
@@ -112,7 +111,7 @@ def picture(record: dict[str, Any]) -> str:
         )
         for policy, figures in record["systems"].items()
     ]
-    return standalone(policy_bars(bars, "their promise")) + "\n"
+    return standalone(policy_bars(bars, "their SLO")) + "\n"
 
 
 def main(words: list[str]) -> None:
