@@ -1,4 +1,122 @@
-"""wispprof: profiling, fitting, planning and a light runtime for split speculative LLM serving."""
+"""wispprof: measure, plan and run split speculative LLM serving.
 
-__version__ = "0.1.0"
-__all__ = ["__version__"]
+The Python API, in the order of use (each name is imported when it is first used)::
+
+    profile_server(ServerProfilerSettings(...)) -> ServerProfile      step times of a target
+    profile_edge(EdgeProfilerSettings(...))     -> EdgeProfile        drafting times of a device
+    trace(TraceSettings(...))                   -> AcceptanceTrace    what the target accepts
+    fit(out, server=[...], trace=[...])         -> FitResult          estimator and predictor
+    plan(estimator, edges=[...], traces=[...])  -> Plan               draft lengths, batching, capacity
+    simulate(Scenario(...))                     -> Report             a fleet that does not exist yet
+    running_server(ServerSettings(...)), serve                        a verification server
+    open_edge(EdgeSettings(...)), generate                            a draft client
+
+``examples/`` shows each. Errors are :class:`WispprofError` and its subclasses (:mod:`wispprof.errors`).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from wispprof.errors import WispprofError
+
+if TYPE_CHECKING:
+    from wispprof.artifacts import load_profile, load_trace
+    from wispprof.artifacts.plan import load_plan, save_plan
+    from wispprof.edge.edge_runtime import generate, open_edge
+    from wispprof.engines.loading import load_model
+    from wispprof.fitting import load_estimator, load_predictor
+    from wispprof.fitting.pipeline import fit_files as fit
+    from wispprof.planning.pipeline import plan_files as plan
+    from wispprof.profiling.acceptance_trace import TraceSettings
+    from wispprof.profiling.acceptance_trace import trace_pair as trace
+    from wispprof.profiling.edge_profiler import EdgeProfilerSettings, profile_edge
+    from wispprof.profiling.server_profiler import ServerProfilerSettings, profile_server
+    from wispprof.server.process import running_server, serve
+    from wispprof.settings.edge_settings import EdgeSettings
+    from wispprof.settings.planner_settings import PlanSettings
+    from wispprof.settings.server_settings import ServerSettings
+    from wispprof.simulation import Scenario, ServerModel, simulate, system
+    from wispprof.types import BatchShape, Sampling, Slo
+
+__version__ = "0.2.0"
+
+__all__ = [
+    "BatchShape",
+    "EdgeProfilerSettings",
+    "EdgeSettings",
+    "PlanSettings",
+    "Sampling",
+    "Scenario",
+    "ServerModel",
+    "ServerProfilerSettings",
+    "ServerSettings",
+    "Slo",
+    "TraceSettings",
+    "WispprofError",
+    "__version__",
+    "fit",
+    "generate",
+    "load_estimator",
+    "load_model",
+    "load_plan",
+    "load_predictor",
+    "load_profile",
+    "load_trace",
+    "open_edge",
+    "plan",
+    "profile_edge",
+    "profile_server",
+    "running_server",
+    "save_plan",
+    "serve",
+    "simulate",
+    "system",
+    "trace",
+]
+
+_WHERE = {
+    "BatchShape": "wispprof.types",
+    "EdgeProfilerSettings": "wispprof.profiling.edge_profiler",
+    "EdgeSettings": "wispprof.settings.edge_settings",
+    "PlanSettings": "wispprof.settings.planner_settings",
+    "Sampling": "wispprof.types",
+    "Scenario": "wispprof.simulation",
+    "ServerModel": "wispprof.simulation",
+    "ServerProfilerSettings": "wispprof.profiling.server_profiler",
+    "ServerSettings": "wispprof.settings.server_settings",
+    "Slo": "wispprof.types",
+    "TraceSettings": "wispprof.profiling.acceptance_trace",
+    "fit": "wispprof.fitting.pipeline:fit_files",
+    "generate": "wispprof.edge.edge_runtime",
+    "load_estimator": "wispprof.fitting",
+    "load_model": "wispprof.engines.loading",
+    "load_plan": "wispprof.artifacts.plan",
+    "load_predictor": "wispprof.fitting",
+    "load_profile": "wispprof.artifacts",
+    "load_trace": "wispprof.artifacts",
+    "open_edge": "wispprof.edge.edge_runtime",
+    "plan": "wispprof.planning.pipeline:plan_files",
+    "profile_edge": "wispprof.profiling.edge_profiler",
+    "profile_server": "wispprof.profiling.server_profiler",
+    "running_server": "wispprof.server.process",
+    "save_plan": "wispprof.artifacts.plan",
+    "serve": "wispprof.server.process",
+    "simulate": "wispprof.simulation",
+    "system": "wispprof.simulation",
+    "trace": "wispprof.profiling.acceptance_trace:trace_pair",
+}
+
+
+def __getattr__(name: str) -> Any:
+    where = _WHERE.get(name)
+    if where is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = where.partition(":")
+    made = globals()[name] = getattr(import_module(module), attribute or name)
+    return made
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
