@@ -48,14 +48,19 @@ def table() -> str:
         for number, layer in enumerate(layers(), start=1)
         for name in layer
     ]
-    return "\n".join(["| layer | package | what it holds | torch, network |", "|---|---|---|---|", *rows])
+    return "\n".join(
+        ["| layer | package | what it holds | torch, network |", "|---|---|---|---|", *rows]
+    )
 
 
 def render() -> str:
     """The page with its table as the contracts say."""
     text = PAGE.read_text("utf-8")
     made, found = re.subn(
-        re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: f"{BEGIN}\n{table()}\n{END}", text, flags=re.S
+        re.escape(BEGIN) + ".*?" + re.escape(END),
+        lambda _: f"{BEGIN}\n{table()}\n{END}",
+        text,
+        flags=re.S,
     )
     if found != 1:
         raise SystemExit(f"error: {PAGE} has no part for the packages.")
