@@ -31,14 +31,14 @@ def bench(
     system: Annotated[
         list[str],
         typer.Option(help="How edges draft: wispprof, wisp, sled, server-only, …; repeatable."),
-    ] = ["wispprof"],  # noqa: B006
+    ] = ["wispprof"],
     device: Annotated[
         list[str],
         typer.Option(
             help="Kind of device: fast, medium, slow, the ms of a draft step, or an edge profile (a file, "
             "or a shipped one such as rpi-5); repeatable, for a mixed fleet."
         ),
-    ] = ["medium"],  # noqa: B006
+    ] = ["medium"],
     k: Annotated[
         int | None, typer.Option(min=0, help="Draft length of a fixed controller.")
     ] = None,

@@ -103,7 +103,7 @@ def _plain(value: Any) -> Any:
 
 
 def table(title: str, *columns: str, caption: str | None = None) -> Table:
-    """An empty table. A column named ``>name`` is right-aligned (numbers)."""
+    """An empty table. A column ``>name`` is right-aligned (numbers); ``a|b`` are two columns."""
     from rich import box
     from rich.table import Table
 
@@ -116,7 +116,7 @@ def table(title: str, *columns: str, caption: str | None = None) -> Table:
         caption_justify="left",
         header_style="bold",
     )
-    for column in columns:
+    for column in "|".join(columns).split("|"):
         made.add_column(
             column.removeprefix(">"), justify="right" if column.startswith(">") else "left"
         )

@@ -26,51 +26,37 @@ def register(app: typer.Typer) -> None:
 
 def fit(
     server: Annotated[
-        list[Path] | None,
-        typer.Option("--server", help="Server profile (.jsonl). May be given more than once."),
+        list[Path] | None, typer.Option(help="Server profile (.jsonl); repeatable.")
     ] = None,
-    trace: Annotated[
-        list[Path] | None,
-        typer.Option("--trace", help="Acceptance trace. May be given more than once."),
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for artifacts and cards.")] = Path(
-        "fit"
-    ),
+    trace: Annotated[list[Path] | None, typer.Option(help="Acceptance trace; repeatable.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for artifacts and model cards.")] = Path("fit"),
     estimator: Annotated[
         str,
-        typer.Option(
-            "--estimator",
-            help="wisp-linear, staircase, forest, wispprof, or auto: by held-out error.",
-        ),
+        typer.Option(help="wisp-linear, staircase, forest, wispprof, or auto: by held-out error."),
     ] = "auto",
     predictor: Annotated[
         str,
-        typer.Option(
-            "--predictor",
-            help="threshold, margin-logistic, wisp-mlp, lightgbm, or auto: by log loss.",
-        ),
+        typer.Option(help="threshold, margin-logistic, wisp-mlp, lightgbm, or auto: by log loss."),
     ] = "auto",
     coverage: Annotated[
-        float, typer.Option("--coverage", min=0.5, max=0.999, help="Coverage of the upper bound.")
+        float, typer.Option(min=0.5, max=0.999, help="Coverage of the upper bound.")
     ] = 0.95,
     evaluate: Annotated[
         bool,
         typer.Option(
             "--evaluate",
-            help="Also score all estimators with whole blocks of shapes held out, with plots, and replay "
-            "whole rounds under every predictor (minutes).",
+            help="Also score all estimators on held-out blocks of shapes, with plots, and replay rounds "
+            "under every predictor (minutes).",
         ),
     ] = False,
     splits: Annotated[
-        int, typer.Option("--splits", min=1, help="Random splits that test the bound's coverage.")
+        int, typer.Option(min=1, help="Random splits that test the bound's coverage.")
     ] = 20,
     update: Annotated[
         Path | None,
-        typer.Option(
-            "--update", help="Recalibrate the estimator in --out on this step log of a server."
-        ),
+        typer.Option(help="Step log of a server; recalibrates the estimator in --out on it."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of every split.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of every split.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Fit a step-time estimator and a rejection predictor, and score them."""
@@ -129,11 +115,11 @@ def fit(
         note(f"wrote {file}")
 
 
-COLUMNS = (">n", ">MAPE", ">median", ">p90", ">p99", ">bias", ">cover", ">bound")
+_SCORES = ">n|>MAPE|>median|>p90|>p99|>bias|>cover|>bound"
 
 
 def _wide(title: str, *columns: str, caption: str | None = None) -> Table:
-    """A table of many narrow columns that still fits 80 characters."""
+    """A table of many narrow columns that fits 80 characters."""
     shown = table(title, *columns, caption=caption)
     shown.padding = (0, 1, 0, 0)
     shown.pad_edge = False
@@ -146,49 +132,45 @@ def _show_evaluation(found: Evaluation) -> None:
     noise = found.noise["median"]
     for inside, what in ((True, "inside"), (False, "outside")):
         errors = _wide(
-            f"Blocks of shapes held out, {what} the box of those left (percent; noise {noise:.2f})",
-            "held out by",
-            "estimator",
-            *COLUMNS,
-            caption="cover: samples under the bound at 95 %. bound: bound ÷ median.\noracle: knows another "
-            "measurement of each shape, and the quantile of its own samples.",
+            f"Blocks of shapes held out, {what} the range of the others (percent; noise {noise:.2f})",
+            "held out by|estimator",
+            _SCORES,
+            caption="cover: samples below the 95 % bound. bound: bound ÷ median.\noracle: predicts each shape by "
+            "another measurement of it, and bounds it by the quantile of its samples.",
         )
         for row in (r for r in found.groups if r["in_domain"] == inside):
             errors.add_row(row["scheme"], row["estimator"], *_figures(row))
         if inside and found.repeat_error is not None:
-            oracle = {
-                **found.repeat_error,
-                "shapes": "",
-                "coverage": 0.95,
-                "sharpness": found.noise_floor[0.95],
-            }
+            ideal = found.noise_floor[0.95]
+            oracle = {**found.repeat_error, "shapes": "", "coverage": 0.95, "sharpness": ideal}
             errors.add_row("", "oracle", *_figures(oracle))
         output().print(errors)
-    regimes = _wide("The same by regime, inside (percent)", "regime", "estimator", *COLUMNS)
+    regimes = _wide("By regime, inside the range (percent)", "regime", "estimator", _SCORES)
     for row in sorted(found.regimes, key=lambda r: r["regime"]):
         regimes.add_row(row["regime"], row["estimator"], *_figures(row))
     output().print(regimes)
     bounds = table(
         "Coverage of the bound over random splits of shapes",
-        "estimator",
-        ">asked",
-        ">found",
-        ">worst split",
-        ">bound ÷ median",
-        caption="oracle: knows the quantile of each shape's own steps.\nat pace: and how slow the machine is "
-        "at every step.",
+        "estimator|>wanted|>found|>worst split|>bound ÷ median",
+        caption="oracle: the quantile of each shape's own steps.\nspeed-corrected: with the machine's speed at "
+        "every step known.",
     )
     for row in found.splits:
         figures = [f"{100 * row[k]:.1f} %" for k in ("level", "coverage", "worst_split")]
         bounds.add_row(row["estimator"], *figures, f"{row['sharpness']:.3f}")
-    for name, floor in (("oracle", found.noise_floor), ("at pace", found.speed_corrected_floor)):
+    for name, floor in (
+        ("oracle", found.noise_floor),
+        ("speed-corrected", found.speed_corrected_floor),
+    ):
         for level, ratio in floor.items():
-            asked = f"{100 * level:.1f} %"
-            bounds.add_row(name, asked, asked, "", f"{ratio:.3f}")
+            percent = f"{100 * level:.1f} %"
+            bounds.add_row(name, percent, percent, "", f"{ratio:.3f}")
     output().print(bounds)
     sizes = sorted({row["shapes"] for row in found.learning})
     learning = table(
-        "Held-out MAPE by shapes learnt from (percent)", "estimator", *(f">{s}" for s in sizes)
+        "Held-out MAPE by number of training shapes (percent)",
+        "estimator",
+        *(f">{s}" for s in sizes),
     )
     for kind in dict.fromkeys(row["estimator"] for row in found.learning):
         points = {r["shapes"]: r["mape"] for r in found.learning if r["estimator"] == kind}
@@ -198,17 +180,10 @@ def _show_evaluation(found: Evaluation) -> None:
 
 def _show_replay(summary: list[dict[str, Any]]) -> None:
     shown = _wide(
-        "Whole rounds replayed on held-out prompts (wasted: drafting ms a token)",
-        "device",
-        ">RTT",
-        "rule",
-        ">value",
-        ">tokens/s",
-        ">wasted",
-        ">drafted",
-        ">kept",
-        caption="↑ tuned for most tokens/s, ↓ for least waste while no slower than the best fixed k; both "
-        "on other prompts.\nDevice: ms a drafted token.",
+        "Rounds replayed on held-out prompts (wasted: drafting ms per token)",
+        "device|>RTT|rule|>value|>tokens/s|>wasted|>drafted|>accepted",
+        caption="↑ tuned for most tokens/s, ↓ for least waste at the speed of the best fixed k, both on other "
+        "prompts.\nDevice: ms per draft token.",
     )
     for cell in summary:
         for name in ("fixed", "fastest", "frugal", "clairvoyant"):
@@ -238,14 +213,8 @@ def _figures(row: dict[str, Any]) -> list[str]:
 
 def _show_estimator(estimator: FittedEstimator) -> None:
     shown = table(
-        "Verification-time estimators, whole shapes held out (percent)",
-        "estimator",
-        ">MAPE",
-        ">median",
-        ">p90",
-        ">p99",
-        ">bias",
-        "never falls",
+        "Step-time estimators, scored on held-out shapes (percent)",
+        "estimator|>MAPE|>median|>p90|>p99|>bias|monotone",
     )
     report = estimator.report
     for name, row in sorted(report["held_out"].items(), key=lambda item: item[1]["mape"]):
@@ -258,12 +227,8 @@ def _show_estimator(estimator: FittedEstimator) -> None:
 
 def _show_predictor(predictor: FittedPredictor) -> None:
     shown = table(
-        "Rejection predictors, on held-out prompts",
-        "predictor",
-        ">AUC",
-        ">false acceptance at 80 % recall",
-        ">ECE",
-        ">log loss",
+        "Rejection predictors, scored on held-out prompts",
+        "predictor|>AUC|>false acceptance at 80 % recall|>ECE|>log loss",
     )
     report = predictor.report
     for name, row in report["held_out"].items():

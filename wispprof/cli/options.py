@@ -22,12 +22,14 @@ import typer
 
 from wispprof.settings.fields import Declared, Settings, declared, nested
 
-__all__ = ["JsonFlag", "OutputFile", "with_settings"]
+__all__ = ["Jobs", "JsonFlag", "OutputFile", "with_settings"]
 
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
 ]
 """The ``--json`` option: ``def command(as_json: JsonFlag = False)``."""
+
+Jobs = Annotated[int | None, typer.Option(min=1, help="Processes; default: one per core.")]
 
 OutputFile = Annotated[Path, typer.Option("--out", "-o", help="File to write.")]
 

@@ -195,14 +195,7 @@ def _show_drafts(plan: Plan, device: str, mode: str) -> None:
     powered = any(row.energy_j_per_token for row in rows)
     shown = table(
         f"{device}: draft length ({mode})",
-        ">RTT",
-        ">load",
-        ">SLO",
-        ">k",
-        ">stop",
-        ">ahead",
-        ">speed",
-        ">k = 0",
+        ">RTT|>load|>SLO|>k|>stop|>ahead|>speed|>k = 0",
         *([">$/M"] if priced else []),
         *([">J/tok"] if powered else []),
         "met",
@@ -239,15 +232,7 @@ def _show_choices(plan: Plan, machine: str, mode: str) -> None:
         return
     shown = table(
         f"{machine}: which draft, by {plan.objective} ({mode})",
-        ">RTT",
-        ">load",
-        ">SLO",
-        "draft",
-        ">k",
-        ">speed",
-        ">$/M",
-        ">J/tok",
-        "met",
+        ">RTT|>load|>SLO|draft|>k|>speed|>$/M|>J/tok|met",
         caption=f"`plan explain {machine}/RTT/LOAD/SLO` lists all choices on the Pareto front.",
     )
     for row in rows:
@@ -268,12 +253,7 @@ def _show_choices(plan: Plan, machine: str, mode: str) -> None:
 def _show_capacity(plan: Plan, device: str, mode: str) -> None:
     shown = table(
         f"{device}: capacity ({mode})",
-        ">RTT ms",
-        ">SLO",
-        ">server-only",
-        ">split",
-        ">k",
-        "bound by",
+        ">RTT ms|>SLO|>server-only|>split|>k|bound by",
     )
     for row in plan.capacity:
         if row.device == device and row.mode == mode:
@@ -291,12 +271,7 @@ def _show_capacity(plan: Plan, device: str, mode: str) -> None:
         return
     shown = table(
         f"{device}: capacity of class mixes ({mode})",
-        ">RTT ms",
-        "mix",
-        ">server-only",
-        ">split",
-        "k of each",
-        "bound by",
+        ">RTT ms|mix|>server-only|>split|k of each|bound by",
     )
     for many in mixes:
         shown.add_row(
@@ -313,14 +288,7 @@ def _show_capacity(plan: Plan, device: str, mode: str) -> None:
 def _show_batches(plan: Plan) -> None:
     shown = table(
         "Batching",
-        ">SLO",
-        ">load",
-        ">sessions",
-        ">token budget",
-        ">max items",
-        ">prefill",
-        ">p50 ms",
-        ">bound ms",
+        ">SLO|>load|>sessions|>token budget|>max items|>prefill|>p50 ms|>bound ms",
     )
     for row in plan.batch:
         shown.add_row(

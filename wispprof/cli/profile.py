@@ -128,11 +128,7 @@ def diff(
         f"{len(found.changed)} of {len(found.rows)} shapes changed beyond noise "
         f"(median ratio of all {found.median_ratio:.3f}, of the sentinel "
         f"{found.sentinel_ratio:.3f}, divided out {found.slowdown:.3f})",
-        "shape",
-        ">before ms",
-        ">after ms",
-        ">ratio",
-        ">p",
+        "shape|>before ms|>after ms|>ratio|>p",
     )
     for row in sorted(found.changed, key=lambda row: -abs(row.ratio - 1)):
         mark = " *" if row.doubtful else ""

@@ -167,8 +167,7 @@ def trace(
     cum_acceptance = taken.cum_acceptance_by_position().tolist()
     shown = table(
         f"Drafts of {taken.draft} accepted by {taken.target}",
-        "position",
-        ">cumulative acceptance",
+        "position|>cumulative acceptance",
     )
     for position, share in enumerate(cum_acceptance, start=1):
         shown.add_row(str(position), f"{share:.3f}")
@@ -227,8 +226,7 @@ def _announce(plan: SweepPlan, as_json: bool) -> None:
 
     shown = table(
         f"{len(plan.workloads)} workloads, about {format_duration(plan.expected_s)} (by {plan.basis})",
-        "kind",
-        "workload",
+        "kind|workload",
     )
     for workload in plan.workloads:
         shown.add_row(workload.kind, workload.key)

@@ -1,4 +1,4 @@
-"""``wispprof report`` and ``reproduce``: a run's HTML report, and published results beside simulated ones."""
+"""``wispprof report`` and ``reproduce``: a run's HTML report; published results beside simulated ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wispprof.cli.console import result, table, tracker, warn
-from wispprof.cli.options import JsonFlag
+from wispprof.cli.options import Jobs, JsonFlag
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,7 +32,7 @@ def report(
         "out/demo"
     ),
     out: Annotated[
-        Path | None, typer.Option(help="File to write (default: report.html in the folder).")
+        Path | None, typer.Option(help="File to write; default: report.html in the folder.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -53,9 +53,7 @@ def report(
 
 def reproduce(
     paper: Annotated[str, typer.Argument(help="wisp, specedge or configspec.")],
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, help="Processes (default: one a core).")
-    ] = None,
+    jobs: Jobs = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Compare a paper's published results with the simulator's."""
@@ -65,9 +63,7 @@ def reproduce(
 
     make = PAPERS.get(paper)
     if make is None:
-        raise PlanError(
-            f"There is no published table named {paper!r}.", f"Choose of {', '.join(PAPERS)}."
-        )
+        raise PlanError(f"There is no paper {paper!r}.", f"Choose one of {', '.join(PAPERS)}.")
     with workers(jobs) as executor, tracker(f"reproduce {paper}") as report:
         found = make(executor, lambda done, word: report(done, status=word))
     result(_document(found), shown(found), as_json)
@@ -92,15 +88,14 @@ def _document(found: ReproducedTable) -> Mapping[str, Any]:
 
 
 def shown(found: ReproducedTable) -> RenderableType:
-    """One column a setup, by letter, so that a terminal of 80 columns holds them all; below, what each is."""
+    """A table with one lettered column per setup, which fits 80 characters, and its legend."""
     from rich.console import Group
     from rich.table import Table as Grid
 
     letters = dict(zip(found.assumptions, "ABCDEFGHIJ", strict=False))
     rows = table(
         f"{found.title} ({found.citation})",
-        "figure",
-        ">paper",
+        "figure|>paper",
         *(f">{letter}" for letter in letters.values()),
         f"within {found.within:.0%}",
     )
@@ -125,13 +120,13 @@ def shown(found: ReproducedTable) -> RenderableType:
         rows.add_row(f"[bold]{group}[/bold]")
         for figure in figures:
             row(f"  {_parts(figure.name)[1]}", figure)
-    said = Grid.grid(padding=(0, 1))
+    legend = Grid.grid(padding=(0, 1))
     for name, why in found.assumptions.items():
-        said.add_row(letters[name], f"[bold]{name}[/bold]: {why}")
+        legend.add_row(letters[name], f"[bold]{name}[/bold]: {why}")
     return Group(
         rows,
-        said,
-        f"\nwithin {found.within:.0%}: the setups that come that near to the paper, or the nearest.",
+        legend,
+        f"\nwithin {found.within:.0%}: the setups that differ from the paper by no more, or the nearest.",
     )
 
 
@@ -143,6 +138,6 @@ def _number(value: float) -> str:
 
 
 def _parts(name: str) -> tuple[str, str]:
-    """A figure's name as what it is about and which of those it is."""
+    """A figure's name as group and label."""
     group, _, label = name.rpartition(": " if ": " in name else ", ")
     return group, label

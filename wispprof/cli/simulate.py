@@ -1,4 +1,4 @@
-"""``wispprof simulate``: fleets that do not exist yet."""
+"""``wispprof simulate``: simulated fleets, compared or searched for their capacity."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wispprof.cli.console import note, result, table, tracker
-from wispprof.cli.options import JsonFlag
+from wispprof.cli.options import Jobs, JsonFlag, with_settings
+from wispprof.settings.planner_settings import PlanSettings
+from wispprof.settings.shared_settings import LinkModel
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,12 +27,13 @@ def register(app: typer.Typer) -> None:
     app.command("simulate")(simulate)
 
 
+@with_settings
 def simulate(
+    link: LinkModel,
     devices: Annotated[int, typer.Option(min=1, help="Devices of a closed fleet.")] = 40,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option("--policy", help="System to simulate; may be repeated (default: wispprof)."),
-    ] = None,
+    policy: Annotated[list[str], typer.Option(help="System to simulate; repeatable.")] = [
+        "wispprof"
+    ],
     compare: Annotated[bool, typer.Option("--compare", help="Simulate all systems.")] = False,
     capacity: Annotated[
         bool,
@@ -38,40 +41,30 @@ def simulate(
     ] = False,
     violations: Annotated[
         float, typer.Option(min=0.0, max=0.99, help="Share of sessions that may miss their SLO.")
-    ] = 0.05,
+    ] = PlanSettings().violations,
     slo: Annotated[
-        list[float] | None,
-        typer.Option("--slo", help="Tokens/s promised; repeated for equal shares (default: 4)."),
-    ] = None,
-    ttft: Annotated[
-        float | None, typer.Option("--ttft", help="Milliseconds to the first token promised.")
-    ] = None,
-    rtt: Annotated[float, typer.Option(min=0.0, help="Link round trip, ms.")] = 30.0,
-    jitter: Annotated[float, typer.Option(min=0.0, help="Mean extra delay each way, ms.")] = 0.0,
-    loss: Annotated[
-        float, typer.Option(min=0.0, max=0.9, help="Chance that a frame is sent again.")
-    ] = 0.0,
+        list[float],
+        typer.Option(help="SLO: token speed (tokens/s); repeatable, for equal shares."),
+    ] = [4.0],
+    ttft: Annotated[float | None, typer.Option(help="SLO: time to the first token (ms).")] = None,
     server: Annotated[
-        str | None,
-        typer.Option("--server", help="Estimator file, or preset a100-32b or h200-32b."),
+        str | None, typer.Option(help="Estimator file, or the preset a100-32b or h200-32b.")
     ] = None,
     kv_tokens: Annotated[
-        int | None, typer.Option("--kv-tokens", min=1, help="KV cache of the server, tokens.")
+        int | None, typer.Option(min=1, help="Size of the server's KV cache (tokens).")
     ] = None,
-    edge: Annotated[Path | None, typer.Option("--edge", help="Edge profile.")] = None,
+    edge: Annotated[Path | None, typer.Option(help="Edge profile.")] = None,
     draft_speed: Annotated[
-        float, typer.Option("--draft-speed", min=0.01, help="Draft tokens/s without a profile.")
+        float, typer.Option(min=0.01, help="Drafting speed without a profile (tokens/s).")
     ] = 60.0,
-    trace: Annotated[Path | None, typer.Option("--trace", help="Acceptance trace.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Acceptance trace.")] = None,
     predictor: Annotated[
-        Path | None, typer.Option("--predictor", help="Rejection predictor for the trace.")
+        Path | None, typer.Option(help="Rejection predictor for the trace.")
     ] = None,
     acceptance: Annotated[
         float, typer.Option(min=0.01, max=0.99, help="Mean acceptance without a trace.")
     ] = 0.75,
-    plan: Annotated[
-        Path | None, typer.Option("--plan", help="Plan whose rows wispprof's edges obey.")
-    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan that the edges of wispprof obey.")] = None,
     arrivals: Annotated[
         str,
         typer.Option(
@@ -79,34 +72,31 @@ def simulate(
         ),
     ] = "closed",
     per_s: Annotated[
-        float, typer.Option("--per-s", min=0.0, help="Requests a second of poisson and bursts.")
+        float, typer.Option(min=0.0, help="Request rate of poisson and bursts (requests/s).")
     ] = 1.0,
     speed: Annotated[
-        float, typer.Option(min=0.001, help="Plays a request trace this many times as fast.")
+        float, typer.Option(min=0.001, help="Factor by which a request trace plays faster.")
     ] = 1.0,
     think: Annotated[
-        float, typer.Option(min=0.0, help="Mean pause between a device's requests, ms.")
+        float, typer.Option(min=0.0, help="Mean pause between a device's requests (ms).")
     ] = 0.0,
-    prompt: Annotated[int, typer.Option(min=1, help="Median prompt tokens.")] = 512,
-    output: Annotated[int, typer.Option(min=2, help="Median output tokens.")] = 128,
+    prompt: Annotated[int, typer.Option(min=1, help="Median prompt length (tokens).")] = 512,
+    output: Annotated[int, typer.Option(min=2, help="Median output length (tokens).")] = 128,
     spread: Annotated[float, typer.Option(min=0.0, help="Log-normal sigma of both lengths.")] = 0.3,
-    seconds: Annotated[float, typer.Option(min=1.0, help="Simulated seconds.")] = 120.0,
+    seconds: Annotated[float, typer.Option(min=1.0, help="Simulated time (s).")] = 120.0,
     warmup: Annotated[
-        float, typer.Option(min=0.0, help="Seconds at the beginning not counted.")
+        float, typer.Option(min=0.0, help="Time at the beginning that is not counted (s).")
     ] = 20.0,
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal runs.")] = 0,
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, help="Processes (default: one a core).")
-    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed; equal seeds give equal runs.")] = 0,
+    jobs: Jobs = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="With --capacity: keep the curves here, for `report` to draw."),
+        typer.Option(help="With --capacity: file for the curves, which `wispprof report` draws."),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Simulate a fleet of edges on one server under several policies."""
     from wispprof.errors import PlanError
-    from wispprof.settings.shared_settings import LinkModel
     from wispprof.simulation.arrivals import Lengths
     from wispprof.simulation.scenario import Scenario
     from wispprof.simulation.scenario_inputs import load_of, read_inputs, slo_mix, with_plan
@@ -115,9 +105,9 @@ def simulate(
     if warmup >= seconds:
         raise typer.BadParameter("--warmup must be shorter than --seconds.")
     if capacity and arrivals != "closed":
-        raise PlanError("A capacity is a number of devices.", "Leave --arrivals at closed.")
+        raise PlanError("--capacity needs a closed fleet.", "Omit --arrivals.")
     if out is not None and not capacity:
-        raise PlanError("--out keeps the curves of --capacity.", "For other figures: --json.")
+        raise PlanError("--out writes the curves of --capacity.", "Add --capacity, or use --json.")
     inputs = read_inputs(
         server=server,
         edge=edge,
@@ -139,7 +129,7 @@ def simulate(
         per_s=per_s,
         speed=speed,
     )
-    names = list(SYSTEMS) if compare else policy or ["wispprof"]
+    names = list(SYSTEMS) if compare else policy
     scenarios = [
         Scenario(
             with_plan(system(name), plan, inputs.device.name),
@@ -147,8 +137,8 @@ def simulate(
             load,
             inputs.acceptance,
             devices=((inputs.device, 1.0),),
-            links=((LinkModel(rtt, jitter, loss), 1.0),),
-            slos=slo_mix(slo or [4.0], ttft),
+            links=((link, 1.0),),
+            slos=slo_mix(slo, ttft),
             seconds=seconds,
             warmup_s=warmup,
             seed=seed,
@@ -158,12 +148,12 @@ def simulate(
     run = _capacities if capacity else _runs
     document, shown = run(scenarios, violations, jobs)
     if out is not None:
-        promised = ", ".join(f"{speed:g}" for speed in slo or [4.0])
-        words = (
-            f"Promise of {promised} tokens/s, round trip {rtt:g} ms, prompts of {prompt} and answers of "
+        speeds = ", ".join(f"{speed:g}" for speed in slo)
+        description = (
+            f"SLO of {speeds} tokens/s, round trip {link.rtt_ms:g} ms, prompts of {prompt} and outputs of "
             f"{output} tokens (medians), {seconds:g} s each; {'; '.join(inputs.notes) or 'no files'}."
         )
-        _keep(out, document, violations, words)
+        _write_curves(out, document, violations, description)
     document["inputs"] = list(inputs.notes)
     result(document, shown, as_json)
 
@@ -191,12 +181,7 @@ def _capacities(
     wide = jobs or os.cpu_count() or 1
     shown = table(
         f"Capacity within {violations:.0%} violations",
-        "system",
-        ">devices",
-        ">attainment",
-        ">goodput",
-        ">step ms",
-        ">runs",
+        "system|>devices|>SLO met|>goodput|>step ms|>runs",
     )
     found = []
     with workers(wide) as executor, tracker("capacity") as report:
@@ -232,8 +217,8 @@ def _capacities(
     return {"capacities": found}, shown
 
 
-def _keep(out: Path, document: Mapping[str, Any], violations: float, load: str) -> None:
-    """The curves of a capacity search as an artifact that ``report`` draws."""
+def _write_curves(out: Path, document: Mapping[str, Any], violations: float, load: str) -> None:
+    """Write the curves of a capacity search as an artifact that ``wispprof report`` draws."""
     from wispprof.artifacts import write_document
     from wispprof.reporting import CAPACITY_KIND
 
@@ -242,7 +227,7 @@ def _keep(out: Path, document: Mapping[str, Any], violations: float, load: str) 
             "system": c["system"],
             "devices": c["devices"],
             "bounded": c["bounded"],
-            # Fleets of which no session could be judged have no share.
+            # A fleet in which no session was counted has no share.
             "probes": [[n, None if math.isnan(share) else share] for n, share in c["probes"]],
         }
         for c in document["capacities"]
@@ -260,20 +245,11 @@ def _summary(report: Report) -> dict[str, Any]:
 def _report_table(reports: list[Report]) -> Table:
     shown = table(
         "Simulated fleet",
-        "system",
-        ">SLO\nkept",
-        ">good-\nput",
-        ">TTFT\np50",
-        ">\np95",
-        ">TPOT\np50",
-        ">\np95",
-        ">\nstep",
-        ">ac-\ncepted",
-        ">\nwasted",
-        caption="goodput: tokens/s of sessions that kept their SLO; TTFT and TPOT at the device and the "
-        "server's mean step in ms; accepted: drafts a round; wasted: share of drafting time.",
+        "system|>SLO\nmet|>good-\nput|>TTFT\np50|>\np95|>TPOT\np50|>\np95|>\nstep|>ac-\ncepted|>\nwasted",
+        caption="goodput: tokens/s of sessions that met their SLO; TTFT, TPOT (at the device) and mean step "
+        "in ms; accepted: drafts per round; wasted: share of drafting time.",
     )
-    # Whole names and ten columns within 80 characters.
+    # Ten columns within 80 characters.
     shown.padding = 0
     shown.columns[0].no_wrap = True
     for r in reports:
