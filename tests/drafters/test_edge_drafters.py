@@ -102,12 +102,12 @@ def test_lookup_cannot_draft_without_a_match() -> None:
     drafter = LookupDrafter()
     drafter.open([1, 2, 3, 4], Sampling())
     assert not drafter.can_draft
-    assert drafter.odds() == 0.0
+    assert drafter.confidence() == 0.0
     assert drafter.draft().features.confidence == pytest.approx(0.01)
 
 
-def test_lookup_learns_its_odds() -> None:
-    def odds(right: bool) -> float:
+def test_lookup_learns_its_confidence() -> None:
+    def confidence(right: bool) -> float:
         drafter = LookupDrafter(longest=2, shortest=2)
         drafter.open([1, 2, 3, 4] * 2, Sampling())
         for _ in range(20):
@@ -117,10 +117,10 @@ def test_lookup_learns_its_odds() -> None:
             drafter.extend([] if right else [token])
             if right:
                 drafter.extend([])
-        return drafter.odds()
+        return drafter.confidence()
 
-    assert odds(True) > 0.8
-    assert odds(False) < 0.2
+    assert confidence(True) > 0.8
+    assert confidence(False) < 0.2
 
 
 @settings(max_examples=60, deadline=None)
@@ -144,8 +144,8 @@ def test_lookup_after_any_history_equals_a_fresh_one(seed: int) -> None:
             text += more
         fresh = LookupDrafter(longest=3, shortest=1)
         fresh.open(text, Sampling())
-        assert drafter._places.keys() >= fresh._places.keys()
-        assert {k: v for k, v in drafter._places.items() if v} == fresh._places
+        assert drafter._followers.keys() >= fresh._followers.keys()
+        assert {k: v for k, v in drafter._followers.items() if v} == fresh._followers
         assert drafter.length == len(text)
 
 
@@ -179,7 +179,9 @@ class Counting(Drafter):
 def test_lookup_first_keeps_the_model_in_step(seed: int) -> None:
     rng = random.Random(seed)
     model = Counting()
-    drafter = LookupFirst(LookupDrafter(longest=2, shortest=1, prior=(1.5, 1.0)), model, least=0.5)
+    drafter = LookupFirst(
+        LookupDrafter(longest=2, shortest=1, prior=(1.5, 1.0)), model, min_confidence=0.5
+    )
     text = [rng.randrange(3) for _ in range(6)]
     drafter.open(text, Sampling())
     for _ in range(40):
@@ -194,7 +196,7 @@ def test_lookup_first_keeps_the_model_in_step(seed: int) -> None:
             drafter.extend([rng.choice([0, 1, 99])])
             text.append(drafter._lookup._tokens[-1])
         assert drafter.length == len(text)
-        assert model.tokens + drafter._behind == text
+        assert model.tokens + drafter._unread == text
 
 
 # --- workers --------------------------------------------------------------------------------------

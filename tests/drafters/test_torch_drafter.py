@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from wispprof.drafters.torch_drafter import TorchDrafter, features_numpy, features_torch
+from wispprof.drafters.model_drafter import features_numpy, features_torch
+from wispprof.drafters.torch_drafter import TorchDrafter
 from wispprof.engines.loading import LoadedModel, random_model
 from wispprof.errors import EngineError
 from wispprof.sampling.sampler import sample_tokens

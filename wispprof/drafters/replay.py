@@ -1,9 +1,7 @@
-"""A replayed drafter: proposes what the real draft model proposed, from an acceptance trace.
+"""Replay an acceptance trace: propose what the recorded draft model proposed.
 
-It holds no model and takes no time; :class:`~wispprof.edge.draft_worker.TimedWorker` makes it cost
-what a device would. Text that the trace does not cover cannot be drafted: a session must start from a
-prompt of the trace, and the target must follow the recorded path (any other text raises
-:class:`ProfileError`, because then target and trace do not belong together).
+It runs no model and takes no time; :class:`~wispprof.edge.draft_worker.TimedWorker` makes it as slow as a device.
+A session must start from a prompt of the trace, and the target must follow the recorded path.
 """
 
 from __future__ import annotations
@@ -18,12 +16,12 @@ __all__ = ["ReplayDrafter"]
 
 
 class ReplayDrafter(Drafter):
-    """Drafts along one trace path (:class:`~wispprof.types.Drafter`).
+    """Drafts along one path of a trace.
 
-    Row ``i`` of the trace holds the draft's proposals given the true path up to ``i``. While the drafts
-    held equal the path, the next proposal is the first of the row further on. A proposal past the first
-    wrong draft can never be committed: there the row that left the path goes on, and beyond its depth
-    its last proposal stands in.
+    Row ``i`` of the trace holds the proposals of the draft model given the path up to ``i``. While the tokens held
+    equal the path, the next proposal is the first of the next row. Behind a wrong token, the row that
+    proposed it continues; beyond its depth its last proposal repeats.
+    Raises :class:`ProfileError` for text that the trace does not contain.
     """
 
     def __init__(self, trace: AcceptanceTrace | Sequence[TracePath]) -> None:
@@ -43,7 +41,7 @@ class ReplayDrafter(Drafter):
         return self._path is not None and len(self._held) < len(self._path.path)
 
     def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
-        """Start from a prompt of the trace, or from a prompt and a part of its path."""
+        """Start from a prompt of the trace, with or without tokens of its path."""
         sequence = tuple(tokens)
         for size in {len(prompt) for prompt in self._by_prompt}:
             path = self._by_prompt.get(sequence[:size])
@@ -58,16 +56,17 @@ class ReplayDrafter(Drafter):
         self.extend(sequence[len(path.prompt) :])
 
     def draft(self) -> DraftToken:
-        path, held = self._the_path(), self._held
+        path, held = self._opened(), self._held
         position = len(held)
         if position >= len(path.path):
-            raise ProfileError("The trace path ends here.", "Ask for fewer tokens than it holds.")
+            raise ProfileError(
+                f"The trace path ends after {len(path.path)} tokens.", "Ask for fewer tokens."
+            )
         right = self._right_length()
         if right == position:
-            # On the true path every row that covers this position proposes the same token.
             row, depth = position, 0
         else:
-            # Past a wrong token: the row at whose proposal the drafts left the path.
+            # The row that proposed the wrong token.
             row = right
             depth = min(position - right, path.depth - 1)
         token = int(path.drafts[row, depth])
@@ -76,14 +75,14 @@ class ReplayDrafter(Drafter):
         return DraftToken(token, features)
 
     def rollback(self, length: int) -> None:
-        keep = length - len(self._the_path().prompt)
+        keep = length - len(self._opened().prompt)
         if not 0 <= keep <= len(self._held):
             raise ValueError(f"cannot roll back {self.length} tokens to {length}")
         del self._held[keep:]
         self._row = min(self._row, keep)
 
     def extend(self, tokens: Sequence[int]) -> None:
-        path = self._the_path()
+        path = self._opened()
         first = len(self._held)
         expected = path.path[first : first + len(tokens)]
         if tuple(tokens[: len(expected)]) != expected:
@@ -93,14 +92,14 @@ class ReplayDrafter(Drafter):
             )
         self._held.extend(tokens)
 
-    def _the_path(self) -> TracePath:
+    def _opened(self) -> TracePath:
         if self._path is None:
             raise ProfileError("The replay drafter was not opened.", "Call open() first.")
         return self._path
 
     def _right_length(self) -> int:
-        """Length of the held tokens' prefix that equals the path; remembered between drafts."""
-        path, held = self._the_path().path, self._held
+        """Number of leading tokens held that equal the path; cached between drafts."""
+        path, held = self._opened().path, self._held
         while self._row < len(held) and held[self._row] == path[self._row]:
             self._row += 1
         return self._row

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wispprof.drafters.torch_drafter import features_torch
+from wispprof.drafters.model_drafter import features_torch
 from wispprof.engines.loading import LoadedModel
 from wispprof.engines.torch.decoder import Decoder, decoder_for
 from wispprof.engines.torch.kv_store import Attend, causal_mask, grouped_attention
