@@ -358,7 +358,7 @@ def test_draft_kv_equals_a_fresh_prefill_after_hit_miss_and_partial_accept() -> 
                 ours, theirs = drafter.cached_kv(), fresh.cached_kv()
                 assert ours.shape == theirs.shape
                 assert torch.allclose(ours, theirs, atol=1e-4)
-                path.drop(path.committed_len)
+                path = DraftBuffer(path.committed)
         assert seen == {(True, False), (False, True)}
 
     asyncio.run(main())
