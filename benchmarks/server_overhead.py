@@ -4,7 +4,7 @@ Physics: a draft frame is decoded, merged, planned, handed to the engine's threa
 encoded. With an engine that takes no time, a round trip over loopback minus a bare ping-pong over the same
 socket is exactly that. Rounds and pings are interleaved, so a busy machine moves both.
 
-The decision is timed over ledgers with a round waiting each: building the views and asking the policy.
+The decision is timed over states with a round waiting each: building the views and asking the policy.
 
     python benchmarks/server_overhead.py [--rounds 400]
 
@@ -27,9 +27,9 @@ from websockets.asyncio.client import connect
 from wispprof import protocol
 from wispprof.policies import Limits, ScheduledItem, make_batch_policy
 from wispprof.server import run_coalescing, running_server
-from wispprof.server.step_time_tracker import OnlineEstimator
 from wispprof.sessions.session_state import SessionState
 from wispprof.settings.server_settings import ServerSettings
+from wispprof.simulation.step_costs import LinearCost
 from wispprof.testing.fake_engine import FakeEngine
 from wispprof.types import Slo, VerifyResult
 
@@ -64,12 +64,11 @@ async def overhead_ms(rounds: int) -> tuple[float, float]:
 
 def decision_ms(policy_name: str, sessions: int, repeats: int = 15) -> tuple[float, float]:
     """(median views, median plan) in ms over so many sessions with a round waiting."""
-    estimator = OnlineEstimator()
-    estimator.weights = (10.0, 0.2, 0.0, 0.0005)
+    estimator = LinearCost(10.0, 0.2, 0.0005)
     policy = make_batch_policy(policy_name)
-    ledgers = []
+    states = []
     for number in range(sessions):
-        ledger = SessionState(
+        state = SessionState(
             f"s{number}",
             [1, 2, 3],
             slo=Slo(4.0),
@@ -78,17 +77,17 @@ def decision_ms(policy_name: str, sessions: int, repeats: int = 15) -> tuple[flo
             now_ms=0.0,
             stream=policy.stream,
         )
-        ledger.feed(ScheduledItem(ledger.session, prefill=3), 0.0)
-        ledger.apply(VerifyResult(ledger.session, 0, (4,)), 1.0)
+        state.feed(ScheduledItem(state.session, prefill=3), 0.0)
+        state.apply(VerifyResult(state.session, 0, (4,)), 1.0)
         odds = [0.9 - 0.01 * (number % 9)] * 4
-        ledger.merge(0, 4, [5, 6, 7, 8], odds, 2.0, 50.0 + number % 100, 10.0)
-        ledgers.append(ledger)
+        state.merge(0, 4, [5, 6, 7, 8], odds, 2.0, 50.0 + number % 100, 10.0)
+        states.append(state)
     limits = Limits(64, 512, 128, 1 << 20)
     views_ms, plan_ms = [], []
     for repeat in range(repeats):
         now = 3.0 + repeat
         begin = time.perf_counter()
-        views = [ledger.view(now) for ledger in ledgers]
+        views = [state.view(now) for state in states]
         between = time.perf_counter()
         policy.plan(now, views, estimator, limits)
         plan_ms.append((time.perf_counter() - between) * 1000)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from wispprof.policies import ScheduledItem
 from wispprof.server import Refused, SessionRequest, VerificationServer
 from wispprof.server.admission import Utilization
-from wispprof.server.step_time_tracker import OnlineEstimator, StepTimeTracker
+from wispprof.server.step_time_tracker import OnlineFit, StepTimeTracker
 from wispprof.settings.server_settings import ServerSettings
+from wispprof.simulation.step_costs import LinearCost
 from wispprof.testing.fake_engine import FakeEngine
 from wispprof.types import BatchShape, Sampling, Slo
 
@@ -26,12 +27,9 @@ class Listener:
     def failed(self, *_: object) -> None: ...
 
 
-def known(step: float = 10.0, new: float = 1.0) -> OnlineEstimator:
+def known(step: float = 10.0, new: float = 1.0) -> LinearCost:
     """A step of ``step`` + ``new`` per token, exactly."""
-    estimator = OnlineEstimator()
-    estimator.weights = (step, new, 0.0, 0.0)
-    estimator.bound_ratio = 1.2
-    return estimator
+    return LinearCost(step, new, bound_ratio=1.2)
 
 
 def server(**changes: object) -> VerificationServer:
@@ -51,7 +49,7 @@ def ask(speed: float = 1.0, length: int = 4, **changes: object) -> SessionReques
     )
 
 
-def utilization(estimator: OnlineEstimator, promises: list[tuple[float, int]]) -> float:
+def utilization(estimator: LinearCost, promises: list[tuple[float, int]]) -> float:
     return Utilization.of(estimator, promises).share
 
 
@@ -167,10 +165,11 @@ def test_a_learning_clock_finds_the_physics() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 500)), min_size=1, max_size=10))
 def test_learnt_predictions_never_fall_when_work_is_added(items) -> None:
-    estimator = OnlineEstimator()
+    fit = OnlineFit()
     dice = random.Random(1)
     for _ in range(40):
-        estimator.observe(BatchShape.uniform(dice.randrange(1, 5), 2, 10), dice.uniform(1.0, 9.0))
+        fit.observe(BatchShape.uniform(dice.randrange(1, 5), 2, 10), dice.uniform(1.0, 9.0))
+    estimator = fit.estimator
     batch = estimator.start()
     assert batch.p50_ms == batch.bound_ms == 0.0
     for new, cached in items:

@@ -1,4 +1,4 @@
-"""The self-calibrating estimator answers alike one by one and over arrays."""
+"""The online fit gives the same predictions one by one and over arrays."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 
 from wispprof.policies.cost_model import price_batches
-from wispprof.server.step_time_tracker import OnlineEstimator
+from wispprof.server.step_time_tracker import OnlineFit
 from wispprof.types import BatchShape
 
 
 def test_arrays_agree_with_single_additions() -> None:
-    estimator = OnlineEstimator()
-    estimator.weights, estimator.bound_ratio = (12.0, 0.3, 2e-6, 4e-5), 1.2
+    fit = OnlineFit()
+    for n, c in ((1, 16), (8, 16), (4, 300), (16, 700), (2, 100), (64, 0)):
+        fit.observe(BatchShape.uniform(2, n, c), 12.0 + 0.3 * n + 4e-5 * c + 2e-6 * n * c)
+    fit.fit()
+    estimator = fit.estimator
     new, cached = np.array([1, 5, 64]), np.array([700, 30, 0])
     batch = estimator.start().add(3, 400)
     alone = [batch.add(int(n), int(c)) for n, c in zip(new, cached, strict=True)]

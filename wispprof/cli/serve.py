@@ -94,7 +94,7 @@ def _serve_replicas(settings: ServerSettings, replicas: int, most: int) -> None:
         )
 
     note(f"starting {replicas} replicas of {settings.target} …")
-    serve_replicas(settings, replicas, announce, most=most)
+    serve_replicas(settings, replicas, announce, max_replicas=most)
 
 
 def _bundled_target() -> str:

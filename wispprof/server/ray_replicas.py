@@ -1,9 +1,7 @@
-"""How many replicas: by the load level that the estimator gives them, not by how many connections they hold.
+"""Several servers behind one address, by Ray Serve, scaled by load level.
 
-A connection says little: an edge may hold one for hours and ask for nothing, or run eight sessions over
-it. The load level says how much the sessions now decoding stretch a step, which is what a promise feels.
-
-The deployment: one verification server per replica, its doors as the replica's ASGI application.
+The number of connections says little: one edge may hold a connection and ask for nothing, another runs
+eight sessions over one. The load level states by how much the decoding sessions slow a step down.
 """
 
 from __future__ import annotations
@@ -29,15 +27,21 @@ __all__ = [
     "target_replicas",
 ]
 
+NAME = "wispprof"
+
 METRIC = "load_level"
-"""What a replica records of itself, 0 … 4."""
+"""What a replica records for the autoscaler, 0 … 4."""
+
+_MAX_CONNECTIONS = 10_000
+
+log = logging.getLogger("wispprof.server")
 
 
 def target_replicas(levels: Sequence[float], current: int, low: float, high: float) -> int:
-    """Replicas for these load levels, before the deployment's own limits.
+    """Number of replicas for these load levels, before the deployment's limits.
 
-    Above ``high`` on average one more for every ``high`` levels there are too many; below ``low`` one
-    fewer, if those that stay would not be above ``high`` then. Between the two nothing changes.
+    A mean above ``high`` adds one replica per ``high`` levels in excess. A mean below ``low`` removes
+    one, unless the mean of the others would then exceed ``high``.
     """
     if not levels:
         return current
@@ -51,29 +55,17 @@ def target_replicas(levels: Sequence[float], current: int, low: float, high: flo
 
 
 class LoadLevelPolicy:
-    """Ray Serve's autoscaling policy of a deployment whose replicas record :data:`METRIC`.
-
-    Serve calls it with its context, holds the answer against the deployment's limits, and waits its own
-    delays before it acts.
-    """
+    """Ray Serve autoscaling policy for replicas that record :data:`METRIC`."""
 
     def __init__(self, low: float = 0.5, high: float = 2.0) -> None:
         if not 0 <= low < high < LOAD_LEVELS:
-            raise ValueError(f"0 <= low < high < {LOAD_LEVELS} is needed, got {low} and {high}")
+            raise ValueError(f"need 0 <= low < high < {LOAD_LEVELS}, got {low} and {high}")
         self.low, self.high = low, high
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
         recorded: Mapping[Any, float] = (context.aggregated_metrics or {}).get(METRIC, {})
         current = int(context.target_num_replicas)
         return target_replicas(list(recorded.values()), current, self.low, self.high), {}
-
-
-NAME = "wispprof"
-
-_MAX_CONNECTIONS = 10_000
-_MOST_REPLICAS_FACTOR = 4
-
-log = logging.getLogger("wispprof.server")
 
 
 def _ray() -> tuple[Any, Any]:
@@ -92,21 +84,20 @@ def deployment(
     settings: ServerSettings,
     replicas: int,
     *,
-    most: int = 0,
+    max_replicas: int = 0,
     build: Callable[[ServerSettings], Any] | None = None,
     cpus: float = 1.0,
     gpus: float = 0.0,
 ) -> Any:
-    """A Ray Serve application of ``replicas`` servers, scaled up to ``most`` by load level (0: fixed).
+    """A Ray Serve application of ``replicas`` servers, up to ``max_replicas`` by load level (0: fixed).
 
-    ``build`` makes a replica's :class:`~wispprof.server.verification_server.VerificationServer`, not started;
-    by default the settings' own. ``cpus`` and ``gpus`` are what Ray reserves for each.
-
-    Raises :class:`RuntimeFault` where Ray Serve is not installed.
+    ``build`` makes a replica's server, not started; default:
+    :func:`~wispprof.server.startup.build_server`. ``cpus`` and ``gpus``: what Ray reserves for each.
+    Raises :class:`RuntimeFault` if Ray Serve is not installed.
     """
     _, serve = _ray()
 
-    # The class is made here so that Ray need not be there to import this module.
+    # Defined here so that this module imports without Ray.
     class Replica:
         def __init__(self) -> None:
             from wispprof.server.startup import build_server
@@ -121,7 +112,7 @@ def deployment(
         @contextlib.asynccontextmanager
         async def _life(self, _: Any) -> AsyncIterator[None]:
             await self.server.start()
-            metrics = _metrics_of(self.server, settings, int(_rank(serve)))
+            metrics = _serve_metrics(self.server, settings, int(_rank(serve)))
             try:
                 yield
             finally:
@@ -135,18 +126,13 @@ def deployment(
 
         def check_health(self) -> None:
             if not self.server.ready:
-                raise RuntimeError("the step loop has ended")
+                raise RuntimeError("the engine loop has ended")
 
-    scaled: dict[str, Any] = {"num_replicas": replicas}
-    if most > replicas:
+    scaling: dict[str, Any] = {"num_replicas": replicas}
+    if max_replicas > replicas:
+        limits = {"min_replicas": replicas, "max_replicas": max_replicas}
         policy = {"policy_function": LoadLevelPolicy}
-        scaled = {
-            "autoscaling_config": {
-                "min_replicas": replicas,
-                "max_replicas": most,
-                "policy": policy,
-            }
-        }
+        scaling = {"autoscaling_config": {**limits, "policy": policy}}
     made = serve.deployment(
         name=NAME,
         max_ongoing_requests=_MAX_CONNECTIONS,
@@ -154,7 +140,7 @@ def deployment(
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2.0,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
-        **scaled,
+        **scaling,
     )
     return made(serve.ingress()(Replica)).bind()
 
@@ -164,36 +150,38 @@ def serve_replicas(
     replicas: int,
     announce: Callable[[], None],
     *,
-    most: int = 0,
+    max_replicas: int = 0,
     build: Callable[[ServerSettings], Any] | None = None,
 ) -> None:
     """Deploy, and serve until SIGTERM or Ctrl-C. Blocks.
 
-    Joins the Ray cluster that ``RAY_ADDRESS`` names, or starts one on this machine. ``announce`` is called
-    once when requests are taken. Raises :class:`RuntimeFault` without Ray, or where Ray cannot deploy.
+    Joins the Ray cluster that ``RAY_ADDRESS`` names, or starts one on this machine. ``announce`` is
+    called once requests are admitted. Raises :class:`RuntimeFault` if Ray is missing or cannot deploy.
     """
     ray, serve = _ray()
     started = not ray.is_initialized()
     if started:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
-    over = threading.Event()
+    stop = threading.Event()
     previous = {
-        one: signal.signal(one, lambda *_: over.set()) for one in (signal.SIGINT, signal.SIGTERM)
+        one: signal.signal(one, lambda *_: stop.set()) for one in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         serve.start(http_options=_http(settings))
-        app = deployment(settings, replicas, most=most, build=build, gpus=_gpus(settings))
+        app = deployment(
+            settings, replicas, max_replicas=max_replicas, build=build, gpus=_gpus(settings)
+        )
         try:
             serve.run(app, name=NAME, route_prefix="/")
         except RuntimeError as err:
             reason = str(err).strip().splitlines()[-1]
             raise RuntimeFault(
                 f"Ray Serve could not start {replicas} replicas: {reason}",
-                "See `ray status` for what the cluster has free, and the replicas' logs.",
+                "See `ray status` for free resources, and the replicas' logs.",
             ) from err
         announce()
-        over.wait()
-        log.info("shutting down: replicas finish, edges resume elsewhere")
+        stop.wait()
+        log.info("shutting down: replicas finish, edges resume on other servers")
     finally:
         for one, handler in previous.items():
             signal.signal(one, handler)
@@ -224,8 +212,8 @@ def _rank(serve: Any) -> int:
     return int(getattr(rank, "rank", rank) or 0)
 
 
-def _metrics_of(server: Any, settings: ServerSettings, rank: int) -> Any:
-    """A replica's own /metrics, at the port after the server's by its rank: the proxy has only one."""
+def _serve_metrics(server: Any, settings: ServerSettings, rank: int) -> Any:
+    """Serve a replica's own /metrics, on the server's port + 1 + rank: the proxy has only one."""
     from prometheus_client import start_http_server
 
     port = settings.port + 1 + rank

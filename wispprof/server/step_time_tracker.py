@@ -8,16 +8,15 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import numpy as np
 
 from wispprof.fitting import FittedEstimator
 from wispprof.fitting.drift import Cell, DriftMonitor, DriftSettings, DriftStatus
-from wispprof.types import BatchCost, BatchShape, BatchTotals, StepTimeEstimator
+from wispprof.simulation.step_costs import LinearCost
+from wispprof.types import BatchShape, StepTimeEstimator
 
-__all__ = ["OnlineEstimator", "StepTimeTracker", "warmup_shapes"]
+__all__ = ["OnlineFit", "StepTimeTracker", "warmup_shapes"]
 
 log = logging.getLogger("wispprof.server")
 
@@ -28,72 +27,19 @@ _REPORT_EVERY_STEPS = 128
 _MIN_CORRECTION = 0.005
 """Smaller corrections leave the estimator unchanged, so that policies keep what they cached of it."""
 
-_Weights: TypeAlias = tuple[float, float, float, float]
 
+class OnlineFit:
+    """WISP's linear form, fitted to the last steps of this server.
 
-@dataclass(frozen=True, slots=True)
-class _LinearBatch(BatchCost):
-    """Totals of a batch, priced by weights per step, new token, query-key pair and cached token."""
-
-    weights: _Weights
-    bound_ratio: float
-    items: int = 0
-    new: int = 0
-    pairs: int = 0
-    cached: int = 0
-
-    @property
-    def p50_ms(self) -> float:
-        if not self.items:
-            return 0.0
-        step, per_new, per_pair, per_cached = self.weights
-        return step + per_new * self.new + per_pair * self.pairs + per_cached * self.cached
-
-    @property
-    def bound_ms(self) -> float:
-        return self.p50_ms * self.bound_ratio
-
-    def add(self, new: int, cached: int, prefill: bool = False) -> _LinearBatch:
-        return _LinearBatch(
-            self.weights,
-            self.bound_ratio,
-            self.items + 1,
-            self.new + new,
-            self.pairs + new * cached + new * (new + 1) // 2,
-            self.cached + cached,
-        )
-
-    def add_many(
-        self, new: np.ndarray, cached: np.ndarray, prefill: np.ndarray | bool = False
-    ) -> tuple[np.ndarray, np.ndarray]:
-        step, per_new, per_pair, per_cached = self.weights
-        p50 = step + per_new * (self.new + new) + per_cached * (self.cached + cached)
-        p50 = p50 + per_pair * (self.pairs + new * cached + new * (new + 1) / 2)
-        return p50, p50 * self.bound_ratio
-
-
-class OnlineEstimator(StepTimeEstimator):
-    """WISP's linear form, fitted to the last steps of this server. All weights are ≥ 0, so predictions
-    never fall if work is added. The bound is the median times the 95 % quantile of actual / predicted.
+    All weights are ≥ 0, so predictions never fall if work is added. The bound is the median times the
+    95 % quantile of actual / predicted.
     """
 
-    coverage = _COVERAGE
-
     def __init__(self, window: int = 512, refit_every: int = 32) -> None:
-        self.weights: _Weights = (1.0, 0.05, 0.0, 0.0)
-        self.bound_ratio = 1.5
+        self.estimator = LinearCost(1.0, 0.05, bound_ratio=1.5)
         self._rows: deque[tuple[float, float, float, float, float]] = deque(maxlen=window)
         self._steps_since_fit = 0
         self._refit_every = refit_every
-
-    def start(self) -> _LinearBatch:
-        return _LinearBatch(self.weights, self.bound_ratio)
-
-    def predict_totals(self, totals: BatchTotals[Any]) -> tuple[np.ndarray, np.ndarray]:
-        step, per_new, per_pair, per_cached = self.weights
-        p50 = step + per_new * totals.sum_new + per_pair * totals.attention_pairs
-        p50 = (p50 + per_cached * totals.sum_cached) * (totals.items > 0)
-        return p50, p50 * self.bound_ratio
 
     def observe(self, shape: BatchShape, actual_ms: float) -> None:
         """Add a step; refits early, then after every ``refit_every`` steps."""
@@ -114,16 +60,18 @@ class OnlineEstimator(StepTimeEstimator):
         features, times = rows[:, :4], rows[:, 4]
         design = features / times[:, None]
         scale = np.maximum(design.max(axis=0), 1e-300)
-        try:
-            weights = nnls(design / scale, np.ones(len(rows)), maxiter=100)[0] / scale
-        except RuntimeError:
-            return  # Nearly collinear steps: keep the last weights.
+        # A ridge too small to matter keeps collinear steps solvable.
+        ridge = np.sqrt(1e-9 * len(rows)) * np.eye(4)
+        target = np.concatenate([np.ones(len(rows)), np.zeros(4)])
+        weights = nnls(np.vstack([design / scale, ridge]), target)[0] / scale
         ratios = times / np.maximum(features @ weights, 1e-3)
         # Least squares lands above the median on skewed noise; policies need the median.
         centre = float(np.median(ratios))
-        step, per_new, per_pair, per_cached = (float(w) * centre for w in weights)
-        self.weights = (step, per_new, per_pair, per_cached)
-        self.bound_ratio = max(1.0, float(np.quantile(ratios, _COVERAGE)) / centre)
+        step_ms, new_ms, pair_ms, kv_ms = (float(w) * centre for w in weights)
+        ratio = max(1.0, float(np.quantile(ratios, _COVERAGE)) / centre)
+        self.estimator = LinearCost(
+            step_ms, new_ms, kv_ms, pair_ms, bound_ratio=ratio, covers=_COVERAGE
+        )
 
 
 def warmup_shapes(prefill_chunk: int) -> list[tuple[int, int, int]]:
@@ -144,9 +92,8 @@ class StepTimeTracker:
         window: int = 128,
         drift: DriftSettings | None = None,
     ) -> None:
-        online = OnlineEstimator()
-        self._online = online if fitted is None else None
-        self._estimator: StepTimeEstimator = online if fitted is None else fitted
+        self._online = OnlineFit() if fitted is None else None
+        self._fitted = fitted
         self._monitor = (
             DriftMonitor(fitted, drift or DriftSettings())
             if isinstance(fitted, FittedEstimator)
@@ -168,7 +115,10 @@ class StepTimeTracker:
     @property
     def estimator(self) -> StepTimeEstimator:
         """The estimator to use now, corrections included."""
-        return self._estimator
+        if self._online is not None:
+            return self._online.estimator
+        assert self._fitted is not None
+        return self._fitted
 
     @property
     def cycle_ratio(self) -> float:
@@ -221,14 +171,14 @@ class StepTimeTracker:
             self._online.fit()
 
     def _correct(self, monitor: DriftMonitor) -> None:
-        corrected, current = monitor.corrected(), self._estimator
+        corrected, current = monitor.corrected(), self._fitted
         assert isinstance(current, FittedEstimator)
         change = max(
             abs(corrected.p50_scale / current.p50_scale - 1.0),
             abs(corrected.bound_scale / current.bound_scale - 1.0),
         )
         if change > _MIN_CORRECTION:
-            self._estimator = corrected
+            self._fitted = corrected
             self.corrections += 1
         status = monitor.status()
         if not status.re_profile:
