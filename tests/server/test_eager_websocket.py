@@ -1,4 +1,4 @@
-"""The server reads small frames without touching its connection, and stops where they are left lying."""
+"""The server reads small frames without pausing their connection, and pauses it if they pile up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from wispprof.server.coalescing_loop import MAX_UNREAD_MESSAGES, EagerWebSocket
 
 
 class Transport:
-    """Counts what is asked of it; like asyncio's, it takes a second pause or resume for none."""
+    """Counts changes; like asyncio's transport it ignores a repeated pause or resume."""
 
     def __init__(self) -> None:
         self.reading = True
@@ -41,14 +41,14 @@ def arrive(reader: EagerWebSocket, frames: int) -> None:
         reader.send_receive_event_to_app()
 
 
-async def test_frames_taken_at_once_cost_the_connection_nothing(reader: EagerWebSocket) -> None:
+async def test_frames_read_at_once_do_not_pause_the_connection(reader: EagerWebSocket) -> None:
     for _ in range(100):
         arrive(reader, 2)
         assert [(await reader.receive())["bytes"] for _ in range(2)] == [b"\0", b"\1"]
     assert reader.transport.changes == 0
 
 
-async def test_a_backlog_stops_reading_until_it_is_worked_off(reader: EagerWebSocket) -> None:
+async def test_a_backlog_pauses_reading_until_it_is_read(reader: EagerWebSocket) -> None:
     arrive(reader, MAX_UNREAD_MESSAGES)
     assert not reader.transport.reading
     for left in reversed(range(MAX_UNREAD_MESSAGES)):
@@ -56,7 +56,7 @@ async def test_a_backlog_stops_reading_until_it_is_worked_off(reader: EagerWebSo
         assert reader.transport.reading is (left == 0)
 
 
-async def test_after_a_close_reading_goes_on_for_the_peers_reply(reader: EagerWebSocket) -> None:
+async def test_after_a_close_reading_continues_for_the_peers_reply(reader: EagerWebSocket) -> None:
     arrive(reader, MAX_UNREAD_MESSAGES - 1)
     reader.close_sent = True
     arrive(reader, 5)

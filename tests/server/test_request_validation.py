@@ -1,4 +1,4 @@
-"""What the server says to those who get something wrong, and that nobody else notices."""
+"""Invalid requests get a clear answer, and no other session notices."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def test_hello_must_match(changes: dict[str, Any], says: str) -> None:
     assert refused.value.hint
 
 
-def test_empty_target_and_tokenizer_take_what_there_is() -> None:
+def test_empty_target_and_tokenizer_accept_any() -> None:
     check_hello(hello(tokenizer="", target="", key=""), MODEL, [])
 
 
-def test_keys_are_compared_whole() -> None:
+def test_whole_keys_are_compared() -> None:
     assert check_key("b", ["a", "b"])
     assert check_key("anything", [])
     assert not check_key("", ["a"])
@@ -91,13 +91,13 @@ def test_drafts_no_correct_edge_sends(changes: dict[str, Any]) -> None:
         {"seed": 1 << 63},
     ],
 )
-def test_openings_that_mean_nothing(changes: dict[str, Any]) -> None:
+def test_invalid_openings(changes: dict[str, Any]) -> None:
     data = protocol.encode(protocol.Open(0, [1, 2], 10, **changes))
     with pytest.raises(ProtocolError):
         session_request(cast(protocol.Open, protocol.decode_edge(data)))
 
 
-def test_settings_refuse_an_open_door(tmp_path: Any) -> None:
+def test_settings_refuse_an_open_port_without_a_key(tmp_path: Any) -> None:
     with pytest.raises(WispprofError, match="without an API key"):
         ServerSettings(host="0.0.0.0")
     ServerSettings(host="0.0.0.0", api_keys=("k" * 16,))
@@ -129,10 +129,10 @@ async def running() -> AsyncIterator[RunningServer]:
         await one.server.check_integrity()
 
 
-async def talk(
+async def exchange(
     running: RunningServer, *frames: bytes | str
 ) -> tuple[list[protocol.ServerFrame], int]:
-    """Send raw frames on a fresh connection; what came back until it closed, and the close code."""
+    """Send raw frames on a new connection; the frames received until it closed, and the close code."""
     answers: list[protocol.ServerFrame] = []
     async with connect(running.split_url, compression=None, max_size=None) as socket:
         try:
@@ -171,7 +171,7 @@ async def test_a_bad_frame_costs_its_sender_the_connection(
     async with edge(running.split_url, key="right-right-right") as bystander:
         prompt, drafter = [1, 2, 3], FakeDrafter(FakeEngine(64).target)
         innocent = asyncio.create_task(bystander.generate(0, prompt, 60, drafter=drafter))
-        answers, closed = await talk(running, *frames)
+        answers, closed = await exchange(running, *frames)
         problem = answers[-1]
         assert isinstance(problem, protocol.Problem)
         assert (problem.session, problem.code) == (-1, code)
@@ -180,8 +180,8 @@ async def test_a_bad_frame_costs_its_sender_the_connection(
         assert await innocent == FakeEngine(64).target.generate(prompt, 60)
 
 
-async def test_a_huge_frame_is_cut_off(running: RunningServer) -> None:
-    _, closed = await talk(running, GOOD, bytes(protocol.MAX_FRAME_BYTES * 2))
+async def test_a_huge_frame_closes_the_connection(running: RunningServer) -> None:
+    _, closed = await exchange(running, GOOD, bytes(protocol.MAX_FRAME_BYTES * 2))
     assert closed == 1009
 
 
@@ -216,7 +216,7 @@ async def test_a_bad_request_costs_only_itself(running: RunningServer) -> None:
         assert (problem.session, problem.code) == (6, "frame")
         await one.send(protocol.Close(6))
         assert await one.generate(0, [3], 5) == FakeEngine(64).target.generate([3], 5)
-        # Late frames of a session that has ended are nobody's fault.
+        # Late frames of a session that has ended are not errors.
         one.stray.clear()
         await one.send(protocol.Draft(0, 0, 9, [1], bytes(1), 1.0, 1.0))
         await one.send(protocol.Ping(3, b"", 10))
@@ -225,14 +225,14 @@ async def test_a_bad_request_costs_only_itself(running: RunningServer) -> None:
         assert one.stray == [protocol.Pong(3, bytes(10))]
 
 
-async def test_too_many_faults_end_the_connection(running: RunningServer) -> None:
+async def test_too_many_problems_end_the_connection(running: RunningServer) -> None:
     bad = protocol.encode(protocol.Draft(1, 0, 0, [], b"", 0.0, 0.0))
-    answers, closed = await talk(running, GOOD, *[bad] * 80)
+    answers, closed = await exchange(running, GOOD, *[bad] * 80)
     assert closed == 1008
     assert "Too many" in answers[-1].message  # type: ignore[union-attr]
 
 
-async def test_opening_anew_replaces_and_resumes(running: RunningServer) -> None:
+async def test_reopening_replaces_and_resumes(running: RunningServer) -> None:
     target = FakeEngine(64).target
     prompt = list(range(20))
     wanted = target.generate(prompt, 30, Sampling(0.5, seed=3))

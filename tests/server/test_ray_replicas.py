@@ -1,4 +1,4 @@
-"""Replicas: how many the load level asks for; and, where Ray is installed, sessions that outlive theirs."""
+"""Replicas: their number by load level; and, if Ray is installed, sessions that survive a lost replica."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ levels = st.lists(st.floats(0, 4), min_size=1, max_size=8)
 
 
 @given(levels)
-def test_more_load_never_asks_for_fewer(recorded: list[float]) -> None:
+def test_more_load_never_means_fewer_replicas(recorded: list[float]) -> None:
     now = len(recorded)
     less = target_replicas(recorded, now, 0.5, 2.0)
     more = target_replicas([min(4.0, level + 0.7) for level in recorded], now, 0.5, 2.0)
@@ -34,7 +34,7 @@ def test_more_load_never_asks_for_fewer(recorded: list[float]) -> None:
 
 
 @given(levels)
-def test_those_that_stay_can_bear_what_one_leaves(recorded: list[float]) -> None:
+def test_the_remaining_replicas_can_take_the_load(recorded: list[float]) -> None:
     now = len(recorded)
     wanted = target_replicas(recorded, now, 0.5, 2.0)
     if wanted < now:
@@ -55,7 +55,7 @@ def test_those_that_stay_can_bear_what_one_leaves(recorded: list[float]) -> None
         ([], 3),
     ],
 )
-def test_how_many(recorded: list[float], wanted: int) -> None:
+def test_target_replicas(recorded: list[float], wanted: int) -> None:
     assert target_replicas(recorded, len(recorded) or 3, 0.5, 2.0) == wanted
 
 
@@ -70,7 +70,7 @@ def test_the_policy_reads_what_replicas_record() -> None:
 
 
 @pytest.mark.skipif(HAVE_RAY, reason="Ray is installed")
-def test_without_ray_one_line_says_what_to_install() -> None:
+def test_without_ray_the_error_names_the_package() -> None:
     with pytest.raises(RuntimeFault, match=r"wispprof\[ray\]"):
         deployment(ServerSettings(target="t"), 2)
 
@@ -98,7 +98,7 @@ def hash_server(settings: ServerSettings) -> Any:
 @pytest.mark.skipif(not HAVE_RAY, reason="needs wispprof[ray]")
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore")
-def test_a_session_outlives_its_replica(tmp_path: Path) -> None:
+def test_a_session_survives_its_replica(tmp_path: Path) -> None:
     import ray
     from ray import cloudpickle, serve
 

@@ -1,4 +1,4 @@
-"""Public clients against the local API of an edge, with a server of the hash target behind it."""
+"""Public clients against an edge's local API, with a server of the hash target behind it."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ async def test_chat_with_stop_strings_seed_and_max_tokens() -> None:
         )
         chunks = [chunk async for chunk in stream]
         assert chunks[0].choices[0].delta.role == "assistant"
-        said = "".join(c.choices[0].delta.content or "" for c in chunks)
-        assert said == expected[: expected.index(stop)]
+        text = "".join(c.choices[0].delta.content or "" for c in chunks)
+        assert text == expected[: expected.index(stop)]
         assert chunks[-1].choices[0].finish_reason == "stop"
 
 
@@ -151,7 +151,7 @@ async def test_the_same_seed_gives_the_same_text_split_server_only_and_after_a_r
     assert resumed.model_extra["wispprof"]["reopened"] == 1
 
 
-async def test_an_app_that_hangs_up_ends_its_generation() -> None:
+async def test_a_client_that_disconnects_ends_its_generation() -> None:
     body = json.dumps({"prompt": "abc", "max_tokens": 3000, "temperature": 0}).encode()
     head = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
     headers = [(b"content-type", b"application/json")]
@@ -177,7 +177,7 @@ async def test_an_app_that_hangs_up_ends_its_generation() -> None:
     assert 'wispprof_edge_requests_total{finished="aborted"} 1.0' in scraped
 
 
-async def test_bad_requests_are_refused_in_openais_form() -> None:
+async def test_invalid_requests_are_refused_in_openais_format() -> None:
     async with api() as http:
         client = openai_client(http)
         with pytest.raises(openai.BadRequestError, match="n = 1"):
@@ -211,6 +211,6 @@ async def test_metrics_and_health() -> None:
         assert (await http.get("/health")).json()["link"] is True
 
 
-async def test_the_api_asks_for_no_key_so_it_stays_on_loopback() -> None:
+async def test_the_api_needs_no_key_so_it_stays_on_loopback() -> None:
     with pytest.raises(WispprofError, match="Refusing to listen"):
         await serve_edge(EdgeSettings(), "0.0.0.0", 0, lambda runtime, where: None)

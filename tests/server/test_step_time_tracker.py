@@ -1,5 +1,5 @@
-"""Serving and the profile part ways: bounds follow, the operator hears of it, and the step log mends it.
-And a policy that fails, which nobody but the operator should notice."""
+"""Step times drift from the profile: bounds follow, a warning names the shapes, the step log corrects the
+estimator. And a policy that raises costs nobody a session."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def run_steps(clock: StepTimeTracker, count: int, factor: float, seed: int) -> N
         clock.observe(shape, clock.estimator.predict(shape)[0], taken)
 
 
-def test_policies_get_the_corrected_bound_and_the_operator_the_cells(
+def test_policies_get_the_corrected_bound_and_the_log_names_the_cells(
     estimator: FittedEstimator, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock, metrics = StepTimeTracker(estimator), Metrics()
@@ -97,9 +97,9 @@ def test_policies_get_the_corrected_bound_and_the_operator_the_cells(
     status = clock.drift
     assert status.re_profile
     assert status.cells
-    said = [r.getMessage() for r in caplog.records if "re-profile" in r.getMessage()]
-    assert 1 <= len(said) <= 3
-    assert "new tokens" in said[-1]
+    messages = [r.getMessage() for r in caplog.records if "re-profile" in r.getMessage()]
+    assert 1 <= len(messages) <= 3
+    assert "new tokens" in messages[-1]
     metrics.drifted(status)
     found = {
         (sample.name, sample.labels.get("cell", "")): sample.value
@@ -113,7 +113,7 @@ def test_policies_get_the_corrected_bound_and_the_operator_the_cells(
     assert found["wispprof:step_time_bound_scale", ""] == pytest.approx(status.bound_scale)
 
 
-def test_negative_control_steps_as_profiled_say_nothing(
+def test_negative_control_steps_as_profiled_log_nothing(
     estimator: FittedEstimator, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = StepTimeTracker(estimator)
@@ -124,7 +124,7 @@ def test_negative_control_steps_as_profiled_say_nothing(
     assert not caplog.records
 
 
-def test_a_formula_is_used_as_it_is() -> None:
+def test_another_estimator_is_used_as_it_is() -> None:
     formula = LinearCost(4.0, row_ms=0.3)
     clock = StepTimeTracker(formula)
     run_steps(clock, 200, 3.0, seed=5)
@@ -159,13 +159,13 @@ async def test_serve_writes_the_log_that_fit_update_reads(folder: Path, tmp_path
     assert result.exit_code == 0, result.stderr
     updated = load_estimator(out / "estimator.json")
     assert updated.report["update"]["steps"] == steps
-    # A hash decides in microseconds what the profile said takes milliseconds.
+    # The fake engine takes microseconds, the profile says milliseconds.
     assert updated.p50_scale < 0.5
     update = updated.report["update"]
     assert update["after"]["median_ape"] < update["before"]["median_ape"]
 
 
-def test_the_log_survives_a_restart_and_says_where_it_cannot_be(tmp_path: Path) -> None:
+def test_the_step_log_appends_after_a_restart_and_refuses_a_folder(tmp_path: Path) -> None:
     path = tmp_path / "steps.jsonl"
     for ms in (1.5, 2.5):
         log = StepLog(path)
@@ -180,7 +180,7 @@ def test_the_log_survives_a_restart_and_says_where_it_cannot_be(tmp_path: Path) 
 
 
 class FullDisk:
-    """A file that takes nothing."""
+    """A file that cannot be written."""
 
     def __enter__(self) -> FullDisk:
         return self
@@ -208,11 +208,11 @@ def test_a_full_disk_ends_the_log_and_not_the_loop(
     assert "No space" in caplog.text
 
 
-# --- a policy that fails ---
+# --- a policy that raises ---
 
 
 class Broken:
-    """Some other policy that raises at every third step, of two kinds."""
+    """Wraps a policy; raises two kinds of error, at every third step."""
 
     name = "broken"
 

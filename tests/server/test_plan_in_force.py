@@ -1,4 +1,4 @@
-"""The plan is obeyed: one server and its edges under two plans, and what each step and round was."""
+"""A server and its edges follow two plans; checks every step and round."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROMPTS = [[n, *range(12)] for n in range(EDGES)]
 
 @dataclass(frozen=True)
 class Seen:
-    """What one run showed: its decoding steps, and the longest draft that any edge had verified."""
+    """One run: its decoding steps, and the longest draft that was verified."""
 
     steps: tuple[StepRecord, ...]
     longest: int
@@ -35,7 +35,7 @@ class Seen:
 
 
 def planned(k: int, **batch: int) -> Plan:
-    """A plan made as users make one, its rows then set: what is obeyed must be what is written."""
+    """A plan as users make one, with rows set to known values."""
     made = make_plan(
         LinearCost(),
         [SpeedDevice("laptop", 200.0)],
@@ -54,7 +54,7 @@ def _limited(row: BatchRow, items: int, budget: int, chunk: int) -> BatchRow:
 
 
 async def run(plan: Plan, mode: str, folder: Path) -> Seen:
-    """Serve and draft by the plan as it lies on disk, as ``serve --plan`` and ``edge --plan`` read it."""
+    """Serve and draft by the plan on disk, as ``serve --plan`` and ``edge --plan`` read it."""
     file = folder / "plan.json"
     save_plan(plan, file)
     # Steps that take time: beside one that takes none, drafting would not pay and nobody would draft.
@@ -96,22 +96,22 @@ async def run(plan: Plan, mode: str, folder: Path) -> Seen:
 @pytest.mark.parametrize("mode", ["round", "stream"])
 async def test_two_plans_make_two_servers_and_two_edges(mode: str, tmp_path: Path) -> None:
     tight = await run(planned(1, items=2, budget=4, chunk=3), mode, tmp_path)
-    roomy = await run(planned(4, items=32, budget=256, chunk=64), mode, tmp_path)
+    wide = await run(planned(4, items=32, budget=256, chunk=64), mode, tmp_path)
     assert max(step.items for step in tight.steps) <= 2
     assert max(step.new_tokens for step in tight.steps) <= 4
     assert max(step.prefill_tokens for step in tight.steps) == 3
     # (A stream one token ahead is mostly overtaken by the step: drafted in vain.)
     assert tight.longest <= 1
     assert tight.drafted > 0
-    assert max(step.items for step in roomy.steps) > 2
-    assert max(step.new_tokens for step in roomy.steps) > 4
-    assert max(step.prefill_tokens for step in roomy.steps) >= len(PROMPTS[0])
-    assert tight.longest < roomy.longest <= 4
-    assert {step.row for step in (*tight.steps, *roomy.steps)} == {"1/0"}
+    assert max(step.items for step in wide.steps) > 2
+    assert max(step.new_tokens for step in wide.steps) > 4
+    assert max(step.prefill_tokens for step in wide.steps) >= len(PROMPTS[0])
+    assert tight.longest < wide.longest <= 4
+    assert {step.row for step in (*tight.steps, *wide.steps)} == {"1/0"}
 
 
 @pytest.mark.parametrize("mode", ["round", "stream"])
-async def test_a_plan_that_says_do_not_draft_is_obeyed(mode: str, tmp_path: Path) -> None:
+async def test_a_plan_without_drafts_is_followed(mode: str, tmp_path: Path) -> None:
     silent = await run(planned(0, items=32, budget=256, chunk=64), mode, tmp_path)
     assert silent.drafted == silent.longest == 0
     assert all(step.new_tokens == step.items for step in silent.steps if not step.prefill_tokens)

@@ -1,4 +1,4 @@
-"""KV under pressure: who waits, who is set back, and that the text never suffers."""
+"""Short KV memory: which sessions wait, which are evicted, and that the text stays right."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ class NullListener:
     def failed(self, *_: object) -> None: ...
 
 
-def session(name: str, prompt: int, *, started: bool = False, heard: float = 0.0) -> ServerSession:
+def session(
+    name: str, prompt: int, *, started: bool = False, seen_ms: float = 0.0
+) -> ServerSession:
     state = SessionState(
-        name, list(range(prompt)), slo=Slo(1.0), max_new=50, max_context=500, now_ms=heard
+        name, list(range(prompt)), slo=Slo(1.0), max_new=50, max_context=500, now_ms=seen_ms
     )
     if started:
-        feed = state.feed(ScheduledItem(name, prefill=prompt), heard)
+        feed = state.feed(ScheduledItem(name, prefill=prompt), seen_ms)
         from wispprof.types import VerifyResult
 
-        state.apply(VerifyResult(feed.session, 0, (1,)), heard)
-    return ServerSession(state, Sampling(), NullListener(), 0, heard, opened=True)
+        state.apply(VerifyResult(feed.session, 0, (1,)), seen_ms)
+    return ServerSession(state, Sampling(), NullListener(), 0, seen_ms, opened=True)
 
 
 def ready(one: ServerSession, now: float = 0.0) -> ServerSession:
@@ -43,7 +45,7 @@ def ready(one: ServerSession, now: float = 0.0) -> ServerSession:
     return one
 
 
-def test_everybody_is_seated_while_there_is_room() -> None:
+def test_all_sessions_run_if_memory_suffices() -> None:
     sessions = [
         session("a", 10),
         ready(session("b", 5, started=True)),
@@ -54,20 +56,20 @@ def test_everybody_is_seated_while_there_is_room() -> None:
     assert (plan.tokens_to_free, plan.waiting, plan.evict) == (0, 0, [])
 
 
-def test_kept_caches_go_first_then_the_idle_then_newcomers_wait() -> None:
-    idle, newcomer = session("idle", 40, started=True), session("new", 30, heard=5000.0)
+def test_cached_prefixes_go_first_then_idle_sessions_then_new_ones_wait() -> None:
+    idle, newcomer = session("idle", 40, started=True), session("new", 30, seen_ms=5000.0)
     plan = schedule_kv([idle, newcomer], 10, 25, 5000.0, 1000.0)
     assert (plan.tokens_to_free, plan.evict) == (20, [])
     plan = schedule_kv([idle, newcomer], 10, 5, 5000.0, 1000.0)
     assert (plan.tokens_to_free, plan.evict) == (5, [idle])
     assert newcomer in plan.runnable
-    awake = session("awake", 40, started=True, heard=4900.0)
+    awake = session("awake", 40, started=True, seen_ms=4900.0)
     plan = schedule_kv([awake, newcomer], 10, 0, 5000.0, 1000.0)
     assert (plan.evict, plan.waiting) == ([], 1)
     assert newcomer not in plan.runnable
 
 
-def test_the_furthest_deadline_is_set_back_last_of_all() -> None:
+def test_the_session_with_the_latest_deadline_is_evicted_last() -> None:
     near, far = session("near", 20, started=True), session("far", 20, started=True)
     near.state.merge(0, near.state.committed_len, [], [], 0.0, 10.0, 0.0)
     far.state.merge(0, far.state.committed_len, [], [], 0.0, 900.0, 0.0)
@@ -76,7 +78,7 @@ def test_the_furthest_deadline_is_set_back_last_of_all() -> None:
     assert plan.runnable == [near]
 
 
-def test_a_half_prefilled_prompt_gives_way_to_who_decodes() -> None:
+def test_a_half_prefilled_prompt_yields_to_a_decoding_session() -> None:
     half, decoding = session("half", 40), ready(session("decoding", 20, started=True))
     half.state.adopted(15)
     plan = schedule_kv([half, decoding], 0, 0, 0.0, 1000.0)
@@ -89,7 +91,7 @@ def test_a_half_prefilled_prompt_gives_way_to_who_decodes() -> None:
     st.integers(0, 120),
     st.integers(0, 60),
 )
-def test_whoever_is_seated_fits(kinds, free: int, kept: int) -> None:
+def test_scheduled_sessions_fit(kinds, free: int, kept: int) -> None:
     sessions = []
     for number, (prompt, started, round_) in enumerate(kinds):
         one = session(f"s{number}", prompt, started=started)
@@ -111,7 +113,7 @@ def test_common_prefix(a: list[int], b: list[int]) -> None:
     assert length == min(len(a), len(b)) or a[length] != b[length]
 
 
-def test_kept_caches_forget_by_age_number_and_time() -> None:
+def test_the_prefix_cache_evicts_by_use_number_and_time() -> None:
     kept = PrefixCache(max_sessions=2, ttl_ms=100.0)
     assert kept.insert("tiny", [1], 0.0) == ["tiny"]
     assert kept.insert("a", list(range(10)), 0.0) == []
@@ -126,8 +128,8 @@ def test_kept_caches_forget_by_age_number_and_time() -> None:
     assert kept.tokens == 10
 
 
-async def test_more_sessions_than_memory_still_answer_rightly() -> None:
-    """40 sessions of up to 60 tokens in a cache of 300: they wait, are evicted, and come out right."""
+async def test_more_sessions_than_memory_get_the_right_text() -> None:
+    """40 sessions of up to 60 tokens in a cache of 300 wait, are evicted, and get the right text."""
     engine = FakeEngine(64, kv_tokens=300, max_context=128)
     for policy in ("fcfs", "wispprof"):
         settings = ServerSettings(policy=policy, admit="all", idle_evict_ms=5.0, prefill_chunk=16)

@@ -1,4 +1,4 @@
-"""What is refused, why, and what is offered instead; and the clock that promises are made by."""
+"""Which requests are refused, with what alternative, and the step times that admission uses."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def ask(speed: float = 1.0, length: int = 4, **changes: object) -> SessionReques
     )
 
 
-def utilization(estimator: LinearCost, promises: list[tuple[float, int]]) -> float:
-    return Utilization.of(estimator, promises).share
+def utilization(estimator: LinearCost, sessions: list[tuple[float, int]]) -> float:
+    return Utilization.of(estimator, sessions).share
 
 
-def test_utilization_is_what_physics_says() -> None:
+def test_utilization_of_known_step_times() -> None:
     estimator = known(10.0, 1.0)
     # Ten sessions at 10 tokens/s: a step of 10 + 10 ms each 100 ms.
     assert utilization(estimator, [(100.0, 50)] * 10) == pytest.approx(0.2, rel=0.06)
@@ -63,15 +63,15 @@ def test_utilization_is_what_physics_says() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(1.0, 1e4), st.integers(0, 1000)), min_size=1, max_size=20))
-def test_one_more_promise_never_lightens_the_load(promises) -> None:
+def test_one_more_session_never_lowers_the_load(sessions) -> None:
     estimator = known()
-    whole = utilization(estimator, promises)
-    assert whole >= utilization(estimator, promises[:-1])
-    *others, (tpot, cached) = promises
+    whole = utilization(estimator, sessions)
+    assert whole >= utilization(estimator, sessions[:-1])
+    *others, (tpot, cached) = sessions
     assert whole == pytest.approx(Utilization.of(estimator, others).with_one_more(cached)(tpot))
 
 
-def test_a_speed_that_cannot_be_kept_is_refused_with_one_that_can() -> None:
+def test_a_speed_that_is_not_possible_is_refused_with_one_that_is() -> None:
     one = server()
     with pytest.raises(Refused) as refused:
         one.open(ask(200.0), Listener())
@@ -83,7 +83,7 @@ def test_a_speed_that_cannot_be_kept_is_refused_with_one_that_can() -> None:
         server().open(ask(nearest * 1.05), Listener())
 
 
-def test_a_full_server_says_busy_and_when_to_come_back() -> None:
+def test_a_full_server_answers_busy_and_when_to_retry() -> None:
     one = server()
     admitted = 0
     codes = []
@@ -98,13 +98,13 @@ def test_a_full_server_says_busy_and_when_to_come_back() -> None:
     assert codes[-1] == "busy"
 
 
-def test_everything_is_admitted_where_that_is_wanted() -> None:
+def test_admit_all_refuses_no_speed() -> None:
     one = server(admit="all")
     for _ in range(200):
         one.open(ask(1000.0), Listener())
 
 
-def test_first_token_promises_count_the_queue() -> None:
+def test_ttft_checks_count_the_queue() -> None:
     one = server(prefill_chunk=16)
     one.open(ask(0.1, 160), Listener())
     with pytest.raises(Refused, match="first token"):
@@ -112,7 +112,7 @@ def test_first_token_promises_count_the_queue() -> None:
     one.open(ask(0.1, 160, ttft_ms=900.0), Listener())
 
 
-def test_limits_per_key_and_in_all() -> None:
+def test_limits_per_key_and_in_total() -> None:
     one = server(sessions_per_key=2, max_sessions=3, admit="all")
     mine = Listener("mine")
     one.open(ask(), mine)
@@ -143,28 +143,30 @@ def test_tokens_per_key_are_a_rate() -> None:
     one.open(ask(), Listener("mine"))
 
 
-# --- the clock ---
+# --- step times ---
 
 
-def test_a_learning_clock_finds_the_physics() -> None:
+def test_the_online_fit_finds_the_step_times() -> None:
     dice = random.Random(0)
-    clock = StepTimeTracker(None)
+    step_times = StepTimeTracker(None)
     for _ in range(300):
         shape = BatchShape.of(
             (dice.randrange(1, 9), dice.randrange(500)) for _ in range(dice.randrange(1, 17))
         )
         truth = 5.0 + 0.4 * shape.new_tokens + 0.002 * shape.cached_tokens
-        clock.observe(shape, clock.estimator.predict(shape)[0], truth * dice.uniform(0.95, 1.1))
+        step_times.observe(
+            shape, step_times.estimator.predict(shape)[0], truth * dice.uniform(0.95, 1.1)
+        )
     probe = BatchShape.uniform(8, 4, 300)
-    p50, bound = clock.estimator.predict(probe)
+    p50, bound = step_times.estimator.predict(probe)
     truth = 5.0 + 0.4 * 32 + 0.002 * 2400
     assert p50 == pytest.approx(truth, rel=0.05)
     assert truth < bound < 1.3 * truth
-    assert clock.learning
+    assert step_times.learning
 
 
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 500)), min_size=1, max_size=10))
-def test_learnt_predictions_never_fall_when_work_is_added(items) -> None:
+def test_online_predictions_never_fall_if_work_is_added(items) -> None:
     fit = OnlineFit()
     dice = random.Random(1)
     for _ in range(40):
@@ -191,12 +193,12 @@ def test_sampling_is_part_of_a_request() -> None:
     assert ask(sampling=Sampling(0.5)).sampling.temperature == 0.5
 
 
-def test_one_prompt_on_an_idle_server_does_not_shut_the_door() -> None:
-    clock = StepTimeTracker(known())
-    clock.prefilled(1000.0, 500.0)
-    assert clock.prefill_load(1000.0) == pytest.approx(0.05)
-    assert clock.prefill_load(20_000.0) == 0.0
-    assert clock.cycle_ratio == 1.0
+def test_one_prompt_on_an_idle_server_leaves_capacity() -> None:
+    step_times = StepTimeTracker(known())
+    step_times.prefilled(1000.0, 500.0)
+    assert step_times.prefill_load(1000.0) == pytest.approx(0.05)
+    assert step_times.prefill_load(20_000.0) == 0.0
+    assert step_times.cycle_ratio == 1.0
     for _ in range(10):
-        clock.cycle(15.0, 10.0)
-    assert clock.cycle_ratio == pytest.approx(1.5)
+        step_times.cycle(15.0, 10.0)
+    assert step_times.cycle_ratio == pytest.approx(1.5)

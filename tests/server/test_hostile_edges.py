@@ -1,4 +1,4 @@
-"""Hostile, broken and vanishing edges: no crash, no wrong token for anybody, every book back to zero."""
+"""Hostile, broken and vanishing edges: no crash, no wrong token, nothing left behind."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FRAMES_PER_EXAMPLE, EXAMPLES = 500, 20
 
 
 class MemorySocket:
-    """The part of Starlette's WebSocket that a link uses."""
+    """The part of Starlette's WebSocket that the endpoint uses."""
 
     def __init__(self) -> None:
         self.inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
@@ -56,7 +56,7 @@ class MemorySocket:
 
 
 class Visitor:
-    """Sends frames over a link; comes back on a new one whenever it was thrown out."""
+    """Sends frames over a connection and opens a new one when it is closed."""
 
     def __init__(self, server: VerificationServer) -> None:
         self._server = server
@@ -82,7 +82,7 @@ class Visitor:
 
 
 def plausible(dice: random.Random) -> protocol.EdgeFrame:
-    """What an edge might send, right or nearly so."""
+    """Frames of an edge, valid or nearly so."""
     number = dice.randrange(4)
     tokens = [dice.randrange(VOCAB) for _ in range(dice.randrange(1, 12))]
     kind = dice.randrange(10)
@@ -98,7 +98,7 @@ def plausible(dice: random.Random) -> protocol.EdgeFrame:
 
 
 def wild(dice: random.Random) -> protocol.EdgeFrame:
-    """Well-formed and senseless."""
+    """Well-formed frames without meaning."""
 
     def number() -> int:
         return dice.choice([-1, 0, 1, 2, VOCAB, 1 << 31, 1 << 63, -(1 << 63)])
@@ -115,7 +115,7 @@ def wild(dice: random.Random) -> protocol.EdgeFrame:
 
 
 def mutated(dice: random.Random) -> bytes:
-    """A frame's bytes: mostly as they should be, sometimes flipped, cut, or stuffed."""
+    """A frame's bytes, sometimes with flipped bits, cut or extended."""
     data = bytearray(protocol.encode(wild(dice) if dice.randrange(4) == 0 else plausible(dice)))
     how, place = dice.randrange(10), dice.randrange(len(data))
     if how == 0:
@@ -128,7 +128,7 @@ def mutated(dice: random.Random) -> bytes:
 
 
 async def bystander(server: VerificationServer) -> None:
-    """An honest session of its own link, in the middle of it all."""
+    """A correct session on its own connection, meanwhile."""
     socket = MemorySocket()
     link = asyncio.create_task(WebSocketEndpoint(server, socket).serve())  # type: ignore[arg-type]
     socket.put(protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, "")))
@@ -216,7 +216,7 @@ async def test_two_hundred_connections_vanish_mid_round() -> None:
     assert engine.kv_free == 1 << 20
 
 
-async def test_a_slow_reader_is_let_go_and_nobody_waits_for_it() -> None:
+async def test_a_slow_reader_is_disconnected_and_delays_nobody() -> None:
     engine = FakeEngine(VOCAB)
     options = ServerSettings(policy="fcfs", backlog_frames=16)
     async with running_server(options, engine=engine, model=engine.served) as running:

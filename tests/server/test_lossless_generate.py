@@ -43,7 +43,7 @@ def serve(target: LoadedModel) -> tuple[TorchEngine, ServedModel]:
 
 
 class HalfRight:
-    """Drafts with the target itself and spoils every third token, so that all three outcomes happen."""
+    """Drafts with the target itself and corrupts every third token, so that all three outcomes occur."""
 
     def __init__(self, target: LoadedModel) -> None:
         self._inner = TorchDrafter(target)
@@ -75,7 +75,7 @@ async def test_greedy_equals_generate(target, prompts, wanted, k: int, sessions:
         assert compare(found, wanted).lossless, (policy, found, wanted)
 
 
-async def test_sampled_text_is_the_same_whatever_was_drafted(target, prompts) -> None:
+async def test_sampled_text_does_not_depend_on_drafts(target, prompts) -> None:
     engine, model = serve(target)
     sampling = Sampling(temperature=0.8, top_p=0.9, seed=11)
     texts = [
@@ -94,7 +94,7 @@ async def test_sampled_text_is_the_same_whatever_was_drafted(target, prompts) ->
 
 
 class Corrupting(TorchEngine):
-    """Gets one token wrong."""
+    """Returns one wrong token."""
 
     def step(self, feeds: list[StepInput], *, keep_logits: bool = False) -> list[VerifyResult]:
         outcomes = super().step(feeds, keep_logits=keep_logits)
@@ -105,7 +105,7 @@ class Corrupting(TorchEngine):
         return outcomes
 
 
-async def test_one_wrong_token_is_seen(target, prompts, wanted) -> None:
+async def test_one_wrong_token_is_detected(target, prompts, wanted) -> None:
     engine = Corrupting(target, kv_tokens=4096)
     model = serve(target)[1]
     found = await split_outputs(engine, model, None, prompts, MAX_NEW, Case(0, 1))

@@ -1,4 +1,4 @@
-"""Over the real WebSocket, whatever is drafted and whoever shares the step: the target's own text."""
+"""Over a real WebSocket the text is the target's own, whatever is drafted and shares the step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def outputs(
     batches: list[tuple[int, Sampling, int]],
     max_new: int = 16,
 ) -> list[list[list[int]]]:
-    """What a server under ``policy`` answers to batches of (k, sampling, sessions), one by one."""
+    """Outputs of a server under ``policy`` for batches of (k, sampling, sessions), one by one."""
     settings = ServerSettings(
         policy=policy, policy_options=OPTIONS.get(policy, {}), prefill_chunk=16, admit="all"
     )
@@ -58,7 +58,7 @@ async def outputs(
 
 
 async def settled(server: VerificationServer) -> None:
-    """Wait until nobody is left, then audit every cache."""
+    """Wait until no session is left, then audit every cache."""
     while len(server.manager):
         await asyncio.sleep(0)
     await server.check_integrity()
@@ -100,7 +100,7 @@ class CorruptEngine(FakeEngine):
         return outcomes
 
 
-async def test_a_corrupted_token_is_seen() -> None:
+async def test_a_corrupted_token_is_detected() -> None:
     engine = CorruptEngine(64)
     [found] = await outputs(engine, "fcfs", [(4, GREEDY, 4)], 30)
     assert engine.steps > 40

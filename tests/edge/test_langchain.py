@@ -1,4 +1,4 @@
-"""LangChain's ``ChatOpenAI`` against the local API of an edge, where it is installed:
+"""LangChain's ``ChatOpenAI`` against the local API of an edge, if it is installed:
 
 pip install langchain-openai    # not pinned: it brings twenty packages for one test
 """

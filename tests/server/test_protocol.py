@@ -1,4 +1,4 @@
-"""Frames: round trips, limits, and what newer or older peers may send."""
+"""Frames: round trips, bounds, and newer or older peers."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ server_frames = st.one_of(
 
 
 @given(edge_frames)
-def test_edge_frames_survive(frame: protocol.EdgeFrame) -> None:
+def test_edge_frames_round_trip(frame: protocol.EdgeFrame) -> None:
     assert protocol.decode_edge(protocol.encode(frame)) == frame
 
 
 @given(server_frames)
-def test_server_frames_survive(frame: protocol.ServerFrame) -> None:
+def test_server_frames_round_trip(frame: protocol.ServerFrame) -> None:
     assert protocol.decode_server(protocol.encode(frame)) == frame
 
 
 @given(st.binary(max_size=200))
-def test_noise_is_a_protocol_error_or_a_frame(data: bytes) -> None:
+def test_random_bytes_are_a_protocol_error_or_a_frame(data: bytes) -> None:
     with contextlib.suppress(ProtocolError):
         assert isinstance(protocol.decode_edge(data), protocol.EdgeFrame)
 
@@ -91,7 +91,7 @@ def test_a_stream_of_single_drafts_and_commits_is_small() -> None:
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False, width=32))
-def test_a_brief_time_is_near_and_takes_five_bytes_at_most(ms: float) -> None:
+def test_a_rounded_time_is_near_and_takes_five_bytes_at_most(ms: float) -> None:
     brief = protocol.brief_ms(ms)
     assert abs(brief - ms) <= (0.5 if abs(ms) >= 16 else 1 / 32)
     frame = protocol.Draft(0, 0, 0, [], b"", brief, 0)

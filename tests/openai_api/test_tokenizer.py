@@ -1,4 +1,4 @@
-"""Text from tokens while they arrive."""
+"""Incremental detokenization and stop strings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from wispprof.openai_api.tokenizer import IncrementalDetokenizer, StopStringFilt
 
 
 class Bytes:
-    """A tokenizer of bytes, in which many characters take several tokens."""
+    """A byte tokenizer, in which many characters take several tokens."""
 
     def decode(self, tokens: list[int], **_: object) -> str:
         return bytes(tokens).decode("utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""The OpenAI door, through OpenAI's own client."""
+"""The server's OpenAI API, through OpenAI's own client."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ async def test_chat_seed_and_stop(client: openai.AsyncOpenAI) -> None:
     assert "".join(pieces) == wanted
 
 
-async def test_refusals_name_the_matter(running: RunningServer, client: openai.AsyncOpenAI) -> None:
+async def test_refusals_state_the_reason(
+    running: RunningServer, client: openai.AsyncOpenAI
+) -> None:
     with pytest.raises(openai.BadRequestError, match="n = 1"):
         await client.completions.create(model="", prompt="a", n=2)
     with pytest.raises(openai.NotFoundError, match="hash-128"):
@@ -101,7 +103,7 @@ async def test_refusals_name_the_matter(running: RunningServer, client: openai.A
         assert (await bare.get("/ready")).json()["ready"]
 
 
-async def test_a_client_that_hangs_up_leaves_nothing(running: RunningServer) -> None:
+async def test_a_client_that_disconnects_leaves_nothing(running: RunningServer) -> None:
     manager = running.server.manager
     body = {"prompt": "endless", "max_tokens": 4000, "temperature": 0}
     auth = {"authorization": f"Bearer {KEY}"}
@@ -120,7 +122,7 @@ async def test_a_client_that_hangs_up_leaves_nothing(running: RunningServer) -> 
     await running.server.check_integrity()
 
 
-async def test_the_next_turn_reuses_the_cache(client: openai.AsyncOpenAI) -> None:
+async def test_the_next_turn_reuses_the_prefix(client: openai.AsyncOpenAI) -> None:
     first = await client.completions.create(model="", prompt="x" * 40, max_tokens=8, temperature=0)
     turn = "x" * 40 + first.choices[0].text + "and?"
     second = await client.completions.create(model="", prompt=turn, max_tokens=8, temperature=0)

@@ -1,4 +1,4 @@
-"""What an operator sees: metrics, readiness, drain, the board, and the command's own words."""
+"""What an operator sees: metrics, readiness, drain, the dashboard, logs and the command's messages."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ async def test_metrics_pair_predicted_and_actual_step_times() -> None:
     assert 0 <= found["wispprof:kv_cache_usage_perc", ()] <= 1
 
 
-async def test_drain_lets_sessions_finish_and_takes_no_more() -> None:
+async def test_drain_lets_sessions_finish_and_admits_no_more() -> None:
     engine = FakeEngine(64)
     async with running_server(NOTHING, engine=engine, model=engine.served) as running:
         async with edge(running.split_url) as one:
@@ -90,7 +90,7 @@ async def test_drain_lets_sessions_finish_and_takes_no_more() -> None:
                 pass
 
 
-async def test_what_does_not_end_in_time_is_told_to_resume_elsewhere() -> None:
+async def test_sessions_that_outlast_the_drain_resume_on_another_server() -> None:
     engine = FakeEngine(64)
     async with (
         running_server(NOTHING, engine=engine, model=engine.served) as running,
@@ -108,7 +108,7 @@ async def test_what_does_not_end_in_time_is_told_to_resume_elsewhere() -> None:
 
 
 class Failing(FakeEngine):
-    """Breaks in one step."""
+    """Raises in one step."""
 
     def step(self, feeds):
         outcomes = super().step(feeds)
@@ -117,7 +117,7 @@ class Failing(FakeEngine):
         return outcomes
 
 
-async def test_an_engine_fault_ends_its_sessions_and_not_the_server() -> None:
+async def test_an_engine_error_ends_its_sessions_and_not_the_server() -> None:
     engine = Failing(64)
     logging.getLogger("wispprof.server").setLevel(logging.CRITICAL)
     async with running_server(NOTHING, engine=engine, model=engine.served) as running:
@@ -144,7 +144,7 @@ async def test_the_audit_sees_a_leak() -> None:
         await running.server.check_integrity()
 
 
-async def test_the_board_shows_what_goes_on() -> None:
+async def test_the_dashboard_shows_the_state() -> None:
     engine = FakeEngine(64)
     async with running_server(NOTHING, engine=engine, model=engine.served) as running:
         console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115

@@ -1,4 +1,4 @@
-"""What a step was allowed to hold, by which row of the plan, and where that can be read afterwards."""
+"""Limits of a step, the plan's row they follow, and where both can be read afterwards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PLAN = Plan(draft=(), batch=(NARROW, WIDE), hash="plan")
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "wisp", "wispprof"])
-async def test_a_plan_bounds_every_step_and_is_named_in_log_metrics_and_page(
+async def test_a_plan_limits_every_step_and_log_metrics_and_page_name_its_row(
     policy: str, tmp_path: Path
 ) -> None:
     engine, log = FakeEngine(64), tmp_path / "steps.jsonl"
@@ -70,7 +70,7 @@ async def test_a_plan_bounds_every_step_and_is_named_in_log_metrics_and_page(
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system names no cores")
-async def test_a_fleet_keeps_to_the_cores_it_was_given() -> None:
+async def test_a_fleet_stays_on_its_cores() -> None:
     mine = os.sched_getaffinity(0)
     with FleetProcess(cores=(max(mine),)) as fleet:
         assert await fleet.call(os.sched_getaffinity, 0) == {max(mine)}
@@ -78,10 +78,10 @@ async def test_a_fleet_keeps_to_the_cores_it_was_given() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="the system knows no idle priority")
-def test_ballast_keeps_a_core_busy_at_the_lowest_priority_and_leaves_nothing() -> None:
+def test_a_cpu_burner_keeps_a_core_busy_at_the_lowest_priority_and_leaves_nothing() -> None:
     core = max(os.sched_getaffinity(0))
-    with CpuBurner((core,)) as ballast:
-        (pid,) = ballast.pids
+    with CpuBurner((core,)) as burner:
+        (pid,) = burner.pids
         process = psutil.Process(pid)
         while os.sched_getscheduler(pid) != os.SCHED_IDLE:
             assert process.is_running()
@@ -92,7 +92,7 @@ def test_ballast_keeps_a_core_busy_at_the_lowest_priority_and_leaves_nothing() -
     assert not psutil.pid_exists(pid)
 
 
-async def test_the_fastest_class_that_is_live_chooses_the_row() -> None:
+async def test_the_fastest_open_slo_class_selects_the_row() -> None:
     engine = FakeEngine(64)
     async with running_server(
         ServerSettings(policy="fcfs", admit="all"), engine=engine, model=engine.served, plan=PLAN
@@ -105,7 +105,7 @@ async def test_the_fastest_class_that_is_live_chooses_the_row() -> None:
         assert max(step.prefill_tokens for step in steps) == 20
 
 
-def test_steps_are_numbered_and_the_oldest_are_forgotten() -> None:
+def test_steps_are_numbered_and_the_oldest_are_dropped() -> None:
     metrics = Metrics(keep_steps=4)
     for number in range(10):
         metrics.step(StepRecord(float(number), 1, 1, 0, 1.0, 2.0, 1.0, 1, ""))

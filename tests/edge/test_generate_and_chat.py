@@ -15,10 +15,10 @@ from wispprof.types import Sampling
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """Run a command; the settings it made are in ``run.settings``."""
+    """Run a command; ``run.settings`` holds the settings it made."""
 
-    def command(*arguments: str, said: str = "") -> Result:
-        return CliRunner().invoke(app, list(arguments), input=said)
+    def command(*arguments: str, typed: str = "") -> Result:
+        return CliRunner().invoke(app, list(arguments), input=typed)
 
     def opened(settings: EdgeSettings):  # type: ignore[no-untyped-def]
         command.settings = settings  # type: ignore[attr-defined]
@@ -59,9 +59,9 @@ def test_generate_makes_one_document_and_honours_its_options(run) -> None:  # ty
     assert (run.settings.client.give_up_ms, run.settings.tokens_per_s) == (3000.0, 9.0)
 
 
-def test_chat_goes_on_from_what_was_said(run) -> None:  # type: ignore[no-untyped-def]
+def test_chat_continues_the_conversation(run) -> None:  # type: ignore[no-untyped-def]
     greedy = ["--temperature", "0", "--top-p", "1", "--max-tokens", "12"]
-    result = run("chat", "--system", "be", *greedy, said="hi\nmore\n\nnever read\n")
+    result = run("chat", "--system", "be", *greedy, typed="hi\nmore\n\nnever read\n")
     assert result.exit_code == 0, result.stderr
     first = text_of("be\nhi", 12)
     second = text_of(f"be\nhi\n{first}\nmore", 12)
@@ -70,8 +70,8 @@ def test_chat_goes_on_from_what_was_said(run) -> None:  # type: ignore[no-untype
     assert result.stderr.count("12 tokens") == 2
 
 
-def test_chat_draws_every_turn_anew_and_ends_with_the_input(run) -> None:  # type: ignore[no-untyped-def]
-    result = run("chat", "--seed", "5", "--max-tokens", "8", said="a\nb\n")
+def test_chat_uses_a_new_seed_per_turn_and_ends_with_the_input(run) -> None:  # type: ignore[no-untyped-def]
+    result = run("chat", "--seed", "5", "--max-tokens", "8", typed="a\nb\n")
     first = text_of("a", 8, Sampling(0.7, 0, 0.95, seed=5))
     second = text_of(f"a\n{first}\nb", 8, Sampling(0.7, 0, 0.95, seed=6))
     assert result.stdout == f"> {first}\n> {second}\n> "
