@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
+from wispprof.drafters import make_drafter, needs_model
+from wispprof.drafters.ngram import LookupDrafter, LookupFirst
 from wispprof.edge import (
     ConnectionFactory,
     EdgeClient,
@@ -25,7 +27,7 @@ from wispprof.settings.edge_settings import ClientSettings, DraftingSettings, Ed
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeDrafter, FakeEngine, FakeTarget
 from wispprof.testing.in_process_server import InProcessServer
-from wispprof.types import BatchCost, BatchShape, Sampling, StepTimeEstimator
+from wispprof.types import BatchCost, BatchShape, Drafter, Sampling, StepTimeEstimator
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,11 @@ class Letters:
 class HashDevice(DraftDevice):
     """A device whose model is the hash drafter."""
 
-    def _model(self) -> FakeDrafter:
-        return FakeDrafter(FakeTarget(), 0.8)
+    def _make(self) -> Drafter:
+        if not needs_model(self.kind):
+            return make_drafter(self.kind)
+        drafter = FakeDrafter(FakeTarget(), 0.8)
+        return drafter if self.kind == "model" else LookupFirst(LookupDrafter(), drafter)
 
 
 LETTERS = Letters()
