@@ -1,4 +1,4 @@
-"""The pages say what is: generated pages are up to date, links lead somewhere, commands parse."""
+"""The pages: generated ones are up to date, links resolve, commands parse."""
 
 from __future__ import annotations
 
@@ -38,8 +38,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def commands_in(page: Path) -> list[str]:
-    """Lines that call the tool, as printed: indented or in a fence, comments and pipes cut off."""
-    lines = re.findall(rf"^{BEFORE}(wispprof .*)$", page.read_text(), re.MULTILINE)
+    """Lines that call the tool, indented or in a fence, without comments and pipes."""
+    lines, fenced = [], False
+    for line in page.read_text().splitlines():
+        fenced ^= line.startswith("```")
+        found = re.match(rf"{BEFORE}(wispprof .*)$", line)
+        if found and (fenced or line.startswith("    ")):
+            lines.append(found[1])
     return [line.split("  #")[0].split(" | ")[0] for line in lines]
 
 

@@ -24,73 +24,33 @@ _NAME, _ASIDE = "bold cyan", "dim"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One command: the ``panel`` it stands in, the ``module`` that registers it, its first line of help."""
+    """One command: its panel in the overview, its name and first line, its module if named otherwise."""
 
     panel: str
-    module: str
     name: str
     line: str
+    module: str = ""
 
 
-COMMANDS = tuple(
-    Entry(panel, module, name, line)
-    for panel, commands in {
-        "Start here": (
-            (
-                "demo",
-                "demo",
-                "Profile, fit, plan, serve, generate and compare policies on this machine.",
-            ),
-            (
-                "doctor",
-                "doctor",
-                "Check installation, models, ports, keys and files; say what to do.",
-            ),
-        ),
-        "Measure": (
-            (
-                "profilers",
-                "profile-server",
-                "Time ragged batch shapes on the verification engine.",
-            ),
-            (
-                "profilers",
-                "profile-edge",
-                "Time drafting on this device, in bursts and sustained.",
-            ),
-            (
-                "profilers",
-                "profile-link",
-                "Measure round trip, jitter and bandwidth to a server.",
-            ),
-            (
-                "profilers",
-                "trace",
-                "Take an acceptance trace of a draft model under a target model.",
-            ),
-            ("profile", "profile", "Show, validate, merge, compare, export and import profiles."),
-        ),
-        "Decide": (
-            ("fit", "fit", "Fit a step-time estimator and a rejection predictor, and score them."),
-            ("plan", "plan", "Make a plan, or show, explain, compare and export one."),
-            (
-                "simulate",
-                "simulate",
-                "Simulate a fleet of edges on one server under several policies.",
-            ),
-            ("report", "reproduce", "Compare a paper's published results with the simulator's."),
-            ("report", "report", "Write a self-contained HTML report of a folder of artifacts."),
-        ),
-        "Run": (
-            ("serve", "serve", "Verify the drafts of many edges with one target model."),
-            ("edge", "edge", "Serve an OpenAI-compatible API on this device."),
-            ("edge", "generate", "Generate text: this device drafts, the server verifies."),
-            ("edge", "chat", "Chat with the target; an empty line or Ctrl-D ends."),
-            ("bench", "bench", "Load a running server with replayed edges; print their metrics."),
-            ("edge", "link", "Emulate a link: a proxy that adds delay, jitter, loss and stalls."),
-        ),
-    }.items()
-    for module, name, line in commands
+COMMANDS = (
+    Entry("Start here", "demo", "Profile, fit, plan, serve, generate and compare on this machine."),
+    Entry("Start here", "doctor", "Check installation, models, ports, keys and files."),
+    Entry("Measure", "profile-server", "Time ragged batch shapes on the engine.", "profilers"),
+    Entry("Measure", "profile-edge", "Time drafting: in bursts and sustained.", "profilers"),
+    Entry("Measure", "profile-link", "Measure round trip, jitter and bandwidth.", "profilers"),
+    Entry("Measure", "trace", "Take an acceptance trace of a draft and a target.", "profilers"),
+    Entry("Measure", "profile", "Show, validate, merge, compare, export and import profiles."),
+    Entry("Decide", "fit", "Fit a step-time estimator and a rejection predictor, and score them."),
+    Entry("Decide", "plan", "Make a plan, or show, explain, compare and export one."),
+    Entry("Decide", "simulate", "Simulate a fleet of edges on one server under several policies."),
+    Entry("Decide", "reproduce", "Compare published results with the simulator's.", "report"),
+    Entry("Decide", "report", "Write a self-contained HTML report of a folder of artifacts."),
+    Entry("Run", "serve", "Verify the drafts of many edges with one target model."),
+    Entry("Run", "edge", "Serve an OpenAI-compatible API on this device."),
+    Entry("Run", "generate", "Generate text: this device drafts, the server verifies.", "edge"),
+    Entry("Run", "chat", "Chat with the target; an empty line or Ctrl-D ends.", "edge"),
+    Entry("Run", "bench", "Load a running server with replayed edges; print their metrics."),
+    Entry("Run", "link", "Emulate a link: a proxy with delay, jitter, loss and stalls.", "edge"),
 )
 
 
@@ -109,7 +69,7 @@ class LazyCommands(MutableMapping[str, Any]):
     def _make(self, entry: Entry) -> None:
         part = typer.Typer()
         part.callback()(lambda: None)  # with a callback, Typer makes a group even of one command
-        import_module(f"wispprof.cli.{entry.module}").register(part)
+        import_module(f"wispprof.cli.{entry.module or entry.name}").register(part)
         group: Any = typer.main.get_command(part)
         for name, command in group.commands.items():
             command.rich_help_panel = self._by_name[name].panel

@@ -34,7 +34,7 @@ def demo(
     prompt: Annotated[str, typer.Option(help="What the real edge is asked to go on from.")] = "",
     as_json: JsonFlag = False,
 ) -> None:
-    """Profile, fit, plan, serve, generate and compare policies on this machine.
+    """Profile, fit, plan, serve, generate and compare on this machine.
 
     Prints one table and, as its last line, one JSON object; writes a report to look at.
     """

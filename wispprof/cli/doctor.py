@@ -41,9 +41,9 @@ def doctor(
     run: Annotated[Path | None, typer.Option(help="Folder of artifacts to check.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Check installation, models, ports, keys and files; say what to do.
+    """Check installation, models, ports, keys and files.
 
-    Exit code 1 if a check fails.
+    Each finding says what to do. Exit code 1 if a check fails.
     """
     from rich.text import Text
 

@@ -108,7 +108,7 @@ def link(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8250,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
 ) -> None:
-    """Emulate a link: a proxy that adds delay, jitter, loss and stalls."""
+    """Emulate a link: a proxy with delay, jitter, loss and stalls."""
     import asyncio
 
     from wispprof.testing.link_emulator import LinkProxy

@@ -58,7 +58,7 @@ def profile_server(
     dry_run: DryRun = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Time ragged batch shapes on the verification engine."""
+    """Time ragged batch shapes on the engine."""
     from wispprof.profiling import server_profiler
     from wispprof.profiling.shape_grid import load_axes, override_axes
 
@@ -103,7 +103,7 @@ def profile_edge(
     dry_run: DryRun = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Time drafting on this device, in bursts and sustained."""
+    """Time drafting: in bursts and sustained."""
     from wispprof.profiling import edge_profiler
     from wispprof.profiling.drafter_runner import load_edge_axes, override_edge_axes
 
@@ -143,7 +143,7 @@ def profile_link(
     overwrite: Overwrite = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measure round trip, jitter and bandwidth to a server."""
+    """Measure round trip, jitter and bandwidth."""
     from wispprof.profiling import link_profiler
 
     settings = replace(settings, server=server, output=Output(out, overwrite=overwrite))
@@ -161,7 +161,7 @@ def trace(
     out: OutputFile = Path("trace.jsonl"),
     as_json: JsonFlag = False,
 ) -> None:
-    """Take an acceptance trace of a draft model under a target model."""
+    """Take an acceptance trace of a draft and a target."""
     settings = replace(settings, sampling=sampling.sampling())
     taken, digest = _take(settings, server, access, out)
     cum_acceptance = taken.cum_acceptance_by_position().tolist()

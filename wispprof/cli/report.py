@@ -56,7 +56,7 @@ def reproduce(
     jobs: Jobs = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Compare a paper's published results with the simulator's."""
+    """Compare published results with the simulator's."""
     from wispprof.errors import PlanError
     from wispprof.simulation.capacity_search import workers
     from wispprof.simulation.reproduce import PAPERS

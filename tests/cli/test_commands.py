@@ -1,4 +1,4 @@
-"""The command line as a whole: what starts fast, where output goes, how a fault ends."""
+"""The command line as a whole: what it imports, where output goes, how an error ends."""
 
 from __future__ import annotations
 
@@ -38,7 +38,20 @@ def modules_after(*arguments: str) -> set[str]:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    assert not modules_after("--help").intersection(HEAVY)
+    assert not modules_after("--help").intersection((*HEAVY, "numpy", "asyncio", "msgspec"))
+
+
+def test_settings_import_nothing_but_types_and_errors() -> None:
+    code = (
+        "import sys, pkgutil, importlib, wispprof.settings as s\n"
+        "for m in pkgutil.iter_modules(s.__path__): importlib.import_module(f'wispprof.settings.{m.name}')\n"
+        "print(*{m.split('.')[1] for m in sys.modules if m.startswith('wispprof.')})\n"
+        "print(*{m.split('.')[0] for m in sys.modules})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    packages, modules = (set(line.split()) for line in done.stdout.splitlines())
+    assert packages == {"settings", "types", "errors"}
+    assert not modules.intersection(("torch", "asyncio", "websockets", "typer"))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +61,7 @@ def test_help_of_the_deciding_commands_needs_no_torch(arguments: tuple[str, ...]
     assert not modules_after(*arguments).intersection(HEAVY)
 
 
-def test_rooms_that_decide_need_no_torch() -> None:
+def test_deciding_packages_need_no_torch() -> None:
     code = (
         "import sys\n"
         "import wispprof.fitting, wispprof.fitting.pipeline, wispprof.planning, wispprof.simulation\n"
@@ -70,7 +83,7 @@ def test_every_command_has_help_and_a_known_panel() -> None:
         assert done.exit_code == 0, name
 
 
-def test_overview_says_what_the_commands_say() -> None:
+def test_overview_lists_the_first_lines_of_the_commands() -> None:
     group: Any = typer.main.get_command(app)
     shown = " ".join(RUNNER.invoke(app, ["--help"], env={"COLUMNS": "200"}).stdout.split())
     for entry in COMMANDS:
@@ -78,7 +91,7 @@ def test_overview_says_what_the_commands_say() -> None:
         assert entry.line == " ".join(first.split()), entry.name
         assert f"│ {entry.name} {entry.line} │" in shown, entry.name
     registered = {file.stem for file in Path(wispprof.cli.__file__).parent.glob("*.py")}
-    assert {entry.module for entry in COMMANDS} == registered - NO_COMMANDS
+    assert {entry.module or entry.name for entry in COMMANDS} == registered - NO_COMMANDS
 
 
 def test_overview_loads_no_command_and_no_markdown() -> None:
@@ -89,7 +102,7 @@ def test_overview_loads_no_command_and_no_markdown() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.splitlines()[-1].split())
-    assert not loaded & {f"wispprof.cli.{entry.module}" for entry in COMMANDS}
+    assert not loaded & {f"wispprof.cli.{entry.module or entry.name}" for entry in COMMANDS}
     assert "rich.markdown" not in loaded
     assert "rich.table" in loaded
 
@@ -117,7 +130,7 @@ def small_app(action: object) -> typer.Typer:
     return made
 
 
-def test_a_fault_is_one_line_with_its_fix_and_exit_1() -> None:
+def test_an_error_is_one_line_with_its_hint_and_exit_1() -> None:
     def action() -> None:
         raise ArtifactMissing("There is no plan.", "Make one.")
 
@@ -142,7 +155,7 @@ def test_a_defect_keeps_its_traceback() -> None:
     assert isinstance(done.exception, ZeroDivisionError)
 
 
-def test_debug_keeps_the_traceback_of_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_keeps_the_traceback_of_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def action() -> None:
         raise ArtifactMissing("There is no plan.")
 

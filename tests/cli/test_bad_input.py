@@ -1,4 +1,4 @@
-"""Bad input through the command line: one clear line that names the fix, an exit code, nothing torn."""
+"""Bad input through the command line: one line with a hint, an exit code, no torn files."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def run(*arguments: object) -> Result:
     return RUNNER.invoke(app, [str(a) for a in arguments])
 
 
-def assert_one_line(done: Result, *said: str) -> None:
+def assert_one_line(done: Result, *expected: str) -> None:
     assert done.exit_code == console.FAULT, done.output
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, done.stderr
     assert "Traceback" not in done.stderr
-    for words in said:
+    for words in expected:
         assert words in errors[0], errors[0]
 
 
@@ -146,7 +146,7 @@ def test_listening_beyond_loopback_needs_a_key(tmp_path: Path) -> None:
 def test_ctrl_c_while_profiling_keeps_whole_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Interrupted in the middle of a shot: exit 130, rows on disk are whole, and --resume ends it."""
+    """Interrupted in the middle of a run: exit 130, rows on disk are complete, and --resume ends it."""
     from wispprof.profiling.server_profiler import EngineRunner
 
     out = tmp_path / "server"
@@ -154,32 +154,32 @@ def test_ctrl_c_while_profiling_keeps_whole_rows(
         *("profile-server", "--shape", "tiny-llama", "--grid", "quick", "--repeats", "3"),
         *("--items", "1,4", "--new", "1,4", "--cached", "16,64", "--out", out),
     )
-    fire, workloads = EngineRunner.run_once, 0
+    run_once, workloads = EngineRunner.run_once, 0
 
     def interrupted(runner: EngineRunner) -> float:
         nonlocal workloads
         workloads += 1
         if workloads > 90:
             raise KeyboardInterrupt
-        return fire(runner)
+        return run_once(runner)
 
     monkeypatch.setattr("wispprof.profiling.server_profiler.check_physics", lambda *_: _Physics())
     monkeypatch.setattr(EngineRunner, "run_once", interrupted)
     done = run(*arguments)
     assert done.exit_code == console.INTERRUPTED, done.output
     assert "Traceback" not in done.stderr
-    assert not out.with_suffix(".jsonl").exists(), "an unfinished profile must not look finished"
+    assert not out.with_suffix(".jsonl").exists(), "an unfinished profile must not be complete"
     journal = tmp_path / "server.journal.jsonl"
-    kept = len(journal.read_bytes().splitlines()) - 1
-    assert kept > 0
+    rows = len(journal.read_bytes().splitlines()) - 1
+    assert rows > 0
     assert journal.read_bytes().endswith(b"\n")
 
-    monkeypatch.setattr(EngineRunner, "run_once", fire)
+    monkeypatch.setattr(EngineRunner, "run_once", run_once)
     done = run(*arguments, "--resume")
     assert done.exit_code == 0, done.output
     profile = load_server(out)
     keys = [row.key for row in profile.rows if row.kind != "sentinel"]
-    assert len(keys) == len(set(keys)) > kept / 2
+    assert len(keys) == len(set(keys)) > rows / 2
     assert not journal.exists()
 
 

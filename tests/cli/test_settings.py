@@ -1,4 +1,4 @@
-"""Settings: typed option, then environment, then file, then default."""
+"""Settings: from option, environment, file or default, and checked."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_precedence(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("[serv]\nport = 1\n", "Did you mean 'serve'"),
         ("[serve]\nprot = 1\n", "Did you mean 'port'"),
@@ -64,11 +64,11 @@ def test_precedence(here: Path) -> None:
         ("[serve.port]\nx = 1\n", "must not be a section"),
     ],
 )
-def test_a_wrong_file_is_one_clear_line(here: Path, text: str, said: str) -> None:
+def test_a_wrong_file_is_one_clear_line(here: Path, text: str, expected: str) -> None:
     (here / "wispprof.toml").write_text(text)
     done = RUNNER.invoke(app, ["fit"])
     assert done.exit_code == console.FAULT
-    assert said in done.stderr
+    assert expected in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
