@@ -44,7 +44,7 @@ from wispprof.edge import EdgeClient, Generation, GenerationRequest, RequestStat
 from wispprof.edge.connection import Traffic
 from wispprof.errors import WispprofError
 from wispprof.policies import make_batch_policy, make_controller
-from wispprof.policies.api import Controller, RoundContext
+from wispprof.policies.interface import Controller, RoundContext
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.settings.shared_settings import LinkModel, LinkSettings
 from wispprof.testing.in_process_server import InProcessServer

@@ -11,16 +11,16 @@ from _serving.run import Run, run
 from _serving.tables import comparison, record, show
 from wispprof.bench import simulate_bench
 from wispprof.fitting import load_predictor
-from wispprof.policies.wispprof import WispprofSettings
+from wispprof.policies.wispprof_settings import WispprofSettings
 from wispprof.reporting.tables import Column, Table
 from wispprof.server import run_coalescing
 from wispprof.simulation import System, system
 
 SYSTEMS = {
     "server-only": "server-only",
-    "sled_static": "sled-threshold",
+    "sled": "sled-threshold",
     "fcfs": "fcfs",
-    "specedge_pipeline": "specedge",
+    "specedge": "specedge",
     "wisp": "wisp",
     "wispprof": "wispprof",
 }

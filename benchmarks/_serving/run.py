@@ -63,7 +63,7 @@ class Watched:
 
     def plan(self, now_ms: float, sessions: Any, estimator: Any, limits: Any) -> Any:
         plan = self._inner.plan(now_ms, sessions, estimator, limits)
-        if not plan.members:
+        if not plan.items:
             self.rested_ms.append(now_ms)
         return plan
 

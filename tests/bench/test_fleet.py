@@ -38,7 +38,7 @@ def virtual(settings: BenchSettings, policy: str, trace=TRACE, **options: object
     ("system", "policy"),
     [
         ("server-only", "server-only"),
-        ("sled", "sled_static"),
+        ("sled", "sled"),
         ("wisp", "wisp"),
         ("wispprof", "wispprof"),
     ],

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_step import SyntheticEstimator
 
-from wispprof.errors import PlanError
-from wispprof.policies import BATCH_POLICIES, Limits, SessionView, make_batch_policy
+from wispprof.errors import PlanError, PluginError
+from wispprof.policies import BATCH_POLICIES, Limits, SessionView, make_batch_policy, make_controller
 from wispprof.types import Slo
 
 SLO = Slo(4.0)
@@ -74,11 +74,11 @@ estimators = st.builds(
 def test_a_plan_keeps_every_limit_and_starves_nobody(name, sessions, limits, estimator):
     plan = make_batch_policy(name).plan(0.0, sessions, estimator, limits)
     known = {s.session: s for s in sessions}
-    names = [m.session for m in plan.members]
+    names = [m.session for m in plan.items]
     assert len(names) == len(set(names)) <= limits.max_items
     batch = estimator.start()
     tokens = prefill = 0
-    for member in plan.members:
+    for member in plan.items:
         session = known[member.session]
         assert session.ready
         if session.prompt_left:
@@ -96,7 +96,7 @@ def test_a_plan_keeps_every_limit_and_starves_nobody(name, sessions, limits, est
     assert prefill <= limits.prefill_chunk
     assert plan.p50_ms == pytest.approx(batch.p50_ms)
     assert plan.bound_ms == pytest.approx(batch.bound_ms)
-    if any(s.ready for s in sessions) and not plan.members:
+    if any(s.ready for s in sessions) and not plan.items:
         assert plan.wake_ms is not None
         assert plan.wake_ms > 0
 
@@ -106,9 +106,9 @@ def test_a_plan_keeps_every_limit_and_starves_nobody(name, sessions, limits, est
 def test_wisp_never_breaks_a_deadline_it_could_keep(sessions, limits, estimator):
     plan = make_batch_policy("wisp").plan(0.0, sessions, estimator, limits)
     known = {s.session: s for s in sessions}
-    if len(plan.members) < 2:
+    if len(plan.items) < 2:
         return
-    for member in plan.members:
+    for member in plan.items:
         session = known[member.session]
         new = 1 if session.prompt_left else 1 + len(session.acceptance_probs)
         alone = estimator.start().add(new, session.cached).bound_ms
@@ -123,7 +123,7 @@ def test_wisp_refuses_what_would_make_the_earliest_deadline_late():
     plan = make_batch_policy("wisp").plan(
         0.0, sessions, SyntheticEstimator(fixed=18, ratio=1.1), Limits(8, 100, 64, 1000)
     )
-    assert [m.session for m in plan.members] == ["b"]
+    assert [m.session for m in plan.items] == ["b"]
 
 
 def test_wisp_does_not_let_a_late_item_hold_up_the_others():
@@ -131,26 +131,26 @@ def test_wisp_does_not_let_a_late_item_hold_up_the_others():
     plan = make_batch_policy("wisp").plan(
         0.0, sessions, SyntheticEstimator(), Limits(8, 100, 64, 1000)
     )
-    assert [m.session for m in plan.members] == ["late", "b"]
+    assert [m.session for m in plan.items] == ["late", "b"]
 
 
 def test_sled_waits_for_its_batch_but_not_for_ever():
-    policy = make_batch_policy("sled_static", batch=3, timeout_ms=50.0)
+    policy = make_batch_policy("sled", batch=3, timeout_ms=50.0)
     waiting = [view("a"), view("b", arrived_ms=20.0)]
     limits = Limits(8, 100, 64, 1000)
     early = policy.plan(30.0, waiting, SyntheticEstimator(), limits)
-    assert early.members == ()
+    assert early.items == ()
     assert early.wake_ms == 50.0
-    assert len(policy.plan(50.0, waiting, SyntheticEstimator(), limits).members) == 2
-    assert len(policy.plan(30.0, [*waiting, view("c")], SyntheticEstimator(), limits).members) == 3
+    assert len(policy.plan(50.0, waiting, SyntheticEstimator(), limits).items) == 2
+    assert len(policy.plan(30.0, [*waiting, view("c")], SyntheticEstimator(), limits).items) == 3
 
 
 def test_pipeline_groups_take_turns():
-    policy = make_batch_policy("specedge_pipeline")
+    policy = make_batch_policy("specedge")
     sessions = [view(n) for n in "abcd"]
     limits = Limits(8, 100, 64, 1000)
     turns = [
-        {m.session for m in policy.plan(t, sessions, SyntheticEstimator(), limits).members}
+        {m.session for m in policy.plan(t, sessions, SyntheticEstimator(), limits).items}
         for t in (0.0, 1.0, 2.0)
     ]
     assert turns[0] | turns[1] == set("abcd")
@@ -159,7 +159,13 @@ def test_pipeline_groups_take_turns():
 
 
 def test_unknown_names_and_options_name_the_choices():
-    with pytest.raises(PlanError, match="server-only"):
+    with pytest.raises(PluginError, match="server-only"):
         make_batch_policy("best")
     with pytest.raises(PlanError, match="max_batch"):
         make_batch_policy("fcfs", batch=3)
+    with pytest.raises(PlanError, match="lag_weight"):
+        make_batch_policy("wispprof", trim=True)
+    with pytest.raises(PluginError, match="sled"):
+        make_controller("best")
+    with pytest.raises(PlanError, match="threshold"):
+        make_controller("sled", floor=0.1)

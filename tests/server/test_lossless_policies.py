@@ -15,7 +15,7 @@ from wispprof.testing.fake_engine import FakeDrafter, FakeEngine
 from wispprof.types import Sampling, StepInput, VerifyResult
 
 POLICIES = list(BATCH_POLICIES)
-OPTIONS = {"sled_static": {"timeout_ms": 1.0}}
+OPTIONS = {"sled": {"timeout_ms": 1.0}}
 GREEDY = Sampling()
 SAMPLED = Sampling(0.8, 0, 0.9, 7)
 

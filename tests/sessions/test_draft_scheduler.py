@@ -11,7 +11,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from wispprof.policies import make_controller
-from wispprof.policies.api import RoundContext
+from wispprof.policies.interface import RoundContext
 from wispprof.sessions.draft_buffer import DraftBuffer, Outgoing
 from wispprof.sessions.draft_scheduler import DraftScheduler
 from wispprof.sessions.edge_timing import EdgeTiming

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wispprof.policies.api import ScheduledItem
+from wispprof.policies.interface import ScheduledItem
 from wispprof.sessions.session_state import SessionState
 from wispprof.types import Slo, StepInput, VerifyResult
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from wispprof.policies.api import Limits, ScheduledItem, StepPlan
+from wispprof.policies.interface import Limits, ScheduledItem, StepPlan
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation import SYSTEMS, Scenario, ServerModel, simulate, system

@@ -23,7 +23,7 @@ from wispprof.edge.draft_worker import TimedWorker
 from wispprof.edge.generation import Generation, GenerationRequest
 from wispprof.errors import HandshakeRefused, ProfileError, WispprofError
 from wispprof.policies import make_controller
-from wispprof.policies.api import Controller
+from wispprof.policies.interface import Controller
 from wispprof.settings.bench_settings import BenchSettings
 from wispprof.settings.edge_settings import ClientSettings
 from wispprof.settings.shared_settings import LinkSettings

@@ -11,7 +11,7 @@ from wispprof.drafters import make_drafter
 from wispprof.edge.draft_worker import ThreadWorker, common_prefix
 from wispprof.edge.request_stats import EnergyShares
 from wispprof.hardware import EnergyMeter, NullMeter
-from wispprof.policies.api import Controller
+from wispprof.policies.interface import Controller
 from wispprof.types import Drafter, RejectionPredictor
 
 __all__ = ["DraftDevice"]

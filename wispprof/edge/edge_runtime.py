@@ -222,7 +222,7 @@ def _plan_rows(settings: EdgeSettings, stream: bool | None) -> dict[str, Any]:
     if settings.plan is None:
         return {}
     from wispprof.artifacts.plan import load_plan
-    from wispprof.policies.stopping import rows_of
+    from wispprof.policies.stopping import draft_row_lookup
 
     mode = settings.mode or ("round" if stream is False else "stream")
-    return {"rows": rows_of(load_plan(settings.plan), settings.plan_device, mode)}
+    return {"rows": draft_row_lookup(load_plan(settings.plan), settings.plan_device, mode)}

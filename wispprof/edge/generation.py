@@ -19,7 +19,7 @@ from wispprof.edge.connection import Traffic
 from wispprof.edge.draft_worker import DraftStep, DraftWorker
 from wispprof.edge.request_stats import RequestStats
 from wispprof.errors import ProtocolError, RuntimeFault, ServerBusy, ServerUnreachable
-from wispprof.policies.api import Controller
+from wispprof.policies.interface import Controller
 from wispprof.sessions.draft_buffer import DraftBuffer
 from wispprof.sessions.edge_session import EdgeSession
 from wispprof.settings.edge_settings import DraftingSettings

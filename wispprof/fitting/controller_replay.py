@@ -23,7 +23,7 @@ import numpy as np
 from wispprof.artifacts.rows import TracePath
 from wispprof.errors import FitError
 from wispprof.fitting.batch_totals import FloatArray
-from wispprof.policies.api import Controller, RoundContext
+from wispprof.policies.interface import Controller, RoundContext
 from wispprof.types import RejectionPredictor
 
 __all__ = [

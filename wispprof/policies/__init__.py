@@ -1,6 +1,6 @@
-"""Pure decisions, shared by runtime and simulator: when to stop drafting, who goes into the step."""
+"""Scheduling decisions shared by server, edge and simulator: batching policies, speculation controllers."""
 
-from wispprof.policies.api import (
+from wispprof.policies.interface import (
     BatchPolicy,
     Controller,
     Limits,

@@ -1,7 +1,7 @@
-"""Batching policies that take whatever is ready in order of arrival: the simple rivals.
+"""Baseline batching policies, which take ready sessions in order of arrival.
 
-``fcfs`` and ``sled_static`` (SLED, arXiv 2506.09397), ``specedge_pipeline`` (SpecEdge, arXiv
-2505.17052) and ``server-only`` (no drafts, continuous batching).
+``fcfs``, ``sled`` (SLED, arXiv 2506.09397), ``specedge`` (SpecEdge, arXiv 2505.17052) and ``server-only``
+(no drafts, continuous batching).
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain, filterfalse, islice
 
-from wispprof.policies.api import Limits, SessionView, StepPlan, column
-from wispprof.policies.batch_builder import StepBuilder, eligible, no_batch
+from wispprof.policies.batch_builder import RETRY_MS, BatchBuilder, no_batch, ready_sessions
+from wispprof.policies.interface import Limits, SessionView, StepPlan, column
 from wispprof.types import StepTimeEstimator
 
-__all__ = ["Fcfs", "ServerOnly", "SledStatic", "SpecEdgePipeline"]
+__all__ = ["FcfsPolicy", "ServerOnlyPolicy", "SledPolicy", "SpecEdgePolicy"]
 
 _ARRIVED, _SESSION = column("arrived_ms"), column("session")
-_RETRY_MS = 1.0  # nothing fitted (no KV left): ask again soon, somebody may finish meanwhile
+
+
+def _arrivals(sessions: list[SessionView]) -> list[SessionView]:
+    """The ready sessions in order of arrival."""
+    return sorted(ready_sessions(sessions), key=_ARRIVED)
 
 
 def _fill(
@@ -28,21 +32,26 @@ def _fill(
     max_batch: int | None,
     reason: str,
 ) -> StepPlan:
-    build, session = StepBuilder(estimator, limits), None
+    """Add sessions of the queue, each with all it has, until the batch is full."""
+    batch, session = BatchBuilder(estimator, limits), None
     for session in queue:
-        if build.full or (max_batch is not None and len(build.members) >= max_batch):
+        if batch.full or (max_batch is not None and len(batch.items) >= max_batch):
             break
-        build.add(session)
-    if not build.members:
-        waits = session is not None
-        return no_batch(
-            now_ms, now_ms + _RETRY_MS if waits else None, "no room" if waits else "no_batch"
-        )
-    return build.plan(reason)
+        batch.add(session)
+    return _planned(now_ms, batch, reason, waiting=session is not None)
+
+
+def _planned(now_ms: float, batch: BatchBuilder, reason: str, *, waiting: bool) -> StepPlan:
+    """The plan of a batch; if it is empty, a retry while sessions wait."""
+    if batch.items:
+        return batch.plan(reason)
+    if waiting:
+        return no_batch(now_ms, now_ms + RETRY_MS, "no capacity")
+    return no_batch(now_ms, None, "nothing ready")
 
 
 @dataclass
-class Fcfs:
+class FcfsPolicy:
     """First come, first served, at most ``max_batch`` items a step (``None``: the limits decide)."""
 
     max_batch: int | None = None
@@ -56,20 +65,19 @@ class Fcfs:
         estimator: StepTimeEstimator,
         limits: Limits,
     ) -> StepPlan:
-        queue = sorted(eligible(sessions), key=_ARRIVED)
-        return _fill(now_ms, queue, estimator, limits, self.max_batch, "fcfs")
+        return _fill(now_ms, _arrivals(sessions), estimator, limits, self.max_batch, "fcfs")
 
 
 @dataclass
-class SledStatic:
+class SledPolicy:
     """Static batches: start when ``batch`` items wait, or the oldest has waited ``timeout_ms``.
 
-    The time-out is not in the paper's text; without one a fleet smaller than the batch never starts.
+    The time-out is not in the paper. Without one, a fleet smaller than the batch never starts.
     """
 
     batch: int = 8
     timeout_ms: float = 50.0
-    name: str = field(default="sled_static", init=False)
+    name: str = field(default="sled", init=False)
     stream: bool = field(default=False, init=False)
 
     def plan(
@@ -79,9 +87,9 @@ class SledStatic:
         estimator: StepTimeEstimator,
         limits: Limits,
     ) -> StepPlan:
-        queue = sorted(eligible(sessions), key=_ARRIVED)
+        queue = _arrivals(sessions)
         if not queue:
-            return no_batch(now_ms, None, "no_batch")
+            return no_batch(now_ms, None, "nothing ready")
         target = min(self.batch, limits.max_items)
         expires_ms = queue[0].arrived_ms + self.timeout_ms
         if len(queue) < target and now_ms < expires_ms:
@@ -90,17 +98,17 @@ class SledStatic:
 
 
 @dataclass
-class SpecEdgePipeline:
-    """Groups of sessions alternate: the server verifies one while the others draft.
+class SpecEdgePolicy:
+    """Groups of sessions alternate: the server verifies one group while the others draft.
 
-    A group whose turn comes with nothing ready is passed over, so a silent group stalls nobody.
+    A group with nothing ready is skipped, so it delays no other group.
     """
 
     groups: int = 2
-    name: str = field(default="specedge_pipeline", init=False)
+    name: str = field(default="specedge", init=False)
     stream: bool = field(default=False, init=False)
     _group_of: dict[str, int] = field(default_factory=dict, init=False, repr=False)
-    _turn: int = field(default=0, init=False, repr=False)
+    _next_group: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.groups < 1:
@@ -114,28 +122,27 @@ class SpecEdgePipeline:
         limits: Limits,
     ) -> StepPlan:
         self._assign(sessions)
-        queue = sorted(eligible(sessions), key=_ARRIVED)
+        queue = _arrivals(sessions)
         if not queue:
-            return no_batch(now_ms, None, "no_batch")
+            return no_batch(now_ms, None, "nothing ready")
         group_of = self._group_of
         for offset in range(self.groups):
-            turn = (self._turn + offset) % self.groups
-            # Not listed: a step is full long before a long queue ends.
-            mine = (s for s in queue if group_of[s.session] == turn)
-            first = next(mine, None)
+            group = (self._next_group + offset) % self.groups
+            # Lazy: a step is full long before a long queue ends.
+            ready = (s for s in queue if group_of[s.session] == group)
+            first = next(ready, None)
             if first is not None:
-                self._turn = (turn + 1) % self.groups
-                return _fill(
-                    now_ms, chain((first,), mine), estimator, limits, None, f"group {turn}"
-                )
+                self._next_group = (group + 1) % self.groups
+                queued = chain((first,), ready)
+                return _fill(now_ms, queued, estimator, limits, None, f"group {group}")
         raise AssertionError("every session has a group")
 
     def _assign(self, sessions: list[SessionView]) -> None:
-        """New sessions join the smallest group; those that ended are forgotten."""
+        """Add new sessions to the smallest group; remove those that ended."""
         names = list(map(_SESSION, sessions))
         if len(self._group_of) > len(names):
-            alive = set(names)
-            self._group_of = {k: g for k, g in self._group_of.items() if k in alive}
+            open_sessions = set(names)
+            self._group_of = {k: g for k, g in self._group_of.items() if k in open_sessions}
         newcomers = list(filterfalse(self._group_of.__contains__, names))
         if not newcomers:
             return
@@ -149,10 +156,10 @@ class SpecEdgePipeline:
 
 
 @dataclass
-class ServerOnly:
-    """No drafts at all: every decoding session advances by one token each step, prompts in chunks.
+class ServerOnlyPolicy:
+    """No drafts: every decoding session advances by one token a step, prompts are read in chunks.
 
-    This is continuous batching with chunked prefill, decodes first, on the same engine and kernels.
+    This is continuous batching with chunked prefill, decodes first.
     """
 
     name: str = field(default="server-only", init=False)
@@ -165,17 +172,14 @@ class ServerOnly:
         estimator: StepTimeEstimator,
         limits: Limits,
     ) -> StepPlan:
-        queue = sorted(eligible(sessions), key=_ARRIVED)
-        build = StepBuilder(estimator, limits)
-        free_slots = max(0, min(build.free_slots, build.room()))
+        queue = _arrivals(sessions)
+        batch = BatchBuilder(estimator, limits)
+        free_slots = max(0, min(batch.free_slots, batch.free_tokens))
         decode = list(islice((s for s in queue if not s.prompt_left), free_slots))
-        build.add_decodes(decode, [0] * len(decode))
+        batch.add_decodes(decode, [0] * len(decode))
         for session in queue:
-            if build.full or not build.prefill_left:
+            if batch.full or not batch.prefill_left:
                 break
             if session.prompt_left:
-                build.add_prefill(session)
-        if not build.members:
-            wake_ms = now_ms + _RETRY_MS if queue else None
-            return no_batch(now_ms, wake_ms, "no room" if queue else "no_batch")
-        return build.plan("all advance")
+                batch.add_prefill(session)
+        return _planned(now_ms, batch, "all advance", waiting=bool(queue))

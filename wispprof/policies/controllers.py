@@ -1,13 +1,8 @@
-"""Survival of a draft token where no fitted predictor is at hand.
+"""Speculation controllers with a fixed rule (``fixed``, ``sled``, ``wisp``), and predictors without a fit.
 
-A draft model's top-1 probability is itself an estimate of the chance that the target agrees: for a
-distilled draft it is roughly calibrated, and for any draft it ranks tokens well. It stands in until a
-predictor is fitted from an acceptance trace.
-
-Speculation controllers with a fixed rule: ``fixed``, ``sled`` and ``wisp``.
-
-All of them answer :meth:`acceptance_prob` for the token just judged, because the server may trim tails under
-any of them; without a fitted predictor the draft's own confidence stands in.
+Every controller answers :meth:`acceptance_prob` for the last token, because the server may cut drafts
+under any of them. Without a fitted predictor it is the draft model's top-1 probability: for a distilled
+draft roughly calibrated, and for any draft a good ranking.
 """
 
 from __future__ import annotations
@@ -17,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wispprof.policies.api import RoundContext
+from wispprof.policies.interface import RoundContext
 from wispprof.types import DraftFeatures, RejectionPredictor
 
 __all__ = [
@@ -31,24 +26,24 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class ConfidenceAcceptance:
-    """Survival = the draft's own top-1 probability, kept inside ``[floor, ceiling]``."""
+    """The draft model's top-1 probability, clipped to ``[low, high]``."""
 
-    floor: float = 0.02
-    ceiling: float = 0.98
+    low: float = 0.02
+    high: float = 0.98
 
     def acceptance_prob(self, features: DraftFeatures, depth: int) -> float:
-        return min(self.ceiling, max(self.floor, features.confidence))
+        return min(self.high, max(self.low, features.confidence))
 
     def acceptance_prob_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
-        clipped: np.ndarray = np.clip(np.asarray(features)[:, 0], self.floor, self.ceiling)
+        clipped: np.ndarray = np.clip(np.asarray(features)[:, 0], self.low, self.high)
         return clipped
 
 
 @dataclass(frozen=True, slots=True)
 class DepthAcceptance:
-    """Survival by depth alone, from a trace's cumulative table (the last entry's ratio goes on).
+    """Acceptance probability by depth alone, from a trace's table; its last ratio continues.
 
-    ``cumulative[j]`` = share of rounds whose first j+1 drafts were all accepted, as
+    ``cumulative[j]``: share of rounds whose first j+1 drafts were all accepted, as
     ``AcceptanceTrace.cum_acceptance_by_position`` gives it.
     """
 
@@ -56,37 +51,34 @@ class DepthAcceptance:
 
     def __post_init__(self) -> None:
         if not self.cumulative or not all(0 <= c <= 1 for c in self.cumulative):
-            raise ValueError(
-                "cumulative acceptance probability needs at least one value, all within 0 … 1"
-            )
+            raise ValueError(f"cumulative must be values within 0 … 1, got {self.cumulative}")
 
     @classmethod
     def of(cls, cumulative: Sequence[float]) -> DepthAcceptance:
         return cls(tuple(float(c) for c in cumulative))
 
-    def conditional(self, depth: int) -> float:
-        """P(draft number ``depth`` accepted | those before it were)."""
+    def acceptance_prob(self, features: DraftFeatures, depth: int) -> float:
+        return self._conditional(depth)
+
+    def _conditional(self, depth: int) -> float:
         depth = min(depth, len(self.cumulative) - 1)
         before = self.cumulative[depth - 1] if depth else 1.0
         return self.cumulative[depth] / before if before > 0 else 0.0
 
-    def acceptance_prob(self, features: DraftFeatures, depth: int) -> float:
-        return self.conditional(depth)
-
     def acceptance_prob_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
-        table = np.array([self.conditional(d) for d in range(len(self.cumulative))])
-        looked_up: np.ndarray = table[np.minimum(np.asarray(depth, dtype=int), len(table) - 1)]
-        return looked_up
+        table = np.array([self._conditional(d) for d in range(len(self.cumulative))])
+        probs: np.ndarray = table[np.minimum(np.asarray(depth, dtype=int), len(table) - 1)]
+        return probs
 
 
 class FixedController:
-    """Draft ``k`` tokens, whatever they look like. ``k == 0`` never drafts."""
+    """Always draft ``k`` tokens; 0 never drafts."""
 
     name = "fixed"
 
     def __init__(self, k: int = 4, predictor: RejectionPredictor | None = None) -> None:
         if k < 0:
-            raise ValueError(f"k must not be negative, got {k}")
+            raise ValueError(f"k must be at least 0, got {k}")
         self.k = k
         self.predictor = predictor or ConfidenceAcceptance()
         self._acceptance_prob = 1.0
@@ -109,8 +101,8 @@ class FixedController:
 class SledController(FixedController):
     """Draft while the draft's confidence stays at or above ``threshold``, at most ``k_max`` tokens.
 
-    The token under the threshold is sent too: it has been drafted, and one row costs the server
-    little (SLED, arXiv 2506.09397, leaves this open).
+    The token below the threshold is sent too, because it is drafted already and one row costs the server
+    little. The paper (SLED, arXiv 2506.09397) leaves this open.
     """
 
     name = "sled"
@@ -126,18 +118,15 @@ class SledController(FixedController):
 
 
 class WispController(FixedController):
-    """Stop at the first token the predictor takes for a rejection: survival under ``threshold``.
+    """Stop at the first predicted rejection: acceptance probability below ``threshold``.
 
-    The flagged token is sent (the paper leaves it open; see :class:`SledController`).
+    That token is sent too (WISP, arXiv 2601.11652, leaves this open; see :class:`SledController`).
     """
 
     name = "wisp"
 
     def __init__(
-        self,
-        predictor: RejectionPredictor | None = None,
-        threshold: float = 0.5,
-        k_max: int = 8,
+        self, predictor: RejectionPredictor | None = None, threshold: float = 0.5, k_max: int = 8
     ) -> None:
         super().__init__(k_max, predictor)
         self.threshold = threshold

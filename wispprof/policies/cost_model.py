@@ -1,9 +1,8 @@
-"""What one more item costs, as plain numbers, so that a thousand candidates can be ranked quickly.
+"""Marginal costs of a step, as plain numbers, so that a thousand candidates can be ranked quickly.
 
-An estimator answers exactly, one addition at a time. Ranking needs no exactness: around the batch at
-hand its cost is close to ``fixed + Σ (item + new·row + new·cached·pair + cached·kv)``. Those slopes are
-read off the estimator itself by a handful of additions, so any estimator will do. What is finally
-chosen is always priced by the estimator.
+Around the current batch the step time is close to ``fixed + Σ (item + new·row + new·cached·pair +
+cached·kv)``. The coefficients are secants of the estimator itself, so any estimator works. They only rank
+candidates: the estimator prices what is finally scheduled.
 """
 
 from __future__ import annotations
@@ -17,6 +16,9 @@ from numpy.typing import NDArray
 from wispprof.types import BatchTotals, StepTimeEstimator
 
 __all__ = [
+    "BoolArray",
+    "FloatArray",
+    "IntArray",
     "MarginalCostCache",
     "MarginalCosts",
     "expected_tokens",
@@ -25,13 +27,15 @@ __all__ = [
 ]
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 
 
 class MarginalCosts(NamedTuple):
-    """Slopes of the step time (p50, ms) around a batch of equal items.
+    """Marginal step time (p50, ms) around a batch of equal items.
 
-    ``fixed_ms``: what remains of the batch's time without its items. ``alone_bound_ms``: bound of a
-    step with one of the items; ``all_bound_ms``: of the whole batch.
+    ``fixed_ms``: step time without the items. ``alone_bound_ms``: bound of a step with one such item;
+    ``all_bound_ms``: bound of the whole batch.
     """
 
     fixed_ms: float
@@ -42,82 +46,81 @@ class MarginalCosts(NamedTuple):
     alone_bound_ms: float
     all_bound_ms: float
 
-    def over(self, cached: NDArray[np.int64]) -> tuple[FloatArray, FloatArray]:
-        """What items over ``cached`` (n,) add to a step: (for the item and its cache, per new token)."""
-        deep = cached.astype(np.float64)
-        return self.item_ms + self.kv_ms * deep, self.row_ms + self.pair_ms * deep
+    def per_item(self, cached: IntArray) -> tuple[FloatArray, FloatArray]:
+        """(ms for an item and its KV read, ms per new token), each (n,), of items over ``cached`` (n,)."""
+        context = cached.astype(np.float64)
+        return self.item_ms + self.kv_ms * context, self.row_ms + self.pair_ms * context
 
 
 def expected_tokens(acceptance_probs: Sequence[float]) -> float:
-    """Tokens a session is expected to commit with this tail: 1 + Σ of cumulative acceptance probability."""
-    total = alive = 1.0
+    """Expected committed tokens with these drafts: 1 + Σ cumulative acceptance probability."""
+    total = cum_acceptance = 1.0
     for acceptance_prob in acceptance_probs:
-        alive *= acceptance_prob
-        total += alive
+        cum_acceptance *= acceptance_prob
+        total += cum_acceptance
     return total
 
 
 def price_batches(
-    estimator: StepTimeEstimator, new: NDArray[np.int64], cached: NDArray[np.int64]
+    estimator: StepTimeEstimator, new: IntArray, cached: IntArray
 ) -> tuple[FloatArray, FloatArray]:
-    """(p50, bound) of m decode batches over the same n sessions.
+    """(p50, bound), each (m,), of m decode batches over the same n sessions.
 
-    ``new`` (m, n): tokens each session feeds in each batch, 0 where it stays out; ``cached`` (n,).
+    ``new`` (m, n): tokens that each session feeds in each batch, 0 if it is not in it; ``cached`` (n,).
     """
-    inside = new > 0
-    held = inside * cached
+    scheduled = new > 0
+    cached_of = scheduled * cached
     totals = BatchTotals(
-        items=inside.sum(axis=1),
+        items=scheduled.sum(axis=1),
         sum_new=new.sum(axis=1),
-        sum_cached=held.sum(axis=1),
+        sum_cached=cached_of.sum(axis=1),
         sum_new_cached=new @ cached,
         sum_new_sq=(new * new).sum(axis=1),
-        max_cached=held.max(axis=1, initial=0),
+        max_cached=cached_of.max(axis=1, initial=0),
         max_new=new.max(axis=1, initial=0),
         prefill=np.zeros(len(new), dtype=np.int64),
     )
-    priced = estimator.predict_totals(totals)
-    if priced is not None:
-        return priced
+    prices = estimator.predict_totals(totals)
+    if prices is not None:
+        return prices
     p50, bound = np.empty(len(new)), np.empty(len(new))
-    depths = cached.tolist()
-    for place, row in enumerate(new.tolist()):
+    contexts = cached.tolist()
+    for idx, row in enumerate(new.tolist()):
         batch = estimator.start()
-        for tokens, depth in zip(row, depths, strict=True):
+        for tokens, context in zip(row, contexts, strict=True):
             if tokens:
-                batch = batch.add(tokens, depth)
-        p50[place], bound[place] = batch.p50_ms, batch.bound_ms
+                batch = batch.add(tokens, context)
+        p50[idx], bound[idx] = batch.p50_ms, batch.bound_ms
     return p50, bound
 
 
 class MarginalCostCache:
-    """Marginal costs of one estimator, remembered: neighbouring steps have nearly the same batch.
+    """Marginal costs of one estimator. Consecutive steps have nearly the same batch.
 
-    Batch sizes are rounded up to steps of about 6 %, contexts of about 12 %.
+    Batch sizes are rounded up in steps of about 6 %, contexts in steps of about 12 %.
     """
 
-    __slots__ = ("_estimator", "_known")
+    __slots__ = ("_costs", "_estimator")
 
     def __init__(self) -> None:
         self._estimator: StepTimeEstimator | None = None
-        self._known: dict[tuple[int, int, int], MarginalCosts] = {}
+        self._costs: dict[tuple[int, int, int], MarginalCosts] = {}
 
-    def at(self, estimator: StepTimeEstimator, items: int, new: int, cached: int) -> MarginalCosts:
-        """Slopes around ``items`` ≥ 1 items of ``new`` tokens over ``cached``."""
+    def get(self, estimator: StepTimeEstimator, items: int, new: int, cached: int) -> MarginalCosts:
+        """Marginal costs around ``items`` ≥ 1 items of ``new`` tokens over ``cached``."""
         if estimator is not self._estimator:
             self._estimator = estimator
-            self._known.clear()
-        key = (_rounded(items, 4), new, _rounded(cached, 3))
-        if key not in self._known:
-            self._known[key] = mean_costs(estimator, *key)
-        return self._known[key]
+            self._costs.clear()
+        key = (_round_up(items, 4), new, _round_up(cached, 3))
+        if key not in self._costs:
+            self._costs[key] = mean_costs(estimator, *key)
+        return self._costs[key]
 
 
 def mean_costs(estimator: StepTimeEstimator, items: int, new: int, cached: int) -> MarginalCosts:
-    """Slopes around ``items`` equal items of ``new`` tokens over ``cached``.
+    """Marginal costs around ``items`` equal items of ``new`` tokens over ``cached``.
 
-    Secants over half the batch rather than derivatives: a staircase (graph buckets) has no useful
-    derivative.
+    Secants over half the batch, because a staircase (CUDA graph buckets) has no useful derivative.
     """
     span, far = max(4, items // 2), max(256, 2 * cached)
     batch = (items, new, cached)
@@ -145,41 +148,41 @@ def mean_costs(estimator: StepTimeEstimator, items: int, new: int, cached: int) 
     return MarginalCosts(max(0.0, base - used), item, row, pair, kv, bound[6], bound[0])
 
 
-_Equal = tuple[int, int, int]
-"""So many items of so many new tokens over so many cached ones."""
+_EqualItems = tuple[int, int, int]
+"""(items, new tokens of each, cached tokens of each)."""
 
 
 def _price(
-    estimator: StepTimeEstimator, batches: Sequence[tuple[_Equal, ...]]
+    estimator: StepTimeEstimator, batches: Sequence[tuple[_EqualItems, ...]]
 ) -> tuple[list[float], list[float]]:
-    """(p50, bound) of batches given as groups of equal decode items."""
+    """(p50, bound) of batches that are given as groups of equal decode items."""
     totals = [
         BatchTotals(
             items=sum(n for n, _, _ in groups),
             sum_new=sum(n * new for n, new, _ in groups),
-            sum_cached=sum(n * held for n, _, held in groups),
-            sum_new_cached=sum(n * new * held for n, new, held in groups),
+            sum_cached=sum(n * cached for n, _, cached in groups),
+            sum_new_cached=sum(n * new * cached for n, new, cached in groups),
             sum_new_sq=sum(n * new * new for n, new, _ in groups),
-            max_cached=max(held for _, _, held in groups),
+            max_cached=max(cached for _, _, cached in groups),
             max_new=max(new for _, new, _ in groups),
             prefill=0,
         )
         for groups in batches
     ]
-    at_once = estimator.predict_totals(BatchTotals.stack(totals))
-    if at_once is not None:
-        return at_once[0].tolist(), at_once[1].tolist()
-    priced = []
+    prices = estimator.predict_totals(BatchTotals.stack(totals))
+    if prices is not None:
+        return prices[0].tolist(), prices[1].tolist()
+    built = []
     for groups in batches:
         batch = estimator.start()
         for count, new, cached in groups:
             for _ in range(count):
                 batch = batch.add(new, cached)
-        priced.append((batch.p50_ms, batch.bound_ms))
-    return [p50 for p50, _ in priced], [bound for _, bound in priced]
+        built.append(batch)
+    return [batch.p50_ms for batch in built], [batch.bound_ms for batch in built]
 
 
-def _rounded(value: int, bits: int) -> int:
-    """Up to the next number with ``bits + 1`` significant binary digits."""
+def _round_up(value: int, bits: int) -> int:
+    """The next number with at most ``bits + 1`` significant binary digits."""
     shift = max(0, value.bit_length() - bits - 1)
     return -((-value) >> shift) << shift if shift else value

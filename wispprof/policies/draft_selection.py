@@ -1,9 +1,9 @@
-"""The step's arithmetic, vectorised: what drafts are worth, and in which order they earn their time.
+"""Vectorised arithmetic of a step: what drafts are worth, and which of them to verify.
 
-A step maximises a ratio, expected (weighted) tokens over milliseconds. Where the cost is a sum over members
-plus a constant, the best tails are those at which the ratio stops rising when drafts join in falling order of
-worth per ms: the fixed point of Dinkelbach's iteration, found by one sort. A session's own drafts never swap
-places in that order, for survival falls from draft to draft and their rows cost the same.
+A step maximises expected (weighted) tokens per millisecond. Its cost is a constant plus a sum over items, so
+the best draft lengths come from one sort: drafts join in falling order of value per ms while the ratio rises
+(the fixed point of Dinkelbach's iteration). A session's own drafts keep their order, because cumulative
+acceptance falls from draft to draft and their rows cost the same.
 """
 
 from __future__ import annotations
@@ -13,249 +13,243 @@ from itertools import chain
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from wispprof.policies.api import SessionView, column
-from wispprof.policies.cost_model import MarginalCostCache, MarginalCosts
+from wispprof.policies.cost_model import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    MarginalCostCache,
+    MarginalCosts,
+)
+from wispprof.policies.interface import SessionView, column
 from wispprof.types import BatchTotals, StepTimeEstimator
 
 __all__ = [
     "BatchArrays",
-    "Columns",
     "DraftRanking",
-    "rate_of",
-    "solve",
+    "SessionColumns",
+    "token_rate",
     "typical_costs",
     "undrafted_totals",
 ]
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
-
-_TAIL, _CACHED = column("acceptance_probs"), column("cached")
-_LEAST_MS = 1e-12
-"""A row that costs nothing is worth infinitely much per ms; this keeps the order among such rows."""
+_ACCEPTANCE_PROBS, _CACHED = column("acceptance_probs"), column("cached")
+_MIN_ROW_MS = 1e-12
+"""Keeps the order among rows that cost nothing, whose value per ms would be infinite."""
+_MIN_STEP_MS = 1e-9
 
 
-class Columns(NamedTuple):
-    """What a book reads of its sessions."""
+class SessionColumns(NamedTuple):
+    """Pending drafts and contexts of n sessions as columns; ``lengths`` (n,): pending drafts of each."""
 
-    tails: list[tuple[float, ...]]
+    acceptance_probs: list[tuple[float, ...]]
     cached: IntArray
     lengths: IntArray
 
     @classmethod
-    def of(cls, sessions: Sequence[SessionView]) -> Columns:
-        tails = list(map(_TAIL, sessions))
-        count = len(tails)
+    def of(cls, sessions: Sequence[SessionView]) -> SessionColumns:
+        acceptance_probs = list(map(_ACCEPTANCE_PROBS, sessions))
+        count = len(acceptance_probs)
         return cls(
-            tails,
+            acceptance_probs,
             np.fromiter(map(_CACHED, sessions), np.int64, count),
-            np.fromiter(map(len, tails), np.int64, count),
+            np.fromiter(map(len, acceptance_probs), np.int64, count),
         )
 
-    def take(self, places: IntArray) -> Columns:
-        """The columns of some sessions only."""
-        tails = [self.tails[place] for place in places.tolist()]
-        return Columns(tails, self.cached[places], self.lengths[places])
+    def take(self, idx: IntArray) -> SessionColumns:
+        """The columns of the sessions at ``idx``."""
+        acceptance_probs = [self.acceptance_probs[i] for i in idx.tolist()]
+        return SessionColumns(acceptance_probs, self.cached[idx], self.lengths[idx])
 
     def marginal_costs(
-        self, known: MarginalCostCache, estimator: StepTimeEstimator, max_items: int
+        self, cache: MarginalCostCache, estimator: StepTimeEstimator, max_items: int
     ) -> MarginalCosts:
         """Marginal costs around a batch of these sessions, represented by their mean."""
-        count = len(self.tails)
+        count = len(self.acceptance_probs)
         drafts, cached = int(self.lengths.sum()) // count, int(self.cached.sum()) // count
-        return known.at(estimator, min(count, max_items), 1 + drafts, cached)
+        return cache.get(estimator, min(count, max_items), 1 + drafts, cached)
 
-    def chances(self) -> tuple[BoolArray, FloatArray]:
-        """(n, longest tail): where a draft is held, and the chance that it and all before it are accepted;
-        what follows a tail's last draft counts as certain."""
-        inside = np.arange(int(self.lengths.max())) < self.lengths[:, None]
-        alive = np.ones(inside.shape)
-        held = int(self.lengths.sum())
-        alive[inside] = np.fromiter(chain.from_iterable(self.tails), np.float64, held)
-        np.multiply.accumulate(alive, axis=1, out=alive)
-        return inside, alive
+    def cum_acceptance(self) -> tuple[BoolArray, FloatArray]:
+        """(draft exists, cumulative acceptance probability), each (n, most drafts).
 
-    def expected(self) -> FloatArray:
-        """Expected tokens (n,) of each session with its whole tail."""
-        won = np.ones(len(self.tails))
+        Beyond a session's last draft, the probability stays at that of the last draft.
+        """
+        exists = np.arange(int(self.lengths.max())) < self.lengths[:, None]
+        cum_acceptance = np.ones(exists.shape)
+        total = int(self.lengths.sum())
+        probs = chain.from_iterable(self.acceptance_probs)
+        cum_acceptance[exists] = np.fromiter(probs, np.float64, total)
+        np.multiply.accumulate(cum_acceptance, axis=1, out=cum_acceptance)
+        return exists, cum_acceptance
+
+    def expected_tokens(self) -> FloatArray:
+        """Expected committed tokens (n,) of each session with all its pending drafts."""
+        tokens = np.ones(len(self.acceptance_probs))
         if self.lengths.any():
-            inside, alive = self.chances()
-            won += np.add.accumulate(alive * inside, axis=1)[:, -1]
-        return won
+            exists, cum_acceptance = self.cum_acceptance()
+            tokens += np.add.accumulate(cum_acceptance * exists, axis=1)[:, -1]
+        return tokens
 
 
 class BatchArrays(NamedTuple):
-    """Decoding sessions as columns: n sessions that hold N drafts in all, session by session.
+    """n decoding sessions and their N pending drafts as arrays, session by session.
 
-    ``owner`` (N,): whose draft it is, ``depth`` (N,): its place in that acceptance_probs, ``alive`` (N,): the chance
-    that it and all before it are accepted. ``ends`` (n,): that chance for a whole acceptance_probs. ``lone_ms`` (n,):
-    what advancing without drafts adds to a step, ``read_ms`` of it for the item and its cache; ``row_ms``
-    (n,): one more draft. ``weight`` (n,): worth of a token of this session.
+    Per draft (N,): ``session_idx``; ``depth``: its index among the session's drafts; ``cum_acceptance``:
+    P(this draft and all before it accepted).
+    Per session (n,): ``tail_acceptance``: P(all its drafts accepted); ``undrafted_ms``: step time that
+    it adds without drafts, of which ``read_ms`` for the item and its KV; ``row_ms``: one more draft;
+    ``weight``: value of one of its tokens.
     """
 
     cached: IntArray
     lengths: IntArray
-    owner: IntArray
+    session_idx: IntArray
     depth: IntArray
-    alive: FloatArray
-    ends: FloatArray
-    lone_ms: FloatArray
+    cum_acceptance: FloatArray
+    tail_acceptance: FloatArray
+    undrafted_ms: FloatArray
     read_ms: FloatArray
     row_ms: FloatArray
     weight: FloatArray
     fixed_ms: float
 
     @classmethod
-    def of(
-        cls, sessions: Sequence[SessionView], costs: MarginalCosts, weight: FloatArray
-    ) -> BatchArrays:
-        return cls.build(Columns.of(sessions), costs, weight)
-
-    @classmethod
-    def build(cls, columns: Columns, costs: MarginalCosts, weight: FloatArray) -> BatchArrays:
+    def of(cls, columns: SessionColumns, costs: MarginalCosts, weight: FloatArray) -> BatchArrays:
         cached, lengths = columns.cached, columns.lengths
-        count = len(lengths)
-        held = int(lengths.sum())
-        ends = np.ones(count)
-        if held:
-            inside, chances = columns.chances()
-            ends = chances[:, -1]
-            owner = np.arange(count).repeat(lengths)
-            depth = np.arange(held) - (lengths.cumsum() - lengths)[owner]
-            alive = chances[inside]
+        count, total = len(lengths), int(lengths.sum())
+        tail_acceptance = np.ones(count)
+        if total:
+            exists, cumulative = columns.cum_acceptance()
+            tail_acceptance = cumulative[:, -1]
+            session_idx = np.arange(count).repeat(lengths)
+            depth = np.arange(total) - (lengths.cumsum() - lengths)[session_idx]
+            cum_acceptance = cumulative[exists]
         else:
-            owner = depth = np.empty(0, np.int64)
-            alive = np.empty(0)
-        read, row = costs.over(cached)
+            session_idx = depth = np.empty(0, np.int64)
+            cum_acceptance = np.empty(0)
+        read_ms, row_ms = costs.per_item(cached)
         return cls(
             cached,
             lengths,
-            owner,
+            session_idx,
             depth,
-            alive,
-            ends,
-            read + row,
-            read,
-            row,
+            cum_acceptance,
+            tail_acceptance,
+            read_ms + row_ms,
+            read_ms,
+            row_ms,
             weight,
             costs.fixed_ms,
         )
 
-    def gains(self, keep: IntArray) -> FloatArray:
-        """Expected tokens (n,) of each session with the first ``keep`` (n,) of its drafts."""
-        won = np.ones(len(keep))
-        if len(self.alive):
-            held = self.alive * (self.depth < keep[self.owner])
-            won += np.bincount(self.owner, held, len(keep))
-        return won
+    def expected_tokens(self, drafts: IntArray) -> FloatArray:
+        """Expected committed tokens (n,) of each session with its first ``drafts`` (n,) drafts."""
+        tokens = np.ones(len(drafts))
+        if len(self.cum_acceptance):
+            verified = self.cum_acceptance * (self.depth < drafts[self.session_idx])
+            tokens += np.bincount(self.session_idx, verified, len(drafts))
+        return tokens
 
 
 class DraftRanking(NamedTuple):
-    """Drafts of a step's members in the order in which they earn their time; any first j of them are the
-    leading parts of tails.
+    """M drafts of a step's sessions in falling order of value per ms.
 
-    ``order``, ``owner``, ``depth`` (M,): which draft of the book it is, and what the book says of it;
-    ``worth`` and ``spent_ms`` (M + 1,): weighted expected tokens and linear time of the step with the first
-    0 … M of them.
+    A *cutoff* j schedules the first j drafts; these are always leading drafts of their sessions.
+    ``order``, ``session_idx``, ``depth`` (M,): index into :class:`BatchArrays`, and its columns in this
+    order.
+    ``value``, ``cost_ms`` (M + 1,): weighted expected tokens and linear step time at the cutoffs 0 … M.
     """
 
     order: IntArray
-    owner: IntArray
+    session_idx: IntArray
     depth: IntArray
-    worth: FloatArray
-    spent_ms: FloatArray
+    value: FloatArray
+    cost_ms: FloatArray
 
     @classmethod
-    def of(cls, arrays: BatchArrays, members: BoolArray, most: int | None = None) -> Self:
-        """``members`` (n,): who takes part. ``most``: longest ladder of use."""
-        owner, alive = arrays.owner, arrays.alive
-        density = alive * arrays.weight[owner]
-        density /= np.maximum(arrays.row_ms, _LEAST_MS)[owner]
+    def of(cls, arrays: BatchArrays, scheduled: BoolArray, limit: int | None = None) -> Self:
+        """Rank the drafts of the sessions in ``scheduled`` (n,). ``limit``: largest cutoff of use."""
+        session_idx, cum_acceptance = arrays.session_idx, arrays.cum_acceptance
+        density = cum_acceptance * arrays.weight[session_idx]
+        density /= np.maximum(arrays.row_ms, _MIN_ROW_MS)[session_idx]
         order = np.negative(density, out=density).argsort(kind="stable")
-        some = members[owner] & (alive > 0.0)
-        return cls._climb(arrays, members, order[some[order]][:most])
+        candidates = scheduled[session_idx] & (cum_acceptance > 0.0)
+        return cls._accumulate(arrays, scheduled, order[candidates[order]][:limit])
 
-    def among(self, arrays: BatchArrays, members: BoolArray, most: int | None = None) -> Self:
-        """The ladder of some of its members only: who leaves it changes nobody's place."""
-        return self._climb(arrays, members, self.order[members[self.owner]][:most])
+    def restrict(self, arrays: BatchArrays, scheduled: BoolArray, limit: int | None = None) -> Self:
+        """The ranking of a part of its sessions; the order of their drafts does not change."""
+        order = self.order[scheduled[self.session_idx]][:limit]
+        return self._accumulate(arrays, scheduled, order)
 
     @classmethod
-    def _climb(cls, arrays: BatchArrays, members: BoolArray, order: IntArray) -> Self:
-        owner = arrays.owner[order]
-        worth, spent = np.empty(len(order) + 1), np.empty(len(order) + 1)
-        worth[0] = arrays.weight @ members
-        spent[0] = arrays.fixed_ms + arrays.lone_ms @ members
-        np.multiply(arrays.alive[order], arrays.weight[owner], out=worth[1:])
-        spent[1:] = arrays.row_ms[owner]
-        np.add.accumulate(worth, out=worth)
-        np.add.accumulate(spent, out=spent)
-        return cls(order, owner, arrays.depth[order], worth, spent)
+    def _accumulate(cls, arrays: BatchArrays, scheduled: BoolArray, order: IntArray) -> Self:
+        session_idx = arrays.session_idx[order]
+        value, cost_ms = np.empty(len(order) + 1), np.empty(len(order) + 1)
+        value[0] = arrays.weight @ scheduled
+        cost_ms[0] = arrays.fixed_ms + arrays.undrafted_ms @ scheduled
+        np.multiply(arrays.cum_acceptance[order], arrays.weight[session_idx], out=value[1:])
+        cost_ms[1:] = arrays.row_ms[session_idx]
+        np.add.accumulate(value, out=value)
+        np.add.accumulate(cost_ms, out=cost_ms)
+        return cls(order, session_idx, arrays.depth[order], value, cost_ms)
 
-    @property
-    def best(self) -> int:
-        """How many drafts make the highest rate by the linear costs; the fewest where rates are equal."""
-        return int((self.worth / np.maximum(self.spent_ms, 1e-9)).argmax())
+    def best(self) -> tuple[int, float]:
+        """(the cutoff with the highest rate by linear costs, the smallest of equals; that rate)."""
+        cutoff = int((self.value / np.maximum(self.cost_ms, _MIN_STEP_MS)).argmax())
+        return cutoff, float(self.value[cutoff] / max(self.cost_ms[cutoff], _MIN_STEP_MS))
 
-    def keep(self, taken: int, count: int) -> IntArray:
-        """Drafts (n,) that each of ``count`` sessions keeps when the first ``taken`` are."""
-        kept: IntArray = np.bincount(self.owner[:taken], minlength=count)
-        return kept
+    def drafts(self, cutoff: int, sessions: int) -> IntArray:
+        """Drafts of each of ``sessions`` sessions at a cutoff."""
+        counts: IntArray = np.bincount(self.session_idx[:cutoff], minlength=sessions)
+        return counts
 
-    def totals(self, taken: IntArray, cached: IntArray, members: BoolArray) -> BatchTotals[Any]:
-        """Totals (m,) of the steps with the first ``taken`` (m,) drafts, each ≤ M, for the same members."""
-        inside = cached * members
-        items, held = int(np.count_nonzero(members)), int(inside.sum())
-        # What the step without drafts has, and what each draft adds to it; integers, exact in any order.
-        new_cached, new_sq = np.empty(len(self.worth)), np.empty(len(self.worth))
-        max_new = np.empty(len(self.worth))
-        new_cached[0], new_sq[0], max_new[0] = held, items, 1.0
-        new_cached[1:] = inside[self.owner]
+    def totals(
+        self, cutoffs: IntArray, cached: IntArray, scheduled: BoolArray
+    ) -> BatchTotals[Any]:
+        """Totals (m,) of the steps at the cutoffs (m,), all with the same scheduled sessions."""
+        cached_of = cached * scheduled
+        items, sum_cached = int(np.count_nonzero(scheduled)), int(cached_of.sum())
+        # The undrafted step, then what each draft adds: integers, so exact in any order.
+        new_cached, new_sq = np.empty(len(self.value)), np.empty(len(self.value))
+        max_new = np.empty(len(self.value))
+        new_cached[0], new_sq[0], max_new[0] = sum_cached, items, 1.0
+        new_cached[1:] = cached_of[self.session_idx]
         np.add(self.depth, 2, out=max_new[1:])
         new_sq[1:] = 2.0 * max_new[1:] - 1.0
-        totals = BatchTotals.empty(len(taken))
+        totals = BatchTotals.empty(len(cutoffs))
         totals.items[:] = items
-        np.add(taken, items, out=totals.sum_new)
-        totals.sum_cached[:] = held
-        totals.sum_new_cached[:] = np.add.accumulate(new_cached)[taken]
-        totals.sum_new_sq[:] = np.add.accumulate(new_sq)[taken]
-        totals.max_cached[:] = inside.max()
-        totals.max_new[:] = np.maximum.accumulate(max_new)[taken]
+        np.add(cutoffs, items, out=totals.sum_new)
+        totals.sum_cached[:] = sum_cached
+        totals.sum_new_cached[:] = np.add.accumulate(new_cached)[cutoffs]
+        totals.sum_new_sq[:] = np.add.accumulate(new_sq)[cutoffs]
+        totals.max_cached[:] = cached_of.max()
+        totals.max_new[:] = np.maximum.accumulate(max_new)[cutoffs]
         totals.prefill[:] = 0.0
         return totals
 
 
 def typical_costs(
     sessions: Sequence[SessionView],
-    known: MarginalCostCache,
+    cache: MarginalCostCache,
     estimator: StepTimeEstimator,
     max_items: int,
 ) -> MarginalCosts:
-    """:meth:`Columns.marginal_costs` of a few sessions of which nothing else is asked."""
+    """:meth:`SessionColumns.marginal_costs` of a sample of sessions, without building columns."""
     count = len(sessions)
-    drafts, cached = sum(map(len, map(_TAIL, sessions))), sum(map(_CACHED, sessions))
-    return known.at(estimator, min(count, max_items), 1 + drafts // count, cached // count)
+    drafts = sum(map(len, map(_ACCEPTANCE_PROBS, sessions))) // count
+    cached = sum(map(_CACHED, sessions)) // count
+    return cache.get(estimator, min(count, max_items), 1 + drafts, cached)
 
 
-def undrafted_totals(cached: IntArray, members: BoolArray) -> BatchTotals[int]:
-    """Totals of the step in which these members, at least one, advance without drafts."""
-    inside = cached[members]
-    items, held = len(inside), int(inside.sum())
-    return BatchTotals(items, items, held, held, items, int(inside.max()), 1, 0)
+def undrafted_totals(cached: IntArray, scheduled: BoolArray) -> BatchTotals[int]:
+    """Totals of a step in which at least one session advances, all without drafts."""
+    cached_of = cached[scheduled]
+    items, sum_cached = len(cached_of), int(cached_of.sum())
+    return BatchTotals(items, items, sum_cached, sum_cached, items, int(cached_of.max()), 1, 0)
 
 
-def rate_of(arrays: BatchArrays, members: BoolArray, keep: IntArray) -> float:
-    """Weighted tokens per ms of a choice, by the linear costs; 0 without members."""
-    spent = arrays.fixed_ms + float((arrays.lone_ms + keep * arrays.row_ms) @ members)
-    won = float((arrays.gains(keep) * arrays.weight) @ members)
-    return won / spent if spent > 0 and won > 0 else 0.0
-
-
-def solve(arrays: BatchArrays, members: BoolArray) -> tuple[float, IntArray]:
-    """The best tails of these members by the linear costs: (going rate, drafts each keeps)."""
-    ranking = DraftRanking.of(arrays, members)
-    taken = ranking.best
-    rate = float(ranking.worth[taken] / max(ranking.spent_ms[taken], 1e-9))
-    return rate, ranking.keep(taken, len(arrays.cached))
+def token_rate(arrays: BatchArrays, scheduled: BoolArray, drafts: IntArray) -> float:
+    """Weighted tokens per ms of a step by linear costs; 0 if it is empty."""
+    cost_ms = arrays.fixed_ms + float((arrays.undrafted_ms + drafts * arrays.row_ms) @ scheduled)
+    value = float((arrays.expected_tokens(drafts) * arrays.weight) @ scheduled)
+    return value / cost_ms if cost_ms > 0 and value > 0 else 0.0

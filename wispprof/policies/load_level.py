@@ -1,11 +1,10 @@
-"""Load level: one small number by which server, edge, simulator and plan mean the same thing.
+"""Load level: one small number with the same meaning for server, edge, simulator and plan.
 
-**Stretch** is what the sessions now decoding make of each other: the time of a step in which every one
-of them advances by one undrafted token, divided by the time of that step for one of them alone. It is
-1 on an idle server, stays near 1 while rows are free (the fixed part of a step dominates), and grows
-once rows and cache reads bind. It needs no hardware constants, so one scale serves every server.
+The *slowdown* of the sessions that decode now is a ratio of step times: all of them advance by one
+undrafted token, over one of them alone. It is 1 on an idle server. It stays near 1 while the fixed part of
+a step dominates, and grows once rows and KV reads bind. It needs no hardware constants.
 
-The **load level** is the number of :data:`LOAD_BOUNDS` that the stretch has reached: 0 … 4.
+The *load level* is the number of :data:`LOAD_BOUNDS` that the slowdown has reached: 0 … 4.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _HYSTERESIS = 0.05
 
 
 def slowdown(estimator: StepTimeEstimator, cached: Iterable[int]) -> float:
-    """Undrafted step time of sessions with these cached tokens over that of their mean alone."""
+    """Undrafted step time of sessions with these cached tokens, over that of their mean alone."""
     batch = estimator.start()
     count = total = 0
     for tokens in cached:
@@ -37,21 +36,22 @@ def slowdown(estimator: StepTimeEstimator, cached: Iterable[int]) -> float:
 
 
 def load_level(slowdown: float, previous: int | None = None) -> int:
-    """Level of a stretch. With ``previous``, a level is left only when the stretch is 5 % past its
-    bound, so that edges do not flap between two rows of the plan."""
+    """Load level of a slowdown.
+
+    With ``previous``, the level changes only if the slowdown is 5 % past the bound, so that edges do not
+    alternate between two rows of the plan.
+    """
     level = sum(slowdown >= bound for bound in LOAD_BOUNDS)
     if previous is None or level == previous:
         return level
     if level > previous:
-        return (
-            sum(slowdown >= bound * (1 + _HYSTERESIS) for bound in LOAD_BOUNDS[previous:])
-            + previous
-        )
+        above = LOAD_BOUNDS[previous:]
+        return previous + sum(slowdown >= bound * (1 + _HYSTERESIS) for bound in above)
     return sum(slowdown >= bound * (1 - _HYSTERESIS) for bound in LOAD_BOUNDS[:previous])
 
 
 def representative_slowdown(level: int) -> float:
-    """The stretch for which the plan computes a level: the geometric middle of its interval."""
+    """The slowdown for which the plan computes a level: the geometric mean of its bounds."""
     if not 0 <= level < LOAD_LEVELS:
         raise ValueError(f"load level must be 0 … {LOAD_LEVELS - 1}, got {level}")
     edges = (1.0, *LOAD_BOUNDS, LOAD_BOUNDS[-1] ** 2 / LOAD_BOUNDS[-2])

@@ -1,4 +1,4 @@
-"""Policies by name, for commands, plans and the simulator."""
+"""Batching policies and controllers by name: built-ins, entry points and ``module:Class``."""
 
 from __future__ import annotations
 
@@ -7,31 +7,32 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from wispprof import plugins
 from wispprof.errors import PlanError
-from wispprof.policies.api import BatchPolicy, Controller
-from wispprof.policies.baselines import Fcfs, ServerOnly, SledStatic, SpecEdgePipeline
+from wispprof.policies.baselines import FcfsPolicy, ServerOnlyPolicy, SledPolicy, SpecEdgePolicy
 from wispprof.policies.controllers import FixedController, SledController, WispController
+from wispprof.policies.interface import BatchPolicy, Controller
 from wispprof.policies.stopping import WispprofController
-from wispprof.policies.wisp import Wisp
-from wispprof.policies.wispprof import Wispprof, WispprofSettings
+from wispprof.policies.wisp import WispPolicy
+from wispprof.policies.wispprof import WispprofPolicy
+from wispprof.policies.wispprof_settings import WispprofSettings
 from wispprof.types import RejectionPredictor
 
 __all__ = ["BATCH_POLICIES", "CONTROLLERS", "make_batch_policy", "make_controller"]
 
 
-def _wispprof(**options: Any) -> Wispprof:
-    return Wispprof(WispprofSettings(**options))
+def _wispprof(**options: Any) -> WispprofPolicy:
+    return WispprofPolicy(WispprofSettings(**options))
 
 
-_BATCH: Mapping[str, Callable[..., BatchPolicy]] = {
-    "server-only": ServerOnly,
-    "fcfs": Fcfs,
-    "sled_static": SledStatic,
-    "specedge_pipeline": SpecEdgePipeline,
-    "wisp": Wisp,
+_POLICIES: Mapping[str, Callable[..., BatchPolicy]] = {
+    "server-only": ServerOnlyPolicy,
+    "fcfs": FcfsPolicy,
+    "sled": SledPolicy,
+    "specedge": SpecEdgePolicy,
+    "wisp": WispPolicy,
     "wispprof": _wispprof,
 }
-_OPTIONS_OF: Mapping[str, Callable[..., Any]] = {"wispprof": WispprofSettings}
 _CONTROLLERS: Mapping[str, Callable[..., Controller]] = {
     "fixed": FixedController,
     "sled": SledController,
@@ -39,42 +40,57 @@ _CONTROLLERS: Mapping[str, Callable[..., Controller]] = {
     "wispprof": WispprofController,
 }
 
-BATCH_POLICIES: tuple[str, ...] = tuple(_BATCH)
+BATCH_POLICIES: tuple[str, ...] = tuple(_POLICIES)
 CONTROLLERS: tuple[str, ...] = tuple(_CONTROLLERS)
 
 
 def make_batch_policy(name: str, **options: Any) -> BatchPolicy:
-    """A fresh batching policy. Raises :class:`PlanError` on an unknown name or option."""
-    policy: BatchPolicy = _make("batching policy", _BATCH, name, options)
-    return policy
+    """Make a batching policy.
+
+    ``name``: a built-in, an entry point of the group ``wispprof.policies``, or ``module:Class``.
+    Raises :class:`~wispprof.errors.PluginError` on an unknown name, :class:`PlanError` on an unknown option.
+    """
+    make: Callable[..., BatchPolicy] = plugins.load("policies", name, _POLICIES)
+    parameters = _parameters(WispprofSettings if make is _wispprof else make)
+    _check("batching policy", name, parameters, options)
+    return make(**options)
 
 
 def make_controller(
     name: str, predictor: RejectionPredictor | None = None, **options: Any
 ) -> Controller:
-    """A fresh controller for one session. ``predictor`` gives the survival of each token."""
-    options["predictor"] = predictor
-    controller: Controller = _make("controller", _CONTROLLERS, name, options)
-    return controller
+    """Make a controller for one session. ``predictor`` gives the acceptance probability of each draft.
+
+    ``name``: a built-in, an entry point of the group ``wispprof.controllers``, or ``module:Class``.
+    Raises :class:`~wispprof.errors.PluginError` on an unknown name, :class:`PlanError` on an unknown option.
+    """
+    make = _load_controller(name)
+    known = _parameters(make)
+    if known is None or "predictor" in known:
+        options["predictor"] = predictor
+    _check("controller", name, known, options)
+    return make(**options)
 
 
 @functools.cache
-def _options(maker: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of what it takes. Remembered: a controller is made for every session."""
-    return tuple(inspect.signature(maker).parameters)
+def _load_controller(name: str) -> Callable[..., Controller]:
+    """Cached, because every session makes a controller."""
+    return plugins.load("controllers", name, _CONTROLLERS)
 
 
-def _make(
-    kind: str, table: Mapping[str, Callable[..., Any]], name: str, options: dict[str, Any]
-) -> Any:
-    if name not in table:
-        raise PlanError(f"There is no {kind} named {name!r}.", f"Choose one of {', '.join(table)}.")
-    maker = table[name]
-    known = _options(_OPTIONS_OF.get(name, maker) if table is _BATCH else maker)
-    unknown = sorted(options.keys() - known)
+@functools.cache
+def _parameters(make: Callable[..., Any]) -> tuple[str, ...] | None:
+    """Names of the parameters of ``make``; ``None`` if it takes any keyword."""
+    parameters = inspect.signature(make).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return tuple(parameters)
+
+
+def _check(kind: str, name: str, known: tuple[str, ...] | None, options: dict[str, Any]) -> None:
+    unknown = [] if known is None else sorted(options.keys() - known)
     if unknown:
         raise PlanError(
             f"The {kind} {name!r} has no option {', '.join(unknown)}.",
-            f"Its options: {', '.join(known) or 'none'}.",
+            f"Its options: {', '.join(known or ()) or 'none'}.",
         )
-    return maker(**options)

@@ -1,17 +1,15 @@
 """The ``wispprof`` speculation controller: optimal stopping with what is known now.
 
-*Round mode.* A round earns ``1 + Σ survival`` tokens and takes ``drafts·draft + link + server``. At the
-best rate ρ this edge can have (over its own running survival by depth, the draft step, the round trip and
-the server's time as they are now), one more draft pays iff its cumulative acceptance probability exceeds
-``ρ·draft_ms`` plus what its row costs the server (the plan's stop value where there is a plan). k = 0 is
-among the choices; a new k must beat the old one by ``hysteresis``, so that k does not flap.
+*Round mode.* A round commits ``1 + Σ cumulative acceptance`` tokens and takes ``k·draft + RTT +
+server``. At the best rate ρ that this edge can reach now, one more draft pays if its cumulative
+acceptance probability exceeds ``ρ·draft_ms`` plus the server's cost of its row (the plan's stop value).
+k = 0 is a choice too.
 
-*Stream mode.* Drafting costs the link nothing and nobody waits for it, so the question is only how far
-ahead is of use: until the reply to what is out can be back, and while the chance that everything before
-it holds is worth a draft step. A device whose drafts are hardly ever accepted, because the server
-overtakes them, stops drafting and tries again now and then.
+*Stream mode.* Nobody waits for a draft, so the only question is how far drafting ahead is useful: until the
+reply to what was sent can be back, and while the cumulative acceptance probability is worth a draft
+step. If the server hardly ever accepts its drafts, the edge stops drafting for a while.
 
-The plan bounds both: its k or lead is the most, its k = 0 is obeyed.
+The plan limits both: its k or draft-ahead is the maximum, and its k = 0 is obeyed.
 """
 
 from __future__ import annotations
@@ -20,44 +18,48 @@ import math
 from collections.abc import Callable
 
 from wispprof.artifacts.plan import DraftRow, Plan
-from wispprof.policies.api import RoundContext
 from wispprof.policies.controllers import ConfidenceAcceptance
+from wispprof.policies.interface import RoundContext
 from wispprof.types import DraftFeatures, RejectionPredictor
 
-__all__ = ["RowOf", "WispprofController", "rows_of"]
+__all__ = ["DraftRowLookup", "WispprofController", "draft_row_lookup"]
 
-RowOf = Callable[[RoundContext], DraftRow | None]
+DraftRowLookup = Callable[[RoundContext], DraftRow | None]
 
-_WEIGHT = 0.1
+_EWMA_WEIGHT = 0.1
 _PRIOR = 0.7
-_TRIAL = 40
-"""Commits after which a stream is judged by what its drafts won of them."""
-_REST = 12
-"""Commits that a stream rests for after drafting did not pay, doubling up to 8 times this."""
+"""Acceptance probability at each depth before any draft was seen."""
+_TRIAL_COMMITS = 40
+"""Commits after which a stream is judged. Measured: by 16, one accepted token in twenty looks like none."""
+_PAUSE_COMMITS = 12
+"""Commits for which a stream pauses if drafting did not pay, doubling up to 8 times this."""
 
 
-def rows_of(plan: Plan, device: str, mode: str = "stream") -> RowOf:
-    """The plan's row for whatever a device meets: round trip, load level and SLO of the round."""
+def draft_row_lookup(plan: Plan, device: str, mode: str = "stream") -> DraftRowLookup:
+    """Return a function from a round's RTT, load level and SLO to the plan's row for the device."""
 
-    known: dict[tuple[int, int, float], DraftRow] = {}
+    rows: dict[tuple[int, int, float], DraftRow] = {}
 
-    def row(context: RoundContext) -> DraftRow:
+    def lookup(context: RoundContext) -> DraftRow:
         speed = context.slo.tokens_per_s if context.slo is not None else max(plan.slo_classes)
-        # Round trips are measured anew all the time; within 5 % they mean the same row.
+        # RTT is measured all the time; values within 5 % mean the same row.
         rtt_step = round(20.0 * math.log(max(context.rtt_ms, 0.1)))
         key = (rtt_step, context.load_level, speed)
-        if key not in known:
-            known[key] = plan.draft_row(device, context.rtt_ms, context.load_level, speed, mode)
-        return known[key]
+        if key not in rows:
+            rows[key] = plan.draft_row(device, context.rtt_ms, context.load_level, speed, mode)
+        return rows[key]
 
-    return row
+    return lookup
 
 
 class WispprofController:
-    """One per session. ``rows``: the plan, see :func:`rows_of`; without it only measurements decide.
+    """One controller per session.
 
-    ``k_max``: longest round. ``lead_max``: farthest draft_ahead of a stream. ``floor``: least cumulative
-    survival worth drafting for. ``pays``: accepted drafts per commit under which a stream rests.
+    ``rows``: the plan, see :func:`draft_row_lookup`; without it only measurements decide. ``k_max``:
+    most drafts of a round. ``draft_ahead_max``: farthest draft-ahead of a stream.
+    ``min_cum_acceptance``: least cumulative acceptance probability worth a draft step. ``min_accepted``:
+    accepted drafts per commit below which a stream pauses. ``hysteresis``: relative gain in rate that a
+    new k needs, so that k does not flap.
     """
 
     name = "wispprof"
@@ -65,13 +67,13 @@ class WispprofController:
     def __init__(
         self,
         predictor: RejectionPredictor | None = None,
-        rows: RowOf | None = None,
+        rows: DraftRowLookup | None = None,
         *,
         stream: bool = True,
         k_max: int = 16,
-        lead_max: int = 32,
-        floor: float = 0.01,
-        pays: float = 0.02,
+        draft_ahead_max: int = 32,
+        min_cum_acceptance: float = 0.01,
+        min_accepted: float = 0.02,
         hysteresis: float = 0.03,
     ) -> None:
         self.predictor = predictor or ConfidenceAcceptance()
@@ -79,57 +81,57 @@ class WispprofController:
         self.row: DraftRow | None = None
         self.stream = stream
         self.k_max = k_max
-        self.lead_max = lead_max
-        self.floor = floor
-        self.pays = pays
+        self.draft_ahead_max = draft_ahead_max
+        self.min_cum_acceptance = min_cum_acceptance
+        self.min_accepted = min_accepted
         self.hysteresis = hysteresis
         self.k = 0
-        self._by_depth = [_PRIOR] * k_max
-        self._held: list[float] = []  # survival of the drafts that are out, in order
-        self._alive = 1.0
-        self._last = 1.0
-        self._stop = floor
-        self._most = 0
-        self._settled = False
+        self._prob_by_depth = [_PRIOR] * k_max
+        self._pending_probs: list[float] = []  # of the drafts that are not decided yet
+        self._cum_acceptance = 1.0
+        self._last_prob = 1.0
+        self._stop = min_cum_acceptance
+        self._budget = 0
+        self._k_chosen = False
         self._drafted = self._accepted = self._commits = 0
-        self._rest = 0
-        self._next_rest = _REST
-
-    # --- the contract -------------------------------------------------------------------------
+        self._pause_left = 0
+        self._next_pause = _PAUSE_COMMITS
 
     def begin(self, context: RoundContext) -> int:
         self.row = self.rows(context) if self.rows is not None else None
-        self._last = 1.0
+        self._last_prob = 1.0
         if self.stream:
-            self._held = self._held[-context.draft_ahead :] if context.draft_ahead else []
-            self._alive = math.prod(self._held)
-            self._most = self._stream_budget(context)
+            ahead = context.draft_ahead
+            self._pending_probs = self._pending_probs[-ahead:] if ahead else []
+            self._cum_acceptance = math.prod(self._pending_probs)
+            self._budget = self._stream_budget(context)
         else:
-            self._held.clear()
-            self._alive = 1.0
-            self._most = self._round_budget(context)
-        return self._most
+            self._pending_probs.clear()
+            self._cum_acceptance = 1.0
+            self._budget = self._round_budget(context)
+        return self._budget
 
     def go_on(self, depth: int, features: DraftFeatures) -> bool:
-        self._last = self.predictor.acceptance_prob(features, depth)
-        self._held.append(self._last)
-        self._alive *= self._last
+        self._last_prob = self.predictor.acceptance_prob(features, depth)
+        self._pending_probs.append(self._last_prob)
+        self._cum_acceptance *= self._last_prob
         self._drafted += 1
         if not self.stream and depth < self.k_max:
-            self._by_depth[depth] += _WEIGHT * (self._last - self._by_depth[depth])
+            prior = self._prob_by_depth[depth]
+            self._prob_by_depth[depth] = prior + _EWMA_WEIGHT * (self._last_prob - prior)
         depth += 1
-        if depth >= self._most:
+        if depth >= self._budget:
             return False
-        ahead = self._by_depth[depth] if depth < self.k_max else self._by_depth[-1]
-        return self._alive * ahead >= self._stop
+        expected = self._prob_by_depth[depth] if depth < self.k_max else self._prob_by_depth[-1]
+        return self._cum_acceptance * expected >= self._stop
 
     def acceptance_prob(self) -> float:
-        return self._last
+        return self._last_prob
 
     def finish(self, drafted: int, accepted: int) -> None:
         if self.stream:
-            if self._rest:
-                self._rest -= 1
+            if self._pause_left:
+                self._pause_left -= 1
             elif self._drafted:
                 self._commits += 1
                 self._accepted += accepted
@@ -137,65 +139,62 @@ class WispprofController:
     # --- rounds -------------------------------------------------------------------------------
 
     def _round_budget(self, context: RoundContext) -> int:
-        """Most drafts of the round, and the stop value that goes with it."""
+        """Most drafts of the round. Also sets the stop value that ends it earlier."""
         row = self.row
         if row is not None and row.k == 0:
             self.k = 0
             return 0
-        most = self.k_max if row is None else min(row.k, self.k_max)
-        away = context.rtt_ms + context.server_ms
-        best, best_rate = 0, 1.0 / max(away, 1e-6)
-        now_rate = best_rate
-        tokens = alive = 1.0
+        k_max = self.k_max if row is None else min(row.k, self.k_max)
+        undrafted_ms = context.rtt_ms + context.server_ms
+        best_k, best_rate = 0, 1.0 / max(undrafted_ms, 1e-6)
+        current_rate = best_rate
+        tokens = cum_acceptance = 1.0
         for k in range(1, self.k_max + 1):
-            alive *= self._by_depth[k - 1]
-            tokens += alive
-            rate = tokens / max(away + k * context.draft_ms, 1e-6)
+            cum_acceptance *= self._prob_by_depth[k - 1]
+            tokens += cum_acceptance
+            rate = tokens / max(undrafted_ms + k * context.draft_ms, 1e-6)
             if k == self.k:
-                now_rate = rate
+                current_rate = rate
             if rate > best_rate:
-                best, best_rate = k, rate
-        if not self._settled or best_rate > now_rate * (1.0 + self.hysteresis):
-            self.k = best
-            self._settled = True
-        own = best_rate * context.draft_ms
-        # The plan's stop value holds the price of the row beside the drafting time it assumed.
-        planned = 0.0
+                best_k, best_rate = k, rate
+        if not self._k_chosen or best_rate > current_rate * (1.0 + self.hysteresis):
+            self.k = best_k
+            self._k_chosen = True
+        # The plan's stop value is the server's cost of a row plus the drafting time that the plan assumed.
+        row_cost = 0.0
         if row is not None and row.round_ms > 0:
-            planned = max(0.0, row.stop - row.commits / row.round_ms * row.draft_ms)
-        self._stop = min(0.95, max(self.floor, own + planned))
-        # The stop value ends rounds; k only decides whether there is one, and bounds it loosely.
-        return min(most, 2 * self.k) if self.k else 0
+            row_cost = max(0.0, row.stop - row.commits / row.round_ms * row.draft_ms)
+        stop = best_rate * context.draft_ms + row_cost
+        self._stop = min(0.95, max(self.min_cum_acceptance, stop))
+        # The stop value ends rounds; k decides whether there is one and limits it loosely.
+        return min(k_max, 2 * self.k) if self.k else 0
 
     # --- streams ------------------------------------------------------------------------------
 
     def _stream_budget(self, context: RoundContext) -> int:
-        """How many more drafts are of use before the next commit can be known here."""
+        """How many more drafts are of use before the next commit can arrive here."""
         row = self.row
-        self._stop = self.floor
-        if (row is not None and row.k == 0) or self._resting():
+        self._stop = self.min_cum_acceptance
+        if (row is not None and row.k == 0) or self._paused():
             return 0
-        reach = (context.rtt_ms + context.server_ms) / max(context.draft_ms, 1e-3)
-        draft_ahead = min(self.lead_max, 4 + 2 * math.ceil(reach))
+        in_flight = (context.rtt_ms + context.server_ms) / max(context.draft_ms, 1e-3)
+        draft_ahead = min(self.draft_ahead_max, 4 + 2 * math.ceil(in_flight))
         if row is not None:
             draft_ahead = min(draft_ahead, row.draft_ahead)
-        if self._alive * self._ahead(0) < self._stop:
+        if self._cum_acceptance * self._prob_by_depth[0] < self._stop:
             return 0
         return max(0, draft_ahead - context.draft_ahead)
 
-    def _resting(self) -> bool:
-        if self._rest > 0:
+    def _paused(self) -> bool:
+        if self._pause_left > 0:
             return True
-        if self._commits >= _TRIAL:
-            # Per commit, not per draft: how many drafts one rejection takes with it is the lead's affair.
-            won = self._accepted / self._commits
+        if self._commits >= _TRIAL_COMMITS:
+            # Per commit, not per draft: one rejection discards all drafts behind it.
+            accepted = self._accepted / self._commits
             self._drafted = self._accepted = self._commits = 0
-            if won < self.pays:
-                self._rest, self._next_rest = self._next_rest, min(8 * _REST, 2 * self._next_rest)
+            if accepted < self.min_accepted:
+                self._pause_left = self._next_pause
+                self._next_pause = min(8 * _PAUSE_COMMITS, 2 * self._next_pause)
                 return True
-            self._next_rest = _REST
+            self._next_pause = _PAUSE_COMMITS
         return False
-
-    def _ahead(self, depth: int) -> float:
-        """Expected survival of a token that is not drafted yet."""
-        return self._by_depth[min(depth, self.k_max - 1)]

@@ -1,4 +1,4 @@
-"""Who needs the step, and how much: slack to the next deadline, promises behind or lost."""
+"""How urgently each session needs the step: slack, lag behind its SLO, starvation."""
 
 from __future__ import annotations
 
@@ -8,83 +8,99 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from wispprof.policies.api import SessionView, column
-from wispprof.policies.draft_selection import BoolArray, FloatArray, IntArray
+from wispprof.policies.cost_model import BoolArray, FloatArray, IntArray
+from wispprof.policies.interface import SessionView, column
+from wispprof.policies.wispprof_settings import WispprofSettings
 
 __all__ = ["Urgency"]
 
 _DEADLINE, _ARRIVED = column("deadline_ms"), column("arrived_ms")
-_HOPELESS, _COMMITTED = column("slo_unreachable"), column("committed")
+_SLO_UNREACHABLE, _COMMITTED = column("slo_unreachable"), column("committed")
 _SPEED = attrgetter("slo.tokens_per_s")
-_SAFE = 0.15
-"""Who ran ahead of its promise by this share of its generation so far will not miss it by a long step."""
-_SPARE = 1.15
-"""Undrafted steps must leave this much to spare, or a session that is late already catches up in none of
-them."""
-_NEAR, _FAR = 1.0, 3.0
-"""Shorter steps are needed in full when the next deadline is as near as the first, in steps, and not at all
-from the second."""
 
 
 class Urgency(NamedTuple):
-    """Who needs the step how much, (n,) each: ``slack`` in ms to each deadline, ``lost``: the promise is,
-    ``idle``: ms since it became ready, ``starved``: left out for so long that it takes part whatever it is
-    worth, ``rank``: the lower, the more it needs the step: stale ones, then by slack, lost promises last."""
+    """Urgency of n sessions, (n,) each.
 
-    slack: FloatArray
-    lost: BoolArray
-    idle: FloatArray
+    ``slack_ms``: time to its deadline. ``slo_unreachable``: no schedule can meet its SLO. ``waited_ms``:
+    time since it became ready. ``starved``: it waited so long that it is scheduled whatever its value.
+    ``rank``: lower goes first: starved sessions, then by slack, then those whose SLO is unreachable.
+    """
+
+    slack_ms: FloatArray
+    slo_unreachable: BoolArray
+    waited_ms: FloatArray
     starved: BoolArray
     rank: FloatArray
 
     @classmethod
-    def of(cls, now_ms: float, decode: list[SessionView], patience_ms: float) -> Self:
-        count = len(decode)
-        idle = now_ms - np.fromiter(map(_ARRIVED, decode), np.float64, count)
-        slack = np.fromiter(map(_DEADLINE, decode), np.float64, count) - now_ms
-        lost = np.fromiter(map(_HOPELESS, decode), np.bool_, count)
-        return cls._ranked(slack, lost, idle, patience_ms)
+    def of(cls, now_ms: float, sessions: list[SessionView], starvation_ms: float) -> Self:
+        count = len(sessions)
+        waited_ms = now_ms - np.fromiter(map(_ARRIVED, sessions), np.float64, count)
+        slack_ms = np.fromiter(map(_DEADLINE, sessions), np.float64, count) - now_ms
+        slo_unreachable = np.fromiter(map(_SLO_UNREACHABLE, sessions), np.bool_, count)
+        return cls._ranked(slack_ms, slo_unreachable, waited_ms, starvation_ms)
 
-    def take(self, places: IntArray, patience_ms: float) -> Urgency:
-        """The need of some only."""
-        return self._ranked(self.slack[places], self.lost[places], self.idle[places], patience_ms)
+    def take(self, idx: IntArray, starvation_ms: float) -> Self:
+        """The urgency of the sessions at ``idx``."""
+        return self._ranked(
+            self.slack_ms[idx], self.slo_unreachable[idx], self.waited_ms[idx], starvation_ms
+        )
 
     @classmethod
     def _ranked(
-        cls, slack: FloatArray, lost: BoolArray, idle: FloatArray, patience_ms: float
+        cls,
+        slack_ms: FloatArray,
+        slo_unreachable: BoolArray,
+        waited_ms: FloatArray,
+        starvation_ms: float,
     ) -> Self:
-        starved = idle > patience_ms
-        rank = np.where(lost, math.inf, slack)
+        starved = waited_ms > starvation_ms
+        rank = np.where(slo_unreachable, math.inf, slack_ms)
         rank[starved] = -math.inf
-        return cls(slack, lost, idle, starved, rank)
+        return cls(slack_ms, slo_unreachable, waited_ms, starved, rank)
 
-    def behind(self, step_ms: float) -> FloatArray:
-        """How far each (n,) is behind its promise, 0 … 1: not at all with two steps of ``step_ms`` in hand,
-        all the way when it is as many late."""
-        if step_ms <= 0.0:
-            return np.zeros(len(self.slack))
-        return np.minimum(np.maximum(0.5 - self.slack / (4.0 * step_ms), 0.0), 1.0)
+    def lag(self, step_ms: float, lag_steps: float) -> FloatArray:
+        """How far each session (n,) lags behind its SLO, 0 … 1.
 
-    def urgency(self, decode: list[SessionView], undrafted_ms: float, step_ms: float) -> FloatArray:
-        """How much each (n,) needs the steps to be short, 0 … 1: more, the nearer its next deadline.
-
-        None where steps of ``undrafted_ms``, in which everybody advances by one token, would not keep its
-        promise with something to spare, where the promise is lost, and where the session has run well ahead
-        of it so far: its next drafts make up for a long step. ``step_ms``: a step with the drafts at hand.
+        0 with ``lag_steps`` steps of slack or more, 1 if it is as many steps late.
         """
-        count = len(decode)
-        token_ms = 1000.0 / np.fromiter(map(_SPEED, decode), np.float64, count)
-        so_far_ms = token_ms * np.fromiter(map(_COMMITTED, decode), np.float64, count)
-        urgent = (token_ms >= _SPARE * undrafted_ms) & ~self.lost & (self.slack < _SAFE * so_far_ms)
-        near = (_FAR - self.slack / max(step_ms, 1e-9)) / (_FAR - _NEAR)
-        found: FloatArray = urgent * np.minimum(np.maximum(near, 0.0), 1.0) ** 2
-        return found
+        if step_ms <= 0.0:
+            return np.zeros(len(self.slack_ms))
+        lag = 0.5 - self.slack_ms / (2.0 * lag_steps * step_ms)
+        return np.minimum(np.maximum(lag, 0.0), 1.0)
 
-    def first(self, members: BoolArray, most: int) -> BoolArray:
-        """At most ``most`` of the members, those who need it most."""
-        inside = members.nonzero()[0]
-        if len(inside) <= most:
-            return members
-        kept = np.zeros(len(members), dtype=bool)
-        kept[inside[self.rank[inside].argpartition(most - 1)[:most]]] = True
+    def slo_boost(
+        self,
+        sessions: list[SessionView],
+        undrafted_ms: float,
+        step_ms: float,
+        settings: WispprofSettings,
+    ) -> FloatArray:
+        """How much each session (n,) needs short steps, 0 … 1: more, the nearer its next deadline.
+
+        0 if its SLO is unreachable, if steps of ``undrafted_ms`` (everybody advances by one token) do
+        not meet it with a margin, or if the session is well ahead: its next drafts make up for a long step.
+        ``step_ms``: time of a step with the pending drafts.
+        """
+        count = len(sessions)
+        token_ms = 1000.0 / np.fromiter(map(_SPEED, sessions), np.float64, count)
+        generation_ms = token_ms * np.fromiter(map(_COMMITTED, sessions), np.float64, count)
+        boosted = (
+            (token_ms >= settings.boost_margin * undrafted_ms)
+            & ~self.slo_unreachable
+            & (self.slack_ms < settings.boost_ahead_share * generation_ms)
+        )
+        first, last = settings.boost_full_steps, settings.boost_none_steps
+        nearness = (last - self.slack_ms / max(step_ms, 1e-9)) / (last - first)
+        boost: FloatArray = boosted * np.minimum(np.maximum(nearness, 0.0), 1.0) ** 2
+        return boost
+
+    def most_urgent(self, scheduled: BoolArray, limit: int) -> BoolArray:
+        """The ``limit`` most urgent of the sessions in ``scheduled`` (n,)."""
+        idx = scheduled.nonzero()[0]
+        if len(idx) <= limit:
+            return scheduled
+        kept = np.zeros(len(scheduled), dtype=bool)
+        kept[idx[self.rank[idx].argpartition(limit - 1)[:limit]]] = True
         return kept

@@ -1,23 +1,17 @@
-"""The ``wispprof`` batching policy: every step chooses how much of each tail to verify now.
+"""The ``wispprof`` batching policy: each step verifies the drafts that earn most per millisecond.
 
-Its pieces, each of which can be switched off (:class:`WispprofSettings`):
+A step is planned in this order (switches and constants: :class:`WispprofSettings`):
 
-*trim*: the tails that maximise expected tokens per ms (:mod:`wispprof.policies.draft_selection`).
-*wait*: a session whose next draft is due stays out where reading its cache once instead of twice is
-worth more than the token it might lose (:mod:`wispprof.policies.wait_for_draft`).
-*slack*: tokens of sessions that fall behind their promise weigh more, so those that ran ahead give up
-drafts for their sake. They are not left out: that pinned everybody at the promised speed and cost more
-tokens than it saved promises.
-*rescue*: a session that falls behind a promise which server-only serving would keep in this company weighs
-as much as all others together, and more: steps shrink towards undrafted ones until it is back on time.
-*size_prefill*: prompt chunks as large as no running session minds (:mod:`wispprof.policies.prefill`).
-*demote_hopeless*: tokens of sessions whose promise is lost weigh what those of sessions on time do, however
-late they are, and such sessions stay out where together they would add more to the step than the fixed part
-of a step of their own.
-*floor*: the plan of server-only serving is always among the candidates.
-
-Linear costs only say in which order drafts earn their time. How many of them join is decided by the
-estimator itself, which prices the step with the first of them, the first two, … and with none.
+1. **Weights.** A token of a session that lags behind its SLO is worth more. A session is boosted if it misses
+   an SLO that server-only serving would meet: it weighs more than all others together, so steps shrink
+   until it is back on time. A session whose SLO is unreachable has a constant weight.
+2. **Ranking.** Drafts in falling order of weighted expected tokens per ms, by linear costs.
+3. **Waiting.** A session whose next draft is due stays out if that saves more than it loses.
+4. **Deprioritizing.** Sessions whose SLO is unreachable stay out if their tokens do not pay and together they
+   would add more than the fixed part of a later step of their own.
+5. **Cutoff.** The estimator prices the step with the first 0, 1, 2, … drafts of the ranking, and the
+   undrafted step of the most urgent sessions. The highest rate wins.
+6. **Prefill.** Prompt chunks join as far as the running sessions' SLOs allow.
 """
 
 from __future__ import annotations
@@ -30,91 +24,67 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wispprof.policies.api import Limits, SessionView, StepPlan, column
-from wispprof.policies.batch_builder import StepBuilder, no_batch, spread
-from wispprof.policies.cost_model import MarginalCostCache, MarginalCosts, price_batches
-from wispprof.policies.draft_selection import (
-    BatchArrays,
+from wispprof.policies.batch_builder import RETRY_MS, BatchBuilder, evenly_spaced, no_batch
+from wispprof.policies.cost_model import (
     BoolArray,
-    Columns,
-    DraftRanking,
     FloatArray,
     IntArray,
+    MarginalCostCache,
+    MarginalCosts,
+    price_batches,
+)
+from wispprof.policies.draft_selection import (
+    BatchArrays,
+    DraftRanking,
+    SessionColumns,
     typical_costs,
     undrafted_totals,
 )
+from wispprof.policies.interface import Limits, SessionView, StepPlan, column
 from wispprof.policies.prefill import add_prompts
 from wispprof.policies.urgency import Urgency
-from wispprof.policies.wait_for_draft import should_wait
+from wispprof.policies.wait_for_draft import Waiting, should_wait
+from wispprof.policies.wispprof_settings import WispprofSettings
 from wispprof.types import BatchTotals, StepTimeEstimator
 
-__all__ = ["Wispprof", "WispprofSettings"]
+__all__ = ["WispprofPolicy"]
 
-_READY, _LEFT = column("ready"), column("prompt_left")
-_RETRY_MS = 1.0
-_LONG = 64
-"""Ladders up to this long are priced rung by rung, longer ones at about half as many places."""
-_BLEND = 0.05
+_READY, _PROMPT_LEFT = column("ready"), column("prompt_left")
 
 
-@dataclass(frozen=True, slots=True)
-class WispprofSettings:
-    """Switches of the pieces, and their few constants.
-
-    ``catch_up``: weight of a token of a session that is far behind; 1 switches weighing off.
-    ``rescue_weight``: what those that need rescue weigh together, in times of all sessions of the step.
-    ``slo_unreachable_weight``: of one whose promise is lost. ``patience``: a session left out for this many
-    steps takes part whatever it is worth. ``first_token``: target of a first token that nothing was promised
-    for, in times of reading its prompt alone on the server.
-    """
-
-    trim: bool = True
-    wait: bool = True
-    slack: bool = True
-    slo_boost: bool = True
-    size_prefill: bool = True
-    demote_hopeless: bool = True
-    floor: bool = True
-    catch_up: float = 4.0
-    rescue_weight: float = 2.5
-    slo_unreachable_weight: float = 1.0
-    patience: float = 8.0
-    first_token: float = 4.0
-
-
-class _Choice(NamedTuple):
-    """Who decodes, with how many drafts each; who was looked at: the neediest, all where they are few; when
-    to ask again if nobody decodes; tokens expected of each."""
+class _Decodes(NamedTuple):
+    """The decoding sessions of a step. ``drafts``: of each; ``candidates``: the sessions they were chosen
+    from; ``wake_ms``: when to plan again if none is chosen; ``tokens``: mean expected tokens of each."""
 
     sessions: list[SessionView]
-    keep: list[int]
-    seen: list[SessionView]
+    drafts: list[int]
+    candidates: list[SessionView]
     wake_ms: float = math.inf
-    gain: float = 1.0
+    tokens: float = 1.0
 
 
-def _sorted(sessions: list[SessionView]) -> tuple[list[SessionView], list[SessionView]]:
-    """Those that may take part: who decodes, and who has a prompt to read."""
+def _split_ready(sessions: list[SessionView]) -> tuple[list[SessionView], list[SessionView]]:
+    """The ready sessions that decode, and those that have prompt left."""
     ready = sessions
     if not all(map(_READY, sessions)):
         ready = list(compress(sessions, map(_READY, sessions)))
-    left = list(map(_LEFT, ready))
-    if not any(left):
+    prompt_left = list(map(_PROMPT_LEFT, ready))
+    if not any(prompt_left):
         return ready, []
-    return list(compress(ready, map(not_, left))), list(compress(ready, left))
+    return list(compress(ready, map(not_, prompt_left))), list(compress(ready, prompt_left))
 
 
 @dataclass
-class Wispprof:
-    """Stream-mode batching. ``settings`` switches its pieces."""
+class WispprofPolicy:
+    """Stream-mode batching, see the module's docstring."""
 
     settings: WispprofSettings = field(default_factory=WispprofSettings)
     name: str = field(default="wispprof", init=False)
     stream: bool = field(default=True, init=False)
-    _slopes: MarginalCostCache = field(default_factory=MarginalCostCache, init=False, repr=False)
-    _backlog: float = field(default=0.0, init=False, repr=False)
-    _between_ms: float = field(default=0.0, init=False, repr=False)
-    _last: tuple[float, float] | None = field(default=None, init=False, repr=False)
+    _costs: MarginalCostCache = field(default_factory=MarginalCostCache, init=False, repr=False)
+    _prompt_backlog: float = field(default=0.0, init=False, repr=False)
+    _overhead_ms: float = field(default=0.0, init=False, repr=False)
+    _last_step: tuple[float, float] | None = field(default=None, init=False, repr=False)
 
     def plan(
         self,
@@ -123,196 +93,229 @@ class Wispprof:
         estimator: StepTimeEstimator,
         limits: Limits,
     ) -> StepPlan:
-        self._note_gap(now_ms)
-        decode, prompts = _sorted(sessions)
-        if not decode and not prompts:
-            return no_batch(now_ms, None, "no_batch")
+        self._observe_overhead(now_ms)
+        running, prompts = _split_ready(sessions)
+        if not running and not prompts:
+            return no_batch(now_ms, None, "nothing ready")
         if min(limits.max_items, limits.max_tokens, limits.kv_free) < 1:
-            return no_batch(now_ms, now_ms + _RETRY_MS, "no room")
-        build = StepBuilder(estimator, limits)
-        wake_ms, gain = math.inf, 1.0
-        if decode:
-            chosen, keep, decode, wake_ms, gain = self._choose(now_ms, decode, estimator, limits)
-            build.add_decodes(chosen, keep)
+            return no_batch(now_ms, now_ms + RETRY_MS, "no capacity")
+        batch = BatchBuilder(estimator, limits)
+        decodes = _Decodes([], [], [])
+        if running:
+            decodes = self._choose_decodes(now_ms, running, estimator, limits)
+            batch.add_decodes(decodes.sessions, decodes.drafts)
         if prompts:
-            sized, patience = self.settings.size_prefill, self.settings.first_token
-            add_prompts(build, now_ms, prompts, decode, gain, sized=sized, patience=patience)
-        fed = sum([m.prefill for m in build.members]) if prompts else 0
+            add_prompts(batch, now_ms, prompts, decodes.candidates, decodes.tokens, self.settings)
+        self._observe_backlog(batch, prompts)
+        if not batch.items:
+            wake_ms = min(decodes.wake_ms, now_ms + self.settings.max_wait_ms)
+            return no_batch(now_ms, wake_ms, "waiting for drafts")
+        self._last_step = now_ms, batch.cost.p50_ms
+        return batch.plan("stream")
+
+    # --- what earlier steps showed ----------------------------------------------------------------
+
+    def _observe_overhead(self, now_ms: float) -> None:
+        """Average the time between a step's predicted end and the next decision.
+
+        It covers the engine loop's own work and what the prediction lacks. Every step costs that much more,
+        so drafts that save steps are worth more.
+        """
+        if self._last_step is not None:
+            begun_ms, p50_ms = self._last_step
+            overhead_ms = min(max(now_ms - begun_ms - p50_ms, -p50_ms), p50_ms)
+            self._overhead_ms += self.settings.ewma_weight * (overhead_ms - self._overhead_ms)
+            self._last_step = None
+
+    def _observe_backlog(self, batch: BatchBuilder, prompts: list[SessionView]) -> None:
+        """Average the share of steps after which prompt tokens are still waiting."""
+        fed = sum([item.prefill for item in batch.items]) if prompts else 0
         backlog = sum([s.prompt_left for s in prompts]) > fed
-        self._backlog += _BLEND * (float(backlog) - self._backlog)
-        if build.members:
-            self._last = now_ms, build.cost.p50_ms
-            return build.plan("stream")
-        return no_batch(now_ms, min(wake_ms, now_ms + 50.0), "waiting for drafts")
+        self._prompt_backlog += self.settings.ewma_weight * (float(backlog) - self._prompt_backlog)
 
-    def _note_gap(self, now_ms: float) -> None:
-        """What passes from a step's predicted end to the next decision: the loop's own work and whatever the
-        prediction lacks. A step costs that much more, so a draft that saves one is worth more."""
-        if self._last is not None:
-            began_ms, p50_ms = self._last
-            gap_ms = min(max(now_ms - began_ms - p50_ms, -p50_ms), p50_ms)
-            self._between_ms += _BLEND * (gap_ms - self._between_ms)
-            self._last = None
+    # --- which sessions decode, with how many drafts ----------------------------------------------
 
-    # --- who decodes, with how much -----------------------------------------------------------
-
-    def _choose(
+    def _choose_decodes(
         self,
         now_ms: float,
-        decode: list[SessionView],
+        running: list[SessionView],
         estimator: StepTimeEstimator,
         limits: Limits,
-    ) -> _Choice:
-        settings, free_slots = self.settings, limits.max_items
-        whole: Urgency | None = None
-        if len(decode) > 2 * free_slots:
-            # A step holds a part of them: twice as many as it holds are looked at, the neediest.
-            sample = decode[:: len(decode) // free_slots]
-            bound_ms = typical_costs(sample, self._slopes, estimator, free_slots).all_bound_ms
-            whole = Urgency.of(now_ms, decode, settings.patience * bound_ms)
-            places = whole.first(np.ones(len(decode), dtype=bool), 2 * free_slots).nonzero()[0]
-            decode = [decode[place] for place in places.tolist()]
-        count = len(decode)
-        columns = Columns.of(decode)
-        costs = columns.marginal_costs(self._slopes, estimator, free_slots)
-        patience_ms = settings.patience * costs.all_bound_ms
-        need = whole.take(places, patience_ms) if whole else Urgency.of(now_ms, decode, patience_ms)
-        # Steps that waiting prompts call for anyway have paid their fixed part: decoding then costs only what
-        # it adds, and a draft must beat what a lone advance earns for that.
-        extra_ms = max(0.0, self._between_ms) - self._backlog * costs.fixed_ms
+    ) -> _Decodes:
+        settings = self.settings
+        sessions, urgency, columns, costs = self._candidates(now_ms, running, estimator, limits)
+        # While prompts wait, steps run anyway, so decoding does not pay their fixed part.
+        extra_ms = max(0.0, self._overhead_ms) - self._prompt_backlog * costs.fixed_ms
         fixed_ms = max(0.0, costs.fixed_ms + extra_ms)
-        weight = self._weights(decode, need, columns, costs)
-        arrays = BatchArrays.build(columns, costs._replace(fixed_ms=fixed_ms), weight)
-        everyone = np.ones(count, dtype=bool)
+        weight = self._weights(sessions, urgency, columns, costs)
+        arrays = BatchArrays.of(columns, costs._replace(fixed_ms=fixed_ms), weight)
+        everyone = np.ones(len(sessions), dtype=bool)
         ranking = DraftRanking.of(arrays, everyone)
-        best = ranking.best
-        rate = float(ranking.worth[best] / max(ranking.spent_ms[best], 1e-9))
-        keep = ranking.keep(best, count) if settings.trim else columns.lengths
-        members, wake_ms = everyone, math.inf
-        if settings.wait:
-            # Who takes part whatever it is worth has no time to wait, and is no waiter to count with.
-            slack = np.where(need.starved, -math.inf, need.slack)
-            out, due_ms, margin_ms = should_wait(
-                now_ms, decode, arrays, keep, rate, slack, costs.all_bound_ms
+        cutoff, rate = ranking.best()
+        drafts = columns.lengths
+        if settings.cut_drafts:
+            drafts = ranking.drafts(cutoff, len(sessions))
+
+        scheduled, wake_ms = everyone, math.inf
+        if settings.wait_for_drafts:
+            # A starved session does not wait, nor does it count among those that do.
+            slack_ms = np.where(urgency.starved, -math.inf, urgency.slack_ms)
+            wait = should_wait(
+                now_ms, sessions, arrays, drafts, rate, slack_ms, costs.all_bound_ms, settings
             )
-            if out.any() and self._waiting_pays(arrays, keep, out, margin_ms, estimator):
-                members, wake_ms = ~out, due_ms
-        if settings.demote_hopeless and need.lost.any() and not need.lost.all():
-            members = self._demoted(members, arrays, keep, rate, need, costs.fixed_ms)
-        if not members.any() and not self._pays_to_idle(now_ms, arrays, rate, wake_ms):
-            members = everyone
-        if not members.any():
-            return _Choice([], [], decode, wake_ms)
-        room = min(limits.max_tokens, limits.kv_free)
-        most = min(free_slots, room)
-        members = need.first(members, most)
-        inside = int(np.count_nonzero(members))
-        if inside < count or len(ranking.owner) > room - inside:
-            ranking = ranking.among(arrays, members, room - inside)
-        lone = need.first(everyone, most) if settings.floor and inside < count else None
-        members, keep = self._best(arrays, ranking, members, lone, estimator, extra_ms)
-        chosen = members.nonzero()[0]
-        gain = float(arrays.gains(keep)[chosen].sum()) / len(chosen)
-        kept: list[int] = keep[chosen].tolist()
-        return _Choice([decode[place] for place in chosen.tolist()], kept, decode, wake_ms, gain)
+            if wait.waiting.any() and self._waiting_pays(arrays, drafts, wait, estimator):
+                scheduled, wake_ms = ~wait.waiting, wait.due_ms
+        if settings.deprioritize:
+            scheduled = self._deprioritize(scheduled, arrays, drafts, rate, urgency, costs.fixed_ms)
+        if not scheduled.any():
+            idle_tokens = (wake_ms - now_ms) * rate if math.isfinite(wake_ms) else math.inf
+            if idle_tokens < float(weight.sum()) * settings.idle_value:
+                return _Decodes([], [], sessions, wake_ms)
+            scheduled = everyone
+
+        token_limit = min(limits.max_tokens, limits.kv_free)
+        item_limit = min(limits.max_items, token_limit)
+        scheduled = urgency.most_urgent(scheduled, item_limit)
+        items = int(np.count_nonzero(scheduled))
+        if items < len(sessions) or len(ranking.order) > token_limit - items:
+            ranking = ranking.restrict(arrays, scheduled, token_limit - items)
+        undrafted = None
+        if settings.undrafted_candidate and items < len(sessions):
+            undrafted = urgency.most_urgent(everyone, item_limit)
+        scheduled, drafts = self._best_cutoff(
+            arrays, ranking, scheduled, undrafted, estimator, extra_ms
+        )
+        chosen = scheduled.nonzero()[0]
+        tokens = float(arrays.expected_tokens(drafts)[chosen].sum()) / len(chosen)
+        chosen_drafts: list[int] = drafts[chosen].tolist()
+        return _Decodes(
+            [sessions[idx] for idx in chosen.tolist()], chosen_drafts, sessions, wake_ms, tokens
+        )
+
+    def _candidates(
+        self,
+        now_ms: float,
+        running: list[SessionView],
+        estimator: StepTimeEstimator,
+        limits: Limits,
+    ) -> tuple[list[SessionView], Urgency, SessionColumns, MarginalCosts]:
+        """The sessions to choose from: all, or the most urgent if they are more than twice a step's slots."""
+        starvation_steps, max_items = self.settings.starvation_steps, limits.max_items
+        urgency: Urgency | None = None
+        if len(running) > 2 * max_items:
+            sample = running[:: len(running) // max_items]
+            step_ms = typical_costs(sample, self._costs, estimator, max_items).all_bound_ms
+            urgency = Urgency.of(now_ms, running, starvation_steps * step_ms)
+            everyone = np.ones(len(running), dtype=bool)
+            idx = urgency.most_urgent(everyone, 2 * max_items).nonzero()[0]
+            running = [running[i] for i in idx.tolist()]
+        columns = SessionColumns.of(running)
+        costs = columns.marginal_costs(self._costs, estimator, max_items)
+        starvation_ms = starvation_steps * costs.all_bound_ms
+        if urgency is None:
+            urgency = Urgency.of(now_ms, running, starvation_ms)
+        else:
+            urgency = urgency.take(idx, starvation_ms)
+        return running, urgency, columns, costs
 
     def _weights(
-        self, decode: list[SessionView], need: Urgency, columns: Columns, costs: MarginalCosts
+        self,
+        sessions: list[SessionView],
+        urgency: Urgency,
+        columns: SessionColumns,
+        costs: MarginalCosts,
     ) -> FloatArray:
-        """What a token of each session (n,) is worth."""
+        """Value (n,) of a token of each session."""
         settings, step_ms = self.settings, costs.all_bound_ms
-        weight = np.ones(len(decode))
-        if settings.slack:
-            weight += (settings.catch_up - 1.0) * need.behind(step_ms)
+        weight = np.ones(len(sessions))
+        if settings.weigh_lag:
+            weight += (settings.lag_weight - 1.0) * urgency.lag(step_ms, settings.lag_steps)
         if settings.slo_boost:
-            read_ms, row_ms = costs.over(columns.cached)
-            undrafted_ms = costs.fixed_ms + max(0.0, self._between_ms)
+            read_ms, row_ms = costs.per_item(columns.cached)
+            undrafted_ms = costs.fixed_ms + max(0.0, self._overhead_ms)
             undrafted_ms += float((read_ms + row_ms).sum())
-            urgency = need.urgency(decode, undrafted_ms, step_ms)
-            together = settings.rescue_weight * len(decode) / max(1.0, float(urgency.sum()))
-            weight = np.maximum(weight, 1.0 + together * urgency)
-        if settings.demote_hopeless:
-            weight[need.lost] = settings.slo_unreachable_weight
+            boost = urgency.slo_boost(sessions, undrafted_ms, step_ms, settings)
+            boost_weight = settings.slo_boost_weight * len(sessions) / max(1.0, float(boost.sum()))
+            weight = np.maximum(weight, 1.0 + boost_weight * boost)
+        if settings.deprioritize:
+            weight[urgency.slo_unreachable] = settings.slo_unreachable_weight
         return weight
 
     @staticmethod
-    def _demoted(
-        members: BoolArray,
+    def _waiting_pays(
+        arrays: BatchArrays, drafts: IntArray, wait: Waiting, estimator: StepTimeEstimator
+    ) -> bool:
+        """Whether the estimator agrees that the step without the waiting sessions is shorter.
+
+        If rows are free or padded, it may save less than linear costs say.
+        """
+        new = np.stack((drafts + 1, np.where(wait.waiting, 0, drafts + 1)))
+        p50 = price_batches(estimator, new, arrays.cached)[0]
+        linear_ms = float((arrays.undrafted_ms + drafts * arrays.row_ms)[wait.waiting].sum())
+        return float(p50[0] - p50[1]) - linear_ms + wait.margin_ms > 0.0
+
+    @staticmethod
+    def _deprioritize(
+        scheduled: BoolArray,
         arrays: BatchArrays,
-        keep: IntArray,
+        drafts: IntArray,
         rate: float,
-        need: Urgency,
+        urgency: Urgency,
         fixed_ms: float,
     ) -> BoolArray:
-        """The members without those whose promise is lost and whose tokens do not pay at the going rate.
-        Left out, they need a step of their own later, and its fixed part is paid again: that must cost
-        less than what they add to this one, or they starve for nothing."""
-        spent = arrays.lone_ms + keep * arrays.row_ms
-        out = need.lost & ~need.starved & (arrays.gains(keep) * arrays.weight < rate * spent)
-        return members & ~out if float(spent[out].sum()) > fixed_ms else members
+        """The scheduled sessions without those whose SLO is unreachable and whose tokens do not pay.
 
-    @staticmethod
-    def _waiting_pays(
-        arrays: BatchArrays,
-        keep: IntArray,
-        out: BoolArray,
-        margin_ms: float,
-        estimator: StepTimeEstimator,
-    ) -> bool:
-        """Whether the step without the waiters is really shorter, by the estimator: where rows are free
-        or padded it may save less than the linear costs promised, and then nobody waits."""
-        new = np.stack((keep + 1, np.where(out, 0, keep + 1)))
-        p50 = price_batches(estimator, new, arrays.cached)[0]
-        promised_ms = float((arrays.lone_ms + keep * arrays.row_ms)[out].sum())
-        return float(p50[0] - p50[1]) - promised_ms + margin_ms > 0.0
+        They need a step of their own later, with its fixed part. That must cost less than what they add to
+        this one, or they starve for nothing.
+        """
+        unreachable = urgency.slo_unreachable
+        if not unreachable.any() or unreachable.all():
+            return scheduled
+        cost_ms = arrays.undrafted_ms + drafts * arrays.row_ms
+        value = arrays.expected_tokens(drafts) * arrays.weight
+        out = unreachable & ~urgency.starved & (value < rate * cost_ms)
+        return scheduled & ~out if float(cost_ms[out].sum()) > fixed_ms else scheduled
 
-    @staticmethod
-    def _pays_to_idle(now_ms: float, arrays: BatchArrays, rate: float, wake_ms: float) -> bool:
-        """Whether waiting for the first due draft, the server idle, still beats starting now."""
-        if not math.isfinite(wake_ms):
-            return False
-        return (wake_ms - now_ms) * rate < float(arrays.weight.sum()) * 0.1
-
-    def _best(
+    def _best_cutoff(
         self,
         arrays: BatchArrays,
         ranking: DraftRanking,
-        members: BoolArray,
-        lone: BoolArray | None,
+        scheduled: BoolArray,
+        undrafted: BoolArray | None,
         estimator: StepTimeEstimator,
         extra_ms: float,
     ) -> tuple[BoolArray, IntArray]:
-        """The length of the ladder at which tokens per ms are most, by the estimator's own prices; or
-        everybody undrafted (``lone``) where that is better still."""
-        count = len(arrays.cached)
-        taken = self._rungs(ranking)
-        worth = ranking.worth[taken]
-        others: list[BoolArray] = []
-        if lone is not None:
-            others, worth = [lone], np.append(worth, arrays.weight @ lone)
-        totals = ranking.totals(taken, arrays.cached, members)
-        if lone is not None:
-            undrafted = np.array([undrafted_totals(arrays.cached, lone)], dtype=np.float64).T
-            totals = BatchTotals(*np.concatenate([totals, undrafted], axis=1))
-        priced = estimator.predict_totals(totals)
-        if priced is not None:
-            p50 = priced[0]
-        else:
-            steps = [(ranking.keep(j, count) + 1) * members for j in taken.tolist()]
-            p50 = price_batches(estimator, np.stack([*steps, *others]), arrays.cached)[0]
-        # The first of equals: everybody undrafted must be better than a ladder to replace it.
-        best = int((worth / np.maximum(p50 + extra_ms, 1e-9)).argmax())
-        if lone is not None and best == len(taken):
-            return lone, np.zeros(count, np.int64)
-        return members, ranking.keep(int(taken[best]), count)
+        """(scheduled, drafts), each (n,), with the most tokens per ms by the estimator's prices.
 
-    def _rungs(self, ranking: DraftRanking) -> IntArray:
-        """How many drafts the candidates take, rising."""
-        longest = len(ranking.owner)
-        if not self.settings.trim:
-            return np.array([0, longest] if self.settings.floor and longest else [longest])
-        best = ranking.best
-        first = 0 if self.settings.floor else min(1, best)
-        if longest <= _LONG:
+        The candidates are the cutoffs of the ranking and, if given, the step of the ``undrafted`` sessions.
+        """
+        sessions = len(arrays.cached)
+        cutoffs = self._cutoffs(ranking)
+        value = ranking.value[cutoffs]
+        totals = ranking.totals(cutoffs, arrays.cached, scheduled)
+        if undrafted is not None:
+            value = np.append(value, arrays.weight @ undrafted)
+            last = np.array([undrafted_totals(arrays.cached, undrafted)], dtype=np.float64).T
+            totals = BatchTotals(*np.concatenate([totals, last], axis=1))
+        prices = estimator.predict_totals(totals)
+        if prices is None:
+            new = [(ranking.drafts(j, sessions) + 1) * scheduled for j in cutoffs.tolist()]
+            if undrafted is not None:
+                new.append(undrafted.astype(np.int64))
+            prices = price_batches(estimator, np.stack(new), arrays.cached)
+        # The first of equals: the undrafted step must be better to replace a cutoff.
+        best = int((value / np.maximum(prices[0] + extra_ms, 1e-9)).argmax())
+        if undrafted is not None and best == len(cutoffs):
+            return undrafted, np.zeros(sessions, np.int64)
+        return scheduled, ranking.drafts(int(cutoffs[best]), sessions)
+
+    def _cutoffs(self, ranking: DraftRanking) -> IntArray:
+        """The cutoffs to price, rising."""
+        settings, longest = self.settings, len(ranking.order)
+        if not settings.cut_drafts:
+            return np.array([0, longest] if settings.undrafted_candidate and longest else [longest])
+        best, _ = ranking.best()
+        first = 0 if settings.undrafted_candidate else min(1, best)
+        if longest <= settings.max_cutoffs:
             return np.arange(first, longest + 1)
-        return np.array(sorted(spread(first, longest, _LONG // 2) | {best}))
+        return np.array(sorted(evenly_spaced(first, longest, settings.max_cutoffs // 2) | {best}))

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from wispprof.artifacts import EdgeRow
 from wispprof.errors import ProfileError
-from wispprof.policies.api import RoundContext
+from wispprof.policies.interface import RoundContext
 from wispprof.policies.controllers import WispController
 from wispprof.profiling.shape_grid import load_grid_file, parse_axis
 from wispprof.profiling.workload import Workload

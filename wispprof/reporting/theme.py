@@ -49,9 +49,7 @@ _NAMES = ("ink", "muted", "grid", "paper", *(f"s{i}" for i in range(len(SERIES))
 _POLICIES = {
     "server-only": 5,
     "sled": 1,
-    "sled_static": 1,
     "specedge": 4,
-    "specedge_pipeline": 4,
     "fcfs": 2,
     "wisp": 0,
     "wispprof": 3,

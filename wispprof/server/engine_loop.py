@@ -115,7 +115,7 @@ class EngineLoop:
             runnable = await self._manager.begin_step(self._now_ms(), self._kv_margin)
             await self._serve_audits()
             plan = self.plan(runnable)
-            if not plan.members:
+            if not plan.items:
                 self._last_step = None
                 await self._sleep(plan)
                 continue
@@ -192,7 +192,7 @@ class EngineLoop:
         now = self._now_ms()
         sessions: list[ServerSession] = []
         inputs: list[StepInput] = []
-        for member in plan.members:
+        for member in plan.items:
             session = self._manager.get(member.session)
             try:
                 if session is None:
@@ -207,7 +207,7 @@ class EngineLoop:
 
     def _record(self, plan: StepPlan, shape: BatchShape, actual_ms: float, committed: int) -> None:
         p50, bound = plan.p50_ms, plan.bound_ms
-        if p50 <= 0 or len(shape.items) != len(plan.members):
+        if p50 <= 0 or len(shape.items) != len(plan.items):
             p50, bound = self._step_times.estimator.predict(shape)
         self._step_times.observe(shape, p50, actual_ms)
         if self.step_log is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from wispprof.policies.api import Controller, RoundContext
+from wispprof.policies.interface import Controller, RoundContext
 from wispprof.sessions.draft_buffer import CommitEffect, DraftBuffer, Outgoing
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.types import DraftFeatures, DraftToken

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from wispprof.policies.api import Controller, RoundContext
+from wispprof.policies.interface import Controller, RoundContext
 from wispprof.sessions.draft_buffer import CommitEffect, DraftBuffer, Outgoing
 from wispprof.sessions.draft_scheduler import DraftScheduler
 from wispprof.sessions.edge_timing import EdgeTiming

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from wispprof.policies.api import RoundContext
+from wispprof.policies.interface import RoundContext
 from wispprof.types import Slo
 
 __all__ = ["EdgeTiming"]

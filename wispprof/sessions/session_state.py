@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from wispprof.policies.api import ScheduledItem, SessionView
+from wispprof.policies.interface import ScheduledItem, SessionView
 from wispprof.sessions.commit_result import CommitResult, DraftCounters
 from wispprof.sessions.draft_arrivals import DraftArrivals
 from wispprof.sessions.slo import SloTracker

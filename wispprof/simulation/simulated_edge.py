@@ -15,7 +15,7 @@ import math
 from collections import deque
 from typing import TYPE_CHECKING
 
-from wispprof.policies.api import Controller
+from wispprof.policies.interface import Controller
 from wispprof.sessions.commit_result import CommitResult
 from wispprof.sessions.draft_buffer import Outgoing
 from wispprof.sessions.edge_session import EdgeSession

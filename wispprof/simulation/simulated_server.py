@@ -11,7 +11,7 @@ from collections import deque
 from random import Random
 from typing import TYPE_CHECKING
 
-from wispprof.policies.api import BatchPolicy, Limits, StepPlan
+from wispprof.policies.interface import BatchPolicy, Limits, StepPlan
 from wispprof.policies.load_level import load_level, slowdown
 from wispprof.sessions.draft_buffer import Outgoing
 from wispprof.sessions.session_state import SessionState
@@ -162,7 +162,7 @@ class SimulatedServer:
         )
         views = [session.view(now_ms) for session in self._sessions.values()]
         plan = self._policy.plan(now_ms, views, self._estimator, limits)
-        if plan.members:
+        if plan.items:
             self._step(now_ms, plan, limits)
             return
         if plan.wake_ms is not None:
@@ -195,7 +195,7 @@ class SimulatedServer:
         feeds: list[StepInput] = []
         sessions = self._sessions
         rows = prefill = 0
-        for member in plan.members:
+        for member in plan.items:
             session = sessions.get(member.session)
             if session is None or session.in_flight:
                 raise PolicyViolation(

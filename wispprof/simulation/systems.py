@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from wispprof.errors import PlanError
-from wispprof.policies.api import BatchPolicy, Controller, RoundContext
+from wispprof.policies.interface import BatchPolicy, Controller, RoundContext
 from wispprof.policies.registry import make_batch_policy, make_controller
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.simulation.simulated_output import SimulatedOutput
@@ -88,10 +88,10 @@ class _Clairvoyant:
 
 
 _SLED_FIXED = System(
-    "sled-fixed", "sled_static", "fixed", controller_options={"k": 5}, drafting=_PROACTIVE
+    "sled-fixed", "sled", "fixed", controller_options={"k": 5}, drafting=_PROACTIVE
 )
 _SLED_THRESHOLD = System(
-    "sled-threshold", "sled_static", "sled", controller_options={"k_max": 8}, drafting=_PROACTIVE
+    "sled-threshold", "sled", "sled", controller_options={"k_max": 8}, drafting=_PROACTIVE
 )
 
 SYSTEMS: Mapping[str, System] = {
@@ -105,7 +105,7 @@ SYSTEMS: Mapping[str, System] = {
         System("fcfs", "fcfs", "fixed", controller_options={"k": 4}),
         System(
             "specedge",
-            "specedge_pipeline",
+            "specedge",
             "fixed",
             controller_options={"k": 5},
             drafting=_PROACTIVE,

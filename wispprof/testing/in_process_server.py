@@ -14,7 +14,7 @@ from typing import Protocol
 
 from wispprof import protocol
 from wispprof.edge.connection import Connection, LinkLost
-from wispprof.policies.api import BatchPolicy, Limits, ScheduledItem
+from wispprof.policies.interface import BatchPolicy, Limits, ScheduledItem
 from wispprof.policies.load_level import load_level, slowdown
 from wispprof.sessions.session_state import SessionState
 from wispprof.types import BatchShape, Sampling, Slo, StepInput, StepTimeEstimator, VerifyResult
@@ -176,8 +176,8 @@ class InProcessServer:
                 entry[2].view(now_ms) for entry in self._sessions.values() if not entry[2].finished
             ]
             plan = self.policy.plan(now_ms, views, self.estimator, self.limits)
-            if plan.members:
-                await self._step(plan.members)
+            if plan.items:
+                await self._step(plan.items)
                 continue
             wait_s = None if plan.wake_ms is None else max(0.0, plan.wake_ms / 1000.0 - loop.time())
             try:

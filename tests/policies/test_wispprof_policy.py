@@ -13,7 +13,7 @@ from synthetic_step import SyntheticEstimator
 
 from wispprof.policies import BATCH_POLICIES, Limits, SessionView, make_batch_policy
 from wispprof.policies.cost_model import MarginalCosts, expected_tokens, mean_costs, price_batches
-from wispprof.policies.draft_selection import BatchArrays, solve
+from wispprof.policies.draft_selection import BatchArrays, DraftRanking, SessionColumns
 from wispprof.types import BatchShape, Slo
 
 LIMITS = Limits(64, 4096, 512, 1 << 20)
@@ -57,8 +57,10 @@ tails_of = st.lists(st.lists(st.floats(0, 1), max_size=4).map(tuple), min_size=1
 @given(costs=costs_of, tails=tails_of, weights=st.lists(st.floats(0.2, 4), min_size=4, max_size=4))
 def test_the_fixed_point_is_the_best_of_all_tail_choices(costs, tails, weights):
     sessions = [stream(str(i), acceptance_probs=t, cached=400 * i) for i, t in enumerate(tails)]
-    arrays = BatchArrays.of(sessions, costs, np.array(weights[: len(tails)]))
-    rate, keep = solve(arrays, np.ones(len(tails), dtype=bool))
+    arrays = BatchArrays.of(SessionColumns.of(sessions), costs, np.array(weights[: len(tails)]))
+    ranking = DraftRanking.of(arrays, np.ones(len(tails), dtype=bool))
+    cutoff, rate = ranking.best()
+    keep = ranking.drafts(cutoff, len(tails))
 
     def ratio(choice) -> float:
         won = sum(
@@ -87,8 +89,10 @@ def test_the_fixed_point_is_the_best_of_all_tail_choices(costs, tails, weights):
 def test_never_worse_than_server_only(tails, fixed, row, kv, bucket, flat):
     estimator = SyntheticEstimator(fixed=fixed, row=row, kv=kv, bucket=bucket, flat_rows=flat)
     sessions = [stream(str(i), acceptance_probs=t, cached=300 * i) for i, t in enumerate(tails)]
-    plan = make_batch_policy("wispprof", wait=False).plan(0.0, sessions, estimator, LIMITS)
-    drafts = {m.session: m.drafts for m in plan.members}
+    plan = make_batch_policy("wispprof", wait_for_drafts=False).plan(
+        0.0, sessions, estimator, LIMITS
+    )
+    drafts = {m.session: m.drafts for m in plan.items}
     assert set(drafts) == {s.session for s in sessions}
     ours = plain(estimator, sessions, [drafts[s.session] for s in sessions])
     assert ours >= plain(estimator, sessions, [0] * len(sessions)) * (1 - 1e-9)
@@ -102,7 +106,7 @@ def test_without_its_floor_a_staircase_can_beat_it():
     none = plain(estimator, sessions, [0] * 8)
     assert none > keep_all
     plan = make_batch_policy("wispprof").plan(0.0, sessions, estimator, LIMITS)
-    assert sum(m.drafts for m in plan.members) == 0
+    assert sum(m.drafts for m in plan.items) == 0
 
 
 def test_tails_are_trimmed_under_load_and_kept_when_rows_are_free():
@@ -112,12 +116,12 @@ def test_tails_are_trimmed_under_load_and_kept_when_rows_are_free():
     dear = make_batch_policy("wispprof").plan(
         0.0, sessions, SyntheticEstimator(fixed=1, row=1.0), LIMITS
     )
-    assert {m.drafts for m in free.members} == {3}
-    assert max(m.drafts for m in dear.members) <= 1
-    kept = make_batch_policy("wispprof", trim=False, floor=False).plan(
+    assert {m.drafts for m in free.items} == {3}
+    assert max(m.drafts for m in dear.items) <= 1
+    kept = make_batch_policy("wispprof", cut_drafts=False, undrafted_candidate=False).plan(
         0.0, sessions, SyntheticEstimator(fixed=1, row=1.0), LIMITS
     )
-    assert {m.drafts for m in kept.members} == {3}
+    assert {m.drafts for m in kept.items} == {3}
 
 
 def test_a_due_draft_is_waited_for_where_reading_the_cache_costs_most():
@@ -127,10 +131,10 @@ def test_a_due_draft_is_waited_for_where_reading_the_cache_costs_most():
         sessions += [stream(f"r{i}", cached=cached, acceptance_probs=(0.9, 0.9)) for i in range(8)]
         estimator = SyntheticEstimator(fixed=5.0, row=0.02, kv=1e-3)
         chosen = make_batch_policy("wispprof", **options).plan(0.0, sessions, estimator, LIMITS)
-        return {m.session[0] for m in chosen.members}
+        return {m.session[0] for m in chosen.items}
 
     assert plan(8000) == {"r"}
-    assert plan(8000, wait=False) == {"r", "d"}
+    assert plan(8000, wait_for_drafts=False) == {"r", "d"}
     assert plan(5) == {"r", "d"}
 
 
@@ -142,10 +146,10 @@ def test_those_who_wait_are_reached_by_the_step_that_is_left():
     ]
     sessions += [stream(f"r{i}", cached=8000, acceptance_probs=(0.9, 0.9)) for i in range(8)]
     estimator = SyntheticEstimator(fixed=5.0, row=0.02, kv=4e-4)
-    plan = make_batch_policy("wispprof", trim=False, floor=False).plan(
+    plan = make_batch_policy("wispprof", cut_drafts=False, undrafted_candidate=False).plan(
         0.0, sessions, estimator, LIMITS
     )
-    members = {m.session for m in plan.members}
+    members = {m.session for m in plan.items}
     waiting = [s for s in sessions if s.session not in members]
     assert 0 < len(waiting) < 24
     assert max(s.due_ms for s in waiting) <= plan.p50_ms
@@ -171,15 +175,15 @@ def test_nobody_waits_where_the_step_would_not_be_shorter():
     numbers = {"fixed": 5.0, "row": 0.02, "kv": 1.2e-3}
     free = make_batch_policy("wispprof").plan(0.0, sessions, SyntheticEstimator(**numbers), LIMITS)
     padded = make_batch_policy("wispprof").plan(0.0, sessions, Padded(**numbers), LIMITS)
-    assert len(free.members) == 8
-    assert len(padded.members) == 16
+    assert len(free.items) == 8
+    assert len(padded.items) == 16
 
 
 def test_a_session_that_ran_ahead_is_not_left_out_for_one_that_is_behind():
     sessions = [stream(f"ahead{i}", deadline_ms=5000.0) for i in range(15)]
     sessions.append(stream("behind", deadline_ms=-50.0))
     plan = make_batch_policy("wispprof").plan(0.0, sessions, SyntheticEstimator(), LIMITS)
-    assert len(plan.members) == 16
+    assert len(plan.items) == 16
 
 
 def test_a_round_without_its_frame_is_not_prefilled_again_yet():
@@ -188,7 +192,7 @@ def test_a_round_without_its_frame_is_not_prefilled_again_yet():
         plan = make_batch_policy(name).plan(
             0.0, [evicted, stream("other")], SyntheticEstimator(), LIMITS
         )
-        assert "evicted" not in {m.session for m in plan.members}
+        assert "evicted" not in {m.session for m in plan.items}
 
 
 def test_a_prompt_without_a_promise_is_not_put_off_forever():
@@ -201,17 +205,17 @@ def test_a_prompt_without_a_promise_is_not_put_off_forever():
             0.0, [*running, prompt], estimator, LIMITS
         )
         assert plan.bound_ms <= 125.0
-        return next(m.prefill for m in plan.members if m.session == "new")
+        return next(m.prefill for m in plan.items if m.session == "new")
 
     assert fed(-60_000.0) > 2 * fed(0.0)
-    assert fed(-60_000.0, first_token=math.inf) == fed(0.0)
+    assert fed(-60_000.0, ttft_target=math.inf) == fed(0.0)
 
 
 def test_among_prompts_without_a_promise_the_short_one_need_not_wait_for_the_long_one():
     long = stream("long", prompt_left=4000, cached=0, arrived_ms=-20.0, deadline_ms=math.inf)
     short = stream("short", prompt_left=60, cached=0, arrived_ms=0.0, deadline_ms=math.inf)
     plan = make_batch_policy("wispprof").plan(0.0, [long, short], SyntheticEstimator(), LIMITS)
-    assert plan.members[0].session == "short"
+    assert plan.items[0].session == "short"
 
 
 def test_nobody_waits_for_a_draft_past_its_deadline():
@@ -220,7 +224,7 @@ def test_nobody_waits_for_a_draft_past_its_deadline():
     sessions += [stream(f"r{i}", cached=8000, acceptance_probs=(0.9, 0.9)) for i in range(8)]
     estimator = SyntheticEstimator(fixed=5.0, row=0.02, kv=1e-3)
     plan = make_batch_policy("wispprof").plan(0.0, sessions, estimator, LIMITS)
-    assert {m.session[0] for m in plan.members} == {"r", "d"}
+    assert {m.session[0] for m in plan.items} == {"r", "d"}
 
 
 def test_sessions_behind_their_promise_keep_more_of_their_tails():
@@ -232,7 +236,7 @@ def test_sessions_behind_their_promise_keep_more_of_their_tails():
     sessions.append(stream("behind", acceptance_probs=acceptance_probs, deadline_ms=-50.0))
     estimator = SyntheticEstimator(fixed=4.0, row=0.6)
     plan = make_batch_policy("wispprof").plan(0.0, sessions, estimator, LIMITS)
-    drafts = {m.session: m.drafts for m in plan.members}
+    drafts = {m.session: m.drafts for m in plan.items}
     assert drafts["behind"] > max(d for n, d in drafts.items() if n != "behind")
 
 
@@ -247,7 +251,7 @@ def rescued(speed: float, behind: dict, **options) -> tuple[float, list[int]]:
     sessions.append(stream("behind", **late))
     estimator = SyntheticEstimator(fixed=20.0, row=0.6)
     plan = make_batch_policy("wispprof", **options).plan(0.0, sessions, estimator, LIMITS)
-    return plan.p50_ms, [member.drafts for member in plan.members]
+    return plan.p50_ms, [member.drafts for member in plan.items]
 
 
 def test_a_session_behind_a_promise_that_undrafted_steps_would_keep_is_rescued():
@@ -277,9 +281,9 @@ def test_hopeless_sessions_give_way_but_do_not_starve():
     alive = [stream(f"alive{i}", deadline_ms=-5.0) for i in range(6)]
     estimator = SyntheticEstimator(fixed=2.0, row=2.0)
     plan = make_batch_policy("wispprof").plan(0.0, lost + alive, estimator, LIMITS)
-    assert {m.session[:5] for m in plan.members} == {"alive"}
+    assert {m.session[:5] for m in plan.items} == {"alive"}
     later = make_batch_policy("wispprof").plan(5000.0, lost + alive, estimator, LIMITS)
-    assert {m.session[:5] for m in later.members} == {
+    assert {m.session[:5] for m in later.items} == {
         "alive",
         "lost0",
         *(f"lost{i}" for i in range(6)),
@@ -293,9 +297,9 @@ def test_hopeless_sessions_that_cost_much_give_way_but_do_not_starve():
     alive = [stream(f"alive{i}", deadline_ms=-5.0, cached=100) for i in range(6)]
     estimator = SyntheticEstimator(fixed=2.0, row=0.5, kv=1e-3)
     plan = make_batch_policy("wispprof").plan(0.0, lost + alive, estimator, LIMITS)
-    assert {m.session[:5] for m in plan.members} == {"alive"}
+    assert {m.session[:5] for m in plan.items} == {"alive"}
     later = make_batch_policy("wispprof").plan(5000.0, lost + alive, estimator, LIMITS)
-    assert {m.session[:5] for m in later.members} == {
+    assert {m.session[:5] for m in later.items} == {
         "alive",
         "lost0",
         *(f"lost{i}" for i in range(6)),
@@ -307,7 +311,7 @@ def test_hopeless_sessions_that_cost_little_advance_with_the_rest():
     alive = [stream(f"alive{i}", deadline_ms=-5.0) for i in range(2)]
     estimator = SyntheticEstimator(fixed=8.0, row=1.0, kv=0.0)
     plan = make_batch_policy("wispprof").plan(0.0, lost + alive, estimator, LIMITS)
-    assert len(plan.members) == 8
+    assert len(plan.items) == 8
 
 
 def test_who_takes_part_whatever_it_is_worth_does_not_count_among_those_who_wait():
@@ -321,7 +325,7 @@ def test_who_takes_part_whatever_it_is_worth_does_not_count_among_those_who_wait
     plan = make_batch_policy("wispprof").plan(0.0, sessions, estimator, LIMITS)
     alone = [sessions[0], sessions[1]._replace(due_ms=None, due_acceptance_probs=())]
     without = make_batch_policy("wispprof").plan(0.0, alone, estimator, LIMITS)
-    assert plan.members == without.members
+    assert plan.items == without.items
 
 
 def test_a_prompt_is_cut_so_that_running_sessions_keep_their_gap():
@@ -333,16 +337,16 @@ def test_a_prompt_is_cut_so_that_running_sessions_keep_their_gap():
         0.0, [*running, prompt], estimator, LIMITS
     )
     assert plan.bound_ms <= 100.0 < whole.bound_ms
-    assert 0 < next(m.prefill for m in plan.members if m.session == "new") < 512
+    assert 0 < next(m.prefill for m in plan.items if m.session == "new") < 512
     alone = make_batch_policy("wispprof").plan(0.0, [prompt], estimator, LIMITS)
-    assert alone.members[0].prefill == 512
+    assert alone.items[0].prefill == 512
 
 
 def test_with_no_cache_left_it_asks_again_instead_of_planning():
     plan = make_batch_policy("wispprof").plan(
         7.0, [stream("a")], SyntheticEstimator(), Limits(8, 64, 64, 0)
     )
-    assert plan.members == ()
+    assert plan.items == ()
     assert plan.wake_ms is not None
     assert plan.wake_ms > 7.0
 

@@ -14,10 +14,10 @@ from wispprof.fitting.conformal import LEVELS, RatioBound
 from wispprof.fitting.estimator import Domain, FittedEstimator
 from wispprof.fitting.step_time_models import WispLinear
 from wispprof.policies import Limits, SessionView, make_batch_policy
-from wispprof.policies.baselines import SpecEdgePipeline
-from wispprof.policies.batch_builder import StepBuilder
+from wispprof.policies.baselines import SpecEdgePolicy
+from wispprof.policies.batch_builder import BatchBuilder
 from wispprof.policies.cost_model import MarginalCostCache, MarginalCosts, expected_tokens
-from wispprof.policies.draft_selection import BatchArrays, Columns, DraftRanking
+from wispprof.policies.draft_selection import BatchArrays, DraftRanking, SessionColumns
 from wispprof.types import BatchTotals, Slo, StepTimeEstimator
 
 
@@ -58,7 +58,9 @@ def one_by_one(sessions: list[SessionView], estimator: StepTimeEstimator, limits
         return []
     drafts = sum(len(s.acceptance_probs) for s in ready) // len(ready)
     cached = sum(s.cached for s in ready) // len(ready)
-    costs = MarginalCostCache().at(estimator, min(len(ready), limits.max_items), 1 + drafts, cached)
+    costs = MarginalCostCache().get(
+        estimator, min(len(ready), limits.max_items), 1 + drafts, cached
+    )
 
     def alone(s: SessionView) -> float:
         new = 1 if s.prompt_left else 1 + len(s.acceptance_probs)
@@ -77,7 +79,7 @@ def one_by_one(sessions: list[SessionView], estimator: StepTimeEstimator, limits
     urgent = [s for s in ready if s.deadline_ms <= costs.all_bound_ms]
     others = [s for s in ready if s.deadline_ms > costs.all_bound_ms]
     order = sorted(urgent, key=lambda s: s.deadline_ms) + sorted(others, key=lambda s: -value(s))
-    build, budget_ms = StepBuilder(estimator, limits), math.inf
+    build, budget_ms = BatchBuilder(estimator, limits), math.inf
     for session in order:
         late = session in urgent and alone(session) > session.deadline_ms
         allowed = min(budget_ms, math.inf if late else session.deadline_ms)
@@ -86,7 +88,7 @@ def one_by_one(sessions: list[SessionView], estimator: StepTimeEstimator, limits
         else:
             joined = build.add_decode(session, len(session.acceptance_probs), allowed)
         budget_ms = allowed if joined else budget_ms
-    return build.members
+    return build.items
 
 
 @pytest.mark.parametrize("estimator", [fitted(), SyntheticEstimator(flat_rows=16, pair=1e-6)])
@@ -99,7 +101,7 @@ def test_wisp_plans_what_one_candidate_after_another_would(estimator):
         plan = make_batch_policy("wisp").plan(0.0, sessions, estimator, limits)
         expected = one_by_one(sessions, estimator, limits)
         if expected:
-            assert list(plan.members) == expected
+            assert list(plan.items) == expected
             planned += len(expected)
     assert planned > 1000
 
@@ -123,12 +125,12 @@ def test_a_ladder_of_some_is_the_ladder_of_all_without_the_others():
     count = len(sessions)
     weight = np.array([rng.uniform(0.2, 4.0) for _ in range(count)])
     costs = MarginalCosts(18.0, 0.01, 0.12, 1e-7, 6e-5, 20.0, 40.0)
-    arrays = BatchArrays.of(sessions, costs, weight)
+    arrays = BatchArrays.of(SessionColumns.of(sessions), costs, weight)
     everyone = DraftRanking.of(arrays, np.ones(count, dtype=bool))
     for most in (None, 7):
         some = np.array([rng.random() < 0.5 for _ in range(count)])
         for ours, theirs in zip(
-            everyone.among(arrays, some, most), DraftRanking.of(arrays, some, most), strict=True
+            everyone.restrict(arrays, some, most), DraftRanking.of(arrays, some, most), strict=True
         ):
             assert np.array_equal(ours, theirs)
 
@@ -136,18 +138,18 @@ def test_a_ladder_of_some_is_the_ladder_of_all_without_the_others():
 def test_expected_tokens_of_many_tails_are_those_of_each():
     sessions = queue(random.Random(11), 60)
     expected = [expected_tokens(s.acceptance_probs) for s in sessions]
-    assert Columns.of(sessions).expected() == pytest.approx(expected)
-    assert Columns.of(
+    assert SessionColumns.of(sessions).expected_tokens() == pytest.approx(expected)
+    assert SessionColumns.of(
         [s._replace(acceptance_probs=()) for s in sessions]
-    ).expected() == pytest.approx(1.0)
+    ).expected_tokens() == pytest.approx(1.0)
 
 
 def test_a_newcomer_joins_the_smallest_group_while_others_go_on():
-    policy = SpecEdgePipeline(groups=2)
+    policy = SpecEdgePolicy(groups=2)
     limits, estimator = Limits(8, 64, 16, 1 << 20), SyntheticEstimator()
     sessions = [SessionView(f"s{i}", Slo(4.0), 10, float(i), math.inf) for i in range(3)]
     first = policy.plan(0.0, sessions, estimator, limits)
-    assert [m.session for m in first.members] == ["s0", "s2"]
+    assert [m.session for m in first.items] == ["s0", "s2"]
     late = SessionView("late", Slo(4.0), 10, 9.0, math.inf)
     second = policy.plan(1.0, [*sessions, late], estimator, limits)
-    assert [m.session for m in second.members] == ["s1", "late"]
+    assert [m.session for m in second.items] == ["s1", "late"]

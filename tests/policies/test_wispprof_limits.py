@@ -14,7 +14,7 @@ from synthetic_step import SyntheticEstimator
 
 from wispprof.policies import Limits, SessionView, make_batch_policy
 from wispprof.policies.cost_model import expected_tokens, mean_costs
-from wispprof.policies.draft_selection import BatchArrays, DraftRanking
+from wispprof.policies.draft_selection import BatchArrays, DraftRanking, SessionColumns
 from wispprof.types import BatchTotals, Slo
 
 LIMITS = Limits(64, 4096, 256, 1 << 20)
@@ -54,9 +54,11 @@ def test_where_drafts_cannot_pay_the_plan_is_that_of_server_only(tails, contexts
         stream(str(i), acceptance_probs=tuple(min(p, 0.99) for p in t), cached=contexts[i])
         for i, t in enumerate(tails)
     ]
-    ours = make_batch_policy("wispprof", wait=False).plan(0.0, sessions, estimator, LIMITS)
+    ours = make_batch_policy("wispprof", wait_for_drafts=False).plan(
+        0.0, sessions, estimator, LIMITS
+    )
     theirs = make_batch_policy("server-only").plan(0.0, sessions, estimator, LIMITS)
-    assert set(ours.members) == set(theirs.members)
+    assert set(ours.items) == set(theirs.items)
     assert ours.p50_ms == pytest.approx(theirs.p50_ms)
 
 
@@ -74,9 +76,11 @@ def test_many_prices_at_once_and_one_by_one_agree(tails, fixed, row, bucket):
     by_name = {s.session: s for s in sessions}
 
     def rate(estimator) -> float:
-        plan = make_batch_policy("wispprof", wait=False).plan(0.0, sessions, estimator, LIMITS)
+        plan = make_batch_policy("wispprof", wait_for_drafts=False).plan(
+            0.0, sessions, estimator, LIMITS
+        )
         won = sum(
-            expected_tokens(by_name[m.session].acceptance_probs[: m.drafts]) for m in plan.members
+            expected_tokens(by_name[m.session].acceptance_probs[: m.drafts]) for m in plan.items
         )
         return won / plan.p50_ms
 
@@ -91,25 +95,25 @@ def test_the_rungs_of_a_ladder_are_leading_parts_of_tails(tails, items, cached):
     costs = mean_costs(ByTotals(row=0.3, kv=1e-4), items, 3, cached)
     assert costs == pytest.approx(mean_costs(estimator, items, 3, cached))
     sessions = [stream(str(i), acceptance_probs=t, cached=cached + i) for i, t in enumerate(tails)]
-    arrays = BatchArrays.of(sessions, costs, np.linspace(0.5, 2.0, len(tails)))
+    arrays = BatchArrays.of(SessionColumns.of(sessions), costs, np.linspace(0.5, 2.0, len(tails)))
     members = np.arange(len(tails)) % 3 != 1
     ranking = DraftRanking.of(arrays, members)
-    for taken in range(len(ranking.owner) + 1):
-        keep = ranking.keep(taken, len(tails))
+    for taken in range(len(ranking.order) + 1):
+        keep = ranking.drafts(taken, len(tails))
         assert keep.sum() == taken
         assert not keep[~members].any()
         gains = [expected_tokens(t[:k]) for t, k in zip(tails, keep.tolist(), strict=True)]
-        assert arrays.gains(keep) == pytest.approx(gains)
-        worth = float((arrays.gains(keep) * arrays.weight) @ members)
-        assert ranking.worth[taken] == pytest.approx(worth)
-    totals = ranking.totals(np.arange(len(ranking.owner) + 1), arrays.cached, members)
+        assert arrays.expected_tokens(keep) == pytest.approx(gains)
+        worth = float((arrays.expected_tokens(keep) * arrays.weight) @ members)
+        assert ranking.value[taken] == pytest.approx(worth)
+    totals = ranking.totals(np.arange(len(ranking.order) + 1), arrays.cached, members)
     for taken, row in enumerate(zip(*totals, strict=True)):
-        new = (ranking.keep(taken, len(tails)) + 1)[members]
+        new = (ranking.drafts(taken, len(tails)) + 1)[members]
         held = arrays.cached[members]
         expected = [len(new), new.sum(), held.sum(), new @ held, (new * new).sum()]
         expected += [held.max(), new.max(), 0]
         assert row == pytest.approx(expected)
-    density = np.diff(ranking.worth) / np.diff(ranking.spent_ms)
+    density = np.diff(ranking.value) / np.diff(ranking.cost_ms)
     assert all(later <= earlier * (1 + 1e-9) for earlier, later in itertools.pairwise(density))
 
 
@@ -121,13 +125,13 @@ def test_with_more_sessions_than_seats_the_neediest_go_and_lost_promises_last():
     plan = make_batch_policy("wispprof").plan(
         0.0, sessions, SyntheticEstimator(), Limits(8, 4096, 256, 1 << 20)
     )
-    chosen = {m.session for m in plan.members}
+    chosen = {m.session for m in plan.items}
     assert chosen == {"starved", "calm0", *(f"late{i}" for i in range(6))}
 
 
 def chunk(policy: str, running: list[SessionView], prompt: SessionView, estimator) -> tuple:
     plan = make_batch_policy(policy).plan(0.0, [*running, prompt], estimator, LIMITS)
-    fed = next(m.prefill for m in plan.members if m.session == prompt.session)
+    fed = next(m.prefill for m in plan.items if m.session == prompt.session)
     return plan.p50_ms, fed
 
 

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from plain_step import Costs, Keep, Step, linear_costs, price, read_prompts, value_of
+from reference_step import Costs, Keep, Step, linear_costs, price, read_prompts, value_of
 
 from wispprof.policies import Limits, ScheduledItem, SessionView
 from wispprof.policies.cost_model import expected_tokens
-from wispprof.policies.wispprof import WispprofSettings
+from wispprof.policies.wispprof_settings import WispprofSettings
 from wispprof.types import StepTimeEstimator
 
-__all__ = ["Decision", "PlainWispprof"]
+__all__ = ["Decision", "ReferencePolicy"]
 
 
 class Choice(NamedTuple):
@@ -33,14 +33,14 @@ class Decision(NamedTuple):
     """``weights``: what a token of each session that was looked at is worth; ``extra_ms``: what a step costs
     besides the estimator's price."""
 
-    members: dict[str, ScheduledItem]
+    scheduled: dict[str, ScheduledItem]
     wake_ms: float | None = None
     weights: dict[str, float] = {}
     extra_ms: float = 0.0
 
 
 @dataclass
-class PlainWispprof:
+class ReferencePolicy:
     """Asked with the same questions one after another, it remembers what the policy remembers."""
 
     settings: WispprofSettings = field(default_factory=WispprofSettings)
@@ -79,12 +79,12 @@ class PlainWispprof:
         if prompts:
             gain = sum(won) / len(won) if won else 1.0
             read_prompts(step, now_ms, prompts, choice.seen, gain, self.settings)
-        fed = sum(m.prefill for m in step.members.values())
+        fed = sum(m.prefill for m in step.scheduled.values())
         waiting = sum(s.prompt_left for s in prompts) > fed
         self.backlog += 0.05 * (float(waiting) - self.backlog)
-        if step.members:
+        if step.scheduled:
             self.last = now_ms, step.price()[0]
-            return Decision(step.members, None, choice.weights, choice.extra_ms)
+            return Decision(step.scheduled, None, choice.weights, choice.extra_ms)
         return Decision({}, max(min(choice.wake_ms, now_ms + 50.0), now_ms + 0.1))
 
     # --- who decodes, with how much ---------------------------------------------------------------
@@ -110,16 +110,16 @@ class PlainWispprof:
         # By linear costs: the length that makes the highest rate, and that rate.
         best, rate = self.linear_best(decode, ranking, around, weight)
         keep = kept(decode, ranking[:best])
-        if not settings.trim:
+        if not settings.cut_drafts:
             keep = {s.session: len(s.acceptance_probs) for s in decode}
 
         starved = {s.session for s in decode if self.starved(now_ms, s, costs.bound)}
         out, wake_ms = set(), math.inf
-        if settings.wait:
+        if settings.wait_for_drafts:
             out, wake_ms = self.waiters(
                 now_ms, decode, keep, rate, around, costs.bound, weight, estimator, starved
             )
-        if settings.demote_hopeless and 0 < sum(s.slo_unreachable for s in decode) < len(decode):
+        if settings.deprioritize and 0 < sum(s.slo_unreachable for s in decode) < len(decode):
             poor = []
             for s in decode:
                 won = expected_tokens(s.acceptance_probs[: keep[s.session]]) * weight[s.session]
@@ -140,14 +140,14 @@ class PlainWispprof:
         names = {s.session for s in members}
         rungs = [d for d in ranking if d[0] in names][: room - len(members)]
         candidates = [kept(members, rungs[:length]) for length in range(len(rungs) + 1)]
-        if not settings.floor:
+        if not settings.undrafted_candidate:
             least, _ = self.linear_best(members, rungs, around, weight)
             candidates = candidates[min(1, least) :]
-        if not settings.trim:
+        if not settings.cut_drafts:
             candidates = [candidates[-1]]
-            if settings.floor and rungs:
+            if settings.undrafted_candidate and rungs:
                 candidates.insert(0, kept(members, []))
-        if settings.floor and len(members) < len(decode):
+        if settings.undrafted_candidate and len(members) < len(decode):
             candidates.append(kept(self.by_need(now_ms, decode, costs.bound)[:most], []))
         values = [value_of(decode, c, weight, estimator, extra_ms) for c in candidates]
         chosen = candidates[values.index(max(values))]
@@ -155,7 +155,7 @@ class PlainWispprof:
 
     def starved(self, now_ms: float, s: SessionView, bound_ms: float) -> bool:
         """Left out for so many steps that it takes part whatever it is worth."""
-        return now_ms - s.arrived_ms > self.settings.patience * bound_ms
+        return now_ms - s.arrived_ms > self.settings.starvation_steps * bound_ms
 
     def by_need(
         self, now_ms: float, sessions: Sequence[SessionView], bound_ms: float
@@ -181,19 +181,19 @@ class PlainWispprof:
             slack_ms, token_ms = s.deadline_ms - now_ms, 1000.0 / s.slo.tokens_per_s
             # Two steps in hand: not behind at all; as many late: all the way.
             behind = min(max(0.5 - slack_ms / (4.0 * step_ms), 0.0), 1.0)
-            weight[s.session] = 1.0 + (settings.catch_up - 1.0) * behind * settings.slack
+            weight[s.session] = 1.0 + (settings.lag_weight - 1.0) * behind * settings.weigh_lag
             # In full one step before the deadline, not at all three steps before it.
             urgency[s.session] = min(max((3.0 - slack_ms / step_ms) / 2.0, 0.0), 1.0) ** 2
             ahead = slack_ms >= 0.15 * token_ms * s.committed
             # Steps without drafts that leave nothing to spare rescue nobody.
             if s.slo_unreachable or token_ms < 1.15 * undrafted_ms or ahead:
                 urgency[s.session] = 0.0
-        together = settings.rescue_weight * len(decode) / max(1.0, sum(urgency.values()))
+        together = settings.slo_boost_weight * len(decode) / max(1.0, sum(urgency.values()))
         for s in decode:
             if settings.slo_boost:
                 rescued = 1.0 + together * urgency[s.session]
                 weight[s.session] = max(weight[s.session], rescued)
-            if settings.demote_hopeless and s.slo_unreachable:
+            if settings.deprioritize and s.slo_unreachable:
                 weight[s.session] = settings.slo_unreachable_weight
         return weight
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
-from plain_step import value_of
-from plain_wispprof import Decision, PlainWispprof
+from reference_policy import Decision, ReferencePolicy
+from reference_step import value_of
 from synthetic_step import SyntheticEstimator
 
 from wispprof.artifacts.rows import StepRow
@@ -22,15 +22,11 @@ from wispprof.fitting.observations import Observations
 from wispprof.fitting.selection import assemble
 from wispprof.fitting.wispprof_model import ModelChoice, WispprofStepTime
 from wispprof.policies import Limits, SessionView, StepPlan
-from wispprof.policies.draft_selection import (
-    BatchArrays,
-    BoolArray,
-    DraftRanking,
-    FloatArray,
-    IntArray,
-)
+from wispprof.policies.cost_model import BoolArray, FloatArray, IntArray
+from wispprof.policies.draft_selection import BatchArrays, DraftRanking
 from wispprof.policies.urgency import Urgency
-from wispprof.policies.wispprof import Wispprof, WispprofSettings
+from wispprof.policies.wispprof import WispprofPolicy
+from wispprof.policies.wispprof_settings import WispprofSettings
 from wispprof.types import BatchShape, Slo, StepTimeEstimator, VerifyItem
 
 
@@ -118,9 +114,9 @@ def worlds(draw: st.DrawFn) -> World:
 
 def agree(plan: StepPlan, plain: Decision) -> bool:
     """The same members with the same drafts and chunks, or the same time to ask again."""
-    if not plan.members or not plain.members:
-        return not plan.members and not plain.members and plan.wake_ms == plain.wake_ms
-    return {m.session: m for m in plan.members} == plain.members
+    if not plan.items or not plain.scheduled:
+        return not plan.items and not plain.scheduled and plan.wake_ms == plain.wake_ms
+    return {m.session: m for m in plan.items} == plain.scheduled
 
 
 def equals(plan: StepPlan, plain: Decision, world: World) -> bool:
@@ -128,7 +124,7 @@ def equals(plan: StepPlan, plain: Decision, world: World) -> bool:
     decode = {s.session for s in world.sessions if not s.prompt_left}
     ours, theirs = (
         {m.session: m.drafts for m in members if m.session in decode}
-        for members in (plan.members, plain.members.values())
+        for members in (plan.items, plain.scheduled.values())
     )
     if not ours or not theirs or ours == theirs:
         return False
@@ -140,7 +136,7 @@ def equals(plan: StepPlan, plain: Decision, world: World) -> bool:
     return values[0] == pytest.approx(values[1], rel=1e-9)
 
 
-def difference(world: World, policy: Wispprof, plain: PlainWispprof) -> str:
+def difference(world: World, policy: WispprofPolicy, plain: ReferencePolicy) -> str:
     """What the two answer to the first question to which they answer differently; empty where to none."""
     estimator = ESTIMATORS[world.estimator]
     for now_ms in world.asked_ms:
@@ -161,29 +157,29 @@ switched = st.sampled_from(({}, {}, *({name: False} for name in SWITCHES)))
 @given(world=worlds(), off=switched)
 def test_the_policy_decides_as_its_docstrings_say(world: World, off: dict[str, bool]) -> None:
     chosen = WispprofSettings(**off)
-    assert not difference(world, Wispprof(chosen), PlainWispprof(chosen))
+    assert not difference(world, WispprofPolicy(chosen), ReferencePolicy(chosen))
 
 
-class Longer(Wispprof):
+class Longer(WispprofPolicy):
     """Takes a draft more than the best."""
 
-    def _best(
+    def _best_cutoff(
         self, arrays: BatchArrays, ranking: DraftRanking, *more: Any
     ) -> tuple[BoolArray, IntArray]:
-        members, keep = super()._best(arrays, ranking, *more)
-        taken = min(int(keep.sum()) + 1, len(ranking.owner))
-        return members, ranking.keep(taken, len(keep))
+        members, keep = super()._best_cutoff(arrays, ranking, *more)
+        taken = min(int(keep.sum()) + 1, len(ranking.order))
+        return members, ranking.drafts(taken, len(keep))
 
 
-class Latest(Wispprof):
+class Latest(WispprofPolicy):
     """Takes the late for the early."""
 
-    def _weights(self, decode: list[SessionView], need: Urgency, *more: Any) -> FloatArray:
-        return super()._weights(decode, need._replace(slack=-need.slack), *more)
+    def _weights(self, sessions: list[SessionView], urgency: Urgency, *more: Any) -> FloatArray:
+        return super()._weights(sessions, urgency._replace(slack_ms=-urgency.slack_ms), *more)
 
 
-def without(name: str) -> Wispprof:
-    return Wispprof(WispprofSettings(**{name: False}))
+def without(name: str) -> WispprofPolicy:
+    return WispprofPolicy(WispprofSettings(**{name: False}))
 
 
 BROKEN = {
@@ -199,7 +195,7 @@ def test_the_comparison_sees_a_policy_that_decides_otherwise(broken: str) -> Non
     chosen = settings(max_examples=4000, phases=[Phase.generate], derandomize=True, database=None)
 
     def seen(world: World) -> bool:
-        return bool(difference(world, BROKEN[broken](), PlainWispprof()))
+        return bool(difference(world, BROKEN[broken](), ReferencePolicy()))
 
     find(worlds(), seen, settings=chosen)
 
@@ -224,7 +220,9 @@ def calm(rng: random.Random, estimator: str) -> World:
     return World(sessions, estimator, Limits(64, 4096, 256, 1 << 20), (0.0,))
 
 
-def shares(estimator: str, policy: type[Wispprof] = Wispprof) -> tuple[list[float], list[float]]:
+def shares(
+    estimator: str, policy: type[WispprofPolicy] = WispprofPolicy
+) -> tuple[list[float], list[float]]:
     """What calm steps reach of the most expected tokens per ms: of any step in which everybody advances, and
     of any step of any of the sessions."""
     rng = random.Random(4)
@@ -238,7 +236,7 @@ def shares(estimator: str, policy: type[Wispprof] = Wispprof) -> tuple[list[floa
             return value_of(sessions, keep, dict.fromkeys(keep, 1.0), estimates, 0.0)
 
         plan = policy().plan(0.0, sessions, estimates, world.limits)
-        ours = rate({m.session: m.drafts for m in plan.members})
+        ours = rate({m.session: m.drafts for m in plan.items})
         # Of each session: its first 0, 1, … drafts, or the session stays out.
         tails = [(*range(len(s.acceptance_probs) + 1), None) for s in sessions]
         rates = {False: [0.0], True: [0.0]}

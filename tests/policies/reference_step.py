@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from wispprof.policies import Limits, ScheduledItem, SessionView
 from wispprof.policies.cost_model import expected_tokens
-from wispprof.policies.wispprof import WispprofSettings
+from wispprof.policies.wispprof_settings import WispprofSettings
 from wispprof.types import BatchShape, StepTimeEstimator, VerifyItem
 
 __all__ = ["Costs", "Keep", "Step", "linear_costs", "price", "read_prompts", "value_of"]
@@ -77,7 +77,7 @@ class Step:
     def __init__(self, estimator: StepTimeEstimator, limits: Limits) -> None:
         self.estimator, self.limits = estimator, limits
         self.items: list[VerifyItem] = []
-        self.members: dict[str, ScheduledItem] = {}
+        self.scheduled: dict[str, ScheduledItem] = {}
 
     def price(self, *more: VerifyItem) -> tuple[float, float]:
         items = (*self.items, *more)
@@ -86,11 +86,11 @@ class Step:
     def join(self, s: SessionView, member: ScheduledItem) -> None:
         new, chunk = member.prefill or 1 + member.drafts, bool(member.prefill)
         self.items.append(VerifyItem(new, s.cached, chunk))
-        self.members[s.session] = member
+        self.scheduled[s.session] = member
 
     def largest_chunk(self, s: SessionView) -> int:
         """Most prompt tokens of a session for which the limits have room."""
-        if len(self.members) >= self.limits.max_items:
+        if len(self.scheduled) >= self.limits.max_items:
             return 0
         used = sum(item.new for item in self.items)
         fed = sum(item.new for item in self.items if item.prefill)
@@ -147,9 +147,9 @@ def read_prompts(
 
     def due(s: SessionView) -> float:
         # Where nothing was promised: some times of reading it alone.
-        if s.deadline_ms < math.inf or settings.first_token == math.inf:
+        if s.deadline_ms < math.inf or settings.ttft_target == math.inf:
             return s.deadline_ms
-        return s.arrived_ms + settings.first_token * token_ms * (s.cached + s.prompt_left)
+        return s.arrived_ms + settings.ttft_target * token_ms * (s.cached + s.prompt_left)
 
     queue = sorted(prompts, key=lambda s: (s.slo_unreachable, due(s), s.arrived_ms, s.session))
     for place, s in enumerate(queue):
