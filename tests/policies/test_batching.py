@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from synthetic_step import SyntheticEstimator
 
 from wispprof.errors import PlanError, PluginError
-from wispprof.policies import BATCH_POLICIES, Limits, SessionView, make_batch_policy, make_controller
+from wispprof.policies import (
+    BATCH_POLICIES,
+    Limits,
+    SessionView,
+    make_batch_policy,
+    make_controller,
+)
 from wispprof.types import Slo
 
 SLO = Slo(4.0)

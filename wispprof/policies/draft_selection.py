@@ -203,9 +203,7 @@ class DraftRanking(NamedTuple):
         counts: IntArray = np.bincount(self.session_idx[:cutoff], minlength=sessions)
         return counts
 
-    def totals(
-        self, cutoffs: IntArray, cached: IntArray, scheduled: BoolArray
-    ) -> BatchTotals[Any]:
+    def totals(self, cutoffs: IntArray, cached: IntArray, scheduled: BoolArray) -> BatchTotals[Any]:
         """Totals (m,) of the steps at the cutoffs (m,), all with the same scheduled sessions."""
         cached_of = cached * scheduled
         items, sum_cached = int(np.count_nonzero(scheduled)), int(cached_of.sum())
