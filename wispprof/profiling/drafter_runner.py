@@ -10,8 +10,8 @@ from typing import Any, cast
 
 from wispprof.artifacts import EdgeRow
 from wispprof.errors import ProfileError
-from wispprof.policies.interface import RoundContext
 from wispprof.policies.controllers import WispController
+from wispprof.policies.interface import RoundContext
 from wispprof.profiling.shape_grid import load_grid_file, parse_axis
 from wispprof.profiling.workload import Workload
 from wispprof.types import Drafter, DraftFeatures, Sampling
