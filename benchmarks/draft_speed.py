@@ -48,8 +48,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from wispprof.artifacts import EdgeProfile, bundled
-from wispprof.artifacts.draft_times import rested_share
+from wispprof.artifacts import EdgeProfile, bundled_path
+from wispprof.artifacts.profile import rested_share
 from wispprof.edge.draft_worker import DraftStep, ThreadWorker
 from wispprof.edge.edge_runtime import Prompt, open_edge
 from wispprof.profiling.edge_profiler import EDGE_GRIDS, profile_edge
@@ -93,7 +93,7 @@ def serve(mode: str, tell: Any, cores: set[int]) -> None:
 
     async def main() -> None:
         settings = ServerSettings(
-            target=str(bundled.path("models/reference-pair/target")),
+            target=str(bundled_path("models/reference-pair/target")),
             target_id="reference-pair",
             policy="wispprof" if mode == "stream" else "wisp",
             admit="all",
@@ -241,7 +241,7 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     torch.set_num_threads(len(edges) or max(1, (os.cpu_count() or 1) - 1))
-    tokenizer = AutoTokenizer.from_pretrained(str(bundled.path("models/reference-pair/draft")))
+    tokenizer = AutoTokenizer.from_pretrained(str(bundled_path("models/reference-pair/draft")))
     prompts = held_out_prompts(tokenizer, count, 128)
     steps = Steps()
     steps.watch()

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wispprof.artifacts import bundled, load_trace
+from wispprof.artifacts import bundled_path, load_trace
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
 from wispprof.drafters.replay import ReplayDrafter
 from wispprof.edge import EdgeClient, Generation, GenerationRequest, RequestStats, TimedWorker
@@ -342,7 +342,7 @@ def overhead(args: Any) -> dict[str, Any]:
     from wispprof.drafters.torch_drafter import TorchDrafter
     from wispprof.engines.loading import load_model
 
-    folder = args.draft or str(bundled.path("models/reference-pair/draft"))
+    folder = args.draft or str(bundled_path("models/reference-pair/draft"))
     drafter = TorchDrafter(load_model(folder))
     drafter.open(list(range(2, 130)), Sampling())
     drafter.prefill()

@@ -117,9 +117,9 @@ def load(args: argparse.Namespace) -> LoadedModel:
     if args.model in PRESETS:
         return random_model(args.model, dtype=args.dtype, device=args.device)
     if not args.model:
-        from wispprof.artifacts import bundled
+        from wispprof.artifacts import bundled_path
 
-        args.model = str(bundled.path("models/reference-pair/target"))
+        args.model = str(bundled_path("models/reference-pair/target"))
     return load_model(args.model, dtype=args.dtype, device=args.device)
 
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 def main() -> int:
     arguments = _arguments()
 
-    from wispprof.artifacts import bundled
+    from wispprof.artifacts import bundled_path
     from wispprof.drafters.torch_drafter import TorchDrafter
     from wispprof.engines.loading import load_model
     from wispprof.engines.torch.engine import TorchEngine
@@ -36,8 +36,8 @@ def main() -> int:
     from wispprof.types import Sampling, ServedModel
 
     pair = "models/reference-pair/"
-    target = load_model(arguments.target or bundled.path(pair + "target"))
-    draft = load_model(arguments.draft or bundled.path(pair + "draft"))
+    target = load_model(arguments.target or bundled_path(pair + "target"))
+    draft = load_model(arguments.draft or bundled_path(pair + "draft"))
     prompts = held_out_prompts(target.tokenizer, arguments.prompts, 48)
     eos = target.tokenizer.eos_token_id
     stop = [] if eos is None else [int(eos)]

@@ -39,7 +39,7 @@ from typing import Any
 
 import httpx
 
-from wispprof.artifacts import bundled
+from wispprof.artifacts import bundled_path
 from wispprof.edge import EdgeClient, Generation, GenerationRequest, websocket_connections
 from wispprof.edge.draft_device import DraftDevice
 from wispprof.errors import WispprofError
@@ -210,7 +210,7 @@ async def run(args: Any) -> list[Run]:
     from wispprof.engines.loading import load_model
     from wispprof.profiling.prompts import held_out_prompts
 
-    loaded = load_model(str(bundled.path("models/reference-pair/draft")))
+    loaded = load_model(str(bundled_path("models/reference-pair/draft")))
     prompts = held_out_prompts(loaded.tokenizer, args.generations, 64)
     device = DraftDevice("model", "wispprof", loaded=loaded)
     server = Server()

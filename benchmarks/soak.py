@@ -59,7 +59,7 @@ def main() -> int:
 
 
 async def _soak(seconds: float, seed: int) -> dict[str, Any]:
-    from wispprof.artifacts import bundled
+    from wispprof.artifacts import bundled_path
     from wispprof.drafters.torch_drafter import TorchDrafter
     from wispprof.engines.loading import load_model
     from wispprof.engines.torch.engine import TorchEngine
@@ -69,8 +69,8 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
     from wispprof.settings.server_settings import ServerSettings
     from wispprof.types import ServedModel
 
-    target = load_model(bundled.path("models/reference-pair/target"))
-    draft = load_model(bundled.path("models/reference-pair/draft"))
+    target = load_model(bundled_path("models/reference-pair/target"))
+    draft = load_model(bundled_path("models/reference-pair/draft"))
     prompts = [tuple(p) for p in held_out_prompts(target.tokenizer, PROMPTS, 64)]
     engine = TorchEngine(target, kv_tokens=4096, max_sessions=128)
     total = engine.kv_free

@@ -38,12 +38,12 @@ def main() -> int:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         os.execv(sys.executable, [sys.executable, *torchrun, str(arguments.ranks), *sys.argv])
 
-    from wispprof.artifacts import bundled
+    from wispprof.artifacts import bundled_path
     from wispprof.engines.loading import load_model
     from wispprof.engines.torch.engine import TorchEngine
     from wispprof.engines.torch.multi_rank_engine import MultiRankEngine, follow
 
-    folder = arguments.target or bundled.path("models/reference-pair/target")
+    folder = arguments.target or bundled_path("models/reference-pair/target")
     ranks = join(arguments.ranks, arguments.device)
     engine = TorchEngine(load_model(folder, ranks=ranks), kv_tokens=16_384, max_sessions=64)
     engine.warm_up()
@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def _compare(arguments: argparse.Namespace, folder: Any, rank0: Any) -> int:
-    from wispprof.artifacts import bundled
+    from wispprof.artifacts import bundled_path
     from wispprof.drafters.torch_drafter import TorchDrafter
     from wispprof.engines.loading import load_model
     from wispprof.engines.torch.engine import TorchEngine
@@ -70,7 +70,7 @@ def _compare(arguments: argparse.Namespace, folder: Any, rank0: Any) -> int:
     from wispprof.types import Sampling, ServedModel
 
     target = load_model(folder)
-    draft = load_model(arguments.draft or bundled.path("models/reference-pair/draft"))
+    draft = load_model(arguments.draft or bundled_path("models/reference-pair/draft"))
     prompts = held_out_prompts(target.tokenizer, arguments.prompts, 48)
     whole = TorchEngine(target, kv_tokens=16_384, max_sessions=64)
     info, size = target.info, arguments.tokens

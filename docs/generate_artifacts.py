@@ -1,7 +1,7 @@
-"""Write docs/artifacts.md from the records themselves: ``python docs/generate_artifacts.py``.
+"""Write docs/artifacts.md from the records: ``python docs/generate_artifacts.py``.
 
-Lines on disk are made by the project's own writers from small examples, fields come from the records, and
-a test compares the page with what this makes: it cannot lie about either.
+The project's own writers make the example lines, the records give the fields, and a test compares the page
+with the output of this script.
 """
 
 from __future__ import annotations
@@ -30,36 +30,48 @@ PAGE = Path(__file__).with_name("artifacts.md")
 
 HEAD = f"""# Artifacts on disk
 
-Made by `python docs/generate_artifacts.py` from the records themselves. Schemas: profile {PROFILE_SCHEMA},
-trace {TRACE_SCHEMA}, documents {SCHEMA}.
+Made by `python docs/generate_artifacts.py` from the records in `wispprof/artifacts/`. Schemas: profile
+{PROFILE_SCHEMA}, trace {TRACE_SCHEMA}, documents {SCHEMA}.
 
-What holds for all of them:
+All files share these rules:
 
-- **Text.** JSON in UTF-8; numbers only where JSON has them (no NaN, no infinities). Nothing is pickled.
-- **Whole or not at all.** A file is written beside its place, flushed to the disk and renamed.
-- **Versioned.** A file of a later schema is refused with "Upgrade wispprof". Names that a reader does not
-  know are ignored, so fields may be added within a schema.
+- **Text.** JSON in UTF-8, without NaN and infinities. Nothing is pickled.
+- **Atomic.** A file is written beside its place, flushed to the disk and renamed.
+- **Versioned.** A file of another schema is refused: a later one with "Upgrade wispprof", an earlier one with
+  the command that makes it anew. Readers ignore unknown names, so a schema may gain fields.
 - **Hashed.** `blake2b:` and 32 hex digits (16 bytes) over the content: a document's payload (keys sorted, no
-  spaces), a profile's rows as they are written, a trace's paths. Provenance is outside: the same result made
-  twice has the same hash. A hash names inputs and guards against accidents; it is no signature.
+  spaces), a profile's rows as written, a trace's paths. Provenance is not hashed: the same result made twice
+  has the same hash. A hash names inputs and guards against accidents; it is not a signature.
 - **Sealed lines.** Rows and paths end with `sum`, a checksum of the line, so damage has a line number.
-- **Read strictly.** Whatever a file holds, a reader returns it or raises one of `ArtifactMissing`,
-  `ArtifactDamaged` and `ArtifactTooNew`, each with what to do. `tests/robustness` mutates every kind of file
-  to hold the readers to it.
+- **Strict.** A reader returns a file's content or raises `ArtifactMissing`, `ArtifactDamaged`,
+  `ArtifactTooNew` or `ArtifactTooOld`. Each message says what to do. `tests/robustness` mutates every kind of
+  file to check this.
 
-Provenance says which command made a file, when, and with which versions; values of options that carry keys
-are written as `***`.
+Provenance holds the command that made a file, the time, and library versions. Values of options that carry
+keys are written as `***`.
 """
 
-ESTIMATOR = """An estimator's payload names its surface (`kind`) and its own numbers, the box of shapes
+ESTIMATOR = """An estimator's payload holds its step-time model (`kind` and `step_model`), the box of shapes
 that was measured (`domain`), the bound's factors with their coverage, and the report of its held-out
-evaluation. A predictor's names its kind, its numbers (for LightGBM its own text format) and its calibration.
+evaluation. A predictor's payload holds its kind, its scorer and its calibration.
 """
 
 ARRAYS = {
     ("TracePath", "drafts"): "int (m, K)",
     ("TracePath", "features"): "float (m, K, 4)",
     ("TracePath", "accepted"): "int (m,)",
+}
+BOUNDS = {
+    "NonNegative": "float ≥ 0",
+    "Positive": "int ≥ 1",
+    "Count": "int ≥ 0",
+    "Samples": "tuple[float ≥ 0, ...], not empty",
+    "Blocks": "tuple[tuple[int ≥ 0, int ≥ 1], ...]",
+    "Source": "str",
+    "StepKind": "str",
+    "EdgeKind": "str",
+    "LinkKind": "str",
+    "ProfileKind": "str",
 }
 
 
@@ -70,7 +82,7 @@ def render() -> str:
     parts = [
         HEAD,
         "## Profile: `NAME.jsonl` and `NAME.manifest.json`\n",
-        "One row a line, under short names; equal items of a batch shape are runs "
+        "One row a line; defaults are left out. The shape is stored as `items`: runs of equal items, "
         "`[count, new, cached, prefill]`.\n",
         _code(encode_row(step).decode() + encode_row(link).decode()),
         _table(StepRow),
@@ -85,7 +97,7 @@ def render() -> str:
         _table(AcceptanceTrace),
         _table(TracePath),
         "## Documents: estimator, predictor, plan, bench, answer\n",
-        "One JSON object; `payload` is what differs.\n",
+        "One JSON object; only `payload` depends on the kind.\n",
         _code(_document()),
         _table(Document),
         _table(Provenance),
@@ -98,14 +110,14 @@ def render() -> str:
 
 
 def _rows_of(kind: Any) -> list[Any]:
-    """The records that a record's fields are tuples of, in their order."""
+    """The records in the tuples of a record, in order."""
     found = typing.get_type_hints(kind).values()
     inner = [argument for hint in found for argument in typing.get_args(hint)]
     return [each for each in inner if dataclasses.is_dataclass(each)]
 
 
 def _table(kind: Any) -> str:
-    """A record: what it says of itself, then its fields."""
+    """A record: its docstring, then its fields."""
     text = " ".join(inspect.getdoc(kind).split())  # type: ignore[union-attr]
     text = re.sub(r":(\w+):`~?([^`]+)`", _reference, text).replace("``", "`")
     rows = [
@@ -131,6 +143,7 @@ def _reference(match: re.Match[str]) -> str:
 
 def _type(kind: Any, field: Any) -> str:
     plain = ARRAYS.get((kind.__name__, field.name), str(field.type))
+    plain = re.sub(r"\b[A-Z]\w+", lambda name: BOUNDS.get(name[0], name[0]), plain)
     return plain.replace("|", "or").replace("Any", "any")
 
 

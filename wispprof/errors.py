@@ -5,7 +5,8 @@ WispprofError
 ├── ArtifactError            a file of ours cannot be used
 │   ├── ArtifactMissing      it is not there
 │   ├── ArtifactDamaged      it is torn, edited or not one of ours
-│   └── ArtifactTooNew       a later version of this tool wrote it
+│   ├── ArtifactTooNew       a later version of this tool wrote it
+│   └── ArtifactTooOld       an earlier version wrote it; make it anew
 ├── ModelError               a model or tokenizer cannot be used
 │   ├── ModelMissing
 │   └── ModelUnsupported     its family or state cannot be rolled back
@@ -55,6 +56,10 @@ class ArtifactMissing(ArtifactError):
 
 class ArtifactDamaged(ArtifactError):
     """The file is torn, was edited, or is not one of ours."""
+
+
+class ArtifactTooOld(ArtifactError):
+    """An earlier version wrote the file in a schema that is no longer read."""
 
 
 class ArtifactTooNew(ArtifactError):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wispprof.artifacts import AcceptanceTrace, bundled, load_trace, save_trace
+from wispprof.artifacts import AcceptanceTrace, bundled_path, load_trace, save_trace
 from wispprof.bench import FleetProcess, Mix
 from wispprof.fitting import FittedEstimator, load_estimator
 from wispprof.settings.bench_settings import BenchSettings
@@ -65,8 +65,8 @@ def artifacts(folder: Path, quick: bool, long: bool) -> None:
         TraceSettings,
     )
 
-    target = load_model(str(bundled.path("models/reference-pair/target")))
-    draft = load_model(str(bundled.path("models/reference-pair/draft")))
+    target = load_model(str(bundled_path("models/reference-pair/target")))
+    draft = load_model(str(bundled_path("models/reference-pair/draft")))
     axes = Axes(
         items=(1, 4, 8, 16) if quick else (1, 2, 4, 8, 16),
         new=(1, 3, 7),
@@ -102,7 +102,7 @@ def make_bed(folder: Path, arguments: argparse.Namespace, fleet: FleetProcess) -
 
     estimator = load_estimator(folder / "estimator.json")
     trace = load_trace(folder / "trace.jsonl")
-    target = load_model(str(bundled.path("models/reference-pair/target")))
+    target = load_model(str(bundled_path("models/reference-pair/target")))
     most = math.ceil(max(LOADS.values()) * arguments.devices)
     engine = TorchEngine(target, kv_tokens=4096 + 512 * most, max_sessions=2 * most + 16)
     engine.warm_up()

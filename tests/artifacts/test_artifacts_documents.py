@@ -16,7 +16,8 @@ import wispprof.artifacts as artifacts
 from wispprof.artifacts import (
     AcceptanceTrace,
     TracePath,
-    bundled,
+    bundled_path,
+    files,
     load_trace,
     read_document,
     save_trace,
@@ -25,7 +26,7 @@ from wispprof.artifacts import (
 )
 from wispprof.artifacts.files import write_atomic
 from wispprof.artifacts.manifest import command_line
-from wispprof.errors import ArtifactDamaged, ArtifactMissing, ArtifactTooNew
+from wispprof.errors import ArtifactDamaged, ArtifactMissing, ArtifactTooNew, ArtifactTooOld
 from wispprof.types import Sampling
 
 leaves = (
@@ -80,8 +81,11 @@ def test_damaged_documents(tmp_path):
     path.write_text(good.replace("1.25", "NaN"))
     with pytest.raises(ArtifactDamaged, match="NaN"):
         read_document(path, "estimator")
-    path.write_text(json.dumps({**json.loads(good), "schema": 2}))
-    with pytest.raises(ArtifactTooNew, match="schema 2"):
+    path.write_text(json.dumps({**json.loads(good), "schema": 3}))
+    with pytest.raises(ArtifactTooNew, match="schema 3.*Upgrade"):
+        read_document(path, "estimator")
+    path.write_text(json.dumps({**json.loads(good), "schema": 1}))
+    with pytest.raises(ArtifactTooOld, match="schema 1.*wispprof fit"):
         read_document(path, "estimator")
     path.write_text("{}")
     with pytest.raises(ArtifactDamaged, match="not a file of wispprof"):
@@ -192,14 +196,14 @@ def test_bundled_files_are_found_in_a_checkout_and_in_a_wheel(tmp_path, monkeypa
         (root / place / "a.jsonl").write_text("x")
     (checkout / "pyproject.toml").write_text("")
     (wheel / "models").mkdir()  # a stranger's folder in site-packages
-    monkeypatch.setattr(bundled, "PACKAGE", checkout / "wispprof")
-    assert bundled.path("profiles/a.jsonl") == checkout / "profiles/a.jsonl"
-    monkeypatch.setattr(bundled, "PACKAGE", wheel / "wispprof")
-    assert bundled.path("profiles/a.jsonl") == wheel / "wispprof/_bundled/profiles/a.jsonl"
+    monkeypatch.setattr(files, "PACKAGE", checkout / "wispprof")
+    assert bundled_path("profiles/a.jsonl") == checkout / "profiles/a.jsonl"
+    monkeypatch.setattr(files, "PACKAGE", wheel / "wispprof")
+    assert bundled_path("profiles/a.jsonl") == wheel / "wispprof/_bundled/profiles/a.jsonl"
     with pytest.raises(ArtifactMissing, match="does not hold models"):
-        bundled.path("models")
+        bundled_path("models")
     with pytest.raises(ValueError, match="relative"):
-        bundled.path("../secrets")
+        bundled_path("../secrets")
 
 
 def test_provenance_keeps_no_secrets(monkeypatch):

@@ -23,8 +23,8 @@ from wispprof.artifacts import (
     make_profile,
     save_profile,
 )
-from wispprof.artifacts.draft_times import RESTED_MS
 from wispprof.artifacts.journal import journal_header
+from wispprof.artifacts.profile import RESTED_MS
 from wispprof.artifacts.rows import decode_row, encode_row
 from wispprof.errors import ArtifactDamaged, ArtifactError, ArtifactMissing, ArtifactTooNew
 from wispprof.types import BatchShape, VerifyItem
@@ -253,8 +253,12 @@ def test_blocks_must_account_for_every_sample():
     assert decode_row(encode_row(aside), "server", "here") == aside
     with pytest.raises(ArtifactDamaged, match="'set_aside_blocks' gives"):
         decode_row(encode_row(replace(row, set_aside_blocks=((4, 2),))), "server", "here")
-    for blocks in (((0, 1), (7, 1)), ((0, 3), (7, 0)), ((0, 4),)):
-        with pytest.raises(ArtifactDamaged, match="'blocks' gives"):
+    for blocks, fault in (
+        (((0, 1), (7, 1)), "'blocks' gives 2"),
+        (((0, 3), (7, 0)), r"blocks\[1\]\[1\] is 0"),
+        (((0, 4),), "'blocks' gives 4"),
+    ):
+        with pytest.raises(ArtifactDamaged, match=fault):
             decode_row(encode_row(replace(row, blocks=blocks)), "server", "here")
 
 

@@ -12,7 +12,7 @@ from fake_pair import hash_trace, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wispprof.artifacts.draft_times import RESTED_MS
+from wispprof.artifacts.profile import RESTED_MS
 from wispprof.drafters.ngram import LookupDrafter, LookupFirst
 from wispprof.drafters.replay import ReplayDrafter
 from wispprof.edge import ThreadWorker, TimedWorker

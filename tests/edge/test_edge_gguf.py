@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fake_pair import LETTERS, edge, text_of
 
-from wispprof.artifacts import bundled
+from wispprof.artifacts import bundled_path
 from wispprof.drafters import GgufDraft
 from wispprof.edge import websocket_connections
 from wispprof.edge.draft_device import DraftDevice
@@ -64,7 +64,7 @@ def test_the_processor_gets_no_layers_on_a_gpu(llamacpp: type[LlamaCpp]) -> None
 
 
 def test_the_tokenizer_is_the_one_named_or_the_one_beside_the_file(tmp_path: Path) -> None:
-    folder = bundled.path(TARGET)
+    folder = bundled_path(TARGET)
     file = tmp_path / "draft.gguf"
     named = EdgeSettings(draft=str(file), tokenizer=str(folder))
     loaded, _, digest = _load(named, str(file))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from wispprof.artifacts import bundled, save_trace
+from wispprof.artifacts import bundled_path, save_trace
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
 from wispprof.cli import app
 from wispprof.fitting.batch_totals import EMPTY
@@ -67,7 +67,7 @@ def test_make_show_explain_diff_export(folder):
 
 
 def test_a_profile_of_another_tokenizer_is_refused_in_one_line(folder):
-    profile = bundled.path("profiles/epyc-2core-reference-draft.jsonl")
+    profile = bundled_path("profiles/epyc-2core-reference-draft.jsonl")
     planned = make(folder, "--edge", f"mine={profile}")
     simulated = call("simulate", "--edge", profile, "--trace", folder / "trace.jsonl")
     for refused in (planned, simulated):

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from wispprof import doctor
-from wispprof.artifacts import bundled, load_profile, save_trace
+from wispprof.artifacts import bundled_path, load_profile, save_trace
 from wispprof.cli import app
 
 sys.path.append(str(Path(__file__).parents[1] / "fitting"))
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *((draft, "reference-draft") for draft in drafts),
     ):
         for ending in (".jsonl", ".manifest.json"):
-            source = bundled.path(f"profiles/epyc-2core-{shipped}{ending}")
+            source = bundled_path(f"profiles/epyc-2core-{shipped}{ending}")
             shutil.copy(source, place / "mine" / f"{name}{ending}")
     model = load_profile(place / "mine" / "server").manifest.model
     trace = replace(synthetic_trace(), target=model.id, tokenizer_hash=model.tokenizer_hash)

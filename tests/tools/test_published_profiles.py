@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from wispprof.artifacts import bundled, load_edge
+from wispprof.artifacts import bundled_path, load_edge
 from wispprof.profiling.imported_profiles import PUBLISHED, VERIFY_S, published_profile
 
 CHOICES = [(e.name, c) for e in PUBLISHED for c in e.choices]
@@ -33,7 +33,7 @@ def test_choices_of_one_device_agree(entry):
 
 @pytest.mark.parametrize("entry", PUBLISHED, ids=lambda e: e.name)
 def test_the_shipped_files_are_these(entry):
-    shipped = load_edge(bundled.path(f"profiles/{entry.name}.jsonl"))
+    shipped = load_edge(bundled_path(f"profiles/{entry.name}.jsonl"))
     assert shipped == published_profile(entry)
     assert {row.source for row in shipped.rows} == {"published"}
     assert all("2604.09722" in row.citation for row in shipped.rows)

@@ -74,9 +74,9 @@ def evaluate(
     from rich.console import Group
 
     from tools.train_reference_pair.pair_figures import evaluate_pair, write_card
-    from wispprof.artifacts import bundled
+    from wispprof.artifacts import bundled_path
 
-    folder = pair or bundled.path(BUNDLED)
+    folder = pair or bundled_path(BUNDLED)
     with console.progress() as bars:
         task = bars.add_task("evaluate", total=4, status="")
 

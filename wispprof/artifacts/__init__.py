@@ -5,6 +5,7 @@ reading a damaged or newer file names the fault and what to do. JSON and numpy o
 """
 
 from wispprof.artifacts.document import Document, read_document, write_document
+from wispprof.artifacts.files import bundled_path
 from wispprof.artifacts.journal import RowJournal
 from wispprof.artifacts.manifest import Manifest, ModelRecord, Provenance
 from wispprof.artifacts.profile import (
@@ -37,6 +38,7 @@ __all__ = [
     "ServerProfile",
     "StepRow",
     "TracePath",
+    "bundled_path",
     "load_edge",
     "load_link",
     "load_profile",

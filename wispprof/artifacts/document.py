@@ -1,8 +1,8 @@
-"""One versioned JSON document: what estimators, predictors and plans are stored in.
+"""One versioned JSON document: the format of estimators, predictors and plans.
 
 On disk::
 
-    {"format": "wispprof/estimator", "schema": 1, "hash": "blake2b:…",
+    {"format": "wispprof/estimator", "schema": 2, "hash": "blake2b:…",
      "inputs": {"profile": "blake2b:…"}, "provenance": {…}, "payload": {…}}
 
 The hash covers the payload alone, so the same result made twice has the same hash.
@@ -12,27 +12,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from wispprof.artifacts import files
 from wispprof.artifacts.manifest import Provenance
-from wispprof.errors import ArtifactDamaged, ArtifactTooNew
+from wispprof.errors import ArtifactDamaged, ArtifactTooNew, ArtifactTooOld
 
 __all__ = ["BAD_PAYLOAD", "SCHEMA", "Document", "read_document", "write_document"]
 
-SCHEMA = 1
+SCHEMA = 2
 _PREFIX = "wispprof/"
 
 BAD_PAYLOAD = (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError)
-"""What taking a payload apart raises where it is not what this version writes. Readers turn it into
-:class:`~wispprof.errors.ArtifactDamaged`."""
+"""Errors that reading a malformed payload raises; readers turn them into ``ArtifactDamaged``."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """What was read: ``payload`` as written, its ``hash``, the ``inputs`` it was made from."""
+    """A document: ``payload`` as written, its ``hash``, and the hashes of the ``inputs`` it was made from."""
 
     kind: str
     payload: dict[str, Any]
@@ -73,44 +72,57 @@ def write_document(
 def read_document(path: Path, kind: str) -> Document:
     """Read a document of ``kind``.
 
-    Raises :class:`ArtifactMissing`, :class:`ArtifactTooNew` for a later schema, and
-    :class:`ArtifactDamaged` for anything else that is not what was written.
+    Raises :class:`ArtifactMissing`, :class:`ArtifactTooNew` for a later schema, :class:`ArtifactTooOld`
+    for an earlier one, and :class:`ArtifactDamaged` for anything else that was not written so.
     """
     path = Path(path)
-    data = files.read_bytes(path, kind)
-    document = files.parse_json(data, f"{kind} {path}")
-    if not isinstance(document, dict) or not str(document.get("format")).startswith(_PREFIX):
+    where = f"{kind} {path}"
+    value = files.parse_json(files.read_bytes(path, kind), where)
+    if not isinstance(value, dict) or not str(value.get("format")).startswith(_PREFIX):
         raise ArtifactDamaged(f"{path} is not a file of wispprof.", f"Name a {kind} file.")
-    found = str(document["format"]).removeprefix(_PREFIX)
+    found = str(value["format"]).removeprefix(_PREFIX)
     if found != kind:
         raise ArtifactDamaged(f"{path} holds a {found}, not a {kind}.", f"Name a {kind} file.")
-    check_schema(path, kind, document.get("schema"), SCHEMA)
-    payload, inputs = document.get("payload"), document.get("inputs")
-    if not isinstance(payload, dict) or not isinstance(inputs, dict):
-        raise ArtifactDamaged(
-            f"{kind} {path} has no payload or no inputs.", "Restore it or make it anew."
-        )
+    check_schema(path, kind, value.get("schema"), SCHEMA)
+    provenance = Provenance.from_dict(value.pop("provenance", None))
+    read: Document = files.convert({**value, "kind": kind}, Document, where)
     try:
-        digest = files.content_hash(files.canonical_json(payload))
+        digest = files.content_hash(files.canonical_json(read.payload))
     except ValueError as err:  # 1e999 is JSON, and infinite
-        raise ArtifactDamaged(f"{kind} {path}: {err}.", "Restore it or make it anew.") from None
-    if digest != document.get("hash"):
+        raise ArtifactDamaged(f"{where}: {err}.", "Restore it or make it anew.") from None
+    if digest != read.hash:
         raise ArtifactDamaged(
-            f"{kind} {path} was changed after it was written: its content hash is {digest}, "
-            f"the file says {document.get('hash')}.",
+            f"{where} was changed after it was written: its content hash is {digest}, "
+            f"the file says {read.hash}.",
             "Restore it or make it anew.",
         )
-    provenance = Provenance.from_dict(document.get("provenance"))
-    named = {str(name): str(value) for name, value in inputs.items()}
-    return Document(kind, payload, digest, named, provenance)
+    return replace(read, provenance=provenance)
+
+
+COMMANDS = {
+    "estimator": "wispprof fit",
+    "predictor": "wispprof fit",
+    "plan": "wispprof plan",
+    "bench": "wispprof bench",
+    "trace": "wispprof trace",
+    "profile": "wispprof profile-server or profile-edge",
+}
 
 
 def check_schema(path: Path, what: str, found: object, known: int) -> None:
-    """Refuse a schema this version does not know."""
+    """Refuse a schema that this version does not read."""
+    command = COMMANDS.get(what, "the command that wrote it")
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-        raise ArtifactDamaged(f"{what} {path} states no schema version.", "Make it anew.")
+        raise ArtifactDamaged(
+            f"{what} {path} states no schema version.", f"Make it anew with {command}."
+        )
     if found > known:
         raise ArtifactTooNew(
-            f"{what} {path} has schema {found}; this version reads up to {known}.",
+            f"{what} {path} has schema {found}; this version reads schema {known}.",
             "Upgrade wispprof, or make the file anew with this version.",
+        )
+    if found < known:
+        raise ArtifactTooOld(
+            f"{what} {path} has schema {found}; this version reads schema {known}.",
+            f"Make it anew with {command}.",
         )

@@ -1,7 +1,6 @@
-"""Bytes on disk: whole or not at all, hashed, and never trusted when read back.
+"""Files on disk: written atomically, hashed, and checked when read; and the files that ship with the package.
 
-Everything this package writes goes through :func:`write_atomic`; everything it reads is plain JSON,
-parsed strictly. Nothing is ever unpickled or evaluated.
+All files are JSON, parsed strictly. Nothing is ever unpickled or evaluated.
 """
 
 from __future__ import annotations
@@ -10,15 +9,28 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
+import msgspec
 import numpy as np
 
 from wispprof.errors import ArtifactDamaged, ArtifactMissing
 
-__all__ = ["canonical_json", "content_hash", "parse_json", "read_bytes", "write_atomic"]
+__all__ = [
+    "bundle_roots",
+    "bundled_path",
+    "canonical_json",
+    "content_hash",
+    "convert",
+    "parse_json",
+    "read_bytes",
+    "write_atomic",
+]
+
+PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def content_hash(data: bytes) -> str:
@@ -115,5 +127,55 @@ def parse_json(data: bytes, where: str) -> Any:
         ) from None
 
 
+def convert(value: object, kind: Any, where: str, hint: str = "Restore it or make it anew.") -> Any:
+    """``value``, parsed from JSON, as a value of type ``kind``.
+
+    Raises :class:`ArtifactDamaged` naming ``where``, the field that does not fit, and its value.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except (msgspec.ValidationError, OverflowError) as err:
+        raise ArtifactDamaged(f"{where}: {_named_fault(value, str(err))}.", hint) from None
+
+
+def _named_fault(value: Any, err: str) -> str:
+    """Turn "Expected … - at `$.rows[2].k`" into "rows[2].k is 'x': expected …"."""
+    message, at, path = err.partition(" - at `$")
+    if not at or message.startswith("Object"):
+        return err
+    for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+        value = value[key] if key else value[int(index)]
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else shown[:57] + "…"
+    return f"{path.strip('.`')} is {shown}: {message[0].lower()}{message[1:]}"
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def bundle_roots() -> tuple[Path, ...]:
+    """Folders of shipped files, in order: the wheel's ``_bundled``, then the checkout's root."""
+    # site-packages may hold a stranger's ``models`` folder: only a real checkout counts.
+    checkout = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else None
+    return (PACKAGE / "_bundled", *([checkout] if checkout else []))
+
+
+def bundled_path(relative: str) -> Path:
+    """Find a shipped file or folder, such as ``models/reference-pair/target`` or ``profiles/x``.
+
+    ``relative`` uses forward slashes and may not leave the shipped folders (ValueError).
+    Raises :class:`ArtifactMissing` if this installation does not hold it.
+    """
+    parts = PurePosixPath(relative)
+    if parts.is_absolute() or ".." in parts.parts:
+        raise ValueError(f"bundled paths are relative to the package's own files, got {relative!r}")
+    for root in bundle_roots():
+        candidate = root.joinpath(*parts.parts)
+        if candidate.exists():
+            return candidate
+    looked = " or ".join(str(root) for root in bundle_roots())
+    raise ArtifactMissing(
+        f"This installation does not hold {relative} (looked in {looked}).",
+        "Install a complete wheel or checkout, or name your own file instead.",
+    )

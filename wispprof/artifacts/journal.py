@@ -1,8 +1,7 @@
-"""The journal of a running sweep: what one visit to a shot gave is on disk before the next one starts.
+"""The journal of a running sweep: each measurement block is on disk before the next one starts.
 
-First line: what the sweep is (a header that a resumed sweep must match); then one sealed row a line,
-several of a key where the sweep came back to it. Every row has an order of its own. A last line
-that a crash tore off is dropped on resume; damage anywhere else is an error.
+The first line is a header that a resumed sweep must match. Then follows one sealed row per block, with an
+order of its own. On resume, a torn last line is dropped; damage anywhere else is an error.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from wispprof.artifacts import files
+from wispprof.artifacts.manifest import PROFILE_SCHEMA
 from wispprof.artifacts.rows import Row, decode_row, encode_row, open_line, seal_line
 from wispprof.errors import ArtifactDamaged, ArtifactError
 
@@ -44,7 +44,9 @@ class RowJournal:
         self.kind = kind
         self.rows: list[Row] = []
         self.recovered_bytes = 0
-        first = seal_line({"format": FORMAT, "schema": 1, "kind": kind, "header": dict(header)})
+        first = seal_line(
+            {"format": FORMAT, "schema": PROFILE_SCHEMA, "kind": kind, "header": dict(header)}
+        )
         exists = self.path.exists() and self.path.stat().st_size > 0
         if exists and resume:
             self._recover(first)

@@ -1,7 +1,4 @@
-"""Who made an artifact: the command, the moment, the versions.
-
-The manifest of a profile: what was measured, on what, with what, when, and the hash of the rows.
-"""
+"""Provenance of an artifact (command, time, versions), and the manifest of a profile."""
 
 from __future__ import annotations
 
@@ -13,11 +10,11 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from wispprof.errors import ArtifactDamaged
+from msgspec import Meta
 
 __all__ = [
     "PROFILE_SCHEMA",
@@ -39,10 +36,7 @@ def utc_now() -> str:
 
 
 def command_line() -> str:
-    """The running command as one would type it, without the folder of the program.
-
-    Keys are left out: artifacts are made to be passed on.
-    """
+    """The running command as typed, without the program's folder and without keys."""
     program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python"
     return shlex.join([program, *_without_secrets(sys.argv[1:])])
 
@@ -65,7 +59,7 @@ def _without_secrets(words: Sequence[str]) -> list[str]:
 
 
 def library_versions() -> dict[str, str]:
-    """Installed versions of what a measurement depends on, read without importing any of it."""
+    """Installed versions of the libraries that a measurement depends on, read without importing them."""
     return dict(_versions())
 
 
@@ -101,7 +95,7 @@ class Provenance:
 
     @classmethod
     def from_dict(cls, data: object) -> Provenance:
-        """Read leniently: provenance informs people, nothing is decided by it."""
+        """Read leniently: provenance informs people, and nothing depends on it."""
         if not isinstance(data, dict):
             return cls()
         versions = data.get("versions")
@@ -113,16 +107,15 @@ class Provenance:
         )
 
 
-PROFILE_SCHEMA = 1
-PROFILE_KINDS = ("server", "edge", "link")
+PROFILE_SCHEMA = 2
+ProfileKind = Annotated[str, Meta(pattern="^(server|edge|link)$")]
 
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """Which model was measured. ``parameters`` counts weights; ``config_hash`` its architecture.
+    """The measured model; fields are empty or 0 if unknown.
 
-    ``kv_bytes_per_token``: what one cached token takes. Empty or 0 where unknown. The names are those
-    of the identity that a loaded model states, so ``ModelRecord(**info.as_dict())`` takes it over.
+    Names are those of :class:`~wispprof.types.ModelInfo`: ``ModelRecord(**info.as_dict())``.
     """
 
     id: str
@@ -142,15 +135,15 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Provenance of a profile's rows.
+    """What was measured, on what, with what and when, and the hash of the rows.
 
     ``engine``: settings of what was measured (attention backend, KV tokens, threads, …).
-    ``hardware``: :meth:`wispprof.hardware.Fingerprint.as_dict`. ``measure``: settings of the sweep.
-    ``summary``: what the sweep found out besides rows (drift, ratios of the physics check, …).
-    ``rows`` and ``rows_hash`` are filled in by ``save_profile``.
+    ``hardware``: the machine's fingerprint. ``measure``: settings of the sweep. ``summary``: results of
+    the sweep besides rows (drift, ratios of the physics check, …). ``save_profile`` fills in ``rows`` and
+    ``rows_hash``.
     """
 
-    kind: str
+    kind: ProfileKind
     model: ModelRecord
     command: str = ""
     seed: int = 0
@@ -168,34 +161,3 @@ class Manifest:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any], where: str) -> Manifest:
-        """Check names and types; raises :class:`ArtifactDamaged` naming ``where`` and the fault.
-
-        Unknown names are ignored: a later minor version may add some.
-        """
-        known = {entry.name for entry in fields(cls)}
-        values = {name: value for name, value in data.items() if name in known}
-        kind = values.get("kind")
-        if kind not in PROFILE_KINDS:
-            raise _damaged(where, f"unknown kind of profile {kind!r}")
-        model = values.get("model")
-        if not isinstance(model, dict) or not isinstance(model.get("id"), str):
-            raise _damaged(where, "'model' has no id")
-        names = {entry.name for entry in fields(ModelRecord)}
-        values["model"] = ModelRecord(**{k: v for k, v in model.items() if k in names})
-        for name in ("engine", "hardware", "measure", "summary", "versions"):
-            if not isinstance(values.get(name, {}), dict):
-                raise _damaged(where, f"'{name}' is not an object")
-        for name in ("rows", "seed"):
-            if type(values.get(name, 0)) is not int:
-                raise _damaged(where, f"'{name}' is not a whole number")
-        for name in ("command", "started", "ended", "source", "citation", "rows_hash"):
-            if not isinstance(values.get(name, ""), str):
-                raise _damaged(where, f"'{name}' is not a string")
-        return cls(**values)
-
-
-def _damaged(where: str, err: str) -> ArtifactDamaged:
-    return ArtifactDamaged(f"{where}: {err}.", "Restore the file or measure it anew.")

@@ -1,24 +1,24 @@
-"""The plan: what the server and the edges obey, as frozen records, and as one JSON document.
+"""The plan that servers and edges obey, as frozen records and as one JSON document.
 
-Two tables carry the work. :class:`BatchRow` says, per SLO class and load level, how much a step may
-hold. :class:`DraftRow` says, per device, round trip, load level, SLO class and mode, how far to draft
-and when to stop. Every row keeps the figures it was chosen by, so a plan can explain itself.
+:class:`BatchRow` limits a step, per SLO class and load level. :class:`DraftRow` says how far to draft and
+when to stop, per device, round trip, load level, SLO class and mode. Every row keeps the figures it was
+chosen by.
 
-Load levels are defined in :mod:`wispprof.policies.load_level`; a plan repeats their bounds, so that a plan
-made under other bounds is refused rather than misread.
+:mod:`wispprof.policies.load_level` defines load levels. A plan repeats their bounds, so that a plan made
+under other bounds is refused.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from wispprof.artifacts.document import BAD_PAYLOAD, read_document, write_document
+from wispprof.artifacts import files
+from wispprof.artifacts.document import read_document, write_document
 from wispprof.artifacts.manifest import Provenance
-from wispprof.errors import ArtifactDamaged, PlanError
+from wispprof.errors import PlanError
 
 __all__ = [
     "BatchRow",
@@ -39,13 +39,12 @@ MODES = ("stream", "round")
 
 @dataclass(frozen=True, slots=True)
 class BatchRow:
-    """What a step may hold for an SLO class at a load level.
+    """Limits of a step for an SLO class at a load level.
 
-    ``sessions``: concurrent sessions the level stands for. ``max_items``: most sessions a step may
-    hold while its bound keeps within the class's time for the tokens it commits, never fewer than
-    ``sessions``. ``prefill_chunk``: most prompt tokens beside the level's sessions.
-    ``token_budget``: most new tokens, those items and that chunk together. ``p50_ms`` and ``bound_ms``:
-    the level's step with that chunk.
+    ``sessions``: concurrent sessions that the level stands for. ``max_items``: most sessions in a step
+    whose bound keeps within the class's time for the tokens it commits, at least ``sessions``.
+    ``prefill_chunk``: most prompt tokens beside the level's sessions. ``token_budget``: most new tokens,
+    items and chunk together. ``p50_ms`` and ``bound_ms``: of the level's step with that chunk.
     """
 
     tokens_per_s: float
@@ -67,18 +66,17 @@ class BatchRow:
 class DraftRow:
     """How a device drafts in one cell.
 
-    ``k``: most drafts of a round (mode ``round``), or most drafts verified in one step (``stream``);
-    0 means do not draft. ``stop``: draft on only while the cumulative acceptance probability of the next token is
-    at least this. ``draft_ahead``: how far the edge may draft beyond the frontier it knows.
-    ``expected_tokens_per_s``: of the mean session, ``slow_tokens_per_s``: of the session at the
-    violation quantile; both with every session of the level drafting alike. ``by_k``: expected
-    tokens/s for k = 0, 1, 2 …; ``slow_by_k`` likewise. ``round_ms``: mean time from commit to
-    commit; ``step_ms``: of the server's step in it; ``commits``: mean tokens per commit.
-    ``price``: tokens the server commits per ms of step at this level: what a ms of it is worth.
-    ``feasible``: the slow session keeps ``tokens_per_s``. ``nearest_tokens_per_s``: the fastest
-    promise that this cell could keep with any k. ``energy_j_per_token``: of drafting;
-    ``dollars_per_mtoken``: of a million committed tokens, 0 where no prices were given;
-    ``energy_by_k`` and ``dollars_by_k`` likewise for k = 0, 1, 2 ….
+    ``k``: most drafts of a round (mode ``round``), or most drafts verified in one step (``stream``); 0
+    means do not draft. ``stop``: draft on only while the next token's cumulative acceptance probability
+    is at least this. ``draft_ahead``: how far the edge may draft beyond the committed length it knows.
+    ``expected_tokens_per_s``: of the mean session; ``slow_tokens_per_s``: of the session at the violation
+    quantile; both with all sessions of the level drafting alike. ``by_k``: expected tokens/s for k = 0,
+    1, 2 …; ``slow_by_k``, ``energy_by_k`` and ``dollars_by_k`` likewise. ``round_ms``: mean time from
+    commit to commit; ``step_ms``: of the server's step in it; ``commits``: mean tokens per commit.
+    ``price``: tokens that the server commits per ms of step at this level. ``feasible``: the slow session
+    meets ``tokens_per_s``. ``nearest_tokens_per_s``: the fastest SLO that the cell meets with any k.
+    ``energy_j_per_token``: of drafting; ``dollars_per_mtoken``: of a million committed tokens, 0 without
+    prices.
     """
 
     device: str
@@ -113,15 +111,15 @@ class DraftRow:
 
 
 def machine_of(device: str) -> str:
-    """The machine of a device name: what stands before the colon of ``machine:draft``."""
+    """The machine in a device name ``machine:draft``."""
     return device.partition(":")[0]
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceRow:
-    """Which of several drafts a machine should run in one cell: ``device`` is the name of its rows.
+    """Which of several draft models a machine should run in one cell: ``device`` names its rows.
 
-    The other figures are those of that device's :class:`DraftRow`, which holds the rest.
+    The other figures repeat those of that device's :class:`DraftRow`.
     """
 
     machine: str
@@ -145,10 +143,10 @@ class ChoiceRow:
 
 @dataclass(frozen=True, slots=True)
 class CapacityRow:
-    """Most sessions of one class on one kind of device that keep their promise.
+    """Most sessions of one class on one kind of device that meet their SLO.
 
-    ``server-only``: undrafted; ``split``: with the best k in ``mode``. ``bound_by``: what ends it:
-    ``time``, ``kv`` (cache memory) or ``limit`` (the search's own limit).
+    ``server_only``: without drafts; ``split``: with the best k in ``mode``. ``bound_by``: the limit that
+    is reached first: ``time``, ``kv`` (cache memory) or ``limit`` (that of the search).
     """
 
     device: str
@@ -163,10 +161,10 @@ class CapacityRow:
 
 @dataclass(frozen=True, slots=True)
 class MixRow:
-    """Most sessions of several classes at once of which each keeps its promise.
+    """Most sessions of several classes at once that each meet their SLO.
 
     ``slos``: the classes, tokens/s; ``shares``: of the sessions, summing to one; ``ks``: the draft length
-    with which each class just keeps its promise at ``split`` sessions. The rest as in :class:`CapacityRow`.
+    with which each class just meets its SLO at ``split`` sessions. The rest as in :class:`CapacityRow`.
     """
 
     device: str
@@ -181,14 +179,14 @@ class MixRow:
 
     @property
     def mix(self) -> str:
-        """The mix in words: ``4 tok/s 70 %, 8 tok/s 30 %``."""
+        """The mix as text: ``4 tok/s 70 %, 8 tok/s 30 %``."""
         pairs = zip(self.slos, self.shares, strict=True)
         return ", ".join(f"{speed:g} tok/s {100 * share:.0f} %" for speed, share in pairs)
 
 
 @dataclass(frozen=True, slots=True)
 class BreakEvenRow:
-    """Where drafting begins to pay. ``acceptance``: mean conditional acceptance of the trace.
+    """From which acceptance on drafting pays. ``acceptance``: the trace's mean acceptance probability.
 
     ``needed``: the least one at which some k ≥ 1 beats k = 0, ``None`` if none does. ``verdict``:
     ``split`` or ``server-only``. ``gain``: best drafted over undrafted tokens/s.
@@ -206,13 +204,13 @@ class BreakEvenRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything the runtime obeys. Look-ups round in the safe direction and never fail on range.
+    """Everything that the runtime obeys. Look-ups round in the safe direction and accept any range.
 
-    A device is one draft model on one machine. Where a machine may run several, its devices are called
-    ``machine:draft``, and ``choices`` says which is the best by ``objective``.
+    A device is one draft model on one machine. If a machine may run several, its devices are called
+    ``machine:draft``, and ``choices`` names the best by ``objective``.
 
-    ``inputs`` maps names to content hashes (estimator, traces, profiles). ``context``: cached tokens
-    per session that the plan reckons with. ``notes``: what a reader should know, in sentences.
+    ``inputs`` maps names to content hashes (estimator, traces, profiles). ``context``: cached tokens per
+    session assumed by the plan. ``notes``: remarks for the reader, in sentences.
     """
 
     draft: tuple[DraftRow, ...]
@@ -247,12 +245,12 @@ class Plan:
         tokens_per_s: float,
         mode: str = "stream",
     ) -> DraftRow:
-        """The row for a device: nearest round trip (by ratio), nearest level, the slowest class that
-        is at least as fast as ``tokens_per_s`` (else the fastest). An unknown device takes the rows
-        of the one whose draft step is slowest, of the same machine where there is one: its lead and its
-        k are the most careful.
+        """The row for a device: nearest round trip (by ratio), nearest level, and the slowest class that
+        is at least as fast as ``tokens_per_s``, else the fastest.
 
-        Raises :class:`PlanError` where the plan has no rows of ``mode``.
+        An unknown device takes the rows of the device whose draft step is slowest, of the same machine if
+        possible: its ``draft_ahead`` and k are the most careful.
+        Raises :class:`PlanError` if the plan has no rows of ``mode``.
         """
         rows = [r for r in self.draft if r.mode == mode]
         if not rows:
@@ -277,8 +275,8 @@ class Plan:
         return next(r for r in self.batch if (r.load_level, r.tokens_per_s) == (level, speed))
 
     def find(self, cell: str) -> DraftRow:
-        """The row named ``device/rtt/load/slo[/mode]``; by a machine's name, the row of the draft that it
-        should run there. Raises :class:`PlanError` naming some."""
+        """The row named ``device/rtt/load/slo[/mode]``; for a machine, the row of the draft model that it
+        should run there. Raises :class:`PlanError` if there is none."""
         wanted = cell if cell.count("/") == 4 else f"{cell}/stream"
         for choice in self.choices:
             if choice.cell == wanted:
@@ -299,72 +297,11 @@ def save_plan(plan: Plan, path: Path, provenance: Provenance | None = None) -> s
 
 
 def load_plan(path: Path) -> Plan:
-    """Read a plan. Raises the artifact errors; :class:`ArtifactDamaged` names a row that is wrong."""
+    """Read a plan. Raises the artifact errors; :class:`ArtifactDamaged` names a field that is wrong."""
     document = read_document(Path(path), KIND)
-    payload = dict(document.payload)
-    where = f"plan {path}"
-    try:
-        return Plan(
-            draft=_rows(DraftRow, payload["draft"], where),
-            batch=_rows(BatchRow, payload["batch"], where),
-            capacity=_rows(CapacityRow, payload["capacity"], where),
-            break_even=_rows(BreakEvenRow, payload["break_even"], where),
-            # Older plans have none.
-            mixes=_rows(MixRow, payload.get("mixes", ()), where),
-            choices=_rows(ChoiceRow, payload.get("choices", ()), where),
-            load_bounds=tuple(float(b) for b in payload["load_bounds"]),
-            context=int(payload["context"]),
-            objective=str(payload["objective"]),
-            cum_acceptance=tuple(float(s) for s in payload["cum_acceptance"]),
-            settings=dict(payload["settings"]),
-            inputs=document.inputs,
-            notes=tuple(str(n) for n in payload["notes"]),
-            hash=document.hash,
-        )
-    except BAD_PAYLOAD as err:
-        raise ArtifactDamaged(
-            f"{where} is not a complete plan ({err}).", "Make it anew with `wispprof plan`."
-        ) from err
-
-
-Row = TypeVar("Row", DraftRow, BatchRow, CapacityRow, MixRow, ChoiceRow, BreakEvenRow)
-
-
-def _rows(kind: type[Row], entries: Iterable[dict[str, Any]], where: str) -> tuple[Row, ...]:
-    known = {f.name for f in fields(kind)}
-    rows = []
-    for number, entry in enumerate(entries, start=1):
-        values: dict[str, Any] = {
-            name: tuple(float(v) for v in value) if isinstance(value, list) else value
-            for name, value in entry.items()
-            if name in known
-        }
-        for each in fields(kind):
-            if each.name in values and not _fits(values[each.name], str(each.type)):
-                raise ArtifactDamaged(
-                    f"{where}: {kind.__name__} {number}: {each.name} is {values[each.name]!r}, "
-                    f"not {each.type}.",
-                    "Make it anew with `wispprof plan`.",
-                )
-        try:
-            rows.append(kind(**values))
-        except TypeError as err:
-            raise ArtifactDamaged(
-                f"{where}: {kind.__name__} {number} is not whole ({err}).",
-                "Make it anew with `wispprof plan`.",
-            ) from err
-    return tuple(rows)
-
-
-def _fits(value: object, wanted: str) -> bool:
-    """Whether a value from JSON is of a row's field type."""
-    if value is None:
-        return wanted.endswith("| None")
-    if wanted.startswith("float"):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if wanted == "int":
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, {"str": str, "bool": bool}.get(wanted, tuple))
+    record = {**document.payload, "inputs": document.inputs, "hash": document.hash}
+    plan: Plan = files.convert(record, Plan, f"plan {path}", "Make it anew with `wispprof plan`.")
+    return plan
 
 
 def _class_of(classes: set[float], tokens_per_s: float) -> float:

@@ -10,11 +10,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from wispprof.artifacts import files
 from wispprof.artifacts.document import check_schema
-from wispprof.artifacts.rows import AcceptanceTrace, TracePath, open_line, seal_line, seal_text
+from wispprof.artifacts.rows import (
+    REMEDY,
+    AcceptanceTrace,
+    Count,
+    TracePath,
+    damaged,
+    open_line,
+    seal_line,
+    seal_text,
+)
 from wispprof.errors import ArtifactDamaged
 from wispprof.types import Sampling
 
@@ -60,34 +70,53 @@ def load_trace(path: Path) -> AcceptanceTrace:
     lines = data.splitlines(keepends=True)
     if not lines or not lines[0].startswith(b'{"format":"wispprof/trace"'):
         raise ArtifactDamaged(f"{path} is not an acceptance trace.", "Name a trace file.")
-    header = open_line(lines[0], f"{path} line 1")
-    check_schema(path, "trace", header.get("schema"), TRACE_SCHEMA)
+    opened = open_line(lines[0], f"{path} line 1")
+    check_schema(path, "trace", opened.get("schema"), TRACE_SCHEMA)
+    header: _Header = files.convert(opened, _Header, f"{path} line 1", REMEDY)
     paths: list[TracePath] = []
     for number, line in enumerate(lines[1:], start=2):
         where = f"{path} line {number}"
         if not line.endswith(b"\n"):
-            raise _damaged(where, "the line is torn (it has no end)")
+            raise damaged(where, "the line is torn (it has no end)")
         paths.append(_path(open_line(line, where), where))
-    if len(paths) != header.get("paths"):
-        raise _damaged(
+    if len(paths) != header.paths:
+        raise damaged(
             f"{path} line {len(lines)}",
-            f"the file ends here with {len(paths)} paths, its header says {header.get('paths')}",
+            f"the file ends here with {len(paths)} paths, its header says {header.paths}",
         )
-    if files.content_hash(b"".join(lines[1:])) != header.get("hash"):
-        raise _damaged(
+    if files.content_hash(b"".join(lines[1:])) != header.hash:
+        raise damaged(
             str(path), "every line is whole, but they are not the lines that were written"
         )
-    try:
-        return AcceptanceTrace(
-            target=str(header["target"]),
-            draft=str(header["draft"]),
-            tokenizer_hash=str(header["tokenizer_hash"]),
-            sampling=Sampling(**header["sampling"]),
-            paths=tuple(paths),
-            meta=dict(header["meta"]),
-        )
-    except (KeyError, TypeError, ValueError) as err:
-        raise _damaged(f"{path} line 1", f"bad header: {err!r}") from None
+    return AcceptanceTrace(
+        header.target,
+        header.draft,
+        header.tokenizer_hash,
+        header.sampling,
+        tuple(paths),
+        header.meta,
+    )
+
+
+class _Header(msgspec.Struct):
+    target: str
+    draft: str
+    tokenizer_hash: str
+    sampling: Sampling
+    paths: int
+    hash: str
+    meta: dict[str, Any]
+
+
+class _PathLine(msgspec.Struct):
+    """Arrays lie flat, row by row."""
+
+    prompt: tuple[int, ...]
+    path: tuple[int, ...]
+    depth: Count
+    accepted: list[Count]
+    drafts: list[int]
+    features: list[float]
 
 
 def _body(trace: AcceptanceTrace) -> bytes:
@@ -115,29 +144,16 @@ def _line(path: TracePath) -> bytes:
 
 
 def _path(body: dict[str, Any], where: str) -> TracePath:
+    line: _PathLine = files.convert(body, _PathLine, where, REMEDY)
+    m, depth = len(line.path), line.depth
     try:
-        path = tuple(_token(t) for t in body["path"])
-        m, depth = len(path), int(body["depth"])
-        drafts = np.array(body["drafts"], dtype=np.int32).reshape(m, depth)
-        features = np.array(body["features"], dtype=np.float32).reshape(m, depth, FEATURES)
-        accepted = np.array(body["accepted"], dtype=np.int32).reshape(m)
-        if not np.isfinite(features).all():
-            raise ValueError("'features' are not finite")
-        if m and (accepted.min() < 0 or accepted.max() > depth):
-            raise ValueError("'accepted' is outside 0 … depth")
-        prompt = tuple(_token(t) for t in body["prompt"])
-    except KeyError as err:
-        raise _damaged(where, f"the path has no {err.args[0]!r}") from None
-    except (ValueError, TypeError, OverflowError) as err:
-        raise _damaged(where, str(err)) from None
-    return TracePath(prompt, path, drafts, features, accepted)
-
-
-def _token(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{value!r} is not a token id")
-    return value
-
-
-def _damaged(where: str, err: str) -> ArtifactDamaged:
-    return ArtifactDamaged(f"{where}: {err}.", "Restore the file or take the trace anew.")
+        drafts = np.array(line.drafts, dtype=np.int32).reshape(m, depth)
+        features = np.array(line.features, dtype=np.float32).reshape(m, depth, FEATURES)
+        accepted = np.array(line.accepted, dtype=np.int32).reshape(m)
+    except (ValueError, OverflowError) as err:
+        raise damaged(where, str(err)) from None
+    if not np.isfinite(features).all():
+        raise damaged(where, "'features' are not finite")
+    if m and accepted.max() > depth:
+        raise damaged(where, "'accepted' is outside 0 … depth")
+    return TracePath(line.prompt, line.path, drafts, features, accepted)

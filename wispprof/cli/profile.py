@@ -273,13 +273,13 @@ def _size(row: Any) -> int:
 
 def _found_profile(path: Path) -> Path:
     """A profile at this path, or the shipped one of that name."""
-    from wispprof.artifacts import bundled
+    from wispprof.artifacts import bundled_path
     from wispprof.artifacts.profile import profile_files
     from wispprof.errors import ArtifactMissing
 
     if profile_files(path)[1].exists() or len(path.parts) > 1:
         return path
     try:
-        return bundled.path(f"profiles/{profile_files(path)[0].name}")
+        return bundled_path(f"profiles/{profile_files(path)[0].name}")
     except ArtifactMissing:
         return path

@@ -98,9 +98,9 @@ def _serve_replicas(settings: ServerSettings, replicas: int, most: int) -> None:
 
 
 def _bundled_target() -> str:
-    from wispprof.artifacts import bundled
+    from wispprof.artifacts import bundled_path
 
-    return str(bundled.path("models/reference-pair/target"))
+    return str(bundled_path("models/reference-pair/target"))
 
 
 def _resolved(server: VerificationServer, settings: ServerSettings, port: int) -> Table:

@@ -91,6 +91,6 @@ class DemoSettings:
         return self._side("draft")
 
     def _side(self, name: str) -> Path:
-        from wispprof.artifacts import bundled
+        from wispprof.artifacts import bundled_path
 
-        return self.pair / name if self.pair else bundled.path(f"models/reference-pair/{name}")
+        return self.pair / name if self.pair else bundled_path(f"models/reference-pair/{name}")

@@ -5,15 +5,15 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from wispprof.artifacts import bundled
+from wispprof.artifacts import bundled_path
 from wispprof.doctor.findings import DoctorContext, Finding
 
 __all__ = ["engine", "models", "tokenizers"]
 
 
 def _paths(situation: DoctorContext) -> tuple[str, str]:
-    target = situation.target or str(bundled.path("models/reference-pair/target"))
-    draft = situation.draft or str(bundled.path("models/reference-pair/draft"))
+    target = situation.target or str(bundled_path("models/reference-pair/target"))
+    draft = situation.draft or str(bundled_path("models/reference-pair/draft"))
     return target, draft
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wispprof.artifacts import bundled
+from wispprof.artifacts import bundled_path
 from wispprof.drafters import GgufDraft, needs_model
 from wispprof.edge.client import EdgeClient
 from wispprof.edge.connection import ConnectionFactory, ssl_context, websocket_connections
@@ -136,7 +136,7 @@ async def open_edge(settings: EdgeSettings) -> AsyncIterator[EdgeRuntime]:
     only at the first request where ``fallback`` is ``draft``).
     """
     async with AsyncExitStack() as stack:
-        folder = settings.draft or str(bundled.path(BUNDLED_DRAFT))
+        folder = settings.draft or str(bundled_path(BUNDLED_DRAFT))
         loaded, tokenizer, digest = _load(settings, folder)
         connect, stream = await _server(settings, stack)
         options = settings.controller_options
@@ -200,7 +200,7 @@ async def _server(
 
     stream = settings.mode != "round"
     server = ServerSettings(
-        target=str(bundled.path(BUNDLED_TARGET)),
+        target=str(bundled_path(BUNDLED_TARGET)),
         target_id="reference-pair",
         policy="wispprof" if stream else "wisp",
         device=settings.device,

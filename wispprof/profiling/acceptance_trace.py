@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wispprof.artifacts import AcceptanceTrace, TracePath, bundled
+from wispprof.artifacts import AcceptanceTrace, TracePath, bundled_path
 from wispprof.artifacts.manifest import command_line
 from wispprof.errors import ModelError, ProfileError
 from wispprof.hardware import fingerprint
@@ -47,8 +47,8 @@ def trace_pair(settings: TraceSettings, progress: Progress | None = None) -> Acc
     """Load the pair, choose prompts, take the trace."""
     from wispprof.engines.loading import load_model
 
-    target_name = settings.target or str(bundled.path(BUNDLED_TARGET))
-    draft_name = settings.draft or str(bundled.path(BUNDLED_DRAFT))
+    target_name = settings.target or str(bundled_path(BUNDLED_TARGET))
+    draft_name = settings.draft or str(bundled_path(BUNDLED_DRAFT))
     target = load_model(target_name, settings.dtype, settings.device)
     draft = load_model(draft_name, settings.dtype, settings.device)
     return collect_trace(target, draft, settings, progress)
@@ -100,7 +100,7 @@ def trace_remote(
     from wispprof.engines.loading import load_model
 
     if draft is None:
-        name = settings.draft or str(bundled.path(BUNDLED_DRAFT))
+        name = settings.draft or str(bundled_path(BUNDLED_DRAFT))
         draft = load_model(name, settings.dtype, settings.device)
     welcome = server.greet(connect)
     _check_pair(welcome.target, welcome.tokenizer, draft.info.vocab_size, draft)

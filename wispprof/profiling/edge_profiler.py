@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from wispprof.artifacts import EdgeProfile, EdgeRow, ModelRecord, RowJournal, bundled
-from wispprof.artifacts.draft_times import resume_ms
+from wispprof.artifacts import EdgeProfile, EdgeRow, ModelRecord, RowJournal, bundled_path
+from wispprof.artifacts.profile import resume_ms
 from wispprof.hardware import energy_meter, sensors
 from wispprof.profiling.drafter_runner import (
     EDGE_GRIDS,
@@ -204,7 +204,7 @@ def _torch_device(settings: EdgeProfilerSettings, loaded: LoadedModel | None) ->
     from wispprof.engines.loading import load_model
 
     if loaded is None:
-        name = settings.draft or str(bundled.path(BUNDLED_DRAFT))
+        name = settings.draft or str(bundled_path(BUNDLED_DRAFT))
         loaded = load_model(name, settings.dtype, settings.device)
     device = loaded.device
     return _Device(

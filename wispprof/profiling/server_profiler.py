@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from wispprof.artifacts import RowJournal, ServerProfile, StepRow, bundled
+from wispprof.artifacts import RowJournal, ServerProfile, StepRow, bundled_path
 from wispprof.errors import ProfileError
 from wispprof.profiling.engine_runner import EngineRunner
 from wispprof.profiling.physics_checks import check_physics
@@ -203,7 +203,7 @@ def _load(settings: ServerProfilerSettings) -> LoadedModel:
 
     if settings.shape:
         return random_model(settings.shape, 0, settings.dtype, settings.device)
-    model = settings.model or str(bundled.path(BUNDLED_TARGET))
+    model = settings.model or str(bundled_path(BUNDLED_TARGET))
     return load_model(model, settings.dtype, settings.device)
 
 

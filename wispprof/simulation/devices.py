@@ -15,8 +15,8 @@ from pathlib import Path
 from random import Random
 from types import MappingProxyType
 
-from wispprof.artifacts import bundled
-from wispprof.artifacts.draft_times import rested_share, resume_ms
+from wispprof.artifacts import bundled_path
+from wispprof.artifacts.profile import rested_share, resume_ms
 from wispprof.artifacts.rows import EdgeRow
 from wispprof.errors import ArtifactMissing, ProfileError, WispprofError
 from wispprof.settings.shared_settings import LinkModel
@@ -157,7 +157,7 @@ def device_of(text: str) -> DeviceProfile:
     path = Path(text)
     if not path.exists():
         try:
-            path = bundled.path(f"profiles/{text}.jsonl")
+            path = bundled_path(f"profiles/{text}.jsonl")
         except (ArtifactMissing, ValueError) as err:
             raise WispprofError(
                 f"There is no device {text!r}.",

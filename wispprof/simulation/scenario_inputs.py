@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wispprof.artifacts.bundled import roots
+from wispprof.artifacts.files import bundle_roots
 from wispprof.artifacts.plan import load_plan
 from wispprof.artifacts.profile import load_edge
 from wispprof.artifacts.trace import load_trace
@@ -120,7 +120,7 @@ def _predictor(path: Path | None) -> RejectionPredictor:
 
 def _shipped(name: str) -> Path | None:
     """The first shipped artifact of that file name, searched in the shipped models and profiles."""
-    for root in roots():
+    for root in bundle_roots():
         for folder in ("models", "profiles"):
             found = sorted((root / folder).rglob(name)) if (root / folder).is_dir() else []
             if found:
