@@ -14,12 +14,17 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
-import msgspec
 import numpy as np
 
 from wispprof.errors import ArtifactDamaged, ArtifactMissing
 
+try:
+    from msgspec import Meta
+except ModuleNotFoundError:  # profile-server only writes, and runs on images without msgspec
+    Meta = dict  # type: ignore[assignment, misc]
+
 __all__ = [
+    "Meta",
     "bundle_roots",
     "bundled_path",
     "canonical_json",
@@ -132,6 +137,8 @@ def convert(value: object, kind: Any, where: str, hint: str = "Restore it or mak
 
     Raises :class:`ArtifactDamaged` naming ``where``, the field that does not fit, and its value.
     """
+    import msgspec
+
     try:
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, OverflowError) as err:

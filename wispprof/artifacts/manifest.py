@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from msgspec import Meta
+from wispprof.artifacts.files import Meta
 
 __all__ = [
     "PROFILE_SCHEMA",

@@ -14,9 +14,9 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated, Any
 
 import numpy as np
-from msgspec import Meta
 
 from wispprof.artifacts import files
+from wispprof.artifacts.files import Meta
 from wispprof.errors import ArtifactDamaged
 from wispprof.types import BatchShape, DraftFeatures, Sampling, VerifyItem
 

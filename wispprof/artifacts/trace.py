@@ -6,11 +6,10 @@ Features are float32 and written with the fewest digits that give the same float
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from wispprof.artifacts import files
@@ -98,7 +97,8 @@ def load_trace(path: Path) -> AcceptanceTrace:
     )
 
 
-class _Header(msgspec.Struct):
+@dataclass(frozen=True)
+class _Header:
     target: str
     draft: str
     tokenizer_hash: str
@@ -108,7 +108,8 @@ class _Header(msgspec.Struct):
     meta: dict[str, Any]
 
 
-class _PathLine(msgspec.Struct):
+@dataclass(frozen=True)
+class _PathLine:
     """Arrays lie flat, row by row."""
 
     prompt: tuple[int, ...]
