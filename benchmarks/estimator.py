@@ -109,7 +109,7 @@ def measure(
 
 
 def measure_predictor(kind: str, rng: np.random.Generator) -> float:
-    """Median microseconds of CPU time for one token's survival."""
+    """Median microseconds of CPU time for one token's acceptance probability."""
     count = 4000
     table = np.abs(rng.normal(1.0, 0.5, (count, 4)))
     accepted = rng.random(count) < 1 / (1 + np.exp(-3 * (table[:, 0] - 0.5)))

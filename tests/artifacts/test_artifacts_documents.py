@@ -216,7 +216,7 @@ def test_provenance_keeps_no_secrets(monkeypatch):
 
 
 def test_nothing_here_can_run_code_from_disk():
-    """No module of this room imports pickle and its kin, or calls eval or exec."""
+    """No module of this package imports pickle or similar, or calls eval or exec."""
     folder = Path(artifacts.__file__).parent
     for file in folder.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

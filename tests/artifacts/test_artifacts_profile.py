@@ -290,7 +290,7 @@ def journal(path, count, **how):
 
 
 def test_a_journal_resumes_after_any_cut(tmp_path):
-    """kill -9 can stop a write at any byte: whole rows survive, a torn one is measured again."""
+    """kill -9 can stop a write at any byte: whole rows remain, a torn one is measured again."""
     path = tmp_path / "j.jsonl"
     journal(path, 4)
     whole = path.read_bytes()
@@ -298,8 +298,8 @@ def test_a_journal_resumes_after_any_cut(tmp_path):
     for cut in range(0, len(whole) + 1, 7):
         path.write_bytes(whole[:cut])
         with RowJournal(path, "server", HEADER, resume=True) as log:
-            survived = max(0, sum(end <= cut for end in ends) - 1)
-            assert log.rows == rows(survived)
+            kept = max(0, sum(end <= cut for end in ends) - 1)
+            assert log.rows == rows(kept)
         assert journal(path, 4, resume=True) == rows(4)
         assert path.read_bytes() == whole
 

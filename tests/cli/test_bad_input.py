@@ -75,7 +75,7 @@ def test_a_missing_profile(tmp_path: Path) -> None:
 def test_a_damaged_profile_names_the_line(tmp_path: Path) -> None:
     path = server_profile(tmp_path)
     lines = path.read_bytes().splitlines(keepends=True)
-    lines[4] = lines[4].replace(b'"ms":[', b'"ms":[9')
+    lines[4] = lines[4].replace(b'"samples_ms":[', b'"samples_ms":[9')
     path.write_bytes(b"".join(lines))
     done = run("fit", "--server", path, "--out", tmp_path / "fit")
     assert_one_line(done, "line 5")

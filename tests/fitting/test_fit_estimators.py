@@ -274,7 +274,7 @@ def test_beyond_the_domain_it_is_flagged_inflated_and_still_growing(
 # --- bounds ---------------------------------------------------------------------------------------
 
 
-def test_bounds_cover_what_they_promise(fitted: dict[str, FittedEstimator]) -> None:
+def test_bounds_cover_as_stated(fitted: dict[str, FittedEstimator]) -> None:
     fresh = Observations.of(synthetic_rows(300, seed=77))
     estimator = fitted["wispprof"]
     inside = fresh.take([i for i, s in enumerate(fresh.shapes) if estimator.in_domain(s)])

@@ -88,9 +88,9 @@ def test_a_frugal_rule_is_chosen_by_its_tuning_prompts_alone() -> None:
     for r in other:
         if r["aim"] != "frugal":
             continue
-        twin = frugal[r["device"], r["rtt_ms"], r["controller"]]
-        assert twin["value"] == r["value"]
-        assert twin["tuned_wasted_ms"] == r["wasted_ms"]
+        tuned = frugal[r["device"], r["rtt_ms"], r["controller"]]
+        assert tuned["value"] == r["value"]
+        assert tuned["tuned_wasted_ms"] == r["wasted_ms"]
     for cell in summarise(records):
         if cell["frugal"] is not None:
             assert cell["frugal"]["tuned_wasted_ms"] <= cell["fastest"]["tuned_wasted_ms"]

@@ -4,7 +4,7 @@ A round drafts k tokens, crosses the link, is verified and commits the accepted 
 more. How far a rule drafts at each position does not depend on how fast anything is, so a rule is
 walked over the trace once and then priced for every device and link.
 
-Rules: ``fixed`` k; ``threshold``, stop at the first token whose own survival falls below a value (WISP
+Rules: ``fixed`` k; ``threshold``, stop at the first token whose acceptance probability falls below a value (WISP
 and SLED); ``gain``, draft on while the chance that the next token will count exceeds a value; and the
 clairvoyant, which knows the first rejection. The value of each rule is tuned on other prompts than it
 is judged on, towards one of two aims: ``fast``, most tokens/s, and ``frugal``, least wasted drafting
@@ -140,14 +140,14 @@ def clairvoyant_lengths(paths: Sequence[TracePath], most: int) -> Lengths:
 
 
 def threshold_lengths(tables: Iterable[FloatArray], value: float) -> Lengths:
-    """Stop after the first token whose own survival is below ``value``; that token is sent too."""
+    """Stop after the first token whose acceptance probability is below ``value``; that token is sent too."""
     return [_first(table < value) for table in tables]
 
 
 def gain_lengths(tables: Iterable[FloatArray], value: float, typical: FloatArray) -> Lengths:
     """Stop where the chance that one more token will count falls below ``value``.
 
-    ``typical`` (K,): mean survival by depth, which stands for the token not yet drafted.
+    ``typical`` (K,): mean acceptance probability by depth, which stands for the token not yet drafted.
     """
     lengths = []
     for table in tables:

@@ -6,7 +6,7 @@ Three parts look at the same stream of (predicted, measured, shape):
   log ratio that one wild sample cannot move far;
 - the *bound* follows by adaptive conformal inference (Gibbs and Candès, NeurIPS 2021, in the scale-free
   form of Angelopoulos et al., "Conformal PID control", 2023): each miss raises a log factor, each hit
-  lowers it a little, in the ratio that makes the long-run miss rate the one promised;
+  lowers it a little, in the ratio that makes the long-run miss rate the stated one;
 - the *detector* is a two-sided CUSUM (Page, 1954) on whitened log residuals, per cell of the shape
   space and for all cells together. It says "re-profile" and names the cells that went wrong. It never
   fires because of the correction: it looks at the uncorrected predictions.
