@@ -82,10 +82,10 @@ def test_damaged_documents(tmp_path):
     with pytest.raises(ArtifactDamaged, match="NaN"):
         read_document(path, "estimator")
     path.write_text(json.dumps({**json.loads(good), "schema": 3}))
-    with pytest.raises(ArtifactTooNew, match="schema 3.*Upgrade"):
+    with pytest.raises(ArtifactTooNew, match=r"schema 3.*Upgrade"):
         read_document(path, "estimator")
     path.write_text(json.dumps({**json.loads(good), "schema": 1}))
-    with pytest.raises(ArtifactTooOld, match="schema 1.*wispprof fit"):
+    with pytest.raises(ArtifactTooOld, match=r"schema 1.*wispprof fit"):
         read_document(path, "estimator")
     path.write_text("{}")
     with pytest.raises(ArtifactDamaged, match="not a file of wispprof"):
