@@ -29,13 +29,17 @@ if TYPE_CHECKING:
     from wispprof.fitting import load_estimator, load_predictor
     from wispprof.fitting.pipeline import fit_files as fit
     from wispprof.planning.pipeline import plan_files as plan
-    from wispprof.profiling.acceptance_trace import TraceSettings
     from wispprof.profiling.acceptance_trace import trace_pair as trace
-    from wispprof.profiling.edge_profiler import EdgeProfilerSettings, profile_edge
-    from wispprof.profiling.server_profiler import ServerProfilerSettings, profile_server
+    from wispprof.profiling.edge_profiler import profile_edge
+    from wispprof.profiling.server_profiler import profile_server
     from wispprof.server.process import running_server, serve
     from wispprof.settings.edge_settings import EdgeSettings
     from wispprof.settings.planner_settings import PlanSettings
+    from wispprof.settings.profiler_settings import (
+        EdgeProfilerSettings,
+        ServerProfilerSettings,
+        TraceSettings,
+    )
     from wispprof.settings.server_settings import ServerSettings
     from wispprof.simulation import Scenario, ServerModel, simulate, system
     from wispprof.types import BatchShape, Sampling, Slo
@@ -78,16 +82,16 @@ __all__ = [
 
 _WHERE = {
     "BatchShape": "wispprof.types",
-    "EdgeProfilerSettings": "wispprof.profiling.edge_profiler",
+    "EdgeProfilerSettings": "wispprof.settings.profiler_settings",
     "EdgeSettings": "wispprof.settings.edge_settings",
     "PlanSettings": "wispprof.settings.planner_settings",
     "Sampling": "wispprof.types",
     "Scenario": "wispprof.simulation",
     "ServerModel": "wispprof.simulation",
-    "ServerProfilerSettings": "wispprof.profiling.server_profiler",
+    "ServerProfilerSettings": "wispprof.settings.profiler_settings",
     "ServerSettings": "wispprof.settings.server_settings",
     "Slo": "wispprof.types",
-    "TraceSettings": "wispprof.profiling.acceptance_trace",
+    "TraceSettings": "wispprof.settings.profiler_settings",
     "fit": "wispprof.fitting.pipeline:fit_files",
     "generate": "wispprof.edge.edge_runtime",
     "load_estimator": "wispprof.fitting",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -226,3 +227,22 @@ def _plan_rows(settings: EdgeSettings, stream: bool | None) -> dict[str, Any]:
 
     mode = settings.mode or ("round" if stream is False else "stream")
     return {"rows": draft_row_lookup(load_plan(settings.plan), settings.plan_device, mode)}
+
+
+def generate(
+    prompt: str, settings: EdgeSettings | None = None, sampling: Sampling | None = None
+) -> str:
+    """Return the target's continuation of ``prompt``, drafted here and verified by the server. Blocks.
+
+    Loads the draft, connects, and closes both again; use :func:`open_edge` for more than one request.
+    Raises what :func:`open_edge` raises.
+    """
+
+    async def main() -> str:
+        async with open_edge(settings or EdgeSettings()) as runtime:
+            tokens = runtime.tokenizer.encode(prompt)
+            most = runtime.settings.max_tokens
+            reply = runtime.reply(Prompt(tokens, most, sampling or Sampling()))
+            return "".join([piece async for piece in reply.text()])
+
+    return asyncio.run(main())

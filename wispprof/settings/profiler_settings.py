@@ -60,8 +60,13 @@ class SweepSettings(Settings):
 
     def check_together(self) -> None:
         counts = (self.block, self.min_samples, self.sentinel_every, self.reference_samples)
-        if not (0 < self.target < 1 and min(counts) >= 1 and self.min_samples <= self.max_samples):
-            raise SettingsError(f"Invalid sweep settings: {self}.")
+        if not 0 < self.target < 1:
+            raise SettingsError(f"target must be between 0 and 1, got {self.target}.")
+        if min(counts) < 1 or self.min_samples > self.max_samples:
+            raise SettingsError(
+                "block, min_samples, sentinel_every and reference_samples must be at least 1 and "
+                f"min_samples at most max_samples, got {counts} and {self.max_samples}."
+            )
 
     @property
     def reference_warmup(self) -> int:
