@@ -13,9 +13,14 @@ from typer.testing import CliRunner
 from wispprof.cli import app, console
 from wispprof.cli.options import with_settings
 from wispprof.errors import SettingsError
-from wispprof.settings.edge_settings import ClientSettings, DraftingSettings, EdgeSettings
+from wispprof.settings.edge_settings import (
+    ClientSettings,
+    DraftingSettings,
+    EdgeSettings,
+    LocalApiSettings,
+)
 from wispprof.settings.fields import Settings, declared, nested
-from wispprof.settings.server_settings import ServerSettings
+from wispprof.settings.server_settings import ReplicaSettings, ServerSettings
 from wispprof.settings.shared_settings import ServerAccess
 from wispprof.settings.sources import Config, read_config
 
@@ -116,13 +121,21 @@ def test_without_any_source_settings_are_their_defaults(here: Path) -> None:
     assert edge_seen() == EdgeSettings()
 
 
-SETTINGS = (ServerSettings, EdgeSettings, ClientSettings, DraftingSettings, ServerAccess)
+SETTINGS = (
+    ServerSettings,
+    ReplicaSettings,
+    EdgeSettings,
+    LocalApiSettings,
+    ClientSettings,
+    DraftingSettings,
+    ServerAccess,
+)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_every_setting_is_an_option(kind: type[Settings]) -> None:
     group: Any = typer.main.get_command(app)
-    command = group.commands["serve" if kind is ServerSettings else "edge"]
+    command = group.commands["serve" if kind in (ServerSettings, ReplicaSettings) else "edge"]
     reachable = {parameter.name for parameter in command.params}
     assert {each.key for each in declared(kind)} <= reachable
     derived = {"tokenizer", "offline_ok"} if kind is ClientSettings else {"stream", "client"}

@@ -213,14 +213,14 @@ def guard() -> Iterator[None]:
         code = USAGE if isinstance(err, SettingsError) else FAULT
         raise fail(message, err.hint, code) from err
     except KeyboardInterrupt as stop:
-        console().print("Interrupted. Complete files and rows are kept.", style="yellow")
+        console().print("Interrupted. Complete files and rows remain.", style="yellow")
         raise typer.Exit(INTERRUPTED) from stop
     except OSError as err:
         hint = _OS_FIXES.get(err.errno or 0)
         if debug or hint is None:
             raise
-        where = f": {err.filename}" if err.filename else ""
-        raise fail(f"{err.strerror}{where}.", hint) from err
+        file = f": {err.filename}" if err.filename else ""
+        raise fail(f"{err.strerror}{file}.", hint) from err
 
 
 _OS_FIXES = {

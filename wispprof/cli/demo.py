@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 BUSY = 0.5
-"""Share of flagged rows from which on the figures are called rough."""
+"""Share of flagged rows above which the demo warns that its figures are rough."""
 
 
 def register(app: typer.Typer) -> None:
@@ -25,18 +25,20 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="Less of everything: a minute.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer measurements and requests: a minute.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder of artifacts and report.")] = Path("out/demo"),
     pair: Annotated[
         Path | None,
-        typer.Option(help="Folder with target/ and draft/ (default: the bundled pair)."),
+        typer.Option(help="Folder with target/ and draft/; default: the bundled pair."),
     ] = None,
-    prompt: Annotated[str, typer.Option(help="What the real edge is asked to go on from.")] = "",
+    prompt: Annotated[str, typer.Option(help="Text that the edge continues.")] = "",
     as_json: JsonFlag = False,
 ) -> None:
     """Profile, fit, plan, serve, generate and compare on this machine.
 
-    Prints one table and, as its last line, one JSON object; writes a report to look at.
+    Prints one table and, as its last line, one JSON object; writes an HTML report.
     """
     from dataclasses import replace
 
@@ -67,7 +69,7 @@ def demo(
     console.emit_json(result.record(), indent=None)
     if not result.lossless:
         raise console.fail(
-            "A text differs from what the target alone writes.",
+            "A text differs from the target's own output.",
             "This is a defect: please report it.",
         )
 
@@ -81,7 +83,7 @@ def _show(result: DemoResult) -> None:
     text = Text(result.answer.prompt, style="dim")
     for piece in result.answer.pieces:
         text.append(piece.text, style="green" if piece.origin == "draft" else "yellow")
-    out.print(Text("A real edge answers (green: drafted and accepted, yellow: the target's own)"))
+    out.print(Text("Answer of an edge (green: accepted drafts, yellow: the target's own tokens)"))
     out.print(text)
     out.print()
     out.print(to_rich(bench_table(result.benches, brief=True)))

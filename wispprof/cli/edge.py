@@ -1,4 +1,4 @@
-"""``wispprof generate``, ``chat``, ``edge`` and ``link``: everything that runs on the device."""
+"""``wispprof generate``, ``chat``, ``edge`` and ``link``: what runs on the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from wispprof.cli import console
 from wispprof.cli.options import JsonFlag, with_settings
-from wispprof.settings.edge_settings import EdgeSettings
+from wispprof.settings.edge_settings import EdgeSettings, LocalApiSettings
 from wispprof.settings.shared_settings import LinkSettings, SamplingSettings
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def generate(
     async def main() -> None:
         async with open_edge(settings) as runtime:
             tokens = runtime.tokenizer.encode(prompt)
-            ask = Prompt(tokens, settings.max_tokens, sampling.sampling(), tuple(stop or ()))
-            document = await _answer(runtime, ask, show=not as_json)
+            request = Prompt(tokens, settings.max_tokens, sampling.sampling(), tuple(stop or ()))
+            document = await _answer(runtime, request, show=not as_json)
             if as_json:
                 console.emit_json({"prompt": prompt, **document})
 
@@ -70,11 +70,11 @@ def chat(
                 )
             messages = [{"role": "system", "content": system}] if system else []
             turn = 0
-            while said := await asyncio.to_thread(_ask):
-                messages.append({"role": "user", "content": said})
+            while text := await asyncio.to_thread(_read_line):
+                messages.append({"role": "user", "content": text})
                 tokens = runtime.tokenizer.chat(messages)
-                ask = Prompt(tokens, settings.max_tokens, sampling.sampling(turn))
-                document = await _answer(runtime, ask, show=True)
+                request = Prompt(tokens, settings.max_tokens, sampling.sampling(turn))
+                document = await _answer(runtime, request, show=True)
                 messages.append({"role": "assistant", "content": str(document["text"])})
                 turn += 1
 
@@ -82,11 +82,7 @@ def chat(
 
 
 @with_settings
-def edge(
-    settings: EdgeSettings,
-    host: Annotated[str, typer.Option(help="Loopback address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8300,
-) -> None:
+def edge(settings: EdgeSettings, api: LocalApiSettings) -> None:
     """Serve an OpenAI-compatible API on this device.
 
     It answers /v1/chat/completions, /v1/completions and /v1/models.
@@ -95,10 +91,10 @@ def edge(
 
     from wispprof.edge.local_api import serve_edge
 
-    def announce(runtime: EdgeRuntime, where: str) -> None:
-        console.note(f"{runtime.model} answers at {where}/v1 (Ctrl-C ends)")
+    def announce(runtime: EdgeRuntime, url: str) -> None:
+        console.note(f"{runtime.model} answers at {url}/v1 (Ctrl-C ends)")
 
-    asyncio.run(serve_edge(settings, host, port, announce))
+    asyncio.run(serve_edge(settings, api.host, api.port, announce))
 
 
 @with_settings
@@ -128,20 +124,17 @@ def link(
     asyncio.run(main())
 
 
-# --- shared ---------------------------------------------------------------------------------------
-
-
-async def _answer(runtime: EdgeRuntime, ask: Prompt, show: bool) -> dict[str, Any]:
-    """Generate one answer, shown as it comes where asked; its document."""
-    reply = runtime.reply(ask)
+async def _answer(runtime: EdgeRuntime, request: Prompt, show: bool) -> dict[str, Any]:
+    """Generate one answer, streamed to stdout if ``show``; the answer as a document."""
+    reply = runtime.reply(request)
     pieces: list[str] = []
-    marked = False
+    warned = False
     async for piece in reply.text():
         pieces.append(piece)
         if show:
-            if not reply.verified and not marked:
-                console.warn("no server: the draft model goes on alone, unverified")
-                marked = True
+            if not reply.verified and not warned:
+                console.warn("no server: the draft model continues alone, unverified")
+                warned = True
             sys.stdout.write(piece)
             sys.stdout.flush()
     if show:
@@ -158,7 +151,7 @@ async def _answer(runtime: EdgeRuntime, ask: Prompt, show: bool) -> dict[str, An
     }
 
 
-def _ask() -> str:
+def _read_line() -> str:
     try:
         return input("> ").strip()
     except EOFError:

@@ -12,6 +12,7 @@ from wispprof.cli.options import JsonFlag
 
 if TYPE_CHECKING:
     from wispprof.artifacts import EdgeProfile, LinkProfile, Profile, ServerProfile
+    from wispprof.artifacts.rows import EdgeRow, LinkRow, StepRow
 
 __all__ = ["Out", "Overwrite", "finished", "register"]
 
@@ -238,10 +239,8 @@ def _print_profile(profile: Profile, everything: bool) -> None:
     title = f"{manifest.kind} profile: {model} on {machine}"
     if manifest.source != "measured":
         title += f" ({manifest.source})"
-    if manifest.kind == "server":
-        shown = table(title, "kind", "shape", ">median ms", ">± %", ">samples", "flags")
-    else:
-        shown = table(title, "kind", "what", ">median ms", ">± %", ">samples", "flags")
+    subject = "shape" if manifest.kind == "server" else "workload"
+    shown = table(title, f"kind|{subject}|>median ms|>± %|>samples|flags")
     from wispprof.profiling.measurement_log import half_width
 
     rows = [row for row in profile.rows if everything or row.kind != "sentinel"]
@@ -264,11 +263,12 @@ def _print_profile(profile: Profile, everything: bool) -> None:
         output().print(manifest.citation, markup=False)
 
 
-def _size(row: Any) -> int:
-    shape = getattr(row, "shape", None)
-    if shape is not None:
-        return int(shape.attention_pairs)
-    return int(getattr(row, "context", getattr(row, "payload_bytes", 0)))
+def _size(row: StepRow | EdgeRow | LinkRow) -> int:
+    from wispprof.artifacts.rows import EdgeRow, StepRow
+
+    if isinstance(row, StepRow):
+        return row.shape.attention_pairs
+    return row.context if isinstance(row, EdgeRow) else row.payload_bytes
 
 
 def _found_profile(path: Path) -> Path:

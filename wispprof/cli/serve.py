@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from wispprof.cli.console import fail, note, table
+from wispprof.cli.console import console, fail, note, table
 from wispprof.cli.options import with_settings
-from wispprof.settings.server_settings import ServerSettings
+from wispprof.settings.server_settings import ReplicaSettings, ServerSettings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,16 +26,7 @@ def register(app: typer.Typer) -> None:
 
 
 @with_settings
-def serve(
-    settings: ServerSettings,
-    ray: Annotated[
-        bool, typer.Option("--ray", help="Run replicas behind one address, by Ray Serve.")
-    ] = False,
-    replicas: Annotated[int, typer.Option(min=1, help="Servers that --ray starts.")] = 1,
-    max_replicas: Annotated[
-        int, typer.Option(min=0, help="Maximum servers that --ray adds under load; 0 adds none.")
-    ] = 0,
-) -> None:
+def serve(settings: ServerSettings, scaling: ReplicaSettings) -> None:
     """Verify the drafts of many edges with one target model.
 
     Ctrl-C or SIGTERM drains: the server accepts nothing new, sessions finish, then it ends. A second
@@ -52,14 +43,12 @@ def serve(
     configure_logging(settings.log_level, quiet=settings.live)
 
     def announce(server: VerificationServer, taken: int) -> None:
-        from wispprof.cli.console import console
-
         console().print(_resolved(server, settings, taken))
         scheme = "wss" if settings.tls_cert is not None else "ws"
         note(f"ready: {scheme}://{settings.host}:{taken}/v1/split (Ctrl-C drains)")
 
-    if ray:
-        _serve_replicas(settings, replicas, max_replicas)
+    if scaling.ray:
+        _serve_replicas(settings, scaling)
         return
     if settings.tensor_parallel == 1:
         note(f"loading {settings.target} …")
@@ -76,25 +65,25 @@ def serve(
     serve_ranks(settings, announce)
 
 
-def _serve_replicas(settings: ServerSettings, replicas: int, most: int) -> None:
+def _serve_replicas(settings: ServerSettings, scaling: ReplicaSettings) -> None:
     if settings.tensor_parallel > 1:
-        raise fail("--ray and --tensor-parallel do not go together yet.", "Use one.", code=2)
+        raise fail("--ray does not support --tensor-parallel.", "Omit one of them.", code=2)
     if settings.port == 0:
         raise fail("Ray Serve needs a port of its own.", "Give --port.", code=2)
     if settings.live:
-        raise fail("--live shows one server; --ray runs several.", "Leave one out.", code=2)
+        raise fail("--live shows one server; --ray runs several.", "Omit one of them.", code=2)
     from wispprof.server.ray_replicas import serve_replicas
 
     scheme = "wss" if settings.tls_cert is not None else "ws"
 
     def announce() -> None:
         note(
-            f"ready: {scheme}://{settings.host}:{settings.port}/v1/split, {replicas} replicas; "
+            f"ready: {scheme}://{settings.host}:{settings.port}/v1/split, {scaling.replicas} replicas; "
             f"metrics from port {settings.port + 1} on (Ctrl-C ends)"
         )
 
-    note(f"starting {replicas} replicas of {settings.target} …")
-    serve_replicas(settings, replicas, announce, max_replicas=most)
+    note(f"starting {scaling.replicas} replicas of {settings.target} …")
+    serve_replicas(settings, scaling.replicas, announce, max_replicas=scaling.max_replicas)
 
 
 def _bundled_target() -> str:
@@ -104,38 +93,36 @@ def _bundled_target() -> str:
 
 
 def _resolved(server: VerificationServer, settings: ServerSettings, port: int) -> Table:
-    """What this server obeys, and where each of it comes from."""
-    shown = table("wispprof serve", "setting", "value")
-    rows: list[tuple[str, Any]] = [
-        ("target", f"{server.model.id} ({settings.dtype}, context {server.model.max_context})"),
-        ("tokenizer", server.model.tokenizer[:16] or "none"),
-        ("policy", f"{server.policy.name} ({'stream' if server.stream else 'round'} mode)"),
-        (
-            "estimator",
-            "none given: fitted to this server's own steps"
-            if server.step_times.learning
-            else str(settings.estimator),
-        ),
-        ("plan", f"{settings.plan} ({server.plan.hash[:12]})" if server.plan else "none"),
-        ("step log", settings.step_log or "none"),
-        ("KV cache", f"{server.manager.kv_total} tokens"),
-        ("ranks", settings.tensor_parallel),
-        ("address", f"{settings.host}:{port}{' (TLS)' if settings.tls_cert else ''}"),
-        ("API keys", len(settings.api_keys) or "none (loopback only)"),
-    ]
+    """What this server obeys, and the origin of each value."""
+    if server.step_times.learning:
+        estimator = "none given: fitted to this server's own steps"
+    else:
+        estimator = str(settings.estimator)
     row = server.batch_row
     if row is None:
         limits = f"{settings.max_items} items, {settings.max_tokens} tokens"
-        rows.append(("step limits", f"{limits}, prefill chunk {settings.prefill_chunk}"))
+        limits += f", prefill chunk {settings.prefill_chunk}"
     else:
-        limits = f"{row.max_items} items, {row.token_budget} tokens"
-        rows.append(
-            (
-                "step limits",
-                f"{limits}, prefill chunk {row.prefill_chunk} (plan row "
-                f"{row.tokens_per_s:g} tokens/s, load {row.load_level}; by load while serving)",
-            )
+        limits = (
+            f"{row.max_items} items, {row.token_budget} tokens, prefill chunk {row.prefill_chunk}"
         )
-    for name, value in rows:
+        limits += (
+            f" (plan row {row.tokens_per_s:g} tokens/s, load {row.load_level}; adapts to load)"
+        )
+    rows: dict[str, Any] = {
+        "target": f"{server.model.id} ({settings.dtype}, context {server.model.max_context})",
+        "tokenizer": server.model.tokenizer[:16] or "none",
+        "policy": f"{server.policy.name} ({'stream' if server.stream else 'round'} mode)",
+        "estimator": estimator,
+        "plan": f"{settings.plan} ({server.plan.hash[:12]})" if server.plan else "none",
+        "step log": settings.step_log or "none",
+        "KV cache": f"{server.manager.kv_total} tokens",
+        "ranks": settings.tensor_parallel,
+        "address": f"{settings.host}:{port}{' (TLS)' if settings.tls_cert else ''}",
+        "API keys": len(settings.api_keys) or "none (loopback only)",
+        "step limits": limits,
+    }
+    shown = table("wispprof serve", "setting|value")
+    for name, value in rows.items():
         shown.add_row(name, str(value))
     return shown

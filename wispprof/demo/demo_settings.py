@@ -1,4 +1,4 @@
-"""What the demo measures and offers. Every figure here decides how long it takes and how sharp it is."""
+"""What the demo measures and the load it offers: the trade between its time and its precision."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PROMPT = '''def read_config(path, encoding="utf-8"):
 class DemoSettings:
     """``pair``: folder with ``target`` and ``draft``; ``None`` is the bundled pair.
 
-    ``axes`` and ``sweep``: the server profile; a few dozen shapes, and more drift than a real profile
-    should accept, because a demo runs beside a browser. ``prompts`` of ``prompt_tokens`` with paths of
-    ``path_tokens`` make the trace, drafted ``depth`` deep. ``devices`` replay edges make ``requests``
-    each; ``shares``: the promises of their classes, as shares of the speed that the estimator expects
-    of the server alone under this many sessions. ``rtt_ms``: emulated link. ``systems``: what is
-    compared. ``answer``: how the one answer that is shown is sampled, for small models repeat themselves
-    when greedy; everything else is greedy.
+    ``axes`` and ``sweep``: the server profile; a few dozen shapes, and a higher drift limit than a real
+    profile, because a demo runs beside other programs. The trace has ``prompts`` of ``prompt_tokens``, paths
+    of ``path_tokens`` and drafts of ``depth`` tokens. ``devices`` replayed edges make ``requests`` each.
+    ``shares``: the SLOs of their classes, as shares of the speed that the estimator expects of server-only
+    serving with as many sessions. ``systems`` are compared over an emulated link of ``rtt_ms``. ``answer``:
+    sampling of the answer that is shown, because small models repeat themselves when greedy; all else is
+    greedy.
     """
 
     out: Path = Path("out/demo")
@@ -68,7 +68,7 @@ class DemoSettings:
 
     @classmethod
     def quick(cls, out: Path = Path("out/demo"), pair: Path | None = None) -> DemoSettings:
-        """The same line with less of everything: a minute instead of three."""
+        """The same with fewer measurements and requests: a minute instead of three."""
         full = cls(out=out, pair=pair)
         return replace(
             full,

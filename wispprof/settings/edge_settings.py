@@ -11,7 +11,7 @@ from wispprof.settings.shared_settings import ServerAccess, device_setting, dtyp
 from wispprof.settings.sources import named_value
 from wispprof.types import Slo
 
-__all__ = ["ClientSettings", "DraftingSettings", "EdgeSettings"]
+__all__ = ["ClientSettings", "DraftingSettings", "EdgeSettings", "LocalApiSettings"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,3 +150,11 @@ class EdgeSettings(Settings):
         if self.threshold is not None:
             found["threshold"] = self.threshold
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class LocalApiSettings(Settings):
+    """Where an edge serves its OpenAI-compatible API."""
+
+    host: str = setting("127.0.0.1", "Loopback address to listen on.")
+    port: int = setting(8300, "Port to listen on; 0 takes a free one.", minimum=0, maximum=65535)

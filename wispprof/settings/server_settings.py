@@ -12,7 +12,7 @@ from wispprof.settings.fields import Settings, setting
 from wispprof.settings.shared_settings import backend_setting, device_setting, dtype_setting
 from wispprof.settings.sources import named_value
 
-__all__ = ["ServerSettings", "read_api_keys"]
+__all__ = ["ReplicaSettings", "ServerSettings", "read_api_keys"]
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,17 @@ class ServerSettings(Settings):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+@dataclass(frozen=True)
+class ReplicaSettings(Settings):
+    """Several servers behind one address."""
+
+    ray: bool = setting(False, "Run replicas behind one address, by Ray Serve.")
+    replicas: int = setting(1, "Servers that --ray starts.", minimum=1)
+    max_replicas: int = setting(
+        0, "Maximum servers that --ray adds under load; 0 adds none.", minimum=0
+    )
 
 
 def read_api_keys(path: Path) -> tuple[str, ...]:

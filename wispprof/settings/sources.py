@@ -48,29 +48,7 @@ class Config:
 
     def check(self, known: KnownNames) -> None:
         """Raise :class:`ConfigError` for the first section or entry that no command knows."""
-        self._check(self.sections, known, "")
-
-    def _check(self, given: Mapping[str, Any], known: KnownNames, where: str) -> None:
-        import difflib
-
-        for name, value in given.items():
-            spelled = name.replace("_", "-")
-            if name not in known:
-                options = [n.replace("_", "-") for n in known]
-                close = difflib.get_close_matches(spelled, options, 1)
-                what = f"entry {spelled!r} in [{where}]" if where else f"section [{spelled}]"
-                raise ConfigError(
-                    f"{self.path} has an unknown {what}.",
-                    f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(options)}.",
-                )
-            inner = known[name]
-            if (inner is None) == isinstance(value, Mapping):
-                raise ConfigError(
-                    f"{self.path}: {spelled!r} must {'not ' if inner is None else ''}be a section.",
-                    "See docs/config.md for an example.",
-                )
-            if inner is not None:
-                self._check(value, inner, f"{where}.{spelled}" if where else spelled)
+        _check(self.path, self.sections, known, "")
 
 
 def read_config(file: Path | None = None, folder: Path | None = None) -> Config:
@@ -116,3 +94,26 @@ def _underscored(section: Mapping[str, Any]) -> dict[str, Any]:
         name.replace("-", "_"): _underscored(value) if isinstance(value, Mapping) else value
         for name, value in section.items()
     }
+
+
+def _check(path: Path | None, given: Mapping[str, Any], known: KnownNames, section: str) -> None:
+    import difflib
+
+    for name, value in given.items():
+        spelled = name.replace("_", "-")
+        if name not in known:
+            options = [n.replace("_", "-") for n in known]
+            close = difflib.get_close_matches(spelled, options, 1)
+            what = f"entry {spelled!r} in [{section}]" if section else f"section [{spelled}]"
+            raise ConfigError(
+                f"{path} has an unknown {what}.",
+                f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(options)}.",
+            )
+        inner = known[name]
+        if (inner is None) == isinstance(value, Mapping):
+            raise ConfigError(
+                f"{path}: {spelled!r} must {'not ' if inner is None else ''}be a section.",
+                "See docs/config.md for an example.",
+            )
+        if inner is not None:
+            _check(path, value, inner, f"{section}.{spelled}" if section else spelled)
