@@ -6,10 +6,16 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+
+# Without a GPU, Triton kernels run in Triton's interpreter, which it chooses when it is first imported.
+if shutil.which("nvidia-smi") is None:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 settings.register_profile("wispprof", deadline=None)
 settings.load_profile("wispprof")
