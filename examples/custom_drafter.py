@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import wispprof
-from wispprof.types import Drafter, DraftFeatures, DraftToken
+from wispprof.backends import Drafter
+from wispprof.types import DraftFeatures, DraftToken
 
 CONFIDENCE = DraftFeatures(confidence=0.6, entropy=1.0, margin=1.0, spread=1.0)
 

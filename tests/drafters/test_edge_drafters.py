@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wispprof.artifacts.profile import RESTED_MS
+from wispprof.backends import Drafter
 from wispprof.drafters.ngram import LookupDrafter, LookupFirst
 from wispprof.drafters.replay import ReplayDrafter
 from wispprof.edge import ThreadWorker, TimedWorker
@@ -21,7 +22,7 @@ from wispprof.errors import ProfileError
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.testing.fake_engine import FakeDrafter, FakeTarget
 from wispprof.testing.virtual_time import VirtualTimeLoop, run_virtual
-from wispprof.types import Drafter, DraftFeatures, DraftToken, Sampling
+from wispprof.types import DraftFeatures, DraftToken, Sampling
 
 TRACE = hash_trace(paths=3, length=30, depth=6)
 

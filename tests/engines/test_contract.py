@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from wispprof.backends import Engine, IntegrityReport
 from wispprof.drafters import GgufDraft, make_drafter, needs_model
 from wispprof.drafters.ngram import LookupDrafter, LookupFirst
 from wispprof.engines import EngineOptions, LoadedEngine, load_engine
@@ -14,7 +15,7 @@ from wispprof.engines.loading import random_model
 from wispprof.engines.torch.engine import TorchEngine
 from wispprof.errors import EngineError, ModelMissing, OutOfKvMemory, PluginError
 from wispprof.testing.fake_engine import FakeDrafter, FakeEngine, FakeTarget
-from wispprof.types import Engine, IntegrityReport, Sampling, StepInput, VerifyResult
+from wispprof.types import Sampling, StepInput, VerifyResult
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 

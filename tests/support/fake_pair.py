@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
+from wispprof.backends import Drafter
 from wispprof.drafters import make_drafter, needs_model
 from wispprof.drafters.ngram import LookupDrafter, LookupFirst
 from wispprof.edge import (
@@ -27,7 +28,7 @@ from wispprof.settings.edge_settings import ClientSettings, DraftingSettings, Ed
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeDrafter, FakeEngine, FakeTarget
 from wispprof.testing.in_process_server import InProcessServer
-from wispprof.types import BatchCost, BatchShape, Drafter, Sampling, StepTimeEstimator
+from wispprof.types import BatchCost, BatchShape, Sampling, StepTimeEstimator
 
 
 @dataclass(frozen=True)

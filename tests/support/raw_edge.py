@@ -11,8 +11,9 @@ import msgspec
 from websockets.asyncio.client import ClientConnection, connect
 
 from wispprof import protocol
+from wispprof.backends import Drafter
 from wispprof.sessions.draft_buffer import DraftBuffer
-from wispprof.types import Drafter, Sampling
+from wispprof.types import Sampling
 
 GREEDY = Sampling()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from wispprof.backends import Drafter
 from wispprof.plugins import load
-from wispprof.types import Drafter
 
 __all__ = ["DRAFTERS", "GgufDraft", "make_drafter", "needs_model"]
 
@@ -19,7 +19,7 @@ class GgufDraft(NamedTuple):
 
 
 def make_drafter(name: str, model: Any = None) -> Drafter:
-    """Call the drafter factory ``name``: a function of the draft model to a :class:`~wispprof.types.Drafter`.
+    """Call the drafter factory ``name``: a function of the draft model to a :class:`~wispprof.backends.Drafter`.
 
     ``model``: a :class:`~wispprof.engines.loading.LoadedModel`, a :class:`GgufDraft`, or ``None``.
     Raises :class:`~wispprof.errors.PluginError` for an unknown name, and what the factory raises.

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wispprof.backends import Drafter
 from wispprof.errors import EngineError
 from wispprof.sampling.sampler import sample_tokens_numpy
-from wispprof.types import Drafter, DraftFeatures, DraftToken, Sampling
+from wispprof.types import DraftFeatures, DraftToken, Sampling
 
 __all__ = ["ModelDrafter", "features_numpy", "features_torch"]
 

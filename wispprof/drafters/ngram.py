@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from wispprof.types import Drafter, DraftFeatures, DraftToken, Sampling
+from wispprof.backends import Drafter
+from wispprof.types import DraftFeatures, DraftToken, Sampling
 
 __all__ = ["LookupDrafter", "LookupFirst"]
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
+from wispprof.backends import Drafter
 from wispprof.errors import ProfileError
-from wispprof.types import Drafter, DraftFeatures, DraftToken, Sampling
+from wispprof.types import DraftFeatures, DraftToken, Sampling
 
 __all__ = ["ReplayDrafter"]
 

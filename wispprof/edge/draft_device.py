@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from wispprof.backends import Drafter
 from wispprof.drafters import make_drafter
 from wispprof.edge.draft_worker import ThreadWorker, common_prefix
 from wispprof.edge.request_stats import EnergyShares
 from wispprof.hardware import EnergyMeter, NullMeter
 from wispprof.policies.interface import Controller
-from wispprof.types import Drafter, RejectionPredictor
+from wispprof.types import RejectionPredictor
 
 __all__ = ["DraftDevice"]
 

@@ -1,6 +1,6 @@
 """Draft steps off the event loop: a torch model in a thread, a replayed device on the loop's clock.
 
-A worker keeps a :class:`~wispprof.types.Drafter` in step with a path. It remembers what the drafter
+A worker keeps a :class:`~wispprof.backends.Drafter` in step with a path. It remembers what the drafter
 holds, so that catching up with whatever was committed or rolled back is one call, :meth:`follow`, with
 the sequence the drafter should hold; the common prefix stays, KV and all.
 """
@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import NamedTuple, Protocol
 
-from wispprof.types import Drafter, DraftToken, Sampling
+from wispprof.backends import Drafter
+from wispprof.types import DraftToken, Sampling
 
 __all__ = ["DraftStep", "DraftWorker", "ThreadWorker", "TimedWorker"]
 

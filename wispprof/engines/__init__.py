@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from wispprof.backends import Engine
 from wispprof.plugins import load
-from wispprof.types import Engine, ServedModel
+from wispprof.types import ServedModel
 
 __all__ = ["ENGINES", "EngineOptions", "LoadedEngine", "load_engine"]
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from wispprof.artifacts import EdgeRow
+from wispprof.backends import Drafter
 from wispprof.errors import ProfileError
 from wispprof.policies.controllers import WispController
 from wispprof.policies.interface import RoundContext
 from wispprof.profiling.shape_grid import load_grid_file, parse_axis
 from wispprof.profiling.workload import Workload
-from wispprof.types import Drafter, DraftFeatures, Sampling
+from wispprof.types import DraftFeatures, Sampling
 
 __all__ = [
     "EDGE_GRIDS",
@@ -110,7 +111,7 @@ def override_edge_axes(axes: EdgeAxes, values: dict[str, Any], where: str) -> Ed
 
 class DrafterRunner:
     """Fires points at a drafter. The drafter must offer ``prefill`` and ``forward`` beside
-    :class:`~wispprof.types.Drafter`, as :class:`~wispprof.drafters.torch_drafter.TorchDrafter` does."""
+    :class:`~wispprof.backends.Drafter`, as :class:`~wispprof.drafters.torch_drafter.TorchDrafter` does."""
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from wispprof.artifacts import EdgeProfile, EdgeRow, ModelRecord, RowJournal, bundled_path
 from wispprof.artifacts.profile import resume_ms
+from wispprof.backends import Drafter
 from wispprof.hardware import energy_meter, sensors
 from wispprof.profiling.drafter_runner import (
     EDGE_GRIDS,
@@ -41,7 +42,6 @@ from wispprof.profiling.sweep import Progress, SweepResult
 from wispprof.profiling.sweep_cost import pilot
 from wispprof.profiling.workload import round_ms
 from wispprof.settings.profiler_settings import EdgeProfilerSettings, SweepSettings
-from wispprof.types import Drafter
 
 if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel

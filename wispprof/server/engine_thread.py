@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from wispprof.backends import Engine
 from wispprof.server.coalescing_loop import coalescing
-from wispprof.types import Engine, StepInput, VerifyResult
+from wispprof.types import StepInput, VerifyResult
 
 __all__ = ["EngineThread"]
 

@@ -25,6 +25,7 @@ from typing import Any
 import uvicorn
 
 from wispprof import protocol
+from wispprof.backends import Engine
 from wispprof.errors import EngineError, RuntimeFault, WispprofError
 from wispprof.openai_api import ChatTokenizer
 from wispprof.server.app import make_app
@@ -33,7 +34,7 @@ from wispprof.server.dashboard import run_dashboard
 from wispprof.server.startup import build_server, engine_options, served_model
 from wispprof.server.verification_server import VerificationServer
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.types import Engine, ServedModel
+from wispprof.types import ServedModel
 
 __all__ = [
     "JsonLines",

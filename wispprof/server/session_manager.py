@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
+from wispprof.backends import Engine
 from wispprof.errors import OutOfKvMemory
 from wispprof.policies import load_level, slowdown
 from wispprof.server.engine_thread import EngineThread
@@ -20,7 +21,6 @@ from wispprof.server.step_time_tracker import StepTimeTracker
 from wispprof.sessions.commit_result import CommitResult
 from wispprof.sessions.session_state import SessionState
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.types import Engine
 
 __all__ = ["SessionManager"]
 

@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from wispprof import engines
+from wispprof.backends import Engine
 from wispprof.engines import EngineOptions, LoadedEngine
 from wispprof.errors import ModelMissing
 from wispprof.openai_api import ChatTokenizer
 from wispprof.server.verification_server import VerificationServer
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.types import Engine, ServedModel
+from wispprof.types import ServedModel
 
 __all__ = [
     "build_server",

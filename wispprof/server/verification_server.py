@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from wispprof import protocol
 from wispprof.artifacts.plan import BatchRow, Plan
+from wispprof.backends import Engine
 from wispprof.errors import EngineError, RuntimeFault
 from wispprof.openai_api import ChatTokenizer
 from wispprof.policies import BatchPolicy, make_batch_policy
@@ -24,7 +25,7 @@ from wispprof.server.session_manager import SessionManager
 from wispprof.server.step_log import StepLog
 from wispprof.server.step_time_tracker import StepTimeTracker, warmup_shapes
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.types import BatchShape, Engine, Sampling, ServedModel, StepInput, StepTimeEstimator
+from wispprof.types import BatchShape, Sampling, ServedModel, StepInput, StepTimeEstimator
 
 __all__ = ["VerificationServer", "monotonic_ms"]
 

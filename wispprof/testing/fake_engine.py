@@ -11,15 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from wispprof.backends import Drafter, Engine, EngineCapabilities, IntegrityReport
 from wispprof.errors import EngineError, OutOfKvMemory
 from wispprof.types import (
     BatchShape,
-    Drafter,
     DraftFeatures,
     DraftToken,
-    Engine,
-    EngineCapabilities,
-    IntegrityReport,
     Sampling,
     ServedModel,
     StepInput,

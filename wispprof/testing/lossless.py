@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from wispprof.backends import Engine
 from wispprof.edge import (
     EdgeClient,
     Generation,
@@ -23,7 +24,7 @@ from wispprof.policies import make_controller
 from wispprof.server import running_server
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.types import Engine, Sampling, ServedModel
+from wispprof.types import Sampling, ServedModel
 
 __all__ = ["Case", "Verdict", "compare", "generate_alone", "split_outputs"]
 
@@ -103,7 +104,7 @@ async def split_outputs(
 ) -> list[list[int]]:
     """What edges get for ``prompts`` from a server over a real WebSocket.
 
-    ``drafter`` makes a :class:`~wispprof.types.Drafter` per session (not needed for k = 0). Every cache
+    ``drafter`` makes a :class:`~wispprof.backends.Drafter` per session (not needed for k = 0). Every cache
     is audited afterwards; :class:`~wispprof.errors.EngineError` where one is not what it should be.
     """
     settings = ServerSettings(policy=case.policy, admit="all", prefix_cache_sessions=4)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wispprof.backends import Engine, EngineCapabilities, IntegrityReport
 from wispprof.engines.loading import FAMILIES, LoadedModel
 from wispprof.engines.torch.cuda_graphs import Bucket, StepGraphs
 from wispprof.engines.torch.decoder import Decoder, decoder_for
@@ -28,17 +29,7 @@ from wispprof.engines.torch.paged_kv import PagedKvStore
 from wispprof.engines.torch.verify_batch import StepSizes, VerifyBatch
 from wispprof.errors import EngineError, OutOfKvMemory
 from wispprof.sampling.sampler import sample_tokens
-from wispprof.types import (
-    BatchShape,
-    Engine,
-    EngineCapabilities,
-    IntegrityReport,
-    ModelInfo,
-    Sampling,
-    StepInput,
-    VerifyItem,
-    VerifyResult,
-)
+from wispprof.types import BatchShape, ModelInfo, Sampling, StepInput, VerifyItem, VerifyResult
 
 __all__ = ["StepReport", "TorchEngine"]
 

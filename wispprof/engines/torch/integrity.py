@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wispprof.backends import IntegrityReport
 from wispprof.engines.torch.decoder import Decoder
 from wispprof.engines.torch.dense_kv import DenseKvStore
 from wispprof.engines.torch.kv_store import KvGeometry
 from wispprof.errors import EngineError
-from wispprof.types import IntegrityReport
 
 __all__ = ["compare_with_prefill"]
 

@@ -15,17 +15,11 @@ from typing import TypeVar
 
 import msgspec
 
+from wispprof.backends import Engine, EngineCapabilities, IntegrityReport
 from wispprof.engines.tensor_parallel import Ranks
 from wispprof.engines.torch.engine import TorchEngine
 from wispprof.errors import EngineError
-from wispprof.types import (
-    Engine,
-    EngineCapabilities,
-    IntegrityReport,
-    Sampling,
-    StepInput,
-    VerifyResult,
-)
+from wispprof.types import Sampling, StepInput, VerifyResult
 
 __all__ = ["MultiRankEngine", "follow"]
 

@@ -1,0 +1,170 @@
+"""Base classes of engines and drafters: what a backend implements and may leave to a default."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from wispprof.errors import EngineError
+from wispprof.types import DraftToken, Sampling, StepInput, VerifyResult
+
+__all__ = ["Drafter", "Engine", "EngineCapabilities", "IntegrityReport"]
+
+
+class Drafter(ABC):
+    """Proposes tokens one at a time: a model, an n-gram lookup, a replayed trace.
+
+    A drafter holds one sequence and is called from one thread. ``max_context``: maximum tokens it can hold.
+    """
+
+    max_context: int = sys.maxsize
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Tokens held, committed and drafted."""
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether there is anything to propose after the tokens held."""
+        return True
+
+    @abstractmethod
+    def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
+        """Drop everything and start a sequence from these committed tokens."""
+
+    @abstractmethod
+    def draft(self) -> DraftToken:
+        """Propose the token at position ``length`` and append it to the sequence."""
+
+    @abstractmethod
+    def rollback(self, length: int) -> None:
+        """Keep the first ``length`` tokens. ``length`` must not exceed the current one."""
+
+    @abstractmethod
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append committed tokens that this drafter did not propose."""
+
+    def prefill(self) -> None:  # noqa: B027
+        """Read the tokens held now rather than with the next :meth:`draft`. Does nothing by default."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCapabilities:
+    """What an engine can do.
+
+    ``families``: model types (``config.model_type``) it serves. ``trees``: verifies draft trees besides
+    chains. ``graphs``: runs steps as captured graphs, so times follow padded sizes. ``fork``: supports
+    :meth:`Engine.fork`. ``max_drafts``: of one input. ``max_context``: tokens a session may cache.
+    """
+
+    families: tuple[str, ...] | Literal["any"]
+    max_context: int
+    max_drafts: int
+    max_sessions: int
+    trees: bool = False
+    graphs: bool = False
+    fork: bool = False
+
+
+class IntegrityReport(NamedTuple):
+    """Cached KV against a fresh prefill: relative error by session, and the largest one allowed."""
+
+    errors: dict[str, float]
+    tolerance: float
+
+
+class Engine(ABC):
+    """Caches the KV of many sessions and decides their next tokens, one batch at a time.
+
+    All calls come from one thread. The caller chooses session names and never uses one twice. Every method
+    raises :class:`~wispprof.errors.EngineError` for a session that is not open. An error of that class
+    leaves every session as it was; after any other error the engine must not be used again.
+    """
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> EngineCapabilities:
+        """Constant over the engine's life."""
+
+    @property
+    @abstractmethod
+    def sessions(self) -> Sequence[str]:
+        """Names of all open sessions."""
+
+    @property
+    @abstractmethod
+    def kv_tokens(self) -> int:
+        """Tokens that can be cached in all."""
+
+    @property
+    @abstractmethod
+    def kv_free(self) -> int:
+        """Tokens that can still be cached, by any sessions."""
+
+    @abstractmethod
+    def open(self, session: str, sampling: Sampling, tokens: Sequence[int] = ()) -> None:
+        """Start a session with nothing cached.
+
+        ``tokens``: what the session begins with, for engines that must know the prompt. Opening computes
+        nothing: the caller feeds the same tokens through :meth:`step`, in as many inputs as it likes.
+        Raises :class:`EngineError` if the name is taken, :class:`OutOfKvMemory` if all sessions are.
+        """
+
+    @abstractmethod
+    def step(self, inputs: Sequence[StepInput]) -> list[VerifyResult]:
+        """Run one forward pass over all inputs; results come in their order.
+
+        A session may appear once. Raises :class:`EngineError` if an input is invalid and
+        :class:`OutOfKvMemory` if the inputs need more than :attr:`kv_free`, before anything changes.
+        """
+
+    @abstractmethod
+    def rollback(self, session: str, length: int) -> None:
+        """Keep the first ``length`` cached tokens; raises :class:`EngineError` if fewer are cached."""
+
+    @abstractmethod
+    def close(self, session: str) -> None:
+        """End a session and free what it caches."""
+
+    @abstractmethod
+    def cached(self, session: str) -> int:
+        """Number of tokens the session caches."""
+
+    @abstractmethod
+    def check_integrity(self, session: str | None = None) -> IntegrityReport:
+        """Check the bookkeeping, and the cache of one session or of all against its tokens.
+
+        Costs a forward pass over the tokens checked. Raises :class:`EngineError` if they do not agree.
+        """
+
+    def fork(self, session: str, child: str, length: int, sampling: Sampling) -> None:
+        """Open ``child`` with the first ``length`` cached tokens of ``session``, without a prefill.
+
+        Raises :class:`EngineError` if ``length`` exceeds what is cached or the engine cannot fork, and
+        :class:`OutOfKvMemory` if ``length`` exceeds :attr:`kv_free`.
+        """
+        raise EngineError(
+            f"{type(self).__name__} cannot fork sessions.", "Open a session and feed its tokens."
+        )
+
+    def audit(self, expected: Mapping[str, int]) -> None:
+        """Raise :class:`EngineError` unless exactly these sessions are open and cache so many tokens."""
+        if leaked := set(self.sessions) - set(expected):
+            raise EngineError(f"The engine holds {len(leaked)} unknown sessions: {sorted(leaked)}.")
+        for name, cached in expected.items():
+            if (held := self.cached(name)) != cached:
+                raise EngineError(f"The engine caches {held} tokens of {name}, expected {cached}.")
+        if (used := self.kv_tokens - self.kv_free) != sum(expected.values()):
+            raise EngineError(
+                f"The engine uses {used} KV tokens; its sessions cache {sum(expected.values())}."
+            )
+
+    def warm_up(self) -> None:  # noqa: B027
+        """Pay for lazy initialization before the first real step. Does nothing by default."""
+
+    def shutdown(self) -> None:  # noqa: B027
+        """Release processes and devices. The engine is not used afterwards. Does nothing by default."""
