@@ -8,7 +8,7 @@ shape itself moves logits near ties.
     python benchmarks/lossless.py                      # everything
     python benchmarks/lossless.py --prompts 8 --tokens 24
 
-Exit code 1 where one token differs. The last line is JSON.
+Exit code 1 if one token differs. The last line is JSON.
 """
 
 from __future__ import annotations

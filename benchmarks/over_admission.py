@@ -1,9 +1,8 @@
-"""Twice the capacity is offered: those admitted keep their promise, the others are told at once.
+"""Offers twice the capacity: admitted sessions meet their SLO, the others are refused at once.
 
-Physics: an engine whose step takes 5 ms + 2 ms per token row (slept, so that two cores suffice), sessions of
-40 tokens at 20 tokens/s. Steps must then come every 50 ms, so about (50 · load − 5) / 2 sessions fit.
-Requests arrive at random at twice the rate that this many sessions can end at. The same load is offered
-with admission by promise and with none.
+Physics: a step of the engine sleeps 5 ms + 2 ms per token row; sessions have 40 tokens at 20 tokens/s. Steps
+must then start every 50 ms, so about (50 · load − 5) / 2 sessions fit. Requests arrive at random, twice as fast
+as that many sessions can end. The same load is offered with admission by SLO and without.
 
     python benchmarks/over_admission.py [--seconds 8]
 
@@ -42,8 +41,8 @@ def step_ms(shape: BatchShape) -> float:
     return FIXED_MS + ROW_MS * shape.new_tokens
 
 
-class Customer:
-    """Waits for one answer and notes whether its speed was kept."""
+class Client:
+    """Waits for one answer and checks its speed."""
 
     key = ""
 
@@ -65,36 +64,36 @@ class Customer:
         self._ended.set()
 
     @property
-    def kept(self) -> bool:
+    def met_slo(self) -> bool:
         if self.tokens < TOKENS:
             return False
         return (self.tokens - 1) * 1000.0 / (self.last_ms - self.first_ms) >= SPEED
 
 
 async def offer(admit: str, policy: str, seconds: float, rate: float) -> tuple[int, int, int]:
-    """(offered, admitted, kept)."""
+    """(offered, admitted, met their SLO)."""
     engine = FakeEngine(64, step_ms=step_ms)
     settings = ServerSettings(admit=admit)
     server = VerificationServer(engine, engine.served, settings, policy=make_batch_policy(policy))
     await server.start()
     dice = random.Random(1)
-    customers: list[tuple[Customer, asyncio.Event]] = []
+    clients: list[tuple[Client, asyncio.Event]] = []
     offered = 0
     until = monotonic_ms() + seconds * 1000.0
     while monotonic_ms() < until:
         offered += 1
         ended = asyncio.Event()
-        customer = Customer(ended)
+        client = Client(ended)
         prompt = tuple(dice.randrange(64) for _ in range(4))
         try:
-            server.open(SessionRequest(prompt, TOKENS, Slo(SPEED), undrafted=True), customer)
-            customers.append((customer, ended))
+            server.open(SessionRequest(prompt, TOKENS, Slo(SPEED), undrafted=True), client)
+            clients.append((client, ended))
         except Refused:
             pass
         await asyncio.sleep(dice.expovariate(rate))
-    await asyncio.gather(*(ended.wait() for _, ended in customers))
+    await asyncio.gather(*(ended.wait() for _, ended in clients))
     await server.stop()
-    return offered, len(customers), sum(customer.kept for customer, _ in customers)
+    return offered, len(clients), sum(client.met_slo for client, _ in clients)
 
 
 def main() -> None:
@@ -107,15 +106,15 @@ def main() -> None:
         f"capacity about {capacity:.0f} sessions; {rate:.0f} requests/s offered, twice what can end"
     )
     print(
-        f"{'policy':>9} {'admission':>9} {'offered':>8} {'admitted':>8} {'kept':>5} {'attainment':>10}"
+        f"{'policy':>9} {'admission':>9} {'offered':>8} {'admitted':>8} {'met':>5} {'attainment':>10}"
     )
     rows = []
     for policy in ("fcfs", "wispprof"):
         for admit in ("slo", "all"):
-            offered, admitted, kept = run_coalescing(offer(admit, policy, seconds, rate))
-            share = kept / max(1, admitted)
+            offered, admitted, met = run_coalescing(offer(admit, policy, seconds, rate))
+            share = met / max(1, admitted)
             rows.append({"policy": policy, "admit": admit, "attainment": round(share, 3)})
-            print(f"{policy:>9} {admit:>9} {offered:>8} {admitted:>8} {kept:>5} {share:>10.1%}")
+            print(f"{policy:>9} {admit:>9} {offered:>8} {admitted:>8} {met:>5} {share:>10.1%}")
     print(json.dumps({"benchmark": "over_admission", "rows": rows}))
 
 

@@ -1,9 +1,8 @@
-"""Two replicas on Ray Serve: throughput against one, and twelve texts while one of the two is killed.
+"""Two replicas on Ray Serve: throughput against one, and twelve texts while one replica is killed.
 
-The target is a stand-in: a hash of the prefix instead of a model, and a step that *sleeps* for
-``2 + 8 · new tokens`` ms instead of computing. That is the shape of a compute-bound server, and it is all
-that two replicas on a machine with few cores can be measured with: real engines would share its cores.
-So the ratio says what routing, proxy and step loops let through, not what two GPUs give.
+The engine is a fake one: tokens are a hash of the prefix, and a step *sleeps* for ``2 + 8 · new tokens`` ms, the
+shape of a compute-bound server. Real engines would share the few cores of one machine. So the ratio measures
+routing, proxy and engine loops, not two GPUs.
 
 Physics: every step of a saturated replica costs 8 ms per session, however many there are, so one replica
 gives at most 125 tokens/s and two give twice that, however Serve spreads the connections.
@@ -14,8 +13,7 @@ seconds is slow for both.
     python benchmarks/replicas.py            # needs wispprof[ray]; about two minutes
     python benchmarks/replicas.py --turns 1
 
-Texts are compared with the only right ones. Exit code 1 where one differs, or below 1.8 ×. The last line is
-JSON.
+Exit code 1 if a text is wrong or the ratio is below 1.8. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -131,7 +129,7 @@ class Edge:
 
 
 async def _all_reachable(port: int, replicas: int) -> None:
-    """Wait until the proxy routes to every replica: it hears of them a moment after Serve says ready."""
+    """Wait until the proxy routes to every replica, a moment after Serve reports ready."""
     while True:
         edges = [Edge(port, i, 4) for i in range(EDGES)]
         held = [await edge.client.__aenter__() for edge in edges]
@@ -187,7 +185,7 @@ def _replicas() -> list[str]:
 
 
 async def _until(ready: Any, tasks: list[asyncio.Task[None]]) -> None:
-    """Wait for ``ready``; what a task died of is raised instead of waited for."""
+    """Wait for ``ready``; raises the exception of a failed task."""
     while not ready():
         for task in tasks:
             if task.done():

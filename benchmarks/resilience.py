@@ -1,24 +1,23 @@
-"""Does a killed server, a cut link or a stalling one change a token? With real processes, in real time.
+"""Does a killed server, a cut link or a stalled link change a token? With real processes, in real time.
 
     python benchmarks/resilience.py
     python benchmarks/resilience.py --generations 6 --tokens 64 --only kill
 
-A real ``wispprof serve`` on the bundled target and a number of edges, each with its own connection through a
-link proxy, the bundled draft model, and one generation: every other one greedy, the others sampled with seeds
-of their own, one in four server-only. First they run undisturbed; then the same requests run again while
+A real ``wispprof serve`` on the bundled target serves a number of edges. Each edge has its own connection through
+a link proxy, the bundled draft model and one generation: half of them greedy, half sampled with their own seeds,
+one in four server-only. First they run undisturbed; then the same requests run again while
 
 * ``kill``: the server dies by ``kill -9`` once every generation is under way, and another process takes its
   port three seconds later;
 * ``cut``: every link is cut at once, twice;
 * ``stall``: links deliver nothing for the last two of every five seconds, long enough to meet several.
 
-The physics. A server that dies takes every session's cache with it; only the edges know what was
-committed. They come back and open again with those tokens and the same seed; the noise of every position is
-what it was, so the text must go on to the last token as if nothing had happened. What a user may notice is a
-pause: about the outage, the server's start, and reading the text again.
+Physics: a killed server loses every session's KV; only the edges know the committed tokens. They reconnect and
+reopen their sessions with those tokens and the same seed. The noise of every position is the same, so the text
+must continue unchanged to its last token. A user sees a pause: the outage, the server's start and the prefill.
 
-Prints a table and one JSON line; ends with an error where a generation did not finish with exactly the
-undisturbed text, or where the disturbance did not happen.
+Prints a table and one JSON line. Ends with an error if a generation does not finish with exactly the undisturbed
+text, or if the disturbance did not happen.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ from wispprof.types import Sampling
 ROOT = Path(__file__).resolve().parents[1]
 OUTAGE_S = 3.0
 UNDER_WAY = 8
-"""Tokens that every generation has before anything happens to it."""
+"""Tokens that every generation has before the disturbance."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class Server:
 
 
 Disturb = Callable[[Server, LinkProxy, list[Edge]], Awaitable[int]]
-"""Does its worst once everybody is under way; returns how often."""
+"""Disturbs generations under way; returns how often."""
 
 
 async def nothing(server: Server, proxy: LinkProxy, edges: list[Edge]) -> int:
@@ -162,7 +161,7 @@ SCENARIOS: dict[str, tuple[Disturb, LinkSettings]] = {
 async def scenario(
     name: str, server: Server, device: DraftDevice, prompts: list[list[int]], args: Any
 ) -> tuple[Run, list[tuple[int, ...]]]:
-    """Run every generation once; what came of it, and the texts."""
+    """Run every generation once; the result, and the texts."""
     disturb, settings = SCENARIOS.get(name, (nothing, LinkSettings(LinkModel(10.0))))
     begun = time.monotonic()
     async with contextlib.AsyncExitStack() as stack:

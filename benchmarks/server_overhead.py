@@ -1,10 +1,10 @@
-"""What the server adds to a round besides the engine's own step, and what one scheduling decision costs.
+"""Time the server adds to a round besides the engine's step, and the cost of one scheduling decision.
 
 Physics: a draft frame is decoded, merged, planned, handed to the engine's thread and back, committed and
 encoded. With an engine that takes no time, a round trip over loopback minus a bare ping-pong over the same
 socket is exactly that. Rounds and pings are interleaved, so a busy machine moves both.
 
-The decision is timed over states with a round waiting each: building the views and asking the policy.
+The decision is timed over sessions with a round waiting each: building the views and calling the policy.
 
     python benchmarks/server_overhead.py [--rounds 400]
 

@@ -1,27 +1,26 @@
-"""A long run of sessions that come, go, break off and come back: does anything grow, leak, or go wrong?
+"""A long run of sessions that start, end, break off and resume: does anything grow, leak or go wrong?
 
-One server with the real engine on the bundled target, eight edges behind emulated links, all in this process,
-so that its memory is the memory of both sides. Every session takes a random prompt, drafter (model, lookup
-or none), draft length and sampling; some are aborted half-way; links are cut at random; a tenth of
-all texts is asked for over the server's HTTP door instead.
+One server with the real engine on the bundled target and eight edges behind emulated links run in this
+process, so its memory is the memory of both sides. Every session takes a random prompt, drafter (model, lookup
+or none), draft length and sampling. Some sessions are aborted and links are cut at random. A tenth of all texts
+is requested over the server's OpenAI API instead.
 
 What must hold at the end:
 
-- every finished text is, token for token, what the engine gives alone (0 wrong);
+- every finished text equals, token for token, the engine's own (0 wrong);
 - resident memory at rest is at most 1.05 × what it was at rest after warm-up (a fifth of the run);
-- after the last session no KV token is taken, no session is known, no task and no future waits.
+- after the last session no KV token is used, no session is open, no task and no future is pending.
 
     python benchmarks/soak.py                       # 30 minutes
     python benchmarks/soak.py --minutes 2
 
-At rest means: all edges gone, no session, no kept cache, garbage collected. Under load memory also follows
-how many sessions there are at the moment, which says nothing about leaks. Beside resident memory stands what
-the C library's allocator has given out and not got back: where only the former grows, nothing leaks, but
-memory lies in pieces.
+At rest means: no edge, no session, an empty prefix cache, garbage collected. Under load memory follows the
+number of sessions, which says nothing about leaks. The table also shows the bytes that the C library's allocator
+has handed out: if only resident memory grows, nothing leaks, but memory is fragmented.
 
-Minutes are minutes of running: while the process is stopped (SIGSTOP) they stand still.
+Minutes count while the process runs, not while it is stopped (SIGSTOP).
 
-Exit code 1 where something does not hold. The last line is JSON.
+Exit code 1 if something does not hold. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 EDGES, SESSIONS_PER_EDGE = 8, 2
 PROMPTS, LONGEST = 24, 40
-WARM_UP, MOST_GROWTH = 0.2, 1.05
+WARM_UP, MAX_GROWTH = 0.2, 1.05
 
 
 def main() -> int:
@@ -95,9 +94,9 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
                     await asyncio.sleep(0.01)
                 await running.server.check_integrity()
                 await running.server.manager.clear_prefix_cache()
-                resting.append((_resident_mib(), _given_out_mib()))
+                resting.append((_resident_mib(), _allocated_mib()))
                 print(
-                    "at rest: {:.1f} MiB, {:.1f} of it given out".format(*resting[-1]), flush=True
+                    "at rest: {:.1f} MiB, {:.1f} of it allocated".format(*resting[-1]), flush=True
                 )
             watch.cancel()
             clock.cancel()
@@ -105,12 +104,12 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
             left = {
                 "kv_tokens": total - engine.kv_free,
                 "engine_sessions": len(engine.sessions),
-                "chores": running.server._worker.pending,
+                "deferred operations": running.server._engine_thread.pending_ops,
             }
     await asyncio.sleep(0)
     left["tasks and futures"] = max(0, _waiting() - before)
     (early, early_out), (late, late_out) = resting
-    holds = not world.wrong and not any(left.values()) and late <= MOST_GROWTH * early
+    holds = not world.wrong and not any(left.values()) and late <= MAX_GROWTH * early
     return {
         "benchmark": "soak",
         "minutes": round(world.seconds / 60.0, 1),
@@ -120,15 +119,15 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
         "rss_warm_mib": round(early, 1),
         "rss_end_mib": round(late, 1),
         "growth": round(late / early, 4),
-        "given_out_warm_mib": round(early_out, 1),
-        "given_out_end_mib": round(late_out, 1),
+        "allocated_warm_mib": round(early_out, 1),
+        "allocated_end_mib": round(late_out, 1),
         "left": left,
         "holds": holds,
     }
 
 
 class World:
-    """What edges draw from, and what became of it."""
+    """The inputs that edges draw from, and counts of what happened."""
 
     def __init__(
         self,
@@ -147,7 +146,7 @@ class World:
         self.seconds = 0.0
 
     async def keep_time(self) -> None:
-        """Count the time that this process runs: a long silence is one in which it was stopped."""
+        """Count the time that this process runs; a long gap means that it was stopped."""
         last = time.monotonic()
         while True:
             await asyncio.sleep(0.2)
@@ -156,7 +155,7 @@ class World:
             last = now
 
     async def edge(self, number: int, running: Any, until: float) -> None:
-        """One edge: connections that last a few sessions, over a link of its own that is cut at times."""
+        """One edge: connections of a few sessions each, over a link that is cut at times."""
         from wispprof.edge import EdgeClient, websocket_connections
         from wispprof.settings.shared_settings import LinkModel, LinkSettings
         from wispprof.testing.link_emulator import LinkProxy
@@ -224,7 +223,7 @@ class World:
             self.wrong += 1
 
     def judge(self, which: int, heat: int, found: list[int], count: int | None) -> None:
-        """An aborted text must be a beginning of the right one, a finished one all that was asked for."""
+        """An aborted text must be a prefix of the right one, a finished one complete."""
         right = self.right[which, heat]
         self.tokens += len(found)
         if count is not None:
@@ -234,7 +233,7 @@ class World:
 
 
 def _alone(engine: Any, prompts: list[tuple[int, ...]]) -> dict[tuple[int, int], list[int]]:
-    """The right texts, greedy and sampled: every prompt by itself, undrafted."""
+    """The right texts, greedy and sampled: every prompt alone, without drafts."""
     from wispprof.types import Sampling, StepInput
 
     texts: dict[tuple[int, int], list[int]] = {}
@@ -251,13 +250,13 @@ def _alone(engine: Any, prompts: list[tuple[int, ...]]) -> dict[tuple[int, int],
 
 async def _watch(world: World) -> None:
     """A line every half minute."""
-    head = ("RSS MiB", "given out", "finished", "aborted")
+    head = ("RSS MiB", "allocated", "finished", "aborted")
     print(f"{'minute':>7} " + " ".join(f"{name:>9}" for name in head) + "  cuts  wrong")
     while True:
         await asyncio.sleep(30.0)
         counts = world.counts
         print(
-            f"{world.seconds / 60:7.1f} {_resident_mib():9.1f} {_given_out_mib():9.1f} "
+            f"{world.seconds / 60:7.1f} {_resident_mib():9.1f} {_allocated_mib():9.1f} "
             f"{counts['finished']:9} {counts['aborted']:9} "
             f"{counts['cuts']:5} {world.wrong:6}",
             flush=True,
@@ -271,8 +270,8 @@ def _resident_mib() -> float:
     return float(psutil.Process().memory_info().rss / 2**20)
 
 
-def _given_out_mib() -> float:
-    """What the C library's allocator has given out; NaN where it does not tell (glibc before 2.33)."""
+def _allocated_mib() -> float:
+    """Bytes the C library's allocator has handed out, in MiB; NaN before glibc 2.33."""
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
     fields = [(name, ctypes.c_size_t) for name in names.split()]
     info = type("mallinfo2", (ctypes.Structure,), {"_fields_": fields})
@@ -281,14 +280,14 @@ def _given_out_mib() -> float:
     except (AttributeError, OSError):
         return math.nan
     ask.restype = info
-    told: Any = ask()
-    return float((told.uordblks + told.hblkhd) / 2**20)
+    counts: Any = ask()
+    return float((counts.uordblks + counts.hblkhd) / 2**20)
 
 
 def _waiting() -> int:
-    """Tasks and futures that nothing has decided yet."""
+    """Tasks and futures that are not done."""
     gc.collect()
-    # By type: isinstance would wake lazy modules that only look like objects.
+    # By type: isinstance would import lazy modules.
     return sum(issubclass(type(o), asyncio.Future) and not o.done() for o in gc.get_objects())
 
 

@@ -35,6 +35,11 @@ class EngineThread:
         self._deferred_ops: list[Callable[[Engine], None]] = []
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
 
+    @property
+    def pending_ops(self) -> int:
+        """Deferred operations that have not run."""
+        return len(self._deferred_ops)
+
     def defer(self, operation: Callable[[Engine], None]) -> None:
         """Queue an operation for :meth:`flush_deferred`."""
         self._deferred_ops.append(operation)
