@@ -1,8 +1,8 @@
 """Offers twice the capacity: admitted sessions meet their SLO, the others are refused at once.
 
 Physics: a step of the engine sleeps 5 ms + 2 ms per token row; sessions have 40 tokens at 20 tokens/s. Steps
-must then start every 50 ms, so about (50 · load − 5) / 2 sessions fit. Requests arrive at random, twice as fast
-as that many sessions can end. The same load is offered with admission by SLO and without.
+must then start every 50 ms, so about (50 · load − 5) / 2 sessions fit. Requests arrive at random, twice as
+fast as that many sessions can end. The same load is offered with admission by SLO and without.
 
     python benchmarks/over_admission.py [--seconds 8]
 

@@ -1,8 +1,8 @@
 """Two replicas on Ray Serve: throughput against one, and twelve texts while one replica is killed.
 
-The engine is a fake one: tokens are a hash of the prefix, and a step *sleeps* for ``2 + 8 · new tokens`` ms, the
-shape of a compute-bound server. Real engines would share the few cores of one machine. So the ratio measures
-routing, proxy and engine loops, not two GPUs.
+The engine is a fake one: tokens are a hash of the prefix, and a step *sleeps* for ``2 + 8 · new tokens`` ms,
+the shape of a compute-bound server. Real engines would share the few cores of one machine. So the ratio
+measures routing, proxy and engine loops, not two GPUs.
 
 Physics: every step of a saturated replica costs 8 ms per session, however many there are, so one replica
 gives at most 125 tokens/s and two give twice that, however Serve spreads the connections.

@@ -3,21 +3,22 @@
     python benchmarks/resilience.py
     python benchmarks/resilience.py --generations 6 --tokens 64 --only kill
 
-A real ``wispprof serve`` on the bundled target serves a number of edges. Each edge has its own connection through
-a link proxy, the bundled draft model and one generation: half of them greedy, half sampled with their own seeds,
-one in four server-only. First they run undisturbed; then the same requests run again while
+A real ``wispprof serve`` on the bundled target serves a number of edges. Each edge has its own connection
+through a link proxy, the bundled draft model and one generation: half of them greedy, half sampled with their
+own seeds, one in four server-only. First they run undisturbed; then the same requests run again while
 
 * ``kill``: the server dies by ``kill -9`` once every generation is under way, and another process takes its
   port three seconds later;
 * ``cut``: every link is cut at once, twice;
 * ``stall``: links deliver nothing for the last two of every five seconds, long enough to meet several.
 
-Physics: a killed server loses every session's KV; only the edges know the committed tokens. They reconnect and
-reopen their sessions with those tokens and the same seed. The noise of every position is the same, so the text
-must continue unchanged to its last token. A user sees a pause: the outage, the server's start and the prefill.
+Physics: a killed server loses every session's KV; only the edges know the committed tokens. They reconnect
+and reopen their sessions with those tokens and the same seed. The noise of every position is the same, so the
+text must continue unchanged to its last token. A user sees a pause: the outage, the server's start and the
+prefill.
 
-Prints a table and one JSON line. Ends with an error if a generation does not finish with exactly the undisturbed
-text, or if the disturbance did not happen.
+Prints a table and one JSON line. Ends with an error if a generation does not finish with exactly the
+undisturbed text, or if the disturbance did not happen.
 """
 
 from __future__ import annotations

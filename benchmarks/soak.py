@@ -1,9 +1,9 @@
 """A long run of sessions that start, end, break off and resume: does anything grow, leak or go wrong?
 
 One server with the real engine on the bundled target and eight edges behind emulated links run in this
-process, so its memory is the memory of both sides. Every session takes a random prompt, drafter (model, lookup
-or none), draft length and sampling. Some sessions are aborted and links are cut at random. A tenth of all texts
-is requested over the server's OpenAI API instead.
+process, so its memory is the memory of both sides. Every session takes a random prompt, drafter (model,
+lookup or none), draft length and sampling. Some sessions are aborted and links are cut at random. A tenth
+of all texts is requested over the server's OpenAI API instead.
 
 What must hold at the end:
 
@@ -15,8 +15,8 @@ What must hold at the end:
     python benchmarks/soak.py --minutes 2
 
 At rest means: no edge, no session, an empty prefix cache, garbage collected. Under load memory follows the
-number of sessions, which says nothing about leaks. The table also shows the bytes that the C library's allocator
-has handed out: if only resident memory grows, nothing leaks, but memory is fragmented.
+number of sessions, which says nothing about leaks. The table also shows the bytes that the C library's
+allocator has handed out: if only resident memory grows, nothing leaks, but memory is fragmented.
 
 Minutes count while the process runs, not while it is stopped (SIGSTOP).
 
