@@ -182,7 +182,7 @@ class CompletionResponse:
         self, text: str, finished: str, counts: dict[str, Any], **extra: Any
     ) -> dict[str, Any]:
         """The whole response; ``extra``: fields beside OpenAI's own."""
-        choice = self._choice(self._full_content(text), _finish_reason(finished))
+        choice = _choice(self._full_content(text), finished)
         base = {**self._base, "object": self.full_object}
         return {**base, "choices": [choice], "usage": counts, **extra}
 
@@ -191,11 +191,10 @@ class CompletionResponse:
         return self.chunk(self._echo) if self._echo else ""
 
     def chunk(self, text: str) -> str:
-        return self._event([self._choice(self._chunk_content(text), None)])
+        return self._event([_choice(self._chunk_content(text))])
 
     def final_chunk(self, finished: str, **extra: Any) -> str:
-        choice = self._choice(self._empty_content(), _finish_reason(finished))
-        return self._event([choice], **extra)
+        return self._event([_choice(self._chunk_content(""), finished)], **extra)
 
     def usage_chunk(self, counts: dict[str, Any]) -> str:
         """The chunk that ``stream_options.include_usage`` asks for."""
@@ -210,13 +209,6 @@ class CompletionResponse:
     def _chunk_content(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
-    def _empty_content(self) -> dict[str, Any]:
-        return {"text": ""}
-
-    @staticmethod
-    def _choice(content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
-
 
 class ChatCompletionResponse(CompletionResponse):
     """``/v1/chat/completions``."""
@@ -224,21 +216,19 @@ class ChatCompletionResponse(CompletionResponse):
     id_prefix, full_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def opening_chunk(self) -> str:
-        return self._event([self._choice({"delta": {"role": "assistant", "content": ""}}, None)])
+        return self._event([_choice({"delta": {"role": "assistant", "content": ""}})])
 
     def _full_content(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text}}
 
     def _chunk_content(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text}}
-
-    def _empty_content(self) -> dict[str, Any]:
-        return {"delta": {}}
+        return {"delta": {"content": text} if text else {}}
 
 
-def _finish_reason(finished: str) -> str:
-    """OpenAI's finish reason: a full context counts as ``length``."""
-    return "stop" if finished == "stop" else "length"
+def _choice(content: dict[str, Any], finished: str = "") -> dict[str, Any]:
+    """OpenAI counts a full context as ``length``."""
+    reason = None if not finished else "stop" if finished == "stop" else "length"
+    return {"index": 0, **content, "logprobs": None, "finish_reason": reason}
 
 
 def usage(prompt: int, completion: int, cached: int | None = None) -> dict[str, Any]:

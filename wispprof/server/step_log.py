@@ -9,7 +9,6 @@ import json
 import logging
 import queue
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +30,18 @@ class StepLog:
     """Appends ``{"shape": [[new, cached, prefill], …], "ms": x}`` lines to ``path``, with the predicted
     ``p50_ms`` and the plan's ``row`` if they are known.
 
-    Steps are on disk after ``flush_s``, and after :meth:`close`. A disk error ends the log, not the
-    server; :attr:`error` holds it. Raises :class:`WispprofError` if the file cannot be opened.
+    A disk error ends the log, not the server; :attr:`error` holds it. Raises :class:`WispprofError` if
+    the file cannot be opened.
     """
 
-    def __init__(self, path: Path, flush_s: float = 1.0) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.written = 0
         self.dropped = 0
         self.error = ""
-        self._flush_s = flush_s
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = self.path.open("a", buffering=1, encoding="utf-8")
         except OSError as err:
             raise WispprofError(
                 f"The step log {self.path} cannot be opened: {err.strerror}.",
@@ -75,31 +73,12 @@ class StepLog:
     def _write(self) -> None:
         try:
             with self._file:
-                self._drain()
+                while (step := self._queue.get()) is not None:
+                    self._file.write(_line(step))
+                    self.written += 1
         except OSError as err:
             self.error = err.strerror or str(err)
             log.error("the step log %s ended: %s", self.path, self.error)
-
-    def _drain(self) -> None:
-        flush_at_s: float | None = None
-        while True:
-            wait_s = None if flush_at_s is None else max(0.0, flush_at_s - time.monotonic())
-            try:
-                step = self._queue.get(timeout=wait_s)
-            except queue.Empty:
-                self._file.flush()
-                flush_at_s = None
-                continue
-            if step is None:
-                return
-            self._file.write(_line(step))
-            self.written += 1
-            now_s = time.monotonic()
-            if flush_at_s is None:
-                flush_at_s = now_s + self._flush_s
-            if now_s >= flush_at_s:
-                self._file.flush()
-                flush_at_s = None
 
 
 def _line(step: _Step) -> str:
