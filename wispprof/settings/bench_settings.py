@@ -41,7 +41,7 @@ class BenchSettings(Settings):
         (4.0,),
         "SLO: token speed; repeatable, devices take them in turn.",
         unit="tokens/s",
-        minimum=1e-6,
+        minimum=0.01,
         option="slo",
     )
     ttft_ms: float | None = setting(

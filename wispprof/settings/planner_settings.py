@@ -53,7 +53,7 @@ class PlanSettings(Settings):
         (2.0, 4.0, 6.0, 8.0),
         "SLO: token speed; repeatable.",
         unit="tokens/s",
-        minimum=1e-6,
+        minimum=0.01,
         option="slo",
     )
     k_max: int = setting(

@@ -52,7 +52,7 @@ class SamplingSettings(Settings):
     """How the target chooses a token, see :class:`~wispprof.types.Sampling`."""
 
     temperature: float = setting(0.0, "Sampling temperature; 0 is greedy.", minimum=0)
-    top_p: float = setting(1.0, "Nucleus; 1 switches it off.", minimum=1e-6, maximum=1)
+    top_p: float = setting(1.0, "Nucleus; 1 switches it off.", minimum=0.01, maximum=1)
     top_k: int = setting(0, "Number of most likely tokens; 0 switches it off.", minimum=0)
     seed: int = setting(0, "Seed; the same seed gives the same text.", minimum=0)
 
