@@ -1,4 +1,4 @@
-"""Which requests are admitted; a refused one is told what would be."""
+"""Which requests are admitted; a refusal names what would be admitted."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Metrics:
         self.load = gauge("load_level", "Load level sent to the edges, 0 to 4.")
         self.drift = gauge("step_time_drift_ratio", "Median of actual / predicted step time.")
         self.re_profile = gauge(
-            "re_profile", "1 once step times differ from the fitted estimator's for good."
+            "re_profile", "1 once step times have drifted from the fitted estimator."
         )
         self.wrong_cells = gauge(
             "re_profile_cell_ratio", "Actual / fitted step time of drifted shapes.", "cell"

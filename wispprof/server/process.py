@@ -89,7 +89,7 @@ def configure_logging(level: str, quiet: bool = False) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises :class:`WispprofError` if there is none to have."""
+    """A listening socket. Raises :class:`WispprofError` if host and port cannot be bound."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=1024)
