@@ -23,7 +23,7 @@ caches and clocks are cold. What is asked here is what drafting takes on the edg
 server shares. So the server gets the machine's last core, one thread and OMP_WAIT_POLICY=PASSIVE, and the
 edge and its profiles the other cores; memory bandwidth and the host of a virtual machine they share all the
 same. Run it on a quiet machine of two cores or more.
-Medians are compared with means on purpose: what a plan promises is time spent, stragglers included.
+Medians are compared with means on purpose: a plan predicts time spent, stragglers included.
 The mean without its slowest hundredth of the steps is shown beside it, and does not count.
 
 ``--cpu-time`` counts what the drafting thread computes instead of what the clock says, on both sides: it
@@ -123,7 +123,7 @@ def start_server(mode: str, cores: set[int]) -> tuple[Any, str]:
     hear, tell = context.Pipe(duplex=False)
     server = context.Process(target=serve, args=(mode, tell, cores), daemon=True)
     before = dict(os.environ)
-    os.environ.update(SPARING)  # a spawned process reads them anew; here they are read already
+    os.environ.update(SPARING)  # for spawned processes; this one has read them already
     try:
         server.start()
     finally:
@@ -220,7 +220,7 @@ def by_cpu_time() -> None:
     ThreadWorker._step = step  # type: ignore[method-assign]
 
 
-SUMMED = ("draft_ms", "drafted", "whole", "resumed", "said_ms")
+SUMMED = ("draft_ms", "drafted", "whole", "resumed", "predicted_ms")
 
 
 def main() -> None:
@@ -267,24 +267,24 @@ def main() -> None:
                 drafted = total["drafted"]
                 at, whole = round(total["context"] / drafted), total["whole"] / drafted
                 resumed = total["resumed"] / drafted
-                said = statistics.fmean(p.drafting_ms(at, whole, resumed) for p in both)
-                total["said_ms"] = said * drafted
+                predicted = statistics.fmean(p.drafting_ms(at, whole, resumed) for p in both)
+                total["predicted_ms"] = predicted * drafted
                 sums = {name: sums[name] + total[name] for name in SUMMED}
                 trimmed_ms.append(total["trimmed_ms"])
                 rests_ms += [p.resume_ms(at) for p in both]
             drafted = sums["drafted"]
-            said, ms = sums["said_ms"] / drafted, sums["draft_ms"] / drafted
+            predicted, ms = sums["predicted_ms"] / drafted, sums["draft_ms"] / drafted
             resumed, rest_ms = sums["resumed"] / drafted, statistics.fmean(rests_ms)
             cut_drafts = statistics.fmean(trimmed_ms)
             print(
-                f"{line.name:22}{said:>13.3f}{ms:>13.3f}{ms / said - 1:>+8.1%}"
+                f"{line.name:22}{predicted:>13.3f}{ms:>13.3f}{ms / predicted - 1:>+8.1%}"
                 f"{cut_drafts:>12.3f}{sums['whole']:>14.0f}{resumed:>9.1%}{rest_ms:>11.2f}",
                 flush=True,
             )
             document["lines"][line.name] = {
-                "predicted_ms": said,
+                "predicted_ms": predicted,
                 "measured_ms": ms,
-                "off": ms / said - 1,
+                "off": ms / predicted - 1,
                 "trimmed_ms": cut_drafts,
                 "resumed": resumed,
                 "resume_ms": rest_ms,

@@ -54,9 +54,9 @@ def main() -> None:
     equal = round(sum(contexts) / items)
     arms: dict[str, Arm] = {}
     rng = np.random.default_rng(0)
-    room = 2 * items * (args.longest + args.equal + 2 * new)
+    kv_tokens = 2 * items * (args.longest + args.equal + 2 * new)
 
-    limits = {"kv_tokens": room, "max_sessions": 4 * items}
+    limits = {"kv_tokens": kv_tokens, "max_sessions": 4 * items}
     engine = TorchEngine(loaded, **limits, attention=args.attention)
     arms["engine"] = engine_arm(engine, "ragged", contexts, new, rng)
     arms[f"engine@{args.equal}"] = engine_arm(engine, "equal", [args.equal] * items, new, rng)
@@ -135,10 +135,10 @@ def engine_arm(
             engine.step(
                 [StepInput(session, rng.integers(0, vocab, size).tolist(), needs_logits=False)]
             )
-    feeds = [StepInput(s, rng.integers(0, vocab, new).tolist(), new - 1) for s in names]
+    inputs = [StepInput(s, rng.integers(0, vocab, new).tolist(), new - 1) for s in names]
 
     def run() -> None:
-        engine.step(feeds)
+        engine.step(inputs)
         for session, cached in zip(names, contexts, strict=True):
             engine.rollback(session, cached)
 

@@ -1,4 +1,4 @@
-"""For all rooms: property tests answer right or wrong, never slow, so a busy machine cannot fail them; a
+"""For all tests: property tests answer right or wrong, never slow, so a busy machine cannot fail them; a
 command that a test runs in this process leaves the tool's logger as it was; and what was imported to collect
 the tests is left out of every later garbage collection, which otherwise walks through torch each time."""
 
@@ -24,6 +24,10 @@ settings.load_profile("wispprof")
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

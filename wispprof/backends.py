@@ -110,7 +110,7 @@ class Engine(ABC):
         """Start a session with nothing cached.
 
         ``tokens``: what the session begins with, for engines that must know the prompt. Opening computes
-        nothing: the caller feeds the same tokens through :meth:`step`, in as many inputs as it likes.
+        nothing: the caller passes the same tokens to :meth:`step`, in as many inputs as it likes.
         Raises :class:`EngineError` if the name is taken, :class:`OutOfKvMemory` if all sessions are.
         """
 

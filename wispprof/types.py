@@ -34,10 +34,10 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """What a session was promised.
+    """Service level objective of a session.
 
     ``tokens_per_s``: sustained token speed after the first token (the inverse of TPOT).
-    ``ttft_ms``: time from the request to its first token; ``None`` promises nothing.
+    ``ttft_ms``: time from the request to its first token; ``None``: no objective.
     """
 
     tokens_per_s: float

@@ -29,27 +29,27 @@ def drive(engine: Any) -> dict[str, Any]:
         texts.append(list(engine.step([StepInput(str(i), prompt)])[0].tokens))
     accepted = 0
     while any(len(text) < NEW for text in texts):
-        feeds = []
+        inputs = []
         for i in rng.sample(range(PROMPTS), 12):
             drafts = [rng.randrange(VOCAB) for _ in range(rng.choice([0, 1, 3]))]
             if texts[i][-1] % 2:  # a repetition is what random models often continue with
                 drafts = texts[i][-3:]
-            feeds.append(StepInput(str(i), [texts[i][-1], *drafts], len(drafts)))
-        for outcome in engine.step(feeds):
-            accepted += outcome.accepted
-            texts[int(outcome.session)].extend(outcome.tokens)
+            inputs.append(StepInput(str(i), [texts[i][-1], *drafts], len(drafts)))
+        for result in engine.step(inputs):
+            accepted += result.accepted
+            texts[int(result.session)].extend(result.tokens)
     engine.fork("0", "child", 2, Sampling(0.5, seed=3))
     engine.rollback("1", 3)
     engine.close("2")
     [forked] = engine.step([StepInput("child", [5, 6, 7], 1)])
     errors = []
-    for feeds in (
+    for inputs in (
         [StepInput("nobody", [1])],
         [StepInput("0", [1_000])],
         [StepInput("0", [1] * KV_TOKENS)],
     ):
         try:
-            engine.step(feeds)
+            engine.step(inputs)
         except EngineError as err:
             errors.append(type(err).__name__)
     engine.check_integrity()
@@ -70,9 +70,9 @@ def drive(engine: Any) -> dict[str, Any]:
 def step_alone(engine: Any) -> list[int]:
     """One prompt, one step, on this process's engine only."""
     engine.open("alone")
-    [outcome] = engine.step([StepInput("alone", list(range(40)))])
+    [result] = engine.step([StepInput("alone", list(range(40)))])
     engine.close("alone")
-    return list(outcome.tokens)
+    return list(result.tokens)
 
 
 def _drive_rank(folder: Path, ranks: Any) -> None:

@@ -74,11 +74,11 @@ def test_ragged_logits_equal_single_forwards(family: str, backend: str) -> None:
         engine.step([StepInput(str(i), text[:n], needs_logits=False)])
     new = [1, 5, 2, 9, 1, 33, 5]
     drafts = [0, 4, 1, 3, 0, 0, 4]
-    feeds = [
+    inputs = [
         StepInput(str(i), text[n : n + k], d)
         for i, (n, text, k, d) in enumerate(zip(lengths, texts, new, drafts, strict=True))
     ]
-    engine.step(feeds, keep_logits=True)
+    engine.step(inputs, keep_logits=True)
     for i, (n, text, k, d) in enumerate(zip(lengths, texts, new, drafts, strict=True)):
         expected = full_logits(loaded, text[: n + k])[-(d + 1) :]
         assert engine.last_logits[i].shape == expected.shape
@@ -99,15 +99,15 @@ def test_greedy_steps_equal_generate_whatever_is_drafted(llama: LoadedModel, bac
             prompt = prompt[4:]
         got.append(list(engine.step([StepInput(str(i), prompt)])[0].tokens))
     while any(len(g) < 40 for g in got):
-        feeds = []
+        inputs = []
         for i, g in enumerate(got):
             k = rng.choice([0, 1, 4, 8])
             guess = expected[i][len(g) : len(g) + k]
             if guess and rng.random() < 0.7:
                 guess[rng.randrange(len(guess))] = rng.randrange(96)
-            feeds.append(StepInput(str(i), [g[-1], *guess], len(guess)))
-        rng.shuffle(feeds)
-        for out in engine.step(feeds):
+            inputs.append(StepInput(str(i), [g[-1], *guess], len(guess)))
+        rng.shuffle(inputs)
+        for out in engine.step(inputs):
             assert len(out.tokens) == out.accepted + 1
             got[int(out.session)].extend(out.tokens)
     for g, e in zip(got, expected, strict=True):
@@ -128,25 +128,25 @@ def churn(engine: TorchEngine, rounds: int, seed: int) -> None:
             name = str(next(names))
             engine.open(name, Sampling(temperature=rng.choice([0.0, 0.9]), seed=rng.randrange(99)))
             pending[name] = [rng.randrange(96) for _ in range(rng.randrange(1, 60))]
-        feeds = []
+        inputs = []
         for name in rng.sample(sorted(pending), rng.randrange(0, len(pending) + 1)):
             text = pending[name]
-            room = engine.max_context - engine.cached(name)
-            if room < len(text) + 8:
+            free = engine.max_context - engine.cached(name)
+            if free < len(text) + 8:
                 engine.close(name)
                 del pending[name]
                 continue
             if len(text) > 20:
-                feeds.append(StepInput(name, text[:20], needs_logits=False))
+                inputs.append(StepInput(name, text[:20], needs_logits=False))
                 continue
             k = rng.choice([0, 0, 1, 3, 6])
-            feeds.append(StepInput(name, text + [rng.randrange(96) for _ in range(k)], k))
+            inputs.append(StepInput(name, text + [rng.randrange(96) for _ in range(k)], k))
         before = {n: engine.tokens(n) for n in engine.sessions}
-        for feed, out in zip(feeds, engine.step(feeds), strict=True):
-            kept = len(feed.tokens) - feed.drafts + out.accepted
-            assert engine.tokens(feed.session) == before[feed.session] + list(feed.tokens)[:kept]
-            pending[feed.session] = (
-                [out.tokens[-1]] if feed.needs_logits else pending[feed.session][len(feed.tokens) :]
+        for one, out in zip(inputs, engine.step(inputs), strict=True):
+            kept = len(one.tokens) - one.drafts + out.accepted
+            assert engine.tokens(one.session) == before[one.session] + list(one.tokens)[:kept]
+            pending[one.session] = (
+                [out.tokens[-1]] if one.needs_logits else pending[one.session][len(one.tokens) :]
             )
         if pending and rng.random() < 0.1:
             name = rng.choice(sorted(pending))
@@ -207,8 +207,8 @@ def test_memory_of_sessions_that_ended_is_kept_where_asked_and_text_is_the_same(
         names = [f"s{i}" for i in range(12)]
         for name in names:
             engine.open(name)
-        outcomes = engine.step([StepInput(name, text) for name in names])
-        assert {o.tokens for o in outcomes} == {tuple(greedy(llama, text, 1))}
+        results = engine.step([StepInput(name, text) for name in names])
+        assert {o.tokens for o in results} == {tuple(greedy(llama, text, 1))}
         engine.check_integrity()
         for name in names:
             engine.close(name)
@@ -240,9 +240,9 @@ def test_a_failed_step_changes_nothing(
         [StepInput("a", [0] * 30), StepInput("b", [0] * 30)],
         [StepInput("a", [0] * 240)],
     ]
-    for feeds in bad:
+    for inputs in bad:
         with pytest.raises(EngineError):
-            engine.step(feeds)
+            engine.step(inputs)
         assert state() == before
     with pytest.raises(OutOfKvMemory):
         engine.step([StepInput("a", [0] * 41)])
@@ -290,9 +290,9 @@ def test_sampled_text_is_the_same_whatever_the_batch(llama: LoadedModel) -> None
             engine.open(str(i), Sampling(temperature=float(i % 2), seed=i))
         out = list(engine.step([StepInput("a", prompt)])[0].tokens)
         while len(out) < 30:
-            feeds = [StepInput("a", [out[-1], *(rng.randrange(96) for _ in range(k))], k)]
-            feeds += [StepInput(str(i), tokens(3, i)) for i in range(company)]
-            out += engine.step(feeds)[0].tokens
+            inputs = [StepInput("a", [out[-1], *(rng.randrange(96) for _ in range(k))], k)]
+            inputs += [StepInput(str(i), tokens(3, i)) for i in range(company)]
+            out += engine.step(inputs)[0].tokens
         return out[:30]
 
     expected = run(0, 0)

@@ -63,7 +63,7 @@ def test_an_engine_decides_alike_with_and_without(monkeypatch: pytest.MonkeyPatc
     packed = TorchEngine(loaded, kv_tokens=2000)
     monkeypatch.setattr(packed_linear, "can_pack", lambda weight: False)
     plain = TorchEngine(loaded, kv_tokens=2000)
-    feeds = [
+    inputs = [
         StepInput("a", [5, 9, 3]),
         StepInput("b", list(range(20)), drafts=4),
         StepInput("c", [7]),
@@ -72,8 +72,8 @@ def test_an_engine_decides_alike_with_and_without(monkeypatch: pytest.MonkeyPatc
     for engine in (packed, plain):
         for name in "abc":
             engine.open(name, Sampling())
-        outcomes = engine.step(feeds, keep_logits=True)
-        logits.append((outcomes, engine.last_logits))
+        results = engine.step(inputs, keep_logits=True)
+        logits.append((results, engine.last_logits))
     assert logits[0][0] == logits[1][0]
     for a, b in zip(logits[0][1], logits[1][1], strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)

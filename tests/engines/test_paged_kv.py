@@ -31,12 +31,12 @@ def test_blocks_never_leak_and_writers_never_share_one(seed: int) -> None:
     stamp = 0
     for _ in range(600):
         kind = rng.random()
-        room = budget - sum(map(len, held.values()))
+        free = budget - sum(map(len, held.values()))
         if kind < 0.2 and len(held) < sessions:
             held[tables.add()] = []
         elif kind < 0.35 and held and len(held) < sessions:
             source = rng.choice(sorted(held))
-            length = rng.randrange(min(len(held[source]), room) + 1)
+            length = rng.randrange(min(len(held[source]), free) + 1)
             held[tables.fork(source, length)] = held[source][:length]
         elif kind < 0.5 and held:
             handle = rng.choice(sorted(held))
@@ -51,7 +51,7 @@ def test_blocks_never_leak_and_writers_never_share_one(seed: int) -> None:
             chosen = rng.sample(sorted(held), rng.randrange(1, len(held) + 1))
             new = [rng.randrange(1, 7) for _ in chosen]
             lengths = [len(held[h]) + n for h, n in zip(chosen, new, strict=True)]
-            if max(lengths) > 40 or sum(new) > room:
+            if max(lengths) > 40 or sum(new) > free:
                 continue
             # Within the budget an allocation must always succeed.
             copies = tables.allocate(

@@ -26,7 +26,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def _silent(done: int, of: int, loss: float, tokens_per_s: float) -> None:
+def _no_progress(done: int, of: int, loss: float, tokens_per_s: float) -> None:
     pass
 
 
@@ -87,11 +87,11 @@ def test_half_of_the_own_text_is_the_targets_greedy_choice(tiny: LlamaForCausalL
     assert not all(follows[2:])
 
 
-def test_lessons_hold_what_the_target_says(tiny: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_teacher_logits_are_those_of_the_target(tiny: LlamaForCausalLM, tmp_path: Path) -> None:
     texts = distil.write_text(tiny, _stream(), rows=6, length=16, seed=5)
-    lessons = distil.query_teacher(tiny, texts, rows=4, progress=_silent)
-    distil.save_logits(lessons, tmp_path / "deep" / "lessons.pt")
-    again = distil.kept(tmp_path / "deep" / "lessons.pt")
+    logits = distil.query_teacher(tiny, texts, rows=4, progress=_no_progress)
+    distil.save_logits(logits, tmp_path / "deep" / "logits.pt")
+    again = distil.load_logits(tmp_path / "deep" / "logits.pt")
     tokens, top, log_p = again.batch(3, 2, seed=0)
     row = [r.tolist() for r in texts].index(tokens[0].tolist())
     wanted = tiny(texts[row : row + 1]).logits[0].log_softmax(-1).gather(-1, top[0])
@@ -102,7 +102,7 @@ def test_a_draft_comes_nearer_to_its_target_and_resumes_where_it_stopped(
     tiny: LlamaForCausalLM, tmp_path: Path
 ) -> None:
     texts = distil.write_text(tiny, _stream(), rows=8, length=24, seed=5)
-    lessons = distil.query_teacher(tiny, texts, rows=4, progress=_silent)
+    logits = distil.query_teacher(tiny, texts, rows=4, progress=_no_progress)
 
     def draft(folder: str, losses: list[float], stop_at: int | None = None) -> LlamaForCausalLM:
         def progress(step: int, steps: int, loss: float, speed: float) -> None:
@@ -111,7 +111,7 @@ def test_a_draft_comes_nearer_to_its_target_and_resumes_where_it_stopped(
                 raise KeyboardInterrupt
 
         return distil.train_draft(
-            tiny, lessons, lessons, RECIPE, tmp_path / folder, progress, resume=True
+            tiny, logits, logits, RECIPE, tmp_path / folder, progress, resume=True
         )
 
     whole: list[float] = []

@@ -1,6 +1,6 @@
-"""The whole recipe of the reference pair in one call: corpus, tokenizer, target, lessons, draft.
+"""Build the reference pair: corpus, tokenizer, target, the target's logits, draft.
 
-Each part is kept in a work folder, so an interrupted build goes on where it stopped.
+Each part is stored in a work folder, so an interrupted build resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def _tokenizer(file: Path) -> Tokenizer:
     return Tokenizer.from_file(str(file))
 
 
-def _own_lessons(
+def _own_text_logits(
     target: LlamaForCausalLM, stream: Tensor, recipe: train.Recipe, work: Path, report: Reporter
 ) -> distil.TeacherLogits:
-    file = work / "own-lessons.pt"
+    file = work / "own-text-logits.pt"
     if not file.exists():
         rows, length = recipe.short
         progress, texts = report("target's own text"), []
@@ -56,20 +56,20 @@ def _own_lessons(
             distil.query_teacher(target, torch.cat(texts), rows, report("target on its own text")),
             file,
         )
-    return distil.kept(file)
+    return distil.load_logits(file)
 
 
-def _file_lessons(
+def _file_logits(
     target: LlamaForCausalLM, stream: Tensor, recipe: train.Recipe, work: Path, report: Reporter
 ) -> distil.TeacherLogits:
-    file = work / "file-lessons.pt"
+    file = work / "file-logits.pt"
     if not file.exists():
         rows, length = recipe.long
         crops = train.Sampler(stream, recipe.seed + 2).batch(0, (FILE_ROWS, length))[:, :-1]
         distil.save_logits(
             distil.query_teacher(target, crops, rows, report("target on training files")), file
         )
-    return distil.kept(file)
+    return distil.load_logits(file)
 
 
 def build_target(out: Path, work: Path, report: Reporter, recipe: train.Recipe) -> None:
@@ -87,8 +87,8 @@ def build_draft(out: Path, work: Path, report: Reporter, recipe: train.Recipe) -
     stream = training_stream(Tokenizer.from_file(str(tokenizer_file)))
     target = LlamaForCausalLM.from_pretrained(out / "target", dtype=torch.float32)
     target.eval().requires_grad_(False)
-    own = _own_lessons(target, stream, recipe, work, report)
-    files = _file_lessons(target, stream, recipe, work, report)
+    own = _own_text_logits(target, stream, recipe, work, report)
+    files = _file_logits(target, stream, recipe, work, report)
     draft = distil.train_draft(
         target, own, files, recipe, work / "draft", report("draft"), resume=True
     )
@@ -109,8 +109,8 @@ def build_pair(
 ) -> None:
     """Train both models and write ``out/target`` and ``out/draft`` as Hugging Face folders.
 
-    ``work`` holds the tokenizer, checkpoints and lessons; with ``resume`` a build that was
-    interrupted goes on from there. With ``keep_target`` only the draft is made, for the model that
+    ``work`` holds the tokenizer, checkpoints and teacher logits; with ``resume`` an
+    interrupted build continues from there. With ``keep_target`` only the draft is made, for the model that
     ``out/target`` already holds.
     """
     if not resume:

@@ -26,7 +26,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder that gets target/ and draft/.")],
     work: Annotated[Path, typer.Option(help="Folder of checkpoints; training resumes from it.")],
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Delete the work folder first, start over.")
+        bool, typer.Option("--fresh", help="Delete the work folder and start over.")
     ] = False,
     keep_target: Annotated[
         bool,
@@ -35,8 +35,8 @@ def train(
 ) -> None:
     """Train target and draft from the standard library's own sources (hours on two CPU cores).
 
-    Tokenizer, checkpoints and the draft's lessons are kept in --work, so an interrupted training
-    goes on where it stopped.
+    --work stores the tokenizer, checkpoints and the target's logits, so an interrupted training
+    resumes where it stopped.
     """
     from tools.train_reference_pair.build import build_pair
 

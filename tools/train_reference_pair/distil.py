@@ -1,14 +1,11 @@
 """The draft of the reference pair, distilled from its target.
 
-The draft minimises KL(target ‖ draft). Half of its lessons are text that the target itself wrote,
-greedy and sampled, because that is what it will have to predict; half are training files. What the
-target says of every position of a lesson is worked out once and kept, as its ``TOP`` likeliest tokens
-and the mass of all others, so that an epoch costs nothing but the draft's own passes. The KL is that of
-the two distributions over these ``TOP`` + 1 events, a lower bound of the whole that is tight where the
-target's mass lies.
+The draft minimizes KL(target ‖ draft). Half of its training text is the target's own, greedy and sampled; half
+are training files. The target's logits are computed once and stored as its ``TOP`` likeliest tokens, so an
+epoch costs only the draft's own passes. The KL is over ``TOP`` + 1 events, those tokens and all others: a lower
+bound of the full KL.
 
-The draft's embedding begins as the principal components of the target's: the same geometry of tokens
-in fewer dimensions.
+The draft's embedding starts as the principal components of the target's.
 """
 
 from __future__ import annotations
@@ -25,12 +22,12 @@ from tools.train_reference_pair.train import Progress, Recipe, Sampler, Shape, a
 DRAFT = Shape(hidden=256, layers=2, heads=4, kv_heads=1, mlp=640)
 TOP = 64
 PROMPT = 64
-"""Tokens of a training file before the target goes on by itself."""
+"""Tokens of a training file before the target continues by itself."""
 
 
 @dataclass(frozen=True)
 class TeacherLogits:
-    """Text and the target's opinion of it.
+    """Text and the target's distributions over it.
 
     ``tokens`` (rows, length) int16; ``top`` (rows, length, TOP) int16 token ids and ``log_p``, their
     log-probabilities as the next token, float16.
@@ -51,21 +48,21 @@ class TeacherLogits:
 def write_text(
     target: LlamaForCausalLM, stream: Tensor, rows: int, length: int, seed: int
 ) -> Tensor:
-    """``rows`` texts of ``length`` tokens: a crop of the training files, then the target alone.
+    """``rows`` texts of ``length`` tokens: a crop of the training files, continued by the target.
 
-    The first half is greedy and the second sampled at T = 1, as its users will ask for both.
+    The first half is greedy, the second sampled at T = 1.
     """
     ids = Sampler(stream, seed).batch(0, (rows, PROMPT))[:, :PROMPT]
     generator = torch.Generator().manual_seed(seed)
-    cache, feed, out = None, ids, [ids]
+    cache, new, out = None, ids, [ids]
     for _ in range(length - PROMPT):
         with autocast():
-            result = target(feed, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            result = target(new, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, logits = result.past_key_values, result.logits[:, -1].float()
         noise = -torch.empty_like(logits).exponential_(generator=generator).log()
         noise[: rows // 2] = 0.0
-        feed = (logits + noise).argmax(-1, keepdim=True)
-        out.append(feed)
+        new = (logits + noise).argmax(-1, keepdim=True)
+        out.append(new)
     return torch.cat(out, 1)
 
 
@@ -73,7 +70,7 @@ def write_text(
 def query_teacher(
     target: LlamaForCausalLM, tokens: Tensor, rows: int, progress: Progress
 ) -> TeacherLogits:
-    """Work out the target's opinion of ``tokens`` (texts, length), ``rows`` texts at a time."""
+    """The target's distributions over ``tokens`` (texts, length), ``rows`` texts at a time."""
     tops, log_ps = [], []
     for first in range(0, len(tokens), rows):
         with autocast():
@@ -86,15 +83,15 @@ def query_teacher(
     return TeacherLogits(tokens.to(torch.int16), torch.cat(tops), torch.cat(log_ps))
 
 
-def save_logits(lessons: TeacherLogits, file: Path) -> None:
-    """Write ``lessons``; never half of them."""
+def save_logits(logits: TeacherLogits, file: Path) -> None:
+    """Write ``logits`` atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     scratch = file.with_suffix(".tmp")
-    torch.save((lessons.tokens, lessons.top, lessons.log_p), scratch)
+    torch.save((logits.tokens, logits.top, logits.log_p), scratch)
     scratch.replace(file)
 
 
-def kept(file: Path) -> TeacherLogits:
+def load_logits(file: Path) -> TeacherLogits:
     """Read what :func:`save_logits` wrote."""
     return TeacherLogits(*torch.load(file, weights_only=True, mmap=True))
 
@@ -114,7 +111,7 @@ def divergence(logits: Tensor, top: Tensor, log_p: Tensor) -> Tensor:
 
 
 def principal_components(embedding: Tensor, size: int) -> Tensor:
-    """``embedding`` (vocabulary, hidden) in its ``size`` strongest directions, its mean square kept."""
+    """``embedding`` (vocabulary, hidden) in its ``size`` strongest directions, with the same mean square."""
     _, _, directions = torch.linalg.svd(embedding - embedding.mean(0), full_matrices=False)
     small = embedding @ directions[:size].T
     return small * (embedding.square().mean().sqrt() / small.square().mean().sqrt())
