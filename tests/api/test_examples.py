@@ -10,7 +10,7 @@ import pytest
 
 import wispprof
 from examples import custom_drafter, measure_and_plan
-from wispprof.artifacts import bundled
+from wispprof.artifacts import bundled_path
 
 
 def test_the_custom_drafter_changes_no_text() -> None:
@@ -25,7 +25,7 @@ def test_measure_and_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def shipped(name: str) -> Any:
         def profile(settings: Any) -> None:
             for suffix in (".jsonl", ".manifest.json"):
-                source = bundled.path(f"profiles/xeon-2core-reference-{name}{suffix}")
+                source = bundled_path(f"profiles/xeon-2core-reference-{name}{suffix}")
                 shutil.copy(source, settings.output.path.with_suffix("").with_suffix(suffix))
 
         return profile
