@@ -153,7 +153,7 @@ def test_every_setting_is_an_option(kind: type[Settings]) -> None:
         ({"max_new": 1.5}, "max_new must be an integer, got 1.5."),
         ({"live": 1}, "live must be true or false, got 1."),
         ({"plan": "plan.json"}, "plan must be a path, got 'plan.json'."),
-        ({"api_keys": "secret"}, "api_keys must be a list, got 'secret'."),
+        ({"api_keys": "secret"}, "api_keys must be a list, got a hidden value."),
         ({"host": None}, "host must be text, got None."),
     ],
 )
@@ -161,6 +161,12 @@ def test_a_value_that_is_not_allowed_is_named(given: dict[str, Any], message: st
     with pytest.raises(SettingsError) as err:
         ServerSettings(**given)
     assert str(err.value) == message
+
+
+def test_secrets_are_not_printed() -> None:
+    settings = ServerSettings(api_keys=("a-secret-of-16-chars",))
+    assert "a-secret" not in repr(settings)
+    assert "a-secret" not in repr(EdgeSettings(client=ClientSettings(ServerAccess("a-secret"))))
 
 
 def test_a_value_that_is_not_allowed_ends_a_command(here: Path) -> None:

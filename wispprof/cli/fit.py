@@ -135,8 +135,8 @@ def _show_evaluation(found: Evaluation) -> None:
             f"Blocks of shapes held out, {what} the range of the others (percent; noise {noise:.2f})",
             "held out by|estimator",
             _SCORES,
-            caption="cover: samples below the 95 % bound. bound: bound ÷ median.\noracle: predicts each shape by "
-            "another measurement of it, and bounds it by the quantile of its samples.",
+            caption="cover: samples below the 95 % bound. bound: bound ÷ median.\n"
+            "oracle: predicts each shape by another measurement of it, and bounds it by the quantile of its samples.",
         )
         for row in (r for r in found.groups if r["in_domain"] == inside):
             errors.add_row(row["scheme"], row["estimator"], *_figures(row))
@@ -152,8 +152,8 @@ def _show_evaluation(found: Evaluation) -> None:
     bounds = table(
         "Coverage of the bound over random splits of shapes",
         "estimator|>wanted|>found|>worst split|>bound ÷ median",
-        caption="oracle: the quantile of each shape's own steps.\nspeed-corrected: with the machine's speed at "
-        "every step known.",
+        caption="oracle: the quantile of each shape's own steps.\n"
+        "speed-corrected: with the machine's speed at every step known.",
     )
     for row in found.splits:
         figures = [f"{100 * row[k]:.1f} %" for k in ("level", "coverage", "worst_split")]
@@ -182,8 +182,8 @@ def _show_replay(summary: list[dict[str, Any]]) -> None:
     shown = _wide(
         "Rounds replayed on held-out prompts (wasted: drafting ms per token)",
         "device|>RTT|rule|>value|>tokens/s|>wasted|>drafted|>accepted",
-        caption="↑ tuned for most tokens/s, ↓ for least waste at the speed of the best fixed k, both on other "
-        "prompts.\nDevice: ms per draft token.",
+        caption="↑ tuned for most tokens/s, ↓ for least waste at the speed of the best fixed k, both on "
+        "other prompts.\nDevice: ms per draft token.",
     )
     for cell in summary:
         for name in ("fixed", "fastest", "frugal", "clairvoyant"):

@@ -95,10 +95,9 @@ def _option(field: Declared, default: Any) -> Parameter:
     kind: Any = field.kind
     if field.many:
         kind, default = list[kind], list(default)
-    names = [f"--{field.key.replace('_', '-')}", *([of.short] if of.short else [])]
     numeric = field.kind in (int, float)
     option = typer.Option(
-        *names,
+        f"--{field.key.replace('_', '-')}",
         help=f"{of.help[:-1]} ({of.unit})." if of.unit and of.unit not in of.help else of.help,
         min=of.minimum if numeric else None,
         max=of.maximum if numeric else None,

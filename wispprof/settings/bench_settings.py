@@ -24,8 +24,8 @@ class BenchSettings(Settings):
     ``system``: ``server-only`` (sessions without drafts), or a name of
     :data:`wispprof.simulation.systems.SYSTEMS` that says how edges draft; the server chooses the batching
     policy. ``controller``, ``options`` and ``drafting`` replace what the system says. Device ``i`` is
-    ``device[i % len]`` (without any, the preset ``medium``), has the SLO ``tokens_per_s[i % len]`` and its own
-    connection. ``link`` is emulated
+    ``device[i % len]`` (without any, the preset ``medium``), has the SLO ``tokens_per_s[i % len]`` and its
+    own connection. ``link`` is emulated
     on top of the real one. A closed fleet starts spread over ``ramp_ms``. With ``hold``, devices that have
     finished go on until all have, so that the load stays constant; what is unfinished then does not count.
     """

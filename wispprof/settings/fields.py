@@ -26,8 +26,8 @@ _KEY = "setting"
 class Setting:
     """What a field says of itself. ``option``: its name outside Python, if that is not the field's.
 
-    ``parse`` reads one text of the command line; a field that is a tuple or a mapping gets the results of
-    all of them.
+    ``secret`` values are kept out of ``repr``, messages and help. ``parse`` reads one text of the command
+    line; a field that is a tuple or a mapping gets the results of all of them.
     """
 
     help: str
@@ -36,7 +36,6 @@ class Setting:
     maximum: float | None = None
     choices: tuple[str, ...] = ()
     option: str = ""
-    short: str = ""
     secret: bool = False
     parse: Callable[[str], Any] | None = None
 
@@ -70,15 +69,20 @@ class Declared:
         if not self.many:
             self._check_one(value)
         elif isinstance(value, str) or not isinstance(value, tuple | list | Mapping):
-            raise SettingsError(f"{self.name} must be a list, got {value!r}.")
+            raise SettingsError(f"{self.name} must be a list, got {self._shown(value)}.")
         elif self.setting.parse is None:
             for entry in value:
                 self._check_one(entry)
 
+    def _shown(self, value: Any) -> str:
+        return "a hidden value" if self.setting.secret else repr(value)
+
     def _check_one(self, value: Any) -> None:
         of = self.setting
         if not _fits(value, self.kind):
-            raise SettingsError(f"{self.name} must be {_KINDS[self.kind]}, got {value!r}.")
+            raise SettingsError(
+                f"{self.name} must be {_KINDS[self.kind]}, got {self._shown(value)}."
+            )
         if of.choices and value not in of.choices:
             choices = " or ".join(choice or "empty" for choice in of.choices)
             raise SettingsError(f"{self.name} must be {choices}, got {value!r}.")
@@ -91,10 +95,11 @@ class Declared:
 
 def setting(default: Any, help: str, **more: Any) -> Any:
     """A field with a default and what :class:`Setting` says of it."""
-    metadata = {_KEY: Setting(help, **more)}
+    of = Setting(help, **more)
+    metadata = {_KEY: of}
     if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return field(default_factory=lambda: dict(default), metadata=metadata, repr=not of.secret)
+    return field(default=default, metadata=metadata, repr=not of.secret)
 
 
 class Settings:

@@ -43,7 +43,7 @@ class PlanSettings(Settings):
 
     ``objective``: see :mod:`wispprof.planning.objective`. A session is billed its share of the server's busy
     time. ``edge_prices`` are (device, dollars an hour of drafting), with ``""`` for every device that has no
-    price of its own. ``mixes`` are planned beside each class alone; the default is all classes in equal shares.
+    price of its own. ``mixes`` are planned beside each class alone; the default: all classes, equal shares.
     """
 
     rtts_ms: tuple[float, ...] = setting(
