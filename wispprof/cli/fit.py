@@ -136,7 +136,8 @@ def _show_evaluation(found: Evaluation) -> None:
             "held out by|estimator",
             _SCORES,
             caption="cover: samples below the 95 % bound. bound: bound ÷ median.\n"
-            "oracle: predicts each shape by another measurement of it, and bounds it by the quantile of its samples.",
+            "oracle: predicts each shape by "
+            "another measurement of it, and bounds it by the quantile of its samples.",
         )
         for row in (r for r in found.groups if r["in_domain"] == inside):
             errors.add_row(row["scheme"], row["estimator"], *_figures(row))

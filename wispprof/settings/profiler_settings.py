@@ -43,8 +43,8 @@ class SweepSettings(Settings):
     median, relative to the median, is at most ``target``. It gets ``min_samples`` to ``max_samples``, and no
     further block once its samples took ``max_workload_s`` seconds. The first block starts with ``warmup``
     uncounted runs, later ones with one. After every ``sentinel_every`` blocks the sentinel workload is
-    measured with ``reference_samples``; if its median is more than ``drift`` away from the others, the neighbouring
-    blocks count as disturbed.
+    measured with ``reference_samples``; if its median is more than ``drift`` away from the others, the
+    neighbouring blocks count as disturbed.
     """
 
     seed: int = 0
