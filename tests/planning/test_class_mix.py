@@ -1,4 +1,4 @@
-"""Capacity for a mix of promises: between those of its classes, falling with what is promised."""
+"""Capacity for a mix of SLO classes: between those of its classes, falling with stricter SLOs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_mix_lies_between_its_classes_and_only_the_fast_one_drafts(plan) -> No
     assert fast < mixed.split < slow
     assert mixed.shares == (0.75, 0.25)
     assert mixed.ks[0] == 0 < mixed.ks[1]
-    # Server-only serving makes the same step for all: the strictest promise decides.
+    # Server-only serving makes the same step for all: the strictest SLO decides.
     assert mixed.server_only < mixed.split
 
 
@@ -71,9 +71,9 @@ def test_more_of_the_strict_class_never_raises_capacity(
 
 
 @pytest.mark.parametrize("mode", ["stream", "round"])
-def test_stricter_promises_and_slower_servers_never_raise_capacity(mode: str) -> None:
-    promises = [fits(((12.0, 1.0), (speed, 1.0)), mode) for speed in (14.0, 20.0, 26.0, 60.0)]
-    assert promises == sorted(promises, reverse=True)
+def test_stricter_slos_and_slower_servers_never_raise_capacity(mode: str) -> None:
+    capacities = [fits(((12.0, 1.0), (speed, 1.0)), mode) for speed in (14.0, 20.0, 26.0, 60.0)]
+    assert capacities == sorted(capacities, reverse=True)
     servers = [
         fits(((12.0, 1.0), (20.0, 1.0)), mode, replace(COST, fixed_ms=ms))
         for ms in (9, 18, 36, 900)

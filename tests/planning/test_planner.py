@@ -18,7 +18,12 @@ from wispprof.planning.draft_table import EdgeCosts
 from wispprof.planning.explain import compare, explain
 from wispprof.planning.pipeline import SpeedDevice
 from wispprof.planning.plan_export import export
-from wispprof.planning.session_speed import LoadedStepTimes, round_pace, stream_pace, undrafted_pace
+from wispprof.planning.session_speed import (
+    LoadedStepTimes,
+    round_speed,
+    stream_speed,
+    undrafted_speed,
+)
 from wispprof.settings.planner_settings import PlanSettings
 from wispprof.types import BatchCost, StepTimeEstimator
 
@@ -73,24 +78,24 @@ def plan():
 
 def test_stream_with_nothing_ever_accepted_goes_at_undrafted_step_pace():
     times = LoadedStepTimes(Step(row=0.0, kv=0.0), 0)
-    pace = stream_pace(times, 4, 4, 1.0, 5.0, Runs.geometric(0.0))
-    assert pace.tokens_per_ms == pytest.approx(undrafted_pace(times, 4).tokens_per_ms)
+    pace = stream_speed(times, 4, 4, 1.0, 5.0, Runs.geometric(0.0))
+    assert pace.tokens_per_ms == pytest.approx(undrafted_speed(times, 4).tokens_per_ms)
 
 
 def test_stream_with_everything_accepted_is_bound_by_the_draft_or_by_k():
     times = LoadedStepTimes(Step(row=0.0, kv=0.0), 0)
     sure = Runs.geometric(1.0)
-    assert stream_pace(times, 1, 3, 0.01, 0.0, sure).commits == pytest.approx(4.0, rel=0.1)
+    assert stream_speed(times, 1, 3, 0.01, 0.0, sure).commits == pytest.approx(4.0, rel=0.1)
     # A draft as slow as two steps never gets ahead of a frontier that moves every step.
-    assert stream_pace(times, 1, 3, 40.0, 0.0, sure).commits == pytest.approx(1.0, rel=0.05)
+    assert stream_speed(times, 1, 3, 40.0, 0.0, sure).commits == pytest.approx(1.0, rel=0.05)
 
 
 def test_round_counts_draft_link_and_step():
     times = LoadedStepTimes(Step(fixed=10.0, row=0.0, kv=0.0), 0)
-    pace = round_pace(times, 1, 2, 5.0, 30.0, Runs.geometric(0.5))
+    pace = round_speed(times, 1, 2, 5.0, 30.0, Runs.geometric(0.5))
     assert pace.round_ms == pytest.approx(2 * 5 + 30 + 10)
     assert pace.commits == pytest.approx(1 + 0.5 + 0.25)
-    rested = round_pace(times, 1, 2, 5.0, 30.0, Runs.geometric(0.5), resume_ms=4.0)
+    rested = round_speed(times, 1, 2, 5.0, 30.0, Runs.geometric(0.5), resume_ms=4.0)
     assert rested.round_ms == pytest.approx(pace.round_ms + 4)
 
 
@@ -124,9 +129,9 @@ def test_a_longer_link_and_a_slower_draft_never_speed_a_round_up(
 ):
     times = LoadedStepTimes(Step(), 500)
     runs = Runs.geometric(acceptance)
-    now = round_pace(times, sessions, k, draft_ms, rtt, runs).tokens_per_ms
-    assert round_pace(times, sessions, k, draft_ms, rtt + more, runs).tokens_per_ms <= now * 1.02
-    assert round_pace(times, sessions, k, draft_ms + more, rtt, runs).tokens_per_ms <= now * 1.02
+    now = round_speed(times, sessions, k, draft_ms, rtt, runs).tokens_per_ms
+    assert round_speed(times, sessions, k, draft_ms, rtt + more, runs).tokens_per_ms <= now * 1.02
+    assert round_speed(times, sessions, k, draft_ms + more, rtt, runs).tokens_per_ms <= now * 1.02
 
 
 def test_runs_keep_their_shape_when_scaled():
@@ -154,7 +159,7 @@ def test_a_slower_server_never_raises_capacity(plan):
         assert slow[cell][1] <= split
 
 
-def test_a_stricter_promise_never_raises_capacity(plan):
+def test_a_stricter_slo_never_raises_capacity(plan):
     for (device, rtt, speed, mode), (central, split) in capacities(plan).items():
         if speed == 4.0:
             strict = capacities(plan)[(device, rtt, 12.0, mode)]
@@ -181,8 +186,8 @@ def test_a_longer_round_trip_that_shortens_a_draft_says_why(plan):
     ]
     assert shorter
     for row, far in shorter:
-        told = "\n".join(explain(plan, far.cell))
-        assert f"At 5 ms of round trip k is {row.k}; here" in told
+        text = "\n".join(explain(plan, far.cell))
+        assert f"At 5 ms round trip k is {row.k}; here" in text
         if far.feasible and far.slow_by_k[row.k] >= far.tokens_per_s:
             assert far.by_k[row.k] < far.by_k[far.k] or far.by_k[row.k] < far.by_k[0] * 1.02
         assert "At 5 ms" not in "\n".join(explain(plan, row.cell))
@@ -196,11 +201,11 @@ def test_a_longer_round_trip_that_shortens_a_draft_says_why(plan):
     speed=st.floats(2, 300),
     rtt=st.floats(0, 150),
     slower=st.floats(1.05, 3),
-    promise=st.floats(2, 30),
+    slo=st.floats(2, 30),
     mode=st.sampled_from(["stream", "round"]),
 )
-def test_slower_servers_and_stricter_promises_never_raise_any_capacity(
-    fixed, row, acceptance, speed, rtt, slower, promise, mode
+def test_slower_servers_and_stricter_slos_never_raise_any_capacity(
+    fixed, row, acceptance, speed, rtt, slower, slo, mode
 ):
     limits = PlanSettings(k_max=4, context=500, max_sessions=64)
     runs = Runs.geometric(acceptance)
@@ -211,9 +216,9 @@ def test_slower_servers_and_stricter_promises_never_raise_any_capacity(
         return found.server_only, found.split
 
     server = Step(fixed, row)
-    central, split = fits(server, promise)
+    central, split = fits(server, slo)
     assert split >= central
-    for harder in (fits(server.slower(slower), promise), fits(server, promise * slower)):
+    for harder in (fits(server.slower(slower), slo), fits(server, slo * slower)):
         assert harder[0] <= central
         assert harder[1] <= split
 
@@ -254,7 +259,7 @@ def test_energy_objective_never_takes_more_energy(plan):
         assert row.expected_tokens_per_s >= usual.expected_tokens_per_s * 0.94
 
 
-def test_batching_rows_keep_their_promise_where_it_can_be_kept(plan):
+def test_batching_rows_meet_their_slo_if_it_can_be_met(plan):
     for row in plan.batch:
         batch = Step().start()
         for _ in range(row.max_items):
@@ -332,7 +337,7 @@ def test_contradictory_inputs_are_refused():
         make_plan(Step(), [LAPTOP, LAPTOP], Runs.geometric(0.5), SMALL)
     with pytest.raises(PlanError, match="no acceptance trace"):
         make_plan(Step(), [LAPTOP], {}, SMALL)
-    with pytest.raises(PlanError, match="takes no time"):
+    with pytest.raises(PlanError, match="0 ms"):
         make_plan(Step(0.0, 0.0, 0.0), [LAPTOP], Runs.geometric(0.5), SMALL)
     with pytest.raises(PlanError, match="SLO"):
         PlanSettings(slos=())

@@ -29,7 +29,7 @@ ROW = DraftRow(
     step_ms=30.0,
     commits=2.0,
     draft_ms=10.0,
-    price=0.1,
+    server_tokens_per_ms=0.1,
     feasible=True,
     nearest_tokens_per_s=18.0,
 )

@@ -73,8 +73,9 @@ class DraftRow:
     quantile; both with all sessions of the level drafting alike. ``by_k``: expected tokens/s for k = 0,
     1, 2 …; ``slow_by_k``, ``energy_by_k`` and ``dollars_by_k`` likewise. ``round_ms``: mean time from
     commit to commit; ``step_ms``: of the server's step in it; ``commits``: mean tokens per commit.
-    ``price``: tokens that the server commits per ms of step at this level. ``feasible``: the slow session
-    meets ``tokens_per_s``. ``nearest_tokens_per_s``: the fastest SLO that the cell meets with any k.
+    ``server_tokens_per_ms``: tokens that the server commits per ms of step at this level. ``feasible``:
+    the slow session meets ``tokens_per_s``. ``nearest_tokens_per_s``: the fastest SLO that the cell
+    meets with any k.
     ``energy_j_per_token``: of drafting; ``dollars_per_mtoken``: of a million committed tokens, 0 without
     prices.
     """
@@ -93,7 +94,7 @@ class DraftRow:
     step_ms: float
     commits: float
     draft_ms: float
-    price: float
+    server_tokens_per_ms: float
     feasible: bool
     nearest_tokens_per_s: float
     energy_j_per_token: float = 0.0

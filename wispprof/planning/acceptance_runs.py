@@ -1,9 +1,7 @@
-"""How far drafts run before the first error, as a distribution: what the planner needs of a trace.
+"""Distribution of accepted runs: how many drafts are accepted before the first rejection.
 
-A *run* is the number of drafts accepted before the first rejection. The trace records it up to its
-own depth K; beyond, the last conditional acceptance goes on. Planning with the run's distribution
-rather than with a mean acceptance matters: acceptance comes in streaks, so the same mean gives longer
-and shorter runs than a geometric law would.
+A trace records a run up to its own depth K; beyond it, the last conditional acceptance continues.
+Acceptance comes in streaks, so a mean acceptance with a geometric law would misplan.
 """
 
 from __future__ import annotations
@@ -31,12 +29,12 @@ class Runs:
 
     @classmethod
     def of(cls, cumulative: list[float] | tuple[float, ...] | _FloatArray) -> Runs:
-        """From a table of any length ≥ 1; the last ratio continues it to the horizon."""
+        """From a table of length ≥ 1; its last ratio continues to the horizon."""
         table = [min(1.0, max(0.0, float(c))) for c in cumulative]
         if not table or any(b > a + 1e-9 for a, b in itertools.pairwise(table)):
             raise PlanError(
                 "Cumulative acceptance must be a falling table of at least one value.",
-                "Take the trace anew.",
+                "Record the trace again.",
             )
         before = table[-2] if len(table) > 1 else 1.0
         ratio = table[-1] / before if before > 0 else 0.0
@@ -56,7 +54,7 @@ class Runs:
         return accepted / (accepted + 1.0)
 
     def scaled(self, acceptance: float) -> Runs:
-        """The same shape with another mean conditional acceptance (each odds raised to one power)."""
+        """The same shape with another mean conditional acceptance (all values raised to one power)."""
         low, high = 1e-3, 1e3
         for _ in range(60):
             power = (low * high) ** 0.5
@@ -74,21 +72,21 @@ class Runs:
 
 
 def runs_of_trace(trace: AcceptanceTrace, quantile: float = 0.05) -> tuple[Runs, Runs]:
-    """Runs of the mean session and of the one at ``quantile`` of the paths by mean acceptance.
+    """Runs of the mean session, and of the slow session at ``quantile`` of the paths by mean acceptance.
 
-    A path is one session: the spread between paths is what decides attainment, the mean over all what
-    decides throughput. Raises :class:`PlanError` on a trace without scored rows.
+    A path is one session. The slow session decides SLO attainment, the mean decides throughput. Raises
+    :class:`PlanError` on a trace without scored rows.
     """
     scored = [p.accepted[: p.scored_rows()] for p in trace.paths if p.scored_rows() > 0]
     if not scored:
         raise PlanError(
             f"The trace of {trace.draft!r} has no path longer than its own depth.",
-            "Take a trace with longer paths.",
+            "Record a trace with longer paths.",
         )
     depth = trace.depth
     mean = Runs.of(_table(np.concatenate(scored), depth))
     speeds = sorted(scored, key=lambda a: float(a.mean()))
-    # The mean of the lowest 2q paths stands for the q-quantile: one path alone is too noisy.
+    # The mean of the lowest 2q paths stands for the q-quantile, because one path is too noisy.
     slow = speeds[: max(1, int(np.ceil(2 * quantile * len(speeds))))]
     return mean, Runs.of(_table(np.concatenate(slow), depth))
 

@@ -1,12 +1,8 @@
-"""The batching table, capacity, and the sessions that a load level stands for.
+"""Batching table, capacity and break-even of a plan, and the sessions that each load level stands for.
 
-Capacity for a mix of SLO classes: how many sessions fit when some were promised more than others.
-
-All classes share every step. A class that needs no drafts to keep its promise makes none, so its sessions
-cost one row a step; a faster one drafts just as far as it must. Its rows lengthen everybody's step, and then
-others may have to draft too: draft lengths rise from 0, class by class, until every promise holds or one
-cannot be kept at any length. What a longer step asks of a class only grows, so the lengths found are the
-least that will do, and if there are none, none exist.
+In a mix of SLO classes all sessions share every step. Draft lengths start at 0 and rise, class by class,
+until every class meets its SLO or one cannot at any length. More rows lengthen everybody's step, which
+only asks for more drafts, so the lengths found are the least that suffice; if none are found, none exist.
 """
 
 from __future__ import annotations
@@ -16,7 +12,7 @@ from dataclasses import replace
 
 from wispprof.artifacts.plan import BatchRow, BreakEvenRow, CapacityRow, MixRow
 from wispprof.planning.acceptance_runs import Runs
-from wispprof.planning.draft_table import EdgeCosts, SpeedCurve, curve
+from wispprof.planning.draft_table import EdgeCosts, SpeedCurve, speed_curve
 from wispprof.planning.session_speed import LoadedStepTimes, renewal
 from wispprof.policies.load_level import LOAD_LEVELS, load_level, representative_slowdown
 from wispprof.settings.planner_settings import Mix, PlanSettings
@@ -35,8 +31,10 @@ _LEAST_CHUNK = 16
 
 
 def largest(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """The largest value in ``low … high`` for which ``holds``, or ``low - 1``. It must hold up to
-    some value and not beyond."""
+    """The largest value in ``low … high`` for which ``holds``, or ``low - 1``.
+
+    It must hold up to some value and not beyond.
+    """
     if not holds(low):
         return low - 1
     while low < high:
@@ -49,22 +47,21 @@ def largest(low: int, high: int, holds: Callable[[int], bool]) -> int:
 
 
 def sessions_of_levels(times: LoadedStepTimes, most: int) -> dict[int, int]:
-    """Level → sessions it stands for: the fewest that reach its representative stretch.
+    """Level → sessions it stands for: the fewest that reach its representative slowdown.
 
-    Levels that ``most`` sessions do not reach are left out, but for the highest one reached, which
-    then stands for ``most``.
+    Levels that ``most`` sessions do not reach are left out. The highest one reached stands for ``most``.
     """
-    alone = times.whole(1, 1)[0]
+    alone = times.uniform(1, 1)[0]
 
-    def stretch(count: int) -> float:
-        return times.whole(count, 1)[0] / alone if alone > 0 else 1.0
+    def slowdown(count: int) -> float:
+        return times.uniform(count, 1)[0] / alone if alone > 0 else 1.0
 
     levels = {0: 1}
     for level in range(1, LOAD_LEVELS):
-        wanted = representative_slowdown(level)
-        count = 1 + largest(1, most, lambda n, wanted=wanted: stretch(n) < wanted)  # type: ignore[misc]
+        target = representative_slowdown(level)
+        count = 1 + largest(1, most, lambda n, target=target: slowdown(n) < target)  # type: ignore[misc]
         if count > most:
-            if load_level(stretch(most)) == level:
+            if load_level(slowdown(most)) == level:
                 levels[level] = most
             break
         levels[level] = count
@@ -79,28 +76,27 @@ def batch_row(
     mean: Runs,
     settings: PlanSettings,
 ) -> BatchRow:
-    """What a step may hold, on the bound, where promises count over a whole generation.
+    """Limits of a step, by its bound, for an SLO that counts over a whole generation.
 
-    A step that commits several tokens of a session may take as many times the class's time per token.
-    Among the feeds (a pending token and its drafts) that keep within that, the one that commits most per
-    ms is the row's; where none does, the promise is past keeping by small steps, and the most productive
-    feed is the right one all the same. The limits never leave out a session that the level stands for.
+    A step that commits several tokens of a session may take as many times the class's TPOT. The row uses the
+    number of new tokens (pending token and drafts) that commits most per ms among those within that time, or
+    among all if none is. The limits never leave out a session that the level stands for.
     """
     tpot_ms = 1000.0 / tokens_per_s
 
     def commits(new: int) -> float:
         return 1.0 + sum(mean.cumulative[: new - 1])
 
-    def keeps(count: int, new: int) -> bool:
-        return times.whole(count, new)[1] <= tpot_ms * commits(new)
+    def meets_slo(count: int, new: int) -> bool:
+        return times.uniform(count, new)[1] <= tpot_ms * commits(new)
 
     most = max(1, min(settings.k_max + 1, settings.max_step_tokens // sessions))
     feeds = range(1, most + 1)
-    keeping = [new for new in feeds if keeps(sessions, new)]
-    new = max(keeping or feeds, key=lambda n: commits(n) / times.whole(sessions, n)[0])
-    room = max(sessions, min(settings.kv_sessions, settings.max_step_tokens // new))
-    items = max(sessions, largest(sessions, room, lambda n: keeps(n, new)))
-    allowed_ms = max(tpot_ms * commits(new), times.whole(sessions, new)[1])
+    meeting = [new for new in feeds if meets_slo(sessions, new)]
+    new = max(meeting or feeds, key=lambda n: commits(n) / times.uniform(sessions, n)[0])
+    capacity = max(sessions, min(settings.kv_sessions, settings.max_step_tokens // new))
+    items = max(sessions, largest(sessions, capacity, lambda n: meets_slo(n, new)))
+    allowed_ms = max(tpot_ms * commits(new), times.uniform(sessions, new)[1])
     step = times.estimator.start()
     for _ in range(sessions):
         step = step.add(new, times.cached)
@@ -126,20 +122,20 @@ def batch_row(
 def capacity_row(
     times: LoadedStepTimes, edge: EdgeCosts, tokens_per_s: float, settings: PlanSettings
 ) -> CapacityRow:
-    """Most sessions that keep their promise, undrafted and with the best k."""
+    """Most sessions that meet their SLO, undrafted and with the best k."""
     most = settings.kv_sessions
 
     def undrafted(count: int) -> bool:
-        return 1000.0 / times.whole(count, 1)[0] >= tokens_per_s
+        return 1000.0 / times.uniform(count, 1)[0] >= tokens_per_s
 
     def cell(count: int) -> SpeedCurve:
-        return curve(times, count, edge, settings.k_max)
+        return speed_curve(times, count, edge, settings.k_max)
 
     def split(count: int) -> bool:
         return max(cell(count).slow) >= tokens_per_s
 
     central = largest(1, most, undrafted)
-    # k = 0 is a choice of the split system too, so its capacity is never the smaller one.
+    # k = 0 is a choice of split serving too, so its capacity is never smaller.
     count = largest(max(1, central), most, split)
     k = 0
     if count >= 1:
@@ -163,11 +159,11 @@ def capacity_row(
 def break_even_row(
     times: LoadedStepTimes, edge: EdgeCosts, level: int, sessions: int, settings: PlanSettings
 ) -> BreakEvenRow:
-    """The acceptance at which drafting begins to pay."""
+    """The mean acceptance from which drafting pays."""
     mean = edge.mean
 
     def gain(runs: Runs) -> float:
-        cell = curve(times, sessions, replace(edge, mean=runs, slow=runs), settings.k_max)
+        cell = speed_curve(times, sessions, replace(edge, mean=runs, slow=runs), settings.k_max)
         return max(p.tokens_per_s for p in cell.mean[1:]) / cell.mean[0].tokens_per_s
 
     now = gain(mean)
@@ -182,7 +178,7 @@ def break_even_row(
 
 
 def step_times(estimator: StepTimeEstimator, settings: PlanSettings) -> LoadedStepTimes:
-    """The times every table shares."""
+    """Step times, shared by all tables."""
     return LoadedStepTimes(estimator, settings.context)
 
 
@@ -191,20 +187,20 @@ _TOLERANCE = 1e-3
 
 
 def mix_row(times: LoadedStepTimes, edge: EdgeCosts, mix: Mix, settings: PlanSettings) -> MixRow:
-    """Most sessions in these shares of which each keeps its promise, undrafted and drafted."""
+    """Most sessions in these shares that all meet their SLO, undrafted and drafted."""
     classes = [speed for speed, _ in mix]
     total = sum(share for _, share in mix)
     shares = [share / total for _, share in mix]
     most = settings.kv_sessions
-    shared = _Shared(times, edge, settings.k_max)
+    fleet = _MixedClasses(times, edge, settings.k_max)
 
     def undrafted(count: int) -> bool:
-        return 1000.0 / times.whole(count, 1)[0] >= max(classes)
+        return 1000.0 / times.uniform(count, 1)[0] >= max(classes)
 
     central = max(0, largest(1, most, undrafted))
-    count = largest(max(1, central), most, lambda n: shared.lengths(classes, shares, n) is not None)
+    count = largest(max(1, central), most, lambda n: fleet.lengths(classes, shares, n) is not None)
     count = max(0, count)
-    lengths = shared.lengths(classes, shares, count) if count else None
+    lengths = fleet.lengths(classes, shares, count) if count else None
     bound_by = "time"
     if count == most:
         bound_by = "kv" if most < settings.max_sessions else "limit"
@@ -221,8 +217,8 @@ def mix_row(times: LoadedStepTimes, edge: EdgeCosts, mix: Mix, settings: PlanSet
     )
 
 
-class _Shared:
-    """Sessions of several classes over one server."""
+class _MixedClasses:
+    """Sessions of several SLO classes on one server."""
 
     def __init__(self, times: LoadedStepTimes, edge: EdgeCosts, k_max: int) -> None:
         self._times = times
@@ -238,26 +234,26 @@ class _Shared:
     def lengths(
         self, classes: Sequence[float], shares: Sequence[float], count: int
     ) -> list[int] | None:
-        """Draft length of each class with which ``count`` sessions all keep their promise."""
+        """Least draft length of each class with which ``count`` sessions all meet their SLO."""
         ks = [0] * len(classes)
         while True:
             step_ms = self._step_ms(ks, shares, count)
-            behind = [
+            missing = [
                 i for i, speed in enumerate(classes) if self._speed(ks[i], step_ms, count) < speed
             ]
-            if not behind:
+            if not missing:
                 return ks
-            for i in behind:
+            for i in missing:
                 ks[i] += 1
                 if ks[i] > self._k_max:
                     return None
 
     def _round_ms(self, k: int, step_ms: float, count: int) -> float:
-        """From commit to commit."""
+        """Time between commits."""
         if self._stream or not k:
             return step_ms
         away = k * self._draft_ms + self._resume_ms + self._rtt_ms
-        # Half of a running step is waited for, unless nobody else is there to run one.
+        # On average a round waits for half of a running step, if another session runs one.
         busy = min(1.0, (count - 1) * step_ms / (away + step_ms)) if count > 1 else 0.0
         return away + step_ms * (1.0 + 0.5 * busy)
 
@@ -272,19 +268,19 @@ class _Shared:
         return 1000.0 * commits / self._round_ms(k, step_ms, count)
 
     def _step_ms(self, ks: Sequence[int], shares: Sequence[float], count: int) -> float:
-        """The step that these draft lengths make of each other."""
+        """Step time at these draft lengths: fixed point of step time and batch."""
         step_ms = self._times.p50_ms(count, 1)
         for _ in range(_ITERATIONS):
             items = rows = 0.0
             for k, share in zip(ks, shares, strict=True):
-                inside = min(1.0, step_ms / self._round_ms(k, step_ms, count)) * share * count
+                scheduled = min(1.0, step_ms / self._round_ms(k, step_ms, count)) * share * count
                 fed = 1.0 + k
                 if self._stream and k:
                     fed = renewal(self._mean_lengths, step_ms, k, self._draft_ms, self._rtt_ms)[1]
-                items += inside
-                rows += inside * fed
-            wanted = self._times.p50_ms(max(1.0, items), rows / items)
-            if abs(wanted - step_ms) <= _TOLERANCE * step_ms:
+                items += scheduled
+                rows += scheduled * fed
+            target = self._times.p50_ms(max(1.0, items), rows / items)
+            if abs(target - step_ms) <= _TOLERANCE * step_ms:
                 break
-            step_ms += 0.5 * (wanted - step_ms)
+            step_ms += 0.5 * (target - step_ms)
         return step_ms

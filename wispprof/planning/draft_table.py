@@ -1,4 +1,4 @@
-"""One cell of the draft-length table: the best k for a device, link, load and promise."""
+"""One cell of the draft-length table: the best k for a device, link, load and SLO."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from wispprof.planning.objective import Figures, choose
 from wispprof.planning.session_speed import (
     LoadedStepTimes,
     SessionSpeed,
-    round_pace,
-    stream_pace,
-    undrafted_pace,
+    round_speed,
+    stream_speed,
+    undrafted_speed,
 )
 from wispprof.settings.planner_settings import PlanSettings
 from wispprof.types import BatchCost, BatchShape, StepTimeEstimator
 
-__all__ = ["EdgeCosts", "PlannedDevice", "SpeedCurve", "curve", "draft_row"]
+__all__ = ["EdgeCosts", "PlannedDevice", "SpeedCurve", "draft_row", "speed_curve"]
 
-_MAX_LEAD = 32
+_MAX_DRAFT_AHEAD = 32
 
 
 class PlannedDevice(Protocol):
-    """What the planner asks of an edge device; the simulator's device profiles answer it."""
+    """What the planner needs of an edge device. The simulator's device profiles implement it."""
 
     @property
     def name(self) -> str: ...
@@ -34,7 +34,7 @@ class PlannedDevice(Protocol):
 
     @property
     def resume_ms(self) -> float:
-        """What a rest adds to the round drafted after it."""
+        """Extra drafting time of a round after a pause."""
 
     def step_ms(self, context: int) -> float:
         """One draft token over ``context`` tokens, the controller's decision included."""
@@ -42,8 +42,8 @@ class PlannedDevice(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EdgeCosts:
-    """How alike sessions draft: on which device, over which link, in which mode, and how far what they draft
-    is right. ``slow``: runs of the session whose promise is the hardest to keep."""
+    """Device, link, mode and acceptance of identical sessions. ``slow``: runs of the slow session, which
+    decides SLO attainment."""
 
     device: PlannedDevice
     rtt_ms: float
@@ -54,8 +54,8 @@ class EdgeCosts:
 
 @dataclass(frozen=True, slots=True)
 class SpeedCurve:
-    """Paces for k = 0 … k_max of the mean session, tokens/s of the slow one in the same company, and
-    what one more row of one session adds to that step. ``resume_ms``: of a round's drafting, for a rest."""
+    """For k = 0 … k_max: speed of the mean session, tokens/s of the slow one in the same steps, and the
+    step time of one more row of one session. ``resume_ms``: extra drafting time of a round after a pause."""
 
     mode: str
     draft_ms: float
@@ -66,26 +66,26 @@ class SpeedCurve:
     resume_ms: float = 0.0
 
 
-def curve(times: LoadedStepTimes, sessions: int, edge: EdgeCosts, k_max: int) -> SpeedCurve:
-    """Every k of one cell. The slow session shares the steps that mean sessions make. What a rest adds is a
-    round's alone; a stream drafts on."""
+def speed_curve(times: LoadedStepTimes, sessions: int, edge: EdgeCosts, k_max: int) -> SpeedCurve:
+    """Speeds for every k of one cell. The slow session shares the steps of mean sessions. Only rounds
+    pause."""
     draft_ms, rtt_ms = edge.device.step_ms(times.cached), edge.rtt_ms
     resume_ms = 0.0 if edge.mode == "stream" else edge.device.resume_ms
-    undrafted = undrafted_pace(times, sessions)
-    paces, slow_speeds = [undrafted], [undrafted.tokens_per_s]
+    undrafted = undrafted_speed(times, sessions)
+    speeds, slow_speeds = [undrafted], [undrafted.tokens_per_s]
     for k in range(1, k_max + 1):
         if edge.mode == "round":
-            pace = round_pace(times, sessions, k, draft_ms, rtt_ms, edge.mean, resume_ms)
+            speed = round_speed(times, sessions, k, draft_ms, rtt_ms, edge.mean, resume_ms)
             slow_commits = 1.0 + sum(edge.slow.cumulative[:k])
         else:
-            pace = stream_pace(times, sessions, k, draft_ms, rtt_ms, edge.mean)
-            fixed = LoadedStepTimes(_Constant(pace.step_ms), 0)
-            slow_commits = stream_pace(fixed, 1, k, draft_ms, rtt_ms, edge.slow).commits
-        paces.append(pace)
-        slow_speeds.append(slow_commits / pace.round_ms * 1000.0)
-    rows = tuple(times.row_ms(p.items, p.rows) for p in paces)
+            speed = stream_speed(times, sessions, k, draft_ms, rtt_ms, edge.mean)
+            fixed = LoadedStepTimes(_ConstantStepTime(speed.step_ms), 0)
+            slow_commits = stream_speed(fixed, 1, k, draft_ms, rtt_ms, edge.slow).commits
+        speeds.append(speed)
+        slow_speeds.append(slow_commits / speed.round_ms * 1000.0)
+    rows = tuple(times.row_ms(p.items, p.rows) for p in speeds)
     return SpeedCurve(
-        edge.mode, draft_ms, rtt_ms, tuple(paces), tuple(slow_speeds), rows, resume_ms
+        edge.mode, draft_ms, rtt_ms, tuple(speeds), tuple(slow_speeds), rows, resume_ms
     )
 
 
@@ -96,26 +96,30 @@ def draft_row(
     tokens_per_s: float,
     settings: PlanSettings,
 ) -> DraftRow:
-    """Choose k: among those that keep the promise the best by the objective, else the k that comes
-    nearest to it, if it comes nearer than no drafts by what drafting must gain."""
+    """Choose k: the best by the objective among those that meet the SLO.
+
+    If none does, the k that comes nearest, or 0 if that gains less than ``settings.min_gain``.
+    """
     figures = [_figures(p, k, cell, device, settings) for k, p in enumerate(cell.mean)]
-    keeping = [k for k, speed in enumerate(cell.slow) if speed >= tokens_per_s]
+    feasible = [k for k, speed in enumerate(cell.slow) if speed >= tokens_per_s]
     nearest = max(range(len(figures)), key=lambda k: cell.slow[k])
     if cell.slow[nearest] < cell.slow[0] * settings.min_gain:
         nearest = 0
     best = choose(
         figures,
-        keeping or [nearest],
+        feasible or [nearest],
         settings.weights,
         energy_slack=settings.energy_slack,
-        lone=0,
+        undrafted=0,
         min_gain=settings.min_gain,
     )
-    pace = cell.mean[best]
+    speed = cell.mean[best]
     draft_ahead = 0
     if best:
-        # Far enough that the next step finds best drafts although the frontier is known late.
-        draft_ahead = min(_MAX_LEAD, best + round((cell.rtt_ms + pace.step_ms) / cell.draft_ms) + 1)
+        # Far enough that the next step finds k drafts, although the committed length arrives late.
+        draft_ahead = min(
+            _MAX_DRAFT_AHEAD, best + round((cell.rtt_ms + speed.step_ms) / cell.draft_ms) + 1
+        )
     return DraftRow(
         device=device.name,
         rtt_ms=cell.rtt_ms,
@@ -125,14 +129,14 @@ def draft_row(
         k=best,
         stop=_stop(cell, best),
         draft_ahead=draft_ahead if cell.mode == "stream" else best,
-        expected_tokens_per_s=pace.tokens_per_s,
+        expected_tokens_per_s=speed.tokens_per_s,
         slow_tokens_per_s=cell.slow[best],
-        round_ms=pace.round_ms,
-        step_ms=pace.step_ms,
-        commits=pace.commits,
+        round_ms=speed.round_ms,
+        step_ms=speed.step_ms,
+        commits=speed.commits,
         draft_ms=cell.draft_ms,
-        price=pace.price,
-        feasible=bool(keeping),
+        server_tokens_per_ms=speed.server_tokens_per_ms,
+        feasible=bool(feasible),
         nearest_tokens_per_s=max(cell.slow),
         energy_j_per_token=figures[best].energy_j_per_token,
         by_k=tuple(f.tokens_per_s for f in figures),
@@ -144,41 +148,41 @@ def draft_row(
 
 
 def _stop(cell: SpeedCurve, k: int) -> float:
-    """Cumulative survival below which another draft costs more than it brings.
+    """Cumulative acceptance probability below which another draft costs more than it gains.
 
-    A draft is worth its row where survival exceeds what the server commits elsewhere in the time the
-    row takes; in round mode the session itself also waits for its drafting, at its own speed.
+    A draft pays if it exceeds what the server commits elsewhere in the time of its row. In round mode the
+    session also waits for its drafting, at its own speed.
     """
     if not k:
         return 1.0
-    pace = cell.mean[k]
-    worth = pace.price * cell.row_ms[k]
+    speed = cell.mean[k]
+    threshold = speed.server_tokens_per_ms * cell.row_ms[k]
     if cell.mode == "round":
-        worth += pace.tokens_per_ms * cell.draft_ms
-    return min(0.95, max(0.02, worth))
+        threshold += speed.tokens_per_ms * cell.draft_ms
+    return min(0.95, max(0.02, threshold))
 
 
 _MS_PER_H, _MTOKEN = 3.6e6, 1e6
 
 
 def _figures(
-    pace: SessionSpeed, k: int, cell: SpeedCurve, device: PlannedDevice, settings: PlanSettings
+    speed: SessionSpeed, k: int, cell: SpeedCurve, device: PlannedDevice, settings: PlanSettings
 ) -> Figures:
-    """What one draft length gives and takes. Energy: of drafting. Dollars: the server's busy time, shared
-    by what it commits in it, and the edge's drafting time."""
-    drafting_ms = pace.drafted * cell.draft_ms + cell.resume_ms / pace.commits if k else 0.0
-    server_ms = 1.0 / pace.price if pace.price > 0 else 0.0
+    """Figures of one draft length. Energy is that of drafting. Dollars are the server's busy time per
+    committed token and the edge's drafting time."""
+    drafting_ms = speed.drafted * cell.draft_ms + cell.resume_ms / speed.commits if k else 0.0
+    server_ms = 1.0 / speed.server_tokens_per_ms if speed.server_tokens_per_ms > 0 else 0.0
     billed = settings.server_price * server_ms + settings.edge_price(device.name) * drafting_ms
     return Figures(
-        pace.tokens_per_s,
+        speed.tokens_per_s,
         billed / _MS_PER_H * _MTOKEN,
         device.draft_w * drafting_ms / 1000.0,
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Constant(BatchCost, StepTimeEstimator):
-    """An estimator whose step always takes the same time: one session alters nobody's step."""
+class _ConstantStepTime(BatchCost, StepTimeEstimator):
+    """An estimator whose step always takes the same time."""
 
     p50_ms: float
     coverage: float = 0.5
@@ -187,10 +191,10 @@ class _Constant(BatchCost, StepTimeEstimator):
     def bound_ms(self) -> float:
         return self.p50_ms
 
-    def start(self) -> _Constant:
+    def start(self) -> _ConstantStepTime:
         return self
 
-    def add(self, new: int, cached: int, prefill: bool = False) -> _Constant:
+    def add(self, new: int, cached: int, prefill: bool = False) -> _ConstantStepTime:
         return self
 
     def predict(self, shape: BatchShape) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""A plan in words: why a cell is as it is, and what two plans do differently."""
+"""Explain a plan: why a cell is as it is, and what two plans do differently."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import fields
 from typing import NamedTuple
 
 from wispprof.artifacts.plan import DraftRow, Plan, machine_of
-from wispprof.planning.draft_choice import front
+from wispprof.planning.objective import draft_front
 
 __all__ = ["PlanChange", "compare", "explain"]
 
 
 class PlanChange(NamedTuple):
-    """A field of a cell that differs. ``before`` or ``after`` is ``None`` where there is no such cell."""
+    """A field of a cell that differs. ``before`` or ``after`` is ``None`` if the cell does not exist."""
 
     cell: str
     field: str
@@ -21,7 +21,7 @@ class PlanChange(NamedTuple):
 
 
 def explain(plan: Plan, cell: str) -> list[str]:
-    """Sentences with the numbers a cell was chosen by."""
+    """Sentences with the numbers that decided a cell."""
     row = plan.find(cell)
     load = next((b for b in plan.batch if b.load_level == row.load_level), None)
     sessions = "its sessions"
@@ -30,12 +30,12 @@ def explain(plan: Plan, cell: str) -> list[str]:
     undrafted = row.by_k[0] if row.by_k else 0.0
     lines = [
         f"{row.device}, {row.rtt_ms:g} ms round trip, load level {row.load_level} ({sessions} of "
-        f"{plan.context} cached tokens), promise {row.tokens_per_s:g} tokens/s, {row.mode} mode.",
-        f"One draft token takes {row.draft_ms:.3g} ms there; the server's step {row.step_ms:.3g} ms.",
+        f"{plan.context} cached tokens), SLO {row.tokens_per_s:g} tokens/s, {row.mode} mode.",
+        f"One draft token takes {row.draft_ms:.3g} ms; a server step takes {row.step_ms:.3g} ms.",
     ]
     lines += _choice(row, undrafted, plan.objective)
     lines += _link(plan, row)
-    lines.append(_promise(row))
+    lines.append(_slo(row))
     if row.k:
         lines.append(_stop(row))
     lines += _capacity(plan, row)
@@ -54,7 +54,7 @@ def _money(dollars: float) -> str:
 
 
 def _drafts(plan: Plan, row: DraftRow) -> list[str]:
-    """Which draft the machine should run there, and what the others would give."""
+    """Which draft model the machine should run, and the Pareto front."""
     choice = next(
         (
             c
@@ -72,26 +72,26 @@ def _drafts(plan: Plan, row: DraftRow) -> list[str]:
     )
     if choice is None:
         return []
-    options, best = front(
+    options, best = draft_front(
         plan, choice.machine, row.rtt_ms, row.load_level, row.tokens_per_s, row.mode
     )
-    lines = [f"Of the drafts of {choice.machine}, {choice.device} is best by {plan.objective}."]
+    lines = [f"Best draft model of {choice.machine} by {plan.objective}: {choice.device}."]
     if choice.feasible and not choice.k:
-        lines[0] = f"No draft of {choice.machine} pays there."
+        lines[0] = f"No draft model of {choice.machine} pays here."
     elif not choice.feasible:
         lines[0] = (
-            f"No draft of {choice.machine} keeps the promise; {choice.device} comes nearest to it."
+            f"No draft model of {choice.machine} meets the SLO; {choice.device} comes nearest."
         )
-    lines.append("Beaten in nothing by any other choice (the Pareto front):")
-    for place in best:
-        option = options[place]
+    lines.append("Pareto front (no other choice is better in every figure):")
+    for idx in best:
+        option = options[idx]
         figures = option.figures
-        told = f"  {option.device}, k = {option.k}: {figures.tokens_per_s:.3g} tokens/s"
+        line = f"  {option.device}, k = {option.k}: {figures.tokens_per_s:.3g} tokens/s"
         if figures.dollars_per_mtoken:
-            told += f", {_money(figures.dollars_per_mtoken)} per million tokens"
+            line += f", {_money(figures.dollars_per_mtoken)} per million tokens"
         if any(o.figures.energy_j_per_token for o in options):
-            told += f", {figures.energy_j_per_token:.3g} J per token"
-        lines.append(told + ("" if option.keeps else " (breaks the promise)"))
+            line += f", {figures.energy_j_per_token:.3g} J per token"
+        lines.append(line + ("" if option.meets_slo else " (misses the SLO)"))
     return lines
 
 
@@ -111,14 +111,16 @@ def _choice(row: DraftRow, undrafted: float, objective: str) -> list[str]:
     ]
     if drafted != row.k:
         why = (
-            "but see the promise" if objective == "goodput" else f"but the objective is {objective}"
+            "but it misses the SLO"
+            if objective == "goodput"
+            else f"but the objective is {objective}"
         )
         lines.append(f"k = {drafted} would be faster on average ({best:.3g}), {why}.")
     return lines
 
 
 def _link(plan: Plan, row: DraftRow) -> list[str]:
-    """Why a longer round trip made the draft shorter, where it did."""
+    """Why a longer round trip made the draft shorter, if it did."""
     key = (row.device, row.load_level, row.tokens_per_s, row.mode)
     nearer = [
         r
@@ -133,41 +135,41 @@ def _link(plan: Plan, row: DraftRow) -> list[str]:
     there, here = row.by_k[near.k], row.by_k[row.k]
     slow = row.slow_by_k[near.k]
     if row.feasible and slow < row.tokens_per_s:
-        why = f"here the slow session would get {slow:.3g} tokens/s with it, under the promise"
+        why = f"here the slow session would get {slow:.3g} tokens/s with it, below the SLO"
     elif there < here:
         why = f"here it would give {there:.3g} tokens/s, less than the {here:.3g} of k = {row.k}"
     elif not row.feasible:
-        why = f"here no length keeps the promise, and k = {row.k} comes nearest to it"
+        why = f"here no draft length meets the SLO, and k = {row.k} comes nearest"
     elif row.k == 0:
         why = f"here it would give {there:.3g} tokens/s, too little above {here:.3g} to draft for"
     else:
         why = f"here k = {row.k} is the better one by {plan.objective}"
-    return [f"At {near.rtt_ms:g} ms of round trip k is {near.k}; {why}."]
+    return [f"At {near.rtt_ms:g} ms round trip k is {near.k}; {why}."]
 
 
-def _promise(row: DraftRow) -> str:
+def _slo(row: DraftRow) -> str:
     slow = f"the slow session (the one that decides attainment) gets {row.slow_tokens_per_s:.3g}"
     if row.feasible:
-        return f"The promise of {row.tokens_per_s:g} tokens/s is kept: {slow}."
+        return f"The SLO of {row.tokens_per_s:g} tokens/s is met: {slow}."
     return (
-        f"The promise of {row.tokens_per_s:g} tokens/s cannot be kept: {slow}. "
-        f"The nearest that can: {row.nearest_tokens_per_s:.3g}."
+        f"The SLO of {row.tokens_per_s:g} tokens/s cannot be met: {slow}. "
+        f"The nearest SLO that can: {row.nearest_tokens_per_s:.3g}."
     )
 
 
 def _stop(row: DraftRow) -> str:
     return (
-        f"Drafting stops where the chance that all drafts so far and the next one hold falls under "
-        f"{row.stop:.2f}: the server commits {row.price:.3g} tokens per ms of step at this load. "
-        f"The edge may run {row.draft_ahead} tokens ahead."
+        f"Drafting stops when the cumulative acceptance probability of the next draft falls below "
+        f"{row.stop:.2f}: the server commits {row.server_tokens_per_ms:.3g} tokens per ms of step at this "
+        f"load. The edge may run {row.draft_ahead} tokens ahead."
     )
 
 
 def _capacity(plan: Plan, row: DraftRow) -> list[str]:
-    """How many such devices fit, all of this class and in the mixes that hold it."""
+    """How many such devices fit: all of this class, and in the mixes that contain it."""
     where = (row.device, row.rtt_ms, row.mode)
     lines = [
-        f"Capacity if all were promised {row.tokens_per_s:g} tokens/s: {alone.split} devices with "
+        f"Capacity if all have an SLO of {row.tokens_per_s:g} tokens/s: {alone.split} devices with "
         f"k = {alone.k}, {alone.server_only} without drafts (bound by {alone.bound_by})."
         for alone in plan.capacity
         if (alone.device, alone.rtt_ms, alone.mode) == where
@@ -177,7 +179,7 @@ def _capacity(plan: Plan, row: DraftRow) -> list[str]:
         if (mix.device, mix.rtt_ms, mix.mode) == where and row.tokens_per_s in mix.slos:
             lengths = ", ".join(f"{k:g}" for k in mix.ks)
             lines.append(
-                f"Of the mix {mix.mix}: {mix.split} devices with k = {lengths}, "
+                f"Capacity of the mix {mix.mix}: {mix.split} devices with k = {lengths}, "
                 f"{mix.server_only} without drafts."
             )
     return lines

@@ -1,4 +1,4 @@
-"""What ``wispprof plan`` does, without the printing: files in, a plan out, mismatches refused."""
+"""The command ``wispprof plan`` without printing: reads files, refuses mismatches, returns a plan."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Report = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, slots=True)
 class SpeedDevice:
-    """A device of which only drafting speed (tokens/s) and power are known, as publications give it."""
+    """A device known by drafting speed (tokens/s) and power alone, as publications state them."""
 
     name: str
     tokens_per_s: float
@@ -43,7 +43,7 @@ def plan_files(
     """Read and check everything, and make the plan.
 
     ``edges``: ``[NAME=]PROFILE``; ``speeds``: ``NAME=TOKENS_PER_S[@WATTS]``; ``traces``: ``TRACE`` for all
-    devices or ``NAME=TRACE`` for one. Raises :class:`PlanError` where they do not belong together.
+    devices or ``NAME=TRACE`` for one. Raises :class:`PlanError` if they do not belong together.
     """
     from wispprof.fitting.estimator import load_estimator
     from wispprof.simulation.devices import DeviceProfile
@@ -54,7 +54,7 @@ def plan_files(
     notes: list[str] = []
     if machine := document.inputs.get("machine"):
         inputs["machine"] = machine
-        notes.append(f"Server times are those of {machine}.")
+        notes.append(f"Server times were measured on {machine}.")
     shared, named = _traces(traces, inputs)
     devices: list[PlannedDevice] = []
     for entry in edges:
@@ -69,13 +69,13 @@ def plan_files(
     for entry in speeds:
         name, speed, watts = _speed(entry)
         devices.append(SpeedDevice(name, speed, watts))
-        notes.append(f"{name} is known by its drafting speed alone, {speed:g} tokens/s.")
+        notes.append(f"{name} is described by its drafting speed alone: {speed:g} tokens/s.")
     if shared is None and not named:
         raise PlanError("A plan needs an acceptance trace.", "Give --trace.")
     for name, trace in named.items():
         if shared is not None and trace.tokenizer_hash != shared.tokenizer_hash:
             raise PlanError(
-                f"The trace of {name} was taken with another tokenizer than the shared one.",
+                f"The trace of {name} uses another tokenizer than the shared trace.",
                 "Use traces of one target.",
             )
     acceptance: AcceptanceTrace | dict[str, AcceptanceTrace]
@@ -90,10 +90,10 @@ def plan_files(
 
 
 def link_rtt_ms(path: Path) -> float:
-    """The round trip of a measured link: the median of its ``rtt`` rows."""
+    """Round-trip time of a measured link: the median of its ``rtt`` rows."""
     rows = [row for row in load_link(path).rows if row.kind == "rtt"]
     if not rows:
-        raise PlanError(f"The link profile {path} has no round trips.", "Measure it anew.")
+        raise PlanError(f"The link profile {path} has no round trips.", "Measure the link again.")
     return sorted(row.median_ms for row in rows)[len(rows) // 2]
 
 
@@ -118,13 +118,13 @@ def _traces(
 
 
 def _check_pair(name: str, tokenizer: str, trace: AcceptanceTrace) -> list[str]:
-    """Notes on a device and a trace; raises where their tokenizers differ."""
+    """Notes on a device and its trace; raises :class:`PlanError` if their tokenizers differ."""
     if not tokenizer or not trace.tokenizer_hash:
         return [f"The tokenizers of {name} and its trace could not be compared."]
     if tokenizer != trace.tokenizer_hash:
         raise PlanError(
-            f"{name} was profiled with another tokenizer than the acceptance trace was taken with.",
-            "Profile the draft model that the trace is of, or take the trace with this one.",
+            f"The profile of {name} uses another tokenizer than its acceptance trace.",
+            "Profile the draft model of the trace, or record a trace with this draft model.",
         )
     return []
 

@@ -1,4 +1,4 @@
-"""A plan for other tools.
+"""Export a plan for other tools.
 
 *csv*: the draft-length table, one row per cell, columns as the fields of ``DraftRow``.
 
@@ -35,12 +35,12 @@ def export(
     tokens_per_s: float | None = None,
     mode: str = "round",
 ) -> str:
-    """The plan as text. ``device``, ``rtt_ms``, ``tokens_per_s`` and ``mode`` pick the column that a
-    format without such dimensions is given. Raises :class:`PlanError` on an unknown format."""
+    """The plan as text. Formats without these dimensions get the rows of ``device``, ``rtt_ms``,
+    ``tokens_per_s`` and ``mode``. Raises :class:`PlanError` on an unknown format."""
     if form == "csv":
         return _csv(plan)
     if form not in FORMATS:
-        raise PlanError(f"There is no export format {form!r}.", f"Choose of {', '.join(FORMATS)}.")
+        raise PlanError(f"Unknown export format {form!r}.", f"Choose one of {', '.join(FORMATS)}.")
     device = device or plan.devices[0]
     if device not in plan.devices:
         raise PlanError(f"The plan has no device {device!r}.", f"It has {', '.join(plan.devices)}.")

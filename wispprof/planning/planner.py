@@ -1,4 +1,4 @@
-"""From measurements to a plan."""
+"""Compute all tables of a plan from measurements."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from wispprof.planning.batch_table import (
     sessions_of_levels,
     step_times,
 )
-from wispprof.planning.draft_choice import choices
-from wispprof.planning.draft_table import EdgeCosts, PlannedDevice, curve, draft_row
+from wispprof.planning.draft_table import EdgeCosts, PlannedDevice, draft_row, speed_curve
+from wispprof.planning.objective import choice_rows
 from wispprof.policies.load_level import LOAD_BOUNDS, LOAD_LEVELS
 from wispprof.settings.planner_settings import PlanSettings
 from wispprof.types import StepTimeEstimator
@@ -40,19 +40,19 @@ def make_plan(
 ) -> Plan:
     """Compute every table.
 
-    ``acceptance``: one trace (or :class:`Runs`) for all devices, or one trace per device name where
-    devices carry different drafts. ``inputs``: name → content hash of what the plan is made from.
+    ``acceptance``: one trace (or :class:`Runs`) for all devices, or one trace per device name if
+    devices run different draft models. ``inputs``: name → content hash of the plan's inputs.
     ``progress`` is called with (done, total, device).
 
-    Raises :class:`PlanError` where inputs contradict each other: no device, two of one name, a draft
-    step of no length, a device without a trace, traces of different tokenizers.
+    Raises :class:`PlanError` if there is no device, two have one name, a draft step takes no time, a device
+    has no trace, or traces have different tokenizers.
     """
     settings = settings or PlanSettings()
     fleet = _checked(devices, settings)
     runs = {d.name: _runs(d.name, acceptance, settings) for d in fleet}
     times = step_times(estimator, settings)
-    if times.whole(1, 1)[0] <= 0:
-        raise PlanError("The estimator says that a step takes no time.", "Fit it anew.")
+    if times.uniform(1, 1)[0] <= 0:
+        raise PlanError("The estimator predicts 0 ms for a step.", "Fit it again.")
     levels = sessions_of_levels(times, settings.kv_sessions)
     draft, capacity, mixes, break_even = [], [], [], []
     total = len(fleet) * len(settings.rtts_ms) * len(MODES)
@@ -62,7 +62,7 @@ def make_plan(
             for mode in MODES:
                 edge = EdgeCosts(device, rtt_ms, mode, *runs[device.name])
                 for level, sessions in levels.items():
-                    cell = curve(times, sessions, edge, settings.k_max)
+                    cell = speed_curve(times, sessions, edge, settings.k_max)
                     draft += [draft_row(cell, device, level, s, settings) for s in settings.slos]
                     break_even.append(break_even_row(times, edge, level, sessions, settings))
                 capacity += [capacity_row(times, edge, s, settings) for s in settings.slos]
@@ -70,16 +70,16 @@ def make_plan(
                 done += 1
                 if progress is not None:
                     progress(done, total, device.name)
-    likeliest = max((mean for mean, _ in runs.values()), key=lambda mean: mean.acceptance)
+    best_runs = max((mean for mean, _ in runs.values()), key=lambda mean: mean.acceptance)
     batch = [
-        batch_row(times, level, sessions, slo, likeliest, settings)
+        batch_row(times, level, sessions, slo, best_runs, settings)
         for level, sessions in levels.items()
         for slo in settings.slos
     ]
-    remarks = list(notes)
+    all_notes = list(notes)
     if max(levels) < LOAD_LEVELS - 1:
-        remarks.append(
-            f"{settings.kv_sessions} sessions stretch a step to load level {max(levels)} only; "
+        all_notes.append(
+            f"{settings.kv_sessions} sessions reach load level {max(levels)} at most; "
             "higher levels use its rows."
         )
     return Plan(
@@ -87,7 +87,7 @@ def make_plan(
         batch=tuple(batch),
         capacity=tuple(capacity),
         mixes=tuple(mixes),
-        choices=tuple(choices(draft, settings)),
+        choices=tuple(choice_rows(draft, settings)),
         break_even=tuple(break_even),
         load_bounds=LOAD_BOUNDS,
         context=settings.context,
@@ -95,7 +95,7 @@ def make_plan(
         cum_acceptance=runs[fleet[0].name][0].cumulative[:16],
         settings={**asdict(settings), "coverage": estimator.coverage},
         inputs=dict(inputs or {}),
-        notes=tuple(remarks),
+        notes=tuple(all_notes),
     )
 
 
@@ -104,26 +104,27 @@ def _checked(devices: Iterable[PlannedDevice], settings: PlanSettings) -> list[P
     if not fleet:
         raise PlanError("A plan needs at least one edge device.", "Give --edge or --device.")
     names = [d.name for d in fleet]
-    twice = {n for n in names if names.count(n) > 1}
-    if twice:
+    duplicates = {n for n in names if names.count(n) > 1}
+    if duplicates:
         raise PlanError(
-            f"Two devices are called {', '.join(sorted(twice))}.", "Name them apart: NAME=PROFILE."
+            f"Two devices are called {', '.join(sorted(duplicates))}.",
+            "Give them different names: NAME=PROFILE.",
         )
     for device in fleet:
         if "/" in device.name:
-            raise PlanError(f"The device name {device.name!r} holds a slash.", "Rename it.")
+            raise PlanError(f"The device name {device.name!r} contains a slash.", "Rename it.")
         if not device.step_ms(settings.context) > 0:
-            raise PlanError(f"A draft step on {device.name} takes no time.", "Profile it anew.")
+            raise PlanError(f"A draft step on {device.name} takes 0 ms.", "Profile it again.")
         if "energy" in settings.weights and not device.draft_w > 0:
             raise PlanError(
-                f"What drafting takes on {device.name} is not known, so energy cannot be an objective.",
-                "Profile it where power can be read, or give --device NAME=TOKENS_PER_S@WATTS.",
+                f"The drafting power of {device.name} is unknown, so energy cannot be an objective.",
+                "Profile it with a power sensor, or give --device NAME=TOKENS_PER_S@WATTS.",
             )
     for name in (name for name, _ in settings.edge_prices if name):
         if not any(name in (device, machine_of(device)) for device in names):
             raise PlanError(
                 f"A price is given for {name!r}, which is no device of this plan.",
-                f"It has {', '.join(names)}.",
+                f"Its devices: {', '.join(names)}.",
             )
     return fleet
 
@@ -140,8 +141,8 @@ def _runs(
     hashes = {t.tokenizer_hash for t in acceptance.values()}
     if len(hashes) > 1:
         raise PlanError(
-            f"The traces were taken with {len(hashes)} different tokenizers.",
-            "One target has one tokenizer: use traces of one target.",
+            f"The traces use {len(hashes)} different tokenizers.",
+            "Use traces of one target model.",
         )
     if name not in acceptance:
         raise PlanError(f"There is no acceptance trace for {name!r}.", "Give --trace for it.")

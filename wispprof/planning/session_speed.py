@@ -1,20 +1,16 @@
-"""How fast a session goes under a given load: the two renewal models the planner optimises over.
+"""Speed of a session under a given load: two renewal models, over which the planner optimises.
 
-Both describe ``sessions`` alike sessions that share one server, each with ``k``:
+Both describe identical sessions that share one server, each with ``k`` drafts:
 
-*round*: draft k, uplink, wait for the running step to end, verify, downlink. The step holds those
-sessions whose rounds arrived during the last one. The edge has rested meanwhile, and its first draft
-pays for that (``resume_ms``); one that drafts ahead meanwhile does better, in this as in all.
+*round*: draft k, uplink, wait for the running step, verify, downlink. A step holds the sessions whose rounds
+arrived during the last one. The edge pauses meanwhile, so its first draft takes ``resume_ms`` longer.
 
-*stream*: every step advances every session by one token and by whatever drafts have arrived. After
-a contradiction the edge hears of it half a round trip later and drafts from the new frontier; its
-j-th draft reaches the server ``rtt + j·draft`` after the commit: it drafts while it waits, and what
-little it rests where its lead is full is not counted. Until the first wrong draft is
-committed the path is deterministic, so expected tokens and steps per renewal follow from the run
-distribution alone.
+*stream*: every step advances every session by one token and by the drafts that have arrived. After a
+rejection the edge drafts from the new committed length; its j-th draft arrives ``rtt + j·draft`` after
+the commit. Until the next rejection the timing is deterministic, so expected tokens and steps follow
+from the distribution of accepted runs.
 
-Steps are priced by the estimator at the batch that results; step time and batch depend on each other
-and are iterated to a fixed point.
+The estimator prices steps at the resulting batch. Step time and batch are iterated to a fixed point.
 """
 
 from __future__ import annotations
@@ -28,9 +24,9 @@ __all__ = [
     "LoadedStepTimes",
     "SessionSpeed",
     "renewal",
-    "round_pace",
-    "stream_pace",
-    "undrafted_pace",
+    "round_speed",
+    "stream_speed",
+    "undrafted_speed",
 ]
 
 _ITERATIONS = 40
@@ -39,49 +35,51 @@ _TOLERANCE = 1e-3
 
 @dataclass
 class LoadedStepTimes:
-    """Step times of uniform batches over ``cached`` tokens each, remembered.
+    """Cached step times of uniform batches over ``cached`` tokens each.
 
-    Fractions are interpolated: a mean of 2.4 rows per session is 0.6 of the way from 2 to 3.
+    Fractions are interpolated linearly.
     """
 
     estimator: StepTimeEstimator
     cached: int
-    _known: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict, repr=False)
+    _cache: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict, repr=False)
 
-    def whole(self, items: int, new: int) -> tuple[float, float]:
+    def uniform(self, items: int, new: int) -> tuple[float, float]:
         """(p50, bound) of ``items`` items of ``new`` tokens."""
         key = (items, new)
-        if key not in self._known:
+        if key not in self._cache:
             batch = self.estimator.start()
             for _ in range(items):
                 batch = batch.add(new, self.cached)
-            self._known[key] = (batch.p50_ms, batch.bound_ms)
-        return self._known[key]
+            self._cache[key] = (batch.p50_ms, batch.bound_ms)
+        return self._cache[key]
 
     def p50_ms(self, items: float, new: float) -> float:
         """Median of a batch of ``items`` ≥ 1 items with ``new`` ≥ 1 tokens each on average."""
         low_items, low_new = max(1, int(items)), max(1, int(new))
         part_items, part_new = max(0.0, items - low_items), max(0.0, new - low_new)
-        time = self.whole(low_items, low_new)[0]
+        time = self.uniform(low_items, low_new)[0]
         if part_items:
-            time += part_items * (self.whole(low_items + 1, low_new)[0] - time)
+            time += part_items * (self.uniform(low_items + 1, low_new)[0] - time)
         if part_new:
-            grown = self.whole(low_items, low_new + 1)[0] - self.whole(low_items, low_new)[0]
+            grown = self.uniform(low_items, low_new + 1)[0] - self.uniform(low_items, low_new)[0]
             time += part_new * grown * (items / low_items)
         return time
 
     def row_ms(self, items: float, new: float) -> float:
-        """What one more token of one item adds, on average over two more of every item (a staircase
-        has no useful derivative)."""
+        """Time of one more token of one item, averaged over two more of every item (a staircase has no useful
+        derivative)."""
         count, width = max(1, round(items)), max(1, int(new))
-        return (self.whole(count, width + 2)[0] - self.whole(count, width)[0]) / (2 * count)
+        return (self.uniform(count, width + 2)[0] - self.uniform(count, width)[0]) / (2 * count)
 
 
 @dataclass(frozen=True, slots=True)
 class SessionSpeed:
-    """What a session gets: ``tokens_per_ms``, ``commits`` tokens per commit on average, ``round_ms``
-    between commits, ``step_ms`` of the server, ``rows`` it feeds per step and session, ``items``
-    per step, ``drafted`` tokens per committed one."""
+    """Mean speed of a session.
+
+    ``commits``: tokens per commit. ``round_ms``: between commits. ``step_ms``: of the server. ``rows``:
+    new tokens per item. ``items``: per step. ``drafted``: drafts per committed token.
+    """
 
     tokens_per_ms: float
     commits: float
@@ -96,18 +94,18 @@ class SessionSpeed:
         return self.tokens_per_ms * 1000.0
 
     @property
-    def price(self) -> float:
+    def server_tokens_per_ms(self) -> float:
         """Tokens committed per ms of the server's step."""
         return self.items * self.commits / self.step_ms if self.step_ms > 0 else 0.0
 
 
-def undrafted_pace(times: LoadedStepTimes, sessions: int) -> SessionSpeed:
-    """k = 0: every step advances everybody by one token; no link in the loop."""
+def undrafted_speed(times: LoadedStepTimes, sessions: int) -> SessionSpeed:
+    """k = 0: every step advances every session by one token, without the link."""
     step = times.p50_ms(sessions, 1)
     return SessionSpeed(1.0 / step, 1.0, step, step, 1.0, float(sessions))
 
 
-def round_pace(
+def round_speed(
     times: LoadedStepTimes,
     sessions: int,
     k: int,
@@ -116,13 +114,13 @@ def round_pace(
     runs: Runs,
     resume_ms: float = 0.0,
 ) -> SessionSpeed:
-    """Rounds of ``k`` ≥ 1 drafts, each begun after a rest that adds ``resume_ms``."""
+    """Rounds of ``k`` ≥ 1 drafts, each begun after a pause that adds ``resume_ms``."""
     commits = 1.0 + sum(runs.cumulative[:k])
     away = k * draft_ms + resume_ms + rtt_ms
     items = 1.0
     step = times.p50_ms(items, 1 + k)
     for _ in range(_ITERATIONS):
-        # Half of a running step is waited for, unless nobody else is there to run one.
+        # On average a round waits for half of a running step, if another session runs one.
         busy = min(1.0, (sessions - 1) * step / (away + step)) if sessions > 1 else 0.0
         round_ms = away + step * (1.0 + 0.5 * busy)
         wanted = min(float(sessions), max(1.0, sessions * step / round_ms))
@@ -135,10 +133,10 @@ def round_pace(
     return SessionSpeed(commits / round_ms, commits, round_ms, step, 1.0 + k, items, k / commits)
 
 
-def stream_pace(
+def stream_speed(
     times: LoadedStepTimes, sessions: int, k: int, draft_ms: float, rtt_ms: float, runs: Runs
 ) -> SessionSpeed:
-    """Streams of which at most ``k`` ≥ 1 drafts are verified in a step."""
+    """Streams with at most ``k`` ≥ 1 drafts verified in a step."""
     lengths = runs.lengths()
     step = times.p50_ms(sessions, 1)
     commits = rows = 1.0
@@ -156,12 +154,12 @@ def stream_pace(
 def renewal(
     lengths: list[float], step_ms: float, k: int, draft_ms: float, rtt_ms: float
 ) -> tuple[float, float]:
-    """(tokens, rows) per step of a stream, between two contradictions.
+    """(tokens, rows) per step of a stream, between two rejections.
 
     ``lengths``: P(run = 0, 1, …), see :meth:`~wispprof.planning.acceptance_runs.Runs.lengths`.
 
-    The frontier's path ``reached`` after each step is the same for all runs until the step in which
-    the run's first wrong draft is decided; that step commits exactly ``run + 1`` tokens in all.
+    The length ``reached`` after each step is the same for all runs, until the step that rejects the
+    run's first wrong draft. By then exactly ``run + 1`` tokens are committed.
     """
     tokens = steps = rows = 0.0
     reached = 0

@@ -8,7 +8,7 @@ from typing import Any
 from wispprof.artifacts import Document
 from wispprof.artifacts.plan import Plan, machine_of
 from wispprof.errors import ArtifactDamaged
-from wispprof.planning.draft_choice import Option, front
+from wispprof.planning.objective import Option, draft_front
 from wispprof.reporting import theme
 
 __all__ = ["capacity_curves", "drafts_front"]
@@ -99,7 +99,7 @@ def drafts_front(plan: Plan, tokens_per_s: float) -> str:
     levels = (
         levels if len(levels) <= MOST_PANELS else [levels[0], levels[len(levels) // 2], levels[-1]]
     )
-    cells = [front(plan, machine, rtt_ms, level, tokens_per_s, mode)[0] for level in levels]
+    cells = [draft_front(plan, machine, rtt_ms, level, tokens_per_s, mode)[0] for level in levels]
     priced = any(o.figures.dollars_per_mtoken for options in cells for o in options)
     powered = any(o.figures.energy_j_per_token for options in cells for o in options)
     if not priced and not powered:
@@ -121,7 +121,7 @@ def drafts_front(plan: Plan, tokens_per_s: float) -> str:
             ncols=len(machines[machine]) + 2,
         )
         return theme.svg(
-            figure, "front", f"Tokens per second of a session against {unit}, by draft and length"
+            figure, "draft_front", f"Tokens per second of a session against {unit}, by draft and length"
         )
 
 
@@ -148,17 +148,17 @@ def _front_panel(
             linewidth=0.9,
             alpha=0.45,
         )
-        for keeps in (True, False):
-            shown = [o for o in mine if o.keeps == keeps]
+        for meets_slo in (True, False):
+            shown = [o for o in mine if o.meets_slo == meets_slo]
             panel.scatter(
                 [paid(o) for o in shown],
                 [o.figures.tokens_per_s for o in shown],
                 s=30,
-                facecolors=color if keeps else theme.PAPER,
+                facecolors=color if meets_slo else theme.PAPER,
                 edgecolors=color,
                 marker=marker,
                 linewidths=0.9,
-                label=device.partition(":")[2] or device if keeps else None,
+                label=device.partition(":")[2] or device if meets_slo else None,
                 zorder=3,
             )
         for option in (o for o in mine if o.planned):

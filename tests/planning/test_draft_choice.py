@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from wispprof.artifacts.plan import load_plan, machine_of, save_plan
 from wispprof.errors import PlanError
 from wispprof.planning import Runs, make_plan
-from wispprof.planning.draft_choice import front
 from wispprof.planning.explain import explain
-from wispprof.planning.objective import Figures, choose, on_front
+from wispprof.planning.objective import Figures, choose, draft_front, pareto_front
 from wispprof.planning.pipeline import SpeedDevice
 from wispprof.settings.planner_settings import PlanSettings, device_price, weights_of
 from wispprof.simulation.step_costs import LinearCost
@@ -67,7 +66,7 @@ def test_what_is_no_objective_is_refused(text: str) -> None:
 
 @given(st.lists(figures, min_size=1, max_size=12))
 def test_the_front_is_what_nothing_beats(many: list[Figures]) -> None:
-    front_of = on_front(many)
+    front_of = pareto_front(many)
     assert front_of
     keyed = [(f.tokens_per_s, -f.dollars_per_mtoken, -f.energy_j_per_token) for f in many]
     for place, one in enumerate(keyed):
@@ -96,7 +95,7 @@ def test_the_best_lies_on_the_front_or_equals_it(many: list[Figures], objective:
 def test_not_drafting_is_left_only_for_a_gain() -> None:
     near = [Figures(10.0, 1.0, 0.0), Figures(10.1, 1.0, 1.0)]
     assert choose(near, (0, 1), weights_of("goodput")) == 1
-    assert choose(near, (0, 1), weights_of("goodput"), lone=0, min_gain=1.02) == 0
+    assert choose(near, (0, 1), weights_of("goodput"), undrafted=0, min_gain=1.02) == 0
 
 
 # --- in a plan ---
@@ -152,7 +151,7 @@ def test_a_machine_chooses_among_its_drafts_and_the_front_holds_the_choice(plans
                 assert choice.dollars_per_mtoken == min(r.dollars_per_mtoken for r in kept)
             if objective == "goodput" and kept:
                 assert choice.expected_tokens_per_s == max(r.expected_tokens_per_s for r in kept)
-            options, best = front(
+            options, best = draft_front(
                 plan, "laptop", row.rtt_ms, row.load_level, row.tokens_per_s, row.mode
             )
             assert len(options) == 2 * (SETTINGS.k_max + 1)
@@ -170,7 +169,7 @@ def test_the_draft_depends_on_the_objective(plans) -> None:
 def test_power_that_is_not_known_is_not_taken_for_none() -> None:
     deaf = replace(BIG, draft_w=0.0)
     plan = make_plan(COST, [deaf, SMALL, PI], Runs.geometric(0.8), SETTINGS)
-    options, _ = front(plan, "laptop", 20.0, 0, 8.0, "stream")
+    options, _ = draft_front(plan, "laptop", 20.0, 0, 8.0, "stream")
     assert {o.figures.energy_j_per_token for o in options} == {0.0}
     with pytest.raises(PlanError, match="energy cannot be an objective"):
         make_plan(COST, [deaf, PI], Runs.geometric(0.8), replace(SETTINGS, objective="energy"))
@@ -197,10 +196,10 @@ def test_choices_are_kept_and_explained(plans, tmp_path) -> None:
     save_plan(plan, tmp_path / "plan.json")
     again = load_plan(tmp_path / "plan.json")
     assert again.choices == plan.choices
-    told = "\n".join(explain(again, "laptop/20/0/8"))
-    assert "is best by cost" in told
-    assert "Pareto front" in told
-    assert "$" in told
+    text = "\n".join(explain(again, "laptop/20/0/8"))
+    assert "Best draft model of laptop by cost" in text
+    assert "Pareto front" in text
+    assert "$" in text
     # A machine's own name finds the most careful of its rows, not of the whole plan's.
     assert machine_of(plan.draft_row("laptop", 20.0, 0, 8.0).device) == "laptop"
     assert machine_of(plan.draft_row("laptop:7b", 20.0, 0, 8.0).device) == "laptop"
