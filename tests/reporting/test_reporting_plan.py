@@ -51,7 +51,7 @@ def test_the_break_even_map_says_from_where_on_drafting_pays() -> None:
 @pytest.mark.parametrize("speed", [8.0, 24.0, 40.0])
 @pytest.mark.parametrize("mode", ["stream", "round"])
 def test_hatching_means_on_both_maps_that_drafting_does_not_pay(mode: str, speed: float) -> None:
-    """A promise out of reach is another matter, and so is one that drafts would break."""
+    """An SLO out of reach is another matter, and so is one that drafts would break."""
     plan = planned(slos=(8.0, 24.0, 40.0))
     rows = [r for r in plan.draft if (r.device, r.mode) == ("laptop:1b", mode)]
     rows = [r for r in rows if r.tokens_per_s == speed]
@@ -67,7 +67,7 @@ def test_hatching_means_on_both_maps_that_drafting_does_not_pay(mode: str, speed
         assert (True, mode == "round") in short
 
 
-def test_a_promise_that_forbids_drafts_that_pay_is_not_hatched() -> None:
+def test_an_slo_that_forbids_drafts_that_pay_is_not_hatched() -> None:
     plan = planned()
     place = next(i for i, r in enumerate(plan.draft) if r.device == "laptop:1b" and r.k)
     row = replace(plan.draft[place], k=0)
@@ -105,7 +105,7 @@ def test_curves_are_drawn_and_damage_is_named(tmp_path: Path) -> None:
     figure = capacity_curves(read_document(tmp_path / "capacity.json", CAPACITY_KIND))
     assert "wispprof: 24" in figure
     assert "wisp: 12" in figure
-    assert "promised to 95 %" in figure
+    assert "target 95 %" in figure
     write_document(tmp_path / "capacity.json", CAPACITY_KIND, {"violations": 0.05})
     with pytest.raises(ArtifactDamaged, match="systems"):
         capacity_curves(read_document(tmp_path / "capacity.json", CAPACITY_KIND))
@@ -128,7 +128,7 @@ def test_every_device_has_its_maps(tmp_path: Path) -> None:
     save_plan(planned(), tmp_path / "plan.json")
     page = render_report(load_run(tmp_path))
     for device in ("laptop:1b", "laptop:3b"):
-        for caption in ("promise of", "measured acceptance"):
+        for caption in ("SLO of", "measured acceptance"):
             assert len(re.findall(rf"<caption>{device}, stream mode, {caption}", page)) == 1
         assert page.count(f"<summary>{device}</summary>") == 3  # lengths, break-even, capacity
     assert page.count("<details open>") == 3

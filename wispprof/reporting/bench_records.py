@@ -107,15 +107,15 @@ class Bench:
         return cls(result.policy, dict(result.load), figures, tuple(result.steps))
 
     @property
-    def promises(self) -> tuple[float, ...]:
-        """Token speeds promised, tokens/s."""
+    def slos(self) -> tuple[float, ...]:
+        """SLOs of the sessions, tokens/s."""
         return tuple(float(v) for v in self.load.get("slo_tokens_per_s", ()))
 
-    def promise_words(self) -> str:
+    def slo_text(self) -> str:
         """``12 tokens/s``, or the range of several classes."""
-        speeds = sorted(set(self.promises))
+        speeds = sorted(set(self.slos))
         if not speeds:
-            return "their promise"
+            return "their SLO"
         if len(speeds) == 1:
             return f"{speeds[0]:g} tokens/s"
         return f"{speeds[0]:g} to {speeds[-1]:g} tokens/s"
@@ -127,7 +127,7 @@ class Bench:
         words = f"{count} replay edges"
         if kinds:
             words += f" that draft like {kinds}"
-        words += f", promised {self.promise_words()}"
+        words += f", SLO {self.slo_text()}"
         if self.load.get("rtt_ms"):
             words += f", over a {float(self.load['rtt_ms']):g} ms link"
         return words
@@ -160,7 +160,7 @@ class Bench:
 
 _COLUMNS: tuple[tuple[str, Column], ...] = (
     ("goodput_tokens_per_s", Column("goodput", "tok/s", best="max")),
-    ("attainment", Column("kept", "sessions", 0, percent=True, best="max")),
+    ("attainment", Column("met SLO", "sessions", 0, percent=True, best="max")),
     ("tokens_per_s", Column("all", "tok/s", best="max")),
     ("ttft_p50_ms", Column("TTFT p50", "ms", 0, best="min")),
     ("ttft_p95_ms", Column("TTFT p95", "ms", 0, best="min")),

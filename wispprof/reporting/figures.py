@@ -137,7 +137,7 @@ def predicted_against_measured(points: Sequence[StepPoint], coverage: float) -> 
     """Measured over predicted step time with the line of equality, and the ratio's distribution.
 
     Left: every step, log axes. Right: measured ÷ bound, sorted, as the share of steps at or under each
-    ratio: the bound keeps its promise where the curve crosses 1 at or above ``coverage``.
+    ratio: the bound holds if the curve crosses 1 at or above ``coverage``.
     """
     groups: dict[str, list[StepPoint]] = defaultdict(list)
     for point in points:
@@ -179,7 +179,7 @@ def predicted_against_measured(points: Sequence[StepPoint], coverage: float) -> 
         right.set_ylim(0, 1.01)
         right.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
         right.annotate(
-            f"promised {100 * coverage:.0f} %",
+            f"target {100 * coverage:.0f} %",
             (0.31, coverage),
             xytext=(2, -11),
             textcoords="offset points",
@@ -191,7 +191,7 @@ def predicted_against_measured(points: Sequence[StepPoint], coverage: float) -> 
 
 
 def acceptance_by_position(trace: AcceptanceTrace) -> str:
-    """How far proposals survive: share accepted up to each position, and given all before it.
+    """Share accepted up to each position, and given all before it.
 
     Bars carry the 95 % interval over prompts (percentile bootstrap of whole prompts, seeded), because
     positions of one prompt are not independent.
@@ -278,7 +278,7 @@ def policy_bars(bars: Sequence[PolicyBar], slo: str) -> str:
             axes.grid(axis="y", visible=False)
             axes.spines["left"].set_visible(False)
         theme.finish(left, "tokens/s (pale: all, solid: goodput)", "", "Goodput")
-        theme.finish(right, f"sessions that kept {slo}", "", "SLO attainment")
+        theme.finish(right, f"sessions that met {slo}", "", "SLO attainment")
         return theme.svg(figure, "policies", "Goodput and SLO attainment by policy")
 
 

@@ -17,7 +17,7 @@ MOST_PANELS = 3
 
 
 def capacity_curves(document: Document) -> str:
-    """Share of sessions that kept their promise over the number of devices, one line per system, of a
+    """Share of sessions that met their SLO over the number of devices, one line per system, of a
     document that ``simulate --capacity --out`` wrote.
 
     Points are the fleet sizes that the search simulated; the last one above the line is the capacity.
@@ -60,7 +60,7 @@ def capacity_curves(document: Document) -> str:
         axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
         axes.annotate(
-            f"promised to {100 * limit:.0f} %",
+            f"target {100 * limit:.0f} %",
             (0.0, limit),
             xycoords=("axes fraction", "data"),
             xytext=(4, -11),
@@ -74,9 +74,9 @@ def capacity_curves(document: Document) -> str:
             title="system: devices",
             alignment="left",
         )
-        theme.finish(axes, "devices on one server", "sessions that kept their promise")
+        theme.finish(axes, "devices on one server", "sessions that met their SLO")
         return theme.svg(
-            figure, "capacity", "Share of sessions that kept their promise by number of devices"
+            figure, "capacity", "Share of sessions that met their SLO by number of devices"
         )
 
 
@@ -85,7 +85,7 @@ def drafts_front(plan: Plan, tokens_per_s: float) -> str:
     neither prices nor power. Where it knows both, the objective says which; energy where it does not.
 
     Points: every draft length of every draft of the machine that has most of them, at the shortest round
-    trip; hollow where the promise is broken, ringed where the plan chose it. Line: the choices that no
+    trip; hollow if the SLO is missed, ringed where the plan chose it. Line: the choices that no
     other one beats in speed and in the price shown.
     """
     machines: dict[str, list[str]] = {}
@@ -121,7 +121,9 @@ def drafts_front(plan: Plan, tokens_per_s: float) -> str:
             ncols=len(machines[machine]) + 2,
         )
         return theme.svg(
-            figure, "draft_front", f"Tokens per second of a session against {unit}, by draft and length"
+            figure,
+            "draft_front",
+            f"Tokens per second of a session against {unit}, by draft and length",
         )
 
 

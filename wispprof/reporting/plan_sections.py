@@ -29,7 +29,7 @@ def draft_length_map(plan: Plan, device: str, mode: str, tokens_per_s: float) ->
     """Draft length by round trip (rows) and load level (columns), as HTML.
 
     The darker, the longer the draft; under it the expected tokens/s of a session. Hatched as in
-    :func:`break_even_map`: no drafts, for they do not pay. A dashed frame: no draft length keeps the promise,
+    :func:`break_even_map`: no drafts, for they do not pay. A dashed frame: no draft length meets the SLO,
     and the speed is that of the slow session where it comes nearest.
     """
     row = plan.draft_row(device, 0.0, 0, tokens_per_s, mode)
@@ -47,7 +47,7 @@ def draft_length_map(plan: Plan, device: str, mode: str, tokens_per_s: float) ->
         if (r.device, r.mode, r.verdict) == (row.device, mode, "split")
     }
     cells = {_place(r): _cell(r, longest, _place(r) in pays) for r in rows}
-    title = f"{row.device}, {mode} mode, promise of {row.tokens_per_s:g} tokens/s"
+    title = f"{row.device}, {mode} mode, SLO of {row.tokens_per_s:g} tokens/s"
     return _map(plan, title, rtts, levels, cells)
 
 
@@ -121,7 +121,7 @@ def _cell(row: DraftRow, longest: int, pays: bool) -> str:
 
 
 def capacity_table(plan: Plan, device: str) -> Table:
-    """Sessions that keep their promise, undrafted and split, at the shortest and longest round trip."""
+    """Sessions that meet their SLO, undrafted and split, at the shortest and longest round trip."""
     rows = [r for r in plan.capacity if r.device == device]
     ends = {min(r.rtt_ms for r in rows), max(r.rtt_ms for r in rows)} if rows else set()
     return Table(
@@ -129,7 +129,7 @@ def capacity_table(plan: Plan, device: str) -> Table:
         (
             Column("mode"),
             Column("round trip", "ms", 0),
-            Column("promise", "tokens/s", 0),
+            Column("SLO", "tokens/s", 0),
             Column("server-only", "sessions", 0),
             Column("split", "sessions", 0),
             Column("gain", "", 2),
@@ -160,7 +160,7 @@ def plan_sections(run: Run, benches: Sequence[Bench]) -> list[Section]:
     if plan is None or not plan.draft:
         return []
     classes = plan.slo_classes or tuple(sorted({r.tokens_per_s for r in plan.draft}))
-    asked = [speed for b in benches for speed in b.promises]
+    asked = [speed for b in benches for speed in b.slos]
     wanted = statistics.median_low(asked) if asked else classes[len(classes) // 2]
     speed = plan.draft_row(plan.devices[0], 0.0, 0, wanted, plan.draft[0].mode).tokens_per_s
     maps = _by_device(plan, lambda device: _draft_lengths(plan, device, speed))
@@ -173,7 +173,7 @@ def plan_sections(run: Run, benches: Sequence[Bench]) -> list[Section]:
         even = (
             "<h3>Where speculation pays</h3><p>A session’s tokens/s with the best draft length over those "
             "without drafts, and the least mean acceptance at which any draft length would pay. Hatched: "
-            f"let the server work alone, unless a promise hangs on what little there is to gain.</p>{even}"
+            f"let the server work alone, unless an SLO depends on the small gain.</p>{even}"
         )
     drawn = drafts_front(plan, speed) if plan.draft[0].by_k else ""
     if drawn:
@@ -181,7 +181,7 @@ def plan_sections(run: Run, benches: Sequence[Bench]) -> list[Section]:
             drawn,
             note="Every draft length at the shortest round trip, joined from k = 0 on; up and to the left is "
             "better. On the front nothing else is both faster and cheaper. Hollow where "
-            f"{speed:g} tokens/s could not be promised. Objective of the plan: {plan.objective}. "
+            f"{speed:g} tokens/s is not met. Objective of the plan: {plan.objective}. "
             "Predicted, not measured.",
         )
     capacity = _by_device(plan, lambda device: _capacity(plan, device))
@@ -191,7 +191,7 @@ def plan_sections(run: Run, benches: Sequence[Bench]) -> list[Section]:
             "How far to draft",
             f"The plan’s draft length for each round trip and load, with {plan.context:,} cached tokens "
             "per session. 0 means: do not speculate here, hatched where it would not pay. In a dashed frame: "
-            "no draft length keeps the promise, and this one comes nearest to it. Server and edge look their "
+            "no draft length meets the SLO, and this one comes nearest to it. Server and edge look their "
             "row up while they run.",
             maps
             + notes
@@ -231,7 +231,7 @@ def _capacity(plan: Plan, device: str) -> str:
 
 
 def capacity_sections(run: Run) -> list[Section]:
-    """Simulated capacities, where a search was kept."""
+    """Simulated capacities, if a search was saved."""
     if run.capacity is None:
         return []
     return [

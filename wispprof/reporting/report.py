@@ -68,9 +68,9 @@ def verdict(benches: Sequence[Bench]) -> str:
     best = max(split, key=lambda b: b.bar().goodput)
     ours, theirs = best.bar().goodput, alone.bar().goodput
     if ours <= 0 and theirs <= 0:
-        return "Under this load no policy kept its promise to anybody"
+        return "Under this load no policy met any SLO"
     if theirs <= 0:
-        return f"Under this load only split serving kept its promise: {best.policy} did"
+        return f"Under this load only split serving met an SLO, with {best.policy}"
     ratio = ours / theirs
     if ratio > 1 + EVEN:
         return (
@@ -82,7 +82,7 @@ def verdict(benches: Sequence[Bench]) -> str:
             f"Split serving does not pay here: the server alone delivers {1 / ratio:.2f} × the "
             f"goodput of {best.policy}"
             if ratio > 0
-            else "Split serving does not pay here: only the server alone kept its promise"
+            else "Split serving does not pay here: only the server alone met an SLO"
         )
     return f"Here {best.policy} and the server alone deliver the same goodput"
 
@@ -142,14 +142,14 @@ def _held_out_error(run: Run) -> float | None:
 def _policies(benches: Sequence[Bench]) -> list[Section]:
     if not benches:
         return []
-    promise = benches[0].promise_words()
-    body = figure(figures.policy_bars([b.bar() for b in benches], promise))
+    slo = benches[0].slo_text()
+    body = figure(figures.policy_bars([b.bar() for b in benches], slo))
     body += to_html(bench_table(benches))
     return [
         Section(
             "policies",
             "One load, every policy",
-            "Goodput counts the tokens of sessions that kept their promise, and no others. The "
+            "Goodput counts the tokens of sessions that met their SLO. The "
             "server-only server sends no drafts and runs on the same kernels as the rest.",
             body,
         )
@@ -246,7 +246,7 @@ def _accuracy(run: Run, benches: Sequence[Bench]) -> list[Section]:
         Section(
             "accuracy",
             "Predicted and measured",
-            "Deadlines are kept on the upper bound, throughput is planned on the median.",
+            "Deadlines are checked against the upper bound, throughput is planned on the median.",
             body,
         )
     ]
@@ -275,7 +275,7 @@ def _acceptance(run: Run) -> list[Section]:
     return [
         Section(
             "acceptance",
-            "How far a draft survives",
+            "How many drafts are accepted",
             "The share of draft tokens that the target accepts, by their place in the round.",
             figure(figures.acceptance_by_position(trace), narrow=True, note=note),
         )
