@@ -27,10 +27,9 @@ from wispprof.fitting.batch_totals import (
     upper_corner,
 )
 from wispprof.fitting.drift import recalibrate
-from wispprof.fitting.evaluation import coverage_of, evaluate, fit_on, groups_of
+from wispprof.fitting.evaluation import coverage_of, evaluate, fit_on, folds_of, groups_of
 from wispprof.fitting.observations import Observations
 from wispprof.fitting.physical_terms import PhysicalTerms, graph_buckets
-from wispprof.fitting.selection import folds_of
 from wispprof.fitting.wispprof_model import WispprofStepTime
 from wispprof.types import BatchShape, BatchTotals, VerifyItem
 

@@ -18,8 +18,8 @@ from synthetic_step import SyntheticEstimator
 
 from wispprof.artifacts.rows import StepRow
 from wispprof.fitting import FittedEstimator
+from wispprof.fitting.evaluation import assemble
 from wispprof.fitting.observations import Observations
-from wispprof.fitting.selection import assemble
 from wispprof.fitting.wispprof_model import ModelChoice, WispprofStepTime
 from wispprof.policies import Limits, SessionView, StepPlan
 from wispprof.policies.cost_model import BoolArray, FloatArray, IntArray

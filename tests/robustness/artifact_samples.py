@@ -35,9 +35,9 @@ from wispprof.artifacts.plan import (
 )
 from wispprof.fitting import load_estimator
 from wispprof.fitting.estimator import ESTIMATOR_KINDS, model_class
+from wispprof.fitting.evaluation import assemble
 from wispprof.fitting.observations import Observations, read_step_log
 from wispprof.fitting.rejection_predictor import PREDICTOR_KINDS, fit_scorer, load_predictor
-from wispprof.fitting.selection import assemble
 from wispprof.types import BatchShape
 
 sys.path.append(str(Path(__file__).parents[1] / "fitting"))

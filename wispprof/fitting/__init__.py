@@ -8,13 +8,13 @@ from wispprof.fitting.estimator import (
     FittedEstimator,
     load_estimator,
 )
+from wispprof.fitting.pipeline import fit_estimator
 from wispprof.fitting.rejection_predictor import (
     PREDICTOR_KINDS,
     FittedPredictor,
     fit_predictor,
     load_predictor,
 )
-from wispprof.fitting.selection import fit_estimator
 
 __all__ = [
     "ESTIMATOR_KINDS",

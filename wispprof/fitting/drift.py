@@ -29,8 +29,8 @@ from wispprof.errors import FitError
 from wispprof.fitting.batch_totals import Totals, decode_totals_of, totals_of
 from wispprof.fitting.conformal import RatioBound, weighted_quantiles
 from wispprof.fitting.estimator import FittedEstimator
+from wispprof.fitting.evaluation import relative_errors
 from wispprof.fitting.observations import DISTRUSTED
-from wispprof.fitting.selection import relative_errors
 from wispprof.types import BatchShape, BatchTotals
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What ``wispprof fit`` does, without the printing: profile and trace in, artifacts and cards out."""
+"""``wispprof fit`` without the printing: profiles and traces in, artifacts and model cards out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from wispprof.artifacts import (
     files,
@@ -19,8 +21,15 @@ from wispprof.artifacts.rows import AcceptanceTrace, StepRow
 from wispprof.errors import FitError
 from wispprof.fitting.controller_replay import Fold, compare_controllers, summarise
 from wispprof.fitting.drift import recalibrate
-from wispprof.fitting.estimator import FittedEstimator, load_estimator
-from wispprof.fitting.evaluation import Evaluation, Progress, evaluate
+from wispprof.fitting.estimator import ESTIMATOR_KINDS, FittedEstimator, load_estimator
+from wispprof.fitting.evaluation import (
+    Evaluation,
+    Progress,
+    assemble,
+    evaluate,
+    out_of_fold,
+    relative_errors,
+)
 from wispprof.fitting.model_card import estimator_card, plot_evaluation, predictor_card, write_card
 from wispprof.fitting.observations import Observations, check_same_model, read_step_log
 from wispprof.fitting.rejection_predictor import (
@@ -30,7 +39,6 @@ from wispprof.fitting.rejection_predictor import (
     fit_scorer,
     paths_of,
 )
-from wispprof.fitting.selection import fit_estimator
 from wispprof.fitting.token_rows import split_prompts
 from wispprof.hardware import compute_device_name
 
@@ -38,6 +46,7 @@ __all__ = [
     "FitResult",
     "ServerRows",
     "evaluate_files",
+    "fit_estimator",
     "fit_files",
     "load_server_rows",
     "replay_files",
@@ -49,7 +58,7 @@ REPLAY_FOLDS = 5
 
 @dataclass
 class FitResult:
-    """What was fitted, and the files that were written."""
+    """The fitted artifacts and the files that were written."""
 
     estimator: FittedEstimator | None = None
     predictor: FittedPredictor | None = None
@@ -58,7 +67,7 @@ class FitResult:
 
 @dataclass(frozen=True)
 class ServerRows:
-    """Rows of one or more profiles of one model, with the hashes of where they came from."""
+    """Rows of one or more profiles of one model, with the profiles' hashes."""
 
     rows: tuple[StepRow, ...]
     inputs: dict[str, str]
@@ -69,7 +78,7 @@ class ServerRows:
 def load_server_rows(paths: Sequence[Path]) -> ServerRows:
     """Load server profiles that may be fitted together.
 
-    Raises :class:`FitError` where their models, number formats or devices differ.
+    Raises :class:`FitError` if their models, number formats or devices differ.
     """
     rows: list[StepRow] = []
     inputs: dict[str, str] = {}
@@ -93,6 +102,49 @@ def load_server_rows(paths: Sequence[Path]) -> ServerRows:
     return ServerRows(tuple(rows), inputs, next(iter(identities.values()), ""), tokenizer)
 
 
+def fit_estimator(
+    rows: Sequence[StepRow] | Observations,
+    kind: str = "auto",
+    coverage: float = 0.95,
+    kinds: Sequence[str] = ESTIMATOR_KINDS,
+) -> FittedEstimator:
+    """Fit a verification-time estimator on profile rows.
+
+    ``kind`` names a step-time model; ``auto`` fits all of ``kinds`` and keeps the one of least held-out
+    error among the monotone ones. ``.report`` holds the comparison.
+    Raises :class:`FitError` for rows that :func:`~wispprof.fitting.observations.check_rows` refuses.
+    """
+    data = rows if isinstance(rows, Observations) else Observations.of(rows)
+    tried = tuple(kinds) if kind == "auto" else (kind,)
+    fitted: dict[str, FittedEstimator] = {}
+    errors: dict[str, dict[str, float]] = {}
+    for name in tried:
+        predicted, step_model = out_of_fold(name, data)
+        errors[name] = relative_errors(predicted, data.median_ms)
+        fitted[name] = assemble(step_model, predicted, data, coverage)
+    eligible = (
+        [n for n in tried if fitted[n].step_model.monotone] if kind == "auto" else list(tried)
+    )
+    if not eligible:
+        raise FitError("None of the estimators tried is monotone.", "Add wisp-linear to them.")
+    best = min(eligible, key=lambda n: errors[n]["mape"])
+    noise = data.repeat_noise()
+    report: dict[str, Any] = {
+        "chosen": best,
+        "requested": kind,
+        "held_out": errors,
+        "monotone": {n: fitted[n].step_model.monotone for n in tried},
+        "shapes": len(data),
+        "samples": int(sum(len(s) for s in data.samples)),
+        "repeat_noise_percent": float(100 * np.median(noise)),
+        "coverage": coverage,
+        "flagged_rows": {"kept": data.flagged, "left_out": data.left_out},
+        "drift_percent": float(100 * (np.exp(data.drift) - 1)),
+    }
+    fitted[best].report.update(report)
+    return fitted[best]
+
+
 def fit_files(
     out: Path,
     server: Sequence[Path] = (),
@@ -102,7 +154,7 @@ def fit_files(
     coverage: float = 0.95,
     seed: int = 0,
 ) -> FitResult:
-    """Fit what is given and write ``estimator.json``, ``predictor.json`` and their cards to ``out``."""
+    """Fit an estimator, a predictor or both, and write ``estimator.json``, ``predictor.json`` and their cards to ``out``."""
     if not server and not trace:
         raise FitError("There is nothing to fit.", "Name a server profile, a trace, or both.")
     result = FitResult()
@@ -138,7 +190,7 @@ def evaluate_files(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Evaluation, list[Path]]:
-    """Score every estimator on held-out blocks; writes ``evaluation.json`` and plots to ``out``."""
+    """Score every estimator on held-out groups; writes ``evaluation.json`` and plots to ``out``."""
     loaded = load_server_rows(server)
     found = evaluate(Observations.of(loaded.rows), splits=splits, seed=seed, progress=progress)
     target = Path(out) / "evaluation.json"
@@ -152,8 +204,8 @@ def replay_files(
 ) -> tuple[list[dict[str, Any]], list[Path]]:
     """Replay whole rounds under every predictor; writes ``replay.json`` to ``out``.
 
-    Every prompt is judged once, in one of five folds: rules are tuned on the prompts that calibrate a
-    fold's predictors and judged on prompts that neither saw.
+    Every prompt is tested once, in one of five folds. Rules are tuned on the prompts that calibrate the
+    fold's predictors and tested on others.
     """
     traces = [load_trace(path) for path in trace]
     parts = split_prompts(paths_of(traces), (1.0,) * REPLAY_FOLDS, seed)
