@@ -1,21 +1,22 @@
-"""What a rejection predictor is worth: whole rounds replayed over an acceptance trace.
+"""Value of a rejection predictor: whole rounds replayed over an acceptance trace.
 
-A round drafts k tokens, crosses the link, is verified and commits the accepted prefix and one token
-more. How far a rule drafts at each position does not depend on how fast anything is, so a rule is
-walked over the trace once and then priced for every device and link.
+A round drafts k tokens, crosses the link, is verified and commits the accepted prefix and one more token.
+How far a rule drafts at each position does not depend on speed, so a rule is walked over the trace once and
+then priced for every device and link.
 
-Rules: ``fixed`` k; ``threshold``, stop at the first token whose acceptance probability falls below a value (WISP
-and SLED); ``gain``, draft on while the chance that the next token will count exceeds a value; and the
-clairvoyant, which knows the first rejection. The value of each rule is tuned on other prompts than it
-is judged on, towards one of two aims: ``fast``, most tokens/s, and ``frugal``, least wasted drafting
-time among values faster than the best fixed k. The best fixed k and the clairvoyant they are judged
-beside are picked on the very prompts they are judged on, which flatters them.
+Rules: ``fixed`` k; ``threshold``, stop at the first token whose acceptance probability is below a value
+(WISP, SLED); ``gain``, draft on while the probability that the next token counts exceeds a value; and the
+clairvoyant, which knows the first rejection. Each rule's value is tuned on other prompts than it is tested
+on, for one of two aims: ``fast``, most tokens/s, and ``frugal``, least wasted drafting time among values
+faster than the best fixed k. The best fixed k and the clairvoyant are picked on the test prompts, which
+favours them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,10 +41,10 @@ __all__ = [
 ]
 
 DEVICES = {"slow": 66.0, "middle": 16.0, "fast": 5.0}
-"""Milliseconds a drafted token takes: about a Raspberry Pi 5, a laptop CPU, a Jetson or laptop GPU."""
+"""Milliseconds per drafted token: about a Raspberry Pi 5, a laptop CPU, a Jetson or laptop GPU."""
 RTTS_MS = (10.0, 30.0, 80.0)
 FRUGAL_MARGIN = 1.01
-"""A frugal value must beat the best fixed k by this on the prompts it is tuned on."""
+"""A frugal value must beat the best fixed k by this factor on the tuning prompts."""
 VALUES = tuple(np.round(np.concatenate([np.linspace(0.02, 0.9, 23), [0.93, 0.96]]), 3).tolist())
 
 Lengths = Sequence[np.ndarray]
@@ -51,8 +52,8 @@ Lengths = Sequence[np.ndarray]
 
 @dataclass(frozen=True)
 class Setting:
-    """What rounds cost. ``server_ms``: queue and the fixed part of a verify step; ``row_ms``: per verified
-    token; ``decide_ms``: the controller, per drafted token."""
+    """Cost of a round. ``server_ms``: queue and the fixed part of a verify step; ``row_ms``: per verified
+    token; ``decide_ms``: of the controller, per drafted token."""
 
     draft_ms: float
     rtt_ms: float
@@ -88,31 +89,35 @@ class Walk(NamedTuple):
         return self.drafted * cost.draft_ms / self.tokens
 
 
-def walk(paths: Sequence[TracePath], lengths: Lengths) -> Walk:
-    """Play rounds from the start of each path; ``lengths[p][i]`` tokens are drafted at position i."""
-    tokens = rounds = drafted = kept = wasted = 0
-    for path, wanted in zip(paths, lengths, strict=True):
-        accepted = path.accepted.tolist()
-        rows = path.scored_rows()
-        plan = wanted.tolist()
-        position = 0
-        while position < rows:
-            length = plan[position]
-            good = min(length, accepted[position])
-            drafted += length
-            kept += good
-            wasted += max(0, length - good - 1)
-            position += good + 1
-            tokens += good + 1
-            rounds += 1
-    if rounds == 0:
+def _count(rounds: Iterable[tuple[int, int]]) -> Walk:
+    """The counts of rounds given as (drafted, accepted)."""
+    tokens = count = drafted = accepted = wasted = 0
+    for length, good in rounds:
+        drafted += length
+        accepted += good
+        wasted += max(0, length - good - 1)
+        tokens += good + 1
+        count += 1
+    if count == 0:
         raise FitError(
             "No path of the trace is long enough to replay.", "Take longer paths than the depth."
         )
-    return Walk(tokens, rounds, drafted, kept, wasted)
+    return Walk(tokens, count, drafted, accepted, wasted)
 
 
-# --- rules ----------------------------------------------------------------------------------------
+def walk(paths: Sequence[TracePath], lengths: Lengths) -> Walk:
+    """Play rounds from the start of each path; ``lengths[p][i]`` tokens are drafted at position i."""
+    return _count(_rounds(paths, lengths))
+
+
+def _rounds(paths: Sequence[TracePath], lengths: Lengths) -> Iterator[tuple[int, int]]:
+    for path, planned in zip(paths, lengths, strict=True):
+        accepted, plan = path.accepted.tolist(), planned.tolist()
+        position, rows = 0, path.scored_rows()
+        while position < rows:
+            good = min(plan[position], accepted[position])
+            yield plan[position], good
+            position += good + 1
 
 
 def acceptance_tables(
@@ -145,9 +150,9 @@ def threshold_lengths(tables: Iterable[FloatArray], value: float) -> Lengths:
 
 
 def gain_lengths(tables: Iterable[FloatArray], value: float, typical: FloatArray) -> Lengths:
-    """Stop where the chance that one more token will count falls below ``value``.
+    """Stop when the probability that one more token counts falls below ``value``.
 
-    ``typical`` (K,): mean acceptance probability by depth, which stands for the token not yet drafted.
+    ``typical`` (K,): mean acceptance probability by depth, used for the token not yet drafted.
     """
     lengths = []
     for table in tables:
@@ -165,13 +170,10 @@ def _first(stop: np.ndarray) -> np.ndarray:
     return lengths
 
 
-# --- comparison -----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Fold:
-    """One division of the prompts: predictors that saw neither part, ``tune`` to choose the rules' values,
-    ``test`` to judge them."""
+    """One split of the prompts: ``tune`` to choose the rules' values, ``test`` to score them, and predictors
+    fitted on neither."""
 
     tune: Sequence[TracePath]
     test: Sequence[TracePath]
@@ -184,31 +186,33 @@ def compare_controllers(
     rtts_ms: Sequence[float] = RTTS_MS,
     base: Setting | None = None,
 ) -> list[dict[str, Any]]:
-    """Records of every rule at every device speed and RTT, judged on the folds' tests together.
+    """Records of every rule at every device speed and RTT, scored on the folds' test prompts together.
 
-    ``device`` and ``rtt_ms`` name the cell, ``controller`` the rule, ``aim`` what it was tuned towards;
-    ``value`` is the rule's k or threshold (the median over folds); ``tokens_per_s``, ``wasted_ms`` and
-    ``drafting_ms`` (per committed token) and ``accepted`` (per round) are what it achieves.
+    ``device`` and ``rtt_ms`` name the cell, ``controller`` the rule, ``aim`` what it was tuned for;
+    ``value`` is the rule's k or threshold (the median over folds). Results: ``tokens_per_s``;
+    ``wasted_ms`` and ``drafting_ms`` per committed token; ``accepted`` per round.
     """
     base = base or Setting(1.0, 1.0)
     cells = [
-        (name, Setting(draft, rtt, base.server_ms, base.row_ms, base.decide_ms))
+        (name, replace(base, draft_ms=draft, rtt_ms=rtt))
         for name, draft in (devices or DEVICES).items()
         for rtt in rtts_ms
     ]
     depth = folds[0].test[0].depth
     test = [path for fold in folds for path in fold.test]
     fixed = {float(k): walk(test, fixed_lengths(test, k)) for k in range(depth + 1)}
-    seer = {float(k): walk(test, clairvoyant_lengths(test, k)) for k in range(depth + 1)}
+    clairvoyant = {float(k): walk(test, clairvoyant_lengths(test, k)) for k in range(depth + 1)}
     played = [_play(fold, depth) for fold in folds]
     records = []
     for device, cost in cells:
-        for name, walks in (("fixed", fixed), ("clairvoyant", seer)):
+        for name, walks in (("fixed", fixed), ("clairvoyant", clairvoyant)):
             best = _fastest(walks, cost)
             records.append(_record(device, cost, name, best, walks[best]))
         for name in played[0][1]:
             for aim, choose in (("fast", _fastest), ("frugal", _frugal)):
-                values = [choose(rules[name][0], cost, still) for still, rules in played]
+                values = [
+                    choose(rules[name][0], cost, tuned_fixed) for tuned_fixed, rules in played
+                ]
                 chosen = [value for value in values if value is not None]
                 if len(chosen) < len(played):
                     continue
@@ -229,43 +233,41 @@ Walks = dict[float, Walk]
 
 def _play(fold: Fold, depth: int) -> tuple[Walks, dict[str, tuple[Walks, Walks]]]:
     """Walks of a fold by value: fixed k over the tuning prompts, and each rule over tuning and test."""
-    tune, test = fold.tune, fold.test
-    still = {float(k): walk(tune, fixed_lengths(tune, k)) for k in range(depth + 1)}
+    fixed = {float(k): walk(fold.tune, fixed_lengths(fold.tune, k)) for k in range(depth + 1)}
     rules: dict[str, tuple[Walks, Walks]] = {}
     for name, predictor in fold.predictors.items():
-        learn, judge = acceptance_tables(tune, predictor), acceptance_tables(test, predictor)
-        typical = np.array([np.concatenate([t[:, j] for t in learn]).mean() for j in range(depth)])
-        rules[f"threshold:{name}"] = (
-            {v: walk(tune, threshold_lengths(learn, v)) for v in VALUES},
-            {v: walk(test, threshold_lengths(judge, v)) for v in VALUES},
-        )
-        rules[f"gain:{name}"] = (
-            {v: walk(tune, gain_lengths(learn, v, typical)) for v in VALUES},
-            {v: walk(test, gain_lengths(judge, v, typical)) for v in VALUES},
-        )
-    return still, rules
+        parts = [(paths, acceptance_tables(paths, predictor)) for paths in (fold.tune, fold.test)]
+        tuned = parts[0][1]
+        typical = np.array([np.concatenate([t[:, j] for t in tuned]).mean() for j in range(depth)])
+        for rule, lengths in (
+            ("threshold", threshold_lengths),
+            ("gain", partial(gain_lengths, typical=typical)),
+        ):
+            on_tune, on_test = (
+                {v: walk(paths, lengths(tables, v)) for v in VALUES} for paths, tables in parts
+            )
+            rules[f"{rule}:{name}"] = on_tune, on_test
+    return fixed, rules
 
 
 def _together(walks: Iterable[Walk]) -> Walk:
     return Walk(*(sum(counts) for counts in zip(*walks, strict=True)))
 
 
-def _fastest(walks: Walks, cost: Setting, still: Walks | None = None) -> float:
+def _fastest(walks: Walks, cost: Setting, fixed: Walks | None = None) -> float:
     return max(walks, key=lambda v: walks[v].tokens_per_s(cost))
 
 
-def _frugal(walks: Walks, cost: Setting, still: Walks) -> float | None:
-    """The value of least waste that beats the best fixed k of ``still`` on the same prompts, if any."""
-    enough = FRUGAL_MARGIN * still[_fastest(still, cost)].tokens_per_s(cost)
+def _frugal(walks: Walks, cost: Setting, fixed: Walks) -> float | None:
+    """The value of least waste that beats the best of ``fixed`` on the same prompts, if any."""
+    enough = FRUGAL_MARGIN * fixed[_fastest(fixed, cost)].tokens_per_s(cost)
     able = [v for v in walks if walks[v].tokens_per_s(cost) >= enough]
     return min(able, key=lambda v: walks[v].wasted) if able else None
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per device and RTT: the best fixed k, the rule tuned for most tokens/s (``fastest``) and for least
-    waste (``frugal``, None where none beat the best fixed k while it was tuned), and the clairvoyant.
-
-    Which rule stands for an aim is decided by the prompts it was tuned on.
+    waste (``frugal``, None if none beat the best fixed k on the tuning prompts), and the clairvoyant.
     """
     cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for record in records:
@@ -319,8 +321,13 @@ def replay_controller(
     paths: Sequence[TracePath], make: Callable[[], Controller], cost: Setting
 ) -> Walk:
     """Play rounds under a real controller object, one per path, as an edge would drive it."""
+    return _count(_controlled_rounds(paths, make, cost))
+
+
+def _controlled_rounds(
+    paths: Sequence[TracePath], make: Callable[[], Controller], cost: Setting
+) -> Iterator[tuple[int, int]]:
     context = RoundContext(cost.draft_ms, cost.rtt_ms, cost.server_ms)
-    tokens = rounds = drafted = kept = wasted = 0
     for path in paths:
         controller = make()
         position = 0
@@ -333,14 +340,5 @@ def replay_controller(
                     break
             good = min(length, int(path.accepted[position]))
             controller.finish(length, good)
-            drafted += length
-            kept += good
-            wasted += max(0, length - good - 1)
+            yield length, good
             position += good + 1
-            tokens += good + 1
-            rounds += 1
-    if rounds == 0:
-        raise FitError(
-            "No path of the trace is long enough to replay.", "Take longer paths than the depth."
-        )
-    return Walk(tokens, rounds, drafted, kept, wasted)

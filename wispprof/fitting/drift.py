@@ -1,17 +1,14 @@
-"""Drift: watch predicted against measured step times while serving, and correct without re-profiling.
+"""Drift: compare predicted with measured step times while serving, and correct without re-profiling.
 
-Three parts look at the same stream of (predicted, measured, shape):
+- The *median* is corrected by a slow multiplicative step on the sign of the error: a running median of the
+  log ratio, which an outlier cannot move far.
+- The *bound* is corrected by adaptive conformal inference (Gibbs and Candès, NeurIPS 2021, in the scale-free
+  form of Angelopoulos et al., "Conformal PID control", 2023). Each miss raises a log factor and each hit
+  lowers it, in the ratio that gives the stated long-run miss rate.
+- The *detector* is a two-sided CUSUM (Page, 1954) on whitened log residuals of the uncorrected predictions,
+  per cell of the shape space and for all cells together. It advises a new profile and names the cells.
 
-- the *median* follows by a slow multiplicative step on the sign of the error, a running median of the
-  log ratio that one wild sample cannot move far;
-- the *bound* follows by adaptive conformal inference (Gibbs and Candès, NeurIPS 2021, in the scale-free
-  form of Angelopoulos et al., "Conformal PID control", 2023): each miss raises a log factor, each hit
-  lowers it a little, in the ratio that makes the long-run miss rate the stated one;
-- the *detector* is a two-sided CUSUM (Page, 1954) on whitened log residuals, per cell of the shape
-  space and for all cells together. It says "re-profile" and names the cells that went wrong. It never
-  fires because of the correction: it looks at the uncorrected predictions.
-
-Bring an estimator up to date with what a server saw: its median scaled, its bound recalibrated.
+:func:`recalibrate` scales an estimator's median to a server's step log and learns its bound anew.
 """
 
 from __future__ import annotations
@@ -46,16 +43,16 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class DriftSettings:
-    """``warm_up``: steps that teach the stream's own centre and spread before the detector listens. Both
-    are robust against a few wild steps, and the centre is believed only as far from 0 as nine of ten held-out
-    shapes were off when the estimator was fitted (``trust`` where its report does not say): an estimator that
-    was wrong from the first step on is no level to compare with.
+    """``warm_up``: steps from which the detector learns the stream's centre and spread, both robust
+    against outliers. The centre may lie as far from 0 as nine of ten held-out errors of the estimator did
+    (``trust`` if its report does not tell). Otherwise an estimator that is wrong from the first step on
+    would pass.
 
-    ``slack`` and ``limit``: CUSUM allowance and threshold in standard deviations; with 0.5 and 16 an
-    undisturbed stream of independent errors runs for millions of steps. ``clip``: largest whitened
-    residual that counts, so that a single stall is no drift. ``rate``: step of the bound's log factor,
-    in units of the residuals' spread; ``median_rate`` that of the median. ``meaningful``: a drift
-    smaller than this relative change is not worth a new profile.
+    ``slack`` and ``limit``: CUSUM allowance and threshold in standard deviations; with 0.5 and 16 a
+    stream of independent errors runs for millions of steps without an alarm. ``clip``: largest whitened
+    residual that counts, so that a single stall is no drift. ``rate``: step of the bound's log factor in
+    units of the residuals' spread; ``median_rate``: that of the median. ``meaningful``: least relative
+    change that is worth a new profile.
     """
 
     warm_up: int = 100
@@ -91,11 +88,11 @@ def cell_of(totals: Totals) -> Cell:
 
 @dataclass(frozen=True, slots=True)
 class DriftStatus:
-    """What the monitor knows. ``re_profile``: the detector has fired; ``reason`` says it in words.
+    """State of the monitor. ``re_profile``: the detector raised its alarm; ``reason`` explains it.
 
-    ``ratio``: running median of measured ÷ predicted; ``bound_scale``: present factor on the bound;
+    ``ratio``: running median of measured ÷ predicted; ``bound_scale``: current factor on the bound;
     ``coverage``: share of the last steps (up to 500) under their corrected bound; ``cells``: those that
-    went wrong, with their ratio.
+    drifted, with their ratio.
     """
 
     steps: int
@@ -122,8 +119,8 @@ class _Track:
     def observe(
         self, value: float, settings: DriftSettings, warm_up: int, least: float, trust: float
     ) -> bool:
-        """Take one log ratio; returns whether this stream has left its starting level, which lies within
-        ``trust`` of 0."""
+        """Add one log ratio; whether the stream has left its starting level, which lies within ``trust``
+        of 0."""
         self.count += 1
         self.recent += (value - self.recent) / min(self.count, 50)
         if self.count <= warm_up:
@@ -143,19 +140,19 @@ class _Track:
 
 
 def _level(values: list[float]) -> tuple[float, float]:
-    """Centre and spread of a stream's first values, of which a few may be wild: the mean and the standard
-    deviation with everything farther than three robust deviations from the median drawn in to there."""
+    """Robust centre and spread: mean and standard deviation with values clipped at three robust deviations
+    from the median."""
     middle = statistics.median(values)
     reach = 3.0 * 1.4826 * statistics.median([abs(v - middle) for v in values])
-    drawn = [max(middle - reach, min(middle + reach, v)) for v in values]
-    return statistics.fmean(drawn), statistics.pstdev(drawn)
+    clipped = [max(middle - reach, min(middle + reach, v)) for v in values]
+    return statistics.fmean(clipped), statistics.pstdev(clipped)
 
 
 @dataclass(slots=True)
 class DriftMonitor:
-    """Feed it every step; ask it for the corrected estimator and for the verdict.
+    """Observes every step; gives the corrected estimator and the drift status.
 
-    ``estimator`` is the one as fitted. :meth:`observe` costs a few microseconds.
+    ``estimator``: as fitted. :meth:`observe` costs a few microseconds.
     """
 
     estimator: FittedEstimator
@@ -168,8 +165,8 @@ class DriftMonitor:
     _hits: list[bool] = field(default_factory=list)
     _all: _Track = field(default_factory=_Track)
     _cells: dict[Cell, _Track] = field(default_factory=dict)
-    _wrong: dict[Cell, bool] = field(default_factory=dict)
-    _fired: bool = False
+    _drifted: dict[Cell, bool] = field(default_factory=dict)
+    _alarmed: bool = False
 
     def __post_init__(self) -> None:
         report = self.estimator.report
@@ -178,9 +175,9 @@ class DriftMonitor:
         self._trust = self.settings.trust if within is None else math.log1p(within / 100.0)
 
     def observe(self, shape: BatchShape, measured_ms: float) -> DriftStatus | None:
-        """Take a finished step. Returns the status on the step at which the detector first fires.
+        """Add a finished step. Returns the status at the step that raises the first alarm.
 
-        Steps of no or no finite time are ignored: a clock that jumped is no evidence.
+        Steps without a positive, finite time are ignored.
         """
         if not shape.items or not math.isfinite(measured_ms) or measured_ms <= 0:
             return None
@@ -201,7 +198,7 @@ class DriftMonitor:
         error = ratio - self._log_ratio
         self._spread += 0.02 * (min(abs(error), 10 * self._spread) - self._spread)
         scale = max(self._spread, 0.002)
-        # Far from the median the step is longer, as long as the miss is believable noise or more.
+        # Far from the median the correction takes longer steps.
         urgency = min(4.0, max(1.0, abs(error) / scale / 3))
         self._log_ratio += settings.median_rate * scale * urgency * math.copysign(1.0, error)
         miss = 1.0 - self.estimator.coverage
@@ -215,14 +212,12 @@ class DriftMonitor:
         cell = cell_of(totals)
         track = self._cells.setdefault(cell, _Track())
         if track.observe(ratio, settings, settings.cell_warm_up, least, trust):
-            self._wrong[cell] = abs(track.recent - track.mean) >= settings.meaningful
+            self._drifted[cell] = abs(track.recent - track.mean) >= settings.meaningful
         large = abs(self._all.recent - self._all.mean) >= settings.meaningful
-        if not self._fired and ((moved and large) or any(self._wrong.values())):
-            self._fired = True
+        if not self._alarmed and ((moved and large) or any(self._drifted.values())):
+            self._alarmed = True
             return self.status()
         return None
-
-    # --- asking -----------------------------------------------------------------------------------
 
     @property
     def bound_scale(self) -> float:
@@ -230,29 +225,29 @@ class DriftMonitor:
         return math.exp(self._log_bound)
 
     def corrected(self) -> FittedEstimator:
-        """The estimator with the present corrections; make it now and then, not at every step."""
+        """The estimator with the current corrections; make it from time to time, not at every step."""
         base = self.estimator
         median = math.exp(self._log_ratio)
         p50_scale = base.p50_scale * median
-        # The bound may not fall below the median, however fast the median moved.
+        # The bound may not fall below the median.
         least = p50_scale / min(base.ratio.at(base.coverage))
         return base.with_scale(p50_scale, max(base.bound_scale * self.bound_scale, least))
 
     def status(self) -> DriftStatus:
-        """Everything at once."""
+        """The current state."""
         cells = tuple(
             sorted(
                 (
                     (cell, math.exp(track.recent))
                     for cell, track in self._cells.items()
-                    if self._wrong.get(cell)
+                    if self._drifted.get(cell)
                 ),
                 key=lambda pair: -abs(math.log(pair[1])),
             )
         )
         ratio = math.exp(self._log_ratio)
         reason = ""
-        if self._fired:
+        if self._alarmed:
             where = "; ".join(f"{cell}: {100 * (r - 1):+.0f} %" for cell, r in cells[:5])
             away = 100 * (math.exp(self._all.recent) - 1)
             if abs(away) >= 50 * self.settings.meaningful:
@@ -265,7 +260,7 @@ class DriftMonitor:
                 reason = f"Steps {which if where else past}"
         covered = sum(self._hits) / len(self._hits) if self._hits else 1.0
         return DriftStatus(
-            self._steps, ratio, self.bound_scale, covered, self._fired, reason, cells
+            self._steps, ratio, self.bound_scale, covered, self._alarmed, reason, cells
         )
 
     def residuals(self) -> Mapping[str, tuple[int, float]]:
@@ -277,9 +272,9 @@ MINIMUM_STEPS = 50
 
 
 def recalibrate(estimator: FittedEstimator, rows: Sequence[StepRow]) -> FittedEstimator:
-    """The same surface with its median scaled to the log and its bound learnt anew from it.
+    """The same model with its median scaled to a step log and its bound learned from it.
 
-    The scale is the median of actual ÷ predicted over steps inside the measured domain. The report
+    The scale is the median of measured ÷ predicted over steps inside the measured domain. The report
     gains an ``update`` record with the error before and after. Raises :class:`FitError` for fewer than
     :data:`MINIMUM_STEPS` usable steps.
     """
@@ -306,7 +301,7 @@ def recalibrate(estimator: FittedEstimator, rows: Sequence[StepRow]) -> FittedEs
     ratio = actual[basis] / predicted[basis]
     scale = weighted_quantiles(ratio, np.ones(len(ratio)), [0.5])[0]
     bound = RatioBound.calibrate(predicted * scale, samples, totals.prefill > 0)
-    # Bounds are kept in units of the surface, whose median the scale has not touched.
+    # Bounds are stored in units of the unscaled model.
     bound = replace(bound, split_ms=bound.split_ms / scale)
     before, _ = estimator.predict_many(totals, decode)
     report = dict(estimator.report) | {
