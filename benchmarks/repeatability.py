@@ -1,18 +1,18 @@
-"""Does a server profile say the same twice, and does it notice when it cannot?
+"""Is a server profile repeatable, and are disturbances of the machine flagged?
 
     python benchmarks/repeatability.py                # the quick grid on the bundled target
     python benchmarks/repeatability.py --tiny         # a dozen shapes, to see that it works
 
 Three profiles of one grid, each in a process of its own, one after the other. During the third, CPU hogs
-(one process per core, plain arithmetic) start when half of its visits are made. Then one table:
+(one process per core, plain arithmetic) start when half of its blocks are measured. Then one table:
 
 - first against second: the share of shapes that `profile diff` reports as changed (goal: at most 5 %), and
   beside it what plain rules on the same rows would have said (medians 5 % apart; intervals apart as well);
 - announced against actual seconds of each (goal: within 30 %);
-- the third: did the drift flag fire (goal: yes), and on the first two (goal: no)?
+- the third: was the drift flag set (goal: yes), and on the first two (goal: no)?
 
 The physics. Two runs of an undisturbed machine differ by the noise of samples, by where memory happens to
-lie, and by the pace of the whole machine. A hog takes cycles and cache from every shape alike, so the
+lie, and by the speed of the whole machine. A hog takes cycles and cache from every shape alike, so the
 sentinel, which is one shape measured again and again, must slow down too.
 
 The last line is JSON. Exit code 1 if a goal is missed.
@@ -44,7 +44,7 @@ CHANGED, ETA, TOLERANCE = 0.05, 0.30, 0.05
 
 @dataclass(frozen=True)
 class Run:
-    """One profile: its own account of its time, and what its sentinels say."""
+    """One profile: its times and its drift."""
 
     name: str
     seconds: float

@@ -221,7 +221,7 @@ ROW_TYPES: dict[str, type[Row]] = {"server": StepRow, "edge": EdgeRow, "link": L
 
 
 def encode_row(row: Row) -> bytes:
-    """One row as one line, newline included; defaults are left out. Raises ValueError for NaN and infinities."""
+    """One row as one line, newline included, without defaults. Raises ValueError for NaN and infinities."""
     body: dict[str, Any] = {}
     for each in fields(row):
         value = getattr(row, each.name)

@@ -1,13 +1,10 @@
-"""Model cards: what was fitted, on what, how good it is where it did not learn, and why it was chosen.
-
-Pictures of a held-out evaluation, as SVG files.
-"""
+"""Model cards of estimators and predictors (data, held-out errors, reason of the choice), and plots."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +31,7 @@ __all__ = [
 
 
 def explain_estimator(estimator: FittedEstimator) -> str:
-    """One paragraph on why this estimator was chosen and how far it can be trusted."""
+    """One paragraph on why this estimator was chosen and how accurate it is."""
     report = estimator.report
     errors = report["held_out"]
     chosen = report["chosen"]
@@ -42,26 +39,26 @@ def explain_estimator(estimator: FittedEstimator) -> str:
     noise = report["repeat_noise_percent"]
     text = [
         f"{report['shapes']} batch shapes ({report['samples']} timed steps) were fitted; whole shapes "
-        "were held out in turn, so every error here is on shapes the estimator had not seen."
+        "were held out in turn, so every error is on shapes outside the training data."
     ]
     flagged = report["flagged_rows"]
     if flagged["left_out"]:
         text.append(f"{flagged['left_out']} drifted or throttled rows were left out.")
     if flagged["kept"]:
         text.append(
-            f"{flagged['kept']} rows had drifted or were throttled and were kept, because too few would "
-            "have remained: measure again on a quiet machine for a better fit."
+            f"{flagged['kept']} drifted or throttled rows were kept, because too few would remain "
+            "without them: measure again on a quiet machine for a better fit."
         )
     if report["drift_percent"] > 0.5:
         text.append(
-            f"By its sentinel the machine was up to {report['drift_percent']:.0f} % slower at times than "
-            "at others; medians and their errors are at its typical speed, the bound covers times as "
-            "they were measured."
+            f"According to its sentinel, the machine was up to {report['drift_percent']:.0f} % slower at "
+            "some times than at others. Medians and their errors are at its typical speed; the bound "
+            "covers times as measured."
         )
     if report["requested"] == "auto":
         text.append(
             f"`{chosen}` was chosen because its mean error of {own['mape']:.1f} % is the smallest of "
-            "those whose predictions never fall when work is added."
+            "those whose predictions never fall if work is added."
         )
         others = sorted((n for n in errors if n != chosen), key=lambda n: errors[n]["mape"])
         if others:
@@ -71,49 +68,49 @@ def explain_estimator(estimator: FittedEstimator) -> str:
         if better:
             named = ", ".join(f"`{n}`" for n in better)
             text.append(
-                f"{named} erred less but can predict that more work takes less time, which would "
+                f"{named} has a smaller error but can predict less time for more work, which would "
                 "mislead a scheduler that adds one item at a time."
             )
     else:
-        text.append(f"`{chosen}` was asked for; its mean held-out error is {own['mape']:.1f} %.")
+        text.append(f"`{chosen}` was requested; its mean held-out error is {own['mape']:.1f} %.")
     text.append(
         f"Half of the shapes are predicted within {own['median_ape']:.1f} % and nine of ten within "
         f"{own['p90_ape']:.1f} %, on average {abs(own['bias']):.1f} % too "
-        f"{'high' if own['bias'] >= 0 else 'low'}; repeating a measurement moves its median by about "
-        f"{noise:.1f} %, and no estimator can do better than that."
+        f"{'high' if own['bias'] >= 0 else 'low'}. Repeating a measurement moves its median by about "
+        f"{noise:.1f} %, and no estimator can be more accurate than that."
     )
     factors = estimator.ratio.at(estimator.coverage)
     text.append(
         f"The bound lies {100 * (min(factors) - 1):.1f} to {100 * (max(factors) - 1):.1f} % above the "
-        f"median, by regime, and is meant to hold for {100 * estimator.coverage:g} % of steps. Outside "
-        "the measured box of shapes, what the physical terms add is multiplied by "
-        f"{estimator.inflation:g} in the bound, and the prediction is flagged."
+        f"median, by regime, and covers {100 * estimator.coverage:g} % of steps. Outside the measured "
+        f"box of shapes, the excess over the box is multiplied by {estimator.inflation:g} in the bound, "
+        "and the prediction is flagged."
     )
     update = report.get("update")
     if update:
         text.append(
-            f"It was since recalibrated on {update['steps']} steps of a running server: the median is "
-            f"scaled by {update['scale']:.3f}, which took its mean error on them from "
+            f"It was recalibrated on {update['steps']} steps of a running server: the median is scaled "
+            f"by {update['scale']:.3f}, which changed its mean error on them from "
             f"{update['before']['mape']:.1f} to {update['after']['mape']:.1f} %."
         )
     return " ".join(text)
 
 
 def explain_predictor(predictor: FittedPredictor) -> str:
-    """One paragraph on why this predictor was chosen and what it is worth."""
+    """One paragraph on why this predictor was chosen and how accurate it is."""
     report = predictor.report
     chosen = report["chosen"]
     own = report["held_out"][chosen]
     counts = report["tokens"]
     text = [
-        f"`{chosen}` {_why_predictor(report)}. It learnt from {counts['learn']} draft tokens, was calibrated "
-        f"on {counts['tune']} and judged on {counts['test']}, all of different prompts "
-        f"({report['prompts']} in all); the target kept {100 * own['accepted_share']:.0f} % of them."
+        f"`{chosen}` {_why_predictor(report)}. It was trained on {counts['learn']} draft tokens, "
+        f"calibrated on {counts['tune']} and tested on {counts['test']}, all of different prompts "
+        f"({report['prompts']} in all). The target accepted {100 * own['accepted_share']:.0f} % of them."
     ]
     if own["auc"] is not None:
         text.append(
-            f"It ranks a kept token above a rejected one {100 * own['auc']:.0f} % of the time. A "
-            f"threshold that lets {100 * own['recall']:.0f} % of the kept tokens pass lets "
+            f"It ranks an accepted token above a rejected one {100 * own['auc']:.0f} % of the time. At a "
+            f"recall of {100 * own['recall']:.0f} % of the accepted tokens, "
             f"{100 * own['false_acceptance']:.0f} % of the rejected ones pass too."
         )
     text.append(
@@ -124,23 +121,23 @@ def explain_predictor(predictor: FittedPredictor) -> str:
 
 
 def _why_predictor(report: Mapping[str, Any]) -> str:
-    """What the choice rests on: other prompts than those that judge, which may see it otherwise."""
+    """The reason of the choice: validation prompts, which may disagree with the test prompts."""
     chosen, tried = report["chosen"], report.get("validation_log_loss", {})
     if report["requested"] != "auto":
-        return "was asked for"
+        return "was requested"
     if not tried:
-        return "was the only one to choose from"
+        return "was the only candidate"
     figures = ", ".join(f"`{n}` {loss:.3f}" for n, loss in sorted(tried.items(), key=itemgetter(1)))
     why = (
-        "was chosen because it had the least log loss where the prompts that teach and calibrate were "
-        f"cross-validated: {figures}"
+        "was chosen because it had the least log loss in cross-validation on the training and "
+        f"calibration prompts: {figures}"
     )
     judged = {name: row["log_loss"] for name, row in report["held_out"].items()}
     best = min(judged, key=lambda name: judged[name])
     if judged[best] < judged[chosen]:
         why += (
-            f". On the prompts held out to judge by, which had no say in it, `{best}` did better: "
-            f"{judged[best]:.3f} against {judged[chosen]:.3f}; a longer trace would tell them apart"
+            f". On the test prompts, which the choice does not use, `{best}` did better: "
+            f"{judged[best]:.3f} against {judged[chosen]:.3f}; a longer trace would tell which is better"
         )
     return why
 
@@ -149,50 +146,47 @@ def estimator_card(
     estimator: FittedEstimator, inputs: dict[str, str]
 ) -> tuple[str, dict[str, Any]]:
     """(Markdown, JSON) of an estimator's card."""
-    report = estimator.report
+    report, ratio = estimator.report, estimator.ratio
     low, high = estimator.domain.low, estimator.domain.high
+    errors = ("mape", "median_ape", "p90_ape", "p99_ape", "bias")
+    held_out = sorted(report["held_out"].items(), key=lambda item: item[1]["mape"])
+    factors = ratio.at(estimator.coverage)
     lines = [
         "# Verification-time estimator",
         "",
         explain_estimator(estimator),
         "",
-        "## Held-out error by estimator (whole shapes held out, percent)",
+        *_table(
+            "Held-out error by estimator (whole shapes held out, percent)",
+            "estimator, MAPE, median, p90, p99, bias, never falls",
+            (
+                (
+                    name,
+                    *(f"{row[e]:.2f}" for e in errors),
+                    "yes" if report["monotone"][name] else "no",
+                )
+                for name, row in held_out
+            ),
+        ),
+        *_table(
+            f"Bound at {100 * estimator.coverage:g} %",
+            "regime, bound ÷ median, calibration shapes",
+            (
+                (name, f"{factor:.3f}", count)
+                for name, factor, count in zip(REGIMES, factors, ratio.shapes, strict=True)
+            ),
+        ),
+        f"A step is large from {ratio.split_ms:.3g} ms on. Regimes with few shapes share the scale of a "
+        "wider one; all regimes share the quantiles in units of it.",
         "",
-        "| estimator | MAPE | median | p90 | p99 | bias | never falls |",
-        "|---|---|---|---|---|---|---|",
+        *_table("Measured domain", "total, from, to", zip(low._fields, low, high, strict=True)),
+        *_inputs(inputs),
     ]
-    for name, row in sorted(report["held_out"].items(), key=lambda item: item[1]["mape"]):
-        figures = " | ".join(
-            f"{row[k]:.2f}" for k in ("mape", "median_ape", "p90_ape", "p99_ape", "bias")
-        )
-        lines.append(f"| {name} | {figures} | {'yes' if report['monotone'][name] else 'no'} |")
-    lines += [
-        "",
-        f"## Bound at {100 * estimator.coverage:g} %",
-        "",
-        "| regime | bound ÷ median | calibration shapes |",
-        "|---|---|---|",
-    ]
-    factors = estimator.ratio.at(estimator.coverage)
-    for name, factor, count in zip(REGIMES, factors, estimator.ratio.shapes, strict=True):
-        lines.append(f"| {name} | {factor:.3f} | {count} |")
-    lines += [
-        "",
-        f"A step is large from {estimator.ratio.split_ms:.3g} ms on. Regimes with few shapes share the "
-        "scale of a wider one; how far the tail reaches in units of it is common to all.",
-        "",
-        "## Measured domain",
-        "",
-        "| total | from | to |",
-        "|---|---|---|",
-    ]
-    lines += [f"| {n} | {a} | {b} |" for n, a, b in zip(low._fields, low, high, strict=True)]
-    lines += ["", *_inputs(inputs)]
     document = {
         "kind": estimator.kind,
         "explanation": explain_estimator(estimator),
         "report": report,
-        "bound": estimator.ratio.payload(),
+        "bound": ratio.payload(),
         "domain": {"low": low._asdict(), "high": high._asdict()},
         "inflation": estimator.inflation,
         "inputs": inputs,
@@ -205,30 +199,28 @@ def predictor_card(
 ) -> tuple[str, dict[str, Any]]:
     """(Markdown, JSON) of a predictor's card."""
     report = predictor.report
+    scores = ("auc", "false_acceptance", "ece", "log_loss")
+    curve = report["held_out"][report["chosen"]]["reliability"]
     lines = [
         "# Rejection predictor",
         "",
         explain_predictor(predictor),
         "",
-        "## On held-out prompts",
-        "",
-        "| predictor | AUC | false acceptance at 80 % recall | ECE | log loss |",
-        "|---|---|---|---|---|",
+        *_table(
+            "On held-out prompts",
+            "predictor, AUC, false acceptance at 80 % recall, ECE, log loss",
+            (
+                (name, *("–" if row[s] is None else f"{row[s]:.3f}" for s in scores))
+                for name, row in report["held_out"].items()
+            ),
+        ),
+        *_table(
+            f"Reliability of `{report['chosen']}`",
+            "predicted, accepted, tokens",
+            ((f"{p:.3f}", f"{a:.3f}", n) for p, a, n in curve),
+        ),
+        *_inputs(inputs),
     ]
-    for name, row in report["held_out"].items():
-        figures = [row[k] for k in ("auc", "false_acceptance", "ece", "log_loss")]
-        shown = " | ".join("–" if v is None else f"{v:.3f}" for v in figures)
-        lines.append(f"| {name} | {shown} |")
-    lines += [
-        "",
-        f"## Reliability of `{report['chosen']}`",
-        "",
-        "| predicted | kept | tokens |",
-        "|---|---|---|",
-    ]
-    curve = report["held_out"][report["chosen"]]["reliability"]
-    lines += [f"| {p:.3f} | {a:.3f} | {n} |" for p, a, n in curve]
-    lines += ["", *_inputs(inputs)]
     document = {
         "kind": predictor.kind,
         "explanation": explain_predictor(predictor),
@@ -236,6 +228,13 @@ def predictor_card(
         "inputs": inputs,
     }
     return "\n".join(lines), document
+
+
+def _table(title: str, columns: str, rows: Iterable[Iterable[object]]) -> list[str]:
+    """A section with one Markdown table; ``columns`` are separated by commas."""
+    names = columns.split(", ")
+    head = [f"## {title}", "", f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    return [*head, *(f"| {' | '.join(map(str, row))} |" for row in rows), ""]
 
 
 def _inputs(inputs: dict[str, str]) -> list[str]:

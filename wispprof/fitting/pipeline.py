@@ -154,7 +154,7 @@ def fit_files(
     coverage: float = 0.95,
     seed: int = 0,
 ) -> FitResult:
-    """Fit an estimator, a predictor or both, and write ``estimator.json``, ``predictor.json`` and their cards to ``out``."""
+    """Fit an estimator, a predictor or both; writes them and their model cards to ``out``."""
     if not server and not trace:
         raise FitError("There is nothing to fit.", "Name a server profile, a trace, or both.")
     result = FitResult()
