@@ -43,12 +43,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from wispprof.policies.linear_cost import LinearCost
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation import Scenario, ServerModel, System, simulate, system
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
 from wispprof.simulation.capacity_search import capacity, pool
 from wispprof.simulation.devices import DeviceProfile
-from wispprof.simulation.step_costs import LinearCost
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 from wispprof.types import Slo
 
@@ -66,7 +66,7 @@ ALLOWED = 0.02
 
 
 def _fixed(k: int) -> System:
-    return system("fcfs").replace_with(label=f"fixed-{k}", controller_options={"k": k})
+    return system("fcfs").replace(label=f"fixed-{k}", controller_options={"k": k})
 
 
 RIVALS = (

@@ -26,10 +26,10 @@ from websockets.asyncio.client import connect
 
 from wispprof import protocol
 from wispprof.policies import Limits, ScheduledItem, make_batch_policy
+from wispprof.policies.linear_cost import LinearCost
 from wispprof.server import run_coalescing, running_server
 from wispprof.sessions.session_state import SessionState
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.simulation.step_costs import LinearCost
 from wispprof.testing.fake_engine import FakeEngine
 from wispprof.types import Slo, VerifyResult
 

@@ -19,9 +19,9 @@ import argparse
 import json
 import time
 
+from wispprof.policies.linear_cost import LinearCost
 from wispprof.simulation import SYSTEMS, Scenario, ServerModel, simulate, system
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
-from wispprof.simulation.step_costs import LinearCost
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 from wispprof.types import Slo
 

@@ -120,7 +120,7 @@ def ablation(bed: Bed) -> dict[str, Any]:
         devices = max(1, round(LOADS[load] * bed.near))
         rows = [
             run_coalescing(
-                run(bed, name, system("wispprof").replace_with(batching_options=options), devices)
+                run(bed, name, system("wispprof").replace(batching_options=options), devices)
             )
             for name, options in variants.items()
         ]

@@ -16,8 +16,8 @@ from wispprof.planning.draft_table import EdgeCosts
 from wispprof.planning.explain import explain
 from wispprof.planning.pipeline import SpeedDevice
 from wispprof.planning.session_speed import LoadedStepTimes
+from wispprof.policies.linear_cost import LinearCost
 from wispprof.settings.planner_settings import PlanSettings, class_mix
-from wispprof.simulation.step_costs import LinearCost
 
 COST = LinearCost(18.0, row_ms=0.25, kv_ms=0.00006)
 LAPTOP = SpeedDevice("laptop", 60.0)

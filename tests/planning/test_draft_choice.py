@@ -14,8 +14,8 @@ from wispprof.planning import Runs, make_plan
 from wispprof.planning.explain import explain
 from wispprof.planning.objective import Figures, choose, draft_front, pareto_front
 from wispprof.planning.pipeline import SpeedDevice
+from wispprof.policies.linear_cost import LinearCost
 from wispprof.settings.planner_settings import PlanSettings, device_price, weights_of
-from wispprof.simulation.step_costs import LinearCost
 
 COST = LinearCost(18.0, row_ms=0.25, kv_ms=0.00006)
 BIG, SMALL = SpeedDevice("laptop:3b-q4", 40.0, 30.0), SpeedDevice("laptop:1b-q4", 110.0, 12.0)

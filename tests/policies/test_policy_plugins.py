@@ -10,10 +10,10 @@ import pytest
 from wispprof import plugins
 from wispprof.errors import PlanError
 from wispprof.policies import make_batch_policy, make_controller
+from wispprof.policies.linear_cost import LinearCost
 from wispprof.simulation import Scenario, ServerModel, System, simulate
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
 from wispprof.simulation.devices import DeviceProfile, LinkModel
-from wispprof.simulation.step_costs import LinearCost
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 
 MODULE = '''

@@ -13,11 +13,11 @@ from wispprof.artifacts.plan import Plan, save_plan
 from wispprof.errors import ArtifactDamaged
 from wispprof.planning import Runs, make_plan
 from wispprof.planning.pipeline import SpeedDevice
+from wispprof.policies.linear_cost import LinearCost
 from wispprof.reporting import CAPACITY_KIND, load_run, render_report
 from wispprof.reporting.plan_figures import capacity_curves, drafts_front
 from wispprof.reporting.plan_sections import break_even_map, draft_length_map
 from wispprof.settings.planner_settings import PlanSettings
-from wispprof.simulation.step_costs import LinearCost
 
 DEVICES = (SpeedDevice("laptop:3b", 40.0, 30.0), SpeedDevice("laptop:1b", 110.0, 12.0))
 SETTINGS = PlanSettings(rtts_ms=(5.0, 80.0), slos=(8.0, 24.0), max_sessions=100, k_max=5)

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wispprof.policies import ScheduledItem
+from wispprof.policies.linear_cost import LinearCost
 from wispprof.server import Refused, SessionRequest, VerificationServer
 from wispprof.server.admission import Utilization
 from wispprof.server.step_time_tracker import OnlineFit, StepTimeTracker
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.simulation.step_costs import LinearCost
 from wispprof.testing.fake_engine import FakeEngine
 from wispprof.types import BatchShape, Sampling, Slo
 

@@ -21,12 +21,12 @@ from wispprof.errors import WispprofError
 from wispprof.fitting import FittedEstimator, load_estimator
 from wispprof.fitting.pipeline import fit_files
 from wispprof.policies import BatchPolicy, StepPlan, make_batch_policy
+from wispprof.policies.linear_cost import LinearCost
 from wispprof.server import running_server
 from wispprof.server.metrics import Metrics
 from wispprof.server.step_log import StepLog
 from wispprof.server.step_time_tracker import StepTimeTracker
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.simulation.step_costs import LinearCost
 from wispprof.testing.fake_engine import FakeDrafter, FakeEngine
 from wispprof.types import BatchShape
 

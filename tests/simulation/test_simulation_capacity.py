@@ -12,14 +12,20 @@ from multiprocessing.connection import wait
 import pytest
 
 from wispprof.errors import ArtifactMissing, PlanError
+from wispprof.policies.linear_cost import LinearCost
 from wispprof.simulation import Scenario, ServerModel, reproduce, simulate, system
 from wispprof.simulation import capacity_search as search
 from wispprof.simulation.arrivals import ClosedFleet, Lengths, Poisson
 from wispprof.simulation.capacity_search import CapacityResult, capacity, workers
 from wispprof.simulation.metrics import SessionRecord
-from wispprof.simulation.published_setups import linear_server, read_setup, wisp_scenario
-from wispprof.simulation.reproduce import Figure, ReproducedTable, reproduce_configspec
-from wispprof.simulation.step_costs import LinearCost
+from wispprof.simulation.reproduce import (
+    Figure,
+    ReproducedTable,
+    linear_server,
+    read_setup,
+    reproduce_configspec,
+    wisp_scenario,
+)
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 from wispprof.types import Slo
 

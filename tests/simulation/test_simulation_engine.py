@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from wispprof.policies.interface import Limits, ScheduledItem, StepPlan
+from wispprof.policies.linear_cost import LinearCost
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation import SYSTEMS, Scenario, ServerModel, simulate, system
@@ -15,7 +16,6 @@ from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.event_loop import Simulation
 from wispprof.simulation.metrics import Report
 from wispprof.simulation.simulated_server import PolicyViolation
-from wispprof.simulation.step_costs import LinearCost
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 from wispprof.types import Slo
 
@@ -139,7 +139,7 @@ def test_a_lone_round_takes_drafting_link_and_step(k: int) -> None:
         fleet(
             "fcfs",
             1,
-            system=system("fcfs").replace_with(controller_options={"k": k}),
+            system=system("fcfs").replace(controller_options={"k": k}),
             server=ServerModel(cost, overhead_ms=0.5, spread=0.0),
             acceptance=SyntheticAcceptance(1e-4, concentration=100.0),
             links=((LinkModel(40.0), 1.0),),
@@ -154,7 +154,7 @@ def test_a_lone_round_takes_drafting_link_and_step(k: int) -> None:
 
 def test_proactive_drafting_hides_drafting_time() -> None:
     def speed(ahead: int) -> float:
-        chosen = system("fcfs").replace_with(
+        chosen = system("fcfs").replace(
             controller_options={"k": 4}, drafting=DraftingSettings(proactive=ahead)
         )
         return simulate(

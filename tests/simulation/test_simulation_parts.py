@@ -15,12 +15,12 @@ from wispprof.artifacts.rows import AcceptanceTrace, EdgeRow, TracePath
 from wispprof.errors import ArtifactDamaged, ArtifactMissing, ProfileError
 from wispprof.policies.controllers import ConfidenceAcceptance
 from wispprof.policies.cost_model import price_batches
+from wispprof.policies.linear_cost import LinearCost
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation.arrivals import Bursts, Lengths, Poisson, Replay, read_requests
 from wispprof.simulation.devices import DeviceProfile, Link
-from wispprof.simulation.kv_offload import KvOffload
 from wispprof.simulation.scenario import pick
-from wispprof.simulation.step_costs import LinearCost, SimulatedStepTimes, WithoutPrefixCache
+from wispprof.simulation.step_costs import KvOffload, SimulatedStepTimes, WithoutPrefixCache
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 from wispprof.simulation.trace_replay import MemoPredictor, TraceAcceptance
 from wispprof.types import BatchShape, Sampling
@@ -43,7 +43,7 @@ def test_azure_traces_are_read_and_sorted(tmp_path: Path) -> None:
     first, second = read_requests(file)
     assert first == (0.0, 4808, 10)
     assert second[1:] == (3180, 8)
-    assert second.at_ms == pytest.approx(52.0, abs=0.1)
+    assert second.time_ms == pytest.approx(52.0, abs=0.1)
 
 
 def test_mooncake_traces_are_read_and_replayed_faster(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_poisson_has_its_rate_and_bursts_theirs() -> None:
     plain = list(Poisson(20.0).requests(Random(3), 100_000.0))
     assert len(plain) == pytest.approx(2000, rel=0.08)
     bursts = Bursts(5.0, 50.0, every_s=10.0, burst_s=2.0)
-    times = [r.at_ms for r in bursts.requests(Random(3), 100_000.0)]
+    times = [r.time_ms for r in bursts.requests(Random(3), 100_000.0)]
     assert times == sorted(times)
     inside = sum(bursts.rate(t) == 50.0 for t in times)
     assert inside == pytest.approx(1000, rel=0.1)

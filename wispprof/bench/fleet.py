@@ -28,7 +28,7 @@ from wispprof.settings.bench_settings import BenchSettings
 from wispprof.settings.edge_settings import ClientSettings
 from wispprof.settings.shared_settings import LinkSettings
 from wispprof.simulation.devices import DEVICES, DeviceProfile
-from wispprof.simulation.systems import system
+from wispprof.simulation.scenario import system
 from wispprof.testing.high_res_loop import run_high_res
 from wispprof.testing.link_emulator import emulate
 from wispprof.types import RejectionPredictor, Slo

@@ -20,9 +20,8 @@ from wispprof.settings.bench_settings import BenchSettings
 from wispprof.simulation.arrivals import ClosedFleet, Request
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.event_loop import Simulation
-from wispprof.simulation.scenario import DEVICE_STEP, SLO_STEP, Scenario, ServerModel, pick
+from wispprof.simulation.scenario import DEVICE_STEP, SLO_STEP, Scenario, ServerModel, System, pick
 from wispprof.simulation.simulated_edge import SimulatedEdge
-from wispprof.simulation.systems import System
 from wispprof.simulation.trace_replay import TraceReplay
 from wispprof.types import RejectionPredictor, Slo
 

@@ -98,9 +98,8 @@ def simulate(
     """Simulate a fleet of edges on one server under several policies."""
     from wispprof.errors import PlanError
     from wispprof.simulation.arrivals import Lengths
-    from wispprof.simulation.scenario import Scenario
+    from wispprof.simulation.scenario import SYSTEMS, Scenario, system
     from wispprof.simulation.scenario_inputs import load_of, read_inputs, slo_mix, with_plan
-    from wispprof.simulation.systems import SYSTEMS, system
 
     if warmup >= seconds:
         raise typer.BadParameter("--warmup must be shorter than --seconds.")

@@ -12,7 +12,7 @@ from wispprof.demo.demo_settings import DemoSettings
 from wispprof.demo.measure_machine import Measured, Stage, first_token_ms, slo_classes
 from wispprof.errors import EngineError
 from wispprof.reporting import ANSWER_KIND, BENCH_KIND, Answer, Bench, TextSpan
-from wispprof.simulation.systems import system
+from wispprof.simulation.scenario import system
 
 if TYPE_CHECKING:
     from wispprof.engines.torch.engine import TorchEngine

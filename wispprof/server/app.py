@@ -21,7 +21,7 @@ from wispprof.server.request_validation import check_key
 from wispprof.server.session import ServerSession, SessionRequest
 from wispprof.server.verification_server import VerificationServer
 from wispprof.server.websocket_endpoint import WebSocketEndpoint
-from wispprof.sessions.commit_result import CommitResult
+from wispprof.sessions.session_state import CommitResult
 from wispprof.types import Slo
 
 __all__ = ["SessionBackend", "make_app"]

@@ -12,7 +12,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from wispprof.artifacts.plan import BatchRow
 from wispprof.fitting.drift import DriftStatus
-from wispprof.sessions.commit_result import CommitResult, DraftCounters
+from wispprof.sessions.pending_drafts import DraftCounters
+from wispprof.sessions.session_state import CommitResult
 from wispprof.types import Slo
 
 __all__ = ["Metrics", "StepRecord", "slo_class"]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from wispprof.sessions.commit_result import CommitResult
-from wispprof.sessions.session_state import SessionState
+from wispprof.sessions.session_state import CommitResult, SessionState
 from wispprof.types import Sampling, Slo
 
 __all__ = ["ServerSession", "SessionListener", "SessionRequest"]

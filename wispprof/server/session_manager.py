@@ -18,8 +18,7 @@ from wispprof.server.metrics import Metrics
 from wispprof.server.prefix_cache import PrefixCache
 from wispprof.server.session import ServerSession, SessionListener, SessionRequest
 from wispprof.server.step_time_tracker import StepTimeTracker
-from wispprof.sessions.commit_result import CommitResult
-from wispprof.sessions.session_state import SessionState
+from wispprof.sessions.session_state import CommitResult, SessionState
 from wispprof.settings.server_settings import ServerSettings
 
 __all__ = ["SessionManager"]

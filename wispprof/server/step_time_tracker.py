@@ -13,7 +13,7 @@ import numpy as np
 
 from wispprof.fitting import FittedEstimator
 from wispprof.fitting.drift import Cell, DriftMonitor, DriftSettings, DriftStatus
-from wispprof.simulation.step_costs import LinearCost
+from wispprof.policies.linear_cost import LinearCost
 from wispprof.types import BatchShape, StepTimeEstimator
 
 __all__ = ["OnlineFit", "StepTimeTracker", "warmup_shapes"]

@@ -18,7 +18,7 @@ from wispprof.server.coalescing_loop import socket_wait_ms
 from wispprof.server.request_validation import check_draft, check_hello, session_request
 from wispprof.server.session import ServerSession
 from wispprof.server.verification_server import VerificationServer
-from wispprof.sessions.commit_result import CommitResult
+from wispprof.sessions.session_state import CommitResult
 
 __all__ = ["WebSocketEndpoint"]
 

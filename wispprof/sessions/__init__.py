@@ -1,6 +1,4 @@
-"""Bookkeeping of a session on either side, pure: no clock, no I/O, no torch.
+"""State machines of a session, pure: ``SessionState`` on the server, ``EdgeSession`` on the edge.
 
-``ledger`` is the server's view (committed tokens, draft tail, deadline), ``account`` what it says of itself,
-``path`` the edge's view (frontier, drafts beyond it, epoch). Runtime and simulator run the same objects, so
-that a merge, a rollback or a proactive hit means the same in both.
+Runtime and simulator drive the same objects, so a merge, a rollback or a proactive hit means the same in both.
 """

@@ -1,25 +1,47 @@
-"""The server's account of one session: committed tokens, draft tail, cache length, deadline.
+"""The server's state of one session: committed tokens, pending drafts, cache length, deadline.
 
-Pure: no clock, no I/O, no torch. The step loop of the runtime and the simulator drive the same object:
+Pure: no clock, no I/O, no torch. The server's engine loop and the simulator drive the same object:
 
-    merge() as draft frames arrive · view() for the policy · feed() for the engine · apply() its outcome
+    merge() as draft frames arrive · view() for the policy · feed() for the engine · apply() its result
 
-Positions count from the start of the session, prompt included; the *frontier* is the committed length,
-so the next token to decide stands at position ``committed_len``. The tail always begins at the frontier.
+Positions count from the start of the session, prompt included. The next token to decide stands at position
+``committed_len``, where the pending drafts begin too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from wispprof.policies.interface import ScheduledItem, SessionView
-from wispprof.sessions.commit_result import CommitResult, DraftCounters
-from wispprof.sessions.draft_arrivals import DraftArrivals
+from wispprof.sessions.pending_drafts import DraftCounters, PendingDrafts
 from wispprof.sessions.slo import SloTracker
 from wispprof.types import Slo, StepInput, VerifyResult
 
-__all__ = ["SessionState"]
+__all__ = ["CommitResult", "SessionState"]
+
+
+class CommitResult(NamedTuple):
+    """What a step changed. ``tokens`` is empty after a prompt chunk that was not the last.
+
+    ``accepted`` of ``drafted`` verified drafts stand. ``finished`` is "" while the session goes on, else
+    ``stop``, ``length`` or ``context``. ``rollback``: if the commit was cut short, the length that the engine's
+    cache must be cut to. ``first``: this commit holds the session's first token. ``late_ms``: by how much the
+    commit missed its deadline (negative: early).
+    """
+
+    session: str
+    epoch: int
+    committed_len: int
+    tokens: tuple[int, ...]
+    accepted: int
+    drafted: int
+    queue_ms: float
+    finished: str = ""
+    rollback: int | None = None
+    first: bool = False
+    late_ms: float = -math.inf
 
 
 # What the engine works on now: tokens fed, drafts among them, whether it decides; the epoch, the deadline and
@@ -30,12 +52,12 @@ _Flight = tuple[int, int, bool, int, float, float]
 class SessionState:
     """State of one generation on the server.
 
-    ``tokens``: prompt and everything committed, the last ``generated`` of them output. ``max_new``
-    bounds the whole output, ``generated`` included. ``stop``: token ids that end the session (the stop
-    token itself is committed). ``stream``: the server may advance the session at any time; otherwise
-    (round mode) only once its round has arrived. ``undrafted`` sessions are always ready.
-    ``max_pending_drafts`` bounds the drafts held; it equals the lead an edge is allowed, so an edge that keeps
-    to its lead never meets it. ``floor_ms``: the least time any token can take, for ``slo_unreachable``.
+    ``tokens``: prompt and everything committed, the last ``generated`` of them output. ``max_new`` bounds the
+    whole output, ``generated`` included. ``stop``: token ids that end the session (the stop token itself is
+    committed). ``stream``: the server may advance the session at any time; otherwise (round mode) only
+    once its round has arrived. ``undrafted`` sessions are always ready. ``max_pending_drafts`` equals the
+    draft-ahead limit of the edge, so a correct edge never exceeds it. ``floor_ms``: the least time any
+    token can take, for ``slo_unreachable``.
     """
 
     def __init__(
@@ -74,22 +96,16 @@ class SessionState:
         self.stream = stream
         self.undrafted = undrafted
         self.cached = cached
-        self.max_pending_drafts = max_pending_drafts
         self.floor_ms = floor_ms
-        self.epoch = 0
         self.finished = ""
-        self.pending_drafts: list[int] = []
-        self.pending_acceptance_probs: list[float] = []
-        self.counters = DraftCounters()
+        self.max_pending_drafts = max_pending_drafts
+        self._drafts = PendingDrafts(max_pending_drafts)
         self.slo_tracker = SloTracker(slo, now_ms)
-        self.arrivals = DraftArrivals()
-        self._min_epoch = 0
         self._started = False
         self._waiting_from_ms = now_ms
         self._round_at = -1
         self._round_deadline_ms = math.inf
         self._flight: _Flight | None = None
-        self._flight_withdrawn = False
         self._started_ms = math.nan
         self._view: SessionView | None = None
         self._view_until_ms = math.inf
@@ -104,6 +120,20 @@ class SessionState:
     def committed_len(self) -> int:
         """Committed length."""
         return len(self.tokens)
+
+    @property
+    def pending_drafts(self) -> list[int]:
+        """Drafts held beyond the committed length."""
+        return self._drafts.tokens
+
+    @property
+    def pending_acceptance_probs(self) -> list[float]:
+        """Of each of them, given those before it."""
+        return self._drafts.acceptance_probs
+
+    @property
+    def counters(self) -> DraftCounters:
+        return self._drafts.counters
 
     @property
     def prompt_left(self) -> int:
@@ -149,148 +179,65 @@ class SessionState:
         slack_ms: float,
         draft_ms: float,
     ) -> str:
-        """Take a draft frame into the tail, by position; returns why some of it was dropped, "" where nothing
-        was (see :class:`~wispprof.sessions.commit_result.DraftCounters`).
+        """Merge a draft frame by position; returns why some of it was dropped, "" if nothing was (see
+        :class:`~wispprof.sessions.pending_drafts.DraftCounters`).
 
-        ``acceptance_prob``: P(accepted | those before were), one float per token. ``slack_ms``: what the
-        edge has left before this round must be answered (round mode). Idempotent; never changes
-        what will be committed, and never raises on a frame's content.
+        ``acceptance_prob``: P(accepted | those before were), one float per token. ``slack_ms``: the time that
+        the edge has left for this round (round mode). Idempotent; never changes what will be committed, and
+        never raises on a frame's content.
         """
-        count = len(tokens)
-        if len(acceptance_prob) != count:
+        drafts = self._drafts
+        if len(acceptance_prob) != len(tokens):
             raise ValueError(
-                f"{count} drafts came with {len(acceptance_prob)} acceptance probabilities"
+                f"{len(tokens)} drafts came with {len(acceptance_prob)} acceptance probabilities."
             )
         if self.finished:
-            return self._drop("finished", count)
-        if epoch != self.epoch or epoch < self._min_epoch:
-            if epoch < max(self._min_epoch, self.epoch):
-                return self._drop("epoch", len(tokens))
-            self._clear_tail()
-            self.epoch = epoch
-        committed_len = len(self.tokens)
-        if base >= committed_len:
-            if not self.stream:
-                self._round_arrived(now_ms, slack_ms)
-            held = len(self.pending_drafts)
-            if base == committed_len + held and count <= self.max_pending_drafts - held:
-                # What nearly every frame is: the next drafts, nothing known of them yet.
-                self._take(tokens, acceptance_prob, now_ms, draft_ms)
-                return ""
-            overlap = 0
-        else:
-            overlap = min(committed_len - base, len(tokens))
-            if base < 0 or list(tokens[:overlap]) != self.tokens[base : base + overlap]:
-                self._contradicted(now_ms)
-                return self._drop("contradiction", len(tokens))
-        return self._extend_tail(base, tokens, acceptance_prob, overlap, now_ms, draft_ms)
-
-    def _extend_tail(
-        self,
-        base: int,
-        tokens: Sequence[int],
-        acceptance_prob: Sequence[float],
-        overlap: int,
-        now_ms: float,
-        draft_ms: float,
-    ) -> str:
-        place = max(0, base - len(self.tokens))
-        if place > len(self.pending_drafts):
-            return self._drop("gap", len(tokens))
-        known = min(len(self.pending_drafts) - place, len(tokens) - overlap)
-        if (
-            known
-            and list(tokens[overlap : overlap + known])
-            != self.pending_drafts[place : place + known]
-        ):
-            return self._drop("conflict", len(tokens))
-        fresh = slice(
-            overlap + known, overlap + known + self.max_pending_drafts - len(self.pending_drafts)
-        )
-        lost = len(tokens) - overlap - known - len(tokens[fresh])
-        self._take(tokens[fresh], acceptance_prob[fresh], now_ms, draft_ms)
-        return self._drop("overflow", lost) if lost else ""
-
-    def _take(
-        self,
-        tokens: Sequence[int],
-        acceptance_prob: Sequence[float],
-        now_ms: float,
-        draft_ms: float,
-    ) -> None:
-        """Append new drafts; the tail has room for them."""
-        if not tokens:
-            return
-        for chance in acceptance_prob:
-            if not 0.0 <= chance <= 1.0:
-                acceptance_prob = [
-                    p if 0.0 <= p <= 1.0 else float(p > 1.0) for p in acceptance_prob
-                ]
-                break
-        self.pending_drafts += tokens
-        self.pending_acceptance_probs += acceptance_prob
-        self.counters.drafted += len(tokens)
-        self.arrivals.arrived(now_ms, acceptance_prob, draft_ms)
+            return drafts.drop("finished", len(tokens))
+        if not drafts.begin_epoch(epoch):
+            return drafts.drop("epoch", len(tokens))
+        if not self.stream and base >= len(self.tokens):
+            self._round_arrived(now_ms, slack_ms)
         self._view = None
+        return drafts.merge(self.tokens, base, tokens, acceptance_prob, now_ms, draft_ms)
 
     def _round_arrived(self, now_ms: float, slack_ms: float) -> None:
-        """Round mode: from now on it may take part. (A stream may at any time, and its pace sets its
-        deadlines.)"""
+        """Round mode: from now on it may take part. (A stream may at any time, and its SLO sets its deadlines.)"""
         deadline = now_ms + slack_ms if math.isfinite(slack_ms) else math.inf
         if self._round_at < len(self.tokens):
             self._round_at = len(self.tokens)
             self._waiting_from_ms = now_ms
             self._round_deadline_ms = deadline
-            self._view = None
         elif deadline < self._round_deadline_ms:
             self._round_deadline_ms = deadline
-            self._view = None
-
-    def _drop(self, reason: str, tokens: int) -> str:
-        self.counters.dropped[reason] += tokens
-        self.counters.frames[reason] += 1
-        return reason
-
-    def _clear_tail(self) -> None:
-        self.counters.wasted += len(self.pending_drafts)
-        self._flight_withdrawn = True
-        self.pending_drafts.clear()
-        self.pending_acceptance_probs.clear()
-        self._view = None
-
-    def _contradicted(self, now_ms: float) -> None:
-        self._clear_tail()
-        self._min_epoch = self.epoch + 1
-        self.arrivals.contradicted(now_ms)
 
     # --- a step takes it ----------------------------------------------------------------------
 
     def view(self, now_ms: float) -> SessionView:
-        """What the batching policy may know of it now. Kept until something changes."""
+        """What the batching policy may know of it now. Cached until something changes."""
         if self._view is None or now_ms >= self._view_until_ms:
-            self._view = self._look(now_ms)
+            self._view = self._make_view(now_ms)
         return self._view
 
-    def _look(self, now_ms: float) -> SessionView:
+    def _make_view(self, now_ms: float) -> SessionView:
         slo_tracker, committed, cached = self.slo_tracker, len(self.tokens), self.cached
         prompt_left = committed - cached
         if prompt_left == 1 and self._started:
             prompt_left = 0
         tokens_left = self._end - committed
-        hopeless_from = slo_tracker.slo_unreachable_from_ms(tokens_left, self.floor_ms)
-        slo_unreachable = now_ms >= hopeless_from
-        until_ms = math.inf if slo_unreachable else hopeless_from
+        unreachable_ms = slo_tracker.slo_unreachable_from_ms(tokens_left, self.floor_ms)
+        slo_unreachable = now_ms >= unreachable_ms
+        until_ms = math.inf if slo_unreachable else unreachable_ms
         drafting = self.stream and not self.undrafted
         due_ms: float | None = None
         due_acceptance_probs: tuple[float, ...] = ()
         if drafting and not prompt_left:
-            due_ms, due_acceptance_probs, expires_ms = self.arrivals.due(now_ms)
+            due_ms, due_acceptance_probs, expires_ms = self._drafts.arrivals.due(now_ms)
             if expires_ms < until_ms:
                 until_ms = expires_ms
         self._view_until_ms = until_ms
         # The target's own token always comes on top, so the last token needs no draft.
         useful = 0 if prompt_left else tokens_left - 1
-        # By place, as everything that is made once a commit: keywords triple what it costs.
+        # By position, as everything that is made once a commit: keywords triple its cost.
         return SessionView(
             self.session,
             slo_tracker.slo,
@@ -298,7 +245,7 @@ class SessionState:
             self._waiting_from_ms,
             self.deadline_ms,
             prompt_left,
-            tuple(self.pending_acceptance_probs[:useful]),
+            tuple(self._drafts.acceptance_probs[:useful]),
             self.ready,
             drafting,
             due_ms,
@@ -309,14 +256,14 @@ class SessionState:
 
     @property
     def deadline_ms(self) -> float:
-        """When the next commit must leave the server to keep the promise."""
+        """When the next commit must leave the server to meet the SLO."""
         rounds = self._started and not (self.stream or self.undrafted)
         return self._round_deadline_ms if rounds else self.slo_tracker.deadline_ms
 
     def feed(self, member: ScheduledItem, now_ms: float = math.nan) -> StepInput:
-        """The tokens to give to the engine for this part in a step; :meth:`apply` must follow.
+        """The engine's input for a scheduled item; :meth:`apply` must follow.
 
-        Raises ``ValueError`` on a part that the session cannot take: that is a policy's defect.
+        Raises ``ValueError`` on an item that the session cannot take: the policy is at fault.
         """
         if self._flight is not None or self.finished:
             raise ValueError(f"session {self.session} is in a step already, or has ended")
@@ -327,15 +274,22 @@ class SessionState:
             fed = self.tokens[self.cached : self.cached + member.prefill]
             drafts, needs_logits = 0, member.prefill == left
         else:
-            pending_drafts, drafts, needs_logits = self.pending_drafts, member.drafts, True
+            pending_drafts, drafts, needs_logits = self._drafts.tokens, member.drafts, True
             useful = min(len(pending_drafts), self.tokens_left - 1) if pending_drafts else 0
             if member.prefill or not 0 <= drafts <= useful:
                 raise ValueError(f"{member} does not fit a session with {useful} useful drafts")
             fed = [self.tokens[-1], *pending_drafts[:drafts]] if drafts else self.tokens[-1:]
-            self.counters.cut_drafts += useful - drafts
+            self._drafts.counters.cut_drafts += useful - drafts
         waiting_from_ms = self._waiting_from_ms
-        self._flight = len(fed), drafts, needs_logits, self.epoch, self.deadline_ms, waiting_from_ms
-        self._flight_withdrawn = False
+        self._flight = (
+            len(fed),
+            drafts,
+            needs_logits,
+            self._drafts.epoch,
+            self.deadline_ms,
+            waiting_from_ms,
+        )
+        self._drafts.withdrawn = False
         self._started_ms = now_ms
         self._view = None
         return StepInput(self.session, fed, drafts, needs_logits)
@@ -345,15 +299,15 @@ class SessionState:
         self._flight = None
         self._view = None
 
-    def apply(self, outcome: VerifyResult, now_ms: float) -> CommitResult:
-        """Commit what the engine decided, cut where the session ends, and reconcile the tail."""
+    def apply(self, result: VerifyResult, now_ms: float) -> CommitResult:
+        """Commit what the engine decided, cut where the session ends, and reconcile the pending drafts."""
         flight = self._flight
         if flight is None:
             raise ValueError(f"session {self.session} took part in no step")
         fed, drafts, needs_logits, epoch, deadline_ms, queued_from_ms = flight
-        _, accepted, decided = outcome
+        _, accepted, decided = result
         if len(decided) != (accepted + 1 if needs_logits else 0):
-            raise ValueError(f"{outcome} does not answer a feed with emit={needs_logits}")
+            raise ValueError(f"{result} does not answer an input with needs_logits={needs_logits}")
         self._flight = None
         self._view = None
         self.cached += fed - drafts + accepted
@@ -364,8 +318,11 @@ class SessionState:
         tokens = self._append(decided)
         accepted = min(accepted, len(tokens))
         self.slo_tracker.commit(len(tokens), now_ms)
-        self._reconcile(tokens, accepted, now_ms)
-        self.counters.steps += 1
+        pending = self._drafts
+        pending.reconcile(tokens, accepted, now_ms)
+        pending.counters.steps += 1
+        if self.finished:
+            pending.clear()
         self._started = True
         self._waiting_from_ms = now_ms
         committed_len, rollback = len(self.tokens), None
@@ -405,41 +362,18 @@ class SessionState:
                 break
         return tuple(kept)
 
-    def _reconcile(self, new: Sequence[int], accepted: int, now_ms: float) -> None:
-        """Hold the tail against what was committed: it stays as far as it agrees, or goes."""
-        counters, pending_drafts = self.counters, self.pending_drafts
-        agreed = 0
-        for ours, theirs in zip(new, pending_drafts, strict=False):
-            if ours != theirs:
-                break
-            agreed += 1
-        contradicted = agreed < len(new) and agreed < len(pending_drafts)
-        counters.accepted += accepted
-        if self._flight_withdrawn:
-            # These drafts left the tail while the engine verified them: they were booked as wasted.
-            counters.wasted -= accepted
-            counters.matched += agreed
-        else:
-            counters.matched += agreed - accepted
-        if contradicted:
-            del pending_drafts[:agreed]
-            self._contradicted(now_ms)
-        elif agreed:
-            del pending_drafts[:agreed], self.pending_acceptance_probs[:agreed]
-        if self.finished:
-            self._clear_tail()
-
     def abandon(self) -> None:
-        """Nobody wants the rest: held drafts are booked as wasted, nothing more is committed."""
+        """The client has left: pending drafts count as wasted, nothing more is committed."""
         self._flight = None
-        self._clear_tail()
+        self._view = None
+        self._drafts.clear()
         self.finished = self.finished or "abandoned"
 
     # --- its cache ----------------------------------------------------------------------------
 
     def adopted(self, cached: int) -> None:
-        """Before its first step: the engine already holds the first ``cached`` tokens (a prefix that
-        another session left). At least one token is left to feed."""
+        """Before its first step: the engine already holds the first ``cached`` tokens (a cached prefix).
+        At least one token is left to feed."""
         if self._started or self._flight is not None or not 0 <= cached < len(self.tokens):
             raise ValueError(f"cannot adopt {cached} cached tokens now")
         self.cached = cached

@@ -22,7 +22,7 @@ class BenchSettings(Settings):
     """One load under one way of drafting.
 
     ``system``: ``server-only`` (sessions without drafts), or a name of
-    :data:`wispprof.simulation.systems.SYSTEMS` that says how edges draft; the server chooses the batching
+    :data:`wispprof.simulation.scenario.SYSTEMS` that says how edges draft; the server chooses the batching
     policy. ``controller``, ``options`` and ``drafting`` replace what the system says. Device ``i`` is
     ``device[i % len]`` (without any, the preset ``medium``), has the SLO ``tokens_per_s[i % len]`` and its
     own connection. ``link`` is emulated

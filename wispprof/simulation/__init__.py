@@ -2,7 +2,6 @@
 
 from wispprof.simulation.event_loop import simulate
 from wispprof.simulation.metrics import Report
-from wispprof.simulation.scenario import Scenario, ServerModel
-from wispprof.simulation.systems import SYSTEMS, System, system
+from wispprof.simulation.scenario import SYSTEMS, Scenario, ServerModel, System, system
 
 __all__ = ["SYSTEMS", "Report", "Scenario", "ServerModel", "System", "simulate", "system"]

@@ -33,7 +33,7 @@ __all__ = [
 class Request(NamedTuple):
     """One generation: when it is asked for, prompt tokens, and tokens to generate."""
 
-    at_ms: float
+    time_ms: float
     prompt_tokens: int
     output_tokens: int
 
@@ -93,12 +93,12 @@ class Poisson:
     lengths: Lengths = Lengths()
 
     def requests(self, rng: Random, horizon_ms: float) -> Iterator[Request]:
-        at = 0.0
+        time_ms = 0.0
         while self.per_s > 0:
-            at += rng.expovariate(self.per_s) * 1000.0
-            if at >= horizon_ms:
+            time_ms += rng.expovariate(self.per_s) * 1000.0
+            if time_ms >= horizon_ms:
                 return
-            yield Request(at, *self.lengths.draw(rng))
+            yield Request(time_ms, *self.lengths.draw(rng))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,21 +119,21 @@ class Bursts:
         if not 0 < self.burst_s <= self.every_s:
             raise ValueError("bursts need 0 < burst_s <= every_s")
 
-    def rate(self, at_ms: float) -> float:
+    def rate(self, time_ms: float) -> float:
         """Requests a second at a time."""
-        phase = (at_ms / 1000.0) % self.every_s
+        phase = (time_ms / 1000.0) % self.every_s
         return self.burst_per_s if phase >= self.every_s - self.burst_s else self.base_per_s
 
     def requests(self, rng: Random, horizon_ms: float) -> Iterator[Request]:
         top = max(self.base_per_s, self.burst_per_s)
-        at = 0.0
+        time_ms = 0.0
         while top > 0:
-            at += rng.expovariate(top) * 1000.0
-            if at >= horizon_ms:
+            time_ms += rng.expovariate(top) * 1000.0
+            if time_ms >= horizon_ms:
                 return
             keep, lengths = rng.random(), self.lengths.draw(rng)
-            if keep * top < self.rate(at):
-                yield Request(at, *lengths)
+            if keep * top < self.rate(time_ms):
+                yield Request(time_ms, *lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +150,11 @@ class Replay:
 
     def requests(self, rng: Random, horizon_ms: float) -> Iterator[Request]:
         for request in self.recorded:
-            at = request.at_ms / self.speed
-            if at >= horizon_ms:
+            time_ms = request.time_ms / self.speed
+            if time_ms >= horizon_ms:
                 return
             yield Request(
-                at,
+                time_ms,
                 max(1, min(self.max_prompt, request.prompt_tokens)),
                 max(2, min(self.max_output, request.output_tokens)),
             )
@@ -178,8 +178,8 @@ def read_requests(path: str | Path) -> tuple[Request, ...]:
     rows = sorted(reader(path, lines))
     if not rows:
         raise ArtifactDamaged(f"{path} holds no requests.", "Give a trace with at least one row.")
-    start = rows[0].at_ms
-    return tuple(Request(r.at_ms - start, r.prompt_tokens, r.output_tokens) for r in rows)
+    start = rows[0].time_ms
+    return tuple(Request(r.time_ms - start, r.prompt_tokens, r.output_tokens) for r in rows)
 
 
 def _azure(path: Path, lines: list[str]) -> Iterator[Request]:
@@ -216,10 +216,10 @@ def _mooncake(path: Path, lines: list[str]) -> Iterator[Request]:
             raise _damaged(path, number, err) from err
 
 
-def _checked(at_ms: float, prompt: int, output: int) -> Request:
-    if not math.isfinite(at_ms) or prompt < 0 or output < 0:
+def _checked(time_ms: float, prompt: int, output: int) -> Request:
+    if not math.isfinite(time_ms) or prompt < 0 or output < 0:
         raise ValueError("negative or non-finite value")
-    return Request(at_ms, prompt, output)
+    return Request(time_ms, prompt, output)
 
 
 def _damaged(path: Path, number: int, err: Exception) -> ArtifactDamaged:

@@ -200,30 +200,30 @@ class Link:
 
     def up(self, now_ms: float, size: int) -> float:
         """Arrival at the server of ``size`` bytes sent by the edge at ``now_ms``."""
-        at = self._arrival(now_ms, size, self._up_mbps)
+        time_ms = self._arrival(now_ms, size, self._up_mbps)
         # In order: never before the frame sent earlier.
-        if at < self._up_free:
+        if time_ms < self._up_free:
             return self._up_free
-        self._up_free = at
-        return at
+        self._up_free = time_ms
+        return time_ms
 
     def down(self, now_ms: float, size: int) -> float:
         """Arrival at the edge of ``size`` bytes sent by the server at ``now_ms``."""
-        at = self._arrival(now_ms, size, self._down_mbps)
-        if at < self._down_free:
+        time_ms = self._arrival(now_ms, size, self._down_mbps)
+        if time_ms < self._down_free:
             return self._down_free
-        self._down_free = at
-        return at
+        self._down_free = time_ms
+        return time_ms
 
     def _arrival(self, now_ms: float, size: int, mbps: float) -> float:
-        at = now_ms + self._half
+        time_ms = now_ms + self._half
         if mbps > 0:
-            at += size * 8.0 / (mbps * 1000.0)
+            time_ms += size * 8.0 / (mbps * 1000.0)
         if self._steady:
-            return at
+            return time_ms
         if self._jitter > 0:
-            at += self._rng.expovariate(1.0 / self._jitter)
+            time_ms += self._rng.expovariate(1.0 / self._jitter)
         if self._loss > 0:
             while self._rng.random() < self._loss:
-                at += self._penalty
-        return at
+                time_ms += self._penalty
+        return time_ms

@@ -89,7 +89,7 @@ class Simulation:
             return
         rng = Random(mix((scenario.seed, 3)))
         for device, request in enumerate(load.requests(rng, self.end_ms)):
-            self.schedule(request.at_ms, self._ask, (device, 0, request))
+            self.schedule(request.time_ms, self._ask, (device, 0, request))
 
     def _next(self, now_ms: float, who: tuple[int, int]) -> None:
         """The next request of a closed fleet's device."""

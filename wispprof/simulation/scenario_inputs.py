@@ -12,6 +12,7 @@ from wispprof.artifacts.profile import load_edge
 from wispprof.artifacts.trace import load_trace
 from wispprof.errors import PlanError
 from wispprof.policies.controllers import ConfidenceAcceptance
+from wispprof.policies.linear_cost import LinearCost
 from wispprof.simulation.arrivals import (
     Bursts,
     ClosedFleet,
@@ -22,11 +23,9 @@ from wispprof.simulation.arrivals import (
     read_requests,
 )
 from wispprof.simulation.devices import DeviceProfile
-from wispprof.simulation.scenario import ServerModel
+from wispprof.simulation.scenario import ServerModel, System
 from wispprof.simulation.simulated_output import AcceptanceSource
-from wispprof.simulation.step_costs import LinearCost
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
-from wispprof.simulation.systems import System
 from wispprof.simulation.trace_replay import TraceAcceptance
 from wispprof.types import RejectionPredictor, Slo
 

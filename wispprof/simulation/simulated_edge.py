@@ -16,9 +16,9 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from wispprof.policies.interface import Controller
-from wispprof.sessions.commit_result import CommitResult
 from wispprof.sessions.draft_buffer import Outgoing
 from wispprof.sessions.edge_session import EdgeSession
+from wispprof.sessions.session_state import CommitResult
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.simulation.devices import DeviceProfile, Link
 from wispprof.simulation.metrics import SessionRecord

@@ -16,10 +16,9 @@ from wispprof.policies.load_level import load_level, slowdown
 from wispprof.sessions.draft_buffer import Outgoing
 from wispprof.sessions.session_state import SessionState
 from wispprof.simulation.devices import COMMIT_BYTES, TOKEN_BYTES
-from wispprof.simulation.kv_offload import KvOffload
 from wispprof.simulation.scenario import ServerModel
 from wispprof.simulation.simulated_edge import SimulatedEdge
-from wispprof.simulation.step_costs import SimulatedStepTimes, WithoutPrefixCache
+from wispprof.simulation.step_costs import KvOffload, SimulatedStepTimes, WithoutPrefixCache
 from wispprof.types import StepInput, StepTimeEstimator, VerifyResult
 
 if TYPE_CHECKING:

@@ -1,0 +1,238 @@
+"""Drafts that the server holds beyond a session's committed tokens: merged by position, counted, and forecast."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+__all__ = ["DraftArrivals", "DraftCounters", "PendingDrafts"]
+
+_WEIGHT = 0.25
+_OVERDUE = 2.0
+"""A frame later than this many times the usual wait is no longer expected at a known time."""
+
+
+@dataclass(slots=True)
+class DraftCounters:
+    """Counts of draft tokens. ``drafted == accepted + matched + wasted + pending`` at all times.
+
+    ``drafted``: merged. ``accepted``: verified and committed. ``matched``: committed without having been
+    verified. ``wasted``: contradicted or withdrawn. ``cut_drafts``: left out of a step by the policy (they may be
+    verified later). ``dropped``: tokens refused by merge, by reason; ``frames`` likewise counts the frames.
+    Reasons: ``epoch`` (old), ``contradiction`` (differs from committed text), ``gap`` (begins beyond the pending
+    drafts), ``conflict`` (differs from them within one epoch), ``overflow``, ``finished``.
+    """
+
+    drafted: int = 0
+    accepted: int = 0
+    matched: int = 0
+    wasted: int = 0
+    cut_drafts: int = 0
+    steps: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    frames: Counter[str] = field(default_factory=Counter)
+
+
+class DraftArrivals:
+    """Running means of one session's draft frames: gap, length, acceptance probability by index in the frame.
+
+    Two waits are measured separately: the gap between frames of one epoch, and the recovery from a
+    contradicting commit to the first frame of the next epoch, which adds the link's round trip.
+    """
+
+    __slots__ = (
+        "_acceptance_probs",
+        "_gap_ms",
+        "_last_ms",
+        "_length",
+        "_recover_ms",
+        "_recovering",
+    )
+
+    def __init__(self) -> None:
+        self._last_ms: float | None = None
+        self._gap_ms: float | None = None
+        self._recover_ms: float | None = None
+        self._recovering = False
+        self._length: float | None = None
+        self._acceptance_probs: list[float] = []
+
+    def arrived(self, now_ms: float, acceptance_prob: Sequence[float], draft_ms: float) -> None:
+        """A frame that added drafts came; ``draft_ms``: their drafting time."""
+        if self._last_ms is not None:
+            gap_ms = now_ms - self._last_ms
+            if gap_ms < 0.0:
+                gap_ms = 0.0
+            if self._recovering:
+                mean_ms = self._recover_ms
+                self._recover_ms = (
+                    gap_ms if mean_ms is None else mean_ms + _WEIGHT * (gap_ms - mean_ms)
+                )
+                self._recovering = False
+            else:
+                mean_ms = self._gap_ms
+                self._gap_ms = gap_ms if mean_ms is None else mean_ms + _WEIGHT * (gap_ms - mean_ms)
+        elif draft_ms > 0:
+            self._gap_ms = draft_ms
+        self._last_ms = now_ms
+        length = self._length
+        if length is None:
+            self._length = float(len(acceptance_prob))
+        else:
+            self._length = length + _WEIGHT * (len(acceptance_prob) - length)
+        means = self._acceptance_probs
+        known = len(means)
+        for index, value in enumerate(acceptance_prob):
+            if index < known:
+                means[index] += _WEIGHT * (value - means[index])
+            else:
+                means.append(value)
+
+    def contradicted(self, now_ms: float) -> None:
+        """A commit left at ``now_ms`` that sends the edge back: drafting restarts from there."""
+        self._recovering = True
+        self._last_ms = now_ms
+
+    def due(self, now_ms: float) -> tuple[float | None, tuple[float, ...], float]:
+        """(expected arrival of the next frame, its expected acceptance probabilities, expiry of this forecast).
+
+        ``(None, (), inf)`` while too little is known, and once the frame is overdue.
+        """
+        wait_ms = self._recover_ms if self._recovering else self._gap_ms
+        last_ms, length = self._last_ms, self._length
+        if wait_ms is None or last_ms is None or now_ms >= last_ms + _OVERDUE * wait_ms:
+            return None, (), math.inf
+        probs = () if length is None else tuple(self._acceptance_probs[: max(1, round(length))])
+        return last_ms + wait_ms, probs, last_ms + _OVERDUE * wait_ms
+
+
+class PendingDrafts:
+    """The drafts themselves: ``tokens`` and their ``acceptance_probs``, from the committed length on.
+
+    At most ``limit`` are held. ``withdrawn``: the drafts left while the engine verified them.
+    """
+
+    __slots__ = (
+        "_min_epoch",
+        "acceptance_probs",
+        "arrivals",
+        "counters",
+        "epoch",
+        "limit",
+        "tokens",
+        "withdrawn",
+    )
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.tokens: list[int] = []
+        self.acceptance_probs: list[float] = []
+        self.counters = DraftCounters()
+        self.arrivals = DraftArrivals()
+        self.epoch = 0
+        self.withdrawn = False
+        self._min_epoch = 0
+
+    def begin_epoch(self, epoch: int) -> bool:
+        """Enter the epoch of a frame, dropping drafts of an older one. ``False``: the frame itself is old."""
+        if epoch != self.epoch or epoch < self._min_epoch:
+            if epoch < max(self._min_epoch, self.epoch):
+                return False
+            self.clear()
+            self.epoch = epoch
+        return True
+
+    def merge(
+        self,
+        committed: list[int],
+        base: int,
+        tokens: Sequence[int],
+        acceptance_prob: Sequence[float],
+        now_ms: float,
+        draft_ms: float,
+    ) -> str:
+        """Take in drafts that begin at position ``base``; returns why some were dropped, or ""."""
+        committed_len, held, count = len(committed), len(self.tokens), len(tokens)
+        if base == committed_len + held and count <= self.limit - held:
+            # Nearly every frame: the next drafts, none of them known yet.
+            self._append(tokens, acceptance_prob, now_ms, draft_ms)
+            return ""
+        overlap = 0
+        if base < committed_len:
+            overlap = min(committed_len - base, count)
+            if base < 0 or list(tokens[:overlap]) != committed[base : base + overlap]:
+                self.contradicted(now_ms)
+                return self.drop("contradiction", count)
+        start = max(0, base - committed_len)
+        if start > held:
+            return self.drop("gap", count)
+        known = overlap + min(held - start, count - overlap)
+        if list(tokens[overlap:known]) != self.tokens[start : start + known - overlap]:
+            return self.drop("conflict", count)
+        fresh = slice(known, known + self.limit - held)
+        lost = count - known - len(tokens[fresh])
+        self._append(tokens[fresh], acceptance_prob[fresh], now_ms, draft_ms)
+        return self.drop("overflow", lost) if lost else ""
+
+    def _append(
+        self,
+        tokens: Sequence[int],
+        acceptance_prob: Sequence[float],
+        now_ms: float,
+        draft_ms: float,
+    ) -> None:
+        if not tokens:
+            return
+        for prob in acceptance_prob:
+            if not 0.0 <= prob <= 1.0:
+                acceptance_prob = [
+                    p if 0.0 <= p <= 1.0 else float(p > 1.0) for p in acceptance_prob
+                ]
+                break
+        self.tokens += tokens
+        self.acceptance_probs += acceptance_prob
+        self.counters.drafted += len(tokens)
+        self.arrivals.arrived(now_ms, acceptance_prob, draft_ms)
+
+    def drop(self, reason: str, tokens: int) -> str:
+        """Count refused tokens; returns ``reason``."""
+        self.counters.dropped[reason] += tokens
+        self.counters.frames[reason] += 1
+        return reason
+
+    def clear(self) -> None:
+        """Drop all, as wasted."""
+        self.counters.wasted += len(self.tokens)
+        self.withdrawn = True
+        self.tokens.clear()
+        self.acceptance_probs.clear()
+
+    def contradicted(self, now_ms: float) -> None:
+        """The drafts differ from committed text: drop them, and refuse frames of this epoch from now on."""
+        self.clear()
+        self._min_epoch = self.epoch + 1
+        self.arrivals.contradicted(now_ms)
+
+    def reconcile(self, committed: Sequence[int], accepted: int, now_ms: float) -> None:
+        """Compare with newly committed tokens, of which ``accepted`` were verified drafts; keep what agrees."""
+        counters, pending = self.counters, self.tokens
+        agreed = 0
+        for ours, theirs in zip(committed, pending, strict=False):
+            if ours != theirs:
+                break
+            agreed += 1
+        contradicted = agreed < len(committed) and agreed < len(pending)
+        counters.accepted += accepted
+        if self.withdrawn:
+            # These drafts were counted as wasted when they left.
+            counters.wasted -= accepted
+            counters.matched += agreed
+        else:
+            counters.matched += agreed - accepted
+        if contradicted:
+            del pending[:agreed]
+            self.contradicted(now_ms)
+        elif agreed:
+            del pending[:agreed], self.acceptance_probs[:agreed]
