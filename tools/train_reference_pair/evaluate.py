@@ -1,7 +1,6 @@
-"""Figures of a pair on held-out files: loss, repetition, cost of a step, agreement. Plain transformers
-throughout, so that they do not depend on this project's own engine.
+"""Loss, repetition, step time and agreement of a pair on held-out files.
 
-Acceptance by position is taken from an acceptance trace instead (see ``wispprof.profiling``).
+All are computed by plain transformers, so they do not depend on this project's engine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""All figures of a draft-target pair on held-out files, and the model card that states them.
+"""All figures of a draft-target pair on held-out files, and the model card that lists them.
 
-Losses, repetition and step times come from plain transformers; acceptance from the same trace that trains
-predictors; agreement from the two models' distributions at the same positions.
+Acceptance comes from an acceptance trace, as it trains predictors; the rest from :mod:`.evaluate`.
 """
 
 from __future__ import annotations

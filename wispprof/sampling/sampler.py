@@ -1,10 +1,9 @@
 """Drafter-invariant sampling: the target's token is ``argmax(filtered_logits / T + gumbel(seed, position))``.
 
-An exact sample of the filtered target distribution (Gumbel-max), and the same token whatever was
-drafted, in whatever batch, with whatever draft length. Filters follow transformers' logits warpers in
-their order: temperature, top-k (ties at the k-th value stay), top-p (the smallest set of most likely
-tokens whose mass reaches ``top_p``, at least one). Background: Daliri, Musco, Suresh, "Coupling without
-communication and drafter-invariant speculative decoding".
+This is an exact sample of the filtered target distribution (Gumbel-max), and the same token for any drafts, batch
+and draft length. Filters follow transformers' logits warpers in their order: temperature, top-k (ties at
+the k-th value stay), top-p (the smallest set of most likely tokens whose mass reaches ``top_p``, at least one).
+Source: Daliri, Musco, Suresh, "Coupling without communication and drafter-invariant speculative decoding".
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ __all__ = [
     "sample_tokens_numpy",
 ]
 
-# Most nuclei are far smaller than this; rows that need more candidates are done again with more.
+# Most nuclei are far smaller; rows that need more candidates are drawn again among more.
 _CANDIDATES = 64
 
 
@@ -36,7 +35,7 @@ def sample_tokens(
 ) -> Tensor:
     """The target's own tokens, (n,) int64 on the device of ``logits`` (n, V).
 
-    ``positions[i]`` is the position that row ``i``'s token will stand at; ``samplings[i]`` its settings.
+    ``positions[i]``: position of the token that row ``i`` decides; ``samplings[i]``: its settings.
     """
     best = logits.argmax(-1)
     rows = [i for i, s in enumerate(samplings) if s.temperature > 0]
@@ -48,8 +47,8 @@ def sample_tokens(
     device = logits.device
     keys = torch.from_numpy(words).to(device)
     picked = logits if len(rows) == len(samplings) else logits[rows]
-    warm = torch.tensor([s.temperature for s in chosen], dtype=torch.float32, device=device)
-    scaled = picked.float() / warm[:, None]
+    temperatures = torch.tensor([s.temperature for s in chosen], dtype=torch.float32, device=device)
+    scaled = picked.float() / temperatures[:, None]
     filtered = [i for i, s in enumerate(chosen) if s.top_k or s.top_p < 1]
     if not filtered:
         tokens = _draw_all(scaled, keys)
@@ -78,7 +77,7 @@ def _draw_filtered(
 ) -> Tensor:
     """Draw among the ``width`` most likely tokens; rows whose filter may keep more are drawn again."""
     vocab = scaled.shape[1]
-    # A top-k must be seen whole: the top-p after it is a share of its mass.
+    # All of a top-k must be candidates: the top-p after it is a share of their mass.
     width = min(vocab, max(width, *(s.top_k + 1 for s in samplings)))
     values, ids = scaled.topk(width)
     device = scaled.device
@@ -98,9 +97,9 @@ def _draw_filtered(
     tokens = ids.gather(1, scores.argmax(1, keepdim=True))[:, 0]
     if width == vocab:
         return tokens
-    # Undecided: the kept set may go on beyond the candidates (a tie at the last one counts as such).
+    # Undecided if the last candidate stays: more tokens may belong to the filtered set.
     last = keep[:, -1]
-    undecided = [i for i, open_end in enumerate(last.tolist()) if open_end]
+    undecided = [i for i, stays in enumerate(last.tolist()) if stays]
     if undecided:
         tokens[undecided] = _draw_filtered(
             scaled[undecided], keys[undecided], [samplings[i] for i in undecided], width * 8
@@ -109,7 +108,7 @@ def _draw_filtered(
 
 
 def sample_tokens_numpy(logits: np.ndarray, position: int, sampling: Sampling) -> int:
-    """One row (V,) float32 without torch: the same token as :func:`sample_tokens`, for the edge."""
+    """The same token as :func:`sample_tokens` for one row (V,) float32, in numpy, for the edge."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     keys = position_keys([sampling.seed], [position])
@@ -146,7 +145,7 @@ def _logsumexp(values: np.ndarray) -> float:
 def filtered_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     """The distribution (n, V) that a token is drawn from; for T = 0 all mass on the argmax.
 
-    Written the long way round, as a reference for tests and for the agreement table.
+    A plain reference implementation, for tests and for :func:`acceptance_rates`.
     """
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
@@ -167,8 +166,8 @@ def filtered_probs(logits: Tensor, sampling: Sampling) -> Tensor:
 class AcceptanceRates:
     """How often target and draft agree on the next token, averaged over rows.
 
-    ``best``: Σ min(p, q), which no method can exceed. ``same_noise``: both drawn with the position's
-    noise, as this project does. ``independent``: Σ p·q, each drawing for itself.
+    ``best``: Σ min(p, q), the upper bound of any method. ``same_noise``: both drawn with the position's
+    noise, as here. ``independent``: Σ p·q, drawn independently.
     """
 
     best: float
@@ -179,9 +178,9 @@ class AcceptanceRates:
 def acceptance_rates(
     target_logits: Tensor, draft_logits: Tensor, sampling: Sampling, draws: int = 64
 ) -> AcceptanceRates:
-    """Agreement of two models on the same positions: logits (n, V) each, raw.
+    """Agreement of two models on the same positions, from raw logits (n, V) of each.
 
-    ``same_noise`` averages ``draws`` seeds beginning at ``sampling.seed``.
+    ``same_noise`` averages over ``draws`` seeds from ``sampling.seed`` on.
     """
     p, q = filtered_probs(target_logits, sampling), filtered_probs(draft_logits, sampling)
     positions = np.arange(len(p))
