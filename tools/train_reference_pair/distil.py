@@ -1,9 +1,9 @@
 """The draft of the reference pair, distilled from its target.
 
-The draft minimizes KL(target ‖ draft). Half of its training text is the target's own, greedy and sampled; half
-are training files. The target's logits are computed once and stored as its ``TOP`` likeliest tokens, so an
-epoch costs only the draft's own passes. The KL is over ``TOP`` + 1 events, those tokens and all others: a lower
-bound of the full KL.
+The draft minimizes KL(target ‖ draft). Half of its training text is the target's own, greedy and sampled;
+half are training files. The target's logits are computed once and stored as its ``TOP`` likeliest tokens,
+so an epoch costs only the draft's own passes. The KL is over ``TOP`` + 1 events, those tokens and all
+others: a lower bound of the full KL.
 
 The draft's embedding starts as the principal components of the target's.
 """

@@ -19,7 +19,8 @@ class GgufDraft(NamedTuple):
 
 
 def make_drafter(name: str, model: Any = None) -> Drafter:
-    """Call the drafter factory ``name``: a function of the draft model to a :class:`~wispprof.backends.Drafter`.
+    """Call the drafter factory ``name``: a function of the draft model to a
+    :class:`~wispprof.backends.Drafter`.
 
     ``model``: a :class:`~wispprof.engines.loading.LoadedModel`, a :class:`GgufDraft`, or ``None``.
     Raises :class:`~wispprof.errors.PluginError` for an unknown name, and what the factory raises.

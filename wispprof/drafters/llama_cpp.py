@@ -24,10 +24,9 @@ __all__ = ["LlamaCppDrafter"]
 class LlamaCppDrafter(ModelDrafter):
     """A llama.cpp model.
 
-    ``max_context``: tokens of its KV cache. ``threads``: llama.cpp's choice by default. ``gpu_layers``: layers
-    on the GPU, -1 for all; ignored by a build without GPU support.
-    Raises :class:`ModelMissing` without the file, :class:`ModelError` without the extra or if llama.cpp
-    cannot load the file.
+    ``max_context``: tokens of its KV cache. ``threads``: llama.cpp's choice by default. ``gpu_layers``:
+    layers on the GPU, -1 for all; ignored by a build without GPU support. Raises :class:`ModelMissing`
+    without the file, :class:`ModelError` without the extra or if llama.cpp cannot load the file.
     """
 
     def __init__(

@@ -70,7 +70,7 @@ class ModelDrafter(Drafter):
     def _check(self, length: int) -> None:
         if length > self.max_context:
             raise EngineError(
-                f"A draft sequence of {length} tokens exceeds the draft model's context of {self.max_context}.",
+                f"{length} draft tokens exceed the draft model's context of {self.max_context}.",
                 "Stop drafting for this session, or give the draft model a longer context.",
             )
 

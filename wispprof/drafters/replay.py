@@ -1,7 +1,7 @@
 """Replay an acceptance trace: propose what the recorded draft model proposed.
 
-It runs no model and takes no time; :class:`~wispprof.edge.draft_worker.TimedWorker` makes it as slow as a device.
-A session must start from a prompt of the trace, and the target must follow the recorded path.
+It runs no model and takes no time; :class:`~wispprof.edge.draft_worker.TimedWorker` makes it as slow as a
+device. A session must start from a prompt of the trace, and the target must follow the recorded path.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["ReplayDrafter"]
 class ReplayDrafter(Drafter):
     """Drafts along one path of a trace.
 
-    Row ``i`` of the trace holds the proposals of the draft model given the path up to ``i``. While the tokens held
-    equal the path, the next proposal is the first of the next row. Behind a wrong token, the row that
-    proposed it continues; beyond its depth its last proposal repeats.
-    Raises :class:`ProfileError` for text that the trace does not contain.
+    Row ``i`` of the trace holds the proposals of the draft model given the path up to ``i``. While the
+    tokens held equal the path, the next proposal is the first of the next row. Behind a wrong token, the
+    row that proposed it continues; beyond its depth its last proposal repeats. Raises :class:`ProfileError`
+    for text that the trace does not contain.
     """
 
     def __init__(self, trace: AcceptanceTrace | Sequence[TracePath]) -> None:

@@ -57,9 +57,10 @@ def load_model(
 ) -> LoadedModel:
     """Load a Llama-, Qwen2-, Qwen3- or Mistral-family model.
 
-    ``path_or_id``: a folder in Hugging Face layout, or a hub id. The hub is asked only for an id that is not in
-    the local cache, with a short timeout. ``dtype``: ``float32``, ``bfloat16`` or ``float16``. ``device``:
-    ``auto``, ``cpu``, ``cuda``, ``cuda:1`` … ``ranks``: load this rank's shard onto its device instead.
+    ``path_or_id``: a folder in Hugging Face layout, or a hub id. The hub is asked only for an id that is
+    not in the local cache, with a short timeout. ``dtype``: ``float32``, ``bfloat16`` or ``float16``.
+    ``device``: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` … ``ranks``: load this rank's shard onto its device
+    instead.
 
     Raises :class:`ModelMissing` if there is no model, :class:`ModelUnsupported` if this engine cannot serve
     it, and :class:`ModelError` if its files cannot be read.
@@ -252,7 +253,7 @@ def _find_on_hub(repo: str) -> Path:
     except Exception as err:
         reason = type(err).__name__
         raise ModelMissing(
-            f"{repo} is neither a folder nor in the local hub cache, and the hub did not return it ({reason}).",
+            f"{repo} is neither a folder nor in the local hub cache; the hub did not return it ({reason}).",
             hint,
         ) from err
 

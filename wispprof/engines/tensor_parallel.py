@@ -148,10 +148,11 @@ def join(size: int, device: str = "auto") -> Ranks:
 def load_shard(folder: Path, config: Any, dtype: torch.dtype, ranks: Ranks) -> tuple[Any, int]:
     """The model with this rank's parameters on its device, and the parameter count of the whole model.
 
-    transformers' ``tp_plan`` of the model class says which layers split, and along which dimension. A column-wise
-    layer keeps its rank's output features, so attention keeps whole heads. A row-wise layer keeps the matching
-    input features; its partial output is summed over ranks. The output head keeps its part of the vocabulary.
-    :class:`~wispprof.engines.torch.decoder.FusedDecoder` computes with these weights.
+    transformers' ``tp_plan`` of the model class says which layers split, and along which dimension. A
+    column-wise layer keeps its rank's output features, so attention keeps whole heads. A row-wise layer
+    keeps the matching input features; its partial output is summed over ranks. The output head keeps its
+    part of the vocabulary. :class:`~wispprof.engines.torch.decoder.FusedDecoder` computes with these
+    weights.
 
     Raises :class:`ModelUnsupported` for a model that does not split over so many ranks,
     :class:`ModelError` if weights are missing, and what reading the files raises.

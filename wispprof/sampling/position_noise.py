@@ -1,9 +1,9 @@
 """Position noise: a counter-based hash of (seed, position, token id), the same in numpy and torch.
 
 Each token gets 32 random bits from two rounds of a 32-bit finalizer (the ``lowbias32`` constants of the
-hash-prospector project) over its id, each keyed by half of a 64-bit SplitMix of (seed, position). The bits give
-a uniform ``v`` in (0, 1) with full relative precision near 0, where large Gumbel values come from, so that
-unlikely tokens are drawn with their exact probability.
+hash-prospector project) over its id, each keyed by half of a 64-bit SplitMix of (seed, position). The bits
+give a uniform ``v`` in (0, 1) with full relative precision near 0, where large Gumbel values come from, so
+that unlikely tokens are drawn with their exact probability.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Drafter-invariant sampling: the target's token is ``argmax(filtered_logits / T + gumbel(seed, position))``.
 
-This is an exact sample of the filtered target distribution (Gumbel-max), and the same token for any drafts, batch
-and draft length. Filters follow transformers' logits warpers in their order: temperature, top-k (ties at
-the k-th value stay), top-p (the smallest set of most likely tokens whose mass reaches ``top_p``, at least one).
-Source: Daliri, Musco, Suresh, "Coupling without communication and drafter-invariant speculative decoding".
+This is an exact sample of the filtered target distribution (Gumbel-max), and the same token for any drafts,
+batch and draft length. Filters follow transformers' logits warpers in their order: temperature, top-k (ties
+at the k-th value stay), top-p (the smallest set of most likely tokens whose mass reaches ``top_p``, at
+least one). Source: Daliri, Musco, Suresh, "Coupling without communication and drafter-invariant speculative
+decoding".
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ def decoder_for(model: Any, ranks: Ranks | None = None) -> Decoder:
 def _install_attention(model: Any) -> None:
     """Register the ``wispprof`` attention implementation and make ``model`` use it.
 
-    Called with a ``wispprof_attend`` argument, which transformers passes through the model's forward, it hands
-    packed queries, keys and values to the KV store. Called without, as by ``model.generate``, it is
+    Called with a ``wispprof_attend`` argument, which transformers passes through the model's forward, it
+    hands packed queries, keys and values to the KV store. Called without, as by ``model.generate``, it is
     transformers' ``sdpa``. So one loaded model serves the engine and stays an ordinary transformers model.
     """
     from transformers import AttentionInterface, AttentionMaskInterface

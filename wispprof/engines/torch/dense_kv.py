@@ -1,8 +1,8 @@
 """Dense KV: each session's keys and values are contiguous, in a row that grows by doubling.
 
-Rows of equal capacity share a pool, ``(layers, 2, rows, kv_heads, capacity, d)``, packed to the front: closing
-a session moves the last row into the gap. So the sessions of a pool form a batch that a step reads in place;
-they are at least half full, so padding to the longest wastes at most half of the reading.
+Rows of equal capacity share a pool, ``(layers, 2, rows, kv_heads, capacity, d)``, packed to the front:
+closing a session moves the last row into the gap. So the sessions of a pool form a batch that a step reads
+in place; they are at least half full, so padding to the longest wastes at most half of the reading.
 
 A step splits into groups of one pool and one size of input (verify inputs together, prompt chunks by
 powers of two), each padded and attended at once. A group whose rows are scattered is copied first.
@@ -79,8 +79,9 @@ class _Pool:
 class _Group:
     """Inputs that are attended together: packed tokens ``start:stop``, ``span`` rows from ``first``.
 
-    ``write``: flat places of new keys and values. ``gather``: rows to copy, ``None`` if read in place. ``pad``
-    and ``unpad``: indices from packed to padded tokens and back, ``None`` if the group needs no padding.
+    ``write``: flat places of new keys and values. ``gather``: rows to copy, ``None`` if read in place.
+    ``pad`` and ``unpad``: indices from packed to padded tokens and back, ``None`` if the group needs no
+    padding.
     """
 
     pool: _Pool

@@ -1,8 +1,8 @@
 """One engine over several ranks: rank 0's :class:`MultiRankEngine` serves, the other ranks :func:`follow` it.
 
-Every rank runs a :class:`~wispprof.engines.torch.engine.TorchEngine` over its own heads. All ranks make the same
-calls in the same order, so their bookkeeping is equal. Calls without a collective (open, fork, rollback, close)
-are deferred and travel with the next step, so a step costs one command.
+Every rank runs a :class:`~wispprof.engines.torch.engine.TorchEngine` over its own heads. All ranks make the
+same calls in the same order, so their bookkeeping is equal. Calls without a collective (open, fork,
+rollback, close) are deferred and travel with the next step, so a step costs one command.
 
 A failure on one rank ends the group: the other ranks fail in their next collective, ``torchrun`` stops them,
 and the edges resume on the next server.
@@ -90,8 +90,8 @@ _encode = msgspec.msgpack.Encoder().encode
 class MultiRankEngine(Engine):
     """Rank 0's engine, with the other ranks behind it. Raises what :class:`TorchEngine` raises.
 
-    After a failure that the ranks do not share, :attr:`broken` says which, ``on_broken`` is called once, and every
-    step raises :class:`EngineError`.
+    After a failure that the ranks do not share, :attr:`broken` says which, ``on_broken`` is called once,
+    and every step raises :class:`EngineError`.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Linear layers whose weights are packed beforehand for oneDNN, where that is faster.
 
-On a CPU, torch's float32 product of two or more rows packs the weight anew in every call. For the few rows of a
-verify step that costs as much as the product itself. oneDNN also multiplies with a packed copy, as torch's
-compiler uses it. A single row is a matrix-vector product, which needs no packing.
+On a CPU, torch's float32 product of two or more rows packs the weight anew in every call. For the few rows
+of a verify step that costs as much as the product itself. oneDNN also multiplies with a packed copy, as
+torch's compiler uses it. A single row is a matrix-vector product, which needs no packing.
 
 oneDNN compiles a kernel for every number of rows, which takes 1 to 2 ms and half a megabyte, and caches 1,024
 of them. Steps with prompts have any number of rows, so :func:`pad_rows` rounds them up to a few numbers.

@@ -37,10 +37,11 @@ BLOCK_SIZE = 64
 class AttentionMetadata:
     """What attention needs of a step, on the device, with inputs padded to B and tokens to T.
 
-    ``slot_mapping`` (T,) int64: slots of the new tokens. ``query_start_loc`` (B + 1,) int32: first packed token
-    of each input. ``seq_lens`` (B,) int32: cached + new. ``token_to_input`` (T,) int32. ``block_tables``
-    (B, W) int32. ``max_query_len`` and ``max_seq_len`` bound new tokens and length of every input.
-    Padding tokens belong to inputs of their own and write to the null block; their outputs are dropped.
+    ``slot_mapping`` (T,) int64: slots of the new tokens. ``query_start_loc`` (B + 1,) int32: first packed
+    token of each input. ``seq_lens`` (B,) int32: cached + new. ``token_to_input`` (T,) int32.
+    ``block_tables`` (B, W) int32. ``max_query_len`` and ``max_seq_len`` bound new tokens and length of
+    every input. Padding tokens belong to inputs of their own and write to the null block; their outputs are
+    dropped.
     """
 
     slot_mapping: Tensor
