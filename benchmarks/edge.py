@@ -48,7 +48,7 @@ from wispprof.policies.interface import Controller, RoundContext
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.settings.shared_settings import LinkModel, LinkSettings
 from wispprof.testing.in_process_server import InProcessServer
-from wispprof.testing.link_emulator import emulate
+from wispprof.testing.link_emulator import emulate_link
 from wispprof.testing.virtual_time import run_virtual
 from wispprof.types import (
     BatchCost,
@@ -226,7 +226,7 @@ def measure(arm: Arm, trace: AcceptanceTrace, rtt: float, draft_ms: float, args:
                 return stats
 
         async with server:
-            connect = emulate(server.connect, LinkSettings(LinkModel(rtt, args.jitter * rtt)))
+            connect = emulate_link(server.connect, LinkSettings(LinkModel(rtt, args.jitter * rtt)))
             return list(await asyncio.gather(*(one(path) for path in trace.paths)))
 
     stats = run_virtual(main())

@@ -10,7 +10,7 @@ from fake_pair import LinearCost, drafting, edge, in_process, plain, truth
 from wispprof.edge import Generation, RequestStats
 from wispprof.errors import ProtocolError, ServerUnreachable
 from wispprof.settings.shared_settings import LinkModel, LinkSettings
-from wispprof.testing.link_emulator import emulate
+from wispprof.testing.link_emulator import emulate_link
 from wispprof.testing.virtual_time import run_virtual
 from wispprof.types import Sampling
 
@@ -103,7 +103,7 @@ def test_proactive_drafting_gains_and_never_lowers_acceptance() -> None:
     def run(proactive: int, rtt: float) -> RequestStats:
         async def main() -> RequestStats:
             async with in_process() as server:
-                connect = emulate(server.connect, LinkSettings(LinkModel(rtt_ms=rtt)))
+                connect = emulate_link(server.connect, LinkSettings(LinkModel(rtt_ms=rtt)))
                 async with edge(connect) as client:
                     generation = drafting(
                         client, PROMPTS[1], max_new=200, proactive=proactive, accuracy=0.9
@@ -124,7 +124,7 @@ def test_a_stream_is_never_slower_than_server_only_serving() -> None:
     def speed(drafts: bool, rtt: float, draft_ms: float) -> float:
         async def main() -> RequestStats:
             async with in_process("wispprof") as server:
-                connect = emulate(server.connect, LinkSettings(LinkModel(rtt_ms=rtt)))
+                connect = emulate_link(server.connect, LinkSettings(LinkModel(rtt_ms=rtt)))
                 async with edge(connect) as client:
                     if drafts:
                         made = drafting(
@@ -165,7 +165,7 @@ def test_slack_falls_with_the_link() -> None:
 
         async def main(rtt: float = rtt) -> None:
             async with in_process() as server:
-                connect = emulate(server.connect, LinkSettings(LinkModel(rtt_ms=rtt)))
+                connect = emulate_link(server.connect, LinkSettings(LinkModel(rtt_ms=rtt)))
                 async with edge(connect) as client:
                     generation = drafting(client, PROMPTS[0], accuracy=1.0)
                     slacks: list[float] = []
@@ -223,7 +223,7 @@ def test_twenty_sessions_survive_a_killed_server(policy: str) -> None:
 )
 def test_bad_links_change_no_token(policy: str, link: LinkSettings) -> None:
     async def main() -> None:
-        async with in_process(policy) as server, edge(emulate(server.connect, link)) as client:
+        async with in_process(policy) as server, edge(emulate_link(server.connect, link)) as client:
             made = [drafting(client, p, max_new=200, k=3, proactive=4) for p in PROMPTS[:6]]
             await asyncio.gather(*(g.run() for g in made))
             for prompt, generation in zip(PROMPTS, made, strict=False):
@@ -341,7 +341,7 @@ def test_a_streams_bytes_per_token_stay_small() -> None:
     async def main() -> tuple[float, float, int, int]:
         cost = LinearCost(fixed_ms=20.0)
         async with in_process("wispprof", cost) as server:
-            connect = emulate(server.connect, LinkSettings(LinkModel(20.0)))
+            connect = emulate_link(server.connect, LinkSettings(LinkModel(20.0)))
             async with edge(connect) as client:
                 runs = [
                     drafting(client, p, max_new=64, accuracy=0.7, controller="wispprof")

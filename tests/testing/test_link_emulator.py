@@ -8,7 +8,7 @@ import pytest
 
 from wispprof.edge import Connection, LinkLost
 from wispprof.settings.shared_settings import LinkModel, LinkSettings
-from wispprof.testing.link_emulator import LinkProxy, emulate
+from wispprof.testing.link_emulator import LinkProxy, emulate_link
 from wispprof.testing.virtual_time import run_virtual
 
 
@@ -40,7 +40,7 @@ def round_trips(
 
     async def main() -> list[float]:
         loop = asyncio.get_running_loop()
-        connection = await emulate(echo, settings)()
+        connection = await emulate_link(echo, settings)()
         begun = loop.time()
 
         async def send() -> None:
@@ -90,7 +90,7 @@ def test_stalls_hold_everything_up() -> None:
 
 def test_a_cut_ends_both_directions() -> None:
     async def main() -> None:
-        connection = await emulate(echo, LinkSettings(LinkModel(10.0), cut_every_ms=500.0))()
+        connection = await emulate_link(echo, LinkSettings(LinkModel(10.0), cut_every_ms=500.0))()
 
         async def talk() -> None:
             while True:

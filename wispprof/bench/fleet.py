@@ -30,7 +30,7 @@ from wispprof.settings.shared_settings import LinkSettings
 from wispprof.simulation.devices import DEVICES, DeviceProfile
 from wispprof.simulation.scenario import system
 from wispprof.testing.high_res_loop import run_high_res
-from wispprof.testing.link_emulator import emulate
+from wispprof.testing.link_emulator import emulate_link
 from wispprof.types import RejectionPredictor, Slo
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class _Fleet:
         profile = self.settings.link
         if profile.rtt_ms == 0 and profile.jitter_ms == 0 and profile.loss == 0:
             return self.connect
-        return emulate(self.connect, LinkSettings(profile, seed=self.settings.seed * 1000 + number))
+        return emulate_link(self.connect, LinkSettings(profile, seed=self.settings.seed * 1000 + number))
 
     def _client_of(self, number: int) -> ClientSettings:
         return ClientSettings(

@@ -1,10 +1,8 @@
-"""Work of the lowest priority that keeps a core busy: a comparison must not measure who left it idle.
+"""Keeps CPU cores busy at the lowest priority, so that a benchmark's load generator cannot change them.
 
-Two cores of a machine are seldom strangers: virtual ones may be two threads of one, and real ones share
-caches, memory and a power budget. A fleet that drafts beside a server then slows the server's steps, by a
-quarter on one such machine, and whoever drafts most looks worst. With ballast on the fleet's cores a server
-finds the same machine whatever its fleet does: its steps cost the same for all, and what a system spends is
-what it is charged.
+Cores share caches, memory bandwidth and a power budget; virtual cores may even be two threads of one core.
+A fleet that drafts beside a server therefore slows the server's steps. If its cores are busy all the time,
+every system under test finds the same machine, however much its fleet drafts.
 """
 
 from __future__ import annotations
@@ -12,23 +10,25 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Collection
-from types import TracebackType
 from typing import Self
 
 __all__ = ["CpuBurner"]
 
-_TURNS = 1_000_000
-
 
 class CpuBurner:
-    """Use as ``with``; one process per core in ``cores``. Does nothing where the system cannot name cores."""
+    """One busy process per core of ``cores``; use as ``with``. Does nothing if cores cannot be pinned (macOS).
+
+    >>> with CpuBurner(()) as burner:
+    ...     burner.pids
+    []
+    """
 
     def __init__(self, cores: Collection[int]) -> None:
-        able = hasattr(os, "sched_setaffinity") and hasattr(os, "SCHED_IDLE")
+        can_pin = hasattr(os, "sched_setaffinity") and hasattr(os, "SCHED_IDLE")
         spawn = multiprocessing.get_context("spawn")
         self._processes = [
-            spawn.Process(target=_spin, args=(core, os.getpid()), daemon=True)
-            for core in (cores if able else ())
+            spawn.Process(target=_burn, args=(core, os.getpid()), daemon=True)
+            for core in (cores if can_pin else ())
         ]
 
     @property
@@ -40,20 +40,15 @@ class CpuBurner:
             process.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        err: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for process in self._processes:
             process.kill()
             process.join()
 
 
-def _spin(core: int, parent: int) -> None:
+def _burn(core: int, parent: int) -> None:
     os.sched_setaffinity(0, {core})
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    while os.getppid() == parent:  # a parent that was killed takes it along
-        for _ in range(_TURNS):
+    while os.getppid() == parent:  # ends with its parent, even if that was killed
+        for _ in range(1_000_000):
             pass

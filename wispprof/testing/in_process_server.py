@@ -1,9 +1,8 @@
-"""A verification server in one process on the running loop's clock, for tests and emulations.
+"""A verification server in one process, on the running loop's clock: for tests and emulation.
 
-It keeps the same books (:class:`~wispprof.sessions.session_state.SessionState`), asks the same batching
-policies and speaks the same frames as the real server, but has no threads, sockets or admission, and the
-time of a step comes from a function of its shape. With a virtual loop that makes a whole edge, link and
-server run exact and repeatable.
+It uses the real server's session state, batching policies and frames, but no threads, sockets or admission. A
+function of the batch shape gives the time of a step. On a virtual-time loop, edge, link and server are exact and
+repeatable.
 """
 
 from __future__ import annotations
@@ -19,39 +18,42 @@ from wispprof.policies.load_level import load_level, slowdown
 from wispprof.sessions.session_state import SessionState
 from wispprof.types import BatchShape, Sampling, Slo, StepInput, StepTimeEstimator, VerifyResult
 
-__all__ = ["InProcessEngine", "InProcessServer"]
+__all__ = ["InProcessServer"]
 
-_HOUSEKEEPING_MS = 0.05
-_ROOMY = Limits(max_items=64, max_tokens=2048, prefill_chunk=512, kv_free=1 << 20)
-
-
-class InProcessEngine(Protocol):
-    """What it needs of an engine; a subset of the real server's."""
-
-    def open(self, session: str, sampling: Sampling, tokens: Sequence[int] = ()) -> None: ...
-
-    def step(self, feeds: Sequence[StepInput]) -> list[VerifyResult]: ...
-
-    def rollback(self, session: str, length: int) -> None: ...
-
-    def close(self, session: str) -> None: ...
+_OVERHEAD_MS = 0.05
+"""Time between two steps, as the real engine loop needs."""
+_LIMITS = Limits(max_items=64, max_tokens=2048, prefill_chunk=512, kv_free=1 << 20)
 
 
 class InProcessServer:
-    """Serve with ``policy``; each step takes ``step_ms(shape)`` of the loop's time.
+    """Serves ``engine`` with ``policy``; each step takes ``step_ms(shape)`` of the loop's time.
 
-    Use as ``async with``; :attr:`connect` is what an edge client is given. ``cut()`` breaks every
-    connection and forgets all sessions, as a killed server does.
+    Of the engine, only ``open``, ``step``, ``rollback`` and ``close`` are used. An edge connects with
+    :attr:`connect`. While :attr:`refuse` is true, new connections fail.
+
+    >>> from wispprof.edge import EdgeClient, Generation, GenerationRequest
+    >>> from wispprof.policies import make_batch_policy
+    >>> from wispprof.testing import FakeEngine, FakeEstimator, run_virtual
+    >>> async def main():
+    ...     estimator = FakeEstimator()
+    ...     policy = make_batch_policy("fcfs")
+    ...     server = InProcessServer(FakeEngine(), policy, estimator, estimator.step_ms)
+    ...     async with server, EdgeClient(server.connect) as client:
+    ...         generation = Generation(client, GenerationRequest(tokens=(1, 2, 3), max_new=4))
+    ...         await generation.run()
+    ...         return generation.output
+    >>> run_virtual(main()) == tuple(FakeEngine().target.generate((1, 2, 3), 4))
+    True
     """
 
     def __init__(
         self,
-        engine: InProcessEngine,
+        engine: Engine,
         policy: BatchPolicy,
         estimator: StepTimeEstimator,
         step_ms: Callable[[BatchShape], float],
         *,
-        limits: Limits = _ROOMY,
+        limits: Limits = _LIMITS,
         max_context: int = 1 << 16,
         max_drafts: int = 32,
         target: str = "",
@@ -68,15 +70,15 @@ class InProcessServer:
         self.tokenizer = tokenizer
         self.steps = 0
         self.refuse = False
-        self._sessions: dict[str, tuple[_Wire, int, SessionState]] = {}
-        self._wires: list[_Wire] = []
+        self._sessions: dict[str, _Served] = {}
+        self._connections: list[_InProcessConnection] = []
         self._opened = 0
         self._level = 0
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> InProcessServer:
-        self._task = asyncio.create_task(self._loop(), name="pocket server")
+        self._task = asyncio.create_task(self._loop(), name="in-process server")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -86,18 +88,18 @@ class InProcessServer:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def connect(self) -> Connection:
-        """A fresh connection to it."""
+        """Make a connection; an edge client takes this method as its connection factory."""
         if self.refuse:
-            raise LinkLost("The pocket server is away.")
-        link = _Wire(self)
-        self._wires.append(link)
+            raise LinkLost("The in-process server refuses connections.")
+        link = _InProcessConnection(self)
+        self._connections.append(link)
         return link
 
     def cut(self) -> None:
-        """Break every connection; all sessions are gone, as after ``kill -9``."""
-        for link in self._wires:
+        """Break every connection and forget all sessions, as ``kill -9`` does."""
+        for link in self._connections:
             link.cut()
-        self._wires.clear()
+        self._connections.clear()
         for name in list(self._sessions):
             self._drop(name)
 
@@ -108,7 +110,7 @@ class InProcessServer:
 
     # --- frames ---
 
-    def take(self, link: _Wire, data: bytes) -> None:
+    def take(self, link: _InProcessConnection, data: bytes) -> None:
         frame = protocol.decode_edge(data)
         now_ms = asyncio.get_running_loop().time() * 1000.0
         if isinstance(frame, protocol.Hello):
@@ -143,7 +145,7 @@ class InProcessServer:
             self._drop(link.names.pop(frame.session, ""))
         self._wake.set()
 
-    def _open(self, link: _Wire, frame: protocol.Open, now_ms: float) -> None:
+    def _open(self, link: _InProcessConnection, frame: protocol.Open, now_ms: float) -> None:
         self._drop(link.names.get(frame.session, ""))
         name = f"p{self._opened}"
         self._opened += 1
@@ -228,10 +230,10 @@ class InProcessServer:
                 )
             if done.finished:
                 self._drop(session.session)
-        await asyncio.sleep(_HOUSEKEEPING_MS / 1000.0)
+        await asyncio.sleep(_OVERHEAD_MS / 1000.0)
 
 
-class _Wire:
+class _InProcessConnection:
     """One connection: frames go straight into the server, answers into a queue."""
 
     def __init__(self, server: InProcessServer) -> None:
@@ -250,13 +252,13 @@ class _Wire:
 
     async def send(self, data: bytes) -> None:
         if self._gone:
-            raise LinkLost("The pocket server cut the connection.")
+            raise LinkLost("The in-process server cut the connection.")
         self._server.take(self, data)
 
     async def receive(self) -> bytes:
         data = None if self._gone else await self._down.get()
         if data is None:
-            raise LinkLost("The pocket server cut the connection.")
+            raise LinkLost("The in-process server cut the connection.")
         return data
 
     async def close(self) -> None:

@@ -1,8 +1,7 @@
 """Emulated links: delay, jitter, bandwidth, loss, stalls and cuts, in process or as a TCP proxy.
 
-Both forms take their figures from one :class:`LinkSettings` and their arrival times from the link model
-that the simulator uses, so an emulated fleet and a simulated one see the same network. Times are those
-of the running event loop.
+Both forms take a :class:`LinkSettings` and compute arrival times with the simulator's link model, so an emulated
+fleet and a simulated one see the same network. Times are those of the running event loop.
 """
 
 from __future__ import annotations
@@ -16,123 +15,125 @@ from wispprof.edge.connection import Connection, ConnectionFactory, LinkLost
 from wispprof.settings.shared_settings import LinkSettings
 from wispprof.simulation.devices import Link
 
-__all__ = ["LinkProxy", "emulate"]
+__all__ = ["LinkProxy", "emulate_link"]
 
-_CHUNK = 1 << 16
+_READ_BYTES = 1 << 16
 
 
-class _Line:
-    """Both directions of one emulated connection: what was put in comes out late, and in order."""
+class _EmulatedLink:
+    """Arrival times in both directions of one connection, in order of sending."""
 
     def __init__(self, settings: LinkSettings, seed: int) -> None:
         self._settings = settings
         self._link = Link(settings.link, Random(seed))
-        self._born = asyncio.get_running_loop().time()
+        self._start_s = asyncio.get_running_loop().time()
 
-    def up_at(self, size: int) -> float:
+    def server_arrival_s(self, size: int) -> float:
         """Loop time at which ``size`` bytes that leave the edge now reach the server."""
-        return self._at(self._link.up, size)
+        return self._arrival_s(self._link.up, size)
 
-    def down_at(self, size: int) -> float:
-        return self._at(self._link.down, size)
+    def edge_arrival_s(self, size: int) -> float:
+        """Loop time at which ``size`` bytes that leave the server now reach the edge."""
+        return self._arrival_s(self._link.down, size)
 
-    def _at(self, direction: Callable[[float, int], float], size: int) -> float:
-        now_ms = (asyncio.get_running_loop().time() - self._born) * 1000.0
-        return self._born + self._settings.after_stall_ms(direction(now_ms, size)) / 1000.0
+    def _arrival_s(self, direction: Callable[[float, int], float], size: int) -> float:
+        now_ms = (asyncio.get_running_loop().time() - self._start_s) * 1000.0
+        return self._start_s + self._settings.after_stall_ms(direction(now_ms, size)) / 1000.0
 
-    async def broken(self) -> None:
-        """Returns when the link breaks; never, where it does not."""
+    async def wait_for_cut(self) -> None:
+        """Return when the link breaks; never, if the settings have no cuts."""
         if not self._settings.cut_every_ms:
             await asyncio.Event().wait()
         await asyncio.sleep(self._settings.cut_every_ms / 1000.0)
 
 
+async def _sleep_until(at_s: float) -> None:
+    now_s = asyncio.get_running_loop().time()
+    if at_s > now_s:
+        await asyncio.sleep(at_s - now_s)
+
+
 # --- in process --------------------------------------------------------------------------------------
 
 
-def emulate(connect: ConnectionFactory, settings: LinkSettings) -> ConnectionFactory:
-    """A dial whose connections run over an emulated link. Connecting costs one round trip."""
-    made = 0
+def emulate_link(connect: ConnectionFactory, settings: LinkSettings) -> ConnectionFactory:
+    """A factory whose connections run over an emulated link. Connecting costs one round trip.
 
-    async def slow_dial() -> Connection:
-        nonlocal made
-        made += 1
+    ``EdgeClient(emulate_link(server.connect, LinkSettings(LinkModel(rtt_ms=20.0))))``
+    """
+    connections = 0
+
+    async def connect_over_link() -> Connection:
+        nonlocal connections
+        connections += 1
         await asyncio.sleep(settings.link.rtt_ms / 1000.0)
-        return _Emulated(await connect(), _Line(settings, settings.seed + made))
+        link = _EmulatedLink(settings, settings.seed + connections)
+        return _EmulatedConnection(await connect(), link)
 
-    return slow_dial
+    return connect_over_link
 
 
-class _Emulated:
-    def __init__(self, inner: Connection, line: _Line) -> None:
+class _EmulatedConnection:
+    def __init__(self, inner: Connection, link: _EmulatedLink) -> None:
         self._inner = inner
-        self._line = line
+        self._link = link
         self._up: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
         self._down: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
-        self._fault: LinkLost | None = None
-        self._lost = asyncio.Event()
-        self._pumps = [
-            asyncio.create_task(self._guard(work()), name="emulated link")
+        self._lost: asyncio.Future[LinkLost] = asyncio.get_running_loop().create_future()
+        self._tasks = [
+            asyncio.create_task(self._report_loss(work()), name="emulated link")
             for work in (self._pump_up, self._pump_down, self._break)
         ]
 
     async def send(self, data: bytes) -> None:
-        if self._fault is not None:
-            raise self._fault
-        self._up.put_nowait((self._line.up_at(len(data)), data))
+        if self._lost.done():
+            raise self._lost.result()
+        self._up.put_nowait((self._link.server_arrival_s(len(data)), data))
 
     async def receive(self) -> bytes:
-        loop = asyncio.get_running_loop()
-        lost = asyncio.ensure_future(self._lost.wait())
-        got = asyncio.ensure_future(self._down.get())
+        frame = asyncio.ensure_future(self._down.get())
         try:
-            await asyncio.wait({lost, got}, return_when=asyncio.FIRST_COMPLETED)
-            if not got.done():
-                assert self._fault is not None
-                raise self._fault
-            at, data = got.result()
-            if at > loop.time():
-                await asyncio.wait({lost}, timeout=at - loop.time())
-                if lost.done() and self._fault is not None:
-                    raise self._fault
+            await asyncio.wait({self._lost, frame}, return_when=asyncio.FIRST_COMPLETED)
+            if not frame.done():
+                raise self._lost.result()
+            at_s, data = frame.result()
+            wait_s = at_s - asyncio.get_running_loop().time()
+            if wait_s > 0 and (await asyncio.wait({self._lost}, timeout=wait_s))[0]:
+                raise self._lost.result()
             return data
         finally:
-            lost.cancel()
-            got.cancel()
+            frame.cancel()
 
     async def close(self) -> None:
-        for pump in self._pumps:
-            pump.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._lose(LinkLost("The connection was closed."))
         await self._inner.close()
 
     def _lose(self, err: LinkLost) -> None:
-        if self._fault is None:
-            self._fault = err
-        self._lost.set()
+        if not self._lost.done():
+            self._lost.set_result(err)
 
-    async def _guard(self, work: Awaitable[None]) -> None:
+    async def _report_loss(self, work: Awaitable[None]) -> None:
         try:
             await work
         except LinkLost as err:
             self._lose(err)
 
     async def _pump_up(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            at, data = await self._up.get()
-            if at > loop.time():
-                await asyncio.sleep(at - loop.time())
+            at_s, data = await self._up.get()
+            await _sleep_until(at_s)
             await self._inner.send(data)
 
     async def _pump_down(self) -> None:
         while True:
             data = await self._inner.receive()
-            self._down.put_nowait((self._line.down_at(len(data)), data))
+            self._down.put_nowait((self._link.edge_arrival_s(len(data)), data))
 
     async def _break(self) -> None:
-        await self._line.broken()
+        await self._link.wait_for_cut()
         await self._inner.close()
         raise LinkLost("The emulated link broke.")
 
@@ -141,10 +142,10 @@ class _Emulated:
 
 
 class LinkProxy:
-    """A TCP proxy that delays what passes: put it between any edge and any server.
+    """A TCP proxy that delays what passes; stands between any edge and any server.
 
-    ``async with LinkProxy("127.0.0.1", 0, "127.0.0.1", 8200, settings) as proxy`` listens on
-    :attr:`port`. TCP segments stand in for frames, which is what they are for small frames.
+    ``async with LinkProxy("127.0.0.1", 0, "127.0.0.1", 8200, settings) as proxy`` listens on :attr:`port`.
+    Each TCP read is delayed as one frame, which it is for small frames.
     """
 
     def __init__(
@@ -183,66 +184,63 @@ class LinkProxy:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         self.connections += 1
+        link = _EmulatedLink(self.settings, self.settings.seed + self.connections)
         with contextlib.suppress(asyncio.CancelledError):
-            await self._carry(
-                reader, writer, _Line(self.settings, self.settings.seed + self.connections)
-            )
+            await self._forward(reader, writer, link)
 
-    async def _carry(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, line: _Line
+    async def _forward(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, link: _EmulatedLink
     ) -> None:
         try:
-            far_reader, far_writer = await asyncio.open_connection(*self.target)
+            server_reader, server_writer = await asyncio.open_connection(*self.target)
         except OSError:
             writer.transport.abort()
             return
-        ends = [
-            asyncio.create_task(self._pump(reader, far_writer, line.up_at, up=True)),
-            asyncio.create_task(self._pump(far_reader, writer, line.down_at, up=False)),
-            asyncio.create_task(line.broken()),
+        tasks = [
+            asyncio.create_task(self._pump(reader, server_writer, link.server_arrival_s, up=True)),
+            asyncio.create_task(self._pump(server_reader, writer, link.edge_arrival_s, up=False)),
+            asyncio.create_task(link.wait_for_cut()),
         ]
         try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for end in ends:
-                end.cancel()
-            await asyncio.gather(*ends, return_exceptions=True)
-            for side in (writer, far_writer):
-                side.transport.abort()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            writer.transport.abort()
+            server_writer.transport.abort()
 
     async def _pump(
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        arrival: Callable[[int], float],
+        arrival_s: Callable[[int], float],
         up: bool,
     ) -> None:
-        loop = asyncio.get_running_loop()
-        moving: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
-
-        async def deliver() -> None:
-            while True:
-                at, data = await moving.get()
-                if at > loop.time():
-                    await asyncio.sleep(at - loop.time())
-                if not data:
-                    return
-                writer.write(data)
-                await writer.drain()
-
-        delivering = asyncio.create_task(deliver())
+        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+        delivering = asyncio.create_task(_deliver(queue, writer))
         try:
             with contextlib.suppress(OSError):
-                while True:
-                    data = await reader.read(_CHUNK)
+                data = b"-"
+                while data:
+                    data = await reader.read(_READ_BYTES)
                     if up:
                         self.bytes_up += len(data)
                     else:
                         self.bytes_down += len(data)
-                    moving.put_nowait((arrival(len(data)), data))
-                    if not data:
-                        break
+                    queue.put_nowait((arrival_s(len(data)), data))
             await delivering
         finally:
             delivering.cancel()
             await asyncio.gather(delivering, return_exceptions=True)
+
+
+async def _deliver(queue: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
+    """Write each entry at its time, until the empty one that ends the stream."""
+    while True:
+        at_s, data = await queue.get()
+        await _sleep_until(at_s)
+        if not data:
+            return
+        writer.write(data)
+        await writer.drain()

@@ -1,8 +1,7 @@
-"""An event loop whose time is virtual: it never waits, it jumps to the next timer.
+"""An event loop in virtual time: it never waits, it advances its clock to the next timer.
 
-Code that takes its time from the running loop (``loop.time``, ``asyncio.sleep``) runs unchanged, and an
-hour of it takes seconds and gives the same result every time. Only for what lives in one process
-without threads or sockets: those answer in real time.
+Code that reads the running loop's clock (``loop.time``, ``asyncio.sleep``) runs unchanged. An hour of it takes
+seconds and gives the same result every time. Threads and sockets keep real time and are not supported.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ __all__ = ["VirtualTimeLoop", "run_virtual"]
 T = TypeVar("T")
 
 
-class _Jumping(selectors.DefaultSelector):
-    """A selector that, instead of waiting, moves its loop's clock by what it was to wait."""
+class _AdvancingSelector(selectors.DefaultSelector):
+    """A selector that advances its loop's clock by the timeout instead of waiting."""
 
     loop: VirtualTimeLoop
 
@@ -27,17 +26,19 @@ class _Jumping(selectors.DefaultSelector):
         if ready:
             return ready
         if timeout is None:
-            raise RuntimeError("virtual time stands still: everything waits for something outside")
+            raise RuntimeError(
+                "virtual time cannot advance: no timer is set and every task waits for an outside event"
+            )
         self.loop.now += timeout
         return ready
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """Virtual seconds since it was made, in :attr:`now`."""
+    """An event loop whose clock, :attr:`now`, counts virtual seconds from 0."""
 
     def __init__(self) -> None:
         self.now = 0.0
-        selector = _Jumping()
+        selector = _AdvancingSelector()
         selector.loop = self
         super().__init__(selector)
 
@@ -46,6 +47,10 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
 
 def run_virtual(main: Coroutine[Any, Any, T]) -> T:
-    """``asyncio.run`` in virtual time."""
+    """``asyncio.run`` in virtual time.
+
+    >>> run_virtual(asyncio.sleep(3600.0, "an hour later"))
+    'an hour later'
+    """
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         return runner.run(main)
