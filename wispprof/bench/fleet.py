@@ -227,7 +227,9 @@ class _Fleet:
         profile = self.settings.link
         if profile.rtt_ms == 0 and profile.jitter_ms == 0 and profile.loss == 0:
             return self.connect
-        return emulate_link(self.connect, LinkSettings(profile, seed=self.settings.seed * 1000 + number))
+        return emulate_link(
+            self.connect, LinkSettings(profile, seed=self.settings.seed * 1000 + number)
+        )
 
     def _client_of(self, number: int) -> ClientSettings:
         return ClientSettings(

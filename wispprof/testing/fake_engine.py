@@ -1,8 +1,8 @@
-"""A verifier engine without a model: its target is a hash of the prefix. For tests, here and yours.
+"""A fake model pair without weights: the target's next token is a hash of its prefix and sampling settings.
 
-It keeps the whole contract of an engine: caches by length, runs out of memory, rolls back, and decides
-each token from exactly the tokens it was fed, so a lost rollback or a crossed session changes its text.
-The sampling settings are part of the hash, as noise is part of a sampled token.
+The engine keeps the whole contract of :class:`~wispprof.types.Engine`: it caches by length, runs out of memory,
+rolls back, and decides each token from exactly the tokens it was fed. A lost rollback or a crossed session
+therefore changes its text.
 """
 
 from __future__ import annotations
@@ -39,18 +39,21 @@ def _mix(state: int, value: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class FakeTarget:
-    """A language model of ``vocab`` tokens whose next token is a hash of all before it."""
+    """A language model of ``vocab`` tokens whose next token is a hash of all before it.
+
+    >>> FakeTarget().generate([1, 2, 3], 4) == FakeTarget().generate([1, 2, 3], 4)
+    True
+    """
 
     vocab: int = 256
 
     def start(self, sampling: Sampling) -> int:
-        """State of the empty prefix. Greedy ignores the seed, as argmax does."""
+        """Hash state of the empty prefix. Greedy sampling ignores the seed, as argmax does."""
         if sampling.temperature == 0:
             return 1
-        knobs = (sampling.seed, sampling.temperature, sampling.top_k, sampling.top_p)
         state = 2
-        for knob in knobs:
-            state = _mix(state, hash(knob) & _MASK)
+        for value in (sampling.seed, sampling.temperature, sampling.top_k, sampling.top_p):
+            state = _mix(state, hash(value) & _MASK)
         return state
 
     def feed(self, state: int, token: int) -> int:
@@ -62,7 +65,7 @@ class FakeTarget:
     def generate(
         self, prompt: Sequence[int], count: int, sampling: Sampling = _GREEDY
     ) -> list[int]:
-        """The only right continuation of ``prompt``."""
+        """The ``count`` tokens that this target writes after ``prompt``."""
         state = self.start(sampling)
         for token in prompt:
             state = self.feed(state, token)
@@ -83,7 +86,16 @@ class _Cache:
 
 
 class FakeEngine(Engine):
-    """``step_ms`` says how long a step of some shape takes; ``sleep`` (seconds) spends that time."""
+    """A verifier engine of :class:`FakeTarget`.
+
+    ``step_ms(shape)``: how long a step takes, by default no time; ``sleep`` (seconds) spends it.
+
+    >>> engine = FakeEngine()
+    >>> engine.open("a", Sampling())
+    >>> [draft] = engine.target.generate([1, 2, 3], 1)
+    >>> engine.step([StepInput("a", [1, 2, 3, draft], drafts=1)])[0].accepted
+    1
+    """
 
     def __init__(
         self,
@@ -138,7 +150,7 @@ class FakeEngine(Engine):
 
     def open(self, session: str, sampling: Sampling, tokens: Sequence[int] = ()) -> None:
         if session in self._caches:
-            raise EngineError(f"Session {session} is open already.")
+            raise EngineError(f"Session {session!r} is already open.")
         self._caches[session] = _Cache(sampling)
 
     def fork(self, session: str, child: str, length: int, sampling: Sampling) -> None:
@@ -146,41 +158,41 @@ class FakeEngine(Engine):
         if length > len(parent.tokens):
             raise EngineError(f"{session} caches {len(parent.tokens)} tokens, not {length}.")
         if length > self.kv_free:
-            raise OutOfKvMemory(f"No room for {length} forked tokens.")
+            raise OutOfKvMemory(f"{length} tokens to fork, {self.kv_free} free.")
         self.open(child, sampling)
         self._append(self._caches[child], parent.tokens[:length])
 
-    def step(self, feeds: Sequence[StepInput]) -> list[VerifyResult]:
-        if len({feed.session for feed in feeds}) != len(feeds):
-            raise EngineError("A session takes part in a step once.")
+    def step(self, inputs: Sequence[StepInput]) -> list[VerifyResult]:
+        if len({given.session for given in inputs}) != len(inputs):
+            raise EngineError("A session may appear in a step only once.")
         shape = BatchShape.of(
-            (len(f.tokens), len(self._get(f.session).tokens), not f.needs_logits) for f in feeds
+            (len(i.tokens), len(self._get(i.session).tokens), not i.needs_logits) for i in inputs
         )
         if shape.new_tokens > self.kv_free:
-            raise OutOfKvMemory(f"{shape.new_tokens} new tokens, room for {self.kv_free}.")
-        for feed in feeds:
-            if len(self._get(feed.session).tokens) + len(feed.tokens) > self._max_context:
-                raise EngineError(f"{feed.session} would leave the context.")
-        outcomes = [self._decide(feed) for feed in feeds]
+            raise OutOfKvMemory(f"{shape.new_tokens} new tokens, {self.kv_free} free.")
+        for given in inputs:
+            if len(self._get(given.session).tokens) + len(given.tokens) > self._max_context:
+                raise EngineError(f"{given.session} would exceed {self._max_context} tokens.")
+        results = [self._verify(given) for given in inputs]
         self.steps += 1
         if self._step_ms is not None:
             self._sleep(self._step_ms(shape) / 1000.0)
-        return outcomes
+        return results
 
-    def _decide(self, feed: StepInput) -> VerifyResult:
-        cache = self._get(feed.session)
-        tokens = list(feed.tokens)
-        sure = len(tokens) - feed.drafts
-        self._append(cache, tokens[:sure])
-        if not feed.needs_logits:
-            return VerifyResult(feed.session, 0, ())
+    def _verify(self, given: StepInput) -> VerifyResult:
+        cache = self._get(given.session)
+        tokens = list(given.tokens)
+        first_draft = len(tokens) - given.drafts
+        self._append(cache, tokens[:first_draft])
+        if not given.needs_logits:
+            return VerifyResult(given.session, 0, ())
         out = [self.target.next(cache.states[-1])]
-        for draft in tokens[sure:]:
+        for draft in tokens[first_draft:]:
             if draft != out[-1]:
                 break
             self._append(cache, [draft])
             out.append(self.target.next(cache.states[-1]))
-        return VerifyResult(feed.session, len(out) - 1, tuple(out))
+        return VerifyResult(given.session, len(out) - 1, tuple(out))
 
     def _append(self, cache: _Cache, tokens: Sequence[int]) -> None:
         state = cache.states[-1] if cache.states else self.target.start(cache.sampling)
@@ -207,7 +219,7 @@ class FakeEngine(Engine):
 
     def check_integrity(self, session: str | None = None) -> IntegrityReport:
         if self._used != sum(len(c.tokens) for c in self._caches.values()):
-            raise EngineError("Used tokens do not add up to what sessions hold.")
+            raise EngineError("The count of used tokens differs from what the sessions cache.")
         for name, cache in self._caches.items():
             if session not in (None, name):
                 continue
@@ -215,7 +227,7 @@ class FakeEngine(Engine):
             for token in cache.tokens:
                 state = self.target.feed(state, token)
             if cache.states and cache.states[-1] != state:
-                raise EngineError(f"The cache of {name} is not that of its tokens.")
+                raise EngineError(f"The cache of {name} differs from its tokens.")
         return IntegrityReport(
             dict.fromkeys(self._caches if session is None else [session], 0.0), 0.0
         )
@@ -224,11 +236,17 @@ class FakeEngine(Engine):
         try:
             return self._caches[session]
         except KeyError:
-            raise EngineError(f"There is no session {session}.") from None
+            raise EngineError(f"No session {session!r} is open.") from None
 
 
 class FakeDrafter(Drafter):
-    """Proposes the hash target's next token with a given accuracy; a mistake is a hash as well."""
+    """Proposes the target's next token with a given ``accuracy``; a hash with ``salt`` decides when it errs.
+
+    >>> drafter = FakeDrafter(FakeTarget(), accuracy=1.0)
+    >>> drafter.open([1, 2, 3], Sampling())
+    >>> [drafter.draft().token] == FakeTarget().generate([1, 2, 3], 1)
+    True
+    """
 
     def __init__(self, target: FakeTarget, accuracy: float = 0.7, salt: int = 0) -> None:
         self._target = target
@@ -247,17 +265,17 @@ class FakeDrafter(Drafter):
 
     def draft(self) -> DraftToken:
         state = self._states[-1]
-        right = self._target.next(state)
-        chance = (_mix(state, self._salt) >> 16) % 10_000 / 10_000.0
-        token = right if chance < self._accuracy else (right + 1) % self._target.vocab
+        correct = self._target.next(state)
+        draw = (_mix(state, self._salt) >> 16) % 10_000 / 10_000.0
+        token = correct if draw < self._accuracy else (correct + 1) % self._target.vocab
         self.extend([token])
-        # Surer where it is right, with noise: so that predictors have something to learn.
-        confidence = min(0.99, max(0.01, 1.0 - chance))
+        # Correct tokens get a higher confidence, so that rejection predictors can learn from it.
+        confidence = min(0.99, max(0.01, 1.0 - draw))
         return DraftToken(token, DraftFeatures(confidence, 1.0 - confidence, 4.0 * confidence, 1.0))
 
     def rollback(self, length: int) -> None:
         if length > len(self._tokens):
-            raise ValueError(f"{len(self._tokens)} tokens cannot be cut to {length}")
+            raise ValueError(f"cannot roll back {len(self._tokens)} tokens to {length}")
         del self._tokens[length:]
         del self._states[length + 1 :]
 

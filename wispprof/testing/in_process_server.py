@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple
 
 from wispprof import protocol
 from wispprof.edge.connection import Connection, LinkLost
 from wispprof.policies.interface import BatchPolicy, Limits, ScheduledItem
 from wispprof.policies.load_level import load_level, slowdown
 from wispprof.sessions.session_state import SessionState
-from wispprof.types import BatchShape, Sampling, Slo, StepInput, StepTimeEstimator, VerifyResult
+from wispprof.types import BatchShape, Engine, Sampling, Slo, StepTimeEstimator
 
 __all__ = ["InProcessServer"]
 
@@ -25,24 +25,31 @@ _OVERHEAD_MS = 0.05
 _LIMITS = Limits(max_items=64, max_tokens=2048, prefill_chunk=512, kv_free=1 << 20)
 
 
-class InProcessServer:
-    """Serves ``engine`` with ``policy``; each step takes ``step_ms(shape)`` of the loop's time.
+class _Session(NamedTuple):
+    """A session and where its commits go: the edge knows it by ``number``."""
 
-    Of the engine, only ``open``, ``step``, ``rollback`` and ``close`` are used. An edge connects with
-    :attr:`connect`. While :attr:`refuse` is true, new connections fail.
+    connection: _InProcessConnection
+    number: int
+    state: SessionState
+
+
+class InProcessServer:
+    """Serves ``engine`` with ``policy``; a step takes ``step_ms(shape)``, by default the estimator's median.
+
+    Edges connect with :attr:`connect`; while :attr:`refuse` is true, that fails. Of the engine, only ``open``,
+    ``step``, ``rollback`` and ``close`` are called.
 
     >>> from wispprof.edge import EdgeClient, Generation, GenerationRequest
     >>> from wispprof.policies import make_batch_policy
-    >>> from wispprof.testing import FakeEngine, FakeEstimator, run_virtual
+    >>> from wispprof.simulation.step_costs import LinearCost
+    >>> from wispprof.testing import FakeEngine, run_virtual
     >>> async def main():
-    ...     estimator = FakeEstimator()
-    ...     policy = make_batch_policy("fcfs")
-    ...     server = InProcessServer(FakeEngine(), policy, estimator, estimator.step_ms)
+    ...     server = InProcessServer(FakeEngine(), make_batch_policy("fcfs"), LinearCost(fixed_ms=8.0))
     ...     async with server, EdgeClient(server.connect) as client:
     ...         generation = Generation(client, GenerationRequest(tokens=(1, 2, 3), max_new=4))
     ...         await generation.run()
-    ...         return generation.output
-    >>> run_virtual(main()) == tuple(FakeEngine().target.generate((1, 2, 3), 4))
+    ...         return list(generation.output)
+    >>> run_virtual(main()) == FakeEngine().target.generate((1, 2, 3), 4)
     True
     """
 
@@ -51,7 +58,7 @@ class InProcessServer:
         engine: Engine,
         policy: BatchPolicy,
         estimator: StepTimeEstimator,
-        step_ms: Callable[[BatchShape], float],
+        step_ms: Callable[[BatchShape], float] | None = None,
         *,
         limits: Limits = _LIMITS,
         max_context: int = 1 << 16,
@@ -62,7 +69,7 @@ class InProcessServer:
         self.engine = engine
         self.policy = policy
         self.estimator = estimator
-        self.step_ms = step_ms
+        self.step_ms = step_ms or (lambda shape: estimator.predict(shape)[0])
         self.limits = limits
         self.max_context = max_context
         self.max_drafts = max_drafts
@@ -70,7 +77,7 @@ class InProcessServer:
         self.tokenizer = tokenizer
         self.steps = 0
         self.refuse = False
-        self._sessions: dict[str, _Served] = {}
+        self._sessions: dict[str, _Session] = {}
         self._connections: list[_InProcessConnection] = []
         self._opened = 0
         self._level = 0
@@ -88,68 +95,70 @@ class InProcessServer:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def connect(self) -> Connection:
-        """Make a connection; an edge client takes this method as its connection factory."""
+        """Make a connection; this method is the connection factory of an edge client."""
         if self.refuse:
             raise LinkLost("The in-process server refuses connections.")
-        link = _InProcessConnection(self)
-        self._connections.append(link)
-        return link
+        connection = _InProcessConnection(self)
+        self._connections.append(connection)
+        return connection
 
     def cut(self) -> None:
         """Break every connection and forget all sessions, as ``kill -9`` does."""
-        for link in self._connections:
-            link.cut()
+        for connection in self._connections:
+            connection.cut()
         self._connections.clear()
         for name in list(self._sessions):
-            self._drop(name)
+            self.close_session(name)
 
-    def _drop(self, name: str) -> None:
-        entry = self._sessions.pop(name, None)
-        if entry is not None and not entry[2].in_flight:
+    def close_session(self, name: str) -> None:
+        """Forget a session; if a step is running on it, its engine session closes after the step."""
+        session = self._sessions.pop(name, None)
+        if session is not None and not session.state.in_flight:
             self.engine.close(name)
 
     # --- frames ---
 
-    def take(self, link: _InProcessConnection, data: bytes) -> None:
+    def receive(self, connection: _InProcessConnection, data: bytes) -> None:
+        """Handle a frame of an edge."""
         frame = protocol.decode_edge(data)
         now_ms = asyncio.get_running_loop().time() * 1000.0
-        if isinstance(frame, protocol.Hello):
-            link.reply(
-                protocol.Welcome(
-                    protocol.PROTOCOL_VERSION,
-                    self.target,
-                    self.tokenizer,
-                    self.max_context,
-                    self.max_drafts,
-                    self.policy.stream,
+        match frame:
+            case protocol.Hello():
+                connection.reply(
+                    protocol.Welcome(
+                        protocol.PROTOCOL_VERSION,
+                        self.target,
+                        self.tokenizer,
+                        self.max_context,
+                        self.max_drafts,
+                        self.policy.stream,
+                    )
                 )
-            )
-        elif isinstance(frame, protocol.Ping):
-            link.reply(protocol.Pong(frame.number, bytes(frame.reply_bytes)))
-        elif isinstance(frame, protocol.Open):
-            self._open(link, frame, now_ms)
-        elif isinstance(frame, protocol.Draft):
-            entry = self._sessions.get(link.names.get(frame.session, ""))
-            if entry is not None:
-                odds = [byte / 255.0 for byte in frame.acceptance_prob]
-                entry[2].merge(
-                    frame.epoch,
-                    frame.base,
-                    frame.tokens,
-                    odds,
-                    now_ms,
-                    frame.slack_ms,
-                    frame.draft_ms,
-                )
-        elif isinstance(frame, protocol.Close):
-            self._drop(link.names.pop(frame.session, ""))
+            case protocol.Ping():
+                connection.reply(protocol.Pong(frame.number, bytes(frame.reply_bytes)))
+            case protocol.Open():
+                self._open(connection, frame, now_ms)
+            case protocol.Draft():
+                session = self._sessions.get(connection.names.get(frame.session, ""))
+                if session is not None:
+                    session.state.merge(
+                        frame.epoch,
+                        frame.base,
+                        frame.tokens,
+                        [byte / 255.0 for byte in frame.acceptance_prob],
+                        now_ms,
+                        frame.slack_ms,
+                        frame.draft_ms,
+                    )
+            case protocol.Close():
+                self.close_session(connection.names.pop(frame.session, ""))
         self._wake.set()
 
-    def _open(self, link: _InProcessConnection, frame: protocol.Open, now_ms: float) -> None:
-        self._drop(link.names.get(frame.session, ""))
+    def _open(self, connection: _InProcessConnection, frame: protocol.Open, now_ms: float) -> None:
+        self.close_session(connection.names.get(frame.session, ""))
         name = f"p{self._opened}"
         self._opened += 1
-        session = SessionState(
+        state = SessionState(
             name,
             frame.tokens,
             slo=Slo(frame.tokens_per_s, frame.ttft_ms),
@@ -164,8 +173,8 @@ class InProcessServer:
         )
         sampling = Sampling(frame.temperature, frame.top_k, frame.top_p, frame.seed)
         self.engine.open(name, sampling, frame.tokens)
-        link.names[frame.session] = name
-        self._sessions[name] = (link, frame.session, session)
+        connection.names[frame.session] = name
+        self._sessions[name] = _Session(connection, frame.session, state)
 
     # --- steps ---
 
@@ -174,9 +183,8 @@ class InProcessServer:
         while True:
             self._wake.clear()
             now_ms = loop.time() * 1000.0
-            views = [
-                entry[2].view(now_ms) for entry in self._sessions.values() if not entry[2].finished
-            ]
+            states = [session.state for session in self._sessions.values()]
+            views = [state.view(now_ms) for state in states if not state.finished]
             plan = self.policy.plan(now_ms, views, self.estimator, self.limits)
             if plan.items:
                 await self._step(plan.items)
@@ -188,81 +196,79 @@ class InProcessServer:
             except TimeoutError:
                 pass
 
-    async def _step(self, members: Sequence[ScheduledItem]) -> None:
+    async def _step(self, items: Sequence[ScheduledItem]) -> None:
         loop = asyncio.get_running_loop()
         begun_ms = loop.time() * 1000.0
-        taking = [self._sessions[member.session] for member in members]
-        feeds = [
-            entry[2].feed(member, begun_ms) for entry, member in zip(taking, members, strict=True)
-        ]
+        sessions = [self._sessions[item.session] for item in items]
+        states = [session.state for session in sessions]
+        inputs = [state.feed(item, begun_ms) for state, item in zip(states, items, strict=True)]
         shape = BatchShape.of(
-            (len(feed.tokens), entry[2].cached, bool(member.prefill))
-            for feed, entry, member in zip(feeds, taking, members, strict=True)
+            (len(given.tokens), state.cached, bool(item.prefill))
+            for given, state, item in zip(inputs, states, items, strict=True)
         )
-        self._level = load_level(
-            slowdown(self.estimator, (e[2].cached for e in self._sessions.values())), self._level
-        )
-        outcomes = self.engine.step(feeds)
+        cached = (session.state.cached for session in self._sessions.values())
+        self._level = load_level(slowdown(self.estimator, cached), self._level)
+        results = self.engine.step(inputs)
         await asyncio.sleep(self.step_ms(shape) / 1000.0)
         self.steps += 1
         now_ms = loop.time() * 1000.0
-        for (link, number, session), outcome in zip(taking, outcomes, strict=True):
-            done = session.apply(outcome, now_ms)
-            if session.session not in self._sessions:  # its edge left meanwhile
-                self.engine.close(session.session)
+        for (connection, number, state), result in zip(sessions, results, strict=True):
+            commit = state.apply(result, now_ms)
+            if state.session not in self._sessions:  # its edge left during the step
+                self.engine.close(state.session)
                 continue
-            if done.rollback is not None:
-                self.engine.rollback(session.session, done.rollback)
-            if done.tokens:
-                link.reply(
+            if commit.rollback is not None:
+                self.engine.rollback(state.session, commit.rollback)
+            if commit.tokens:
+                connection.reply(
                     protocol.Commit(
                         number,
-                        done.epoch,
-                        done.committed_len,
-                        list(done.tokens),
-                        done.accepted,
-                        done.drafted,
-                        protocol.brief_ms(done.queue_ms),
+                        commit.epoch,
+                        commit.committed_len,
+                        list(commit.tokens),
+                        commit.accepted,
+                        commit.drafted,
+                        protocol.brief_ms(commit.queue_ms),
                         protocol.brief_ms(now_ms - begun_ms),
                         self._level,
-                        done.finished,
+                        commit.finished,
                     )
                 )
-            if done.finished:
-                self._drop(session.session)
+            if commit.finished:
+                self.close_session(state.session)
         await asyncio.sleep(_OVERHEAD_MS / 1000.0)
 
 
 class _InProcessConnection:
-    """One connection: frames go straight into the server, answers into a queue."""
+    """One connection: frames go straight to the server, answers into a queue."""
 
     def __init__(self, server: InProcessServer) -> None:
         self.names: dict[int, str] = {}
         self._server = server
-        self._down: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self._gone = False
+        self._answers: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._closed = False
 
     def reply(self, frame: protocol.ServerFrame) -> None:
-        if not self._gone:
-            self._down.put_nowait(protocol.encode(frame))
+        if not self._closed:
+            self._answers.put_nowait(protocol.encode(frame))
 
     def cut(self) -> None:
-        self._gone = True
-        self._down.put_nowait(None)
+        self._closed = True
+        self._answers.put_nowait(None)
 
     async def send(self, data: bytes) -> None:
-        if self._gone:
+        if self._closed:
             raise LinkLost("The in-process server cut the connection.")
-        self._server.take(self, data)
+        self._server.receive(self, data)
 
     async def receive(self) -> bytes:
-        data = None if self._gone else await self._down.get()
+        data = None if self._closed else await self._answers.get()
         if data is None:
             raise LinkLost("The in-process server cut the connection.")
         return data
 
     async def close(self) -> None:
-        self._gone = True
+        self._closed = True
         for name in self.names.values():
-            self._server._drop(name)
+            self._server.close_session(name)
         self.names.clear()

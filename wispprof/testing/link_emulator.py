@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 from random import Random
+from typing import Any
 
 from wispprof.edge.connection import Connection, ConnectionFactory, LinkLost
 from wispprof.settings.shared_settings import LinkSettings
@@ -92,8 +93,9 @@ class _EmulatedConnection:
 
     async def receive(self) -> bytes:
         frame = asyncio.ensure_future(self._down.get())
+        first: set[asyncio.Future[Any]] = {self._lost, frame}
         try:
-            await asyncio.wait({self._lost, frame}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
             if not frame.done():
                 raise self._lost.result()
             at_s, data = frame.result()
