@@ -1,4 +1,4 @@
-"""What the edge's tests share: a hash target with its traces, a linear step cost, a pocket server."""
+"""The fake model pair: its traces, a linear step cost, an in-process server, edges and generations."""
 
 from __future__ import annotations
 

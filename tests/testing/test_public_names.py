@@ -18,7 +18,6 @@ NAMES = {
     "FakeTarget",
     "InProcessServer",
     "LinkProxy",
-    "LinkSettings",
     "VirtualTimeLoop",
     "emulate_link",
     "run_virtual",

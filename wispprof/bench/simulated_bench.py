@@ -1,10 +1,8 @@
-"""The load of a bench in the simulator: the same fleet, promises and texts, request for request.
+"""The load of a benchmark in the simulator: the same devices, SLOs and texts, request for request.
 
-Every simulated request follows the very path of the trace that the real one follows, so what was accepted
-differs only by what the edges had drafted in time. A bench ends when its last request does, the simulator's
-fleets go on for ever. The twin therefore stops each device after its share and boils the run down as
-:mod:`wispprof.bench.bench_result` does, so that the two columns differ by what the simulator gets wrong and
-by nothing else.
+Each simulated request follows the trace path that the real one follows, so acceptance differs only by what the
+edges drafted in time. A benchmark ends with its last request, whereas simulated fleets run on. This module
+therefore stops each device after its share and summarises the run as :mod:`wispprof.bench.bench_result` does.
 """
 
 from __future__ import annotations
@@ -118,7 +116,10 @@ def simulate_bench(
     Poisson loads, whose devices a bench and a simulator choose differently.
     """
     if load.rate_per_s:
-        raise WispprofError("Only closed fleets have a twin.", "Leave the arrival rate out.")
+        raise WispprofError(
+            "Only closed-loop workloads can be simulated beside a benchmark.",
+            "Remove the arrival rate.",
+        )
     source = TraceReplay(trace, predictor, load.devices)
     runs = [
         _run(

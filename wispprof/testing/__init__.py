@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from wispprof.testing.cpu_burner import CpuBurner
     from wispprof.testing.fake_engine import FakeDrafter, FakeEngine, FakeTarget
     from wispprof.testing.in_process_server import InProcessServer
-    from wispprof.testing.link_emulator import LinkProxy, LinkSettings, emulate_link
+    from wispprof.testing.link_emulator import LinkProxy, emulate_link
     from wispprof.testing.virtual_time import VirtualTimeLoop, run_virtual
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "FakeTarget",
     "InProcessServer",
     "LinkProxy",
-    "LinkSettings",
     "VirtualTimeLoop",
     "emulate_link",
     "run_virtual",
@@ -35,7 +34,6 @@ _MODULE_OF = {
     "FakeTarget": "fake_engine",
     "InProcessServer": "in_process_server",
     "LinkProxy": "link_emulator",
-    "LinkSettings": "link_emulator",
     "VirtualTimeLoop": "virtual_time",
     "emulate_link": "link_emulator",
     "run_virtual": "virtual_time",

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from wispprof import protocol
+from wispprof.backends import Engine
 from wispprof.edge.connection import Connection, LinkLost
 from wispprof.policies.interface import BatchPolicy, Limits, ScheduledItem
 from wispprof.policies.load_level import load_level, slowdown
 from wispprof.sessions.session_state import SessionState
-from wispprof.types import BatchShape, Engine, Sampling, Slo, StepTimeEstimator
+from wispprof.types import BatchShape, Sampling, Slo, StepTimeEstimator
 
 __all__ = ["InProcessServer"]
 
@@ -41,7 +42,7 @@ class InProcessServer:
 
     >>> from wispprof.edge import EdgeClient, Generation, GenerationRequest
     >>> from wispprof.policies import make_batch_policy
-    >>> from wispprof.simulation.step_costs import LinearCost
+    >>> from wispprof.policies.linear_cost import LinearCost
     >>> from wispprof.testing import FakeEngine, run_virtual
     >>> async def main():
     ...     server = InProcessServer(FakeEngine(), make_batch_policy("fcfs"), LinearCost(fixed_ms=8.0))

@@ -60,7 +60,10 @@ async def _sleep_until(at_s: float) -> None:
 def emulate_link(connect: ConnectionFactory, settings: LinkSettings) -> ConnectionFactory:
     """A factory whose connections run over an emulated link. Connecting costs one round trip.
 
-    ``EdgeClient(emulate_link(server.connect, LinkSettings(LinkModel(rtt_ms=20.0))))``
+    >>> from wispprof.edge import EdgeClient, websocket_connections
+    >>> from wispprof.settings.shared_settings import LinkModel
+    >>> slow = LinkSettings(LinkModel(rtt_ms=20.0), cut_every_ms=60_000.0)
+    >>> client = EdgeClient(emulate_link(websocket_connections("127.0.0.1:8200"), slow))
     """
     connections = 0
 
