@@ -11,8 +11,6 @@ from typing import Literal, NamedTuple
 from wispprof.errors import EngineError
 from wispprof.types import DraftToken, Sampling, StepInput, VerifyResult
 
-__all__ = ["Drafter", "Engine", "EngineCapabilities", "IntegrityReport"]
-
 
 class Drafter(ABC):
     """Proposes tokens one at a time: a model, an n-gram lookup, a replayed trace.

@@ -14,23 +14,6 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-__all__ = [
-    "BatchCost",
-    "BatchShape",
-    "BatchTotals",
-    "DraftFeatures",
-    "DraftToken",
-    "ModelInfo",
-    "RejectionPredictor",
-    "Sampling",
-    "ServedModel",
-    "Slo",
-    "StepInput",
-    "StepTimeEstimator",
-    "VerifyItem",
-    "VerifyResult",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Slo:

@@ -20,8 +20,6 @@ from wispprof.artifacts import files
 from wispprof.artifacts.manifest import Provenance
 from wispprof.errors import ArtifactDamaged, ArtifactTooNew, ArtifactTooOld
 
-__all__ = ["BAD_PAYLOAD", "SCHEMA", "Document", "read_document", "write_document"]
-
 SCHEMA = 2
 _PREFIX = "wispprof/"
 

@@ -19,21 +19,9 @@ import numpy as np
 from wispprof.errors import ArtifactDamaged, ArtifactMissing
 
 try:
-    from msgspec import Meta
+    from msgspec import Meta as Meta
 except ModuleNotFoundError:  # profile-server only writes, and runs on images without msgspec
     Meta = dict  # type: ignore[assignment, misc]
-
-__all__ = [
-    "Meta",
-    "bundle_roots",
-    "bundled_path",
-    "canonical_json",
-    "content_hash",
-    "convert",
-    "parse_json",
-    "read_bytes",
-    "write_atomic",
-]
 
 PACKAGE = Path(__file__).resolve().parent.parent
 

@@ -17,8 +17,6 @@ from wispprof.artifacts.manifest import PROFILE_SCHEMA
 from wispprof.artifacts.rows import Row, decode_row, encode_row, open_line, seal_line
 from wispprof.errors import ArtifactDamaged, ArtifactError
 
-__all__ = ["RowJournal", "journal_header"]
-
 FORMAT = "wispprof/journal"
 
 

@@ -16,16 +16,6 @@ from typing import Annotated, Any
 
 from wispprof.artifacts.files import Meta
 
-__all__ = [
-    "PROFILE_SCHEMA",
-    "Manifest",
-    "ModelRecord",
-    "Provenance",
-    "command_line",
-    "library_versions",
-    "utc_now",
-]
-
 _SECRET = re.compile(r"--?([\w-]*key|[\w-]*-?api-key[\w-]*|token|[\w-]*-token|[\w-]*secret[\w-]*)$")
 _LIBRARIES = ("wispprof", "torch", "transformers", "numpy", "scikit-learn", "lightgbm")
 

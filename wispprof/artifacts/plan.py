@@ -20,19 +20,6 @@ from wispprof.artifacts.document import read_document, write_document
 from wispprof.artifacts.manifest import Provenance
 from wispprof.errors import PlanError
 
-__all__ = [
-    "BatchRow",
-    "BreakEvenRow",
-    "CapacityRow",
-    "ChoiceRow",
-    "DraftRow",
-    "MixRow",
-    "Plan",
-    "load_plan",
-    "machine_of",
-    "save_plan",
-]
-
 KIND = "plan"
 MODES = ("stream", "round")
 

@@ -24,20 +24,6 @@ from wispprof.artifacts.rows import (
 )
 from wispprof.errors import ArtifactDamaged
 
-__all__ = [
-    "EdgeProfile",
-    "LinkProfile",
-    "Profile",
-    "ServerProfile",
-    "load_edge",
-    "load_link",
-    "load_profile",
-    "load_server",
-    "make_profile",
-    "profile_files",
-    "save_profile",
-]
-
 FORMAT = "wispprof/profile"
 RESTED_MS = 6.0
 """Idle time after which a device pays the whole cost of resuming: threads sleep, caches and clocks have

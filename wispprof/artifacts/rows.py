@@ -20,20 +20,6 @@ from wispprof.artifacts.files import Meta
 from wispprof.errors import ArtifactDamaged
 from wispprof.types import BatchShape, DraftFeatures, Sampling, VerifyItem
 
-__all__ = [
-    "EDGE_KINDS",
-    "LINK_KINDS",
-    "STEP_KINDS",
-    "AcceptanceTrace",
-    "EdgeRow",
-    "LinkRow",
-    "Row",
-    "StepRow",
-    "TracePath",
-    "decode_row",
-    "encode_row",
-]
-
 STEP_KINDS = ("verify", "prefill", "mixed", "sentinel")
 EDGE_KINDS = (
     "draft_step",

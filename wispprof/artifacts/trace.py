@@ -27,8 +27,6 @@ from wispprof.artifacts.rows import (
 from wispprof.errors import ArtifactDamaged
 from wispprof.types import Sampling
 
-__all__ = ["TRACE_SCHEMA", "load_trace", "save_trace", "trace_hash"]
-
 TRACE_SCHEMA = 1
 FORMAT = "wispprof/trace"
 FEATURES = 4

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from rich.panel import Panel
     from rich.text import Text
 
-__all__ = ["COMMANDS", "Entry", "LazyCommands", "show_overview"]
-
 _NAME, _ASIDE = "bold cyan", "dim"
 
 

@@ -30,22 +30,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
 
-__all__ = [
-    "GuardedGroup",
-    "console",
-    "emit_json",
-    "fail",
-    "guard",
-    "known_options",
-    "note",
-    "output",
-    "progress",
-    "result",
-    "table",
-    "tracker",
-    "warn",
-]
-
 FAULT, USAGE, INTERRUPTED = 1, 2, 130
 
 

@@ -13,8 +13,6 @@ from wispprof.cli.options import JsonFlag
 if TYPE_CHECKING:
     from wispprof.demo import DemoResult
 
-__all__ = ["register"]
-
 BUSY = 0.5
 """Share of flagged rows above which the demo warns that its figures are rough."""
 

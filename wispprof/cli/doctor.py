@@ -13,8 +13,6 @@ from wispprof.cli.options import JsonFlag, with_settings
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.settings.shared_settings import ServerAccess
 
-__all__ = ["register"]
-
 _SERVER = ServerSettings()
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from wispprof.fitting import FittedEstimator, FittedPredictor
     from wispprof.fitting.evaluation import Evaluation
 
-__all__ = ["register"]
-
 
 def register(app: typer.Typer) -> None:
     """Add ``fit`` to the commands."""

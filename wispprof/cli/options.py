@@ -22,8 +22,6 @@ import typer
 
 from wispprof.settings.fields import Declared, Settings, declared, nested
 
-__all__ = ["Jobs", "JsonFlag", "OutputFile", "with_settings"]
-
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
 ]

@@ -15,8 +15,6 @@ from wispprof.settings.planner_settings import PlanSettings
 if TYPE_CHECKING:
     from wispprof.artifacts.plan import DraftRow, Plan
 
-__all__ = ["register"]
-
 PlanFile = Annotated[Path, typer.Argument(help="A plan file.")]
 
 

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from wispprof.artifacts import EdgeProfile, LinkProfile, Profile, ServerProfile
     from wispprof.artifacts.rows import EdgeRow, LinkRow, StepRow
 
-__all__ = ["Out", "Overwrite", "finished", "register"]
-
 Out = Annotated[Path, typer.Option("--out", "-o", help="Name of the profile to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 

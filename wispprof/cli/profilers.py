@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from wispprof.artifacts.rows import AcceptanceTrace
     from wispprof.profiling.profile_run import SweepPlan
 
-__all__ = ["register"]
-
 Resume = Annotated[bool, typer.Option("--resume", help="Continue at the next missing row.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="List the workloads and the expected time.")

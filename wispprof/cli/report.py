@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from wispprof.simulation.reproduce import Figure, ReproducedTable
 
-__all__ = ["register", "shown"]
-
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the tool."""

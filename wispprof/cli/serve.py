@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from wispprof.server import VerificationServer
 
-__all__ = ["register"]
-
 
 def register(app: typer.Typer) -> None:
     """Add ``serve`` to the application."""

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from wispprof.simulation.metrics import Report
 
-__all__ = ["register"]
-
 
 def register(app: typer.Typer) -> None:
     """Add ``simulate`` to the commands."""

@@ -18,8 +18,6 @@ from wispprof.drafters.model_drafter import ModelDrafter
 from wispprof.errors import EngineError, ModelError, ModelMissing
 from wispprof.types import DraftToken
 
-__all__ = ["LlamaCppDrafter"]
-
 
 class LlamaCppDrafter(ModelDrafter):
     """A llama.cpp model.

@@ -13,8 +13,6 @@ from wispprof.errors import EngineError
 from wispprof.sampling.sampler import sample_tokens_numpy
 from wispprof.types import DraftFeatures, DraftToken, Sampling
 
-__all__ = ["ModelDrafter", "features_numpy", "features_torch"]
-
 
 class ModelDrafter(Drafter):
     """Holds one sequence, whose first ``_cached`` tokens have KV. Not thread-safe.

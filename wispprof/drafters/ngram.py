@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from wispprof.backends import Drafter
 from wispprof.types import DraftFeatures, DraftToken, Sampling
 
-__all__ = ["LookupDrafter", "LookupFirst"]
-
 
 class LookupDrafter(Drafter):
     """Continues the latest earlier occurrence of the longest suffix of ``longest`` … ``shortest`` tokens.

@@ -13,8 +13,6 @@ from wispprof.backends import Drafter
 from wispprof.errors import ProfileError
 from wispprof.types import DraftFeatures, DraftToken, Sampling
 
-__all__ = ["ReplayDrafter"]
-
 
 class ReplayDrafter(Drafter):
     """Drafts along one path of a trace.

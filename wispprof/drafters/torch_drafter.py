@@ -12,8 +12,6 @@ from wispprof.engines.torch.kv_store import causal_mask, grouped_attention
 from wispprof.sampling.sampler import sample_tokens
 from wispprof.types import DraftFeatures, DraftToken, ModelInfo
 
-__all__ = ["TorchDrafter"]
-
 _PREFILL_CHUNK = 512
 
 

@@ -18,8 +18,6 @@ from wispprof.engines.tensor_parallel import Ranks, load_shard
 from wispprof.errors import ModelError, ModelMissing, ModelUnsupported
 from wispprof.types import ModelInfo
 
-__all__ = ["FAMILIES", "LoadedModel", "load_model", "random_model", "tokenizer_hash"]
-
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HASH_CHUNK = 1 << 20

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["PRESETS"]
-
 
 def _qwen3(hidden: int, layers: int, heads: int, mlp: int) -> dict[str, Any]:
     return {

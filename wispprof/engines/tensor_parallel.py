@@ -24,8 +24,6 @@ from torch import Tensor, nn
 
 from wispprof.errors import EngineError, ModelError, ModelUnsupported
 
-__all__ = ["Ranks", "join", "launched", "load_shard"]
-
 # Bytes of the first message of a command; nearly every step fits into it.
 _FIRST = 8192
 # An idle rank 0 sends nothing until a request comes.

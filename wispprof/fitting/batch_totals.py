@@ -14,22 +14,6 @@ from numpy.typing import NDArray
 
 from wispprof.types import BatchShape, BatchTotals, VerifyItem
 
-__all__ = [
-    "EMPTY",
-    "ArrayTotals",
-    "FloatArray",
-    "Totals",
-    "clipped",
-    "decode_totals_of",
-    "extend",
-    "extend_all",
-    "extend_in_turn",
-    "extend_many",
-    "select",
-    "totals_of",
-    "upper_corner",
-]
-
 FloatArray = NDArray[np.float64]
 Totals = BatchTotals[int]
 """Totals of one batch."""

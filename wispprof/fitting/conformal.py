@@ -25,8 +25,6 @@ import numpy as np
 
 from wispprof.fitting.batch_totals import FloatArray
 
-__all__ = ["LEVELS", "REGIMES", "RatioBound", "independent_scores", "weighted_quantiles"]
-
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 1.0)
 REGIMES = ("decode-small", "decode-large", "prefill-small", "prefill-large")
 MINIMUM_REGIME = 24

@@ -27,19 +27,6 @@ from wispprof.fitting.batch_totals import FloatArray
 from wispprof.policies.interface import Controller, RoundContext
 from wispprof.types import RejectionPredictor
 
-__all__ = [
-    "DEVICES",
-    "RTTS_MS",
-    "Fold",
-    "Setting",
-    "Walk",
-    "acceptance_tables",
-    "compare_controllers",
-    "replay_controller",
-    "summarise",
-    "walk",
-]
-
 DEVICES = {"slow": 66.0, "middle": 16.0, "fast": 5.0}
 """Milliseconds per drafted token: about a Raspberry Pi 5, a laptop CPU, a Jetson or laptop GPU."""
 RTTS_MS = (10.0, 30.0, 80.0)

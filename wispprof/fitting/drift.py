@@ -30,16 +30,6 @@ from wispprof.fitting.evaluation import relative_errors
 from wispprof.fitting.observations import DISTRUSTED
 from wispprof.types import BatchShape, BatchTotals
 
-__all__ = [
-    "MINIMUM_STEPS",
-    "Cell",
-    "DriftMonitor",
-    "DriftSettings",
-    "DriftStatus",
-    "cell_of",
-    "recalibrate",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class DriftSettings:

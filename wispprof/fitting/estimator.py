@@ -37,15 +37,6 @@ from wispprof.fitting.step_time_models import Forest, Staircase, StepTimeModel, 
 from wispprof.fitting.wispprof_model import WispprofStepTime
 from wispprof.types import BatchCost, BatchShape, BatchTotals, StepTimeEstimator
 
-__all__ = [
-    "ESTIMATOR_KINDS",
-    "Accumulator",
-    "Domain",
-    "FittedEstimator",
-    "load_estimator",
-    "model_class",
-]
-
 KIND = "estimator"
 MODELS: dict[str, type[StepTimeModel]] = {
     c.kind: c for c in (WispLinear, Staircase, Forest, WispprofStepTime)

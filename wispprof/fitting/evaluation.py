@@ -30,20 +30,6 @@ from wispprof.fitting.observations import MINIMUM_SHAPES, Observations
 from wispprof.fitting.step_time_models import StepTimeModel
 from wispprof.types import BatchTotals
 
-__all__ = [
-    "Evaluation",
-    "Progress",
-    "assemble",
-    "evaluate",
-    "fit_on",
-    "folds_of",
-    "groups_of",
-    "noise_floor",
-    "out_of_fold",
-    "relative_errors",
-    "repeat_error",
-]
-
 FOLDS = 10
 HALVINGS = 20
 MAX_GROUPS = 5

@@ -15,8 +15,6 @@ import numpy as np
 from wispprof.artifacts.rows import StepRow
 from wispprof.fitting.batch_totals import FloatArray
 
-__all__ = ["MachineSpeed", "blocks_of", "slowdown_of_rows"]
-
 MINIMUM_REFERENCES = 4
 MINIMUM_REPEATS = 30
 """Blocks beyond the first of their rows from which on sensitivity to the sentinel is learned."""

@@ -20,15 +20,6 @@ from wispprof.fitting.rejection_predictor import FittedPredictor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = [
-    "estimator_card",
-    "explain_estimator",
-    "explain_predictor",
-    "plot_evaluation",
-    "predictor_card",
-    "write_card",
-]
-
 
 def explain_estimator(estimator: FittedEstimator) -> str:
     """One paragraph on why this estimator was chosen and how accurate it is."""

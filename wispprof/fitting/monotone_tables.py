@@ -15,8 +15,6 @@ import numpy as np
 
 from wispprof.fitting.batch_totals import FloatArray
 
-__all__ = ["GROUPS", "MonotoneTables", "ResidualFeatures"]
-
 GROUPS = ((0, 1), (2, 3), (4,), (5,), (6,))
 """Features that may interact, by their place in :class:`ResidualFeatures`; disjoint, so that each tree
 belongs to one group."""

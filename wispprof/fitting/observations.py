@@ -22,8 +22,6 @@ from wispprof.fitting.batch_totals import (
 from wispprof.fitting.machine_speed import MachineSpeed, blocks_of, slowdown_of_rows
 from wispprof.types import BatchShape, BatchTotals
 
-__all__ = ["MINIMUM_SHAPES", "Observations", "check_rows", "check_same_model", "read_step_log"]
-
 MINIMUM_SHAPES = 12
 """Fewer distinct shapes do not determine the four linear terms and a held-out part."""
 

@@ -24,15 +24,6 @@ from wispprof.fitting.batch_totals import ArrayTotals, FloatArray, Totals
 from wispprof.fitting.observations import Observations
 from wispprof.fitting.step_time_models import fit_nonnegative
 
-__all__ = [
-    "PhysicalTerms",
-    "PiecewiseCurve",
-    "graph_buckets",
-    "padded_many",
-    "sampled_tokens",
-    "sampled_tokens_many",
-]
-
 NEW_KNOTS = 6
 CACHED_KNOTS = 3
 TERMS = 8

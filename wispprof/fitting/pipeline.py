@@ -42,17 +42,6 @@ from wispprof.fitting.rejection_predictor import (
 from wispprof.fitting.token_rows import split_prompts
 from wispprof.hardware import compute_device_name
 
-__all__ = [
-    "FitResult",
-    "ServerRows",
-    "evaluate_files",
-    "fit_estimator",
-    "fit_files",
-    "load_server_rows",
-    "replay_files",
-    "update_files",
-]
-
 REPLAY_FOLDS = 5
 
 

@@ -32,17 +32,6 @@ from wispprof.fitting.rejection_scorers import (
 from wispprof.fitting.token_rows import TokenRows, check_classes, split_prompts, token_rows
 from wispprof.types import DraftFeatures
 
-__all__ = [
-    "PREDICTOR_KINDS",
-    "Calibration",
-    "FittedPredictor",
-    "fit_predictor",
-    "fit_scorer",
-    "judge",
-    "load_predictor",
-    "paths_of",
-]
-
 KIND = "predictor"
 SCORERS: dict[str, type[Scorer]] = {
     c.kind: c for c in (Threshold, MarginLogistic, WispMlp, BoostedTrees)

@@ -16,8 +16,6 @@ from wispprof.fitting.batch_totals import FloatArray
 from wispprof.fitting.token_rows import TokenRows
 from wispprof.types import DraftFeatures
 
-__all__ = ["BoostedTrees", "MarginLogistic", "Scorer", "Threshold", "WispMlp"]
-
 
 class Scorer(Protocol):
     """Features of a draft token to a score that rises with the chance of acceptance."""

@@ -17,15 +17,6 @@ from wispprof.fitting.batch_totals import ArrayTotals, FloatArray, Totals, clipp
 from wispprof.fitting.observations import Observations
 from wispprof.types import BatchTotals
 
-__all__ = [
-    "ClippedMixin",
-    "Forest",
-    "Staircase",
-    "StepTimeModel",
-    "WispLinear",
-    "fit_nonnegative",
-]
-
 
 class StepTimeModel(Protocol):
     """Totals of a batch to its median time.

@@ -11,8 +11,6 @@ from wispprof.artifacts.rows import TracePath
 from wispprof.errors import FitError
 from wispprof.fitting.batch_totals import FloatArray
 
-__all__ = ["MINIMUM_PROMPTS", "TokenRows", "split_prompts", "token_rows"]
-
 MINIMUM_PROMPTS = 4
 MINIMUM_REJECTIONS = 20
 

@@ -36,8 +36,6 @@ from wispprof.fitting.physical_terms import (
 )
 from wispprof.types import BatchTotals
 
-__all__ = ["ModelChoice", "WispprofStepTime", "residual_features"]
-
 ROUNDS = (0, 15, 30, 60, 120)
 ALPHAS = (1.0, 0.85, 0.6)
 KNOTS = ((0, 0), (2, 1), (4, 2))

@@ -9,16 +9,6 @@ from typing import Any, Protocol
 
 from wispprof.hardware import nvml
 
-__all__ = [
-    "CpuSensors",
-    "GpuSensors",
-    "NullSensors",
-    "Reading",
-    "Sensors",
-    "read_number",
-    "sensors",
-]
-
 
 @dataclass(frozen=True)
 class Reading:

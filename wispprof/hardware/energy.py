@@ -17,16 +17,6 @@ from typing import Protocol
 from wispprof.hardware import nvml
 from wispprof.hardware.clocks import read_number
 
-__all__ = [
-    "EnergyMeter",
-    "EnergyReading",
-    "HwmonMeter",
-    "NullMeter",
-    "NvmlMeter",
-    "RaplMeter",
-    "energy_meter",
-]
-
 
 @dataclass(frozen=True)
 class EnergyReading:

@@ -21,15 +21,6 @@ import psutil
 
 from wispprof.hardware import nvml
 
-__all__ = [
-    "Fingerprint",
-    "Gpu",
-    "compute_device_name",
-    "fingerprint",
-    "machine_mismatch",
-    "probe_machine",
-]
-
 GIB = 1 << 30
 
 

@@ -16,17 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from wispprof.errors import WispprofError
 from wispprof.types import Sampling
 
-__all__ = [
-    "ApiError",
-    "ChatCompletionRequest",
-    "ChatCompletionResponse",
-    "CompletionRequest",
-    "CompletionResponse",
-    "Message",
-    "event",
-    "usage",
-]
-
 
 class ApiError(WispprofError):
     """A request that failed. ``status``: its HTTP status; ``retry_ms``: when to try again (429, 503);

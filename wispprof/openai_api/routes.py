@@ -26,8 +26,6 @@ from wispprof.openai_api.openai_protocol import (
 from wispprof.openai_api.text_backend import TextBackend, TextGeneration, TokenRequest
 from wispprof.types import Slo
 
-__all__ = ["add_openai_routes"]
-
 _CLIENT_CLOSED_REQUEST = 499
 _UNREACHABLE_RETRY_MS = 5_000.0
 _T = TypeVar("_T")

@@ -10,8 +10,6 @@ from typing import Any, Protocol
 from wispprof.openai_api.tokenizer import ChatTokenizer, StopStringFilter
 from wispprof.types import Sampling, Slo
 
-__all__ = ["TextBackend", "TextGeneration", "TokenGeneration", "TokenRequest"]
-
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:

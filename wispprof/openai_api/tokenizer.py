@@ -8,8 +8,6 @@ from typing import Any
 from wispprof.errors import WispprofError
 from wispprof.openai_api.openai_protocol import ApiError
 
-__all__ = ["ByteTokenizer", "ChatTokenizer", "IncrementalDetokenizer", "StopStringFilter"]
-
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_turn|>")
 _REPLACEMENT = "\ufffd"
 _CONTEXT_TOKENS = 6

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from wispprof.artifacts.rows import AcceptanceTrace
 from wispprof.errors import PlanError
 
-__all__ = ["Runs", "runs_of_trace"]
-
 HORIZON = 48
 _FloatArray = NDArray[np.float64]
 

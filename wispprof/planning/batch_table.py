@@ -18,15 +18,6 @@ from wispprof.policies.load_level import LOAD_LEVELS, load_level, representative
 from wispprof.settings.planner_settings import Mix, PlanSettings
 from wispprof.types import StepTimeEstimator
 
-__all__ = [
-    "batch_row",
-    "break_even_row",
-    "capacity_row",
-    "largest",
-    "mix_row",
-    "sessions_of_levels",
-]
-
 _LEAST_CHUNK = 16
 
 

@@ -18,8 +18,6 @@ from wispprof.planning.session_speed import (
 from wispprof.settings.planner_settings import PlanSettings
 from wispprof.types import BatchCost, BatchShape, StepTimeEstimator
 
-__all__ = ["EdgeCosts", "PlannedDevice", "SpeedCurve", "draft_row", "speed_curve"]
-
 _MAX_DRAFT_AHEAD = 32
 
 

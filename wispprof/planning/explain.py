@@ -8,8 +8,6 @@ from typing import NamedTuple
 from wispprof.artifacts.plan import DraftRow, Plan, machine_of
 from wispprof.planning.objective import draft_front
 
-__all__ = ["PlanChange", "compare", "explain"]
-
 
 class PlanChange(NamedTuple):
     """A field of a cell that differs. ``before`` or ``after`` is ``None`` if the cell does not exist."""

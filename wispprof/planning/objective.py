@@ -16,8 +16,6 @@ from typing import NamedTuple
 from wispprof.artifacts.plan import ChoiceRow, DraftRow, Plan, machine_of
 from wispprof.settings.planner_settings import PlanSettings
 
-__all__ = ["Figures", "Option", "choice_rows", "choose", "draft_front", "pareto_front"]
-
 Weights = Mapping[str, float]
 
 

@@ -14,8 +14,6 @@ from wispprof.planning.draft_table import PlannedDevice
 from wispprof.planning.planner import make_plan
 from wispprof.settings.planner_settings import PlanSettings
 
-__all__ = ["SpeedDevice", "link_rtt_ms", "plan_files"]
-
 Report = Callable[[int, int, str], None]
 
 

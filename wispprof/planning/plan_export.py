@@ -22,8 +22,6 @@ from dataclasses import asdict, fields
 from wispprof.artifacts.plan import DraftRow, Plan
 from wispprof.errors import PlanError
 
-__all__ = ["FORMATS", "export"]
-
 FORMATS = ("csv", "vllm", "sglang")
 
 

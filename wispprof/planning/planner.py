@@ -23,8 +23,6 @@ from wispprof.policies.load_level import LOAD_BOUNDS, LOAD_LEVELS
 from wispprof.settings.planner_settings import PlanSettings
 from wispprof.types import StepTimeEstimator
 
-__all__ = ["make_plan"]
-
 Report = Callable[[int, int, str], None]
 
 

@@ -20,15 +20,6 @@ from dataclasses import dataclass, field
 from wispprof.planning.acceptance_runs import HORIZON, Runs
 from wispprof.types import StepTimeEstimator
 
-__all__ = [
-    "LoadedStepTimes",
-    "SessionSpeed",
-    "renewal",
-    "round_speed",
-    "stream_speed",
-    "undrafted_speed",
-]
-
 _ITERATIONS = 40
 _TOLERANCE = 1e-3
 

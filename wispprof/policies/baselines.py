@@ -14,8 +14,6 @@ from wispprof.policies.batch_builder import RETRY_MS, BatchBuilder, no_batch, re
 from wispprof.policies.interface import Limits, SessionView, StepPlan, column
 from wispprof.types import StepTimeEstimator
 
-__all__ = ["FcfsPolicy", "ServerOnlyPolicy", "SledPolicy", "SpecEdgePolicy"]
-
 _ARRIVED, _SESSION = column("arrived_ms"), column("session")
 
 

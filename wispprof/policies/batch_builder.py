@@ -9,8 +9,6 @@ import numpy as np
 from wispprof.policies.interface import Limits, ScheduledItem, SessionView, StepPlan
 from wispprof.types import BatchCost, StepTimeEstimator
 
-__all__ = ["RETRY_MS", "BatchBuilder", "evenly_spaced", "no_batch", "ready_sessions"]
-
 RETRY_MS = 1.0
 """Delay after a step in which nothing fitted: another session may finish and free KV meanwhile."""
 

@@ -15,14 +15,6 @@ import numpy as np
 from wispprof.policies.interface import RoundContext
 from wispprof.types import DraftFeatures, RejectionPredictor
 
-__all__ = [
-    "ConfidenceAcceptance",
-    "DepthAcceptance",
-    "FixedController",
-    "SledController",
-    "WispController",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class ConfidenceAcceptance:

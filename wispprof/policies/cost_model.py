@@ -15,17 +15,6 @@ from numpy.typing import NDArray
 
 from wispprof.types import BatchTotals, StepTimeEstimator
 
-__all__ = [
-    "BoolArray",
-    "FloatArray",
-    "IntArray",
-    "MarginalCostCache",
-    "MarginalCosts",
-    "expected_tokens",
-    "mean_costs",
-    "price_batches",
-]
-
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]

@@ -24,15 +24,6 @@ from wispprof.policies.cost_model import (
 from wispprof.policies.interface import SessionView, column
 from wispprof.types import BatchTotals, StepTimeEstimator
 
-__all__ = [
-    "BatchArrays",
-    "DraftRanking",
-    "SessionColumns",
-    "token_rate",
-    "typical_costs",
-    "undrafted_totals",
-]
-
 _ACCEPTANCE_PROBS, _CACHED = column("acceptance_probs"), column("cached")
 _MIN_ROW_MS = 1e-12
 """Keeps the order among rows that cost nothing, whose value per ms would be infinite."""

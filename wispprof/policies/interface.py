@@ -13,18 +13,6 @@ from typing import Any, NamedTuple, Protocol
 
 from wispprof.types import DraftFeatures, Slo, StepTimeEstimator
 
-__all__ = [
-    "BatchPolicy",
-    "Controller",
-    "Limits",
-    "RoundContext",
-    "ScheduledItem",
-    "SessionView",
-    "StepPlan",
-    "column",
-]
-
-
 # --- server: which sessions advance in the next step ----------------------------------------------
 
 

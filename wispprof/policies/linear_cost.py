@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from wispprof.types import BatchCost, BatchShape, BatchTotals, StepTimeEstimator
 
-__all__ = ["LinearCost"]
-
 FloatArray = NDArray[np.float64]
 
 

@@ -13,8 +13,6 @@ from collections.abc import Iterable
 
 from wispprof.types import StepTimeEstimator
 
-__all__ = ["LOAD_BOUNDS", "LOAD_LEVELS", "load_level", "representative_slowdown", "slowdown"]
-
 LOAD_BOUNDS: tuple[float, ...] = (1.15, 1.5, 2.25, 4.0)
 LOAD_LEVELS = len(LOAD_BOUNDS) + 1
 

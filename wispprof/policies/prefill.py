@@ -17,8 +17,6 @@ from wispprof.policies.cost_model import FloatArray
 from wispprof.policies.interface import SessionView, column
 from wispprof.policies.wispprof_settings import WispprofSettings
 
-__all__ = ["add_prompts"]
-
 _SPEED, _DEADLINE = attrgetter("slo.tokens_per_s"), column("deadline_ms")
 
 

@@ -18,8 +18,6 @@ from wispprof.policies.wispprof import WispprofPolicy
 from wispprof.policies.wispprof_settings import WispprofSettings
 from wispprof.types import RejectionPredictor
 
-__all__ = ["BATCH_POLICIES", "CONTROLLERS", "make_batch_policy", "make_controller"]
-
 
 def _wispprof(**options: Any) -> WispprofPolicy:
     return WispprofPolicy(WispprofSettings(**options))

@@ -22,8 +22,6 @@ from wispprof.policies.controllers import ConfidenceAcceptance
 from wispprof.policies.interface import RoundContext
 from wispprof.types import DraftFeatures, RejectionPredictor
 
-__all__ = ["DraftRowLookup", "WispprofController", "draft_row_lookup"]
-
 DraftRowLookup = Callable[[RoundContext], DraftRow | None]
 
 _EWMA_WEIGHT = 0.1

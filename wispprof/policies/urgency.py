@@ -12,8 +12,6 @@ from wispprof.policies.cost_model import BoolArray, FloatArray, IntArray
 from wispprof.policies.interface import SessionView, column
 from wispprof.policies.wispprof_settings import WispprofSettings
 
-__all__ = ["Urgency"]
-
 _DEADLINE, _ARRIVED = column("deadline_ms"), column("arrived_ms")
 _SLO_UNREACHABLE, _COMMITTED = column("slo_unreachable"), column("committed")
 _SPEED = attrgetter("slo.tokens_per_s")

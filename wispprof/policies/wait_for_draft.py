@@ -23,8 +23,6 @@ from wispprof.policies.draft_selection import BatchArrays, token_rate
 from wispprof.policies.interface import SessionView
 from wispprof.policies.wispprof_settings import WispprofSettings
 
-__all__ = ["Waiting", "should_wait"]
-
 
 class Waiting(NamedTuple):
     """``waiting`` (n,): who stays out of this step. ``due_ms``: when the first of their drafts is due.

@@ -28,8 +28,6 @@ from wispprof.policies.draft_selection import SessionColumns
 from wispprof.policies.interface import Limits, SessionView, StepPlan, column
 from wispprof.types import StepTimeEstimator
 
-__all__ = ["WispPolicy"]
-
 _DEADLINE, _PROMPT_LEFT = column("deadline_ms"), column("prompt_left")
 _BLOCK = 128
 """Candidates priced first: most steps are full before the others are reached."""

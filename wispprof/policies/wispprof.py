@@ -47,8 +47,6 @@ from wispprof.policies.wait_for_draft import Waiting, should_wait
 from wispprof.policies.wispprof_settings import WispprofSettings
 from wispprof.types import BatchTotals, StepTimeEstimator
 
-__all__ = ["WispprofPolicy"]
-
 _READY, _PROMPT_LEFT = column("ready"), column("prompt_left")
 
 

@@ -15,8 +15,6 @@ from wispprof.errors import ArtifactDamaged
 from wispprof.reporting.figures import PolicyBar, StepPoint
 from wispprof.reporting.tables import Column, Table
 
-__all__ = ["Answer", "Bench", "Result", "TextSpan", "bench_table"]
-
 
 @dataclass(frozen=True)
 class TextSpan:

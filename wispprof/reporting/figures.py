@@ -20,15 +20,6 @@ from wispprof.types import BatchShape, StepTimeEstimator
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = [
-    "PolicyBar",
-    "StepPoint",
-    "acceptance_by_position",
-    "latency_surface",
-    "policy_bars",
-    "predicted_against_measured",
-]
-
 MOST_PANELS, MOST_LINES = 3, 6
 PROFILE = "profile"
 """Group of the steps that the estimator was fitted on; every other group is a policy."""

@@ -10,8 +10,6 @@ from importlib import resources
 
 from wispprof.reporting import theme
 
-__all__ = ["Page", "Section", "Tile", "facts", "figure", "paragraph"]
-
 
 @dataclass(frozen=True)
 class Tile:

@@ -11,8 +11,6 @@ from wispprof.errors import ArtifactDamaged
 from wispprof.planning.objective import Option, draft_front
 from wispprof.reporting import theme
 
-__all__ = ["capacity_curves", "drafts_front"]
-
 MOST_PANELS = 3
 
 

@@ -16,14 +16,6 @@ from wispprof.reporting.plan_figures import capacity_curves, drafts_front
 from wispprof.reporting.run_folder import Run
 from wispprof.reporting.tables import Column, Table, to_html
 
-__all__ = [
-    "break_even_map",
-    "capacity_sections",
-    "capacity_table",
-    "draft_length_map",
-    "plan_sections",
-]
-
 
 def draft_length_map(plan: Plan, device: str, mode: str, tokens_per_s: float) -> str:
     """Draft length by round trip (rows) and load level (columns), as HTML.

@@ -17,8 +17,6 @@ from wispprof.reporting.run_folder import Run
 from wispprof.reporting.tables import Column, Table, to_html
 from wispprof.types import StepTimeEstimator
 
-__all__ = ["render_report", "verdict", "write_report"]
-
 ALONE = "server-only"
 EVEN = 0.03
 """Goodput within this share of each other counts as equal."""

@@ -27,8 +27,6 @@ from wispprof.errors import ArtifactMissing
 if TYPE_CHECKING:
     from wispprof.fitting import FittedEstimator
 
-__all__ = ["ANSWER_KIND", "BENCH_KIND", "CAPACITY_KIND", "Run", "Source", "load_run"]
-
 BENCH_KIND, ANSWER_KIND, CAPACITY_KIND = "bench", "answer", "capacity"
 DOCUMENT_PREFIX, TRACE_FORMAT = "wispprof/", "wispprof/trace"
 

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-__all__ = ["Cell", "Column", "Table", "to_html", "to_rich"]
-
 Cell = str | float | int | bool | None
 NOTHING = "–"
 

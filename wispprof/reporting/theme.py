@@ -19,21 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "ACCENT",
-    "CSS_VARIABLES",
-    "INK",
-    "MARKERS",
-    "MUTED",
-    "SERIES",
-    "canvas",
-    "finish",
-    "policy_color",
-    "ramp",
-    "standalone",
-    "svg",
-]
-
 INK, MUTED, GRID, PAPER = "#1c1b22", "#66646f", "#dddce3", "#fefefd"
 SERIES = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
 ACCENT = SERIES[0]

@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["gumbel", "gumbel_numpy", "position_keys"]
-
 _M64 = (1 << 64) - 1
 _TOKEN = 0x9E3779B1
 _MUL1 = 0x21F0AAAD

@@ -19,14 +19,6 @@ from torch import Tensor
 from wispprof.sampling.position_noise import gumbel, gumbel_numpy, position_keys
 from wispprof.types import Sampling
 
-__all__ = [
-    "AcceptanceRates",
-    "acceptance_rates",
-    "filtered_probs",
-    "sample_tokens",
-    "sample_tokens_numpy",
-]
-
 # Most nuclei are far smaller; rows that need more candidates are drawn again among more.
 _CANDIDATES = 64
 

@@ -13,8 +13,6 @@ from wispprof.server.step_time_tracker import StepTimeTracker
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.types import BatchCost, ServedModel, Slo, StepTimeEstimator
 
-__all__ = ["Admission", "Refused", "TokenBudget", "Utilization"]
-
 _BURST_S = 20.0
 _MAX_TPOT_MS = 60_000.0
 """A speed below one token per minute is not worth offering."""

@@ -24,8 +24,6 @@ from wispprof.server.websocket_endpoint import WebSocketEndpoint
 from wispprof.sessions.session_state import CommitResult
 from wispprof.types import Slo
 
-__all__ = ["SessionBackend", "make_app"]
-
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _STATUS = {"busy": 429, "slo": 429, "limit": 429, "draining": 503, "internal": 500, "frame": 400}
 

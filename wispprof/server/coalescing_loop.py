@@ -21,16 +21,6 @@ from typing import Any, TypeVar, TypeVarTuple
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-__all__ = [
-    "MAX_UNREAD_MESSAGES",
-    "CoalescingLoop",
-    "CoalescingSelector",
-    "EagerWebSocket",
-    "coalescing",
-    "run_coalescing",
-    "socket_wait_ms",
-]
-
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 

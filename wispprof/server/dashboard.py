@@ -11,8 +11,6 @@ from wispprof.server.verification_server import VerificationServer
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["dashboard_table", "run_dashboard"]
-
 _WINDOW_MS = 5_000.0
 
 

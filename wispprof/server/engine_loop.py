@@ -22,8 +22,6 @@ from wispprof.server.step_time_tracker import StepTimeTracker
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.types import BatchShape, StepInput, VerifyResult
 
-__all__ = ["EngineLoop", "StepLimits"]
-
 log = logging.getLogger("wispprof.server")
 
 IDLE_MS = 1_000.0

@@ -13,8 +13,6 @@ from wispprof.backends import Engine
 from wispprof.server.coalescing_loop import coalescing
 from wispprof.types import StepInput, VerifyResult
 
-__all__ = ["EngineThread"]
-
 log = logging.getLogger("wispprof.server")
 
 T = TypeVar("T")

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 
 from wispprof.server.session import ServerSession
 
-__all__ = ["KvSchedule", "schedule_kv"]
-
 
 @dataclass(slots=True)
 class KvSchedule:

@@ -16,8 +16,6 @@ from wispprof.sessions.pending_drafts import DraftCounters
 from wispprof.sessions.session_state import CommitResult
 from wispprof.types import Slo
 
-__all__ = ["Metrics", "StepRecord", "slo_class"]
-
 _STEP = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 _LATENCY = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _GAP = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0)

@@ -10,8 +10,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Prefix", "PrefixCache", "common_prefix"]
-
 MIN_REUSE_TOKENS = 8
 """Shorter prefixes are not worth an engine call."""
 

@@ -36,18 +36,6 @@ from wispprof.server.verification_server import VerificationServer
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.types import ServedModel
 
-__all__ = [
-    "JsonLines",
-    "RunningServer",
-    "bind",
-    "configure_logging",
-    "freeze_garbage_collector",
-    "launch_ranks",
-    "running_server",
-    "serve",
-    "serve_ranks",
-]
-
 log = logging.getLogger("wispprof.server")
 
 # A frame just over the protocol's limit gets a problem frame, not a cut connection.

@@ -18,15 +18,6 @@ from wispprof.errors import RuntimeFault
 from wispprof.policies.load_level import LOAD_LEVELS
 from wispprof.settings.server_settings import ServerSettings
 
-__all__ = [
-    "METRIC",
-    "NAME",
-    "LoadLevelPolicy",
-    "deployment",
-    "serve_replicas",
-    "target_replicas",
-]
-
 NAME = "wispprof"
 
 METRIC = "load_level"

@@ -12,8 +12,6 @@ from wispprof.errors import HandshakeRefused, ProtocolError
 from wispprof.server.session import SessionRequest
 from wispprof.types import Sampling, ServedModel, Slo
 
-__all__ = ["check_draft", "check_hello", "check_key", "session_request"]
-
 
 def check_key(key: str, allowed: Sequence[str]) -> bool:
     """Whether ``key`` is one of ``allowed``; an empty list allows all. Takes constant time."""

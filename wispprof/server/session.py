@@ -8,8 +8,6 @@ from typing import Protocol
 from wispprof.sessions.session_state import CommitResult, SessionState
 from wispprof.types import Sampling, Slo
 
-__all__ = ["ServerSession", "SessionListener", "SessionRequest"]
-
 
 @dataclass(frozen=True, slots=True)
 class SessionRequest:

@@ -21,8 +21,6 @@ from wispprof.server.step_time_tracker import StepTimeTracker
 from wispprof.sessions.session_state import CommitResult, SessionState
 from wispprof.settings.server_settings import ServerSettings
 
-__all__ = ["SessionManager"]
-
 log = logging.getLogger("wispprof.server")
 
 _LOAD_EVERY_MS = 25.0

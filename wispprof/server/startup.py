@@ -15,14 +15,6 @@ from wispprof.server.verification_server import VerificationServer
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.types import ServedModel
 
-__all__ = [
-    "build_server",
-    "engine_options",
-    "load_engine",
-    "served_model",
-    "warn_about_other_machines",
-]
-
 log = logging.getLogger("wispprof.server")
 
 

@@ -16,8 +16,6 @@ from wispprof.artifacts.plan import BatchRow
 from wispprof.errors import WispprofError
 from wispprof.types import BatchShape, VerifyItem
 
-__all__ = ["StepLog"]
-
 log = logging.getLogger("wispprof.server")
 
 _MAX_QUEUED = 100_000

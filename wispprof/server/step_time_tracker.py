@@ -16,8 +16,6 @@ from wispprof.fitting.drift import Cell, DriftMonitor, DriftSettings, DriftStatu
 from wispprof.policies.linear_cost import LinearCost
 from wispprof.types import BatchShape, StepTimeEstimator
 
-__all__ = ["OnlineFit", "StepTimeTracker", "warmup_shapes"]
-
 log = logging.getLogger("wispprof.server")
 
 _COVERAGE = 0.95

@@ -27,8 +27,6 @@ from wispprof.server.step_time_tracker import StepTimeTracker, warmup_shapes
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.types import BatchShape, Sampling, ServedModel, StepInput, StepTimeEstimator
 
-__all__ = ["VerificationServer", "monotonic_ms"]
-
 log = logging.getLogger("wispprof.server")
 
 

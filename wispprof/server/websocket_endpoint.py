@@ -20,8 +20,6 @@ from wispprof.server.session import ServerSession
 from wispprof.server.verification_server import VerificationServer
 from wispprof.sessions.session_state import CommitResult
 
-__all__ = ["WebSocketEndpoint"]
-
 log = logging.getLogger("wispprof.server")
 
 MAX_PROBLEMS = 64

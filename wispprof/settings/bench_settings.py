@@ -14,8 +14,6 @@ from wispprof.settings.shared_settings import LinkModel, ServerAccess
 if TYPE_CHECKING:
     from wispprof.simulation.devices import DeviceProfile
 
-__all__ = ["BenchSettings"]
-
 
 @dataclass(frozen=True)
 class BenchSettings(Settings):

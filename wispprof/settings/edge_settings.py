@@ -11,8 +11,6 @@ from wispprof.settings.shared_settings import ServerAccess, device_setting, dtyp
 from wispprof.settings.sources import named_value
 from wispprof.types import Slo
 
-__all__ = ["ClientSettings", "DraftingSettings", "EdgeSettings", "LocalApiSettings"]
-
 
 @dataclass(frozen=True, slots=True)
 class ClientSettings(Settings):

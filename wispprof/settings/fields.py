@@ -17,8 +17,6 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from wispprof.errors import SettingsError
 
-__all__ = ["Declared", "Setting", "Settings", "declared", "nested", "setting"]
-
 _KEY = "setting"
 
 

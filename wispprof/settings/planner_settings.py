@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from wispprof.errors import PlanError
 from wispprof.settings.fields import Settings, setting
 
-__all__ = ["OBJECTIVES", "Mix", "PlanSettings", "class_mix", "device_price", "weights_of"]
-
 OBJECTIVES = ("goodput", "cost", "energy")
 
 Mix = tuple[tuple[float, float], ...]

@@ -20,17 +20,6 @@ if TYPE_CHECKING:
     from wispprof.profiling.drafter_runner import EdgeAxes
     from wispprof.profiling.shape_grid import Axes
 
-__all__ = [
-    "QUICK_MINUTES",
-    "EdgeProfilerSettings",
-    "LinkProfilerSettings",
-    "Output",
-    "PrecisionSettings",
-    "ServerProfilerSettings",
-    "SweepSettings",
-    "TraceSettings",
-]
-
 QUICK_MINUTES = 0.6
 """Time limit of the quick server grid, so that it stays quick on a slow machine."""
 

@@ -12,8 +12,6 @@ from wispprof.settings.fields import Settings, setting
 from wispprof.settings.shared_settings import backend_setting, device_setting, dtype_setting
 from wispprof.settings.sources import named_value
 
-__all__ = ["ReplicaSettings", "ServerSettings", "read_api_keys"]
-
 
 @dataclass(frozen=True)
 class ServerSettings(Settings):

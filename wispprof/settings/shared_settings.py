@@ -10,16 +10,6 @@ from wispprof.errors import SettingsError
 from wispprof.settings.fields import Settings, setting
 from wispprof.types import Sampling
 
-__all__ = [
-    "LinkModel",
-    "LinkSettings",
-    "SamplingSettings",
-    "ServerAccess",
-    "backend_setting",
-    "device_setting",
-    "dtype_setting",
-]
-
 
 def device_setting() -> Any:
     """The field ``device`` of whatever runs a model."""

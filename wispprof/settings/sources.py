@@ -15,16 +15,6 @@ from typing import Any
 
 from wispprof.errors import SettingsError, WispprofError
 
-__all__ = [
-    "ENV_PREFIX",
-    "FILE_NAME",
-    "Config",
-    "ConfigError",
-    "KnownNames",
-    "named_value",
-    "read_config",
-]
-
 FILE_NAME = "wispprof.toml"
 ENV_PREFIX = "WISPPROF"
 

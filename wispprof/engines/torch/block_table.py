@@ -11,8 +11,6 @@ import numpy as np
 
 from wispprof.errors import EngineError, OutOfKvMemory
 
-__all__ = ["NULL_BLOCK", "NULL_SLOT", "BlockTables"]
-
 NULL_BLOCK = 0
 NULL_SLOT = 0
 """First slot of the null block. A slot is the place of one token: block * block_size + offset."""

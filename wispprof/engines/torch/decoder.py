@@ -19,8 +19,6 @@ from wispprof.engines.torch.kv_store import Attend
 from wispprof.engines.torch.packed_linear import PackedLinear, should_prepack
 from wispprof.errors import ModelUnsupported
 
-__all__ = ["Decoder", "FusedDecoder", "TransformersDecoder", "decoder_for"]
-
 ATTENTION = "wispprof"
 
 

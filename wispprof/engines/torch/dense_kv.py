@@ -27,8 +27,6 @@ from wispprof.engines.torch.kv_store import (
 )
 from wispprof.errors import EngineError, OutOfKvMemory
 
-__all__ = ["DenseKvStore"]
-
 # Inputs of up to this many tokens form one group.
 _SMALL_INPUT = 16
 # Rows read in place may exceed the inputs by this factor: copying a row costs a quarter of attending to it.

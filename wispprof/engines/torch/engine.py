@@ -31,8 +31,6 @@ from wispprof.errors import EngineError, OutOfKvMemory
 from wispprof.sampling.sampler import sample_tokens
 from wispprof.types import BatchShape, ModelInfo, Sampling, StepInput, VerifyItem, VerifyResult
 
-__all__ = ["StepReport", "TorchEngine"]
-
 
 @dataclass(frozen=True, slots=True)
 class StepReport:

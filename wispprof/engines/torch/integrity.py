@@ -14,8 +14,6 @@ from wispprof.engines.torch.dense_kv import DenseKvStore
 from wispprof.engines.torch.kv_store import KvGeometry
 from wispprof.errors import EngineError
 
-__all__ = ["compare_with_prefill"]
-
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.08, torch.float16: 0.02}
 _CHUNK = 512
 

@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Attend", "KvGeometry", "KvPlan", "KvStore", "causal_mask", "grouped_attention"]
-
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q (T, heads, d), k (T, kv_heads, d), v (T, kv_heads, d)) → (T, heads · d). Writes k and v of the
 step's T packed tokens behind the cached tokens of each input, then attends causally."""

@@ -21,8 +21,6 @@ from wispprof.engines.torch.engine import TorchEngine
 from wispprof.errors import EngineError
 from wispprof.types import Sampling, StepInput, VerifyResult
 
-__all__ = ["MultiRankEngine", "follow"]
-
 T = TypeVar("T")
 
 

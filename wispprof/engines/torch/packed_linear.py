@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["PackedLinear", "can_pack", "pad_rows", "should_prepack"]
-
 MAX_PACKED_BYTES = 2 << 30
 """Models with more weights than this are served without a second, packed copy."""
 

@@ -27,8 +27,6 @@ from wispprof.engines.torch.kv_store import (
 )
 from wispprof.errors import EngineError, OutOfKvMemory
 
-__all__ = ["ATTENTIONS", "AttentionMetadata", "PagedKvStore"]
-
 ATTENTIONS = ("triton", "varlen", "gather")
 BLOCK_SIZE = 64
 

@@ -18,8 +18,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from wispprof.engines.torch.paged_kv import AttentionMetadata
 
-__all__ = ["num_splits", "paged_attention"]
-
 _KEY_TILE = 64
 _MAX_QUERY_TILE = 64
 

@@ -10,8 +10,6 @@ import numpy as np
 from wispprof.errors import EngineError
 from wispprof.types import StepInput
 
-__all__ = ["StepSizes", "VerifyBatch"]
-
 
 class StepSizes(NamedTuple):
     """Three arrays (n,) over a step's inputs: tokens cached before it, tokens it adds, rows of logits."""
