@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LOADS = {"below": 0.6, "near": 1.0, "above": 1.5}
 CLASSES = (0.2125, 0.425, 0.6375, 0.85)
-"""In the ratios 2 : 4 : 6 : 8. Not 1: a load at the very edge of its promise is kept or missed by luck."""
+"""In the ratios 2 : 4 : 6 : 8. Not 1: chance decides whether a load just at its SLO meets it."""
 DRAFT_SHARES = {"fast": 0.15, "medium": 0.4, "slow": 1.0}
 MAX_ITEMS, MAX_TOKENS, CHUNK = 64, 1024, 256
 LOOP_MS = 2.0
@@ -32,7 +32,7 @@ PROMPT = 96
 
 @dataclass
 class Bed:
-    """What every run needs. ``mix``: devices and promises; ``rtt_ms`` of the emulated link."""
+    """What every run needs. ``mix``: devices and SLO classes; ``rtt_ms`` of the emulated link."""
 
     engine: TorchEngine
     estimator: FittedEstimator

@@ -38,7 +38,7 @@ def comparison(title: str, rows: list[Run]) -> Table:
         title,
         (
             Column("system"),
-            Column("kept", "SLO", percent=True, digits=0, best="max"),
+            Column("SLO met", percent=True, digits=0, best="max"),
             Column("(sim)", percent=True, digits=0),
             Column("±", "%", digits=0),
             Column("goodput", "tok/s", best="max"),
@@ -52,7 +52,7 @@ def comparison(title: str, rows: list[Run]) -> Table:
             Column("±", "%", digits=0),
             Column("loop", "ms"),
             Column("pace", digits=2),
-            Column("kept", "even", percent=True, digits=0, best="max"),
+            Column("SLO met", "even", percent=True, digits=0, best="max"),
             Column("goodput", "even", best="max"),
         ),
         tuple(

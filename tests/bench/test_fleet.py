@@ -167,7 +167,7 @@ def test_a_failed_request_is_neither_kept_nor_counted_as_speed() -> None:
     assert result.figures["tpot_p50_ms"] == 10.0
     assert result.figures["step_within_bound"] == 0.5
     assert result.figures["up_bytes_per_token"] == 10.0
-    assert result.record(requests=True)["requests"][0]["kept"]
+    assert result.record(requests=True)["requests"][0]["met_slo"]
 
 
 def test_a_held_load_lets_fast_devices_go_on_until_the_slow_are_through() -> None:

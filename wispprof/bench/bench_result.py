@@ -30,8 +30,8 @@ class RequestResult:
     err: str = ""
 
     @property
-    def kept(self) -> bool:
-        return not self.err and self.stats.kept(self.slo)
+    def met_slo(self) -> bool:
+        return not self.err and self.stats.met_slo(self.slo)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,12 @@ class BenchResult:
         }
         if requests:
             document["requests"] = [
-                {"device": o.device, "slo": o.slo.tokens_per_s, "kept": o.kept, **o.stats.summary()}
+                {
+                    "device": o.device,
+                    "slo": o.slo.tokens_per_s,
+                    "met_slo": o.met_slo,
+                    **o.stats.summary(),
+                }
                 for o in self.outcomes
             ]
         return document
@@ -86,14 +91,14 @@ def summarise(
     draft_ms = sum(s.draft_ms for s in stats)
     ttft = [s.first_ms for s in stats if s.first_ms is not None]
     tpot = [s.tpot_ms for s in stats if s.tpot_ms is not None]
-    good = sum(o.stats.tokens for o in outcomes if o.kept)
+    good = sum(o.stats.tokens for o in outcomes if o.met_slo)
     guesses = sum(s.proactive_guesses for s in stats)
     figures: dict[str, float] = {
         "requests": float(len(outcomes)),
         "failed": float(len(outcomes) - len(stats)),
         "mismatches": float(sum(not o.lossless for o in outcomes)),
         "seconds": seconds,
-        "attainment": _share(sum(o.kept for o in outcomes), len(outcomes)),
+        "attainment": _share(sum(o.met_slo for o in outcomes), len(outcomes)),
         "goodput_tokens_per_s": _share(good, seconds),
         "tokens_per_s": _share(tokens, seconds),
         "ttft_p50_ms": _percentile(ttft, 50),
@@ -115,7 +120,7 @@ def summarise(
         **server,
     }
     for speed in sorted({o.slo.tokens_per_s for o in outcomes}):
-        mine = [o.kept for o in outcomes if o.slo.tokens_per_s == speed]
+        mine = [o.met_slo for o in outcomes if o.slo.tokens_per_s == speed]
         figures[f"attainment_at_{speed:g}_tokens_per_s"] = _share(sum(mine), len(mine))
     faults = Counter(o.err for o in outcomes if o.err)
     return BenchResult(policy, load, figures, tuple(steps), tuple(outcomes), dict(faults))

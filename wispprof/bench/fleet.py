@@ -198,9 +198,9 @@ class _Fleet:
         self.last_s = loop.time()
         self.outcomes.append(RequestResult(number, slo, generation.stats, lossless, err))
         if self.progress is not None:
-            kept = sum(o.kept for o in self.outcomes)
+            met_slo = sum(o.met_slo for o in self.outcomes)
             done = len(self.outcomes)
-            self.progress(done, max(done, self.total), f"{kept}/{done} kept their promise")
+            self.progress(done, max(done, self.total), f"{met_slo}/{done} met their SLO")
 
     def _drafting_of(
         self, number: int, path: TracePath, client: EdgeClient

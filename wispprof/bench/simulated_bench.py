@@ -41,7 +41,7 @@ class Mix:
         return tuple(pick(mix, number, DEVICE_STEP) for number in range(devices))
 
     def tokens_per_s(self, devices: int) -> tuple[float, ...]:
-        """What each of them was promised: for :attr:`BenchSettings.tokens_per_s`."""
+        """The SLO of each of them: for :attr:`BenchSettings.tokens_per_s`."""
         mix = [(speed, 1.0) for speed in self.speeds]
         return tuple(pick(mix, number, SLO_STEP) for number in range(devices))
 

@@ -1,7 +1,6 @@
-"""The whole line in one go, on this machine: profile, trace, fit, plan, serve, answer, compare.
+"""The whole pipeline on this machine: profile, trace, fit, plan, serve, answer, compare.
 
-It strings the other rooms together and adds nothing of its own: whatever it does, the single commands
-do too.
+It only calls what the single commands call too.
 """
 
 from wispprof.demo.demo_run import DemoResult, run_demo

@@ -157,8 +157,8 @@ def slo_classes(settings: DemoSettings, estimator: FittedEstimator) -> tuple[flo
 
 
 def first_token_ms(settings: DemoSettings, estimator: FittedEstimator) -> float:
-    """The promised wait for a first token: three times what reading everybody's prompt takes, and at
-    least half a second. Without such a promise a policy may rightly let new prompts wait for ever."""
+    """TTFT SLO: three times the prefill of all devices' prompts, and at least 500 ms. Without a TTFT SLO a
+    policy may let new prompts wait without limit."""
     from wispprof.types import BatchShape
 
     prompt = BatchShape.of([(settings.prompt_tokens, 0, True)])

@@ -207,11 +207,11 @@ def open_files(_: DoctorContext) -> Finding:
     return Finding("open files", "ok", f"{limit} allowed")
 
 
-ROOM_BYTES = 200 << 20
+MIN_FREE_BYTES = 200 << 20
 
 
 def output_folder(situation: DoctorContext) -> Finding:
-    """Results can be written, and there is room for them."""
+    """Results can be written, and the disk has space for them."""
     folder = situation.out.absolute()
     there = next(f for f in (folder, *folder.parents) if f.exists())
     if not there.is_dir():
@@ -229,12 +229,12 @@ def output_folder(situation: DoctorContext) -> Finding:
             "Choose another --out, or change its permissions.",
         )
     free = shutil.disk_usage(there).free
-    if free < ROOM_BYTES:
+    if free < MIN_FREE_BYTES:
         return Finding(
             "output folder",
             "warn",
             f"{free >> 20} MiB are free on the disk of {there}.",
-            "Make room: profiles keep every raw sample.",
+            "Free some disk space: profiles keep every raw sample.",
         )
     return Finding("output folder", "ok", f"{situation.out}, {free >> 30} GiB free")
 

@@ -162,8 +162,8 @@ class RequestStats:
         made = self.tokens + self.draft_only
         return None if self.energy_j is None or not made else self.energy_j / made
 
-    def kept(self, slo: Slo) -> bool:
-        """Whether the promise was kept: first token in time, then the sustained speed."""
+    def met_slo(self, slo: Slo) -> bool:
+        """Whether TTFT and mean TPOT were within the SLO."""
         if self.first_ms is None or (slo.ttft_ms is not None and self.first_ms > slo.ttft_ms):
             return False
         tpot_ms = self.tpot_ms

@@ -18,7 +18,7 @@ __all__ = ["run_high_res"]
 T = TypeVar("T")
 
 _MOST = 900
-"""Connections that leave room below 1,024 for whatever else a process has open."""
+"""Maximum connections; leaves file numbers below 1,024 for the process's other files."""
 
 
 def run_high_res(main: Coroutine[Any, Any, T], connections: int) -> T:

@@ -26,7 +26,7 @@ _OVERHEAD_MS = 0.05
 _LIMITS = Limits(max_items=64, max_tokens=2048, prefill_chunk=512, kv_free=1 << 20)
 
 
-class _Session(NamedTuple):
+class _ConnectedSession(NamedTuple):
     """A session and where its commits go: the edge knows it by ``number``."""
 
     connection: _InProcessConnection
@@ -78,7 +78,7 @@ class InProcessServer:
         self.tokenizer = tokenizer
         self.steps = 0
         self.refuse = False
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: dict[str, _ConnectedSession] = {}
         self._connections: list[_InProcessConnection] = []
         self._opened = 0
         self._level = 0
@@ -175,7 +175,7 @@ class InProcessServer:
         sampling = Sampling(frame.temperature, frame.top_k, frame.top_p, frame.seed)
         self.engine.open(name, sampling, frame.tokens)
         connection.names[frame.session] = name
-        self._sessions[name] = _Session(connection, frame.session, state)
+        self._sessions[name] = _ConnectedSession(connection, frame.session, state)
 
     # --- steps ---
 
