@@ -18,6 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from wispprof.artifacts import read_document, write_document
+from wispprof.artifacts.document import SCHEMA
 from wispprof.cli import app
 from wispprof.doctor import model_checks, server_checks
 
@@ -197,7 +198,9 @@ def edited_result(world: World) -> None:
 
 def result_of_the_future(world: World) -> None:
     file = world.root / "run" / "bench.json"
-    file.write_text(file.read_text().replace('"schema": 1', '"schema": 7'))
+    text = file.read_text()
+    assert f'"schema": {SCHEMA}' in text
+    file.write_text(text.replace(f'"schema": {SCHEMA}', f'"schema": {SCHEMA + 5}'))
 
 
 def refitted_since(world: World) -> None:
