@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tools.published_profiles import PUBLISHED, VERIFY_S, published_profile
 from wispprof.artifacts import bundled_path, load_edge
-from wispprof.profiling.imported_profiles import PUBLISHED, VERIFY_S, published_profile
 
 CHOICES = [(e.name, c) for e in PUBLISHED for c in e.choices]
 

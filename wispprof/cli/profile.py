@@ -182,7 +182,7 @@ def import_llama_bench(
     as_json: JsonFlag = False,
 ) -> None:
     """Make an edge profile of llama-bench's results."""
-    from wispprof.profiling.imported_profiles import import_results
+    from wispprof.profiling.llama_bench import import_results
     from wispprof.settings.profiler_settings import Output
 
     profile = import_results(file, Output(out, overwrite=overwrite))

@@ -1,0 +1,160 @@
+"""Import the output of ``llama-bench -o json`` as an edge profile.
+
+llama-bench measures the speed of ``n_prompt`` tokens at once and of ``n_gen`` tokens one by one, over ``n_depth``
+cached ones. Its generation excludes sampling, so these draft steps have no features and are slightly
+optimistic. Their source is ``imported``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import msgspec
+
+from wispprof.artifacts import (
+    EdgeProfile,
+    EdgeRow,
+    Manifest,
+    ModelRecord,
+    make_profile,
+    save_profile,
+)
+from wispprof.artifacts.files import read_bytes
+from wispprof.artifacts.manifest import command_line, library_versions
+from wispprof.artifacts.profile import profile_files
+from wispprof.errors import ArtifactDamaged, ArtifactError, ProfileError
+from wispprof.settings.profiler_settings import Output
+
+__all__ = ["import_results"]
+
+_ENGINE_FACTS = ("n_threads", "n_gpu_layers", "backends", "flash_attn", "type_k", "type_v")
+
+
+class _BenchTest(msgspec.Struct):
+    """One test of llama-bench: the fields that are read. Speeds are tokens/s."""
+
+    n_prompt: int
+    n_gen: int
+    n_depth: int = 0
+    samples_ts: list[float] = []
+    avg_ts: float | None = None
+    build_commit: str = "unknown"
+    model_filename: str = ""
+    model_type: str = ""
+    model_n_params: int = 0
+    cpu_info: str = ""
+    gpu_info: str = ""
+    test_time: str = ""
+    n_threads: object = None
+    n_gpu_layers: object = None
+    backends: object = None
+    flash_attn: object = None
+    type_k: object = None
+    type_v: object = None
+
+    @property
+    def speeds(self) -> list[float]:
+        return self.samples_ts or [cast(float, self.avg_ts)]
+
+    @property
+    def citation(self) -> str:
+        return f"llama-bench, llama.cpp build {self.build_commit}"
+
+
+def import_results(file: Path, output: Output) -> EdgeProfile:
+    """Read the results of one model and write an edge profile.
+
+    Raises :class:`ArtifactDamaged` if the file is not llama-bench's JSON, :class:`ProfileError` if it
+    contains several models or no generation test.
+    """
+    tests = _read_tests(file)
+    if output.path is not None and not output.overwrite and profile_files(output.path)[0].exists():
+        raise ArtifactError(
+            f"{profile_files(output.path)[0]} exists.", "Choose another --out, or add --overwrite."
+        )
+    profile = make_profile(_manifest(tests, str(file)), _rows(tests, str(file)))
+    if output.path is not None:
+        save_profile(profile, output.path)
+    return cast(EdgeProfile, profile)
+
+
+def _read_tests(file: Path) -> list[_BenchTest]:
+    data = read_bytes(file, "llama-bench results", "Make it with: llama-bench -o json > FILE.")
+    try:
+        entries = msgspec.json.decode(data, type=list[msgspec.Raw])
+    except msgspec.ValidationError:
+        raise ArtifactDamaged(f"{file} is not a list of llama-bench tests.", "Use -o json.") from None
+    except msgspec.DecodeError as err:
+        raise ArtifactDamaged(f"{file} is not JSON: {err}.", "Use -o json.") from None
+    tests = []
+    for number, entry in enumerate(entries, start=1):
+        try:
+            test = msgspec.json.decode(entry, type=_BenchTest)
+            if not test.samples_ts and test.avg_ts is None:
+                raise msgspec.ValidationError("Object missing required field `samples_ts`")
+        except msgspec.ValidationError as err:
+            raise ArtifactDamaged(
+                f"{file}, test {number}: {err}.", "Make the file again with: llama-bench -o json."
+            ) from None
+        tests.append(test)
+    return tests
+
+
+def _rows(tests: Sequence[_BenchTest], where: str) -> list[EdgeRow]:
+    """Prefill rows and draft steps. Tests that mix prompt and generation are skipped."""
+    rows: dict[str, EdgeRow] = {}
+    for test in tests:
+        if (test.n_prompt and test.n_gen) or min(test.speeds) <= 0:
+            continue
+        kind = "prefill" if test.n_prompt else "draft_step"
+        tokens = test.n_prompt or 1
+        # A generation test grows from its depth: on average half of it precedes each token.
+        context = test.n_depth if test.n_prompt else test.n_depth + test.n_gen // 2
+        row = EdgeRow(
+            f"{kind} {tokens}@{context}",
+            kind,
+            context,
+            tuple(round(1000 * tokens / speed, 6) for speed in test.speeds),
+            tokens,
+            source="imported",
+            citation=test.citation,
+        )
+        rows[row.key] = replace(row, order=len(rows))
+    if not any(row.kind == "draft_step" for row in rows.values()):
+        raise ProfileError(
+            f"{where} contains no generation test.", "Run llama-bench with a number of tokens: -n 64."
+        )
+    return list(rows.values())
+
+
+def _manifest(tests: Sequence[_BenchTest], where: str) -> Manifest:
+    names = {test.model_filename for test in tests}
+    if len(names) > 1:
+        raise ProfileError(
+            f"{where} contains tests of several models: {', '.join(sorted(names))}.",
+            "Run llama-bench for one model at a time.",
+        )
+    first = tests[0] if tests else _BenchTest(0, 0)
+    facts = {name: getattr(first, name) for name in _ENGINE_FACTS}
+    return Manifest(
+        kind="edge",
+        model=ModelRecord(
+            id=Path(first.model_filename or "unknown").name,
+            dtype=first.model_type,
+            parameters=first.model_n_params,
+        ),
+        command=command_line(),
+        engine={"backend": "llama.cpp", **{k: v for k, v in facts.items() if v is not None}},
+        hardware={
+            "cpu": first.cpu_info,
+            "gpus": [{"name": first.gpu_info}] if first.gpu_info else [],
+        },
+        versions=library_versions(),
+        started=first.test_time,
+        ended=first.test_time,
+        source="imported",
+        citation=first.citation,
+    )
