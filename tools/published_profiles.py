@@ -1,12 +1,12 @@
 """Write the shipped edge profiles of devices that others measured: ``python -m tools.published_profiles``.
 
-ConfigSpec (arXiv 2604.09722, TDIS 2026) gives, for a chosen K and a verification time of 0.5 s, goodput G, cost
-efficiency eta and edge energy E of each device. By its definitions
+ConfigSpec (arXiv 2604.09722, TDIS 2026) gives, for a chosen K and a verification time of 0.5 s, goodput G,
+cost efficiency eta and edge energy E of each device. By its definitions
 
     G = (K alpha + 1) / (K / v + 0.5),   eta = (K alpha + 1) / (K p),   E = P (K / v) / (K alpha + 1)
 
-the drafting speed v follows from G and eta, and the energy of a drafted token, P / v, from E and eta. The profiles
-contain nothing else: no dependence on context, no controller, no prefill.
+the drafting speed v follows from G and eta, and the energy of a drafted token, P / v, from E and eta. The
+profiles contain nothing else: no dependence on context, no controller, no prefill.
 """
 
 from __future__ import annotations

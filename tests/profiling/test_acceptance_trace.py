@@ -17,6 +17,7 @@ from wispprof.engines.loading import random_model
 from wispprof.engines.torch.engine import TorchEngine
 from wispprof.errors import ArtifactDamaged, EngineError, ModelError, ProfileError
 from wispprof.profiling.acceptance_trace import (
+    RemoteTarget,
     accepted_lengths,
     collect_trace,
     target_paths,
@@ -24,7 +25,6 @@ from wispprof.profiling.acceptance_trace import (
 )
 from wispprof.profiling.draft_rollout import DraftRollout
 from wispprof.profiling.prompts import held_out_prompts, load_prompts
-from wispprof.profiling.remote_target import RemoteTarget
 from wispprof.settings.profiler_settings import TraceSettings
 from wispprof.types import Sampling, StepInput
 
@@ -221,11 +221,11 @@ class Letters:
 
 
 def test_held_out_prompts_are_held_out_and_repeatable(monkeypatch):
-    from wispprof.profiling import held_out_corpus
+    from wispprof.profiling import prompts as prompt_sources
 
-    files = [held_out_corpus.SourceFile(f"f{i}.py", f"line of file {i}\n" * 40) for i in range(3)]
-    trained = [held_out_corpus.SourceFile("t.py", "trained on this\n" * 40)]
-    monkeypatch.setattr(held_out_corpus, "collect", lambda root=None: (trained, files))
+    files = [prompt_sources.SourceFile(f"f{i}.py", f"line of file {i}\n" * 40) for i in range(3)]
+    trained = [prompt_sources.SourceFile("t.py", "trained on this\n" * 40)]
+    monkeypatch.setattr(prompt_sources, "collect_sources", lambda root=None: (trained, files))
     prompts = held_out_prompts(Letters(), 12, 50, seed=4)
     assert len(prompts) == 12
     assert all(25 <= len(p) <= 50 and p[0] == 0 for p in prompts)

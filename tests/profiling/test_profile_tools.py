@@ -28,8 +28,8 @@ from wispprof.artifacts import (
 )
 from wispprof.cli.console import GuardedGroup
 from wispprof.errors import ArtifactDamaged, HandshakeRefused, ProfileError, ProtocolError
-from wispprof.profiling.llama_bench import import_results
 from wispprof.profiling.link_profiler import link_summary, profile_link
+from wispprof.profiling.llama_bench import import_results
 from wispprof.profiling.profile_tools import diff_profiles, export_rows, merge_profiles
 from wispprof.settings.profiler_settings import LinkProfilerSettings, Output
 from wispprof.types import BatchShape

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from tools.train_reference_pair import distil, train
-from wispprof.profiling import held_out_corpus
+from tools.train_reference_pair.tokenizer import encode, train_tokenizer
+from wispprof.profiling.prompts import collect_sources
 
 TARGET_RECIPE = train.Recipe(steps=1300, decay_share=0.25)
 DRAFT_RECIPE = train.Recipe(steps=1800, decay_share=0.4, short=(8, 512), long=(4, 1024))
@@ -30,15 +31,15 @@ Reporter = Callable[[str], train.Progress]
 
 def training_stream(tokenizer: Tokenizer) -> Tensor:
     """All training files as one 1-D stream of token ids, in a fixed order."""
-    files, _ = held_out_corpus.collect()
-    return torch.tensor([t for ids in held_out_corpus.encode(tokenizer, files) for t in ids])
+    files, _ = collect_sources()
+    return torch.tensor([t for ids in encode(tokenizer, files) for t in ids])
 
 
 def _tokenizer(file: Path) -> Tokenizer:
     if not file.exists():
-        files, _ = held_out_corpus.collect()
+        files, _ = collect_sources()
         file.parent.mkdir(parents=True, exist_ok=True)
-        held_out_corpus.train_tokenizer(files).save(str(file))
+        train_tokenizer(files).save(str(file))
     return Tokenizer.from_file(str(file))
 
 

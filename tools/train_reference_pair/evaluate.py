@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
-from wispprof.profiling import held_out_corpus
+from wispprof.profiling.prompts import collect_sources
 from wispprof.sampling.sampler import AcceptanceRates, acceptance_rates
 from wispprof.types import Sampling
 
@@ -31,7 +31,7 @@ class HeldOutLoss:
 
 def held_out_texts() -> list[str]:
     """The held-out files of the corpus, whole."""
-    return [f.text for f in held_out_corpus.collect()[1]]
+    return [f.text for f in collect_sources()[1]]
 
 
 @torch.inference_mode()

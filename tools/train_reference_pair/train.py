@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from wispprof.profiling import held_out_corpus
+from tools.train_reference_pair.tokenizer import BOS, EOS
 
 Progress = Callable[[int, int, float, float], None]
 """Called with (step, steps, loss, tokens per second)."""
@@ -265,8 +265,8 @@ def write_model(model: LlamaForCausalLM, tokenizer_file: Path, folder: Path) -> 
     model.to(torch.bfloat16).save_pretrained(folder)
     PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer_file),
-        bos_token=held_out_corpus.BOS,
-        eos_token=held_out_corpus.EOS,
+        bos_token=BOS,
+        eos_token=EOS,
         model_max_length=model.config.max_position_embeddings,
     ).save_pretrained(folder)
 

@@ -184,13 +184,11 @@ def _take(
 ) -> tuple[AcceptanceTrace, str]:
     """Take a trace and write it; the trace and its content hash."""
     from wispprof.artifacts import save_trace
-    from wispprof.profiling.acceptance_trace import trace_pair, trace_remote
-    from wispprof.profiling.remote_target import RemoteTarget
+    from wispprof.profiling.acceptance_trace import RemoteTarget, trace_pair, trace_remote
 
     with tracker("trace") as report:
         if server:
-            target = RemoteTarget(server, access.key, ca_file=access.ca_file)
-            taken = trace_remote(target, settings, report)
+            taken = trace_remote(RemoteTarget(server, access), settings, report)
         else:
             taken = trace_pair(settings, report)
     digest = save_trace(taken, out)

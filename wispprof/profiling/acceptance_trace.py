@@ -1,36 +1,41 @@
-"""Acceptance traces: the target's own path from held-out prompts, and the draft's view of every position.
+"""Acceptance traces: the target's own path from held-out prompts, and what the draft proposes at every
+position.
 
-The path is what the verifier engine emits, in batches, so it is what a server would commit. The draft's
-continuations come from :mod:`~wispprof.profiling.draft_rollout`. Both draw with the position noise that
-split serving uses, so "accepted" here means accepted there.
+The verifier engine of this machine or of a running server generates the path, so it is what a server would
+commit. The proposals come from :mod:`~wispprof.profiling.draft_rollout`. Both use the position noise of
+split serving, so a draft that is accepted here is accepted there.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from wispprof.artifacts import AcceptanceTrace, TracePath, bundled_path
 from wispprof.artifacts.manifest import command_line
-from wispprof.errors import ModelError, ProfileError
+from wispprof.errors import ModelError, ProfileError, ProtocolError, ServerBusy
 from wispprof.hardware import fingerprint
+from wispprof.profiling.link_profiler import ServerClient
 from wispprof.profiling.prompts import held_out_prompts, load_prompts
 from wispprof.profiling.sweep import Progress
 from wispprof.settings.profiler_settings import TraceSettings
-from wispprof.types import StepInput
+from wispprof.settings.shared_settings import ServerAccess
+from wispprof.types import Sampling, StepInput
 
 if TYPE_CHECKING:
     from wispprof.edge.connection import ConnectionFactory
     from wispprof.engines.loading import LoadedModel
     from wispprof.engines.torch.engine import TorchEngine
     from wispprof.profiling.draft_rollout import DraftRollout
-    from wispprof.profiling.remote_target import RemoteTarget
 
 __all__ = [
+    "RemoteTarget",
     "accepted_lengths",
     "collect_trace",
     "target_paths",
@@ -44,7 +49,7 @@ _STEP_TOKENS = 2048
 
 
 def trace_pair(settings: TraceSettings, progress: Progress | None = None) -> AcceptanceTrace:
-    """Load the pair, choose prompts, take the trace."""
+    """Load the pair, choose prompts, collect the trace."""
     from wispprof.engines.loading import load_model
 
     target_name = settings.target or str(bundled_path(BUNDLED_TARGET))
@@ -63,9 +68,9 @@ def collect_trace(
     prompts: Sequence[Sequence[int]] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> AcceptanceTrace:
-    """The acceptance trace of a loaded pair. ``prompts``: token ids to use instead of the settings'.
+    """The acceptance trace of a loaded pair. ``prompts``: token ids that replace those of the settings.
 
-    Raises :class:`ModelError` where the two do not share a tokenizer.
+    Raises :class:`ModelError` if the two do not share a tokenizer.
     """
     _check_pair(target.info.id, target.info.tokenizer_hash, target.info.vocab_size, draft)
     if prompts is None:
@@ -78,8 +83,8 @@ def collect_trace(
         progress,
         clock,
     )
-    known = {"dtype": target.info.dtype, "target_weights": target.info.weights_hash}
-    return replace(trace, target=target.info.id, meta={**trace.meta, **known})
+    target_facts = {"dtype": target.info.dtype, "target_weights": target.info.weights_hash}
+    return replace(trace, target=target.info.id, meta={**trace.meta, **target_facts})
 
 
 def trace_remote(
@@ -92,10 +97,10 @@ def trace_remote(
     connect: ConnectionFactory | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> AcceptanceTrace:
-    """The same with a target that only a server holds: its paths come over the wire.
+    """The same for the target of a running server, which generates the paths.
 
-    Raises :class:`ModelError` where draft and server do not share a tokenizer, and what
-    :class:`~wispprof.profiling.remote_target.RemoteTarget` raises.
+    Raises :class:`ModelError` if draft and server do not share a tokenizer, and the errors of
+    :class:`RemoteTarget`.
     """
     from wispprof.engines.loading import load_model
 
@@ -126,28 +131,28 @@ def _assemble(
     progress: Progress | None,
     clock: Callable[[], float],
 ) -> AcceptanceTrace:
-    """Batch by batch: the target's paths, then the draft's view of them."""
+    """Per batch: the target's paths, then the draft's proposals along them."""
     from wispprof.profiling.draft_rollout import DraftRollout
 
     begin = clock()
     report = progress or (lambda done, whole, status: None)
     total, generated = 2 * len(prompts), 0
     rollout = DraftRollout(draft)
-    found: list[TracePath] = []
+    traced: list[TracePath] = []
     for batch in _batches(prompts, settings.batch):
-        report(len(found) + generated, total, "the target's own path")
+        report(len(traced) + generated, total, "the target's own path")
         paths = paths_of(batch)
         generated += len(batch)
         for prompt, path in zip(batch, paths, strict=True):
-            report(len(found) + generated, total, "the draft's view of every position")
-            found.append(_seen_by_draft(rollout, prompt, path, settings))
+            report(len(traced) + generated, total, "the draft's proposals at every position")
+            traced.append(_scored_path(rollout, prompt, path, settings))
     report(total, total, "done")
     return AcceptanceTrace(
         target="",
         draft=draft.info.id,
         tokenizer_hash=draft.info.tokenizer_hash,
         sampling=settings.sampling,
-        paths=tuple(found),
+        paths=tuple(traced),
         meta={
             "prompts": settings.prompts.name if settings.prompts else "held-out sources",
             "draft_weights": draft.info.weights_hash,
@@ -161,23 +166,23 @@ def _assemble(
 def target_paths(
     target: LoadedModel, prompts: Sequence[Sequence[int]], settings: TraceSettings
 ) -> list[list[int]]:
-    """What the target generates from each prompt: up to ``path_tokens`` tokens, or to its end token.
+    """What the target generates from each prompt: ``path_tokens`` tokens, or up to its end token.
 
     All prompts are sessions of one engine, decoded together.
     """
     from wispprof.engines.torch.engine import TorchEngine
 
-    room = settings.path_tokens
+    length = settings.path_tokens
     for prompt in prompts:
-        if len(prompt) + room > target.info.max_context:
+        if len(prompt) + length > target.info.max_context:
             raise ProfileError(
-                f"A prompt of {len(prompt)} tokens and a path of {room} exceed the target's context of "
+                f"A prompt of {len(prompt)} tokens and a path of {length} exceed the target's context of "
                 f"{target.info.max_context}.",
                 "Give fewer --prompt-tokens or --path-tokens.",
             )
     engine = TorchEngine(
         target,
-        kv_tokens=sum(len(prompt) + room for prompt in prompts),
+        kv_tokens=sum(len(prompt) + length for prompt in prompts),
         max_sessions=len(prompts),
     )
     end = getattr(target.tokenizer, "eos_token_id", None)
@@ -185,9 +190,9 @@ def target_paths(
     for name in names:
         engine.open(name, settings.sampling)
     paths = dict(zip(names, _first_tokens(engine, names, prompts), strict=True))
-    live = names
-    while live := [n for n in live if len(paths[n]) < room and paths[n][-1] != end]:
-        for outcome in engine.step([StepInput(name, paths[name][-1:]) for name in live]):
+    unfinished = names
+    while unfinished := [n for n in unfinished if len(paths[n]) < length and paths[n][-1] != end]:
+        for outcome in engine.step([StepInput(name, paths[name][-1:]) for name in unfinished]):
             paths[outcome.session].extend(outcome.tokens)
     return [paths[name] for name in names]
 
@@ -206,7 +211,94 @@ def _first_tokens(
     return first + [list(o.tokens) for o in engine.step(step)]
 
 
-def _seen_by_draft(
+@dataclass(frozen=True)
+class RemoteTarget:
+    """The target of a running server. ``timeout_s``: longest wait for a frame.
+
+    Methods raise :class:`ServerUnreachable`, :class:`HandshakeRefused`, :class:`ServerBusy` and
+    :class:`ProtocolError`.
+    """
+
+    server: str
+    access: ServerAccess = field(default_factory=ServerAccess)
+    timeout_s: float = 60.0
+
+    def greet(self, connect: ConnectionFactory | None = None) -> Any:
+        """The server's welcome: target, tokenizer hash, context."""
+
+        async def greet() -> Any:
+            async with self._client(connect) as client:
+                return client.welcome
+
+        return asyncio.run(greet())
+
+    def paths(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        path_tokens: int,
+        stop: int | None = None,
+        connect: ConnectionFactory | None = None,
+    ) -> list[list[int]]:
+        """What the target generates from each prompt, all at once, in sessions without drafts."""
+
+        async def generate() -> list[list[int]]:
+            async with self._client(connect) as client:
+                for number, prompt in enumerate(prompts):
+                    await client.send(_open_frame(number, prompt, sampling, path_tokens, stop))
+                return await _collect_paths(client, prompts)
+
+        return asyncio.run(generate())
+
+    def _client(
+        self, connect: ConnectionFactory | None
+    ) -> AbstractAsyncContextManager[ServerClient]:
+        return ServerClient.open(self.server, self.access, "trace", self.timeout_s, connect)
+
+
+def _open_frame(
+    number: int, prompt: Sequence[int], sampling: Sampling, path_tokens: int, stop: int | None
+) -> Any:
+    from wispprof import protocol
+
+    return protocol.Open(
+        number,
+        list(prompt),
+        path_tokens,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        stop=[] if stop is None else [stop],
+        undrafted=True,
+    )
+
+
+async def _collect_paths(client: ServerClient, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    from wispprof import protocol
+
+    paths: list[list[int]] = [[] for _ in prompts]
+    unfinished = set(range(len(prompts)))
+    while unfinished:
+        frame = await client.receive()
+        if isinstance(frame, protocol.Problem):
+            if frame.code == "busy":
+                raise ServerBusy(
+                    f"The server accepts no more sessions: {frame.message}", frame.retry_ms
+                )
+            raise ProtocolError(f"The server refused a session: {frame.message}", "")
+        if not isinstance(frame, protocol.Commit) or frame.session not in unfinished:
+            continue
+        path = paths[frame.session]
+        path.extend(frame.tokens)
+        if frame.committed_len != len(prompts[frame.session]) + len(path):
+            raise ProtocolError("Commits of the server are not contiguous.", "Run the trace again.")
+        if frame.finished:
+            unfinished.discard(frame.session)
+    return paths
+
+
+def _scored_path(
     rollout: DraftRollout, prompt: Sequence[int], path: Sequence[int], settings: TraceSettings
 ) -> TracePath:
     drafts, features = rollout.run([*prompt, *path], len(prompt), settings.depth, settings.sampling)
@@ -224,10 +316,9 @@ def accepted_lengths(drafts: np.ndarray, path: Sequence[int]) -> np.ndarray:
 
 def _prompts(settings: TraceSettings, tokenizer: Any, context: int) -> list[list[int]]:
     size = min(settings.prompt_tokens, context - settings.path_tokens)
-    asked = (tokenizer, settings.count, size, settings.seed)
     if settings.prompts is None:
-        return held_out_prompts(*asked)
-    return load_prompts(settings.prompts, *asked)
+        return held_out_prompts(tokenizer, settings.count, size, settings.seed)
+    return load_prompts(settings.prompts, tokenizer, settings.count, size, settings.seed)
 
 
 def _batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[Sequence[int]]]:
@@ -241,7 +332,6 @@ def _check_pair(target: str, tokenizer_hash: str, vocabulary: int, draft: Loaded
         not tokenizer_hash and vocabulary != own.vocab_size
     ):
         raise ModelError(
-            f"{target} and {own.id} do not share a tokenizer, so none of the draft's tokens means what "
-            "the target's do.",
+            f"{target} and {own.id} do not share a tokenizer, so their token ids differ in meaning.",
             "Use a draft of the same model family.",
         )

@@ -1,11 +1,13 @@
-"""profile-link: round trip, jitter and bandwidth to a server, in the frames that serving uses."""
+"""profile-link: round trip, jitter and bandwidth to a server, in the frames of the protocol."""
 
 from __future__ import annotations
 
 import asyncio
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from wispprof.artifacts import LinkProfile, LinkRow, ModelRecord
@@ -14,11 +16,76 @@ from wispprof.profiling.profile_run import begin_manifest, finalize_profile
 from wispprof.profiling.sweep import Progress, SweepResult
 from wispprof.profiling.workload import round_ms
 from wispprof.settings.profiler_settings import LinkProfilerSettings, SweepSettings
+from wispprof.settings.shared_settings import ServerAccess
 
 if TYPE_CHECKING:
+    from wispprof import protocol
     from wispprof.edge.connection import Connection, ConnectionFactory
 
-__all__ = ["link_rows", "link_summary", "profile_link"]
+__all__ = ["ServerClient", "link_summary", "profile_link"]
+
+
+@dataclass
+class ServerClient:
+    """A greeted connection to ``wispprof serve``. ``timeout_s``: longest wait for a frame."""
+
+    server: str
+    link: Connection
+    timeout_s: float
+    welcome: protocol.Welcome = field(init=False)
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        server: str,
+        access: ServerAccess,
+        edge: str,
+        timeout_s: float,
+        connect: ConnectionFactory | None = None,
+    ) -> AsyncIterator[ServerClient]:
+        """Connect, say hello as ``edge`` and close at the end. ``connect`` replaces the WebSocket.
+
+        Raises :class:`ServerUnreachable`, :class:`HandshakeRefused`, :class:`ProtocolError`.
+        """
+        from wispprof import protocol
+        from wispprof.edge.connection import ssl_context, websocket_connections
+
+        if connect is None:
+            connect = websocket_connections(server, ssl=ssl_context(access.ca_file))
+        link = await connect()
+        try:
+            hello = protocol.Hello(protocol.PROTOCOL_VERSION, "", key=access.key, edge=edge)
+            client = cls(server, link, timeout_s)
+            await client.send(hello)
+            answer = await client.receive()
+            if isinstance(answer, protocol.Problem):
+                raise HandshakeRefused(f"The server refused: {answer.message}", "")
+            if not isinstance(answer, protocol.Welcome):
+                raise ProtocolError(
+                    "The server did not answer the greeting.", "Is it a wispprof server?"
+                )
+            client.welcome = answer
+            yield client
+        finally:
+            await link.close()
+
+    async def send(self, frame: Any) -> None:
+        from wispprof import protocol
+
+        await self.link.send(protocol.encode(frame))
+
+    async def receive(self) -> Any:
+        from wispprof import protocol
+
+        try:
+            data = await asyncio.wait_for(self.link.receive(), self.timeout_s)
+        except TimeoutError:
+            raise ServerUnreachable(
+                f"No answer from {self.server} for {self.timeout_s:.0f} s.",
+                "Check that the server runs, is not overloaded, and the link is up.",
+            ) from None
+        return protocol.decode_server(data)
 
 
 def profile_link(
@@ -28,7 +95,7 @@ def profile_link(
     connect: ConnectionFactory | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> LinkProfile:
-    """Measure the link to a server that is running. ``connect`` replaces the WebSocket (for tests).
+    """Measure the link to a running server. ``connect`` replaces the WebSocket (for tests).
 
     Raises :class:`ServerUnreachable`, :class:`HandshakeRefused`, :class:`ProtocolError`.
     """
@@ -41,55 +108,33 @@ async def _profile(
     connect: ConnectionFactory | None,
     clock: Callable[[], float],
 ) -> LinkProfile:
-    from wispprof.edge.connection import ssl_context, websocket_connections
-
     begin = clock()
-    link = await (
-        connect or websocket_connections(settings.server, ssl=ssl_context(settings.access.ca_file))
-    )()
-    try:
-        welcome = await _greet(link, settings)
-        model = ModelRecord(
-            welcome.target, tokenizer_hash=welcome.tokenizer, max_context=welcome.max_context
-        )
+    async with ServerClient.open(
+        settings.server, settings.access, "profile-link", settings.timeout_s, connect
+    ) as client:
+        welcome = client.welcome
         manifest = begin_manifest(
             "link",
-            model,
+            ModelRecord(
+                welcome.target, tokenizer_hash=welcome.tokenizer, max_context=welcome.max_context
+            ),
             SweepSettings(max_samples=settings.count, min_samples=min(6, settings.count)),
             engine={"server": settings.server, "protocol": welcome.protocol},
             measure={"sizes": list(settings.sizes)},
         )
-        rows = await link_rows(link, settings, progress, clock)
-    finally:
-        await link.close()
+        rows = await _link_rows(client, settings, progress, clock)
     result = SweepResult(rows, clock() - begin, 0.0)
-    return cast(
-        LinkProfile, finalize_profile(manifest, result, settings.output, None, link_summary(rows))
-    )
+    profile = finalize_profile(manifest, result, settings.output, None, link_summary(rows))
+    return cast(LinkProfile, profile)
 
 
-async def _greet(link: Connection, settings: LinkProfilerSettings) -> Any:
-    from wispprof import protocol
-
-    hello = protocol.Hello(
-        protocol.PROTOCOL_VERSION, "", key=settings.access.key, edge="profile-link"
-    )
-    await link.send(protocol.encode(hello))
-    answer = await _answer(link, settings)
-    if isinstance(answer, protocol.Problem):
-        raise HandshakeRefused(f"The server refused: {answer.message}", "")
-    if not isinstance(answer, protocol.Welcome):
-        raise ProtocolError("The server did not answer the greeting.", "Is it a wispprof server?")
-    return answer
-
-
-async def link_rows(
-    link: Connection,
+async def _link_rows(
+    client: ServerClient,
     settings: LinkProfilerSettings,
-    progress: Progress | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    progress: Progress | None,
+    clock: Callable[[], float],
 ) -> tuple[LinkRow, ...]:
-    """Exchange frames: small ones for the round trip, then larger ones up and down in turn."""
+    """Exchange small frames for the round trip, and larger ones up and down."""
     from wispprof import protocol
 
     plan = [("rtt", 0)]
@@ -97,14 +142,14 @@ async def link_rows(
     samples: dict[tuple[str, int], list[float]] = {entry: [] for entry in plan}
     rounds, number = settings.warmup + settings.count, 0
     for index in range(rounds):
-        # Kinds take turns, so that a passing disturbance does not fall on one of them alone.
+        # Kinds alternate, so that a short disturbance affects all of them.
         for kind, size in plan:
             number += 1
             up, down = (size if kind == "uplink" else 0), (size if kind == "downlink" else 0)
             frame = protocol.encode(protocol.Ping(number, bytes(up), down))
             begin = clock()
-            await link.send(frame)
-            answer = await _answer(link, settings)
+            await client.link.send(frame)
+            answer = await client.receive()
             elapsed = (clock() - begin) * 1000
             if not isinstance(answer, protocol.Pong) or answer.number != number:
                 raise ProtocolError(
@@ -113,7 +158,7 @@ async def link_rows(
                 )
             if len(answer.payload) != down:
                 raise ProtocolError(
-                    f"The server sent {len(answer.payload)} bytes where {down} were asked for.",
+                    f"The server sent {len(answer.payload)} bytes instead of {down}.",
                     "Use smaller sizes or a server of the same version.",
                 )
             if index >= settings.warmup:
@@ -126,28 +171,15 @@ async def link_rows(
     )
 
 
-async def _answer(link: Connection, settings: LinkProfilerSettings) -> Any:
-    from wispprof import protocol
-
-    try:
-        data = await asyncio.wait_for(link.receive(), settings.timeout_s)
-    except TimeoutError:
-        raise ServerUnreachable(
-            f"{settings.server} did not answer within {settings.timeout_s:.0f} s.",
-            "Check that the server runs and the link is up.",
-        ) from None
-    return protocol.decode_server(data)
-
-
 def link_summary(rows: Sequence[LinkRow]) -> dict[str, Any]:
-    """``rtt_ms`` (median), ``rtt_p95_ms``, ``jitter_ms`` (mean change from one exchange to the next,
-    as RFC 3550 means it, unsmoothed), and bandwidth each way from the slope between sizes."""
+    """``rtt_ms`` (median), ``rtt_p95_ms``, ``jitter_ms`` (mean change between successive exchanges, as in
+    RFC 3550 without smoothing), and the bandwidth each way from the slope between sizes."""
     [rtt] = [row for row in rows if row.kind == "rtt"]
-    steps = [abs(b - a) for a, b in zip(rtt.samples_ms, rtt.samples_ms[1:], strict=False)]
+    changes = [abs(b - a) for a, b in zip(rtt.samples_ms, rtt.samples_ms[1:], strict=False)]
     found: dict[str, Any] = {
         "rtt_ms": round(rtt.median_ms, 4),
         "rtt_p95_ms": round(sorted(rtt.samples_ms)[int(0.95 * (len(rtt.samples_ms) - 1))], 4),
-        "jitter_ms": round(statistics.fmean(steps), 4) if steps else 0.0,
+        "jitter_ms": round(statistics.fmean(changes), 4) if changes else 0.0,
     }
     for kind in ("uplink", "downlink"):
         ordered = sorted((r for r in rows if r.kind == kind), key=lambda row: row.payload_bytes)
@@ -158,7 +190,7 @@ def link_summary(rows: Sequence[LinkRow]) -> dict[str, Any]:
         if len(ordered) > 1:
             base_ms, base_bytes = min(ordered[0].samples_ms), ordered[0].payload_bytes
         extra_ms = min(large.samples_ms) - base_ms
-        # A slope lost in the spread of the round trip says only that the link is faster than can be told.
+        # A slope within the spread of the round trip: the link is too fast to measure its bandwidth.
         if extra_ms > max(0.1 * rtt.median_ms, 0.5 * (rtt.median_ms - min(rtt.samples_ms))):
             megabits = (large.payload_bytes - base_bytes) * 8 / 1e6 / (extra_ms / 1000)
             found[f"{kind}_mbit_per_s"] = round(megabits, 2)

@@ -1,8 +1,8 @@
 """Import the output of ``llama-bench -o json`` as an edge profile.
 
-llama-bench measures the speed of ``n_prompt`` tokens at once and of ``n_gen`` tokens one by one, over ``n_depth``
-cached ones. Its generation excludes sampling, so these draft steps have no features and are slightly
-optimistic. Their source is ``imported``.
+llama-bench measures the speed of ``n_prompt`` tokens at once and of ``n_gen`` tokens one by one, over
+``n_depth`` cached ones. Its generation excludes sampling, so these draft steps have no features and are
+slightly optimistic. Their source is ``imported``.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def _read_tests(file: Path) -> list[_BenchTest]:
     try:
         entries = msgspec.json.decode(data, type=list[msgspec.Raw])
     except msgspec.ValidationError:
-        raise ArtifactDamaged(f"{file} is not a list of llama-bench tests.", "Use -o json.") from None
+        raise ArtifactDamaged(
+            f"{file} is not a list of llama-bench tests.", "Use -o json."
+        ) from None
     except msgspec.DecodeError as err:
         raise ArtifactDamaged(f"{file} is not JSON: {err}.", "Use -o json.") from None
     tests = []
@@ -125,7 +127,8 @@ def _rows(tests: Sequence[_BenchTest], where: str) -> list[EdgeRow]:
         rows[row.key] = replace(row, order=len(rows))
     if not any(row.kind == "draft_step" for row in rows.values()):
         raise ProfileError(
-            f"{where} contains no generation test.", "Run llama-bench with a number of tokens: -n 64."
+            f"{where} contains no generation test.",
+            "Run llama-bench with a number of tokens: -n 64.",
         )
     return list(rows.values())
 

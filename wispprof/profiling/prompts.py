@@ -1,40 +1,100 @@
-"""Prompts that the reference pair has never seen, or a user's own."""
+"""Prompts of acceptance traces: held out from the training of the reference pair, or a user's own.
+
+The reference pair is trained on the Python standard library of the running interpreter, so anyone can
+rebuild it without a download. Whole files are held out, by a hash of their relative path.
+"""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import random
+import sysconfig
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wispprof.errors import ArtifactDamaged, ArtifactMissing, ModelError, ProfileError
 
-__all__ = ["held_out_prompts", "load_prompts"]
+__all__ = ["SourceFile", "collect_sources", "held_out_prompts", "is_held_out", "load_prompts"]
 
-_CHARACTERS = 16
-"""Characters encoded per wanted token: more than any tokenizer packs into one on average."""
+HELD_OUT_PERCENT = 4
+MAX_FILE_BYTES = 400_000
+"""Longer files are generated tables, which teach a model to repeat itself."""
+MAX_DIGIT_SHARE = 0.18
+"""Share of digits and backslashes above which a file is data rather than source."""
+SKIPPED_FOLDERS = ("site-packages", "encodings", "pydoc_data")
+"""Third-party packages, code-page tables and generated topic text."""
+
+_CHARACTERS_PER_TOKEN = 16
+"""Characters to encode per wanted token: more than the average of any tokenizer."""
+_EXAMPLE_HINT = 'Write lines such as {"prompt": "…"}.'
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One source file: ``name`` relative to the library root, ``text`` decoded as UTF-8."""
+
+    name: str
+    text: str
+
+
+def is_held_out(name: str) -> bool:
+    """Whether the file is held out; depends on its name alone."""
+    digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
+    return int.from_bytes(digest) % 100 < HELD_OUT_PERCENT
+
+
+def collect_sources(root: Path | None = None) -> tuple[list[SourceFile], list[SourceFile]]:
+    """(training, held-out) files below ``root``; default: this interpreter's standard library.
+
+    Skips third-party packages, files that are not UTF-8, near-empty files, exact duplicates and tables of
+    data.
+    """
+    root = root or Path(sysconfig.get_paths()["stdlib"])
+    train: list[SourceFile] = []
+    held_out: list[SourceFile] = []
+    seen: set[bytes] = set()
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if any(part in SKIPPED_FOLDERS for part in relative.parts[:-1]):
+            continue
+        if not 200 <= path.stat().st_size <= MAX_FILE_BYTES:
+            continue
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError:
+            continue
+        digest = hashlib.blake2b(text.encode()).digest()
+        if digest in seen or _is_table(text):
+            continue
+        seen.add(digest)
+        name = relative.as_posix()
+        (held_out if is_held_out(name) else train).append(SourceFile(name, text))
+    return train, held_out
+
+
+def _is_table(text: str) -> bool:
+    return sum(map(text.count, "0123456789\\")) > MAX_DIGIT_SHARE * len(text)
 
 
 def held_out_prompts(tokenizer: Any, count: int, tokens: int, seed: int = 0) -> list[list[int]]:
-    """Beginnings of held-out standard-library files, and cuts at their line starts, as token ids.
+    """Token ids of excerpts of held-out files, from their beginning or from a random line.
 
     Each has between half of ``tokens`` and all of them, so that paths begin at different positions.
     """
-    from wispprof.profiling.held_out_corpus import collect
-
-    texts = [file.text for file in collect()[1]]
-    return _cuts(tokenizer, texts, count, tokens, seed)
+    texts = [file.text for file in collect_sources()[1]]
+    return _excerpts(tokenizer, texts, count, tokens, seed)
 
 
 def load_prompts(
     path: Path, tokenizer: Any, count: int, tokens: int, seed: int = 0
 ) -> list[list[int]]:
-    """A user's prompts: ``.jsonl`` whose lines hold ``prompt`` or ``text`` (taken whole, up to
-    ``tokens``), or any text file (cut at line starts). At most ``count`` of them.
+    """A user's prompts, ``count`` at most.
 
-    Raises :class:`ArtifactMissing`, :class:`ArtifactDamaged` naming the line, :class:`ProfileError`
-    where nothing is left.
+    A ``.jsonl`` file has a ``prompt`` or ``text`` per line, cut to ``tokens``. Of any other text file
+    excerpts are taken. Raises :class:`ArtifactMissing`, :class:`ArtifactDamaged` with the line, and
+    :class:`ProfileError` if there is no prompt.
     """
     try:
         text = path.read_text("utf-8")
@@ -43,52 +103,56 @@ def load_prompts(
     except UnicodeDecodeError:
         raise ArtifactDamaged(f"{path} is not UTF-8 text.", "Give text or JSON lines.") from None
     if path.suffix != ".jsonl":
-        return _cuts(tokenizer, [text], count, tokens, seed)
-    found = []
+        return _excerpts(tokenizer, [text], count, tokens, seed)
+    prompts = []
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
-            ids = _encode(tokenizer, _prompt_of(line, f"{path} line {number}"))[:tokens]
+            ids = _encode(tokenizer, _parse_prompt(line, f"{path} line {number}"))[:tokens]
             if ids:
-                found.append(ids)
-    if not found:
-        raise ProfileError(f"{path} holds no prompts.", 'Write lines such as {"prompt": "…"}.')
-    random.Random(seed).shuffle(found)
-    return found[:count]
+                prompts.append(ids)
+    if not prompts:
+        raise ProfileError(f"{path} contains no prompts.", _EXAMPLE_HINT)
+    random.Random(seed).shuffle(prompts)
+    return prompts[:count]
 
 
-def _prompt_of(line: str, where: str) -> str:
+def _parse_prompt(line: str, where: str) -> str:
+    import msgspec
+
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as err:
-        raise ArtifactDamaged(f"{where}: {err.msg}.", "Write one JSON object a line.") from None
-    value = entry.get("prompt", entry.get("text")) if isinstance(entry, dict) else entry
-    if not isinstance(value, str):
-        raise ArtifactDamaged(f"{where} has no prompt.", 'Write lines such as {"prompt": "…"}.')
-    return value
+        entry = msgspec.json.decode(line, type=str | dict[str, Any])
+    except msgspec.ValidationError:
+        raise ArtifactDamaged(f"{where} has no prompt.", _EXAMPLE_HINT) from None
+    except msgspec.DecodeError as err:
+        raise ArtifactDamaged(f"{where}: {err}.", "Write one JSON object a line.") from None
+    prompt = entry if isinstance(entry, str) else entry.get("prompt", entry.get("text"))
+    if not isinstance(prompt, str):
+        raise ArtifactDamaged(f"{where} has no prompt.", _EXAMPLE_HINT)
+    return prompt
 
 
-def _cuts(
+def _excerpts(
     tokenizer: Any, texts: Sequence[str], count: int, tokens: int, seed: int
 ) -> list[list[int]]:
     generator = random.Random(seed)
-    found: list[list[int]] = []
-    for text in _in_turn(texts, generator, count):
-        wanted = generator.randint(max(2, tokens // 2), max(2, tokens))
-        ids = _encode(tokenizer, text[: _CHARACTERS * wanted])[:wanted]
+    prompts: list[list[int]] = []
+    for text in _starts(texts, generator, count):
+        length = generator.randint(max(2, tokens // 2), max(2, tokens))
+        ids = _encode(tokenizer, text[: _CHARACTERS_PER_TOKEN * length])[:length]
         if len(ids) >= max(2, tokens // 2):
-            found.append(ids)
-        if len(found) == count:
-            return found
-    if not found:
+            prompts.append(ids)
+        if len(prompts) == count:
+            return prompts
+    if not prompts:
         raise ProfileError(
             f"No text is long enough for prompts of {tokens} tokens.",
             "Give shorter --prompt-tokens.",
         )
-    return found
+    return prompts
 
 
-def _in_turn(texts: Sequence[str], generator: random.Random, count: int) -> Iterator[str]:
-    """Each text from its beginning, in random order; then from random line starts, several rounds."""
+def _starts(texts: Sequence[str], generator: random.Random, count: int) -> Iterator[str]:
+    """Each text from its beginning, in random order; then texts from random line starts."""
     order = list(texts)
     generator.shuffle(order)
     yield from order
@@ -100,10 +164,10 @@ def _in_turn(texts: Sequence[str], generator: random.Random, count: int) -> Iter
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids, begun with BOS where the tokenizer has one (models are trained that way)."""
+    """Token ids, with BOS first if the tokenizer has one (models are trained that way)."""
     if tokenizer is None:
         raise ModelError(
-            "The model has no tokenizer, so it cannot be given text.", "Name a model that has one."
+            "The model has no tokenizer, so it takes no text.", "Name a model with one."
         )
     ids = [int(t) for t in tokenizer(text, add_special_tokens=False)["input_ids"]]
     bos = tokenizer.bos_token_id
