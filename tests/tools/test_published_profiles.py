@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from tools.published_profiles import PUBLISHED, VERIFY_S, published_profile
-from tools.published_profiles import PUBLISHED, VERIFY_S, published_profile
 from wispprof.artifacts import bundled_path, load_edge
 
 CHOICES = [(e.name, c) for e in PUBLISHED for c in e.choices]
