@@ -16,7 +16,7 @@ WispprofError
 ├── PlanError                inputs of a plan contradict each other
 ├── PluginError              a policy, estimator, drafter or engine that cannot be found by name
 ├── EngineError              the verifier engine was asked for something impossible
-│   └── OutOfKvMemory        no room for these tokens now
+│   └── OutOfKvMemory        no capacity for these tokens now
 └── RuntimeFault             serving
     ├── ProtocolError        a frame that breaks the wire contract
     ├── HandshakeRefused     version, model, tokenizer or key do not match
@@ -103,7 +103,7 @@ class EngineError(WispprofError):
 
 
 class OutOfKvMemory(EngineError):
-    """There is no room in the KV cache for these tokens now."""
+    """The KV cache has no capacity left for these tokens."""
 
 
 class RuntimeFault(WispprofError):
