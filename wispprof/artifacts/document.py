@@ -11,20 +11,22 @@ The hash covers the payload alone, so the same result made twice has the same ha
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar, get_origin, get_type_hints
+
+import numpy as np
 
 from wispprof.artifacts import files
 from wispprof.artifacts.manifest import Provenance
-from wispprof.errors import ArtifactDamaged, ArtifactTooNew, ArtifactTooOld
+from wispprof.errors import ArtifactDamaged, ArtifactTooNew, ArtifactTooOld, FitError, PluginError
 
 SCHEMA = 2
 _PREFIX = "wispprof/"
 
-BAD_PAYLOAD = (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError)
-"""Errors that reading a malformed payload raises; readers turn them into ``ArtifactDamaged``."""
+Fitted = TypeVar("Fitted")
+_BAD_PAYLOAD = (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -124,3 +126,73 @@ def check_schema(path: Path, what: str, found: object, known: int) -> None:
             f"{what} {path} has schema {found}; this version reads schema {known}.",
             f"Make it anew with {command}.",
         )
+
+
+def load_fitted(path: Path, what: str, build: Callable[[str, dict[str, Any]], Fitted]) -> Fitted:
+    """What ``build`` makes of the kind and payload of an estimator or predictor on disk.
+
+    Raises the artifact errors, and :class:`ArtifactDamaged` for a payload that ``build`` refuses.
+    """
+    payload = read_document(path, what).payload
+    try:
+        kind = str(payload["kind"])
+        if ":" in kind:  # a file must not name a module to import
+            raise FitError(
+                f"{what.capitalize()}s of kind {kind!r} are not loaded.", "Install an entry point."
+            )
+        return build(kind, payload)
+    except (*_BAD_PAYLOAD, FitError, PluginError) as err:
+        raise ArtifactDamaged(
+            f"{path} is not a complete {what} ({err}).", "Fit it anew with `wispprof fit`."
+        ) from err
+
+
+def from_plain(value: object, kind: Any) -> Any:
+    """JSON as a value of type ``kind``, which may hold arrays and models. Raises ValueError."""
+    import msgspec
+
+    return msgspec.convert(value, kind, dec_hook=_array_or_model)
+
+
+def _array_or_model(kind: Any, value: Any) -> Any:
+    if get_origin(kind) is np.ndarray:
+        (dtype,) = kind.__args__[1].__args__
+        return np.array(value, dtype)
+    return kind.from_payload(value)
+
+
+class LearnedState:
+    """Base of fitted models: class annotations that end in ``_`` name what is stored and read back."""
+
+    def payload(self) -> dict[str, Any]:
+        """Everything needed to predict, as JSON."""
+        import msgspec
+
+        learned = {name.rstrip("_"): getattr(self, name) for name in _learned(type(self))}
+        plain: dict[str, Any] = msgspec.to_builtins(learned, enc_hook=_plain)
+        return plain
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any]) -> Self:
+        """A fitted model from its payload. Raises ValueError for values that do not belong together."""
+        model = cls()
+        for name, kind in _learned(cls).items():
+            key = name.rstrip("_")
+            try:
+                setattr(model, name, from_plain(payload[key], kind))
+            except ValueError as err:
+                raise ValueError(f"{key}: {err}") from err
+        model.finish()
+        return model
+
+    def finish(self) -> None:
+        """Check what was learned or read, and derive what predictions need. Does nothing by default."""
+
+
+def _learned(model: type) -> dict[str, Any]:
+    hints = get_type_hints(model, include_extras=True)
+    return {name: kind for name, kind in hints.items() if name.endswith("_")}
+
+
+def _plain(value: object) -> object:
+    return value.payload() if isinstance(value, LearnedState) else files.plain(value)

@@ -16,7 +16,6 @@ number of independent scores: between the number of shapes and the number of sam
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -118,12 +117,6 @@ class RatioBound:
             raise ValueError(f"coverage must be in [0.5, 1), got {coverage}")
         return tuple(float(np.interp(coverage, LEVELS, row)) for row in self.factors)
 
-    def level_of(self, regime: int, ratio: float) -> float:
-        """Share of calibration ratios at or below this one; 1.0 beyond the largest."""
-        row = self.factors[regime]
-        place = bisect_left(row, ratio)
-        return LEVELS[min(place, len(LEVELS) - 1)]
-
     def regime(self, p50_ms: float, prefill: bool) -> int:
         """Index into :data:`REGIMES`."""
         return int(p50_ms >= self.split_ms) + 2 * int(prefill)
@@ -138,11 +131,6 @@ class RatioBound:
 
     @classmethod
     def from_payload(cls, payload: dict[str, Any]) -> Self:
-        levels = [float(v) for v in payload["levels"]]
-        rows = []
-        for name in REGIMES:
-            row = [float(v) for v in payload["factors"][name]]
-            rows.append(tuple(float(v) for v in np.interp(LEVELS, levels, row)))
-        return cls(
-            float(payload["split_ms"]), tuple(rows), tuple(int(v) for v in payload["shapes"])
-        )
+        levels, rows = payload["levels"], payload["factors"]
+        factors = tuple(tuple(np.interp(LEVELS, levels, rows[r]).tolist()) for r in REGIMES)
+        return cls(float(payload["split_ms"]), factors, tuple(payload["shapes"]))

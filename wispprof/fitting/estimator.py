@@ -7,7 +7,7 @@ many candidates at once over numpy arrays. Nothing here needs pandas, scikit-lea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wispprof import plugins
-from wispprof.artifacts.document import BAD_PAYLOAD, read_document, write_document
+from wispprof.artifacts.document import from_plain, load_fitted, write_document
 from wispprof.artifacts.manifest import Provenance
-from wispprof.errors import ArtifactDamaged, FitError, PluginError
 from wispprof.fitting.batch_totals import (
     EMPTY,
     ArrayTotals,
@@ -289,7 +288,7 @@ class FittedEstimator(StepTimeEstimator):
             "kind": self.step_model.kind,
             "step_model": self.step_model.payload(),
             "bound": self.ratio.payload(),
-            "domain": {"low": list(self.domain.low), "high": list(self.domain.high)},
+            "domain": asdict(self.domain),
             "coverage": self.coverage,
             "inflation": self.inflation,
             "p50_scale": self.p50_scale,
@@ -301,27 +300,18 @@ class FittedEstimator(StepTimeEstimator):
 
 def load_estimator(path: Path, coverage: float | None = None) -> FittedEstimator:
     """Read an estimator. Raises the artifact errors, and :class:`ArtifactDamaged` for a bad payload."""
-    payload = read_document(Path(path), KIND).payload
-    try:
-        kind = str(payload["kind"])
-        if ":" in kind:  # a file must not name a module to import
-            raise FitError(
-                f"Estimators of kind {kind!r} are not loaded.", "Install an entry point."
-            )
-        step_model = model_class(kind).from_payload(payload["step_model"])
-        domain = payload["domain"]
-        estimator = FittedEstimator(
-            step_model,
-            RatioBound.from_payload(payload["bound"]),
-            Domain(*(BatchTotals(*(int(v) for v in domain[side])) for side in ("low", "high"))),
-            float(payload["coverage"]),
-            float(payload["inflation"]),
-            float(payload["p50_scale"]),
-            float(payload["bound_scale"]),
-            dict(payload.get("report", {})),
-        )
-    except (*BAD_PAYLOAD, FitError, PluginError) as err:
-        raise ArtifactDamaged(
-            f"{path} is not a complete estimator ({err}).", "Fit it anew with `wispprof fit`."
-        ) from err
+    estimator = load_fitted(Path(path), KIND, _from_payload)
     return estimator if coverage is None else estimator.with_coverage(coverage)
+
+
+def _from_payload(kind: str, payload: dict[str, Any]) -> FittedEstimator:
+    return FittedEstimator(
+        model_class(kind).from_payload(payload["step_model"]),
+        RatioBound.from_payload(payload["bound"]),
+        from_plain(payload["domain"], Domain),
+        float(payload["coverage"]),
+        float(payload["inflation"]),
+        float(payload["p50_scale"]),
+        float(payload["bound_scale"]),
+        dict(payload.get("report", {})),
+    )

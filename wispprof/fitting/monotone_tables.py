@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from wispprof.artifacts.document import LearnedState
 from wispprof.fitting.batch_totals import FloatArray
 
 GROUPS = ((0, 1), (2, 3), (4,), (5,), (6,))
@@ -35,19 +36,15 @@ class ResidualFeatures(NamedTuple):
 FEATURES = len(ResidualFeatures._fields)
 
 
-class MonotoneTables:
+class MonotoneTables(LearnedState):
     """``edges_``: thresholds of each feature; ``tables_``: per group a grid of values (log ratio)."""
 
-    def __init__(
-        self, rounds: int = 60, learning_rate: float = 0.08, leaves: int = 4, bins: int = 24
-    ) -> None:
+    edges_: list[list[float]]
+    tables_: list[FloatArray]
+    offset_: float
+
+    def __init__(self, rounds: int = 60) -> None:
         self.rounds = rounds
-        self.learning_rate = learning_rate
-        self.leaves = leaves
-        self.bins = bins
-        self.edges_: list[list[float]] = [[] for _ in range(FEATURES)]
-        self.tables_: list[FloatArray] = []
-        self.offset_ = 0.0
 
     def train(self, features: ResidualFeatures, target: FloatArray) -> Any:
         """The LightGBM booster behind the tables, for choosing the number of rounds."""
@@ -55,10 +52,10 @@ class MonotoneTables:
 
         parameters = {
             "objective": "l2",
-            "learning_rate": self.learning_rate,
-            "num_leaves": self.leaves,
+            "learning_rate": 0.08,
+            "num_leaves": 4,
             "min_data_in_leaf": max(4, len(target) // 40),
-            "max_bin": self.bins,
+            "max_bin": 24,
             "min_data_in_bin": 1,
             "lambda_l2": 2.0,
             "monotone_constraints": [1] * FEATURES,
@@ -79,7 +76,9 @@ class MonotoneTables:
         """Learn ``target`` (n,) from features (n,)."""
         self.offset_ = float(target.mean())
         if self.rounds == 0:
-            self._set([[] for _ in range(FEATURES)], [np.zeros((1,) * len(g)) for g in GROUPS])
+            self.edges_ = [[] for _ in range(FEATURES)]
+            self.tables_ = [np.zeros((1,) * len(group)) for group in GROUPS]
+            self.finish()
             return self
         booster = self.train(features, target - self.offset_)
         trees = [t["tree_structure"] for t in booster.dump_model()["tree_info"]]
@@ -98,12 +97,17 @@ class MonotoneTables:
         for place, table in enumerate(tables):
             for axis in range(table.ndim):
                 tables[place] = table = np.maximum.accumulate(table, axis=axis)
-        self._set(edges, tables)
+        self.edges_, self.tables_ = edges, tables
+        self.finish()
         return self
 
-    def _set(self, edges: list[list[float]], tables: list[FloatArray]) -> None:
-        self.edges_ = edges
-        self.tables_ = tables
+    def finish(self) -> None:
+        edges, tables = self.edges_, self.tables_
+        shapes = [tuple(len(edges[f]) + 1 for f in group) for group in GROUPS]
+        if len(edges) != FEATURES or [t.shape for t in tables] != shapes:
+            raise ValueError("the residual's tables do not fit its edges")
+        if any((np.diff(t, axis=a) < 0).any() for t in tables for a in range(t.ndim)):
+            raise ValueError("the residual's tables fall somewhere")
         # Tables of one value join the offset and leave the inner loop.
         self._constant = sum(float(t.flat[0]) for t in tables if t.size == 1) + self.offset_
         self._varying = [
@@ -133,27 +137,6 @@ class MonotoneTables:
         for group, table in self._varying:
             total += table[tuple(place[f] for f in group)]
         return total
-
-    def payload(self) -> dict[str, Any]:
-        return {
-            "edges": self.edges_,
-            "tables": [t.tolist() for t in self.tables_],
-            "offset": self.offset_,
-        }
-
-    @classmethod
-    def from_payload(cls, payload: dict[str, Any]) -> Self:
-        edges = [[float(v) for v in row] for row in payload["edges"]]
-        tables = [np.array(t, dtype=np.float64) for t in payload["tables"]]
-        shapes = [tuple(len(edges[f]) + 1 for f in group) for group in GROUPS]
-        if len(edges) != FEATURES or [t.shape for t in tables] != shapes:
-            raise ValueError("the residual's tables do not fit its edges")
-        if any((np.diff(t, axis=a) < 0).any() for t in tables for a in range(t.ndim)):
-            raise ValueError("the residual's tables fall somewhere")
-        made = cls()
-        made.offset_ = float(payload["offset"])
-        made._set(edges, tables)
-        return made
 
 
 def _splits(node: dict[str, Any]) -> list[tuple[int, float]]:

@@ -15,11 +15,15 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import sqrt
-from typing import Any, Self
+from typing import Annotated, Self
 
 import numpy as np
 
+from wispprof.artifacts.document import LearnedState
+from wispprof.artifacts.files import Meta
+from wispprof.artifacts.rows import NonNegative
 from wispprof.fitting.batch_totals import ArrayTotals, FloatArray, Totals
 from wispprof.fitting.observations import Observations
 from wispprof.fitting.step_time_models import fit_nonnegative
@@ -50,21 +54,21 @@ def padded_many(new: FloatArray, buckets: FloatArray) -> FloatArray:
     return np.where(held, buckets[np.minimum(place, len(buckets) - 1)], new)
 
 
+@dataclass
 class PiecewiseCurve:
     """A non-decreasing piecewise linear function through the origin, by its slope between knots."""
 
-    def __init__(self, knots: Sequence[float], slopes: Sequence[float]) -> None:
-        if len(slopes) != len(knots) + 1 or min(slopes) < 0:
-            raise ValueError("a curve has one slope ≥ 0 more than knots")
-        self.knots = [float(k) for k in knots]
-        self.slopes = [float(s) for s in slopes]
-        edges = [0.0, *self.knots]
+    knots: list[float]
+    slopes: list[NonNegative]
+
+    def __post_init__(self) -> None:
+        if len(self.slopes) != len(self.knots) + 1:
+            raise ValueError("a curve has one slope more than knots")
+        self._left = [0.0, *self.knots]
         # Value at the left end of each segment.
-        self._left = list(edges)
         self._base = [0.0]
-        for index in range(len(self.knots)):
-            rise = self.slopes[index] * (edges[index + 1] - edges[index])
-            self._base.append(self._base[-1] + rise)
+        for slope, low, high in zip(self.slopes, self._left, self.knots, strict=False):
+            self._base.append(self._base[-1] + slope * (high - low))
         # As arrays too: making them anew for every batch costs more than the look-up.
         self._arrays = tuple(
             np.array(v, dtype=np.float64) for v in (self.knots, self.slopes, self._base, self._left)
@@ -118,18 +122,19 @@ def graph_buckets(data: Observations) -> FloatArray:
     return buckets if plausible else np.zeros(0)
 
 
-class PhysicalTerms:
+class PhysicalTerms(LearnedState):
     """``buckets_`` (b,), ``new_`` and ``cached_`` curves, and ``weights_`` (8,) of the other terms: a step,
     an item, Σ new·cached, Σ new², the deepest item, a sampled token, √(items · max_cached), and the smaller
     of a prompt's tokens and the sampled ones."""
 
+    buckets_: list[float]
+    new_: PiecewiseCurve
+    cached_: PiecewiseCurve
+    weights_: Annotated[tuple[NonNegative, ...], Meta(min_length=TERMS, max_length=TERMS)]
+
     def __init__(self, new_knots: int = NEW_KNOTS, cached_knots: int = CACHED_KNOTS) -> None:
         self.new_knots = new_knots
         self.cached_knots = cached_knots
-        self.buckets_: list[float] = []
-        self.new_ = PiecewiseCurve([], [0.0])
-        self.cached_ = PiecewiseCurve([], [0.0])
-        self.weights_: tuple[float, ...] = (0.0,) * TERMS
 
     def fit(self, data: Observations) -> Self:
         buckets = graph_buckets(data)
@@ -205,23 +210,3 @@ class PhysicalTerms:
             + w7 * np.minimum(prefill, sampled)
         )
         return result
-
-    def payload(self) -> dict[str, Any]:
-        return {
-            "buckets": self.buckets_,
-            "new": {"knots": self.new_.knots, "slopes": self.new_.slopes},
-            "cached": {"knots": self.cached_.knots, "slopes": self.cached_.slopes},
-            "weights": list(self.weights_),
-        }
-
-    @classmethod
-    def from_payload(cls, payload: dict[str, Any]) -> Self:
-        terms = cls()
-        terms.buckets_ = sorted(float(b) for b in payload["buckets"])
-        terms.new_ = PiecewiseCurve(payload["new"]["knots"], payload["new"]["slopes"])
-        terms.cached_ = PiecewiseCurve(payload["cached"]["knots"], payload["cached"]["slopes"])
-        weights = tuple(float(w) for w in payload["weights"])
-        if len(weights) != TERMS or min(weights) < 0:
-            raise ValueError(f"the physical part has {TERMS} weights ≥ 0")
-        terms.weights_ = weights
-        return terms

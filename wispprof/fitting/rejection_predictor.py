@@ -7,20 +7,19 @@ calibration error, Guo et al. (ICML 2017), with bins of equal count.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self, cast
 
 import numpy as np
 
 from wispprof import plugins
-from wispprof.artifacts.document import BAD_PAYLOAD, read_document, write_document
+from wispprof.artifacts.document import from_plain, load_fitted, write_document
 from wispprof.artifacts.manifest import Provenance
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
-from wispprof.errors import ArtifactDamaged, FitError, PluginError
+from wispprof.errors import FitError
 from wispprof.fitting.batch_totals import FloatArray
 from wispprof.fitting.rejection_scorers import (
     BoostedTrees,
@@ -94,16 +93,9 @@ class Calibration:
         """The map over an array; (n,) to (n,)."""
         return np.interp(score, self.scores, self.values)
 
-    def payload(self) -> dict[str, Any]:
-        return {"method": self.method, "scores": list(self.scores), "values": list(self.values)}
-
-    @classmethod
-    def from_payload(cls, payload: dict[str, Any]) -> Self:
-        scores = tuple(float(v) for v in payload["scores"])
-        values = tuple(float(v) for v in payload["values"])
-        if not scores or len(scores) != len(values) or not all(map(math.isfinite, scores)):
+    def __post_init__(self) -> None:
+        if not self.scores or len(self.scores) != len(self.values):
             raise ValueError("a calibration needs as many values as scores")
-        return cls(str(payload["method"]), scores, values)
 
 
 @dataclass(frozen=True)
@@ -131,28 +123,21 @@ class FittedPredictor:
         payload = {
             "kind": self.kind,
             "scorer": self.scorer.payload(),
-            "calibration": self.calibration.payload(),
+            "calibration": asdict(self.calibration),
             "report": self.report,
         }
         return write_document(Path(path), KIND, payload, inputs, provenance)
 
 
 def load_predictor(path: Path) -> FittedPredictor:
-    """Read a predictor. Raises the artifact errors, :class:`ArtifactDamaged` for a bad payload."""
-    payload = read_document(Path(path), KIND).payload
-    try:
-        kind = str(payload["kind"])
-        if ":" in kind:  # a file must not name a module to import
-            raise FitError(
-                f"Predictors of kind {kind!r} are not loaded.", "Install an entry point."
-            )
-        scorer = _scorer_class(kind).from_payload(payload["scorer"])
-        calibration = Calibration.from_payload(payload["calibration"])
-        return FittedPredictor(scorer, calibration, dict(payload.get("report", {})))
-    except (*BAD_PAYLOAD, FitError, PluginError) as err:
-        raise ArtifactDamaged(
-            f"{path} is not a complete predictor ({err}).", "Fit it anew with `wispprof fit`."
-        ) from err
+    """Read a predictor. Raises the artifact errors, and :class:`ArtifactDamaged` for a bad payload."""
+    return load_fitted(Path(path), KIND, _from_payload)
+
+
+def _from_payload(kind: str, payload: dict[str, Any]) -> FittedPredictor:
+    scorer = _scorer_class(kind).from_payload(payload["scorer"])
+    calibration = from_plain(payload["calibration"], Calibration)
+    return FittedPredictor(scorer, calibration, dict(payload.get("report", {})))
 
 
 def _scorer_class(kind: str) -> type[Scorer]:

@@ -7,39 +7,41 @@ Training uses scikit-learn and LightGBM; evaluation uses numpy at most.
 from __future__ import annotations
 
 import warnings
-from typing import Any, Protocol, Self
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wispprof.artifacts.document import LearnedState
 from wispprof.fitting.batch_totals import FloatArray
 from wispprof.fitting.token_rows import TokenRows
 from wispprof.types import DraftFeatures
 
 
-class Scorer(Protocol):
-    """Features of a draft token to a score that rises with the chance of acceptance."""
+class Scorer(LearnedState, ABC):
+    """Features of a draft token to a score that rises with the chance of acceptance.
+
+    Attributes that end in ``_`` are learned by :meth:`fit`.
+    """
 
     kind: str
 
+    @abstractmethod
     def fit(self, rows: TokenRows) -> Self:
-        """Learn from labelled tokens and return self; learned attributes end in ``_``."""
+        """Learn from labelled tokens and return self."""
 
+    @abstractmethod
     def score(self, features: DraftFeatures, depth: int) -> float:
         """One token, in microseconds, with numpy at most."""
 
+    @abstractmethod
     def score_many(self, features: FloatArray, depth: np.ndarray) -> FloatArray:
         """Rows (n, 4) and depths (n,); returns (n,), equal to :meth:`score`."""
 
-    def payload(self) -> dict[str, Any]:
-        """Everything needed to evaluate it, as JSON."""
 
-    @classmethod
-    def from_payload(cls, payload: dict[str, Any]) -> Self:
-        """A fitted scorer from its payload."""
-
-
-class Threshold:
+class Threshold(Scorer):
     """SLED (arXiv 2506.09397): the draft's confidence as it is."""
 
     kind = "threshold"
@@ -53,21 +55,13 @@ class Threshold:
     def score_many(self, features: FloatArray, depth: np.ndarray) -> FloatArray:
         return features[:, 0]
 
-    def payload(self) -> dict[str, Any]:
-        return {}
 
-    @classmethod
-    def from_payload(cls, payload: dict[str, Any]) -> Self:
-        return cls()
-
-
-class MarginLogistic:
+class MarginLogistic(Scorer):
     """A logistic line over the margin between the two best logits. ``weights_``: slope, intercept."""
 
     kind = "margin-logistic"
 
-    def __init__(self) -> None:
-        self.weights_: tuple[float, float] = (1.0, 0.0)
+    weights_: tuple[float, float]
 
     def fit(self, rows: TokenRows) -> Self:
         from sklearn.linear_model import LogisticRegression
@@ -84,18 +78,16 @@ class MarginLogistic:
         slope, intercept = self.weights_
         return slope * features[:, 2] + intercept
 
-    def payload(self) -> dict[str, Any]:
-        return {"weights": list(self.weights_)}
 
-    @classmethod
-    def from_payload(cls, payload: dict[str, Any]) -> Self:
-        scorer = cls()
-        slope, intercept = payload["weights"]
-        scorer.weights_ = (float(slope), float(intercept))
-        return scorer
+@dataclass(frozen=True, slots=True)
+class DenseLayer:
+    """Weights (inputs, outputs) and bias (outputs,) of one layer."""
+
+    weights: FloatArray
+    bias: FloatArray
 
 
-class WispMlp:
+class WispMlp(Scorer):
     """Two hidden layers and a logit (arXiv 2601.11652, section 4; widths are not published).
 
     ``layers_``: (weights, bias) of each layer, with the standardisation of the inputs folded into the
@@ -104,10 +96,8 @@ class WispMlp:
 
     kind = "wisp-mlp"
 
-    def __init__(self, hidden: tuple[int, int] = (32, 16), seed: int = 0) -> None:
-        self.hidden = hidden
-        self.seed = seed
-        self.layers_: list[tuple[FloatArray, FloatArray]] = []
+    hidden_: tuple[int, int] = (32, 16)
+    layers_: list[DenseLayer]
 
     def fit(self, rows: TokenRows) -> Self:
         from sklearn.exceptions import ConvergenceWarning
@@ -116,65 +106,46 @@ class WispMlp:
         table = np.column_stack([rows.features, rows.depth])
         mean, spread = table.mean(axis=0), np.maximum(table.std(axis=0), 1e-9)
         network = MLPClassifier(
-            self.hidden,
+            self.hidden_,
             # Proposals at neighbouring positions are similar, so rows overstate the data: a strong penalty
             # and few passes beat early stopping (AUC 0.917 against 0.893 on the reference pair).
             alpha=2.0,
             batch_size=min(256, len(rows)),
             learning_rate_init=3e-3,
             max_iter=12,
-            random_state=self.seed,
+            random_state=0,
         )
         with warnings.catch_warnings():
             # Training stops at max_iter on purpose: held-out error is flat long before.
             warnings.simplefilter("ignore", ConvergenceWarning)
             network.fit((table - mean) / spread, rows.accepted)
-        layers = [
-            (np.asarray(w, dtype=np.float64), np.asarray(b, dtype=np.float64))
-            for w, b in zip(network.coefs_, network.intercepts_, strict=True)
-        ]
-        first, bias = layers[0]
-        layers[0] = (first / spread[:, None], bias - (mean / spread) @ first)
-        self.layers_ = layers
+        first, *others = zip(network.coefs_, network.intercepts_, strict=True)
+        weights, bias = (np.asarray(part, dtype=np.float64) for part in first)
+        standardised = DenseLayer(weights / spread[:, None], bias - (mean / spread) @ weights)
+        self.layers_ = [standardised, *(DenseLayer(*layer) for layer in others)]
         return self
 
-    def score(self, features: DraftFeatures, depth: int) -> float:
-        (w1, b1), (w2, b2), (w3, b3) = self.layers_
-        hidden = np.array((*features, depth)) @ w1
-        hidden += b1
-        hidden = np.maximum(hidden, 0.0, out=hidden) @ w2
-        hidden += b2
-        return float((np.maximum(hidden, 0.0, out=hidden) @ w3)[0] + b3[0])
-
-    def score_many(self, features: FloatArray, depth: np.ndarray) -> FloatArray:
-        hidden: FloatArray = np.column_stack([features, depth])
-        for weights, bias in self.layers_[:-1]:
-            hidden = np.maximum(hidden @ weights + bias, 0.0)
-        weights, bias = self.layers_[-1]
-        result: FloatArray = (hidden @ weights + bias)[:, 0]
-        return result
-
-    def payload(self) -> dict[str, Any]:
-        return {
-            "hidden": list(self.hidden),
-            "layers": [{"weights": w.tolist(), "bias": b.tolist()} for w, b in self.layers_],
-        }
-
-    @classmethod
-    def from_payload(cls, payload: dict[str, Any]) -> Self:
-        first, second = payload["hidden"]
-        scorer = cls((int(first), int(second)))
-        scorer.layers_ = [
-            (
-                np.array(layer["weights"], dtype=np.float64),
-                np.array(layer["bias"], dtype=np.float64),
-            )
-            for layer in payload["layers"]
-        ]
-        widths = [w.shape for w, _ in scorer.layers_]
+    def finish(self) -> None:
+        first, second = self.hidden_
+        widths = [layer.weights.shape for layer in self.layers_]
         if widths != [(5, first), (first, second), (second, 1)]:
             raise ValueError(f"layers of shapes {widths} are not a three-layer predictor")
-        return scorer
+
+    def score(self, features: DraftFeatures, depth: int) -> float:
+        first, second, last = self.layers_
+        hidden = np.array((*features, depth)) @ first.weights
+        hidden += first.bias
+        hidden = np.maximum(hidden, 0.0, out=hidden) @ second.weights
+        hidden += second.bias
+        return float((np.maximum(hidden, 0.0, out=hidden) @ last.weights)[0] + last.bias[0])
+
+    def score_many(self, features: FloatArray, depth: np.ndarray) -> FloatArray:
+        *inner, last = self.layers_
+        hidden: FloatArray = np.column_stack([features, depth])
+        for layer in inner:
+            hidden = np.maximum(hidden @ layer.weights + layer.bias, 0.0)
+        result: FloatArray = (hidden @ last.weights + last.bias)[:, 0]
+        return result
 
 
 LEAVES = 16
@@ -187,7 +158,7 @@ def _lowest_bits() -> NDArray[np.int8]:
     return np.append(0, np.log2(mask & -mask)).astype(np.int8)
 
 
-class BoostedTrees:
+class BoostedTrees(Scorer):
     """Boosted trees, trained by LightGBM and evaluated by numpy in one pass over all nodes (QuickScorer,
     Lucchese et al., SIGIR 2015): each failed test masks out the leaves of its left subtree, and the
     leftmost remaining leaf is the answer. At most 16 leaves fit one 16-bit mask.
@@ -199,19 +170,23 @@ class BoostedTrees:
 
     kind = "lightgbm"
 
-    def __init__(self, trees: int = 60, seed: int = 0) -> None:
-        self.trees = trees
-        self.seed = seed
-        empty = np.zeros((0, LEAVES - 1))
-        self._set(empty.astype(np.int64), empty, empty.astype(np.int64), np.zeros((0, LEAVES)))
+    feature_: NDArray[np.int64]
+    threshold_: FloatArray
+    mask_: NDArray[np.uint16]
+    leaf_: FloatArray
 
-    def _set(
-        self, feature: np.ndarray, threshold: FloatArray, mask: np.ndarray, leaf: FloatArray
-    ) -> None:
-        self.feature_ = feature
-        self.threshold_ = threshold
-        self.mask_ = mask.astype(np.uint16)
-        self.leaf_ = leaf
+    def __init__(self, trees: int = 60) -> None:
+        self.trees = trees
+
+    def finish(self) -> None:
+        leaf = self.leaf_
+        nodes = (len(leaf), LEAVES - 1)
+        if leaf.ndim != 2 or leaf.shape[1] != LEAVES or self.feature_.shape != nodes:
+            raise ValueError("the trees do not have 16 leaves each")
+        if self.threshold_.shape != nodes or self.mask_.shape != nodes:
+            raise ValueError("the trees' nodes are malformed")
+        if not 0 <= self.feature_.min() <= self.feature_.max() <= 4:
+            raise ValueError("the trees test unknown features")
         self._lowest = _lowest_bits()
         self._rows = np.arange(len(leaf)) * LEAVES
         self._flat = leaf.reshape(-1)
@@ -231,7 +206,7 @@ class BoostedTrees:
             "feature_fraction": 0.8,
             "bagging_fraction": 0.8,
             "bagging_freq": 1,
-            "seed": self.seed,
+            "seed": 0,
             "num_threads": 1,
             "deterministic": True,
             "verbosity": -1,
@@ -241,16 +216,18 @@ class BoostedTrees:
         )
         trees = [t["tree_structure"] for t in model.dump_model()["tree_info"]]
         shape = (len(trees), LEAVES - 1)
-        feature = np.zeros(shape, dtype=np.int64)
-        threshold = np.full(shape, np.inf)
-        mask = np.full(shape, 0xFFFF, dtype=np.int64)
-        leaf = np.zeros((len(trees), LEAVES))
+        self.feature_ = np.zeros(shape, dtype=np.int64)
+        self.threshold_ = np.full(shape, np.finfo(float).max)
+        self.mask_ = np.full(shape, ALL_LEAVES)
+        self.leaf_ = np.zeros((len(trees), LEAVES))
         for number, root in enumerate(trees):
             nodes: list[tuple[int, float, int]] = []
-            _walk(root, 0, nodes, leaf[number])
-            for place, node in enumerate(nodes):
-                feature[number, place], threshold[number, place], mask[number, place] = node
-        self._set(feature, threshold, mask, leaf)
+            _walk(root, 0, nodes, self.leaf_[number])
+            for place, (feature, threshold, mask) in enumerate(nodes):
+                self.feature_[number, place] = feature
+                self.threshold_[number, place] = threshold
+                self.mask_[number, place] = mask
+        self.finish()
         return self
 
     def score(self, features: DraftFeatures, depth: int) -> float:
@@ -266,30 +243,6 @@ class BoostedTrees:
             left = np.bitwise_and.reduce(np.where(failed, self.mask_[number], ALL_LEAVES), axis=1)
             total += self.leaf_[number, self._lowest[left]]
         return total
-
-    def payload(self) -> dict[str, Any]:
-        finite = np.where(np.isfinite(self.threshold_), self.threshold_, np.finfo(float).max)
-        return {
-            "feature": self.feature_.tolist(),
-            "threshold": finite.tolist(),
-            "mask": self.mask_.tolist(),
-            "leaf": self.leaf_.tolist(),
-        }
-
-    @classmethod
-    def from_payload(cls, payload: dict[str, Any]) -> Self:
-        leaf = np.array(payload["leaf"], dtype=np.float64)
-        feature = np.array(payload["feature"], dtype=np.int64)
-        threshold = np.array(payload["threshold"], dtype=np.float64)
-        mask = np.array(payload["mask"], dtype=np.int64)
-        nodes = (len(leaf), LEAVES - 1)
-        if leaf.ndim != 2 or leaf.shape[1] != LEAVES or feature.shape != nodes:
-            raise ValueError("the trees do not have 16 leaves each")
-        if threshold.shape != nodes or mask.shape != nodes or not 0 <= feature.min() <= 4:
-            raise ValueError("the trees' nodes are malformed")
-        scorer = cls(len(leaf))
-        scorer._set(feature, threshold, mask, leaf)
-        return scorer
 
 
 def _walk(

@@ -6,66 +6,57 @@ by ``fit``, is stored as plain JSON, and predicts from plain numbers.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Mapping
-from typing import Any, Protocol, Self
+from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
-from wispprof.errors import FitError
+from wispprof.artifacts.document import LearnedState
+from wispprof.artifacts.rows import NonNegative
 from wispprof.fitting.batch_totals import ArrayTotals, FloatArray, Totals, clipped
 from wispprof.fitting.observations import Observations
 from wispprof.types import BatchTotals
 
+TREES = 48
+"""Of the random forest."""
 
-class StepTimeModel(Protocol):
-    """Totals of a batch to its median time.
+
+class StepTimeModel(LearnedState, ABC):
+    """Totals of a batch to its median time. Attributes that end in ``_`` are learned by :meth:`fit`.
 
     ``monotone``: predictions never fall if work is added.
     """
 
     kind: str
-    monotone: bool
+    monotone = True
 
+    @abstractmethod
     def fit(self, data: Observations) -> Self:
         """Learn from observations and return self."""
 
     def clone_unfitted(self) -> Self:
         """An unfitted model with the settings that this one's fit chose."""
+        return type(self)()
 
+    @abstractmethod
     def p50(self, totals: Totals) -> float:
         """Median milliseconds of one non-empty batch."""
 
+    @abstractmethod
     def p50_many(self, totals: ArrayTotals) -> FloatArray:
         """:meth:`p50` of n batches, (n,); equal within rounding."""
 
     def clipped(self, totals: Totals, high: Totals) -> float:
-        """:meth:`p50` of the batch cut to ``high``; never falls if work is added."""
+        """:meth:`p50` of the batch cut to ``high``; never falls if work is added.
 
-    def clipped_many(self, totals: ArrayTotals, high: Totals) -> FloatArray:
-        """:meth:`clipped` of n batches, (n,)."""
-
-    def payload(self) -> dict[str, Any]:
-        """Everything needed to predict, as JSON."""
-
-    @classmethod
-    def from_payload(cls, payload: dict[str, Any]) -> Self:
-        """A fitted model from its payload."""
-
-
-class ClippedMixin:
-    """``clipped`` for models that never fall in any single total: cuts total by total."""
-
-    def p50(self, totals: Totals) -> float:
-        raise NotImplementedError
-
-    def p50_many(self, totals: ArrayTotals) -> FloatArray:
-        raise NotImplementedError
-
-    def clipped(self, totals: Totals, high: Totals) -> float:
+        The default cuts total by total: for models that never fall in any single total.
+        """
         return self.p50(BatchTotals(*map(min, totals, high)))
 
     def clipped_many(self, totals: ArrayTotals, high: Totals) -> FloatArray:
+        """:meth:`clipped` of n batches, (n,)."""
         return self.p50_many(clipped(totals, high))
 
 
@@ -97,19 +88,16 @@ def fit_nonnegative(design: FloatArray, times_ms: FloatArray, ridge: float = 1e-
     return scaled
 
 
-class WispLinear(ClippedMixin):
+class WispLinear(StepTimeModel):
     """WISP's estimator (arXiv 2601.11652, section 5), with all weights ≥ 0:
 
     ``a·Σ new + b·Σ new·(cached + new) + c·Σ cached + d``.
 
-    ``coef_``: (4,) milliseconds per token, per token pair, per cached token, and per step.
+    ``coef_``: milliseconds per token, per token pair, per cached token, and per step.
     """
 
     kind = "wisp-linear"
-    monotone = True
-
-    def __init__(self) -> None:
-        self.coef_: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    coef_: tuple[NonNegative, NonNegative, NonNegative, NonNegative]
 
     def fit(self, data: Observations) -> Self:
         totals = data.totals
@@ -118,9 +106,6 @@ class WispLinear(ClippedMixin):
         a, b, c, d = fit_nonnegative(np.stack(design, axis=1), data.median_ms).tolist()
         self.coef_ = (a, b, c, d)
         return self
-
-    def clone_unfitted(self) -> Self:
-        return type(self)()
 
     def p50(self, totals: Totals) -> float:
         a, b, c, d = self.coef_
@@ -138,33 +123,18 @@ class WispLinear(ClippedMixin):
         )
         return result
 
-    def payload(self) -> dict[str, Any]:
-        return {"coef": list(self.coef_)}
 
-    @classmethod
-    def from_payload(cls, payload: dict[str, Any]) -> Self:
-        model = cls()
-        coef = [float(v) for v in payload["coef"]]
-        if len(coef) != 4 or min(coef) < 0:
-            raise FitError("A wisp-linear estimator has four weights ≥ 0.", "Fit it anew.")
-        model.coef_ = (coef[0], coef[1], coef[2], coef[3])
-        return model
-
-
-class Staircase(ClippedMixin):
+class Staircase(StepTimeModel):
     """Time by padded tokens, measured at one context length, as vLLM profiles itself at start-up.
 
-    ``steps_``: token counts; ``times_``: ms of a step padded to each, never falling. The context is the
+    ``steps_``: token counts; ``times_ms_``: of a step padded to each, never falling. ``context_``: the
     one that most shapes were measured at. Beyond the last step, time grows in proportion.
     """
 
     kind = "staircase"
-    monotone = True
-
-    def __init__(self) -> None:
-        self.steps_: list[float] = []
-        self.times_: list[float] = []
-        self.context_ = 0.0
+    steps_: list[float]
+    times_ms_: list[float]
+    context_: float
 
     def fit(self, data: Observations) -> Self:
         plain = data.totals.prefill == 0
@@ -182,43 +152,31 @@ class Staircase(ClippedMixin):
             nearest = same[distance[same] <= distance[same].min() + 1e-9]
             times.append(float(np.median(used.median_ms[nearest])))
         self.steps_ = steps.tolist()
-        self.times_ = np.maximum.accumulate(times).tolist()
+        self.times_ms_ = np.maximum.accumulate(times).tolist()
         return self
 
-    def clone_unfitted(self) -> Self:
-        return type(self)()
+    def finish(self) -> None:
+        if not self.steps_ or len(self.steps_) != len(self.times_ms_):
+            raise ValueError("a staircase needs as many times as steps")
+        if sorted(self.steps_) != self.steps_ or sorted(self.times_ms_) != self.times_ms_:
+            raise ValueError("a staircase never falls")
 
     def p50(self, totals: Totals) -> float:
         place = bisect_left(self.steps_, totals.sum_new)
         if place < len(self.steps_):
-            return self.times_[place]
-        return self.times_[-1] * totals.sum_new / self.steps_[-1]
+            return self.times_ms_[place]
+        return self.times_ms_[-1] * totals.sum_new / self.steps_[-1]
 
     def p50_many(self, totals: ArrayTotals) -> FloatArray:
-        steps, times = np.array(self.steps_), np.array(self.times_)
+        steps, times = np.array(self.steps_), np.array(self.times_ms_)
         place = np.searchsorted(steps, totals.sum_new, side="left")
         padded = times[np.minimum(place, len(times) - 1)]
         beyond = padded * totals.sum_new / steps[-1]
         result: FloatArray = np.where(place == len(steps), beyond, padded)
         return result
 
-    def payload(self) -> dict[str, Any]:
-        return {"steps": self.steps_, "times_ms": self.times_, "context": self.context_}
 
-    @classmethod
-    def from_payload(cls, payload: dict[str, Any]) -> Self:
-        model = cls()
-        model.steps_ = [float(v) for v in payload["steps"]]
-        model.times_ = [float(v) for v in payload["times_ms"]]
-        model.context_ = float(payload["context"])
-        if not model.steps_ or len(model.steps_) != len(model.times_):
-            raise ValueError("a staircase needs as many times as steps")
-        if sorted(model.steps_) != model.steps_ or sorted(model.times_) != model.times_:
-            raise ValueError("a staircase never falls")
-        return model
-
-
-class Forest(ClippedMixin):
+class Forest(StepTimeModel):
     """A random forest over batch features, as in Vidur (arXiv 2405.05465, section 4.3).
 
     It can predict less time for more work, so ``auto`` never chooses it; it is a baseline. It is trained
@@ -229,49 +187,43 @@ class Forest(ClippedMixin):
 
     kind = "forest"
     monotone = False
-    _nodes: Mapping[str, type[np.generic]] = {
-        "feature": np.int64,
-        "threshold": np.float64,
-        "left": np.int64,
-        "right": np.int64,
-        "value": np.float64,
-    }
-
-    def __init__(self, trees: int = 48, seed: int = 0) -> None:
-        self.trees = trees
-        self.seed = seed
-        self._set(np.zeros(0), {name: np.zeros(0) for name in self._nodes})
+    roots_: NDArray[np.int64]
+    feature_: NDArray[np.int64]
+    threshold_: FloatArray
+    left_: NDArray[np.int64]
+    right_: NDArray[np.int64]
+    value_: FloatArray
 
     def fit(self, data: Observations) -> Self:
         from sklearn.ensemble import RandomForestRegressor
 
-        model = RandomForestRegressor(self.trees, random_state=self.seed, n_jobs=1)
-        model.fit(np.column_stack(data.totals), data.median_ms)
-        roots, start = [], 0
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in self._nodes}
-        for estimator in model.estimators_:
-            tree = estimator.tree_
-            leaf = tree.children_left < 0
-            roots.append(start)
-            parts["feature"].append(np.where(leaf, -1, tree.feature))
-            parts["threshold"].append(np.where(leaf, 0.0, tree.threshold))
-            parts["left"].append(np.where(leaf, 0, tree.children_left + start))
-            parts["right"].append(np.where(leaf, 0, tree.children_right + start))
-            parts["value"].append(np.where(leaf, tree.value[:, 0, 0], 0.0))
-            start += tree.node_count
-        self._set(np.array(roots), {name: np.concatenate(p) for name, p in parts.items()})
+        forest = RandomForestRegressor(TREES, random_state=0, n_jobs=1)
+        forest.fit(np.column_stack(data.totals), data.median_ms)
+        trees = [estimator.tree_ for estimator in forest.estimators_]
+        counts = [tree.node_count for tree in trees]
+        self.roots_ = np.cumsum([0, *counts[:-1]])
+        start = np.repeat(self.roots_, counts)
+        left = np.concatenate([tree.children_left for tree in trees])
+        right = np.concatenate([tree.children_right for tree in trees])
+        leaf = left < 0
+        self.feature_ = np.where(leaf, -1, np.concatenate([tree.feature for tree in trees]))
+        self.threshold_ = np.where(leaf, 0.0, np.concatenate([tree.threshold for tree in trees]))
+        self.left_ = np.where(leaf, 0, left + start)
+        self.right_ = np.where(leaf, 0, right + start)
+        self.value_ = np.where(leaf, np.concatenate([tree.value[:, 0, 0] for tree in trees]), 0.0)
         return self
 
-    def _set(self, roots: np.ndarray, parts: dict[str, np.ndarray]) -> None:
-        self.roots_ = roots.astype(np.int64)
-        self.feature_ = parts["feature"].astype(np.int64)
-        self.threshold_ = parts["threshold"].astype(np.float64)
-        self.left_ = parts["left"].astype(np.int64)
-        self.right_ = parts["right"].astype(np.int64)
-        self.value_ = parts["value"].astype(np.float64)
-
-    def clone_unfitted(self) -> Self:
-        return type(self)(self.trees, self.seed)
+    def finish(self) -> None:
+        nodes = np.arange(len(self.feature_))
+        inner = self.feature_ >= 0
+        parts = (self.threshold_, self.left_, self.right_, self.value_)
+        if any(len(part) != len(nodes) for part in parts) or not len(self.roots_):
+            raise ValueError("the forest's arrays differ in length")
+        # Children after parents: a walk always ends, whatever the file says.
+        if (np.minimum(self.left_, self.right_)[inner] <= nodes[inner]).any():
+            raise ValueError("the forest has a cycle")
+        if (np.maximum(self.left_, self.right_) >= len(nodes)).any():
+            raise ValueError("the forest points outside itself")
 
     def p50(self, totals: Totals) -> float:
         return float(self.p50_many(BatchTotals.stack([totals]))[0])
@@ -289,24 +241,3 @@ class Forest(ClippedMixin):
             node = np.where(inner, np.where(low, self.left_[node], self.right_[node]), node)
         result: FloatArray = self.value_[node].mean(axis=1)
         return result
-
-    def payload(self) -> dict[str, Any]:
-        nodes = {name: getattr(self, f"{name}_").tolist() for name in self._nodes}
-        return {"roots": self.roots_.tolist(), **nodes}
-
-    @classmethod
-    def from_payload(cls, payload: dict[str, Any]) -> Self:
-        parts = {name: np.array(payload[name], kind) for name, kind in cls._nodes.items()}
-        roots = np.array(payload["roots"], dtype=np.int64)
-        model = cls(len(roots))
-        model._set(roots, parts)
-        nodes = np.arange(len(model.feature_))
-        inner = model.feature_ >= 0
-        if len({len(p) for p in parts.values()}) != 1 or not len(roots):
-            raise ValueError("the forest's arrays differ in length")
-        # Children after parents: a walk always ends, whatever the file says.
-        if (np.minimum(model.left_, model.right_)[inner] <= nodes[inner]).any():
-            raise ValueError("the forest has a cycle")
-        if (np.maximum(model.left_, model.right_) >= len(nodes)).any():
-            raise ValueError("the forest points outside itself")
-        return model

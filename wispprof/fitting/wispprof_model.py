@@ -14,12 +14,12 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from operator import le
-from typing import Any, NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
 
 import numpy as np
 
+from wispprof.artifacts.files import Meta
 from wispprof.fitting.batch_totals import (
-    EMPTY,
     ArrayTotals,
     FloatArray,
     Totals,
@@ -34,6 +34,7 @@ from wispprof.fitting.physical_terms import (
     sampled_tokens,
     sampled_tokens_many,
 )
+from wispprof.fitting.step_time_models import StepTimeModel
 from wispprof.types import BatchTotals
 
 ROUNDS = (0, 15, 30, 60, 120)
@@ -67,7 +68,7 @@ class ModelChoice(NamedTuple):
     rounds: int = ROUNDS[0]
 
 
-class WispprofStepTime:
+class WispprofStepTime(StepTimeModel):
     """``physical_``, ``residual_``, ``alpha_``; ``high_``, the upper corner of the measured box, and
     ``max_sampled_``, the most sampled tokens of a step in it.
 
@@ -75,20 +76,17 @@ class WispprofStepTime:
     """
 
     kind = "wispprof"
-    monotone = True
+    physical_: PhysicalTerms
+    residual_: MonotoneTables
+    alpha_: Annotated[float, Meta(gt=0, le=1)]
+    high_: Totals
+    max_sampled_: int
 
-    def __init__(self, seed: int = 0, choice: ModelChoice | None = None) -> None:
-        self.seed = seed
+    def __init__(self, choice: ModelChoice | None = None) -> None:
         self.choice = choice
-        self.choice_ = choice
-        self.physical_ = PhysicalTerms()
-        self.residual_ = MonotoneTables(0)
-        self.alpha_ = 1.0
-        self.high_ = EMPTY
-        self.max_sampled_ = 0
 
     def fit(self, data: Observations) -> Self:
-        choice = self.choice_ = self.choice or self._choose(data)
+        choice = self.choice_ = self.choice or _choose(data)
         self.physical_ = PhysicalTerms(*choice.knots).fit(data)
         sampled = sampled_tokens_many(data.totals)
         features = residual_features(data.totals, self.physical_, sampled)
@@ -100,16 +98,7 @@ class WispprofStepTime:
         return self
 
     def clone_unfitted(self) -> Self:
-        return type(self)(self.seed, self.choice_)
-
-    def _choose(self, data: Observations) -> ModelChoice:
-        folds = list(_inner_folds(data, self.seed))
-        errors = {knots: _physical_error(data, folds, knots) for knots in KNOTS}
-        knots = min(errors, key=lambda k: errors[k])
-        corrected = _corrected_errors(data, folds, knots)
-        best = min(corrected, key=lambda c: corrected[c])
-        simple = ModelChoice(knots)
-        return best if corrected[best] < MIN_ERROR_RATIO * corrected[simple] else simple
+        return type(self)(self.choice_)
 
     def p50(self, totals: Totals) -> float:
         sampled = sampled_tokens(totals)
@@ -165,26 +154,15 @@ class WispprofStepTime:
         result: FloatArray = base * np.exp(self.residual_.value_many(features))
         return result
 
-    def payload(self) -> dict[str, Any]:
-        return {
-            "physical": self.physical_.payload(),
-            "residual": self.residual_.payload(),
-            "alpha": self.alpha_,
-            "high": list(self.high_),
-            "max_sampled": self.max_sampled_,
-        }
 
-    @classmethod
-    def from_payload(cls, payload: dict[str, Any]) -> Self:
-        model = cls()
-        model.physical_ = PhysicalTerms.from_payload(payload["physical"])
-        model.residual_ = MonotoneTables.from_payload(payload["residual"])
-        model.alpha_ = float(payload["alpha"])
-        if not 0 < model.alpha_ <= 1:
-            raise ValueError("alpha must lie in (0, 1]")
-        model.high_ = BatchTotals(*(int(v) for v in payload["high"]))
-        model.max_sampled_ = int(payload["max_sampled"])
-        return model
+def _choose(data: Observations) -> ModelChoice:
+    folds = list(_inner_folds(data))
+    errors = {knots: _physical_error(data, folds, knots) for knots in KNOTS}
+    knots = min(errors, key=lambda k: errors[k])
+    corrected = _corrected_errors(data, folds, knots)
+    best = min(corrected, key=lambda c: corrected[c])
+    simple = ModelChoice(knots)
+    return best if corrected[best] < MIN_ERROR_RATIO * corrected[simple] else simple
 
 
 def _physical_error(
@@ -233,12 +211,12 @@ def _corrected_errors(
     return {choice: float(np.mean(values)) for choice, values in errors.items()}
 
 
-def _inner_folds(data: Observations, seed: int) -> Iterator[np.ndarray]:
+def _inner_folds(data: Observations) -> Iterator[np.ndarray]:
     """Masks of held-out shapes: four random quarters, and the middle thirds by items and by depth.
 
     Random folds alone would favour a residual that knows its neighbours; the thirds ask it to bridge gaps.
     """
-    ranks = np.array([zlib.crc32(f"inner{seed}:{key}".encode()) for key in data.groups])
+    ranks = np.array([zlib.crc32(f"inner0:{key}".encode()) for key in data.groups])
     fold = np.argsort(np.argsort(ranks, kind="stable"), kind="stable") % 4
     for number in range(4):
         yield fold == number
