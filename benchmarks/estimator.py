@@ -37,7 +37,7 @@ from wispprof.fitting import (
 from wispprof.fitting.evaluation import fit_on
 from wispprof.fitting.observations import Observations
 from wispprof.fitting.rejection_predictor import SCORERS, Calibration
-from wispprof.fitting.token_rows import TokenRows
+from wispprof.fitting.rejection_scorers import TokenRows
 from wispprof.types import BatchShape, DraftFeatures, VerifyItem
 
 ROUNDS = 15

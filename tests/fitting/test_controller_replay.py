@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,20 @@ from wispprof.fitting import fit_predictor
 from wispprof.fitting.controller_replay import (
     Fold,
     Setting,
+    Walk,
     acceptance_tables,
     clairvoyant_lengths,
     compare_controllers,
+    count_rounds,
     fixed_lengths,
-    replay_controller,
     summarise,
     threshold_lengths,
     walk,
 )
 from wispprof.fitting.rejection_predictor import fit_scorer
-from wispprof.fitting.token_rows import split_prompts
+from wispprof.fitting.rejection_scorers import split_prompts
 from wispprof.policies.controllers import FixedController, WispController
+from wispprof.policies.interface import Controller, RoundContext
 
 
 def _path(accepted: list[int], depth: int) -> TracePath:
@@ -116,6 +119,33 @@ def test_folds_are_judged_together() -> None:
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return all(a[k] == b[k] for k in ("device", "rtt_ms", "controller", "aim"))
+
+
+def replay_controller(
+    paths: Sequence[TracePath], make: Callable[[], Controller], cost: Setting
+) -> Walk:
+    """Play rounds under a real controller object, one per path, as an edge would drive it."""
+    return count_rounds(_controlled_rounds(paths, make, cost))
+
+
+def _controlled_rounds(
+    paths: Sequence[TracePath], make: Callable[[], Controller], cost: Setting
+) -> Iterator[tuple[int, int]]:
+    context = RoundContext(cost.draft_ms, cost.rtt_ms, cost.server_ms)
+    for path in paths:
+        controller = make()
+        position = 0
+        while position < path.scored_rows():
+            most = min(controller.begin(context), path.depth)
+            length = 0
+            while length < most:
+                length += 1
+                if not controller.go_on(length - 1, path.features_at(position, length - 1)):
+                    break
+            good = min(length, int(path.accepted[position]))
+            controller.finish(length, good)
+            yield length, good
+            position += good + 1
 
 
 def test_controllers_replay_like_their_rules() -> None:

@@ -19,7 +19,7 @@ from wispprof.fitting.rejection_predictor import (
     expected_calibration_error,
     reliability,
 )
-from wispprof.fitting.token_rows import split_prompts, token_rows
+from wispprof.fitting.rejection_scorers import split_prompts, token_rows
 from wispprof.types import DraftFeatures
 
 

@@ -117,10 +117,6 @@ class RatioBound:
             raise ValueError(f"coverage must be in [0.5, 1), got {coverage}")
         return tuple(float(np.interp(coverage, LEVELS, row)) for row in self.factors)
 
-    def regime(self, p50_ms: float, prefill: bool) -> int:
-        """Index into :data:`REGIMES`."""
-        return int(p50_ms >= self.split_ms) + 2 * int(prefill)
-
     def payload(self) -> dict[str, Any]:
         return {
             "split_ms": self.split_ms,

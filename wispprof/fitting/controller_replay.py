@@ -14,7 +14,7 @@ favours them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +24,6 @@ import numpy as np
 from wispprof.artifacts.rows import TracePath
 from wispprof.errors import FitError
 from wispprof.fitting.batch_totals import FloatArray
-from wispprof.policies.interface import Controller, RoundContext
 from wispprof.types import RejectionPredictor
 
 DEVICES = {"slow": 66.0, "middle": 16.0, "fast": 5.0}
@@ -76,7 +75,7 @@ class Walk(NamedTuple):
         return self.drafted * cost.draft_ms / self.tokens
 
 
-def _count(rounds: Iterable[tuple[int, int]]) -> Walk:
+def count_rounds(rounds: Iterable[tuple[int, int]]) -> Walk:
     """The counts of rounds given as (drafted, accepted)."""
     tokens = count = drafted = accepted = wasted = 0
     for length, good in rounds:
@@ -94,7 +93,7 @@ def _count(rounds: Iterable[tuple[int, int]]) -> Walk:
 
 def walk(paths: Sequence[TracePath], lengths: Lengths) -> Walk:
     """Play rounds from the start of each path; ``lengths[p][i]`` tokens are drafted at position i."""
-    return _count(_rounds(paths, lengths))
+    return count_rounds(_rounds(paths, lengths))
 
 
 def _rounds(paths: Sequence[TracePath], lengths: Lengths) -> Iterator[tuple[int, int]]:
@@ -302,30 +301,3 @@ def _record(
         "accepted": result.accepted / result.rounds,
         "drafted": result.drafted / result.rounds,
     }
-
-
-def replay_controller(
-    paths: Sequence[TracePath], make: Callable[[], Controller], cost: Setting
-) -> Walk:
-    """Play rounds under a real controller object, one per path, as an edge would drive it."""
-    return _count(_controlled_rounds(paths, make, cost))
-
-
-def _controlled_rounds(
-    paths: Sequence[TracePath], make: Callable[[], Controller], cost: Setting
-) -> Iterator[tuple[int, int]]:
-    context = RoundContext(cost.draft_ms, cost.rtt_ms, cost.server_ms)
-    for path in paths:
-        controller = make()
-        position = 0
-        while position < path.scored_rows():
-            most = min(controller.begin(context), path.depth)
-            length = 0
-            while length < most:
-                length += 1
-                if not controller.go_on(length - 1, path.features_at(position, length - 1)):
-                    break
-            good = min(length, int(path.accepted[position]))
-            controller.finish(length, good)
-            yield length, good
-            position += good + 1

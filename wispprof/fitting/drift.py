@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -252,10 +252,6 @@ class DriftMonitor:
         return DriftStatus(
             self._steps, ratio, self.bound_scale, covered, self._alarmed, reason, cells
         )
-
-    def residuals(self) -> Mapping[str, tuple[int, float]]:
-        """Steps and running ratio measured ÷ predicted, by cell."""
-        return {str(cell): (t.count, math.exp(t.recent)) for cell, t in self._cells.items()}
 
 
 MINIMUM_STEPS = 50

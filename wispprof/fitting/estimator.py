@@ -240,10 +240,6 @@ class FittedEstimator(StepTimeEstimator):
         """Whether a batch like this one was measured; outside, the model extrapolates."""
         return totals_of(shape.items) in self.domain
 
-    def regime(self, totals: Totals) -> int:
-        """Index into :data:`~wispprof.fitting.conformal.REGIMES`."""
-        return self.ratio.regime(self.step_model.p50(totals), totals.prefill > 0)
-
     def p50_of(self, totals: Totals) -> float:
         """Median milliseconds of a batch with these totals; 0 for the empty one."""
         return self.step_model.p50(totals) * self.p50_scale if totals.items else 0.0

@@ -14,11 +14,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from wispprof.fitting.batch_totals import ArrayTotals, FloatArray, select
+from wispprof.fitting.batch_totals import FloatArray, select
 from wispprof.fitting.conformal import REGIMES, RatioBound
 from wispprof.fitting.estimator import (
     ESTIMATOR_KINDS,
@@ -119,17 +120,11 @@ def noise_floor(
     ``speed_corrected``: as if machine speed were known at every step.
     """
     samples = data.speed_corrected if speed_corrected else data.samples
-    return {
-        level: float(
-            np.mean(
-                [
-                    float(np.quantile(own, level, method="inverted_cdf")) / median
-                    for own, median in zip(samples, data.median_ms.tolist(), strict=True)
-                ]
-            )
-        )
-        for level in levels
-    }
+    floor = {}
+    for level in levels:
+        own = [float(np.quantile(times, level, method="inverted_cdf")) for times in samples]
+        floor[level] = float(np.mean(np.array(own) / data.median_ms))
+    return floor
 
 
 @dataclass
@@ -153,22 +148,11 @@ class Evaluation:
     learning: list[dict[str, Any]] = field(default_factory=list)
     points: list[dict[str, Any]] = field(default_factory=list)
 
-    def overall(self, kind: str, in_domain: bool = True) -> dict[str, Any]:
-        """The record of one estimator over all schemes."""
-        return next(
-            r
-            for r in self.groups
-            if r["estimator"] == kind and r["scheme"] == "all" and r["in_domain"] == in_domain
-        )
-
-
-def _scheme_columns(totals: ArrayTotals) -> dict[str, FloatArray]:
-    return {"items": totals.items, "new": totals.max_new, "cached": totals.max_cached}
-
 
 def groups_of(data: Observations) -> Iterator[tuple[str, np.ndarray]]:
     """(scheme, mask of held-out shapes) of every group; each leaves enough to learn from."""
-    columns = _scheme_columns(data.totals)
+    totals = data.totals
+    columns = {"items": totals.items, "new": totals.max_new, "cached": totals.max_cached}
     for scheme, values in columns.items():
         distinct = np.unique(values)
         for part in np.array_split(distinct, min(MAX_GROUPS, len(distinct))):
@@ -221,7 +205,7 @@ def evaluate(
             scored.append(_score(kind, scheme, data.take(~held), data.take(held)))
             step(f"{kind}: {scheme}")
         _summarise_groups(found, kind, scored)
-        _random_splits(found, kind, data, splits, seed, lambda k=kind: step(f"{k}: coverage"))  # type: ignore[misc]
+        _random_splits(found, kind, data, splits, seed, partial(step, f"{kind}: coverage"))
         for size in sizes:
             found.learning.append(_learning_point(kind, data, size, seed))
             for _ in range(LEARNING_REPEATS):
@@ -253,43 +237,39 @@ def _summarise_groups(found: Evaluation, kind: str, scored: list[_Scored]) -> No
     for scheme in (*dict.fromkeys(s.scheme for s in scored), "all"):
         chosen = [s for s in scored if scheme in (s.scheme, "all")]
         for inside in (True, False):
-            masks = [s.inside == inside for s in chosen]
-            if sum(int(m.sum()) for m in masks) == 0:
-                continue
             record = {"estimator": kind, "scheme": scheme, "in_domain": inside}
-            found.groups.append(record | _figures(chosen, masks))
+            found.groups += _figures(record, chosen, [s.inside == inside for s in chosen])
     for number, name in enumerate(REGIMES):
         masks = [s.inside & (s.regime == number) for s in scored]
-        if sum(int(m.sum()) for m in masks):
-            record = {"estimator": kind, "regime": name}
-            found.regimes.append(record | _figures(scored, masks))
+        found.regimes += _figures({"estimator": kind, "regime": name}, scored, masks)
     for s in scored:
-        for values in zip(s.p50, s.bound, s.actual, s.inside, strict=True):
-            p50, bound, actual, inside = (v.item() for v in values)
-            found.points.append(
-                {
-                    "estimator": kind,
-                    "scheme": s.scheme,
-                    "p50_ms": p50,
-                    "bound_ms": bound,
-                    "actual_ms": actual,
-                    "in_domain": inside,
-                }
-            )
+        columns = (c.tolist() for c in (s.p50, s.bound, s.actual, s.inside))
+        for point in zip(*columns, strict=True):
+            named = zip(("p50_ms", "bound_ms", "actual_ms", "in_domain"), point, strict=True)
+            found.points.append({"estimator": kind, "scheme": s.scheme, **dict(named)})
 
 
-def _figures(scored: Sequence[_Scored], masks: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Errors of medians; coverage of single samples, a shape's samples having one vote together."""
-    p50 = np.concatenate([s.p50[m] for s, m in zip(scored, masks, strict=True)])
-    bound = np.concatenate([s.bound[m] for s, m in zip(scored, masks, strict=True)])
-    actual = np.concatenate([s.actual[m] for s, m in zip(scored, masks, strict=True)])
-    samples = [s.samples[i] for s, m in zip(scored, masks, strict=True) for i in np.flatnonzero(m)]
-    return {
-        "shapes": len(p50),
-        **relative_errors(p50, actual),
-        "coverage": coverage_of(bound, samples),
-        "sharpness": float((bound / p50).mean()),
-    }
+def _figures(
+    record: dict[str, Any], scored: Sequence[_Scored], masks: Sequence[np.ndarray]
+) -> list[dict[str, Any]]:
+    """The record with errors of medians, and coverage of single samples, a shape's samples having one
+    vote together; nothing without shapes under the masks."""
+    pairs = list(zip(scored, masks, strict=True))
+    p50 = np.concatenate([s.p50[m] for s, m in pairs])
+    if not len(p50):
+        return []
+    bound = np.concatenate([s.bound[m] for s, m in pairs])
+    actual = np.concatenate([s.actual[m] for s, m in pairs])
+    samples = [s.samples[i] for s, m in pairs for i in np.flatnonzero(m)]
+    return [
+        {
+            **record,
+            "shapes": len(p50),
+            **relative_errors(p50, actual),
+            "coverage": coverage_of(bound, samples),
+            "sharpness": float((bound / p50).mean()),
+        }
+    ]
 
 
 def coverage_of(bound: FloatArray, samples: Sequence[FloatArray]) -> float:
@@ -316,19 +296,18 @@ def _random_splits(
             p50, bound = estimator.with_coverage(level).predict_many(test.totals, test.decode)
             seen[level].append((coverage_of(bound, test.samples), float((bound / p50).mean())))
         step()
-    for level, values in seen.items():
-        if values:
-            table = np.array(values)
-            found.splits.append(
-                {
-                    "estimator": kind,
-                    "level": level,
-                    "splits": splits,
-                    "coverage": float(table[:, 0].mean()),
-                    "worst_split": float(table[:, 0].min()),
-                    "sharpness": float(table[:, 1].mean()),
-                }
-            )
+    for level, values in seen.items() if splits else ():
+        coverage, sharpness = np.array(values).T
+        found.splits.append(
+            {
+                "estimator": kind,
+                "level": level,
+                "splits": splits,
+                "coverage": float(coverage.mean()),
+                "worst_split": float(coverage.min()),
+                "sharpness": float(sharpness.mean()),
+            }
+        )
 
 
 def _sizes(shapes: int) -> list[int]:
@@ -346,11 +325,6 @@ def _learning_point(kind: str, data: Observations, size: int, seed: int) -> dict
         learn = data.take(order[len(data) // 4 :][:size])
         model = model_class(kind)().fit(learn)
         errors.append(relative_errors(model.p50_many(test.totals), test.median_ms))
-    return {
-        "estimator": kind,
-        "shapes": size,
-        **{
-            name: float(np.mean([e[name] for e in errors]))
-            for name in ("mape", "median_ape", "p90_ape")
-        },
-    }
+    names = ("mape", "median_ape", "p90_ape")
+    means = {name: float(np.mean([e[name] for e in errors])) for name in names}
+    return {"estimator": kind, "shapes": size, **means}

@@ -39,7 +39,7 @@ from wispprof.fitting.rejection_predictor import (
     fit_scorer,
     paths_of,
 )
-from wispprof.fitting.token_rows import split_prompts
+from wispprof.fitting.rejection_scorers import split_prompts
 from wispprof.hardware import compute_device_name
 
 REPLAY_FOLDS = 5

@@ -26,9 +26,12 @@ from wispprof.fitting.rejection_scorers import (
     MarginLogistic,
     Scorer,
     Threshold,
+    TokenRows,
     WispMlp,
+    check_classes,
+    split_prompts,
+    token_rows,
 )
-from wispprof.fitting.token_rows import TokenRows, check_classes, split_prompts, token_rows
 from wispprof.types import DraftFeatures
 
 KIND = "predictor"
