@@ -87,7 +87,7 @@ def main() -> None:
         print(
             f"estimator {bed.estimator.kind}, held-out MAPE {mape:.1f} %; SLO classes "
             f"{', '.join(f'{s:g}' for s in bed.mix.speeds)} tokens/s, first token in "
-            f"{bed.ttft_ms:.0f} ms; draft steps {', '.join(f'{k.draft_ms:g}' for k in bed.mix.kinds)} ms, "
+            f"{bed.ttft_ms:.0f} ms; draft steps {', '.join(f'{k.draft_ms:g}' for k in bed.mix.profiles)} ms, "
             f"RTT {bed.rtt_ms:g} ms; {arguments.threads} engine threads; ready after "
             f"{time.monotonic() - began:.0f} s",
             flush=True,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wispprof.artifacts import AcceptanceTrace, bundled_path, load_trace, save_trace
-from wispprof.bench import FleetProcess, Mix
+from wispprof.bench import FleetProcess, LoadMix
 from wispprof.fitting import FittedEstimator, load_estimator
 from wispprof.settings.bench_settings import BenchSettings
 from wispprof.settings.shared_settings import LinkModel
@@ -43,7 +43,7 @@ class Bed:
     vocab: int
     near: int
     requests: int
-    mix: Mix
+    mix: LoadMix
     rtt_ms: float
     ttft_ms: float
     max_new: int
@@ -126,7 +126,7 @@ def make_bed(folder: Path, arguments: argparse.Namespace, fleet: FleetProcess) -
         target.info.vocab_size,
         near,
         arguments.requests,
-        Mix(kinds, speeds),
+        LoadMix(kinds, speeds),
         round(0.3 * step_ms, 1),
         max(1000.0, 4.0 * near * prompt_ms),
         new,

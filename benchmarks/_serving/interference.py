@@ -67,7 +67,10 @@ async def _disturb(
     from wispprof.edge.generation import Generation, GenerationRequest
 
     fleet = _Fleet(load, url, trace, None, None)
-    clients = [EdgeClient(fleet._dial_of(i), fleet._client_of(i)) for i in range(load.devices + 1)]
+    clients = [
+        EdgeClient(fleet._connection_factory(i), fleet._client_settings(i))
+        for i in range(load.devices + 1)
+    ]
     for client in clients:
         await client.__aenter__()
     loop = asyncio.get_running_loop()
@@ -79,7 +82,7 @@ async def _disturb(
         request = GenerationRequest(
             path.prompt, len(path.path), trace.sampling, Slo(load.tokens_per_s[0])
         )
-        worker, controller = fleet._drafting_of(number, path, clients[number])
+        worker, controller = fleet._make_drafting(number, path, clients[number])
         generation = Generation(clients[number], request, worker, controller, fleet.drafting)
         async for _ in generation.stream():
             commits[number].append(loop.time() * 1000.0)

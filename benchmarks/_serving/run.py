@@ -101,7 +101,7 @@ async def run(bed: Bed, name: str, what: System, devices: int) -> Run:
     gaps = busy_gaps(steps, policy.rested_ms)
     overhead_ms = statistics.median(gaps) if gaps else LOOP_MS
     pace = Pace(1.0, 0.0) if bed.as_fitted else seen.pace(bed.estimator)
-    rtt_ms = statistics.median(outcome.stats.rtt_ms for outcome in real.outcomes)
+    rtt_ms = statistics.median(result.stats.rtt_ms for result in real.results)
     predictor = load_predictor(bed.predictor)
 
     def simulated(pace: Pace) -> SimulatedBench:

@@ -1,4 +1,4 @@
-"""The load generator: what it measures adds up, and a text that differs never goes unnoticed."""
+"""The load generator: its figures are consistent, and it reports outputs that differ from the trace."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fake_pair import LinearCost, hash_trace, in_process
 
 from wispprof.bench import BenchResult, run_bench
 from wispprof.bench.bench_result import RequestResult, summarise
+from wispprof.bench.fleet import run_high_res
 from wispprof.edge import RequestStats
 from wispprof.errors import WispprofError
 from wispprof.server.process import running_server
@@ -19,7 +20,6 @@ from wispprof.settings.server_settings import ServerSettings
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation.devices import DEVICES, device_of
 from wispprof.testing.fake_engine import FakeEngine
-from wispprof.testing.high_res_loop import run_high_res
 from wispprof.testing.virtual_time import run_virtual
 from wispprof.types import Slo
 
@@ -59,7 +59,7 @@ def test_every_system_is_lossless_and_adds_up(system: str, policy: str) -> None:
     assert figures["requests"] == 10
     assert figures["failed"] == figures["mismatches"] == 0
     assert figures["goodput_tokens_per_s"] <= figures["tokens_per_s"]
-    assert sum(o.stats.tokens for o in result.outcomes) == 320
+    assert sum(r.stats.tokens for r in result.results) == 320
     assert figures["ttft_p50_ms"] > 20.0
     assert figures["tpot_p50_ms"] <= figures["tpot_p95_ms"]
     assert {"attainment_at_2_tokens_per_s", "attainment_at_8_tokens_per_s"} <= figures.keys()
@@ -80,7 +80,7 @@ def test_the_same_seed_gives_the_same_load_and_result() -> None:
     assert other.figures["seconds"] != one.figures["seconds"]
 
 
-def test_a_promise_nobody_can_keep_is_missed() -> None:
+def test_an_unreachable_slo_is_missed() -> None:
     easy = virtual(BenchSettings(devices=2, tokens_per_s=(1.0,)), "wisp").figures
     hard = virtual(BenchSettings(devices=2, tokens_per_s=(500.0,)), "wisp").figures
     assert (easy["attainment"], hard["attainment"]) == (1.0, 0.0)
@@ -92,7 +92,7 @@ def test_a_promise_nobody_can_keep_is_missed() -> None:
 
 @pytest.mark.parametrize("system", ["wisp", "server-only"])
 def test_a_target_that_left_the_trace_is_reported(system: str) -> None:
-    """Negative control: the loss check fails where the server's text is not the trace's."""
+    """Negative control: the check fails if the server's output differs from the trace's path."""
     wrong = tuple(
         dataclasses.replace(p, path=(*p.path[:20], p.path[20] ^ 1, *p.path[21:]))
         for p in TRACE.paths
@@ -108,17 +108,17 @@ async def test_against_a_real_server_with_its_step_records() -> None:
     engine = FakeEngine()
     settings = ServerSettings(policy="wisp", admit="all")
     load = BenchSettings(devices=4, requests=1, max_new=16, ramp_ms=0.0, device=(device_of("0.2"),))
-    said: list[tuple[int, int]] = []
+    reports: list[tuple[int, int]] = []
     async with running_server(
         settings, engine=engine, model=engine.served, estimator=LinearCost()
     ) as running:
         handle = await run_bench(
-            load, running, TRACE_OF_HASH, lambda done, total, _: said.append((done, total))
+            load, running, TRACE_OF_HASH, lambda done, total, _: reports.append((done, total))
         )
         scraped = await run_bench(load, running.split_url, TRACE_OF_HASH)
     assert handle.lossless
     assert scraped.lossless
-    assert said[-1] == (4, 4)
+    assert reports[-1] == (4, 4)
     assert len(handle.steps) == handle.figures["steps"] > 0
     assert all(predicted > 0 for predicted, _, _ in handle.steps)
     assert scraped.figures["steps"] > 0
@@ -130,7 +130,7 @@ TRACE_OF_HASH = dataclasses.replace(TRACE, tokenizer_hash="hash")
 
 
 def test_timers_keep_microseconds_up_to_a_thousand_connections() -> None:
-    """Beyond that ``select`` cannot count files, and a fleet must still run."""
+    """Above that, ``select`` has no descriptors left; larger fleets must still run."""
 
     async def selector() -> type:
         return type(asyncio.get_running_loop()._selector)  # type: ignore[attr-defined]
@@ -149,28 +149,28 @@ def test_devices_by_name_by_number_and_by_nonsense() -> None:
         device_of("0")
 
 
-def test_a_failed_request_is_neither_kept_nor_counted_as_speed() -> None:
+def test_a_failed_request_counts_neither_as_attained_nor_as_throughput() -> None:
     good, bad = RequestStats(), RequestStats()
     for stats in (good, bad):
         stats.first_ms, stats.last_ms, stats.tokens, stats.first_tokens = 10.0, 110.0, 11, 1
-    outcomes = [
+    results = [
         RequestResult(0, Slo(5.0), good, True),
         RequestResult(1, Slo(5.0), bad, True, "gone"),
     ]
     result = summarise(
-        "wisp", {}, outcomes, 1.0, [(10.0, 12.0, 11.0), (10.0, 12.0, 20.0)], {}, (110, 220)
+        "wisp", {}, results, 1.0, [(10.0, 12.0, 11.0), (10.0, 12.0, 20.0)], {}, (110, 220)
     )
     assert result.figures["attainment"] == 0.5
     assert result.figures["goodput_tokens_per_s"] == 11.0
     assert result.figures["failed"] == 1
-    assert result.faults == {"gone": 1}
+    assert result.errors == {"gone": 1}
     assert result.figures["tpot_p50_ms"] == 10.0
     assert result.figures["step_within_bound"] == 0.5
     assert result.figures["up_bytes_per_token"] == 10.0
     assert result.record(requests=True)["requests"][0]["met_slo"]
 
 
-def test_a_held_load_lets_fast_devices_go_on_until_the_slow_are_through() -> None:
+def test_a_held_load_lets_fast_devices_continue_until_the_slow_ones_finish() -> None:
     settings = BenchSettings(
         devices=4, device=(DEVICES["fast"], device_of("400")), requests=2, max_new=24, ramp_ms=0.0
     )
@@ -178,8 +178,8 @@ def test_a_held_load_lets_fast_devices_go_on_until_the_slow_are_through() -> Non
     held = virtual(dataclasses.replace(settings, hold=True), "wisp")
     assert ends.lossless
     assert held.lossless
-    assert len(ends.outcomes) == 8 < len(held.outcomes)
-    made = [sum(o.device == n for o in held.outcomes) for n in range(4)]
+    assert len(ends.results) == 8 < len(held.results)
+    made = [sum(r.device == n for r in held.results) for n in range(4)]
     assert min(made[1], made[3]) == 2
     assert min(made[0], made[2]) > 2
     assert held.figures["tokens_per_s"] > ends.figures["tokens_per_s"]

@@ -1,6 +1,6 @@
-"""The simulator against the runtime: real edges, frames and books in virtual time, and the same load again.
+"""Simulator against runtime: real edges, frames and session state in virtual time, under the same load.
 
-Nothing is random here but what both share, so the two columns differ only by what the simulator leaves out.
+Both use the same random draws, so figures differ only by what the simulator leaves out.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from fake_pair import LinearCost, hash_trace, in_process
 
-from wispprof.bench import Mix, run_bench, simulate_bench
+from wispprof.bench import LoadMix, run_bench, simulate_bench
 from wispprof.bench.bench_result import BenchResult
 from wispprof.bench.simulated_bench import SimulatedBench
 from wispprof.policies.controllers import ConfidenceAcceptance
@@ -20,13 +20,13 @@ from wispprof.testing.virtual_time import run_virtual
 
 TRACE = hash_trace(paths=7, length=40, depth=6)
 COST = LinearCost()
-MIX = Mix((device_of("2.5"), device_of("7"), device_of("18")), (8.0, 16.0, 24.0))
+MIX = LoadMix((device_of("2.5"), device_of("7"), device_of("18")), (8.0, 16.0, 24.0))
 FIGURES = ("attainment", "goodput_tokens_per_s", "tokens_per_s")
 
 
-def both(label: str, devices: int, step_ms: float = 1.0) -> tuple[BenchResult, SimulatedBench]:
-    """``step_ms``: how much slower than the simulated steps the real ones are."""
-    what = system(label)
+def both(label: str, devices: int, slowdown: float = 1.0) -> tuple[BenchResult, SimulatedBench]:
+    """``slowdown``: duration of the real steps relative to the simulated ones."""
+    scenario_system = system(label)
     load = BenchSettings(
         system=label,
         devices=devices,
@@ -40,28 +40,28 @@ def both(label: str, devices: int, step_ms: float = 1.0) -> tuple[BenchResult, S
     )
 
     async def main() -> BenchResult:
-        cost = LinearCost(COST.fixed_ms * step_ms, COST.per_token_ms * step_ms)
-        async with in_process(what.batching, cost) as server:
+        cost = LinearCost(COST.fixed_ms * slowdown, COST.per_token_ms * slowdown)
+        async with in_process(scenario_system.batching, cost) as server:
             return await run_bench(load, server.connect, TRACE)
 
     server = ServerModel(COST, None, 64, 2048, 512, overhead_ms=0.05, spread=1e-9)
     return run_virtual(main()), simulate_bench(
-        load, MIX, what, server, TRACE, ConfidenceAcceptance(), (0,)
+        load, MIX, scenario_system, server, TRACE, ConfidenceAcceptance(), (0,)
     )
 
 
 @pytest.mark.parametrize("label", ["server-only", "fcfs", "sled", "specedge", "wisp", "wispprof"])
 @pytest.mark.parametrize("devices", [3, 9])
-def test_the_simulator_says_what_the_runtime_does(label: str, devices: int) -> None:
+def test_simulator_and_runtime_agree(label: str, devices: int) -> None:
     real, simulated = both(label, devices)
     for name in FIGURES:
         assert getattr(simulated, name) == pytest.approx(real.figures[name], rel=0.06), name
-    # A stream's first drafts hang on what its edge still guesses of the link: a few tokens of three hundred.
+    # In stream mode the first drafts depend on the edge's initial RTT estimate: a few of 300 tokens.
     accepted = real.figures["accepted_per_round"]
     assert simulated.accepted_per_round == pytest.approx(accepted, rel=0.06, abs=0.04)
 
 
-def test_a_slower_server_is_seen() -> None:
-    """Negative control: with steps a fifth slower than simulated, the columns part."""
-    real, simulated = both("fcfs", 9, step_ms=1.2)
+def test_a_slower_server_gives_other_figures() -> None:
+    """Negative control: the figures differ if real steps are 20 % slower than simulated."""
+    real, simulated = both("fcfs", 9, slowdown=1.2)
     assert simulated.tokens_per_s > 1.06 * real.figures["tokens_per_s"]

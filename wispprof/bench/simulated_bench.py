@@ -1,15 +1,14 @@
-"""The load of a benchmark in the simulator: the same devices, SLOs and texts, request for request.
+"""The load of a benchmark in the simulator: the same devices, SLOs and requests.
 
-Each simulated request follows the trace path that the real one follows, so acceptance differs only by what the
-edges drafted in time. A benchmark ends with its last request, whereas simulated fleets run on. This module
-therefore stops each device after its share and summarises the run as :mod:`wispprof.bench.bench_result` does.
+Each simulated request follows the trace path of the real one. Acceptance then differs only by what the edges
+drafted in time. Each device stops after its share of requests, as in a benchmark.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from random import Random
 
 from wispprof.artifacts.rows import AcceptanceTrace
@@ -23,32 +22,30 @@ from wispprof.simulation.simulated_edge import SimulatedEdge
 from wispprof.simulation.trace_replay import TraceReplay
 from wispprof.types import RejectionPredictor, Slo
 
-__all__ = ["Mix", "SimulatedBench", "simulate_bench"]
-
-_LONGEST_S = 3600.0
+_MAX_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
-class Mix:
-    """Kinds of devices and SLO classes (tokens/s) in equal shares, dealt as the simulator deals them."""
+class LoadMix:
+    """Device profiles and SLO classes (tokens/s) in equal shares, assigned as in the simulator."""
 
-    kinds: tuple[DeviceProfile, ...]
+    profiles: tuple[DeviceProfile, ...]
     speeds: tuple[float, ...]
 
     def device(self, devices: int) -> tuple[DeviceProfile, ...]:
-        """What each of ``devices`` devices is: for :attr:`BenchSettings.device`."""
-        mix = [(kind, 1.0) for kind in self.kinds]
+        """Profile of each of ``devices`` devices, for :attr:`BenchSettings.device`."""
+        mix = [(profile, 1.0) for profile in self.profiles]
         return tuple(pick(mix, number, DEVICE_STEP) for number in range(devices))
 
     def tokens_per_s(self, devices: int) -> tuple[float, ...]:
-        """The SLO of each of them: for :attr:`BenchSettings.tokens_per_s`."""
+        """SLO of each of ``devices`` devices, for :attr:`BenchSettings.tokens_per_s`."""
         mix = [(speed, 1.0) for speed in self.speeds]
         return tuple(pick(mix, number, SLO_STEP) for number in range(devices))
 
 
 @dataclass(frozen=True)
 class SimulatedBench:
-    """The figures that can be held against a bench's, named and defined as there."""
+    """Figures that are comparable with :class:`BenchResult`'s; same names and definitions."""
 
     attainment: float
     goodput_tokens_per_s: float
@@ -59,43 +56,37 @@ class SimulatedBench:
 
     @classmethod
     def mean(cls, runs: Sequence[SimulatedBench]) -> SimulatedBench:
-        """Over several seeds."""
-        count = len(runs)
-        return cls(
-            sum(r.attainment for r in runs) / count,
-            sum(r.goodput_tokens_per_s for r in runs) / count,
-            sum(r.tokens_per_s for r in runs) / count,
-            sum(r.accepted_per_round for r in runs) / count,
-            sum(r.step_mean_ms for r in runs) / count,
-            round(sum(r.steps for r in runs) / count),
+        """Mean of each figure over several runs."""
+        *means, steps = (
+            sum(column) / len(runs) for column in zip(*map(astuple, runs), strict=True)
         )
+        return cls(*means, round(steps))
 
 
-class _Ending(Simulation):
-    """Devices stop after so many requests each; with ``hold`` they go on until all have made theirs."""
+class _BenchSimulation(Simulation):
+    """Each device stops after its requests; with ``hold`` it continues until all devices made theirs."""
 
     def __init__(self, scenario: Scenario, load: BenchSettings, source: TraceReplay) -> None:
         super().__init__(scenario)
         self._offered = load
         self._source = source
-        self._through = 0
+        self._finished_devices = 0
         self.over_ms = math.inf
 
     def _load(self) -> None:
-        # As a bench spreads its first requests.
-        rng = Random(self._offered.seed)
+        rng = Random(self._offered.seed)  # the start times of wispprof.bench.fleet
         for device in range(self._offered.devices):
             self.schedule(rng.random() * self._offered.ramp_ms, self._next, (device, 0))
             rng.random()
 
-    def _next(self, now_ms: float, who: tuple[int, int]) -> None:
-        prompt, path = self._source.lengths(*who)
-        self._ask(now_ms, (*who, Request(now_ms, prompt, min(self._offered.max_new, path))))
+    def _next(self, now_ms: float, key: tuple[int, int]) -> None:
+        prompt, path = self._source.lengths(*key)
+        self._ask(now_ms, (*key, Request(now_ms, prompt, min(self._offered.max_new, path))))
 
     def ended(self, now_ms: float, edge: SimulatedEdge) -> None:
         load, made = self._offered, edge.record.number + 1
-        self._through += made == load.requests
-        if self._through == load.devices:
+        self._finished_devices += made == load.requests
+        if self._finished_devices == load.devices:
             self.over_ms = min(self.over_ms, now_ms)
         elif load.hold or made < load.requests:
             super().ended(now_ms, edge)
@@ -103,7 +94,7 @@ class _Ending(Simulation):
 
 def simulate_bench(
     load: BenchSettings,
-    mix: Mix,
+    mix: LoadMix,
     system: System,
     server: ServerModel,
     trace: AcceptanceTrace,
@@ -112,8 +103,8 @@ def simulate_bench(
 ) -> SimulatedBench:
     """Simulate the closed fleet that ``load`` offers; the mean over ``seeds``.
 
-    ``load.device`` and ``load.tokens_per_s`` must be dealt by ``mix``. Raises :class:`WispprofError` for
-    Poisson loads, whose devices a bench and a simulator choose differently.
+    ``load.device`` and ``load.tokens_per_s`` must come from ``mix``. Raises :class:`WispprofError` for
+    Poisson loads, because benchmark and simulator assign their requests to devices differently.
     """
     if load.rate_per_s:
         raise WispprofError(
@@ -128,10 +119,10 @@ def simulate_bench(
                 server,
                 ClosedFleet(load.devices, think_ms=load.think_ms, ramp_ms=load.ramp_ms),
                 source,
-                devices=tuple((kind, 1.0) for kind in mix.kinds),
+                devices=tuple((profile, 1.0) for profile in mix.profiles),
                 links=((load.link, 1.0),),
                 slos=tuple((Slo(speed, load.ttft_ms), 1.0) for speed in mix.speeds),
-                seconds=_LONGEST_S,
+                seconds=_MAX_SECONDS,
                 warmup_s=0.0,
                 seed=seed,
             ),
@@ -144,7 +135,7 @@ def simulate_bench(
 
 
 def _run(scenario: Scenario, load: BenchSettings, source: TraceReplay) -> SimulatedBench:
-    simulation = _Ending(scenario, load, source)
+    simulation = _BenchSimulation(scenario, load, source)
     simulation.run()
     records, counters = simulation.records, simulation.counters
     if load.hold:

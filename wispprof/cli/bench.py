@@ -66,7 +66,7 @@ def bench(
     document = [result.record(requests=True) for result in results]
     console.result(document if len(document) > 1 else document[0], _shown(results), as_json)
     for result in results:
-        for err, count in result.faults.items():
+        for err, count in result.errors.items():
             console.warn(f"{result.policy}: {count} requests failed: {err}")
     wrong = [result.policy for result in results if not result.lossless]
     if wrong:
