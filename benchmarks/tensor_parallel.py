@@ -1,7 +1,7 @@
 """Tensor parallel against one process: the same tokens, and what a step costs either way.
 
 20 held-out prompts through a real server and real edges: the target whole in one process (greedy: by
-transformers' own ``generate``), then split over ``--ranks`` processes that follow rank 0's step loop.
+transformers' own ``generate``), then split over ``--ranks`` processes that follow rank 0's engine loop.
 Every KV cache is audited on every rank afterwards. Float32: the sums between ranks round in another order,
 which only moves an argmax where two logits are equal to the last digit.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 import wispprof
-from examples import custom_drafter, measure_and_plan
+from examples import batching_policy, custom_drafter, measure_and_plan
 from wispprof.artifacts import bundled_path
 
 
@@ -17,6 +18,18 @@ def test_the_custom_drafter_changes_no_text() -> None:
     drafted, alone = custom_drafter.main()
     assert drafted == alone
     assert len(drafted) > 20
+
+
+def test_the_batching_policy_runs_in_simulator_and_server() -> None:
+    goodput, attainment = batching_policy.simulated(batching_policy.NAME, devices=6)
+    assert goodput > 0
+    assert 0 <= attainment <= 1
+    texts = [
+        asyncio.run(batching_policy.served(policy, "def area("))
+        for policy in ("fcfs", batching_policy.NAME)
+    ]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > 20
 
 
 def test_measure_and_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ from wispprof.backends import Drafter
 from wispprof.drafters.ngram import LookupDrafter, LookupFirst
 from wispprof.drafters.replay import ReplayDrafter
 from wispprof.edge import ThreadWorker, TimedWorker
-from wispprof.edge.draft_worker import common_prefix
 from wispprof.errors import ProfileError
+from wispprof.sessions.pending_drafts import common_prefix
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.testing.fake_engine import FakeDrafter, FakeTarget
 from wispprof.testing.virtual_time import VirtualTimeLoop, run_virtual

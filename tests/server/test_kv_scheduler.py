@@ -11,7 +11,7 @@ from raw_edge import edge
 from wispprof.policies import ScheduledItem
 from wispprof.server import ServerSession, running_server
 from wispprof.server.kv_scheduler import schedule_kv
-from wispprof.server.prefix_cache import PrefixCache, common_prefix
+from wispprof.server.prefix_cache import PrefixCache
 from wispprof.sessions.session_state import SessionState
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeDrafter, FakeEngine
@@ -104,13 +104,6 @@ def test_scheduled_sessions_fit(kinds, free: int, kept: int) -> None:
     freed = free + plan.tokens_to_free + sum(one.state.cached for one in plan.evict)
     # One session is always let in, or nothing would ever end.
     assert need <= freed or len(asking) == 1
-
-
-@given(st.lists(st.integers(0, 2), max_size=12), st.lists(st.integers(0, 2), max_size=12))
-def test_common_prefix(a: list[int], b: list[int]) -> None:
-    length = common_prefix(a, b)
-    assert a[:length] == b[:length]
-    assert length == min(len(a), len(b)) or a[length] != b[length]
 
 
 def test_the_prefix_cache_evicts_by_use_number_and_time() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import socket
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,8 +70,8 @@ def test_the_policy_reads_what_replicas_record() -> None:
         LoadLevelPolicy(2.0, 1.0)
 
 
-@pytest.mark.skipif(HAVE_RAY, reason="Ray is installed")
-def test_without_ray_the_error_names_the_package() -> None:
+def test_without_ray_the_error_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(RuntimeFault, match=r"wispprof\[ray\]"):
         deployment(ServerSettings(target="t"), 2)
 

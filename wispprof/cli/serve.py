@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -16,6 +15,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from wispprof.server import VerificationServer
+
+
+BUNDLED = "the bundled target"
 
 
 def register(app: typer.Typer) -> None:
@@ -36,8 +38,6 @@ def serve(settings: ServerSettings, scaling: ReplicaSettings) -> None:
     for path in (settings.estimator, settings.plan, settings.tls_cert, settings.tls_key):
         if path is not None and not path.exists():
             raise fail(f"There is no file {path}.", "Check the path.")
-    if not settings.target:
-        settings = replace(settings, target=_bundled_target())
     configure_logging(settings.log_level, quiet=settings.live)
 
     def announce(server: VerificationServer, taken: int) -> None:
@@ -49,7 +49,7 @@ def serve(settings: ServerSettings, scaling: ReplicaSettings) -> None:
         _serve_replicas(settings, scaling)
         return
     if settings.tensor_parallel == 1:
-        note(f"loading {settings.target} …")
+        note(f"loading {settings.target or BUNDLED} …")
         run(settings, announce)
         return
     from wispprof.server.process import launch_ranks, serve_ranks
@@ -59,7 +59,7 @@ def serve(settings: ServerSettings, scaling: ReplicaSettings) -> None:
         launch_ranks(settings.tensor_parallel)
         return
     if rank == "0":
-        note(f"loading {settings.target} …")
+        note(f"loading {settings.target or BUNDLED} …")
     serve_ranks(settings, announce)
 
 
@@ -80,14 +80,8 @@ def _serve_replicas(settings: ServerSettings, scaling: ReplicaSettings) -> None:
             f"metrics from port {settings.port + 1} on (Ctrl-C ends)"
         )
 
-    note(f"starting {scaling.replicas} replicas of {settings.target} …")
+    note(f"starting {scaling.replicas} replicas of {settings.target or BUNDLED} …")
     serve_replicas(settings, scaling.replicas, announce, max_replicas=scaling.max_replicas)
-
-
-def _bundled_target() -> str:
-    from wispprof.artifacts import bundled_path
-
-    return str(bundled_path("models/reference-pair/target"))
 
 
 def _resolved(server: VerificationServer, settings: ServerSettings, port: int) -> Table:

@@ -9,10 +9,11 @@ from typing import Any
 
 from wispprof.backends import Drafter
 from wispprof.drafters import make_drafter
-from wispprof.edge.draft_worker import ThreadWorker, common_prefix
+from wispprof.edge.draft_worker import ThreadWorker
 from wispprof.edge.request_stats import EnergyShares
 from wispprof.hardware import EnergyMeter, NullMeter
 from wispprof.policies.interface import Controller
+from wispprof.sessions.pending_drafts import common_prefix
 from wispprof.types import RejectionPredictor
 
 __all__ = ["DraftDevice"]

@@ -15,6 +15,7 @@ from concurrent.futures import Executor
 from typing import NamedTuple, Protocol
 
 from wispprof.backends import Drafter
+from wispprof.sessions.pending_drafts import common_prefix
 from wispprof.types import DraftToken, Sampling
 
 __all__ = ["DraftStep", "DraftWorker", "ThreadWorker", "TimedWorker"]
@@ -85,21 +86,6 @@ class _Follower:
         drafted = self.drafter.draft()
         self.held.append(drafted.token)
         return drafted
-
-
-def common_prefix(one: list[int], other: list[int]) -> int:
-    """Length of the common prefix, by halving: list comparison is fast, python loops are not."""
-    size = min(len(one), len(other))
-    if one[:size] == other[:size]:
-        return size
-    low, high = 0, size  # one[:low] agrees, one[:high] does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 class ThreadWorker:

@@ -24,7 +24,6 @@ from wispprof.types import RejectionPredictor, Sampling, Slo
 
 __all__ = ["EdgeRuntime", "Prompt", "Reply", "open_edge"]
 
-BUNDLED_TARGET = "models/reference-pair/target"
 BUNDLED_DRAFT = "models/reference-pair/draft"
 
 
@@ -201,7 +200,6 @@ async def _server(
 
     stream = settings.mode != "round"
     server = ServerSettings(
-        target=str(bundled_path(BUNDLED_TARGET)),
         target_id="reference-pair",
         policy="wispprof" if stream else "wisp",
         device=settings.device,

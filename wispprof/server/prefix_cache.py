@@ -10,6 +10,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from wispprof.sessions.pending_drafts import common_prefix
+
 MIN_REUSE_TOKENS = 8
 """Shorter prefixes are not worth an engine call."""
 
@@ -21,20 +23,6 @@ class Prefix:
     session: str
     length: int
     whole: bool
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common prefix; bisection over slice comparisons, which run in C."""
-    low, high = 0, min(len(a), len(b))
-    if a[:high] == b[:high]:
-        return high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low
 
 
 class PrefixCache:

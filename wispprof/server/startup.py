@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from wispprof import engines
+from wispprof.artifacts import bundled_path
 from wispprof.backends import Engine
 from wispprof.engines import EngineOptions, LoadedEngine
-from wispprof.errors import ModelMissing
 from wispprof.openai_api import ChatTokenizer
 from wispprof.server.verification_server import VerificationServer
 from wispprof.settings.server_settings import ServerSettings
@@ -76,11 +76,9 @@ def load_engine(settings: ServerSettings) -> LoadedEngine:
 
 
 def engine_options(settings: ServerSettings) -> EngineOptions:
-    """The settings that an engine is loaded with. Raises :class:`ModelMissing` without a target."""
-    if not settings.target:
-        raise ModelMissing("No target model given.", "Give --target, a folder or a hub id.")
+    """The settings that an engine is loaded with; without a target, the bundled one."""
     return EngineOptions(
-        settings.target,
+        settings.target or str(bundled_path("models/reference-pair/target")),
         settings.dtype,
         settings.device,
         settings.kv_tokens,

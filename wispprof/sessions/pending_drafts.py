@@ -14,6 +14,20 @@ _OVERDUE = 2.0
 """A frame later than this many times the usual wait is no longer expected at a known time."""
 
 
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common prefix; bisection over slice comparisons, which run in C."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
 @dataclass(slots=True)
 class DraftCounters:
     """Counts of draft tokens. ``drafted == accepted + matched + wasted + pending`` at all times.

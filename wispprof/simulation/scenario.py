@@ -160,7 +160,7 @@ class ServerModel:
     were used least recently then wait in host memory, and each of their tokens costs a step that much
     longer when its session is next in one (nothing is computed meanwhile; estimators do not know of it).
 
-    ``overhead_ms``: what the step loop adds to each step (collecting, deciding, sending). ``spread``: see
+    ``overhead_ms``: what the engine loop adds to each step (collecting, deciding, sending). ``spread``: see
     :class:`~wispprof.simulation.step_costs.SimulatedStepTimes`. ``prefill_chunk``: most prompt tokens a step takes.
     """
 

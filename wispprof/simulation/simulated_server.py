@@ -36,7 +36,7 @@ class PolicyViolation(RuntimeError):
 
 
 class SimulatedServer:
-    """One engine and its step loop, driven by events."""
+    """One engine and its engine loop, driven by events."""
 
     def __init__(
         self, sim: Simulation, model: ServerModel, policy: BatchPolicy, rng: Random
@@ -145,7 +145,7 @@ class SimulatedServer:
                 floor_ms=self._floor_ms,
             )
 
-    # --- the step loop ---
+    # --- the engine loop ---
 
     def _decide(self, now_ms: float) -> None:
         if self._busy or not self._sessions:
