@@ -65,14 +65,16 @@ def parts(record: dict[str, Any]) -> dict[str, str]:
         for policy, figures in record["systems"].items()
     ]
     alt = "; ".join(
-        f"{policy} {figures['goodput_tokens_per_s']:.0f} tokens/s, {100 * figures['attainment']:.0f} % SLO attainment"
+        f"{policy} {figures['goodput_tokens_per_s']:.0f} tokens/s, "
+        f"{100 * figures['attainment']:.0f} % SLO attainment"
         for policy, figures in record["systems"].items()
     )
     return {
         "picture": f"![Goodput and SLO attainment by serving policy: {alt}](docs/demo.svg)",
         "table": "\n".join(
             [
-                f"Measured on {record['machine']} in {record['seconds']:.0f} s ({record['made']}): {load['devices']} replayed",
+                f"Measured on {record['machine']} in {record['seconds']:.0f} s ({record['made']}): "
+                f"{load['devices']} replayed",
                 f"devices over a {load['rtt_ms']:g} ms link, with SLOs of {classes} tokens/s in turn.",
                 "",
                 f"| policy | {head} |",
@@ -102,16 +104,12 @@ def render(text: str, record: dict[str, Any]) -> str:
 
 def picture(record: dict[str, Any]) -> str:
     """Goodput within all tokens/s, and SLO attainment, by policy: a file that follows the viewer's theme."""
-    from wispprof.reporting.figures import PolicyBar, policy_bars
+    from wispprof.reporting import Bench
+    from wispprof.reporting.figures import policy_bars
     from wispprof.reporting.theme import standalone
 
-    bars = [
-        PolicyBar(
-            policy, figures["goodput_tokens_per_s"], figures["attainment"], figures["tokens_per_s"]
-        )
-        for policy, figures in record["systems"].items()
-    ]
-    return standalone(policy_bars(bars, "their SLO")) + "\n"
+    benches = [Bench(policy, {}, figures) for policy, figures in record["systems"].items()]
+    return standalone(policy_bars(benches)) + "\n"
 
 
 def main(words: list[str]) -> None:

@@ -15,8 +15,14 @@ from wispprof.planning import Runs, make_plan
 from wispprof.planning.pipeline import SpeedDevice
 from wispprof.policies.linear_cost import LinearCost
 from wispprof.reporting import CAPACITY_KIND, load_run, render_report
-from wispprof.reporting.plan_figures import capacity_curves, drafts_front
-from wispprof.reporting.plan_sections import break_even_map, draft_length_map
+from wispprof.reporting.plan_section import (
+    HeatMap,
+    break_even_map,
+    capacity_curves,
+    draft_length_map,
+    drafts_front,
+)
+from wispprof.reporting.report import page_macros
 from wispprof.settings.planner_settings import PlanSettings
 
 DEVICES = (SpeedDevice("laptop:3b", 40.0, 30.0), SpeedDevice("laptop:1b", 110.0, 12.0))
@@ -38,14 +44,15 @@ def planned(**changes: object) -> Plan:
 
 def test_the_break_even_map_says_from_where_on_drafting_pays() -> None:
     plan = planned()
-    shown = break_even_map(plan, "laptop:1b", "round")
+    shown = html(break_even_map(plan, "laptop:1b", "round"))
     rows = [r for r in plan.break_even if (r.device, r.mode) == ("laptop:1b", "round")]
     assert shown.count('<td class="k') == len(rows)
     for row in rows:
         assert f"× {row.gain:.2f}" in shown
         assert ("never pays" if row.needed is None else f"pays from {row.needed:.2f}") in shown
     assert shown.count("k no") == sum(r.verdict != "split" for r in rows) > 0
-    assert break_even_map(plan, "nobody", "round") == ""
+    assert break_even_map(plan, "nobody", "round") is None
+    assert draft_length_map(plan, "nobody", "round", 8.0) is None
 
 
 @pytest.mark.parametrize("speed", [8.0, 24.0, 40.0])
@@ -79,9 +86,14 @@ def test_an_slo_that_forbids_drafts_that_pay_is_not_hatched() -> None:
     assert [c.count("no") for c in next(shown)] == [c.count("no") for c in next(shown)]
 
 
-def cells(shown: str) -> list[list[str]]:
-    """Classes of a map's cells, row by row."""
-    return [found.split() for found in re.findall(r'<td class="([^"]*)"', shown)]
+def html(heat_map: HeatMap | None) -> str:
+    assert heat_map is not None
+    return str(page_macros().heat_map(heat_map))
+
+
+def cells(heat_map: HeatMap | None) -> list[list[str]]:
+    """Classes of the cells of a map, row by row."""
+    return [found.split() for found in re.findall(r'<td class="([^"]*)"', html(heat_map))]
 
 
 def test_the_front_is_drawn_of_what_the_plan_knows() -> None:

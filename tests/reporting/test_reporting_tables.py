@@ -7,8 +7,7 @@ import math
 import pytest
 from rich.console import Console
 
-from wispprof.reporting.bench_records import Bench, bench_table
-from wispprof.reporting.tables import Column, Table, to_html, to_rich
+from wispprof.reporting import Bench, Column, Table, bench_table, to_html, to_rich
 
 TABLE = Table(
     "policies <b>",

@@ -1,9 +1,18 @@
 """Tables, plots and one self-contained HTML report. Imports no torch."""
 
-from wispprof.reporting.bench_records import Answer, Bench, TextSpan, bench_table
-from wispprof.reporting.report import render_report, verdict, write_report
-from wispprof.reporting.run_folder import ANSWER_KIND, BENCH_KIND, CAPACITY_KIND, Run, load_run
-from wispprof.reporting.tables import Column, Table, to_html, to_rich
+from wispprof.reporting.report import render_report, to_html, verdict, write_report
+from wispprof.reporting.run_folder import (
+    ANSWER_KIND,
+    BENCH_KIND,
+    CAPACITY_KIND,
+    Answer,
+    Bench,
+    Run,
+    TextSpan,
+    bench_table,
+    load_run,
+)
+from wispprof.reporting.tables import Column, Table, to_rich
 
 __all__ = [
     "ANSWER_KIND",

@@ -1,64 +1,40 @@
-"""The figures of a report, each from measured records to one inline SVG.
-
-Every function says what its axes are; none of them aggregates more than it states in its docstring.
-"""
+"""Figures of measured records. Each function returns one inline SVG."""
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from wispprof.artifacts.rows import AcceptanceTrace, StepRow
 from wispprof.reporting import theme
+from wispprof.reporting.run_folder import Bench, StepPoint
 from wispprof.types import BatchShape, StepTimeEstimator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST_PANELS, MOST_LINES = 3, 6
+MAX_PANELS, MAX_LINES = 3, 6
 PROFILE = "profile"
 """Group of the steps that the estimator was fitted on; every other group is a policy."""
 
 
-@dataclass(frozen=True)
-class StepPoint:
-    """One step: what was predicted before it, what it took. ``group`` is its place in the legend."""
-
-    predicted_ms: float
-    bound_ms: float
-    measured_ms: float
-    group: str
-
-
-@dataclass(frozen=True)
-class PolicyBar:
-    """What one policy made of the load: committed tokens/s of sessions that met their SLO, their share
-    of all sessions, and all committed tokens/s."""
-
-    policy: str
-    goodput: float
-    attainment: float
-    throughput: float
-
-
 def latency_surface(rows: Sequence[StepRow], estimator: StepTimeEstimator) -> str:
-    """Step time over cached tokens, one line per number of sessions, one panel per new tokens each.
+    """Step time (ms) over cached tokens: a line per number of sessions, a panel per number of new tokens.
 
-    Points: medians of measured uniform verify shapes, bars from the 10th to the 90th percentile of
-    their samples. Lines: the estimator's median; shaded: up to its bound. Skewed, mixed and prefill
-    shapes do not fit these axes and are judged by :func:`predicted_against_measured`.
+    Points: medians of measured uniform verify shapes, with bars from the 10th to the 90th percentile.
+    Lines: the estimator's median; shaded: up to its bound. Other shapes are left out. Empty if the
+    profile holds no uniform verify shapes.
     """
     uniform = [row for row in rows if row.kind == "verify" and len(set(row.shape.items)) == 1]
     counts = Counter(row.shape.items[0].new for row in uniform)
-    panels = sorted(new for new, _ in counts.most_common(MOST_PANELS))
+    panels = sorted(new for new, _ in counts.most_common(MAX_PANELS))
     if not panels:
-        raise ValueError("the profile holds no uniform verify shapes")
-    sizes = _spread(sorted({len(row.shape.items) for row in uniform}), MOST_LINES)
+        return ""
+    sizes = _spread(sorted({len(row.shape.items) for row in uniform}), MAX_LINES)
     colors = dict(zip(sizes, theme.ramp(len(sizes)), strict=True))
     with theme.canvas(9.4, 3.6, len(panels), sharey=True) as (figure, axes):
         for panel, new in zip(axes, panels, strict=True):
@@ -125,10 +101,9 @@ def _surface_line(
 
 
 def predicted_against_measured(points: Sequence[StepPoint], coverage: float) -> str:
-    """Measured over predicted step time with the line of equality, and the ratio's distribution.
+    """Left: measured over predicted step time (ms, log axes). Right: the distribution of measured ÷ bound.
 
-    Left: every step, log axes. Right: measured ÷ bound, sorted, as the share of steps at or under each
-    ratio: the bound holds if the curve crosses 1 at or above ``coverage``.
+    The bound holds if the curve on the right crosses 1 at or above ``coverage``.
     """
     groups: dict[str, list[StepPoint]] = defaultdict(list)
     for point in points:
@@ -182,10 +157,10 @@ def predicted_against_measured(points: Sequence[StepPoint], coverage: float) -> 
 
 
 def acceptance_by_position(trace: AcceptanceTrace) -> str:
-    """Share accepted up to each position, and given all before it.
+    """Acceptance by position: cumulative, and given that all drafts before it were accepted.
 
-    Bars carry the 95 % interval over prompts (percentile bootstrap of whole prompts, seeded), because
-    positions of one prompt are not independent.
+    The 95 % intervals are a seeded percentile bootstrap over whole prompts, because positions of one
+    prompt are not independent.
     """
     cum_acceptance = trace.cum_acceptance_by_position()
     low, high = _bootstrap(trace)
@@ -246,22 +221,22 @@ def _bootstrap(trace: AcceptanceTrace, draws: int = 400) -> tuple[np.ndarray, np
     return np.percentile(shares, 2.5, axis=0), np.percentile(shares, 97.5, axis=0)
 
 
-def policy_bars(bars: Sequence[PolicyBar], slo: str) -> str:
+def policy_bars(benches: Sequence[Bench]) -> str:
     """Goodput (solid) within all committed tokens/s (pale), and SLO attainment, per policy."""
-    position = np.arange(len(bars))
-    with theme.canvas(9.4, 0.62 * len(bars) + 1.25, 2, sharey=True) as (figure, (left, right)):
-        for index, bar in enumerate(bars):
-            color = theme.policy_color(bar.policy)
-            left.barh(index, bar.throughput, height=0.62, color=color, alpha=0.25)
-            left.barh(index, bar.goodput, height=0.62, color=color)
-            right.barh(index, bar.attainment, height=0.62, color=color)
-            _bar_label(left, max(bar.throughput, bar.goodput), index, f"{bar.goodput:,.0f}")
-            _bar_label(right, bar.attainment, index, f"{100 * bar.attainment:.0f} %")
-        left.set_yticks(position, [bar.policy for bar in bars])
+    position = np.arange(len(benches))
+    with theme.canvas(9.4, 0.62 * len(benches) + 1.25, 2, sharey=True) as (figure, (left, right)):
+        for index, bench in enumerate(benches):
+            color = theme.policy_color(bench.policy)
+            left.barh(index, bench.throughput, height=0.62, color=color, alpha=0.25)
+            left.barh(index, bench.goodput, height=0.62, color=color)
+            right.barh(index, bench.attainment, height=0.62, color=color)
+            _bar_label(left, max(bench.throughput, bench.goodput), index, f"{bench.goodput:,.0f}")
+            _bar_label(right, bench.attainment, index, f"{100 * bench.attainment:.0f} %")
+        left.set_yticks(position, [bench.policy for bench in benches])
         left.tick_params(axis="y", labelcolor=theme.INK, length=0, labelsize=9.5)
         right.tick_params(axis="y", length=0)
         left.invert_yaxis()
-        left.set_xlim(0, max(max(b.throughput, b.goodput) for b in bars) * 1.14 or 1)
+        left.set_xlim(0, max(max(b.throughput, b.goodput) for b in benches) * 1.14 or 1)
         right.set_xlim(0, 1.14)
         right.set_xticks([0, 0.25, 0.5, 0.75, 1.0])
         right.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
@@ -269,7 +244,7 @@ def policy_bars(bars: Sequence[PolicyBar], slo: str) -> str:
             axes.grid(axis="y", visible=False)
             axes.spines["left"].set_visible(False)
         theme.finish(left, "tokens/s (pale: all, solid: goodput)", "", "Goodput")
-        theme.finish(right, f"sessions that met {slo}", "", "SLO attainment")
+        theme.finish(right, f"sessions that met {benches[0].slo_text()}", "", "SLO attainment")
         return theme.svg(figure, "policies", "Goodput and SLO attainment by policy")
 
 

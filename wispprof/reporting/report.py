@@ -1,25 +1,46 @@
-"""From the artifacts of a run to its page: each section is there where what it shows is there."""
+"""The HTML report of a run: a section for each kind of artifact, drawn by Jinja2 templates."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from wispprof import __version__
-from wispprof.artifacts import files
+from wispprof.artifacts import ServerProfile, files
 from wispprof.artifacts.manifest import utc_now
-from wispprof.reporting import figures
-from wispprof.reporting.bench_records import Answer, Bench, bench_table
-from wispprof.reporting.page import Page, Section, Tile, facts, figure
-from wispprof.reporting.plan_sections import capacity_sections, plan_sections
-from wispprof.reporting.run_folder import Run
-from wispprof.reporting.tables import Column, Table, to_html
+from wispprof.reporting import figures, theme
+from wispprof.reporting.plan_section import capacity_curves, plan_section
+from wispprof.reporting.run_folder import Answer, Bench, Run, StepPoint, bench_table
+from wispprof.reporting.tables import Column, Table
 from wispprof.types import StepTimeEstimator
 
-ALONE = "server-only"
-EVEN = 0.03
-"""Goodput within this share of each other counts as equal."""
+SERVER_ONLY = "server-only"
+EQUAL_GOODPUT_MARGIN = 0.03
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("wispprof.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def page_macros() -> Any:
+    """The macros of ``templates/macros.html`` as functions that return HTML."""
+    return _environment().get_template("macros.html").module
+
+
+def to_html(table: Table) -> str:
+    """The table as HTML; the best cells of a column have the class ``best``."""
+    return str(page_macros().table(table))
 
 
 def write_report(run: Run, out: Path) -> Path:
@@ -29,66 +50,63 @@ def write_report(run: Run, out: Path) -> Path:
 
 
 def render_report(run: Run) -> str:
-    """The page as HTML."""
+    """The page as HTML: one file without scripts, fonts or images from elsewhere."""
     benches = [Bench.of(document) for document in run.benches]
     answer = Answer.of(run.answer) if run.answer else None
-    sections = [
-        *_policies(benches),
-        *_answer(answer),
-        *_surface(run),
-        *_accuracy(run, benches),
-        *_acceptance(run),
-        *plan_sections(run, benches),
-        *capacity_sections(run),
-        _provenance(run),
-    ]
-    return Page(
-        title="wispprof report",
-        headline=verdict(benches) or "What was measured",
-        draft_ahead=_lead(run, benches),
-        tiles=_tiles(run, benches, answer),
-        sections=sections,
-        footer=f"Made by wispprof {__version__} on {utc_now()[:10]} from the artifacts in "
-        f"{run.folder.name}. Every figure on this page was measured in this run unless it says "
-        "otherwise.",
-    ).render()
-
-
-# --- the head -------------------------------------------------------------------------------------
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            css_variables=theme.CSS_VARIABLES,
+            headline=verdict(benches) or "What was measured",
+            summary=_summary(run, benches),
+            tiles=_tiles(run, benches, answer),
+            policies=_policies(benches),
+            answer=answer,
+            surface=_surface(run),
+            accuracy=_accuracy(run, benches),
+            acceptance=_acceptance(run),
+            plan=plan_section(run.plan, benches),
+            capacity=_capacity(run),
+            provenance=_provenance(run),
+            version=__version__,
+            date=utc_now()[:10],
+            folder=run.folder.name,
+        )
+    )
 
 
 def verdict(benches: Sequence[Bench]) -> str:
-    """One sentence on whether split serving paid under this load; empty without a comparison."""
-    alone = next((b for b in benches if b.policy == ALONE), None)
-    split = [b for b in benches if b.policy != ALONE]
-    if alone is None or not split:
+    """One sentence on whether split serving pays under this load; empty without a comparison."""
+    server_only = next((b for b in benches if b.policy == SERVER_ONLY), None)
+    split = [b for b in benches if b.policy != SERVER_ONLY]
+    if server_only is None or not split:
         return ""
-    best = max(split, key=lambda b: b.bar().goodput)
-    ours, theirs = best.bar().goodput, alone.bar().goodput
-    if ours <= 0 and theirs <= 0:
+    best = max(split, key=lambda b: b.goodput)
+    if best.goodput <= 0 and server_only.goodput <= 0:
         return "Under this load no policy met any SLO"
-    if theirs <= 0:
+    if server_only.goodput <= 0:
         return f"Under this load only split serving met an SLO, with {best.policy}"
-    ratio = ours / theirs
-    if ratio > 1 + EVEN:
+    if best.goodput <= 0:
+        return "Split serving does not pay here: only the server alone met an SLO"
+    ratio = best.goodput / server_only.goodput
+    if ratio > 1 + EQUAL_GOODPUT_MARGIN:
         return (
             f"Split serving pays here: {best.policy} delivers {ratio:.2f} × the goodput of the "
             "server alone"
         )
-    if ratio < 1 - EVEN:
+    if ratio < 1 - EQUAL_GOODPUT_MARGIN:
         return (
             f"Split serving does not pay here: the server alone delivers {1 / ratio:.2f} × the "
             f"goodput of {best.policy}"
-            if ratio > 0
-            else "Split serving does not pay here: only the server alone met an SLO"
         )
     return f"Here {best.policy} and the server alone deliver the same goodput"
 
 
-def _lead(run: Run, benches: Sequence[Bench]) -> str:
+def _summary(run: Run, benches: Sequence[Bench]) -> str:
     parts = []
     if benches:
-        parts.append(f"{benches[0].load_words()}; the same engine and load under every policy.")
+        parts.append(f"{benches[0].load_text()}; the same engine and load under every policy.")
     profile = run.server or run.edge
     if profile is not None:
         machine = _machine(profile.manifest.hardware)
@@ -96,200 +114,116 @@ def _lead(run: Run, benches: Sequence[Bench]) -> str:
     return " ".join(parts)
 
 
-def _machine(hardware: dict[str, object]) -> str:
+def _machine(hardware: dict[str, Any]) -> str:
     name = hardware.get("board") or hardware.get("cpu") or hardware.get("arch") or "this machine"
-    gpus = hardware.get("gpus")
-    found = (
-        [str(g.get("name")) for g in gpus if isinstance(g, dict)] if isinstance(gpus, list) else []
-    )
-    return ", ".join([str(name), f"{hardware.get('cores', '?')} cores", *found])
+    gpus = [str(gpu.get("name")) for gpu in hardware.get("gpus") or ()]
+    return ", ".join([str(name), f"{hardware.get('cores', '?')} cores", *gpus])
 
 
-def _tiles(run: Run, benches: Sequence[Bench], answer: Answer | None) -> list[Tile]:
+def _tiles(run: Run, benches: Sequence[Bench], answer: Answer | None) -> list[tuple[str, str, str]]:
+    """The key figures: name, value and unit."""
     tiles = []
     if benches:
-        best = max(benches, key=lambda b: b.bar().goodput)
-        bar = best.bar()
+        best = max(benches, key=lambda b: b.goodput)
         tiles += [
-            Tile(f"goodput, {best.policy}", f"{bar.goodput:,.0f}", "tokens/s"),
-            Tile(f"SLO attainment, {best.policy}", f"{100 * bar.attainment:.0f}", "%"),
+            (f"goodput, {best.policy}", f"{best.goodput:,.0f}", "tokens/s"),
+            (f"SLO attainment, {best.policy}", f"{100 * best.attainment:.0f}", "%"),
         ]
     if run.trace is not None:
-        cum_acceptance = run.trace.cum_acceptance_by_position()
-        tiles.append(Tile("first draft accepted", f"{100 * cum_acceptance[0]:.0f}", "%"))
+        first = run.trace.cum_acceptance_by_position()[0]
+        tiles.append(("first draft accepted", f"{100 * first:.0f}", "%"))
     if run.edge is not None and run.edge.of_kind("draft_step"):
-        tiles.append(Tile("draft step, edge", f"{run.edge.draft_ms(256):.2f}", "ms"))
-    error = _held_out_error(run)
-    if error is not None:
-        tiles.append(Tile("step time error, held out", f"{error:.1f}", "% MAPE"))
+        tiles.append(("draft step, edge", f"{run.edge.draft_ms(256):.2f}", "ms"))
+    if run.estimator is not None:
+        errors = run.estimator.report.get("held_out", {}).get(run.estimator.kind, {})
+        if "mape" in errors:
+            tiles.append(("step time error, held out", f"{errors['mape']:.1f}", "% MAPE"))
     if answer is not None and isinstance(speed := answer.stats.get("tokens_per_s"), int | float):
-        tiles.append(Tile("real edge, alone", f"{speed:,.0f}", "tokens/s"))
+        tiles.append(("real edge, alone", f"{speed:,.0f}", "tokens/s"))
     return tiles
 
 
-def _held_out_error(run: Run) -> float | None:
-    if run.estimator is None:
-        return None
-    errors = run.estimator.report.get("held_out", {}).get(run.estimator.kind, {})
-    return float(errors["mape"]) if "mape" in errors else None
-
-
-# --- sections -------------------------------------------------------------------------------------
-
-
-def _policies(benches: Sequence[Bench]) -> list[Section]:
+def _policies(benches: Sequence[Bench]) -> dict[str, Any] | None:
     if not benches:
-        return []
-    slo = benches[0].slo_text()
-    body = figure(figures.policy_bars([b.bar() for b in benches], slo))
-    body += to_html(bench_table(benches))
-    return [
-        Section(
-            "policies",
-            "One load, every policy",
-            "Goodput counts the tokens of sessions that met their SLO. The "
-            "server-only server sends no drafts and runs on the same kernels as the rest.",
-            body,
-        )
-    ]
+        return None
+    return {"svg": figures.policy_bars(benches), "table": bench_table(benches)}
 
 
-def _answer(answer: Answer | None) -> list[Section]:
-    if answer is None:
-        return []
-    text = "".join(
-        f'<span class="{piece.origin[0]}">{html.escape(piece.text)}</span>'
-        for piece in answer.pieces
-    )
-    drafted = sum(len(p.text) for p in answer.pieces if p.origin == "draft")
-    share = drafted / max(1, len(answer.text))
-    legend = (
-        '<p class="note"><span class="key d"></span>drafted by the edge and accepted '
-        f'({100 * share:.0f} % of the text) &nbsp; <span class="key t"></span>the target’s own tokens'
-        "</p>"
-    )
-    body = f'<pre class="answer"><span class="p">{html.escape(answer.prompt)}</span>{text}</pre>{legend}'
-    return [
-        Section(
-            "answer",
-            "What a user of the edge sees",
-            "A real draft model on the edge, a real server over a WebSocket. The text is exactly what "
-            "the target alone would have written.",
-            body,
-        )
-    ]
-
-
-def _surface(run: Run) -> list[Section]:
+def _surface(run: Run) -> dict[str, Any] | None:
     if run.server is None or run.estimator is None:
-        return []
+        return None
     rows = run.server.rows
-    if not any(r.kind == "verify" and len(set(r.shape.items)) == 1 for r in rows):
-        return []
-    noisy = sum(bool(r.flags) for r in rows)
-    note = (
-        f"Points: medians of {len(rows)} measured shapes with the 10th to 90th percentile of their "
-        "samples. Lines: the fitted median; shaded: up to the bound. "
-        f"{noisy} rows carry a flag (drift, noise or throttling)."
-    )
-    return [
-        Section(
-            "surface",
-            "What a verify step costs",
-            "The time of one target forward over a ragged batch, by what the sessions bring and what "
-            "they have cached. Speculation is free while the lines are flat.",
-            figure(figures.latency_surface(rows, run.estimator), note=note),
-        )
-    ]
+    svg = figures.latency_surface(rows, run.estimator)
+    flagged = sum(bool(row.flags) for row in rows)
+    return {"svg": svg, "rows": len(rows), "flagged": flagged} if svg else None
 
 
-def _accuracy(run: Run, benches: Sequence[Bench]) -> list[Section]:
+def _accuracy(run: Run, benches: Sequence[Bench]) -> dict[str, Any] | None:
     estimator = run.estimator
     if estimator is None:
-        return []
-    points = _profile_points(run, estimator) + [p for b in benches for p in b.points()]
-    body = ""
-    if points:
-        body = figure(
-            figures.predicted_against_measured(points, estimator.coverage),
-            note="Steps of the profile are those the estimator was fitted on; steps of the policies "
-            "came later, under load.",
-        )
-    held_out = estimator.report.get("held_out", {})
-    if held_out:
-        names = ("mape", "median_ape", "p90_ape", "p99_ape", "bias")
-        table = Table(
-            "",
-            (
-                Column("estimator"),
-                *(Column(n.replace("_", " "), "%", 2) for n in names[:-1]),
-                Column("bias", "%", 2),
-                Column("never falls"),
-                Column("chosen"),
-            ),
-            tuple(
-                (
-                    name,
-                    *(errors.get(n) for n in names),
-                    bool(estimator.report.get("monotone", {}).get(name, False)),
-                    name == estimator.kind,
-                )
-                for name, errors in held_out.items()
-            ),
-            note="Errors on shapes that were held out whole. "
-            f"Median repeat noise of a row: {estimator.report.get('repeat_noise_percent', 0):.2f} %.",
-        )
-        body += to_html(table)
-    return [
-        Section(
-            "accuracy",
-            "Predicted and measured",
-            "Deadlines are checked against the upper bound, throughput is planned on the median.",
-            body,
-        )
-    ]
-
-
-def _profile_points(run: Run, estimator: StepTimeEstimator) -> list[figures.StepPoint]:
-    if run.server is None:
-        return []
-    predictions = [(estimator.predict(row.shape), row.median_ms) for row in run.server.rows]
-    return [figures.StepPoint(p, b, m, figures.PROFILE) for (p, b), m in predictions]
-
-
-def _acceptance(run: Run) -> list[Section]:
-    trace = run.trace
-    if trace is None or not sum(p.scored_rows() for p in trace.paths):
-        return []
-    cum_acceptance = trace.cum_acceptance_by_position()
-    positions = sum(p.scored_rows() for p in trace.paths)
-    sampling = trace.sampling
-    how = "greedy" if sampling.temperature == 0 else f"T = {sampling.temperature:g}"
-    note = (
-        f"{positions:,} positions of {len(trace.paths)} held-out prompts, {how}, censored rows left "
-        f"out. A round of {trace.depth} drafts commits {1 + float(cum_acceptance.sum()):.2f} tokens on "
-        "average. Bars: 95 % interval over prompts."
-    )
-    return [
-        Section(
-            "acceptance",
-            "How many drafts are accepted",
-            "The share of draft tokens that the target accepts, by their place in the round.",
-            figure(figures.acceptance_by_position(trace), narrow=True, note=note),
-        )
-    ]
-
-
-def _provenance(run: Run) -> Section:
-    table = Table(
+        return None
+    points = _profile_points(run.server, estimator) + [p for b in benches for p in b.points()]
+    svg = figures.predicted_against_measured(points, estimator.coverage) if points else ""
+    errors = ("mape", "median_ape", "p90_ape", "p99_ape", "bias")
+    monotone = estimator.report.get("monotone", {})
+    held_out = Table(
         "",
         (
-            Column("file"),
-            Column("kind"),
-            Column("content hash"),
-            Column("made"),
-            Column("made from"),
+            Column("estimator"),
+            *(Column(name.replace("_", " "), "%", 2) for name in errors),
+            Column("never falls"),
+            Column("chosen"),
         ),
+        tuple(
+            (
+                kind,
+                *(found.get(name) for name in errors),
+                bool(monotone.get(kind, False)),
+                kind == estimator.kind,
+            )
+            for kind, found in estimator.report.get("held_out", {}).items()
+        ),
+        note="Errors on shapes that were held out whole. "
+        f"Median repeat noise of a row: {estimator.report.get('repeat_noise_percent', 0):.2f} %.",
+    )
+    return {"svg": svg, "held_out": held_out if held_out.rows else None}
+
+
+def _profile_points(profile: ServerProfile | None, estimator: StepTimeEstimator) -> list[StepPoint]:
+    if profile is None:
+        return []
+    return [
+        StepPoint(*estimator.predict(row.shape), row.median_ms, figures.PROFILE)
+        for row in profile.rows
+    ]
+
+
+def _acceptance(run: Run) -> dict[str, str] | None:
+    trace = run.trace
+    if trace is None or not (positions := sum(p.scored_rows() for p in trace.paths)):
+        return None
+    committed = 1 + float(trace.cum_acceptance_by_position().sum())
+    temperature = trace.sampling.temperature
+    sampling = "greedy" if temperature == 0 else f"T = {temperature:g}"
+    note = (
+        f"{positions:,} positions of {len(trace.paths)} held-out prompts, {sampling}, censored rows "
+        f"left out. A round of {trace.depth} drafts commits {committed:.2f} tokens on average. "
+        "Bars: 95 % interval over prompts."
+    )
+    return {"svg": figures.acceptance_by_position(trace), "note": note}
+
+
+def _capacity(run: Run) -> dict[str, str] | None:
+    if run.capacity is None:
+        return None
+    load = str(run.capacity.payload.get("load", ""))
+    return {"svg": capacity_curves(run.capacity), "load": load}
+
+
+def _provenance(run: Run) -> dict[str, Any]:
+    sources = Table(
+        "",
+        tuple(map(Column, ("file", "kind", "content hash", "made", "made from"))),
         tuple(
             (
                 source.file,
@@ -301,35 +235,20 @@ def _provenance(run: Run) -> Section:
             for source in sorted(run.sources, key=lambda s: (s.created, s.file))
         ),
     )
-    entries: list[tuple[str, str]] = []
+    facts: list[tuple[str, str]] = []
     for side, profile in (("server", run.server), ("edge", run.edge)):
         if profile is None:
             continue
-        manifest = profile.manifest
-        settings = ", ".join(
-            f"{k} {v}" for k, v in manifest.engine.items() if not isinstance(v, dict)
-        )
-        versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-        entries += [
+        manifest, model = profile.manifest, profile.manifest.model
+        settings = (f"{k} {v}" for k, v in manifest.engine.items() if not isinstance(v, dict))
+        facts += [
             (f"{side}: machine", _machine(manifest.hardware)),
             (
                 f"{side}: model",
-                f"{manifest.model.id} {manifest.model.dtype}, "
-                f"{manifest.model.parameters / 1e6:.1f} M parameters",
+                f"{model.id} {model.dtype}, {model.parameters / 1e6:.1f} M parameters",
             ),
-            (f"{side}: engine", settings),
+            (f"{side}: engine", ", ".join(settings)),
             (f"{side}: command", manifest.command),
-            (f"{side}: versions", versions),
+            (f"{side}: versions", ", ".join(f"{k} {v}" for k, v in manifest.versions.items())),
         ]
-    stale = run.stale()
-    warning = (
-        f'<p class="note">Made from files that have changed since: {html.escape(", ".join(stale))}.</p>'
-        if stale
-        else ""
-    )
-    return Section(
-        "provenance",
-        "Where the figures come from",
-        "Every artifact names what it was made from by the hash of its content.",
-        to_html(table) + warning + facts(entries),
-    )
+    return {"sources": sources, "stale": run.stale(), "facts": facts}

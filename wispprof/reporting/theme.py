@@ -1,9 +1,8 @@
-"""How figures look, and how they get into a page.
+"""The style of the figures, and their conversion to inline SVG.
 
-Figures are drawn with matplotlib in a fixed set of colours and written as SVG. Each of those colours is
-then replaced by a CSS variable, so one figure reads in light and in dark, in the page's own font.
-The series colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which people with any
-of the common colour vision deficiencies can tell apart; every series also has its own marker.
+matplotlib draws them in fixed colours. CSS variables then replace these colours, so that a figure follows
+the light or dark theme of its page. The series colours are those of Okabe and Ito
+(https://jfly.uni-koeln.de/color/), which are safe for colour blindness; each series has its own marker.
 """
 
 from __future__ import annotations
@@ -86,9 +85,9 @@ _STYLE: Any = {
 
 @contextmanager
 def canvas(width: float, height: float, columns: int = 1, **grid: Any) -> Iterator[Any]:
-    """A figure of ``width`` × ``height`` inches and its row of axes, drawn in the house style.
+    """A figure of ``width`` × ``height`` inches with one row of axes, in the style of the report.
 
-    Yields ``(figure, axes)`` with ``axes`` a list of length ``columns``. No pyplot, no global state.
+    Yields ``(figure, axes)`` with ``axes`` a list of length ``columns``. Uses no global state.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -108,12 +107,12 @@ def finish(axes: Axes, x: str, y: str, title: str = "") -> None:
 
 
 def policy_color(name: str) -> str:
-    """The colour of a policy: the same in every figure of every report."""
+    """The colour of a policy, equal in all figures."""
     return SERIES[_POLICIES.get(name, sum(name.encode()) % len(SERIES))]
 
 
 def ramp(count: int) -> list[str]:
-    """``count`` colours from few to many: viridis, without the ends that vanish on black or white."""
+    """``count`` colours of viridis, without the ends that vanish on black or white."""
     import matplotlib
     from matplotlib.colors import to_hex
 
@@ -124,10 +123,9 @@ def ramp(count: int) -> list[str]:
 
 
 def svg(figure: Figure, name: str, label: str) -> str:
-    """The figure as an inline SVG element that takes its colours from the page.
+    """The figure as an inline SVG element that takes its colours from the page. Deterministic.
 
-    ``name`` keeps the ids of several figures in one page apart; ``label`` is read to those who cannot
-    see it. The same figure gives the same text.
+    ``name`` makes ids unique among the figures of a page; ``label`` is the text for screen readers.
     """
     import matplotlib
 
@@ -145,7 +143,7 @@ def svg(figure: Figure, name: str, label: str) -> str:
         text,
         count=1,
     )
-    # Ids are the page's: two figures may not both have an "axes_1".
+    # Ids must be unique in the page.
     text = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     for color, variable in zip(_LIGHT, _NAMES, strict=True):
         text = re.sub(re.escape(color), f"var(--{variable})", text, flags=re.IGNORECASE)
@@ -154,7 +152,7 @@ def svg(figure: Figure, name: str, label: str) -> str:
 
 
 def standalone(inline: str) -> str:
-    """An SVG file of its own from an inline one: it carries the colours and follows the viewer's theme."""
-    look = "svg{font-family:system-ui,sans-serif;background:var(--paper)}"
-    style = f"<style>{look}{CSS_VARIABLES}</style>"
+    """A complete SVG file from an inline one. It follows the viewer's light or dark theme."""
+    base = "svg{font-family:system-ui,sans-serif;background:var(--paper)}"
+    style = f"<style>{base}{CSS_VARIABLES}</style>"
     return re.sub(r"(<svg[^>]*>)", lambda m: m[1] + style, inline, count=1)
