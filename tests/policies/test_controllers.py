@@ -10,7 +10,7 @@ from synthetic_step import SyntheticEstimator
 
 from wispprof.policies import LOAD_LEVELS, RoundContext, load_level, make_controller, slowdown
 from wispprof.policies.controllers import ConfidenceAcceptance, DepthAcceptance
-from wispprof.policies.load_level import representative_slowdown
+from wispprof.policies.cost_model import representative_slowdown
 from wispprof.types import DraftFeatures
 
 CONTEXT = RoundContext(draft_ms=10.0, rtt_ms=30.0, server_ms=40.0)

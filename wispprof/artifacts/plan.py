@@ -4,7 +4,7 @@
 when to stop, per device, round trip, load level, SLO class and mode. Every row keeps the figures it was
 chosen by.
 
-:mod:`wispprof.policies.load_level` defines load levels. A plan repeats their bounds, so that a plan made
+:mod:`wispprof.policies.cost_model` defines load levels. A plan repeats their bounds, so that a plan made
 under other bounds is refused.
 """
 

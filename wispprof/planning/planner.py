@@ -19,7 +19,7 @@ from wispprof.planning.batch_table import (
 )
 from wispprof.planning.draft_table import EdgeCosts, PlannedDevice, draft_row, speed_curve
 from wispprof.planning.objective import choice_rows
-from wispprof.policies.load_level import LOAD_BOUNDS, LOAD_LEVELS
+from wispprof.policies.cost_model import LOAD_BOUNDS, LOAD_LEVELS
 from wispprof.settings.planner_settings import PlanSettings
 from wispprof.types import StepTimeEstimator
 

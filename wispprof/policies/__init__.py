@@ -1,5 +1,6 @@
 """Scheduling decisions shared by server, edge and simulator: batching policies, speculation controllers."""
 
+from wispprof.policies.cost_model import LOAD_BOUNDS, LOAD_LEVELS, load_level, slowdown
 from wispprof.policies.interface import (
     BatchPolicy,
     Controller,
@@ -9,7 +10,6 @@ from wispprof.policies.interface import (
     SessionView,
     StepPlan,
 )
-from wispprof.policies.load_level import LOAD_BOUNDS, LOAD_LEVELS, load_level, slowdown
 from wispprof.policies.registry import (
     BATCH_POLICIES,
     CONTROLLERS,

@@ -1,13 +1,20 @@
-"""Marginal costs of a step, as plain numbers, so that a thousand candidates can be ranked quickly.
+"""Marginal costs of a step, and the load level.
 
-Around the current batch the step time is close to ``fixed + Σ (item + new·row + new·cached·pair +
-cached·kv)``. The coefficients are secants of the estimator itself, so any estimator works. They only rank
-candidates: the estimator prices what is finally scheduled.
+Marginal costs are plain numbers, so that a thousand candidates can be ranked quickly. Around the current
+batch the step time is close to ``fixed + Σ (item + new·row + new·cached·pair + cached·kv)``. The coefficients
+are secants of the estimator itself, so any estimator works. They only rank candidates: the estimator prices
+what is finally scheduled.
+
+The *slowdown* of the sessions that decode now is a ratio of step times: all of them advance by one
+undrafted token, over one of them alone. It is 1 on an idle server. It stays near 1 while the fixed part of
+a step dominates, and grows once rows and KV reads bind. It needs no hardware constants. The *load level*
+is the number of :data:`LOAD_BOUNDS` that the slowdown has reached: 0 … 4. It means the same for server, edge,
+simulator and plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +25,11 @@ from wispprof.types import BatchTotals, StepTimeEstimator
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
+
+LOAD_BOUNDS: tuple[float, ...] = (1.15, 1.5, 2.25, 4.0)
+LOAD_LEVELS = len(LOAD_BOUNDS) + 1
+
+_HYSTERESIS = 0.05
 
 
 class MarginalCosts(NamedTuple):
@@ -112,19 +124,16 @@ def mean_costs(estimator: StepTimeEstimator, items: int, new: int, cached: int) 
     Secants over half the batch, because a staircase (CUDA graph buckets) has no useful derivative.
     """
     span, far = max(4, items // 2), max(256, 2 * cached)
-    batch = (items, new, cached)
-    p50, bound = _price(
-        estimator,
-        (
-            (batch,),
-            (batch, (span, 1, 0)),
-            (batch, (1, span, 0)),
-            (batch, (1, 1, far)),
-            (batch, (1, 1, 0)),
-            (batch, (1, span, far)),
-            ((1, new, cached),),
-        ),
-    )
+    tokens = np.zeros((7, items + span + 1), dtype=np.int64)
+    tokens[:6, :items] = new
+    tokens[1, items:-1] = 1
+    tokens[2, items] = span
+    tokens[3, -1] = 1
+    tokens[4, items] = 1
+    tokens[5, -1] = span
+    tokens[6, 0] = new
+    contexts = np.repeat([cached, 0, far], [items, span, 1])
+    p50, bound = (prices.tolist() for prices in price_batches(estimator, tokens, contexts))
     base = p50[0]
     narrow, wide = (p50[1] - base) / span, p50[2] - base
     deep, deep_wide = p50[3] - p50[4], p50[5] - p50[2]
@@ -137,41 +146,46 @@ def mean_costs(estimator: StepTimeEstimator, items: int, new: int, cached: int) 
     return MarginalCosts(max(0.0, base - used), item, row, pair, kv, bound[6], bound[0])
 
 
-_EqualItems = tuple[int, int, int]
-"""(items, new tokens of each, cached tokens of each)."""
-
-
-def _price(
-    estimator: StepTimeEstimator, batches: Sequence[tuple[_EqualItems, ...]]
-) -> tuple[list[float], list[float]]:
-    """(p50, bound) of batches that are given as groups of equal decode items."""
-    totals = [
-        BatchTotals(
-            items=sum(n for n, _, _ in groups),
-            sum_new=sum(n * new for n, new, _ in groups),
-            sum_cached=sum(n * cached for n, _, cached in groups),
-            sum_new_cached=sum(n * new * cached for n, new, cached in groups),
-            sum_new_sq=sum(n * new * new for n, new, _ in groups),
-            max_cached=max(cached for _, _, cached in groups),
-            max_new=max(new for _, new, _ in groups),
-            prefill=0,
-        )
-        for groups in batches
-    ]
-    prices = estimator.predict_totals(BatchTotals.stack(totals))
-    if prices is not None:
-        return prices[0].tolist(), prices[1].tolist()
-    built = []
-    for groups in batches:
-        batch = estimator.start()
-        for count, new, cached in groups:
-            for _ in range(count):
-                batch = batch.add(new, cached)
-        built.append(batch)
-    return [batch.p50_ms for batch in built], [batch.bound_ms for batch in built]
-
-
 def _round_up(value: int, bits: int) -> int:
     """The next number with at most ``bits + 1`` significant binary digits."""
     shift = max(0, value.bit_length() - bits - 1)
     return -((-value) >> shift) << shift if shift else value
+
+
+def slowdown(estimator: StepTimeEstimator, cached: Iterable[int]) -> float:
+    """Undrafted step time of sessions with these cached tokens, over that of their mean alone."""
+    batch = estimator.start()
+    count = total = 0
+    for tokens in cached:
+        batch = batch.add(1, tokens)
+        count += 1
+        total += tokens
+    if count < 2:
+        return 1.0
+    alone = estimator.start().add(1, total // count).p50_ms
+    return max(1.0, batch.p50_ms / alone) if alone > 0 else 1.0
+
+
+def load_level(slowdown: float, previous: int | None = None) -> int:
+    """Load level of a slowdown.
+
+    With ``previous``, the level changes only if the slowdown is 5 % past the bound, so that edges do not
+    alternate between two rows of the plan.
+    """
+    level = sum(slowdown >= bound for bound in LOAD_BOUNDS)
+    if previous is None or level == previous:
+        return level
+    if level > previous:
+        above = LOAD_BOUNDS[previous:]
+        return previous + sum(slowdown >= bound * (1 + _HYSTERESIS) for bound in above)
+    return sum(slowdown >= bound * (1 - _HYSTERESIS) for bound in LOAD_BOUNDS[:previous])
+
+
+def representative_slowdown(level: int) -> float:
+    """The slowdown for which the plan computes a level: the geometric mean of its bounds."""
+    if not 0 <= level < LOAD_LEVELS:
+        raise ValueError(f"load level must be 0 … {LOAD_LEVELS - 1}, got {level}")
+    edges = (1.0, *LOAD_BOUNDS, LOAD_BOUNDS[-1] ** 2 / LOAD_BOUNDS[-2])
+    if level == 0:
+        return 1.0
+    return float((edges[level] * edges[level + 1]) ** 0.5)

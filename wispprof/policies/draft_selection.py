@@ -1,4 +1,4 @@
-"""Vectorised arithmetic of a step: what drafts are worth, and which of them to verify.
+"""Vectorised arithmetic of a step: what drafts are worth, which to verify, and which to wait for.
 
 A step maximises expected (weighted) tokens per millisecond. Its cost is a constant plus a sum over items, so
 the best draft lengths come from one sort: drafts join in falling order of value per ms while the ratio rises
@@ -8,6 +8,7 @@ acceptance falls from draft to draft and their rows cost the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple, Self
@@ -22,6 +23,7 @@ from wispprof.policies.cost_model import (
     MarginalCosts,
 )
 from wispprof.policies.interface import SessionView, column
+from wispprof.policies.wispprof_settings import WispprofSettings
 from wispprof.types import BatchTotals, StepTimeEstimator
 
 _ACCEPTANCE_PROBS, _CACHED = column("acceptance_probs"), column("cached")
@@ -194,8 +196,17 @@ class DraftRanking(NamedTuple):
         counts: IntArray = np.bincount(self.session_idx[:cutoff], minlength=sessions)
         return counts
 
-    def totals(self, cutoffs: IntArray, cached: IntArray, scheduled: BoolArray) -> BatchTotals[Any]:
-        """Totals (m,) of the steps at the cutoffs (m,), all with the same scheduled sessions."""
+    def totals(
+        self,
+        cutoffs: IntArray,
+        cached: IntArray,
+        scheduled: BoolArray,
+        undrafted: BoolArray | None = None,
+    ) -> BatchTotals[Any]:
+        """Totals (m,) of the steps at the cutoffs (m,), all with the same scheduled sessions.
+
+        If ``undrafted`` (n,) is given, the last of m + 1 totals is its step, in which nobody has drafts.
+        """
         cached_of = cached * scheduled
         items, sum_cached = int(np.count_nonzero(scheduled)), int(cached_of.sum())
         # The undrafted step, then what each draft adds: integers, so exact in any order.
@@ -205,36 +216,23 @@ class DraftRanking(NamedTuple):
         new_cached[1:] = cached_of[self.session_idx]
         np.add(self.depth, 2, out=max_new[1:])
         new_sq[1:] = 2.0 * max_new[1:] - 1.0
-        totals = BatchTotals.empty(len(cutoffs))
+        count = len(cutoffs)
+        totals = BatchTotals.empty(count if undrafted is None else count + 1)
         totals.items[:] = items
-        np.add(cutoffs, items, out=totals.sum_new)
+        np.add(cutoffs, items, out=totals.sum_new[:count])
         totals.sum_cached[:] = sum_cached
-        totals.sum_new_cached[:] = np.add.accumulate(new_cached)[cutoffs]
-        totals.sum_new_sq[:] = np.add.accumulate(new_sq)[cutoffs]
+        totals.sum_new_cached[:count] = np.add.accumulate(new_cached)[cutoffs]
+        totals.sum_new_sq[:count] = np.add.accumulate(new_sq)[cutoffs]
         totals.max_cached[:] = cached_of.max()
-        totals.max_new[:] = np.maximum.accumulate(max_new)[cutoffs]
+        totals.max_new[:count] = np.maximum.accumulate(max_new)[cutoffs]
         totals.prefill[:] = 0.0
+        if undrafted is not None:
+            cached_of = cached[undrafted]
+            items, sum_cached = len(cached_of), int(cached_of.sum())
+            last = (items, items, sum_cached, sum_cached, items, cached_of.max(), 1.0, 0.0)
+            for column, total in zip(totals, last, strict=True):
+                column[-1] = total
         return totals
-
-
-def typical_costs(
-    sessions: Sequence[SessionView],
-    cache: MarginalCostCache,
-    estimator: StepTimeEstimator,
-    max_items: int,
-) -> MarginalCosts:
-    """:meth:`SessionColumns.marginal_costs` of a sample of sessions, without building columns."""
-    count = len(sessions)
-    drafts = sum(map(len, map(_ACCEPTANCE_PROBS, sessions))) // count
-    cached = sum(map(_CACHED, sessions)) // count
-    return cache.get(estimator, min(count, max_items), 1 + drafts, cached)
-
-
-def undrafted_totals(cached: IntArray, scheduled: BoolArray) -> BatchTotals[int]:
-    """Totals of a step in which at least one session advances, all without drafts."""
-    cached_of = cached[scheduled]
-    items, sum_cached = len(cached_of), int(cached_of.sum())
-    return BatchTotals(items, items, sum_cached, sum_cached, items, int(cached_of.max()), 1, 0)
 
 
 def token_rate(arrays: BatchArrays, scheduled: BoolArray, drafts: IntArray) -> float:
@@ -242,3 +240,81 @@ def token_rate(arrays: BatchArrays, scheduled: BoolArray, drafts: IntArray) -> f
     cost_ms = arrays.fixed_ms + float((arrays.undrafted_ms + drafts * arrays.row_ms) @ scheduled)
     value = float((arrays.expected_tokens(drafts) * arrays.weight) @ scheduled)
     return value / cost_ms if cost_ms > 0 and value > 0 else 0.0
+
+
+class Waiting(NamedTuple):
+    """``waiting`` (n,): who stays out of this step. ``due_ms``: when the first of their drafts is due.
+    ``margin_ms``: how much less the step may shrink than linear costs say for waiting to pay."""
+
+    waiting: BoolArray
+    due_ms: float = math.inf
+    margin_ms: float = 0.0
+
+
+def should_wait(
+    now_ms: float,
+    sessions: list[SessionView],
+    arrays: BatchArrays,
+    drafts: IntArray,
+    rate: float,
+    slack_ms: FloatArray,
+    step_bound_ms: float,
+    settings: WispprofSettings,
+) -> Waiting:
+    """Choose the sessions that wait for a draft that is due, instead of advancing now.
+
+    Advancing now commits one more token for certain, but makes the due draft's first token useless. If that
+    draft was right, its token would come one step later, from the same KV read. With d = P(all pending drafts
+    and the due draft's first token accepted), advancing now gains ``1 - d`` tokens and costs one KV read.
+
+    A session waits if that read is worth more than those tokens at the current token rate, and more than
+    its share of the fixed step time: waiting makes steps shorter, so the fixed part is paid more often.
+
+    A due draft must arrive before the shortened step ends. The earliest due are taken first, as many as that
+    step still reaches. The token rate is then that of the remaining sessions; both are iterated until
+    they agree.
+
+    ``drafts`` (n,): drafts of each session in a step of all, ``rate``: weighted tokens per ms of that step.
+    ``slack_ms`` (n,): a session waits only if its slack covers that step and a whole ``step_bound_ms``.
+    """
+    count, tail_acceptance = len(sessions), arrays.tail_acceptance
+    nobody = np.zeros(count, dtype=bool)
+    if rate <= 0.0:
+        return Waiting(nobody)
+    cost_ms = arrays.undrafted_ms + drafts * arrays.row_ms
+    step_ms = max(1e-6, arrays.fixed_ms + float(cost_ms.sum()))
+    fixed_share_ms = settings.wait_fixed_share * arrays.fixed_ms / count
+    # At the rate with everybody in, the surest draft must be worth waiting for.
+    min_loss = (1.0 - settings.wait_max_acceptance * tail_acceptance) * arrays.weight
+    able = rate * np.maximum(arrays.read_ms - fixed_share_ms, 0.0) > min_loss
+    able &= slack_ms >= step_ms + step_bound_ms
+    candidates: list[tuple[int, float, float]] = []
+    for idx in able.nonzero()[0].tolist():
+        session = sessions[idx]
+        due_ms, due_probs = session.due_ms, session.due_acceptance_probs
+        if due_ms is not None and due_probs and now_ms <= due_ms <= now_ms + step_ms:
+            acceptance = float(tail_acceptance[idx]) * due_probs[0]
+            candidates.append((idx, due_ms - now_ms, acceptance))
+    if not candidates:
+        return Waiting(nobody)
+    candidates.sort(key=lambda candidate: candidate[1])
+    due_idx = np.array([candidate[0] for candidate in candidates])
+    due_in_ms = np.array([candidate[1] for candidate in candidates])
+    acceptance_of = np.array([candidate[2] for candidate in candidates])
+    loss = (1.0 - acceptance_of) * arrays.weight[due_idx]
+    saved_ms = arrays.read_ms[due_idx] - fixed_share_ms
+    waiting = nobody
+    for _ in range(settings.wait_iterations):
+        pays = rate * saved_ms > loss
+        remaining_ms = step_ms - (cost_ms[due_idx] * pays).cumsum()
+        chosen = nobody.copy()
+        chosen[due_idx[pays & (due_in_ms <= remaining_ms)]] = True
+        if bool((chosen == waiting).all()):
+            break
+        waiting = chosen
+        rate = token_rate(arrays, ~waiting, drafts)
+    mine = waiting[due_idx]
+    if rate <= 0.0 or not mine.any():
+        return Waiting(nobody)
+    margin_ms = float((saved_ms - loss / rate)[mine].sum())
+    return Waiting(waiting, now_ms + float(due_in_ms[mine][0]), margin_ms)

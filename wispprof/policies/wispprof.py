@@ -37,15 +37,14 @@ from wispprof.policies.draft_selection import (
     BatchArrays,
     DraftRanking,
     SessionColumns,
-    typical_costs,
-    undrafted_totals,
+    Waiting,
+    should_wait,
 )
 from wispprof.policies.interface import Limits, SessionView, StepPlan, column
 from wispprof.policies.prefill import add_prompts
 from wispprof.policies.urgency import Urgency
-from wispprof.policies.wait_for_draft import Waiting, should_wait
 from wispprof.policies.wispprof_settings import WispprofSettings
-from wispprof.types import BatchTotals, StepTimeEstimator
+from wispprof.types import StepTimeEstimator
 
 _READY, _PROMPT_LEFT = column("ready"), column("prompt_left")
 
@@ -202,7 +201,10 @@ class WispprofPolicy:
         urgency: Urgency | None = None
         if len(running) > 2 * max_items:
             sample = running[:: len(running) // max_items]
-            step_ms = typical_costs(sample, self._costs, estimator, max_items).all_bound_ms
+            drafts = sum(len(s.acceptance_probs) for s in sample) // len(sample)
+            cached = sum(s.cached for s in sample) // len(sample)
+            items = min(len(sample), max_items)
+            step_ms = self._costs.get(estimator, items, 1 + drafts, cached).all_bound_ms
             urgency = Urgency.of(now_ms, running, starvation_steps * step_ms)
             everyone = np.ones(len(running), dtype=bool)
             idx = urgency.most_urgent(everyone, 2 * max_items).nonzero()[0]
@@ -290,11 +292,9 @@ class WispprofPolicy:
         sessions = len(arrays.cached)
         cutoffs = self._cutoffs(ranking)
         value = ranking.value[cutoffs]
-        totals = ranking.totals(cutoffs, arrays.cached, scheduled)
+        totals = ranking.totals(cutoffs, arrays.cached, scheduled, undrafted)
         if undrafted is not None:
             value = np.append(value, arrays.weight @ undrafted)
-            last = np.array([undrafted_totals(arrays.cached, undrafted)], dtype=np.float64).T
-            totals = BatchTotals(*np.concatenate([totals, last], axis=1))
         prices = estimator.predict_totals(totals)
         if prices is None:
             new = [(ranking.drafts(j, sessions) + 1) * scheduled for j in cutoffs.tolist()]

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from wispprof.errors import RuntimeFault
-from wispprof.policies.load_level import LOAD_LEVELS
+from wispprof.policies.cost_model import LOAD_LEVELS
 from wispprof.settings.server_settings import ServerSettings
 
 NAME = "wispprof"

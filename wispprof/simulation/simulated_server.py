@@ -11,8 +11,8 @@ from collections import deque
 from random import Random
 from typing import TYPE_CHECKING
 
+from wispprof.policies.cost_model import load_level, slowdown
 from wispprof.policies.interface import BatchPolicy, Limits, StepPlan
-from wispprof.policies.load_level import load_level, slowdown
 from wispprof.sessions.draft_buffer import Outgoing
 from wispprof.sessions.session_state import SessionState
 from wispprof.simulation.devices import COMMIT_BYTES, TOKEN_BYTES

@@ -14,8 +14,8 @@ from typing import NamedTuple
 from wispprof import protocol
 from wispprof.backends import Engine
 from wispprof.edge.connection import Connection, LinkLost
+from wispprof.policies.cost_model import load_level, slowdown
 from wispprof.policies.interface import BatchPolicy, Limits, ScheduledItem
-from wispprof.policies.load_level import load_level, slowdown
 from wispprof.sessions.session_state import SessionState
 from wispprof.types import BatchShape, Sampling, Slo, StepTimeEstimator
 
