@@ -52,8 +52,9 @@ from wispprof.artifacts import EdgeProfile, bundled_path
 from wispprof.artifacts.profile import rested_share
 from wispprof.edge.draft_worker import DraftStep, ThreadWorker
 from wispprof.edge.edge_runtime import Prompt, open_edge
-from wispprof.profiling.edge_profiler import EDGE_GRIDS, profile_edge
+from wispprof.profiling.drafter_runner import EDGE_GRIDS
 from wispprof.profiling.edge_profiler import EdgeProfilerSettings as ProfileSettings
+from wispprof.profiling.edge_profiler import profile_edge
 from wispprof.profiling.prompts import held_out_prompts
 from wispprof.settings.edge_settings import DraftingSettings, EdgeSettings
 from wispprof.types import Sampling

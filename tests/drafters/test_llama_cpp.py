@@ -17,7 +17,7 @@ from wispprof.drafters.llama_cpp import LlamaCppDrafter
 from wispprof.drafters.torch_drafter import TorchDrafter
 from wispprof.engines.loading import random_model
 from wispprof.errors import EngineError, ModelError, ModelMissing
-from wispprof.profiling import edge_profiler
+from wispprof.profiling import drafter_runner, edge_profiler
 from wispprof.settings import profiler_settings
 from wispprof.types import Sampling
 
@@ -126,7 +126,7 @@ def test_faults_say_what_to_do(library, file, tmp_path, monkeypatch):
 def test_profile_edge_measures_a_gguf_draft(library, file, monkeypatch):
     ticks = iter(range(1 << 30))
     axes = edge_profiler.EdgeAxes((16, 32), (16,), 16, burst_s=0.05, sustained_s=0.0)
-    monkeypatch.setitem(edge_profiler.EDGE_GRIDS, "quick", axes)
+    monkeypatch.setitem(drafter_runner.EDGE_GRIDS, "quick", axes)
     sweep = edge_profiler.SweepSettings(warmup=1, min_samples=6, max_samples=6, sentinel_every=50)
     chosen = profiler_settings.EdgeProfilerSettings(draft=str(file), sweep=sweep)
     profile = edge_profiler.profile_edge(chosen, clock=lambda: next(ticks) * 0.004)

@@ -39,7 +39,7 @@ def test_rows_are_filled_up_to_few_numbers_by_little() -> None:
 
 
 def test_all_but_lone_rows_are_multiplied_with_the_copy() -> None:
-    """Negative control: a weight changed behind its back changes lone rows and leaves the others."""
+    """Negative control: a weight changed behind its back changes single rows and leaves the others."""
     torch.manual_seed(0)
     weight = torch.randn(96, 40)
     product = PackedLinear(weight, None, pack=True)

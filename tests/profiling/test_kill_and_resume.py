@@ -1,4 +1,4 @@
-"""A profiler killed outright, again and again, in a process of its own: what it has measured stands."""
+"""A profiler process that is killed repeatedly loses no measured block."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ KILLS = 2
 PRELOAD = ["wispprof.profiling.server_profiler", "transformers.models.llama.modeling_llama"]
 
 
-def measure(path: Path, resume: bool, told: Any) -> None:
-    """The profiler of a process: tells the order of each visit once it is on disk."""
-    # Times of so small a model are all overhead; what physics says of them has a test of its own.
+def measure(path: Path, resume: bool, orders: Any) -> None:
+    """Run the profiler; sends the order of each block once it is on disk."""
+    # Times of so small a model are all overhead; the physics checks have their own tests.
     server_profiler.check_physics = lambda rows, model: type(
         "Passed", (), {"as_dict": lambda self: {}}
     )()
@@ -31,7 +31,7 @@ def measure(path: Path, resume: bool, told: Any) -> None:
 
     def appended(journal: RowJournal, row: Any) -> None:
         append(journal, row)
-        told.send(row.order)
+        orders.send(row.order)
 
     RowJournal.append = appended  # type: ignore[method-assign]
     settings = profiler_settings.ServerProfilerSettings(
@@ -52,20 +52,20 @@ def blocks(journal: Path) -> dict[int, tuple[str, tuple[float, ...]]]:
     return {row.order: (row.key, row.samples_ms) for row in rows}
 
 
-def test_killed_at_random_visits_and_resumed(tmp_path: Path) -> None:
-    """Every key once, every visit's samples in their row, no visit made twice."""
+def test_killed_at_random_blocks_and_resumed(tmp_path: Path) -> None:
+    """Every key once, every block's samples in their row, no block measured twice."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     generator = random.Random(7)
     journal = tmp_path / "p.journal.jsonl"
     kept: dict[int, tuple[str, tuple[float, ...]]] = {}
     for attempt in range(KILLS):
-        hear, tell = context.Pipe(duplex=False)
-        process = context.Process(target=measure, args=(tmp_path / "p", attempt > 0, tell))
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=measure, args=(tmp_path / "p", attempt > 0, sender))
         process.start()
-        tell.close()
+        sender.close()
         for _ in range(generator.randint(1, 5)):
-            hear.recv()  # EOFError: it ended before it could be killed
+            receiver.recv()  # EOFError: it ended before it could be killed
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
@@ -73,14 +73,14 @@ def test_killed_at_random_visits_and_resumed(tmp_path: Path) -> None:
         assert len(now) > len(kept)
         assert kept.items() <= now.items()  # a resumed run changes nothing that is there
         kept = now
-    hear, tell = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(tmp_path / "p", True, tell))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=measure, args=(tmp_path / "p", True, sender))
     process.start()
-    tell.close()
+    sender.close()
     made = set()
     while True:
         try:
-            made.add(hear.recv())
+            made.add(receiver.recv())
         except EOFError:
             break
     process.join()
@@ -94,6 +94,6 @@ def test_killed_at_random_visits_and_resumed(tmp_path: Path) -> None:
     for row in rows:
         assert len(row.samples_ms) + len(row.set_aside_ms) == 6
     for key, samples in kept.values():
-        if key in by_key:  # a look at the sentinel is not
+        if key in by_key:  # reference measurements are not
             have = Counter((*by_key[key].samples_ms, *by_key[key].set_aside_ms))
             assert not Counter(samples) - have, f"samples of {key} were lost"

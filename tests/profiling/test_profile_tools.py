@@ -72,13 +72,13 @@ def test_what_really_changed_is_named():
         diff_profiles(server_profile(), edge)
 
 
-def swept(seed, slow=(), pace=1.0, count=120, noise=0.01, visit_noise=0.02):
-    """As a sweep leaves it: three visits of three samples each, and looks at a sentinel between."""
+def swept(seed, slow=(), pace=1.0, count=120, noise=0.01, block_noise=0.02):
+    """Rows of a sweep: three blocks of three samples each, with reference measurements between."""
     generator = random.Random(seed)
     rows = []
 
     def block(ms):
-        here = ms * pace * math.exp(generator.gauss(0, visit_noise))
+        here = ms * pace * math.exp(generator.gauss(0, block_noise))
         return [here * math.exp(abs(generator.gauss(0, noise))) for _ in range(3)]
 
     for i in range(count):
@@ -95,20 +95,20 @@ def swept(seed, slow=(), pace=1.0, count=120, noise=0.01, visit_noise=0.02):
 
 
 @pytest.mark.parametrize("pace", [1.0, 1.06, 0.95])
-@pytest.mark.parametrize("visit_noise", [0.005, 0.02, 0.05])
-def test_two_sweeps_of_one_machine_hardly_differ_however_noisy_it_is(pace, visit_noise):
+@pytest.mark.parametrize("block_noise", [0.005, 0.02, 0.05])
+def test_two_sweeps_of_one_machine_hardly_differ_however_noisy_it_is(pace, block_noise):
     """Over 20 pairs, though single medians are 5 % apart often enough; the pace is divided out."""
     found = [
         diff_profiles(
-            swept(seed, visit_noise=visit_noise),
-            swept(seed + 100, pace=pace, visit_noise=visit_noise),
+            swept(seed, block_noise=block_noise),
+            swept(seed + 100, pace=pace, block_noise=block_noise),
         )
         for seed in range(20)
     ]
     assert max(one.changed_share for one in found) <= 0.05
     assert statistics.fmean(one.changed_share for one in found) <= 0.005
     assert statistics.fmean(one.slowdown for one in found) == pytest.approx(pace, rel=0.02)
-    if visit_noise == 0.05:
+    if block_noise == 0.05:
         apart = [abs(row.ratio / one.slowdown - 1) > 0.05 for one in found for row in one.rows]
         assert statistics.fmean(apart) > 0.1  # what a plain threshold would have reported
 
@@ -128,9 +128,9 @@ def test_a_machine_that_became_slower_as_a_whole_is_not_explained_away():
     assert found.slowdown == 1.0
     assert found.sentinel_ratio == pytest.approx(1.3, rel=0.03)
     assert found.changed_share == 1.0
-    slightly = swept(3, pace=1.08, visit_noise=0.002)
-    assert diff_profiles(swept(1, visit_noise=0.002), slightly).changed_share == 0
-    assert diff_profiles(swept(1, visit_noise=0.002), slightly, absolute=True).changed_share > 0.9
+    slightly = swept(3, pace=1.08, block_noise=0.002)
+    assert diff_profiles(swept(1, block_noise=0.002), slightly).changed_share == 0
+    assert diff_profiles(swept(1, block_noise=0.002), slightly, absolute=True).changed_share > 0.9
 
 
 def test_false_findings_are_bounded_not_each_test():
@@ -143,7 +143,7 @@ def test_false_findings_are_bounded_not_each_test():
 
 
 def test_merged_sweeps_follow_each_other_in_the_order_of_measurement():
-    """Orders of two sweeps would otherwise say that their visits were made at once."""
+    """Otherwise blocks of two sweeps would appear to be measured at the same time."""
 
     def reference_sample(order, key="s"):
         return StepRow(key, "sentinel", BatchShape.uniform(4, 5, 64), (1.0,) * 3, order=order)

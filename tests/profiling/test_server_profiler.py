@@ -13,7 +13,7 @@ from wispprof.engines.loading import random_model
 from wispprof.engines.torch.engine import TorchEngine
 from wispprof.errors import ArtifactError, PhysicsViolation, ProfileError
 from wispprof.fitting.observations import MINIMUM_SHAPES
-from wispprof.profiling import edge_profiler, server_profiler
+from wispprof.profiling import drafter_runner, edge_profiler, server_profiler
 from wispprof.profiling.physics_checks import check_edge
 from wispprof.profiling.profile_run import journal_path
 from wispprof.profiling.shape_grid import Axes
@@ -149,7 +149,7 @@ def test_too_little_memory_is_said(tiny, monkeypatch):
         server_profiler.profile_server(settings(kv_tokens=40), loaded=tiny)
 
 
-def test_a_budget_leaves_shots_out(tiny, monkeypatch):
+def test_a_budget_leaves_workloads_out(tiny, monkeypatch):
     clock = CountedTime(monkeypatch)
     whole = server_profiler.plan_server(settings(), loaded=tiny, clock=clock)
     some = server_profiler.plan_server(
@@ -233,7 +233,7 @@ def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
         (16, 64), (16, 32), 64, burst_s=0.1, sustained_s=0.2, rounds=(16,)
     )
     rests = []
-    monkeypatch.setitem(edge_profiler.EDGE_GRIDS, "quick", axes)
+    monkeypatch.setitem(drafter_runner.EDGE_GRIDS, "quick", axes)
     chosen = profiler_settings.EdgeProfilerSettings(
         output=Output(tmp_path / "e"), sampling=Sampling(0.7, seed=1)
     )
@@ -274,11 +274,11 @@ def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
     assert profile.manifest.summary["burst_tokens_per_s"] == pytest.approx(250, rel=1e-3)
 
 
-def test_edge_shots_do_what_their_kind_says(tiny):
+def test_edge_workloads_do_what_their_kind_says(tiny):
     drafter = TorchDrafter(tiny)
     rests = []
     runner = edge_profiler.DrafterRunner(drafter, 96, Sampling(), sleep=rests.append)
-    for workload in edge_profiler.edge_workloads(edge_profiler.EDGE_GRIDS["quick"], 256):
+    for workload in edge_profiler.edge_workloads(drafter_runner.EDGE_GRIDS["quick"], 256):
         runner.prepare(workload)
         rests.clear()
         for _ in range(3):
@@ -299,7 +299,7 @@ def test_edge_shots_do_what_their_kind_says(tiny):
             assert drafter.length == max(1, workload.subject.context) + workload.subject.tokens + 1
         runner.finish()
     with pytest.raises(ProfileError, match="too short"):
-        edge_profiler.edge_workloads(edge_profiler.EDGE_GRIDS["quick"], 20)
+        edge_profiler.edge_workloads(drafter_runner.EDGE_GRIDS["quick"], 20)
 
 
 class _Waking:

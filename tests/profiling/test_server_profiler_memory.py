@@ -65,7 +65,7 @@ def test_a_small_memory_is_filled_and_nothing_refused(tiny, anything_goes, backe
     assert made.manifest.engine["kv_tokens"] == kv_tokens
     longest = max(i.cached + i.new for row in made.rows for i in row.shape.items)
     held = [row.shape.cached_tokens + row.shape.new_tokens for row in made.rows]
-    # The session that all are forks of stands beside every shot, with half of the memory at most.
+    # The master session takes half of the memory at most.
     assert max(held) + longest <= kv_tokens
     assert max(held) > 0.9 * (kv_tokens - max(longest, kv_tokens // 2))
 
@@ -78,13 +78,13 @@ def test_contexts_are_measured_to_their_last_token(tiny, anything_goes):
     assert ends >= set(ROOMY.new)
 
 
-def test_next_to_no_memory_is_said(tiny):
+def test_too_little_memory_is_an_error(tiny):
     with pytest.raises(ProfileError, match="KV tokens"):
         profile(tiny, kv_tokens=50)
 
 
-def test_a_shot_beyond_the_memory_is_refused_and_leaves_no_trace(tiny):
-    """Negative control: the engine does not make room that it has not got."""
+def test_a_workload_beyond_the_memory_is_refused_and_leaves_no_trace(tiny):
+    """Negative control: the engine refuses what does not fit."""
     engine = TorchEngine(tiny, kv_tokens=300, max_sessions=8)
     runner = server_profiler.EngineRunner(engine, 100)
     free = engine.kv_free
@@ -110,7 +110,7 @@ def test_a_shot_beyond_the_memory_is_refused_and_leaves_no_trace(tiny):
     ],
     ids=lambda err: type(err).__name__,
 )
-def test_a_device_out_of_memory_loses_that_shot_alone(tiny, anything_goes, monkeypatch, err):
+def test_a_device_out_of_memory_loses_that_workload_alone(tiny, anything_goes, monkeypatch, err):
     real = TorchEngine.step
 
     def step(engine, feeds, **more):
@@ -128,7 +128,7 @@ def test_a_device_out_of_memory_loses_that_shot_alone(tiny, anything_goes, monke
     assert len(made.rows) > 10
 
 
-def test_other_faults_of_a_step_are_not_taken_for_want_of_memory(tiny, monkeypatch):
+def test_other_errors_of_a_step_are_not_taken_for_lack_of_memory(tiny, monkeypatch):
     def step(engine, feeds, **more):
         raise RuntimeError("a kernel is broken")
 
@@ -141,15 +141,15 @@ def test_other_faults_of_a_step_are_not_taken_for_want_of_memory(tiny, monkeypat
 
 
 def test_the_standard_grid_reaches_the_end_of_the_bundled_context_and_of_memory():
-    """No row near a limit is planned that the session all are forks of is too short for."""
+    """No workload is planned that the master session is too short for."""
     axes, context = GRIDS["standard"], 2048
     most = server_profiler.required_capacity(axes, context)
-    for room in (200, 5_000, 40_000, 1 << 30):
-        kv_tokens, longest = server_profiler._memory(axes, room, most, context)
+    for available in (200, 5_000, 40_000, 1 << 30):
+        kv_tokens, longest = server_profiler._engine_capacity(axes, available, most, context)
         capacity = server_profiler.DeviceCapacity(kv_tokens - longest, most.sessions, longest)
         shapes = [workload.subject for workload in server_profiler.server_workloads(axes, capacity)]
         assert max(i.cached for s in shapes for i in s.items) <= longest <= context
-        assert kv_tokens <= room
+        assert kv_tokens <= available
 
 
 WITHOUT = """

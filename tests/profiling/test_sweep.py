@@ -51,12 +51,12 @@ class FakeMachine:
         die_at=None,
         blind=False,
         seed=0,
-        visit_noise=0.0,
+        block_noise=0.0,
     ):
-        self.now, self.noise, self.hog, self.visit_noise = 0.0, noise, hog, visit_noise
+        self.now, self.noise, self.hog, self.block_noise = 0.0, noise, hog, block_noise
         self.refuse, self.die_at, self.blind = refuse, die_at, blind
         self.random = random.Random(seed)
-        self.fired, self.prepared, self.workload = 0, [], None
+        self.runs, self.prepared, self.workload = 0, [], None
 
     def clock(self):
         return self.now
@@ -69,7 +69,7 @@ class FakeMachine:
             raise KeyboardInterrupt
         self.now += 0.002 + 1e-6 * workload.subject.cached_tokens
         self.workload = workload
-        self.layout = 1 + self.visit_noise * self.random.gauss(0, 1)
+        self.layout = 1 + self.block_noise * self.random.gauss(0, 1)
 
     def step_ms(self, shape):
         if self.blind:
@@ -79,7 +79,7 @@ class FakeMachine:
     def run_once(self):
         ms = self.step_ms(self.workload.subject) * (1 + self.noise * self.random.random())
         ms *= self.layout
-        self.fired += 1
+        self.runs += 1
         if self.hog[0] < self.now < self.hog[1]:
             ms *= 1.6
         self.now += ms / 1000
@@ -150,7 +150,7 @@ def test_the_interval_covers_as_it_says():
 # --- the sweep ------------------------------------------------------------------------------------
 
 
-def test_every_shot_once_in_random_order_with_raw_samples():
+def test_every_workload_once_in_random_order_with_raw_samples():
     machine = FakeMachine(noise=0.01)
     result = sweep(machine).run()
     rows = [row for row in result.rows if row.kind != "sentinel"]
@@ -164,18 +164,18 @@ def test_every_shot_once_in_random_order_with_raw_samples():
     assert [row.key for row in again.rows] == [row.key for row in result.rows]
 
 
-def test_samples_of_a_shot_are_spread_over_the_sweep():
-    """No shot is visited twice before all were visited once, and each time in another order."""
+def test_samples_of_a_workload_are_spread_over_the_sweep():
+    """No workload gets a second block before all have one, and each pass has another order."""
     machine = FakeMachine(noise=0.01)
     result = sweep(machine).run()
-    visited = [key for key in machine.prepared if key != "sentinel"]
+    measured = [key for key in machine.prepared if key != "sentinel"]
     keys = {workload.key for workload in workloads()}
-    first, second = visited[: len(keys)], visited[len(keys) : 2 * len(keys)]
+    first, second = measured[: len(keys)], measured[len(keys) : 2 * len(keys)]
     assert set(first) == set(second) == keys
     assert first != second
     for row in result.rows:
         if row.kind != "sentinel":
-            assert len(row.blocks) == visited.count(row.key) >= 2
+            assert len(row.blocks) == measured.count(row.key) >= 2
             assert sum(count for _, count in row.blocks) == len(row.samples_ms)
             assert [order for order, _ in row.blocks] == sorted({order for order, _ in row.blocks})
             assert row.blocks[0][0] == row.order
@@ -189,7 +189,7 @@ def test_noise_asks_for_repeats_and_is_flagged_where_they_do_not_help():
     assert any("noisy" in row.flags for row in many.rows)
 
 
-def test_slow_shots_are_cut_short_but_not_below_three():
+def test_slow_blocks_are_cut_short_but_not_below_three():
     machine = FakeMachine(noise=0.5)
     result = sweep(machine, settings=SweepSettings(max_workload_s=0.005)).run()
     assert {3} == {len(row.samples_ms) for row in result.rows if row.median_ms > 5}
@@ -202,7 +202,7 @@ def test_a_hog_in_the_middle_is_seen_by_the_sentinel():
     disturbed = sweep(FakeMachine(noise=0.01, hog=(half, 9e9)), budget_s=2 * quiet.seconds).run()
     marked = [row for row in disturbed.rows if row.kind != "sentinel" and "drift" in row.flags]
     assert len(marked) > len(workloads()) / 3
-    # What stands unmarked, stands on the quiet part alone; what was set aside is kept.
+    # Rows without a flag contain samples of the quiet part only; set-aside samples are kept.
     for row in disturbed.rows:
         calm_ms = FakeMachine().step_ms(row.shape) * 1.011
         if "drift" not in row.flags:
@@ -211,7 +211,7 @@ def test_a_hog_in_the_middle_is_seen_by_the_sentinel():
 
 
 def test_a_hog_that_goes_away_leaves_no_mark():
-    """Shots measured while it ran are visited again, and their disturbed samples are set aside."""
+    """Workloads measured while it ran are measured again, and their disturbed samples are set aside."""
     whole = sweep(FakeMachine(noise=0.01)).run().seconds
     machine = FakeMachine(noise=0.01, hog=(0.4 * whole, 0.6 * whole))
     result = sweep(machine).run()
@@ -259,7 +259,7 @@ def test_killed_anywhere_and_resumed_every_key_is_there_once(tmp_path_factory, d
         result = sweep(second, journal=journal).run()
     rows = [row for row in result.rows if row.kind != "sentinel"]
     assert sorted(row.key for row in rows) == sorted(workload.key for workload in workloads())
-    for row in rows:  # no visit lost, none made twice
+    for row in rows:  # no block lost, none measured twice
         assert len(row.blocks) == kept[row.key] + second.prepared.count(row.key) == 2
     orders = [row.order for row in result.rows]
     assert orders == sorted(set(orders))
@@ -274,7 +274,7 @@ def test_a_budget_is_never_exceeded(budget_s):
     assert (result.out_of_time > 0) == (budget_s < 10)
 
 
-def test_progress_counts_to_the_end_and_tells_an_eta():
+def test_progress_counts_to_the_end_with_an_eta():
     seen = []
     machine = FakeMachine(noise=0.01)
     sweep(machine, cost=piloted(machine), progress=lambda *update: seen.append(update)).run()
@@ -285,8 +285,8 @@ def test_progress_counts_to_the_end_and_tells_an_eta():
     assert (format_duration(65), format_duration(7265)) == ("1:05", "2:01:05")
 
 
-def test_drift_is_judged_anew_with_every_look():
-    """Two looks that disagree accuse each other's neighbours; the third one says who was right."""
+def test_drift_is_judged_anew_with_every_reference_measurement():
+    """Two references that disagree put both in doubt; the third one decides."""
 
     def reference_sample(ms, order):
         return StepRow("s", "sentinel", MIDDLE, (ms,) * 6, order=order)
@@ -294,15 +294,15 @@ def test_drift_is_judged_anew_with_every_look():
     def block(order):
         return StepRow(f"v{order}", "verify", MIDDLE, (1.0,) * 6, order=order)
 
-    ledger = MeasurementLog(0.1, [reference_sample(1.0, 0), block(1), reference_sample(1.3, 2)])
-    assert ledger.is_disturbed(1)
+    log = MeasurementLog(0.1, [reference_sample(1.0, 0), block(1), reference_sample(1.3, 2)])
+    assert log.is_disturbed(1)
     for row in (block(3), reference_sample(1.0, 4), block(5), reference_sample(1.01, 6)):
-        ledger.add(row)
-    assert [ledger.is_disturbed(order) for order in (1, 3, 5)] == [True, True, False]
-    flags = {row.order: row.flags for row in ledger.rows(6, 0.03)}
+        log.add(row)
+    assert [log.is_disturbed(order) for order in (1, 3, 5)] == [True, True, False]
+    flags = {row.order: row.flags for row in log.rows(6, 0.03)}
     assert flags == {0: (), 1: ("drift",), 2: ("drift",), 3: ("drift",), 4: (), 5: (), 6: ()}
     with pytest.raises(ValueError, match="comes after"):
-        ledger.add(block(6))
+        log.add(block(6))
 
 
 # --- expectation and budget -----------------------------------------------------------------------
@@ -315,10 +315,10 @@ def piloted(machine, chosen=None, settings=None):
 
 @pytest.mark.parametrize("grid", ["quick", "standard"])
 @pytest.mark.parametrize(
-    "how", [{"noise": 0.05}, {"noise": 0.2}, {"noise": 1.5}, {"noise": 0.02, "visit_noise": 0.1}]
+    "how", [{"noise": 0.05}, {"noise": 0.2}, {"noise": 1.5}, {"noise": 0.02, "block_noise": 0.1}]
 )
 def test_the_announced_time_is_right_within_thirty_percent(grid, how):
-    """Quiet and noisy machines, and one whose visits differ more than the samples of a visit."""
+    """Quiet and noisy machines, and one whose blocks differ more than the samples of a block."""
     machine, chosen, rules = FakeMachine(**how), workloads(grid), SweepSettings()
     cost = piloted(machine, chosen, rules)
     result = sweep(machine, chosen, settings=rules, cost=cost).run()
@@ -326,7 +326,7 @@ def test_the_announced_time_is_right_within_thirty_percent(grid, how):
 
 
 def test_a_pilot_alone_would_be_wrong_where_the_machine_slows_down():
-    """Negative control: the time of a machine that halves its pace cannot be announced."""
+    """Negative control: the time of a machine that halves its speed cannot be announced."""
     machine, chosen = FakeMachine(noise=0.01), workloads("standard")
     cost = piloted(machine, chosen)
     machine.hog = (machine.now, 9e9)

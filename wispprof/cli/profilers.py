@@ -103,13 +103,14 @@ def profile_edge(
 ) -> None:
     """Time drafting: in bursts and sustained."""
     from wispprof.profiling import edge_profiler
-    from wispprof.profiling.drafter_runner import load_edge_axes, override_edge_axes
+    from wispprof.profiling.drafter_runner import load_edge_axes
+    from wispprof.profiling.shape_grid import override_axes
 
     quick = settings.grid == "quick"
     given = {name: text for name, text in (("contexts", contexts), ("chunks", chunks)) if text}
     settings = replace(
         settings,
-        axes=override_edge_axes(load_edge_axes(settings.grid), given, "options") if given else None,
+        axes=override_axes(load_edge_axes(settings.grid), given, "options") if given else None,
         sampling=sampling.sampling(),
         sweep=precision.applied_to(edge_profiler.QUICK if quick else edge_profiler.STANDARD),
         output=Output(out, resume, overwrite),

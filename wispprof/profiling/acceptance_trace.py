@@ -1,5 +1,4 @@
-"""Acceptance traces: the target's own path from held-out prompts, and what the draft proposes at every
-position.
+"""Acceptance traces: the target's paths from held-out prompts, and the draft's proposals at every position.
 
 The verifier engine of this machine or of a running server generates the path, so it is what a server would
 commit. The proposals come from :mod:`~wispprof.profiling.draft_rollout`. Both use the position noise of
@@ -17,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wispprof.artifacts import AcceptanceTrace, TracePath, bundled_path
+from wispprof.artifacts import AcceptanceTrace, TracePath
 from wispprof.artifacts.manifest import command_line
 from wispprof.errors import ModelError, ProfileError, ProtocolError, ServerBusy
 from wispprof.hardware import fingerprint
 from wispprof.profiling.link_profiler import ServerClient
+from wispprof.profiling.profile_run import load_pair_model
 from wispprof.profiling.prompts import held_out_prompts, load_prompts
 from wispprof.profiling.sweep import Progress
 from wispprof.settings.profiler_settings import TraceSettings
@@ -34,28 +34,13 @@ if TYPE_CHECKING:
     from wispprof.engines.torch.engine import TorchEngine
     from wispprof.profiling.draft_rollout import DraftRollout
 
-__all__ = [
-    "RemoteTarget",
-    "accepted_lengths",
-    "collect_trace",
-    "target_paths",
-    "trace_pair",
-    "trace_remote",
-]
-
-BUNDLED_TARGET = "models/reference-pair/target"
-BUNDLED_DRAFT = "models/reference-pair/draft"
 _STEP_TOKENS = 2048
 
 
 def trace_pair(settings: TraceSettings, progress: Progress | None = None) -> AcceptanceTrace:
     """Load the pair, choose prompts, collect the trace."""
-    from wispprof.engines.loading import load_model
-
-    target_name = settings.target or str(bundled_path(BUNDLED_TARGET))
-    draft_name = settings.draft or str(bundled_path(BUNDLED_DRAFT))
-    target = load_model(target_name, settings.dtype, settings.device)
-    draft = load_model(draft_name, settings.dtype, settings.device)
+    target = load_pair_model(settings.target, "target", settings.dtype, settings.device)
+    draft = load_pair_model(settings.draft, "draft", settings.dtype, settings.device)
     return collect_trace(target, draft, settings, progress)
 
 
@@ -97,16 +82,13 @@ def trace_remote(
     connect: ConnectionFactory | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> AcceptanceTrace:
-    """The same for the target of a running server, which generates the paths.
+    """The acceptance trace of a draft and the target of a running server.
 
     Raises :class:`ModelError` if draft and server do not share a tokenizer, and the errors of
     :class:`RemoteTarget`.
     """
-    from wispprof.engines.loading import load_model
-
     if draft is None:
-        name = settings.draft or str(bundled_path(BUNDLED_DRAFT))
-        draft = load_model(name, settings.dtype, settings.device)
+        draft = load_pair_model(settings.draft, "draft", settings.dtype, settings.device)
     welcome = server.greet(connect)
     _check_pair(welcome.target, welcome.tokenizer, draft.info.vocab_size, draft)
     if prompts is None:

@@ -1,10 +1,9 @@
-"""What the draft would propose at every position of a known text, all positions at once.
+"""What the draft proposes at every position of a known text, all positions at once.
 
-One forward over the text gives keys and values that all positions share, and each position's first
-proposal. Then every position drafts on by itself: its queries see the shared text up to where it
-stands (a mask) and its own few drafts (a tail of its own). The shared part is one matrix product for
-all positions, so nothing is copied per position. Tokens and features are those that
-:class:`~wispprof.drafters.torch_drafter.TorchDrafter` gives when asked one position at a time.
+One forward over the text gives the shared keys and values, and each position's first proposal. Then every
+position drafts on: its queries attend to the shared text before it (a mask) and to its own drafts. The
+shared part is one matrix product for all positions, so nothing is copied per position. Tokens and features
+equal those of :class:`~wispprof.drafters.torch_drafter.TorchDrafter`, position by position.
 """
 
 from __future__ import annotations
@@ -24,11 +23,9 @@ from wispprof.errors import EngineError
 from wispprof.sampling.sampler import sample_tokens
 from wispprof.types import Sampling
 
-__all__ = ["DraftRollout"]
-
 _CHUNK = 512
 _LOGITS_BYTES = 64 << 20
-"""Logits held at once: a vocabulary of 150,000 must not fill the memory of an edge device."""
+"""Bound on the logits in memory: edge devices are small, and vocabularies have 150,000 tokens."""
 
 
 @dataclass
@@ -58,8 +55,8 @@ class DraftRollout:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Drafts (m, depth) int32 and features (m, depth, 4) float32 for ``m = len(tokens) - first``.
 
-        Row ``i`` continues ``tokens[: first + i]``: its first draft stands at position ``first + i``.
-        Raises :class:`EngineError` where text and drafts exceed the draft's context.
+        Row ``i`` continues ``tokens[: first + i]``: its first draft has position ``first + i``.
+        Raises :class:`EngineError` if text and drafts exceed the draft's context.
         """
         rows = len(tokens) - first
         if first < 1 or depth < 1 or rows < 1:
@@ -93,14 +90,14 @@ class DraftRollout:
         rows, depth = drafts.shape
         layers, dim = self.info.layers, self.info.head_dim
         shape = (layers, 2, rows, self._kv_heads, depth, dim)
-        tails = list(torch.empty(shape, dtype=self._dtype, device=self._device))
+        draft_kv = list(torch.empty(shape, dtype=self._dtype, device=self._device))
         beyond = torch.arange(shared.length, device=self._device) >= contexts[:, None]
         hide = torch.zeros(beyond.shape, device=self._device).masked_fill_(beyond, -torch.inf)
         for step in range(depth):
             if step:
                 ids = torch.from_numpy(drafts[:, step - 1].astype(np.int64)).to(self._device)
                 hidden = self._decoder.forward(
-                    ids, contexts + (step - 1), self._attend(shared, tails, hide, step)
+                    ids, contexts + (step - 1), self._attend(shared, draft_kv, hide, step)
                 )
             logits = self._decoder.logits(hidden)
             positions = (contexts + step).cpu().numpy()
@@ -108,25 +105,25 @@ class DraftRollout:
             drafts[:, step] = chosen.cpu().numpy()
             features[:, step] = features_torch(logits).cpu().numpy()
 
-    def _attend(self, shared: _Shared, tails: list[Tensor], hide: Tensor, step: int) -> Attend:
-        """Attention of one rollout step: the shared text as far as it is visible, and the own tail."""
+    def _attend(self, shared: _Shared, draft_kv: list[Tensor], hide: Tensor, step: int) -> Attend:
+        """Attention of one rollout step: the visible part of the shared text, and the row's own drafts."""
         group, kv_heads, scale = self._group, self._kv_heads, self._decoder.scale
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             rows, _, dim = q.shape
-            tail_k, tail_v = tails[layer]
-            tail_k[:, :, step - 1], tail_v[:, :, step - 1] = k, v
+            draft_k, draft_v = draft_kv[layer]
+            draft_k[:, :, step - 1], draft_v[:, :, step - 1] = k, v
             own = q.view(rows, kv_heads, group, dim)
             folded = own.permute(1, 0, 2, 3).reshape(kv_heads, rows * group, dim)
             far = (folded @ shared.keys[layer].transpose(1, 2)).float()
             far = far.view(kv_heads, rows, group, -1) * scale + hide[None, :, None]
-            near = (own @ tail_k[:, :, :step].transpose(2, 3)).float() * scale
+            near = (own @ draft_k[:, :, :step].transpose(2, 3)).float() * scale
             near = near.permute(1, 0, 2, 3)
             weights = torch.cat((far, near), -1).softmax(-1).to(q.dtype)
             text, drafted = weights[..., : shared.length], weights[..., shared.length :]
             out = text.reshape(kv_heads, rows * group, -1) @ shared.values[layer]
             out = out.view(kv_heads, rows, group, dim).permute(1, 0, 2, 3)
-            out = out + drafted.permute(1, 0, 2, 3) @ tail_v[:, :, :step]
+            out = out + drafted.permute(1, 0, 2, 3) @ draft_v[:, :, :step]
             mixed: Tensor = out.reshape(rows, kv_heads * group * dim)
             return mixed
 
@@ -136,8 +133,8 @@ class DraftRollout:
         """Keys and values of ``tokens``, and hidden states from row ``keep_from`` on."""
         length = len(tokens)
         shape = (2, self.info.layers, self._kv_heads, length, self.info.head_dim)
-        room = torch.empty(shape, dtype=self._dtype, device=self._device)
-        shared = _Shared(list(room[0]), list(room[1]), length)
+        kv = torch.empty(shape, dtype=self._dtype, device=self._device)
+        shared = _Shared(list(kv[0]), list(kv[1]), length)
         kept = []
         for start in range(0, length, _CHUNK):
             stop = min(length, start + _CHUNK)

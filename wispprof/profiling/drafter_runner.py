@@ -1,11 +1,11 @@
-"""What profile-edge fires at: points of an edge grid, and a drafter that is asked to do them."""
+"""Points of an edge grid, and the runner that measures them on a drafter, for profile-edge."""
 
 from __future__ import annotations
 
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 from wispprof.artifacts import EdgeRow
@@ -13,34 +13,22 @@ from wispprof.backends import Drafter
 from wispprof.errors import ProfileError
 from wispprof.policies.controllers import WispController
 from wispprof.policies.interface import RoundContext
-from wispprof.profiling.shape_grid import load_grid_file, parse_axis
+from wispprof.profiling.shape_grid import load_grid
 from wispprof.profiling.workload import Workload
 from wispprof.types import DraftFeatures, Sampling
 
-__all__ = [
-    "EDGE_GRIDS",
-    "ROUND",
-    "ROUND_DRAFTS",
-    "DrafterRunner",
-    "EdgeAxes",
-    "EdgePoint",
-    "edge_workloads",
-    "load_edge_axes",
-    "override_edge_axes",
-]
-
 ROUND = 8
-"""Tokens drafted before a roll back in the windows, as a round does."""
+"""Tokens drafted before a rollback in steady drafting."""
 CATCH_UP = 2
-"""Tokens that wait to be read after a round accepted whole: its last draft, and the target's own."""
+"""Unread tokens after a fully accepted round: its last draft, and the target's own token."""
 ROUND_DRAFTS = 4
-"""Tokens of a ``round``: enough for what a rest costs to have worn off with the last of them."""
+"""Tokens of a ``round``: by the last of them, the effect of the rest is over."""
 _DECISIONS = 200
 
 
 @dataclass(frozen=True)
 class EdgePoint:
-    """What one shot measures: see :class:`~wispprof.artifacts.rows.EdgeRow` for the kinds."""
+    """What a workload measures; :class:`~wispprof.artifacts.rows.EdgeRow` describes the kinds."""
 
     context: int
     tokens: int = 1
@@ -49,8 +37,8 @@ class EdgePoint:
 
 @dataclass(frozen=True)
 class EdgeAxes:
-    """``contexts`` of draft steps, ``chunks`` of prefill over nothing and over ``chunk_context``;
-    windows in seconds (0: none); ``rounds``: contexts of whole rounds begun after a rest of ``rest_ms``."""
+    """``contexts``: of draft steps. ``chunks``: of prefill, over nothing and over ``chunk_context``.
+    ``burst_s``, ``sustained_s``: steady drafting, 0 for none. ``rounds``: contexts of rounds after ``rest_ms``."""
 
     contexts: tuple[int, ...]
     chunks: tuple[int, ...]
@@ -83,35 +71,16 @@ EDGE_GRIDS: dict[str, EdgeAxes] = {
 
 
 def load_edge_axes(name: str) -> EdgeAxes:
-    """A named grid, or a TOML file whose ``[edge]`` table names axes (lists or range strings) and windows.
-
-    What the file leaves out is that of its ``base`` grid (default ``quick``).
-    """
-    if name in EDGE_GRIDS:
-        return EDGE_GRIDS[name]
-    base, table = load_grid_file(name, "edge", EDGE_GRIDS)
-    return override_edge_axes(base, table, name)
-
-
-def override_edge_axes(axes: EdgeAxes, values: dict[str, Any], where: str) -> EdgeAxes:
-    """``axes`` with some of them replaced: lists or range strings for axes, numbers for the rest."""
-    changed: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in EdgeAxes.__dataclass_fields__:
-            known = ", ".join(EdgeAxes.__dataclass_fields__)
-            raise ProfileError(f"{where}: there is no axis {name!r}.", f"Axes are {known}.")
-        if name in ("contexts", "chunks", "rounds"):
-            changed[name] = parse_axis(value, name, where)
-        elif isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise ProfileError(f"{where}: {name} is not a number >= 0.", "Write a number.")
-        else:
-            changed[name] = int(value) if name == "chunk_context" else float(value)
-    return replace(axes, **changed)
+    """The edge grid of :func:`~wispprof.profiling.shape_grid.load_grid`, from a file's ``[edge]`` table."""
+    return load_grid(name, "edge", EDGE_GRIDS)
 
 
 class DrafterRunner:
-    """Fires points at a drafter. The drafter must offer ``prefill`` and ``forward`` beside
-    :class:`~wispprof.backends.Drafter`, as :class:`~wispprof.drafters.torch_drafter.TorchDrafter` does."""
+    """Runs points of an edge grid on a drafter.
+
+    The drafter must offer ``prefill`` and ``forward`` beside :class:`~wispprof.backends.Drafter`, as
+    :class:`~wispprof.drafters.torch_drafter.TorchDrafter` does. ``sleep``: idles before a ``round``.
+    """
 
     def __init__(
         self,
@@ -124,74 +93,63 @@ class DrafterRunner:
         synchronize: Callable[[], None] = lambda: None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._drafter, self._vocabulary, self._sampling = drafter, vocabulary, sampling
+        self._drafter, self._vocabulary, self._sampling = cast(Any, drafter), vocabulary, sampling
         self._clock, self._synchronize, self._sleep = clock, synchronize, sleep
         self._random = random.Random(seed)
-        self._fire: Callable[[], None] = lambda: None
+        self._run: Callable[[], None] = lambda: None
         self._restore: Callable[[], None] = lambda: None
-        self._per_fire, self._rest_s = 1, 0.0
+        self._operations_per_run, self._rest_s = 1, 0.0
 
     def prepare(self, workload: Workload[EdgePoint]) -> None:
-        point, drafter = workload.subject, cast(Any, self._drafter)
-        context = max(1, point.context)
+        point, drafter = workload.subject, self._drafter
         if workload.kind == "controller":
-            self._prepare_controller()
+            self._run, self._restore = _controller_decisions(), lambda: None
+            self._operations_per_run = _DECISIONS
             return
-        self.hold(context)
-        self._per_fire, self._rest_s = 1, workload.rest_s
+        context = max(1, point.context)
+        self.fill_context(context)
+        self._operations_per_run, self._rest_s = 1, workload.rest_s
+        restored_len, unread = context, []
         if workload.kind == "prefill":
-            chunk = self.tokens(point.tokens + 1)  # the last one waits for the next draft
-            drafter.extend(chunk)
-            self._fire = drafter.prefill
-
-            def restore() -> None:
-                drafter.rollback(context)
-                drafter.extend(chunk)
-
-            self._restore = restore
+            unread = self._random_tokens(point.tokens + 1)  # the next draft reads the last one
+            self._run = drafter.prefill
         elif workload.kind == "catch_up":
-            waiting = self.tokens(point.tokens)
-            drafter.rollback(max(1, context - point.tokens))
-            drafter.extend(waiting)
-            self._fire = drafter.draft
-
-            def again() -> None:
-                drafter.rollback(max(1, context - point.tokens))
-                drafter.extend(waiting)
-
-            self._restore = again
+            restored_len, unread = max(1, context - point.tokens), self._random_tokens(point.tokens)
+            self._run = drafter.draft
         elif workload.kind == "round":
-
-            def draft_all() -> None:
-                for _ in range(point.tokens):
-                    drafter.draft()
-
-            self._fire, self._restore = draft_all, lambda: drafter.rollback(context)
+            self._run = lambda: self._draft(point.tokens)
         else:
-            self._fire = drafter.forward if workload.kind == "forward" else drafter.draft
-            self._restore = lambda: drafter.rollback(context)
+            self._run = drafter.forward if workload.kind == "forward" else drafter.draft
 
-    def hold(self, context: int) -> None:
-        """A sequence of ``context`` tokens, all of them in the draft's cache."""
-        drafter = cast(Any, self._drafter)
-        drafter.open(self.tokens(context), self._sampling)
-        drafter.prefill()
-        drafter.draft()
-        drafter.rollback(context)
+        def restore() -> None:
+            drafter.rollback(restored_len)
+            if unread:
+                drafter.extend(unread)
+
+        self._restore = restore
+        if unread:
+            restore()
+
+    def fill_context(self, context: int) -> None:
+        """Open a sequence of ``context`` tokens, all in the draft's cache."""
+        self._drafter.open(self._random_tokens(context), self._sampling)
+        self._drafter.prefill()
+        self._drafter.draft()
+        self._drafter.rollback(context)
 
     def run_once(self) -> float:
         self._synchronize()
         if self._rest_s:
             self._sleep(self._rest_s)
         begin = self._clock()
-        self._fire()
+        self._run()
         self._synchronize()
         elapsed = self._clock() - begin
         self._restore()
-        return elapsed * 1000 / self._per_fire
+        return elapsed * 1000 / self._operations_per_run
 
     def finish(self) -> None:
-        self._fire = self._restore = lambda: None
+        self._run = self._restore = lambda: None
         self._rest_s = 0.0
 
     def row(
@@ -213,59 +171,64 @@ class DrafterRunner:
             rested_ms=point.rested_ms,
         )
 
-    def round(self, context: int) -> None:
+    def draft_round(self, context: int) -> None:
         """One round of steady drafting from ``context``."""
-        for _ in range(ROUND):
-            self._drafter.draft()
+        self._draft(ROUND)
         self._synchronize()
         self._drafter.rollback(context)
 
-    def tokens(self, count: int) -> list[int]:
+    def _draft(self, tokens: int) -> None:
+        for _ in range(tokens):
+            self._drafter.draft()
+
+    def _random_tokens(self, count: int) -> list[int]:
         return [self._random.randrange(self._vocabulary) for _ in range(count)]
 
-    def _prepare_controller(self) -> None:
-        """The wisp controller with the predictor that stands in until one is fitted."""
-        controller = WispController(k_max=_DECISIONS + 1, threshold=0.0)
-        context = RoundContext(draft_ms=10.0, rtt_ms=20.0, server_ms=20.0)
-        seen = DraftFeatures(0.7, 1.2, 1.5, 2.0)
 
-        def decide() -> None:
-            controller.begin(context)
-            for depth in range(_DECISIONS):
-                controller.go_on(depth, seen)
+def _controller_decisions() -> Callable[[], None]:
+    """:data:`_DECISIONS` decisions of the wisp controller, with the default predictor."""
+    controller = WispController(k_max=_DECISIONS + 1, threshold=0.0)
+    context = RoundContext(draft_ms=10.0, rtt_ms=20.0, server_ms=20.0)
+    features = DraftFeatures(0.7, 1.2, 1.5, 2.0)
 
-        self._fire, self._restore, self._per_fire = decide, lambda: None, _DECISIONS
+    def decide() -> None:
+        controller.begin(context)
+        for depth in range(_DECISIONS):
+            controller.go_on(depth, features)
+
+    return decide
 
 
-def edge_workloads(axes: EdgeAxes, most_context: int) -> list[Workload[EdgePoint]]:
-    """Every point that the draft's context has room for."""
-    workloads = [_shot("controller", EdgePoint(0))]
+def edge_workloads(axes: EdgeAxes, max_context: int) -> list[Workload[EdgePoint]]:
+    """Every point that fits into the draft's context."""
+    workloads = [_workload("controller", EdgePoint(0))]
     for context in axes.contexts:
-        if context + ROUND < most_context:
-            workloads += [_shot(kind, EdgePoint(context)) for kind in ("draft_step", "forward")]
+        if context + ROUND < max_context:
+            workloads += [_workload(kind, EdgePoint(context)) for kind in ("draft_step", "forward")]
             if context > CATCH_UP:
-                workloads.append(_shot("catch_up", EdgePoint(context, CATCH_UP)))
+                workloads.append(_workload("catch_up", EdgePoint(context, CATCH_UP)))
     for context in axes.rounds:
-        if context + ROUND < most_context:
-            workloads.append(_shot("round", EdgePoint(context, ROUND_DRAFTS, axes.rest_ms)))
+        if context + ROUND < max_context:
+            point = EdgePoint(context, ROUND_DRAFTS, axes.rest_ms)
+            workloads.append(_workload("round", point))
     for chunk in axes.chunks:
         for context in (0, axes.chunk_context):
-            if context + chunk + 2 < most_context:
-                workloads.append(_shot("prefill", EdgePoint(context, chunk)))
+            if context + chunk + 2 < max_context:
+                workloads.append(_workload("prefill", EdgePoint(context, chunk)))
     if len(workloads) < 3:
         raise ProfileError(
-            f"The draft's context of {most_context} tokens is too short for this grid.",
+            f"The draft's context of {max_context} tokens is too short for this grid.",
             "Choose another draft model.",
         )
     return workloads
 
 
-def _shot(kind: str, point: EdgePoint) -> Workload[EdgePoint]:
-    name = f"{kind} {point.tokens}@{point.context}"
-    work = (1.0, float(point.tokens), float(point.context * point.tokens))
+def _workload(kind: str, point: EdgePoint) -> Workload[EdgePoint]:
+    key = f"{kind} {point.tokens}@{point.context}"
+    work: tuple[float, ...] = (1.0, float(point.tokens), float(point.context * point.tokens))
     if kind == "controller":
         work = (1e-3, 0.0, 0.0)
-    if kind == "round":  # its tokens come one after the other, each at the price of a step
-        name += f"/{point.rested_ms:g}ms"
+    if kind == "round":  # its tokens are drafted one by one, each at the cost of a step
+        key += f"/{point.rested_ms:g}ms"
         work = tuple(point.tokens * part for part in (1.0, 1.0, float(point.context)))
-    return Workload(name, kind, point, work, point.rested_ms / 1000)
+    return Workload(key, kind, point, work, point.rested_ms / 1000)

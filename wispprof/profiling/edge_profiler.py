@@ -1,11 +1,8 @@
-"""Steady drafting after an edge sweep: a burst, what is left when the device is warm, and energy.
+"""profile-edge: what drafting costs on this device.
 
-profile-edge: what drafting costs on this device.
-
-Draft steps by context length (features and sampling included) and the bare forward beside them, whole
-rounds after a rest, prefill speed, the controller's own time, then two windows of steady drafting: a burst,
-and a sustained one that shows what is left when the device is warm. Energy is counted over the sustained
-window, or the burst.
+Measures draft steps by context length (with features and sampling), the bare forward, rounds after a
+rest, prefill speed and the controller's own time. Then it drafts steadily: a burst, and a longer
+sustained window in which the device warms up. Energy is measured over the longer one.
 """
 
 from __future__ import annotations
@@ -13,16 +10,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from wispprof.artifacts import EdgeProfile, EdgeRow, ModelRecord, RowJournal, bundled_path
+from wispprof.artifacts import EdgeProfile, EdgeRow, ModelRecord, RowJournal
 from wispprof.artifacts.profile import resume_ms
 from wispprof.backends import Drafter
 from wispprof.hardware import energy_meter, sensors
 from wispprof.profiling.drafter_runner import (
-    EDGE_GRIDS,
     ROUND,
     DrafterRunner,
     EdgeAxes,
@@ -35,9 +31,11 @@ from wispprof.profiling.profile_run import (
     ProfilerSetup,
     SweepPlan,
     collect_profile,
+    load_pair_model,
     model_info,
     synchronizer,
 )
+from wispprof.profiling.shape_grid import axes_record
 from wispprof.profiling.sweep import Progress, SweepResult
 from wispprof.profiling.sweep_cost import pilot
 from wispprof.profiling.workload import round_ms
@@ -46,41 +44,28 @@ from wispprof.settings.profiler_settings import EdgeProfilerSettings, SweepSetti
 if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
 
-__all__ = [
-    "EDGE_GRIDS",
-    "QUICK",
-    "STANDARD",
-    "DrafterRunner",
-    "EdgeAxes",
-    "EdgePoint",
-    "Windows",
-    "edge_workloads",
-    "plan_edge",
-    "profile_edge",
-]
 
-
-class Windows:
+class SteadyDrafting:
     """Burst and sustained drafting over the sentinel's context, and the energy of the longer window."""
 
     def __init__(
         self, setup: ProfilerSetup[EdgePoint], axes: EdgeAxes, clock: Callable[[], float]
     ) -> None:
         device = setup.engine["device"]
-        self._shooter = cast(DrafterRunner, setup.runner)
+        self._runner = cast(DrafterRunner, setup.runner)
         self._context = setup.sentinel.subject.context
-        self._look, self._meter, self._clock = sensors(device), energy_meter(device), clock
-        spans = {"burst": axes.burst_s, "sustained": axes.sustained_s}
-        self._spans = {kind: span for kind, span in spans.items() if span > 0}
+        self._sensors, self._meter, self._clock = sensors(device), energy_meter(device), clock
+        windows = {"burst": axes.burst_s, "sustained": axes.sustained_s}
+        self._windows = {kind: span for kind, span in windows.items() if span > 0}
 
     @property
     def count(self) -> int:
-        """Windows there will be."""
-        return len(self._spans)
+        """Number of windows."""
+        return len(self._windows)
 
     @property
     def sensor(self) -> str:
-        """Name of what measures energy."""
+        """Name of the energy meter."""
         return self._meter.sensor
 
     def run(
@@ -89,13 +74,13 @@ class Windows:
         journal: RowJournal | None,
         report: Callable[[int, str], None],
     ) -> tuple[EdgeRow, ...]:
-        """The rows of the sweep with those of the windows added; windows that are there stay."""
+        """The rows of the sweep and of the windows. Windows of a resumed run are not repeated."""
         done = list(cast("Sequence[EdgeRow]", rows))
         have = {row.kind for row in done}
-        longest = max(self._spans.values(), default=0.0)
-        for number, (kind, span) in enumerate(self._spans.items()):
+        longest = max(self._windows.values(), default=0.0)
+        for number, (kind, span) in enumerate(self._windows.items()):
             if kind in have:
-                continue  # of the run that is being resumed
+                continue  # measured before the run was resumed
             report(number, f"{kind} drafting, {span:.0f} s")
             order = max(row.order for row in (*done, *(journal.rows if journal else ()))) + 1
             window, energy = self._window(kind, span, order)
@@ -107,16 +92,16 @@ class Windows:
         return tuple(sorted(done, key=lambda row: row.order))
 
     def _window(self, kind: str, span: float, order: int) -> tuple[EdgeRow, EdgeRow]:
-        runner, context = self._shooter, self._context
-        runner.hold(context)
+        runner, context = self._runner, self._context
+        runner.fill_context(context)
         samples: list[float] = []
         self._meter.begin()
         begin = now = self._clock()
         while now - begin < span or not samples:
-            runner.round(context)
+            runner.draft_round(context)
             before, now = now, self._clock()
             samples.append(round_ms((now - before) * 1000 / ROUND))
-        used, state = self._meter.end(), self._look.read()
+        used, state = self._meter.end(), self._sensors.read()
         drafted = len(samples) * ROUND
         joules = None if used.energy_j is None else used.energy_j / drafted
         window = EdgeRow(
@@ -135,8 +120,7 @@ class Windows:
         return window, energy
 
 
-BUNDLED_DRAFT = "models/reference-pair/draft"
-# A draft step is short beside what frames it (a prefilled context): many samples a visit.
+# A draft step is short compared with preparing its context: many samples per block.
 QUICK = SweepSettings(
     target=0.05, block=10, min_samples=20, max_samples=60, max_workload_s=1.0, sentinel_every=6
 )
@@ -151,15 +135,17 @@ def profile_edge(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> EdgeProfile:
-    """Measure, check, and (with an output path) write an edge profile. Ctrl-C keeps finished visits.
-    ``sleep`` is how the device rests before a round."""
+    """Measure, check, and (with an output path) write an edge profile. Ctrl-C keeps finished blocks.
+
+    ``sleep`` idles the device before a round.
+    """
     report = progress or (lambda done, total, status: None)
     report(0, 1, "loading the draft, timing a few steps")
     setup = _set_up(settings, loaded, clock, sleep)
-    windows = Windows(setup, _axes(settings), clock)
+    windows = SteadyDrafting(setup, _axes(settings), clock)
     made = 0
 
-    def sweeping(done: int, total: int, status: str) -> None:
+    def report_sweep(done: int, total: int, status: str) -> None:
         nonlocal made
         made = total
         report(done, total + windows.count, status)
@@ -172,7 +158,9 @@ def profile_edge(
         check_edge(rows)
         return rows, _summary(rows, windows.sensor)
 
-    profile = collect_profile(setup, settings.output, finish=finish, clock=clock, progress=sweeping)
+    profile = collect_profile(
+        setup, settings.output, finish=finish, clock=clock, progress=report_sweep
+    )
     return cast(EdgeProfile, profile)
 
 
@@ -183,13 +171,13 @@ def plan_edge(
     clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> SweepPlan:
-    """A dry run: the shots and what they, and the windows after them, are expected to take."""
+    """A dry run: the workloads, and the expected time with the windows after them."""
     return _set_up(settings, loaded, clock, sleep).announce()
 
 
 @dataclass(frozen=True)
 class _Device:
-    """A drafter ready to be measured, and what it is."""
+    """A drafter to measure, and its record for the manifest."""
 
     drafter: Drafter
     model: ModelRecord
@@ -201,11 +189,9 @@ def _torch_device(settings: EdgeProfilerSettings, loaded: LoadedModel | None) ->
     import torch
 
     from wispprof.drafters.torch_drafter import TorchDrafter
-    from wispprof.engines.loading import load_model
 
     if loaded is None:
-        name = settings.draft or str(bundled_path(BUNDLED_DRAFT))
-        loaded = load_model(name, settings.dtype, settings.device)
+        loaded = load_pair_model(settings.draft, "draft", settings.dtype, settings.device)
     device = loaded.device
     return _Device(
         TorchDrafter(loaded),
@@ -263,31 +249,25 @@ def _set_up(
         sweep,
         device.model,
         device.engine,
-        measure={"grid": settings.grid, "axes": _plain(axes)},
+        measure={"grid": settings.grid, "axes": axes_record(axes)},
         after_s=axes.burst_s + axes.sustained_s,
     )
 
 
-def _plain(axes: EdgeAxes) -> dict[str, Any]:
-    """As JSON gives it back."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(axes).items()}
-
-
 def _summary(rows: Sequence[EdgeRow], sensor: str) -> dict[str, Any]:
-    """Speeds by their usual names: tokens/s in a burst, sustained, of prefill; J per drafted token; ms that
-    a rest adds to the round after it."""
-    found: dict[str, Any] = {"energy_sensor": sensor}
+    """Tokens/s in a burst, sustained and of prefill; J per drafted token; ms that a rest adds to a round."""
+    summary: dict[str, Any] = {"energy_sensor": sensor}
     for row in rows:
         if row.kind in ("burst", "sustained"):
-            found[f"{row.kind}_tokens_per_s"] = round(1000 / row.median_ms, 2)
+            summary[f"{row.kind}_tokens_per_s"] = round(1000 / row.median_ms, 2)
         if row.kind == "energy":
-            found["energy_j_per_token"] = row.energy_j
+            summary["energy_j_per_token"] = row.energy_j
     rounds = [row.context for row in rows if row.kind == "round"]
     if rounds:
         added = statistics.median(resume_ms(rows, context) for context in rounds)
-        found["resume_ms"] = round(added, 3)
+        summary["resume_ms"] = round(added, 3)
     prefills = [row for row in rows if row.kind == "prefill"]
     if prefills:
         best = max(row.tokens / row.median_ms for row in prefills)
-        found["prefill_tokens_per_s"] = round(1000 * best, 1)
-    return found
+        summary["prefill_tokens_per_s"] = round(1000 * best, 1)
+    return summary

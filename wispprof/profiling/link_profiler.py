@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from wispprof import protocol
     from wispprof.edge.connection import Connection, ConnectionFactory
 
-__all__ = ["ServerClient", "link_summary", "profile_link"]
-
 
 @dataclass
 class ServerClient:

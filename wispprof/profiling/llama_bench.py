@@ -28,8 +28,6 @@ from wispprof.artifacts.profile import profile_files
 from wispprof.errors import ArtifactDamaged, ArtifactError, ProfileError
 from wispprof.settings.profiler_settings import Output
 
-__all__ = ["import_results"]
-
 _ENGINE_FACTS = ("n_threads", "n_gpu_layers", "backends", "flash_attn", "type_k", "type_v")
 
 

@@ -17,15 +17,6 @@ from dataclasses import replace
 
 from wispprof.artifacts.rows import EdgeRow, LinkRow, Row
 
-__all__ = [
-    "MeasurementLog",
-    "drift_summary",
-    "half_width",
-    "median_interval",
-    "relative_spread",
-    "samples_needed",
-]
-
 _MAX_EXACT_SAMPLES = 1000
 """Above, the normal approximation of the binomial is used: 2.0**n overflows, and the rank differs by one at
 most."""

@@ -1,6 +1,6 @@
-"""Does a server profile obey physics? What does not is refused: it would mislead everything after it.
+"""Checks that a profile is physically possible; raises :class:`PhysicsViolation` otherwise.
 
-Four laws, each phrased so that a correct backend on any device passes:
+Four laws that a correct backend on any device passes:
 
 1. *Floor*: no step reads its weights and KV faster, or multiplies faster, than any hardware could.
    (Timing without waiting for the device breaks this one.)
@@ -9,7 +9,7 @@ Four laws, each phrased so that a correct backend on any device passes:
 4. *Order*: over all rows, time goes up with work.
 
 Growth, memory and order compare the fastest sample of each row: a busy machine only adds time, and
-must not make an honest backend look like a faulty one.
+must not make a correct backend appear faulty.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from wispprof.artifacts.rows import EdgeRow, StepRow
 from wispprof.errors import PhysicsViolation
 from wispprof.types import BatchShape
 
-__all__ = ["PhysicsReport", "check_edge", "check_physics", "step_bytes", "step_flops"]
-
 FASTEST_BYTES_PER_S = 40e12
 """Above what any device of 2026 reads weights at, from memory or from its caches."""
 FASTEST_FLOPS = 20e15
@@ -36,8 +34,8 @@ _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class PhysicsReport:
-    """What was found. ``growth``: time of the heaviest step over that of the lightest; ``order``: rank
-    correlation of work and time over all rows; None where there were too few rows to say."""
+    """``growth``: time of the heaviest step over that of the lightest. ``order``: rank correlation of work
+    and time. ``memory``: time ratio by context alone. ``None`` if there are too few rows."""
 
     growth: float | None
     order: float | None
@@ -64,7 +62,7 @@ def step_flops(shape: BatchShape, model: ModelRecord) -> float:
 
 
 def check_physics(rows: Sequence[StepRow], model: ModelRecord) -> PhysicsReport:
-    """Raise :class:`PhysicsViolation` that names the law and the rows; else say how well it holds."""
+    """Check the four laws. Raises :class:`PhysicsViolation` that names the law and the rows."""
     measured = [row for row in rows if row.source == "measured" and row.kind != "sentinel"]
     for row in measured:
         _floor(row, model)
@@ -76,11 +74,8 @@ def check_physics(rows: Sequence[StepRow], model: ModelRecord) -> PhysicsReport:
 
 
 def check_edge(rows: Sequence[EdgeRow]) -> None:
-    """A draft step contains its forward, a round its steps; more prompt takes longer. What contradicts it
-    is refused.
-
-    Fastest samples are compared: a busy machine only adds time.
-    """
+    """Check that a draft step takes as long as its forward, a round as its steps, and that longer prompts
+    take longer. Compares fastest samples. Raises :class:`PhysicsViolation`."""
     steps = {row.context: row for row in rows if row.kind == "draft_step"}
     bare = {row.context: row for row in rows if row.kind == "forward"}
     pairs = [(steps[c], bare[c]) for c in steps if c in bare]
@@ -92,10 +87,8 @@ def check_edge(rows: Sequence[EdgeRow]) -> None:
             f"forward {min(forward.samples_ms):.3f} ms.",
             "The draft step is probably timed without doing its work.",
         )
-    for row in rows:
-        step = steps.get(row.context)
-        if row.kind != "round" or step is None:
-            continue
+    for row in (row for row in rows if row.kind == "round" and row.context in steps):
+        step = steps[row.context]
         if min(row.samples_ms) < 0.5 * row.tokens * min(step.samples_ms):
             raise PhysicsViolation(
                 f"A round of {row.tokens} draft steps over {row.context} tokens takes "
@@ -117,20 +110,20 @@ def check_edge(rows: Sequence[EdgeRow]) -> None:
 
 def _floor(row: StepRow, model: ModelRecord) -> None:
     seconds = row.median_ms / 1000
-    least = max(
+    fastest_s = max(
         step_bytes(row.shape, model) / FASTEST_BYTES_PER_S,
         step_flops(row.shape, model) / FASTEST_FLOPS,
     )
-    if seconds <= 0 or seconds < least:
+    if seconds <= 0 or seconds < fastest_s:
         raise PhysicsViolation(
             f"{row.key} took {row.median_ms:.4f} ms, faster than any hardware could read or multiply "
-            f"({least * 1000:.4f} ms).",
+            f"({fastest_s * 1000:.4f} ms).",
             "The step is probably timed without waiting for the device to finish.",
         )
 
 
 def _work(shape: BatchShape, model: ModelRecord) -> float:
-    """One number to order shapes by: bytes, and operations at a machine balance of 30 per byte."""
+    """Bytes, plus operations at a machine balance of 30 per byte; orders shapes."""
     return step_bytes(shape, model) + step_flops(shape, model) / 30
 
 
@@ -179,8 +172,7 @@ def _memory(rows: Sequence[StepRow], model: ModelRecord) -> float | None:
 
 
 def _doubt(what: str, *rows: StepRow) -> str:
-    """What to make of times that do not vary: few and disturbed samples may each have met the
-    neighbours."""
+    """Hint for times that do not vary. Disturbed rows may be the reason."""
     if any({"noisy", "drift"} & set(row.flags) for row in rows):
         return (
             f"The backend seems to ignore its {what}, or the machine was too busy to tell: measure "

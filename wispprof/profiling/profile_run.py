@@ -1,4 +1,4 @@
-"""What both profilers share: from a prepared sweep to a profile on disk."""
+"""Shared by the profilers: from a prepared sweep to a profile on disk."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from wispprof.artifacts import (
     ModelRecord,
     Profile,
     RowJournal,
+    bundled_path,
     make_profile,
     save_profile,
 )
@@ -33,24 +34,12 @@ from wispprof.settings.profiler_settings import Output, SweepSettings
 if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
 
-__all__ = [
-    "ProfilerSetup",
-    "SweepPlan",
-    "begin_manifest",
-    "collect_profile",
-    "finalize_profile",
-    "journal_path",
-    "model_info",
-    "resumed_header",
-    "synchronizer",
-]
-
 Subject = TypeVar("Subject")
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A dry run: the shots in the order of the grid, what they are expected to take, and what says so."""
+    """A dry run: workloads in the order of the grid, expected seconds, and what the estimate rests on."""
 
     workloads: tuple[Workload[Any], ...]
     expected_s: float
@@ -59,10 +48,10 @@ class SweepPlan:
 
 @dataclass(frozen=True)
 class ProfilerSetup(Generic[Subject]):
-    """Everything that is decided before the first shot. ``engine`` and ``measure`` go to the manifest.
+    """Everything that is decided before the first workload. ``engine`` and ``measure`` go to the manifest.
 
-    ``after_s``: seconds of steady measurement that follow the sweep. ``left_out``: shots of the grid
-    that the time does not allow.
+    ``after_s``: seconds of steady measurement after the sweep. ``left_out``: number of workloads that do
+    not fit into the budget.
     """
 
     kind: str
@@ -79,10 +68,10 @@ class ProfilerSetup(Generic[Subject]):
     close: Callable[[], None] = field(default=lambda: None)
 
     def announce(self) -> SweepPlan:
-        """What :func:`collect_profile` would do, and how long it would take."""
-        have = [(workload, (), 0) for workload in self.workloads]
-        seconds = self.cost.total(have, self.sentinel)[1] + self.after_s
-        basis = f"a pilot of {self.cost.probes} shots on this machine, just now"
+        """What :func:`collect_profile` would measure, and for how long."""
+        states = [(workload, (), 0) for workload in self.workloads]
+        seconds = self.cost.total(states, self.sentinel)[1] + self.after_s
+        basis = f"a pilot of {self.cost.probes} workloads on this machine, just now"
         return SweepPlan(tuple(self.workloads), seconds, basis)
 
 
@@ -97,8 +86,8 @@ def collect_profile(
 ) -> Profile:
     """Run the sweep, finish, and (with an output path) write the profile.
 
-    ``finish``: what comes after the sweep (windows, checks); returns all rows and what to say of them
-    in the manifest's summary. What it raises leaves the journal as it is.
+    ``finish``: measures and checks after the sweep; returns all rows and additions to the manifest's
+    summary. If it raises, the journal is kept.
     """
     manifest = begin_manifest(
         setup.kind, setup.model, setup.sweep, engine=setup.engine, measure=setup.measure
@@ -122,36 +111,43 @@ def collect_profile(
 
 
 def resumed_header(output: Output) -> Mapping[str, Any]:
-    """What the journal that is to be resumed says of its sweep; empty where there is none."""
+    """Header of the journal to resume; empty without one."""
     if output.path is None or not output.resume:
         return {}
     return journal_header(journal_path(output.path))
 
 
+def load_pair_model(name: str, role: str, dtype: str, device: str) -> LoadedModel:
+    """The named model; without a name the bundled ``target`` or ``draft``."""
+    from wispprof.engines.loading import load_model
+
+    return load_model(name or str(bundled_path(f"models/reference-pair/{role}")), dtype, device)
+
+
 def model_info(loaded: LoadedModel) -> ModelRecord:
-    """A loaded model's identity, as far as a manifest has names for it."""
-    stated = loaded.info.as_dict()
-    known = {k: v for k, v in stated.items() if k in ModelRecord.__dataclass_fields__}
+    """The manifest's record of a loaded model."""
+    facts = loaded.info.as_dict()
+    known = {k: v for k, v in facts.items() if k in ModelRecord.__dataclass_fields__}
     return ModelRecord(**cast("dict[str, Any]", known))
 
 
 def synchronizer(device: Any) -> Callable[[], None]:
-    """What waits for a torch device to finish; a CPU is always finished."""
+    """A function that waits for a torch device; it does nothing for a CPU."""
     import torch
 
     return torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
 
 
 def journal_path(path: Path) -> Path:
-    """Where the rows of an unfinished sweep lie: ``NAME.journal.jsonl``."""
+    """File of the rows of an unfinished sweep: ``NAME.journal.jsonl``."""
     return profile_files(path)[0].with_suffix(".journal.jsonl")
 
 
 @contextlib.contextmanager
 def _open_journal(output: Output, manifest: Manifest) -> Iterator[RowJournal | None]:
-    """The journal of this sweep; None where nothing is to be written.
+    """The journal of this sweep; ``None`` without an output path.
 
-    Its header holds what must be equal for rows of two runs to stand in one profile.
+    Its header contains what must be equal in all runs of one profile.
     """
     if output.path is None:
         yield None
@@ -183,7 +179,7 @@ def begin_manifest(
     engine: Mapping[str, Any],
     measure: Mapping[str, Any],
 ) -> Manifest:
-    """A manifest with everything that is known before the first shot."""
+    """A manifest with everything that is known before the first workload."""
     return Manifest(
         kind=kind,
         model=model,
@@ -204,10 +200,10 @@ def finalize_profile(
     journal: RowJournal | None,
     summary: Mapping[str, Any],
 ) -> Profile:
-    """Rows and manifest become a profile; its files replace the journal."""
+    """Make a profile of rows and manifest. Its files replace the journal."""
     drift = drift_summary(result.rows, float(manifest.measure["drift"]))
     expected_s = result.expected_s
-    whole = replace(
+    complete = replace(
         manifest,
         ended=utc_now(),
         summary={
@@ -220,7 +216,7 @@ def finalize_profile(
             **summary,
         },
     )
-    profile = make_profile(whole, result.rows)
+    profile = make_profile(complete, result.rows)
     if output.path is not None:
         save_profile(profile, output.path)
         if journal is not None:

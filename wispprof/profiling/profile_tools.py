@@ -24,16 +24,6 @@ from wispprof.artifacts.rows import LinkRow, Row
 from wispprof.errors import ProfileError
 from wispprof.profiling.measurement_log import half_width, median_interval, relative_spread
 
-__all__ = [
-    "ProfileDiff",
-    "RowChange",
-    "diff_profiles",
-    "discoveries",
-    "export_rows",
-    "merge_profiles",
-    "row_record",
-]
-
 FALSE_DISCOVERY_RATE = 0.05
 """Largest expected share of false ones among the shapes reported as changed."""
 _PRIOR_DF = 4.0

@@ -16,8 +16,6 @@ from typing import Any
 
 from wispprof.errors import ArtifactDamaged, ArtifactMissing, ModelError, ProfileError
 
-__all__ = ["SourceFile", "collect_sources", "held_out_prompts", "is_held_out", "load_prompts"]
-
 HELD_OUT_PERCENT = 4
 MAX_FILE_BYTES = 400_000
 """Longer files are generated tables, which teach a model to repeat itself."""

@@ -1,21 +1,28 @@
-"""profile-server: times of ragged batch shapes on the verifier engine."""
+"""profile-server: times of ragged batch shapes on the verifier engine.
+
+One master session is prefilled once to the longest context. The sessions of a workload are forks of it,
+and every run is rolled back by length. So a block costs its own steps and a copy of keys and values, and
+each run starts from the same state.
+"""
 
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from wispprof.artifacts import RowJournal, ServerProfile, StepRow, bundled_path
-from wispprof.errors import ProfileError
-from wispprof.profiling.engine_runner import EngineRunner
+from wispprof.artifacts import RowJournal, ServerProfile, StepRow
+from wispprof.errors import OutOfKvMemory, ProfileError
 from wispprof.profiling.physics_checks import check_physics
 from wispprof.profiling.profile_run import (
     ProfilerSetup,
     SweepPlan,
     collect_profile,
+    load_pair_model,
     model_info,
     resumed_header,
     synchronizer,
@@ -23,6 +30,7 @@ from wispprof.profiling.profile_run import (
 from wispprof.profiling.shape_grid import (
     Axes,
     DeviceCapacity,
+    axes_record,
     load_axes,
     longest_full_session,
     required_capacity,
@@ -33,27 +41,28 @@ from wispprof.profiling.sweep import Progress, SweepResult
 from wispprof.profiling.sweep_cost import CostModel, pilot
 from wispprof.profiling.workload import Workload
 from wispprof.settings.profiler_settings import ServerProfilerSettings, SweepSettings
-from wispprof.types import BatchShape
+from wispprof.types import BatchShape, Sampling, StepInput
 
 if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
+    from wispprof.engines.torch.engine import TorchEngine
 
-__all__ = ["EngineRunner", "plan_server", "profile_server"]
-
-BUNDLED_TARGET = "models/reference-pair/target"
 QUICK = SweepSettings(
     target=0.05, max_samples=12, max_workload_s=1.5, sentinel_every=2, reference_samples=3
 )
 STANDARD = SweepSettings(max_samples=21, sentinel_every=1, reference_samples=3)
 QUICK_SHAPES = 18
-"""What the quick grid measures on any machine: enough shapes to fit an estimator and to hold some out."""
+"""Minimum number of shapes of the quick grid: enough to fit an estimator and to hold some out."""
 
-_SEAL_SHARE = 0.01
+_FINISH_SHARE = 0.01
 """Share of a budget for checking the rows and writing them."""
 _PILOT_SHARE = 0.15
-"""Most of a budget that may be spent on learning what shots cost."""
-_LEAST_CONTEXT = 32
-"""Shortest longest session that is worth a profile, tokens."""
+"""Maximum share of a budget for the pilot."""
+_MIN_CONTEXT = 32
+"""Minimum tokens of the longest session of a profile."""
+
+_MASTER = "profile master"
+_PREFILL_CHUNK = 512
 
 
 def profile_server(
@@ -65,14 +74,14 @@ def profile_server(
 ) -> ServerProfile:
     """Measure, check against physics, and (with an output path) write a server profile.
 
-    ``loaded`` profiles a model that is loaded already. Ctrl-C leaves the journal with every finished
-    visit. Raises :class:`PhysicsViolation` where the times cannot be right; the journal is kept then.
+    ``loaded``: a model that is loaded already. Ctrl-C keeps finished blocks in the journal. Raises
+    :class:`PhysicsViolation` if the times cannot be right; the journal is kept.
     """
     begin = clock()
     if progress is not None:
         progress(0, 1, "loading the model, timing a few shapes")
     if settings.budget_minutes is None:
-        # Nobody asked for a time: slow disks may not cost the quick grid its shapes.
+        # Without an explicit budget, loading from a slow disk does not count.
         loaded = loaded or _load(settings)
         begin = clock()
     setup = _set_up(settings, loaded, clock)
@@ -88,7 +97,7 @@ def profile_server(
         finish=finish,
         clock=clock,
         progress=progress,
-        budget_s=_budget_left(settings, begin, clock, _SEAL_SHARE)
+        budget_s=_budget_left(settings, begin, clock, _FINISH_SHARE)
         if settings.budget_minutes is not None
         else None,
     )
@@ -101,7 +110,7 @@ def plan_server(
     loaded: LoadedModel | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> SweepPlan:
-    """A dry run: load, time a few shapes, list the shots and say how long they will take."""
+    """A dry run: load, time a few shapes, list the workloads and the expected time."""
     setup = _set_up(settings, loaded, clock)
     setup.close()
     return setup.announce()
@@ -111,13 +120,12 @@ def _budget_left(
     settings: ServerProfilerSettings,
     begin: float,
     clock: Callable[[], float],
-    kept_back: float = 0.0,
+    reserved: float = 0.0,
 ) -> float | None:
-    """The budget counts from the call: loading, first prefill and pilot are part of it. ``kept_back``:
-    share of it that is not to be spent yet."""
+    """Remaining seconds of the budget, counted from ``begin``, without its ``reserved`` share."""
     if settings.budget_s is None:
         return None
-    return max(0.0, (1 - kept_back) * settings.budget_s - (clock() - begin))
+    return max(0.0, (1 - reserved) * settings.budget_s - (clock() - begin))
 
 
 def _set_up(
@@ -133,18 +141,18 @@ def _set_up(
     axes = settings.axes or load_axes(settings.grid)
     sweep = settings.sweep or (QUICK if settings.grid == "quick" else STANDARD)
     context = info.max_context
-    most = required_capacity(axes, context)
-    # What fitted when a sweep began is what its other half must be measured with, too.
+    required = required_capacity(axes, context)
+    # A resumed sweep keeps its capacity.
     resumed = resumed_header(settings.output).get("engine", {}).get("kv_tokens")
-    room = settings.kv_tokens or resumed or _kv_room(device, info.kv_bytes_per_token)
-    kv_tokens, longest = _memory(axes, room, most, context)
-    sessions = settings.max_sessions or most.sessions
+    available = settings.kv_tokens or resumed or _available_kv(device, info.kv_bytes_per_token)
+    kv_tokens, longest = _engine_capacity(axes, available, required, context)
+    sessions = settings.max_sessions or required.sessions
     engine = TorchEngine(
         loaded,
         kv_tokens=kv_tokens,
         max_sessions=sessions + 1,
         backend=settings.backend,
-        # Sessions come and go with every visit: without this, most of a sweep would zero memory.
+        # Every block opens and closes sessions: otherwise most of a sweep would zero memory.
         keep_memory=True,
     )
     runner = EngineRunner(
@@ -156,12 +164,11 @@ def _set_up(
     pilot_s = math.inf if left is None else _PILOT_SHARE * left
     cost = pilot(runner, workloads, sentinel, sweep, clock, budget_s=pilot_s)
     left = _budget_left(settings, begin, clock)
-    whole = len(workloads)
+    in_grid = len(workloads)
     if left is not None:
-        least = QUICK_SHAPES if settings.budget_minutes is None else 0
-        workloads = select_within_budget(
-            workloads, left, _prices(workloads, sentinel, cost, sweep), least
-        )
+        min_count = QUICK_SHAPES if settings.budget_minutes is None else 0
+        cost_s = _expected_s(workloads, sentinel, cost, sweep)
+        workloads = select_within_budget(workloads, left, cost_s, min_count)
     return ProfilerSetup(
         "server",
         runner,
@@ -180,53 +187,52 @@ def _set_up(
             "device": str(device),
             "threads": torch.get_num_threads(),
         },
-        measure={"grid": settings.grid, "axes": _plain(axes)},
+        measure={"grid": settings.grid, "axes": axes_record(axes)},
         close=runner.close,
-        left_out=whole - len(workloads),
+        left_out=in_grid - len(workloads),
     )
 
 
-def _prices(
+def _expected_s(
     workloads: list[Workload[BatchShape]],
     sentinel: Workload[BatchShape],
     cost: CostModel[BatchShape],
     sweep: SweepSettings,
 ) -> list[float]:
-    """Seconds of each shot with its share of the looks at the sentinel."""
+    """Seconds of each workload, with its share of the reference measurements."""
     each = [cost.remaining(workload) for workload in workloads]
     reference_s = cost.reference_s(sentinel) / sweep.sentinel_every
     return [seconds + blocks * reference_s for blocks, seconds in each]
 
 
 def _load(settings: ServerProfilerSettings) -> LoadedModel:
-    from wispprof.engines.loading import load_model, random_model
+    from wispprof.engines.loading import random_model
 
     if settings.shape:
         return random_model(settings.shape, 0, settings.dtype, settings.device)
-    model = settings.model or str(bundled_path(BUNDLED_TARGET))
-    return load_model(model, settings.dtype, settings.device)
+    return load_pair_model(settings.model, "target", settings.dtype, settings.device)
 
 
-def _memory(axes: Axes, room: int, most: DeviceCapacity, context: int) -> tuple[int, int]:
-    """(KV tokens of the engine, tokens of the session that all others are forks of).
+def _engine_capacity(
+    axes: Axes, available: int, required: DeviceCapacity, context: int
+) -> tuple[int, int]:
+    """(KV tokens of the engine, tokens of the master session).
 
-    That session stands beside every shot, so where memory is scarce it has half of it and no more: shots
-    with longer sessions are left out. Raises :class:`ProfileError` where next to nothing would remain.
+    The master session takes half of ``available`` KV tokens at most; workloads with longer sessions are
+    left out. Raises :class:`ProfileError` if too little remains.
     """
-    longest = max(
-        most.context, min(context, longest_full_session(axes, min(room, most.kv_tokens + context)))
-    )
-    longest = min(longest, room // 2)
-    if longest < _LEAST_CONTEXT:
+    full = longest_full_session(axes, min(available, required.kv_tokens + context))
+    longest = min(max(required.context, min(context, full)), available // 2)
+    if longest < _MIN_CONTEXT:
         raise ProfileError(
-            f"There is room for {room} KV tokens, too few to measure anything.",
+            f"{available} KV tokens fit into memory, too few to measure anything.",
             "Choose a smaller dtype, free memory, or give more --kv-tokens.",
         )
-    return min(room, most.kv_tokens + longest), longest
+    return min(available, required.kv_tokens + longest), longest
 
 
-def _kv_room(device: Any, bytes_per_token: int) -> int:
-    """KV tokens that fit into the memory that is free now, with room left for the rest."""
+def _available_kv(device: Any, bytes_per_token: int) -> int:
+    """KV tokens that fit into a share of the free memory."""
     import psutil
     import torch
 
@@ -239,11 +245,105 @@ def _kv_room(device: Any, bytes_per_token: int) -> int:
 
 def _sentinel(workloads: list[Workload[BatchShape]]) -> Workload[BatchShape]:
     """A shape in the middle of the grid's work: long enough to time well, short enough to repeat."""
-    verify = [s for s in workloads if s.kind == "verify"] or workloads
+    verify = [w for w in workloads if w.kind == "verify"] or workloads
     ordered = sorted(verify, key=lambda workload: (sum(workload.work), workload.key))
     middle = ordered[len(ordered) // 3]
     return replace(middle, key=f"sentinel {middle.key}", kind="sentinel")
 
 
-def _plain(axes: Axes) -> dict[str, list[float]]:
-    return {name: list(getattr(axes, name)) for name in Axes.__dataclass_fields__}
+class EngineRunner:
+    """Runs batch shapes on ``engine``, with sessions of ``longest`` tokens at most.
+
+    ``synchronize`` waits for the device.
+    """
+
+    def __init__(
+        self,
+        engine: TorchEngine,
+        longest: int,
+        *,
+        seed: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+        synchronize: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._engine, self._clock, self._synchronize = engine, clock, synchronize
+        self._random = random.Random(seed)
+        self._inputs: list[StepInput] = []
+        self._cached: list[int] = []
+        self._padded_tokens = 0
+        engine.open(_MASTER, Sampling())
+        for start in range(0, longest, _PREFILL_CHUNK):
+            chunk = self._random_tokens(min(_PREFILL_CHUNK, longest - start))
+            engine.step([StepInput(_MASTER, chunk, needs_logits=False)])
+
+    def prepare(self, workload: Workload[BatchShape]) -> None:
+        with _out_of_memory_refuses():
+            for number, item in enumerate(workload.subject.items):
+                name = f"profile {number}"
+                self._engine.fork(_MASTER, name, item.cached, private=True)
+                self._cached.append(item.cached)
+                drafts = 0 if item.prefill else item.new - 1
+                tokens = self._random_tokens(item.new)
+                self._inputs.append(StepInput(name, tokens, drafts, not item.prefill))
+
+    def run_once(self) -> float:
+        engine = self._engine
+        with _out_of_memory_refuses():
+            self._synchronize()
+            begin = self._clock()
+            engine.step(self._inputs)
+            self._synchronize()
+            elapsed = self._clock() - begin
+            self._padded_tokens = engine.last_padded_tokens
+            for step_input, cached in zip(self._inputs, self._cached, strict=True):
+                engine.rollback(step_input.session, cached)
+        return elapsed * 1000
+
+    def finish(self) -> None:
+        # Close what is open rather than what was planned: a refused fork leaves some sessions.
+        for name in self._engine.sessions:
+            if name != _MASTER:
+                self._engine.close(name)
+        self._inputs, self._cached = [], []
+
+    def row(
+        self,
+        workload: Workload[BatchShape],
+        samples: tuple[float, ...],
+        flags: tuple[str, ...],
+        order: int,
+    ) -> StepRow:
+        return StepRow(
+            workload.key,
+            workload.kind,
+            workload.subject,
+            samples,
+            flags,
+            self._padded_tokens,
+            order,
+        )
+
+    def close(self) -> None:
+        """Leave the engine as it was."""
+        self._engine.close(_MASTER)
+
+    def _random_tokens(self, count: int) -> list[int]:
+        return [self._random.randrange(self._engine.info.vocab_size) for _ in range(count)]
+
+
+@contextmanager
+def _out_of_memory_refuses() -> Iterator[None]:
+    """A device that runs out of memory refuses this workload; the sweep continues with the others."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as err:
+        torch.cuda.empty_cache()  # does nothing without a GPU
+        reason = (str(err).splitlines() or [""])[0] or "no details"
+        raise OutOfKvMemory(f"The device ran out of memory: {reason}") from err
+    except RuntimeError as err:
+        # On a CPU, torch raises a plain RuntimeError.
+        if "not enough memory" not in str(err):
+            raise
+        raise OutOfKvMemory("The machine ran out of memory.") from err

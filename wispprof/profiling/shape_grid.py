@@ -1,4 +1,4 @@
-"""Which batch shapes to measure: geometric axes over what the device can hold.
+"""Batch shapes to measure: geometric axes within the capacity of the device.
 
 Axes come from a named grid, a TOML file, or ranges as llama-bench writes them: ``1,2,8``, ``1-4``,
 ``64-1024*2`` (times two), ``0-512+128`` (steps of 128).
@@ -8,32 +8,20 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from wispprof.errors import ArtifactMissing, ProfileError
 from wispprof.profiling.sweep_cost import choose_probes
 from wispprof.profiling.workload import Workload
 from wispprof.types import BatchShape, VerifyItem
 
-__all__ = [
-    "GRIDS",
-    "Axes",
-    "DeviceCapacity",
-    "load_axes",
-    "load_grid_file",
-    "longest_full_session",
-    "parse_axis",
-    "parse_range",
-    "required_capacity",
-    "select_within_budget",
-    "server_workloads",
-    "shape_features",
-]
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-Grid = TypeVar("Grid")
+Grid = TypeVar("Grid", bound="DataclassInstance")
 
 _RANGE = re.compile(r"^(\d+)(?:-(\d+)(?:([*+])(\d+))?)?$")
 _MOST_VALUES = 4096
@@ -44,7 +32,7 @@ class Axes:
     """Axes of a server grid, in tokens and sessions. What does not fit the device is left out.
 
     Verify: ``items`` sessions × ``new`` tokens each (pending token and drafts; 1 is k = 0) × ``cached``
-    each; a context beyond the model's is measured at its very end. Skewed: batches of ``skew_items``
+    each; contexts beyond the model's are cut to it. Skewed: batches of ``skew_items``
     sessions whose contexts and draft lengths spread over those axes. Prefill: ``chunk`` tokens over
     ``chunk_cached``, alone, and beside ``mixed_items`` verifying sessions. ``full_share``: batches that
     fill this share of the KV memory.
@@ -62,7 +50,7 @@ class Axes:
 
 @dataclass(frozen=True)
 class DeviceCapacity:
-    """What the engine can hold: KV tokens in all, sessions at once, tokens a session, tokens a step."""
+    """Limits of the engine: KV tokens in all, sessions, tokens of a session, tokens of a step."""
 
     kv_tokens: int
     sessions: int
@@ -125,7 +113,7 @@ def parse_range(text: str) -> tuple[int, ...]:
         sign, step = found[3] or "+", int(found[4] or 1)
         if last < first or step < 1 or (sign == "*" and (step < 2 or first < 1)):
             raise ProfileError(
-                f"The range {part!r} never ends or holds nothing.",
+                f"The range {part!r} never ends or is empty.",
                 "Count upwards: first-last+step, or first-last*factor with first >= 1 and factor >= 2.",
             )
         value = first
@@ -138,18 +126,17 @@ def parse_range(text: str) -> tuple[int, ...]:
 
 
 def load_axes(name: str) -> Axes:
-    """A named grid, or a TOML file whose ``[server]`` table names axes (lists or range strings).
+    """The server grid of :func:`load_grid`, from a file's ``[server]`` table."""
+    return load_grid(name, "server", GRIDS)
 
-    Axes that the file leaves out are those of its ``base`` grid (default ``quick``).
+
+def load_grid(name: str, section: str, grids: dict[str, Grid]) -> Grid:
+    """A named grid, or a TOML file whose ``section`` (or the whole file) names axes.
+
+    Missing axes come from the file's ``base`` grid (default ``quick``).
     """
-    if name in GRIDS:
-        return GRIDS[name]
-    base, table = load_grid_file(name, "server", GRIDS)
-    return override_axes(base, table, name)
-
-
-def load_grid_file(name: str, section: str, grids: dict[str, Grid]) -> tuple[Grid, dict[str, Any]]:
-    """A TOML file's base grid and what its ``section`` (or the whole file) changes of it."""
+    if name in grids:
+        return grids[name]
     path = Path(name)
     if not path.is_file():
         raise ArtifactMissing(
@@ -163,40 +150,44 @@ def load_grid_file(name: str, section: str, grids: dict[str, Grid]) -> tuple[Gri
     base = str(table.pop("base", "quick"))
     if base not in grids:
         raise ProfileError(f"{path}: unknown base grid {base!r}.", f"Use {', '.join(grids)}.")
-    return grids[base], table
+    return override_axes(grids[base], table, name)
 
 
-def override_axes(axes: Axes, values: dict[str, Any], where: str) -> Axes:
-    """``axes`` with some of them replaced by lists or range strings."""
-    changed: dict[str, tuple[Any, ...]] = {}
+def override_axes(axes: Grid, values: Mapping[str, object], where: str) -> Grid:
+    """``axes`` with some fields replaced: lists of numbers or range strings, single numbers for scalars."""
+    types = {field.name: str(field.type) for field in fields(axes)}
+    changed: dict[str, Any] = {}
     for name, value in values.items():
-        if name not in Axes.__dataclass_fields__:
-            known = ", ".join(Axes.__dataclass_fields__)
-            raise ProfileError(f"{where}: there is no axis {name!r}.", f"Axes are {known}.")
-        if name == "full_share":
-            changed[name] = tuple(float(share) for share in _numbers(value, name, where))
+        if name not in types:
+            raise ProfileError(
+                f"{where}: there is no axis {name!r}.", f"Axes are {', '.join(types)}."
+            )
+        number = int if "int" in types[name] else float
+        if types[name].startswith("tuple"):
+            if isinstance(value, str) and number is int:
+                changed[name] = parse_range(value)
+            elif isinstance(value, list | tuple) and all(map(_is_number, value)):
+                changed[name] = tuple(map(number, value))
+            else:
+                raise ProfileError(f"{where}: {name} is not a list of numbers.", "Write [1, 2, 4].")
+        elif _is_number(value):
+            changed[name] = number(cast(float, value))
         else:
-            changed[name] = parse_axis(value, name, where)
+            raise ProfileError(f"{where}: {name} is not a number >= 0.", "Write a number.")
     return replace(axes, **changed)
 
 
-def parse_axis(value: object, name: str, where: str) -> tuple[int, ...]:
-    """An axis as a list of numbers or a range string."""
-    if isinstance(value, str):
-        return parse_range(value)
-    return tuple(int(number) for number in _numbers(value, name, where))
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
-def _numbers(value: object, name: str, where: str) -> list[float]:
-    if not isinstance(value, list | tuple) or not all(
-        isinstance(v, int | float) and not isinstance(v, bool) and v >= 0 for v in value
-    ):
-        raise ProfileError(f"{where}: {name} is not a list of numbers.", "Write [1, 2, 4].")
-    return list(value)
+def axes_record(axes: Any) -> dict[str, Any]:
+    """Axes for the manifest, as they are read back from JSON."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(axes).items()}
 
 
 def shape_features(shape: BatchShape) -> tuple[float, ...]:
-    """What a step's time grows with: 1, new tokens, attended pairs, cached tokens, items."""
+    """Quantities that a step's time grows with: 1, new tokens, attended pairs, cached tokens, items."""
     return (
         1.0,
         float(shape.new_tokens),
@@ -234,12 +225,12 @@ def required_capacity(axes: Axes, context: int) -> DeviceCapacity:
 
 
 def longest_full_session(axes: Axes, kv_tokens: int) -> int:
-    """Tokens of the longest session in the batches of ``full_share``, did the context not end."""
+    """Tokens of the longest session in the batches of ``full_share``, without a limit on contexts."""
     return int(kv_tokens * max(axes.full_share, default=0.0)) // _few(axes)
 
 
 def _few(axes: Axes) -> int:
-    """Sessions of the batch that fills the memory with long contexts rather than with many."""
+    """Number of sessions if a batch fills the memory with long contexts."""
     return max(1, max(axes.items) // 4)
 
 
@@ -247,9 +238,9 @@ def _shapes(axes: Axes, capacity: DeviceCapacity) -> Iterator[tuple[str, BatchSh
     for items in axes.items:
         for new in axes.new:
             for cached in axes.cached:
-                # A session ends with its context, and its last steps are the dearest it has.
-                if (held := min(cached, capacity.context - new)) > 0:
-                    yield "verify", BatchShape.uniform(items, new, held)
+                # Cut to the context: the last steps of a session are its slowest.
+                if (cut := min(cached, capacity.context - new)) > 0:
+                    yield "verify", BatchShape.uniform(items, new, cut)
     usable = [c for c in axes.cached if c + max(axes.new, default=1) <= capacity.context]
     for items in axes.skew_items:
         for shape in _skewed(items, usable, axes.new):
@@ -294,21 +285,22 @@ def select_within_budget(
     workloads: Sequence[Workload[BatchShape]],
     budget_s: float,
     cost_s: Sequence[float],
-    least: int = 0,
+    min_count: int = 0,
 ) -> list[Workload[BatchShape]]:
-    """The most informative shots that fit: far apart in the logarithm of their work, corners first.
+    """The most informative workloads that fit: far apart in the logarithm of their work, corners first.
 
-    ``cost_s``: expected seconds of each. A workload too dear for what is left is passed over. ``least``: so
-    many of the first are taken whatever they cost.
+    ``cost_s``: expected seconds of each. Workloads that exceed the remaining time are skipped, but the first
+    ``min_count`` are always taken.
     """
-    price = {workload.key: cost for workload, cost in zip(workloads, cost_s, strict=True)}
-    chosen, left = [], budget_s
+    seconds = {workload.key: cost for workload, cost in zip(workloads, cost_s, strict=True)}
+    chosen: list[Workload[BatchShape]] = []
+    left_s = budget_s
     for workload in choose_probes(workloads, len(workloads)):
-        if len(chosen) < least or price[workload.key] <= left:
+        if len(chosen) < min_count or seconds[workload.key] <= left_s:
             chosen.append(workload)
-            left -= price[workload.key]
+            left_s -= seconds[workload.key]
     if not chosen:
         raise ProfileError(
-            f"Not one shot fits into {budget_s:.0f} s.", "Give a larger --budget-minutes."
+            f"No workload fits into {budget_s:.0f} s.", "Give a larger --budget-minutes."
         )
     return chosen

@@ -25,8 +25,6 @@ from wispprof.profiling.sweep_cost import CostModel
 from wispprof.profiling.workload import Runner, Workload, format_duration, run_repeatedly
 from wispprof.settings.profiler_settings import SweepSettings
 
-__all__ = ["Progress", "Sweep", "SweepResult"]
-
 Progress = Callable[[int, int, str], None]
 """Called with (blocks measured, blocks expected in all, status text with the ETA)."""
 

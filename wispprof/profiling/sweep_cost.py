@@ -28,8 +28,6 @@ from wispprof.profiling.workload import (
 )
 from wispprof.settings.profiler_settings import SweepSettings
 
-__all__ = ["CostModel", "choose_probes", "fit_line", "pilot"]
-
 Subject = TypeVar("Subject")
 
 _REFIT_GROWTH = 1.3

@@ -13,15 +13,6 @@ from wispprof.artifacts.rows import Row
 from wispprof.hardware import Sensors
 from wispprof.settings.profiler_settings import SweepSettings
 
-__all__ = [
-    "RunSamples",
-    "Runner",
-    "Workload",
-    "format_duration",
-    "round_ms",
-    "run_repeatedly",
-]
-
 Subject = TypeVar("Subject")
 
 MIN_BLOCK_SAMPLES = 3
