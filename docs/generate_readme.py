@@ -1,10 +1,9 @@
-"""Write the README's figures and its picture from a run of the demo.
+"""Write the README's results table and picture from a run of the demo.
 
-    python docs/generate_readme.py out/demo     # take over a run that `wispprof demo` left there
-    python docs/generate_readme.py              # again from docs/demo.json, the run taken over last
+    python docs/generate_readme.py out/demo     # read the run in out/demo, record it in docs/demo.json
+    python docs/generate_readme.py              # use docs/demo.json
 
-``make readme`` does both: it runs the demo first. Nothing in the README between the two marks of a part is
-written by hand, and a test holds README and picture against ``docs/demo.json``.
+``make readme`` runs the demo first. A test compares README and picture with ``docs/demo.json``.
 """
 
 from __future__ import annotations
@@ -31,13 +30,15 @@ COLUMNS = (
 
 
 def record_of(folder: Path) -> dict[str, Any]:
-    """What the README shows of the run in ``folder``."""
+    """The figures of the run in ``folder`` that the README shows."""
     from wispprof.reporting import Bench, load_run, verdict
 
     run = load_run(folder)
     benches = [Bench.of(document) for document in run.benches]
     if run.server is None or not benches:
-        raise SystemExit(f"error: {folder} is not the folder of a whole demo. Run: wispprof demo")
+        raise SystemExit(
+            f"error: {folder} is not the folder of a complete demo. Run `wispprof demo`."
+        )
     hardware = run.server.manifest.hardware
     return {
         "machine": f"{hardware['cores']} cores of {hardware['cpu'] or hardware['arch']}",
@@ -103,7 +104,7 @@ def render(text: str, record: dict[str, Any]) -> str:
 
 
 def picture(record: dict[str, Any]) -> str:
-    """Goodput within all tokens/s, and SLO attainment, by policy: a file that follows the viewer's theme."""
+    """Goodput within all tokens/s, and SLO attainment, by policy, as an SVG file."""
     from wispprof.reporting import Bench
     from wispprof.reporting.figures import policy_bars
     from wispprof.reporting.theme import standalone

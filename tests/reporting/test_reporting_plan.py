@@ -1,4 +1,4 @@
-"""What a report shows of a plan and of simulated capacities."""
+"""The plan section of the report, and the figure of simulated capacities."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def planned(**changes: object) -> Plan:
     return make_plan(cost, DEVICES, Runs.geometric(0.75), replace(SETTINGS, **changes))  # type: ignore[arg-type]
 
 
-def test_the_break_even_map_says_from_where_on_drafting_pays() -> None:
+def test_the_break_even_map_states_the_least_acceptance_that_pays() -> None:
     plan = planned()
     shown = html(break_even_map(plan, "laptop:1b", "round"))
     rows = [r for r in plan.break_even if (r.device, r.mode) == ("laptop:1b", "round")]
@@ -58,17 +58,17 @@ def test_the_break_even_map_says_from_where_on_drafting_pays() -> None:
 @pytest.mark.parametrize("speed", [8.0, 24.0, 40.0])
 @pytest.mark.parametrize("mode", ["stream", "round"])
 def test_hatching_means_on_both_maps_that_drafting_does_not_pay(mode: str, speed: float) -> None:
-    """An SLO out of reach is another matter, and so is one that drafts would break."""
+    """An SLO that no draft length meets is not hatched, and neither is one that drafts would miss."""
     plan = planned(slos=(8.0, 24.0, 40.0))
     rows = [r for r in plan.draft if (r.device, r.mode) == ("laptop:1b", mode)]
     rows = [r for r in rows if r.tokens_per_s == speed]
     seen = cells(draft_length_map(plan, "laptop:1b", mode, speed))
     pays = ["no" not in cell for cell in cells(break_even_map(plan, "laptop:1b", mode))]
     assert len(seen) == len(pays) == len(rows)
-    for row, shown, worth in zip(rows, seen, pays, strict=True):
-        assert ("no" in shown) == (not row.k and not worth)
+    for row, shown, gains in zip(rows, seen, pays, strict=True):
+        assert ("no" in shown) == (not row.k and not gains)
         assert ("short" in shown) == (not row.feasible)
-    # The worlds that matter are there: out of reach, yet worth drafting for; and not worth it.
+    # The plan has cells that miss the SLO, both with and without a gain from drafting.
     if speed == 40.0:
         short = [("short" in shown, "no" in shown) for shown in seen]
         assert (True, mode == "round") in short
@@ -76,9 +76,9 @@ def test_hatching_means_on_both_maps_that_drafting_does_not_pay(mode: str, speed
 
 def test_an_slo_that_forbids_drafts_that_pay_is_not_hatched() -> None:
     plan = planned()
-    place = next(i for i, r in enumerate(plan.draft) if r.device == "laptop:1b" and r.k)
-    row = replace(plan.draft[place], k=0)
-    forbidden = replace(plan, draft=(*plan.draft[:place], row, *plan.draft[place + 1 :]))
+    index = next(i for i, r in enumerate(plan.draft) if r.device == "laptop:1b" and r.k)
+    row = replace(plan.draft[index], k=0)
+    forbidden = replace(plan, draft=(*plan.draft[:index], row, *plan.draft[index + 1 :]))
     shown = (
         cells(draft_length_map(p, row.device, row.mode, row.tokens_per_s))
         for p in (plan, forbidden)
@@ -96,23 +96,23 @@ def cells(heat_map: HeatMap | None) -> list[list[str]]:
     return [found.split() for found in re.findall(r'<td class="([^"]*)"', html(heat_map))]
 
 
-def test_the_front_is_drawn_of_what_the_plan_knows() -> None:
-    deaf = [replace(device, draft_w=0.0) for device in DEVICES]
+def test_the_front_shows_price_or_energy() -> None:
+    no_power = [replace(device, draft_w=0.0) for device in DEVICES]
     cost = LinearCost(18.0, row_ms=0.25)
-    assert drafts_front(make_plan(cost, deaf, Runs.geometric(0.75), SETTINGS), 8.0) == ""
-    frugal, dear = drafts_front(planned(), 8.0), drafts_front(planned(server_price=5.0), 8.0)
-    assert "joules of drafting per token" in frugal
-    assert frugal.count("joules") >= 3  # one axis a panel
-    assert "joules" in dear
+    assert drafts_front(make_plan(cost, no_power, Runs.geometric(0.75), SETTINGS), 8.0) == ""
+    energy, both = drafts_front(planned(), 8.0), drafts_front(planned(server_price=5.0), 8.0)
+    assert "joules of drafting per token" in energy
+    assert energy.count("joules") >= 3  # one axis a panel
+    assert "joules" in both
     billed = drafts_front(planned(server_price=5.0, objective="cost"), 8.0)
     assert "dollars per million tokens" in billed
-    for figure in (frugal, billed):
+    for figure in (energy, billed):
         assert "1b" in figure
         assert "Pareto front" in figure
         assert "planned for its draft" in figure
 
 
-def test_curves_are_drawn_and_damage_is_named(tmp_path: Path) -> None:
+def test_capacity_curves_and_a_damaged_document(tmp_path: Path) -> None:
     write_document(tmp_path / "capacity.json", CAPACITY_KIND, CURVES)
     figure = capacity_curves(read_document(tmp_path / "capacity.json", CAPACITY_KIND))
     assert "wispprof: 24" in figure
@@ -123,7 +123,7 @@ def test_curves_are_drawn_and_damage_is_named(tmp_path: Path) -> None:
         capacity_curves(read_document(tmp_path / "capacity.json", CAPACITY_KIND))
 
 
-def test_a_page_holds_all_of_it_once(tmp_path: Path) -> None:
+def test_a_page_holds_every_plan_section_once(tmp_path: Path) -> None:
     save_plan(planned(), tmp_path / "plan.json")
     write_document(tmp_path / "capacity.json", CAPACITY_KIND, CURVES)
     page = render_report(load_run(tmp_path))
@@ -136,7 +136,7 @@ def test_a_page_holds_all_of_it_once(tmp_path: Path) -> None:
 
 
 def test_every_device_has_its_maps(tmp_path: Path) -> None:
-    """Folded but for the first. Negative control: one device alone is not folded."""
+    """The first device is open, others are folded. A single device is not folded."""
     save_plan(planned(), tmp_path / "plan.json")
     page = render_report(load_run(tmp_path))
     for device in ("laptop:1b", "laptop:3b"):

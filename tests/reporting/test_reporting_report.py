@@ -1,4 +1,4 @@
-"""A run on disk to its page: complete, self-contained, repeatable, and honest about what lacks."""
+"""The report of a run: complete, self-contained, deterministic, and valid without some artifacts."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def page(folder: Path) -> str:
 
 
 class Page(HTMLParser):
-    """Collects what could load something from elsewhere, and whether tags close."""
+    """Collects ids and external references, and checks that tags close."""
 
     VOID = ("meta", "br", "hr", "img", "use", "path", "input", "link")
 
@@ -158,7 +158,7 @@ def test_every_section_is_there(page: str) -> None:
     assert "a &lt;cpu&gt;" in text
 
 
-def test_the_page_is_whole_and_self_contained(page: str) -> None:
+def test_the_page_is_well_formed_and_self_contained(page: str) -> None:
     found = parsed(page)
     assert found.stack == []
     assert found.loads == []
@@ -181,13 +181,13 @@ def test_the_same_run_gives_the_same_page(folder: Path, page: str) -> None:
     assert render_report(load_run(folder)) == page
 
 
-def test_a_part_of_a_run_is_reported_too(folder: Path, tmp_path: Path) -> None:
+def test_a_run_with_one_artifact_is_reported(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "trace.jsonl").write_bytes((folder / "trace.jsonl").read_bytes())
     text = write_report(load_run(tmp_path), tmp_path / "report.html").read_text()
     assert re.findall(r'<section id="(\w+)"', text) == ["acceptance", "provenance"]
 
 
-def test_a_changed_input_makes_what_came_of_it_stale(folder: Path, tmp_path: Path) -> None:
+def test_a_changed_input_makes_its_outputs_stale(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     assert load_run(tmp_path).stale() == []
@@ -212,7 +212,7 @@ def test_an_empty_folder_holds_no_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("alone", "split", "said"),
+    ("server_only", "split", "text"),
     [
         (50.0, 90.0, "pays here: wisp delivers 1.80 ×"),
         (90.0, 50.0, "does not pay here: the server alone delivers 1.80 ×"),
@@ -222,8 +222,8 @@ def test_an_empty_folder_holds_no_run(tmp_path: Path) -> None:
         (0.0, 0.0, "no policy met any SLO"),
     ],
 )
-def test_the_verdict_follows_the_figures(alone: float, split: float, said: str) -> None:
-    assert said in verdict([bench("server-only", alone, 1.0), bench("wisp", split, 1.0)])
+def test_the_verdict_follows_the_figures(server_only: float, split: float, text: str) -> None:
+    assert text in verdict([bench("server-only", server_only, 1.0), bench("wisp", split, 1.0)])
 
 
 def test_without_a_comparison_there_is_no_verdict() -> None:
@@ -242,3 +242,13 @@ def test_unknown_figures_become_null() -> None:
         figures = {"goodput_tokens_per_s": float("nan"), "attainment": 1.0}
 
     assert Bench.of_result(Found()).figures == {"goodput_tokens_per_s": None, "attainment": 1.0}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("record", "field"), [(Bench, "policy"), (Answer, "prompt")])
+def test_a_record_without_a_field_is_damaged(
+    record: type[Bench] | type[Answer], field: str, tmp_path: Path
+) -> None:
+    write_document(tmp_path / "bench.json", BENCH_KIND, {"load": {}, "stats": {}})
+    (document,) = load_run(tmp_path).benches
+    with pytest.raises(ArtifactDamaged, match=field):
+        record.of(document)

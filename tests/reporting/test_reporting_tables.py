@@ -1,4 +1,4 @@
-"""One table, two printers."""
+"""Tables in the terminal and in HTML."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_html_is_escaped_and_marks_the_best() -> None:
 
 
 def test_rich_shows_the_same_cells() -> None:
-    with open("/dev/null", "w") as nowhere:
-        console = Console(width=100, record=True, file=nowhere)
+    with open("/dev/null", "w") as null:
+        console = Console(width=100, record=True, file=null)
         console.print(to_rich(TABLE))
     text = console.export_text()
     assert "12.3" in text
@@ -39,8 +39,8 @@ def test_the_brief_comparison_fits_a_terminal() -> None:
     names = ("goodput_tokens_per_s", "attainment", "tokens_per_s", "ttft_p50_ms", "tpot_p50_ms")
     figures = {**dict.fromkeys(names, 1234.5), "attainment": 1.0, "accepted_per_round": 2.5}
     benches = [Bench("server-only", {}, {**figures, "step_error": 0.25, "wasted_share": 0.5})]
-    with open("/dev/null", "w") as nowhere:
-        console = Console(width=80, record=True, file=nowhere)
+    with open("/dev/null", "w") as null:
+        console = Console(width=80, record=True, file=null)
         console.print(to_rich(bench_table(benches, brief=True)))
     text = console.export_text()
     assert "…" not in text

@@ -39,13 +39,13 @@ def latency_surface(rows: Sequence[StepRow], estimator: StepTimeEstimator) -> st
     with theme.canvas(9.4, 3.6, len(panels), sharey=True) as (figure, axes):
         for panel, new in zip(axes, panels, strict=True):
             for size in sizes:
-                mine = [
+                own = [
                     row
                     for row in uniform
                     if row.shape.items[0].new == new and len(row.shape.items) == size
                 ]
-                if mine:
-                    _surface_line(panel, mine, estimator, size, new, colors[size])
+                if own:
+                    _surface_line(panel, own, estimator, size, new, colors[size])
             panel.set_xscale("symlog", base=2, linthresh=32, linscale=0.6)
             panel.set_yscale("log")
             ticks = sorted({row.shape.items[0].cached for row in uniform})
@@ -112,19 +112,19 @@ def predicted_against_measured(points: Sequence[StepPoint], coverage: float) -> 
         everything = [v for p in points for v in (p.predicted_ms, p.measured_ms) if v > 0]
         edge = (min(everything) * 0.8, max(everything) * 1.25)
         left.plot(edge, edge, color=theme.MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        for index, (name, mine) in enumerate(groups.items()):
+        for index, (name, own) in enumerate(groups.items()):
             color = theme.MUTED if name == PROFILE else theme.policy_color(name)
             left.scatter(
-                [p.predicted_ms for p in mine],
-                [p.measured_ms for p in mine],
+                [p.predicted_ms for p in own],
+                [p.measured_ms for p in own],
                 s=14,
                 marker=theme.MARKERS[index % len(theme.MARKERS)],
                 color=color,
                 alpha=0.55,
                 linewidths=0,
-                label=f"{name} ({len(mine):,})",
+                label=f"{name} ({len(own):,})",
             )
-            ratios = np.sort([p.measured_ms / p.bound_ms for p in mine if p.bound_ms > 0])
+            ratios = np.sort([p.measured_ms / p.bound_ms for p in own if p.bound_ms > 0])
             if len(ratios):
                 share = np.arange(1, len(ratios) + 1) / len(ratios)
                 right.plot(ratios, share, color=color, drawstyle="steps-post", label=name)

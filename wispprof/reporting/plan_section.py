@@ -305,19 +305,19 @@ def _front_panel(
         return _paid(option, priced)
 
     for index, device in enumerate(devices):
-        mine = [o for o in options if o.device == device]
+        own = [o for o in options if o.device == device]
         color = theme.SERIES[index % len(theme.SERIES)]
         marker = theme.MARKERS[index % len(theme.MARKERS)]
-        # From k = 0 on, so that the eye finds the order of the lengths.
+        # The line joins the draft lengths in order, from k = 0 on.
         panel.plot(
-            [paid(o) for o in mine],
-            [o.figures.tokens_per_s for o in mine],
+            [paid(o) for o in own],
+            [o.figures.tokens_per_s for o in own],
             color=color,
             linewidth=0.9,
             alpha=0.45,
         )
         for meets_slo in (True, False):
-            shown = [o for o in mine if o.meets_slo == meets_slo]
+            shown = [o for o in own if o.meets_slo == meets_slo]
             panel.scatter(
                 [paid(o) for o in shown],
                 [o.figures.tokens_per_s for o in shown],
@@ -329,7 +329,7 @@ def _front_panel(
                 label=device.partition(":")[2] or device if meets_slo else None,
                 zorder=3,
             )
-        for option in (o for o in mine if o.planned):
+        for option in (o for o in own if o.planned):
             place = paid(option), option.figures.tokens_per_s
             panel.scatter(
                 *([value] for value in place),
@@ -349,7 +349,7 @@ def _front_panel(
                 fontsize=8,
                 color=color,
             )
-    line = _unbeaten([(paid(o), o.figures.tokens_per_s) for o in options])
+    line = _front_line([(paid(o), o.figures.tokens_per_s) for o in options])
     panel.plot(
         [x for x, _ in line],
         [y for _, y in line],
@@ -362,8 +362,8 @@ def _front_panel(
     )
 
 
-def _unbeaten(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of (price, speed) points those that no other one beats, by rising price."""
+def _front_line(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The Pareto front of (price, speed) points, by rising price."""
     line: list[tuple[float, float]] = []
     for price, speed in sorted(points, key=lambda point: (point[0], -point[1])):
         if not line or speed > line[-1][1]:
