@@ -143,7 +143,7 @@ async def test_a_fleet_in_a_process_of_its_own_measures_every_step(tmp_path: Pat
             told = len(said)
             await fleet.bench(load, running.split_url, tmp_path / "trace.jsonl")
             assert len(said) == told
-            assert fleet._said.empty()  # what nobody reads would fill the pipe one day
+            assert fleet._progress.empty()  # what nobody reads would fill the pipe one day
             with pytest.raises(FileNotFoundError):
                 await fleet.call(open, tmp_path / "nothing")
     assert said == [(n, 6) for n in (*range(1, 7), *range(1, 7))]

@@ -10,8 +10,7 @@ from raw_edge import edge
 
 from wispprof.policies import ScheduledItem
 from wispprof.server import ServerSession, running_server
-from wispprof.server.kv_scheduler import schedule_kv
-from wispprof.server.prefix_cache import PrefixCache
+from wispprof.server.kv_scheduler import PrefixCache, schedule_kv
 from wispprof.sessions.session_state import SessionState
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeDrafter, FakeEngine

@@ -104,7 +104,7 @@ def _resolved(server: VerificationServer, settings: ServerSettings, port: int) -
     rows: dict[str, Any] = {
         "target": f"{server.model.id} ({settings.dtype}, context {server.model.max_context})",
         "tokenizer": server.model.tokenizer[:16] or "none",
-        "policy": f"{server.policy.name} ({'stream' if server.stream else 'round'} mode)",
+        "policy": f"{server.policy.name} ({'stream' if server.policy.stream else 'round'} mode)",
         "estimator": estimator,
         "plan": f"{settings.plan} ({server.plan.hash[:12]})" if server.plan else "none",
         "step log": settings.step_log or "none",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
@@ -17,8 +16,7 @@ from wispprof.openai_api import TokenRequest
 from wispprof.openai_api.routes import add_openai_routes
 from wispprof.server.process import bind, freeze_garbage_collector
 from wispprof.settings.edge_settings import EdgeSettings
-
-__all__ = ["make_edge_app", "serve_edge"]
+from wispprof.settings.server_settings import is_loopback
 
 
 async def serve_edge(
@@ -28,7 +26,11 @@ async def serve_edge(
     announce: Callable[[EdgeRuntime, str], None],
 ) -> None:
     """Serve until cancelled or Ctrl-C. Only on loopback: this API asks for no key."""
-    _refuse_beyond_loopback(host)
+    if not is_loopback(host):
+        raise WispprofError(
+            f"Refusing to listen on {host}: this API asks for no key.",
+            "Listen on 127.0.0.1; for other machines run `wispprof serve` with an API key.",
+        )
     listener = bind(host, port)
     try:
         async with open_edge(settings) as runtime:
@@ -41,18 +43,6 @@ async def serve_edge(
             await uvicorn.Server(config).serve(sockets=[listener])
     finally:
         listener.close()
-
-
-def _refuse_beyond_loopback(host: str) -> None:
-    try:
-        safe = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        safe = False
-    if not safe:
-        raise WispprofError(
-            f"Refusing to listen on {host}: this API asks for no key.",
-            "Listen on 127.0.0.1; for other machines run `wispprof serve` with an API key.",
-        )
 
 
 def make_edge_app(runtime: EdgeRuntime) -> FastAPI:

@@ -45,7 +45,14 @@ class TokenGeneration(Protocol):
 
 
 class TextBackend(Protocol):
-    """A model behind the OpenAI routes: the server's sessions, or an edge's generations."""
+    """A model behind the OpenAI routes: the server's sessions, or an edge's generations.
+
+    ``default_max_tokens``, ``default_slo``: for requests that do not state their own.
+    """
+
+    tokenizer: ChatTokenizer
+    default_max_tokens: int
+    default_slo: Slo
 
     @property
     def model(self) -> str:
@@ -54,17 +61,6 @@ class TextBackend(Protocol):
     @property
     def max_context(self) -> int:
         """Most tokens of prompt and output together."""
-
-    @property
-    def tokenizer(self) -> ChatTokenizer: ...
-
-    @property
-    def default_max_tokens(self) -> int:
-        """Output tokens of a request that does not set ``max_tokens``."""
-
-    @property
-    def default_slo(self) -> Slo:
-        """SLO of a request that does not state ``tokens_per_s`` or ``ttft_ms``."""
 
     def accepts_key(self, api_key: str) -> bool: ...
 

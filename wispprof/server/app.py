@@ -17,10 +17,9 @@ from wispprof import __version__
 from wispprof.openai_api import ApiError, ChatTokenizer, TokenRequest
 from wispprof.openai_api.routes import add_openai_routes
 from wispprof.server.admission import Refused
-from wispprof.server.request_validation import check_key
 from wispprof.server.session import ServerSession, SessionRequest
 from wispprof.server.verification_server import VerificationServer
-from wispprof.server.websocket_endpoint import WebSocketEndpoint
+from wispprof.server.websocket_endpoint import WebSocketEndpoint, check_key
 from wispprof.sessions.session_state import CommitResult
 from wispprof.types import Slo
 
@@ -51,7 +50,7 @@ def make_app(server: VerificationServer, lifespan: Any = None) -> FastAPI:
             "ready": server.ready,
             "target": server.model.id,
             "policy": server.policy.name,
-            "load_level": server.load_level,
+            "load_level": server.manager.load_level,
             "sessions": len(server.manager),
         }
         return JSONResponse(body, 200 if server.ready else 503)

@@ -28,16 +28,12 @@ def dashboard_table(server: VerificationServer) -> Table:
     met_slo = f"{metrics.sessions_met_slo / ended:.1%} of {ended} sessions" if ended else "–"
     if unreachable:
         met_slo += f", {unreachable} cannot meet it any more"
+    kv_used = 1 - server.kv_free / max(1, manager.kv_total)
+    waiting = f"{prefilling} prefilling, {manager.waiting} waiting for memory"
     rows = [
-        (
-            "sessions",
-            f"{len(states)} ({prefilling} prefilling, {manager.waiting} waiting for memory)",
-        ),
-        ("load level", str(server.load_level)),
-        (
-            "KV cache",
-            f"{1 - server.kv_free / max(1, manager.kv_total):.0%} of {manager.kv_total} tokens",
-        ),
+        ("sessions", f"{len(states)} ({waiting})"),
+        ("load level", str(manager.load_level)),
+        ("KV cache", f"{kv_used:.0%} of {manager.kv_total} tokens"),
         *_step_rows(server, now),
         ("SLO met", met_slo),
     ]
@@ -50,7 +46,7 @@ def dashboard_table(server: VerificationServer) -> Table:
 
 
 def _step_rows(server: VerificationServer, now_ms: float) -> list[tuple[str, str]]:
-    rows = [("throughput", "–"), ("steps", "–"), ("step time", "–")]
+    throughput = step_count = step_time = "–"
     steps = [step for step in server.metrics.steps if now_ms - step.at_ms <= _WINDOW_MS]
     if steps:
         span_ms = max(1.0, now_ms - steps[0].at_ms + steps[0].actual_ms)
@@ -59,16 +55,10 @@ def _step_rows(server: VerificationServer, now_ms: float) -> list[tuple[str, str
         actual = statistics.median(step.actual_ms for step in steps)
         predicted = statistics.median(step.predicted_ms for step in steps)
         over = sum(step.actual_ms > step.bound_ms for step in steps) / len(steps)
-        tokens_per_s = 1000 * sum(step.committed for step in steps) / span_ms
-        steps_per_s = 1000 * len(steps) / span_ms
-        rows = [
-            ("throughput", f"{tokens_per_s:.1f} tokens/s"),
-            ("steps", f"{steps_per_s:.1f}/s, {items:.1f} items, engine {busy:.0%}"),
-            (
-                "step time",
-                f"{actual:.1f} ms measured, {predicted:.1f} predicted, {over:.0%} over bound",
-            ),
-        ]
+        throughput = f"{1000 * sum(step.committed for step in steps) / span_ms:.1f} tokens/s"
+        step_count = f"{1000 * len(steps) / span_ms:.1f}/s, {items:.1f} items, engine {busy:.0%}"
+        step_time = f"{actual:.1f} ms measured, {predicted:.1f} predicted, {over:.0%} over bound"
+    rows = [("throughput", throughput), ("steps", step_count), ("step time", step_time)]
     drift = server.step_times.drift
     if drift is not None and drift.re_profile:
         rows.append(("drift", drift.reason))

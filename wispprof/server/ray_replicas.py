@@ -103,7 +103,9 @@ def deployment(
         @contextlib.asynccontextmanager
         async def _life(self, _: Any) -> AsyncIterator[None]:
             await self.server.start()
-            metrics = _serve_metrics(self.server, settings, int(_rank(serve)))
+            rank = serve.get_replica_context().rank
+            rank = int(getattr(rank, "rank", rank) or 0)
+            metrics = _serve_metrics(self.server, settings, rank)
             try:
                 yield
             finally:
@@ -113,7 +115,7 @@ def deployment(
                     metrics.shutdown()
 
         def record_autoscaling_stats(self) -> dict[str, float]:
-            return {METRIC: float(self.server.load_level)}
+            return {METRIC: float(self.server.manager.load_level)}
 
         def check_health(self) -> None:
             if not self.server.ready:
@@ -196,11 +198,6 @@ def _gpus(settings: ServerSettings) -> float:
 
     wanted = settings.device.startswith("cuda") or settings.device == "auto"
     return 1.0 if wanted and torch.cuda.is_available() else 0.0
-
-
-def _rank(serve: Any) -> int:
-    rank = serve.get_replica_context().rank
-    return int(getattr(rank, "rank", rank) or 0)
 
 
 def _serve_metrics(server: Any, settings: ServerSettings, rank: int) -> Any:

@@ -13,9 +13,8 @@ from wispprof.backends import Engine
 from wispprof.errors import OutOfKvMemory
 from wispprof.policies import load_level, slowdown
 from wispprof.server.engine_thread import EngineThread
-from wispprof.server.kv_scheduler import schedule_kv
+from wispprof.server.kv_scheduler import PrefixCache, schedule_kv
 from wispprof.server.metrics import Metrics
-from wispprof.server.prefix_cache import PrefixCache
 from wispprof.server.session import ServerSession, SessionListener, SessionRequest
 from wispprof.server.step_time_tracker import StepTimeTracker
 from wispprof.sessions.session_state import CommitResult, SessionState

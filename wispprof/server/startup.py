@@ -51,21 +51,18 @@ def warn_about_other_machines(settings: ServerSettings) -> list[str]:
     from wispprof.hardware import compute_device_name, machine_mismatch
 
     here = compute_device_name(settings.device)
-    estimator = read_document(settings.estimator, "estimator") if settings.estimator else None
-    plan = read_document(settings.plan, "plan") if settings.plan else None
-    lines: list[str | None] = []
-    if estimator is not None:
-        machine = estimator.inputs.get("machine", "")
-        lines.append(machine_mismatch(f"The estimator {settings.estimator}", machine, here))
-    if plan is not None:
-        machine = plan.inputs.get("machine", "")
-        lines.append(machine_mismatch(f"The plan {settings.plan}", machine, here))
-        planned_with = plan.inputs.get("estimator", "")
-        if estimator is not None and planned_with and planned_with != estimator.hash:
-            lines.append(
-                f"The plan {settings.plan} was made with another estimator than {settings.estimator}. "
-                "Make it again with `wispprof plan`."
-            )
+    paths = {"estimator": settings.estimator, "plan": settings.plan}
+    read = {kind: read_document(path, kind) for kind, path in paths.items() if path}
+    lines = [
+        machine_mismatch(f"The {kind} {paths[kind]}", document.inputs.get("machine", ""), here)
+        for kind, document in read.items()
+    ]
+    planned_with = read["plan"].inputs.get("estimator", "") if "plan" in read else ""
+    if planned_with and "estimator" in read and planned_with != read["estimator"].hash:
+        lines.append(
+            f"The plan {settings.plan} was made with another estimator than {settings.estimator}. "
+            "Make it again with `wispprof plan`."
+        )
     return [line for line in lines if line]
 
 

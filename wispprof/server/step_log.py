@@ -81,10 +81,8 @@ class StepLog:
 
 def _line(step: _Step) -> str:
     items, actual_ms, p50_ms, row = step
-    record: dict[str, Any] = {
-        "shape": [[item.new, item.cached, int(item.prefill)] for item in items],
-        "ms": round(actual_ms, 4),
-    }
+    shape = [[item.new, item.cached, int(item.prefill)] for item in items]
+    record: dict[str, Any] = {"shape": shape, "ms": round(actual_ms, 4)}
     if p50_ms > 0:
         record["p50_ms"] = round(p50_ms, 4)
     if row:

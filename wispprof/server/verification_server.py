@@ -152,18 +152,9 @@ class VerificationServer:
         return self._limits.row
 
     @property
-    def load_level(self) -> int:
-        return self.manager.load_level
-
-    @property
     def kv_free(self) -> int:
         """KV tokens not in use."""
         return self._engine_thread.engine.kv_free
-
-    @property
-    def stream(self) -> bool:
-        """Whether sessions run in stream mode."""
-        return self.policy.stream
 
     def open(
         self, request: SessionRequest, listener: SessionListener, number: int = 0

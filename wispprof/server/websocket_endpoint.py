@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import hmac
 import logging
+import math
+from collections.abc import Sequence
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -15,10 +19,10 @@ from wispprof import protocol
 from wispprof.errors import HandshakeRefused, ProtocolError
 from wispprof.server.admission import Refused
 from wispprof.server.coalescing_loop import socket_wait_ms
-from wispprof.server.request_validation import check_draft, check_hello, session_request
-from wispprof.server.session import ServerSession
+from wispprof.server.session import ServerSession, SessionRequest
 from wispprof.server.verification_server import VerificationServer
 from wispprof.sessions.session_state import CommitResult
+from wispprof.types import Sampling, ServedModel, Slo
 
 log = logging.getLogger("wispprof.server")
 
@@ -129,8 +133,8 @@ class WebSocketEndpoint:
                 tokenizer=server.model.tokenizer,
                 max_context=server.model.max_context,
                 max_drafts=server.settings.max_drafts,
-                stream=server.stream,
-                load_level=server.load_level,
+                stream=server.policy.stream,
+                load_level=server.manager.load_level,
                 plan=server.plan.hash if server.plan else "",
             )
         )
@@ -256,3 +260,74 @@ def _close_code(reader: asyncio.Task[None]) -> int:
         return 1000
     log.error("an edge's connection failed", exc_info=err)
     return 1011
+
+
+# --- checks of frames that need the model or the keys ---------------------------------------------
+
+
+def check_key(key: str, allowed: Sequence[str]) -> bool:
+    """Whether ``key`` is one of ``allowed``; an empty list allows all. Takes constant time."""
+    if not allowed:
+        return True
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+    valid = False
+    for one in allowed:
+        valid |= hmac.compare_digest(digest, hashlib.sha256(one.encode()).digest())
+    return valid
+
+
+def check_hello(hello: protocol.Hello, model: ServedModel, allowed: Sequence[str]) -> None:
+    """Raise :class:`HandshakeRefused` unless protocol, key, target and tokenizer match."""
+    if hello.protocol != protocol.PROTOCOL_VERSION:
+        raise HandshakeRefused(
+            f"This server speaks protocol {protocol.PROTOCOL_VERSION}, the edge {hello.protocol}.",
+            "Install the same wispprof version on both sides.",
+        )
+    if not check_key(hello.key, allowed):
+        raise HandshakeRefused("Invalid API key.", "Use a key of this server.")
+    if hello.target and hello.target != model.id:
+        raise HandshakeRefused(
+            f"This server verifies {model.id!r}, not {hello.target!r}.",
+            "Plan for that target, or connect to another server.",
+        )
+    if hello.tokenizer and hello.tokenizer != model.tokenizer:
+        raise HandshakeRefused(
+            f"The edge's tokenizer ({hello.tokenizer[:12]}…) is not the target's "
+            f"({model.tokenizer[:12]}…).",
+            "Use a draft model of the target's own family.",
+        )
+
+
+def session_request(frame: protocol.Open) -> SessionRequest:
+    """The request of an opening frame. Raises :class:`ProtocolError` on invalid sampling or SLO."""
+    try:
+        sampling = Sampling(frame.temperature, frame.top_k, frame.top_p, frame.seed)
+        slo = Slo(frame.tokens_per_s, frame.ttft_ms)
+        numbers = (frame.temperature, frame.top_p, frame.tokens_per_s, frame.ttft_ms or 0.0)
+        if not all(map(math.isfinite, numbers)) or (frame.ttft_ms or 1.0) <= 0:
+            raise ValueError("sampling and SLO need finite, positive numbers")
+    except ValueError as err:
+        raise ProtocolError(f"Invalid opening frame: {err}.", "Correct the request.") from err
+    return SessionRequest(
+        tokens=tuple(frame.tokens),
+        max_new=frame.max_new,
+        slo=slo,
+        sampling=sampling,
+        generated=frame.generated,
+        stop=tuple(frame.stop),
+        undrafted=frame.undrafted,
+    )
+
+
+def check_draft(frame: protocol.Draft, vocab_size: int) -> None:
+    """Raise :class:`ProtocolError` on drafts that no correct edge sends."""
+    tokens, probs = frame.tokens, frame.acceptance_prob
+    if len(probs) != len(tokens):
+        reason = f"{len(tokens)} drafts with {len(probs)} acceptance bytes"
+    elif tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
+        reason = f"a token outside the vocabulary of {vocab_size}"
+    else:
+        return
+    raise ProtocolError(
+        f"Invalid draft frame: {reason}.", "Use a client of the same protocol version."
+    )

@@ -150,12 +150,7 @@ class ServerSettings(Settings):
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach the server."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)
 
 
 @dataclass(frozen=True)
@@ -167,6 +162,16 @@ class ReplicaSettings(Settings):
     max_replicas: int = setting(
         0, "Maximum servers that --ray adds under load; 0 adds none.", minimum=0
     )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def read_api_keys(path: Path) -> tuple[str, ...]:
