@@ -77,7 +77,7 @@ def decision_ms(policy_name: str, sessions: int, repeats: int = 15) -> tuple[flo
             now_ms=0.0,
             stream=policy.stream,
         )
-        state.feed(ScheduledItem(state.session, prefill=3), 0.0)
+        state.step_input(ScheduledItem(state.session, prefill=3), 0.0)
         state.apply(VerifyResult(state.session, 0, (4,)), 1.0)
         odds = [0.9 - 0.01 * (number % 9)] * 4
         state.merge(0, 4, [5, 6, 7, 8], odds, 2.0, 50.0 + number % 100, 10.0)

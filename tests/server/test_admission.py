@@ -186,7 +186,7 @@ def test_a_policy_defect_does_not_reach_the_engine() -> None:
     one = server()
     session = one.open(ask(), Listener())
     with pytest.raises(ValueError):
-        session.state.feed(ScheduledItem(session.name, drafts=3))
+        session.state.step_input(ScheduledItem(session.name, drafts=3))
 
 
 def test_sampling_is_part_of_a_request() -> None:

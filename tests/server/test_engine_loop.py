@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from fake_pair import LinearCost, hash_trace
+from fake_pair import hash_trace, linear_cost
 from prometheus_client.parser import text_string_to_metric_families
 from raw_edge import edge
 
@@ -39,7 +39,7 @@ async def test_a_plan_limits_every_step_and_log_metrics_and_page_name_its_row(
     settings = ServerSettings(policy=policy, admit="all", step_log=log)
     prompt = list(range(10))
     async with running_server(
-        settings, engine=engine, model=engine.served, plan=PLAN, estimator=LinearCost()
+        settings, engine=engine, model=engine.served, plan=PLAN, estimator=linear_cost()
     ) as running:
         async with edge(running.split_url) as slow:
             texts = await asyncio.gather(
@@ -125,7 +125,7 @@ async def test_a_fleet_in_a_process_of_its_own_measures_every_step(tmp_path: Pat
         ServerSettings(policy="wisp", admit="all"),
         engine=engine,
         model=engine.served,
-        estimator=LinearCost(),
+        estimator=linear_cost(),
     ) as running:
         with FleetProcess() as fleet:
             for _ in range(2):

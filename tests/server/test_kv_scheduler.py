@@ -32,10 +32,10 @@ def session(
         name, list(range(prompt)), slo=Slo(1.0), max_new=50, max_context=500, now_ms=seen_ms
     )
     if started:
-        feed = state.feed(ScheduledItem(name, prefill=prompt), seen_ms)
+        step_input = state.step_input(ScheduledItem(name, prefill=prompt), seen_ms)
         from wispprof.types import VerifyResult
 
-        state.apply(VerifyResult(feed.session, 0, (1,)), seen_ms)
+        state.apply(VerifyResult(step_input.session, 0, (1,)), seen_ms)
     return ServerSession(state, Sampling(), NullListener(), 0, seen_ms, opened=True)
 
 

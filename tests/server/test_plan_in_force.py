@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from fake_pair import LinearCost, drafting, edge, truth
+from fake_pair import drafting, edge, linear_cost, truth
 
 from wispprof.artifacts.plan import BatchRow, Plan, load_plan, save_plan
 from wispprof.edge import websocket_connections
@@ -37,7 +37,7 @@ class Seen:
 def planned(k: int, **batch: int) -> Plan:
     """A plan as users make one, with rows set to known values."""
     made = make_plan(
-        LinearCost(),
+        linear_cost(),
         [SpeedDevice("laptop", 200.0)],
         Runs.geometric(0.8),
         PlanSettings(rtts_ms=(5.0,), slos=(1.0,), max_sessions=32, k_max=8),
@@ -58,7 +58,7 @@ async def run(plan: Plan, mode: str, folder: Path) -> Seen:
     file = folder / "plan.json"
     save_plan(plan, file)
     # Steps that take time: beside one that takes none, drafting would not pay and nobody would draft.
-    engine = FakeEngine(step_ms=LinearCost(20.0).step_ms)
+    engine = FakeEngine(step_ms=lambda shape: linear_cost(20.0).predict(shape)[0])
     policy = "fcfs" if mode == "round" else "wispprof"
     settings = ServerSettings(policy=policy, admit="all")
     async with (
@@ -67,7 +67,7 @@ async def run(plan: Plan, mode: str, folder: Path) -> Seen:
             engine=engine,
             model=engine.served,
             plan=load_plan(file),
-            estimator=LinearCost(),
+            estimator=linear_cost(),
         ) as running,
         edge(websocket_connections(running.split_url)) as client,
     ):

@@ -137,35 +137,35 @@ def test_a_proactive_step_that_outlasts_the_wait_must_pay() -> None:
 
 
 def test_pacing_of_a_round() -> None:
-    pacing = EdgeTiming(Slo(10.0))
-    assert math.isinf(pacing.left_ms(0.0, 40.0))
-    pacing.committed(1000.0, 300.0)  # the prefill's time says nothing of verify steps
-    pacing.drafted(20.0)
+    timing = EdgeTiming(Slo(10.0))
+    assert math.isinf(timing.left_ms(0.0, 40.0))
+    timing.committed(1000.0, 300.0)  # the prefill's time says nothing of verify steps
+    timing.drafted(20.0)
     # Two expected tokens at 100 ms each, 60 ms gone since the commit, 40 ms on the link.
-    assert pacing.slack_ms([1.0], 1060.0, 40.0) == pytest.approx(100.0)
-    assert pacing.slack_ms([], 1060.0, 40.0) == pytest.approx(0.0)
-    pacing.sent(1060.0)
-    pacing.committed(1200.0, 60.0)
-    assert pacing.server_ms == 60.0
-    pacing.sent(1210.0)
-    assert pacing.left_ms(1230.0, 40.0) == pytest.approx(80.0)
-    assert pacing.left_ms(5000.0, 40.0) == pytest.approx(25.0)
+    assert timing.slack_ms([1.0], 1060.0, 40.0) == pytest.approx(100.0)
+    assert timing.slack_ms([], 1060.0, 40.0) == pytest.approx(0.0)
+    timing.sent(1060.0)
+    timing.committed(1200.0, 60.0)
+    assert timing.server_ms == 60.0
+    timing.sent(1210.0)
+    assert timing.left_ms(1230.0, 40.0) == pytest.approx(80.0)
+    assert timing.left_ms(5000.0, 40.0) == pytest.approx(25.0)
 
 
 def test_a_frame_may_be_held_until_the_server_takes_the_next_step() -> None:
-    pacing = EdgeTiming(Slo(10.0))
-    pacing.drafted(4.0)
-    pacing.committed(1000.0, 300.0)
-    assert not pacing.may_hold(1001.0, 10.0)  # a prefill says nothing of the pace
-    pacing.committed(1100.0, 40.0)
+    timing = EdgeTiming(Slo(10.0))
+    timing.drafted(4.0)
+    timing.committed(1000.0, 300.0)
+    assert not timing.may_hold(1001.0, 10.0)  # a prefill says nothing of the pace
+    timing.committed(1100.0, 40.0)
     # Steps begin at the server every 40 ms from 1095 on: frames for them leave by 1130, 1170, ...; a
     # quarter of the period is kept back, and the next draft is there 4 ms later.
-    assert pacing.may_hold(1116.0, 10.0)
-    assert not pacing.may_hold(1117.0, 10.0)
-    assert not pacing.may_hold(1129.0, 10.0)
-    assert pacing.may_hold(1131.0, 10.0)
-    pacing.drafted(4.0, waited_ms=200.0)  # other sessions have the device
-    assert not pacing.may_hold(1131.0, 10.0)
+    assert timing.may_hold(1116.0, 10.0)
+    assert not timing.may_hold(1117.0, 10.0)
+    assert not timing.may_hold(1129.0, 10.0)
+    assert timing.may_hold(1131.0, 10.0)
+    timing.drafted(4.0, waited_ms=200.0)  # other sessions have the device
+    assert not timing.may_hold(1131.0, 10.0)
 
 
 @examples(max_examples=150, deadline=None)

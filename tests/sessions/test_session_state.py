@@ -28,20 +28,20 @@ def truth(prompt: list[int], count: int) -> list[int]:
     return out
 
 
-def answer(session: SessionState, feed: StepInput, corrupt: bool = False) -> VerifyResult:
+def answer(session: SessionState, step_input: StepInput, corrupt: bool = False) -> VerifyResult:
     """What a verifier engine decides for a feed, given everything the session has cached."""
-    if not feed.needs_logits:
-        return VerifyResult(feed.session, 0, ())
-    tokens = list(feed.tokens)
-    prefix = session.tokens[: session.cached] + tokens[: len(tokens) - feed.drafts]
+    if not step_input.needs_logits:
+        return VerifyResult(step_input.session, 0, ())
+    tokens = list(step_input.tokens)
+    prefix = session.tokens[: session.cached] + tokens[: len(tokens) - step_input.drafts]
     out: list[int] = []
-    for draft in [*tokens[len(tokens) - feed.drafts :], None]:
+    for draft in [*tokens[len(tokens) - step_input.drafts :], None]:
         own = target(prefix)
         out.append((own + 1) % VOCAB if corrupt else own)
         if own != draft:
             break
         prefix.append(own)
-    return VerifyResult(feed.session, len(out) - 1, tuple(out))
+    return VerifyResult(step_input.session, len(out) - 1, tuple(out))
 
 
 def make(prompt: list[int] | None = None, **changes: object) -> SessionState:
@@ -57,8 +57,8 @@ def make(prompt: list[int] | None = None, **changes: object) -> SessionState:
 def started(**changes: object) -> SessionState:
     """A session that has its first token."""
     session = make(**changes)
-    feed = session.feed(ScheduledItem("s", prefill=session.prompt_left), 5.0)
-    session.apply(answer(session, feed), 10.0)
+    step_input = session.step_input(ScheduledItem("s", prefill=session.prompt_left), 5.0)
+    session.apply(answer(session, step_input), 10.0)
     return session
 
 
@@ -86,12 +86,12 @@ def test_prompt_goes_in_chunks_and_the_last_one_emits() -> None:
         500.0,
         (),
     )
-    feed = session.feed(ScheduledItem("s", prefill=3), 0.0)
-    assert (list(feed.tokens), feed.needs_logits) == ([1, 2, 0], False)
-    assert session.apply(answer(session, feed), 1.0).tokens == ()
-    feed = session.feed(ScheduledItem("s", prefill=1), 2.0)
-    assert feed.needs_logits
-    done = session.apply(answer(session, feed), 7.0)
+    step_input = session.step_input(ScheduledItem("s", prefill=3), 0.0)
+    assert (list(step_input.tokens), step_input.needs_logits) == ([1, 2, 0], False)
+    assert session.apply(answer(session, step_input), 1.0).tokens == ()
+    step_input = session.step_input(ScheduledItem("s", prefill=1), 2.0)
+    assert step_input.needs_logits
+    done = session.apply(answer(session, step_input), 7.0)
     assert (done.first, done.committed_len, done.tokens) == (True, 5, tuple(truth([1, 2, 0, 1], 1)))
     assert (session.prompt_left, session.cached) == (0, 4)
 
@@ -99,8 +99,8 @@ def test_prompt_goes_in_chunks_and_the_last_one_emits() -> None:
 def test_a_prompt_of_one_token_is_prefilled_too() -> None:
     session = make([2])
     assert session.view(0.0).prompt_left == 1
-    feed = session.feed(ScheduledItem("s", prefill=1), 0.0)
-    assert len(session.apply(answer(session, feed), 1.0).tokens) == 1
+    step_input = session.step_input(ScheduledItem("s", prefill=1), 0.0)
+    assert len(session.apply(answer(session, step_input), 1.0).tokens) == 1
     assert session.prompt_left == 0
 
 
@@ -113,10 +113,10 @@ def test_round_mode_waits_for_its_round_and_stream_does_not() -> None:
     assert session.ready
     assert session.view(30.0).arrived_ms == 20.0
     assert session.view(30.0).deadline_ms == 120.0
-    feed = session.feed(ScheduledItem("s"), 30.0)
-    assert len(feed.tokens) == 1
+    step_input = session.step_input(ScheduledItem("s"), 30.0)
+    assert len(step_input.tokens) == 1
     assert not session.ready
-    session.apply(answer(session, feed), 40.0)
+    session.apply(answer(session, step_input), 40.0)
     assert not session.ready
 
 
@@ -124,8 +124,8 @@ def test_accepted_rejected_and_bonus() -> None:
     session = started(stream=True)
     right = truth(session.tokens, 4)
     give(session, [*right[:3], (right[3] + 1) % VOCAB])
-    feed = session.feed(ScheduledItem("s", drafts=4), 30.0)
-    done = session.apply(answer(session, feed), 40.0)
+    step_input = session.step_input(ScheduledItem("s", drafts=4), 30.0)
+    done = session.apply(answer(session, step_input), 40.0)
     assert (done.accepted, done.drafted, done.tokens) == (3, 4, tuple(right))
     assert session.cached == session.committed_len - 1
     assert session.pending_drafts == []
@@ -137,8 +137,8 @@ def test_a_tail_survives_a_step_that_left_it_out() -> None:
     session = started(stream=True)
     right = truth(session.tokens, 4)
     give(session, right)
-    feed = session.feed(ScheduledItem("s", drafts=1), 30.0)
-    session.apply(answer(session, feed), 40.0)
+    step_input = session.step_input(ScheduledItem("s", drafts=1), 30.0)
+    session.apply(answer(session, step_input), 40.0)
     assert session.pending_drafts == right[2:]
     assert (session.counters.accepted, session.counters.matched, session.counters.cut_drafts) == (
         1,
@@ -151,9 +151,9 @@ def test_drafts_of_a_withdrawn_path_may_still_be_accepted() -> None:
     session = started(stream=True)
     right = truth(session.tokens, 3)
     give(session, right)
-    feed = session.feed(ScheduledItem("s", drafts=3), 30.0)
+    step_input = session.step_input(ScheduledItem("s", drafts=3), 30.0)
     give(session, [(right[0] + 1) % VOCAB], epoch=1)
-    done = session.apply(answer(session, feed), 40.0)
+    done = session.apply(answer(session, step_input), 40.0)
     assert done.accepted == 3
     assert session.pending_drafts == []
     assert give(session, [0], epoch=1) == "epoch"
@@ -171,8 +171,8 @@ def test_stop_token_in_an_accepted_block_cuts_it() -> None:
     place = right.index(stop)
     session = started(stream=True, stop=[stop])
     give(session, right)
-    feed = session.feed(ScheduledItem("s", drafts=12), 30.0)
-    done = session.apply(answer(session, feed), 40.0)
+    step_input = session.step_input(ScheduledItem("s", drafts=12), 30.0)
+    done = session.apply(answer(session, step_input), 40.0)
     assert done.finished == "stop"
     assert done.tokens == tuple(right[: place + 1])
     assert done.rollback == session.committed_len == session.cached
@@ -184,12 +184,12 @@ def test_length_and_context_limits() -> None:
     session = started(stream=True, max_new=3)
     give(session, truth(session.tokens, 5))
     assert len(session.view(20.0).acceptance_probs) == 1
-    feed = session.feed(ScheduledItem("s", drafts=1), 30.0)
-    assert session.apply(answer(session, feed), 40.0).finished == "length"
+    step_input = session.step_input(ScheduledItem("s", drafts=1), 30.0)
+    assert session.apply(answer(session, step_input), 40.0).finished == "length"
     tight = started(stream=True, max_context=6)
     assert tight.view(20.0).acceptance_probs == ()
-    feed = tight.feed(ScheduledItem("s"), 30.0)
-    done = tight.apply(answer(tight, feed), 40.0)
+    step_input = tight.step_input(ScheduledItem("s"), 30.0)
+    done = tight.apply(answer(tight, step_input), 40.0)
     assert (done.finished, done.committed_len) == ("context", 6)
 
 
@@ -203,15 +203,15 @@ def test_impossible_sessions_are_refused(changes: dict[str, object]) -> None:
 
 def test_a_policy_that_plans_nonsense_is_told() -> None:
     session = make()
-    for member in (ScheduledItem("s"), ScheduledItem("s", drafts=1), ScheduledItem("s", prefill=5)):
+    for item in (ScheduledItem("s"), ScheduledItem("s", drafts=1), ScheduledItem("s", prefill=5)):
         with pytest.raises(ValueError):
-            session.feed(member)
+            session.step_input(item)
     running = started(stream=True)
     with pytest.raises(ValueError):
-        running.feed(ScheduledItem("s", drafts=1))
-    running.feed(ScheduledItem("s"))
+        running.step_input(ScheduledItem("s", drafts=1))
+    running.step_input(ScheduledItem("s"))
     with pytest.raises(ValueError):
-        running.feed(ScheduledItem("s"))
+        running.step_input(ScheduledItem("s"))
     running.cancel()
     assert running.ready
 
@@ -223,8 +223,8 @@ def test_a_session_that_ran_ahead_can_wait() -> None:
     session = started(stream=True)
     assert session.view(10.0).deadline_ms == 110.0
     give(session, truth(session.tokens, 3))
-    feed = session.feed(ScheduledItem("s", drafts=3), 20.0)
-    done = session.apply(answer(session, feed), 30.0)
+    step_input = session.step_input(ScheduledItem("s", drafts=3), 20.0)
+    done = session.apply(answer(session, step_input), 30.0)
     assert done.late_ms == -80.0
     assert session.view(30.0).deadline_ms == 10.0 + 5 * 100.0
 
@@ -237,8 +237,8 @@ def test_hopeless_only_when_no_speed_can_save_it() -> None:
     late = make()
     assert not late.view(499.0).slo_unreachable
     assert late.view(500.0).slo_unreachable
-    feed = late.feed(ScheduledItem("s", prefill=4), 590.0)
-    late.apply(answer(late, feed), 600.0)
+    step_input = late.step_input(ScheduledItem("s", prefill=4), 590.0)
+    late.apply(answer(late, step_input), 600.0)
     assert late.view(601.0).slo_unreachable
 
 
@@ -280,8 +280,8 @@ def test_eviction_prefills_again_without_losing_the_round() -> None:
         (),
         120.0,
     )
-    feed = session.feed(ScheduledItem("s", prefill=5), 30.0)
-    done = session.apply(answer(session, feed), 40.0)
+    step_input = session.step_input(ScheduledItem("s", prefill=5), 30.0)
+    done = session.apply(answer(session, step_input), 40.0)
     assert done.tokens == (right[0],)
     assert session.pending_drafts == [right[1]]
 
@@ -326,11 +326,11 @@ def test_committed_text_never_depends_on_what_was_merged(moves, stream: bool) ->
         sound(session)
         view = session.view(now)
         if step and view.ready:
-            member = ScheduledItem("s", drafts=min(drafts, len(view.acceptance_probs)))
-            feed = session.feed(member, now)
+            item = ScheduledItem("s", drafts=min(drafts, len(view.acceptance_probs)))
+            step_input = session.step_input(item, now)
             if midway:
                 give(session, tokens, base=session.committed_len + offset, epoch=epoch, now_ms=now)
-            done = session.apply(answer(session, feed), now + 1.0)
+            done = session.apply(answer(session, step_input), now + 1.0)
             assert len(done.tokens) >= 1
             assert session.cached == session.committed_len - 1 or session.finished
         sound(session)
@@ -339,8 +339,8 @@ def test_committed_text_never_depends_on_what_was_merged(moves, stream: bool) ->
 
 def test_the_check_above_can_fail() -> None:
     session = make()
-    feed = session.feed(ScheduledItem("s", prefill=4))
-    session.apply(answer(session, feed, corrupt=True), 1.0)
+    step_input = session.step_input(ScheduledItem("s", prefill=4))
+    session.apply(answer(session, step_input, corrupt=True), 1.0)
     assert session.tokens[4:] != truth([1, 2, 0, 1], 1)
 
 

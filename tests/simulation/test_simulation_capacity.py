@@ -11,7 +11,7 @@ from multiprocessing.connection import wait
 
 import pytest
 
-from wispprof.errors import ArtifactMissing, PlanError
+from wispprof.errors import ArtifactMissing, PlanError, PluginError
 from wispprof.policies.linear_cost import LinearCost
 from wispprof.simulation import Scenario, ServerModel, reproduce, simulate, system
 from wispprof.simulation import capacity_search as search
@@ -58,7 +58,7 @@ def test_server_only_capacity_is_its_formula() -> None:
 
 
 @pytest.mark.parametrize("name", ["server-only", "fcfs", "wispprof"])
-def test_a_stricter_promise_never_raises_capacity(name: str) -> None:
+def test_a_stricter_slo_never_raises_capacity(name: str) -> None:
     found = [
         capacity(scenario(name, slo), start=8, most=32, tolerance=0.1).devices
         for slo in (7.0, 10.0, 15.0)
@@ -75,8 +75,8 @@ def test_a_slower_server_never_raises_capacity(name: str) -> None:
 
 def _report_for(scenario: Scenario, limit: int):  # type: ignore[no-untyped-def]
     assert isinstance(scenario.load, ClosedFleet)
-    kept = 1.0 if scenario.load.devices <= limit else 0.5
-    return replace(_REPORT, attainment=kept, sessions=scenario.load.devices)
+    slo_met = 1.0 if scenario.load.devices <= limit else 0.5
+    return replace(_REPORT, attainment=slo_met, sessions=scenario.load.devices)
 
 
 _REPORT = simulate(replace(scenario("server-only", 1.0), seconds=2.0, warmup_s=0.0))
@@ -111,9 +111,29 @@ def test_only_fleets_have_a_capacity() -> None:
 def test_unknown_systems_are_named() -> None:
     with pytest.raises(PlanError, match="wispprof"):
         system("magic")
+    with pytest.raises(PluginError, match="no_such_module"):
+        system("no_such_module:Policy")
 
 
-# --- when is a promise kept? ---
+@pytest.mark.parametrize(
+    ("policy", "label", "controller"),
+    [
+        ("baselines:FcfsPolicy", "fcfs", "fixed"),
+        ("wispprof:WispprofPolicy", "wispprof", "wispprof"),
+    ],
+)
+def test_a_batching_policy_of_a_module_is_a_system(
+    policy: str, label: str, controller: str
+) -> None:
+    name = f"wispprof.policies.{policy}"
+    found = system(name)
+    assert (found.label, found.controller) == (name, controller)
+    assert found.make_batching().stream == (controller == "wispprof")
+    ours, theirs = (simulate(scenario(system_name, 1.0)) for system_name in (name, label))
+    assert repr(replace(ours, system=label)) == repr(theirs)
+
+
+# --- SLO attainment ---
 
 
 def record(**changes: object) -> SessionRecord:
@@ -125,7 +145,7 @@ def record(**changes: object) -> SessionRecord:
 
 
 @pytest.mark.parametrize(
-    ("changes", "now", "kept"),
+    ("changes", "now", "slo_met"),
     [
         ({}, 9000.0, True),
         ({"last_ms": 2301.0}, 9000.0, False),
@@ -139,8 +159,8 @@ def record(**changes: object) -> SessionRecord:
         ({"refused": True}, 10.0, False),
     ],
 )
-def test_promises(changes: dict[str, object], now: float, kept: bool | None) -> None:
-    assert record(**changes).kept(now) is kept
+def test_slo_met(changes: dict[str, object], now: float, slo_met: bool | None) -> None:
+    assert record(**changes).slo_met(now) is slo_met
 
 
 # --- published setups ---

@@ -82,7 +82,7 @@ def test_what_is_asked_is_what_is_committed(name: str) -> None:
     for record in sim.records:
         assert record.done
         assert record.tokens == record.output_tokens
-        assert record.asked_ms < record.first_ms <= record.last_ms
+        assert record.arrival_ms < record.first_ms <= record.last_ms
     assert sim.counters.committed == sum(r.output_tokens for r in sim.records)
     assert sim.server.kv_used == 0
     sim.server.check_integrity()
@@ -225,8 +225,8 @@ def test_host_memory_admits_everybody_and_costs_the_way_back() -> None:
     def run(**memory: object) -> Report:
         return simulate(fleet("wisp", 12, server=ServerModel(COST, **memory)))  # type: ignore[arg-type]
 
-    free, roomy = run(), run(kv_tokens=10**6, host_kv_ms=1.0)
-    assert roomy == free
+    free, large = run(), run(kv_tokens=10**6, host_kv_ms=1.0)
+    assert large == free
     assert run(kv_tokens=300, host_kv_ms=0.0) == free
     tight = run(kv_tokens=300, host_kv_ms=0.5)
     assert tight.mean_step_ms > 1.05 * free.mean_step_ms

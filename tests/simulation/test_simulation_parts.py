@@ -359,16 +359,16 @@ def test_linear_costs_price_many_batches_as_they_price_one(
 
 
 def test_the_least_recently_used_cache_leaves() -> None:
-    card = KvOffload(100)
-    assert card.take([("a", 0, 40), ("b", 0, 40)]) == 0
-    assert card.take([("a", 40, 1)]) == 0
-    assert card.take([("c", 0, 50)]) == 0  # b leaves
-    assert card.take([("b", 40, 1), ("c", 50, 1)]) == 40  # and comes back, a leaves
-    assert card.used == 41 + 51
-    card.drop("b")
-    card.drop("nobody")
-    assert card.used == 51
-    assert card.take([("a", 41, 1)]) == 41
+    small = KvOffload(100)
+    assert small.take([("a", 0, 40), ("b", 0, 40)]) == 0
+    assert small.take([("a", 40, 1)]) == 0
+    assert small.take([("c", 0, 50)]) == 0  # b leaves
+    assert small.take([("b", 40, 1), ("c", 50, 1)]) == 40  # and comes back, a leaves
+    assert small.used == 41 + 51
+    small.drop("b")
+    small.drop("nobody")
+    assert small.used == 51
+    assert small.take([("a", 41, 1)]) == 41
 
 
 @given(
@@ -382,7 +382,7 @@ def test_the_least_recently_used_cache_leaves() -> None:
     )
 )
 def test_the_card_never_holds_more_than_fits(steps: list[list[tuple[str, int, int]]]) -> None:
-    card, roomy = KvOffload(80), KvOffload(10**6)
+    small, large = KvOffload(80), KvOffload(10**6)
     for step in steps:
-        assert 0 <= roomy.take(step) <= card.take(step) <= sum(cached for _, cached, _ in step)
-        assert card.used <= 80
+        assert 0 <= large.take(step) <= small.take(step) <= sum(cached for _, cached, _ in step)
+        assert small.used <= 80

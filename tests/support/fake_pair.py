@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,57 +22,27 @@ from wispprof.edge import (
 from wispprof.edge.draft_device import DraftDevice
 from wispprof.edge.edge_runtime import EdgeRuntime
 from wispprof.policies import make_batch_policy, make_controller
+from wispprof.policies.linear_cost import LinearCost
 from wispprof.server.process import running_server
 from wispprof.settings.edge_settings import ClientSettings, DraftingSettings, EdgeSettings
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeDrafter, FakeEngine, FakeTarget
 from wispprof.testing.in_process_server import InProcessServer
-from wispprof.types import BatchCost, BatchShape, Sampling, StepTimeEstimator
+from wispprof.types import Sampling
 
 
-@dataclass(frozen=True)
-class LinearCost(StepTimeEstimator):
-    """A step costs ``fixed + per_token · new + per_cached · cached`` ms; a step estimator."""
-
-    fixed_ms: float = 8.0
-    per_token_ms: float = 0.3
-    per_cached_ms: float = 0.001
-    coverage: float = 0.95
-
-    def start(self) -> Batch:
-        return Batch(self)
-
-    def step_ms(self, shape: BatchShape) -> float:
-        return self.predict(shape)[0]
-
-
-@dataclass(frozen=True)
-class Batch(BatchCost):
-    cost: LinearCost
-    new: int = 0
-    cached: int = 0
-
-    @property
-    def p50_ms(self) -> float:
-        c = self.cost
-        if not self.new:
-            return 0.0
-        return c.fixed_ms + c.per_token_ms * self.new + c.per_cached_ms * self.cached
-
-    @property
-    def bound_ms(self) -> float:
-        return 1.1 * self.p50_ms
-
-    def add(self, new: int, cached: int, prefill: bool = False) -> Batch:
-        return Batch(self.cost, self.new + new, self.cached + cached)
+def linear_cost(fixed_ms: float = 8.0) -> LinearCost:
+    """What a step of the fake engine takes."""
+    return LinearCost(fixed_ms, row_ms=0.3, kv_ms=0.001)
 
 
 def in_process(
     policy: str = "fcfs", cost: LinearCost | None = None, **options: object
 ) -> InProcessServer:
     """A server of the hash target, to be entered on the running loop."""
-    cost = cost or LinearCost()
-    return InProcessServer(FakeEngine(), make_batch_policy(policy, **options), cost, cost.step_ms)
+    return InProcessServer(
+        FakeEngine(), make_batch_policy(policy, **options), cost or linear_cost()
+    )
 
 
 def truth(prompt: Sequence[int], count: int, sampling: Sampling | None = None) -> list[int]:

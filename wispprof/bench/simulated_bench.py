@@ -141,12 +141,12 @@ def _run(scenario: Scenario, load: BenchSettings, source: TraceReplay) -> Simula
     if load.hold:
         records = [r for r in records if r.done and r.last_ms <= simulation.over_ms]
     done = [r for r in records if r.done]
-    kept = [r for r in done if r.kept(r.last_ms)]
-    began = min(r.asked_ms for r in records)
+    slo_met = [r for r in done if r.slo_met(r.last_ms)]
+    began = min(r.arrival_ms for r in records)
     seconds = (max(r.last_ms for r in done) - began) / 1000.0 if done else math.nan
     return SimulatedBench(
-        len(kept) / len(records),
-        sum(r.tokens for r in kept) / seconds,
+        len(slo_met) / len(records),
+        sum(r.tokens for r in slo_met) / seconds,
         sum(r.tokens for r in done) / seconds,
         counters.accepted / counters.rounds if counters.rounds else 0.0,
         counters.step_ms / counters.steps,

@@ -25,8 +25,6 @@ from wispprof.sessions.edge_session import EdgeSession
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.types import Sampling, Slo
 
-__all__ = ["Chunk", "Generation", "GenerationRequest"]
-
 _REOPEN_MS = {"busy": 200.0, "draining": 500.0, "session": 0.0, "internal": 200.0}
 _MAX_INTERNAL_ERRORS = 3
 _T = TypeVar("_T")

@@ -195,7 +195,7 @@ class EngineLoop:
             try:
                 if session is None:
                     raise ValueError(f"{member.session} is not a session")
-                inputs.append(session.state.feed(member, now))
+                inputs.append(session.state.step_input(member, now))
                 sessions.append(session)
             except ValueError:
                 # The policy's defect; the other sessions still advance.

@@ -249,7 +249,7 @@ class SessionManager:
         del self._sessions[session.name]
         state = session.state
         state.abandon()
-        met_slo: bool | None = state.slo_tracker.kept(now_ms)
+        met_slo: bool | None = state.slo_tracker.met(now_ms)
         if reason not in ("stop", "length", "context") and met_slo:
             met_slo = None  # An aborted session counts only if it had missed its SLO already.
         e2e_ms = max(0.0, now_ms - state.slo_tracker.opened_ms)

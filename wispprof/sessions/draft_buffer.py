@@ -25,8 +25,6 @@ from typing import NamedTuple
 
 from wispprof.errors import ProtocolError
 
-__all__ = ["CommitEffect", "DraftBuffer", "Held", "Outgoing"]
-
 
 class Held(NamedTuple):
     """A draft token beyond the committed length, P(accepted | those before it were), and its drafting time."""

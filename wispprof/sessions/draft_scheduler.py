@@ -19,8 +19,6 @@ from wispprof.sessions.draft_buffer import CommitEffect, DraftBuffer, Outgoing
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.types import DraftFeatures, DraftToken
 
-__all__ = ["DraftScheduler"]
-
 ContextOf = Callable[[int], RoundContext]
 
 

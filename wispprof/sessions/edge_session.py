@@ -17,15 +17,13 @@ from wispprof.sessions.edge_timing import EdgeTiming
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.types import DraftToken, Slo
 
-__all__ = ["EdgeSession"]
-
 
 class EdgeSession:
     """One generation: which drafts it holds, when it drafts and sends, what its link and server take.
 
     ``tokens``: the prompt. ``max_new``: most tokens to generate. ``controller`` ``None``: the session never
-    drafts (server-only). ``rtt_ms`` and ``load_level`` are the driver's to keep up to date. At most one draft step
-    runs at a time; a commit may arrive while it runs.
+    drafts (server-only). The driver keeps ``rtt_ms`` and ``load_level`` up to date. At most one draft step runs at
+    a time; a commit may arrive while it runs. ``step_overtaken``: such a commit decided the step's position.
     """
 
     __slots__ = (
@@ -33,11 +31,11 @@ class EdgeSession:
         "_hold",
         "_mean_draft_ms",
         "_step_epoch",
-        "_step_position",
         "buffer",
         "load_level",
         "rtt_ms",
         "scheduler",
+        "step_overtaken",
         "timing",
     )
 
@@ -64,7 +62,8 @@ class EdgeSession:
         self.rtt_ms = rtt_ms
         self.load_level = 0
         self._controlled = controller is not None
-        self._step_position = self._step_epoch = -1
+        self._step_epoch = -1
+        self.step_overtaken = False
         # Of :meth:`drafted`: the mean after its last step, and the hold rule that belongs to it.
         self._mean_draft_ms = math.nan
         self._hold = self.timing.hold_rule(rtt_ms)
@@ -78,17 +77,10 @@ class EdgeSession:
             return scheduler.may_draft()
         return scheduler.may_draft(timing.left_ms(now_ms, self.rtt_ms), timing.draft_ms)
 
-    def begin_step(self) -> int:
-        """A draft step for the next position begins; returns that position (the length of its context)."""
+    def begin_step(self) -> None:
+        """A draft step for the next position begins."""
         self._step_epoch = self.buffer.epoch
-        self._step_position = position = self.buffer.length
-        return position
-
-    @property
-    def step_overtaken(self) -> bool:
-        """Whether a commit has decided the position of the running draft step."""
-        buffer = self.buffer
-        return buffer.epoch != self._step_epoch or buffer.length != self._step_position
+        self.step_overtaken = False
 
     def end_step(
         self, draft: Callable[[], DraftToken], draft_ms: float, waited_ms: float = 0.0
@@ -122,7 +114,11 @@ class EdgeSession:
             if stream:
                 self._hold = timing.hold_rule(self.rtt_ms)
         if stream:
-            return self.scheduler.streamed(token, draft_ms, self._context, self._hold(now_ms))
+            # As EdgeTiming.may_hold, without a call per draft.
+            needed_ms, period_ms, margin_ms, last_commit_ms, rtt_ms = self._hold
+            phase_ms = (now_ms - last_commit_ms + rtt_ms) % period_ms
+            hold = needed_ms <= period_ms - phase_ms - margin_ms
+            return self.scheduler.streamed(token, draft_ms, self._context, hold)
         return self.scheduler.rounded(token, draft_ms, self._context)
 
     # --- sending ---
@@ -167,6 +163,8 @@ class EdgeSession:
         if self._controlled and effect.tokens:
             self.timing.committed(now_ms, server_ms, len(effect.tokens))
             self._mean_draft_ms = math.nan
+            if effect.rejected or effect.extend:
+                self.step_overtaken = True
             self.scheduler.committed(effect, drafted)
         return effect
 

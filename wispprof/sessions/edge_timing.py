@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from wispprof.policies.interface import RoundContext
 from wispprof.types import Slo
 
-__all__ = ["EdgeTiming"]
-
 _WEIGHT = 0.25
 _INITIAL_MS = 10.0
 _MARGIN = 0.25
+
+
+class HoldRule(NamedTuple):
+    """Drafts may be held while the next one (``needed_ms``) is ready before the server's step, less a margin."""
+
+    needed_ms: float
+    period_ms: float
+    margin_ms: float
+    last_commit_ms: float
+    rtt_ms: float
 
 
 class EdgeTiming:
@@ -78,23 +87,25 @@ class EdgeTiming:
         :attr:`server_ms`; drafts for that step must leave half a round trip earlier. The last quarter of the
         period is a margin for jitter and for steps that are shorter than usual.
         """
-        return self.hold_rule(rtt_ms)(now_ms)
+        needed_ms, period_ms, margin_ms, last_commit_ms, rtt_ms = self.hold_rule(rtt_ms)
+        phase_ms = (now_ms - last_commit_ms + rtt_ms) % period_ms
+        return needed_ms <= period_ms - phase_ms - margin_ms
 
-    def hold_rule(self, rtt_ms: float) -> Callable[[float], bool]:
-        """:meth:`may_hold` as a function of time alone, valid until the next measurement."""
+    def hold_rule(self, rtt_ms: float) -> HoldRule:
+        """What :meth:`may_hold` depends on besides the time, valid until the next measurement."""
         if not self._verified:
-            return _never
-        period_ms, last_commit_ms = max(self.server_ms, 1e-3), self._last_commit_ms
-        needed_ms, margin_ms = self.draft_ms + self._waited_ms, _MARGIN * period_ms
-
-        def hold(now_ms: float) -> bool:
-            phase_ms = (now_ms - last_commit_ms + rtt_ms) % period_ms
-            return needed_ms <= period_ms - phase_ms - margin_ms
-
-        return hold
+            return HoldRule(math.inf, 1.0, 0.0, 0.0, rtt_ms)
+        period_ms = max(self.server_ms, 1e-3)
+        return HoldRule(
+            self.draft_ms + self._waited_ms,
+            period_ms,
+            _MARGIN * period_ms,
+            self._last_commit_ms,
+            rtt_ms,
+        )
 
     def context(self, rtt_ms: float, load_level: int, draft_ahead: int) -> RoundContext:
-        """What a controller is told when a round begins."""
+        """The controller's context of a round."""
         # By position: keywords cost more than the rest of the call.
         return RoundContext(
             self.draft_ms, rtt_ms, self.server_ms, load_level, draft_ahead, self._slo
@@ -112,7 +123,3 @@ class EdgeTiming:
             expected += product
         since_ms = now_ms if self._budget_from_ms is None else self._budget_from_ms
         return expected * self._slo.tpot_ms - (now_ms - since_ms) - rtt_ms
-
-
-def _never(now_ms: float) -> bool:
-    return False

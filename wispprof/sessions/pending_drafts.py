@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["DraftArrivals", "DraftCounters", "PendingDrafts"]
-
 _WEIGHT = 0.25
 _OVERDUE = 2.0
 """A frame later than this many times the usual wait is no longer expected at a known time."""
@@ -149,26 +147,27 @@ class PendingDrafts:
         self.withdrawn = False
         self._min_epoch = 0
 
-    def begin_epoch(self, epoch: int) -> bool:
-        """Enter the epoch of a frame, dropping drafts of an older one. ``False``: the frame itself is old."""
-        if epoch != self.epoch or epoch < self._min_epoch:
-            if epoch < max(self._min_epoch, self.epoch):
-                return False
-            self.clear()
-            self.epoch = epoch
-        return True
-
     def merge(
         self,
         committed: list[int],
+        epoch: int,
         base: int,
         tokens: Sequence[int],
         acceptance_prob: Sequence[float],
         now_ms: float,
         draft_ms: float,
     ) -> str:
-        """Take in drafts that begin at position ``base``; returns why some were dropped, or ""."""
-        committed_len, held, count = len(committed), len(self.tokens), len(tokens)
+        """Take in drafts that begin at position ``base``; returns why some were dropped, or "".
+
+        A newer epoch drops the drafts that are held.
+        """
+        count = len(tokens)
+        if epoch != self.epoch or epoch < self._min_epoch:
+            if epoch < max(self._min_epoch, self.epoch):
+                return self.drop("epoch", count)
+            self.clear()
+            self.epoch = epoch
+        committed_len, held = len(committed), len(self.tokens)
         if base == committed_len + held and count <= self.limit - held:
             # Nearly every frame: the next drafts, none of them known yet.
             self._append(tokens, acceptance_prob, now_ms, draft_ms)

@@ -2,7 +2,7 @@
 
 Pure: no clock, no I/O, no torch. The server's engine loop and the simulator drive the same object:
 
-    merge() as draft frames arrive · view() for the policy · feed() for the engine · apply() its result
+    merge() as draft frames arrive · view() for the policy · step_input() for the engine · apply() its result
 
 Positions count from the start of the session, prompt included. The next token to decide stands at position
 ``committed_len``, where the pending drafts begin too.
@@ -18,8 +18,6 @@ from wispprof.policies.interface import ScheduledItem, SessionView
 from wispprof.sessions.pending_drafts import DraftCounters, PendingDrafts
 from wispprof.sessions.slo import SloTracker
 from wispprof.types import Slo, StepInput, VerifyResult
-
-__all__ = ["CommitResult", "SessionState"]
 
 
 class CommitResult(NamedTuple):
@@ -44,8 +42,8 @@ class CommitResult(NamedTuple):
     late_ms: float = -math.inf
 
 
-# What the engine works on now: tokens fed, drafts among them, whether it decides; the epoch, the deadline and
-# since when the session waited, as they were when the step began.
+# A running step: tokens in the input, drafts among them, whether logits are needed; and as they were when the
+# step began: the epoch, the deadline, and since when the session waited.
 _Flight = tuple[int, int, bool, int, float, float]
 
 
@@ -78,14 +76,14 @@ class SessionState:
         floor_ms: float = 0.0,
     ) -> None:
         if not tokens or not 0 <= generated < len(tokens):
-            raise ValueError(f"{len(tokens)} tokens cannot hold {generated} generated ones")
+            raise ValueError(f"{len(tokens)} tokens cannot hold {generated} generated ones.")
         if len(tokens) >= max_context or generated >= max_new:
             raise ValueError(
-                f"nothing left to generate: {len(tokens)} of {max_context} context tokens and "
-                f"{generated} of {max_new} new tokens are used"
+                f"Nothing is left to generate: {len(tokens)} of {max_context} context tokens and "
+                f"{generated} of {max_new} new tokens are used."
             )
         if not 0 <= cached < len(tokens):
-            raise ValueError(f"{cached} cached tokens leave none of {len(tokens)} to feed")
+            raise ValueError(f"{cached} cached tokens leave none of {len(tokens)} to compute.")
         self.session = session
         self.tokens = list(tokens)
         self.generated = generated
@@ -110,7 +108,7 @@ class SessionState:
         self._view: SessionView | None = None
         self._view_until_ms = math.inf
 
-    # --- what it is ---------------------------------------------------------------------------
+    # --- state ---
 
     @property
     def slo(self) -> Slo:
@@ -118,7 +116,6 @@ class SessionState:
 
     @property
     def committed_len(self) -> int:
-        """Committed length."""
         return len(self.tokens)
 
     @property
@@ -147,7 +144,7 @@ class SessionState:
 
     @property
     def ready(self) -> bool:
-        """Whether it may take part in the next step."""
+        """Whether it can be scheduled in the next step."""
         if self.finished or self._flight is not None:
             return False
         free = self.stream or self.undrafted or not self._started
@@ -167,7 +164,7 @@ class SessionState:
         """The most tokens it may still commit."""
         return self._end - len(self.tokens)
 
-    # --- drafts arrive ------------------------------------------------------------------------
+    # --- drafts arrive ---
 
     def merge(
         self,
@@ -193,12 +190,12 @@ class SessionState:
             )
         if self.finished:
             return drafts.drop("finished", len(tokens))
-        if not drafts.begin_epoch(epoch):
-            return drafts.drop("epoch", len(tokens))
-        if not self.stream and base >= len(self.tokens):
-            self._round_arrived(now_ms, slack_ms)
-        self._view = None
-        return drafts.merge(self.tokens, base, tokens, acceptance_prob, now_ms, draft_ms)
+        dropped = drafts.merge(self.tokens, epoch, base, tokens, acceptance_prob, now_ms, draft_ms)
+        if dropped != "epoch":
+            self._view = None
+            if not self.stream and base >= len(self.tokens):
+                self._round_arrived(now_ms, slack_ms)
+        return dropped
 
     def _round_arrived(self, now_ms: float, slack_ms: float) -> None:
         """Round mode: from now on it may take part. (A stream may at any time, and its SLO sets its deadlines.)"""
@@ -210,7 +207,7 @@ class SessionState:
         elif deadline < self._round_deadline_ms:
             self._round_deadline_ms = deadline
 
-    # --- a step takes it ----------------------------------------------------------------------
+    # --- a step ---
 
     def view(self, now_ms: float) -> SessionView:
         """What the batching policy may know of it now. Cached until something changes."""
@@ -260,24 +257,24 @@ class SessionState:
         rounds = self._started and not (self.stream or self.undrafted)
         return self._round_deadline_ms if rounds else self.slo_tracker.deadline_ms
 
-    def feed(self, member: ScheduledItem, now_ms: float = math.nan) -> StepInput:
-        """The engine's input for a scheduled item; :meth:`apply` must follow.
+    def step_input(self, item: ScheduledItem, now_ms: float = math.nan) -> StepInput:
+        """The engine's input for a scheduled item; :meth:`apply` or :meth:`cancel` must follow.
 
-        Raises ``ValueError`` on an item that the session cannot take: the policy is at fault.
+        Raises ``ValueError`` if the policy planned an item that the session cannot take.
         """
         if self._flight is not None or self.finished:
-            raise ValueError(f"session {self.session} is in a step already, or has ended")
+            raise ValueError(f"Session {self.session} is in a step already, or has ended.")
         left = self.prompt_left
         if left:
-            if member.drafts or not 0 < member.prefill <= left:
-                raise ValueError(f"{member} does not fit a session with {left} prompt tokens left")
-            fed = self.tokens[self.cached : self.cached + member.prefill]
-            drafts, needs_logits = 0, member.prefill == left
+            if item.drafts or not 0 < item.prefill <= left:
+                raise ValueError(f"{item} does not fit a session with {left} prompt tokens left.")
+            fed = self.tokens[self.cached : self.cached + item.prefill]
+            drafts, needs_logits = 0, item.prefill == left
         else:
-            pending_drafts, drafts, needs_logits = self._drafts.tokens, member.drafts, True
+            pending_drafts, drafts, needs_logits = self._drafts.tokens, item.drafts, True
             useful = min(len(pending_drafts), self.tokens_left - 1) if pending_drafts else 0
-            if member.prefill or not 0 <= drafts <= useful:
-                raise ValueError(f"{member} does not fit a session with {useful} useful drafts")
+            if item.prefill or not 0 <= drafts <= useful:
+                raise ValueError(f"{item} does not fit a session with {useful} useful drafts.")
             fed = [self.tokens[-1], *pending_drafts[:drafts]] if drafts else self.tokens[-1:]
             self._drafts.counters.cut_drafts += useful - drafts
         waiting_from_ms = self._waiting_from_ms
@@ -303,11 +300,11 @@ class SessionState:
         """Commit what the engine decided, cut where the session ends, and reconcile the pending drafts."""
         flight = self._flight
         if flight is None:
-            raise ValueError(f"session {self.session} took part in no step")
+            raise ValueError(f"Session {self.session} is in no step.")
         fed, drafts, needs_logits, epoch, deadline_ms, queued_from_ms = flight
         _, accepted, decided = result
         if len(decided) != (accepted + 1 if needs_logits else 0):
-            raise ValueError(f"{result} does not answer an input with needs_logits={needs_logits}")
+            raise ValueError(f"{result} does not match an input with needs_logits={needs_logits}.")
         self._flight = None
         self._view = None
         self.cached += fed - drafts + accepted
@@ -347,9 +344,9 @@ class SessionState:
             self.tokens += tokens
             self.generated += len(tokens)
             return tokens
-        kept: list[int] = []
+        committed: list[int] = []
         for token in tokens:
-            kept.append(token)
+            committed.append(token)
             self.tokens.append(token)
             self.generated += 1
             if token in self.stop:
@@ -360,7 +357,7 @@ class SessionState:
                 self.finished = "context"
             if self.finished:
                 break
-        return tuple(kept)
+        return tuple(committed)
 
     def abandon(self) -> None:
         """The client has left: pending drafts count as wasted, nothing more is committed."""
@@ -369,19 +366,19 @@ class SessionState:
         self._drafts.clear()
         self.finished = self.finished or "abandoned"
 
-    # --- its cache ----------------------------------------------------------------------------
+    # --- its KV cache ---
 
     def adopted(self, cached: int) -> None:
         """Before its first step: the engine already holds the first ``cached`` tokens (a cached prefix).
         At least one token is left to feed."""
         if self._started or self._flight is not None or not 0 <= cached < len(self.tokens):
-            raise ValueError(f"cannot adopt {cached} cached tokens now")
+            raise ValueError(f"Cannot adopt {cached} cached tokens now.")
         self.cached = cached
         self._view = None
 
     def evicted(self, cached: int = 0) -> None:
         """The engine keeps only the first ``cached`` tokens of it: the rest is prefilled again."""
         if self._flight is not None or not 0 <= cached <= self.cached:
-            raise ValueError(f"cannot cut {self.cached} cached tokens to {cached} now")
+            raise ValueError(f"Cannot cut {self.cached} cached tokens to {cached} now.")
         self.cached = cached
         self._view = None

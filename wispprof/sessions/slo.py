@@ -1,4 +1,4 @@
-"""When a session's next token is due. Pure arithmetic on the asker's clock."""
+"""When a session's next token is due to meet its SLO. Pure: the caller gives the time."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import math
 
 from wispprof.types import Slo
 
-__all__ = ["SloTracker"]
-
 
 class SloTracker:
-    """The promise of one session, counted over its whole generation.
+    """The SLO of one session, counted over its whole generation.
 
-    Before the first token the time to first token counts. From the first token on, token number
-    ``n`` after it is due ``n * tpot_ms`` later: a session that ran ahead can wait, one that fell
-    behind has until its last token to catch up.
+    The first token is due within the TTFT. Token ``n`` after it is due ``n * tpot_ms`` later: a session that is
+    ahead can wait, and one that lags has until its last token to catch up.
 
-    ``first_ms``: when the first token was committed, ``None`` before. ``deadline_ms``: when the next token
-    must be out, ``inf`` where nothing was promised for the first.
+    ``first_ms``: when the first token was committed, ``None`` before. ``deadline_ms``: when the next token is
+    due, ``inf`` before the first token of an SLO without TTFT.
     """
 
     __slots__ = (
@@ -40,7 +37,7 @@ class SloTracker:
         self._ttft_missed = False
 
     def commit(self, tokens: int, now_ms: float) -> None:
-        """Note that ``tokens`` (at least one) were committed at ``now_ms``."""
+        """``tokens`` (at least one) were committed at ``now_ms``."""
         first_ms = self.first_ms
         if first_ms is None:
             self._ttft_missed = now_ms > self.deadline_ms
@@ -50,10 +47,9 @@ class SloTracker:
         self.deadline_ms = first_ms + (self._since_first + 1) * self._tpot_ms
 
     def slo_unreachable_from_ms(self, tokens_left: int, floor_ms: float) -> float:
-        """The moment from which the promise is lost whatever is done.
+        """The time from which the SLO cannot be met any more.
 
-        ``tokens_left`` may still come, each taking at least ``floor_ms``. ``-inf`` where a missed
-        first token has already lost it.
+        ``tokens_left`` may still come, each taking at least ``floor_ms``. ``-inf`` if the first token was late.
         """
         if self._ttft_missed:
             return -math.inf
@@ -62,8 +58,8 @@ class SloTracker:
         last = self.first_ms + (self._since_first + tokens_left) * self._tpot_ms
         return last - tokens_left * floor_ms
 
-    def kept(self, now_ms: float) -> bool:
-        """Whether the promise holds for what was committed up to ``now_ms`` (the last commit)."""
+    def met(self, now_ms: float) -> bool:
+        """Whether the tokens committed up to ``now_ms`` (the last commit) met the SLO."""
         if self.first_ms is None:
             return now_ms <= self.deadline_ms
         late = now_ms > self.first_ms + self._since_first * self._tpot_ms

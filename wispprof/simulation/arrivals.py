@@ -18,17 +18,6 @@ from typing import NamedTuple, Protocol
 
 from wispprof.errors import ArtifactDamaged, ArtifactMissing
 
-__all__ = [
-    "Bursts",
-    "ClosedFleet",
-    "Lengths",
-    "OpenLoad",
-    "Poisson",
-    "Replay",
-    "Request",
-    "read_requests",
-]
-
 
 class Request(NamedTuple):
     """One generation: when it is asked for, prompt tokens, and tokens to generate."""

@@ -20,8 +20,6 @@ from wispprof.simulation.event_loop import simulate
 from wispprof.simulation.metrics import Report
 from wispprof.simulation.scenario import Scenario
 
-__all__ = ["CapacityResult", "capacity", "pool", "run_all", "workers"]
-
 Progress = Callable[[int, str], None]
 """Called with the number of finished runs and a word on the last one."""
 
@@ -49,10 +47,10 @@ def pool(jobs: int | None = None) -> ProcessPoolExecutor | None:
     jobs = jobs or os.cpu_count() or 1
     if jobs < 2:
         return None
-    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_deaf)
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_ignore_interrupt)
 
 
-def _deaf() -> None:
+def _ignore_interrupt() -> None:
     """Ctrl-C reaches every process of a terminal; the one that holds the workers ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -122,7 +120,7 @@ def capacity(
             if progress is not None:
                 progress(len(reports), f"{size} devices: {report.attainment:.1%}")
 
-    def keeps(size: int) -> bool:
+    def meets_slo(size: int) -> bool:
         report = reports[size]
         # No session could be judged: the run is too short to say anything for this size.
         return not math.isnan(report.attainment) and report.violations <= violations + 1e-12
@@ -133,7 +131,7 @@ def capacity(
         sizes = [min(most, size << step) for step in range(wide)]
         probe(sizes)
         for size in sizes:
-            if not keeps(size):
+            if not meets_slo(size):
                 high = size
                 break
             low = size
@@ -145,7 +143,7 @@ def capacity(
         sizes = sorted({low + max(1, round(step * (i + 1))) for i in range(wide)} - {low, high})
         probe(sizes)
         for size in sizes:
-            if not keeps(size):
+            if not meets_slo(size):
                 high = size
                 break
             low = size

@@ -22,15 +22,6 @@ from typing import NamedTuple
 from wispprof.errors import PlanError
 from wispprof.settings.planner_settings import OBJECTIVES
 
-__all__ = [
-    "ConfigChoice",
-    "DraftOption",
-    "Scores",
-    "best",
-    "pareto_front",
-    "score",
-]
-
 
 @dataclass(frozen=True)
 class DraftOption:

@@ -21,17 +21,6 @@ from wispprof.artifacts.rows import EdgeRow
 from wispprof.errors import ArtifactMissing, ProfileError, WispprofError
 from wispprof.settings.shared_settings import LinkModel
 
-__all__ = [
-    "COMMIT_BYTES",
-    "DEVICES",
-    "DRAFT_BYTES",
-    "OPEN_BYTES",
-    "TOKEN_BYTES",
-    "DeviceProfile",
-    "Link",
-    "device_of",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:

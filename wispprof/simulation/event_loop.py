@@ -17,8 +17,6 @@ from wispprof.simulation.simulated_edge import SimulatedEdge
 from wispprof.simulation.simulated_output import mix
 from wispprof.simulation.simulated_server import SimulatedServer
 
-__all__ = ["Simulation", "simulate"]
-
 _RETRY_MS = 1000.0
 
 
@@ -89,7 +87,7 @@ class Simulation:
             return
         rng = Random(mix((scenario.seed, 3)))
         for device, request in enumerate(load.requests(rng, self.end_ms)):
-            self.schedule(request.time_ms, self._ask, (device, 0, request))
+            self.schedule(request.time_ms, self._request, (device, 0, request))
 
     def _next(self, now_ms: float, who: tuple[int, int]) -> None:
         """The next request of a closed fleet's device."""
@@ -97,10 +95,10 @@ class Simulation:
         load = self.scenario.load
         assert isinstance(load, ClosedFleet)
         rng = Random(mix((self.scenario.seed, 4, device, number)))
-        self._ask(now_ms, (device, number, Request(now_ms, *load.lengths.draw(rng))))
+        self._request(now_ms, (device, number, Request(now_ms, *load.lengths.draw(rng))))
 
-    def _ask(self, now_ms: float, asked: tuple[int, int, Request]) -> None:
-        device, number, request = asked
+    def _request(self, now_ms: float, arrival: tuple[int, int, Request]) -> None:
+        device, number, request = arrival
         scenario = self.scenario
         record = SessionRecord(
             device,

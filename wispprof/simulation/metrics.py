@@ -13,8 +13,6 @@ import numpy as np
 
 from wispprof.types import Slo
 
-__all__ = ["Counters", "Report", "SessionRecord", "percentiles", "summarise"]
-
 _LEAST_TOKENS = 8
 """A session still running at the end is judged from this many tokens on: fewer give no speed."""
 
@@ -26,7 +24,7 @@ class SessionRecord:
     device: int
     number: int
     slo: Slo
-    asked_ms: float
+    arrival_ms: float
     prompt_tokens: int
     output_tokens: int
     first_ms: float = math.nan
@@ -37,14 +35,14 @@ class SessionRecord:
 
     @property
     def ttft_ms(self) -> float:
-        return self.first_ms - self.asked_ms
+        return self.first_ms - self.arrival_ms
 
     @property
     def tpot_ms(self) -> float:
         """Mean time of a token after the first; NaN before there are two."""
         return (self.last_ms - self.first_ms) / (self.tokens - 1) if self.tokens > 1 else math.nan
 
-    def kept(self, now_ms: float) -> bool | None:
+    def slo_met(self, now_ms: float) -> bool | None:
         """Was the promise kept? ``None``: it cannot be told yet (young and not behind)."""
         slo = self.slo
         if self.refused:
@@ -54,7 +52,7 @@ class SessionRecord:
             # With no TTFT promise, a session that got nothing in the time its whole output may take
             # is not one that "has no token speed yet".
             limit = min(limit, self.output_tokens * slo.tpot_ms)
-            return False if now_ms - self.asked_ms > limit else None
+            return False if now_ms - self.arrival_ms > limit else None
         if slo.ttft_ms is not None and self.ttft_ms > slo.ttft_ms:
             return False
         if self.done:
@@ -153,24 +151,24 @@ def summarise(
     """Boil a run down. ``window_tokens``: by (device, number), tokens delivered in the counted time."""
     judged: list[tuple[SessionRecord, bool]] = []
     for record in records:
-        if record.asked_ms < start_ms and record.done and record.last_ms < start_ms:
+        if record.arrival_ms < start_ms and record.done and record.last_ms < start_ms:
             continue
-        verdict = record.kept(end_ms)
+        verdict = record.slo_met(end_ms)
         if verdict is not None:
             judged.append((record, verdict))
     seconds = (end_ms - start_ms) / 1000.0
-    good_keys = {(r.device, r.number) for r, kept in judged if kept}
+    good_keys = {(r.device, r.number) for r, slo_met in judged if slo_met}
     good = sum(tokens for key, tokens in window_tokens.items() if key in good_keys)
     total = sum(window_tokens.values())
     classes: dict[str, list[bool]] = {}
-    for record, kept in judged:
-        classes.setdefault(f"{record.slo.tokens_per_s:g}", []).append(kept)
+    for record, slo_met in judged:
+        classes.setdefault(f"{record.slo.tokens_per_s:g}", []).append(slo_met)
     c = counters
     return Report(
         system=system,
         seconds=seconds,
         sessions=len(judged),
-        attainment=_share(sum(kept for _, kept in judged), len(judged)),
+        attainment=_share(sum(slo_met for _, slo_met in judged), len(judged)),
         goodput=good / seconds,
         throughput=total / seconds,
         ttft_ms=percentiles([r.ttft_ms for r, _ in judged if not math.isnan(r.first_ms)]),

@@ -27,15 +27,6 @@ from wispprof.simulation.scenario import Scenario, ServerModel, System, system
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 from wispprof.types import Slo
 
-__all__ = [
-    "PAPERS",
-    "Figure",
-    "ReproducedTable",
-    "reproduce_configspec",
-    "reproduce_specedge",
-    "reproduce_wisp",
-]
-
 Progress = Callable[[int, str], None]
 Table = Mapping[str, Any]
 

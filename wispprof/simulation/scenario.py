@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from wispprof import plugins
 from wispprof.errors import PlanError
 from wispprof.policies.interface import BatchPolicy, Controller, RoundContext
 from wispprof.policies.registry import make_batch_policy, make_controller
@@ -21,18 +22,6 @@ from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.simulated_output import AcceptanceSource, SimulatedOutput
 from wispprof.types import DraftFeatures, RejectionPredictor, Slo, StepTimeEstimator
 
-__all__ = [
-    "DEVICE_STEP",
-    "LINK_STEP",
-    "SLO_STEP",
-    "SYSTEMS",
-    "Scenario",
-    "ServerModel",
-    "System",
-    "pick",
-    "system",
-]
-
 # Irrational steps deal each mix in its own order (golden ratio, and two that are independent of it).
 DEVICE_STEP, LINK_STEP, SLO_STEP = 0.6180339887498949, 0.7548776662466927, 0.4142135623730951
 
@@ -41,8 +30,8 @@ T = TypeVar("T")
 
 _WAITS = DraftingSettings(proactive=0)
 _PROACTIVE = DraftingSettings(proactive=8)
-# WISP with slack counted over the whole generation, as a sustained speed suggests: what a session ran
-# ahead may be spent later. Its text leaves that open.
+# WISP with slack counted over the whole generation: a session that is ahead may use the time later. The paper
+# leaves this open.
 _CARRIES = DraftingSettings(proactive=0, carry=True)
 
 
@@ -83,17 +72,17 @@ class System:
 
 
 class _Clairvoyant:
-    """Drafts exactly what will be accepted. A ceiling for controllers, not one of them."""
+    """Drafts exactly what will be accepted: an upper bound for controllers."""
 
     name = "clairvoyant"
 
     def __init__(self, output: SimulatedOutput, k_max: int = 16) -> None:
-        self._script = output
+        self._output = output
         self._k_max = k_max
         self._left = 0
 
     def begin(self, context: RoundContext) -> int:
-        self._left = self._script.ahead(self._k_max)
+        self._left = self._output.ahead(self._k_max)
         return self._left
 
     def go_on(self, depth: int, features: DraftFeatures) -> bool:
@@ -103,7 +92,7 @@ class _Clairvoyant:
         return 1.0
 
     def finish(self, drafted: int, accepted: int) -> None:
-        """Knows already."""
+        """Has nothing to learn."""
 
 
 _SLED_FIXED = System(
@@ -136,20 +125,29 @@ SYSTEMS: Mapping[str, System] = {
         System("clairvoyant-rounds", "fcfs", clairvoyant=True),
     )
 }
-"""By label. The ceiling is the better of the two clairvoyants: streams win where compute binds, rounds
-where cache reads do. ``sled`` is short for ``sled-threshold``."""
+"""By label. The upper bound is the better of the two clairvoyants: asynchronous drafting wins if compute limits
+a step, synchronous if cache reads do. ``sled`` is short for ``sled-threshold``."""
 
 _ALIASES = {"sled": "sled-threshold", "sled-nocache": "sled-threshold-nocache"}
 
 
 def system(name: str) -> System:
-    """A system by label. Raises :class:`PlanError` on an unknown one."""
+    """A system by label, or one of a batching policy by its plugin name (an entry point, or ``module:Class``).
+
+    With such a policy edges draft asynchronously by the ``wispprof`` controller if it is asynchronous, else four
+    tokens a round. Raises :class:`PlanError` on an unknown name, :class:`PluginError` if a plugin does not load.
+    """
     found = SYSTEMS.get(_ALIASES.get(name, name))
-    if found is None:
+    if found is not None:
+        return found
+    if ":" not in name and name not in plugins.names("policies", {}):
         raise PlanError(
-            f"There is no system named {name!r} to simulate.", f"Choose of {', '.join(SYSTEMS)}."
+            f"There is no system named {name!r} to simulate.",
+            f"Use one of {', '.join(SYSTEMS)}, or a batching policy as MODULE:NAME.",
         )
-    return found
+    if make_batch_policy(name).stream:
+        return System(name, name, "wispprof")
+    return System(name, name, "fixed", controller_options={"k": 4})
 
 
 @dataclass(frozen=True)

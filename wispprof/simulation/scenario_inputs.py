@@ -29,8 +29,6 @@ from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 from wispprof.simulation.trace_replay import TraceAcceptance
 from wispprof.types import RejectionPredictor, Slo
 
-__all__ = ["SERVER_PRESETS", "Inputs", "load_of", "read_inputs", "slo_mix", "with_plan"]
-
 SERVER_PRESETS: Mapping[str, ServerModel] = {
     # Weights, row and KV costs from memory bandwidth and matrix rate of the card, 32 B parameters in
     # bf16 with 8 KV heads: computed, not measured. Profile your own server for real answers.

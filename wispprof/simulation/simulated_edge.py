@@ -27,9 +27,6 @@ from wispprof.simulation.simulated_output import SimulatedOutput
 if TYPE_CHECKING:
     from wispprof.simulation.event_loop import Simulation
 
-__all__ = ["SimulatedEdge"]
-
-
 # What the server sends: a commit, the duration of its step, and the load level.
 _Answer = tuple[CommitResult, float, int]
 # A running draft step: when it ends, and what it costs.
@@ -118,32 +115,32 @@ class SimulatedEdge:
                 self._catch_up(now_ms)
             elif self.next_ms <= now_ms:
                 self.advance(now_ms)
-        effect = session.on_commit(
-            now_ms,
-            commit.committed_len,
-            commit.tokens,
-            commit.accepted,
-            commit.drafted,
-            commit.queue_ms + verify_ms,
-        )
-        assert effect is not None  # links keep frames in order
-        if controller is not None:
+            effect = session.on_commit(
+                now_ms,
+                commit.committed_len,
+                commit.tokens,
+                commit.accepted,
+                commit.drafted,
+                commit.queue_ms + verify_ms,
+            )
+            assert effect is not None  # links keep frames in order
             if effect.rollback_to is not None:
                 self.output.rollback(effect.rollback_to)
             if effect.extend:
                 self.output.extend(effect.extend)
             session.load_level = load_level
             self._sim.count_effect(effect)
+        else:
+            session.buffer.on_commit(commit.committed_len, commit.tokens)
         if commit.finished:
             record.done = True
             self.next_ms = math.inf
             self._sim.ended(now_ms, self)
-        elif controller is None:
-            pass
-        elif self.stream:
-            self._stream_on(now_ms)
-        else:
-            self._round(now_ms)
+        elif controller is not None:
+            if self.stream:
+                self._stream_on(now_ms)
+            else:
+                self._round(now_ms)
 
     # --- round mode ---
 
@@ -209,7 +206,7 @@ class SimulatedEdge:
             return
         step, session = self._running, self._session
         # Only the first of its steps can have been overtaken: no commit comes while this runs.
-        if step is None or session.step_overtaken or not session.may_draft(now_ms):
+        if step is None or session.step_overtaken or not session.scheduler.may_draft():
             self.next_ms, self._running = math.inf, None
             if step is not None:
                 self._end_step(step)
@@ -220,7 +217,8 @@ class SimulatedEdge:
     def _draft_on(self, step: _Step, until_ms: float) -> None:
         """Draft step after draft step up to and with ``until_ms``; ``step`` is the first of them."""
         session, device, counters = self._session, self.device, self._sim.counters
-        drafted, draft = session.drafted, self.output.draft
+        drafted, draft, may_draft = session.drafted, self.output.draft, session.scheduler.may_draft
+        send, link, outbox = self._sim.send, self.link, self.outbox
         now_ms, cost_ms = step
         position = session.buffer.length
         drafting_ms, steps = counters.drafting_ms, 0
@@ -228,8 +226,8 @@ class SimulatedEdge:
         while now_ms <= until_ms:
             frame = drafted(draft(), cost_ms, now_ms)
             if frame is not None:
-                self._post(now_ms, frame)
-                if not session.may_draft(now_ms):
+                outbox.append((send(now_ms, link, len(frame.tokens)), frame))
+                if not may_draft():
                     self._free_ms, self.next_ms = now_ms, math.inf
                     self._running = None
                     break
@@ -253,19 +251,18 @@ class SimulatedEdge:
         session = self._session
         frame = session.next_frame(now_ms)
         if frame is not None:
-            self._post(now_ms, frame)
+            self.outbox.append((self._sim.send(now_ms, self.link, len(frame.tokens)), frame))
         if self._running is None and now_ms >= self._free_ms and session.may_draft(now_ms):
             self._running = step = self._begin_step(now_ms)
             self.next_ms = step[0]
         return self._running
 
-    def _post(self, now_ms: float, frame: Outgoing) -> None:
-        self.outbox.append((self._sim.send(now_ms, self.link, len(frame.tokens)), frame))
-
     # --- both modes ---
 
     def _begin_step(self, now_ms: float) -> _Step:
-        cost_ms = self.device.step_ms(self._session.begin_step())
+        session = self._session
+        session.begin_step()
+        cost_ms = self.device.step_ms(session.buffer.length)
         if self.device.resume_ms:
             cost_ms += self.device.resuming_ms(now_ms - self._free_ms)
         self._free_ms = done_ms = now_ms + cost_ms

@@ -11,8 +11,6 @@ from typing import Protocol
 
 from wispprof.types import DraftToken, RejectionPredictor, Sampling
 
-__all__ = ["AcceptanceSource", "SimulatedOutput", "mix"]
-
 PROMPT_TOKEN = 7
 """Prompts only count by their length: every prompt token is this one."""
 
@@ -21,13 +19,13 @@ class SimulatedOutput:
     """One generation's future. Positions as everywhere: prompt tokens first.
 
     ``path``: output tokens of the target. ``proposals[i]``: for output position ``i`` after the true prefix.
-    ``astray[i]``: what the draft would go on with if its proposal there was wrong; the last entry repeats.
+    ``off_path[i]``: what the draft would go on with if its proposal there was wrong; the last entry repeats.
     """
 
     __slots__ = (
-        "_astray",
         "_length",
-        "_tail",
+        "_off_path",
+        "_wrong_drafts",
         "_wrong_from",
         "path",
         "prompt_tokens",
@@ -39,15 +37,15 @@ class SimulatedOutput:
         prompt_tokens: int,
         path: Sequence[int],
         proposals: Sequence[DraftToken],
-        astray: Sequence[Sequence[DraftToken]],
+        off_path: Sequence[Sequence[DraftToken]],
     ) -> None:
         self.prompt_tokens = prompt_tokens
         self.path = path
         self.proposals = proposals
-        self._astray = astray
+        self._off_path = off_path
         self._length = prompt_tokens
         self._wrong_from = -1
-        self._tail: Sequence[DraftToken] = ()
+        self._wrong_drafts: Sequence[DraftToken] = ()
 
     @property
     def prompt(self) -> list[int]:
@@ -77,9 +75,9 @@ class SimulatedOutput:
             proposal = self.proposals[place]
             if proposal.token != self.path[place]:
                 self._wrong_from = place
-                self._tail = self._astray[place]
+                self._wrong_drafts = self._off_path[place]
             return proposal
-        acceptance_probs = self._tail
+        acceptance_probs = self._wrong_drafts
         depth = place - wrong - 1
         return acceptance_probs[depth] if depth < len(acceptance_probs) else acceptance_probs[-1]
 

@@ -24,8 +24,6 @@ from wispprof.types import StepInput, StepTimeEstimator, VerifyResult
 if TYPE_CHECKING:
     from wispprof.simulation.event_loop import Simulation
 
-__all__ = ["PolicyViolation", "SimulatedServer"]
-
 _UNLIMITED = 1 << 40
 _LEVEL_EVERY = 16
 _INSTANT_MS = 1e-6
@@ -58,10 +56,10 @@ class SimulatedServer:
         self._reserved = 0
         self._kv_used = 0
         self._kv_tokens = model.kv_tokens if model.kv_tokens is not None else _UNLIMITED
-        self._residency: KvOffload | None = None
+        self._offload: KvOffload | None = None
         if model.host_kv_ms is not None:
             # Host memory admits everybody; what bounds a step is the card, of which no session keeps a part.
-            self._residency = KvOffload(self._kv_tokens)
+            self._offload = KvOffload(self._kv_tokens)
             self._kv_tokens = _UNLIMITED
         self._busy = False
         self._wake = 0
@@ -138,7 +136,7 @@ class SimulatedServer:
                 max_new=edge.record.output_tokens,
                 max_context=model.max_context + 1,
                 # The promise counts from the request, not from admission.
-                now_ms=edge.record.asked_ms,
+                now_ms=edge.record.arrival_ms,
                 stream=edge.stream,
                 undrafted=edge.controller is None,
                 max_pending_drafts=self._sim.system.drafting.draft_ahead,
@@ -165,17 +163,17 @@ class SimulatedServer:
             self._step(now_ms, plan, limits)
             return
         if plan.wake_ms is not None:
-            self._sim.schedule(max(plan.wake_ms, now_ms + 1e-3), self._woken, self._wake)
+            self._sim.schedule(max(plan.wake_ms, now_ms + 1e-3), self._on_wake, self._wake)
         for edge in self._streaming.values():
-            self._watch(edge)
+            self._wait_for_frame(edge)
 
-    def _watch(self, edge: SimulatedEdge) -> None:
+    def _wait_for_frame(self, edge: SimulatedEdge) -> None:
         """With the engine idle, its next frame is an event."""
         when = edge.outbox[0][0] if edge.outbox else edge.next_ms
         if when < math.inf:
-            self._sim.schedule(when, self._stirred, (self._wake, edge))
+            self._sim.schedule(when, self._on_idle_frame, (self._wake, edge))
 
-    def _stirred(self, now_ms: float, who: tuple[int, SimulatedEdge]) -> None:
+    def _on_idle_frame(self, now_ms: float, who: tuple[int, SimulatedEdge]) -> None:
         wake, edge = who
         if wake != self._wake:
             return
@@ -183,28 +181,28 @@ class SimulatedServer:
         if edge.outbox and edge.outbox[0][0] <= now_ms:
             self._decide(now_ms)
         else:
-            self._watch(edge)
+            self._wait_for_frame(edge)
 
-    def _woken(self, now_ms: float, wake: int) -> None:
+    def _on_wake(self, now_ms: float, wake: int) -> None:
         if wake == self._wake:
             self._decide(now_ms)
 
     def _step(self, now_ms: float, plan: StepPlan, limits: Limits) -> None:
         items: list[tuple[int, int, bool]] = []
-        feeds: list[StepInput] = []
+        inputs: list[StepInput] = []
         sessions = self._sessions
         rows = prefill = 0
-        for member in plan.items:
-            session = sessions.get(member.session)
+        for item in plan.items:
+            session = sessions.get(item.session)
             if session is None or session.in_flight:
                 raise PolicyViolation(
-                    f"{self._policy.name} planned {member.session} twice, or unasked"
+                    f"{self._policy.name} planned {item.session} twice, or unasked"
                 )
-            cached, chunk = session.cached, member.prefill
-            feed = session.feed(member, now_ms)
-            new = len(feed.tokens)
+            cached, chunk = session.cached, item.prefill
+            step_input = session.step_input(item, now_ms)
+            new = len(step_input.tokens)
             items.append((new, cached, chunk > 0))
-            feeds.append(feed)
+            inputs.append(step_input)
             rows += new
             prefill += chunk
         if (
@@ -215,9 +213,9 @@ class SimulatedServer:
             raise PolicyViolation(f"{self._policy.name} went beyond {limits} with {rows} rows")
         p50_ms, took_ms = self._times.sample(items)
         host_ms = self._model.host_kv_ms
-        if self._residency is not None and host_ms is not None:
-            members = ((f.session, c, n) for f, (n, c, _) in zip(feeds, items, strict=True))
-            took_ms += host_ms * self._residency.take(members)
+        if self._offload is not None and host_ms is not None:
+            used = ((f.session, c, n) for f, (n, c, _) in zip(inputs, items, strict=True))
+            took_ms += host_ms * self._offload.take(used)
         self._busy = True
         self._steps += 1
         counters = self._sim.counters
@@ -226,10 +224,10 @@ class SimulatedServer:
         counters.predicted_ms += p50_ms
         counters.rows += rows
         counters.prefill_rows += prefill
-        self._sim.schedule(now_ms + took_ms, self._done, (feeds, took_ms, now_ms))
+        self._sim.schedule(now_ms + took_ms, self._done, (inputs, took_ms, now_ms))
 
     def _done(self, now_ms: float, ran: tuple[list[StepInput], float, float]) -> None:
-        feeds, took_ms, began_ms = ran
+        inputs, took_ms, began_ms = ran
         self._collect(now_ms)
         sim, sessions, edges = self._sim, self._sessions, self._edges
         counters, schedule, level = sim.counters, sim.schedule, self._level
@@ -237,15 +235,15 @@ class SimulatedServer:
         leaves_ms = now_ms + self._overhead_ms / 2.0
         counters.busy_ms += now_ms - max(began_ms, sim.counted_from_ms)
         if self._steps % _LEVEL_EVERY == 1:
-            level = self._look_at_load()
-        over: list[str] = []
+            level = self._update_load_level()
+        finished: list[str] = []
         queue_ms, kv_used = counters.queue_ms, self._kv_used
         committed = rounds = verified = accepted = down_bytes = 0
-        for feed in feeds:
-            key = feed.session
+        for step_input in inputs:
+            key = step_input.session
             session, edge = sessions[key], edges[key]
             before = session.cached
-            commit = session.apply(_decided(feed, session, edge), now_ms)
+            commit = session.apply(_decided(step_input, session, edge), now_ms)
             kv_used += session.cached - before
             count = len(commit.tokens)
             if not count:
@@ -261,7 +259,7 @@ class SimulatedServer:
             schedule(edge.link.down(leaves_ms, size), edge.on_commit, (commit, took_ms, level))
             if commit.finished:
                 kv_used -= session.cached
-                over.append(key)
+                finished.append(key)
         self._kv_used = kv_used
         counters.committed += committed
         counters.rounds += rounds
@@ -269,14 +267,14 @@ class SimulatedServer:
         counters.accepted += accepted
         counters.queue_ms = queue_ms
         counters.down_bytes += down_bytes
-        for key in over:
+        for key in finished:
             edge = edges.pop(key)
             del sessions[key]
             self._streaming.pop(key, None)
-            if self._residency is not None:
-                self._residency.drop(key)
+            if self._offload is not None:
+                self._offload.drop(key)
             self._reserved -= edge.output.prompt_tokens + edge.record.output_tokens
-        if over:
+        if finished:
             self._admit(now_ms)
         schedule(now_ms + self._overhead_ms, self._free, None)
 
@@ -284,7 +282,7 @@ class SimulatedServer:
         self._busy = False
         self._decide(now_ms)
 
-    def _look_at_load(self) -> int:
+    def _update_load_level(self) -> int:
         cached = [s.cached for s in self._sessions.values() if not s.prompt_left]
         self._level = load_level(slowdown(self._estimator, cached), self._level)
         return self._level
@@ -305,16 +303,16 @@ class SimulatedServer:
         assert self._kv_used <= self._kv_tokens
 
 
-def _decided(feed: StepInput, session: SessionState, edge: SimulatedEdge) -> VerifyResult:
+def _decided(step_input: StepInput, session: SessionState, edge: SimulatedEdge) -> VerifyResult:
     """What the target says to a feed: its script's path, as far as the drafts agree, and one more."""
-    if not feed.needs_logits:
-        return VerifyResult(feed.session, 0, ())
+    if not step_input.needs_logits:
+        return VerifyResult(step_input.session, 0, ())
     path = edge.output.path
     place = len(session.tokens) - edge.output.prompt_tokens
-    accepted, drafts = 0, feed.drafts
+    accepted, drafts = 0, step_input.drafts
     if drafts:
-        tokens = feed.tokens
+        tokens = step_input.tokens
         first = len(tokens) - drafts
         while accepted < drafts and tokens[first + accepted] == path[place + accepted]:
             accepted += 1
-    return VerifyResult(feed.session, accepted, tuple(path[place : place + accepted + 1]))
+    return VerifyResult(step_input.session, accepted, tuple(path[place : place + accepted + 1]))

@@ -11,8 +11,6 @@ from statistics import NormalDist
 
 from wispprof.types import BatchCost, BatchShape, StepTimeEstimator, VerifyItem
 
-__all__ = ["KvOffload", "SimulatedStepTimes", "WithoutPrefixCache"]
-
 
 @dataclass(frozen=True, slots=True)
 class WithoutPrefixCache(StepTimeEstimator):
@@ -76,22 +74,22 @@ class SimulatedStepTimes:
 
 
 class KvOffload:
-    """``room`` cache tokens on the card; the least recently used session leaves first.
+    """``capacity`` cache tokens on the card; the least recently used session leaves first.
 
     Host memory holds a copy of everything, so leaving costs nothing and coming back is one read.
     """
 
-    __slots__ = ("_held", "_room", "_used")
+    __slots__ = ("_capacity", "_held", "_used")
 
-    def __init__(self, room: int) -> None:
-        self._room = room
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
         self._held: OrderedDict[str, int] = OrderedDict()
         self._used = 0
 
-    def take(self, members: Iterable[tuple[str, int, int]]) -> int:
+    def take(self, items: Iterable[tuple[str, int, int]]) -> int:
         """A step over (session, cached, new) begins: cache tokens that must be read back for it."""
         missed = 0
-        for session, cached, new in members:
+        for session, cached, new in items:
             held = self._held.pop(session, None)
             if held is None:
                 missed += cached
@@ -100,7 +98,7 @@ class KvOffload:
             self._held[session] = cached + new
             self._used += cached + new
         # Members are the most recently used: they go only where a step alone is more than fits.
-        while self._used > self._room:
+        while self._used > self._capacity:
             self._used -= self._held.popitem(last=False)[1]
         return missed
 
@@ -110,5 +108,5 @@ class KvOffload:
 
     @property
     def used(self) -> int:
-        """Cache tokens on the card, at most ``room``."""
+        """Cache tokens on the card, at most ``capacity``."""
         return self._used

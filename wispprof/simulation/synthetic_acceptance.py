@@ -11,8 +11,6 @@ import numpy as np
 from wispprof.simulation.simulated_output import SimulatedOutput
 from wispprof.types import DraftFeatures, DraftToken, RejectionPredictor
 
-__all__ = ["SyntheticAcceptance", "TrustConfidence", "cum_acceptance_curve"]
-
 
 class TrustConfidence:
     """A predictor that believes the feature ``confidence``: synthetic features are calibrated already."""

@@ -13,8 +13,6 @@ from wispprof.errors import ProfileError
 from wispprof.simulation.simulated_output import SimulatedOutput, mix
 from wispprof.types import DraftFeatures, DraftToken, RejectionPredictor
 
-__all__ = ["MemoPredictor", "TraceAcceptance", "TraceReplay"]
-
 
 class MemoPredictor:
     """Another predictor, each answer computed once: scripts repeat the same few features many times."""
@@ -39,7 +37,7 @@ class _Segment(NamedTuple):
 
     path: list[int]
     proposals: list[DraftToken]
-    astray: list[list[DraftToken]]
+    off_path: list[list[DraftToken]]
 
 
 class TraceAcceptance:
@@ -66,14 +64,14 @@ class TraceAcceptance:
         rng = Random(mix(seed))
         path: list[int] = []
         proposals: list[DraftToken] = []
-        astray: list[list[DraftToken]] = []
+        off_path: list[list[DraftToken]] = []
         while len(path) < output_tokens:
             segment = rng.choice(self._segments)
             start = rng.randrange(len(segment.path)) if not path else 0
             path += segment.path[start:]
             proposals += segment.proposals[start:]
-            astray += segment.astray[start:]
-        return SimulatedOutput(prompt_tokens, path[:output_tokens], proposals, astray)
+            off_path += segment.off_path[start:]
+        return SimulatedOutput(prompt_tokens, path[:output_tokens], proposals, off_path)
 
 
 class TraceReplay:
@@ -104,7 +102,7 @@ class TraceReplay:
             path = self._paths[index]
             whole = self._known[index] = _segment(path, len(path.path))
         return SimulatedOutput(
-            prompt_tokens, whole.path[:output_tokens], whole.proposals, whole.astray
+            prompt_tokens, whole.path[:output_tokens], whole.proposals, whole.off_path
         )
 
     def _index(self, device: int, number: int) -> int:

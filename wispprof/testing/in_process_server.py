@@ -202,7 +202,9 @@ class InProcessServer:
         begun_ms = loop.time() * 1000.0
         sessions = [self._sessions[item.session] for item in items]
         states = [session.state for session in sessions]
-        inputs = [state.feed(item, begun_ms) for state, item in zip(states, items, strict=True)]
+        inputs = [
+            state.step_input(item, begun_ms) for state, item in zip(states, items, strict=True)
+        ]
         shape = BatchShape.of(
             (len(given.tokens), state.cached, bool(item.prefill))
             for given, state, item in zip(inputs, states, items, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from fake_pair import LinearCost, drafting, edge, in_process, plain, truth
+from fake_pair import drafting, edge, in_process, linear_cost, plain, truth
 
 from wispprof.edge import Generation, RequestStats
 from wispprof.errors import ProtocolError, ServerUnreachable
@@ -321,7 +321,7 @@ def test_cancelling_a_request_releases_its_session() -> None:
 def test_bytes_per_token_stay_small() -> None:
     async def main() -> tuple[float, float]:
         async with (
-            in_process(cost=LinearCost(fixed_ms=20.0)) as server,
+            in_process(cost=linear_cost(20.0)) as server,
             edge(server.connect) as client,
         ):
             await asyncio.gather(
@@ -339,7 +339,7 @@ def test_a_streams_bytes_per_token_stay_small() -> None:
     """A device four times as fast as the server's steps: a frame a draft would be 70 bytes up."""
 
     async def main() -> tuple[float, float, int, int]:
-        cost = LinearCost(fixed_ms=20.0)
+        cost = linear_cost(20.0)
         async with in_process("wispprof", cost) as server:
             connect = emulate_link(server.connect, LinkSettings(LinkModel(20.0)))
             async with edge(connect) as client:
