@@ -7,7 +7,7 @@ import dataclasses
 import selectors
 
 import pytest
-from fake_pair import LinearCost, hash_trace, in_process
+from fake_pair import hash_trace, in_process, linear_cost
 
 from wispprof.bench import BenchResult, run_bench
 from wispprof.bench.bench_result import RequestResult, summarise
@@ -110,7 +110,7 @@ async def test_against_a_real_server_with_its_step_records() -> None:
     load = BenchSettings(devices=4, requests=1, max_new=16, ramp_ms=0.0, device=(device_of("0.2"),))
     reports: list[tuple[int, int]] = []
     async with running_server(
-        settings, engine=engine, model=engine.served, estimator=LinearCost()
+        settings, engine=engine, model=engine.served, estimator=linear_cost()
     ) as running:
         handle = await run_bench(
             load, running, TRACE_OF_HASH, lambda done, total, _: reports.append((done, total))

@@ -5,8 +5,10 @@ Both use the same random draws, so figures differ only by what the simulator lea
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from fake_pair import LinearCost, hash_trace, in_process
+from fake_pair import hash_trace, in_process, linear_cost
 
 from wispprof.bench import LoadMix, run_bench, simulate_bench
 from wispprof.bench.bench_result import BenchResult
@@ -19,7 +21,7 @@ from wispprof.simulation.devices import device_of
 from wispprof.testing.virtual_time import run_virtual
 
 TRACE = hash_trace(paths=7, length=40, depth=6)
-COST = LinearCost()
+COST = linear_cost()
 MIX = LoadMix((device_of("2.5"), device_of("7"), device_of("18")), (8.0, 16.0, 24.0))
 FIGURES = ("attainment", "goodput_tokens_per_s", "tokens_per_s")
 
@@ -40,7 +42,7 @@ def both(label: str, devices: int, slowdown: float = 1.0) -> tuple[BenchResult, 
     )
 
     async def main() -> BenchResult:
-        cost = LinearCost(COST.fixed_ms * slowdown, COST.per_token_ms * slowdown)
+        cost = replace(COST, fixed_ms=COST.fixed_ms * slowdown, row_ms=COST.row_ms * slowdown)
         async with in_process(scenario_system.batching, cost) as server:
             return await run_bench(load, server.connect, TRACE)
 

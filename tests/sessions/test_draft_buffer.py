@@ -129,7 +129,7 @@ def test_stream_mode_sends_each_draft_once() -> None:
     assert again.tokens == (2, 3, 4)
 
 
-def test_room_ends_with_the_lead_and_before_the_last_token() -> None:
+def test_capacity_ends_at_the_draft_ahead_limit_and_before_the_last_token() -> None:
     buffer = DraftBuffer(PROMPT, draft_ahead_limit=2, end=5)
     buffer.propose(1)
     assert buffer.capacity_left == 0  # position 4 is the target's own
@@ -140,7 +140,7 @@ def test_room_ends_with_the_lead_and_before_the_last_token() -> None:
 
 
 class TinyServer:
-    """The epoch rules of the wire in their barest form: what may be done with a tail, at random."""
+    """The epoch rules of the protocol: random operations on pending drafts."""
 
     def __init__(self, prompt: list[int], truth: list[int]) -> None:
         self.truth = truth

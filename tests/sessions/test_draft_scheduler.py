@@ -1,4 +1,4 @@
-"""When an edge drafts and sends: rounds, proactive drafts, stretches of a stream."""
+"""When an edge drafts and sends: rounds, proactive drafts, bursts in stream mode."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def drafted(token: int, confidence: float = 0.9) -> DraftToken:
 
 
 class Bench:
-    """A buffer and its turns, past the first commit; drafts count up from 100."""
+    """A buffer and its scheduler, past the first commit; drafts count up from 100."""
 
     def __init__(self, controller: str = "fixed", stream: bool = False, **kwargs: object) -> None:
         settings = kwargs.pop("settings", DraftingSettings(proactive=3))
@@ -90,7 +90,7 @@ def test_a_drafted_stop_token_ends_the_round() -> None:
     assert out[0].tokens == (104, 105)
 
 
-def test_a_stream_groups_frames_and_stops_at_the_lead() -> None:
+def test_a_stream_groups_frames_and_stops_at_the_draft_ahead_limit() -> None:
     bench = Bench(k=3, stream=True, settings=DraftingSettings(frame_share=0.5))
     out, count = bench.run()
     assert count == 8
@@ -136,10 +136,10 @@ def test_a_proactive_step_that_outlasts_the_wait_must_pay() -> None:
     assert not may(0.95, 0.0)
 
 
-def test_pacing_of_a_round() -> None:
+def test_timing_of_a_round() -> None:
     timing = EdgeTiming(Slo(10.0))
     assert math.isinf(timing.left_ms(0.0, 40.0))
-    timing.committed(1000.0, 300.0)  # the prefill's time says nothing of verify steps
+    timing.committed(1000.0, 300.0)  # a prefill is no verify step
     timing.drafted(20.0)
     # Two expected tokens at 100 ms each, 60 ms gone since the commit, 40 ms on the link.
     assert timing.slack_ms([1.0], 1060.0, 40.0) == pytest.approx(100.0)
@@ -156,7 +156,7 @@ def test_a_frame_may_be_held_until_the_server_takes_the_next_step() -> None:
     timing = EdgeTiming(Slo(10.0))
     timing.drafted(4.0)
     timing.committed(1000.0, 300.0)
-    assert not timing.may_hold(1001.0, 10.0)  # a prefill says nothing of the pace
+    assert not timing.may_hold(1001.0, 10.0)  # a prefill is no verify step
     timing.committed(1100.0, 40.0)
     # Steps begin at the server every 40 ms from 1095 on: frames for them leave by 1130, 1170, ...; a
     # quarter of the period is kept back, and the next draft is there 4 ms later.
@@ -164,7 +164,7 @@ def test_a_frame_may_be_held_until_the_server_takes_the_next_step() -> None:
     assert not timing.may_hold(1117.0, 10.0)
     assert not timing.may_hold(1129.0, 10.0)
     assert timing.may_hold(1131.0, 10.0)
-    timing.drafted(4.0, waited_ms=200.0)  # other sessions have the device
+    timing.drafted(4.0, waited_ms=200.0)  # other sessions share the device
     assert not timing.may_hold(1131.0, 10.0)
 
 

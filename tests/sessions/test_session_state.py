@@ -29,7 +29,7 @@ def truth(prompt: list[int], count: int) -> list[int]:
 
 
 def answer(session: SessionState, step_input: StepInput, corrupt: bool = False) -> VerifyResult:
-    """What a verifier engine decides for a feed, given everything the session has cached."""
+    """What a verifier engine decides for an input, given everything the session has cached."""
     if not step_input.needs_logits:
         return VerifyResult(step_input.session, 0, ())
     tokens = list(step_input.tokens)
@@ -133,7 +133,7 @@ def test_accepted_rejected_and_bonus() -> None:
     assert give(session, [1], epoch=1) == ""
 
 
-def test_a_tail_survives_a_step_that_left_it_out() -> None:
+def test_pending_drafts_outlast_a_step_without_them() -> None:
     session = started(stream=True)
     right = truth(session.tokens, 4)
     give(session, right)
@@ -201,7 +201,7 @@ def test_impossible_sessions_are_refused(changes: dict[str, object]) -> None:
         make(**changes)
 
 
-def test_a_policy_that_plans_nonsense_is_told() -> None:
+def test_items_that_do_not_fit_are_refused() -> None:
     session = make()
     for item in (ScheduledItem("s"), ScheduledItem("s", drafts=1), ScheduledItem("s", prefill=5)):
         with pytest.raises(ValueError):
@@ -229,7 +229,7 @@ def test_a_session_that_ran_ahead_can_wait() -> None:
     assert session.view(30.0).deadline_ms == 10.0 + 5 * 100.0
 
 
-def test_hopeless_only_when_no_speed_can_save_it() -> None:
+def test_slo_is_unreachable_only_if_no_speed_can_meet_it() -> None:
     session = started(stream=True, floor_ms=20.0)
     last_ms = 10.0 + 19 * 100.0
     assert not session.view(last_ms - 19 * 20.0 - 1).slo_unreachable
@@ -242,7 +242,7 @@ def test_hopeless_only_when_no_speed_can_save_it() -> None:
     assert late.view(601.0).slo_unreachable
 
 
-def test_no_promise_of_a_first_token_is_no_deadline() -> None:
+def test_an_slo_without_ttft_has_no_first_deadline() -> None:
     assert math.isinf(make(slo=Slo(1.0)).view(0.0).deadline_ms)
     assert math.isinf(started().view(0.0).deadline_ms)
 
@@ -291,10 +291,10 @@ def test_eviction_prefills_again_without_losing_the_round() -> None:
 frames = st.lists(
     st.tuples(
         st.integers(0, 3),  # epoch
-        st.integers(-2, 6),  # base, from the frontier
+        st.integers(-2, 6),  # base, from the committed length
         st.lists(st.integers(0, VOCAB - 1), max_size=6),
         st.booleans(),  # step afterwards?
-        st.integers(0, 8),  # how much of the tail
+        st.integers(0, 8),  # how many pending drafts
         st.booleans(),  # does the frame arrive while the engine works?
     ),
     max_size=25,

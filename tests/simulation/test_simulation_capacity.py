@@ -230,7 +230,7 @@ def test_every_published_choice_of_configspec_is_met() -> None:
 
 
 def test_what_ends_early_ends_its_workers() -> None:
-    """Ctrl-C in the middle of a search leaves nobody behind, and does not wait for what runs."""
+    """Ctrl-C during a search ends the workers without waiting for their runs."""
 
     def interrupted() -> None:
         with workers(2) as executor:

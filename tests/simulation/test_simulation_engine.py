@@ -1,4 +1,4 @@
-"""The simulator's books: determinism, conservation, and cases whose answer is a formula."""
+"""The simulator: determinism, conservation, and cases whose answer is a formula."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def _outcome(sim: Simulation) -> tuple[object, ...]:
 @pytest.mark.parametrize("name", ["wispprof", "clairvoyant"])
 @pytest.mark.parametrize("fixed_ms", [2.0, 20.0])
 @pytest.mark.parametrize("resume_ms", [0.0, 6.0])
-def test_how_often_anybody_looks_at_a_stream_changes_nothing(
+def test_how_often_a_stream_is_worked_out_changes_nothing(
     name: str, fixed_ms: float, resume_ms: float
 ) -> None:
-    """Streams are worked out when they are looked at: seldom and all the time must come to the same."""
+    """Asynchronous edges are worked out late: seldom and always must give the same."""
     server = ServerModel(LinearCost(fixed_ms, row_ms=0.3), prefill_chunk=128)
     device = ((replace(DEVICE, resume_ms=resume_ms), 1.0),)
     seldom = Simulation(fleet(name, server=server, devices=device))

@@ -228,7 +228,7 @@ def _trace(depth: int = 4, length: int = 40) -> AcceptanceTrace:
     return AcceptanceTrace("t", "d", "hash", Sampling(), tuple(paths))
 
 
-def test_a_replayed_script_proposes_what_was_recorded() -> None:
+def test_a_replayed_output_proposes_what_was_recorded() -> None:
     source = TraceAcceptance(_trace(), ConfidenceAcceptance())
     output = source.output((3,), 7, 100)
     assert len(output.path) == 100
@@ -255,7 +255,7 @@ def test_a_trace_too_short_for_its_depth_is_refused() -> None:
         TraceAcceptance(_trace(depth=4, length=4), ConfidenceAcceptance())
 
 
-def test_scripts_depend_on_the_seed_alone() -> None:
+def test_outputs_depend_on_the_seed_alone() -> None:
     for source in (SyntheticAcceptance(0.6), TraceAcceptance(_trace(), ConfidenceAcceptance())):
         one, same, other = (source.output(s, 5, 50) for s in ((1, 2), (1, 2), (2, 1)))
         first = [one.draft() for _ in range(20)]

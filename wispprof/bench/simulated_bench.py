@@ -81,7 +81,7 @@ class _BenchSimulation(Simulation):
 
     def _next(self, now_ms: float, key: tuple[int, int]) -> None:
         prompt, path = self._source.lengths(*key)
-        self._ask(now_ms, (*key, Request(now_ms, prompt, min(self._offered.max_new, path))))
+        self._request(now_ms, (*key, Request(now_ms, prompt, min(self._offered.max_new, path))))
 
     def ended(self, now_ms: float, edge: SimulatedEdge) -> None:
         load, made = self._offered, edge.record.number + 1

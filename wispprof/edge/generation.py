@@ -1,8 +1,9 @@
 """One generation on the edge: draft, send, take in commits, until the server says it is finished.
 
-One loop serves both modes. Each pass sends what is due, starts a draft step if one may run, and sleeps until the
-step ends or a commit arrives. A commit takes effect when it arrives, even during a draft step: its tokens go to
-the user at once. What to draft and when to send is :class:`~wispprof.sessions.edge_session.EdgeSession`'s decision.
+One loop serves both modes. Each pass sends what is due, starts a draft step if one may run, and sleeps
+until the step ends or a commit arrives. A commit takes effect when it arrives, even during a draft step:
+its tokens go to the user at once. What to draft and when to send is
+:class:`~wispprof.sessions.edge_session.EdgeSession`'s decision.
 """
 
 from __future__ import annotations

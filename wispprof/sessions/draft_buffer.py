@@ -4,13 +4,13 @@
     ----------------------- committed_len ------ sent ------- length
 
 A drafter (a model's KV cache, a replayed trace) mirrors ``committed + drafts``. Each commit returns a
-:class:`CommitEffect`: roll the drafter back to a length, then append tokens. A matching commit leaves drafts and
-their KV where they are.
+:class:`CommitEffect`: roll the drafter back to a length, then append tokens. A matching commit leaves
+drafts and their KV where they are.
 
 Round mode (synchronous drafting): one round is outstanding at a time. ``take`` returns everything beyond the
 committed length, and nothing more until a commit answers. What is drafted meanwhile is *proactive* (SpecEdge,
-section 4.2): it continues the fully accepted round, and its first token guesses the target's bonus token. Opening a
-session counts as an outstanding round, because the end of the prefill commits a token.
+section 4.2): it continues the fully accepted round, and its first token guesses the target's bonus
+token. Opening a session counts as an outstanding round, because the end of the prefill commits a token.
 
 Stream mode (asynchronous drafting): ``take`` returns what has not been sent yet. Drafting continues up to
 ``draft_ahead_limit`` drafts beyond the committed length.
@@ -27,7 +27,8 @@ from wispprof.errors import ProtocolError
 
 
 class Held(NamedTuple):
-    """A draft token beyond the committed length, P(accepted | those before it were), and its drafting time."""
+    """A draft token beyond the committed length, P(accepted | those before it were), and its drafting
+    time."""
 
     token: int
     acceptance_prob: float
@@ -47,8 +48,8 @@ class Outgoing(NamedTuple):
 class CommitEffect(NamedTuple):
     """What a commit means for the edge.
 
-    ``tokens``: newly committed tokens (empty for a duplicate). ``rollback_to``: length the drafter must be cut
-    to first, ``None`` to leave it. ``extend``: committed tokens to append to the drafter after that.
+    ``tokens``: newly committed tokens (empty for a duplicate). ``rollback_to``: length the drafter must
+    be cut to first, ``None`` to leave it. ``extend``: committed tokens to append to the drafter after that.
     ``hits``: drafts that equal committed tokens. ``accepted``: those of them that the server verified.
     ``kept``: drafts that still stand. ``proactive``: there was a guess at the target's bonus token;
     ``proactive_hit``: it was right. ``rejected``: a draft was contradicted. ``wasted_*``: drafts after the
@@ -76,13 +77,13 @@ class CommitEffect(NamedTuple):
 class DraftBuffer:
     """Committed tokens, drafts beyond them, and which of those the server received.
 
-    ``stream``: stream mode instead of round mode. ``draft_ahead_limit``: most drafts held (in round mode: round and
-    proactive drafts together). ``end``: position past the last token of the generation. The target always
-    adds one token of its own, so no draft is useful at ``end - 1``.
+    ``stream``: stream mode instead of round mode. ``draft_ahead_limit``: most drafts held (in round
+    mode: round and proactive drafts together). ``end``: position past the last token of the generation.
+    The target always adds one token of its own, so no draft is useful at ``end - 1``.
 
     Read only: ``committed_len``; ``sent``, the position up to which drafts were sent, never below
-    ``committed_len``; ``epoch``; ``waiting``: a round (or the prefill) is outstanding in round mode, no commit
-    came yet in stream mode.
+    ``committed_len``; ``epoch``; ``waiting``: a round (or the prefill) is outstanding in round mode, no
+    commit came yet in stream mode.
     """
 
     def __init__(

@@ -22,8 +22,9 @@ class EdgeSession:
     """One generation: which drafts it holds, when it drafts and sends, what its link and server take.
 
     ``tokens``: the prompt. ``max_new``: most tokens to generate. ``controller`` ``None``: the session never
-    drafts (server-only). The driver keeps ``rtt_ms`` and ``load_level`` up to date. At most one draft step runs at
-    a time; a commit may arrive while it runs. ``step_overtaken``: such a commit decided the step's position.
+    drafts (server-only). The driver keeps ``rtt_ms`` and ``load_level`` up to date. At most one draft
+    step runs at a time; a commit may arrive while it runs. ``step_overtaken``: such a commit decided the
+    step's position.
     """
 
     __slots__ = (
@@ -87,9 +88,9 @@ class EdgeSession:
     ) -> float | None:
         """The running draft step ended; ``draft`` returns its token, and is called only if that still counts.
 
-        ``waited_ms``: how long it waited for a device that other sessions share. Returns ``None`` if the token
-        is held now. If a commit has overtaken it, the token is dropped and the wasted part of ``draft_ms`` is
-        returned: all of it after a rejected draft, else 0.
+        ``waited_ms``: how long it waited for a device that other sessions share. Returns ``None`` if the
+        token is held now. If a commit has overtaken it, the token is dropped and the wasted part of
+        ``draft_ms`` is returned: all of it after a rejected draft, else 0.
         """
         self.timing.drafted(draft_ms, waited_ms)
         self._mean_draft_ms = math.nan
@@ -103,8 +104,8 @@ class EdgeSession:
     def drafted(self, token: DraftToken, draft_ms: float, now_ms: float) -> Outgoing | None:
         """A draft step that no commit can have overtaken ended; returns the frame that is due, if one is.
 
-        :meth:`begin_step`, :meth:`end_step` and :meth:`next_frame` in one call, for a driver that works out many
-        steps at once. In stream mode the next step may follow while nothing is due.
+        :meth:`begin_step`, :meth:`end_step` and :meth:`next_frame` in one call, for a driver that works
+        out many steps at once. In stream mode the next step may follow while nothing is due.
         """
         stream = self.buffer.stream
         if draft_ms != self._mean_draft_ms:  # otherwise the means stay as they are
@@ -131,7 +132,8 @@ class EdgeSession:
         return self.scheduler.due(self._context, hold)
 
     def sent(self, frame: Outgoing, now_ms: float) -> float:
-        """``frame`` leaves; returns its slack in ms (0 in stream mode, where the server sets the deadlines)."""
+        """``frame`` leaves; returns its slack in ms (0 in stream mode, where the server sets the
+        deadlines)."""
         self.timing.sent(now_ms)
         if self.buffer.stream:
             return 0.0

@@ -15,7 +15,8 @@ _MARGIN = 0.25
 
 
 class HoldRule(NamedTuple):
-    """Drafts may be held while the next one (``needed_ms``) is ready before the server's step, less a margin."""
+    """Drafts may be held while the next one (``needed_ms``) is ready before the server's step, less a
+    margin."""
 
     needed_ms: float
     period_ms: float
@@ -32,7 +33,8 @@ class EdgeTiming:
     queue and verify in. With ``carry`` the budget starts when the last committed token was due instead: a
     session that is ahead of its SLO has more time, one that lags has less.
 
-    ``draft_ms``: a draft step. ``server_ms``: queueing and verifying. Both are guesses until one was measured.
+    ``draft_ms``: a draft step. ``server_ms``: queueing and verifying. Both are guesses until one was
+    measured.
     """
 
     def __init__(self, slo: Slo, carry: bool = False) -> None:

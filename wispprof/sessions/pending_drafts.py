@@ -1,4 +1,5 @@
-"""Drafts that the server holds beyond a session's committed tokens: merged by position, counted, and forecast."""
+"""Drafts that the server holds beyond a session's committed tokens: merged by position, counted, and
+forecast."""
 
 from __future__ import annotations
 
@@ -31,10 +32,11 @@ class DraftCounters:
     """Counts of draft tokens. ``drafted == accepted + matched + wasted + pending`` at all times.
 
     ``drafted``: merged. ``accepted``: verified and committed. ``matched``: committed without having been
-    verified. ``wasted``: contradicted or withdrawn. ``cut_drafts``: left out of a step by the policy (they may be
-    verified later). ``dropped``: tokens refused by merge, by reason; ``frames`` likewise counts the frames.
-    Reasons: ``epoch`` (old), ``contradiction`` (differs from committed text), ``gap`` (begins beyond the pending
-    drafts), ``conflict`` (differs from them within one epoch), ``overflow``, ``finished``.
+    verified. ``wasted``: contradicted or withdrawn. ``cut_drafts``: left out of a step by the policy
+    (they may be verified later). ``dropped``: tokens refused by merge, by reason; ``frames`` likewise
+    counts the frames. Reasons: ``epoch`` (old), ``contradiction`` (differs from committed text), ``gap``
+    (begins beyond the pending drafts), ``conflict`` (differs from them within one epoch), ``overflow``,
+    ``finished``.
     """
 
     drafted: int = 0
@@ -108,7 +110,8 @@ class DraftArrivals:
         self._last_ms = now_ms
 
     def due(self, now_ms: float) -> tuple[float | None, tuple[float, ...], float]:
-        """(expected arrival of the next frame, its expected acceptance probabilities, expiry of this forecast).
+        """(expected arrival of the next frame, its expected acceptance probabilities, expiry of this
+        forecast).
 
         ``(None, (), inf)`` while too little is known, and once the frame is overdue.
         """
@@ -229,7 +232,8 @@ class PendingDrafts:
         self.arrivals.contradicted(now_ms)
 
     def reconcile(self, committed: Sequence[int], accepted: int, now_ms: float) -> None:
-        """Compare with newly committed tokens, of which ``accepted`` were verified drafts; keep what agrees."""
+        """Compare with newly committed tokens, of which ``accepted`` were verified drafts; keep what
+        agrees."""
         counters, pending = self.counters, self.tokens
         agreed = 0
         for ours, theirs in zip(committed, pending, strict=False):

@@ -24,9 +24,9 @@ class CommitResult(NamedTuple):
     """What a step changed. ``tokens`` is empty after a prompt chunk that was not the last.
 
     ``accepted`` of ``drafted`` verified drafts stand. ``finished`` is "" while the session goes on, else
-    ``stop``, ``length`` or ``context``. ``rollback``: if the commit was cut short, the length that the engine's
-    cache must be cut to. ``first``: this commit holds the session's first token. ``late_ms``: by how much the
-    commit missed its deadline (negative: early).
+    ``stop``, ``length`` or ``context``. ``rollback``: if the commit was cut short, the length that the
+    engine's cache must be cut to. ``first``: this commit holds the session's first token. ``late_ms``:
+    by how much the commit missed its deadline (negative: early).
     """
 
     session: str
@@ -198,7 +198,8 @@ class SessionState:
         return dropped
 
     def _round_arrived(self, now_ms: float, slack_ms: float) -> None:
-        """Round mode: from now on it may take part. (A stream may at any time, and its SLO sets its deadlines.)"""
+        """Round mode: from now on it may take part. (A stream may at any time, and its SLO sets its
+        deadlines.)"""
         deadline = now_ms + slack_ms if math.isfinite(slack_ms) else math.inf
         if self._round_at < len(self.tokens):
             self._round_at = len(self.tokens)

@@ -10,8 +10,8 @@ from wispprof.types import Slo
 class SloTracker:
     """The SLO of one session, counted over its whole generation.
 
-    The first token is due within the TTFT. Token ``n`` after it is due ``n * tpot_ms`` later: a session that is
-    ahead can wait, and one that lags has until its last token to catch up.
+    The first token is due within the TTFT. Token ``n`` after it is due ``n * tpot_ms`` later: a session
+    that is ahead can wait, and one that lags has until its last token to catch up.
 
     ``first_ms``: when the first token was committed, ``None`` before. ``deadline_ms``: when the next token is
     due, ``inf`` before the first token of an SLO without TTFT.
@@ -49,7 +49,8 @@ class SloTracker:
     def slo_unreachable_from_ms(self, tokens_left: int, floor_ms: float) -> float:
         """The time from which the SLO cannot be met any more.
 
-        ``tokens_left`` may still come, each taking at least ``floor_ms``. ``-inf`` if the first token was late.
+        ``tokens_left`` may still come, each taking at least ``floor_ms``. ``-inf`` if the first token
+        was late.
         """
         if self._ttft_missed:
             return -math.inf

@@ -1,7 +1,7 @@
-"""When requests come, and how long they are: closed fleets, Poisson, bursts, replayed request traces.
+"""Arrival processes and request lengths: closed fleets, Poisson, bursts, replayed request traces.
 
-Everything is drawn from the generator that the caller passes, so the same seed gives the same load whatever
-policy serves it (common random numbers).
+All draws come from the caller's generator: one seed gives one load under every policy (common random
+numbers).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from wispprof.errors import ArtifactDamaged, ArtifactMissing
 
 
 class Request(NamedTuple):
-    """One generation: when it is asked for, prompt tokens, and tokens to generate."""
+    """One generation: arrival time, prompt tokens, and tokens to generate."""
 
     time_ms: float
     prompt_tokens: int
@@ -42,7 +42,7 @@ class Lengths:
     max_tokens: int = 32768
 
     def draw(self, rng: Random) -> tuple[int, int]:
-        # Both draws always happen, so that a change of one sigma does not shift the other's numbers.
+        # Always two draws: a change of one sigma must not shift the other's numbers.
         zp, zo = rng.gauss(0.0, 1.0), rng.gauss(0.0, 1.0)
         prompt = round(self.prompt * math.exp(self.prompt_sigma * zp))
         output = round(self.output * math.exp(self.output_sigma * zo))
@@ -64,11 +64,11 @@ class ClosedFleet:
 
     def __post_init__(self) -> None:
         if self.devices < 0:
-            raise ValueError(f"a fleet has no negative number of devices, got {self.devices}")
+            raise ValueError(f"devices must not be negative, got {self.devices}.")
 
 
 class OpenLoad(Protocol):
-    """Requests that come whether or not earlier ones were served; each is a device of its own."""
+    """An open-loop load: arrivals do not depend on service; each request is a device of its own."""
 
     def requests(self, rng: Random, horizon_ms: float) -> Iterator[Request]:
         """Requests before ``horizon_ms``, in order of time."""
@@ -106,7 +106,7 @@ class Bursts:
 
     def __post_init__(self) -> None:
         if not 0 < self.burst_s <= self.every_s:
-            raise ValueError("bursts need 0 < burst_s <= every_s")
+            raise ValueError("Bursts need 0 < burst_s <= every_s.")
 
     def rate(self, time_ms: float) -> float:
         """Requests a second at a time."""
@@ -151,7 +151,7 @@ class Replay:
 
 def read_requests(path: str | Path) -> tuple[Request, ...]:
     """Read a request trace: Azure's CSV (``TIMESTAMP,ContextTokens,GeneratedTokens``) or Mooncake's JSONL
-    (``{"timestamp": ms, "input_length": …, "output_length": …}``), told apart by their first line.
+    (``{"timestamp": ms, "input_length": …, "output_length": …}``). The first line tells which.
 
     Times start at 0. Raises :class:`ArtifactMissing`, or :class:`ArtifactDamaged` naming the line.
     """

@@ -1,8 +1,7 @@
-"""Capacity: the most devices of a closed fleet that a server carries with few enough broken promises.
+"""Capacity: the most devices of a closed fleet whose SLOs a server meets, up to a share of violations.
 
-Bracketing by doubling, then section search. Every probe of one search uses the same seed, and a larger fleet
-holds the smaller one (common random numbers), so probes differ by the added devices alone. With several
-processes each round probes several sizes at once.
+Bracketing by doubling, then section search. All probes use one seed, and a larger fleet contains the
+smaller one (common random numbers). Several processes probe several sizes at once.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from wispprof.simulation.metrics import Report
 from wispprof.simulation.scenario import Scenario
 
 Progress = Callable[[int, str], None]
-"""Called with the number of finished runs and a word on the last one."""
+"""Called with the number of finished runs and a description of the last one."""
 
 
 @dataclass(frozen=True)
 class CapacityResult:
-    """Result of a search. ``devices``: the most that kept within ``violations``, 0 if not even one did.
+    """Result of a search. ``devices``: the most with at most ``violations``, 0 if one device has more.
 
     ``report``: the run at ``devices`` (``None`` at 0). ``probes``: (devices, attainment) in order of size.
-    ``bounded``: false where even ``most`` devices kept within it, so that the true figure may be higher.
+    ``bounded``: false if the search ended at ``most`` devices, so that the capacity may be higher.
     """
 
     devices: int
@@ -42,7 +41,7 @@ class CapacityResult:
 def pool(jobs: int | None = None) -> ProcessPoolExecutor | None:
     """Worker processes for :func:`capacity` and :func:`run_all`; ``None`` (run here) for one job.
 
-    ``jobs`` ``None``: one a core. :func:`workers` is the same with an end.
+    ``jobs`` ``None``: one per core. The caller shuts it down; :func:`workers` does so by itself.
     """
     jobs = jobs or os.cpu_count() or 1
     if jobs < 2:
@@ -51,14 +50,14 @@ def pool(jobs: int | None = None) -> ProcessPoolExecutor | None:
 
 
 def _ignore_interrupt() -> None:
-    """Ctrl-C reaches every process of a terminal; the one that holds the workers ends them."""
+    """Ctrl-C reaches every process of a terminal; the main process ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
 def workers(jobs: int | None = None) -> Iterator[Executor | None]:
-    """A :func:`pool` for the length of a ``with``. Whatever ends that early, Ctrl-C too, ends the workers at
-    once: nobody waits for simulations that nobody will read."""
+    """A :func:`pool` for a ``with`` block. An exception in the block, Ctrl-C included, terminates the
+    workers."""
     executor = pool(jobs)
     try:
         yield executor
@@ -78,7 +77,7 @@ def run_all(
     executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> list[Report]:
-    """Reports of scenarios, in their order, over the executor's processes."""
+    """Reports of scenarios in their order, simulated in the executor's processes (``None``: in this one)."""
     results: Iterable[Report] = (
         map(simulate, scenarios) if executor is None else executor.map(simulate, scenarios)
     )
@@ -101,15 +100,14 @@ def capacity(
     executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> CapacityResult:
-    """Search the capacity of ``scenario`` (its own fleet size does not matter).
+    """Search the capacity of ``scenario``; its own fleet size is ignored.
 
-    ``tolerance``: the answer is exact to this share of itself (at least to one device). ``wide``: sizes
-    probed at once, as many as ``executor`` has processes. Attainment is not strictly monotone in fleet
-    size (sessions are whole, prompts collide); the search returns a size that kept the promise whose
-    next probed size did not.
+    ``tolerance``: relative precision of the result (at least one device). ``wide``: sizes probed at
+    once, usually the number of processes. Attainment is not strictly monotone in fleet size. The search
+    returns a size that meets the limit whose next probed size does not.
     """
     if not 0 <= violations < 1 or start < 1 or most < start:
-        raise ValueError("capacity needs 0 <= violations < 1 and 1 <= start <= most")
+        raise ValueError("capacity needs 0 <= violations < 1 and 1 <= start <= most.")
     reports: dict[int, Report] = {}
 
     def probe(sizes: Sequence[int]) -> None:
@@ -122,7 +120,7 @@ def capacity(
 
     def meets_slo(size: int) -> bool:
         report = reports[size]
-        # No session could be judged: the run is too short to say anything for this size.
+        # NaN: the run was too short to judge any session.
         return not math.isnan(report.attainment) and report.violations <= violations + 1e-12
 
     low, high = 0, 0

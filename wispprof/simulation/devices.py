@@ -1,9 +1,7 @@
-"""Edge devices as the simulator sees them: how long a draft step and a prompt take, and what they draw.
+"""Edge devices (time and power of a draft step) and their links (delay, jitter, bandwidth, loss).
 
-What lies between an edge and the server: delay, jitter, bandwidth, loss; frames stay in order.
-
-A link is one ordered byte stream each way (a WebSocket over TCP). A lost packet is therefore not a lost
-frame: it is a frame that comes later, and holds up those behind it.
+A link is one ordered byte stream each way, as a WebSocket over TCP. A lost packet delays its frame and
+all frames behind it.
 """
 
 from __future__ import annotations
@@ -26,10 +24,11 @@ from wispprof.settings.shared_settings import LinkModel
 class DeviceProfile:
     """Speed and power of one kind of device with one draft model.
 
-    ``draft_ms``: one draft step over an empty context; ``draft_ms_per_ktoken`` is added per 1,000
-    cached tokens. ``controller_ms``: deciding after each token. ``prefill_ms_per_token``: the draft
-    model reading the prompt. ``draft_w`` and ``idle_w``: power while drafting and while waiting.
-    ``resume_ms``: what a rest adds to the first draft step after it.
+    ``draft_ms``: one draft step over an empty context; ``draft_ms_per_ktoken``: added per 1,000 cached
+    tokens.
+    ``controller_ms``: the decision after each token. ``prefill_ms_per_token``: prefill of the draft model.
+    ``draft_w`` and ``idle_w``: power while drafting and while waiting. ``resume_ms``: what an idle time
+    adds to the next draft step.
     """
 
     name: str = "device"
@@ -46,21 +45,20 @@ class DeviceProfile:
         return self.draft_ms + self.draft_ms_per_ktoken * context / 1000.0 + self.controller_ms
 
     def resuming_ms(self, rested_ms: float) -> float:
-        """What a draft step takes longer that begins this long after the last work of the device."""
+        """What a draft step takes longer if the device was idle for ``rested_ms`` before it."""
         return self.resume_ms * rested_share(rested_ms)
 
     @classmethod
     def from_speed(cls, name: str, tokens_per_s: float, **more: float) -> DeviceProfile:
-        """From a drafting speed alone, as publications give it."""
+        """From a drafting speed alone."""
         return cls(name, draft_ms=1000.0 / tokens_per_s, **more)
 
     @classmethod
     def from_rows(cls, name: str, rows: Iterable[EdgeRow]) -> DeviceProfile:
-        """From a measured edge profile: least-squares line of ``draft_step`` medians over context,
-        median of ``controller``, prefill per token, power while drafting, what a rest adds (0 without
-        ``round`` rows).
+        """From the rows of an edge profile: a least-squares line of draft steps over context, else medians.
 
-        Raises :class:`ProfileError` without draft steps."""
+        Raises :class:`ProfileError` without draft steps.
+        """
         kinds: dict[str, list[EdgeRow]] = {}
         rows = list(rows)
         for row in rows:
@@ -109,7 +107,7 @@ COMMIT_BYTES = 92
 OPEN_BYTES = 110
 """An opening frame without its prompt, likewise."""
 TOKEN_BYTES = 4
-"""A token id in msgpack (3 bytes up to 65,535, 5 beyond); a draft's survival byte comes on top."""
+"""A token id in msgpack (3 bytes up to 65,535, 5 beyond). A draft has an acceptance byte more."""
 
 
 DEVICES: Mapping[str, DeviceProfile] = MappingProxyType(

@@ -1,4 +1,4 @@
-"""The event loop: one heap of (time, number, what, with what); everything else is edges and the server."""
+"""The event loop: a heap of (time, number, callback, argument), the load, and the counters of a run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _RETRY_MS = 1000.0
 
 
 class Simulation:
-    """One run of a scenario. Every random draw comes from generators seeded by the scenario's seed and by who
-    draws, so fleets of different size or under different policies meet the same requests and texts."""
+    """One run of a scenario. Generators are seeded by the scenario's seed and by purpose: fleets of
+    another size or under another policy get the same requests and outputs (common random numbers)."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
@@ -45,20 +45,19 @@ class Simulation:
         )
 
     def schedule(self, when_ms: float, what: Callable[[float, Any], None], argument: Any) -> None:
-        """Call ``what(when_ms, argument)`` when the clock gets there; ties in the order they were made."""
+        """Call ``what(when_ms, argument)`` at ``when_ms``; ties in the order of scheduling."""
         self._number = number = self._number + 1
         heappush(self._heap, (when_ms, number, what, argument))
 
     def run(self) -> Report:
-        """Run to the end and sum up."""
+        """Run to the end."""
         self._load()
         warm_ms = self.scenario.warmup_s * 1000.0
         if warm_ms > 0:
             self.schedule(warm_ms, self._warm, None)
         heap, pop, end_ms = self._heap, heappop, self.end_ms
         events = 0
-        # Reference counting frees everything here; the cycle collector would only walk the fleet again
-        # and again.
+        # Reference counting frees everything here; the cycle collector would only cost time.
         collecting = gc.isenabled()
         gc.disable()
         try:
@@ -136,7 +135,8 @@ class Simulation:
         self._live[edge.key] = edge
 
     def ended(self, now_ms: float, edge: SimulatedEdge) -> None:
-        """A generation is over at its device: a closed fleet's device thinks, and asks again."""
+        """A generation ended at its device; a device of a closed fleet thinks, then sends the next
+        request."""
         del self._live[edge.key]
         load = self.scenario.load
         if not isinstance(load, ClosedFleet):
@@ -160,7 +160,7 @@ class Simulation:
         self.schedule(arrives_ms, self.server.draft, (edge, frame, slack_ms))
 
     def send(self, now_ms: float, link: Link, tokens: int) -> float:
-        """A frame of so many drafts leaves an edge; when it arrives."""
+        """A frame of so many drafts leaves an edge; returns when it arrives."""
         size = DRAFT_BYTES + (TOKEN_BYTES + 1) * tokens
         self.counters.up_bytes += size
         return link.up(now_ms, size)
@@ -188,7 +188,7 @@ class Simulation:
         self._before = {(r.device, r.number): r.tokens for r in self.records if r.tokens}
 
     def _catch_up(self, now_ms: float) -> None:
-        """Let every edge do what it has done by now, so that it is counted where it belongs."""
+        """Work out the drafting of every edge up to now, so that it is counted in the right window."""
         for edge in self._live.values():
             edge.advance(now_ms)
 

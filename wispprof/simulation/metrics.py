@@ -1,6 +1,6 @@
-"""What a run yields: per session whether its promise was kept, per fleet how fast, how much was wasted.
+"""Metrics of a run: SLO attainment per session; goodput, latency and waste per fleet.
 
-Times are the device's: a token counts when it reaches the edge.
+A token counts when it reaches the edge.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from wispprof.types import Slo
 
 _LEAST_TOKENS = 8
-"""A session still running at the end is judged from this many tokens on: fewer give no speed."""
+"""A running session is judged from this many tokens on."""
 
 
 @dataclass(slots=True)
@@ -43,21 +43,20 @@ class SessionRecord:
         return (self.last_ms - self.first_ms) / (self.tokens - 1) if self.tokens > 1 else math.nan
 
     def slo_met(self, now_ms: float) -> bool | None:
-        """Was the promise kept? ``None``: it cannot be told yet (young and not behind)."""
+        """Whether the session met its SLO; ``None`` if it has too few tokens to judge and does not lag."""
         slo = self.slo
         if self.refused:
             return False
         if math.isnan(self.first_ms):
             limit = slo.ttft_ms if slo.ttft_ms is not None else math.inf
-            # With no TTFT promise, a session that got nothing in the time its whole output may take
-            # is not one that "has no token speed yet".
+            # Without a TTFT: no token in the time that the SLO allows for the whole output is a miss.
             limit = min(limit, self.output_tokens * slo.tpot_ms)
             return False if now_ms - self.arrival_ms > limit else None
         if slo.ttft_ms is not None and self.ttft_ms > slo.ttft_ms:
             return False
         if self.done:
             return self.last_ms - self.first_ms <= (self.tokens - 1) * slo.tpot_ms * (1 + 1e-9)
-        # Still running: the next token's due time has passed, or it is on time so far.
+        # Still running, and too late to catch up.
         if now_ms - self.first_ms > (self.tokens + _LEAST_TOKENS) * slo.tpot_ms:
             return False
         if self.tokens < _LEAST_TOKENS:
@@ -96,8 +95,8 @@ class Counters:
 class Report:
     """A run in figures. Rates are per second of counted time; percentiles are p50, p95, p99.
 
-    ``attainment``: share of judged sessions that kept their SLO; NaN with none judged. ``goodput``: tokens/s
-    of sessions that kept it. ``accepted_per_round``: drafts accepted per verify item of a drafting
+    ``attainment``: share of judged sessions that met their SLO; NaN if none was judged. ``goodput``: tokens/s
+    of sessions that met it. ``accepted_per_round``: drafts accepted per verify item of a drafting
     session (the committed tokens are one more). ``wasted_share``: of drafting time.
     """
 
@@ -127,12 +126,12 @@ class Report:
 
     @property
     def violations(self) -> float:
-        """Share of judged sessions that missed their SLO; NaN with none judged."""
+        """Share of judged sessions that missed their SLO; NaN if none was judged."""
         return 1.0 - self.attainment
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """p50, p95 and p99; NaN of nothing."""
+    """p50, p95 and p99; NaN without values."""
     if not values:
         return math.nan, math.nan, math.nan
     p50, p95, p99 = np.percentile(np.asarray(values), [50, 95, 99]).tolist()
@@ -148,7 +147,7 @@ def summarise(
     end_ms: float,
     events: int,
 ) -> Report:
-    """Boil a run down. ``window_tokens``: by (device, number), tokens delivered in the counted time."""
+    """The report of a run. ``window_tokens``: by (device, number), tokens delivered in the counted time."""
     judged: list[tuple[SessionRecord, bool]] = []
     for record in records:
         if record.arrival_ms < start_ms and record.done and record.last_ms < start_ms:

@@ -1,7 +1,7 @@
-"""Published headline tables beside what the simulator gives.
+"""Published headline tables beside the simulator's results.
 
-Each paper has one parameter file with its sources. Where a fair setup does not give the published figure, the
-assumptions that might make the difference have names and columns of their own.
+Each paper has one parameter file with its sources. Assumptions that may explain a difference have names and
+columns of their own.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def wisp_scenario(setup: Table, kind: str, slo: float, assumption: Table) -> Sce
     return Scenario(
         system(assumption["systems"][kind]).replace(**policy),
         linear_server(server),
-        # All at once, their prompts would decide: each size is judged on a fleet that is under way.
+        # Requests are spread over the warm-up: started at once, their prompts would dominate.
         ClosedFleet(run["start"], Lengths(**workload), ramp_ms=answer_s * 1000.0),
         SyntheticAcceptance(**setup["acceptance"]),
         devices=(
@@ -149,7 +149,7 @@ def reproduce_wisp(
         for slo in setup["slos"]
     ]
     jobs = [(wisp_scenario(setup, kind, slo, a), run) for a, slo, kind in cells]
-    # A search is one job: its own probes side by side would be more of them.
+    # One search is one job; its probes run one after the other.
     searched = map(_search, jobs) if executor is None else executor.map(_search, jobs)
     found: dict[tuple[str, float, str], int] = {}
     for (assumption, slo, kind), devices in zip(cells, searched, strict=True):
@@ -178,8 +178,7 @@ def reproduce_wisp(
                     {n: _ratio(found, names[: names.index(n) + 1], slo, rival) for n in names},
                 )
             )
-    # The headline's goodput counts each device at its promised speed (an unpaced generation that runs ahead
-    # is worth no more), so its ratios are those of capacities.
+    # The published goodput counts each device at its SLO's speed, so its ratios are those of capacities.
     goodput = setup["published"]["goodput"]
     top = max(setup["slos"])
     for rival in setup["systems"][1:]:
@@ -194,7 +193,7 @@ def reproduce_wisp(
 
 
 def _search(job: tuple[Scenario, Mapping[str, Any]]) -> int:
-    """One cell: the most devices that keep their promise."""
+    """One cell: the most devices that meet their SLO."""
     scenario, run = job
     limits = {key: run[key] for key in ("violations", "start", "most")}
     return capacity(scenario, **limits, tolerance=0.03).devices

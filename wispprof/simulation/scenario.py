@@ -1,7 +1,7 @@
 """What is simulated, as frozen settings: systems, a server, a fleet, its links and its load.
 
-A system names the policies of a server and its edges. All of them are the runtime's own, except the clairvoyant
-bound: it knows what the target will say, so nothing real can run it.
+A system names the policies of a server and its edges. All of them are the runtime's own, except the
+clairvoyant bound: it knows what the target will say, so nothing real can run it.
 """
 
 from __future__ import annotations
@@ -125,17 +125,19 @@ SYSTEMS: Mapping[str, System] = {
         System("clairvoyant-rounds", "fcfs", clairvoyant=True),
     )
 }
-"""By label. The upper bound is the better of the two clairvoyants: asynchronous drafting wins if compute limits
-a step, synchronous if cache reads do. ``sled`` is short for ``sled-threshold``."""
+"""By label. The upper bound is the better of the two clairvoyants: asynchronous drafting wins if compute
+limits a step, synchronous if cache reads do. ``sled`` is short for ``sled-threshold``."""
 
 _ALIASES = {"sled": "sled-threshold", "sled-nocache": "sled-threshold-nocache"}
 
 
 def system(name: str) -> System:
-    """A system by label, or one of a batching policy by its plugin name (an entry point, or ``module:Class``).
+    """A system by label, or one of a batching policy by its plugin name (an entry point, or
+    ``module:Class``).
 
-    With such a policy edges draft asynchronously by the ``wispprof`` controller if it is asynchronous, else four
-    tokens a round. Raises :class:`PlanError` on an unknown name, :class:`PluginError` if a plugin does not load.
+    With such a policy edges draft asynchronously by the ``wispprof`` controller if it is asynchronous,
+    else four tokens a round. Raises :class:`PlanError` on an unknown name, :class:`PluginError` if a
+    plugin does not load.
     """
     found = SYSTEMS.get(_ALIASES.get(name, name))
     if found is not None:
@@ -159,7 +161,8 @@ class ServerModel:
     longer when its session is next in one (nothing is computed meanwhile; estimators do not know of it).
 
     ``overhead_ms``: what the engine loop adds to each step (collecting, deciding, sending). ``spread``: see
-    :class:`~wispprof.simulation.step_costs.SimulatedStepTimes`. ``prefill_chunk``: most prompt tokens a step takes.
+    :class:`~wispprof.simulation.step_costs.SimulatedStepTimes`. ``prefill_chunk``: most prompt tokens a
+    step takes.
     """
 
     estimator: StepTimeEstimator

@@ -1,4 +1,4 @@
-"""From names and files to the parts of a scenario: what a command line says, made into objects."""
+"""Parts of a scenario from the names and files of a command line."""
 
 from __future__ import annotations
 

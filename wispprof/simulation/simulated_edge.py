@@ -1,12 +1,12 @@
 """The edge's side of one simulated generation: a driver of the runtime's own ``EdgeSession``.
 
-What is added here is time. A draft step costs what the device profile says, and a frame takes what the link
-says. A step that has begun is finished, whatever commit arrives meanwhile.
+The device profile gives the time of a draft step, the link that of a frame. A step that has begun always
+ends.
 
-To keep events few, drafting is worked out afterwards. In round mode nothing can arrive while a round is drafted,
-so the round is worked out at once; proactive drafts are worked out when the commit arrives. In stream mode only
-an arriving commit and a deciding server depend on what the edge has done, so both call
-:meth:`SimulatedEdge.advance` first. Frames wait in ``outbox`` until the server collects them.
+To keep events few, drafting is worked out late. In round mode nothing can arrive while a round is
+drafted: it is worked out at once, and proactive drafts when the commit arrives. In stream mode only an
+arriving commit and a scheduling server depend on the edge: both call :meth:`SimulatedEdge.advance`
+first. Frames wait in ``outbox`` until the server collects them.
 """
 
 from __future__ import annotations

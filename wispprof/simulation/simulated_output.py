@@ -1,7 +1,7 @@
-"""One generation's future, as the simulator knows it and nobody else does.
+"""The output of one simulated generation: the target's tokens, and what the draft model proposes.
 
-As long as everything drafted equals the target's path, the proposal at a position depends on that position
-alone (the draft saw the true prefix). From the first difference on the draft follows a wrong path of its own.
+While all drafts equal the target's path, the proposal at a position depends on the position alone. From
+the first difference on, the draft model follows a wrong path.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Protocol
 from wispprof.types import DraftToken, RejectionPredictor, Sampling
 
 PROMPT_TOKEN = 7
-"""Prompts only count by their length: every prompt token is this one."""
+"""Only the length of a prompt matters: every prompt token is this one."""
 
 
 class SimulatedOutput:
-    """One generation's future. Positions as everywhere: prompt tokens first.
+    """A drafter of recorded or drawn proposals. Positions count from the start of the prompt.
 
-    ``path``: output tokens of the target. ``proposals[i]``: for output position ``i`` after the true prefix.
-    ``off_path[i]``: what the draft would go on with if its proposal there was wrong; the last entry repeats.
+    ``path``: output tokens of the target. ``proposals[i]``: the draft for output position ``i`` after
+    the true prefix. ``off_path[i]``: the drafts after a wrong proposal at ``i``; the last one repeats.
     """
 
     __slots__ = (
@@ -58,11 +58,11 @@ class SimulatedOutput:
 
     @property
     def on_path(self) -> bool:
-        """Whether everything held so far is what the target says."""
+        """Whether all tokens held equal the target's."""
         return self._wrong_from < 0
 
     def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
-        """Start over from committed tokens (they are on the path by definition)."""
+        """Start over from committed tokens, which are on the path."""
         self._length = len(tokens)
         self._wrong_from = -1
 
@@ -77,14 +77,14 @@ class SimulatedOutput:
                 self._wrong_from = place
                 self._wrong_drafts = self._off_path[place]
             return proposal
-        acceptance_probs = self._wrong_drafts
+        drafts = self._wrong_drafts
         depth = place - wrong - 1
-        return acceptance_probs[depth] if depth < len(acceptance_probs) else acceptance_probs[-1]
+        return drafts[depth] if depth < len(drafts) else drafts[-1]
 
     def rollback(self, length: int) -> None:
         """Hold only the first ``length`` tokens."""
         if length > self._length:
-            raise ValueError(f"cannot roll {self._length} tokens back to {length}")
+            raise ValueError(f"Cannot roll {self._length} tokens back to {length}.")
         self._length = length
         if length - self.prompt_tokens <= self._wrong_from:
             self._wrong_from = -1
@@ -107,7 +107,7 @@ class SimulatedOutput:
 
 
 class AcceptanceSource(Protocol):
-    """Where scripts come from. ``predictor`` reads the features that its scripts carry."""
+    """Makes simulated outputs. ``predictor`` reads the features of their drafts."""
 
     @property
     def predictor(self) -> RejectionPredictor: ...
@@ -115,7 +115,7 @@ class AcceptanceSource(Protocol):
     def output(
         self, seed: Sequence[int], prompt_tokens: int, output_tokens: int
     ) -> SimulatedOutput:
-        """The generation that this seed stands for, equal for equal arguments."""
+        """A generation's output; equal arguments give equal outputs."""
 
 
 def mix(seed: Sequence[int]) -> int:

@@ -1,7 +1,8 @@
-"""The server's side: sessions admitted by memory, a batching policy asked whenever the engine is free.
+"""The simulated server: admits sessions by KV memory and runs the batching policy whenever the engine is
+idle.
 
-Sessions are the runtime's own (:class:`~wispprof.sessions.session_state.SessionState`), policies too. The
-engine is a clock: a step over its batch shape takes what the estimator says, times its residual.
+Sessions (:class:`~wispprof.sessions.session_state.SessionState`) and policies are the runtime's own. The
+engine only takes time: the estimate of the batch shape times a residual.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ _INSTANT_MS = 1e-6
 
 
 class PolicyViolation(RuntimeError):
-    """A batching policy went beyond its limits, planned a session twice, or one it was not shown."""
+    """A batching policy exceeded its limits, or planned a session twice or one that it was not given."""
 
 
 class SimulatedServer:
-    """One engine and its engine loop, driven by events."""
+    """One engine and its loop, driven by events."""
 
     def __init__(
         self, sim: Simulation, model: ServerModel, policy: BatchPolicy, rng: Random
@@ -58,21 +59,22 @@ class SimulatedServer:
         self._kv_tokens = model.kv_tokens if model.kv_tokens is not None else _UNLIMITED
         self._offload: KvOffload | None = None
         if model.host_kv_ms is not None:
-            # Host memory admits everybody; what bounds a step is the card, of which no session keeps a part.
+            # With host memory every session is admitted; GPU memory limits a single step.
             self._offload = KvOffload(self._kv_tokens)
             self._kv_tokens = _UNLIMITED
         self._busy = False
         self._wake = 0
         self._level = 0
         self._steps = 0
-        # The least time a token can take: a lone step that commits a full tail.
-        alone = self._estimator.start().add(1, 0).p50_ms
-        self._floor_ms = alone / (1 + sim.system.drafting.draft_ahead)
+        # The least time per token: a step of one session that commits all drafts it may hold.
+        single_ms = self._estimator.start().add(1, 0).p50_ms
+        self._floor_ms = single_ms / (1 + sim.system.drafting.draft_ahead)
 
     # --- frames arrive ---
 
     def open(self, now_ms: float, edge: SimulatedEdge) -> None:
-        """An opening frame arrived. Admission is in order of arrival, by the memory it may come to need."""
+        """An opening frame arrived. Sessions are admitted in order of arrival, by the KV of their whole
+        generation."""
         need = edge.output.prompt_tokens + edge.record.output_tokens
         if need > min(self._model.kv_tokens or _UNLIMITED, self._model.max_context):
             edge.record.refused = True
@@ -101,7 +103,7 @@ class SimulatedServer:
             self._decide(now_ms)
 
     def _collect(self, now_ms: float) -> None:
-        """Streams: merge every frame that has arrived by now."""
+        """Merge every frame that asynchronous edges sent and that has arrived by now."""
         sessions = self._sessions
         for key, edge in self._streaming.items():
             if edge.next_ms <= now_ms:
@@ -125,7 +127,7 @@ class SimulatedServer:
             self._edges[edge.key] = edge
             if edge.stream and edge.controller is not None:
                 self._streaming[edge.key] = edge
-                # What came before nobody kept: the edge sends it again once it knows a frontier.
+                # Frames before the admission are lost; after the first commit their drafts come again.
                 edge.advance(now_ms)
                 while edge.outbox and edge.outbox[0][0] < now_ms:
                     edge.outbox.popleft()
@@ -135,7 +137,7 @@ class SimulatedServer:
                 slo=edge.record.slo,
                 max_new=edge.record.output_tokens,
                 max_context=model.max_context + 1,
-                # The promise counts from the request, not from admission.
+                # The SLO counts from the request, not from the admission.
                 now_ms=edge.record.arrival_ms,
                 stream=edge.stream,
                 undrafted=edge.controller is None,
@@ -168,7 +170,7 @@ class SimulatedServer:
             self._wait_for_frame(edge)
 
     def _wait_for_frame(self, edge: SimulatedEdge) -> None:
-        """With the engine idle, its next frame is an event."""
+        """While the engine is idle, the arrival of an edge's next frame is an event."""
         when = edge.outbox[0][0] if edge.outbox else edge.next_ms
         if when < math.inf:
             self._sim.schedule(when, self._on_idle_frame, (self._wake, edge))
@@ -196,7 +198,7 @@ class SimulatedServer:
             session = sessions.get(item.session)
             if session is None or session.in_flight:
                 raise PolicyViolation(
-                    f"{self._policy.name} planned {item.session} twice, or unasked"
+                    f"{self._policy.name} planned {item.session} twice, or it is no session."
                 )
             cached, chunk = session.cached, item.prefill
             step_input = session.step_input(item, now_ms)
@@ -210,7 +212,7 @@ class SimulatedServer:
             or rows > min(limits.max_tokens, limits.kv_free)
             or prefill > limits.prefill_chunk
         ):
-            raise PolicyViolation(f"{self._policy.name} went beyond {limits} with {rows} rows")
+            raise PolicyViolation(f"{self._policy.name} exceeded {limits} with {rows} rows.")
         p50_ms, took_ms = self._times.sample(items)
         host_ms = self._model.host_kv_ms
         if self._offload is not None and host_ms is not None:
@@ -231,7 +233,7 @@ class SimulatedServer:
         self._collect(now_ms)
         sim, sessions, edges = self._sim, self._sessions, self._edges
         counters, schedule, level = sim.counters, sim.schedule, self._level
-        # Commits leave between the bookkeeping of this step and the decision on the next one.
+        # Commits leave halfway through the overhead between two steps.
         leaves_ms = now_ms + self._overhead_ms / 2.0
         counters.busy_ms += now_ms - max(began_ms, sim.counted_from_ms)
         if self._steps % _LEVEL_EVERY == 1:
@@ -293,7 +295,7 @@ class SimulatedServer:
         return self._kv_used
 
     def check_integrity(self) -> None:
-        """Books balance: KV in use is the sum over sessions, reservations too. Raises ``AssertionError``."""
+        """Check that used and reserved KV are sums over sessions. Raises ``AssertionError``."""
         if self._busy:
             return
         assert self._kv_used == sum(s.cached for s in self._sessions.values())
@@ -304,7 +306,7 @@ class SimulatedServer:
 
 
 def _decided(step_input: StepInput, session: SessionState, edge: SimulatedEdge) -> VerifyResult:
-    """What the target says to a feed: its script's path, as far as the drafts agree, and one more."""
+    """The target's decision: drafts that agree with its path, and one more token."""
     if not step_input.needs_logits:
         return VerifyResult(step_input.session, 0, ())
     path = edge.output.path

@@ -1,4 +1,5 @@
-"""What a simulated step takes: estimated time and its residual, servers without prefix cache, caches in host memory."""
+"""Time of a simulated step: estimate and residual, servers without prefix cache, KV offload to host
+memory."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from wispprof.types import BatchCost, BatchShape, StepTimeEstimator, VerifyItem
 
 @dataclass(frozen=True, slots=True)
 class WithoutPrefixCache(StepTimeEstimator):
-    """The same server when it keeps no KV between rounds: every item is fed from its first token on."""
+    """The same server without KV between rounds: every item is computed from its first token on."""
 
     inner: StepTimeEstimator
 
@@ -48,7 +49,7 @@ class _Uncached(BatchCost):
 
 
 class SimulatedStepTimes:
-    """What a step really takes: the estimator's median times a log-normal residual.
+    """The estimator's median times a log-normal residual.
 
     ``spread``: standard deviation of the residual's logarithm; ``None`` takes the one under which the
     estimator's bound has the coverage it states.
@@ -74,9 +75,9 @@ class SimulatedStepTimes:
 
 
 class KvOffload:
-    """``capacity`` cache tokens on the card; the least recently used session leaves first.
+    """A GPU with ``capacity`` cache tokens; the least recently used session is evicted first.
 
-    Host memory holds a copy of everything, so leaving costs nothing and coming back is one read.
+    Host memory holds a copy of everything: an eviction costs nothing, a return is one read.
     """
 
     __slots__ = ("_capacity", "_held", "_used")
@@ -97,7 +98,7 @@ class KvOffload:
                 self._used -= held
             self._held[session] = cached + new
             self._used += cached + new
-        # Members are the most recently used: they go only where a step alone is more than fits.
+        # Items of this step are the most recently used: they go only if the step alone exceeds the capacity.
         while self._used > self._capacity:
             self._used -= self._held.popitem(last=False)[1]
         return missed
@@ -108,5 +109,5 @@ class KvOffload:
 
     @property
     def used(self) -> int:
-        """Cache tokens on the card, at most ``capacity``."""
+        """Cache tokens on the GPU, at most ``capacity``."""
         return self._used

@@ -1,4 +1,4 @@
-"""Scripts drawn from a model of acceptance, for setups of which only averages are known."""
+"""Simulated outputs drawn from a model of acceptance, for setups of which only averages are known."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wispprof.types import DraftFeatures, DraftToken, RejectionPredictor
 
 
 class TrustConfidence:
-    """A predictor that believes the feature ``confidence``: synthetic features are calibrated already."""
+    """Returns the feature ``confidence``: synthetic features are calibrated."""
 
     def acceptance_prob(self, features: DraftFeatures, depth: int) -> float:
         return features.confidence
@@ -28,14 +28,14 @@ _RIGHT, _WRONG = 1, 0
 
 
 class SyntheticAcceptance:
-    """Scripts drawn from a model with four figures, for setups of which only averages are known.
+    """Outputs drawn from a model with four parameters.
 
-    Each output position has its own chance ``q`` of a right proposal, from a Beta law of mean
-    ``acceptance`` whose concentration is ``concentration`` (small: some positions are easy and some
-    hopeless). With probability ``persistence`` a position inherits the chance of the one before it. A
-    predictor sees ``logit(q)`` through Gaussian noise of standard deviation ``noise`` and answers with
-    the calibrated chance given what it sees; 0 knows ``q`` exactly (not the outcome), large values know
-    only the mean.
+    Each output position has its own acceptance probability ``q``, drawn from a Beta distribution of mean
+    ``acceptance`` and concentration ``concentration`` (small: ``q`` is near 0 or 1). With probability
+    ``persistence`` a position inherits the ``q`` of the one before it. The predictor observes
+    ``logit(q)`` with Gaussian noise of standard deviation ``noise`` and returns the calibrated
+    probability given that. At noise 0 it knows ``q`` (not the outcome); at large noise it knows only the
+    mean.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class SyntheticAcceptance:
     ) -> None:
         if not 0 < acceptance < 1 or concentration <= 0 or not 0 <= persistence <= 1 or noise < 0:
             raise ValueError(
-                "synthetic acceptance needs 0 < acceptance < 1, concentration > 0, "
+                "Synthetic acceptance needs 0 < acceptance < 1, concentration > 0, "
                 f"0 <= persistence <= 1 and noise >= 0, got {acceptance}, {concentration}, "
                 f"{persistence}, {noise}"
             )
@@ -67,10 +67,10 @@ class SyntheticAcceptance:
     ) -> SyntheticAcceptance:
         """Match a measured or published curve: ``acceptance_prob[j]`` = P(first j + 1 proposals accepted).
 
-        The mean is its first value; the persistence is the one whose curve comes closest (least squares).
+        The mean is its first value; the persistence minimises the squared error of the curve.
         """
         if not acceptance_prob or not 0 < acceptance_prob[0] < 1:
-            raise ValueError("a survival curve begins with a probability between 0 and 1")
+            raise ValueError("The first value of an acceptance curve must be between 0 and 1.")
         goal = np.asarray(acceptance_prob, dtype=float)
 
         def gap(persistence: float) -> float:
@@ -110,7 +110,7 @@ class SyntheticAcceptance:
             self._right[i] if ok else missed
             for i, ok, missed in zip(levels, right.tolist(), wrong, strict=True)
         ]
-        # A draft that went astray does not know it: its confidence goes on like any other.
+        # After a wrong draft, confidence goes on like on the path.
         return SimulatedOutput(prompt_tokens, [_RIGHT] * output_tokens, proposals, OffPath(wrong))
 
     def _draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +126,7 @@ class SyntheticAcceptance:
 
 
 class OffPath(Sequence[Sequence[DraftToken]]):
-    """The wrong tokens of the positions that follow, cut when they are asked for; at least one."""
+    """By position: the wrong tokens of the positions after it (at least one), sliced on access."""
 
     __slots__ = ("_wrong",)
 
@@ -146,7 +146,7 @@ def cum_acceptance_curve(
 ) -> np.ndarray:
     """P(first j + 1 proposals accepted) of the synthetic model, (depth,).
 
-    By runs: within a run of equal ``q`` of length r the chance is the Beta law's r-th moment.
+    Over runs: a run of r positions with equal ``q`` is accepted with the Beta distribution's r-th moment.
     """
     a = acceptance * concentration
     moments = [1.0]
@@ -172,7 +172,7 @@ def _logit(q: np.ndarray) -> np.ndarray:
 def _calibration(
     acceptance: float, concentration: float, noise: float
 ) -> tuple[np.ndarray, tuple[DraftFeatures, ...]]:
-    """What a noisy sight of ``logit(q)`` is worth: quantile edges, and mean ``q`` in each bin."""
+    """Calibration of the noisy ``logit(q)``: quantile edges, and features of the mean ``q`` in each bin."""
     rng = np.random.default_rng(20260120)
     a = acceptance * concentration
     q = rng.beta(a, concentration - a, 200_000)

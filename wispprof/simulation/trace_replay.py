@@ -1,4 +1,4 @@
-"""Scripts replayed from an acceptance trace: what a draft model really proposed, and with which features."""
+"""Simulated outputs replayed from an acceptance trace: recorded proposals and their features."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from wispprof.types import DraftFeatures, DraftToken, RejectionPredictor
 
 
 class MemoPredictor:
-    """Another predictor, each answer computed once: scripts repeat the same few features many times."""
+    """Caches another predictor: replayed outputs repeat the same few features."""
 
     def __init__(self, predictor: RejectionPredictor) -> None:
         self._predictor = predictor
@@ -41,7 +41,7 @@ class _Segment(NamedTuple):
 
 
 class TraceAcceptance:
-    """Scripts cut from an acceptance trace: recorded paths, proposals and features, in random order.
+    """Outputs cut from an acceptance trace: recorded paths, proposals and features, in random order.
 
     A generation longer than one path goes on with another. Rows that the end of a path censors are left out.
     Beyond the recorded depth of a wrong path its last feature row repeats. Prompt length is the caller's.
@@ -75,10 +75,10 @@ class TraceAcceptance:
 
 
 class TraceReplay:
-    """Scripts that are whole paths of a trace, told by number: what replay edges draft along.
+    """Outputs that are whole paths of a trace, selected by number as ``wispprof bench`` does.
 
-    Device d's request r follows path ``(r · devices + d) mod paths``, as a bench deals them. Rows that the
-    end of a path censors are kept: on the path, the proposal at a position is known for every row.
+    Device d's request r follows path ``(r · devices + d) mod paths``. Rows that the end of a path censors are
+    included: on the path, the proposal at a position is known for every row.
     """
 
     def __init__(self, trace: AcceptanceTrace, predictor: RejectionPredictor, devices: int) -> None:
