@@ -41,7 +41,7 @@ test-lowest:
 	@$(PYTHON) tools/lowest_versions.py $(if $(TORCH),torch=$(TORCH)) > .venv-lowest/lowest.txt
 	@.venv-lowest/bin/python -m pip install --quiet -r .venv-lowest/lowest.txt
 	@.venv-lowest/bin/python -m pip install --quiet --group test -c .venv-lowest/lowest.txt -e .
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-lowest/bin/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-lowest/bin/python -m pytest -W default::DeprecationWarning -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
 
 readme: demo
 	@$(BIN)/python docs/generate_readme.py out/demo
