@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from wispprof.edge.connection import ConnectionFactory
     from wispprof.engines.loading import LoadedModel
     from wispprof.engines.torch.engine import TorchEngine
-    from wispprof.profiling.draft_rollout import DraftRollout
 
 _STEP_TOKENS = 2048
 
@@ -121,13 +120,18 @@ def _assemble(
     total, generated = 2 * len(prompts), 0
     rollout = DraftRollout(draft)
     traced: list[TracePath] = []
-    for batch in _batches(prompts, settings.batch):
+    for start in range(0, len(prompts), settings.batch):
+        batch = prompts[start : start + settings.batch]
         report(len(traced) + generated, total, "the target's own path")
         paths = paths_of(batch)
         generated += len(batch)
         for prompt, path in zip(batch, paths, strict=True):
             report(len(traced) + generated, total, "the draft's proposals at every position")
-            traced.append(_scored_path(rollout, prompt, path, settings))
+            drafts, features = rollout.run(
+                [*prompt, *path], len(prompt), settings.depth, settings.sampling
+            )
+            accepted = accepted_lengths(drafts, path)
+            traced.append(TracePath(tuple(prompt), tuple(path), drafts, features, accepted))
     report(total, total, "done")
     return AcceptanceTrace(
         target="",
@@ -280,14 +284,6 @@ async def _collect_paths(client: ServerClient, prompts: Sequence[Sequence[int]])
     return paths
 
 
-def _scored_path(
-    rollout: DraftRollout, prompt: Sequence[int], path: Sequence[int], settings: TraceSettings
-) -> TracePath:
-    drafts, features = rollout.run([*prompt, *path], len(prompt), settings.depth, settings.sampling)
-    accepted = accepted_lengths(drafts, path)
-    return TracePath(tuple(prompt), tuple(path), drafts, features, accepted)
-
-
 def accepted_lengths(drafts: np.ndarray, path: Sequence[int]) -> np.ndarray:
     """Length of each row's prefix that equals the path from that row on, (m,) int32."""
     m, depth = drafts.shape
@@ -301,11 +297,6 @@ def _prompts(settings: TraceSettings, tokenizer: Any, context: int) -> list[list
     if settings.prompts is None:
         return held_out_prompts(tokenizer, settings.count, size, settings.seed)
     return load_prompts(settings.prompts, tokenizer, settings.count, size, settings.seed)
-
-
-def _batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[Sequence[int]]]:
-    for start in range(0, len(prompts), size):
-        yield prompts[start : start + size]
 
 
 def _check_pair(target: str, tokenizer_hash: str, vocabulary: int, draft: LoadedModel) -> None:

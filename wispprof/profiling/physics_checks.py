@@ -182,11 +182,13 @@ def _doubt(what: str, *rows: StepRow) -> str:
 
 
 def _order(rows: Sequence[StepRow], model: ModelRecord) -> float | None:
+    from scipy.stats import rankdata
+
     work = np.array([_work(row.shape, model) for row in rows])
     if len(rows) < 8 or work.max() < 4 * work.min():
         return None
     times = np.array([_fastest(row) for row in rows])
-    value = float(np.corrcoef(_ranks(work), _ranks(times))[0, 1])
+    value = float(np.corrcoef(rankdata(work), rankdata(times))[0, 1])
     if not value > 0.5:
         raise PhysicsViolation(
             f"Over {len(rows)} shapes, time and work are barely related (rank correlation {value:.2f}).",
@@ -197,10 +199,3 @@ def _order(rows: Sequence[StepRow], model: ModelRecord) -> float | None:
 
 def _fastest(row: StepRow) -> float:
     return min(row.samples_ms)
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks with ties shared."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return np.asarray((ends - (counts - 1) / 2)[inverse])
