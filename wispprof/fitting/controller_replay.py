@@ -261,15 +261,15 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     summary = []
     for (device, rtt), rows in cells.items():
         named = {r["controller"]: r for r in rows if not r["aim"]}
-        fast = [r for r in rows if r["aim"] == "fast"]
-        frugal = [r for r in rows if r["aim"] == "frugal"]
+        fast = (r for r in rows if r["aim"] == "fast")
+        frugal = (r for r in rows if r["aim"] == "frugal")
         summary.append(
             {
                 "device": device,
                 "rtt_ms": rtt,
                 "fixed": named["fixed"],
                 "fastest": max(fast, key=lambda r: r["tuned_tokens_per_s"]),
-                "frugal": min(frugal, key=lambda r: r["tuned_wasted_ms"]) if frugal else None,
+                "frugal": min(frugal, key=lambda r: r["tuned_wasted_ms"], default=None),
                 "clairvoyant": named["clairvoyant"],
             }
         )
@@ -283,7 +283,7 @@ def _record(
     value: float,
     result: Walk,
     learnt: Walk | None = None,
-    aim: str = "fast",
+    aim: str = "",
 ) -> dict[str, Any]:
     tuned = learnt or result
     return {
@@ -291,7 +291,7 @@ def _record(
         "draft_ms": cost.draft_ms,
         "rtt_ms": cost.rtt_ms,
         "controller": name,
-        "aim": aim if learnt else "",
+        "aim": aim,
         "value": value,
         "tuned_tokens_per_s": tuned.tokens_per_s(cost),
         "tuned_wasted_ms": tuned.wasted_ms(cost),

@@ -133,70 +133,55 @@ def _why_predictor(report: Mapping[str, Any]) -> str:
     return why
 
 
-def estimator_card(
-    estimator: FittedEstimator, inputs: dict[str, str]
-) -> tuple[str, dict[str, Any]]:
-    """(Markdown, JSON) of an estimator's card."""
-    report, ratio = estimator.report, estimator.ratio
-    low, high = estimator.domain.low, estimator.domain.high
+Card = tuple[str, dict[str, Any]]
+"""(Markdown, JSON)."""
+
+
+def estimator_card(estimator: FittedEstimator, inputs: dict[str, str]) -> Card:
+    report, ratio, domain = estimator.report, estimator.ratio, estimator.domain
     errors = ("mape", "median_ape", "p90_ape", "p99_ape", "bias")
     held_out = sorted(report["held_out"].items(), key=lambda item: item[1]["mape"])
-    factors = ratio.at(estimator.coverage)
-    lines = [
-        "# Verification-time estimator",
-        "",
-        explain_estimator(estimator),
-        "",
+    factors = [f"{factor:.3f}" for factor in ratio.at(estimator.coverage)]
+    sections = [
         *_table(
             "Held-out error by estimator (whole shapes held out, percent)",
             "estimator, MAPE, median, p90, p99, bias, never falls",
-            (
-                (
-                    name,
-                    *(f"{row[e]:.2f}" for e in errors),
-                    "yes" if report["monotone"][name] else "no",
-                )
-                for name, row in held_out
-            ),
+            [
+                (n, *(f"{row[e]:.2f}" for e in errors), "yes" if report["monotone"][n] else "no")
+                for n, row in held_out
+            ],
         ),
         *_table(
             f"Bound at {100 * estimator.coverage:g} %",
             "regime, bound ÷ median, calibration shapes",
-            (
-                (name, f"{factor:.3f}", count)
-                for name, factor, count in zip(REGIMES, factors, ratio.shapes, strict=True)
-            ),
+            zip(REGIMES, factors, ratio.shapes, strict=True),
         ),
         f"A step is large from {ratio.split_ms:.3g} ms on. Regimes with few shapes share the scale of a "
         "wider one; all regimes share the quantiles in units of it.",
         "",
-        *_table("Measured domain", "total, from, to", zip(low._fields, low, high, strict=True)),
-        *_inputs(inputs),
+        *_table(
+            "Measured domain",
+            "total, from, to",
+            zip(domain.low._fields, domain.low, domain.high, strict=True),
+        ),
     ]
-    document = {
-        "kind": estimator.kind,
-        "explanation": explain_estimator(estimator),
-        "report": report,
-        "bound": ratio.payload(),
-        "domain": {"low": low._asdict(), "high": high._asdict()},
-        "inflation": estimator.inflation,
-        "inputs": inputs,
-    }
-    return "\n".join(lines), document
+    return _card(
+        "Verification-time estimator",
+        estimator,
+        explain_estimator(estimator),
+        inputs,
+        sections,
+        bound=ratio.payload(),
+        domain={"low": domain.low._asdict(), "high": domain.high._asdict()},
+        inflation=estimator.inflation,
+    )
 
 
-def predictor_card(
-    predictor: FittedPredictor, inputs: dict[str, str]
-) -> tuple[str, dict[str, Any]]:
-    """(Markdown, JSON) of a predictor's card."""
+def predictor_card(predictor: FittedPredictor, inputs: dict[str, str]) -> Card:
     report = predictor.report
     scores = ("auc", "false_acceptance", "ece", "log_loss")
     curve = report["held_out"][report["chosen"]]["reliability"]
-    lines = [
-        "# Rejection predictor",
-        "",
-        explain_predictor(predictor),
-        "",
+    sections = [
         *_table(
             "On held-out prompts",
             "predictor, AUC, false acceptance at 80 % recall, ECE, log loss",
@@ -210,15 +195,24 @@ def predictor_card(
             "predicted, accepted, tokens",
             ((f"{p:.3f}", f"{a:.3f}", n) for p, a, n in curve),
         ),
-        *_inputs(inputs),
     ]
-    document = {
-        "kind": predictor.kind,
-        "explanation": explain_predictor(predictor),
-        "report": report,
-        "inputs": inputs,
-    }
-    return "\n".join(lines), document
+    explanation = explain_predictor(predictor)
+    return _card("Rejection predictor", predictor, explanation, inputs, sections)
+
+
+def _card(
+    title: str,
+    fitted: FittedEstimator | FittedPredictor,
+    explanation: str,
+    inputs: dict[str, str],
+    sections: Iterable[str],
+    **more: object,
+) -> Card:
+    listed = [f"- {name}: `{digest}`" for name, digest in inputs.items()]
+    made_from = ["## Made from", "", *listed, ""] if listed else []
+    text = "\n".join([f"# {title}", "", explanation, "", *sections, *made_from])
+    document = {"kind": fitted.kind, "explanation": explanation, "report": fitted.report}
+    return text, document | more | {"inputs": inputs}
 
 
 def _table(title: str, columns: str, rows: Iterable[Iterable[object]]) -> list[str]:
@@ -228,12 +222,7 @@ def _table(title: str, columns: str, rows: Iterable[Iterable[object]]) -> list[s
     return [*head, *(f"| {' | '.join(map(str, row))} |" for row in rows), ""]
 
 
-def _inputs(inputs: dict[str, str]) -> list[str]:
-    listed = [f"- {name}: `{digest}`" for name, digest in inputs.items()]
-    return ["## Made from", "", *listed, ""] if listed else []
-
-
-def write_card(artifact: Path, card: tuple[str, dict[str, Any]]) -> tuple[Path, Path]:
+def write_card(artifact: Path, card: Card) -> tuple[Path, Path]:
     """Write ``NAME.card.md`` and ``NAME.card.json`` beside an artifact ``NAME.json``."""
     markdown, document = card
     text = artifact.with_name(f"{artifact.stem}.card.md")
@@ -254,15 +243,17 @@ COLORS = {
 
 def plot_evaluation(found: Evaluation, folder: Path) -> list[Path]:
     """Write ``predicted.svg``, ``groups.svg`` and ``learning.svg``; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    from matplotlib.figure import Figure
+
     kinds = list(dict.fromkeys(r["estimator"] for r in found.groups))
-    made = {
-        "predicted.svg": _predicted(found, kinds),
-        "groups.svg": _held_out_groups(found, kinds),
-        "learning.svg": _learning(found, kinds),
-    }
     paths = []
-    for name, figure in made.items():
+    for name, size, draw in (
+        ("predicted.svg", (3.2 * len(kinds), 3.2), _predicted),
+        ("groups.svg", (7.5, 3.4), _held_out_groups),
+        ("learning.svg", (5.0, 3.4), _learning),
+    ):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure, found, kinds)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
         files.write_atomic(folder / name, buffer.getvalue())
@@ -270,20 +261,12 @@ def plot_evaluation(found: Evaluation, folder: Path) -> list[Path]:
     return paths
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _predicted(found: Evaluation, kinds: list[str]) -> Figure:
+def _predicted(figure: Figure, found: Evaluation, kinds: list[str]) -> None:
     """Actual ÷ predicted over predicted, one panel per estimator, shapes outside the domain hollow."""
-    figure = _figure(3.2 * len(kinds), 3.2)
     axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for axis, kind in zip(axes, kinds, strict=True):
-        points = [p for p in found.points if p["estimator"] == kind]
         for inside in (True, False):
-            chosen = [p for p in points if p["in_domain"] == inside]
+            chosen = [p for p in found.points if (p["estimator"], p["in_domain"]) == (kind, inside)]
             x = np.array([p["p50_ms"] for p in chosen])
             y = np.array([p["actual_ms"] for p in chosen]) / np.maximum(x, 1e-9)
             face = COLORS.get(kind, "#444444") if inside else "none"
@@ -291,45 +274,32 @@ def _predicted(found: Evaluation, kinds: list[str]) -> Figure:
         axis.axhline(1.0, color="#222222", linewidth=0.8)
         axis.set(xscale="log", title=kind, xlabel="predicted ms", ylim=(0.5, 1.6))
     axes[0].set_ylabel("actual ÷ predicted (held out)")
-    return figure
 
 
-def _held_out_groups(found: Evaluation, kinds: list[str]) -> Figure:
+def _held_out_groups(figure: Figure, found: Evaluation, kinds: list[str]) -> None:
     """Median and p90 absolute error by what was held out, in domain."""
-    figure = _figure(7.5, 3.4)
     axis = figure.subplots()
     schemes = list(dict.fromkeys(r["scheme"] for r in found.groups))
     width = 0.8 / len(kinds)
     for number, kind in enumerate(kinds):
-        rows: dict[str, dict[str, Any]] = {
-            r["scheme"]: r for r in found.groups if r["estimator"] == kind and r["in_domain"]
-        }
-        known = [s for s in schemes if s in rows]
-        x = np.array([schemes.index(s) for s in known]) + (number - len(kinds) / 2 + 0.5) * width
-        median = np.array([rows[s]["median_ape"] for s in known])
-        p90 = np.array([rows[s]["p90_ape"] for s in known])
+        rows = [r for r in found.groups if r["estimator"] == kind and r["in_domain"]]
+        offset = (number - len(kinds) / 2 + 0.5) * width
+        x = np.array([schemes.index(r["scheme"]) for r in rows]) + offset
+        median, p90 = (np.array([r[key] for r in rows]) for key in ("median_ape", "p90_ape"))
         axis.bar(x, median, width, color=COLORS.get(kind), label=kind)
         axis.vlines(x, median, p90, color=COLORS.get(kind), linewidth=2)
     axis.set_xticks(range(len(schemes)), schemes)
     axis.set(ylabel="absolute error, %: median (bar) to p90 (line)", yscale="log")
     axis.legend(frameon=False, ncols=2)
-    return figure
 
 
-def _learning(found: Evaluation, kinds: list[str]) -> Figure:
+def _learning(figure: Figure, found: Evaluation, kinds: list[str]) -> None:
     """Error over the number of shapes learnt from: how small a profile is enough."""
-    figure = _figure(5.0, 3.4)
     axis = figure.subplots()
     for kind in kinds:
         rows = [r for r in found.learning if r["estimator"] == kind]
-        axis.plot(
-            [r["shapes"] for r in rows],
-            [r["mape"] for r in rows],
-            marker="o",
-            color=COLORS.get(kind),
-            label=kind,
-        )
+        x, y = ([r[key] for r in rows] for key in ("shapes", "mape"))
+        axis.plot(x, y, marker="o", color=COLORS.get(kind), label=kind)
     axis.axhline(found.noise["median"], color="#222222", linestyle=":", linewidth=1)
     axis.set(xlabel="shapes learnt from", ylabel="held-out MAPE, %", xscale="log", yscale="log")
     axis.legend(frameon=False)
-    return figure

@@ -76,11 +76,9 @@ def load_server_rows(paths: Sequence[Path]) -> ServerRows:
     machines: dict[str, None] = {}
     for path in paths:
         profile = load_server(path)
-        model = profile.manifest.model
-        known = (model.id, model.dtype, model.config_hash)
-        identities[Path(path).name] = " ".join(part for part in known if part)
-        inputs[f"profile:{Path(path).name}" if len(paths) > 1 else "profile"] = profile.hash
-        manifest = profile.manifest
+        manifest, model, name = profile.manifest, profile.manifest.model, Path(path).name
+        identities[name] = " ".join(filter(None, (model.id, model.dtype, model.config_hash)))
+        inputs[f"profile:{name}" if len(paths) > 1 else "profile"] = profile.hash
         device = str(manifest.engine.get("device", ""))
         machines[compute_device_name(device, manifest.hardware)] = None
         tokenizer = tokenizer or model.tokenizer_hash
@@ -154,22 +152,27 @@ def fit_files(
         result.estimator = fit_estimator(loaded.rows, kind, coverage)
     if traces:
         result.predictor = fit_predictor(traces, predictor_kind, seed)
-    Path(out).mkdir(parents=True, exist_ok=True)
     if loaded is not None and result.estimator is not None:
-        target = Path(out) / "estimator.json"
-        result.estimator.save(target, loaded.inputs)
-        card = estimator_card(result.estimator, loaded.inputs)
-        result.files += [target, *write_card(target, card)]
+        result.files += _save_estimator(out, result.estimator, loaded.inputs)
     if result.predictor is not None:
-        inputs = {
-            f"trace:{Path(p).name}": trace_hash(t) for p, t in zip(trace, traces, strict=True)
-        }
+        inputs = _trace_hashes(trace, traces)
         if len(inputs) == 1:
             inputs = {"trace": next(iter(inputs.values()))}
         target = Path(out) / "predictor.json"
         result.predictor.save(target, inputs)
         result.files += [target, *write_card(target, predictor_card(result.predictor, inputs))]
     return result
+
+
+def _save_estimator(out: Path, estimator: FittedEstimator, inputs: dict[str, str]) -> list[Path]:
+    target = Path(out) / "estimator.json"
+    estimator.save(target, inputs)
+    return [target, *write_card(target, estimator_card(estimator, inputs))]
+
+
+def _trace_hashes(paths: Sequence[Path], traces: Sequence[AcceptanceTrace]) -> dict[str, str]:
+    pairs = zip(paths, traces, strict=True)
+    return {f"trace:{Path(path).name}": trace_hash(trace) for path, trace in pairs}
 
 
 def evaluate_files(
@@ -183,7 +186,6 @@ def evaluate_files(
     loaded = load_server_rows(server)
     found = evaluate(Observations.of(loaded.rows), splits=splits, seed=seed, progress=progress)
     target = Path(out) / "evaluation.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_document(target, "evaluation", asdict(found), loaded.inputs)
     return found, [target, *plot_evaluation(found, Path(out))]
 
@@ -205,8 +207,7 @@ def replay_files(
         folds.append(Fold(tune, test, {k: fit_scorer(k, learn, tune) for k in PREDICTOR_KINDS}))
     records = compare_controllers(folds)
     target = Path(out) / "replay.json"
-    inputs = {f"trace:{Path(p).name}": trace_hash(t) for p, t in zip(trace, traces, strict=True)}
-    write_document(target, "replay", {"records": records}, inputs)
+    write_document(target, "replay", {"records": records}, _trace_hashes(trace, traces))
     return summarise(records), [target]
 
 
@@ -216,10 +217,7 @@ def update_files(out: Path, log: Path) -> FitResult:
     estimator = recalibrate(load_estimator(target), read_step_log(log))
     inputs = read_document(target, "estimator").inputs
     inputs["update"] = files.content_hash(Path(log).read_bytes())
-    estimator.save(target, inputs)
-    return FitResult(
-        estimator, None, [target, *write_card(target, estimator_card(estimator, inputs))]
-    )
+    return FitResult(estimator, None, _save_estimator(out, estimator, inputs))
 
 
 def _check_pair(loaded: ServerRows, traces: Sequence[AcceptanceTrace]) -> None:
