@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_origin, get_type_hints
 
@@ -61,7 +61,7 @@ def write_document(
         "schema": SCHEMA,
         "hash": digest,
         "inputs": dict(inputs or {}),
-        "provenance": (provenance or Provenance.now()).as_dict(),
+        "provenance": asdict(provenance or Provenance.now()),
         "payload": plain,
     }
     text = json.dumps(document, indent=1, ensure_ascii=False)

@@ -35,7 +35,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write ``data`` so that ``path`` holds either what it held before or all of it.
 
     A temporary file beside it is flushed to the disk and renamed over it. Missing parent folders are
-    made. Raises OSError where the disk refuses; nothing half-written remains.
+    made. Raises OSError if the disk refuses; nothing half-written remains.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -52,17 +52,13 @@ def write_atomic(path: Path, data: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
         raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut, on systems where folders can be opened."""
+    # The rename survives a power cut, on systems where folders can be opened.
     with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+        folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            os.fsync(folder)
         finally:
-            os.close(handle)
+            os.close(folder)
 
 
 def read_bytes(path: Path, what: str, hint: str = "Check the path.") -> bytes:

@@ -1,7 +1,7 @@
 """The journal of a running sweep: each measurement block is on disk before the next one starts.
 
 The first line is a header that a resumed sweep must match. Then follows one sealed row per block, with an
-order of its own. On resume, a torn last line is dropped; damage anywhere else is an error.
+order of its own. On resume, a torn last line is dropped; other damage is an error.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from wispprof.artifacts import files
 from wispprof.artifacts.manifest import PROFILE_SCHEMA
@@ -25,8 +24,8 @@ class RowJournal:
 
     ``header`` identifies the sweep (model, grid, seed, engine, hardware). With ``resume`` an existing
     journal is continued: ``rows`` then holds what it had, and a different header raises
-    :class:`ArtifactError`. Without ``resume`` an existing journal raises too, so that finished
-    measurements are never thrown away by accident; ``overwrite`` does throw them away.
+    :class:`ArtifactError`. Without ``resume`` an existing journal raises too, unless ``overwrite``
+    discards it.
     """
 
     def __init__(
@@ -41,7 +40,6 @@ class RowJournal:
         self.path = Path(path)
         self.kind = kind
         self.rows: list[Row] = []
-        self.recovered_bytes = 0
         first = seal_line(
             {"format": FORMAT, "schema": PROFILE_SCHEMA, "kind": kind, "header": dict(header)}
         )
@@ -53,24 +51,19 @@ class RowJournal:
                 f"{self.path} holds rows of an unfinished sweep.",
                 "Go on with --resume, or start over with --overwrite.",
             )
-        if not self.path.exists() or not resume or not exists:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        else:
             files.write_atomic(self.path, first)
-        self._file: IO[bytes] | None = self.path.open("ab")
+        self._file = self.path.open("ab")
 
     def append(self, row: Row) -> None:
-        """Add a finished row; it is on the disk when this returns."""
-        if self._file is None:
-            raise ValueError("the journal is closed")
+        """Add a finished row, which is on disk when this returns. Raises ValueError after :meth:`close`."""
         self._file.write(encode_row(row))
         self._file.flush()
         os.fsync(self._file.fileno())
         self.rows.append(row)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._file.close()
 
     def remove(self) -> None:
         """Close and delete: the rows have become a profile."""
@@ -80,12 +73,7 @@ class RowJournal:
     def __enter__(self) -> RowJournal:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def _recover(self, first: bytes) -> None:
@@ -93,7 +81,6 @@ class RowJournal:
         end = data.rfind(b"\n") + 1  # what follows the last newline was torn off by a crash
         lines = data[:end].splitlines(keepends=True)
         if not lines:
-            self.recovered_bytes = len(data)
             files.write_atomic(self.path, first)
             return
         if lines[0] != first:
@@ -112,12 +99,11 @@ class RowJournal:
                 )
             self.rows.append(row)
         if end < len(data):
-            self.recovered_bytes = len(data) - end
             os.truncate(self.path, end)
 
 
 def journal_header(path: Path) -> dict[str, Any]:
-    """The header of a journal; empty where there is no journal, or a crash tore its first line."""
+    """The header of a journal; empty if there is no journal or a crash tore its first line."""
     if not path.exists():
         return {}
     first, end, _ = files.read_bytes(path, "journal").partition(b"\n")

@@ -80,9 +80,6 @@ class Provenance:
     def now(cls) -> Provenance:
         return cls(command_line(), utc_now(), library_versions())
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, data: object) -> Provenance:
         """Read leniently: provenance informs people, and nothing depends on it."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Generic, TypeVar, cast
 
 from wispprof.artifacts import files
 from wispprof.artifacts.document import check_schema
@@ -30,12 +30,13 @@ RESTED_MS = 6.0
 cooled. Shorter pauses cost their share: 35 % after 2 ms, 72 % after 4, 88 % after 7 on a two-core CPU."""
 
 
-@dataclass(frozen=True)
-class ServerProfile:
-    """Step times of a verifier engine by batch shape."""
+RowT = TypeVar("RowT", StepRow, EdgeRow, LinkRow)
 
+
+@dataclass(frozen=True)
+class _Measured(Generic[RowT]):
     manifest: Manifest
-    rows: tuple[StepRow, ...]
+    rows: tuple[RowT, ...]
 
     @property
     def hash(self) -> str:
@@ -43,25 +44,26 @@ class ServerProfile:
         return rows_hash(self.rows)
 
 
-@dataclass(frozen=True)
-class EdgeProfile:
+class ServerProfile(_Measured[StepRow]):
+    """Step times of a verifier engine by batch shape."""
+
+
+class LinkProfile(_Measured[LinkRow]):
+    """Round trips and transfer times between an edge and a server."""
+
+
+class EdgeProfile(_Measured[EdgeRow]):
     """What drafting costs on an edge device."""
-
-    manifest: Manifest
-    rows: tuple[EdgeRow, ...]
-
-    @property
-    def hash(self) -> str:
-        """Content hash of the rows."""
-        return rows_hash(self.rows)
 
     def of_kind(self, kind: str) -> tuple[EdgeRow, ...]:
         """Rows of one kind by rising context."""
         return of_kind(self.rows, kind)
 
     def draft_ms(self, context: int) -> float:
-        """Milliseconds of one draft step over ``context`` cached tokens: interpolated between the
-        measured contexts, held flat outside them. Raises ArtifactDamaged without such rows."""
+        """Milliseconds of one draft step over ``context`` cached tokens, as :func:`row_ms`.
+
+        Raises :class:`ArtifactDamaged` without such rows.
+        """
         step_ms = row_ms(self.rows, "draft_step", context)
         if step_ms is None:
             raise ArtifactDamaged(
@@ -71,33 +73,21 @@ class EdgeProfile:
         return step_ms
 
     def resume_ms(self, context: int, rested_ms: float = math.inf) -> float:
-        """Milliseconds that a rest of ``rested_ms`` adds to the drafting after it: a round begun after a
-        rest, less as many draft steps. 0 where the profile has no ``round`` rows."""
+        """Milliseconds that a rest of ``rested_ms`` adds to the drafting after it."""
         return resume_ms(self.rows, context) * rested_share(rested_ms)
 
     def drafting_ms(self, context: int, caught_up: float, resumed: float = 0.0) -> float:
-        """Mean milliseconds per drafted token where a share ``caught_up`` of the steps must read two
-        tokens (the last draft and the target's own one, after a round accepted whole) and a share
-        ``resumed`` comes after a rest: one over the draft length in round mode. Profiles without
-        ``catch_up`` rows count those steps like any other."""
+        """Mean milliseconds per drafted token.
+
+        A share ``caught_up`` of the steps reads two tokens: the last draft and the target's own one, after
+        a round accepted whole. A profile without ``catch_up`` rows counts them like any other step.
+        A share ``resumed`` comes after a rest: one over the draft length in round mode.
+        """
         step_ms = self.draft_ms(context)
         behind_ms = row_ms(self.rows, "catch_up", context)
         if behind_ms is not None:
             step_ms += caught_up * (behind_ms - step_ms)
         return step_ms + resumed * self.resume_ms(context)
-
-
-@dataclass(frozen=True)
-class LinkProfile:
-    """Round trips and transfer times between an edge and a server."""
-
-    manifest: Manifest
-    rows: tuple[LinkRow, ...]
-
-    @property
-    def hash(self) -> str:
-        """Content hash of the rows."""
-        return rows_hash(self.rows)
 
 
 def of_kind(rows: Iterable[EdgeRow], kind: str) -> tuple[EdgeRow, ...]:
@@ -107,14 +97,14 @@ def of_kind(rows: Iterable[EdgeRow], kind: str) -> tuple[EdgeRow, ...]:
 
 
 def row_ms(rows: Iterable[EdgeRow], kind: str, context: int) -> float | None:
-    """Median of the rows of this kind, interpolated between their contexts, held flat outside them; None
+    """Median of the rows of this kind, interpolated between their contexts, constant outside them; None
     without such rows."""
     return _between([(row.context, row.median_ms) for row in of_kind(rows, kind)], context)
 
 
 def resume_ms(rows: Iterable[EdgeRow], context: int) -> float:
     """What a rest adds to the drafting after it: a ``round`` less as many draft steps over the same
-    context, never negative, interpolated; 0 where no rounds were measured."""
+    context, never negative, interpolated; 0 if no rounds were measured."""
     listed = list(rows)
     added = [
         (row.context, max(0.0, row.median_ms - row.tokens * step_ms))
@@ -131,7 +121,7 @@ def rested_share(rested_ms: float) -> float:
 
 
 def _between(points: Sequence[tuple[int, float]], context: int) -> float | None:
-    """Interpolated between points by rising context, held flat outside them; None without points."""
+    """Interpolated between points by rising context, constant outside them; None without points."""
     if not points:
         return None
     if context <= points[0][0]:
@@ -143,6 +133,11 @@ def _between(points: Sequence[tuple[int, float]], context: int) -> float | None:
 
 
 Profile = ServerProfile | EdgeProfile | LinkProfile
+PROFILES: dict[str, Callable[..., Profile]] = {
+    "server": ServerProfile,
+    "edge": EdgeProfile,
+    "link": LinkProfile,
+}
 
 
 def profile_files(path: Path) -> tuple[Path, Path]:
@@ -160,11 +155,7 @@ def make_profile(manifest: Manifest, rows: Iterable[Row]) -> Profile:
     """Rows in the order they were measured, with a manifest that states their count and hash."""
     ordered = tuple(sorted(rows, key=lambda row: (row.order, row.key)))
     whole = replace(manifest, rows=len(ordered), rows_hash=rows_hash(ordered))
-    if manifest.kind == "server":
-        return ServerProfile(whole, cast("tuple[StepRow, ...]", ordered))
-    if manifest.kind == "edge":
-        return EdgeProfile(whole, cast("tuple[EdgeRow, ...]", ordered))
-    return LinkProfile(whole, cast("tuple[LinkRow, ...]", ordered))
+    return PROFILES[manifest.kind](whole, ordered)
 
 
 def save_profile(profile: Profile, path: Path) -> str:

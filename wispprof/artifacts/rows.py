@@ -46,21 +46,22 @@ EdgeKind = Annotated[str, Meta(pattern=f"^({'|'.join(EDGE_KINDS)})$")]
 LinkKind = Annotated[str, Meta(pattern=f"^({'|'.join(LINK_KINDS)})$")]
 
 MAX_ITEMS = 1 << 16
-Runs = Annotated[
-    list[
-        tuple[
-            Annotated[int, Meta(ge=1, le=MAX_ITEMS)],
-            Positive,
-            Count,
-            Annotated[int, Meta(ge=0, le=1)],
-        ]
-    ],
-    Meta(min_length=1),
-]
+Repeats = Annotated[int, Meta(ge=1, le=MAX_ITEMS)]
+Flag = Annotated[int, Meta(ge=0, le=1)]
+Runs = Annotated[list[tuple[Repeats, Positive, Count, Flag]], Meta(min_length=1)]
+
+
+class _Timed:
+    __slots__ = ()
+    samples_ms: Samples
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.samples_ms)
 
 
 @dataclass(frozen=True, slots=True)
-class StepRow:
+class StepRow(_Timed):
     """Times of one batch shape on the verifier engine.
 
     ``kind``: ``verify`` (pending tokens and drafts), ``prefill`` (prompt chunks alone), ``mixed`` (both),
@@ -86,13 +87,9 @@ class StepRow:
     set_aside_ms: tuple[NonNegative, ...] = ()
     set_aside_blocks: Blocks = ()
 
-    @property
-    def median_ms(self) -> float:
-        return statistics.median(self.samples_ms)
-
 
 @dataclass(frozen=True, slots=True)
-class EdgeRow:
+class EdgeRow(_Timed):
     """One measurement on an edge device.
 
     ``kind``: ``draft_step`` (one token over ``context`` cached, features included), ``catch_up`` (the same
@@ -120,13 +117,9 @@ class EdgeRow:
     set_aside_blocks: Blocks = ()
     rested_ms: NonNegative = 0.0
 
-    @property
-    def median_ms(self) -> float:
-        return statistics.median(self.samples_ms)
-
 
 @dataclass(frozen=True, slots=True)
-class LinkRow:
+class LinkRow(_Timed):
     """Transfers between an edge and a server, in frames of the wire protocol.
 
     ``kind``: ``rtt`` (a small frame there and back), ``uplink`` and ``downlink`` (``payload_bytes`` one
@@ -141,10 +134,6 @@ class LinkRow:
     order: Count = 0
     source: Source = "measured"
     citation: str = ""
-
-    @property
-    def median_ms(self) -> float:
-        return statistics.median(self.samples_ms)
 
 
 @dataclass(frozen=True, slots=True)

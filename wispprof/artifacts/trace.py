@@ -57,11 +57,7 @@ def save_trace(trace: AcceptanceTrace, path: Path) -> str:
 
 
 def load_trace(path: Path) -> AcceptanceTrace:
-    """Read and check a trace.
-
-    Raises :class:`ArtifactMissing`, :class:`ArtifactTooNew`, or :class:`ArtifactDamaged` naming line
-    and fault.
-    """
+    """Read and check a trace. Raises the artifact errors; :class:`ArtifactDamaged` names line and fault."""
     path = Path(path)
     data = files.read_bytes(path, "acceptance trace", "Make one with: wispprof trace.")
     lines = data.splitlines(keepends=True)
@@ -85,14 +81,8 @@ def load_trace(path: Path) -> AcceptanceTrace:
         raise damaged(
             str(path), "every line is whole, but they are not the lines that were written"
         )
-    return AcceptanceTrace(
-        header.target,
-        header.draft,
-        header.tokenizer_hash,
-        header.sampling,
-        tuple(paths),
-        header.meta,
-    )
+    pair = (header.target, header.draft, header.tokenizer_hash)
+    return AcceptanceTrace(*pair, header.sampling, tuple(paths), header.meta)
 
 
 @dataclass(frozen=True)
