@@ -1,18 +1,17 @@
-"""Cost of asking the estimator inside the scheduler's inner loop.
+"""CPU time of estimator and predictor predictions in the scheduler's and the edge's inner loop.
 
-Physics: a scheduler that fills a step asks "what would the step cost with this item too?" for every
-candidate. With a thousand sessions and steps of 10 ms, the answers to a thousand questions must come in
-well under a millisecond, or scheduling eats the step. Three ways to ask are compared in one run,
-interleaved: one call of ``add`` per candidate, one call of ``add_many`` for all of them, and fitting's
-own way, a full prediction of every grown batch from its items.
+Physics: a scheduler that fills a step prices every candidate item. With a thousand sessions and steps of
+10 ms, a thousand prices must take well under a millisecond. The benchmark compares three ways in one run,
+interleaved: one call of ``add`` per candidate, one call of ``add_many`` for all, and ``predict`` of every
+grown batch from its items.
 
-On the edge the same holds for the rejection predictor: it runs after every drafted token, and a fast
-device drafts one in 5 ms. Every kind must answer in under 20 µs with numpy at most.
+On the edge the rejection predictor runs after every drafted token, and a fast device drafts one in 5 ms.
+Every kind must answer in under 20 µs with numpy at most.
 
     python benchmarks/estimator.py [--estimator fit/estimator.json] [--candidates 1000] [--json]
 
-Without ``--estimator`` every kind is fitted on a small profile of made-up times: what is measured here is
-the time of asking, which does not depend on where the numbers came from.
+Without ``--estimator`` every kind is fitted on a small synthetic profile: prediction time does not depend
+on the source of the numbers.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ LIMIT_US = 1000.0
 TOKEN_LIMIT_US = 20.0
 
 
-def made_up_rows(count: int, rng: np.random.Generator) -> list[StepRow]:
+def synthetic_rows(count: int, rng: np.random.Generator) -> list[StepRow]:
     """Times with a staircase, skew and noise, so that every part of an estimator has work."""
     rows = []
     for order in range(count):
@@ -66,9 +65,9 @@ def made_up_rows(count: int, rng: np.random.Generator) -> list[StepRow]:
 def measure(
     estimator: FittedEstimator, candidates: int, rng: np.random.Generator
 ) -> dict[str, float]:
-    """Median microseconds of CPU time to ask for all candidates, by way of asking.
+    """Median microseconds of CPU time to price all candidates, by method.
 
-    CPU time of the asking thread, so that a busy machine does not count as a slow estimator.
+    CPU time of the calling thread, so that a busy machine does not count as a slow estimator.
     """
     items = [VerifyItem(int(rng.integers(1, 9)), int(rng.integers(16, 4096))) for _ in range(24)]
     batch = estimator.start()
@@ -98,7 +97,7 @@ def measure(
         abs(a / b - 1) for name in ways for a, b in zip(answers[name], answers["add"], strict=True)
     )
     if spread > 1e-9:
-        raise SystemExit(f"the ways of asking disagree by {spread:.2e}")
+        raise SystemExit(f"the methods disagree by {spread:.2e}")
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, way in ways.items():
@@ -117,13 +116,13 @@ def measure_predictor(kind: str, rng: np.random.Generator) -> float:
     scorer = SCORERS[kind]().fit(tokens)
     calibration = Calibration.fit(scorer.score_many(table, tokens.depth), accepted)
     predictor = FittedPredictor(scorer, calibration)
-    asked = [DraftFeatures(*row) for row in table[:300].tolist()]
+    features_list = [DraftFeatures(*row) for row in table[:300].tolist()]
     times = []
     for _ in range(ROUNDS):
         begin = time.thread_time()
-        for features in asked:
+        for features in features_list:
             predictor.acceptance_prob(features, 3)
-        times.append((time.thread_time() - begin) / len(asked) * 1e6)
+        times.append((time.thread_time() - begin) / len(features_list) * 1e6)
     return statistics.median(times)
 
 
@@ -137,7 +136,7 @@ def main() -> None:
     if chosen.estimator is not None:
         fitted = [load_estimator(chosen.estimator)]
     else:
-        data = Observations.of(made_up_rows(160, rng))
+        data = Observations.of(synthetic_rows(160, rng))
         fitted = [fit_on(kind, data) for kind in ESTIMATOR_KINDS if kind != "forest"]
     results = {e.kind: measure(e, chosen.candidates, rng) for e in fitted}
     if not chosen.json:

@@ -7,7 +7,7 @@ Three profiles of one grid, each in a process of its own, one after the other. D
 (one process per core, plain arithmetic) start when half of its blocks are measured. Then one table:
 
 - first against second: the share of shapes that `profile diff` reports as changed (goal: at most 5 %), and
-  beside it what plain rules on the same rows would have said (medians 5 % apart; intervals apart as well);
+  beside it the verdict of plain rules on the same rows (medians 5 % apart; intervals apart as well);
 - announced against actual seconds of each (goal: within 30 %);
 - the third: was the drift flag set (goal: yes), and on the first two (goal: no)?
 
@@ -83,7 +83,7 @@ def measure(out: Path, options: dict[str, Any], half: Any) -> None:
 
 
 def burn(until: Any) -> None:
-    """Arithmetic over a working set larger than a core's caches, until told to stop."""
+    """Arithmetic over a working set larger than a core's caches, until stopped."""
     numbers = list(range(400_000))
     while not until.is_set():
         sum(numbers)
@@ -112,14 +112,14 @@ def run(name: str, folder: Path, options: dict[str, Any], hogs: int = 0) -> Run:
 
 
 def account(name: str, profile: ServerProfile) -> Run:
-    """What a profile says of its own making."""
-    said = profile.manifest.summary
+    """What a profile records about its own measurement."""
+    summary = profile.manifest.summary
     rows = [row for row in profile.rows if row.kind != "sentinel"]
     return Run(
         name,
-        said["seconds"],
-        said["expected_s"],
-        said["drift"]["drifted"],
+        summary["seconds"],
+        summary["expected_s"],
+        summary["drift"]["drifted"],
         len(rows),
         sum("noisy" in row.flags for row in rows),
         sum("drift" in row.flags for row in rows),

@@ -41,7 +41,7 @@ def _path(accepted: list[int], depth: int) -> TracePath:
 
 def test_rounds_are_counted_by_hand() -> None:
     path = _path([2, 0, 0, 4, 0, 0, 0, 0, 1, 0, 0, 0], 4)
-    # Rounds start at 0 (2 of 3 kept, the third rejected), at 3 (3 of 3) and at 7 (0 of 3).
+    # Rounds start at 0 (2 of 3 accepted, the third rejected), at 3 (3 of 3) and at 7 (0 of 3).
     result = walk([path], fixed_lengths([path], 3))
     assert result == (3 + 4 + 1, 3, 9, 5, 0 + 0 + 2)
     cost = Setting(10.0, 20.0, server_ms=30.0, row_ms=1.0)
@@ -99,15 +99,15 @@ def test_a_frugal_rule_is_chosen_by_its_tuning_prompts_alone() -> None:
             assert cell["frugal"]["tuned_wasted_ms"] <= cell["fastest"]["tuned_wasted_ms"]
 
 
-def test_folds_are_judged_together() -> None:
+def test_folds_are_scored_together() -> None:
     trace = synthetic_trace(16, 56)
     learn, one, two = split_prompts(trace.paths)
     predictors = {"margin-logistic": fit_scorer("margin-logistic", learn, one)}
     both = compare_controllers([Fold(one, two, predictors), Fold(two, one, predictors)])
-    seer = next(r for r in both if r["controller"] == "clairvoyant")
-    whole = walk([*two, *one], clairvoyant_lengths([*two, *one], int(seer["value"])))
-    cost = Setting(seer["draft_ms"], seer["rtt_ms"])
-    assert seer["tokens_per_s"] == pytest.approx(whole.tokens_per_s(cost))
+    clairvoyant = next(r for r in both if r["controller"] == "clairvoyant")
+    whole = walk([*two, *one], clairvoyant_lengths([*two, *one], int(clairvoyant["value"])))
+    cost = Setting(clairvoyant["draft_ms"], clairvoyant["rtt_ms"])
+    assert clairvoyant["tokens_per_s"] == pytest.approx(whole.tokens_per_s(cost))
     rule = next(r for r in both if r["controller"] == "gain:margin-logistic" and r["aim"] == "fast")
     parts = [
         next(r for r in compare_controllers([fold]) if _same(r, rule))

@@ -1,4 +1,4 @@
-"""Drift: quiet while nothing changes, quick when something does, and honest about which cells."""
+"""Drift: no alarm without change, a quick alarm after one, and the right cells named."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_it_comes_down_again_when_the_server_recovers(estimator: FittedEstimator
     assert status.bound_scale < 1.1
 
 
-def test_the_detector_fires_once_and_says_how_much(estimator: FittedEstimator) -> None:
+def test_the_detector_raises_one_alarm_with_the_ratio(estimator: FittedEstimator) -> None:
     stream, monitor = Stream(4), DriftMonitor(estimator)
     for _ in range(300):
         monitor.observe(*stream.step())

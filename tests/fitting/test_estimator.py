@@ -1,4 +1,4 @@
-"""Estimators: one answer however asked, never falling, bounds that hold, files that answer the same."""
+"""Estimators: all methods agree, predictions never fall, bounds cover, and saved files predict the same."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_extending_by_many_equals_extending_by_each(
     assert list(zip(*table, strict=True)) == [extend(totals, *c) for c in candidates]
 
 
-# --- one answer however asked ---------------------------------------------------------------------
+# --- all methods agree ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ESTIMATOR_KINDS)
@@ -207,7 +207,7 @@ def test_physical_weights_are_not_negative(data: Observations) -> None:
 
 
 def test_prompt_tokens_that_emit_nothing_cost_less() -> None:
-    """A head of 0.05 ms a token that emits: learnt, held to beyond the box, and never a reason to fall."""
+    """An output head of 0.05 ms per sampled token is learned, extrapolated, and never makes times fall."""
     rows = []
     for row in synthetic_rows(160, seed=6, noise=0.002):
         emit = row.shape.new_tokens - row.shape.prefill_tokens
@@ -228,7 +228,7 @@ def test_prompt_tokens_that_emit_nothing_cost_less() -> None:
 
 
 def test_mixed_and_many_deep_items_cost_more_than_their_sums() -> None:
-    """Terms in two totals: learnt, one answer however asked, and growing beyond the box too."""
+    """Terms in two totals are learned, equal by all methods, and grow outside the box too."""
     rows = []
     for row in synthetic_rows(160, seed=6, noise=0.002):
         totals = totals_of(row.shape.items)
@@ -394,7 +394,7 @@ def test_damaged_estimators_are_refused(
             load_estimator(path)
 
 
-def test_asking_needs_no_learning_library(
+def test_prediction_needs_no_learning_library(
     fitted: dict[str, FittedEstimator], tmp_path: object
 ) -> None:
     path = tmp_path / "estimator.json"  # type: ignore[operator]

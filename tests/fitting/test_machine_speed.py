@@ -1,4 +1,4 @@
-"""Rows of several visits: each visit was measured on a machine as slow as the sentinel says it was then."""
+"""Rows of several blocks: each block was measured at the machine speed that the sentinel shows."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def errors(data: Observations) -> np.ndarray:
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
-def test_how_far_shapes_follow_the_sentinel_is_learnt_and_taken_out(share: float) -> None:
+def test_sensitivity_to_the_sentinel_is_learned_and_removed(share: float) -> None:
     rows = sweep(share)
     speed = MachineSpeed.of(rows)
     assert speed is not None
@@ -92,7 +92,7 @@ def test_how_far_shapes_follow_the_sentinel_is_learnt_and_taken_out(share: float
     data = Observations.of(rows)
     blind = Observations.of([row for row in rows if row.kind != "sentinel"])
     assert np.abs(errors(data)).mean() < 0.4 * np.abs(errors(blind)).mean()
-    # A bound is learnt from times as they were measured.
+    # A bound is learned from times as they were measured.
     raw = {row.shape.key(): sorted(row.samples_ms) for row in rows if row.kind != "sentinel"}
     for key, samples in zip(data.groups, data.samples, strict=True):
         if key in raw and key != SHAPE.key():

@@ -56,7 +56,7 @@ def test_prompts_are_never_divided(trace: AcceptanceTrace) -> None:
 
 
 @pytest.mark.parametrize("kind", PREDICTOR_KINDS)
-def test_predictors_know_more_than_chance_and_are_honest(
+def test_predictors_beat_chance_and_are_calibrated(
     kind: str, fitted: dict[str, FittedPredictor]
 ) -> None:
     report = fitted[kind].report["held_out"][kind]
@@ -102,32 +102,32 @@ def test_auto_keeps_the_least_log_loss(trace: AcceptanceTrace) -> None:
     assert set(report["held_out"]) == {"threshold", "margin-logistic"}
 
 
-def test_the_card_says_what_the_choice_rests_on(trace: AcceptanceTrace) -> None:
-    """Prompts that judge have no say in it; where they see it otherwise the card says so."""
+def test_the_card_states_the_reason_of_the_choice(trace: AcceptanceTrace) -> None:
+    """Test prompts do not influence the choice; if they disagree with it, the card states so."""
     predictor = fit_predictor(trace, kinds=("threshold", "margin-logistic"))
     report = predictor.report
     other = next(kind for kind in report["held_out"] if kind != report["chosen"])
     for kind, loss in (("chosen", 0.2), ("other", 0.1)):
         report["held_out"][report["chosen"] if kind == "chosen" else other]["log_loss"] = loss
-    said = explain_predictor(predictor)
+    explained = explain_predictor(predictor)
     for kind, loss in report["validation_log_loss"].items():
-        assert f"`{kind}` {loss:.3f}" in said
-    assert f"`{other}` did better: 0.100 against 0.200" in said
+        assert f"`{kind}` {loss:.3f}" in explained
+    assert f"`{other}` did better: 0.100 against 0.200" in explained
     report["held_out"][other]["log_loss"] = 0.3
     assert "did better" not in explain_predictor(predictor)
 
 
-def test_what_cannot_be_learnt_from_is_refused(trace: AcceptanceTrace) -> None:
+def test_unusable_traces_are_refused(trace: AcceptanceTrace) -> None:
     with pytest.raises(FitError, match="prompts"):
         fit_predictor(trace.paths[:3], "threshold")
     sure = [dataclasses.replace(p, accepted=np.full_like(p.accepted, p.depth)) for p in trace.paths]
     with pytest.raises(FitError, match="0 rejected"):
         fit_predictor(sure, "threshold")
-    spoilt = dataclasses.replace(
+    damaged = dataclasses.replace(
         trace.paths[0], features=np.full_like(trace.paths[0].features, np.nan)
     )
     with pytest.raises(FitError, match="not finite"):
-        fit_predictor([spoilt, *trace.paths[1:]], "threshold")
+        fit_predictor([damaged, *trace.paths[1:]], "threshold")
     with pytest.raises(FitError, match="2 draft-target pairs"):
         fit_predictor([trace, dataclasses.replace(trace, draft="other")], "threshold")
     with pytest.raises(PluginError, match="oracle"):
@@ -153,14 +153,14 @@ def test_calibration_is_monotone_and_finds_the_truth(method: str) -> None:
     score = rng.normal(0, 2, 6000)
     truth = 1 / (1 + np.exp(-score))
     seen = rng.random(6000) < truth
-    learnt = Calibration.fit(score, seen, method)
+    calibration = Calibration.fit(score, seen, method)
     grid = np.linspace(-9, 9, 200)
-    assert (np.diff(learnt.many(grid)) >= 0).all()
-    assert [learnt(float(x)) for x in grid] == pytest.approx(learnt.many(grid).tolist())
-    assert np.abs(learnt.many(score) - truth).mean() < 0.03
-    assert expected_calibration_error(learnt.many(score), seen) < 0.02
+    assert (np.diff(calibration.many(grid)) >= 0).all()
+    assert [calibration(float(x)) for x in grid] == pytest.approx(calibration.many(grid).tolist())
+    assert np.abs(calibration.many(score) - truth).mean() < 0.03
+    assert expected_calibration_error(calibration.many(score), seen) < 0.02
     # Negative control: probabilities that are half of what they should be are found out.
-    assert expected_calibration_error(learnt.many(score) / 2, seen) > 0.15
+    assert expected_calibration_error(calibration.many(score) / 2, seen) > 0.15
     assert sum(n for _, _, n in reliability(truth, seen)) == 6000
 
 

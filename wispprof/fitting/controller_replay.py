@@ -202,7 +202,7 @@ def compare_controllers(
                 chosen = [value for value in values if value is not None]
                 if len(chosen) < len(played):
                     continue
-                learnt, judged = (
+                on_tune, on_test = (
                     _together(
                         rules[name][side][value]
                         for (_, rules), value in zip(played, chosen, strict=True)
@@ -210,7 +210,7 @@ def compare_controllers(
                     for side in (0, 1)
                 )
                 value = float(np.median(chosen))
-                records.append(_record(device, cost, name, value, judged, learnt, aim))
+                records.append(_record(device, cost, name, value, on_test, on_tune, aim))
     return records
 
 
@@ -282,10 +282,10 @@ def _record(
     name: str,
     value: float,
     result: Walk,
-    learnt: Walk | None = None,
+    on_tune: Walk | None = None,
     aim: str = "",
 ) -> dict[str, Any]:
-    tuned = learnt or result
+    tuned = on_tune or result
     return {
         "device": device,
         "draft_ms": cost.draft_ms,

@@ -123,12 +123,12 @@ def _why_predictor(report: Mapping[str, Any]) -> str:
         "was chosen because it had the least log loss in cross-validation on the training and "
         f"calibration prompts: {figures}"
     )
-    judged = {name: row["log_loss"] for name, row in report["held_out"].items()}
-    best = min(judged, key=lambda name: judged[name])
-    if judged[best] < judged[chosen]:
+    test_loss = {name: row["log_loss"] for name, row in report["held_out"].items()}
+    best = min(test_loss, key=lambda name: test_loss[name])
+    if test_loss[best] < test_loss[chosen]:
         why += (
             f". On the test prompts, which the choice does not use, `{best}` did better: "
-            f"{judged[best]:.3f} against {judged[chosen]:.3f}; a longer trace would tell which is better"
+            f"{test_loss[best]:.3f} against {test_loss[chosen]:.3f}; a longer trace would tell which is better"
         )
     return why
 
@@ -294,12 +294,12 @@ def _held_out_groups(figure: Figure, found: Evaluation, kinds: list[str]) -> Non
 
 
 def _learning(figure: Figure, found: Evaluation, kinds: list[str]) -> None:
-    """Error over the number of shapes learnt from: how small a profile is enough."""
+    """Error over the number of training shapes: how small a profile is enough."""
     axis = figure.subplots()
     for kind in kinds:
         rows = [r for r in found.learning if r["estimator"] == kind]
         x, y = ([r[key] for r in rows] for key in ("shapes", "mape"))
         axis.plot(x, y, marker="o", color=COLORS.get(kind), label=kind)
     axis.axhline(found.noise["median"], color="#222222", linestyle=":", linewidth=1)
-    axis.set(xlabel="shapes learnt from", ylabel="held-out MAPE, %", xscale="log", yscale="log")
+    axis.set(xlabel="training shapes", ylabel="held-out MAPE, %", xscale="log", yscale="log")
     axis.legend(frameon=False)
