@@ -7,7 +7,7 @@
 The grid: round trip x fleet size x SLO x device, on an A100-like server with short contexts and an
 H200-like one with long contexts. In each cell every system serves the same requests (common random
 numbers) and the best of the others, server-only serving and several fixed draft lengths included, is chosen
-in hindsight by goodput: tokens/s of sessions that kept their promise.
+in hindsight by goodput: tokens/s of sessions that met their SLO.
 Regret is the share of that goodput which ``wispprof`` does not reach. The ceiling is the better of two
 clairvoyants, which draft exactly what will be accepted. Fleet sizes are shares of what server-only serving
 carries at the cell's SLO by its linear cost, so loads from light to beyond capacity are all there.
@@ -19,7 +19,7 @@ that is under 2 % by its standard error; its regret is the mean of those, and th
 The noise of a single run's regret: ``wispprof`` against that rival under every seed that was run. It is
 printed where a cell was run again, and its pooled value in the summary, so that nobody chases luck.
 
-Capacity: the most devices with at least 95 % of promises kept, by search, for each server, round trip,
+Capacity: the most devices with at least 95 % of SLOs met, by search, for each server, round trip,
 SLO and device; the ratio of ``wispprof`` to ``wisp`` where both carry anybody. Its runs are longer: a limit
 of 5 % is two sessions of the 37 that 40 s of long prompts let anybody judge.
 

@@ -2,8 +2,8 @@
 
 Physics: while a policy decides, the engine idles. A step takes some 5 to 200 ms, so a decision over a
 thousand queued items should take at most a millisecond. What it costs: reading a thousand views (each
-a few attribute look-ups), ranking them (a sort, or a few vectorised passes over sessions × tail), and
-pricing what joins (one addition to the estimator's running totals per member; refused candidates cost
+a few attribute look-ups), ranking them (a sort, or a few vectorised passes over sessions × drafts), and
+pricing what joins (one addition to the estimator's running totals per item; refused candidates cost
 the same). The step here holds at most 64 items, as a queue of a thousand implies.
 
 Run: python benchmarks/scheduler.py [--items 1000] [--seconds 1.0]. Prints a table, and one JSON line last.
@@ -31,7 +31,7 @@ QUEUES = 8
 
 
 def fitted() -> StepTimeEstimator:
-    """An estimator as a server loads it: the linear surface with a conformal bound."""
+    """An estimator as a server loads it: the linear step-time model with a conformal bound."""
     from wispprof.fitting.batch_totals import EMPTY
     from wispprof.fitting.conformal import LEVELS, RatioBound
     from wispprof.fitting.estimator import Domain, FittedEstimator
@@ -45,7 +45,7 @@ def fitted() -> StepTimeEstimator:
 
 
 def queue(items: int, seed: int) -> list[SessionView]:
-    """Sessions of mixed contexts, tails and slack; one in fifty has a prompt to read."""
+    """Sessions of mixed contexts, drafts and slack; one in fifty has a prompt to read."""
     rng = random.Random(seed)
     views = []
     for number in range(items):
@@ -84,7 +84,7 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in policies}
     spent: dict[str, list[float]] = {name: [] for name in policies}
     for policy in policies.values():
-        policy.plan(0.0, queues[0], estimator, limits)  # slopes are learnt once
+        policy.plan(0.0, queues[0], estimator, limits)  # marginal costs are cached once
     end = time.perf_counter() + options.seconds * len(policies)
     turn = 0
     while time.perf_counter() < end:

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wispprof.artifacts.plan import load_plan, save_plan
-from wispprof.errors import ArtifactDamaged, PlanError
+from wispprof.errors import ArtifactDamaged, ArtifactTooOld, PlanError
 from wispprof.planning import Runs, make_plan
-from wispprof.planning.batch_table import capacity_row, step_times
+from wispprof.planning.batch_table import capacity_row
 from wispprof.planning.draft_table import EdgeCosts
 from wispprof.planning.explain import compare, explain
 from wispprof.planning.pipeline import SpeedDevice
@@ -86,7 +86,7 @@ def test_stream_with_everything_accepted_is_bound_by_the_draft_or_by_k():
     times = LoadedStepTimes(Step(row=0.0, kv=0.0), 0)
     sure = Runs.geometric(1.0)
     assert stream_speed(times, 1, 3, 0.01, 0.0, sure).commits == pytest.approx(4.0, rel=0.1)
-    # A draft as slow as two steps never gets ahead of a frontier that moves every step.
+    # A draft as slow as two steps never gets ahead of a committed length that grows every step.
     assert stream_speed(times, 1, 3, 40.0, 0.0, sure).commits == pytest.approx(1.0, rel=0.05)
 
 
@@ -212,7 +212,7 @@ def test_slower_servers_and_stricter_slos_never_raise_any_capacity(
     edge = EdgeCosts(SpeedDevice("x", speed), rtt, mode, runs, runs)
 
     def fits(step: Step, tokens_per_s: float) -> tuple[int, int]:
-        found = capacity_row(step_times(step, limits), edge, tokens_per_s, limits)
+        found = capacity_row(LoadedStepTimes(step, limits.context), edge, tokens_per_s, limits)
         return found.server_only, found.split
 
     server = Step(fixed, row)
@@ -292,6 +292,9 @@ def test_a_plan_survives_the_disk_and_notices_tampering(plan, tmp_path):
     document["payload"]["draft"][0]["k"] = 99
     file.write_text(json.dumps(document))
     with pytest.raises(ArtifactDamaged, match="changed"):
+        load_plan(file)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "schema": 1}))
+    with pytest.raises(ArtifactTooOld, match=r"schema 1.*wispprof plan"):
         load_plan(file)
 
 

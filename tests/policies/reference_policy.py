@@ -20,7 +20,7 @@ __all__ = ["Decision", "ReferencePolicy"]
 
 
 class Choice(NamedTuple):
-    """Drafts kept by member, who was looked at, when to ask again; as in :class:`Decision`."""
+    """Drafts by session, the candidates, when to plan again; as in :class:`Decision`."""
 
     keep: Keep = {}
     seen: Sequence[SessionView] = ()
@@ -109,7 +109,7 @@ class ReferencePolicy:
 
         # By linear costs: the length that makes the highest rate, and that rate.
         best, rate = self.linear_best(decode, ranking, around, weight)
-        keep = kept(decode, ranking[:best])
+        keep = drafts_of(decode, ranking[:best])
         if not settings.cut_drafts:
             keep = {s.session: len(s.acceptance_probs) for s in decode}
 
@@ -134,21 +134,21 @@ class ReferencePolicy:
                 return Choice({}, decode, wake_ms)
             members = decode
 
-        room = min(limits.max_tokens, limits.kv_free)
-        most = min(free_slots, room)
+        token_limit = min(limits.max_tokens, limits.kv_free)
+        most = min(free_slots, token_limit)
         members = self.by_need(now_ms, members, costs.bound)[:most]
         names = {s.session for s in members}
-        rungs = [d for d in ranking if d[0] in names][: room - len(members)]
-        candidates = [kept(members, rungs[:length]) for length in range(len(rungs) + 1)]
+        ranked = [d for d in ranking if d[0] in names][: token_limit - len(members)]
+        candidates = [drafts_of(members, ranked[:length]) for length in range(len(ranked) + 1)]
         if not settings.undrafted_candidate:
-            least, _ = self.linear_best(members, rungs, around, weight)
+            least, _ = self.linear_best(members, ranked, around, weight)
             candidates = candidates[min(1, least) :]
         if not settings.cut_drafts:
             candidates = [candidates[-1]]
-            if settings.undrafted_candidate and rungs:
-                candidates.insert(0, kept(members, []))
+            if settings.undrafted_candidate and ranked:
+                candidates.insert(0, drafts_of(members, []))
         if settings.undrafted_candidate and len(members) < len(decode):
-            candidates.append(kept(self.by_need(now_ms, decode, costs.bound)[:most], []))
+            candidates.append(drafts_of(self.by_need(now_ms, decode, costs.bound)[:most], []))
         values = [value_of(decode, c, weight, estimator, extra_ms) for c in candidates]
         chosen = candidates[values.index(max(values))]
         return Choice(chosen, decode, wake_ms, weight, extra_ms)
@@ -160,7 +160,7 @@ class ReferencePolicy:
     def by_need(
         self, now_ms: float, sessions: Sequence[SessionView], bound_ms: float
     ) -> list[SessionView]:
-        """Stale ones first, then by slack, lost promises last."""
+        """Starved sessions first, then by slack, then those whose SLO is unreachable."""
 
         def rank(s: SessionView) -> float:
             if self.starved(now_ms, s, bound_ms):
@@ -185,14 +185,14 @@ class ReferencePolicy:
             # In full one step before the deadline, not at all three steps before it.
             urgency[s.session] = min(max((3.0 - slack_ms / step_ms) / 2.0, 0.0), 1.0) ** 2
             ahead = slack_ms >= 0.15 * token_ms * s.committed
-            # Steps without drafts that leave nothing to spare rescue nobody.
+            # Steps without drafts that leave nothing to spare boost nobody.
             if s.slo_unreachable or token_ms < 1.15 * undrafted_ms or ahead:
                 urgency[s.session] = 0.0
         together = settings.slo_boost_weight * len(decode) / max(1.0, sum(urgency.values()))
         for s in decode:
             if settings.slo_boost:
-                rescued = 1.0 + together * urgency[s.session]
-                weight[s.session] = max(weight[s.session], rescued)
+                boosted = 1.0 + together * urgency[s.session]
+                weight[s.session] = max(weight[s.session], boosted)
             if settings.deprioritize and s.slo_unreachable:
                 weight[s.session] = settings.slo_unreachable_weight
         return weight
@@ -204,11 +204,11 @@ class ReferencePolicy:
         """(whose draft, weighted tokens it is expected to bring), in falling order of that per ms."""
         drafts = []
         for s in decode:
-            alive = 1.0
+            cum_acceptance = 1.0
             for acceptance_prob in s.acceptance_probs:
-                alive *= acceptance_prob
-                if alive > 0.0:
-                    brings = alive * weight[s.session]
+                cum_acceptance *= acceptance_prob
+                if cum_acceptance > 0.0:
+                    brings = cum_acceptance * weight[s.session]
                     drafts.append((brings / max(costs.draft(s), 1e-12), s.session, brings))
         drafts.sort(key=lambda draft: -draft[0])
         return [(name, brings) for _, name, brings in drafts]
@@ -257,7 +257,7 @@ class ReferencePolicy:
             held = math.prod(s.acceptance_probs)
             lost[s.session] = (1.0 - held * s.due_acceptance_probs[0]) * weight[s.session]
             saved[s.session] = costs.read(s) - company_ms
-            # However sure its draft, at the rate of the whole company it must be worth the wait.
+            # However sure its draft, at the rate with everybody in it must be worth the wait.
             if rate * max(saved[s.session], 0.0) > (1.0 - 0.995 * held) * weight[s.session]:
                 due.append(s)
         due.sort(key=lambda s: s.due_ms)
@@ -282,17 +282,17 @@ class ReferencePolicy:
             rate = worth / time if time > 0 and worth > 0 else 0.0
         if rate <= 0.0 or not out:
             return set(), math.inf
-        # The step must really become shorter: by what was promised, less what waiting gains anyway.
+        # The step must really become shorter: by what linear costs say, less what waiting gains anyway.
         everybody = price(decode, keep, estimator)
         others = price(decode, {n: k for n, k in keep.items() if n not in out}, estimator)
-        promised_ms = sum(spent[name] for name in out)
+        linear_ms = sum(spent[name] for name in out)
         margin_ms = sum(saved[name] - lost[name] / rate for name in out)
-        if everybody - others - promised_ms + margin_ms <= 0.0:
+        if everybody - others - linear_ms + margin_ms <= 0.0:
             return set(), math.inf
         return out, min(s.due_ms for s in decode if s.session in out)
 
 
-def kept(members: Sequence[SessionView], taken: Sequence[tuple[str, float]]) -> Keep:
+def drafts_of(members: Sequence[SessionView], taken: Sequence[tuple[str, float]]) -> Keep:
     """Drafts that each member keeps when these are taken."""
     keep = dict.fromkeys((s.session for s in members), 0)
     for name, _ in taken:

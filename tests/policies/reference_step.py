@@ -89,13 +89,13 @@ class Step:
         self.scheduled[s.session] = member
 
     def largest_chunk(self, s: SessionView) -> int:
-        """Most prompt tokens of a session for which the limits have room."""
+        """Most prompt tokens of a session for which the limits have capacity."""
         if len(self.scheduled) >= self.limits.max_items:
             return 0
         used = sum(item.new for item in self.items)
         fed = sum(item.new for item in self.items if item.prefill)
-        room = min(self.limits.max_tokens, self.limits.kv_free) - used
-        return max(0, min(s.prompt_left, self.limits.prefill_chunk - fed, room))
+        tokens_left = min(self.limits.max_tokens, self.limits.kv_free) - used
+        return max(0, min(s.prompt_left, self.limits.prefill_chunk - fed, tokens_left))
 
 
 def price(sessions: Sequence[SessionView], keep: Keep, estimator: StepTimeEstimator) -> float:
@@ -131,22 +131,22 @@ def read_prompts(
     chunk = step.limits.prefill_chunk
     token_ms = step.estimator.predict(BatchShape.of([(chunk, 0, True)]))[0] / chunk
     running_ms = step.price()[1]
-    alive = [s for s in decode if not s.slo_unreachable] or decode
-    slack_ms = sorted(s.deadline_ms - now_ms for s in alive)
+    reachable = [s for s in decode if not s.slo_unreachable] or decode
+    slack_ms = sorted(s.deadline_ms - now_ms for s in reachable)
     stretched_ms = math.inf
-    if len(prompts) > 1 and alive:
+    if len(prompts) > 1 and reachable:
         stretched_ms = 4.0 * running_ms
-    elif alive:
+    elif reachable:
         unnoticed_ms = 0.1 * slack_ms[len(slack_ms) // 2]
         stretched_ms = min(max(unnoticed_ms, 2.0 * running_ms), 3.0 * running_ms)
     budget_ms = math.inf
-    if settings.size_prefill and alive:
-        gap_ms = 0.8 * tokens * 1000.0 / max(s.slo.tokens_per_s for s in alive)
+    if settings.size_prefill and reachable:
+        gap_ms = 0.8 * tokens * 1000.0 / max(s.slo.tokens_per_s for s in reachable)
         keepable = [ms for ms in slack_ms if ms >= running_ms]
         budget_ms = min([max(gap_ms, stretched_ms), *keepable])
 
     def due(s: SessionView) -> float:
-        # Where nothing was promised: some times of reading it alone.
+        # Without a TTFT SLO: a multiple of its prefill time alone.
         if s.deadline_ms < math.inf or settings.ttft_target == math.inf:
             return s.deadline_ms
         return s.arrived_ms + settings.ttft_target * token_ms * (s.cached + s.prompt_left)

@@ -1,4 +1,4 @@
-"""Controllers with a fixed rule, survival stand-ins, and the load level."""
+"""Controllers with a fixed rule, predictors without a fit, and the load level."""
 
 from __future__ import annotations
 

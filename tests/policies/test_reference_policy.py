@@ -85,7 +85,7 @@ def worlds(draw: st.DrawFn) -> World:
     for number in range(count):
         prompt = draw(st.sampled_from((0, 0, 0, 0, 0, 40, 2000)))
         due = draw(st.booleans())
-        # Where only some find a seat, nobody may need it exactly as much as another.
+        # If there are fewer slots than sessions, no two may be equally urgent.
         oldest, last = not crowded or number == 0, not crowded or number == count - 1
         deadline_ms = draw(st.floats(-40.0, 100.0) | st.floats(100.0, 3000.0) | st.just(1e6))
         sessions.append(

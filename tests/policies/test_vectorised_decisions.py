@@ -119,7 +119,7 @@ def test_prices_in_turn_are_those_of_adding_one_after_another(prompt):
         assert bound[place] == pytest.approx(batch.bound_ms, rel=1e-12)
 
 
-def test_a_ladder_of_some_is_the_ladder_of_all_without_the_others():
+def test_the_ranking_of_some_is_the_ranking_of_all_without_the_others():
     rng = random.Random(5)
     sessions = [s for s in queue(rng, 80) if not s.prompt_left]
     count = len(sessions)

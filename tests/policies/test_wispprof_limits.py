@@ -1,4 +1,4 @@
-"""The ``wispprof`` policy at its limits: drafts that cannot pay, more sessions than seats, long prompts."""
+"""The ``wispprof`` policy at its limits: drafts that cannot pay, more sessions than slots, long prompts."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_where_drafts_cannot_pay_the_plan_is_that_of_server_only(tails, contexts
     bucket=st.sampled_from([1, 4, 16]),
 )
 def test_many_prices_at_once_and_one_by_one_agree(tails, fixed, row, bucket):
-    """An estimator that prices whole ladders gives at least the rate of one that is asked step by step."""
+    """An estimator that prices all cutoffs at once gets at least the rate of one asked step by step."""
     numbers = {"fixed": fixed, "row": row, "bucket": bucket, "pair": 1e-5}
     sessions = [stream(str(i), acceptance_probs=t, cached=200 * i) for i, t in enumerate(tails)]
     by_name = {s.session: s for s in sessions}
@@ -90,7 +90,7 @@ def test_many_prices_at_once_and_one_by_one_agree(tails, fixed, row, bucket):
 
 @settings(max_examples=60, deadline=None)
 @given(tails=tails_of, items=st.integers(1, 40), cached=st.integers(0, 5000))
-def test_the_rungs_of_a_ladder_are_leading_parts_of_tails(tails, items, cached):
+def test_every_cutoff_takes_leading_drafts_of_its_sessions(tails, items, cached):
     estimator = SyntheticEstimator(row=0.3, kv=1e-4)
     costs = mean_costs(ByTotals(row=0.3, kv=1e-4), items, 3, cached)
     assert costs == pytest.approx(mean_costs(estimator, items, 3, cached))
@@ -117,10 +117,10 @@ def test_the_rungs_of_a_ladder_are_leading_parts_of_tails(tails, items, cached):
     assert all(later <= earlier * (1 + 1e-9) for earlier, later in itertools.pairwise(density))
 
 
-def test_with_more_sessions_than_seats_the_neediest_go_and_lost_promises_last():
+def test_with_more_sessions_than_slots_the_most_urgent_go_and_unreachable_slos_last():
     sessions = [stream(f"calm{i}", deadline_ms=5000.0 + i) for i in range(40)]
     sessions += [stream(f"late{i}", deadline_ms=20.0 + i) for i in range(6)]
-    sessions += [stream(f"lost{i}", deadline_ms=-9e5, slo_unreachable=True) for i in range(40)]
+    sessions += [stream(f"unmet{i}", deadline_ms=-9e5, slo_unreachable=True) for i in range(40)]
     sessions += [stream("starved", deadline_ms=9e5, arrived_ms=-1e6)]
     plan = make_batch_policy("wispprof").plan(
         0.0, sessions, SyntheticEstimator(), Limits(8, 4096, 256, 1 << 20)
@@ -136,8 +136,8 @@ def chunk(policy: str, running: list[SessionView], prompt: SessionView, estimato
 
 
 @pytest.mark.parametrize("speed", [1.0, 4.0, 16.0])
-def test_a_prompt_that_has_time_does_not_use_up_a_slow_promise(speed):
-    """Beside slow promises a chunk could be large; a prompt that is not due takes little all the same."""
+def test_a_prompt_that_has_time_does_not_use_up_a_slow_slo(speed):
+    """Beside slow SLOs a chunk could be large; a prompt that is not due takes little all the same."""
     running = [stream(str(i), slo=Slo(speed)) for i in range(12)]
     prompt = stream("new", prompt_left=1500, cached=0, slo=Slo(speed), deadline_ms=math.inf)
     estimator = SyntheticEstimator(fixed=5.0, row=0.5, kv=0.0)
@@ -149,7 +149,7 @@ def test_a_prompt_that_has_time_does_not_use_up_a_slow_promise(speed):
     assert ours <= 4.0 * estimator.ratio * alone
 
 
-def test_a_prompt_that_is_due_takes_what_it_needs_of_slow_promises():
+def test_a_prompt_that_is_due_takes_what_it_needs_of_slow_slos():
     running = [stream(str(i), slo=Slo(2.0)) for i in range(12)]
     estimator = SyntheticEstimator(fixed=5.0, row=0.5, kv=0.0)
     fed = {}

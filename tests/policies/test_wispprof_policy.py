@@ -118,10 +118,10 @@ def test_tails_are_trimmed_under_load_and_kept_when_rows_are_free():
     )
     assert {m.drafts for m in free.items} == {3}
     assert max(m.drafts for m in dear.items) <= 1
-    kept = make_batch_policy("wispprof", cut_drafts=False, undrafted_candidate=False).plan(
+    uncut = make_batch_policy("wispprof", cut_drafts=False, undrafted_candidate=False).plan(
         0.0, sessions, SyntheticEstimator(fixed=1, row=1.0), LIMITS
     )
-    assert {m.drafts for m in kept.items} == {3}
+    assert {m.drafts for m in uncut.items} == {3}
 
 
 def test_a_due_draft_is_waited_for_where_reading_the_cache_costs_most():
@@ -161,7 +161,7 @@ def test_those_who_wait_are_reached_by_the_step_that_is_left():
 
 
 def test_nobody_waits_where_the_step_would_not_be_shorter():
-    """Linear costs promise a saving; this estimator pads small batches, so there is none."""
+    """Linear costs predict a saving; this estimator pads small batches, so there is none."""
 
     class Padded(SyntheticEstimator):
         __slots__ = ()
@@ -240,7 +240,7 @@ def test_sessions_behind_their_promise_keep_more_of_their_tails():
     assert drafts["behind"] > max(d for n, d in drafts.items() if n != "behind")
 
 
-def rescued(speed: float, behind: dict, **options) -> tuple[float, list[int]]:
+def boosted(speed: float, behind: dict, **options) -> tuple[float, list[int]]:
     """p50 of a step, and how many drafts each keeps, of fifteen that ran ahead and one that fell behind."""
     acceptance_probs = (0.9, 0.8, 0.7)
     sessions = [
@@ -255,10 +255,10 @@ def rescued(speed: float, behind: dict, **options) -> tuple[float, list[int]]:
 
 
 def test_a_session_behind_a_promise_that_undrafted_steps_would_keep_is_rescued():
-    usual_ms, drafts = rescued(25.0, {}, slo_boost=False)
+    usual_ms, drafts = boosted(25.0, {}, slo_boost=False)
     assert usual_ms > 1000.0 / 25.0
     assert sum(drafts) >= 30
-    short_ms, drafts = rescued(25.0, {})
+    short_ms, drafts = boosted(25.0, {})
     assert short_ms < 1000.0 / 25.0
     assert sum(drafts) < 15
 
@@ -267,50 +267,50 @@ def test_a_session_behind_a_promise_that_undrafted_steps_would_keep_is_rescued()
     ("speed", "behind"),
     [
         pytest.param(60.0, {}, id="undrafted steps would miss it too"),
-        pytest.param(25.0, {"slo_unreachable": True}, id="lost"),
+        pytest.param(25.0, {"slo_unreachable": True}, id="slo_unreachable"),
         pytest.param(25.0, {"deadline_ms": 400.0}, id="well ahead so far"),
         pytest.param(4.0, {"deadline_ms": 240.0, "committed": 1}, id="just begun"),
     ],
 )
 def test_who_needs_no_rescue_or_cannot_be_rescued_does_not_shorten_steps(speed, behind):
-    assert rescued(speed, behind) == rescued(speed, behind, slo_boost=False)
+    assert boosted(speed, behind) == boosted(speed, behind, slo_boost=False)
 
 
 def test_hopeless_sessions_give_way_but_do_not_starve():
-    lost = [stream(f"lost{i}", slo_unreachable=True, deadline_ms=-900.0) for i in range(6)]
-    alive = [stream(f"alive{i}", deadline_ms=-5.0) for i in range(6)]
+    unreachable = [stream(f"unmet{i}", slo_unreachable=True, deadline_ms=-900.0) for i in range(6)]
+    reachable = [stream(f"reach{i}", deadline_ms=-5.0) for i in range(6)]
     estimator = SyntheticEstimator(fixed=2.0, row=2.0)
-    plan = make_batch_policy("wispprof").plan(0.0, lost + alive, estimator, LIMITS)
-    assert {m.session[:5] for m in plan.items} == {"alive"}
-    later = make_batch_policy("wispprof").plan(5000.0, lost + alive, estimator, LIMITS)
+    plan = make_batch_policy("wispprof").plan(0.0, unreachable + reachable, estimator, LIMITS)
+    assert {m.session[:5] for m in plan.items} == {"reach"}
+    later = make_batch_policy("wispprof").plan(5000.0, unreachable + reachable, estimator, LIMITS)
     assert {m.session[:5] for m in later.items} == {
-        "alive",
+        "reach",
         "lost0",
-        *(f"lost{i}" for i in range(6)),
+        *(f"unmet{i}" for i in range(6)),
     }
 
 
 def test_hopeless_sessions_that_cost_much_give_way_but_do_not_starve():
-    lost = [
-        stream(f"lost{i}", slo_unreachable=True, deadline_ms=-900.0, cached=8000) for i in range(6)
+    unreachable = [
+        stream(f"unmet{i}", slo_unreachable=True, deadline_ms=-900.0, cached=8000) for i in range(6)
     ]
-    alive = [stream(f"alive{i}", deadline_ms=-5.0, cached=100) for i in range(6)]
+    reachable = [stream(f"reach{i}", deadline_ms=-5.0, cached=100) for i in range(6)]
     estimator = SyntheticEstimator(fixed=2.0, row=0.5, kv=1e-3)
-    plan = make_batch_policy("wispprof").plan(0.0, lost + alive, estimator, LIMITS)
-    assert {m.session[:5] for m in plan.items} == {"alive"}
-    later = make_batch_policy("wispprof").plan(5000.0, lost + alive, estimator, LIMITS)
+    plan = make_batch_policy("wispprof").plan(0.0, unreachable + reachable, estimator, LIMITS)
+    assert {m.session[:5] for m in plan.items} == {"reach"}
+    later = make_batch_policy("wispprof").plan(5000.0, unreachable + reachable, estimator, LIMITS)
     assert {m.session[:5] for m in later.items} == {
-        "alive",
+        "reach",
         "lost0",
-        *(f"lost{i}" for i in range(6)),
+        *(f"unmet{i}" for i in range(6)),
     }
 
 
 def test_hopeless_sessions_that_cost_little_advance_with_the_rest():
-    lost = [stream(f"lost{i}", slo_unreachable=True, deadline_ms=-900.0) for i in range(6)]
-    alive = [stream(f"alive{i}", deadline_ms=-5.0) for i in range(2)]
+    unreachable = [stream(f"unmet{i}", slo_unreachable=True, deadline_ms=-900.0) for i in range(6)]
+    reachable = [stream(f"reach{i}", deadline_ms=-5.0) for i in range(2)]
     estimator = SyntheticEstimator(fixed=8.0, row=1.0, kv=0.0)
-    plan = make_batch_policy("wispprof").plan(0.0, lost + alive, estimator, LIMITS)
+    plan = make_batch_policy("wispprof").plan(0.0, unreachable + reachable, estimator, LIMITS)
     assert len(plan.items) == 8
 
 

@@ -16,7 +16,6 @@ from wispprof.planning.draft_table import EdgeCosts, SpeedCurve, speed_curve
 from wispprof.planning.session_speed import LoadedStepTimes, renewal
 from wispprof.policies.cost_model import LOAD_LEVELS, load_level, representative_slowdown
 from wispprof.settings.planner_settings import Mix, PlanSettings
-from wispprof.types import StepTimeEstimator
 
 _LEAST_CHUNK = 16
 
@@ -132,9 +131,6 @@ def capacity_row(
     if count >= 1:
         speeds = cell(count).slow
         k = max(range(len(speeds)), key=lambda i: (speeds[i], -i))
-    bound_by = "time"
-    if count == most:
-        bound_by = "kv" if most < settings.max_sessions else "limit"
     return CapacityRow(
         edge.device.name,
         edge.rtt_ms,
@@ -143,7 +139,7 @@ def capacity_row(
         max(0, central),
         max(0, count),
         k,
-        bound_by,
+        _bound_by(count, settings),
     )
 
 
@@ -168,9 +164,11 @@ def break_even_row(
     )
 
 
-def step_times(estimator: StepTimeEstimator, settings: PlanSettings) -> LoadedStepTimes:
-    """Step times, shared by all tables."""
-    return LoadedStepTimes(estimator, settings.context)
+def _bound_by(count: int, settings: PlanSettings) -> str:
+    """What limits a capacity of ``count`` sessions: step time, KV cache, or the planned maximum."""
+    if count < settings.kv_sessions:
+        return "time"
+    return "kv" if settings.kv_sessions < settings.max_sessions else "limit"
 
 
 _ITERATIONS = 40
@@ -192,9 +190,6 @@ def mix_row(times: LoadedStepTimes, edge: EdgeCosts, mix: Mix, settings: PlanSet
     count = largest(max(1, central), most, lambda n: fleet.lengths(classes, shares, n) is not None)
     count = max(0, count)
     lengths = fleet.lengths(classes, shares, count) if count else None
-    bound_by = "time"
-    if count == most:
-        bound_by = "kv" if most < settings.max_sessions else "limit"
     return MixRow(
         edge.device.name,
         edge.rtt_ms,
@@ -204,7 +199,7 @@ def mix_row(times: LoadedStepTimes, edge: EdgeCosts, mix: Mix, settings: PlanSet
         central,
         count,
         tuple(map(float, lengths or [0] * len(classes))),
-        bound_by,
+        _bound_by(count, settings),
     )
 
 

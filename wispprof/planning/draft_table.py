@@ -11,12 +11,12 @@ from wispprof.planning.objective import Figures, choose
 from wispprof.planning.session_speed import (
     LoadedStepTimes,
     SessionSpeed,
+    renewal,
     round_speed,
     stream_speed,
     undrafted_speed,
 )
 from wispprof.settings.planner_settings import PlanSettings
-from wispprof.types import BatchCost, BatchShape, StepTimeEstimator
 
 _MAX_DRAFT_AHEAD = 32
 
@@ -70,6 +70,7 @@ def speed_curve(times: LoadedStepTimes, sessions: int, edge: EdgeCosts, k_max: i
     draft_ms, rtt_ms = edge.device.step_ms(times.cached), edge.rtt_ms
     resume_ms = 0.0 if edge.mode == "stream" else edge.device.resume_ms
     undrafted = undrafted_speed(times, sessions)
+    slow_lengths = edge.slow.lengths().tolist()
     speeds, slow_speeds = [undrafted], [undrafted.tokens_per_s]
     for k in range(1, k_max + 1):
         if edge.mode == "round":
@@ -77,8 +78,7 @@ def speed_curve(times: LoadedStepTimes, sessions: int, edge: EdgeCosts, k_max: i
             slow_commits = 1.0 + sum(edge.slow.cumulative[:k])
         else:
             speed = stream_speed(times, sessions, k, draft_ms, rtt_ms, edge.mean)
-            fixed = LoadedStepTimes(_ConstantStepTime(speed.step_ms), 0)
-            slow_commits = stream_speed(fixed, 1, k, draft_ms, rtt_ms, edge.slow).commits
+            slow_commits = renewal(slow_lengths, speed.step_ms, k, draft_ms, rtt_ms)[0]
         speeds.append(speed)
         slow_speeds.append(slow_commits / speed.round_ms * 1000.0)
     rows = tuple(times.row_ms(p.items, p.rows) for p in speeds)
@@ -176,24 +176,3 @@ def _figures(
         billed / _MS_PER_H * _MTOKEN,
         device.draft_w * drafting_ms / 1000.0,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _ConstantStepTime(BatchCost, StepTimeEstimator):
-    """An estimator whose step always takes the same time."""
-
-    p50_ms: float
-    coverage: float = 0.5
-
-    @property
-    def bound_ms(self) -> float:
-        return self.p50_ms
-
-    def start(self) -> _ConstantStepTime:
-        return self
-
-    def add(self, new: int, cached: int, prefill: bool = False) -> _ConstantStepTime:
-        return self
-
-    def predict(self, shape: BatchShape) -> tuple[float, float]:
-        return self.p50_ms, self.p50_ms

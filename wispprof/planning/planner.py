@@ -15,10 +15,10 @@ from wispprof.planning.batch_table import (
     capacity_row,
     mix_row,
     sessions_of_levels,
-    step_times,
 )
 from wispprof.planning.draft_table import EdgeCosts, PlannedDevice, draft_row, speed_curve
 from wispprof.planning.objective import choice_rows
+from wispprof.planning.session_speed import LoadedStepTimes
 from wispprof.policies.cost_model import LOAD_BOUNDS, LOAD_LEVELS
 from wispprof.settings.planner_settings import PlanSettings
 from wispprof.types import StepTimeEstimator
@@ -48,7 +48,7 @@ def make_plan(
     settings = settings or PlanSettings()
     fleet = _checked(devices, settings)
     runs = {d.name: _runs(d.name, acceptance, settings) for d in fleet}
-    times = step_times(estimator, settings)
+    times = LoadedStepTimes(estimator, settings.context)
     if times.uniform(1, 1)[0] <= 0:
         raise PlanError("The estimator predicts 0 ms for a step.", "Fit it again.")
     levels = sessions_of_levels(times, settings.kv_sessions)

@@ -38,17 +38,6 @@ class BatchBuilder:
     ``limits.prefill_chunk``.
     """
 
-    __slots__ = (
-        "_kv_left",
-        "_scheduled",
-        "_tokens_left",
-        "cost",
-        "estimator",
-        "items",
-        "limits",
-        "prefill_left",
-    )
-
     def __init__(self, estimator: StepTimeEstimator, limits: Limits) -> None:
         self.estimator = estimator
         self.cost: BatchCost = estimator.start()

@@ -1,7 +1,7 @@
 """Switches and constants of the ``wispprof`` batching policy.
 
-Source: *measured* on real engines or simulated fleets (tables in docs/notes.md, "Stream policy"), or
-*derived* from the model in the module that uses it.
+Source: *measured* on real engines or simulated fleets (tables in docs/decisions: slo-boost.md,
+waiting-and-prompts.md, unreachable-slos.md), or *derived* from the model in the module that uses it.
 """
 
 from __future__ import annotations
