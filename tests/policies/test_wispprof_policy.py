@@ -109,7 +109,7 @@ def test_without_its_floor_a_staircase_can_beat_it():
     assert sum(m.drafts for m in plan.items) == 0
 
 
-def test_tails_are_trimmed_under_load_and_kept_when_rows_are_free():
+def test_drafts_are_cut_under_load_and_all_verified_when_rows_are_free():
     sessions = [stream(str(i), acceptance_probs=(0.9, 0.5, 0.2)) for i in range(32)]
     policy = make_batch_policy("wispprof")
     free = policy.plan(0.0, sessions, SyntheticEstimator(row=1e-6), LIMITS)
@@ -227,7 +227,7 @@ def test_nobody_waits_for_a_draft_past_its_deadline():
     assert {m.session[0] for m in plan.items} == {"r", "d"}
 
 
-def test_sessions_behind_their_promise_keep_more_of_their_tails():
+def test_sessions_that_lag_behind_their_slo_have_more_drafts_verified():
     acceptance_probs = (0.6, 0.6)
     sessions = [
         stream(f"ahead{i}", acceptance_probs=acceptance_probs, deadline_ms=5000.0)
@@ -254,7 +254,7 @@ def boosted(speed: float, behind: dict, **options) -> tuple[float, list[int]]:
     return plan.p50_ms, [member.drafts for member in plan.items]
 
 
-def test_a_session_behind_a_promise_that_undrafted_steps_would_keep_is_rescued():
+def test_a_session_behind_an_slo_that_undrafted_steps_would_meet_is_boosted():
     usual_ms, drafts = boosted(25.0, {}, slo_boost=False)
     assert usual_ms > 1000.0 / 25.0
     assert sum(drafts) >= 30
@@ -272,12 +272,12 @@ def test_a_session_behind_a_promise_that_undrafted_steps_would_keep_is_rescued()
         pytest.param(4.0, {"deadline_ms": 240.0, "committed": 1}, id="just begun"),
     ],
 )
-def test_who_needs_no_rescue_or_cannot_be_rescued_does_not_shorten_steps(speed, behind):
+def test_who_needs_no_boost_or_gains_nothing_by_it_does_not_shorten_steps(speed, behind):
     assert boosted(speed, behind) == boosted(speed, behind, slo_boost=False)
 
 
-def test_hopeless_sessions_give_way_but_do_not_starve():
-    unreachable = [stream(f"unmet{i}", slo_unreachable=True, deadline_ms=-900.0) for i in range(6)]
+def test_sessions_with_unreachable_slos_give_way_but_do_not_starve():
+    unreachable = [stream(f"miss{i}", slo_unreachable=True, deadline_ms=-900.0) for i in range(6)]
     reachable = [stream(f"reach{i}", deadline_ms=-5.0) for i in range(6)]
     estimator = SyntheticEstimator(fixed=2.0, row=2.0)
     plan = make_batch_policy("wispprof").plan(0.0, unreachable + reachable, estimator, LIMITS)
@@ -285,14 +285,14 @@ def test_hopeless_sessions_give_way_but_do_not_starve():
     later = make_batch_policy("wispprof").plan(5000.0, unreachable + reachable, estimator, LIMITS)
     assert {m.session[:5] for m in later.items} == {
         "reach",
-        "lost0",
-        *(f"unmet{i}" for i in range(6)),
+        "miss0",
+        *(f"miss{i}" for i in range(6)),
     }
 
 
-def test_hopeless_sessions_that_cost_much_give_way_but_do_not_starve():
+def test_sessions_with_unreachable_slos_that_cost_much_give_way_but_do_not_starve():
     unreachable = [
-        stream(f"unmet{i}", slo_unreachable=True, deadline_ms=-900.0, cached=8000) for i in range(6)
+        stream(f"miss{i}", slo_unreachable=True, deadline_ms=-900.0, cached=8000) for i in range(6)
     ]
     reachable = [stream(f"reach{i}", deadline_ms=-5.0, cached=100) for i in range(6)]
     estimator = SyntheticEstimator(fixed=2.0, row=0.5, kv=1e-3)
@@ -301,13 +301,13 @@ def test_hopeless_sessions_that_cost_much_give_way_but_do_not_starve():
     later = make_batch_policy("wispprof").plan(5000.0, unreachable + reachable, estimator, LIMITS)
     assert {m.session[:5] for m in later.items} == {
         "reach",
-        "lost0",
-        *(f"unmet{i}" for i in range(6)),
+        "miss0",
+        *(f"miss{i}" for i in range(6)),
     }
 
 
-def test_hopeless_sessions_that_cost_little_advance_with_the_rest():
-    unreachable = [stream(f"unmet{i}", slo_unreachable=True, deadline_ms=-900.0) for i in range(6)]
+def test_sessions_with_unreachable_slos_that_cost_little_advance_with_the_rest():
+    unreachable = [stream(f"miss{i}", slo_unreachable=True, deadline_ms=-900.0) for i in range(6)]
     reachable = [stream(f"reach{i}", deadline_ms=-5.0) for i in range(2)]
     estimator = SyntheticEstimator(fixed=8.0, row=1.0, kv=0.0)
     plan = make_batch_policy("wispprof").plan(0.0, unreachable + reachable, estimator, LIMITS)
