@@ -1,4 +1,4 @@
-"""The doctor finds each planted fault and names its fix; a healthy situation has none."""
+"""The doctor reports each injected fault with a hint, and none for a healthy context."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from typer.testing import CliRunner
 from wispprof import doctor
 from wispprof.artifacts import write_document
 from wispprof.cli import app
-from wispprof.doctor import DoctorContext, Finding, examine, machine_checks, model_checks
+from wispprof.doctor import DoctorContext, Finding, examine, machine_checks, serving_checks
 
 HEALTHY = DoctorContext(environ={})
 
 
-def one(check: Callable[[DoctorContext], Finding], situation: DoctorContext) -> Finding:
-    return next(iter(examine(situation, [check])))
+def one(check: Callable[[DoctorContext], Finding], context: DoctorContext) -> Finding:
+    return next(iter(examine(context, [check])))
 
 
-def assert_fault(finding: Finding, *said: str, status: str = "fail") -> None:
+def assert_fault(finding: Finding, *words: str, status: str = "fail") -> None:
     assert finding.status == status, finding
     assert finding.hint, finding
-    for words in said:
-        assert words in finding.found + finding.hint, finding
+    for word in words:
+        assert word in finding.message + finding.hint, finding
 
 
 def free_port() -> int:
@@ -49,7 +49,7 @@ def free_port() -> int:
         doctor.artifacts,
     ],
 )
-def test_a_healthy_situation_has_no_fault(check: Callable[[DoctorContext], Finding]) -> None:
+def test_a_healthy_context_has_no_fault(check: Callable[[DoctorContext], Finding]) -> None:
     finding = one(check, HEALTHY)
     assert finding.status in ("ok", "skip"), finding
 
@@ -73,8 +73,8 @@ def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("asked", ["0", "4096", "many"])
 def test_wrong_threads(asked: str) -> None:
-    situation = replace(HEALTHY, environ={"OMP_NUM_THREADS": asked})
-    assert_fault(one(doctor.threads, situation), asked, status="warn")
+    context = replace(HEALTHY, environ={"OMP_NUM_THREADS": asked})
+    assert_fault(one(doctor.threads, context), asked, status="warn")
 
 
 def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,27 +114,27 @@ def test_no_key_beyond_loopback() -> None:
 
 def test_keys_that_are_short_missing_or_readable_by_others(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    situation = replace(HEALTHY, api_key_file=file)
-    assert_fault(one(doctor.api_keys, situation), "no file")
+    context = replace(HEALTHY, api_key_file=file)
+    assert_fault(one(doctor.api_keys, context), "not exist")
     file.write_text("short\n")
-    assert_fault(one(doctor.api_keys, situation), "16")
+    assert_fault(one(doctor.api_keys, context), "16")
     file.write_text("k" * 32)
     file.chmod(0o644)
-    assert_fault(one(doctor.api_keys, situation), "chmod 600", status="warn")
+    assert_fault(one(doctor.api_keys, context), "chmod 600", status="warn")
     file.chmod(stat.S_IRUSR)
-    assert one(doctor.api_keys, situation).status == "ok"
+    assert one(doctor.api_keys, context).status == "ok"
 
 
 def test_tls_halves_and_nonsense(tmp_path: Path) -> None:
     cert = tmp_path / "cert.pem"
     cert.write_text("nonsense")
     assert_fault(one(doctor.tls, replace(HEALTHY, tls_cert=cert)), "missing")
-    assert_fault(one(doctor.tls, replace(HEALTHY, tls_cert=cert, tls_key=cert)), "cannot be used")
+    assert_fault(one(doctor.tls, replace(HEALTHY, tls_cert=cert, tls_key=cert)), "Cannot use")
     assert_fault(one(doctor.tls, replace(HEALTHY, host="0.0.0.0")), "--tls-cert", status="warn")
 
 
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wispprof.doctor.server_checks.DIAL_MS", 50.0)
+    monkeypatch.setattr("wispprof.doctor.serving_checks.CONNECT_MS", 50.0)
     away = replace(HEALTHY, server=f"127.0.0.1:{free_port()}")
     assert_fault(one(doctor.server, away), "wispprof serve")
     assert_fault(one(doctor.server, replace(HEALTHY, server="ftp://x")), "address")
@@ -146,20 +146,20 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
 
 
 def test_damaged_and_newer_artifacts(tmp_path: Path) -> None:
-    situation = replace(HEALTHY, run=tmp_path)
+    context = replace(HEALTHY, run=tmp_path)
     write_document(tmp_path / "bench.json", "bench", {"policy": "wisp"})
-    assert one(doctor.artifacts, situation).status == "ok"
+    assert one(doctor.artifacts, context).status == "ok"
     whole = json.loads((tmp_path / "bench.json").read_text())
     (tmp_path / "bench.json").write_text(json.dumps({**whole, "schema": 99}, indent=1))
-    assert_fault(one(doctor.artifacts, situation), "Upgrade")
+    assert_fault(one(doctor.artifacts, context), "Upgrade")
     (tmp_path / "bench.json").write_text(json.dumps({**whole, "payload": {"x": 1}}, indent=1))
-    assert_fault(one(doctor.artifacts, situation), "changed")
-    assert_fault(one(doctor.artifacts, replace(situation, run=tmp_path / "none")), "--run")
+    assert_fault(one(doctor.artifacts, context), "changed")
+    assert_fault(one(doctor.artifacts, replace(context, run=tmp_path / "none")), "--run")
 
 
 def test_a_missing_model(tmp_path: Path) -> None:
-    situation = replace(HEALTHY, target=str(tmp_path / "none"), draft=str(tmp_path / "none"))
-    assert_fault(one(doctor.models, situation), "none")
+    context = replace(HEALTHY, target=str(tmp_path / "none"), draft=str(tmp_path / "none"))
+    assert_fault(one(doctor.models, context), "none")
 
 
 def test_models_that_are_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,13 +172,13 @@ def test_models_that_are_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
         info = SimpleNamespace(id=path, family="llama", parameters=size, tokenizer_hash=tokenizer)
         return SimpleNamespace(info=info)
 
-    monkeypatch.setattr(model_checks, "_load", loaded)
+    monkeypatch.setattr(serving_checks, "_load", loaded)
 
     def both(target: str, draft: str) -> DoctorContext:
         return replace(HEALTHY, target=target, draft=draft)
 
     fine = one(doctor.models, both("big", "small"))
-    assert (fine.status, fine.found) == (
+    assert (fine.status, fine.message) == (
         "ok",
         "target big: llama, 0.0 M parameters; draft small: llama, 0.0 M",
     )

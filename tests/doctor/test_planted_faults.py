@@ -1,7 +1,7 @@
-"""Faults planted in the world, not in the doctor: the whole command finds each, and names its fix.
+"""The `doctor` command finds each fault injected into an installation, and says what to do.
 
-A small healthy installation is made once: a pair of models, keys, a certificate, a folder of artifacts.
-Every case breaks one thing in it. Against the healthy run exactly that one finding must change.
+A small healthy installation is made once: a pair of models, keys, a certificate and artifacts. Each case
+breaks one thing in it. Exactly that finding must then differ from the healthy run.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typer.testing import CliRunner
 from wispprof.artifacts import read_document, write_document
 from wispprof.artifacts.document import SCHEMA
 from wispprof.cli import app
-from wispprof.doctor import model_checks, server_checks
+from wispprof.doctor import serving_checks
 
-# What may change between two runs on a machine that others use.
-WEATHER = {"memory", "load", "sensors", "devices"}
+VARIABLE_CHECKS = {"memory", "load", "sensors", "devices"}
+"""Findings that may differ between two runs on a shared machine."""
 
 
-class World:
-    """Where a server would stand, and the command line that has it examined."""
+class Installation:
+    """Files of an installation, and the options and environment of the command that checks it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -51,19 +51,19 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def examine(world: World) -> tuple[int, dict[str, tuple[str, str]]]:
-    """Exit code; check → (status, what was found and its fix)."""
-    model_checks._load.cache_clear()
-    words = [word for name, value in world.options.items() for word in (f"--{name}", value)]
-    done = CliRunner().invoke(app, ["doctor", "--json", *words], env=world.environ)
+def examine(installation: Installation) -> tuple[int, dict[str, tuple[str, str]]]:
+    """Exit code; check → (status, message and hint)."""
+    serving_checks._load.cache_clear()
+    words = [word for name, value in installation.options.items() for word in (f"--{name}", value)]
+    done = CliRunner().invoke(app, ["doctor", "--json", *words], env=installation.environ)
     assert done.exit_code in (0, 1), done.output
     found: list[dict[str, Any]] = json.loads(done.stdout)["findings"]
     for finding in found:
         assert finding["hint"] or finding["status"] in ("ok", "skip"), finding
     return done.exit_code, {
-        f["what"]: (f["status"], f"{f['found']} {f['hint']}")
+        f["check"]: (f["status"], f"{f['message']} {f['hint']}")
         for f in found
-        if f["what"] not in WEATHER
+        if f["check"] not in VARIABLE_CHECKS
     }
 
 
@@ -89,7 +89,7 @@ def make_certificate(folder: Path, days: int = 90) -> None:
 
 
 @pytest.fixture(scope="module")
-def installation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def healthy_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("openssl") is None:
         pytest.skip("needs openssl for a certificate")
     root = tmp_path_factory.mktemp("healthy")
@@ -106,178 +106,184 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def world(installation: Path, tmp_path: Path) -> Iterator[World]:
+def installation(healthy_files: Path, tmp_path: Path) -> Iterator[Installation]:
     copy = tmp_path / "copy"
-    shutil.copytree(installation, copy)
-    made = World(copy)
-    yield made
-    for listener in made.held:
+    shutil.copytree(healthy_files, copy)
+    copied = Installation(copy)
+    yield copied
+    for listener in copied.held:
         listener.close()
 
 
 # --- the faults -----------------------------------------------------------------------------------
 
 
-def no_weights(world: World) -> None:
-    (world.root / "target" / "model.safetensors").unlink()
+def no_weights(installation: Installation) -> None:
+    (installation.root / "target" / "model.safetensors").unlink()
 
 
-def cut_weights(world: World) -> None:
-    file = world.root / "target" / "model.safetensors"
+def cut_weights(installation: Installation) -> None:
+    file = installation.root / "target" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def weights_of_nan(world: World) -> None:
+def weights_of_nan(installation: Installation) -> None:
     from safetensors.torch import load_file, save_file
 
-    file = world.root / "target" / "model.safetensors"
+    file = installation.root / "target" / "model.safetensors"
     weights = load_file(file)
     weights["model.norm.weight"].fill_(float("nan"))
     save_file(weights, file, metadata={"format": "pt"})
 
 
-def swapped_pair(world: World) -> None:
-    options = world.options
+def swapped_pair(installation: Installation) -> None:
+    options = installation.options
     options["target"], options["draft"] = options["draft"], options["target"]
 
 
-def another_tokenizer(world: World) -> None:
-    shutil.rmtree(world.root / "draft")
-    make_model(world.root / "draft", layers=1, words=50)
+def another_tokenizer(installation: Installation) -> None:
+    shutil.rmtree(installation.root / "draft")
+    make_model(installation.root / "draft", layers=1, words=50)
 
 
-def no_tokenizer(world: World) -> None:
-    for file in (world.root / "draft").glob("tokenizer*"):
+def no_tokenizer(installation: Installation) -> None:
+    for file in (installation.root / "draft").glob("tokenizer*"):
         file.unlink()
 
 
-def port_taken(world: World) -> None:
+def port_taken(installation: Installation) -> None:
     listener = socket.create_server(("0.0.0.0", 0))
-    world.held.append(listener)
-    world.options["port"] = str(listener.getsockname()[1])
+    installation.held.append(listener)
+    installation.options["port"] = str(listener.getsockname()[1])
 
 
-def no_key(world: World) -> None:
-    del world.options["api-key-file"]
+def no_key(installation: Installation) -> None:
+    del installation.options["api-key-file"]
 
 
-def short_key(world: World) -> None:
-    (world.root / "keys").write_text("secret\n")
+def short_key(installation: Installation) -> None:
+    (installation.root / "keys").write_text("secret\n")
 
 
-def keys_that_are_not_text(world: World) -> None:
-    (world.root / "keys").write_bytes(b"\xff\xfe" * 20)
+def keys_that_are_not_text(installation: Installation) -> None:
+    (installation.root / "keys").write_bytes(b"\xff\xfe" * 20)
 
 
-def open_keys(world: World) -> None:
-    (world.root / "keys").chmod(0o644)
+def open_keys(installation: Installation) -> None:
+    (installation.root / "keys").chmod(0o644)
 
 
-def strangers_certificate(world: World) -> None:
-    key = (world.root / "key.pem").read_text()
-    make_certificate(world.root)
-    (world.root / "key.pem").write_text(key)
+def another_keys_certificate(installation: Installation) -> None:
+    key = (installation.root / "key.pem").read_text()
+    make_certificate(installation.root)
+    (installation.root / "key.pem").write_text(key)
 
 
-def ending_certificate(world: World) -> None:
-    make_certificate(world.root, days=3)
+def expiring_certificate(installation: Installation) -> None:
+    make_certificate(installation.root, days=3)
 
 
-def no_server(world: World) -> None:
-    world.options["server"] = f"127.0.0.1:{free_port()}"
+def no_server(installation: Installation) -> None:
+    installation.options["server"] = f"127.0.0.1:{free_port()}"
 
 
-def out_is_a_file(world: World) -> None:
-    (world.root / "out").write_text("")
+def out_is_a_file(installation: Installation) -> None:
+    (installation.root / "out").write_text("")
 
 
-def edited_result(world: World) -> None:
-    file = world.root / "run" / "bench.json"
+def edited_result(installation: Installation) -> None:
+    file = installation.root / "run" / "bench.json"
     file.write_text(file.read_text().replace('"rows": []', '"rows": [1]'))
 
 
-def result_of_the_future(world: World) -> None:
-    file = world.root / "run" / "bench.json"
+def result_of_a_newer_version(installation: Installation) -> None:
+    file = installation.root / "run" / "bench.json"
     text = file.read_text()
     assert f'"schema": {SCHEMA}' in text
     file.write_text(text.replace(f'"schema": {SCHEMA}', f'"schema": {SCHEMA + 5}'))
 
 
-def refitted_since(world: World) -> None:
-    write_document(world.root / "run" / "predictor.json", "predictor", {"of": "another trace"})
+def refitted_since(installation: Installation) -> None:
+    write_document(
+        installation.root / "run" / "predictor.json", "predictor", {"of": "another trace"}
+    )
 
 
-def too_many_threads(world: World) -> None:
-    world.environ["OMP_NUM_THREADS"] = "4096"
+def too_many_threads(installation: Installation) -> None:
+    installation.environ["OMP_NUM_THREADS"] = "4096"
 
 
-FAULTS: dict[Callable[[World], None], tuple[str, str, str]] = {
-    # fault: (the check that finds it, its status, words of the finding or its fix)
+FAULTS: dict[Callable[[Installation], None], tuple[str, str, str]] = {
+    # fault: (the check that finds it, its status, words of its message or hint)
     no_weights: ("models", "fail", "download"),
     cut_weights: ("models", "fail", "download is complete"),
     weights_of_nan: ("engine", "fail", "restore them"),
     swapped_pair: ("models", "warn", "Swap --target and --draft"),
-    another_tokenizer: ("tokenizers", "fail", "target's own family"),
+    another_tokenizer: ("tokenizers", "fail", "target's family"),
     no_tokenizer: ("tokenizers", "fail", "Copy the tokenizer files"),
     port_taken: ("port", "fail", "choose another --port"),
     no_key: ("API keys", "fail", "--api-key-file"),
     short_key: ("API keys", "fail", "at least 16"),
     keys_that_are_not_text: ("API keys", "fail", "one key per line"),
     open_keys: ("API keys", "warn", "chmod 600"),
-    strangers_certificate: ("TLS", "fail", "belongs to it"),
-    ending_certificate: ("TLS", "warn", "Renew it"),
+    another_keys_certificate: ("TLS", "fail", "its private key"),
+    expiring_certificate: ("TLS", "warn", "Renew it"),
     no_server: ("server", "fail", "wispprof serve"),
     out_is_a_file: ("output folder", "fail", "--out"),
     edited_result: ("artifacts", "fail", "make it anew"),
-    result_of_the_future: ("artifacts", "fail", "Upgrade"),
+    result_of_a_newer_version: ("artifacts", "fail", "Upgrade"),
     refitted_since: ("artifacts", "warn", "Fit and plan again"),
     too_many_threads: ("threads", "warn", "oversubscribed"),
 }
 
 
-def test_the_healthy_installation_is_healthy(world: World) -> None:
-    code, found = examine(world)
+def test_the_healthy_installation_is_healthy(installation: Installation) -> None:
+    code, found = examine(installation)
     assert code == 0
     assert {status for status, _ in found.values()} <= {"ok", "skip"}, found
 
 
 @pytest.mark.parametrize("err", FAULTS, ids=lambda err: err.__name__)
-def test_each_fault_is_found_and_its_fix_named(
-    world: World, err: Callable[[World], None], monkeypatch: pytest.MonkeyPatch
+def test_each_fault_is_found_with_a_hint(
+    installation: Installation, err: Callable[[Installation], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_checks, "DIAL_MS", 100.0)
-    _, healthy = examine(world)
+    monkeypatch.setattr(serving_checks, "CONNECT_MS", 100.0)
+    _, healthy = examine(installation)
     check, status, words = FAULTS[err]
-    err(world)
-    code, found = examine(world)
+    err(installation)
+    code, found = examine(installation)
     assert code == (status == "fail")
     assert found[check][0] == status, found[check]
     assert words in found[check][1], found[check]
-    ill = {what for what, (how, _) in found.items() if how in ("warn", "fail")}
-    # A target that cannot be loaded is missed by every check that needs it.
-    followers = {"tokenizers", "engine"} if check == "models" and status == "fail" else set()
-    assert ill - followers == {check}
-    assert {what for what, (how, _) in healthy.items() if how in ("warn", "fail")} == set()
+    failing = {name for name, (how, _) in found.items() if how in ("warn", "fail")}
+    # Every check that needs the target fails if it cannot be loaded.
+    dependent = {"tokenizers", "engine"} if check == "models" and status == "fail" else set()
+    assert failing - dependent == {check}
+    assert {name for name, (how, _) in healthy.items() if how in ("warn", "fail")} == set()
 
 
-def test_an_expired_certificate(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    later = server_checks.time.time() + 200 * 86_400
-    monkeypatch.setattr(server_checks.time, "time", lambda: later)
-    assert examine(world)[1]["TLS"][0] == "fail"
+def test_an_expired_certificate(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = serving_checks.time.time() + 200 * 86_400
+    monkeypatch.setattr(serving_checks.time, "time", lambda: later)
+    assert examine(installation)[1]["TLS"][0] == "fail"
 
 
-def test_there_are_more_than_ten() -> None:
+def test_there_are_at_least_ten_faults() -> None:
     assert len(FAULTS) >= 10
 
 
-def test_a_check_that_breaks_hides_no_other(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_raises_does_not_stop_the_others(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from wispprof import doctor
 
     def broken(_: object) -> doctor.Finding:
         raise ZeroDivisionError("of its own")
 
     monkeypatch.setattr(doctor, "CHECKS", (broken, doctor.clock))
-    code, found = examine(world)
+    code, found = examine(installation)
     assert code == 1
     assert found["broken"][0] == "fail"
     assert "ZeroDivisionError" in found["broken"][1]

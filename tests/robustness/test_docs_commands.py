@@ -84,19 +84,19 @@ def test_keys_and_certificate_of_the_pages_serve(
     assert len(found) == 1
     asked = shlex.split(found[0])[2:]
     values = dict(zip(asked[::2], asked[1::2], strict=True))
-    situation = doctor.DoctorContext(
+    context = doctor.DoctorContext(
         host=values["--host"],
         api_key_file=Path(values["--api-key-file"]),
         tls_cert=Path(values["--tls-cert"]),
         tls_key=Path(values["--tls-key"]),
     )
     checks = (doctor.api_keys, doctor.tls)
-    assert {found.status for found in doctor.examine(situation, checks)} == {"fail"}
+    assert {found.status for found in doctor.examine(context, checks)} == {"fail"}
     lines = re.findall(r"^((?:openssl|cp) .*)$", page, re.M)
     assert len(lines) == 3
     for line in lines:
         subprocess.run(["bash", "-c", line], check=True, capture_output=True, timeout=60)
-    assert {found.status for found in doctor.examine(situation, checks)} == {"ok"}
+    assert {found.status for found in doctor.examine(context, checks)} == {"ok"}
     assert (tmp_path / "ca.pem").read_text() == (tmp_path / "cert.pem").read_text()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from random import Random
 
 from wispprof.artifacts.rows import AcceptanceTrace
@@ -57,10 +57,8 @@ class SimulatedBench:
     @classmethod
     def mean(cls, runs: Sequence[SimulatedBench]) -> SimulatedBench:
         """Mean of each figure over several runs."""
-        *means, steps = (
-            sum(column) / len(runs) for column in zip(*map(astuple, runs), strict=True)
-        )
-        return cls(*means, round(steps))
+        means = {f.name: sum(getattr(run, f.name) for run in runs) / len(runs) for f in fields(cls)}
+        return cls(**{**means, "steps": round(means["steps"])})
 
 
 class _BenchSimulation(Simulation):

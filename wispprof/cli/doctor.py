@@ -66,15 +66,15 @@ def doctor(
     with console.tracker("doctor", total=len(CHECKS)) as report:
         for finding in examine(context, CHECKS):
             findings.append(finding)
-            report(len(findings), status=finding.what)
-    table = console.table("", "", "check", "found")
+            report(len(findings), status=finding.check)
+    table = console.table("", "", "check", "finding")
     for finding in findings:
-        text = Text(finding.found)
+        text = Text(finding.message)
         if finding.hint:
             text.append(f"\n{finding.hint}", style="green")
         style = _STYLES[finding.status]
-        table.add_row(Text(finding.status, style=style), finding.what, text)
-    failed = [f.what for f in findings if f.status == "fail"]
+        table.add_row(Text(finding.status, style=style), finding.check, text)
+    failed = [f.check for f in findings if f.status == "fail"]
     console.result({"ok": not failed, "findings": findings}, table, as_json)
     if failed:
         raise typer.Exit(console.FAULT)

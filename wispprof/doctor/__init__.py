@@ -1,7 +1,6 @@
-"""Checks of an installation: what could go wrong on this machine, found before it does, with its fix.
+"""Checks of an installation and its intended use; each finding says what to do.
 
-A check is a function from a :class:`DoctorContext` to a :class:`Finding`. It reads the world through the
-situation where it can, so that tests can plant each fault.
+A check is a function from a :class:`DoctorContext` to a :class:`Finding`.
 """
 
 from wispprof.doctor.findings import Check, DoctorContext, Finding, examine
@@ -17,8 +16,7 @@ from wispprof.doctor.machine_checks import (
     sensors,
     threads,
 )
-from wispprof.doctor.model_checks import engine, models, tokenizers
-from wispprof.doctor.server_checks import api_keys, port, server, tls
+from wispprof.doctor.serving_checks import api_keys, engine, models, port, server, tls, tokenizers
 
 CHECKS: tuple[Check, ...] = (
     installation,

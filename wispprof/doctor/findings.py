@@ -1,4 +1,4 @@
-"""What a check is told and what it says."""
+"""Input and result of a check, and the loop that runs the checks."""
 
 from __future__ import annotations
 
@@ -9,28 +9,26 @@ from typing import Literal
 
 from wispprof.errors import WispprofError
 
-__all__ = ["Check", "DoctorContext", "Finding", "examine"]
-
 Status = Literal["ok", "warn", "fail", "skip"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """``what`` was looked at, how it stands, what was ``found``, and the ``hint`` where there is need.
+    """Result of ``check``: a ``message``, and for problems a ``hint`` that says what to do.
 
-    ``warn``: it works, and something will be worse than it could be. ``fail``: a command will fail.
-    ``skip``: there was nothing to look at.
+    ``warn``: commands work, but results or speed may suffer. ``fail``: a command will fail.
+    ``skip``: the check does not apply.
     """
 
-    what: str
+    check: str
     status: Status
-    found: str
+    message: str
     hint: str = ""
 
 
 @dataclass(frozen=True)
 class DoctorContext:
-    """Where and how the tool is going to be used. ``None`` means: not asked for.
+    """Intended use of the installation. ``None`` and empty strings: not specified.
 
     ``target`` and ``draft``: model folders or hub ids. ``run``: a folder of artifacts.
     ``server``: address of a running server. ``environ``: the process's environment.
@@ -57,22 +55,19 @@ Check = Callable[[DoctorContext], Finding]
 _ACRONYMS = {"api": "API", "tls": "TLS"}
 
 
-def examine(situation: DoctorContext, checks: Sequence[Check]) -> Iterator[Finding]:
-    """Run the checks in order. What a check raises on purpose is a finding with the same fix.
-
-    A check that breaks by itself is a finding too: it hides neither itself nor the others.
-    """
+def examine(context: DoctorContext, checks: Sequence[Check]) -> Iterator[Finding]:
+    """Run the checks in order. An exception is reported as a failed check; later checks still run."""
     for check in checks:
-        what = " ".join(_ACRONYMS.get(word, word) for word in check.__name__.split("_"))
+        name = " ".join(_ACRONYMS.get(word, word) for word in check.__name__.split("_"))
         try:
-            yield check(situation)
+            yield check(context)
         except WispprofError as err:
             message = str(err).removesuffix(err.hint).rstrip() if err.hint else str(err)
-            yield Finding(what, "fail", message, err.hint)
+            yield Finding(name, "fail", message, err.hint)
         except Exception as err:
             yield Finding(
-                what,
+                name,
                 "fail",
-                f"The check itself broke: {type(err).__name__}: {err}.",
-                "Report this line as a defect; the other checks stand.",
+                f"The check raised {type(err).__name__}: {err}.",
+                "Please report this message as a defect.",
             )

@@ -1,7 +1,4 @@
-"""The installation and the machine it runs on.
-
-Where results are written, and whether those already there can be read.
-"""
+"""Checks of the installation, the machine, the output folder and existing artifacts."""
 
 from __future__ import annotations
 
@@ -15,62 +12,49 @@ from pathlib import Path
 
 from wispprof.doctor.findings import DoctorContext, Finding
 
-__all__ = [
-    "artifacts",
-    "clock",
-    "devices",
-    "installation",
-    "load",
-    "memory",
-    "open_files",
-    "output_folder",
-    "sensors",
-    "threads",
-]
-
 GIB = 1 << 30
 
 
 def installation(_: DoctorContext) -> Finding:
-    """Every required package is there in a version this project works with."""
+    """Every required package is installed in a supported version."""
     from packaging.requirements import Requirement
 
     try:
-        wanted = importlib.metadata.requires("wispprof") or []
+        required = importlib.metadata.requires("wispprof") or []
     except importlib.metadata.PackageNotFoundError:
         return Finding(
             "installation",
             "fail",
-            "wispprof itself is not installed in this environment.",
+            "wispprof is not installed in this environment.",
             "Run `make demo`, or `pip install -e .` in the checkout.",
         )
-    faults = []
-    requirements = [Requirement(line) for line in wanted]
+    problems = []
+    requirements = [Requirement(line) for line in required]
     needed = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
     for requirement in needed:
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            faults.append(f"{requirement.name} is missing")
+            problems.append(f"{requirement.name} is missing")
             continue
         if not requirement.specifier.contains(version, prereleases=True):
-            faults.append(f"{requirement.name} {version} is not {requirement.specifier}")
-    if faults:
+            problems.append(f"{requirement.name} {version} is not {requirement.specifier}")
+    if problems:
         return Finding(
             "installation",
             "fail",
-            "; ".join(faults) + ".",
+            "; ".join(problems) + ".",
             "Run `pip install -r requirements.lock` in the checkout, or `pip install -U wispprof`.",
         )
     python = ".".join(map(str, sys.version_info[:3]))
     own = importlib.metadata.version("wispprof")
     return Finding(
-        "installation", "ok", f"wispprof {own}, Python {python}, {len(needed)} packages fit"
+        "installation", "ok", f"wispprof {own}, Python {python}, {len(needed)} required packages"
     )
 
 
 def devices(_: DoctorContext) -> Finding:
-    """What torch can compute on."""
+    """Torch can use the GPUs of this machine."""
     import torch
 
     if torch.cuda.is_available():
@@ -87,32 +71,32 @@ def devices(_: DoctorContext) -> Finding:
         return Finding(
             "devices",
             "warn",
-            f"There is a {machine.gpus[0].name}, but torch {torch.__version__} cannot use it.",
-            "Install a CUDA build of torch that fits the driver (see docs/install.md).",
+            f"torch {torch.__version__} cannot use the {machine.gpus[0].name}.",
+            "Install the CUDA build of torch for its driver (see docs/install.md).",
         )
-    return Finding("devices", "ok", f"{machine.title}; no GPU, the CPU backend serves")
+    return Finding("devices", "ok", f"{machine.title}; no GPU, using the CPU backend")
 
 
-def threads(situation: DoctorContext) -> Finding:
-    """Compute threads of this process against the cores it may use."""
-    asked = situation.environ.get("OMP_NUM_THREADS", "")
+def threads(context: DoctorContext) -> Finding:
+    """``OMP_NUM_THREADS`` does not exceed the cores of this process."""
+    requested = context.environ.get("OMP_NUM_THREADS", "")
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    if asked and (not asked.isdigit() or not 1 <= int(asked) <= cores):
+    if requested and (not requested.isdigit() or not 1 <= int(requested) <= cores):
         return Finding(
             "threads",
             "warn",
-            f"OMP_NUM_THREADS={asked}, but this process may use {cores} cores.",
-            f"Unset it, or set it to a number from 1 to {cores}: oversubscribed steps jitter.",
+            f"OMP_NUM_THREADS={requested}, but this process may use {cores} cores.",
+            f"Unset it, or set it to 1–{cores}; step times vary on oversubscribed cores.",
         )
-    count = int(asked or cores)
+    count = int(requested or cores)
     word = "thread" if count == 1 else "threads"
     return Finding("threads", "ok", f"{count} compute {word} on {cores} cores")
 
 
-def memory(situation: DoctorContext) -> Finding:
-    """Free memory: a 4-bit 7 B draft needs about 5 GiB, the bundled pair well under one."""
+def memory(_: DoctorContext) -> Finding:
+    """At least 1 GiB is free. The bundled pair needs less, a 4-bit 7 B draft about 5 GiB."""
     import psutil
 
     free = psutil.virtual_memory().available
@@ -120,29 +104,29 @@ def memory(situation: DoctorContext) -> Finding:
         return Finding(
             "memory",
             "warn",
-            f"{free / GIB:.1f} GiB are free.",
-            "Close other programs: a machine that swaps measures its disk.",
+            f"Only {free / GIB:.1f} GiB of memory are free.",
+            "Close other programs; swapping invalidates measurements.",
         )
     return Finding("memory", "ok", f"{free / GIB:.1f} GiB free")
 
 
 def load(_: DoctorContext) -> Finding:
-    """Whether others compute here now: measurements would carry their noise."""
+    """No other program uses most of the CPU, which would disturb measurements."""
     if not hasattr(os, "getloadavg"):
-        return Finding("load", "skip", "This system states no load average.")
+        return Finding("load", "skip", "This system reports no load average.")
     busy, cores = os.getloadavg()[0], os.cpu_count() or 1
     if busy > 0.7 * cores:
         return Finding(
             "load",
             "warn",
-            f"Load {busy:.1f} on {cores} cores: other programs are computing.",
-            "Profile when the machine is idle; profiles flag rows measured under drift.",
+            f"The load average is {busy:.1f} on {cores} cores; other programs are running.",
+            "Profile on an idle machine. Rows measured under drift are flagged.",
         )
     return Finding("load", "ok", f"load {busy:.1f} on {cores} cores")
 
 
 def clock(_: DoctorContext) -> Finding:
-    """Resolution of the clock that measures steps, and whether the date can be right."""
+    """The clock has a resolution of at most 50 µs, and the date is plausible."""
     ticks = []
     for _round in range(200):
         first = time.perf_counter_ns()
@@ -154,55 +138,54 @@ def clock(_: DoctorContext) -> Finding:
         return Finding(
             "clock",
             "fail",
-            f"The finest clock ticks every {tick_us:.0f} µs: steps cannot be timed.",
-            "Run on the machine itself, or choose another clock source in its kernel.",
+            f"The clock resolution is {tick_us:.0f} µs, too coarse to time steps.",
+            "Run outside the virtual machine, or select another kernel clock source.",
         )
     if time.time() < 1_735_689_600:  # 2025-01-01: older than this code
         return Finding(
             "clock",
             "warn",
-            f"The date is {time.strftime('%Y-%m-%d')}: certificates and provenance will be wrong.",
+            f"The date is {time.strftime('%Y-%m-%d')}; certificates and provenance need a correct one.",
             "Set the clock (`timedatectl set-ntp true`).",
         )
-    return Finding("clock", "ok", f"ticks of {tick_us:.2f} µs")
+    return Finding("clock", "ok", f"resolution {tick_us:.2f} µs")
 
 
 def sensors(_: DoctorContext) -> Finding:
-    """Clock, temperature and energy sensors: without them the profile's columns stay empty."""
+    """Sensors of clock, temperature and energy are readable."""
     from wispprof import hardware
 
-    seen: list[str] = []
-    missing: list[str] = []
-    found = hardware.sensors()
-    reading = found.read()
-    for name, value in (("clock", reading.clock_mhz), ("temperature", reading.temperature_c)):
-        (missing if value is None else seen).append(name)
-    meter = hardware.energy_meter()
-    (missing if isinstance(meter, hardware.NullMeter) else seen).append("energy")
+    reading = hardware.sensors().read()
+    readable = {
+        "clock": reading.clock_mhz is not None,
+        "temperature": reading.temperature_c is not None,
+        "energy": not isinstance(hardware.energy_meter(), hardware.NullMeter),
+    }
+    missing = [name for name, found in readable.items() if not found]
     if missing:
         return Finding(
             "sensors",
             "warn",
-            f"No sensor for {', '.join(missing)}; those columns stay empty.",
-            "Nothing to do in a container or virtual machine; on bare Linux, allow reading of "
-            "/sys/class/powercap and /sys/class/thermal.",
+            f"No sensor for {', '.join(missing)}; profiles leave these columns empty.",
+            "On bare-metal Linux, make /sys/class/powercap and /sys/class/thermal readable. "
+            "Containers and virtual machines usually have no sensors.",
         )
-    return Finding("sensors", "ok", f"{', '.join(seen)} readable")
+    return Finding("sensors", "ok", f"{', '.join(readable)} readable")
 
 
 def open_files(_: DoctorContext) -> Finding:
-    """Connections a server may hold: each takes one file descriptor."""
+    """The limit of open files is at least 512; every connection takes one."""
     try:
         import resource
     except ImportError:
-        return Finding("open files", "skip", "This system has no such limit.")
+        return Finding("open files", "skip", "This system has no limit of open files.")
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if 0 < limit < 512:
         return Finding(
             "open files",
             "warn",
-            f"This shell allows {limit} open files: about {max(0, limit - 64)} edges at once.",
-            "Raise it before serving: `ulimit -n 4096`.",
+            f"The limit of open files is {limit}, enough for about {max(0, limit - 64)} edges.",
+            "Raise it before serving with `ulimit -n 4096`.",
         )
     return Finding("open files", "ok", f"{limit} allowed")
 
@@ -210,50 +193,53 @@ def open_files(_: DoctorContext) -> Finding:
 MIN_FREE_BYTES = 200 << 20
 
 
-def output_folder(situation: DoctorContext) -> Finding:
-    """Results can be written, and the disk has space for them."""
-    folder = situation.out.absolute()
-    there = next(f for f in (folder, *folder.parents) if f.exists())
-    if not there.is_dir():
+def output_folder(context: DoctorContext) -> Finding:
+    """The output folder is writable and its disk has at least 200 MiB free."""
+    folder = context.out.absolute()
+    parent = next(f for f in (folder, *folder.parents) if f.exists())
+    if not parent.is_dir():
         return Finding(
-            "output folder", "fail", f"{there} is a file.", "Move it, or choose another --out."
+            "output folder",
+            "fail",
+            f"{parent} is a file.",
+            "Move the file, or choose another --out.",
         )
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as err:
         return Finding(
             "output folder",
             "fail",
-            f"Nothing can be written to {there}: {err.strerror}.",
-            "Choose another --out, or change its permissions.",
+            f"Cannot write to {parent}: {err.strerror}.",
+            "Change its permissions, or choose another --out.",
         )
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(parent).free
     if free < MIN_FREE_BYTES:
         return Finding(
             "output folder",
             "warn",
-            f"{free >> 20} MiB are free on the disk of {there}.",
-            "Free some disk space: profiles keep every raw sample.",
+            f"Only {free >> 20} MiB are free on the disk of {parent}.",
+            "Free disk space; profiles store every raw sample.",
         )
-    return Finding("output folder", "ok", f"{situation.out}, {free >> 30} GiB free")
+    return Finding("output folder", "ok", f"{context.out}, {free >> 30} GiB free")
 
 
-def artifacts(situation: DoctorContext) -> Finding:
-    """Every artifact of a run is whole, of a version this tool reads, and made from its neighbours."""
-    if situation.run is None:
-        return Finding("artifacts", "skip", "no --run folder named")
-    if not situation.run.is_dir():
-        return Finding("artifacts", "fail", f"There is no folder {situation.run}.", "Check --run.")
+def artifacts(context: DoctorContext) -> Finding:
+    """All artifacts of a run are intact, of a supported version, and made from one another."""
+    if context.run is None:
+        return Finding("artifacts", "skip", "no --run folder given")
+    if not context.run.is_dir():
+        return Finding("artifacts", "fail", f"Folder {context.run} does not exist.", "Check --run.")
     from wispprof.reporting.run_folder import load_run
 
-    run = load_run(Path(situation.run))
+    run = load_run(Path(context.run))
     stale = run.stale()
     if stale:
         return Finding(
             "artifacts",
             "warn",
-            f"Made from files that have changed since: {', '.join(stale)}.",
+            f"Inputs have changed since these were made: {', '.join(stale)}.",
             "Fit and plan again.",
         )
-    return Finding("artifacts", "ok", f"{', '.join(run.names())} are whole and belong together")
+    return Finding("artifacts", "ok", f"{', '.join(run.names())} are intact and consistent")
