@@ -1,4 +1,4 @@
-"""What the demo decides by itself: its load, its record, and the pieces of the answer."""
+"""Parts of the demo: its SLOs, its record, and the text spans of the answer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any, cast
 import pytest
 
 from wispprof.demo import DemoResult
-from wispprof.demo.compare_policies import _joined
-from wispprof.demo.demo_settings import DemoSettings
-from wispprof.demo.measure_machine import first_token_ms, slo_classes
+from wispprof.demo.compare_policies import _merge_spans
+from wispprof.demo.measure_machine import DemoSettings, first_token_ms, slo_classes
 from wispprof.reporting import Answer, Bench, TextSpan
 from wispprof.types import BatchShape
 
@@ -26,12 +25,12 @@ class Linear:
 LINEAR = cast(Any, Linear())
 
 
-def test_promises_are_shares_of_the_servers_own_speed() -> None:
+def test_slo_classes_are_shares_of_the_server_only_speed() -> None:
     settings = DemoSettings(devices=8, shares=(0.5, 1.0))
     assert slo_classes(settings, LINEAR) == (50.0, 100.0)
 
 
-def test_the_first_token_is_promised_by_the_prompts_and_never_at_once() -> None:
+def test_the_ttft_slo_follows_from_the_prompts_and_is_at_least_500_ms() -> None:
     settings = DemoSettings(devices=8, prompt_tokens=98)
     assert first_token_ms(settings, LINEAR) == pytest.approx(3 * 8 * 100)
     assert first_token_ms(replace(settings, devices=1, prompt_tokens=1), LINEAR) == 500.0
@@ -51,19 +50,19 @@ def test_traces_hold_what_the_load_asks_for() -> None:
         assert settings.prompts * settings.path_tokens >= 8 * settings.depth
 
 
-def test_a_pair_of_ones_own() -> None:
+def test_a_custom_pair() -> None:
     settings = DemoSettings(pair=Path("mine"))
     assert (settings.target, settings.draft) == (Path("mine/target"), Path("mine/draft"))
 
 
-def test_neighbours_of_one_origin_are_joined_and_no_text_is_lost() -> None:
-    pieces = [
+def test_adjacent_spans_of_one_origin_are_merged() -> None:
+    spans = [
         TextSpan("a", "draft"),
         TextSpan("", "target"),
         TextSpan("b", "draft"),
         TextSpan("c", "target"),
     ]
-    assert _joined(pieces) == (TextSpan("ab", "draft"), TextSpan("c", "target"))
+    assert _merge_spans(spans) == (TextSpan("ab", "draft"), TextSpan("c", "target"))
 
 
 def result(mismatches: float) -> DemoResult:

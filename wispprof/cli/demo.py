@@ -40,8 +40,7 @@ def demo(
     """
     from dataclasses import replace
 
-    from wispprof.demo import run_demo
-    from wispprof.demo.demo_settings import DemoSettings
+    from wispprof.demo import DemoSettings, run_demo
 
     settings = DemoSettings.quick(out, pair) if quick else DemoSettings(out=out, pair=pair)
     if prompt:

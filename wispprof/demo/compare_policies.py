@@ -1,15 +1,15 @@
-"""The serving half of the demo: one engine, a real edge that answers, then every system under one load."""
+"""Second half of the demo: answer a prompt through a server, then run every system under the same load."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from wispprof.artifacts import write_document
-from wispprof.demo.demo_settings import DemoSettings
-from wispprof.demo.measure_machine import Measured, Stage, first_token_ms, slo_classes
+from wispprof.demo.measure_machine import DemoSettings, Measured, Stage, first_token_ms, slo_classes
 from wispprof.errors import EngineError
 from wispprof.reporting import ANSWER_KIND, BENCH_KIND, Answer, Bench, TextSpan
 from wispprof.simulation.scenario import system
@@ -18,13 +18,12 @@ if TYPE_CHECKING:
     from wispprof.engines.torch.engine import TorchEngine
     from wispprof.server.process import RunningServer
 
-__all__ = ["answer", "compare", "make_engine"]
 
 TARGET_NAME = "reference-pair"
 
 
 def make_engine(settings: DemoSettings, measured: Measured) -> TorchEngine:
-    """The one verifier engine that all servers of the demo run on, one after the other."""
+    """Create the engine that all servers of the demo share, one after the other."""
     from wispprof.engines.torch.engine import TorchEngine
 
     longest = settings.prompt_tokens + max(settings.max_new, settings.path_tokens) + 64
@@ -40,10 +39,9 @@ def make_engine(settings: DemoSettings, measured: Measured) -> TorchEngine:
 async def serving(
     name: str, engine: TorchEngine, measured: Measured
 ) -> AsyncIterator[RunningServer]:
-    """A server on a loopback port under the batching policy of system ``name``.
+    """A server on a loopback port with the batching policy of system ``name``.
 
-    Every system gets the same estimator and the same limits of a step: a batching table made for one of
-    them would make the comparison its own.
+    All systems get the same estimator and step limits, so that the comparison is fair.
     """
     from wispprof.server.process import running_server
     from wispprof.settings.server_settings import ServerSettings
@@ -62,7 +60,7 @@ async def serving(
         yield running
     if engine.sessions:
         raise EngineError(
-            f"{len(engine.sessions)} sessions were left in the engine after {name}.",
+            f"{name} left {len(engine.sessions)} sessions open in the engine.",
             "This is a defect: please report it.",
         )
 
@@ -70,7 +68,7 @@ async def serving(
 async def answer(
     settings: DemoSettings, measured: Measured, engine: TorchEngine, stage: Stage
 ) -> Answer:
-    """A real draft model answers a prompt through a real server; written as ``answer.json``."""
+    """Generate an answer with a real draft model and server; writes ``answer.json``."""
     from wispprof.edge.edge_runtime import Prompt, open_edge
     from wispprof.settings.edge_settings import EdgeSettings
 
@@ -84,10 +82,10 @@ async def answer(
             plan_device=measured.device.name,
         )
         async with open_edge(edge) as runtime:
-            ask = Prompt(
+            prompt = Prompt(
                 runtime.tokenizer.encode(settings.prompt), settings.answer_tokens, settings.answer
             )
-            reply = runtime.reply(ask)
+            reply = runtime.reply(prompt)
             commits: list[list[int]] = []
             done = 0
             async for _ in reply.text():
@@ -100,44 +98,36 @@ async def answer(
                 settings.answer_tokens,
                 f"{reply.stats.tokens_per_s:.0f} tokens/s",
             )
-            text = runtime.tokenizer.detokenizer(ask.tokens)
-            pieces = []
+            text = runtime.tokenizer.detokenizer(prompt.tokens)
+            spans = []
             for commit in commits:
-                for place, token in enumerate(commit):
-                    # The last token of a commit is the target's own; those before it were drafted.
-                    origin = "draft" if place < len(commit) - 1 else "target"
-                    pieces.append(TextSpan(text.push([token]), origin))
-            pieces.append(TextSpan(text.finish(), "target"))
-    found = Answer(settings.prompt, _joined(pieces), reply.stats.summary())
-    write_document(settings.out / "answer.json", ANSWER_KIND, found.payload())
-    return found
+                # The last token of a commit is the target's own; those before it were drafted.
+                spans += [TextSpan(text.push([token]), "draft") for token in commit[:-1]]
+                spans += [TextSpan(text.push([token]), "target") for token in commit[-1:]]
+            spans.append(TextSpan(text.finish(), "target"))
+    result = Answer(settings.prompt, _merge_spans(spans), reply.stats.summary())
+    write_document(settings.out / "answer.json", ANSWER_KIND, result.payload())
+    return result
 
 
-def _joined(pieces: list[TextSpan]) -> tuple[TextSpan, ...]:
-    """Neighbours of one origin as one piece."""
-    joined: list[TextSpan] = []
-    for piece in pieces:
-        if not piece.text:
-            continue
-        if joined and joined[-1].origin == piece.origin:
-            piece = TextSpan(joined.pop().text + piece.text, piece.origin)
-        joined.append(piece)
-    return tuple(joined)
+def _merge_spans(spans: list[TextSpan]) -> tuple[TextSpan, ...]:
+    """Join adjacent spans of the same origin; empty ones go."""
+    groups = groupby((span for span in spans if span.text), key=lambda span: span.origin)
+    return tuple(TextSpan("".join(span.text for span in group), origin) for origin, group in groups)
 
 
 async def compare(
     settings: DemoSettings, measured: Measured, engine: TorchEngine, stage: Stage
 ) -> list[Bench]:
-    """The same load under every system, one after the other; written as ``bench-SYSTEM.json``.
+    """Run the same load under every system, one after the other; writes ``bench-SYSTEM.json``.
 
-    The replay edges live in a process of their own: in the server's they would take from every system the
-    time that their drafting costs, and most from those that draft most.
+    The replayed edges run in a process of their own, so that their drafting takes no time from the server.
     """
     from wispprof.bench import FleetProcess
     from wispprof.settings.bench_settings import BenchSettings
     from wispprof.settings.shared_settings import LinkModel
 
-    found = []
+    benches = []
     with FleetProcess() as fleet:
         for name in settings.systems:
             load = BenchSettings(
@@ -165,5 +155,5 @@ async def compare(
                 bench.payload(),
                 {"trace": measured.plan.inputs["trace"]},
             )
-            found.append(bench)
-    return found
+            benches.append(bench)
+    return benches

@@ -1,4 +1,4 @@
-"""The demo from beginning to end."""
+"""The demo: measure, answer a prompt, compare systems, write the report."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from wispprof.demo.compare_policies import answer, compare, make_engine
-from wispprof.demo.demo_settings import DemoSettings
-from wispprof.demo.measure_machine import Measured, Stage, measure
+from wispprof.demo.measure_machine import DemoSettings, Stage, measure
 from wispprof.reporting import Answer, Bench, load_run, verdict, write_report
-
-__all__ = ["DemoResult", "run_demo"]
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found; ``report`` is the page. ``flagged``: share of the server profile's rows that
-    were measured under drift, noise or throttling."""
+    """Results of the demo; ``report``: path of the HTML page. ``flagged``: share of the server profile's
+    rows that were measured under drift, noise or throttling."""
 
     answer: Answer
     benches: tuple[Bench, ...]
@@ -37,11 +34,11 @@ class DemoResult:
 
     @property
     def lossless(self) -> bool:
-        """Whether every text of every system was the target's own."""
+        """Whether every output of every system equals the target's own."""
         return all(bench.figure("mismatches") == 0 for bench in self.benches)
 
     def record(self) -> dict[str, Any]:
-        """Scalars only: what the demo's last line says."""
+        """Scalar results, the last line of the demo's output."""
         names = ("goodput_tokens_per_s", "attainment", "tokens_per_s", "accepted_per_round")
         return {
             "verdict": self.verdict,
@@ -63,15 +60,16 @@ def run_demo(settings: DemoSettings, stage: Stage) -> DemoResult:
     began = time.monotonic()
     settings.out.mkdir(parents=True, exist_ok=True)
     for old in settings.out.glob("bench-*.json"):
-        old.unlink()  # another choice of systems must not leave its results behind
-    with _a_core_for_the_fleet():
+        old.unlink()  # of systems that this run may not include
+    with _one_core_for_the_fleet():
         measured = measure(settings, stage)
-        found, benches = run_coalescing(_serve(settings, measured, stage))
-    run = load_run(settings.out)
-    page = write_report(run, settings.out / "report.html")
+        engine = make_engine(settings, measured)
+        shown = run_coalescing(answer(settings, measured, engine, stage))
+        benches = run_coalescing(compare(settings, measured, engine, stage))
+    page = write_report(load_run(settings.out), settings.out / "report.html")
     kind = measured.estimator.kind
     return DemoResult(
-        answer=found,
+        answer=shown,
         benches=tuple(benches),
         report=page,
         seconds=time.monotonic() - began,
@@ -82,9 +80,8 @@ def run_demo(settings: DemoSettings, stage: Stage) -> DemoResult:
 
 
 @contextmanager
-def _a_core_for_the_fleet() -> Iterator[None]:
-    """Real edges bring their own processors; here they share one with the server, which is measured and
-    serves on a core less for that."""
+def _one_core_for_the_fleet() -> Iterator[None]:
+    """Leave one core to the replayed edges: the server is measured and serves with one thread less."""
     import torch
 
     before = torch.get_num_threads()
@@ -93,11 +90,3 @@ def _a_core_for_the_fleet() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-async def _serve(
-    settings: DemoSettings, measured: Measured, stage: Stage
-) -> tuple[Answer, list[Bench]]:
-    engine = make_engine(settings, measured)
-    found = await answer(settings, measured, engine, stage)
-    return found, await compare(settings, measured, engine, stage)

@@ -1,46 +1,128 @@
-"""The measuring half of the demo: from two models to a plan, each step an artifact in the run's folder."""
+"""Settings of the demo, and its first half: profile, trace, fit and plan. Each stage writes an artifact."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wispprof.artifacts import AcceptanceTrace, EdgeProfile, ServerProfile, save_trace
+from wispprof.artifacts import (
+    AcceptanceTrace,
+    EdgeProfile,
+    ServerProfile,
+    bundled_path,
+    save_trace,
+)
 from wispprof.artifacts.plan import Plan, load_plan, save_plan
-from wispprof.demo.demo_settings import DemoSettings
 from wispprof.errors import FitError
 from wispprof.fitting import FittedEstimator
 from wispprof.fitting.pipeline import fit_files
 from wispprof.planning import PlanSettings, make_plan
+from wispprof.profiling.shape_grid import Axes
+from wispprof.settings.profiler_settings import (
+    EdgeProfilerSettings,
+    Output,
+    ServerProfilerSettings,
+    SweepSettings,
+    TraceSettings,
+)
 from wispprof.simulation.devices import DeviceProfile
+from wispprof.types import BatchShape, Sampling
 
 if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
 
-__all__ = [
-    "DEVICE",
-    "Measured",
-    "Progress",
-    "Stage",
-    "expected_speed",
-    "first_token_ms",
-    "measure",
-    "slo_classes",
-]
 
 Progress = Callable[[int, int, str], None]
 Stage = Callable[[str], Progress]
-"""Given the name of a stage, returns its progress callback (done, total, a few words)."""
+"""Given the name of a stage, returns its progress callback (done, total, note)."""
 
 DEVICE = "this-machine"
-MODEL_LOADS = 2
+
+
+PROMPT = '''def read_config(path, encoding="utf-8"):
+    """'''
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """``pair``: folder with ``target`` and ``draft``; ``None`` is the bundled pair.
+
+    ``axes`` and ``sweep``: batch shapes and precision of the server profile; its drift limit is higher than
+    usual, because a demo runs beside other programs. The trace has ``prompts`` of ``prompt_tokens``, paths
+    of ``path_tokens`` and drafts of ``depth`` tokens. ``devices`` replayed edges make ``requests`` each.
+    ``shares``: SLO classes as shares of the predicted server-only speed at this number of sessions.
+    ``systems`` are compared over an emulated link of ``rtt_ms``. ``answer``: sampling of the shown answer,
+    because small models repeat themselves under greedy decoding; everything else is greedy.
+    """
+
+    out: Path = Path("out/demo")
+    pair: Path | None = None
+    prompt: str = PROMPT
+    answer_tokens: int = 96
+    answer: Sampling = field(default_factory=lambda: Sampling(temperature=0.8, top_p=0.9))
+    axes: Axes = field(
+        default_factory=lambda: Axes(
+            items=(1, 2, 4, 8, 16),
+            new=(1, 3, 6),
+            cached=(64, 256, 512),
+            skew_items=(4, 12),
+            chunk=(64, 128),
+            chunk_cached=(0, 256),
+            mixed_items=(4,),
+        )
+    )
+    sweep: SweepSettings = field(
+        default_factory=lambda: SweepSettings(
+            target=0.06,
+            min_samples=5,
+            max_samples=12,
+            max_workload_s=0.5,
+            sentinel_every=12,
+            drift=0.6,
+        )
+    )
+    prompts: int = 16
+    prompt_tokens: int = 96
+    path_tokens: int = 96
+    depth: int = 8
+    systems: tuple[str, ...] = ("server-only", "sled", "wisp", "wispprof")
+    devices: int = 8
+    requests: int = 3
+    max_new: int = 64
+    shares: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
+    rtt_ms: float = 5.0
+    seed: int = 0
+
+    @classmethod
+    def quick(cls, out: Path = Path("out/demo"), pair: Path | None = None) -> DemoSettings:
+        """Fewer measurements and requests; takes about one minute instead of three."""
+        full = cls(out=out, pair=pair)
+        return replace(
+            full,
+            axes=replace(full.axes, items=(1, 4, 8), new=(1, 5), cached=(64, 256), skew_items=(4,)),
+            sweep=replace(full.sweep, min_samples=4, max_samples=6, max_workload_s=0.25),
+            prompts=8,
+            prompt_tokens=64,
+            path_tokens=64,
+            answer_tokens=64,
+            requests=2,
+            max_new=40,
+        )
+
+    @property
+    def target(self) -> Path:
+        return (self.pair or bundled_path("models/reference-pair")) / "target"
+
+    @property
+    def draft(self) -> Path:
+        return (self.pair or bundled_path("models/reference-pair")) / "draft"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Everything the serving half needs."""
+    """Models, artifacts and fits that the serving half uses."""
 
     target: LoadedModel
     draft: LoadedModel
@@ -54,25 +136,19 @@ class Measured:
 
 
 def measure(settings: DemoSettings, stage: Stage) -> Measured:
-    """Profile both sides, take an acceptance trace, fit, plan. Writes every artifact to ``out``."""
+    """Profile both sides, record an acceptance trace, fit and plan. Writes every artifact to ``out``."""
     from wispprof.engines.loading import load_model
     from wispprof.profiling.acceptance_trace import collect_trace
     from wispprof.profiling.edge_profiler import profile_edge
     from wispprof.profiling.server_profiler import profile_server
-    from wispprof.settings.profiler_settings import (
-        EdgeProfilerSettings,
-        Output,
-        ServerProfilerSettings,
-        TraceSettings,
-    )
 
     out = settings.out
     report = stage("load the pair")
-    report(0, MODEL_LOADS, "target")
+    report(0, 2, "target")
     target = load_model(settings.target)
-    report(1, MODEL_LOADS, "draft")
+    report(1, 2, "draft")
     draft = load_model(settings.draft)
-    report(2, MODEL_LOADS, "")
+    report(2, 2, "")
 
     server = profile_server(
         ServerProfilerSettings(
@@ -110,10 +186,9 @@ def measure(settings: DemoSettings, stage: Stage) -> Measured:
     fitted = fit_files(out, [out / "server"], [out / "trace.jsonl"])
     report(1, 1, fitted.estimator.kind if fitted.estimator else "")
     if fitted.estimator is None or fitted.predictor is None:
-        raise FitError("Nothing was fitted.", "Profile and trace again.")
+        raise FitError("No estimator or predictor was fitted.", "Profile and trace again.")
 
     device = DeviceProfile.from_rows(DEVICE, edge.rows)
-    plan_file = out / "plan.json"
     plan = make_plan(
         fitted.estimator,
         [device],
@@ -128,7 +203,7 @@ def measure(settings: DemoSettings, stage: Stage) -> Measured:
         inputs={"profile": server.hash, "edge": edge.hash, "trace": trace_hash},
         progress=stage("plan"),
     )
-    save_plan(plan, plan_file)
+    save_plan(plan, out / "plan.json")
     return Measured(
         target,
         draft,
@@ -138,28 +213,26 @@ def measure(settings: DemoSettings, stage: Stage) -> Measured:
         trace,
         fitted.estimator,
         out / "predictor.json",
-        load_plan(plan_file),
+        load_plan(out / "plan.json"),
     )
 
 
 def expected_speed(estimator: FittedEstimator, sessions: int, cached: int) -> float:
-    """Tokens/s that each of ``sessions`` gets from the server alone, by the estimator's median."""
-    from wispprof.types import BatchShape
-
+    """Predicted tokens/s per session of server-only serving."""
     return 1000.0 / estimator.predict(BatchShape.uniform(sessions, 1, cached))[0]
 
 
 def slo_classes(settings: DemoSettings, estimator: FittedEstimator) -> tuple[float, ...]:
-    """The SLO classes of the load in tokens/s, rising, to two digits."""
+    """SLO classes of the load in tokens/s, ascending, rounded to two digits."""
     cached = settings.prompt_tokens + settings.max_new // 2
     alone = expected_speed(estimator, settings.devices, cached)
     return tuple(float(f"{share * alone:.2g}") for share in settings.shares)
 
 
 def first_token_ms(settings: DemoSettings, estimator: FittedEstimator) -> float:
-    """TTFT SLO: three times the prefill of all devices' prompts, and at least 500 ms. Without a TTFT SLO a
-    policy may let new prompts wait without limit."""
-    from wispprof.types import BatchShape
+    """TTFT SLO in ms: three times the prefill of all devices' prompts, at least 500.
 
+    Without a TTFT SLO, a policy may delay new prompts without limit.
+    """
     prompt = BatchShape.of([(settings.prompt_tokens, 0, True)])
     return max(500.0, 3.0 * settings.devices * estimator.predict(prompt)[0])
