@@ -15,6 +15,7 @@ import wispprof
 from wispprof.edge.edge_runtime import Prompt
 from wispprof.policies.batch_builder import RETRY_MS, BatchBuilder, no_batch, ready_sessions
 from wispprof.policies.interface import Limits, SessionView, StepPlan
+from wispprof.settings.fleet_settings import InputSettings
 from wispprof.simulation import System
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
 from wispprof.simulation.scenario_inputs import read_inputs
@@ -52,7 +53,7 @@ NAME = "examples.batching_policy:ShortestFirst"
 
 def simulated(policy: str, devices: int = 24) -> tuple[float, float]:
     """(goodput in tokens/s, SLO attainment) of a fleet with prompts of very different lengths."""
-    parts = read_inputs(server="a100-32b")
+    parts = read_inputs(InputSettings(server="a100-32b"))
     report = wispprof.simulate(
         wispprof.Scenario(
             system=System(policy, policy, "fixed", controller_options={"k": 4}),

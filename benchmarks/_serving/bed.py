@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from wispprof.artifacts import AcceptanceTrace, bundled_path, load_trace, save_trace
 from wispprof.bench import FleetProcess, LoadMix
 from wispprof.fitting import FittedEstimator, load_estimator
-from wispprof.settings.bench_settings import BenchSettings
+from wispprof.settings.fleet_settings import BenchSettings
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation import ServerModel
 from wispprof.simulation.devices import DeviceProfile

@@ -15,7 +15,7 @@ from _serving.tables import show
 from wispprof.artifacts import AcceptanceTrace, load_trace
 from wispprof.reporting.tables import Column, Table
 from wispprof.server import run_coalescing
-from wispprof.settings.bench_settings import BenchSettings
+from wispprof.settings.fleet_settings import BenchSettings
 from wispprof.simulation import system
 from wispprof.types import Slo
 

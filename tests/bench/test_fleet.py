@@ -15,7 +15,7 @@ from wispprof.bench.fleet import run_high_res
 from wispprof.edge import RequestStats
 from wispprof.errors import WispprofError
 from wispprof.server.process import running_server
-from wispprof.settings.bench_settings import BenchSettings
+from wispprof.settings.fleet_settings import BenchSettings
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation.devices import DEVICES, device_of

@@ -14,7 +14,7 @@ from wispprof.bench import LoadMix, run_bench, simulate_bench
 from wispprof.bench.bench_result import BenchResult
 from wispprof.bench.simulated_bench import SimulatedBench
 from wispprof.policies.controllers import ConfidenceAcceptance
-from wispprof.settings.bench_settings import BenchSettings
+from wispprof.settings.fleet_settings import BenchSettings
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation import ServerModel, system
 from wispprof.simulation.devices import device_of

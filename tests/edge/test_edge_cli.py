@@ -52,7 +52,7 @@ def test_bench_prints_one_document_and_fails_on_a_loss(
     from wispprof.bench import BenchResult
     from wispprof.bench.bench_result import summarise
     from wispprof.bench.fleet import offered_load
-    from wispprof.settings.bench_settings import BenchSettings
+    from wispprof.settings.fleet_settings import BenchSettings
 
     trace = tmp_path / "trace.jsonl"
     save_trace(hash_trace(paths=1, length=8, depth=2), trace)

@@ -16,7 +16,7 @@ from wispprof.edge import websocket_connections
 from wispprof.edge.connection import LinkLost, ssl_context
 from wispprof.errors import WispprofError
 from wispprof.server.process import running_server
-from wispprof.settings.bench_settings import BenchSettings
+from wispprof.settings.fleet_settings import BenchSettings
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.settings.shared_settings import ServerAccess
 from wispprof.testing.fake_engine import FakeEngine

@@ -20,7 +20,7 @@ from wispprof.artifacts.plan import BatchRow, Plan
 from wispprof.bench import FleetProcess
 from wispprof.server import running_server
 from wispprof.server.metrics import Metrics, StepRecord
-from wispprof.settings.bench_settings import BenchSettings
+from wispprof.settings.fleet_settings import BenchSettings
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.simulation.devices import device_of
 from wispprof.testing.cpu_burner import CpuBurner

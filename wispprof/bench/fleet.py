@@ -39,8 +39,8 @@ from wispprof.edge.generation import Generation, GenerationRequest
 from wispprof.errors import HandshakeRefused, ProfileError, WispprofError
 from wispprof.policies import make_controller
 from wispprof.policies.interface import Controller
-from wispprof.settings.bench_settings import BenchSettings
 from wispprof.settings.edge_settings import ClientSettings
+from wispprof.settings.fleet_settings import BenchSettings
 from wispprof.settings.shared_settings import LinkSettings
 from wispprof.simulation.devices import DEVICES, DeviceProfile
 from wispprof.simulation.scenario import system

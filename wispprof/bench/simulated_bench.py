@@ -13,7 +13,7 @@ from random import Random
 
 from wispprof.artifacts.rows import AcceptanceTrace
 from wispprof.errors import WispprofError
-from wispprof.settings.bench_settings import BenchSettings
+from wispprof.settings.fleet_settings import BenchSettings
 from wispprof.simulation.arrivals import ClosedFleet, Request
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.event_loop import Simulation

@@ -10,7 +10,7 @@ import typer
 
 from wispprof.cli import console
 from wispprof.cli.options import JsonFlag, with_settings
-from wispprof.settings.bench_settings import BenchSettings
+from wispprof.settings.fleet_settings import BenchSettings
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -104,11 +104,12 @@ _ROWS = (
 
 
 def _shown(results: list[BenchResult]) -> RenderableType:
-    table = console.table("bench", "edges draft as", *(f">{result.policy}" for result in results))
+    rows = []
     for name, label, form in _ROWS:
         values = [result.figures.get(name) for result in results]
         if all(value is None or value != value for value in values):
             continue
         cells = ["–" if v is None or v != v else form.format(v) for v in values]
-        table.add_row(label, *cells)
-    return table
+        rows.append((label, *cells))
+    columns = "|".join(("edges draft as", *(f"{result.policy}:g" for result in results)))
+    return console.table("bench", columns, rows)

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -86,25 +86,13 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-def table(title: str, *columns: str, caption: str | None = None) -> Table:
-    """An empty table. A column ``>name`` is right-aligned (numbers); ``a|b`` are two columns."""
-    from rich import box
-    from rich.table import Table
+def table(title: str, columns: str, rows: Iterable[Iterable[Any]] = (), caption: str = "") -> Table:
+    """A table of raw values. ``columns``: names separated by ``|``, with formats: ``RTT ms:g|load``."""
+    from wispprof.reporting import tables
 
-    made = Table(
-        title=title,
-        caption=caption,
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        title_style="bold",
-        caption_justify="left",
-        header_style="bold",
-    )
-    for column in "|".join(columns).split("|"):
-        made.add_column(
-            column.removeprefix(">"), justify="right" if column.startswith(">") else "left"
-        )
-    return made
+    named = [column.partition(":") for column in columns.split("|")]
+    made = tuple(tables.Column(name, spec=spec) for name, _, spec in named)
+    return tables.to_rich(tables.Table(title, made, tuple(map(tuple, rows)), caption))
 
 
 def note(message: str) -> None:

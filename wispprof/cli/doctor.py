@@ -67,7 +67,7 @@ def doctor(
         for finding in examine(context, CHECKS):
             findings.append(finding)
             report(len(findings), status=finding.check)
-    table = console.table("", "", "check", "finding")
+    table = console.table("", "|check|finding")
     for finding in findings:
         text = Text(finding.message)
         if finding.hint:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from wispprof.cli.console import emit_json, note, output, table, tracker
-from wispprof.cli.options import JsonFlag
+from wispprof.cli.options import JsonFlag, with_settings
+from wispprof.settings.planner_settings import FitSettings
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from wispprof.fitting import FittedEstimator, FittedPredictor
     from wispprof.fitting.evaluation import Evaluation
 
 
@@ -22,73 +19,39 @@ def register(app: typer.Typer) -> None:
     app.command("fit")(fit)
 
 
-def fit(
-    server: Annotated[
-        list[Path] | None, typer.Option(help="Server profile (.jsonl); repeatable.")
-    ] = None,
-    trace: Annotated[list[Path] | None, typer.Option(help="Acceptance trace; repeatable.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for artifacts and model cards.")] = Path("fit"),
-    estimator: Annotated[
-        str,
-        typer.Option(help="wisp-linear, staircase, forest, wispprof, or auto: by held-out error."),
-    ] = "auto",
-    predictor: Annotated[
-        str,
-        typer.Option(help="threshold, margin-logistic, wisp-mlp, lightgbm, or auto: by log loss."),
-    ] = "auto",
-    coverage: Annotated[
-        float, typer.Option(min=0.5, max=0.999, help="Coverage of the upper bound.")
-    ] = 0.95,
-    evaluate: Annotated[
-        bool,
-        typer.Option(
-            "--evaluate",
-            help="Also score all estimators on held-out blocks of shapes, with plots, and replay rounds "
-            "under every predictor (minutes).",
-        ),
-    ] = False,
-    splits: Annotated[
-        int, typer.Option(min=1, help="Random splits that test the bound's coverage.")
-    ] = 20,
-    update: Annotated[
-        Path | None,
-        typer.Option(help="Step log of a server; recalibrates the estimator in --out on it."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of every split.")] = 0,
-    as_json: JsonFlag = False,
-) -> None:
+@with_settings
+def fit(settings: FitSettings, as_json: JsonFlag = False) -> None:
     """Fit a step-time estimator and a rejection predictor, and score them."""
     from wispprof.fitting.model_card import explain_estimator, explain_predictor
     from wispprof.fitting.pipeline import evaluate_files, fit_files, replay_files, update_files
 
-    if update is not None:
-        if server or trace or evaluate:
-            raise typer.BadParameter("--update goes with --out alone.")
-        fitted = update_files(out, update)
+    out, seed = settings.out, settings.seed
+    if settings.update is not None:
+        fitted = update_files(out, settings.update)
     else:
-        fitted = fit_files(out, server or (), trace or (), estimator, predictor, coverage, seed)
+        kinds = (settings.estimator, settings.predictor)
+        fitted = fit_files(out, settings.server, settings.trace, *kinds, settings.coverage, seed)
     document: dict[str, Any] = {}
     found = None
-    if evaluate:
-        if server:
-            with tracker("evaluate") as report:
-                found, files = evaluate_files(out, server, splits, seed, report)
-            fitted.files += files
-            document["evaluation"] = {
-                "noise": found.noise,
-                "repeat_error": found.repeat_error,
-                "noise_floor": {f"{level:g}": ratio for level, ratio in found.noise_floor.items()},
-                "speed_corrected_floor": {
-                    f"{k:g}": ratio for k, ratio in found.speed_corrected_floor.items()
-                },
-                "groups": found.groups,
-                "regimes": found.regimes,
-                "splits": found.splits,
-                "learning": found.learning,
-            }
-        if trace:
-            document["replay"], files = replay_files(out, trace, seed)
-            fitted.files += files
+    if settings.evaluate and settings.server:
+        with tracker("evaluate") as report:
+            found, files = evaluate_files(out, settings.server, settings.splits, seed, report)
+        fitted.files += files
+        document["evaluation"] = {
+            "noise": found.noise,
+            "repeat_error": found.repeat_error,
+            "noise_floor": {f"{level:g}": ratio for level, ratio in found.noise_floor.items()},
+            "speed_corrected_floor": {
+                f"{k:g}": ratio for k, ratio in found.speed_corrected_floor.items()
+            },
+            "groups": found.groups,
+            "regimes": found.regimes,
+            "splits": found.splits,
+            "learning": found.learning,
+        }
+    if settings.evaluate and settings.trace:
+        document["replay"], files = replay_files(out, settings.trace, seed)
+        fitted.files += files
     if fitted.estimator is not None:
         explained = explain_estimator(fitted.estimator)
         document["estimator"] = {**fitted.estimator.report, "explanation": explained}
@@ -100,139 +63,127 @@ def fit(
         emit_json(document)
         return
     if fitted.estimator is not None:
-        _show_estimator(fitted.estimator)
-        output().print(document["estimator"]["explanation"], markup=False)
+        _show_estimator(document["estimator"])
     if found is not None:
         _show_evaluation(found)
     if fitted.predictor is not None:
-        _show_predictor(fitted.predictor)
-        output().print(document["predictor"]["explanation"], markup=False)
+        _show_predictor(document["predictor"])
     if "replay" in document:
         _show_replay(document["replay"])
     for file in fitted.files:
         note(f"wrote {file}")
 
 
-_SCORES = ">n|>MAPE|>median|>p90|>p99|>bias|>cover|>bound"
+_SCORES = "n|MAPE:.1f|median:.1f|p90:.1f|p99:.1f|bias:+.1f|cover:.1f|bound:.2f"
 
 
-def _wide(title: str, *columns: str, caption: str | None = None) -> Table:
-    """A table of many narrow columns that fits 80 characters."""
-    shown = table(title, *columns, caption=caption)
-    shown.padding = (0, 1, 0, 0)
-    shown.pad_edge = False
-    for column in shown.columns[:2]:
-        column.no_wrap = True
-    return shown
+def _scores(row: dict[str, Any]) -> tuple[Any, ...]:
+    errors = (row[k] for k in ("mape", "median_ape", "p90_ape", "p99_ape", "bias"))
+    return (row["shapes"], *errors, 100 * row["coverage"], row["sharpness"])
 
 
 def _show_evaluation(found: Evaluation) -> None:
-    noise = found.noise["median"]
     for inside, what in ((True, "inside"), (False, "outside")):
-        errors = _wide(
-            f"Blocks of shapes held out, {what} the range of the others (percent; noise {noise:.2f})",
-            "held out by|estimator",
-            _SCORES,
-            caption="cover: samples below the 95 % bound. bound: bound ÷ median.\n"
-            "oracle: predicts each shape by "
-            "another measurement of it, and bounds it by the quantile of its samples.",
-        )
-        for row in (r for r in found.groups if r["in_domain"] == inside):
-            errors.add_row(row["scheme"], row["estimator"], *_figures(row))
+        rows: list[tuple[Any, ...]] = [
+            (row["scheme"], row["estimator"], *_scores(row))
+            for row in found.groups
+            if row["in_domain"] == inside
+        ]
         if inside and found.repeat_error is not None:
-            ideal = found.noise_floor[0.95]
-            oracle = {**found.repeat_error, "shapes": "", "coverage": 0.95, "sharpness": ideal}
-            errors.add_row("", "oracle", *_figures(oracle))
-        output().print(errors)
-    regimes = _wide("By regime, inside the range (percent)", "regime", "estimator", _SCORES)
-    for row in sorted(found.regimes, key=lambda r: r["regime"]):
-        regimes.add_row(row["regime"], row["estimator"], *_figures(row))
-    output().print(regimes)
-    bounds = table(
+            bound = {"shapes": None, "coverage": 0.95, "sharpness": found.noise_floor[0.95]}
+            rows.append(("", "oracle", *_scores({**found.repeat_error, **bound})))
+        shown = table(
+            f"Blocks of shapes held out, {what} the range of the others (percent; "
+            f"noise {found.noise['median']:.2f})",
+            f"held out by|estimator|{_SCORES}",
+            rows,
+            "cover: samples below the 95 % bound. bound: bound ÷ median.\noracle: predicts each shape "
+            "by another measurement of it, and bounds it by the quantile of its samples.",
+        )
+        output().print(shown)
+    regimes = (
+        (row["regime"], row["estimator"], *_scores(row))
+        for row in sorted(found.regimes, key=lambda r: r["regime"])
+    )
+    shown = table("By regime, inside the range (percent)", f"regime|estimator|{_SCORES}", regimes)
+    output().print(shown)
+    floors = (("oracle", found.noise_floor), ("speed-corrected", found.speed_corrected_floor))
+    bounds = [
+        (row["estimator"], row["level"], row["coverage"], row["worst_split"], row["sharpness"])
+        for row in found.splits
+    ]
+    bounds += [(name, k, k, None, ratio) for name, floor in floors for k, ratio in floor.items()]
+    shown = table(
         "Coverage of the bound over random splits of shapes",
-        "estimator|>wanted|>found|>worst split|>bound ÷ median",
-        caption="oracle: the quantile of each shape's own steps.\n"
+        "estimator|wanted:.1%|found:.1%|worst split:.1%|bound ÷ median:.3f",
+        bounds,
+        "oracle: the quantile of each shape's own steps.\n"
         "speed-corrected: with the machine's speed at every step known.",
     )
-    for row in found.splits:
-        figures = [f"{100 * row[k]:.1f} %" for k in ("level", "coverage", "worst_split")]
-        bounds.add_row(row["estimator"], *figures, f"{row['sharpness']:.3f}")
-    for name, floor in (
-        ("oracle", found.noise_floor),
-        ("speed-corrected", found.speed_corrected_floor),
-    ):
-        for level, ratio in floor.items():
-            percent = f"{100 * level:.1f} %"
-            bounds.add_row(name, percent, percent, "", f"{ratio:.3f}")
-    output().print(bounds)
+    output().print(shown)
     sizes = sorted({row["shapes"] for row in found.learning})
-    learning = table(
+    errors = {(row["estimator"], row["shapes"]): row["mape"] for row in found.learning}
+    kinds = dict.fromkeys(kind for kind, _ in errors)
+    shown = table(
         "Held-out MAPE by number of training shapes (percent)",
-        "estimator",
-        *(f">{s}" for s in sizes),
+        "|".join(("estimator", *(f"{size}:.2f" for size in sizes))),
+        ((kind, *(errors[kind, size] for size in sizes)) for kind in kinds),
     )
-    for kind in dict.fromkeys(row["estimator"] for row in found.learning):
-        points = {r["shapes"]: r["mape"] for r in found.learning if r["estimator"] == kind}
-        learning.add_row(kind, *(f"{points[s]:.2f}" for s in sizes))
-    output().print(learning)
+    output().print(shown)
 
 
 def _show_replay(summary: list[dict[str, Any]]) -> None:
-    shown = _wide(
+    signs = {"fixed": "", "fastest": "↑ ", "frugal": "↓ ", "clairvoyant": ""}
+    figures = ("value", "tokens_per_s", "wasted_ms", "drafted", "accepted")
+    rows = (
+        (
+            f"{cell['device']} {cell['draft_ms']:g}" if rule == "fixed" else "",
+            cell["rtt_ms"] if rule == "fixed" else "",
+            sign + cell[rule]["controller"],
+            *(cell[rule][name] for name in figures),
+        )
+        for cell in summary
+        for rule, sign in signs.items()
+        if cell[rule] is not None
+    )
+    shown = table(
         "Rounds replayed on held-out prompts (wasted: drafting ms per token)",
-        "device|>RTT|rule|>value|>tokens/s|>wasted|>drafted|>accepted",
-        caption="↑ tuned for most tokens/s, ↓ for least waste at the speed of the best fixed k, both on "
+        "device|RTT:g|rule|value:g|tokens/s:.2f|wasted:.2f|drafted:.2f|accepted:.2f",
+        rows,
+        "↑ tuned for most tokens/s, ↓ for least waste at the speed of the best fixed k, both on "
         "other prompts.\nDevice: ms per draft token.",
     )
-    for cell in summary:
-        for name in ("fixed", "fastest", "frugal", "clairvoyant"):
-            row = cell[name]
-            if row is None:
-                continue
-            sign = {"fastest": "↑ ", "frugal": "↓ "}.get(name, "")
-            rule = sign + row["controller"]
-            figures = [f"{row[k]:.2f}" for k in ("wasted_ms", "drafted", "accepted")]
-            first = name == "fixed"
-            shown.add_row(
-                f"{cell['device']} {row['draft_ms']:g}" if first else "",
-                f"{cell['rtt_ms']:g}" if first else "",
-                rule,
-                f"{row['value']:g}",
-                f"{row['tokens_per_s']:.2f}",
-                *figures,
-            )
     output().print(shown)
 
 
-def _figures(row: dict[str, Any]) -> list[str]:
-    errors = [f"{row[k]:.1f}" for k in ("mape", "median_ape", "p90_ape", "p99_ape")]
-    covered = f"{100 * row['coverage']:.1f}"
-    return [str(row["shapes"]), *errors, f"{row['bias']:+.1f}", covered, f"{row['sharpness']:.2f}"]
+def _chosen(name: str, report: dict[str, Any]) -> str:
+    return f"{name} ←" if name == report["chosen"] else name
 
 
-def _show_estimator(estimator: FittedEstimator) -> None:
+def _show_estimator(report: dict[str, Any]) -> None:
+    figures = ("mape", "median_ape", "p90_ape", "p99_ape", "bias")
+    scored = sorted(report["held_out"].items(), key=lambda item: item[1]["mape"])
     shown = table(
         "Step-time estimators, scored on held-out shapes (percent)",
-        "estimator|>MAPE|>median|>p90|>p99|>bias|monotone",
+        "estimator|MAPE:.2f|median:.2f|p90:.2f|p99:.2f|bias:+.2f|monotone",
+        (
+            (_chosen(name, report), *(row[k] for k in figures), report["monotone"][name])
+            for name, row in scored
+        ),
     )
-    report = estimator.report
-    for name, row in sorted(report["held_out"].items(), key=lambda item: item[1]["mape"]):
-        mark = " ←" if name == report["chosen"] else ""
-        figures = [f"{row[k]:.2f}" for k in ("mape", "median_ape", "p90_ape", "p99_ape")]
-        falls = "yes" if report["monotone"][name] else "no"
-        shown.add_row(name + mark, *figures, f"{row['bias']:+.2f}", falls)
     output().print(shown)
+    output().print(report["explanation"], markup=False)
 
 
-def _show_predictor(predictor: FittedPredictor) -> None:
+def _show_predictor(report: dict[str, Any]) -> None:
+    figures = ("auc", "false_acceptance", "ece", "log_loss")
     shown = table(
         "Rejection predictors, scored on held-out prompts",
-        "predictor|>AUC|>false acceptance at 80 % recall|>ECE|>log loss",
+        "predictor|AUC:.3f|false acceptance at 80 % recall:.3f|ECE:.3f|log loss:.3f",
+        (
+            (_chosen(name, report), *(row[k] for k in figures))
+            for name, row in report["held_out"].items()
+        ),
     )
-    report = predictor.report
-    for name, row in report["held_out"].items():
-        mark = " ←" if name == report["chosen"] else ""
-        keys = ("auc", "false_acceptance", "ece", "log_loss")
-        figures = ["–" if row[k] is None else f"{row[k]:.3f}" for k in keys]
-        shown.add_row(name + mark, *figures)
     output().print(shown)
+    output().print(report["explanation"], markup=False)

@@ -11,6 +11,7 @@ that declare the same name share one option.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import wraps
@@ -91,12 +92,13 @@ def _built(base: Settings, given: Mapping[str, Any]) -> Settings:
 def _option(field: Declared, default: Any) -> Parameter:
     of = field.setting
     kind: Any = field.kind
+    named = re.search(rf"(?<!\w){re.escape(of.unit)}(?!\w)", of.help)
     if field.many:
         kind, default = list[kind], list(default)
     numeric = field.kind in (int, float)
     option = typer.Option(
         f"--{field.key.replace('_', '-')}",
-        help=f"{of.help[:-1]} ({of.unit})." if of.unit and of.unit not in of.help else of.help,
+        help=of.help if named else f"{of.help[:-1]} ({of.unit}).",
         min=of.minimum if numeric else None,
         max=of.maximum if numeric else None,
         metavar="|".join(filter(None, of.choices)) or None,

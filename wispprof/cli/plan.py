@@ -13,7 +13,7 @@ from wispprof.cli.options import JsonFlag, OutputFile, with_settings
 from wispprof.settings.planner_settings import PlanSettings
 
 if TYPE_CHECKING:
-    from wispprof.artifacts.plan import DraftRow, Plan
+    from wispprof.artifacts.plan import Plan
 
 PlanFile = Annotated[Path, typer.Argument(help="A plan file.")]
 
@@ -135,9 +135,11 @@ def diff(
         changes = [
             c for c in changes if c.field in ("cell", "k", "draft_ahead", "feasible", "stop")
         ]
-    shown = table(f"{len(changes)} differences", "cell", "field", ">before", ">after")
-    for change in changes:
-        shown.add_row(change.cell, change.field, _text(change.before), _text(change.after))
+    shown = table(
+        f"{len(changes)} differences",
+        "cell|field|before:g|after:g",
+        ((c.cell, c.field, _text(c.before), _text(c.after)) for c in changes),
+    )
     result({"changes": changes}, shown, as_json)
 
 
@@ -191,112 +193,99 @@ def _show_drafts(plan: Plan, device: str, mode: str) -> None:
     rows = [row for row in plan.draft if (row.device, row.mode) == (device, mode)]
     priced = any(row.dollars_per_mtoken for row in rows)
     powered = any(row.energy_j_per_token for row in rows)
-    shown = table(
-        f"{device}: draft length ({mode})",
-        ">RTT|>load|>SLO|>k|>stop|>ahead|>speed|>k = 0",
-        *([">$/M"] if priced else []),
-        *([">J/tok"] if powered else []),
-        "met",
-        caption="RTT in ms; SLO and speed in tokens/s of a session; k = 0: speed without drafts; ahead: "
+    cells = (
+        (
+            row.rtt_ms,
+            row.load_level,
+            row.tokens_per_s,
+            row.k,
+            row.stop if row.k else "",
+            row.draft_ahead if row.k else "",
+            row.expected_tokens_per_s,
+            row.by_k[0] if row.by_k else "",
+            *([row.dollars_per_mtoken] if priced else []),
+            *([row.energy_j_per_token] if powered else []),
+            "yes" if row.feasible else f"*{row.nearest_tokens_per_s:.1f}",
+        )
+        for row in rows
+    )
+    columns = "RTT:g|load|SLO:g|k|stop:.2f|ahead|speed:.2f|k = 0:.2f"
+    columns += ("|$/M:.3g" if priced else "") + ("|J/tok:.2g" if powered else "") + "|met"
+    caption = (
+        "RTT in ms; SLO and speed in tokens/s of a session; k = 0: speed without drafts; ahead: "
         "maximum draft tokens ahead. "
         + ("$/M: dollars for a million tokens. " if priced else "")
         + ("J/tok: joules of drafting per token. " if powered else "")
-        + "met: whether the SLO is; if not, * and the nearest that can be.",
+        + "met: whether the SLO is; if not, * and the nearest that can be."
     )
-    for row in rows:
-        shown.add_row(
-            f"{row.rtt_ms:g}",
-            str(row.load_level),
-            f"{row.tokens_per_s:g}",
-            str(row.k),
-            f"{row.stop:.2f}" if row.k else "",
-            str(row.draft_ahead) if row.k else "",
-            f"{row.expected_tokens_per_s:.2f}",
-            f"{row.by_k[0]:.2f}" if row.by_k else "",
-            *([f"{row.dollars_per_mtoken:.3g}"] if priced else []),
-            *([f"{row.energy_j_per_token:.2g}"] if powered else []),
-            _feasible(row),
-        )
-    output().print(shown)
-
-
-def _feasible(row: DraftRow) -> str:
-    return "yes" if row.feasible else f"*{row.nearest_tokens_per_s:.1f}"
+    output().print(table(f"{device}: draft length ({mode})", columns, cells, caption))
 
 
 def _show_choices(plan: Plan, machine: str, mode: str) -> None:
-    rows = [row for row in plan.choices if (row.machine, row.mode) == (machine, mode)]
-    if not rows:
-        return
-    shown = table(
-        f"{machine}: which draft, by {plan.objective} ({mode})",
-        ">RTT|>load|>SLO|draft|>k|>speed|>$/M|>J/tok|met",
-        caption=f"`plan explain {machine}/RTT/LOAD/SLO` lists all choices on the Pareto front.",
-    )
-    for row in rows:
-        shown.add_row(
-            f"{row.rtt_ms:g}",
-            str(row.load_level),
-            f"{row.tokens_per_s:g}",
+    rows = [
+        (
+            row.rtt_ms,
+            row.load_level,
+            row.tokens_per_s,
             (row.device.partition(":")[2] or row.device) if row.k else "none",
-            str(row.k),
-            f"{row.expected_tokens_per_s:.2f}",
-            f"{row.dollars_per_mtoken:.3g}" if row.dollars_per_mtoken else "-",
-            f"{row.energy_j_per_token:.2g}" if row.energy_j_per_token else "-",
-            "yes" if row.feasible else "no",
+            row.k,
+            row.expected_tokens_per_s,
+            row.dollars_per_mtoken or None,
+            row.energy_j_per_token or None,
+            row.feasible,
         )
-    output().print(shown)
+        for row in plan.choices
+        if (row.machine, row.mode) == (machine, mode)
+    ]
+    if rows:
+        shown = table(
+            f"{machine}: which draft, by {plan.objective} ({mode})",
+            "RTT:g|load|SLO:g|draft|k|speed:.2f|$/M:.3g|J/tok:.2g|met",
+            rows,
+            f"`plan explain {machine}/RTT/LOAD/SLO` lists all choices on the Pareto front.",
+        )
+        output().print(shown)
 
 
 def _show_capacity(plan: Plan, device: str, mode: str) -> None:
-    shown = table(
-        f"{device}: capacity ({mode})",
-        ">RTT ms|>SLO|>server-only|>split|>k|bound by",
+    rows = (
+        (row.rtt_ms, row.tokens_per_s, row.server_only, row.split, row.k, row.bound_by)
+        for row in plan.capacity
+        if (row.device, row.mode) == (device, mode)
     )
-    for row in plan.capacity:
-        if row.device == device and row.mode == mode:
-            shown.add_row(
-                f"{row.rtt_ms:g}",
-                f"{row.tokens_per_s:g}",
-                str(row.server_only),
-                str(row.split),
-                str(row.k),
-                row.bound_by,
-            )
-    output().print(shown)
-    mixes = [r for r in plan.mixes if r.device == device and r.mode == mode]
-    if not mixes:
-        return
-    shown = table(
-        f"{device}: capacity of class mixes ({mode})",
-        ">RTT ms|mix|>server-only|>split|k of each|bound by",
-    )
-    for many in mixes:
-        shown.add_row(
-            f"{many.rtt_ms:g}",
-            many.mix,
-            str(many.server_only),
-            str(many.split),
-            " ".join(f"{k:g}" for k in many.ks),
-            many.bound_by,
+    columns = "RTT ms:g|SLO:g|server-only|split|k|bound by"
+    output().print(table(f"{device}: capacity ({mode})", columns, rows))
+    mixes = [
+        (
+            row.rtt_ms,
+            row.mix,
+            row.server_only,
+            row.split,
+            " ".join(f"{k:g}" for k in row.ks),
+            row.bound_by,
         )
-    output().print(shown)
+        for row in plan.mixes
+        if (row.device, row.mode) == (device, mode)
+    ]
+    if mixes:
+        columns = "RTT ms:g|mix|server-only|split|k of each|bound by"
+        title = f"{device}: capacity of class mixes ({mode})"
+        output().print(table(title, columns, mixes))
 
 
 def _show_batches(plan: Plan) -> None:
-    shown = table(
-        "Batching",
-        ">SLO|>load|>sessions|>token budget|>max items|>prefill|>p50 ms|>bound ms",
-    )
-    for row in plan.batch:
-        shown.add_row(
-            f"{row.tokens_per_s:g}",
-            str(row.load_level),
-            str(row.sessions),
-            str(row.token_budget),
-            str(row.max_items),
-            str(row.prefill_chunk),
-            f"{row.p50_ms:.2f}",
-            f"{row.bound_ms:.2f}",
+    rows = (
+        (
+            row.tokens_per_s,
+            row.load_level,
+            row.sessions,
+            row.token_budget,
+            row.max_items,
+            row.prefill_chunk,
+            row.p50_ms,
+            row.bound_ms,
         )
-    output().print(shown)
+        for row in plan.batch
+    )
+    columns = "SLO:g|load|sessions|token budget|max items|prefill|p50 ms:.2f|bound ms:.2f"
+    output().print(table("Batching", columns, rows))

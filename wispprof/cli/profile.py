@@ -68,10 +68,7 @@ def validate(
             verdicts[str(path)] = "good"
         except (ArtifactError, ProfileError) as err:
             verdicts[str(path)] = str(err)
-    shown = table("Validation", "file", "verdict")
-    for name, verdict in verdicts.items():
-        shown.add_row(name, verdict)
-    result(verdicts, shown, as_json)
+    result(verdicts, table("Validation", "file|verdict", verdicts.items()), as_json)
     if any(verdict != "good" for verdict in verdicts.values()):
         raise typer.Exit(1)
 
@@ -127,17 +124,12 @@ def diff(
         f"{len(found.changed)} of {len(found.rows)} shapes changed beyond noise "
         f"(median ratio of all {found.median_ratio:.3f}, of the sentinel "
         f"{found.sentinel_ratio:.3f}, divided out {found.slowdown:.3f})",
-        "shape|>before ms|>after ms|>ratio|>p",
+        "shape|before ms:.3f|after ms:.3f|ratio:.3f|p:.1e",
+        (
+            (f"{r.key} *" if r.doubtful else r.key, r.before_ms, r.after_ms, r.ratio, r.p_value)
+            for r in sorted(found.changed, key=lambda row: -abs(row.ratio - 1))
+        ),
     )
-    for row in sorted(found.changed, key=lambda row: -abs(row.ratio - 1)):
-        mark = " *" if row.doubtful else ""
-        shown.add_row(
-            row.key + mark,
-            f"{row.before_ms:.3f}",
-            f"{row.after_ms:.3f}",
-            f"{row.ratio:.3f}",
-            f"{row.p_value:.1e}",
-        )
     document = {
         "compared": len(found.rows),
         "changed": [
@@ -230,6 +222,7 @@ def _profile_document(profile: Profile) -> dict[str, Any]:
 
 def _print_profile(profile: Profile, everything: bool) -> None:
     from wispprof.artifacts import StepRow
+    from wispprof.profiling.measurement_log import half_width
 
     manifest = profile.manifest
     machine = manifest.hardware.get("board") or manifest.hardware.get("cpu") or "unknown machine"
@@ -238,21 +231,22 @@ def _print_profile(profile: Profile, everything: bool) -> None:
     if manifest.source != "measured":
         title += f" ({manifest.source})"
     subject = "shape" if manifest.kind == "server" else "workload"
-    shown = table(title, f"kind|{subject}|>median ms|>± %|>samples|flags")
-    from wispprof.profiling.measurement_log import half_width
-
     rows = [row for row in profile.rows if everything or row.kind != "sentinel"]
     if not everything:
         rows.sort(key=lambda row: (row.kind, _size(row), row.key))
-    for row in rows:
-        width = half_width(row.samples_ms)
-        spread = f"{100 * width:.1f}" if width < float("inf") else "–"
-        flags = " ".join(row.flags)
-        name = row.shape.key() if isinstance(row, StepRow) else row.key
-        shown.add_row(
-            row.kind, name, f"{row.median_ms:.4g}", spread, str(len(row.samples_ms)), flags
+    cells = (
+        (
+            row.kind,
+            row.shape.key() if isinstance(row, StepRow) else row.key,
+            row.median_ms,
+            100 * half_width(row.samples_ms),
+            len(row.samples_ms),
+            " ".join(row.flags),
         )
-    output().print(shown)
+        for row in rows
+    )
+    columns = f"kind|{subject}|median ms:.4g|± %:.1f|samples|flags"
+    output().print(table(title, columns, cells))
     skip = ("drift", "physics", "refused")
     facts = {k: v for k, v in manifest.summary.items() if k not in skip and v is not None}
     if facts:

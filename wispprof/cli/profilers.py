@@ -166,10 +166,9 @@ def trace(
     cum_acceptance = taken.cum_acceptance_by_position().tolist()
     shown = table(
         f"Drafts of {taken.draft} accepted by {taken.target}",
-        "position|>cumulative acceptance",
+        "position|cumulative acceptance:.3f",
+        enumerate(cum_acceptance, start=1),
     )
-    for position, share in enumerate(cum_acceptance, start=1):
-        shown.add_row(str(position), f"{share:.3f}")
     document = {
         "file": str(out),
         "hash": digest,
@@ -224,9 +223,8 @@ def _announce(plan: SweepPlan, as_json: bool) -> None:
     shown = table(
         f"{len(plan.workloads)} workloads, about {format_duration(plan.expected_s)} (by {plan.basis})",
         "kind|workload",
+        ((workload.kind, workload.key) for workload in plan.workloads),
     )
-    for workload in plan.workloads:
-        shown.add_row(workload.kind, workload.key)
     document = {
         "workloads": [{"kind": workload.kind, "key": workload.key} for workload in plan.workloads],
         "expected_s": plan.expected_s,

@@ -91,38 +91,32 @@ def shown(found: ReproducedTable) -> RenderableType:
     from rich.table import Table as Grid
 
     letters = dict(zip(found.assumptions, "ABCDEFGHIJ", strict=False))
-    rows = table(
-        f"{found.title} ({found.citation})",
-        "figure|>paper",
-        *(f">{letter}" for letter in letters.values()),
-        f"within {found.within:.0%}",
-    )
+    rows: list[tuple[str, ...]] = []
 
     def row(label: str, figure: Figure) -> None:
         good = " ".join(letters[name] for name in figure.within(found.within))
         nearest = figure.nearest()
         if not good and nearest is not None:
             good = f"no: {letters[nearest[0]]} {nearest[1] - 1.0:+.0%}"
-        rows.add_row(
-            label,
-            _number(figure.published),
-            *map(_number, figure.simulated.values()),
-            good or "-",
-        )
+        figures = map(_number, (figure.published, *figure.simulated.values()))
+        rows.append((label, *figures, good or "–"))
 
     for group, members in groupby(found.figures, lambda figure: _parts(figure.name)[0]):
         figures = list(members)
         if len(figures) == 1:
             row(figures[0].name, figures[0])
             continue
-        rows.add_row(f"[bold]{group}[/bold]")
+        rows.append((group, *("" for _ in range(len(letters) + 2))))
         for figure in figures:
             row(f"  {_parts(figure.name)[1]}", figure)
+    columns = "|".join(
+        ("figure", "paper:g", *(f"{c}:g" for c in letters.values()), f"within {found.within:.0%}")
+    )
     legend = Grid.grid(padding=(0, 1))
     for name, why in found.assumptions.items():
         legend.add_row(letters[name], f"[bold]{name}[/bold]: {why}")
     return Group(
-        rows,
+        table(f"{found.title} ({found.citation})", columns, rows),
         legend,
         f"\nwithin {found.within:.0%}: the setups that differ from the paper by no more, or the nearest.",
     )
@@ -130,7 +124,7 @@ def shown(found: ReproducedTable) -> RenderableType:
 
 def _number(value: float) -> str:
     if math.isnan(value):
-        return "-"
+        return "–"
     digits = 0 if value == round(value) or value >= 100 else 1 if value >= 10 else 2
     return f"{value:.{digits}f}"
 

@@ -107,14 +107,11 @@ def _resolved(server: VerificationServer, settings: ServerSettings, port: int) -
         "policy": f"{server.policy.name} ({'stream' if server.policy.stream else 'round'} mode)",
         "estimator": estimator,
         "plan": f"{settings.plan} ({server.plan.hash[:12]})" if server.plan else "none",
-        "step log": settings.step_log or "none",
+        "step log": str(settings.step_log or "none"),
         "KV cache": f"{server.manager.kv_total} tokens",
         "ranks": settings.tensor_parallel,
         "address": f"{settings.host}:{port}{' (TLS)' if settings.tls_cert else ''}",
         "API keys": len(settings.api_keys) or "none (loopback only)",
         "step limits": limits,
     }
-    shown = table("wispprof serve", "setting|value")
-    for name, value in rows.items():
-        shown.add_row(name, str(value))
-    return shown
+    return table("wispprof serve", "setting|value", rows.items())

@@ -124,7 +124,7 @@ async def compare(
     The replayed edges run in a process of their own, so that their drafting takes no time from the server.
     """
     from wispprof.bench import FleetProcess
-    from wispprof.settings.bench_settings import BenchSettings
+    from wispprof.settings.fleet_settings import BenchSettings
     from wispprof.settings.shared_settings import LinkModel
 
     benches = []

@@ -41,6 +41,7 @@ from wispprof.fitting.rejection_predictor import (
 )
 from wispprof.fitting.rejection_scorers import split_prompts
 from wispprof.hardware import compute_device_name
+from wispprof.settings.planner_settings import FitSettings
 
 REPLAY_FOLDS = 5
 
@@ -91,8 +92,8 @@ def load_server_rows(paths: Sequence[Path]) -> ServerRows:
 
 def fit_estimator(
     rows: Sequence[StepRow] | Observations,
-    kind: str = "auto",
-    coverage: float = 0.95,
+    kind: str = FitSettings.estimator,
+    coverage: float = FitSettings.coverage,
     kinds: Sequence[str] = ESTIMATOR_KINDS,
 ) -> FittedEstimator:
     """Fit a verification-time estimator on profile rows.
@@ -136,10 +137,10 @@ def fit_files(
     out: Path,
     server: Sequence[Path] = (),
     trace: Sequence[Path] = (),
-    kind: str = "auto",
-    predictor_kind: str = "auto",
-    coverage: float = 0.95,
-    seed: int = 0,
+    kind: str = FitSettings.estimator,
+    predictor_kind: str = FitSettings.predictor,
+    coverage: float = FitSettings.coverage,
+    seed: int = FitSettings.seed,
 ) -> FitResult:
     """Fit an estimator, a predictor or both; writes them and their model cards to ``out``."""
     if not server and not trace:
@@ -178,8 +179,8 @@ def _trace_hashes(paths: Sequence[Path], traces: Sequence[AcceptanceTrace]) -> d
 def evaluate_files(
     out: Path,
     server: Sequence[Path],
-    splits: int = 20,
-    seed: int = 0,
+    splits: int = FitSettings.splits,
+    seed: int = FitSettings.seed,
     progress: Progress | None = None,
 ) -> tuple[Evaluation, list[Path]]:
     """Score every estimator on held-out groups; writes ``evaluation.json`` and plots to ``out``."""
@@ -191,7 +192,7 @@ def evaluate_files(
 
 
 def replay_files(
-    out: Path, trace: Sequence[Path], seed: int = 0
+    out: Path, trace: Sequence[Path], seed: int = FitSettings.seed
 ) -> tuple[list[dict[str, Any]], list[Path]]:
     """Replay whole rounds under every predictor; writes ``replay.json`` to ``out``.
 

@@ -18,7 +18,7 @@ class Column:
     """How one column is shown.
 
     ``unit`` is printed under the name. Floats get ``digits`` decimals; ``percent`` shows shares times
-    100. ``best`` highlights the largest or the smallest value.
+    100. ``spec`` formats numbers in place of both. ``best`` highlights the largest or the smallest value.
     """
 
     name: str
@@ -26,6 +26,7 @@ class Column:
     digits: int = 1
     percent: bool = False
     best: Literal["max", "min"] | None = None
+    spec: str = ""
 
     def text(self, value: Cell) -> str:
         """``value`` as shown; ``None`` and NaN are a dash."""
@@ -37,6 +38,8 @@ class Column:
             return value
         if not math.isfinite(value):
             return MISSING if math.isnan(value) else "∞"
+        if self.spec:
+            return format(value, self.spec)
         if self.percent:
             return f"{100 * value:.{self.digits}f} %"
         if isinstance(value, int):
@@ -60,7 +63,8 @@ class Table:
 
     def is_number(self, index: int) -> bool:
         """Whether the column holds numbers and is aligned to the right."""
-        return any(_number(row[index]) is not None for row in self.rows)
+        numbers = any(_number(row[index]) is not None for row in self.rows)
+        return numbers or bool(self.columns[index].spec)
 
     def is_best(self, row: int, index: int) -> bool:
         """Whether this cell holds the best value of its column. False if all values are equal."""

@@ -1,10 +1,11 @@
-"""Settings of the planner."""
+"""Settings of fitting and of the planner."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from wispprof.errors import PlanError
+from wispprof.errors import PlanError, SettingsError
 from wispprof.settings.fields import Settings, setting
 
 OBJECTIVES = ("goodput", "cost", "energy")
@@ -33,6 +34,36 @@ def device_price(entry: str) -> tuple[str, float]:
         raise PlanError(
             f"{entry!r} is not a price.", "For example: --edge-price 0.35, or laptop=0.35."
         ) from None
+
+
+@dataclass(frozen=True)
+class FitSettings(Settings):
+    """Inputs of estimator and predictor, which kinds to fit, and how to score them."""
+
+    server: tuple[Path, ...] = setting((), "Server profile (.jsonl); repeatable.")
+    trace: tuple[Path, ...] = setting((), "Acceptance trace; repeatable.")
+    out: Path = setting(Path("fit"), "Folder for artifacts and model cards.")
+    estimator: str = setting(
+        "auto", "wisp-linear, staircase, forest, wispprof, or auto: by held-out error."
+    )
+    predictor: str = setting(
+        "auto", "threshold, margin-logistic, wisp-mlp, lightgbm, or auto: by log loss."
+    )
+    coverage: float = setting(0.95, "Coverage of the upper bound.", minimum=0.5, maximum=0.999)
+    evaluate: bool = setting(
+        False,
+        "Also score all estimators on held-out blocks of shapes, with plots, and replay rounds "
+        "under every predictor (minutes).",
+    )
+    splits: int = setting(20, "Random splits that test the bound's coverage.", minimum=1)
+    update: Path | None = setting(
+        None, "Step log of a server; recalibrates the estimator in --out on it."
+    )
+    seed: int = setting(0, "Seed of every split.")
+
+    def check_together(self) -> None:
+        if self.update is not None and (self.server or self.trace or self.evaluate):
+            raise SettingsError("--update goes with --out alone.")
 
 
 @dataclass(frozen=True, slots=True)

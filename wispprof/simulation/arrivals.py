@@ -17,6 +17,7 @@ from random import Random
 from typing import NamedTuple, Protocol
 
 from wispprof.errors import ArtifactDamaged, ArtifactMissing
+from wispprof.settings.fleet_settings import LoadSettings
 
 
 class Request(NamedTuple):
@@ -35,8 +36,8 @@ class Lengths:
     needs two).
     """
 
-    prompt: int = 512
-    output: int = 128
+    prompt: int = LoadSettings.prompt
+    output: int = LoadSettings.output
     prompt_sigma: float = 0.0
     output_sigma: float = 0.0
     max_tokens: int = 32768

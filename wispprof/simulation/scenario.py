@@ -16,6 +16,7 @@ from wispprof.errors import PlanError
 from wispprof.policies.interface import BatchPolicy, Controller, RoundContext
 from wispprof.policies.registry import make_batch_policy, make_controller
 from wispprof.settings.edge_settings import DraftingSettings
+from wispprof.settings.fleet_settings import SimulationSettings
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation.arrivals import ClosedFleet, OpenLoad
 from wispprof.simulation.devices import DeviceProfile
@@ -196,9 +197,9 @@ class Scenario:
     devices: tuple[tuple[DeviceProfile, float], ...] = ((DeviceProfile(), 1.0),)
     links: tuple[tuple[LinkModel, float], ...] = ((LinkModel(), 1.0),)
     slos: tuple[tuple[Slo, float], ...] = ((Slo(4.0), 1.0),)
-    seconds: float = 120.0
-    warmup_s: float = 20.0
-    seed: int = 0
+    seconds: float = SimulationSettings.seconds
+    warmup_s: float = SimulationSettings.warmup_s
+    seed: int = SimulationSettings.seed
     meta: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

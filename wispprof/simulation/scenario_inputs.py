@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from wispprof.artifacts.trace import load_trace
 from wispprof.errors import PlanError
 from wispprof.policies.controllers import ConfidenceAcceptance
 from wispprof.policies.linear_cost import LinearCost
+from wispprof.settings.fleet_settings import InputSettings, LoadSettings, SimulationSettings
 from wispprof.simulation.arrivals import (
     Bursts,
     ClosedFleet,
@@ -23,7 +24,7 @@ from wispprof.simulation.arrivals import (
     read_requests,
 )
 from wispprof.simulation.devices import DeviceProfile
-from wispprof.simulation.scenario import ServerModel, System
+from wispprof.simulation.scenario import SYSTEMS, Scenario, ServerModel, System, system
 from wispprof.simulation.simulated_output import AcceptanceSource
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 from wispprof.simulation.trace_replay import TraceAcceptance
@@ -47,23 +48,16 @@ class Inputs:
     notes: tuple[str, ...]
 
 
-def read_inputs(
-    *,
-    server: str | None = None,
-    edge: Path | None = None,
-    trace: Path | None = None,
-    predictor: Path | None = None,
-    draft_tokens_per_s: float = 60.0,
-    acceptance: float = 0.75,
-    noise: float = 1.0,
-) -> Inputs:
+def read_inputs(settings: InputSettings) -> Inputs:
     """Read what is given; what is not comes from shipped files, then from presets.
 
-    ``server``: a preset's name or an estimator file. Raises the artifact errors, or :class:`PlanError`
-    for an unknown preset.
+    Raises the artifact errors, or :class:`PlanError` for an unknown preset.
     """
     notes: list[str] = []
-    model = _server(server, notes)
+    model = _server(settings.server, notes)
+    if settings.kv_tokens is not None:
+        model = replace(model, kv_tokens=settings.kv_tokens)
+    edge, trace = settings.edge, settings.trace
     tokenizer = ""
     if edge is not None:
         profile = load_edge(edge)
@@ -71,8 +65,8 @@ def read_inputs(
         device = DeviceProfile.from_rows(edge.stem, profile.rows)
         notes.append(f"edge: profile {edge}")
     else:
-        device = DeviceProfile.from_speed("edge", draft_tokens_per_s)
-        notes.append(f"edge: {draft_tokens_per_s:g} draft tokens/s (no profile given)")
+        device = DeviceProfile.from_speed("edge", settings.draft_tokens_per_s)
+        notes.append(f"edge: {settings.draft_tokens_per_s:g} draft tokens/s (no profile given)")
     source: AcceptanceSource
     if trace is not None:
         recorded = load_trace(trace)
@@ -81,16 +75,16 @@ def read_inputs(
                 f"{edge} was profiled with another tokenizer than {trace} was taken with.",
                 "Profile the draft model that the trace is of, or take the trace with this one.",
             )
-        source = TraceAcceptance(recorded, _predictor(predictor))
+        source = TraceAcceptance(recorded, _predictor(settings.predictor))
         notes.append(f"acceptance: trace {trace}")
     else:
-        source = SyntheticAcceptance(acceptance, noise=noise)
-        notes.append(f"acceptance: drawn, mean {acceptance:g} a position (no trace given)")
+        source = SyntheticAcceptance(settings.acceptance)
+        notes.append(f"acceptance: drawn, mean {settings.acceptance:g} a position (no trace given)")
     return Inputs(model, device, source, tuple(notes))
 
 
-def _server(name: str | None, notes: list[str]) -> ServerModel:
-    if name is None:
+def _server(name: str, notes: list[str]) -> ServerModel:
+    if not name:
         shipped = _shipped("estimator.json")
         name = str(shipped) if shipped is not None else "a100-32b"
     if name in SERVER_PRESETS:
@@ -125,29 +119,38 @@ def _shipped(name: str) -> Path | None:
     return None
 
 
-def slo_mix(classes: Sequence[float], ttft_ms: float | None) -> tuple[tuple[Slo, float], ...]:
-    """Equal shares of SLO classes (tokens/s)."""
-    return tuple((Slo(speed, ttft_ms), 1.0) for speed in classes)
+def load_of(settings: LoadSettings) -> ClosedFleet | OpenLoad:
+    """``closed``, ``poisson``, ``bursts`` at four times the rate, or a request trace by its path."""
+    lengths = Lengths(settings.prompt, settings.output, settings.spread, settings.spread)
+    if settings.arrivals == "closed":
+        return ClosedFleet(settings.devices, lengths, settings.think_ms)
+    if settings.arrivals == "poisson":
+        return Poisson(settings.per_s, lengths)
+    if settings.arrivals == "bursts":
+        return Bursts(settings.per_s, 4 * settings.per_s, lengths=lengths)
+    return Replay(read_requests(settings.arrivals), settings.speed)
 
 
-def load_of(
-    arrivals: str,
-    *,
-    devices: int,
-    lengths: Lengths,
-    think_ms: float = 0.0,
-    per_s: float = 1.0,
-    burst_per_s: float | None = None,
-    speed: float = 1.0,
-) -> ClosedFleet | OpenLoad:
-    """``closed``, ``poisson``, ``bursts``, or the path of a request trace."""
-    if arrivals == "closed":
-        return ClosedFleet(devices, lengths, think_ms)
-    if arrivals == "poisson":
-        return Poisson(per_s, lengths)
-    if arrivals == "bursts":
-        return Bursts(per_s, burst_per_s if burst_per_s is not None else 4 * per_s, lengths=lengths)
-    return Replay(read_requests(arrivals), speed)
+def scenarios_of(settings: SimulationSettings) -> tuple[list[Scenario], tuple[str, ...]]:
+    """One scenario for each system, and where its inputs came from."""
+    inputs = read_inputs(settings.inputs)
+    load = load_of(settings.load)
+    scenarios = [
+        Scenario(
+            with_plan(system(name), settings.plan, inputs.device.name),
+            inputs.server,
+            load,
+            inputs.acceptance,
+            devices=((inputs.device, 1.0),),
+            links=((settings.link, 1.0),),
+            slos=tuple((Slo(speed, settings.ttft_ms), 1.0) for speed in settings.tokens_per_s),
+            seconds=settings.seconds,
+            warmup_s=settings.warmup_s,
+            seed=settings.seed,
+        )
+        for name in (SYSTEMS if settings.compare else settings.systems)
+    ]
+    return scenarios, inputs.notes
 
 
 def with_plan(system: System, plan: Path | None, device: str) -> System:
