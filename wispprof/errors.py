@@ -26,6 +26,8 @@ WispprofError
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class WispprofError(Exception):
     """Base of everything this package raises on purpose.
@@ -40,6 +42,24 @@ class WispprofError(Exception):
     def __str__(self) -> str:
         message = super().__str__()
         return f"{message} {self.hint}".rstrip() if self.hint else message
+
+
+_OTHER_NAMES = {"centralized": "server-only", "autoregressive": "server-only"}
+"""Names from papers for what has another name here."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``Did you mean …?`` with the nearest of ``known`` to a mistyped name; empty if none is near."""
+    import difflib
+
+    close = difflib.get_close_matches(_OTHER_NAMES.get(name, name), list(known), 1)
+    return f"Did you mean {close[0]!r}?" if close else ""
+
+
+def suggestion(name: str, known: Iterable[str], more: str = "") -> str:
+    """A hint for a mistyped name: the nearest of ``known``, and all of them; ``more`` continues the list."""
+    options = list(known)
+    return f"{nearest(name, options)} Use one of {', '.join(options)}{more}.".lstrip()
 
 
 class SettingsError(WispprofError, ValueError):

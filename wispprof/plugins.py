@@ -17,7 +17,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from wispprof.errors import PluginError
+from wispprof.errors import PluginError, suggestion
 
 __all__ = ["GROUPS", "load", "names"]
 
@@ -43,7 +43,7 @@ def load(group: str, name: str, builtin: Builtin) -> Callable[..., Any]:
         return _imported(lambda: _attribute(module, attribute), group, name)
     raise PluginError(
         f"Unknown name {name!r} in {group}.",
-        f"Use one of {', '.join(names(group, builtin))}, or MODULE:NAME.",
+        suggestion(name, names(group, builtin), ", or MODULE:NAME"),
     )
 
 

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from wispprof.cli import app, console
 from wispprof.cli.options import with_settings
-from wispprof.errors import SettingsError
+from wispprof.errors import PlanError, PluginError, SettingsError, WispprofError
+from wispprof.policies.registry import make_batch_policy, make_controller
 from wispprof.settings.edge_settings import (
     ClientSettings,
     DraftingSettings,
@@ -23,6 +24,7 @@ from wispprof.settings.fields import Settings, declared, nested
 from wispprof.settings.server_settings import ReplicaSettings, ServerSettings
 from wispprof.settings.shared_settings import ServerAccess
 from wispprof.settings.sources import Config, read_config
+from wispprof.simulation.devices import device_of
 
 RUNNER = CliRunner()
 
@@ -172,7 +174,41 @@ def test_secrets_are_not_printed() -> None:
 def test_a_value_that_is_not_allowed_ends_a_command(here: Path) -> None:
     done = RUNNER.invoke(app, ["edge", "--mode", "steam"])
     assert done.exit_code == console.USAGE
-    assert "mode must be empty or round or stream, got 'steam'" in done.stderr
+    assert (
+        "mode must be empty or round or stream, got 'steam'. Did you mean 'stream'?" in done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nearest"),
+    [
+        (("simulate", "--policy", "wisprof"), "wispprof"),
+        (("simulate", "--policy", "centralized"), "server-only"),
+        (("simulate", "--server", "a100-23b"), "a100-32b"),
+        (("reproduce", "specege"), "specedge"),
+    ],
+)
+def test_a_mistyped_name_is_answered_with_the_nearest(
+    here: Path, arguments: tuple[str, ...], nearest: str
+) -> None:
+    done = RUNNER.invoke(app, arguments)
+    assert done.exit_code == console.FAULT
+    assert f"Did you mean {nearest!r}?" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("wispproof", "wispprof"), ("centralized", "server-only")]
+)
+def test_a_mistyped_policy_is_answered_with_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(PluginError, match=f"Did you mean '{nearest}'\\?"):
+        make_batch_policy(name)
+
+
+def test_a_mistyped_device_or_option_is_answered_with_the_nearest() -> None:
+    with pytest.raises(WispprofError, match="Did you mean 'medium'"):
+        device_of("meduim")
+    with pytest.raises(PlanError, match="Did you mean 'k_max'"):
+        make_controller("wisp", kmax=3)
 
 
 def test_a_named_value_needs_a_name(here: Path) -> None:

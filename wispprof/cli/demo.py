@@ -9,6 +9,7 @@ import typer
 
 from wispprof.cli import console
 from wispprof.cli.options import JsonFlag
+from wispprof.settings.shared_settings import DEMO_FOLDER
 
 if TYPE_CHECKING:
     from wispprof.demo import DemoResult
@@ -26,7 +27,7 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer measurements and requests: a minute.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="Folder of artifacts and report.")] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(help="Folder of artifacts and report.")] = DEMO_FOLDER,
     pair: Annotated[
         Path | None,
         typer.Option(help="Folder with target/ and draft/; default: the bundled pair."),

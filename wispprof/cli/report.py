@@ -12,6 +12,7 @@ import typer
 
 from wispprof.cli.console import result, table, tracker, warn
 from wispprof.cli.options import Jobs, JsonFlag
+from wispprof.settings.shared_settings import DEMO_FOLDER
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,9 +27,7 @@ def register(app: typer.Typer) -> None:
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder with the artifacts of a run.")] = Path(
-        "out/demo"
-    ),
+    run: Annotated[Path, typer.Argument(help="Folder with the artifacts of a run.")] = DEMO_FOLDER,
     out: Annotated[
         Path | None, typer.Option(help="File to write; default: report.html in the folder.")
     ] = None,
@@ -55,13 +54,13 @@ def reproduce(
     as_json: JsonFlag = False,
 ) -> None:
     """Compare published results with the simulator's."""
-    from wispprof.errors import PlanError
+    from wispprof.errors import PlanError, suggestion
     from wispprof.simulation.capacity_search import workers
     from wispprof.simulation.reproduce import PAPERS
 
     make = PAPERS.get(paper)
     if make is None:
-        raise PlanError(f"There is no paper {paper!r}.", f"Choose one of {', '.join(PAPERS)}.")
+        raise PlanError(f"There is no paper {paper!r}.", suggestion(paper, PAPERS))
     with workers(jobs) as executor, tracker(f"reproduce {paper}") as report:
         found = make(executor, lambda done, word: report(done, status=word))
     result(_document(found), shown(found), as_json)

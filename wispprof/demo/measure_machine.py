@@ -20,6 +20,7 @@ from wispprof.fitting import FittedEstimator
 from wispprof.fitting.pipeline import fit_files
 from wispprof.planning import PlanSettings, make_plan
 from wispprof.profiling.shape_grid import Axes
+from wispprof.settings.shared_settings import DEMO_FOLDER
 from wispprof.settings.profiler_settings import (
     EdgeProfilerSettings,
     Output,
@@ -57,7 +58,7 @@ class DemoSettings:
     because small models repeat themselves under greedy decoding; everything else is greedy.
     """
 
-    out: Path = Path("out/demo")
+    out: Path = DEMO_FOLDER
     pair: Path | None = None
     prompt: str = PROMPT
     answer_tokens: int = 96
@@ -96,7 +97,7 @@ class DemoSettings:
     seed: int = 0
 
     @classmethod
-    def quick(cls, out: Path = Path("out/demo"), pair: Path | None = None) -> DemoSettings:
+    def quick(cls, out: Path = DEMO_FOLDER, pair: Path | None = None) -> DemoSettings:
         """Fewer measurements and requests; takes about one minute instead of three."""
         full = cls(out=out, pair=pair)
         return replace(

@@ -15,7 +15,7 @@ import torch
 
 from wispprof.engines.model_shapes import PRESETS
 from wispprof.engines.tensor_parallel import Ranks, load_shard
-from wispprof.errors import ModelError, ModelMissing, ModelUnsupported
+from wispprof.errors import ModelError, ModelMissing, ModelUnsupported, suggestion
 from wispprof.types import ModelInfo
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
@@ -113,7 +113,7 @@ def random_model(
     if isinstance(config, str):
         if config not in PRESETS:
             raise ModelMissing(
-                f"There is no model shape named {config!r}.", f"Use one of: {', '.join(PRESETS)}."
+                f"There is no model shape named {config!r}.", suggestion(config, PRESETS)
             )
         config = PRESETS[config]
     torch_dtype, torch_device = _dtype(dtype), _device(device)

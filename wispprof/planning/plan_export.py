@@ -20,7 +20,7 @@ import json
 from dataclasses import asdict, fields
 
 from wispprof.artifacts.plan import DraftRow, Plan
-from wispprof.errors import PlanError
+from wispprof.errors import PlanError, suggestion
 
 FORMATS = ("csv", "vllm", "sglang")
 
@@ -38,7 +38,7 @@ def export(
     if form == "csv":
         return _csv(plan)
     if form not in FORMATS:
-        raise PlanError(f"Unknown export format {form!r}.", f"Choose one of {', '.join(FORMATS)}.")
+        raise PlanError(f"Unknown export format {form!r}.", suggestion(form, FORMATS))
     device = device or plan.devices[0]
     if device not in plan.devices:
         raise PlanError(f"The plan has no device {device!r}.", f"It has {', '.join(plan.devices)}.")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from wispprof import plugins
-from wispprof.errors import PlanError
+from wispprof.errors import PlanError, suggestion
 from wispprof.policies.baselines import FcfsPolicy, ServerOnlyPolicy, SledPolicy, SpecEdgePolicy
 from wispprof.policies.controllers import FixedController, SledController, WispController
 from wispprof.policies.interface import BatchPolicy, Controller
@@ -90,5 +90,5 @@ def _check(kind: str, name: str, known: tuple[str, ...] | None, options: dict[st
     if unknown:
         raise PlanError(
             f"The {kind} {name!r} has no option {', '.join(unknown)}.",
-            f"Its options: {', '.join(known or ()) or 'none'}.",
+            suggestion(unknown[0], known) if known else "It has no options.",
         )

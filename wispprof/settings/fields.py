@@ -15,7 +15,7 @@ from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from wispprof.errors import SettingsError
+from wispprof.errors import SettingsError, nearest
 
 _KEY = "setting"
 
@@ -83,7 +83,9 @@ class Declared:
             )
         if of.choices and value not in of.choices:
             choices = " or ".join(choice or "empty" for choice in of.choices)
-            raise SettingsError(f"{self.name} must be {choices}, got {value!r}.")
+            raise SettingsError(
+                f"{self.name} must be {choices}, got {value!r}.", nearest(value, of.choices)
+            )
         if of.bounds:
             low = -math.inf if of.minimum is None else of.minimum
             high = math.inf if of.maximum is None else of.maximum

@@ -10,6 +10,9 @@ from wispprof.errors import SettingsError
 from wispprof.settings.fields import Settings, setting
 from wispprof.types import Sampling
 
+DEMO_FOLDER = Path("out/demo")
+"""Where the demo writes, and what `wispprof report` reads if no folder is named."""
+
 
 def device_setting() -> Any:
     """The field ``device`` of whatever runs a model."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wispprof.errors import SettingsError, WispprofError
+from wispprof.errors import SettingsError, WispprofError, suggestion
 
 FILE_NAME = "wispprof.toml"
 ENV_PREFIX = "WISPPROF"
@@ -87,17 +87,14 @@ def _underscored(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(path: Path | None, given: Mapping[str, Any], known: KnownNames, section: str) -> None:
-    import difflib
-
     for name, value in given.items():
         spelled = name.replace("_", "-")
         if name not in known:
             options = [n.replace("_", "-") for n in known]
-            close = difflib.get_close_matches(spelled, options, 1)
             what = f"entry {spelled!r} in [{section}]" if section else f"section [{spelled}]"
             raise ConfigError(
                 f"{path} has an unknown {what}.",
-                f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(options)}.",
+                suggestion(spelled, options),
             )
         inner = known[name]
         if (inner is None) == isinstance(value, Mapping):

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from wispprof.artifacts import bundled_path
 from wispprof.artifacts.profile import rested_share, resume_ms
 from wispprof.artifacts.rows import EdgeRow
-from wispprof.errors import ArtifactMissing, ProfileError, WispprofError
+from wispprof.errors import ArtifactMissing, ProfileError, WispprofError, suggestion
 from wispprof.settings.shared_settings import LinkModel
 
 
@@ -148,8 +148,11 @@ def device_of(text: str) -> DeviceProfile:
         except (ArtifactMissing, ValueError) as err:
             raise WispprofError(
                 f"There is no device {text!r}.",
-                f"Choose one of {', '.join(DEVICES)}, a number of ms, or an edge profile: its file, "
-                "or a shipped one such as rpi-5.",
+                suggestion(
+                    text,
+                    DEVICES,
+                    ", a number of ms, or an edge profile: its file, or a shipped one such as rpi-5",
+                ),
             ) from err
     from wispprof.artifacts import load_profile
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from wispprof import plugins
-from wispprof.errors import PlanError
+from wispprof.errors import PlanError, suggestion
 from wispprof.policies.interface import BatchPolicy, Controller, RoundContext
 from wispprof.policies.registry import make_batch_policy, make_controller
 from wispprof.settings.edge_settings import DraftingSettings
@@ -146,7 +146,7 @@ def system(name: str) -> System:
     if ":" not in name and name not in plugins.names("policies", {}):
         raise PlanError(
             f"There is no system named {name!r} to simulate.",
-            f"Use one of {', '.join(SYSTEMS)}, or a batching policy as MODULE:NAME.",
+            suggestion(name, SYSTEMS, ", or a batching policy as MODULE:NAME"),
         )
     if make_batch_policy(name).stream:
         return System(name, name, "wispprof")

@@ -10,7 +10,7 @@ from wispprof.artifacts.files import bundle_roots
 from wispprof.artifacts.plan import load_plan
 from wispprof.artifacts.profile import load_edge
 from wispprof.artifacts.trace import load_trace
-from wispprof.errors import PlanError
+from wispprof.errors import PlanError, suggestion
 from wispprof.policies.controllers import ConfidenceAcceptance
 from wispprof.policies.linear_cost import LinearCost
 from wispprof.settings.fleet_settings import InputSettings, LoadSettings, SimulationSettings
@@ -93,7 +93,7 @@ def _server(name: str, notes: list[str]) -> ServerModel:
     if not Path(name).exists() and not Path(name).suffix:
         raise PlanError(
             f"There is no server preset named {name!r}.",
-            f"Choose of {', '.join(SERVER_PRESETS)}, or name an estimator file.",
+            suggestion(name, SERVER_PRESETS, ", or name an estimator file"),
         )
     from wispprof.fitting import load_estimator
 
