@@ -13,12 +13,11 @@ import typer
 from typer.testing import CliRunner
 
 import wispprof.cli
-from wispprof.cli import app, console
-from wispprof.cli.commands import COMMANDS
+from wispprof.cli import COMMANDS, app, console
 from wispprof.errors import ArtifactMissing
 
 RUNNER = CliRunner()
-NO_COMMANDS = {"__init__", "commands", "console", "options"}
+NO_COMMANDS = {"__init__", "console", "options"}
 HEAVY = ("torch", "transformers", "fastapi", "sklearn", "pandas", "matplotlib", "lightgbm")
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from wispprof.cli import app
-from wispprof.cli.report import shown
+from wispprof.cli.simulate import comparison_table
 from wispprof.simulation.reproduce import Figure, ReproducedTable
 
 QUICK = ["--devices", "3", "--seconds", "4", "--warmup", "1", "--prompt", "20", "--output", "12"]
@@ -67,7 +67,7 @@ def test_a_comparison_fits_eighty_columns() -> None:
     )
     found = ReproducedTable("t", "c", 0.2, {f"setup {i}": "why " * 40 for i in range(5)}, figures)
     console = Console(width=80, file=StringIO())
-    console.print(shown(found))
+    console.print(comparison_table(found))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert max(map(len, lines)) <= 80
     (row,) = (line for line in lines if "wisp / server-only" in line)
@@ -87,9 +87,9 @@ def test_a_comparison_fits_eighty_columns() -> None:
     assert sum("capacity at 2 tok/s" in line for line in lines) == 1
     assert any("speed, alone" in line for line in lines)
     far = replace(found, figures=(replace(figures[0], published=4.0),))
-    console.print(shown(far))
+    console.print(comparison_table(far))
     assert "no: D +15%" not in console.file.getvalue()  # type: ignore[attr-defined]
-    console.print(shown(replace(far, within=0.01)))
+    console.print(comparison_table(replace(far, within=0.01)))
     assert "no: C -10%" in console.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -1,11 +1,12 @@
-"""``wispprof simulate``: simulated fleets, compared or searched for their capacity."""
+"""``wispprof simulate`` and ``reproduce``: simulated fleets, and published results beside simulated ones."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,14 +15,17 @@ from wispprof.cli.options import Jobs, JsonFlag, with_settings
 from wispprof.settings.fleet_settings import SimulationSettings
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
     from wispprof.simulation.metrics import Report
+    from wispprof.simulation.reproduce import Figure, ReproducedTable
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``simulate`` to the commands."""
+    """Add the commands to the tool."""
     app.command("simulate")(simulate)
+    app.command("reproduce")(reproduce)
 
 
 @with_settings
@@ -146,3 +150,89 @@ def _report_table(reports: list[Report]) -> Table:
     )
     shown.padding = 0  # ten columns within 80 characters
     return shown
+
+
+def reproduce(
+    paper: Annotated[str, typer.Argument(help="wisp, specedge or configspec.")],
+    jobs: Jobs = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare published results with the simulator's."""
+    from wispprof.errors import PlanError, suggestion
+    from wispprof.simulation.capacity_search import workers
+    from wispprof.simulation.reproduce import PAPERS
+
+    make = PAPERS.get(paper)
+    if make is None:
+        raise PlanError(f"There is no paper {paper!r}.", suggestion(paper, PAPERS))
+    with workers(jobs) as executor, tracker(f"reproduce {paper}") as report:
+        found = make(executor, lambda done, word: report(done, status=word))
+    result(_comparison(found), comparison_table(found), as_json)
+
+
+def _comparison(found: ReproducedTable) -> Mapping[str, Any]:
+    return {
+        "paper": found.title,
+        "citation": found.citation,
+        "within": found.within,
+        "assumptions": found.assumptions,
+        "figures": [
+            {
+                "name": f.name,
+                "published": f.published,
+                "simulated": f.simulated,
+                "verdict": found.verdict(f),
+            }
+            for f in found.figures
+        ],
+    }
+
+
+def comparison_table(found: ReproducedTable) -> RenderableType:
+    """A table with one lettered column per setup, which fits 80 characters, and its legend."""
+    from rich.console import Group
+    from rich.table import Table as Grid
+
+    letters = dict(zip(found.assumptions, "ABCDEFGHIJ", strict=False))
+    rows: list[tuple[str, ...]] = []
+
+    def row(label: str, figure: Figure) -> None:
+        good = " ".join(letters[name] for name in figure.within(found.within))
+        nearest = figure.nearest()
+        if not good and nearest is not None:
+            good = f"no: {letters[nearest[0]]} {nearest[1] - 1.0:+.0%}"
+        figures = map(_number, (figure.published, *figure.simulated.values()))
+        rows.append((label, *figures, good or "–"))
+
+    for group, members in groupby(found.figures, lambda figure: _parts(figure.name)[0]):
+        figures = list(members)
+        if len(figures) == 1:
+            row(figures[0].name, figures[0])
+            continue
+        rows.append((group, *("" for _ in range(len(letters) + 2))))
+        for figure in figures:
+            row(f"  {_parts(figure.name)[1]}", figure)
+    columns = "|".join(
+        ("figure", "paper:g", *(f"{c}:g" for c in letters.values()), f"within {found.within:.0%}")
+    )
+    legend = Grid.grid(padding=(0, 1))
+    for name, why in found.assumptions.items():
+        legend.add_row(letters[name], f"[bold]{name}[/bold]: {why}")
+    return Group(
+        table(f"{found.title} ({found.citation})", columns, rows),
+        legend,
+        f"\nwithin {found.within:.0%}: the setups that differ from the paper by no more, or the nearest.",
+    )
+
+
+def _number(value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    digits = 0 if value == round(value) or value >= 100 else 1 if value >= 10 else 2
+    return f"{value:.{digits}f}"
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """A figure's name as group and label."""
+    group, _, label = name.rpartition(": " if ": " in name else ", ")
+    return group, label
