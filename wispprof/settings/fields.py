@@ -21,7 +21,7 @@ _KEY = "setting"
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class FieldInfo:
     """What a field says of itself. ``option``: its name outside Python, if that is not the field's.
 
     ``secret`` values are kept out of ``repr``, messages and help. ``parse`` reads one text of the command
@@ -54,7 +54,7 @@ class Declared:
 
     name: str
     key: str
-    setting: Setting
+    setting: FieldInfo
     kind: type
     optional: bool
     many: bool
@@ -94,8 +94,8 @@ class Declared:
 
 
 def setting(default: Any, help: str, **more: Any) -> Any:
-    """A field with a default and what :class:`Setting` says of it."""
-    of = Setting(help, **more)
+    """A field with a default and what :class:`FieldInfo` says of it."""
+    of = FieldInfo(help, **more)
     metadata = {_KEY: of}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata, repr=not of.secret)
@@ -130,7 +130,7 @@ def nested(kind: Any) -> tuple[tuple[str, type[Settings]], ...]:
 def _declared(kind: type[Any]) -> tuple[Declared, ...]:
     found = []
     for each, hint in _hinted(kind):
-        of: Setting | None = each.metadata.get(_KEY)
+        of: FieldInfo | None = each.metadata.get(_KEY)
         if of is None:
             continue
         default = None if each.default is MISSING else each.default
