@@ -20,7 +20,6 @@ from wispprof.fitting import FittedEstimator
 from wispprof.fitting.pipeline import fit_files
 from wispprof.planning import PlanSettings, make_plan
 from wispprof.profiling.shape_grid import Axes
-from wispprof.settings.shared_settings import DEMO_FOLDER
 from wispprof.settings.profiler_settings import (
     EdgeProfilerSettings,
     Output,
@@ -28,6 +27,7 @@ from wispprof.settings.profiler_settings import (
     SweepSettings,
     TraceSettings,
 )
+from wispprof.settings.shared_settings import DEMO_FOLDER
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.types import BatchShape, Sampling
 
