@@ -14,7 +14,7 @@ from wispprof.errors import FitError
 from wispprof.fitting import fit_predictor
 from wispprof.fitting.controller_replay import (
     Fold,
-    Setting,
+    RoundCost,
     Walk,
     acceptance_tables,
     clairvoyant_lengths,
@@ -44,7 +44,7 @@ def test_rounds_are_counted_by_hand() -> None:
     # Rounds start at 0 (2 of 3 accepted, the third rejected), at 3 (3 of 3) and at 7 (0 of 3).
     result = walk([path], fixed_lengths([path], 3))
     assert result == (3 + 4 + 1, 3, 9, 5, 0 + 0 + 2)
-    cost = Setting(10.0, 20.0, server_ms=30.0, row_ms=1.0)
+    cost = RoundCost(10.0, 20.0, server_ms=30.0, row_ms=1.0)
     assert result.total_ms(cost) == 9 * 10 + 3 * 50 + 12
     assert result.tokens_per_s(cost) == pytest.approx(8000 / 252)
     assert result.wasted_ms(cost) == 20 / 8
@@ -106,7 +106,7 @@ def test_folds_are_scored_together() -> None:
     both = compare_controllers([Fold(one, two, predictors), Fold(two, one, predictors)])
     clairvoyant = next(r for r in both if r["controller"] == "clairvoyant")
     whole = walk([*two, *one], clairvoyant_lengths([*two, *one], int(clairvoyant["value"])))
-    cost = Setting(clairvoyant["draft_ms"], clairvoyant["rtt_ms"])
+    cost = RoundCost(clairvoyant["draft_ms"], clairvoyant["rtt_ms"])
     assert clairvoyant["tokens_per_s"] == pytest.approx(whole.tokens_per_s(cost))
     rule = next(r for r in both if r["controller"] == "gain:margin-logistic" and r["aim"] == "fast")
     parts = [
@@ -122,14 +122,14 @@ def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def replay_controller(
-    paths: Sequence[TracePath], make: Callable[[], Controller], cost: Setting
+    paths: Sequence[TracePath], make: Callable[[], Controller], cost: RoundCost
 ) -> Walk:
     """Play rounds under a real controller object, one per path, as an edge would drive it."""
     return count_rounds(_controlled_rounds(paths, make, cost))
 
 
 def _controlled_rounds(
-    paths: Sequence[TracePath], make: Callable[[], Controller], cost: Setting
+    paths: Sequence[TracePath], make: Callable[[], Controller], cost: RoundCost
 ) -> Iterator[tuple[int, int]]:
     context = RoundContext(cost.draft_ms, cost.rtt_ms, cost.server_ms)
     for path in paths:
@@ -151,7 +151,7 @@ def _controlled_rounds(
 def test_controllers_replay_like_their_rules() -> None:
     trace = synthetic_trace(12, 48)
     predictor = fit_predictor(trace, "threshold")
-    cost = Setting(10.0, 30.0)
+    cost = RoundCost(10.0, 30.0)
     paths = trace.paths
     assert replay_controller(paths, lambda: FixedController(3), cost) == walk(
         paths, fixed_lengths(paths, 3)

@@ -37,7 +37,7 @@ Lengths = Sequence[np.ndarray]
 
 
 @dataclass(frozen=True)
-class Setting:
+class RoundCost:
     """Cost of a round. ``server_ms``: queue and the fixed part of a verify step; ``row_ms``: per verified
     token; ``decide_ms``: of the controller, per drafted token."""
 
@@ -57,20 +57,20 @@ class Walk(NamedTuple):
     accepted: int
     wasted: int
 
-    def total_ms(self, cost: Setting) -> float:
+    def total_ms(self, cost: RoundCost) -> float:
         """Time of all rounds, one after the other."""
         rows = self.drafted + self.rounds
         drafting = self.drafted * (cost.draft_ms + cost.decide_ms)
         return drafting + self.rounds * (cost.rtt_ms + cost.server_ms) + rows * cost.row_ms
 
-    def tokens_per_s(self, cost: Setting) -> float:
+    def tokens_per_s(self, cost: RoundCost) -> float:
         return 1000.0 * self.tokens / self.total_ms(cost)
 
-    def wasted_ms(self, cost: Setting) -> float:
+    def wasted_ms(self, cost: RoundCost) -> float:
         """Wasted drafting time per committed token."""
         return self.wasted * cost.draft_ms / self.tokens
 
-    def drafting_ms(self, cost: Setting) -> float:
+    def drafting_ms(self, cost: RoundCost) -> float:
         """Drafting time per committed token."""
         return self.drafted * cost.draft_ms / self.tokens
 
@@ -170,7 +170,7 @@ def compare_controllers(
     folds: Sequence[Fold],
     devices: dict[str, float] | None = None,
     rtts_ms: Sequence[float] = RTTS_MS,
-    base: Setting | None = None,
+    base: RoundCost | None = None,
 ) -> list[dict[str, Any]]:
     """Records of every rule at every device speed and RTT, scored on the folds' test prompts together.
 
@@ -178,7 +178,7 @@ def compare_controllers(
     ``value`` is the rule's k or threshold (the median over folds). Results: ``tokens_per_s``;
     ``wasted_ms`` and ``drafting_ms`` per committed token; ``accepted`` per round.
     """
-    base = base or Setting(1.0, 1.0)
+    base = base or RoundCost(1.0, 1.0)
     cells = [
         (name, replace(base, draft_ms=draft, rtt_ms=rtt))
         for name, draft in (devices or DEVICES).items()
@@ -240,11 +240,11 @@ def _together(walks: Iterable[Walk]) -> Walk:
     return Walk(*(sum(counts) for counts in zip(*walks, strict=True)))
 
 
-def _fastest(walks: Walks, cost: Setting, fixed: Walks | None = None) -> float:
+def _fastest(walks: Walks, cost: RoundCost, fixed: Walks | None = None) -> float:
     return max(walks, key=lambda v: walks[v].tokens_per_s(cost))
 
 
-def _frugal(walks: Walks, cost: Setting, fixed: Walks) -> float | None:
+def _frugal(walks: Walks, cost: RoundCost, fixed: Walks) -> float | None:
     """The value of least waste that beats the best of ``fixed`` on the same prompts, if any."""
     enough = FRUGAL_MARGIN * fixed[_fastest(fixed, cost)].tokens_per_s(cost)
     able = [v for v in walks if walks[v].tokens_per_s(cost) >= enough]
@@ -278,7 +278,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _record(
     device: str,
-    cost: Setting,
+    cost: RoundCost,
     name: str,
     value: float,
     result: Walk,
