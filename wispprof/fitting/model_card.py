@@ -128,7 +128,8 @@ def _why_predictor(report: Mapping[str, Any]) -> str:
     if test_loss[best] < test_loss[chosen]:
         why += (
             f". On the test prompts, which the choice does not use, `{best}` did better: "
-            f"{test_loss[best]:.3f} against {test_loss[chosen]:.3f}; a longer trace would tell which is better"
+            f"{test_loss[best]:.3f} against {test_loss[chosen]:.3f}; a longer trace would tell which is "
+            "better"
         )
     return why
 
