@@ -182,9 +182,7 @@ async def generate(
     async with open_edge(settings) as runtime:
         # The first request warms up what a long-lived edge has warm.
         for number, prompt in enumerate([prompts[0], *prompts]):
-            reply = runtime.reply(
-                Prompt(tuple(prompt), tokens, Sampling(line.temperature, seed=number))
-            )
+            reply = runtime.reply(Prompt(tuple(prompt), tokens, Sampling(line.temperature, seed=number)))
             async for _ in reply.text():
                 pass
             if number == 0:

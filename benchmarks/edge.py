@@ -314,9 +314,7 @@ def _on_the_wire(cells: dict[tuple[float, str], dict[str, Cell]]) -> dict[str, A
 
 def proactive(trace: AcceptanceTrace, args: Any) -> dict[str, Any]:
     print("\n2. proactive drafting, rounds of 4, medium device\n")
-    print(
-        f"{'RTT ms':>8}{'off tok/s':>11}{'on tok/s':>11}{'gain':>8}{'hits':>8}{'off acc':>9}{'on acc':>9}"
-    )
+    print(f"{'RTT ms':>8}{'off tok/s':>11}{'on tok/s':>11}{'gain':>8}{'hits':>8}{'off acc':>9}{'on acc':>9}")
     found = {}
     for rtt in (20.0, 100.0) if args.quick else RTTS:
         off = Arm("off", "fcfs", "fixed", (("k", 4),))
@@ -375,9 +373,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1, help="devices at a time")
     parser.add_argument("--fixed", type=float, default=18.0, help="fixed ms of a server step")
     parser.add_argument("--row", type=float, default=0.12, help="ms per new token of a step")
-    parser.add_argument(
-        "--jitter", type=float, default=0.0, help="added each way, share of the RTT"
-    )
+    parser.add_argument("--jitter", type=float, default=0.0, help="added each way, share of the RTT")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.trace is not None:

@@ -63,9 +63,7 @@ def main() -> None:
     if device.type == "cuda":
         plain = TorchEngine(loaded, **limits, attention=args.attention, graphs=False)
         arms["engine, no graphs"] = engine_arm(plain, "ragged", contexts, new, rng)
-        arms[f"engine@{args.equal}, no graphs"] = engine_arm(
-            plain, "equal", [args.equal] * items, new, rng
-        )
+        arms[f"engine@{args.equal}, no graphs"] = engine_arm(plain, "equal", [args.equal] * items, new, rng)
     if not args.engine_only:
         arms["loop"] = loop_arm(loaded, contexts, new, rng)
         arms["dense"] = dense_arm(loaded, items, equal, new, rng)
@@ -81,20 +79,14 @@ def main() -> None:
         for name in arms:
             if name.startswith("engine"):
                 shape = [args.equal] * items if "@" in name else contexts
-                roof[name] = roofline_ms(
-                    loaded, BatchShape.of([(new, c) for c in shape]), bandwidth, rate
-                )
+                roof[name] = roofline_ms(loaded, BatchShape.of([(new, c) for c in shape]), bandwidth, rate)
     print_table(loaded, args, medians, quiet, roof)
     print(json.dumps(summary(loaded, args, medians, quiet, roof)))
 
 
 def parse() -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument(
-        "--model", default="", help="folder, hub id or preset shape (default: bundled target)"
-    )
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default="", help="folder, hub id or preset shape (default: bundled target)")
     p.add_argument("--dtype", default="float32")
     p.add_argument("--device", default="auto")
     p.add_argument("--items", type=int, default=16)
@@ -103,12 +95,8 @@ def parse() -> argparse.Namespace:
     p.add_argument("--longest", type=int, default=1024)
     p.add_argument("--equal", type=int, default=1024, help="context of the equal-length comparison")
     p.add_argument("--repeats", type=int, default=20)
-    p.add_argument(
-        "--threads", type=int, default=0, help="torch threads (default: torch's own choice)"
-    )
-    p.add_argument(
-        "--attention", default="auto", help="of the paged backend: triton, varlen or gather"
-    )
+    p.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own choice)")
+    p.add_argument("--attention", default="auto", help="of the paged backend: triton, varlen or gather")
     p.add_argument("--engine-only", action="store_true", help="leave the transformers arms out")
     return p.parse_args()
 
@@ -132,9 +120,7 @@ def engine_arm(
         engine.open(session)
         for start in range(0, cached, 512):
             size = min(512, cached - start)
-            engine.step(
-                [StepInput(session, rng.integers(0, vocab, size).tolist(), needs_logits=False)]
-            )
+            engine.step([StepInput(session, rng.integers(0, vocab, size).tolist(), needs_logits=False)])
     inputs = [StepInput(s, rng.integers(0, vocab, new).tolist(), new - 1) for s in names]
 
     def run() -> None:
@@ -151,17 +137,13 @@ def prefilled(loaded: LoadedModel, rows: int, cached: int, rng: np.random.Genera
     from transformers import DynamicCache
 
     cache = DynamicCache(config=loaded.model.config)
-    ids = torch.from_numpy(rng.integers(0, loaded.info.vocab_size, (rows, cached))).to(
-        loaded.device
-    )
+    ids = torch.from_numpy(rng.integers(0, loaded.info.vocab_size, (rows, cached))).to(loaded.device)
     for chunk in ids.split(256, 1):
         loaded.model.model(chunk, past_key_values=cache, use_cache=True)
     return cache
 
 
-def dense_arm(
-    loaded: LoadedModel, items: int, cached: int, new: int, rng: np.random.Generator
-) -> Arm:
+def dense_arm(loaded: LoadedModel, items: int, cached: int, new: int, rng: np.random.Generator) -> Arm:
     cache = prefilled(loaded, items, cached, rng)
     ids = torch.from_numpy(rng.integers(0, loaded.info.vocab_size, (items, new))).to(loaded.device)
 

@@ -49,9 +49,7 @@ def synthetic_rows(count: int, rng: np.random.Generator) -> list[StepRow]:
     rows = []
     for order in range(count):
         size = int(2 ** rng.uniform(0, 5.5))
-        items = [
-            VerifyItem(int(rng.integers(1, 10)), int(2 ** rng.uniform(5, 13))) for _ in range(size)
-        ]
+        items = [VerifyItem(int(rng.integers(1, 10)), int(2 ** rng.uniform(5, 13))) for _ in range(size)]
         if rng.random() < 0.25:
             items.append(VerifyItem(int(rng.choice([64, 128, 256])), 0, True))
         shape = BatchShape(tuple(items))
@@ -62,9 +60,7 @@ def synthetic_rows(count: int, rng: np.random.Generator) -> list[StepRow]:
     return rows
 
 
-def measure(
-    estimator: FittedEstimator, candidates: int, rng: np.random.Generator
-) -> dict[str, float]:
+def measure(estimator: FittedEstimator, candidates: int, rng: np.random.Generator) -> dict[str, float]:
     """Median microseconds of CPU time to price all candidates, by method.
 
     CPU time of the calling thread, so that a busy machine does not count as a slow estimator.
@@ -93,9 +89,7 @@ def measure(
         "predict": from_scratch,
     }
     answers = {name: way() for name, way in ways.items()}
-    spread = max(
-        abs(a / b - 1) for name in ways for a, b in zip(answers[name], answers["add"], strict=True)
-    )
+    spread = max(abs(a / b - 1) for name in ways for a, b in zip(answers[name], answers["add"], strict=True))
     if spread > 1e-9:
         raise SystemExit(f"the methods disagree by {spread:.2e}")
     times: dict[str, list[float]] = {name: [] for name in ways}
@@ -143,9 +137,7 @@ def main() -> None:
         print(f"Median µs to price {chosen.candidates} candidates (limit {LIMIT_US:.0f})\n")
         print(f"{'estimator':<14}{'add_many':>12}{'add':>12}{'predict':>12}")
         for kind, row in results.items():
-            print(
-                f"{kind:<14}" + "".join(f"{row[n]:>12.0f}" for n in ("add_many", "add", "predict"))
-            )
+            print(f"{kind:<14}" + "".join(f"{row[n]:>12.0f}" for n in ("add_many", "add", "predict")))
         print()
     tokens = {kind: measure_predictor(kind, rng) for kind in PREDICTOR_KINDS}
     if not chosen.json:

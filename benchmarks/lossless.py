@@ -78,9 +78,7 @@ def main() -> int:
     spoiled = [list(tokens) for tokens in wanted]
     spoiled[-1][-1] += 1
     control = compare(spoiled, wanted)
-    print(
-        f"negative control: one corrupted token of {control.tokens} is seen: {not control.lossless}"
-    )
+    print(f"negative control: one corrupted token of {control.tokens} is seen: {not control.lossless}")
     lossless = all(rows) and not control.lossless
     summary = {
         "benchmark": "lossless",

@@ -58,9 +58,7 @@ class Client:
         if commit.finished:
             self._ended.set()
 
-    def failed(
-        self, session: ServerSession, code: str, message: str, retry_ms: float = 0.0
-    ) -> None:
+    def failed(self, session: ServerSession, code: str, message: str, retry_ms: float = 0.0) -> None:
         self._ended.set()
 
     @property
@@ -102,12 +100,8 @@ def main() -> None:
     seconds = parser.parse_args().seconds
     capacity = (1000.0 / SPEED - FIXED_MS) / ROW_MS
     rate = 2.0 * capacity / (TOKENS / SPEED)
-    print(
-        f"capacity about {capacity:.0f} sessions; {rate:.0f} requests/s offered, twice what can end"
-    )
-    print(
-        f"{'policy':>9} {'admission':>9} {'offered':>8} {'admitted':>8} {'met':>5} {'attainment':>10}"
-    )
+    print(f"capacity about {capacity:.0f} sessions; {rate:.0f} requests/s offered, twice what can end")
+    print(f"{'policy':>9} {'admission':>9} {'offered':>8} {'admitted':>8} {'met':>5} {'attainment':>10}")
     rows = []
     for policy in ("fcfs", "wispprof"):
         for admit in ("slo", "all"):

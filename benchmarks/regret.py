@@ -212,9 +212,7 @@ def grid(options: argparse.Namespace, loads: Iterable[float]) -> list[Cell]:
     """The cells asked for."""
     every = [
         Cell(server, context, rtt, load, slo, speed, options.seconds, options.seeds)
-        for (server, context), rtt, load, slo, speed in itertools.product(
-            SETUPS, RTTS, loads, SLOS, SPEEDS
-        )
+        for (server, context), rtt, load, slo, speed in itertools.product(SETUPS, RTTS, loads, SLOS, SPEEDS)
     ]
     # A step prime to the grids' sizes: any part of a run has visited every axis.
     count = min(options.cells or len(every), len(every))
@@ -289,9 +287,7 @@ def _summary(rows: list[dict[str, Any]], sizes: list[dict[str, Any]]) -> None:
         if both:
             mean = math.exp(statistics.fmean(math.log(s["ratio"]) for s in both))
             least = min(s["ratio"] for s in both)
-            print(
-                f"capacity over wisp's, geometric mean of {len(both)}: {mean:.2f}, least {least:.2f}"
-            )
+            print(f"capacity over wisp's, geometric mean of {len(both)}: {mean:.2f}, least {least:.2f}")
         for server in sorted({s["server"] for s in sizes}):
             mine = [s for s in sizes if s["server"] == server]
             means = [statistics.fmean(s[name] for s in mine) for name in ("wispprof", "wisp")]

@@ -161,9 +161,7 @@ def main() -> None:
         one, other = load_server(folder / "first"), load_server(folder / "second")
         found = diff_profiles(one, other, TOLERANCE)
         far, apart = plain_rules(one, other)
-    print(
-        f"{'':10}{'rows':>6}{'noisy':>7}{'drift':>7}{'announced':>11}{'actual':>8}{'ratio':>7}  flag"
-    )
+    print(f"{'':10}{'rows':>6}{'noisy':>7}{'drift':>7}{'announced':>11}{'actual':>8}{'ratio':>7}  flag")
     for each in runs:
         print(
             f"{each.name:10}{each.rows:>6}{each.noisy:>7}{each.marked:>7}"

@@ -50,9 +50,7 @@ def queue(items: int, seed: int) -> list[SessionView]:
     views = []
     for number in range(items):
         prompt = rng.randint(64, 1500) if rng.random() < 0.02 else 0
-        acceptance_probs = tuple(
-            rng.uniform(0.3, 0.98) for _ in range(0 if prompt else rng.randint(0, 8))
-        )
+        acceptance_probs = tuple(rng.uniform(0.3, 0.98) for _ in range(0 if prompt else rng.randint(0, 8)))
         due = rng.uniform(0.0, 60.0) if rng.random() < 0.5 and not prompt else None
         views.append(
             SessionView(
@@ -104,9 +102,7 @@ def main() -> None:
         p95 = values[min(len(values) - 1, int(0.95 * len(values)))]
         print(f"{name:20s} {found[name]:10.3f} {p95:10.3f} {cpu_ms[name]:10.3f} {len(values):6d}")
     print(
-        json.dumps(
-            {"benchmark": "scheduler", "items": options.items, "median_ms": found, "cpu_ms": cpu_ms}
-        )
+        json.dumps({"benchmark": "scheduler", "items": options.items, "median_ms": found, "cpu_ms": cpu_ms})
     )
 
 

@@ -101,9 +101,7 @@ def main() -> None:
     arguments = parser.parse_args()
     round_ms, ping_ms = run_coalescing(overhead_ms(arguments.rounds))
     added = round_ms - ping_ms
-    print(
-        f"round with a free engine {round_ms:.2f} ms, ping {ping_ms:.2f} ms: server adds {added:.2f} ms"
-    )
+    print(f"round with a free engine {round_ms:.2f} ms, ping {ping_ms:.2f} ms: server adds {added:.2f} ms")
     print(f"{'policy':>18} {'sessions':>8} {'views ms':>9} {'plan ms':>8}")
     decisions = {}
     for policy in ("fcfs", "wisp", "wispprof"):

@@ -80,9 +80,7 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
     before = _waiting()
     with ThreadPoolExecutor(2, thread_name_prefix="draft") as world.executor:
         tokenizer = ChatTokenizer(target.tokenizer)
-        async with running_server(
-            settings, engine=engine, model=model, tokenizer=tokenizer
-        ) as running:
+        async with running_server(settings, engine=engine, model=model, tokenizer=tokenizer) as running:
             clock = asyncio.create_task(world.keep_time())
             watch = asyncio.create_task(_watch(world))
             resting = []
@@ -95,9 +93,7 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
                 await running.server.check_integrity()
                 await running.server.manager.clear_prefix_cache()
                 resting.append((_resident_mib(), _allocated_mib()))
-                print(
-                    "at rest: {:.1f} MiB, {:.1f} of it allocated".format(*resting[-1]), flush=True
-                )
+                print("at rest: {:.1f} MiB, {:.1f} of it allocated".format(*resting[-1]), flush=True)
             watch.cancel()
             clock.cancel()
             await asyncio.gather(watch, clock, return_exceptions=True)
@@ -191,9 +187,7 @@ class World:
 
         which, heat = self.random.randrange(len(self.prompts)), self.random.randrange(2)
         count, k = self.random.randrange(1, LONGEST + 1), self.random.choice([1, 2, 4, 8])
-        request = GenerationRequest(
-            self.prompts[which], count, sampling=Sampling(0.8 * heat, seed=which)
-        )
+        request = GenerationRequest(self.prompts[which], count, sampling=Sampling(0.8 * heat, seed=which))
         kind = self.random.choice(["model", "lookup", "none"])
         made: dict[str, Callable[[], Any]] = {"model": self.drafter, "lookup": LookupDrafter}
         worker = ThreadWorker(made[kind](), self.executor) if kind in made else None

@@ -22,8 +22,7 @@ def layers() -> list[list[str]]:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]
     (contract,) = (c for c in config["contracts"] if c["type"] == "layers")
     return [
-        [name.strip().removeprefix("wispprof.") for name in layer.split("|")]
-        for layer in contract["layers"]
+        [name.strip().removeprefix("wispprof.") for name in layer.split("|")] for layer in contract["layers"]
     ]
 
 
@@ -48,9 +47,7 @@ def table() -> str:
         for number, layer in enumerate(layers(), start=1)
         for name in layer
     ]
-    return "\n".join(
-        ["| layer | package | what it holds | torch, network |", "|---|---|---|---|", *rows]
-    )
+    return "\n".join(["| layer | package | what it holds | torch, network |", "|---|---|---|---|", *rows])
 
 
 def render() -> str:

@@ -121,8 +121,7 @@ def _table(kind: Any) -> str:
     text = " ".join(inspect.getdoc(kind).split())  # type: ignore[union-attr]
     text = re.sub(r":(\w+):`~?([^`]+)`", _reference, text).replace("``", "`")
     rows = [
-        f"| `{field.name}` | {_type(kind, field)} | {_default(field)} |"
-        for field in dataclasses.fields(kind)
+        f"| `{field.name}` | {_type(kind, field)} | {_default(field)} |" for field in dataclasses.fields(kind)
     ]
     said = textwrap.fill(f"**{kind.__name__}.** {text}", 118, break_on_hyphens=False)
     lines = [

@@ -36,9 +36,7 @@ def record_of(folder: Path) -> dict[str, Any]:
     run = load_run(folder)
     benches = [Bench.of(document) for document in run.benches]
     if run.server is None or not benches:
-        raise SystemExit(
-            f"error: {folder} is not the folder of a complete demo. Run `wispprof demo`."
-        )
+        raise SystemExit(f"error: {folder} is not the folder of a complete demo. Run `wispprof demo`.")
     hardware = run.server.manifest.hardware
     return {
         "machine": f"{hardware['cores']} cores of {hardware['cpu'] or hardware['arch']}",
@@ -46,9 +44,7 @@ def record_of(folder: Path) -> dict[str, Any]:
         "seconds": _seconds(run.server.manifest.started, run.benches[-1].provenance.created),
         "verdict": verdict(benches),
         "load": benches[0].load,
-        "systems": {
-            bench.policy: {name: bench.figure(name) for _, name, _ in COLUMNS} for bench in benches
-        },
+        "systems": {bench.policy: {name: bench.figure(name) for _, name, _ in COLUMNS} for bench in benches},
     }
 
 

@@ -80,9 +80,7 @@ async def served(policy: str, prompt: str) -> str:
 def main() -> dict[str, str]:
     for policy in ("fcfs", NAME):
         goodput, attainment = simulated(policy)
-        print(
-            f"{policy:40} {goodput:6.0f} tokens/s goodput, {100 * attainment:3.0f} % SLO attainment"
-        )
+        print(f"{policy:40} {goodput:6.0f} tokens/s goodput, {100 * attainment:3.0f} % SLO attainment")
     texts = {policy: asyncio.run(served(policy, "def area(")) for policy in ("fcfs", NAME)}
     print(f"def area({texts[NAME]}")
     print("equal under both policies:", texts["fcfs"] == texts[NAME])

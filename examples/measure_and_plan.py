@@ -21,9 +21,7 @@ SLOS = (10.0, 40.0)
 def measure(folder: Path, sweep: SweepSettings | None = None) -> None:
     """Write a server profile, an edge profile and an acceptance trace to ``folder``."""
     wispprof.profile_server(
-        wispprof.ServerProfilerSettings(
-            sweep=sweep, output=Output(folder / "server.jsonl", overwrite=True)
-        )
+        wispprof.ServerProfilerSettings(sweep=sweep, output=Output(folder / "server.jsonl", overwrite=True))
     )
     wispprof.profile_edge(
         wispprof.EdgeProfilerSettings(

@@ -25,8 +25,7 @@ from wispprof.artifacts import (
 )
 
 CITATION = (
-    "derived from ConfigSpec (arXiv 2604.09722, TDIS 2026), published choices for the target "
-    "Llama-3.1-70B"
+    "derived from ConfigSpec (arXiv 2604.09722, TDIS 2026), published choices for the target Llama-3.1-70B"
 )
 VERIFY_S = 0.5
 DOLLARS_PER_TOKEN = 0.90e-6
@@ -85,9 +84,7 @@ PUBLISHED: tuple[PublishedDevice, ...] = (
         (PublishedChoice(8, 7.65, 623e3, 0.85), PublishedChoice(2, 4.60, 1334e3, 0.39)),
     ),
     PublishedDevice("rpi-4b-8b", "Raspberry Pi 4B", _LARGE, (PublishedChoice(2, 0.77, 1401e3),)),
-    PublishedDevice(
-        "rpi-5-8b", "Raspberry Pi 5", _LARGE, (PublishedChoice(2, 1.55, 1401e3, 3.75),)
-    ),
+    PublishedDevice("rpi-5-8b", "Raspberry Pi 5", _LARGE, (PublishedChoice(2, 1.55, 1401e3, 3.75),)),
     PublishedDevice(
         "jetson-agx-orin-8b",
         "Jetson AGX Orin",
@@ -107,9 +104,7 @@ def published_profile(entry: PublishedDevice) -> EdgeProfile:
     cells = "; ".join(_cell(choice) for choice in entry.choices)
     citation = f"{CITATION}; {cells}"
     time_ms = (round(best.draft_ms, 3),)
-    rows = [
-        EdgeRow("draft_step 1@0", "draft_step", 0, time_ms, source="published", citation=citation)
-    ]
+    rows = [EdgeRow("draft_step 1@0", "draft_step", 0, time_ms, source="published", citation=citation)]
     if best.draft_energy_j is not None:
         rows.append(
             EdgeRow(
@@ -146,9 +141,7 @@ def write_published(folder: Path, entries: Sequence[PublishedDevice] = PUBLISHED
 
 
 def _cell(choice: PublishedChoice) -> str:
-    text = (
-        f"K={choice.k}: G={choice.goodput} tok/s, eta={choice.tokens_per_dollar / 1e3:.0f} Ktok/$"
-    )
+    text = f"K={choice.k}: G={choice.goodput} tok/s, eta={choice.tokens_per_dollar / 1e3:.0f} Ktok/$"
     return text if choice.energy_j is None else f"{text}, E={choice.energy_j} J/tok"
 
 

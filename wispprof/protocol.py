@@ -203,9 +203,7 @@ def _decode(decoder: msgspec.msgpack.Decoder[_F], data: bytes) -> _F:
     try:
         return decoder.decode(data)
     except (msgspec.DecodeError, msgspec.ValidationError) as err:
-        raise ProtocolError(
-            f"Malformed frame: {err}.", "Use a client of the same protocol version."
-        ) from err
+        raise ProtocolError(f"Malformed frame: {err}.", "Use a client of the same protocol version.") from err
 
 
 def brief_ms(ms: float) -> float:

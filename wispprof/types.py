@@ -113,9 +113,7 @@ class BatchShape:
         counts: dict[VerifyItem, int] = {}
         for item in sorted(self.items):
             counts[item] = counts.get(item, 0) + 1
-        return "+".join(
-            f"{n}x({i.new}@{i.cached}{'p' if i.prefill else ''})" for i, n in counts.items()
-        )
+        return "+".join(f"{n}x({i.new}@{i.cached}{'p' if i.prefill else ''})" for i, n in counts.items())
 
 
 Number = TypeVar("Number")

@@ -150,9 +150,7 @@ def load_of(bed: Bed, label: str, devices: int) -> BenchSettings:
     )
 
 
-def server_model(
-    bed: Bed, overhead_ms: float, pace: float = 1.0, spread: float | None = None
-) -> ServerModel:
+def server_model(bed: Bed, overhead_ms: float, pace: float = 1.0, spread: float | None = None) -> ServerModel:
     """The running server as the simulator sees it; ``pace``, ``spread``: of step times, if they were seen."""
     fitted = bed.estimator
     return ServerModel(
@@ -180,6 +178,4 @@ def running(bed: Bed, policy: Any) -> Any:
         max_tokens=MAX_TOKENS,
         prefill_chunk=CHUNK,
     )
-    return running_server(
-        settings, engine=bed.engine, model=model, policy=policy, estimator=bed.estimator
-    )
+    return running_server(settings, engine=bed.engine, model=model, policy=policy, estimator=bed.estimator)

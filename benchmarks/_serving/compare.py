@@ -31,14 +31,12 @@ def compare(bed: Bed) -> dict[str, Any]:
     for load, share in LOADS.items():
         devices = max(1, round(share * bed.near))
         rows[load] = [
-            run_coalescing(run(bed, name, system(label), devices))
-            for name, label in SYSTEMS.items()
+            run_coalescing(run(bed, name, system(label), devices)) for name, label in SYSTEMS.items()
         ]
         show(comparison(f"{load} capacity: {devices} devices", rows[load]))
     overhead = {row.name: row.overhead_ms for row in rows["near"]}
     capacity = {
-        name: simulated_capacity(bed, system(label), overhead[name])
-        for name, label in SYSTEMS.items()
+        name: simulated_capacity(bed, system(label), overhead[name]) for name, label in SYSTEMS.items()
     }
     lines = tuple(
         (
@@ -69,8 +67,7 @@ def _over_best(rows: dict[str, list[Run]], figure: Callable[[Run], float]) -> di
     """``wispprof``'s figure over the best of the others', by load."""
     return {
         load: round(
-            figure(_of(found, "wispprof"))
-            / max(1e-9, max(figure(r) for r in found if r.name != "wispprof")),
+            figure(_of(found, "wispprof")) / max(1e-9, max(figure(r) for r in found if r.name != "wispprof")),
             3,
         )
         for load, found in rows.items()
@@ -119,9 +116,7 @@ def ablation(bed: Bed) -> dict[str, Any]:
     for load in ("near", "above"):
         devices = max(1, round(LOADS[load] * bed.near))
         rows = [
-            run_coalescing(
-                run(bed, name, system("wispprof").replace(batching_options=options), devices)
-            )
+            run_coalescing(run(bed, name, system("wispprof").replace(batching_options=options), devices))
             for name, options in variants.items()
         ]
         show(comparison(f"wispprof's pieces, {load} capacity: {devices} devices", rows))

@@ -33,11 +33,7 @@ def interference(bed: Bed, repeats: int) -> dict[str, Any]:
         Column("worst gap with the newcomer", "ms", best="min"),
         Column("TTFT of the newcomer", "ms", best="min"),
     )
-    show(
-        Table(
-            f"{length} prompt tokens arrive while {sessions} sessions decode", columns, tuple(rows)
-        )
-    )
+    show(Table(f"{length} prompt tokens arrive while {sessions} sessions decode", columns, tuple(rows)))
     gaps = {row[0]: round(row[2], 1) for row in rows}
     return {
         "worst_gap_ms": gaps,
@@ -59,17 +55,14 @@ def disturb(load: BenchSettings, url: str, trace: Path, length: int) -> tuple[fl
     return asyncio.run(_disturb(load, url, load_trace(trace), length))
 
 
-async def _disturb(
-    load: BenchSettings, url: str, trace: AcceptanceTrace, length: int
-) -> tuple[float, ...]:
+async def _disturb(load: BenchSettings, url: str, trace: AcceptanceTrace, length: int) -> tuple[float, ...]:
     from wispprof.bench.fleet import _Fleet
     from wispprof.edge.client import EdgeClient
     from wispprof.edge.generation import Generation, GenerationRequest
 
     fleet = _Fleet(load, url, trace, None, None)
     clients = [
-        EdgeClient(fleet._connection_factory(i), fleet._client_settings(i))
-        for i in range(load.devices + 1)
+        EdgeClient(fleet._connection_factory(i), fleet._client_settings(i)) for i in range(load.devices + 1)
     ]
     for client in clients:
         await client.__aenter__()
@@ -79,9 +72,7 @@ async def _disturb(
 
     async def decode(number: int) -> None:
         path = trace.paths[number % len(trace.paths)]
-        request = GenerationRequest(
-            path.prompt, len(path.path), trace.sampling, Slo(load.tokens_per_s[0])
-        )
+        request = GenerationRequest(path.prompt, len(path.path), trace.sampling, Slo(load.tokens_per_s[0]))
         worker, controller = fleet._make_drafting(number, path, clients[number])
         generation = Generation(clients[number], request, worker, controller, fleet.drafting)
         async for _ in generation.stream():

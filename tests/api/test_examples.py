@@ -25,8 +25,7 @@ def test_the_batching_policy_runs_in_simulator_and_server() -> None:
     assert goodput > 0
     assert 0 <= attainment <= 1
     texts = [
-        asyncio.run(batching_policy.served(policy, "def area("))
-        for policy in ("fcfs", batching_policy.NAME)
+        asyncio.run(batching_policy.served(policy, "def area(")) for policy in ("fcfs", batching_policy.NAME)
     ]
     assert texts[0] == texts[1]
     assert len(texts[0]) > 20

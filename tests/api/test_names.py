@@ -92,7 +92,9 @@ IDENTIFIERS = [
 ]
 """Names this project does not use: docs/architecture.md lists the field's words."""
 
-WORDS = "ballast|bodies|chore|frontiers?|hopeless|houses?|ladders?|promis\\w*|rooms?|rungs?|survival\\w*|twins?"
+WORDS = (
+    "ballast|bodies|chore|frontiers?|hopeless|houses?|ladders?|promis\\w*|rooms?|rungs?|survival\\w*|twins?"
+)
 """Words that no page, docstring, comment or message uses."""
 
 

@@ -34,8 +34,6 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_import_is_light() -> None:
-    code = (
-        "import sys, wispprof; print([m for m in ('torch', 'numpy', 'pandas') if m in sys.modules])"
-    )
+    code = "import sys, wispprof; print([m for m in ('torch', 'numpy', 'pandas') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -29,9 +29,7 @@ from wispprof.artifacts.manifest import command_line
 from wispprof.errors import ArtifactDamaged, ArtifactMissing, ArtifactTooNew, ArtifactTooOld
 from wispprof.types import Sampling
 
-leaves = (
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-)
+leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 values = st.recursive(
     leaves | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner),
@@ -53,9 +51,7 @@ def test_documents_round_trip(tmp_path_factory, payload):
 
 def test_documents_take_numpy_and_integer_keys(tmp_path):
     path = tmp_path / "x.json"
-    write_document(
-        path, "plan", {"a": np.float32(1.5), "b": np.arange(3), "c": {1: 1, 10: 2, 2: 3}}
-    )
+    write_document(path, "plan", {"a": np.float32(1.5), "b": np.arange(3), "c": {1: 1, 10: 2, 2: 3}})
     assert read_document(path, "plan").payload == {
         "a": 1.5,
         "b": [0, 1, 2],
@@ -121,8 +117,7 @@ def same(a, b):
         a.prompt == b.prompt
         and a.path == b.path
         and all(
-            np.array_equal(getattr(a, n), getattr(b, n))
-            and getattr(a, n).dtype == getattr(b, n).dtype
+            np.array_equal(getattr(a, n), getattr(b, n)) and getattr(a, n).dtype == getattr(b, n).dtype
             for n in ("drafts", "features", "accepted")
         )
     )

@@ -244,9 +244,7 @@ def test_a_row_says_how_long_the_device_rested():
 
 
 def test_blocks_must_account_for_every_sample():
-    row = StepRow(
-        "k", "verify", BatchShape.uniform(1, 1, 8), (1.0, 2.0, 3.0), blocks=((0, 2), (7, 1))
-    )
+    row = StepRow("k", "verify", BatchShape.uniform(1, 1, 8), (1.0, 2.0, 3.0), blocks=((0, 2), (7, 1)))
     row = replace(row, set_aside_ms=(9.0,))
     assert decode_row(encode_row(row), "server", "here") == row
     aside = replace(row, set_aside_blocks=((4, 1),))

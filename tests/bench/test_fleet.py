@@ -94,12 +94,9 @@ def test_an_unreachable_slo_is_missed() -> None:
 def test_a_target_that_left_the_trace_is_reported(system: str) -> None:
     """Negative control: the check fails if the server's output differs from the trace's path."""
     wrong = tuple(
-        dataclasses.replace(p, path=(*p.path[:20], p.path[20] ^ 1, *p.path[21:]))
-        for p in TRACE.paths
+        dataclasses.replace(p, path=(*p.path[:20], p.path[20] ^ 1, *p.path[21:])) for p in TRACE.paths
     )
-    result = virtual(
-        BenchSettings(system=system, devices=2), "wisp", dataclasses.replace(TRACE, paths=wrong)
-    )
+    result = virtual(BenchSettings(system=system, devices=2), "wisp", dataclasses.replace(TRACE, paths=wrong))
     assert not result.lossless
     assert result.figures["mismatches"] == result.figures["requests"]
 
@@ -157,9 +154,7 @@ def test_a_failed_request_counts_neither_as_attained_nor_as_throughput() -> None
         RequestResult(0, Slo(5.0), good, True),
         RequestResult(1, Slo(5.0), bad, True, "gone"),
     ]
-    result = summarise(
-        "wisp", {}, results, 1.0, [(10.0, 12.0, 11.0), (10.0, 12.0, 20.0)], {}, (110, 220)
-    )
+    result = summarise("wisp", {}, results, 1.0, [(10.0, 12.0, 11.0), (10.0, 12.0, 20.0)], {}, (110, 220))
     assert result.figures["attainment"] == 0.5
     assert result.figures["goodput_tokens_per_s"] == 11.0
     assert result.figures["failed"] == 1

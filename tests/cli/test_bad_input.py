@@ -109,9 +109,7 @@ def test_a_newer_profile_says_upgrade(tmp_path: Path) -> None:
 
 def test_negative_control_a_whole_profile_fits(tmp_path: Path) -> None:
     path = server_profile(tmp_path)
-    done = run(
-        "fit", "--server", path, "--out", tmp_path / "fit", "--estimator", "wisp-linear", "--json"
-    )
+    done = run("fit", "--server", path, "--out", tmp_path / "fit", "--estimator", "wisp-linear", "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["estimator"]["chosen"] == "wisp-linear"
 
@@ -143,9 +141,7 @@ def test_listening_beyond_loopback_needs_a_key(tmp_path: Path) -> None:
 # --- Ctrl-C -----------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_while_profiling_keeps_whole_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_while_profiling_keeps_whole_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted in the middle of a run: exit 130, rows on disk are complete, and --resume ends it."""
     from wispprof.profiling.server_profiler import EngineRunner
 

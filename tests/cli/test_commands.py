@@ -53,9 +53,7 @@ def test_settings_import_nothing_but_types_and_errors() -> None:
     assert not modules.intersection(("torch", "asyncio", "websockets", "typer"))
 
 
-@pytest.mark.parametrize(
-    "arguments", [("fit", "--help"), ("simulate", "--help"), ("report", "--help")]
-)
+@pytest.mark.parametrize("arguments", [("fit", "--help"), ("simulate", "--help"), ("report", "--help")])
 def test_help_of_the_deciding_commands_needs_no_torch(arguments: tuple[str, ...]) -> None:
     assert not modules_after(*arguments).intersection(HEAVY)
 

@@ -45,9 +45,7 @@ def test_the_picture_shows_what_its_record_says(record: dict[str, Any]) -> None:
 def test_negative_control_another_record_changes_both(record: dict[str, Any]) -> None:
     record["systems"]["wispprof"]["goodput_tokens_per_s"] /= 2
     assert MADE["render"](README, record) != README
-    assert labels(MADE["picture"](record)) != labels(
-        (ROOT / "docs" / "demo.svg").read_text(encoding="utf-8")
-    )
+    assert labels(MADE["picture"](record)) != labels((ROOT / "docs" / "demo.svg").read_text(encoding="utf-8"))
 
 
 def test_a_readme_without_the_marks_is_refused(record: dict[str, Any]) -> None:

@@ -42,9 +42,7 @@ def port_seen(*typed: str, env: dict[str, str] | None = None) -> int:
     def probe(port: Annotated[int, typer.Option()] = 1) -> None:
         seen.append(port)
 
-    made = typer.Typer(
-        cls=console.GuardedGroup, context_settings={"auto_envvar_prefix": "WISPPROF"}
-    )
+    made = typer.Typer(cls=console.GuardedGroup, context_settings={"auto_envvar_prefix": "WISPPROF"})
     made.callback()(app.registered_callback.callback)  # type: ignore[union-attr,arg-type]
     made.command("probe")(probe)
     done = RUNNER.invoke(made, ["probe", *typed], env=env or {})
@@ -97,9 +95,7 @@ def edge_seen(*typed: str, env: dict[str, str] | None = None) -> EdgeSettings:
     def edge(settings: EdgeSettings) -> None:
         seen.append(settings)
 
-    made = typer.Typer(
-        cls=console.GuardedGroup, context_settings={"auto_envvar_prefix": "WISPPROF"}
-    )
+    made = typer.Typer(cls=console.GuardedGroup, context_settings={"auto_envvar_prefix": "WISPPROF"})
     made.callback()(app.registered_callback.callback)  # type: ignore[union-attr,arg-type]
     made.command("edge")(edge)
     done = RUNNER.invoke(made, ["edge", *typed], env=env or {})
@@ -174,9 +170,7 @@ def test_secrets_are_not_printed() -> None:
 def test_a_value_that_is_not_allowed_ends_a_command(here: Path) -> None:
     done = RUNNER.invoke(app, ["edge", "--mode", "steam"])
     assert done.exit_code == console.USAGE
-    assert (
-        "mode must be empty or round or stream, got 'steam'. Did you mean 'stream'?" in done.stderr
-    )
+    assert "mode must be empty or round or stream, got 'steam'. Did you mean 'stream'?" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -196,9 +190,7 @@ def test_a_mistyped_name_is_answered_with_the_nearest(
     assert f"Did you mean {nearest!r}?" in " ".join(done.stderr.split())
 
 
-@pytest.mark.parametrize(
-    ("name", "nearest"), [("wispproof", "wispprof"), ("centralized", "server-only")]
-)
+@pytest.mark.parametrize(("name", "nearest"), [("wispproof", "wispprof"), ("centralized", "server-only")])
 def test_a_mistyped_policy_is_answered_with_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(PluginError, match=f"Did you mean '{nearest}'\\?"):
         make_batch_policy(name)

@@ -166,9 +166,7 @@ def test_models_that_are_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
     def loaded(path: str) -> object:
-        size, tokenizer = {"big": (9, "a"), "small": (1, "a"), "other": (1, "b"), "bare": (1, "")}[
-            path
-        ]
+        size, tokenizer = {"big": (9, "a"), "small": (1, "a"), "other": (1, "b"), "bare": (1, "")}[path]
         info = SimpleNamespace(id=path, family="llama", parameters=size, tokenizer_hash=tokenizer)
         return SimpleNamespace(info=info)
 

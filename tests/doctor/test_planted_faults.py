@@ -204,9 +204,7 @@ def result_of_a_newer_version(installation: Installation) -> None:
 
 
 def refitted_since(installation: Installation) -> None:
-    write_document(
-        installation.root / "run" / "predictor.json", "predictor", {"of": "another trace"}
-    )
+    write_document(installation.root / "run" / "predictor.json", "predictor", {"of": "another trace"})
 
 
 def too_many_threads(installation: Installation) -> None:
@@ -262,9 +260,7 @@ def test_each_fault_is_found_with_a_hint(
     assert {name for name, (how, _) in healthy.items() if how in ("warn", "fail")} == set()
 
 
-def test_an_expired_certificate(
-    installation: Installation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_expired_certificate(installation: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
     later = serving_checks.time.time() + 200 * 86_400
     monkeypatch.setattr(serving_checks.time, "time", lambda: later)
     assert examine(installation)[1]["TLS"][0] == "fail"

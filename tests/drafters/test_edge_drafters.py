@@ -172,9 +172,7 @@ class RecordingDrafter(Drafter):
 def test_lookup_first_keeps_the_model_in_step(seed: int) -> None:
     rng = random.Random(seed)
     model = RecordingDrafter()
-    drafter = LookupFirst(
-        LookupDrafter(longest=2, shortest=1, prior=(1.5, 1.0)), model, min_confidence=0.5
-    )
+    drafter = LookupFirst(LookupDrafter(longest=2, shortest=1, prior=(1.5, 1.0)), model, min_confidence=0.5)
     text = [rng.randrange(3) for _ in range(6)]
     drafter.open(text, Sampling())
     for _ in range(40):

@@ -59,9 +59,7 @@ def library(tiny, monkeypatch):
     module = types.ModuleType("llama_cpp")
     module.Llama = Llama
     module.llama_model_n_params = lambda model: 1234
-    module.llama_get_logits_ith = lambda ctx, i: ctypes.cast(
-        ctx.row, ctypes.POINTER(ctypes.c_float)
-    )
+    module.llama_get_logits_ith = lambda ctx, i: ctypes.cast(ctx.row, ctypes.POINTER(ctypes.c_float))
     monkeypatch.setitem(sys.modules, "llama_cpp", module)
 
 

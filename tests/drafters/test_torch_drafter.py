@@ -26,9 +26,7 @@ def logits(loaded: LoadedModel, ids: list[int]) -> torch.Tensor:
     return loaded.model(torch.tensor([ids])).logits[0, -1:]
 
 
-@pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(0.8, top_p=0.9, seed=5), Sampling(1.3, top_k=9)]
-)
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_p=0.9, seed=5), Sampling(1.3, top_k=9)])
 def test_tokens_and_features_equal_plain_forwards(loaded: LoadedModel, sampling: Sampling) -> None:
     text = np.random.default_rng(0).integers(0, 96, 20).tolist()
     drafter = TorchDrafter(loaded)

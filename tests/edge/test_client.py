@@ -165,9 +165,7 @@ async def test_a_first_opening_is_no_reopening() -> None:
 async def test_links_are_cut_by_a_proxy_in_between() -> None:
     async with (
         hash_server() as running,
-        LinkProxy(
-            "127.0.0.1", 0, running.host, running.port, LinkSettings(LinkModel(2.0))
-        ) as proxy,
+        LinkProxy("127.0.0.1", 0, running.host, running.port, LinkSettings(LinkModel(2.0))) as proxy,
     ):
         connect = websocket_connections(f"127.0.0.1:{proxy.port}")
         async with edge(connect, backoff_ms=5.0) as client:

@@ -57,9 +57,7 @@ def test_a_replayed_device_is_slower_after_a_rest() -> None:
     device = DeviceProfile("d", draft_ms=2.0, resume_ms=3.0)
 
     async def main() -> list[float]:
-        worker = TimedWorker(
-            FakeDrafter(FakeTarget(), 1.0), device.step_ms, resuming_ms=device.resuming_ms
-        )
+        worker = TimedWorker(FakeDrafter(FakeTarget(), 1.0), device.step_ms, resuming_ms=device.resuming_ms)
         await worker.open([1, 2, 3], Sampling())
         sequence, costs = [1, 2, 3], []
         for rest_s in (0.0, 0.03, 0.0, RESTED_MS / 2000, 0.0):

@@ -63,12 +63,8 @@ def test_bench_prints_one_document_and_fails_on_a_loss(
             from wispprof.edge import RequestStats
             from wispprof.types import Slo
 
-            request = RequestResult(
-                0, Slo(4.0), RequestStats(tokens=4, first_ms=1.0, last_ms=9.0), lossless
-            )
-            return summarise(
-                settings.system, offered_load(settings), [request], 1.0, [], {}, (8, 16)
-            )
+            request = RequestResult(0, Slo(4.0), RequestStats(tokens=4, first_ms=1.0, last_ms=9.0), lossless)
+            return summarise(settings.system, offered_load(settings), [request], 1.0, [], {}, (8, 16))
 
         return run
 

@@ -17,9 +17,7 @@ from wispprof.types import Sampling
 PROMPTS = [(n, n + 1, 7) for n in range(16)]
 
 
-async def fleet(
-    policy: str, sessions: int, **options: object
-) -> list[tuple[Generation, RequestStats]]:
+async def fleet(policy: str, sessions: int, **options: object) -> list[tuple[Generation, RequestStats]]:
     """``sessions`` generations at once over one link; each with its result."""
     async with in_process(policy) as server, edge(server.connect) as client:
         made = [drafting(client, prompt, **options) for prompt in PROMPTS[:sessions]]  # type: ignore[arg-type]
@@ -49,9 +47,7 @@ def test_a_corrupted_commit_is_noticed() -> None:
             def corrupt(feeds):  # type: ignore[no-untyped-def]
                 outcomes = decide(feeds)
                 if generation.buffer.committed_len > 20:
-                    outcomes = [
-                        o._replace(tokens=(*o.tokens[:-1], o.tokens[-1] ^ 1)) for o in outcomes
-                    ]
+                    outcomes = [o._replace(tokens=(*o.tokens[:-1], o.tokens[-1] ^ 1)) for o in outcomes]
                 return outcomes
 
             server.engine.step = corrupt  # type: ignore[method-assign]
@@ -105,9 +101,7 @@ def test_proactive_drafting_gains_and_never_lowers_acceptance() -> None:
             async with in_process() as server:
                 connect = emulate_link(server.connect, LinkSettings(LinkModel(rtt_ms=rtt)))
                 async with edge(connect) as client:
-                    generation = drafting(
-                        client, PROMPTS[1], max_new=200, proactive=proactive, accuracy=0.9
-                    )
+                    generation = drafting(client, PROMPTS[1], max_new=200, proactive=proactive, accuracy=0.9)
                     return await generation.run()
 
         return run_virtual(main())
@@ -324,9 +318,7 @@ def test_bytes_per_token_stay_small() -> None:
             in_process(cost=linear_cost(20.0)) as server,
             edge(server.connect) as client,
         ):
-            await asyncio.gather(
-                *(drafting(client, p, max_new=64, accuracy=0.7).run() for p in PROMPTS[:4])
-            )
+            await asyncio.gather(*(drafting(client, p, max_new=64, accuracy=0.7).run() for p in PROMPTS[:4]))
             tokens = 4 * 64
             return client.traffic.up_bytes / tokens, client.traffic.down_bytes / tokens
 
@@ -344,8 +336,7 @@ def test_a_streams_bytes_per_token_stay_small() -> None:
             connect = emulate_link(server.connect, LinkSettings(LinkModel(20.0)))
             async with edge(connect) as client:
                 runs = [
-                    drafting(client, p, max_new=64, accuracy=0.7, controller="wispprof")
-                    for p in PROMPTS[:4]
+                    drafting(client, p, max_new=64, accuracy=0.7, controller="wispprof") for p in PROMPTS[:4]
                 ]
                 await asyncio.gather(*(run.run() for run in runs))
                 sent = sum(run.stats.sent for run in runs)

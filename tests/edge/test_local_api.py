@@ -45,9 +45,7 @@ async def test_the_openai_client_completes_streamed_and_whole() -> None:
         client = openai_client(http)
         models = await client.models.list()
         assert [m.id for m in models.data] == ["hash-256"]
-        whole = await client.completions.create(
-            model="hash-256", prompt="abc", max_tokens=20, temperature=0
-        )
+        whole = await client.completions.create(model="hash-256", prompt="abc", max_tokens=20, temperature=0)
         assert whole.choices[0].text == text_of("abc", 20)
         assert whole.choices[0].finish_reason == "length"
         assert whole.usage is not None
@@ -110,9 +108,7 @@ async def test_the_same_seed_gives_the_same_text_whatever_drafts(kind: str) -> N
         client = openai_client(http)
         answers = await asyncio.gather(
             *(
-                client.completions.create(
-                    model="x", prompt=f"p{n}", max_tokens=16, temperature=0.7, seed=3
-                )
+                client.completions.create(model="x", prompt=f"p{n}", max_tokens=16, temperature=0.7, seed=3)
                 for n in range(4)
             )
         )

@@ -54,9 +54,7 @@ async def test_a_generation_over_tls(certified: tuple[Path, Path]) -> None:
 
 
 async def test_a_bench_over_tls_reads_the_servers_steps_too(certified: tuple[Path, Path]) -> None:
-    load = BenchSettings(
-        devices=2, requests=1, max_new=8, access=ServerAccess(ca_file=certified[0])
-    )
+    load = BenchSettings(devices=2, requests=1, max_new=8, access=ServerAccess(ca_file=certified[0]))
     trace = replace(hash_trace(), tokenizer_hash="hash")
     async with tls_server(certified) as running:
         server = f"wss://localhost:{running.port}"
@@ -91,9 +89,7 @@ async def test_a_certificate_for_another_host_is_refused(certified: tuple[Path, 
     ssl_context = ssl.create_default_context(cafile=certified[0])
     async with tls_server(certified) as running:
         with pytest.raises(LinkLost, match="TLS with"):
-            async with edge(
-                websocket_connections(f"wss://127.0.0.1:{running.port}", ssl=ssl_context)
-            ):
+            async with edge(websocket_connections(f"wss://127.0.0.1:{running.port}", ssl=ssl_context)):
                 pass
 
 

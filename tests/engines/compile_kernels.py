@@ -32,12 +32,8 @@ def main() -> None:
         for dtype in ("bf16", "fp16"):
             for tile in (16, 64):
                 constants = SPLIT_KV | {"QUERY_TILE": tile}
-                found[f"split sm_{cap} {dtype} {tile}"] = figures(
-                    _split_kv_kernel, dtype, constants, cap
-                )
-            found[f"merge sm_{cap} {dtype}"] = figures(
-                _merge_splits_kernel, dtype, MERGE_SPLITS, cap
-            )
+                found[f"split sm_{cap} {dtype} {tile}"] = figures(_split_kv_kernel, dtype, constants, cap)
+            found[f"merge sm_{cap} {dtype}"] = figures(_merge_splits_kernel, dtype, MERGE_SPLITS, cap)
     print(json.dumps(found))
 
 
@@ -60,9 +56,7 @@ def figures(kernel: Any, dtype: str, constants: dict[str, int], cap: int) -> dic
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])
         command = [get_ptxas(cap).path, "-v", f"--gpu-name={sm_arch_from_capability(cap)}", ptx]
-        done = subprocess.run(
-            [*command, "-o", "/dev/null"], capture_output=True, text=True, check=True
-        )
+        done = subprocess.run([*command, "-o", "/dev/null"], capture_output=True, text=True, check=True)
     patterns = {
         "registers": r"Used (\d+) registers",
         "spill_stores": r"(\d+) bytes spill stores",

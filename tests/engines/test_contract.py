@@ -77,9 +77,7 @@ def test_a_refused_call_changes_nothing(engine: Engine) -> None:
     ("expected", "message"),
     [({}, "unknown sessions"), ({"a": 7}, "caches 8 tokens of a"), ({"a": 8, "c": 1}, "c")],
 )
-def test_an_audit_finds_what_differs(
-    engine: Engine, expected: dict[str, int], message: str
-) -> None:
+def test_an_audit_finds_what_differs(engine: Engine, expected: dict[str, int], message: str) -> None:
     engine.open("a", Sampling())
     engine.step([StepInput("a", PROMPT)])
     with pytest.raises(EngineError, match=message):

@@ -71,9 +71,7 @@ def no_network(*_: object, **__: object) -> None:
     raise AssertionError("a missing folder must not be looked for on the network")
 
 
-@pytest.mark.parametrize(
-    "place", ["nowhere", "./nowhere/at/all", "/nowhere", "models/nothing-here"]
-)
+@pytest.mark.parametrize("place", ["nowhere", "./nowhere/at/all", "/nowhere", "models/nothing-here"])
 def test_a_missing_folder_is_said_at_once(
     place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -111,9 +109,7 @@ def test_a_folder_without_config_or_weights(tmp_path: Path, folder: Path) -> Non
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rotary"),
     ],
 )
-def test_what_cannot_be_served_is_refused(
-    change: dict[str, object], reason: str, tmp_path: Path
-) -> None:
+def test_what_cannot_be_served_is_refused(change: dict[str, object], reason: str, tmp_path: Path) -> None:
     config = {**PRESETS["tiny-llama"], **change}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelUnsupported, match=reason) as caught:
@@ -129,9 +125,7 @@ def test_random_models_repeat_and_presets_have_their_sizes() -> None:
         random_model("no-such-shape")
     with pytest.raises(ModelError, match="dtype"):
         random_model("tiny-llama", dtype="int3")
-    custom = random_model(
-        {**PRESETS["tiny-llama"], "num_hidden_layers": 3, "name": "mine"}, device="cpu"
-    )
+    custom = random_model({**PRESETS["tiny-llama"], "num_hidden_layers": 3, "name": "mine"}, device="cpu")
     assert (custom.info.layers, custom.info.id) == (3, "mine")
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -139,9 +133,7 @@ def test_random_models_repeat_and_presets_have_their_sizes() -> None:
     for name, billions in sizes.items():
         fields = dict(PRESETS[name])
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(fields.pop("model_type"), **fields)
-            )
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
 
 

@@ -41,8 +41,7 @@ def run_ranks(folder: Path) -> None:
         ["wispprof.engines.tensor_parallel", "transformers.models.llama.modeling_llama"]
     )
     ranks = [
-        context.Process(target=drive_ranks, args=(folder, environment(rank, store.port)))
-        for rank in range(2)
+        context.Process(target=drive_ranks, args=(folder, environment(rank, store.port))) for rank in range(2)
     ]
     for rank in ranks:
         rank.start()

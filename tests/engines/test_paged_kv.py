@@ -95,9 +95,7 @@ def test_too_many_blocks_are_refused_before_anything_changes() -> None:
 def step_inputs(heads: int, kv_heads: int, dim: int) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     total = int(NEW.sum())
-    return tuple(
-        torch.randn(total, h, dim, generator=generator) for h in (heads, kv_heads, kv_heads)
-    )
+    return tuple(torch.randn(total, h, dim, generator=generator) for h in (heads, kv_heads, kv_heads))
 
 
 CACHED = np.array([0, 5, 100, 300, 63])
@@ -151,9 +149,7 @@ def test_paged_attention_equals_dense_attention(
 
 
 def test_forks_share_blocks_until_written_or_private() -> None:
-    engine = TorchEngine(
-        random_model("tiny-llama", seed=1, device="cpu"), kv_tokens=600, backend="paged"
-    )
+    engine = TorchEngine(random_model("tiny-llama", seed=1, device="cpu"), kv_tokens=600, backend="paged")
     store = engine._store
     assert isinstance(store, PagedKvStore)
     engine.open("a")

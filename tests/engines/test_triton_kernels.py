@@ -23,9 +23,7 @@ def _has_triton(series: str) -> bool:
         return False
 
 
-pytestmark = pytest.mark.skipif(
-    not _has_triton("3.9."), reason="the bounds are those of Triton 3.9"
-)
+pytestmark = pytest.mark.skipif(not _has_triton("3.9."), reason="the bounds are those of Triton 3.9")
 
 BOUNDS = {  # kernel, architecture, query tile: registers a thread, spilled bytes stored, loaded
     ("split", "sm_80", 16): (96, 0, 0),

@@ -24,16 +24,10 @@ def random_shape(rng: np.random.Generator, largest: int = 48) -> BatchShape:
     items = []
     base = 2 ** rng.uniform(5, 13)
     for _ in range(count):
-        cached = (
-            int(base * 2 ** rng.normal(0, 0.6))
-            if rng.random() < 0.8
-            else int(2 ** rng.uniform(5, 13))
-        )
+        cached = int(base * 2 ** rng.normal(0, 0.6)) if rng.random() < 0.8 else int(2 ** rng.uniform(5, 13))
         items.append(VerifyItem(int(rng.integers(1, 10)), min(cached, 16384)))
     if rng.random() < 0.25:
-        items.append(
-            VerifyItem(int(rng.choice([32, 64, 128, 256])), int(rng.integers(0, 2048)), True)
-        )
+        items.append(VerifyItem(int(rng.choice([32, 64, 128, 256])), int(rng.integers(0, 2048)), True))
     return BatchShape(tuple(items))
 
 

@@ -45,9 +45,7 @@ def synthetic_path(rng: np.random.Generator, prompt: int, length: int, depth: in
     )
 
 
-def synthetic_trace(
-    prompts: int = 24, length: int = 72, depth: int = 8, seed: int = 0
-) -> AcceptanceTrace:
+def synthetic_trace(prompts: int = 24, length: int = 72, depth: int = 8, seed: int = 0) -> AcceptanceTrace:
     rng = np.random.default_rng(seed)
     paths = tuple(synthetic_path(rng, number, length, depth) for number in range(prompts))
     return AcceptanceTrace("target", "draft", "tokenizer", Sampling(), paths)

@@ -26,8 +26,7 @@ def test_a_regime_known_from_few_shapes_borrows_the_tail_of_all() -> None:
     predicted, prefill = np.repeat([1.0, 9.0, 1.0, 9.0], 30), np.repeat([0, 0, 1, 1], 30) > 0
     wide = (0.03, 0.04, 0.05, 0.06)
     samples = [
-        ms * (1 + w * rng.standard_normal(100))
-        for ms, w in zip(predicted, np.repeat(wide, 30), strict=True)
+        ms * (1 + w * rng.standard_normal(100)) for ms, w in zip(predicted, np.repeat(wide, 30), strict=True)
     ]
     bound = RatioBound.calibrate(predicted, samples, prefill)
     for level, deviations in ((0.95, 1.645), (0.99, 2.326)):

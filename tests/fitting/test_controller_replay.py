@@ -34,9 +34,7 @@ from wispprof.policies.interface import Controller, RoundContext
 def _path(accepted: list[int], depth: int) -> TracePath:
     length = len(accepted)
     zeros = np.zeros((length, depth, 4), dtype=np.float32)
-    return TracePath(
-        (1,), tuple(range(length)), np.zeros((length, depth), int), zeros, np.array(accepted)
-    )
+    return TracePath((1,), tuple(range(length)), np.zeros((length, depth), int), zeros, np.array(accepted))
 
 
 def test_rounds_are_counted_by_hand() -> None:
@@ -84,9 +82,7 @@ def test_a_frugal_rule_is_chosen_by_its_tuning_prompts_alone() -> None:
     predictors = {"margin-logistic": fit_predictor(trace, "margin-logistic")}
     records = compare_controllers([Fold(tune, test, predictors)])
     other = compare_controllers([Fold(tune, tune, predictors)])
-    frugal = {
-        (r["device"], r["rtt_ms"], r["controller"]): r for r in records if r["aim"] == "frugal"
-    }
+    frugal = {(r["device"], r["rtt_ms"], r["controller"]): r for r in records if r["aim"] == "frugal"}
     assert frugal
     for r in other:
         if r["aim"] != "frugal":
@@ -121,9 +117,7 @@ def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return all(a[k] == b[k] for k in ("device", "rtt_ms", "controller", "aim"))
 
 
-def replay_controller(
-    paths: Sequence[TracePath], make: Callable[[], Controller], cost: RoundCost
-) -> Walk:
+def replay_controller(paths: Sequence[TracePath], make: Callable[[], Controller], cost: RoundCost) -> Walk:
     """Play rounds under a real controller object, one per path, as an edge would drive it."""
     return count_rounds(_controlled_rounds(paths, make, cost))
 
@@ -153,11 +147,7 @@ def test_controllers_replay_like_their_rules() -> None:
     predictor = fit_predictor(trace, "threshold")
     cost = RoundCost(10.0, 30.0)
     paths = trace.paths
-    assert replay_controller(paths, lambda: FixedController(3), cost) == walk(
-        paths, fixed_lengths(paths, 3)
-    )
+    assert replay_controller(paths, lambda: FixedController(3), cost) == walk(paths, fixed_lengths(paths, 3))
     rule = threshold_lengths(acceptance_tables(paths, predictor), 0.6)
-    assert replay_controller(paths, lambda: WispController(predictor, 0.6, 8), cost) == walk(
-        paths, rule
-    )
+    assert replay_controller(paths, lambda: WispController(predictor, 0.6, 8), cost) == walk(paths, rule)
     assert walk(paths, clairvoyant_lengths(paths, 8)).wasted == 0

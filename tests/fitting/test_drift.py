@@ -45,9 +45,7 @@ def test_quiet_over_ten_thousand_undisturbed_steps(estimator: FittedEstimator) -
 
 
 @pytest.mark.parametrize("coverage", [0.95, 0.99])
-def test_coverage_returns_within_two_hundred_steps(
-    estimator: FittedEstimator, coverage: float
-) -> None:
+def test_coverage_returns_within_two_hundred_steps(estimator: FittedEstimator, coverage: float) -> None:
     stream, monitor = Stream(2), DriftMonitor(estimator.with_coverage(coverage))
     for _ in range(400):
         monitor.observe(*stream.step())

@@ -46,9 +46,7 @@ def fitted(data: Observations) -> dict[str, FittedEstimator]:
     return {kind: fit_on(kind, data) for kind in ESTIMATOR_KINDS}
 
 
-items = st.builds(
-    VerifyItem, st.integers(1, 300), st.integers(0, 20000), st.booleans() | st.just(False)
-)
+items = st.builds(VerifyItem, st.integers(1, 300), st.integers(0, 20000), st.booleans() | st.just(False))
 
 
 # --- features -------------------------------------------------------------------------------------
@@ -137,9 +135,7 @@ def _more(rng: np.random.Generator, shape: BatchShape) -> BatchShape:
     """The shape with work added: an item, or more new or cached tokens of one."""
     change = rng.integers(3)
     if change == 0:
-        extra = VerifyItem(
-            int(2 ** rng.uniform(0, 8)), int(2 ** rng.uniform(0, 14)), rng.random() < 0.3
-        )
+        extra = VerifyItem(int(2 ** rng.uniform(0, 8)), int(2 ** rng.uniform(0, 14)), rng.random() < 0.3)
         return BatchShape((*shape.items, extra))
     place = int(rng.integers(len(shape.items)))
     item = shape.items[place]
@@ -294,9 +290,7 @@ def test_regimes_with_few_shapes_share_a_factor(data: Observations) -> None:
 
 
 @pytest.mark.parametrize("coverage", [0.3, 1.0, 1.5])
-def test_impossible_coverage_is_refused(
-    coverage: float, fitted: dict[str, FittedEstimator]
-) -> None:
+def test_impossible_coverage_is_refused(coverage: float, fitted: dict[str, FittedEstimator]) -> None:
     with pytest.raises(ValueError, match="coverage"):
         fitted["wisp-linear"].with_coverage(coverage)
 
@@ -378,9 +372,7 @@ def test_a_kind_that_is_not_installed_is_refused_and_not_imported(
         load_estimator(path)
 
 
-def test_damaged_estimators_are_refused(
-    fitted: dict[str, FittedEstimator], tmp_path: object
-) -> None:
+def test_damaged_estimators_are_refused(fitted: dict[str, FittedEstimator], tmp_path: object) -> None:
     path = tmp_path / "estimator.json"  # type: ignore[operator]
     with pytest.raises(ArtifactMissing):
         load_estimator(path)
@@ -394,9 +386,7 @@ def test_damaged_estimators_are_refused(
             load_estimator(path)
 
 
-def test_prediction_needs_no_learning_library(
-    fitted: dict[str, FittedEstimator], tmp_path: object
-) -> None:
+def test_prediction_needs_no_learning_library(fitted: dict[str, FittedEstimator], tmp_path: object) -> None:
     path = tmp_path / "estimator.json"  # type: ignore[operator]
     fitted["wispprof"].save(path)
     code = (

@@ -65,9 +65,7 @@ def test_update_recalibrates_in_place(folder: Path) -> None:
     rng = np.random.default_rng(3)
     shapes = [random_shape(rng, 20) for _ in range(80)]
     log = folder / "steps.jsonl"
-    lines = [
-        json.dumps({"shape": [list(i) for i in s.items], "ms": 2 * true_ms(s)}) for s in shapes
-    ]
+    lines = [json.dumps({"shape": [list(i) for i in s.items], "ms": 2 * true_ms(s)}) for s in shapes]
     log.write_text("\n".join(lines) + "\n")
     code, shown, faults = _run("--update", str(log), "--out", str(out))
     assert code == 0, faults

@@ -47,9 +47,7 @@ def sweep(share: float = 1.0, swing: float = 0.2, aside: bool = False) -> list[S
 
     for _ in range(8):
         for number in rng.permutation(len(shapes)).tolist():
-            reference_samples.append(
-                StepRow("s", "sentinel", SHAPE, fire(true_ms(SHAPE), pace), order=order)
-            )
+            reference_samples.append(StepRow("s", "sentinel", SHAPE, fire(true_ms(SHAPE), pace), order=order))
             slow = share * pace
             block = (order + 1, fire(true_ms(shapes[number]), slow), aside and pace > 0.1)
             blocks.setdefault(number, []).append(block)

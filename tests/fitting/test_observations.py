@@ -42,8 +42,7 @@ ROWS = synthetic_rows(30)
             "4 new tokens",
         ),
         (
-            ROWS
-            + [dataclasses.replace(r, samples_ms=tuple(4 * s for s in r.samples_ms)) for r in ROWS],
+            ROWS + [dataclasses.replace(r, samples_ms=tuple(4 * s for s in r.samples_ms)) for r in ROWS],
             "two models",
         ),
     ],
@@ -86,9 +85,7 @@ def _busy(swing: float) -> list[StepRow]:
         if order % 8 == 0:
             seen = true_ms(sentinel) * slow * np.exp(0.015 * rng.standard_normal(7))
             samples = tuple(float(t) for t in seen)
-            rows.append(
-                StepRow(f"s{order}", "sentinel", sentinel, samples, ("drift",), 24, 2 * order + 1)
-            )
+            rows.append(StepRow(f"s{order}", "sentinel", sentinel, samples, ("drift",), 24, 2 * order + 1))
     return rows
 
 

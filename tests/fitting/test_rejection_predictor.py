@@ -56,9 +56,7 @@ def test_prompts_are_never_divided(trace: AcceptanceTrace) -> None:
 
 
 @pytest.mark.parametrize("kind", PREDICTOR_KINDS)
-def test_predictors_beat_chance_and_are_calibrated(
-    kind: str, fitted: dict[str, FittedPredictor]
-) -> None:
+def test_predictors_beat_chance_and_are_calibrated(kind: str, fitted: dict[str, FittedPredictor]) -> None:
     report = fitted[kind].report["held_out"][kind]
     assert report["auc"] > 0.75
     assert report["false_acceptance"] < 0.45
@@ -86,9 +84,7 @@ def test_one_token_batch_and_loaded_file_agree(
 def test_outcomes_shuffled_leave_nothing_to_learn(trace: AcceptanceTrace) -> None:
     rng = np.random.default_rng(0)
     blind = [
-        dataclasses.replace(
-            p, features=rng.permutation(p.features.reshape(-1, 4)).reshape(p.features.shape)
-        )
+        dataclasses.replace(p, features=rng.permutation(p.features.reshape(-1, 4)).reshape(p.features.shape))
         for p in trace.paths
     ]
     report = fit_predictor(blind, "lightgbm").report["held_out"]["lightgbm"]
@@ -123,9 +119,7 @@ def test_unusable_traces_are_refused(trace: AcceptanceTrace) -> None:
     sure = [dataclasses.replace(p, accepted=np.full_like(p.accepted, p.depth)) for p in trace.paths]
     with pytest.raises(FitError, match="0 rejected"):
         fit_predictor(sure, "threshold")
-    damaged = dataclasses.replace(
-        trace.paths[0], features=np.full_like(trace.paths[0].features, np.nan)
-    )
+    damaged = dataclasses.replace(trace.paths[0], features=np.full_like(trace.paths[0].features, np.nan))
     with pytest.raises(FitError, match="not finite"):
         fit_predictor([damaged, *trace.paths[1:]], "threshold")
     with pytest.raises(FitError, match="2 draft-target pairs"):
@@ -134,9 +128,7 @@ def test_unusable_traces_are_refused(trace: AcceptanceTrace) -> None:
         fit_predictor(trace, "oracle")
 
 
-def test_damaged_predictors_are_refused(
-    fitted: dict[str, FittedPredictor], tmp_path: object
-) -> None:
+def test_damaged_predictors_are_refused(fitted: dict[str, FittedPredictor], tmp_path: object) -> None:
     path = tmp_path / "predictor.json"  # type: ignore[operator]
     for kind, name in (("lightgbm", "feature"), ("wisp-mlp", "layers")):
         fitted[kind].save(path)

@@ -61,9 +61,7 @@ def test_a_mix_lies_between_its_classes_and_only_the_fast_one_drafts(plan) -> No
 
 @settings(max_examples=15, deadline=None)
 @given(st.floats(0.05, 0.9), st.floats(0.01, 0.09), st.sampled_from(["stream", "round"]))
-def test_more_of_the_strict_class_never_raises_capacity(
-    share: float, more: float, mode: str
-) -> None:
+def test_more_of_the_strict_class_never_raises_capacity(share: float, more: float, mode: str) -> None:
     def at(strict: float) -> int:
         return fits(((12.0, 1.0 - strict), (24.0, strict)), mode)
 
@@ -74,10 +72,7 @@ def test_more_of_the_strict_class_never_raises_capacity(
 def test_stricter_slos_and_slower_servers_never_raise_capacity(mode: str) -> None:
     capacities = [fits(((12.0, 1.0), (speed, 1.0)), mode) for speed in (14.0, 20.0, 26.0, 60.0)]
     assert capacities == sorted(capacities, reverse=True)
-    servers = [
-        fits(((12.0, 1.0), (20.0, 1.0)), mode, replace(COST, fixed_ms=ms))
-        for ms in (9, 18, 36, 900)
-    ]
+    servers = [fits(((12.0, 1.0), (20.0, 1.0)), mode, replace(COST, fixed_ms=ms)) for ms in (9, 18, 36, 900)]
     assert servers == sorted(servers, reverse=True)
     assert servers[-1] == 0
 

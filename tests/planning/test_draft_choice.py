@@ -36,9 +36,7 @@ figures = st.builds(
 @pytest.fixture(scope="module")
 def plans():
     return {
-        name: make_plan(
-            COST, [BIG, SMALL, PI], Runs.geometric(0.75), replace(SETTINGS, objective=name)
-        )
+        name: make_plan(COST, [BIG, SMALL, PI], Runs.geometric(0.75), replace(SETTINGS, objective=name))
         for name in ("goodput", "cost", "energy", "goodput=0.5,cost=0.3,energy=0.2")
     }
 
@@ -70,9 +68,7 @@ def test_the_front_is_what_nothing_beats(many: list[Figures]) -> None:
     assert front_of
     keyed = [(f.tokens_per_s, -f.dollars_per_mtoken, -f.energy_j_per_token) for f in many]
     for place, one in enumerate(keyed):
-        beaten = any(
-            other != one and all(a >= b for a, b in zip(other, one, strict=True)) for other in keyed
-        )
+        beaten = any(other != one and all(a >= b for a, b in zip(other, one, strict=True)) for other in keyed)
         assert beaten == (one not in [keyed[p] for p in front_of]), place
     speeds = [many[p].tokens_per_s for p in front_of]
     assert speeds == sorted(speeds, reverse=True)
@@ -125,9 +121,7 @@ def test_dollars_are_server_and_edge_time(plans) -> None:
     billed = [r for r in plans["goodput"].draft if r.device == "pi"]
     for dear, cheap in zip(billed, free.draft, strict=True):
         assert dear.dollars_by_k[0] == cheap.dollars_by_k[0]
-        assert all(
-            a > b for a, b in zip(dear.dollars_by_k[1:], cheap.dollars_by_k[1:], strict=True)
-        )
+        assert all(a > b for a, b in zip(dear.dollars_by_k[1:], cheap.dollars_by_k[1:], strict=True))
 
 
 def test_a_machine_chooses_among_its_drafts_and_the_front_holds_the_choice(plans) -> None:
@@ -141,8 +135,7 @@ def test_a_machine_chooses_among_its_drafts_and_the_front_holds_the_choice(plans
             rivals = [
                 r
                 for r in plan.draft
-                if machine_of(r.device) == "laptop"
-                and r.cell.split("/")[1:] == row.cell.split("/")[1:]
+                if machine_of(r.device) == "laptop" and r.cell.split("/")[1:] == row.cell.split("/")[1:]
             ]
             assert len(rivals) == 2
             kept = [r for r in rivals if r.feasible]

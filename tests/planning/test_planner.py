@@ -108,9 +108,7 @@ def test_a_plan_counts_what_a_rest_adds_in_round_mode_alone():
         else:
             assert after.by_k[0] == before.by_k[0]
             assert all(a < b for a, b in zip(after.by_k[1:], before.by_k[1:], strict=True))
-            assert all(
-                a > b for a, b in zip(after.energy_by_k[1:], before.energy_by_k[1:], strict=True)
-            )
+            assert all(a > b for a, b in zip(after.energy_by_k[1:], before.energy_by_k[1:], strict=True))
     for before, after in zip(fast.mixes, other.mixes, strict=True):
         assert after.split <= before.split
 
@@ -146,10 +144,7 @@ def test_runs_keep_their_shape_when_scaled():
 
 
 def capacities(made) -> dict[tuple, tuple[int, int]]:
-    return {
-        (r.device, r.rtt_ms, r.tokens_per_s, r.mode): (r.server_only, r.split)
-        for r in made.capacity
-    }
+    return {(r.device, r.rtt_ms, r.tokens_per_s, r.mode): (r.server_only, r.split) for r in made.capacity}
 
 
 def test_a_slower_server_never_raises_capacity(plan):
@@ -181,8 +176,7 @@ def test_a_longer_round_trip_that_shortens_a_draft_says_why(plan):
         (row, far)
         for row in plan.draft
         if row.rtt_ms == 5.0
-        and (far := plan.draft_row(row.device, 80.0, row.load_level, row.tokens_per_s, row.mode)).k
-        < row.k
+        and (far := plan.draft_row(row.device, 80.0, row.load_level, row.tokens_per_s, row.mode)).k < row.k
     ]
     assert shorter
     for row, far in shorter:
@@ -250,9 +244,7 @@ def test_every_k_is_weighed_and_the_best_feasible_taken(plan):
 
 
 def test_energy_objective_never_takes_more_energy(plan):
-    frugal = make_plan(
-        Step(), [LAPTOP, PI], Runs.geometric(0.7), replace(SMALL, objective="energy")
-    )
+    frugal = make_plan(Step(), [LAPTOP, PI], Runs.geometric(0.7), replace(SMALL, objective="energy"))
     for row in frugal.draft:
         usual = plan.find(row.cell)
         assert row.energy_j_per_token <= usual.energy_j_per_token + 1e-12

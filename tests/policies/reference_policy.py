@@ -157,9 +157,7 @@ class ReferencePolicy:
         """Left out for so many steps that it takes part whatever it is worth."""
         return now_ms - s.arrived_ms > self.settings.starvation_steps * bound_ms
 
-    def by_need(
-        self, now_ms: float, sessions: Sequence[SessionView], bound_ms: float
-    ) -> list[SessionView]:
+    def by_need(self, now_ms: float, sessions: Sequence[SessionView], bound_ms: float) -> list[SessionView]:
         """Starved sessions first, then by slack, then those whose SLO is unreachable."""
 
         def rank(s: SessionView) -> float:
@@ -169,9 +167,7 @@ class ReferencePolicy:
 
         return sorted(sessions, key=rank)
 
-    def weights(
-        self, now_ms: float, decode: Sequence[SessionView], costs: Costs
-    ) -> dict[str, float]:
+    def weights(self, now_ms: float, decode: Sequence[SessionView], costs: Costs) -> dict[str, float]:
         """What a token of each session is worth."""
         settings, step_ms = self.settings, costs.bound
         undrafted_ms = costs.fixed + max(0.0, self.between_ms)
@@ -275,9 +271,7 @@ class ReferencePolicy:
             out, worth, time = again, 0.0, costs.fixed
             for s in decode:
                 if s.session not in out:
-                    worth += (
-                        expected_tokens(s.acceptance_probs[: keep[s.session]]) * weight[s.session]
-                    )
+                    worth += expected_tokens(s.acceptance_probs[: keep[s.session]]) * weight[s.session]
                     time += spent[s.session]
             rate = worth / time if time > 0 and worth > 0 else 0.0
         if rate <= 0.0 or not out:

@@ -45,9 +45,7 @@ def rounded_up(value: int, digits: int) -> int:
     return value
 
 
-def linear_costs(
-    estimator: StepTimeEstimator, sessions: Sequence[SessionView], free_slots: int
-) -> Costs:
+def linear_costs(estimator: StepTimeEstimator, sessions: Sequence[SessionView], free_slots: int) -> Costs:
     """Secants over half the mean batch: so many items more, one item so much wider, one so much deeper."""
     count = len(sessions)
     items = rounded_up(min(count, free_slots), 5)
@@ -167,11 +165,7 @@ def read_prompts(
                 needed_ms = running_ms / (1.0 - work_ms / left_ms)
             allowed_ms = max(min(budget_ms, max(stretched_ms, needed_ms)), hurry_ms)
         most = step.largest_chunk(s)
-        fits = [
-            n
-            for n in range(most, 0, -1)
-            if step.price(VerifyItem(n, s.cached, True))[1] <= allowed_ms
-        ]
+        fits = [n for n in range(most, 0, -1) if step.price(VerifyItem(n, s.cached, True))[1] <= allowed_ms]
         size = fits[0] if fits else min(most, 16) if place == 0 else 0
         if size:
             step.join(s, ScheduledItem(s.session, prefill=size))

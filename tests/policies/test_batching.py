@@ -134,9 +134,7 @@ def test_wisp_refuses_what_would_make_the_earliest_deadline_late():
 
 def test_wisp_does_not_let_a_late_item_hold_up_the_others():
     sessions = [view("late", deadline_ms=-5.0), view("b", deadline_ms=90.0)]
-    plan = make_batch_policy("wisp").plan(
-        0.0, sessions, SyntheticEstimator(), Limits(8, 100, 64, 1000)
-    )
+    plan = make_batch_policy("wisp").plan(0.0, sessions, SyntheticEstimator(), Limits(8, 100, 64, 1000))
     assert [m.session for m in plan.items] == ["late", "b"]
 
 

@@ -56,10 +56,7 @@ def test_the_acceptance_probability_is_that_of_the_last_token():
 def test_one_row_and_many_rows_agree(predictor):
     rows = np.random.default_rng(0).random((5, 4))
     depth = np.arange(5)
-    single = [
-        predictor.acceptance_prob(DraftFeatures(*r), int(d))
-        for r, d in zip(rows, depth, strict=True)
-    ]
+    single = [predictor.acceptance_prob(DraftFeatures(*r), int(d)) for r, d in zip(rows, depth, strict=True)]
     assert predictor.acceptance_prob_batch(rows, depth) == pytest.approx(single)
 
 
@@ -73,9 +70,7 @@ def test_load_level_rises_with_stretch_and_does_not_flap(low, high, previous):
 
 
 def test_every_level_has_a_stretch_of_its_own():
-    assert [load_level(representative_slowdown(n)) for n in range(LOAD_LEVELS)] == list(
-        range(LOAD_LEVELS)
-    )
+    assert [load_level(representative_slowdown(n)) for n in range(LOAD_LEVELS)] == list(range(LOAD_LEVELS))
 
 
 def test_stretch_is_one_alone_and_grows_with_sessions():

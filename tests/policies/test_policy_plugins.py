@@ -72,9 +72,7 @@ def scenario(system: System) -> Scenario:
 
 def test_a_policy_and_a_controller_of_a_module_run_in_the_simulator() -> None:
     mine = System("mine", "lcfs_policy:LastComeFirstServed", "lcfs_policy:AlwaysTwo")
-    narrow = System(
-        "narrow", "lcfs_policy:LastComeFirstServed", "fixed", batching_options={"max_batch": 1}
-    )
+    narrow = System("narrow", "lcfs_policy:LastComeFirstServed", "fixed", batching_options={"max_batch": 1})
     report = simulate(scenario(mine))
     assert report.sessions > 0
     assert simulate(scenario(narrow)).goodput < report.goodput

@@ -25,7 +25,7 @@ from wispprof.policies import Limits, SessionView, StepPlan
 from wispprof.policies.cost_model import BoolArray, FloatArray, IntArray
 from wispprof.policies.draft_selection import BatchArrays, DraftRanking
 from wispprof.policies.urgency import Urgency
-from wispprof.policies.wispprof import WispprofPolicy
+from wispprof.policies.wispprof_policy import WispprofPolicy
 from wispprof.policies.wispprof_settings import WispprofSettings
 from wispprof.types import BatchShape, Slo, StepTimeEstimator, VerifyItem
 
@@ -35,9 +35,7 @@ def fitted() -> FittedEstimator:
     truth = SyntheticEstimator(fixed=6.0, row=0.4, kv=4e-4, pair=2e-6, bucket=4)
     rng, rows = random.Random(1), []
     for number in range(60):
-        items = [
-            VerifyItem(rng.randint(1, 8), rng.randint(0, 5000)) for _ in range(rng.randint(1, 9))
-        ]
+        items = [VerifyItem(rng.randint(1, 8), rng.randint(0, 5000)) for _ in range(rng.randint(1, 9))]
         if number % 4 == 0:
             items.append(VerifyItem(rng.choice((16, 64, 128)), rng.randint(0, 1000), True))
         shape = BatchShape(tuple(items))
@@ -99,9 +97,7 @@ def worlds(draw: st.DrawFn) -> World:
                 acceptance_probs=() if prompt else tuple(draw(st.lists(probabilities, max_size=6))),
                 ready=draw(st.integers(0, 9)) > 0,
                 stream=True,
-                due_ms=draw(st.floats(0.0, 4.0) | st.floats(0.0, 40.0))
-                if due and not prompt
-                else None,
+                due_ms=draw(st.floats(0.0, 4.0) | st.floats(0.0, 40.0)) if due and not prompt else None,
                 due_acceptance_probs=(draw(probabilities),) if due and not prompt else (),
                 committed=draw(st.sampled_from((0, 20, 400))),
                 slo_unreachable=last and draw(st.integers(0, 4)) == 0,
@@ -130,8 +126,7 @@ def equals(plan: StepPlan, plain: Decision, world: World) -> bool:
         return False
     estimator = ESTIMATORS[world.estimator]
     values = [
-        value_of(world.sessions, keep, plain.weights, estimator, plain.extra_ms)
-        for keep in (ours, theirs)
+        value_of(world.sessions, keep, plain.weights, estimator, plain.extra_ms) for keep in (ours, theirs)
     ]
     return values[0] == pytest.approx(values[1], rel=1e-9)
 
@@ -147,9 +142,7 @@ def difference(world: World, policy: WispprofPolicy, plain: ReferencePolicy) -> 
     return ""
 
 
-SWITCHES = tuple(
-    f.name for f in dataclasses.fields(WispprofSettings) if isinstance(f.default, bool)
-)
+SWITCHES = tuple(f.name for f in dataclasses.fields(WispprofSettings) if isinstance(f.default, bool))
 switched = st.sampled_from(({}, {}, *({name: False} for name in SWITCHES)))
 
 
@@ -220,9 +213,7 @@ def calm(rng: random.Random, estimator: str) -> World:
     return World(sessions, estimator, Limits(64, 4096, 256, 1 << 20), (0.0,))
 
 
-def shares(
-    estimator: str, policy: type[WispprofPolicy] = WispprofPolicy
-) -> tuple[list[float], list[float]]:
+def shares(estimator: str, policy: type[WispprofPolicy] = WispprofPolicy) -> tuple[list[float], list[float]]:
     """What calm steps reach of the most expected tokens per ms: of any step in which everybody advances, and
     of any step of any of the sessions."""
     rng = random.Random(4)
@@ -257,9 +248,7 @@ def test_a_calm_step_is_the_best_of_all_in_which_everybody_advances(estimator: s
 
 
 @pytest.mark.parametrize(("estimator", "least"), [("linear", 1.0), ("stairs", 0.9)])
-def test_where_caches_cost_little_nobody_could_be_left_out_for_more(
-    estimator: str, least: float
-) -> None:
+def test_where_caches_cost_little_nobody_could_be_left_out_for_more(estimator: str, least: float) -> None:
     """Where reading a deep cache outweighs a step's fixed part, a step without its session has the higher
     rate; it takes part all the same, for it would have to be read in another step."""
     assert min(shares(estimator)[1]) > least - 1e-9

@@ -25,9 +25,7 @@ def fitted() -> FittedEstimator:
     step_model = WispLinear()
     step_model.coef_ = (0.12, 1e-7, 0.06e-3, 18.0)
     ratio = RatioBound(40.0, tuple((f,) * len(LEVELS) for f in (1.1, 1.15, 1.2, 1.3)), (99,) * 4)
-    return FittedEstimator(
-        step_model, ratio, Domain(EMPTY, BatchTotals(48, 300, 1 << 17, 1, 1, 4000, 9, 9))
-    )
+    return FittedEstimator(step_model, ratio, Domain(EMPTY, BatchTotals(48, 300, 1 << 17, 1, 1, 4000, 9, 9)))
 
 
 def queue(rng: random.Random, items: int) -> list[SessionView]:
@@ -58,9 +56,7 @@ def one_by_one(sessions: list[SessionView], estimator: StepTimeEstimator, limits
         return []
     drafts = sum(len(s.acceptance_probs) for s in ready) // len(ready)
     cached = sum(s.cached for s in ready) // len(ready)
-    costs = MarginalCostCache().get(
-        estimator, min(len(ready), limits.max_items), 1 + drafts, cached
-    )
+    costs = MarginalCostCache().get(estimator, min(len(ready), limits.max_items), 1 + drafts, cached)
 
     def alone(s: SessionView) -> float:
         new = 1 if s.prompt_left else 1 + len(s.acceptance_probs)
@@ -72,9 +68,7 @@ def one_by_one(sessions: list[SessionView], estimator: StepTimeEstimator, limits
         if s.prompt_left:
             new = min(s.prompt_left, limits.prefill_chunk)
             return new / s.prompt_left / (lone_ms + (new - 1) * row_ms + 1e-9)
-        return expected_tokens(s.acceptance_probs) / (
-            lone_ms + len(s.acceptance_probs) * row_ms + 1e-9
-        )
+        return expected_tokens(s.acceptance_probs) / (lone_ms + len(s.acceptance_probs) * row_ms + 1e-9)
 
     urgent = [s for s in ready if s.deadline_ms <= costs.all_bound_ms]
     others = [s for s in ready if s.deadline_ms > costs.all_bound_ms]

@@ -54,9 +54,7 @@ def test_where_drafts_cannot_pay_the_plan_is_that_of_server_only(tails, contexts
         stream(str(i), acceptance_probs=tuple(min(p, 0.99) for p in t), cached=contexts[i])
         for i, t in enumerate(tails)
     ]
-    ours = make_batch_policy("wispprof", wait_for_drafts=False).plan(
-        0.0, sessions, estimator, LIMITS
-    )
+    ours = make_batch_policy("wispprof", wait_for_drafts=False).plan(0.0, sessions, estimator, LIMITS)
     theirs = make_batch_policy("server-only").plan(0.0, sessions, estimator, LIMITS)
     assert set(ours.items) == set(theirs.items)
     assert ours.p50_ms == pytest.approx(theirs.p50_ms)
@@ -76,12 +74,8 @@ def test_many_prices_at_once_and_one_by_one_agree(tails, fixed, row, bucket):
     by_name = {s.session: s for s in sessions}
 
     def rate(estimator) -> float:
-        plan = make_batch_policy("wispprof", wait_for_drafts=False).plan(
-            0.0, sessions, estimator, LIMITS
-        )
-        won = sum(
-            expected_tokens(by_name[m.session].acceptance_probs[: m.drafts]) for m in plan.items
-        )
+        plan = make_batch_policy("wispprof", wait_for_drafts=False).plan(0.0, sessions, estimator, LIMITS)
+        won = sum(expected_tokens(by_name[m.session].acceptance_probs[: m.drafts]) for m in plan.items)
         return won / plan.p50_ms
 
     at_once, one_by_one = rate(ByTotals(**numbers)), rate(SyntheticEstimator(**numbers))

@@ -63,9 +63,7 @@ def test_the_fixed_point_is_the_best_of_all_tail_choices(costs, tails, weights):
     keep = ranking.drafts(cutoff, len(tails))
 
     def ratio(choice) -> float:
-        won = sum(
-            w * expected_tokens(t[:c]) for w, t, c in zip(weights, tails, choice, strict=False)
-        )
+        won = sum(w * expected_tokens(t[:c]) for w, t, c in zip(weights, tails, choice, strict=False))
         spent = costs.fixed_ms
         for session, drafts in zip(sessions, choice, strict=True):
             row = costs.row_ms + costs.pair_ms * session.cached
@@ -89,9 +87,7 @@ def test_the_fixed_point_is_the_best_of_all_tail_choices(costs, tails, weights):
 def test_never_worse_than_server_only(tails, fixed, row, kv, bucket, flat):
     estimator = SyntheticEstimator(fixed=fixed, row=row, kv=kv, bucket=bucket, flat_rows=flat)
     sessions = [stream(str(i), acceptance_probs=t, cached=300 * i) for i, t in enumerate(tails)]
-    plan = make_batch_policy("wispprof", wait_for_drafts=False).plan(
-        0.0, sessions, estimator, LIMITS
-    )
+    plan = make_batch_policy("wispprof", wait_for_drafts=False).plan(0.0, sessions, estimator, LIMITS)
     drafts = {m.session: m.drafts for m in plan.items}
     assert set(drafts) == {s.session for s in sessions}
     ours = plain(estimator, sessions, [drafts[s.session] for s in sessions])
@@ -113,9 +109,7 @@ def test_drafts_are_cut_under_load_and_all_verified_when_rows_are_free():
     sessions = [stream(str(i), acceptance_probs=(0.9, 0.5, 0.2)) for i in range(32)]
     policy = make_batch_policy("wispprof")
     free = policy.plan(0.0, sessions, SyntheticEstimator(row=1e-6), LIMITS)
-    dear = make_batch_policy("wispprof").plan(
-        0.0, sessions, SyntheticEstimator(fixed=1, row=1.0), LIMITS
-    )
+    dear = make_batch_policy("wispprof").plan(0.0, sessions, SyntheticEstimator(fixed=1, row=1.0), LIMITS)
     assert {m.drafts for m in free.items} == {3}
     assert max(m.drafts for m in dear.items) <= 1
     uncut = make_batch_policy("wispprof", cut_drafts=False, undrafted_candidate=False).plan(
@@ -141,8 +135,7 @@ def test_a_due_draft_is_waited_for_where_reading_the_cache_costs_most():
 def test_those_who_wait_are_reached_by_the_step_that_is_left():
     """Half the batch is due within a step of everybody, but not within the step that they leave."""
     sessions = [
-        stream(f"d{i}", cached=8000, due_ms=5.0 + 4.0 * i, due_acceptance_probs=(0.9, 0.9))
-        for i in range(24)
+        stream(f"d{i}", cached=8000, due_ms=5.0 + 4.0 * i, due_acceptance_probs=(0.9, 0.9)) for i in range(24)
     ]
     sessions += [stream(f"r{i}", cached=8000, acceptance_probs=(0.9, 0.9)) for i in range(8)]
     estimator = SyntheticEstimator(fixed=5.0, row=0.02, kv=4e-4)
@@ -154,9 +147,7 @@ def test_those_who_wait_are_reached_by_the_step_that_is_left():
     assert 0 < len(waiting) < 24
     assert max(s.due_ms for s in waiting) <= plan.p50_ms
     assert [s.session for s in waiting] == [f"d{i}" for i in range(len(waiting))]
-    everybody = estimator.predict(
-        BatchShape.of((1 + len(s.acceptance_probs), 8000) for s in sessions)
-    )[0]
+    everybody = estimator.predict(BatchShape.of((1 + len(s.acceptance_probs), 8000) for s in sessions))[0]
     assert all(s.due_ms <= everybody for s in sessions if s.due_ms)
 
 
@@ -189,9 +180,7 @@ def test_a_session_that_ran_ahead_is_not_left_out_for_one_that_is_behind():
 def test_a_round_without_its_frame_is_not_prefilled_again_yet():
     evicted = stream("evicted", prompt_left=700, ready=False, stream=False)
     for name in BATCH_POLICIES:
-        plan = make_batch_policy(name).plan(
-            0.0, [evicted, stream("other")], SyntheticEstimator(), LIMITS
-        )
+        plan = make_batch_policy(name).plan(0.0, [evicted, stream("other")], SyntheticEstimator(), LIMITS)
         assert "evicted" not in {m.session for m in plan.items}
 
 
@@ -201,9 +190,7 @@ def test_a_prompt_without_a_promise_is_not_put_off_forever():
 
     def fed(asked_ms: float, **options) -> int:
         prompt = stream("new", prompt_left=800, cached=0, arrived_ms=asked_ms, deadline_ms=math.inf)
-        plan = make_batch_policy("wispprof", **options).plan(
-            0.0, [*running, prompt], estimator, LIMITS
-        )
+        plan = make_batch_policy("wispprof", **options).plan(0.0, [*running, prompt], estimator, LIMITS)
         assert plan.bound_ms <= 125.0
         return next(m.prefill for m in plan.items if m.session == "new")
 
@@ -229,10 +216,7 @@ def test_nobody_waits_for_a_draft_past_its_deadline():
 
 def test_sessions_that_lag_behind_their_slo_have_more_drafts_verified():
     acceptance_probs = (0.6, 0.6)
-    sessions = [
-        stream(f"ahead{i}", acceptance_probs=acceptance_probs, deadline_ms=5000.0)
-        for i in range(15)
-    ]
+    sessions = [stream(f"ahead{i}", acceptance_probs=acceptance_probs, deadline_ms=5000.0) for i in range(15)]
     sessions.append(stream("behind", acceptance_probs=acceptance_probs, deadline_ms=-50.0))
     estimator = SyntheticEstimator(fixed=4.0, row=0.6)
     plan = make_batch_policy("wispprof").plan(0.0, sessions, estimator, LIMITS)
@@ -243,10 +227,7 @@ def test_sessions_that_lag_behind_their_slo_have_more_drafts_verified():
 def boosted(speed: float, behind: dict, **options) -> tuple[float, list[int]]:
     """p50 of a step, and how many drafts each keeps, of fifteen that ran ahead and one that fell behind."""
     acceptance_probs = (0.9, 0.8, 0.7)
-    sessions = [
-        stream(f"ahead{i}", acceptance_probs=acceptance_probs, deadline_ms=5000.0)
-        for i in range(15)
-    ]
+    sessions = [stream(f"ahead{i}", acceptance_probs=acceptance_probs, deadline_ms=5000.0) for i in range(15)]
     late = {"slo": Slo(speed), "deadline_ms": -20.0, "committed": 40} | behind
     sessions.append(stream("behind", **late))
     estimator = SyntheticEstimator(fixed=20.0, row=0.6)
@@ -333,9 +314,7 @@ def test_a_prompt_is_cut_so_that_running_sessions_keep_their_gap():
     prompt = stream("new", prompt_left=1500, cached=0, slo=Slo(10.0))
     estimator = SyntheticEstimator(fixed=5.0, row=0.5, kv=0.0)
     plan = make_batch_policy("wispprof").plan(0.0, [*running, prompt], estimator, LIMITS)
-    whole = make_batch_policy("wispprof", size_prefill=False).plan(
-        0.0, [*running, prompt], estimator, LIMITS
-    )
+    whole = make_batch_policy("wispprof", size_prefill=False).plan(0.0, [*running, prompt], estimator, LIMITS)
     assert plan.bound_ms <= 100.0 < whole.bound_ms
     assert 0 < next(m.prefill for m in plan.items if m.session == "new") < 512
     alone = make_batch_policy("wispprof").plan(0.0, [prompt], estimator, LIMITS)
@@ -343,9 +322,7 @@ def test_a_prompt_is_cut_so_that_running_sessions_keep_their_gap():
 
 
 def test_with_no_cache_left_it_asks_again_instead_of_planning():
-    plan = make_batch_policy("wispprof").plan(
-        7.0, [stream("a")], SyntheticEstimator(), Limits(8, 64, 64, 0)
-    )
+    plan = make_batch_policy("wispprof").plan(7.0, [stream("a")], SyntheticEstimator(), Limits(8, 64, 64, 0))
     assert plan.items == ()
     assert plan.wake_ms is not None
     assert plan.wake_ms > 7.0
@@ -369,10 +346,7 @@ def test_batches_are_priced_alike_by_totals_and_one_by_one():
     class ByTotals(SyntheticEstimator):
         def predict_totals(self, totals):
             p50 = np.array(
-                [
-                    self.time(int(n), int(c), 0)
-                    for n, c in zip(totals.sum_new, totals.sum_cached, strict=True)
-                ]
+                [self.time(int(n), int(c), 0) for n, c in zip(totals.sum_new, totals.sum_cached, strict=True)]
             )
             return p50, p50 * self.ratio
 

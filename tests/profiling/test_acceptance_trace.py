@@ -114,9 +114,7 @@ def test_accepted_is_what_the_engine_would_accept(target, draft, sampling, tmp_p
     settings = TraceSettings(sampling=sampling, path_tokens=14, depth=4, batch=2)
     prompts = [text(6, 1), text(20, 2), text(9, 3)]
     seen = []
-    trace = collect_trace(
-        target, draft, settings, lambda *update: seen.append(update[:2]), prompts=prompts
-    )
+    trace = collect_trace(target, draft, settings, lambda *update: seen.append(update[:2]), prompts=prompts)
     assert seen[-1] == (6, 6)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     for path in trace.paths:
@@ -155,9 +153,7 @@ class EngineServer:
             finished = "length" if done + 5 >= len(path) else ""
             committed_len = start + done + len(piece)
             self.frames.append(
-                protocol.Commit(
-                    frame.session, 0, committed_len, piece, 0, 0, 0, 0, finished=finished
-                )
+                protocol.Commit(frame.session, 0, committed_len, piece, 0, 0, 0, 0, finished=finished)
             )
 
     async def receive(self):

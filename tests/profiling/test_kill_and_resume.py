@@ -24,9 +24,7 @@ PRELOAD = ["wispprof.profiling.server_profiler", "transformers.models.llama.mode
 def measure(path: Path, resume: bool, orders: Any) -> None:
     """Run the profiler; sends the order of each block once it is on disk."""
     # Times of so small a model are all overhead; the physics checks have their own tests.
-    server_profiler.check_physics = lambda rows, model: type(
-        "Passed", (), {"as_dict": lambda self: {}}
-    )()
+    server_profiler.check_physics = lambda rows, model: type("Passed", (), {"as_dict": lambda self: {}})()
     append = RowJournal.append
 
     def appended(journal: RowJournal, row: Any) -> None:

@@ -161,9 +161,7 @@ def test_merged_sweeps_follow_each_other_in_the_order_of_measurement():
     assert [r.order for r in merged.rows] == [0, 1, 6, 7, 10, 17]
     moved = next(r for r in merged.rows if r.key == "b")
     assert (moved.blocks, moved.set_aside_blocks) == (((10, 1), (14, 2)), ((16, 1),))
-    strangers = make_profile(
-        manifest, [reference_sample(0, "other"), late, reference_sample(10, "other")]
-    )
+    strangers = make_profile(manifest, [reference_sample(0, "other"), late, reference_sample(10, "other")])
     assert not any(r.kind == "sentinel" for r in merge_profiles([one, strangers]).rows)
 
 
@@ -294,9 +292,7 @@ def measure(link, **more):
     async def connect():
         return link
 
-    return profile_link(
-        LinkProfilerSettings("ws://x", count=8, **more), connect=connect, clock=link.clock
-    )
+    return profile_link(LinkProfilerSettings("ws://x", count=8, **more), connect=connect, clock=link.clock)
 
 
 def test_a_link_profile_finds_delay_and_bandwidth(tmp_path):
@@ -342,14 +338,8 @@ def test_the_profile_commands(tmp_path):
     assert len(shown["rows"]) == shown["manifest"]["rows"] == 24
     compared = json.loads(run("profile", "diff", tmp_path / "a", tmp_path / "b", "--json").stdout)
     assert compared["compared"] == 24
-    assert (
-        run("profile", "merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c").exit_code
-        == 0
-    )
-    assert (
-        run("profile", "merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c").exit_code
-        == 1
-    )
+    assert run("profile", "merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c").exit_code == 0
+    assert run("profile", "merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c").exit_code == 1
     assert run("profile", "export", tmp_path / "c", tmp_path / "c.csv").exit_code == 0
     assert run("profile", "validate", tmp_path / "a", tmp_path / "c").exit_code == 0
     rows = tmp_path / "a.jsonl"

@@ -23,9 +23,7 @@ from wispprof.settings import profiler_settings
 from wispprof.settings.profiler_settings import Output, SweepSettings
 from wispprof.types import Sampling
 
-AXES = Axes(
-    items=(1, 4), new=(1, 5), cached=(16, 128), skew_items=(4,), chunk=(32,), mixed_items=(2,)
-)
+AXES = Axes(items=(1, 4), new=(1, 5), cached=(16, 128), skew_items=(4,), chunk=(32,), mixed_items=(2,))
 SWEEP = SweepSettings(max_samples=8, sentinel_every=5)
 
 
@@ -102,9 +100,7 @@ def test_interrupted_and_resumed(tiny, monkeypatch, tmp_path):
     clock.die_after = None
     with pytest.raises(ArtifactError, match="--resume"):
         server_profiler.profile_server(settings(tmp_path / "p"), loaded=tiny, clock=clock)
-    profile = server_profiler.profile_server(
-        settings(tmp_path / "p", resume=True), loaded=tiny, clock=clock
-    )
+    profile = server_profiler.profile_server(settings(tmp_path / "p", resume=True), loaded=tiny, clock=clock)
     keys = [row.key for row in profile.rows if row.kind != "sentinel"]
     planned = server_profiler.plan_server(settings(), loaded=tiny, clock=clock)
     assert sorted(keys) == sorted(workload.key for workload in planned.workloads)
@@ -113,9 +109,7 @@ def test_interrupted_and_resumed(tiny, monkeypatch, tmp_path):
 def test_a_backend_that_ignores_its_batch_is_refused(tiny, monkeypatch, tmp_path):
     clock = CountedTime(monkeypatch, blind=True)
     heavy = Axes(items=(1, 2, 4, 8), new=(1, 9), cached=(16, 64, 240))
-    chosen = profiler_settings.ServerProfilerSettings(
-        axes=heavy, sweep=SWEEP, output=Output(tmp_path / "p")
-    )
+    chosen = profiler_settings.ServerProfilerSettings(axes=heavy, sweep=SWEEP, output=Output(tmp_path / "p"))
     with pytest.raises(PhysicsViolation):
         server_profiler.profile_server(chosen, loaded=tiny, clock=clock)
     assert not (tmp_path / "p.jsonl").exists()
@@ -126,9 +120,7 @@ def test_every_repeat_meets_the_same_state(tiny):
     runner = server_profiler.EngineRunner(engine, 200)
     workload = next(
         s
-        for s in server_profiler.server_workloads(
-            AXES, server_profiler.DeviceCapacity(1000, 8, 256)
-        )
+        for s in server_profiler.server_workloads(AXES, server_profiler.DeviceCapacity(1000, 8, 256))
         if s.subject.prefill_tokens and len(s.subject.items) > 1
     )
     runner.prepare(workload)
@@ -164,9 +156,7 @@ def test_a_budget_holds_from_the_call_to_the_end(tiny, monkeypatch):
     clock = CountedTime(monkeypatch)
     whole = server_profiler.plan_server(settings(), loaded=tiny, clock=clock)
     begin, budget_s = clock(), whole.expected_s / 2
-    profile = server_profiler.profile_server(
-        settings(budget_minutes=budget_s / 60), loaded=tiny, clock=clock
-    )
+    profile = server_profiler.profile_server(settings(budget_minutes=budget_s / 60), loaded=tiny, clock=clock)
     assert 0.5 * budget_s < clock() - begin <= budget_s
     work = [workload.subject.cached_tokens for workload in whole.workloads]
     kept = [row.shape.cached_tokens for row in profile.rows if row.kind != "sentinel"]
@@ -229,9 +219,7 @@ def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
         return now
 
     monkeypatch.setattr(TorchDrafter, "_forward", counted)
-    axes = edge_profiler.EdgeAxes(
-        (16, 64), (16, 32), 64, burst_s=0.1, sustained_s=0.2, rounds=(16,)
-    )
+    axes = edge_profiler.EdgeAxes((16, 64), (16, 32), 64, burst_s=0.1, sustained_s=0.2, rounds=(16,))
     rests = []
     monkeypatch.setitem(drafter_runner.EDGE_GRIDS, "quick", axes)
     chosen = profiler_settings.EdgeProfilerSettings(
@@ -292,9 +280,7 @@ def test_edge_workloads_do_what_their_kind_says(tiny):
             assert drafter.cached_kv().shape[3] == workload.subject.context
         if workload.kind == "catch_up":  # over as many tokens as a draft step, two of them unread
             assert drafter.length == workload.subject.context
-            assert (
-                drafter.cached_kv().shape[3] == workload.subject.context - workload.subject.tokens
-            )
+            assert drafter.cached_kv().shape[3] == workload.subject.context - workload.subject.tokens
         if workload.kind == "prefill":
             assert drafter.length == max(1, workload.subject.context) + workload.subject.tokens + 1
         runner.finish()
@@ -334,9 +320,7 @@ class _Waking:
 @pytest.mark.parametrize(("deaf", "added"), [(False, 1.5), (True, 0.0)])
 def test_a_round_after_a_rest_is_timed_without_the_rest_and_announced_with_it(deaf, added):
     device = _Waking(deaf)
-    runner = edge_profiler.DrafterRunner(
-        device, 96, Sampling(), clock=lambda: device.now, sleep=device.sleep
-    )
+    runner = edge_profiler.DrafterRunner(device, 96, Sampling(), clock=lambda: device.now, sleep=device.sleep)
     axes = edge_profiler.EdgeAxes((64,), (16,), 64, 0.0, 0.0, rounds=(64,), rest_ms=50.0)
     workloads = [s for s in edge_profiler.edge_workloads(axes, 256) if s.kind != "controller"]
     sweep = SweepSettings(min_samples=20, block=10)

@@ -35,9 +35,7 @@ def test_ranges(text, values):
     assert parse_range(text) == values
 
 
-@pytest.mark.parametrize(
-    "text", ["", "a", "4-1", "0-8*2", "1-8*1", "1-8+0", "1--2", "-1", "0-9999999"]
-)
+@pytest.mark.parametrize("text", ["", "a", "4-1", "0-8*2", "1-8*1", "1-8+0", "1--2", "-1", "0-9999999"])
 def test_ranges_that_make_no_sense_say_so(text):
     with pytest.raises(ProfileError):
         parse_range(text)
@@ -59,18 +57,14 @@ def test_grids_hold_what_they_promise(name):
 def test_grids_stay_within_the_device():
     small = DeviceCapacity(3000, 4, 512, step_tokens=128)
     for name in GRIDS:
-        assert all(
-            small.holds(workload.subject) for workload in server_workloads(GRIDS[name], small)
-        )
+        assert all(small.holds(workload.subject) for workload in server_workloads(GRIDS[name], small))
     with pytest.raises(ProfileError, match="fits"):
         server_workloads(Axes((8,), (5,), (64,)), small)
 
 
 def test_rows_near_the_memory_limit():
     capacity = DeviceCapacity(40_000, 64, 4096)
-    longest_full_session = max(
-        s.subject.cached_tokens for s in server_workloads(GRIDS["standard"], capacity)
-    )
+    longest_full_session = max(s.subject.cached_tokens for s in server_workloads(GRIDS["standard"], capacity))
     assert longest_full_session > 0.9 * capacity.kv_tokens
 
 
@@ -97,9 +91,7 @@ def test_what_a_grid_wants_is_the_most_it_can_use(name, context):
 
 def test_axes_from_toml(tmp_path):
     file = tmp_path / "grid.toml"
-    file.write_text(
-        '[server]\nbase = "quick"\nitems = "1-4*2"\ncached = [10, 20]\nfull_share=[0.5]\n'
-    )
+    file.write_text('[server]\nbase = "quick"\nitems = "1-4*2"\ncached = [10, 20]\nfull_share=[0.5]\n')
     axes = load_axes(str(file))
     assert (axes.items, axes.cached, axes.full_share) == ((1, 2, 4), (10, 20), (0.5,))
     assert axes.new == GRIDS["quick"].new
@@ -119,9 +111,7 @@ def test_axes_from_toml(tmp_path):
 
 def test_edge_axes_from_toml(tmp_path):
     file = tmp_path / "grid.toml"
-    file.write_text(
-        '[server]\nitems = [1]\n[edge]\nbase = "standard"\ncontexts = "64-256*2"\nburst_s = 1\n'
-    )
+    file.write_text('[server]\nitems = [1]\n[edge]\nbase = "standard"\ncontexts = "64-256*2"\nburst_s = 1\n')
     axes = load_edge_axes(str(file))
     assert (axes.contexts, axes.burst_s) == ((64, 128, 256), 1.0)
     assert axes.sustained_s == EDGE_GRIDS["standard"].sustained_s >= 60

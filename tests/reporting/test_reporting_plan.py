@@ -79,10 +79,7 @@ def test_an_slo_that_forbids_drafts_that_pay_is_not_hatched() -> None:
     index = next(i for i, r in enumerate(plan.draft) if r.device == "laptop:1b" and r.k)
     row = replace(plan.draft[index], k=0)
     forbidden = replace(plan, draft=(*plan.draft[:index], row, *plan.draft[index + 1 :]))
-    shown = (
-        cells(draft_length_map(p, row.device, row.mode, row.tokens_per_s))
-        for p in (plan, forbidden)
-    )
+    shown = (cells(draft_length_map(p, row.device, row.mode, row.tokens_per_s)) for p in (plan, forbidden))
     assert [c.count("no") for c in next(shown)] == [c.count("no") for c in next(shown)]
 
 

@@ -42,9 +42,7 @@ def step_rows(seed: int = 0) -> list[StepRow]:
                 shape = BatchShape.uniform(items, new, cached)
                 middle = 3.0 + 0.2 * shape.new_tokens + 0.003 * shape.cached_tokens
                 samples = middle * noise.lognormal(0, 0.02, 6)
-                rows.append(
-                    StepRow(shape.key(), "verify", shape, tuple(samples.tolist()), order=len(rows))
-                )
+                rows.append(StepRow(shape.key(), "verify", shape, tuple(samples.tolist()), order=len(rows)))
     return rows
 
 
@@ -92,9 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     save_plan(plan, out / "plan.json")
     for name, goodput, share in (("server-only", 50.0, 0.5), ("wisp", 90.0, 0.9)):
-        write_document(
-            out / f"bench-{name}.json", BENCH_KIND, bench(name, goodput, share).payload()
-        )
+        write_document(out / f"bench-{name}.json", BENCH_KIND, bench(name, goodput, share).payload())
     answer = Answer("def <f>:", (TextSpan(" a & b", "draft"), TextSpan("!", "target")), {})
     write_document(out / "answer.json", ANSWER_KIND, answer.payload())
     return out

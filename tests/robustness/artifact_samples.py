@@ -66,9 +66,7 @@ def write_samples(folder: Path) -> dict[str, tuple[Path, Reader]]:
         samples[f"{kind} manifest"] = (folder / f"{kind}.manifest.json", load_profile)
 
     trace = synthetic_trace(prompts=8, length=24, depth=3)
-    short = AcceptanceTrace(
-        trace.target, trace.draft, trace.tokenizer_hash, trace.sampling, trace.paths[:2]
-    )
+    short = AcceptanceTrace(trace.target, trace.draft, trace.tokenizer_hash, trace.sampling, trace.paths[:2])
     save_trace(short, folder / "trace.jsonl")
     samples["trace"] = (folder / "trace.jsonl", load_trace)
 

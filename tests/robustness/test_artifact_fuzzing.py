@@ -154,9 +154,7 @@ def changed(data: Any, value: Any) -> Any:
 @pytest.mark.parametrize("name", DOCUMENTS)
 @given(data=st.data())
 @fuzz
-def test_wrong_values_with_a_right_hash(
-    samples: Samples, originals: Samples, name: str, data: Any
-) -> None:
+def test_wrong_values_with_a_right_hash(samples: Samples, originals: Samples, name: str, data: Any) -> None:
     path, reader = samples[name]
     document = json.loads(originals[name][0].read_bytes())
     kind = document["format"].removeprefix("wispprof/")
@@ -168,9 +166,7 @@ def test_wrong_values_with_a_right_hash(
 @pytest.mark.parametrize("name", SEALED)
 @given(data=st.data())
 @fuzz
-def test_wrong_values_in_sealed_lines(
-    samples: Samples, originals: Samples, name: str, data: Any
-) -> None:
+def test_wrong_values_in_sealed_lines(samples: Samples, originals: Samples, name: str, data: Any) -> None:
     path, reader = samples[name]
     lines = originals[name][0].read_bytes().splitlines(keepends=True)
     number = data.draw(st.integers(0, len(lines) - 1))
@@ -192,9 +188,7 @@ def test_wrong_values_in_sealed_lines(
 @pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("manifest")])
 @given(data=st.data())
 @fuzz
-def test_wrong_values_in_manifests(
-    samples: Samples, originals: Samples, name: str, data: Any
-) -> None:
+def test_wrong_values_in_manifests(samples: Samples, originals: Samples, name: str, data: Any) -> None:
     path, reader = samples[name]
     stated = json.loads(originals[name][0].read_bytes())
     path.write_text(json.dumps(changed(data, stated)))

@@ -53,9 +53,7 @@ def printed() -> list[str]:
     """Cheap command lines of all pages, each once, those that make files before those that read them."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = "\n".join(page.read_text() for page in pages if page.name != "cli.md")
-    lines = [
-        found.split("  #")[0].strip() for found in re.findall(r"^ *(wispprof .*)$", text, re.M)
-    ]
+    lines = [found.split("  #")[0].strip() for found in re.findall(r"^ *(wispprof .*)$", text, re.M)]
     cheap = [line for line in dict.fromkeys(lines) if line.split()[1] in CHEAP]
     # An update needs a step log of a server that ran.
     cheap = [line for line in cheap if "--update" not in line]
@@ -74,9 +72,7 @@ def test_commands_run_as_printed(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="the page's own tool")
-def test_keys_and_certificate_of_the_pages_serve(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keys_and_certificate_of_the_pages_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Deploy's openssl lines make what its doctor line approves. Negative control: before, it does not."""
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "deploy.md").read_text()

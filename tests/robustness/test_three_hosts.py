@@ -75,9 +75,7 @@ def generation(client: EdgeClient, number: int, sampling: Sampling) -> Generatio
     request = GenerationRequest((number, 3, 9), TOKENS, sampling=sampling)
     worker = TimedWorker(FakeDrafter(TARGET, 0.7), lambda context: 0.5)
     controller = make_controller("fixed", k=4)
-    return Generation(
-        client, request, worker, controller, DraftingSettings(draft_ahead=8, proactive=4)
-    )
+    return Generation(client, request, worker, controller, DraftingSettings(draft_ahead=8, proactive=4))
 
 
 async def edge_host(port: int, numbers: range, cut: LinkProxy | None) -> list[Generation]:
@@ -115,6 +113,4 @@ async def test_two_edges_over_two_links_get_the_right_text(policy: str) -> None:
             assert list(done.output) == wanted
             assert (done.stats.reopened > 0) == was_cut
     # Negative control: another seed is another text.
-    assert TARGET.generate((0, 3, 9), TOKENS, Sampling(0.7, seed=99)) != list(
-        first.result()[0].output
-    )
+    assert TARGET.generate((0, 3, 9), TOKENS, Sampling(0.7, seed=99)) != list(first.result()[0].output)

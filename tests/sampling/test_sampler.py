@@ -41,9 +41,7 @@ def test_noise_is_the_same_in_numpy_and_torch() -> None:
     assert np.isfinite(a).all()
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     # Pinned: sessions resumed under a later version must see the same noise.
-    np.testing.assert_allclose(
-        gumbel_numpy(position_keys([7], [3]), np.arange(4))[0], PINNED, rtol=1e-5
-    )
+    np.testing.assert_allclose(gumbel_numpy(position_keys([7], [3]), np.arange(4))[0], PINNED, rtol=1e-5)
 
 
 PINNED = [1.3737139, 0.824451, 1.7764043, 2.201108]
@@ -67,19 +65,14 @@ def test_draws_follow_the_filtered_distribution(sampling: Sampling) -> None:
         tokens = sample_tokens(
             row.expand(DRAWS, -1),
             [position] * DRAWS,
-            [
-                Sampling(sampling.temperature, sampling.top_k, sampling.top_p, s)
-                for s in range(DRAWS)
-            ],
+            [Sampling(sampling.temperature, sampling.top_k, sampling.top_p, s) for s in range(DRAWS)],
         )
         counts = np.bincount(tokens.numpy(), minlength=24)
         p = filtered_probs(row, sampling)[0].double().numpy()
         assert counts[p == 0].sum() == 0
         assert chi_square(counts, p) > 1e-4
         # Negative control: against a slightly warmer distribution the same test must fail.
-        wrong = filtered_probs(
-            row, Sampling(sampling.temperature * 1.15, sampling.top_k, sampling.top_p)
-        )[0]
+        wrong = filtered_probs(row, Sampling(sampling.temperature * 1.15, sampling.top_k, sampling.top_p))[0]
         shared = np.where(p > 0, wrong.double().numpy(), 0)
         assert chi_square(counts, shared / shared.sum()) < 1e-6
 

@@ -35,9 +35,7 @@ def known(step: float = 10.0, new: float = 1.0) -> LinearCost:
 def server(**changes: object) -> VerificationServer:
     engine = FakeEngine(64, max_context=256)
     settings = ServerSettings(policy="fcfs", **changes)  # type: ignore[arg-type]
-    return VerificationServer(
-        engine, engine.served, settings, estimator=known(), now_ms=lambda: 0.0
-    )
+    return VerificationServer(engine, engine.served, settings, estimator=known(), now_ms=lambda: 0.0)
 
 
 def ask(speed: float = 1.0, length: int = 4, **changes: object) -> SessionRequest:
@@ -130,9 +128,7 @@ def test_tokens_per_key_are_a_rate() -> None:
     now = [0.0]
     engine = FakeEngine(64)
     settings = ServerSettings(tokens_per_key_per_s=10.0, admit="all")
-    one = VerificationServer(
-        engine, engine.served, settings, estimator=known(), now_ms=lambda: now[0]
-    )
+    one = VerificationServer(engine, engine.served, settings, estimator=known(), now_ms=lambda: now[0])
     one.admission.budget.spend("mine", 250, 0.0)
     with pytest.raises(Refused) as refused:
         one.open(ask(), Listener("mine"))
@@ -154,9 +150,7 @@ def test_the_online_fit_finds_the_step_times() -> None:
             (dice.randrange(1, 9), dice.randrange(500)) for _ in range(dice.randrange(1, 17))
         )
         truth = 5.0 + 0.4 * shape.new_tokens + 0.002 * shape.cached_tokens
-        step_times.observe(
-            shape, step_times.estimator.predict(shape)[0], truth * dice.uniform(0.95, 1.1)
-        )
+        step_times.observe(shape, step_times.estimator.predict(shape)[0], truth * dice.uniform(0.95, 1.1))
     probe = BatchShape.uniform(8, 4, 300)
     p50, bound = step_times.estimator.predict(probe)
     truth = 5.0 + 0.4 * 32 + 0.002 * 2400

@@ -158,10 +158,7 @@ def test_a_server_on_it_commits_the_targets_own_text(policy: str):
             edge(running.split_url) as one,
         ):
             drafter = FakeDrafter(engine.target, 0.6)
-            jobs = [
-                one.generate(n, prompt, 24, k=4, drafter=drafter)
-                for n, prompt in enumerate(prompts)
-            ]
+            jobs = [one.generate(n, prompt, 24, k=4, drafter=drafter) for n, prompt in enumerate(prompts)]
             return list(await asyncio.gather(*jobs))
 
     assert run_coalescing(main()) == [engine.target.generate(prompt, 24) for prompt in prompts]
@@ -175,9 +172,7 @@ class SlowToRead:
 
     async def send(self, data: bytes) -> None:
         frame = protocol.decode_edge(data)
-        answer: protocol.ServerFrame = protocol.Welcome(
-            protocol.PROTOCOL_VERSION, "", "", 64, 8, True
-        )
+        answer: protocol.ServerFrame = protocol.Welcome(protocol.PROTOCOL_VERSION, "", "", 64, 8, True)
         delay_s = 0.010
         if isinstance(frame, protocol.Ping):
             answer, delay_s = protocol.Pong(frame.number, b"", 20.0), 0.030

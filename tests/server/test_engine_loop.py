@@ -61,9 +61,7 @@ async def test_a_plan_limits_every_step_and_log_metrics_and_page_name_its_row(
     assert {step["row"] for step in steps} == {NARROW.cell} == {"2/0"}
     samples = [s for f in text_string_to_metric_families(shown) for s in f.samples]
     counted = [s for s in samples if s.name == "wispprof:batch_row_steps_total"]
-    assert [(s.labels, s.value) for s in counted] == [
-        ({"slo_class": "2", "load_level": "0"}, len(steps))
-    ]
+    assert [(s.labels, s.value) for s in counted] == [({"slo_class": "2", "load_level": "0"}, len(steps))]
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert {line["row"] for line in lines} == {"2/0"}
     assert all(line["p50_ms"] > 0 for line in lines)

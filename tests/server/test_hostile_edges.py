@@ -91,9 +91,7 @@ def plausible(dice: random.Random) -> protocol.EdgeFrame:
     if kind < 8:
         acceptance_prob = bytes(dice.randrange(256) for _ in tokens)
         epoch, base = dice.randrange(4), dice.randrange(40)
-        return protocol.Draft(
-            number, epoch, base, tokens, acceptance_prob, 1.0, dice.uniform(-9.0, 99.0)
-        )
+        return protocol.Draft(number, epoch, base, tokens, acceptance_prob, 1.0, dice.uniform(-9.0, 99.0))
     return protocol.Close(number) if kind == 8 else protocol.Ping(number, b"x", dice.randrange(100))
 
 
@@ -201,9 +199,7 @@ async def test_two_hundred_connections_vanish_mid_round() -> None:
                 socket.transport.abort()
 
         async with edge(running.split_url) as one:
-            innocent = asyncio.create_task(
-                one.generate(0, [5, 6], 120, drafter=FakeDrafter(engine.target))
-            )
+            innocent = asyncio.create_task(one.generate(0, [5, 6], 120, drafter=FakeDrafter(engine.target)))
             for start in range(0, 200, 25):
                 await asyncio.gather(*(vanish(start + n) for n in range(25)))
             assert await innocent == engine.target.generate([5, 6], 120)
@@ -251,9 +247,7 @@ async def test_drafts_out_of_order_twice_late_and_of_old_epochs() -> None:
             await socket.send(protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, "")))
             welcome = protocol.decode_server(await socket.recv(decode=False))
             assert isinstance(welcome, protocol.Welcome)
-            await socket.send(
-                protocol.encode(protocol.Open(0, prompt, length, temperature=0.9, seed=4))
-            )
+            await socket.send(protocol.encode(protocol.Open(0, prompt, length, temperature=0.9, seed=4)))
             path = DraftBuffer(prompt, stream=welcome.stream, draft_ahead_limit=6, end=3 + length)
             drafter = FakeDrafter(engine.target, 0.5)
             drafter.open(prompt, sampling)

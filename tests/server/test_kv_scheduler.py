@@ -10,7 +10,8 @@ from raw_edge import edge
 
 from wispprof.policies import ScheduledItem
 from wispprof.server import ServerSession, running_server
-from wispprof.server.kv_scheduler import PrefixCache, schedule_kv
+from wispprof.server.kv_scheduler import schedule_kv
+from wispprof.server.prefix_cache import PrefixCache
 from wispprof.sessions.session_state import SessionState
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeDrafter, FakeEngine
@@ -25,12 +26,8 @@ class NullListener:
     def failed(self, *_: object) -> None: ...
 
 
-def session(
-    name: str, prompt: int, *, started: bool = False, seen_ms: float = 0.0
-) -> ServerSession:
-    state = SessionState(
-        name, list(range(prompt)), slo=Slo(1.0), max_new=50, max_context=500, now_ms=seen_ms
-    )
+def session(name: str, prompt: int, *, started: bool = False, seen_ms: float = 0.0) -> ServerSession:
+    state = SessionState(name, list(range(prompt)), slo=Slo(1.0), max_new=50, max_context=500, now_ms=seen_ms)
     if started:
         step_input = state.step_input(ScheduledItem(name, prefill=prompt), seen_ms)
         from wispprof.types import VerifyResult

@@ -69,9 +69,7 @@ async def test_greedy_equals_generate(target, prompts, wanted, k: int, sessions:
     engine, model = serve(target)
     for policy in ("wisp", "wispprof"):
         case = Case(k, sessions, policy)
-        found = await split_outputs(
-            engine, model, lambda: HalfRight(target), prompts, MAX_NEW, case
-        )
+        found = await split_outputs(engine, model, lambda: HalfRight(target), prompts, MAX_NEW, case)
         assert compare(found, wanted).lossless, (policy, found, wanted)
 
 

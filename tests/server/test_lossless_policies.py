@@ -64,9 +64,7 @@ async def settled(server: VerificationServer) -> None:
     await server.check_integrity()
 
 
-def wanted(
-    engine: FakeEngine, sampling: Sampling, count: int, max_new: int = 16
-) -> list[list[int]]:
+def wanted(engine: FakeEngine, sampling: Sampling, count: int, max_new: int = 16) -> list[list[int]]:
     return [engine.target.generate(prompt, max_new, sampling) for prompt in prompts(count)]
 
 
@@ -74,9 +72,7 @@ def wanted(
 async def test_every_policy_and_draft_length(policy: str) -> None:
     engine = FakeEngine(64)
     batches = [(k, sampling, 5) for k in (0, 1, 4, 8) for sampling in (GREEDY, SAMPLED)]
-    for (k, sampling, count), found in zip(
-        batches, await outputs(engine, policy, batches), strict=True
-    ):
+    for (k, sampling, count), found in zip(batches, await outputs(engine, policy, batches), strict=True):
         assert found == wanted(engine, sampling, count), (k, sampling)
 
 

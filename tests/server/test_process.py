@@ -122,9 +122,7 @@ async def test_an_engine_error_ends_its_sessions_and_not_the_server() -> None:
     logging.getLogger("wispprof.server").setLevel(logging.CRITICAL)
     async with running_server(NOTHING, engine=engine, model=engine.served) as running:
         async with edge(running.split_url) as one:
-            failed = await one.run(
-                0, [1], 60, k=2, drafter=FakeDrafter(engine.target), sampling=GREEDY
-            )
+            failed = await one.run(0, [1], 60, k=2, drafter=FakeDrafter(engine.target), sampling=GREEDY)
             assert isinstance(failed, protocol.Problem)
             assert failed.code == "internal"
             found = await one.generate(1, [1], 60, drafter=FakeDrafter(engine.target))

@@ -20,17 +20,13 @@ floats = st.floats(allow_nan=False)
 edge_frames = st.one_of(
     st.builds(protocol.Hello, ints, st.text(), st.text(), st.text(), st.text()),
     st.builds(protocol.Open, ints, tokens, ints, ints, floats, st.none() | floats),
-    st.builds(
-        protocol.Draft, ints, positions, positions, tokens, st.binary(max_size=20), floats, floats
-    ),
+    st.builds(protocol.Draft, ints, positions, positions, tokens, st.binary(max_size=20), floats, floats),
     st.builds(protocol.Close, ints),
     st.builds(protocol.Ping, ints, st.binary(max_size=50), ints),
 )
 server_frames = st.one_of(
     st.builds(protocol.Welcome, ints, st.text(), st.text(), ints, ints, st.booleans()),
-    st.builds(
-        protocol.Commit, ints, ints, ints, tokens, ints, ints, floats, floats, ints, st.text()
-    ),
+    st.builds(protocol.Commit, ints, ints, ints, tokens, ints, ints, floats, floats, ints, st.text()),
     st.builds(protocol.Problem, ints, st.text(), st.text(), floats, floats),
     st.builds(protocol.Pong, ints, st.binary(max_size=50)),
 )
@@ -83,9 +79,7 @@ def test_a_round_of_five_drafts_is_small() -> None:
 def test_a_stream_of_single_drafts_and_commits_is_small() -> None:
     draft = protocol.Draft(3, 17, 700, [4000], bytes(1), protocol.brief_ms(16.3), 0)
     assert len(protocol.encode(draft)) == 17
-    commit = protocol.Commit(
-        3, 17, 701, [4000], 0, 1, protocol.brief_ms(0.02), protocol.brief_ms(22.4)
-    )
+    commit = protocol.Commit(3, 17, 701, [4000], 0, 1, protocol.brief_ms(0.02), protocol.brief_ms(22.4))
     assert len(protocol.encode(commit)) == 16
     assert protocol.decode_server(protocol.encode(commit)) == commit
 
@@ -95,9 +89,7 @@ def test_a_rounded_time_is_near_and_takes_five_bytes_at_most(ms: float) -> None:
     brief = protocol.brief_ms(ms)
     assert abs(brief - ms) <= (0.5 if abs(ms) >= 16 else 1 / 32)
     frame = protocol.Draft(0, 0, 0, [], b"", brief, 0)
-    size = len(protocol.encode(frame)) - len(
-        protocol.encode(protocol.Draft(0, 0, 0, [], b"", 0, 0))
-    )
+    size = len(protocol.encode(frame)) - len(protocol.encode(protocol.Draft(0, 0, 0, [], b"", 0, 0)))
     assert size <= 4 or abs(ms) > 2**31
     assert protocol.decode_edge(protocol.encode(frame)) == frame
 

@@ -23,9 +23,7 @@ MODEL = ServedModel("big", "tok-1", 100, 512)
 
 
 def hello(**changes: Any) -> protocol.Hello:
-    return protocol.Hello(
-        **{"protocol": protocol.PROTOCOL_VERSION, "tokenizer": "tok-1", **changes}
-    )
+    return protocol.Hello(**{"protocol": protocol.PROTOCOL_VERSION, "tokenizer": "tok-1", **changes})
 
 
 # --- pure checks ---
@@ -129,9 +127,7 @@ async def running() -> AsyncIterator[RunningServer]:
         await one.server.check_integrity()
 
 
-async def exchange(
-    running: RunningServer, *frames: bytes | str
-) -> tuple[list[protocol.ServerFrame], int]:
+async def exchange(running: RunningServer, *frames: bytes | str) -> tuple[list[protocol.ServerFrame], int]:
     """Send raw frames on a new connection; the frames received until it closed, and the close code."""
     answers: list[protocol.ServerFrame] = []
     async with connect(running.split_url, compression=None, max_size=None) as socket:

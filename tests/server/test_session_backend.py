@@ -23,17 +23,13 @@ async def running() -> AsyncIterator[RunningServer]:
     engine = FakeEngine(128)
     settings = ServerSettings(api_keys=(KEY,), prefill_chunk=16)
     tokenizer = ChatTokenizer(ByteTokenizer())
-    async with running_server(
-        settings, engine=engine, model=engine.served, tokenizer=tokenizer
-    ) as one:
+    async with running_server(settings, engine=engine, model=engine.served, tokenizer=tokenizer) as one:
         yield one
 
 
 @pytest.fixture
 async def client(running: RunningServer) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(
-        base_url=f"{running.http_url}/v1", api_key=KEY, max_retries=0
-    ) as one:
+    async with openai.AsyncOpenAI(base_url=f"{running.http_url}/v1", api_key=KEY, max_retries=0) as one:
         yield one
 
 
@@ -51,9 +47,7 @@ async def test_completion_whole_and_streamed(client: openai.AsyncOpenAI) -> None
     assert whole.choices[0].text == text_of("def f(", 20)
     assert whole.choices[0].finish_reason == "length"
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (6, 20)
-    stream = await client.completions.create(
-        **asked, stream=True, stream_options={"include_usage": True}
-    )
+    stream = await client.completions.create(**asked, stream=True, stream_options={"include_usage": True})
     pieces = [piece async for piece in stream]
     assert "".join(p.choices[0].text for p in pieces if p.choices) == whole.choices[0].text
     assert pieces[-1].usage.completion_tokens == 20
@@ -82,9 +76,7 @@ async def test_chat_seed_and_stop(client: openai.AsyncOpenAI) -> None:
     assert "".join(pieces) == wanted
 
 
-async def test_refusals_state_the_reason(
-    running: RunningServer, client: openai.AsyncOpenAI
-) -> None:
+async def test_refusals_state_the_reason(running: RunningServer, client: openai.AsyncOpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="n = 1"):
         await client.completions.create(model="", prompt="a", n=2)
     with pytest.raises(openai.NotFoundError, match="hash-128"):
@@ -109,9 +101,7 @@ async def test_a_client_that_disconnects_leaves_nothing(running: RunningServer) 
     auth = {"authorization": f"Bearer {KEY}"}
     for stream in (False, True):
         async with httpx.AsyncClient(base_url=running.http_url, headers=auth) as bare:
-            asking = asyncio.create_task(
-                bare.post("/v1/completions", json={**body, "stream": stream})
-            )
+            asking = asyncio.create_task(bare.post("/v1/completions", json={**body, "stream": stream}))
             while not len(manager):
                 assert not asking.done(), asking.result().text
                 await asyncio.sleep(0.001)

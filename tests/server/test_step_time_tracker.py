@@ -139,9 +139,7 @@ async def test_serve_writes_the_log_that_fit_update_reads(folder: Path, tmp_path
     engine = FakeEngine(64)
     settings = ServerSettings(policy="wisp", admit="all", step_log=log)
     async with (
-        running_server(
-            settings, engine=engine, model=engine.served, estimator=estimator
-        ) as running,
+        running_server(settings, engine=engine, model=engine.served, estimator=estimator) as running,
         edge(running.split_url) as one,
     ):
         drafter = FakeDrafter(engine.target, 0.5)
@@ -193,9 +191,7 @@ class FullDisk:
     def flush(self) -> None: ...
 
 
-def test_a_full_disk_ends_the_log_and_not_the_loop(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_full_disk_ends_the_log_and_not_the_loop(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log = StepLog(tmp_path / "steps.jsonl")
     log._file.close()
     log._file = FullDisk()  # type: ignore[assignment]

@@ -194,9 +194,7 @@ class Mirror:
         self.tokens.extend(effect.extend)
 
 
-def interleave(
-    buffer: DraftBuffer, seed: int, right: float, mirror: Mirror
-) -> tuple[list[int], int]:
+def interleave(buffer: DraftBuffer, seed: int, right: float, mirror: Mirror) -> tuple[list[int], int]:
     """Run a buffer against :class:`TinyServer` over links that delay, repeat and cut.
 
     Returns the number of drafts that were accepted, and of those that the server verified."""
@@ -234,9 +232,7 @@ def interleave(
             effect = buffer.on_commit(*downlink.pop(0))
             mirror.follow(effect)
             accepted += effect.accepted
-        elif (
-            action >= 0.98
-        ):  # the link is cut: everything on its way is lost, the session opened anew
+        elif action >= 0.98:  # the link is cut: everything on its way is lost, the session opened anew
             uplink.clear()
             downlink.clear()
             server = TinyServer(PROMPT, truth)
@@ -252,9 +248,7 @@ def interleave(
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 10_000), right=st.sampled_from([0.0, 0.5, 0.9, 1.0]), stream=st.booleans()
-)
+@given(seed=st.integers(0, 10_000), right=st.sampled_from([0.0, 0.5, 0.9, 1.0]), stream=st.booleans())
 def test_any_interleaving_commits_the_servers_text(seed: int, right: float, stream: bool) -> None:
     buffer = DraftBuffer(PROMPT, stream=stream, draft_ahead_limit=8)
     interleave(buffer, seed, right, Mirror(PROMPT))

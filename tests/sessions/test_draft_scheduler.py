@@ -35,9 +35,7 @@ class Bench:
         assert isinstance(settings, DraftingSettings)
         stop = kwargs.pop("stop", ())
         self.buffer = DraftBuffer([1, 2, 3], stream=stream, draft_ahead_limit=8)
-        self.scheduler = DraftScheduler(
-            self.buffer, make_controller(controller, **kwargs), settings, stop
-        )  # type: ignore[arg-type]
+        self.scheduler = DraftScheduler(self.buffer, make_controller(controller, **kwargs), settings, stop)  # type: ignore[arg-type]
         self.scheduler.committed(self.buffer.on_commit(4, [4]), 0)
 
     def run(
@@ -241,9 +239,7 @@ def test_a_round_drafted_in_one_call_a_token_is_the_round_drafted_in_three(
         buffer = DraftBuffer([1, 2], draft_ahead_limit=draft_ahead, end=200)
         buffer.waiting = False
         controller = make_controller("wisp", k_max=k_max)
-        scheduler = DraftScheduler(
-            buffer, controller, DraftingSettings(draft_ahead=draft_ahead), stop
-        )
+        scheduler = DraftScheduler(buffer, controller, DraftingSettings(draft_ahead=draft_ahead), stop)
         assert scheduler.due(context) is None
         return buffer, scheduler
 
@@ -263,9 +259,7 @@ def test_a_round_drafted_in_one_call_a_token_is_the_round_drafted_in_three(
         right = len(out.tokens) // 2
         for buffer, scheduler in ((one, fast), (other, plain)):
             tokens = [*out.tokens[:right], 999]
-            effect = buffer.on_commit(
-                buffer.committed_len + right + 1, tokens, right, len(out.tokens)
-            )
+            effect = buffer.on_commit(buffer.committed_len + right + 1, tokens, right, len(out.tokens))
             scheduler.committed(effect, len(out.tokens))
             assert scheduler.due(context) is None
     assert rounds >= len(confidences) // max(k_max, draft_ahead) - 1

@@ -105,9 +105,7 @@ def test_an_asynchronous_session_drafts_on_without_a_commit() -> None:
 def test_drafts_that_are_worked_out_at_once_leave_like_single_steps() -> None:
     single, at_once = opened(stream=True, draft_ahead=8), opened(stream=True, draft_ahead=8)
     assert at_once.next_frame(100.0) is None
-    frames = [
-        at_once.drafted(token(value), 5.0, 105.0 + 5.0 * n) for n, value in enumerate(range(5, 11))
-    ]
+    frames = [at_once.drafted(token(value), 5.0, 105.0 + 5.0 * n) for n, value in enumerate(range(5, 11))]
     assert [f for f in frames if f is not None] == draft(single, *range(5, 11))
 
 

@@ -193,9 +193,7 @@ def test_length_and_context_limits() -> None:
     assert (done.finished, done.committed_len) == ("context", 6)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"max_context": 4}, {"max_new": 0}, {"generated": 4}, {"cached": 4}]
-)
+@pytest.mark.parametrize("changes", [{"max_context": 4}, {"max_new": 0}, {"generated": 4}, {"cached": 4}])
 def test_impossible_sessions_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError):
         make(**changes)
@@ -306,11 +304,7 @@ def sound(session: SessionState) -> None:
     assert counters.drafted == counters.accepted + counters.matched + counters.wasted + len(
         session.pending_drafts
     )
-    assert (
-        len(session.pending_drafts)
-        == len(session.pending_acceptance_probs)
-        <= session.max_pending_drafts
-    )
+    assert len(session.pending_drafts) == len(session.pending_acceptance_probs) <= session.max_pending_drafts
     assert session.cached <= session.committed_len
 
 

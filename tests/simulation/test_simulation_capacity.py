@@ -60,8 +60,7 @@ def test_server_only_capacity_is_its_formula() -> None:
 @pytest.mark.parametrize("name", ["server-only", "fcfs", "wispprof"])
 def test_a_stricter_slo_never_raises_capacity(name: str) -> None:
     found = [
-        capacity(scenario(name, slo), start=8, most=32, tolerance=0.1).devices
-        for slo in (7.0, 10.0, 15.0)
+        capacity(scenario(name, slo), start=8, most=32, tolerance=0.1).devices for slo in (7.0, 10.0, 15.0)
     ]
     assert found == sorted(found, reverse=True)
     assert found[0] > 0
@@ -87,18 +86,14 @@ _REPORT = simulate(replace(scenario("server-only", 1.0), seconds=2.0, warmup_s=0
 def test_the_search_finds_the_edge_whatever_its_width(
     limit: int, wide: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        search, "run_all", lambda many, executor: [_report_for(s, limit) for s in many]
-    )
+    monkeypatch.setattr(search, "run_all", lambda many, executor: [_report_for(s, limit) for s in many])
     found = capacity(scenario("fcfs", 1.0), start=4, tolerance=0.0, wide=wide)
     assert found.devices == limit
     assert [size for size, _ in found.probes] == sorted({size for size, _ in found.probes})
 
 
 def test_the_search_says_when_it_met_its_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        search, "run_all", lambda many, executor: [_report_for(s, 999) for s in many]
-    )
+    monkeypatch.setattr(search, "run_all", lambda many, executor: [_report_for(s, 999) for s in many])
     found = capacity(scenario("fcfs", 1.0), start=4, most=50)
     assert (found.devices, found.bounded) == (50, False)
 
@@ -122,9 +117,7 @@ def test_unknown_systems_are_named() -> None:
         ("wispprof:WispprofPolicy", "wispprof", "wispprof"),
     ],
 )
-def test_a_batching_policy_of_a_module_is_a_system(
-    policy: str, label: str, controller: str
-) -> None:
+def test_a_batching_policy_of_a_module_is_a_system(policy: str, label: str, controller: str) -> None:
     name = f"wispprof.policies.{policy}"
     found = system(name)
     assert (found.label, found.controller) == (name, controller)

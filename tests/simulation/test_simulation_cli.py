@@ -31,9 +31,7 @@ def test_two_systems_give_one_document() -> None:
 
 
 def test_capacity_and_a_replayed_trace(tmp_path: Path) -> None:
-    found = run(
-        "simulate", *QUICK, "--capacity", "--policy", "server-only", "--slo", "12", "--jobs", "1"
-    )
+    found = run("simulate", *QUICK, "--capacity", "--policy", "server-only", "--slo", "12", "--jobs", "1")
     assert found.exit_code == 0, found.output
     trace = tmp_path / "t.jsonl"
     rows = [{"timestamp": 500 * i, "input_length": 9, "output_length": 5} for i in range(6)]
@@ -62,9 +60,7 @@ def test_faults_are_one_line(arguments: list[str], word: str) -> None:
 
 def test_a_comparison_fits_eighty_columns() -> None:
     names = ("capacity at 2 tok/s, wisp", "capacity at 2 tok/s, wisp / server-only", "speed, alone")
-    figures = tuple(
-        Figure(name, 1.691, {f"setup {i}": 1.6 + i for i in range(5)}) for name in names
-    )
+    figures = tuple(Figure(name, 1.691, {f"setup {i}": 1.6 + i for i in range(5)}) for name in names)
     found = ReproducedTable("t", "c", 0.2, {f"setup {i}": "why " * 40 for i in range(5)}, figures)
     console = Console(width=80, file=StringIO())
     console.print(comparison_table(found))

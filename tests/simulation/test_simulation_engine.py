@@ -157,9 +157,7 @@ def test_proactive_drafting_hides_drafting_time() -> None:
         chosen = system("fcfs").replace(
             controller_options={"k": 4}, drafting=DraftingSettings(proactive=ahead)
         )
-        return simulate(
-            fleet("fcfs", 1, system=chosen, acceptance=SyntheticAcceptance(0.95))
-        ).throughput
+        return simulate(fleet("fcfs", 1, system=chosen, acceptance=SyntheticAcceptance(0.95))).throughput
 
     assert speed(6) > 1.1 * speed(0)
 
@@ -172,9 +170,7 @@ def test_a_rest_costs_every_round_what_it_adds() -> None:
     def run(device: DeviceProfile, ahead: int) -> tuple[float, float]:
         chosen = replace(system("fcfs"), drafting=DraftingSettings(proactive=ahead))
         sure = SyntheticAcceptance(0.999, concentration=1e6)
-        report = simulate(
-            fleet("fcfs", 1, system=chosen, devices=((device, 1.0),), acceptance=sure)
-        )
+        report = simulate(fleet("fcfs", 1, system=chosen, devices=((device, 1.0),), acceptance=sure))
         return report.counters.drafting_ms / report.counters.drafted, report.tpot_ms[0]
 
     k = system("fcfs").controller_options["k"]
@@ -252,9 +248,7 @@ def test_a_request_that_can_never_fit_is_refused_and_others_go_on() -> None:
     [
         lambda s: (ScheduledItem(s[0].session), ScheduledItem(s[0].session)),
         lambda s: (ScheduledItem("nobody"),),
-        lambda s: tuple(
-            ScheduledItem(v.session, prefill=v.prompt_left) for v in s if v.prompt_left
-        ),
+        lambda s: tuple(ScheduledItem(v.session, prefill=v.prompt_left) for v in s if v.prompt_left),
     ],
 )
 def test_a_policy_beyond_its_limits_is_caught(plan) -> None:  # type: ignore[no-untyped-def]

@@ -148,8 +148,7 @@ def test_impossible_links_are_refused() -> None:
 
 def test_a_device_from_its_profile_rows() -> None:
     rows = [
-        EdgeRow(f"s{c}", "draft_step", c, (10.0 + c / 100.0,) * 3, energy_j=0.05)
-        for c in (0, 100, 400, 800)
+        EdgeRow(f"s{c}", "draft_step", c, (10.0 + c / 100.0,) * 3, energy_j=0.05) for c in (0, 100, 400, 800)
     ]
     rows.append(EdgeRow("p", "prefill", 0, (128.0,), tokens=256))
     rows.append(EdgeRow("c", "controller", 0, (0.02,)))
@@ -218,9 +217,7 @@ def _trace(depth: int = 4, length: int = 40) -> AcceptanceTrace:
                 wrong = wrong or place % 5 == number
                 truth = int(path[place]) if place < length else 0
                 drafts[row, j] = 1000 + place if wrong or place >= length else truth
-            hits = drafts[row] == [
-                int(path[row + j]) if row + j < length else -1 for j in range(depth)
-            ]
+            hits = drafts[row] == [int(path[row + j]) if row + j < length else -1 for j in range(depth)]
             accepted[row] = int(np.cumprod(hits).sum())
         features = rng.random((length, depth, 4)).astype(np.float32)
         # Within one text the features of a position do not depend on where the draft began.
@@ -287,15 +284,11 @@ def test_rolling_back_further_than_held_is_refused() -> None:
 
 # --- costs ---
 
-ITEMS = st.lists(
-    st.tuples(st.integers(1, 64), st.integers(0, 4000), st.booleans()), min_size=1, max_size=12
-)
+ITEMS = st.lists(st.tuples(st.integers(1, 64), st.integers(0, 4000), st.booleans()), min_size=1, max_size=12)
 
 
 @given(ITEMS, st.tuples(st.integers(1, 64), st.integers(0, 4000), st.booleans()))
-def test_costs_never_fall_and_add_up(
-    items: list[tuple[int, int, bool]], more: tuple[int, int, bool]
-) -> None:
+def test_costs_never_fall_and_add_up(items: list[tuple[int, int, bool]], more: tuple[int, int, bool]) -> None:
     for cost in (
         LinearCost(10.0, 0.2, 1e-4, 1e-6, 0.05, floor_rows=8),
         WithoutPrefixCache(LinearCost(10.0, 0.2)),
@@ -333,9 +326,7 @@ def test_nonsense_costs_are_refused() -> None:
     st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9000)), min_size=1, max_size=6),
     st.sampled_from([0, 24]),
 )
-def test_linear_costs_price_many_batches_as_they_price_one(
-    items: list[tuple[int, int]], floor: int
-) -> None:
+def test_linear_costs_price_many_batches_as_they_price_one(items: list[tuple[int, int]], floor: int) -> None:
     cost = LinearCost(18.0, row_ms=0.2, kv_ms=1e-4, pair_ms=1e-6, item_ms=0.05, floor_rows=floor)
     new, cached = (np.array(column) for column in zip(*items, strict=True))
     batch = cost.start().add(3, 700)

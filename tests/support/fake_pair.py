@@ -36,13 +36,9 @@ def linear_cost(fixed_ms: float = 8.0) -> LinearCost:
     return LinearCost(fixed_ms, row_ms=0.3, kv_ms=0.001)
 
 
-def in_process(
-    policy: str = "fcfs", cost: LinearCost | None = None, **options: object
-) -> InProcessServer:
+def in_process(policy: str = "fcfs", cost: LinearCost | None = None, **options: object) -> InProcessServer:
     """A server of the hash target, to be entered on the running loop."""
-    return InProcessServer(
-        FakeEngine(), make_batch_policy(policy, **options), cost or linear_cost()
-    )
+    return InProcessServer(FakeEngine(), make_batch_policy(policy, **options), cost or linear_cost())
 
 
 def truth(prompt: Sequence[int], count: int, sampling: Sampling | None = None) -> list[int]:
@@ -88,9 +84,7 @@ def edge(connect: ConnectionFactory, **settings: object) -> EdgeClient:
     return EdgeClient(connect, ClientSettings(**settings))  # type: ignore[arg-type]
 
 
-def hash_trace(
-    paths: int = 4, length: int = 40, depth: int = 6, accuracy: float = 0.75
-) -> AcceptanceTrace:
+def hash_trace(paths: int = 4, length: int = 40, depth: int = 6, accuracy: float = 0.75) -> AcceptanceTrace:
     """What profiling would record of the hash pair: exact, and quick."""
     target = FakeTarget()
     made = []

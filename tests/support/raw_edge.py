@@ -52,9 +52,7 @@ class Edge:
         **more: Any,
     ) -> list[int]:
         """Run one session to its end with rounds of ``k`` drafts; returns the output."""
-        frame = await self.run(
-            number, prompt, max_new, k=k, drafter=drafter, sampling=sampling, **more
-        )
+        frame = await self.run(number, prompt, max_new, k=k, drafter=drafter, sampling=sampling, **more)
         if isinstance(frame, protocol.Problem):
             raise AssertionError(f"refused: {frame}")
         return frame
@@ -86,9 +84,7 @@ class Edge:
                 **more,
             )
         )
-        path = DraftBuffer(
-            prompt, stream=self.welcome.stream, draft_ahead_limit=k, end=len(prompt) + max_new
-        )
+        path = DraftBuffer(prompt, stream=self.welcome.stream, draft_ahead_limit=k, end=len(prompt) + max_new)
         if drafter is not None:
             drafter.open(prompt, sampling)
         while True:

@@ -33,9 +33,7 @@ async def echo() -> Connection:
     return Echo()
 
 
-def round_trips(
-    settings: LinkSettings, frames: int = 30, size: int = 10, gap_s: float = 0.0
-) -> list[float]:
+def round_trips(settings: LinkSettings, frames: int = 30, size: int = 10, gap_s: float = 0.0) -> list[float]:
     """Arrival times (ms) of frames sent ``gap_s`` apart, checked for order."""
 
     async def main() -> list[float]:

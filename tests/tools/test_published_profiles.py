@@ -22,9 +22,7 @@ def test_derived_speeds_give_the_published_goodput_back(name, choice):
         assert 5 < watts < 60
 
 
-@pytest.mark.parametrize(
-    "entry", [e for e in PUBLISHED if len(e.choices) > 1], ids=lambda e: e.name
-)
+@pytest.mark.parametrize("entry", [e for e in PUBLISHED if len(e.choices) > 1], ids=lambda e: e.name)
 def test_choices_of_one_device_agree(entry):
     """Two cells of the table, rounded to two digits, must tell the same energy of a drafted token."""
     energies = [choice.draft_energy_j for choice in entry.choices]

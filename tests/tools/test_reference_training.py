@@ -20,9 +20,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> LlamaForCausalLM:
     monkeypatch.setattr(distil, "DRAFT", TINY)
     monkeypatch.setattr(distil, "PROMPT", 8)
     torch.manual_seed(3)
-    config = train.Shape(
-        hidden=48, layers=2, heads=2, kv_heads=1, mlp=64, head_dim=16, vocab=96
-    ).config()
+    config = train.Shape(hidden=48, layers=2, heads=2, kv_heads=1, mlp=64, head_dim=16, vocab=96).config()
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
@@ -38,9 +36,7 @@ def test_divergence_is_the_kl_when_every_token_is_kept() -> None:
     torch.manual_seed(0)
     target, draft = torch.randn(2, 5, 40), torch.randn(2, 5, 40)
     log_p, top = target.log_softmax(-1).sort(descending=True)
-    whole = F.kl_div(
-        draft.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="none"
-    )
+    whole = F.kl_div(draft.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="none")
     found = distil.divergence(draft, top, log_p)
     torch.testing.assert_close(found, whole.sum(-1).mean(), atol=2e-5, rtol=1e-4)
 
@@ -110,9 +106,7 @@ def test_a_draft_comes_nearer_to_its_target_and_resumes_where_it_stopped(
             if step == stop_at:
                 raise KeyboardInterrupt
 
-        return distil.train_draft(
-            tiny, logits, logits, RECIPE, tmp_path / folder, progress, resume=True
-        )
+        return distil.train_draft(tiny, logits, logits, RECIPE, tmp_path / folder, progress, resume=True)
 
     whole: list[float] = []
     straight = draft("straight", whole)

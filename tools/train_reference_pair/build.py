@@ -90,13 +90,9 @@ def build_draft(out: Path, work: Path, report: Reporter, recipe: train.Recipe) -
     target.eval().requires_grad_(False)
     own = _own_text_logits(target, stream, recipe, work, report)
     files = _file_logits(target, stream, recipe, work, report)
-    draft = distil.train_draft(
-        target, own, files, recipe, work / "draft", report("draft"), resume=True
-    )
+    draft = distil.train_draft(target, own, files, recipe, work / "draft", report("draft"), resume=True)
     train.write_model(draft, tokenizer_file, out / "draft")
-    train.write_log(
-        out, "draft", recipe, distil.DRAFT, draft, own.tokens.numel() + files.tokens.numel()
-    )
+    train.write_log(out, "draft", recipe, distil.DRAFT, draft, own.tokens.numel() + files.tokens.numel())
 
 
 def build_pair(

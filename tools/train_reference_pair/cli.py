@@ -16,18 +16,14 @@ if TYPE_CHECKING:
 
 BUNDLED = "models/reference-pair"
 
-app = typer.Typer(
-    no_args_is_help=True, help="Train the small bundled draft and target, or evaluate a pair."
-)
+app = typer.Typer(no_args_is_help=True, help="Train the small bundled draft and target, or evaluate a pair.")
 
 
 @app.command("train")
 def train(
     out: Annotated[Path, typer.Option(help="Folder that gets target/ and draft/.")],
     work: Annotated[Path, typer.Option(help="Folder of checkpoints; training resumes from it.")],
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Delete the work folder and start over.")
-    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the work folder and start over.")] = False,
     keep_target: Annotated[
         bool,
         typer.Option("--keep-target", help="Distil a new draft for the target that --out holds."),

@@ -45,9 +45,7 @@ class TeacherLogits:
 
 
 @torch.inference_mode()
-def write_text(
-    target: LlamaForCausalLM, stream: Tensor, rows: int, length: int, seed: int
-) -> Tensor:
+def write_text(target: LlamaForCausalLM, stream: Tensor, rows: int, length: int, seed: int) -> Tensor:
     """``rows`` texts of ``length`` tokens: a crop of the training files, continued by the target.
 
     The first half is greedy, the second sampled at T = 1.
@@ -67,9 +65,7 @@ def write_text(
 
 
 @torch.inference_mode()
-def query_teacher(
-    target: LlamaForCausalLM, tokens: Tensor, rows: int, progress: Progress
-) -> TeacherLogits:
+def query_teacher(target: LlamaForCausalLM, tokens: Tensor, rows: int, progress: Progress) -> TeacherLogits:
     """The target's distributions over ``tokens`` (texts, length), ``rows`` texts at a time."""
     tops, log_ps = [], []
     for first in range(0, len(tokens), rows):

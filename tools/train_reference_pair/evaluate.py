@@ -117,7 +117,5 @@ def agreement_table(
     rows = [tokenizer(t, add_special_tokens=False).input_ids for t in texts]
     length = context + positions
     ids = torch.tensor([row[:length] for row in rows if len(row) >= length][:files])
-    p, q = (
-        model(ids, use_cache=False).logits[:, context:].flatten(0, 1) for model in (target, draft)
-    )
+    p, q = (model(ids, use_cache=False).logits[:, context:].flatten(0, 1) for model in (target, draft))
     return [acceptance_rates(p, q, sampling, draws=16) for sampling in samplings]

@@ -113,9 +113,7 @@ def check_schema(path: Path, what: str, found: object, known: int) -> None:
     """Refuse a schema that this version does not read."""
     command = COMMANDS.get(what, "the command that wrote it")
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-        raise ArtifactDamaged(
-            f"{what} {path} states no schema version.", f"Make it anew with {command}."
-        )
+        raise ArtifactDamaged(f"{what} {path} states no schema version.", f"Make it anew with {command}.")
     if found > known:
         raise ArtifactTooNew(
             f"{what} {path} has schema {found}; this version reads schema {known}.",

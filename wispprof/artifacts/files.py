@@ -111,9 +111,7 @@ def parse_json(data: bytes, where: str) -> Any:
             "Restore it or make it anew.",
         ) from None
     except (ValueError, RecursionError) as err:
-        raise ArtifactDamaged(
-            f"{where} is not valid JSON: {err}.", "Restore it or make it anew."
-        ) from None
+        raise ArtifactDamaged(f"{where} is not valid JSON: {err}.", "Restore it or make it anew.") from None
 
 
 def convert(value: object, kind: Any, where: str, hint: str = "Restore it or make it anew.") -> Any:

@@ -40,9 +40,7 @@ class RowJournal:
         self.path = Path(path)
         self.kind = kind
         self.rows: list[Row] = []
-        first = seal_line(
-            {"format": FORMAT, "schema": PROFILE_SCHEMA, "kind": kind, "header": dict(header)}
-        )
+        first = seal_line({"format": FORMAT, "schema": PROFILE_SCHEMA, "kind": kind, "header": dict(header)})
         exists = self.path.exists() and self.path.stat().st_size > 0
         if exists and resume:
             self._recover(first)

@@ -209,9 +209,7 @@ def encode_row(row: Row) -> bytes:
 
 def seal_line(body: dict[str, Any]) -> bytes:
     """A JSON object as one line that ends in its own checksum."""
-    text = json.dumps(
-        body, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=files.plain
-    )
+    text = json.dumps(body, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=files.plain)
     return seal_text(text)
 
 
@@ -253,9 +251,7 @@ def decode_row(line: bytes, profile: str, where: str) -> Row:
             blocks: Blocks = getattr(row, name)
             count = sum(count for _, count in blocks)
             if blocks and count != len(samples):
-                raise damaged(
-                    where, f"{name!r} gives {count} samples, the row holds {len(samples)}"
-                )
+                raise damaged(where, f"{name!r} gives {count} samples, the row holds {len(samples)}")
     return row
 
 

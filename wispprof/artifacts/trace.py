@@ -78,9 +78,7 @@ def load_trace(path: Path) -> AcceptanceTrace:
             f"the file ends here with {len(paths)} paths, its header says {header.paths}",
         )
     if files.content_hash(b"".join(lines[1:])) != header.hash:
-        raise damaged(
-            str(path), "every line is whole, but they are not the lines that were written"
-        )
+        raise damaged(str(path), "every line is whole, but they are not the lines that were written")
     pair = (header.target, header.draft, header.tokenizer_hash)
     return AcceptanceTrace(*pair, header.sampling, tuple(paths), header.meta)
 

@@ -152,9 +152,7 @@ def _step_figures(steps: Sequence[StepSample]) -> dict[str, float]:
         "step_p50_ms": float(np.median(actual)),
         "step_predicted_p50_ms": float(np.median(predicted)),
         "step_error": float(np.median(error)) if known.any() else math.nan,
-        "step_within_bound": float((actual <= bound)[bound > 0].mean())
-        if known.any()
-        else math.nan,
+        "step_within_bound": float((actual <= bound)[bound > 0].mean()) if known.any() else math.nan,
     }
 
 

@@ -116,9 +116,7 @@ class _Fleet:
         watch: StepWatch | None,
     ) -> None:
         if not trace.paths:
-            raise ProfileError(
-                "The trace has no paths.", "Record one with `wispprof profile-edge`."
-            )
+            raise ProfileError("The trace has no paths.", "Record one with `wispprof profile-edge`.")
         self.settings = settings
         self.trace = trace
         self.connect, self.watch = _resolve_server(server, watch, settings.access.ca_file)
@@ -141,8 +139,7 @@ class _Fleet:
         settings = self.settings
         rng = Random(settings.seed)
         clients = [
-            EdgeClient(self._connection_factory(i), self._client_settings(i))
-            for i in range(settings.devices)
+            EdgeClient(self._connection_factory(i), self._client_settings(i)) for i in range(settings.devices)
         ]
         entered: list[EdgeClient] = []
         try:
@@ -261,9 +258,7 @@ class _Fleet:
         link = self.settings.link
         if link.rtt_ms == 0 and link.jitter_ms == 0 and link.loss == 0:
             return self.connect
-        return emulate_link(
-            self.connect, LinkSettings(link, seed=self.settings.seed * 1000 + number)
-        )
+        return emulate_link(self.connect, LinkSettings(link, seed=self.settings.seed * 1000 + number))
 
     def _client_settings(self, number: int) -> ClientSettings:
         return ClientSettings(

@@ -52,16 +52,12 @@ COMMANDS = (
     Entry("Decide", "plan", "Make a plan, or show, explain, compare and export one."),
     Entry("Decide", "simulate", "Simulate a fleet of edges on one server under several policies."),
     Entry("Decide", "reproduce", "Compare published results with the simulator's.", "simulate"),
-    Entry(
-        "Decide", "report", "Write a self-contained HTML report of a folder of artifacts.", "start"
-    ),
+    Entry("Decide", "report", "Write a self-contained HTML report of a folder of artifacts.", "start"),
     Entry("Run", "serve", "Verify the drafts of many edges with one target model."),
     Entry("Run", "edge", "Serve an OpenAI-compatible API on this device."),
     Entry("Run", "generate", "Generate text: this device drafts, the server verifies.", "edge"),
     Entry("Run", "chat", "Chat with the target; an empty line or Ctrl-D ends.", "edge"),
-    Entry(
-        "Run", "bench", "Load a running server with replayed edges; print their metrics.", "serve"
-    ),
+    Entry("Run", "bench", "Load a running server with replayed edges; print their metrics.", "serve"),
     Entry("Run", "link", "Emulate a link: a proxy with delay, jitter, loss and stalls.", "edge"),
 )
 

@@ -65,9 +65,7 @@ def chat(
     async def main() -> None:
         async with open_edge(settings) as runtime:
             if not runtime.tokenizer.has_chat_template:
-                console.note(
-                    "This model has no chat template: it continues the conversation as text."
-                )
+                console.note("This model has no chat template: it continues the conversation as text.")
             messages = [{"role": "system", "content": system}] if system else []
             turn = 0
             while text := await asyncio.to_thread(_read_line):
@@ -111,9 +109,7 @@ def link(
 
     far_host, _, far_port = target.rpartition(":")
     if not far_host or not far_port.isdigit():
-        raise console.fail(
-            f"Expected HOST:PORT, got {target!r}.", "Example: 127.0.0.1:8200", console.USAGE
-        )
+        raise console.fail(f"Expected HOST:PORT, got {target!r}.", "Example: 127.0.0.1:8200", console.USAGE)
 
     async def main() -> None:
         async with LinkProxy(host, port, far_host, int(far_port), settings) as proxy:

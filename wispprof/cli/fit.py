@@ -41,9 +41,7 @@ def fit(settings: FitSettings, as_json: JsonFlag = False) -> None:
             "noise": found.noise,
             "repeat_error": found.repeat_error,
             "noise_floor": {f"{level:g}": ratio for level, ratio in found.noise_floor.items()},
-            "speed_corrected_floor": {
-                f"{k:g}": ratio for k, ratio in found.speed_corrected_floor.items()
-            },
+            "speed_corrected_floor": {f"{k:g}": ratio for k, ratio in found.speed_corrected_floor.items()},
             "groups": found.groups,
             "regimes": found.regimes,
             "splits": found.splits,
@@ -180,10 +178,7 @@ def _show_predictor(report: dict[str, Any]) -> None:
     shown = table(
         "Rejection predictors, scored on held-out prompts",
         "predictor|AUC:.3f|false acceptance at 80 % recall:.3f|ECE:.3f|log loss:.3f",
-        (
-            (_chosen(name, report), *(row[k] for k in figures))
-            for name, row in report["held_out"].items()
-        ),
+        ((_chosen(name, report), *(row[k] for k in figures)) for name, row in report["held_out"].items()),
     )
     output().print(shown)
     output().print(report["explanation"], markup=False)

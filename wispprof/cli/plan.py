@@ -72,9 +72,7 @@ def make(
     if link:
         measured = tuple(map(link_rtt_ms, link))
         rtts_ms = measured if rtts_ms == PlanSettings().rtts_ms else (*rtts_ms, *measured)
-    settings = replace(
-        settings, rtts_ms=tuple(sorted(set(rtts_ms))), slos=tuple(sorted(set(settings.slos)))
-    )
+    settings = replace(settings, rtts_ms=tuple(sorted(set(rtts_ms))), slos=tuple(sorted(set(settings.slos))))
     with tracker("plan") as report:
         plan = plan_files(estimator, edge or (), device or (), trace or (), settings, report)
     save_plan(plan, out)
@@ -103,9 +101,7 @@ def show(
 
 
 def explain_cell(
-    cell: Annotated[
-        str, typer.Argument(help="DEVICE/RTT/LOAD/SLO, optionally with /stream or /round.")
-    ],
+    cell: Annotated[str, typer.Argument(help="DEVICE/RTT/LOAD/SLO, optionally with /stream or /round.")],
     plan: Annotated[Path, typer.Option("--plan", help="The plan file.")] = Path("plan.json"),
     as_json: JsonFlag = False,
 ) -> None:
@@ -121,9 +117,7 @@ def explain_cell(
 def diff(
     before: PlanFile,
     after: PlanFile,
-    all_fields: Annotated[
-        bool, typer.Option("--all", help="Every field, not only the decisions.")
-    ] = False,
+    all_fields: Annotated[bool, typer.Option("--all", help="Every field, not only the decisions.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Compare the draft-length tables of two plans."""
@@ -132,9 +126,7 @@ def diff(
 
     changes = compare(load_plan(before), load_plan(after))
     if not all_fields:
-        changes = [
-            c for c in changes if c.field in ("cell", "k", "draft_ahead", "feasible", "stop")
-        ]
+        changes = [c for c in changes if c.field in ("cell", "k", "draft_ahead", "feasible", "stop")]
     shown = table(
         f"{len(changes)} differences",
         "cell|field|before:g|after:g",

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from wispprof.profiling.profile_run import SweepPlan
 
 Resume = Annotated[bool, typer.Option("--resume", help="Continue at the next missing row.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="List the workloads and the expected time.")
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List the workloads and the expected time.")]
 TraceServer = Annotated[
     str, typer.Option(help="Running server that generates the trace's paths instead of --model.")
 ]
@@ -84,16 +82,10 @@ def profile_edge(
     sampling: SamplingSettings,
     access: ServerAccess,
     precision: PrecisionSettings,
-    contexts: Annotated[
-        str, typer.Option(help="Cached tokens under a draft step, such as 64-4096*2.")
-    ] = "",
+    contexts: Annotated[str, typer.Option(help="Cached tokens under a draft step, such as 64-4096*2.")] = "",
     chunks: Annotated[str, typer.Option(help="Tokens prefilled at once, such as 64,256.")] = "",
-    trace: Annotated[
-        Path | None, typer.Option(help="Also take an acceptance trace into this file.")
-    ] = None,
-    model: Annotated[
-        str, typer.Option(help="Target model of the trace; default: the bundled one.")
-    ] = "",
+    trace: Annotated[Path | None, typer.Option(help="Also take an acceptance trace into this file.")] = None,
+    model: Annotated[str, typer.Option(help="Target model of the trace; default: the bundled one.")] = "",
     server: TraceServer = "",
     out: Out = Path("edge"),
     resume: Resume = False,
@@ -118,9 +110,7 @@ def profile_edge(
     if dry_run:
         _announce(edge_profiler.plan_edge(settings), as_json)
         return
-    profile = _keep_rows(
-        out, "profile-edge", lambda report: edge_profiler.profile_edge(settings, report)
-    )
+    profile = _keep_rows(out, "profile-edge", lambda report: edge_profiler.profile_edge(settings, report))
     if trace is not None:
         wanted = TraceSettings(
             target=model,
@@ -208,9 +198,7 @@ def _keep_rows(out: Path, name: str, run: Callable[[Any], Any]) -> Any:
         journal = journal_path(out)
         if journal.exists():
             rows = max(0, journal.read_bytes().count(b"\n") - 1)
-            message = (
-                f"Interrupted. {rows} finished blocks are in {journal}; continue with --resume."
-            )
+            message = f"Interrupted. {rows} finished blocks are in {journal}; continue with --resume."
         else:
             message = "Interrupted before the first row; nothing was written."
         console().print(message, style="yellow", markup=False)

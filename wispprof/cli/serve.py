@@ -100,12 +100,8 @@ def _resolved(server: VerificationServer, settings: ServerSettings, port: int) -
         limits = f"{settings.max_items} items, {settings.max_tokens} tokens"
         limits += f", prefill chunk {settings.prefill_chunk}"
     else:
-        limits = (
-            f"{row.max_items} items, {row.token_budget} tokens, prefill chunk {row.prefill_chunk}"
-        )
-        limits += (
-            f" (plan row {row.tokens_per_s:g} tokens/s, load {row.load_level}; adapts to load)"
-        )
+        limits = f"{row.max_items} items, {row.token_budget} tokens, prefill chunk {row.prefill_chunk}"
+        limits += f" (plan row {row.tokens_per_s:g} tokens/s, load {row.load_level}; adapts to load)"
     rows: dict[str, Any] = {
         "target": f"{server.model.id} ({settings.dtype}, context {server.model.max_context})",
         "tokenizer": server.model.tokenizer[:16] or "none",
@@ -138,9 +134,7 @@ def bench(
             "or a shipped one such as rpi-5); repeatable, for a mixed fleet."
         ),
     ] = ["medium"],
-    k: Annotated[
-        int | None, typer.Option(min=0, help="Draft length of a fixed controller.")
-    ] = None,
+    k: Annotated[int | None, typer.Option(min=0, help="Draft length of a fixed controller.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Load a running server with replayed edges; print their metrics.

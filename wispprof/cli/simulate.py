@@ -44,9 +44,7 @@ def simulate(settings: SimulationSettings, jobs: Jobs = None, as_json: JsonFlag 
     result(document, shown, as_json)
 
 
-def _runs(
-    scenarios: list[Any], violations: float, jobs: int | None
-) -> tuple[dict[str, Any], Table]:
+def _runs(scenarios: list[Any], violations: float, jobs: int | None) -> tuple[dict[str, Any], Table]:
     from wispprof.simulation.capacity_search import run_all, workers
 
     with (
@@ -57,9 +55,7 @@ def _runs(
     return {"runs": [asdict(r) for r in reports]}, _report_table(reports)
 
 
-def _capacities(
-    scenarios: list[Any], violations: float, jobs: int | None
-) -> tuple[dict[str, Any], Table]:
+def _capacities(scenarios: list[Any], violations: float, jobs: int | None) -> tuple[dict[str, Any], Table]:
     import os
 
     from wispprof.simulation.capacity_search import capacity, workers
@@ -92,14 +88,10 @@ def _capacities(
                 }
             )
     columns = "system|devices|SLO met:.1%|goodput|step ms|runs"
-    return {"capacities": found}, table(
-        f"Capacity within {violations:.0%} violations", columns, rows
-    )
+    return {"capacities": found}, table(f"Capacity within {violations:.0%} violations", columns, rows)
 
 
-def _write_curves(
-    settings: SimulationSettings, document: Mapping[str, Any], notes: tuple[str, ...]
-) -> None:
+def _write_curves(settings: SimulationSettings, document: Mapping[str, Any], notes: tuple[str, ...]) -> None:
     """Write the curves of a capacity search as an artifact that ``wispprof report`` draws."""
     from wispprof.artifacts import write_document
     from wispprof.reporting import CAPACITY_KIND

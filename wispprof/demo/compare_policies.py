@@ -36,9 +36,7 @@ def make_engine(settings: DemoSettings, measured: Measured) -> TorchEngine:
 
 
 @asynccontextmanager
-async def serving(
-    name: str, engine: TorchEngine, measured: Measured
-) -> AsyncIterator[RunningServer]:
+async def serving(name: str, engine: TorchEngine, measured: Measured) -> AsyncIterator[RunningServer]:
     """A server on a loopback port with the batching policy of system ``name``.
 
     All systems get the same estimator and step limits, so that the comparison is fair.
@@ -65,9 +63,7 @@ async def serving(
         )
 
 
-async def answer(
-    settings: DemoSettings, measured: Measured, engine: TorchEngine, stage: Stage
-) -> Answer:
+async def answer(settings: DemoSettings, measured: Measured, engine: TorchEngine, stage: Stage) -> Answer:
     """Generate an answer with a real draft model and server; writes ``answer.json``."""
     from wispprof.edge.edge_runtime import Prompt, open_edge
     from wispprof.settings.edge_settings import EdgeSettings
@@ -145,9 +141,7 @@ async def compare(
             )
             report = stage(f"bench {name}")
             async with serving(name, engine, measured) as running:
-                result = await fleet.bench(
-                    load, running.split_url, settings.out / "trace.jsonl", report
-                )
+                result = await fleet.bench(load, running.split_url, settings.out / "trace.jsonl", report)
             bench = Bench.of_result(result)
             write_document(
                 settings.out / f"bench-{name}.json",

@@ -48,9 +48,7 @@ def installation(_: DoctorContext) -> Finding:
         )
     python = ".".join(map(str, sys.version_info[:3]))
     own = importlib.metadata.version("wispprof")
-    return Finding(
-        "installation", "ok", f"wispprof {own}, Python {python}, {len(needed)} required packages"
-    )
+    return Finding("installation", "ok", f"wispprof {own}, Python {python}, {len(needed)} required packages")
 
 
 def devices(_: DoctorContext) -> Finding:
@@ -80,9 +78,7 @@ def devices(_: DoctorContext) -> Finding:
 def threads(context: DoctorContext) -> Finding:
     """``OMP_NUM_THREADS`` does not exceed the cores of this process."""
     requested = context.environ.get("OMP_NUM_THREADS", "")
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if requested and (not requested.isdigit() or not 1 <= int(requested) <= cores):
         return Finding(
             "threads",

@@ -180,9 +180,7 @@ def tls(context: DoctorContext) -> Finding:
             "Give --tls-cert and --tls-key, or use a TLS proxy.",
         )
     if cert is None or key is None:
-        return Finding(
-            "TLS", "fail", "Certificate or key is missing.", "Give --tls-cert and --tls-key."
-        )
+        return Finding("TLS", "fail", "Certificate or key is missing.", "Give --tls-cert and --tls-key.")
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
     except (OSError, ssl.SSLError) as err:

@@ -21,9 +21,7 @@ class LookupDrafter(Drafter):
     that confidence.
     """
 
-    def __init__(
-        self, longest: int = 4, shortest: int = 2, prior: tuple[float, float] = (2.0, 2.0)
-    ) -> None:
+    def __init__(self, longest: int = 4, shortest: int = 2, prior: tuple[float, float] = (2.0, 2.0)) -> None:
         if not 0 < shortest <= longest:
             raise ValueError(f"need 0 < shortest <= longest, got {shortest} and {longest}")
         self._sizes = range(longest, shortest - 1, -1)

@@ -58,9 +58,7 @@ class ReplayDrafter(Drafter):
         path, held = self._opened(), self._held
         position = len(held)
         if position >= len(path.path):
-            raise ProfileError(
-                f"The trace path ends after {len(path.path)} tokens.", "Ask for fewer tokens."
-            )
+            raise ProfileError(f"The trace path ends after {len(path.path)} tokens.", "Ask for fewer tokens.")
         right = self._right_length()
         if right == position:
             row, depth = position, 0

@@ -91,9 +91,7 @@ class TorchDrafter(ModelDrafter):
             cache_k, cache_v = keys[layer], values[layer]
             cache_k[0, :, start:stop] = k.transpose(0, 1)
             cache_v[0, :, start:stop] = v.transpose(0, 1)
-            out = grouped_attention(
-                q[None], cache_k[:, :, :stop], cache_v[:, :, :stop], mask, scale
-            )
+            out = grouped_attention(q[None], cache_k[:, :, :stop], cache_v[:, :, :stop], mask, scale)
             return out[0]
 
         hidden = self._decoder.forward(ids, positions, attend)
@@ -106,8 +104,7 @@ class TorchDrafter(ModelDrafter):
         shape = (1, self.info.kv_heads, capacity, self.info.head_dim)
         for cache in (self._keys, self._values):
             fresh = [
-                torch.zeros(shape, dtype=self._dtype, device=self._device)
-                for _ in range(self.info.layers)
+                torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in range(self.info.layers)
             ]
             for old, new in zip(cache, fresh, strict=False):
                 new[:, :, : self._cached] = old[:, :, : self._cached]

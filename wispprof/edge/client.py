@@ -2,7 +2,8 @@
 
 One edge's connection to a server: hello, many sessions over one link, and coming back after a loss.
 
-The client owns the link and nothing of a session's text. A session registers a :class:`GenerationListener`; whenever
+The client owns the link and nothing of a session's text. A session registers a :class:`GenerationListener`;
+whenever
 the link comes back, the client asks each port for its opening frame (prompt and committed tokens) and
 sends it anew, which is all that resuming takes. Everything runs on one event loop, so what a port is
 told and what it answers cannot interleave.
@@ -20,12 +21,6 @@ from wispprof import protocol
 from wispprof.edge.connection import Connection, ConnectionFactory, LinkLost, Traffic
 from wispprof.errors import HandshakeRefused, ProtocolError, RuntimeFault, ServerUnreachable
 from wispprof.settings.edge_settings import ClientSettings
-
-__all__ = [
-    "EdgeClient",
-    "GenerationListener",
-    "RttMeter",
-]
 
 
 class RttMeter:
@@ -257,9 +252,7 @@ class EdgeClient:
     @staticmethod
     def _refused_at_hello(problem: protocol.Problem) -> None:
         if problem.code in _BUSY:
-            raise LinkLost(
-                f"The server is {problem.code}: {problem.message}", retry_ms=problem.retry_ms
-            )
+            raise LinkLost(f"The server is {problem.code}: {problem.message}", retry_ms=problem.retry_ms)
         raise HandshakeRefused(f"The server refused this edge: {problem.message}")
 
     async def _keep(self, connection: Connection) -> None:
@@ -356,8 +349,5 @@ class EdgeClient:
             await asyncio.sleep(settings.ping_ms / 1000.0)
             oldest = min(self._pinged.values(), default=None)
             silent_since = max(self._last_heard, oldest) if oldest is not None else None
-            if (
-                silent_since is not None
-                and (loop.time() - silent_since) * 1000.0 > settings.dead_ms
-            ):
+            if silent_since is not None and (loop.time() - silent_since) * 1000.0 > settings.dead_ms:
                 raise LinkLost("The link delivers nothing any more.")

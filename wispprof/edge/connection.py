@@ -17,16 +17,6 @@ from urllib.parse import urlsplit, urlunsplit
 from wispprof.errors import RuntimeFault, WispprofError
 from wispprof.protocol import MAX_FRAME_BYTES
 
-__all__ = [
-    "Connection",
-    "ConnectionFactory",
-    "LinkLost",
-    "Traffic",
-    "server_url",
-    "ssl_context",
-    "websocket_connections",
-]
-
 SPLIT_PATH = "/v1/split"
 
 
@@ -36,9 +26,7 @@ class LinkLost(RuntimeFault):
     ``final``: trying again is of no use. ``retry_ms``: the server asked not to come back sooner.
     """
 
-    def __init__(
-        self, message: str, hint: str = "", final: bool = False, retry_ms: float = 0.0
-    ) -> None:
+    def __init__(self, message: str, hint: str = "", final: bool = False, retry_ms: float = 0.0) -> None:
         super().__init__(message, hint)
         self.final = final
         self.retry_ms = retry_ms
@@ -205,9 +193,7 @@ def websocket_connections(
         except InvalidMessage as err:
             raise LinkLost(
                 f"What answers at {url} is no WebSocket server.",
-                "Check the address."
-                if secure
-                else "Where the server does TLS, dial wss://HOST:PORT.",
+                "Check the address." if secure else "Where the server does TLS, dial wss://HOST:PORT.",
             ) from err
         except (OSError, TimeoutError, WebSocketException) as err:
             raise LinkLost(f"No server answers at {url}: {err or type(err).__name__}.") from err

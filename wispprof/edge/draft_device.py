@@ -16,8 +16,6 @@ from wispprof.policies.interface import Controller
 from wispprof.sessions.pending_drafts import common_prefix
 from wispprof.types import RejectionPredictor
 
-__all__ = ["DraftDevice"]
-
 
 class DraftDevice:
     """Makes the drafting parts of a request.

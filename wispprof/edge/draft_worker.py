@@ -18,9 +18,6 @@ from wispprof.backends import Drafter
 from wispprof.sessions.pending_drafts import common_prefix
 from wispprof.types import DraftToken, Sampling
 
-__all__ = ["DraftStep", "DraftWorker", "ThreadWorker", "TimedWorker"]
-
-
 _AT_ONCE_S = 0.0005
 """A step asked for this soon after the one before it follows at once: nothing else was waited for."""
 

@@ -11,8 +11,6 @@ from wispprof.edge.client import EdgeClient
 from wispprof.edge.edge_runtime import Reply
 from wispprof.edge.request_stats import RequestStats
 
-__all__ = ["EdgeMetrics"]
-
 _SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -50,9 +48,7 @@ class EdgeMetrics:
         self.up = Gauge("wispprof_edge_link_up", "1 while connected.", registry=registry)
         self.reconnects = Gauge("wispprof_edge_reconnects", "Links restored.", registry=registry)
         self.sent = Gauge("wispprof_edge_sent_bytes", "Sent over links.", registry=registry)
-        self.received = Gauge(
-            "wispprof_edge_received_bytes", "Received over links.", registry=registry
-        )
+        self.received = Gauge("wispprof_edge_received_bytes", "Received over links.", registry=registry)
 
     async def watch(
         self, reply: Reply, stream: AsyncGenerator[tuple[int, ...]]

@@ -22,8 +22,6 @@ from wispprof.openai_api import ChatTokenizer, TextGeneration
 from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.types import RejectionPredictor, Sampling, Slo
 
-__all__ = ["EdgeRuntime", "Prompt", "Reply", "open_edge"]
-
 BUNDLED_DRAFT = "models/reference-pair/draft"
 
 
@@ -188,9 +186,7 @@ def _load(settings: EdgeSettings, folder: str) -> tuple[Any, Any, str]:
     return loaded, tokenizer, tokenizer_hash(tokenizer)
 
 
-async def _server(
-    settings: EdgeSettings, stack: AsyncExitStack
-) -> tuple[ConnectionFactory, bool | None]:
+async def _server(settings: EdgeSettings, stack: AsyncExitStack) -> tuple[ConnectionFactory, bool | None]:
     """How to reach the server, and its mode where it is known before hello."""
     if settings.server:
         trusted = ssl_context(settings.client.access.ca_file)
@@ -227,9 +223,7 @@ def _plan_rows(settings: EdgeSettings, stream: bool | None) -> dict[str, Any]:
     return {"rows": draft_row_lookup(load_plan(settings.plan), settings.plan_device, mode)}
 
 
-def generate(
-    prompt: str, settings: EdgeSettings | None = None, sampling: Sampling | None = None
-) -> str:
+def generate(prompt: str, settings: EdgeSettings | None = None, sampling: Sampling | None = None) -> str:
     """Return the target's continuation of ``prompt``, drafted here and verified by the server. Blocks.
 
     Loads the draft, connects, and closes both again; use :func:`open_edge` for more than one request.

@@ -34,9 +34,7 @@ async def serve_edge(
     listener = bind(host, port)
     try:
         async with open_edge(settings) as runtime:
-            config = uvicorn.Config(
-                make_edge_app(runtime), log_config=None, access_log=False, lifespan="off"
-            )
+            config = uvicorn.Config(make_edge_app(runtime), log_config=None, access_log=False, lifespan="off")
             freeze_garbage_collector()
             shown = f"[{host}]" if ":" in host else host
             announce(runtime, f"http://{shown}:{listener.getsockname()[1]}")

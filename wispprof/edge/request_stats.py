@@ -13,12 +13,6 @@ from wispprof.hardware import EnergyMeter
 from wispprof.sessions.draft_buffer import CommitEffect
 from wispprof.types import Slo
 
-__all__ = [
-    "EnergyShare",
-    "EnergyShares",
-    "RequestStats",
-]
-
 
 @dataclass(slots=True, eq=False)
 class EnergyShare:

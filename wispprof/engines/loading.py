@@ -112,9 +112,7 @@ def random_model(
     name = config if isinstance(config, str) else str(config.get("name", "random"))
     if isinstance(config, str):
         if config not in PRESETS:
-            raise ModelMissing(
-                f"There is no model shape named {config!r}.", suggestion(config, PRESETS)
-            )
+            raise ModelMissing(f"There is no model shape named {config!r}.", suggestion(config, PRESETS))
         config = PRESETS[config]
     torch_dtype, torch_device = _dtype(dtype), _device(device)
     fields = {k: v for k, v in config.items() if k not in ("model_type", "name")}
@@ -180,11 +178,7 @@ def _loaded(
         layers=config.num_hidden_layers,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        kv_bytes_per_token=2
-        * config.num_hidden_layers
-        * kv_heads
-        * head_dim
-        * _dtype(dtype).itemsize,
+        kv_bytes_per_token=2 * config.num_hidden_layers * kv_heads * head_dim * _dtype(dtype).itemsize,
     )
     return LoadedModel(model=model, tokenizer=tokenizer, info=info)
 
@@ -242,9 +236,7 @@ def _find_on_hub(repo: str) -> Path:
     except LocalEntryNotFoundError:
         pass  # not in the local cache
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        raise ModelMissing(
-            f"{repo} is not in the local hub cache, and HF_HUB_OFFLINE is set.", hint
-        )
+        raise ModelMissing(f"{repo} is not in the local hub cache, and HF_HUB_OFFLINE is set.", hint)
     try:
         HfApi().model_info(repo, timeout=5.0)
         return Path(snapshot_download(repo, allow_patterns=patterns, etag_timeout=5.0))
@@ -292,8 +284,7 @@ def _check_supported(config: Any, name: str) -> int:
     windowed = layer_types & {"sliding_attention", "chunked_attention"} or window is not None
     if windowed and (not window or window < max_context):
         raise ModelUnsupported(
-            f"{name} has a sliding window of {window} tokens, shorter than its context of "
-            f"{max_context}.",
+            f"{name} has a sliding window of {window} tokens, shorter than its context of {max_context}.",
             "Use a model with full attention, or lower max_position_embeddings in its config.json "
             "to the window.",
         )

@@ -136,9 +136,7 @@ def join(size: int, device: str = "auto") -> Ranks:
         torch.cuda.set_device(own)
         dist.init_process_group("nccl", device_id=own)
     else:
-        raise ModelError(
-            f"Ranks cannot share the device {device!r}.", "Use --device auto, cpu or cuda."
-        )
+        raise ModelError(f"Ranks cannot share the device {device!r}.", "Use --device auto, cpu or cuda.")
     commands = dist.new_group(backend="gloo", timeout=_COMMAND_TIMEOUT)
     return Ranks(dist.get_rank(), size, own, commands)
 
@@ -199,9 +197,7 @@ def _check_divides(config: Any, size: int) -> None:
             )
 
 
-def _share(
-    name: str, shape: tuple[int, ...], plan: dict[str, str], ranks: Ranks
-) -> tuple[slice, ...]:
+def _share(name: str, shape: tuple[int, ...], plan: dict[str, str], ranks: Ranks) -> tuple[slice, ...]:
     """What this rank keeps of a parameter, as one slice per dimension."""
     layer, kind = name.rsplit(".", 1)
     style = plan.get(re.sub(r"\.\d+\.", ".*.", layer), "replicate")
@@ -239,8 +235,7 @@ def _open_files(folder: Path, stack: ExitStack) -> dict[str, Any]:
     if not paths:
         raise FileNotFoundError("it holds no *.safetensors")
     opened: dict[Path, Any] = {
-        path: stack.enter_context(safe_open(path, framework="pt"))
-        for path in sorted(set(paths.values()))
+        path: stack.enter_context(safe_open(path, framework="pt")) for path in sorted(set(paths.values()))
     }
     return {name: opened[path] for name, path in paths.items()}
 

@@ -35,9 +35,7 @@ MIN_SCALE_RATIO = 0.5
 exceed them, and its own scale would be near zero."""
 
 
-def weighted_quantiles(
-    values: FloatArray, weights: FloatArray, levels: Sequence[float]
-) -> list[float]:
+def weighted_quantiles(values: FloatArray, weights: FloatArray, levels: Sequence[float]) -> list[float]:
     """Smallest values below which at least ``level`` of the weight lies."""
     order = np.argsort(values)
     share = np.cumsum(weights[order]) / weights.sum()

@@ -85,9 +85,7 @@ def count_rounds(rounds: Iterable[tuple[int, int]]) -> Walk:
         tokens += good + 1
         count += 1
     if count == 0:
-        raise FitError(
-            "No path of the trace is long enough to replay.", "Take longer paths than the depth."
-        )
+        raise FitError("No path of the trace is long enough to replay.", "Take longer paths than the depth.")
     return Walk(tokens, count, drafted, accepted, wasted)
 
 
@@ -106,18 +104,14 @@ def _rounds(paths: Sequence[TracePath], lengths: Lengths) -> Iterator[tuple[int,
             position += good + 1
 
 
-def acceptance_tables(
-    paths: Sequence[TracePath], predictor: RejectionPredictor
-) -> list[FloatArray]:
+def acceptance_tables(paths: Sequence[TracePath], predictor: RejectionPredictor) -> list[FloatArray]:
     """P(token j of the proposal at position i is accepted | those before were), (m, K) per path."""
     tables = []
     for path in paths:
         rows, depth = path.features.shape[:2]
         flat = np.asarray(path.features, dtype=np.float64).reshape(-1, 4)
         depths = np.tile(np.arange(depth), rows)
-        tables.append(
-            np.asarray(predictor.acceptance_prob_batch(flat, depths)).reshape(rows, depth)
-        )
+        tables.append(np.asarray(predictor.acceptance_prob_batch(flat, depths)).reshape(rows, depth))
     return tables
 
 
@@ -196,16 +190,13 @@ def compare_controllers(
             records.append(_record(device, cost, name, best, walks[best]))
         for name in played[0][1]:
             for aim, choose in (("fast", _fastest), ("frugal", _frugal)):
-                values = [
-                    choose(rules[name][0], cost, tuned_fixed) for tuned_fixed, rules in played
-                ]
+                values = [choose(rules[name][0], cost, tuned_fixed) for tuned_fixed, rules in played]
                 chosen = [value for value in values if value is not None]
                 if len(chosen) < len(played):
                     continue
                 on_tune, on_test = (
                     _together(
-                        rules[name][side][value]
-                        for (_, rules), value in zip(played, chosen, strict=True)
+                        rules[name][side][value] for (_, rules), value in zip(played, chosen, strict=True)
                     )
                     for side in (0, 1)
                 )

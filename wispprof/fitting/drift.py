@@ -249,9 +249,7 @@ class DriftMonitor:
                 past = "took other times than predicted for a while: re-profile."
                 reason = f"Steps {which if where else past}"
         covered = sum(self._hits) / len(self._hits) if self._hits else 1.0
-        return DriftStatus(
-            self._steps, ratio, self.bound_scale, covered, self._alarmed, reason, cells
-        )
+        return DriftStatus(self._steps, ratio, self.bound_scale, covered, self._alarmed, reason, cells)
 
 
 MINIMUM_STEPS = 50

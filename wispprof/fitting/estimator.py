@@ -109,9 +109,7 @@ class Accumulator(BatchCost):
 
     __slots__ = ("_bound", "_estimator", "_p50", "decode", "totals")
 
-    def __init__(
-        self, estimator: FittedEstimator, totals: Totals, decode: Accumulator | None
-    ) -> None:
+    def __init__(self, estimator: FittedEstimator, totals: Totals, decode: Accumulator | None) -> None:
         self._estimator = estimator
         self.totals = totals
         self.decode = decode
@@ -160,9 +158,7 @@ class Accumulator(BatchCost):
             bound = np.maximum(bound, self.decode.add_in_turn(new, cached)[1])
         return p50, bound
 
-    def add_many(
-        self, new: Any, cached: Any, prefill: Any = False
-    ) -> tuple[FloatArray, FloatArray]:
+    def add_many(self, new: Any, cached: Any, prefill: Any = False) -> tuple[FloatArray, FloatArray]:
         estimator = self._estimator
         p50, bound = estimator.predict_totals(extend_many(self.totals, new, cached, prefill))
         chunk = np.broadcast_to(np.asarray(prefill, dtype=bool), p50.shape)
@@ -225,9 +221,7 @@ class FittedEstimator(StepTimeEstimator):
             bound = max(bound, self.bound_of(decode, self.p50_of(decode)))
         return p50, bound
 
-    def predict_many(
-        self, totals: ArrayTotals, decode: ArrayTotals
-    ) -> tuple[FloatArray, FloatArray]:
+    def predict_many(self, totals: ArrayTotals, decode: ArrayTotals) -> tuple[FloatArray, FloatArray]:
         """(p50, bound) of n batches from their totals and those of their decode items."""
         p50, bound = self.predict_totals(totals)
         mixed = (totals.prefill > 0) & (decode.items > 0)

@@ -99,9 +99,7 @@ class MachineSpeed:
             weight = np.minimum(1.0, reach / np.maximum(error, 1e-12))
         at_ms = float(np.exp(middle))
         sensitivity, bend = found.tolist()
-        return MachineSpeed(
-            self.orders, self.log_slowdown, sensitivity, bend, at_ms, True, self.dense
-        )
+        return MachineSpeed(self.orders, self.log_slowdown, sensitivity, bend, at_ms, True, self.dense)
 
     def _at(self, orders: Sequence[int]) -> FloatArray:
         return np.asarray(np.interp(orders, self.orders, self.log_slowdown))
@@ -111,9 +109,7 @@ class MachineSpeed:
         share = self.sensitivity
         if self.learned:
             share += self.bend * np.log(ms / self.at_ms)
-        slowdown: FloatArray = np.exp(
-            float(np.clip(share, 0.0, MAX_SENSITIVITY)) * self._at(orders)
-        )
+        slowdown: FloatArray = np.exp(float(np.clip(share, 0.0, MAX_SENSITIVITY)) * self._at(orders))
         return slowdown
 
 
@@ -121,9 +117,7 @@ def _unexplained_share(references: Sequence[StepRow], log_ms: FloatArray) -> flo
     """Share of the sentinel's variance that its samples' scatter does not explain, so that on a quiet
     machine its own noise does not enter every row."""
     scatter = [
-        np.var(np.log(r.samples_ms), ddof=1) / len(r.samples_ms)
-        for r in references
-        if len(r.samples_ms) > 1
+        np.var(np.log(r.samples_ms), ddof=1) / len(r.samples_ms) for r in references if len(r.samples_ms) > 1
     ]
     # The variance of a median is about π / 2 times that of a mean.
     noise = 1.57 * float(np.mean(scatter)) if scatter else 0.0

@@ -105,8 +105,7 @@ def explain_predictor(predictor: FittedPredictor) -> str:
             f"{100 * own['false_acceptance']:.0f} % of the rejected ones pass too."
         )
     text.append(
-        f"Its probabilities are off by {100 * own['ece']:.1f} points on average (expected calibration "
-        "error)."
+        f"Its probabilities are off by {100 * own['ece']:.1f} points on average (expected calibration error)."
     )
     return " ".join(text)
 

@@ -146,9 +146,7 @@ def _splits(node: dict[str, Any]) -> list[tuple[int, float]]:
     return [own, *_splits(node["left_child"]), *_splits(node["right_child"])]
 
 
-def _tree_values(
-    node: dict[str, Any], points: dict[int, FloatArray], shape: tuple[int, ...]
-) -> FloatArray:
+def _tree_values(node: dict[str, Any], points: dict[int, FloatArray], shape: tuple[int, ...]) -> FloatArray:
     """A tree's values on a grid; a point at a threshold belongs to its left side."""
     if "split_feature" not in node:
         return np.full(shape, float(node["leaf_value"]))

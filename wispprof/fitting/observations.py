@@ -128,8 +128,7 @@ class Observations:
         spread = [float(np.log(block_ms).var(ddof=1)) for block_ms in several]
         # The median of chi-square over its degrees of freedom (Wilson and Hilferty), robust to outliers.
         typical = [
-            s / (1 - 2 / (9 * (len(block_ms) - 1))) ** 3
-            for s, block_ms in zip(spread, several, strict=True)
+            s / (1 - 2 / (9 * (len(block_ms) - 1))) ** 3 for s, block_ms in zip(spread, several, strict=True)
         ]
         prior = float(np.median(typical)) if typical else 0.0
         noise = []
@@ -145,9 +144,7 @@ class Observations:
         return np.array(noise)
 
 
-def _gather(
-    rows: Sequence[StepRow], speed: MachineSpeed | None
-) -> tuple[FloatArray, list[FloatArray]]:
+def _gather(rows: Sequence[StepRow], speed: MachineSpeed | None) -> tuple[FloatArray, list[FloatArray]]:
     """All samples of one shape as measured, and block by block at the machine's typical speed."""
     blocks = [(order, np.array(samples)) for row in rows for order, samples in blocks_of(row)]
     raw = np.concatenate([samples for _, samples in blocks])

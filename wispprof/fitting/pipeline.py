@@ -110,9 +110,7 @@ def fit_estimator(
         predicted, step_model = out_of_fold(name, data)
         errors[name] = relative_errors(predicted, data.median_ms)
         fitted[name] = assemble(step_model, predicted, data, coverage)
-    eligible = (
-        [n for n in tried if fitted[n].step_model.monotone] if kind == "auto" else list(tried)
-    )
+    eligible = [n for n in tried if fitted[n].step_model.monotone] if kind == "auto" else list(tried)
     if not eligible:
         raise FitError("None of the estimators tried is monotone.", "Add wisp-linear to them.")
     best = min(eligible, key=lambda n: errors[n]["mape"])

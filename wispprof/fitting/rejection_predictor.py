@@ -35,9 +35,7 @@ from wispprof.fitting.rejection_scorers import (
 from wispprof.types import DraftFeatures
 
 KIND = "predictor"
-SCORERS: dict[str, type[Scorer]] = {
-    c.kind: c for c in (Threshold, MarginLogistic, WispMlp, BoostedTrees)
-}
+SCORERS: dict[str, type[Scorer]] = {c.kind: c for c in (Threshold, MarginLogistic, WispMlp, BoostedTrees)}
 PREDICTOR_KINDS = tuple(SCORERS)
 
 ISOTONIC_ROWS = 1000
@@ -219,9 +217,7 @@ def _cross_validate(
             scorer = _scorer_class(name)().fit(both.take(~(judged | calibrating)))
             predictor = FittedPredictor(scorer, _calibrate(scorer, both.take(calibrating)))
             probability = predictor.acceptance_prob_batch(rows.features, rows.depth)
-            loss[name] += (
-                log_loss(rows.accepted, probability, labels=LABELS) * len(rows) / len(both)
-            )
+            loss[name] += log_loss(rows.accepted, probability, labels=LABELS) * len(rows) / len(both)
     return loss
 
 
@@ -287,14 +283,10 @@ def reliability(
     """(mean predicted, share accepted, rows) of bins of equal count, by rising prediction."""
     order = np.argsort(probability, kind="stable")
     parts = np.array_split(order, min(bins, len(order)))
-    return [
-        (float(probability[p].mean()), float(accepted[p].mean()), len(p)) for p in parts if len(p)
-    ]
+    return [(float(probability[p].mean()), float(accepted[p].mean()), len(p)) for p in parts if len(p)]
 
 
-def expected_calibration_error(
-    probability: FloatArray, accepted: np.ndarray, bins: int = 10
-) -> float:
+def expected_calibration_error(probability: FloatArray, accepted: np.ndarray, bins: int = 10) -> float:
     """Mean distance between predicted and observed acceptance over bins of equal count."""
     curve = reliability(probability, accepted, bins)
     total = sum(n for _, _, n in curve)

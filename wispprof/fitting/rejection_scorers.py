@@ -43,9 +43,7 @@ class TokenRows:
 
     def take(self, mask: np.ndarray) -> TokenRows:
         """The rows under a mask."""
-        return TokenRows(
-            self.features[mask], self.depth[mask], self.accepted[mask], self.prompt[mask]
-        )
+        return TokenRows(self.features[mask], self.depth[mask], self.accepted[mask], self.prompt[mask])
 
     def joined(self, other: TokenRows) -> TokenRows:
         """Rows of two disjoint sets of paths, their prompts numbered on."""
@@ -96,8 +94,7 @@ def split_prompts(
         by_prompt.setdefault(path.prompt, []).append(path)
     if len(by_prompt) < MINIMUM_PROMPTS:
         raise FitError(
-            f"{len(by_prompt)} distinct prompts are too few to hold some out; "
-            f"{MINIMUM_PROMPTS} are needed.",
+            f"{len(by_prompt)} distinct prompts are too few to hold some out; {MINIMUM_PROMPTS} are needed.",
             "Take a trace over more prompts.",
         )
     groups = list(by_prompt.values())
@@ -353,9 +350,7 @@ class BoostedTrees(Scorer):
         return total
 
 
-def _walk(
-    node: dict[str, Any], first: int, nodes: list[tuple[int, float, int]], leaf: FloatArray
-) -> int:
+def _walk(node: dict[str, Any], first: int, nodes: list[tuple[int, float, int]], leaf: FloatArray) -> int:
     """Number leaves from the left, ``first`` on; returns the number after the last."""
     if "leaf_value" in node and "split_feature" not in node:
         leaf[first] = node["leaf_value"]

@@ -78,9 +78,7 @@ def fit_nonnegative(design: FloatArray, times_ms: FloatArray, ridge: float = 1e-
     weights = np.zeros(width)
     for _ in range(3):
         root = np.sqrt(row_weights)[:, None]
-        weights = nnls(
-            np.vstack([relative * root, shrink]), target * np.append(root, np.ones(width))
-        )[0]
+        weights = nnls(np.vstack([relative * root, shrink]), target * np.append(root, np.ones(width)))[0]
         residual = np.abs(relative @ weights - 1.0)
         row_weights = 1.0 / np.maximum(residual, max(float(np.median(residual)), 1e-4))
         row_weights /= row_weights.mean()
@@ -116,10 +114,7 @@ class WispLinear(StepTimeModel):
         a, b, c, d = self.coef_
         # The operations of :meth:`p50` in its order: both must round alike.
         result: FloatArray = (
-            a * totals.sum_new
-            + b * (totals.sum_new_cached + totals.sum_new_sq)
-            + c * totals.sum_cached
-            + d
+            a * totals.sum_new + b * (totals.sum_new_cached + totals.sum_new_sq) + c * totals.sum_cached + d
         )
         return result
 

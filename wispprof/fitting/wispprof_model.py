@@ -45,9 +45,7 @@ MIN_ERROR_RATIO = 0.97
 """A more complicated choice must lower the held-out error at least to this share."""
 
 
-def residual_features(
-    totals: ArrayTotals, physical: PhysicalTerms, sampled: FloatArray
-) -> ResidualFeatures:
+def residual_features(totals: ArrayTotals, physical: PhysicalTerms, sampled: FloatArray) -> ResidualFeatures:
     """Features of n batches, arrays (n,)."""
     return ResidualFeatures(
         padded_many(totals.sum_new, np.array(physical.buckets_)),
@@ -129,10 +127,7 @@ class WispprofStepTime(StepTimeModel):
         sampled = sampled_tokens_many(totals)
         features = residual_features(totals, self.physical_, sampled)
         if not (
-            any(
-                column.max(initial=0) > most
-                for column, most in zip(totals, self.high_, strict=True)
-            )
+            any(column.max(initial=0) > most for column, most in zip(totals, self.high_, strict=True))
             or sampled.max(initial=0) > self.max_sampled_
         ):
             return self._corrected_many(features)
@@ -165,9 +160,7 @@ def _choose(data: Observations) -> ModelChoice:
     return best if corrected[best] < MIN_ERROR_RATIO * corrected[simple] else simple
 
 
-def _physical_error(
-    data: Observations, folds: Sequence[np.ndarray], knots: tuple[int, int]
-) -> float:
+def _physical_error(data: Observations, folds: Sequence[np.ndarray], knots: tuple[int, int]) -> float:
     """Mean absolute log error of the physical part alone on held-out shapes."""
     errors = []
     for held in folds:
@@ -202,9 +195,7 @@ def _corrected_errors(
                 if rounds == 0 and alpha != 1.0:
                     continue
                 # One thread: for a few hundred rows, starting more costs more than it saves.
-                extra = (
-                    booster.predict(table, num_iteration=rounds, num_threads=1) if rounds else 0.0
-                )
+                extra = booster.predict(table, num_iteration=rounds, num_threads=1) if rounds else 0.0
                 predicted = np.exp(alpha * cut_log + offset + extra) + excess
                 error = float(np.abs(np.log(predicted / test.median_ms)).mean())
                 errors.setdefault(ModelChoice(knots, alpha, rounds), []).append(error)

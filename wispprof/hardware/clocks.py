@@ -87,9 +87,7 @@ class GpuSensors:
     def read(self) -> Reading:
         clock = self._query(lambda lib, dev: float(lib.nvmlDeviceGetClockInfo(dev, 1)))
         heat = self._query(lambda lib, dev: float(lib.nvmlDeviceGetTemperature(dev, 0)))
-        reasons = self._query(
-            lambda lib, dev: int(lib.nvmlDeviceGetCurrentClocksThrottleReasons(dev))
-        )
+        reasons = self._query(lambda lib, dev: int(lib.nvmlDeviceGetCurrentClocksThrottleReasons(dev)))
         slow = None if reasons is None else bool(int(reasons) & self.THROTTLE_BITS)
         return Reading(clock, heat, slow)
 

@@ -94,9 +94,7 @@ class RaplMeter(_CounterMeter):
     sensor = "rapl"
     joules_per_count = 1e-6
 
-    def __init__(
-        self, root: Path = Path("/"), clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, root: Path = Path("/"), clock: Callable[[], float] = time.perf_counter) -> None:
         zones = sorted((root / "sys/class/powercap").glob("intel-rapl:[0-9]*"))
         self._zones = [  # packages only: sub-zones (intel-rapl:0:0) are part of them
             zone

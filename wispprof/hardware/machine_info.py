@@ -151,9 +151,7 @@ def _nvml_gpu(index: int) -> Gpu | None:
     def describe(lib: Any) -> Gpu:
         handle = lib.nvmlDeviceGetHandleByIndex(index)
         memory = round(lib.nvmlDeviceGetMemoryInfo(handle).total / GIB)
-        return Gpu(
-            _text(lib.nvmlDeviceGetName(handle)), memory, _text(lib.nvmlSystemGetDriverVersion())
-        )
+        return Gpu(_text(lib.nvmlDeviceGetName(handle)), memory, _text(lib.nvmlSystemGetDriverVersion()))
 
     return nvml.query(describe)
 

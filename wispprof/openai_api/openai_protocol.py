@@ -167,9 +167,7 @@ class CompletionResponse:
             "model": model,
         }
 
-    def full(
-        self, text: str, finished: str, counts: dict[str, Any], **extra: Any
-    ) -> dict[str, Any]:
+    def full(self, text: str, finished: str, counts: dict[str, Any], **extra: Any) -> dict[str, Any]:
         """The whole response; ``extra``: fields beside OpenAI's own."""
         choice = _choice(self._full_content(text), finished)
         base = {**self._base, "object": self.full_object}

@@ -77,9 +77,7 @@ def add_openai_routes(app: FastAPI, backend: TextBackend) -> None:
     async def chat(body: ChatCompletionRequest, request: Request) -> Response:
         key = _authorize(backend, request)
         body.check()
-        tokens = backend.tokenizer.chat(
-            [{"role": m.role, "content": m.text()} for m in body.messages]
-        )
+        tokens = backend.tokenizer.chat([{"role": m.role, "content": m.text()} for m in body.messages])
         response = ChatCompletionResponse(backend.model)
         return await _respond(backend, request, body, tokens, key, response)
 
@@ -136,9 +134,7 @@ async def _respond(
 ) -> Response:
     asked = _token_request(backend, body, tokens, key)
     generation = backend.generate(asked)
-    text = TextGeneration(
-        generation, backend.tokenizer, tokens, asked.stop_tokens, body.stop_strings
-    )
+    text = TextGeneration(generation, backend.tokenizer, tokens, asked.stop_tokens, body.stop_strings)
     pieces = text.pieces()
     try:
         if body.stream:
@@ -151,9 +147,7 @@ async def _respond(
     except ClientDisconnect:
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
     counts = _usage(text, len(tokens))
-    return JSONResponse(
-        response.full(whole, generation.finished, counts, **generation.statistics())
-    )
+    return JSONResponse(response.full(whole, generation.finished, counts, **generation.statistics()))
 
 
 async def _events(

@@ -64,9 +64,7 @@ class ChatTokenizer:
             )
         except Exception as err:
             # Templates are programs of the model's maker and raise whatever they like.
-            raise ApiError(
-                f"The model's chat template refuses this: {err}", param="messages"
-            ) from err
+            raise ApiError(f"The model's chat template refuses this: {err}", param="messages") from err
         return tuple(int(token) for token in tokens)
 
     def detokenizer(self, prompt: Sequence[int]) -> IncrementalDetokenizer:
@@ -133,12 +131,7 @@ class StopStringFilter:
             self._held = ""
             return text[:end]
         held = max(
-            (
-                n
-                for stop in self._stop_strings
-                for n in range(1, len(stop))
-                if text.endswith(stop[:n])
-            ),
+            (n for stop in self._stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n])),
             default=0,
         )
         self._held = text[len(text) - held :]

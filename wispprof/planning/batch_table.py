@@ -217,16 +217,12 @@ class _MixedClasses:
         self._slow_lengths = edge.slow.lengths().tolist()
         self._k_max = k_max
 
-    def lengths(
-        self, classes: Sequence[float], shares: Sequence[float], count: int
-    ) -> list[int] | None:
+    def lengths(self, classes: Sequence[float], shares: Sequence[float], count: int) -> list[int] | None:
         """Least draft length of each class with which ``count`` sessions all meet their SLO."""
         ks = [0] * len(classes)
         while True:
             step_ms = self._step_ms(ks, shares, count)
-            missing = [
-                i for i, speed in enumerate(classes) if self._speed(ks[i], step_ms, count) < speed
-            ]
+            missing = [i for i, speed in enumerate(classes) if self._speed(ks[i], step_ms, count) < speed]
             if not missing:
                 return ks
             for i in missing:

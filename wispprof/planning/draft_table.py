@@ -82,9 +82,7 @@ def speed_curve(times: LoadedStepTimes, sessions: int, edge: EdgeCosts, k_max: i
         speeds.append(speed)
         slow_speeds.append(slow_commits / speed.round_ms * 1000.0)
     rows = tuple(times.row_ms(p.items, p.rows) for p in speeds)
-    return SpeedCurve(
-        edge.mode, draft_ms, rtt_ms, tuple(speeds), tuple(slow_speeds), rows, resume_ms
-    )
+    return SpeedCurve(edge.mode, draft_ms, rtt_ms, tuple(speeds), tuple(slow_speeds), rows, resume_ms)
 
 
 def draft_row(
@@ -115,9 +113,7 @@ def draft_row(
     draft_ahead = 0
     if best:
         # Far enough that the next step finds k drafts, although the committed length arrives late.
-        draft_ahead = min(
-            _MAX_DRAFT_AHEAD, best + round((cell.rtt_ms + speed.step_ms) / cell.draft_ms) + 1
-        )
+        draft_ahead = min(_MAX_DRAFT_AHEAD, best + round((cell.rtt_ms + speed.step_ms) / cell.draft_ms) + 1)
     return DraftRow(
         device=device.name,
         rtt_ms=cell.rtt_ms,

@@ -70,16 +70,12 @@ def _drafts(plan: Plan, row: DraftRow) -> list[str]:
     )
     if choice is None:
         return []
-    options, best = draft_front(
-        plan, choice.machine, row.rtt_ms, row.load_level, row.tokens_per_s, row.mode
-    )
+    options, best = draft_front(plan, choice.machine, row.rtt_ms, row.load_level, row.tokens_per_s, row.mode)
     lines = [f"Best draft model of {choice.machine} by {plan.objective}: {choice.device}."]
     if choice.feasible and not choice.k:
         lines[0] = f"No draft model of {choice.machine} pays here."
     elif not choice.feasible:
-        lines[0] = (
-            f"No draft model of {choice.machine} meets the SLO; {choice.device} comes nearest."
-        )
+        lines[0] = f"No draft model of {choice.machine} meets the SLO; {choice.device} comes nearest."
     lines.append("Pareto front (no other choice is better in every figure):")
     for idx in best:
         option = options[idx]
@@ -108,11 +104,7 @@ def _choice(row: DraftRow, undrafted: float, objective: str) -> list[str]:
         f"{row.round_ms:.3g} ms."
     ]
     if drafted != row.k:
-        why = (
-            "but it misses the SLO"
-            if objective == "goodput"
-            else f"but the objective is {objective}"
-        )
+        why = "but it misses the SLO" if objective == "goodput" else f"but the objective is {objective}"
         lines.append(f"k = {drafted} would be faster on average ({best:.3g}), {why}.")
     return lines
 
@@ -170,8 +162,7 @@ def _capacity(plan: Plan, row: DraftRow) -> list[str]:
         f"Capacity if all have an SLO of {row.tokens_per_s:g} tokens/s: {alone.split} devices with "
         f"k = {alone.k}, {alone.server_only} without drafts (bound by {alone.bound_by})."
         for alone in plan.capacity
-        if (alone.device, alone.rtt_ms, alone.mode) == where
-        and alone.tokens_per_s == row.tokens_per_s
+        if (alone.device, alone.rtt_ms, alone.mode) == where and alone.tokens_per_s == row.tokens_per_s
     ]
     for mix in plan.mixes:
         if (mix.device, mix.rtt_ms, mix.mode) == where and row.tokens_per_s in mix.slos:

@@ -52,11 +52,7 @@ def choose(
     else:
         scores = _scores(figures, weights)
         best = max(candidates, key=lambda p: scores[p])
-    if (
-        undrafted is not None
-        and undrafted in candidates
-        and scores[best] < scores[undrafted] * min_gain
-    ):
+    if undrafted is not None and undrafted in candidates and scores[best] < scores[undrafted] * min_gain:
         return undrafted
     return best
 
@@ -83,8 +79,7 @@ def pareto_front(figures: Sequence[Figures]) -> list[int]:
         idx
         for idx, one in enumerate(better)
         if not any(
-            all(a >= b for a, b in zip(other, one, strict=True))
-            and (other != one or other_idx < idx)
+            all(a >= b for a, b in zip(other, one, strict=True)) and (other != one or other_idx < idx)
             for other_idx, other in enumerate(better)
             if other_idx != idx
         )
@@ -114,15 +109,11 @@ def choice_rows(rows: Iterable[DraftRow], settings: PlanSettings) -> list[Choice
 
 def _choice(rows: list[DraftRow], settings: PlanSettings) -> ChoiceRow:
     """The best of the devices' planned draft lengths; shares are taken over all draft lengths."""
-    figures = [
-        Figures(r.expected_tokens_per_s, r.dollars_per_mtoken, r.energy_j_per_token) for r in rows
-    ]
+    figures = [Figures(r.expected_tokens_per_s, r.dollars_per_mtoken, r.energy_j_per_token) for r in rows]
     figures += [option.figures for row in rows for option in _options(row)]
     feasible = [idx for idx, row in enumerate(rows) if row.feasible]
     nearest = max(range(len(rows)), key=lambda idx: rows[idx].nearest_tokens_per_s)
-    best = choose(
-        figures, feasible or [nearest], settings.weights, energy_slack=settings.energy_slack
-    )
+    best = choose(figures, feasible or [nearest], settings.weights, energy_slack=settings.energy_slack)
     row = rows[best]
     return ChoiceRow(
         machine_of(row.device),

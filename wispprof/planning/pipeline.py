@@ -82,9 +82,7 @@ def plan_files(
     else:
         assert shared is not None
         acceptance = shared
-    return make_plan(
-        fitted, devices, acceptance, settings, inputs=inputs, notes=notes, progress=progress
-    )
+    return make_plan(fitted, devices, acceptance, settings, inputs=inputs, notes=notes, progress=progress)
 
 
 def link_rtt_ms(path: Path) -> float:
@@ -106,9 +104,7 @@ def _traces(
         if name:
             named[name] = trace
         elif shared is not None:
-            raise PlanError(
-                "Two traces were given for all devices.", "Name them: --trace DEVICE=TRACE."
-            )
+            raise PlanError("Two traces were given for all devices.", "Name them: --trace DEVICE=TRACE.")
         else:
             shared = trace
         inputs[f"trace:{name}" if name else "trace"] = trace_hash(trace)

@@ -78,9 +78,7 @@ def _token_ms(batch: BatchBuilder) -> float:
     return batch.estimator.start().add(chunk, 0, True).p50_ms / chunk
 
 
-def _growth_ms(
-    running_ms: float, slack_ms: FloatArray, prompts: int, settings: WispprofSettings
-) -> float:
+def _growth_ms(running_ms: float, slack_ms: FloatArray, prompts: int, settings: WispprofSettings) -> float:
     """Step time that prompts may always use, whatever the running sessions' SLOs.
 
     ``slack_ms`` (n,): time to the next deadline of each running session.
@@ -102,9 +100,7 @@ def _needed_ms(running_ms: float, prefill_ms: float, left_ms: float) -> float:
     return running_ms / (1.0 - share) if share < 1.0 else math.inf
 
 
-def _urgent_ms(
-    running_ms: float, left_ms: float, slo_unreachable: bool, settings: WispprofSettings
-) -> float:
+def _urgent_ms(running_ms: float, left_ms: float, slo_unreachable: bool, settings: WispprofSettings) -> float:
     """Step time for a prompt whose first token is late or about to be; 0 while it has time."""
     if left_ms > settings.prefill_urgent_steps * running_ms:
         return 0.0

@@ -13,8 +13,8 @@ from wispprof.policies.baselines import FcfsPolicy, ServerOnlyPolicy, SledPolicy
 from wispprof.policies.controllers import FixedController, SledController, WispController
 from wispprof.policies.interface import BatchPolicy, Controller
 from wispprof.policies.stopping import WispprofController
-from wispprof.policies.wisp import WispPolicy
-from wispprof.policies.wispprof import WispprofPolicy
+from wispprof.policies.wisp_policy import WispPolicy
+from wispprof.policies.wispprof_policy import WispprofPolicy
 from wispprof.policies.wispprof_settings import WispprofSettings
 from wispprof.types import RejectionPredictor
 
@@ -54,9 +54,7 @@ def make_batch_policy(name: str, **options: Any) -> BatchPolicy:
     return make(**options)
 
 
-def make_controller(
-    name: str, predictor: RejectionPredictor | None = None, **options: Any
-) -> Controller:
+def make_controller(name: str, predictor: RejectionPredictor | None = None, **options: Any) -> Controller:
     """Make a controller for one session. ``predictor`` gives the acceptance probability of each draft.
 
     ``name``: a built-in, an entry point of the group ``wispprof.controllers``, or ``module:Class``.

@@ -41,9 +41,7 @@ class Urgency(NamedTuple):
 
     def take(self, idx: IntArray, starvation_ms: float) -> Self:
         """The urgency of the sessions at ``idx``."""
-        return self._ranked(
-            self.slack_ms[idx], self.slo_unreachable[idx], self.waited_ms[idx], starvation_ms
-        )
+        return self._ranked(self.slack_ms[idx], self.slo_unreachable[idx], self.waited_ms[idx], starvation_ms)
 
     @classmethod
     def _ranked(

@@ -127,9 +127,7 @@ def _assemble(
         generated += len(batch)
         for prompt, path in zip(batch, paths, strict=True):
             report(len(traced) + generated, total, "the draft's proposals at every position")
-            drafts, features = rollout.run(
-                [*prompt, *path], len(prompt), settings.depth, settings.sampling
-            )
+            drafts, features = rollout.run([*prompt, *path], len(prompt), settings.depth, settings.sampling)
             accepted = accepted_lengths(drafts, path)
             traced.append(TracePath(tuple(prompt), tuple(path), drafts, features, accepted))
     report(total, total, "done")
@@ -236,9 +234,7 @@ class RemoteTarget:
 
         return asyncio.run(generate())
 
-    def _client(
-        self, connect: ConnectionFactory | None
-    ) -> AbstractAsyncContextManager[ServerClient]:
+    def _client(self, connect: ConnectionFactory | None) -> AbstractAsyncContextManager[ServerClient]:
         return ServerClient.open(self.server, self.access, "trace", self.timeout_s, connect)
 
 
@@ -269,9 +265,7 @@ async def _collect_paths(client: ServerClient, prompts: Sequence[Sequence[int]])
         frame = await client.receive()
         if isinstance(frame, protocol.Problem):
             if frame.code == "busy":
-                raise ServerBusy(
-                    f"The server accepts no more sessions: {frame.message}", frame.retry_ms
-                )
+                raise ServerBusy(f"The server accepts no more sessions: {frame.message}", frame.retry_ms)
             raise ProtocolError(f"The server refused a session: {frame.message}", "")
         if not isinstance(frame, protocol.Commit) or frame.session not in unfinished:
             continue
@@ -301,9 +295,7 @@ def _prompts(settings: TraceSettings, tokenizer: Any, context: int) -> list[list
 
 def _check_pair(target: str, tokenizer_hash: str, vocabulary: int, draft: LoadedModel) -> None:
     own = draft.info
-    if tokenizer_hash != own.tokenizer_hash or (
-        not tokenizer_hash and vocabulary != own.vocab_size
-    ):
+    if tokenizer_hash != own.tokenizer_hash or (not tokenizer_hash and vocabulary != own.vocab_size):
         raise ModelError(
             f"{target} and {own.id} do not share a tokenizer, so their token ids differ in meaning.",
             "Use a draft of the same model family.",

@@ -38,7 +38,8 @@ class EdgePoint:
 @dataclass(frozen=True)
 class EdgeAxes:
     """``contexts``: of draft steps. ``chunks``: of prefill, over nothing and over ``chunk_context``.
-    ``burst_s``, ``sustained_s``: steady drafting, 0 for none. ``rounds``: contexts of rounds after ``rest_ms``."""
+    ``burst_s``, ``sustained_s``: steady drafting, 0 for none. ``rounds``: contexts of rounds after
+    ``rest_ms``."""
 
     contexts: tuple[int, ...]
     chunks: tuple[int, ...]

@@ -48,9 +48,7 @@ if TYPE_CHECKING:
 class SteadyDrafting:
     """Burst and sustained drafting over the sentinel's context, and the energy of the longer window."""
 
-    def __init__(
-        self, setup: ProfilerSetup[EdgePoint], axes: EdgeAxes, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, setup: ProfilerSetup[EdgePoint], axes: EdgeAxes, clock: Callable[[], float]) -> None:
         device = setup.engine["device"]
         self._runner = cast(DrafterRunner, setup.runner)
         self._context = setup.sentinel.subject.context
@@ -114,9 +112,7 @@ class SteadyDrafting:
             order=order + 1,
         )
         mean = ((now - begin) * 1000 / drafted,)
-        energy = EdgeRow(
-            f"energy {span:g} s", "energy", context, mean, energy_j=joules, order=order
-        )
+        energy = EdgeRow(f"energy {span:g} s", "energy", context, mean, energy_j=joules, order=order)
         return window, energy
 
 
@@ -158,9 +154,7 @@ def profile_edge(
         check_edge(rows)
         return rows, _summary(rows, windows.sensor)
 
-    profile = collect_profile(
-        setup, settings.output, finish=finish, clock=clock, progress=report_sweep
-    )
+    profile = collect_profile(setup, settings.output, finish=finish, clock=clock, progress=report_sweep)
     return cast(EdgeProfile, profile)
 
 

@@ -60,9 +60,7 @@ class ServerClient:
             if isinstance(answer, protocol.Problem):
                 raise HandshakeRefused(f"The server refused: {answer.message}", "")
             if not isinstance(answer, protocol.Welcome):
-                raise ProtocolError(
-                    "The server did not answer the greeting.", "Is it a wispprof server?"
-                )
+                raise ProtocolError("The server did not answer the greeting.", "Is it a wispprof server?")
             client.welcome = answer
             yield client
         finally:
@@ -113,9 +111,7 @@ async def _profile(
         welcome = client.welcome
         manifest = begin_manifest(
             "link",
-            ModelRecord(
-                welcome.target, tokenizer_hash=welcome.tokenizer, max_context=welcome.max_context
-            ),
+            ModelRecord(welcome.target, tokenizer_hash=welcome.tokenizer, max_context=welcome.max_context),
             SweepSettings(max_samples=settings.count, min_samples=min(6, settings.count)),
             engine={"server": settings.server, "protocol": welcome.protocol},
             measure={"sizes": list(settings.sizes)},

@@ -84,9 +84,7 @@ def _read_tests(file: Path) -> list[_BenchTest]:
     try:
         entries = msgspec.json.decode(data, type=list[msgspec.Raw])
     except msgspec.ValidationError:
-        raise ArtifactDamaged(
-            f"{file} is not a list of llama-bench tests.", "Use -o json."
-        ) from None
+        raise ArtifactDamaged(f"{file} is not a list of llama-bench tests.", "Use -o json.") from None
     except msgspec.DecodeError as err:
         raise ArtifactDamaged(f"{file} is not JSON: {err}.", "Use -o json.") from None
     tests = []

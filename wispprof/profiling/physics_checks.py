@@ -48,9 +48,7 @@ class PhysicsReport:
 
 def step_bytes(shape: BatchShape, model: ModelRecord) -> float:
     """Bytes a step must read: every weight once, every cached token once."""
-    return model.parameters * _WIDTH.get(model.dtype, 2) + (
-        shape.cached_tokens * model.kv_bytes_per_token
-    )
+    return model.parameters * _WIDTH.get(model.dtype, 2) + (shape.cached_tokens * model.kv_bytes_per_token)
 
 
 def step_flops(shape: BatchShape, model: ModelRecord) -> float:
@@ -68,9 +66,7 @@ def check_physics(rows: Sequence[StepRow], model: ModelRecord) -> PhysicsReport:
         _floor(row, model)
     if len(measured) < 4:
         return PhysicsReport(None, None, None)
-    return PhysicsReport(
-        _growth(measured, model), _order(measured, model), _memory(measured, model)
-    )
+    return PhysicsReport(_growth(measured, model), _order(measured, model), _memory(measured, model))
 
 
 def check_edge(rows: Sequence[EdgeRow]) -> None:
@@ -95,9 +91,7 @@ def check_edge(rows: Sequence[EdgeRow]) -> None:
                 f"{min(row.samples_ms):.3f} ms, one step {min(step.samples_ms):.3f} ms.",
                 "The round is probably timed without doing all its steps.",
             )
-    prefills = sorted(
-        (r for r in rows if r.kind == "prefill" and not r.context), key=lambda row: row.tokens
-    )
+    prefills = sorted((r for r in rows if r.kind == "prefill" and not r.context), key=lambda row: row.tokens)
     if len(prefills) >= 2 and prefills[-1].tokens >= 4 * prefills[0].tokens:
         short, long = prefills[0], prefills[-1]
         if min(long.samples_ms) < 1.05 * min(short.samples_ms) and long.tokens >= 256:

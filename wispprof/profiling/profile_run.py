@@ -155,9 +155,7 @@ def _open_journal(output: Output, manifest: Manifest) -> Iterator[RowJournal | N
     rows_file = profile_files(output.path)[0]
     path = journal_path(output.path)
     if rows_file.exists() and not path.exists() and not output.overwrite:
-        raise ArtifactError(
-            f"{rows_file} exists.", "Choose another --out, or replace it with --overwrite."
-        )
+        raise ArtifactError(f"{rows_file} exists.", "Choose another --out, or replace it with --overwrite.")
     header = {
         "model": dataclasses.asdict(manifest.model),
         "engine": manifest.engine,
@@ -165,9 +163,7 @@ def _open_journal(output: Output, manifest: Manifest) -> Iterator[RowJournal | N
         "seed": manifest.seed,
         "hardware": manifest.hardware.get("hash", ""),
     }
-    with RowJournal(
-        path, manifest.kind, header, resume=output.resume, overwrite=output.overwrite
-    ) as journal:
+    with RowJournal(path, manifest.kind, header, resume=output.resume, overwrite=output.overwrite) as journal:
         yield journal
 
 

@@ -117,9 +117,7 @@ def diff_profiles(
     max_drift = float(before.manifest.measure.get("drift", _DEFAULT_DRIFT))
     slowdown = 0.0 if absolute or abs(shift) > math.log1p(max_drift) else shift
     noise = _Noise([*old.values(), *new.values()])
-    p_values = [
-        _p_value(one, other, noise, slowdown, shift_variance, tolerance) for one, other in pairs
-    ]
+    p_values = [_p_value(one, other, noise, slowdown, shift_variance, tolerance) for one, other in pairs]
     changed = discoveries(p_values, FALSE_DISCOVERY_RATE)
     return ProfileDiff(
         rows=tuple(
@@ -375,7 +373,5 @@ def export_rows(profile: Profile, path: Path) -> int:
                     "Parquet needs pyarrow.", "Install it with: pip install 'wispprof[parquet]'."
                 ) from None
         case _:
-            raise ProfileError(
-                f"Cannot export to {path.name!r}.", "Use a name in .csv or .parquet."
-            )
+            raise ProfileError(f"Cannot export to {path.name!r}.", "Use a name in .csv or .parquet.")
     return len(frame)

@@ -85,9 +85,7 @@ def held_out_prompts(tokenizer: Any, count: int, tokens: int, seed: int = 0) -> 
     return _excerpts(tokenizer, texts, count, tokens, seed)
 
 
-def load_prompts(
-    path: Path, tokenizer: Any, count: int, tokens: int, seed: int = 0
-) -> list[list[int]]:
+def load_prompts(path: Path, tokenizer: Any, count: int, tokens: int, seed: int = 0) -> list[list[int]]:
     """A user's prompts, ``count`` at most.
 
     A ``.jsonl`` file has a ``prompt`` or ``text`` per line, cut to ``tokens``. Of any other text file
@@ -129,9 +127,7 @@ def _parse_prompt(line: str, where: str) -> str:
     return prompt
 
 
-def _excerpts(
-    tokenizer: Any, texts: Sequence[str], count: int, tokens: int, seed: int
-) -> list[list[int]]:
+def _excerpts(tokenizer: Any, texts: Sequence[str], count: int, tokens: int, seed: int) -> list[list[int]]:
     generator = random.Random(seed)
     prompts: list[list[int]] = []
     for text in _starts(texts, generator, count):
@@ -164,9 +160,7 @@ def _starts(texts: Sequence[str], generator: random.Random, count: int) -> Itera
 def _encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids, with BOS first if the tokenizer has one (models are trained that way)."""
     if tokenizer is None:
-        raise ModelError(
-            "The model has no tokenizer, so it takes no text.", "Name a model with one."
-        )
+        raise ModelError("The model has no tokenizer, so it takes no text.", "Name a model with one.")
     ids = [int(t) for t in tokenizer(text, add_special_tokens=False)["input_ids"]]
     bos = tokenizer.bos_token_id
     return ids if bos is None else [int(bos), *ids]

@@ -47,9 +47,7 @@ if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
     from wispprof.engines.torch.engine import TorchEngine
 
-QUICK = SweepSettings(
-    target=0.05, max_samples=12, max_workload_s=1.5, sentinel_every=2, reference_samples=3
-)
+QUICK = SweepSettings(target=0.05, max_samples=12, max_workload_s=1.5, sentinel_every=2, reference_samples=3)
 STANDARD = SweepSettings(max_samples=21, sentinel_every=1, reference_samples=3)
 QUICK_SHAPES = 18
 """Minimum number of shapes of the quick grid: enough to fit an estimator and to hold some out."""
@@ -155,9 +153,7 @@ def _set_up(
         # Every block opens and closes sessions: otherwise most of a sweep would zero memory.
         keep_memory=True,
     )
-    runner = EngineRunner(
-        engine, longest, seed=sweep.seed, clock=clock, synchronize=synchronizer(device)
-    )
+    runner = EngineRunner(engine, longest, seed=sweep.seed, clock=clock, synchronize=synchronizer(device))
     workloads = server_workloads(axes, DeviceCapacity(kv_tokens - longest, sessions, longest))
     sentinel = _sentinel(workloads)
     left = _budget_left(settings, begin, clock)
@@ -213,9 +209,7 @@ def _load(settings: ServerProfilerSettings) -> LoadedModel:
     return load_pair_model(settings.model, "target", settings.dtype, settings.device)
 
 
-def _engine_capacity(
-    axes: Axes, available: int, required: DeviceCapacity, context: int
-) -> tuple[int, int]:
+def _engine_capacity(axes: Axes, available: int, required: DeviceCapacity, context: int) -> tuple[int, int]:
     """(KV tokens of the engine, tokens of the master session).
 
     The master session takes half of ``available`` KV tokens at most; workloads with longer sessions are

@@ -159,9 +159,7 @@ def override_axes(axes: Grid, values: Mapping[str, object], where: str) -> Grid:
     changed: dict[str, Any] = {}
     for name, value in values.items():
         if name not in types:
-            raise ProfileError(
-                f"{where}: there is no axis {name!r}.", f"Axes are {', '.join(types)}."
-            )
+            raise ProfileError(f"{where}: there is no axis {name!r}.", f"Axes are {', '.join(types)}.")
         number = int if "int" in types[name] else float
         if types[name].startswith("tuple"):
             if isinstance(value, str) and number is int:
@@ -300,7 +298,5 @@ def select_within_budget(
             chosen.append(workload)
             left_s -= seconds[workload.key]
     if not chosen:
-        raise ProfileError(
-            f"No workload fits into {budget_s:.0f} s.", "Give a larger --budget-minutes."
-        )
+        raise ProfileError(f"No workload fits into {budget_s:.0f} s.", "Give a larger --budget-minutes.")
     return chosen

@@ -187,9 +187,7 @@ class Sweep(Generic[Subject]):
     def _measure_sentinel(self) -> None:
         if self._sentinel is not None:
             settings = self._settings
-            self._measure_block(
-                self._sentinel, settings.reference_warmup, settings.reference_samples
-            )
+            self._measure_block(self._sentinel, settings.reference_warmup, settings.reference_samples)
         self._blocks_since_reference = 0
 
     def _block(self, workload: Workload[Subject]) -> int:

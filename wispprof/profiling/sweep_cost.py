@@ -183,9 +183,7 @@ def pilot(
     """
     started = clock()
     model: CostModel[Subject] = CostModel(settings)
-    chosen = choose_probes(
-        workloads, min(12, max(6, len(workloads) // 5)) if probes is None else probes
-    )
+    chosen = choose_probes(workloads, min(12, max(6, len(workloads) // 5)) if probes is None else probes)
     if sentinel is not None:
         chosen = [sentinel, *chosen]
     for workload in [*chosen, *chosen]:
@@ -193,9 +191,7 @@ def pilot(
         if model.probes and begin - started > budget_s:
             break
         try:
-            runs = run_repeatedly(
-                runner, workload, 1, settings.block, settings, clock, NullSensors()
-            )
+            runs = run_repeatedly(runner, workload, 1, settings.block, settings, clock, NullSensors())
         except EngineError:
             continue
         model.observe(workload, clock() - begin, runs)

@@ -40,9 +40,7 @@ def latency_surface(rows: Sequence[StepRow], estimator: StepTimeEstimator) -> st
         for panel, new in zip(axes, panels, strict=True):
             for size in sizes:
                 own = [
-                    row
-                    for row in uniform
-                    if row.shape.items[0].new == new and len(row.shape.items) == size
+                    row for row in uniform if row.shape.items[0].new == new and len(row.shape.items) == size
                 ]
                 if own:
                     _surface_line(panel, own, estimator, size, new, colors[size])
@@ -61,9 +59,7 @@ def latency_surface(rows: Sequence[StepRow], estimator: StepTimeEstimator) -> st
                 f"{new} new token{'s' if new > 1 else ''} per session",
             )
         handles, labels = _legend_of(axes)
-        figure.legend(
-            handles, labels, loc="outside right upper", title="sessions", alignment="left"
-        )
+        figure.legend(handles, labels, loc="outside right upper", title="sessions", alignment="left")
         return theme.svg(
             figure,
             "surface",
@@ -166,9 +162,7 @@ def acceptance_by_position(trace: AcceptanceTrace) -> str:
     low, high = _bootstrap(trace)
     position = np.arange(1, len(cum_acceptance) + 1)
     before = np.concatenate([[1.0], cum_acceptance[:-1]])
-    given = np.divide(
-        cum_acceptance, before, out=np.full_like(cum_acceptance, np.nan), where=before > 0
-    )
+    given = np.divide(cum_acceptance, before, out=np.full_like(cum_acceptance, np.nan), where=before > 0)
     with theme.canvas(6.6, 3.5) as (figure, (axes,)):
         axes.bar(
             position,

@@ -54,9 +54,7 @@ def plan_section(plan: Plan | None, benches: Sequence[Bench]) -> dict[str, Any] 
         "draft_lengths": _by_device(
             plan, lambda device: [draft_length_map(plan, device, mode, slo) for mode in MODES]
         ),
-        "break_even": _by_device(
-            plan, lambda device: [break_even_map(plan, device, mode) for mode in MODES]
-        ),
+        "break_even": _by_device(plan, lambda device: [break_even_map(plan, device, mode) for mode in MODES]),
         "front": drafts_front(plan, slo) if plan.draft[0].by_k else "",
         "capacity": _by_device(plan, lambda device: [capacity_table(plan, device)]),
     }
@@ -243,9 +241,7 @@ def capacity_curves(document: Document) -> str:
             alignment="left",
         )
         theme.finish(axes, "devices on one server", "sessions that met their SLO")
-        return theme.svg(
-            figure, "capacity", "Share of sessions that met their SLO by number of devices"
-        )
+        return theme.svg(figure, "capacity", "Share of sessions that met their SLO by number of devices")
 
 
 def drafts_front(plan: Plan, tokens_per_s: float) -> str:
@@ -263,9 +259,7 @@ def drafts_front(plan: Plan, tokens_per_s: float) -> str:
     mode = rows[0].mode
     rtt_ms = min(r.rtt_ms for r in rows)
     levels = sorted({r.load_level for r in rows})
-    levels = (
-        levels if len(levels) <= MAX_PANELS else [levels[0], levels[len(levels) // 2], levels[-1]]
-    )
+    levels = levels if len(levels) <= MAX_PANELS else [levels[0], levels[len(levels) // 2], levels[-1]]
     cells = [draft_front(plan, machine, rtt_ms, level, tokens_per_s, mode)[0] for level in levels]
     priced = any(o.figures.dollars_per_mtoken for options in cells for o in options)
     powered = any(o.figures.energy_j_per_token for options in cells for o in options)
@@ -298,9 +292,7 @@ def _paid(option: Option, priced: bool) -> float:
     return figures.dollars_per_mtoken if priced else figures.energy_j_per_token
 
 
-def _front_panel(
-    panel: Any, options: Sequence[Option], devices: Sequence[str], priced: bool
-) -> None:
+def _front_panel(panel: Any, options: Sequence[Option], devices: Sequence[str], priced: bool) -> None:
     def paid(option: Option) -> float:
         return _paid(option, priced)
 

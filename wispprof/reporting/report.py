@@ -92,8 +92,7 @@ def verdict(benches: Sequence[Bench]) -> str:
     ratio = best.goodput / server_only.goodput
     if ratio > 1 + EQUAL_GOODPUT_MARGIN:
         return (
-            f"Split serving pays here: {best.policy} delivers {ratio:.2f} × the goodput of the "
-            "server alone"
+            f"Split serving pays here: {best.policy} delivers {ratio:.2f} × the goodput of the server alone"
         )
     if ratio < 1 - EQUAL_GOODPUT_MARGIN:
         return (
@@ -192,10 +191,7 @@ def _accuracy(run: Run, benches: Sequence[Bench]) -> dict[str, Any] | None:
 def _profile_points(profile: ServerProfile | None, estimator: StepTimeEstimator) -> list[StepPoint]:
     if profile is None:
         return []
-    return [
-        StepPoint(*estimator.predict(row.shape), row.median_ms, figures.PROFILE)
-        for row in profile.rows
-    ]
+    return [StepPoint(*estimator.predict(row.shape), row.median_ms, figures.PROFILE) for row in profile.rows]
 
 
 def _acceptance(run: Run) -> dict[str, str] | None:

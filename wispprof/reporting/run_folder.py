@@ -266,11 +266,7 @@ def load_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise ArtifactMissing(f"There is no folder {folder}.", HINT)
-    entries = [
-        _read(path, kind)
-        for path in sorted(folder.iterdir())
-        if (kind := _kind_of(path)) is not None
-    ]
+    entries = [_read(path, kind) for path in sorted(folder.iterdir()) if (kind := _kind_of(path)) is not None]
     if not entries:
         raise ArtifactMissing(f"{folder} holds no artifact of wispprof.", HINT)
     entries.sort(key=lambda entry: entry[0].created)

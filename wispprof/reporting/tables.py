@@ -103,9 +103,7 @@ def to_rich(table: Table) -> RichTable:
         header = Text(column.name)
         if column.unit:
             header.append(f"\n{column.unit}", style="dim")
-        shown.add_column(
-            header, justify="right" if table.is_number(index) else "left", no_wrap=index == 0
-        )
+        shown.add_column(header, justify="right" if table.is_number(index) else "left", no_wrap=index == 0)
     for number, row in enumerate(table.rows):
         shown.add_row(
             *(

@@ -65,9 +65,7 @@ def _draw_all(scaled: Tensor, keys: Tensor) -> Tensor:
     return gumbel(keys, ids).add_(scaled).argmax(-1)
 
 
-def _draw_filtered(
-    scaled: Tensor, keys: Tensor, samplings: Sequence[Sampling], width: int
-) -> Tensor:
+def _draw_filtered(scaled: Tensor, keys: Tensor, samplings: Sequence[Sampling], width: int) -> Tensor:
     """Draw among the ``width`` most likely tokens; rows whose filter may keep more are drawn again."""
     vocab = scaled.shape[1]
     # All of a top-k must be candidates: the top-p after it is a share of their mass.

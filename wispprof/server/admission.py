@@ -117,9 +117,7 @@ class Admission:
         self._model = model
         self.budget = TokenBudget(settings.tokens_per_key_per_s)
 
-    def check(
-        self, request: SessionRequest, key: str, now_ms: float, draining: bool
-    ) -> SessionRequest:
+    def check(self, request: SessionRequest, key: str, now_ms: float, draining: bool) -> SessionRequest:
         """The request with ``max_new`` cut to what is possible. Raises :class:`Refused`."""
         if draining:
             raise Refused("draining", "The server is shutting down.", "Try another server.")
@@ -148,17 +146,13 @@ class Admission:
                 "Use this model's tokenizer.",
             )
         if not 0 <= request.generated < length:
-            raise Refused(
-                "frame", f"{length} tokens cannot hold {request.generated} generated ones."
-            )
+            raise Refused("frame", f"{length} tokens cannot hold {request.generated} generated ones.")
         if request.max_new <= request.generated:
             raise Refused("frame", "max_new leaves no token to generate.", "Request more tokens.")
         remaining = context - length + request.generated
         max_new = min(request.max_new, self._settings.max_new, remaining)
         if max_new <= request.generated:
-            raise Refused(
-                "limit", f"The session has reached this server's maximum output: {max_new} tokens."
-            )
+            raise Refused("limit", f"The session has reached this server's maximum output: {max_new} tokens.")
         return replace(request, max_new=max_new)
 
     def _check_limits(self, key: str, now_ms: float) -> None:

@@ -32,9 +32,7 @@ def make_app(server: VerificationServer, lifespan: Any = None) -> FastAPI:
 
     ``lifespan``: for hosts that let the application start and stop the server.
     """
-    app = FastAPI(
-        title="wispprof", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan
-    )
+    app = FastAPI(title="wispprof", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
 
     @app.websocket("/v1/split")
     async def split(socket: WebSocket) -> None:
@@ -120,9 +118,7 @@ class SessionGeneration:
     ) -> None:
         self._updates.put_nowait(commit)
 
-    def failed(
-        self, session: ServerSession, code: str, message: str, retry_ms: float = 0.0
-    ) -> None:
+    def failed(self, session: ServerSession, code: str, message: str, retry_ms: float = 0.0) -> None:
         self._updates.put_nowait(Refused(code, message, retry_ms=retry_ms))
 
     async def stream(self) -> AsyncGenerator[tuple[int, ...]]:

@@ -37,9 +37,7 @@ def dashboard_table(server: VerificationServer) -> Table:
         *_step_rows(server, now),
         ("SLO met", met_slo),
     ]
-    table = Table(
-        title=f"{server.model.id} · {server.policy.name}", box=box.SIMPLE, show_header=False
-    )
+    table = Table(title=f"{server.model.id} · {server.policy.name}", box=box.SIMPLE, show_header=False)
     for row in rows:
         table.add_row(*row)
     return table

@@ -34,9 +34,7 @@ class StepLimits:
     """What a step may hold: the settings, tightened by the plan's row for the fastest SLO class that
     is open and the load level."""
 
-    def __init__(
-        self, settings: ServerSettings, plan: Plan | None, manager: SessionManager
-    ) -> None:
+    def __init__(self, settings: ServerSettings, plan: Plan | None, manager: SessionManager) -> None:
         self._plan = plan
         self._settings = settings
         self._manager = manager
@@ -174,9 +172,7 @@ class EngineLoop:
         committed = self.commit(sessions, results, actual_ms)
         self._record(plan, shape, actual_ms, committed)
 
-    def commit(
-        self, sessions: list[ServerSession], results: Sequence[VerifyResult], actual_ms: float
-    ) -> int:
+    def commit(self, sessions: list[ServerSession], results: Sequence[VerifyResult], actual_ms: float) -> int:
         """Apply every result and notify its listener; returns the number of tokens committed."""
         now = self._now_ms()
         committed = 0
@@ -250,9 +246,7 @@ class EngineLoop:
             self._kv_margin = 0
             return
         self._kv_margin = min(free, max(64, 2 * margin, shape.new_tokens // 2 + margin))
-        log.warning(
-            "out of KV memory at %d new tokens; margin %d", shape.new_tokens, self._kv_margin
-        )
+        log.warning("out of KV memory at %d new tokens; margin %d", shape.new_tokens, self._kv_margin)
 
     async def audit(self) -> None:
         """Check engine against sessions between two steps; raises :class:`EngineError`."""

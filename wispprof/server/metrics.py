@@ -60,21 +60,15 @@ class Metrics:
             return Gauge(f"wispprof:{name}", text, labels, registry=self.registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(
-                f"wispprof:{name}", text, labels, buckets=buckets, registry=self.registry
-            )
+            return Histogram(f"wispprof:{name}", text, labels, buckets=buckets, registry=self.registry)
 
         self.running = gauge("num_requests_running", "Sessions that hold KV.")
-        self.waiting = gauge(
-            "num_requests_waiting", "Sessions waiting for memory or their prefill."
-        )
+        self.waiting = gauge("num_requests_waiting", "Sessions waiting for memory or their prefill.")
         self.kv_usage = gauge("kv_cache_usage_perc", "Share of KV cache tokens in use, 0 to 1.")
         self.prefix_cache = gauge("prefix_cache_tokens", "KV cache tokens of ended sessions.")
         self.load = gauge("load_level", "Load level sent to the edges, 0 to 4.")
         self.drift = gauge("step_time_drift_ratio", "Median of actual / predicted step time.")
-        self.re_profile = gauge(
-            "re_profile", "1 once step times have drifted from the fitted estimator."
-        )
+        self.re_profile = gauge("re_profile", "1 once step times have drifted from the fitted estimator.")
         self.wrong_cells = gauge(
             "re_profile_cell_ratio", "Actual / fitted step time of drifted shapes.", "cell"
         )
@@ -101,9 +95,7 @@ class Metrics:
         )
         self.step_items = histogram("step_items", "Sessions per step.", _ACCEPTED)
         self.ttft = histogram("time_to_first_token_seconds", "Request to first token.", _LATENCY)
-        self.gap = histogram(
-            "inter_token_latency_seconds", "Time between commits, per token.", _GAP
-        )
+        self.gap = histogram("inter_token_latency_seconds", "Time between commits, per token.", _GAP)
         self.queue = histogram("request_queue_time_seconds", "Ready until step start.", _GAP)
         self.e2e = histogram("e2e_request_latency_seconds", "Request to last token.", _LATENCY)
         self.drafted = counter("spec_decode_num_draft_tokens", "Draft tokens received.")

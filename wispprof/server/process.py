@@ -301,9 +301,7 @@ def launch_ranks(size: int) -> None:
         ) from None
 
 
-def serve_ranks(
-    settings: ServerSettings, announce: Callable[[VerificationServer, int], None]
-) -> None:
+def serve_ranks(settings: ServerSettings, announce: Callable[[VerificationServer, int], None]) -> None:
     """Join the ranks, load this rank's shard, and serve (rank 0) or follow. Blocks. Raises
     :class:`EngineError` if the group broke while serving."""
     from wispprof.engines.tensor_parallel import join
@@ -319,9 +317,7 @@ def serve_ranks(
                 signal.signal(one, signal.SIG_IGN)
             follow(engine, ranks)
             return
-        leader = MultiRankEngine(
-            engine, ranks, on_broken=lambda: os.kill(os.getpid(), signal.SIGTERM)
-        )
+        leader = MultiRankEngine(engine, ranks, on_broken=lambda: os.kill(os.getpid(), signal.SIGTERM))
         try:
             chat = ChatTokenizer(tokenizer) if tokenizer is not None else None
             model = served_model(settings, info)

@@ -156,14 +156,10 @@ def serve_replicas(
     if started:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
     stop = threading.Event()
-    previous = {
-        one: signal.signal(one, lambda *_: stop.set()) for one in (signal.SIGINT, signal.SIGTERM)
-    }
+    previous = {one: signal.signal(one, lambda *_: stop.set()) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         serve.start(http_options=_http(settings))
-        app = deployment(
-            settings, replicas, max_replicas=max_replicas, build=build, gpus=_gpus(settings)
-        )
+        app = deployment(settings, replicas, max_replicas=max_replicas, build=build, gpus=_gpus(settings))
         try:
             serve.run(app, name=NAME, route_prefix="/")
         except RuntimeError as err:

@@ -38,9 +38,7 @@ class SessionListener(Protocol):
         self, session: ServerSession, commit: CommitResult, verify_ms: float, load_level: int
     ) -> None: ...
 
-    def failed(
-        self, session: ServerSession, code: str, message: str, retry_ms: float = 0.0
-    ) -> None:
+    def failed(self, session: ServerSession, code: str, message: str, retry_ms: float = 0.0) -> None:
         """The server ended the session; nothing of it is left."""
 
 

@@ -13,8 +13,9 @@ from wispprof.backends import Engine
 from wispprof.errors import OutOfKvMemory
 from wispprof.policies import load_level, slowdown
 from wispprof.server.engine_thread import EngineThread
-from wispprof.server.kv_scheduler import PrefixCache, schedule_kv
+from wispprof.server.kv_scheduler import schedule_kv
 from wispprof.server.metrics import Metrics
+from wispprof.server.prefix_cache import PrefixCache
 from wispprof.server.session import ServerSession, SessionListener, SessionRequest
 from wispprof.server.step_time_tracker import StepTimeTracker
 from wispprof.sessions.session_state import CommitResult, SessionState
@@ -92,9 +93,7 @@ class SessionManager:
             undrafted=request.undrafted,
             max_pending_drafts=self._settings.max_drafts,
         )
-        session = ServerSession(
-            state, request.sampling, listener, number, now_ms, last_commit_ms=now_ms
-        )
+        session = ServerSession(state, request.sampling, listener, number, now_ms, last_commit_ms=now_ms)
         self._sessions[name] = session
         self._new_sessions.append(session)
         self.wake()
@@ -243,9 +242,7 @@ class SessionManager:
             session.listener.failed(session, code, message, retry_ms)
         self._remove(session, code, session.last_commit_ms, cache_prefix)
 
-    def _remove(
-        self, session: ServerSession, reason: str, now_ms: float, cache_prefix: bool = True
-    ) -> None:
+    def _remove(self, session: ServerSession, reason: str, now_ms: float, cache_prefix: bool = True) -> None:
         del self._sessions[session.name]
         state = session.state
         state.abandon()
@@ -298,9 +295,7 @@ def _open(engine: Engine, session: ServerSession) -> None:
     session.in_engine = True
 
 
-def _fork(
-    engine: Engine, session: ServerSession, parent: str, length: int, take_over: bool
-) -> None:
+def _fork(engine: Engine, session: ServerSession, parent: str, length: int, take_over: bool) -> None:
     try:
         engine.fork(parent, session.name, length, session.sampling)
         session.in_engine = True

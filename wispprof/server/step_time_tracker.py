@@ -67,9 +67,7 @@ class OnlineFit:
         centre = float(np.median(ratios))
         step_ms, new_ms, pair_ms, kv_ms = (float(w) * centre for w in weights)
         ratio = max(1.0, float(np.quantile(ratios, _COVERAGE)) / centre)
-        self.estimator = LinearCost(
-            step_ms, new_ms, kv_ms, pair_ms, bound_ratio=ratio, covers=_COVERAGE
-        )
+        self.estimator = LinearCost(step_ms, new_ms, kv_ms, pair_ms, bound_ratio=ratio, covers=_COVERAGE)
 
 
 def warmup_shapes(prefill_chunk: int) -> list[tuple[int, int, int]]:
@@ -93,9 +91,7 @@ class StepTimeTracker:
         self._online = OnlineFit() if fitted is None else None
         self._fitted = fitted
         self._monitor = (
-            DriftMonitor(fitted, drift or DriftSettings())
-            if isinstance(fitted, FittedEstimator)
-            else None
+            DriftMonitor(fitted, drift or DriftSettings()) if isinstance(fitted, FittedEstimator) else None
         )
         self._reported_cells: set[Cell] = set()
         self._report_from_step = 0

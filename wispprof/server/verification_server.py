@@ -156,9 +156,7 @@ class VerificationServer:
         """KV tokens not in use."""
         return self._engine_thread.engine.kv_free
 
-    def open(
-        self, request: SessionRequest, listener: SessionListener, number: int = 0
-    ) -> ServerSession:
+    def open(self, request: SessionRequest, listener: SessionListener, number: int = 0) -> ServerSession:
         """Admit a request. Raises :class:`~wispprof.server.admission.Refused`."""
         try:
             request = self.admission.check(request, listener.key, self.now_ms(), self.draining)
@@ -197,9 +195,7 @@ class VerificationServer:
             )
 
 
-def _calibrate(
-    engine: Engine, model: ServedModel, prefill_chunk: int
-) -> list[tuple[BatchShape, float]]:
+def _calibrate(engine: Engine, model: ServedModel, prefill_chunk: int) -> list[tuple[BatchShape, float]]:
     """Time a few small shapes twice each on the idle engine; leaves no session behind."""
     rows: list[tuple[BatchShape, float]] = []
     for sessions, new, cached in warmup_shapes(prefill_chunk):

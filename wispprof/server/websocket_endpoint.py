@@ -164,9 +164,7 @@ class WebSocketEndpoint:
             self._sessions[number] = self._server.open(session_request(frame), self, number)
         except Refused as err:
             self._mark_ended(number)
-            self._send(
-                protocol.Problem(number, err.code, str(err), err.retry_ms, err.nearest_tokens_per_s)
-            )
+            self._send(protocol.Problem(number, err.code, str(err), err.retry_ms, err.nearest_tokens_per_s))
         except ProtocolError as err:
             self._mark_ended(number)
             self._problem(number, "frame", str(err))
@@ -220,9 +218,7 @@ class WebSocketEndpoint:
             )
         )
 
-    def failed(
-        self, session: ServerSession, code: str, message: str, retry_ms: float = 0.0
-    ) -> None:
+    def failed(self, session: ServerSession, code: str, message: str, retry_ms: float = 0.0) -> None:
         if self._sessions.get(session.number) is session:
             self._mark_ended(session.number)
             self._send(protocol.Problem(session.number, code, message, retry_ms))
@@ -292,8 +288,7 @@ def check_hello(hello: protocol.Hello, model: ServedModel, allowed: Sequence[str
         )
     if hello.tokenizer and hello.tokenizer != model.tokenizer:
         raise HandshakeRefused(
-            f"The edge's tokenizer ({hello.tokenizer[:12]}…) is not the target's "
-            f"({model.tokenizer[:12]}…).",
+            f"The edge's tokenizer ({hello.tokenizer[:12]}…) is not the target's ({model.tokenizer[:12]}…).",
             "Use a draft model of the target's own family.",
         )
 
@@ -328,6 +323,4 @@ def check_draft(frame: protocol.Draft, vocab_size: int) -> None:
         reason = f"a token outside the vocabulary of {vocab_size}"
     else:
         return
-    raise ProtocolError(
-        f"Invalid draft frame: {reason}.", "Use a client of the same protocol version."
-    )
+    raise ProtocolError(f"Invalid draft frame: {reason}.", "Use a client of the same protocol version.")

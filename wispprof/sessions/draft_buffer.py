@@ -158,9 +158,7 @@ class DraftBuffer:
         """What a drafter in step with this buffer holds: committed tokens, then drafts."""
         return [*self._committed, *self._tokens]
 
-    def propose(
-        self, token: int, acceptance_prob: float = 1.0, draft_ms: float = 0.0
-    ) -> tuple[int, int]:
+    def propose(self, token: int, acceptance_prob: float = 1.0, draft_ms: float = 0.0) -> tuple[int, int]:
         """Hold one more draft token; returns (:attr:`unsent`, :attr:`capacity_left`) after it.
 
         Raises ``ValueError`` if no capacity is left.
@@ -237,9 +235,7 @@ class DraftBuffer:
                 "Reopen the session from its committed tokens.",
             )
         overlap = min(known, committed_len) - start
-        if overlap > 0 and (
-            start < 0 or self._committed[start : start + overlap] != list(tokens[:overlap])
-        ):
+        if overlap > 0 and (start < 0 or self._committed[start : start + overlap] != list(tokens[:overlap])):
             raise ProtocolError(
                 f"A commit contradicts tokens that were committed before position {known}.",
                 "The server does not hold the model that began this generation; start again.",
@@ -291,6 +287,4 @@ class DraftBuffer:
             del held[:count], self._acceptance_probs[:count], self._draft_ms[:count]
         if self.sent < committed_len:
             self.sent = committed_len
-        return CommitEffect(
-            new, None, new[hits:], hits, accepted, drafts - both, proactive, hits == count
-        )
+        return CommitEffect(new, None, new[hits:], hits, accepted, drafts - both, proactive, hits == count)

@@ -109,13 +109,7 @@ class DraftScheduler:
         buffer, controller = self._buffer, self._controller
         judged, budget, features = self._judged, self._budget, token.features
         assert controller is not None
-        if (
-            budget is None
-            or self._closed
-            or self._exhausted
-            or judged != buffer.draft_ahead
-            or self._stop
-        ):
+        if budget is None or self._closed or self._exhausted or judged != buffer.draft_ahead or self._stop:
             buffer.propose(token.token, 1.0, draft_ms)
             self._features.append(features)
             return self._round_due(context_of)

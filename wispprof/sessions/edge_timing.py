@@ -109,9 +109,7 @@ class EdgeTiming:
     def context(self, rtt_ms: float, load_level: int, draft_ahead: int) -> RoundContext:
         """The controller's context of a round."""
         # By position: keywords cost more than the rest of the call.
-        return RoundContext(
-            self.draft_ms, rtt_ms, self.server_ms, load_level, draft_ahead, self._slo
-        )
+        return RoundContext(self.draft_ms, rtt_ms, self.server_ms, load_level, draft_ahead, self._slo)
 
     def slack_ms(self, acceptance_prob: Sequence[float], now_ms: float, rtt_ms: float) -> float:
         """Remaining slack of a round that leaves now: expected tokens / speed − time since the last commit −

@@ -81,9 +81,7 @@ class DraftArrivals:
                 gap_ms = 0.0
             if self._recovering:
                 mean_ms = self._recover_ms
-                self._recover_ms = (
-                    gap_ms if mean_ms is None else mean_ms + _WEIGHT * (gap_ms - mean_ms)
-                )
+                self._recover_ms = gap_ms if mean_ms is None else mean_ms + _WEIGHT * (gap_ms - mean_ms)
                 self._recovering = False
             else:
                 mean_ms = self._gap_ms
@@ -203,9 +201,7 @@ class PendingDrafts:
             return
         for prob in acceptance_prob:
             if not 0.0 <= prob <= 1.0:
-                acceptance_prob = [
-                    p if 0.0 <= p <= 1.0 else float(p > 1.0) for p in acceptance_prob
-                ]
+                acceptance_prob = [p if 0.0 <= p <= 1.0 else float(p > 1.0) for p in acceptance_prob]
                 break
         self.tokens += tokens
         self.acceptance_probs += acceptance_prob

@@ -70,9 +70,7 @@ class DraftingSettings(Settings):
         "Largest share of the round trip that drafting one frame may take (asynchronous drafting).",
         minimum=0,
     )
-    frame_max: int = setting(
-        8, "Maximum draft tokens in a frame (asynchronous drafting).", minimum=1
-    )
+    frame_max: int = setting(8, "Maximum draft tokens in a frame (asynchronous drafting).", minimum=1)
     carry: bool = setting(
         False, "Count a round's time budget from when its predecessor was due, not from its commit."
     )
@@ -91,9 +89,7 @@ class EdgeSettings(Settings):
     drafting: DraftingSettings = field(default_factory=DraftingSettings)
     server: str = setting("", "Address of the server; default: start one here on the bundled pair.")
     draft: str = setting("", "Draft model: folder, hub id or .gguf file; default: the bundled one.")
-    tokenizer: str = setting(
-        "", "The target's tokenizer: folder or hub id; default: beside the draft model."
-    )
+    tokenizer: str = setting("", "The target's tokenizer: folder or hub id; default: beside the draft model.")
     drafter: str = setting(
         "model", "What drafts: model, lookup, both (lookup first), none or one of your own."
     )

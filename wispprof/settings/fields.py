@@ -78,14 +78,10 @@ class Declared:
     def _check_one(self, value: Any) -> None:
         of = self.setting
         if not _fits(value, self.kind):
-            raise SettingsError(
-                f"{self.name} must be {_KINDS[self.kind]}, got {self._shown(value)}."
-            )
+            raise SettingsError(f"{self.name} must be {_KINDS[self.kind]}, got {self._shown(value)}.")
         if of.choices and value not in of.choices:
             choices = " or ".join(choice or "empty" for choice in of.choices)
-            raise SettingsError(
-                f"{self.name} must be {choices}, got {value!r}.", nearest(value, of.choices)
-            )
+            raise SettingsError(f"{self.name} must be {choices}, got {value!r}.", nearest(value, of.choices))
         if of.bounds:
             low = -math.inf if of.minimum is None else of.minimum
             high = math.inf if of.maximum is None else of.maximum

@@ -22,9 +22,7 @@ class InputSettings(Settings):
     """What a simulation is based on. Shipped files or presets replace what is not given."""
 
     server: str = setting("", "Estimator file, or the preset a100-32b or h200-32b.")
-    kv_tokens: int | None = setting(
-        None, "Size of the server's KV cache.", unit="tokens", minimum=1
-    )
+    kv_tokens: int | None = setting(None, "Size of the server's KV cache.", unit="tokens", minimum=1)
     edge: Path | None = setting(None, "Edge profile.")
     draft_tokens_per_s: float = setting(
         60.0,
@@ -35,9 +33,7 @@ class InputSettings(Settings):
     )
     trace: Path | None = setting(None, "Acceptance trace.")
     predictor: Path | None = setting(None, "Rejection predictor for the trace.")
-    acceptance: float = setting(
-        0.75, "Mean acceptance without a trace.", minimum=0.01, maximum=0.99
-    )
+    acceptance: float = setting(0.75, "Mean acceptance without a trace.", minimum=0.01, maximum=0.99)
 
 
 @dataclass(frozen=True)
@@ -65,9 +61,7 @@ class SimulationSettings(Settings):
     inputs: InputSettings = field(default_factory=InputSettings)
     load: LoadSettings = field(default_factory=LoadSettings)
     link: LinkModel = field(default_factory=LinkModel)
-    systems: tuple[str, ...] = setting(
-        ("wispprof",), "System to simulate; repeatable.", option="policy"
-    )
+    systems: tuple[str, ...] = setting(("wispprof",), "System to simulate; repeatable.", option="policy")
     compare: bool = setting(False, "Simulate all systems.")
     capacity: bool = setting(False, "Search the most devices within --violations instead.")
     violations: float = setting(
@@ -92,9 +86,7 @@ class SimulationSettings(Settings):
         20.0, "Time at the beginning that is not counted.", unit="s", minimum=0, option="warmup"
     )
     seed: int = setting(0, "Seed; equal seeds give equal runs.")
-    out: Path | None = setting(
-        None, "With --capacity: file for the curves, which `wispprof report` draws."
-    )
+    out: Path | None = setting(None, "With --capacity: file for the curves, which `wispprof report` draws.")
 
     def check_together(self) -> None:
         if self.warmup_s >= self.seconds:
@@ -102,9 +94,7 @@ class SimulationSettings(Settings):
         if self.capacity and self.load.arrivals != "closed":
             raise PlanError("--capacity needs a closed fleet.", "Omit --arrivals.")
         if self.out is not None and not self.capacity:
-            raise PlanError(
-                "--out writes the curves of --capacity.", "Add --capacity, or use --json."
-            )
+            raise PlanError("--out writes the curves of --capacity.", "Add --capacity, or use --json.")
 
 
 @dataclass(frozen=True)
@@ -138,9 +128,7 @@ class BenchSettings(Settings):
         None, "SLO: time to the first token.", unit="ms", option="ttft", minimum=0
     )
     requests: int = setting(2, "Requests per device; with --rate, of all devices.", minimum=1)
-    max_new: int = setting(
-        48, "Maximum tokens per request.", unit="tokens", minimum=2, option="max-tokens"
-    )
+    max_new: int = setting(48, "Maximum tokens per request.", unit="tokens", minimum=2, option="max-tokens")
     rate_per_s: float = setting(
         0.0, "Poisson arrivals; 0 is a closed fleet.", unit="requests/s", minimum=0, option="rate"
     )

@@ -20,9 +20,7 @@ def class_mix(text: str) -> Mix:
         pairs = [entry.split("=") for entry in text.split(",")]
         return tuple((float(speed), float(share)) for speed, share in pairs)
     except ValueError:
-        raise PlanError(
-            f"{text!r} is not a class mix.", "For example: --mix 4=0.7,8=0.3."
-        ) from None
+        raise PlanError(f"{text!r} is not a class mix.", "For example: --mix 4=0.7,8=0.3.") from None
 
 
 def device_price(entry: str) -> tuple[str, float]:
@@ -43,12 +41,8 @@ class FitSettings(Settings):
     server: tuple[Path, ...] = setting((), "Server profile (.jsonl); repeatable.")
     trace: tuple[Path, ...] = setting((), "Acceptance trace; repeatable.")
     out: Path = setting(Path("fit"), "Folder for artifacts and model cards.")
-    estimator: str = setting(
-        "auto", "wisp-linear, staircase, forest, wispprof, or auto: by held-out error."
-    )
-    predictor: str = setting(
-        "auto", "threshold, margin-logistic, wisp-mlp, lightgbm, or auto: by log loss."
-    )
+    estimator: str = setting("auto", "wisp-linear, staircase, forest, wispprof, or auto: by held-out error.")
+    predictor: str = setting("auto", "threshold, margin-logistic, wisp-mlp, lightgbm, or auto: by log loss.")
     coverage: float = setting(0.95, "Coverage of the upper bound.", minimum=0.5, maximum=0.999)
     evaluate: bool = setting(
         False,
@@ -56,9 +50,7 @@ class FitSettings(Settings):
         "under every predictor (minutes).",
     )
     splits: int = setting(20, "Random splits that test the bound's coverage.", minimum=1)
-    update: Path | None = setting(
-        None, "Step log of a server; recalibrates the estimator in --out on it."
-    )
+    update: Path | None = setting(None, "Step log of a server; recalibrates the estimator in --out on it.")
     seed: int = setting(0, "Seed of every split.")
 
     def check_together(self) -> None:
@@ -85,21 +77,13 @@ class PlanSettings(Settings):
         minimum=0.01,
         option="slo",
     )
-    k_max: int = setting(
-        12, "Maximum draft length considered.", unit="tokens", minimum=1, maximum=32
-    )
+    k_max: int = setting(12, "Maximum draft length considered.", unit="tokens", minimum=1, maximum=32)
     context: int = setting(512, "Cached tokens per session.", unit="tokens", minimum=0)
     max_sessions: int = setting(256, "Maximum concurrent sessions.", minimum=1, option="sessions")
-    kv_tokens: int = setting(
-        0, "Size of the server's KV cache; 0 is unlimited.", unit="tokens", minimum=0
-    )
+    kv_tokens: int = setting(0, "Size of the server's KV cache; 0 is unlimited.", unit="tokens", minimum=0)
     max_step_tokens: int = setting(2048, "Maximum new tokens in a step.", unit="tokens", minimum=1)
-    max_prefill_chunk: int = setting(
-        512, "Maximum prompt tokens in a step.", unit="tokens", minimum=1
-    )
-    violations: float = setting(
-        0.05, "Share of sessions that may miss their SLO.", minimum=0, maximum=0.99
-    )
+    max_prefill_chunk: int = setting(512, "Maximum prompt tokens in a step.", unit="tokens", minimum=1)
+    violations: float = setting(0.05, "Share of sessions that may miss their SLO.", minimum=0, maximum=0.99)
     min_gain: float = setting(
         1.02,
         "Speedup that drafting must reach; below it the plan says k = 0, which saves the edge's energy.",

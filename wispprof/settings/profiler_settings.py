@@ -109,9 +109,7 @@ class ServerProfilerSettings(Settings):
     """
 
     model: str = setting("", "Target model: folder or hub id; default: the bundled one.")
-    shape: str = setting(
-        "", "Random weights in a known shape instead of --model, such as qwen3-8b."
-    )
+    shape: str = setting("", "Random weights in a known shape instead of --model, such as qwen3-8b.")
     dtype: str = dtype_setting()
     device: str = device_setting()
     backend: str = backend_setting()
@@ -179,9 +177,7 @@ class LinkProfilerSettings(Settings):
 class TraceSettings(Settings):
     """What an acceptance trace records. ``batch``: sessions of the target at once."""
 
-    target: str = setting(
-        "", "Target model: folder or hub id; default: the bundled one.", option="model"
-    )
+    target: str = setting("", "Target model: folder or hub id; default: the bundled one.", option="model")
     draft: str = setting("", "Draft model: folder or hub id; default: the bundled one.")
     dtype: str = dtype_setting()
     device: str = device_setting()
@@ -191,9 +187,7 @@ class TraceSettings(Settings):
     )
     count: int = setting(32, "Number of prompts.", minimum=1)
     prompt_tokens: int = setting(128, "Maximum length of a prompt.", unit="tokens", minimum=1)
-    path_tokens: int = setting(
-        128, "Maximum length of the target's continuation.", unit="tokens", minimum=1
-    )
+    path_tokens: int = setting(128, "Maximum length of the target's continuation.", unit="tokens", minimum=1)
     depth: int = setting(8, "Draft tokens per position.", minimum=1, maximum=64, option="k")
     batch: int = 16
     seed: int = setting(0, "Seed of prompts and sampling.", minimum=0)

@@ -18,9 +18,7 @@ class ServerSettings(Settings):
     """Everything ``wispprof serve`` can be told. Keys of ``api_key_file`` are added to ``api_keys``."""
 
     target: str = setting("", "Target model: folder or hub id; default: the bundled pair's target.")
-    target_id: str = setting(
-        "", "Name of the target that edges ask for; default: the last part of --target."
-    )
+    target_id: str = setting("", "Name of the target that edges ask for; default: the last part of --target.")
     estimator: Path | None = setting(
         None, "Fitted step-time estimator; without one the server fits its own steps."
     )
@@ -39,9 +37,7 @@ class ServerSettings(Settings):
         parse=named_value,
     )
 
-    host: str = setting(
-        "127.0.0.1", "Address to listen on; beyond loopback an API key is required."
-    )
+    host: str = setting("127.0.0.1", "Address to listen on; beyond loopback an API key is required.")
     port: int = setting(8200, "Port to listen on; 0 takes a free one.", minimum=0, maximum=65535)
     api_keys: tuple[str, ...] = setting(
         (),
@@ -57,12 +53,8 @@ class ServerSettings(Settings):
     dtype: str = dtype_setting()
     engine: str = setting("torch", "Engine that runs the target: torch or one of your own.")
     backend: str = backend_setting()
-    tensor_parallel: int = setting(
-        1, "Processes, one per device, that share the target.", minimum=1
-    )
-    kv_tokens: int = setting(
-        0, "Size of the KV cache; 0 lets the engine choose.", unit="tokens", minimum=0
-    )
+    tensor_parallel: int = setting(1, "Processes, one per device, that share the target.", minimum=1)
+    kv_tokens: int = setting(0, "Size of the KV cache; 0 lets the engine choose.", unit="tokens", minimum=0)
 
     max_items: int = setting(64, "Maximum sessions in a step.", minimum=1)
     max_tokens: int = setting(1024, "Maximum new tokens in a step.", unit="tokens", minimum=1)
@@ -77,12 +69,8 @@ class ServerSettings(Settings):
     tokens_per_key_per_s: float = setting(
         0.0, "Rate limit of one API key; 0 switches it off.", unit="tokens/s", minimum=0
     )
-    max_prompt: int = setting(
-        0, "Longest prompt; 0 allows the model's context.", unit="tokens", minimum=0
-    )
-    max_new: int = setting(
-        4096, "Maximum tokens that one request may generate.", unit="tokens", minimum=1
-    )
+    max_prompt: int = setting(0, "Longest prompt; 0 allows the model's context.", unit="tokens", minimum=0)
+    max_new: int = setting(4096, "Maximum tokens that one request may generate.", unit="tokens", minimum=1)
     admit: str = setting(
         "slo",
         "Admission: slo refuses sessions whose SLO the estimator says cannot be met, all refuses none.",
@@ -91,9 +79,7 @@ class ServerSettings(Settings):
     admit_load: float = setting(
         0.9, "Share of the server's time that admitted sessions may need.", minimum=0.01
     )
-    prefix_cache_sessions: int = setting(
-        64, "Ended or lost sessions whose KV stays for reuse.", minimum=0
-    )
+    prefix_cache_sessions: int = setting(64, "Ended or lost sessions whose KV stays for reuse.", minimum=0)
     prefix_cache_ttl_ms: float = setting(
         300_000.0, "Time that the KV of an ended session stays.", unit="ms", minimum=0
     )
@@ -138,9 +124,7 @@ class ServerSettings(Settings):
             keys = dict.fromkeys((*self.api_keys, *read_api_keys(self.api_key_file)))
             object.__setattr__(self, "api_keys", tuple(keys))
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise SettingsError(
-                "TLS needs a certificate and its key.", "Give both --tls-cert and --tls-key."
-            )
+            raise SettingsError("TLS needs a certificate and its key.", "Give both --tls-cert and --tls-key.")
         if not self.loopback and not self.api_keys:
             raise WispprofError(
                 f"Refusing to listen on {self.host} without an API key.",
@@ -159,9 +143,7 @@ class ReplicaSettings(Settings):
 
     ray: bool = setting(False, "Run replicas behind one address, by Ray Serve.")
     replicas: int = setting(1, "Servers that --ray starts.", minimum=1)
-    max_replicas: int = setting(
-        0, "Maximum servers that --ray adds under load; 0 adds none.", minimum=0
-    )
+    max_replicas: int = setting(0, "Maximum servers that --ray adds under load; 0 adds none.", minimum=0)
 
 
 def is_loopback(host: str) -> bool:

@@ -72,12 +72,8 @@ class LinkModel(Settings):
     jitter_ms: float = setting(
         0.0, "Mean of an exponential delay added each way.", unit="ms", minimum=0, option="jitter"
     )
-    loss: float = setting(
-        0.0, "Probability that a frame needs a retransmission.", minimum=0, maximum=0.99
-    )
-    up_mbps: float = setting(
-        0.0, "Uplink bandwidth; 0 is unlimited.", unit="Mbit/s", minimum=0, option="up"
-    )
+    loss: float = setting(0.0, "Probability that a frame needs a retransmission.", minimum=0, maximum=0.99)
+    up_mbps: float = setting(0.0, "Uplink bandwidth; 0 is unlimited.", unit="Mbit/s", minimum=0, option="up")
     down_mbps: float = setting(
         0.0, "Downlink bandwidth; 0 is unlimited.", unit="Mbit/s", minimum=0, option="down"
     )
@@ -103,9 +99,7 @@ class LinkSettings(Settings):
         0.0, "Interval between stalls of both directions; 0 is none.", unit="ms", minimum=0
     )
     stall_ms: float = setting(0.0, "Length of a stall.", unit="ms", minimum=0)
-    cut_every_ms: float = setting(
-        0.0, "Age at which a connection breaks; 0 is never.", unit="ms", minimum=0
-    )
+    cut_every_ms: float = setting(0.0, "Age at which a connection breaks; 0 is never.", unit="ms", minimum=0)
     seed: int = setting(0, "Seed of jitter and loss.")
 
     def check_together(self) -> None:

@@ -199,9 +199,7 @@ def _mooncake(path: Path, lines: list[str]) -> Iterator[Request]:
             continue
         try:
             row = json.loads(line)
-            yield _checked(
-                float(row["timestamp"]), int(row["input_length"]), int(row["output_length"])
-            )
+            yield _checked(float(row["timestamp"]), int(row["input_length"]), int(row["output_length"]))
         except (ValueError, KeyError, TypeError) as err:
             raise _damaged(path, number, err) from err
 

@@ -148,8 +148,6 @@ def capacity(
     return _result(low, violations, reports, bounded=True)
 
 
-def _result(
-    devices: int, violations: float, reports: dict[int, Report], *, bounded: bool
-) -> CapacityResult:
+def _result(devices: int, violations: float, reports: dict[int, Report], *, bounded: bool) -> CapacityResult:
     probes = tuple((size, reports[size].attainment) for size in sorted(reports))
     return CapacityResult(devices, violations, reports.get(devices), probes, bounded)

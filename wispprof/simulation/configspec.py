@@ -41,9 +41,7 @@ class DraftOption:
         if not self.tokens_per_s > 0:
             raise PlanError(f"{self.name} drafts at no speed.", "Profile it.")
         if not self.acceptance or any(k < 1 or not 0 <= a <= 1 for k, a in self.acceptance.items()):
-            raise PlanError(
-                f"The acceptance of {self.name} needs values within 0 … 1 at K ≥ 1.", "Trace it."
-            )
+            raise PlanError(f"The acceptance of {self.name} needs values within 0 … 1 at K ≥ 1.", "Trace it.")
 
     def accepted(self, k: int) -> float:
         """Expected accepted drafts of a round of ``k``."""
@@ -141,11 +139,7 @@ def pareto_front(
 ) -> list[ConfigChoice]:
     """Choices that no other one beats in one figure and equals in the rest, by falling goodput."""
     choices = _choices(options, lengths, verify_s, dollars_per_token, bill_bonus)
-    front = [
-        c
-        for c in choices
-        if not any(_dominates(o.scores.keyed(), c.scores.keyed()) for o in choices)
-    ]
+    front = [c for c in choices if not any(_dominates(o.scores.keyed(), c.scores.keyed()) for o in choices)]
     return sorted(front, key=lambda c: -c.scores.goodput)
 
 

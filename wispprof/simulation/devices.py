@@ -93,9 +93,7 @@ def _line(points: list[tuple[int, float]]) -> tuple[float, float]:
     mean_x = statistics.fmean(x for x, _ in points)
     mean_y = statistics.fmean(y for _, y in points)
     spread = sum((x - mean_x) ** 2 for x, _ in points)
-    slope = (
-        max(0.0, sum((x - mean_x) * (y - mean_y) for x, y in points) / spread) if spread else 0.0
-    )
+    slope = max(0.0, sum((x - mean_x) * (y - mean_y) for x, y in points) / spread) if spread else 0.0
     base = mean_y - slope * mean_x
     return (base, slope) if base > 0 else (mean_y, 0.0)
 
@@ -137,9 +135,7 @@ def device_of(text: str) -> DeviceProfile:
         pass
     else:
         if not draft_ms > 0:
-            raise WispprofError(
-                f"A draft step must take more than 0 ms, got {text}.", "Give its time in ms."
-            )
+            raise WispprofError(f"A draft step must take more than 0 ms, got {text}.", "Give its time in ms.")
         return DeviceProfile(f"{draft_ms:g}ms", draft_ms=draft_ms)
     path = Path(text)
     if not path.exists():

@@ -40,9 +40,7 @@ class Simulation:
         self._before: dict[tuple[int, int], int] = {}
         policy = self.system.make_batching()
         self._stream = policy.stream
-        self.server = SimulatedServer(
-            self, scenario.server, policy, Random(mix((scenario.seed, 1)))
-        )
+        self.server = SimulatedServer(self, scenario.server, policy, Random(mix((scenario.seed, 1))))
 
     def schedule(self, when_ms: float, what: Callable[[float, Any], None], argument: Any) -> None:
         """Call ``what(when_ms, argument)`` at ``when_ms``; ties in the order of scheduling."""
@@ -114,9 +112,7 @@ class Simulation:
                 pick(scenario.links, device, LINK_STEP), Random(mix((scenario.seed, 5, device)))
             )
         source = scenario.acceptance
-        output = source.output(
-            (scenario.seed, device, number), request.prompt_tokens, request.output_tokens
-        )
+        output = source.output((scenario.seed, device, number), request.prompt_tokens, request.output_tokens)
         edge = SimulatedEdge(
             self,
             f"{device}.{number}",
@@ -152,9 +148,7 @@ class Simulation:
 
     # --- what edges report ---
 
-    def send_round(
-        self, now_ms: float, edge: SimulatedEdge, frame: Outgoing, slack_ms: float
-    ) -> None:
+    def send_round(self, now_ms: float, edge: SimulatedEdge, frame: Outgoing, slack_ms: float) -> None:
         """A whole round leaves the edge."""
         arrives_ms = self.send(now_ms, edge.link, len(frame.tokens))
         self.schedule(arrives_ms, self.server.draft, (edge, frame, slack_ms))

@@ -155,9 +155,7 @@ def reproduce_wisp(
     for (assumption, slo, kind), devices in zip(cells, searched, strict=True):
         found[assumption["name"], slo, kind] = devices
         if progress is not None:
-            progress(
-                len(found), f"of {len(cells)}: {kind}, {assumption['name']}, {devices} devices"
-            )
+            progress(len(found), f"of {len(cells)}: {kind}, {assumption['name']}, {devices} devices")
     figures: list[Figure] = []
     capacities = setup["published"]["capacity"]
     for slo in setup["slos"]:
@@ -199,9 +197,7 @@ def _search(job: tuple[Scenario, Mapping[str, Any]]) -> int:
     return capacity(scenario, **limits, tolerance=0.03).devices
 
 
-def _ratio(
-    found: Mapping[tuple[str, float, str], int], names: list[str], slo: float, rival: str
-) -> float:
+def _ratio(found: Mapping[tuple[str, float, str], int], names: list[str], slo: float, rival: str) -> float:
     """wisp over ``rival`` under the last of ``names``; what that assumption leaves as it was comes from
     the one before it."""
     mine, other = (
@@ -211,9 +207,7 @@ def _ratio(
     return mine / other if other else math.nan
 
 
-def reproduce_specedge(
-    executor: Executor | None = None, progress: Progress | None = None
-) -> ReproducedTable:
+def reproduce_specedge(executor: Executor | None = None, progress: Progress | None = None) -> ReproducedTable:
     """SpecEdge's cost efficiency, server throughput and inter-token latency against server-only."""
     setup = read_setup("specedge")
     scenarios: list[Scenario] = []
@@ -226,17 +220,13 @@ def reproduce_specedge(
         name = assumption["name"]
         values["server_throughput"][name] = edges.throughput / alone.throughput
         values["inter_token_latency"][name] = edges.tpot_ms[0] / alone.tpot_ms[0]
-        values["cost_efficiency"][name] = _per_dollar(setup, edges, True) / _per_dollar(
-            setup, alone, False
-        )
+        values["cost_efficiency"][name] = _per_dollar(setup, edges, True) / _per_dollar(setup, alone, False)
     labels = {
         "cost_efficiency": "cost efficiency, SpecEdge / server-only",
         "server_throughput": "server throughput, SpecEdge / server-only",
         "inter_token_latency": "inter-token latency, SpecEdge / server-only",
     }
-    figures = tuple(
-        Figure(labels[key], setup["published"][key], values[key]) for key in setup["published"]
-    )
+    figures = tuple(Figure(labels[key], setup["published"][key], values[key]) for key in setup["published"])
     return _comparison(setup, figures)
 
 
@@ -268,9 +258,7 @@ def _specedge(setup: Mapping[str, Any], assumption: Mapping[str, Any]) -> Scenar
     )
 
 
-def _specedge_base(
-    setup: Mapping[str, Any], chosen: System, sequences: int, server: Any
-) -> Scenario:
+def _specedge_base(setup: Mapping[str, Any], chosen: System, sequences: int, server: Any) -> Scenario:
     workload, run = setup["workload"], setup["run"]
     return Scenario(
         chosen,

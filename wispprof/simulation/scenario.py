@@ -57,9 +57,7 @@ class System:
     def make_batching(self) -> BatchPolicy:
         return make_batch_policy(self.batching, **self.batching_options)
 
-    def make_controller(
-        self, predictor: RejectionPredictor, output: SimulatedOutput
-    ) -> Controller | None:
+    def make_controller(self, predictor: RejectionPredictor, output: SimulatedOutput) -> Controller | None:
         """One session's controller; ``None`` for sessions that never draft."""
         if self.clairvoyant:
             return _Clairvoyant(output, **self.controller_options)
@@ -96,9 +94,7 @@ class _Clairvoyant:
         """Has nothing to learn."""
 
 
-_SLED_FIXED = System(
-    "sled-fixed", "sled", "fixed", controller_options={"k": 5}, drafting=_PROACTIVE
-)
+_SLED_FIXED = System("sled-fixed", "sled", "fixed", controller_options={"k": 5}, drafting=_PROACTIVE)
 _SLED_THRESHOLD = System(
     "sled-threshold", "sled", "sled", controller_options={"k_max": 8}, drafting=_PROACTIVE
 )

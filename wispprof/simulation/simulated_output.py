@@ -112,9 +112,7 @@ class AcceptanceSource(Protocol):
     @property
     def predictor(self) -> RejectionPredictor: ...
 
-    def output(
-        self, seed: Sequence[int], prompt_tokens: int, output_tokens: int
-    ) -> SimulatedOutput:
+    def output(self, seed: Sequence[int], prompt_tokens: int, output_tokens: int) -> SimulatedOutput:
         """A generation's output; equal arguments give equal outputs."""
 
 

@@ -37,9 +37,7 @@ class PolicyViolation(RuntimeError):
 class SimulatedServer:
     """One engine and its loop, driven by events."""
 
-    def __init__(
-        self, sim: Simulation, model: ServerModel, policy: BatchPolicy, rng: Random
-    ) -> None:
+    def __init__(self, sim: Simulation, model: ServerModel, policy: BatchPolicy, rng: Random) -> None:
         self._sim = sim
         self._model = model
         self._policy = policy
@@ -50,9 +48,7 @@ class SimulatedServer:
         self._overhead_ms = max(model.overhead_ms, _INSTANT_MS)
         self._sessions: dict[str, SessionState] = {}
         self._edges: dict[str, SimulatedEdge] = {}
-        self._streaming: dict[
-            str, SimulatedEdge
-        ] = {}  # those of them that draft ahead in stream mode
+        self._streaming: dict[str, SimulatedEdge] = {}  # those of them that draft ahead in stream mode
         self._queue: deque[SimulatedEdge] = deque()
         self._reserved = 0
         self._kv_used = 0

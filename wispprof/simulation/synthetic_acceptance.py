@@ -99,9 +99,7 @@ class SyntheticAcceptance:
         del values
         return (rank_sum - good * (good + 1) / 2) / (good * (samples - good))
 
-    def output(
-        self, seed: Sequence[int], prompt_tokens: int, output_tokens: int
-    ) -> SimulatedOutput:
+    def output(self, seed: Sequence[int], prompt_tokens: int, output_tokens: int) -> SimulatedOutput:
         rng = np.random.default_rng([s & 0xFFFFFFFF for s in seed])
         right, level = self._draw(rng, output_tokens)
         levels = level.tolist()

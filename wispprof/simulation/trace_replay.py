@@ -58,9 +58,7 @@ class TraceAcceptance:
                 "Record longer paths: wispprof profile-edge --trace.",
             )
 
-    def output(
-        self, seed: Sequence[int], prompt_tokens: int, output_tokens: int
-    ) -> SimulatedOutput:
+    def output(self, seed: Sequence[int], prompt_tokens: int, output_tokens: int) -> SimulatedOutput:
         rng = Random(mix(seed))
         path: list[int] = []
         proposals: list[DraftToken] = []
@@ -92,18 +90,14 @@ class TraceReplay:
         path = self._paths[self._index(device, number)]
         return len(path.prompt), len(path.path)
 
-    def output(
-        self, seed: Sequence[int], prompt_tokens: int, output_tokens: int
-    ) -> SimulatedOutput:
+    def output(self, seed: Sequence[int], prompt_tokens: int, output_tokens: int) -> SimulatedOutput:
         """``seed``: (of the scenario, device, number of its request)."""
         index = self._index(*seed[-2:])
         whole = self._known.get(index)
         if whole is None:
             path = self._paths[index]
             whole = self._known[index] = _segment(path, len(path.path))
-        return SimulatedOutput(
-            prompt_tokens, whole.path[:output_tokens], whole.proposals, whole.off_path
-        )
+        return SimulatedOutput(prompt_tokens, whole.path[:output_tokens], whole.proposals, whole.off_path)
 
     def _index(self, device: int, number: int) -> int:
         return (number * self._devices + device) % len(self._paths)

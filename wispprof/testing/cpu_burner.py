@@ -12,11 +12,10 @@ import os
 from collections.abc import Collection
 from typing import Self
 
-__all__ = ["CpuBurner"]
-
 
 class CpuBurner:
-    """One busy process per core of ``cores``; use as ``with``. Does nothing if cores cannot be pinned (macOS).
+    """One busy process per core of ``cores``; use as ``with``. Does nothing if cores cannot be pinned
+    (macOS).
 
     >>> with CpuBurner(()) as burner:
     ...     burner.pids

@@ -1,6 +1,7 @@
 """A fake model pair without weights: the target's next token is a hash of its prefix and sampling settings.
 
-The engine keeps the whole contract of :class:`~wispprof.types.Engine`: it caches by length, runs out of memory,
+The engine keeps the whole contract of :class:`~wispprof.types.Engine`: it caches by length, runs out of
+memory,
 rolls back, and decides each token from exactly the tokens it was fed. A lost rollback or a crossed session
 therefore changes its text.
 """
@@ -22,8 +23,6 @@ from wispprof.types import (
     StepInput,
     VerifyResult,
 )
-
-__all__ = ["FakeDrafter", "FakeEngine", "FakeTarget"]
 
 _GREEDY = Sampling()
 _MASK = (1 << 64) - 1
@@ -62,9 +61,7 @@ class FakeTarget:
     def next(self, state: int) -> int:
         return (state >> 11) % self.vocab
 
-    def generate(
-        self, prompt: Sequence[int], count: int, sampling: Sampling = _GREEDY
-    ) -> list[int]:
+    def generate(self, prompt: Sequence[int], count: int, sampling: Sampling = _GREEDY) -> list[int]:
         """The ``count`` tokens that this target writes after ``prompt``."""
         state = self.start(sampling)
         for token in prompt:
@@ -140,9 +137,7 @@ class FakeEngine(Engine):
     @property
     def served(self) -> ServedModel:
         """The model as edges see it."""
-        return ServedModel(
-            f"hash-{self.target.vocab}", "hash", self.target.vocab, self._max_context
-        )
+        return ServedModel(f"hash-{self.target.vocab}", "hash", self.target.vocab, self._max_context)
 
     @property
     def sessions(self) -> tuple[str, ...]:
@@ -228,9 +223,7 @@ class FakeEngine(Engine):
                 state = self.target.feed(state, token)
             if cache.states and cache.states[-1] != state:
                 raise EngineError(f"The cache of {name} differs from its tokens.")
-        return IntegrityReport(
-            dict.fromkeys(self._caches if session is None else [session], 0.0), 0.0
-        )
+        return IntegrityReport(dict.fromkeys(self._caches if session is None else [session], 0.0), 0.0)
 
     def _get(self, session: str) -> _Cache:
         try:

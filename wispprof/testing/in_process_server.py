@@ -1,7 +1,8 @@
 """A verification server in one process, on the running loop's clock: for tests and emulation.
 
 It uses the real server's session state, batching policies and frames, but no threads, sockets or admission. A
-function of the batch shape gives the time of a step. On a virtual-time loop, edge, link and server are exact and
+function of the batch shape gives the time of a step. On a virtual-time loop, edge, link and server are
+exact and
 repeatable.
 """
 
@@ -19,8 +20,6 @@ from wispprof.policies.interface import BatchPolicy, Limits, ScheduledItem
 from wispprof.sessions.session_state import SessionState
 from wispprof.types import BatchShape, Sampling, Slo, StepTimeEstimator
 
-__all__ = ["InProcessServer"]
-
 _OVERHEAD_MS = 0.05
 """Time between two steps, as the real engine loop needs."""
 _LIMITS = Limits(max_items=64, max_tokens=2048, prefill_chunk=512, kv_free=1 << 20)
@@ -37,7 +36,8 @@ class _ConnectedSession(NamedTuple):
 class InProcessServer:
     """Serves ``engine`` with ``policy``; a step takes ``step_ms(shape)``, by default the estimator's median.
 
-    Edges connect with :attr:`connect`; while :attr:`refuse` is true, that fails. Of the engine, only ``open``,
+    Edges connect with :attr:`connect`; while :attr:`refuse` is true, that fails. Of the engine, only
+    ``open``,
     ``step``, ``rollback`` and ``close`` are called.
 
     >>> from wispprof.edge import EdgeClient, Generation, GenerationRequest
@@ -202,9 +202,7 @@ class InProcessServer:
         begun_ms = loop.time() * 1000.0
         sessions = [self._sessions[item.session] for item in items]
         states = [session.state for session in sessions]
-        inputs = [
-            state.step_input(item, begun_ms) for state, item in zip(states, items, strict=True)
-        ]
+        inputs = [state.step_input(item, begun_ms) for state, item in zip(states, items, strict=True)]
         shape = BatchShape.of(
             (len(given.tokens), state.cached, bool(item.prefill))
             for given, state, item in zip(inputs, states, items, strict=True)

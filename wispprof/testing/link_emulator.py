@@ -1,6 +1,7 @@
 """Emulated links: delay, jitter, bandwidth, loss, stalls and cuts, in process or as a TCP proxy.
 
-Both forms take a :class:`LinkSettings` and compute arrival times with the simulator's link model, so an emulated
+Both forms take a :class:`LinkSettings` and compute arrival times with the simulator's link model, so an
+emulated
 fleet and a simulated one see the same network. Times are those of the running event loop.
 """
 
@@ -15,8 +16,6 @@ from typing import Any
 from wispprof.edge.connection import Connection, ConnectionFactory, LinkLost
 from wispprof.settings.shared_settings import LinkSettings
 from wispprof.simulation.devices import Link
-
-__all__ = ["LinkProxy", "emulate_link"]
 
 _READ_BYTES = 1 << 16
 

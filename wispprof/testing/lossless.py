@@ -26,8 +26,6 @@ from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.types import Sampling, ServedModel
 
-__all__ = ["Case", "Verdict", "compare", "generate_alone", "split_outputs"]
-
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -84,9 +82,7 @@ def generate_alone(
         for prompt in prompts:
             ids = torch.tensor([list(prompt)], device=model.device)
             with torch.inference_mode():
-                full = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), generation_config=config
-                )
+                full = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
             out.append(full[0, len(prompt) :].tolist())
         return out
     finally:

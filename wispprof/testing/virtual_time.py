@@ -1,6 +1,7 @@
 """An event loop in virtual time: it never waits, it advances its clock to the next timer.
 
-Code that reads the running loop's clock (``loop.time``, ``asyncio.sleep``) runs unchanged. An hour of it takes
+Code that reads the running loop's clock (``loop.time``, ``asyncio.sleep``) runs unchanged. An hour of it
+takes
 seconds and gives the same result every time. Threads and sockets keep real time and are not supported.
 """
 
@@ -10,8 +11,6 @@ import asyncio
 import selectors
 from collections.abc import Coroutine
 from typing import Any, TypeVar
-
-__all__ = ["VirtualTimeLoop", "run_virtual"]
 
 T = TypeVar("T")
 

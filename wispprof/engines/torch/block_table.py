@@ -46,9 +46,7 @@ class BlockTables:
         self._used_handles.discard(handle)
         self._free_handles.append(handle)
 
-    def allocate(
-        self, handles: np.ndarray, cached: np.ndarray, lengths: np.ndarray
-    ) -> list[tuple[int, int]]:
+    def allocate(self, handles: np.ndarray, cached: np.ndarray, lengths: np.ndarray) -> list[tuple[int, int]]:
         """Give each handle blocks for ``lengths`` tokens, unshared from token ``cached`` on.
 
         Returns block copies to make, (from, to). Raises :class:`OutOfKvMemory` before anything changes.
@@ -59,9 +57,7 @@ class BlockTables:
         shared = [
             (int(handles[i]), index)
             for i in range(len(handles))
-            for index in range(
-                int(cached[i]) // size, min(int(blocks[i]), int(self.count[handles[i]]))
-            )
+            for index in range(int(cached[i]) // size, min(int(blocks[i]), int(self.count[handles[i]])))
             if self._references[self.table[handles[i], index]] > 1
         ]
         needed = int((blocks[grow] - self.count[handles[grow]]).sum()) + len(shared)

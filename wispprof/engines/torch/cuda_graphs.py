@@ -149,9 +149,7 @@ class StepGraphs:
         return self._static[bucket]
 
 
-def _fill(
-    host: _Views, ids: np.ndarray, positions: np.ndarray, arrays: dict[str, np.ndarray]
-) -> None:
+def _fill(host: _Views, ids: np.ndarray, positions: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
     """Write a step into a bucket's host arrays, padding behind it."""
     size, used, inputs = len(host.ids), len(ids), len(arrays["seq_lens"])
     padded = inputs + size - used  # inputs, with one of one token for each padding token
@@ -159,9 +157,7 @@ def _fill(
     host.positions[:used], host.positions[used:] = positions, 0
     host.slot_mapping[:used], host.slot_mapping[used:] = arrays["slot_mapping"], NULL_SLOT
     host.query_start_loc[: inputs + 1] = arrays["query_start_loc"]
-    host.query_start_loc[inputs + 1 :] = np.minimum(
-        np.arange(used + 1, used + 1 + size - inputs), size
-    )
+    host.query_start_loc[inputs + 1 :] = np.minimum(np.arange(used + 1, used + 1 + size - inputs), size)
     host.seq_lens[:inputs] = arrays["seq_lens"]
     host.seq_lens[inputs:padded], host.seq_lens[padded:] = 1, 0
     host.token_to_input[:used] = arrays["token_to_input"]

@@ -177,9 +177,7 @@ class FusedDecoder:
 
         The first half of sin is negated: ``rotate_half(x) * sin`` becomes ``swapped_halves(x) * signed``.
         """
-        cos, sin = self._rotary(
-            self._embed[:1], torch.arange(length, device=self._embed.device)[None]
-        )
+        cos, sin = self._rotary(self._embed[:1], torch.arange(length, device=self._embed.device)[None])
         sin = torch.cat((-sin[..., : self._dim // 2], sin[..., self._dim // 2 :]), -1)
         return torch.stack((cos[0], sin[0]), 1)[:, :, None]
 

@@ -36,9 +36,7 @@ _MAX_ROWS_PER_INPUT = 1.25
 class _Pool:
     """Rows of one capacity. ``owners[row]`` is the handle in a row; used rows come first."""
 
-    def __init__(
-        self, geometry: KvGeometry, capacity: int, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, geometry: KvGeometry, capacity: int, dtype: torch.dtype, device: torch.device):
         self.capacity = capacity
         self.owners: list[int] = []
         self._shape = (geometry.layers, 2, geometry.kv_heads, capacity, geometry.head_dim)
@@ -127,9 +125,7 @@ class DenseKvPlan(KvPlan):
         heads = q.shape[1]
         if g.pad is not None:
             q = q.index_select(0, g.pad)
-        out = grouped_attention(
-            q.reshape(g.span, g.new, heads, dim), keys, values, g.mask, self._scale
-        )
+        out = grouped_attention(q.reshape(g.span, g.new, heads, dim), keys, values, g.mask, self._scale)
         out = out.view(g.span * g.new, heads * dim)
         return out if g.unpad is None else out.index_select(0, g.unpad)
 
@@ -326,13 +322,9 @@ class DenseKvStore(KvStore):
         mask = None
         if count > 1 or max_new > 1:
             last_seen = np.zeros((span, max_new), dtype=np.int64)
-            last_seen[local] = np.minimum(
-                cached[:, None] + np.arange(max_new), (cached + new - 1)[:, None]
-            )
+            last_seen[local] = np.minimum(cached[:, None] + np.arange(max_new), (cached + new - 1)[:, None])
             if last_seen.min() < length - 1:
-                mask = causal_mask(
-                    self._to_device(last_seen), length, heads // kv_heads, self._dtype
-                )
+                mask = causal_mask(self._to_device(last_seen), length, heads // kv_heads, self._dtype)
         return _Group(
             pool=pool,
             start=start,

@@ -105,9 +105,7 @@ class TorchEngine(Engine):
 
     # --- sessions ------------------------------------------------------------------------------
 
-    def open(
-        self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = ()
-    ) -> None:
+    def open(self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = ()) -> None:
         self._check_can_open(session)
         self._sessions[session] = _Session(self._store.add(), sampling or Sampling())
 
@@ -149,9 +147,7 @@ class TorchEngine(Engine):
         self._check_can_open(child)
         self._check_kv_free(length)
         handle = self._store.fork(source.handle, length, private)
-        self._sessions[child] = _Session(
-            handle, sampling or source.sampling, source.tokens[:length]
-        )
+        self._sessions[child] = _Session(handle, sampling or source.sampling, source.tokens[:length])
         self._cached_tokens += length
 
     def cached(self, session: str) -> int:
@@ -242,9 +238,7 @@ class TorchEngine(Engine):
             self.last_logits = [logits[start : start + n].clone() for start, n in rows]
         return self._commit(inputs, sessions, accepted, first, chosen.tolist())
 
-    def _run_graph(
-        self, bucket: Bucket, batch: VerifyBatch, handles: np.ndarray, sizes: StepSizes
-    ) -> Tensor:
+    def _run_graph(self, bucket: Bucket, batch: VerifyBatch, handles: np.ndarray, sizes: StepSizes) -> Tensor:
         """Hidden states of a step by its captured graph, padding last."""
         assert self._graphs is not None
         assert isinstance(self._store, PagedKvStore)
@@ -308,8 +302,7 @@ class TorchEngine(Engine):
             )
         checked = {name: self._get(name) for name in names}
         held = (
-            (name, one.tokens, self._store.read(one.handle, len(one.tokens)))
-            for name, one in checked.items()
+            (name, one.tokens, self._store.read(one.handle, len(one.tokens))) for name, one in checked.items()
         )
         return compare_with_prefill(self._decoder, self._geometry, self._dtype, held)
 

@@ -123,9 +123,7 @@ class MultiRankEngine(Engine):
     def cached(self, session: str) -> int:
         return self._engine.cached(session)
 
-    def open(
-        self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = ()
-    ) -> None:
+    def open(self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = ()) -> None:
         self._defer(_Open(session, sampling))
 
     def fork(self, session: str, child: str, length: int, sampling: Sampling | None = None) -> None:
@@ -141,9 +139,7 @@ class MultiRankEngine(Engine):
         if not inputs:
             return []
         self._command(
-            _Step(
-                [(i.session, [int(t) for t in i.tokens], i.drafts, i.needs_logits) for i in inputs]
-            )
+            _Step([(i.session, [int(t) for t in i.tokens], i.drafts, i.needs_logits) for i in inputs])
         )
         return self._on_all_ranks(lambda: self._engine.step(inputs))
 
@@ -221,7 +217,5 @@ def _check(engine: TorchEngine, ranks: Ranks, session: str | None) -> IntegrityR
     if err:
         raise err
     if not intact:
-        raise EngineError(
-            "The KV of another rank does not match its tokens.", "See that rank's log."
-        )
+        raise EngineError("The KV of another rank does not match its tokens.", "See that rank's log.")
     return report

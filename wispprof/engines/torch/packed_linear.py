@@ -66,8 +66,6 @@ class PackedLinear:
             rows = len(x)
             if missing := pad_rows(rows) - rows:
                 x = F.pad(x, (0, 0, 0, missing))
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(
-                x, self._packed, self._bias, "none", [], ""
-            )
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
             return out[:rows] if missing else out
         return F.linear(x, self._weight, self._bias)

@@ -125,9 +125,7 @@ class PagedKvStore(KvStore):
     def allocate(self, handles: np.ndarray, cached: np.ndarray, lengths: np.ndarray) -> None:
         copies = self.tables.allocate(handles, cached, lengths)
         if copies:
-            old, new = (
-                torch.tensor(side, device=self._device) for side in zip(*copies, strict=True)
-            )
+            old, new = (torch.tensor(side, device=self._device) for side in zip(*copies, strict=True))
             self._data[:, :, new] = self._data[:, :, old]
 
     def fork(self, source: int, length: int, private: bool = False) -> int:
@@ -181,9 +179,7 @@ class PagedKvStore(KvStore):
 class _Gather:
     """Index tensors of the ``gather`` backend: inputs padded to the longest, and to the most new tokens."""
 
-    def __init__(
-        self, x: AttentionMetadata, group: int, dtype: torch.dtype, block_size: int
-    ) -> None:
+    def __init__(self, x: AttentionMetadata, group: int, dtype: torch.dtype, block_size: int) -> None:
         lengths, starts = x.seq_lens.long(), x.query_start_loc.long()
         new = starts[1:] - starts[:-1]
         steps = torch.arange(x.max_query_len, device=lengths.device)
@@ -203,8 +199,7 @@ class _Gather:
         inputs, new = self._shape
         heads, dim = q.shape[1:]
         k, v = (
-            pool[self._blocks].flatten(1, 2)[:, : self._length].transpose(1, 2)
-            for pool in (keys, values)
+            pool[self._blocks].flatten(1, 2)[:, : self._length].transpose(1, 2) for pool in (keys, values)
         )
         padded = q[self._pad].view(inputs, new, heads, dim)
         out = grouped_attention(padded, k, v, self._mask, scale)

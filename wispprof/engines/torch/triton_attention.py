@@ -29,9 +29,7 @@ def num_splits(tokens: int, kv_heads: int, processors: int, max_seq_len: int) ->
     return int(min(16, triton.next_power_of_2(max(1, min(wanted, -(-max_seq_len // 256))))))
 
 
-def paged_attention(
-    q: Tensor, keys: Tensor, values: Tensor, x: AttentionMetadata, scale: float
-) -> Tensor:
+def paged_attention(q: Tensor, keys: Tensor, values: Tensor, x: AttentionMetadata, scale: float) -> Tensor:
     """Causal attention of packed queries over paged keys and values.
 
     ``q`` (T, heads, d); ``keys`` and ``values`` (blocks, block_size, kv_heads, d), d a power of two, at
@@ -89,9 +87,7 @@ def _split_kv_kernel(
     q_heads = head * GROUP + row % GROUP
     valid = token < new
     dims = tl.arange(0, DIM)
-    q_at = (
-        (start + token).to(tl.int64)[:, None] * q_token + q_heads[:, None] * q_head + dims[None, :]
-    )
+    q_at = (start + token).to(tl.int64)[:, None] * q_token + q_heads[:, None] * q_head + dims[None, :]
     query = tl.load(q + q_at, mask=valid[:, None], other=0.0)
     last_seen = length - new + token
     share = tl.cdiv(tl.cdiv(length, SPLITS), KEY_TILE) * KEY_TILE
@@ -103,9 +99,7 @@ def _split_kv_kernel(
     for at in range(low, high, KEY_TILE):
         position = at + tl.arange(0, KEY_TILE)
         inside = position < high
-        block = tl.load(
-            block_tables + item * table_row + position // BLOCK_SIZE, mask=inside, other=0
-        )
+        block = tl.load(block_tables + item * table_row + position // BLOCK_SIZE, mask=inside, other=0)
         base = block.to(tl.int64) * kv_block + (position % BLOCK_SIZE) * kv_slot + head * kv_head
         kv_at = base[:, None] + dims[None, :]
         k = tl.load(keys + kv_at, mask=inside[:, None], other=0.0)

@@ -42,9 +42,7 @@ class StepSizes(NamedTuple):
         return cls(
             np.fromiter(cached, np.int64, count),
             np.fromiter((len(one.tokens) for one in inputs), np.int64, count),
-            np.fromiter(
-                (one.drafts + 1 if one.needs_logits else 0 for one in inputs), np.int64, count
-            ),
+            np.fromiter((one.drafts + 1 if one.needs_logits else 0 for one in inputs), np.int64, count),
         )
 
 

@@ -157,9 +157,7 @@ class WispprofPolicy:
         if settings.wait_for_drafts:
             # A starved session does not wait, nor does it count among those that do.
             slack_ms = np.where(urgency.starved, -math.inf, urgency.slack_ms)
-            wait = should_wait(
-                now_ms, sessions, arrays, drafts, rate, slack_ms, costs.all_bound_ms, settings
-            )
+            wait = should_wait(now_ms, sessions, arrays, drafts, rate, slack_ms, costs.all_bound_ms, settings)
             if wait.waiting.any() and self._waiting_pays(arrays, drafts, wait, estimator):
                 scheduled, wake_ms = ~wait.waiting, wait.due_ms
         if settings.deprioritize:
@@ -179,15 +177,11 @@ class WispprofPolicy:
         undrafted = None
         if settings.undrafted_candidate and items < len(sessions):
             undrafted = urgency.most_urgent(everyone, item_limit)
-        scheduled, drafts = self._best_cutoff(
-            arrays, ranking, scheduled, undrafted, estimator, extra_ms
-        )
+        scheduled, drafts = self._best_cutoff(arrays, ranking, scheduled, undrafted, estimator, extra_ms)
         chosen = scheduled.nonzero()[0]
         tokens = float(arrays.expected_tokens(drafts)[chosen].sum()) / len(chosen)
         chosen_drafts: list[int] = drafts[chosen].tolist()
-        return _Decodes(
-            [sessions[idx] for idx in chosen.tolist()], chosen_drafts, sessions, wake_ms, tokens
-        )
+        return _Decodes([sessions[idx] for idx in chosen.tolist()], chosen_drafts, sessions, wake_ms, tokens)
 
     def _candidates(
         self,

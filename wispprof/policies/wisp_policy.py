@@ -137,9 +137,7 @@ class _Queue:
     ) -> None:
         count = len(ready)
         self._columns = SessionColumns.of(ready)
-        self._costs: MarginalCosts = self._columns.marginal_costs(
-            cost_cache, estimator, limits.max_items
-        )
+        self._costs: MarginalCosts = self._columns.marginal_costs(cost_cache, estimator, limits.max_items)
         self._prefill_chunk = limits.prefill_chunk
         self._prompt_left = np.fromiter(map(_PROMPT_LEFT, ready), np.int64, count)
         self._is_prompt: BoolArray = self._prompt_left > 0
