@@ -114,7 +114,7 @@ def test_unknown_systems_are_named() -> None:
     ("policy", "label", "controller"),
     [
         ("baselines:FcfsPolicy", "fcfs", "fixed"),
-        ("wispprof:WispprofPolicy", "wispprof", "wispprof"),
+        ("wispprof_policy:WispprofPolicy", "wispprof", "wispprof"),
     ],
 )
 def test_a_batching_policy_of_a_module_is_a_system(policy: str, label: str, controller: str) -> None:
