@@ -9,8 +9,7 @@ Physics. One engine (the bundled target, real forward passes) serves one system 
 edges propose what the draft would have proposed, after the time their device takes, over an emulated link.
 The fleet runs in a process of its own, and one core is left to it. Cores share more than they show (caches,
 power, often one physical core), so a CPU burner of the lowest priority keeps that core busy throughout,
-profile
-included: a step costs the same whatever the fleet does.
+profile included: a step costs the same whatever the fleet does.
 
 Server-only serving gives each of n sessions ``v(n) = new / (new * step(n) + n * prompt)`` tokens/s, by the
 fitted estimator: its own steps, and everybody's prompts in between. The fastest of four SLO classes (in the

@@ -1,12 +1,9 @@
-"""The link's round trip as measured: smoothed mean, spread and least, in ms.
+"""One edge's connection to a server: hello, many sessions on one link, and reconnecting after a loss.
 
-One edge's connection to a server: hello, many sessions over one link, and coming back after a loss.
-
-The client owns the link and nothing of a session's text. A session registers a :class:`GenerationListener`;
-whenever
-the link comes back, the client asks each port for its opening frame (prompt and committed tokens) and
-sends it anew, which is all that resuming takes. Everything runs on one event loop, so what a port is
-told and what it answers cannot interleave.
+The client owns the link, not the text of a session. A session registers a :class:`GenerationListener`.
+After a reconnect the client asks each listener for its opening frame (prompt and committed tokens) and sends
+it again; resuming takes nothing else. Everything runs on one event loop, so calls to a listener cannot
+interleave.
 """
 
 from __future__ import annotations
@@ -43,7 +40,7 @@ class RttMeter:
         self.samples += 1
 
 
-_BUSY = ("busy", "draining")
+_RETRYABLE_CODES = ("busy", "draining")
 
 
 class GenerationListener(Protocol):
@@ -77,7 +74,7 @@ class EdgeClient:
 
     Entering connects and raises :class:`HandshakeRefused` or :class:`ServerUnreachable` (the latter
     only when the first session is opened, if the settings say ``offline_ok``). Later losses
-    are healed in the background; a port hears :meth:`GenerationListener.failed` once healing is given up.
+    are healed in the background; listeners get :meth:`GenerationListener.failed` once the client gives up.
     """
 
     def __init__(self, connect: ConnectionFactory, settings: ClientSettings | None = None) -> None:
@@ -87,14 +84,14 @@ class EdgeClient:
         self.reconnects = 0
         self.welcome: protocol.Welcome | None = None
         self.load_level = 0
-        self._dial = connect
-        self._ports: dict[int, GenerationListener] = {}
+        self._connection_factory = connect
+        self._listeners: dict[int, GenerationListener] = {}
         self._next = 0
         self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()
         self._up = False
         self._fault: RuntimeFault | None = None
         self._task: asyncio.Task[None] | None = None
-        self._last_heard = 0.0
+        self._last_received_s = 0.0
         self._pinged: dict[int, float] = {}
         self._pings = 0
         self._random = random.Random()
@@ -109,7 +106,7 @@ class EdgeClient:
                 raise
             self._fault = err
             return self
-        self._task = asyncio.create_task(self._keep(connection), name="edge link")
+        self._task = asyncio.create_task(self._run_link(connection), name="edge link")
         return self
 
     async def __aexit__(
@@ -123,8 +120,8 @@ class EdgeClient:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
             self._task = None
-        for number in list(self._ports):
-            self._ports.pop(number).failed(RuntimeFault("The edge client was closed."))
+        for number in list(self._listeners):
+            self._listeners.pop(number).failed(RuntimeFault("The edge client was closed."))
 
     @property
     def up(self) -> bool:
@@ -133,7 +130,7 @@ class EdgeClient:
 
     # --- sessions ---
 
-    def open(self, port: GenerationListener) -> int:
+    def open(self, listener: GenerationListener) -> int:
         """Register a session and open it; returns its number.
 
         Raises the fault that ended the connection, if healing it has been given up.
@@ -142,33 +139,33 @@ class EdgeClient:
             raise self._fault
         number = self._next
         self._next += 1
-        self._ports[number] = port
+        self._listeners[number] = listener
         if self._up:
-            self._send_opening(number, port)
+            self._send_opening(number, listener)
         return number
 
     def reopen(self, number: int) -> None:
         """Open a session anew from its committed tokens, over the link that is up (else later)."""
-        port = self._ports.get(number)
-        if port is not None and self._up:
-            self._send_opening(number, port)
-            port.reopened()
+        listener = self._listeners.get(number)
+        if listener is not None and self._up:
+            self._send_opening(number, listener)
+            listener.reopened()
 
     def close(self, number: int, *, tell: bool = True) -> None:
         """Forget a session; with ``tell`` the server releases what it holds for it."""
-        port = self._ports.pop(number, None)
-        if port is not None and tell:
-            self._post(protocol.Close(number), port.traffic)
+        listener = self._listeners.pop(number, None)
+        if listener is not None and tell:
+            self._post(protocol.Close(number), listener.traffic)
 
     def draft(self, frame: protocol.Draft) -> bool:
         """Send a draft frame; returns whether a link was up to send it on."""
-        port = self._ports.get(frame.session)
-        return port is not None and self._post(frame, port.traffic)
+        listener = self._listeners.get(frame.session)
+        return listener is not None and self._post(frame, listener.traffic)
 
-    def _send_opening(self, number: int, port: GenerationListener) -> None:
+    def _send_opening(self, number: int, listener: GenerationListener) -> None:
         import msgspec
 
-        self._post(msgspec.structs.replace(port.opening(), session=number), port.traffic)
+        self._post(msgspec.structs.replace(listener.opening(), session=number), listener.traffic)
 
     def _post(self, frame: protocol.EdgeFrame, traffic: Traffic | None = None) -> bool:
         if not self._up:
@@ -209,7 +206,7 @@ class EdgeClient:
 
     async def _hello(self) -> Connection:
         settings, loop = self.settings, asyncio.get_running_loop()
-        connection = await self._dial()
+        connection = await self._connection_factory()
         try:
             hello = protocol.encode(
                 protocol.Hello(
@@ -251,11 +248,11 @@ class EdgeClient:
 
     @staticmethod
     def _refused_at_hello(problem: protocol.Problem) -> None:
-        if problem.code in _BUSY:
+        if problem.code in _RETRYABLE_CODES:
             raise LinkLost(f"The server is {problem.code}: {problem.message}", retry_ms=problem.retry_ms)
         raise HandshakeRefused(f"The server refused this edge: {problem.message}")
 
-    async def _keep(self, connection: Connection) -> None:
+    async def _run_link(self, connection: Connection) -> None:
         """Serve one connection after the other until the client ends or healing is given up."""
         loop = asyncio.get_running_loop()
         short_lived = 0
@@ -263,18 +260,18 @@ class EdgeClient:
             born = loop.time()
             self._outgoing = asyncio.Queue()
             self._pinged.clear()
-            self._last_heard = loop.time()
+            self._last_received_s = loop.time()
             self._up = True
-            for number, port in list(self._ports.items()):
-                self._send_opening(number, port)
-                port.reopened()
+            for number, listener in list(self._listeners.items()):
+                self._send_opening(number, listener)
+                listener.reopened()
             try:
                 await self._serve(connection)
             finally:
                 self._up = False
                 await connection.close()
-            for port in list(self._ports.values()):
-                port.lost()
+            for listener in list(self._listeners.values()):
+                listener.lost()
             gone = loop.time()
             lived_ms = (gone - born) * 1000.0
             short_lived = short_lived + 1 if lived_ms < self.settings.backoff_max_ms else 0
@@ -284,8 +281,8 @@ class EdgeClient:
                 connection = await self._connect(gone)
             except RuntimeFault as err:
                 self._fault = err
-                for number in list(self._ports):
-                    self._ports.pop(number).failed(err)
+                for number in list(self._listeners):
+                    self._listeners.pop(number).failed(err)
                 return
             self.reconnects += 1
 
@@ -315,18 +312,18 @@ class EdgeClient:
         loop = asyncio.get_running_loop()
         while True:
             data = await connection.receive()
-            self._last_heard = loop.time()
+            self._last_received_s = loop.time()
             size = self.traffic.received(len(data))
             self._dispatch(protocol.decode_server(data), size)
 
     def _dispatch(self, frame: protocol.ServerFrame, size: int) -> None:
         if isinstance(frame, protocol.Commit):
             self.load_level = frame.load_level
-            port = self._ports.get(frame.session)
-            if port is not None:
-                port.traffic.down_bytes += size
-                port.traffic.down_frames += 1
-                port.committed(frame)
+            listener = self._listeners.get(frame.session)
+            if listener is not None:
+                listener.traffic.down_bytes += size
+                listener.traffic.down_frames += 1
+                listener.committed(frame)
         elif isinstance(frame, protocol.Pong):
             sent = self._pinged.pop(frame.number, None)
             if sent is not None:
@@ -335,19 +332,19 @@ class EdgeClient:
         elif isinstance(frame, protocol.Problem):
             if frame.session < 0:
                 raise LinkLost(f"The server ended the connection: {frame.message}")
-            port = self._ports.get(frame.session)
-            if port is not None:
-                port.refused(frame)
+            listener = self._listeners.get(frame.session)
+            if listener is not None:
+                listener.refused(frame)
 
     async def _ping(self) -> None:
         settings, loop = self.settings, asyncio.get_running_loop()
         while True:
-            if self._ports or not self._pings:
+            if self._listeners or not self._pings:
                 self._pinged[self._pings] = loop.time()
                 self._post(protocol.Ping(self._pings))
                 self._pings += 1
             await asyncio.sleep(settings.ping_ms / 1000.0)
             oldest = min(self._pinged.values(), default=None)
-            silent_since = max(self._last_heard, oldest) if oldest is not None else None
+            silent_since = max(self._last_received_s, oldest) if oldest is not None else None
             if silent_since is not None and (loop.time() - silent_since) * 1000.0 > settings.dead_ms:
                 raise LinkLost("The link delivers nothing any more.")

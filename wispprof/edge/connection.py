@@ -192,8 +192,8 @@ def websocket_connections(
             ) from err
         except InvalidMessage as err:
             raise LinkLost(
-                f"What answers at {url} is no WebSocket server.",
-                "Check the address." if secure else "Where the server does TLS, dial wss://HOST:PORT.",
+                f"{url} is not a WebSocket server.",
+                "Check the address." if secure else "If the server uses TLS, connect to wss://HOST:PORT.",
             ) from err
         except (OSError, TimeoutError, WebSocketException) as err:
             raise LinkLost(f"No server answers at {url}: {err or type(err).__name__}.") from err

@@ -1,10 +1,8 @@
 """Test doubles for code that builds on wispprof: no network, no models, no torch.
 
-An engine and a drafter of a fake model pair, a server in the test's own process, emulated links, and an
-event loop
-in virtual time. Each one's docstring holds an example. :mod:`wispprof.testing.lossless` proves that a real
-pair
-served by a real server gives exactly the target's text; it loads torch and is imported by its own name.
+An engine and a drafter of a fake model pair, a server in the test's own process, emulated links, and an event
+loop in virtual time. Each docstring has an example. :mod:`wispprof.testing.lossless` proves that a real pair
+on a real server gives exactly the target's text; it loads torch and is imported by its own name.
 """
 
 from importlib import import_module

@@ -1,9 +1,8 @@
 """A fake model pair without weights: the target's next token is a hash of its prefix and sampling settings.
 
-The engine keeps the whole contract of :class:`~wispprof.types.Engine`: it caches by length, runs out of
-memory,
-rolls back, and decides each token from exactly the tokens it was fed. A lost rollback or a crossed session
-therefore changes its text.
+The engine keeps the whole contract of :class:`~wispprof.backends.Engine`: it caches by length, runs out of
+memory, rolls back, and decides each token from exactly the tokens it was fed. A lost rollback or a crossed
+session therefore changes its text.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """A verification server in one process, on the running loop's clock: for tests and emulation.
 
 It uses the real server's session state, batching policies and frames, but no threads, sockets or admission. A
-function of the batch shape gives the time of a step. On a virtual-time loop, edge, link and server are
-exact and
-repeatable.
+function of the batch shape gives the time of a step. On a virtual-time loop, edge, link and server are exact
+and repeatable.
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ class InProcessServer:
     """Serves ``engine`` with ``policy``; a step takes ``step_ms(shape)``, by default the estimator's median.
 
     Edges connect with :attr:`connect`; while :attr:`refuse` is true, that fails. Of the engine, only
-    ``open``,
-    ``step``, ``rollback`` and ``close`` are called.
+    ``open``, ``step``, ``rollback`` and ``close`` are called.
 
     >>> from wispprof.edge import EdgeClient, Generation, GenerationRequest
     >>> from wispprof.policies import make_batch_policy

@@ -1,8 +1,7 @@
 """Emulated links: delay, jitter, bandwidth, loss, stalls and cuts, in process or as a TCP proxy.
 
 Both forms take a :class:`LinkSettings` and compute arrival times with the simulator's link model, so an
-emulated
-fleet and a simulated one see the same network. Times are those of the running event loop.
+emulated fleet and a simulated one see the same network. Times are those of the running event loop.
 """
 
 from __future__ import annotations

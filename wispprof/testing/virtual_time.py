@@ -1,8 +1,7 @@
 """An event loop in virtual time: it never waits, it advances its clock to the next timer.
 
 Code that reads the running loop's clock (``loop.time``, ``asyncio.sleep``) runs unchanged. An hour of it
-takes
-seconds and gives the same result every time. Threads and sockets keep real time and are not supported.
+takes seconds and gives the same result every time. Threads and sockets keep real time and are not supported.
 """
 
 from __future__ import annotations
