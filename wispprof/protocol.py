@@ -13,8 +13,9 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from wispprof.errors import ProtocolError
+from wispprof.types import TokenLogprob
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_FRAME_BYTES = 1 << 20
 MAX_DRAFTS = 64
 
@@ -23,17 +24,25 @@ Int64 = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
 class Hello(msgspec.Struct, tag="h", array_like=True, frozen=True):
-    """The edge's first frame. An empty ``target`` or ``tokenizer`` accepts what the server has."""
+    """The edge's first frame. An empty ``target``, ``tokenizer`` or ``identity`` accepts what the server has.
+
+    ``identity``: that of the target whose sessions this edge wants to continue.
+    """
 
     protocol: int
     tokenizer: str
     target: str = ""
     key: str = ""
     edge: str = ""
+    identity: str = ""
 
 
 class Welcome(msgspec.Struct, tag="w", array_like=True, frozen=True):
-    """The server's answer to a valid hello."""
+    """The server's answer to a valid hello.
+
+    ``identity``, ``stop_tokens``, ``chat_template`` and the sampling defaults are the target's, as in
+    :class:`~wispprof.types.ServedModel`.
+    """
 
     protocol: int
     target: str
@@ -43,6 +52,21 @@ class Welcome(msgspec.Struct, tag="w", array_like=True, frozen=True):
     stream: bool
     load_level: int = 0
     plan: str = ""
+    identity: str = ""
+    stop_tokens: list[int] = []
+    chat_template: str = ""
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+class OpenPart(msgspec.Struct, tag="q", array_like=True, frozen=True):
+    """Leading tokens of a session that is too long for one frame. They stand before those of the
+    session's further parts and of its :class:`Open`, which follow on the same connection."""
+
+    session: int
+    tokens: list[int]
 
 
 class Open(msgspec.Struct, tag="o", array_like=True, frozen=True):
@@ -50,7 +74,8 @@ class Open(msgspec.Struct, tag="o", array_like=True, frozen=True):
 
     ``tokens``: prompt and committed output; the last ``generated`` of them are output already
     delivered. ``max_new`` bounds the whole output. ``undrafted``: the edge sends no drafts, so the
-    server may always advance the session (server-only serving).
+    server may always advance the session (server-only serving). ``min_new``: output tokens before which
+    no ``stop`` token is chosen. ``logprobs``: as in :class:`~wispprof.types.Sampling`.
     """
 
     session: int
@@ -65,6 +90,9 @@ class Open(msgspec.Struct, tag="o", array_like=True, frozen=True):
     seed: Int64 = 0
     stop: list[int] = []
     undrafted: bool = False
+    min_p: float = 0.0
+    min_new: int = 0
+    logprobs: int | None = None
 
 
 class Draft(msgspec.Struct, tag="d", array_like=True, frozen=True):
@@ -86,7 +114,8 @@ class Draft(msgspec.Struct, tag="d", array_like=True, frozen=True):
 
 class Commit(msgspec.Struct, tag="c", array_like=True, frozen=True):
     """New tokens of a session. They end at ``committed_len``, a position that counts the prompt.
-    ``finished``: "" while the session goes on, else ``stop``, ``length`` or ``context``."""
+    ``finished``: "" while the session goes on, else ``stop``, ``length`` or ``context``. ``logprobs``: one
+    per token, if the session asked for them."""
 
     session: int
     epoch: int
@@ -98,6 +127,7 @@ class Commit(msgspec.Struct, tag="c", array_like=True, frozen=True):
     verify_ms: float
     load_level: int = 0
     finished: str = ""
+    logprobs: list[TokenLogprob] = []
 
 
 class Close(msgspec.Struct, tag="x", array_like=True, frozen=True):
@@ -109,9 +139,9 @@ class Close(msgspec.Struct, tag="x", array_like=True, frozen=True):
 class Problem(msgspec.Struct, tag="p", array_like=True, frozen=True):
     """Something was refused. ``session`` is -1 if it concerns the connection, which then closes.
 
-    Codes: ``hello``, ``frame``, ``session``, ``limit``, ``busy``, ``slo``, ``draining``,
-    ``internal``. ``retry_ms``: when to try again. ``tokens_per_s``: the speed that would be admitted,
-    0 if speed is not the reason.
+    Codes: ``hello``, ``model`` (another target than asked for), ``frame``, ``session``, ``limit``, ``busy``,
+    ``slo``, ``draining``, ``internal``. ``retry_ms``: when to try again. ``tokens_per_s``: the speed that
+    would be admitted, 0 if speed is not the reason.
     """
 
     session: int
@@ -137,7 +167,7 @@ class Pong(msgspec.Struct, tag="j", array_like=True, frozen=True):
     socket_wait_ms: float = 0.0
 
 
-EdgeFrame = Hello | Open | Draft | Close | Ping
+EdgeFrame = Hello | OpenPart | Open | Draft | Close | Ping
 ServerFrame = Welcome | Commit | Problem | Pong
 
 _F = TypeVar("_F")
@@ -166,6 +196,8 @@ def encode(frame: EdgeFrame | ServerFrame) -> bytes:
     if isinstance(frame, Commit):
         counts = (frame.session, frame.epoch, frame.committed_len, frame.tokens, frame.accepted)
         times = (frame.drafted, _short(frame.queue_ms), _short(frame.verify_ms))
+        if frame.logprobs:
+            return _encoder.encode(("c", *counts, *times, frame.load_level, frame.finished, frame.logprobs))
         if frame.finished:
             return _encoder.encode(("c", *counts, *times, frame.load_level, frame.finished))
         level = (frame.load_level,) if frame.load_level else ()

@@ -40,21 +40,37 @@ class Slo:
 class Sampling:
     """How the target chooses a token. ``temperature == 0`` is plain argmax.
 
-    ``top_k == 0`` and ``top_p == 1`` switch the filters off. ``seed`` feeds the position noise, so a
-    session with the same seed, prompt and target gives the same text whatever was drafted.
+    ``top_k == 0``, ``top_p == 1`` and ``min_p == 0`` switch the filters off. ``seed`` feeds the position
+    noise, so a session with the same seed, prompt and target gives the same text whatever was drafted.
+    None of ``stop_tokens`` is chosen at a position before ``min_length`` (prompt included).
+    ``logprobs``: how many likeliest tokens to report beside each chosen one; ``None``: report nothing.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    min_length: int = 0
+    stop_tokens: tuple[int, ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or not 0 <= self.min_p <= 1:
             raise ValueError(
-                "sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0, got "
-                f"{self.temperature}, {self.top_p}, {self.top_k}"
+                "sampling needs temperature >= 0, 0 < top_p <= 1, top_k >= 0 and 0 <= min_p <= 1, got "
+                f"{self.temperature}, {self.top_p}, {self.top_k}, {self.min_p}"
             )
+
+
+class TokenLogprob(NamedTuple):
+    """Log-probability of a decided token, and the likeliest tokens there, most likely first.
+
+    Both are of the target's raw logits: no temperature, no filters (as vLLM's ``raw_logprobs``).
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class VerifyItem(NamedTuple):
@@ -193,12 +209,23 @@ class VerifyResult(NamedTuple):
 
     ``accepted`` is ``len(tokens) - 1``, or 0 with no tokens if the input did not need logits. The session
     then caches its input up to the last accepted draft. The target's own token is not cached yet:
-    the next input of the session must begin with it.
+    the next input of the session must begin with it. ``logprobs``: one per token, if the session's
+    sampling asks for them.
     """
 
     session: str
     accepted: int
     tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class TokenChunk(NamedTuple):
+    """Tokens that were committed together. ``logprobs``: one per token, if the request asks for them.
+    ``verified`` is false if a draft model generated them without a server."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    verified: bool = True
 
 
 class BatchCost(ABC):
@@ -323,10 +350,29 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """What a request gets that does not say: the target's ``generation_config.json``, else OpenAI's."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class ServedModel:
-    """Identity of the target, as an edge must know it. ``tokenizer``: its hash, empty without one."""
+    """The target, as an edge must know it. ``tokenizer``: its vocabulary's hash, empty without one.
+
+    ``identity``: hash of the weights digest, the dtype and the noise version. A session only ever
+    continues on a target of the same identity. ``stop_tokens``, ``chat_template`` and ``defaults`` are
+    the target's own, so that every endpoint ends and begins an answer alike.
+    """
 
     id: str
     tokenizer: str
     vocab_size: int
     max_context: int
+    identity: str = ""
+    stop_tokens: tuple[int, ...] = ()
+    chat_template: str = ""
+    defaults: GenerationDefaults = GenerationDefaults()

@@ -14,7 +14,7 @@ from wispprof.errors import EngineError, RuntimeFault, ServerBusy, ServerUnreach
 from wispprof.openai_api import ChatTokenizer, TokenRequest
 from wispprof.openai_api.routes import add_openai_routes
 from wispprof.openai_api.tokenizer import ByteTokenizer
-from wispprof.types import Slo
+from wispprof.types import Slo, TokenChunk
 
 END = ord("!")
 
@@ -33,10 +33,10 @@ class Scripted:
     def statistics(self) -> dict[str, Any]:
         return {"extra": 1}
 
-    async def stream(self) -> AsyncGenerator[bytes]:
+    async def stream(self) -> AsyncGenerator[TokenChunk]:
         try:
             for place in range(0, len(self._text), 2):
-                yield self._text[place : place + 2]
+                yield TokenChunk(tuple(self._text[place : place + 2]))
             if self._error is not None:
                 raise self._error
             self.finished = "stop" if self._text[-1] == END else "length"

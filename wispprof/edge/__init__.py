@@ -10,12 +10,11 @@ from wispprof.edge.connection import (
     websocket_connections,
 )
 from wispprof.edge.draft_worker import DraftStep, DraftWorker, ThreadWorker, TimedWorker
-from wispprof.edge.generation import Chunk, Generation, GenerationRequest
+from wispprof.edge.generation import Generation, GenerationRequest
 from wispprof.edge.request_stats import RequestStats
 from wispprof.settings.edge_settings import ClientSettings, DraftingSettings
 
 __all__ = [
-    "Chunk",
     "ClientSettings",
     "Connection",
     "ConnectionFactory",

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from wispprof.edge.client import EdgeClient
 from wispprof.edge.edge_runtime import Reply
 from wispprof.edge.request_stats import RequestStats
+from wispprof.types import TokenChunk
 
 _SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
@@ -50,14 +51,12 @@ class EdgeMetrics:
         self.sent = Gauge("wispprof_edge_sent_bytes", "Sent over links.", registry=registry)
         self.received = Gauge("wispprof_edge_received_bytes", "Received over links.", registry=registry)
 
-    async def watch(
-        self, reply: Reply, stream: AsyncGenerator[tuple[int, ...]]
-    ) -> AsyncGenerator[tuple[int, ...]]:
+    async def watch(self, reply: Reply, stream: AsyncGenerator[TokenChunk]) -> AsyncGenerator[TokenChunk]:
         """The tokens of ``stream``; ``reply`` is counted when it ends, however it ends."""
         try:
             async with aclosing(stream):
-                async for tokens in stream:
-                    yield tokens
+                async for chunk in stream:
+                    yield chunk
         finally:
             self._count(reply.stats, reply.finished or "aborted")
 

@@ -20,7 +20,7 @@ from wispprof.errors import ModelError
 from wispprof.hardware import energy_meter
 from wispprof.openai_api import ChatTokenizer, TextGeneration
 from wispprof.settings.edge_settings import EdgeSettings
-from wispprof.types import RejectionPredictor, Sampling, Slo
+from wispprof.types import RejectionPredictor, Sampling, Slo, TokenChunk
 
 BUNDLED_DRAFT = "models/reference-pair/draft"
 
@@ -68,7 +68,7 @@ class Reply:
         """What the local API adds to a response."""
         return {"wispprof": {"verified": self.verified, **self.stats.summary()}}
 
-    async def stream(self) -> AsyncGenerator[tuple[int, ...]]:
+    async def stream(self) -> AsyncGenerator[TokenChunk]:
         """Tokens as they are committed, a final stop token included."""
         runtime, prompt = self._runtime, self._prompt
         request = GenerationRequest(
@@ -93,7 +93,7 @@ class Reply:
                 async for chunk in source:
                     self.verified = self.verified and chunk.verified
                     self.tokens.extend(chunk.tokens)
-                    yield chunk.tokens
+                    yield chunk
             self.finished = generation.stats.finished
         self.stats.energy_j = energy.energy_j
 

@@ -12,7 +12,7 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from wispprof import protocol
 from wispprof.edge.client import EdgeClient
@@ -24,7 +24,7 @@ from wispprof.policies.interface import Controller
 from wispprof.sessions.draft_buffer import DraftBuffer
 from wispprof.sessions.edge_session import EdgeSession
 from wispprof.settings.edge_settings import DraftingSettings
-from wispprof.types import Sampling, Slo
+from wispprof.types import Sampling, Slo, TokenChunk
 
 _REOPEN_MS = {"busy": 200.0, "draining": 500.0, "session": 0.0, "internal": 200.0}
 _MAX_INTERNAL_ERRORS = 3
@@ -40,13 +40,6 @@ class GenerationRequest:
     sampling: Sampling = field(default_factory=Sampling)
     slo: Slo = field(default_factory=lambda: Slo(tokens_per_s=1.0))
     stop: tuple[int, ...] = ()
-
-
-class Chunk(NamedTuple):
-    """Tokens for the user. ``verified`` is false if the draft model generated them without a server."""
-
-    tokens: tuple[int, ...]
-    verified: bool = True
 
 
 class Generation:
@@ -91,7 +84,7 @@ class Generation:
         self._finished = ""
         self._err: RuntimeFault | None = None
         self._wake = asyncio.Event()
-        self._chunks: asyncio.Queue[Chunk | None] = asyncio.Queue()
+        self._chunks: asyncio.Queue[TokenChunk | None] = asyncio.Queue()
         self._reopening: asyncio.TimerHandle | None = None
         self._openings = 0
         self._internal_errors = 0
@@ -153,7 +146,7 @@ class Generation:
             self._end()
         return self.stats
 
-    async def stream(self) -> AsyncGenerator[Chunk]:
+    async def stream(self) -> AsyncGenerator[TokenChunk]:
         """Generate, handing out tokens as they are committed."""
         task = asyncio.create_task(self.run(), name="generation")
         try:
@@ -228,7 +221,7 @@ class Generation:
             self.stats.drafted += 1
             self.stats.draft_ms += step.draft_ms
             self.stats.draft_only += 1
-            self._chunks.put_nowait(Chunk((step.drafted.token,), verified=False))
+            self._chunks.put_nowait(TokenChunk((step.drafted.token,), verified=False))
             if step.drafted.token in stop:
                 self._finished = "stop"
                 return
@@ -279,7 +272,7 @@ class Generation:
             stats.verify_ms += commit.verify_ms
             stats.dropped += effect.dropped_tokens
             stats.dropped_ms += effect.dropped_ms
-            self._chunks.put_nowait(Chunk(effect.tokens))
+            self._chunks.put_nowait(TokenChunk(effect.tokens))
         if commit.finished:
             self._finished = commit.finished
         self._wake.set()

@@ -17,6 +17,7 @@ from wispprof.openai_api.routes import add_openai_routes
 from wispprof.server.process import bind, freeze_garbage_collector
 from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.settings.server_settings import is_loopback
+from wispprof.types import TokenChunk
 
 
 async def serve_edge(
@@ -105,5 +106,5 @@ class CountedReply(Reply):
         super().__init__(runtime, prompt)
         self._metrics = metrics
 
-    def stream(self) -> AsyncGenerator[tuple[int, ...]]:
+    def stream(self) -> AsyncGenerator[TokenChunk]:
         return self._metrics.watch(self, super().stream())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from wispprof.openai_api.tokenizer import ChatTokenizer, StopStringFilter
-from wispprof.types import Sampling, Slo
+from wispprof.types import Sampling, Slo, TokenChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class TokenGeneration(Protocol):
 
     finished: str
 
-    def stream(self) -> AsyncGenerator[Sequence[int]]:
+    def stream(self) -> AsyncGenerator[TokenChunk]:
         """Committed tokens, the final stop token included. The generation begins with the first
         iteration; closing the iterator releases all it holds. Raises :class:`WispprofError`."""
 
@@ -91,7 +91,8 @@ class TextGeneration:
         """Text as it is committed; closing the iterator ends the generation."""
         generation, stop_filter = self.generation, self._filter
         async with aclosing(generation.stream()) as chunks:
-            async for tokens in chunks:
+            async for chunk in chunks:
+                tokens = chunk.tokens
                 self.completion_tokens += len(tokens)
                 shown = tokens[:-1] if tokens and tokens[-1] in self._stop_tokens else tokens
                 if piece := stop_filter.push(self._detokenizer.push(shown)):

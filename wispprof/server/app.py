@@ -21,7 +21,7 @@ from wispprof.server.session import ServerSession, SessionRequest
 from wispprof.server.verification_server import VerificationServer
 from wispprof.server.websocket_endpoint import WebSocketEndpoint, check_key
 from wispprof.sessions.session_state import CommitResult
-from wispprof.types import Slo
+from wispprof.types import Slo, TokenChunk
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _STATUS = {"busy": 429, "slo": 429, "limit": 429, "draining": 503, "internal": 500, "frame": 400}
@@ -121,7 +121,7 @@ class SessionGeneration:
     def failed(self, session: ServerSession, code: str, message: str, retry_ms: float = 0.0) -> None:
         self._updates.put_nowait(Refused(code, message, retry_ms=retry_ms))
 
-    async def stream(self) -> AsyncGenerator[tuple[int, ...]]:
+    async def stream(self) -> AsyncGenerator[TokenChunk]:
         asked = self._request
         request = SessionRequest(
             tokens=asked.tokens,
@@ -138,7 +138,7 @@ class SessionGeneration:
                 if isinstance(update, Refused):
                     raise update
                 self.finished = update.finished
-                yield update.tokens
+                yield TokenChunk(update.tokens)
         except Refused as err:
             raise _api_error(err) from err
         finally:

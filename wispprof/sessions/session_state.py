@@ -303,7 +303,7 @@ class SessionState:
         if flight is None:
             raise ValueError(f"Session {self.session} is in no step.")
         fed, drafts, needs_logits, epoch, deadline_ms, queued_from_ms = flight
-        _, accepted, decided = result
+        accepted, decided = result.accepted, result.tokens
         if len(decided) != (accepted + 1 if needs_logits else 0):
             raise ValueError(f"{result} does not match an input with needs_logits={needs_logits}.")
         self._flight = None
