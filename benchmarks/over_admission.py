@@ -24,14 +24,13 @@ from wispprof.policies import make_batch_policy
 from wispprof.server import (
     Refused,
     ServerSession,
-    SessionRequest,
     VerificationServer,
     run_coalescing,
 )
 from wispprof.server.verification_server import monotonic_ms
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeEngine
-from wispprof.types import BatchShape, Slo
+from wispprof.types import BatchShape, GenerationRequest, Slo
 
 SPEED, TOKENS = 20.0, 40
 FIXED_MS, ROW_MS = 5.0, 2.0
@@ -84,7 +83,7 @@ async def offer(admit: str, policy: str, seconds: float, rate: float) -> tuple[i
         client = Client(ended)
         prompt = tuple(dice.randrange(64) for _ in range(4))
         try:
-            server.open(SessionRequest(prompt, TOKENS, Slo(SPEED), undrafted=True), client)
+            server.open(GenerationRequest(prompt, TOKENS, slo=Slo(SPEED), undrafted=True), client)
             clients.append((client, ended))
         except Refused:
             pass

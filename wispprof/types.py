@@ -63,6 +63,23 @@ class Sampling:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One generation in tokens, on every endpoint: it ends after ``max_new`` tokens or at a stop token.
+
+    ``tokens``: prompt and committed output, the last ``generated`` of them output. ``max_new`` bounds the
+    whole output. ``undrafted``: nobody sends drafts for it (server-only serving).
+    """
+
+    tokens: tuple[int, ...]
+    max_new: int
+    sampling: Sampling = Sampling()
+    slo: Slo = Slo(1.0)
+    stop_tokens: tuple[int, ...] = ()
+    generated: int = 0
+    undrafted: bool = False
+
+
 class TokenLogprob(NamedTuple):
     """Log-probability of a decided token, and the likeliest tokens there, most likely first.
 

@@ -17,7 +17,7 @@ from wispprof.reporting.tables import Column, Table
 from wispprof.server import run_coalescing
 from wispprof.settings.fleet_settings import BenchSettings
 from wispprof.simulation import system
-from wispprof.types import Slo
+from wispprof.types import GenerationRequest, Slo
 
 
 def interference(bed: Bed, repeats: int) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def disturb(load: BenchSettings, url: str, trace: Path, length: int) -> tuple[fl
 async def _disturb(load: BenchSettings, url: str, trace: AcceptanceTrace, length: int) -> tuple[float, ...]:
     from wispprof.bench.fleet import _Fleet
     from wispprof.edge.client import EdgeClient
-    from wispprof.edge.generation import Generation, GenerationRequest
+    from wispprof.edge.generation import Generation
 
     fleet = _Fleet(load, url, trace, None, None)
     clients = [

@@ -11,10 +11,10 @@ import pytest
 from fastapi import FastAPI
 
 from wispprof.errors import EngineError, RuntimeFault, ServerBusy, ServerUnreachable, WispprofError
-from wispprof.openai_api import ChatTokenizer, TokenRequest
+from wispprof.openai_api import ChatTokenizer
 from wispprof.openai_api.routes import add_openai_routes
 from wispprof.openai_api.tokenizer import ByteTokenizer
-from wispprof.types import Slo, TokenChunk
+from wispprof.types import GenerationRequest, Slo, TokenChunk
 
 END = ord("!")
 
@@ -51,7 +51,7 @@ class Backend:
         self.tokenizer = ChatTokenizer(ByteTokenizer())
         self.tokenizer.stop_tokens = (END,)
         self.generation = Scripted(text, error)
-        self.request: TokenRequest | None = None
+        self.request: GenerationRequest | None = None
 
     def accepts_key(self, api_key: str) -> bool:
         return api_key in ("", "key")
@@ -59,7 +59,7 @@ class Backend:
     def accepts_model(self, name: str) -> bool:
         return name in ("", self.model)
 
-    def generate(self, request: TokenRequest) -> Scripted:
+    def generate(self, request: GenerationRequest, api_key: str) -> Scripted:
         self.request = request
         return self.generation
 

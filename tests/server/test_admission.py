@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from wispprof.policies import ScheduledItem
 from wispprof.policies.linear_cost import LinearCost
-from wispprof.server import Refused, SessionRequest, VerificationServer
+from wispprof.server import Refused, VerificationServer
 from wispprof.server.admission import Utilization
 from wispprof.server.step_time_tracker import OnlineFit, StepTimeTracker
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeEngine
-from wispprof.types import BatchShape, Sampling, Slo
+from wispprof.types import BatchShape, GenerationRequest, Sampling, Slo
 
 
 class Listener:
@@ -38,11 +38,11 @@ def server(**changes: object) -> VerificationServer:
     return VerificationServer(engine, engine.served, settings, estimator=known(), now_ms=lambda: 0.0)
 
 
-def ask(speed: float = 1.0, length: int = 4, **changes: object) -> SessionRequest:
-    return SessionRequest(
+def ask(speed: float = 1.0, length: int = 4, **changes: object) -> GenerationRequest:
+    return GenerationRequest(
         tuple([1] * length),
         20,
-        Slo(speed, changes.pop("ttft_ms", None)),  # type: ignore[arg-type]
+        slo=Slo(speed, changes.pop("ttft_ms", None)),  # type: ignore[arg-type]
         **changes,  # type: ignore[arg-type]
     )
 

@@ -35,7 +35,7 @@ from wispprof.edge.connection import (
     websocket_connections,
 )
 from wispprof.edge.draft_worker import TimedWorker
-from wispprof.edge.generation import Generation, GenerationRequest
+from wispprof.edge.generation import Generation
 from wispprof.errors import HandshakeRefused, ProfileError, WispprofError
 from wispprof.policies import make_controller
 from wispprof.policies.interface import Controller
@@ -45,7 +45,7 @@ from wispprof.settings.shared_settings import LinkSettings
 from wispprof.simulation.devices import DEVICES, DeviceProfile
 from wispprof.simulation.scenario import system
 from wispprof.testing.link_emulator import emulate_link
-from wispprof.types import RejectionPredictor, Slo
+from wispprof.types import GenerationRequest, RejectionPredictor, Slo
 
 if TYPE_CHECKING:
     from wispprof.server.process import RunningServer

@@ -10,9 +10,10 @@ from wispprof.edge.connection import (
     websocket_connections,
 )
 from wispprof.edge.draft_worker import DraftStep, DraftWorker, ThreadWorker, TimedWorker
-from wispprof.edge.generation import Generation, GenerationRequest
+from wispprof.edge.generation import Generation
 from wispprof.edge.request_stats import RequestStats
 from wispprof.settings.edge_settings import ClientSettings, DraftingSettings
+from wispprof.types import GenerationRequest
 
 __all__ = [
     "ClientSettings",

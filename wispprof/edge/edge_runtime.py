@@ -14,13 +14,13 @@ from wispprof.drafters import GgufDraft, needs_model
 from wispprof.edge.client import EdgeClient
 from wispprof.edge.connection import ConnectionFactory, ssl_context, websocket_connections
 from wispprof.edge.draft_device import DraftDevice
-from wispprof.edge.generation import Generation, GenerationRequest
+from wispprof.edge.generation import Generation
 from wispprof.edge.request_stats import RequestStats
 from wispprof.errors import ModelError
 from wispprof.hardware import energy_meter
 from wispprof.openai_api import ChatTokenizer, TextGeneration
 from wispprof.settings.edge_settings import EdgeSettings
-from wispprof.types import RejectionPredictor, Sampling, Slo, TokenChunk
+from wispprof.types import GenerationRequest, RejectionPredictor, Sampling, Slo, TokenChunk
 
 BUNDLED_DRAFT = "models/reference-pair/draft"
 
@@ -76,7 +76,7 @@ class Reply:
             max_new=prompt.max_new,
             sampling=prompt.sampling,
             slo=prompt.slo or runtime.settings.slo,
-            stop=self._stop_tokens,
+            stop_tokens=self._stop_tokens,
         )
         device = runtime.device
         with device.lend(prompt.tokens) as (worker, controller), device.energy.share() as energy:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from wispprof import protocol
@@ -24,22 +24,11 @@ from wispprof.policies.interface import Controller
 from wispprof.sessions.draft_buffer import DraftBuffer
 from wispprof.sessions.edge_session import EdgeSession
 from wispprof.settings.edge_settings import DraftingSettings
-from wispprof.types import Sampling, Slo, TokenChunk
+from wispprof.types import GenerationRequest, TokenChunk
 
 _REOPEN_MS = {"busy": 200.0, "draining": 500.0, "session": 0.0, "internal": 200.0}
 _MAX_INTERNAL_ERRORS = 3
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """What to generate: at most ``max_new`` tokens after ``tokens``, ended early by a ``stop`` token."""
-
-    tokens: tuple[int, ...]
-    max_new: int
-    sampling: Sampling = field(default_factory=Sampling)
-    slo: Slo = field(default_factory=lambda: Slo(tokens_per_s=1.0))
-    stop: tuple[int, ...] = ()
 
 
 class Generation:
@@ -77,7 +66,7 @@ class Generation:
             request.slo,
             settings,
             controller,
-            stop=request.stop,
+            stop=request.stop_tokens,
             stream=self._stream_mode(),
         )
         self._number = -1
@@ -212,7 +201,7 @@ class Generation:
         """Without a server, continue with the draft model; every token is marked unverified."""
         assert self._worker is not None
         sequence = list(self.buffer.committed)
-        stop = frozenset(self.request.stop)
+        stop = frozenset(self.request.stop_tokens)
         while self.stats.tokens + self.stats.draft_only < self.request.max_new:
             step = await self._worker.step(sequence)
             if step is None:
@@ -244,7 +233,7 @@ class Generation:
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             seed=sampling.seed,
-            stop=list(request.stop),
+            stop=list(request.stop_tokens),
             undrafted=self._worker is None,
         )
 

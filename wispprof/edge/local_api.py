@@ -12,12 +12,11 @@ from fastapi.responses import Response
 from wispprof.edge.edge_metrics import EdgeMetrics
 from wispprof.edge.edge_runtime import EdgeRuntime, Prompt, Reply, open_edge
 from wispprof.errors import WispprofError
-from wispprof.openai_api import TokenRequest
 from wispprof.openai_api.routes import add_openai_routes
 from wispprof.server.process import bind, freeze_garbage_collector
 from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.settings.server_settings import is_loopback
-from wispprof.types import TokenChunk
+from wispprof.types import GenerationRequest, TokenChunk
 
 
 async def serve_edge(
@@ -88,7 +87,7 @@ class EdgeBackend:
     def accepts_model(self, name: str) -> bool:
         return True
 
-    def generate(self, request: TokenRequest) -> CountedReply:
+    def generate(self, request: GenerationRequest, api_key: str) -> CountedReply:
         prompt = Prompt(
             request.tokens,
             request.max_new,

@@ -5,7 +5,6 @@ from wispprof.openai_api.text_backend import (
     TextBackend,
     TextGeneration,
     TokenGeneration,
-    TokenRequest,
 )
 from wispprof.openai_api.tokenizer import ChatTokenizer
 
@@ -15,5 +14,4 @@ __all__ = [
     "TextBackend",
     "TextGeneration",
     "TokenGeneration",
-    "TokenRequest",
 ]

@@ -23,8 +23,8 @@ from wispprof.openai_api.openai_protocol import (
     event,
     usage,
 )
-from wispprof.openai_api.text_backend import TextBackend, TextGeneration, TokenRequest
-from wispprof.types import Slo
+from wispprof.openai_api.text_backend import TextBackend, TextGeneration
+from wispprof.types import GenerationRequest, Slo
 
 _CLIENT_CLOSED_REQUEST = 499
 _UNREACHABLE_RETRY_MS = 5_000.0
@@ -92,12 +92,11 @@ def _authorize(backend: TextBackend, request: Request) -> str:
     return key
 
 
-def _token_request(
+def _generation_request(
     backend: TextBackend,
     body: ChatCompletionRequest | CompletionRequest,
     tokens: tuple[int, ...],
-    key: str,
-) -> TokenRequest:
+) -> GenerationRequest:
     if not backend.accepts_model(body.model):
         raise ApiError(f"The model here is {backend.model!r}.", 404, param="model")
     remaining = backend.max_context - len(tokens)
@@ -111,7 +110,7 @@ def _token_request(
             code="context_length_exceeded",
         )
     default = backend.default_slo
-    return TokenRequest(
+    return GenerationRequest(
         tokens,
         min(body.max_new or backend.default_max_tokens, remaining),
         body.sampling(secrets.randbits(31)),
@@ -120,7 +119,6 @@ def _token_request(
             default.ttft_ms if body.ttft_ms is None else body.ttft_ms,
         ),
         () if body.ignore_eos else backend.tokenizer.stop_tokens,
-        key,
     )
 
 
@@ -132,8 +130,8 @@ async def _respond(
     key: str,
     response: CompletionResponse,
 ) -> Response:
-    asked = _token_request(backend, body, tokens, key)
-    generation = backend.generate(asked)
+    asked = _generation_request(backend, body, tokens)
+    generation = backend.generate(asked, key)
     text = TextGeneration(generation, backend.tokenizer, tokens, asked.stop_tokens, body.stop_strings)
     pieces = text.pieces()
     try:

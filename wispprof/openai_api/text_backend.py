@@ -4,23 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from wispprof.openai_api.tokenizer import ChatTokenizer, StopStringFilter
-from wispprof.types import Sampling, Slo, TokenChunk
-
-
-@dataclass(frozen=True, slots=True)
-class TokenRequest:
-    """One generation in tokens: at most ``max_new`` after ``tokens``, ended early by a stop token."""
-
-    tokens: tuple[int, ...]
-    max_new: int
-    sampling: Sampling
-    slo: Slo
-    stop_tokens: tuple[int, ...] = ()
-    api_key: str = ""
+from wispprof.types import GenerationRequest, Slo, TokenChunk
 
 
 class TokenGeneration(Protocol):
@@ -66,7 +53,7 @@ class TextBackend(Protocol):
 
     def accepts_model(self, name: str) -> bool: ...
 
-    def generate(self, request: TokenRequest) -> TokenGeneration:
+    def generate(self, request: GenerationRequest, api_key: str) -> TokenGeneration:
         """A generation that has not begun."""
 
 

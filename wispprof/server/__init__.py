@@ -9,7 +9,7 @@
 from wispprof.server.admission import Refused
 from wispprof.server.coalescing_loop import run_coalescing
 from wispprof.server.process import RunningServer, running_server, serve
-from wispprof.server.session import ServerSession, SessionListener, SessionRequest
+from wispprof.server.session import ServerSession, SessionListener
 from wispprof.server.verification_server import VerificationServer
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "RunningServer",
     "ServerSession",
     "SessionListener",
-    "SessionRequest",
     "VerificationServer",
     "run_coalescing",
     "running_server",

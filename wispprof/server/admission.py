@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from wispprof.errors import RuntimeFault
-from wispprof.server.session import SessionRequest
 from wispprof.server.session_manager import SessionManager
 from wispprof.server.step_time_tracker import StepTimeTracker
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.types import BatchCost, ServedModel, Slo, StepTimeEstimator
+from wispprof.types import BatchCost, GenerationRequest, ServedModel, Slo, StepTimeEstimator
 
 _BURST_S = 20.0
 _MAX_TPOT_MS = 60_000.0
@@ -117,7 +116,7 @@ class Admission:
         self._model = model
         self.budget = TokenBudget(settings.tokens_per_key_per_s)
 
-    def check(self, request: SessionRequest, key: str, now_ms: float, draining: bool) -> SessionRequest:
+    def check(self, request: GenerationRequest, key: str, now_ms: float, draining: bool) -> GenerationRequest:
         """The request with ``max_new`` cut to what is possible. Raises :class:`Refused`."""
         if draining:
             raise Refused("draining", "The server is shutting down.", "Try another server.")
@@ -127,7 +126,7 @@ class Admission:
             self._check_slo(request, now_ms)
         return request
 
-    def _check_request(self, request: SessionRequest) -> SessionRequest:
+    def _check_request(self, request: GenerationRequest) -> GenerationRequest:
         length = len(request.tokens)
         context = min(self._model.max_context, self._manager.kv_total)
         max_prompt = min(context - 1, self._settings.max_prompt or context)
@@ -190,7 +189,7 @@ class Admission:
 
     # --- SLO ----------------------------------------------------------------------------------
 
-    def _check_slo(self, request: SessionRequest, now_ms: float) -> None:
+    def _check_slo(self, request: GenerationRequest, now_ms: float) -> None:
         step_times = self._step_times
         # Prefill, and what steps take beyond their median, leave less time for decoding.
         limit = self._settings.admit_load / step_times.cycle_ratio - step_times.prefill_load(now_ms)
@@ -232,7 +231,7 @@ class Admission:
 
     def _check_ttft(
         self,
-        request: SessionRequest,
+        request: GenerationRequest,
         estimator: StepTimeEstimator,
         others: list[tuple[float, int]],
     ) -> None:

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from fastapi import FastAPI, Response, WebSocket
 from fastapi.responses import JSONResponse
 
 from wispprof import __version__
-from wispprof.openai_api import ApiError, ChatTokenizer, TokenRequest
+from wispprof.openai_api import ApiError, ChatTokenizer
 from wispprof.openai_api.routes import add_openai_routes
 from wispprof.server.admission import Refused
-from wispprof.server.session import ServerSession, SessionRequest
+from wispprof.server.session import ServerSession
 from wispprof.server.verification_server import VerificationServer
 from wispprof.server.websocket_endpoint import WebSocketEndpoint, check_key
 from wispprof.sessions.session_state import CommitResult
-from wispprof.types import Slo, TokenChunk
+from wispprof.types import GenerationRequest, Slo, TokenChunk
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _STATUS = {"busy": 429, "slo": 429, "limit": 429, "draining": 503, "internal": 500, "frame": 400}
@@ -91,18 +91,18 @@ class SessionBackend:
     def accepts_model(self, name: str) -> bool:
         return not name or name == self.model
 
-    def generate(self, request: TokenRequest) -> SessionGeneration:
-        return SessionGeneration(self._server, request)
+    def generate(self, request: GenerationRequest, api_key: str) -> SessionGeneration:
+        return SessionGeneration(self._server, request, api_key)
 
 
 class SessionGeneration:
     """One request's session and its listener."""
 
-    def __init__(self, server: VerificationServer, request: TokenRequest) -> None:
-        self.key = request.api_key
+    def __init__(self, server: VerificationServer, request: GenerationRequest, api_key: str) -> None:
+        self.key = api_key
         self.finished = ""
         self._server = server
-        self._request = request
+        self._request = replace(request, undrafted=True)
         self._updates: asyncio.Queue[CommitResult | Refused] = asyncio.Queue()
         self._session: ServerSession | None = None
 
@@ -122,17 +122,8 @@ class SessionGeneration:
         self._updates.put_nowait(Refused(code, message, retry_ms=retry_ms))
 
     async def stream(self) -> AsyncGenerator[TokenChunk]:
-        asked = self._request
-        request = SessionRequest(
-            tokens=asked.tokens,
-            max_new=asked.max_new,
-            slo=asked.slo,
-            sampling=asked.sampling,
-            stop=asked.stop_tokens,
-            undrafted=True,
-        )
         try:
-            self._session = self._server.open(request, self)
+            self._session = self._server.open(self._request, self)
             while not self.finished:
                 update = await self._updates.get()
                 if isinstance(update, Refused):

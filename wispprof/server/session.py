@@ -1,29 +1,12 @@
-"""An open session of the server, the request that opens it, and the listener it reports to."""
+"""An open session of the server, and the listener it reports to."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from wispprof.sessions.session_state import CommitResult, SessionState
-from wispprof.types import Sampling, Slo
-
-
-@dataclass(frozen=True, slots=True)
-class SessionRequest:
-    """What a client requests, over the WebSocket or over HTTP.
-
-    ``tokens``: prompt and committed output, the last ``generated`` of them output. ``max_new`` bounds
-    the whole output.
-    """
-
-    tokens: tuple[int, ...]
-    max_new: int
-    slo: Slo
-    sampling: Sampling = field(default_factory=Sampling)
-    generated: int = 0
-    stop: tuple[int, ...] = ()
-    undrafted: bool = False
+from wispprof.types import Sampling
 
 
 class SessionListener(Protocol):

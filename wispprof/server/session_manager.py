@@ -16,10 +16,11 @@ from wispprof.server.engine_thread import EngineThread
 from wispprof.server.kv_scheduler import schedule_kv
 from wispprof.server.metrics import Metrics
 from wispprof.server.prefix_cache import PrefixCache
-from wispprof.server.session import ServerSession, SessionListener, SessionRequest
+from wispprof.server.session import ServerSession, SessionListener
 from wispprof.server.step_time_tracker import StepTimeTracker
 from wispprof.sessions.session_state import CommitResult, SessionState
 from wispprof.settings.server_settings import ServerSettings
+from wispprof.types import GenerationRequest
 
 log = logging.getLogger("wispprof.server")
 
@@ -75,7 +76,7 @@ class SessionManager:
     # --- opening ------------------------------------------------------------------------------
 
     def add(
-        self, request: SessionRequest, listener: SessionListener, number: int, now_ms: float
+        self, request: GenerationRequest, listener: SessionListener, number: int, now_ms: float
     ) -> ServerSession:
         """A new session; the next step opens it in the engine."""
         self._last_number += 1
@@ -88,7 +89,7 @@ class SessionManager:
             max_context=self._max_context,
             now_ms=now_ms,
             generated=request.generated,
-            stop=request.stop,
+            stop=request.stop_tokens,
             stream=self._stream,
             undrafted=request.undrafted,
             max_pending_drafts=self._settings.max_drafts,

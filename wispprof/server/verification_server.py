@@ -20,12 +20,12 @@ from wispprof.server.admission import Admission, Refused
 from wispprof.server.engine_loop import EngineLoop, StepLimits
 from wispprof.server.engine_thread import EngineThread
 from wispprof.server.metrics import Metrics
-from wispprof.server.session import ServerSession, SessionListener, SessionRequest
+from wispprof.server.session import ServerSession, SessionListener
 from wispprof.server.session_manager import SessionManager
 from wispprof.server.step_log import StepLog
 from wispprof.server.step_time_tracker import StepTimeTracker, warmup_shapes
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.types import BatchShape, Sampling, ServedModel, StepInput, StepTimeEstimator
+from wispprof.types import BatchShape, GenerationRequest, Sampling, ServedModel, StepInput, StepTimeEstimator
 
 log = logging.getLogger("wispprof.server")
 
@@ -156,7 +156,7 @@ class VerificationServer:
         """KV tokens not in use."""
         return self._engine_thread.engine.kv_free
 
-    def open(self, request: SessionRequest, listener: SessionListener, number: int = 0) -> ServerSession:
+    def open(self, request: GenerationRequest, listener: SessionListener, number: int = 0) -> ServerSession:
         """Admit a request. Raises :class:`~wispprof.server.admission.Refused`."""
         try:
             request = self.admission.check(request, listener.key, self.now_ms(), self.draining)

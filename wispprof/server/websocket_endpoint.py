@@ -19,10 +19,10 @@ from wispprof import protocol
 from wispprof.errors import HandshakeRefused, ProtocolError
 from wispprof.server.admission import Refused
 from wispprof.server.coalescing_loop import socket_wait_ms
-from wispprof.server.session import ServerSession, SessionRequest
+from wispprof.server.session import ServerSession
 from wispprof.server.verification_server import VerificationServer
 from wispprof.sessions.session_state import CommitResult
-from wispprof.types import Sampling, ServedModel, Slo
+from wispprof.types import GenerationRequest, Sampling, ServedModel, Slo
 
 log = logging.getLogger("wispprof.server")
 
@@ -293,7 +293,7 @@ def check_hello(hello: protocol.Hello, model: ServedModel, allowed: Sequence[str
         )
 
 
-def session_request(frame: protocol.Open) -> SessionRequest:
+def session_request(frame: protocol.Open) -> GenerationRequest:
     """The request of an opening frame. Raises :class:`ProtocolError` on invalid sampling or SLO."""
     try:
         sampling = Sampling(frame.temperature, frame.top_k, frame.top_p, frame.seed)
@@ -303,13 +303,13 @@ def session_request(frame: protocol.Open) -> SessionRequest:
             raise ValueError("sampling and SLO need finite, positive numbers")
     except ValueError as err:
         raise ProtocolError(f"Invalid opening frame: {err}.", "Correct the request.") from err
-    return SessionRequest(
+    return GenerationRequest(
         tokens=tuple(frame.tokens),
         max_new=frame.max_new,
         slo=slo,
         sampling=sampling,
         generated=frame.generated,
-        stop=tuple(frame.stop),
+        stop_tokens=tuple(frame.stop),
         undrafted=frame.undrafted,
     )
 

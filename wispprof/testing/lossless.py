@@ -119,7 +119,7 @@ async def split_outputs(
                                 tuple(prompts[number]),
                                 max_new,
                                 sampling=case.sampling,
-                                stop=tuple(stop),
+                                stop_tokens=tuple(stop),
                             ),
                             ThreadWorker(drafter(), executor) if drafting and drafter else None,
                             make_controller("fixed", k=case.k) if drafting else None,
