@@ -20,11 +20,11 @@ import numpy as np
 
 from wispprof.artifacts import Document, LinkRow, StepRow, save_trace, write_document
 from wispprof.artifacts.document import SCHEMA
-from wispprof.artifacts.manifest import PROFILE_SCHEMA, Manifest, ModelRecord, Provenance
+from wispprof.artifacts.manifest import PROFILE_SCHEMA, Manifest, Provenance
 from wispprof.artifacts.plan import Plan
 from wispprof.artifacts.rows import AcceptanceTrace, EdgeRow, TracePath, encode_row
 from wispprof.artifacts.trace import TRACE_SCHEMA
-from wispprof.types import BatchShape, Sampling
+from wispprof.types import BatchShape, ModelInfo, Sampling
 
 PAGE = Path(__file__).with_name("artifacts.md")
 
@@ -90,7 +90,7 @@ def render() -> str:
         _table(LinkRow),
         "The manifest is one JSON object of these, with `format` `wispprof/profile` and `schema`.\n",
         _table(Manifest),
-        _table(ModelRecord),
+        _table(ModelInfo),
         "## Acceptance trace: `NAME.jsonl`\n",
         "A header line, then one sealed line per path; arrays lie flat, row by row.\n",
         _code(_trace_lines()),

@@ -15,14 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wispprof.artifacts import (
-    EdgeProfile,
-    EdgeRow,
-    Manifest,
-    ModelRecord,
-    make_profile,
-    save_profile,
-)
+from wispprof.artifacts import EdgeProfile, EdgeRow, Manifest, make_profile, save_profile
+from wispprof.types import ModelInfo
 
 CITATION = (
     "derived from ConfigSpec (arXiv 2604.09722, TDIS 2026), published choices for the target Llama-3.1-70B"
@@ -62,12 +56,12 @@ class PublishedDevice:
 
     name: str
     device: str
-    model: ModelRecord
+    model: ModelInfo
     choices: tuple[PublishedChoice, ...]
 
 
-_SMALL = ModelRecord("Llama-3.2-1B-Instruct Q4", "q4", 1_235_814_400, family="llama")
-_LARGE = ModelRecord("Llama-3.1-8B Q4", "q4", 8_030_261_248, family="llama")
+_SMALL = ModelInfo("Llama-3.2-1B-Instruct Q4", "q4", 1_235_814_400, family="llama")
+_LARGE = ModelInfo("Llama-3.1-8B Q4", "q4", 8_030_261_248, family="llama")
 
 PUBLISHED: tuple[PublishedDevice, ...] = (
     PublishedDevice("rpi-4b", "Raspberry Pi 4B", _SMALL, (PublishedChoice(2, 2.44, 1334e3),)),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from wispprof.engines.loading import load_model
     from wispprof.fitting import load_estimator, load_predictor
     from wispprof.fitting.pipeline import fit_files as fit
-    from wispprof.planning.pipeline import plan_files as plan
+    from wispprof.planning.planner import plan_files as plan
     from wispprof.profiling.acceptance_trace import trace_pair as trace
     from wispprof.profiling.edge_profiler import profile_edge
     from wispprof.profiling.server_profiler import profile_server
@@ -101,7 +101,7 @@ _WHERE = {
     "load_profile": "wispprof.artifacts",
     "load_trace": "wispprof.artifacts",
     "open_edge": "wispprof.edge.edge_runtime",
-    "plan": "wispprof.planning.pipeline:plan_files",
+    "plan": "wispprof.planning.planner:plan_files",
     "profile_edge": "wispprof.profiling.edge_profiler",
     "profile_server": "wispprof.profiling.server_profiler",
     "running_server": "wispprof.server.process",

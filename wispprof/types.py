@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -339,7 +339,7 @@ class RejectionPredictor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """Identity and sizes of a loaded model.
+    """Identity and sizes of a model; fields are empty or 0 if unknown.
 
     ``id``: folder name, hub id or preset. ``family``: the config's ``model_type``. ``parameters`` counts
     tied weights once. ``config_hash`` and ``weights_hash`` identify what was measured; random weights
@@ -348,22 +348,18 @@ class ModelInfo:
     """
 
     id: str
-    family: str
-    parameters: int
-    dtype: str
-    config_hash: str
-    weights_hash: str
-    tokenizer_hash: str
-    max_context: int
-    vocab_size: int
-    layers: int
-    kv_heads: int
-    head_dim: int
-    kv_bytes_per_token: int
-
-    def as_dict(self) -> dict[str, object]:
-        """Plain values, as they go into a manifest."""
-        return asdict(self)
+    dtype: str = ""
+    parameters: int = 0
+    family: str = ""
+    config_hash: str = ""
+    weights_hash: str = ""
+    tokenizer_hash: str = ""
+    max_context: int = 0
+    vocab_size: int = 0
+    layers: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    kv_bytes_per_token: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from wispprof.artifacts import (
     EdgeRow,
     LinkRow,
     Manifest,
-    ModelRecord,
     RowJournal,
     StepRow,
     load_edge,
@@ -27,7 +26,7 @@ from wispprof.artifacts.journal import journal_header
 from wispprof.artifacts.profile import RESTED_MS
 from wispprof.artifacts.rows import decode_row, encode_row
 from wispprof.errors import ArtifactDamaged, ArtifactError, ArtifactMissing, ArtifactTooNew
-from wispprof.types import BatchShape, VerifyItem
+from wispprof.types import BatchShape, ModelInfo, VerifyItem
 
 times = st.floats(0, 1e9, allow_nan=False)
 samples = st.lists(times, min_size=1, max_size=5).map(tuple)
@@ -95,7 +94,7 @@ def rows(n=6):
 
 
 def saved(folder, n=6):
-    profile = make_profile(Manifest("server", ModelRecord("tiny", "float32", 10)), rows(n))
+    profile = make_profile(Manifest("server", ModelInfo("tiny", "float32", 10)), rows(n))
     save_profile(profile, folder / "p")
     return profile, folder / "p.jsonl", folder / "p.manifest.json"
 
@@ -204,17 +203,17 @@ def test_a_published_row_needs_its_citation():
 
 def test_draft_time_between_measured_contexts():
     made = [EdgeRow(f"d{c}", "draft_step", c, (ms,), order=c) for c, ms in ((100, 2.0), (300, 4.0))]
-    profile = make_profile(Manifest("edge", ModelRecord("d")), made)
+    profile = make_profile(Manifest("edge", ModelInfo("d")), made)
     assert [profile.draft_ms(c) for c in (0, 100, 200, 300, 900)] == [2.0, 2.0, 3.0, 4.0, 4.0]
 
 
 def test_drafting_time_counts_the_steps_that_catch_up():
     step = EdgeRow("d", "draft_step", 100, (2.0,))
     behind = EdgeRow("c", "catch_up", 100, (3.0,), tokens=2, order=1)
-    profile = make_profile(Manifest("edge", ModelRecord("d")), [step, behind])
+    profile = make_profile(Manifest("edge", ModelInfo("d")), [step, behind])
     assert profile.drafting_ms(100, caught_up=0.0) == profile.draft_ms(100) == 2.0
     assert profile.drafting_ms(100, caught_up=0.25) == pytest.approx(2.25)
-    older = make_profile(Manifest("edge", ModelRecord("d")), [step])
+    older = make_profile(Manifest("edge", ModelInfo("d")), [step])
     assert older.drafting_ms(100, caught_up=0.25) == 2.0
 
 
@@ -224,7 +223,7 @@ def test_drafting_time_counts_what_a_rest_adds():
         EdgeRow("r", "round", 100, (9.0,), tokens=4, order=1, rested_ms=20.0),
         EdgeRow("s", "round", 300, (11.0,), tokens=4, order=2, rested_ms=20.0),
     ]
-    profile = make_profile(Manifest("edge", ModelRecord("d")), made)
+    profile = make_profile(Manifest("edge", ModelInfo("d")), made)
     assert [profile.resume_ms(c) for c in (0, 100, 200, 900)] == [1.0, 1.0, 2.0, 3.0]
     assert [profile.resume_ms(100, rest) for rest in (0.0, RESTED_MS / 2, 99.0)] == [0.0, 0.5, 1.0]
     assert profile.drafting_ms(100, 0.0, resumed=1 / 4) == pytest.approx(9.0 / 4)

@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from wispprof.artifacts import load_server, make_profile, save_profile, write_document
-from wispprof.artifacts.manifest import Manifest, ModelRecord
+from wispprof.artifacts.manifest import Manifest
 from wispprof.artifacts.rows import StepRow
 from wispprof.cli import app, console
-from wispprof.types import BatchShape
+from wispprof.types import BatchShape, ModelInfo
 
 RUNNER = CliRunner()
 
@@ -40,7 +40,7 @@ def server_profile(folder: Path, shapes: int = 24) -> Path:
         taken = 2.0 + 0.2 * shape.new_tokens + 0.003 * shape.cached_tokens
         rows.append(StepRow(f"r{number}", "verify", shape, (taken, taken * 1.01), order=number))
     path = folder / "server"
-    save_profile(make_profile(Manifest("server", ModelRecord("tiny")), rows), path)
+    save_profile(make_profile(Manifest("server", ModelInfo("tiny")), rows), path)
     return path.with_suffix(".jsonl")
 
 

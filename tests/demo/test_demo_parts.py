@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from wispprof.demo import DemoResult
-from wispprof.demo.compare_policies import _merge_spans
+from wispprof.demo.demo_run import _merge_spans
 from wispprof.demo.measure_machine import DemoSettings, first_token_ms, slo_classes
 from wispprof.reporting import Answer, Bench, TextSpan
 from wispprof.types import BatchShape

@@ -13,11 +13,12 @@ from synthetic_steps import random_shape, synthetic_rows, true_ms
 from synthetic_traces import synthetic_trace
 from typer.testing import CliRunner
 
-from wispprof.artifacts import Manifest, ModelRecord, make_profile, save_profile, save_trace
+from wispprof.artifacts import Manifest, make_profile, save_profile, save_trace
 from wispprof.cli import app
 from wispprof.errors import FitError
 from wispprof.fitting import load_estimator, load_predictor
 from wispprof.fitting.pipeline import fit_files
+from wispprof.types import ModelInfo
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("fit")
     rows = synthetic_rows(60)
     for name, model in (("server", "small"), ("other", "large")):
-        manifest = Manifest("server", ModelRecord(model, tokenizer_hash="tokenizer"))
+        manifest = Manifest("server", ModelInfo(model, tokenizer_hash="tokenizer"))
         save_profile(make_profile(manifest, rows), path / f"{name}.jsonl")
     save_trace(synthetic_trace(16, 48), path / "trace.jsonl")
     return path

@@ -14,7 +14,7 @@ from wispprof.planning import Runs, make_plan
 from wispprof.planning.batch_table import mix_row
 from wispprof.planning.draft_table import EdgeCosts
 from wispprof.planning.explain import explain
-from wispprof.planning.pipeline import SpeedDevice
+from wispprof.planning.planner import SpeedDevice
 from wispprof.planning.session_speed import LoadedStepTimes
 from wispprof.policies.linear_cost import LinearCost
 from wispprof.settings.planner_settings import PlanSettings, class_mix

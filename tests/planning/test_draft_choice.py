@@ -13,7 +13,7 @@ from wispprof.errors import PlanError
 from wispprof.planning import Runs, make_plan
 from wispprof.planning.explain import explain
 from wispprof.planning.objective import Figures, choose, draft_front, pareto_front
-from wispprof.planning.pipeline import SpeedDevice
+from wispprof.planning.planner import SpeedDevice
 from wispprof.policies.linear_cost import LinearCost
 from wispprof.settings.planner_settings import PlanSettings, device_price, weights_of
 

@@ -16,8 +16,8 @@ from wispprof.planning import Runs, make_plan
 from wispprof.planning.batch_table import capacity_row
 from wispprof.planning.draft_table import EdgeCosts
 from wispprof.planning.explain import compare, explain
-from wispprof.planning.pipeline import SpeedDevice
 from wispprof.planning.plan_export import export
+from wispprof.planning.planner import SpeedDevice
 from wispprof.planning.session_speed import (
     LoadedStepTimes,
     round_speed,

@@ -16,25 +16,16 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from wispprof.artifacts import (
-    EdgeRow,
-    Manifest,
-    ModelRecord,
-    StepRow,
-    load_edge,
-    load_profile,
-    make_profile,
-    save_profile,
-)
+from wispprof.artifacts import EdgeRow, Manifest, StepRow, load_edge, load_profile, make_profile, save_profile
 from wispprof.cli.console import GuardedGroup
 from wispprof.errors import ArtifactDamaged, HandshakeRefused, ProfileError, ProtocolError
 from wispprof.profiling.link_profiler import link_summary, profile_link
 from wispprof.profiling.llama_bench import import_results
 from wispprof.profiling.profile_tools import diff_profiles, export_rows, merge_profiles
 from wispprof.settings.profiler_settings import LinkProfilerSettings, Output
-from wispprof.types import BatchShape
+from wispprof.types import BatchShape, ModelInfo
 
-MODEL = ModelRecord("tiny", "float32", 1_000_000, kv_bytes_per_token=4096)
+MODEL = ModelInfo("tiny", "float32", 1_000_000, kv_bytes_per_token=4096)
 MACHINE = {"hash": "abc", "cpu": "Some CPU"}
 
 
@@ -174,7 +165,7 @@ def test_merging_keeps_the_cleaner_row():
     assert all(not by_key[row.key].flags for row in two.rows)
     assert merged.manifest.rows == 9
     for other in (
-        make_profile(replace(two.manifest, model=ModelRecord("other")), two.rows),
+        make_profile(replace(two.manifest, model=ModelInfo("other")), two.rows),
         make_profile(replace(two.manifest, hardware={"hash": "x"}), two.rows),
         make_profile(replace(two.manifest, engine={"device": "cuda"}), two.rows),
     ):

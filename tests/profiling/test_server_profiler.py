@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wispprof.artifacts import Manifest, ModelRecord, load_edge, load_server, make_profile
+from wispprof.artifacts import Manifest, load_edge, load_server, make_profile
 from wispprof.drafters.torch_drafter import TorchDrafter
 from wispprof.engines.loading import random_model
 from wispprof.engines.torch.engine import TorchEngine
@@ -21,7 +21,7 @@ from wispprof.profiling.sweep import Sweep
 from wispprof.profiling.sweep_cost import pilot
 from wispprof.settings import profiler_settings
 from wispprof.settings.profiler_settings import Output, SweepSettings
-from wispprof.types import Sampling
+from wispprof.types import ModelInfo, Sampling
 
 AXES = Axes(items=(1, 4), new=(1, 5), cached=(16, 128), skew_items=(4,), chunk=(32,), mixed_items=(2,))
 SWEEP = SweepSettings(max_samples=8, sentinel_every=5)
@@ -330,7 +330,7 @@ def test_a_round_after_a_rest_is_timed_without_the_rest_and_announced_with_it(de
     rows = Sweep(runner, workloads, sweep, clock=lambda: device.now).run().rows
     assert announced == pytest.approx(device.now - begin, rel=0.1)
     assert announced > 20 * 0.05
-    profile = make_profile(Manifest("edge", ModelRecord("d")), rows)
+    profile = make_profile(Manifest("edge", ModelInfo("d")), rows)
     assert profile.resume_ms(64) == pytest.approx(added)
     assert profile.draft_ms(64) == pytest.approx(2.0)
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wispprof.artifacts import ModelRecord, RowJournal, StepRow
+from wispprof.artifacts import RowJournal, StepRow
 from wispprof.errors import EngineError, PhysicsViolation
 from wispprof.hardware import Reading
 from wispprof.profiling.measurement_log import (
@@ -34,9 +34,9 @@ from wispprof.profiling.sweep import Sweep
 from wispprof.profiling.sweep_cost import choose_probes, fit_line, pilot
 from wispprof.profiling.workload import Workload, format_duration
 from wispprof.settings.profiler_settings import SweepSettings
-from wispprof.types import BatchShape
+from wispprof.types import BatchShape, ModelInfo
 
-MODEL = ModelRecord("tiny", "float32", 1_000_000, kv_bytes_per_token=4096)
+MODEL = ModelInfo("tiny", "float32", 1_000_000, kv_bytes_per_token=4096)
 CAPACITY = DeviceCapacity(20_000, 16, 2048)
 
 
@@ -397,7 +397,7 @@ def test_a_backend_that_ignores_its_cache_is_refused():
 
 
 def test_times_without_waiting_for_the_device_are_refused():
-    big = ModelRecord("8b", "bfloat16", 8_000_000_000, kv_bytes_per_token=147_456)
+    big = ModelInfo("8b", "bfloat16", 8_000_000_000, kv_bytes_per_token=147_456)
     row = StepRow("k", "verify", BatchShape.uniform(4, 5, 64), (0.05, 0.06))
     with pytest.raises(PhysicsViolation, match="waiting for the device"):
         check_physics([row], big)

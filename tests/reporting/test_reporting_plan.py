@@ -12,7 +12,7 @@ from wispprof.artifacts import read_document, write_document
 from wispprof.artifacts.plan import Plan, save_plan
 from wispprof.errors import ArtifactDamaged
 from wispprof.planning import Runs, make_plan
-from wispprof.planning.pipeline import SpeedDevice
+from wispprof.planning.planner import SpeedDevice
 from wispprof.policies.linear_cost import LinearCost
 from wispprof.reporting import CAPACITY_KIND, load_run, render_report
 from wispprof.reporting.plan_section import (

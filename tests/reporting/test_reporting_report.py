@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from wispprof.artifacts import save_profile, save_trace, write_document
-from wispprof.artifacts.manifest import Manifest, ModelRecord
+from wispprof.artifacts.manifest import Manifest
 from wispprof.artifacts.plan import save_plan
 from wispprof.artifacts.profile import ServerProfile, make_profile
 from wispprof.artifacts.rows import AcceptanceTrace, StepRow, TracePath
@@ -30,7 +30,7 @@ from wispprof.reporting import (
 )
 from wispprof.settings.planner_settings import PlanSettings
 from wispprof.simulation.devices import DeviceProfile
-from wispprof.types import BatchShape, Sampling
+from wispprof.types import BatchShape, ModelInfo, Sampling
 
 
 def step_rows(seed: int = 0) -> list[StepRow]:
@@ -72,7 +72,7 @@ def bench(policy: str, goodput: float, attainment: float) -> Bench:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run")
     profile = make_profile(
-        Manifest("server", ModelRecord("tiny", "float32", 1000), hardware={"cpu": "a <cpu>"}),
+        Manifest("server", ModelInfo("tiny", "float32", 1000), hardware={"cpu": "a <cpu>"}),
         step_rows(),
     )
     assert isinstance(profile, ServerProfile)
@@ -188,7 +188,7 @@ def test_a_changed_input_makes_its_outputs_stale(folder: Path, tmp_path: Path) -
         (tmp_path / file.name).write_bytes(file.read_bytes())
     assert load_run(tmp_path).stale() == []
     save_profile(
-        make_profile(Manifest("server", ModelRecord("tiny")), step_rows(seed=7)),
+        make_profile(Manifest("server", ModelInfo("tiny")), step_rows(seed=7)),
         tmp_path / "server",
     )
     assert load_run(tmp_path).stale() == ["estimator.json"]

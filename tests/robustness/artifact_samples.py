@@ -12,7 +12,6 @@ from wispprof.artifacts import (
     EdgeRow,
     LinkRow,
     Manifest,
-    ModelRecord,
     Provenance,
     RowJournal,
     StepRow,
@@ -38,7 +37,7 @@ from wispprof.fitting.estimator import ESTIMATOR_KINDS, model_class
 from wispprof.fitting.evaluation import assemble
 from wispprof.fitting.observations import Observations, read_step_log
 from wispprof.fitting.rejection_predictor import PREDICTOR_KINDS, fit_scorer, load_predictor
-from wispprof.types import BatchShape
+from wispprof.types import BatchShape, ModelInfo
 
 sys.path.append(str(Path(__file__).parents[1] / "fitting"))
 
@@ -60,7 +59,7 @@ def write_samples(folder: Path) -> dict[str, tuple[Path, Reader]]:
         "link": [LinkRow("a", "rtt", 32, (5.0,), source="published", citation="somebody")],
     }
     for kind, made in rows.items():
-        manifest = Manifest(kind, ModelRecord("m"), engine={"backend": "dense"})
+        manifest = Manifest(kind, ModelInfo("m"), engine={"backend": "dense"})
         save_profile(make_profile(manifest, made), folder / kind)
         samples[f"{kind} rows"] = (folder / f"{kind}.jsonl", load_profile)
         samples[f"{kind} manifest"] = (folder / f"{kind}.manifest.json", load_profile)

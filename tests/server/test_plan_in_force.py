@@ -13,7 +13,7 @@ from wispprof.artifacts.plan import BatchRow, Plan, load_plan, save_plan
 from wispprof.edge import websocket_connections
 from wispprof.edge.edge_runtime import _plan_rows
 from wispprof.planning import Runs, make_plan
-from wispprof.planning.pipeline import SpeedDevice
+from wispprof.planning.planner import SpeedDevice
 from wispprof.server import running_server
 from wispprof.server.metrics import StepRecord
 from wispprof.settings.edge_settings import EdgeSettings

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from raw_edge import edge
 from typer.testing import CliRunner
 
-from wispprof.artifacts import Manifest, ModelRecord, make_profile, save_profile
+from wispprof.artifacts import Manifest, make_profile, save_profile
 from wispprof.artifacts.rows import StepRow
 from wispprof.cli import app
 from wispprof.errors import WispprofError
@@ -28,7 +28,7 @@ from wispprof.server.step_log import StepLog
 from wispprof.server.step_time_tracker import StepTimeTracker
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeDrafter, FakeEngine
-from wispprof.types import BatchShape
+from wispprof.types import BatchShape, ModelInfo
 
 
 def true_ms(shape: BatchShape) -> float:
@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         for number, shape in enumerate(shapes(60))
     ]
-    manifest = Manifest("server", ModelRecord("hash", tokenizer_hash="hash"))
+    manifest = Manifest("server", ModelInfo("hash", tokenizer_hash="hash"))
     save_profile(make_profile(manifest, rows), out / "server.jsonl")
     fit_files(out, [out / "server.jsonl"], kind="wisp-linear")
     return out

@@ -5,9 +5,9 @@ reading a damaged or newer file names the fault and what to do. JSON and numpy o
 """
 
 from wispprof.artifacts.document import Document, read_document, write_document
-from wispprof.artifacts.files import bundled_path
+from wispprof.artifacts.files import bundled_model, bundled_path
 from wispprof.artifacts.journal import RowJournal
-from wispprof.artifacts.manifest import Manifest, ModelRecord, Provenance
+from wispprof.artifacts.manifest import Manifest, Provenance
 from wispprof.artifacts.profile import (
     EdgeProfile,
     LinkProfile,
@@ -31,13 +31,13 @@ __all__ = [
     "LinkProfile",
     "LinkRow",
     "Manifest",
-    "ModelRecord",
     "Profile",
     "Provenance",
     "RowJournal",
     "ServerProfile",
     "StepRow",
     "TracePath",
+    "bundled_model",
     "bundled_path",
     "load_edge",
     "load_link",

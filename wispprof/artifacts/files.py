@@ -151,7 +151,7 @@ def bundle_roots() -> tuple[Path, ...]:
 
 
 def bundled_path(relative: str) -> Path:
-    """Find a shipped file or folder, such as ``models/reference-pair/target`` or ``profiles/x``.
+    """Find a shipped file or folder, such as ``profiles/rpi-5.jsonl``.
 
     ``relative`` uses forward slashes and may not leave the shipped folders (ValueError).
     Raises :class:`ArtifactMissing` if this installation does not hold it.
@@ -168,3 +168,8 @@ def bundled_path(relative: str) -> Path:
         f"This installation does not hold {relative} (looked in {looked}).",
         "Install a complete wheel or checkout, or name your own file instead.",
     )
+
+
+def bundled_model(role: str) -> str:
+    """Folder of the shipped reference pair's ``target`` or ``draft``."""
+    return str(bundled_path(f"models/reference-pair/{role}"))

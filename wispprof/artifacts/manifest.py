@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from wispprof.artifacts.files import Meta
+from wispprof.types import ModelInfo
 
 _SECRET = re.compile(r"--?([\w-]*key|[\w-]*-?api-key[\w-]*|token|[\w-]*-token|[\w-]*secret[\w-]*)$")
 _LIBRARIES = ("wispprof", "torch", "transformers", "numpy", "scikit-learn", "lightgbm")
@@ -99,28 +100,6 @@ ProfileKind = Annotated[str, Meta(pattern="^(server|edge|link)$")]
 
 
 @dataclass(frozen=True)
-class ModelRecord:
-    """The measured model; fields are empty or 0 if unknown.
-
-    Names are those of :class:`~wispprof.types.ModelInfo`: ``ModelRecord(**info.as_dict())``.
-    """
-
-    id: str
-    dtype: str = ""
-    parameters: int = 0
-    family: str = ""
-    config_hash: str = ""
-    weights_hash: str = ""
-    tokenizer_hash: str = ""
-    max_context: int = 0
-    vocab_size: int = 0
-    layers: int = 0
-    kv_heads: int = 0
-    head_dim: int = 0
-    kv_bytes_per_token: int = 0
-
-
-@dataclass(frozen=True)
 class Manifest:
     """What was measured, on what, with what and when, and the hash of the rows.
 
@@ -131,7 +110,7 @@ class Manifest:
     """
 
     kind: ProfileKind
-    model: ModelRecord
+    model: ModelInfo
     command: str = ""
     seed: int = 0
     engine: dict[str, Any] = field(default_factory=dict)

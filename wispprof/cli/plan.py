@@ -66,7 +66,7 @@ def make(
     if estimator is None:
         raise typer.BadParameter("--estimator is needed to make a plan (see `wispprof fit`).")
     from wispprof.artifacts.plan import load_plan, save_plan
-    from wispprof.planning.pipeline import link_rtt_ms, plan_files
+    from wispprof.planning.planner import link_rtt_ms, plan_files
 
     rtts_ms = settings.rtts_ms
     if link:

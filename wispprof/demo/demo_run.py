@@ -1,18 +1,168 @@
-"""The demo: measure, answer a prompt, compare systems, write the report."""
+"""The demo: measure, answer a prompt through a server, run every system under the same load, report."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from wispprof.demo.compare_policies import answer, compare, make_engine
-from wispprof.demo.measure_machine import DemoSettings, Stage, measure
-from wispprof.reporting import Answer, Bench, load_run, verdict, write_report
+from wispprof.artifacts import write_document
+from wispprof.demo.measure_machine import DemoSettings, Measured, Stage, first_token_ms, measure, slo_classes
+from wispprof.errors import EngineError
+from wispprof.reporting import (
+    ANSWER_KIND,
+    BENCH_KIND,
+    Answer,
+    Bench,
+    TextSpan,
+    load_run,
+    verdict,
+    write_report,
+)
+from wispprof.simulation.scenario import system
+
+if TYPE_CHECKING:
+    from wispprof.engines.torch.engine import TorchEngine
+    from wispprof.server.process import RunningServer
+
+
+TARGET_NAME = "reference-pair"
+
+
+def make_engine(settings: DemoSettings, measured: Measured) -> TorchEngine:
+    """Create the engine that all servers of the demo share, one after the other."""
+    from wispprof.engines.torch.engine import TorchEngine
+
+    longest = settings.prompt_tokens + max(settings.max_new, settings.path_tokens) + 64
+    sessions = 4 * settings.devices
+    engine = TorchEngine(
+        measured.target, kv_tokens=2 * settings.devices * longest + 2048, max_sessions=sessions
+    )
+    engine.warm_up()
+    return engine
+
+
+@asynccontextmanager
+async def serving(name: str, engine: TorchEngine, measured: Measured) -> AsyncIterator[RunningServer]:
+    """A server on a loopback port with the batching policy of system ``name``.
+
+    All systems get the same estimator and step limits, so that the comparison is fair.
+    """
+    from wispprof.server.process import running_server
+    from wispprof.settings.server_settings import ServerSettings
+    from wispprof.types import ServedModel
+
+    info = measured.target.info
+    model = ServedModel(TARGET_NAME, info.tokenizer_hash, info.vocab_size, engine.max_context)
+    settings = ServerSettings(admit="all", prefix_cache_sessions=0, max_sessions=256)
+    async with running_server(
+        settings,
+        engine=engine,
+        model=model,
+        policy=system(name).make_batching(),
+        estimator=measured.estimator,
+    ) as running:
+        yield running
+    if engine.sessions:
+        raise EngineError(
+            f"{name} left {len(engine.sessions)} sessions open in the engine.",
+            "This is a defect: please report it.",
+        )
+
+
+async def answer(settings: DemoSettings, measured: Measured, engine: TorchEngine, stage: Stage) -> Answer:
+    """Generate an answer with a real draft model and server; writes ``answer.json``."""
+    from wispprof.edge.edge_runtime import Prompt, open_edge
+    from wispprof.settings.edge_settings import EdgeSettings
+
+    report = stage("answer a prompt")
+    async with serving("wispprof", engine, measured) as running:
+        edge = EdgeSettings(
+            server=running.split_url,
+            draft=str(settings.draft),
+            predictor=measured.predictor,
+            plan=settings.out / "plan.json",
+            plan_device=measured.device.name,
+        )
+        async with open_edge(edge) as runtime:
+            prompt = Prompt(
+                runtime.tokenizer.encode(settings.prompt), settings.answer_tokens, settings.answer
+            )
+            reply = runtime.reply(prompt)
+            commits: list[list[int]] = []
+            done = 0
+            async for _ in reply.text():
+                commits.append(reply.tokens[done:])
+                done = len(reply.tokens)
+                report(done, settings.answer_tokens, "")
+            commits.append(reply.tokens[done:])
+            report(
+                settings.answer_tokens,
+                settings.answer_tokens,
+                f"{reply.stats.tokens_per_s:.0f} tokens/s",
+            )
+            text = runtime.tokenizer.detokenizer(prompt.tokens)
+            spans = []
+            for commit in commits:
+                # The last token of a commit is the target's own; those before it were drafted.
+                spans += [TextSpan(text.push([token]), "draft") for token in commit[:-1]]
+                spans += [TextSpan(text.push([token]), "target") for token in commit[-1:]]
+            spans.append(TextSpan(text.finish(), "target"))
+    result = Answer(settings.prompt, _merge_spans(spans), reply.stats.summary())
+    write_document(settings.out / "answer.json", ANSWER_KIND, result.payload())
+    return result
+
+
+def _merge_spans(spans: list[TextSpan]) -> tuple[TextSpan, ...]:
+    """Join adjacent spans of the same origin; empty ones go."""
+    groups = groupby((span for span in spans if span.text), key=lambda span: span.origin)
+    return tuple(TextSpan("".join(span.text for span in group), origin) for origin, group in groups)
+
+
+async def compare(
+    settings: DemoSettings, measured: Measured, engine: TorchEngine, stage: Stage
+) -> list[Bench]:
+    """Run the same load under every system, one after the other; writes ``bench-SYSTEM.json``.
+
+    The replayed edges run in a process of their own, so that their drafting takes no time from the server.
+    """
+    from wispprof.bench import FleetProcess
+    from wispprof.settings.fleet_settings import BenchSettings
+    from wispprof.settings.shared_settings import LinkModel
+
+    benches = []
+    with FleetProcess() as fleet:
+        for name in settings.systems:
+            load = BenchSettings(
+                system=name,
+                devices=settings.devices,
+                device=(replace(measured.device, draft_ms=round(measured.device.draft_ms, 2)),),
+                tokens_per_s=slo_classes(settings, measured.estimator),
+                ttft_ms=first_token_ms(settings, measured.estimator),
+                requests=settings.requests,
+                hold=True,
+                max_new=settings.max_new,
+                link=LinkModel(rtt_ms=settings.rtt_ms),
+                predictor=measured.predictor,
+                seed=settings.seed,
+            )
+            report = stage(f"bench {name}")
+            async with serving(name, engine, measured) as running:
+                result = await fleet.bench(load, running.split_url, settings.out / "trace.jsonl", report)
+            bench = Bench.of_result(result)
+            write_document(
+                settings.out / f"bench-{name}.json",
+                BENCH_KIND,
+                bench.payload(),
+                {"trace": measured.plan.inputs["trace"]},
+            )
+            benches.append(bench)
+    return benches
 
 
 @dataclass(frozen=True)

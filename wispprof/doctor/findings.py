@@ -2,51 +2,50 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from wispprof.errors import WispprofError
+from wispprof.settings.fields import Settings, setting
+from wispprof.settings.server_settings import ServerSettings
+from wispprof.settings.shared_settings import ServerAccess
 
 Status = Literal["ok", "warn", "fail", "skip"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of ``check``: a ``message``, and for problems a ``hint`` that says what to do.
+    """Result of a check: a ``message``, and for problems a ``hint`` that says what to do.
 
     ``warn``: commands work, but results or speed may suffer. ``fail``: a command will fail.
-    ``skip``: the check does not apply.
+    ``skip``: the check does not apply. ``check``: its name, which :func:`examine` sets.
     """
 
-    check: str
     status: Status
     message: str
     hint: str = ""
+    check: str = ""
 
 
 @dataclass(frozen=True)
-class DoctorContext:
-    """Intended use of the installation. ``None`` and empty strings: not specified.
+class DoctorContext(Settings):
+    """Intended use of the installation. ``None`` and empty strings: not specified."""
 
-    ``target`` and ``draft``: model folders or hub ids. ``run``: a folder of artifacts.
-    ``server``: address of a running server. ``environ``: the process's environment.
-    """
-
-    target: str = ""
-    draft: str = ""
-    host: str = "127.0.0.1"
-    port: int = 8200
-    api_key_file: Path | None = None
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    server: str = ""
-    key: str = ""
-    ca_file: Path | None = None
-    out: Path = Path("out")
-    run: Path | None = None
-    environ: Mapping[str, str] = field(default_factory=dict)
+    access: ServerAccess = field(default_factory=ServerAccess)
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    target: str = setting("", "Target model; default: the bundled one.")
+    draft: str = setting("", "Draft model; default: the bundled one.")
+    host: str = setting(ServerSettings.host, "Address a server would listen on.")
+    port: int = setting(ServerSettings.port, "Port a server would listen on.", minimum=1, maximum=65535)
+    api_key_file: Path | None = setting(None, "API keys of that server.")
+    tls_cert: Path | None = setting(None, "Certificate chain (PEM).")
+    tls_key: Path | None = setting(None, "Private key (PEM).")
+    server: str = setting("", "Running server to connect to, HOST:PORT.")
+    out: Path = setting(Path("out"), "Folder that results would go to.")
+    run: Path | None = setting(None, "Folder of artifacts to check.")
 
 
 Check = Callable[[DoctorContext], Finding]
@@ -60,14 +59,11 @@ def examine(context: DoctorContext, checks: Sequence[Check]) -> Iterator[Finding
     for check in checks:
         name = " ".join(_ACRONYMS.get(word, word) for word in check.__name__.split("_"))
         try:
-            yield check(context)
+            finding = check(context)
         except WispprofError as err:
             message = str(err).removesuffix(err.hint).rstrip() if err.hint else str(err)
-            yield Finding(name, "fail", message, err.hint)
+            finding = Finding("fail", message, err.hint)
         except Exception as err:
-            yield Finding(
-                name,
-                "fail",
-                f"The check raised {type(err).__name__}: {err}.",
-                "Please report this message as a defect.",
-            )
+            message = f"The check raised {type(err).__name__}: {err}."
+            finding = Finding("fail", message, "Please report this message as a defect.")
+        yield replace(finding, check=name)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from wispprof.doctor.findings import DoctorContext, Finding
+from wispprof.hardware.machine_info import usable_cores
 
 GIB = 1 << 30
 
@@ -23,7 +24,6 @@ def installation(_: DoctorContext) -> Finding:
         required = importlib.metadata.requires("wispprof") or []
     except importlib.metadata.PackageNotFoundError:
         return Finding(
-            "installation",
             "fail",
             "wispprof is not installed in this environment.",
             "Run `make demo`, or `pip install -e .` in the checkout.",
@@ -41,14 +41,13 @@ def installation(_: DoctorContext) -> Finding:
             problems.append(f"{requirement.name} {version} is not {requirement.specifier}")
     if problems:
         return Finding(
-            "installation",
             "fail",
             "; ".join(problems) + ".",
             "Run `pip install -r requirements.lock` in the checkout, or `pip install -U wispprof`.",
         )
     python = ".".join(map(str, sys.version_info[:3]))
     own = importlib.metadata.version("wispprof")
-    return Finding("installation", "ok", f"wispprof {own}, Python {python}, {len(needed)} required packages")
+    return Finding("ok", f"wispprof {own}, Python {python}, {len(needed)} required packages")
 
 
 def devices(_: DoctorContext) -> Finding:
@@ -61,34 +60,32 @@ def devices(_: DoctorContext) -> Finding:
             free, total = torch.cuda.mem_get_info(index)
             name = torch.cuda.get_device_name(index)
             names.append(f"{name} ({free / GIB:.0f} of {total / GIB:.0f} GiB free)")
-        return Finding("devices", "ok", ", ".join(names))
+        return Finding("ok", ", ".join(names))
     from wispprof.hardware import fingerprint
 
     machine = fingerprint()
     if machine.gpus:
         return Finding(
-            "devices",
             "warn",
             f"torch {torch.__version__} cannot use the {machine.gpus[0].name}.",
             "Install the CUDA build of torch for its driver (see docs/install.md).",
         )
-    return Finding("devices", "ok", f"{machine.title}; no GPU, using the CPU backend")
+    return Finding("ok", f"{machine.title}; no GPU, using the CPU backend")
 
 
 def threads(context: DoctorContext) -> Finding:
     """``OMP_NUM_THREADS`` does not exceed the cores of this process."""
     requested = context.environ.get("OMP_NUM_THREADS", "")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     if requested and (not requested.isdigit() or not 1 <= int(requested) <= cores):
         return Finding(
-            "threads",
             "warn",
             f"OMP_NUM_THREADS={requested}, but this process may use {cores} cores.",
             f"Unset it, or set it to 1–{cores}; step times vary on oversubscribed cores.",
         )
     count = int(requested or cores)
     word = "thread" if count == 1 else "threads"
-    return Finding("threads", "ok", f"{count} compute {word} on {cores} cores")
+    return Finding("ok", f"{count} compute {word} on {cores} cores")
 
 
 def memory(_: DoctorContext) -> Finding:
@@ -98,27 +95,25 @@ def memory(_: DoctorContext) -> Finding:
     free = psutil.virtual_memory().available
     if free < GIB:
         return Finding(
-            "memory",
             "warn",
             f"Only {free / GIB:.1f} GiB of memory are free.",
             "Close other programs; swapping invalidates measurements.",
         )
-    return Finding("memory", "ok", f"{free / GIB:.1f} GiB free")
+    return Finding("ok", f"{free / GIB:.1f} GiB free")
 
 
 def load(_: DoctorContext) -> Finding:
     """No other program uses most of the CPU, which would disturb measurements."""
     if not hasattr(os, "getloadavg"):
-        return Finding("load", "skip", "This system reports no load average.")
+        return Finding("skip", "This system reports no load average.")
     busy, cores = os.getloadavg()[0], os.cpu_count() or 1
     if busy > 0.7 * cores:
         return Finding(
-            "load",
             "warn",
             f"The load average is {busy:.1f} on {cores} cores; other programs are running.",
             "Profile on an idle machine. Rows measured under drift are flagged.",
         )
-    return Finding("load", "ok", f"load {busy:.1f} on {cores} cores")
+    return Finding("ok", f"load {busy:.1f} on {cores} cores")
 
 
 def clock(_: DoctorContext) -> Finding:
@@ -132,19 +127,17 @@ def clock(_: DoctorContext) -> Finding:
     tick_us = sorted(ticks)[len(ticks) // 2] / 1000
     if tick_us > 50:
         return Finding(
-            "clock",
             "fail",
             f"The clock resolution is {tick_us:.0f} µs, too coarse to time steps.",
             "Run outside the virtual machine, or select another kernel clock source.",
         )
     if time.time() < 1_735_689_600:  # 2025-01-01: older than this code
         return Finding(
-            "clock",
             "warn",
             f"The date is {time.strftime('%Y-%m-%d')}; certificates and provenance need a correct one.",
             "Set the clock (`timedatectl set-ntp true`).",
         )
-    return Finding("clock", "ok", f"resolution {tick_us:.2f} µs")
+    return Finding("ok", f"resolution {tick_us:.2f} µs")
 
 
 def sensors(_: DoctorContext) -> Finding:
@@ -160,13 +153,12 @@ def sensors(_: DoctorContext) -> Finding:
     missing = [name for name, found in readable.items() if not found]
     if missing:
         return Finding(
-            "sensors",
             "warn",
             f"No sensor for {', '.join(missing)}; profiles leave these columns empty.",
             "On bare-metal Linux, make /sys/class/powercap and /sys/class/thermal readable. "
             "Containers and virtual machines usually have no sensors.",
         )
-    return Finding("sensors", "ok", f"{', '.join(readable)} readable")
+    return Finding("ok", f"{', '.join(readable)} readable")
 
 
 def open_files(_: DoctorContext) -> Finding:
@@ -174,16 +166,15 @@ def open_files(_: DoctorContext) -> Finding:
     try:
         import resource
     except ImportError:
-        return Finding("open files", "skip", "This system has no limit of open files.")
+        return Finding("skip", "This system has no limit of open files.")
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if 0 < limit < 512:
         return Finding(
-            "open files",
             "warn",
             f"The limit of open files is {limit}, enough for about {max(0, limit - 64)} edges.",
             "Raise it before serving with `ulimit -n 4096`.",
         )
-    return Finding("open files", "ok", f"{limit} allowed")
+    return Finding("ok", f"{limit} allowed")
 
 
 MIN_FREE_BYTES = 200 << 20
@@ -194,18 +185,12 @@ def output_folder(context: DoctorContext) -> Finding:
     folder = context.out.absolute()
     parent = next(f for f in (folder, *folder.parents) if f.exists())
     if not parent.is_dir():
-        return Finding(
-            "output folder",
-            "fail",
-            f"{parent} is a file.",
-            "Move the file, or choose another --out.",
-        )
+        return Finding("fail", f"{parent} is a file.", "Move the file, or choose another --out.")
     try:
         with tempfile.TemporaryFile(dir=parent):
             pass
     except OSError as err:
         return Finding(
-            "output folder",
             "fail",
             f"Cannot write to {parent}: {err.strerror}.",
             "Change its permissions, or choose another --out.",
@@ -213,29 +198,25 @@ def output_folder(context: DoctorContext) -> Finding:
     free = shutil.disk_usage(parent).free
     if free < MIN_FREE_BYTES:
         return Finding(
-            "output folder",
             "warn",
             f"Only {free >> 20} MiB are free on the disk of {parent}.",
             "Free disk space; profiles store every raw sample.",
         )
-    return Finding("output folder", "ok", f"{context.out}, {free >> 30} GiB free")
+    return Finding("ok", f"{context.out}, {free >> 30} GiB free")
 
 
 def artifacts(context: DoctorContext) -> Finding:
     """All artifacts of a run are intact, of a supported version, and made from one another."""
     if context.run is None:
-        return Finding("artifacts", "skip", "no --run folder given")
+        return Finding("skip", "no --run folder given")
     if not context.run.is_dir():
-        return Finding("artifacts", "fail", f"Folder {context.run} does not exist.", "Check --run.")
+        return Finding("fail", f"Folder {context.run} does not exist.", "Check --run.")
     from wispprof.reporting.run_folder import load_run
 
     run = load_run(Path(context.run))
     stale = run.stale()
     if stale:
         return Finding(
-            "artifacts",
-            "warn",
-            f"Inputs have changed since these were made: {', '.join(stale)}.",
-            "Fit and plan again.",
+            "warn", f"Inputs have changed since these were made: {', '.join(stale)}.", "Fit and plan again."
         )
-    return Finding("artifacts", "ok", f"{', '.join(run.names())} are intact and consistent")
+    return Finding("ok", f"{', '.join(run.names())} are intact and consistent")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 import ssl
 import stat
@@ -12,16 +11,15 @@ from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
-from wispprof.artifacts import bundled_path
+from wispprof.artifacts import bundled_model
 from wispprof.doctor.findings import DoctorContext, Finding
+from wispprof.settings.server_settings import is_loopback, read_api_keys
 
 CONNECT_MS = 3000.0
 
 
 def _paths(context: DoctorContext) -> tuple[str, str]:
-    target = context.target or str(bundled_path("models/reference-pair/target"))
-    draft = context.draft or str(bundled_path("models/reference-pair/draft"))
-    return target, draft
+    return context.target or bundled_model("target"), context.draft or bundled_model("draft")
 
 
 @cache
@@ -41,17 +39,12 @@ def models(context: DoctorContext) -> Finding:
     target, draft = (_load(path).info for path in _paths(context))
     if draft.parameters >= target.parameters:
         return Finding(
-            "models",
             "warn",
             f"The draft ({draft.parameters:,} parameters) is not smaller than the target "
             f"({target.parameters:,}).",
             "Swap --target and --draft, or choose a smaller draft.",
         )
-    return Finding(
-        "models",
-        "ok",
-        f"{_describe('target', target)} parameters; {_describe('draft', draft)}",
-    )
+    return Finding("ok", f"{_describe('target', target)} parameters; {_describe('draft', draft)}")
 
 
 def tokenizers(context: DoctorContext) -> Finding:
@@ -60,20 +53,18 @@ def tokenizers(context: DoctorContext) -> Finding:
     for side, info in (("target", target), ("draft", draft)):
         if not info.tokenizer_hash:
             return Finding(
-                "tokenizers",
                 "fail",
                 f"The {side} {info.id} has no tokenizer in its folder.",
                 "Copy the tokenizer files of the model into the folder.",
             )
     if target.tokenizer_hash != draft.tokenizer_hash:
         return Finding(
-            "tokenizers",
             "fail",
             f"Target and draft have different tokenizers ({target.tokenizer_hash} and "
             f"{draft.tokenizer_hash}); the server will reject the edge.",
             "Choose a draft of the target's family.",
         )
-    return Finding("tokenizers", "ok", f"the same on both sides ({target.tokenizer_hash})")
+    return Finding("ok", f"the same on both sides ({target.tokenizer_hash})")
 
 
 def engine(context: DoctorContext) -> Finding:
@@ -86,28 +77,17 @@ def engine(context: DoctorContext) -> Finding:
         first, second = (loaded.model(ids, use_cache=False).logits for _ in range(2))
     if not bool(torch.isfinite(first).all()):
         return Finding(
-            "engine",
             "fail",
             "The target's logits are not finite.",
             "The weights are damaged or overflow in this dtype; restore them, or use float32.",
         )
     if not torch.equal(first, second):
         return Finding(
-            "engine",
             "warn",
             "Two forward passes of the same input gave different logits.",
             "Kernels are not deterministic here; near ties may decode differently.",
         )
-    return Finding("engine", "ok", "logits of the target are finite and repeatable")
-
-
-def _loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return Finding("ok", "logits of the target are finite and repeatable")
 
 
 def _is_the_server(context: DoctorContext) -> bool:
@@ -117,7 +97,7 @@ def _is_the_server(context: DoctorContext) -> bool:
     if not context.server:
         return False
     named = urlsplit(server_url(context.server))
-    return named.port == context.port and _loopback(named.hostname or "")
+    return named.port == context.port and is_loopback(named.hostname or "")
 
 
 def port(context: DoctorContext) -> Finding:
@@ -130,73 +110,62 @@ def port(context: DoctorContext) -> Finding:
             probe.bind((host, number))
         except OSError as err:
             if _is_the_server(context):
-                return Finding("port", "ok", f"{host}:{number} is used by --server")
+                return Finding("ok", f"{host}:{number} is used by --server")
             return Finding(
-                "port",
                 "fail",
                 f"Cannot listen on {host}:{number}: {err.strerror}.",
                 "Stop the program that listens there (`ss -ltnp`), or choose another --port.",
             )
-    return Finding("port", "ok", f"{host}:{number} is free")
+    return Finding("ok", f"{host}:{number} is free")
 
 
 def api_keys(context: DoctorContext) -> Finding:
     """A server beyond loopback has API keys that only their owner can read."""
-    from wispprof.settings.server_settings import read_api_keys
-
     file = context.api_key_file
     if file is None:
-        if _loopback(context.host):
-            return Finding("API keys", "ok", f"none needed on {context.host}")
+        if is_loopback(context.host):
+            return Finding("ok", f"none needed on {context.host}")
         return Finding(
-            "API keys",
             "fail",
             f"A server on {context.host} is reachable from other machines and has no API key.",
             "Write one to a file (`openssl rand -hex 24`) and give --api-key-file.",
         )
     if not file.is_file():
-        return Finding("API keys", "fail", f"File {file} does not exist.", "Check --api-key-file.")
+        return Finding("fail", f"File {file} does not exist.", "Check --api-key-file.")
     keys = read_api_keys(file)
     if file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
-        return Finding(
-            "API keys",
-            "warn",
-            f"Other users of this machine can read {file}.",
-            f"Run `chmod 600 {file}`.",
-        )
-    return Finding("API keys", "ok", f"{len(keys)} key{'s' if len(keys) != 1 else ''} in {file}")
+        return Finding("warn", f"Other users of this machine can read {file}.", f"Run `chmod 600 {file}`.")
+    return Finding("ok", f"{len(keys)} key{'s' if len(keys) != 1 else ''} in {file}")
 
 
 def tls(context: DoctorContext) -> Finding:
     """Certificate and key belong together and are still valid."""
     cert, key = context.tls_cert, context.tls_key
     if cert is None and key is None:
-        if _loopback(context.host):
-            return Finding("TLS", "skip", f"not used on {context.host}")
+        if is_loopback(context.host):
+            return Finding("skip", f"not used on {context.host}")
         return Finding(
-            "TLS",
             "warn",
             f"Prompts and keys are sent to {context.host} unencrypted.",
             "Give --tls-cert and --tls-key, or use a TLS proxy.",
         )
     if cert is None or key is None:
-        return Finding("TLS", "fail", "Certificate or key is missing.", "Give --tls-cert and --tls-key.")
+        return Finding("fail", "Certificate or key is missing.", "Give --tls-cert and --tls-key.")
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
     except (OSError, ssl.SSLError) as err:
         reason = err.reason if isinstance(err, ssl.SSLError) else err.strerror
         return Finding(
-            "TLS",
             "fail",
             f"Cannot use {cert} and {key}: {reason}.",
             "Give a PEM certificate chain and its private key.",
         )
     days = _days_left(cert)
     if days < 0:
-        return Finding("TLS", "fail", f"{cert} expired {-days:.0f} days ago.", "Renew it.")
+        return Finding("fail", f"{cert} expired {-days:.0f} days ago.", "Renew it.")
     if days < 14:
-        return Finding("TLS", "warn", f"{cert} expires in {days:.0f} days.", "Renew it soon.")
-    return Finding("TLS", "ok", f"{cert} is valid for {days:.0f} more days")
+        return Finding("warn", f"{cert} expires in {days:.0f} days.", "Renew it soon.")
+    return Finding("ok", f"{cert} is valid for {days:.0f} more days")
 
 
 def _days_left(cert: object) -> float:
@@ -209,7 +178,7 @@ def _days_left(cert: object) -> float:
 def server(context: DoctorContext) -> Finding:
     """A running server answers a hello."""
     if not context.server:
-        return Finding("server", "skip", "no --server given")
+        return Finding("skip", "no --server given")
     return asyncio.run(_hello(context))
 
 
@@ -217,12 +186,11 @@ async def _hello(context: DoctorContext) -> Finding:
     from wispprof.edge.client import EdgeClient
     from wispprof.edge.connection import ssl_context, websocket_connections
     from wispprof.settings.edge_settings import ClientSettings
-    from wispprof.settings.shared_settings import ServerAccess
 
     settings = ClientSettings(
-        access=ServerAccess(context.key), name="doctor", hello_ms=CONNECT_MS, give_up_ms=CONNECT_MS
+        access=context.access, name="doctor", hello_ms=CONNECT_MS, give_up_ms=CONNECT_MS
     )
-    connect = websocket_connections(context.server, ssl=ssl_context(context.ca_file))
+    connect = websocket_connections(context.server, ssl=ssl_context(context.access.ca_file))
     async with EdgeClient(connect, settings) as client:
         target = client.welcome.target if client.welcome else ""
-        return Finding("server", "ok", f"serves {target}; round trip {client.rtt.least_ms:.1f} ms")
+        return Finding("ok", f"serves {target}; round trip {client.rtt.least_ms:.1f} ms")

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from wispprof.artifacts import ModelRecord
 from wispprof.drafters.model_drafter import ModelDrafter
 from wispprof.errors import EngineError, ModelError, ModelMissing
-from wispprof.types import DraftToken
+from wispprof.types import DraftToken, ModelInfo
 
 
 class LlamaCppDrafter(ModelDrafter):
@@ -58,7 +57,7 @@ class LlamaCppDrafter(ModelDrafter):
         self._lib = llama_cpp
         super().__init__(int(self._llm.n_ctx()))
         self.vocab_size = int(self._llm.n_vocab())
-        self.info = ModelRecord(
+        self.info = ModelInfo(
             id=path.name,
             dtype="gguf",
             parameters=int(llama_cpp.llama_model_n_params(self._llm.model)),

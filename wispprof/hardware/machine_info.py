@@ -86,7 +86,7 @@ def probe_machine(root: Path) -> Fingerprint:
     """Probe the machine. ``root`` contains ``proc`` and ``sys``, so that tests can fake them."""
     return Fingerprint(
         cpu=_cpu(root),
-        cores=_usable_cores(),
+        cores=usable_cores(),
         physical_cores=psutil.cpu_count(logical=False) or 0,
         memory_gib=round(psutil.virtual_memory().total / GIB),
         gpus=_gpus(root),
@@ -104,7 +104,8 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from wispprof.artifacts.plan import BatchRow, BreakEvenRow, CapacityRow, MixRow
-from wispprof.planning.acceptance_runs import Runs
 from wispprof.planning.draft_table import EdgeCosts, SpeedCurve, speed_curve
-from wispprof.planning.session_speed import LoadedStepTimes, renewal
+from wispprof.planning.session_speed import LoadedStepTimes, Runs, renewal
 from wispprof.policies.cost_model import LOAD_LEVELS, load_level, representative_slowdown
 from wispprof.settings.planner_settings import Mix, PlanSettings
 

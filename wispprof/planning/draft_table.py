@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from wispprof.artifacts.plan import DraftRow
-from wispprof.planning.acceptance_runs import Runs
 from wispprof.planning.objective import Figures, choose
 from wispprof.planning.session_speed import (
     LoadedStepTimes,
+    Runs,
     SessionSpeed,
     renewal,
     round_speed,

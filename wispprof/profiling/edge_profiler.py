@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from wispprof.artifacts import EdgeProfile, EdgeRow, ModelRecord, RowJournal
+from wispprof.artifacts import EdgeProfile, EdgeRow, RowJournal
 from wispprof.artifacts.profile import resume_ms
 from wispprof.backends import Drafter
 from wispprof.hardware import energy_meter, sensors
@@ -32,7 +32,6 @@ from wispprof.profiling.profile_run import (
     SweepPlan,
     collect_profile,
     load_pair_model,
-    model_info,
     synchronizer,
 )
 from wispprof.profiling.shape_grid import axes_record
@@ -40,6 +39,7 @@ from wispprof.profiling.sweep import Progress, SweepResult
 from wispprof.profiling.sweep_cost import pilot
 from wispprof.profiling.workload import round_ms
 from wispprof.settings.profiler_settings import EdgeProfilerSettings, SweepSettings
+from wispprof.types import ModelInfo
 
 if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
@@ -174,7 +174,7 @@ class _Device:
     """A drafter to measure, and its record for the manifest."""
 
     drafter: Drafter
-    model: ModelRecord
+    model: ModelInfo
     engine: dict[str, Any]
     synchronize: Callable[[], None] = lambda: None
 
@@ -189,7 +189,7 @@ def _torch_device(settings: EdgeProfilerSettings, loaded: LoadedModel | None) ->
     device = loaded.device
     return _Device(
         TorchDrafter(loaded),
-        model_info(loaded),
+        loaded.info,
         {"backend": "torch", "device": str(device), "threads": torch.get_num_threads()},
         synchronizer(device),
     )

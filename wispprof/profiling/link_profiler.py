@@ -10,13 +10,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from wispprof.artifacts import LinkProfile, LinkRow, ModelRecord
+from wispprof.artifacts import LinkProfile, LinkRow
 from wispprof.errors import HandshakeRefused, ProtocolError, ServerUnreachable
 from wispprof.profiling.profile_run import begin_manifest, finalize_profile
 from wispprof.profiling.sweep import Progress, SweepResult
 from wispprof.profiling.workload import round_ms
 from wispprof.settings.profiler_settings import LinkProfilerSettings, SweepSettings
 from wispprof.settings.shared_settings import ServerAccess
+from wispprof.types import ModelInfo
 
 if TYPE_CHECKING:
     from wispprof import protocol
@@ -111,7 +112,7 @@ async def _profile(
         welcome = client.welcome
         manifest = begin_manifest(
             "link",
-            ModelRecord(welcome.target, tokenizer_hash=welcome.tokenizer, max_context=welcome.max_context),
+            ModelInfo(welcome.target, tokenizer_hash=welcome.tokenizer, max_context=welcome.max_context),
             SweepSettings(max_samples=settings.count, min_samples=min(6, settings.count)),
             engine={"server": settings.server, "protocol": welcome.protocol},
             measure={"sizes": list(settings.sizes)},

@@ -14,19 +14,13 @@ from typing import cast
 
 import msgspec
 
-from wispprof.artifacts import (
-    EdgeProfile,
-    EdgeRow,
-    Manifest,
-    ModelRecord,
-    make_profile,
-    save_profile,
-)
+from wispprof.artifacts import EdgeProfile, EdgeRow, Manifest, make_profile, save_profile
 from wispprof.artifacts.files import read_bytes
 from wispprof.artifacts.manifest import command_line, library_versions
 from wispprof.artifacts.profile import profile_files
 from wispprof.errors import ArtifactDamaged, ArtifactError, ProfileError
 from wispprof.settings.profiler_settings import Output
+from wispprof.types import ModelInfo
 
 _ENGINE_FACTS = ("n_threads", "n_gpu_layers", "backends", "flash_attn", "type_k", "type_v")
 
@@ -140,7 +134,7 @@ def _manifest(tests: Sequence[_BenchTest], where: str) -> Manifest:
     facts = {name: getattr(first, name) for name in _ENGINE_FACTS}
     return Manifest(
         kind="edge",
-        model=ModelRecord(
+        model=ModelInfo(
             id=Path(first.model_filename or "unknown").name,
             dtype=first.model_type,
             parameters=first.model_n_params,

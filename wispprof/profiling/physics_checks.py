@@ -19,10 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wispprof.artifacts.manifest import ModelRecord
 from wispprof.artifacts.rows import EdgeRow, StepRow
 from wispprof.errors import PhysicsViolation
-from wispprof.types import BatchShape
+from wispprof.types import BatchShape, ModelInfo
 
 FASTEST_BYTES_PER_S = 40e12
 """Above what any device of 2026 reads weights at, from memory or from its caches."""
@@ -46,12 +45,12 @@ class PhysicsReport:
         return {k: None if v is None else round(v, 4) for k, v in rounded.items()}
 
 
-def step_bytes(shape: BatchShape, model: ModelRecord) -> float:
+def step_bytes(shape: BatchShape, model: ModelInfo) -> float:
     """Bytes a step must read: every weight once, every cached token once."""
     return model.parameters * _WIDTH.get(model.dtype, 2) + (shape.cached_tokens * model.kv_bytes_per_token)
 
 
-def step_flops(shape: BatchShape, model: ModelRecord) -> float:
+def step_flops(shape: BatchShape, model: ModelInfo) -> float:
     """Floating-point operations of a step: two per weight and token, and attention's share."""
     width = _WIDTH.get(model.dtype, 2)
     # Scores and values: 2 + 2 operations per pair and channel; at least the KV heads' channels.
@@ -59,7 +58,7 @@ def step_flops(shape: BatchShape, model: ModelRecord) -> float:
     return 2.0 * model.parameters * shape.new_tokens + 4.0 * channels * shape.attention_pairs
 
 
-def check_physics(rows: Sequence[StepRow], model: ModelRecord) -> PhysicsReport:
+def check_physics(rows: Sequence[StepRow], model: ModelInfo) -> PhysicsReport:
     """Check the four laws. Raises :class:`PhysicsViolation` that names the law and the rows."""
     measured = [row for row in rows if row.source == "measured" and row.kind != "sentinel"]
     for row in measured:
@@ -102,7 +101,7 @@ def check_edge(rows: Sequence[EdgeRow]) -> None:
             )
 
 
-def _floor(row: StepRow, model: ModelRecord) -> None:
+def _floor(row: StepRow, model: ModelInfo) -> None:
     seconds = row.median_ms / 1000
     fastest_s = max(
         step_bytes(row.shape, model) / FASTEST_BYTES_PER_S,
@@ -116,12 +115,12 @@ def _floor(row: StepRow, model: ModelRecord) -> None:
         )
 
 
-def _work(shape: BatchShape, model: ModelRecord) -> float:
+def _work(shape: BatchShape, model: ModelInfo) -> float:
     """Bytes, plus operations at a machine balance of 30 per byte; orders shapes."""
     return step_bytes(shape, model) + step_flops(shape, model) / 30
 
 
-def _growth(rows: Sequence[StepRow], model: ModelRecord) -> float | None:
+def _growth(rows: Sequence[StepRow], model: ModelInfo) -> float | None:
     work = [_work(row.shape, model) for row in rows]
     light, heavy = rows[int(np.argmin(work))], rows[int(np.argmax(work))]
     ratio = _fastest(heavy) / _fastest(light)
@@ -136,7 +135,7 @@ def _growth(rows: Sequence[StepRow], model: ModelRecord) -> float | None:
     return ratio
 
 
-def _memory(rows: Sequence[StepRow], model: ModelRecord) -> float | None:
+def _memory(rows: Sequence[StepRow], model: ModelInfo) -> float | None:
     """Compare steps that differ in their context alone."""
     groups: dict[tuple[str, int, int], list[StepRow]] = {}
     for row in rows:
@@ -175,7 +174,7 @@ def _doubt(what: str, *rows: StepRow) -> str:
     return f"The backend seems to ignore its {what}: do not trust these times."
 
 
-def _order(rows: Sequence[StepRow], model: ModelRecord) -> float | None:
+def _order(rows: Sequence[StepRow], model: ModelInfo) -> float | None:
     from scipy.stats import rankdata
 
     work = np.array([_work(row.shape, model) for row in rows])

@@ -8,17 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from wispprof.artifacts import (
-    Manifest,
-    ModelRecord,
-    Profile,
-    RowJournal,
-    bundled_path,
-    make_profile,
-    save_profile,
-)
+from wispprof.artifacts import Manifest, Profile, RowJournal, bundled_model, make_profile, save_profile
 from wispprof.artifacts.journal import journal_header
 from wispprof.artifacts.manifest import command_line, library_versions, utc_now
 from wispprof.artifacts.profile import profile_files
@@ -30,6 +22,7 @@ from wispprof.profiling.sweep import Progress, Sweep, SweepResult
 from wispprof.profiling.sweep_cost import CostModel
 from wispprof.profiling.workload import Runner, Workload
 from wispprof.settings.profiler_settings import Output, SweepSettings
+from wispprof.types import ModelInfo
 
 if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
@@ -60,7 +53,7 @@ class ProfilerSetup(Generic[Subject]):
     sentinel: Workload[Subject]
     cost: CostModel[Subject]
     sweep: SweepSettings
-    model: ModelRecord
+    model: ModelInfo
     engine: dict[str, Any]
     measure: dict[str, Any]
     after_s: float = 0.0
@@ -121,14 +114,7 @@ def load_pair_model(name: str, role: str, dtype: str, device: str) -> LoadedMode
     """The named model; without a name the bundled ``target`` or ``draft``."""
     from wispprof.engines.loading import load_model
 
-    return load_model(name or str(bundled_path(f"models/reference-pair/{role}")), dtype, device)
-
-
-def model_info(loaded: LoadedModel) -> ModelRecord:
-    """The manifest's record of a loaded model."""
-    facts = loaded.info.as_dict()
-    known = {k: v for k, v in facts.items() if k in ModelRecord.__dataclass_fields__}
-    return ModelRecord(**cast("dict[str, Any]", known))
+    return load_model(name or bundled_model(role), dtype, device)
 
 
 def synchronizer(device: Any) -> Callable[[], None]:
@@ -169,7 +155,7 @@ def _open_journal(output: Output, manifest: Manifest) -> Iterator[RowJournal | N
 
 def begin_manifest(
     kind: str,
-    model: ModelRecord,
+    model: ModelInfo,
     sweep: SweepSettings,
     *,
     engine: Mapping[str, Any],

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from wispprof.artifacts import Profile, StepRow, make_profile
-from wispprof.artifacts.manifest import ModelRecord, command_line
+from wispprof.artifacts.manifest import command_line
 from wispprof.artifacts.rows import LinkRow, Row
 from wispprof.errors import ProfileError
 from wispprof.profiling.measurement_log import half_width, median_interval, relative_spread
+from wispprof.types import ModelInfo
 
 FALSE_DISCOVERY_RATE = 0.05
 """Largest expected share of false ones among the shapes reported as changed."""
@@ -288,7 +289,7 @@ def _engine_identity(profile: Profile) -> dict[str, object]:
 
 def _differences(left: object, right: object) -> tuple[str, str]:
     """Both as text; of records only the fields that differ."""
-    if isinstance(left, ModelRecord) and isinstance(right, ModelRecord):
+    if isinstance(left, ModelInfo) and isinstance(right, ModelInfo):
         left, right = asdict(left), asdict(right)
     if not isinstance(left, dict) or not isinstance(right, dict):
         return str(left), str(right)

@@ -23,7 +23,6 @@ from wispprof.profiling.profile_run import (
     SweepPlan,
     collect_profile,
     load_pair_model,
-    model_info,
     resumed_header,
     synchronizer,
 )
@@ -172,7 +171,7 @@ def _set_up(
         sentinel,
         cost,
         sweep,
-        model_info(loaded),
+        loaded.info,
         engine={
             "backend": engine.backend,
             "attention": engine.attention,

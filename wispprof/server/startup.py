@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from wispprof import engines
-from wispprof.artifacts import bundled_path
+from wispprof.artifacts import bundled_model
 from wispprof.backends import Engine
 from wispprof.engines import EngineOptions, LoadedEngine
 from wispprof.openai_api import ChatTokenizer
@@ -75,7 +75,7 @@ def load_engine(settings: ServerSettings) -> LoadedEngine:
 def engine_options(settings: ServerSettings) -> EngineOptions:
     """The settings that an engine is loaded with; without a target, the bundled one."""
     return EngineOptions(
-        settings.target or str(bundled_path("models/reference-pair/target")),
+        settings.target or bundled_model("target"),
         settings.dtype,
         settings.device,
         settings.kv_tokens,
