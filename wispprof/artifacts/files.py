@@ -78,12 +78,7 @@ def canonical_json(value: Any) -> bytes:
     unknown or unbounded.
     """
     text = json.dumps(
-        value,
-        sort_keys=True,
-        separators=(",", ":"),
-        ensure_ascii=False,
-        allow_nan=False,
-        default=plain,
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=plain
     )
     return text.encode()
 

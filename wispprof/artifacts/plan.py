@@ -226,12 +226,7 @@ class Plan:
         return tuple(sorted({r.tokens_per_s for r in self.batch}))
 
     def draft_row(
-        self,
-        device: str,
-        rtt_ms: float,
-        load_level: int,
-        tokens_per_s: float,
-        mode: str = "stream",
+        self, device: str, rtt_ms: float, load_level: int, tokens_per_s: float, mode: str = "stream"
     ) -> DraftRow:
         """The row for a device: nearest round trip (by ratio), nearest level, and the slowest class that
         is at least as fast as ``tokens_per_s``, else the fastest.

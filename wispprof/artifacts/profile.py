@@ -13,15 +13,7 @@ from typing import Generic, TypeVar, cast
 from wispprof.artifacts import files
 from wispprof.artifacts.document import check_schema
 from wispprof.artifacts.manifest import PROFILE_SCHEMA, Manifest
-from wispprof.artifacts.rows import (
-    EdgeRow,
-    LinkRow,
-    Row,
-    StepRow,
-    damaged,
-    decode_row,
-    encode_row,
-)
+from wispprof.artifacts.rows import EdgeRow, LinkRow, Row, StepRow, damaged, decode_row, encode_row
 from wispprof.errors import ArtifactDamaged
 
 FORMAT = "wispprof/profile"
@@ -174,9 +166,7 @@ def load_manifest(path: Path) -> Manifest:
     """The manifest alone; raises as :func:`load_profile` does."""
     manifest_file = profile_files(Path(path))[1]
     data = files.read_bytes(
-        manifest_file,
-        "profile manifest",
-        "Name a profile, or make one with profile-server or -edge.",
+        manifest_file, "profile manifest", "Name a profile, or make one with profile-server or -edge."
     )
     document = files.parse_json(data, f"manifest {manifest_file}")
     if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -247,7 +237,6 @@ def load_link(path: Path) -> LinkProfile:
 def _of_kind(profile: Profile, kind: str, path: Path) -> Profile:
     if profile.manifest.kind != kind:
         raise ArtifactDamaged(
-            f"{path} is a profile of kind {profile.manifest.kind!r}, not {kind!r}.",
-            f"Name a {kind} profile.",
+            f"{path} is a profile of kind {profile.manifest.kind!r}, not {kind!r}.", f"Name a {kind} profile."
         )
     return profile

@@ -36,12 +36,7 @@ class Entry:
 
 
 COMMANDS = (
-    Entry(
-        "Start here",
-        "demo",
-        "Profile, fit, plan, serve, generate and compare on this machine.",
-        "start",
-    ),
+    Entry("Start here", "demo", "Profile, fit, plan, serve, generate and compare on this machine.", "start"),
     Entry("Start here", "doctor", "Check installation, models, ports, keys and files.", "start"),
     Entry("Measure", "profile-server", "Time ragged batch shapes on the engine.", "profilers"),
     Entry("Measure", "profile-edge", "Time drafting: in bursts and sustained.", "profilers"),
@@ -166,8 +161,7 @@ def _print_version(wanted: bool) -> None:
 def _root(
     context: typer.Context,
     config: Annotated[
-        Path | None,
-        typer.Option(help="Settings file for all commands; default: wispprof.toml if it exists."),
+        Path | None, typer.Option(help="Settings file for all commands; default: wispprof.toml if it exists.")
     ] = None,
     version: Annotated[
         bool,

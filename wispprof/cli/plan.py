@@ -40,7 +40,7 @@ def make(
         list[str] | None,
         typer.Option(
             help="Edge profile, as PROFILE or NAME=PROFILE; repeatable. Names MACHINE:DRAFT compare several "
-            "drafts of one machine.",
+            "drafts of one machine."
         ),
     ] = None,
     device: Annotated[
@@ -50,8 +50,7 @@ def make(
         ),
     ] = None,
     trace: Annotated[
-        list[str] | None,
-        typer.Option(help="Acceptance trace, as TRACE or DEVICE=TRACE; repeatable."),
+        list[str] | None, typer.Option(help="Acceptance trace, as TRACE or DEVICE=TRACE; repeatable.")
     ] = None,
     link: Annotated[
         list[Path] | None,
@@ -248,14 +247,7 @@ def _show_capacity(plan: Plan, device: str, mode: str) -> None:
     columns = "RTT ms:g|SLO:g|server-only|split|k|bound by"
     output().print(table(f"{device}: capacity ({mode})", columns, rows))
     mixes = [
-        (
-            row.rtt_ms,
-            row.mix,
-            row.server_only,
-            row.split,
-            " ".join(f"{k:g}" for k in row.ks),
-            row.bound_by,
-        )
+        (row.rtt_ms, row.mix, row.server_only, row.split, " ".join(f"{k:g}" for k in row.ks), row.bound_by)
         for row in plan.mixes
         if (row.device, row.mode) == (device, mode)
     ]

@@ -48,8 +48,7 @@ def show(
 
 
 def validate(
-    profiles: Annotated[list[Path], typer.Argument(help="Profiles or traces.")],
-    as_json: JsonFlag = False,
+    profiles: Annotated[list[Path], typer.Argument(help="Profiles or traces.")], as_json: JsonFlag = False
 ) -> None:
     """Check that files are complete, unmodified and physically possible; exit code 1 if not."""
     from wispprof.artifacts import ServerProfile, load_profile, load_trace
@@ -99,8 +98,7 @@ def diff(
         float, typer.Option(min=0.0, help="Medians closer than this share count as equal.")
     ] = 0.05,
     absolute: Annotated[
-        bool,
-        typer.Option("--absolute", help="Count a machine that is slower as a whole as changed."),
+        bool, typer.Option("--absolute", help="Count a machine that is slower as a whole as changed.")
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:

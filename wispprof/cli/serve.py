@@ -124,8 +124,7 @@ def bench(
     settings: BenchSettings,
     server: Annotated[str, typer.Option(help="Address of the server.")] = "127.0.0.1:8200",
     system: Annotated[
-        list[str],
-        typer.Option(help="How edges draft: wispprof, wisp, sled, server-only, …; repeatable."),
+        list[str], typer.Option(help="How edges draft: wispprof, wisp, sled, server-only, …; repeatable.")
     ] = ["wispprof"],
     device: Annotated[
         list[str],

@@ -169,12 +169,7 @@ def _comparison(found: ReproducedTable) -> Mapping[str, Any]:
         "within": found.within,
         "assumptions": found.assumptions,
         "figures": [
-            {
-                "name": f.name,
-                "published": f.published,
-                "simulated": f.simulated,
-                "verdict": found.verdict(f),
-            }
+            {"name": f.name, "published": f.published, "simulated": f.simulated, "verdict": found.verdict(f)}
             for f in found.figures
         ],
     }

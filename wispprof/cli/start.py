@@ -35,8 +35,7 @@ def demo(
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder of artifacts and report.")] = DEMO_FOLDER,
     pair: Annotated[
-        Path | None,
-        typer.Option(help="Folder with target/ and draft/; default: the bundled pair."),
+        Path | None, typer.Option(help="Folder with target/ and draft/; default: the bundled pair.")
     ] = None,
     prompt: Annotated[str, typer.Option(help="Text that the edge continues.")] = "",
     as_json: JsonFlag = False,
@@ -71,8 +70,7 @@ def demo(
     console.emit_json(result.record(), indent=None)
     if not result.lossless:
         raise console.fail(
-            "A text differs from the target's own output.",
-            "This is a defect: please report it.",
+            "A text differs from the target's own output.", "This is a defect: please report it."
         )
 
 

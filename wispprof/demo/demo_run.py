@@ -101,11 +101,7 @@ async def answer(settings: DemoSettings, measured: Measured, engine: TorchEngine
                 done = len(reply.tokens)
                 report(done, settings.answer_tokens, "")
             commits.append(reply.tokens[done:])
-            report(
-                settings.answer_tokens,
-                settings.answer_tokens,
-                f"{reply.stats.tokens_per_s:.0f} tokens/s",
-            )
+            report(settings.answer_tokens, settings.answer_tokens, f"{reply.stats.tokens_per_s:.0f} tokens/s")
             text = runtime.tokenizer.detokenizer(prompt.tokens)
             spans = []
             for commit in commits:

@@ -7,13 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wispprof.artifacts import (
-    AcceptanceTrace,
-    EdgeProfile,
-    ServerProfile,
-    bundled_path,
-    save_trace,
-)
+from wispprof.artifacts import AcceptanceTrace, EdgeProfile, ServerProfile, bundled_path, save_trace
 from wispprof.artifacts.plan import Plan, load_plan, save_plan
 from wispprof.errors import FitError
 from wispprof.fitting import FittedEstimator
@@ -76,12 +70,7 @@ class DemoSettings:
     )
     sweep: SweepSettings = field(
         default_factory=lambda: SweepSettings(
-            target=0.06,
-            min_samples=5,
-            max_samples=12,
-            max_workload_s=0.5,
-            sentinel_every=12,
-            drift=0.6,
+            target=0.06, min_samples=5, max_samples=12, max_workload_s=0.5, sentinel_every=12, drift=0.6
         )
     )
     prompts: int = 16
@@ -153,18 +142,13 @@ def measure(settings: DemoSettings, stage: Stage) -> Measured:
 
     server = profile_server(
         ServerProfilerSettings(
-            axes=settings.axes,
-            sweep=settings.sweep,
-            output=Output(out / "server", overwrite=True),
+            axes=settings.axes, sweep=settings.sweep, output=Output(out / "server", overwrite=True)
         ),
         stage("profile the server"),
         loaded=target,
     )
     edge = profile_edge(
-        EdgeProfilerSettings(
-            sweep=settings.sweep,
-            output=Output(out / "edge", overwrite=True),
-        ),
+        EdgeProfilerSettings(sweep=settings.sweep, output=Output(out / "edge", overwrite=True)),
         stage("profile the edge"),
         loaded=draft,
     )

@@ -1,9 +1,9 @@
 """The machine: fingerprint, clocks, temperature, energy.
 
-A missing sensor never raises: :class:`NullSensors` or :class:`NullMeter` stands in for it.
+A missing sensor never raises: the base :class:`Sensors` or :class:`NullMeter` stands in for it.
 """
 
-from wispprof.hardware.clocks import NullSensors, Reading, Sensors, sensors
+from wispprof.hardware.clocks import Reading, Sensors, sensors
 from wispprof.hardware.energy import EnergyMeter, EnergyReading, NullMeter, energy_meter
 from wispprof.hardware.machine_info import (
     Fingerprint,
@@ -19,7 +19,6 @@ __all__ = [
     "Fingerprint",
     "Gpu",
     "NullMeter",
-    "NullSensors",
     "Reading",
     "Sensors",
     "compute_device_name",

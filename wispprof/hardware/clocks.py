@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from wispprof.hardware import nvml
 
@@ -20,16 +20,8 @@ class Reading:
     throttled: bool | None = None
 
 
-class Sensors(Protocol):
-    """Reads a device's state between two measurements."""
-
-    name: str
-
-    def read(self) -> Reading: ...
-
-
-class NullSensors:
-    """No sensor: every reading is empty."""
+class Sensors:
+    """Reads a device's state between two measurements. This base has no sensor: its readings are empty."""
 
     name = "no sensor"
 
@@ -37,7 +29,7 @@ class NullSensors:
         return Reading()
 
 
-class CpuSensors:
+class CpuSensors(Sensors):
     """Linux sysfs: mean scaling frequency and the hottest CPU, SoC or package zone.
 
     ``throttle_share``: a clock below this share of the maximum counts as throttled. Read it under load,
@@ -74,7 +66,7 @@ class CpuSensors:
         )
 
 
-class GpuSensors:
+class GpuSensors(Sensors):
     """One NVIDIA device through NVML: SM clock, temperature, and the driver's throttle reasons."""
 
     name = "nvml"
@@ -96,7 +88,7 @@ class GpuSensors:
 
 
 def sensors(device: str = "cpu") -> Sensors:
-    """The sensors of a torch-style device name; :class:`NullSensors` without any."""
+    """The sensors of a torch-style device name; without any, :class:`Sensors` that read nothing."""
     kind, _, index = device.partition(":")
     if kind == "cuda" and nvml.device_count() > 0:
         return GpuSensors(int(index or 0))
@@ -104,7 +96,7 @@ def sensors(device: str = "cpu") -> Sensors:
         cpu = CpuSensors()
         if cpu.present:
             return cpu
-    return NullSensors()
+    return Sensors()
 
 
 def read_number(path: Path) -> float | None:

@@ -136,10 +136,7 @@ class HwmonMeter:
     sensor = "hwmon"
 
     def __init__(
-        self,
-        root: Path = Path("/"),
-        clock: Callable[[], float] = time.perf_counter,
-        period_s: float = 0.1,
+        self, root: Path = Path("/"), clock: Callable[[], float] = time.perf_counter, period_s: float = 0.1
     ) -> None:
         self._clock, self._period_s = clock, period_s
         self._rails = _power_rails(root)

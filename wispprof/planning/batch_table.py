@@ -58,12 +58,7 @@ def sessions_of_levels(times: LoadedStepTimes, most: int) -> dict[int, int]:
 
 
 def batch_row(
-    times: LoadedStepTimes,
-    level: int,
-    sessions: int,
-    tokens_per_s: float,
-    mean: Runs,
-    settings: PlanSettings,
+    times: LoadedStepTimes, level: int, sessions: int, tokens_per_s: float, mean: Runs, settings: PlanSettings
 ) -> BatchRow:
     """Limits of a step, by its bound, for an SLO that counts over a whole generation.
 

@@ -86,11 +86,7 @@ def speed_curve(times: LoadedStepTimes, sessions: int, edge: EdgeCosts, k_max: i
 
 
 def draft_row(
-    cell: SpeedCurve,
-    device: PlannedDevice,
-    load_level: int,
-    tokens_per_s: float,
-    settings: PlanSettings,
+    cell: SpeedCurve, device: PlannedDevice, load_level: int, tokens_per_s: float, settings: PlanSettings
 ) -> DraftRow:
     """Choose k: the best by the objective among those that meet the SLO.
 
@@ -167,8 +163,4 @@ def _figures(
     drafting_ms = speed.drafted * cell.draft_ms + cell.resume_ms / speed.commits if k else 0.0
     server_ms = 1.0 / speed.server_tokens_per_ms if speed.server_tokens_per_ms > 0 else 0.0
     billed = settings.server_price * server_ms + settings.edge_price(device.name) * drafting_ms
-    return Figures(
-        speed.tokens_per_s,
-        billed / _MS_PER_H * _MTOKEN,
-        device.draft_w * drafting_ms / 1000.0,
-    )
+    return Figures(speed.tokens_per_s, billed / _MS_PER_H * _MTOKEN, device.draft_w * drafting_ms / 1000.0)

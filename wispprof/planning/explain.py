@@ -58,13 +58,7 @@ def _drafts(plan: Plan, row: DraftRow) -> list[str]:
             c
             for c in plan.choices
             if (c.machine, c.rtt_ms, c.load_level, c.tokens_per_s, c.mode)
-            == (
-                machine_of(row.device),
-                row.rtt_ms,
-                row.load_level,
-                row.tokens_per_s,
-                row.mode,
-            )
+            == (machine_of(row.device), row.rtt_ms, row.load_level, row.tokens_per_s, row.mode)
         ),
         None,
     )

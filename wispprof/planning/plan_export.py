@@ -74,10 +74,7 @@ def _vllm(rows: list[tuple[int, DraftRow]]) -> str:
         else:
             ranges.append([begin, end, row.k])
     most = max((k for _, _, k in ranges), default=0)
-    config = {
-        "num_speculative_tokens": max(1, most),
-        "num_speculative_tokens_per_batch_size": ranges,
-    }
+    config = {"num_speculative_tokens": max(1, most), "num_speculative_tokens_per_batch_size": ranges}
     return json.dumps(config, indent=1) + "\n"
 
 

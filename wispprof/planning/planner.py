@@ -10,13 +10,7 @@ from wispprof.artifacts import load_edge, load_link, load_trace, read_document, 
 from wispprof.artifacts.plan import MODES, Plan, machine_of
 from wispprof.artifacts.rows import AcceptanceTrace
 from wispprof.errors import PlanError
-from wispprof.planning.batch_table import (
-    batch_row,
-    break_even_row,
-    capacity_row,
-    mix_row,
-    sessions_of_levels,
-)
+from wispprof.planning.batch_table import batch_row, break_even_row, capacity_row, mix_row, sessions_of_levels
 from wispprof.planning.draft_table import EdgeCosts, PlannedDevice, draft_row, speed_curve
 from wispprof.planning.objective import choice_rows
 from wispprof.planning.session_speed import LoadedStepTimes, Runs, runs_of_trace
@@ -129,9 +123,7 @@ def _checked(devices: Iterable[PlannedDevice], settings: PlanSettings) -> list[P
 
 
 def _runs(
-    name: str,
-    acceptance: AcceptanceTrace | Mapping[str, AcceptanceTrace] | Runs,
-    settings: PlanSettings,
+    name: str, acceptance: AcceptanceTrace | Mapping[str, AcceptanceTrace] | Runs, settings: PlanSettings
 ) -> tuple[Runs, Runs]:
     if isinstance(acceptance, Runs):
         return acceptance, acceptance
@@ -140,8 +132,7 @@ def _runs(
     hashes = {t.tokenizer_hash for t in acceptance.values()}
     if len(hashes) > 1:
         raise PlanError(
-            f"The traces use {len(hashes)} different tokenizers.",
-            "Use traces of one target model.",
+            f"The traces use {len(hashes)} different tokenizers.", "Use traces of one target model."
         )
     if name not in acceptance:
         raise PlanError(f"There is no acceptance trace for {name!r}.", "Give --trace for it.")

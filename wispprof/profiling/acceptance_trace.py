@@ -60,12 +60,7 @@ def collect_trace(
     if prompts is None:
         prompts = _prompts(settings, target.tokenizer, target.info.max_context)
     trace = _assemble(
-        draft,
-        prompts,
-        lambda batch: target_paths(target, batch, settings),
-        settings,
-        progress,
-        clock,
+        draft, prompts, lambda batch: target_paths(target, batch, settings), settings, progress, clock
     )
     target_facts = {"dtype": target.info.dtype, "target_weights": target.info.weights_hash}
     return replace(trace, target=target.info.id, meta={**trace.meta, **target_facts})
@@ -165,9 +160,7 @@ def target_paths(
                 "Give fewer --prompt-tokens or --path-tokens.",
             )
     engine = TorchEngine(
-        target,
-        kv_tokens=sum(len(prompt) + length for prompt in prompts),
-        max_sessions=len(prompts),
+        target, kv_tokens=sum(len(prompt) + length for prompt in prompts), max_sessions=len(prompts)
     )
     end = getattr(target.tokenizer, "eos_token_id", None)
     names = [str(number) for number in range(len(prompts))]

@@ -53,12 +53,7 @@ class EdgeAxes:
 EDGE_GRIDS: dict[str, EdgeAxes] = {
     "quick": EdgeAxes((64, 256, 1024), (64, 256), 256, 2.0, 0.0, (64, 256)),
     "standard": EdgeAxes(
-        (16, 64, 128, 256, 512, 1024, 2048),
-        (16, 64, 256, 512),
-        512,
-        5.0,
-        60.0,
-        (64, 256, 1024),
+        (16, 64, 128, 256, 512, 1024, 2048), (16, 64, 256, 512), 512, 5.0, 60.0, (64, 256, 1024)
     ),
     "full": EdgeAxes(
         (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
@@ -154,11 +149,7 @@ class DrafterRunner:
         self._rest_s = 0.0
 
     def row(
-        self,
-        workload: Workload[EdgePoint],
-        samples: tuple[float, ...],
-        flags: tuple[str, ...],
-        order: int,
+        self, workload: Workload[EdgePoint], samples: tuple[float, ...], flags: tuple[str, ...], order: int
     ) -> EdgeRow:
         point = workload.subject
         return EdgeRow(

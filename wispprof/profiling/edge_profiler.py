@@ -67,10 +67,7 @@ class SteadyDrafting:
         return self._meter.sensor
 
     def run(
-        self,
-        rows: Sequence[Any],
-        journal: RowJournal | None,
-        report: Callable[[int, str], None],
+        self, rows: Sequence[Any], journal: RowJournal | None, report: Callable[[int, str], None]
     ) -> tuple[EdgeRow, ...]:
         """The rows of the sweep and of the windows. Windows of a resumed run are not repeated."""
         done = list(cast("Sequence[EdgeRow]", rows))

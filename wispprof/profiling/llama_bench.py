@@ -117,8 +117,7 @@ def _rows(tests: Sequence[_BenchTest], where: str) -> list[EdgeRow]:
         rows[row.key] = replace(row, order=len(rows))
     if not any(row.kind == "draft_step" for row in rows.values()):
         raise ProfileError(
-            f"{where} contains no generation test.",
-            "Run llama-bench with a number of tokens: -n 64.",
+            f"{where} contains no generation test.", "Run llama-bench with a number of tokens: -n 64."
         )
     return list(rows.values())
 
@@ -141,10 +140,7 @@ def _manifest(tests: Sequence[_BenchTest], where: str) -> Manifest:
         ),
         command=command_line(),
         engine={"backend": "llama.cpp", **{k: v for k, v in facts.items() if v is not None}},
-        hardware={
-            "cpu": first.cpu_info,
-            "gpus": [{"name": first.gpu_info}] if first.gpu_info else [],
-        },
+        hardware={"cpu": first.cpu_info, "gpus": [{"name": first.gpu_info}] if first.gpu_info else []},
         versions=library_versions(),
         started=first.test_time,
         ended=first.test_time,

@@ -104,8 +104,7 @@ def check_edge(rows: Sequence[EdgeRow]) -> None:
 def _floor(row: StepRow, model: ModelInfo) -> None:
     seconds = row.median_ms / 1000
     fastest_s = max(
-        step_bytes(row.shape, model) / FASTEST_BYTES_PER_S,
-        step_flops(row.shape, model) / FASTEST_FLOPS,
+        step_bytes(row.shape, model) / FASTEST_BYTES_PER_S, step_flops(row.shape, model) / FASTEST_FLOPS
     )
     if seconds <= 0 or seconds < fastest_s:
         raise PhysicsViolation(

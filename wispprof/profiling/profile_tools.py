@@ -30,13 +30,7 @@ FALSE_DISCOVERY_RATE = 0.05
 _PRIOR_DF = 4.0
 """Degrees of freedom with which the variance of all shapes counts against a shape's own."""
 _DEFAULT_DRIFT = 0.10
-_ENGINE_IDENTITY = {
-    "backend": None,
-    "device": None,
-    "threads": None,
-    "attention": "dense",
-    "graphs": False,
-}
+_ENGINE_IDENTITY = {"backend": None, "device": None, "threads": None, "attention": "dense", "graphs": False}
 """Engine facts that must agree to merge, with their defaults; capacity does not change a step's time."""
 _EDGE_AND_LINK_COLUMNS = (
     "context", "tokens", "rested_ms", "energy_j", "temperature_c", "payload_bytes",
@@ -268,11 +262,7 @@ def _check_mergeable(first: Profile, other: Profile) -> None:
         ("kinds", one.kind, two.kind),
         ("models", one.model, two.model),
         ("engines", _engine_identity(first), _engine_identity(other)),
-        (
-            "machines",
-            one.hardware.get("hash") or one.citation,
-            two.hardware.get("hash") or two.citation,
-        ),
+        ("machines", one.hardware.get("hash") or one.citation, two.hardware.get("hash") or two.citation),
     ):
         if left != right:
             left_text, right_text = _differences(left, right)

@@ -139,8 +139,7 @@ def _excerpts(tokenizer: Any, texts: Sequence[str], count: int, tokens: int, see
             return prompts
     if not prompts:
         raise ProfileError(
-            f"No text is long enough for prompts of {tokens} tokens.",
-            "Give shorter --prompt-tokens.",
+            f"No text is long enough for prompts of {tokens} tokens.", "Give shorter --prompt-tokens."
         )
     return prompts
 

@@ -114,10 +114,7 @@ def plan_server(
 
 
 def _budget_left(
-    settings: ServerProfilerSettings,
-    begin: float,
-    clock: Callable[[], float],
-    reserved: float = 0.0,
+    settings: ServerProfilerSettings, begin: float, clock: Callable[[], float], reserved: float = 0.0
 ) -> float | None:
     """Remaining seconds of the budget, counted from ``begin``, without its ``reserved`` share."""
     if settings.budget_s is None:
@@ -300,20 +297,10 @@ class EngineRunner:
         self._inputs, self._cached = [], []
 
     def row(
-        self,
-        workload: Workload[BatchShape],
-        samples: tuple[float, ...],
-        flags: tuple[str, ...],
-        order: int,
+        self, workload: Workload[BatchShape], samples: tuple[float, ...], flags: tuple[str, ...], order: int
     ) -> StepRow:
         return StepRow(
-            workload.key,
-            workload.kind,
-            workload.subject,
-            samples,
-            flags,
-            self._padded_tokens,
-            order,
+            workload.key, workload.kind, workload.subject, samples, flags, self._padded_tokens, order
         )
 
     def close(self) -> None:

@@ -280,10 +280,7 @@ def _batch(items: Iterable[tuple[int, int]]) -> BatchShape:
 
 
 def select_within_budget(
-    workloads: Sequence[Workload[BatchShape]],
-    budget_s: float,
-    cost_s: Sequence[float],
-    min_count: int = 0,
+    workloads: Sequence[Workload[BatchShape]], budget_s: float, cost_s: Sequence[float], min_count: int = 0
 ) -> list[Workload[BatchShape]]:
     """The most informative workloads that fit: far apart in the logarithm of their work, corners first.
 

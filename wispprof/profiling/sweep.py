@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 from wispprof.artifacts.journal import RowJournal
 from wispprof.artifacts.rows import Row
 from wispprof.errors import EngineError
-from wispprof.hardware import NullSensors, Sensors
+from wispprof.hardware import Sensors
 from wispprof.profiling.measurement_log import MeasurementLog, half_width
 from wispprof.profiling.sweep_cost import CostModel
 from wispprof.profiling.workload import Runner, Workload, format_duration, run_repeatedly
@@ -78,7 +78,7 @@ class Sweep(Generic[Subject]):
             raise ValueError("workload keys must be distinct")
         self._runner, self._settings, self._sentinel = runner, settings, sentinel
         self._workloads = sorted(workloads, key=lambda workload: workload.key)
-        self._journal, self._sensors = journal, sensors or NullSensors()
+        self._journal, self._sensors = journal, sensors or Sensors()
         self._log = MeasurementLog(settings.drift, journal.rows if journal else ())
         self._clock, self._progress = clock, progress or (lambda done, total, status: None)
         self._has_pilot = cost is not None

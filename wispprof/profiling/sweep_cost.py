@@ -17,15 +17,9 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from wispprof.errors import EngineError
-from wispprof.hardware import NullSensors
+from wispprof.hardware import Sensors
 from wispprof.profiling.measurement_log import half_width, relative_spread, samples_needed
-from wispprof.profiling.workload import (
-    MIN_BLOCK_SAMPLES,
-    Runner,
-    RunSamples,
-    Workload,
-    run_repeatedly,
-)
+from wispprof.profiling.workload import MIN_BLOCK_SAMPLES, Runner, RunSamples, Workload, run_repeatedly
 from wispprof.settings.profiler_settings import SweepSettings
 
 Subject = TypeVar("Subject")
@@ -191,7 +185,7 @@ def pilot(
         if model.probes and begin - started > budget_s:
             break
         try:
-            runs = run_repeatedly(runner, workload, 1, settings.block, settings, clock, NullSensors())
+            runs = run_repeatedly(runner, workload, 1, settings.block, settings, clock, Sensors())
         except EngineError:
             continue
         model.observe(workload, clock() - begin, runs)

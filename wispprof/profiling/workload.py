@@ -46,11 +46,7 @@ class Runner(Protocol[Subject]):
     def finish(self) -> None: ...
 
     def row(
-        self,
-        workload: Workload[Subject],
-        samples: tuple[float, ...],
-        flags: tuple[str, ...],
-        order: int,
+        self, workload: Workload[Subject], samples: tuple[float, ...], flags: tuple[str, ...], order: int
     ) -> Row: ...
 
 

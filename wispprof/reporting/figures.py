@@ -68,12 +68,7 @@ def latency_surface(rows: Sequence[StepRow], estimator: StepTimeEstimator) -> st
 
 
 def _surface_line(
-    panel: Axes,
-    rows: Sequence[StepRow],
-    estimator: StepTimeEstimator,
-    size: int,
-    new: int,
-    color: str,
+    panel: Axes, rows: Sequence[StepRow], estimator: StepTimeEstimator, size: int, new: int, color: str
 ) -> None:
     rows = sorted(rows, key=lambda row: row.shape.items[0].cached)
     x = np.array([row.shape.items[0].cached for row in rows], dtype=float)

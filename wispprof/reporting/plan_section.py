@@ -117,10 +117,7 @@ def break_even_map(plan: Plan, device: str, mode: str) -> HeatMap | None:
 
 
 def _heat_map(
-    plan: Plan,
-    title: str,
-    rows: Sequence[DraftRow | BreakEvenRow],
-    cells: Iterable[HeatCell],
+    plan: Plan, title: str, rows: Sequence[DraftRow | BreakEvenRow], cells: Iterable[HeatCell]
 ) -> HeatMap:
     sessions = _sessions(plan)
     return HeatMap(
@@ -194,10 +191,7 @@ def capacity_curves(document: Document) -> str:
     capacity is its last point above the line. Raises :class:`ArtifactDamaged` for another document.
     """
     found: _Capacities = files.convert(
-        document.payload,
-        _Capacities,
-        "capacities",
-        "Run `wispprof simulate --capacity --out` again.",
+        document.payload, _Capacities, "capacities", "Run `wispprof simulate --capacity --out` again."
     )
     limit = 1.0 - found.violations
     curves = [
@@ -276,14 +270,10 @@ def drafts_front(plan: Plan, tokens_per_s: float) -> str:
             panel.set_ylim(0, 1.12 * max(o.figures.tokens_per_s for o in options))
             panel.set_xlim(0, 1.12 * max((_paid(o, priced) for o in options), default=1.0) or 1.0)
         figure.legend(
-            *axes[0].get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=len(machines[machine]) + 2,
+            *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(machines[machine]) + 2
         )
         return theme.svg(
-            figure,
-            "draft_front",
-            f"Tokens per second of a session against {unit}, by draft and length",
+            figure, "draft_front", f"Tokens per second of a session against {unit}, by draft and length"
         )
 
 

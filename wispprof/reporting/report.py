@@ -239,10 +239,7 @@ def _provenance(run: Run) -> dict[str, Any]:
         settings = (f"{k} {v}" for k, v in manifest.engine.items() if not isinstance(v, dict))
         facts += [
             (f"{side}: machine", _machine(manifest.hardware)),
-            (
-                f"{side}: model",
-                f"{model.id} {model.dtype}, {model.parameters / 1e6:.1f} M parameters",
-            ),
+            (f"{side}: model", f"{model.id} {model.dtype}, {model.parameters / 1e6:.1f} M parameters"),
             (f"{side}: engine", ", ".join(settings)),
             (f"{side}: command", manifest.command),
             (f"{side}: versions", ", ".join(f"{k} {v}" for k, v in manifest.versions.items())),

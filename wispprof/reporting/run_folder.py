@@ -203,9 +203,7 @@ def bench_table(benches: Sequence[Bench], title: str = "", brief: bool = False) 
         if any(b.figure(name) is not None for b in benches) and not (brief and name in _NOT_BRIEF)
     }
     return Table(
-        title,
-        (Column("policy"), *shown.values()),
-        tuple((b.policy, *map(b.figure, shown)) for b in benches),
+        title, (Column("policy"), *shown.values()), tuple((b.policy, *map(b.figure, shown)) for b in benches)
     )
 
 

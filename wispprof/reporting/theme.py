@@ -30,14 +30,7 @@ _DARK = (
 )
 _NAMES = ("ink", "muted", "grid", "paper", *(f"s{i}" for i in range(len(SERIES))))
 
-_POLICIES = {
-    "server-only": 5,
-    "sled": 1,
-    "specedge": 4,
-    "fcfs": 2,
-    "wisp": 0,
-    "wispprof": 3,
-}
+_POLICIES = {"server-only": 5, "sled": 1, "specedge": 4, "fcfs": 2, "wisp": 0, "wispprof": 3}
 
 
 def _block(colors: tuple[str, ...]) -> str:

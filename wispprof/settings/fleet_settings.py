@@ -25,11 +25,7 @@ class InputSettings(Settings):
     kv_tokens: int | None = setting(None, "Size of the server's KV cache.", unit="tokens", minimum=1)
     edge: Path | None = setting(None, "Edge profile.")
     draft_tokens_per_s: float = setting(
-        60.0,
-        "Drafting speed without a profile.",
-        unit="tokens/s",
-        minimum=0.01,
-        option="draft-speed",
+        60.0, "Drafting speed without a profile.", unit="tokens/s", minimum=0.01, option="draft-speed"
     )
     trace: Path | None = setting(None, "Acceptance trace.")
     predictor: Path | None = setting(None, "Rejection predictor for the trace.")
@@ -65,17 +61,10 @@ class SimulationSettings(Settings):
     compare: bool = setting(False, "Simulate all systems.")
     capacity: bool = setting(False, "Search the most devices within --violations instead.")
     violations: float = setting(
-        PlanSettings().violations,
-        "Share of sessions that may miss their SLO.",
-        minimum=0,
-        maximum=0.99,
+        PlanSettings().violations, "Share of sessions that may miss their SLO.", minimum=0, maximum=0.99
     )
     tokens_per_s: tuple[float, ...] = setting(
-        (4.0,),
-        "SLO: token speed; repeatable, for equal shares.",
-        unit="tokens/s",
-        minimum=0.01,
-        option="slo",
+        (4.0,), "SLO: token speed; repeatable, for equal shares.", unit="tokens/s", minimum=0.01, option="slo"
     )
     ttft_ms: float | None = setting(
         None, "SLO: time to the first token.", unit="ms", option="ttft", minimum=0

@@ -71,11 +71,7 @@ class PlanSettings(Settings):
         (5.0, 20.0, 50.0, 100.0), "Round trip; repeatable.", unit="ms", minimum=0, option="rtt"
     )
     slos: tuple[float, ...] = setting(
-        (2.0, 4.0, 6.0, 8.0),
-        "SLO: token speed; repeatable.",
-        unit="tokens/s",
-        minimum=0.01,
-        option="slo",
+        (2.0, 4.0, 6.0, 8.0), "SLO: token speed; repeatable.", unit="tokens/s", minimum=0.01, option="slo"
     )
     k_max: int = setting(12, "Maximum draft length considered.", unit="tokens", minimum=1, maximum=32)
     context: int = setting(512, "Cached tokens per session.", unit="tokens", minimum=0)

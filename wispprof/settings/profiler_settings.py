@@ -8,12 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from wispprof.errors import SettingsError
 from wispprof.settings.fields import Settings, setting
-from wispprof.settings.shared_settings import (
-    ServerAccess,
-    backend_setting,
-    device_setting,
-    dtype_setting,
-)
+from wispprof.settings.shared_settings import ServerAccess, backend_setting, device_setting, dtype_setting
 from wispprof.types import Sampling
 
 if TYPE_CHECKING:
@@ -123,10 +118,7 @@ class ServerProfilerSettings(Settings):
     )
     max_sessions: int = 0
     budget_minutes: float | None = setting(
-        None,
-        "Time limit; the most informative workloads are measured first.",
-        unit="minutes",
-        minimum=0,
+        None, "Time limit; the most informative workloads are measured first.", unit="minutes", minimum=0
     )
     sweep: SweepSettings | None = None
     output: Output = field(default_factory=Output)

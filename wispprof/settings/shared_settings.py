@@ -21,10 +21,7 @@ def device_setting() -> Any:
 
 def dtype_setting() -> Any:
     """The field ``dtype`` of whatever runs a model."""
-    return setting(
-        "float32",
-        "Data type of weights and activations: float32, bfloat16 or float16.",
-    )
+    return setting("float32", "Data type of weights and activations: float32, bfloat16 or float16.")
 
 
 def backend_setting() -> Any:
@@ -63,11 +60,7 @@ class LinkModel(Settings):
     """
 
     rtt_ms: float = setting(
-        30.0,
-        "Round trip of an empty frame, half of it each way.",
-        unit="ms",
-        minimum=0,
-        option="rtt",
+        30.0, "Round trip of an empty frame, half of it each way.", unit="ms", minimum=0, option="rtt"
     )
     jitter_ms: float = setting(
         0.0, "Mean of an exponential delay added each way.", unit="ms", minimum=0, option="jitter"

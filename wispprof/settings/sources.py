@@ -92,10 +92,7 @@ def _check(path: Path | None, given: Mapping[str, Any], known: KnownNames, secti
         if name not in known:
             options = [n.replace("_", "-") for n in known]
             what = f"entry {spelled!r} in [{section}]" if section else f"section [{spelled}]"
-            raise ConfigError(
-                f"{path} has an unknown {what}.",
-                suggestion(spelled, options),
-            )
+            raise ConfigError(f"{path} has an unknown {what}.", suggestion(spelled, options))
         inner = known[name]
         if (inner is None) == isinstance(value, Mapping):
             raise ConfigError(

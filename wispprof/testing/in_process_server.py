@@ -22,6 +22,7 @@ from wispprof.types import BatchShape, Sampling, Slo, StepTimeEstimator
 _OVERHEAD_MS = 0.05
 """Time between two steps, as the real engine loop needs."""
 _LIMITS = Limits(max_items=64, max_tokens=2048, prefill_chunk=512, kv_free=1 << 20)
+_MAX_CONTEXT, _MAX_DRAFTS = 1 << 16, 32
 
 
 class _ConnectedSession(NamedTuple):
@@ -58,22 +59,11 @@ class InProcessServer:
         policy: BatchPolicy,
         estimator: StepTimeEstimator,
         step_ms: Callable[[BatchShape], float] | None = None,
-        *,
-        limits: Limits = _LIMITS,
-        max_context: int = 1 << 16,
-        max_drafts: int = 32,
-        target: str = "",
-        tokenizer: str = "",
     ) -> None:
         self.engine = engine
         self.policy = policy
         self.estimator = estimator
         self.step_ms = step_ms or (lambda shape: estimator.predict(shape)[0])
-        self.limits = limits
-        self.max_context = max_context
-        self.max_drafts = max_drafts
-        self.target = target
-        self.tokenizer = tokenizer
         self.steps = 0
         self.refuse = False
         self._sessions: dict[str, _ConnectedSession] = {}
@@ -125,12 +115,7 @@ class InProcessServer:
             case protocol.Hello():
                 connection.reply(
                     protocol.Welcome(
-                        protocol.PROTOCOL_VERSION,
-                        self.target,
-                        self.tokenizer,
-                        self.max_context,
-                        self.max_drafts,
-                        self.policy.stream,
+                        protocol.PROTOCOL_VERSION, "", "", _MAX_CONTEXT, _MAX_DRAFTS, self.policy.stream
                     )
                 )
             case protocol.Ping():
@@ -162,13 +147,13 @@ class InProcessServer:
             frame.tokens,
             slo=Slo(frame.tokens_per_s, frame.ttft_ms),
             max_new=frame.max_new,
-            max_context=self.max_context,
+            max_context=_MAX_CONTEXT,
             now_ms=now_ms,
             generated=frame.generated,
             stop=frame.stop,
             stream=self.policy.stream and not frame.undrafted,
             undrafted=frame.undrafted,
-            max_pending_drafts=self.max_drafts,
+            max_pending_drafts=_MAX_DRAFTS,
         )
         sampling = Sampling(frame.temperature, frame.top_k, frame.top_p, frame.seed)
         self.engine.open(name, sampling, frame.tokens)
@@ -184,7 +169,7 @@ class InProcessServer:
             now_ms = loop.time() * 1000.0
             states = [session.state for session in self._sessions.values()]
             views = [state.view(now_ms) for state in states if not state.finished]
-            plan = self.policy.plan(now_ms, views, self.estimator, self.limits)
+            plan = self.policy.plan(now_ms, views, self.estimator, _LIMITS)
             if plan.items:
                 await self._step(plan.items)
                 continue
