@@ -14,13 +14,13 @@ from wispprof.planning import Runs, make_plan
 from wispprof.planning.batch_table import mix_row
 from wispprof.planning.draft_table import EdgeCosts
 from wispprof.planning.explain import explain
-from wispprof.planning.planner import SpeedDevice
 from wispprof.planning.session_speed import LoadedStepTimes
 from wispprof.policies.linear_cost import LinearCost
 from wispprof.settings.planner_settings import PlanSettings, class_mix
+from wispprof.simulation.devices import DeviceProfile
 
 COST = LinearCost(18.0, row_ms=0.25, kv_ms=0.00006)
-LAPTOP = SpeedDevice("laptop", 60.0)
+LAPTOP = DeviceProfile.from_speed("laptop", 60.0)
 SETTINGS = PlanSettings(
     rtts_ms=(20.0,),
     slos=(12.0, 24.0),

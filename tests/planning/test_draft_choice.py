@@ -13,13 +13,16 @@ from wispprof.errors import PlanError
 from wispprof.planning import Runs, make_plan
 from wispprof.planning.explain import explain
 from wispprof.planning.objective import Figures, choose, draft_front, pareto_front
-from wispprof.planning.planner import SpeedDevice
 from wispprof.policies.linear_cost import LinearCost
 from wispprof.settings.planner_settings import PlanSettings, device_price, weights_of
+from wispprof.simulation.devices import DeviceProfile
 
 COST = LinearCost(18.0, row_ms=0.25, kv_ms=0.00006)
-BIG, SMALL = SpeedDevice("laptop:3b-q4", 40.0, 30.0), SpeedDevice("laptop:1b-q4", 110.0, 12.0)
-PI = SpeedDevice("pi", 9.0, 8.0)
+BIG, SMALL = (
+    DeviceProfile.from_speed("laptop:3b-q4", 40.0, draft_w=30.0),
+    DeviceProfile.from_speed("laptop:1b-q4", 110.0, draft_w=12.0),
+)
+PI = DeviceProfile.from_speed("pi", 9.0, draft_w=8.0)
 SETTINGS = PlanSettings(
     rtts_ms=(20.0, 80.0),
     slos=(8.0, 24.0),

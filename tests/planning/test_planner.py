@@ -17,7 +17,6 @@ from wispprof.planning.batch_table import capacity_row
 from wispprof.planning.draft_table import EdgeCosts
 from wispprof.planning.explain import compare, explain
 from wispprof.planning.plan_export import export
-from wispprof.planning.planner import SpeedDevice
 from wispprof.planning.session_speed import (
     LoadedStepTimes,
     round_speed,
@@ -25,6 +24,7 @@ from wispprof.planning.session_speed import (
     undrafted_speed,
 )
 from wispprof.settings.planner_settings import PlanSettings
+from wispprof.simulation.devices import DeviceProfile
 from wispprof.types import BatchCost, StepTimeEstimator
 
 
@@ -64,8 +64,8 @@ class Step(StepTimeEstimator):
 
 
 SMALL = PlanSettings(rtts_ms=(5.0, 80.0), slos=(4.0, 12.0), k_max=6, context=1000, max_sessions=96)
-LAPTOP = SpeedDevice("laptop", 60.0, 20.0)
-PI = SpeedDevice("pi", 8.0, 6.0)
+LAPTOP = DeviceProfile.from_speed("laptop", 60.0, draft_w=20.0)
+PI = DeviceProfile.from_speed("pi", 8.0, draft_w=6.0)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def test_slower_servers_and_stricter_slos_never_raise_any_capacity(
 ):
     limits = PlanSettings(k_max=4, context=500, max_sessions=64)
     runs = Runs.geometric(acceptance)
-    edge = EdgeCosts(SpeedDevice("x", speed), rtt, mode, runs, runs)
+    edge = EdgeCosts(DeviceProfile.from_speed("x", speed), rtt, mode, runs, runs)
 
     def fits(step: Step, tokens_per_s: float) -> tuple[int, int]:
         found = capacity_row(LoadedStepTimes(step, limits.context), edge, tokens_per_s, limits)
@@ -221,12 +221,12 @@ def test_do_not_speculate_where_drafting_cannot_pay():
     useless = make_plan(Step(), [LAPTOP], Runs.geometric(0.0), SMALL)
     assert {r.k for r in useless.draft} == {0}
     assert {r.verdict for r in useless.break_even} == {"server-only"}
-    crawling = make_plan(Step(kv=0.0), [SpeedDevice("clock", 0.1)], Runs.geometric(0.9), SMALL)
+    crawling = make_plan(Step(kv=0.0), [DeviceProfile.from_speed("clock", 0.1)], Runs.geometric(0.9), SMALL)
     assert {r.k for r in crawling.draft} == {0}
 
 
 def test_speculate_where_rows_are_free_and_the_draft_is_fast():
-    easy = make_plan(Step(row=1e-4), [SpeedDevice("fast", 2000.0)], Runs.geometric(0.9), SMALL)
+    easy = make_plan(Step(row=1e-4), [DeviceProfile.from_speed("fast", 2000.0)], Runs.geometric(0.9), SMALL)
     assert min(r.k for r in easy.draft if r.rtt_ms == 5.0) >= 3
 
 

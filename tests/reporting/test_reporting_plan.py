@@ -12,7 +12,6 @@ from wispprof.artifacts import read_document, write_document
 from wispprof.artifacts.plan import Plan, save_plan
 from wispprof.errors import ArtifactDamaged
 from wispprof.planning import Runs, make_plan
-from wispprof.planning.planner import SpeedDevice
 from wispprof.policies.linear_cost import LinearCost
 from wispprof.reporting import CAPACITY_KIND, load_run, render_report
 from wispprof.reporting.plan_section import (
@@ -24,8 +23,12 @@ from wispprof.reporting.plan_section import (
 )
 from wispprof.reporting.report import page_macros
 from wispprof.settings.planner_settings import PlanSettings
+from wispprof.simulation.devices import DeviceProfile
 
-DEVICES = (SpeedDevice("laptop:3b", 40.0, 30.0), SpeedDevice("laptop:1b", 110.0, 12.0))
+DEVICES = (
+    DeviceProfile.from_speed("laptop:3b", 40.0, draft_w=30.0),
+    DeviceProfile.from_speed("laptop:1b", 110.0, draft_w=12.0),
+)
 SETTINGS = PlanSettings(rtts_ms=(5.0, 80.0), slos=(8.0, 24.0), max_sessions=100, k_max=5)
 CURVES = {
     "violations": 0.05,

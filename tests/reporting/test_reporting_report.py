@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -90,9 +91,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     save_plan(plan, out / "plan.json")
     for name, goodput, share in (("server-only", 50.0, 0.5), ("wisp", 90.0, 0.9)):
-        write_document(out / f"bench-{name}.json", BENCH_KIND, bench(name, goodput, share).payload())
+        write_document(out / f"bench-{name}.json", BENCH_KIND, asdict(bench(name, goodput, share)))
     answer = Answer("def <f>:", (TextSpan(" a & b", "draft"), TextSpan("!", "target")), {})
-    write_document(out / "answer.json", ANSWER_KIND, answer.payload())
+    write_document(out / "answer.json", ANSWER_KIND, asdict(answer))
     return out
 
 

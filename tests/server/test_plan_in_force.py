@@ -13,12 +13,12 @@ from wispprof.artifacts.plan import BatchRow, Plan, load_plan, save_plan
 from wispprof.edge import websocket_connections
 from wispprof.edge.edge_runtime import _plan_rows
 from wispprof.planning import Runs, make_plan
-from wispprof.planning.planner import SpeedDevice
 from wispprof.server import running_server
 from wispprof.server.metrics import StepRecord
 from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.settings.planner_settings import PlanSettings
 from wispprof.settings.server_settings import ServerSettings
+from wispprof.simulation.devices import DeviceProfile
 from wispprof.testing.fake_engine import FakeEngine
 
 EDGES, TOKENS = 6, 24
@@ -38,7 +38,7 @@ def planned(k: int, **batch: int) -> Plan:
     """A plan as users make one, with rows set to known values."""
     made = make_plan(
         linear_cost(),
-        [SpeedDevice("laptop", 200.0)],
+        [DeviceProfile.from_speed("laptop", 200.0)],
         Runs.geometric(0.8),
         PlanSettings(rtts_ms=(5.0,), slos=(1.0,), max_sessions=32, k_max=8),
     )

@@ -37,16 +37,7 @@ def fit(settings: FitSettings, as_json: JsonFlag = False) -> None:
         with tracker("evaluate") as report:
             found, files = evaluate_files(out, settings.server, settings.splits, seed, report)
         fitted.files += files
-        document["evaluation"] = {
-            "noise": found.noise,
-            "repeat_error": found.repeat_error,
-            "noise_floor": {f"{level:g}": ratio for level, ratio in found.noise_floor.items()},
-            "speed_corrected_floor": {f"{k:g}": ratio for k, ratio in found.speed_corrected_floor.items()},
-            "groups": found.groups,
-            "regimes": found.regimes,
-            "splits": found.splits,
-            "learning": found.learning,
-        }
+        document["evaluation"] = {name: value for name, value in vars(found).items() if name != "points"}
     if settings.evaluate and settings.trace:
         document["replay"], files = replay_files(out, settings.trace, seed)
         fitted.files += files

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -258,18 +258,5 @@ def _show_capacity(plan: Plan, device: str, mode: str) -> None:
 
 
 def _show_batches(plan: Plan) -> None:
-    rows = (
-        (
-            row.tokens_per_s,
-            row.load_level,
-            row.sessions,
-            row.token_budget,
-            row.max_items,
-            row.prefill_chunk,
-            row.p50_ms,
-            row.bound_ms,
-        )
-        for row in plan.batch
-    )
     columns = "SLO:g|load|sessions|token budget|max items|prefill|p50 ms:.2f|bound ms:.2f"
-    output().print(table("Batching", columns, rows))
+    output().print(table("Batching", columns, map(astuple, plan.batch)))

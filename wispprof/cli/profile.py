@@ -128,28 +128,11 @@ def diff(
             for r in sorted(found.changed, key=lambda row: -abs(row.ratio - 1))
         ),
     )
-    document = {
-        "compared": len(found.rows),
-        "changed": [
-            {
-                "key": r.key,
-                "before_ms": r.before_ms,
-                "after_ms": r.after_ms,
-                "p_value": r.p_value,
-                "doubtful": r.doubtful,
-            }
-            for r in found.changed
-        ],
-        "changed_share": found.changed_share,
-        "median_ratio": found.median_ratio,
-        "sentinel_ratio": found.sentinel_ratio,
-        "slowdown": found.slowdown,
-        "only_before": found.only_before,
-        "only_after": found.only_after,
-        "same_machine": found.same_machine,
-        "same_model": found.same_model,
-        "drifted": found.drifted,
-    }
+    names = (
+        *("changed", "changed_share", "median_ratio", "sentinel_ratio", "slowdown"),
+        *("only_before", "only_after", "same_machine", "same_model", "drifted"),
+    )
+    document = {"compared": len(found.rows), **{name: getattr(found, name) for name in names}}
     result(document, shown, as_json)
 
 

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,7 +110,7 @@ async def answer(settings: DemoSettings, measured: Measured, engine: TorchEngine
                 spans += [TextSpan(text.push([token]), "target") for token in commit[-1:]]
             spans.append(TextSpan(text.finish(), "target"))
     result = Answer(settings.prompt, _merge_spans(spans), reply.stats.summary())
-    write_document(settings.out / "answer.json", ANSWER_KIND, result.payload())
+    write_document(settings.out / "answer.json", ANSWER_KIND, asdict(result))
     return result
 
 
@@ -154,7 +154,7 @@ async def compare(
             write_document(
                 settings.out / f"bench-{name}.json",
                 BENCH_KIND,
-                bench.payload(),
+                asdict(bench),
                 {"trace": measured.plan.inputs["trace"]},
             )
             benches.append(bench)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from wispprof.artifacts.plan import DraftRow
 from wispprof.planning.objective import Figures, choose
@@ -17,25 +16,9 @@ from wispprof.planning.session_speed import (
     undrafted_speed,
 )
 from wispprof.settings.planner_settings import PlanSettings
+from wispprof.simulation.devices import DeviceProfile
 
 _MAX_DRAFT_AHEAD = 32
-
-
-class PlannedDevice(Protocol):
-    """What the planner needs of an edge device. The simulator's device profiles implement it."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def draft_w(self) -> float: ...
-
-    @property
-    def resume_ms(self) -> float:
-        """Extra drafting time of a round after a pause."""
-
-    def step_ms(self, context: int) -> float:
-        """One draft token over ``context`` tokens, the controller's decision included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +26,7 @@ class EdgeCosts:
     """Device, link, mode and acceptance of identical sessions. ``slow``: runs of the slow session, which
     decides SLO attainment."""
 
-    device: PlannedDevice
+    device: DeviceProfile
     rtt_ms: float
     mode: str
     mean: Runs
@@ -86,7 +69,7 @@ def speed_curve(times: LoadedStepTimes, sessions: int, edge: EdgeCosts, k_max: i
 
 
 def draft_row(
-    cell: SpeedCurve, device: PlannedDevice, load_level: int, tokens_per_s: float, settings: PlanSettings
+    cell: SpeedCurve, device: DeviceProfile, load_level: int, tokens_per_s: float, settings: PlanSettings
 ) -> DraftRow:
     """Choose k: the best by the objective among those that meet the SLO.
 
@@ -156,7 +139,7 @@ _MS_PER_H, _MTOKEN = 3.6e6, 1e6
 
 
 def _figures(
-    speed: SessionSpeed, k: int, cell: SpeedCurve, device: PlannedDevice, settings: PlanSettings
+    speed: SessionSpeed, k: int, cell: SpeedCurve, device: DeviceProfile, settings: PlanSettings
 ) -> Figures:
     """Figures of one draft length. Energy is that of drafting. Dollars are the server's busy time per
     committed token and the edge's drafting time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from wispprof.artifacts import load_edge, load_link, load_trace, read_document, trace_hash
@@ -11,11 +11,12 @@ from wispprof.artifacts.plan import MODES, Plan, machine_of
 from wispprof.artifacts.rows import AcceptanceTrace
 from wispprof.errors import PlanError
 from wispprof.planning.batch_table import batch_row, break_even_row, capacity_row, mix_row, sessions_of_levels
-from wispprof.planning.draft_table import EdgeCosts, PlannedDevice, draft_row, speed_curve
+from wispprof.planning.draft_table import EdgeCosts, draft_row, speed_curve
 from wispprof.planning.objective import choice_rows
 from wispprof.planning.session_speed import LoadedStepTimes, Runs, runs_of_trace
 from wispprof.policies.cost_model import LOAD_BOUNDS, LOAD_LEVELS
 from wispprof.settings.planner_settings import PlanSettings
+from wispprof.simulation.devices import DeviceProfile
 from wispprof.types import StepTimeEstimator
 
 Report = Callable[[int, int, str], None]
@@ -23,7 +24,7 @@ Report = Callable[[int, int, str], None]
 
 def make_plan(
     estimator: StepTimeEstimator,
-    devices: Iterable[PlannedDevice],
+    devices: Iterable[DeviceProfile],
     acceptance: AcceptanceTrace | Mapping[str, AcceptanceTrace] | Runs,
     settings: PlanSettings | None = None,
     *,
@@ -92,7 +93,7 @@ def make_plan(
     )
 
 
-def _checked(devices: Iterable[PlannedDevice], settings: PlanSettings) -> list[PlannedDevice]:
+def _checked(devices: Iterable[DeviceProfile], settings: PlanSettings) -> list[DeviceProfile]:
     fleet = list(devices)
     if not fleet:
         raise PlanError("A plan needs at least one edge device.", "Give --edge or --device.")
@@ -139,19 +140,6 @@ def _runs(
     return runs_of_trace(acceptance[name], settings.violations)
 
 
-@dataclass(frozen=True, slots=True)
-class SpeedDevice:
-    """A device known by drafting speed (tokens/s) and power alone, as publications state them."""
-
-    name: str
-    tokens_per_s: float
-    draft_w: float = 0.0
-    resume_ms: float = 0.0
-
-    def step_ms(self, context: int) -> float:
-        return 1000.0 / self.tokens_per_s
-
-
 def plan_files(
     estimator: Path,
     edges: Sequence[str] = (),
@@ -166,7 +154,6 @@ def plan_files(
     devices or ``NAME=TRACE`` for one. Raises :class:`PlanError` if they do not belong together.
     """
     from wispprof.fitting.estimator import load_estimator
-    from wispprof.simulation.devices import DeviceProfile
 
     fitted = load_estimator(Path(estimator))
     document = read_document(Path(estimator), "estimator")
@@ -176,7 +163,7 @@ def plan_files(
         inputs["machine"] = machine
         notes.append(f"Server times were measured on {machine}.")
     shared, named = _traces(traces, inputs)
-    devices: list[PlannedDevice] = []
+    devices: list[DeviceProfile] = []
     for entry in edges:
         name, path = _split(entry)
         profile = load_edge(path)
@@ -188,7 +175,7 @@ def plan_files(
         devices.append(DeviceProfile.from_rows(name, profile.rows))
     for entry in speeds:
         name, speed, watts = _speed(entry)
-        devices.append(SpeedDevice(name, speed, watts))
+        devices.append(DeviceProfile.from_speed(name, speed, draft_w=watts))
         notes.append(f"{name} is described by its drafting speed alone: {speed:g} tokens/s.")
     if shared is None and not named:
         raise PlanError("A plan needs an acceptance trace.", "Give --trace.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -67,9 +67,6 @@ class Answer:
         found: Answer = files.convert(document.payload, cls, "answer", "Run the demo again.")
         return found
 
-    def payload(self) -> dict[str, Any]:
-        return asdict(self)
-
     @property
     def text(self) -> str:
         """The generated text."""
@@ -126,9 +123,6 @@ class Bench:
             for name, value in result.figures.items()
         }
         return cls(result.policy, dict(result.load), figures, tuple(result.steps))
-
-    def payload(self) -> dict[str, Any]:
-        return asdict(self)
 
     @property
     def slos(self) -> tuple[float, ...]:
