@@ -27,12 +27,14 @@ _NAME, _ASIDE = "bold cyan", "dim"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One command: its panel in the overview, its name and first line, its module if named otherwise."""
+    """One command, or a group: its panel in the overview, its name and first line, its module if named
+    otherwise."""
 
     panel: str
     name: str
     line: str
     module: str = ""
+    is_group: bool = False
 
 
 COMMANDS = (
@@ -42,9 +44,9 @@ COMMANDS = (
     Entry("Measure", "profile-edge", "Time drafting: in bursts and sustained.", "profilers"),
     Entry("Measure", "profile-link", "Measure round trip, jitter and bandwidth.", "profilers"),
     Entry("Measure", "trace", "Take an acceptance trace of a draft and a target.", "profilers"),
-    Entry("Measure", "profile", "Show, validate, merge, compare, export and import profiles."),
+    Entry("Measure", "profile", "Show, validate, merge, compare, export and import profiles.", is_group=True),
     Entry("Decide", "fit", "Fit a step-time estimator and a rejection predictor, and score them."),
-    Entry("Decide", "plan", "Make a plan, or show, explain, compare and export one."),
+    Entry("Decide", "plan", "Make a plan, or show, explain, compare and export one.", is_group=True),
     Entry("Decide", "simulate", "Simulate a fleet of edges on one server under several policies."),
     Entry("Decide", "reproduce", "Compare published results with the simulator's.", "simulate"),
     Entry("Decide", "report", "Write a self-contained HTML report of a folder of artifacts.", "start"),
@@ -66,17 +68,22 @@ class LazyCommands(MutableMapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._made:
-            self._make(self._by_name[name])
+            self._made[name] = self._make(self._by_name[name])
         return self._made[name]
 
-    def _make(self, entry: Entry) -> None:
+    def _make(self, entry: Entry) -> Any:
+        """The module's ``group``, or its function of the command's name."""
+        module: Any = import_module(f"wispprof.cli.{entry.module or entry.name}")
         part = typer.Typer()
         part.callback()(lambda: None)  # with a callback, Typer makes a group even of one command
-        import_module(f"wispprof.cli.{entry.module or entry.name}").register(part)
-        group: Any = typer.main.get_command(part)
-        for name, command in group.commands.items():
-            command.rich_help_panel = self._by_name[name].panel
-            self._made.setdefault(name, command)
+        if entry.is_group:
+            part.add_typer(module.group, name=entry.name)
+        else:
+            part.command(entry.name)(getattr(module, entry.name.replace("-", "_")))
+        tool: Any = typer.main.get_command(part)
+        command = tool.commands[entry.name]
+        command.rich_help_panel = entry.panel
+        return command
 
     def __setitem__(self, name: str, command: Any) -> None:
         self._made[name] = command

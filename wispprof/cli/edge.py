@@ -16,14 +16,6 @@ if TYPE_CHECKING:
     from wispprof.edge.edge_runtime import EdgeRuntime, Prompt
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the tool."""
-    app.command("generate")(generate)
-    app.command("chat")(chat)
-    app.command("edge")(edge)
-    app.command("link")(link)
-
-
 @with_settings
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from wispprof.cli.console import emit_json, note, output, table, tracker
 from wispprof.cli.options import JsonFlag, with_settings
 from wispprof.settings.planner_settings import FitSettings
 
 if TYPE_CHECKING:
     from wispprof.fitting.evaluation import Evaluation
-
-
-def register(app: typer.Typer) -> None:
-    """Add ``fit`` to the commands."""
-    app.command("fit")(fit)
 
 
 @with_settings

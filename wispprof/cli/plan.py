@@ -18,19 +18,12 @@ if TYPE_CHECKING:
 PlanFile = Annotated[Path, typer.Argument(help="A plan file.")]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the ``plan`` group."""
-    group = typer.Typer(
-        invoke_without_command=True, help="Make a plan, or show, explain, compare and export one."
-    )
-    group.callback()(make)
-    group.command("show")(show)
-    group.command("explain")(explain_cell)
-    group.command("diff")(diff)
-    group.command("export")(export_plan)
-    app.add_typer(group, name="plan")
+group = typer.Typer(
+    invoke_without_command=True, help="Make a plan, or show, explain, compare and export one."
+)
 
 
+@group.callback()
 @with_settings
 def make(
     ctx: typer.Context,
@@ -83,6 +76,7 @@ def make(
         _show_plan(plan, None, "stream")
 
 
+@group.command("show")
 def show(
     plan: PlanFile,
     device: Annotated[str | None, typer.Option("--device", help="Only this device.")] = None,
@@ -99,6 +93,7 @@ def show(
         _show_plan(loaded, device, mode)
 
 
+@group.command("explain")
 def explain_cell(
     cell: Annotated[str, typer.Argument(help="DEVICE/RTT/LOAD/SLO, optionally with /stream or /round.")],
     plan: Annotated[Path, typer.Option("--plan", help="The plan file.")] = Path("plan.json"),
@@ -113,6 +108,7 @@ def explain_cell(
     result({"row": loaded.find(cell), "words": lines}, "\n".join(lines), as_json)
 
 
+@group.command("diff")
 def diff(
     before: PlanFile,
     after: PlanFile,
@@ -134,6 +130,7 @@ def diff(
     result({"changes": changes}, shown, as_json)
 
 
+@group.command("export")
 def export_plan(
     plan: PlanFile,
     form: Annotated[str, typer.Option("--format", help="csv, vllm or sglang.")] = "csv",

@@ -18,17 +18,10 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Name of the profile to w
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the group to the tool."""
-    group = typer.Typer(
-        help="Show, validate, merge, compare, export and import profiles.", no_args_is_help=True
-    )
-    for command in (show, validate, merge, diff, export):
-        group.command(command.__name__)(command)
-    group.command("import-llama-bench")(import_llama_bench)
-    app.add_typer(group, name="profile")
+group = typer.Typer(help="Show, validate, merge, compare, export and import profiles.", no_args_is_help=True)
 
 
+@group.command()
 def show(
     profile: Annotated[Path, typer.Argument(help="A profile.")],
     rows: Annotated[bool, typer.Option("--rows", help="Every row, sentinels too.")] = False,
@@ -47,6 +40,7 @@ def show(
     _print_profile(loaded, everything=rows)
 
 
+@group.command()
 def validate(
     profiles: Annotated[list[Path], typer.Argument(help="Profiles or traces.")], as_json: JsonFlag = False
 ) -> None:
@@ -72,6 +66,7 @@ def validate(
         raise typer.Exit(1)
 
 
+@group.command()
 def merge(
     profiles: Annotated[list[Path], typer.Argument(help="Profiles of one model on one machine.")],
     out: Out,
@@ -91,6 +86,7 @@ def merge(
     finished(merged, out, as_json)
 
 
+@group.command()
 def diff(
     before: Annotated[Path, typer.Argument(help="The earlier profile.")],
     after: Annotated[Path, typer.Argument(help="The later profile.")],
@@ -136,6 +132,7 @@ def diff(
     result(document, shown, as_json)
 
 
+@group.command()
 def export(
     profile: Annotated[Path, typer.Argument(help="A profile.")],
     to: Annotated[Path, typer.Argument(help="A file in .csv or .parquet.")],
@@ -148,6 +145,7 @@ def export(
     note(f"wrote {count} rows to {to}")
 
 
+@group.command()
 def import_llama_bench(
     file: Annotated[Path, typer.Argument(help="What llama-bench -o json printed.")],
     out: Out = Path("edge"),

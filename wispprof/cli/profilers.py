@@ -33,14 +33,6 @@ TraceServer = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the tool."""
-    app.command("profile-server")(profile_server)
-    app.command("profile-edge")(profile_edge)
-    app.command("profile-link")(profile_link)
-    app.command("trace")(trace)
-
-
 @with_settings
 def profile_server(
     settings: ServerProfilerSettings,

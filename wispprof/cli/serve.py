@@ -24,12 +24,6 @@ if TYPE_CHECKING:
 BUNDLED = "the bundled target"
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the tool."""
-    app.command("serve")(serve)
-    app.command("bench")(bench)
-
-
 @with_settings
 def serve(settings: ServerSettings, scaling: ReplicaSettings) -> None:
     """Verify the drafts of many edges with one target model.

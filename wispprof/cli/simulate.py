@@ -22,12 +22,6 @@ if TYPE_CHECKING:
     from wispprof.simulation.reproduce import Figure, ReproducedTable
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the tool."""
-    app.command("simulate")(simulate)
-    app.command("reproduce")(reproduce)
-
-
 @with_settings
 def simulate(settings: SimulationSettings, jobs: Jobs = None, as_json: JsonFlag = False) -> None:
     """Simulate a fleet of edges on one server under several policies."""

@@ -22,13 +22,6 @@ BUSY = 0.5
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the tool."""
-    app.command("demo")(demo)
-    app.command("doctor")(doctor)
-    app.command("report")(report)
-
-
 def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer measurements and requests: a minute.")
