@@ -8,11 +8,14 @@ position 0, and the first generated token of a prompt of ``n`` tokens at positio
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+
+Progress = Callable[[int, int, str], None]
+"""Called by long work with (done, total, status), such as a sweep's blocks and its ETA."""
 
 
 @dataclass(frozen=True, slots=True)

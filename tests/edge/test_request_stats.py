@@ -7,7 +7,7 @@ from fake_pair import fake_runtime
 
 from wispprof.edge.edge_runtime import Prompt
 from wispprof.edge.request_stats import EnergyShares
-from wispprof.hardware import EnergyReading, NullMeter
+from wispprof.hardware import EnergyMeter, EnergyReading
 from wispprof.types import Sampling
 
 
@@ -65,7 +65,7 @@ def test_a_request_that_fails_leaves_the_others_their_windows() -> None:
 
 
 def test_no_sensor_means_no_figure() -> None:
-    shares = EnergyShares(NullMeter())
+    shares = EnergyShares(EnergyMeter())
     with shares.share() as one:
         pass
     assert one.energy_j is None
@@ -91,7 +91,7 @@ async def test_an_answer_tells_its_energy() -> None:
         assert reply.stats.summary()["energy_j_per_token"] == pytest.approx(meter.used / 12)
         assert "J/token" in reply.stats.line()
         silent = runtime.reply(Prompt((1, 2, 3), 12, Sampling()))
-        runtime.device.energy = EnergyShares(NullMeter())
+        runtime.device.energy = EnergyShares(EnergyMeter())
         async for _ in silent.text():
             pass
         assert silent.stats.summary()["energy_j_per_token"] is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_a_folder_loads_with_its_identity(folder: Path) -> None:
     assert half.kv_bytes_per_token == info.kv_bytes_per_token // 2
     assert half.weights_hash == info.weights_hash
     assert half.config_hash == info.config_hash
-    assert json.loads(json.dumps(info.as_dict()))["id"] == folder.name
+    assert json.loads(json.dumps(asdict(info)))["id"] == folder.name
 
 
 def test_weights_hash_tells_weights_apart(folder: Path, tmp_path: Path) -> None:

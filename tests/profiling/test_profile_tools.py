@@ -10,14 +10,12 @@ import math
 import random
 import statistics
 from dataclasses import replace
-from importlib import import_module
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from wispprof.artifacts import EdgeRow, Manifest, StepRow, load_edge, load_profile, make_profile, save_profile
-from wispprof.cli.console import GuardedGroup
+from wispprof.cli import app
 from wispprof.errors import ArtifactDamaged, HandshakeRefused, ProfileError, ProtocolError
 from wispprof.profiling.link_profiler import link_summary, profile_link
 from wispprof.profiling.llama_bench import import_results
@@ -312,10 +310,6 @@ def test_servers_that_refuse_or_lie():
 
 # --- commands -------------------------------------------------------------------------------------
 
-app = typer.Typer(cls=GuardedGroup, pretty_exceptions_enable=False)
-for commands in ("profile", "profilers"):
-    import_module(f"wispprof.cli.{commands}").register(app)
-
 
 def run(*words):
     return CliRunner().invoke(app, [str(word) for word in words])
@@ -377,6 +371,6 @@ def test_options_reach_the_settings(tmp_path, monkeypatch):
     assert json.loads(done.stdout)["manifest"]["kind"] == "server"
     [settings] = seen
     assert settings.axes.items == (1, 2, 4, 8)
-    assert (settings.sweep.target, settings.sweep.seed) == (0.1, 3)
+    assert (settings.precision.target, settings.precision.seed) == (0.1, 3)
     assert settings.budget_s == 120
     assert run("profile-server", "--items", "8-1", "--out", tmp_path / "q").exit_code == 1

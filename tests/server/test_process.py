@@ -11,15 +11,14 @@ from typing import get_args, get_type_hints
 
 import httpx
 import pytest
-import typer
 from prometheus_client.parser import text_string_to_metric_families
 from raw_edge import GREEDY, edge
 from rich.console import Console
 from typer.testing import CliRunner
 
 from wispprof import protocol
+from wispprof.cli import app
 from wispprof.cli import serve as command
-from wispprof.cli.console import GuardedGroup
 from wispprof.errors import EngineError, WispprofError
 from wispprof.server import VerificationServer, running_server
 from wispprof.server.dashboard import dashboard_table
@@ -176,13 +175,6 @@ def test_logs_are_json_lines() -> None:
 # --- the command ---
 
 
-def app() -> typer.Typer:
-    made = typer.Typer(cls=GuardedGroup)
-    made.callback()(lambda: None)
-    command.register(made)
-    return made
-
-
 def test_the_command_takes_its_defaults_from_the_settings() -> None:
     settings = {each.key: each.default for each in declared(ServerSettings)}
     parameters = inspect.signature(command.serve).parameters
@@ -206,7 +198,7 @@ def test_the_command_takes_its_defaults_from_the_settings() -> None:
     ],
 )
 def test_the_command_refuses_clearly(options: list[str], says: str, code: int) -> None:
-    result = CliRunner().invoke(app(), ["serve", *options])
+    result = CliRunner().invoke(app, ["serve", *options])
     assert result.exit_code == code
     assert says in result.stderr
     assert "Traceback" not in result.output

@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,6 +124,3 @@ class Manifest:
     citation: str = ""
     rows: int = 0
     rows_hash: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)

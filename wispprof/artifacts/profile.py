@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar, cast
 
@@ -155,7 +155,7 @@ def save_profile(profile: Profile, path: Path) -> str:
     whole = make_profile(profile.manifest, profile.rows)
     rows_file, manifest_file = profile_files(Path(path))
     body = b"".join(encode_row(row) for row in whole.rows)
-    document = {"format": FORMAT, "schema": PROFILE_SCHEMA, **whole.manifest.as_dict()}
+    document = {"format": FORMAT, "schema": PROFILE_SCHEMA, **asdict(whole.manifest)}
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False, default=files.plain)
     files.write_atomic(rows_file, body)
     files.write_atomic(manifest_file, (text + "\n").encode())

@@ -196,7 +196,7 @@ def finished(profile: ServerProfile | EdgeProfile | LinkProfile, out: Path, as_j
 
 
 def _profile_document(profile: Profile) -> dict[str, Any]:
-    return {"hash": profile.hash, "manifest": profile.manifest.as_dict()}
+    return {"hash": profile.hash, "manifest": profile.manifest}
 
 
 def _print_profile(profile: Profile, everything: bool) -> None:

@@ -16,7 +16,6 @@ from wispprof.settings.profiler_settings import (
     EdgeProfilerSettings,
     LinkProfilerSettings,
     Output,
-    PrecisionSettings,
     ServerProfilerSettings,
     TraceSettings,
 )
@@ -36,7 +35,6 @@ TraceServer = Annotated[
 @with_settings
 def profile_server(
     settings: ServerProfilerSettings,
-    precision: PrecisionSettings,
     items: Annotated[str, typer.Option(help="Sessions in a step, such as 1-32*2.")] = "",
     new: Annotated[str, typer.Option(help="New tokens per session, such as 1,2,5,9.")] = "",
     cached: Annotated[str, typer.Option(help="Cached tokens per session, such as 64-4096*2.")] = "",
@@ -50,13 +48,11 @@ def profile_server(
     from wispprof.profiling import server_profiler
     from wispprof.profiling.shape_grid import load_axes, override_axes
 
-    quick = settings.grid == "quick"
     axes = {"items": items, "new": new, "cached": cached}
     given = {name: text for name, text in axes.items() if text}
     settings = replace(
         settings,
         axes=override_axes(load_axes(settings.grid), given, "options") if given else None,
-        sweep=precision.applied_to(server_profiler.QUICK if quick else server_profiler.STANDARD),
         output=Output(out, resume, overwrite),
     )
     if dry_run:
@@ -73,7 +69,6 @@ def profile_edge(
     settings: EdgeProfilerSettings,
     sampling: SamplingSettings,
     access: ServerAccess,
-    precision: PrecisionSettings,
     contexts: Annotated[str, typer.Option(help="Cached tokens under a draft step, such as 64-4096*2.")] = "",
     chunks: Annotated[str, typer.Option(help="Tokens prefilled at once, such as 64,256.")] = "",
     trace: Annotated[Path | None, typer.Option(help="Also take an acceptance trace into this file.")] = None,
@@ -90,13 +85,11 @@ def profile_edge(
     from wispprof.profiling.drafter_runner import load_edge_axes
     from wispprof.profiling.shape_grid import override_axes
 
-    quick = settings.grid == "quick"
     given = {name: text for name, text in (("contexts", contexts), ("chunks", chunks)) if text}
     settings = replace(
         settings,
         axes=override_axes(load_edge_axes(settings.grid), given, "options") if given else None,
         sampling=sampling.sampling(),
-        sweep=precision.applied_to(edge_profiler.QUICK if quick else edge_profiler.STANDARD),
         output=Output(out, resume, overwrite),
     )
     if dry_run:

@@ -23,13 +23,12 @@ from wispprof.settings.profiler_settings import (
 )
 from wispprof.settings.shared_settings import DEMO_FOLDER
 from wispprof.simulation.devices import DeviceProfile
-from wispprof.types import BatchShape, Sampling
+from wispprof.types import BatchShape, Progress, Sampling
 
 if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
 
 
-Progress = Callable[[int, int, str], None]
 Stage = Callable[[str], Progress]
 """Given the name of a stage, returns its progress callback (done, total, note)."""
 
@@ -115,7 +114,6 @@ class Measured:
     """Models, artifacts and fits that the serving half uses."""
 
     target: LoadedModel
-    draft: LoadedModel
     server: ServerProfile
     edge: EdgeProfile
     device: DeviceProfile
@@ -191,7 +189,6 @@ def measure(settings: DemoSettings, stage: Stage) -> Measured:
     save_plan(plan, out / "plan.json")
     return Measured(
         target,
-        draft,
         server,
         edge,
         device,
@@ -202,15 +199,11 @@ def measure(settings: DemoSettings, stage: Stage) -> Measured:
     )
 
 
-def expected_speed(estimator: FittedEstimator, sessions: int, cached: int) -> float:
-    """Predicted tokens/s per session of server-only serving."""
-    return 1000.0 / estimator.predict(BatchShape.uniform(sessions, 1, cached))[0]
-
-
 def slo_classes(settings: DemoSettings, estimator: FittedEstimator) -> tuple[float, ...]:
     """SLO classes of the load in tokens/s, ascending, rounded to two digits."""
     cached = settings.prompt_tokens + settings.max_new // 2
-    alone = expected_speed(estimator, settings.devices, cached)
+    # Predicted tokens/s of a session in server-only serving.
+    alone = 1000.0 / estimator.predict(BatchShape.uniform(settings.devices, 1, cached))[0]
     return tuple(float(f"{share * alone:.2g}") for share in settings.shares)
 
 

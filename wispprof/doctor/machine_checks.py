@@ -148,7 +148,7 @@ def sensors(_: DoctorContext) -> Finding:
     readable = {
         "clock": reading.clock_mhz is not None,
         "temperature": reading.temperature_c is not None,
-        "energy": not isinstance(hardware.energy_meter(), hardware.NullMeter),
+        "energy": type(hardware.energy_meter()) is not hardware.EnergyMeter,
     }
     missing = [name for name, found in readable.items() if not found]
     if missing:

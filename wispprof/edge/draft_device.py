@@ -11,7 +11,7 @@ from wispprof.backends import Drafter
 from wispprof.drafters import make_drafter
 from wispprof.edge.draft_worker import ThreadWorker
 from wispprof.edge.request_stats import EnergyShares
-from wispprof.hardware import EnergyMeter, NullMeter
+from wispprof.hardware import EnergyMeter
 from wispprof.policies.interface import Controller
 from wispprof.sessions.pending_drafts import common_prefix
 from wispprof.types import RejectionPredictor
@@ -38,7 +38,7 @@ class DraftDevice:
     ) -> None:
         self.kind = kind
         self.stream = True
-        self.energy = EnergyShares(meter or NullMeter())
+        self.energy = EnergyShares(meter or EnergyMeter())
         self._controller = (controller, dict(options or {}))
         self._predictor = predictor
         self._loaded = loaded

@@ -1,10 +1,10 @@
 """The machine: fingerprint, clocks, temperature, energy.
 
-A missing sensor never raises: the base :class:`Sensors` or :class:`NullMeter` stands in for it.
+A missing sensor never raises: the bases :class:`Sensors` and :class:`EnergyMeter` read nothing.
 """
 
 from wispprof.hardware.clocks import Reading, Sensors, sensors
-from wispprof.hardware.energy import EnergyMeter, EnergyReading, NullMeter, energy_meter
+from wispprof.hardware.energy import EnergyMeter, EnergyReading, energy_meter
 from wispprof.hardware.machine_info import (
     Fingerprint,
     Gpu,
@@ -18,7 +18,6 @@ __all__ = [
     "EnergyReading",
     "Fingerprint",
     "Gpu",
-    "NullMeter",
     "Reading",
     "Sensors",
     "compute_device_name",

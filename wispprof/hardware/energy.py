@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from wispprof.hardware import nvml
 from wispprof.hardware.clocks import read_number
@@ -34,18 +33,9 @@ class EnergyReading:
         return self.energy_j / (self.window_ms / 1000)
 
 
-class EnergyMeter(Protocol):
-    """Measures one window at a time."""
-
-    sensor: str
-
-    def begin(self) -> None: ...
-
-    def end(self) -> EnergyReading: ...
-
-
-class _CounterMeter:
-    """Differences of counters that only rise, except for one wrap at most within a window.
+class EnergyMeter:
+    """Measures one window at a time: differences of counters that only rise, except for one wrap at most
+    within a window. This base has no counter: its windows have a duration and no energy.
 
     ``wraps``: per counter, the value after which it starts again at 0. ``joules_per_count``: its unit.
     """
@@ -53,7 +43,7 @@ class _CounterMeter:
     sensor = "no sensor"
     joules_per_count = 1.0
 
-    def __init__(self, wraps: list[float], clock: Callable[[], float]) -> None:
+    def __init__(self, wraps: Sequence[float] = (), clock: Callable[[], float] = time.perf_counter) -> None:
         self._wraps, self._clock = wraps, clock
         self._begin_counts: list[float | None] = []
         self._begin_s = clock()
@@ -81,14 +71,7 @@ class _CounterMeter:
         return []
 
 
-class NullMeter(_CounterMeter):
-    """No sensor: a window has a duration and no energy."""
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        super().__init__([], clock)
-
-
-class RaplMeter(_CounterMeter):
+class RaplMeter(EnergyMeter):
     """Intel and AMD packages through Linux powercap. Often only root can read the counters."""
 
     sensor = "rapl"
@@ -108,7 +91,7 @@ class RaplMeter(_CounterMeter):
         return [read_number(zone / "energy_uj") for zone in self._zones]
 
 
-class NvmlMeter(_CounterMeter):
+class NvmlMeter(EnergyMeter):
     """An NVIDIA GPU's own counter (Volta and later), in millijoules since the driver was loaded."""
 
     sensor = "nvml"
@@ -127,7 +110,7 @@ class NvmlMeter(_CounterMeter):
         return [energy_mj]
 
 
-class HwmonMeter:
+class HwmonMeter(EnergyMeter):
     """Board power sensors (INA3221 on Jetson and others), sampled by a thread and integrated.
 
     Takes the rail with the most power, which is the board's input.
@@ -138,9 +121,10 @@ class HwmonMeter:
     def __init__(
         self, root: Path = Path("/"), clock: Callable[[], float] = time.perf_counter, period_s: float = 0.1
     ) -> None:
-        self._clock, self._period_s = clock, period_s
+        super().__init__(clock=clock)
+        self._period_s = period_s
         self._rails = _power_rails(root)
-        self._joules = self._last_w = self._last_s = self._begin_s = 0.0
+        self._joules = self._last_w = self._last_s = 0.0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -179,13 +163,13 @@ class HwmonMeter:
 
 
 def energy_meter(device: str = "cpu", root: Path = Path("/")) -> EnergyMeter:
-    """The best meter for a torch-style device name; :class:`NullMeter` without a sensor."""
+    """The best meter for a torch-style device name; the base :class:`EnergyMeter` without a sensor."""
     kind, _, index = device.partition(":")
     counter = NvmlMeter(int(index or 0)) if kind == "cuda" else RaplMeter(root)
     if counter.present:
         return counter
     board = HwmonMeter(root)
-    return board if board.present else NullMeter()
+    return board if board.present else EnergyMeter()
 
 
 def _power_rails(root: Path) -> list[Callable[[], float | None]]:

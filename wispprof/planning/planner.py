@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,9 +17,7 @@ from wispprof.planning.session_speed import LoadedStepTimes, Runs, runs_of_trace
 from wispprof.policies.cost_model import LOAD_BOUNDS, LOAD_LEVELS
 from wispprof.settings.planner_settings import PlanSettings
 from wispprof.simulation.devices import DeviceProfile
-from wispprof.types import StepTimeEstimator
-
-Report = Callable[[int, int, str], None]
+from wispprof.types import Progress, StepTimeEstimator
 
 
 def make_plan(
@@ -30,7 +28,7 @@ def make_plan(
     *,
     inputs: Mapping[str, str] | None = None,
     notes: Iterable[str] = (),
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """Compute every table.
 
@@ -146,7 +144,7 @@ def plan_files(
     speeds: Sequence[str] = (),
     traces: Sequence[str] = (),
     settings: PlanSettings | None = None,
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """Read and check everything, and make the plan.
 

@@ -23,10 +23,9 @@ from wispprof.hardware import fingerprint
 from wispprof.profiling.link_profiler import ServerClient
 from wispprof.profiling.profile_run import load_pair_model
 from wispprof.profiling.prompts import held_out_prompts, load_prompts
-from wispprof.profiling.sweep import Progress
 from wispprof.settings.profiler_settings import TraceSettings
 from wispprof.settings.shared_settings import ServerAccess
-from wispprof.types import Sampling, StepInput
+from wispprof.types import Progress, Sampling, StepInput
 
 if TYPE_CHECKING:
     from wispprof.edge.connection import ConnectionFactory

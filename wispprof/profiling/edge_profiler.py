@@ -35,11 +35,11 @@ from wispprof.profiling.profile_run import (
     synchronizer,
 )
 from wispprof.profiling.shape_grid import axes_record
-from wispprof.profiling.sweep import Progress, SweepResult
+from wispprof.profiling.sweep import SweepResult
 from wispprof.profiling.sweep_cost import pilot
 from wispprof.profiling.workload import round_ms
 from wispprof.settings.profiler_settings import EdgeProfilerSettings, SweepSettings
-from wispprof.types import ModelInfo
+from wispprof.types import ModelInfo, Progress
 
 if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
@@ -218,7 +218,7 @@ def _set_up(
     axes = _axes(settings)
     gguf = loaded is None and settings.draft.endswith(".gguf")
     device = _llamacpp_device(settings) if gguf else _torch_device(settings, loaded)
-    sweep = settings.sweep or (QUICK if settings.grid == "quick" else STANDARD)
+    sweep = settings.sweep or settings.precision.applied_to(QUICK if settings.grid == "quick" else STANDARD)
     runner = DrafterRunner(
         device.drafter,
         device.model.vocab_size,

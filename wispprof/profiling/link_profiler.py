@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, cast
 from wispprof.artifacts import LinkProfile, LinkRow
 from wispprof.errors import HandshakeRefused, ProtocolError, ServerUnreachable
 from wispprof.profiling.profile_run import begin_manifest, finalize_profile
-from wispprof.profiling.sweep import Progress, SweepResult
+from wispprof.profiling.sweep import SweepResult
 from wispprof.profiling.workload import round_ms
 from wispprof.settings.profiler_settings import LinkProfilerSettings, SweepSettings
 from wispprof.settings.shared_settings import ServerAccess
-from wispprof.types import ModelInfo
+from wispprof.types import ModelInfo, Progress
 
 if TYPE_CHECKING:
     from wispprof import protocol

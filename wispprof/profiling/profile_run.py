@@ -18,11 +18,11 @@ from wispprof.artifacts.rows import Row
 from wispprof.errors import ArtifactError
 from wispprof.hardware import fingerprint, sensors
 from wispprof.profiling.measurement_log import drift_summary
-from wispprof.profiling.sweep import Progress, Sweep, SweepResult
+from wispprof.profiling.sweep import Sweep, SweepResult
 from wispprof.profiling.sweep_cost import CostModel
 from wispprof.profiling.workload import Runner, Workload
 from wispprof.settings.profiler_settings import Output, SweepSettings
-from wispprof.types import ModelInfo
+from wispprof.types import ModelInfo, Progress
 
 if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel

@@ -36,11 +36,11 @@ from wispprof.profiling.shape_grid import (
     select_within_budget,
     server_workloads,
 )
-from wispprof.profiling.sweep import Progress, SweepResult
+from wispprof.profiling.sweep import SweepResult
 from wispprof.profiling.sweep_cost import CostModel, pilot
 from wispprof.profiling.workload import Workload
 from wispprof.settings.profiler_settings import ServerProfilerSettings, SweepSettings
-from wispprof.types import BatchShape, Sampling, StepInput
+from wispprof.types import BatchShape, Progress, Sampling, StepInput
 
 if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
@@ -133,7 +133,7 @@ def _set_up(
     loaded = loaded or _load(settings)
     info, device = loaded.info, loaded.device
     axes = settings.axes or load_axes(settings.grid)
-    sweep = settings.sweep or (QUICK if settings.grid == "quick" else STANDARD)
+    sweep = settings.sweep or settings.precision.applied_to(QUICK if settings.grid == "quick" else STANDARD)
     context = info.max_context
     required = required_capacity(axes, context)
     # A resumed sweep keeps its capacity.

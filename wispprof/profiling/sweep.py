@@ -24,9 +24,7 @@ from wispprof.profiling.measurement_log import MeasurementLog, half_width
 from wispprof.profiling.sweep_cost import CostModel
 from wispprof.profiling.workload import Runner, Workload, format_duration, run_repeatedly
 from wispprof.settings.profiler_settings import SweepSettings
-
-Progress = Callable[[int, int, str], None]
-"""Called with (blocks measured, blocks expected in all, status text with the ETA)."""
+from wispprof.types import Progress
 
 Subject = TypeVar("Subject")
 

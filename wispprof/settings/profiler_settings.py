@@ -97,7 +97,7 @@ def _grid() -> Any:
 
 @dataclass(frozen=True)
 class ServerProfilerSettings(Settings):
-    """What a server profile measures. ``axes`` replaces the named ``grid``.
+    """What a server profile measures. ``axes`` replaces the named ``grid``, ``sweep`` its precision.
 
     Without ``budget_minutes`` only the quick grid is limited, to :data:`QUICK_MINUTES`; its first
     :data:`~wispprof.profiling.server_profiler.QUICK_SHAPES` shapes are measured all the same.
@@ -120,6 +120,7 @@ class ServerProfilerSettings(Settings):
     budget_minutes: float | None = setting(
         None, "Time limit; the most informative workloads are measured first.", unit="minutes", minimum=0
     )
+    precision: PrecisionSettings = field(default_factory=PrecisionSettings)
     sweep: SweepSettings | None = None
     output: Output = field(default_factory=Output)
 
@@ -133,7 +134,7 @@ class ServerProfilerSettings(Settings):
 
 @dataclass(frozen=True)
 class EdgeProfilerSettings(Settings):
-    """What an edge profile measures. ``axes`` replaces the named ``grid``."""
+    """What an edge profile measures. ``axes`` replaces the named ``grid``, ``sweep`` its precision."""
 
     draft: str = setting("", "Draft model: folder, hub id or .gguf file; default: the bundled one.")
     dtype: str = dtype_setting()
@@ -148,6 +149,7 @@ class EdgeProfilerSettings(Settings):
         minimum=0,
         option="sustained-seconds",
     )
+    precision: PrecisionSettings = field(default_factory=PrecisionSettings)
     sweep: SweepSettings | None = None
     output: Output = field(default_factory=Output)
 
