@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from depth_acceptance import DepthAcceptance
 from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_step import SyntheticEstimator
 
 from wispprof.policies import LOAD_LEVELS, RoundContext, load_level, make_controller, slowdown
-from wispprof.policies.controllers import ConfidenceAcceptance, DepthAcceptance
+from wispprof.policies.controllers import ConfidenceAcceptance
 from wispprof.policies.cost_model import representative_slowdown
 from wispprof.types import DraftFeatures
 

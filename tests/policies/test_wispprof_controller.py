@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from depth_acceptance import DepthAcceptance
 
 from wispprof.artifacts.plan import DraftRow, Plan
 from wispprof.policies import RoundContext, make_controller
-from wispprof.policies.controllers import DepthAcceptance
 from wispprof.policies.stopping import draft_row_lookup
 from wispprof.types import DraftFeatures, Slo
 

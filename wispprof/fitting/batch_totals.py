@@ -73,14 +73,14 @@ def extend_many(totals: Totals, new: Any, cached: Any, prefill: Any = False) -> 
     new, cached = np.asarray(new, dtype=np.float64), np.asarray(cached, dtype=np.float64)
     prompt = np.asarray(prefill, dtype=bool)
     grown = BatchTotals.empty(max(new.size, cached.size, prompt.size))
-    grown.items[:] = totals.items + 1
-    grown.sum_new[:] = totals.sum_new + new
-    grown.sum_cached[:] = totals.sum_cached + cached
-    grown.sum_new_cached[:] = totals.sum_new_cached + new * cached
-    grown.sum_new_sq[:] = totals.sum_new_sq + new * new
-    np.maximum(totals.max_cached, cached, out=grown.max_cached)
-    np.maximum(totals.max_new, new, out=grown.max_new)
-    grown.prefill[:] = totals.prefill + new * prompt
+    grown.items.fill(totals.items + 1)
+    np.add(new, totals.sum_new, out=grown.sum_new)
+    np.add(cached, totals.sum_cached, out=grown.sum_cached)
+    np.add(new * cached, totals.sum_new_cached, out=grown.sum_new_cached)
+    np.add(new * new, totals.sum_new_sq, out=grown.sum_new_sq)
+    np.maximum(cached, totals.max_cached, out=grown.max_cached)
+    np.maximum(new, totals.max_new, out=grown.max_new)
+    np.add(new * prompt, totals.prefill, out=grown.prefill)
     return grown
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from operator import le
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -41,6 +42,8 @@ MODELS: dict[str, type[StepTimeModel]] = {
     c.kind: c for c in (WispLinear, Staircase, Forest, WispprofStepTime)
 }
 ESTIMATOR_KINDS = tuple(MODELS)
+CHECKED = ("items", "sum_new", "sum_cached", "max_cached", "max_new", "prefill")
+"""Totals that bound the measured domain; the others follow from them."""
 
 
 def model_class(kind: str) -> type[StepTimeModel]:
@@ -53,10 +56,8 @@ def model_class(kind: str) -> type[StepTimeModel]:
 
 @dataclass(frozen=True)
 class Domain:
-    """The box of totals that was measured, from ``low`` to ``high``.
-
-    ``sum_new_cached`` and ``sum_new_sq`` follow from the others and are not checked.
-    """
+    """The box of totals that was measured, from ``low`` to ``high``. ``sum_new_cached`` and ``sum_new_sq``
+    follow from the others and are not checked."""
 
     low: Totals
     high: Totals
@@ -66,37 +67,27 @@ class Domain:
         return cls(BatchTotals(*(int(column.min()) for column in totals)), upper_corner(totals))
 
     def __contains__(self, totals: Totals) -> bool:
-        low, high = self.low, self.high
-        return (
-            low.items <= totals.items <= high.items
-            and low.sum_new <= totals.sum_new <= high.sum_new
-            and low.sum_cached <= totals.sum_cached <= high.sum_cached
-            and low.max_cached <= totals.max_cached <= high.max_cached
-            and low.max_new <= totals.max_new <= high.max_new
-            and low.prefill <= totals.prefill <= high.prefill
-        )
+        low = self.low._replace(sum_new_cached=0, sum_new_sq=0)
+        return all(map(le, low, totals)) and not self.above(totals)
 
     def above(self, totals: Totals) -> bool:
         """Whether the batch holds more of something than was ever measured."""
-        high = self.high
+        items, new, cached, _, _, max_cached, max_new, prefill = totals
+        most = self.high
         return (
-            totals.sum_new > high.sum_new
-            or totals.sum_cached > high.sum_cached
-            or totals.items > high.items
-            or totals.max_cached > high.max_cached
-            or totals.max_new > high.max_new
-            or totals.prefill > high.prefill
+            new > most.sum_new
+            or cached > most.sum_cached
+            or items > most.items
+            or max_cached > most.max_cached
+            or max_new > most.max_new
+            or prefill > most.prefill
         )
 
     def above_many(self, totals: ArrayTotals) -> NDArray[np.bool_]:
         """:meth:`above` of n batches, (n,)."""
-        high = self.high
-        above: NDArray[np.bool_] = totals.sum_new > high.sum_new
-        above |= totals.sum_cached > high.sum_cached
-        above |= totals.items > high.items
-        above |= totals.max_cached > high.max_cached
-        above |= totals.max_new > high.max_new
-        above |= totals.prefill > high.prefill
+        above = np.zeros(len(totals.items), dtype=bool)
+        for name in CHECKED:
+            above |= getattr(totals, name) > getattr(self.high, name)
         return above
 
 
@@ -161,9 +152,9 @@ class Accumulator(BatchCost):
     def add_many(self, new: Any, cached: Any, prefill: Any = False) -> tuple[FloatArray, FloatArray]:
         estimator = self._estimator
         p50, bound = estimator.predict_totals(extend_many(self.totals, new, cached, prefill))
-        chunk = np.broadcast_to(np.asarray(prefill, dtype=bool), p50.shape)
-        if self.decode is None and not chunk.any():
+        if self.decode is None and (prefill is False or not np.any(prefill)):
             return p50, bound
+        chunk = np.broadcast_to(np.asarray(prefill, dtype=bool), p50.shape)
         decode = self.decode or self
         alone = np.full(len(p50), decode.bound_ms)
         if self.decode is not None and not chunk.all():
@@ -258,8 +249,8 @@ class FittedEstimator(StepTimeEstimator):
         small: Any
         large: Any
         small, large, *mixed = self._factors
-        chunk = totals.prefill > 0
-        if chunk.any():
+        if totals.prefill.any():
+            chunk = totals.prefill > 0
             small, large = np.where(chunk, mixed[0], small), np.where(chunk, mixed[1], large)
         split = self.ratio.split_ms
         bound = np.where(raw < split, raw * small, np.maximum(raw * large, split * small))

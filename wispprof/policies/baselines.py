@@ -57,11 +57,7 @@ class FcfsPolicy:
     stream: bool = field(default=False, init=False)
 
     def plan(
-        self,
-        now_ms: float,
-        sessions: list[SessionView],
-        estimator: StepTimeEstimator,
-        limits: Limits,
+        self, now_ms: float, sessions: list[SessionView], estimator: StepTimeEstimator, limits: Limits
     ) -> StepPlan:
         return _fill(now_ms, _arrivals(sessions), estimator, limits, self.max_batch, "fcfs")
 
@@ -79,11 +75,7 @@ class SledPolicy:
     stream: bool = field(default=False, init=False)
 
     def plan(
-        self,
-        now_ms: float,
-        sessions: list[SessionView],
-        estimator: StepTimeEstimator,
-        limits: Limits,
+        self, now_ms: float, sessions: list[SessionView], estimator: StepTimeEstimator, limits: Limits
     ) -> StepPlan:
         queue = _arrivals(sessions)
         if not queue:
@@ -113,11 +105,7 @@ class SpecEdgePolicy:
             raise ValueError(f"groups must be at least 1, got {self.groups}")
 
     def plan(
-        self,
-        now_ms: float,
-        sessions: list[SessionView],
-        estimator: StepTimeEstimator,
-        limits: Limits,
+        self, now_ms: float, sessions: list[SessionView], estimator: StepTimeEstimator, limits: Limits
     ) -> StepPlan:
         self._assign(sessions)
         queue = _arrivals(sessions)
@@ -164,11 +152,7 @@ class ServerOnlyPolicy:
     stream: bool = field(default=True, init=False)
 
     def plan(
-        self,
-        now_ms: float,
-        sessions: list[SessionView],
-        estimator: StepTimeEstimator,
-        limits: Limits,
+        self, now_ms: float, sessions: list[SessionView], estimator: StepTimeEstimator, limits: Limits
     ) -> StepPlan:
         queue = _arrivals(sessions)
         batch = BatchBuilder(estimator, limits)

@@ -7,7 +7,6 @@ draft roughly calibrated, and for any draft a good ranking.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,38 +28,6 @@ class ConfidenceAcceptance:
     def acceptance_prob_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
         clipped: np.ndarray = np.clip(np.asarray(features)[:, 0], self.low, self.high)
         return clipped
-
-
-@dataclass(frozen=True, slots=True)
-class DepthAcceptance:
-    """Acceptance probability by depth alone, from a trace's table; its last ratio continues.
-
-    ``cumulative[j]``: share of rounds whose first j+1 drafts were all accepted, as
-    ``AcceptanceTrace.cum_acceptance_by_position`` gives it.
-    """
-
-    cumulative: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not self.cumulative or not all(0 <= c <= 1 for c in self.cumulative):
-            raise ValueError(f"cumulative must be values within 0 … 1, got {self.cumulative}")
-
-    @classmethod
-    def of(cls, cumulative: Sequence[float]) -> DepthAcceptance:
-        return cls(tuple(float(c) for c in cumulative))
-
-    def acceptance_prob(self, features: DraftFeatures, depth: int) -> float:
-        return self._conditional(depth)
-
-    def _conditional(self, depth: int) -> float:
-        depth = min(depth, len(self.cumulative) - 1)
-        before = self.cumulative[depth - 1] if depth else 1.0
-        return self.cumulative[depth] / before if before > 0 else 0.0
-
-    def acceptance_prob_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
-        table = np.array([self._conditional(d) for d in range(len(self.cumulative))])
-        probs: np.ndarray = table[np.minimum(np.asarray(depth, dtype=int), len(table) - 1)]
-        return probs
 
 
 class FixedController:

@@ -154,16 +154,13 @@ def _round_up(value: int, bits: int) -> int:
 
 def slowdown(estimator: StepTimeEstimator, cached: Iterable[int]) -> float:
     """Undrafted step time of sessions with these cached tokens, over that of their mean alone."""
-    batch = estimator.start()
-    count = total = 0
-    for tokens in cached:
-        batch = batch.add(1, tokens)
-        count += 1
-        total += tokens
+    contexts = list(cached)
+    count = len(contexts)
     if count < 2:
         return 1.0
-    alone = estimator.start().add(1, total // count).p50_ms
-    return max(1.0, batch.p50_ms / alone) if alone > 0 else 1.0
+    together = estimator.start().add_all([1] * count, contexts).p50_ms
+    alone = estimator.start().add(1, sum(contexts) // count).p50_ms
+    return max(1.0, together / alone) if alone > 0 else 1.0
 
 
 def load_level(slowdown: float, previous: int | None = None) -> int:

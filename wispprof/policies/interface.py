@@ -91,11 +91,7 @@ class BatchPolicy(Protocol):
     stream: bool
 
     def plan(
-        self,
-        now_ms: float,
-        sessions: list[SessionView],
-        estimator: StepTimeEstimator,
-        limits: Limits,
+        self, now_ms: float, sessions: list[SessionView], estimator: StepTimeEstimator, limits: Limits
     ) -> StepPlan:
         """Choose the items of the step that starts now.
 

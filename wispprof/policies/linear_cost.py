@@ -50,16 +50,9 @@ class LinearCost(StepTimeEstimator):
         return self.fixed_ms + work + (self.row_ms * charged if charged > 0 else 0.0)
 
     def predict(self, shape: BatchShape) -> tuple[float, float]:
-        if not shape.items:
-            return 0.0, 0.0
-        rows, work, pair_ms = 0, 0.0, self.pair_ms
-        for new, cached, _ in shape.items:
-            rows += new
-            work = work + self.item_ms + self.kv_ms * cached
-            if pair_ms:
-                work += pair_ms * (new * cached + new * (new + 1) / 2)
-        p50 = self.p50_ms(rows, work)
-        return p50, p50 * self.bound_ratio
+        items = shape.items
+        batch = self.start().add_all([i.new for i in items], [i.cached for i in items])
+        return batch.p50_ms, batch.bound_ms
 
     def predict_totals(self, totals: BatchTotals[Any]) -> tuple[FloatArray, FloatArray]:
         p50 = self.fixed_ms + self.item_ms * totals.items + self.kv_ms * totals.sum_cached
@@ -87,15 +80,13 @@ class _LinearBatch(BatchCost):
         return self._p50_ms * self._cost.bound_ratio
 
     def add(self, new: int, cached: int, prefill: bool = False) -> BatchCost:
-        cost = self._cost
-        rows = self._rows + new
+        cost, rows = self._cost, self._rows + new
         work = self._work + cost.item_ms + cost.kv_ms * cached
         if cost.pair_ms:
             work += cost.pair_ms * (new * cached + new * (new + 1) / 2)
         return _LinearBatch(cost, work, rows, cost.p50_ms(rows, work))
 
     def add_all(self, new: Sequence[int], cached: Sequence[int]) -> BatchCost:
-        """This batch with n decode items more, as :meth:`add` of each in turn."""
         cost, work = self._cost, self._work
         for rows, held in zip(new, cached, strict=True):
             work = work + cost.item_ms + cost.kv_ms * held
@@ -107,7 +98,6 @@ class _LinearBatch(BatchCost):
     def add_many(
         self, new: NDArray[np.int64], cached: NDArray[np.int64], prefill: object = False
     ) -> tuple[FloatArray, FloatArray]:
-        """(p50, bound), each (n,), with each of n candidates added alone."""
         cost = self._cost
         p50 = cost.fixed_ms + self._work + cost.item_ms + cost.kv_ms * cached.astype(np.float64)
         p50 = p50 + cost.pair_ms * (new * cached + new * (new + 1) / 2)

@@ -110,18 +110,17 @@ class WispprofController:
         return self._budget
 
     def go_on(self, depth: int, features: DraftFeatures) -> bool:
-        self._last_prob = self.predictor.acceptance_prob(features, depth)
-        self._pending_probs.append(self._last_prob)
-        self._cum_acceptance *= self._last_prob
+        self._last_prob = prob = self.predictor.acceptance_prob(features, depth)
+        self._pending_probs.append(prob)
+        self._cum_acceptance = cum_acceptance = self._cum_acceptance * prob
         self._drafted += 1
-        if not self.stream and depth < self.k_max:
-            prior = self._prob_by_depth[depth]
-            self._prob_by_depth[depth] = prior + _EWMA_WEIGHT * (self._last_prob - prior)
+        by_depth, k_max = self._prob_by_depth, self.k_max
+        if not self.stream and depth < k_max:
+            by_depth[depth] += _EWMA_WEIGHT * (prob - by_depth[depth])
         depth += 1
         if depth >= self._budget:
             return False
-        expected = self._prob_by_depth[depth] if depth < self.k_max else self._prob_by_depth[-1]
-        return self._cum_acceptance * expected >= self._stop
+        return cum_acceptance * by_depth[depth if depth < k_max else -1] >= self._stop
 
     def acceptance_prob(self) -> float:
         return self._last_prob

@@ -48,11 +48,7 @@ class WispPolicy:
     _costs: MarginalCostCache = field(default_factory=MarginalCostCache, init=False, repr=False)
 
     def plan(
-        self,
-        now_ms: float,
-        sessions: list[SessionView],
-        estimator: StepTimeEstimator,
-        limits: Limits,
+        self, now_ms: float, sessions: list[SessionView], estimator: StepTimeEstimator, limits: Limits
     ) -> StepPlan:
         ready = ready_sessions(sessions)
         if not ready:

@@ -84,11 +84,7 @@ class WispprofPolicy:
     _last_step: tuple[float, float] | None = field(default=None, init=False, repr=False)
 
     def plan(
-        self,
-        now_ms: float,
-        sessions: list[SessionView],
-        estimator: StepTimeEstimator,
-        limits: Limits,
+        self, now_ms: float, sessions: list[SessionView], estimator: StepTimeEstimator, limits: Limits
     ) -> StepPlan:
         self._observe_overhead(now_ms)
         running, prompts = _split_ready(sessions)

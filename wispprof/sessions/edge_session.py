@@ -27,19 +27,6 @@ class EdgeSession:
     step's position.
     """
 
-    __slots__ = (
-        "_controlled",
-        "_hold",
-        "_mean_draft_ms",
-        "_step_epoch",
-        "buffer",
-        "load_level",
-        "rtt_ms",
-        "scheduler",
-        "step_overtaken",
-        "timing",
-    )
-
     def __init__(
         self,
         tokens: Sequence[int],
@@ -52,12 +39,8 @@ class EdgeSession:
         stream: bool = False,
         rtt_ms: float = 0.0,
     ) -> None:
-        self.buffer = DraftBuffer(
-            tokens,
-            stream=stream,
-            draft_ahead_limit=settings.draft_ahead,
-            end=len(tokens) + max_new,
-        )
+        end = len(tokens) + max_new
+        self.buffer = DraftBuffer(tokens, stream=stream, draft_ahead_limit=settings.draft_ahead, end=end)
         self.scheduler = DraftScheduler(self.buffer, controller, settings, stop)
         self.timing = EdgeTiming(slo, settings.carry)
         self.rtt_ms = rtt_ms

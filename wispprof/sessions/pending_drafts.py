@@ -49,6 +49,7 @@ class DraftCounters:
     frames: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass(slots=True, eq=False)
 class DraftArrivals:
     """Running means of one session's draft frames: gap, length, acceptance probability by index in the frame.
 
@@ -56,29 +57,17 @@ class DraftArrivals:
     contradicting commit to the first frame of the next epoch, which adds the link's round trip.
     """
 
-    __slots__ = (
-        "_acceptance_probs",
-        "_gap_ms",
-        "_last_ms",
-        "_length",
-        "_recover_ms",
-        "_recovering",
-    )
-
-    def __init__(self) -> None:
-        self._last_ms: float | None = None
-        self._gap_ms: float | None = None
-        self._recover_ms: float | None = None
-        self._recovering = False
-        self._length: float | None = None
-        self._acceptance_probs: list[float] = []
+    _last_ms: float | None = None
+    _gap_ms: float | None = None
+    _recover_ms: float | None = None
+    _recovering: bool = False
+    _length: float | None = None
+    _acceptance_probs: list[float] = field(default_factory=list)
 
     def arrived(self, now_ms: float, acceptance_prob: Sequence[float], draft_ms: float) -> None:
         """A frame that added drafts came; ``draft_ms``: their drafting time."""
         if self._last_ms is not None:
-            gap_ms = now_ms - self._last_ms
-            if gap_ms < 0.0:
-                gap_ms = 0.0
+            gap_ms = max(0.0, now_ms - self._last_ms)
             if self._recovering:
                 mean_ms = self._recover_ms
                 self._recover_ms = gap_ms if mean_ms is None else mean_ms + _WEIGHT * (gap_ms - mean_ms)
@@ -89,18 +78,12 @@ class DraftArrivals:
         elif draft_ms > 0:
             self._gap_ms = draft_ms
         self._last_ms = now_ms
-        length = self._length
-        if length is None:
-            self._length = float(len(acceptance_prob))
-        else:
-            self._length = length + _WEIGHT * (len(acceptance_prob) - length)
+        count, length = float(len(acceptance_prob)), self._length
+        self._length = count if length is None else length + _WEIGHT * (count - length)
         means = self._acceptance_probs
-        known = len(means)
-        for index, value in enumerate(acceptance_prob):
-            if index < known:
-                means[index] += _WEIGHT * (value - means[index])
-            else:
-                means.append(value)
+        for index, (mean, value) in enumerate(zip(means, acceptance_prob, strict=False)):
+            means[index] = mean + _WEIGHT * (value - mean)
+        means += acceptance_prob[len(means) :]
 
     def contradicted(self, now_ms: float) -> None:
         """A commit left at ``now_ms`` that sends the edge back: drafting restarts from there."""
@@ -121,32 +104,21 @@ class DraftArrivals:
         return last_ms + wait_ms, probs, last_ms + _OVERDUE * wait_ms
 
 
+@dataclass(slots=True, eq=False)
 class PendingDrafts:
     """The drafts themselves: ``tokens`` and their ``acceptance_probs``, from the committed length on.
 
     At most ``limit`` are held. ``withdrawn``: the drafts left while the engine verified them.
     """
 
-    __slots__ = (
-        "_min_epoch",
-        "acceptance_probs",
-        "arrivals",
-        "counters",
-        "epoch",
-        "limit",
-        "tokens",
-        "withdrawn",
-    )
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.tokens: list[int] = []
-        self.acceptance_probs: list[float] = []
-        self.counters = DraftCounters()
-        self.arrivals = DraftArrivals()
-        self.epoch = 0
-        self.withdrawn = False
-        self._min_epoch = 0
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    acceptance_probs: list[float] = field(default_factory=list)
+    counters: DraftCounters = field(default_factory=DraftCounters)
+    arrivals: DraftArrivals = field(default_factory=DraftArrivals)
+    epoch: int = 0
+    withdrawn: bool = False
+    _min_epoch: int = 0
 
     def merge(
         self,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 from wispprof.types import Slo
 
 
+@dataclass(slots=True, eq=False)
 class SloTracker:
     """The SLO of one session, counted over its whole generation.
 
@@ -17,24 +19,18 @@ class SloTracker:
     due, ``inf`` before the first token of an SLO without TTFT.
     """
 
-    __slots__ = (
-        "_since_first",
-        "_tpot_ms",
-        "_ttft_missed",
-        "deadline_ms",
-        "first_ms",
-        "opened_ms",
-        "slo",
-    )
+    slo: Slo
+    opened_ms: float
+    first_ms: float | None = field(default=None, init=False)
+    deadline_ms: float = field(init=False)
+    _tpot_ms: float = field(init=False)
+    _since_first: int = field(default=0, init=False)
+    _ttft_missed: bool = field(default=False, init=False)
 
-    def __init__(self, slo: Slo, opened_ms: float) -> None:
-        self.slo = slo
-        self.opened_ms = opened_ms
-        self.first_ms: float | None = None
-        self.deadline_ms = math.inf if slo.ttft_ms is None else opened_ms + slo.ttft_ms
-        self._tpot_ms = slo.tpot_ms
-        self._since_first = 0
-        self._ttft_missed = False
+    def __post_init__(self) -> None:
+        ttft_ms = self.slo.ttft_ms
+        self.deadline_ms = math.inf if ttft_ms is None else self.opened_ms + ttft_ms
+        self._tpot_ms = self.slo.tpot_ms
 
     def commit(self, tokens: int, now_ms: float) -> None:
         """``tokens`` (at least one) were committed at ``now_ms``."""

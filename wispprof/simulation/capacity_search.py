@@ -118,36 +118,26 @@ def capacity(
             if progress is not None:
                 progress(len(reports), f"{size} devices: {report.attainment:.1%}")
 
-    def meets_slo(size: int) -> bool:
-        report = reports[size]
-        # NaN: the run was too short to judge any session.
-        return not math.isnan(report.attainment) and report.violations <= violations + 1e-12
-
-    low, high = 0, 0
-    size = start
-    while not high:
-        sizes = [min(most, size << step) for step in range(wide)]
+    def probe_until_missed(sizes: Sequence[int]) -> tuple[int, int]:
+        """(the last size before the first that misses its SLOs, that size), 0 for either without one."""
         probe(sizes)
+        met = 0
         for size in sizes:
-            if not meets_slo(size):
-                high = size
-                break
-            low = size
-        if low >= most:
-            return _result(low, violations, reports, bounded=False)
-        size = max(size * 2, 1)
+            # Not at most: the attainment of a run too short to judge any session is NaN.
+            if not reports[size].violations <= violations + 1e-12:
+                return met, size
+            met = size
+        return met, 0
+
+    low = high = 0
+    size = start
+    while not high and low < most:
+        met, high = probe_until_missed([min(most, size << step) for step in range(wide)])
+        low, size = met or low, size * 2
     while high - low > max(1, math.floor(tolerance * low)):
         step = (high - low) / (wide + 1)
         sizes = sorted({low + max(1, round(step * (i + 1))) for i in range(wide)} - {low, high})
-        probe(sizes)
-        for size in sizes:
-            if not meets_slo(size):
-                high = size
-                break
-            low = size
-    return _result(low, violations, reports, bounded=True)
-
-
-def _result(devices: int, violations: float, reports: dict[int, Report], *, bounded: bool) -> CapacityResult:
+        met, missed = probe_until_missed(sizes)
+        low, high = met or low, missed or high
     probes = tuple((size, reports[size].attainment) for size in sorted(reports))
-    return CapacityResult(devices, violations, reports.get(devices), probes, bounded)
+    return CapacityResult(low, violations, reports.get(low), probes, bounded=bool(high))

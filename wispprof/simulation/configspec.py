@@ -15,6 +15,7 @@ own token is computed too; without it K = 0 would be free), and K = 0 and 1 may 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -59,10 +60,6 @@ class Scores(NamedTuple):
     cost: float
     energy: float
 
-    def keyed(self) -> tuple[float, float, float]:
-        """All three so that more is better."""
-        return self.goodput, self.cost, -self.energy
-
 
 class ConfigChoice(NamedTuple):
     """A draft option, a draft length, and what they score."""
@@ -72,93 +69,54 @@ class ConfigChoice(NamedTuple):
     scores: Scores
 
 
-def score(
-    option: DraftOption,
-    k: int,
-    verify_s: float,
-    dollars_per_token: float,
-    *,
-    bill_bonus: bool = False,
-) -> Scores:
-    """The three figures of one option at one draft length. Cost is infinite where nothing is billed."""
-    tokens = option.accepted(k) + 1.0
-    draft_s = k / option.tokens_per_s
-    billed = (k + 1 if bill_bonus else k) * dollars_per_token
-    return Scores(
-        tokens / (draft_s + verify_s),
-        tokens / billed if billed > 0 else float("inf"),
-        option.draft_w * draft_s / tokens,
-    )
+@dataclass(frozen=True)
+class Verifier:
+    """The server: its time T for a round, and its price p per drafted token that it verifies."""
 
+    verify_s: float
+    dollars_per_token: float
+    bill_bonus: bool = False
 
-def best(
-    options: Iterable[DraftOption],
-    objective: str | Mapping[str, float],
-    lengths: Sequence[int],
-    verify_s: float,
-    dollars_per_token: float,
-    *,
-    bill_bonus: bool = False,
-) -> ConfigChoice:
-    """The best choice by one objective, or by a mix: ``{"goodput": 0.7, "energy": 0.3}``.
-
-    In a mix each figure is divided by the best of all choices, so that weights are shares of what is
-    attainable. Ties go to the shorter draft. Raises :class:`PlanError` on an unknown objective.
-    """
-    choices = _choices(options, lengths, verify_s, dollars_per_token, bill_bonus)
-    weights = {objective: 1.0} if isinstance(objective, str) else dict(objective)
-    unknown = sorted(set(weights) - set(OBJECTIVES))
-    if unknown or not weights or min(weights.values()) < 0:
-        raise PlanError(
-            f"No such objective: {', '.join(unknown) or 'an empty or negative mix'}.",
-            f"Choose of {', '.join(OBJECTIVES)}.",
+    def score(self, option: DraftOption, k: int) -> Scores:
+        """The three figures of one option at one draft length. Cost is infinite if nothing is billed."""
+        tokens = option.accepted(k) + 1.0
+        draft_s = k / option.tokens_per_s
+        billed = (k + self.bill_bonus) * self.dollars_per_token
+        return Scores(
+            tokens / (draft_s + self.verify_s),
+            tokens / billed if billed > 0 else math.inf,
+            option.draft_w * draft_s / tokens,
         )
-    most_goodput = max(c.scores.goodput for c in choices)
-    most_cost = max(c.scores.cost for c in choices)
-    least_energy = min(c.scores.energy for c in choices)
 
-    def worth(choice: ConfigChoice) -> float:
-        goodput, cost, energy = choice.scores
-        shares = {
-            "goodput": goodput / most_goodput,
-            "cost": cost / most_cost if most_cost != float("inf") else float(cost == most_cost),
-            "energy": least_energy / energy if energy > 0 else 1.0,
-        }
-        return sum(weight * shares[name] for name, weight in weights.items())
+    def best(
+        self, options: Iterable[DraftOption], objective: str | Mapping[str, float], lengths: Sequence[int]
+    ) -> ConfigChoice:
+        """The best choice by one objective, or by a mix: ``{"goodput": 0.7, "energy": 0.3}``.
 
-    return max(choices, key=lambda c: (worth(c), -c.k))
+        In a mix each figure is divided by the best of all choices, so that weights are shares of what is
+        attainable. Ties go to the shorter draft. Raises :class:`PlanError` on an unknown objective.
+        """
+        choices = [ConfigChoice(o, k, self.score(o, k)) for o in options for k in lengths]
+        if not choices:
+            raise PlanError("There is nothing to choose from.", "Give draft options and lengths.")
+        weights = {objective: 1.0} if isinstance(objective, str) else dict(objective)
+        unknown = sorted(set(weights) - set(OBJECTIVES))
+        if unknown or not weights or min(weights.values()) < 0:
+            raise PlanError(
+                f"No such objective: {', '.join(unknown) or 'an empty or negative mix'}.",
+                f"Choose of {', '.join(OBJECTIVES)}.",
+            )
+        most_goodput = max(c.scores.goodput for c in choices)
+        most_cost = max(c.scores.cost for c in choices)
+        least_energy = min(c.scores.energy for c in choices)
 
+        def value(choice: ConfigChoice) -> float:
+            goodput, cost, energy = choice.scores
+            shares = {
+                "goodput": goodput / most_goodput,
+                "cost": cost / most_cost if most_cost != math.inf else float(cost == most_cost),
+                "energy": least_energy / energy if energy > 0 else 1.0,
+            }
+            return sum(weight * shares[name] for name, weight in weights.items())
 
-def pareto_front(
-    options: Iterable[DraftOption],
-    lengths: Sequence[int],
-    verify_s: float,
-    dollars_per_token: float,
-    *,
-    bill_bonus: bool = False,
-) -> list[ConfigChoice]:
-    """Choices that no other one beats in one figure and equals in the rest, by falling goodput."""
-    choices = _choices(options, lengths, verify_s, dollars_per_token, bill_bonus)
-    front = [c for c in choices if not any(_dominates(o.scores.keyed(), c.scores.keyed()) for o in choices)]
-    return sorted(front, key=lambda c: -c.scores.goodput)
-
-
-def _dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return one != other and all(a >= b for a, b in zip(one, other, strict=True))
-
-
-def _choices(
-    options: Iterable[DraftOption],
-    lengths: Sequence[int],
-    verify_s: float,
-    dollars_per_token: float,
-    bill_bonus: bool,
-) -> list[ConfigChoice]:
-    choices = [
-        ConfigChoice(o, k, score(o, k, verify_s, dollars_per_token, bill_bonus=bill_bonus))
-        for o in options
-        for k in lengths
-    ]
-    if not choices:
-        raise PlanError("There is nothing to choose from.", "Give draft options and lengths.")
-    return choices
+        return max(choices, key=lambda c: (value(c), -c.k))

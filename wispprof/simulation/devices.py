@@ -157,59 +157,42 @@ def device_of(text: str) -> DeviceProfile:
 
 
 class Link:
-    """One device's link: when does a frame sent now arrive?"""
+    """One device's link. ``up(now_ms, size)``: when a frame of ``size`` bytes that the edge sends now arrives
+    at the server; ``down(now_ms, size)``: the other way."""
 
-    __slots__ = (
-        "_down_free",
-        "_down_mbps",
-        "_half",
-        "_jitter",
-        "_loss",
-        "_penalty",
-        "_rng",
-        "_steady",
-        "_up_free",
-        "_up_mbps",
-        "profile",
-    )
+    __slots__ = ("down", "profile", "up")
 
     def __init__(self, profile: LinkModel, rng: Random) -> None:
         self.profile = profile
+        self.up = _Direction(profile, profile.up_mbps, rng).arrival
+        self.down = _Direction(profile, profile.down_mbps, rng).arrival
+
+
+class _Direction:
+    """One way of a link: frames arrive in the order in which they were sent."""
+
+    __slots__ = ("_delay_ms", "_last_ms", "_mbps", "_profile", "_rng", "_steady")
+
+    def __init__(self, profile: LinkModel, mbps: float, rng: Random) -> None:
+        self._profile = profile
+        self._mbps = mbps
         self._rng = rng
-        self._half = profile.rtt_ms / 2.0
-        self._jitter = profile.jitter_ms
-        self._loss = profile.loss
-        self._penalty = profile.retransmission_ms
-        self._up_mbps, self._down_mbps = profile.up_mbps, profile.down_mbps
-        self._steady = not (self._jitter > 0 or self._loss > 0)
-        self._up_free = self._down_free = 0.0
+        self._delay_ms = profile.rtt_ms / 2.0
+        self._steady = not (profile.jitter_ms > 0 or profile.loss > 0)
+        self._last_ms = 0.0
 
-    def up(self, now_ms: float, size: int) -> float:
-        """Arrival at the server of ``size`` bytes sent by the edge at ``now_ms``."""
-        time_ms = self._arrival(now_ms, size, self._up_mbps)
-        # In order: never before the frame sent earlier.
-        if time_ms < self._up_free:
-            return self._up_free
-        self._up_free = time_ms
-        return time_ms
-
-    def down(self, now_ms: float, size: int) -> float:
-        """Arrival at the edge of ``size`` bytes sent by the server at ``now_ms``."""
-        time_ms = self._arrival(now_ms, size, self._down_mbps)
-        if time_ms < self._down_free:
-            return self._down_free
-        self._down_free = time_ms
-        return time_ms
-
-    def _arrival(self, now_ms: float, size: int, mbps: float) -> float:
-        time_ms = now_ms + self._half
-        if mbps > 0:
-            time_ms += size * 8.0 / (mbps * 1000.0)
-        if self._steady:
-            return time_ms
-        if self._jitter > 0:
-            time_ms += self._rng.expovariate(1.0 / self._jitter)
-        if self._loss > 0:
-            while self._rng.random() < self._loss:
-                time_ms += self._penalty
+    def arrival(self, now_ms: float, size: int) -> float:
+        time_ms = now_ms + self._delay_ms
+        if self._mbps > 0:
+            time_ms += size * 8.0 / (self._mbps * 1000.0)
+        if not self._steady:
+            profile, rng = self._profile, self._rng
+            if profile.jitter_ms > 0:
+                time_ms += rng.expovariate(1.0 / profile.jitter_ms)
+            if profile.loss > 0:
+                while rng.random() < profile.loss:
+                    time_ms += profile.retransmission_ms
+        if time_ms < self._last_ms:
+            return self._last_ms
+        self._last_ms = time_ms
         return time_ms

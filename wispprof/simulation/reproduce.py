@@ -20,7 +20,7 @@ from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
 from wispprof.simulation.capacity_search import capacity, run_all
-from wispprof.simulation.configspec import ConfigChoice, DraftOption, best
+from wispprof.simulation.configspec import ConfigChoice, DraftOption, Verifier
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.metrics import Report
 from wispprof.simulation.scenario import Scenario, ServerModel, System, system
@@ -85,11 +85,6 @@ def read_setup(name: str) -> dict[str, Any]:
     return tomllib.loads(place.read_text(encoding="utf-8"))
 
 
-def merged(base: Table, over: Table) -> dict[str, Any]:
-    """``base`` with the entries of ``over`` in their place."""
-    return {**base, **over}
-
-
 def linear_server(table: Table, **changes: Any) -> ServerModel:
     """A server from a ``[server]`` table: linear cost and limits."""
     cost_keys = ("fixed_ms", "row_ms", "kv_ms", "pair_ms", "item_ms", "floor_rows", "bound_ratio")
@@ -103,25 +98,20 @@ def wisp_scenario(setup: Table, kind: str, slo: float, assumption: Table) -> Sce
     """One cell of WISP's capacity table: a kind of system (``wisp``, ``server-only``, ``sled``) at ``slo``
     tokens/s, under an assumption's system and its overrides of policy, server and workload."""
     edge, run = setup["edge"], setup["run"]
-    server = merged(setup["server"], assumption.get("server", {}))
+    server = setup["server"] | assumption.get("server", {})
     server |= assumption.get("server_of", {}).get(kind, {})
-    workload = merged(setup["workload"], assumption.get("workload", {}))
-    policy = merged(setup["policy"].get(kind, {}), assumption.get("policy", {}).get(kind, {}))
+    workload = setup["workload"] | assumption.get("workload", {})
+    policy = setup["policy"].get(kind, {}) | assumption.get("policy", {}).get(kind, {})
     answer_s = workload["output"] / slo
+    speed, controller_ms = edge["draft_tokens_per_s"], edge["controller_ms"]
+    device = DeviceProfile.from_speed("edge", speed, controller_ms=controller_ms)
     return Scenario(
         system(assumption["systems"][kind]).replace(**policy),
         linear_server(server),
         # Requests are spread over the warm-up: started at once, their prompts would dominate.
         ClosedFleet(run["start"], Lengths(**workload), ramp_ms=answer_s * 1000.0),
         SyntheticAcceptance(**setup["acceptance"]),
-        devices=(
-            (
-                DeviceProfile.from_speed(
-                    "edge", edge["draft_tokens_per_s"], controller_ms=edge["controller_ms"]
-                ),
-                1.0,
-            ),
-        ),
+        devices=((device, 1.0),),
         links=((LinkModel(edge["rtt_ms"], edge["jitter_ms"]), 1.0),),
         slos=((Slo(slo, setup["ttft_tokens"] * 1000.0 / slo), 1.0),),
         seconds=answer_s + max(answer_s, run["least_s"]),
@@ -140,7 +130,7 @@ def reproduce_wisp(
     ``overrides`` replace entries of ``[run]``.
     """
     setup = read_setup("wisp")
-    run = setup["run"] = merged(setup["run"], overrides or {})
+    run = setup["run"] = {**setup["run"], **(overrides or {})}
     names = [a["name"] for a in setup["assumption"]]
     cells = [
         (assumption, slo, kind)
@@ -314,14 +304,9 @@ def reproduce_configspec(
             for name, figures_of in setup["devices"][row["device"]].items()
         ]
         choices = {
-            a["name"]: best(
-                options,
-                row["objective"],
-                a.get("lengths", setup["lengths"]),
-                setup["verify_s"],
-                setup["dollars_per_token"],
-                bill_bonus=a.get("bill_bonus", False),
-            )
+            a["name"]: Verifier(
+                setup["verify_s"], setup["dollars_per_token"], a.get("bill_bonus", False)
+            ).best(options, row["objective"], a.get("lengths", setup["lengths"]))
             for a in setup["assumption"]
         }
         where = f"{row['device']}, best {row['objective']}"

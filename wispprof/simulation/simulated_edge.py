@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import InitVar, dataclass, field
 from typing import TYPE_CHECKING
 
 from wispprof.policies.interface import Controller
@@ -33,6 +34,7 @@ _Answer = tuple[CommitResult, float, int]
 _Step = tuple[float, float]
 
 
+@dataclass(slots=True, eq=False)
 class SimulatedEdge:
     """One generation on one device. ``controller`` ``None``: it never drafts.
 
@@ -40,55 +42,31 @@ class SimulatedEdge:
     that have left, with the time of their arrival at the server, in order.
     """
 
-    __slots__ = (
-        "_free_ms",
-        "_running",
-        "_session",
-        "_sim",
-        "controller",
-        "device",
-        "key",
-        "link",
-        "next_ms",
-        "outbox",
-        "output",
-        "record",
-        "stream",
-    )
+    sim: Simulation
+    key: str
+    record: SessionRecord
+    device: DeviceProfile
+    link: Link
+    output: SimulatedOutput
+    controller: Controller | None
+    stream: bool
+    drafting: InitVar[DraftingSettings]
+    next_ms: float = field(default=math.inf, init=False)
+    outbox: deque[tuple[float, Outgoing]] = field(default_factory=deque, init=False)
+    _session: EdgeSession = field(init=False)
+    _running: _Step | None = field(default=None, init=False)
+    _free_ms: float = field(default=0.0, init=False)
 
-    def __init__(
-        self,
-        sim: Simulation,
-        key: str,
-        record: SessionRecord,
-        device: DeviceProfile,
-        link: Link,
-        output: SimulatedOutput,
-        controller: Controller | None,
-        stream: bool,
-        drafting: DraftingSettings,
-    ) -> None:
-        self._sim = sim
-        self.key = key
-        self.record = record
-        self.device = device
-        self.link = link
-        self.output = output
-        self.controller = controller
-        self.stream = stream
+    def __post_init__(self, drafting: DraftingSettings) -> None:
         self._session = EdgeSession(
-            output.prompt,
-            record.output_tokens,
-            record.slo,
+            self.output.prompt,
+            self.record.output_tokens,
+            self.record.slo,
             drafting,
-            controller,
-            stream=stream,
-            rtt_ms=link.profile.mean_rtt_ms,
+            self.controller,
+            stream=self.stream,
+            rtt_ms=self.link.profile.mean_rtt_ms,
         )
-        self._running: _Step | None = None
-        self._free_ms = 0.0
-        self.next_ms = math.inf
-        self.outbox: deque[tuple[float, Outgoing]] = deque()
 
     @property
     def committed(self) -> tuple[int, ...]:
@@ -129,13 +107,13 @@ class SimulatedEdge:
             if effect.extend:
                 self.output.extend(effect.extend)
             session.load_level = load_level
-            self._sim.count_effect(effect)
+            self.sim.count_effect(effect)
         else:
             session.buffer.on_commit(commit.committed_len, commit.tokens)
         if commit.finished:
             record.done = True
             self.next_ms = math.inf
-            self._sim.ended(now_ms, self)
+            self.sim.ended(now_ms, self)
         elif controller is not None:
             if self.stream:
                 self._stream_on(now_ms)
@@ -161,13 +139,13 @@ class SimulatedEdge:
                     return
                 now_ms, frame = self._draft_round(now_ms)
         self._free_ms = max(now_ms, self._free_ms)
-        self._sim.send_round(now_ms, self, frame, session.sent(frame, now_ms))
+        self.sim.send_round(now_ms, self, frame, session.sent(frame, now_ms))
 
     def _draft_round(self, now_ms: float) -> tuple[float, Outgoing]:
         """Draft step after draft step until the round is due; returns when that is, and the round."""
         device, position = self.device, self._session.buffer.length
         drafted, draft = self._session.drafted, self.output.draft
-        counters = self._sim.counters
+        counters = self.sim.counters
         drafting_ms, steps = counters.drafting_ms, 0
         resuming_ms = device.resuming_ms(now_ms - self._free_ms)
         frame: Outgoing | None = None
@@ -216,9 +194,9 @@ class SimulatedEdge:
 
     def _draft_on(self, step: _Step, until_ms: float) -> None:
         """Draft step after draft step up to and with ``until_ms``; ``step`` is the first of them."""
-        session, device, counters = self._session, self.device, self._sim.counters
+        session, device, counters = self._session, self.device, self.sim.counters
         drafted, draft, may_draft = session.drafted, self.output.draft, session.scheduler.may_draft
-        send, link, outbox = self._sim.send, self.link, self.outbox
+        send, link, outbox = self.sim.send, self.link, self.outbox
         now_ms, cost_ms = step
         position = session.buffer.length
         drafting_ms, steps = counters.drafting_ms, 0
@@ -251,7 +229,7 @@ class SimulatedEdge:
         session = self._session
         frame = session.next_frame(now_ms)
         if frame is not None:
-            self.outbox.append((self._sim.send(now_ms, self.link, len(frame.tokens)), frame))
+            self.outbox.append((self.sim.send(now_ms, self.link, len(frame.tokens)), frame))
         if self._running is None and now_ms >= self._free_ms and session.may_draft(now_ms):
             self._running = step = self._begin_step(now_ms)
             self.next_ms = step[0]
@@ -266,7 +244,7 @@ class SimulatedEdge:
         if self.device.resume_ms:
             cost_ms += self.device.resuming_ms(now_ms - self._free_ms)
         self._free_ms = done_ms = now_ms + cost_ms
-        counters = self._sim.counters
+        counters = self.sim.counters
         counters.drafted += 1
         counters.drafting_ms += cost_ms
         return done_ms, cost_ms
@@ -274,4 +252,4 @@ class SimulatedEdge:
     def _end_step(self, step: _Step) -> None:
         wasted_ms = self._session.end_step(self.output.draft, step[1])
         if wasted_ms is not None:
-            self._sim.count_wasted(wasted_ms, 1)
+            self.sim.count_wasted(wasted_ms, 1)

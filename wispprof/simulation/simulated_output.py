@@ -7,6 +7,7 @@ the first difference on, the draft model follows a wrong path.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from wispprof.types import DraftToken, RejectionPredictor, Sampling
@@ -15,6 +16,7 @@ PROMPT_TOKEN = 7
 """Only the length of a prompt matters: every prompt token is this one."""
 
 
+@dataclass(slots=True, eq=False)
 class SimulatedOutput:
     """A drafter of recorded or drawn proposals. Positions count from the start of the prompt.
 
@@ -22,60 +24,37 @@ class SimulatedOutput:
     the true prefix. ``off_path[i]``: the drafts after a wrong proposal at ``i``; the last one repeats.
     """
 
-    __slots__ = (
-        "_length",
-        "_off_path",
-        "_wrong_drafts",
-        "_wrong_from",
-        "path",
-        "prompt_tokens",
-        "proposals",
-    )
+    prompt_tokens: int
+    path: Sequence[int]
+    proposals: Sequence[DraftToken]
+    off_path: Sequence[Sequence[DraftToken]]
+    length: int = field(init=False)
+    """Tokens held, committed and drafted."""
+    _wrong_from: int = field(default=-1, init=False)
+    _wrong_drafts: Sequence[DraftToken] = field(default=(), init=False)
 
-    def __init__(
-        self,
-        prompt_tokens: int,
-        path: Sequence[int],
-        proposals: Sequence[DraftToken],
-        off_path: Sequence[Sequence[DraftToken]],
-    ) -> None:
-        self.prompt_tokens = prompt_tokens
-        self.path = path
-        self.proposals = proposals
-        self._off_path = off_path
-        self._length = prompt_tokens
-        self._wrong_from = -1
-        self._wrong_drafts: Sequence[DraftToken] = ()
+    def __post_init__(self) -> None:
+        self.length = self.prompt_tokens
 
     @property
     def prompt(self) -> list[int]:
         return [PROMPT_TOKEN] * self.prompt_tokens
 
-    @property
-    def length(self) -> int:
-        """Tokens held, committed and drafted."""
-        return self._length
-
-    @property
-    def on_path(self) -> bool:
-        """Whether all tokens held equal the target's."""
-        return self._wrong_from < 0
-
     def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
         """Start over from committed tokens, which are on the path."""
-        self._length = len(tokens)
+        self.length = len(tokens)
         self._wrong_from = -1
 
     def draft(self) -> DraftToken:
         """Propose the next token and hold it."""
-        place = self._length - self.prompt_tokens
-        self._length += 1
+        place = self.length - self.prompt_tokens
+        self.length += 1
         wrong = self._wrong_from
         if wrong < 0:
             proposal = self.proposals[place]
             if proposal.token != self.path[place]:
                 self._wrong_from = place
-                self._wrong_drafts = self._off_path[place]
+                self._wrong_drafts = self.off_path[place]
             return proposal
         drafts = self._wrong_drafts
         depth = place - wrong - 1
@@ -83,21 +62,21 @@ class SimulatedOutput:
 
     def rollback(self, length: int) -> None:
         """Hold only the first ``length`` tokens."""
-        if length > self._length:
-            raise ValueError(f"Cannot roll {self._length} tokens back to {length}.")
-        self._length = length
+        if length > self.length:
+            raise ValueError(f"Cannot roll {self.length} tokens back to {length}.")
+        self.length = length
         if length - self.prompt_tokens <= self._wrong_from:
             self._wrong_from = -1
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append committed tokens."""
-        self._length += len(tokens)
+        self.length += len(tokens)
 
     def ahead(self, most: int) -> int:
         """How many proposals from here on the target will accept, at most ``most`` (clairvoyant)."""
         if self._wrong_from >= 0:
             return 0
-        start = self._length - self.prompt_tokens
+        start = self.length - self.prompt_tokens
         proposals, path = self.proposals, self.path
         last = min(len(path), start + most)
         place = start

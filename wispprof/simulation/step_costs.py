@@ -48,6 +48,7 @@ class _Uncached(BatchCost):
         return _Uncached(self._batch.add(new + cached, 0, True))
 
 
+@dataclass(eq=False)
 class SimulatedStepTimes:
     """The estimator's median times a log-normal residual.
 
@@ -55,20 +56,18 @@ class SimulatedStepTimes:
     estimator's bound has the coverage it states.
     """
 
-    __slots__ = ("_estimator", "_rng", "_spread", "_z")
+    estimator: StepTimeEstimator
+    spread: float | None
+    rng: Random
 
-    def __init__(self, estimator: StepTimeEstimator, spread: float | None, rng: Random) -> None:
-        self._estimator = estimator
-        self._rng = rng
-        self._spread = spread
-        coverage = min(max(estimator.coverage, 0.5001), 0.9999)
-        self._z = NormalDist().inv_cdf(coverage)
+    def __post_init__(self) -> None:
+        self._z = NormalDist().inv_cdf(min(max(self.estimator.coverage, 0.5001), 0.9999))
 
     def sample(self, items: list[tuple[int, int, bool]]) -> tuple[float, float]:
         """(median, drawn) milliseconds of a step over ``(new, cached, prefill)`` items."""
-        p50, bound = self._estimator.predict(BatchShape(tuple(map(VerifyItem._make, items))))
-        noise = self._rng.gauss(0.0, 1.0)
-        spread = self._spread
+        p50, bound = self.estimator.predict(BatchShape(tuple(map(VerifyItem._make, items))))
+        noise = self.rng.gauss(0.0, 1.0)
+        spread = self.spread
         if spread is None:
             spread = math.log(bound / p50) / self._z if p50 > 0 else 0.0
         return p50, p50 * math.exp(spread * noise) if spread > 0 else p50

@@ -8,20 +8,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from wispprof.policies.controllers import ConfidenceAcceptance
 from wispprof.simulation.simulated_output import SimulatedOutput
 from wispprof.types import DraftFeatures, DraftToken, RejectionPredictor
-
-
-class TrustConfidence:
-    """Returns the feature ``confidence``: synthetic features are calibrated."""
-
-    def acceptance_prob(self, features: DraftFeatures, depth: int) -> float:
-        return features.confidence
-
-    def acceptance_prob_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
-        confidence: np.ndarray = np.asarray(features)[:, 0]
-        return confidence
-
 
 _LEVELS = 64
 _RIGHT, _WRONG = 1, 0
@@ -56,48 +45,11 @@ class SyntheticAcceptance:
         self.concentration = concentration
         self.persistence = persistence
         self.noise = noise
-        self.predictor: RejectionPredictor = TrustConfidence()
+        # Synthetic features are calibrated: their confidence is the probability.
+        self.predictor: RejectionPredictor = ConfidenceAcceptance(0.0, 1.0)
         self._edges, self._levels = _calibration(acceptance, concentration, noise)
         self._right = [DraftToken(_RIGHT, features) for features in self._levels]
         self._wrong = [DraftToken(_WRONG, features) for features in self._levels]
-
-    @classmethod
-    def from_cum_acceptance(
-        cls, acceptance_prob: Sequence[float], *, concentration: float = 2.0, noise: float = 1.0
-    ) -> SyntheticAcceptance:
-        """Match a measured or published curve: ``acceptance_prob[j]`` = P(first j + 1 proposals accepted).
-
-        The mean is its first value; the persistence minimises the squared error of the curve.
-        """
-        if not acceptance_prob or not 0 < acceptance_prob[0] < 1:
-            raise ValueError("The first value of an acceptance curve must be between 0 and 1.")
-        goal = np.asarray(acceptance_prob, dtype=float)
-
-        def gap(persistence: float) -> float:
-            curve = cum_acceptance_curve(acceptance_prob[0], concentration, persistence, len(goal))
-            return float(((curve - goal) ** 2).sum())
-
-        best = min((i / 50 for i in range(51)), key=gap)
-        return cls(acceptance_prob[0], concentration=concentration, persistence=best, noise=noise)
-
-    def acceptance_prob(self, depth: int) -> np.ndarray:
-        """P(first j + 1 proposals accepted) for j < depth, (depth,)."""
-        return cum_acceptance_curve(self.acceptance, self.concentration, self.persistence, depth)
-
-    def auc(self, samples: int = 20_000) -> float:
-        """The predictor's area under the ROC curve over positions, by simulation with a fixed seed."""
-        rng = np.random.default_rng(0)
-        right, level = self._draw(rng, samples)
-        order = np.argsort(level, kind="stable")
-        ranks = np.empty(samples)
-        ranks[order] = np.arange(1, samples + 1)
-        # Ties share their mean rank.
-        values, inverse = np.unique(level, return_inverse=True)
-        mean_rank = np.bincount(inverse, ranks) / np.bincount(inverse)
-        good = int(right.sum())
-        rank_sum = float(mean_rank[inverse][right].sum())
-        del values
-        return (rank_sum - good * (good + 1) / 2) / (good * (samples - good))
 
     def output(self, seed: Sequence[int], prompt_tokens: int, output_tokens: int) -> SimulatedOutput:
         rng = np.random.default_rng([s & 0xFFFFFFFF for s in seed])
@@ -137,27 +89,6 @@ class OffPath(Sequence[Sequence[DraftToken]]):
     def __getitem__(self, place: int) -> Sequence[DraftToken]:  # type: ignore[override]
         wrong = self._wrong
         return wrong[min(place + 1, len(wrong) - 1) :]
-
-
-def cum_acceptance_curve(
-    acceptance: float, concentration: float, persistence: float, depth: int
-) -> np.ndarray:
-    """P(first j + 1 proposals accepted) of the synthetic model, (depth,).
-
-    Over runs: a run of r positions with equal ``q`` is accepted with the Beta distribution's r-th moment.
-    """
-    a = acceptance * concentration
-    moments = [1.0]
-    for r in range(depth):
-        moments.append(moments[-1] * (a + r) / (concentration + r))
-    survive = [1.0]
-    for n in range(1, depth + 1):
-        # The first run has length r < n and then a fresh q begins, or it covers all n.
-        total = persistence ** (n - 1) * moments[n]
-        for r in range(1, n):
-            total += persistence ** (r - 1) * (1 - persistence) * moments[r] * survive[n - r]
-        survive.append(total)
-    return np.asarray(survive[1:])
 
 
 def _logit(q: np.ndarray) -> np.ndarray:
