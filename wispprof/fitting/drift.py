@@ -1,12 +1,12 @@
-"""Drift: compare predicted with measured step times while serving, and correct without re-profiling.
+"""Drift while serving: compare predicted with measured step times, and correct without a new profile.
 
-- The *median* is corrected by a slow multiplicative step on the sign of the error: a running median of the
-  log ratio, which an outlier cannot move far.
-- The *bound* is corrected by adaptive conformal inference (Gibbs and Candès, NeurIPS 2021, in the scale-free
-  form of Angelopoulos et al., "Conformal PID control", 2023). Each miss raises a log factor and each hit
-  lowers it, in the ratio that gives the stated long-run miss rate.
-- The *detector* is a two-sided CUSUM (Page, 1954) on whitened log residuals of the uncorrected predictions,
-  per cell of the shape space and for all cells together. It advises a new profile and names the cells.
+- The *median* follows the sign of the error in small steps: a running median of log(measured ÷ predicted),
+  which an outlier cannot move far.
+- The *bound* follows adaptive conformal inference (Gibbs and Candès, NeurIPS 2021; scale-free form:
+  Angelopoulos et al., "Conformal PID control", 2023). A step above the bound raises its log factor, a step
+  below lowers it, in the ratio that gives the stated long-run miss rate.
+- The *detector* is a two-sided CUSUM (Page, 1954) on the log ratios of the uncorrected predictions, for each
+  cell of the shape space and for all steps together. It advises a new profile and names the cells.
 
 :func:`recalibrate` scales an estimator's median to a server's step log and learns its bound anew.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -33,40 +34,42 @@ from wispprof.types import BatchShape, BatchTotals
 
 @dataclass(frozen=True, slots=True)
 class DriftSettings:
-    """``warm_up``: steps from which the detector learns the stream's centre and spread, both robust
-    against outliers. The centre may lie as far from 0 as nine of ten held-out errors of the estimator did
-    (``trust`` if its report does not tell). Otherwise an estimator that is wrong from the first step on
-    would pass.
-
-    ``slack`` and ``limit``: CUSUM allowance and threshold in standard deviations; with 0.5 and 16 a
-    stream of independent errors runs for millions of steps without an alarm. ``clip``: largest whitened
-    residual that counts, so that a single stall is no drift. ``rate``: step of the bound's log factor in
-    units of the residuals' spread; ``median_rate``: that of the median. ``meaningful``: least relative
-    change that is worth a new profile.
-    """
+    """Settings of the detector and of both corrections."""
 
     warm_up: int = 100
-    slack: float = 0.5
-    limit: float = 16.0
-    clip: float = 3.0
-    rate: float = 0.25
-    median_rate: float = 0.05
-    meaningful: float = 0.05
+    """Steps from which the detector learns the usual level and spread of the log ratios."""
     cell_warm_up: int = 30
-    trust: float = 0.25
+    """The same for the steps of one cell."""
+    default_error: float = 0.25
+    """Largest usual level that is believed if the estimator's report states no held-out error. Otherwise the
+    limit is the error that nine of ten held-out shapes stay below: an estimator that is wrong from the first
+    step on must not pass for a usual level."""
+    slack: float = 0.5
+    """CUSUM allowance, in standard deviations."""
+    limit: float = 16.0
+    """CUSUM threshold, in standard deviations. With these two, a stream of independent errors runs for
+    millions of steps without an alarm."""
+    clip: float = 3.0
+    """Largest residual that counts, in standard deviations: one stall is no drift."""
+    bound_rate: float = 0.25
+    """Step of the bound's log factor, in units of the log ratios' spread."""
+    median_rate: float = 0.05
+    """Step of the median's log factor, in the same units."""
+    min_change: float = 0.05
+    """Least relative change that is worth a new profile."""
 
 
 class Cell(NamedTuple):
-    """A region of shape space: powers of two of new tokens and deepest cache, with or without chunks."""
+    """A region of shape space: most new tokens and deepest cache as powers of two, with or without prompt
+    chunks."""
 
-    new: int
-    cached: int
+    new_log2: int
+    cached_log2: int
     prefill: bool
 
     def __str__(self) -> str:
-        high_new, high_cached = 2**self.new, 2**self.cached
         chunks = " with prompt chunks" if self.prefill else ""
-        return f"≤ {high_new} new tokens over ≤ {high_cached} cached{chunks}"
+        return f"≤ {2**self.new_log2} new tokens over ≤ {2**self.cached_log2} cached{chunks}"
 
 
 def cell_of(totals: Totals) -> Cell:
@@ -95,74 +98,76 @@ class DriftStatus:
 
 
 @dataclass(slots=True)
-class _Track:
-    """Running centre, spread and CUSUM of one stream of log ratios."""
+class _ChangeDetector:
+    """Two-sided CUSUM over one stream of log ratios.
 
-    count: int = 0
-    mean: float = 0.0
-    spread: float = 0.0
-    first: list[float] = field(default_factory=list)
-    up: float = 0.0
-    down: float = 0.0
+    ``max_level``: largest distance from 0 at which the level of the first ``warm_up`` values is believed.
+    """
+
+    settings: DriftSettings
+    warm_up: int
+    max_level: float
     recent: float = 0.0
+    changed: bool = False
+    _count: int = 0
+    _first: list[float] = field(default_factory=list)
+    _level: float = 0.0
+    _spread: float = 0.0
+    _up: float = 0.0
+    _down: float = 0.0
 
-    def observe(
-        self, value: float, settings: DriftSettings, warm_up: int, least: float, trust: float
-    ) -> bool:
-        """Add one log ratio; whether the stream has left its starting level, which lies within ``trust``
-        of 0."""
-        self.count += 1
-        self.recent += (value - self.recent) / min(self.count, 50)
-        if self.count <= warm_up:
-            self.first.append(value)
-            if self.count == warm_up:
-                centre, self.spread = _level(self.first)
-                self.mean = max(-trust, min(trust, centre))
-                self.first.clear()
+    def observe(self, value: float) -> bool:
+        """Add one log ratio; whether the CUSUM is past its limit now."""
+        settings = self.settings
+        self._count += 1
+        self.recent += (value - self.recent) / min(self._count, 50)
+        if self._count <= self.warm_up:
+            self._first.append(value)
+            if self._count == self.warm_up:
+                level, spread = _level_and_spread(self._first)
+                self._level = max(-self.max_level, min(self.max_level, level))
+                self._spread = max(spread, settings.min_change / 4)
             return False
-        spread = max(self.spread, least)
-        score = max(-settings.clip, min(settings.clip, (value - self.mean) / spread))
-        # A start level known from few steps is itself uncertain by spread / √steps.
-        slack = settings.slack + 2.0 / math.sqrt(warm_up)
-        self.up = max(0.0, self.up + score - slack)
-        self.down = max(0.0, self.down - score - slack)
-        return max(self.up, self.down) > settings.limit
+        residual = max(-settings.clip, min(settings.clip, (value - self._level) / self._spread))
+        # A level known from few steps is itself uncertain by spread / √steps.
+        slack = settings.slack + 2.0 / math.sqrt(self.warm_up)
+        self._up = max(0.0, self._up + residual - slack)
+        self._down = max(0.0, self._down - residual - slack)
+        return max(self._up, self._down) > settings.limit
+
+    @property
+    def matters(self) -> bool:
+        """Whether recent values differ from the usual level by more than the least change."""
+        return abs(self.recent - self._level) >= self.settings.min_change
 
 
-def _level(values: list[float]) -> tuple[float, float]:
-    """Robust centre and spread: mean and standard deviation with values clipped at three robust deviations
-    from the median."""
+def _level_and_spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation of the values, clipped at three robust deviations from their median."""
     middle = statistics.median(values)
     reach = 3.0 * 1.4826 * statistics.median([abs(v - middle) for v in values])
     clipped = [max(middle - reach, min(middle + reach, v)) for v in values]
     return statistics.fmean(clipped), statistics.pstdev(clipped)
 
 
-@dataclass(slots=True)
 class DriftMonitor:
     """Observes every step; gives the corrected estimator and the drift status.
 
     ``estimator``: as fitted. :meth:`observe` costs a few microseconds.
     """
 
-    estimator: FittedEstimator
-    settings: DriftSettings = field(default_factory=DriftSettings)
-    _trust: float = 0.0
-    _log_ratio: float = 0.0
-    _log_bound: float = 0.0
-    _spread: float = 0.05
-    _steps: int = 0
-    _hits: list[bool] = field(default_factory=list)
-    _all: _Track = field(default_factory=_Track)
-    _cells: dict[Cell, _Track] = field(default_factory=dict)
-    _drifted: dict[Cell, bool] = field(default_factory=dict)
-    _alarmed: bool = False
-
-    def __post_init__(self) -> None:
-        report = self.estimator.report
-        held_out = report.get("held_out", {}).get(self.estimator.kind, {})
-        within = held_out.get("p90_ape")
-        self._trust = self.settings.trust if within is None else math.log1p(within / 100.0)
+    def __init__(self, estimator: FittedEstimator, settings: DriftSettings | None = None) -> None:
+        self.estimator = estimator
+        self.settings = settings or DriftSettings()
+        error = estimator.report.get("held_out", {}).get(estimator.kind, {}).get("p90_ape")
+        self._max_level = self.settings.default_error if error is None else math.log1p(error / 100.0)
+        self._log_median = 0.0
+        self._log_bound = 0.0
+        self._spread = 0.05
+        self._steps = 0
+        self._within_bound: deque[bool] = deque(maxlen=500)
+        self._overall = _ChangeDetector(self.settings, self.settings.warm_up, self._max_level)
+        self._cells: dict[Cell, _ChangeDetector] = {}
+        self._alarmed = False
 
     def observe(self, shape: BatchShape, measured_ms: float) -> DriftStatus | None:
         """Add a finished step. Returns the status at the step that raises the first alarm.
@@ -171,85 +176,77 @@ class DriftMonitor:
         """
         if not shape.items or not math.isfinite(measured_ms) or measured_ms <= 0:
             return None
-        base = self.estimator
-        p50, bound = base.predict(shape)
-        ratio = math.log(measured_ms / p50)
+        p50, bound = self.estimator.predict(shape)
+        log_ratio = math.log(measured_ms / p50)
+        within_bound = measured_ms <= bound * self.bound_scale
         self._steps += 1
-        hit = measured_ms <= bound * math.exp(self._log_bound)
-        if len(self._hits) == 500:
-            self._hits[self._steps % 500] = hit
-        else:
-            self._hits.append(hit)
-        self._correct(ratio, hit)
-        return self._detect(totals_of(shape.items), ratio)
+        self._within_bound.append(within_bound)
+        self._correct(log_ratio, within_bound)
+        return self._detect(totals_of(shape.items), log_ratio)
 
-    def _correct(self, ratio: float, hit: bool) -> None:
+    def _correct(self, log_ratio: float, within_bound: bool) -> None:
         settings = self.settings
-        error = ratio - self._log_ratio
+        error = log_ratio - self._log_median
         self._spread += 0.02 * (min(abs(error), 10 * self._spread) - self._spread)
         scale = max(self._spread, 0.002)
         # Far from the median the correction takes longer steps.
-        urgency = min(4.0, max(1.0, abs(error) / scale / 3))
-        self._log_ratio += settings.median_rate * scale * urgency * math.copysign(1.0, error)
-        miss = 1.0 - self.estimator.coverage
-        self._log_bound += settings.rate * scale * ((0.0 if hit else 1.0) - miss)
+        stride = min(4.0, max(1.0, abs(error) / scale / 3))
+        self._log_median += settings.median_rate * scale * stride * math.copysign(1.0, error)
+        miss_rate = 1.0 - self.estimator.coverage
+        self._log_bound += settings.bound_rate * scale * ((not within_bound) - miss_rate)
 
-    def _detect(self, totals: Totals, ratio: float) -> DriftStatus | None:
-        settings = self.settings
-        least = settings.meaningful / 4
-        trust = self._trust
-        moved = self._all.observe(ratio, settings, settings.warm_up, least, trust)
-        cell = cell_of(totals)
-        track = self._cells.setdefault(cell, _Track())
-        if track.observe(ratio, settings, settings.cell_warm_up, least, trust):
-            self._drifted[cell] = abs(track.recent - track.mean) >= settings.meaningful
-        large = abs(self._all.recent - self._all.mean) >= settings.meaningful
-        if not self._alarmed and ((moved and large) or any(self._drifted.values())):
-            self._alarmed = True
-            return self.status()
-        return None
+    def _detect(self, totals: Totals, log_ratio: float) -> DriftStatus | None:
+        settings, key = self.settings, cell_of(totals)
+        changed = self._overall.observe(log_ratio)
+        cell = self._cells.get(key)
+        if cell is None:
+            cell = self._cells[key] = _ChangeDetector(settings, settings.cell_warm_up, self._max_level)
+        if cell.observe(log_ratio):
+            cell.changed = cell.matters
+        if self._alarmed or not (cell.changed or (changed and self._overall.matters)):
+            return None
+        self._alarmed = True
+        return self.status()
 
     @property
     def bound_scale(self) -> float:
-        """Factor on the fitted bound now."""
+        """Current factor on the fitted bound."""
         return math.exp(self._log_bound)
 
     def corrected(self) -> FittedEstimator:
         """The estimator with the current corrections; make it from time to time, not at every step."""
         base = self.estimator
-        median = math.exp(self._log_ratio)
-        p50_scale = base.p50_scale * median
+        p50_scale = base.p50_scale * math.exp(self._log_median)
         # The bound may not fall below the median.
         least = p50_scale / min(base.ratio.at(base.coverage))
         return base.with_scale(p50_scale, max(base.bound_scale * self.bound_scale, least))
 
     def status(self) -> DriftStatus:
         """The current state."""
-        cells = tuple(
-            sorted(
-                (
-                    (cell, math.exp(track.recent))
-                    for cell, track in self._cells.items()
-                    if self._drifted.get(cell)
-                ),
-                key=lambda pair: -abs(math.log(pair[1])),
-            )
+        changed = [(cell, found.recent) for cell, found in self._cells.items() if found.changed]
+        changed.sort(key=lambda pair: -abs(pair[1]))
+        cells = tuple((cell, math.exp(recent)) for cell, recent in changed)
+        within = self._within_bound
+        return DriftStatus(
+            self._steps,
+            math.exp(self._log_median),
+            self.bound_scale,
+            sum(within) / len(within) if within else 1.0,
+            self._alarmed,
+            self._reason(cells) if self._alarmed else "",
+            cells,
         )
-        ratio = math.exp(self._log_ratio)
-        reason = ""
-        if self._alarmed:
-            where = "; ".join(f"{cell}: {100 * (r - 1):+.0f} %" for cell, r in cells[:5])
-            away = 100 * (math.exp(self._all.recent) - 1)
-            if abs(away) >= 50 * self.settings.meaningful:
-                side = "longer" if away >= 0 else "shorter"
-                reason = f"Steps take {abs(away):.0f} % {side} than predicted: re-profile"
-                reason += f" ({where})." if where else "."
-            else:
-                which = f"of some shapes take other times than predicted: re-profile ({where})."
-                past = "took other times than predicted for a while: re-profile."
-                reason = f"Steps {which if where else past}"
-        covered = sum(self._hits) / len(self._hits) if self._hits else 1.0
-        return DriftStatus(self._steps, ratio, self.bound_scale, covered, self._alarmed, reason, cells)
+
+    def _reason(self, cells: Sequence[tuple[Cell, float]]) -> str:
+        named = "; ".join(f"{cell}: {100 * (ratio - 1):+.0f} %" for cell, ratio in cells[:5])
+        percent = 100 * (math.exp(self._overall.recent) - 1)
+        if abs(percent) >= 50 * self.settings.min_change:
+            side = "longer" if percent >= 0 else "shorter"
+            where = f" ({named})" if named else ""
+            return f"Steps take {abs(percent):.0f} % {side} than predicted: re-profile{where}."
+        if named:
+            return f"Steps of some shapes take other times than predicted: re-profile ({named})."
+        return "Steps took other times than predicted for a while: re-profile."
 
 
 MINIMUM_STEPS = 50
