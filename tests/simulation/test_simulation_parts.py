@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from random import Random
 
@@ -47,6 +48,22 @@ def test_azure_traces_are_read_and_sorted(tmp_path: Path) -> None:
     assert second.time_ms == pytest.approx(52.0, abs=0.1)
 
 
+def test_azure_times_without_a_zone_are_utc_wherever_they_are_read(tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "azure.csv"
+    rows = [
+        "2024-05-10 00:00:00.009930+00:00,1,2",
+        "2024-05-10 00:00:05+00:00,1,2",
+        "2024-05-10 00:00:06,1,2",
+    ]
+    file.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(rows))
+    for zone in ("UTC", "America/Los_Angeles"):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        assert [r.time_ms for r in read_requests(file)] == pytest.approx([0.0, 4990.07, 5990.07])
+    monkeypatch.undo()
+    time.tzset()
+
+
 def test_mooncake_traces_are_read_and_replayed_faster(tmp_path: Path) -> None:
     file = tmp_path / "mooncake.jsonl"
     file.write_text(MOONCAKE)
@@ -65,6 +82,8 @@ def test_mooncake_traces_are_read_and_replayed_faster(tmp_path: Path) -> None:
         (MOONCAKE + '{"timestamp": 1}\n', "line 3"),
         (MOONCAKE + "{torn", "line 3"),
         (MOONCAKE + '{"timestamp": NaN, "input_length": 1, "output_length": 1}', "line 3"),
+        (MOONCAKE + '{"timestamp": 27.482, "input_length": 1, "output_length": 1}', "milliseconds"),
+        (MOONCAKE + "[" * 100_000, "line 3"),
         ("", "line 1"),
     ],
 )

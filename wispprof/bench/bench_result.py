@@ -76,12 +76,7 @@ class BenchResult:
         }
         if requests:
             document["requests"] = [
-                {
-                    "device": r.device,
-                    "slo": r.slo.tokens_per_s,
-                    "met_slo": r.met_slo,
-                    **r.stats.summary(),
-                }
+                {"device": r.device, "slo": r.slo.tokens_per_s, "met_slo": r.met_slo, **r.stats.summary()}
                 for r in self.results
             ]
         return document

@@ -28,12 +28,7 @@ from wispprof.bench.bench_result import (
 )
 from wispprof.drafters.replay import ReplayDrafter
 from wispprof.edge.client import EdgeClient
-from wispprof.edge.connection import (
-    ConnectionFactory,
-    server_url,
-    ssl_context,
-    websocket_connections,
-)
+from wispprof.edge.connection import ConnectionFactory, server_url, ssl_context, websocket_connections
 from wispprof.edge.draft_worker import TimedWorker
 from wispprof.edge.generation import Generation
 from wispprof.errors import HandshakeRefused, ProfileError, WispprofError
@@ -97,10 +92,7 @@ async def run_bench(
 
 
 def bench(
-    settings: BenchSettings,
-    server: str,
-    trace: AcceptanceTrace,
-    progress: Progress | None = None,
+    settings: BenchSettings, server: str, trace: AcceptanceTrace, progress: Progress | None = None
 ) -> BenchResult:
     """Call :func:`run_bench` from outside an event loop."""
     return run_high_res(run_bench(settings, server, trace, progress), settings.devices)
@@ -262,9 +254,7 @@ class _Fleet:
 
     def _client_settings(self, number: int) -> ClientSettings:
         return ClientSettings(
-            tokenizer=self.trace.tokenizer_hash,
-            access=self.settings.access,
-            name=f"bench-{number}",
+            tokenizer=self.trace.tokenizer_hash, access=self.settings.access, name=f"bench-{number}"
         )
 
 

@@ -106,8 +106,7 @@ def simulate_bench(
     """
     if load.rate_per_s:
         raise WispprofError(
-            "Only closed-loop workloads can be simulated beside a benchmark.",
-            "Remove the arrival rate.",
+            "Only closed-loop workloads can be simulated beside a benchmark.", "Remove the arrival rate."
         )
     source = TraceReplay(trace, predictor, load.devices)
     runs = [

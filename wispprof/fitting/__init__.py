@@ -1,13 +1,7 @@
 """Verification-time estimators, rejection predictors, and their held-out evaluation. No torch."""
 
 from wispprof.fitting.drift import DriftMonitor, DriftSettings, DriftStatus
-from wispprof.fitting.estimator import (
-    ESTIMATOR_KINDS,
-    Accumulator,
-    Domain,
-    FittedEstimator,
-    load_estimator,
-)
+from wispprof.fitting.estimator import ESTIMATOR_KINDS, Accumulator, Domain, FittedEstimator, load_estimator
 from wispprof.fitting.pipeline import fit_estimator
 from wispprof.fitting.rejection_predictor import (
     PREDICTOR_KINDS,

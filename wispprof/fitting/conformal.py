@@ -78,12 +78,7 @@ class RatioBound:
     shapes: tuple[int, ...]
 
     @classmethod
-    def calibrate(
-        cls,
-        predicted_ms: FloatArray,
-        samples: Sequence[FloatArray],
-        prefill: np.ndarray,
-    ) -> Self:
+    def calibrate(cls, predicted_ms: FloatArray, samples: Sequence[FloatArray], prefill: np.ndarray) -> Self:
         """Learn the factors from predictions made without their own shape.
 
         ``predicted_ms`` (n,), ``samples`` n arrays of measured times, ``prefill`` (n,) bool.

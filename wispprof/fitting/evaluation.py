@@ -21,12 +21,7 @@ import numpy as np
 
 from wispprof.fitting.batch_totals import FloatArray, select
 from wispprof.fitting.conformal import REGIMES, RatioBound
-from wispprof.fitting.estimator import (
-    ESTIMATOR_KINDS,
-    Domain,
-    FittedEstimator,
-    model_class,
-)
+from wispprof.fitting.estimator import ESTIMATOR_KINDS, Domain, FittedEstimator, model_class
 from wispprof.fitting.observations import MINIMUM_SHAPES, Observations
 from wispprof.fitting.step_time_models import StepTimeModel
 from wispprof.types import BatchTotals
@@ -278,12 +273,7 @@ def coverage_of(bound: FloatArray, samples: Sequence[FloatArray]) -> float:
 
 
 def _random_splits(
-    found: Evaluation,
-    kind: str,
-    data: Observations,
-    splits: int,
-    seed: int,
-    step: Callable[[], None],
+    found: Evaluation, kind: str, data: Observations, splits: int, seed: int, step: Callable[[], None]
 ) -> None:
     rng = np.random.default_rng(seed)
     seen: dict[float, list[tuple[float, float]]] = {level: [] for level in LEVELS}

@@ -233,12 +233,7 @@ def write_card(artifact: Path, card: Card) -> tuple[Path, Path]:
     return text, data
 
 
-COLORS = {
-    "wisp-linear": "#d1495b",
-    "staircase": "#edae49",
-    "forest": "#66a182",
-    "wispprof": "#00509d",
-}
+COLORS = {"wisp-linear": "#d1495b", "staircase": "#edae49", "forest": "#66a182", "wispprof": "#00509d"}
 
 
 def plot_evaluation(found: Evaluation, folder: Path) -> list[Path]:

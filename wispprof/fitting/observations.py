@@ -12,13 +12,7 @@ import numpy as np
 
 from wispprof.artifacts.rows import StepRow
 from wispprof.errors import FitError
-from wispprof.fitting.batch_totals import (
-    ArrayTotals,
-    FloatArray,
-    decode_totals_of,
-    select,
-    totals_of,
-)
+from wispprof.fitting.batch_totals import ArrayTotals, FloatArray, decode_totals_of, select, totals_of
 from wispprof.fitting.machine_speed import MachineSpeed, blocks_of, slowdown_of_rows
 from wispprof.types import BatchShape, BatchTotals
 
@@ -105,8 +99,7 @@ class Observations:
             np.array([float(np.median(samples)) for samples in speed_corrected]),
             tuple(raw for raw, _ in gathered),
             np.array(
-                [max(row.padded_tokens for row in group) for group in merged.values()],
-                dtype=np.float64,
+                [max(row.padded_tokens for row in group) for group in merged.values()], dtype=np.float64
             ),
             tuple(merged),
             tuple(shapes),
@@ -199,10 +192,7 @@ def check_rows(rows: Sequence[StepRow], dense: bool = False) -> list[StepRow]:
 
 def _check_columns_vary(rows: Sequence[StepRow]) -> None:
     totals = BatchTotals.stack([totals_of(row.shape.items) for row in rows])
-    for values, name in (
-        (totals.sum_new, "new tokens"),
-        (totals.sum_cached, "cached tokens"),
-    ):
+    for values, name in ((totals.sum_new, "new tokens"), (totals.sum_cached, "cached tokens")):
         if np.ptp(values) == 0:
             raise FitError(
                 f"Every row has {values[0]:.0f} {name}, so their cost cannot be fitted.",
@@ -235,8 +225,7 @@ def check_same_model(identities: Mapping[str, str]) -> None:
     if len(set(identities.values())) > 1:
         named = ", ".join(f"{name} ({model})" for name, model in identities.items())
         raise FitError(
-            f"Profiles of different models cannot be fitted together: {named}.",
-            "Fit each of them alone.",
+            f"Profiles of different models cannot be fitted together: {named}.", "Fit each of them alone."
         )
 
 

@@ -17,7 +17,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from wispprof.artifacts.rows import NonNegative
 from wispprof.fitting.batch_totals import ArrayTotals, FloatArray, Totals
 from wispprof.fitting.observations import Observations
 from wispprof.fitting.step_time_models import fit_nonnegative
+from wispprof.types import BatchTotals
 
 NEW_KNOTS = 6
 CACHED_KNOTS = 3
@@ -35,14 +36,9 @@ BUCKET_SHARE = 0.8
 """Share of rows whose padding must follow the buckets before they are used."""
 
 
-def sampled_tokens(totals: Totals) -> int:
-    """Tokens that pass the output head: all but those of prompt chunks."""
+def sampled_tokens(totals: BatchTotals[Any]) -> Any:
+    """Tokens that pass the output head, of one batch or of n: all but those of prompt chunks."""
     return totals.sum_new - totals.prefill
-
-
-def sampled_tokens_many(totals: ArrayTotals) -> FloatArray:
-    """:func:`sampled_tokens` of n batches, (n,)."""
-    return np.asarray(totals.sum_new - totals.prefill)
 
 
 def padded_many(new: FloatArray, buckets: FloatArray) -> FloatArray:
@@ -143,7 +139,7 @@ class PhysicalTerms(LearnedState):
         tokens = padded_many(totals.sum_new, buckets)
         new_knots = sorted({*single_token_knots(tokens), *spread_knots(tokens, self.new_knots)})
         cached_knots = spread_knots(totals.sum_cached, self.cached_knots)
-        sampled = sampled_tokens_many(totals)
+        sampled = sampled_tokens(totals)
         others = [
             np.ones(len(data)),
             totals.items,
@@ -177,36 +173,23 @@ class PhysicalTerms(LearnedState):
 
     def p50(self, totals: Totals, sampled: float) -> float:
         """Milliseconds of a batch with so many sampled tokens (see :func:`sampled_tokens`)."""
-        items, new, cached, new_cached, new_sq, max_cached, _, prefill = totals
-        w0, w1, w2, w3, w4, w5, w6, w7 = self.weights_
-        return (
-            self.new_(self.padded(new))
-            + self.cached_(cached)
-            + w0
-            + w1 * items
-            + w2 * new_cached
-            + w3 * new_sq
-            + w4 * max_cached
-            + w5 * sampled
-            + w6 * sqrt(items * max_cached)
-            + w7 * min(prefill, sampled)
-        )
+        new_ms, cached_ms = self.new_(self.padded(totals.sum_new)), self.cached_(totals.sum_cached)
+        groups, mixed = sqrt(totals.items * totals.max_cached), min(totals.prefill, sampled)
+        time_ms: float = self._sum(totals, new_ms, cached_ms, sampled, groups, mixed)
+        return time_ms
 
     def p50_many(self, totals: ArrayTotals, sampled: FloatArray) -> FloatArray:
         """:meth:`p50` of n batches, (n,)."""
-        items, new, cached, new_cached, new_sq, max_cached, _, prefill = totals
+        new_ms = self.new_.many(padded_many(totals.sum_new, np.array(self.buckets_)))
+        cached_ms = self.cached_.many(totals.sum_cached)
+        groups, mixed = np.sqrt(totals.items * totals.max_cached), np.minimum(totals.prefill, sampled)
+        return np.asarray(self._sum(totals, new_ms, cached_ms, sampled, groups, mixed))
+
+    def _sum(
+        self, totals: BatchTotals[Any], new_ms: Any, cached_ms: Any, sampled: Any, groups: Any, mixed: Any
+    ) -> Any:
+        """All terms, of one batch or of n: both must round alike."""
+        items, _, _, new_cached, new_sq, max_cached, _, _ = totals
         w0, w1, w2, w3, w4, w5, w6, w7 = self.weights_
-        # The operations of :meth:`p50` in its order: both must round alike.
-        result: FloatArray = (
-            self.new_.many(padded_many(new, np.array(self.buckets_)))
-            + self.cached_.many(cached)
-            + w0
-            + w1 * items
-            + w2 * new_cached
-            + w3 * new_sq
-            + w4 * max_cached
-            + w5 * sampled
-            + w6 * np.sqrt(items * max_cached)
-            + w7 * np.minimum(prefill, sampled)
-        )
-        return result
+        linear_ms = new_ms + cached_ms + w0 + w1 * items + w2 * new_cached + w3 * new_sq + w4 * max_cached
+        return linear_ms + w5 * sampled + w6 * groups + w7 * mixed

@@ -9,27 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from wispprof.artifacts import (
-    files,
-    load_server,
-    load_trace,
-    read_document,
-    trace_hash,
-    write_document,
-)
+from wispprof.artifacts import files, load_server, load_trace, read_document, trace_hash, write_document
 from wispprof.artifacts.rows import AcceptanceTrace, StepRow
 from wispprof.errors import FitError
 from wispprof.fitting.controller_replay import Fold, compare_controllers, summarise
 from wispprof.fitting.drift import recalibrate
 from wispprof.fitting.estimator import ESTIMATOR_KINDS, FittedEstimator, load_estimator
-from wispprof.fitting.evaluation import (
-    Evaluation,
-    Progress,
-    assemble,
-    evaluate,
-    out_of_fold,
-    relative_errors,
-)
+from wispprof.fitting.evaluation import Evaluation, Progress, assemble, evaluate, out_of_fold, relative_errors
 from wispprof.fitting.model_card import estimator_card, plot_evaluation, predictor_card, write_card
 from wispprof.fitting.observations import Observations, check_same_model, read_step_log
 from wispprof.fitting.rejection_predictor import (

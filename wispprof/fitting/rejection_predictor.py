@@ -221,9 +221,7 @@ def _cross_validate(
     return loss
 
 
-def paths_of(
-    traces: AcceptanceTrace | Sequence[AcceptanceTrace] | Sequence[TracePath],
-) -> list[TracePath]:
+def paths_of(traces: AcceptanceTrace | Sequence[AcceptanceTrace] | Sequence[TracePath]) -> list[TracePath]:
     """All paths of some traces; refuses traces of different pairs."""
     if isinstance(traces, AcceptanceTrace):
         return list(traces.paths)
@@ -237,8 +235,7 @@ def paths_of(
             paths.extend(trace.paths)
     if len(pairs) > 1:
         raise FitError(
-            f"Traces of {len(pairs)} draft-target pairs cannot be fitted together.",
-            "Fit each pair alone.",
+            f"Traces of {len(pairs)} draft-target pairs cannot be fitted together.", "Fit each pair alone."
         )
     return paths
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,17 +106,17 @@ class WispLinear(StepTimeModel):
         return self
 
     def p50(self, totals: Totals) -> float:
+        time_ms: float = self._time_ms(totals)
+        return time_ms
+
+    def p50_many(self, totals: ArrayTotals) -> FloatArray:
+        return np.asarray(self._time_ms(totals))
+
+    def _time_ms(self, totals: BatchTotals[Any]) -> Any:
+        """Of one batch or of n: both must round alike."""
         a, b, c, d = self.coef_
         _, new, cached, new_cached, new_sq, *_ = totals
         return a * new + b * (new_cached + new_sq) + c * cached + d
-
-    def p50_many(self, totals: ArrayTotals) -> FloatArray:
-        a, b, c, d = self.coef_
-        # The operations of :meth:`p50` in its order: both must round alike.
-        result: FloatArray = (
-            a * totals.sum_new + b * (totals.sum_new_cached + totals.sum_new_sq) + c * totals.sum_cached + d
-        )
-        return result
 
 
 class Staircase(StepTimeModel):
@@ -166,9 +166,7 @@ class Staircase(StepTimeModel):
         steps, times = np.array(self.steps_), np.array(self.times_ms_)
         place = np.searchsorted(steps, totals.sum_new, side="left")
         padded = times[np.minimum(place, len(times) - 1)]
-        beyond = padded * totals.sum_new / steps[-1]
-        result: FloatArray = np.where(place == len(steps), beyond, padded)
-        return result
+        return np.where(place == len(steps), padded * totals.sum_new / steps[-1], padded)
 
 
 class Forest(StepTimeModel):

@@ -19,21 +19,10 @@ from typing import Annotated, NamedTuple, Self
 import numpy as np
 
 from wispprof.artifacts.files import Meta
-from wispprof.fitting.batch_totals import (
-    ArrayTotals,
-    FloatArray,
-    Totals,
-    clipped,
-    upper_corner,
-)
+from wispprof.fitting.batch_totals import ArrayTotals, FloatArray, Totals, clipped, upper_corner
 from wispprof.fitting.monotone_tables import MonotoneTables, ResidualFeatures
 from wispprof.fitting.observations import Observations
-from wispprof.fitting.physical_terms import (
-    PhysicalTerms,
-    padded_many,
-    sampled_tokens,
-    sampled_tokens_many,
-)
+from wispprof.fitting.physical_terms import PhysicalTerms, padded_many, sampled_tokens
 from wispprof.fitting.step_time_models import StepTimeModel
 from wispprof.types import BatchTotals
 
@@ -86,7 +75,7 @@ class WispprofStepTime(StepTimeModel):
     def fit(self, data: Observations) -> Self:
         choice = self.choice_ = self.choice or _choose(data)
         self.physical_ = PhysicalTerms(*choice.knots).fit(data)
-        sampled = sampled_tokens_many(data.totals)
+        sampled = sampled_tokens(data.totals)
         features = residual_features(data.totals, self.physical_, sampled)
         target = np.log(data.median_ms) - choice.alpha * np.log(features.physical_ms)
         self.residual_ = MonotoneTables(choice.rounds).fit(features, target)
@@ -124,7 +113,7 @@ class WispprofStepTime(StepTimeModel):
         return value * (physical_ms if self.alpha_ == 1.0 else float(physical_ms**self.alpha_))
 
     def p50_many(self, totals: ArrayTotals) -> FloatArray:
-        sampled = sampled_tokens_many(totals)
+        sampled = sampled_tokens(totals)
         features = residual_features(totals, self.physical_, sampled)
         if not (
             any(column.max(initial=0) > most for column, most in zip(totals, self.high_, strict=True))
@@ -137,7 +126,7 @@ class WispprofStepTime(StepTimeModel):
 
     def clipped_many(self, totals: ArrayTotals, high: Totals) -> FloatArray:
         """:meth:`clipped` of n batches, (n,)."""
-        return self._corrected_many(self._cut_features(totals, sampled_tokens_many(totals)))
+        return self._corrected_many(self._cut_features(totals, sampled_tokens(totals)))
 
     def _cut_features(self, totals: ArrayTotals, sampled: FloatArray) -> ResidualFeatures:
         cut = clipped(totals, self.high_)
@@ -166,7 +155,7 @@ def _physical_error(data: Observations, folds: Sequence[np.ndarray], knots: tupl
     for held in folds:
         test = data.take(held)
         physical = PhysicalTerms(*knots).fit(data.take(~held))
-        ratio = physical.p50_many(test.totals, sampled_tokens_many(test.totals)) / test.median_ms
+        ratio = physical.p50_many(test.totals, sampled_tokens(test.totals)) / test.median_ms
         errors.append(float(np.abs(np.log(ratio)).mean()))
     return float(np.mean(errors))
 
@@ -179,8 +168,8 @@ def _corrected_errors(
     for held in folds:
         learn, test = data.take(~held), data.take(held)
         physical = PhysicalTerms(*knots).fit(learn)
-        learn_sampled = sampled_tokens_many(learn.totals)
-        test_sampled = sampled_tokens_many(test.totals)
+        learn_sampled = sampled_tokens(learn.totals)
+        test_sampled = sampled_tokens(test.totals)
         features = residual_features(learn.totals, physical, learn_sampled)
         cut = clipped(test.totals, upper_corner(learn.totals))
         cut_sampled = np.minimum(test_sampled, learn_sampled.max())

@@ -10,12 +10,7 @@ from wispprof.policies.interface import (
     SessionView,
     StepPlan,
 )
-from wispprof.policies.registry import (
-    BATCH_POLICIES,
-    CONTROLLERS,
-    make_batch_policy,
-    make_controller,
-)
+from wispprof.policies.registry import BATCH_POLICIES, CONTROLLERS, make_batch_policy, make_controller
 
 __all__ = [
     "BATCH_POLICIES",

@@ -118,10 +118,7 @@ class BatchBuilder:
 
     def plan(self, reason: str) -> StepPlan:
         return StepPlan(
-            items=tuple(self.items),
-            p50_ms=self.cost.p50_ms,
-            bound_ms=self.cost.bound_ms,
-            reason=reason,
+            items=tuple(self.items), p50_ms=self.cost.p50_ms, bound_ms=self.cost.bound_ms, reason=reason
         )
 
     def _largest_chunk(self, session: SessionView, chunk: int, budget_ms: float) -> int:

@@ -15,13 +15,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from wispprof.policies.cost_model import (
-    BoolArray,
-    FloatArray,
-    IntArray,
-    MarginalCostCache,
-    MarginalCosts,
-)
+from wispprof.policies.cost_model import BoolArray, FloatArray, IntArray, MarginalCostCache, MarginalCosts
 from wispprof.policies.interface import SessionView, column
 from wispprof.policies.wispprof_settings import WispprofSettings
 from wispprof.types import BatchTotals, StepTimeEstimator
@@ -197,11 +191,7 @@ class DraftRanking(NamedTuple):
         return counts
 
     def totals(
-        self,
-        cutoffs: IntArray,
-        cached: IntArray,
-        scheduled: BoolArray,
-        undrafted: BoolArray | None = None,
+        self, cutoffs: IntArray, cached: IntArray, scheduled: BoolArray, undrafted: BoolArray | None = None
     ) -> BatchTotals[Any]:
         """Totals (m,) of the steps at the cutoffs (m,), all with the same scheduled sessions.
 

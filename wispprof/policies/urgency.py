@@ -45,11 +45,7 @@ class Urgency(NamedTuple):
 
     @classmethod
     def _ranked(
-        cls,
-        slack_ms: FloatArray,
-        slo_unreachable: BoolArray,
-        waited_ms: FloatArray,
-        starvation_ms: float,
+        cls, slack_ms: FloatArray, slo_unreachable: BoolArray, waited_ms: FloatArray, starvation_ms: float
     ) -> Self:
         starved = waited_ms > starvation_ms
         rank = np.where(slo_unreachable, math.inf, slack_ms)
@@ -67,11 +63,7 @@ class Urgency(NamedTuple):
         return np.minimum(np.maximum(lag, 0.0), 1.0)
 
     def slo_boost(
-        self,
-        sessions: list[SessionView],
-        undrafted_ms: float,
-        step_ms: float,
-        settings: WispprofSettings,
+        self, sessions: list[SessionView], undrafted_ms: float, step_ms: float, settings: WispprofSettings
     ) -> FloatArray:
         """How much each session (n,) needs short steps, 0 … 1: more, the nearer its next deadline.
 

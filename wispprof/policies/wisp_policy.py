@@ -17,13 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from wispprof.policies.batch_builder import RETRY_MS, BatchBuilder, no_batch, ready_sessions
-from wispprof.policies.cost_model import (
-    BoolArray,
-    FloatArray,
-    IntArray,
-    MarginalCostCache,
-    MarginalCosts,
-)
+from wispprof.policies.cost_model import BoolArray, FloatArray, IntArray, MarginalCostCache, MarginalCosts
 from wispprof.policies.draft_selection import SessionColumns
 from wispprof.policies.interface import Limits, SessionView, StepPlan, column
 from wispprof.types import StepTimeEstimator
@@ -69,11 +63,7 @@ class WispPolicy:
 
     @staticmethod
     def _add(
-        batch: BatchBuilder,
-        ready: list[SessionView],
-        queue: _Queue,
-        idx: IntArray,
-        budget_ms: float,
+        batch: BatchBuilder, ready: list[SessionView], queue: _Queue, idx: IntArray, budget_ms: float
     ) -> float:
         """Try these candidates in order. Return ms until the earliest deadline in the batch."""
         slack_ms = queue.slack_ms

@@ -33,13 +33,7 @@ from wispprof.policies.cost_model import (
     MarginalCosts,
     price_batches,
 )
-from wispprof.policies.draft_selection import (
-    BatchArrays,
-    DraftRanking,
-    SessionColumns,
-    Waiting,
-    should_wait,
-)
+from wispprof.policies.draft_selection import BatchArrays, DraftRanking, SessionColumns, Waiting, should_wait
 from wispprof.policies.interface import Limits, SessionView, StepPlan, column
 from wispprof.policies.prefill import add_prompts
 from wispprof.policies.urgency import Urgency
@@ -129,11 +123,7 @@ class WispprofPolicy:
     # --- which sessions decode, with how many drafts ----------------------------------------------
 
     def _choose_decodes(
-        self,
-        now_ms: float,
-        running: list[SessionView],
-        estimator: StepTimeEstimator,
-        limits: Limits,
+        self, now_ms: float, running: list[SessionView], estimator: StepTimeEstimator, limits: Limits
     ) -> _Decodes:
         settings = self.settings
         sessions, urgency, columns, costs = self._candidates(now_ms, running, estimator, limits)
@@ -180,11 +170,7 @@ class WispprofPolicy:
         return _Decodes([sessions[idx] for idx in chosen.tolist()], chosen_drafts, sessions, wake_ms, tokens)
 
     def _candidates(
-        self,
-        now_ms: float,
-        running: list[SessionView],
-        estimator: StepTimeEstimator,
-        limits: Limits,
+        self, now_ms: float, running: list[SessionView], estimator: StepTimeEstimator, limits: Limits
     ) -> tuple[list[SessionView], Urgency, SessionColumns, MarginalCosts]:
         """The sessions to choose from: all, or the most urgent if they are more than twice a step's slots."""
         starvation_steps, max_items = self.settings.starvation_steps, limits.max_items
@@ -209,11 +195,7 @@ class WispprofPolicy:
         return running, urgency, columns, costs
 
     def _weights(
-        self,
-        sessions: list[SessionView],
-        urgency: Urgency,
-        columns: SessionColumns,
-        costs: MarginalCosts,
+        self, sessions: list[SessionView], urgency: Urgency, columns: SessionColumns, costs: MarginalCosts
     ) -> FloatArray:
         """Value (n,) of a token of each session."""
         settings, step_ms = self.settings, costs.all_bound_ms

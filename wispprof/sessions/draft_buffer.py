@@ -209,11 +209,7 @@ class DraftBuffer:
         )
 
     def on_commit(
-        self,
-        committed_len: int,
-        tokens: Sequence[int],
-        accepted: int = 0,
-        drafted: int | None = None,
+        self, committed_len: int, tokens: Sequence[int], accepted: int = 0, drafted: int | None = None
     ) -> CommitEffect:
         """Take in committed ``tokens`` that end at ``committed_len``.
 

@@ -99,11 +99,7 @@ class EdgeTiming:
             return HoldRule(math.inf, 1.0, 0.0, 0.0, rtt_ms)
         period_ms = max(self.server_ms, 1e-3)
         return HoldRule(
-            self.draft_ms + self._waited_ms,
-            period_ms,
-            _MARGIN * period_ms,
-            self._last_commit_ms,
-            rtt_ms,
+            self.draft_ms + self._waited_ms, period_ms, _MARGIN * period_ms, self._last_commit_ms, rtt_ms
         )
 
     def context(self, rtt_ms: float, load_level: int, draft_ahead: int) -> RoundContext:

@@ -163,11 +163,7 @@ class PendingDrafts:
         return self.drop("overflow", lost) if lost else ""
 
     def _append(
-        self,
-        tokens: Sequence[int],
-        acceptance_prob: Sequence[float],
-        now_ms: float,
-        draft_ms: float,
+        self, tokens: Sequence[int], acceptance_prob: Sequence[float], now_ms: float, draft_ms: float
     ) -> None:
         if not tokens:
             return

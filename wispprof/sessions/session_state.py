@@ -279,14 +279,7 @@ class SessionState:
             fed = [self.tokens[-1], *pending_drafts[:drafts]] if drafts else self.tokens[-1:]
             self._drafts.counters.cut_drafts += useful - drafts
         waiting_from_ms = self._waiting_from_ms
-        self._flight = (
-            len(fed),
-            drafts,
-            needs_logits,
-            self._drafts.epoch,
-            self.deadline_ms,
-            waiting_from_ms,
-        )
+        self._flight = (len(fed), drafts, needs_logits, self._drafts.epoch, self.deadline_ms, waiting_from_ms)
         self._drafts.withdrawn = False
         self._started_ms = now_ms
         self._view = None

@@ -11,7 +11,8 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import NamedTuple, Protocol
@@ -150,6 +151,9 @@ class Replay:
             )
 
 
+AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+
+
 def read_requests(path: str | Path) -> tuple[Request, ...]:
     """Read a request trace: Azure's CSV (``TIMESTAMP,ContextTokens,GeneratedTokens``) or Mooncake's JSONL
     (``{"timestamp": ms, "input_length": …, "output_length": …}``). The first line tells which.
@@ -158,57 +162,48 @@ def read_requests(path: str | Path) -> tuple[Request, ...]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError as err:
         raise ArtifactMissing(f"There is no request trace at {path}.", "Check the path.") from err
     except UnicodeDecodeError as err:
         raise ArtifactDamaged(f"{path} is not a text file.", "Give a CSV or JSONL trace.") from err
-    lines = text.splitlines()
-    reader = _mooncake if lines and lines[0].lstrip().startswith("{") else _azure
-    rows = sorted(reader(path, lines))
-    if not rows:
-        raise ArtifactDamaged(f"{path} holds no requests.", "Give a trace with at least one row.")
-    start = rows[0].time_ms
-    return tuple(Request(r.time_ms - start, r.prompt_tokens, r.output_tokens) for r in rows)
-
-
-def _azure(path: Path, lines: list[str]) -> Iterator[Request]:
-    reader = csv.reader(lines)
-    header = [name.strip() for name in next(reader, [])]
-    wanted = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-    try:
-        columns = [header.index(name) for name in wanted]
-    except ValueError as err:
-        raise ArtifactDamaged(
-            f"{path} line 1: expected the columns {', '.join(wanted)}.",
-            "Give a trace in Azure's CSV format or Mooncake's JSONL format.",
-        ) from err
-    for number, row in enumerate(reader, start=2):
-        if not row:
-            continue
-        try:
-            when = datetime.fromisoformat(row[columns[0]].strip()[:26])
-            yield _checked(when.timestamp() * 1000.0, int(row[columns[1]]), int(row[columns[2]]))
-        except (ValueError, IndexError) as err:
-            raise _damaged(path, number, err) from err
-
-
-def _mooncake(path: Path, lines: list[str]) -> Iterator[Request]:
+    parse = _mooncake
+    if not lines or not lines[0].lstrip().startswith("{"):
+        names = [name.strip() for name in next(csv.reader(lines[:1]), [])]
+        if not set(AZURE) <= set(names):
+            raise ArtifactDamaged(
+                f"{path} line 1: expected the columns {', '.join(AZURE)}.",
+                "Give a trace in Azure's CSV format or Mooncake's JSONL format.",
+            )
+        parse, lines[0] = partial(_azure, names), ""
+    rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            yield _checked(float(row["timestamp"]), int(row["input_length"]), int(row["output_length"]))
-        except (ValueError, KeyError, TypeError) as err:
-            raise _damaged(path, number, err) from err
+            request = parse(line)
+            if not math.isfinite(request.time_ms) or min(request.prompt_tokens, request.output_tokens) < 0:
+                raise ValueError("negative or non-finite value")
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError, csv.Error) as err:
+            raise ArtifactDamaged(f"{path} line {number}: {err!r}.", "Repair or remove that line.") from err
+        rows.append(request)
+    if not rows:
+        raise ArtifactDamaged(f"{path} holds no requests.", "Give a trace with at least one row.")
+    rows.sort()
+    return tuple(r._replace(time_ms=r.time_ms - rows[0].time_ms) for r in rows)
 
 
-def _checked(time_ms: float, prompt: int, output: int) -> Request:
-    if not math.isfinite(time_ms) or prompt < 0 or output < 0:
-        raise ValueError("negative or non-finite value")
-    return Request(time_ms, prompt, output)
+def _azure(names: list[str], line: str) -> Request:
+    row = dict(zip(names, next(csv.reader([line])), strict=False))
+    when, prompt, output = (row[name] for name in AZURE)
+    time = datetime.fromisoformat(when.strip())
+    # The trace of 2023 states no time zone, that of 2024 does: all times are UTC.
+    return Request(time.replace(tzinfo=time.tzinfo or UTC).timestamp() * 1000.0, int(prompt), int(output))
 
 
-def _damaged(path: Path, number: int, err: Exception) -> ArtifactDamaged:
-    return ArtifactDamaged(f"{path} line {number}: {err!r}.", "Repair or remove that line.")
+def _mooncake(line: str) -> Request:
+    row = json.loads(line)
+    time_ms = float(row["timestamp"])
+    if math.isfinite(time_ms) and time_ms != int(time_ms):
+        raise ValueError(f"timestamp {time_ms} is not in whole milliseconds (a trace in seconds?)")
+    return Request(time_ms, int(row["input_length"]), int(row["output_length"]))

@@ -73,9 +73,7 @@ def workers(jobs: int | None = None) -> Iterator[Executor | None]:
 
 
 def run_all(
-    scenarios: Sequence[Scenario],
-    executor: Executor | None = None,
-    progress: Progress | None = None,
+    scenarios: Sequence[Scenario], executor: Executor | None = None, progress: Progress | None = None
 ) -> list[Report]:
     """Reports of scenarios in their order, simulated in the executor's processes (``None``: in this one)."""
     results: Iterable[Report] = (

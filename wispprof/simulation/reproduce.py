@@ -236,10 +236,7 @@ def _specedge(setup: Mapping[str, Any], assumption: Mapping[str, Any]) -> Scenar
         controller_options={"k": draft["k"]}, drafting=DraftingSettings(proactive=ahead)
     )
     base = _specedge_base(
-        setup,
-        pipeline,
-        workload["batch"] * workload["edges_per_batch"],
-        linear_server(setup["server"]),
+        setup, pipeline, workload["batch"] * workload["edges_per_batch"], linear_server(setup["server"])
     )
     return replace(
         base,
@@ -254,8 +251,7 @@ def _specedge_base(setup: Mapping[str, Any], chosen: System, sequences: int, ser
         chosen,
         server,
         ClosedFleet(
-            sequences,
-            Lengths(workload["prompt"], workload["output"], output_sigma=workload["output_sigma"]),
+            sequences, Lengths(workload["prompt"], workload["output"], output_sigma=workload["output_sigma"])
         ),
         SyntheticAcceptance(**setup["acceptance"]),
         devices=((DeviceProfile("none", draft_ms=0.0), 1.0),),

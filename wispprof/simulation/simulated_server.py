@@ -87,13 +87,7 @@ class SimulatedServer:
         if session is None:
             return
         session.merge(
-            frame.epoch,
-            frame.base,
-            frame.tokens,
-            frame.acceptance_prob,
-            now_ms,
-            slack_ms,
-            frame.draft_ms,
+            frame.epoch, frame.base, frame.tokens, frame.acceptance_prob, now_ms, slack_ms, frame.draft_ms
         )
         if not self._busy:
             self._decide(now_ms)
@@ -150,10 +144,7 @@ class SimulatedServer:
         self._collect(now_ms)
         model = self._model
         limits = Limits(
-            model.max_items,
-            model.max_tokens,
-            model.prefill_chunk,
-            self._kv_tokens - self._kv_used,
+            model.max_items, model.max_tokens, model.prefill_chunk, self._kv_tokens - self._kv_used
         )
         views = [session.view(now_ms) for session in self._sessions.values()]
         plan = self._policy.plan(now_ms, views, self._estimator, limits)

@@ -114,7 +114,5 @@ def _segment(path: TracePath, rows: int) -> _Segment:
         )
     ]
     return _Segment(
-        list(map(int, path.path[:rows])),
-        [row[0] for row in drafted],
-        [row[1:] or row for row in drafted],
+        list(map(int, path.path[:rows])), [row[0] for row in drafted], [row[1:] or row for row in drafted]
     )
