@@ -10,7 +10,7 @@ import math
 import tomllib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from typing import Any
 
@@ -87,11 +87,9 @@ def read_setup(name: str) -> dict[str, Any]:
 
 def linear_server(table: Table, **changes: Any) -> ServerModel:
     """A server from a ``[server]`` table: linear cost and limits."""
-    cost_keys = ("fixed_ms", "row_ms", "kv_ms", "pair_ms", "item_ms", "floor_rows", "bound_ratio")
-    cost = {key: value for key, value in table.items() if key in cost_keys}
-    rest = {key: value for key, value in table.items() if key not in cost_keys}
-    cost.update({key: changes.pop(key) for key in list(changes) if key in cost_keys})
-    return ServerModel(LinearCost(**cost), **{**rest, **changes})
+    values = {**table, **changes}
+    cost = {f.name: values.pop(f.name) for f in fields(LinearCost) if f.name in values}
+    return ServerModel(LinearCost(**cost), **values)
 
 
 def wisp_scenario(setup: Table, kind: str, slo: float, assumption: Table) -> Scenario:
@@ -146,37 +144,25 @@ def reproduce_wisp(
         found[assumption["name"], slo, kind] = devices
         if progress is not None:
             progress(len(found), f"of {len(cells)}: {kind}, {assumption['name']}, {devices} devices")
+
+    def ratios(slo: float, rival: str) -> dict[str, float]:
+        return {n: _ratio(found, names[: names.index(n) + 1], slo, rival) for n in names}
+
     figures: list[Figure] = []
-    capacities = setup["published"]["capacity"]
+    kinds, rivals = setup["systems"], setup["systems"][1:]
     for slo in setup["slos"]:
-        published = capacities[f"{slo:g}"]
-        for kind in setup["systems"]:
-            figures.append(
-                Figure(
-                    f"capacity at {slo:g} tok/s, {kind}",
-                    published[kind],
-                    {n: found.get((n, slo, kind), math.nan) for n in names},
-                )
-            )
-        for rival in setup["systems"][1:]:
-            figures.append(
-                Figure(
-                    f"capacity at {slo:g} tok/s, wisp / {rival}",
-                    published["wisp"] / published[rival],
-                    {n: _ratio(found, names[: names.index(n) + 1], slo, rival) for n in names},
-                )
-            )
+        published, title = setup["published"]["capacity"][f"{slo:g}"], f"capacity at {slo:g} tok/s"
+        for kind in kinds:
+            simulated = {n: found.get((n, slo, kind), math.nan) for n in names}
+            figures.append(Figure(f"{title}, {kind}", published[kind], simulated))
+        for rival in rivals:
+            share = published["wisp"] / published[rival]
+            figures.append(Figure(f"{title}, wisp / {rival}", share, ratios(slo, rival)))
     # The published goodput counts each device at its SLO's speed, so its ratios are those of capacities.
-    goodput = setup["published"]["goodput"]
-    top = max(setup["slos"])
-    for rival in setup["systems"][1:]:
-        figures.append(
-            Figure(
-                f"goodput at {top:g} tok/s, wisp / {rival}",
-                goodput["wisp"] / goodput[rival],
-                {n: _ratio(found, names[: names.index(n) + 1], top, rival) for n in names},
-            )
-        )
+    goodput, top = setup["published"]["goodput"], max(setup["slos"])
+    for rival in rivals:
+        share = goodput["wisp"] / goodput[rival]
+        figures.append(Figure(f"goodput at {top:g} tok/s, wisp / {rival}", share, ratios(top, rival)))
     return _comparison(setup, tuple(figures))
 
 
@@ -226,7 +212,7 @@ def _server_only(setup: Mapping[str, Any], assumption: Mapping[str, Any]) -> Sce
     k = setup["draft"]["k"]
     server = linear_server(setup["server"], fixed_ms=setup["server"]["fixed_ms"] + k * step_ms)
     rounds = system("fcfs").replace(label="server-only", controller_options={"k": k})
-    return _specedge_base(setup, rounds, setup["workload"]["batch"], replace(server))
+    return _specedge_base(setup, rounds, setup["workload"]["batch"], server)
 
 
 def _specedge(setup: Mapping[str, Any], assumption: Mapping[str, Any]) -> Scenario:
@@ -247,12 +233,11 @@ def _specedge(setup: Mapping[str, Any], assumption: Mapping[str, Any]) -> Scenar
 
 def _specedge_base(setup: Mapping[str, Any], chosen: System, sequences: int, server: Any) -> Scenario:
     workload, run = setup["workload"], setup["run"]
+    lengths = Lengths(workload["prompt"], workload["output"], output_sigma=workload["output_sigma"])
     return Scenario(
         chosen,
         server,
-        ClosedFleet(
-            sequences, Lengths(workload["prompt"], workload["output"], output_sigma=workload["output_sigma"])
-        ),
+        ClosedFleet(sequences, lengths),
         SyntheticAcceptance(**setup["acceptance"]),
         devices=((DeviceProfile("none", draft_ms=0.0), 1.0),),
         links=((LinkModel(0.0), 1.0),),
@@ -272,13 +257,8 @@ def _per_dollar(setup: Mapping[str, Any], report: Report, edges: bool) -> float:
 
 
 def _comparison(setup: Mapping[str, Any], figures: tuple[Figure, ...]) -> ReproducedTable:
-    return ReproducedTable(
-        setup["title"],
-        setup["citation"],
-        setup["within"],
-        {a["name"]: a["why"] for a in setup["assumption"]},
-        figures,
-    )
+    assumptions = {a["name"]: a["why"] for a in setup["assumption"]}
+    return ReproducedTable(setup["title"], setup["citation"], setup["within"], assumptions, figures)
 
 
 def reproduce_configspec(
