@@ -1,6 +1,9 @@
-"""For all tests: property tests answer right or wrong, never slow, so a busy machine cannot fail them; a
-command that a test runs in this process leaves the tool's logger as it was; and what was imported to collect
-the tests is left out of every later garbage collection, which otherwise walks through torch each time."""
+"""Settings of all tests.
+
+Property tests have no deadline, so a busy machine cannot fail them. A command that a test runs in this process
+restores the logger of wispprof. Modules imported for collection are left out of later garbage collections,
+which would otherwise walk through torch each time.
+"""
 
 from __future__ import annotations
 

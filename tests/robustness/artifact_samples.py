@@ -1,4 +1,4 @@
-"""One small, honest file of every kind, and its reader."""
+"""One small valid file of every artifact kind, and its reader."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Whatever a file holds, its reader returns it or raises one of the project's own errors.
 
-Twice over: bytes are changed as disks and editors change them; and values are changed *inside*, with the
-checksums made right again, as somebody would who means it.
+Two kinds of change: bytes, as disks and editors damage them; and values inside, with the checksums corrected
+afterwards, as an attacker would.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ DAMAGE = st.tuples(
 
 
 def damaged(data: bytes, how: str, where: float, size: int, junk: bytes) -> bytes:
-    """What disks, editors and transfers do: flipped bytes, cut ends, holes, doubled stretches."""
+    """What disks, editors and transfers do: flipped bytes, cut ends, holes, repeated parts."""
     at = int(where * len(data))
     if how == "flip":
         return data[:at] + bytes([data[at] ^ (junk[0] or 1)]) + data[at + 1 :]
@@ -205,7 +205,7 @@ def test_strange_step_records(samples: Samples, originals: Samples, data: Any) -
     read(reader, path)
 
 
-def test_negative_control_a_reader_that_lets_a_fault_through_is_seen(samples: Samples) -> None:
+def test_a_reader_that_raises_another_error_fails_these_tests(samples: Samples) -> None:
     path, _ = samples["plan"]
     path.write_bytes(b"{")
     with pytest.raises(json.JSONDecodeError):

@@ -53,7 +53,7 @@ asyncio.run(main())
 
 @asynccontextmanager
 async def server_host(policy: str) -> AsyncIterator[int]:
-    """Its port; on leaving, that it ended with clean books."""
+    """The port of a server process; on exit, the process must have freed every session."""
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", SERVER, policy, stdin=pipe, stdout=pipe
@@ -79,7 +79,7 @@ def generation(client: EdgeClient, number: int, sampling: Sampling) -> Generatio
 
 
 async def edge_host(port: int, numbers: range, cut: LinkProxy | None) -> list[Generation]:
-    """Four sessions over one connection; half-way the link is cut, if it is to be."""
+    """Four sessions over one connection; ``cut``: the link to cut halfway through."""
     async with EdgeClient(websocket_connections(f"127.0.0.1:{port}")) as client:
         made = [generation(client, n, Sampling(0.7, seed=n)) for n in numbers]
         tasks = [asyncio.create_task(one.run()) for one in made]

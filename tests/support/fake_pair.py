@@ -32,12 +32,12 @@ from wispprof.types import Sampling
 
 
 def linear_cost(fixed_ms: float = 8.0) -> LinearCost:
-    """What a step of the fake engine takes."""
+    """Step time of the fake engine."""
     return LinearCost(fixed_ms, row_ms=0.3, kv_ms=0.001)
 
 
 def in_process(policy: str = "fcfs", cost: LinearCost | None = None, **options: object) -> InProcessServer:
-    """A server of the hash target, to be entered on the running loop."""
+    """A server of the hash target; enter it with ``async with``."""
     return InProcessServer(FakeEngine(), make_batch_policy(policy, **options), cost or linear_cost())
 
 
@@ -85,7 +85,7 @@ def edge(connect: ConnectionFactory, **settings: object) -> EdgeClient:
 
 
 def hash_trace(paths: int = 4, length: int = 40, depth: int = 6, accuracy: float = 0.75) -> AcceptanceTrace:
-    """What profiling would record of the hash pair: exact, and quick."""
+    """The acceptance trace that profiling would record of the hash pair."""
     target = FakeTarget()
     made = []
     for number in range(paths):

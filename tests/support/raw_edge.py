@@ -120,7 +120,7 @@ class Edge:
 
 @asynccontextmanager
 async def edge(url: str, **hello: Any) -> AsyncIterator[Edge]:
-    """A connected edge; raises AssertionError with the problem where hello is refused."""
+    """A connected edge; raises AssertionError with the problem if the server refuses hello."""
     async with connect(url, compression=None, max_size=None) as socket:
         first = protocol.Hello(protocol.PROTOCOL_VERSION, "")
         await socket.send(protocol.encode(msgspec.structs.replace(first, **hello)))
