@@ -1,8 +1,8 @@
 """Settings of all tests.
 
-Property tests have no deadline, so a busy machine cannot fail them. A command that a test runs in this process
-restores the logger of wispprof. Modules imported for collection are left out of later garbage collections,
-which would otherwise walk through torch each time.
+Property tests have no deadline, so a busy machine cannot fail them. Each test leaves the logger of wispprof as
+it was. Modules imported for collection are left out of later garbage collections, which would otherwise walk
+through torch each time.
 """
 
 from __future__ import annotations
