@@ -1,7 +1,7 @@
 """Settings of all tests.
 
-Property tests have no deadline, so a busy machine cannot fail them. Each test leaves the logger of wispprof as
-it was. Modules imported for collection are left out of later garbage collections, which would otherwise walk
+Property tests have no deadline, so a busy machine cannot fail them. Each test leaves wispprof's logger as it
+was. Modules imported for collection are left out of later garbage collections, which would otherwise walk
 through torch each time.
 """
 
