@@ -1,7 +1,6 @@
 """Verification-time estimators, rejection predictors, and their held-out evaluation. No torch."""
 
-from wispprof.fitting.drift import DriftMonitor, DriftSettings, DriftStatus
-from wispprof.fitting.estimator import ESTIMATOR_KINDS, Accumulator, Domain, FittedEstimator, load_estimator
+from wispprof.fitting.estimator import ESTIMATOR_KINDS, FittedEstimator, load_estimator
 from wispprof.fitting.pipeline import fit_estimator
 from wispprof.fitting.rejection_predictor import (
     PREDICTOR_KINDS,
@@ -13,11 +12,6 @@ from wispprof.fitting.rejection_predictor import (
 __all__ = [
     "ESTIMATOR_KINDS",
     "PREDICTOR_KINDS",
-    "Accumulator",
-    "Domain",
-    "DriftMonitor",
-    "DriftSettings",
-    "DriftStatus",
     "FittedEstimator",
     "FittedPredictor",
     "fit_estimator",

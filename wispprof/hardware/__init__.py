@@ -6,8 +6,6 @@ A missing sensor never raises: the bases :class:`Sensors` and :class:`EnergyMete
 from wispprof.hardware.clocks import Reading, Sensors, sensors
 from wispprof.hardware.energy import EnergyMeter, EnergyReading, energy_meter
 from wispprof.hardware.machine_info import (
-    Fingerprint,
-    Gpu,
     compute_device_name,
     fingerprint,
     machine_mismatch,
@@ -16,8 +14,6 @@ from wispprof.hardware.machine_info import (
 __all__ = [
     "EnergyMeter",
     "EnergyReading",
-    "Fingerprint",
-    "Gpu",
     "Reading",
     "Sensors",
     "compute_device_name",

@@ -1,9 +1,8 @@
 """Scheduling decisions shared by server, edge and simulator: batching policies, speculation controllers."""
 
-from wispprof.policies.cost_model import LOAD_BOUNDS, LOAD_LEVELS, load_level, slowdown
+from wispprof.policies.cost_model import LOAD_LEVELS, load_level, slowdown
 from wispprof.policies.interface import (
     BatchPolicy,
-    Controller,
     Limits,
     RoundContext,
     ScheduledItem,
@@ -15,10 +14,8 @@ from wispprof.policies.registry import BATCH_POLICIES, CONTROLLERS, make_batch_p
 __all__ = [
     "BATCH_POLICIES",
     "CONTROLLERS",
-    "LOAD_BOUNDS",
     "LOAD_LEVELS",
     "BatchPolicy",
-    "Controller",
     "Limits",
     "RoundContext",
     "ScheduledItem",

@@ -9,14 +9,13 @@
 from wispprof.server.admission import Refused
 from wispprof.server.coalescing_loop import run_coalescing
 from wispprof.server.process import RunningServer, running_server, serve
-from wispprof.server.session import ServerSession, SessionListener
+from wispprof.server.session import ServerSession
 from wispprof.server.verification_server import VerificationServer
 
 __all__ = [
     "Refused",
     "RunningServer",
     "ServerSession",
-    "SessionListener",
     "VerificationServer",
     "run_coalescing",
     "running_server",
