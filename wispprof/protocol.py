@@ -40,8 +40,8 @@ class Hello(msgspec.Struct, tag="h", array_like=True, frozen=True):
 class Welcome(msgspec.Struct, tag="w", array_like=True, frozen=True):
     """The server's answer to a valid hello.
 
-    ``identity``, ``stop_tokens``, ``chat_template`` and the sampling defaults are the target's, as in
-    :class:`~wispprof.types.ServedModel`.
+    ``identity``, ``stop_tokens``, ``chat_template``, the sampling defaults and ``vocab_size`` (0: unknown)
+    are the target's, as in :class:`~wispprof.types.ServedModel`.
     """
 
     protocol: int
@@ -59,6 +59,7 @@ class Welcome(msgspec.Struct, tag="w", array_like=True, frozen=True):
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    vocab_size: int = 0
 
 
 class OpenPart(msgspec.Struct, tag="q", array_like=True, frozen=True):
@@ -234,7 +235,7 @@ def _decode(decoder: msgspec.msgpack.Decoder[_F], data: bytes) -> _F:
         )
     try:
         return decoder.decode(data)
-    except (msgspec.DecodeError, msgspec.ValidationError) as err:
+    except (msgspec.DecodeError, ValueError, RecursionError) as err:  # ValueError: invalid UTF-8
         raise ProtocolError(f"Malformed frame: {err}.", "Use a client of the same protocol version.") from err
 
 

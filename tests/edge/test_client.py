@@ -12,7 +12,7 @@ from msgspec import structs
 
 from wispprof import protocol
 from wispprof.edge import Connection, LinkLost, server_url, websocket_connections
-from wispprof.edge.client import RttMeter
+from wispprof.edge.connection import RttMeter
 from wispprof.errors import HandshakeRefused, RuntimeFault, ServerUnreachable
 from wispprof.server.process import running_server
 from wispprof.settings.server_settings import ServerSettings

@@ -11,7 +11,8 @@ import pytest
 from raw_edge import edge
 
 from wispprof import protocol
-from wispprof.edge.client import EdgeClient, RttMeter
+from wispprof.edge.client import EdgeClient
+from wispprof.edge.connection import RttMeter
 from wispprof.server import running_server
 from wispprof.server.coalescing_loop import (
     CoalescingLoop,

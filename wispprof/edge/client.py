@@ -1,58 +1,43 @@
-"""One edge's connection to a server: hello, many sessions on one link, and reconnecting after a loss.
+"""One edge's connection to a server: handshake, many sessions on one link, and reconnecting after a loss.
 
 The client owns the link, not the text of a session. A session registers a :class:`GenerationListener`.
 After a reconnect the client asks each listener for its opening frame (prompt and committed tokens) and sends
-it again; resuming takes nothing else. Everything runs on one event loop, so calls to a listener cannot
-interleave.
+it again; this resumes the session. All calls come from one event loop, so they cannot interleave.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import math
 import random
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Protocol
 
+import msgspec
+
 from wispprof import protocol
-from wispprof.edge.connection import Connection, ConnectionFactory, LinkLost, Traffic
-from wispprof.errors import HandshakeRefused, ProtocolError, RuntimeFault, ServerUnreachable
+from wispprof.edge import handshake, server_frames
+from wispprof.edge.connection import Connection, ConnectionFactory, LinkLost, RttMeter, Traffic
+from wispprof.errors import ProtocolError, RuntimeFault, ServerUnreachable, SettingsError
 from wispprof.settings.edge_settings import ClientSettings
+from wispprof.types import ServedModel
 
+log = logging.getLogger("wispprof.edge")
 
-class RttMeter:
-    """Smoothed round trip as TCP keeps it (RFC 6298: gains 1/8 and 1/4). ``guess_ms`` until measured."""
-
-    def __init__(self, guess_ms: float = 30.0) -> None:
-        self.mean_ms = guess_ms
-        self.spread_ms = guess_ms / 2.0
-        self.least_ms = guess_ms
-        self.samples = 0
-
-    def add(self, sample_ms: float) -> None:
-        """Take in one measured round trip."""
-        if self.samples == 0:
-            self.mean_ms, self.spread_ms, self.least_ms = sample_ms, sample_ms / 2.0, sample_ms
-        else:
-            self.spread_ms += (abs(sample_ms - self.mean_ms) - self.spread_ms) / 4.0
-            self.mean_ms += (sample_ms - self.mean_ms) / 8.0
-            self.least_ms = min(self.least_ms, sample_ms)
-        self.samples += 1
-
-
-_RETRYABLE_CODES = ("busy", "draining")
+PART_TOKENS = 1 << 16
+"""Most tokens in one frame of an opening: 5 bytes each at most, so less than a third of a frame."""
 
 
 class GenerationListener(Protocol):
-    """A session as the client sees it. Calls come from the event loop, one at a time.
-
-    ``traffic`` counts the session's own frames.
-    """
+    """Callbacks of one session, called on the event loop. ``traffic`` counts the session's own frames."""
 
     traffic: Traffic
 
     def opening(self) -> protocol.Open:
-        """The frame that opens or resumes it now (its ``session`` number is filled in)."""
+        """The frame that opens or resumes the session; the client fills in ``session``."""
 
     def committed(self, commit: protocol.Commit) -> None: ...
 
@@ -60,21 +45,24 @@ class GenerationListener(Protocol):
         """The server refused something of this session; it may be reopened."""
 
     def reopened(self) -> None:
-        """The opening frame just left over a new link: what the server knew of drafts is gone."""
+        """The opening frame was sent again; the server has none of the earlier drafts."""
 
     def lost(self) -> None:
-        """The link is down; the client is trying to restore it."""
+        """The link is down; the client reconnects."""
 
     def failed(self, err: RuntimeFault) -> None:
-        """The link will not come back."""
+        """The session ended: no server for too long, another target, or a fault. It is forgotten."""
 
 
 class EdgeClient:
-    """Connects to a server and stays connected while it is in use as ``async with`` context.
+    """Connects to a server and stays connected inside ``async with``.
 
-    Entering connects and raises :class:`HandshakeRefused` or :class:`ServerUnreachable` (the latter
-    only when the first session is opened, if the settings say ``offline_ok``). Later losses
-    are healed in the background; listeners get :meth:`GenerationListener.failed` once the client gives up.
+    Entering raises :class:`HandshakeRefused`, or :class:`ServerUnreachable` after ``give_up_ms``; with
+    ``offline_ok`` the latter fails sessions instead. The client restores a lost link for as long as it
+    runs. After ``give_up_ms`` without a server, open sessions fail; a session opened later fails if one more
+    attempt does. If the server then serves another target, open sessions fail: none continues on it.
+
+    ``target_changes``: reconnects that found another target. ``bad_frames``: invalid frames received.
     """
 
     def __init__(self, connect: ConnectionFactory, settings: ClientSettings | None = None) -> None:
@@ -82,30 +70,28 @@ class EdgeClient:
         self.traffic = Traffic()
         self.rtt = RttMeter(settings.rtt_guess_ms)
         self.reconnects = 0
+        self.target_changes = 0
+        self.bad_frames = 0
         self.welcome: protocol.Welcome | None = None
+        self.target: ServedModel | None = None
         self.load_level = 0
+        self.fault: RuntimeFault | None = None
         self._connection_factory = connect
         self._listeners: dict[int, GenerationListener] = {}
         self._next = 0
         self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()
         self._up = False
-        self._fault: RuntimeFault | None = None
         self._task: asyncio.Task[None] | None = None
+        self._opened = asyncio.Event()
         self._last_received_s = 0.0
-        self._pinged: dict[int, float] = {}
+        self._ping_sent_s: dict[int, float] = {}
         self._pings = 0
         self._random = random.Random()
 
-    # --- life ---
+    # --- lifetime ---
 
     async def __aenter__(self) -> EdgeClient:
-        try:
-            connection = await self._connect(asyncio.get_running_loop().time())
-        except ServerUnreachable as err:
-            if not self.settings.offline_ok:
-                raise
-            self._fault = err
-            return self
+        connection = await self._connect()
         self._task = asyncio.create_task(self._run_link(connection), name="edge link")
         return self
 
@@ -120,84 +106,134 @@ class EdgeClient:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
             self._task = None
-        for number in list(self._listeners):
-            self._listeners.pop(number).failed(RuntimeFault("The edge client was closed."))
+        self._fail(list(self._listeners), RuntimeFault("The edge client was closed."))
 
     @property
     def up(self) -> bool:
-        """Whether the link is up now."""
+        """Whether the link is up now. While it is not, :attr:`fault` says why sessions fail; ``None``: they
+        still wait."""
         return self._up
 
     # --- sessions ---
 
     def open(self, listener: GenerationListener) -> int:
-        """Register a session and open it; returns its number.
+        """Register a session and open it, if need be once the link is restored; returns its number.
 
-        Raises the fault that ended the connection, if healing it has been given up.
+        Raises :class:`SettingsError` if the opening frame has a value that no frame can hold.
         """
-        if self._fault is not None:
-            raise self._fault
+        if self._task is None:
+            raise RuntimeFault("The edge client is closed.", "Use it inside `async with`.")
         number = self._next
+        frames = _opening_frames(number, listener)
         self._next += 1
         self._listeners[number] = listener
-        if self._up:
-            self._send_opening(number, listener)
+        self._post_all(frames, listener)
+        self._opened.set()
         return number
 
     def reopen(self, number: int) -> None:
-        """Open a session anew from its committed tokens, over the link that is up (else later)."""
+        """Open a session again from its committed tokens; if the link is down, once it is restored."""
         listener = self._listeners.get(number)
         if listener is not None and self._up:
-            self._send_opening(number, listener)
-            listener.reopened()
+            self._reopen(number, listener)
 
     def close(self, number: int, *, tell: bool = True) -> None:
         """Forget a session; with ``tell`` the server releases what it holds for it."""
         listener = self._listeners.pop(number, None)
         if listener is not None and tell:
-            self._post(protocol.Close(number), listener.traffic)
+            self._post(protocol.encode(protocol.Close(number)), listener.traffic)
 
     def draft(self, frame: protocol.Draft) -> bool:
         """Send a draft frame; returns whether a link was up to send it on."""
         listener = self._listeners.get(frame.session)
-        return listener is not None and self._post(frame, listener.traffic)
+        return listener is not None and self._post(protocol.encode(frame), listener.traffic)
 
-    def _send_opening(self, number: int, listener: GenerationListener) -> None:
-        import msgspec
+    def _reopen(self, number: int, listener: GenerationListener) -> None:
+        try:
+            self._post_all(_opening_frames(number, listener), listener)
+            listener.reopened()
+        except Exception as err:
+            self._fail([number], _internal(err))
 
-        self._post(msgspec.structs.replace(listener.opening(), session=number), listener.traffic)
+    def _fail(self, numbers: Iterable[int], err: RuntimeFault) -> None:
+        for number in numbers:
+            listener = self._listeners.pop(number, None)
+            if listener is not None:
+                listener.failed(err)
 
-    def _post(self, frame: protocol.EdgeFrame, traffic: Traffic | None = None) -> bool:
+    def _post_all(self, frames: Iterable[bytes], listener: GenerationListener) -> None:
+        for data in frames:
+            self._post(data, listener.traffic)
+
+    def _post(self, data: bytes, traffic: Traffic | None = None) -> bool:
         if not self._up:
             return False
-        data = protocol.encode(frame)
         self._outgoing.put_nowait(data)
         self.traffic.sent(len(data))
         if traffic is not None:
             traffic.sent(len(data))
         return True
 
-    # --- the link ---
+    # --- connecting ---
 
-    async def _connect(self, since: float) -> Connection:
-        """Connect and say hello, with back-off; gives up ``give_up_ms`` after ``since``."""
-        settings, loop = self.settings, asyncio.get_running_loop()
-        attempt = 0
+    async def _connect(self) -> Connection | None:
+        """The first connection; ``None`` if there is no server and the settings allow that."""
+        loop = asyncio.get_running_loop()
+        begun_s, attempt = loop.time(), 0
         while True:
             try:
                 return await self._hello()
             except LinkLost as err:
                 if err.final:
                     raise
-                gone_ms = (loop.time() - since) * 1000.0
                 pause_ms = max(self._pause_ms(attempt), err.retry_ms)
                 attempt += 1
-                if gone_ms + pause_ms > settings.give_up_ms:
-                    raise ServerUnreachable(
-                        f"No server for {gone_ms / 1000:.1f} s. {err}".rstrip(),
-                        "Start one with `wispprof serve`, or check the address.",
-                    ) from err
-                await asyncio.sleep(pause_ms / 1000.0)
+                down_ms = (loop.time() - begun_s) * 1000.0
+                fault = _unreachable(down_ms, err)
+                if self.settings.offline_ok:
+                    self.fault = fault
+                    return None
+                if down_ms + pause_ms > self.settings.give_up_ms:
+                    raise fault from err
+            await asyncio.sleep(pause_ms / 1000.0)
+
+    async def _reconnect(self, lost_s: float, pause_ms: float) -> Connection:
+        """A new connection, however long that takes; fails sessions meanwhile as :class:`EdgeClient` says."""
+        loop, settings = asyncio.get_running_loop(), self.settings
+        attempt, minimum_ms = 0, pause_ms
+        while True:
+            await self._pause(pause_ms, minimum_ms)
+            self._opened.clear()
+            waiting = list(self._listeners)
+            try:
+                connection = await self._hello()
+            except handshake.TargetChanged as err:
+                self._fail(list(self._listeners), handshake.refusal(str(err)))
+                pause_ms = minimum_ms = self._pause_ms(0)
+                continue
+            except Exception as err:
+                fault = err if isinstance(err, RuntimeFault) else LinkLost(f"Cannot connect: {err!r:.200}")
+                retry_ms = fault.retry_ms if isinstance(fault, LinkLost) else 0.0
+                pause_ms = max(self._pause_ms(attempt), retry_ms)
+                minimum_ms = max(min(pause_ms, settings.backoff_ms), retry_ms)
+                attempt += 1
+                down_ms = (loop.time() - lost_s) * 1000.0
+                if not isinstance(fault, LinkLost) or fault.final:
+                    self.fault = fault
+                elif self.fault is not None or down_ms + pause_ms > settings.give_up_ms:
+                    self.fault = _unreachable(down_ms, fault)
+                if self.fault is not None:
+                    self._fail(waiting, self.fault)
+            else:
+                self.fault = None
+                return connection
+
+    async def _pause(self, pause_ms: float, minimum_ms: float) -> None:
+        """Wait for ``pause_ms``, but after ``minimum_ms`` no longer than until a session is opened."""
+        await asyncio.sleep(minimum_ms / 1000.0)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, pause_ms - minimum_ms) / 1000.0):
+                await self._opened.wait()
 
     def _pause_ms(self, attempt: int) -> float:
         settings = self.settings
@@ -205,104 +241,78 @@ class EdgeClient:
         return wait_ms * (1.0 + settings.backoff_jitter * (2.0 * self._random.random() - 1.0))
 
     async def _hello(self) -> Connection:
+        """Connect and exchange hello and welcome."""
         settings, loop = self.settings, asyncio.get_running_loop()
+        known = self.welcome.identity if self.welcome is not None and self._listeners else ""
         connection = await self._connection_factory()
+        sent_s = loop.time()
         try:
-            hello = protocol.encode(
-                protocol.Hello(
-                    protocol.PROTOCOL_VERSION,
-                    settings.tokenizer,
-                    settings.target,
-                    settings.access.key,
-                    settings.name,
-                )
-            )
-            asked = loop.time()
-            self.traffic.sent(len(hello))
-            await connection.send(hello)
-            async with asyncio.timeout(settings.hello_ms / 1000.0):
-                data = await connection.receive()
-            self.traffic.received(len(data))
-            answer = protocol.decode_server(data)
-            if isinstance(answer, protocol.Problem):
-                self._refused_at_hello(answer)
-            if not isinstance(answer, protocol.Welcome):
-                raise ProtocolError(
-                    "The server answered hello with something else.", "Is it a wispprof server?"
-                )
-            if answer.protocol != protocol.PROTOCOL_VERSION:
-                raise HandshakeRefused(
-                    f"The server speaks protocol {answer.protocol}, this edge {protocol.PROTOCOL_VERSION}.",
-                    "Install the same version on both sides.",
-                )
-        except TimeoutError as err:
-            await connection.close()
-            raise LinkLost("The server did not answer hello in time.") from err
-        except BaseException:
+            welcome = await handshake.say_hello(connection, settings, known, self.traffic)
+        except BaseException as err:
+            self.bad_frames += isinstance(err, ProtocolError)
             await connection.close()
             raise
-        self.rtt.add((loop.time() - asked) * 1000.0)
-        self.welcome = answer
-        self.load_level = answer.load_level
+        self.rtt.add((loop.time() - sent_s) * 1000.0)
+        self._welcomed(welcome)
         return connection
 
-    @staticmethod
-    def _refused_at_hello(problem: protocol.Problem) -> None:
-        if problem.code in _RETRYABLE_CODES:
-            raise LinkLost(f"The server is {problem.code}: {problem.message}", retry_ms=problem.retry_ms)
-        raise HandshakeRefused(f"The server refused this edge: {problem.message}")
+    def _welcomed(self, welcome: protocol.Welcome) -> None:
+        if self.welcome is not None and not handshake.same_target(self.welcome, welcome):
+            self.target_changes += 1
+            log.warning("the server serves %.100s now, not %.100s", welcome.target, self.welcome.target)
+            self._fail(list(self._listeners), handshake.refusal(f"It serves {welcome.target!r:.100}."))
+        self.welcome = welcome
+        self.target = handshake.served_model(welcome)
+        self.load_level = server_frames.load_level(welcome.load_level)
 
-    async def _run_link(self, connection: Connection) -> None:
-        """Serve one connection after the other until the client ends or healing is given up."""
+    # --- the link ---
+
+    async def _run_link(self, connection: Connection | None) -> None:
+        """Run one connection after the other until the client is closed."""
         loop = asyncio.get_running_loop()
         short_lived = 0
+        lost_s, pause_ms = loop.time(), self._pause_ms(0)
         while True:
-            born = loop.time()
+            if connection is None:
+                connection = await self._reconnect(lost_s, pause_ms)
+                self.reconnects += 1
+            up_s = self._last_received_s = loop.time()
             self._outgoing = asyncio.Queue()
-            self._pinged.clear()
-            self._last_received_s = loop.time()
+            self._ping_sent_s.clear()
             self._up = True
             for number, listener in list(self._listeners.items()):
-                self._send_opening(number, listener)
-                listener.reopened()
+                self._reopen(number, listener)
             try:
                 await self._serve(connection)
             finally:
                 self._up = False
                 await connection.close()
+                connection = None
             for listener in list(self._listeners.values()):
                 listener.lost()
-            gone = loop.time()
-            lived_ms = (gone - born) * 1000.0
+            lost_s = loop.time()
+            lived_ms = (lost_s - up_s) * 1000.0
             short_lived = short_lived + 1 if lived_ms < self.settings.backoff_max_ms else 0
-            # Never at once: a restarted server meets all its edges, a broken one must not be hammered.
-            await asyncio.sleep(self._pause_ms(short_lived) / 1000.0)
-            try:
-                connection = await self._connect(gone)
-            except RuntimeFault as err:
-                self._fault = err
-                for number in list(self._listeners):
-                    self._listeners.pop(number).failed(err)
-                return
-            self.reconnects += 1
+            # All edges of a restarted server reconnect at once; the random pause spreads them.
+            pause_ms = self._pause_ms(short_lived)
 
     async def _serve(self, connection: Connection) -> None:
-        """Pump frames both ways until the link is lost or one of the pumps meets a fault."""
-        pumps = [
+        """Send and receive frames until the link is lost or a frame is invalid."""
+        tasks = [
             asyncio.create_task(self._write(connection), name="edge writer"),
             asyncio.create_task(self._read(connection), name="edge reader"),
             asyncio.create_task(self._ping(), name="edge pings"),
         ]
         try:
-            done, _ = await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-            for pump in done:
-                err = pump.exception()
-                if err is not None and not isinstance(err, LinkLost | ProtocolError):
-                    raise err
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for err in (task.exception() for task in done):
+                self.bad_frames += isinstance(err, ProtocolError)
+                if not isinstance(err, LinkLost):
+                    log.warning("closing the connection: %s: %.300s", type(err).__name__, err)
         finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _write(self, connection: Connection) -> None:
         while True:
@@ -317,34 +327,69 @@ class EdgeClient:
             self._dispatch(protocol.decode_server(data), size)
 
     def _dispatch(self, frame: protocol.ServerFrame, size: int) -> None:
-        if isinstance(frame, protocol.Commit):
-            self.load_level = frame.load_level
-            listener = self._listeners.get(frame.session)
-            if listener is not None:
-                listener.traffic.down_bytes += size
-                listener.traffic.down_frames += 1
+        if isinstance(frame, protocol.Pong):
+            sent_s = self._ping_sent_s.pop(frame.number, None)
+            if sent_s is not None:
+                took_ms = (asyncio.get_running_loop().time() - sent_s) * 1000.0
+                waited_ms = frame.socket_wait_ms
+                self.rtt.add(max(0.0, took_ms - waited_ms) if waited_ms >= 0.0 else took_ms)
+            return
+        if not isinstance(frame, protocol.Commit | protocol.Problem):
+            raise ProtocolError(f"Got a second {type(frame).__name__} frame.")
+        if isinstance(frame, protocol.Problem) and frame.session < 0:
+            raise LinkLost(f"The server ended the connection: {frame.message}")
+        listener = self._listeners.get(frame.session)
+        if listener is None:  # its last frames cross with the edge's close
+            return
+        listener.traffic.down_bytes += size
+        listener.traffic.down_frames += 1
+        try:
+            if isinstance(frame, protocol.Commit):
+                self.load_level = server_frames.load_level(frame.load_level)
                 listener.committed(frame)
-        elif isinstance(frame, protocol.Pong):
-            sent = self._pinged.pop(frame.number, None)
-            if sent is not None:
-                took_ms = (asyncio.get_running_loop().time() - sent) * 1000.0
-                self.rtt.add(max(0.0, took_ms - frame.socket_wait_ms))
-        elif isinstance(frame, protocol.Problem):
-            if frame.session < 0:
-                raise LinkLost(f"The server ended the connection: {frame.message}")
-            listener = self._listeners.get(frame.session)
-            if listener is not None:
+            else:
                 listener.refused(frame)
+        except Exception as err:
+            self.bad_frames += isinstance(err, ProtocolError)
+            self._post(protocol.encode(protocol.Close(frame.session)))
+            self._fail([frame.session], err if isinstance(err, RuntimeFault) else _internal(err))
 
     async def _ping(self) -> None:
         settings, loop = self.settings, asyncio.get_running_loop()
         while True:
             if self._listeners or not self._pings:
-                self._pinged[self._pings] = loop.time()
-                self._post(protocol.Ping(self._pings))
+                self._ping_sent_s[self._pings] = loop.time()
+                self._post(protocol.encode(protocol.Ping(self._pings)))
                 self._pings += 1
             await asyncio.sleep(settings.ping_ms / 1000.0)
-            oldest = min(self._pinged.values(), default=None)
-            silent_since = max(self._last_received_s, oldest) if oldest is not None else None
-            if silent_since is not None and (loop.time() - silent_since) * 1000.0 > settings.dead_ms:
-                raise LinkLost("The link delivers nothing any more.")
+            oldest_s = min(self._ping_sent_s.values(), default=math.inf)
+            silent_ms = (loop.time() - max(self._last_received_s, oldest_s)) * 1000.0
+            if silent_ms > settings.dead_ms:
+                raise LinkLost(f"No data received for {silent_ms:,.0f} ms.")
+
+
+def _opening_frames(number: int, listener: GenerationListener) -> list[bytes]:
+    """The opening of a session as frames, several for a long one. Raises :class:`SettingsError` if a value
+    does not fit into a frame."""
+    opening = listener.opening()
+    tokens = opening.tokens
+    cut = (len(tokens) - 1) // PART_TOKENS * PART_TOKENS
+    starts = range(0, cut, PART_TOKENS)
+    parts = [protocol.OpenPart(number, tokens[start : start + PART_TOKENS]) for start in starts]
+    try:
+        last = msgspec.structs.replace(opening, session=number, tokens=tokens[cut:])
+        return [*map(protocol.encode, parts), protocol.encode(last)]
+    except (OverflowError, TypeError, ValueError) as err:
+        raise SettingsError(f"The request does not fit into a frame: {err}.", "Correct its numbers.") from err
+
+
+def _unreachable(down_ms: float, err: LinkLost) -> ServerUnreachable:
+    return ServerUnreachable(
+        f"No server for {down_ms / 1000:.1f} s. {err}".rstrip(),
+        "Start one with `wispprof serve`, or check the address.",
+    )
+
+
+def _internal(err: Exception) -> RuntimeFault:
+    log.error("a session failed: %s: %.300s", type(err).__name__, err)
+    return RuntimeFault(f"Internal error of the edge: {type(err).__name__}: {err}")

@@ -1,7 +1,6 @@
-"""Connections from an edge to a server: what the client needs of one, and the WebSocket kind.
+"""Connections from an edge to a server: the interface that the client uses, and its WebSocket implementation.
 
-A :class:`Connection` carries whole frames in order. Emulated links and in-process servers stand behind
-the same four methods, so the client never knows what it talks through.
+Emulated links and in-process servers implement the same interface.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ SPLIT_PATH = "/v1/split"
 
 
 class LinkLost(RuntimeFault):
-    """The connection ended, or could not be made.
+    """The connection ended or could not be established.
 
-    ``final``: trying again is of no use. ``retry_ms``: the server asked not to come back sooner.
+    ``final``: another attempt cannot help. ``retry_ms``: time to the next attempt, as the server asked.
     """
 
     def __init__(self, message: str, hint: str = "", final: bool = False, retry_ms: float = 0.0) -> None:
@@ -34,7 +33,7 @@ class LinkLost(RuntimeFault):
 
 @dataclass(slots=True)
 class Traffic:
-    """Bytes on the wire, WebSocket headers included, TCP and TLS not."""
+    """Bytes on the wire, with WebSocket headers and without TCP and TLS."""
 
     up_bytes: int = 0
     down_bytes: int = 0
@@ -42,21 +41,21 @@ class Traffic:
     down_frames: int = 0
 
     def sent(self, payload: int) -> int:
-        """Count a frame of the client (RFC 6455: masked, so 4 bytes of key); returns its bytes."""
+        """Count a frame of the client, masked with a 4-byte key (RFC 6455); returns its size."""
         size = payload + _header(payload) + 4
         self.up_bytes += size
         self.up_frames += 1
         return size
 
     def received(self, payload: int) -> int:
-        """Count a frame of the server; returns its bytes."""
+        """Count a frame of the server; returns its size."""
         size = payload + _header(payload)
         self.down_bytes += size
         self.down_frames += 1
         return size
 
     def add(self, other: Traffic) -> None:
-        """Count another connection's traffic too."""
+        """Add the traffic of another connection."""
         self.up_bytes += other.up_bytes
         self.down_bytes += other.down_bytes
         self.up_frames += other.up_frames
@@ -67,19 +66,42 @@ def _header(payload: int) -> int:
     return 2 if payload < 126 else 4 if payload < 65536 else 10
 
 
+class RttMeter:
+    """Smoothed round trip in ms: mean, mean deviation and minimum (RFC 6298, gains 1/8 and 1/4).
+
+    All start from ``guess_ms`` until the first sample.
+    """
+
+    def __init__(self, guess_ms: float = 30.0) -> None:
+        self.mean_ms = guess_ms
+        self.spread_ms = guess_ms / 2.0
+        self.least_ms = guess_ms
+        self.samples = 0
+
+    def add(self, sample_ms: float) -> None:
+        """Add one measured round trip."""
+        if self.samples == 0:
+            self.mean_ms, self.spread_ms, self.least_ms = sample_ms, sample_ms / 2.0, sample_ms
+        else:
+            self.spread_ms += (abs(sample_ms - self.mean_ms) - self.spread_ms) / 4.0
+            self.mean_ms += (sample_ms - self.mean_ms) / 8.0
+            self.least_ms = min(self.least_ms, sample_ms)
+        self.samples += 1
+
+
 class Connection(Protocol):
-    """Whole frames, in order. Every method raises :class:`LinkLost` once the link is gone."""
+    """Carries whole frames in order. Raises :class:`LinkLost` when the link is lost."""
 
     async def send(self, data: bytes) -> None: ...
 
     async def receive(self) -> bytes: ...
 
     async def close(self) -> None:
-        """End it; never raises."""
+        """Close the connection; never raises."""
 
 
 ConnectionFactory = Callable[[], Awaitable[Connection]]
-"""Makes a fresh connection, or raises :class:`LinkLost`."""
+"""Opens a new connection or raises :class:`LinkLost`."""
 
 
 class _WebSocket:
@@ -95,7 +117,7 @@ class _WebSocket:
         try:
             await self._socket.send(data)
         except ConnectionClosed as err:
-            raise LinkLost(f"The server's connection ended: {err}.") from err
+            raise LinkLost(f"The connection ended: {err}.") from err
 
     async def receive(self) -> bytes:
         from websockets.exceptions import ConnectionClosed
@@ -103,7 +125,7 @@ class _WebSocket:
         try:
             data = await self._socket.recv(decode=False)
         except ConnectionClosed as err:
-            raise LinkLost(f"The server's connection ended: {err}.") from err
+            raise LinkLost(f"The connection ended: {err}.") from err
         return bytes(data)
 
     async def close(self) -> None:
@@ -112,32 +134,31 @@ class _WebSocket:
 
 
 def server_url(text: str) -> str:
-    """A server's address as people write it, as a WebSocket URL.
+    """WebSocket URL of a server address: ``host:8200``, ``http://host:8200`` or ``ws://host:8200/v1/split``.
 
-    ``host:8200``, ``http://host:8200`` and ``ws://host:8200/v1/split`` all mean the same door.
-    Raises :class:`LinkLost` where it is no address.
+    Raises :class:`LinkLost` if ``text`` is not an address.
     """
     given = text if "://" in text else f"ws://{text}"
     parts = urlsplit(given)
     scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
     if scheme not in ("ws", "wss") or not parts.hostname:
-        raise LinkLost(f"{text!r} is no server address.", "Use HOST:PORT or wss://HOST:PORT.", True)
+        raise LinkLost(f"{text!r} is not a server address.", "Use HOST:PORT or wss://HOST:PORT.", True)
     path = parts.path if parts.path not in ("", "/") else SPLIT_PATH
     return urlunsplit((scheme, parts.netloc, path, parts.query, ""))
 
 
 def ssl_context(ca_file: Path | None) -> tls.SSLContext | None:
-    """Trust in servers that the authorities of ``ca_file`` (PEM) vouch for; ``None`` is the system's own.
+    """TLS context that trusts the authorities of ``ca_file`` (PEM); ``None`` without a file.
 
-    Raises :class:`WispprofError` where the file is no such thing.
+    Raises :class:`WispprofError` if the file has no certificate.
     """
     if ca_file is None:
         return None
     try:
         return tls.create_default_context(cafile=ca_file)
-    except OSError as err:  # an unreadable file, or (SSLError) one that holds no certificate
+    except OSError as err:  # unreadable, or (SSLError) without a certificate
         raise WispprofError(
-            f"{ca_file} is no certificate authority: {err.strerror or err}.",
+            f"{ca_file} is not a certificate authority: {err.strerror or err}.",
             "Give --ca-file a PEM file.",
         ) from err
 
@@ -145,12 +166,11 @@ def ssl_context(ca_file: Path | None) -> tls.SSLContext | None:
 def websocket_connections(
     url: str, *, timeout_ms: float = 5000.0, ssl: tls.SSLContext | None = None
 ) -> ConnectionFactory:
-    """Dial a server (see :func:`server_url` for addresses). ``ssl`` replaces the system's trust for ``wss://``.
+    """Connections to a server; ``url`` as in :func:`server_url`. ``ssl``: context for ``wss://``, by
+    default that of the system's authorities.
 
-    Keep-alive is the client's business (its pings also measure the link), compression is off: token ids
-    do not compress, and every frame would pay for the attempt.
+    The client sends its own pings to measure the link. Compression is off because token ids do not compress.
     """
-
     url = server_url(url)
     secure = url.startswith("wss:")
     ssl_context = (ssl or tls.create_default_context()) if secure else None
@@ -177,23 +197,23 @@ def websocket_connections(
             )
         except InvalidURI as err:
             raise LinkLost(
-                f"{url!r} is no server address.", "Use ws://HOST:PORT or wss://HOST:PORT.", True
+                f"{url!r} is not a server address.", "Use ws://HOST:PORT or wss://HOST:PORT.", True
             ) from err
         except tls.SSLError as err:
             raise LinkLost(
                 f"TLS with {url} failed: {err.reason}.",
-                "Check the certificate, or name its authority's with --ca-file.",
+                "Check the certificate, or give that of its authority with --ca-file.",
                 True,
             ) from err
         except InvalidStatus as err:
             raise LinkLost(
                 f"{url} answered HTTP {err.response.status_code} instead of a WebSocket.",
-                "Check the address: it must be one of `wispprof serve`.",
+                "Check that the address is that of `wispprof serve`.",
             ) from err
         except InvalidMessage as err:
             raise LinkLost(
                 f"{url} is not a WebSocket server.",
-                "Check the address." if secure else "If the server uses TLS, connect to wss://HOST:PORT.",
+                "Check the address." if secure else "If the server uses TLS, use wss://HOST:PORT.",
             ) from err
         except (OSError, TimeoutError, WebSocketException) as err:
             raise LinkLost(f"No server answers at {url}: {err or type(err).__name__}.") from err

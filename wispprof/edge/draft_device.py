@@ -1,4 +1,4 @@
-"""What one device drafts with: a draft model, n-gram lookup, or both; shared by all its requests."""
+"""Drafting resources of one device, shared by its requests: a draft model, n-gram lookup, or both."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from wispprof.types import RejectionPredictor
 
 
 class DraftDevice:
-    """Makes the drafting parts of a request.
+    """Lends a draft worker and a speculation controller to each request.
 
     ``kind``: ``model``, ``lookup``, ``both`` (lookup first) or ``none`` (server-only). ``loaded``: the
-    draft model as :func:`~wispprof.engines.loading.load_model` gives it, or a :class:`GgufDraft`. All steps
-    run in one thread: a device has one engine. Drafters are kept and reused, so a conversation's next turn
-    finds its KV.
-    ``meter``: what the device's energy is read from; :attr:`energy` deals it to the requests.
+    draft model from :func:`~wispprof.engines.loading.load_model`, or a :class:`GgufDraft`. All steps run
+    in one thread. Drafters are reused, so the next request of a conversation finds its KV.
+    ``meter``: the device's energy meter; :attr:`energy` divides its readings among the requests.
     """
 
     def __init__(
@@ -45,12 +44,12 @@ class DraftDevice:
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draft")
         self._idle: list[tuple[list[int], Drafter]] = []
         if kind != "none":
-            # A wrong name, option or file is told now, not at the first request.
+            # Report a wrong name, option or file now, not at the first request.
             self.controller()
             self._idle.append(([], self._make()))
 
     def controller(self) -> Controller:
-        """A fresh speculation controller for one request."""
+        """A new speculation controller for one request."""
         from wispprof.policies import make_controller
 
         name, options = self._controller
@@ -60,7 +59,7 @@ class DraftDevice:
 
     @contextmanager
     def lend(self, prompt: Sequence[int]):  # type: ignore[no-untyped-def]
-        """``with device.lend(prompt) as (worker, controller)``; both ``None`` where nothing drafts."""
+        """``with device.lend(prompt) as (worker, controller)``; both ``None`` for server-only."""
         if self.kind == "none":
             yield None, None
             return
@@ -82,5 +81,5 @@ class DraftDevice:
         return make_drafter(self.kind, self._loaded)
 
     def close(self) -> None:
-        """End the drafting thread."""
+        """Stop the drafting thread."""
         self._threads.shutdown(wait=True)

@@ -1,8 +1,7 @@
-"""Draft steps off the event loop: a torch model in a thread, a replayed device on the loop's clock.
+"""Draft steps off the event loop: a model in a thread, or a replayed device on the loop's clock.
 
-A worker keeps a :class:`~wispprof.backends.Drafter` in step with a path. It remembers what the drafter
-holds, so that catching up with whatever was committed or rolled back is one call, :meth:`follow`, with
-the sequence the drafter should hold; the common prefix stays, KV and all.
+A worker keeps a :class:`~wispprof.backends.Drafter` in sync with a sequence. It rolls the drafter back to
+the common prefix and appends the rest, so the KV of the prefix is reused.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from wispprof.backends import Drafter
 from wispprof.sessions.pending_drafts import common_prefix
 from wispprof.types import DraftToken, Sampling
 
-_AT_ONCE_S = 0.0005
-"""A step asked for this soon after the one before it follows at once: nothing else was waited for."""
+_BACK_TO_BACK_S = 0.0005
+"""A step requested within this time of the previous one counts as back to back."""
 
 
 class DraftStep(NamedTuple):
@@ -30,44 +29,45 @@ class DraftStep(NamedTuple):
 
 
 class DraftWorker(Protocol):
-    """Steps of one session's drafter. One call at a time."""
+    """Runs the drafter of one session. One call at a time."""
 
     async def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
-        """Start from these committed tokens (the draft's own prefill)."""
+        """Prefill these committed tokens."""
 
     async def step(self, sequence: Sequence[int]) -> DraftStep | None:
-        """Bring the drafter to hold exactly ``sequence``, then draft the token after it.
-
-        ``None``: the drafter has nothing to propose here.
-        """
+        """Sync the drafter with ``sequence`` and draft the next token; ``None``: no proposal."""
 
 
-class _Follower:
-    """A drafter, and what it holds in :attr:`held`. Runs in whatever thread calls it."""
+class _SyncedDrafter:
+    """A drafter and its cached tokens, :attr:`held`."""
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
         self.held: list[int] = []
-        self._most = drafter.max_context
+        self._max_context = drafter.max_context
 
     def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
-        """Start anew; a prompt beyond the drafter's context leaves it out of this session."""
+        """Start again. If the prompt exceeds the drafter's context, the session gets no drafts."""
         self.held = []
-        if len(tokens) >= self._most:
+        if len(tokens) >= self._max_context:
             return
         self.drafter.open(tokens, sampling)
         self.held = list(tokens)
         self.drafter.prefill()
 
     def draft(self, sequence: Sequence[int]) -> tuple[DraftToken | None, int]:
-        """The token after ``sequence`` (``None``: nothing to propose), and how many had to be read."""
-        if len(sequence) >= self._most:
+        """The next token (``None``: no proposal), and the number of tokens that were read."""
+        if len(sequence) >= self._max_context:
             return None, 0
-        read = self.follow(sequence)
-        return self.step(), read
+        read = self._sync(sequence)
+        if not self.drafter.can_draft:
+            return None, read
+        drafted = self.drafter.draft()
+        self.held.append(drafted.token)
+        return drafted, read
 
-    def follow(self, sequence: Sequence[int]) -> int:
-        """Make the drafter hold ``sequence``; returns the number of tokens it had to read anew."""
+    def _sync(self, sequence: Sequence[int]) -> int:
+        """Make the drafter hold ``sequence``; returns the number of tokens it read."""
         held, wanted = self.held, list(sequence)
         same = common_prefix(held, wanted)
         if same < len(held):
@@ -77,32 +77,25 @@ class _Follower:
         self.held = wanted
         return len(wanted) - same
 
-    def step(self) -> DraftToken | None:
-        if not self.drafter.can_draft:
-            return None
-        drafted = self.drafter.draft()
-        self.held.append(drafted.token)
-        return drafted
-
 
 class ThreadWorker:
-    """Runs a real drafter in ``executor``, one step per hop, timed where it runs.
+    """Runs a drafter in ``executor`` and measures its steps there.
 
-    Sessions that share a draft model must share an executor of one thread: a device has one engine.
+    Sessions that share a draft model must share an executor of one thread.
     """
 
     def __init__(self, drafter: Drafter, executor: Executor) -> None:
-        self._follower = _Follower(drafter)
+        self._synced = _SyncedDrafter(drafter)
         self._executor = executor
 
     @property
     def held(self) -> list[int]:
-        """Tokens the drafter held after its last step."""
-        return self._follower.held
+        """Tokens that the drafter cached after its last step."""
+        return self._synced.held
 
     async def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._executor, self._follower.open, list(tokens), sampling)
+        await loop.run_in_executor(self._executor, self._synced.open, list(tokens), sampling)
 
     async def step(self, sequence: Sequence[int]) -> DraftStep | None:
         loop = asyncio.get_running_loop()
@@ -110,21 +103,21 @@ class ThreadWorker:
 
     def _step(self, sequence: list[int]) -> DraftStep | None:
         begun = time.perf_counter()
-        drafted, _ = self._follower.draft(sequence)
+        drafted, _ = self._synced.draft(sequence)
         if drafted is None:
             return None
         return DraftStep(drafted, (time.perf_counter() - begun) * 1000.0)
 
 
 class TimedWorker:
-    """A drafter that costs nothing made to cost what a device would: the loop's clock pays.
+    """A free drafter (replay, fake) with the step times of a device, spent on the loop's clock.
 
-    ``step_ms(context)``: one draft step over that many tokens. ``read_ms``: per prompt or committed
-    token that the device's draft model has to read besides. ``resuming_ms(rested_ms)``: what a step takes
-    longer after the device did nothing for so long.
+    ``step_ms(context)``: time of a draft step at a context length. ``read_ms``: extra time per prompt or
+    committed token that the draft model reads. ``resuming_ms(rested_ms)``: extra time of a step after an
+    idle period.
 
-    A timer that fires late is this process's fault and not the device's: the lateness of one step is taken
-    off the next where that follows at once, so that a run of steps takes what the device would take.
+    If a timer fires late, the next back-to-back step is shortened by the delay. A run of steps then takes the
+    device's time.
     """
 
     def __init__(
@@ -134,34 +127,34 @@ class TimedWorker:
         read_ms: float = 0.0,
         resuming_ms: Callable[[float], float] = lambda rested_ms: 0.0,
     ) -> None:
-        self._follower = _Follower(drafter)
+        self._synced = _SyncedDrafter(drafter)
         self._step_ms = step_ms
         self._read_ms = read_ms
         self._resuming_ms = resuming_ms
         self._ended_s = self._woke_s = -math.inf
 
     async def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
-        self._follower.open(tokens, sampling)
+        self._synced.open(tokens, sampling)
         await self._spend(self._read_ms * len(tokens))
 
     async def step(self, sequence: Sequence[int]) -> DraftStep | None:
-        drafted, read = self._follower.draft(sequence)
+        drafted, read = self._synced.draft(sequence)
         if drafted is None:
             return None
-        # One token is read by every step anyway: the last one it holds.
+        # Every step reads one token anyway.
         cost_ms = self._step_ms(len(sequence)) + self._read_ms * max(0, read - 1)
-        began_s = self._begins_s(asyncio.get_running_loop().time())
+        began_s = self._start_s(asyncio.get_running_loop().time())
         cost_ms += self._resuming_ms((began_s - self._ended_s) * 1000.0)
         await self._spend(cost_ms)
         return DraftStep(drafted, cost_ms)
 
     async def _spend(self, cost_ms: float) -> None:
         loop = asyncio.get_running_loop()
-        asked_s = loop.time()
-        self._ended_s = self._begins_s(asked_s) + cost_ms / 1000.0
-        await asyncio.sleep(max(0.0, self._ended_s - asked_s))
+        requested_s = loop.time()
+        self._ended_s = self._start_s(requested_s) + cost_ms / 1000.0
+        await asyncio.sleep(max(0.0, self._ended_s - requested_s))
         self._woke_s = loop.time()
 
-    def _begins_s(self, asked_s: float) -> float:
-        """When the device begins what is asked of it now."""
-        return self._ended_s if asked_s - self._woke_s <= _AT_ONCE_S else asked_s
+    def _start_s(self, requested_s: float) -> float:
+        """Loop time at which the device begins the work requested at ``requested_s``."""
+        return self._ended_s if requested_s - self._woke_s <= _BACK_TO_BACK_S else requested_s

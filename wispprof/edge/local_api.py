@@ -9,8 +9,8 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import Response
 
-from wispprof.edge.edge_metrics import EdgeMetrics
 from wispprof.edge.edge_runtime import EdgeRuntime, Prompt, Reply, open_edge
+from wispprof.edge.request_stats import EdgeMetrics
 from wispprof.errors import WispprofError
 from wispprof.openai_api.routes import add_openai_routes
 from wispprof.server.process import bind, freeze_garbage_collector

@@ -1,32 +1,32 @@
-"""Energy of requests that run side by side on one device.
-
-What one request went through, as the user sees it and as the edge spent it.
-"""
+"""Statistics of an edge: of one request, of a device's energy, and of all requests for Prometheus."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import asdict, dataclass, field
+from typing import Protocol
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from wispprof.edge.client import EdgeClient
 from wispprof.hardware import EnergyMeter
 from wispprof.sessions.draft_buffer import CommitEffect
-from wispprof.types import Slo
+from wispprof.types import Slo, TokenChunk
 
 
 @dataclass(slots=True, eq=False)
 class EnergyShare:
-    """One request's part, in joules; ``None`` where no sensor answers."""
+    """One request's share of the energy, in joules; ``None`` without a sensor."""
 
     energy_j: float | None = 0.0
 
 
 class EnergyShares:
-    """Deals what a device uses to the requests that run meanwhile, in equal parts.
+    """Divides a device's energy equally among the requests that run at the same time.
 
-    A meter knows one window at a time, and nobody can tell which request a joule was for. So a window
-    ends whenever a request comes or goes, and all that shared it pay the same. Idle power within a request
-    is part of what the request costs; what is used while none runs is nobody's.
+    The meter measures one window at a time. A window ends whenever a request begins or ends. Energy used
+    while no request runs is not counted.
     """
 
     def __init__(self, meter: EnergyMeter) -> None:
@@ -36,21 +36,21 @@ class EnergyShares:
 
     @contextmanager
     def share(self) -> Iterator[EnergyShare]:
-        """A request runs within; what its share says is complete after it."""
+        """Run a request inside ``with``; its share is complete afterwards."""
         mine = EnergyShare()
-        self._deal()
+        self._divide()
         self._running.append(mine)
         try:
             self._meter.begin()
             yield mine
         finally:
-            self._deal()
+            self._divide()
             self._running.remove(mine)
             if self._running:
                 self._meter.begin()
 
-    def _deal(self) -> None:
-        """End the window, if one is open."""
+    def _divide(self) -> None:
+        """End the window, if one is open, and add its energy to the running requests."""
         if not self._running:
             return
         used = self._meter.end().energy_j
@@ -71,10 +71,15 @@ class RequestStats:
     ``offered_by_position[j]``: verified rounds with at least j+1 drafts; ``accepted_by_position[j]``:
     those in which the first j+1 were accepted. ``proactive_hits`` of ``proactive_guesses``: how often a
     guess at the target's own token was right. ``draft_only``: tokens that no server confirmed.
-    ``energy_j``: what the device used meanwhile (see :mod:`wispprof.edge.request_stats`); ``None`` without a
-    sensor.
+    ``energy_j``: the request's share (:class:`EnergyShares`); ``None`` without a sensor.
+
+    What kept the device from drafting (:attr:`draft_note` says it in words): ``late``: draft steps that a
+    commit overtook. ``foreign``: drafts outside the target's vocabulary, which are not sent.
+    ``no_proposal``: steps without a draft. ``declined``: rounds and bursts for which the controller chose
+    k = 0. ``prefill_ms``: the draft model's, ``None`` until it ends. ``draft_fault``: why drafting stopped.
     """
 
+    drafting: bool = False
     begun_ms: float = 0.0
     first_ms: float | None = None
     last_ms: float | None = None
@@ -97,6 +102,12 @@ class RequestStats:
     up_bytes: int = 0
     down_bytes: int = 0
     reopened: int = 0
+    late: int = 0
+    foreign: int = 0
+    no_proposal: int = 0
+    declined: int = 0
+    prefill_ms: float | None = None
+    draft_fault: str = ""
     finished: str = ""
     energy_j: float | None = None
     first_tokens: int = 0
@@ -163,6 +174,48 @@ class RequestStats:
         tpot_ms = self.tpot_ms
         return tpot_ms is None or tpot_ms <= slo.tpot_ms
 
+    @property
+    def draft_obstacle(self) -> str:
+        """What mainly kept the device from drafting: ``fault``, ``vocabulary``, ``late``, ``rejected``,
+        ``controller`` (k = 0) or ``no_proposal``; ``off`` in server-only serving, "" if drafts were
+        accepted or none was needed."""
+        if not self.drafting:
+            return "off"
+        if self.draft_fault:
+            return "fault"
+        if self.accepted or not self.rounds:
+            return ""
+        if self.foreign:
+            return "vocabulary"
+        if self.verified_drafts:
+            return "rejected"
+        if self.late or self.sent or self.prefill_ms is None:
+            return "late"
+        if self.declined:
+            return "controller"
+        return "no_proposal" if self.no_proposal else ""
+
+    @property
+    def draft_note(self) -> str:
+        """:attr:`draft_obstacle` in words."""
+        commit_ms = (self.tpot_ms or 0.0) * (self.tokens - self.first_tokens) / max(1, self.rounds)
+        late = f"No draft was in time: a commit took {commit_ms:.0f} ms, "
+        if self.prefill_ms is None:
+            late += "and the draft model was still reading the prompt."
+        else:
+            step_ms = self.draft_ms / max(1, self.drafted)
+            late += f"a draft step {step_ms:.0f} ms, the draft model's prefill {self.prefill_ms:.0f} ms."
+        return {
+            "": "",
+            "off": "Server-only: this device does not draft.",
+            "fault": f"Drafting stopped: {self.draft_fault}",
+            "vocabulary": f"{self.foreign} drafts were outside the target's vocabulary.",
+            "rejected": f"The target rejected all {self.verified_drafts} drafts.",
+            "late": late,
+            "controller": f"The speculation controller or its plan chose k = 0 ({self.declined} times).",
+            "no_proposal": "The drafter had nothing to propose.",
+        }[self.draft_obstacle]
+
     def summary(self) -> dict[str, object]:
         """Everything, with the derived figures; JSON-ready."""
         rounds = max(1, self.rounds)
@@ -175,6 +228,7 @@ class RequestStats:
             "queue_ms_per_round": self.queue_ms / rounds,
             "verify_ms_per_round": self.verify_ms / rounds,
             "energy_j_per_token": self.energy_j_per_token,
+            "draft_note": self.draft_note,
         }
 
     def line(self) -> str:
@@ -196,4 +250,90 @@ class RequestStats:
             parts.append(f"reopened {self.reopened}x")
         if self.draft_only:
             parts.append(f"{self.draft_only} tokens UNVERIFIED (draft alone)")
+        if self.draft_obstacle not in ("", "off"):
+            parts.append(self.draft_note)
         return " · ".join(parts)
+
+
+class _Counted(Protocol):
+    """A generation whose statistics are counted when it ends."""
+
+    stats: RequestStats
+    finished: str
+
+
+_SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_SUMS: dict[str, tuple[str, Callable[[RequestStats], float]]] = {
+    "tokens": ("Committed tokens.", lambda s: s.tokens),
+    "unverified_tokens": ("Tokens of the draft model alone.", lambda s: s.draft_only),
+    "drafted_tokens": ("Tokens drafted.", lambda s: s.drafted),
+    "accepted_tokens": ("Drafts verified and accepted.", lambda s: s.accepted),
+    "late_drafts": ("Draft steps that a commit overtook.", lambda s: s.late),
+    "foreign_drafts": ("Drafts outside the target's vocabulary.", lambda s: s.foreign),
+    "draft_faults": ("Requests in which the draft model failed.", lambda s: bool(s.draft_fault)),
+    "draft_seconds": ("Time spent drafting.", lambda s: s.draft_ms / 1000.0),
+    "wasted_draft_seconds": ("Of it, after a first rejection.", lambda s: s.wasted_ms / 1000.0),
+    "energy_joules": ("Energy of the device while requests ran.", lambda s: s.energy_j or 0.0),
+    "proactive_guesses": ("Guesses at the target's own token.", lambda s: s.proactive_guesses),
+    "proactive_hits": ("Guesses that were right.", lambda s: s.proactive_hits),
+}
+_LINK: dict[str, tuple[str, Callable[[EdgeClient], float]]] = {
+    "rtt_seconds": ("Smoothed round trip.", lambda c: c.rtt.mean_ms / 1000.0),
+    "link_up": ("1 while connected.", lambda c: c.up),
+    "reconnects": ("Links restored.", lambda c: c.reconnects),
+    "target_changes": ("Reconnects that found another target.", lambda c: c.target_changes),
+    "bad_frames": ("Invalid frames of the server.", lambda c: c.bad_frames),
+    "sent_bytes": ("Bytes sent over links.", lambda c: c.traffic.up_bytes),
+    "received_bytes": ("Bytes received over links.", lambda c: c.traffic.down_bytes),
+}
+
+
+class EdgeMetrics:
+    """Prometheus metrics of one edge, in a registry of their own."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"wispprof_edge_{name}", text, labels, registry=registry)
+
+        def seconds(name: str, text: str) -> Histogram:
+            return Histogram(f"wispprof_edge_{name}_seconds", text, buckets=_SECONDS, registry=registry)
+
+        self._requests = counter("requests", "Finished requests.", "finished")
+        self._obstacles = counter("undrafted_requests", "Requests without accepted drafts.", "reason")
+        self._sums = [(counter(name, text), value) for name, (text, value) in _SUMS.items()]
+        self._ttft = seconds("ttft", "First token.")
+        self._tpot = seconds("tpot", "Mean time per later token.")
+        self._link = [
+            (Gauge(f"wispprof_edge_{name}", text, registry=registry), value)
+            for name, (text, value) in _LINK.items()
+        ]
+
+    async def watch(self, reply: _Counted, stream: AsyncGenerator[TokenChunk]) -> AsyncGenerator[TokenChunk]:
+        """The tokens of ``stream``; ``reply`` is counted when it ends, however it ends."""
+        try:
+            async with aclosing(stream):
+                async for chunk in stream:
+                    yield chunk
+        finally:
+            self._count(reply.stats, reply.finished or "aborted")
+
+    def _count(self, stats: RequestStats, finished: str) -> None:
+        self._requests.labels(finished).inc()
+        if obstacle := stats.draft_obstacle:
+            self._obstacles.labels(obstacle).inc()
+        for total, value in self._sums:
+            total.inc(value(stats))
+        for histogram, ms in ((self._ttft, stats.ttft_ms), (self._tpot, stats.tpot_ms)):
+            if ms is not None:
+                histogram.observe(ms / 1000.0)
+
+    def link(self, client: EdgeClient) -> None:
+        """Bring the link's gauges up to date."""
+        for gauge, value in self._link:
+            gauge.set(value(client))
+
+    def text(self) -> bytes:
+        """What /metrics answers."""
+        return generate_latest(self._registry)
