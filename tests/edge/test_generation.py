@@ -9,6 +9,7 @@ from fake_pair import drafting, edge, in_process, linear_cost, plain, truth
 
 from wispprof.edge import Generation, RequestStats
 from wispprof.errors import ProtocolError, ServerUnreachable
+from wispprof.protocol import Commit
 from wispprof.settings.shared_settings import LinkModel, LinkSettings
 from wispprof.testing.link_emulator import emulate_link
 from wispprof.testing.virtual_time import run_virtual
@@ -286,12 +287,11 @@ def test_a_server_of_another_model_is_found_out_on_resuming() -> None:
             known = generation.buffer.committed_len
             frame = generation.opening()
             assert frame.generated == known - len(PROMPTS[0])
-            from wispprof.protocol import Commit
-
             wrong = [token ^ 1 for token in generation.buffer.committed[-2:]]
-            generation.committed(Commit(0, 0, known, wrong, 1, 1, 0.0, 0.0))
+            server._connections[0].reply(Commit(0, 0, known, wrong, 1, 1, 0.0, 0.0))
             with pytest.raises(ProtocolError, match="contradicts"):
                 await task
+            assert client.bad_frames == 1
 
     run_virtual(main())
 

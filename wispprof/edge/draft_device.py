@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from wispprof.backends import Drafter
 from wispprof.drafters import make_drafter
-from wispprof.edge.draft_worker import ThreadWorker
+from wispprof.edge.draft_worker import DraftStep, DraftThread, DraftWorker, ThreadWorker
 from wispprof.edge.request_stats import EnergyShares
 from wispprof.hardware import EnergyMeter
 from wispprof.policies.interface import Controller
 from wispprof.sessions.pending_drafts import common_prefix
-from wispprof.types import RejectionPredictor
+from wispprof.types import RejectionPredictor, Sampling
+
+log = logging.getLogger("wispprof.edge")
 
 
 class DraftDevice:
@@ -24,6 +26,7 @@ class DraftDevice:
     draft model from :func:`~wispprof.engines.loading.load_model`, or a :class:`GgufDraft`. All steps run
     in one thread. Drafters are reused, so the next request of a conversation finds its KV.
     ``meter``: the device's energy meter; :attr:`energy` divides its readings among the requests.
+    ``timeout_ms``: longest wait for a draft step. If one hangs, later requests draft in a new thread.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class DraftDevice:
         predictor: RejectionPredictor | None = None,
         loaded: Any = None,
         meter: EnergyMeter | None = None,
+        timeout_ms: float = 30_000.0,
     ) -> None:
         self.kind = kind
         self.stream = True
@@ -41,7 +45,8 @@ class DraftDevice:
         self._controller = (controller, dict(options or {}))
         self._predictor = predictor
         self._loaded = loaded
-        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draft")
+        self._timeout_ms = timeout_ms
+        self._thread = DraftThread()
         self._idle: list[tuple[list[int], Drafter]] = []
         if kind != "none":
             # Report a wrong name, option or file now, not at the first request.
@@ -58,18 +63,28 @@ class DraftDevice:
         return make_controller(name, predictor=self._predictor, **options)
 
     @contextmanager
-    def lend(self, prompt: Sequence[int]):  # type: ignore[no-untyped-def]
+    def lend(self, prompt: Sequence[int]) -> Iterator[tuple[DraftWorker | None, Controller | None]]:
         """``with device.lend(prompt) as (worker, controller)``; both ``None`` for server-only."""
         if self.kind == "none":
             yield None, None
             return
-        held, drafter = self._take(list(prompt))
-        worker = ThreadWorker(drafter, self._threads)
+        try:
+            held, drafter = self._take(list(prompt))
+        except Exception as err:  # the answer needs no drafts
+            yield _NoDrafter(err), self.controller()
+            return
+        thread = self._thread
+        worker = ThreadWorker(drafter, thread, self._timeout_ms)
         try:
             yield worker, self.controller()
         finally:
-            self._idle.append((worker.held or held, drafter))
-            del self._idle[:-8]
+            if not worker.stuck:
+                self._idle.append((worker.held or held, drafter))
+                del self._idle[:-8]
+            elif self._thread is thread:
+                log.warning("a draft step hangs; later requests draft in a new thread")
+                thread.shutdown(wait=False)
+                self._thread = DraftThread()
 
     def _take(self, prompt: list[int]) -> tuple[list[int], Drafter]:
         if not self._idle:
@@ -82,4 +97,17 @@ class DraftDevice:
 
     def close(self) -> None:
         """Stop the drafting thread."""
-        self._threads.shutdown(wait=True)
+        self._thread.shutdown()
+
+
+class _NoDrafter:
+    """The worker of a request for which no drafter could be made."""
+
+    def __init__(self, err: Exception) -> None:
+        self._err = err
+
+    async def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
+        raise self._err
+
+    async def step(self, sequence: Sequence[int]) -> DraftStep | None:
+        return None

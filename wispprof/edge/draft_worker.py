@@ -10,12 +10,17 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
-from typing import NamedTuple, Protocol
+from concurrent.futures import Executor, Future
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from wispprof.backends import Drafter
+from wispprof.errors import EngineError
 from wispprof.sessions.pending_drafts import common_prefix
 from wispprof.types import DraftToken, Sampling
+
+_T = TypeVar("_T")
 
 _BACK_TO_BACK_S = 0.0005
 """A step requested within this time of the previous one counts as back to back."""
@@ -29,7 +34,7 @@ class DraftStep(NamedTuple):
 
 
 class DraftWorker(Protocol):
-    """Runs the drafter of one session. One call at a time."""
+    """Runs the drafter of one session, one call at a time. If a call raises, drafting ends."""
 
     async def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
         """Prefill these committed tokens."""
@@ -78,28 +83,78 @@ class _SyncedDrafter:
         return len(wanted) - same
 
 
+class DraftThread(Executor):
+    """One daemon thread that runs calls in order. A call that hangs does not keep the process alive."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._thread = Thread(target=self._run, name="draft", daemon=True)
+        self._thread.start()
+
+    def submit(self, fn: Callable[..., _T], /, *args: Any, **kwargs: Any) -> Future[_T]:
+        future: Future[_T] = Future()
+        self._calls.put((future, lambda: fn(*args, **kwargs)))
+        return future
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            future, work = call
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(work())
+            except BaseException as err:
+                future.set_exception(err)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Stop after the calls submitted so far; waits for them at most a second."""
+        self._calls.put(None)
+        if wait:
+            self._thread.join(1.0)
+
+
 class ThreadWorker:
     """Runs a drafter in ``executor`` and measures its steps there.
 
-    Sessions that share a draft model must share an executor of one thread.
+    Sessions that share a draft model must share an executor of one thread. A call that takes longer than
+    ``timeout_ms``, time in the executor's queue included, raises :class:`EngineError`. ``stuck``: such a call
+    still runs, so drafter and thread must not be used again.
     """
 
-    def __init__(self, drafter: Drafter, executor: Executor) -> None:
+    def __init__(self, drafter: Drafter, executor: Executor, timeout_ms: float = 30_000.0) -> None:
         self._synced = _SyncedDrafter(drafter)
         self._executor = executor
+        self._timeout_ms = timeout_ms
+        self._running = False
+        self.stuck = False
 
     @property
     def held(self) -> list[int]:
-        """Tokens that the drafter cached after its last step."""
+        """Tokens that the drafter held after its last step."""
         return self._synced.held
 
     async def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._executor, self._synced.open, list(tokens), sampling)
+        wanted = list(tokens)
+        await self._call(lambda: self._synced.open(wanted, sampling))
 
     async def step(self, sequence: Sequence[int]) -> DraftStep | None:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._step, list(sequence))
+        wanted = list(sequence)
+        return await self._call(lambda: self._step(wanted))
+
+    async def _call(self, work: Callable[[], _T]) -> _T:
+        def run() -> _T:
+            self._running = True
+            try:
+                return work()
+            finally:
+                self._running = False
+
+        try:
+            async with asyncio.timeout(self._timeout_ms / 1000.0):
+                return await asyncio.get_running_loop().run_in_executor(self._executor, run)
+        except TimeoutError:
+            self.stuck = self._running
+            raise EngineError(f"No draft within {self._timeout_ms:,.0f} ms.") from None
 
     def _step(self, sequence: list[int]) -> DraftStep | None:
         begun = time.perf_counter()

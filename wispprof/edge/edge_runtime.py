@@ -20,7 +20,7 @@ from wispprof.errors import ModelError
 from wispprof.hardware import energy_meter
 from wispprof.openai_api import ChatTokenizer, TextGeneration
 from wispprof.settings.edge_settings import EdgeSettings
-from wispprof.types import GenerationRequest, RejectionPredictor, Sampling, Slo, TokenChunk
+from wispprof.types import GenerationRequest, RejectionPredictor, Sampling, ServedModel, Slo, TokenChunk
 
 BUNDLED_DRAFT = "models/reference-pair/draft"
 
@@ -28,7 +28,7 @@ BUNDLED_DRAFT = "models/reference-pair/draft"
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One request in tokens. ``stops``: strings that end it early. ``stop_tokens`` and ``slo``: the
-    tokenizer's and the settings' if not given."""
+    target's and the settings' if not given."""
 
     tokens: tuple[int, ...]
     max_new: int
@@ -52,7 +52,7 @@ class Reply:
         self._runtime = runtime
         self._prompt = prompt
         stop_tokens = prompt.stop_tokens
-        self._stop_tokens = runtime.tokenizer.stop_tokens if stop_tokens is None else stop_tokens
+        self._stop_tokens = runtime.stop_tokens if stop_tokens is None else stop_tokens
         self.stats = RequestStats()
         self.tokens: list[int] = []
         self.finished = ""
@@ -79,6 +79,7 @@ class Reply:
             stop_tokens=self._stop_tokens,
         )
         device = runtime.device
+        device.stream = runtime.stream
         with device.lend(prompt.tokens) as (worker, controller), device.energy.share() as energy:
             generation = Generation(
                 runtime.client,
@@ -112,15 +113,46 @@ class EdgeRuntime:
         self.drafting = replace(settings.drafting, stream=stream)
 
     @property
+    def target(self) -> ServedModel | None:
+        """The target that answers, as the server described it last; ``None`` if it never did."""
+        return self.client.target
+
+    @property
     def model(self) -> str:
         """Name of the target that answers."""
-        welcome = self.client.welcome
-        return welcome.target if welcome is not None and welcome.target else "target"
+        return (self.target.id if self.target is not None else "") or "target"
 
     @property
     def max_context(self) -> int:
-        welcome = self.client.welcome
-        return welcome.max_context if welcome is not None else 1 << 20
+        return self.target.max_context if self.target is not None else 1 << 20
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The target's tokens that end an answer; the tokenizer's if the server names none."""
+        told = self.target.stop_tokens if self.target is not None else ()
+        return told or self.tokenizer.stop_tokens
+
+    @property
+    def stream(self) -> bool:
+        """Whether drafting is asynchronous now: by the settings, else the server's mode."""
+        chosen, welcome = self.drafting.stream, self.client.welcome
+        return chosen if chosen is not None else bool(welcome and welcome.stream)
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What /health and /ready say of the link. ``status``: ``ok``, ``reconnecting`` (requests wait),
+        or ``unavailable`` (they fail at once, or are answered by the draft model alone)."""
+        client = self.client
+        status = "ok" if client.up else "reconnecting" if client.fault is None else "unavailable"
+        error = "" if client.up or client.fault is None else str(client.fault)
+        return {
+            "status": status,
+            "ready": client.up or self.settings.fallback == "draft",
+            "link": client.up,
+            "rtt_ms": client.rtt.mean_ms,
+            "target": self.model,
+            "error": error,
+        }
 
     def reply(self, prompt: Prompt) -> Reply:
         return Reply(self, prompt)
@@ -142,7 +174,13 @@ async def open_edge(settings: EdgeSettings) -> AsyncIterator[EdgeRuntime]:
             options.update(_plan_rows(settings, stream))
         meter = energy_meter(str(loaded.device) if loaded is not None else "cpu")
         device = DraftDevice(
-            settings.drafter, settings.controller, options, _predictor(settings), loaded, meter
+            settings.drafter,
+            settings.controller,
+            options,
+            _predictor(settings),
+            loaded,
+            meter,
+            settings.drafting.draft_timeout_ms,
         )
         stack.callback(device.close)
         client = EdgeClient(
@@ -151,9 +189,6 @@ async def open_edge(settings: EdgeSettings) -> AsyncIterator[EdgeRuntime]:
         )
         await stack.enter_async_context(client)
         runtime = EdgeRuntime(settings, tokenizer, device, client)
-        mode = runtime.drafting.stream
-        running = mode if mode is not None else bool(client.welcome and client.welcome.stream)
-        device.stream = running
         yield runtime
 
 

@@ -3,31 +3,43 @@
 One loop serves both modes. Each pass sends what is due, starts a draft step if one may run, and sleeps
 until the step ends or a commit arrives. A commit takes effect when it arrives, even during a draft step:
 its tokens go to the user at once. What to draft and when to send is
-:class:`~wispprof.sessions.edge_session.EdgeSession`'s decision.
+:class:`~wispprof.sessions.edge_session.EdgeSession`'s decision. A fault of the draft model ends the drafting,
+never the answer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from wispprof import protocol
+from wispprof.edge import server_frames
 from wispprof.edge.client import EdgeClient
 from wispprof.edge.connection import Traffic
 from wispprof.edge.draft_worker import DraftStep, DraftWorker
 from wispprof.edge.request_stats import RequestStats
-from wispprof.errors import ProtocolError, RuntimeFault, ServerBusy, ServerUnreachable
+from wispprof.errors import RuntimeFault, ServerBusy, ServerUnreachable, SettingsError
 from wispprof.policies.interface import Controller
 from wispprof.sessions.draft_buffer import DraftBuffer
 from wispprof.sessions.edge_session import EdgeSession
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.types import GenerationRequest, TokenChunk
 
+log = logging.getLogger("wispprof.edge")
+
 _REOPEN_MS = {"busy": 200.0, "draining": 500.0, "session": 0.0, "internal": 200.0}
 _MAX_INTERNAL_ERRORS = 3
+_MAX_FRUITLESS = 16
+"""Openings in a row without a token in between, after which the request fails."""
+
+_LAST_STEP_S = 1.0
+"""How long the end of an answer waits for the draft step under way."""
+
+_INT32 = 1 << 31
 _T = TypeVar("_T")
 
 
@@ -50,11 +62,13 @@ class Generation:
     ) -> None:
         if (worker is None) != (controller is None):
             raise ValueError("A drafting session needs both a worker and a controller.")
+        _check_numbers(request)
         self.request = request
         self.traffic = Traffic()
-        self.stats = RequestStats()
+        self.stats = RequestStats(drafting=worker is not None)
         self._client = client
         self._worker = worker
+        self._undrafted = worker is None
         self._settings = settings = settings or DraftingSettings()
         self._fallback = fallback and worker is not None
         if client.welcome is not None:
@@ -76,7 +90,9 @@ class Generation:
         self._chunks: asyncio.Queue[TokenChunk | None] = asyncio.Queue()
         self._reopening: asyncio.TimerHandle | None = None
         self._openings = 0
+        self._fruitless = 0
         self._internal_errors = 0
+        self._busy_since_ms: float | None = None
 
     @property
     def buffer(self) -> DraftBuffer:
@@ -91,44 +107,42 @@ class Generation:
 
     async def run(self) -> RequestStats:
         """Generate to the end; raises what ended it early."""
-        session, worker = self._session, self._worker
-        self.stats.begun_ms = _now_ms()
+        session, worker, request = self._session, self._worker, self.request
+        self.stats.begun_ms = begun_ms = _now_ms()
         step: asyncio.Task[DraftStep | None] | None = None
-        opening: asyncio.Task[None] | None = None
+        prefill: asyncio.Task[None] | None = None
         try:
-            try:
-                self._number = self._client.open(self)
-            except ServerUnreachable as err:
-                self._err = err
+            self._number = self._client.open(self)
             if worker is not None:
-                opening = self._spawn(worker.open(self.request.tokens, self.request.sampling))
-            begun_ms = 0.0
+                # The drafter masks the same tokens as the target.
+                sampling = replace(request.sampling, stop_tokens=request.stop_tokens)
+                prefill = self._spawn(worker.open(request.tokens, sampling))
             while not self._finished and self._err is None:
                 self._wake.clear()
                 session.rtt_ms = self._client.rtt.mean_ms
                 session.load_level = self._client.load_level
-                if opening is not None and opening.done():
-                    opening = opening.result()
+                if prefill is not None and prefill.done():
+                    self._end_prefill(prefill)
+                    prefill = None
                 if step is not None and step.done():
-                    self._end_step(step.result(), begun_ms)
+                    self._end_step(step, begun_ms)
                     step = None
-                if worker is not None:
+                if worker is not None and not self._undrafted:
                     self._send_due()
                     now_ms = _now_ms()
-                    if step is None and opening is None and session.may_draft(now_ms):
+                    if step is None and prefill is None and session.may_draft(now_ms):
                         begun_ms = now_ms
                         session.begin_step()
                         step = self._spawn(worker.step(self.buffer.sequence()))
                 await self._wake.wait()
-            running = {task for task in (opening, step) if task is not None}
-            if running:  # a worker must not be left in the middle of a step
-                await asyncio.wait(running)
-            if self._err is not None:
-                if not (self._fallback and isinstance(self._err, ServerUnreachable)):
-                    raise self._err
-                await self._draft_alone()
+            alone = self._fallback and isinstance(self._err, ServerUnreachable) and not self._undrafted
+            running = {task for task in (prefill, step) if task is not None}
+            if running:  # the device should be free for the next request
+                await asyncio.wait(running, timeout=None if alone else _LAST_STEP_S)
+            if self._err is not None and not (alone and await self._draft_alone()):
+                raise self._err
         finally:
-            for task in (opening, step):
+            for task in (prefill, step):
                 if task is not None:
                     task.cancel()
                     await asyncio.gather(task, return_exceptions=True)
@@ -157,6 +171,7 @@ class Generation:
         self._client.close(self._number, tell=not self._finished)
         stats = self.stats
         stats.finished = self._finished
+        stats.declined = self._session.scheduler.declined
         stats.rtt_ms = self._client.rtt.mean_ms
         stats.up_bytes, stats.down_bytes = self.traffic.up_bytes, self.traffic.down_bytes
         left = self.buffer.drafts
@@ -166,19 +181,54 @@ class Generation:
 
     # --- drafting ---
 
-    def _end_step(self, step: DraftStep | None, begun_ms: float) -> None:
-        if step is None:
-            self._session.scheduler.nothing_to_draft()
+    def _end_prefill(self, prefill: asyncio.Task[None]) -> None:
+        if (err := prefill.exception()) is not None:
+            self._stop_drafting(err)
+        else:
+            self.stats.prefill_ms = _now_ms() - self.stats.begun_ms
+
+    def _end_step(self, task: asyncio.Task[DraftStep | None], begun_ms: float) -> None:
+        stats, session = self.stats, self._session
+        if (err := task.exception()) is not None:
+            self._stop_drafting(err)
             return
-        stats = self.stats
+        step = task.result()
+        if step is None:
+            stats.no_proposal += 1
+            session.scheduler.nothing_to_draft()
+            return
         stats.drafted += 1
         stats.draft_ms += step.draft_ms
+        if self._foreign(step):
+            # Nothing can be drafted after it until the text goes on.
+            stats.dropped += 1
+            stats.dropped_ms += step.draft_ms
+            session.scheduler.nothing_to_draft()
+            return
         waited_ms = max(0.0, _now_ms() - begun_ms - step.draft_ms)
-        wasted_ms = self._session.end_step(lambda: step.drafted, step.draft_ms, waited_ms)
+        wasted_ms = session.end_step(lambda: step.drafted, step.draft_ms, waited_ms)
         if wasted_ms is not None:
+            stats.late += 1
             stats.dropped += 1
             stats.dropped_ms += step.draft_ms
             stats.wasted_ms += wasted_ms
+
+    def _foreign(self, step: DraftStep) -> bool:
+        """Whether the draft is outside the target's vocabulary, which counts it."""
+        token = step.drafted.token
+        foreign = token < 0 or 0 < self._vocab_size <= token
+        self.stats.foreign += foreign
+        return foreign
+
+    def _stop_drafting(self, err: BaseException) -> None:
+        """The draft model failed: the server continues without drafts."""
+        if self._undrafted:
+            return
+        self.stats.draft_fault = f"{type(err).__name__}: {err}"[:300]
+        log.warning("a request continues without drafts: %s", self.stats.draft_fault)
+        self._undrafted = True
+        self._session.scheduler.stop()
+        self._client.reopen(self._number)
 
     def _send_due(self) -> None:
         now_ms = _now_ms()
@@ -197,29 +247,36 @@ class Generation:
         if self._client.draft(message):
             self.stats.sent += len(frame.tokens)
 
-    async def _draft_alone(self) -> None:
-        """Without a server, continue with the draft model; every token is marked unverified."""
+    async def _draft_alone(self) -> bool:
+        """Without a server, continue with the draft model; every token is marked unverified. Returns whether
+        that worked."""
         assert self._worker is not None
         sequence = list(self.buffer.committed)
-        stop = frozenset(self.request.stop_tokens)
-        while self.stats.tokens + self.stats.draft_only < self.request.max_new:
-            step = await self._worker.step(sequence)
-            if step is None:
+        stats, stop = self.stats, frozenset(self.request.stop_tokens)
+        while stats.tokens + stats.draft_only < self.request.max_new:
+            try:
+                step = await self._worker.step(sequence)
+            except Exception as err:
+                self._stop_drafting(err)
+                return False
+            if step is None or self._foreign(step):
                 break
             sequence.append(step.drafted.token)
-            self.stats.drafted += 1
-            self.stats.draft_ms += step.draft_ms
-            self.stats.draft_only += 1
+            stats.drafted += 1
+            stats.draft_ms += step.draft_ms
+            stats.draft_only += 1
             self._chunks.put_nowait(TokenChunk((step.drafted.token,), verified=False))
             if step.drafted.token in stop:
                 self._finished = "stop"
-                return
+                return True
         self._finished = "length"
+        return True
 
     # --- calls of the client (wispprof.edge.client.GenerationListener) ---
 
     def opening(self) -> protocol.Open:
         self._openings += 1
+        self._fruitless += 1
         request, buffer = self.request, self.buffer
         sampling = request.sampling
         return protocol.Open(
@@ -234,55 +291,76 @@ class Generation:
             top_p=sampling.top_p,
             seed=sampling.seed,
             stop=list(request.stop_tokens),
-            undrafted=self._worker is None,
+            undrafted=self._undrafted,
+            min_p=sampling.min_p,
+            min_new=max(0, sampling.min_length - len(request.tokens)),
+            logprobs=sampling.logprobs,
         )
 
     def committed(self, commit: protocol.Commit) -> None:
-        now_ms, server_ms = _now_ms(), commit.queue_ms + commit.verify_ms
-        try:
-            effect = self._session.on_commit(
-                now_ms,
-                commit.committed_len,
-                commit.tokens,
-                commit.accepted,
-                commit.drafted,
-                server_ms,
-            )
-        except ProtocolError as err:
-            self.failed(err)
+        """Take in a commit. Raises :class:`ProtocolError` if no correct server sends it."""
+        if self._finished:
             return
+        end = len(self.request.tokens) + self.request.max_new
+        server_frames.check_commit(commit, end, self._vocab_size)
+        now_ms, server_ms = _now_ms(), commit.queue_ms + commit.verify_ms
+        effect = self._session.on_commit(
+            now_ms,
+            commit.committed_len,
+            commit.tokens,
+            commit.accepted,
+            commit.drafted,
+            server_ms,
+        )
         if effect is None:
             self._client.reopen(self._number)
             return
         if effect.tokens:
+            self._fruitless = 0
+            self._busy_since_ms = None
             stats = self.stats
             stats.commit(effect, now_ms, commit.drafted)
             stats.queue_ms += commit.queue_ms
             stats.verify_ms += commit.verify_ms
             stats.dropped += effect.dropped_tokens
             stats.dropped_ms += effect.dropped_ms
-            self._chunks.put_nowait(TokenChunk(effect.tokens))
-        if commit.finished:
-            self._finished = commit.finished
+            known = len(commit.tokens) - len(effect.tokens)
+            self._chunks.put_nowait(TokenChunk(effect.tokens, tuple(commit.logprobs[known:])))
+        if commit.finished or self.buffer.committed_len == end:
+            self._finished = commit.finished or "length"
         self._wake.set()
 
     def refused(self, problem: protocol.Problem) -> None:
+        retry_ms = server_frames.retry_ms(problem)
         self._internal_errors += problem.code == "internal"
         wait_ms = _REOPEN_MS.get(problem.code)
         if wait_ms is None or self._internal_errors > _MAX_INTERNAL_ERRORS:
             err = RuntimeFault(f"The server refused this request: {problem.message}")
             if problem.code == "slo":
-                err = ServerBusy(problem.message, problem.retry_ms, "Ask for less speed, or later.")
+                err = ServerBusy(problem.message, retry_ms, "Ask for less speed, or later.")
+            elif problem.code == "limit" and retry_ms:
+                err = ServerBusy(problem.message, retry_ms)
             self.failed(err)
             return
+        wait_ms = max(wait_ms, retry_ms)
+        if problem.code in ("busy", "draining"):
+            now_ms = _now_ms()
+            self._fruitless -= 1
+            if self._busy_since_ms is None:
+                self._busy_since_ms = now_ms
+            if now_ms + wait_ms - self._busy_since_ms > self._client.settings.give_up_ms:
+                self.failed(ServerBusy(problem.message, wait_ms))
+                return
         if self._reopening is not None:
             self._reopening.cancel()
         self._reopening = asyncio.get_running_loop().call_later(
-            max(wait_ms, problem.retry_ms) / 1000.0, self._client.reopen, self._number
+            wait_ms / 1000.0, self._client.reopen, self._number
         )
 
     def reopened(self) -> None:
         self.stats.reopened = self._openings - 1
+        if self._fruitless > _MAX_FRUITLESS:
+            self.failed(RuntimeFault(f"The server answered {_MAX_FRUITLESS} openings without a token."))
         self._session.reopened(self._stream_mode())
         self._wake.set()
 
@@ -294,6 +372,12 @@ class Generation:
             self._err = err
         self._wake.set()
 
+    @property
+    def _vocab_size(self) -> int:
+        """The target's, 0 if unknown."""
+        target = self._client.target
+        return target.vocab_size if target is not None else 0
+
     def _stream_mode(self) -> bool:
         chosen = self._settings.stream
         welcome = self._client.welcome
@@ -302,3 +386,15 @@ class Generation:
 
 def _now_ms() -> float:
     return asyncio.get_running_loop().time() * 1000.0
+
+
+def _check_numbers(request: GenerationRequest) -> None:
+    """Raise :class:`SettingsError` if a number is beyond what a frame can hold."""
+    for name, numbers in (
+        ("A prompt token", request.tokens),
+        ("A stop token", request.stop_tokens),
+        ("max_new", (request.max_new,)),
+    ):
+        if numbers and not 0 <= min(numbers) <= max(numbers) < _INT32:
+            wrong = next(number for number in numbers if not 0 <= number < _INT32)
+            raise SettingsError(f"{name} of {wrong:.6g} is out of bounds.", f"Use 0 to {_INT32 - 1}.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 
 from wispprof.edge.edge_runtime import EdgeRuntime, Prompt, Reply, open_edge
 from wispprof.edge.request_stats import EdgeMetrics
@@ -44,14 +44,19 @@ async def serve_edge(
 
 
 def make_edge_app(runtime: EdgeRuntime) -> FastAPI:
-    """The application: the OpenAI routes, ``/health`` and ``/metrics``. Responses carry a ``wispprof``
-    object with the request's statistics."""
+    """The application: the OpenAI routes, ``/health``, ``/ready`` and ``/metrics``. Responses carry a
+    ``wispprof`` object with the request's statistics."""
     app = FastAPI(title="wispprof edge", docs_url=None, redoc_url=None)
     metrics = EdgeMetrics()
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "link": runtime.client.up, "rtt_ms": runtime.client.rtt.mean_ms}
+        return runtime.status
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        status = runtime.status
+        return JSONResponse(status, 200 if status["ready"] else 503)
 
     @app.get("/metrics")
     async def scrape() -> Response:

@@ -44,6 +44,7 @@ class DraftScheduler:
         self._exhausted = False  # the drafter has nothing to propose
         self._worthwhile = True  # round: the controller drafted at all last time
         self._group = 1
+        self.declined = 0  # rounds and bursts for which the controller chose no draft
 
     # --- drafting ---
 
@@ -127,6 +128,10 @@ class DraftScheduler:
         """The drafter has nothing to propose until the text goes on."""
         self._exhausted = True
 
+    def stop(self) -> None:
+        """Draft and send nothing any more."""
+        self._controller = None
+
     def committed(self, effect: CommitEffect, drafted: int) -> None:
         """A commit changed the buffer; the server verified ``drafted`` of our drafts for it."""
         gone = len(self._features) if effect.rejected else len(effect.tokens)
@@ -177,6 +182,7 @@ class DraftScheduler:
             self._judged = 0
             self._closed = self._budget <= 0
             self._worthwhile = not self._closed
+            self.declined += self._closed
         while not self._closed and self._judged < buffer.draft_ahead:
             self._closed = not self._judge(self._judged) or self._judged >= self._budget
         if not self._closed and not self._no_next_draft():
@@ -214,6 +220,7 @@ class DraftScheduler:
         self._budget = self._controller.begin(context)
         self._judged = 0
         self._closed = self._budget <= 0
+        self.declined += self._closed
         share = self._settings.frame_share * context.rtt_ms / max(context.draft_ms, 1e-3)
         self._group = int(max(1, min(share, self._settings.frame_max)))
 

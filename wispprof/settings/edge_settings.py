@@ -32,13 +32,17 @@ class ClientSettings(Settings):
         100.0, "First pause between attempts to reconnect; it doubles.", unit="ms", minimum=1
     )
     backoff_max_ms: float = setting(
-        2000.0, "Longest pause between attempts to reconnect.", unit="ms", minimum=1
+        1000.0, "Longest pause between attempts to reconnect.", unit="ms", minimum=1
     )
     backoff_jitter: float = setting(
         0.5, "Random share by which a pause is longer or shorter.", minimum=0, maximum=1
     )
     give_up_ms: float = setting(
-        30_000.0, "Time without a server after which requests fail.", unit="ms", minimum=0
+        30_000.0,
+        "Time without a server after which requests fail. The edge keeps trying, and serves again when the "
+        "server is back.",
+        unit="ms",
+        minimum=0,
     )
     ping_ms: float = setting(2000.0, "Interval of round-trip measurements.", unit="ms", minimum=1)
     dead_ms: float = setting(
@@ -71,6 +75,12 @@ class DraftingSettings(Settings):
         minimum=0,
     )
     frame_max: int = setting(8, "Maximum draft tokens in a frame (asynchronous drafting).", minimum=1)
+    draft_timeout_ms: float = setting(
+        30_000.0,
+        "Longest wait for a draft step; after it the request continues without drafts.",
+        unit="ms",
+        minimum=1,
+    )
     carry: bool = setting(
         False, "Count a round's time budget from when its predecessor was due, not from its commit."
     )

@@ -36,8 +36,9 @@ class _ConnectedSession(NamedTuple):
 class InProcessServer:
     """Serves ``engine`` with ``policy``; a step takes ``step_ms(shape)``, by default the estimator's median.
 
-    Edges connect with :attr:`connect`; while :attr:`refuse` is true, that fails. Of the engine, only
-    ``open``, ``step``, ``rollback`` and ``close`` are called.
+    Edges connect with :attr:`connect`; while :attr:`refuse` is true, that fails. Set :attr:`identity`
+    and :attr:`vocab_size` to tell the edges those of the target. Of the engine, only ``open``, ``step``,
+    ``rollback`` and ``close`` are called.
 
     >>> from wispprof.edge import EdgeClient, Generation, GenerationRequest
     >>> from wispprof.policies import make_batch_policy
@@ -66,6 +67,8 @@ class InProcessServer:
         self.step_ms = step_ms or (lambda shape: estimator.predict(shape)[0])
         self.steps = 0
         self.refuse = False
+        self.identity = ""
+        self.vocab_size = 0
         self._sessions: dict[str, _ConnectedSession] = {}
         self._connections: list[_InProcessConnection] = []
         self._opened = 0
@@ -112,14 +115,26 @@ class InProcessServer:
         frame = protocol.decode_edge(data)
         now_ms = asyncio.get_running_loop().time() * 1000.0
         match frame:
+            case protocol.Hello() if frame.identity and frame.identity != self.identity:
+                message = f"This server's target is {self.identity!r}, not {frame.identity!r}."
+                connection.reply(protocol.Problem(-1, "model", message))
             case protocol.Hello():
                 connection.reply(
                     protocol.Welcome(
-                        protocol.PROTOCOL_VERSION, "", "", _MAX_CONTEXT, _MAX_DRAFTS, self.policy.stream
+                        protocol.PROTOCOL_VERSION,
+                        "",
+                        "",
+                        _MAX_CONTEXT,
+                        _MAX_DRAFTS,
+                        self.policy.stream,
+                        identity=self.identity,
+                        vocab_size=self.vocab_size,
                     )
                 )
             case protocol.Ping():
                 connection.reply(protocol.Pong(frame.number, bytes(frame.reply_bytes)))
+            case protocol.OpenPart():
+                connection.parts.setdefault(frame.session, []).extend(frame.tokens)
             case protocol.Open():
                 self._open(connection, frame, now_ms)
             case protocol.Draft():
@@ -142,9 +157,10 @@ class InProcessServer:
         self.close_session(connection.names.get(frame.session, ""))
         name = f"p{self._opened}"
         self._opened += 1
+        tokens = [*connection.parts.pop(frame.session, ()), *frame.tokens]
         state = SessionState(
             name,
-            frame.tokens,
+            tokens,
             slo=Slo(frame.tokens_per_s, frame.ttft_ms),
             max_new=frame.max_new,
             max_context=_MAX_CONTEXT,
@@ -155,8 +171,17 @@ class InProcessServer:
             undrafted=frame.undrafted,
             max_pending_drafts=_MAX_DRAFTS,
         )
-        sampling = Sampling(frame.temperature, frame.top_k, frame.top_p, frame.seed)
-        self.engine.open(name, sampling, frame.tokens)
+        sampling = Sampling(
+            frame.temperature,
+            frame.top_k,
+            frame.top_p,
+            frame.seed,
+            frame.min_p,
+            len(tokens) - frame.generated + frame.min_new if frame.min_new else 0,
+            tuple(frame.stop),
+            frame.logprobs,
+        )
+        self.engine.open(name, sampling, tokens)
         connection.names[frame.session] = name
         self._sessions[name] = _ConnectedSession(connection, frame.session, state)
 
@@ -228,6 +253,7 @@ class _InProcessConnection:
 
     def __init__(self, server: InProcessServer) -> None:
         self.names: dict[int, str] = {}
+        self.parts: dict[int, list[int]] = {}
         self._server = server
         self._answers: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._closed = False
