@@ -203,7 +203,7 @@ def test_addresses(text: str, url: str) -> None:
 
 @pytest.mark.parametrize("text", ["ftp://host", "ws://", ""])
 def test_wrong_addresses(text: str) -> None:
-    with pytest.raises(LinkLost, match="no server address"):
+    with pytest.raises(LinkLost, match="not a server address"):
         server_url(text)
 
 

@@ -70,7 +70,7 @@ def test_what_is_no_authority_is_refused_by_name(tmp_path: Path, content: str | 
     file = tmp_path / "ca.pem"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(WispprofError, match="is no certificate authority") as err:
+    with pytest.raises(WispprofError, match="is not a certificate authority") as err:
         ssl_context(file)
     assert "--ca-file" in err.value.hint
 

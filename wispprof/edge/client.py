@@ -124,7 +124,7 @@ class EdgeClient:
         if self._task is None:
             raise RuntimeFault("The edge client is closed.", "Use it inside `async with`.")
         number = self._next
-        frames = _opening_frames(number, listener)
+        frames = _opening_frames(number, listener) if self._up else []
         self._next += 1
         self._listeners[number] = listener
         self._post_all(frames, listener)
