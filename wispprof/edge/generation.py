@@ -92,7 +92,7 @@ class Generation:
         self._openings = 0
         self._fruitless = 0
         self._internal_errors = 0
-        self._busy_since_ms: float | None = None
+        self._refused_since_ms: float | None = None
 
     @property
     def buffer(self) -> DraftBuffer:
@@ -138,7 +138,11 @@ class Generation:
             alone = self._fallback and isinstance(self._err, ServerUnreachable) and not self._undrafted
             running = {task for task in (prefill, step) if task is not None}
             if running:  # the device should be free for the next request
-                await asyncio.wait(running, timeout=None if alone else _LAST_STEP_S)
+                done, _ = await asyncio.wait(running, timeout=None if alone else _LAST_STEP_S)
+                self.stats.late += step is not None
+                for err in (task.exception() for task in done):
+                    if err is not None:
+                        self._stop_drafting(err)
             if self._err is not None and not (alone and await self._draft_alone()):
                 raise self._err
         finally:
@@ -228,7 +232,8 @@ class Generation:
         log.warning("a request continues without drafts: %s", self.stats.draft_fault)
         self._undrafted = True
         self._session.scheduler.stop()
-        self._client.reopen(self._number)
+        if not self._finished:
+            self._client.reopen(self._number)
 
     def _send_due(self) -> None:
         now_ms = _now_ms()
@@ -305,19 +310,14 @@ class Generation:
         server_frames.check_commit(commit, end, self._vocab_size)
         now_ms, server_ms = _now_ms(), commit.queue_ms + commit.verify_ms
         effect = self._session.on_commit(
-            now_ms,
-            commit.committed_len,
-            commit.tokens,
-            commit.accepted,
-            commit.drafted,
-            server_ms,
+            now_ms, commit.committed_len, commit.tokens, commit.accepted, commit.drafted, server_ms
         )
         if effect is None:
             self._client.reopen(self._number)
             return
         if effect.tokens:
             self._fruitless = 0
-            self._busy_since_ms = None
+            self._refused_since_ms = None
             stats = self.stats
             stats.commit(effect, now_ms, commit.drafted)
             stats.queue_ms += commit.queue_ms
@@ -331,26 +331,23 @@ class Generation:
         self._wake.set()
 
     def refused(self, problem: protocol.Problem) -> None:
+        code, message, now_ms = problem.code, problem.message, _now_ms()
         retry_ms = server_frames.retry_ms(problem)
-        self._internal_errors += problem.code == "internal"
-        wait_ms = _REOPEN_MS.get(problem.code)
-        if wait_ms is None or self._internal_errors > _MAX_INTERNAL_ERRORS:
-            err = RuntimeFault(f"The server refused this request: {problem.message}")
-            if problem.code == "slo":
-                err = ServerBusy(problem.message, retry_ms, "Ask for less speed, or later.")
-            elif problem.code == "limit" and retry_ms:
-                err = ServerBusy(problem.message, retry_ms)
-            self.failed(err)
+        busy = code in ("busy", "draining")
+        wait_ms = max(_REOPEN_MS.get(code, math.inf), retry_ms)
+        if self._refused_since_ms is None:
+            self._refused_since_ms = now_ms
+        self._fruitless -= busy
+        self._internal_errors += code == "internal"
+        late = now_ms + wait_ms - self._refused_since_ms > self._client.settings.give_up_ms
+        if late or self._internal_errors > _MAX_INTERNAL_ERRORS:
+            if code == "slo":
+                self.failed(ServerBusy(message, retry_ms, "Ask for less speed, or later."))
+            elif busy or (code == "limit" and retry_ms):
+                self.failed(ServerBusy(message, retry_ms))
+            else:
+                self.failed(RuntimeFault(f"The server refused this request: {message}"))
             return
-        wait_ms = max(wait_ms, retry_ms)
-        if problem.code in ("busy", "draining"):
-            now_ms = _now_ms()
-            self._fruitless -= 1
-            if self._busy_since_ms is None:
-                self._busy_since_ms = now_ms
-            if now_ms + wait_ms - self._busy_since_ms > self._client.settings.give_up_ms:
-                self.failed(ServerBusy(problem.message, wait_ms))
-                return
         if self._reopening is not None:
             self._reopening.cancel()
         self._reopening = asyncio.get_running_loop().call_later(

@@ -202,8 +202,10 @@ class RequestStats:
         late = f"No draft was in time: a commit took {commit_ms:.0f} ms, "
         if self.prefill_ms is None:
             late += "and the draft model was still reading the prompt."
+        elif not self.drafted:
+            late += f"the draft model's prefill {self.prefill_ms:.0f} ms, and no draft step ended."
         else:
-            step_ms = self.draft_ms / max(1, self.drafted)
+            step_ms = self.draft_ms / self.drafted
             late += f"a draft step {step_ms:.0f} ms, the draft model's prefill {self.prefill_ms:.0f} ms."
         return {
             "": "",
