@@ -1,7 +1,8 @@
-"""Does a killed server, a cut link or a stalled link change a token? With real processes, in real time.
+"""Does a killed server, a cut or stalled link or a long outage change a token? With real processes.
 
     python benchmarks/resilience.py
     python benchmarks/resilience.py --generations 6 --tokens 64 --only kill
+    python benchmarks/resilience.py --generations 4 --only outage --cycles 3
 
 A real ``wispprof serve`` on the bundled target serves a number of edges. Each edge has its own connection
 through a link proxy, the bundled draft model and one generation: half of them greedy, half sampled with their
@@ -11,6 +12,12 @@ own seeds, one in four server-only. First they run undisturbed; then the same re
   port three seconds later;
 * ``cut``: every link is cut at once, twice;
 * ``stall``: links deliver nothing for the last two of every five seconds, long enough to meet several.
+
+``outage`` is another trial, in cycles. A server dies with a generation under way and stays away for three
+times the edge's give-up time. The generation and a request made meanwhile must end with a clear error. Once
+the server is back under its address, the next request must be served within two seconds. In odd cycles that
+request comes at once, in even ones after the edge has found the server by itself. Every fourth cycle another
+model of the same tokenizer takes the address in the middle of an answer, which must end with a refusal.
 
 Physics: a killed server loses every session's KV; only the edges know the committed tokens. They reconnect
 and reopen their sessions with those tokens and the same seed. The noise of every position is the same, so the
@@ -27,17 +34,14 @@ import argparse
 import asyncio
 import contextlib
 import json
-import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import httpx
+from _serving.outages import UNDER_WAY, Outages, outages, report_outages
+from _serving.server_process import Server
 
 from wispprof.artifacts import bundled_path
 from wispprof.edge import EdgeClient, Generation, GenerationRequest, websocket_connections
@@ -48,10 +52,7 @@ from wispprof.settings.shared_settings import LinkModel, LinkSettings
 from wispprof.testing.link_emulator import LinkProxy
 from wispprof.types import Sampling
 
-ROOT = Path(__file__).resolve().parents[1]
 OUTAGE_S = 3.0
-UNDER_WAY = 8
-"""Tokens that every generation has before the disturbance."""
 
 
 @dataclass(frozen=True)
@@ -90,42 +91,6 @@ class Edge:
     @property
     def pause_s(self) -> float:
         return max((b - a for a, b in zip(self.heard, self.heard[1:], strict=False)), default=0.0)
-
-
-class Server:
-    """A ``wispprof serve`` process on a known port."""
-
-    def __init__(self) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            self.port = int(taken.getsockname()[1])
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = ["serve", "--port", str(self.port), "--admit", "all", "--log-level", "error"]
-        self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "cli.py"), *command],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-    async def ready(self, seconds: float = 180.0) -> None:
-        """Wait until it answers; raises where it ended or is silent for so long."""
-        assert self._process is not None
-        until = time.monotonic() + seconds
-        async with httpx.AsyncClient(trust_env=False) as http:
-            while time.monotonic() < until and self._process.poll() is None:
-                with contextlib.suppress(httpx.HTTPError):
-                    if (await http.get(f"http://127.0.0.1:{self.port}/health")).is_success:
-                        return
-                await asyncio.sleep(0.1)
-        raise WispprofError("The server did not start.", "Run `wispprof serve` to see why.")
-
-    def kill(self) -> None:
-        """``kill -9``: no farewell."""
-        if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
-            self._process = None
 
 
 Disturb = Callable[[Server, LinkProxy, list[Edge]], Awaitable[int]]
@@ -206,7 +171,7 @@ async def edge(
             yield Edge(Generation(client, request, worker, controller), [])
 
 
-async def run(args: Any) -> list[Run]:
+async def run(args: Any) -> tuple[list[Run], Outages | None]:
     from wispprof.engines.loading import load_model
     from wispprof.profiling.prompts import held_out_prompts
 
@@ -214,31 +179,41 @@ async def run(args: Any) -> list[Run]:
     prompts = held_out_prompts(loaded.tokenizer, args.generations, 64)
     device = DraftDevice("model", "wispprof", loaded=loaded)
     server = Server()
-    runs = []
+    runs: list[Run] = []
+    scenarios = [name for name in args.only if name in SCENARIOS]
     try:
+        found = await outages(device, prompts, args) if "outage" in args.only else None
+        if not scenarios:
+            return runs, found
         server.start()
         await server.ready()
         plain, wanted = await scenario("undisturbed", server, device, prompts, args)
-        for name in ["undisturbed", *args.only]:
-            found, texts = plain, wanted
+        for name in ["undisturbed", *scenarios]:
+            one, texts = plain, wanted
             if name != "undisturbed":
                 print(f"{name} …", file=sys.stderr)
-                found, texts = await scenario(name, server, device, prompts, args)
+                one, texts = await scenario(name, server, device, prompts, args)
             exact = sum(a == b for a, b in zip(texts, wanted, strict=True))
-            runs.append(Run(**{**asdict(found), "exact": exact}))
+            runs.append(Run(**{**asdict(one), "exact": exact}))
     finally:
         server.kill()
         device.close()
-    return runs
+    return runs, found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--generations", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=160, help="per generation")
-    parser.add_argument("--only", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS))
+    parser.add_argument("--cycles", type=int, default=20, help="outages")
+    names = [*SCENARIOS, "outage"]
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
     args = parser.parse_args()
-    runs = asyncio.run(run(args))
+    runs, found = asyncio.run(run(args))
+    if found is not None:
+        report_outages(found)
+    if not runs:
+        return
     print(f"{args.generations} generations of {args.tokens} tokens at most\n")
     print(
         f"{'':14}{'finished':>10}{'exact':>8}{'disturbed':>11}{'reopened':>10}{'longest pause s':>17}"
