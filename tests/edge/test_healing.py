@@ -283,6 +283,20 @@ def test_an_unexpected_error_of_a_connection_is_an_outage_like_any_other() -> No
     run_virtual(main())
 
 
+def test_an_idle_edge_notices_a_dead_link() -> None:
+    async def main() -> None:
+        async with in_process() as server, edge(server.connect, dead_ms=4000.0) as client:
+            await asyncio.sleep(30.0)
+            assert client.up
+            server._connections[0]._closed = True  # nothing is delivered any more, and nobody says so
+            server.refuse = True
+            server._connections[0].send = lambda data: asyncio.sleep(0)  # type: ignore[method-assign]
+            await asyncio.sleep(12.0)
+            assert not client.up
+
+    run_virtual(main())
+
+
 def test_a_closed_client_refuses_sessions() -> None:
     async def main() -> None:
         async with in_process() as server:

@@ -337,7 +337,7 @@ class EdgeClient:
         if not isinstance(frame, protocol.Commit | protocol.Problem):
             raise ProtocolError(f"Got a second {type(frame).__name__} frame.")
         if isinstance(frame, protocol.Problem) and frame.session < 0:
-            raise LinkLost(f"The server ended the connection: {frame.message}")
+            raise LinkLost(f"The server ended the connection: {frame.message:.500}")
         listener = self._listeners.get(frame.session)
         if listener is None:  # its last frames cross with the edge's close
             return
@@ -356,9 +356,11 @@ class EdgeClient:
 
     async def _ping(self) -> None:
         settings, loop = self.settings, asyncio.get_running_loop()
+        sent_s = -math.inf
         while True:
-            if self._listeners or not self._pings:
-                self._ping_sent_s[self._pings] = loop.time()
+            # An idle link is measured less often, but a dead one is noticed.
+            if self._listeners or (loop.time() - sent_s) * 1000.0 >= settings.dead_ms:
+                sent_s = self._ping_sent_s[self._pings] = loop.time()
                 self._post(protocol.encode(protocol.Ping(self._pings)))
                 self._pings += 1
             await asyncio.sleep(settings.ping_ms / 1000.0)

@@ -331,7 +331,7 @@ class Generation:
         self._wake.set()
 
     def refused(self, problem: protocol.Problem) -> None:
-        code, message, now_ms = problem.code, problem.message, _now_ms()
+        code, message, now_ms = problem.code, problem.message[:500], _now_ms()
         retry_ms = server_frames.retry_ms(problem)
         busy = code in ("busy", "draining")
         wait_ms = max(_REOPEN_MS.get(code, math.inf), retry_ms)

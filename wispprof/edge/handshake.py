@@ -58,11 +58,12 @@ async def say_hello(
 
 def _raise_refusal(problem: protocol.Problem, known: str) -> NoReturn:
     """Raise what a refused hello means; ``known``: the target's identity in it."""
+    message = problem.message[:500]
     if problem.code == "model" and known:
-        raise TargetChanged(problem.message)
+        raise TargetChanged(message)
     if problem.code in _RETRYABLE_CODES:
-        raise LinkLost(f"The server is {problem.code}: {problem.message}", retry_ms=retry_ms(problem))
-    raise HandshakeRefused(f"The server refused this edge: {problem.message}")
+        raise LinkLost(f"The server is {problem.code}: {message}", retry_ms=retry_ms(problem))
+    raise HandshakeRefused(f"The server refused this edge: {message}")
 
 
 def check_welcome(welcome: protocol.Welcome, tokenizer: str) -> None:
