@@ -18,20 +18,36 @@ Progress = Callable[[int, int, str], None]
 """Called by long work with (done, total, status), such as a sweep's blocks and its ETA."""
 
 
+BEST_EFFORT_TOKENS_PER_S = 1.0
+"""Token speed that scheduling aims at for requests that ask for none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slo:
     """Service level objective of a session.
 
     ``tokens_per_s``: sustained token speed after the first token (the inverse of TPOT).
     ``ttft_ms``: time from the request to its first token; ``None``: no objective.
+    ``best_effort``: nobody asked for ``tokens_per_s``. Scheduling aims at it, admission does not check it.
     """
 
     tokens_per_s: float
     ttft_ms: float | None = None
+    best_effort: bool = False
 
     def __post_init__(self) -> None:
         if not self.tokens_per_s > 0:
             raise ValueError(f"tokens_per_s must be positive, got {self.tokens_per_s}")
+
+    @classmethod
+    def of(cls, tokens_per_s: float | None, ttft_ms: float | None = None) -> Slo:
+        """The SLO of a request; without a token speed (``None`` or 0) a best-effort one."""
+        return cls(tokens_per_s, ttft_ms) if tokens_per_s else cls(BEST_EFFORT_TOKENS_PER_S, ttft_ms, True)
+
+    @property
+    def requested_tokens_per_s(self) -> float:
+        """The token speed that was asked for, 0 if none was; as frames carry it."""
+        return 0.0 if self.best_effort else self.tokens_per_s
 
     @property
     def tpot_ms(self) -> float:
@@ -77,7 +93,7 @@ class GenerationRequest:
     tokens: tuple[int, ...]
     max_new: int
     sampling: Sampling = Sampling()
-    slo: Slo = Slo(1.0)
+    slo: Slo = Slo.of(None)
     stop_tokens: tuple[int, ...] = ()
     generated: int = 0
     undrafted: bool = False

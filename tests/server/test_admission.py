@@ -42,7 +42,7 @@ def ask(speed: float = 1.0, length: int = 4, **changes: object) -> GenerationReq
     return GenerationRequest(
         tuple([1] * length),
         20,
-        slo=Slo(speed, changes.pop("ttft_ms", None)),  # type: ignore[arg-type]
+        slo=Slo.of(speed, changes.pop("ttft_ms", None)),  # type: ignore[arg-type]
         **changes,  # type: ignore[arg-type]
     )
 
@@ -100,6 +100,18 @@ def test_admit_all_refuses_no_speed() -> None:
     one = server(admit="all")
     for _ in range(200):
         one.open(ask(1000.0), Listener())
+
+
+def test_who_asks_for_no_speed_is_never_refused_for_it() -> None:
+    one = server(max_waiting=1000)
+    with pytest.raises(Refused, match=r"Request --slo \d+.*, omit --slo, or .*`serve --admit all`"):
+        one.open(ask(200.0), Listener())
+    for _ in range(900):
+        one.open(ask(0.0), Listener())
+    with pytest.raises(Refused, match=r"server is full.* omit --slo"):
+        one.open(ask(5.0), Listener())
+    with pytest.raises(Refused, match="first token"):
+        one.open(ask(0.0, ttft_ms=1.0), Listener())
 
 
 def test_ttft_checks_count_the_queue() -> None:

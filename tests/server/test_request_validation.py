@@ -83,7 +83,7 @@ def test_drafts_no_correct_edge_sends(changes: dict[str, Any]) -> None:
         {"temperature": float("nan")},
         {"top_p": 0.0},
         {"top_k": -1},
-        {"tokens_per_s": 0.0},
+        {"tokens_per_s": -1.0},
         {"tokens_per_s": float("inf")},
         {"ttft_ms": -5.0},
         {"seed": 1 << 63},

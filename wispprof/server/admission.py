@@ -13,6 +13,7 @@ from wispprof.settings.server_settings import ServerSettings
 from wispprof.types import BatchCost, GenerationRequest, ServedModel, Slo, StepTimeEstimator
 
 _BURST_S = 20.0
+_NO_SLO = "omit --slo, or start the server with `serve --admit all`"
 _MAX_TPOT_MS = 60_000.0
 """A speed below one token per minute is not worth offering."""
 
@@ -190,6 +191,8 @@ class Admission:
     # --- SLO ----------------------------------------------------------------------------------
 
     def _check_slo(self, request: GenerationRequest, now_ms: float) -> None:
+        if request.slo.best_effort and request.slo.ttft_ms is None:
+            return
         step_times = self._step_times
         # Prefill, and what steps take beyond their median, leave less time for decoding.
         limit = self._settings.admit_load / step_times.cycle_ratio - step_times.prefill_load(now_ms)
@@ -200,7 +203,7 @@ class Admission:
         ]
         cached = len(request.tokens) + (request.max_new - request.generated) // 2
         load = Utilization.of(step_times.estimator, others).with_one_more(cached)
-        if load(request.slo.tpot_ms) > limit:
+        if not request.slo.best_effort and load(request.slo.tpot_ms) > limit:
             self._refuse_speed(request.slo, load, limit)
         self._check_ttft(request, step_times.estimator, others)
 
@@ -210,7 +213,7 @@ class Admission:
             raise Refused(
                 "busy",
                 "The server is full: it can guarantee no token speed now.",
-                "Retry later.",
+                f"Retry later, {_NO_SLO}.",
                 retry_ms=self._retry_ms(),
             )
         for _ in range(24):
@@ -224,7 +227,7 @@ class Admission:
             "slo",
             f"The server cannot guarantee {slo.tokens_per_s:g} tokens/s now; "
             f"{nearest:g} tokens/s is possible.",
-            "Request that speed, or retry later.",
+            f"Request --slo {nearest:g}, {_NO_SLO}.",
             retry_ms=self._retry_ms(),
             nearest_tokens_per_s=nearest,
         )

@@ -83,7 +83,7 @@ class SessionBackend:
         self.model = server.model.id
         self.max_context = server.model.max_context
         self.default_max_tokens = server.settings.http_max_tokens
-        self.default_slo = Slo(server.settings.http_tokens_per_s)
+        self.default_slo = Slo.of(server.settings.http_tokens_per_s)
 
     def accepts_key(self, api_key: str) -> bool:
         return check_key(api_key, self._server.settings.api_keys)

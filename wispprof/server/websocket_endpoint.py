@@ -297,7 +297,7 @@ def session_request(frame: protocol.Open) -> GenerationRequest:
     """The request of an opening frame. Raises :class:`ProtocolError` on invalid sampling or SLO."""
     try:
         sampling = Sampling(frame.temperature, frame.top_k, frame.top_p, frame.seed)
-        slo = Slo(frame.tokens_per_s, frame.ttft_ms)
+        slo = Slo.of(frame.tokens_per_s, frame.ttft_ms)
         numbers = (frame.temperature, frame.top_p, frame.tokens_per_s, frame.ttft_ms or 0.0)
         if not all(map(math.isfinite, numbers)) or (frame.ttft_ms or 1.0) <= 0:
             raise ValueError("sampling and SLO need finite, positive numbers")

@@ -126,8 +126,12 @@ class EdgeSettings(Settings):
         "round (synchronous drafting) or stream (asynchronous); default: what the server runs.",
         choices=("", "round", "stream"),
     )
-    tokens_per_s: float = setting(
-        2.0, "SLO: token speed asked for.", unit="tokens/s", minimum=0.01, option="slo"
+    tokens_per_s: float | None = setting(
+        None,
+        "SLO: token speed that the server must guarantee; default: no guarantee, and no refusal.",
+        unit="tokens/s",
+        minimum=0.01,
+        option="slo",
     )
     ttft_ms: float | None = setting(
         None, "SLO: time to the first token.", unit="ms", minimum=0.01, option="ttft"
@@ -143,7 +147,7 @@ class EdgeSettings(Settings):
 
     @property
     def slo(self) -> Slo:
-        return Slo(self.tokens_per_s, self.ttft_ms)
+        return Slo.of(self.tokens_per_s, self.ttft_ms)
 
     @property
     def controller_options(self) -> dict[str, Any]:

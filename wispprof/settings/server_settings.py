@@ -94,7 +94,7 @@ class ServerSettings(Settings):
     )
 
     http_tokens_per_s: float = setting(
-        1.0, "SLO of an HTTP request that names none.", unit="tokens/s", minimum=0.01
+        0.0, "SLO of an HTTP request that names none; 0 guarantees no speed.", unit="tokens/s", minimum=0
     )
     http_max_tokens: int = setting(
         256, "Maximum tokens of an HTTP request that names no number.", unit="tokens", minimum=1

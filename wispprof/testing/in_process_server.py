@@ -161,7 +161,7 @@ class InProcessServer:
         state = SessionState(
             name,
             tokens,
-            slo=Slo(frame.tokens_per_s, frame.ttft_ms),
+            slo=Slo.of(frame.tokens_per_s, frame.ttft_ms),
             max_new=frame.max_new,
             max_context=_MAX_CONTEXT,
             now_ms=now_ms,
