@@ -18,10 +18,6 @@ Progress = Callable[[int, int, str], None]
 """Called by long work with (done, total, status), such as a sweep's blocks and its ETA."""
 
 
-BEST_EFFORT_TOKENS_PER_S = 1.0
-"""Token speed that scheduling aims at for requests that ask for none."""
-
-
 @dataclass(frozen=True, slots=True)
 class Slo:
     """Service level objective of a session.
@@ -41,13 +37,8 @@ class Slo:
 
     @classmethod
     def of(cls, tokens_per_s: float | None, ttft_ms: float | None = None) -> Slo:
-        """The SLO of a request; without a token speed (``None`` or 0) a best-effort one."""
-        return cls(tokens_per_s, ttft_ms) if tokens_per_s else cls(BEST_EFFORT_TOKENS_PER_S, ttft_ms, True)
-
-    @property
-    def requested_tokens_per_s(self) -> float:
-        """The token speed that was asked for, 0 if none was; as frames carry it."""
-        return 0.0 if self.best_effort else self.tokens_per_s
+        """The SLO of a request; without a token speed (``None`` or 0) a best-effort one of 1 token/s."""
+        return cls(tokens_per_s or 1.0, ttft_ms, best_effort=not tokens_per_s)
 
     @property
     def tpot_ms(self) -> float:
@@ -93,7 +84,7 @@ class GenerationRequest:
     tokens: tuple[int, ...]
     max_new: int
     sampling: Sampling = Sampling()
-    slo: Slo = Slo.of(None)
+    slo: Slo = Slo(1.0, best_effort=True)
     stop_tokens: tuple[int, ...] = ()
     generated: int = 0
     undrafted: bool = False

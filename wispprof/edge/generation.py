@@ -289,7 +289,7 @@ class Generation:
             tokens=list(buffer.committed),
             max_new=request.max_new,
             generated=buffer.committed_len - len(request.tokens),
-            tokens_per_s=request.slo.requested_tokens_per_s,
+            tokens_per_s=0.0 if request.slo.best_effort else request.slo.tokens_per_s,
             ttft_ms=request.slo.ttft_ms,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
