@@ -76,7 +76,8 @@ class Open(msgspec.Struct, tag="o", array_like=True, frozen=True):
     ``tokens``: prompt and committed output; the last ``generated`` of them are output already
     delivered. ``max_new`` bounds the whole output. ``undrafted``: the edge sends no drafts, so the
     server may always advance the session (server-only serving). ``min_new``: output tokens before which
-    no ``stop`` token is chosen. ``tokens_per_s`` 0: no speed is asked for. ``logprobs``: as in :class:`~wispprof.types.Sampling`.
+    no ``stop`` token is chosen. ``tokens_per_s`` 0: no speed is asked for. ``logprobs``: as in
+    :class:`~wispprof.types.Sampling`.
     """
 
     session: int

@@ -14,8 +14,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-Progress = Callable[[int, int, str], None]
-"""Called by long work with (done, total, status), such as a sweep's blocks and its ETA."""
+Progress = Callable[[int, int, str], None]  # (done, total, status), from long work
 
 
 @dataclass(frozen=True, slots=True)
