@@ -79,8 +79,15 @@ class Engine(ABC):
     """Caches the KV of many sessions and decides their next tokens, one batch at a time.
 
     All calls come from one thread. The caller chooses session names and never uses one twice. Every method
-    raises :class:`~wispprof.errors.EngineError` for a session that is not open. An error of that class
-    leaves every session as it was; after any other error the engine must not be used again.
+    raises :class:`~wispprof.errors.EngineError` for a session that is not open.
+
+    How a call fails:
+
+    - :class:`~wispprof.errors.InputRefused`: one input of a step is at fault, and the error names its
+      session. Every session is as it was. The caller ends that session and repeats the step without it.
+    - :class:`~wispprof.errors.OutOfKvMemory`: no capacity now. Every session is as it was.
+    - any other :class:`~wispprof.errors.EngineError`: the call is refused. Every session is as it was.
+    - any other exception: the engine is lost. It must not be used again.
     """
 
     @property
@@ -116,8 +123,9 @@ class Engine(ABC):
     def step(self, inputs: Sequence[StepInput]) -> list[VerifyResult]:
         """Run one forward pass over all inputs; results come in their order.
 
-        A session may appear once. Raises :class:`EngineError` if an input is invalid and
-        :class:`OutOfKvMemory` if the inputs need more than :attr:`kv_free`, before anything changes.
+        A session may appear once. Raises :class:`InputRefused` for an input that is invalid or whose logits
+        are not finite where a token must be decided, and :class:`OutOfKvMemory` if the inputs need more
+        than :attr:`kv_free`. Nothing has changed then.
         """
 
     @abstractmethod

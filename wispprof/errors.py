@@ -16,6 +16,7 @@ WispprofError
 ├── PlanError                inputs of a plan contradict each other
 ├── PluginError              a policy, estimator, drafter or engine that cannot be found by name
 ├── EngineError              the verifier engine was asked for something impossible
+│   ├── InputRefused         one input of a step cannot be computed; ``session`` names it
 │   └── OutOfKvMemory        no capacity for these tokens now
 └── RuntimeFault             serving
     ├── ProtocolError        a frame that breaks the wire contract
@@ -120,6 +121,14 @@ class PluginError(WispprofError):
 
 class EngineError(WispprofError):
     """The verifier engine was asked for something impossible."""
+
+
+class InputRefused(EngineError):
+    """One input of a step cannot be computed, and nothing changed. Without it the step can be repeated."""
+
+    def __init__(self, session: str, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.session = session
 
 
 class OutOfKvMemory(EngineError):

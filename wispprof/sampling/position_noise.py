@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+NOISE_VERSION = 1
+"""Version of the noise and of how a token is drawn with it: other versions may draw other tokens."""
+
 _M64 = (1 << 64) - 1
 _TOKEN = 0x9E3779B1
 _MUL1 = 0x21F0AAAD

@@ -3,24 +3,48 @@
 This is an exact sample of the filtered target distribution (Gumbel-max), and the same token for any drafts,
 batch and draft length. Filters follow transformers' logits warpers in their order: temperature, top-k (ties
 at the k-th value stay), top-p (the smallest set of most likely tokens whose mass reaches ``top_p``, at
-least one). Source: Daliri, Musco, Suresh, "Coupling without communication and drafter-invariant speculative
-decoding".
+least one), min-p (tokens at least ``min_p`` times as likely as the likeliest). vLLM applies min-p before
+top-p, which differs only if both are set. Source: Daliri, Musco, Suresh, "Coupling without communication and
+drafter-invariant speculative decoding".
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from wispprof.sampling.position_noise import gumbel, gumbel_numpy, position_keys
-from wispprof.types import Sampling
+from wispprof.types import Sampling, TokenLogprob
 
+MIN_TEMPERATURE = 1e-5
+"""Lower temperatures are greedy, as in vLLM: logits divided by them would overflow."""
+
+UNDECIDED = -1
+"""Instead of a token where the logits are not finite."""
+
+_MAX_TEMPERATURE = 1e30
 # Most nuclei are far smaller; rows that need more candidates are drawn again among more.
 _CANDIDATES = 64
+
+
+def bounded(sampling: Sampling, vocab_size: int) -> Sampling:
+    """The same settings with every number in the range that matters, so that none can overflow later."""
+    logprobs = sampling.logprobs
+    within = replace(
+        sampling,
+        temperature=min(sampling.temperature, _MAX_TEMPERATURE),
+        top_k=min(sampling.top_k, vocab_size),
+        seed=sampling.seed % (1 << 64),
+        min_length=max(0, min(sampling.min_length, 1 << 60)),
+        stop_tokens=tuple(t for t in sampling.stop_tokens if 0 <= t < vocab_size),
+        logprobs=None if logprobs is None else max(0, min(logprobs, vocab_size)),
+    )
+    return sampling if within == sampling else within
 
 
 def sample_tokens(
@@ -29,35 +53,79 @@ def sample_tokens(
     """The target's own tokens, (n,) int64 on the device of ``logits`` (n, V).
 
     ``positions[i]``: position of the token that row ``i`` decides; ``samplings[i]``: its settings.
+    :data:`UNDECIDED` for a row with NaN or positive infinity, or without any finite logit.
     """
-    best = logits.argmax(-1)
-    rows = [i for i, s in enumerate(samplings) if s.temperature > 0]
-    if not rows:
-        return best
-    chosen = [samplings[i] for i in rows]
-    where = np.asarray(positions)[rows]
-    words = position_keys([s.seed for s in chosen], where).view(np.int32)
+    if any(s.min_length for s in samplings):
+        logits = _mask_stop_tokens(logits, positions, samplings)
+    # A NaN counts as the largest, so the largest logit tells for the whole row.
+    largest, best = logits.max(-1)
+    rows = [i for i, s in enumerate(samplings) if s.temperature >= MIN_TEMPERATURE]
+    if rows:
+        drawn = _draw(logits, rows, np.asarray(positions)[rows], [samplings[i] for i in rows])
+        if len(rows) == len(samplings):
+            best = drawn
+        else:
+            best[rows] = drawn
+    return best.masked_fill_((largest - largest) != 0, UNDECIDED)
+
+
+def _mask_stop_tokens(
+    logits: Tensor, positions: Sequence[int] | np.ndarray, samplings: Sequence[Sampling]
+) -> Tensor:
+    """A copy without the stop tokens of rows before their minimum length."""
+    vocab = logits.shape[1]
+    places = [
+        (row, token)
+        for row, (sampling, position) in enumerate(zip(samplings, positions, strict=True))
+        if int(position) < sampling.min_length
+        for token in sampling.stop_tokens
+        if 0 <= token < vocab
+    ]
+    if not places:
+        return logits
+    rows, tokens = torch.tensor(places, device=logits.device).T
+    masked = logits.clone()
+    masked[rows, tokens] = -torch.inf
+    return masked
+
+
+def _draw(logits: Tensor, rows: list[int], positions: np.ndarray, chosen: Sequence[Sampling]) -> Tensor:
+    """Tokens of ``rows``, whose temperature is not 0."""
+    words = position_keys([s.seed for s in chosen], positions).view(np.int32)
     device = logits.device
     keys = torch.from_numpy(words).to(device)
-    picked = logits if len(rows) == len(samplings) else logits[rows]
-    temperatures = torch.tensor([s.temperature for s in chosen], dtype=torch.float32, device=device)
+    picked = logits if len(rows) == len(logits) else logits[rows]
+    temperatures = torch.tensor([_divisor(s) for s in chosen], dtype=torch.float32, device=device)
     scaled = picked.float() / temperatures[:, None]
-    filtered = [i for i, s in enumerate(chosen) if s.top_k or s.top_p < 1]
+    filtered = [i for i, s in enumerate(chosen) if _has_filter(s)]
     if not filtered:
-        tokens = _draw_all(scaled, keys)
-    elif len(filtered) == len(chosen):
-        tokens = _draw_filtered(scaled, keys, chosen, _CANDIDATES)
-    else:
-        plain = [i for i, s in enumerate(chosen) if not (s.top_k or s.top_p < 1)]
-        tokens = best.new_empty(len(chosen))
-        tokens[plain] = _draw_all(scaled[plain], keys[plain])
-        tokens[filtered] = _draw_filtered(
-            scaled[filtered], keys[filtered], [chosen[i] for i in filtered], _CANDIDATES
-        )
-    if len(rows) == len(samplings):
-        return tokens
-    best[rows] = tokens
-    return best
+        return _draw_all(scaled, keys)
+    if len(filtered) == len(chosen):
+        return _draw_filtered(scaled, keys, chosen, _CANDIDATES)
+    plain = [i for i, s in enumerate(chosen) if not _has_filter(s)]
+    tokens = torch.empty(len(chosen), dtype=torch.int64, device=device)
+    tokens[plain] = _draw_all(scaled[plain], keys[plain])
+    tokens[filtered] = _draw_filtered(
+        scaled[filtered], keys[filtered], [chosen[i] for i in filtered], _CANDIDATES
+    )
+    return tokens
+
+
+def _divisor(sampling: Sampling) -> float:
+    return min(sampling.temperature, _MAX_TEMPERATURE)
+
+
+def _has_filter(sampling: Sampling) -> bool:
+    return sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+
+
+def _log_min_p(sampling: Sampling) -> float:
+    return math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf
+
+
+def _mass(sampling: Sampling) -> float:
+    """The top-p, beyond any sum of probabilities where it is off."""
+    return sampling.top_p if sampling.top_p < 1 else 2.0
 
 
 def _draw_all(scaled: Tensor, keys: Tensor) -> Tensor:
@@ -69,11 +137,15 @@ def _draw_filtered(scaled: Tensor, keys: Tensor, samplings: Sequence[Sampling], 
     """Draw among the ``width`` most likely tokens; rows whose filter may keep more are drawn again."""
     vocab = scaled.shape[1]
     # All of a top-k must be candidates: the top-p after it is a share of their mass.
-    width = min(vocab, max(width, *(s.top_k + 1 for s in samplings)))
+    width = min(vocab, max(width, *(min(s.top_k, vocab) + 1 for s in samplings)))
     values, ids = scaled.topk(width)
     device = scaled.device
-    top_k = torch.tensor([s.top_k or vocab for s in samplings], device=device).clamp_(max=vocab)
-    top_p = torch.tensor([s.top_p for s in samplings], dtype=torch.float32, device=device)
+    top_k = torch.tensor([min(s.top_k or vocab, vocab) for s in samplings], device=device)
+    top_p, min_p = torch.tensor(
+        [[_mass(s) for s in samplings], [_log_min_p(s) for s in samplings]],
+        dtype=torch.float32,
+        device=device,
+    )
     floor = values.gather(1, (top_k.clamp(max=width) - 1)[:, None])
     bounded = top_k <= width
     keep = (values >= floor) | ~bounded[:, None]
@@ -83,6 +155,7 @@ def _draw_filtered(scaled: Tensor, keys: Tensor, samplings: Sequence[Sampling], 
     probs = probs.masked_fill(~keep, 0.0)
     mass = probs.cumsum(1)
     keep &= (mass - probs) < top_p[:, None]
+    keep &= values >= values[:, :1] + min_p[:, None]
     keep[:, 0] = True
     scores = (values + gumbel(keys, ids)).masked_fill(~keep, -torch.inf)
     tokens = ids.gather(1, scores.argmax(1, keepdim=True))[:, 0]
@@ -100,19 +173,26 @@ def _draw_filtered(scaled: Tensor, keys: Tensor, samplings: Sequence[Sampling], 
 
 def sample_tokens_numpy(logits: np.ndarray, position: int, sampling: Sampling) -> int:
     """The same token as :func:`sample_tokens` for one row (V,) float32, in numpy, for the edge."""
-    if sampling.temperature == 0:
-        return int(logits.argmax())
+    if position < sampling.min_length and sampling.stop_tokens:
+        logits = logits.copy()
+        logits[[t for t in sampling.stop_tokens if 0 <= t < len(logits)]] = -np.inf
+    best = int(logits.argmax())
+    if not np.isfinite(logits[best]):
+        return UNDECIDED
+    if sampling.temperature < MIN_TEMPERATURE:
+        return best
     keys = position_keys([sampling.seed], [position])
-    scaled = logits.astype(np.float32) / np.float32(sampling.temperature)
-    if not sampling.top_k and sampling.top_p >= 1:
+    scaled = logits.astype(np.float32) / np.float32(_divisor(sampling))
+    if not _has_filter(sampling):
         return int((gumbel_numpy(keys, np.arange(len(scaled)))[0] + scaled).argmax())
-    vocab, width = len(scaled), max(_CANDIDATES, sampling.top_k + 1)
+    vocab = len(scaled)
+    top_k, top_p = min(sampling.top_k or vocab, vocab), _mass(sampling)
+    width = max(_CANDIDATES, min(sampling.top_k, vocab) + 1)
     while True:
         width = min(width, vocab)
         ids = np.argpartition(scaled, vocab - width)[vocab - width :]
         ids = ids[np.argsort(-scaled[ids], kind="stable")]
         values = scaled[ids]
-        top_k = min(sampling.top_k or vocab, vocab)
         if top_k <= width:
             keep = values >= values[top_k - 1]
             total = _logsumexp(values[keep])
@@ -120,12 +200,26 @@ def sample_tokens_numpy(logits: np.ndarray, position: int, sampling: Sampling) -
             keep = np.ones(width, dtype=bool)
             total = _logsumexp(scaled)
         probs = np.where(keep, np.exp(values - total), 0.0)
-        keep &= (probs.cumsum() - probs) < sampling.top_p
+        keep &= (probs.cumsum() - probs) < top_p
+        keep &= values >= values[0] + np.float32(_log_min_p(sampling))
         keep[0] = True
         if width == vocab or not keep[-1]:
             ids = ids[keep]
             return int(ids[(values[keep] + gumbel_numpy(keys, ids)[0]).argmax()])
         width *= 8
+
+
+def token_logprobs(
+    logits: Tensor, tokens: Sequence[int], counts: Sequence[int]
+) -> tuple[TokenLogprob, ...]:
+    """Log-probabilities of ``tokens`` (n,) under raw ``logits`` (n, V), and the ``counts[i]`` likeliest."""
+    rows = logits.float().log_softmax(-1)
+    own = rows.gather(1, torch.tensor(tokens, device=rows.device)[:, None])[:, 0].tolist()
+    values, ids = (part.tolist() for part in rows.topk(min(max(counts), rows.shape[1])))
+    return tuple(
+        TokenLogprob(logprob, tuple(zip(ids[i][:count], values[i][:count], strict=True)))
+        for i, (logprob, count) in enumerate(zip(own, counts, strict=True))
+    )
 
 
 def _logsumexp(values: np.ndarray) -> float:
@@ -138,9 +232,9 @@ def filtered_probs(logits: Tensor, sampling: Sampling) -> Tensor:
 
     A plain reference implementation, for tests and for :func:`acceptance_rates`.
     """
-    if sampling.temperature == 0:
+    if sampling.temperature < MIN_TEMPERATURE:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    scaled = logits.float() / sampling.temperature
+    scaled = logits.float() / _divisor(sampling)
     if sampling.top_k:
         floor = scaled.topk(min(sampling.top_k, scaled.shape[-1])).values[:, -1:]
         scaled = scaled.masked_fill(scaled < floor, -torch.inf)
@@ -150,6 +244,8 @@ def filtered_probs(logits: Tensor, sampling: Sampling) -> Tensor:
         drop = (probs.cumsum(-1) - probs) >= sampling.top_p
         drop[:, 0] = False
         scaled = scaled.masked_fill(torch.zeros_like(drop).scatter(1, ids, drop), -torch.inf)
+    if sampling.min_p > 0:
+        scaled = scaled.masked_fill(scaled < scaled.amax(-1, keepdim=True) + _log_min_p(sampling), -torch.inf)
     return scaled.softmax(-1)
 
 
