@@ -85,7 +85,7 @@ def test_two_ranks_decide_what_one_process_decides(driven: Path, name: str) -> N
     assert len(found["texts"]) == PROMPTS
     assert {key: found[key] for key in expected} == expected
     assert expected["accepted"] > 0
-    assert expected["errors"] == ["EngineError", "EngineError", "EngineError"]
+    assert expected["errors"] == ["InputRefused", "InputRefused", "InputRefused"]
     # Nothing is left behind on either rank, and neither holds the whole model.
     assert found["kv_free"] == follower["kv_free"] == KV_TOKENS
     assert follower["sessions"] == []

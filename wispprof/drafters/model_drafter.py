@@ -61,9 +61,19 @@ class ModelDrafter(Drafter):
     def _propose(self, logits: np.ndarray) -> DraftToken:
         """Draw the next token from raw logits (V,) float32, which are not kept intact, and append it."""
         token = sample_tokens_numpy(logits, len(self._tokens), self._sampling)
+        self._check_drawn(token)
         features = features_numpy(logits)
         self._tokens.append(token)
         return DraftToken(token, features)
+
+    def _check_drawn(self, token: int) -> None:
+        """Raise :class:`EngineError` if the logits were not finite; forget the KV that made them so."""
+        if token < 0:
+            self._cached = 0
+            raise EngineError(
+                "The draft model's logits are not finite.",
+                "Check its weights, or run it with another --dtype.",
+            )
 
     def _check(self, length: int) -> None:
         if length > self.max_context:

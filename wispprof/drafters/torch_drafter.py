@@ -43,6 +43,7 @@ class TorchDrafter(ModelDrafter):
         drawn = sample_tokens(logits, [len(self._tokens)], [self._sampling])
         # One transfer from the device for features and token.
         *features, token = torch.cat((features_torch(logits)[0], drawn.double())).tolist()
+        self._check_drawn(int(token))
         self._tokens.append(int(token))
         return DraftToken(int(token), DraftFeatures(*features))
 

@@ -209,9 +209,7 @@ def sample_tokens_numpy(logits: np.ndarray, position: int, sampling: Sampling) -
         width *= 8
 
 
-def token_logprobs(
-    logits: Tensor, tokens: Sequence[int], counts: Sequence[int]
-) -> tuple[TokenLogprob, ...]:
+def token_logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> tuple[TokenLogprob, ...]:
     """Log-probabilities of ``tokens`` (n,) under raw ``logits`` (n, V), and the ``counts[i]`` likeliest."""
     rows = logits.float().log_softmax(-1)
     own = rows.gather(1, torch.tensor(tokens, device=rows.device)[:, None])[:, 0].tolist()

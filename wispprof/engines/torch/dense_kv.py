@@ -243,6 +243,10 @@ class DenseKvStore(KvStore):
     def truncate(self, handle: int, length: int) -> None:
         """Nothing to do: values beyond a length are masked and later overwritten."""
 
+    def clear(self, handle: int, start: int, stop: int) -> None:
+        pool = self._pools[self._pool_of[handle]]
+        pool.data[:, :, int(self._row_of[handle]), :, start:stop] = 0
+
     def read(self, handle: int, length: int) -> Tensor:
         g = self._geometry
         if self._pool_of[handle] < 0 or not length:

@@ -24,12 +24,22 @@ from wispprof.engines.torch.cuda_graphs import Bucket, StepGraphs
 from wispprof.engines.torch.decoder import Decoder, decoder_for
 from wispprof.engines.torch.dense_kv import DenseKvStore
 from wispprof.engines.torch.integrity import compare_with_prefill
-from wispprof.engines.torch.kv_store import KvGeometry, KvStore
+from wispprof.engines.torch.kv_store import KvGeometry, KvStore, kv_layout
 from wispprof.engines.torch.paged_kv import PagedKvStore
-from wispprof.engines.torch.verify_batch import StepSizes, VerifyBatch
-from wispprof.errors import EngineError, OutOfKvMemory
-from wispprof.sampling.sampler import sample_tokens
-from wispprof.types import BatchShape, ModelInfo, Sampling, StepInput, VerifyItem, VerifyResult
+from wispprof.engines.torch.step_decision import Spoiled, StepDecision
+from wispprof.engines.torch.verify_batch import StepSizes, VerifyBatch, token_arrays
+from wispprof.errors import EngineError, InputRefused, OutOfKvMemory
+from wispprof.sampling.sampler import bounded, sample_tokens
+from wispprof.types import (
+    BatchShape,
+    ModelInfo,
+    Sampling,
+    StepInput,
+    TokenLogprob,
+    VerifyResult,
+)
+
+_GREEDY = Sampling()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +103,7 @@ class TorchEngine(Engine):
             head_dim=info.head_dim,
             max_context=self.max_context,
         )
-        self.backend = _resolve_backend(backend, self._device)
+        self.backend = kv_layout(backend, self._device)
         self._store = self._make_store(attention, keep_memory)
         self._graphs: StepGraphs | None = None
         # Graphs over several ranks would contain the all-reduces, which is untested.
@@ -107,7 +117,8 @@ class TorchEngine(Engine):
 
     def open(self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = ()) -> None:
         self._check_can_open(session)
-        self._sessions[session] = _Session(self._store.add(), sampling or Sampling())
+        settings = bounded(sampling or _GREEDY, self.info.vocab_size)
+        self._sessions[session] = _Session(self._store.add(), settings)
 
     def close(self, session: str) -> None:
         closed = self._get(session)
@@ -146,8 +157,9 @@ class TorchEngine(Engine):
             )
         self._check_can_open(child)
         self._check_kv_free(length)
+        settings = bounded(sampling or source.sampling, self.info.vocab_size)
         handle = self._store.fork(source.handle, length, private)
-        self._sessions[child] = _Session(handle, sampling or source.sampling, source.tokens[:length])
+        self._sessions[child] = _Session(handle, settings, source.tokens[:length])
         self._cached_tokens += length
 
     def cached(self, session: str) -> int:
@@ -200,62 +212,72 @@ class TorchEngine(Engine):
         """
         if not inputs:
             return []
-        sessions = [self._get(one.session) for one in inputs]
+        sessions = self._step_sessions(inputs)
         sizes = StepSizes.of(inputs, [len(s.tokens) for s in sessions], self.max_context)
+        tokens = token_arrays(inputs, self.info.vocab_size)
         self._check_kv_free(int(sizes.new.sum()))
         handles = np.fromiter((s.handle for s in sessions), np.int64, len(sessions))
         self._store.allocate(handles, sizes.cached, sizes.cached + sizes.new)
-        bucket = self._graphs.bucket(sizes.new) if self._graphs else None
-        plan = None if bucket else self._store.plan(handles, sizes.cached, sizes.new)
-
-        batch = VerifyBatch.pack(inputs, sizes, plan.order if plan else np.arange(len(inputs)))
-        if batch.ids.min() < 0 or batch.ids.max() >= self.info.vocab_size:
-            raise EngineError(f"A token id lies outside the vocabulary of {self.info.vocab_size}.")
-        if plan:
-            hidden = self._decoder.forward(
-                self._to_device(batch.ids), self._to_device(batch.positions), plan.attend
-            )
-        else:
-            assert bucket is not None
-            hidden = self._run_graph(bucket, batch, handles, sizes)
-        logits, chosen = self._decide(batch, sizes, sessions, hidden)
-        accepted, first = batch.accepted(chosen).tolist(), batch.first_rows().tolist()
+        try:
+            batch, bucket, hidden = self._forward(tokens, sizes, handles)
+            decision = self._decide(batch, sizes, sessions, hidden)
+            self._drop_spoiled(inputs, handles, decision.spoiled(batch, sizes, hidden))
+            logprobs = decision.logprobs([s.sampling for s in sessions], sizes.logit_rows)
+        except BaseException as err:
+            for handle, length in zip(handles.tolist(), sizes.cached.tolist(), strict=True):
+                self._store.truncate(handle, length)
+            if isinstance(err, torch.OutOfMemoryError) and not self._ranks:
+                raise OutOfKvMemory(
+                    f"A step of {int(sizes.new.sum())} new tokens does not fit into the device's memory.",
+                    "Start with fewer --kv-tokens or fewer --max-tokens.",
+                ) from err
+            raise
         self.last_step = StepReport(
-            BatchShape(
-                tuple(
-                    VerifyItem(new, cached, not one.needs_logits)
-                    for new, cached, one in zip(
-                        sizes.new.tolist(), sizes.cached.tolist(), inputs, strict=True
-                    )
-                )
-            ),
+            sizes.shape(),
             logit_rows=len(batch.logit_tokens),
             padded_tokens=bucket.tokens if bucket else 0,
         )
         self.last_logits = []
         if keep_logits:
-            rows = zip(first, sizes.logit_rows.tolist(), strict=True)
-            self.last_logits = [logits[start : start + n].clone() for start, n in rows]
-        return self._commit(inputs, sessions, accepted, first, chosen.tolist())
+            rows = zip(decision.first, sizes.logit_rows.tolist(), strict=True)
+            self.last_logits = [decision.logits[start : start + n].clone() for start, n in rows]
+        return self._commit(inputs, sessions, decision, logprobs)
 
-    def _run_graph(self, bucket: Bucket, batch: VerifyBatch, handles: np.ndarray, sizes: StepSizes) -> Tensor:
-        """Hidden states of a step by its captured graph, padding last."""
-        assert self._graphs is not None
-        assert isinstance(self._store, PagedKvStore)
-        arrays = self._store.metadata_arrays(handles, sizes.cached, sizes.new)
-        hidden = self._graphs.run(bucket, batch.ids, batch.positions, arrays)
-        if not len(batch.logit_tokens) and self._device.type == "cuda":
-            # Nothing is read back: wait here, before the next step overwrites the host buffer.
-            torch.cuda.current_stream(self._device).synchronize()
-        return hidden
+    def check_inputs(self, inputs: Sequence[StepInput]) -> None:
+        """Raise :class:`InputRefused` for the first invalid input of a step."""
+        cached = [len(one.tokens) for one in self._step_sessions(inputs)]
+        StepSizes.of(inputs, cached, self.max_context)
+        token_arrays(inputs, self.info.vocab_size)
+
+    def _step_sessions(self, inputs: Sequence[StepInput]) -> list[_Session]:
+        try:
+            return [self._sessions[one.session] for one in inputs]
+        except KeyError as err:
+            name = err.args[0]
+            raise InputRefused(name, f"There is no session {name!r}.", "Open it first.") from None
+
+    def _forward(
+        self, tokens: Sequence[np.ndarray], sizes: StepSizes, handles: np.ndarray
+    ) -> tuple[VerifyBatch, Bucket | None, Tensor]:
+        """The packed step, the graph bucket it ran in, and its hidden states, padding last."""
+        bucket = self._graphs.bucket(sizes.new) if self._graphs else None
+        if self._graphs and bucket:
+            assert isinstance(self._store, PagedKvStore)
+            batch = VerifyBatch.pack(tokens, sizes, np.arange(len(tokens)))
+            arrays = self._store.metadata_arrays(handles, sizes.cached, sizes.new)
+            return batch, bucket, self._graphs.run(bucket, batch.ids, batch.positions, arrays)
+        plan = self._store.plan(handles, sizes.cached, sizes.new)
+        batch = VerifyBatch.pack(tokens, sizes, plan.order)
+        ids, positions = self._to_device(batch.ids), self._to_device(batch.positions)
+        return batch, None, self._decoder.forward(ids, positions, plan.attend)
 
     def _decide(
         self, batch: VerifyBatch, sizes: StepSizes, sessions: list[_Session], hidden: Tensor
-    ) -> tuple[Tensor, np.ndarray]:
-        """Logits (rows, V) of the rows that need them, and the target's token of each (rows,)."""
+    ) -> StepDecision:
+        """Pass the rows that need logits through the output head, and draw the target's tokens."""
         count = len(batch.logit_tokens)
         if not count:
-            return hidden[:0], np.empty(0, dtype=np.int64)
+            return StepDecision.of(batch, hidden[:0], np.empty(0, dtype=np.int64))
         if count < len(hidden):
             hidden = hidden.index_select(0, self._to_device(batch.logit_tokens))
         logits = self._decoder.logits(hidden)
@@ -266,18 +288,33 @@ class TorchEngine(Engine):
         ]
         positions = batch.positions[batch.logit_tokens] + 1
         chosen = sample_tokens(logits, positions, samplings).cpu().numpy()
-        return logits, self._ranks.broadcast_tokens(chosen) if self._ranks else chosen
+        if self._ranks:
+            chosen = self._ranks.broadcast_tokens(chosen)
+        return StepDecision.of(batch, logits, chosen)
+
+    def _drop_spoiled(self, inputs: Sequence[StepInput], handles: np.ndarray, spoiled: list[Spoiled]) -> None:
+        for one in spoiled:
+            self._store.clear(int(handles[one.number]), one.start, one.stop)
+        for one in spoiled:
+            if one.refused:
+                name = inputs[one.number].session
+                raise InputRefused(
+                    name,
+                    f"The target's logits of session {name!r} are not finite.",
+                    "Check the target's weights, or serve it with another --dtype.",
+                )
 
     def _commit(
         self,
         inputs: Sequence[StepInput],
         sessions: list[_Session],
-        accepted: list[int],
-        first: list[int],
-        chosen: list[int],
+        decision: StepDecision,
+        logprobs: dict[int, tuple[TokenLogprob, ...]],
     ) -> list[VerifyResult]:
         results = []
-        for one, session, count, row in zip(inputs, sessions, accepted, first, strict=True):
+        chosen = decision.chosen.tolist()
+        decided = zip(inputs, sessions, decision.accepted, decision.first, strict=True)
+        for i, (one, session, count, row) in enumerate(decided):
             rejected = one.drafts - count
             kept = len(one.tokens) - rejected
             session.tokens.extend(int(t) for t in one.tokens[:kept])
@@ -285,7 +322,7 @@ class TorchEngine(Engine):
             if rejected:
                 self._store.truncate(session.handle, len(session.tokens))
             tokens = tuple(chosen[row : row + count + 1]) if one.needs_logits else ()
-            results.append(VerifyResult(one.session, count, tokens))
+            results.append(VerifyResult(one.session, count, tokens, logprobs.get(i, ())))
         return results
 
     # --- checks and warm-up ----------------------------------------------------------------------
@@ -363,11 +400,3 @@ class TorchEngine(Engine):
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
-
-
-def _resolve_backend(backend: str, device: torch.device) -> str:
-    if backend == "auto":
-        return "paged" if device.type == "cuda" else "dense"
-    if backend not in ("dense", "paged"):
-        raise EngineError(f"Unknown KV backend {backend!r}.", "Use auto, dense or paged.")
-    return backend

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wispprof.errors import EngineError
+
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q (T, heads, d), k (T, kv_heads, d), v (T, kv_heads, d)) → (T, heads · d). Writes k and v of the
 step's T packed tokens behind the cached tokens of each input, then attends causally."""
@@ -75,6 +77,14 @@ class KvStore(ABC):
         """Drop all but the first ``length`` tokens."""
 
     @abstractmethod
+    def clear(self, handle: int, start: int, stop: int) -> None:
+        """Set the values of tokens ``start:stop`` to 0, within what :meth:`allocate` reserved.
+
+        Values that are not finite must not stay behind: masked, they would still spoil the sum of whoever
+        gets their memory.
+        """
+
+    @abstractmethod
     def read(self, handle: int, length: int) -> Tensor:
         """A copy of cached keys and values, (layers, 2, kv_heads, length, d)."""
 
@@ -115,3 +125,12 @@ def causal_mask(last: Tensor, length: int, group: int, dtype: torch.dtype) -> Te
     if group > 1:
         mask = mask[:, :, None].expand(batch, new, group, length)
     return mask.reshape(batch, 1, new * group, length)
+
+
+def kv_layout(backend: str, device: torch.device) -> str:
+    """``dense`` or ``paged``; ``auto``: paged on CUDA, dense elsewhere."""
+    if backend == "auto":
+        return "paged" if device.type == "cuda" else "dense"
+    if backend not in ("dense", "paged"):
+        raise EngineError(f"Unknown KV backend {backend!r}.", "Use auto, dense or paged.")
+    return backend

@@ -19,6 +19,7 @@ from wispprof.backends import Engine, EngineCapabilities, IntegrityReport
 from wispprof.engines.tensor_parallel import Ranks
 from wispprof.engines.torch.engine import TorchEngine
 from wispprof.errors import EngineError
+from wispprof.sampling.sampler import bounded
 from wispprof.types import Sampling, StepInput, VerifyResult
 
 T = TypeVar("T")
@@ -124,10 +125,10 @@ class MultiRankEngine(Engine):
         return self._engine.cached(session)
 
     def open(self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = ()) -> None:
-        self._defer(_Open(session, sampling))
+        self._defer(_Open(session, self._bounded(sampling)))
 
     def fork(self, session: str, child: str, length: int, sampling: Sampling | None = None) -> None:
-        self._defer(_Fork(session, child, length, sampling))
+        self._defer(_Fork(session, child, length, self._bounded(sampling)))
 
     def rollback(self, session: str, length: int) -> None:
         self._defer(_Rollback(session, length))
@@ -138,6 +139,8 @@ class MultiRankEngine(Engine):
     def step(self, inputs: Sequence[StepInput]) -> list[VerifyResult]:
         if not inputs:
             return []
+        # Before anything is sent: what cannot be sent must not end the group.
+        self._engine.check_inputs(inputs)
         self._command(
             _Step([(i.session, [int(t) for t in i.tokens], i.drafts, i.needs_logits) for i in inputs])
         )
@@ -152,6 +155,9 @@ class MultiRankEngine(Engine):
         """Make :func:`follow` return on the other ranks."""
         if not self.broken:
             self._command(_Shutdown())
+
+    def _bounded(self, sampling: Sampling | None) -> Sampling | None:
+        return bounded(sampling, self._engine.info.vocab_size) if sampling else None
 
     def _defer(self, operation: _DeferredOp) -> None:
         operation.apply(self._engine)

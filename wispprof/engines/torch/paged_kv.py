@@ -139,6 +139,12 @@ class PagedKvStore(KvStore):
     def truncate(self, handle: int, length: int) -> None:
         self.tables.truncate(handle, length)
 
+    def clear(self, handle: int, start: int, stop: int) -> None:
+        slots = self.tables.slots(np.full(stop - start, handle), np.arange(start, stop))
+        self._data.view(*self._data.shape[:2], -1, *self._data.shape[4:])[
+            :, :, torch.from_numpy(slots).to(self._device)
+        ] = 0
+
     def read(self, handle: int, length: int) -> Tensor:
         slots = self.tables.slots(np.full(length, handle), np.arange(length))
         flat = self._data.flatten(2, 3)[:, :, torch.from_numpy(slots).to(self._device)]

@@ -7,8 +7,28 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wispprof.errors import EngineError
-from wispprof.types import StepInput
+from wispprof.errors import InputRefused
+from wispprof.types import BatchShape, StepInput, VerifyItem
+
+
+def token_arrays(inputs: Sequence[StepInput], vocab_size: int) -> list[np.ndarray]:
+    """The tokens of each input as int64. Raises :class:`InputRefused` for one outside the vocabulary."""
+    try:
+        arrays = [np.asarray(one.tokens, dtype=np.int64) for one in inputs]
+        together = np.concatenate(arrays)
+    except (OverflowError, TypeError, ValueError):
+        pass
+    else:
+        if not len(together) or (together.min() >= 0 and together.max() < vocab_size):
+            return arrays
+    for one in inputs:
+        if not all(isinstance(t, int | np.integer) and 0 <= t < vocab_size for t in one.tokens):
+            raise InputRefused(
+                one.session,
+                f"Session {one.session!r}: a token id lies outside the vocabulary of {vocab_size}.",
+                "Tokenize with the target's tokenizer.",
+            )
+    return [np.array([int(t) for t in one.tokens], dtype=np.int64) for one in inputs]
 
 
 class StepSizes(NamedTuple):
@@ -20,20 +40,26 @@ class StepSizes(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Sequence[StepInput], cached: Sequence[int], max_context: int) -> StepSizes:
-        """Raises :class:`EngineError` if an input is invalid."""
+        """Raises :class:`InputRefused` for an invalid input."""
         if len({one.session for one in inputs}) != len(inputs):
-            raise EngineError("A session may take part in a step only once.")
+            names = [one.session for one in inputs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputRefused(twice, f"Session {twice!r} takes part in a step more than once.")
         for one, held in zip(inputs, cached, strict=True):
             new = len(one.tokens)
             if not new or not 0 <= one.drafts < new:
-                raise EngineError(
+                raise InputRefused(
+                    one.session,
                     f"Session {one.session!r}: {new} tokens with {one.drafts} drafts; an input needs at "
-                    "least one token that is not a draft."
+                    "least one token that is not a draft.",
                 )
             if one.drafts and not one.needs_logits:
-                raise EngineError(f"Session {one.session!r}: an input with drafts needs logits.")
+                raise InputRefused(
+                    one.session, f"Session {one.session!r}: an input with drafts needs logits."
+                )
             if held + new > max_context:
-                raise EngineError(
+                raise InputRefused(
+                    one.session,
                     f"Session {one.session!r} would cache {held + new} tokens; the context ends at "
                     f"{max_context}.",
                     "Feed fewer drafts, or finish the session.",
@@ -44,6 +70,10 @@ class StepSizes(NamedTuple):
             np.fromiter((len(one.tokens) for one in inputs), np.int64, count),
             np.fromiter((one.drafts + 1 if one.needs_logits else 0 for one in inputs), np.int64, count),
         )
+
+    def shape(self) -> BatchShape:
+        columns = zip(self.new.tolist(), self.cached.tolist(), self.logit_rows.tolist(), strict=True)
+        return BatchShape(tuple(VerifyItem(new, cached, not rows) for new, cached, rows in columns))
 
 
 class VerifyBatch(NamedTuple):
@@ -62,9 +92,9 @@ class VerifyBatch(NamedTuple):
     ends: np.ndarray
 
     @classmethod
-    def pack(cls, inputs: Sequence[StepInput], sizes: StepSizes, order: np.ndarray) -> VerifyBatch:
+    def pack(cls, tokens: Sequence[np.ndarray], sizes: StepSizes, order: np.ndarray) -> VerifyBatch:
         new, rows = sizes.new[order], sizes.logit_rows[order]
-        ids = np.concatenate([np.asarray(inputs[i].tokens, dtype=np.int64) for i in order.tolist()])
+        ids = np.concatenate([tokens[i] for i in order.tolist()])
         token_ends, row_ends = np.cumsum(new), np.cumsum(rows)
         positions = np.arange(len(ids)) + np.repeat(sizes.cached[order] - (token_ends - new), new)
         logit_tokens = np.arange(int(row_ends[-1])) + np.repeat(token_ends - row_ends, rows)
@@ -75,6 +105,12 @@ class VerifyBatch(NamedTuple):
         first = np.empty(len(self.order), dtype=np.int64)
         first[self.order] = self.starts
         return first
+
+    def last_tokens(self, inputs: np.ndarray, sizes: StepSizes) -> np.ndarray:
+        """Packed place of the last token of each of these input numbers."""
+        ends = np.empty(len(self.order), dtype=np.int64)
+        ends[self.order] = np.cumsum(sizes.new[self.order])
+        return np.asarray(ends[inputs] - 1)
 
     def accepted(self, chosen: np.ndarray) -> np.ndarray:
         """Number of leading drafts of each input (n,) that equal the target's tokens ``chosen`` (rows,).
