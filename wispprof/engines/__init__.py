@@ -17,7 +17,9 @@ class EngineOptions:
     """What a server asks an engine factory for.
 
     ``target``: folder or hub id. ``kv_tokens``: size of the KV cache, 0: what memory allows. ``backend``: KV
-    cache layout.
+    cache layout. ``max_context``: tokens a session may cache, 0: what the model and memory allow.
+    ``full_digest``: identify the target by all bytes of its weights. ``generation_config``: where sampling
+    defaults come from, see :func:`~wispprof.engines.served_model.describe_model`.
     """
 
     target: str
@@ -26,6 +28,9 @@ class EngineOptions:
     kv_tokens: int = 0
     max_sessions: int = 256
     backend: str = "auto"
+    max_context: int = 0
+    full_digest: bool = False
+    generation_config: str = "auto"
 
 
 class LoadedEngine(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,28 +12,30 @@ from typing import Any
 
 import torch
 
+from wispprof.engines.model_config import FAMILIES, check_config
+from wispprof.engines.model_folder import INCOMPLETE, find_model, weight_files
 from wispprof.engines.model_shapes import PRESETS
+from wispprof.engines.model_weights import check_finite, check_tensors, read_headers, weights_digest
 from wispprof.engines.tensor_parallel import Ranks, load_shard
 from wispprof.errors import ModelError, ModelMissing, ModelUnsupported, suggestion
 from wispprof.types import ModelInfo
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_HASH_CHUNK = 1 << 20
-_MAX_FULLY_HASHED = 256 << 20
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """A transformers causal LM in evaluation mode, its tokenizer (``None`` without one), its identity.
 
-    With ``ranks``, ``model`` holds this rank's shard; ``info`` describes the whole model.
+    With ``ranks``, ``model`` holds this rank's shard; ``info`` describes the whole model. ``folder``: where
+    its files are, ``None`` for random weights.
     """
 
     model: Any
     tokenizer: Any
     info: ModelInfo
     ranks: Ranks | None = None
+    folder: Path | None = None
 
     @property
     def device(self) -> torch.device:
@@ -52,31 +53,34 @@ def load_model(
     dtype: str = "float32",
     device: str = "auto",
     ranks: Ranks | None = None,
+    full_digest: bool = False,
 ) -> LoadedModel:
     """Load a Llama-, Qwen2-, Qwen3- or Mistral-family model.
 
     ``path_or_id``: a folder in Hugging Face layout, or a hub id. The hub is asked only for an id that is
     not in the local cache, with a short timeout. ``dtype``: ``float32``, ``bfloat16`` or ``float16``.
     ``device``: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` … ``ranks``: load this rank's shard onto its device
-    instead.
+    instead. ``full_digest``: hash all bytes of the weights, not samples, for ``info.weights_hash``.
 
     Raises :class:`ModelMissing` if there is no model, :class:`ModelUnsupported` if this engine cannot serve
-    it, and :class:`ModelError` if its files cannot be read.
+    it, and :class:`ModelError` if its files cannot be read, do not fit its config or are not finite.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch_dtype = _dtype(dtype)
     torch_device = ranks.device if ranks else _device(device)
-    folder = _find(str(path_or_id))
+    folder = find_model(str(path_or_id))
     with _quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
         except Exception as err:
             raise _unreadable(folder, err) from err
-        max_context = _check_supported(config, str(path_or_id))
+        max_context = check_config(config, str(path_or_id))
+        files = weight_files(folder)
         model: Any
         parameters = None
         try:
+            _check_weights(str(path_or_id), files, config)
             if ranks is None:
                 model = AutoModelForCausalLM.from_pretrained(
                     folder, dtype=torch_dtype, local_files_only=True, use_safetensors=True
@@ -89,10 +93,21 @@ def load_model(
             raise _unreadable(folder, err) from err
         tokenizer = _tokenizer(folder)
     model.to(torch_device)
+    check_finite(str(path_or_id), model.named_parameters())
     name = folder.name if Path(path_or_id).expanduser().is_dir() else str(path_or_id)
-    weights = _weights_hash(folder)
+    weights = weights_digest(files, full_digest)
     loaded = _loaded(model, tokenizer, name, dtype, weights, max_context, parameters)
-    return replace(loaded, ranks=ranks)
+    return replace(loaded, ranks=ranks, folder=folder)
+
+
+def _check_weights(name: str, files: list[Path], config: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        auto: Any = AutoModelForCausalLM
+        model = auto.from_config(config)
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    check_tensors(name, read_headers(files), expected, bool(config.tie_word_embeddings))
 
 
 def random_model(
@@ -118,7 +133,7 @@ def random_model(
     fields = {k: v for k, v in config.items() if k not in ("model_type", "name")}
     with _quiet_transformers():
         made = AutoConfig.for_model(config["model_type"], **fields)
-        max_context = _check_supported(made, name)
+        max_context = check_config(made, name)
         with torch.device("meta"):
             auto: Any = AutoModelForCausalLM
             model = auto.from_config(made, dtype=torch_dtype)
@@ -142,11 +157,13 @@ def random_model(
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """A hash of the vocabulary and the special ids, whatever the file format."""
+    """A hash of the vocabulary, token by token, whatever the file format.
+
+    Which tokens are special does not count: a base draft and an instruct target may differ in that.
+    """
     digest = hashlib.sha256()
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
         digest.update(f"{number}:{token}\n".encode("utf-8", "surrogatepass"))
-    digest.update(json.dumps(sorted(set(tokenizer.all_special_ids))).encode())
     return digest.hexdigest()[:16]
 
 
@@ -203,51 +220,6 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _find(path_or_id: str) -> Path:
-    """The folder with the model's files; asks the hub only for a name that looks like a hub id."""
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelMissing(
-                f"The folder {folder} holds no config.json.",
-                "Give a folder in Hugging Face layout (config.json, *.safetensors, tokenizer).",
-            )
-        return folder
-    parts = path_or_id.split("/")
-    looks_like_path = path_or_id.startswith((".", "~", "/")) or len(parts) != 2 or folder.exists()
-    if looks_like_path or folder.parent.is_dir():
-        raise ModelMissing(
-            f"There is no model folder at {path_or_id}.",
-            "Give a folder with config.json and *.safetensors, or a hub id such as Qwen/Qwen3-8B.",
-        )
-    return _find_on_hub(path_or_id)
-
-
-def _find_on_hub(repo: str) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    hint = "Download the model into a folder and give that folder, or check the id and the network."
-    try:
-        return Path(snapshot_download(repo, local_files_only=True, allow_patterns=patterns))
-    except HFValidationError as err:
-        raise ModelMissing(f"{repo} is neither a folder nor a hub id.", hint) from err
-    except LocalEntryNotFoundError:
-        pass  # not in the local cache
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        raise ModelMissing(f"{repo} is not in the local hub cache, and HF_HUB_OFFLINE is set.", hint)
-    try:
-        HfApi().model_info(repo, timeout=5.0)
-        return Path(snapshot_download(repo, allow_patterns=patterns, etag_timeout=5.0))
-    except Exception as err:
-        reason = type(err).__name__
-        raise ModelMissing(
-            f"{repo} is neither a folder nor in the local hub cache; the hub did not return it ({reason}).",
-            hint,
-        ) from err
-
-
 def _unreadable(folder: Path, err: Exception) -> ModelError:
     first = str(err).strip().splitlines()
     line = first[0] if first else type(err).__name__
@@ -258,45 +230,8 @@ def _unreadable(folder: Path, err: Exception) -> ModelError:
         )
     return ModelError(
         f"The model in {folder} cannot be read: {line}",
-        "Check that the download is complete (config.json and all *.safetensors).",
+        INCOMPLETE,
     )
-
-
-def _check_supported(config: Any, name: str) -> int:
-    """Refuse models that cannot be rolled back by length; return the longest context to serve."""
-    hint = f"Use a decoder-only model of one of these families: {', '.join(FAMILIES)}."
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelUnsupported(f"{name} is an encoder-decoder model.", hint)
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    family = config.model_type
-    recurrent = layer_types - {"full_attention", "sliding_attention", "chunked_attention"}
-    if recurrent or any(w in family for w in ("mamba", "rwkv", "jamba", "recurrent", "bamba")):
-        kinds = ", ".join(sorted(recurrent)) or family
-        raise ModelUnsupported(
-            f"{name} keeps recurrent state ({kinds}), which cannot be rolled back by length.", hint
-        )
-    if family not in FAMILIES:
-        raise ModelUnsupported(f"The model family {family!r} of {name} is not supported.", hint)
-    max_context = int(config.max_position_embeddings)
-    window = getattr(config, "sliding_window", None)
-    if family.startswith("qwen") and not getattr(config, "use_sliding_window", False):
-        window = None
-    windowed = layer_types & {"sliding_attention", "chunked_attention"} or window is not None
-    if windowed and (not window or window < max_context):
-        raise ModelUnsupported(
-            f"{name} has a sliding window of {window} tokens, shorter than its context of {max_context}.",
-            "Use a model with full attention, or lower max_position_embeddings in its config.json "
-            "to the window.",
-        )
-    rope = getattr(config, "rope_parameters", None) or {}
-    rope_type = rope.get("rope_type", "default")
-    if rope_type in ("dynamic", "longrope"):
-        raise ModelUnsupported(
-            f"{name} uses {rope_type} rotary scaling, whose frequencies depend on the longest sequence "
-            "in the batch.",
-            "Set rope_type to default, linear, yarn or llama3 in its config.json.",
-        )
-    return max_context
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -319,26 +254,6 @@ def _config_hash(config: Any) -> str:
     fields = {k: v for k, v in config.to_dict().items() if k not in skip}
     text = json.dumps(fields, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _weights_hash(folder: Path) -> str:
-    """Identity of the weight files: their names, sizes and content.
-
-    Of a file over 256 MiB, 64 MiB spread evenly are hashed, so that a 70 B model does not take a minute.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}\n".encode())
-        with file.open("rb") as stream:
-            if size <= _MAX_FULLY_HASHED:
-                while block := stream.read(_HASH_CHUNK):
-                    digest.update(block)
-            else:
-                for i in range(64):
-                    stream.seek((size - _HASH_CHUNK) * i // 63)
-                    digest.update(stream.read(_HASH_CHUNK))
-    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager

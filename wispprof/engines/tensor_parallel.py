@@ -7,10 +7,8 @@ so that an idle rank waits on a socket and not on a GPU.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from wispprof.engines.model_folder import INCOMPLETE, weight_files
 from wispprof.errors import EngineError, ModelError, ModelUnsupported
 
 # Bytes of the first message of a command; nearly every step fits into it.
@@ -227,32 +226,15 @@ def _open_files(folder: Path, stack: ExitStack) -> dict[str, Any]:
     """Tensor name → open file that holds it."""
     from safetensors import safe_open
 
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        paths = {n: folder / f for n, f in json.loads(index.read_text())["weight_map"].items()}
-    else:
-        paths = dict(_names_in(sorted(folder.glob("*.safetensors"))))
-    if not paths:
-        raise FileNotFoundError("it holds no *.safetensors")
-    opened: dict[Path, Any] = {
-        path: stack.enter_context(safe_open(path, framework="pt")) for path in sorted(set(paths.values()))
-    }
-    return {name: opened[path] for name, path in paths.items()}
-
-
-def _names_in(files: list[Path]) -> Iterator[tuple[str, Path]]:
-    from safetensors import safe_open
-
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            yield from ((name, file) for name in opened.keys())  # noqa: SIM118
+    opened = [stack.enter_context(safe_open(file, framework="pt")) for file in weight_files(folder)]
+    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118
 
 
 def _read(files: dict[str, Any], name: str, share: tuple[slice, ...]) -> Tensor:
     if name not in files:
         raise ModelError(
             f"The model's files lack the weight {name}.",
-            "Check that the download is complete (config.json and all *.safetensors).",
+            INCOMPLETE,
         )
     if any(part.start >= part.stop for part in share):
         return torch.empty(0)

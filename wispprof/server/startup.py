@@ -42,7 +42,18 @@ def build_server(
         engine, model, tokenizer = load_engine(settings)
         if tokenizer is not None:
             parts.setdefault("tokenizer", ChatTokenizer(tokenizer))
-    return VerificationServer(engine, model, settings, **parts)
+    return VerificationServer(engine, model, fitted_settings(settings, engine), **parts)
+
+
+def fitted_settings(settings: ServerSettings, engine: Engine) -> ServerSettings:
+    """``settings`` with no more sessions, open and cached, than the engine holds."""
+    held = engine.capabilities.max_sessions
+    if settings.max_sessions + settings.prefix_cache_sessions <= held:
+        return settings
+    cached = min(settings.prefix_cache_sessions, held // 4)
+    return replace(
+        settings, max_sessions=min(settings.max_sessions, held - cached), prefix_cache_sessions=cached
+    )
 
 
 def warn_about_other_machines(settings: ServerSettings) -> list[str]:
@@ -81,6 +92,9 @@ def engine_options(settings: ServerSettings) -> EngineOptions:
         settings.kv_tokens,
         settings.max_sessions + settings.prefix_cache_sessions,
         settings.backend,
+        settings.max_context,
+        settings.full_digest,
+        settings.generation_config,
     )
 
 

@@ -55,6 +55,20 @@ class ServerSettings(Settings):
     backend: str = backend_setting()
     tensor_parallel: int = setting(1, "Processes, one per device, that share the target.", minimum=1)
     kv_tokens: int = setting(0, "Size of the KV cache; 0 lets the engine choose.", unit="tokens", minimum=0)
+    max_context: int = setting(
+        0,
+        "Maximum tokens of a session; 0 allows the model's context, as far as memory holds it.",
+        unit="tokens",
+        minimum=0,
+    )
+    full_digest: bool = setting(
+        False, "Identify the target by all bytes of its weights, not by samples of a large model."
+    )
+    generation_config: str = setting(
+        "auto",
+        "Sampling of requests that do not say: auto (the target's generation_config.json), openai "
+        "(temperature 1, no filters) or a folder with a generation_config.json.",
+    )
 
     max_items: int = setting(64, "Maximum sessions in a step.", minimum=1)
     max_tokens: int = setting(1024, "Maximum new tokens in a step.", unit="tokens", minimum=1)

@@ -2,60 +2,84 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wispprof.types import ModelInfo, ServedModel
+from wispprof.types import ServedModel
 
 if TYPE_CHECKING:
     from wispprof.engines import EngineOptions
+    from wispprof.engines.loading import LoadedModel
     from wispprof.engines.tensor_parallel import Ranks
     from wispprof.engines.torch.engine import TorchEngine
+    from wispprof.engines.torch.kv_size import KvSize
 
-__all__ = ["load_torch_engine"]
-
-_SHARE_OF_FREE_RAM = 0.25
-_SHARE_OF_FREE_VRAM = 0.85
-_MAX_CPU_TOKENS = 1 << 18
+log = logging.getLogger("wispprof.engines")
 
 
 def load_torch_engine(
     options: EngineOptions, ranks: Ranks | None = None
 ) -> tuple[TorchEngine, ServedModel, Any]:
-    """A warm engine, its target's identity, and the tokenizer. ``ranks``: over this rank's shard."""
+    """A warm engine, its target's identity, and the tokenizer. ``ranks``: over this rank's shard.
+
+    The engine serves fewer sessions and a shorter context than asked for if its device cannot hold more.
+    """
     from wispprof.engines.loading import load_model
+    from wispprof.engines.served_model import describe_model
     from wispprof.engines.torch.engine import TorchEngine
 
-    loaded = load_model(options.target, options.dtype, options.device, ranks)
-    info, device = loaded.info, loaded.device.type
-    kv_tokens = options.kv_tokens
-    if not kv_tokens and ranks is None:
-        kv_tokens = _tokens_in_free_memory(device, info, shards=1)
-    elif not kv_tokens and ranks is not None:
-        # Ranks on one CPU share its memory; each GPU has its own.
-        shards = 1 if device == "cpu" else ranks.size
-        kv_tokens = ranks.all_reduce_min(_tokens_in_free_memory(device, info, shards))
+    loaded = load_model(options.target, options.dtype, options.device, ranks, options.full_digest)
+    size = _kv_size(options, loaded)
     engine = TorchEngine(
         loaded,
-        kv_tokens=kv_tokens,
-        max_sessions=options.max_sessions,
+        kv_tokens=size.kv_tokens,
+        max_sessions=size.max_sessions,
         backend=options.backend,
+        max_context=size.max_context,
     )
     engine.warm_up()
-    name = Path(options.target).name or info.id
-    model = ServedModel(name, info.tokenizer_hash, info.vocab_size, engine.max_context)
+    info = loaded.info
+    model = describe_model(
+        Path(options.target).name or info.id,
+        loaded.folder,
+        loaded.model.config,
+        loaded.tokenizer,
+        weights=info.weights_hash,
+        dtype=info.dtype,
+        vocabulary=info.tokenizer_hash,
+        max_context=engine.max_context,
+        generation_config=options.generation_config,
+    )
     return engine, model, loaded.tokenizer
 
 
-def _tokens_in_free_memory(device: str, info: ModelInfo, shards: int) -> int:
-    """KV tokens that fit into a share of the memory that is free now; one full context at least."""
-    per_token = max(1, info.kv_bytes_per_token // shards)
-    if device == "cuda":
+def _kv_size(options: EngineOptions, loaded: LoadedModel) -> KvSize:
+    """What the options name, and what memory allows for the rest; the same on every rank."""
+    from wispprof.engines.torch.kv_size import KvSize, ram_kv_size, vram_kv_size
+
+    info, ranks = loaded.info, loaded.ranks
+    context = min(options.max_context or info.max_context, info.max_context)
+    if options.kv_tokens:
+        return KvSize(options.kv_tokens, options.max_sessions, min(context, options.kv_tokens))
+    if loaded.device.type == "cuda":
         import torch
 
-        free, _ = torch.cuda.mem_get_info()
-        return max(info.max_context, int(free * _SHARE_OF_FREE_VRAM) // per_token)
-    import psutil
+        free, _ = torch.cuda.mem_get_info(loaded.device)
+        # Each GPU holds its rank's heads.
+        per_token = max(1, info.kv_bytes_per_token // (ranks.size if ranks else 1))
+        fit = vram_kv_size
+    else:
+        import psutil
 
-    free = psutil.virtual_memory().available
-    return max(info.max_context, min(int(free * _SHARE_OF_FREE_RAM) // per_token, _MAX_CPU_TOKENS))
+        # Ranks on one CPU share its memory.
+        free, per_token, fit = psutil.virtual_memory().available, info.kv_bytes_per_token, ram_kv_size
+    if ranks:
+        free = ranks.all_reduce_min(free)
+    size = fit(free, per_token, options.max_sessions, context)
+    if size.max_context < context or size.max_sessions < options.max_sessions:
+        log.warning(
+            "memory holds %d KV tokens: serving contexts up to %d tokens and %d sessions",
+            *(size.kv_tokens, size.max_context, size.max_sessions),
+        )
+    return size

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wispprof.engines.model_config import CLASSES
 from wispprof.engines.tensor_parallel import Ranks
 from wispprof.engines.torch.kv_store import Attend
 from wispprof.engines.torch.packed_linear import PackedLinear, should_prepack
@@ -165,8 +166,7 @@ class FusedDecoder:
         """Whether the model is of a class known to have this block, unquantized, with SiLU."""
         config = model.config
         return (
-            type(model).__name__
-            in ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
+            type(model).__name__ in CLASSES
             and config.hidden_act == "silu"
             and getattr(config, "quantization_config", None) is None
             and all(type(m) is nn.Linear for m in _linears(model.model.layers[0]))

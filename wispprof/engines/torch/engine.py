@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from wispprof.backends import Engine, EngineCapabilities, IntegrityReport
-from wispprof.engines.loading import FAMILIES, LoadedModel
+from wispprof.engines.loading import LoadedModel
+from wispprof.engines.model_config import FAMILIES
 from wispprof.engines.torch.cuda_graphs import Bucket, StepGraphs
 from wispprof.engines.torch.decoder import Decoder, decoder_for
 from wispprof.engines.torch.dense_kv import DenseKvStore
@@ -313,8 +314,8 @@ class TorchEngine(Engine):
     ) -> list[VerifyResult]:
         results = []
         chosen = decision.chosen.tolist()
-        decided = zip(inputs, sessions, decision.accepted, decision.first, strict=True)
-        for i, (one, session, count, row) in enumerate(decided):
+        for i, (one, session) in enumerate(zip(inputs, sessions, strict=True)):
+            count, row = decision.accepted[i], decision.first[i]
             rejected = one.drafts - count
             kept = len(one.tokens) - rejected
             session.tokens.extend(int(t) for t in one.tokens[:kept])
@@ -370,10 +371,10 @@ class TorchEngine(Engine):
         try:
             return PagedKvStore(*common, self._kv_tokens, self.max_sessions, attention=attention)
         except torch.OutOfMemoryError as err:
-            gigabytes = self._kv_tokens * self.info.kv_bytes_per_token / 1e9
             raise OutOfKvMemory(
-                f"{self._kv_tokens} KV tokens need {gigabytes:.1f} GB, more than the device has left.",
-                "Start with fewer --kv-tokens.",
+                f"{self._kv_tokens} KV tokens and a block for each of {self.max_sessions} sessions are more "
+                "than the device has left.",
+                "Start with fewer --kv-tokens or fewer --max-sessions.",
             ) from err
 
     def _get(self, session: str) -> _Session:
