@@ -164,7 +164,7 @@ def _trace_lines() -> str:
         features=np.array([[[0.75, 0.5, 1.5, 2.0]], [[0.5, 1.25, 0.25, 2.0]]], dtype=np.float32),
         accepted=np.array([1, 0], dtype=np.int32),
     )
-    trace = AcceptanceTrace("target", "draft", "f4022cd0119577a0", Sampling(), (path,))
+    trace = AcceptanceTrace("target", "draft", "5fc2c47ba1d9cbcb", Sampling(), (path,))
     with tempfile.TemporaryDirectory() as folder:
         save_trace(trace, Path(folder, "trace.jsonl"))
         return Path(folder, "trace.jsonl").read_text()

@@ -21,13 +21,13 @@ def drive(engine: Any) -> dict[str, Any]:
     prompts = [[rng.randrange(VOCAB) for _ in range(rng.randrange(2, 60))] for _ in range(PROMPTS)]
     texts: list[list[int]] = []
     for i, prompt in enumerate(prompts):
-        hot = Sampling(0.8, top_k=20 * (i % 3), top_p=0.95, seed=i) if i % 2 else Sampling()
+        hot = Sampling(0.8, 20 * (i % 3), 0.95, seed=2**70 + i, logprobs=2) if i % 2 else Sampling()
         engine.open(str(i), hot)
         if len(prompt) > 20:
             engine.step([StepInput(str(i), prompt[:20], needs_logits=False)])
             prompt = prompt[20:]
         texts.append(list(engine.step([StepInput(str(i), prompt)])[0].tokens))
-    accepted = 0
+    accepted, logprobs = 0, []
     while any(len(text) < NEW for text in texts):
         inputs = []
         for i in rng.sample(range(PROMPTS), 12):
@@ -38,6 +38,7 @@ def drive(engine: Any) -> dict[str, Any]:
         for result in engine.step(inputs):
             accepted += result.accepted
             texts[int(result.session)].extend(result.tokens)
+            logprobs += [one.logprob for one in result.logprobs]
     engine.fork("0", "child", 2, Sampling(0.5, seed=3))
     engine.rollback("1", 3)
     engine.close("2")
@@ -46,12 +47,14 @@ def drive(engine: Any) -> dict[str, Any]:
     for inputs in (
         [StepInput("nobody", [1])],
         [StepInput("0", [1_000])],
+        [StepInput("0", [2**80])],
         [StepInput("0", [1] * KV_TOKENS)],
     ):
         try:
             engine.step(inputs)
         except EngineError as err:
             errors.append(type(err).__name__)
+    engine.open("odd", Sampling(1.0, top_k=2**80, seed=-(2**80), min_length=2**70, stop_tokens=(2**80,)))
     engine.check_integrity()
     cached = {name: engine.cached(name) for name in engine.sessions}
     for name in list(engine.sessions):
@@ -64,6 +67,7 @@ def drive(engine: Any) -> dict[str, Any]:
         "errors": errors,
         "cached": cached,
         "kv_free": engine.kv_free,
+        "logprobs": logprobs,
     }
 
 

@@ -27,7 +27,7 @@ from wispprof.engines.torch.dense_kv import DenseKvStore
 from wispprof.engines.torch.integrity import compare_with_prefill
 from wispprof.engines.torch.kv_store import KvGeometry, KvStore, kv_layout
 from wispprof.engines.torch.paged_kv import PagedKvStore
-from wispprof.engines.torch.step_decision import Spoiled, StepDecision
+from wispprof.engines.torch.step_decision import StepDecision, without_spoiled_drafts
 from wispprof.engines.torch.verify_batch import StepSizes, VerifyBatch, token_arrays
 from wispprof.errors import EngineError, InputRefused, OutOfKvMemory
 from wispprof.sampling.sampler import bounded, sample_tokens
@@ -39,8 +39,6 @@ from wispprof.types import (
     TokenLogprob,
     VerifyResult,
 )
-
-_GREEDY = Sampling()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +116,7 @@ class TorchEngine(Engine):
 
     def open(self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = ()) -> None:
         self._check_can_open(session)
-        settings = bounded(sampling or _GREEDY, self.info.vocab_size)
+        settings = bounded(sampling or Sampling(), self.info.vocab_size)
         self._sessions[session] = _Session(self._store.add(), settings)
 
     def close(self, session: str) -> None:
@@ -222,7 +220,11 @@ class TorchEngine(Engine):
         try:
             batch, bucket, hidden = self._forward(tokens, sizes, handles)
             decision = self._decide(batch, sizes, sessions, hidden)
-            self._drop_spoiled(inputs, handles, decision.spoiled(batch, sizes, hidden))
+            spoiled = decision.spoiled(batch, sizes, hidden)
+            for one in spoiled:
+                self._store.clear(int(handles[one.number]), one.start, one.stop)
+            if retry := without_spoiled_drafts(inputs, spoiled):
+                return self.step(retry, keep_logits=keep_logits)
             logprobs = decision.logprobs([s.sampling for s in sessions], sizes.logit_rows)
         except BaseException as err:
             for handle, length in zip(handles.tolist(), sizes.cached.tolist(), strict=True):
@@ -292,18 +294,6 @@ class TorchEngine(Engine):
         if self._ranks:
             chosen = self._ranks.broadcast_tokens(chosen)
         return StepDecision.of(batch, logits, chosen)
-
-    def _drop_spoiled(self, inputs: Sequence[StepInput], handles: np.ndarray, spoiled: list[Spoiled]) -> None:
-        for one in spoiled:
-            self._store.clear(int(handles[one.number]), one.start, one.stop)
-        for one in spoiled:
-            if one.refused:
-                name = inputs[one.number].session
-                raise InputRefused(
-                    name,
-                    f"The target's logits of session {name!r} are not finite.",
-                    "Check the target's weights, or serve it with another --dtype.",
-                )
 
     def _commit(
         self,

@@ -9,8 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from wispprof.engines.torch.verify_batch import StepSizes, VerifyBatch
+from wispprof.errors import InputRefused
 from wispprof.sampling.sampler import token_logprobs
-from wispprof.types import Sampling, TokenLogprob
+from wispprof.types import Sampling, StepInput, TokenLogprob
 
 
 class Spoiled(NamedTuple):
@@ -23,6 +24,25 @@ class Spoiled(NamedTuple):
     start: int
     stop: int
     refused: bool
+
+
+def without_spoiled_drafts(inputs: Sequence[StepInput], spoiled: Sequence[Spoiled]) -> list[StepInput]:
+    """The inputs to repeat a step with, none if nothing was refused.
+
+    Masked attention to a draft that is not finite spoils the tokens before it too, so a refused input is tried
+    again without its drafts. Raises :class:`InputRefused` for one that has none.
+    """
+    again = list(inputs)
+    for number in [one.number for one in spoiled if one.refused]:
+        name, tokens, drafts, _ = inputs[number]
+        if not drafts:
+            raise InputRefused(
+                name,
+                f"The target's logits of session {name!r} are not finite.",
+                "Check the target's weights, or serve it with another --dtype.",
+            )
+        again[number] = StepInput(name, tokens[: len(tokens) - drafts])
+    return again if any(one.refused for one in spoiled) else []
 
 
 class StepDecision(NamedTuple):

@@ -13,13 +13,15 @@ from wispprof.types import BatchShape, StepInput, VerifyItem
 
 def token_arrays(inputs: Sequence[StepInput], vocab_size: int) -> list[np.ndarray]:
     """The tokens of each input as int64. Raises :class:`InputRefused` for one outside the vocabulary."""
-    try:
-        arrays = [np.asarray(one.tokens, dtype=np.int64) for one in inputs]
+    arrays = []
+    for one in inputs:
+        try:
+            arrays.append(np.asarray(one.tokens))
+        except ValueError:  # nested
+            arrays.append(np.empty(0))
+    if all(array.dtype.kind == "i" for array in arrays):
         together = np.concatenate(arrays)
-    except (OverflowError, TypeError, ValueError):
-        pass
-    else:
-        if not len(together) or (together.min() >= 0 and together.max() < vocab_size):
+        if together.min() >= 0 and together.max() < vocab_size:
             return arrays
     for one in inputs:
         if not all(isinstance(t, int | np.integer) and 0 <= t < vocab_size for t in one.tokens):
