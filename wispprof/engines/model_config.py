@@ -120,6 +120,10 @@ def _check_numbers(config: Any, name: str) -> None:
         raise refuse("hidden_size", config.hidden_size, f"a multiple of the {heads} attention heads")
     if (head_dim or config.hidden_size // heads) % 2:
         raise refuse("head_dim", head_dim or config.hidden_size // heads, "even")
+    from transformers.activations import ACT2FN
+
+    if config.hidden_act not in ACT2FN:
+        raise refuse("hidden_act", config.hidden_act, "an activation that transformers knows")
     eps = config.rms_norm_eps
     if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
         raise refuse("rms_norm_eps", eps, "between 0 and 1")

@@ -90,7 +90,7 @@ def stop_tokens(generation: Mapping[str, Any], config: Any, tokenizer: Any) -> t
         getattr(tokenizer, "eos_token_id", None),
     ):
         several = ids if isinstance(ids, list | tuple) else [ids]
-        found.update(i for i in several if isinstance(i, int) and 0 <= i < config.vocab_size)
+        found.update(i for i in several if type(i) is int and 0 <= i < config.vocab_size)
     return tuple(sorted(found))
 
 

@@ -29,8 +29,8 @@ class Spoiled(NamedTuple):
 def without_spoiled_drafts(inputs: Sequence[StepInput], spoiled: Sequence[Spoiled]) -> list[StepInput]:
     """The inputs to repeat a step with, none if nothing was refused.
 
-    Masked attention to a draft that is not finite spoils the tokens before it too, so a refused input is tried
-    again without its drafts. Raises :class:`InputRefused` for one that has none.
+    Masked attention to a draft that is not finite spoils the tokens before it too, so a refused input is
+    tried again without its drafts. Raises :class:`InputRefused` for one that has none.
     """
     again = list(inputs)
     for number in [one.number for one in spoiled if one.refused]:
