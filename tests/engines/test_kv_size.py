@@ -34,7 +34,7 @@ def test_what_is_allocated_fits(free_gib: float, sessions: int, context: int) ->
     assert 0.6 * free < store._data.nbytes <= 0.85 * free or free_gib < 0.5
     assert 1 <= size.max_sessions <= sessions
     assert size.max_context <= min(context, size.kv_tokens)
-    # Most of it is for tokens, and nothing is cut where there is room.
+    # Most of it is for tokens, and nothing is cut where there is space.
     assert size.kv_tokens * LLAMA_8B >= 0.6 * store._data.nbytes or free_gib < 0.5
     if free_gib >= 60:
         assert (size.max_sessions, size.max_context) == (sessions, context)

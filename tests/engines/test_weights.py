@@ -200,8 +200,8 @@ def test_the_digest_knows_every_tensor(
     folders: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = {digests(folders[False], monkeypatch)}
-    twin = copy(folders[False], tmp_path / "twin", lambda tensors: tensors)
-    assert digests(twin, monkeypatch) in seen
+    duplicate = copy(folders[False], tmp_path / "duplicate", lambda tensors: tensors)
+    assert digests(duplicate, monkeypatch) in seen
     names = list(load_file(folders[False] / "model.safetensors"))
     for number, name in enumerate(names):
         changed = copy(folders[False], tmp_path / str(number), put(name, lambda t: t * 1.01))

@@ -169,7 +169,7 @@ def weights_digest(files: Iterable[Path], full: bool = False) -> str:
             _update(digest, stream, min(one.start for one in tensors.values()) if tensors else size)
             for one in tensors.values():
                 for i in range(_SAMPLES):
-                    room = max(0, one.stop - one.start - _SAMPLE_BYTES)
-                    stream.seek(one.start + room * i // (_SAMPLES - 1))
+                    space = max(0, one.stop - one.start - _SAMPLE_BYTES)
+                    stream.seek(one.start + space * i // (_SAMPLES - 1))
                     digest.update(stream.read(min(_SAMPLE_BYTES, one.stop - one.start)))
     return digest.hexdigest()[:16]
