@@ -113,12 +113,14 @@ class Letters:
 
     eos_token_id = None
     chat_template = None
+    is_fast = False
+    added_tokens_decoder: dict[int, object] = {}
     table = [chr(0x100 + n) for n in range(256)]
 
     def get_vocab(self) -> dict[str, int]:
         return {letter: n for n, letter in enumerate(self.table)}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [self.table.index(c) if c in self.table else ord(c) % 256 for c in text]
 
     def decode(self, tokens: list[int], **_: object) -> str:

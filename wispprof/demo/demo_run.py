@@ -108,7 +108,6 @@ async def answer(settings: DemoSettings, measured: Measured, engine: TorchEngine
                 # The last token of a commit is the target's own; those before it were drafted.
                 spans += [TextSpan(text.push([token]), "draft") for token in commit[:-1]]
                 spans += [TextSpan(text.push([token]), "target") for token in commit[-1:]]
-            spans.append(TextSpan(text.finish(), "target"))
     result = Answer(settings.prompt, _merge_spans(spans), reply.stats.summary())
     write_document(settings.out / "answer.json", ANSWER_KIND, asdict(result))
     return result

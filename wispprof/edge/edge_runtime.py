@@ -18,7 +18,8 @@ from wispprof.edge.generation import Generation
 from wispprof.edge.request_stats import RequestStats
 from wispprof.errors import ModelError
 from wispprof.hardware import energy_meter
-from wispprof.openai_api import ChatTokenizer, TextGeneration
+from wispprof.openai_api import ChatTokenizer, TextGeneration, TextOptions
+from wispprof.openai_api.stop_strings import StopStrings
 from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.types import GenerationRequest, RejectionPredictor, Sampling, ServedModel, Slo, TokenChunk
 
@@ -52,21 +53,30 @@ class Reply:
         self._runtime = runtime
         self._prompt = prompt
         stop_tokens = prompt.stop_tokens
-        self._stop_tokens = runtime.stop_tokens if stop_tokens is None else stop_tokens
+        self._stop_tokens = runtime.tokenizer.stop_tokens if stop_tokens is None else stop_tokens
         self.stats = RequestStats()
         self.tokens: list[int] = []
         self.finished = ""
         self.verified = True
 
-    def text(self) -> AsyncGenerator[str]:
+    async def text(self) -> AsyncGenerator[str]:
         """Pieces of the answer as they are committed."""
-        prompt, tokenizer = self._prompt, self._runtime.tokenizer
-        text = TextGeneration(self, tokenizer, prompt.tokens, self._stop_tokens, prompt.stops)
-        return text.pieces()
+        prompt = self._prompt
+        stops = StopStrings(prompt.stops) if prompt.stops else None
+        options = TextOptions(self._stop_tokens, stop_strings=stops)
+        text = TextGeneration(self, self._runtime.tokenizer, prompt.tokens, options)
+        async with aclosing(text.pieces()) as pieces:
+            async for piece in pieces:
+                if piece.text:
+                    yield piece.text
 
     def statistics(self) -> dict[str, Any]:
         """What the local API adds to a response."""
         return {"wispprof": {"verified": self.verified, **self.stats.summary()}}
+
+    def speculative_decoding(self) -> dict[str, Any] | None:
+        """Acceptance of this request's drafts, as vLLM reports it."""
+        return self.stats.speculative_decoding()
 
     async def stream(self) -> AsyncGenerator[TokenChunk]:
         """Tokens as they are committed, a final stop token included."""
@@ -106,7 +116,8 @@ class EdgeRuntime:
         self, settings: EdgeSettings, tokenizer: Any, device: DraftDevice, client: EdgeClient
     ) -> None:
         self.settings = settings
-        self.tokenizer = ChatTokenizer(tokenizer)
+        self._local_tokenizer = self._tokenizer = ChatTokenizer(tokenizer)
+        self._target: ServedModel | None = None
         self.device = device
         self.client = client
         stream = {"": None, "round": False, "stream": True}[settings.mode]
@@ -118,6 +129,16 @@ class EdgeRuntime:
         return self.client.target
 
     @property
+    def tokenizer(self) -> ChatTokenizer:
+        """With the target's stop tokens and chat template, whatever those of the draft are. Without a server
+        so far, the draft's."""
+        target = self.target
+        if target is not None and target != self._target:
+            self._target = target
+            self._tokenizer = self._local_tokenizer.for_target(target)
+        return self._tokenizer
+
+    @property
     def model(self) -> str:
         """Name of the target that answers."""
         return (self.target.id if self.target is not None else "") or "target"
@@ -125,12 +146,6 @@ class EdgeRuntime:
     @property
     def max_context(self) -> int:
         return self.target.max_context if self.target is not None else 1 << 20
-
-    @property
-    def stop_tokens(self) -> tuple[int, ...]:
-        """The target's tokens that end an answer; the tokenizer's if the server names none."""
-        told = self.target.stop_tokens if self.target is not None else ()
-        return told or self.tokenizer.stop_tokens
 
     @property
     def stream(self) -> bool:

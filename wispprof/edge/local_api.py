@@ -12,11 +12,12 @@ from fastapi.responses import JSONResponse, Response
 from wispprof.edge.edge_runtime import EdgeRuntime, Prompt, Reply, open_edge
 from wispprof.edge.request_stats import EdgeMetrics
 from wispprof.errors import WispprofError
+from wispprof.openai_api import ChatTokenizer
 from wispprof.openai_api.routes import add_openai_routes
 from wispprof.server.process import bind, freeze_garbage_collector
 from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.settings.server_settings import is_loopback
-from wispprof.types import GenerationRequest, TokenChunk
+from wispprof.types import GenerationDefaults, GenerationRequest, TokenChunk
 
 
 async def serve_edge(
@@ -68,19 +69,32 @@ def make_edge_app(runtime: EdgeRuntime) -> FastAPI:
 
 
 class EdgeBackend:
-    """A :class:`~wispprof.openai_api.TextBackend` over an edge's generations. It takes any model name:
-    applications on the device name whatever they were configured with."""
+    """A :class:`~wispprof.openai_api.TextBackend` over an edge's generations. Model, stop tokens, chat
+    template and defaults are the target's."""
 
     def __init__(self, runtime: EdgeRuntime, metrics: EdgeMetrics) -> None:
         self._runtime = runtime
         self._metrics = metrics
-        self.tokenizer = runtime.tokenizer
         self.default_max_tokens = runtime.settings.max_tokens
         self.default_slo = runtime.settings.slo
 
     @property
+    def tokenizer(self) -> ChatTokenizer:
+        return self._runtime.tokenizer
+
+    @property
+    def defaults(self) -> GenerationDefaults:
+        target = self._runtime.target
+        return target.defaults if target is not None else GenerationDefaults()
+
+    @property
     def model(self) -> str:
         return self._runtime.model
+
+    @property
+    def identity(self) -> str:
+        target = self._runtime.target
+        return target.identity if target is not None else ""
 
     @property
     def max_context(self) -> int:
@@ -90,7 +104,8 @@ class EdgeBackend:
         return True
 
     def accepts_model(self, name: str) -> bool:
-        return True
+        """The target's name, as on the server. Before the first hello nobody knows it."""
+        return not name or name == self.model or self._runtime.target is None
 
     def generate(self, request: GenerationRequest, api_key: str) -> CountedReply:
         prompt = Prompt(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Protocol
+from itertools import pairwise
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -166,6 +167,25 @@ class RequestStats:
         """Joules of the device per token; ``None`` without a sensor or a token."""
         made = self.tokens + self.draft_only
         return None if self.energy_j is None or not made else self.energy_j / made
+
+    def speculative_decoding(self) -> dict[str, Any] | None:
+        """Acceptance in the form of vLLM's per-request metrics; ``None`` if no draft was verified.
+
+        Steps are those that verified drafts. ``acceptance_histogram[j]``: steps that accepted exactly j.
+        """
+        if not self.offered_by_position:
+            return None
+        steps = self.offered_by_position[0]
+        at_least = [steps, *self.accepted_by_position, 0]
+        return {
+            "mean_acceptance_length": 1.0 + self.accepted / steps,
+            "draft_acceptance_rate": self.accepted / self.verified_drafts,
+            "acceptance_histogram": [a - b for a, b in pairwise(at_least)],
+            "num_spec_steps": steps,
+            "num_accepted_draft_tokens": self.accepted,
+            "num_draft_tokens": self.verified_drafts,
+            "num_spec_tokens": len(self.offered_by_position),
+        }
 
     def met_slo(self, slo: Slo) -> bool:
         """Whether TTFT and mean TPOT were within the SLO."""

@@ -3,41 +3,95 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from contextlib import aclosing
+import functools
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from wispprof.errors import RuntimeFault, ServerBusy, ServerUnreachable, WispprofError
-from wispprof.openai_api.openai_protocol import (
-    ApiError,
-    ChatCompletionRequest,
-    ChatCompletionResponse,
-    CompletionRequest,
-    CompletionResponse,
-    event,
-    usage,
-)
-from wispprof.openai_api.text_backend import TextBackend, TextGeneration
-from wispprof.types import GenerationRequest, Slo
+from wispprof.errors import WispprofError
+from wispprof.openai_api.api_error import ApiError
+from wispprof.openai_api.choice_stream import ChoicePiece, ChoiceStream
+from wispprof.openai_api.prepared_request import PreparedRequest, prepare
+from wispprof.openai_api.request_body import ChatCompletionRequest, CompletionRequest, RequestBody
+from wispprof.openai_api.request_fields import CHAT, COMPLETIONS
+from wispprof.openai_api.response_body import DONE, HEARTBEAT, Choice, event, usage
+from wispprof.openai_api.text_backend import TextBackend
+
+log = logging.getLogger("wispprof.openai_api")
 
 _CLIENT_CLOSED_REQUEST = 499
-_UNREACHABLE_RETRY_MS = 5_000.0
+_TEXT_THREADS = 2
 _T = TypeVar("_T")
 
 
-def add_openai_routes(app: FastAPI, backend: TextBackend) -> None:
-    """Mount the routes and OpenAI's error format on ``app``.
+@dataclass(frozen=True, slots=True)
+class StreamTiming:
+    """When a stream without tokens says something. ``headers_s``: how long an error may still set the status;
+    then the headers leave. ``heartbeat_s``: time between two SSE comments."""
 
-    Beside OpenAI's own fields a request may state its SLO (``tokens_per_s``, ``ttft_ms``) and
-    ``ignore_eos``.
-    """
+    headers_s: float = 1.0
+    heartbeat_s: float = 10.0
 
+
+def add_openai_routes(app: FastAPI, backend: TextBackend, timing: StreamTiming | None = None) -> None:
+    """Mount the routes on ``app``, and OpenAI's error format for all its routes."""
+    # Parsing, templating and tokenizing take milliseconds to seconds; steps and commits go on meanwhile.
+    # Detokenizing a token takes 2 microseconds, less than handing it to a thread, and stays on the loop.
+    threads = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="prompts")
+    timing = timing or StreamTiming()
+    _add_error_format(app)
+
+    def entry() -> dict[str, Any]:
+        found = {
+            "id": backend.model,
+            "object": "model",
+            "created": 0,
+            "owned_by": "wispprof",
+            "max_model_len": backend.max_context,
+        }
+        return {**found, "identity": backend.identity} if backend.identity else found
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> dict[str, Any]:
+        _authorize(backend, request)
+        return {"object": "list", "data": [entry()]}
+
+    @app.get("/v1/models/{model:path}")
+    async def model(model: str, request: Request) -> dict[str, Any]:
+        _authorize(backend, request)
+        if model != backend.model:
+            message = f"The model {model[:100]!r} does not exist; the model here is {backend.model!r}."
+            raise ApiError(message, 404, param="model", code="model_not_found")
+        return entry()
+
+    async def respond(request: Request, endpoint: str) -> Response:
+        key = _authorize(backend, request)
+        try:
+            data = await request.body()
+            work = functools.partial(prepare, data, endpoint, backend)
+            prepared = await asyncio.get_running_loop().run_in_executor(threads, work)
+            return await _respond(backend, request, prepared, key, timing)
+        except ClientDisconnect:
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+
+    @app.post("/v1/completions", response_model=None, openapi_extra=_body_schema(CompletionRequest))
+    async def completions(request: Request) -> Response:
+        return await respond(request, COMPLETIONS)
+
+    @app.post("/v1/chat/completions", response_model=None, openapi_extra=_body_schema(ChatCompletionRequest))
+    async def chat(request: Request) -> Response:
+        return await respond(request, CHAT)
+
+
+def _add_error_format(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, err: RequestValidationError) -> JSONResponse:
         first = err.errors()[0]
@@ -46,40 +100,33 @@ def add_openai_routes(app: FastAPI, backend: TextBackend) -> None:
 
     @app.exception_handler(WispprofError)
     async def refused(_: Request, err: WispprofError) -> JSONResponse:
-        return _error_response(_api_error(err))
+        return _error_response(ApiError.of(err))
 
-    @app.get("/v1/models")
-    async def models(request: Request) -> dict[str, Any]:
-        _authorize(backend, request)
-        entry = {
-            "id": backend.model,
-            "object": "model",
-            "created": 0,
-            "owned_by": "wispprof",
-            "max_model_len": backend.max_context,
-        }
-        return {"object": "list", "data": [entry]}
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, err: HTTPException) -> JSONResponse:
+        message = f"{err.detail}: {request.method} {request.url.path[:200]}"
+        return JSONResponse(ApiError(message, err.status_code).body(), err.status_code, err.headers)
 
-    @app.post("/v1/completions", response_model=None)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        key = _authorize(backend, request)
-        body.check()
-        prompt = body.single_prompt()
-        tokenizer = backend.tokenizer
-        tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else tuple(prompt)
-        echo = ""
-        if body.echo:
-            echo = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-        response = CompletionResponse(backend.model, echo)
-        return await _respond(backend, request, body, tokens, key, response)
+    @app.exception_handler(Exception)
+    async def failed(_: Request, err: Exception) -> JSONResponse:
+        # The framework logs the traceback after this.
+        return _error_response(ApiError("Internal error.", 500))
 
-    @app.post("/v1/chat/completions", response_model=None)
-    async def chat(body: ChatCompletionRequest, request: Request) -> Response:
-        key = _authorize(backend, request)
-        body.check()
-        tokens = backend.tokenizer.chat([{"role": m.role, "content": m.text()} for m in body.messages])
-        response = ChatCompletionResponse(backend.model)
-        return await _respond(backend, request, body, tokens, key, response)
+
+def _body_schema(model: type[RequestBody]) -> dict[str, Any]:
+    schema = model.model_json_schema()
+    answers = {
+        "400": {"description": "A field is unknown, not supported or invalid."},
+        "401": {"description": "Invalid API key."},
+        "404": {"description": "Another model."},
+        "413": {"description": "The body is too large."},
+        "429": {"description": "Not admitted now."},
+        "499": {"description": "The client closed the connection."},
+        "502": {"description": "The server refused what the edge asked for."},
+        "503": {"description": "No server, or it is shutting down."},
+    }
+    content = {"application/json": {"schema": schema}}
+    return {"requestBody": {"required": True, "content": content}, "responses": answers}
 
 
 def _authorize(backend: TextBackend, request: Request) -> str:
@@ -88,100 +135,80 @@ def _authorize(backend: TextBackend, request: Request) -> str:
     if scheme.lower() != "bearer":
         key = ""
     if not backend.accepts_key(key):
-        raise ApiError("Invalid API key.", 401)
+        raise ApiError("Invalid API key.", 401, code="invalid_api_key")
     return key
 
 
-def _generation_request(
-    backend: TextBackend,
-    body: ChatCompletionRequest | CompletionRequest,
-    tokens: tuple[int, ...],
-) -> GenerationRequest:
-    if not backend.accepts_model(body.model):
-        raise ApiError(f"The model here is {backend.model!r}.", 404, param="model")
-    remaining = backend.max_context - len(tokens)
-    if not tokens:
-        raise ApiError("The prompt is empty.", param="prompt")
-    if remaining <= 0:
-        raise ApiError(
-            f"The prompt has {len(tokens)} tokens; the model's context holds at most "
-            f"{backend.max_context}, output included.",
-            param="prompt",
-            code="context_length_exceeded",
-        )
-    default = backend.default_slo
-    return GenerationRequest(
-        tokens,
-        min(body.max_new or backend.default_max_tokens, remaining),
-        body.sampling(secrets.randbits(31)),
-        Slo(
-            body.tokens_per_s or default.tokens_per_s,
-            default.ttft_ms if body.ttft_ms is None else body.ttft_ms,
-        ),
-        () if body.ignore_eos else backend.tokenizer.stop_tokens,
-    )
-
-
 async def _respond(
-    backend: TextBackend,
-    request: Request,
-    body: ChatCompletionRequest | CompletionRequest,
-    tokens: tuple[int, ...],
-    key: str,
-    response: CompletionResponse,
+    backend: TextBackend, request: Request, prepared: PreparedRequest, key: str, timing: StreamTiming
 ) -> Response:
-    asked = _generation_request(backend, body, tokens)
-    generation = backend.generate(asked, key)
-    text = TextGeneration(generation, backend.tokenizer, tokens, asked.stop_tokens, body.stop_strings)
-    pieces = text.pieces()
+    choices = prepared.choices(backend, key)
+    stream = ChoiceStream(choices)
+    if prepared.body.stream:
+        try:
+            # An error known by now, such as a refusal, sets the status. Later it can only be an event.
+            first = await _unless_disconnected(request, stream.next(timing.headers_s))
+        except TimeoutError:
+            first = None
+        except BaseException:
+            await asyncio.shield(stream.close())
+            raise
+        events = _events(prepared, choices, stream, first, timing.heartbeat_s)
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
     try:
-        if body.stream:
-            # The first piece decides the status: once it is sent, an error can only be an event.
-            first = await _unless_disconnected(request, _first(pieces))
-            events = _events(response, text, len(tokens), first, pieces, body.include_usage)
-            headers = {"cache-control": "no-cache"}
-            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-        whole = await _unless_disconnected(request, _all(pieces))
-    except ClientDisconnect:
-        return Response(status_code=_CLIENT_CLOSED_REQUEST)
-    counts = _usage(text, len(tokens))
-    return JSONResponse(response.full(whole, generation.finished, counts, **generation.statistics()))
+        await _unless_disconnected(request, _read_all(stream))
+    finally:
+        await asyncio.shield(stream.close())
+    return JSONResponse(prepared.response.full(choices))
+
+
+async def _read_all(stream: ChoiceStream) -> None:
+    while (found := await stream.next()) is not None:
+        if found.piece is not None:
+            found.choice.pieces.append(found.piece)
 
 
 async def _events(
-    response: CompletionResponse,
-    text: TextGeneration,
-    prompt_tokens: int,
-    first: str,
-    pieces: AsyncGenerator[str],
-    include_usage: bool,
+    prepared: PreparedRequest,
+    choices: list[Choice],
+    stream: ChoiceStream,
+    found: ChoicePiece | None,
+    heartbeat_s: float,
 ) -> AsyncIterator[str]:
-    generation = text.generation
+    body, response = prepared.body, prepared.response
     try:
-        if opening := response.opening_chunk():
-            yield opening
-        if first:
-            yield response.chunk(first)
-        async for piece in pieces:
-            yield response.chunk(piece)
-        yield response.final_chunk(generation.finished, **generation.statistics())
-        if include_usage:
-            yield response.usage_chunk(_usage(text, prompt_tokens))
-        yield "data: [DONE]\n\n"
+        opening = "".join(response.opening_chunk(choice) for choice in choices)
+        if opening or found is None:
+            yield opening or HEARTBEAT
+        while True:
+            if found is None:
+                try:
+                    found = await stream.next(heartbeat_s)
+                except TimeoutError:
+                    yield HEARTBEAT
+                    continue
+                if found is None:
+                    break
+            choice, piece = found
+            found = None
+            counts = usage([choice]) if body.continuous_usage else None
+            made = response.final_chunk(choice, counts) if piece is None else ""
+            if piece is not None:
+                made = response.chunk(choice, piece, counts)
+            if made:
+                yield made
+        if body.include_usage:
+            yield response.usage_chunk(choices)
+        yield DONE
     except WispprofError as err:
-        yield event(_api_error(err).body())
+        yield event(ApiError.of(err).body())
+    except Exception:
+        log.exception("a response failed after its headers")
+        yield event(ApiError("Internal error.", 500).body())
     finally:
         # The task of a client that disconnected is cancelled again at every await.
-        await asyncio.shield(pieces.aclose())
-
-
-async def _first(pieces: AsyncGenerator[str]) -> str:
-    return await anext(pieces, "")
-
-
-async def _all(pieces: AsyncGenerator[str]) -> str:
-    async with aclosing(pieces):
-        return "".join([piece async for piece in pieces])
+        await asyncio.shield(stream.close())
 
 
 async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
@@ -204,22 +231,5 @@ async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, _T]) 
         await asyncio.gather(task, watch, return_exceptions=True)
 
 
-def _usage(text: TextGeneration, prompt_tokens: int) -> dict[str, Any]:
-    return usage(prompt_tokens, text.completion_tokens, text.generation.cached_tokens)
-
-
-def _api_error(err: WispprofError) -> ApiError:
-    if isinstance(err, ApiError):
-        return err
-    if isinstance(err, ServerBusy):
-        return ApiError(str(err), 429, retry_ms=err.retry_ms)
-    if isinstance(err, ServerUnreachable):
-        return ApiError(str(err), 503, retry_ms=_UNREACHABLE_RETRY_MS)
-    return ApiError(str(err), 502 if isinstance(err, RuntimeFault) else 400)
-
-
 def _error_response(err: ApiError) -> JSONResponse:
-    headers = {}
-    if err.status in (429, 503):
-        headers["retry-after"] = str(max(1, round(err.retry_ms / 1000.0)))
-    return JSONResponse(err.body(), err.status, headers)
+    return JSONResponse(err.body(), err.status, err.headers())

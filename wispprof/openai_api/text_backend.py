@@ -1,13 +1,12 @@
-"""What the OpenAI routes need from a token generator, and the text they make of its tokens."""
+"""What the OpenAI routes need from a token generator."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
-from wispprof.openai_api.tokenizer import ChatTokenizer, StopStringFilter
-from wispprof.types import GenerationRequest, Slo, TokenChunk
+from wispprof.openai_api.tokenizer import ChatTokenizer
+from wispprof.types import GenerationDefaults, GenerationRequest, Slo, TokenChunk
 
 
 class TokenGeneration(Protocol):
@@ -30,6 +29,9 @@ class TokenGeneration(Protocol):
     def statistics(self) -> dict[str, Any]:
         """Fields to add to the response beside OpenAI's own."""
 
+    def speculative_decoding(self) -> dict[str, Any] | None:
+        """Acceptance statistics as vLLM gives them for a request; ``None`` if nothing was drafted."""
+
 
 class TextBackend(Protocol):
     """A model behind the OpenAI routes: the server's sessions, or an edge's generations.
@@ -37,13 +39,24 @@ class TextBackend(Protocol):
     ``default_max_tokens``, ``default_slo``: for requests that do not state their own.
     """
 
-    tokenizer: ChatTokenizer
     default_max_tokens: int
     default_slo: Slo
 
     @property
+    def tokenizer(self) -> ChatTokenizer:
+        """With the target's stop tokens and chat template."""
+
+    @property
+    def defaults(self) -> GenerationDefaults:
+        """The target's sampling, for requests that do not state their own."""
+
+    @property
     def model(self) -> str:
         """The model's id in requests and responses."""
+
+    @property
+    def identity(self) -> str:
+        """Hash of the target's weights, dtype and noise; empty if unknown."""
 
     @property
     def max_context(self) -> int:
@@ -55,40 +68,3 @@ class TextBackend(Protocol):
 
     def generate(self, request: GenerationRequest, api_key: str) -> TokenGeneration:
         """A generation that has not begun."""
-
-
-class TextGeneration:
-    """The text of one generation, without its stop token and cut before the first stop string."""
-
-    def __init__(
-        self,
-        generation: TokenGeneration,
-        tokenizer: ChatTokenizer,
-        prompt: Sequence[int],
-        stop_tokens: Sequence[int],
-        stop_strings: Sequence[str],
-    ) -> None:
-        self.generation = generation
-        self.completion_tokens = 0
-        self._detokenizer = tokenizer.detokenizer(prompt)
-        self._stop_tokens = frozenset(stop_tokens)
-        self._filter = StopStringFilter(stop_strings)
-
-    async def pieces(self) -> AsyncGenerator[str]:
-        """Text as it is committed; closing the iterator ends the generation."""
-        generation, stop_filter = self.generation, self._filter
-        async with aclosing(generation.stream()) as chunks:
-            async for chunk in chunks:
-                tokens = chunk.tokens
-                self.completion_tokens += len(tokens)
-                shown = tokens[:-1] if tokens and tokens[-1] in self._stop_tokens else tokens
-                if piece := stop_filter.push(self._detokenizer.push(shown)):
-                    yield piece
-                if stop_filter.hit:
-                    generation.finished = "stop"
-                    return
-        rest = stop_filter.push(self._detokenizer.finish()) + stop_filter.finish()
-        if stop_filter.hit:
-            generation.finished = "stop"
-        if rest:
-            yield rest

@@ -1,16 +1,25 @@
-"""Text to tokens and back: chat templates, stop tokens, incremental detokenization, stop strings."""
+"""Text to tokens and back, with the target's chat template and stop tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from wispprof.errors import WispprofError
-from wispprof.openai_api.openai_protocol import ApiError
+from wispprof.openai_api.api_error import ApiError
+from wispprof.openai_api.detokenizer import Decode, IncrementalDetokenizer
+from wispprof.types import ServedModel
 
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end_of_turn|>")
 _REPLACEMENT = "\ufffd"
-_CONTEXT_TOKENS = 6
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_TEMPLATE_ARGUMENTS = frozenset(
+    {"conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"}
+    | {"continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors"}
+    | {"return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"}
+)
 
 
 class ByteTokenizer:
@@ -18,11 +27,13 @@ class ByteTokenizer:
 
     eos_token_id: int | None = None
     chat_template: str | None = None
+    is_fast = False
+    added_tokens_decoder: Mapping[int, Any] = {}
 
     def get_vocab(self) -> dict[str, int]:
-        return {}
+        return {f"<0x{byte:02X}>": byte for byte in range(256)}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
     def decode(self, tokens: Sequence[int], **_: object) -> str:
@@ -30,114 +41,159 @@ class ByteTokenizer:
 
 
 class ChatTokenizer:
-    """A Hugging Face tokenizer for prompts and conversations. ``stop_tokens``: ids that end an answer,
-    that is its end-of-sequence token and the end-of-turn tokens of common chat templates."""
+    """A Hugging Face tokenizer for prompts and conversations.
 
-    def __init__(self, tokenizer: Any) -> None:
+    ``stop_tokens``: ids that end an answer; by default the tokenizer's end-of-sequence token and the
+    end-of-turn tokens of common chat templates. ``chat_template``: by default the tokenizer's own; empty if
+    there is none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        stop_tokens: Sequence[int] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
-        vocab = tokenizer.get_vocab()
-        found = {vocab.get(name) for name in _END_OF_TURN} | {tokenizer.eos_token_id}
-        self.stop_tokens = tuple(sorted(int(token) for token in found if token is not None))
+        if stop_tokens is None:
+            vocab = tokenizer.get_vocab()
+            found = {vocab.get(name) for name in _END_OF_TURN} | {tokenizer.eos_token_id}
+            stop_tokens = [int(token) for token in found if token is not None]
+        self.stop_tokens = tuple(sorted(stop_tokens))
+        self.chat_template = _own_template(tokenizer) if chat_template is None else chat_template
+        # transformers' own decode costs seven times as much, and is the same without its clean-up.
+        self._fast = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+
+    def for_target(self, model: ServedModel) -> ChatTokenizer:
+        """The same vocabulary with the stop tokens and the chat template of ``model``."""
+        return ChatTokenizer(self.tokenizer, stop_tokens=model.stop_tokens, chat_template=model.chat_template)
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self.tokenizer.chat_template)
+        return bool(self.chat_template)
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        return 1 + max(int(token) for token in self.tokenizer.get_vocab().values())
+
+    @cached_property
+    def special_texts(self) -> dict[int, str]:
+        """Texts of the special tokens, which answers leave out."""
+        added = self.tokenizer.added_tokens_decoder
+        return {int(number): str(token.content) for number, token in added.items() if token.special}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Tokens of a prompt. Raises :class:`WispprofError` if there are none."""
-        tokens = tuple(int(token) for token in self.tokenizer.encode(text))
+        found = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        tokens = tuple(int(token) for token in found)
         if not tokens:
             raise WispprofError("The prompt is empty.", "Give some text to continue.")
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(tokens)))
+        return self._decoder(skip_special_tokens=False)(list(tokens))
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
-        """Tokens of a conversation, by the chat template. A base model without one continues the
-        messages as one text. Raises :class:`ApiError` if the template refuses the messages."""
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> tuple[int, ...]:
+        """Tokens of a conversation, by the chat template. ``variables`` are the template's own.
+
+        A base model without a template continues the messages as one text. Raises :class:`ApiError` if the
+        template refuses the messages.
+        """
+        if taken := _TEMPLATE_ARGUMENTS.intersection(variables or ()):
+            raise ApiError(f"{min(taken)} is no variable of a chat template.", param="chat_template_kwargs")
+        if add_generation_prompt and continue_final_message:
+            raise ApiError(
+                "A final message can be continued only with add_generation_prompt: false.",
+                param="continue_final_message",
+            )
         if not self.has_chat_template:
+            if tools or variables or not add_generation_prompt:
+                field = "tools" if tools else "chat_template_kwargs" if variables else "add_generation_prompt"
+                raise ApiError(f"The model has no chat template, which {field} needs.", param=field)
             return self.encode("\n".join(message["content"] for message in messages))
         try:
-            tokens = self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            text = self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) if tools else None,
+                chat_template=self.chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **(variables or {}),
             )
         except Exception as err:
             # Templates are programs of the model's maker and raise whatever they like.
-            raise ApiError(f"The model's chat template refuses this: {err}", param="messages") from err
-        return tuple(int(token) for token in tokens)
+            message = f"The model's chat template refuses this: {err!s:.300}"
+            raise ApiError(message, param="messages") from err
+        return self.encode(text, add_special_tokens=False)
 
-    def detokenizer(self, prompt: Sequence[int]) -> IncrementalDetokenizer:
+    def detokenizer(self, prompt: Sequence[int], skip_special_tokens: bool = True) -> IncrementalDetokenizer:
         """Text of the tokens that follow ``prompt``."""
-        return IncrementalDetokenizer(self.tokenizer, prompt)
+        return IncrementalDetokenizer(self._decoder(skip_special_tokens), prompt)
 
-
-class IncrementalDetokenizer:
-    """Decodes a growing token sequence piece by piece.
-
-    A byte-level token may end within a character, and some tokenizers decode a token differently at
-    the start of a text. So each piece is the difference of two decodings that begin at the same
-    earlier token; it is held back while it ends in an unfinished character.
-    """
-
-    def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._tokens = list(prompt)
-        self._start = max(0, len(prompt) - _CONTEXT_TOKENS)
-        self._shown = len(prompt)
-
-    def push(self, tokens: Sequence[int]) -> str:
-        """Add tokens; returns the text that is final now."""
-        self._tokens.extend(tokens)
-        return self._advance(final=False)
-
-    def finish(self) -> str:
-        """The text held back, unfinished characters included."""
-        return self._advance(final=True)
-
-    def _advance(self, final: bool) -> str:
-        before = self._decode(self._tokens[self._start : self._shown])
-        after = self._decode(self._tokens[self._start :])
-        if not final and (after.endswith(_REPLACEMENT) or len(after) <= len(before)):
-            return ""
-        self._start = max(self._start, self._shown - _CONTEXT_TOKENS)
-        self._shown = len(self._tokens)
-        return after[len(before) :]
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        text = self._tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    def _decoder(self, skip_special_tokens: bool) -> Decode:
+        if self._fast is not None:
+            decode = self._fast.decode
+            return lambda tokens: str(decode(tokens, skip_special_tokens=skip_special_tokens))
+        decode = self.tokenizer.decode
+        return lambda tokens: str(
+            decode(tokens, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
         )
-        return str(text)
+
+    # --- single tokens, for log-probabilities ---
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for, even if they end within a character."""
+        known = self._token_bytes.get(token)
+        if known is None:
+            known = self._token_bytes[token] = self._bytes_of(token)
+        return known
+
+    @cached_property
+    def _token_bytes(self) -> dict[int, bytes]:
+        return {}
+
+    @cached_property
+    def _pieces(self) -> dict[int, str]:
+        return {int(number): str(piece) for piece, number in self.tokenizer.get_vocab().items()}
+
+    def _bytes_of(self, token: int) -> bytes:
+        text = self._decoder(skip_special_tokens=False)([token])
+        piece = self._pieces.get(token, text)
+        if found := _BYTE_TOKEN.fullmatch(piece):
+            return bytes([int(found[1], 16)])
+        if _REPLACEMENT in text and all(char in _BYTE_OF_CHAR for char in piece):
+            return bytes(_BYTE_OF_CHAR[char] for char in piece)
+        if piece.startswith("\u2581") and not text.startswith(" "):
+            text = " " + text
+        return text.encode("utf-8", "replace")
 
 
-class StopStringFilter:
-    """Passes text on up to the first stop string, which is left out. Holds back text that could be
-    the beginning of one. ``hit``: the stop string found, or ""."""
+def _own_template(tokenizer: Any) -> str:
+    """A tokenizer's chat template; of several, the one that is called ``default``."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default") or next(iter(template.values()), "")
+    return str(template or "")
 
-    def __init__(self, stop_strings: Sequence[str] = ()) -> None:
-        self._stop_strings = [stop for stop in stop_strings if stop]
-        self._held = ""
-        self.hit = ""
 
-    def push(self, text: str) -> str:
-        """Add text; returns what may be shown, nothing after a hit."""
-        if self.hit or not self._stop_strings:
-            return "" if self.hit else text
-        text = self._held + text
-        found = [(text.find(stop), stop) for stop in self._stop_strings if stop in text]
-        if found:
-            end, self.hit = min(found)
-            self._held = ""
-            return text[:end]
-        held = max(
-            (n for stop in self._stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n])),
-            default=0,
-        )
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+def _byte_of_char() -> dict[str, int]:
+    """The characters in which byte-level tokenizers write bytes (GPT-2's ``bytes_to_unicode``)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + place): byte for place, byte in enumerate(others)
+    }
 
-    def finish(self) -> str:
-        """The text held back: no stop string came of it."""
-        held, self._held = self._held, ""
-        return "" if self.hit else held
+
+_BYTE_OF_CHAR = _byte_of_char()

@@ -79,8 +79,10 @@ class SessionBackend:
 
     def __init__(self, server: VerificationServer, tokenizer: ChatTokenizer) -> None:
         self._server = server
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer.for_target(server.model)
+        self.defaults = server.model.defaults
         self.model = server.model.id
+        self.identity = server.model.identity
         self.max_context = server.model.max_context
         self.default_max_tokens = server.settings.http_max_tokens
         self.default_slo = Slo.of(server.settings.http_tokens_per_s)
@@ -112,6 +114,9 @@ class SessionGeneration:
 
     def statistics(self) -> dict[str, Any]:
         return {}
+
+    def speculative_decoding(self) -> None:
+        """Nobody drafts for an HTTP request."""
 
     def committed(
         self, session: ServerSession, commit: CommitResult, verify_ms: float, load_level: int

@@ -7,6 +7,7 @@ session therefore changes its text.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +18,11 @@ from wispprof.types import (
     BatchShape,
     DraftFeatures,
     DraftToken,
+    GenerationDefaults,
     Sampling,
     ServedModel,
     StepInput,
+    TokenLogprob,
     VerifyResult,
 )
 
@@ -52,13 +55,28 @@ class FakeTarget:
         state = 2
         for value in (sampling.seed, sampling.temperature, sampling.top_k, sampling.top_p):
             state = _mix(state, hash(value) & _MASK)
-        return state
+        return _mix(state, hash(sampling.min_p) & _MASK) if sampling.min_p else state
 
     def feed(self, state: int, token: int) -> int:
         return _mix(state, token + 1)
 
     def next(self, state: int) -> int:
         return (state >> 11) % self.vocab
+
+    def choose(self, state: int, position: int, sampling: Sampling) -> int:
+        """The token at ``position``: the likeliest one that may stand there."""
+        token = self.next(state)
+        if position < sampling.min_length:
+            while token in sampling.stop_tokens:
+                token = (token + 1) % self.vocab
+        return token
+
+    def logprob(self, state: int, token: int, count: int) -> TokenLogprob:
+        """Each token is half as likely as the id before it; :meth:`next` has probability 1/2."""
+        best = self.next(state)
+        rank = (token - best) % self.vocab
+        top = tuple(((best + r) % self.vocab, -(r + 1) * math.log(2.0)) for r in range(count))
+        return TokenLogprob(-(rank + 1) * math.log(2.0), top)
 
     def generate(self, prompt: Sequence[int], count: int, sampling: Sampling = _GREEDY) -> list[int]:
         """The ``count`` tokens that this target writes after ``prompt``."""
@@ -67,7 +85,7 @@ class FakeTarget:
             state = self.feed(state, token)
         out: list[int] = []
         while len(out) < count:
-            out.append(self.next(state))
+            out.append(self.choose(state, len(prompt) + len(out), sampling))
             state = self.feed(state, out[-1])
         return out
 
@@ -85,6 +103,7 @@ class FakeEngine(Engine):
     """A verifier engine of :class:`FakeTarget`.
 
     ``step_ms(shape)``: how long a step takes, by default no time; ``sleep`` (seconds) spends it.
+    ``stop_tokens`` and ``defaults`` are the model's own.
 
     >>> engine = FakeEngine()
     >>> engine.open("a", Sampling())
@@ -101,8 +120,12 @@ class FakeEngine(Engine):
         kv_tokens: int = 1 << 20,
         step_ms: Callable[[BatchShape], float] | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        stop_tokens: tuple[int, ...] = (),
+        defaults: GenerationDefaults | None = None,
     ) -> None:
         self.target = FakeTarget(vocab)
+        self._stop_tokens = stop_tokens
+        self._defaults = defaults or GenerationDefaults()
         self._max_context = max_context
         self._kv_tokens = kv_tokens
         self._step_ms = step_ms
@@ -136,7 +159,14 @@ class FakeEngine(Engine):
     @property
     def served(self) -> ServedModel:
         """The model as edges see it."""
-        return ServedModel(f"hash-{self.target.vocab}", "hash", self.target.vocab, self._max_context)
+        return ServedModel(
+            f"hash-{self.target.vocab}",
+            "hash",
+            self.target.vocab,
+            self._max_context,
+            stop_tokens=self._stop_tokens,
+            defaults=self._defaults,
+        )
 
     @property
     def sessions(self) -> tuple[str, ...]:
@@ -180,13 +210,17 @@ class FakeEngine(Engine):
         self._append(cache, tokens[:first_draft])
         if not given.needs_logits:
             return VerifyResult(given.session, 0, ())
-        out = [self.target.next(cache.states[-1])]
-        for draft in tokens[first_draft:]:
+        out: list[int] = []
+        logprobs: list[TokenLogprob] = []
+        for draft in [*tokens[first_draft:], None]:
+            state, sampling = cache.states[-1], cache.sampling
+            out.append(self.target.choose(state, len(cache.tokens), sampling))
+            if sampling.logprobs is not None:
+                logprobs.append(self.target.logprob(state, out[-1], sampling.logprobs))
             if draft != out[-1]:
                 break
             self._append(cache, [draft])
-            out.append(self.target.next(cache.states[-1]))
-        return VerifyResult(given.session, len(out) - 1, tuple(out))
+        return VerifyResult(given.session, len(out) - 1, tuple(out), tuple(logprobs))
 
     def _append(self, cache: _Cache, tokens: Sequence[int]) -> None:
         state = cache.states[-1] if cache.states else self.target.start(cache.sampling)
@@ -244,6 +278,7 @@ class FakeDrafter(Drafter):
         self._target = target
         self._accuracy = accuracy
         self._salt = salt
+        self._sampling = _GREEDY
         self._tokens: list[int] = []
         self._states: list[int] = []
 
@@ -252,12 +287,13 @@ class FakeDrafter(Drafter):
         return len(self._tokens)
 
     def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
+        self._sampling = sampling
         self._tokens, self._states = [], [self._target.start(sampling)]
         self.extend(tokens)
 
     def draft(self) -> DraftToken:
         state = self._states[-1]
-        correct = self._target.next(state)
+        correct = self._target.choose(state, len(self._tokens), self._sampling)
         draw = (_mix(state, self._salt) >> 16) % 10_000 / 10_000.0
         token = correct if draw < self._accuracy else (correct + 1) % self._target.vocab
         self.extend([token])
