@@ -146,7 +146,7 @@ def text_of(prompt: str, count: int, sampling: Sampling | None = None) -> str:
 
 @asynccontextmanager
 async def fake_runtime(
-    kind: str = "model", policy: str = "wispprof", server: str = ""
+    kind: str = "model", policy: str = "wispprof", server: str = "", tokenizer: object = LETTERS
 ) -> AsyncIterator[EdgeRuntime]:
     """An edge of the hash pair, ready to answer; without ``server`` it gets one of its own."""
     async with AsyncExitStack() as stack:
@@ -159,4 +159,4 @@ async def fake_runtime(
         stack.callback(device.close)
         connect = websocket_connections(server)
         client = await stack.enter_async_context(edge(connect, backoff_ms=5.0))
-        yield EdgeRuntime(EdgeSettings(drafter=kind), LETTERS, device, client)
+        yield EdgeRuntime(EdgeSettings(drafter=kind), tokenizer, device, client)

@@ -103,7 +103,7 @@ class FakeEngine(Engine):
     """A verifier engine of :class:`FakeTarget`.
 
     ``step_ms(shape)``: how long a step takes, by default no time; ``sleep`` (seconds) spends it.
-    ``stop_tokens`` and ``defaults`` are the model's own.
+    ``stop_tokens``, ``chat_template`` and ``defaults`` are the model's own.
 
     >>> engine = FakeEngine()
     >>> engine.open("a", Sampling())
@@ -121,10 +121,12 @@ class FakeEngine(Engine):
         step_ms: Callable[[BatchShape], float] | None = None,
         sleep: Callable[[float], None] = time.sleep,
         stop_tokens: tuple[int, ...] = (),
+        chat_template: str = "",
         defaults: GenerationDefaults | None = None,
     ) -> None:
         self.target = FakeTarget(vocab)
         self._stop_tokens = stop_tokens
+        self._chat_template = chat_template
         self._defaults = defaults or GenerationDefaults()
         self._max_context = max_context
         self._kv_tokens = kv_tokens
@@ -165,6 +167,7 @@ class FakeEngine(Engine):
             self.target.vocab,
             self._max_context,
             stop_tokens=self._stop_tokens,
+            chat_template=self._chat_template,
             defaults=self._defaults,
         )
 
