@@ -1,9 +1,9 @@
 """The server's OpenAI API and an edge's, asked the same: ``python benchmarks/two_endpoints.py``.
 
-A hundred request bodies (chats, tool turns, stop strings and tokens, special tokens, Unicode, lists, several
-choices, log-probabilities, invalid ones) go to both endpoints of one target, streamed and whole. Status, text,
-finish and stop reason, token ids, log-probabilities, counts and errors must be equal. The edge drafts with the
-bundled draft model, and once more with n-grams. Prints a table and one JSON line.
+A hundred request bodies (chats, tool turns, stop strings and tokens, special tokens, Unicode, lists,
+several choices, log-probabilities, invalid ones) go to both endpoints of one target, streamed and whole.
+Status, text, finish and stop reason, token ids, log-probabilities, counts and errors must be equal. The edge
+drafts with the bundled draft model, and once more with n-grams. Prints a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -141,9 +141,9 @@ def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def over(app: Any, name: str) -> httpx.AsyncClient:
+def over(app: Any) -> httpx.AsyncClient:
     """A client of an application in this process."""
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=f"http://{name}", timeout=300)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=300)
 
 
 async def compare(
@@ -162,10 +162,10 @@ async def main(count: int, seed: int) -> int:
     asked = bodies(count, seed)
     settings = ServerSettings(target_id="reference-pair", policy="wispprof", admit="all")
     wrong = 0
-    async with running_server(settings) as running, over(make_app(running.server), "server") as server:
+    async with running_server(settings) as running, over(make_app(running.server)) as server:
         for drafter in ("model", "lookup"):
             edge_settings = EdgeSettings(server=running.split_url, drafter=drafter)
-            async with open_edge(edge_settings) as runtime, over(make_edge_app(runtime), "edge") as edge:
+            async with open_edge(edge_settings) as runtime, over(make_edge_app(runtime)) as edge:
                 differing = await compare(server, edge, asked)
             wrong += len(differing)
             print(f"drafter {drafter:8} {count} bodies, {len(differing)} answered differently")

@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
-from benchmarks.two_endpoints import bodies, compare, over
 from fake_pair import fake_runtime
 
+from benchmarks.two_endpoints import bodies, compare, over
 from wispprof.edge.local_api import make_edge_app
 from wispprof.openai_api import ChatTokenizer
 from wispprof.openai_api.tokenizer import ByteTokenizer
@@ -70,9 +70,9 @@ async def endpoints() -> AsyncIterator[tuple[httpx.AsyncClient, httpx.AsyncClien
     async with running_server(settings, engine=engine, model=engine.served, **parts) as running:
         address = running.split_url
         async with (
-            over(make_app(running.server), "server") as server,
+            over(make_app(running.server)) as server,
             fake_runtime(server=address, tokenizer=OtherTemplate()) as runtime,
-            over(make_edge_app(runtime), "edge") as edge,
+            over(make_edge_app(runtime)) as edge,
         ):
             yield server, edge
 

@@ -21,8 +21,8 @@ DONE = "data: [DONE]\n\n"
 @dataclass(eq=False)
 class Choice:
     """One choice of a response. ``echo``: the prompt's text, if it is to be repeated. ``first``: it is the
-    first choice of its prompt, with which the usage counts that prompt. ``completion_tokens``, ``offset``: tokens
-    and length of the text read so far."""
+    first choice of its prompt, with which the usage counts that prompt. ``completion_tokens``, ``offset``:
+    tokens and length of the text read so far."""
 
     index: int
     prompt: tuple[int, ...]
