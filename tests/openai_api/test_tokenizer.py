@@ -209,7 +209,8 @@ def test_stop_strings_cost_a_constant_number_of_steps_a_character() -> None:
 TEMPLATE = """{% for m in messages %}[{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}]{{ m.content }}{%
 for c in m.tool_calls or [] %}<{{ c.function.name }} {{ c.function.arguments.x }}>{% endfor %}{%
 if m.role == 'bad' %}{{ raise_exception('no bad role') }}{% endif %}{% endfor %}{%
-if tools %}T{{ tools | length }}{% endif %}{{ mood or '' }}{% if add_generation_prompt %}[assistant]{% endif %}"""
+if tools %}T{{ tools | length }}{% endif %}{{ mood or '' }}{%
+if add_generation_prompt %}[assistant]{% endif %}"""
 
 
 class TemplatedBytes(ByteTokenizer):
