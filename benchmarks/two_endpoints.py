@@ -1,6 +1,6 @@
 """The server's OpenAI API and an edge's, asked the same: ``python benchmarks/two_endpoints.py``.
 
-A hundred request bodies (chats, tool turns, stop strings and tokens, special tokens, Unicode, lists,
+A hundred requests (chats, tool turns, stop strings and tokens, special tokens, Unicode, lists,
 several choices, log-probabilities, invalid ones) go to both endpoints of one target, streamed and whole.
 Status, text, finish and stop reason, token ids, log-probabilities, counts and errors must be equal. The edge
 drafts with the bundled draft model, and once more with n-grams. Prints a table and one JSON line.
@@ -57,7 +57,7 @@ INVALID: tuple[dict[str, Any], ...] = (
 )
 
 
-def bodies(count: int = 100, seed: int = 0) -> list[tuple[str, dict[str, Any]]]:
+def sample_requests(count: int = 100, seed: int = 0) -> list[tuple[str, dict[str, Any]]]:
     """(path, body) of ``count`` requests; about one in ten is invalid."""
     rng = random.Random(seed)
     return [_body(rng, number) for number in range(count)]
@@ -159,7 +159,7 @@ async def compare(
 
 
 async def main(count: int, seed: int) -> int:
-    asked = bodies(count, seed)
+    asked = sample_requests(count, seed)
     settings = ServerSettings(target_id="reference-pair", policy="wispprof", admit="all")
     wrong = 0
     async with running_server(settings) as running, over(make_app(running.server)) as server:
@@ -168,10 +168,10 @@ async def main(count: int, seed: int) -> int:
             async with open_edge(edge_settings) as runtime, over(make_edge_app(runtime)) as edge:
                 differing = await compare(server, edge, asked)
             wrong += len(differing)
-            print(f"drafter {drafter:8} {count} bodies, {len(differing)} answered differently")
+            print(f"drafter {drafter:8} {count} requests, {len(differing)} answered differently")
             for number, one, other in differing:
                 print(json.dumps(asked[number]), json.dumps(one), json.dumps(other), sep="\n  ")
-    print(json.dumps({"benchmark": "two_endpoints", "bodies": count, "seed": seed, "different": wrong}))
+    print(json.dumps({"benchmark": "two_endpoints", "requests": count, "seed": seed, "different": wrong}))
     return wrong
 
 

@@ -1,4 +1,4 @@
-"""The server's OpenAI API and the edge's give the same answers to the same bodies."""
+"""The server's OpenAI API and the edge's give the same answers to the same requests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 from fake_pair import fake_runtime
 
-from benchmarks.two_endpoints import bodies, compare, over
+from benchmarks.two_endpoints import compare, over, sample_requests
 from wispprof.edge.local_api import make_edge_app
 from wispprof.openai_api import ChatTokenizer
 from wispprof.openai_api.tokenizer import ByteTokenizer
@@ -77,8 +77,8 @@ async def endpoints() -> AsyncIterator[tuple[httpx.AsyncClient, httpx.AsyncClien
             yield server, edge
 
 
-async def test_the_same_answers_to_a_hundred_bodies() -> None:
-    asked = bodies(100)
+async def test_the_same_answers_to_a_hundred_requests() -> None:
+    asked = sample_requests(100)
     async with endpoints() as (server, edge):
         differing = await compare(server, edge, asked)
         assert not differing, (asked[differing[0][0]], *differing[0])

@@ -1,4 +1,4 @@
-"""Every field of the request bodies of OpenAI and vLLM is honoured, refused or ignored, on both routes."""
+"""Every field of the requests of OpenAI and vLLM is honoured, refused or ignored, on both routes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wispprof.openai_api.request_fields import CHAT, COMPLETIONS, FIELDS, Reques
 
 MODELS = {CHAT: ChatCompletionRequest, COMPLETIONS: CompletionRequest}
 PATHS = {CHAT: "/v1/chat/completions", COMPLETIONS: "/v1/completions"}
-BODIES: dict[str, dict[str, Any]] = {
+LEAST: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "abc"}]},
     COMPLETIONS: {"prompt": "abc"},
 }
@@ -85,7 +85,7 @@ def fields(use: str) -> list[Any]:
 async def ask(endpoint: str, body: dict[str, Any]) -> tuple[httpx.Response, ScriptedBackend]:
     backend = ScriptedBackend("hello!")
     async with api(backend) as client:
-        return await client.post(PATHS[endpoint], json={**BODIES[endpoint], **body}), backend
+        return await client.post(PATHS[endpoint], json={**LEAST[endpoint], **body}), backend
 
 
 async def effect(endpoint: str, body: dict[str, Any]) -> Any:
@@ -110,7 +110,7 @@ async def test_an_honoured_field_changes_what_it_should(field: RequestField, end
 
 
 @pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS])
-def test_the_bodies_have_exactly_the_honoured_fields(endpoint: str) -> None:
+def test_the_models_have_exactly_the_honoured_fields(endpoint: str) -> None:
     honoured = {field.name for field in FIELDS if field.use == "honoured" and endpoint in field.endpoints}
     assert set(MODELS[endpoint].model_fields) == honoured
     assert honoured <= set(CHANGES)
@@ -295,7 +295,7 @@ async def test_invalid_chats(body: dict[str, Any], param: str) -> None:
         b'{"prompt": ' + b"[" * 10_000,
     ],
 )
-async def test_bodies_that_are_no_json_objects(data: bytes) -> None:
+async def test_what_is_no_json_objects(data: bytes) -> None:
     async with api(ScriptedBackend()) as client:
         response = await client.post("/v1/completions", content=data)
     assert response.status_code == 400

@@ -109,9 +109,9 @@ async def test_headers_and_heartbeats_come_before_the_first_token() -> None:
         async with asyncio.timeout(20):
             await app(scope, receive, send)
     assert sent[0]["status"] == 200
-    bodies = [one.get("body", b"") for one in sent[1:]]
-    assert all(one.startswith(b": ") and one.endswith(b"\n\n") for one in bodies[:3])
-    text = b"".join(bodies).decode()
+    chunks = [one.get("body", b"") for one in sent[1:]]
+    assert all(one.startswith(b": ") and one.endswith(b"\n\n") for one in chunks[:3])
+    text = b"".join(chunks).decode()
     assert text.index('"he"') > text.rindex(": no token yet")
     assert text.endswith("data: [DONE]\n\n")
 

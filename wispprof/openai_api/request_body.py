@@ -1,4 +1,4 @@
-"""Bodies of the OpenAI routes, parsed and checked. All of it may run in a thread."""
+"""Requests of the OpenAI routes, parsed and checked. All of it may run in a thread."""
 
 from __future__ import annotations
 

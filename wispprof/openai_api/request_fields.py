@@ -1,4 +1,4 @@
-"""Every field of OpenAI's and vLLM's request bodies: honoured, refused, or ignored.
+"""Every field of OpenAI's and vLLM's requests: honoured, refused, or ignored.
 
 Only fields that cannot change the text are ignored. A refused field is accepted with a value that changes
 nothing. Any field that is not in the table is refused.
