@@ -3,7 +3,8 @@
 A hundred requests (chats, tool turns, stop strings and tokens, special tokens, Unicode, lists,
 several choices, log-probabilities, invalid ones) go to both endpoints of one target, streamed and whole.
 Status, text, finish and stop reason, token ids, log-probabilities (within 0.001), counts and errors must be
-equal. The edge drafts with the bundled draft model, and once more with n-grams. Prints a table and one JSON line.
+equal. The edge drafts with the bundled draft model, and once more with n-grams. Prints a table and one JSON
+line.
 """
 
 from __future__ import annotations
