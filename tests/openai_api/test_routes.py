@@ -29,6 +29,11 @@ async def test_defaults_of_the_backend_and_fields_of_the_request() -> None:
     asked = backend.requests[-1]
     assert (asked.max_new, asked.slo, asked.stop_tokens) == (61, Slo(5.0, 80.0), ())
     assert asked.sampling.top_k == 0
+    backend.default_slo = Slo.of(None)
+    await complete(backend, ttft_ms=80.0)
+    assert backend.requests[-1].slo == Slo(1.0, 80.0, best_effort=True)
+    await complete(backend, tokens_per_s=1.0)
+    assert backend.requests[-1].slo == Slo(1.0)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import pydantic_core
@@ -112,10 +113,11 @@ class RequestBody(BaseModel, ABC):
                 raise ApiError(f"stream_options.{name[:100]} is not supported.", param="stream_options")
 
     def slo(self, default: Slo) -> Slo:
-        return Slo(
-            self.tokens_per_s or default.tokens_per_s,
-            default.ttft_ms if self.ttft_ms is None else self.ttft_ms,
-        )
+        """The SLO asked for; what is not given is as in ``default``."""
+        ttft_ms = default.ttft_ms if self.ttft_ms is None else self.ttft_ms
+        if self.tokens_per_s is None:
+            return replace(default, ttft_ms=ttft_ms)
+        return Slo(self.tokens_per_s, ttft_ms)
 
     def sampling(
         self,
