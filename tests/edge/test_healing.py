@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from itertools import pairwise
 
+import httpx
 import pytest
 from fake_pair import LETTERS, HashDevice, drafting, edge, in_process, plain, truth
 
 from wispprof import protocol
-from wispprof.edge import Connection, EdgeClient
+from wispprof.edge import Connection, EdgeClient, LinkLost
 from wispprof.edge.edge_runtime import EdgeRuntime
+from wispprof.edge.local_api import make_edge_app
 from wispprof.errors import HandshakeRefused, RuntimeFault, ServerUnreachable
 from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.testing.fake_engine import FakeEngine, FakeTarget
@@ -307,3 +309,22 @@ def test_a_closed_client_refuses_sessions() -> None:
                 await plain(client, PROMPT, 4).run()
 
     run_virtual(main())
+
+
+async def test_the_local_api_reports_health_and_readiness() -> None:
+    async def nobody() -> Connection:
+        raise LinkLost("nobody is there")
+
+    client = edge(nobody)
+    runtime = EdgeRuntime(EdgeSettings(), LETTERS, HashDevice("none"), client)
+    transport = httpx.ASGITransport(make_edge_app(runtime))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+        for fault, status in (
+            (None, "reconnecting"),
+            (ServerUnreachable("No server for 9 s."), "unavailable"),
+        ):
+            client.fault = fault
+            alive, ready = await http.get("/health"), await http.get("/ready")
+            assert (alive.status_code, alive.json()["status"]) == (200, status)
+            assert (ready.status_code, ready.json()["ready"]) == (503, False)
+        assert ready.json()["error"] == "No server for 9 s."
