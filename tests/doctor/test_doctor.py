@@ -166,9 +166,11 @@ def test_models_that_are_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
     def loaded(path: str) -> object:
-        size, tokenizer = {"big": (9, "a"), "small": (1, "a"), "other": (1, "b"), "bare": (1, "")}[path]
+        pairs = {"big": (9, "a"), "small": (1, "a"), "other": (1, "b"), "bare": (1, ""), "base": (1, "a")}
+        size, tokenizer = pairs[path]
         info = SimpleNamespace(id=path, family="llama", parameters=size, tokenizer_hash=tokenizer)
-        return SimpleNamespace(info=info)
+        ends = SimpleNamespace(eos_token="<|end|>" if path == "base" else "<|im_end|>")
+        return SimpleNamespace(info=info, tokenizer=ends)
 
     monkeypatch.setattr(serving_checks, "_load", loaded)
 
@@ -184,6 +186,8 @@ def test_models_that_are_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_fault(one(doctor.models, both("small", "big")), "smaller draft", status="warn")
     assert_fault(one(doctor.tokenizers, both("big", "other")), "different tokenizers")
     assert_fault(one(doctor.tokenizers, both("big", "bare")), "no tokenizer")
+    base = one(doctor.tokenizers, both("big", "base"))
+    assert (base.status, "ends a text with <|im_end|>" in base.message) == ("warn", True)
 
 
 # --- the command ------------------------------------------------------------------------------------

@@ -49,7 +49,8 @@ def models(context: DoctorContext) -> Finding:
 
 def tokenizers(context: DoctorContext) -> Finding:
     """Draft and target use the same tokenizer."""
-    target, draft = (_load(path).info for path in _paths(context))
+    loaded = [_load(path) for path in _paths(context)]
+    target, draft = (one.info for one in loaded)
     for side, info in (("target", target), ("draft", draft)):
         if not info.tokenizer_hash:
             return Finding(
@@ -63,6 +64,14 @@ def tokenizers(context: DoctorContext) -> Finding:
             f"Target and draft have different tokenizers ({target.tokenizer_hash} and "
             f"{draft.tokenizer_hash}); the server will reject the edge.",
             "Choose a draft of the target's family.",
+        )
+    ends = [one.tokenizer.eos_token for one in loaded]
+    if ends[0] != ends[1]:
+        return Finding(
+            "warn",
+            f"Target and draft share a vocabulary, but the target ends a text with {ends[0]} and the draft "
+            f"with {ends[1]}; ends of texts are drafted wrong.",
+            "Prefer a draft that was trained on the target's chat format.",
         )
     return Finding("ok", f"the same on both sides ({target.tokenizer_hash})")
 

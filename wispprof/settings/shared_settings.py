@@ -45,10 +45,16 @@ class SamplingSettings(Settings):
     top_p: float = setting(1.0, "Nucleus; 1 switches it off.", minimum=0.01, maximum=1)
     top_k: int = setting(0, "Number of most likely tokens; 0 switches it off.", minimum=0)
     seed: int = setting(0, "Seed; the same seed gives the same text.", minimum=0)
+    min_p: float = setting(
+        0.0,
+        "Least probability of a token, as a share of the likeliest one's; 0 switches it off.",
+        minimum=0,
+        maximum=1,
+    )
 
     def sampling(self, offset: int = 0) -> Sampling:
         """The same for one request; ``offset`` is added to the seed."""
-        return Sampling(self.temperature, self.top_k, self.top_p, self.seed + offset)
+        return Sampling(self.temperature, self.top_k, self.top_p, self.seed + offset, self.min_p)
 
 
 @dataclass(frozen=True, slots=True)
