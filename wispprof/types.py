@@ -65,12 +65,10 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        ranges = 0 <= self.temperature < np.inf and 0 < self.top_p <= 1 and 0 <= self.min_p <= 1
-        if not ranges or self.top_k < 0:
-            raise ValueError(
-                "sampling needs finite temperature >= 0, 0 < top_p <= 1, top_k >= 0 and 0 <= min_p <= 1, got "
-                f"{self.temperature}, {self.top_p}, {self.top_k}, {self.min_p}"
-            )
+        shares = 0 < self.top_p <= 1 and 0 <= self.min_p <= 1
+        if not (shares and 0 <= self.temperature < np.inf and self.top_k >= 0):
+            needs = "finite temperature >= 0, 0 < top_p <= 1, top_k >= 0 and 0 <= min_p <= 1"
+            raise ValueError(f"sampling needs {needs}, got {self}")
 
 
 @dataclass(frozen=True, slots=True)
