@@ -63,6 +63,9 @@ A response holds, beside OpenAI's fields, `metrics` in the form of vLLM's per-re
 `num_spec_steps`, `num_accepted_draft_tokens`, `num_draft_tokens`, `num_spec_tokens`). An edge adds
 `wispprof`, the statistics of the request. In a stream both come with the last chunk of a choice. With
 several choices each choice has its own.
+
+An edge's `/metrics` has the counters `vllm:spec_decode_num_drafts`, `…_num_draft_tokens`,
+`…_num_accepted_tokens` and `…_num_accepted_tokens_per_pos` too, which `vllm bench serve` reads.
 """
 
 

@@ -21,6 +21,7 @@ WispprofError
 └── RuntimeFault             serving
     ├── ProtocolError        a frame that breaks the wire contract
     ├── HandshakeRefused     version, model, tokenizer or key do not match
+    ├── RequestRefused       the server does not take this request, now or later
     ├── ServerBusy           not now; carries ``retry_ms``
     └── ServerUnreachable    no server answered in the stated time
 """
@@ -145,6 +146,15 @@ class ProtocolError(RuntimeFault):
 
 class HandshakeRefused(RuntimeFault):
     """Protocol version, model, tokenizer or key do not match."""
+
+
+class RequestRefused(RuntimeFault):
+    """The server does not take this request; waiting does not help. ``code``: see
+    :class:`~wispprof.protocol.Problem`."""
+
+    def __init__(self, message: str, code: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.code = code
 
 
 class ServerBusy(RuntimeFault):

@@ -13,7 +13,7 @@ from msgspec import structs
 from wispprof import protocol
 from wispprof.edge import Connection, LinkLost, server_url, websocket_connections
 from wispprof.edge.connection import RttMeter
-from wispprof.errors import HandshakeRefused, RuntimeFault, ServerUnreachable
+from wispprof.errors import HandshakeRefused, RequestRefused, ServerUnreachable
 from wispprof.server.process import running_server
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.settings.shared_settings import LinkModel, LinkSettings, ServerAccess
@@ -119,8 +119,9 @@ async def test_a_wrong_protocol_version_is_refused(caplog: pytest.LogCaptureFixt
 
 async def test_a_request_beyond_the_context_is_refused_alone() -> None:
     async with hash_server() as running, edge(websocket_connections(running.split_url)) as client:
-        with pytest.raises(RuntimeFault, match="refused this request"):
+        with pytest.raises(RequestRefused, match="refused this request") as refused:
             await drafting(client, [1] * 5000, max_new=8).run()
+        assert refused.value.code == "limit"
         fine = drafting(client, PROMPTS[0], max_new=8, draft_ms=0.1)
         await fine.run()
         assert list(fine.output) == truth(PROMPTS[0], 8)

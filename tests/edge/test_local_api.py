@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -204,6 +205,13 @@ async def test_metrics_and_health() -> None:
         scraped = (await http.get("/metrics")).text
         assert 'wispprof_edge_requests_total{finished="length"} 1.0' in scraped
         assert "wispprof_edge_tokens_total 12.0" in scraped
+        drafts = last["metrics"]["speculative_decoding"]
+        assert f"vllm:spec_decode_num_drafts_total {drafts['num_spec_steps']:.1f}" in scraped
+        assert f"vllm:spec_decode_num_draft_tokens_total {drafts['num_draft_tokens']:.1f}" in scraped
+        accepted = drafts["num_accepted_draft_tokens"]
+        assert f"vllm:spec_decode_num_accepted_tokens_total {accepted:.1f}" in scraped
+        by_position = re.findall(r"per_pos_total.position=.\d+.. (\d+)", scraped)
+        assert sum(map(int, by_position)) == accepted > 0
         assert "wispprof_edge_link_up 1.0" in scraped
         assert (await http.get("/health")).json()["link"] is True
 

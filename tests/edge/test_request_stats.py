@@ -6,8 +6,9 @@ import pytest
 from fake_pair import fake_runtime
 
 from wispprof.edge.edge_runtime import Prompt
-from wispprof.edge.request_stats import EnergyShares
+from wispprof.edge.request_stats import EnergyShares, RequestStats
 from wispprof.hardware import EnergyMeter, EnergyReading
+from wispprof.sessions.draft_buffer import CommitEffect
 from wispprof.types import Sampling
 
 
@@ -96,3 +97,21 @@ async def test_an_answer_tells_its_energy() -> None:
             pass
         assert silent.stats.summary()["energy_j_per_token"] is None
         assert "J/token" not in silent.stats.line()
+
+
+def test_acceptance_in_vllms_form() -> None:
+    stats = RequestStats()
+    assert stats.speculative_decoding() is None
+    stats.commit(CommitEffect((1,)), 1.0, 0)  # the first token counts no round
+    for drafted, accepted in ((4, 4), (4, 0), (2, 1), (0, 0), (4, 2)):
+        effect = CommitEffect((1,) * (accepted + 1), accepted=accepted)
+        stats.commit(effect, 2.0, drafted)
+    assert stats.speculative_decoding() == {
+        "mean_acceptance_length": 1.0 + 7 / 4,
+        "draft_acceptance_rate": 7 / 14,
+        "acceptance_histogram": [1, 1, 1, 0, 1],
+        "num_spec_steps": 4,
+        "num_accepted_draft_tokens": 7,
+        "num_draft_tokens": 14,
+        "num_spec_tokens": 4,
+    }

@@ -10,7 +10,14 @@ import httpx
 import pytest
 from scripted_backend import END, ScriptedBackend, api, chat, complete, events
 
-from wispprof.errors import EngineError, RuntimeFault, ServerBusy, ServerUnreachable, WispprofError
+from wispprof.errors import (
+    EngineError,
+    RequestRefused,
+    RuntimeFault,
+    ServerBusy,
+    ServerUnreachable,
+    WispprofError,
+)
 from wispprof.openai_api.routes import StreamTiming
 from wispprof.types import GenerationDefaults, Slo, TokenChunk
 
@@ -43,6 +50,7 @@ async def test_defaults_of_the_backend_and_fields_of_the_request() -> None:
         (ServerBusy("later", 2500.0), 429),
         (ServerUnreachable("gone"), 503),
         (RuntimeFault("broken"), 502),
+        (RequestRefused("too long", "limit"), 400),
         (EngineError("impossible"), 400),
     ],
 )

@@ -22,7 +22,7 @@ from wispprof.edge.client import EdgeClient
 from wispprof.edge.connection import Traffic
 from wispprof.edge.draft_worker import DraftStep, DraftWorker
 from wispprof.edge.request_stats import RequestStats
-from wispprof.errors import RuntimeFault, ServerBusy, ServerUnreachable, SettingsError
+from wispprof.errors import RequestRefused, RuntimeFault, ServerBusy, ServerUnreachable, SettingsError
 from wispprof.policies.interface import Controller
 from wispprof.sessions.draft_buffer import DraftBuffer
 from wispprof.sessions.edge_session import EdgeSession
@@ -345,6 +345,8 @@ class Generation:
                 self.failed(ServerBusy(message, retry_ms, "Ask for less speed, or later."))
             elif busy or (code == "limit" and retry_ms):
                 self.failed(ServerBusy(message, retry_ms))
+            elif code in ("limit", "frame"):
+                self.failed(RequestRefused(f"The server refused this request: {message}", code))
             else:
                 self.failed(RuntimeFault(f"The server refused this request: {message}"))
             return

@@ -325,6 +325,16 @@ class EdgeMetrics:
         self._requests = counter("requests", "Finished requests.", "finished")
         self._obstacles = counter("undrafted_requests", "Requests without accepted drafts.", "reason")
         self._sums = [(counter(name, text), value) for name, (text, value) in _SUMS.items()]
+        # By vLLM's names, which `vllm bench serve` reads before and after a run.
+        vllm = "vllm:spec_decode_num"
+        self._vllm = [
+            Counter(f"{vllm}_drafts", "Rounds with drafts.", registry=registry),
+            Counter(f"{vllm}_draft_tokens", "Drafts verified.", registry=registry),
+            Counter(f"{vllm}_accepted_tokens", "Drafts accepted.", registry=registry),
+        ]
+        self._vllm_by_position = Counter(
+            f"{vllm}_accepted_tokens_per_pos", "Drafts accepted.", ["position"], registry=registry
+        )
         self._ttft = seconds("ttft", "First token.")
         self._tpot = seconds("tpot", "Mean time per later token.")
         self._link = [
@@ -347,6 +357,11 @@ class EdgeMetrics:
             self._obstacles.labels(obstacle).inc()
         for total, value in self._sums:
             total.inc(value(stats))
+        rounds = stats.offered_by_position[0] if stats.offered_by_position else 0
+        for total, count in zip(self._vllm, (rounds, stats.verified_drafts, stats.accepted), strict=True):
+            total.inc(count)
+        for position, count in enumerate(stats.accepted_by_position):
+            self._vllm_by_position.labels(str(position)).inc(count)
         for histogram, ms in ((self._ttft, stats.ttft_ms), (self._tpot, stats.tpot_ms)):
             if ms is not None:
                 histogram.observe(ms / 1000.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from wispprof.errors import RuntimeFault, ServerBusy, ServerUnreachable, WispprofError
+from wispprof.errors import RequestRefused, RuntimeFault, ServerBusy, ServerUnreachable, WispprofError
 
 _UNREACHABLE_RETRY_MS = 5_000.0
 
@@ -35,6 +35,8 @@ class ApiError(WispprofError):
         """``err`` with the status that it has over HTTP."""
         if isinstance(err, ApiError):
             return err
+        if isinstance(err, RequestRefused):
+            return cls(str(err), 400, code=err.code)
         if isinstance(err, ServerBusy):
             return cls(str(err), 429, retry_ms=err.retry_ms)
         if isinstance(err, ServerUnreachable):
