@@ -145,7 +145,12 @@ class ProtocolError(RuntimeFault):
 
 
 class HandshakeRefused(RuntimeFault):
-    """Protocol version, model, tokenizer or key do not match."""
+    """Protocol version, model, tokenizer or key do not match. ``code``: see
+    :class:`~wispprof.protocol.Problem`."""
+
+    def __init__(self, message: str, hint: str = "", code: str = "hello") -> None:
+        super().__init__(message, hint)
+        self.code = code
 
 
 class RequestRefused(RuntimeFault):

@@ -19,7 +19,15 @@ PROTOCOL_VERSION = 3
 MAX_FRAME_BYTES = 1 << 20
 MAX_DRAFTS = 64
 
+MAX_STOP_TOKENS = 256
+MAX_NAME = 512
+
 Position = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+SessionNumber = Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 31)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
+Milliseconds = Annotated[float, msgspec.Meta(ge=-1e12, le=1e12)]
+Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
+Key = Annotated[str, msgspec.Meta(max_length=4096)]
 Int64 = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
@@ -29,12 +37,12 @@ class Hello(msgspec.Struct, tag="h", array_like=True, frozen=True):
     ``identity``: that of the target whose sessions this edge wants to continue.
     """
 
-    protocol: int
-    tokenizer: str
-    target: str = ""
-    key: str = ""
-    edge: str = ""
-    identity: str = ""
+    protocol: Int64
+    tokenizer: Name
+    target: Name = ""
+    key: Key = ""
+    edge: Name = ""
+    identity: Name = ""
 
 
 class Welcome(msgspec.Struct, tag="w", array_like=True, frozen=True):
@@ -44,29 +52,29 @@ class Welcome(msgspec.Struct, tag="w", array_like=True, frozen=True):
     are the target's, as in :class:`~wispprof.types.ServedModel`.
     """
 
-    protocol: int
+    protocol: Int64
     target: str
     tokenizer: str
-    max_context: int
-    max_drafts: int
+    max_context: Position
+    max_drafts: Count
     stream: bool
-    load_level: int = 0
+    load_level: Count = 0
     plan: str = ""
     identity: str = ""
-    stop_tokens: list[int] = []
+    stop_tokens: list[Position] = []
     chat_template: str = ""
     temperature: float = 1.0
-    top_k: int = 0
+    top_k: Position = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    vocab_size: int = 0
+    vocab_size: Position = 0
 
 
 class OpenPart(msgspec.Struct, tag="q", array_like=True, frozen=True):
     """Leading tokens of a session that is too long for one frame. They stand before those of the
     session's further parts and of its :class:`Open`, which follow on the same connection."""
 
-    session: int
+    session: SessionNumber
     tokens: list[int]
 
 
@@ -80,21 +88,21 @@ class Open(msgspec.Struct, tag="o", array_like=True, frozen=True):
     :class:`~wispprof.types.Sampling`.
     """
 
-    session: int
+    session: SessionNumber
     tokens: list[int]
-    max_new: int
-    generated: int = 0
+    max_new: Int64
+    generated: Int64 = 0
     tokens_per_s: float = 0.0
     ttft_ms: float | None = None
     temperature: float = 0.0
-    top_k: int = 0
+    top_k: Int64 = 0
     top_p: float = 1.0
     seed: Int64 = 0
     stop: list[int] = []
     undrafted: bool = False
     min_p: float = 0.0
-    min_new: int = 0
-    logprobs: int | None = None
+    min_new: Int64 = 0
+    logprobs: Int64 | None = None
 
 
 class Draft(msgspec.Struct, tag="d", array_like=True, frozen=True):
@@ -105,7 +113,7 @@ class Draft(msgspec.Struct, tag="d", array_like=True, frozen=True):
     has left, from the frame's arrival, before this round must be answered.
     """
 
-    session: int
+    session: SessionNumber
     epoch: Position
     base: Position
     tokens: Annotated[list[int], msgspec.Meta(max_length=MAX_DRAFTS)]
@@ -119,15 +127,15 @@ class Commit(msgspec.Struct, tag="c", array_like=True, frozen=True):
     ``finished``: "" while the session goes on, else ``stop``, ``length`` or ``context``. ``logprobs``: one
     per token, if the session asked for them."""
 
-    session: int
-    epoch: int
-    committed_len: int
-    tokens: list[int]
-    accepted: int
-    drafted: int
-    queue_ms: float
-    verify_ms: float
-    load_level: int = 0
+    session: SessionNumber
+    epoch: Position
+    committed_len: Position
+    tokens: list[Position]
+    accepted: Count
+    drafted: Count
+    queue_ms: Milliseconds
+    verify_ms: Milliseconds
+    load_level: Count = 0
     finished: str = ""
     logprobs: list[TokenLogprob] = []
 
@@ -135,7 +143,7 @@ class Commit(msgspec.Struct, tag="c", array_like=True, frozen=True):
 class Close(msgspec.Struct, tag="x", array_like=True, frozen=True):
     """The edge ends a session; the server releases all it holds."""
 
-    session: int
+    session: SessionNumber
 
 
 class Problem(msgspec.Struct, tag="p", array_like=True, frozen=True):
@@ -146,27 +154,27 @@ class Problem(msgspec.Struct, tag="p", array_like=True, frozen=True):
     would be admitted, 0 if speed is not the reason.
     """
 
-    session: int
+    session: SessionNumber
     code: str
     message: str
-    retry_ms: float = 0.0
+    retry_ms: Milliseconds = 0.0
     tokens_per_s: float = 0.0
 
 
 class Ping(msgspec.Struct, tag="i", array_like=True, frozen=True):
     """Link measurement. The server answers at once with ``reply_bytes`` of payload."""
 
-    number: int
+    number: Int64
     payload: bytes = b""
-    reply_bytes: int = 0
+    reply_bytes: Int64 = 0
 
 
 class Pong(msgspec.Struct, tag="j", array_like=True, frozen=True):
     """``socket_wait_ms``: time the ping probably waited unread; subtract it from the round trip."""
 
-    number: int
+    number: Int64
     payload: bytes = b""
-    socket_wait_ms: float = 0.0
+    socket_wait_ms: Milliseconds = 0.0
 
 
 EdgeFrame = Hello | OpenPart | Open | Draft | Close | Ping
@@ -236,7 +244,7 @@ def _decode(decoder: msgspec.msgpack.Decoder[_F], data: bytes) -> _F:
         )
     try:
         return decoder.decode(data)
-    except (msgspec.DecodeError, ValueError, RecursionError) as err:  # ValueError: invalid UTF-8
+    except (msgspec.MsgspecError, ValueError, RecursionError, MemoryError) as err:
         raise ProtocolError(f"Malformed frame: {err}.", "Use a client of the same protocol version.") from err
 
 

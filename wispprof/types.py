@@ -31,8 +31,8 @@ class Slo:
     best_effort: bool = False
 
     def __post_init__(self) -> None:
-        if not self.tokens_per_s > 0:
-            raise ValueError(f"tokens_per_s must be positive, got {self.tokens_per_s}")
+        if not (0 < self.tokens_per_s < np.inf and (self.ttft_ms is None or 0 < self.ttft_ms < np.inf)):
+            raise ValueError(f"tokens_per_s and ttft_ms must be positive and finite, got {self}")
 
     @classmethod
     def of(cls, tokens_per_s: float | None, ttft_ms: float | None = None) -> Slo:
@@ -65,10 +65,13 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        shares = 0 < self.top_p <= 1 and 0 <= self.min_p <= 1
-        if not (shares and 0 <= self.temperature < np.inf and self.top_k >= 0):
-            needs = "finite temperature >= 0, 0 < top_p <= 1, top_k >= 0 and 0 <= min_p <= 1"
-            raise ValueError(f"sampling needs {needs}, got {self}")
+        ranges = 0 <= self.temperature < np.inf and 0 < self.top_p <= 1 and 0 <= self.min_p <= 1
+        whole = 0 <= self.top_k < 1 << 31 and -(1 << 63) <= self.seed < 1 << 63
+        if not (ranges and whole and 0 <= (self.logprobs or 0) <= 20):
+            raise ValueError(
+                "sampling needs finite temperature >= 0, 0 < top_p <= 1, 0 <= min_p <= 1, 0 <= top_k < 2**31,"
+                f" a seed of 64 bits and logprobs <= 20, as OpenAI; got {self}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +92,8 @@ class GenerationRequest:
 
 
 class TokenLogprob(NamedTuple):
-    """Log-probability of a decided token, and the likeliest tokens there, most likely first.
-
-    Both are of the target's raw logits: no temperature, no filters (as vLLM's ``raw_logprobs``).
-    """
+    """Log-probability of a decided token, and the likeliest tokens there, most likely first. Both are of
+    the target's raw logits: no temperature, no filters (as vLLM's ``raw_logprobs``)."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()

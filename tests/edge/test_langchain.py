@@ -25,7 +25,7 @@ async def test_chat_openai_streams_with_stop_strings_seed_and_max_tokens() -> No
             def model(**more: object):  # type: ignore[no-untyped-def]
                 return langchain_openai.ChatOpenAI(
                     model=runtime.model,
-                    base_url="http://edge/v1",
+                    base_url="http://localhost/v1",
                     api_key="none",
                     http_async_client=http,
                     temperature=0.9,

@@ -28,7 +28,7 @@ from wispprof.types import Sampling
 
 def over(app: object) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(app)  # type: ignore[arg-type]
-    return httpx.AsyncClient(transport=transport, base_url="http://edge")
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
 
 @asynccontextmanager
@@ -38,7 +38,7 @@ async def api(kind: str = "model", policy: str = "wispprof") -> AsyncIterator[ht
 
 
 def openai_client(http: httpx.AsyncClient) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(api_key="none", base_url="http://edge/v1", http_client=http)
+    return openai.AsyncOpenAI(api_key="none", base_url="http://localhost/v1", http_client=http)
 
 
 async def test_the_openai_client_completes_streamed_and_whole() -> None:

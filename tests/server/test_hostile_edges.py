@@ -214,7 +214,7 @@ async def test_two_hundred_connections_vanish_mid_round() -> None:
 
 async def test_a_slow_reader_is_disconnected_and_delays_nobody() -> None:
     engine = FakeEngine(VOCAB)
-    options = ServerSettings(policy="fcfs", backlog_frames=16)
+    options = ServerSettings(policy="fcfs")  # 16 pongs fill a megabyte
     async with running_server(options, engine=engine, model=engine.served) as running:
         async with connect(running.split_url, compression=None, max_queue=1) as slow:
             await slow.send(protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, "")))

@@ -104,15 +104,15 @@ def test_scheduled_sessions_fit(kinds, free: int, kept: int) -> None:
 
 def test_the_prefix_cache_evicts_by_use_number_and_time() -> None:
     kept = PrefixCache(max_sessions=2, ttl_ms=100.0)
-    assert kept.insert("tiny", [1], 0.0) == ["tiny"]
-    assert kept.insert("a", list(range(10)), 0.0) == []
-    assert kept.insert("b", list(range(20)), 1.0) == ["a"]
-    assert kept.insert("c", [9] * 10, 2.0) == []
-    found = kept.find([*range(15), 99, 99])
+    assert kept.insert("tiny", "", [1], 0.0) == ["tiny"]
+    assert kept.insert("a", "", list(range(10)), 0.0) == []
+    assert kept.insert("b", "", list(range(20)), 1.0) == ["a"]
+    assert kept.insert("c", "", [9] * 10, 2.0) == []
+    found = kept.find("", [*range(15), 99, 99])
     assert found is not None
     assert (found.session, found.length, found.whole) == ("b", 15, False)
-    assert kept.insert("d", [8] * 10, 3.0) == ["c"]
-    assert kept.find([7, 7]) is None
+    assert kept.insert("d", "", [8] * 10, 3.0) == ["c"]
+    assert kept.find("", [7, 7]) is None
     assert kept.pop_expired(101.5) == ["b"]
     assert kept.tokens == 10
 

@@ -22,7 +22,8 @@ from wispprof.cli import serve as command
 from wispprof.errors import EngineError, WispprofError
 from wispprof.server import VerificationServer, running_server
 from wispprof.server.dashboard import dashboard_table
-from wispprof.server.process import JsonLines, bind, configure_logging
+from wispprof.server.logs import JsonLines, configure_logging
+from wispprof.server.web_server import bind
 from wispprof.settings.fields import declared
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeDrafter, FakeEngine

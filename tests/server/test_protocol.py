@@ -11,24 +11,46 @@ from hypothesis import strategies as st
 
 from wispprof import protocol
 from wispprof.errors import ProtocolError
+from wispprof.types import TokenLogprob
 
-ints = st.integers(-(1 << 40), 1 << 40)
+int64 = st.integers(-(1 << 63), (1 << 63) - 1)
+numbers = st.integers(-(1 << 31), (1 << 31) - 1)
 positions = st.integers(0, (1 << 31) - 1)
+counts = st.integers(0, 1 << 20)
 tokens = st.lists(st.integers(0, 1 << 20), max_size=20)
 floats = st.floats(allow_nan=False)
+times = st.floats(-1e12, 1e12)
+names = st.text(max_size=50)
+logprobs = st.lists(
+    st.builds(TokenLogprob, floats, st.lists(st.tuples(positions, floats), max_size=3).map(tuple)), max_size=3
+)
 
 edge_frames = st.one_of(
-    st.builds(protocol.Hello, ints, st.text(), st.text(), st.text(), st.text()),
-    st.builds(protocol.Open, ints, tokens, ints, ints, floats, st.none() | floats),
-    st.builds(protocol.Draft, ints, positions, positions, tokens, st.binary(max_size=20), floats, floats),
-    st.builds(protocol.Close, ints),
-    st.builds(protocol.Ping, ints, st.binary(max_size=50), ints),
+    st.builds(protocol.Hello, int64, names, names, names, names, names),
+    st.builds(protocol.Open, numbers, tokens, int64, int64, floats, st.none() | floats),
+    st.builds(protocol.OpenPart, numbers, tokens),
+    st.builds(protocol.Draft, numbers, positions, positions, tokens, st.binary(max_size=20), floats, floats),
+    st.builds(protocol.Close, numbers),
+    st.builds(protocol.Ping, int64, st.binary(max_size=50), int64),
 )
 server_frames = st.one_of(
-    st.builds(protocol.Welcome, ints, st.text(), st.text(), ints, ints, st.booleans()),
-    st.builds(protocol.Commit, ints, ints, ints, tokens, ints, ints, floats, floats, ints, st.text()),
-    st.builds(protocol.Problem, ints, st.text(), st.text(), floats, floats),
-    st.builds(protocol.Pong, ints, st.binary(max_size=50)),
+    st.builds(protocol.Welcome, int64, names, names, positions, counts, st.booleans()),
+    st.builds(
+        protocol.Commit,
+        numbers,
+        positions,
+        positions,
+        tokens,
+        counts,
+        counts,
+        times,
+        times,
+        counts,
+        names,
+        logprobs,
+    ),
+    st.builds(protocol.Problem, numbers, names, names, times, floats),
+    st.builds(protocol.Pong, int64, st.binary(max_size=50)),
 )
 
 
@@ -46,6 +68,38 @@ def test_server_frames_round_trip(frame: protocol.ServerFrame) -> None:
 def test_random_bytes_are_a_protocol_error_or_a_frame(data: bytes) -> None:
     with contextlib.suppress(ProtocolError):
         assert isinstance(protocol.decode_edge(data), protocol.EdgeFrame)
+    with contextlib.suppress(ProtocolError):
+        assert isinstance(protocol.decode_server(data), protocol.ServerFrame)
+
+
+HELLO = protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, "tok"))
+COMMIT = protocol.encode(protocol.Commit(0, 0, 5, [1], 0, 0, 1.0, 1.0, 0, "stop"))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        HELLO.replace(b"tok", b"t\xffk"),  # not UTF-8
+        COMMIT.replace(b"stop", b"st\xffp"),
+        b"\x92\xa1\xff\x00",  # nor the tag
+        b"\x93\xa1o\x00\xdd\xff\xff\xff\xff\x01",  # 4 billion tokens announced
+        b"\xdd\xff\xff\xff\xff\xa1c\x00",
+        b"\x93\xa1h\x03\xdb\xff\xff\xff\xffabc",
+        b"\x93\xa1q\x00" + b"\x91" * 100_000,  # nested 100,000 deep
+        b"\x92\xa1x\xcf" + b"\xff" * 8,  # session 2**64 - 1
+        protocol.encode(protocol.Commit(0, 0, 5, [-1], 0, 0, 1.0, 1.0)),
+        protocol.encode(protocol.Commit(0, 0, -5, [1], 0, 0, 1.0, 1.0)),
+        protocol.encode(protocol.Commit(0, 0, 5, [1], -1, 0, 1.0, 1.0)),
+        protocol.encode(protocol.Commit(0, 0, 5, [1], 0, 0, float("nan"), 1.0)),
+        protocol.encode(protocol.Problem(0, "busy", "", float("inf"))),
+        protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, "tok", key="k" * 5000)),
+    ],
+)
+def test_impossible_values_are_a_protocol_error_in_both_directions(data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        protocol.decode_edge(data)
+    with pytest.raises(ProtocolError):
+        protocol.decode_server(data)
 
 
 def test_a_malformed_frame_names_the_fix() -> None:

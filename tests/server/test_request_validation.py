@@ -14,7 +14,7 @@ from websockets.exceptions import ConnectionClosed
 from wispprof import protocol
 from wispprof.errors import HandshakeRefused, ProtocolError, WispprofError
 from wispprof.server import RunningServer, running_server
-from wispprof.server.websocket_endpoint import check_draft, check_hello, check_key, session_request
+from wispprof.server.frame_checks import check_draft, check_hello, check_key, session_request
 from wispprof.settings.server_settings import ServerSettings, read_api_keys
 from wispprof.testing.fake_engine import FakeDrafter, FakeEngine
 from wispprof.types import Sampling, ServedModel

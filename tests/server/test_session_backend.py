@@ -90,7 +90,11 @@ async def test_refusals_state_the_reason(running: RunningServer, client: openai.
     async with httpx.AsyncClient(base_url=running.http_url) as bare:
         assert (await bare.get("/v1/models")).status_code == 401
         wrong = await bare.post("/v1/completions", json={"prompt": 1})
-        assert wrong.status_code == 401  # The key comes before the body.
+        assert wrong.status_code == 401
+        wrong = await bare.post(
+            "/v1/completions", json={"prompt": 1}, headers={"authorization": f"Bearer {KEY}"}
+        )
+        assert wrong.status_code == 400
         assert (await bare.get("/health")).json()["status"] == "ok"
         assert (await bare.get("/ready")).json()["ready"]
 

@@ -32,7 +32,7 @@ def serve(settings: ServerSettings, scaling: ReplicaSettings) -> None:
     signal ends it at once.
     """
     from wispprof.server import serve as run
-    from wispprof.server.process import configure_logging
+    from wispprof.server.logs import configure_logging
 
     for path in (settings.estimator, settings.plan, settings.tls_cert, settings.tls_key):
         if path is not None and not path.exists():

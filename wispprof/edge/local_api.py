@@ -14,7 +14,8 @@ from wispprof.edge.request_stats import EdgeMetrics
 from wispprof.errors import WispprofError
 from wispprof.openai_api import ChatTokenizer
 from wispprof.openai_api.routes import add_openai_routes
-from wispprof.server.process import bind, freeze_garbage_collector
+from wispprof.server.process import freeze_garbage_collector
+from wispprof.server.web_server import bind
 from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.settings.server_settings import is_loopback
 from wispprof.types import GenerationDefaults, GenerationRequest, TokenChunk

@@ -12,6 +12,7 @@ from wispprof.server.step_time_tracker import StepTimeTracker
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.types import BatchCost, GenerationRequest, ServedModel, Slo, StepTimeEstimator
 
+_MAX_TOKEN = 1 << 31
 _BURST_S = 20.0
 _NO_SLO = "omit --slo, or start the server with `serve --admit all`"
 _MAX_TPOT_MS = 60_000.0
@@ -117,6 +118,15 @@ class Admission:
         self._model = model
         self.budget = TokenBudget(settings.tokens_per_key_per_s)
 
+    @property
+    def _context(self) -> int:
+        return min(self._model.max_context, self._manager.kv_total)
+
+    @property
+    def max_prompt(self) -> int:
+        """Longest prompt, in tokens."""
+        return min(self._context - 1, self._settings.max_prompt or self._context)
+
     def check(self, request: GenerationRequest, key: str, now_ms: float, draining: bool) -> GenerationRequest:
         """The request with ``max_new`` cut to what is possible. Raises :class:`Refused`."""
         if draining:
@@ -129,8 +139,7 @@ class Admission:
 
     def _check_request(self, request: GenerationRequest) -> GenerationRequest:
         length = len(request.tokens)
-        context = min(self._model.max_context, self._manager.kv_total)
-        max_prompt = min(context - 1, self._settings.max_prompt or context)
+        context, max_prompt = self._context, self.max_prompt
         if not length:
             raise Refused("frame", "A session needs at least one token.", "Send a prompt.")
         if length > max_prompt:
@@ -145,6 +154,8 @@ class Admission:
                 f"The prompt holds a token outside the vocabulary of {self._model.vocab_size}.",
                 "Use this model's tokenizer.",
             )
+        if request.stop_tokens and not 0 <= min(request.stop_tokens) <= max(request.stop_tokens) < _MAX_TOKEN:
+            raise Refused("frame", "A stop token is no token id.", "Use this model's tokenizer.")
         if not 0 <= request.generated < length:
             raise Refused("frame", f"{length} tokens cannot hold {request.generated} generated ones.")
         if request.max_new <= request.generated:

@@ -15,11 +15,13 @@ from fastapi.responses import JSONResponse
 
 from wispprof import __version__
 from wispprof.openai_api import ApiError, ChatTokenizer
+from wispprof.openai_api.request_guard import RequestGuard
 from wispprof.openai_api.routes import add_openai_routes
 from wispprof.server.admission import Refused
+from wispprof.server.frame_checks import check_key
 from wispprof.server.session import ServerSession
 from wispprof.server.verification_server import VerificationServer
-from wispprof.server.websocket_endpoint import WebSocketEndpoint, check_key
+from wispprof.server.websocket_endpoint import WebSocketEndpoint
 from wispprof.sessions.session_state import CommitResult
 from wispprof.types import GenerationRequest, Slo, TokenChunk
 
@@ -33,6 +35,13 @@ def make_app(server: VerificationServer, lifespan: Any = None) -> FastAPI:
     ``lifespan``: for hosts that let the application start and stop the server.
     """
     app = FastAPI(title="wispprof", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    settings = server.settings
+    app.add_middleware(
+        RequestGuard,
+        accepts_key=(lambda key: check_key(key, settings.api_keys)) if settings.api_keys else None,
+        allowed_hosts=settings.allowed_hosts,
+        max_body_bytes=settings.max_body_bytes,
+    )
 
     @app.websocket("/v1/split")
     async def split(socket: WebSocket) -> None:
@@ -40,13 +49,18 @@ def make_app(server: VerificationServer, lifespan: Any = None) -> FastAPI:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        return JSONResponse({"status": "ok", "version": __version__})
+        body = {"status": server.state, "version": __version__}
+        if server.failure:
+            body["reason"] = server.failure
+        return JSONResponse(body, 503 if server.failure else 200)
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
         body = {
             "ready": server.ready,
+            "status": server.state,
             "target": server.model.id,
+            "identity": server.model.identity,
             "policy": server.policy.name,
             "load_level": server.manager.load_level,
             "sessions": len(server.manager),
@@ -134,7 +148,7 @@ class SessionGeneration:
                 if isinstance(update, Refused):
                     raise update
                 self.finished = update.finished
-                yield TokenChunk(update.tokens)
+                yield TokenChunk(update.tokens, update.logprobs)
         except Refused as err:
             raise _api_error(err) from err
         finally:

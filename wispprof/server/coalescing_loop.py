@@ -27,6 +27,9 @@ Ts = TypeVarTuple("Ts")
 MAX_UNREAD_MESSAGES = 16
 """Messages that may wait for the application before their connection is paused."""
 
+MAX_UNREAD_BYTES = 1 << 16
+"""A message of more bytes pauses its connection at once."""
+
 
 class CoalescingSelector(selectors.DefaultSelector):
     """A selector that leaves events waiting for up to ``max_wait_s`` (0: none) or until woken.
@@ -110,10 +113,18 @@ def run_coalescing(main: Coroutine[Any, Any, T]) -> T:
 class EagerWebSocket(WebSocketsSansIOProtocol):
     """Give it to :class:`uvicorn.Config` as ``ws``."""
 
+    on_lost: Callable[[], None] = staticmethod(lambda: None)
+    """Called when the connection is closed."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.on_lost()
+
     def send_receive_event_to_app(self) -> None:
         # The base class pauses unless ``read_paused``, and resumes once the queue is empty; asyncio
         # accepts resuming what was never paused.
         self.read_paused = True
+        large = sum(map(len, self.frames)) > MAX_UNREAD_BYTES
         super().send_receive_event_to_app()
-        if self.queue.qsize() >= MAX_UNREAD_MESSAGES and not self.close_sent:
+        if (large or self.queue.qsize() >= MAX_UNREAD_MESSAGES) and not self.close_sent:
             self.transport.pause_reading()

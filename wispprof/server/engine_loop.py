@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from wispprof.artifacts.plan import BatchRow, Plan
-from wispprof.errors import OutOfKvMemory
+from wispprof.errors import EngineError, InputRefused, OutOfKvMemory
 from wispprof.policies import BatchPolicy, Limits, StepPlan, make_batch_policy
 from wispprof.server.engine_thread import EngineThread
 from wispprof.server.metrics import Metrics, StepRecord
@@ -162,10 +162,8 @@ class EngineLoop:
         except OutOfKvMemory:
             self._out_of_memory(sessions, shape)
             return
-        except Exception:
-            self.failed_steps += 1
-            log.exception("engine step failed")
-            self._manager.step_failed(sessions)
+        except Exception as err:
+            await self._step_failed(err, sessions, inputs)
             return
         self._kv_margin = 0
         self._audited = False
@@ -177,10 +175,55 @@ class EngineLoop:
         now = self._now_ms()
         committed = 0
         for session, result in zip(sessions, results, strict=True):
-            commit = session.state.apply(result, now)
-            committed += len(commit.tokens)
-            self._manager.committed(session, commit, now, actual_ms)
+            try:
+                commit = session.state.apply(result, now)
+                committed += len(commit.tokens)
+                self._manager.committed(session, commit, now, actual_ms)
+            except Exception:
+                # One session's defect, or its connection's: the others' results are good.
+                log.exception("the commit of a session failed")
+                self._manager.end_failed(session)
         return committed
+
+    async def _step_failed(
+        self, err: Exception, sessions: list[ServerSession], inputs: Sequence[StepInput]
+    ) -> None:
+        """End the session that made the step fail. The others lose nothing: they advance here, or in the
+        next step. Raises :class:`EngineError` if the engine is lost."""
+        self.failed_steps += 1
+        self._metrics.failed_steps.inc()
+        log.error("engine step of %d inputs failed", len(inputs), exc_info=err)
+        if isinstance(err, InputRefused):
+            for session in sessions:
+                session.state.cancel()
+            at_fault = [session for session in sessions if session.name == err.session]
+            for session in at_fault:
+                self._manager.end_failed(session)
+            if at_fault:
+                return
+        if not isinstance(err, EngineError):
+            await self._manager.restore(sessions)
+        if len(sessions) == 1:
+            self._manager.end_failed(sessions[0])
+            if not isinstance(err, EngineError):
+                await self._manager.probe()
+            return
+        middle = len(sessions) // 2
+        for part in (slice(None, middle), slice(middle, None)):
+            await self._verify_part(sessions[part], inputs[part])
+
+    async def _verify_part(self, sessions: list[ServerSession], inputs: Sequence[StepInput]) -> None:
+        """Half of a step that failed, as a step of its own."""
+        try:
+            results, actual_ms = await self._engine_thread.step(inputs)
+        except OutOfKvMemory:
+            for session in sessions:
+                session.state.cancel()
+        except Exception as err:
+            await self._step_failed(err, sessions, inputs)
+        else:
+            self._audited = False
+            self.commit(sessions, results, actual_ms)
 
     def _step_inputs(self, plan: StepPlan) -> tuple[list[ServerSession], list[StepInput]]:
         now = self._now_ms()

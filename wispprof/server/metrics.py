@@ -76,10 +76,14 @@ class Metrics:
         self.bound_coverage = gauge(
             "step_time_bound_coverage", "Share of the last steps under their corrected bound."
         )
+        self.failed_steps = counter("failed_steps", "Engine steps that raised.")
         self.policy_errors = counter(
             "policy_errors", "Steps planned without the policy because it raised.", "kind"
         )
         self.connections = gauge("connections", "Open edge connections.")
+        self.dropped_connections = counter(
+            "connections_dropped", "Connections closed by a limit, by reason.", "reason"
+        )
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens prefilled.")
         self.reused_tokens = counter("prefix_cache_hits", "Prompt tokens whose KV was reused.")
         self.generation_tokens = counter("generation_tokens", "Tokens committed.")

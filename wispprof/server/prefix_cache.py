@@ -23,13 +23,14 @@ class Prefix:
 
 class PrefixCache:
     """Ended sessions whose KV stays for sessions that share their prefix: the next turn of a chat, a
-    resumed generation, a common system prompt. Least recently used first; methods return the sessions
-    that the caller must close."""
+    resumed generation, a common system prompt. Only sessions of the same ``owner`` (API key) share one:
+    otherwise the time to the first token would tell one user what another has asked. Least recently used
+    first; methods return the sessions that the caller must close."""
 
     def __init__(self, max_sessions: int, ttl_ms: float) -> None:
         self._max_sessions = max_sessions
         self._ttl_ms = ttl_ms
-        self._entries: OrderedDict[str, tuple[list[int], float]] = OrderedDict()
+        self._entries: OrderedDict[str, tuple[str, list[int], float]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -41,25 +42,31 @@ class PrefixCache:
 
     def lengths(self) -> dict[str, int]:
         """Cached tokens by session."""
-        return {name: len(tokens) for name, (tokens, _) in self._entries.items()}
+        return {name: len(tokens) for name, (_, tokens, _) in self._entries.items()}
 
-    def insert(self, session: str, tokens: list[int], now_ms: float) -> list[str]:
+    def insert(self, session: str, owner: str, tokens: list[int], now_ms: float) -> list[str]:
         """Add a session that caches exactly ``tokens``; returns the sessions to close instead."""
         if len(tokens) < MIN_REUSE_TOKENS or self._max_sessions < 1:
             return [session]
-        evicted = [name for name, (held, _) in self._entries.items() if tokens[: len(held)] == held]
+        evicted = [
+            name
+            for name, (its_owner, held, _) in self._entries.items()
+            if its_owner == owner and tokens[: len(held)] == held
+        ]
         for name in evicted:
             del self._entries[name]
-        self._entries[session] = (tokens, now_ms + self._ttl_ms)
+        self._entries[session] = (owner, tokens, now_ms + self._ttl_ms)
         while len(self._entries) > self._max_sessions:
             evicted.append(self._entries.popitem(last=False)[0])
         return evicted
 
-    def find(self, tokens: Sequence[int]) -> Prefix | None:
+    def find(self, owner: str, tokens: Sequence[int]) -> Prefix | None:
         """The longest cached prefix of ``tokens`` that leaves at least one token to prefill."""
         wanted = list(tokens[:-1])
         best: Prefix | None = None
-        for name, (held, _) in self._entries.items():
+        for name, (its_owner, held, _) in self._entries.items():
+            if its_owner != owner:
+                continue
             length = common_prefix(held, wanted)
             if length >= MIN_REUSE_TOKENS and (best is None or length > best.length):
                 best = Prefix(name, length, length == len(held))
@@ -76,7 +83,7 @@ class PrefixCache:
 
     def pop_expired(self, now_ms: float) -> list[str]:
         """Remove all sessions past their time to live."""
-        expired = [name for name, (_, until_ms) in self._entries.items() if now_ms >= until_ms]
+        expired = [name for name, (*_, until_ms) in self._entries.items() if now_ms >= until_ms]
         for name in expired:
             del self._entries[name]
         return expired

@@ -8,144 +8,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
-import json
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
-from wispprof import protocol
 from wispprof.backends import Engine
-from wispprof.errors import EngineError, RuntimeFault, WispprofError
+from wispprof.errors import EngineError, RuntimeFault
 from wispprof.openai_api import ChatTokenizer
 from wispprof.server.app import make_app
-from wispprof.server.coalescing_loop import EagerWebSocket, run_coalescing
+from wispprof.server.coalescing_loop import run_coalescing
 from wispprof.server.dashboard import run_dashboard
+from wispprof.server.http_connection import ConnectionLimits
 from wispprof.server.startup import build_server, engine_options, served_model
 from wispprof.server.verification_server import VerificationServer
+from wispprof.server.web_server import WebServer, bind, raise_descriptor_limit, server_tls
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.types import ServedModel
 
 log = logging.getLogger("wispprof.server")
 
-# A frame just over the protocol's limit gets a problem frame, not a cut connection.
-_MAX_MESSAGE_BYTES = protocol.MAX_FRAME_BYTES + (64 << 10)
-
-
-# --- logging --------------------------------------------------------------------------------------
-
-
-class JsonLines(logging.Formatter):
-    """``{"at": …, "level": …, "from": …, "message": …}``, and ``trace`` for an exception."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "at": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "from": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["trace"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
-
-
-def configure_logging(level: str, quiet: bool = False) -> None:
-    """Log JSON lines to stderr. ``quiet``: warnings only, for a dashboard that owns the screen."""
-    levels = {"debug", "info", "warning", "error"}
-    if level not in levels:
-        raise ValueError(f"log level must be one of {', '.join(sorted(levels))}, got {level!r}")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    logger = logging.getLogger("wispprof")
-    logger.handlers = [handler]
-    logger.propagate = False
-    logger.setLevel(logging.WARNING if quiet else level.upper())
-
-
-# --- the web server -------------------------------------------------------------------------------
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises :class:`WispprofError` if host and port cannot be bound."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=1024)
-    except socket.gaierror as err:
-        raise WispprofError(f"There is no host {host!r}.", "Check --host.") from err
-    except OSError as err:
-        if err.errno == errno.EADDRINUSE:
-            raise WispprofError(
-                f"Port {port} on {host} is in use.",
-                "Stop what listens there, or give another --port.",
-            ) from err
-        raise WispprofError(f"Cannot listen on {host}:{port}: {err.strerror}.") from err
-
-
-class _Uvicorn(uvicorn.Server):
-    """Passes SIGINT and SIGTERM to ``on_signal`` instead of handling them."""
-
-    def __init__(
-        self,
-        server: VerificationServer,
-        settings: ServerSettings,
-        on_signal: Callable[[], None] | None = None,
-    ) -> None:
-        tls: dict[str, Any] = {}
-        if settings.tls_cert is not None:
-            tls = {"ssl_certfile": str(settings.tls_cert), "ssl_keyfile": str(settings.tls_key)}
-        super().__init__(
-            uvicorn.Config(
-                make_app(server),
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                ws=EagerWebSocket,
-                ws_max_size=_MAX_MESSAGE_BYTES,
-                ws_per_message_deflate=False,
-                timeout_graceful_shutdown=5,
-                server_header=False,
-                **tls,
-            )
-        )
-        self._on_signal = on_signal
-        self._exit = asyncio.Event()
-
-    async def main_loop(self) -> None:
-        # uvicorn polls should_exit ten times a second; an in-process server must end at once.
-        while not await self.on_tick(0):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._exit.wait(), 0.1)
-
-    def request_exit(self) -> None:
-        """Close connections and end."""
-        self.should_exit = True
-        self._exit.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        if self._on_signal is None:
-            yield
-            return
-        loop = asyncio.get_running_loop()
-        signals = (signal.SIGINT, signal.SIGTERM)
-        for one in signals:
-            loop.add_signal_handler(one, self._on_signal)
-        try:
-            yield
-        finally:
-            for one in signals:
-                loop.remove_signal_handler(one)
+_FAILED_S = 1.0
 
 
 # --- within a test --------------------------------------------------------------------------------
@@ -187,16 +76,36 @@ async def running_server(
     server = build_server(settings, engine, model, **parts)
     listener = bind(settings.host, 0)
     port = listener.getsockname()[1]
-    web_server = _Uvicorn(server, settings)
-    await server.start()
-    task = asyncio.create_task(web_server.serve(sockets=[listener]), name="uvicorn")
-    try:
-        while not web_server.started:
-            if task.done():
-                task.result()
-                raise RuntimeFault("The web server ended while starting.")
-            await asyncio.sleep(0.002)
+    async with _web_server(server, listener):
         yield RunningServer(settings.host, port, server)
+
+
+@contextlib.asynccontextmanager
+async def _web_server(
+    server: VerificationServer, listener: socket.socket, on_signal: Callable[[], None] | None = None
+) -> AsyncIterator[WebServer]:
+    """The server and its web server, started; both are ended on exit."""
+    settings = server.settings
+    web_server = WebServer(
+        make_app(server),
+        listener,
+        ConnectionLimits(
+            settings.max_connections, settings.connections_per_address, settings.request_timeout_ms / 1000.0
+        ),
+        tls=server_tls(settings.tls_cert, settings.tls_key),
+        websockets=True,
+        on_signal=on_signal,
+        on_drop=lambda reason: server.metrics.dropped_connections.labels(reason).inc(),
+    )
+    await server.start()
+    task = asyncio.create_task(web_server.serve(), name="web server")
+    try:
+        while not web_server.started and not task.done():
+            await asyncio.sleep(0.002)
+        if task.done():
+            task.result()
+            raise RuntimeFault("The web server ended while starting.")
+        yield web_server
     finally:
         web_server.request_exit()
         await task
@@ -224,6 +133,8 @@ def serve(
     ``announce`` is called with the server and its port once requests are admitted. ``parts``: see
     :func:`~wispprof.server.startup.build_server`.
     """
+    raise_descriptor_limit()
+    server_tls(settings.tls_cert, settings.tls_key)  # A model loads for minutes: refuse before.
     listener = bind(settings.host, settings.port)
     try:
         run_coalescing(_serve(settings, listener, announce, parts))
@@ -238,40 +149,41 @@ async def _serve(
     parts: dict[str, Any],
 ) -> None:
     server = build_server(settings, **parts)
+    ended = asyncio.Event()
     draining: asyncio.Task[None] | None = None
 
     def on_signal() -> None:
         nonlocal draining
         if draining is not None:
             web_server.force_exit = True
-            web_server.request_exit()
             draining.cancel()
+            ended.set()
             return
         log.info("draining: %d sessions", len(server.manager))
         draining = asyncio.create_task(drain(), name="drain")
 
     async def drain() -> None:
         await server.drain(settings.drain_timeout_ms)
-        web_server.request_exit()
+        ended.set()
 
-    web_server = _Uvicorn(server, settings, on_signal)
-    await server.start()
-    task = asyncio.create_task(web_server.serve(sockets=[listener]), name="uvicorn")
-    dashboard: asyncio.Task[None] | None = None
-    try:
-        while not web_server.started and not task.done():
-            await asyncio.sleep(0.01)
-        if not task.done():
-            freeze_garbage_collector()
-            announce(server, listener.getsockname()[1])
-            if settings.live:
-                dashboard = asyncio.create_task(run_dashboard(server), name="dashboard")
-        await task
-    finally:
-        if dashboard is not None:
-            dashboard.cancel()
-            await asyncio.gather(dashboard, return_exceptions=True)
-        await server.stop()
+    async def failure() -> None:
+        await server.wait_loop_ended()
+        # Long enough for a probe to see it, and for the edges' problem frames to leave.
+        await asyncio.sleep(_FAILED_S)
+        ended.set()
+
+    async with _web_server(server, listener, on_signal) as web_server:
+        freeze_garbage_collector()
+        announce(server, listener.getsockname()[1])
+        tasks = [asyncio.create_task(failure(), name="engine watch")]
+        if settings.live:
+            tasks.append(asyncio.create_task(run_dashboard(server), name="dashboard"))
+        try:
+            await ended.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 # --- as tensor-parallel ranks ---------------------------------------------------------------------

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 from wispprof.backends import Engine
-from wispprof.errors import OutOfKvMemory
+from wispprof.errors import EngineError, OutOfKvMemory
 from wispprof.policies import load_level, slowdown
 from wispprof.server.engine_thread import EngineThread
 from wispprof.server.kv_scheduler import schedule_kv
@@ -20,7 +20,7 @@ from wispprof.server.session import ServerSession, SessionListener
 from wispprof.server.step_time_tracker import StepTimeTracker
 from wispprof.sessions.session_state import CommitResult, SessionState
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.types import GenerationRequest
+from wispprof.types import GenerationRequest, Sampling, StepInput
 
 log = logging.getLogger("wispprof.server")
 
@@ -101,7 +101,7 @@ class SessionManager:
         return session
 
     def _open_in_engine(self, session: ServerSession) -> None:
-        prefix = self._prefix_cache.find(session.state.tokens)
+        prefix = self._prefix_cache.find(self._owner(session), session.state.tokens)
         if prefix is None:
             self._engine_thread.defer(lambda engine: _open(engine, session))
             return
@@ -110,6 +110,10 @@ class SessionManager:
             # The new session holds all that the cached one held.
             self._prefix_cache.remove(parent)
         self._engine_thread.defer(lambda engine: _fork(engine, session, parent, length, take_over))
+
+    def _owner(self, session: ServerSession) -> str:
+        """Whose prefixes a session shares: its key's. A server without keys serves one user."""
+        return session.listener.key if self._settings.api_keys else ""
 
     def _opened(self, session: ServerSession) -> None:
         if session.name not in self._sessions:
@@ -209,12 +213,44 @@ class SessionManager:
         if commit.finished and session.name in self._sessions:
             self._remove(session, commit.finished, now_ms)
 
-    def step_failed(self, sessions: list[ServerSession]) -> None:
-        """The engine failed within a step: fail its sessions, whose KV cannot be trusted."""
-        for session in sessions:
-            session.state.cancel()
-            message = "The engine failed; open the session again."
-            self.fail(session, "internal", message, cache_prefix=False)
+    def end_failed(self, session: ServerSession) -> None:
+        """The engine cannot compute this session, or its result could not be delivered: end it."""
+        session.state.cancel()
+        message = "The engine failed on this session; open it again."
+        self.fail(session, "internal", message, cache_prefix=False)
+
+    async def restore(self, sessions: list[ServerSession]) -> None:
+        """A step over ``sessions`` raised what no engine should. Cut their KV to what it was before, and
+        check the KV of all. Raises :class:`EngineError` if the engine is lost."""
+        lengths = {session.name: session.state.cached for session in sessions}
+
+        def cut(engine: Engine) -> None:
+            for name, length in lengths.items():
+                if engine.cached(name) > length:
+                    engine.rollback(name, length)
+
+        try:
+            await self._engine_thread.call(cut)
+            await self.check_integrity(full=True)
+        except Exception as err:
+            raise EngineError(f"The engine is lost: {err}", "Restart the server.") from err
+
+    async def probe(self) -> None:
+        """Compute one token of a new session. Raises :class:`EngineError` if the engine cannot."""
+        self._last_number += 1
+        name = f"probe-{self._last_number}"
+
+        def step(engine: Engine) -> None:
+            engine.open(name, Sampling(), [0])
+            engine.step([StepInput(name, [0])])
+            engine.close(name)
+
+        try:
+            await self._engine_thread.call(step)
+        except OutOfKvMemory:
+            await self._engine_thread.call(lambda engine: name in engine.sessions and engine.close(name))
+        except Exception as err:
+            raise EngineError(f"The engine is lost: {err}", "Restart the server.") from err
 
     # --- closing ------------------------------------------------------------------------------
 
@@ -240,7 +276,10 @@ class SessionManager:
         if session.name not in self._sessions:
             return
         if not session.closing:
-            session.listener.failed(session, code, message, retry_ms)
+            try:
+                session.listener.failed(session, code, message, retry_ms)
+            except Exception:
+                log.exception("a connection could not be told that its session ended")
         self._remove(session, code, session.last_commit_ms, cache_prefix)
 
     def _remove(self, session: ServerSession, reason: str, now_ms: float, cache_prefix: bool = True) -> None:
@@ -257,7 +296,7 @@ class SessionManager:
         evicted = [session.name]
         if cache_prefix:
             tokens = state.tokens[: state.cached]
-            evicted = self._prefix_cache.insert(session.name, tokens, now_ms)
+            evicted = self._prefix_cache.insert(session.name, self._owner(session), tokens, now_ms)
         for name in evicted:
             self._close_in_engine(name)
 

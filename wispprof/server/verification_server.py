@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from wispprof import protocol
@@ -64,6 +65,8 @@ class VerificationServer:
         self.now_ms = now_ms
         self.draining = False
         self.started = False
+        self.failure = ""
+        self.edges_by_key: Counter[str] = Counter()
         self._engine_thread = EngineThread(engine, settings.coalesce_ms)
         self.manager = SessionManager(
             settings,
@@ -130,15 +133,30 @@ class VerificationServer:
     @property
     def ready(self) -> bool:
         """Whether requests are admitted now."""
-        return self.started and not self.draining and self._task is not None
+        return self.state == "ok"
+
+    @property
+    def state(self) -> str:
+        """``starting``, ``ok``, ``draining`` or ``failed``; :attr:`failure` says why it failed."""
+        if self.failure:
+            return "failed"
+        if self.draining:
+            return "draining"
+        return "ok" if self.started and self._task is not None else "starting"
+
+    async def wait_loop_ended(self) -> None:
+        """Until the engine loop has ended, by itself or by :meth:`stop`."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
-        if task.cancelled() or task.exception() is None:
+        if task.cancelled() or (err := task.exception()) is None:
             return
         # Without its loop the server would look healthy and answer nobody.
         self.draining = True
-        log.critical("the engine loop failed", exc_info=task.exception())
-        self._fail_all("internal", "The server's engine loop failed.")
+        self.failure = str(err) or type(err).__name__
+        log.critical("the engine loop failed", exc_info=err)
+        self._fail_all("internal", "The server's engine failed; resume on another server, or later.", 1_000.0)
 
     def _fail_all(self, code: str, message: str, retry_ms: float = 0.0) -> None:
         for session in list(self.manager.sessions):

@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import hmac
 import logging
-import math
-from collections.abc import Sequence
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -19,10 +15,11 @@ from wispprof import protocol
 from wispprof.errors import HandshakeRefused, ProtocolError
 from wispprof.server.admission import Refused
 from wispprof.server.coalescing_loop import socket_wait_ms
+from wispprof.server.frame_checks import check_draft, check_hello, session_request, welcome
+from wispprof.server.opening_parts import OpeningParts
 from wispprof.server.session import ServerSession
 from wispprof.server.verification_server import VerificationServer
 from wispprof.sessions.session_state import CommitResult
-from wispprof.types import GenerationRequest, Sampling, ServedModel, Slo
 
 log = logging.getLogger("wispprof.server")
 
@@ -33,6 +30,13 @@ MAX_ENDED = 4096
 """Ended session numbers that are remembered, to tell late frames from invalid ones."""
 
 MAX_PONG_BYTES = 1 << 16
+
+MAX_UNREAD_BYTES = 1 << 20
+"""Bytes that may wait for a slow reader; a connection with more is closed."""
+
+MAX_HELLO_BYTES = 1 << 14
+
+_INTERNAL = 1011
 
 
 class _CloseConnection(Exception):
@@ -53,6 +57,9 @@ class WebSocketEndpoint:
         self._sessions: dict[int, ServerSession] = {}
         self._ended: dict[int, None] = {}
         self._outgoing: asyncio.Queue[bytes | None] = asyncio.Queue(server.settings.backlog_frames)
+        self._unread_bytes = 0
+        self._parts = OpeningParts(server.admission.max_prompt, server.model.vocab_size)
+        self._counted = False
         self._problems = 0
         self._slow_reader = asyncio.Event()
 
@@ -67,14 +74,22 @@ class WebSocketEndpoint:
             await asyncio.wait([reader, writer, slow], return_when=asyncio.FIRST_COMPLETED)
             if self._slow_reader.is_set():
                 code = 1013
-                log.warning("closing an edge with %d unread frames", self._outgoing.qsize())
+                log.warning(
+                    "closing an edge with %d unread frames of %d bytes",
+                    self._outgoing.qsize(),
+                    self._unread_bytes,
+                )
             elif reader.done():
                 code = _close_code(reader)
+                if code == _INTERNAL:
+                    self._send(protocol.Problem(-1, "internal", "The server failed on this connection."))
                 await self._flush(writer)
         finally:
             for session in self._sessions.values():
                 self._server.close(session)
             self._sessions.clear()
+            if self._counted:
+                self._server.edges_by_key[self.key] -= 1
             for task in (reader, writer, slow):
                 task.cancel()
             await asyncio.gather(reader, writer, slow, return_exceptions=True)
@@ -92,8 +107,11 @@ class WebSocketEndpoint:
                 self._draft(frame)
             elif isinstance(frame, protocol.Open):
                 self._open(frame)
+            elif isinstance(frame, protocol.OpenPart):
+                self._open_part(frame)
             elif isinstance(frame, protocol.Close):
                 self._close(frame.session)
+                self._parts.discard(frame.session)
                 self._mark_ended(frame.session)
             elif isinstance(frame, protocol.Ping):
                 payload = bytes(min(max(0, frame.reply_bytes), MAX_PONG_BYTES))
@@ -108,7 +126,7 @@ class WebSocketEndpoint:
         timeout_ms = server.settings.hello_timeout_ms
         try:
             async with asyncio.timeout(timeout_ms / 1000.0):
-                hello = await self._receive()
+                hello = await self._receive(MAX_HELLO_BYTES)
         except TimeoutError:
             message = f"No hello received for {timeout_ms:,.0f} ms. Send hello first."
             self._problem(-1, "hello", message)
@@ -120,26 +138,27 @@ class WebSocketEndpoint:
         except HandshakeRefused as err:
             # The message may quote the edge's own, long text.
             log.warning("refused an edge at hello: %.300s", err)
-            self._problem(-1, "hello", str(err))
+            self._problem(-1, err.code, str(err))
             raise _CloseConnection(1008) from err
         if server.draining:
             self._problem(-1, "draining", "The server is shutting down. Try another server.")
             raise _CloseConnection(1012)
         self.key = hello.key
-        self._send(
-            protocol.Welcome(
-                protocol=protocol.PROTOCOL_VERSION,
-                target=server.model.id,
-                tokenizer=server.model.tokenizer,
-                max_context=server.model.max_context,
-                max_drafts=server.settings.max_drafts,
-                stream=server.policy.stream,
-                load_level=server.manager.load_level,
-                plan=server.plan.hash if server.plan else "",
-            )
-        )
+        self._count_connection()
+        self._send(welcome(server))
 
-    async def _receive(self) -> protocol.EdgeFrame:
+    def _count_connection(self) -> None:
+        server, most = self._server, self._server.settings.connections_per_key
+        if not server.settings.api_keys:
+            return
+        if server.edges_by_key[self.key] >= most:
+            message = f"This key has {most} connections, which is its limit. Close some first."
+            self._send(protocol.Problem(-1, "busy", message, 1_000.0))
+            raise _CloseConnection(1013)
+        server.edges_by_key[self.key] += 1
+        self._counted = True
+
+    async def _receive(self, max_bytes: int = protocol.MAX_FRAME_BYTES) -> protocol.EdgeFrame:
         message = await self._socket.receive()
         if message["type"] == "websocket.disconnect":
             raise WebSocketDisconnect(message.get("code", 1006))
@@ -147,6 +166,8 @@ class WebSocketEndpoint:
         try:
             if data is None:
                 raise ProtocolError("Expected a binary (msgpack) frame, got a text frame.")
+            if max_bytes < len(data) <= protocol.MAX_FRAME_BYTES:
+                raise ProtocolError(f"A hello of {len(data)} bytes exceeds the limit of {max_bytes}.")
             return protocol.decode_edge(data)
         except ProtocolError as err:
             self._problem(-1, "frame", str(err))
@@ -160,13 +181,29 @@ class WebSocketEndpoint:
         # An edge reopens a session it lost track of: close the old one, its KV is reused.
         self._close(number)
         self._ended.pop(number, None)
+        tokens = self._parts.take(number, frame.tokens)
+        if tokens is None:
+            self._mark_ended(number)
+            return
         try:
-            self._sessions[number] = self._server.open(session_request(frame), self, number)
-        except Refused as err:
-            self._mark_ended(number)
+            self._sessions[number] = self._server.open(session_request(frame, tokens), self, number)
+        except (Refused, ProtocolError) as err:
+            self._refused(number, err)
+
+    def _open_part(self, frame: protocol.OpenPart) -> None:
+        if frame.session < 0:
+            self._problem(frame.session, "session", f"Session numbers start at 0, got {frame.session}.")
+            return
+        try:
+            self._parts.add(frame.session, frame.tokens)
+        except (Refused, ProtocolError) as err:
+            self._refused(frame.session, err)
+
+    def _refused(self, number: int, err: Refused | ProtocolError) -> None:
+        self._mark_ended(number)
+        if isinstance(err, Refused):
             self._send(protocol.Problem(number, err.code, str(err), err.retry_ms, err.nearest_tokens_per_s))
-        except ProtocolError as err:
-            self._mark_ended(number)
+        else:
             self._problem(number, "frame", str(err))
 
     def _draft(self, frame: protocol.Draft) -> None:
@@ -215,6 +252,7 @@ class WebSocketEndpoint:
                 verify_ms=protocol.brief_ms(verify_ms),
                 load_level=load_level,
                 finished=commit.finished,
+                logprobs=list(commit.logprobs),
             )
         )
 
@@ -232,13 +270,16 @@ class WebSocketEndpoint:
             raise _CloseConnection(1008)
 
     def _send(self, frame: protocol.ServerFrame) -> None:
-        try:
-            self._outgoing.put_nowait(protocol.encode(frame))
-        except asyncio.QueueFull:
+        data = protocol.encode(frame)
+        if self._unread_bytes > MAX_UNREAD_BYTES or self._outgoing.full():
             self._slow_reader.set()
+            return
+        self._unread_bytes += len(data)
+        self._outgoing.put_nowait(data)
 
     async def _write(self) -> None:
         while (data := await self._outgoing.get()) is not None:
+            self._unread_bytes -= len(data)
             await self._socket.send_bytes(data)
 
     async def _flush(self, writer: asyncio.Task[None]) -> None:
@@ -255,72 +296,4 @@ def _close_code(reader: asyncio.Task[None]) -> int:
     if isinstance(err, WebSocketDisconnect):
         return 1000
     log.error("an edge's connection failed", exc_info=err)
-    return 1011
-
-
-# --- checks of frames that need the model or the keys ---------------------------------------------
-
-
-def check_key(key: str, allowed: Sequence[str]) -> bool:
-    """Whether ``key`` is one of ``allowed``; an empty list allows all. Takes constant time."""
-    if not allowed:
-        return True
-    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
-    valid = False
-    for one in allowed:
-        valid |= hmac.compare_digest(digest, hashlib.sha256(one.encode()).digest())
-    return valid
-
-
-def check_hello(hello: protocol.Hello, model: ServedModel, allowed: Sequence[str]) -> None:
-    """Raise :class:`HandshakeRefused` unless protocol, key, target and tokenizer match."""
-    if hello.protocol != protocol.PROTOCOL_VERSION:
-        raise HandshakeRefused(
-            f"This server speaks protocol {protocol.PROTOCOL_VERSION}, the edge {hello.protocol}.",
-            "Install the same wispprof version on both sides.",
-        )
-    if not check_key(hello.key, allowed):
-        raise HandshakeRefused("Invalid API key.", "Use a key of this server.")
-    if hello.target and hello.target != model.id:
-        raise HandshakeRefused(
-            f"This server verifies {model.id!r}, not {hello.target!r}.",
-            "Plan for that target, or connect to another server.",
-        )
-    if hello.tokenizer and hello.tokenizer != model.tokenizer:
-        raise HandshakeRefused(
-            f"The edge's tokenizer ({hello.tokenizer[:12]}…) is not the target's ({model.tokenizer[:12]}…).",
-            "Use a draft model of the target's own family.",
-        )
-
-
-def session_request(frame: protocol.Open) -> GenerationRequest:
-    """The request of an opening frame. Raises :class:`ProtocolError` on invalid sampling or SLO."""
-    try:
-        sampling = Sampling(frame.temperature, frame.top_k, frame.top_p, frame.seed)
-        slo = Slo.of(frame.tokens_per_s, frame.ttft_ms)
-        numbers = (frame.temperature, frame.top_p, frame.tokens_per_s, frame.ttft_ms or 0.0)
-        if not all(map(math.isfinite, numbers)) or (frame.ttft_ms or 1.0) <= 0:
-            raise ValueError("sampling and SLO need finite, positive numbers")
-    except ValueError as err:
-        raise ProtocolError(f"Invalid opening frame: {err}.", "Correct the request.") from err
-    return GenerationRequest(
-        tokens=tuple(frame.tokens),
-        max_new=frame.max_new,
-        slo=slo,
-        sampling=sampling,
-        generated=frame.generated,
-        stop_tokens=tuple(frame.stop),
-        undrafted=frame.undrafted,
-    )
-
-
-def check_draft(frame: protocol.Draft, vocab_size: int) -> None:
-    """Raise :class:`ProtocolError` on drafts that no correct edge sends."""
-    tokens, probs = frame.tokens, frame.acceptance_prob
-    if len(probs) != len(tokens):
-        reason = f"{len(tokens)} drafts with {len(probs)} acceptance bytes"
-    elif tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
-        reason = f"a token outside the vocabulary of {vocab_size}"
-    else:
-        return
-    raise ProtocolError(f"Invalid draft frame: {reason}.", "Use a client of the same protocol version.")
+    return _INTERNAL

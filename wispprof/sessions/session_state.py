@@ -17,7 +17,7 @@ from typing import NamedTuple
 from wispprof.policies.interface import ScheduledItem, SessionView
 from wispprof.sessions.pending_drafts import DraftCounters, PendingDrafts
 from wispprof.sessions.slo import SloTracker
-from wispprof.types import Slo, StepInput, VerifyResult
+from wispprof.types import Slo, StepInput, TokenLogprob, VerifyResult
 
 
 class CommitResult(NamedTuple):
@@ -26,7 +26,8 @@ class CommitResult(NamedTuple):
     ``accepted`` of ``drafted`` verified drafts stand. ``finished`` is "" while the session goes on, else
     ``stop``, ``length`` or ``context``. ``rollback``: if the commit was cut short, the length that the
     engine's cache must be cut to. ``first``: this commit holds the session's first token. ``late_ms``:
-    by how much the commit missed its deadline (negative: early).
+    by how much the commit missed its deadline (negative: early). ``logprobs``: one per token, if the
+    session asked for them.
     """
 
     session: str
@@ -40,6 +41,7 @@ class CommitResult(NamedTuple):
     rollback: int | None = None
     first: bool = False
     late_ms: float = -math.inf
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 # A running step: tokens in the input, drafts among them, whether logits are needed; and as they were when the
@@ -331,6 +333,7 @@ class SessionState:
             rollback,
             first,
             now_ms - deadline_ms,
+            result.logprobs[: len(tokens)],
         )
 
     def _append(self, tokens: tuple[int, ...]) -> tuple[int, ...]:

@@ -83,6 +83,23 @@ class ServerSettings(Settings):
     tokens_per_key_per_s: float = setting(
         0.0, "Rate limit of one API key; 0 switches it off.", unit="tokens/s", minimum=0
     )
+    max_connections: int = setting(
+        1024, "Maximum open connections; the process's limit of open files may allow fewer.", minimum=1
+    )
+    connections_per_key: int = setting(512, "Maximum edges connected with one API key.", minimum=1)
+    connections_per_address: int = setting(
+        256, "Maximum connections of one address beyond this machine.", minimum=1
+    )
+    request_timeout_ms: float = setting(
+        10_000.0, "Time for the head of an HTTP request to arrive, and for its body.", unit="ms", minimum=1
+    )
+    max_body_bytes: int = setting(8 << 20, "Longest body of an HTTP request.", unit="bytes", minimum=1024)
+    allowed_hosts: tuple[str, ...] = setting(
+        (),
+        "Name of this server for HTTP and WebSocket clients of a server without API keys; repeatable. "
+        "Loopback names are always allowed.",
+        option="allowed-host",
+    )
     max_prompt: int = setting(0, "Longest prompt; 0 allows the model's context.", unit="tokens", minimum=0)
     max_new: int = setting(4096, "Maximum tokens that one request may generate.", unit="tokens", minimum=1)
     admit: str = setting(

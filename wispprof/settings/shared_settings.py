@@ -26,7 +26,9 @@ def dtype_setting() -> Any:
 
 def backend_setting() -> Any:
     """The field ``backend`` of whatever runs an engine."""
-    return setting("auto", "KV cache layout: auto, dense or paged.")
+    return setting(
+        "auto", "KV cache layout of the torch engine: dense, paged, or auto (paged on CUDA, dense elsewhere)."
+    )
 
 
 @dataclass(frozen=True, slots=True)
