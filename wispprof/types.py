@@ -65,13 +65,10 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        ranges = 0 <= self.temperature < np.inf and 0 < self.top_p <= 1 and 0 <= self.min_p <= 1
-        whole = 0 <= self.top_k < 1 << 31 and -(1 << 63) <= self.seed < 1 << 63
-        if not (ranges and whole and 0 <= (self.logprobs or 0) <= 20):
-            raise ValueError(
-                "sampling needs finite temperature >= 0, 0 < top_p <= 1, 0 <= min_p <= 1, 0 <= top_k < 2**31,"
-                f" a seed of 64 bits and logprobs <= 20, as OpenAI; got {self}"
-            )
+        shares = 0 < self.top_p <= 1 and 0 <= self.min_p <= 1
+        if not (shares and 0 <= self.temperature < np.inf and self.top_k >= 0):
+            needs = "finite temperature >= 0, 0 < top_p <= 1, top_k >= 0 and 0 <= min_p <= 1"
+            raise ValueError(f"sampling needs {needs}, got {self}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,9 @@ from wispprof.errors import HandshakeRefused, ProtocolError
 from wispprof.server.verification_server import VerificationServer
 from wispprof.types import GenerationRequest, Sampling, ServedModel, Slo
 
+MAX_LOGPROBS = 20
+"""Most tokens that a request may ask log-probabilities of, as in the OpenAI API."""
+
 
 def check_key(key: str, allowed: Sequence[str]) -> bool:
     """Whether ``key`` is one of ``allowed``; an empty list allows all. Takes constant time."""
@@ -86,8 +89,10 @@ def session_request(frame: protocol.Open, tokens: tuple[int, ...] = ()) -> Gener
     try:
         if len(stop) > protocol.MAX_STOP_TOKENS:
             raise ValueError(f"at most {protocol.MAX_STOP_TOKENS} stop tokens are allowed, got {len(stop)}")
-        if frame.min_new < 0:
-            raise ValueError(f"min_new must not be negative, got {frame.min_new}")
+        if frame.min_new < 0 or frame.top_k >= 1 << 31:
+            raise ValueError(f"min_new {frame.min_new} or top_k {frame.top_k} is out of range")
+        if frame.logprobs is not None and not 0 <= frame.logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"logprobs must lie between 0 and {MAX_LOGPROBS}, got {frame.logprobs}")
         sampling = Sampling(
             frame.temperature,
             frame.top_k,
