@@ -1,105 +1,91 @@
-"""A GGUF draft model through llama-cpp-python (the ``llamacpp`` extra).
+"""A GGUF draft model through llama.cpp.
 
 Features and tokens are computed from the raw logits in numpy, as for torch drafts on a CPU.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from wispprof.drafters.gguf_model import GgufModel, GgufSequence
 from wispprof.drafters.model_drafter import ModelDrafter
-from wispprof.errors import EngineError, ModelError, ModelMissing
-from wispprof.types import DraftToken, ModelInfo
+from wispprof.errors import EngineError, ModelUnsupported
+from wispprof.types import DraftToken, ModelInfo, Sampling
 
 
 class LlamaCppDrafter(ModelDrafter):
-    """A llama.cpp model.
+    """One sequence of a :class:`GgufModel`; drafters of the same model share its weights.
 
-    ``max_context``: tokens of its KV cache. ``threads``: llama.cpp's choice by default. ``gpu_layers``:
-    layers on the GPU, -1 for all; ignored by a build without GPU support. Raises :class:`ModelMissing`
-    without the file, :class:`ModelError` without the extra or if llama.cpp cannot load the file.
+    ``hidden``: ids that are never proposed, because the target has no such token (see
+    :mod:`~wispprof.drafters.vocabulary`). Raises :class:`ModelUnsupported` if the model cannot forget
+    single tokens (recurrent and hybrid architectures).
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        max_context: int = 4096,
-        threads: int | None = None,
-        gpu_layers: int = -1,
-    ) -> None:
-        if not path.is_file():
-            raise ModelMissing(f"There is no model file {path}.", "Give a .gguf file.")
-        try:
-            import llama_cpp
-        except ImportError:
-            raise ModelError(
-                f"{path.name} needs llama-cpp-python.",
-                "Install it with: pip install 'wispprof[llamacpp]'.",
-            ) from None
-        try:
-            self._llm: Any = llama_cpp.Llama(
-                model_path=str(path),
-                n_ctx=max_context,
-                n_threads=threads,
-                n_gpu_layers=gpu_layers,
-                logits_all=False,
-                verbose=False,
+    def __init__(self, model: GgufModel, hidden: np.ndarray | None = None) -> None:
+        super().__init__(model.max_context)
+        self.model = model
+        self.vocab_size = model.vocab_size
+        self.info: ModelInfo = model.info
+        self._hidden = hidden
+        self._sequence = GgufSequence(model)
+        self._cached = 0
+        self._probe()
+
+    def _probe(self) -> None:
+        """Warm up, and check that the last token can be forgotten."""
+        self._sequence.decode([0, 0], 0)
+        if not self._sequence.keep(1):
+            self._sequence.close()
+            raise ModelUnsupported(
+                f"{self.model.path.name} keeps recurrent state, which cannot be rolled back by length.",
+                "Use a transformer as the draft.",
             )
-        except (ValueError, RuntimeError, OSError) as err:
-            raise ModelError(f"llama.cpp cannot load {path}: {err}.", "Download it again.") from err
-        self._lib = llama_cpp
-        super().__init__(int(self._llm.n_ctx()))
-        self.vocab_size = int(self._llm.n_vocab())
-        self.info = ModelInfo(
-            id=path.name,
-            dtype="gguf",
-            parameters=int(llama_cpp.llama_model_n_params(self._llm.model)),
-            family=str(self._llm.metadata.get("general.architecture", "")),
-            config_hash=_hash(self._llm.metadata),
-            max_context=self.max_context,
-            vocab_size=self.vocab_size,
-        )
+        self._sequence.keep(0)
 
-    # llama-cpp-python counts the tokens with KV itself; ``eval`` overwrites what lies beyond.
-    @property
-    def _cached(self) -> int:
-        return int(self._llm.n_tokens)
+    def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
+        super().open(tokens, sampling)
+        self._forget()
 
-    @_cached.setter
-    def _cached(self, tokens: int) -> None:
-        self._llm.n_tokens = tokens
+    def rollback(self, length: int) -> None:
+        super().rollback(length)
+        self._forget()
 
     def draft(self) -> DraftToken:
         """Propose the next token and append it: one call over all tokens without KV."""
         self._check(len(self._tokens) + 1)
-        return self._propose(self.forward())
+        logits = self.forward()
+        if self._hidden is not None:
+            logits[self._hidden] = -np.inf
+        return self._propose(logits)
 
     def prefill(self) -> None:
         if unread := self._tokens[self._cached : -1]:
-            self._eval(unread)
+            self._read(unread)
 
     def forward(self) -> np.ndarray:
         """One step without features and sampling: a copy of the logits (V,) float32."""
-        self._cached = min(self._cached, len(self._tokens) - 1)
-        self._eval(self._tokens[self._cached :])
-        pointer = self._lib.llama_get_logits_ith(self._llm.ctx, -1)
-        return np.array(np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)), dtype=np.float32)
+        if self._cached >= len(self._tokens):
+            self._cached = len(self._tokens) - 1
+            self._forget()
+        self._read(self._tokens[self._cached :])
+        return self._sequence.logits()
 
-    def _eval(self, tokens: Sequence[int]) -> None:
+    def close(self) -> None:
+        """Free the KV cache."""
+        self._sequence.close()
+
+    def _forget(self) -> None:
+        if not self._sequence.keep(self._cached):
+            self._cached = 0
+
+    def _read(self, tokens: Sequence[int]) -> None:
         try:
-            self._llm.eval(tokens)
-        except RuntimeError as err:
-            raise EngineError(f"llama.cpp failed: {err}.", "Lower the context.") from err
-
-
-def _hash(metadata: dict[str, str]) -> str:
-    """Hash of the file's metadata, which identify model and conversion; the tensors are left out."""
-    text = json.dumps(metadata, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+            self._sequence.decode(tokens, self._cached)
+        except EngineError:
+            # How far it got is unknown: read everything again next time.
+            self._sequence.keep(0)
+            self._cached = 0
+            raise
+        self._cached += len(tokens)
