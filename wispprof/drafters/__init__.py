@@ -2,31 +2,62 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from wispprof.backends import Drafter
 from wispprof.plugins import load
+from wispprof.settings.draft_settings import LlamaSettings
 
-__all__ = ["DRAFTERS", "GgufDraft", "make_drafter", "needs_model"]
-
-
-class GgufDraft(NamedTuple):
-    """A draft model for llama.cpp. Its weights are mapped, so drafters share them."""
-
-    path: Path
-    device: str
+if TYPE_CHECKING:
+    from wispprof.drafters.gguf_model import GgufModel
+    from wispprof.drafters.ngram import LookupMemory
+    from wispprof.drafters.vocabulary import VocabularyMatch
 
 
-def make_drafter(name: str, model: Any = None) -> Drafter:
+@dataclass(frozen=True)
+class GgufDraft:
+    """A draft model for llama.cpp, loaded once for all requests. ``tokenizer``: the target's."""
+
+    model: GgufModel
+    tokenizer: Any
+    match: VocabularyMatch
+    device: str = field(default="cpu")
+
+    @property
+    def note(self) -> str:
+        """What the user should know of the vocabulary; empty if all ids agree."""
+        if self.match.same:
+            return self.match.summary if self.match.hidden is not None else ""
+        return f"{self.match.summary}. The draft writes text, which costs speed."
+
+
+def load_gguf(path: Path, settings: LlamaSettings, device: str, tokenizer: Any) -> GgufDraft:
+    """Load a ``.gguf`` draft and compare its vocabulary with the target's ``tokenizer``.
+
+    Raises the errors of :class:`~wispprof.drafters.gguf_model.GgufModel`.
+    """
+    from wispprof.drafters.gguf_model import GgufModel
+    from wispprof.drafters.vocabulary import match_vocabulary
+
+    model = GgufModel(path, settings, device)
+    where = "cuda" if model.gpu_layers and device == "auto" else "cpu" if device == "auto" else device
+    return GgufDraft(model, tokenizer, match_vocabulary(model.token_texts(), tokenizer), where)
+
+
+def make_drafter(name: str, model: Any = None, memory: LookupMemory | None = None) -> Drafter:
     """Call the drafter factory ``name``: a function of the draft model to a
     :class:`~wispprof.backends.Drafter`.
 
     ``model``: a :class:`~wispprof.engines.loading.LoadedModel`, a :class:`GgufDraft`, or ``None``.
+    ``memory``: what n-gram lookup knows of earlier answers.
     Raises :class:`~wispprof.errors.PluginError` for an unknown name, and what the factory raises.
     """
     if model is None and needs_model(name):
         raise ValueError(f"the drafter {name!r} needs a draft model")
+    if name in DRAFTERS:
+        return DRAFTERS[name](model, memory)
     drafter: Drafter = load("drafters", name, DRAFTERS)(model)
     return drafter
 
@@ -36,26 +67,31 @@ def needs_model(name: str) -> bool:
     return name in ("model", "both")
 
 
-def _model(model: Any) -> Drafter:
-    if isinstance(model, GgufDraft):
-        from wispprof.drafters.llama_cpp import LlamaCppDrafter
+def _model(model: Any, memory: LookupMemory | None) -> Drafter:
+    if not isinstance(model, GgufDraft):
+        from wispprof.drafters.torch_drafter import TorchDrafter
 
-        return LlamaCppDrafter(model.path, gpu_layers=0 if model.device == "cpu" else -1)
-    from wispprof.drafters.torch_drafter import TorchDrafter
+        return TorchDrafter(model)
+    from wispprof.drafters.llama_cpp import LlamaCppDrafter
 
-    return TorchDrafter(model)
+    if model.match.same:
+        return LlamaCppDrafter(model.model, model.match.hidden)
+    from wispprof.drafters.text_bridge import TextBridge
+    from wispprof.drafters.token_text import TokenText
+
+    return TextBridge(LlamaCppDrafter(model.model), model.model, TokenText(model.tokenizer))
 
 
-def _lookup(model: Any) -> Drafter:
+def _lookup(model: Any, memory: LookupMemory | None) -> Drafter:
     from wispprof.drafters.ngram import LookupDrafter
 
-    return LookupDrafter()
+    return LookupDrafter(memory)
 
 
-def _both(model: Any) -> Drafter:
+def _both(model: Any, memory: LookupMemory | None) -> Drafter:
     from wispprof.drafters.ngram import LookupDrafter, LookupFirst
 
-    return LookupFirst(LookupDrafter(), _model(model))
+    return LookupFirst(LookupDrafter(memory), _model(model, memory))
 
 
 DRAFTERS = {"model": _model, "lookup": _lookup, "both": _both}
