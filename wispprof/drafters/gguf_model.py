@@ -183,8 +183,8 @@ class GgufSequence:
 
     def _decode(self, tokens: Sequence[int], start: int, last: bool) -> None:
         lib, buffers, count = self.model.library, self._buffers, len(tokens)
-        buffers.tokens[:count] = tokens
-        buffers.positions[:count] = range(start, start + count)
+        buffers.tokens[:count] = list(tokens)
+        buffers.positions[:count] = list(range(start, start + count))
         buffers.wanted[:count] = [0] * count
         buffers.wanted[count - 1] = int(last)
         buffers.batch.n_tokens = count

@@ -1,5 +1,6 @@
-"""Prompt lookup: propose the tokens that followed an earlier occurrence of the text's last n-gram.
+"""Prompt lookup that learns: propose what followed an earlier occurrence of the text's last n-gram.
 
+It searches the request's own text, and what :class:`LookupMemory` keeps of earlier answers on this device.
 Source: prompt lookup decoding (Saxena 2023; transformers' ``prompt_lookup_num_tokens``). A proposal takes
 microseconds, so it needs no draft model; :class:`LookupFirst` combines it with one.
 """
@@ -8,27 +9,98 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from wispprof.backends import Drafter
+from wispprof.drafters.suffix_index import DEPTH, SuffixIndex
 from wispprof.types import DraftFeatures, DraftToken, Sampling
+
+_SHORTEST_REMEMBERED = 3
+"""Tokens of a match in earlier answers; shorter ones say little about this text."""
+_SURE_SHARE = 0.75
+
+Kind = tuple[str, int]
+"""Where a proposal comes from and how long its match is (its power of two): what is counted together."""
+
+
+class _Found(NamedTuple):
+    token: int
+    kind: Kind
+
+
+class LookupMemory:
+    """Earlier answers of this process, at most ``limit`` tokens, and how good proposals were.
+
+    ``limit`` 0 keeps no text. A conversation that grows replaces its earlier turns.
+    """
+
+    def __init__(self, limit: int = 1 << 16, prior: tuple[float, float] = (2.0, 2.0)) -> None:
+        self._limit = limit
+        self._prior = prior
+        self._sequences: tuple[tuple[int, ...], ...] = ()
+        self._index: SuffixIndex | None = None
+        self._indexed: tuple[tuple[int, ...], ...] = ()
+        self._counts: dict[Kind, list[float]] = {}
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens kept."""
+        return sum(map(len, self._sequences))
+
+    def remember(self, sequence: Sequence[int]) -> None:
+        """Keep prompt and answer of a finished request; the oldest make room."""
+        new = tuple(sequence[-self._limit :]) if self._limit else ()
+        if not new:
+            return
+        kept = [old for old in self._sequences if new[: len(old)] != old]
+        total = len(new) + sum(map(len, kept))
+        while total > self._limit:
+            total -= len(kept.pop(0))
+        self._sequences = (*kept, new)
+
+    def index(self) -> SuffixIndex | None:
+        """The index of what is kept now; sorting it anew takes tens of milliseconds."""
+        wanted = self._sequences
+        if wanted is not self._indexed:
+            self._index = SuffixIndex(wanted) if wanted else None
+            self._indexed = wanted
+        return self._index
+
+    def confidence(self, kind: Kind) -> float:
+        """Estimated probability that a proposal of this kind is right."""
+        hits, misses = self._counts.get(kind, self._prior)
+        return hits / (hits + misses)
+
+    def count(self, kind: Kind, right: bool) -> None:
+        """A proposal of this kind was committed, or rejected."""
+        self._counts.setdefault(kind, list(self._prior))[0 if right else 1] += 1.0
 
 
 class LookupDrafter(Drafter):
-    """Continues the latest earlier occurrence of the longest suffix of ``longest`` … ``shortest`` tokens.
+    """Continues the longest match of the text's end: in the text itself (the latest occurrence), or in
+    earlier answers (the most frequent continuation), whichever was right more often.
 
-    The confidence of a proposal is the share of earlier proposals with the same match length that were
-    committed, starting from ``prior`` (hits, misses). The other features are those of a two-way choice with
-    that confidence.
+    Matches in the text have at least ``shortest`` tokens; occurrences are found by at most ``longest`` and
+    then followed back. The confidence of a proposal is the share of earlier proposals of its kind that were
+    committed. The other features are those of a two-way choice with that confidence.
     """
 
-    def __init__(self, longest: int = 4, shortest: int = 2, prior: tuple[float, float] = (2.0, 2.0)) -> None:
+    def __init__(
+        self,
+        memory: LookupMemory | None = None,
+        longest: int = 4,
+        shortest: int = 2,
+        prior: tuple[float, float] = (2.0, 2.0),
+    ) -> None:
         if not 0 < shortest <= longest:
             raise ValueError(f"need 0 < shortest <= longest, got {shortest} and {longest}")
         self._sizes = range(longest, shortest - 1, -1)
+        self._memory = memory if memory is not None else LookupMemory(0, prior)
+        self._index: SuffixIndex | None = None
         self._tokens: list[int] = []
         self._followers: dict[tuple[int, ...], list[int]] = {}
-        self._counts = {size: [prior[0], prior[1]] for size in self._sizes}
-        self._pending: dict[int, tuple[int, int]] = {}
+        self._pending: dict[int, Kind] = {}
+        self._found: tuple[int, _Found | None] = (-1, None)
 
     @property
     def length(self) -> int:
@@ -43,6 +115,7 @@ class LookupDrafter(Drafter):
         self._tokens = []
         self._followers = {}
         self._pending = {}
+        self._index = self._memory.index()
         self._append(tokens)
 
     def draft(self) -> DraftToken:
@@ -51,19 +124,15 @@ class LookupDrafter(Drafter):
         if found is None:
             token, confidence = self._tokens[-1], 0.01
         else:
-            size, place = found
-            token, confidence = self._tokens[place], self.confidence()
-            self._pending[len(self._tokens)] = (size, token)
+            token, confidence = found.token, self._memory.confidence(found.kind)
+            self._pending[len(self._tokens)] = found.kind
         self._append([token])
         return DraftToken(token, _features(confidence))
 
     def confidence(self) -> float:
         """Estimated probability that the next proposal is right; 0 without a match."""
         found = self._find()
-        if found is None:
-            return 0.0
-        hits, misses = self._counts[found[0]]
-        return hits / (hits + misses)
+        return 0.0 if found is None else self._memory.confidence(found.kind)
 
     def append(self, token: int) -> None:
         """Append a token that another drafter proposed."""
@@ -75,9 +144,9 @@ class LookupDrafter(Drafter):
         rejected = self._pending.get(length)
         if rejected is not None and length < len(self._tokens):
             # The first token removed is the rejected one; the target did not judge the later ones.
-            self._counts[rejected[0]][1] += 1.0
+            self._memory.count(rejected, False)
         for position in [p for p in self._pending if p < length]:
-            self._counts[self._pending.pop(position)[0]][0] += 1.0
+            self._memory.count(self._pending.pop(position), True)
         self._pending.clear()
         for end in range(len(self._tokens), length, -1):
             for size in self._sizes:
@@ -85,11 +154,12 @@ class LookupDrafter(Drafter):
                     places = self._followers[tuple(self._tokens[end - 1 - size : end - 1])]
                     places.pop()
         del self._tokens[length:]
+        self._found = (-1, None)
 
     def extend(self, tokens: Sequence[int]) -> None:
         for position in list(self._pending):
             # Committed text follows these proposals, so they were right.
-            self._counts[self._pending.pop(position)[0]][0] += 1.0
+            self._memory.count(self._pending.pop(position), True)
         self._append(tokens)
 
     def _append(self, tokens: Sequence[int]) -> None:
@@ -101,18 +171,47 @@ class LookupDrafter(Drafter):
                     self._followers.setdefault(gram, []).append(end)
             self._tokens.append(token)
 
-    def _find(self) -> tuple[int, int] | None:
-        """(length of the match, position of the token after it), for the longest and latest match."""
+    def _find(self) -> _Found | None:
+        """The best proposal after the text held; remembered until the text changes."""
+        length, found = self._found
+        if length != len(self._tokens):
+            found = self._search()
+            self._found = (len(self._tokens), found)
+        return found
+
+    def _search(self) -> _Found | None:
+        own, earlier = self._in_text(), self._in_memory()
+        if own is None or earlier is None:
+            return own or earlier
+        ours, theirs = self._memory.confidence(own.kind), self._memory.confidence(earlier.kind)
+        return earlier if theirs > ours else own
+
+    def _in_text(self) -> _Found | None:
+        tokens = self._tokens
         for size in self._sizes:
-            places = self._followers.get(tuple(self._tokens[-size:]))
-            if len(self._tokens) >= size and places:
-                return size, places[-1]
+            places = self._followers.get(tuple(tokens[-size:]))
+            if len(tokens) >= size and places:
+                place, length = places[-1], size
+                while length < min(DEPTH, place) and tokens[place - length - 1] == tokens[-length - 1]:
+                    length += 1
+                return _Found(tokens[place], ("text", length.bit_length()))
         return None
+
+    def _in_memory(self) -> _Found | None:
+        if self._index is None:
+            return None
+        found = self._index.follower(self._tokens[-DEPTH:], _SHORTEST_REMEMBERED)
+        if found is None:
+            return None
+        source = "always" if found.share >= _SURE_SHARE else "often"
+        return _Found(found.token, (source, found.length.bit_length()))
 
 
 class LookupFirst(Drafter):
-    """Drafts by ``lookup`` if its confidence is at least ``min_confidence``, else by ``model``.
+    """Drafts by ``lookup`` where it is surer than ``model``, else by ``model``.
 
+    Lookup costs nothing, so it may be a little less sure: it drafts if its confidence reaches the share of
+    the model's drafts that were committed, less a tenth. ``min_confidence``: that share until it is known.
     The model reads the tokens that lookup proposed when it drafts next, all in one forward.
     """
 
@@ -120,31 +219,43 @@ class LookupFirst(Drafter):
         self.max_context = model.max_context
         self._lookup = lookup
         self._model = model
-        self._min_confidence = min_confidence
+        self._right, self._judged = 10.0 * min_confidence, 10.0
+        self._pending: set[int] = set()
         self._unread: list[int] = []
 
     @property
     def length(self) -> int:
         return self._lookup.length
 
+    @property
+    def can_draft(self) -> bool:
+        if self._prefers_lookup():
+            return True
+        self._read()
+        return self._model.can_draft
+
     def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
         self._unread = []
+        self._pending.clear()
         self._lookup.open(tokens, sampling)
         self._model.open(tokens, sampling)
 
     def draft(self) -> DraftToken:
-        if self._lookup.can_draft and self._lookup.confidence() >= self._min_confidence:
+        if self._prefers_lookup():
             drafted = self._lookup.draft()
             self._unread.append(drafted.token)
             return drafted
-        if self._unread:
-            self._model.extend(self._unread)
-            self._unread = []
+        self._read()
         drafted = self._model.draft()
+        self._pending.add(self._lookup.length)
         self._lookup.append(drafted.token)
         return drafted
 
     def rollback(self, length: int) -> None:
+        if length < self._lookup.length and length in self._pending:
+            self._judged += 1.0
+        self._accepted_before(length)
+        self._pending.clear()
         self._lookup.rollback(length)
         known = self._model.length
         if length < known:
@@ -154,8 +265,27 @@ class LookupFirst(Drafter):
             del self._unread[length - known :]
 
     def extend(self, tokens: Sequence[int]) -> None:
+        self._accepted_before(self._lookup.length)
         self._lookup.extend(tokens)
         self._unread.extend(tokens)
+
+    def prefill(self) -> None:
+        self._read()
+        self._model.prefill()
+
+    def _prefers_lookup(self) -> bool:
+        return self._lookup.can_draft and self._lookup.confidence() >= self._right / self._judged - 0.1
+
+    def _accepted_before(self, length: int) -> None:
+        right = {position for position in self._pending if position < length}
+        self._pending -= right
+        self._right += len(right)
+        self._judged += len(right)
+
+    def _read(self) -> None:
+        if self._unread:
+            self._model.extend(self._unread)
+            self._unread = []
 
 
 def _features(confidence: float) -> DraftFeatures:

@@ -9,6 +9,7 @@ from typing import Any
 
 from wispprof.backends import Drafter
 from wispprof.drafters import make_drafter
+from wispprof.drafters.ngram import LookupMemory
 from wispprof.edge.draft_worker import DraftStep, DraftThread, DraftWorker, ThreadWorker
 from wispprof.edge.request_stats import EnergyShares
 from wispprof.hardware import EnergyMeter
@@ -26,7 +27,7 @@ class DraftDevice:
     draft model from :func:`~wispprof.engines.loading.load_model`, or a :class:`GgufDraft`. All steps run
     in one thread. Drafters are reused, so the next request of a conversation finds its KV.
     ``meter``: the device's energy meter; :attr:`energy` divides its readings among the requests.
-    ``timeout_ms``: longest wait for a draft step. If one hangs, later requests draft in a new thread.
+    ``memory``: what n-gram lookup keeps of earlier answers. ``timeout_ms``: longest wait for a draft step. If one hangs, later requests draft in a new thread.
     """
 
     def __init__(
@@ -38,8 +39,10 @@ class DraftDevice:
         loaded: Any = None,
         meter: EnergyMeter | None = None,
         timeout_ms: float = 30_000.0,
+        memory: LookupMemory | None = None,
     ) -> None:
         self.kind = kind
+        self._memory = memory
         self.stream = True
         self.energy = EnergyShares(meter or EnergyMeter())
         self._controller = (controller, dict(options or {}))
@@ -93,7 +96,12 @@ class DraftDevice:
         return self._idle.pop(best)
 
     def _make(self) -> Drafter:
-        return make_drafter(self.kind, self._loaded)
+        return make_drafter(self.kind, self._loaded, self._memory)
+
+    def remember(self, tokens: Sequence[int]) -> None:
+        """Let later requests look up the prompt and the verified answer of a finished one."""
+        if self._memory is not None:
+            self._memory.remember(tokens)
 
     def close(self) -> None:
         """Stop the drafting thread."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from wispprof.artifacts import bundled_path
-from wispprof.drafters import GgufDraft, needs_model
+from wispprof.drafters import load_gguf, needs_model
+from wispprof.drafters.ngram import LookupMemory
 from wispprof.edge.client import EdgeClient
 from wispprof.edge.connection import ConnectionFactory, ssl_context, websocket_connections
 from wispprof.edge.draft_device import DraftDevice
@@ -22,6 +24,8 @@ from wispprof.openai_api import ChatTokenizer, TextGeneration, TextOptions
 from wispprof.openai_api.stop_strings import StopStrings
 from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.types import GenerationRequest, RejectionPredictor, Sampling, ServedModel, Slo, TokenChunk
+
+log = logging.getLogger("wispprof.edge")
 
 BUNDLED_DRAFT = "models/reference-pair/draft"
 
@@ -106,6 +110,8 @@ class Reply:
                     self.tokens.extend(chunk.tokens)
                     yield chunk
             self.finished = generation.stats.finished
+        if self.verified:
+            device.remember([*prompt.tokens, *self.tokens])
         self.stats.energy_j = energy.energy_j
 
 
@@ -196,6 +202,7 @@ async def open_edge(settings: EdgeSettings) -> AsyncIterator[EdgeRuntime]:
             loaded,
             meter,
             settings.drafting.draft_timeout_ms,
+            LookupMemory() if settings.learn and settings.drafter in ("lookup", "both") else None,
         )
         stack.callback(device.close)
         client = EdgeClient(
@@ -212,28 +219,32 @@ def _load(settings: EdgeSettings, folder: str) -> tuple[Any, Any, str]:
     from wispprof.engines.loading import load_model, tokenizer_hash
 
     loaded: Any = None
-    tokenizer = None
     where = settings.tokenizer
     plugin = settings.drafter not in ("lookup", "none")
-    if needs_model(settings.drafter) or (plugin and settings.draft):
-        if folder.endswith(".gguf"):
-            loaded = GgufDraft(Path(folder), settings.device)
-            where = where or str(Path(folder).parent)
-        else:
-            loaded = load_model(folder, dtype=settings.dtype, device=settings.device)
-            tokenizer = None if where else loaded.tokenizer
-    if tokenizer is None:
-        from transformers import AutoTokenizer
-
-        where = where or folder
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(where)
-        except (OSError, ValueError) as err:
-            raise ModelError(
-                f"There is no tokenizer at {where}.",
-                "Give --tokenizer, a folder or hub id that has the target's.",
-            ) from err
+    wanted = needs_model(settings.drafter) or (plugin and bool(settings.draft))
+    gguf = wanted and folder.endswith(".gguf")
+    if gguf:
+        where = where or str(Path(folder).parent)
+    elif wanted:
+        loaded = load_model(folder, dtype=settings.dtype, device=settings.device)
+    tokenizer = loaded.tokenizer if loaded is not None and not where else _tokenizer(where or folder)
+    if gguf:
+        loaded = load_gguf(Path(folder), settings.llama, settings.device, tokenizer)
+        if loaded.note:
+            log.warning("%s: %s", folder, loaded.note)
     return loaded, tokenizer, tokenizer_hash(tokenizer)
+
+
+def _tokenizer(where: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as err:
+        raise ModelError(
+            f"There is no tokenizer at {where}.",
+            "Give --tokenizer, a folder or hub id that has the target's.",
+        ) from err
 
 
 async def _server(settings: EdgeSettings, stack: AsyncExitStack) -> tuple[ConnectionFactory, bool | None]:

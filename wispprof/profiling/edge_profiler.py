@@ -193,13 +193,13 @@ def _torch_device(settings: EdgeProfilerSettings, loaded: LoadedModel | None) ->
 
 
 def _llamacpp_device(settings: EdgeProfilerSettings) -> _Device:
+    from wispprof.drafters.gguf_model import GgufModel
     from wispprof.drafters.llama_cpp import LlamaCppDrafter
 
-    gpu_layers = 0 if settings.device == "cpu" else -1
-    drafter = LlamaCppDrafter(Path(settings.draft), gpu_layers=gpu_layers)
+    model = GgufModel(Path(settings.draft), settings.llama, settings.device)
     device = settings.device if settings.device != "auto" else "cpu"
-    engine = {"backend": "llama.cpp", "device": device, "gpu_layers": gpu_layers}
-    return _Device(drafter, drafter.info, engine)
+    engine = {"backend": "llama.cpp", "device": device, "gpu_layers": model.gpu_layers}
+    return _Device(LlamaCppDrafter(model), model.info, {**engine, "threads": model.budget.threads})
 
 
 def _axes(settings: EdgeProfilerSettings) -> EdgeAxes:

@@ -19,11 +19,12 @@ class LlamaSettings(Settings):
         maximum=512,
     )
     batch_threads: int | None = setting(
-        None, "Threads of a .gguf draft that reads several tokens; default: --threads.", minimum=1, maximum=512
+        None,
+        "Threads of a .gguf draft that reads several tokens; default: --threads.",
+        minimum=1,
+        maximum=512,
     )
-    draft_context: int = setting(
-        4096, "Maximum context of a .gguf draft.", unit="tokens", minimum=16
-    )
+    draft_context: int = setting(4096, "Maximum context of a .gguf draft.", unit="tokens", minimum=16)
     gpu_layers: int | None = setting(
         None, "Layers of a .gguf draft on the GPU; default: all, if llama.cpp was built for one.", minimum=0
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wispprof.settings.draft_settings import LlamaSettings
 from wispprof.settings.fields import Settings, setting
 from wispprof.settings.shared_settings import ServerAccess, device_setting, dtype_setting
 from wispprof.settings.sources import named_value
@@ -97,11 +98,15 @@ class EdgeSettings(Settings):
 
     client: ClientSettings = field(default_factory=ClientSettings)
     drafting: DraftingSettings = field(default_factory=DraftingSettings)
+    llama: LlamaSettings = field(default_factory=LlamaSettings)
     server: str = setting("", "Address of the server; default: start one here on the bundled pair.")
     draft: str = setting("", "Draft model: folder, hub id or .gguf file; default: the bundled one.")
     tokenizer: str = setting("", "The target's tokenizer: folder or hub id; default: beside the draft model.")
     drafter: str = setting(
         "model", "What drafts: model, lookup, both (lookup first), none or one of your own."
+    )
+    learn: bool = setting(
+        True, "Let n-gram lookup learn from earlier answers of this process; kept in memory only."
     )
     dtype: str = dtype_setting()
     device: str = device_setting()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wispprof.errors import SettingsError
+from wispprof.settings.draft_settings import LlamaSettings
 from wispprof.settings.fields import Settings, setting
 from wispprof.settings.shared_settings import ServerAccess, backend_setting, device_setting, dtype_setting
 from wispprof.types import Sampling
@@ -139,6 +140,7 @@ class EdgeProfilerSettings(Settings):
     draft: str = setting("", "Draft model: folder, hub id or .gguf file; default: the bundled one.")
     dtype: str = dtype_setting()
     device: str = device_setting()
+    llama: LlamaSettings = field(default_factory=LlamaSettings)
     grid: str = _grid()
     axes: EdgeAxes | None = None
     sampling: Sampling = field(default_factory=Sampling)
@@ -172,9 +174,10 @@ class TraceSettings(Settings):
     """What an acceptance trace records. ``batch``: sessions of the target at once."""
 
     target: str = setting("", "Target model: folder or hub id; default: the bundled one.", option="model")
-    draft: str = setting("", "Draft model: folder or hub id; default: the bundled one.")
+    draft: str = setting("", "Draft model: folder, hub id or .gguf file; default: the bundled one.")
     dtype: str = dtype_setting()
     device: str = device_setting()
+    llama: LlamaSettings = field(default_factory=LlamaSettings)
     sampling: Sampling = field(default_factory=Sampling)
     prompts: Path | None = setting(
         None, "Prompts: a text file or JSON lines; default: held-out source files."
