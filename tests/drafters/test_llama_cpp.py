@@ -1,24 +1,23 @@
-"""The llama.cpp drafter against the torch drafter, over a stand-in for the library.
-
-The stand-in keeps llama-cpp-python's contract (``n_tokens``, ``eval`` that drops what lies beyond it,
-logits of the last token through a pointer) and computes with a tiny torch model.
-"""
+"""The llama.cpp drafter against the torch drafter, over a stand-in for the library."""
 
 from __future__ import annotations
 
-import ctypes
-import sys
-import types
-
+import numpy as np
 import pytest
-import torch
+from fake_libllama import FakeLibllama
 
+from wispprof.drafters import GgufDraft, make_drafter
+from wispprof.drafters.core_budget import CoreBudget
+from wispprof.drafters.gguf_model import GgufModel
+from wispprof.drafters.libllama import load_libllama
 from wispprof.drafters.llama_cpp import LlamaCppDrafter
 from wispprof.drafters.torch_drafter import TorchDrafter
+from wispprof.drafters.vocabulary import VocabularyMatch, match_vocabulary
 from wispprof.engines.loading import random_model
-from wispprof.errors import EngineError, ModelError, ModelMissing
+from wispprof.errors import EngineError, ModelError, ModelMissing, ModelUnsupported
 from wispprof.profiling import drafter_runner, edge_profiler
 from wispprof.settings import profiler_settings
+from wispprof.settings.draft_settings import LlamaSettings
 from wispprof.types import Sampling
 
 WARM = Sampling(0.8, 20, 0.9, seed=5)
@@ -30,37 +29,8 @@ def tiny():
 
 
 @pytest.fixture
-def library(tiny, monkeypatch):
-    class Llama:
-        model = "model"
-        metadata = {"general.architecture": "llama"}
-
-        def __init__(self, model_path, n_ctx, logits_all, **more):
-            assert not logits_all
-            if "broken" in model_path:
-                raise ValueError("bad magic")
-            self.held, self.n_tokens, self.evaluated, self.context = [], 0, 0, n_ctx
-            self.ctx = self
-
-        def n_ctx(self):
-            return min(self.context, tiny.info.max_context)
-
-        def n_vocab(self):
-            return tiny.info.vocab_size
-
-        def eval(self, tokens):
-            self.held = self.held[: self.n_tokens] + list(tokens)
-            self.n_tokens = len(self.held)
-            self.evaluated += len(tokens)
-            with torch.inference_mode():
-                row = tiny.model(torch.tensor([self.held])).logits[0, -1]
-            self.row = (ctypes.c_float * len(row))(*row.tolist())
-
-    module = types.ModuleType("llama_cpp")
-    module.Llama = Llama
-    module.llama_model_n_params = lambda model: 1234
-    module.llama_get_logits_ith = lambda ctx, i: ctypes.cast(ctx.row, ctypes.POINTER(ctypes.c_float))
-    monkeypatch.setitem(sys.modules, "llama_cpp", module)
+def library(tiny):
+    return FakeLibllama(tiny)
 
 
 @pytest.fixture
@@ -70,9 +40,14 @@ def file(tmp_path):
     return path
 
 
+@pytest.fixture
+def model(file, library):
+    return GgufModel(file, library=library)
+
+
 @pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["greedy", "sampled"])
-def test_it_drafts_what_torch_drafts(library, file, tiny, sampling):
-    one, other = LlamaCppDrafter(file), TorchDrafter(tiny)
+def test_it_drafts_what_torch_drafts(model, tiny, sampling):
+    one, other = LlamaCppDrafter(model), TorchDrafter(tiny)
     for drafter in (one, other):
         drafter.open([5, 6, 7, 8], sampling)
     for move in ("dddd", "r5dd", "e9dd", "r4e3dd", "pd"):
@@ -91,40 +66,151 @@ def test_it_drafts_what_torch_drafts(library, file, tiny, sampling):
         assert one.length == other.length
 
 
-def test_a_step_reads_only_what_is_new(library, file):
-    drafter = LlamaCppDrafter(file)
+def test_a_step_reads_only_what_is_new(model, library):
+    drafter = LlamaCppDrafter(model)
     drafter.open(list(range(2, 42)), Sampling())
     drafter.prefill()
-    before = drafter._llm.evaluated
+    library.batches.clear()
     drafter.draft()
     drafter.draft()
-    assert drafter._llm.evaluated - before == 2
     drafter.rollback(40)
     drafter.draft()
-    assert drafter._llm.evaluated - before == 3
+    drafter.forward()
+    assert library.batches == [1, 1, 1, 1]
 
 
-def test_faults_say_what_to_do(library, file, tmp_path, monkeypatch):
+def test_long_texts_are_read_in_bounded_batches(file, library):
+    drafter = LlamaCppDrafter(GgufModel(file, device="cpu", library=library))
+    library.batches.clear()
+    drafter.open([3] * 200, Sampling())
+    drafter.prefill()
+    assert library.batches == [128, 71]
+
+
+def test_drafters_share_the_weights_and_keep_apart(model, library):
+    draft = GgufDraft(model, None, VocabularyMatch(True, None, ""))
+    one, other = make_drafter("model", draft), make_drafter("model", draft)
+    one.open([5, 6, 7], Sampling())
+    alone = [one.draft().token for _ in range(4)]
+    one.open([5, 6, 7], Sampling())
+    other.open([9, 9], Sampling())
+    mixed = []
+    for _ in range(4):
+        mixed.append(one.draft().token)
+        other.draft()
+    assert mixed == alone
+    assert library.loaded_files == 1
+
+
+def test_hidden_tokens_are_never_proposed(model):
+    plain = LlamaCppDrafter(model)
+    plain.open([5, 6, 7], WARM)
+    token = plain.draft().token
+    hidden = np.zeros(model.vocab_size, dtype=bool)
+    hidden[token] = True
+    masked = LlamaCppDrafter(model, hidden)
+    masked.open([5, 6, 7], WARM)
+    assert masked.draft().token != token
+
+
+def test_a_failed_call_leaves_a_drafter_that_reads_everything_again(model, library):
+    drafter = LlamaCppDrafter(model)
+    drafter.open([5, 6, 7], Sampling())
+    token = drafter.draft().token
+    drafter.rollback(3)
+    library.fails = True
+    with pytest.raises(EngineError, match="context is full"):
+        drafter.draft()
+    library.fails = False
+    assert drafter.draft().token == token
+
+
+def test_faults_say_what_to_do(model, library, file, tiny, tmp_path):
     with pytest.raises(ModelMissing, match="gguf"):
-        LlamaCppDrafter(tmp_path / "nothing.gguf")
+        GgufModel(tmp_path / "nothing.gguf", library=library)
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"")
     with pytest.raises(ModelError, match="bad magic"):
-        LlamaCppDrafter(broken)
-    drafter = LlamaCppDrafter(file, max_context=8)
-    with pytest.raises(EngineError, match="context of 8"):
-        drafter.open(list(range(9)), Sampling())
+        GgufModel(broken, library=library)
+    short = LlamaCppDrafter(GgufModel(file, LlamaSettings(draft_context=16), library=library))
+    with pytest.raises(EngineError, match="context of 16"):
+        short.open(list(range(17)), Sampling())
     with pytest.raises(EngineError, match="at least one"):
-        drafter.open([], Sampling())
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(ModelError, match="llamacpp"):
-        LlamaCppDrafter(file)
+        short.open([], Sampling())
+    with pytest.raises(ModelUnsupported, match="recurrent state"):
+        LlamaCppDrafter(GgufModel(file, library=FakeLibllama(tiny, forgets=False)))
+    with pytest.raises(ModelMissing, match=r"libllama\.so"):
+        load_libllama(tmp_path / "libllama.so")
+    other = tmp_path / "other.so"
+    other.write_bytes(b"no library")
+    with pytest.raises(ModelError, match="Cannot load") as err:
+        load_libllama(other)
+    assert "--llama-lib" in err.value.hint
+
+
+def test_options_reach_the_library(file, library):
+    settings = LlamaSettings(threads=3, batch_threads=2, gpu_layers=7)
+    LlamaCppDrafter(GgufModel(file, settings, library=library))
+    assert library.threads == [(3, 2)]
+    assert library.gpu_layers == 7
+    assert GgufModel(file, settings, "cpu", library=library).gpu_layers == 0
+    assert GgufModel(file, library=library).gpu_layers == 999
+
+
+def test_threads_leave_busy_cores_alone():
+    now, busy = [0.0], [0.0]
+    budget = CoreBudget(
+        cores=8, limit=4, busy=lambda: busy[0], load=lambda: 0.0, clock=lambda: now[0]
+    )
+    seen = [budget.threads]
+    for others, own in ((0.0, 4.0), (5.0, 4.0), (7.9, 1.0), (1.0, 0.0)):
+        now[0] += 2.0
+        busy[0] += 2.0 * others + own
+        budget.ran(own / 4, 4)
+        seen.append(budget.threads)
+    assert seen == [4, 4, 3, 1, 4]
+    assert CoreBudget(cores=8, limit=4, busy=lambda: 0.0, load=lambda: 6.6).threads == 1
+    assert CoreBudget(6, cores=2, load=lambda: 9.0).threads == 6  # the user's choice stands
+
+
+class Tokenizer:
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+
+    def get_vocab(self) -> dict[str, int]:
+        return {text: number for number, text in enumerate(self.texts)}
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return self.texts[ids[0]].replace("Ġ", " ")
+
+
+def test_vocabularies_are_compared_text_by_text():
+    texts = [f"t{i}" for i in range(100)]
+    target = Tokenizer(texts)
+    same = match_vocabulary(texts, target)
+    assert same.same
+    assert same.hidden is None
+    padded = match_vocabulary([*texts, "[PAD100]", "[PAD101]"], target)
+    assert padded.same
+    assert np.flatnonzero(padded.hidden).tolist() == [100, 101]
+    smaller = match_vocabulary(texts[:90], target)
+    assert smaller.same
+    assert "lacks the target's last 10" in smaller.summary
+    renamed = match_vocabulary(["<end>", *texts[1:]], target)
+    assert renamed.same
+    assert np.flatnonzero(renamed.hidden).tolist() == [0]
+    spelled = match_vocabulary([" x", *texts[1:]], Tokenizer(["Ġx", *texts[1:]]))
+    assert spelled.hidden is None
+    foreign = match_vocabulary(texts[::-1], target)
+    assert not foreign.same
+    assert "mean another text" in foreign.summary
 
 
 def test_profile_edge_measures_a_gguf_draft(library, file, monkeypatch):
     ticks = iter(range(1 << 30))
     axes = edge_profiler.EdgeAxes((16, 32), (16,), 16, burst_s=0.05, sustained_s=0.0)
     monkeypatch.setitem(drafter_runner.EDGE_GRIDS, "quick", axes)
+    monkeypatch.setattr("wispprof.drafters.gguf_model.load_libllama", lambda path: library)
     sweep = edge_profiler.SweepSettings(warmup=1, min_samples=6, max_samples=6, sentinel_every=50)
     chosen = profiler_settings.EdgeProfilerSettings(draft=str(file), sweep=sweep)
     profile = edge_profiler.profile_edge(chosen, clock=lambda: next(ticks) * 0.004)

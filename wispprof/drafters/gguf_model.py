@@ -67,7 +67,7 @@ class GgufModel:
 
     @cached_property
     def info(self) -> ModelInfo:
-        """What is known of the model, for manifests. The hash is of the metadata: the tensors are left out."""
+        """The model as manifests record it. The hash is of the metadata: the tensors are left out."""
         facts = self.metadata
         text = json.dumps(facts, sort_keys=True)
         return ModelInfo(

@@ -55,10 +55,7 @@ class LlamaCppDrafter(ModelDrafter):
     def draft(self) -> DraftToken:
         """Propose the next token and append it: one call over all tokens without KV."""
         self._check(len(self._tokens) + 1)
-        logits = self.forward()
-        if self._hidden is not None:
-            logits[self._hidden] = -np.inf
-        return self._propose(logits)
+        return self._propose(self.forward(), self._hidden)
 
     def prefill(self) -> None:
         if unread := self._tokens[self._cached : -1]:

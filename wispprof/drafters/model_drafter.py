@@ -58,9 +58,13 @@ class ModelDrafter(Drafter):
         del self._tokens[length:]
         self._cached = min(self._cached, length)
 
-    def _propose(self, logits: np.ndarray) -> DraftToken:
-        """Draw the next token from raw logits (V,) float32, which are not kept intact, and append it."""
-        token = sample_tokens_numpy(logits, len(self._tokens), self._sampling)
+    def _propose(self, logits: np.ndarray, hidden: np.ndarray | None = None) -> DraftToken:
+        """Draw the next token from raw logits (V,) float32, which are not kept intact, and append it.
+
+        ``hidden``: bool (V,) of tokens that must not be drawn.
+        """
+        drawn = logits if hidden is None else np.where(hidden, np.float32(-np.inf), logits)
+        token = sample_tokens_numpy(drawn, len(self._tokens), self._sampling)
         self._check_drawn(token)
         features = features_numpy(logits)
         self._tokens.append(token)

@@ -1,4 +1,4 @@
-"""A sorted suffix array over token sequences: what followed the longest known end of a text, and how often."""
+"""A sorted suffix array over token sequences: what followed the longest known end of a text."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ class TextBridge(Drafter):
     # --- the draft model's side ---
 
     def _ends_of(self, ids: Sequence[int], start: int) -> list[int]:
-        """Where each of ``ids`` ends in the text; the last one at its end, whatever a codec adds before it."""
+        """Where each of ``ids`` ends in the text. The last one ends with it, whatever a codec adds."""
         ends = []
         for token in ids:
             start = min(len(self._written), start + len(self._codec.piece(token)))

@@ -10,7 +10,7 @@ from typing import Any
 from wispprof.backends import Drafter
 from wispprof.drafters import make_drafter
 from wispprof.drafters.ngram import LookupMemory
-from wispprof.edge.draft_worker import DraftStep, DraftThread, DraftWorker, ThreadWorker
+from wispprof.edge.draft_worker import CatchUp, DraftStep, DraftThread, DraftWorker, ThreadWorker
 from wispprof.edge.request_stats import EnergyShares
 from wispprof.hardware import EnergyMeter
 from wispprof.policies.interface import Controller
@@ -27,7 +27,8 @@ class DraftDevice:
     draft model from :func:`~wispprof.engines.loading.load_model`, or a :class:`GgufDraft`. All steps run
     in one thread. Drafters are reused, so the next request of a conversation finds its KV.
     ``meter``: the device's energy meter; :attr:`energy` divides its readings among the requests.
-    ``memory``: what n-gram lookup keeps of earlier answers. ``timeout_ms``: longest wait for a draft step. If one hangs, later requests draft in a new thread.
+    ``memory``: what n-gram lookup keeps of earlier answers. ``timeout_ms``: longest wait for a draft
+    step. If one hangs, later requests draft in a new thread.
     """
 
     def __init__(
@@ -77,12 +78,12 @@ class DraftDevice:
             yield _NoDrafter(err), self.controller()
             return
         thread = self._thread
-        worker = ThreadWorker(drafter, thread, self._timeout_ms)
+        worker = ThreadWorker(drafter, thread, self._timeout_ms, held)
         try:
             yield worker, self.controller()
         finally:
             if not worker.stuck:
-                self._idle.append((worker.held or held, drafter))
+                self._idle.append((worker.held, drafter))
                 del self._idle[:-8]
             elif self._thread is thread:
                 log.warning("a draft step hangs; later requests draft in a new thread")
@@ -117,5 +118,5 @@ class _NoDrafter:
     async def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
         raise self._err
 
-    async def step(self, sequence: Sequence[int]) -> DraftStep | None:
+    async def step(self, sequence: Sequence[int]) -> DraftStep | CatchUp | None:
         return None

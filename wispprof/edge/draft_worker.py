@@ -22,6 +22,11 @@ from wispprof.types import DraftToken, Sampling
 
 _T = TypeVar("_T")
 
+PIECE = 64
+"""Most tokens that a draft model reads in one call. Between calls it hears of commits."""
+_READ_WITH_DRAFT = 8
+"""Up to so many unread tokens are read together with the draft after them. A draft after more would come
+late: the text has grown meanwhile, so the rest is read first."""
 _BACK_TO_BACK_S = 0.0005
 """A step requested within this time of the previous one counts as back to back."""
 
@@ -33,32 +38,55 @@ class DraftStep(NamedTuple):
     draft_ms: float
 
 
+class CatchUp(NamedTuple):
+    """``tokens`` of the text were read instead of drafting; more may be unread."""
+
+    tokens: int
+    read_ms: float
+
+
 class DraftWorker(Protocol):
     """Runs the drafter of one session, one call at a time. If a call raises, drafting ends."""
 
     async def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
         """Prefill these committed tokens."""
 
-    async def step(self, sequence: Sequence[int]) -> DraftStep | None:
+    async def step(self, sequence: Sequence[int]) -> DraftStep | CatchUp | None:
         """Sync the drafter with ``sequence`` and draft the next token; ``None``: no proposal."""
 
 
 class _SyncedDrafter:
-    """A drafter and its cached tokens, :attr:`held`."""
+    """A drafter and its tokens, :attr:`held`, those of an earlier request at first."""
 
-    def __init__(self, drafter: Drafter) -> None:
+    def __init__(self, drafter: Drafter, held: Sequence[int] = ()) -> None:
         self.drafter = drafter
-        self.held: list[int] = []
+        self.held = list(held)
         self._max_context = drafter.max_context
 
-    def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
-        """Start again. If the prompt exceeds the drafter's context, the session gets no drafts."""
-        self.held = []
+    def open(self, tokens: Sequence[int], sampling: Sampling, piece: int | None = None) -> bool:
+        """Start again; reads at most ``piece`` tokens. Returns whether there are more: :meth:`read` them.
+
+        If the prompt exceeds the drafter's context, the session gets no drafts.
+        """
+        known, self.held = common_prefix(self.held, tokens), []
         if len(tokens) >= self._max_context:
-            return
-        self.drafter.open(tokens, sampling)
-        self.held = list(tokens)
+            return False
+        first = list(tokens if piece is None else tokens[: known + piece])
+        self.drafter.open(first, sampling)
         self.drafter.prefill()
+        self.held = first
+        return len(first) < len(tokens)
+
+    def read(self, sequence: Sequence[int], piece: int) -> int:
+        """Read at most ``piece`` more tokens of ``sequence`` without drafting; returns how many it were."""
+        same = common_prefix(self.held, sequence)
+        read = self._sync(sequence[: same + piece])
+        self.drafter.prefill()
+        return read
+
+    def unread(self, sequence: Sequence[int]) -> int:
+        """Tokens of ``sequence`` that the drafter does not hold."""
+        return len(sequence) - common_prefix(self.held, sequence)
 
     def draft(self, sequence: Sequence[int]) -> tuple[DraftToken | None, int]:
         """The next token (``None``: no proposal), and the number of tokens that were read."""
@@ -116,13 +144,20 @@ class DraftThread(Executor):
 class ThreadWorker:
     """Runs a drafter in ``executor`` and measures its steps there.
 
-    Sessions that share a draft model must share an executor of one thread. A call that takes longer than
-    ``timeout_ms``, time in the executor's queue included, raises :class:`EngineError`. ``stuck``: such a call
-    still runs, so drafter and thread must not be used again.
+    Sessions that share a draft model must share an executor of one thread. Prompts are read in pieces, and
+    other sessions get their turn between them. ``held``: what the drafter holds of an earlier request.
+    A call that takes longer than ``timeout_ms``, time in the executor's queue included, raises
+    :class:`EngineError`. ``stuck``: such a call still runs, so drafter and thread must not be used again.
     """
 
-    def __init__(self, drafter: Drafter, executor: Executor, timeout_ms: float = 30_000.0) -> None:
-        self._synced = _SyncedDrafter(drafter)
+    def __init__(
+        self,
+        drafter: Drafter,
+        executor: Executor,
+        timeout_ms: float = 30_000.0,
+        held: Sequence[int] = (),
+    ) -> None:
+        self._synced = _SyncedDrafter(drafter, held)
         self._executor = executor
         self._timeout_ms = timeout_ms
         self._running = False
@@ -134,10 +169,12 @@ class ThreadWorker:
         return self._synced.held
 
     async def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
-        wanted = list(tokens)
-        await self._call(lambda: self._synced.open(wanted, sampling))
+        wanted, synced = list(tokens), self._synced
+        more = await self._call(lambda: synced.open(wanted, sampling, PIECE))
+        while more:
+            more = await self._call(lambda: synced.read(wanted, PIECE) > 0 and synced.unread(wanted) > 0)
 
-    async def step(self, sequence: Sequence[int]) -> DraftStep | None:
+    async def step(self, sequence: Sequence[int]) -> DraftStep | CatchUp | None:
         wanted = list(sequence)
         return await self._call(lambda: self._step(wanted))
 
@@ -156,9 +193,12 @@ class ThreadWorker:
             self.stuck = self._running
             raise EngineError(f"No draft within {self._timeout_ms:,.0f} ms.") from None
 
-    def _step(self, sequence: list[int]) -> DraftStep | None:
-        begun = time.perf_counter()
-        drafted, _ = self._synced.draft(sequence)
+    def _step(self, sequence: list[int]) -> DraftStep | CatchUp | None:
+        begun, synced = time.perf_counter(), self._synced
+        if synced.unread(sequence) > _READ_WITH_DRAFT and len(sequence) < synced.drafter.max_context:
+            read = synced.read(sequence, PIECE)
+            return CatchUp(read, (time.perf_counter() - begun) * 1000.0)
+        drafted, _ = synced.draft(sequence)
         if drafted is None:
             return None
         return DraftStep(drafted, (time.perf_counter() - begun) * 1000.0)

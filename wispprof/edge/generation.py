@@ -20,7 +20,7 @@ from wispprof import protocol
 from wispprof.edge import server_frames
 from wispprof.edge.client import EdgeClient
 from wispprof.edge.connection import Traffic
-from wispprof.edge.draft_worker import DraftStep, DraftWorker
+from wispprof.edge.draft_worker import CatchUp, DraftStep, DraftWorker
 from wispprof.edge.request_stats import RequestStats
 from wispprof.errors import RequestRefused, RuntimeFault, ServerBusy, ServerUnreachable, SettingsError
 from wispprof.policies.interface import Controller
@@ -109,7 +109,7 @@ class Generation:
         """Generate to the end; raises what ended it early."""
         session, worker, request = self._session, self._worker, self.request
         self.stats.begun_ms = begun_ms = _now_ms()
-        step: asyncio.Task[DraftStep | None] | None = None
+        step: asyncio.Task[DraftStep | CatchUp | None] | None = None
         prefill: asyncio.Task[None] | None = None
         try:
             self._number = self._client.open(self)
@@ -191,12 +191,16 @@ class Generation:
         else:
             self.stats.prefill_ms = _now_ms() - self.stats.begun_ms
 
-    def _end_step(self, task: asyncio.Task[DraftStep | None], begun_ms: float) -> None:
+    def _end_step(self, task: asyncio.Task[DraftStep | CatchUp | None], begun_ms: float) -> None:
         stats, session = self.stats, self._session
         if (err := task.exception()) is not None:
             self._stop_drafting(err)
             return
         step = task.result()
+        if isinstance(step, CatchUp):
+            stats.catch_up += step.tokens
+            stats.catch_up_ms += step.read_ms
+            return
         if step is None:
             stats.no_proposal += 1
             session.scheduler.nothing_to_draft()
@@ -264,6 +268,8 @@ class Generation:
             except Exception as err:
                 self._stop_drafting(err)
                 return False
+            if isinstance(step, CatchUp):
+                continue
             if step is None or self._foreign(step):
                 break
             sequence.append(step.drafted.token)

@@ -77,7 +77,9 @@ class RequestStats:
     What kept the device from drafting (:attr:`draft_note` says it in words): ``late``: draft steps that a
     commit overtook. ``foreign``: drafts outside the target's vocabulary, which are not sent.
     ``no_proposal``: steps without a draft. ``declined``: rounds and bursts for which the controller chose
-    k = 0. ``prefill_ms``: the draft model's, ``None`` until it ends. ``draft_fault``: why drafting stopped.
+    k = 0. ``prefill_ms``: the draft model's, ``None`` until it ends.
+    ``catch_up``: committed tokens that the draft model read without drafting, in ``catch_up_ms``.
+    ``draft_fault``: why drafting stopped.
     """
 
     drafting: bool = False
@@ -108,6 +110,8 @@ class RequestStats:
     no_proposal: int = 0
     declined: int = 0
     prefill_ms: float | None = None
+    catch_up: int = 0
+    catch_up_ms: float = 0.0
     draft_fault: str = ""
     finished: str = ""
     energy_j: float | None = None

