@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wispprof.backends import Drafter
-from wispprof.drafters.ngram import LookupDrafter, LookupFirst
+from wispprof.drafters.ngram import LookupDrafter, LookupFirst, LookupMemory
 from wispprof.drafters.replay import ReplayDrafter
+from wispprof.drafters.suffix_index import SuffixIndex
 from wispprof.errors import ProfileError
 from wispprof.testing.fake_engine import FakeDrafter, FakeTarget
 from wispprof.types import DraftFeatures, DraftToken, Sampling
@@ -140,6 +141,106 @@ def test_lookup_after_any_history_equals_a_fresh_one(seed: int) -> None:
         assert drafter._followers.keys() >= fresh._followers.keys()
         assert {k: v for k, v in drafter._followers.items() if v} == fresh._followers
         assert drafter.length == len(text)
+
+
+def test_lookup_finds_what_an_earlier_request_said() -> None:
+    memory = LookupMemory(limit=64)
+    answer = [7, 8, 9, 10, 11, 12]
+    memory.remember([1, 2, *answer])
+    drafter = LookupDrafter(memory)
+    drafter.open([5, 6, 7, 8, 9], Sampling())
+    assert [drafter.draft().token for _ in range(3)] == [10, 11, 12]
+    assert not drafter.can_draft  # the answer ended there
+    blank = LookupDrafter(LookupMemory(0))
+    blank.open([5, 6, 7, 8, 9], Sampling())
+    assert not blank.can_draft
+
+
+def test_the_most_frequent_continuation_wins() -> None:
+    memory = LookupMemory(limit=64)
+    for first, last in ((20, 4), (21, 5), (22, 5)):
+        memory.remember([first, 1, 2, 3, last])
+    drafter = LookupDrafter(memory)
+    drafter.open([9, 1, 2, 3], Sampling())
+    assert drafter.draft().token == 5
+
+
+def test_memory_is_bounded_and_a_conversation_is_kept_once() -> None:
+    memory = LookupMemory(limit=10)
+    memory.remember([1, 2, 3])
+    memory.remember([1, 2, 3, 4, 5])
+    assert memory.tokens == 5
+    memory.remember([6] * 7)
+    assert memory.tokens == 7
+    memory.remember(range(100))
+    assert memory.tokens == 10
+    off = LookupMemory(limit=0)
+    off.remember([1, 2, 3])
+    assert off.tokens == 0
+    assert off.index() is None
+
+
+def test_confidences_are_those_of_the_device() -> None:
+    memory = LookupMemory(limit=64)
+    for _ in range(12):
+        drafter = LookupDrafter(memory)
+        drafter.open([1, 2, 3, 4, 1, 2], Sampling())
+        assert drafter.draft().token == 3
+        drafter.rollback(6)
+        drafter.extend([9])
+    drafter = LookupDrafter(memory)
+    drafter.open([1, 2, 3, 4, 1, 2], Sampling())
+    assert drafter.confidence() < 0.2
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=30), max_size=6), st.integers(0, 99))
+def test_the_index_agrees_with_a_plain_search(sequences: list[list[int]], seed: int) -> None:
+    text = random.Random(seed).choices(range(4), k=12)
+    found = SuffixIndex(sequences).follower(text, 2)
+    for length in range(12, 1, -1):
+        wanted = text[-length:]
+        after = [
+            sequence[place + length]
+            for sequence in sequences
+            for place in range(len(sequence) - length)
+            if sequence[place : place + length] == wanted
+        ]
+        ends = any(sequence[-length:] == wanted for sequence in sequences)
+        if after or ends:
+            break
+    if not after:
+        assert found is None
+    else:
+        assert found is not None
+        assert found.length == length
+        assert after.count(found.token) == max(map(after.count, after))
+
+
+def test_lookup_first_asks_the_surer_one() -> None:
+    def drafted(right: bool) -> list[int]:
+        model = RecordingDrafter()
+        drafter = LookupFirst(LookupDrafter(), model)
+        drafter.open([1, 2, 3, 4, 5], Sampling())
+        for _ in range(40):  # the model alone: nothing in the text to look up
+            at = drafter.length
+            drafter.draft()
+            drafter.rollback(at + right)
+            drafter.extend([100 + at])
+        drafter.extend([1, 2, 3])
+        return [drafter.draft().token]
+
+    assert drafted(right=True) == [99]  # the model is nearly always right
+    assert drafted(right=False) == [4]
+
+
+def test_lookup_first_reads_the_prompt_ahead() -> None:
+    model = RecordingDrafter()
+    drafter = LookupFirst(LookupDrafter(), model)
+    drafter.open([1, 2, 3], Sampling())
+    drafter.extend([4])
+    drafter.prefill()
+    assert model.tokens == [1, 2, 3, 4]
 
 
 class RecordingDrafter(Drafter):

@@ -159,9 +159,7 @@ def test_options_reach_the_library(file, library):
 
 def test_threads_leave_busy_cores_alone():
     now, busy = [0.0], [0.0]
-    budget = CoreBudget(
-        cores=8, limit=4, busy=lambda: busy[0], load=lambda: 0.0, clock=lambda: now[0]
-    )
+    budget = CoreBudget(cores=8, limit=4, busy=lambda: busy[0], load=lambda: 0.0, clock=lambda: now[0])
     seen = [budget.threads]
     for others, own in ((0.0, 4.0), (5.0, 4.0), (7.9, 1.0), (1.0, 0.0)):
         now[0] += 2.0

@@ -13,12 +13,47 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wispprof.artifacts.profile import RESTED_MS
-from wispprof.edge import ThreadWorker, TimedWorker
+from wispprof.edge import DraftStep, ThreadWorker, TimedWorker
+from wispprof.edge.draft_worker import CatchUp, DraftThread
 from wispprof.sessions.pending_drafts import common_prefix
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.testing.fake_engine import FakeDrafter, FakeTarget
 from wispprof.testing.virtual_time import VirtualTimeLoop, run_virtual
 from wispprof.types import Sampling
+
+
+class CountingDrafter(FakeDrafter):
+    """Notes how many tokens each call makes it read."""
+
+    def __init__(self) -> None:
+        super().__init__(FakeTarget(), 1.0)
+        self.reads: list[int] = []
+
+    def extend(self, tokens: Any) -> None:
+        super().extend(tokens)
+        self.reads.append(len(tokens))
+
+
+async def test_prompts_and_gaps_are_read_in_pieces() -> None:
+    drafter, thread = CountingDrafter(), DraftThread()
+    worker = ThreadWorker(drafter, thread)
+    prompt = [1 + i % 7 for i in range(150)]
+    await worker.open(prompt, Sampling())
+    assert drafter.reads == [64, 64, 22]
+    assert worker.held == prompt
+    drafter.reads.clear()
+    grown = [*prompt, *truth(prompt, 90)]
+    steps = [await worker.step(grown) for _ in range(3)]
+    assert [type(step) for step in steps] == [CatchUp, CatchUp, DraftStep]
+    assert drafter.reads[:2] == [64, 26]
+    assert [step.tokens for step in steps if isinstance(step, CatchUp)] == [64, 26]
+    assert worker.held == [*grown, *truth(grown, 1)]
+    # What an earlier request left is not read again.
+    drafter.reads.clear()
+    again = ThreadWorker(drafter, thread, held=worker.held)
+    await again.open([*grown, 5], Sampling())
+    assert drafter.reads == [len(grown) + 1]
+    thread.shutdown()
 
 
 @given(

@@ -12,6 +12,7 @@ import torch
 
 from wispprof import protocol
 from wispprof.artifacts import load_trace, save_trace, trace_hash
+from wispprof.drafters.ngram import LookupDrafter
 from wispprof.drafters.torch_drafter import TorchDrafter
 from wispprof.engines.loading import random_model
 from wispprof.engines.torch.engine import TorchEngine
@@ -25,6 +26,7 @@ from wispprof.profiling.acceptance_trace import (
 )
 from wispprof.profiling.draft_rollout import DraftRollout
 from wispprof.profiling.prompts import held_out_prompts, load_prompts
+from wispprof.profiling.traced_drafter import SequentialTraced
 from wispprof.settings.profiler_settings import TraceSettings
 from wispprof.types import Sampling, StepInput
 
@@ -64,6 +66,28 @@ def one_by_one(loaded, tokens, first, depth, sampling):
         drafts.append([d.token for d in row])
         features.append([list(d.features) for d in row])
     return np.array(drafts), np.array(features, dtype=np.float32)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["greedy", "sampled"])
+def test_position_by_position_equals_all_at_once(target, sampling):
+    drafter = TorchDrafter(target)
+    drafter.open(text(6), sampling)
+    path = [drafter.draft().token for _ in range(14)]
+    path[5] = (path[5] + 1) % 96  # accepted at first, rejected here, accepted again
+    tokens = [*text(6), *path]
+    traced = SequentialTraced(TorchDrafter(target), "draft", None, "")
+    drafts, features = traced.run(tokens, 6, 4, sampling)
+    wanted, wanted_features = DraftRollout(target).run(tokens, 6, 4, sampling)
+    assert (drafts == wanted).all()
+    np.testing.assert_allclose(features, wanted_features, rtol=1e-3, atol=1e-4)
+
+
+def test_a_drafter_without_proposals_is_traced_as_never_accepted():
+    traced = SequentialTraced(LookupDrafter(), "lookup", None, "")
+    tokens = [1, 2, 3, 4, 9, 1, 2, 3, 4, 8]
+    drafts, _ = traced.run(tokens, 3, 2, Sampling())
+    assert drafts.tolist() == [[-1, -1], [-1, -1], [-1, -1], [-1, -1], [3, 4], [4, 9], [9, 1]]
+    assert accepted_lengths(drafts, tokens[3:]).tolist() == [0, 0, 0, 0, 2, 1, 0]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["greedy", "sampled"])
@@ -196,7 +220,7 @@ def test_accepted_lengths_count_the_matching_prefix_only():
 
 
 def test_pairs_and_lengths_that_cannot_work_say_so(target, draft):
-    stranger = SimpleNamespace(info=SimpleNamespace(id="x", tokenizer_hash="other", vocab_size=9))
+    stranger = SimpleNamespace(id="x", tokenizer_hash="other", vocab_size=9)
     with pytest.raises(ModelError, match="share a tokenizer"):
         collect_trace(target, stranger, TraceSettings(), prompts=[text(5)])
     with pytest.raises(ProfileError, match="context"):

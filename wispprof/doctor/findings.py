@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from wispprof.errors import WispprofError
+from wispprof.settings.draft_settings import LlamaSettings
 from wispprof.settings.fields import Settings, setting
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.settings.shared_settings import ServerAccess
@@ -35,9 +36,10 @@ class DoctorContext(Settings):
     """Intended use of the installation. ``None`` and empty strings: not specified."""
 
     access: ServerAccess = field(default_factory=ServerAccess)
+    llama: LlamaSettings = field(default_factory=LlamaSettings)
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     target: str = setting("", "Target model; default: the bundled one.")
-    draft: str = setting("", "Draft model; default: the bundled one.")
+    draft: str = setting("", "Draft model or .gguf file; default: the bundled one.")
     host: str = setting(ServerSettings.host, "Address a server would listen on.")
     port: int = setting(ServerSettings.port, "Port a server would listen on.", minimum=1, maximum=65535)
     api_key_file: Path | None = setting(None, "API keys of that server.")

@@ -8,12 +8,15 @@ import ssl
 import stat
 import time
 from functools import cache
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from wispprof.artifacts import bundled_model
 from wispprof.doctor.findings import DoctorContext, Finding
+from wispprof.settings.draft_settings import LlamaSettings
 from wispprof.settings.server_settings import is_loopback, read_api_keys
+from wispprof.types import ModelInfo
 
 CONNECT_MS = 3000.0
 
@@ -29,6 +32,22 @@ def _load(path: str) -> Any:
     return load_model(path, device="cpu")
 
 
+@cache
+def _gguf(path: str, settings: LlamaSettings) -> Any:
+    from wispprof.drafters.gguf_model import GgufModel
+
+    return GgufModel(Path(path), settings)
+
+
+def _draft_info(context: DoctorContext) -> ModelInfo:
+    draft = _paths(context)[1]
+    if draft.endswith(".gguf"):
+        info: ModelInfo = _gguf(draft, context.llama).info
+        return info
+    loaded: ModelInfo = _load(draft).info
+    return loaded
+
+
 def _describe(side: str, info: Any) -> str:
     name = side if info.id == side else f"{side} {info.id}"
     return f"{name}: {info.family}, {info.parameters / 1e6:.1f} M"
@@ -36,7 +55,7 @@ def _describe(side: str, info: Any) -> str:
 
 def models(context: DoctorContext) -> Finding:
     """Target and draft load (default: the bundled pair), and the draft is the smaller one."""
-    target, draft = (_load(path).info for path in _paths(context))
+    target, draft = _load(_paths(context)[0]).info, _draft_info(context)
     if draft.parameters >= target.parameters:
         return Finding(
             "warn",
@@ -49,6 +68,8 @@ def models(context: DoctorContext) -> Finding:
 
 def tokenizers(context: DoctorContext) -> Finding:
     """Draft and target use the same tokenizer."""
+    if _paths(context)[1].endswith(".gguf"):
+        return _gguf_vocabulary(context)
     loaded = [_load(path) for path in _paths(context)]
     target, draft = (one.info for one in loaded)
     for side, info in (("target", target), ("draft", draft)):
@@ -74,6 +95,25 @@ def tokenizers(context: DoctorContext) -> Finding:
             "Prefer a draft that was trained on the target's chat format.",
         )
     return Finding("ok", f"the same on both sides ({target.tokenizer_hash})")
+
+
+def _gguf_vocabulary(context: DoctorContext) -> Finding:
+    from wispprof.drafters.vocabulary import match_vocabulary
+
+    target, draft = _paths(context)
+    tokenizer = _load(target).tokenizer
+    if tokenizer is None:
+        return Finding(
+            "fail", f"The target {target} has no tokenizer in its folder.", "Copy its files there."
+        )
+    match = match_vocabulary(_gguf(draft, context.llama).token_texts(), tokenizer)
+    if match.same:
+        return Finding("ok", match.summary)
+    return Finding(
+        "warn",
+        f"{match.summary}.",
+        "The draft can write text, which the edge tokenizes anew; a draft of the target's family is faster.",
+    )
 
 
 def engine(context: DoctorContext) -> Finding:

@@ -74,7 +74,7 @@ def _sorted_suffixes(tokens: np.ndarray) -> list[int]:
     width = 1
     while width < DEPTH:
         beyond = np.full(len(tokens), -1)
-        beyond[: len(tokens) - width] = rank[width:]
+        beyond[: max(0, len(tokens) - width)] = rank[width:]
         order = np.lexsort((beyond, rank))
         pairs = np.stack((rank[order], beyond[order]))
         changed = np.any(pairs[:, 1:] != pairs[:, :-1], axis=0)

@@ -61,6 +61,8 @@ class TextBridge(Drafter):
     @property
     def can_draft(self) -> bool:
         """Whether a token is certain by now; runs the draft model until one is."""
+        if self._tokens[-1:] == [self._end_token]:
+            return False
         if not self._queue:
             self._fill()
         return bool(self._queue)

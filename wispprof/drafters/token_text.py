@@ -1,4 +1,4 @@
-"""Bytes of the tokens of a Hugging Face tokenizer, and its tokens of bytes."""
+"""The target's tokenizer on the device: loading it, bytes of its tokens, tokens of bytes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
+
+from wispprof.errors import ModelError
+
+
+def load_tokenizer(where: str) -> Any:
+    """The Hugging Face tokenizer of a folder or hub id. Raises :class:`ModelError` without one."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as err:
+        raise ModelError(
+            f"There is no tokenizer at {where}.",
+            "Give --tokenizer, a folder or hub id that has the target's.",
+        ) from err
+
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 

@@ -13,12 +13,12 @@ from typing import Any
 from wispprof.artifacts import bundled_path
 from wispprof.drafters import load_gguf, needs_model
 from wispprof.drafters.ngram import LookupMemory
+from wispprof.drafters.token_text import load_tokenizer
 from wispprof.edge.client import EdgeClient
 from wispprof.edge.connection import ConnectionFactory, ssl_context, websocket_connections
 from wispprof.edge.draft_device import DraftDevice
 from wispprof.edge.generation import Generation
 from wispprof.edge.request_stats import RequestStats
-from wispprof.errors import ModelError
 from wispprof.hardware import energy_meter
 from wispprof.openai_api import ChatTokenizer, TextGeneration, TextOptions
 from wispprof.openai_api.stop_strings import StopStrings
@@ -227,24 +227,12 @@ def _load(settings: EdgeSettings, folder: str) -> tuple[Any, Any, str]:
         where = where or str(Path(folder).parent)
     elif wanted:
         loaded = load_model(folder, dtype=settings.dtype, device=settings.device)
-    tokenizer = loaded.tokenizer if loaded is not None and not where else _tokenizer(where or folder)
+    tokenizer = loaded.tokenizer if loaded is not None and not where else load_tokenizer(where or folder)
     if gguf:
         loaded = load_gguf(Path(folder), settings.llama, settings.device, tokenizer)
         if loaded.note:
             log.warning("%s: %s", folder, loaded.note)
     return loaded, tokenizer, tokenizer_hash(tokenizer)
-
-
-def _tokenizer(where: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError) as err:
-        raise ModelError(
-            f"There is no tokenizer at {where}.",
-            "Give --tokenizer, a folder or hub id that has the target's.",
-        ) from err
 
 
 async def _server(settings: EdgeSettings, stack: AsyncExitStack) -> tuple[ConnectionFactory, bool | None]:

@@ -23,6 +23,7 @@ from wispprof.hardware import fingerprint
 from wispprof.profiling.link_profiler import ServerClient
 from wispprof.profiling.profile_run import load_pair_model
 from wispprof.profiling.prompts import held_out_prompts, load_prompts
+from wispprof.profiling.traced_drafter import TracedDrafter, as_traced, load_traced_draft
 from wispprof.settings.profiler_settings import TraceSettings
 from wispprof.settings.shared_settings import ServerAccess
 from wispprof.types import Progress, Sampling, StepInput
@@ -38,13 +39,12 @@ _STEP_TOKENS = 2048
 def trace_pair(settings: TraceSettings, progress: Progress | None = None) -> AcceptanceTrace:
     """Load the pair, choose prompts, collect the trace."""
     target = load_pair_model(settings.target, "target", settings.dtype, settings.device)
-    draft = load_pair_model(settings.draft, "draft", settings.dtype, settings.device)
-    return collect_trace(target, draft, settings, progress)
+    return collect_trace(target, load_traced_draft(settings, target.tokenizer), settings, progress)
 
 
 def collect_trace(
     target: LoadedModel,
-    draft: LoadedModel,
+    draft: LoadedModel | TracedDrafter,
     settings: TraceSettings,
     progress: Progress | None = None,
     *,
@@ -55,6 +55,7 @@ def collect_trace(
 
     Raises :class:`ModelError` if the two do not share a tokenizer.
     """
+    draft = as_traced(draft)
     _check_pair(target.info.id, target.info.tokenizer_hash, target.info.vocab_size, draft)
     if prompts is None:
         prompts = _prompts(settings, target.tokenizer, target.info.max_context)
@@ -70,7 +71,7 @@ def trace_remote(
     settings: TraceSettings,
     progress: Progress | None = None,
     *,
-    draft: LoadedModel | None = None,
+    draft: LoadedModel | TracedDrafter | None = None,
     prompts: Sequence[Sequence[int]] | None = None,
     connect: ConnectionFactory | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -80,10 +81,9 @@ def trace_remote(
     Raises :class:`ModelError` if draft and server do not share a tokenizer, and the errors of
     :class:`RemoteTarget`.
     """
-    if draft is None:
-        draft = load_pair_model(settings.draft, "draft", settings.dtype, settings.device)
+    draft = as_traced(draft) if draft is not None else load_traced_draft(settings)
     welcome = server.greet(connect)
-    _check_pair(welcome.target, welcome.tokenizer, draft.info.vocab_size, draft)
+    _check_pair(welcome.target, welcome.tokenizer, draft.vocab_size, draft)
     if prompts is None:
         prompts = _prompts(settings, draft.tokenizer, welcome.max_context)
     end = getattr(draft.tokenizer, "eos_token_id", None)
@@ -99,7 +99,7 @@ def trace_remote(
 
 
 def _assemble(
-    draft: LoadedModel,
+    draft: TracedDrafter,
     prompts: Sequence[Sequence[int]],
     paths_of: Callable[[Sequence[Sequence[int]]], list[list[int]]],
     settings: TraceSettings,
@@ -107,12 +107,9 @@ def _assemble(
     clock: Callable[[], float],
 ) -> AcceptanceTrace:
     """Per batch: the target's paths, then the draft's proposals along them."""
-    from wispprof.profiling.draft_rollout import DraftRollout
-
     begin = clock()
     report = progress or (lambda done, whole, status: None)
     total, generated = 2 * len(prompts), 0
-    rollout = DraftRollout(draft)
     traced: list[TracePath] = []
     for start in range(0, len(prompts), settings.batch):
         batch = prompts[start : start + settings.batch]
@@ -121,19 +118,19 @@ def _assemble(
         generated += len(batch)
         for prompt, path in zip(batch, paths, strict=True):
             report(len(traced) + generated, total, "the draft's proposals at every position")
-            drafts, features = rollout.run([*prompt, *path], len(prompt), settings.depth, settings.sampling)
+            drafts, features = draft.run([*prompt, *path], len(prompt), settings.depth, settings.sampling)
             accepted = accepted_lengths(drafts, path)
             traced.append(TracePath(tuple(prompt), tuple(path), drafts, features, accepted))
     report(total, total, "done")
     return AcceptanceTrace(
         target="",
-        draft=draft.info.id,
-        tokenizer_hash=draft.info.tokenizer_hash,
+        draft=draft.id,
+        tokenizer_hash=draft.tokenizer_hash,
         sampling=settings.sampling,
         paths=tuple(traced),
         meta={
             "prompts": settings.prompts.name if settings.prompts else "held-out sources",
-            "draft_weights": draft.info.weights_hash,
+            "draft_weights": draft.weights_hash,
             "command": command_line(),
             "hardware": fingerprint().hash,
             "seconds": round(clock() - begin, 2),
@@ -285,10 +282,9 @@ def _prompts(settings: TraceSettings, tokenizer: Any, context: int) -> list[list
     return load_prompts(settings.prompts, tokenizer, settings.count, size, settings.seed)
 
 
-def _check_pair(target: str, tokenizer_hash: str, vocabulary: int, draft: LoadedModel) -> None:
-    own = draft.info
-    if tokenizer_hash != own.tokenizer_hash or (not tokenizer_hash and vocabulary != own.vocab_size):
+def _check_pair(target: str, tokenizer_hash: str, vocabulary: int, draft: TracedDrafter) -> None:
+    if tokenizer_hash != draft.tokenizer_hash or (not tokenizer_hash and vocabulary != draft.vocab_size):
         raise ModelError(
-            f"{target} and {own.id} do not share a tokenizer, so their token ids differ in meaning.",
+            f"{target} and {draft.id} do not share a tokenizer, so their token ids differ in meaning.",
             "Use a draft of the same model family.",
         )

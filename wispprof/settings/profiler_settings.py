@@ -175,6 +175,10 @@ class TraceSettings(Settings):
 
     target: str = setting("", "Target model: folder or hub id; default: the bundled one.", option="model")
     draft: str = setting("", "Draft model: folder, hub id or .gguf file; default: the bundled one.")
+    tokenizer: str = setting(
+        "", "The target's tokenizer for a .gguf draft; default: that of --model, or beside the draft."
+    )
+    drafter: str = setting("model", "What drafts: model, lookup or both (lookup first).")
     dtype: str = dtype_setting()
     device: str = device_setting()
     llama: LlamaSettings = field(default_factory=LlamaSettings)

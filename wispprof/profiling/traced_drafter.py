@@ -1,0 +1,123 @@
+"""The draft side of a trace: what a drafter proposes at every position of a known text.
+
+A torch draft answers for all positions at once (:mod:`~wispprof.profiling.draft_rollout`). Every other
+drafter is asked position by position. Where its proposal is the text's next token, its later proposals
+are also those of the next position, so each accepted token saves a whole row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from wispprof.backends import Drafter
+from wispprof.profiling.profile_run import load_pair_model
+from wispprof.settings.profiler_settings import TraceSettings
+from wispprof.types import DraftFeatures, DraftToken, Sampling
+
+if TYPE_CHECKING:
+    from wispprof.engines.loading import LoadedModel
+
+_NO_PROPOSAL = DraftToken(-1, DraftFeatures(0.0, 0.0, 0.0, 0.0))
+
+
+class TracedDrafter(Protocol):
+    """A drafter that a trace is taken of. ``tokenizer``: the one whose ids it proposes."""
+
+    id: str
+    tokenizer: Any
+    tokenizer_hash: str
+    weights_hash: str
+    vocab_size: int
+
+    def run(
+        self, tokens: Sequence[int], first: int, depth: int, sampling: Sampling
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Drafts (m, depth) int32 and features (m, depth, 4) float32 for ``m = len(tokens) - first``.
+
+        Row ``i`` continues ``tokens[: first + i]``.
+        """
+
+
+class _TorchTraced:
+    def __init__(self, loaded: LoadedModel) -> None:
+        from wispprof.profiling.draft_rollout import DraftRollout
+
+        info = loaded.info
+        self.id, self.vocab_size, self.tokenizer = info.id, info.vocab_size, loaded.tokenizer
+        self.tokenizer_hash, self.weights_hash = info.tokenizer_hash, info.weights_hash
+        self.run = DraftRollout(loaded).run
+
+
+class SequentialTraced:
+    """Any :class:`~wispprof.backends.Drafter`, one position after the other.
+
+    Where it has nothing to propose, the row goes on with token -1, which no target accepts.
+    """
+
+    def __init__(self, drafter: Drafter, name: str, tokenizer: Any, tokenizer_hash: str) -> None:
+        self._drafter = drafter
+        self.id, self.tokenizer, self.tokenizer_hash = name, tokenizer, tokenizer_hash
+        self.weights_hash = ""
+        self.vocab_size = len(tokenizer.get_vocab()) if tokenizer is not None else 0
+
+    def run(
+        self, tokens: Sequence[int], first: int, depth: int, sampling: Sampling
+    ) -> tuple[np.ndarray, np.ndarray]:
+        rows, drafter = len(tokens) - first, self._drafter
+        drafts = np.full((rows, depth), -1, dtype=np.int32)
+        features = np.zeros((rows, depth, 4), dtype=np.float32)
+        drafter.open(tokens[:first], sampling)
+        drafter.prefill()
+        known: list[DraftToken] = []
+        for row in range(rows):
+            while len(known) < depth and (not known or known[-1].token >= 0):
+                known.append(drafter.draft() if drafter.can_draft else _NO_PROPOSAL)
+            for place, (token, values) in enumerate(known):
+                drafts[row, place], features[row, place] = token, values
+            truth = tokens[first + row]
+            if known[0].token == truth:
+                del known[0]
+            else:
+                known = []
+                drafter.rollback(first + row)
+                drafter.extend([truth])
+        return drafts, features
+
+
+def as_traced(draft: LoadedModel | TracedDrafter) -> TracedDrafter:
+    """A loaded torch model, or what can be traced already."""
+    from wispprof.engines.loading import LoadedModel
+
+    return _TorchTraced(draft) if isinstance(draft, LoadedModel) else draft
+
+
+def load_traced_draft(settings: TraceSettings, tokenizer: Any = None) -> TracedDrafter:
+    """The draft that the settings name. ``tokenizer``: the target's, if the target is loaded here.
+
+    Raises the errors of loading; :class:`ModelError` if there is no tokenizer for a ``.gguf`` draft.
+    """
+    gguf = settings.draft.endswith(".gguf")
+    if not gguf and settings.drafter == "model":
+        return _TorchTraced(load_pair_model(settings.draft, "draft", settings.dtype, settings.device))
+    from wispprof.drafters import load_gguf, make_drafter, needs_model
+    from wispprof.drafters.token_text import load_tokenizer
+    from wispprof.engines.loading import tokenizer_hash
+
+    if tokenizer is None or settings.tokenizer:
+        where = settings.tokenizer or str(Path(settings.draft).parent if gguf else settings.draft)
+        tokenizer = load_tokenizer(where)
+    model: Any = None
+    if needs_model(settings.drafter):
+        if gguf:
+            model = load_gguf(Path(settings.draft), settings.llama, settings.device, tokenizer)
+        else:
+            model = load_pair_model(settings.draft, "draft", settings.dtype, settings.device)
+    drafter = make_drafter(settings.drafter, model)
+    name = Path(settings.draft).name if needs_model(settings.drafter) else settings.drafter
+    if settings.drafter == "both":
+        name = f"lookup + {name}"
+    return SequentialTraced(drafter, name, tokenizer, tokenizer_hash(tokenizer))
