@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wispprof.artifacts.profile import RESTED_MS
-from wispprof.edge import DraftStep, ThreadWorker, TimedWorker
-from wispprof.edge.draft_worker import CatchUp, DraftThread
+from wispprof.edge import ThreadWorker, TimedWorker
+from wispprof.edge.draft_worker import CatchUp, DraftStep, DraftThread
 from wispprof.sessions.pending_drafts import common_prefix
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.testing.fake_engine import FakeDrafter, FakeTarget

@@ -48,7 +48,7 @@ class LookupMemory:
         return sum(map(len, self._sequences))
 
     def remember(self, sequence: Sequence[int]) -> None:
-        """Keep prompt and answer of a finished request; the oldest make room."""
+        """Keep prompt and answer of a finished request; the oldest are dropped."""
         new = tuple(sequence[-self._limit :]) if self._limit else ()
         if not new:
             return

@@ -202,7 +202,7 @@ async def open_edge(settings: EdgeSettings) -> AsyncIterator[EdgeRuntime]:
             loaded,
             meter,
             settings.drafting.draft_timeout_ms,
-            LookupMemory() if settings.learn and settings.drafter in ("lookup", "both") else None,
+            LookupMemory(settings.lookup_memory) if settings.drafter in ("lookup", "both") else None,
         )
         stack.callback(device.close)
         client = EdgeClient(

@@ -1,10 +1,9 @@
 """One generation on the edge: draft, send, take in commits, until the server says it is finished.
 
-One loop serves both modes. Each pass sends what is due, starts a draft step if one may run, and sleeps
-until the step ends or a commit arrives. A commit takes effect when it arrives, even during a draft step:
-its tokens go to the user at once. What to draft and when to send is
-:class:`~wispprof.sessions.edge_session.EdgeSession`'s decision. A fault of the draft model ends the drafting,
-never the answer.
+Each pass sends what is due, starts a draft step if one may run, and sleeps until the step ends or a commit
+arrives. A commit takes effect when it arrives, even during a draft step: its tokens go to the user at once.
+:class:`~wispprof.sessions.edge_session.EdgeSession` decides what to draft and when to send. A fault of the
+draft model ends the drafting, never the answer.
 """
 
 from __future__ import annotations
@@ -198,8 +197,7 @@ class Generation:
             return
         step = task.result()
         if isinstance(step, CatchUp):
-            stats.catch_up += step.tokens
-            stats.catch_up_ms += step.read_ms
+            stats.caught_up(step.tokens, step.read_ms)
             return
         if step is None:
             stats.no_proposal += 1
@@ -257,8 +255,7 @@ class Generation:
             self.stats.sent += len(frame.tokens)
 
     async def _draft_alone(self) -> bool:
-        """Without a server, continue with the draft model; every token is marked unverified. Returns whether
-        that worked."""
+        """Without a server, continue with the draft model, unverified. Returns whether that worked."""
         assert self._worker is not None
         sequence = list(self.buffer.committed)
         stats, stop = self.stats, frozenset(self.request.stop_tokens)

@@ -136,6 +136,11 @@ class RequestStats:
         self.proactive_guesses += effect.proactive
         self.proactive_hits += effect.proactive_hit
 
+    def caught_up(self, tokens: int, read_ms: float) -> None:
+        """Note that the draft model read committed tokens instead of drafting."""
+        self.catch_up += tokens
+        self.catch_up_ms += read_ms
+
     def _by_position(self, drafted: int, accepted: int) -> None:
         missing = drafted - len(self.offered_by_position)
         if missing > 0:

@@ -105,8 +105,11 @@ class EdgeSettings(Settings):
     drafter: str = setting(
         "model", "What drafts: model, lookup, both (lookup first), none or one of your own."
     )
-    learn: bool = setting(
-        True, "Let n-gram lookup learn from earlier answers of this process; kept in memory only."
+    lookup_memory: int = setting(
+        1 << 16,
+        "Earlier prompts and answers that n-gram lookup searches, kept in memory only; 0 keeps none.",
+        unit="tokens",
+        minimum=0,
     )
     dtype: str = dtype_setting()
     device: str = device_setting()
