@@ -5,14 +5,12 @@ Features and tokens are computed from the raw logits in numpy, as for torch draf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from wispprof.drafters.gguf_model import GgufModel, GgufSequence
 from wispprof.drafters.model_drafter import ModelDrafter
 from wispprof.errors import EngineError, ModelUnsupported
-from wispprof.types import DraftToken, ModelInfo, Sampling
+from wispprof.types import DraftToken, ModelInfo
 
 
 class LlamaCppDrafter(ModelDrafter):
@@ -44,45 +42,32 @@ class LlamaCppDrafter(ModelDrafter):
             )
         self._sequence.keep(0)
 
-    def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
-        super().open(tokens, sampling)
-        self._forget()
-
-    def rollback(self, length: int) -> None:
-        super().rollback(length)
-        self._forget()
-
     def draft(self) -> DraftToken:
         """Propose the next token and append it: one call over all tokens without KV."""
         self._check(len(self._tokens) + 1)
         return self._propose(self.forward(), self._hidden)
 
     def prefill(self) -> None:
-        if unread := self._tokens[self._cached : -1]:
-            self._read(unread)
+        if self._cached < len(self._tokens) - 1:
+            self._read(len(self._tokens) - 1)
 
     def forward(self) -> np.ndarray:
         """One step without features and sampling: a copy of the logits (V,) float32."""
-        if self._cached >= len(self._tokens):
-            self._cached = len(self._tokens) - 1
-            self._forget()
-        self._read(self._tokens[self._cached :])
+        self._cached = min(self._cached, len(self._tokens) - 1)
+        self._read(len(self._tokens))
         return self._sequence.logits()
 
     def close(self) -> None:
         """Free the KV cache."""
         self._sequence.close()
 
-    def _forget(self) -> None:
+    def _read(self, length: int) -> None:
+        """Compute the KV of the first ``length`` tokens, as far as it is missing."""
         if not self._sequence.keep(self._cached):
             self._cached = 0
-
-    def _read(self, tokens: Sequence[int]) -> None:
         try:
-            self._sequence.decode(tokens, self._cached)
+            self._sequence.decode(self._tokens[self._cached : length], self._cached)
         except EngineError:
-            # How far it got is unknown: read everything again next time.
-            self._sequence.keep(0)
-            self._cached = 0
+            self._cached = 0  # how far it got is unknown
             raise
-        self._cached += len(tokens)
+        self._cached = length
