@@ -19,6 +19,7 @@ WispprofError
 │   ├── InputRefused         one input of a step cannot be computed; ``session`` names it
 │   └── OutOfKvMemory        no capacity for these tokens now
 └── RuntimeFault             serving
+    ├── EngineLost           the engine failed within a step and must be loaded again
     ├── ProtocolError        a frame that breaks the wire contract
     ├── HandshakeRefused     version, model, tokenizer or key do not match
     ├── RequestRefused       the server does not take this request, now or later
@@ -138,6 +139,10 @@ class OutOfKvMemory(EngineError):
 
 class RuntimeFault(WispprofError):
     """Base of what goes wrong while serving."""
+
+
+class EngineLost(RuntimeFault):
+    """The engine failed within a step. It must not be used again; committed tokens can be prefilled anew."""
 
 
 class ProtocolError(RuntimeFault):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from wispprof.backends import Engine
@@ -20,6 +21,9 @@ class EngineOptions:
     cache layout. ``max_context``: tokens a session may cache, 0: what the model and memory allow.
     ``full_digest``: identify the target by all bytes of its weights. ``generation_config``: where sampling
     defaults come from, see :func:`~wispprof.engines.served_model.describe_model`.
+    cache layout. ``max_items``, ``max_tokens``: sessions and new tokens of one step. ``max_drafts``: drafts of
+    one session in a step. ``prefix_cache``: share the KV of equal prefixes. ``arguments``: passed through to
+    an engine that takes its own. ``untested``: accept an engine version that was not tested.
     """
 
     target: str
@@ -31,6 +35,12 @@ class EngineOptions:
     max_context: int = 0
     full_digest: bool = False
     generation_config: str = "auto"
+    max_items: int = 64
+    max_tokens: int = 1024
+    max_drafts: int = 32
+    prefix_cache: bool = True
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    untested: bool = False
 
 
 class LoadedEngine(NamedTuple):
@@ -56,4 +66,10 @@ def _load_torch(options: EngineOptions) -> LoadedEngine:
     return LoadedEngine(*load_torch_engine(options))
 
 
-ENGINES = {"torch": _load_torch}
+def _load_vllm(options: EngineOptions) -> LoadedEngine:
+    from wispprof.engines.vllm import load_vllm_engine
+
+    return LoadedEngine(*load_vllm_engine(options))
+
+
+ENGINES = {"torch": _load_torch, "vllm": _load_vllm}

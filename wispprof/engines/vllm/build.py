@@ -1,0 +1,106 @@
+"""Build vLLM's engine core from what a server asks for."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from wispprof.engines.vllm.versions import check_seams
+from wispprof.errors import EngineError, SettingsError, WispprofError
+
+if TYPE_CHECKING:
+    from wispprof.engines import EngineOptions
+
+_PACKAGE = "wispprof.engines.vllm"
+
+_CPU_BLOCK, _GPU_BLOCK = 128, 16
+_SHARE_OF_FREE_RAM = 0.25
+_MAX_CPU_BYTES = 4 << 30
+
+_OWN_ARGUMENTS = ("model", "scheduler_cls", "worker_extension_cls", "speculative_config", "async_scheduling")
+"""Arguments of vLLM that this engine sets itself."""
+
+
+def parse_vllm_value(text: str) -> Any:
+    """A value of ``--vllm-arg``: JSON where it is JSON, else text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def engine_arguments(options: EngineOptions) -> dict[str, Any]:
+    """Arguments of vLLM's ``EngineArgs``; ``options.arguments`` override what is not this engine's own."""
+    given = {name.replace("-", "_"): value for name, value in options.arguments.items()}
+    if refused := sorted(set(given) & set(_OWN_ARGUMENTS)):
+        raise SettingsError(f"--vllm-arg cannot set {', '.join(refused)}.", "wispprof sets it.")
+    arguments: dict[str, Any] = {
+        "model": options.target,
+        "skip_tokenizer_init": True,
+        "dtype": options.dtype,
+        "max_num_seqs": options.max_items,
+        "max_num_batched_tokens": options.max_tokens,
+        "enable_prefix_caching": options.prefix_cache,
+        "enable_chunked_prefill": True,
+        "disable_log_stats": True,
+        **given,
+        "scheduler_cls": f"{_PACKAGE}.scheduler.GrantScheduler",
+        "worker_extension_cls": f"{_PACKAGE}.worker.WorkerExtension",
+        "speculative_config": {
+            "method": "custom_class",
+            "model": f"{_PACKAGE}.proposer.NoDrafts",
+            "num_speculative_tokens": options.max_drafts,
+        },
+    }
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.is_cpu()
+    if options.kv_tokens and "num_gpu_blocks_override" not in given:
+        size = int(given.get("block_size") or (_CPU_BLOCK if on_cpu else _GPU_BLOCK))
+        arguments["num_gpu_blocks_override"] = -(-options.kv_tokens // size) + 1
+    if on_cpu and not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & set(given):
+        arguments["kv_cache_memory_bytes"] = _share_of_ram()
+    return arguments
+
+
+def _share_of_ram() -> int:
+    """Bytes of KV on a CPU: vLLM would take nearly all memory."""
+    import psutil
+
+    return min(int(psutil.virtual_memory().available * _SHARE_OF_FREE_RAM), _MAX_CPU_BYTES)
+
+
+def build_core(options: EngineOptions) -> Any:
+    """vLLM's ``EngineCore``, loaded.
+
+    Raises :class:`EngineError` if this vLLM lacks a seam or cannot serve the target, and
+    :class:`SettingsError` for an argument that vLLM does not know.
+    """
+    prepare_environment()
+    check_seams(options.untested)
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.executor.abstract import Executor
+
+    arguments = engine_arguments(options)
+    if unknown := sorted(set(arguments) - set(EngineArgs.__dataclass_fields__)):
+        raise SettingsError(f"vLLM knows no argument {', '.join(unknown)}.", "See `vllm serve --help`.")
+    try:
+        config = EngineArgs(**arguments).create_engine_config()
+        return EngineCore(config, Executor.get_class(config), log_stats=False)
+    except WispprofError:
+        raise
+    except Exception as err:
+        lines = str(err).strip().splitlines()
+        reason = lines[0] if lines else type(err).__name__
+        raise EngineError(f"vLLM cannot serve {options.target}: {reason}") from err
+
+
+def prepare_environment() -> None:
+    """Settings that vLLM reads from the environment when it is imported; what the user set stays."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # The engine core runs on a thread of this process.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -1,0 +1,407 @@
+"""The engine contract over vLLM: its forward pass, KV blocks, prefix cache, ranks and quantisation.
+
+A session is a vLLM request that never ends by itself. Each step grants exactly the tokens fed
+(:mod:`~wispprof.engines.vllm.scheduler`); the noise sampler decides rows on every rank
+(:mod:`~wispprof.engines.vllm.worker`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from wispprof.backends import Engine, EngineCapabilities, IntegrityReport
+from wispprof.engines.vllm.scheduler import Grant, GrantScheduler
+from wispprof.engines.vllm.worker import SAMPLING
+from wispprof.errors import EngineError, EngineLost, OutOfKvMemory
+from wispprof.types import ModelInfo, Sampling, StepInput, TokenLogprob, VerifyResult
+
+PENDING = 0
+"""Stands for a token that is not known yet, so that vLLM sees more prompt to come and decides nothing."""
+
+
+@dataclass(slots=True)
+class _VllmSession:
+    """``cached``: tokens the session caches, as the caller counts them. vLLM's request may have computed
+    fewer (the part of a shared block): it computes the rest with the next step. ``announced``: the workers
+    know the request as it is."""
+
+    request: Any
+    sampling: Sampling
+    cached: int = 0
+    announced: bool = False
+
+
+class VllmEngine(Engine):
+    """Over an ``EngineCore`` that :func:`~wispprof.engines.vllm.build.build_core` made.
+
+    ``max_items`` and ``max_tokens``: inputs and tokens of one step. ``max_drafts``: of one input.
+    """
+
+    def __init__(self, core: Any, *, info: ModelInfo, max_sessions: int, max_drafts: int) -> None:
+        config = core.vllm_config
+        self._core = core
+        self._scheduler: GrantScheduler = core.scheduler
+        self._sessions: dict[str, _VllmSession] = {}
+        self._lost = ""
+        self.info = info
+        self._names = 0
+        self.max_sessions = max_sessions
+        self.max_drafts = max_drafts
+        self.max_items = int(config.scheduler_config.max_num_seqs)
+        self.max_tokens = int(config.scheduler_config.max_num_batched_tokens)
+        # One position stays for the token that is decided after the last cached one.
+        self.max_context = int(config.model_config.max_model_len) - 1
+        self.vocab_size = info.vocab_size
+        groups = core.scheduler.kv_cache_manager.coordinator.single_type_managers
+        self.block_tokens = int(groups[0].block_size)
+        self._kv_groups = len(groups)
+        kinds = {type(group).__name__ for group in groups}
+        self._full_attention = kinds == {"FullAttentionManager"}
+        if any("Mamba" in kind for kind in kinds):
+            raise EngineError(
+                "The target keeps recurrent state, which cannot be rolled back by length.",
+                "Use a model with attention only.",
+            )
+        self._prefixes = self._full_attention and bool(config.cache_config.enable_prefix_caching)
+        self._make_request: Callable[[str, list[int], Sampling], Any] = _request_maker(core)
+        core.collective_rpc("wispprof_install")
+
+    # --- capacity ----------------------------------------------------------------------------------
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        return EngineCapabilities(
+            "any",
+            max_context=self.max_context,
+            max_drafts=self.max_drafts,
+            max_sessions=self.max_sessions,
+            graphs=not self._core.vllm_config.model_config.enforce_eager,
+            fork=self._prefixes,
+        )
+
+    @property
+    def sessions(self) -> list[str]:
+        return list(self._sessions)
+
+    @property
+    def kv_tokens(self) -> int:
+        return self._scheduler.blocks_total * self.block_tokens // self._kv_groups
+
+    @property
+    def kv_free(self) -> int:
+        """Tokens that free blocks hold. Blocks are coarser: a step may need more blocks than this suggests."""
+        return self._scheduler.blocks_free * self.block_tokens // self._kv_groups
+
+    @property
+    def core(self) -> Any:
+        """vLLM's ``EngineCore``."""
+        return self._core
+
+    # --- sessions ----------------------------------------------------------------------------------
+
+    def open(self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = ()) -> None:
+        self._check_can_open(session)
+        self._sessions[session] = self._new_session(list(tokens), sampling or Sampling())
+
+    def close(self, session: str) -> None:
+        closed = self._get(session)
+        del self._sessions[session]
+        self._core.abort_requests([closed.request.request_id])
+
+    def rollback(self, session: str, length: int) -> None:
+        held = self._get(session)
+        request = held.request
+        if not 0 <= length <= held.cached:
+            raise EngineError(
+                f"Session {session!r} caches {held.cached} tokens; it cannot be rolled back to {length}."
+            )
+        if length == held.cached:
+            return
+        shared = self._scheduler.tokens_hashed(request) > length
+        if length == 0 or shared or not self._full_attention:
+            # Blocks go back; what the prefix cache still holds of them is found again.
+            self._core.abort_requests([request.request_id])
+            known = list(request._all_token_ids)
+            again = self._new_session(known if length == 0 else [*known[:length], PENDING], held.sampling)
+            again.cached = length
+            if length:
+                self._scheduler.adopt_prefix(again.request)
+            self._sessions[session] = again
+            return
+        held.cached = length
+        request.num_computed_tokens = min(request.num_computed_tokens, length)
+        if length + 1 < request.num_tokens and length + 1 >= request.num_prompt_tokens:
+            self._scheduler.truncate_output(request, length + 1)
+
+    def fork(self, session: str, child: str, length: int, sampling: Sampling | None = None) -> None:
+        """As :meth:`Engine.fork`. The child shares whole blocks and computes the rest in its first step."""
+        source = self._get(session)
+        if not self._prefixes:
+            super().fork(session, child, length, sampling or source.sampling)
+        if not 0 <= length <= source.cached:
+            raise EngineError(
+                f"Session {session!r} caches {source.cached} tokens; it cannot be forked at {length}."
+            )
+        self._check_can_open(child)
+        tokens = [*source.request._all_token_ids[:length], PENDING]
+        forked = self._new_session(tokens, sampling or source.sampling)
+        forked.cached = length
+        self._scheduler.adopt_prefix(forked.request)
+        missing = length - forked.request.num_computed_tokens
+        if missing > self.kv_free:
+            self._core.abort_requests([forked.request.request_id])
+            raise _out_of_blocks(missing, self.kv_free)
+        self._sessions[child] = forked
+
+    def cached(self, session: str) -> int:
+        return self._get(session).cached
+
+    def tokens(self, session: str) -> list[int]:
+        """A copy of the session's cached tokens."""
+        held = self._get(session)
+        return list(held.request._all_token_ids[: held.cached])
+
+    # --- a step ------------------------------------------------------------------------------------
+
+    def step(self, inputs: Sequence[StepInput]) -> list[VerifyResult]:
+        if not inputs:
+            return []
+        if self._lost:
+            raise EngineLost(self._lost)
+        if len(inputs) > self.max_items:
+            raise EngineError(f"A step holds at most {self.max_items} inputs, got {len(inputs)}.")
+        sessions = [self._checked(one) for one in inputs]
+        if len({id(one) for one in sessions}) < len(inputs):
+            raise EngineError("A session appears twice in one step.")
+        needed = sum(
+            self._scheduler.blocks_needed(held.request, held.cached + len(one.tokens))
+            for one, held in zip(inputs, sessions, strict=True)
+        )
+        if needed > self._scheduler.blocks_free:
+            raise OutOfKvMemory(
+                f"{needed} KV blocks are needed; {self._scheduler.blocks_free} are free.",
+                "Close sessions, feed fewer tokens, or start with more --kv-tokens.",
+            )
+        self._catch_up(inputs, sessions)
+        grants = [self._grant(one, held) for one, held in zip(inputs, sessions, strict=True)]
+        decided = self._run(grants)
+        logprobs = self._logprobs(inputs, sessions)
+        results = []
+        for one, held in zip(inputs, sessions, strict=True):
+            name = held.request.request_id
+            tokens = decided.get(name, ())
+            held.cached = held.request.num_computed_tokens
+            held.announced = True
+            rows = tuple(logprobs.get(name, ())[: len(tokens)])
+            results.append(VerifyResult(one.session, max(0, len(tokens) - 1), tokens, rows))
+        return results
+
+    def _checked(self, one: StepInput) -> _VllmSession:
+        """The session of an input that vLLM can compute."""
+        held = self._get(one.session)
+        fed = len(one.tokens)
+        err = ""
+        if fed <= one.drafts or one.drafts < 0:
+            err = f"{fed} tokens cannot end with {one.drafts} drafts"
+        elif one.drafts and not one.needs_logits:
+            err = "drafts need logits"
+        elif one.drafts > self.max_drafts:
+            err = f"{one.drafts} drafts exceed the maximum of {self.max_drafts}"
+        elif held.cached + fed > self.max_context:
+            err = f"{held.cached} cached and {fed} new tokens exceed the context of {self.max_context}"
+        elif min(one.tokens) < 0 or max(one.tokens) >= self.vocab_size:
+            err = f"a token id lies outside the vocabulary of {self.vocab_size}"
+        if err:
+            raise EngineError(f"Session {one.session!r}: {err}.")
+        return held
+
+    def _catch_up(self, inputs: Sequence[StepInput], sessions: Sequence[_VllmSession]) -> None:
+        """Compute what sessions count as cached but vLLM has not, if it does not fit into the same step."""
+        missing = [held.cached - held.request.num_computed_tokens for held in sessions]
+        fed = sum(len(one.tokens) for one in inputs)
+        if fed > self.max_tokens:
+            raise EngineError(f"A step holds at most {self.max_tokens} new tokens, got {fed}.")
+        if fed + sum(missing) <= self.max_tokens:
+            return
+        for held, left in zip(sessions, missing, strict=True):
+            while left:
+                new = min(left, self.max_tokens)
+                self._run([Grant(held.request, new, [], not held.announced)])
+                held.announced = True
+                left = held.cached - held.request.num_computed_tokens
+
+    def _grant(self, one: StepInput, held: _VllmSession) -> Grant:
+        request, cached = held.request, held.cached
+        plain = len(one.tokens) - one.drafts
+        end = cached + plain
+        known: list[int] = request._all_token_ids
+        fed = [int(token) for token in one.tokens]
+        fits = end == len(known) if one.needs_logits else end < len(known)
+        if not fits or known[cached:end] != fed[:plain]:
+            tokens = [*known[:cached], *fed[:plain]]
+            if not one.needs_logits:
+                tokens.append(PENDING)
+            self._scheduler.set_tokens(request, tokens, cached)
+            held.announced = False
+        return Grant(request, end - request.num_computed_tokens, fed[plain:], not held.announced)
+
+    def _run(self, grants: list[Grant]) -> dict[str, tuple[int, ...]]:
+        """One step of vLLM: what it decided, by request."""
+        self._scheduler.grants = grants
+        try:
+            outputs, _ = self._core.step()
+        except Exception as err:
+            self._lost = f"vLLM failed in a step: {type(err).__name__}: {err}"
+            raise EngineLost(self._lost, "Load the engine again and prefill its sessions.") from err
+        return {
+            one.request_id: tuple(one.new_token_ids)
+            for output in outputs.values()
+            for one in output.outputs
+        }
+
+    def _logprobs(
+        self, inputs: Sequence[StepInput], sessions: Sequence[_VllmSession]
+    ) -> dict[str, list[TokenLogprob]]:
+        asked = (s.sampling.logprobs is not None and i.needs_logits for i, s in zip(inputs, sessions, strict=True))
+        if not any(asked):
+            return {}
+        told = self._core.collective_rpc("wispprof_logprobs")[0]
+        return {name: [TokenLogprob(own, tuple(top)) for own, top in rows] for name, rows in told.items()}
+
+    # --- checks ------------------------------------------------------------------------------------
+
+    def check_integrity(self, session: str | None = None) -> IntegrityReport:
+        """As :meth:`Engine.check_integrity`. A session is left out if its copy does not fit beside it."""
+        errors: dict[str, float] = {}
+        allowed = 0.0
+        for name in list(self._sessions) if session is None else [session]:
+            held = self._get(name)
+            computed = held.request.num_computed_tokens
+            if not computed:
+                errors[name] = 0.0
+                continue
+            if -(-computed // self.block_tokens) * self._kv_groups > self._scheduler.blocks_free:
+                continue
+            errors[name], allowed = self._compare_with_prefill(held, computed)
+        bad = {name: error for name, error in errors.items() if not error <= allowed}
+        if bad:
+            raise EngineError(
+                f"Cached KV differs from a fresh prefill in {len(bad)} sessions: {bad} (tolerance {allowed}).",
+                "Close these sessions and report a defect.",
+            )
+        return IntegrityReport(errors, allowed)
+
+    def _compare_with_prefill(self, held: _VllmSession, computed: int) -> tuple[float, float]:
+        """Prefill a copy without the prefix cache, compute the last token of both, and compare them."""
+        scheduler, tokens = self._scheduler, [*held.request._all_token_ids[:computed], PENDING]
+        copy = self._new_session(tokens, Sampling(), reuse=False)
+        try:
+            while (left := computed - 1 - copy.request.num_computed_tokens) > 0:
+                self._run([Grant(copy.request, min(left, self.max_tokens), [], not copy.announced)])
+                copy.announced = True
+            scheduler.set_tokens(held.request, tokens, computed)
+            held.announced = False
+            held.request.num_computed_tokens = computed - 1
+            self._core.collective_rpc("wispprof_keep_logits", args=(True,))
+            for one in (held, copy):
+                self._run([Grant(one.request, 1, [], not one.announced)])
+            pair = [(r.request_id, scheduler.blocks_held(r)) for r in (held.request, copy.request)]
+            ranks = self._core.collective_rpc("wispprof_compare", args=(*pair, computed))
+        finally:
+            self._core.collective_rpc("wispprof_keep_logits", args=(False,))
+            self._core.abort_requests([copy.request.request_id])
+        return max(error for error, _ in ranks), max(allowed for _, allowed in ranks)
+
+    def audit(self, expected: Mapping[str, int]) -> None:
+        """As :meth:`Engine.audit`; memory is counted in blocks, so a session may hold up to the blocks of
+        its tokens, drafts and next token, and sessions may share blocks."""
+        if leaked := set(self._sessions) - set(expected):
+            raise EngineError(f"The engine holds {len(leaked)} unknown sessions: {sorted(leaked)}.")
+        used: set[int] = set()
+        for name, cached in expected.items():
+            held = self._get(name)
+            if held.cached != cached:
+                raise EngineError(f"The engine caches {held.cached} tokens of {name}, expected {cached}.")
+            groups = self._scheduler.blocks_held(held.request)
+            if self._full_attention and len(groups[0]) * self.block_tokens < held.request.num_computed_tokens:
+                raise EngineError(f"The blocks of {name} cannot hold its {cached} tokens.")
+            used.update(block for group in groups for block in group if block)
+        taken = self._scheduler.blocks_total - self._scheduler.blocks_free
+        if taken != len(used):
+            raise EngineError(f"{taken} KV blocks are taken; the sessions hold {len(used)}.")
+        if len(self._scheduler.requests) != len(expected):
+            raise EngineError(
+                f"vLLM holds {len(self._scheduler.requests)} requests for {len(expected)} sessions."
+            )
+
+    def warm_up(self) -> None:
+        """Run a few small steps, so that no served step pays for lazy initialization."""
+        names = [f"\0warm-up {i}" for i in range(min(3, self.max_items, self.max_sessions))]
+        for name in names:
+            self.open(name)
+        try:
+            for size in (8, 1, min(5, self.max_drafts + 1), 1):
+                self.step([StepInput(name, [0] * size, drafts=size - 1) for name in names])
+                for name in names:
+                    self.rollback(name, 0)
+        finally:
+            for name in names:
+                self.close(name)
+
+    def shutdown(self) -> None:
+        self._core.shutdown()
+
+    # --- helpers -----------------------------------------------------------------------------------
+
+    def _new_session(self, tokens: list[int], sampling: Sampling, reuse: bool = True) -> _VllmSession:
+        self._names += 1
+        request = self._make_request(f"w{self._names}", tokens, sampling)
+        request.skip_reading_prefix_cache = not (reuse and self._prefixes)
+        self._scheduler.add_request(request)
+        return _VllmSession(request, sampling)
+
+    def _get(self, session: str) -> _VllmSession:
+        try:
+            return self._sessions[session]
+        except KeyError:
+            raise EngineError(f"There is no session {session!r}.", "Open it first.") from None
+
+    def _check_can_open(self, session: str) -> None:
+        if session in self._sessions:
+            raise EngineError(f"Session {session!r} is already open.")
+        if len(self._sessions) >= self.max_sessions:
+            raise OutOfKvMemory(
+                f"All {self.max_sessions} sessions of the engine are taken.",
+                "Close some, or start with more --max-sessions.",
+            )
+
+
+def _out_of_blocks(tokens: int, free: int) -> OutOfKvMemory:
+    return OutOfKvMemory(
+        f"{tokens} tokens do not fit: {free} are free.",
+        "Close sessions, feed fewer tokens, or start with more --kv-tokens.",
+    )
+
+
+def _request_maker(core: Any) -> Callable[[str, list[int], Sampling], Any]:
+    """A function of id, tokens and sampling to a vLLM request that never ends by itself."""
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    length = core.vllm_config.model_config.max_model_len
+    hasher = core.request_block_hasher
+
+    def make(name: str, tokens: list[int], sampling: Sampling) -> Any:
+        # vLLM's own seed stays unset: its generators are not used.
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=length,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={SAMPLING: asdict(sampling)},
+        )
+        return Request(name, tokens or [PENDING], params, None, block_hasher=hasher)
+
+    return make
