@@ -47,7 +47,7 @@ def serve(settings: ServerSettings, scaling: ReplicaSettings) -> None:
     if scaling.ray:
         _serve_replicas(settings, scaling)
         return
-    if settings.tensor_parallel == 1:
+    if settings.tensor_parallel == 1 or settings.engine != "torch":
         note(f"loading {settings.target or BUNDLED} …")
         run(settings, announce)
         return

@@ -85,6 +85,9 @@ def load_engine(settings: ServerSettings) -> LoadedEngine:
 
 def engine_options(settings: ServerSettings) -> EngineOptions:
     """The settings that an engine is loaded with; without a target, the bundled one."""
+    arguments = dict(settings.vllm_args)
+    if settings.engine == "vllm" and settings.tensor_parallel > 1:
+        arguments = {"tensor_parallel_size": settings.tensor_parallel, **arguments}
     return EngineOptions(
         settings.target or bundled_model("target"),
         settings.dtype,
@@ -95,6 +98,12 @@ def engine_options(settings: ServerSettings) -> EngineOptions:
         settings.max_context,
         settings.full_digest,
         settings.generation_config,
+        max_items=settings.max_items,
+        max_tokens=settings.max_tokens,
+        max_drafts=settings.max_drafts,
+        prefix_cache=settings.prefix_cache_sessions > 0,
+        arguments=arguments,
+        untested=settings.vllm_untested,
     )
 
 

@@ -227,7 +227,8 @@ def _calibrate(engine: Engine, model: ServedModel, prefill_chunk: int) -> list[t
         shape = BatchShape.uniform(sessions, new, cached)
         for _ in range(2):
             begin = time.perf_counter()
-            engine.step([StepInput(name, [0] * new, new - 1, True) for name in names])
+            drafts = min(new - 1, engine.capabilities.max_drafts)
+            engine.step([StepInput(name, [0] * new, drafts, True) for name in names])
             rows.append((shape, (time.perf_counter() - begin) * 1000.0))
             for name in names:
                 engine.rollback(name, cached)

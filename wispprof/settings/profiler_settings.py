@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 from wispprof.errors import SettingsError
 from wispprof.settings.draft_settings import LlamaSettings
 from wispprof.settings.fields import Settings, setting
-from wispprof.settings.shared_settings import ServerAccess, backend_setting, device_setting, dtype_setting
+from wispprof.settings.shared_settings import (
+    ServerAccess,
+    backend_setting,
+    device_setting,
+    dtype_setting,
+    engine_setting,
+    vllm_args_setting,
+    vllm_untested_setting,
+)
 from wispprof.types import Sampling
 
 if TYPE_CHECKING:
@@ -108,6 +116,9 @@ class ServerProfilerSettings(Settings):
     shape: str = setting("", "Random weights in a known shape instead of --model, such as qwen3-8b.")
     dtype: str = dtype_setting()
     device: str = device_setting()
+    engine: str = engine_setting()
+    vllm_args: dict[str, Any] = vllm_args_setting()
+    vllm_untested: bool = vllm_untested_setting()
     backend: str = backend_setting()
     grid: str = _grid()
     axes: Axes | None = None

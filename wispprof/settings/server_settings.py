@@ -9,7 +9,14 @@ from typing import Any
 
 from wispprof.errors import SettingsError, WispprofError
 from wispprof.settings.fields import Settings, setting
-from wispprof.settings.shared_settings import backend_setting, device_setting, dtype_setting
+from wispprof.settings.shared_settings import (
+    backend_setting,
+    device_setting,
+    dtype_setting,
+    engine_setting,
+    vllm_args_setting,
+    vllm_untested_setting,
+)
 from wispprof.settings.sources import named_value
 
 
@@ -51,7 +58,9 @@ class ServerSettings(Settings):
 
     device: str = device_setting()
     dtype: str = dtype_setting()
-    engine: str = setting("torch", "Engine that runs the target: torch or one of your own.")
+    engine: str = engine_setting()
+    vllm_args: dict[str, Any] = vllm_args_setting()
+    vllm_untested: bool = vllm_untested_setting()
     backend: str = backend_setting()
     tensor_parallel: int = setting(1, "Processes, one per device, that share the target.", minimum=1)
     kv_tokens: int = setting(0, "Size of the KV cache; 0 lets the engine choose.", unit="tokens", minimum=0)

@@ -8,6 +8,7 @@ from typing import Any
 
 from wispprof.errors import SettingsError
 from wispprof.settings.fields import Settings, setting
+from wispprof.settings.sources import named_value
 from wispprof.types import Sampling
 
 DEMO_FOLDER = Path("out/demo")
@@ -29,6 +30,26 @@ def backend_setting() -> Any:
     return setting(
         "auto", "KV cache layout of the torch engine: dense, paged, or auto (paged on CUDA, dense elsewhere)."
     )
+
+
+def engine_setting() -> Any:
+    """The field ``engine`` of whatever runs an engine."""
+    return setting("torch", "Engine that runs the target: torch, vllm, vllm-http or one of your own.")
+
+
+def vllm_args_setting() -> Any:
+    """The field ``vllm_args`` of whatever may run vLLM."""
+    return setting(
+        {},
+        "Argument of vLLM, as NAME=VALUE, such as quantization=fp8; repeatable.",
+        option="vllm-arg",
+        parse=named_value,
+    )
+
+
+def vllm_untested_setting() -> Any:
+    """The field ``vllm_untested`` of whatever may run vLLM."""
+    return setting(False, "Accept a version of vLLM that was not tested.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,7 @@ def engine_arguments(options: EngineOptions) -> dict[str, Any]:
         "enable_prefix_caching": options.prefix_cache,
         "enable_chunked_prefill": True,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
         **given,
         "scheduler_cls": f"{_PACKAGE}.scheduler.GrantScheduler",
         "worker_extension_cls": f"{_PACKAGE}.worker.WorkerExtension",

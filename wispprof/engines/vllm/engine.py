@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wispprof.backends import Engine, EngineCapabilities, IntegrityReport
-from wispprof.engines.vllm.scheduler import Grant, GrantScheduler
+from wispprof.engines.vllm.grant import Grant
 from wispprof.engines.vllm.worker import SAMPLING
 from wispprof.errors import EngineError, EngineLost, OutOfKvMemory
 from wispprof.types import ModelInfo, Sampling, StepInput, TokenLogprob, VerifyResult
+
+if TYPE_CHECKING:
+    from wispprof.engines.vllm.scheduler import GrantScheduler
 
 PENDING = 0
 """Stands for a token that is not known yet, so that vLLM sees more prompt to come and decides nothing."""
@@ -91,7 +94,7 @@ class VllmEngine(Engine):
 
     @property
     def kv_free(self) -> int:
-        """Tokens that free blocks hold. Blocks are coarser: a step may need more blocks than this suggests."""
+        """Tokens that free blocks hold. A step may need more: it takes whole blocks."""
         return self._scheduler.blocks_free * self.block_tokens // self._kv_groups
 
     @property
@@ -256,15 +259,15 @@ class VllmEngine(Engine):
             self._lost = f"vLLM failed in a step: {type(err).__name__}: {err}"
             raise EngineLost(self._lost, "Load the engine again and prefill its sessions.") from err
         return {
-            one.request_id: tuple(one.new_token_ids)
-            for output in outputs.values()
-            for one in output.outputs
+            one.request_id: tuple(one.new_token_ids) for output in outputs.values() for one in output.outputs
         }
 
     def _logprobs(
         self, inputs: Sequence[StepInput], sessions: Sequence[_VllmSession]
     ) -> dict[str, list[TokenLogprob]]:
-        asked = (s.sampling.logprobs is not None and i.needs_logits for i, s in zip(inputs, sessions, strict=True))
+        asked = (
+            s.sampling.logprobs is not None and i.needs_logits for i, s in zip(inputs, sessions, strict=True)
+        )
         if not any(asked):
             return {}
         told = self._core.collective_rpc("wispprof_logprobs")[0]
@@ -288,7 +291,8 @@ class VllmEngine(Engine):
         bad = {name: error for name, error in errors.items() if not error <= allowed}
         if bad:
             raise EngineError(
-                f"Cached KV differs from a fresh prefill in {len(bad)} sessions: {bad} (tolerance {allowed}).",
+                f"Cached KV differs from a fresh prefill in {len(bad)} sessions: {bad} "
+                f"(tolerance {allowed}).",
                 "Close these sessions and report a defect.",
             )
         return IntegrityReport(errors, allowed)
@@ -325,7 +329,8 @@ class VllmEngine(Engine):
             if held.cached != cached:
                 raise EngineError(f"The engine caches {held.cached} tokens of {name}, expected {cached}.")
             groups = self._scheduler.blocks_held(held.request)
-            if self._full_attention and len(groups[0]) * self.block_tokens < held.request.num_computed_tokens:
+            blocks = len(groups[0])
+            if self._full_attention and blocks * self.block_tokens < held.request.num_computed_tokens:
                 raise EngineError(f"The blocks of {name} cannot hold its {cached} tokens.")
             used.update(block for group in groups for block in group if block)
         taken = self._scheduler.blocks_total - self._scheduler.blocks_free

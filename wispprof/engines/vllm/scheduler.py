@@ -1,4 +1,4 @@
-"""vLLM's scheduler with steps decided from outside: exactly the granted tokens of exactly the granted requests.
+"""vLLM's scheduler with steps decided outside: exactly the granted tokens of exactly the granted requests.
 
 Blocks, prefix cache, rollback of rejected drafts and aborts stay vLLM's. Requests that are not granted keep
 their blocks and wait; none is ever preempted.
@@ -7,21 +7,13 @@ their blocks and wait; none is ever preempted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-
-class Grant(NamedTuple):
-    """One request's share of the next step: ``new`` tokens it knows, then ``drafts``. ``announce``: the
-    workers have not seen the request, or its tokens changed since."""
-
-    request: Any
-    new: int
-    drafts: list[int]
-    announce: bool
+from wispprof.engines.vllm.grant import Grant
 
 
 class GrantScheduler(Scheduler):  # type: ignore[misc]
@@ -55,13 +47,13 @@ class GrantScheduler(Scheduler):  # type: ignore[misc]
         needed = 0
         for group in self.kv_cache_manager.coordinator.single_type_managers:
             held = len(group.req_to_blocks.get(request.request_id, ()))
-            needed += max(0, -(-length // group.block_size) - held)
+            needed += max(0, -(-length // int(group.block_size)) - held)
         return needed
 
     def tokens_hashed(self, request: Any) -> int:
         """Leading tokens whose blocks the prefix cache may share, so that they must not be overwritten."""
         groups = self.kv_cache_manager.coordinator.single_type_managers
-        return max(g.num_cached_block.get(request.request_id, 0) * g.block_size for g in groups)
+        return int(max(g.num_cached_block.get(request.request_id, 0) * g.block_size for g in groups))
 
     # --- requests --------------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from vllm.v1.outputs import SamplerOutput
 
 from wispprof.sampling.sampler import sample_tokens
 from wispprof.types import Sampling, TokenLogprob
@@ -87,7 +86,7 @@ class NoiseRejectionSampler(nn.Module):
 
     def forward(
         self, metadata: Any, draft_probs: Tensor | None, logits: Tensor, sampling_metadata: Any
-    ) -> SamplerOutput:
+    ) -> Any:
         drafts = np.asarray(metadata.num_draft_tokens)
         chosen = self._rows.decide(logits, drafts + 1)
         count, width = len(drafts), int(drafts.max(initial=0)) + 1
@@ -105,7 +104,7 @@ class NoiseRejectionSampler(nn.Module):
             # A row is valid if the target agreed with every draft before it.
             agreed = (decided == proposed)[:, :-1].int().cumprod(1)
             decided[:, 1:].masked_fill_(agreed == 0, -1)
-        return SamplerOutput(sampled_token_ids=decided.int(), logprobs_tensors=None)
+        return _sampler_output(decided)
 
 
 class NoiseSampler(nn.Module):
@@ -122,9 +121,15 @@ class NoiseSampler(nn.Module):
         sampling_metadata: Any,
         predict_bonus_token: bool = False,
         logprobs_mode_override: Any = None,
-    ) -> SamplerOutput:
+    ) -> Any:
         chosen = self._rows.decide(logits, np.ones(len(logits), dtype=np.int64))
-        return SamplerOutput(sampled_token_ids=chosen.int()[:, None], logprobs_tensors=None)
+        return _sampler_output(chosen[:, None])
+
+
+def _sampler_output(tokens: Tensor) -> Any:
+    from vllm.v1.outputs import SamplerOutput
+
+    return SamplerOutput(sampled_token_ids=tokens.int(), logprobs_tensors=None)
 
 
 class WorkerExtension:
@@ -139,7 +144,7 @@ class WorkerExtension:
         runner.rejection_sampler = NoiseRejectionSampler(self._wispprof_rows)
         runner.sampler = NoiseSampler(self._wispprof_rows, runner.sampler)
 
-    def wispprof_logprobs(self) -> dict[str, list[tuple[float, Any]]]:
+    def wispprof_logprobs(self) -> dict[str, list[Any]]:
         """Log-probabilities of the last step, by request, as plain tuples."""
         return {name: [tuple(one) for one in rows] for name, rows in self._wispprof_rows.logprobs.items()}
 
