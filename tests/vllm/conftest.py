@@ -16,10 +16,12 @@ from wispprof.drafters.torch_drafter import TorchDrafter
 from wispprof.engines import EngineOptions, load_engine
 from wispprof.engines.loading import LoadedModel, load_model
 from wispprof.engines.torch.engine import TorchEngine
+from wispprof.engines.vllm.build import prepare_environment
 from wispprof.engines.vllm.engine import VllmEngine
 from wispprof.types import ServedModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+prepare_environment()
 
 TARGET = bundled_model("target")
 EAGER = {"enforce_eager": True, "max_model_len": 2048}
