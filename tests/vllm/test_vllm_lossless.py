@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from decoding import decode, half_right
+from plain_vllm import plain_vllm
 from transformers import GenerationConfig
 
 from wispprof.policies import BATCH_POLICIES
@@ -43,20 +44,6 @@ def test_plain_vllm_agrees_with_transformers(prompts, greedy) -> None:
     assert plain_vllm(prompts, LENGTH) == greedy
 
 
-def plain_vllm(prompts: list[list[int]], length: int, target: str = "", **arguments) -> list[list[int]]:
-    """Greedy text of vLLM as it comes: no scheduler, sampler or speculation of ours."""
-    from conftest import EAGER, TARGET
-    from vllm import LLM, SamplingParams
-
-    given = {**EAGER, "kv_cache_memory_bytes": 1 << 28, "dtype": "float32", **arguments}
-    model = LLM(target or TARGET, skip_tokenizer_init=True, disable_log_stats=True, **given)
-    greedy = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
-    answers = model.generate([{"prompt_token_ids": p} for p in prompts], greedy, use_tqdm=False)
-    texts = [list(answer.outputs[0].token_ids) for answer in answers]
-    model.llm_engine.engine_core.shutdown()
-    return texts
-
-
 @pytest.mark.parametrize(("k", "sessions"), [(0, 16), (1, 7), (4, 1), (8, 16)])
 async def test_greedy_over_the_wire(served, prompts, greedy, drafter, k: int, sessions: int) -> None:
     found = await split_outputs(*served, drafter, prompts, LENGTH, Case(k, sessions))
@@ -71,9 +58,7 @@ async def test_sampled_text_is_the_own_engine_s(served, own, prompts, drafter, p
     assert compare(found, wanted).lossless
 
 
-@pytest.mark.parametrize(
-    ("chunk", "share", "told"), [(1 << 20, 1.0, True), (7, 0.4, True), (50, 0.4, False)]
-)
+@pytest.mark.parametrize(("chunk", "share", "told"), [(1 << 20, 1.0, True), (7, 0.4, True), (50, 0.4, False)])
 def test_any_drafts_chunks_and_members(engine, own, prompts, chunk: int, share: float, told: bool) -> None:
     few, dice = prompts[:16], random.Random(3)
     wanted = decode(own, few, 40, hot)

@@ -1,0 +1,51 @@
+"""Families beyond the own engine's, and several ranks: split text equals plain vLLM's."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from conftest import vllm_options
+from decoding import decode, half_right
+from plain_vllm import plain_vllm
+from tiny_checkpoints import TINY, write_checkpoint
+
+from wispprof.engines import load_engine
+from wispprof.types import Sampling
+
+LENGTH = 40
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_split_text_is_plain_vllm_s(family: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(family, tmp_path)
+    dice = random.Random(2)
+    prompts = [[dice.randrange(2, 500) for _ in range(dice.choice((3, 60, 200)))] for _ in range(8)]
+    wanted = plain_vllm(prompts, LENGTH, folder, max_model_len=512)
+    assert len({tuple(text) for text in wanted}) == len(prompts)
+    options = vllm_options(folder, arguments={"max_model_len": 512}, max_drafts=8)
+    engine = load_engine("vllm", options).engine
+    drafts = half_right(wanted, 8, 512)
+    found = decode(engine, prompts, LENGTH, drafts=drafts, chunk=33, members=lambda n: dice.random() < 0.6)
+    assert found == wanted
+    engine.open("checked", Sampling(), prompts[0])
+    engine.close("checked")
+    engine.audit({})
+    engine.shutdown()
+
+
+def test_two_ranks_equal_one(own, prompts) -> None:
+    few = prompts[:6]
+    wanted = decode(own, few, 24, lambda n: Sampling(0.8, top_p=0.9, seed=n))
+    options = vllm_options(arguments={"tensor_parallel_size": 2, "distributed_executor_backend": "mp"})
+    engine = load_engine("vllm", options).engine
+    try:
+        found = decode(
+            engine, few, 24, lambda n: Sampling(0.8, top_p=0.9, seed=n), half_right(wanted, 8, 4096), chunk=50
+        )
+        assert found == wanted
+        engine.open("checked", Sampling(), few[0])
+        engine.check_integrity()
+    finally:
+        engine.shutdown()
