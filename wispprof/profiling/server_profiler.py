@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 import random
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from wispprof.artifacts import RowJournal, ServerProfile, StepRow
+from wispprof.backends import Engine
 from wispprof.errors import OutOfKvMemory, ProfileError
 from wispprof.profiling.physics_checks import check_physics
 from wispprof.profiling.profile_run import (
@@ -40,7 +42,7 @@ from wispprof.profiling.sweep import SweepResult
 from wispprof.profiling.sweep_cost import CostModel, pilot
 from wispprof.profiling.workload import Workload
 from wispprof.settings.profiler_settings import ServerProfilerSettings, SweepSettings
-from wispprof.types import BatchShape, Progress, Sampling, StepInput
+from wispprof.types import BatchShape, ModelInfo, Progress, Sampling, StepInput
 
 if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
@@ -122,35 +124,29 @@ def _budget_left(
     return max(0.0, (1 - reserved) * settings.budget_s - (clock() - begin))
 
 
+@dataclass(frozen=True)
+class ProfiledEngine:
+    """An engine ready to be timed. ``record``: what the manifest says about it."""
+
+    runner: StepRunner
+    model: ModelInfo
+    workloads: list[Workload[BatchShape]]
+    record: dict[str, Any]
+
+
 def _set_up(
     settings: ServerProfilerSettings, loaded: LoadedModel | None, clock: Callable[[], float]
 ) -> ProfilerSetup[BatchShape]:
-    import torch
-
-    from wispprof.engines.torch.engine import TorchEngine
-
     begin = clock()
-    loaded = loaded or _load(settings)
-    info, device = loaded.info, loaded.device
     axes = settings.axes or load_axes(settings.grid)
     sweep = settings.sweep or settings.precision.applied_to(QUICK if settings.grid == "quick" else STANDARD)
-    context = info.max_context
-    required = required_capacity(axes, context)
-    # A resumed sweep keeps its capacity.
-    resumed = resumed_header(settings.output).get("engine", {}).get("kv_tokens")
-    available = settings.kv_tokens or resumed or _available_kv(device, info.kv_bytes_per_token)
-    kv_tokens, longest = _engine_capacity(axes, available, required, context)
-    sessions = settings.max_sessions or required.sessions
-    engine = TorchEngine(
-        loaded,
-        kv_tokens=kv_tokens,
-        max_sessions=sessions + 1,
-        backend=settings.backend,
-        # Every block opens and closes sessions: otherwise most of a sweep would zero memory.
-        keep_memory=True,
-    )
-    runner = EngineRunner(engine, longest, seed=sweep.seed, clock=clock, synchronize=synchronizer(device))
-    workloads = server_workloads(axes, DeviceCapacity(kv_tokens - longest, sessions, longest))
+    if settings.engine == "torch":
+        profiled = _torch_engine(settings, loaded or _load(settings), axes, sweep, clock)
+    else:
+        from wispprof.profiling.vllm_profile import load_profiled_vllm
+
+        profiled = load_profiled_vllm(settings, axes, sweep, clock)
+    runner, workloads = profiled.runner, profiled.workloads
     sentinel = _sentinel(workloads)
     left = _budget_left(settings, begin, clock)
     pilot_s = math.inf if left is None else _PILOT_SHARE * left
@@ -168,21 +164,54 @@ def _set_up(
         sentinel,
         cost,
         sweep,
-        loaded.info,
-        engine={
-            "backend": engine.backend,
-            "attention": engine.attention,
-            "graphs": engine.capabilities.graphs,
-            "kv_tokens": kv_tokens,
-            "max_sessions": sessions,
-            "max_context": context,
-            "device": str(device),
-            "threads": torch.get_num_threads(),
-        },
+        profiled.model,
+        engine=profiled.record,
         measure={"grid": settings.grid, "axes": axes_record(axes)},
         close=runner.close,
         left_out=in_grid - len(workloads),
     )
+
+
+def _torch_engine(
+    settings: ServerProfilerSettings,
+    loaded: LoadedModel,
+    axes: Axes,
+    sweep: SweepSettings,
+    clock: Callable[[], float],
+) -> ProfiledEngine:
+    import torch
+
+    from wispprof.engines.torch.engine import TorchEngine
+
+    info, device = loaded.info, loaded.device
+    context = info.max_context
+    required = required_capacity(axes, context)
+    # A resumed sweep keeps its capacity.
+    resumed = resumed_header(settings.output).get("engine", {}).get("kv_tokens")
+    available = settings.kv_tokens or resumed or _available_kv(device, info.kv_bytes_per_token)
+    kv_tokens, longest = _engine_capacity(axes, available, required, context)
+    sessions = settings.max_sessions or required.sessions
+    engine = TorchEngine(
+        loaded,
+        kv_tokens=kv_tokens,
+        max_sessions=sessions + 1,
+        backend=settings.backend,
+        # Every block opens and closes sessions: otherwise most of a sweep would zero memory.
+        keep_memory=True,
+    )
+    runner = EngineRunner(engine, longest, seed=sweep.seed, clock=clock, synchronize=synchronizer(device))
+    workloads = server_workloads(axes, DeviceCapacity(kv_tokens - longest, sessions, longest))
+    record = {
+        "backend": engine.backend,
+        "attention": engine.attention,
+        "graphs": engine.capabilities.graphs,
+        "kv_tokens": kv_tokens,
+        "max_sessions": sessions,
+        "max_context": context,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+    }
+    return ProfiledEngine(runner, info, workloads, record)
 
 
 def _expected_s(
@@ -241,11 +270,79 @@ def _sentinel(workloads: list[Workload[BatchShape]]) -> Workload[BatchShape]:
     return replace(middle, key=f"sentinel {middle.key}", kind="sentinel")
 
 
-class EngineRunner:
-    """Runs batch shapes on ``engine``, with sessions of ``longest`` tokens at most.
+class StepRunner(ABC):
+    """Runs batch shapes on ``engine``. ``synchronize`` waits for the device."""
 
-    ``synchronize`` waits for the device.
-    """
+    def __init__(
+        self,
+        engine: Engine,
+        vocab_size: int,
+        *,
+        seed: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+        synchronize: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._target, self._clock, self._synchronize = engine, clock, synchronize
+        self._vocab_size = vocab_size
+        self._random = random.Random(seed)
+        self._inputs: list[StepInput] = []
+        self._cached: list[int] = []
+        self._padded_tokens = 0
+
+    @abstractmethod
+    def open_at(self, name: str, cached: int) -> None:
+        """Open a session that caches so many tokens, in memory of its own."""
+
+    def padded_tokens(self) -> int:
+        """Graph bucket of the last step, 0 if it ran without a graph or does not tell."""
+        return 0
+
+    def close(self) -> None:  # noqa: B027
+        """Leave the engine as it was."""
+
+    def prepare(self, workload: Workload[BatchShape]) -> None:
+        with _out_of_memory_refuses():
+            for number, item in enumerate(workload.subject.items):
+                name = f"profile {number}"
+                self.open_at(name, item.cached)
+                self._cached.append(item.cached)
+                drafts = 0 if item.prefill else item.new - 1
+                tokens = self._random_tokens(item.new)
+                self._inputs.append(StepInput(name, tokens, drafts, not item.prefill))
+
+    def run_once(self) -> float:
+        engine = self._target
+        with _out_of_memory_refuses():
+            self._synchronize()
+            begin = self._clock()
+            engine.step(self._inputs)
+            self._synchronize()
+            elapsed = self._clock() - begin
+            self._padded_tokens = self.padded_tokens()
+            for step_input, cached in zip(self._inputs, self._cached, strict=True):
+                engine.rollback(step_input.session, cached)
+        return elapsed * 1000
+
+    def finish(self) -> None:
+        # Close what is open rather than what was planned: a refused fork leaves some sessions.
+        for name in list(self._target.sessions):
+            if name != _MASTER:
+                self._target.close(name)
+        self._inputs, self._cached = [], []
+
+    def row(
+        self, workload: Workload[BatchShape], samples: tuple[float, ...], flags: tuple[str, ...], order: int
+    ) -> StepRow:
+        return StepRow(
+            workload.key, workload.kind, workload.subject, samples, flags, self._padded_tokens, order
+        )
+
+    def _random_tokens(self, count: int) -> list[int]:
+        return [self._random.randrange(self._vocab_size) for _ in range(count)]
+
+
+class EngineRunner(StepRunner):
+    """Runs batch shapes on the project's own engine, with sessions of ``longest`` tokens at most."""
 
     def __init__(
         self,
@@ -256,59 +353,21 @@ class EngineRunner:
         clock: Callable[[], float] = time.perf_counter,
         synchronize: Callable[[], None] = lambda: None,
     ) -> None:
-        self._engine, self._clock, self._synchronize = engine, clock, synchronize
-        self._random = random.Random(seed)
-        self._inputs: list[StepInput] = []
-        self._cached: list[int] = []
-        self._padded_tokens = 0
+        super().__init__(engine, engine.info.vocab_size, seed=seed, clock=clock, synchronize=synchronize)
+        self._engine = engine
         engine.open(_MASTER, Sampling())
         for start in range(0, longest, _PREFILL_CHUNK):
             chunk = self._random_tokens(min(_PREFILL_CHUNK, longest - start))
             engine.step([StepInput(_MASTER, chunk, needs_logits=False)])
 
-    def prepare(self, workload: Workload[BatchShape]) -> None:
-        with _out_of_memory_refuses():
-            for number, item in enumerate(workload.subject.items):
-                name = f"profile {number}"
-                self._engine.fork(_MASTER, name, item.cached, private=True)
-                self._cached.append(item.cached)
-                drafts = 0 if item.prefill else item.new - 1
-                tokens = self._random_tokens(item.new)
-                self._inputs.append(StepInput(name, tokens, drafts, not item.prefill))
+    def open_at(self, name: str, cached: int) -> None:
+        self._engine.fork(_MASTER, name, cached, private=True)
 
-    def run_once(self) -> float:
-        engine = self._engine
-        with _out_of_memory_refuses():
-            self._synchronize()
-            begin = self._clock()
-            engine.step(self._inputs)
-            self._synchronize()
-            elapsed = self._clock() - begin
-            self._padded_tokens = engine.last_padded_tokens
-            for step_input, cached in zip(self._inputs, self._cached, strict=True):
-                engine.rollback(step_input.session, cached)
-        return elapsed * 1000
-
-    def finish(self) -> None:
-        # Close what is open rather than what was planned: a refused fork leaves some sessions.
-        for name in self._engine.sessions:
-            if name != _MASTER:
-                self._engine.close(name)
-        self._inputs, self._cached = [], []
-
-    def row(
-        self, workload: Workload[BatchShape], samples: tuple[float, ...], flags: tuple[str, ...], order: int
-    ) -> StepRow:
-        return StepRow(
-            workload.key, workload.kind, workload.subject, samples, flags, self._padded_tokens, order
-        )
+    def padded_tokens(self) -> int:
+        return self._engine.last_padded_tokens
 
     def close(self) -> None:
-        """Leave the engine as it was."""
         self._engine.close(_MASTER)
-
-    def _random_tokens(self, count: int) -> list[int]:
-        return [self._random.randrange(self._engine.info.vocab_size) for _ in range(count)]
 
 
 @contextmanager

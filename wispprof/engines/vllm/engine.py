@@ -8,32 +8,16 @@ A session is a vLLM request that never ends by itself. Each step grants exactly 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from wispprof.backends import Engine, EngineCapabilities, IntegrityReport
 from wispprof.engines.vllm.grant import Grant
-from wispprof.engines.vllm.worker import SAMPLING
+from wispprof.engines.vllm.request import PENDING, VllmSession, out_of_blocks, request_maker
 from wispprof.errors import EngineError, EngineLost, OutOfKvMemory
 from wispprof.types import ModelInfo, Sampling, StepInput, TokenLogprob, VerifyResult
 
 if TYPE_CHECKING:
     from wispprof.engines.vllm.scheduler import GrantScheduler
-
-PENDING = 0
-"""Stands for a token that is not known yet, so that vLLM sees more prompt to come and decides nothing."""
-
-
-@dataclass(slots=True)
-class _VllmSession:
-    """``cached``: tokens the session caches, as the caller counts them. vLLM's request may have computed
-    fewer (the part of a shared block): it computes the rest with the next step. ``announced``: the workers
-    know the request as it is."""
-
-    request: Any
-    sampling: Sampling
-    cached: int = 0
-    announced: bool = False
 
 
 class VllmEngine(Engine):
@@ -46,7 +30,7 @@ class VllmEngine(Engine):
         config = core.vllm_config
         self._core = core
         self._scheduler: GrantScheduler = core.scheduler
-        self._sessions: dict[str, _VllmSession] = {}
+        self._sessions: dict[str, VllmSession] = {}
         self._lost = ""
         self.info = info
         self._names = 0
@@ -68,7 +52,7 @@ class VllmEngine(Engine):
                 "Use a model with attention only.",
             )
         self._prefixes = self._full_attention and bool(config.cache_config.enable_prefix_caching)
-        self._make_request: Callable[[str, list[int], Sampling], Any] = _request_maker(core)
+        self._make_request: Callable[[str, list[int], Sampling], Any] = request_maker(core)
         core.collective_rpc("wispprof_install")
 
     # --- capacity ----------------------------------------------------------------------------------
@@ -107,6 +91,19 @@ class VllmEngine(Engine):
     def open(self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = ()) -> None:
         self._check_can_open(session)
         self._sessions[session] = self._new_session(list(tokens), sampling or Sampling())
+
+    def open_computed(self, session: str, tokens: Sequence[int]) -> None:
+        """Open a session that holds the blocks of ``tokens`` without computing them, to time steps with.
+
+        Raises :class:`OutOfKvMemory` if the blocks do not fit.
+        """
+        self._check_can_open(session)
+        held = self._new_session([*tokens, PENDING], Sampling(), reuse=False)
+        if not self._scheduler.hold(held.request, len(tokens)):
+            self._core.abort_requests([held.request.request_id])
+            raise out_of_blocks(len(tokens), self.kv_free)
+        held.cached = len(tokens)
+        self._sessions[session] = held
 
     def close(self, session: str) -> None:
         closed = self._get(session)
@@ -155,7 +152,7 @@ class VllmEngine(Engine):
         missing = length - forked.request.num_computed_tokens
         if missing > self.kv_free:
             self._core.abort_requests([forked.request.request_id])
-            raise _out_of_blocks(missing, self.kv_free)
+            raise out_of_blocks(missing, self.kv_free)
         self._sessions[child] = forked
 
     def cached(self, session: str) -> int:
@@ -201,7 +198,7 @@ class VllmEngine(Engine):
             results.append(VerifyResult(one.session, max(0, len(tokens) - 1), tokens, rows))
         return results
 
-    def _checked(self, one: StepInput) -> _VllmSession:
+    def _checked(self, one: StepInput) -> VllmSession:
         """The session of an input that vLLM can compute."""
         held = self._get(one.session)
         fed = len(one.tokens)
@@ -220,7 +217,7 @@ class VllmEngine(Engine):
             raise EngineError(f"Session {one.session!r}: {err}.")
         return held
 
-    def _catch_up(self, inputs: Sequence[StepInput], sessions: Sequence[_VllmSession]) -> None:
+    def _catch_up(self, inputs: Sequence[StepInput], sessions: Sequence[VllmSession]) -> None:
         """Compute what sessions count as cached but vLLM has not, if it does not fit into the same step."""
         missing = [held.cached - held.request.num_computed_tokens for held in sessions]
         fed = sum(len(one.tokens) for one in inputs)
@@ -235,7 +232,7 @@ class VllmEngine(Engine):
                 held.announced = True
                 left = held.cached - held.request.num_computed_tokens
 
-    def _grant(self, one: StepInput, held: _VllmSession) -> Grant:
+    def _grant(self, one: StepInput, held: VllmSession) -> Grant:
         request, cached = held.request, held.cached
         plain = len(one.tokens) - one.drafts
         end = cached + plain
@@ -263,7 +260,7 @@ class VllmEngine(Engine):
         }
 
     def _logprobs(
-        self, inputs: Sequence[StepInput], sessions: Sequence[_VllmSession]
+        self, inputs: Sequence[StepInput], sessions: Sequence[VllmSession]
     ) -> dict[str, list[TokenLogprob]]:
         asked = (
             s.sampling.logprobs is not None and i.needs_logits for i, s in zip(inputs, sessions, strict=True)
@@ -297,7 +294,7 @@ class VllmEngine(Engine):
             )
         return IntegrityReport(errors, allowed)
 
-    def _compare_with_prefill(self, held: _VllmSession, computed: int) -> tuple[float, float]:
+    def _compare_with_prefill(self, held: VllmSession, computed: int) -> tuple[float, float]:
         """Prefill a copy without the prefix cache, compute the last token of both, and compare them."""
         scheduler, tokens = self._scheduler, [*held.request._all_token_ids[:computed], PENDING]
         copy = self._new_session(tokens, Sampling(), reuse=False)
@@ -347,7 +344,8 @@ class VllmEngine(Engine):
         for name in names:
             self.open(name)
         try:
-            for size in (8, 1, min(5, self.max_drafts + 1), 1):
+            most = min(self.max_drafts + 1, self.max_tokens // max(1, len(names)))
+            for size in (min(8, most), 1, min(5, most), 1):
                 self.step([StepInput(name, [0] * size, drafts=size - 1) for name in names])
                 for name in names:
                     self.rollback(name, 0)
@@ -360,14 +358,14 @@ class VllmEngine(Engine):
 
     # --- helpers -----------------------------------------------------------------------------------
 
-    def _new_session(self, tokens: list[int], sampling: Sampling, reuse: bool = True) -> _VllmSession:
+    def _new_session(self, tokens: list[int], sampling: Sampling, reuse: bool = True) -> VllmSession:
         self._names += 1
         request = self._make_request(f"w{self._names}", tokens, sampling)
         request.skip_reading_prefix_cache = not (reuse and self._prefixes)
         self._scheduler.add_request(request)
-        return _VllmSession(request, sampling)
+        return VllmSession(request, sampling)
 
-    def _get(self, session: str) -> _VllmSession:
+    def _get(self, session: str) -> VllmSession:
         try:
             return self._sessions[session]
         except KeyError:
@@ -381,32 +379,3 @@ class VllmEngine(Engine):
                 f"All {self.max_sessions} sessions of the engine are taken.",
                 "Close some, or start with more --max-sessions.",
             )
-
-
-def _out_of_blocks(tokens: int, free: int) -> OutOfKvMemory:
-    return OutOfKvMemory(
-        f"{tokens} tokens do not fit: {free} are free.",
-        "Close sessions, feed fewer tokens, or start with more --kv-tokens.",
-    )
-
-
-def _request_maker(core: Any) -> Callable[[str, list[int], Sampling], Any]:
-    """A function of id, tokens and sampling to a vLLM request that never ends by itself."""
-    from vllm import SamplingParams
-    from vllm.v1.request import Request
-
-    length = core.vllm_config.model_config.max_model_len
-    hasher = core.request_block_hasher
-
-    def make(name: str, tokens: list[int], sampling: Sampling) -> Any:
-        # vLLM's own seed stays unset: its generators are not used.
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=length,
-            ignore_eos=True,
-            detokenize=False,
-            extra_args={SAMPLING: asdict(sampling)},
-        )
-        return Request(name, tokens or [PENDING], params, None, block_hasher=hasher)
-
-    return make

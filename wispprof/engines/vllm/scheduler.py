@@ -82,6 +82,16 @@ class GrantScheduler(Scheduler):  # type: ignore[misc]
             manager.allocate_slots(request, 0, num_new_computed_tokens=hit, new_computed_blocks=blocks)
         self._start(request, hit)
 
+    def hold(self, request: Any, length: int) -> bool:
+        """Give a waiting request blocks for ``length`` tokens, as if computed; false if they do not fit."""
+        if self.blocks_needed(request, length) > self.blocks_free:
+            return False
+        if length:
+            self.kv_cache_manager.new_step_starts()
+            self.kv_cache_manager.allocate_slots(request, length)
+        self._start(request, length)
+        return True
+
     def _start(self, request: Request, computed: int) -> None:
         self.waiting.remove_requests([request])
         self.running.append(request)

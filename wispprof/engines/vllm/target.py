@@ -43,6 +43,14 @@ def read_target(core: Any, target: str) -> tuple[ModelInfo, Any]:
     return info, tokenizer
 
 
+def max_context_of(target: str) -> int:
+    """Positions of a model, from its config alone."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(_find(target), local_files_only=True)
+    return int(config.get_text_config().max_position_embeddings)
+
+
 def provenance(core: Any) -> dict[str, Any]:
     """What a profile must say about the engine besides its model: two profiles that differ in one of
     these are not comparable."""
