@@ -7,7 +7,7 @@ from decoding import decode
 
 from wispprof.backends import Engine
 from wispprof.engines.vllm.versions import changed_seams
-from wispprof.errors import EngineError, EngineLost, OutOfKvMemory
+from wispprof.errors import EngineError, EngineLost, InputRefused, OutOfKvMemory
 from wispprof.types import Sampling, StepInput
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -172,3 +172,27 @@ def test_a_failed_step_loses_the_engine(engine, monkeypatch: pytest.MonkeyPatch)
 
 def test_this_vllm_has_every_seam() -> None:
     assert changed_seams() == []
+
+
+def test_logits_that_are_not_finite_name_their_session(engine, own, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others go on as if nothing had been."""
+    wanted = decode(own, [PROMPT, LONG], 6)
+    for name, prompt in (("a", PROMPT), ("b", LONG)):
+        engine.open(name, Sampling(), prompt)
+        engine.step([StepInput(name, prompt[:-1], needs_logits=False)])
+    inputs = [StepInput("a", PROMPT[-1:]), StepInput("b", LONG[-1:])]
+    runner = engine.core.model_executor.driver_worker.worker.model_runner
+    decide = runner.rejection_sampler._rows.decide
+
+    def spoil(logits, rows):
+        logits[1] = float("nan")
+        return decide(logits, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.rejection_sampler._rows, "decide", spoil)
+        with pytest.raises(InputRefused, match="not finite") as refused:
+            engine.step(inputs)
+    assert refused.value.session == "b"
+    engine.audit({"a": len(PROMPT) - 1, "b": len(LONG) - 1})
+    assert [continuation(engine, n, p, 6) for n, p in (("a", PROMPT), ("b", LONG))] == wanted
+    engine.check_integrity()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import TARGET
 from decoding import decode, half_right
 from plain_vllm import plain_vllm
 from transformers import GenerationConfig
 
+from wispprof.engines import EngineOptions, load_engine
 from wispprof.policies import BATCH_POLICIES
 from wispprof.testing.lossless import Case, compare, split_outputs
 from wispprof.types import Sampling, StepInput
@@ -106,3 +109,9 @@ def test_logprobs_and_minimum_length(engine, own, prompts) -> None:
         for ours, wanted in zip(mine.logprobs, theirs.logprobs, strict=True):
             assert ours.logprob == pytest.approx(wanted.logprob, abs=1e-3)
             assert [token for token, _ in ours.top] == [token for token, _ in wanted.top]
+
+
+def test_the_target_is_the_own_engine_s(served) -> None:
+    """A session may move between the engines: they name the same identity, and stop alike."""
+    theirs = load_engine("torch", EngineOptions(TARGET, device="cpu", kv_tokens=4096)).model
+    assert replace(served[1], max_context=0) == replace(theirs, max_context=0)

@@ -21,9 +21,9 @@ class EngineOptions:
     cache layout. ``max_context``: tokens a session may cache, 0: what the model and memory allow.
     ``full_digest``: identify the target by all bytes of its weights. ``generation_config``: where sampling
     defaults come from, see :func:`~wispprof.engines.served_model.describe_model`.
-    ``max_items``, ``max_tokens``: sessions and new tokens of one step. ``max_drafts``: drafts of one session in
-    a step. ``prefix_cache``: share the KV of equal prefixes. ``arguments``: passed through to an engine that
-    takes its own. ``untested``: accept an engine version that was not tested.
+    ``max_items``, ``max_tokens``: sessions and new tokens of one step. ``max_drafts``: drafts of one session
+    in a step. ``prefix_cache``: share the KV of equal prefixes. ``arguments``: passed through to an engine
+    that takes its own. ``untested``: accept an engine version that was not tested.
     """
 
     target: str

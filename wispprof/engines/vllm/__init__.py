@@ -23,8 +23,7 @@ def load_vllm_engine(options: EngineOptions) -> tuple[VllmEngine, ServedModel, A
     from wispprof.engines.vllm.engine import VllmEngine
     from wispprof.engines.vllm.target import read_target
 
-    info, tokenizer = read_target(core, options.target)
+    info, model, tokenizer = read_target(core, options)
     engine = VllmEngine(core, info=info, max_sessions=options.max_sessions, max_drafts=options.max_drafts)
     engine.warm_up()
-    model = ServedModel(info.id, info.tokenizer_hash, info.vocab_size, engine.max_context)
     return engine, model, tokenizer

@@ -54,6 +54,8 @@ def engine_arguments(options: EngineOptions) -> dict[str, Any]:
             "num_speculative_tokens": options.max_drafts,
         },
     }
+    if options.max_context and "max_model_len" not in given:
+        arguments["max_model_len"] = options.max_context + 1
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()

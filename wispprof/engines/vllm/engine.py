@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from wispprof.backends import Engine, EngineCapabilities, IntegrityReport
+from wispprof.engines.vllm.block_audit import check_blocks
 from wispprof.engines.vllm.grant import Grant
 from wispprof.engines.vllm.request import PENDING, VllmSession, out_of_blocks, request_maker
-from wispprof.errors import EngineError, EngineLost, OutOfKvMemory
+from wispprof.errors import EngineError, EngineLost, InputRefused, OutOfKvMemory
+from wispprof.sampling.sampler import bounded
 from wispprof.types import ModelInfo, Sampling, StepInput, TokenLogprob, VerifyResult
 
 if TYPE_CHECKING:
@@ -90,7 +92,8 @@ class VllmEngine(Engine):
 
     def open(self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = ()) -> None:
         self._check_can_open(session)
-        self._sessions[session] = self._new_session(list(tokens), sampling or Sampling())
+        settings = bounded(sampling or Sampling(), self.vocab_size)
+        self._sessions[session] = self._new_session(list(tokens), settings)
 
     def open_computed(self, session: str, tokens: Sequence[int]) -> None:
         """Open a session that holds the blocks of ``tokens`` without computing them, to time steps with.
@@ -146,7 +149,7 @@ class VllmEngine(Engine):
             )
         self._check_can_open(child)
         tokens = [*source.request._all_token_ids[:length], PENDING]
-        forked = self._new_session(tokens, sampling or source.sampling)
+        forked = self._new_session(tokens, bounded(sampling or source.sampling, self.vocab_size))
         forked.cached = length
         self._scheduler.adopt_prefix(forked.request)
         missing = length - forked.request.num_computed_tokens
@@ -174,7 +177,8 @@ class VllmEngine(Engine):
             raise EngineError(f"A step holds at most {self.max_items} inputs, got {len(inputs)}.")
         sessions = [self._checked(one) for one in inputs]
         if len({id(one) for one in sessions}) < len(inputs):
-            raise EngineError("A session appears twice in one step.")
+            twice = next(one.session for i, one in enumerate(inputs) if sessions.index(sessions[i]) < i)
+            raise InputRefused(twice, f"Session {twice!r} appears twice in one step.")
         needed = sum(
             self._scheduler.blocks_needed(held.request, held.cached + len(one.tokens))
             for one, held in zip(inputs, sessions, strict=True)
@@ -186,7 +190,16 @@ class VllmEngine(Engine):
             )
         self._catch_up(inputs, sessions)
         grants = [self._grant(one, held) for one, held in zip(inputs, sessions, strict=True)]
+        before = [held.request.num_computed_tokens for held in sessions]
         decided = self._run(grants)
+        if spoiled := [i for i, s in zip(inputs, sessions, strict=True) if _undecided(i, s, decided)]:
+            self._undo(sessions, before)
+            name = spoiled[0].session
+            raise InputRefused(
+                name,
+                f"The target's logits of session {name!r} are not finite.",
+                "Check the target's weights, or serve it with another --dtype.",
+            )
         logprobs = self._logprobs(inputs, sessions)
         results = []
         for one, held in zip(inputs, sessions, strict=True):
@@ -200,7 +213,9 @@ class VllmEngine(Engine):
 
     def _checked(self, one: StepInput) -> VllmSession:
         """The session of an input that vLLM can compute."""
-        held = self._get(one.session)
+        held = self._sessions.get(one.session)
+        if held is None:
+            raise InputRefused(one.session, f"There is no session {one.session!r}.", "Open it first.")
         fed = len(one.tokens)
         err = ""
         if fed <= one.drafts or one.drafts < 0:
@@ -214,7 +229,7 @@ class VllmEngine(Engine):
         elif min(one.tokens) < 0 or max(one.tokens) >= self.vocab_size:
             err = f"a token id lies outside the vocabulary of {self.vocab_size}"
         if err:
-            raise EngineError(f"Session {one.session!r}: {err}.")
+            raise InputRefused(one.session, f"Session {one.session!r}: {err}.")
         return held
 
     def _catch_up(self, inputs: Sequence[StepInput], sessions: Sequence[VllmSession]) -> None:
@@ -246,6 +261,15 @@ class VllmEngine(Engine):
             self._scheduler.set_tokens(request, tokens, cached)
             held.announced = False
         return Grant(request, end - request.num_computed_tokens, fed[plain:], not held.announced)
+
+    def _undo(self, sessions: Sequence[VllmSession], computed: Sequence[int]) -> None:
+        """Take a step back: what it cached stays in its blocks and is computed again."""
+        for held, length in zip(sessions, computed, strict=True):
+            request = held.request
+            tokens = [*request._all_token_ids[: held.cached], PENDING]
+            self._scheduler.set_tokens(request, tokens, held.cached)
+            request.num_computed_tokens = length
+            held.announced = False
 
     def _run(self, grants: list[Grant]) -> dict[str, tuple[int, ...]]:
         """One step of vLLM: what it decided, by request."""
@@ -320,23 +344,10 @@ class VllmEngine(Engine):
         its tokens, drafts and next token, and sessions may share blocks."""
         if leaked := set(self._sessions) - set(expected):
             raise EngineError(f"The engine holds {len(leaked)} unknown sessions: {sorted(leaked)}.")
-        used: set[int] = set()
         for name, cached in expected.items():
-            held = self._get(name)
-            if held.cached != cached:
+            if (held := self._get(name)).cached != cached:
                 raise EngineError(f"The engine caches {held.cached} tokens of {name}, expected {cached}.")
-            groups = self._scheduler.blocks_held(held.request)
-            blocks = len(groups[0])
-            if self._full_attention and blocks * self.block_tokens < held.request.num_computed_tokens:
-                raise EngineError(f"The blocks of {name} cannot hold its {cached} tokens.")
-            used.update(block for group in groups for block in group if block)
-        taken = self._scheduler.blocks_total - self._scheduler.blocks_free
-        if taken != len(used):
-            raise EngineError(f"{taken} KV blocks are taken; the sessions hold {len(used)}.")
-        if len(self._scheduler.requests) != len(expected):
-            raise EngineError(
-                f"vLLM holds {len(self._scheduler.requests)} requests for {len(expected)} sessions."
-            )
+        check_blocks(self._scheduler, [one.request for one in self._sessions.values()])
 
     def warm_up(self) -> None:
         """Run a few small steps, so that no served step pays for lazy initialization."""
@@ -379,3 +390,8 @@ class VllmEngine(Engine):
                 f"All {self.max_sessions} sessions of the engine are taken.",
                 "Close some, or start with more --max-sessions.",
             )
+
+
+def _undecided(one: StepInput, held: VllmSession, decided: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the logits of an input were not finite, so that no token could be decided."""
+    return one.needs_logits and not decided.get(held.request.request_id)

@@ -42,6 +42,11 @@ class GrantScheduler(Scheduler):  # type: ignore[misc]
         groups = self.kv_cache_manager.coordinator.single_type_managers
         return [[b.block_id for b in g.req_to_blocks.get(request.request_id, ())] for g in groups]
 
+    def slots_held(self, request: Any) -> int:
+        """Tokens that the blocks of a request span, those outside a sliding window included."""
+        groups = self.kv_cache_manager.coordinator.single_type_managers
+        return int(min(len(g.req_to_blocks.get(request.request_id, ())) * g.block_size for g in groups))
+
     def blocks_needed(self, request: Any, length: int) -> int:
         """Blocks to allocate, without any prefix hit, until the request can cache ``length`` tokens."""
         needed = 0

@@ -7,31 +7,36 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from wispprof.engines.loading import _config_hash, _find, _tokenizer, _weights_hash, tokenizer_hash
+from wispprof.engines import EngineOptions
+from wispprof.engines.loading import _config_hash, _tokenizer, tokenizer_hash
+from wispprof.engines.model_folder import find_model, weight_files
 from wispprof.engines.model_shapes import PRESETS
+from wispprof.engines.model_weights import weights_digest
+from wispprof.engines.served_model import describe_model
 from wispprof.errors import ModelMissing, suggestion
-from wispprof.types import ModelInfo
+from wispprof.types import ModelInfo, ServedModel
 
 
-def read_target(core: Any, target: str) -> tuple[ModelInfo, Any]:
-    """Identity and sizes of the loaded target, and its tokenizer (``None`` without one)."""
+def read_target(core: Any, options: EngineOptions) -> tuple[ModelInfo, ServedModel, Any]:
+    """Sizes and identity of the loaded target, and its tokenizer (``None`` without one)."""
     model_config = core.vllm_config.model_config
     config = model_config.hf_text_config
-    folder = _find(target)
+    folder = find_model(options.target)
     tokenizer = _tokenizer(folder)
     dummy = core.vllm_config.load_config.load_format == "dummy"
+    weights = "random:dummy" if dummy else weights_digest(weight_files(folder), options.full_digest)
     parallel = core.vllm_config.parallel_config
     heads = model_config.get_total_num_kv_heads()
     specs = [group.kv_cache_spec for group in core.scheduler.kv_cache_config.kv_cache_groups]
     layers = [len(group.layer_names) for group in core.scheduler.kv_cache_config.kv_cache_groups]
     per_rank = sum(s.page_size_bytes // s.block_size * n for s, n in zip(specs, layers, strict=True))
     info = ModelInfo(
-        id=Path(target).name or target,
+        id=Path(options.target).name or options.target,
         family=config.model_type,
         parameters=int(sum(core.collective_rpc("wispprof_parameters"))),
         dtype=str(model_config.dtype).removeprefix("torch."),
         config_hash=_config_hash(config),
-        weights_hash="random:dummy" if dummy else _weights_hash(folder),
+        weights_hash=weights,
         tokenizer_hash=tokenizer_hash(tokenizer) if tokenizer is not None else "",
         max_context=int(model_config.max_model_len) - 1,
         vocab_size=int(model_config.get_vocab_size()),
@@ -40,14 +45,35 @@ def read_target(core: Any, target: str) -> tuple[ModelInfo, Any]:
         head_dim=int(model_config.get_head_size()),
         kv_bytes_per_token=per_rank * int(parallel.tensor_parallel_size),
     )
-    return info, tokenizer
+    served = describe_model(
+        info.id,
+        folder,
+        config,
+        tokenizer,
+        weights=weights,
+        dtype=_arithmetic(core.vllm_config),
+        vocabulary=info.tokenizer_hash,
+        max_context=info.max_context,
+        generation_config=options.generation_config,
+    )
+    return info, served, tokenizer
+
+
+def _arithmetic(config: Any) -> str:
+    """All that changes the text besides the weights: dtype, and quantisation of weights and KV, if any."""
+    parts = [
+        str(config.model_config.dtype).removeprefix("torch."),
+        config.model_config.quantization,
+        config.cache_config.cache_dtype,
+    ]
+    return "+".join(part for part in parts if part and part != "auto")
 
 
 def max_context_of(target: str) -> int:
     """Positions of a model, from its config alone."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(_find(target), local_files_only=True)
+    config = AutoConfig.from_pretrained(find_model(target), local_files_only=True)
     return int(config.get_text_config().max_position_embeddings)
 
 

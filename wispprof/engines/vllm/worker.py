@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wispprof.sampling.sampler import sample_tokens
+from wispprof.sampling.sampler import sample_tokens, token_logprobs
 from wispprof.types import Sampling, TokenLogprob
 
 SAMPLING = "wispprof_sampling"
@@ -32,7 +32,7 @@ class RowSampler:
     def __init__(self, runner: Any) -> None:
         self._runner = runner
         self._samplings: dict[str, tuple[Any, Sampling]] = {}
-        self.logprobs: dict[str, list[TokenLogprob]] = {}
+        self.logprobs: dict[str, tuple[TokenLogprob, ...]] = {}
         self.kept: dict[str, Tensor] | None = None
 
     def decide(self, logits: Tensor, rows: np.ndarray) -> Tensor:
@@ -50,7 +50,8 @@ class RowSampler:
         for name, one, start, n in zip(names, each, first.tolist(), rows.tolist(), strict=True):
             if one.logprobs is not None:
                 span = slice(start, start + n)
-                self.logprobs[name] = _token_logprobs(logits[span], chosen[span], one.logprobs)
+                counts = [one.logprobs] * n
+                self.logprobs[name] = token_logprobs(logits[span], chosen[span].clamp(min=0).tolist(), counts)
         if self.kept is not None:
             last = np.cumsum(rows) - 1
             self.kept |= {name: logits[row].clone() for name, row in zip(names, last.tolist(), strict=True)}
@@ -66,15 +67,6 @@ class RowSampler:
             fields["stop_tokens"] = tuple(fields["stop_tokens"])
             held = self._samplings[name] = (params, Sampling(**fields))
         return held[1]
-
-
-def _token_logprobs(logits: Tensor, chosen: Tensor, top: int) -> list[TokenLogprob]:
-    logprobs = logits.float().log_softmax(-1)
-    own = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
-    values, ids = logprobs.topk(top)
-    pairs = zip(ids.tolist(), values.tolist(), strict=True)
-    best = [tuple(zip(*pair, strict=True)) for pair in pairs]
-    return [TokenLogprob(*one) for one in zip(own, best, strict=True)]
 
 
 class NoiseRejectionSampler(nn.Module):
