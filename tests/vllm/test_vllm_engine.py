@@ -167,7 +167,7 @@ def test_a_failed_step_loses_the_engine(engine, monkeypatch: pytest.MonkeyPatch)
             engine.step([StepInput("a", PROMPT)])
     with pytest.raises(EngineLost, match="device is gone"):
         engine.step([StepInput("a", PROMPT)])
-    monkeypatch.setattr(engine, "_lost", "")
+    engine._lost = ""
 
 
 def test_this_vllm_has_every_seam() -> None:
