@@ -195,7 +195,7 @@ async def test_invalid_requests_are_refused_in_openais_format() -> None:
 
 
 async def test_metrics_and_health() -> None:
-    async with api() as http:
+    async with api(policy="wisp") as http:  # rounds: the server waits for drafts
         body = {"prompt": "abc", "max_tokens": 12, "temperature": 0, "stream": True}
         async with http.stream("POST", "/v1/completions", json=body) as answer:
             lines = [line async for line in answer.aiter_lines() if line.startswith("data: ")]
