@@ -115,7 +115,7 @@ async def answer(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> 
     if not body.get("stream"):
         whole = response.json()
         counts = {name: count for name, count in whole["usage"].items() if not name.endswith("details")}
-        return {"usage": counts, "choices": [_choice(one) for one in whole["choices"]]}
+        return {"status": 200, "usage": counts, "choices": [_choice(one) for one in whole["choices"]]}
     lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
     events = [json.loads(line) for line in lines if line != "[DONE]"]
     errors = [event for event in events if "error" in event]
@@ -123,7 +123,11 @@ async def answer(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> 
     for event in events:
         for one in event.get("choices", ()):
             parts.setdefault(one["index"], []).append(_choice(one))
-    return {"errors": errors, "choices": {index: _joined(found) for index, found in sorted(parts.items())}}
+    return {
+        "status": 200,
+        "errors": errors,
+        "choices": {index: _joined(found) for index, found in sorted(parts.items())},
+    }
 
 
 def _choice(one: dict[str, Any]) -> dict[str, Any]:
@@ -159,16 +163,14 @@ def over(app: Any) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=300)
 
 
-async def compare(
+async def ask_both(
     server: httpx.AsyncClient, edge: httpx.AsyncClient, asked: list[tuple[str, dict[str, Any]]]
-) -> list[tuple[int, dict[str, Any], dict[str, Any]]]:
-    """Number, server's and edge's answer of each request that they answer differently."""
-    differing = []
-    for number, (path, body) in enumerate(asked):
-        one, other = await asyncio.gather(answer(server, path, body), answer(edge, path, body))
-        if not same(one, other):
-            differing.append((number, one, other))
-    return differing
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The server's and the edge's answer to each request."""
+    answers = []
+    for path, body in asked:
+        answers.append(await asyncio.gather(answer(server, path, body), answer(edge, path, body)))
+    return [(one, other) for one, other in answers]
 
 
 async def main(count: int, seed: int) -> int:
@@ -179,11 +181,12 @@ async def main(count: int, seed: int) -> int:
         for drafter in ("model", "lookup"):
             edge_settings = EdgeSettings(server=running.split_url, drafter=drafter)
             async with open_edge(edge_settings) as runtime, over(make_edge_app(runtime)) as edge:
-                differing = await compare(server, edge, asked)
+                answers = await ask_both(server, edge, asked)
+            differing = [number for number, pair in enumerate(answers) if not same(*pair)]
             wrong += len(differing)
             print(f"drafter {drafter:8} {count} requests, {len(differing)} answered differently")
-            for number, one, other in differing:
-                print(json.dumps(asked[number]), json.dumps(one), json.dumps(other), sep="\n  ")
+            for number in differing:
+                print(*map(json.dumps, (asked[number], *answers[number])), sep="\n  ")
     print(json.dumps({"benchmark": "two_endpoints", "requests": count, "seed": seed, "different": wrong}))
     return wrong
 
