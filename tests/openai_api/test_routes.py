@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 import httpx
@@ -269,6 +270,27 @@ async def test_zero_logprobs_report_the_token_itself() -> None:
     assert backend.requests[0].sampling.logprobs == 0
     [choice] = (await complete(backend)).json()["choices"]
     assert choice["logprobs"] is None
+
+
+async def test_tokens_of_a_draft_model_alone_have_no_logprobs() -> None:
+    class Unverified(ScriptedBackend):
+        def generate(self, request: Any, api_key: str) -> Any:
+            one = super().generate(request, api_key)
+            one.stream = partial(_without_logprobs_at_the_end, one.stream)  # type: ignore[method-assign]
+            return one
+
+    [choice] = (await complete(Unverified("abcd"), logprobs=0)).json()["choices"]
+    assert choice["logprobs"]["token_logprobs"] == [-1.0, -1.0, None, None]
+    assert choice["logprobs"]["tokens"] == ["a", "b", "c", "d"]
+    [choice] = (await chat(Unverified("abcd"), logprobs=True)).json()["choices"]
+    assert [one["logprob"] for one in choice["logprobs"]["content"]] == [-1.0, -1.0, -9999.0, -9999.0]
+
+
+async def _without_logprobs_at_the_end(stream: Any) -> AsyncGenerator[TokenChunk]:
+    known = 2
+    async for chunk in stream():
+        yield chunk if known else TokenChunk(chunk.tokens, verified=False)
+        known = max(0, known - len(chunk.tokens))
 
 
 async def test_usage_in_a_stream() -> None:

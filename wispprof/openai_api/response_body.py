@@ -105,7 +105,7 @@ class CompletionResponse:
         choice: Choice,
         content: dict[str, Any],
         tokens: Sequence[int],
-        logprobs: Sequence[TokenLogprob],
+        logprobs: Sequence[TokenLogprob | None],
         *,
         finished: bool = False,
         begin: bool = False,
@@ -125,7 +125,7 @@ class CompletionResponse:
         return made
 
     def _logprobs_of(
-        self, choice: Choice, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]
+        self, choice: Choice, tokens: Sequence[int], logprobs: Sequence[TokenLogprob | None]
     ) -> dict[str, Any]:
         made, choice.offset = completion_logprobs(self._tokenizer, tokens, logprobs, choice.offset)
         return made
@@ -147,7 +147,7 @@ class ChatCompletionResponse(CompletionResponse):
         return self._event([self._choice(choice, content, [], [], begin=True)])
 
     def _logprobs_of(
-        self, choice: Choice, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]
+        self, choice: Choice, tokens: Sequence[int], logprobs: Sequence[TokenLogprob | None]
     ) -> dict[str, Any]:
         return chat_logprobs(self._tokenizer, tokens, logprobs)
 

@@ -30,11 +30,12 @@ class TextOptions:
 
 class TextPiece(NamedTuple):
     """Text that is final now, and the tokens that arrived. Text that may begin a stop string, or that ends
-    within a character, comes with a later piece."""
+    within a character, comes with a later piece. ``logprobs``: one per token; ``None`` where the target gave
+    none, because nobody asked or because a draft model went on alone."""
 
     text: str
     tokens: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...]
+    logprobs: tuple[TokenLogprob | None, ...]
 
 
 class TextGeneration:
@@ -102,7 +103,8 @@ class TextGeneration:
             texts.append(self._text_of(token, visible=self._options.include_stop or not is_stop))
             if self._filter is not None and self._filter.hit:
                 break
-        return TextPiece("".join(texts), chunk.tokens[:used], chunk.logprobs[:used])
+        logprobs = chunk.logprobs[:used] or (None,) * used
+        return TextPiece("".join(texts), chunk.tokens[:used], logprobs)
 
     def _text_of(self, token: int, visible: bool) -> str:
         stop_filter = self._filter
