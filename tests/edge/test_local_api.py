@@ -219,3 +219,10 @@ async def test_metrics_and_health() -> None:
 async def test_the_api_needs_no_key_so_it_stays_on_loopback() -> None:
     with pytest.raises(WispprofError, match="Refusing to listen"):
         await serve_edge(EdgeSettings(), "0.0.0.0", 0, lambda runtime, where: None)
+
+
+async def test_no_web_page_can_use_this_device() -> None:
+    async with api() as http:
+        for header in ({"host": "rebound.example"}, {"origin": "https://evil.example"}):
+            answer = await http.post("/v1/completions", json={"prompt": "a"}, headers=header)
+            assert answer.status_code == 403, header

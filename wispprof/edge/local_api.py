@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
@@ -13,9 +12,10 @@ from wispprof.edge.edge_runtime import EdgeRuntime, Prompt, Reply, open_edge
 from wispprof.edge.request_stats import EdgeMetrics
 from wispprof.errors import WispprofError
 from wispprof.openai_api import ChatTokenizer
+from wispprof.openai_api.request_guard import RequestGuard
 from wispprof.openai_api.routes import add_openai_routes
 from wispprof.server.process import freeze_garbage_collector
-from wispprof.server.web_server import bind
+from wispprof.server.web_server import WebServer, bind
 from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.settings.server_settings import is_loopback
 from wispprof.types import GenerationDefaults, GenerationRequest, TokenChunk
@@ -36,11 +36,13 @@ async def serve_edge(
     listener = bind(host, port)
     try:
         async with open_edge(settings) as runtime:
-            config = uvicorn.Config(make_edge_app(runtime), log_config=None, access_log=False, lifespan="off")
+            web_server = WebServer(
+                make_edge_app(runtime), listener, on_signal=lambda: web_server.request_exit()
+            )
             freeze_garbage_collector()
             shown = f"[{host}]" if ":" in host else host
             announce(runtime, f"http://{shown}:{listener.getsockname()[1]}")
-            await uvicorn.Server(config).serve(sockets=[listener])
+            await web_server.serve()
     finally:
         listener.close()
 
@@ -49,6 +51,7 @@ def make_edge_app(runtime: EdgeRuntime) -> FastAPI:
     """The application: the OpenAI routes, ``/health``, ``/ready`` and ``/metrics``. Responses carry a
     ``wispprof`` object with the request's statistics."""
     app = FastAPI(title="wispprof edge", docs_url=None, redoc_url=None)
+    app.add_middleware(RequestGuard)
     metrics = EdgeMetrics()
 
     @app.get("/health")

@@ -72,15 +72,13 @@ class RequestGuard:
         if host and not self._allowed(_host_name(f"//{host}")):
             raise _Refused(
                 ApiError(
-                    f"This server answers to names of this machine only, not to {host[:100]!r}. "
-                    "Use localhost, give --allowed-host, or give an API key.",
+                    f"Without an API key only names of this machine are served, not {host[:100]!r}. "
+                    "Use localhost; a server also takes --allowed-host or an API key.",
                     403,
                 )
             )
         if origin is not None and not self._allowed(_host_name(origin)):
-            raise _Refused(
-                ApiError(f"Pages of {origin[:100]!r} may not use this server. Give --allowed-host.", 403)
-            )
+            raise _Refused(ApiError(f"Without an API key pages of {origin[:100]!r} are not served.", 403))
 
     def _allowed(self, name: str) -> bool:
         if name in self._allowed_hosts or name == "localhost" or name.endswith(".localhost"):
