@@ -76,6 +76,12 @@ class OpenLoad(Protocol):
         """Requests before ``horizon_ms``, in order of time."""
 
 
+def _poisson_times(rng: Random, per_s: float, horizon_ms: float) -> Iterator[float]:
+    time_ms = 0.0
+    while per_s > 0 and (time_ms := time_ms + rng.expovariate(per_s) * 1000.0) < horizon_ms:
+        yield time_ms
+
+
 @dataclass(frozen=True, slots=True)
 class Poisson:
     """Independent arrivals at ``per_s`` requests a second."""
@@ -84,11 +90,7 @@ class Poisson:
     lengths: Lengths = Lengths()
 
     def requests(self, rng: Random, horizon_ms: float) -> Iterator[Request]:
-        time_ms = 0.0
-        while self.per_s > 0:
-            time_ms += rng.expovariate(self.per_s) * 1000.0
-            if time_ms >= horizon_ms:
-                return
+        for time_ms in _poisson_times(rng, self.per_s, horizon_ms):
             yield Request(time_ms, *self.lengths.draw(rng))
 
 
@@ -117,11 +119,7 @@ class Bursts:
 
     def requests(self, rng: Random, horizon_ms: float) -> Iterator[Request]:
         top = max(self.base_per_s, self.burst_per_s)
-        time_ms = 0.0
-        while top > 0:
-            time_ms += rng.expovariate(top) * 1000.0
-            if time_ms >= horizon_ms:
-                return
+        for time_ms in _poisson_times(rng, top, horizon_ms):
             keep, lengths = rng.random(), self.lengths.draw(rng)
             if keep * top < self.rate(time_ms):
                 yield Request(time_ms, *lengths)

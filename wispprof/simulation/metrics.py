@@ -54,13 +54,11 @@ class SessionRecord:
             return False if now_ms - self.arrival_ms > limit else None
         if slo.ttft_ms is not None and self.ttft_ms > slo.ttft_ms:
             return False
-        if self.done:
-            return self.last_ms - self.first_ms <= (self.tokens - 1) * slo.tpot_ms * (1 + 1e-9)
-        # Still running, and too late to catch up.
-        if now_ms - self.first_ms > (self.tokens + _LEAST_TOKENS) * slo.tpot_ms:
-            return False
-        if self.tokens < _LEAST_TOKENS:
-            return None
+        if not self.done:
+            if now_ms - self.first_ms > (self.tokens + _LEAST_TOKENS) * slo.tpot_ms:
+                return False  # too late to catch up
+            if self.tokens < _LEAST_TOKENS:
+                return None
         return self.last_ms - self.first_ms <= (self.tokens - 1) * slo.tpot_ms * (1 + 1e-9)
 
 

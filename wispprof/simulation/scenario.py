@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from wispprof import plugins
 from wispprof.errors import PlanError, suggestion
+from wispprof.policies.controllers import ConfidenceAcceptance, FixedController
 from wispprof.policies.interface import BatchPolicy, Controller, RoundContext
 from wispprof.policies.registry import make_batch_policy, make_controller
 from wispprof.settings.edge_settings import DraftingSettings
@@ -21,7 +22,7 @@ from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation.arrivals import ClosedFleet, OpenLoad
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.simulated_output import AcceptanceSource, SimulatedOutput
-from wispprof.types import DraftFeatures, RejectionPredictor, Slo, StepTimeEstimator
+from wispprof.types import RejectionPredictor, Slo, StepTimeEstimator
 
 # Irrational steps deal each mix in its own order (golden ratio, and two that are independent of it).
 DEVICE_STEP, LINK_STEP, SLO_STEP = 0.6180339887498949, 0.7548776662466927, 0.4142135623730951
@@ -70,28 +71,19 @@ class System:
         return replace(self, **changes)
 
 
-class _Clairvoyant:
+class _Clairvoyant(FixedController):
     """Drafts exactly what will be accepted: an upper bound for controllers."""
 
     name = "clairvoyant"
 
     def __init__(self, output: SimulatedOutput, k_max: int = 16) -> None:
+        super().__init__(k_max, ConfidenceAcceptance(1.0, 1.0))
         self._output = output
         self._k_max = k_max
-        self._left = 0
 
     def begin(self, context: RoundContext) -> int:
-        self._left = self._output.ahead(self._k_max)
-        return self._left
-
-    def go_on(self, depth: int, features: DraftFeatures) -> bool:
-        return depth + 1 < self._left
-
-    def acceptance_prob(self) -> float:
-        return 1.0
-
-    def finish(self, drafted: int, accepted: int) -> None:
-        """Has nothing to learn."""
+        self.k = self._output.ahead(self._k_max)
+        return super().begin(context)
 
 
 _SLED_FIXED = System("sled-fixed", "sled", "fixed", controller_options={"k": 5}, drafting=_PROACTIVE)
