@@ -149,6 +149,8 @@ class Replay:
             )
 
 
+IMPLAUSIBLE_PER_S = 100.0
+"""Above this rate, fractional timestamps are taken for seconds: a trace in whole milliseconds may be denser."""
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
@@ -188,6 +190,12 @@ def read_requests(path: str | Path) -> tuple[Request, ...]:
     if not rows:
         raise ArtifactDamaged(f"{path} holds no requests.", "Give a trace with at least one row.")
     rows.sort()
+    per_s = 1000.0 * len(rows) / max(1.0, rows[-1].time_ms - rows[0].time_ms)
+    if parse is _mooncake and per_s > IMPLAUSIBLE_PER_S and any(r.time_ms % 1.0 for r in rows):
+        raise ArtifactDamaged(
+            f"{path} holds {per_s:,.0f} requests/s if its timestamps are milliseconds, as in Mooncake's traces.",
+            "Multiply timestamps in seconds by 1,000; round milliseconds to whole numbers.",
+        )
     return tuple(r._replace(time_ms=r.time_ms - rows[0].time_ms) for r in rows)
 
 
@@ -201,7 +209,4 @@ def _azure(names: list[str], line: str) -> Request:
 
 def _mooncake(line: str) -> Request:
     row = json.loads(line)
-    time_ms = float(row["timestamp"])
-    if math.isfinite(time_ms) and time_ms != int(time_ms):
-        raise ValueError(f"timestamp {time_ms} is not in whole milliseconds (a trace in seconds?)")
-    return Request(time_ms, int(row["input_length"]), int(row["output_length"]))
+    return Request(float(row["timestamp"]), int(row["input_length"]), int(row["output_length"]))
