@@ -150,7 +150,7 @@ class Replay:
 
 
 IMPLAUSIBLE_PER_S = 100.0
-"""Above this rate, fractional timestamps are taken for seconds: a trace in whole milliseconds may be denser."""
+"""Above this rate, fractional timestamps are taken for seconds."""
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
@@ -193,7 +193,7 @@ def read_requests(path: str | Path) -> tuple[Request, ...]:
     per_s = 1000.0 * len(rows) / max(1.0, rows[-1].time_ms - rows[0].time_ms)
     if parse is _mooncake and per_s > IMPLAUSIBLE_PER_S and any(r.time_ms % 1.0 for r in rows):
         raise ArtifactDamaged(
-            f"{path} holds {per_s:,.0f} requests/s if its timestamps are milliseconds, as in Mooncake's traces.",
+            f"{path} holds {per_s:,.0f} requests/s if its timestamps are milliseconds.",
             "Multiply timestamps in seconds by 1,000; round milliseconds to whole numbers.",
         )
     return tuple(r._replace(time_ms=r.time_ms - rows[0].time_ms) for r in rows)
