@@ -43,8 +43,11 @@ counts: Counter[str] = Counter()
 _fuzz_tests = 0
 
 
-def fuzz(examples: int) -> Callable[[Test], Test]:
-    """Decorator of a Hypothesis test (above ``@given``): its budget in ``make test`` is ``examples``."""
+def fuzz(examples: int, cases: int = 1) -> Callable[[Test], Test]:
+    """Decorator of a Hypothesis test (above ``@given``).
+
+    ``examples``: its budget in ``make test``. ``cases``: how often pytest's parameters repeat the test.
+    """
 
     def decorate(test: Test) -> Test:
         global _fuzz_tests
@@ -61,7 +64,7 @@ def fuzz(examples: int) -> Callable[[Test], Test]:
 
         @functools.wraps(short)
         def until_spent(*args: Any, **kwargs: Any) -> None:
-            end = time.monotonic() + 60.0 * MINUTES / _fuzz_tests
+            end = time.monotonic() + 60.0 * MINUTES / _fuzz_tests / cases
             while True:
                 number = secrets.randbits(32)
                 try:

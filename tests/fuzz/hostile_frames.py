@@ -9,7 +9,14 @@ import msgspec
 
 from wispprof import protocol
 
-EDGE_FRAMES = (protocol.Open, protocol.OpenPart, protocol.Draft, protocol.Close, protocol.Ping, protocol.Hello)
+EDGE_FRAMES = (
+    protocol.Open,
+    protocol.OpenPart,
+    protocol.Draft,
+    protocol.Close,
+    protocol.Ping,
+    protocol.Hello,
+)
 SERVER_FRAMES = (protocol.Commit, protocol.Commit, protocol.Problem, protocol.Pong, protocol.Welcome)
 
 _INTS = (0, 0, 1, 2, 3, 4, 5, 8, 16, 64, 255, 256, -1, (1 << 31) - 1, 1 << 31, (1 << 63) - 1, (1 << 64) - 1)
@@ -62,7 +69,18 @@ def _plausible(dice: random.Random, name: str) -> object:
         return dice.randbytes(dice.randrange(12))
     if name in ("ttft_ms", "logprobs"):
         return dice.choice((None, None, 1, 1000, -1))
-    if name in ("finished", "code", "message", "target", "tokenizer", "identity", "plan", "chat_template", "key", "edge"):
+    if name in (
+        "finished",
+        "code",
+        "message",
+        "target",
+        "tokenizer",
+        "identity",
+        "plan",
+        "chat_template",
+        "key",
+        "edge",
+    ):
         return dice.choice(_TEXTS)
     return dice.choice(_INTS) if dice.randrange(3) == 0 else dice.randrange(12)
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 from artifact_samples import PROVENANCE, Reader, write_samples
-from hypothesis import HealthCheck, given, settings
+from fuzzing import counts, fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 from wispprof.artifacts import files, write_document
@@ -35,13 +36,8 @@ NAMES = (
     "step log",
 )
 SEALED = ("server rows", "edge rows", "link rows", "trace", "journal")
+MANIFESTS = tuple(n for n in NAMES if n.endswith("manifest"))
 DOCUMENTS = tuple(n for n in NAMES if n.startswith(("estimator", "predictor", "plan")))
-
-fuzz = settings(
-    max_examples=60,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +56,7 @@ def samples(originals: Samples, tmp_path: Path) -> Samples:
 
 def read(reader: Reader, path: Path) -> Any:
     """What was read, or the project's own error; anything else is a defect."""
+    counts["files"] += 1
     found: Any
     try:
         found = reader(path)
@@ -104,8 +101,8 @@ def damaged(data: bytes, how: str, where: float, size: int, junk: bytes) -> byte
 
 
 @pytest.mark.parametrize("name", NAMES)
+@fuzz(60, len(NAMES))
 @given(damage=DAMAGE)
-@fuzz
 def test_damaged_bytes(samples: Samples, originals: Samples, name: str, damage: Any) -> None:
     path, reader = samples[name]
     whole = originals[name][0].read_bytes()
@@ -152,8 +149,8 @@ def changed(data: Any, value: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
+@fuzz(60, len(DOCUMENTS))
 @given(data=st.data())
-@fuzz
 def test_wrong_values_with_a_right_hash(samples: Samples, originals: Samples, name: str, data: Any) -> None:
     path, reader = samples[name]
     document = json.loads(originals[name][0].read_bytes())
@@ -164,8 +161,8 @@ def test_wrong_values_with_a_right_hash(samples: Samples, originals: Samples, na
 
 
 @pytest.mark.parametrize("name", SEALED)
+@fuzz(60, len(SEALED))
 @given(data=st.data())
-@fuzz
 def test_wrong_values_in_sealed_lines(samples: Samples, originals: Samples, name: str, data: Any) -> None:
     path, reader = samples[name]
     lines = originals[name][0].read_bytes().splitlines(keepends=True)
@@ -185,9 +182,9 @@ def test_wrong_values_in_sealed_lines(samples: Samples, originals: Samples, name
     read(reader, path)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("manifest")])
+@pytest.mark.parametrize("name", MANIFESTS)
+@fuzz(60, len(MANIFESTS))
 @given(data=st.data())
-@fuzz
 def test_wrong_values_in_manifests(samples: Samples, originals: Samples, name: str, data: Any) -> None:
     path, reader = samples[name]
     stated = json.loads(originals[name][0].read_bytes())
@@ -195,8 +192,8 @@ def test_wrong_values_in_manifests(samples: Samples, originals: Samples, name: s
     read(reader, path)
 
 
+@fuzz(60)
 @given(data=st.data())
-@fuzz
 def test_strange_step_records(samples: Samples, originals: Samples, data: Any) -> None:
     path, reader = samples["step log"]
     lines = originals["step log"][0].read_text().splitlines()

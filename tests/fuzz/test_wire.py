@@ -59,7 +59,7 @@ def test_both_endpoints_still_answer_exactly(pair: ServedPair) -> None:
 
 
 class ScriptedConnection:
-    """A connection to a server that answers hello with ``frames``, whatever the edge sends, and then hangs up."""
+    """A server that sends ``frames``, whatever the edge sends, and then hangs up."""
 
     def __init__(self, frames: list[bytes]) -> None:
         self._frames = iter(frames)

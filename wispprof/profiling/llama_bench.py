@@ -87,7 +87,7 @@ def _read_tests(file: Path) -> list[_BenchTest]:
             test = msgspec.json.decode(entry, type=_BenchTest)
             if not test.samples_ts and test.avg_ts is None:
                 raise msgspec.ValidationError("Object missing required field `samples_ts`")
-        except msgspec.ValidationError as err:
+        except (msgspec.ValidationError, UnicodeDecodeError) as err:
             raise ArtifactDamaged(
                 f"{file}, test {number}: {err}.", "Make the file again with: llama-bench -o json."
             ) from None
