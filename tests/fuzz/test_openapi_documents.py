@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import schemathesis
+import pytest
 from fuzzing import ServedPair, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
-from schemathesis.generation import GenerationMode
+
+schemathesis = pytest.importorskip("schemathesis")
 
 
 @cache
@@ -20,7 +21,7 @@ def operations(url: str) -> list[Any]:
 
 def exercise(pair: ServedPair, url: str, data: st.DataObject) -> None:
     operation = data.draw(st.sampled_from(operations(url)), "operation")
-    mode = data.draw(st.sampled_from([GenerationMode.POSITIVE, GenerationMode.NEGATIVE]))
+    mode = data.draw(st.sampled_from([schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE]))
     try:
         strategy = operation.as_strategy(generation_mode=mode)
         case = data.draw(strategy, "request")

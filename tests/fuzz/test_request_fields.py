@@ -61,7 +61,7 @@ def _json(body: dict[str, Any]) -> bytes:
 def test_a_field_counts_or_is_refused(pair: ServedPair, fields: dict[str, Any]) -> None:
     body = {**BASE, **fields}
     status, found = answer(pair, pair.server_url, body)
-    assert (status, found) == answer(pair, pair.edge_url, body), "the endpoints differ"
+    assert (status, found) == answer(pair, pair.edge_url, body), f"the endpoints differ: {fields}"
     if status != 200:
         assert status == 400
         assert found in fields
