@@ -159,7 +159,9 @@ class ServedPair:
             counts["hangs"] += 1
             raise
         counts[f"{response.status_code // 100}xx"] += 1
-        assert response.status_code < 500, f"{response.status_code}: {response.text[:500]} to {str(request)[:500]}"
+        assert response.status_code < 500, (
+            f"{response.status_code}: {response.text[:500]} to {str(request)[:500]}"
+        )
         return response
 
     def check(self) -> None:

@@ -56,7 +56,7 @@ def with_odd_values(record: dict[str, Any], odd: dict[str, Any]) -> str:
     return json.dumps({**record, **odd})
 
 
-@fuzz(100)
+@fuzz(60)
 @given(
     odd=st.dictionaries(st.sampled_from(sorted(BENCH)), STRANGE, max_size=3),
     damage=DAMAGE,
@@ -82,7 +82,7 @@ def test_llama_bench_results(
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:04.0319600,3180,8\n"
 
 
-@fuzz(100)
+@fuzz(60)
 @given(
     values=st.lists(st.tuples(STRANGE, STRANGE, STRANGE), max_size=3),
     damage=DAMAGE,

@@ -64,7 +64,7 @@ def body_of(path: str, fields: dict[str, Any]) -> bytes:
     return json.dumps({**valid, **fields}).encode()
 
 
-@fuzz(150)
+@fuzz(30)
 @given(path=PATHS, fields=BODIES)
 def test_odd_values(pair: ServedPair, path: str, fields: dict[str, Any]) -> None:
     answers = []
@@ -77,7 +77,7 @@ def test_odd_values(pair: ServedPair, path: str, fields: dict[str, Any]) -> None
     pair.logs.check()
 
 
-@fuzz(40)
+@fuzz(15)
 @given(
     path=PATHS, body=RAW, kind=st.sampled_from(["application/json", "text/plain", "multipart/form-data", ""])
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from fuzzing import ServedPair, fuzz
@@ -43,20 +44,15 @@ NOT_SUPPORTED = (*NEUTRAL, "guided_regex", "unheard_of")
 
 
 def answer(pair: ServedPair, url: str, body: dict[str, Any]) -> tuple[int, Any]:
-    response = pair.request(f"{url}/v1/completions", content=_json(body))
+    response = pair.request(f"{url}/v1/completions", content=json.dumps(body))
     whole = response.json()
     if response.status_code >= 400:
         return response.status_code, whole["error"]["param"]
-    return 200, (whole["choices"], whole["usage"]["completion_tokens"])
+    choices = [{k: v for k, v in choice.items() if k != "metrics"} for choice in whole["choices"]]
+    return 200, (choices, whole["usage"]["completion_tokens"])
 
 
-def _json(body: dict[str, Any]) -> bytes:
-    import json
-
-    return json.dumps(body).encode()
-
-
-@fuzz(150)
+@fuzz(40)
 @given(fields=BODIES)
 def test_a_field_counts_or_is_refused(pair: ServedPair, fields: dict[str, Any]) -> None:
     body = {**BASE, **fields}

@@ -39,7 +39,7 @@ async def hostile_edge(url: str, first: bytes, frames: list[bytes]) -> int:
             return err.rcvd.code if err.rcvd is not None else 1006
 
 
-@fuzz(40)
+@fuzz(20)
 @given(st.integers(0, 1 << 40))
 def test_a_hostile_edge_costs_only_its_own_connection(pair: ServedPair, number: int) -> None:
     dice = random.Random(number)
@@ -102,7 +102,7 @@ async def after_a_hostile_server(frames: list[bytes], drafts: bool) -> None:
             counts["refused"] += 1
 
 
-@fuzz(60)
+@fuzz(30)
 @given(st.integers(0, 1 << 40))
 def test_an_edge_survives_a_hostile_server(number: int) -> None:
     dice = random.Random(number)
