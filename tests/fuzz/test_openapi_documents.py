@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 schemathesis = pytest.importorskip("schemathesis")
 
-# The servers run in a thread of this process and use ``random``, which Hypothesis takes for the strategy's doing.
+# The servers use ``random`` in a thread of this process, which Hypothesis takes for the strategy's doing.
 pytestmark = pytest.mark.filterwarnings("ignore::hypothesis.errors.HypothesisDeprecationWarning")
 
 

@@ -48,7 +48,8 @@ def answer(pair: ServedPair, url: str, body: dict[str, Any]) -> tuple[int, Any]:
     whole = response.json()
     if response.status_code >= 400:
         return response.status_code, whole["error"]["param"]
-    choices = [{k: v for k, v in choice.items() if k != "metrics"} for choice in whole["choices"]]
+    names = ("index", "text", "logprobs", "finish_reason", "stop_reason")
+    choices = [{name: choice.get(name) for name in names} for choice in whole["choices"]]
     return 200, (choices, whole["usage"]["completion_tokens"])
 
 
