@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from wispprof.backends import Engine, IntegrityReport
-from wispprof.drafters import GgufDraft, make_drafter, needs_model
+from wispprof.drafters import load_gguf, make_drafter, needs_model
 from wispprof.drafters.ngram import LookupDrafter, LookupFirst
 from wispprof.engines import EngineOptions, LoadedEngine, load_engine
 from wispprof.engines.loading import random_model
 from wispprof.engines.torch.engine import TorchEngine
-from wispprof.errors import EngineError, ModelMissing, OutOfKvMemory, PluginError
+from wispprof.errors import EngineError, InputRefused, ModelMissing, OutOfKvMemory, PluginError
 from wispprof.testing.fake_engine import FakeDrafter, FakeEngine, FakeTarget
 from wispprof.types import Sampling, StepInput, VerifyResult
 
@@ -60,14 +60,27 @@ def test_a_refused_call_changes_nothing(engine: Engine) -> None:
         lambda: engine.close("b"),
         lambda: engine.rollback("a", len(PROMPT) + 1),
         lambda: engine.fork("a", "b", len(PROMPT) + 1, Sampling()),
-        lambda: engine.step([StepInput("a", [1]), StepInput("b", [1])]),
-        lambda: engine.step([StepInput("a", [1]), StepInput("a", [1])]),
-        lambda: engine.step([StepInput("a", [1] * 300)]),
     ]
     for call in calls:
         with pytest.raises(EngineError):
             call()
         engine.audit({"a": len(PROMPT)})
+    engine.open("b", Sampling())
+    for at_fault in (
+        StepInput("a", [1] * 300),
+        StepInput("a", []),
+        StepInput("a", [1], 1),
+        StepInput("a", [1, 2], 1, needs_logits=False),
+        StepInput("a", [96]),
+        StepInput("a", [-1]),
+        StepInput("c", [1]),
+        StepInput("b", [1]),
+    ):
+        with pytest.raises(InputRefused) as caught:
+            engine.step([StepInput("b", [1]), at_fault])
+        assert caught.value.session == at_fault.session
+        engine.audit({"a": len(PROMPT), "b": 0})
+    engine.close("b")
     with pytest.raises(OutOfKvMemory):
         engine.step([StepInput("a", [1] * 60)])
     engine.audit({"a": len(PROMPT)})
@@ -141,6 +154,6 @@ def test_drafters_are_found_by_name() -> None:
     with pytest.raises(ValueError, match="needs a draft model"):
         make_drafter("model")
     with pytest.raises(ModelMissing, match="gguf"):
-        make_drafter("model", GgufDraft(Path("nothing.gguf"), "cpu"))
+        load_gguf(Path("nothing.gguf"), LlamaSettings(), "cpu", None)
     with pytest.raises(PluginError, match="lookup"):
         make_drafter("nothing")

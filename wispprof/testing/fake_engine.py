@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from wispprof.backends import Drafter, Engine, EngineCapabilities, IntegrityReport
-from wispprof.errors import EngineError, OutOfKvMemory
+from wispprof.errors import EngineError, InputRefused, OutOfKvMemory
 from wispprof.types import (
     BatchShape,
     DraftFeatures,
@@ -190,21 +190,33 @@ class FakeEngine(Engine):
         self._append(self._caches[child], parent.tokens[:length])
 
     def step(self, inputs: Sequence[StepInput]) -> list[VerifyResult]:
-        if len({given.session for given in inputs}) != len(inputs):
-            raise EngineError("A session may appear in a step only once.")
+        self._check_inputs(inputs)
         shape = BatchShape.of(
             (len(i.tokens), len(self._get(i.session).tokens), not i.needs_logits) for i in inputs
         )
         if shape.new_tokens > self.kv_free:
             raise OutOfKvMemory(f"{shape.new_tokens} new tokens, {self.kv_free} free.")
-        for given in inputs:
-            if len(self._get(given.session).tokens) + len(given.tokens) > self._max_context:
-                raise EngineError(f"{given.session} would exceed {self._max_context} tokens.")
         results = [self._verify(given) for given in inputs]
         self.steps += 1
         if self._step_ms is not None:
             self._sleep(self._step_ms(shape) / 1000.0)
         return results
+
+    def _check_inputs(self, inputs: Sequence[StepInput]) -> None:
+        seen: set[str] = set()
+        for given in inputs:
+            name, new = given.session, len(given.tokens)
+            if name not in self._caches:
+                raise InputRefused(name, f"No session {name!r} is open.")
+            if name in seen:
+                raise InputRefused(name, f"Session {name!r} may appear in a step only once.")
+            if not 0 <= given.drafts < new or (given.drafts and not given.needs_logits):
+                raise InputRefused(name, f"Session {name!r}: {new} tokens with {given.drafts} drafts.")
+            if len(self._caches[name].tokens) + new > self._max_context:
+                raise InputRefused(name, f"{name} would exceed {self._max_context} tokens.")
+            if not all(0 <= token < self.target.vocab for token in given.tokens):
+                raise InputRefused(name, f"{name}: a token lies outside the vocabulary.")
+            seen.add(name)
 
     def _verify(self, given: StepInput) -> VerifyResult:
         cache = self._get(given.session)
