@@ -14,6 +14,7 @@ from wispprof.engines import EngineOptions, LoadedEngine, load_engine
 from wispprof.engines.loading import random_model
 from wispprof.engines.torch.engine import TorchEngine
 from wispprof.errors import EngineError, InputRefused, ModelMissing, OutOfKvMemory, PluginError
+from wispprof.settings.draft_settings import LlamaSettings
 from wispprof.testing.fake_engine import FakeDrafter, FakeEngine, FakeTarget
 from wispprof.types import Sampling, StepInput, VerifyResult
 
