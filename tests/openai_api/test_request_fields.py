@@ -118,6 +118,24 @@ def test_the_models_have_exactly_the_honoured_fields(endpoint: str) -> None:
     assert len(names) == len(set(names))
 
 
+@pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS])
+async def test_openapi_describes_the_fields_and_their_bounds(endpoint: str) -> None:
+    async with api(ScriptedBackend()) as client:
+        document = (await client.get("/openapi.json")).json()
+    body = document["paths"][PATHS[endpoint]]["post"]["requestBody"]
+    schema = body["content"]["application/json"]["schema"]
+    assert set(schema["properties"]) == set(MODELS[endpoint].model_fields)
+    assert schema["additionalProperties"] is False
+    assert schema["properties"]["n"] == {
+        "default": 1,
+        "maximum": 8,
+        "minimum": 1,
+        "title": "N",
+        "type": "integer",
+    }
+    assert "$defs" not in json.dumps(schema)
+
+
 @pytest.mark.parametrize(("field", "endpoint"), fields("refused"))
 async def test_a_refused_field_is_named(field: RequestField, endpoint: str) -> None:
     for value in ("x", 7, True, [1], {"a": 1}, 0.5):

@@ -29,7 +29,12 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+Positive = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+NonNegative = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+TopK = Annotated[int, Field(ge=-1, lt=_INT64), BeforeValidator(_whole)]
+Seed = Annotated[int, Field(ge=-_INT64, lt=_INT64), BeforeValidator(_whole)]
+ChoiceCount = Annotated[int, Field(ge=1, le=MAX_N), BeforeValidator(_whole)]
+TopCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), BeforeValidator(_whole)]
 Speed = Annotated[float, Field(ge=1e-3, le=1e6)]
 Milliseconds = Annotated[float, Field(ge=1e-3, le=1e9)]
 Prompt = Annotated[
@@ -57,16 +62,16 @@ class RequestBody(BaseModel, ABC):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     model: str = ""
-    max_tokens: Whole | None = Field(None, ge=1)
-    min_tokens: Whole = Field(0, ge=0)
+    max_tokens: Positive | None = None
+    min_tokens: NonNegative = 0
     temperature: float | None = Field(None, ge=0.0, le=2.0)
     top_p: float | None = Field(None, gt=0.0, le=1.0)
-    top_k: Whole | None = Field(None, ge=-1, lt=_INT64)
+    top_k: TopK | None = None
     min_p: float | None = Field(None, ge=0.0, le=1.0)
-    seed: Whole | None = Field(None, ge=-_INT64, lt=_INT64)
-    n: Whole = Field(1, ge=1, le=MAX_N)
+    seed: Seed | None = None
+    n: ChoiceCount = 1
     stop: str | list[str] = []
-    stop_token_ids: list[Whole] = Field([], max_length=MAX_STOP_TOKENS)
+    stop_token_ids: list[NonNegative] = Field([], max_length=MAX_STOP_TOKENS)
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
@@ -148,9 +153,9 @@ class ChatCompletionRequest(RequestBody):
     """Body of ``/v1/chat/completions``."""
 
     messages: list[Any] = Field(min_length=1, json_schema_extra={"items": {"type": "object"}})
-    max_completion_tokens: Whole | None = Field(None, ge=1)
+    max_completion_tokens: Positive | None = None
     logprobs: bool = False
-    top_logprobs: Whole = Field(0, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: TopCount = 0
     tools: list[Any] = []
     tool_choice: Any = None
     chat_template_kwargs: dict[str, Any] = {}
@@ -189,7 +194,7 @@ class CompletionRequest(RequestBody):
     prompt: Prompt
     echo: bool = False
     add_special_tokens: bool = True
-    logprobs: Whole | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: TopCount | None = None
 
     @property
     def top_count(self) -> int | None:
