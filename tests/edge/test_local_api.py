@@ -221,8 +221,30 @@ async def test_the_api_needs_no_key_so_it_stays_on_loopback() -> None:
         await serve_edge(EdgeSettings(), "0.0.0.0", 0, lambda runtime, where: None)
 
 
-async def test_no_web_page_can_use_this_device() -> None:
-    async with api() as http:
-        for header in ({"host": "rebound.example"}, {"origin": "https://evil.example"}):
-            answer = await http.post("/v1/completions", json={"prompt": "a"}, headers=header)
-            assert answer.status_code == 403, header
+async def test_pages_of_other_origins_and_other_host_names_are_refused() -> None:
+    async with fake_runtime() as runtime:
+        async with over(make_edge_app(runtime)) as http:
+            for headers in ({"host": "rebound.example"}, {"origin": "https://page.example"}):
+                assert (await http.get("/v1/models", headers=headers)).status_code == 403
+            body = {"prompt": "a" * (9 << 20), "max_tokens": 1}
+            assert (await http.post("/v1/completions", json=body)).status_code == 413
+            assert (await http.get("/v1/models", headers={"origin": "http://localhost:3000"})).is_success
+        async with over(make_edge_app(runtime, ["edge.example"])) as http:
+            assert (await http.get("/v1/models", headers={"host": "edge.example"})).is_success
+
+
+async def test_a_served_edge_answers_over_a_socket_and_ends_when_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("wispprof.edge.local_api.open_edge", lambda settings: fake_runtime("none"))
+    monkeypatch.setattr("wispprof.edge.local_api.freeze_garbage_collector", lambda: None)
+    announced: asyncio.Queue[str] = asyncio.Queue()
+    served = serve_edge(EdgeSettings(), "127.0.0.1", 0, lambda _, url: announced.put_nowait(url))
+    task = asyncio.create_task(served)
+    url = await asyncio.wait_for(announced.get(), 60.0)
+    async with httpx.AsyncClient(trust_env=False) as http:
+        assert (await http.get(f"{url}/ready")).status_code == 200
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/ready", trust_env=False)

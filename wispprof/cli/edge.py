@@ -84,7 +84,7 @@ def edge(settings: EdgeSettings, api: LocalApiSettings) -> None:
     def announce(runtime: EdgeRuntime, url: str) -> None:
         console.note(f"{runtime.model} answers at {url}/v1 (Ctrl-C ends)")
 
-    asyncio.run(serve_edge(settings, api.host, api.port, announce))
+    asyncio.run(serve_edge(settings, api.host, api.port, announce, api.allowed_hosts))
 
 
 @with_settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -26,6 +26,7 @@ async def serve_edge(
     host: str,
     port: int,
     announce: Callable[[EdgeRuntime, str], None],
+    allowed_hosts: Sequence[str] = (),
 ) -> None:
     """Serve until cancelled or Ctrl-C. Only on loopback: this API asks for no key."""
     if not is_loopback(host):
@@ -36,9 +37,8 @@ async def serve_edge(
     listener = bind(host, port)
     try:
         async with open_edge(settings) as runtime:
-            web_server = WebServer(
-                make_edge_app(runtime), listener, on_signal=lambda: web_server.request_exit()
-            )
+            app = make_edge_app(runtime, allowed_hosts)
+            web_server = WebServer(app, listener, on_signal=lambda: web_server.request_exit())
             freeze_garbage_collector()
             shown = f"[{host}]" if ":" in host else host
             announce(runtime, f"http://{shown}:{listener.getsockname()[1]}")
@@ -47,11 +47,12 @@ async def serve_edge(
         listener.close()
 
 
-def make_edge_app(runtime: EdgeRuntime) -> FastAPI:
+def make_edge_app(runtime: EdgeRuntime, allowed_hosts: Sequence[str] = ()) -> FastAPI:
     """The application: the OpenAI routes, ``/health``, ``/ready`` and ``/metrics``. Responses carry a
-    ``wispprof`` object with the request's statistics."""
+    ``wispprof`` object with the request's statistics. ``allowed_hosts``: as
+    :class:`~wispprof.openai_api.request_guard.RequestGuard` has it."""
     app = FastAPI(title="wispprof edge", docs_url=None, redoc_url=None)
-    app.add_middleware(RequestGuard)
+    app.add_middleware(RequestGuard, allowed_hosts=allowed_hosts)
     metrics = EdgeMetrics()
 
     @app.get("/health")

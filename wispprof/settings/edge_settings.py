@@ -174,3 +174,8 @@ class LocalApiSettings(Settings):
 
     host: str = setting("127.0.0.1", "Loopback address to listen on.")
     port: int = setting(8300, "Port to listen on; 0 takes a free one.", minimum=0, maximum=65535)
+    allowed_hosts: tuple[str, ...] = setting(
+        (),
+        "Host name that clients may use for this API beside the loopback names; repeatable.",
+        option="allowed-host",
+    )

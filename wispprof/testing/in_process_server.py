@@ -241,6 +241,7 @@ class InProcessServer:
                         protocol.brief_ms(now_ms - begun_ms),
                         self._level,
                         commit.finished,
+                        list(commit.logprobs),
                     )
                 )
             if commit.finished:
