@@ -324,7 +324,7 @@ async def test_the_local_api_reports_health_and_readiness() -> None:
             (ServerUnreachable("No server for 9 s."), "unavailable"),
         ):
             client.fault = fault
-            alive, ready = await http.get("/health"), await http.get("/ready")
-            assert (alive.status_code, alive.json()["status"]) == (200, status)
+            health, ready = await http.get("/health"), await http.get("/ready")
+            assert (health.status_code, health.json()["status"]) == (200, status)
             assert (ready.status_code, ready.json()["ready"]) == (503, False)
         assert ready.json()["error"] == "No server for 9 s."

@@ -21,7 +21,7 @@ from wispprof.edge.client import EdgeClient
 from wispprof.edge.connection import Traffic
 from wispprof.edge.draft_worker import CatchUp, DraftStep, DraftWorker
 from wispprof.edge.request_stats import RequestStats
-from wispprof.errors import RequestRefused, RuntimeFault, ServerBusy, ServerUnreachable, SettingsError
+from wispprof.errors import RequestRefused, RuntimeFault, ServerBusy, ServerUnreachable
 from wispprof.policies.interface import Controller
 from wispprof.sessions.draft_buffer import DraftBuffer
 from wispprof.sessions.edge_session import EdgeSession
@@ -38,7 +38,6 @@ _MAX_FRUITLESS = 16
 _LAST_STEP_S = 1.0
 """How long the end of an answer waits for the draft step under way."""
 
-_INT32 = 1 << 31
 _T = TypeVar("_T")
 
 
@@ -61,7 +60,7 @@ class Generation:
     ) -> None:
         if (worker is None) != (controller is None):
             raise ValueError("A drafting session needs both a worker and a controller.")
-        _check_numbers(request)
+        server_frames.check_request(request)
         self.request = request
         self.traffic = Traffic()
         self.stats = RequestStats(drafting=worker is not None)
@@ -388,15 +387,3 @@ class Generation:
 
 def _now_ms() -> float:
     return asyncio.get_running_loop().time() * 1000.0
-
-
-def _check_numbers(request: GenerationRequest) -> None:
-    """Raise :class:`SettingsError` if a number is beyond what a frame can hold."""
-    for name, numbers in (
-        ("A prompt token", request.tokens),
-        ("A stop token", request.stop_tokens),
-        ("max_new", (request.max_new,)),
-    ):
-        if numbers and not 0 <= min(numbers) <= max(numbers) < _INT32:
-            wrong = next(number for number in numbers if not 0 <= number < _INT32)
-            raise SettingsError(f"{name} of {wrong:.6g} is out of bounds.", f"Use 0 to {_INT32 - 1}.")

@@ -1,12 +1,15 @@
-"""Checks of what a server sends. A faulty or hostile server costs a request or its connection, no more."""
+"""Checks of numbers on the wire: what a server sends, and what a request asks the edge to send.
+
+A faulty or hostile server costs a request or its connection, no more.
+"""
 
 from __future__ import annotations
 
 import math
 
 from wispprof import protocol
-from wispprof.errors import ProtocolError
-from wispprof.types import TokenLogprob
+from wispprof.errors import ProtocolError, SettingsError
+from wispprof.types import GenerationRequest, TokenLogprob
 
 MAX_RETRY_MS = 60_000.0
 """Longest pause that a server may ask for."""
@@ -59,3 +62,14 @@ def check_commit(commit: protocol.Commit, end: int, vocab_size: int) -> None:
 def _valid(entry: TokenLogprob, vocab_size: int) -> bool:
     in_vocabulary = all(0 <= token < vocab_size for token, _ in entry.top)
     return in_vocabulary and not any(map(math.isnan, (entry.logprob, *(value for _, value in entry.top))))
+
+
+def check_request(request: GenerationRequest) -> None:
+    """Raise :class:`SettingsError` if a number is beyond what a frame can hold."""
+    for name, numbers in (
+        ("A prompt token", request.tokens),
+        ("A stop token", request.stop_tokens),
+        ("max_new", (request.max_new,)),
+    ):
+        if numbers and not 0 <= min(numbers) <= max(numbers) < MAX_POSITION:
+            raise SettingsError(f"{name} is out of bounds.", f"Use 0 to {MAX_POSITION - 1}.")
