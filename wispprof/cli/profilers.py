@@ -154,6 +154,41 @@ def trace(
     result(document, shown, as_json)
 
 
+@with_settings
+def check_pair(
+    sampling: SamplingSettings,
+    access: ServerAccess,
+    settings: TraceSettings = TraceSettings(count=8, path_tokens=64, depth=6),
+    server: TraceServer = "",
+    rtt_ms: Annotated[float, typer.Option("--rtt", min=0, help="Round trip to the server (ms).")] = 30.0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say in minutes whether a draft is worth serving with a target."""
+    from dataclasses import asdict
+
+    from wispprof.profiling.acceptance_trace import RemoteTarget
+    from wispprof.profiling.pair_check import run_check
+
+    settings = replace(settings, sampling=sampling.sampling())
+    with tracker("check-pair") as report:
+        found = run_check(settings, RemoteTarget(server, access) if server else None, rtt_ms, report)
+    shown = table(
+        f"{found.prompts} prompts; draft step {found.draft_ms:.1f} ms, target step {found.target_ms:.1f} ms, "
+        f"round trip {found.rtt_ms:g} ms; the target alone {found.undrafted_tokens_per_s:.1f} tokens/s",
+        "k|accepted per round:.2f|95 % from:.2f|to:.2f|tokens/s:.1f",
+        ((one.k, one.accepted, one.low, one.high, one.tokens_per_s) for one in found.lengths),
+    )
+    document = {
+        **asdict(found),
+        "best_k": found.best.k,
+        "worthwhile": found.worthwhile,
+        "break_even_draft_ms": found.break_even_draft_ms,
+        "verdict": found.verdict,
+    }
+    result(document, shown, as_json)
+    note(found.verdict)
+
+
 def _take(
     settings: TraceSettings, server: str, access: ServerAccess, out: Path
 ) -> tuple[AcceptanceTrace, str]:

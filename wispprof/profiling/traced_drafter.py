@@ -33,6 +33,9 @@ class TracedDrafter(Protocol):
     weights_hash: str
     vocab_size: int
 
+    def drafter(self) -> Drafter:
+        """The drafter, to be timed."""
+
     def run(
         self, tokens: Sequence[int], first: int, depth: int, sampling: Sampling
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -50,6 +53,12 @@ class _TorchTraced:
         self.id, self.vocab_size, self.tokenizer = info.id, info.vocab_size, loaded.tokenizer
         self.tokenizer_hash, self.weights_hash = info.tokenizer_hash, info.weights_hash
         self.run = DraftRollout(loaded).run
+        self._loaded = loaded
+
+    def drafter(self) -> Drafter:
+        from wispprof.drafters.torch_drafter import TorchDrafter
+
+        return TorchDrafter(self._loaded)
 
 
 class SequentialTraced:
@@ -63,6 +72,9 @@ class SequentialTraced:
         self.id, self.tokenizer, self.tokenizer_hash = name, tokenizer, tokenizer_hash
         self.weights_hash = ""
         self.vocab_size = len(tokenizer.get_vocab()) if tokenizer is not None else 0
+
+    def drafter(self) -> Drafter:
+        return self._drafter
 
     def run(
         self, tokens: Sequence[int], first: int, depth: int, sampling: Sampling
