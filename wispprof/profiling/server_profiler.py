@@ -8,17 +8,13 @@ each run starts from the same state.
 from __future__ import annotations
 
 import math
-import random
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from wispprof.artifacts import RowJournal, ServerProfile, StepRow
-from wispprof.backends import Engine
-from wispprof.errors import OutOfKvMemory, ProfileError
+from wispprof.errors import ProfileError
 from wispprof.profiling.physics_checks import check_physics
 from wispprof.profiling.profile_run import (
     ProfilerSetup,
@@ -38,11 +34,12 @@ from wispprof.profiling.shape_grid import (
     select_within_budget,
     server_workloads,
 )
+from wispprof.profiling.step_runner import MASTER, ProfiledEngine, StepRunner
 from wispprof.profiling.sweep import SweepResult
 from wispprof.profiling.sweep_cost import CostModel, pilot
 from wispprof.profiling.workload import Workload
 from wispprof.settings.profiler_settings import ServerProfilerSettings, SweepSettings
-from wispprof.types import BatchShape, ModelInfo, Progress, Sampling, StepInput
+from wispprof.types import BatchShape, Progress, Sampling, StepInput
 
 if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
@@ -60,7 +57,6 @@ _PILOT_SHARE = 0.15
 _MIN_CONTEXT = 32
 """Minimum tokens of the longest session of a profile."""
 
-_MASTER = "profile master"
 _PREFILL_CHUNK = 512
 
 
@@ -122,16 +118,6 @@ def _budget_left(
     if settings.budget_s is None:
         return None
     return max(0.0, (1 - reserved) * settings.budget_s - (clock() - begin))
-
-
-@dataclass(frozen=True)
-class ProfiledEngine:
-    """An engine ready to be timed. ``record``: what the manifest says about it."""
-
-    runner: StepRunner
-    model: ModelInfo
-    workloads: list[Workload[BatchShape]]
-    record: dict[str, Any]
 
 
 def _set_up(
@@ -270,77 +256,6 @@ def _sentinel(workloads: list[Workload[BatchShape]]) -> Workload[BatchShape]:
     return replace(middle, key=f"sentinel {middle.key}", kind="sentinel")
 
 
-class StepRunner(ABC):
-    """Runs batch shapes on ``engine``. ``synchronize`` waits for the device."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        vocab_size: int,
-        *,
-        seed: int = 0,
-        clock: Callable[[], float] = time.perf_counter,
-        synchronize: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._target, self._clock, self._synchronize = engine, clock, synchronize
-        self._vocab_size = vocab_size
-        self._random = random.Random(seed)
-        self._inputs: list[StepInput] = []
-        self._cached: list[int] = []
-        self._padded_tokens = 0
-
-    @abstractmethod
-    def open_at(self, name: str, cached: int) -> None:
-        """Open a session that caches so many tokens, in memory of its own."""
-
-    def padded_tokens(self) -> int:
-        """Graph bucket of the last step, 0 if it ran without a graph or does not tell."""
-        return 0
-
-    def close(self) -> None:  # noqa: B027
-        """Leave the engine as it was."""
-
-    def prepare(self, workload: Workload[BatchShape]) -> None:
-        with _out_of_memory_refuses():
-            for number, item in enumerate(workload.subject.items):
-                name = f"profile {number}"
-                self.open_at(name, item.cached)
-                self._cached.append(item.cached)
-                drafts = 0 if item.prefill else item.new - 1
-                tokens = self._random_tokens(item.new)
-                self._inputs.append(StepInput(name, tokens, drafts, not item.prefill))
-
-    def run_once(self) -> float:
-        engine = self._target
-        with _out_of_memory_refuses():
-            self._synchronize()
-            begin = self._clock()
-            engine.step(self._inputs)
-            self._synchronize()
-            elapsed = self._clock() - begin
-            self._padded_tokens = self.padded_tokens()
-            for step_input, cached in zip(self._inputs, self._cached, strict=True):
-                engine.rollback(step_input.session, cached)
-        return elapsed * 1000
-
-    def finish(self) -> None:
-        # Close what is open rather than what was planned: a refused fork leaves some sessions.
-        for name in list(self._target.sessions):
-            if name != _MASTER:
-                self._target.close(name)
-        self._inputs, self._cached = [], []
-
-    def row(
-        self, workload: Workload[BatchShape], samples: tuple[float, ...], flags: tuple[str, ...], order: int
-    ) -> StepRow:
-        return StepRow(
-            workload.key, workload.kind, workload.subject, samples, flags, self._padded_tokens, order
-        )
-
-    def _random_tokens(self, count: int) -> list[int]:
-        return [self._random.randrange(self._vocab_size) for _ in range(count)]
-
-
 class EngineRunner(StepRunner):
     """Runs batch shapes on the project's own engine, with sessions of ``longest`` tokens at most."""
 
@@ -355,34 +270,16 @@ class EngineRunner(StepRunner):
     ) -> None:
         super().__init__(engine, engine.info.vocab_size, seed=seed, clock=clock, synchronize=synchronize)
         self._engine = engine
-        engine.open(_MASTER, Sampling())
+        engine.open(MASTER, Sampling())
         for start in range(0, longest, _PREFILL_CHUNK):
             chunk = self._random_tokens(min(_PREFILL_CHUNK, longest - start))
-            engine.step([StepInput(_MASTER, chunk, needs_logits=False)])
+            engine.step([StepInput(MASTER, chunk, needs_logits=False)])
 
     def open_at(self, name: str, cached: int) -> None:
-        self._engine.fork(_MASTER, name, cached, private=True)
+        self._engine.fork(MASTER, name, cached, private=True)
 
     def padded_tokens(self) -> int:
         return self._engine.last_padded_tokens
 
     def close(self) -> None:
-        self._engine.close(_MASTER)
-
-
-@contextmanager
-def _out_of_memory_refuses() -> Iterator[None]:
-    """A device that runs out of memory refuses this workload; the sweep continues with the others."""
-    import torch
-
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as err:
-        torch.cuda.empty_cache()  # does nothing without a GPU
-        reason = (str(err).splitlines() or [""])[0] or "no details"
-        raise OutOfKvMemory(f"The device ran out of memory: {reason}") from err
-    except RuntimeError as err:
-        # On a CPU, torch raises a plain RuntimeError.
-        if "not enough memory" not in str(err):
-            raise
-        raise OutOfKvMemory("The machine ran out of memory.") from err
+        self._engine.close(MASTER)

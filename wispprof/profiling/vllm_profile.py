@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from wispprof.artifacts import bundled_model
 from wispprof.engines import EngineOptions, load_engine
 from wispprof.errors import ProfileError
-from wispprof.profiling.server_profiler import ProfiledEngine, StepRunner
 from wispprof.profiling.shape_grid import Axes, DeviceCapacity, required_capacity, server_workloads
+from wispprof.profiling.step_runner import ProfiledEngine, StepRunner
 from wispprof.settings.profiler_settings import ServerProfilerSettings, SweepSettings
 
 if TYPE_CHECKING:
