@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from wispprof.artifacts.plan import BatchRow, Plan
-from wispprof.errors import EngineError, InputRefused, OutOfKvMemory
+from wispprof.errors import EngineError, EngineLost, InputRefused, OutOfKvMemory
 from wispprof.policies import BatchPolicy, Limits, StepPlan, make_batch_policy
 from wispprof.server.engine_thread import EngineThread
 from wispprof.server.metrics import Metrics, StepRecord
@@ -193,6 +193,9 @@ class EngineLoop:
         self.failed_steps += 1
         self._metrics.failed_steps.inc()
         log.error("engine step of %d inputs failed", len(inputs), exc_info=err)
+        if isinstance(err, EngineLost):
+            await self._manager.reload()
+            return
         if isinstance(err, InputRefused):
             for session in sessions:
                 session.state.cancel()
@@ -210,7 +213,8 @@ class EngineLoop:
             return
         middle = len(sessions) // 2
         for part in (slice(None, middle), slice(middle, None)):
-            await self._verify_part(sessions[part], inputs[part])
+            if all(session.state.in_flight for session in sessions[part]):
+                await self._verify_part(sessions[part], inputs[part])
 
     async def _verify_part(self, sessions: list[ServerSession], inputs: Sequence[StepInput]) -> None:
         """Half of a step that failed, as a step of its own."""
@@ -320,5 +324,8 @@ class EngineLoop:
             await asyncio.wait_for(self._wake_event.wait(), wait_ms / 1000.0)
         except TimeoutError:
             if plan.wake_ms is None and not self._audited:
-                await self._manager.check_integrity(full=False)
+                try:
+                    await self._manager.check_integrity(full=False)
+                except EngineLost:
+                    await self._manager.reload()
                 self._audited = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -56,6 +57,17 @@ class EngineThread:
         """Run ``work`` in the engine's thread."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, work, self.engine)
+
+    async def replace(self, load: Callable[[], Engine]) -> None:
+        """Shut a lost engine down and load another; what was deferred for it is dropped."""
+
+        def work(lost: Engine) -> Engine:
+            with contextlib.suppress(Exception):
+                lost.shutdown()
+            return load()
+
+        self.engine = await self.call(work)
+        self._deferred_ops = []
 
     def stop(self) -> None:
         """End the thread after the call under way."""

@@ -30,8 +30,8 @@ _LOAD_EVERY_MS = 25.0
 class SessionManager:
     """Sessions by their engine name, and the prefix cache.
 
-    Set before use: ``wake`` (something changed, the engine loop should plan) and ``spend`` (count
-    tokens against an API key: key, tokens, now_ms).
+    Set before use: ``wake`` (something changed, the engine loop should plan), ``spend`` (count
+    tokens against an API key: key, tokens, now_ms) and ``load_engine`` (for an engine that is lost).
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class SessionManager:
         self.load_level = 0
         self.waiting = 0
         self.wake: Callable[[], None] = lambda: None
+        self.load_engine: Callable[[], Engine] | None = None
         self.spend: Callable[[str, int, float], None] = lambda key, tokens, now_ms: None
 
     def __len__(self) -> int:
@@ -234,6 +235,25 @@ class SessionManager:
             await self.check_integrity(full=True)
         except Exception as err:
             raise EngineError(f"The engine is lost: {err}", "Restart the server.") from err
+
+    async def reload(self) -> None:
+        """The engine is lost: load it again. Every session stays open and prefills its committed tokens;
+        cached prefixes are gone. Raises :class:`EngineError` if there is no way to load it."""
+        if self.load_engine is None:
+            raise EngineError("The engine is lost.", "Restart the server.")
+        log.warning("the engine is lost: loading it again, %d sessions prefill", len(self._sessions))
+        await self._engine_thread.replace(self.load_engine)
+        while self._prefix_cache.pop_oldest() is not None:
+            pass
+        for session in list(self._sessions.values()):
+            session.state.cancel()
+            session.state.evicted()
+            session.in_engine = session.opened = False
+            session.reused = 0
+            if session.closing:
+                self._remove(session, session.closing, session.last_commit_ms)
+        self._new_sessions = list(self._sessions.values())
+        self.wake()
 
     async def probe(self) -> None:
         """Compute one token of a new session. Raises :class:`EngineError` if the engine cannot."""

@@ -40,6 +40,7 @@ def build_server(
         log.warning(line)
     if engine is None or model is None:
         engine, model, tokenizer = load_engine(settings)
+        parts.setdefault("reload", lambda: load_engine(settings).engine)
         if tokenizer is not None:
             parts.setdefault("tokenizer", ChatTokenizer(tokenizer))
     return VerificationServer(engine, model, fitted_settings(settings, engine), **parts)

@@ -41,6 +41,7 @@ class VerificationServer:
 
     ``estimator``: a fitted one, or ``None`` to fit this server's own steps. ``plan``: its batching table
     limits the steps, besides the settings. ``tokenizer``: for the OpenAI API, which is off without it.
+    ``reload``: loads an engine that is lost once more.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class VerificationServer:
         estimator: StepTimeEstimator | None = None,
         plan: Plan | None = None,
         tokenizer: ChatTokenizer | None = None,
+        reload: Callable[[], Engine] | None = None,
         now_ms: Callable[[], float] = monotonic_ms,
     ) -> None:
         self.settings = settings
@@ -87,6 +89,7 @@ class VerificationServer:
             now_ms,
         )
         self.manager.wake = self.loop.wake
+        self.manager.load_engine = reload
         self.admission = Admission(settings, self.manager, self.step_times, model)
         self.manager.spend = self.admission.budget.spend
         self._task: asyncio.Task[None] | None = None
