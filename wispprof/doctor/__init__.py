@@ -15,6 +15,7 @@ from wispprof.doctor.machine_checks import (
     output_folder,
     sensors,
     threads,
+    vllm,
 )
 from wispprof.doctor.serving_checks import api_keys, engine, models, port, server, tls, tokenizers
 
@@ -30,6 +31,7 @@ CHECKS: tuple[Check, ...] = (
     models,
     tokenizers,
     engine,
+    vllm,
     port,
     api_keys,
     tls,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +19,6 @@ _MAX_CPU_BYTES = 4 << 30
 
 _OWN_ARGUMENTS = ("model", "scheduler_cls", "worker_extension_cls", "speculative_config", "async_scheduling")
 """Arguments of vLLM that this engine sets itself."""
-
-
-def parse_vllm_value(text: str) -> Any:
-    """A value of ``--vllm-arg``: JSON where it is JSON, else text."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def engine_arguments(options: EngineOptions) -> dict[str, Any]:

@@ -43,14 +43,21 @@ SEAMS: dict[str, tuple[str, ...]] = {
 """Functions that the engine calls or replaces, with their parameters, as ``module:name``."""
 
 
-def vllm_version() -> str:
-    """The installed version of vLLM; raises :class:`EngineError` if there is none."""
+def installed_vllm() -> str | None:
+    """The installed version of vLLM, if there is one."""
     for name in DISTRIBUTIONS:
         try:
             return version(name)
         except PackageNotFoundError:
             continue
-    raise EngineError("vLLM is not installed.", "Install wispprof[vllm], or use --engine torch.")
+    return None
+
+
+def vllm_version() -> str:
+    """The installed version of vLLM; raises :class:`EngineError` if there is none."""
+    if (installed := installed_vllm()) is None:
+        raise EngineError("vLLM is not installed.", "Install wispprof[vllm], or use --engine torch.")
+    return installed
 
 
 def check_seams(untested: bool = False) -> str:
