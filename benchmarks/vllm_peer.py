@@ -228,7 +228,8 @@ def main() -> None:
                 rows.append({**row, "seconds": time.perf_counter() - begin})
                 print(
                     f"({system}) {SYSTEMS[system]:34s} {devices:4d} devices  "
-                    f"attainment {row['attainment']:5.0%}  goodput {row['goodput']:7.1f} tokens/s  TTFT {row['ttft_ms']:7.0f} ms  "
+                    f"attainment {row['attainment']:5.0%}  "
+                    f"goodput {row['goodput']:7.1f} tokens/s  TTFT {row['ttft_ms']:7.0f} ms  "
                     f"TPOT {row['tpot_ms']:6.1f} ms  server CPU {row['cpu_ms_per_token']:5.1f} ms/token  "
                     f"exact {row['exact']:4.0%}",
                     flush=True,
