@@ -57,6 +57,7 @@ class EngineCapabilities:
     ``families``: model types (``config.model_type``) it serves. ``trees``: verifies draft trees besides
     chains. ``graphs``: runs steps as captured graphs, so times follow padded sizes. ``fork``: supports
     :meth:`Engine.fork`. ``max_drafts``: of one input. ``max_context``: tokens a session may cache.
+    ``greedy_only``: refuses a temperature and log-probabilities.
     """
 
     families: tuple[str, ...] | Literal["any"]
@@ -66,6 +67,7 @@ class EngineCapabilities:
     trees: bool = False
     graphs: bool = False
     fork: bool = False
+    greedy_only: bool = False
 
 
 class IntegrityReport(NamedTuple):

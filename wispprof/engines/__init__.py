@@ -72,4 +72,10 @@ def _load_vllm(options: EngineOptions) -> LoadedEngine:
     return LoadedEngine(*load_vllm_engine(options))
 
 
-ENGINES = {"torch": _load_torch, "vllm": _load_vllm}
+def _load_vllm_http(options: EngineOptions) -> LoadedEngine:
+    from wispprof.engines.vllm.http_engine import load_http_engine
+
+    return LoadedEngine(*load_http_engine(options))
+
+
+ENGINES = {"torch": _load_torch, "vllm": _load_vllm, "vllm-http": _load_vllm_http}

@@ -142,6 +142,9 @@ class Admission:
         context, max_prompt = self._context, self.max_prompt
         if not length:
             raise Refused("frame", "A session needs at least one token.", "Send a prompt.")
+        sampling = request.sampling
+        if self._manager.greedy_only and (sampling.temperature > 0 or sampling.logprobs is not None):
+            raise Refused("frame", "This server's engine is greedy.", "Request temperature 0, no logprobs.")
         if length > max_prompt:
             raise Refused(
                 "limit",

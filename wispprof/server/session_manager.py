@@ -58,6 +58,7 @@ class SessionManager:
         self._audits = 0
         self._next_load_ms = -1.0
         self.kv_total = engine.kv_free
+        self.greedy_only = engine.capabilities.greedy_only
         self.load_level = 0
         self.waiting = 0
         self.wake: Callable[[], None] = lambda: None

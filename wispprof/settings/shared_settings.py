@@ -34,7 +34,7 @@ def backend_setting() -> Any:
 
 def engine_setting() -> Any:
     """The field ``engine`` of whatever runs an engine."""
-    return setting("torch", "Engine that runs the target: torch, vllm or one of your own.")
+    return setting("torch", "Engine that runs the target: torch, vllm, vllm-http or one of your own.")
 
 
 def vllm_args_setting() -> Any:

@@ -67,7 +67,7 @@ def check_seams(untested: bool = False) -> str:
     version that was not tested and for one whose functions have changed.
     """
     installed = vllm_version()
-    fallback = f"Install vLLM {TESTED_VERSIONS[-1]}."
+    fallback = f"Install vLLM {TESTED_VERSIONS[-1]}, or use --engine vllm-http over a running `vllm serve`."
     if installed.split("+")[0] not in TESTED_VERSIONS and not untested:
         raise EngineError(
             f"vLLM {installed} was not tested with this engine.", f"{fallback} --vllm-untested tries it."
