@@ -1,14 +1,18 @@
-"""A long run of sessions that start, end, break off and resume: does anything grow, leak or go wrong?
+"""A long run of ordinary, careless and hostile clients together: does anything grow, leak or go wrong?
 
 One server with the real engine on the bundled target and eight edges behind emulated links run in this
-process, so its memory is the memory of both sides. Every session takes a random prompt, drafter (model,
-lookup or none), draft length and sampling. Some sessions are aborted and links are cut at random. A tenth
-of all texts is requested over the server's OpenAI API instead.
+process, so its memory is the memory of both sides. Every ordinary session takes a random prompt, drafter
+(model, lookup or none), draft length and sampling. Some sessions are aborted and links are cut at random. A
+tenth of all texts is requested over the server's OpenAI API instead. Meanwhile two clients misbehave: they
+send frames with wrong bytes or impossible numbers, bodies that are no requests, requests that they never
+finish, and they leave in the middle of an answer.
 
 What must hold at the end:
 
-- every finished text equals, token for token, the engine's own (0 wrong);
-- resident memory at rest is at most 1.05 × what it was at rest after warm-up (a fifth of the run);
+- every finished text of an ordinary client equals, token for token, the engine's own (0 wrong);
+- no response to anybody has a status of 500 or more;
+- resident memory at rest is at most 1.05 × what it was after warm-up (a fifth of the run), and no more
+  files and sockets are open;
 - after the last session no KV token is used, no session is open, no task and no future is pending.
 
     python benchmarks/soak.py                       # 30 minutes
@@ -43,7 +47,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-EDGES, SESSIONS_PER_EDGE = 8, 2
+EDGES, SESSIONS_PER_EDGE, MISBEHAVING = 8, 2, 2
 PROMPTS, LONGEST = 24, 40
 WARM_UP, MAX_GROWTH = 0.2, 1.05
 
@@ -88,12 +92,14 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
                 async with asyncio.TaskGroup() as group:
                     for number in range(EDGES):
                         group.create_task(world.edge(number, running, share * seconds))
+                    for _ in range(MISBEHAVING):
+                        group.create_task(world.misbehave(running, share * seconds))
                 while len(running.server.manager):
                     await asyncio.sleep(0.01)
                 await running.server.check_integrity()
                 await running.server.manager.clear_prefix_cache()
-                resting.append((_resident_mib(), _allocated_mib()))
-                print("at rest: {:.1f} MiB, {:.1f} of it allocated".format(*resting[-1]), flush=True)
+                resting.append((_resident_mib(), _allocated_mib(), await _descriptors_at_rest()))
+                print("at rest: {:.1f} MiB, {:.1f} of it allocated, {} descriptors".format(*resting[-1]))
             watch.cancel()
             clock.cancel()
             await asyncio.gather(watch, clock, return_exceptions=True)
@@ -104,8 +110,9 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
             }
     await asyncio.sleep(0)
     left["tasks and futures"] = max(0, _waiting() - before)
-    (early, early_out), (late, late_out) = resting
-    holds = not world.wrong and not any(left.values()) and late <= MAX_GROWTH * early
+    (early, early_out, early_files), (late, late_out, late_files) = resting
+    level = late <= MAX_GROWTH * early and late_files <= early_files
+    holds = level and not world.wrong and not world.counts["server_errors"] and not any(left.values())
     return {
         "benchmark": "soak",
         "minutes": round(world.seconds / 60.0, 1),
@@ -115,6 +122,8 @@ async def _soak(seconds: float, seed: int) -> dict[str, Any]:
         "rss_warm_mib": round(early, 1),
         "rss_end_mib": round(late, 1),
         "growth": round(late / early, 4),
+        "descriptors_warm": early_files,
+        "descriptors_end": late_files,
         "allocated_warm_mib": round(early_out, 1),
         "allocated_end_mib": round(late_out, 1),
         "left": left,
@@ -137,7 +146,9 @@ class World:
         self.drafter = drafter
         self.random = random.Random(seed)
         self.executor: Any = None
-        self.counts: Counter[str] = Counter(finished=0, aborted=0, cuts=0, over_http=0)
+        self.counts: Counter[str] = Counter(
+            finished=0, aborted=0, cuts=0, over_http=0, hostile=0, server_errors=0
+        )
         self.tokens = self.wrong = 0
         self.seconds = 0.0
 
@@ -216,6 +227,77 @@ class World:
         if answer.status_code != 200 or answer.json()["usage"]["completion_tokens"] != 8:
             self.wrong += 1
 
+    # --- clients that misbehave ---
+
+    async def misbehave(self, running: Any, until: float) -> None:
+        """One attack after the other, at most twenty a second."""
+        attacks = (self.send_bad_frames, self.send_bad_body, self.never_finish, self.leave_mid_answer)
+        while self.seconds < until:
+            with contextlib.suppress(OSError, EOFError, TimeoutError):
+                await self.random.choice(attacks)(running)
+            self.counts["hostile"] += 1
+            await asyncio.sleep(0.05)
+
+    async def send_bad_frames(self, running: Any) -> None:
+        """Frames with wrong bytes or impossible numbers, until the server hangs up."""
+        from websockets.asyncio.client import connect
+        from websockets.exceptions import ConnectionClosed
+
+        from wispprof import protocol
+
+        numbers = (-1, 0, 1, 1 << 31, (1 << 63) - 1)
+        pick = self.random.choice
+        async with connect(running.split_url, compression=None) as socket:
+            with contextlib.suppress(ConnectionClosed):
+                await socket.send(protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, "")))
+                for _ in range(self.random.randrange(1, 20)):
+                    tokens = [pick((0, 1, 5, *numbers)) for _ in range(self.random.randrange(1, 9))]
+                    opening = protocol.Open(
+                        pick((0, 1)), tokens, pick(numbers), temperature=pick((0.0, 1e-300, 2.0))
+                    )
+                    draft = protocol.Draft(
+                        pick((0, 1)), 0, pick(numbers), tokens, b"x" * len(tokens), 1.0, 9.0
+                    )
+                    data = bytearray(protocol.encode(pick((opening, draft))))
+                    if self.random.random() < 0.3:
+                        data[self.random.randrange(len(data))] ^= 1 << self.random.randrange(8)
+                    await socket.send(bytes(data))
+
+    async def send_bad_body(self, running: Any) -> None:
+        import httpx
+
+        bodies = (
+            b"",
+            b"[" * 5000,
+            b"\xff",
+            b'{"prompt": 5}',
+            b'{"prompt": "a", "top_k": 1e999}',
+            b"x" * (4 << 20),
+        )
+        async with httpx.AsyncClient(timeout=30.0) as client:
+            with contextlib.suppress(httpx.HTTPError):
+                answer = await client.post(
+                    f"{running.http_url}/v1/completions", content=self.random.choice(bodies)
+                )
+                self.counts["server_errors"] += answer.status_code >= 500
+
+    async def never_finish(self, running: Any) -> None:
+        """Half a request, then silence for a while."""
+        reader, writer = await asyncio.open_connection(running.host, running.port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 999\r\n\r\n{")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(reader.read(), self.random.random())
+        writer.close()
+
+    async def leave_mid_answer(self, running: Any) -> None:
+        reader, writer = await asyncio.open_connection(running.host, running.port)
+        body = json.dumps({"prompt": "def", "max_tokens": 200, "stream": True}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        status = await asyncio.wait_for(reader.readline(), 30.0)
+        self.counts["server_errors"] += status.split()[1:2] >= [b"500"]
+        writer.transport.abort()
+
     def judge(self, which: int, heat: int, found: list[int], count: int | None) -> None:
         """An aborted text must be a prefix of the right one, a finished one complete."""
         right = self.right[which, heat]
@@ -262,6 +344,19 @@ def _resident_mib() -> float:
 
     gc.collect()
     return float(psutil.Process().memory_info().rss / 2**20)
+
+
+async def _descriptors_at_rest() -> int:
+    """Open files and sockets, once closed connections are gone."""
+    import psutil
+
+    process, count = psutil.Process(), 1 << 30
+    for _ in range(50):
+        await asyncio.sleep(0.1)
+        before, count = count, process.num_fds()
+        if count == before:
+            break
+    return count
 
 
 def _allocated_mib() -> float:
