@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,15 @@ from wispprof.artifacts import (
     trace_hash,
     write_document,
 )
-from wispprof.artifacts.files import write_atomic
+from wispprof.artifacts.files import check_writable, write_atomic
 from wispprof.artifacts.manifest import command_line
-from wispprof.errors import ArtifactDamaged, ArtifactMissing, ArtifactTooNew, ArtifactTooOld
+from wispprof.errors import (
+    ArtifactDamaged,
+    ArtifactError,
+    ArtifactMissing,
+    ArtifactTooNew,
+    ArtifactTooOld,
+)
 from wispprof.types import Sampling
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
@@ -219,3 +226,23 @@ def test_nothing_here_can_run_code_from_disk():
                 assert not {"pickle", "marshal", "shelve"} & {a.name for a in node.names}
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in {"eval", "exec", "compile"}
+
+
+def test_only_regular_files_are_replaced_and_links_stay(tmp_path):
+    pipe, file, link, loop = (tmp_path / name for name in ("pipe", "file", "link", "loop"))
+    os.mkfifo(pipe)
+    file.write_bytes(b"old")
+    link.symlink_to(file)
+    loop.symlink_to(loop)
+    for place, words in ((pipe, "not a regular file"), (tmp_path, "is a folder"), (loop, "Cannot write")):
+        with pytest.raises(ArtifactError, match=words):
+            check_writable(place)
+        with pytest.raises(ArtifactError, match=words):
+            write_atomic(place, b"new")
+    assert pipe.is_fifo()
+    check_writable(link)
+    write_atomic(link, b"new")
+    assert link.is_symlink()
+    assert file.read_bytes() == b"new"
+    with pytest.raises(OSError, match=re.escape(str(file / "below"))):
+        write_atomic(file / "below", b"")

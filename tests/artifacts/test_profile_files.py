@@ -317,3 +317,14 @@ def test_a_journal_damaged_in_the_middle_is_not_patched_over(tmp_path):
     path.write_bytes(path.read_bytes().replace(b'"k1"', b'"k7"'))
     with pytest.raises(ArtifactDamaged, match=r"line 3.*changed"):
         RowJournal(path, "server", HEADER, resume=True)
+
+
+def test_one_writer_at_a_time(tmp_path):
+    path = tmp_path / "j.jsonl"
+    with RowJournal(path, "server", HEADER) as log:
+        log.append(rows(1)[0])
+        for how in ({"resume": True}, {"overwrite": True}, {}):
+            with pytest.raises(ArtifactError, match="Another process is writing"):
+                RowJournal(path, "server", HEADER, **how)
+        log.append(replace(rows(1)[0], order=9))
+    assert len(journal(path, 2, resume=True)) == 2

@@ -11,12 +11,13 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 import numpy as np
 
-from wispprof.errors import ArtifactDamaged, ArtifactMissing
+from wispprof.errors import ArtifactDamaged, ArtifactError, ArtifactMissing
 
 try:
     from msgspec import Meta as Meta
@@ -31,12 +32,51 @@ def content_hash(data: bytes) -> str:
     return "blake2b:" + hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
+def regular_file(path: Path) -> Path:
+    """The file that writing to ``path`` replaces: symbolic links are followed and stay.
+
+    Raises :class:`ArtifactError` for a device, a pipe or a folder, which no file may replace.
+    """
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as err:  # links that lead to one another
+        raise ArtifactError(f"Cannot write to {path}: {err}.", "Choose another place.") from None
+    if target.exists() and not target.is_file():
+        kind = "is a folder" if target.is_dir() else "is not a regular file"
+        raise ArtifactError(f"{path} {kind}.", "Name a file to write.")
+    return target
+
+
+def check_writable(path: Path) -> None:
+    """Raise what :func:`write_atomic` would raise for this place, before the work that it is for."""
+    folder = next(folder for folder in regular_file(path).parents if folder.exists())
+    with _naming(path), tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of the system name ``path``, not the temporary file beside it."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno is None:
+            raise
+        raise OSError(err.errno, err.strerror, str(path)) from err
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write ``data`` so that ``path`` holds either what it held before or all of it.
 
     A temporary file beside it is flushed to the disk and renamed over it. Missing parent folders are
-    made. Raises OSError if the disk refuses; nothing half-written remains.
+    made. Raises :class:`ArtifactError` as :func:`regular_file` does, and OSError if the disk refuses;
+    nothing half-written remains.
     """
+    with _naming(path):
+        _write_atomic(regular_file(path), data)
+
+
+def _write_atomic(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:

@@ -16,6 +16,11 @@ from wispprof.artifacts.manifest import PROFILE_SCHEMA
 from wispprof.artifacts.rows import Row, decode_row, encode_row, open_line, seal_line
 from wispprof.errors import ArtifactDamaged, ArtifactError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 FORMAT = "wispprof/journal"
 
 
@@ -41,24 +46,47 @@ class RowJournal:
         self.kind = kind
         self.rows: list[Row] = []
         first = seal_line({"format": FORMAT, "schema": PROFILE_SCHEMA, "kind": kind, "header": dict(header)})
-        exists = self.path.exists() and self.path.stat().st_size > 0
-        if exists and resume:
-            self._recover(first)
-        elif exists and not overwrite:
-            raise ArtifactError(
-                f"{self.path} holds rows of an unfinished sweep.",
-                "Go on with --resume, or start over with --overwrite.",
-            )
-        else:
-            files.write_atomic(self.path, first)
+        files.regular_file(self.path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab")
+        try:
+            self._lock()
+            exists = self.path.stat().st_size > 0
+            if exists and not resume and not overwrite:
+                raise ArtifactError(
+                    f"{self.path} holds rows of an unfinished sweep.",
+                    "Go on with --resume, or start over with --overwrite.",
+                )
+            if not exists or not resume or not self._recover(first):
+                self._file.truncate(0)
+                self._write(first)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self) -> None:
+        """Keep other processes from writing until this one closes the file or ends (not on Windows)."""
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            removed = os.fstat(self._file.fileno()).st_nlink == 0  # its writer has just finished
+        except BlockingIOError:
+            removed = True
+        if removed:
+            raise ArtifactError(
+                f"Another process is writing {self.path}.", "Wait for it to end, or choose another --out."
+            )
 
     def append(self, row: Row) -> None:
         """Add a finished row, which is on disk when this returns. Raises ValueError after :meth:`close`."""
-        self._file.write(encode_row(row))
+        self._write(encode_row(row))
+        self.rows.append(row)
+
+    def _write(self, line: bytes) -> None:
+        self._file.write(line)
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.rows.append(row)
 
     def close(self) -> None:
         self._file.close()
@@ -74,13 +102,13 @@ class RowJournal:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _recover(self, first: bytes) -> None:
+    def _recover(self, first: bytes) -> bool:
+        """Read the rows, and cut off a torn end; whether the journal had a header."""
         data = files.read_bytes(self.path, "journal")
         end = data.rfind(b"\n") + 1  # what follows the last newline was torn off by a crash
         lines = data[:end].splitlines(keepends=True)
         if not lines:
-            files.write_atomic(self.path, first)
-            return
+            return False
         if lines[0] != first:
             open_line(lines[0], f"{self.path} line 1")
             raise ArtifactError(
@@ -97,7 +125,8 @@ class RowJournal:
                 )
             self.rows.append(row)
         if end < len(data):
-            os.truncate(self.path, end)
+            self._file.truncate(end)
+        return True
 
 
 def journal_header(path: Path) -> dict[str, Any]:

@@ -187,15 +187,19 @@ def guard() -> Iterator[None]:
     except KeyboardInterrupt as stop:
         console().print("Interrupted. Complete files and rows remain.", style="yellow")
         raise typer.Exit(INTERRUPTED) from stop
+    except BrokenPipeError:  # whoever reads the output has left, such as `head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for what is flushed at exit
+        raise typer.Exit(FAULT) from None
     except OSError as err:
-        hint = _OS_FIXES.get(err.errno or 0)
-        if debug or hint is None:
+        hint = _OS_HINTS.get(err.errno or 0, "Check that path." if err.filename else "")
+        if debug or not hint:
             raise
         file = f": {err.filename}" if err.filename else ""
         raise fail(f"{err.strerror}{file}.", hint) from err
 
 
-_OS_FIXES = {
+_OS_HINTS = {
+    errno.ENOENT: "Check the path; its folder may not take files.",
     errno.EACCES: "Choose a place you may write to and read from.",
     errno.EADDRINUSE: "Another program listens there: stop it or choose another --port.",
     errno.EADDRNOTAVAIL: "This machine has no such address: check --host.",
