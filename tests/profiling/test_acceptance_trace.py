@@ -22,6 +22,7 @@ from wispprof.profiling.acceptance_trace import (
     accepted_lengths,
     collect_trace,
     target_paths,
+    trace_pair,
     trace_remote,
 )
 from wispprof.profiling.draft_rollout import DraftRollout
@@ -253,6 +254,48 @@ def test_held_out_prompts_are_held_out_and_repeatable(monkeypatch):
     assert all("".join(map(chr, p[1:])) in whole for p in prompts)
     assert prompts == held_out_prompts(Letters(), 12, 50, seed=4)
     assert prompts != held_out_prompts(Letters(), 12, 50, seed=5)
+
+
+def test_conversations_go_through_the_chat_template(tmp_path):
+    class Chat(Letters):
+        chat_template = "any"
+
+        def apply_chat_template(self, messages, **how):
+            assert how == {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+            if messages[0]["role"] == "system":
+                raise ValueError("no system messages")
+            return [ord(letter) for m in messages for letter in f"<{m['role'][0]}{m['content']}>"] + [7]
+
+    def line(*messages):
+        return json.dumps({"messages": [{"role": r, "content": c} for r, c in messages]}) + "\n"
+
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(line(("user", "hi"), ("assistant", "cut")) + line(("user", "x" * 90)) + line())
+    [ids] = load_prompts(chats, Chat(), 9, 40)
+    assert "".join(map(chr, ids)) == "<uhi>\x07"
+    with pytest.raises(ProfileError, match="longer than 4 tokens"):
+        load_prompts(chats, Chat(), 9, 4)
+    with pytest.raises(ModelError, match="no chat template"):
+        load_prompts(chats, Letters(), 9, 40)
+    chats.write_text(line(("system", "hi")))
+    with pytest.raises(ArtifactDamaged, match=r"line 1: .*no system messages"):
+        load_prompts(chats, Chat(), 9, 40)
+    chats.write_text('{"messages": ["hi"]}')
+    with pytest.raises(ArtifactDamaged, match="line 1: messages"):
+        load_prompts(chats, Chat(), 9, 40)
+
+
+def test_other_tokenizers_are_refused_before_weights_are_loaded(monkeypatch):
+    from wispprof.engines import loading
+
+    def load_model(*_):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(loading, "load_model", load_model)
+    monkeypatch.setattr(loading, "load_tokenizer", lambda name: name)
+    monkeypatch.setattr(loading, "tokenizer_hash", lambda tokenizer: tokenizer)
+    with pytest.raises(ModelError, match="a and b do not share a tokenizer"):
+        trace_pair(TraceSettings(target="x/a", draft="y/b"))
 
 
 def test_prompts_of_a_user(tmp_path):

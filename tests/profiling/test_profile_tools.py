@@ -223,7 +223,9 @@ def test_llama_bench_results_become_an_edge_profile(tmp_path):
     assert {row.source for row in profile.rows} == {"imported"}
     assert profile.manifest.model.id == "llama-1b-q4.gguf"
     for bad, says in (
-        ("{}", "list"),
+        ("3", "list"),
+        ("{}", "test 1.*n_prompt"),
+        (json.dumps(BENCH) + "\n{", "JSON"),
         ("[", "JSON"),
         (json.dumps([{**BENCH, "n_gen": "x"}]), "test 1"),
     ):
@@ -237,6 +239,24 @@ def test_llama_bench_results_become_an_edge_profile(tmp_path):
         file.write_text(bad)
         with pytest.raises(ProfileError, match=says):
             import_results(file, Output())
+
+
+def test_llama_bench_matrices_and_lines(tmp_path):
+    """Tests of one setting make a profile; of several, one is chosen and none overwrites another."""
+    four, eight = BENCH, {**BENCH, "n_threads": 8, "avg_ts": 20.0, "samples_ts": [20.0], "flash_attn": True}
+    file = tmp_path / "bench.jsonl"
+    file.write_text("".join(json.dumps(test) + "\n" for test in (four, eight, four)))
+    with pytest.raises(ProfileError, match=r"n_threads 4, 8; .*--where n_threads=4"):
+        import_results(file, Output())
+    with pytest.raises(ProfileError, match="no test with n_threads=3"):
+        import_results(file, Output(), {"n_threads": 3})
+    chosen = import_results(file, Output(), {"n_threads": 8, "flash_attn": True})
+    assert chosen.draft_ms(64) == pytest.approx(50.0)
+    [row] = import_results(file, Output(), {"n_threads": 4}).rows
+    assert len(row.samples_ms) == 6
+    done = run("profile", "import-llama-bench", file, "--where", "n_threads=8", "--out", tmp_path / "e")
+    assert done.exit_code == 0, done.stderr
+    assert load_edge(tmp_path / "e").manifest.engine["n_threads"] == 8
 
 
 # --- link -----------------------------------------------------------------------------------------

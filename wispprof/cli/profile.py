@@ -9,6 +9,7 @@ import typer
 
 from wispprof.cli.console import note, output, result, table, warn
 from wispprof.cli.options import JsonFlag
+from wispprof.settings.sources import named_value
 
 if TYPE_CHECKING:
     from wispprof.artifacts import EdgeProfile, LinkProfile, Profile, ServerProfile
@@ -147,7 +148,11 @@ def export(
 
 @group.command()
 def import_llama_bench(
-    file: Annotated[Path, typer.Argument(help="What llama-bench -o json printed.")],
+    file: Annotated[Path, typer.Argument(help="What llama-bench -o json or -o jsonl printed.")],
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="Only tests with this field, as n_threads=4, of a matrix; repeatable."),
+    ] = None,
     out: Out = Path("edge"),
     overwrite: Overwrite = False,
     as_json: JsonFlag = False,
@@ -156,7 +161,7 @@ def import_llama_bench(
     from wispprof.profiling.llama_bench import import_results
     from wispprof.settings.profiler_settings import Output
 
-    profile = import_results(file, Output(out, overwrite=overwrite))
+    profile = import_results(file, Output(out, overwrite=overwrite), dict(map(named_value, where or ())))
     finished(profile, out, as_json)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wispprof.cli.console import INTERRUPTED, console, note, result, table, tracker
+from wispprof.cli.console import INTERRUPTED, console, note, result, table, tracker, warn
 from wispprof.cli.options import JsonFlag, OutputFile, with_settings
 from wispprof.cli.profile import Out, Overwrite, finished
 from wispprof.settings.profiler_settings import (
@@ -194,8 +194,10 @@ def _take(
 ) -> tuple[AcceptanceTrace, str]:
     """Take a trace and write it; the trace and its content hash."""
     from wispprof.artifacts import save_trace
+    from wispprof.artifacts.files import check_writable
     from wispprof.profiling.acceptance_trace import RemoteTarget, trace_pair, trace_remote
 
+    check_writable(out)
     with tracker("trace") as report:
         if server:
             taken = trace_remote(RemoteTarget(server, access), settings, report)
@@ -203,6 +205,11 @@ def _take(
             taken = trace_pair(settings, report)
     digest = save_trace(taken, out)
     note(f"wrote {out}")
+    if taken.meta["chat_model"] and settings.prompts is None:
+        warn(
+            "this is a chat model, and it was traced on source code without its template: acceptance in "
+            "chats differs. Give --prompts chats.jsonl with lines of messages."
+        )
     return taken, digest
 
 

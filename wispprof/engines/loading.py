@@ -234,6 +234,12 @@ def _unreadable(folder: Path, err: Exception) -> ModelError:
     )
 
 
+def load_tokenizer(path_or_id: str | Path) -> Any:
+    """The tokenizer of a model without its weights; ``None`` if the model has none."""
+    with _quiet_transformers():
+        return _tokenizer(find_model(str(path_or_id)))
+
+
 def _tokenizer(folder: Path) -> Any:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if not any((folder / n).is_file() for n in names):

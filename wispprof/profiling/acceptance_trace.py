@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wispprof.artifacts import AcceptanceTrace, TracePath
+from wispprof.artifacts import AcceptanceTrace, TracePath, bundled_model
 from wispprof.artifacts.manifest import command_line
+from wispprof.engines.served_model import read_generation_config, stop_tokens
 from wispprof.errors import ModelError, ProfileError, ProtocolError, ServerBusy
 from wispprof.hardware import fingerprint
 from wispprof.profiling.link_profiler import ServerClient
@@ -38,8 +40,24 @@ _STEP_TOKENS = 2048
 
 def trace_pair(settings: TraceSettings, progress: Progress | None = None) -> AcceptanceTrace:
     """Load the pair, choose prompts, collect the trace."""
+    check_tokenizers(settings)
     target = load_pair_model(settings.target, "target", settings.dtype, settings.device)
     return collect_trace(target, load_traced_draft(settings, target.tokenizer), settings, progress)
+
+
+def check_tokenizers(settings: TraceSettings) -> None:
+    """Compare the tokenizers of the pair before its weights are loaded, which takes far longer.
+
+    Raises :class:`ModelError` if they differ. Drafts that are no model of transformers are compared when they are loaded.
+    """
+    from wispprof.engines.loading import load_tokenizer, tokenizer_hash
+
+    if settings.draft.endswith(".gguf") or settings.drafter not in ("model", "both"):
+        return
+    names = (settings.target or bundled_model("target"), settings.draft or bundled_model("draft"))
+    target, draft = (load_tokenizer(name) for name in names)
+    if target is not None and draft is not None and tokenizer_hash(target) != tokenizer_hash(draft):
+        raise _other_tokenizer(*(Path(name).name for name in names))
 
 
 def collect_trace(
@@ -86,11 +104,12 @@ def trace_remote(
     _check_pair(welcome.target, welcome.tokenizer, draft.vocab_size, draft)
     if prompts is None:
         prompts = _prompts(settings, draft.tokenizer, welcome.max_context)
-    end = getattr(draft.tokenizer, "eos_token_id", None)
+    own = getattr(draft.tokenizer, "eos_token_id", None)
+    ends = welcome.stop_tokens or ([] if own is None else [own])
     trace = _assemble(
         draft,
         prompts,
-        lambda batch: server.paths(batch, settings.sampling, settings.path_tokens, end, connect),
+        lambda batch: server.paths(batch, settings.sampling, settings.path_tokens, ends, connect),
         settings,
         progress,
         clock,
@@ -130,6 +149,7 @@ def _assemble(
         paths=tuple(traced),
         meta={
             "prompts": settings.prompts.name if settings.prompts else "held-out sources",
+            "chat_model": bool(getattr(draft.tokenizer, "chat_template", None)),
             "draft_weights": draft.weights_hash,
             "command": command_line(),
             "hardware": fingerprint().hash,
@@ -141,7 +161,7 @@ def _assemble(
 def target_paths(
     target: LoadedModel, prompts: Sequence[Sequence[int]], settings: TraceSettings
 ) -> list[list[int]]:
-    """What the target generates from each prompt: ``path_tokens`` tokens, or up to its end token.
+    """What the target generates from each prompt: ``path_tokens`` tokens, or up to one of its stop tokens.
 
     All prompts are sessions of one engine, decoded together.
     """
@@ -158,13 +178,15 @@ def target_paths(
     engine = TorchEngine(
         target, kv_tokens=sum(len(prompt) + length for prompt in prompts), max_sessions=len(prompts)
     )
-    end = getattr(target.tokenizer, "eos_token_id", None)
+    ends: tuple[int, ...] = ()
+    if target.folder is not None:  # random weights have no end
+        ends = stop_tokens(read_generation_config(target.folder), target.model.config, target.tokenizer)
     names = [str(number) for number in range(len(prompts))]
     for name in names:
         engine.open(name, settings.sampling)
     paths = dict(zip(names, _first_tokens(engine, names, prompts), strict=True))
     unfinished = names
-    while unfinished := [n for n in unfinished if len(paths[n]) < length and paths[n][-1] != end]:
+    while unfinished := [n for n in unfinished if len(paths[n]) < length and paths[n][-1] not in ends]:
         for outcome in engine.step([StepInput(name, paths[name][-1:]) for name in unfinished]):
             paths[outcome.session].extend(outcome.tokens)
     return [paths[name] for name in names]
@@ -210,7 +232,7 @@ class RemoteTarget:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         path_tokens: int,
-        stop: int | None = None,
+        ends: Sequence[int] = (),
         connect: ConnectionFactory | None = None,
     ) -> list[list[int]]:
         """What the target generates from each prompt, all at once, in sessions without drafts."""
@@ -218,7 +240,7 @@ class RemoteTarget:
         async def generate() -> list[list[int]]:
             async with self._client(connect) as client:
                 for number, prompt in enumerate(prompts):
-                    await client.send(_open_frame(number, prompt, sampling, path_tokens, stop))
+                    await client.send(_open_frame(number, prompt, sampling, path_tokens, ends))
                 return await _collect_paths(client, prompts)
 
         return asyncio.run(generate())
@@ -228,7 +250,7 @@ class RemoteTarget:
 
 
 def _open_frame(
-    number: int, prompt: Sequence[int], sampling: Sampling, path_tokens: int, stop: int | None
+    number: int, prompt: Sequence[int], sampling: Sampling, path_tokens: int, ends: Sequence[int]
 ) -> Any:
     from wispprof import protocol
 
@@ -240,7 +262,7 @@ def _open_frame(
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         seed=sampling.seed,
-        stop=[] if stop is None else [stop],
+        stop=list(ends),
         undrafted=True,
     )
 
@@ -284,7 +306,11 @@ def _prompts(settings: TraceSettings, tokenizer: Any, context: int) -> list[list
 
 def _check_pair(target: str, tokenizer_hash: str, vocabulary: int, draft: TracedDrafter) -> None:
     if tokenizer_hash != draft.tokenizer_hash or (not tokenizer_hash and vocabulary != draft.vocab_size):
-        raise ModelError(
-            f"{target} and {draft.id} do not share a tokenizer, so their token ids differ in meaning.",
-            "Use a draft of the same model family.",
-        )
+        raise _other_tokenizer(target, draft.id)
+
+
+def _other_tokenizer(target: str, draft: str) -> ModelError:
+    return ModelError(
+        f"{target} and {draft} do not share a tokenizer, so their token ids differ in meaning.",
+        "Use a draft of the same model family.",
+    )

@@ -30,6 +30,7 @@ from wispprof.profiling.physics_checks import check_edge
 from wispprof.profiling.profile_run import (
     ProfilerSetup,
     SweepPlan,
+    check_output,
     collect_profile,
     load_pair_model,
     synchronizer,
@@ -132,6 +133,7 @@ def profile_edge(
 
     ``sleep`` idles the device before a round.
     """
+    check_output(settings.output)
     report = progress or (lambda done, total, status: None)
     report(0, 1, "loading the draft, timing a few steps")
     setup = _set_up(settings, loaded, clock, sleep)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from wispprof.artifacts import Manifest, Profile, RowJournal, bundled_model, make_profile, save_profile
+from wispprof.artifacts import Manifest, Profile, RowJournal, bundled_model, files, make_profile, save_profile
 from wispprof.artifacts.journal import journal_header
 from wispprof.artifacts.manifest import command_line, library_versions, utc_now
 from wispprof.artifacts.profile import profile_files
@@ -103,6 +103,16 @@ def collect_profile(
         return finalize_profile(manifest, replace(result, rows=rows), output, journal, summary)
 
 
+def check_output(output: Output) -> None:
+    """Refuse, before a model is loaded, to write where :func:`collect_profile` would refuse it later."""
+    if output.path is None:
+        return
+    rows_file = profile_files(output.path)[0]
+    files.check_writable(rows_file)
+    if rows_file.exists() and not journal_path(output.path).exists() and not output.overwrite:
+        raise ArtifactError(f"{rows_file} exists.", "Choose another --out, or replace it with --overwrite.")
+
+
 def resumed_header(output: Output) -> Mapping[str, Any]:
     """Header of the journal to resume; empty without one."""
     if output.path is None or not output.resume:
@@ -138,10 +148,8 @@ def _open_journal(output: Output, manifest: Manifest) -> Iterator[RowJournal | N
     if output.path is None:
         yield None
         return
-    rows_file = profile_files(output.path)[0]
+    check_output(output)
     path = journal_path(output.path)
-    if rows_file.exists() and not path.exists() and not output.overwrite:
-        raise ArtifactError(f"{rows_file} exists.", "Choose another --out, or replace it with --overwrite.")
     header = {
         "model": dataclasses.asdict(manifest.model),
         "engine": manifest.engine,

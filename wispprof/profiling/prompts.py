@@ -26,7 +26,7 @@ SKIPPED_FOLDERS = ("site-packages", "encodings", "pydoc_data")
 
 _CHARACTERS_PER_TOKEN = 16
 """Characters to encode per wanted token: more than the average of any tokenizer."""
-_EXAMPLE_HINT = 'Write lines such as {"prompt": "…"}.'
+_EXAMPLE_HINT = 'Write lines such as {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}.'
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,11 @@ def held_out_prompts(tokenizer: Any, count: int, tokens: int, seed: int = 0) -> 
 def load_prompts(path: Path, tokenizer: Any, count: int, tokens: int, seed: int = 0) -> list[list[int]]:
     """A user's prompts, ``count`` at most.
 
-    A ``.jsonl`` file has a ``prompt`` or ``text`` per line, cut to ``tokens``. Of any other text file
-    excerpts are taken. Raises :class:`ArtifactMissing`, :class:`ArtifactDamaged` with the line, and
-    :class:`ProfileError` if there is no prompt.
+    A ``.jsonl`` file has a ``prompt`` or ``text`` per line, cut to ``tokens``, or a conversation
+    (``messages``), which goes through the model's chat template and is left out if it is longer. Of any
+    other text file excerpts are taken. Raises :class:`ArtifactMissing`, :class:`ArtifactDamaged` with the
+    line, :class:`ProfileError` if there is no prompt, and :class:`ModelError` for messages without a
+    template.
     """
     try:
         text = path.read_text("utf-8")
@@ -100,19 +102,30 @@ def load_prompts(path: Path, tokenizer: Any, count: int, tokens: int, seed: int 
         raise ArtifactDamaged(f"{path} is not UTF-8 text.", "Give text or JSON lines.") from None
     if path.suffix != ".jsonl":
         return _excerpts(tokenizer, [text], count, tokens, seed)
-    prompts = []
+    prompts, too_long = [], 0
     for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            ids = _encode(tokenizer, _parse_prompt(line, f"{path} line {number}"))[:tokens]
-            if ids:
-                prompts.append(ids)
+        if not line.strip():
+            continue
+        prompt = _parse_prompt(line, f"{path} line {number}")
+        if isinstance(prompt, str):
+            ids = _encode(tokenizer, prompt)[:tokens]
+        else:
+            ids = _encode_chat(tokenizer, prompt, f"{path} line {number}")
+            too_long += len(ids) > tokens
+        if 0 < len(ids) <= tokens:
+            prompts.append(ids)
+    if not prompts and too_long:
+        raise ProfileError(
+            f"All conversations of {path} are longer than {tokens} tokens.", "Give more --prompt-tokens."
+        )
     if not prompts:
         raise ProfileError(f"{path} contains no prompts.", _EXAMPLE_HINT)
     random.Random(seed).shuffle(prompts)
     return prompts[:count]
 
 
-def _parse_prompt(line: str, where: str) -> str:
+def _parse_prompt(line: str, where: str) -> str | list[dict[str, Any]]:
+    """The text of a line, or its messages up to what the model has to answer."""
     import msgspec
 
     try:
@@ -121,6 +134,14 @@ def _parse_prompt(line: str, where: str) -> str:
         raise ArtifactDamaged(f"{where} has no prompt.", _EXAMPLE_HINT) from None
     except msgspec.DecodeError as err:
         raise ArtifactDamaged(f"{where}: {err}.", "Write one JSON object a line.") from None
+    if isinstance(entry, dict) and "messages" in entry:
+        try:
+            messages: list[dict[str, Any]] = msgspec.convert(entry["messages"], list[dict[str, Any]])
+        except msgspec.ValidationError as err:
+            raise ArtifactDamaged(f"{where}: messages: {err}.", _EXAMPLE_HINT) from None
+        while messages and messages[-1].get("role") == "assistant":
+            messages.pop()  # data sets hold the answer, too
+        return messages
     prompt = entry if isinstance(entry, str) else entry.get("prompt", entry.get("text"))
     if not isinstance(prompt, str):
         raise ArtifactDamaged(f"{where} has no prompt.", _EXAMPLE_HINT)
@@ -163,3 +184,22 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     ids = [int(t) for t in tokenizer(text, add_special_tokens=False)["input_ids"]]
     bos = tokenizer.bos_token_id
     return ids if bos is None else [int(bos), *ids]
+
+
+def _encode_chat(tokenizer: Any, messages: list[dict[str, Any]], where: str) -> list[int]:
+    """Token ids of a conversation as serving makes them, up to where the answer begins."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ModelError(
+            "The model has no chat template, so it takes no messages.", 'Give {"prompt": "…"} lines.'
+        )
+    if not messages:
+        return []
+    try:
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except Exception as err:  # templates are programs of the model's maker and raise whatever they like
+        raise ArtifactDamaged(
+            f"{where}: the model's chat template refuses this: {err}.", "Correct the line."
+        ) from None
+    return [int(token) for token in ids]

@@ -19,6 +19,7 @@ from wispprof.profiling.physics_checks import check_physics
 from wispprof.profiling.profile_run import (
     ProfilerSetup,
     SweepPlan,
+    check_output,
     collect_profile,
     load_pair_model,
     resumed_header,
@@ -72,6 +73,7 @@ def profile_server(
     ``loaded``: a model that is loaded already. Ctrl-C keeps finished blocks in the journal. Raises
     :class:`PhysicsViolation` if the times cannot be right; the journal is kept.
     """
+    check_output(settings.output)
     begin = clock()
     if progress is not None:
         progress(0, 1, "loading the model, timing a few shapes")

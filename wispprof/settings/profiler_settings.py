@@ -195,7 +195,9 @@ class TraceSettings(Settings):
     llama: LlamaSettings = field(default_factory=LlamaSettings)
     sampling: Sampling = field(default_factory=Sampling)
     prompts: Path | None = setting(
-        None, "Prompts: a text file or JSON lines; default: held-out source files."
+        None,
+        "Prompts: a text file, or JSON lines with prompt, text or messages (a chat, for which the model's "
+        "template is applied); default: held-out source files.",
     )
     count: int = setting(32, "Number of prompts.", minimum=1)
     prompt_tokens: int = setting(128, "Maximum length of a prompt.", unit="tokens", minimum=1)
