@@ -348,9 +348,8 @@ class ModelInfo:
     """Identity and sizes of a model; fields are empty or 0 if unknown.
 
     ``id``: folder name, hub id or preset. ``family``: the config's ``model_type``. ``parameters`` counts
-    tied weights once. ``config_hash`` and ``weights_hash`` identify what was measured; random weights
-    have the hash ``random:<seed>``. ``tokenizer_hash`` is empty without a tokenizer. ``max_context``:
-    maximum tokens a session may cache. ``kv_bytes_per_token``: K and V of all layers.
+    tied weights once. ``weights_hash`` of random weights is ``random:<seed>``. ``max_context``: maximum
+    tokens a session may cache. ``kv_bytes_per_token``: K and V of all layers.
     """
 
     id: str

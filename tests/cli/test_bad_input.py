@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,3 +185,56 @@ class _Physics:
 
     def as_dict(self) -> dict[str, object]:
         return {}
+
+
+# --- places and certificates ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("profile-server", "--model", "nowhere"),
+        ("profile-edge", "--draft", "nowhere"),
+        ("trace", "--model", "nowhere"),
+    ],
+)
+def test_a_place_that_takes_no_file_is_refused_before_models_load(
+    arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    for name in ("pipe", "pipe.jsonl"):
+        os.mkfifo(tmp_path / name)
+    assert_one_line(run(*arguments, "--out", tmp_path / "pipe"), "is not a regular file")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_folder_that_takes_no_files_is_one_line(tmp_path: Path) -> None:
+    server_profile(tmp_path)
+    assert_one_line(run("report", tmp_path, "--out", "/proc/x"), "/proc/x")
+    assert_one_line(run("report", tmp_path, "--out", tmp_path / "server.jsonl" / "x"), "server.jsonl/x")
+
+
+def test_certificate_and_key_swapped(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    cert.write_text("-----BEGIN PRIVATE KEY-----\nAA==\n-----END PRIVATE KEY-----\n")
+    key.write_text("-----BEGIN CERTIFICATE-----\nAA==\n-----END CERTIFICATE-----\n")
+    served = ("serve", "--target", "nowhere", "--port", "0", "--tls-cert", cert, "--tls-key", key)
+    assert_one_line(run(*served), "cert.pem holds a private key", "Swap --tls-cert and --tls-key.")
+
+
+@pytest.mark.parametrize("command", [("serve", "--target"), ("edge", "--server", "127.0.0.1:1", "--draft")])
+def test_a_port_in_use_is_found_before_models_load(command: tuple[str, ...]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert_one_line(run(*command, "nowhere", "--port", port), f"Cannot listen on 127.0.0.1:{port}")
+
+
+def test_progress_without_a_terminal_is_a_line_every_ten_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    console.console.cache_clear()
+    with console.tracker("sweep", 40, clock=lambda: now) as report:
+        for number in range(40):
+            now += 1.0
+            report(number, status="ETA 0:30")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sweep  ")]
+    assert lines == [f"sweep  {number}/40  ETA 0:30" for number in (9, 19, 29, 39)]
+    console.console.cache_clear()

@@ -171,7 +171,7 @@ def test_json_goes_to_stdout_alone(capsys: pytest.CaptureFixture[str]) -> None:
         report(1)
     captured = capsys.readouterr()
     assert json.loads(captured.out) == {
-        "slo": {"tokens_per_s": 4.0, "ttft_ms": None},
+        "slo": {"tokens_per_s": 4.0, "ttft_ms": None, "best_effort": False},
         "where": "a",
         "x": [0, 1],
         "nan": None,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from wispprof.engines import loading
 from wispprof.engines.loading import load_model, random_model, tokenizer_hash
 from wispprof.engines.model_shapes import PRESETS
 from wispprof.engines.torch.decoder import FusedDecoder, TransformersDecoder, decoder_for
@@ -150,3 +151,13 @@ def test_tokenizer_hash_sees_the_vocabulary() -> None:
     base = tokenizer_hash(Tokenizer({"a": 0, "b": 1}))
     assert base == tokenizer_hash(Tokenizer({"b": 1, "a": 0}))
     assert base != tokenizer_hash(Tokenizer({"a": 1, "b": 0}))
+
+
+def test_auto_takes_an_apple_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert loading._device("auto").type == "mps"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert loading._device("auto").type == "cpu"
+    with pytest.raises(ModelError, match="no Apple GPU"):
+        loading._device("mps")

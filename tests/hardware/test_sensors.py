@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -163,3 +165,48 @@ def test_nvml_present_and_refusing(monkeypatch, tmp_path):
     meter.begin()
     assert meter.end().energy_j is None
     assert nvml.device_count() == 0
+
+
+def test_a_gpu_is_found_by_its_uuid_not_by_its_number(monkeypatch):
+    """CUDA_VISIBLE_DEVICES=1 makes NVML's second GPU torch's first; a MIG instance has no energy counter."""
+    asked = []
+
+    class TwoGpus(FakeNvml):
+        def nvmlDeviceGetHandleByUUID(self, uuid):
+            asked.append(uuid)
+            if uuid not in ("GPU-second", "MIG-slice"):
+                raise FakeNvml.NVMLError("not found")
+            return uuid
+
+        def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+            if handle.startswith("MIG"):
+                raise FakeNvml.NVMLError("not supported")
+            return {"GPU-second": 7000}[handle]
+
+        def nvmlDeviceGetName(self, handle):
+            return {"GPU-second": "B"}.get(handle, "A")
+
+    fake = TwoGpus()
+    monkeypatch.setattr(nvml, "library", lambda: fake)
+    monkeypatch.setattr(nvml, "cuda_uuid", lambda ordinal: "second")
+    meter = energy.energy_meter("cuda:0")
+    assert (meter.sensor, asked[-1]) == ("nvml", "GPU-second")
+    assert machine_info.compute_device_name("cuda:0") == "B"
+    assert clocks.sensors("cuda:0").read().clock_mhz == 1980.0
+    monkeypatch.setattr(nvml, "cuda_uuid", lambda ordinal: "slice")
+    assert energy.energy_meter("cuda:0").sensor != "nvml"
+    monkeypatch.setattr(nvml, "cuda_uuid", lambda ordinal: "gone")
+    assert clocks.sensors("cuda:0").read() == clocks.Reading()
+
+
+def test_the_uuid_is_the_one_that_torch_uses(monkeypatch):
+    uuids = ("1111", "2222")
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        device_count=lambda: len(uuids),
+        get_device_properties=lambda ordinal: SimpleNamespace(uuid=uuids[ordinal]),
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert [nvml.cuda_uuid(ordinal) for ordinal in (0, 1, 2)] == ["1111", "2222", None]
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert nvml.cuda_uuid(0) is None

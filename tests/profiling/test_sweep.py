@@ -305,6 +305,20 @@ def test_drift_is_judged_anew_with_every_reference_measurement():
         log.add(block(6))
 
 
+def test_time_that_is_left_goes_to_spare_workloads():
+    chosen = workloads()
+    machine = FakeMachine(noise=0.02)
+    cost = piloted(machine)
+    alone = sweep(FakeMachine(noise=0.02), chosen[:4], cost=cost, budget_s=5.0).run()
+    assert alone.seconds < 2.5
+    result = sweep(machine, chosen[:4], cost=cost, budget_s=5.0, spare=chosen[4:]).run()
+    measured = {row.key for row in result.rows} - {"sentinel"}
+    assert len(measured) > 8
+    assert {w.key for w in chosen[:4]} <= measured
+    assert alone.seconds < result.seconds <= 5.0
+    assert all(len(row.samples_ms) >= 6 for row in result.rows)
+
+
 # --- expectation and budget -----------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ order of its own. On resume, a torn last line is dropped; other damage is an err
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,6 @@ from wispprof.artifacts import files
 from wispprof.artifacts.manifest import PROFILE_SCHEMA
 from wispprof.artifacts.rows import Row, decode_row, encode_row, open_line, seal_line
 from wispprof.errors import ArtifactDamaged, ArtifactError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 FORMAT = "wispprof/journal"
 
@@ -66,8 +62,10 @@ class RowJournal:
 
     def _lock(self) -> None:
         """Keep other processes from writing until this one closes the file or ends (not on Windows)."""
-        if fcntl is None:
+        if sys.platform == "win32":
             return
+        import fcntl
+
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             removed = os.fstat(self._file.fileno()).st_nlink == 0  # its writer has just finished

@@ -12,7 +12,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FAULT, USAGE, INTERRUPTED = 1, 2, 130
+PLAIN_PROGRESS_S = 10.0
+"""Interval of progress lines without a terminal."""
 
 
 @cache
@@ -136,12 +139,21 @@ def progress(eta: bool = True) -> Progress:
 class tracker:
     """A progress bar for work that reports by callback: call it with ``(done, total, status)``.
 
-    ``with tracker("profile-server") as report: profile(..., progress=report)``
+    ``with tracker("profile-server") as report: profile(..., progress=report)``. Without a terminal it prints
+    a line every :data:`PLAIN_PROGRESS_S`. ``bar``: a display that several trackers share.
     """
 
-    def __init__(self, description: str, total: int | None = None, eta: bool = True) -> None:
-        self._bar = progress(eta)
+    def __init__(
+        self,
+        description: str,
+        total: int | None = None,
+        eta: bool = True,
+        bar: Progress | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._bar = bar or progress(eta)
         self._task = self._bar.add_task(description, total=total, status="")
+        self._description, self._clock, self._printed_s = description, clock, clock()
 
     def __enter__(self) -> tracker:
         self._bar.start()
@@ -154,6 +166,12 @@ class tracker:
         self._bar.update(self._task, completed=done, status=status)
         if total is not None:
             self._bar.update(self._task, total=total)
+        now_s = self._clock()
+        if not console().is_terminal and now_s - self._printed_s >= PLAIN_PROGRESS_S:
+            self._printed_s = now_s
+            of = self._bar.tasks[self._task].total
+            count = f"{done}" if of is None else f"{done}/{of:g}"
+            note(f"{self._description}  {count}  {status}".rstrip())
 
 
 def _escape(text: str) -> str:

@@ -79,6 +79,10 @@ def edge(settings: EdgeSettings, api: LocalApiSettings) -> None:
     """
     import asyncio
 
+    from wispprof.doctor.findings import DoctorContext, require
+    from wispprof.doctor.serving_checks import port
+
+    require(DoctorContext(host=api.host, port=api.port), port)
     from wispprof.edge.local_api import serve_edge
 
     def announce(runtime: EdgeRuntime, url: str) -> None:

@@ -59,7 +59,7 @@ def profile_server(
         _announce(server_profiler.plan_server(settings), as_json)
         return
     profile = _keep_rows(
-        out, "profile-server", lambda report: server_profiler.profile_server(settings, report)
+        out, "profile-server", lambda report: server_profiler.profile_server(settings, report, warn=warn)
     )
     finished(profile, out, as_json)
 
@@ -86,6 +86,8 @@ def profile_edge(
     from wispprof.profiling.shape_grid import override_axes
 
     given = {name: text for name, text in (("contexts", contexts), ("chunks", chunks)) if text}
+    if contexts:  # rounds of the grid's own contexts would take long prompts all the same
+        given["rounds"] = contexts
     settings = replace(
         settings,
         axes=override_axes(load_edge_axes(settings.grid), given, "options") if given else None,

@@ -31,12 +31,18 @@ def serve(settings: ServerSettings, scaling: ReplicaSettings) -> None:
     Ctrl-C or SIGTERM drains: the server accepts nothing new, sessions finish, then it ends. A second
     signal ends it at once.
     """
-    from wispprof.server import serve as run
-    from wispprof.server.logs import configure_logging
+    from wispprof.doctor.findings import DoctorContext, require
+    from wispprof.doctor.serving_checks import port, tls
 
     for path in (settings.estimator, settings.plan, settings.tls_cert, settings.tls_key):
         if path is not None and not path.exists():
             raise fail(f"There is no file {path}.", "Check the path.")
+    if os.environ.get("RANK") is None:
+        chosen = {name: getattr(settings, name) for name in ("host", "port", "tls_cert", "tls_key")}
+        require(DoctorContext(**chosen), port, *([tls] if settings.tls_cert else []))
+    from wispprof.server import serve as run
+    from wispprof.server.logs import configure_logging
+
     configure_logging(settings.log_level, quiet=settings.live)
 
     def announce(server: VerificationServer, taken: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -43,16 +43,7 @@ def demo(
     if prompt:
         settings = replace(settings, prompt=prompt)
     with console.progress() as bars:
-
-        def stage(name: str) -> Any:
-            task = bars.add_task(name, total=None, status="")
-
-            def report(done: int, total: int, status: str = "") -> None:
-                bars.update(task, completed=done, total=total, status=status)
-
-            return report
-
-        result = run_demo(settings, stage)
+        result = run_demo(settings, lambda name: console.tracker(name, bar=bars))
     if not as_json:
         _show_demo(result)
     if result.flagged > BUSY:

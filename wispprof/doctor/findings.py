@@ -41,7 +41,7 @@ class DoctorContext(Settings):
     target: str = setting("", "Target model; default: the bundled one.")
     draft: str = setting("", "Draft model or .gguf file; default: the bundled one.")
     host: str = setting(ServerSettings.host, "Address a server would listen on.")
-    port: int = setting(ServerSettings.port, "Port a server would listen on.", minimum=1, maximum=65535)
+    port: int = setting(ServerSettings.port, "Port a server would listen on.", minimum=0, maximum=65535)
     api_key_file: Path | None = setting(None, "API keys of that server.")
     tls_cert: Path | None = setting(None, "Certificate chain (PEM).")
     tls_key: Path | None = setting(None, "Private key (PEM).")
@@ -51,6 +51,13 @@ class DoctorContext(Settings):
 
 
 Check = Callable[[DoctorContext], Finding]
+
+
+def require(context: DoctorContext, *checks: Check) -> None:
+    """Raise :class:`WispprofError` for the first check that fails: cheap checks of a command's options."""
+    for finding in examine(context, checks):
+        if finding.status == "fail":
+            raise WispprofError(finding.message, finding.hint)
 
 
 _ACRONYMS = {"api": "API", "tls": "TLS"}

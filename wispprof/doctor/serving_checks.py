@@ -203,6 +203,10 @@ def tls(context: DoctorContext) -> Finding:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
     except (OSError, ssl.SSLError) as err:
+        if _is_key(cert) and not _is_key(key):
+            return Finding(
+                "fail", f"{cert} holds a private key, {key} does not.", "Swap --tls-cert and --tls-key."
+            )
         reason = err.reason if isinstance(err, ssl.SSLError) else err.strerror
         return Finding(
             "fail",
@@ -215,6 +219,10 @@ def tls(context: DoctorContext) -> Finding:
     if days < 14:
         return Finding("warn", f"{cert} expires in {days:.0f} days.", "Renew it soon.")
     return Finding("ok", f"{cert} is valid for {days:.0f} more days")
+
+
+def _is_key(file: Path) -> bool:
+    return file.is_file() and b"PRIVATE KEY-----" in file.read_bytes()
 
 
 def _days_left(cert: object) -> float:

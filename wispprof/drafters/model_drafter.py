@@ -104,17 +104,21 @@ def features_numpy(logits: np.ndarray) -> DraftFeatures:
 
 
 def features_torch(logits: Tensor) -> Tensor:
-    """The same for rows (n, V) on any device: (n, 4) float64, in the order of the fields."""
+    """The same for rows (n, V) on any device: (n, 4) float64 on the CPU, in the order of the fields."""
     rows = logits.float()
     log_p = rows.log_softmax(-1)
     p = log_p.exp()
     two = rows.topk(2, dim=-1).values
-    return torch.stack(
-        (
-            p.amax(-1),
-            -(p * log_p).sum(-1).clamp(max=0.0),
-            two[:, 0] - two[:, 1],
-            rows.std(-1, correction=0),
-        ),
-        -1,
-    ).double()
+    return (
+        torch.stack(
+            (
+                p.amax(-1),
+                -(p * log_p).sum(-1).clamp(max=0.0),
+                two[:, 0] - two[:, 1],
+                rows.std(-1, correction=0),
+            ),
+            -1,
+        )
+        .cpu()
+        .double()
+    )  # Apple GPUs have no float64

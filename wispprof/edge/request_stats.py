@@ -271,7 +271,9 @@ class RequestStats:
         if self.rounds and self.drafted:
             parts.append(f"accepted {self.accepted_per_round:.2f} per round ({self.rounds} rounds)")
             share = self.wasted_ms / self.draft_ms if self.draft_ms else 0.0
-            parts.append(f"wasted drafting {self.wasted_ms:.0f} ms ({share:.0%})")
+            parts.append(
+                f"wasted drafting {self.wasted_ms:.{0 if self.wasted_ms >= 10 else 2}f} ms ({share:.0%})"
+            )
         if self.proactive_guesses:
             parts.append(f"guessed ahead {self.proactive_hits}/{self.proactive_guesses}")
         if self.energy_j_per_token is not None:

@@ -208,15 +208,19 @@ def _dtype(name: str) -> torch.dtype:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     try:
         device = torch.device(name)
     except RuntimeError as err:
-        raise ModelError(f"Unknown device {name!r}.", "Use auto, cpu or cuda.") from err
+        raise ModelError(f"Unknown device {name!r}.", "Use auto, cpu, cuda or mps.") from err
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(
             "torch sees no CUDA device here.", "Use --device cpu, or install a CUDA build of torch."
         )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError("torch sees no Apple GPU here.", "Use --device cpu.")
     return device
 
 

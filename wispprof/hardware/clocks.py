@@ -67,14 +67,15 @@ class CpuSensors(Sensors):
 
 
 class GpuSensors(Sensors):
-    """One NVIDIA device through NVML: SM clock, temperature, and the driver's throttle reasons."""
+    """One NVIDIA device, by torch's ordinal, through NVML: SM clock, temperature, and the driver's
+    throttle reasons."""
 
     name = "nvml"
     # Thermal and power slow-downs, software and hardware; not "idle" or "application clocks".
     THROTTLE_BITS = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
 
-    def __init__(self, index: int = 0) -> None:
-        self._index = index
+    def __init__(self, ordinal: int = 0) -> None:
+        self._ordinal = ordinal
 
     def read(self) -> Reading:
         clock = self._query(lambda lib, dev: float(lib.nvmlDeviceGetClockInfo(dev, 1)))
@@ -84,7 +85,7 @@ class GpuSensors(Sensors):
         return Reading(clock, heat, slow)
 
     def _query(self, question: Any) -> Any:
-        return nvml.query(lambda lib: question(lib, lib.nvmlDeviceGetHandleByIndex(self._index)))
+        return nvml.of_cuda_device(question, self._ordinal)
 
 
 def sensors(device: str = "cpu") -> Sensors:

@@ -97,17 +97,16 @@ class NvmlMeter(EnergyMeter):
     sensor = "nvml"
     joules_per_count = 1e-3
 
-    def __init__(self, index: int = 0, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._index = index
+    def __init__(self, ordinal: int = 0, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._ordinal = ordinal
         super().__init__([0.0], clock)
 
     def _read(self) -> list[float | None]:
-        energy_mj = nvml.query(
-            lambda lib: float(
-                lib.nvmlDeviceGetTotalEnergyConsumption(lib.nvmlDeviceGetHandleByIndex(self._index))
+        return [
+            nvml.of_cuda_device(
+                lambda lib, dev: float(lib.nvmlDeviceGetTotalEnergyConsumption(dev)), self._ordinal
             )
-        )
-        return [energy_mj]
+        ]
 
 
 class HwmonMeter(EnergyMeter):

@@ -176,6 +176,11 @@ def compute_device_name(device: str, hardware: Mapping[str, Any] | None = None) 
 
     ``hardware``: a manifest's record; default: this machine's. Empty if unknown.
     """
+    if hardware is None and device.startswith("cuda"):
+        ordinal = int(device.partition(":")[2] or 0)
+        found = nvml.of_cuda_device(lambda lib, dev: _text(lib.nvmlDeviceGetName(dev)), ordinal)
+        if found is not None:
+            return found
     facts = fingerprint().as_dict() if hardware is None else hardware
     gpus = [str(gpu["name"]) for gpu in facts.get("gpus", [])]
     if gpus and device != "cpu":

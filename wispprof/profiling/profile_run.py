@@ -44,7 +44,7 @@ class ProfilerSetup(Generic[Subject]):
     """Everything that is decided before the first workload. ``engine`` and ``measure`` go to the manifest.
 
     ``after_s``: seconds of steady measurement after the sweep. ``left_out``: number of workloads that do
-    not fit into the budget.
+    not fit into the budget; ``spare``: those of them that are measured if time is left.
     """
 
     kind: str
@@ -58,6 +58,7 @@ class ProfilerSetup(Generic[Subject]):
     measure: dict[str, Any]
     after_s: float = 0.0
     left_out: int = 0
+    spare: Sequence[Workload[Subject]] = ()
     close: Callable[[], None] = field(default=lambda: None)
 
     def announce(self) -> SweepPlan:
@@ -97,6 +98,7 @@ def collect_profile(
             progress=progress,
             cost=setup.cost,
             budget_s=budget_s,
+            spare=setup.spare,
         ).run()
         rows, summary = finish(result, journal)
         setup.close()
@@ -131,7 +133,8 @@ def synchronizer(device: Any) -> Callable[[], None]:
     """A function that waits for a torch device; it does nothing for a CPU."""
     import torch
 
-    return torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
+    return waits.get(device.type, lambda: None)
 
 
 def journal_path(path: Path) -> Path:

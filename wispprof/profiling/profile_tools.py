@@ -361,7 +361,7 @@ def export_rows(profile: Profile, path: Path) -> int:
                 frame.to_parquet(path, index=False)
             except ImportError:
                 raise ProfileError(
-                    "Parquet needs pyarrow.", "Install it with: pip install 'wispprof[parquet]'."
+                    "Parquet needs pyarrow.", "Install it with: pip install pyarrow."
                 ) from None
         case _:
             raise ProfileError(f"Cannot export to {path.name!r}.", "Use a name in .csv or .parquet.")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from wispprof.artifacts import RowJournal, ServerProfile, StepRow
 from wispprof.errors import ProfileError
+from wispprof.fitting.observations import MINIMUM_SHAPES
 from wispprof.profiling.physics_checks import check_physics
 from wispprof.profiling.profile_run import (
     ProfilerSetup,
@@ -37,7 +38,7 @@ from wispprof.profiling.shape_grid import (
 )
 from wispprof.profiling.step_runner import MASTER, ProfiledEngine, StepRunner
 from wispprof.profiling.sweep import SweepResult
-from wispprof.profiling.sweep_cost import CostModel, pilot
+from wispprof.profiling.sweep_cost import CostModel, choose_probes, pilot
 from wispprof.profiling.workload import Workload
 from wispprof.settings.profiler_settings import ServerProfilerSettings, SweepSettings
 from wispprof.types import BatchShape, Progress, Sampling, StepInput
@@ -67,11 +68,13 @@ def profile_server(
     *,
     loaded: LoadedModel | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    warn: Callable[[str], None] = lambda message: None,
 ) -> ServerProfile:
     """Measure, check against physics, and (with an output path) write a server profile.
 
-    ``loaded``: a model that is loaded already. Ctrl-C keeps finished blocks in the journal. Raises
-    :class:`PhysicsViolation` if the times cannot be right; the journal is kept.
+    ``loaded``: a model that is loaded already. ``warn``: told at once if `wispprof fit` will need more.
+    Ctrl-C keeps finished blocks in the journal. Raises :class:`PhysicsViolation` if the times cannot be
+    right; the journal is kept.
     """
     check_output(settings.output)
     begin = clock()
@@ -82,11 +85,15 @@ def profile_server(
         loaded = loaded or _load(settings)
         begin = clock()
     setup = _set_up(settings, loaded, clock)
+    if len(setup.workloads) < MINIMUM_SHAPES:
+        warn(too_few_shapes(len(setup.workloads)))
 
     def finish(result: SweepResult, journal: RowJournal | None) -> Any:
         rows = cast("tuple[StepRow, ...]", result.rows)
         physics = check_physics(rows, setup.model).as_dict()
-        return rows, {"physics": physics, "left_out": setup.left_out}
+        measured = {row.key for row in rows}
+        added = sum(workload.key in measured for workload in setup.spare)
+        return rows, {"physics": physics, "left_out": setup.left_out - added}
 
     profile = collect_profile(
         setup,
@@ -101,6 +108,14 @@ def profile_server(
     return cast(ServerProfile, profile)
 
 
+def too_few_shapes(count: int) -> str:
+    """A warning that the estimator cannot be fitted to so few batch shapes."""
+    return (
+        f"{count} batch shapes are measured; `wispprof fit` needs at least {MINIMUM_SHAPES}. Give more "
+        "--budget-minutes or a larger grid."
+    )
+
+
 def plan_server(
     settings: ServerProfilerSettings,
     *,
@@ -110,7 +125,10 @@ def plan_server(
     """A dry run: load, time a few shapes, list the workloads and the expected time."""
     setup = _set_up(settings, loaded, clock)
     setup.close()
-    return setup.announce()
+    plan = setup.announce()
+    if settings.budget_minutes is None or settings.budget_s is None:
+        return plan
+    return replace(plan, expected_s=min(plan.expected_s, settings.budget_s))
 
 
 def _budget_left(
@@ -140,11 +158,15 @@ def _set_up(
     pilot_s = math.inf if left is None else _PILOT_SHARE * left
     cost = pilot(runner, workloads, sentinel, sweep, clock, budget_s=pilot_s)
     left = _budget_left(settings, begin, clock)
-    in_grid = len(workloads)
-    if left is not None:
-        min_count = QUICK_SHAPES if settings.budget_minutes is None else 0
+    in_grid, spare = len(workloads), []
+    if left is not None and settings.budget_minutes is None:
         cost_s = _expected_s(workloads, sentinel, cost, sweep)
-        workloads = select_within_budget(workloads, left, cost_s, min_count)
+        workloads = select_within_budget(workloads, left, cost_s, QUICK_SHAPES)
+    elif left is not None:
+        ranked = choose_probes(workloads, in_grid)
+        workloads = _select_by_budget(ranked, left, sentinel, cost, sweep)
+        taken = {workload.key for workload in workloads}
+        spare = [workload for workload in ranked if workload.key not in taken]
     return ProfilerSetup(
         "server",
         runner,
@@ -157,6 +179,7 @@ def _set_up(
         measure={"grid": settings.grid, "axes": axes_record(axes)},
         close=runner.close,
         left_out=in_grid - len(workloads),
+        spare=spare,
     )
 
 
@@ -200,6 +223,24 @@ def _torch_engine(
         "threads": torch.get_num_threads(),
     }
     return ProfiledEngine(runner, info, workloads, record)
+
+
+def _select_by_budget(
+    workloads: list[Workload[BatchShape]],
+    budget_s: float,
+    sentinel: Workload[BatchShape],
+    cost: CostModel[BatchShape],
+    sweep: SweepSettings,
+) -> list[Workload[BatchShape]]:
+    """Workloads that can be finished within the budget; if those are few, more with one block each.
+
+    Many shapes of which a few samples are known tell an estimator more than a few known precisely.
+    """
+    reference_s = cost.reference_s(sentinel) / sweep.sentinel_every
+    block_s = [cost.block_s(workload, sweep.block + sweep.warmup) + reference_s for workload in workloads]
+    begun = select_within_budget(workloads, budget_s, block_s)[:QUICK_SHAPES]
+    finished = select_within_budget(workloads, budget_s, _expected_s(workloads, sentinel, cost, sweep), 1)
+    return max(finished, begun, key=len)
 
 
 def _expected_s(

@@ -54,8 +54,9 @@ class Sweep(Generic[Subject]):
 
     Blocks that are in the journal already are not repeated. ``cost``: cost model of a pilot. With it, the
     sweep keeps to the time that it announces: it skips refinement, but no workload's ``min_samples``. It
-    never exceeds ``budget_s`` as long as blocks cost what they did before. An exception or Ctrl-C leaves
-    every finished block in the journal.
+    never exceeds ``budget_s`` as long as blocks cost what they did before. If time is left at the end, it
+    measures the workloads of ``spare``, too, in their order, as far as they fit. An exception or Ctrl-C
+    leaves every finished block in the journal.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Sweep(Generic[Subject]):
         progress: Progress | None = None,
         cost: CostModel[Subject] | None = None,
         budget_s: float | None = None,
+        spare: Sequence[Workload[Subject]] = (),
     ) -> None:
         if len({workload.key for workload in workloads}) != len(workloads):
             raise ValueError("workload keys must be distinct")
@@ -82,6 +84,7 @@ class Sweep(Generic[Subject]):
         self._has_pilot = cost is not None
         self._cost: CostModel[Subject] = cost if cost is not None else CostModel(settings)
         self._budget_s = math.inf if budget_s is None else budget_s
+        self._spare = list(spare)
         self._refused: dict[str, str] = {}
         self._out_of_time: set[str] = set()
         self._blocks_since_reference = settings.sentinel_every
@@ -90,7 +93,7 @@ class Sweep(Generic[Subject]):
 
     def run(self) -> SweepResult:
         begin = self._clock()
-        announced_s = self._remaining()[1] if self._has_pilot else None
+        announced_s = min(self._remaining()[1], self._budget_s) if self._has_pilot else None
         deadline = begin + self._budget_s
         refine_until = deadline
         if announced_s is not None:
@@ -98,6 +101,9 @@ class Sweep(Generic[Subject]):
         with _no_garbage_collection():
             while unfinished := self._unfinished():
                 self._measure_pass(unfinished, deadline, refine_until)
+            while self._add_spare(deadline):
+                while unfinished := self._unfinished():
+                    self._measure_pass(unfinished, deadline, deadline)
             if self._blocks_done:
                 self._measure_sentinel()
         self._progress(self._blocks_done, self._blocks_done, "done")
@@ -134,6 +140,18 @@ class Sweep(Generic[Subject]):
     def _unfinished(self) -> list[Workload[Subject]]:
         skipped = self._out_of_time | self._refused.keys()
         return [w for w in self._workloads if w.key not in skipped and not self._is_finished(w)]
+
+    def _add_spare(self, deadline: float) -> bool:
+        """Add the first spare workload that is expected to be finished in time."""
+        reference_s = self._cost.reference_s(self._sentinel) if self._sentinel is not None else 0.0
+        while self._spare:
+            workload = self._spare.pop(0)
+            blocks, seconds = self._cost.remaining(workload)
+            references = blocks // self._settings.sentinel_every + 2
+            if self._clock() + seconds + references * reference_s <= deadline:
+                self._workloads.append(workload)
+                return True
+        return False
 
     def _is_finished(self, workload: Workload[Subject]) -> bool:
         if self._below_min(workload):

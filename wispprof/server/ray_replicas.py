@@ -66,7 +66,7 @@ def _ray() -> tuple[Any, Any]:
     except ImportError as err:
         raise RuntimeFault(
             "Replicas need Ray Serve, which is not installed.",
-            'Install it: pip install "wispprof[ray]".',
+            'Install it: pip install "ray[serve]".',
         ) from err
     return ray, serve
 

@@ -17,7 +17,7 @@ DEMO_FOLDER = Path("out/demo")
 
 def device_setting() -> Any:
     """The field ``device`` of whatever runs a model."""
-    return setting("auto", "Where the model runs: auto, cpu, cuda or cuda:N.")
+    return setting("auto", "Where the model runs: auto, cpu, cuda, cuda:N or mps.")
 
 
 def dtype_setting() -> Any:
