@@ -215,7 +215,7 @@ FAULTS: dict[Callable[[Installation], None], tuple[str, str, str]] = {
     # fault: (the check that finds it, its status, words of its message or hint)
     no_weights: ("models", "fail", "download"),
     cut_weights: ("models", "fail", "download is complete"),
-    weights_of_nan: ("engine", "fail", "Download them again"),
+    weights_of_nan: ("models", "fail", "Download them again"),
     swapped_pair: ("models", "warn", "Swap --target and --draft"),
     another_tokenizer: ("tokenizers", "fail", "target's family"),
     no_tokenizer: ("tokenizers", "fail", "Copy the tokenizer files"),

@@ -361,7 +361,7 @@ def test_ctrl_c_says_where_the_rows_are(tmp_path, monkeypatch):
     from wispprof.profiling import server_profiler
     from wispprof.profiling.profile_run import journal_path
 
-    def interrupted(settings, progress):
+    def interrupted(settings, progress, **_):
         journal_path(settings.output.path).write_bytes(b"header\nrow\nrow\n")
         progress(2, 9, "ETA 0:05")
         raise KeyboardInterrupt
@@ -378,7 +378,7 @@ def test_options_reach_the_settings(tmp_path, monkeypatch):
 
     seen = []
 
-    def measured(settings, progress):
+    def measured(settings, progress, **_):
         seen.append(settings)
         return server_profile()
 

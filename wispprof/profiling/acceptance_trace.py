@@ -48,7 +48,7 @@ def trace_pair(settings: TraceSettings, progress: Progress | None = None) -> Acc
 def check_tokenizers(settings: TraceSettings) -> None:
     """Compare the tokenizers of the pair before its weights are loaded, which takes far longer.
 
-    Raises :class:`ModelError` if they differ. Drafts that are no model of transformers are compared when they are loaded.
+    Raises :class:`ModelError` if they differ. Other drafts than models are compared when they are loaded.
     """
     from wispprof.engines.loading import load_tokenizer, tokenizer_hash
 
