@@ -97,11 +97,11 @@ def _read_tests(file: Path) -> list[tuple[_BenchTest, dict[str, Any]]]:
             test = msgspec.json.decode(entry, type=_BenchTest)
             if not test.samples_ts and test.avg_ts is None:
                 raise msgspec.ValidationError("Object missing required field `samples_ts`")
+            facts: dict[str, Any] = msgspec.json.decode(entry)
         except (msgspec.DecodeError, UnicodeDecodeError) as err:
             raise ArtifactDamaged(
                 f"{file}, test {number}: {err}.", "Make the file again with: llama-bench -o json."
             ) from None
-        facts: dict[str, Any] = msgspec.json.decode(entry)
         tests.append((test, {name: value for name, value in facts.items() if name not in _PER_TEST}))
     return tests
 
