@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "max_tokens": st.sampled_from([1, 2, 7, 0, -1, 1 << 63, 1.5, "3"]),
     "min_tokens": st.sampled_from([0, 2, 5, 100, -1]),
-    "temperature": st.sampled_from([0, 0.5, 1, 2, -1, 1e-300, 1e9, float("inf")]),
+    "temperature": st.sampled_from([0, 0.5, 1, 2, -1, 1e-300, 1e9]),
     "top_p": st.sampled_from([1, 0.5, 1e-9, 0, 2]),
     "top_k": st.sampled_from([-1, 0, 1, 5, 1 << 31, 1 << 63, -2]),
     "min_p": st.sampled_from([0, 0.5, 1, -1, 2]),
