@@ -33,6 +33,35 @@ class GgufDraft:
         return f"{self.match.summary}. The draft writes text, which costs speed."
 
 
+@dataclass(frozen=True)
+class ServedDraft:
+    """The draft model of a running ``llama-server``. ``vocab_size``: ids of the target's tokenizer."""
+
+    url: str
+    vocab_size: int
+    device: str = "cpu"
+    note: str = ""
+
+
+def is_llama(draft: str) -> bool:
+    """Whether llama.cpp runs this draft: a ``.gguf`` file, or ``llama-server:URL``."""
+    return draft.endswith(".gguf") or draft.startswith("llama-server:")
+
+
+def load_llama(draft: str, settings: LlamaSettings, device: str, tokenizer: Any) -> GgufDraft | ServedDraft:
+    """The draft of :func:`is_llama`, compared with the target's ``tokenizer``.
+
+    Raises the errors of loading, and :class:`ModelError` for a server with another vocabulary.
+    """
+    if draft.endswith(".gguf"):
+        return load_gguf(Path(draft), settings, device, tokenizer)
+    from wispprof.drafters.llama_server import SCHEME, check_served_vocabulary
+
+    url = draft.removeprefix(SCHEME)
+    check_served_vocabulary(url, tokenizer)
+    return ServedDraft(url, max(tokenizer.get_vocab().values()) + 1)
+
+
 def load_gguf(path: Path, settings: LlamaSettings, device: str, tokenizer: Any) -> GgufDraft:
     """Load a ``.gguf`` draft and compare its vocabulary with the target's ``tokenizer``.
 
@@ -68,6 +97,10 @@ def needs_model(name: str) -> bool:
 
 
 def _model(model: Any, memory: LookupMemory | None) -> Drafter:
+    if isinstance(model, ServedDraft):
+        from wispprof.drafters.llama_server import LlamaServerDrafter
+
+        return LlamaServerDrafter(model.url, model.vocab_size)
     if not isinstance(model, GgufDraft):
         from wispprof.drafters.torch_drafter import TorchDrafter
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wispprof.artifacts import bundled_path
-from wispprof.drafters import load_gguf, needs_model
+from wispprof.drafters import is_llama, load_llama, needs_model
 from wispprof.drafters.ngram import LookupMemory
 from wispprof.drafters.token_text import load_tokenizer
 from wispprof.edge.client import EdgeClient
@@ -222,14 +222,14 @@ def _load(settings: EdgeSettings, folder: str) -> tuple[Any, Any, str]:
     where = settings.tokenizer
     plugin = settings.drafter not in ("lookup", "none")
     wanted = needs_model(settings.drafter) or (plugin and bool(settings.draft))
-    gguf = wanted and folder.endswith(".gguf")
-    if gguf:
+    llama = wanted and is_llama(folder)
+    if llama:
         where = where or str(Path(folder).parent)
     elif wanted:
         loaded = load_model(folder, dtype=settings.dtype, device=settings.device)
     tokenizer = loaded.tokenizer if loaded is not None and not where else load_tokenizer(where or folder)
-    if gguf:
-        loaded = load_gguf(Path(folder), settings.llama, settings.device, tokenizer)
+    if llama:
+        loaded = load_llama(folder, settings.llama, settings.device, tokenizer)
         if loaded.note:
             log.warning("%s: %s", folder, loaded.note)
     return loaded, tokenizer, tokenizer_hash(tokenizer)

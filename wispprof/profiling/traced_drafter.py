@@ -112,20 +112,21 @@ def load_traced_draft(settings: TraceSettings, tokenizer: Any = None) -> TracedD
 
     Raises the errors of loading; :class:`ModelError` if there is no tokenizer for a ``.gguf`` draft.
     """
-    gguf = settings.draft.endswith(".gguf")
-    if not gguf and settings.drafter == "model":
+    from wispprof.drafters import is_llama, load_llama, make_drafter, needs_model
+
+    llama = is_llama(settings.draft)
+    if not llama and settings.drafter == "model":
         return _TorchTraced(load_pair_model(settings.draft, "draft", settings.dtype, settings.device))
-    from wispprof.drafters import load_gguf, make_drafter, needs_model
     from wispprof.drafters.token_text import load_tokenizer
     from wispprof.engines.loading import tokenizer_hash
 
     if tokenizer is None or settings.tokenizer:
-        where = settings.tokenizer or str(Path(settings.draft).parent if gguf else settings.draft)
+        where = settings.tokenizer or str(Path(settings.draft).parent if llama else settings.draft)
         tokenizer = load_tokenizer(where)
     model: Any = None
     if needs_model(settings.drafter):
-        if gguf:
-            model = load_gguf(Path(settings.draft), settings.llama, settings.device, tokenizer)
+        if llama:
+            model = load_llama(settings.draft, settings.llama, settings.device, tokenizer)
         else:
             model = load_pair_model(settings.draft, "draft", settings.dtype, settings.device)
     drafter = make_drafter(settings.drafter, model)

@@ -100,7 +100,9 @@ class EdgeSettings(Settings):
     drafting: DraftingSettings = field(default_factory=DraftingSettings)
     llama: LlamaSettings = field(default_factory=LlamaSettings)
     server: str = setting("", "Address of the server; default: start one here on the bundled pair.")
-    draft: str = setting("", "Draft model: folder, hub id or .gguf file; default: the bundled one.")
+    draft: str = setting(
+        "", "Draft model: folder, hub id, .gguf file or llama-server:URL; default: the bundled one."
+    )
     tokenizer: str = setting("", "The target's tokenizer: folder or hub id; default: beside the draft model.")
     drafter: str = setting(
         "model", "What drafts: model, lookup, both (lookup first), none or one of your own."

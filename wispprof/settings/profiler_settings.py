@@ -185,7 +185,9 @@ class TraceSettings(Settings):
     """What an acceptance trace records. ``batch``: sessions of the target at once."""
 
     target: str = setting("", "Target model: folder or hub id; default: the bundled one.", option="model")
-    draft: str = setting("", "Draft model: folder, hub id or .gguf file; default: the bundled one.")
+    draft: str = setting(
+        "", "Draft model: folder, hub id, .gguf file or llama-server:URL; default: the bundled one."
+    )
     tokenizer: str = setting(
         "", "The target's tokenizer for a .gguf draft; default: that of --model, or beside the draft."
     )
