@@ -21,7 +21,7 @@ PROMPTS = [[(5 * i + n) % 64 for i in range(4 + n)] for n in range(6)]
 
 
 class FakeVllm:
-    """Answers as vLLM 0.32.0 does. ``asked``: bodies of the requests."""
+    """Answers as vLLM 0.32.0 does. ``asked``: what was requested."""
 
     def __init__(self) -> None:
         self.asked: list[dict] = []
