@@ -1,8 +1,8 @@
 """What a step of vLLM costs outside its executor: ``python benchmarks/vllm_step.py``.
 
 A step is scheduling, the executor (inputs, forward pass, sampling) and the commit. The executor is vLLM's
-own; the rest is this project's engine and vLLM's block manager. Decode steps of 1, 16 and 64 sessions, undrafted
-and with four drafts each. Prints a table and one JSON line. Needs an environment with vLLM.
+own, with this project's sampler; the rest is this project's engine and vLLM's block manager. Decode steps of
+1, 16 and 64 sessions, undrafted and with four drafts each. Prints a table and one JSON line. Needs an environment with vLLM.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def main() -> None:
     rows = [measure(engine, executor, n, k, args.steps) for n in args.sessions for k in (0, 4)]
     for row in rows:
         print(
-            f"{row['sessions']:4d} sessions, {row['drafts']} drafts: step {row['step_ms']:7.2f} ms, outside the "
-            f"executor {row['outside_ms']:5.2f} ms (fastest tenth {row['outside_p10_ms']:5.2f} ms)"
+            f"{row['sessions']:4d} sessions, {row['drafts']} drafts: step {row['step_ms']:7.2f} ms, outside "
+            f"the executor {row['outside_ms']:5.2f} ms (fastest tenth {row['outside_p10_ms']:5.2f} ms)"
         )
     print(json.dumps({"benchmark": "vllm_step", "load": os.getloadavg()[0], "rows": rows}))
 

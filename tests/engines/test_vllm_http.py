@@ -36,15 +36,19 @@ class FakeVllm:
         self.asked.append(body)
         tokens = body["prompt"]
         choice: dict = {"token_ids": TARGET.generate(tokens, 1, Sampling()), "prompt_logprobs": None}
-        if "prompt_logprobs" in body:
-            choice["prompt_logprobs"] = [None, *(self.entry(tokens, at) for at in range(1, len(tokens)))]
+        if (most := body.get("prompt_logprobs")) is not None:
+            choice["prompt_logprobs"] = [
+                None,
+                *(self.entry(tokens, at, most) for at in range(1, len(tokens))),
+            ]
         return httpx.Response(200, json={"choices": [choice]})
 
-    def entry(self, tokens: list[int], at: int) -> dict:
+    def entry(self, tokens: list[int], at: int, most: int) -> dict:
+        """The prompt's own token, and the ``most`` likeliest."""
         [best] = TARGET.generate(tokens[:at], 1, Sampling())
-        entries = {str(best): {"logprob": -0.1, "rank": 1}}
-        if tokens[at] != best:
-            entries[str(tokens[at])] = {"logprob": -3.0, "rank": 7}
+        entries = {str(tokens[at]): {"logprob": -3.0, "rank": 1 if tokens[at] == best else 7}}
+        if most:
+            entries.setdefault(str(best), {"logprob": -0.1, "rank": 1})
         return entries
 
 

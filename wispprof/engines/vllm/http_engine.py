@@ -103,7 +103,7 @@ class VllmHttpEngine(Engine):
             "return_token_ids": True,
         }
         if one.drafts:
-            body["prompt_logprobs"] = 0
+            body["prompt_logprobs"] = 1
         choice = self._ask(body)
         tokens: list[int] = []
         for position in range(len(prompt) - one.drafts, len(prompt)):
