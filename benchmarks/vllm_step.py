@@ -2,7 +2,8 @@
 
 A step is scheduling, the executor (inputs, forward pass, sampling) and the commit. The executor is vLLM's
 own, with this project's sampler; the rest is this project's engine and vLLM's block manager. Decode steps of
-1, 16 and 64 sessions, undrafted and with four drafts each. Prints a table and one JSON line. Needs an environment with vLLM.
+1, 16 and 64 sessions, undrafted and with four drafts each. Prints a table and one JSON line. Needs an
+environment with vLLM.
 """
 
 from __future__ import annotations

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 _COMMON = {
     "vocab_size": 512,
@@ -36,6 +38,7 @@ TINY: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 1,
     },
     "olmo2": {"head_dim": 32, "hidden_size": 128},
+    "llama": {"head_dim": 32, "hidden_size": 128},
     "phi3": {"hidden_size": 128, "rope_scaling": None},
 }
 
@@ -50,3 +53,30 @@ def write_checkpoint(family: str, folder: Path) -> str:
     path = folder / family
     model.save_pretrained(path)
     return str(path)
+
+
+def quantize(checkpoint: str) -> None:
+    """Rewrite a checkpoint with int8 weights per channel and int8 activations per token
+    (``compressed-tensors``), which vLLM's CPU build computes in int8."""
+    path = Path(checkpoint)
+    tensors = load_file(path / "model.safetensors")
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        scale = tensors[name].abs().amax(1, keepdim=True) / 127
+        tensors[name] = (tensors[name] / scale).round().to(torch.int8)
+        tensors[f"{name}_scale"] = scale
+    save_file(tensors, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    kind = {"num_bits": 8, "type": "int", "symmetric": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**kind, "strategy": "channel", "dynamic": False},
+                "input_activations": {**kind, "strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    (path / "config.json").write_text(json.dumps(config))

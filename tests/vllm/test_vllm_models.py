@@ -9,17 +9,21 @@ import pytest
 from conftest import vllm_options
 from decoding import decode, half_right
 from plain_vllm import plain_vllm
-from tiny_checkpoints import TINY, write_checkpoint
+from tiny_checkpoints import TINY, quantize, write_checkpoint
 
 from wispprof.engines import load_engine
+from wispprof.engines.vllm.target import provenance
 from wispprof.types import Sampling
 
 LENGTH = 40
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", [*TINY, "llama int8"])
 def test_split_text_is_plain_vllm_s(family: str, tmp_path: Path) -> None:
+    family, *quantized = family.split()
     folder = write_checkpoint(family, tmp_path)
+    if quantized:
+        quantize(folder)
     dice = random.Random(2)
     prompts = [[dice.randrange(2, 500) for _ in range(dice.choice((3, 60, 200)))] for _ in range(8)]
     wanted = plain_vllm(prompts, LENGTH, folder, max_model_len=512)
@@ -29,6 +33,7 @@ def test_split_text_is_plain_vllm_s(family: str, tmp_path: Path) -> None:
     drafts = half_right(wanted, 8, 512)
     found = decode(engine, prompts, LENGTH, drafts=drafts, chunk=33, members=lambda n: dice.random() < 0.6)
     assert found == wanted
+    assert provenance(engine.core)["quantization"] == ("compressed-tensors" if quantized else "none")
     engine.open("checked", Sampling(), prompts[0])
     engine.close("checked")
     engine.audit({})
