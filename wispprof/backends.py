@@ -171,6 +171,10 @@ class Engine(ABC):
                 f"The engine uses {used} KV tokens; its sessions cache {sum(expected.values())}."
             )
 
+    def metrics_text(self) -> bytes:
+        """Metrics of the backend itself, in Prometheus' text format. None by default."""
+        return b""
+
     def warm_up(self) -> None:  # noqa: B027
         """Pay for lazy initialization before the first real step. Does nothing by default."""
 

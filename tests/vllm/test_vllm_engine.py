@@ -185,7 +185,8 @@ def test_logits_that_are_not_finite_name_their_session(engine, own, monkeypatch:
     decide = runner.rejection_sampler._rows.decide
 
     def spoil(logits, rows):
-        logits[1] = float("nan")
+        names = runner.input_batch.req_ids
+        logits[names.index(engine._sessions["b"].request.request_id)] = float("nan")
         return decide(logits, rows)
 
     with monkeypatch.context() as patch:
@@ -196,3 +197,15 @@ def test_logits_that_are_not_finite_name_their_session(engine, own, monkeypatch:
     engine.audit({"a": len(PROMPT) - 1, "b": len(LONG) - 1})
     assert [continuation(engine, n, p, 6) for n, p in (("a", PROMPT), ("b", LONG))] == wanted
     engine.check_integrity()
+
+
+def test_vllm_s_own_metrics_are_told(engine) -> None:
+    engine.open("a", Sampling())
+    engine.open("b", Sampling())
+    for name in ("a", "b"):
+        engine.step([StepInput(name, LONG)])
+    lines = engine.metrics_text().decode().splitlines()
+    [running] = [line for line in lines if line.startswith("vllm:num_requests_running{")]
+    assert running.endswith(" 2.0")
+    assert 'model_name="target"' in running
+    assert all(line.startswith(("#", "vllm:")) for line in lines)

@@ -69,7 +69,7 @@ def make_app(server: VerificationServer, lifespan: Any = None) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(server.metrics.text(), media_type=METRICS_TYPE)
+        return Response(server.metrics_text(), media_type=METRICS_TYPE)
 
     @app.get("/steps")
     async def steps(since: int = 0) -> JSONResponse:

@@ -94,6 +94,10 @@ class VerificationServer:
         self.manager.spend = self.admission.budget.spend
         self._task: asyncio.Task[None] | None = None
 
+    def metrics_text(self) -> bytes:
+        """What ``/metrics`` returns: the server's metrics, then the engine's own."""
+        return self.metrics.text() + self._engine_thread.engine.metrics_text()
+
     # --- starting and stopping ----------------------------------------------------------------
 
     async def start(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wispprof.engines.vllm.versions import check_seams
@@ -34,7 +35,7 @@ def engine_arguments(options: EngineOptions) -> dict[str, Any]:
         "max_num_batched_tokens": options.max_tokens,
         "enable_prefix_caching": options.prefix_cache,
         "enable_chunked_prefill": True,
-        "disable_log_stats": True,
+        "served_model_name": Path(options.target).name,
         "use_tqdm_on_load": False,
         **given,
         "scheduler_cls": f"{_PACKAGE}.scheduler.GrantScheduler",
@@ -82,7 +83,9 @@ def build_core(options: EngineOptions) -> Any:
         raise SettingsError(f"vLLM knows no argument {', '.join(unknown)}.", "See `vllm serve --help`.")
     try:
         config = EngineArgs(**arguments).create_engine_config()
-        return EngineCore(config, Executor.get_class(config), log_stats=False)
+        return EngineCore(
+            config, Executor.get_class(config), log_stats=not arguments.get("disable_log_stats")
+        )
     except WispprofError:
         raise
     except Exception as err:

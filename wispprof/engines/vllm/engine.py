@@ -14,8 +14,9 @@ from wispprof.backends import Engine, EngineCapabilities, IntegrityReport
 from wispprof.engines.vllm.block_audit import check_blocks
 from wispprof.engines.vllm.grant import Grant
 from wispprof.engines.vllm.request import PENDING, VllmSession, out_of_blocks, request_maker
+from wispprof.engines.vllm.vllm_metrics import VllmMetrics
 from wispprof.errors import EngineError, EngineLost, InputRefused, OutOfKvMemory
-from wispprof.sampling.sampler import bounded
+from wispprof.sampling.sampler import UNDECIDED, bounded
 from wispprof.types import ModelInfo, Sampling, StepInput, TokenLogprob, VerifyResult
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class VllmEngine(Engine):
             )
         self._prefixes = self._full_attention and bool(config.cache_config.enable_prefix_caching)
         self._make_request: Callable[[str, list[int], Sampling], Any] = request_maker(core)
+        self._metrics = VllmMetrics(core) if core.log_stats else None
         core.collective_rpc("wispprof_install")
 
     # --- capacity ----------------------------------------------------------------------------------
@@ -160,11 +162,6 @@ class VllmEngine(Engine):
 
     def cached(self, session: str) -> int:
         return self._get(session).cached
-
-    def tokens(self, session: str) -> list[int]:
-        """A copy of the session's cached tokens."""
-        held = self._get(session)
-        return list(held.request._all_token_ids[: held.cached])
 
     # --- a step ------------------------------------------------------------------------------------
 
@@ -279,6 +276,8 @@ class VllmEngine(Engine):
         except Exception as err:
             self._lost = f"vLLM failed in a step: {type(err).__name__}: {err}"
             raise EngineLost(self._lost, "Load the engine again and prefill its sessions.") from err
+        if self._metrics is not None:
+            self._metrics.record(outputs)
         return {
             one.request_id: tuple(one.new_token_ids) for output in outputs.values() for one in output.outputs
         }
@@ -364,6 +363,9 @@ class VllmEngine(Engine):
             for name in names:
                 self.close(name)
 
+    def metrics_text(self) -> bytes:
+        return b"" if self._metrics is None else self._metrics.text()
+
     def shutdown(self) -> None:
         self._core.shutdown()
 
@@ -394,4 +396,5 @@ class VllmEngine(Engine):
 
 def _undecided(one: StepInput, held: VllmSession, decided: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether the logits of an input were not finite, so that no token could be decided."""
-    return one.needs_logits and not decided.get(held.request.request_id)
+    tokens = decided.get(held.request.request_id, ())
+    return one.needs_logits and (not tokens or tokens[0] == UNDECIDED)
