@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 from fake_libllama import FakeLibllama
@@ -100,6 +102,18 @@ def test_drafters_share_the_weights_and_keep_apart(model, library):
         other.draft()
     assert mixed == alone
     assert library.loaded_files == 1
+
+
+def test_native_memory_goes_with_the_objects(file, tiny):
+    library = FakeLibllama(tiny)
+    drafters = [LlamaCppDrafter(model) for model in [GgufModel(file, library=library)] for _ in range(3)]
+    assert library.open_contexts == 3
+    drafters.pop()
+    gc.collect()
+    assert library.open_contexts == 2
+    drafters.clear()
+    gc.collect()
+    assert library.open_contexts == library.loaded_files == 0
 
 
 def test_hidden_tokens_are_never_proposed(model):

@@ -21,6 +21,8 @@ class FakeLibllama:
         self.texts = texts or [f"t{i}" for i in range(size)]
         self._forgets = forgets
         self._held: dict[int, list[int]] = {}
+        self._model_of: dict[int, int] = {}
+        self._contexts = self._models = 0
         self._rows: dict[int, Any] = {}
         self.complaints: deque[str] = deque()
         self.loaded_files = 0
@@ -44,7 +46,8 @@ class FakeLibllama:
             return None
         self.loaded_files += 1
         self.gpu_layers = params.n_gpu_layers
-        return 1
+        self._models += 1
+        return self._models
 
     def last_complaint(self) -> str:
         return self.complaints[-1].rstrip(".") if self.complaints else ""
@@ -79,7 +82,9 @@ class FakeLibllama:
         return 0
 
     def init_from_model(self, model: int, params: Any) -> int:
-        context = len(self._held) + 1
+        self._contexts += 1
+        context = self._contexts
+        self._model_of[context] = model
         self._held[context] = []
         return context
 
@@ -118,4 +123,12 @@ class FakeLibllama:
         return ctypes.cast(self._rows[context], ctypes.POINTER(ctypes.c_float))
 
     def free(self, context: int) -> None:
-        del self._held[context]
+        del self._held[context], self._model_of[context]
+
+    def model_free(self, model: int) -> None:
+        assert model not in self._model_of.values(), "sequences must be freed before their model"
+        self.loaded_files -= 1
+
+    @property
+    def open_contexts(self) -> int:
+        return len(self._held)

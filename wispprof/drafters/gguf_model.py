@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import json
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,18 @@ from wispprof.types import ModelInfo
 _BATCH_CPU, _BATCH_GPU = 128, 512
 _ALL_LAYERS = 999
 _NO_KV_SLOT = 1
+
+
+class _Weights:
+    """Frees a model once nothing refers to it: the model itself, and every context made of it."""
+
+    def __init__(self, library: LlamaLibrary, handle: int) -> None:
+        self._free = weakref.finalize(self, library.model_free, handle)
+
+
+def _free_context(library: LlamaLibrary, context: int, weights: _Weights) -> None:
+    """``weights`` live until here: a context must be freed before its model."""
+    library.free(context)
 
 
 class GgufModel:
@@ -54,6 +67,7 @@ class GgufModel:
         if not self.handle:
             reason = lib.last_complaint() or "it is damaged, or of an unknown architecture"
             raise ModelError(f"llama.cpp cannot load {path}: {reason}.", "Download the file again.")
+        self.weights = _Weights(lib, self.handle)
         if lib.model_is_recurrent(self.handle):
             raise ModelUnsupported(
                 f"{path.name} keeps recurrent state, which cannot be rolled back by length.",
@@ -119,12 +133,6 @@ class GgufModel:
             raise EngineError(f"llama.cpp could not tokenize {len(text)} bytes.")
         return list(ids[:count])
 
-    def close(self) -> None:
-        """Free the weights; no sequence may be used afterwards."""
-        if self.handle:
-            self.library.model_free(self.handle)
-            self.handle = None
-
 
 @dataclass
 class _Buffers:
@@ -154,7 +162,7 @@ class _Buffers:
 
 
 class GgufSequence:
-    """One KV cache over a :class:`GgufModel`. Not thread-safe."""
+    """One KV cache over a :class:`GgufModel`, freed with the object. Not thread-safe."""
 
     def __init__(self, model: GgufModel) -> None:
         self.model = model
@@ -171,6 +179,7 @@ class GgufSequence:
                 f"llama.cpp cannot make a context of {model.max_context} tokens: {reason}.",
                 "Give a smaller --draft-context.",
             )
+        self._free = weakref.finalize(self, _free_context, lib, self._context, model.weights)
         self._memory = lib.get_memory(self._context)
         self._buffers = _Buffers(self._size)
         self._threads = (0, 0)
@@ -218,7 +227,5 @@ class GgufSequence:
         return False
 
     def close(self) -> None:
-        """Free the KV cache."""
-        if self._context:
-            self.model.library.free(self._context)
-            self._context = None
+        """Free the KV cache now; the sequence must not be used afterwards."""
+        self._free()

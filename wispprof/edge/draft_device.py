@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from wispprof.backends import Drafter
-from wispprof.drafters import make_drafter
+from wispprof.drafters import GgufDraft, make_drafter
 from wispprof.drafters.ngram import LookupMemory
 from wispprof.edge.draft_worker import CatchUp, DraftStep, DraftThread, DraftWorker, ThreadWorker
 from wispprof.edge.request_stats import EnergyShares
@@ -52,6 +52,7 @@ class DraftDevice:
         self._timeout_ms = timeout_ms
         self._thread = DraftThread()
         self._idle: list[tuple[list[int], Drafter]] = []
+        self._keep = 2 if isinstance(loaded, GgufDraft) else 8  # llama.cpp allocates a whole context
         if kind != "none":
             # Report a wrong name, option or file now, not at the first request.
             self.controller()
@@ -84,7 +85,7 @@ class DraftDevice:
         finally:
             if not worker.stuck:
                 self._idle.append((worker.held, drafter))
-                del self._idle[:-8]
+                del self._idle[: -self._keep]
             elif self._thread is thread:
                 log.warning("a draft step hangs; later requests draft in a new thread")
                 thread.shutdown(wait=False)
