@@ -4,7 +4,7 @@ One server with the real engine on the bundled target and eight edges behind emu
 process, so its memory is the memory of both sides. Every ordinary session takes a random prompt, drafter
 (model, lookup or none), draft length and sampling. Some sessions are aborted and links are cut at random. A
 tenth of all texts is requested over the server's OpenAI API instead. Meanwhile two clients misbehave: they
-send frames with wrong bytes or impossible numbers, bodies that are no requests, requests that they never
+send frames with wrong bytes or impossible numbers, invalid JSON, requests that they never
 finish, and they leave in the middle of an answer.
 
 What must hold at the end:
@@ -266,7 +266,7 @@ class World:
     async def send_bad_body(self, running: Any) -> None:
         import httpx
 
-        bodies = (
+        invalid = (
             b"",
             b"[" * 5000,
             b"\xff",
@@ -277,7 +277,7 @@ class World:
         async with httpx.AsyncClient(timeout=30.0) as client:
             with contextlib.suppress(httpx.HTTPError):
                 answer = await client.post(
-                    f"{running.http_url}/v1/completions", content=self.random.choice(bodies)
+                    f"{running.http_url}/v1/completions", content=self.random.choice(invalid)
                 )
                 self.counts["server_errors"] += answer.status_code >= 500
 

@@ -34,7 +34,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "user": st.sampled_from(["me", ""]),
     "unheard_of": st.just(1),
 }
-BODIES = st.lists(st.sampled_from(sorted(VALUES)), min_size=1, max_size=3, unique=True).flatmap(
+REQUESTS = st.lists(st.sampled_from(sorted(VALUES)), min_size=1, max_size=3, unique=True).flatmap(
     lambda names: st.fixed_dictionaries({name: VALUES[name] for name in names})
 )
 BASE = {"prompt": "fields", "max_tokens": 6, "seed": 3, "temperature": 0.7, "ignore_eos": True}
@@ -54,7 +54,7 @@ def answer(pair: ServedPair, url: str, body: dict[str, Any]) -> tuple[int, Any]:
 
 
 @fuzz(40)
-@given(fields=BODIES)
+@given(fields=REQUESTS)
 def test_a_field_counts_or_is_refused(pair: ServedPair, fields: dict[str, Any]) -> None:
     body = {**BASE, **fields}
     status, found = answer(pair, pair.server_url, body)

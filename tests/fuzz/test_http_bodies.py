@@ -1,4 +1,4 @@
-"""Bodies that no schema describes: odd values in every known field, and bytes that are hardly JSON."""
+"""Requests that no schema describes: odd values in every known field, and bytes that are hardly JSON."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ VALUES = st.recursive(
     ),
     max_leaves=8,
 )
-BODIES = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=5)
+REQUESTS = st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=5)
 PATHS = st.sampled_from(["/v1/completions", "/v1/chat/completions"])
 RAW = st.one_of(
     st.binary(max_size=200),
@@ -65,7 +65,7 @@ def body_of(path: str, fields: dict[str, Any]) -> bytes:
 
 
 @fuzz(30)
-@given(path=PATHS, fields=BODIES)
+@given(path=PATHS, fields=REQUESTS)
 def test_odd_values(pair: ServedPair, path: str, fields: dict[str, Any]) -> None:
     answers = []
     for url in (pair.server_url, pair.edge_url):

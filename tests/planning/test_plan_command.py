@@ -57,9 +57,12 @@ def test_make_show_explain_diff_export(folder):
     plan = json.loads(made.stdout)
     assert {"estimator", "trace"} <= set(plan["inputs"])
     file = folder / "plan.json"
-    assert "laptop" in call("plan", "show", file).stdout
+    shown = call("plan", "show", file).stdout
+    assert "laptop" in shown
+    assert "4 … 8" in shown, "SLOs with the same decision share a line"
     explained = call("plan", "explain", "laptop/20/0/4", "--plan", file)
     assert "20 ms round trip" in explained.stdout
+    assert "without drafts (the largest number that was planned for)" in " ".join(explained.stdout.split())
     same = call("plan", "diff", file, file, "--json")
     assert json.loads(same.stdout) == {"changes": []}
     ranges = json.loads(call("plan", "export", file, "--format", "vllm").stdout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import astuple, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -181,11 +182,11 @@ def _show_drafts(plan: Plan, device: str, mode: str) -> None:
     rows = [row for row in plan.draft if (row.device, row.mode) == (device, mode)]
     priced = any(row.dollars_per_mtoken for row in rows)
     powered = any(row.energy_j_per_token for row in rows)
-    cells = (
-        (
+    by_decision = groupby(
+        rows,
+        lambda row: (
             row.rtt_ms,
             row.load_level,
-            row.tokens_per_s,
             row.k,
             row.stop if row.k else "",
             row.draft_ahead if row.k else "",
@@ -194,19 +195,27 @@ def _show_drafts(plan: Plan, device: str, mode: str) -> None:
             *([row.dollars_per_mtoken] if priced else []),
             *([row.energy_j_per_token] if powered else []),
             "yes" if row.feasible else f"*{row.nearest_tokens_per_s:.1f}",
-        )
-        for row in rows
+        ),
     )
-    columns = "RTT:g|load|SLO:g|k|stop:.2f|ahead|speed:.2f|k = 0:.2f"
+    cells = (
+        (*decision[:2], _span([row.tokens_per_s for row in same]), *decision[2:])
+        for decision, same in by_decision
+    )
+    columns = "RTT ms:g|load|SLO tok/s|k|stop:.2f|ahead|tok/s:.2f|tok/s, k = 0:.2f"
     columns += ("|$/M:.3g" if priced else "") + ("|J/tok:.2g" if powered else "") + "|met"
     caption = (
-        "RTT in ms; SLO and speed in tokens/s of a session; k = 0: speed without drafts; ahead: "
-        "maximum draft tokens ahead. "
+        "tok/s: of a session; k = 0: without drafts; stop: cumulative acceptance probability at which "
+        "drafting stops; ahead: maximum draft tokens ahead. "
         + ("$/M: dollars for a million tokens. " if priced else "")
         + ("J/tok: joules of drafting per token. " if powered else "")
         + "met: whether the SLO is; if not, * and the nearest that can be."
     )
     output().print(table(f"{device}: draft length ({mode})", columns, cells, caption))
+
+
+def _span(slos: list[float]) -> str:
+    """The SLOs of consecutive rows that say the same."""
+    return f"{slos[0]:g}" if len(slos) == 1 else f"{min(slos):g} … {max(slos):g}"
 
 
 def _show_choices(plan: Plan, machine: str, mode: str) -> None:
@@ -228,7 +237,7 @@ def _show_choices(plan: Plan, machine: str, mode: str) -> None:
     if rows:
         shown = table(
             f"{machine}: which draft, by {plan.objective} ({mode})",
-            "RTT:g|load|SLO:g|draft|k|speed:.2f|$/M:.3g|J/tok:.2g|met",
+            "RTT ms:g|load|SLO tok/s:g|draft|k|tok/s:.2f|$/M:.3g|J/tok:.2g|met",
             rows,
             f"`plan explain {machine}/RTT/LOAD/SLO` lists all choices on the Pareto front.",
         )
@@ -241,8 +250,9 @@ def _show_capacity(plan: Plan, device: str, mode: str) -> None:
         for row in plan.capacity
         if (row.device, row.mode) == (device, mode)
     )
-    columns = "RTT ms:g|SLO:g|server-only|split|k|bound by"
-    output().print(table(f"{device}: capacity ({mode})", columns, rows))
+    columns = "RTT ms:g|SLO tok/s:g|server-only|split|k|bound by"
+    caption = "Devices without drafts and with k. Bound by step time, KV memory, or the planned limit."
+    output().print(table(f"{device}: capacity ({mode})", columns, rows, caption))
     mixes = [
         (row.rtt_ms, row.mix, row.server_only, row.split, " ".join(f"{k:g}" for k in row.ks), row.bound_by)
         for row in plan.mixes
@@ -255,5 +265,5 @@ def _show_capacity(plan: Plan, device: str, mode: str) -> None:
 
 
 def _show_batches(plan: Plan) -> None:
-    columns = "SLO:g|load|sessions|token budget|max items|prefill|p50 ms:.2f|bound ms:.2f"
+    columns = "SLO tok/s:g|load|sessions|token budget|max items|prefill|p50 ms:.2f|bound ms:.2f"
     output().print(table("Batching", columns, map(astuple, plan.batch)))

@@ -25,7 +25,7 @@ group = typer.Typer(help="Show, validate, merge, compare, export and import prof
 @group.command()
 def show(
     profile: Annotated[Path, typer.Argument(help="A profile.")],
-    rows: Annotated[bool, typer.Option("--rows", help="Every row, sentinels too.")] = False,
+    rows: Annotated[bool, typer.Option("--rows", help="Every row, also the reference workload.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Print a profile with its origin."""
@@ -117,7 +117,7 @@ def diff(
         warn("the machine's speed drifted while measuring: rows marked * are doubtful")
     shown = table(
         f"{len(found.changed)} of {len(found.rows)} shapes changed beyond noise "
-        f"(median ratio of all {found.median_ratio:.3f}, of the sentinel "
+        f"(median ratio of all {found.median_ratio:.3f}, of the reference workload "
         f"{found.sentinel_ratio:.3f}, divided out {found.slowdown:.3f})",
         "shape|before ms:.3f|after ms:.3f|ratio:.3f|p:.1e",
         (
@@ -180,17 +180,17 @@ def finished(profile: ServerProfile | EdgeProfile | LinkProfile, out: Path, as_j
     drift = summary.get("drift", {})
     if drift.get("drifted"):
         warn(
-            f"the machine's speed drifted: {drift['off']} of {drift['sentinels']} sentinel measurements "
-            f"deviated, {drift['set_aside']} samples were discarded, and {drift['drifted_rows']} rows rest "
-            "on disturbed samples (flag 'drift'). Measure again when the machine is idle."
+            f"the machine's speed drifted: {drift['off']} of {drift['sentinels']} reference "
+            f"measurements deviated, {drift['set_aside']} samples were set aside, and "
+            f"{drift['drifted_rows']} rows rest on disturbed samples (flag 'drift'). Measure again when the machine is idle."
         )
     if summary.get("left_out"):
         warn(
-            f"{summary['left_out']} workloads of the grid did not fit into the time limit. Give "
+            f"{summary['left_out']} shapes of the grid did not fit into the time limit. Give "
             "--budget-minutes, or --grid standard, to measure more."
         )
     if summary.get("out_of_time"):
-        warn(f"{summary['out_of_time']} workloads were skipped at the time limit.")
+        warn(f"the time limit left {summary['out_of_time']} of the chosen shapes unmeasured.")
     for key, reason in dict(summary.get("refused", {})).items():
         warn(f"{key} was skipped: {reason}")
     note(f"wrote {profile_files(out)[0]} and its manifest")

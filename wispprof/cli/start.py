@@ -116,7 +116,7 @@ def report(
     loaded = load_run(run)
     stale = loaded.stale()
     if stale:
-        console.warn(f"{', '.join(stale)}: made from files that have changed since.")
+        console.warn(f"{', '.join(stale)}: not made from the files in this folder. Fit and plan again.")
     file = write_report(loaded, out or run / "report.html")
     console.result(
         {"report": file, "artifacts": loaded.names(), "stale": stale},

@@ -149,12 +149,20 @@ def _stop(row: DraftRow) -> str:
     )
 
 
+_LIMITS = {
+    "time": "more would miss the SLO",
+    "kv": "more would not fit into the KV cache",
+    "limit": "the largest number that was planned for",
+}
+"""What limits a capacity, by :attr:`~wispprof.artifacts.plan.CapacityRow.bound_by`."""
+
+
 def _capacity(plan: Plan, row: DraftRow) -> list[str]:
     """How many such devices fit: all of this class, and in the mixes that contain it."""
     where = (row.device, row.rtt_ms, row.mode)
     lines = [
         f"Capacity if all have an SLO of {row.tokens_per_s:g} tokens/s: {alone.split} devices with "
-        f"k = {alone.k}, {alone.server_only} without drafts (bound by {alone.bound_by})."
+        f"k = {alone.k}, {alone.server_only} without drafts ({_LIMITS[alone.bound_by]})."
         for alone in plan.capacity
         if (alone.device, alone.rtt_ms, alone.mode) == where and alone.tokens_per_s == row.tokens_per_s
     ]

@@ -7,6 +7,7 @@ started it already. Rank 0 serves, the others follow it.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import gc
 import logging
@@ -117,10 +118,12 @@ async def _web_server(
 
 
 def freeze_garbage_collector() -> None:
-    """Exclude what is loaded from garbage collection: models and libraries are half a million objects
-    that stay to the end, and a full collection that visits them stops the server."""
+    """Exclude what is loaded from garbage collection until the process exits: models and libraries are half
+    a million objects that stay to the end, and a full collection that visits them stops the server."""
     gc.collect()
     gc.freeze()
+    # Libraries report what is still frozen then as leaked.
+    atexit.register(gc.unfreeze)
 
 
 def serve(
