@@ -182,7 +182,8 @@ def finished(profile: ServerProfile | EdgeProfile | LinkProfile, out: Path, as_j
         warn(
             f"the machine's speed drifted: {drift['off']} of {drift['sentinels']} reference "
             f"measurements deviated, {drift['set_aside']} samples were set aside, and "
-            f"{drift['drifted_rows']} rows rest on disturbed samples (flag 'drift'). Measure again when the machine is idle."
+            f"{drift['drifted_rows']} rows rest on disturbed samples (flag 'drift'). "
+            "Measure again when the machine is idle."
         )
     if summary.get("left_out"):
         warn(

@@ -43,8 +43,8 @@ def explain_estimator(estimator: FittedEstimator) -> str:
     if report["drift_percent"] > 0.5:
         text.append(
             "According to the reference workload, the machine was up to "
-            f"{report['drift_percent']:.0f} % slower at some times than at others. Medians and their errors are at its typical speed; the bound "
-            "covers times as measured."
+            f"{report['drift_percent']:.0f} % slower at some times than at others. Medians and their "
+            "errors are at its typical speed; the bound covers times as measured."
         )
     if report["requested"] == "auto":
         text.append(
