@@ -205,6 +205,16 @@ def _profile_document(profile: Profile) -> dict[str, Any]:
     return {"hash": profile.hash, "manifest": profile.manifest}
 
 
+_FACTS = {
+    "seconds": "time, s",
+    "expected_s": "announced, s",
+    "noisy_rows": "noisy rows",
+    "out_of_time": "not measured in time",
+    "left_out": "left out of the grid",
+}
+"""What the fields of a manifest's summary are called in print."""
+
+
 def _print_profile(profile: Profile, everything: bool) -> None:
     from wispprof.artifacts import StepRow
     from wispprof.profiling.measurement_log import half_width
@@ -233,9 +243,9 @@ def _print_profile(profile: Profile, everything: bool) -> None:
     columns = f"kind|{subject}|median ms:.4g|± %:.1f|samples|flags"
     output().print(table(title, columns, cells))
     skip = ("drift", "physics", "refused")
-    facts = {k: v for k, v in manifest.summary.items() if k not in skip and v is not None}
+    facts = [(k, v) for k, v in manifest.summary.items() if k not in skip and v is not None]
     if facts:
-        output().print("  ".join(f"{k} {v}" for k, v in facts.items()), markup=False)
+        output().print("  ".join(f"{_FACTS.get(k, k)}: {v}" for k, v in facts), markup=False)
     if manifest.citation:
         output().print(manifest.citation, markup=False)
 

@@ -175,10 +175,11 @@ def check_pair(
     with tracker("check-pair") as report:
         found = run_check(settings, RemoteTarget(server, access) if server else None, rtt_ms, report)
     shown = table(
-        f"{found.prompts} prompts; draft step {found.draft_ms:.1f} ms, target step {found.target_ms:.1f} ms, "
-        f"round trip {found.rtt_ms:g} ms; the target alone {found.undrafted_tokens_per_s:.1f} tokens/s",
+        f"Drafts accepted, over {found.prompts} prompts",
         "k|accepted per round:.2f|95 % from:.2f|to:.2f|tokens/s:.1f",
         ((one.k, one.accepted, one.low, one.high, one.tokens_per_s) for one in found.lengths),
+        f"Draft step {found.draft_ms:.1f} ms, target step {found.target_ms:.1f} ms, round trip "
+        f"{found.rtt_ms:g} ms. The target alone: {found.undrafted_tokens_per_s:.1f} tokens/s.",
     )
     document = {
         **asdict(found),

@@ -278,7 +278,7 @@ class RequestStats:
             parts.append(f"guessed ahead {self.proactive_hits}/{self.proactive_guesses}")
         if self.energy_j_per_token is not None:
             parts.append(f"{self.energy_j_per_token:.2g} J/token")
-        parts.append(f"link {self.rtt_ms:.1f} ms")
+        parts.append(f"round trip {self.rtt_ms:.1f} ms")
         if self.reopened:
             parts.append(f"reopened {self.reopened}x")
         if self.draft_only:

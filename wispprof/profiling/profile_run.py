@@ -203,7 +203,7 @@ def finalize_profile(
             "seconds": round(result.seconds, 2),
             "expected_s": None if expected_s is None else round(expected_s, 2),
             "drift": drift,
-            "noisy_rows": sum("noisy" in row.flags for row in result.rows),
+            "noisy_rows": sum("noisy" in row.flags for row in result.rows if row.kind != "sentinel"),
             "refused": result.refused,
             "out_of_time": result.out_of_time,
             **summary,
