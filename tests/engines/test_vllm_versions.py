@@ -9,12 +9,12 @@ from wispprof.engines.vllm import versions
 from wispprof.engines.vllm.build import engine_arguments
 from wispprof.errors import EngineError, SettingsError
 
-CHANGED = versions.changed_seams
+CHANGED = versions.changed_functions
 
 
-def installed(monkeypatch: pytest.MonkeyPatch, version: str, seams: dict[str, tuple[str, ...]]) -> None:
+def installed(monkeypatch: pytest.MonkeyPatch, version: str, functions: dict[str, tuple[str, ...]]) -> None:
     monkeypatch.setattr(versions, "installed_vllm", lambda: version)
-    monkeypatch.setattr(versions, "changed_seams", lambda: CHANGED(seams))
+    monkeypatch.setattr(versions, "changed_functions", lambda: CHANGED(functions))
 
 
 def test_without_vllm_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,9 +36,9 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, version: str, untested: bool,
     installed(monkeypatch, version, {"operator:index": ("a", "/")[:1]})
     if message:
         with pytest.raises(EngineError, match=message):
-            versions.check_seams(untested)
+            versions.check_vllm(untested)
     else:
-        assert versions.check_seams(untested) == version
+        assert versions.check_vllm(untested) == version
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_versions(monkeypatch: pytest.MonkeyPatch, version: str, untested: bool,
 def test_a_changed_function_is_named(monkeypatch: pytest.MonkeyPatch, path: str, shown: str) -> None:
     installed(monkeypatch, "0.32.0", {path: ("text",)})
     with pytest.raises(EngineError) as refused:
-        versions.check_seams(untested=True)
+        versions.check_vllm(untested=True)
     assert f"lacks what this engine needs: {shown}" in str(refused.value)
     assert "\n" not in str(refused.value)
 

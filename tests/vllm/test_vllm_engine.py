@@ -6,7 +6,7 @@ import pytest
 from decoding import decode
 
 from wispprof.backends import Engine
-from wispprof.engines.vllm.versions import changed_seams
+from wispprof.engines.vllm.versions import changed_functions
 from wispprof.errors import EngineError, EngineLost, InputRefused, OutOfKvMemory
 from wispprof.types import Sampling, StepInput
 
@@ -171,7 +171,7 @@ def test_a_failed_step_loses_the_engine(engine, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_this_vllm_has_every_seam() -> None:
-    assert changed_seams() == []
+    assert changed_functions() == []
 
 
 def test_logits_that_are_not_finite_name_their_session(engine, own, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,13 +53,13 @@ def installation(_: DoctorContext) -> Finding:
 def vllm(_: DoctorContext) -> Finding:
     """``--engine vllm`` can use the installed vLLM, if there is one."""
     from wispprof.engines.vllm.build import prepare_environment
-    from wispprof.engines.vllm.versions import TESTED_VERSIONS, check_seams, installed_vllm
+    from wispprof.engines.vllm.versions import TESTED_VERSIONS, check_vllm, installed_vllm
 
     installed = installed_vllm()
     if installed is None:
         return Finding("skip", "vLLM is not installed; only --engine vllm needs it")
     prepare_environment()
-    check_seams(untested=True)
+    check_vllm(untested=True)
     if installed.split("+")[0] in TESTED_VERSIONS:
         return Finding("ok", f"vLLM {installed}")
     return Finding(

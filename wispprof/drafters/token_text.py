@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+from wispprof.engines.byte_level import BYTE_OF_CHAR
 from wispprof.errors import ModelError
 
 
@@ -53,7 +54,7 @@ class TokenText:
             return added.encode()
         text = self._texts.get(token, "")
         if self._byte_level:
-            return bytes(_BYTES[letter] for letter in text if letter in _BYTES)
+            return bytes(BYTE_OF_CHAR[letter] for letter in text if letter in BYTE_OF_CHAR)
         if match := _BYTE_TOKEN.fullmatch(text):
             return bytes([int(match[1], 16)])
         return text.replace("▁", " ").encode()
@@ -74,13 +75,3 @@ class TokenText:
 
     def _encode(self, text: str) -> list[int]:
         return [int(t) for t in self._tokenizer(text, add_special_tokens=False)["input_ids"]]
-
-
-def _byte_letters() -> dict[str, int]:
-    """GPT-2's table: printable bytes stand for themselves, the others for letters from U+0100 on."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-_BYTES = _byte_letters()

@@ -228,7 +228,7 @@ class RequestStats:
     def draft_note(self) -> str:
         """:attr:`draft_obstacle` in words."""
         commit_ms = (self.tpot_ms or 0.0) * (self.tokens - self.first_tokens) / max(1, self.rounds)
-        late = f"No draft was in time: a commit took {commit_ms:.0f} ms, "
+        late = f"No draft was in time: a commit took {commit_ms:.0f} ms, a round trip {self.rtt_ms:.0f} ms, "
         if self.prefill_ms is None:
             late += "and the draft model was still reading the prompt."
         elif not self.drafted:

@@ -91,7 +91,7 @@ def load_model(
             raise
         except Exception as err:
             raise _unreadable(folder, err) from err
-        tokenizer = _tokenizer(folder)
+        tokenizer = read_tokenizer(folder)
     model.to(torch_device)
     check_finite(str(path_or_id), model.named_parameters())
     name = folder.name if Path(path_or_id).expanduser().is_dir() else str(path_or_id)
@@ -187,7 +187,7 @@ def _loaded(
         family=config.model_type,
         parameters=parameters or sum(p.numel() for p in model.parameters()),
         dtype=dtype,
-        config_hash=_config_hash(config),
+        config_hash=config_hash(config),
         weights_hash=weights,
         tokenizer_hash=tokenizer_hash(tokenizer) if tokenizer is not None else "",
         max_context=max_context,
@@ -241,10 +241,11 @@ def _unreadable(folder: Path, err: Exception) -> ModelError:
 def load_tokenizer(path_or_id: str | Path) -> Any:
     """The tokenizer of a model without its weights; ``None`` if the model has none."""
     with _quiet_transformers():
-        return _tokenizer(find_model(str(path_or_id)))
+        return read_tokenizer(find_model(str(path_or_id)))
 
 
-def _tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model's folder; ``None`` if there is none. Raises :class:`ModelError`."""
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     if not any((folder / n).is_file() for n in names):
         return None
@@ -259,7 +260,8 @@ def _tokenizer(folder: Path) -> Any:
         ) from err
 
 
-def _config_hash(config: Any) -> str:
+def config_hash(config: Any) -> str:
+    """Hash of what in a config decides the architecture."""
     skip = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"}
     fields = {k: v for k, v in config.to_dict().items() if k not in skip}
     text = json.dumps(fields, sort_keys=True, default=str)

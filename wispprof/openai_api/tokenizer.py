@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from wispprof.engines.byte_level import BYTE_OF_CHAR
 from wispprof.errors import WispprofError
 from wispprof.openai_api.api_error import ApiError
 from wispprof.openai_api.detokenizer import Decode, IncrementalDetokenizer
@@ -172,8 +173,8 @@ class ChatTokenizer:
         piece = self._pieces.get(token, text)
         if found := _BYTE_TOKEN.fullmatch(piece):
             return bytes([int(found[1], 16)])
-        if _REPLACEMENT in text and all(char in _BYTE_OF_CHAR for char in piece):
-            return bytes(_BYTE_OF_CHAR[char] for char in piece)
+        if _REPLACEMENT in text and all(char in BYTE_OF_CHAR for char in piece):
+            return bytes(BYTE_OF_CHAR[char] for char in piece)
         if piece.startswith("\u2581") and not text.startswith(" "):
             text = " " + text
         return text.encode("utf-8", "replace")
@@ -185,15 +186,3 @@ def _own_template(tokenizer: Any) -> str:
     if isinstance(template, dict):
         template = template.get("default") or next(iter(template.values()), "")
     return str(template or "")
-
-
-def _byte_of_char() -> dict[str, int]:
-    """The characters in which byte-level tokenizers write bytes (GPT-2's ``bytes_to_unicode``)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(0x100 + place): byte for place, byte in enumerate(others)
-    }
-
-
-_BYTE_OF_CHAR = _byte_of_char()

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wispprof.engines.vllm.versions import check_seams
+from wispprof.engines.vllm.versions import check_vllm
 from wispprof.errors import EngineError, SettingsError, WispprofError
 
 if TYPE_CHECKING:
@@ -69,11 +69,11 @@ def _share_of_ram() -> int:
 def build_core(options: EngineOptions) -> Any:
     """vLLM's ``EngineCore``, loaded.
 
-    Raises :class:`EngineError` if this vLLM lacks a seam or cannot serve the target, and
+    Raises :class:`EngineError` if this vLLM lacks a function or cannot serve the target, and
     :class:`SettingsError` for an argument that vLLM does not know.
     """
     prepare_environment()
-    check_seams(options.untested)
+    check_vllm(options.untested)
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.executor.abstract import Executor

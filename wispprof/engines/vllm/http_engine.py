@@ -16,7 +16,7 @@ import httpx
 
 from wispprof.backends import Engine, EngineCapabilities, IntegrityReport
 from wispprof.engines import EngineOptions
-from wispprof.engines.loading import _tokenizer, tokenizer_hash
+from wispprof.engines.loading import read_tokenizer, tokenizer_hash
 from wispprof.engines.model_folder import find_model
 from wispprof.engines.served_model import chat_template, stop_tokens
 from wispprof.errors import EngineError, EngineLost, InputRefused, OutOfKvMemory
@@ -182,7 +182,7 @@ def load_http_engine(
     except (httpx.HTTPError, KeyError, IndexError, ValueError) as err:
         raise EngineError(f"{address} does not answer as a vLLM server: {err}", "Check --target.") from err
     folder = options.arguments.get("tokenizer")
-    tokenizer = _tokenizer(find_model(str(folder))) if folder else None
+    tokenizer = read_tokenizer(find_model(str(folder))) if folder else None
     context = int(served.get("max_model_len") or options.max_context or 4096) - 1
     engine = VllmHttpEngine(client, served["id"], context, options.max_sessions)
     vocabulary = len(tokenizer) if tokenizer is not None else 1 << 20

