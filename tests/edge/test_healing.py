@@ -179,6 +179,43 @@ def test_an_answer_never_continues_on_another_model(told: bool) -> None:
     run_virtual(main())
 
 
+def test_requests_that_never_cease_do_not_keep_the_edge_on_a_model_that_is_gone() -> None:
+    """Some session is open at each hello: those of six users who ask again at once."""
+
+    async def main() -> None:
+        async with in_process() as server:
+            server.identity = "model A"
+            async with edge(server.connect, give_up_ms=GIVE_UP_MS) as client:
+                new = FakeTarget(128).generate(PROMPT, 16)
+                refused = 0
+
+                async def user() -> None:
+                    nonlocal refused
+                    while True:
+                        generation = plain(client, PROMPT, 16)
+                        try:
+                            await generation.run()
+                        except HandshakeRefused:
+                            refused += 1
+                            await asyncio.sleep(0.01)
+                        else:
+                            if list(generation.output) == new:
+                                return
+                            assert list(generation.output) == truth(PROMPT, 16)
+
+                users = [asyncio.create_task(user()) for _ in range(6)]
+                await asyncio.sleep(0.5)
+                gone(server)
+                await asyncio.sleep(0.1)
+                swap(server, 128, "model B")
+                async with asyncio.timeout(3.0):
+                    await asyncio.gather(*users)
+                assert client.target_changes == 1
+                assert refused <= 12
+
+    run_virtual(main())
+
+
 def test_the_same_model_on_another_server_continues() -> None:
     async def main() -> None:
         async with in_process() as server:

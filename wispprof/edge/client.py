@@ -73,6 +73,7 @@ class EdgeClient:
         self.target_changes = 0
         self.bad_frames = 0
         self.welcome: protocol.Welcome | None = None
+        self._identity = ""
         self.target: ServedModel | None = None
         self.load_level = 0
         self.fault: RuntimeFault | None = None
@@ -208,7 +209,9 @@ class EdgeClient:
             try:
                 connection = await self._hello()
             except handshake.TargetChanged as err:
-                self._fail(list(self._listeners), handshake.refusal(str(err)))
+                log.warning("%.500s", err)
+                self._fail(list(self._listeners), handshake.refusal())
+                self._identity = ""  # or new sessions, one after the other, would ask for it for ever
                 pause_ms = minimum_ms = self._pause_ms(0)
                 continue
             except Exception as err:
@@ -243,7 +246,7 @@ class EdgeClient:
     async def _hello(self) -> Connection:
         """Connect and exchange hello and welcome."""
         settings, loop = self.settings, asyncio.get_running_loop()
-        known = self.welcome.identity if self.welcome is not None and self._listeners else ""
+        known = self._identity if self._listeners else ""
         connection = await self._connection_factory()
         sent_s = loop.time()
         try:
@@ -259,9 +262,9 @@ class EdgeClient:
     def _welcomed(self, welcome: protocol.Welcome) -> None:
         if self.welcome is not None and not handshake.same_target(self.welcome, welcome):
             self.target_changes += 1
-            log.warning("the server serves %.100s now, not %.100s", welcome.target, self.welcome.target)
-            self._fail(list(self._listeners), handshake.refusal(f"It serves {welcome.target!r:.100}."))
-        self.welcome = welcome
+            log.warning("the server serves %s now", handshake.name_target(welcome))
+            self._fail(list(self._listeners), handshake.refusal())
+        self.welcome, self._identity = welcome, welcome.identity
         self.target = handshake.served_model(welcome)
         self.load_level = server_frames.load_level(welcome.load_level)
 

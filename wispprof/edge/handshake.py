@@ -120,8 +120,15 @@ def served_model(welcome: protocol.Welcome) -> ServedModel:
     )
 
 
-def refusal(detail: str) -> HandshakeRefused:
+def name_target(welcome: protocol.Welcome) -> str:
+    """The target's name, and the start of its identity, because two targets may share a name."""
+    return (
+        f"{welcome.target:.100} ({welcome.identity[:12]})" if welcome.identity else f"{welcome.target:.100}"
+    )
+
+
+def refusal() -> HandshakeRefused:
     """The end of an answer whose target is gone."""
     return HandshakeRefused(
-        f"The server no longer serves the target that began this answer. {detail}", "Send the request again."
+        "The server no longer serves the target that began this answer.", "Send the request again."
     )
