@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from wispprof.errors import (
     WispprofError,
 )
 from wispprof.openai_api.routes import StreamTiming
+from wispprof.openai_api.tokenizer import ByteTokenizer
 from wispprof.types import GenerationDefaults, Slo, TokenChunk
 
 
@@ -376,3 +378,32 @@ async def test_models_and_unknown_paths() -> None:
         assert "GET" in wrong.json()["error"]["message"]
         wrong = await client.get("/v1/models", headers={"authorization": "Bearer wrong"})
         assert (wrong.status_code, wrong.json()["error"]["type"]) == (401, "authentication_error")
+
+
+async def test_a_short_prompt_does_not_wait_for_long_ones() -> None:
+    """Long prompts are held in the tokenizer until a short one, asked later, is answered."""
+    held, waiting = threading.Event(), threading.Event()
+
+    class Slow(ByteTokenizer):
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            if len(text) > 1000:
+                waiting.set()
+                held.wait(20.0)
+            return super().encode(text, add_special_tokens)
+
+    async with api(ScriptedBackend(tokenizer=Slow())) as client:
+
+        async def ask(prompt: str) -> int:
+            answer = await client.post("/v1/completions", json={"prompt": prompt})
+            return answer.status_code
+
+        long = [asyncio.create_task(ask("x" * 100_000)) for _ in range(8)]
+        try:
+            while not waiting.is_set():
+                await asyncio.sleep(0.0)
+            async with asyncio.timeout(10.0):
+                assert await ask("abc") == 200
+            assert not any(task.done() for task in long)
+        finally:
+            held.set()
+        assert set(await asyncio.gather(*long)) == {400}

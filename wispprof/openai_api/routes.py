@@ -29,7 +29,7 @@ from wispprof.openai_api.text_backend import TextBackend
 log = logging.getLogger("wispprof.openai_api")
 
 _CLIENT_CLOSED_REQUEST = 499
-_TEXT_THREADS = 2
+_LONG_BODY = 1 << 16
 _T = TypeVar("_T")
 
 
@@ -46,7 +46,8 @@ def add_openai_routes(app: FastAPI, backend: TextBackend, timing: StreamTiming |
     """Mount the routes on ``app``, and OpenAI's error format for all its routes."""
     # Parsing, templating and tokenizing take milliseconds to seconds; steps and commits go on meanwhile.
     # Detokenizing a token takes 2 microseconds, less than handing it to a thread, and stays on the loop.
-    threads = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="prompts")
+    # A prompt of megabytes takes a thread for seconds. Such requests wait for each other, not others for them.
+    short, long = (ThreadPoolExecutor(1, thread_name_prefix=f"{size} prompts") for size in ("short", "long"))
     timing = timing or StreamTiming()
     _add_error_format(app)
 
@@ -78,7 +79,8 @@ def add_openai_routes(app: FastAPI, backend: TextBackend, timing: StreamTiming |
         try:
             data = await request.body()
             work = functools.partial(prepare, data, endpoint, backend)
-            prepared = await asyncio.get_running_loop().run_in_executor(threads, work)
+            thread = short if len(data) < _LONG_BODY else long
+            prepared = await asyncio.get_running_loop().run_in_executor(thread, work)
             return await _respond(backend, request, prepared, key, timing)
         except ClientDisconnect:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
