@@ -170,7 +170,7 @@ def test_a_failed_step_loses_the_engine(engine, monkeypatch: pytest.MonkeyPatch)
     engine._lost = ""
 
 
-def test_this_vllm_has_every_seam() -> None:
+def test_this_vllm_has_every_function() -> None:
     assert changed_functions() == []
 
 
