@@ -46,7 +46,7 @@ def add_openai_routes(app: FastAPI, backend: TextBackend, timing: StreamTiming |
     """Mount the routes on ``app``, and OpenAI's error format for all its routes."""
     # Parsing, templating and tokenizing take milliseconds to seconds; steps and commits go on meanwhile.
     # Detokenizing a token takes 2 microseconds, less than handing it to a thread, and stays on the loop.
-    # A prompt of megabytes takes a thread for seconds. Such requests wait for each other, not others for them.
+    # A prompt of megabytes takes a thread for seconds, so such requests wait for each other only.
     short, long = (ThreadPoolExecutor(1, thread_name_prefix=f"{size} prompts") for size in ("short", "long"))
     timing = timing or StreamTiming()
     _add_error_format(app)
