@@ -72,7 +72,7 @@ def test_the_policy_reads_what_replicas_record() -> None:
 
 def test_without_ray_the_error_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(RuntimeFault, match=r"wispprof\[ray\]"):
+    with pytest.raises(RuntimeFault, match=r"ray\[serve\]"):
         deployment(ServerSettings(target="t"), 2)
 
 

@@ -64,12 +64,15 @@ class FakeTarget:
         return (state >> 11) % self.vocab
 
     def choose(self, state: int, position: int, sampling: Sampling) -> int:
-        """The token at ``position``: the likeliest one that may stand there."""
+        """The token at ``position``: the likeliest one that may stand there. Raises :class:`ValueError` if
+        none may."""
         token = self.next(state)
-        if position < sampling.min_length:
-            while token in sampling.stop_tokens:
-                token = (token + 1) % self.vocab
-        return token
+        if position >= sampling.min_length:
+            return token
+        for rank in range(self.vocab):
+            if (allowed := (token + rank) % self.vocab) not in sampling.stop_tokens:
+                return allowed
+        raise ValueError("Every token of the vocabulary is a stop token.")
 
     def logprob(self, state: int, token: int, count: int) -> TokenLogprob:
         """Each token is half as likely as the id before it; :meth:`next` has probability 1/2."""
@@ -216,6 +219,10 @@ class FakeEngine(Engine):
                 raise InputRefused(name, f"{name} would exceed {self._max_context} tokens.")
             if not all(0 <= token < self.target.vocab for token in given.tokens):
                 raise InputRefused(name, f"{name}: a token lies outside the vocabulary.")
+            sampling, length = self._caches[name].sampling, len(self._caches[name].tokens) + new
+            masked = given.needs_logits and length - given.drafts < sampling.min_length
+            if masked and not set(range(self.target.vocab)) - set(sampling.stop_tokens):
+                raise InputRefused(name, f"{name}: every token of the vocabulary is a stop token.")
             seen.add(name)
 
     def _verify(self, given: StepInput) -> VerifyResult:
