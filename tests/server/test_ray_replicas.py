@@ -7,7 +7,6 @@ import importlib.util
 import socket
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -99,7 +98,10 @@ def hash_server(settings: ServerSettings) -> Any:
 @pytest.mark.skipif(not HAVE_RAY, reason="needs wispprof[ray]")
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore")
-def test_a_session_survives_its_replica(tmp_path: Path) -> None:
+def test_a_session_survives_its_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a busy machine Ray's proxy needs longer to start than Ray Serve waits before it kills it (5 s).
+    monkeypatch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
+    monkeypatch.setenv("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "120")
     import ray
     from ray import cloudpickle, serve
 
