@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from wispprof.errors import EngineError
+from wispprof.errors import EngineError, OutOfKvMemory
 from wispprof.types import DraftToken, Sampling, StepInput, VerifyResult
 
 
@@ -158,6 +158,17 @@ class Engine(ABC):
         raise EngineError(
             f"{type(self).__name__} cannot fork sessions.", "Open a session and feed its tokens."
         )
+
+    def check_can_open(self, session: str) -> None:
+        """Raise as :meth:`open` does if the name is taken or all sessions are."""
+        opened, most = self.sessions, self.capabilities.max_sessions
+        if session in opened:
+            raise EngineError(f"Session {session!r} is already open.")
+        if len(opened) >= most:
+            raise OutOfKvMemory(
+                f"All {most} sessions of the engine are taken.",
+                "Close some, or start with more --max-sessions.",
+            )
 
     def audit(self, expected: Mapping[str, int]) -> None:
         """Raise :class:`EngineError` unless exactly these sessions are open and cache so many tokens."""

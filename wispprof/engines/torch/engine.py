@@ -115,7 +115,7 @@ class TorchEngine(Engine):
     # --- sessions ------------------------------------------------------------------------------
 
     def open(self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = ()) -> None:
-        self._check_can_open(session)
+        self.check_can_open(session)
         settings = bounded(sampling or Sampling(), self.info.vocab_size)
         self._sessions[session] = _Session(self._store.add(), settings)
 
@@ -154,7 +154,7 @@ class TorchEngine(Engine):
             raise EngineError(
                 f"Session {session!r} caches {len(source.tokens)} tokens; it cannot be forked at {length}."
             )
-        self._check_can_open(child)
+        self.check_can_open(child)
         self._check_kv_free(length)
         settings = bounded(sampling or source.sampling, self.info.vocab_size)
         handle = self._store.fork(source.handle, length, private)
@@ -372,15 +372,6 @@ class TorchEngine(Engine):
             return self._sessions[session]
         except KeyError:
             raise EngineError(f"There is no session {session!r}.", "Open it first.") from None
-
-    def _check_can_open(self, session: str) -> None:
-        if session in self._sessions:
-            raise EngineError(f"Session {session!r} is already open.")
-        if len(self._sessions) >= self.max_sessions:
-            raise OutOfKvMemory(
-                f"All {self.max_sessions} sessions of the engine are taken.",
-                "Close some, or start with more --max-sessions.",
-            )
 
     def _check_kv_free(self, tokens: int) -> None:
         if tokens > self.kv_free:

@@ -93,7 +93,7 @@ class VllmEngine(Engine):
     # --- sessions ----------------------------------------------------------------------------------
 
     def open(self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = ()) -> None:
-        self._check_can_open(session)
+        self.check_can_open(session)
         settings = bounded(sampling or Sampling(), self.vocab_size)
         self._sessions[session] = self._new_session(list(tokens), settings)
 
@@ -102,7 +102,7 @@ class VllmEngine(Engine):
 
         Raises :class:`OutOfKvMemory` if the blocks do not fit.
         """
-        self._check_can_open(session)
+        self.check_can_open(session)
         held = self._new_session([*tokens, PENDING], Sampling(), reuse=False)
         if not self._scheduler.hold(held.request, len(tokens)):
             self._core.abort_requests([held.request.request_id])
@@ -149,7 +149,7 @@ class VllmEngine(Engine):
             raise EngineError(
                 f"Session {session!r} caches {source.cached} tokens; it cannot be forked at {length}."
             )
-        self._check_can_open(child)
+        self.check_can_open(child)
         tokens = [*source.request._all_token_ids[:length], PENDING]
         forked = self._new_session(tokens, bounded(sampling or source.sampling, self.vocab_size))
         forked.cached = length
@@ -383,15 +383,6 @@ class VllmEngine(Engine):
             return self._sessions[session]
         except KeyError:
             raise EngineError(f"There is no session {session!r}.", "Open it first.") from None
-
-    def _check_can_open(self, session: str) -> None:
-        if session in self._sessions:
-            raise EngineError(f"Session {session!r} is already open.")
-        if len(self._sessions) >= self.max_sessions:
-            raise OutOfKvMemory(
-                f"All {self.max_sessions} sessions of the engine are taken.",
-                "Close some, or start with more --max-sessions.",
-            )
 
 
 def _undecided(one: StepInput, held: VllmSession, decided: Mapping[str, tuple[int, ...]]) -> bool:

@@ -19,7 +19,7 @@ from wispprof.engines import EngineOptions
 from wispprof.engines.loading import read_tokenizer, tokenizer_hash
 from wispprof.engines.model_folder import find_model
 from wispprof.engines.served_model import chat_template, stop_tokens
-from wispprof.errors import EngineError, EngineLost, InputRefused, OutOfKvMemory
+from wispprof.errors import EngineError, EngineLost, InputRefused
 from wispprof.types import GenerationDefaults, Sampling, ServedModel, StepInput, VerifyResult
 
 _KV_TOKENS = 1 << 40
@@ -63,12 +63,9 @@ class VllmHttpEngine(Engine):
         return _KV_TOKENS - sum(map(len, self._tokens.values()))
 
     def open(self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = ()) -> None:
-        if session in self._tokens:
-            raise EngineError(f"Session {session!r} is already open.")
+        self.check_can_open(session)
         if sampling is not None and (sampling.temperature > 0 or sampling.logprobs is not None):
             raise EngineError("--engine vllm-http is greedy and reports no log-probabilities.")
-        if len(self._tokens) >= self._max_sessions:
-            raise OutOfKvMemory(f"All {self._max_sessions} sessions of the engine are taken.")
         self._tokens[session] = []
 
     def step(self, inputs: Sequence[StepInput]) -> list[VerifyResult]:
