@@ -127,6 +127,8 @@ class HttpConnection(H11Protocol):
         self._cancel_timers()
         self._connections.release(self._slot)
         super().connection_lost(exc)
+        # After a reset uvicorn leaves this timer, and with it all that belongs to the connection.
+        self._unset_keepalive_if_required()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -176,6 +178,8 @@ class HttpConnection(H11Protocol):
         self._connections.waiting(self._slot, phase in ("head", "unwanted"))
         if phase == "answer":
             return
+        if phase == "unwanted" and self.cycle is not None:
+            self.cycle.body = bytearray()
         allowed_s = _LINGER_S if phase == "unwanted" else self._connections.limits.request_s
         self._phase_end_s = self.loop.time() + allowed_s
         if self._timer is not None:
