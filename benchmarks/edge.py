@@ -105,7 +105,7 @@ class TraceEngine:
         self._paths = {path.prompt: path.prompt + path.path for path in paths}
         self._held: dict[str, list[int]] = {}
 
-    def open(self, session: str, sampling: Sampling, tokens: Sequence[int] = ()) -> None:
+    def open(self, session: str, sampling: Sampling, tokens: Sequence[int] = (), owner: str = "") -> None:
         self._held[session] = []
 
     def step(self, feeds: list[StepInput]) -> list[VerifyResult]:

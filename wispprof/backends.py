@@ -113,11 +113,12 @@ class Engine(ABC):
         """Tokens that can still be cached, by any sessions."""
 
     @abstractmethod
-    def open(self, session: str, sampling: Sampling, tokens: Sequence[int] = ()) -> None:
+    def open(self, session: str, sampling: Sampling, tokens: Sequence[int] = (), owner: str = "") -> None:
         """Start a session with nothing cached.
 
         ``tokens``: what the session begins with, for engines that must know the prompt. Opening computes
         nothing: the caller passes the same tokens to :meth:`step`, in as many inputs as it likes.
+        ``owner``: an engine that shares the KV of equal prefixes by itself shares it within one owner only.
         Raises :class:`EngineError` if the name is taken, :class:`OutOfKvMemory` if all sessions are.
         """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -134,9 +135,22 @@ async def test_connections_of_one_key_are_bounded() -> None:
             pass
 
 
+class OwnedFakeEngine(FakeEngine):
+    """Remembers whose sessions were opened."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__(vocab_size)
+        self.owners: list[str] = []
+
+    def open(self, session: str, sampling: Sampling, tokens: Sequence[int] = (), owner: str = "") -> None:
+        if owner:
+            self.owners.append(owner)
+        super().open(session, sampling, tokens, owner)
+
+
 @pytest.mark.parametrize(("second", "reused"), [(KEY, 20), (OTHER, 0)])
 async def test_a_prefix_is_reused_within_its_key_only(second: str, reused: int) -> None:
-    engine = FakeEngine(64)
+    engine = OwnedFakeEngine(64)
     settings = ServerSettings(policy="fcfs", api_keys=(KEY, OTHER))
     async with running_server(settings, engine=engine, model=engine.served) as running:
         prompt = [n % 64 for n in range(20)]
@@ -147,6 +161,8 @@ async def test_a_prefix_is_reused_within_its_key_only(second: str, reused: int) 
             while len(running.server.manager):
                 await asyncio.sleep(0.001)
         assert running.server.metrics.reused_tokens._value.get() == reused
+        # A fork stays its parent's owner's; what is opened is told whose it is.
+        assert engine.owners == ([KEY] if reused else [KEY, OTHER])
         await running.server.check_integrity()
 
 
@@ -183,9 +199,9 @@ async def test_min_new_and_logprobs_reach_the_engine() -> None:
         opened: list[Sampling] = []
         original = engine.open
 
-        def remember(session: str, sampling: Sampling, tokens: Any = ()) -> None:
+        def remember(session: str, sampling: Sampling, tokens: Any = (), owner: str = "") -> None:
             opened.append(sampling)
-            original(session, sampling, tokens)
+            original(session, sampling, tokens, owner)
 
         engine.open = remember  # type: ignore[method-assign]
         async with edge(running.split_url) as one:

@@ -67,11 +67,12 @@ def test_forks_share_whole_blocks(engine, own) -> None:
     engine.check_integrity("b")
 
 
-def test_a_prefix_is_found_again(engine) -> None:
-    """A session that opens with the tokens of a closed one takes its blocks over."""
+def test_a_prefix_is_found_again_by_its_owner(engine) -> None:
+    """A session that opens with the tokens of a closed one takes its blocks over, if they are its owner's,
+    and so do its forks and rollbacks."""
     computed, fresh = [], LONG[::-1]
-    for name in ("a", "b"):
-        engine.open(name, Sampling(), fresh)
+    for name, owner in (("a", "one"), ("b", "one"), ("c", "two"), ("d", ""), ("e", "two")):
+        engine.open(name, Sampling(), fresh, owner)
         run = engine._core.model_executor.execute_model
         counts: list[int] = []
 
@@ -83,8 +84,13 @@ def test_a_prefix_is_found_again(engine) -> None:
         engine.step([StepInput(name, fresh)])
         engine._core.model_executor.execute_model = run
         computed.append(sum(counts))
-        engine.close(name)
-    assert computed == [300, 300 - 256]
+        if name == "e":
+            engine.fork("e", "f", 280, Sampling())
+            engine.rollback("e", 270)
+            assert {engine._sessions[held].request.cache_salt for held in "ef"} == {"two"}
+        else:
+            engine.close(name)
+    assert computed == [300, 300 - 256, 300, 300, 300 - 256]
 
 
 def test_a_refused_call_changes_nothing(engine) -> None:

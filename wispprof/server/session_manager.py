@@ -103,15 +103,16 @@ class SessionManager:
         return session
 
     def _open_in_engine(self, session: ServerSession) -> None:
-        prefix = self._prefix_cache.find(self._owner(session), session.state.tokens)
+        owner = self._owner(session)
+        prefix = self._prefix_cache.find(owner, session.state.tokens)
         if prefix is None:
-            self._engine_thread.defer(lambda engine: _open(engine, session))
+            self._engine_thread.defer(lambda engine: _open(engine, session, owner))
             return
         parent, length, take_over = prefix.session, prefix.length, prefix.whole
         if take_over:
             # The new session holds all that the cached one held.
             self._prefix_cache.remove(parent)
-        self._engine_thread.defer(lambda engine: _fork(engine, session, parent, length, take_over))
+        self._engine_thread.defer(lambda engine: _fork(engine, session, owner, parent, length, take_over))
 
     def _owner(self, session: ServerSession) -> str:
         """Whose prefixes a session shares: its key's. A server without keys serves one user."""
@@ -351,18 +352,20 @@ class SessionManager:
         await self._engine_thread.call(lambda engine: _audit(engine, expected, checked))
 
 
-def _open(engine: Engine, session: ServerSession) -> None:
-    engine.open(session.name, session.sampling, session.state.tokens)
+def _open(engine: Engine, session: ServerSession, owner: str) -> None:
+    engine.open(session.name, session.sampling, session.state.tokens, owner)
     session.in_engine = True
 
 
-def _fork(engine: Engine, session: ServerSession, parent: str, length: int, take_over: bool) -> None:
+def _fork(
+    engine: Engine, session: ServerSession, owner: str, parent: str, length: int, take_over: bool
+) -> None:
     try:
         engine.fork(parent, session.name, length, session.sampling)
         session.in_engine = True
         session.reused = length
     except OutOfKvMemory:
-        _open(engine, session)
+        _open(engine, session, owner)
     finally:
         if take_over:
             engine.close(parent)

@@ -178,7 +178,7 @@ class FakeEngine(Engine):
     def sessions(self) -> tuple[str, ...]:
         return tuple(self._caches)
 
-    def open(self, session: str, sampling: Sampling, tokens: Sequence[int] = ()) -> None:
+    def open(self, session: str, sampling: Sampling, tokens: Sequence[int] = (), owner: str = "") -> None:
         if session in self._caches:
             raise EngineError(f"Session {session!r} is already open.")
         self._caches[session] = _Cache(sampling)

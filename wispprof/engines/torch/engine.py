@@ -114,7 +114,9 @@ class TorchEngine(Engine):
 
     # --- sessions ------------------------------------------------------------------------------
 
-    def open(self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = ()) -> None:
+    def open(
+        self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = (), owner: str = ""
+    ) -> None:
         self.check_can_open(session)
         settings = bounded(sampling or Sampling(), self.info.vocab_size)
         self._sessions[session] = _Session(self._store.add(), settings)

@@ -124,7 +124,9 @@ class MultiRankEngine(Engine):
     def cached(self, session: str) -> int:
         return self._engine.cached(session)
 
-    def open(self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = ()) -> None:
+    def open(
+        self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = (), owner: str = ""
+    ) -> None:
         self._defer(_Open(session, self._bounded(sampling)))
 
     def fork(self, session: str, child: str, length: int, sampling: Sampling | None = None) -> None:

@@ -38,6 +38,8 @@ def engine_arguments(options: EngineOptions) -> dict[str, Any]:
         "served_model_name": Path(options.target).name,
         "use_tqdm_on_load": False,
         **given,
+        # A step is scheduled when the one before has been committed.
+        "async_scheduling": False,
         "scheduler_cls": f"{_PACKAGE}.scheduler.GrantScheduler",
         "worker_extension_cls": f"{_PACKAGE}.worker.WorkerExtension",
         "speculative_config": {

@@ -7,13 +7,13 @@ A session is a vLLM request that never ends by itself. Each step grants exactly 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from wispprof.backends import Engine, EngineCapabilities, IntegrityReport
 from wispprof.engines.vllm.block_audit import check_blocks
 from wispprof.engines.vllm.grant import Grant
-from wispprof.engines.vllm.request import PENDING, VllmSession, out_of_blocks, request_maker
+from wispprof.engines.vllm.request import PENDING, RequestMaker, VllmSession, out_of_blocks, request_maker
 from wispprof.engines.vllm.vllm_metrics import VllmMetrics
 from wispprof.errors import EngineError, EngineLost, InputRefused, OutOfKvMemory
 from wispprof.sampling.sampler import UNDECIDED, bounded
@@ -55,7 +55,7 @@ class VllmEngine(Engine):
                 "Use a model with attention only.",
             )
         self._prefixes = self._full_attention and bool(config.cache_config.enable_prefix_caching)
-        self._make_request: Callable[[str, list[int], Sampling], Any] = request_maker(core)
+        self._make_request: RequestMaker = request_maker(core)
         self._metrics = VllmMetrics(core) if core.log_stats else None
         core.collective_rpc("wispprof_install")
 
@@ -92,10 +92,12 @@ class VllmEngine(Engine):
 
     # --- sessions ----------------------------------------------------------------------------------
 
-    def open(self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = ()) -> None:
+    def open(
+        self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = (), owner: str = ""
+    ) -> None:
         self.check_can_open(session)
         settings = bounded(sampling or Sampling(), self.vocab_size)
-        self._sessions[session] = self._new_session(list(tokens), settings)
+        self._sessions[session] = self._new_session(list(tokens), settings, owner)
 
     def open_computed(self, session: str, tokens: Sequence[int]) -> None:
         """Open a session that holds the blocks of ``tokens`` without computing them, to time steps with.
@@ -129,7 +131,8 @@ class VllmEngine(Engine):
             # Blocks go back; what the prefix cache still holds of them is found again.
             self._core.abort_requests([request.request_id])
             known = list(request._all_token_ids)
-            again = self._new_session(known if length == 0 else [*known[:length], PENDING], held.sampling)
+            tokens = known if length == 0 else [*known[:length], PENDING]
+            again = self._new_session(tokens, held.sampling, request.cache_salt)
             again.cached = length
             if length:
                 self._scheduler.adopt_prefix(again.request)
@@ -151,7 +154,8 @@ class VllmEngine(Engine):
             )
         self.check_can_open(child)
         tokens = [*source.request._all_token_ids[:length], PENDING]
-        forked = self._new_session(tokens, bounded(sampling or source.sampling, self.vocab_size))
+        settings = bounded(sampling or source.sampling, self.vocab_size)
+        forked = self._new_session(tokens, settings, source.request.cache_salt)
         forked.cached = length
         self._scheduler.adopt_prefix(forked.request)
         missing = length - forked.request.num_computed_tokens
@@ -371,9 +375,11 @@ class VllmEngine(Engine):
 
     # --- helpers -----------------------------------------------------------------------------------
 
-    def _new_session(self, tokens: list[int], sampling: Sampling, reuse: bool = True) -> VllmSession:
+    def _new_session(
+        self, tokens: list[int], sampling: Sampling, owner: str | None = None, *, reuse: bool = True
+    ) -> VllmSession:
         self._names += 1
-        request = self._make_request(f"w{self._names}", tokens, sampling)
+        request = self._make_request(f"w{self._names}", tokens, sampling, owner)
         request.skip_reading_prefix_cache = not (reuse and self._prefixes)
         self._scheduler.add_request(request)
         return VllmSession(request, sampling)

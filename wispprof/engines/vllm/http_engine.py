@@ -62,7 +62,9 @@ class VllmHttpEngine(Engine):
     def kv_free(self) -> int:
         return _KV_TOKENS - sum(map(len, self._tokens.values()))
 
-    def open(self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = ()) -> None:
+    def open(
+        self, session: str, sampling: Sampling | None = None, tokens: Sequence[int] = (), owner: str = ""
+    ) -> None:
         self.check_can_open(session)
         if sampling is not None and (sampling.temperature > 0 or sampling.logprobs is not None):
             raise EngineError("--engine vllm-http is greedy and reports no log-probabilities.")

@@ -33,15 +33,18 @@ def out_of_blocks(tokens: int, free: int) -> OutOfKvMemory:
     )
 
 
-def request_maker(core: Any) -> Callable[[str, list[int], Sampling], Any]:
-    """A function of id, tokens and sampling to a vLLM request that never ends by itself."""
+RequestMaker = Callable[[str, list[int], Sampling, str | None], Any]
+
+
+def request_maker(core: Any) -> RequestMaker:
+    """A function of id, tokens, sampling and owner to a vLLM request that never ends by itself."""
     from vllm import SamplingParams
     from vllm.v1.request import Request
 
     length = core.vllm_config.model_config.max_model_len
     hasher = core.request_block_hasher
 
-    def make(name: str, tokens: list[int], sampling: Sampling) -> Any:
+    def make(name: str, tokens: list[int], sampling: Sampling, owner: str | None) -> Any:
         # vLLM's own seed stays unset: its generators are not used.
         params = SamplingParams(
             temperature=0.0,
@@ -50,6 +53,7 @@ def request_maker(core: Any) -> Callable[[str, list[int], Sampling], Any]:
             detokenize=False,
             extra_args={SAMPLING: asdict(sampling)},
         )
-        return Request(name, tokens or [PENDING], params, None, block_hasher=hasher)
+        # The salt is part of a block's hash: requests of different owners never share blocks.
+        return Request(name, tokens or [PENDING], params, None, cache_salt=owner or None, block_hasher=hasher)
 
     return make

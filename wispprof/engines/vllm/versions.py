@@ -56,7 +56,10 @@ def installed_vllm() -> str | None:
 def vllm_version() -> str:
     """The installed version of vLLM; raises :class:`EngineError` if there is none."""
     if (installed := installed_vllm()) is None:
-        raise EngineError("vLLM is not installed.", "Install wispprof[vllm], or use --engine torch.")
+        raise EngineError(
+            "vLLM is not installed.",
+            f"Run `pip install vllm=={TESTED_VERSIONS[-1]}`, or use --engine torch.",
+        )
     return installed
 
 
