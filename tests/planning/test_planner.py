@@ -63,7 +63,7 @@ class Step(StepTimeEstimator):
         return Step(self.fixed * factor, self.row * factor, self.kv * factor)
 
 
-SMALL = PlanSettings(rtts_ms=(5.0, 80.0), slos=(4.0, 12.0), k_max=6, context=1000, max_sessions=96)
+SMALL = PlanSettings(rtts_ms=(5.0, 80.0), slos=(4.0, 12.0), k_max=6, contexts=(1000,), max_sessions=96)
 LAPTOP = DeviceProfile.from_speed("laptop", 60.0, draft_w=20.0)
 PI = DeviceProfile.from_speed("pi", 8.0, draft_w=6.0)
 
@@ -201,7 +201,7 @@ def test_a_longer_round_trip_that_shortens_a_draft_says_why(plan):
 def test_slower_servers_and_stricter_slos_never_raise_any_capacity(
     fixed, row, acceptance, speed, rtt, slower, slo, mode
 ):
-    limits = PlanSettings(k_max=4, context=500, max_sessions=64)
+    limits = PlanSettings(k_max=4, contexts=(500,), max_sessions=64)
     runs = Runs.geometric(acceptance)
     edge = EdgeCosts(DeviceProfile.from_speed("x", speed), rtt, mode, runs, runs)
 

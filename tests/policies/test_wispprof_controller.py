@@ -9,7 +9,7 @@ from depth_acceptance import DepthAcceptance
 
 from wispprof.artifacts.plan import DraftRow, Plan
 from wispprof.policies import RoundContext, make_controller
-from wispprof.policies.stopping import draft_row_lookup
+from wispprof.policies.stopping import PlannedRows
 from wispprof.types import DraftFeatures, Slo
 
 CONTEXT = RoundContext(draft_ms=10.0, rtt_ms=40.0, server_ms=30.0, slo=Slo(4.0))
@@ -68,7 +68,7 @@ def test_the_plans_zero_is_obeyed_and_its_row_followed(stream):
 
 def test_rows_follow_the_load_level():
     light, heavy = ROW, replace(ROW, load_level=3, k=0)
-    rows = draft_row_lookup(Plan(draft=(light, heavy), batch=()), "d")
+    rows = PlannedRows(Plan(draft=(light, heavy), batch=()), "d")
     assert rows(CONTEXT).k == 3
     assert rows(CONTEXT._replace(load_level=3)).k == 0
 

@@ -107,7 +107,7 @@ async def test_two_plans_make_two_servers_and_two_edges(mode: str, tmp_path: Pat
     assert max(step.new_tokens for step in wide.steps) > 4
     assert max(step.prefill_tokens for step in wide.steps) >= len(PROMPTS[0])
     assert tight.longest < wide.longest <= 4
-    assert {step.row for step in (*tight.steps, *wide.steps)} == {"1/0"}
+    assert {step.row for step in (*tight.steps, *wide.steps)} == {"1/0/512"}
 
 
 @pytest.mark.parametrize("mode", ["round", "stream"])

@@ -19,7 +19,7 @@ from wispprof.policies.controllers import ConfidenceAcceptance
 from wispprof.policies.cost_model import price_batches
 from wispprof.policies.linear_cost import LinearCost
 from wispprof.settings.shared_settings import LinkModel
-from wispprof.simulation.arrivals import Bursts, Lengths, Poisson, Replay, read_requests
+from wispprof.simulation.arrivals import Bursts, Lengths, Poisson, Replay, Request, read_requests
 from wispprof.simulation.devices import DeviceProfile, Link
 from wispprof.simulation.scenario import pick
 from wispprof.simulation.step_costs import KvOffload, SimulatedStepTimes, WithoutPrefixCache
@@ -44,8 +44,8 @@ def test_azure_traces_are_read_and_sorted(tmp_path: Path) -> None:
     file = tmp_path / "azure.csv"
     file.write_text(AZURE)
     first, second = read_requests(file)
-    assert first == (0.0, 4808, 10)
-    assert second[1:] == (3180, 8)
+    assert first == Request(0.0, 4808, 10)
+    assert second[1:3] == (3180, 8)
     assert second.time_ms == pytest.approx(52.0, abs=0.1)
 
 
@@ -69,9 +69,9 @@ def test_mooncake_traces_are_read_and_replayed_faster(tmp_path: Path) -> None:
     file = tmp_path / "mooncake.jsonl"
     file.write_text(MOONCAKE)
     recorded = read_requests(file)
-    assert recorded == ((0.0, 12, 3), (2000.0, 20, 9))
+    assert recorded == (Request(0.0, 12, 3, blocks=(1,)), Request(2000.0, 20, 9, blocks=(2,)))
     fast = list(Replay(recorded, speed=4.0, max_prompt=15).requests(Random(0), 1e9))
-    assert [tuple(r) for r in fast] == [(0.0, 12, 3), (500.0, 15, 9)]
+    assert [r[:3] for r in fast] == [(0.0, 12, 3), (500.0, 15, 9)]
 
 
 @pytest.mark.parametrize(

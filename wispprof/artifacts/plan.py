@@ -1,8 +1,8 @@
 """The plan that servers and edges obey, as frozen records and as one JSON document.
 
 :class:`BatchRow` limits a step, per SLO class and load level. :class:`DraftRow` says how far to draft and
-when to stop, per device, round trip, load level, SLO class and mode. Every row keeps the figures it was
-chosen by.
+when to stop, per device, round trip, load level, SLO class, mode and context. Every row keeps the figures
+it was chosen by. ``context``: cached tokens of each session; 0 in plans of one context that do not say.
 
 :mod:`wispprof.policies.cost_model` defines load levels. A plan repeats their bounds, so that a plan made
 under other bounds is refused.
@@ -11,9 +11,10 @@ under other bounds is refused.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from wispprof.artifacts import files
 from wispprof.artifacts.document import read_document, write_document
@@ -42,11 +43,12 @@ class BatchRow:
     prefill_chunk: int
     p50_ms: float
     bound_ms: float
+    context: int = 0
 
     @property
     def cell(self) -> str:
-        """Its name, ``slo/load``."""
-        return f"{self.tokens_per_s:g}/{self.load_level}"
+        """Its name, ``slo/load[/context]``."""
+        return f"{self.tokens_per_s:g}/{self.load_level}{_context(self.context)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +92,19 @@ class DraftRow:
     dollars_per_mtoken: float = 0.0
     energy_by_k: tuple[float, ...] = ()
     dollars_by_k: tuple[float, ...] = ()
+    context: int = 0
 
     @property
     def cell(self) -> str:
-        """The name of the cell: ``device/rtt/load/slo/mode``, as ``plan explain`` takes it."""
+        """The name of the cell: ``device/rtt/load/slo/mode[/context]``, as ``plan explain`` takes it."""
         speed = f"{self.tokens_per_s:g}"
-        return f"{self.device}/{self.rtt_ms:g}/{self.load_level}/{speed}/{self.mode}"
+        place = f"{self.device}/{self.rtt_ms:g}/{self.load_level}/{speed}/{self.mode}"
+        return place + _context(self.context)
+
+
+def _context(context: int) -> str:
+    """The last part of a cell's name."""
+    return f"/{context}" if context else ""
 
 
 def machine_of(device: str) -> str:
@@ -121,12 +130,14 @@ class ChoiceRow:
     dollars_per_mtoken: float
     energy_j_per_token: float
     feasible: bool
+    context: int = 0
 
     @property
     def cell(self) -> str:
-        """The name of the cell: ``machine/rtt/load/slo/mode``."""
+        """The name of the cell: ``machine/rtt/load/slo/mode[/context]``."""
         speed = f"{self.tokens_per_s:g}"
-        return f"{self.machine}/{self.rtt_ms:g}/{self.load_level}/{speed}/{self.mode}"
+        place = f"{self.machine}/{self.rtt_ms:g}/{self.load_level}/{speed}/{self.mode}"
+        return place + _context(self.context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +156,7 @@ class CapacityRow:
     split: int
     k: int
     bound_by: str
+    context: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +176,7 @@ class MixRow:
     split: int
     ks: tuple[float, ...]
     bound_by: str
+    context: int = 0
 
     @property
     def mix(self) -> str:
@@ -188,6 +201,10 @@ class BreakEvenRow:
     needed: float | None
     gain: float
     verdict: str
+    context: int = 0
+
+
+Row = TypeVar("Row", DraftRow, BatchRow, CapacityRow, BreakEvenRow, MixRow, ChoiceRow)
 
 
 @dataclass(frozen=True)
@@ -198,7 +215,7 @@ class Plan:
     ``machine:draft``, and ``choices`` names the best by ``objective``.
 
     ``inputs`` maps names to content hashes (estimator, traces, profiles). ``context``: cached tokens per
-    session assumed by the plan. ``notes``: remarks for the reader, in sentences.
+    session that look-ups assume if they name none. ``notes``: remarks for the reader, in sentences.
     """
 
     draft: tuple[DraftRow, ...]
@@ -225,17 +242,54 @@ class Plan:
         """Token speeds planned for, rising."""
         return tuple(sorted({r.tokens_per_s for r in self.batch}))
 
+    @cached_property
+    def contexts(self) -> tuple[int, ...]:
+        """Contexts planned for, rising; ``(context,)`` if rows do not say."""
+        named = {row.context for row in self.draft} | {row.context for row in self.batch}
+        return tuple(sorted(context or self.context for context in named)) or (self.context,)
+
+    def nearest_context(self, context: int | None = None) -> int:
+        """The planned context nearest to ``context`` by ratio; ``None``: the plan's own."""
+        wanted = self.context if context is None else context
+        if len(self.contexts) == 1:
+            return self.contexts[0]
+        return min(self.contexts, key=lambda c: (abs(_log(c) - _log(wanted)), c))
+
+    def at_context(self, context: int) -> Plan:
+        """The plan of one context alone; :meth:`nearest_context` says which it has."""
+
+        def only(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+            return tuple(r for r in rows if (r.context or self.context) == context)
+
+        return replace(
+            self,
+            draft=only(self.draft),
+            batch=only(self.batch),
+            capacity=only(self.capacity),
+            break_even=only(self.break_even),
+            mixes=only(self.mixes),
+            choices=only(self.choices),
+            context=context,
+        )
+
     def draft_row(
-        self, device: str, rtt_ms: float, load_level: int, tokens_per_s: float, mode: str = "stream"
+        self,
+        device: str,
+        rtt_ms: float,
+        load_level: int,
+        tokens_per_s: float,
+        mode: str = "stream",
+        context: int | None = None,
     ) -> DraftRow:
-        """The row for a device: nearest round trip (by ratio), nearest level, and the slowest class that
-        is at least as fast as ``tokens_per_s``, else the fastest.
+        """The row for a device: nearest context and round trip (by ratio), nearest level, and the slowest
+        class that is at least as fast as ``tokens_per_s``, else the fastest.
 
         An unknown device takes the rows of the device whose draft step is slowest, of the same machine if
         possible: its ``draft_ahead`` and k are the most careful.
         Raises :class:`PlanError` if the plan has no rows of ``mode``.
         """
-        rows = [r for r in self.draft if r.mode == mode]
+        cached = self.nearest_context(context)
+        rows = [r for r in self.draft if r.mode == mode and (r.context or self.context) == cached]
         if not rows:
             raise PlanError(f"The plan has no rows for mode {mode!r}.", "Make it anew.")
         if not any(r.device == device for r in rows):
@@ -249,18 +303,25 @@ class Plan:
         key = (rtt, level, speed)
         return next(r for r in rows if (r.rtt_ms, r.load_level, r.tokens_per_s) == key)
 
-    def batch_row(self, tokens_per_s: float, load_level: int) -> BatchRow:
+    def batch_row(self, tokens_per_s: float, load_level: int, context: int | None = None) -> BatchRow:
         """The row for an SLO class, chosen as :meth:`draft_row` chooses."""
-        if not self.batch:
+        cached = self.nearest_context(context)
+        rows = [r for r in self.batch if (r.context or self.context) == cached]
+        if not rows:
             raise PlanError("The plan has no batching table.", "Make it anew.")
-        level = min({r.load_level for r in self.batch}, key=lambda v: (abs(v - load_level), v))
-        speed = _class_of({r.tokens_per_s for r in self.batch}, tokens_per_s)
-        return next(r for r in self.batch if (r.load_level, r.tokens_per_s) == (level, speed))
+        level = min({r.load_level for r in rows}, key=lambda v: (abs(v - load_level), v))
+        speed = _class_of({r.tokens_per_s for r in rows}, tokens_per_s)
+        return next(r for r in rows if (r.load_level, r.tokens_per_s) == (level, speed))
 
     def find(self, cell: str) -> DraftRow:
-        """The row named ``device/rtt/load/slo[/mode]``; for a machine, the row of the draft model that it
-        should run there. Raises :class:`PlanError` if there is none."""
-        wanted = cell if cell.count("/") == 4 else f"{cell}/stream"
+        """The row named ``device/rtt/load/slo[/mode][/context]``; for a machine, the row of the draft model
+        that it should run there. Raises :class:`PlanError` if there is none."""
+        parts = cell.split("/")
+        if len(parts) == 4 or (len(parts) == 5 and parts[4] not in MODES):
+            parts.insert(4, "stream")
+        if len(parts) == 5 and (own := self.nearest_context()) and any(r.context for r in self.draft):
+            parts.append(str(own))
+        wanted = "/".join(parts)
         for choice in self.choices:
             if choice.cell == wanted:
                 wanted = wanted.replace(choice.machine, choice.device, 1)

@@ -65,7 +65,12 @@ def make(
     if link:
         measured = tuple(map(link_rtt_ms, link))
         rtts_ms = measured if rtts_ms == PlanSettings().rtts_ms else (*rtts_ms, *measured)
-    settings = replace(settings, rtts_ms=tuple(sorted(set(rtts_ms))), slos=tuple(sorted(set(settings.slos))))
+    settings = replace(
+        settings,
+        rtts_ms=tuple(sorted(set(rtts_ms))),
+        slos=tuple(sorted(set(settings.slos))),
+        contexts=tuple(sorted(set(settings.contexts))),
+    )
     with tracker("plan") as report:
         plan = plan_files(estimator, edge or (), device or (), trace or (), settings, report)
     save_plan(plan, out)
@@ -74,7 +79,7 @@ def make(
     if as_json:
         emit_json(plan)
     else:
-        _show_plan(plan, None, "stream")
+        _show_plan(plan, None, "stream", None)
 
 
 @group.command("show")
@@ -82,6 +87,7 @@ def show(
     plan: PlanFile,
     device: Annotated[str | None, typer.Option("--device", help="Only this device.")] = None,
     mode: Annotated[str, typer.Option("--mode", help="stream or round.")] = "stream",
+    context: Annotated[int | None, typer.Option("--context", help="Cached tokens; default: all.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Print a plan's tables."""
@@ -91,12 +97,14 @@ def show(
     if as_json:
         emit_json(loaded)
     else:
-        _show_plan(loaded, device, mode)
+        _show_plan(loaded, device, mode, context)
 
 
 @group.command("explain")
 def explain_cell(
-    cell: Annotated[str, typer.Argument(help="DEVICE/RTT/LOAD/SLO, optionally with /stream or /round.")],
+    cell: Annotated[
+        str, typer.Argument(help="DEVICE/RTT/LOAD/SLO, optionally with /stream or /round, and /CONTEXT.")
+    ],
     plan: Annotated[Path, typer.Option("--plan", help="The plan file.")] = Path("plan.json"),
     as_json: JsonFlag = False,
 ) -> None:
@@ -134,11 +142,14 @@ def diff(
 @group.command("export")
 def export_plan(
     plan: PlanFile,
-    form: Annotated[str, typer.Option("--format", help="csv, vllm or sglang.")] = "csv",
+    form: Annotated[str, typer.Option("--format", help="csv, vllm, vllm-context or sglang.")] = "csv",
     device: Annotated[str | None, typer.Option("--device", help="Whose rows.")] = None,
     rtt: Annotated[float, typer.Option("--rtt", help="Round trip (ms).")] = 0.0,
     slo: Annotated[float | None, typer.Option("--slo", help="SLO (tokens/s).")] = None,
     mode: Annotated[str, typer.Option("--mode", help="stream or round.")] = "round",
+    context: Annotated[
+        int | None, typer.Option("--context", help="Cached tokens; default: the plan's middle context.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="A file instead of stdout.")] = None,
 ) -> None:
     """Write a plan for other tools."""
@@ -146,7 +157,7 @@ def export_plan(
     from wispprof.artifacts.plan import load_plan
     from wispprof.planning.plan_export import export
 
-    text = export(load_plan(plan), form, device, rtt, slo, mode)
+    text = export(load_plan(plan), form, device, rtt, slo, mode, context)
     if out is None:
         typer.echo(text, nl=False)
     else:
@@ -160,25 +171,29 @@ def _text(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _show_plan(plan: Plan, device: str | None, mode: str) -> None:
-    """Print every table of one mode, of one ``device`` or all."""
+def _show_plan(plan: Plan, device: str | None, mode: str, context: int | None) -> None:
+    """Print every table of one mode, of one ``device`` or all, of one ``context`` or all."""
     from wispprof.artifacts.plan import machine_of
     from wispprof.errors import PlanError
 
     names = [d for d in plan.devices if device in (None, d, machine_of(d))]
     if not names:
         raise PlanError(f"The plan has no device {device!r}.", f"It has {', '.join(plan.devices)}.")
-    for name in names:
-        _show_drafts(plan, name, mode)
-        _show_capacity(plan, name, mode)
-    for machine in dict.fromkeys(map(machine_of, names)):
-        _show_choices(plan, machine, mode)
-    _show_batches(plan)
+    contexts = plan.contexts if context is None else (plan.nearest_context(context),)
+    for cached in contexts:
+        one = plan.at_context(cached)
+        where = f" at {cached:,} cached tokens" if len(plan.contexts) > 1 else ""
+        for name in names:
+            _show_drafts(one, name, mode, where)
+            _show_capacity(one, name, mode, where)
+        for machine in dict.fromkeys(map(machine_of, names)):
+            _show_choices(one, machine, mode, where)
+        _show_batches(one, where)
     for line in plan.notes:
         output().print(line, markup=False)
 
 
-def _show_drafts(plan: Plan, device: str, mode: str) -> None:
+def _show_drafts(plan: Plan, device: str, mode: str, where: str) -> None:
     rows = [row for row in plan.draft if (row.device, row.mode) == (device, mode)]
     priced = any(row.dollars_per_mtoken for row in rows)
     powered = any(row.energy_j_per_token for row in rows)
@@ -210,7 +225,7 @@ def _show_drafts(plan: Plan, device: str, mode: str) -> None:
         + ("J/tok: joules of drafting per token. " if powered else "")
         + "met: whether the SLO is; if not, * and the nearest that can be."
     )
-    output().print(table(f"{device}: draft length ({mode})", columns, cells, caption))
+    output().print(table(f"{device}: draft length ({mode}){where}", columns, cells, caption))
 
 
 def _span(slos: list[float]) -> str:
@@ -218,7 +233,7 @@ def _span(slos: list[float]) -> str:
     return f"{slos[0]:g}" if len(slos) == 1 else f"{min(slos):g} … {max(slos):g}"
 
 
-def _show_choices(plan: Plan, machine: str, mode: str) -> None:
+def _show_choices(plan: Plan, machine: str, mode: str, where: str) -> None:
     rows = [
         (
             row.rtt_ms,
@@ -236,7 +251,7 @@ def _show_choices(plan: Plan, machine: str, mode: str) -> None:
     ]
     if rows:
         shown = table(
-            f"{machine}: which draft, by {plan.objective} ({mode})",
+            f"{machine}: which draft, by {plan.objective} ({mode}){where}",
             "RTT ms:g|load|SLO tok/s:g|draft|k|tok/s:.2f|$/M:.3g|J/tok:.2g|met",
             rows,
             f"`plan explain {machine}/RTT/LOAD/SLO` lists all choices on the Pareto front.",
@@ -244,7 +259,7 @@ def _show_choices(plan: Plan, machine: str, mode: str) -> None:
         output().print(shown)
 
 
-def _show_capacity(plan: Plan, device: str, mode: str) -> None:
+def _show_capacity(plan: Plan, device: str, mode: str, where: str) -> None:
     rows = (
         (row.rtt_ms, row.tokens_per_s, row.server_only, row.split, row.k, row.bound_by)
         for row in plan.capacity
@@ -252,7 +267,7 @@ def _show_capacity(plan: Plan, device: str, mode: str) -> None:
     )
     columns = "RTT ms:g|SLO tok/s:g|server-only|split|k|bound by"
     caption = "Devices without drafts and with k. Bound by step time, KV memory, or the planned limit."
-    output().print(table(f"{device}: capacity ({mode})", columns, rows, caption))
+    output().print(table(f"{device}: capacity ({mode}){where}", columns, rows, caption))
     mixes = [
         (row.rtt_ms, row.mix, row.server_only, row.split, " ".join(f"{k:g}" for k in row.ks), row.bound_by)
         for row in plan.mixes
@@ -260,10 +275,11 @@ def _show_capacity(plan: Plan, device: str, mode: str) -> None:
     ]
     if mixes:
         columns = "RTT ms:g|mix|server-only|split|k of each|bound by"
-        title = f"{device}: capacity of class mixes ({mode})"
+        title = f"{device}: capacity of class mixes ({mode}){where}"
         output().print(table(title, columns, mixes))
 
 
-def _show_batches(plan: Plan) -> None:
+def _show_batches(plan: Plan, where: str) -> None:
     columns = "SLO tok/s:g|load|sessions|token budget|max items|prefill|p50 ms:.2f|bound ms:.2f"
-    output().print(table("Batching", columns, map(astuple, plan.batch)))
+    rows = (astuple(row)[:-1] for row in plan.batch)  # without the context
+    output().print(table(f"Batching{where}", columns, rows))

@@ -180,7 +180,7 @@ def measure(settings: DemoSettings, stage: Stage) -> Measured:
             rtts_ms=(1.0, 5.0, 20.0, 50.0, 100.0),
             slos=slo_classes(settings, fitted.estimator),
             k_max=settings.depth,
-            context=settings.prompt_tokens + settings.path_tokens // 2,
+            contexts=(settings.prompt_tokens + settings.path_tokens // 2,),
             max_sessions=64,
         ),
         inputs={"profile": server.hash, "edge": edge.hash, "trace": trace_hash},

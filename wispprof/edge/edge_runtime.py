@@ -266,10 +266,10 @@ def _plan_rows(settings: EdgeSettings, stream: bool | None) -> dict[str, Any]:
     if settings.plan is None:
         return {}
     from wispprof.artifacts.plan import load_plan
-    from wispprof.policies.stopping import draft_row_lookup
+    from wispprof.policies.stopping import PlannedRows
 
     mode = settings.mode or ("round" if stream is False else "stream")
-    return {"rows": draft_row_lookup(load_plan(settings.plan), settings.plan_device, mode)}
+    return {"rows": PlannedRows(load_plan(settings.plan), settings.plan_device, mode)}
 
 
 def generate(prompt: str, settings: EdgeSettings | None = None, sampling: Sampling | None = None) -> str:

@@ -100,6 +100,7 @@ def batch_row(
         prefill_chunk=chunk,
         p50_ms=filled.p50_ms,
         bound_ms=filled.bound_ms,
+        context=times.cached,
     )
 
 
@@ -134,6 +135,7 @@ def capacity_row(
         max(0, count),
         k,
         _bound_by(count, settings),
+        times.cached,
     )
 
 
@@ -154,7 +156,7 @@ def break_even_row(
         needed = (percent + 1) / 100
     verdict = "split" if now >= settings.min_gain else "server-only"
     return BreakEvenRow(
-        edge.device.name, edge.rtt_ms, level, edge.mode, mean.acceptance, needed, now, verdict
+        edge.device.name, edge.rtt_ms, level, edge.mode, mean.acceptance, needed, now, verdict, times.cached
     )
 
 
@@ -194,6 +196,7 @@ def mix_row(times: LoadedStepTimes, edge: EdgeCosts, mix: Mix, settings: PlanSet
         count,
         tuple(map(float, lengths or [0] * len(classes))),
         _bound_by(count, settings),
+        times.cached,
     )
 
 

@@ -117,6 +117,7 @@ def draft_row(
         dollars_per_mtoken=figures[best].dollars_per_mtoken,
         energy_by_k=tuple(f.energy_j_per_token for f in figures),
         dollars_by_k=tuple(f.dollars_per_mtoken for f in figures),
+        context=settings.context,
     )
 
 

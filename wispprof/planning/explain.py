@@ -21,18 +21,19 @@ class PlanChange(NamedTuple):
 def explain(plan: Plan, cell: str) -> list[str]:
     """Sentences with the numbers that decided a cell."""
     row = plan.find(cell)
-    load = next((b for b in plan.batch if b.load_level == row.load_level), None)
+    load = next((b for b in plan.batch if (b.load_level, b.context) == (row.load_level, row.context)), None)
     sessions = "its sessions"
     if load is not None:
         sessions = f"{load.sessions} session{'s' if load.sessions != 1 else ''}"
     undrafted = row.by_k[0] if row.by_k else 0.0
     lines = [
         f"{row.device}, {row.rtt_ms:g} ms round trip, load level {row.load_level} ({sessions} of "
-        f"{plan.context} cached tokens), SLO {row.tokens_per_s:g} tokens/s, {row.mode} mode.",
+        f"{row.context or plan.context} cached tokens), SLO {row.tokens_per_s:g} tokens/s, {row.mode} mode.",
         f"One draft token takes {row.draft_ms:.3g} ms; a server step takes {row.step_ms:.3g} ms.",
     ]
     lines += _choice(row, undrafted, plan.objective)
     lines += _link(plan, row)
+    lines += _context(plan, row)
     lines.append(_slo(row))
     if row.k:
         lines.append(_stop(row))
@@ -54,17 +55,14 @@ def _money(dollars: float) -> str:
 def _drafts(plan: Plan, row: DraftRow) -> list[str]:
     """Which draft model the machine should run, and the Pareto front."""
     choice = next(
-        (
-            c
-            for c in plan.choices
-            if (c.machine, c.rtt_ms, c.load_level, c.tokens_per_s, c.mode)
-            == (machine_of(row.device), row.rtt_ms, row.load_level, row.tokens_per_s, row.mode)
-        ),
+        (c for c in plan.choices if c.cell == row.cell.replace(row.device, machine_of(row.device), 1)),
         None,
     )
     if choice is None:
         return []
-    options, best = draft_front(plan, choice.machine, row.rtt_ms, row.load_level, row.tokens_per_s, row.mode)
+    options, best = draft_front(
+        plan, choice.machine, row.rtt_ms, row.load_level, row.tokens_per_s, row.mode, row.context or None
+    )
     lines = [f"Best draft model of {choice.machine} by {plan.objective}: {choice.device}."]
     if choice.feasible and not choice.k:
         lines[0] = f"No draft model of {choice.machine} pays here."
@@ -105,11 +103,11 @@ def _choice(row: DraftRow, undrafted: float, objective: str) -> list[str]:
 
 def _link(plan: Plan, row: DraftRow) -> list[str]:
     """Why a longer round trip made the draft shorter, if it did."""
-    key = (row.device, row.load_level, row.tokens_per_s, row.mode)
+    key = (row.device, row.load_level, row.tokens_per_s, row.mode, row.context)
     nearer = [
         r
         for r in plan.draft
-        if (r.device, r.load_level, r.tokens_per_s, r.mode) == key and r.rtt_ms < row.rtt_ms
+        if (r.device, r.load_level, r.tokens_per_s, r.mode, r.context) == key and r.rtt_ms < row.rtt_ms
     ]
     if not nearer:
         return []
@@ -129,6 +127,16 @@ def _link(plan: Plan, row: DraftRow) -> list[str]:
     else:
         why = f"here k = {row.k} is the better one by {plan.objective}"
     return [f"At {near.rtt_ms:g} ms round trip k is {near.k}; {why}."]
+
+
+def _context(plan: Plan, row: DraftRow) -> list[str]:
+    """The draft lengths of other contexts, if they differ."""
+    where = (row.device, row.rtt_ms, row.load_level, row.tokens_per_s, row.mode)
+    lengths = {context: plan.draft_row(*where, context).k for context in plan.contexts}
+    if len(set(lengths.values())) < 2:
+        return []
+    shown = ", ".join(f"{k} at {context:,}" for context, k in sorted(lengths.items()))
+    return [f"k by cached tokens at this load: {shown}."]
 
 
 def _slo(row: DraftRow) -> str:
@@ -159,15 +167,16 @@ _LIMITS = {
 
 def _capacity(plan: Plan, row: DraftRow) -> list[str]:
     """How many such devices fit: all of this class, and in the mixes that contain it."""
-    where = (row.device, row.rtt_ms, row.mode)
+    where = (row.device, row.rtt_ms, row.mode, row.context)
     lines = [
         f"Capacity if all have an SLO of {row.tokens_per_s:g} tokens/s: {alone.split} devices with "
         f"k = {alone.k}, {alone.server_only} without drafts ({_LIMITS[alone.bound_by]})."
         for alone in plan.capacity
-        if (alone.device, alone.rtt_ms, alone.mode) == where and alone.tokens_per_s == row.tokens_per_s
+        if (alone.device, alone.rtt_ms, alone.mode, alone.context) == where
+        and alone.tokens_per_s == row.tokens_per_s
     ]
     for mix in plan.mixes:
-        if (mix.device, mix.rtt_ms, mix.mode) == where and row.tokens_per_s in mix.slos:
+        if (mix.device, mix.rtt_ms, mix.mode, mix.context) == where and row.tokens_per_s in mix.slos:
             lengths = ", ".join(f"{k:g}" for k in mix.ks)
             lines.append(
                 f"Capacity of the mix {mix.mix}: {mix.split} devices with k = {lengths}, "

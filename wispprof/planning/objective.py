@@ -102,7 +102,7 @@ def choice_rows(rows: Iterable[DraftRow], settings: PlanSettings) -> list[Choice
     cells: dict[tuple[object, ...], list[DraftRow]] = {}
     for row in rows:
         machine = machine_of(row.device)
-        key = (machine, row.rtt_ms, row.load_level, row.tokens_per_s, row.mode)
+        key = (machine, row.rtt_ms, row.load_level, row.tokens_per_s, row.mode, row.context)
         cells.setdefault(key, []).append(row)
     return [_choice(rows, settings) for rows in cells.values() if len(rows) > 1]
 
@@ -127,20 +127,29 @@ def _choice(rows: list[DraftRow], settings: PlanSettings) -> ChoiceRow:
         row.dollars_per_mtoken,
         row.energy_j_per_token,
         row.feasible,
+        row.context,
     )
 
 
 def draft_front(
-    plan: Plan, machine: str, rtt_ms: float, load_level: int, tokens_per_s: float, mode: str
+    plan: Plan,
+    machine: str,
+    rtt_ms: float,
+    load_level: int,
+    tokens_per_s: float,
+    mode: str,
+    context: int | None = None,
 ) -> tuple[list[Option], list[int]]:
     """(every draft model and draft length of a machine in one cell, indices of the Pareto front).
 
     If the power of one draft model is unknown, energy counts for none of them.
     """
+    cached = plan.nearest_context(context)
     options = [
         option
         for row in plan.draft
         if machine_of(row.device) == machine
+        and (row.context or plan.context) == cached
         and (row.rtt_ms, row.load_level, row.tokens_per_s, row.mode)
         == (rtt_ms, load_level, tokens_per_s, mode)
         for option in _options(row)

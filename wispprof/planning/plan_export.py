@@ -4,25 +4,35 @@
 
 *vllm*: JSON for vLLM's ``--speculative-config`` (dynamic speculative decoding):
 ``num_speculative_tokens`` and ``num_speculative_tokens_per_batch_size``, a list of inclusive
-``[from, to, k]`` over concurrent sessions. ``method`` and ``model`` are the user's to add.
+``[from, to, k]`` over concurrent sessions. ``method`` and ``model`` are the user's to add. Released
+versions know no context: the schedule is that of one, see :func:`export`.
 Source: vLLM docs, features/speculative_decoding/dynamic_speculative_decoding.
+
+*vllm-context*: the same for all contexts of the plan, as lists of
+``[from, to, context from, context to, k]``. For builds of vLLM with pull request 48944 (open in September
+2026); others refuse it.
 
 *sglang*: JSON for SGLang's ``--speculative-dspark-sps-table-path``: ``sample_batch_tokens`` (rising),
 ``sample_steps_per_sec`` (falling) and ``max_batch_tokens``: steps per second by the number of tokens
-in a verify step. Source: SGLang, ``SpsCostTable`` of its DSpark planner.
+in a verify step of one context; SGLang's table has no other axis. Source: SGLang, ``SpsCostTable`` of its
+DSpark planner.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import math
 from dataclasses import asdict, fields
 
 from wispprof.artifacts.plan import DraftRow, Plan
 from wispprof.errors import PlanError, suggestion
 
-FORMATS = ("csv", "vllm", "sglang")
+FORMATS = ("csv", "vllm", "vllm-context", "sglang")
+_MAX_LENGTH = 2**31 - 1
+"""End of the last range of contexts."""
 
 
 def export(
@@ -32,9 +42,10 @@ def export(
     rtt_ms: float = 0.0,
     tokens_per_s: float | None = None,
     mode: str = "round",
+    context: int | None = None,
 ) -> str:
     """The plan as text. Formats without these dimensions get the rows of ``device``, ``rtt_ms``,
-    ``tokens_per_s`` and ``mode``. Raises :class:`PlanError` on an unknown format."""
+    ``tokens_per_s``, ``mode`` and ``context``. Raises :class:`PlanError` on an unknown format."""
     if form == "csv":
         return _csv(plan)
     if form not in FORMATS:
@@ -43,9 +54,20 @@ def export(
     if device not in plan.devices:
         raise PlanError(f"The plan has no device {device!r}.", f"It has {', '.join(plan.devices)}.")
     speed = tokens_per_s if tokens_per_s is not None else plan.slo_classes[0]
+    if form == "vllm-context":
+        tables = [_levels(plan.at_context(c), device, rtt_ms, speed, mode) for c in plan.contexts]
+        return _vllm_contexts(plan.contexts, tables)
+    one = plan.at_context(plan.nearest_context(context))
+    rows = _levels(one, device, rtt_ms, speed, mode)
+    return _vllm(rows) if form == "vllm" else _sglang(one, rows)
+
+
+def _levels(
+    plan: Plan, device: str, rtt_ms: float, tokens_per_s: float, mode: str
+) -> list[tuple[int, DraftRow]]:
+    """Sessions and row of each load level of a plan of one context, rising."""
     levels = sorted({b.load_level: b.sessions for b in plan.batch}.items())
-    rows = [(n, plan.draft_row(device, rtt_ms, level, speed, mode)) for level, n in levels]
-    return _vllm(rows) if form == "vllm" else _sglang(plan, rows)
+    return [(n, plan.draft_row(device, rtt_ms, level, tokens_per_s, mode)) for level, n in levels]
 
 
 def _csv(plan: Plan) -> str:
@@ -61,8 +83,8 @@ def _csv(plan: Plan) -> str:
     return text.getvalue()
 
 
-def _vllm(rows: list[tuple[int, DraftRow]]) -> str:
-    """Each level reaches up to the next one's sessions; equal neighbours are joined."""
+def _ranges(rows: list[tuple[int, DraftRow]]) -> list[list[int]]:
+    """``[from, to, k]``: each level reaches up to the next one's sessions; equal neighbours are joined."""
     ranges: list[list[int]] = []
     for place, (sessions, row) in enumerate(rows):
         begin = 1 if place == 0 else sessions
@@ -73,7 +95,26 @@ def _vllm(rows: list[tuple[int, DraftRow]]) -> str:
             ranges[-1][1] = end
         else:
             ranges.append([begin, end, row.k])
-    most = max((k for _, _, k in ranges), default=0)
+    return ranges
+
+
+def _vllm(rows: list[tuple[int, DraftRow]]) -> str:
+    return _vllm_config(_ranges(rows))
+
+
+def _vllm_contexts(contexts: tuple[int, ...], tables: list[list[tuple[int, DraftRow]]]) -> str:
+    """A context reaches from and to where its neighbour is as near by ratio."""
+    bounds = [0, *(math.isqrt(a * b) for a, b in itertools.pairwise(contexts)), _MAX_LENGTH]
+    ranges = [
+        [begin, end, low + bool(low), high, k]
+        for (low, high), rows in zip(itertools.pairwise(bounds), tables, strict=True)
+        for begin, end, k in _ranges(rows)
+    ]
+    return _vllm_config(ranges)
+
+
+def _vllm_config(ranges: list[list[int]]) -> str:
+    most = max((entry[-1] for entry in ranges), default=0)
     config = {"num_speculative_tokens": max(1, most), "num_speculative_tokens_per_batch_size": ranges}
     return json.dumps(config, indent=1) + "\n"
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from wispprof.artifacts import load_edge, load_link, load_trace, read_document, trace_hash
-from wispprof.artifacts.plan import MODES, Plan, machine_of
+from wispprof.artifacts.plan import (
+    MODES,
+    BatchRow,
+    BreakEvenRow,
+    CapacityRow,
+    DraftRow,
+    MixRow,
+    Plan,
+    machine_of,
+)
 from wispprof.artifacts.rows import AcceptanceTrace
 from wispprof.errors import PlanError
 from wispprof.planning.batch_table import batch_row, break_even_row, capacity_row, mix_row, sessions_of_levels
@@ -42,53 +51,83 @@ def make_plan(
     settings = settings or PlanSettings()
     fleet = _checked(devices, settings)
     runs = {d.name: _runs(d.name, acceptance, settings) for d in fleet}
-    times = LoadedStepTimes(estimator, settings.context)
-    if times.uniform(1, 1)[0] <= 0:
-        raise PlanError("The estimator predicts 0 ms for a step.", "Fit it again.")
-    levels = sessions_of_levels(times, settings.kv_sessions)
-    draft, capacity, mixes, break_even = [], [], [], []
-    total = len(fleet) * len(settings.rtts_ms) * len(MODES)
-    done = 0
-    for device in fleet:
-        for rtt_ms in settings.rtts_ms:
-            for mode in MODES:
-                edge = EdgeCosts(device, rtt_ms, mode, *runs[device.name])
-                for level, sessions in levels.items():
-                    cell = speed_curve(times, sessions, edge, settings.k_max)
-                    draft += [draft_row(cell, device, level, s, settings) for s in settings.slos]
-                    break_even.append(break_even_row(times, edge, level, sessions, settings))
-                capacity += [capacity_row(times, edge, s, settings) for s in settings.slos]
-                mixes += [mix_row(times, edge, mix, settings) for mix in settings.mixes_or_equal]
-                done += 1
-                if progress is not None:
-                    progress(done, total, device.name)
-    best_runs = max((mean for mean, _ in runs.values()), key=lambda mean: mean.acceptance)
-    batch = [
-        batch_row(times, level, sessions, slo, best_runs, settings)
-        for level, sessions in levels.items()
-        for slo in settings.slos
-    ]
-    all_notes = list(notes)
-    if max(levels) < LOAD_LEVELS - 1:
-        all_notes.append(
-            f"{settings.kv_sessions} sessions reach load level {max(levels)} at most; "
-            "higher levels use its rows."
+    contexts = sorted(set(settings.contexts))
+    total = len(contexts) * len(fleet) * len(settings.rtts_ms) * len(MODES)
+    tables = _Tables()
+    for context in contexts:
+        _plan_context(
+            LoadedStepTimes(estimator, context),
+            fleet,
+            runs,
+            replace(settings, contexts=(context,)),
+            tables,
+            lambda name: progress(tables.done, total, name) if progress is not None else None,
         )
     return Plan(
-        draft=tuple(draft),
-        batch=tuple(batch),
-        capacity=tuple(capacity),
-        mixes=tuple(mixes),
-        choices=tuple(choice_rows(draft, settings)),
-        break_even=tuple(break_even),
+        draft=tuple(tables.draft),
+        batch=tuple(tables.batch),
+        capacity=tuple(tables.capacity),
+        mixes=tuple(tables.mixes),
+        choices=tuple(choice_rows(tables.draft, settings)),
+        break_even=tuple(tables.break_even),
         load_bounds=LOAD_BOUNDS,
         context=settings.context,
         objective=settings.objective,
         cum_acceptance=runs[fleet[0].name][0].cumulative[:16],
         settings={**asdict(settings), "coverage": estimator.coverage},
         inputs=dict(inputs or {}),
-        notes=tuple(all_notes),
+        notes=(*notes, *tables.notes),
     )
+
+
+@dataclass
+class _Tables:
+    """Rows of all contexts so far; ``done``: how many (context, device, round trip, mode) they cover."""
+
+    draft: list[DraftRow] = field(default_factory=list)
+    batch: list[BatchRow] = field(default_factory=list)
+    capacity: list[CapacityRow] = field(default_factory=list)
+    mixes: list[MixRow] = field(default_factory=list)
+    break_even: list[BreakEvenRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    done: int = 0
+
+
+def _plan_context(
+    times: LoadedStepTimes,
+    fleet: list[DeviceProfile],
+    runs: Mapping[str, tuple[Runs, Runs]],
+    settings: PlanSettings,
+    tables: _Tables,
+    progress: Callable[[str], None],
+) -> None:
+    """Add the rows of one context to ``tables``."""
+    if times.uniform(1, 1)[0] <= 0:
+        raise PlanError("The estimator predicts 0 ms for a step.", "Fit it again.")
+    levels = sessions_of_levels(times, settings.kv_sessions)
+    for device in fleet:
+        for rtt_ms in settings.rtts_ms:
+            for mode in MODES:
+                edge = EdgeCosts(device, rtt_ms, mode, *runs[device.name])
+                for level, sessions in levels.items():
+                    cell = speed_curve(times, sessions, edge, settings.k_max)
+                    tables.draft += [draft_row(cell, device, level, s, settings) for s in settings.slos]
+                    tables.break_even.append(break_even_row(times, edge, level, sessions, settings))
+                tables.capacity += [capacity_row(times, edge, s, settings) for s in settings.slos]
+                tables.mixes += [mix_row(times, edge, mix, settings) for mix in settings.mixes_or_equal]
+                tables.done += 1
+                progress(device.name)
+    best_runs = max((mean for mean, _ in runs.values()), key=lambda mean: mean.acceptance)
+    tables.batch += [
+        batch_row(times, level, sessions, slo, best_runs, settings)
+        for level, sessions in levels.items()
+        for slo in settings.slos
+    ]
+    if max(levels) < LOAD_LEVELS - 1:
+        tables.notes.append(
+            f"At {settings.context:,} cached tokens, {settings.kv_sessions} sessions reach load level "
+            f"{max(levels)} at most; higher levels use its rows."
+        )
 
 
 def _checked(devices: Iterable[DeviceProfile], settings: PlanSettings) -> list[DeviceProfile]:
@@ -105,7 +144,7 @@ def _checked(devices: Iterable[DeviceProfile], settings: PlanSettings) -> list[D
     for device in fleet:
         if "/" in device.name:
             raise PlanError(f"The device name {device.name!r} contains a slash.", "Rename it.")
-        if not device.step_ms(settings.context) > 0:
+        if not device.step_ms(min(settings.contexts)) > 0:
             raise PlanError(f"A draft step on {device.name} takes 0 ms.", "Profile it again.")
         if "energy" in settings.weights and not device.draft_w > 0:
             raise PlanError(

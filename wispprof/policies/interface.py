@@ -108,7 +108,7 @@ class RoundContext(NamedTuple):
 
     ``draft_ms``: time of one draft step now. ``rtt_ms``: round-trip time of the link. ``server_ms``: recent
     queue and verify time. ``load_level``: as the server last reported. ``draft_ahead``: drafts beyond the
-    committed length.
+    committed length. ``committed_len``: the session's context, prompt included.
     """
 
     draft_ms: float
@@ -117,6 +117,7 @@ class RoundContext(NamedTuple):
     load_level: int = 0
     draft_ahead: int = 0
     slo: Slo | None = None
+    committed_len: int = 0
 
 
 class Controller(Protocol):

@@ -14,7 +14,9 @@ The plan limits both: its k or draft-ahead is the maximum, and its k = 0 is obey
 
 from __future__ import annotations
 
+import itertools
 import math
+from bisect import bisect
 from collections.abc import Callable
 
 from wispprof.artifacts.plan import DraftRow, Plan
@@ -33,27 +35,35 @@ _PAUSE_COMMITS = 12
 """Commits for which a stream pauses if drafting did not pay, doubling up to 8 times this."""
 
 
-def draft_row_lookup(plan: Plan, device: str, mode: str = "stream") -> DraftRowLookup:
-    """Return a function from a round's RTT, load level and SLO to the plan's row for the device."""
+class PlannedRows:
+    """From a round's RTT, load level, SLO and context to the plan's row for a device."""
 
-    rows: dict[tuple[int, int, float], DraftRow] = {}
+    def __init__(self, plan: Plan, device: str, mode: str = "stream") -> None:
+        self._plan = plan
+        self._device = device
+        self._mode = mode
+        # The next context begins where it is nearer by ratio.
+        self._bounds = [math.sqrt(a * b) for a, b in itertools.pairwise(plan.contexts)]
+        self._rows: dict[tuple[int, int, float, int], DraftRow] = {}
 
-    def lookup(context: RoundContext) -> DraftRow:
+    def __call__(self, context: RoundContext) -> DraftRow:
+        plan = self._plan
         speed = context.slo.tokens_per_s if context.slo is not None else max(plan.slo_classes)
         # RTT is measured all the time; values within 5 % mean the same row.
         rtt_step = round(20.0 * math.log(max(context.rtt_ms, 0.1)))
-        key = (rtt_step, context.load_level, speed)
-        if key not in rows:
-            rows[key] = plan.draft_row(device, context.rtt_ms, context.load_level, speed, mode)
-        return rows[key]
-
-    return lookup
+        cached = plan.contexts[bisect(self._bounds, context.committed_len)]
+        key = (rtt_step, context.load_level, speed, cached)
+        row = self._rows.get(key)
+        if row is None:
+            row = plan.draft_row(self._device, context.rtt_ms, context.load_level, speed, self._mode, cached)
+            self._rows[key] = row
+        return row
 
 
 class WispprofController:
     """One controller per session.
 
-    ``rows``: the plan, see :func:`draft_row_lookup`; without it only measurements decide. ``k_max``:
+    ``rows``: the plan, see :class:`PlannedRows`; without it only measurements decide. ``k_max``:
     most drafts of a round. ``draft_ahead_max``: farthest draft-ahead of a stream.
     ``min_cum_acceptance``: least cumulative acceptance probability worth a draft step. ``min_accepted``:
     accepted drafts per commit below which a stream pauses. ``hysteresis``: relative gain in rate that a

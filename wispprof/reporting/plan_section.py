@@ -30,10 +30,12 @@ class HeatCell:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Cells by round trip (rows) and load level (columns). ``loads``: number of sessions by level."""
+    """Cells by row and load level. ``corner``: what rows are, by label; ``loads``: number of sessions by
+    level."""
 
     title: str
-    rtts_ms: list[float]
+    corner: str
+    rows: dict[float, str]
     loads: dict[int, str]
     cells: dict[tuple[float, int], HeatCell]
 
@@ -42,6 +44,7 @@ def plan_section(plan: Plan | None, benches: Sequence[Bench]) -> dict[str, Any] 
     """What the template shows of a plan: draft lengths, break-even, price of speed, capacity."""
     if plan is None or not plan.draft:
         return None
+    whole, plan = plan, plan.at_context(plan.nearest_context())
     classes = plan.slo_classes or tuple(sorted({r.tokens_per_s for r in plan.draft}))
     slos = [speed for b in benches for speed in b.slos]
     slo = statistics.median_low(slos) if slos else classes[len(classes) // 2]
@@ -55,6 +58,7 @@ def plan_section(plan: Plan | None, benches: Sequence[Bench]) -> dict[str, Any] 
             plan, lambda device: [draft_length_map(plan, device, mode, slo) for mode in MODES]
         ),
         "break_even": _by_device(plan, lambda device: [break_even_map(plan, device, mode) for mode in MODES]),
+        "by_context": _by_device(whole, lambda device: [context_map(whole, device, mode) for mode in MODES]),
         "front": drafts_front(plan, slo) if plan.draft[0].by_k else "",
         "capacity": _by_device(plan, lambda device: [capacity_table(plan, device)]),
     }
@@ -105,6 +109,26 @@ def break_even_map(plan: Plan, device: str, mode: str) -> HeatMap | None:
     rows = [r for r in plan.break_even if (r.device, r.mode) == (device, mode)]
     if not rows:
         return None
+    title = f"{device}, {mode} mode, measured acceptance {rows[0].acceptance:.2f}"
+    return _heat_map(plan, title, rows, _gain_cells(rows))
+
+
+def context_map(plan: Plan, device: str, mode: str) -> HeatMap | None:
+    """:func:`break_even_map` by context at the shortest round trip; ``None`` for plans of one context."""
+    near = min(r.rtt_ms for r in plan.draft)
+    rows = [r for r in plan.break_even if (r.device, r.mode, r.rtt_ms) == (device, mode, near)]
+    if len({r.context for r in rows}) < 2:
+        return None
+    return HeatMap(
+        f"{device}, {mode} mode, {near:g} ms round trip",
+        "cached tokens",
+        {r.context: f"{r.context:,}" for r in sorted(rows, key=lambda r: r.context)},
+        dict.fromkeys(sorted({r.load_level for r in rows}), ""),
+        dict(zip(((r.context, r.load_level) for r in rows), _gain_cells(rows), strict=True)),
+    )
+
+
+def _gain_cells(rows: Sequence[BreakEvenRow]) -> list[HeatCell]:
     max_gain = max(1.01, *(r.gain for r in rows))
 
     def cell(row: BreakEvenRow) -> HeatCell:
@@ -112,8 +136,7 @@ def break_even_map(plan: Plan, device: str, mode: str) -> HeatMap | None:
         heat = round(8 + 52 * max(0.0, row.gain - 1.0) / (max_gain - 1.0))
         return HeatCell(f"× {row.gain:.2f}", note, heat if row.verdict == "split" else None)
 
-    title = f"{device}, {mode} mode, measured acceptance {rows[0].acceptance:.2f}"
-    return _heat_map(plan, title, rows, map(cell, rows))
+    return list(map(cell, rows))
 
 
 def _heat_map(
@@ -122,7 +145,8 @@ def _heat_map(
     sessions = _sessions(plan)
     return HeatMap(
         title,
-        sorted({r.rtt_ms for r in rows}),
+        "round trip",
+        {rtt_ms: f"{rtt_ms:g} ms" for rtt_ms in sorted({r.rtt_ms for r in rows})},
         {level: sessions.get(level, "") for level in sorted({r.load_level for r in rows})},
         dict(zip(((r.rtt_ms, r.load_level) for r in rows), cells, strict=True)),
     )

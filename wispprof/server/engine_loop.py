@@ -32,21 +32,23 @@ _DRIFT_EVERY_STEPS = 32
 
 class StepLimits:
     """What a step may hold: the settings, tightened by the plan's row for the fastest SLO class that
-    is open and the load level."""
+    is open, the load level, and the sessions' mean context (a step's KV reads follow the mean)."""
 
     def __init__(self, settings: ServerSettings, plan: Plan | None, manager: SessionManager) -> None:
         self._plan = plan
         self._settings = settings
         self._manager = manager
-        self._rows: dict[tuple[float, int], BatchRow] = {}
+        self._rows: dict[tuple[float, int, int], BatchRow] = {}
 
     @property
     def row(self) -> BatchRow | None:
         """The plan's row in force; ``None`` without a plan."""
         if self._plan is None:
             return None
-        speed = max((one.state.slo.tokens_per_s for one in self._manager.sessions), default=1.0)
-        key = (speed, self._manager.load_level)
+        states = [one.state for one in self._manager.sessions]
+        speed = max((state.slo.tokens_per_s for state in states), default=1.0)
+        mean = sum(state.committed_len for state in states) // len(states) if states else None
+        key = (speed, self._manager.load_level, self._plan.nearest_context(mean))
         if key not in self._rows:
             self._rows[key] = self._plan.batch_row(*key)
         return self._rows[key]

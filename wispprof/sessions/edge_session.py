@@ -123,7 +123,7 @@ class EdgeSession:
         return self.timing.slack_ms(frame.acceptance_prob, now_ms, self.rtt_ms)
 
     def _context(self, draft_ahead: int) -> RoundContext:
-        return self.timing.context(self.rtt_ms, self.load_level, draft_ahead)
+        return self.timing.context(self.rtt_ms, self.load_level, draft_ahead, self.buffer.committed_len)
 
     # --- commits ---
 

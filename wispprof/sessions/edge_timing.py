@@ -102,10 +102,14 @@ class EdgeTiming:
             self.draft_ms + self._waited_ms, period_ms, _MARGIN * period_ms, self._last_commit_ms, rtt_ms
         )
 
-    def context(self, rtt_ms: float, load_level: int, draft_ahead: int) -> RoundContext:
+    def context(
+        self, rtt_ms: float, load_level: int, draft_ahead: int, committed_len: int = 0
+    ) -> RoundContext:
         """The controller's context of a round."""
         # By position: keywords cost more than the rest of the call.
-        return RoundContext(self.draft_ms, rtt_ms, self.server_ms, load_level, draft_ahead, self._slo)
+        return RoundContext(
+            self.draft_ms, rtt_ms, self.server_ms, load_level, draft_ahead, self._slo, committed_len
+        )
 
     def slack_ms(self, acceptance_prob: Sequence[float], now_ms: float, rtt_ms: float) -> float:
         """Remaining slack of a round that leaves now: expected tokens / speed − time since the last commit −

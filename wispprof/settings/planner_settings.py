@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +75,13 @@ class PlanSettings(Settings):
         (2.0, 4.0, 6.0, 8.0), "SLO: token speed; repeatable.", unit="tokens/s", minimum=0.01, option="slo"
     )
     k_max: int = setting(12, "Maximum draft length considered.", unit="tokens", minimum=1, maximum=32)
-    context: int = setting(512, "Cached tokens per session.", unit="tokens", minimum=0)
+    contexts: tuple[int, ...] = setting(
+        (512,),
+        "Cached tokens per session; repeatable: each gets tables of its own.",
+        unit="tokens",
+        minimum=1,
+        option="context",
+    )
     max_sessions: int = setting(256, "Maximum concurrent sessions.", minimum=1, option="sessions")
     kv_tokens: int = setting(0, "Size of the server's KV cache; 0 is unlimited.", unit="tokens", minimum=0)
     max_step_tokens: int = setting(2048, "Maximum new tokens in a step.", unit="tokens", minimum=1)
@@ -113,6 +120,8 @@ class PlanSettings(Settings):
             raise PlanError("A plan needs a round trip.", "Give --rtt.")
         if not self.slos:
             raise PlanError("A plan needs an SLO class.", "Give --slo.")
+        if not self.contexts:
+            raise PlanError("A plan needs a context.", "Give --context.")
         for mix in self.mixes:
             if not mix or min(min(pair) for pair in mix) <= 0:
                 raise PlanError(
@@ -149,8 +158,13 @@ class PlanSettings(Settings):
         return (tuple((speed, 1.0) for speed in self.slos),)
 
     @property
+    def context(self) -> int:
+        """The context that look-ups assume if they name none: the lower middle one."""
+        return statistics.median_low(self.contexts)
+
+    @property
     def kv_sessions(self) -> int:
-        """Sessions whose caches fit at once."""
+        """Sessions of :attr:`context` whose caches fit at once."""
         if not self.kv_tokens:
             return self.max_sessions
         return max(1, min(self.max_sessions, self.kv_tokens // max(1, self.context)))

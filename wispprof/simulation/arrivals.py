@@ -22,11 +22,23 @@ from wispprof.settings.fleet_settings import LoadSettings
 
 
 class Request(NamedTuple):
-    """One generation: arrival time, prompt tokens, and tokens to generate."""
+    """One generation: arrival time, prompt tokens, and tokens to generate.
+
+    ``client``: index into the scenario's clients, -1 to deal device, link and SLO from its mixes. ``reused``:
+    leading prompt tokens whose KV the server still holds. ``blocks``: ids of the prompt's blocks of
+    :data:`BLOCK_TOKENS` tokens; equal ids, equal text.
+    """
 
     time_ms: float
     prompt_tokens: int
     output_tokens: int
+    client: int = -1
+    reused: int = 0
+    blocks: tuple[int, ...] = ()
+
+
+BLOCK_TOKENS = 512
+"""Prompt tokens of a block in Mooncake's traces, whose ``hash_ids`` are :attr:`Request.blocks`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +46,7 @@ class Lengths:
     """Prompt and output lengths: log-normal about a median, ``*_sigma`` in log units (0: constant).
 
     Draws are clipped to ``max_tokens`` each, at least 1 prompt token and 2 output tokens (a token speed
-    needs two).
+    needs two). ``reused``: share of each prompt whose KV the server still holds, such as earlier turns.
     """
 
     prompt: int = LoadSettings.prompt
@@ -42,6 +54,12 @@ class Lengths:
     prompt_sigma: float = 0.0
     output_sigma: float = 0.0
     max_tokens: int = 32768
+    reused: float = 0.0
+
+    def request(self, rng: Random, time_ms: float, client: int = -1) -> Request:
+        """A request of drawn lengths."""
+        prompt, output = self.draw(rng)
+        return Request(time_ms, prompt, output, client, int(self.reused * prompt))
 
     def draw(self, rng: Random) -> tuple[int, int]:
         # Always two draws: a change of one sigma must not shift the other's numbers.
@@ -91,7 +109,7 @@ class Poisson:
 
     def requests(self, rng: Random, horizon_ms: float) -> Iterator[Request]:
         for time_ms in _poisson_times(rng, self.per_s, horizon_ms):
-            yield Request(time_ms, *self.lengths.draw(rng))
+            yield self.lengths.request(rng, time_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +138,9 @@ class Bursts:
     def requests(self, rng: Random, horizon_ms: float) -> Iterator[Request]:
         top = max(self.base_per_s, self.burst_per_s)
         for time_ms in _poisson_times(rng, top, horizon_ms):
-            keep, lengths = rng.random(), self.lengths.draw(rng)
+            keep, request = rng.random(), self.lengths.request(rng, time_ms)
             if keep * top < self.rate(time_ms):
-                yield Request(time_ms, *lengths)
+                yield request
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +160,10 @@ class Replay:
             time_ms = request.time_ms / self.speed
             if time_ms >= horizon_ms:
                 return
-            yield Request(
-                time_ms,
-                max(1, min(self.max_prompt, request.prompt_tokens)),
-                max(2, min(self.max_output, request.output_tokens)),
+            yield request._replace(
+                time_ms=time_ms,
+                prompt_tokens=max(1, min(self.max_prompt, request.prompt_tokens)),
+                output_tokens=max(2, min(self.max_output, request.output_tokens)),
             )
 
 
@@ -182,7 +200,7 @@ def read_requests(path: str | Path) -> tuple[Request, ...]:
             continue
         try:
             request = parse(line)
-            if not math.isfinite(request.time_ms) or min(request.prompt_tokens, request.output_tokens) < 0:
+            if not math.isfinite(request.time_ms) or min(request[1:3]) < 0:
                 raise ValueError("negative or non-finite value")
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError, csv.Error) as err:
             raise ArtifactDamaged(f"{path} line {number}: {err!r}.", "Repair or remove that line.") from err
@@ -209,4 +227,7 @@ def _azure(names: list[str], line: str) -> Request:
 
 def _mooncake(line: str) -> Request:
     row = json.loads(line)
-    return Request(float(row["timestamp"]), int(row["input_length"]), int(row["output_length"]))
+    blocks = tuple(map(int, row.get("hash_ids", ())))
+    return Request(
+        float(row["timestamp"]), int(row["input_length"]), int(row["output_length"]), blocks=blocks
+    )

@@ -12,7 +12,7 @@ from wispprof.sessions.draft_buffer import CommitEffect, Outgoing
 from wispprof.simulation.arrivals import ClosedFleet, Request
 from wispprof.simulation.devices import DRAFT_BYTES, OPEN_BYTES, TOKEN_BYTES, Link
 from wispprof.simulation.metrics import Counters, Report, SessionRecord, summarise
-from wispprof.simulation.scenario import DEVICE_STEP, LINK_STEP, SLO_STEP, Scenario, pick
+from wispprof.simulation.scenario import DEVICE_STEP, LINK_STEP, SLO_STEP, Client, Scenario, pick
 from wispprof.simulation.simulated_edge import SimulatedEdge
 from wispprof.simulation.simulated_output import mix
 from wispprof.simulation.simulated_server import SimulatedServer
@@ -92,43 +92,57 @@ class Simulation:
         load = self.scenario.load
         assert isinstance(load, ClosedFleet)
         rng = Random(mix((self.scenario.seed, 4, device, number)))
-        self._request(now_ms, (device, number, Request(now_ms, *load.lengths.draw(rng))))
+        self._request(now_ms, (device, number, load.lengths.request(rng, now_ms)))
 
     def _request(self, now_ms: float, arrival: tuple[int, int, Request]) -> None:
         device, number, request = arrival
         scenario = self.scenario
+        client = self._client(device, request)
         record = SessionRecord(
             device,
             number,
-            pick(scenario.slos, device, SLO_STEP),
+            client.slo,
             now_ms,
             request.prompt_tokens,
             request.output_tokens,
+            client.name,
         )
         self.records.append(record)
         link = self._links.get(device)
         if link is None:
-            link = self._links[device] = Link(
-                pick(scenario.links, device, LINK_STEP), Random(mix((scenario.seed, 5, device)))
-            )
-        source = scenario.acceptance
+            link = self._links[device] = Link(client.link, Random(mix((scenario.seed, 5, device))))
+        source = client.acceptance
         output = source.output((scenario.seed, device, number), request.prompt_tokens, request.output_tokens)
         edge = SimulatedEdge(
             self,
             f"{device}.{number}",
             record,
-            pick(scenario.devices, device, DEVICE_STEP),
+            client.device,
             link,
             output,
             self.system.make_controller(source.predictor, output),
             self._stream,
             self.system.drafting,
+            request,
         )
         size = OPEN_BYTES + TOKEN_BYTES * request.prompt_tokens
         self.counters.up_bytes += size
         self.schedule(link.up(now_ms, size), self.server.open, edge)
         edge.begin(now_ms)
         self._live[edge.key] = edge
+
+    def _client(self, device: int, request: Request) -> Client:
+        """Who sends a request: one of the scenario's clients, or what its mixes deal to the device."""
+        scenario = self.scenario
+        if request.client >= 0:
+            return scenario.clients[request.client]
+        return Client(
+            "",
+            pick(scenario.devices, device, DEVICE_STEP),
+            pick(scenario.links, device, LINK_STEP),
+            pick(scenario.slos, device, SLO_STEP),
+            scenario.acceptance,
+        )
 
     def ended(self, now_ms: float, edge: SimulatedEdge) -> None:
         """A generation ended at its device; a device of a closed fleet thinks, then sends the next

@@ -6,6 +6,7 @@ A token counts when it reaches the edge.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -27,6 +28,8 @@ class SessionRecord:
     arrival_ms: float
     prompt_tokens: int
     output_tokens: int
+    client: str = ""
+    admitted_ms: float = math.nan
     first_ms: float = math.nan
     last_ms: float = math.nan
     tokens: int = 0
@@ -41,6 +44,17 @@ class SessionRecord:
     def tpot_ms(self) -> float:
         """Mean time of a token after the first; NaN before there are two."""
         return (self.last_ms - self.first_ms) / (self.tokens - 1) if self.tokens > 1 else math.nan
+
+    def missed_by(self, now_ms: float) -> str:
+        """Why the SLO was missed: ``kv`` (refused, or most of the first token's time went by before the
+        cache had space), ``ttft``, or ``speed``."""
+        if self.refused or math.isnan(self.admitted_ms):
+            return "kv"
+        first_ms = now_ms if math.isnan(self.first_ms) else self.first_ms
+        limit = self.slo.ttft_ms
+        if math.isnan(self.first_ms) or (limit is not None and first_ms - self.arrival_ms > limit):
+            return "kv" if self.admitted_ms - self.arrival_ms > (first_ms - self.arrival_ms) / 2 else "ttft"
+        return "speed"
 
     def slo_met(self, now_ms: float) -> bool | None:
         """Whether the session met its SLO; ``None`` if it has too few tokens to judge and does not lag."""
@@ -85,6 +99,8 @@ class Counters:
     queue_ms: float = 0.0
     up_bytes: int = 0
     down_bytes: int = 0
+    preemptions: int = 0
+    reused_tokens: int = 0
     draft_j: float = 0.0
     idle_j: float = 0.0
 
@@ -95,7 +111,9 @@ class Report:
 
     ``attainment``: share of judged sessions that met their SLO; NaN if none was judged. ``goodput``: tokens/s
     of sessions that met it. ``accepted_per_round``: drafts accepted per verify item of a drafting
-    session (the committed tokens are one more). ``wasted_share``: of drafting time.
+    session (the committed tokens are one more). ``wasted_share``: of drafting time. ``judged_by_client``: by
+    the client's name, (sessions that met their SLO, judged). ``missed_by``: sessions by
+    :meth:`SessionRecord.missed_by`.
     """
 
     system: str
@@ -119,6 +137,8 @@ class Report:
     bytes_down_per_token: float
     device_j_per_token: float
     attainment_by_slo: dict[str, float] = field(default_factory=dict)
+    judged_by_client: dict[str, tuple[int, int]] = field(default_factory=dict)
+    missed_by: dict[str, int] = field(default_factory=dict)
     counters: Counters = field(default_factory=Counters)
     events: int = 0
 
@@ -158,8 +178,11 @@ def summarise(
     good = sum(tokens for key, tokens in window_tokens.items() if key in good_keys)
     total = sum(window_tokens.values())
     classes: dict[str, list[bool]] = {}
+    clients: dict[str, tuple[int, int]] = {}
     for record, slo_met in judged:
         classes.setdefault(f"{record.slo.tokens_per_s:g}", []).append(slo_met)
+        met, of = clients.get(record.client, (0, 0))
+        clients[record.client] = (met + slo_met, of + 1)
     c = counters
     return Report(
         system=system,
@@ -183,6 +206,8 @@ def summarise(
         bytes_down_per_token=_share(c.down_bytes, c.committed),
         device_j_per_token=_share(c.draft_j + c.idle_j, c.committed),
         attainment_by_slo={k: _share(sum(v), len(v)) for k, v in sorted(classes.items())},
+        judged_by_client=clients,
+        missed_by=dict(Counter(r.missed_by(end_ms) for r, slo_met in judged if not slo_met)),
         counters=c,
         events=events,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from wispprof import plugins
 from wispprof.errors import PlanError, suggestion
@@ -43,7 +43,8 @@ class System:
 
     ``drafting``: how far edges draft ahead (``proactive``: in round mode, while a round is out).
     ``prefix_cache``: the server keeps KV between rounds. ``clairvoyant``: edges know how many of their
-    drafts will be accepted. ``label`` is its name in tables.
+    drafts will be accepted. ``server_drafts``: the server drafts for its sessions, see
+    :class:`ServerDraft`. ``label`` is its name in tables.
     """
 
     label: str
@@ -54,6 +55,7 @@ class System:
     prefix_cache: bool = True
     clairvoyant: bool = False
     drafting: DraftingSettings = _WAITS
+    server_drafts: bool = False
 
     def make_batching(self) -> BatchPolicy:
         return make_batch_policy(self.batching, **self.batching_options)
@@ -95,6 +97,7 @@ SYSTEMS: Mapping[str, System] = {
     s.label: s
     for s in (
         System("server-only", "server-only"),
+        System("server-spec", "fcfs", server_drafts=True),
         _SLED_FIXED,
         _SLED_FIXED.replace(label="sled-fixed-nocache", prefix_cache=False),
         _SLED_THRESHOLD,
@@ -135,6 +138,38 @@ def system(name: str) -> System:
     return System(name, name, "fixed", controller_options={"k": 4})
 
 
+@dataclass(frozen=True, slots=True)
+class ServerDraft:
+    """A draft model on the server (server-side speculation).
+
+    Each step is ``k`` draft steps and a verify step. A draft step takes ``draft_ms``, and ``row_ms`` more a session. ``k`` is the one of 0 … ``k_max`` with
+    the most expected tokens/ms for the number of sessions in the step, by ``cum_acceptance`` (cumulative, by
+    depth), as dynamic speculation of vLLM and SGLang chooses it.
+    """
+
+    draft_ms: float = 1.5
+    row_ms: float = 0.01
+    k_max: int = 5
+    cum_acceptance: tuple[float, ...] = (0.75, 0.5625, 0.4219, 0.3164, 0.2373)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.k_max <= len(self.cum_acceptance) or min(self.draft_ms, self.row_ms) < 0:
+            raise ValueError(f"k_max needs as many cumulative acceptances, and times at least 0: {self}")
+
+    def added_ms(self, k: int, sessions: int) -> float:
+        """Time that ``k`` draft steps add to a step."""
+        return k * (self.draft_ms + self.row_ms * sessions)
+
+    def best_k(self, estimator: StepTimeEstimator, sessions: int, cached: int) -> int:
+        """The draft length for a step of so many sessions over ``cached`` tokens each."""
+
+        def tokens_per_ms(k: int) -> float:
+            verify = estimator.start().add_all([1 + k] * sessions, [cached] * sessions).p50_ms
+            return (1.0 + sum(self.cum_acceptance[:k])) / (verify + self.added_ms(k, sessions))
+
+        return max(range(self.k_max + 1), key=tokens_per_ms)
+
+
 @dataclass(frozen=True)
 class ServerModel:
     """One verification server. ``kv_tokens``: cache tokens that fit in its memory (``None``: no limit).
@@ -142,6 +177,12 @@ class ServerModel:
     A session is admitted once its whole generation fits. With ``host_kv_ms`` everybody is: the caches that
     were used least recently then wait in host memory, and each of their tokens costs a step that much
     longer when its session is next in one (nothing is computed meanwhile; estimators do not know of it).
+
+    With ``preempt`` a session is admitted once its prompt fits, as vLLM does. If the cache is then full, the
+    session admitted last loses its KV and is prefilled again when it fits.
+
+    ``draft``: the draft model of systems with ``server_drafts``. ``prefix_tokens``: KV of ended sessions that
+    is kept beside ``kv_tokens`` for requests with equal blocks.
 
     ``overhead_ms``: what the engine loop adds to each step (collecting, deciding, sending). ``spread``: see
     :class:`~wispprof.simulation.step_costs.SimulatedStepTimes`. ``prefill_chunk``: most prompt tokens a
@@ -157,10 +198,25 @@ class ServerModel:
     overhead_ms: float = 0.5
     spread: float | None = None
     host_kv_ms: float | None = None
+    preempt: bool = False
+    draft: ServerDraft = field(default_factory=ServerDraft)
+    prefix_tokens: int = 0
 
     def __post_init__(self) -> None:
+        if self.preempt and (self.kv_tokens is None or self.host_kv_ms is not None):
+            raise ValueError("preempt needs kv_tokens, and no host_kv_ms")
         if self.host_kv_ms is not None and (self.host_kv_ms < 0 or self.kv_tokens is None):
             raise ValueError("host_kv_ms must not be negative and needs kv_tokens")
+
+
+class Client(NamedTuple):
+    """Who sends a request: device, link, SLO, and how its drafts are accepted."""
+
+    name: str
+    device: DeviceProfile
+    link: LinkModel
+    slo: Slo
+    acceptance: AcceptanceSource
 
 
 @dataclass(frozen=True)
@@ -168,7 +224,8 @@ class Scenario:
     """Everything that a run depends on; two runs of equal scenarios give equal reports.
 
     ``devices``, ``links`` and ``slos`` are mixes: values with weights, dealt to devices by their number, so
-    a larger fleet holds the smaller one. Sessions that were asked for in the first ``warmup_s`` seconds are
+    a larger fleet holds the smaller one. Requests that name one of the ``clients`` do not take part in them.
+    Sessions that were asked for in the first ``warmup_s`` seconds are
     served but not counted.
     """
 
@@ -179,6 +236,7 @@ class Scenario:
     devices: tuple[tuple[DeviceProfile, float], ...] = ((DeviceProfile(), 1.0),)
     links: tuple[tuple[LinkModel, float], ...] = ((LinkModel(), 1.0),)
     slos: tuple[tuple[Slo, float], ...] = ((Slo(4.0), 1.0),)
+    clients: tuple[Client, ...] = ()
     seconds: float = SimulationSettings.seconds
     warmup_s: float = SimulationSettings.warmup_s
     seed: int = SimulationSettings.seed

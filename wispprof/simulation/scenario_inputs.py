@@ -157,7 +157,7 @@ def with_plan(system: System, plan: Path | None, device: str) -> System:
     """The system with its ``wispprof`` controllers bound to a plan's rows for a device."""
     if plan is None or system.controller != "wispprof":
         return system
-    from wispprof.policies.stopping import draft_row_lookup
+    from wispprof.policies.stopping import PlannedRows
 
-    options = {**system.controller_options, "rows": draft_row_lookup(load_plan(plan), device)}
+    options = {**system.controller_options, "rows": PlannedRows(load_plan(plan), device)}
     return replace(system, controller_options=options)

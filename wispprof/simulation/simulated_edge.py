@@ -21,6 +21,7 @@ from wispprof.sessions.draft_buffer import Outgoing
 from wispprof.sessions.edge_session import EdgeSession
 from wispprof.sessions.session_state import CommitResult
 from wispprof.settings.edge_settings import DraftingSettings
+from wispprof.simulation.arrivals import Request
 from wispprof.simulation.devices import DeviceProfile, Link
 from wispprof.simulation.metrics import SessionRecord
 from wispprof.simulation.simulated_output import SimulatedOutput
@@ -51,6 +52,7 @@ class SimulatedEdge:
     controller: Controller | None
     stream: bool
     drafting: InitVar[DraftingSettings]
+    request: Request
     next_ms: float = field(default=math.inf, init=False)
     outbox: deque[tuple[float, Outgoing]] = field(default_factory=deque, init=False)
     _session: EdgeSession = field(init=False)

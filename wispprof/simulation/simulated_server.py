@@ -16,11 +16,12 @@ from wispprof.policies.cost_model import load_level, slowdown
 from wispprof.policies.interface import BatchPolicy, Limits, StepPlan
 from wispprof.sessions.draft_buffer import Outgoing
 from wispprof.sessions.session_state import SessionState
+from wispprof.simulation.arrivals import BLOCK_TOKENS, Request
 from wispprof.simulation.devices import COMMIT_BYTES, TOKEN_BYTES
 from wispprof.simulation.scenario import ServerModel
 from wispprof.simulation.simulated_edge import SimulatedEdge
-from wispprof.simulation.step_costs import KvOffload, SimulatedStepTimes, WithoutPrefixCache
-from wispprof.types import StepInput, StepTimeEstimator, VerifyResult
+from wispprof.simulation.step_costs import KvOffload, PrefixBlocks, SimulatedStepTimes, WithoutPrefixCache
+from wispprof.types import Sampling, StepInput, StepTimeEstimator, VerifyResult
 
 if TYPE_CHECKING:
     from wispprof.simulation.event_loop import Simulation
@@ -58,6 +59,9 @@ class SimulatedServer:
             # With host memory every session is admitted; GPU memory limits a single step.
             self._offload = KvOffload(self._kv_tokens)
             self._kv_tokens = _UNLIMITED
+        self._draft_lengths: dict[tuple[int, int], int] = {}
+        self._preempted: set[str] = set()
+        self._prefixes = PrefixBlocks(model.prefix_tokens)
         self._busy = False
         self._wake = 0
         self._level = 0
@@ -110,10 +114,16 @@ class SimulatedServer:
         while self._queue:
             edge = self._queue[0]
             need = edge.output.prompt_tokens + edge.record.output_tokens
-            if self._reserved + need > self._kv_tokens:
+            if model.preempt:
+                if self._preempted:
+                    return
+                if self._kv_used + edge.output.prompt_tokens + len(self._sessions) + 1 > self._kv_tokens:
+                    return
+            elif self._reserved + need > self._kv_tokens:
                 return
             self._queue.popleft()
             self._reserved += need
+            edge.record.admitted_ms = now_ms
             self._edges[edge.key] = edge
             if edge.stream and edge.controller is not None:
                 self._streaming[edge.key] = edge
@@ -133,7 +143,58 @@ class SimulatedServer:
                 undrafted=edge.controller is None,
                 max_pending_drafts=self._sim.system.drafting.draft_ahead,
                 floor_ms=self._floor_ms,
+                cached=self._reused(edge.request),
             )
+            self._kv_used += self._sessions[edge.key].cached
+
+    def _reused(self, request: Request) -> int:
+        """Leading prompt tokens that need no prefill. At least one token is left to feed."""
+        if not self._sim.system.prefix_cache:
+            return 0
+        held = max(request.reused, BLOCK_TOKENS * self._prefixes.take(request.blocks))
+        reused = min(held, request.prompt_tokens - 1, self._kv_tokens - self._kv_used - 1)
+        self._sim.counters.reused_tokens += reused
+        return max(0, reused)
+
+    def _preempt(self) -> None:
+        """Resume preempted sessions whose tokens fit again; free what the next tokens of the others need,
+        from the session admitted last on."""
+        free = self._kv_tokens - self._kv_used - len(self._sessions)
+        for key in list(self._preempted):
+            free -= self._sessions[key].committed_len
+            if free < 0:
+                break
+            self._preempted.discard(key)
+        for session in reversed(list(self._sessions.values())):
+            if self._kv_used + len(self._sessions) <= self._kv_tokens:
+                return
+            if session.cached:
+                self._kv_used -= session.cached
+                session.evicted()
+                self._preempted.add(session.session)
+                self._sim.counters.preemptions += 1
+
+    def _draft(self, now_ms: float) -> None:
+        """Server-side speculation: the server's draft model proposes for every decoding session."""
+        decoding = [s for s in self._sessions.values() if not s.prompt_left]
+        k = self._draft_length(decoding)
+        for session in decoding:
+            if k and not session.pending_drafts:
+                output = self._edges[session.session].output
+                output.open(session.tokens, Sampling())
+                tokens = [output.draft().token for _ in range(min(k, session.tokens_left - 1))]
+                # Epochs rise with every commit, so that a round replaces what was left of the last.
+                committed = session.committed_len
+                session.merge(committed, committed, tokens, [1.0] * len(tokens), now_ms, math.inf, 0.0)
+
+    def _draft_length(self, decoding: list[SessionState]) -> int:
+        if not decoding:
+            return 0
+        cached = sum(s.cached for s in decoding) // len(decoding)
+        key = len(decoding), cached.bit_length()
+        if key not in self._draft_lengths:
+            self._draft_lengths[key] = self._model.draft.best_k(self._estimator, key[0], cached)
+        return self._draft_lengths[key]
 
     # --- the engine loop ---
 
@@ -143,10 +204,16 @@ class SimulatedServer:
         self._wake += 1
         self._collect(now_ms)
         model = self._model
+        if model.preempt:
+            self._preempt()
+        if self._sim.system.server_drafts:
+            self._draft(now_ms)
         limits = Limits(
             model.max_items, model.max_tokens, model.prefill_chunk, self._kv_tokens - self._kv_used
         )
         views = [session.view(now_ms) for session in self._sessions.values()]
+        if self._preempted:
+            views = [view for view in views if view.session not in self._preempted]
         plan = self._policy.plan(now_ms, views, self._estimator, limits)
         if plan.items:
             self._step(now_ms, plan, limits)
@@ -201,6 +268,9 @@ class SimulatedServer:
         ):
             raise PolicyViolation(f"{self._policy.name} exceeded {limits} with {rows} rows.")
         p50_ms, took_ms = self._times.sample(items)
+        if self._sim.system.server_drafts:
+            drafts = max(step_input.drafts for step_input in inputs)
+            took_ms += self._model.draft.added_ms(drafts, len(inputs))
         host_ms = self._model.host_kv_ms
         if self._offload is not None and host_ms is not None:
             used = ((f.session, c, n) for f, (n, c, _) in zip(inputs, items, strict=True))
@@ -263,6 +333,7 @@ class SimulatedServer:
             if self._offload is not None:
                 self._offload.drop(key)
             self._reserved -= edge.output.prompt_tokens + edge.record.output_tokens
+            self._prefixes.put(edge.request.blocks)
         if finished:
             self._admit(now_ms)
         schedule(now_ms + self._overhead_ms, self._free, None)

@@ -1,15 +1,16 @@
 """Time of a simulated step: estimate and residual, servers without prefix cache, KV offload to host
-memory."""
+memory, kept prefixes."""
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 from statistics import NormalDist
 
+from wispprof.simulation.arrivals import BLOCK_TOKENS
 from wispprof.types import BatchCost, BatchShape, StepTimeEstimator, VerifyItem
 
 
@@ -71,6 +72,34 @@ class SimulatedStepTimes:
         if spread is None:
             spread = math.log(bound / p50) / self._z if p50 > 0 else 0.0
         return p50, p50 * math.exp(spread * noise) if spread > 0 else p50
+
+
+class PrefixBlocks:
+    """Blocks of prompts whose KV a server keeps after their sessions, least recently used out first."""
+
+    __slots__ = ("_blocks", "_held")
+
+    def __init__(self, tokens: int) -> None:
+        self._blocks = tokens // BLOCK_TOKENS
+        self._held: OrderedDict[int, None] = OrderedDict()
+
+    def take(self, blocks: Sequence[int]) -> int:
+        """How many leading blocks of a prompt are held."""
+        for count, block in enumerate(blocks):
+            if block not in self._held:
+                return count
+            self._held.move_to_end(block)
+        return len(blocks)
+
+    def put(self, blocks: Sequence[int]) -> None:
+        """A session over these blocks ended."""
+        if not self._blocks:
+            return
+        for block in blocks:
+            self._held[block] = None
+            self._held.move_to_end(block)
+        while len(self._held) > self._blocks:
+            self._held.popitem(last=False)
 
 
 class KvOffload:
