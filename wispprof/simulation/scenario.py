@@ -142,9 +142,10 @@ def system(name: str) -> System:
 class ServerDraft:
     """A draft model on the server (server-side speculation).
 
-    Each step is ``k`` draft steps and a verify step. A draft step takes ``draft_ms``, and ``row_ms`` more a session. ``k`` is the one of 0 … ``k_max`` with
-    the most expected tokens/ms for the number of sessions in the step, by ``cum_acceptance`` (cumulative, by
-    depth), as dynamic speculation of vLLM and SGLang chooses it.
+    Each step is ``k`` draft steps and a verify step. A draft step takes ``draft_ms``, and ``row_ms`` more a
+    session. ``k`` is the one of 0 … ``k_max`` with the most expected tokens/ms for the number of sessions in
+    the step, by ``cum_acceptance`` (cumulative, by depth), as dynamic speculation of vLLM and SGLang chooses
+    it.
     """
 
     draft_ms: float = 1.5
