@@ -232,13 +232,12 @@ def test_pairs_and_lengths_that_cannot_work_say_so(target, draft):
 
 
 class Letters:
-    """A tokenizer of characters."""
+    """A tokenizer of characters, which begins served prompts with 7."""
 
     bos_token_id = 0
 
-    def __call__(self, text, add_special_tokens):
-        assert not add_special_tokens
-        return {"input_ids": [ord(c) for c in text]}
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [7] * add_special_tokens + [ord(c) for c in text]}
 
 
 def test_held_out_prompts_are_held_out_and_repeatable(monkeypatch):
@@ -303,6 +302,7 @@ def test_prompts_of_a_user(tmp_path):
     lines.write_text('{"prompt": "abc"}\n\n{"text": "defghi"}\n"jk"\n')
     found = load_prompts(lines, Letters(), 9, 4)
     assert sorted(map(len, found)) == [3, 4, 4]
+    assert {prompt[0] for prompt in found} == {7}  # as in serving, whatever the model was trained with
     lines.write_text('{"prompt": "abc"}\n{"prompt": 4}\n')
     with pytest.raises(ArtifactDamaged, match="line 2"):
         load_prompts(lines, Letters(), 9, 4)

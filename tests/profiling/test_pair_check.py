@@ -1,4 +1,4 @@
-"""check-pair: rounds along a trace, an interval, and a verdict that follows from the times."""
+"""check-pair: answers served again in the simulator, intervals, and a verdict that follows from the times."""
 
 from __future__ import annotations
 
@@ -9,56 +9,86 @@ from wispprof.artifacts import AcceptanceTrace, TracePath
 from wispprof.engines.loading import random_model
 from wispprof.errors import ProfileError
 from wispprof.profiling import pair_check
-from wispprof.profiling.pair_check import check_trace, draft_step_ms, run_check, target_step_ms
+from wispprof.profiling.pair_check import check_trace, run_check
+from wispprof.profiling.pair_rehearsal import MeasuredSteps, PairTimes, rehearse
+from wispprof.profiling.pair_remote import _RecordedTarget
 from wispprof.settings.profiler_settings import TraceSettings
 from wispprof.testing.fake_engine import FakeDrafter, FakeTarget
 from wispprof.types import Sampling
 
 
-def trace(*accepted: list[int], depth: int = 3) -> AcceptanceTrace:
-    paths = tuple(
-        TracePath(
-            (1, 2),
-            tuple(range(len(row))),
-            np.zeros((len(row), depth), dtype=np.int32),
-            np.zeros((len(row), depth, 4), dtype=np.float32),
-            np.array(row, dtype=np.int32),
-        )
-        for row in accepted
-    )
-    return AcceptanceTrace("target", "draft", "hash", Sampling(), paths)
+def path(accepted: list[int], depth: int = 3) -> TracePath:
+    """An answer of tokens 0, 1, 2 … whose drafts are right as ``accepted`` says; -2 is wrong, -1 none."""
+    rows = len(accepted)
+    drafts = np.full((rows, depth), -2, dtype=np.int32)
+    for row, right in enumerate(accepted):
+        drafts[row, :right] = range(row, row + right)
+    features = np.full((rows, depth, 4), 0.9, dtype=np.float32)
+    return TracePath((1, 2), tuple(range(rows)), drafts, features, np.array(accepted, dtype=np.int32))
 
 
-def test_rounds_follow_the_path() -> None:
-    # k = 2: 2 accepted at 0, so the next round is at 3: none; at 4: one; at 6: two; then the path ends.
-    found = check_trace(trace([3, 3, 3, 0, 1, 3, 2, 3, 0, 0]), draft_ms=10.0, target_ms=50.0, rtt_ms=20.0)
+def trace(*accepted: list[int]) -> AcceptanceTrace:
+    return AcceptanceTrace("target", "draft", "hash", Sampling(), tuple(map(path, accepted)))
+
+
+def times(draft_ms: float = 10.0, target_ms: float = 50.0, added_ms: float = 0.0) -> PairTimes:
+    verify = {k: [target_ms + added_ms * k] for k in range(4)}
+    return PairTimes([draft_ms], [draft_ms], verify, [(2, target_ms)], [(2, 0.0)])
+
+
+def test_rounds_follow_the_answers_to_their_end() -> None:
+    # Position 0 is the prefill's. k = 2: from 1 two right, from 4 none, from 5 one, from 7 two, from 10 the
+    # last draft is left out, because the target's own token ends the answer.
+    right = [3, 3, 3, 0, 0, 1, 0, 3, 2, 1, 3, 3]
+    found = check_trace(trace(right), times(), rtt_ms=20.0)
     two = found.lengths[1]
-    assert two.accepted == pytest.approx(5 / 4)
+    assert two.accepted == pytest.approx((2 + 0 + 1 + 2 + 1) / 5)
     assert two.low == two.high == two.accepted  # one prompt: nothing to resample
-    assert two.tokens_per_s == pytest.approx(1000 * (1 + 5 / 4) / 90)
-    assert found.undrafted_tokens_per_s == 20.0
+    assert found.undrafted_tokens_per_s == pytest.approx(1000 * 12 / (12 * 50 + 20), rel=0.02)
     assert found.worthwhile
     assert "Worth serving" in found.verdict
 
 
-def test_the_interval_covers_the_prompts_spread() -> None:
+def test_a_verified_draft_costs_what_was_measured() -> None:
+    right = [[3] * 40]
+    cheap, dear = (check_trace(trace(*right), times(added_ms=ms), 20.0) for ms in (0.0, 20.0))
+    assert [one.accepted for one in cheap.lengths] == [one.accepted for one in dear.lengths]
+    assert dear.verify_ms == (50.0, 70.0, 90.0, 110.0)
+    assert dear.lengths[2].tokens_per_s < 0.75 * cheap.lengths[2].tokens_per_s
+
+
+def test_where_nothing_is_proposed_nothing_is_verified() -> None:
+    silent = path([0] * 20)
+    silent.drafts[:] = -1
+    found = check_trace(
+        AcceptanceTrace("target", "draft", "hash", Sampling(), (silent,)), times(added_ms=50.0), 1.0
+    )
+    # A step with a draft would take twice as long.
+    assert found.lengths[2].tokens_per_s == pytest.approx(1000 / 61, rel=0.1)
+
+
+def test_the_intervals_cover_the_prompts_spread() -> None:
     paths = [[3] * 12] * 10 + [[0] * 12] * 10
-    one = check_trace(trace(*paths), 10.0, 50.0, 20.0).lengths[0]
+    one = check_trace(trace(*paths), times(), 20.0).lengths[0]
     assert one.low < one.accepted < one.high
-    assert check_trace(trace(*paths), 10.0, 50.0, 20.0).lengths[0] == one  # repeatable
+    assert one.slow < one.tokens_per_s < one.fast
+    assert check_trace(trace(*paths), times(), 20.0).lengths[0] == one  # repeatable
 
 
 def test_the_verdict_names_what_would_pay() -> None:
-    slow = check_trace(trace([2] * 12), draft_ms=40.0, target_ms=50.0, rtt_ms=20.0)
+    answers = trace([1] * 24)
+    slow = check_trace(answers, times(400.0), rtt_ms=20.0)
     assert not slow.worthwhile
     limit = slow.break_even_draft_ms
+    assert limit
     assert f"pays below {limit:.1f} ms" in slow.verdict
-    assert not check_trace(trace([2] * 12), limit + 0.1, 50.0, 20.0).worthwhile
-    assert check_trace(trace([2] * 12), limit - 0.1, 50.0, 20.0).worthwhile
-    far = check_trace(trace([2] * 12), draft_ms=0.1, target_ms=50.0, rtt_ms=500.0)
-    assert "round trip of 500 ms" in far.verdict
+    assert not check_trace(answers, times(limit * 1.05), 20.0).worthwhile
+    assert check_trace(answers, times(limit * 0.95), 20.0).worthwhile
+    far = check_trace(trace([0] * 24), times(0.1, added_ms=50.0), rtt_ms=500.0)
+    assert far.break_even_draft_ms == 0.0
+    assert "cost more than that gains" in far.verdict
     with pytest.raises(ProfileError, match="too short"):
-        check_trace(trace([1]), 1.0, 1.0, 1.0)
+        check_trace(trace([1]), times(), 1.0)
 
 
 def test_a_pair_is_traced_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,12 +106,26 @@ def test_a_pair_is_traced_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.prompts == 2
     assert [one.k for one in found.lengths] == [1, 2]
     assert found.draft_ms == found.target_ms == pytest.approx(4.0)
+    assert found.verify_ms == pytest.approx((4.0, 4.0, 4.0))
 
 
-def test_steps_are_medians() -> None:
-    ticks = iter(range(1000))
-    ms = draft_step_ms(FakeDrafter(FakeTarget()), [1, 2, 3], clock=lambda: next(ticks) ** 2 / 1000)
-    assert ms == pytest.approx(43.0)
-    model = random_model("tiny-llama", seed=1)
-    ticks = iter(range(1000))
-    assert target_step_ms(model, [1, 2, 3], clock=lambda: next(ticks) / 100) == pytest.approx(10.0)
+def test_rounds_of_every_length_are_timed_in_turn() -> None:
+    ticks = iter(range(1 << 20))
+    answer = FakeTarget()
+    text = tuple(answer.generate([1, 2, 3], 60))
+    recorded = TracePath((1, 2, 3), text, np.zeros((60, 2)), np.zeros((60, 2, 4)), np.zeros(60))
+    pauses: list[float] = []
+    target = _RecordedTarget([recorded], lambda drafts: 40.0 + drafts, pauses.append)
+    taken = rehearse(FakeDrafter(answer), target, [recorded], 2, Sampling(), clock=lambda: next(ticks) / 500)
+    assert sorted(taken.verify) == [0, 1, 2]
+    assert taken.draft_ms == pytest.approx(2.0)
+    assert taken.resume_ms == pytest.approx(0.0)
+    assert sum(pauses) * 1000 == pytest.approx(sum(map(sum, taken.verify.values())))
+
+
+def test_steps_rise_with_their_tokens() -> None:
+    steps = MeasuredSteps([(1, 12.0, 1), (2, 10.0, 3), (4, 20.0, 1)], [(10, 30.0), (20, 50.0)])
+    assert steps.step_ms(1) == steps.step_ms(2) == pytest.approx(10.5)
+    assert steps.step_ms(3) == pytest.approx(15.25)
+    assert steps.start().add(40, 0, True).p50_ms == pytest.approx(90.0)
+    assert steps.start().add(40, 0, True).add(1, 9).bound_ms == pytest.approx(100.5)

@@ -175,17 +175,29 @@ def check_pair(
     with tracker("check-pair") as report:
         found = run_check(settings, RemoteTarget(server, access) if server else None, rtt_ms, report)
     shown = table(
-        f"Drafts accepted, over {found.prompts} prompts",
-        "k|accepted per round:.2f|95 % from:.2f|to:.2f|tokens/s:.1f",
-        ((one.k, one.accepted, one.low, one.high, one.tokens_per_s) for one in found.lengths),
-        f"Draft step {found.draft_ms:.1f} ms, target step {found.target_ms:.1f} ms, round trip "
-        f"{found.rtt_ms:g} ms. The target alone: {found.undrafted_tokens_per_s:.1f} tokens/s.",
+        f"Rounds with these drafts, over {found.prompts} prompts (95 %)",
+        "k|accepted per round:.2f|from:.2f|to:.2f|verify ms:.1f|tokens/s:.1f|from:.1f|to:.1f",
+        (
+            (
+                one.name,
+                one.accepted,
+                one.low,
+                one.high,
+                found.verify_ms[one.k] if one.k else None,
+                one.tokens_per_s,
+                one.slow,
+                one.fast,
+            )
+            for one in (*found.lengths, found.ahead)
+        ),
+        f"Draft step {found.draft_ms:.1f} ms, the first of a round {found.resume_ms:.1f} ms more; target step "
+        f"{found.target_ms:.1f} ms, round trip {found.rtt_ms:g} ms. The target alone: "
+        f"{found.undrafted_tokens_per_s:.1f} tokens/s. k = ahead: asynchronous drafting.",
     )
     document = {
         **asdict(found),
         "best_k": found.best.k,
         "worthwhile": found.worthwhile,
-        "break_even_draft_ms": found.break_even_draft_ms,
         "verdict": found.verdict,
     }
     result(document, shown, as_json)

@@ -1,61 +1,92 @@
-"""check-pair: is this draft worth serving with this target? From a short trace and a few step times."""
+"""check-pair: is this draft worth serving with this target? From a short trace and the times of rounds.
+
+The answers of the trace are played again in the simulator: with the session code of edge and server, the
+recorded proposals, and the times that :mod:`~wispprof.profiling.pair_rehearsal` measured.
+"""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wispprof.artifacts import AcceptanceTrace
-from wispprof.backends import Drafter
+from wispprof.artifacts import AcceptanceTrace, TracePath
 from wispprof.errors import ProfileError
+from wispprof.policies.controllers import ConfidenceAcceptance
+from wispprof.profiling.pair_rehearsal import LocalTarget, PairTimes, rehearse
 from wispprof.profiling.profile_run import load_pair_model
 from wispprof.profiling.traced_drafter import load_traced_draft
+from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.settings.profiler_settings import TraceSettings
-from wispprof.types import Progress, Sampling, StepInput
+from wispprof.settings.shared_settings import LinkModel
+from wispprof.simulation.arrivals import ClosedFleet, Request
+from wispprof.simulation.devices import DeviceProfile
+from wispprof.simulation.event_loop import Simulation
+from wispprof.simulation.scenario import Scenario, ServerModel, System
+from wispprof.simulation.simulated_edge import SimulatedEdge
+from wispprof.simulation.trace_replay import TraceReplay
+from wispprof.types import Progress, Slo
 
 if TYPE_CHECKING:
-    from wispprof.engines.loading import LoadedModel
     from wispprof.profiling.acceptance_trace import RemoteTarget
 
 _RESAMPLES = 2000
-_WARM_UP, _STEPS = 3, 16
+_REHEARSED = 6
+"""Answers along which rounds are timed."""
+_BISECTIONS = 12
+_UNDRAFTED = System("undrafted", "server-only")
+_STREAM = System("stream", "wispprof", "wispprof", drafting=DraftingSettings())
 
 
 @dataclass(frozen=True)
 class DraftLength:
-    """Rounds of ``k`` drafts: ``accepted`` per round with the interval that its mean lies in at 95 %, and the
-    session's speed in synchronous drafting."""
+    """``k`` drafts a round; 0: asynchronous drafting, whose controller chooses. ``accepted`` per round (per
+    commit), and the speed of whole answers, their first token's wait included. ``low`` and ``high``,
+    ``slow`` and ``fast``: the intervals in which their means lie at 95 %."""
 
     k: int
     accepted: float
     low: float
     high: float
     tokens_per_s: float
+    slow: float
+    fast: float
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return str(self.k) if self.k else "ahead"
 
 
 @dataclass(frozen=True)
 class PairCheck:
-    """``lengths``: by draft length. ``undrafted_tokens_per_s``: the target alone.
+    """``lengths``: synchronous drafting by draft length. ``ahead``: asynchronous drafting, by the controller
+    and the policy that edges and servers use by default.
 
-    ``target_ms``: one decode step of one session. ``draft_ms``: a draft step. ``rtt_ms``: assumed.
+    ``target_ms``: one decode step of one session; ``verify_ms[k]``: one with k drafts. ``draft_ms``: a
+    draft step; ``resume_ms``: what the first of a round takes longer. ``rtt_ms``: assumed.
+    ``break_even_draft_ms``: draft step with which drafting is as fast as the target alone, 0 if no device is
+    fast enough; ``None`` if drafting pays as it is.
     """
 
     prompts: int
     lengths: tuple[DraftLength, ...]
+    ahead: DraftLength
     draft_ms: float
+    resume_ms: float
     target_ms: float
+    verify_ms: tuple[float, ...]
     rtt_ms: float
     undrafted_tokens_per_s: float
+    break_even_draft_ms: float | None = None
 
     @property
     def best(self) -> DraftLength:
-        """The fastest draft length."""
-        return max(self.lengths, key=lambda length: length.tokens_per_s)
+        """The fastest way of drafting."""
+        return max((*self.lengths, self.ahead), key=lambda length: length.tokens_per_s)
 
     @property
     def worthwhile(self) -> bool:
@@ -63,57 +94,140 @@ class PairCheck:
         return self.best.tokens_per_s > self.undrafted_tokens_per_s
 
     @property
-    def break_even_draft_ms(self) -> float:
-        """Draft step with which drafting is as fast as the target alone; 0 if no device is fast enough."""
-        return max(
-            0.0,
-            max(
-                ((1.0 + one.accepted) * self.target_ms - self.rtt_ms - self.target_ms) / one.k
-                for one in self.lengths
-            ),
-        )
-
-    @property
     def verdict(self) -> str:
         """The result in a sentence or two."""
         best = self.best
-        accepted = (
-            f"{best.accepted:.2f} of {best.k} drafts accepted per round ({best.low:.2f} … {best.high:.2f})"
-        )
+        ways = f"{best.k} drafts a round" if best.k else "drafting ahead"
+        accepted = f"{best.accepted:.2f} accepted per round ({best.low:.2f} … {best.high:.2f}) with {ways}"
         if self.worthwhile:
             gain = best.tokens_per_s / self.undrafted_tokens_per_s
             return f"Worth serving: {accepted}, {gain:.2f} times the target alone."
         limit = self.break_even_draft_ms
-        if limit <= 0:
-            return f"Not worth serving: {accepted}; the round trip of {self.rtt_ms:g} ms costs more."
+        if not limit:
+            return f"Not worth serving: {accepted}; round trip and verification cost more than that gains."
         return (
             f"Not worth serving on this device: {accepted}. A draft step takes {self.draft_ms:.1f} ms; "
             f"it pays below {limit:.1f} ms."
         )
 
 
-def check_trace(
-    trace: AcceptanceTrace, draft_ms: float, target_ms: float, rtt_ms: float, seed: int = 0
-) -> PairCheck:
-    """Play rounds of every draft length along the trace's paths.
+def check_trace(trace: AcceptanceTrace, times: PairTimes, rtt_ms: float, seed: int = 0) -> PairCheck:
+    """Serve the trace's answers in the simulator, with every draft length.
 
-    A round takes its drafts one after the other, the round trip, and a step of the target, which is taken to
-    last as long with drafts as without. Raises :class:`ProfileError` for a trace without rounds.
+    Raises :class:`ProfileError` for a trace without answers of two tokens.
     """
-    generator = np.random.default_rng(seed)
-    lengths = []
-    for k in range(1, trace.depth + 1):
-        counts = np.array([_rounds(path.accepted, k) for path in trace.paths], dtype=float)
-        accepted, rounds = counts.T
-        if rounds.sum() == 0:
-            raise ProfileError("The trace's paths are too short for a round.", "Give more --path-tokens.")
+    if not any(len(path.path) > 1 for path in trace.paths):
+        raise ProfileError("The trace's answers are too short for a round.", "Give more --path-tokens.")
+    played = _Played(trace, times, rtt_ms, seed)
+    undrafted = played.serve(_UNDRAFTED, 0)
+    lengths = tuple(played.serve(_rounds(k), k) for k in range(1, trace.depth + 1))
+    estimator = times.estimator()
+    found = PairCheck(
+        len(trace.paths),
+        lengths,
+        played.serve(_STREAM, 0),
+        times.draft_ms,
+        times.resume_ms,
+        times.target_ms,
+        tuple(estimator.step_ms(1 + k) for k in range(trace.depth + 1)),
+        rtt_ms,
+        undrafted.tokens_per_s,
+    )
+    if found.worthwhile:
+        return found
+    return replace(found, break_even_draft_ms=played.break_even(found))
+
+
+def _rounds(k: int) -> System:
+    return System(f"k={k}", "fcfs", "fixed", controller_options={"k": k}, drafting=DraftingSettings())
+
+
+class _Played:
+    """A trace's answers, served one after the other to one device."""
+
+    def __init__(self, trace: AcceptanceTrace, times: PairTimes, rtt_ms: float, seed: int) -> None:
+        self._traces = [replace(trace, paths=(path,)) for path in trace.paths if len(path.path) > 1]
+        self._server = ServerModel(times.estimator(), spread=0.0)
+        self._link = LinkModel(rtt_ms=rtt_ms)
+        self._seed = seed
+        self._device = DeviceProfile(
+            "device",
+            draft_ms=max(times.draft_ms, 1e-3),
+            resume_ms=times.resume_ms,
+            prefill_ms_per_token=times.draft_prefill_ms_per_token,
+        )
+
+    def serve(self, system: System, k: int, speed: float = 1.0) -> DraftLength:
+        """``speed``: factor on the draft's times."""
+        device = replace(
+            self._device, draft_ms=self._device.draft_ms * speed, resume_ms=self._device.resume_ms * speed
+        )
+        counts = np.array([self._answer(system, trace, device) for trace in self._traces])
+        generator = np.random.default_rng(self._seed)
         picks = generator.integers(0, len(counts), (_RESAMPLES, len(counts)))
-        means = accepted[picks].sum(1) / np.maximum(1.0, rounds[picks].sum(1))
-        low, high = np.quantile(means, (0.025, 0.975))
-        mean = float(accepted.sum() / rounds.sum())
-        round_ms = k * draft_ms + rtt_ms + target_ms
-        lengths.append(DraftLength(k, mean, float(low), float(high), 1000.0 * (1.0 + mean) / round_ms))
-    return PairCheck(len(trace.paths), tuple(lengths), draft_ms, target_ms, rtt_ms, 1000.0 / target_ms)
+        sums = counts[picks].sum(1)
+        low, high = np.quantile(sums[:, 0] / np.maximum(1.0, sums[:, 1]), (0.025, 0.975))
+        slow, fast = np.quantile(1000.0 * sums[:, 2] / sums[:, 3], (0.025, 0.975))
+        accepted, rounds, tokens, ms = counts.sum(0)
+        return DraftLength(
+            k,
+            float(accepted / max(1.0, rounds)),
+            float(low),
+            float(high),
+            float(1000.0 * tokens / ms),
+            float(slow),
+            float(fast),
+        )
+
+    def _answer(
+        self, system: System, trace: AcceptanceTrace, device: DeviceProfile
+    ) -> tuple[float, float, float, float]:
+        """(accepted, rounds, tokens, ms) of one answer."""
+        run = _OneAnswer(
+            Scenario(
+                system,
+                self._server,
+                ClosedFleet(1),
+                TraceReplay(trace, ConfidenceAcceptance(), 1),
+                devices=((device, 1.0),),
+                links=((self._link, 1.0),),
+                slos=((Slo.of(None, None), 1.0),),
+                seconds=86_400.0,
+                warmup_s=0.0,
+            )
+        )
+        run.run()
+        [record], counters = run.records, run.counters
+        return counters.accepted, counters.rounds, record.tokens, record.last_ms - record.arrival_ms
+
+    def break_even(self, found: PairCheck) -> float:
+        """Draft step (ms) with which the best way of drafting is as fast as the target alone."""
+        ways = [(_rounds(one.k), one.k) for one in found.lengths] + [(_STREAM, 0)]
+
+        def pays(speed: float) -> bool:
+            return any(
+                self.serve(system, k, speed).tokens_per_s > found.undrafted_tokens_per_s for system, k in ways
+            )
+
+        low, high = 0.0, 1.0
+        if not pays(1e-3):
+            return 0.0
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2.0
+            low, high = (middle, high) if pays(max(middle, 1e-3)) else (low, middle)
+        return low * self._device.draft_ms
+
+
+class _OneAnswer(Simulation):
+    """One request of one device, along the only path of its trace."""
+
+    def _load(self) -> None:
+        source = self.scenario.acceptance
+        assert isinstance(source, TraceReplay)
+        self.schedule(0.0, self._request, (0, 0, Request(0.0, *source.lengths(0, 0))))
+
+    def ended(self, now_ms: float, edge: SimulatedEdge) -> None:
+        self.end_ms = now_ms
 
 
 def run_check(
@@ -123,65 +237,40 @@ def run_check(
     progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> PairCheck:
-    """Take a short trace, time the draft's and the target's steps, and judge.
+    """Take a short trace, time rounds of the pair, and judge.
 
-    ``server``: a running server whose target is asked over the wire; its step time is then that of an
-    undrafted session. Raises what tracing raises.
+    ``server``: a running server whose target is asked over the wire. Raises what tracing raises.
     """
     from wispprof.profiling import acceptance_trace
 
+    sampling = settings.sampling
     if server is None:
         target = load_pair_model(settings.target, "target", settings.dtype, settings.device)
         draft = load_traced_draft(settings, target.tokenizer)
         trace = acceptance_trace.collect_trace(target, draft, settings, progress)
-        target_ms = target_step_ms(target, trace.paths[0].prompt, clock)
+        paths = _chosen(trace)
+        room = max(len(path.prompt) for path in paths) + settings.path_tokens + settings.depth + 1
+        local = LocalTarget(target, sampling, room, clock)
+        times = rehearse(draft.drafter(), local, paths, trace.depth, sampling, clock)
     else:
+        from wispprof.profiling.pair_remote import rehearse_remote
+
         draft = load_traced_draft(settings)
         trace = acceptance_trace.trace_remote(server, settings, progress, draft=draft)
-        begin = clock()
-        path = server.paths([trace.paths[0].prompt], settings.sampling, settings.path_tokens)[0]
-        target_ms = (clock() - begin) * 1000.0 / len(path)
-    draft_ms = draft_step_ms(draft.drafter(), trace.paths[0].prompt, clock)
-    return check_trace(trace, draft_ms, target_ms, rtt_ms, settings.seed)
+        times = rehearse_remote(
+            server.server,
+            server.access,
+            draft.drafter(),
+            _chosen(trace),
+            trace.depth,
+            sampling,
+            rtt_ms,
+            timeout_s=server.timeout_s,
+            clock=clock,
+        )
+    return check_trace(trace, times, rtt_ms, settings.seed)
 
 
-def target_step_ms(
-    target: LoadedModel, prompt: Sequence[int], clock: Callable[[], float] = time.perf_counter
-) -> float:
-    """Median time of a decode step of one session after ``prompt``."""
-    from wispprof.engines.torch.engine import TorchEngine
-
-    engine = TorchEngine(target, kv_tokens=len(prompt) + _WARM_UP + _STEPS + 1, max_sessions=1)
-    engine.open("check", Sampling())
-    last = engine.step([StepInput("check", list(prompt))])[0].tokens[-1:]
-    samples = []
-    for _ in range(_WARM_UP + _STEPS):
-        begin = clock()
-        last = engine.step([StepInput("check", last)])[0].tokens
-        samples.append((clock() - begin) * 1000.0)
-    return statistics.median(samples[_WARM_UP:])
-
-
-def _rounds(accepted: Sequence[int] | np.ndarray, k: int) -> tuple[int, int]:
-    """(drafts accepted, rounds) along one path. Rounds that its end cuts short do not count."""
-    place = total = rounds = 0
-    while place + k < len(accepted):
-        right = min(int(accepted[place]), k)
-        total, rounds, place = total + right, rounds + 1, place + right + 1
-    return total, rounds
-
-
-def draft_step_ms(
-    drafter: Drafter, prompt: Sequence[int], clock: Callable[[], float] = time.perf_counter
-) -> float:
-    """Median time of a draft step after ``prompt``; 0 if there is nothing to propose."""
-    drafter.open(prompt, Sampling())
-    drafter.prefill()
-    samples = []
-    for _ in range(_WARM_UP + _STEPS):
-        begin = clock()
-        if not drafter.can_draft:
-            break
-        drafter.draft()
-        samples.append((clock() - begin) * 1000.0)
-    return statistics.median(samples[_WARM_UP:] or samples or [0.0])
+def _chosen(trace: AcceptanceTrace) -> Sequence[TracePath]:
+    """Answers to be played: those of two tokens and more."""
+    return [path for path in trace.paths if len(path.path) > 1][:_REHEARSED]

@@ -108,7 +108,7 @@ def load_prompts(path: Path, tokenizer: Any, count: int, tokens: int, seed: int 
             continue
         prompt = _parse_prompt(line, f"{path} line {number}")
         if isinstance(prompt, str):
-            ids = _encode(tokenizer, prompt)[:tokens]
+            ids = _encode_as_served(tokenizer, prompt)[:tokens]
         else:
             ids = _encode_chat(tokenizer, prompt, f"{path} line {number}")
             too_long += len(ids) > tokens
@@ -184,6 +184,13 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     ids = [int(t) for t in tokenizer(text, add_special_tokens=False)["input_ids"]]
     bos = tokenizer.bos_token_id
     return ids if bos is None else [int(bos), *ids]
+
+
+def _encode_as_served(tokenizer: Any, text: str) -> list[int]:
+    """Token ids as servers and edges make them of a prompt: with the tokenizer's own special tokens."""
+    if tokenizer is None:
+        return _encode(tokenizer, text)
+    return [int(token) for token in tokenizer(text)["input_ids"]]
 
 
 def _encode_chat(tokenizer: Any, messages: list[dict[str, Any]], where: str) -> list[int]:

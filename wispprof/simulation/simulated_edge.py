@@ -158,7 +158,12 @@ class SimulatedEdge:
             drafting_ms += cost_ms
             position += 1
             steps += 1
-            frame = drafted(draft(), cost_ms, now_ms)
+            token = draft()
+            if token.token < 0:
+                self._nothing_to_draft()
+                frame = self._session.next_frame(now_ms)
+            else:
+                frame = drafted(token, cost_ms, now_ms)
         counters.drafted += steps
         counters.drafting_ms = drafting_ms
         return now_ms, frame
@@ -204,9 +209,15 @@ class SimulatedEdge:
         drafting_ms, steps = counters.drafting_ms, 0
         constant_cost = not device.draft_ms_per_ktoken and not device.resume_ms
         while now_ms <= until_ms:
-            frame = drafted(draft(), cost_ms, now_ms)
-            if frame is not None:
-                outbox.append((send(now_ms, link, len(frame.tokens)), frame))
+            token = draft()
+            if token.token < 0:
+                self._nothing_to_draft()
+                frame = session.next_frame(now_ms)
+            else:
+                frame = drafted(token, cost_ms, now_ms)
+            if frame is not None or token.token < 0:
+                if frame is not None:
+                    outbox.append((send(now_ms, link, len(frame.tokens)), frame))
                 if not may_draft():
                     self._free_ms, self.next_ms = now_ms, math.inf
                     self._running = None
@@ -252,6 +263,16 @@ class SimulatedEdge:
         return done_ms, cost_ms
 
     def _end_step(self, step: _Step) -> None:
-        wasted_ms = self._session.end_step(self.output.draft, step[1])
+        session = self._session
+        if not session.step_overtaken and self.output.proposes_nothing():
+            self._nothing_to_draft(drafted=False)
+            return
+        wasted_ms = session.end_step(self.output.draft, step[1])
         if wasted_ms is not None:
             self.sim.count_wasted(wasted_ms, 1)
+
+    def _nothing_to_draft(self, drafted: bool = True) -> None:
+        """The drafter has no proposal until the text goes on; ``drafted``: it was asked already."""
+        if drafted:
+            self.output.rollback(self.output.length - 1)
+        self._session.scheduler.nothing_to_draft()

@@ -60,6 +60,13 @@ class SimulatedOutput:
         depth = place - wrong - 1
         return drafts[depth] if depth < len(drafts) else drafts[-1]
 
+    def proposes_nothing(self) -> bool:
+        """Whether the recorded drafter had nothing to propose here (token -1)."""
+        if self._wrong_from < 0:
+            return self.proposals[self.length - self.prompt_tokens].token < 0
+        drafts, depth = self._wrong_drafts, self.length - self.prompt_tokens - self._wrong_from - 1
+        return (drafts[depth] if depth < len(drafts) else drafts[-1]).token < 0
+
     def rollback(self, length: int) -> None:
         """Hold only the first ``length`` tokens."""
         if length > self.length:

@@ -1,0 +1,121 @@
+"""Times of a pair whose target runs on a server: its steps over the wire, the draft's rounds here."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
+
+from wispprof import protocol
+from wispprof.artifacts import TracePath
+from wispprof.backends import Drafter
+from wispprof.errors import ProtocolError
+from wispprof.profiling.link_profiler import ServerClient
+from wispprof.profiling.pair_rehearsal import Clock, PairTimes, rehearse
+from wispprof.settings.shared_settings import ServerAccess
+from wispprof.types import Sampling
+
+_SLACK_MS = 10_000.0
+
+
+class _RecordedTarget:
+    """Commits along recorded answers after a pause, in which the device rests as it does in serving."""
+
+    def __init__(
+        self, paths: Sequence[TracePath], pause_ms: Callable[[int], float], sleep: Callable[[float], None]
+    ) -> None:
+        self._answers = {path.prompt: path.path for path in paths}
+        self._pause_ms, self._sleep = pause_ms, sleep
+        self._answer: Sequence[int] = ()
+        self._place = 0
+
+    def begin(self, prompt: Sequence[int]) -> tuple[float, int]:
+        self._answer, self._place = self._answers[tuple(prompt)], 1
+        return 0.0, self._answer[0]
+
+    def verify(self, drafts: Sequence[int]) -> tuple[float, Sequence[int]]:
+        ms = self._pause_ms(len(drafts))
+        self._sleep(ms / 1000.0)
+        truth = self._answer[self._place :]
+        right = 0
+        while right < min(len(drafts), len(truth) - 1) and drafts[right] == truth[right]:
+            right += 1
+        self._place += right + 1
+        return ms, truth[: right + 1]
+
+
+def rehearse_remote(
+    server: str,
+    access: ServerAccess,
+    drafter: Drafter,
+    paths: Sequence[TracePath],
+    depth: int,
+    sampling: Sampling,
+    rtt_ms: float,
+    *,
+    timeout_s: float = 60.0,
+    clock: Clock = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> PairTimes:
+    """The server's steps with the answers' own tokens as drafts, then rounds of the draft with as long pauses.
+
+    Raises the errors of the connection, and :class:`ProtocolError` if the server refuses a session.
+    """
+    times = PairTimes()
+
+    async def steps() -> None:
+        async with ServerClient.open(server, access, "check-pair", timeout_s) as client:
+            lengths = cycle([*range(0, depth + 1, 2), *range(1, depth + 1, 2)])
+            for number, path in enumerate(paths):
+                await _verify_answer(client, number, path, lengths, sampling, times)
+
+    asyncio.run(steps())
+    estimator = times.estimator()
+    target = _RecordedTarget(paths, lambda drafts: rtt_ms + estimator.step_ms(1 + drafts), sleep)
+    drafted = rehearse(drafter, target, paths, depth, sampling, clock)
+    drafted.verify, drafted.prefill = times.verify, times.prefill
+    return drafted
+
+
+async def _verify_answer(
+    client: ServerClient,
+    number: int,
+    path: TracePath,
+    lengths: Iterator[int],
+    sampling: Sampling,
+    times: PairTimes,
+) -> None:
+    """One session whose drafts are right. A server in stream mode takes as many as its policy wants."""
+    await client.send(
+        protocol.Open(
+            number,
+            list(path.prompt),
+            len(path.path),
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+        )
+    )
+    welcome = client.welcome
+    while True:
+        frame = await client.receive()
+        if isinstance(frame, protocol.Problem):
+            raise ProtocolError(f"The server refused a session: {frame.message}", "")
+        if not isinstance(frame, protocol.Commit) or frame.session != number:
+            continue
+        place = frame.committed_len - len(path.prompt)
+        if place == len(frame.tokens):
+            times.prefill.append((len(path.prompt), frame.queue_ms + frame.verify_ms))
+        else:
+            times.verified(frame.drafted, frame.queue_ms + frame.verify_ms)
+        if frame.finished:
+            return
+        if frame.accepted < frame.drafted:  # near ties: the answer went another way, so no drafts are known
+            await client.send(protocol.Close(number))
+            return
+        count = welcome.max_drafts if welcome.stream else next(lengths)
+        drafts = list(path.path[place : len(path.path) - 1][:count])
+        sure = bytes([255]) * len(drafts)
+        await client.send(protocol.Draft(number, 0, frame.committed_len, drafts, sure, 0.0, _SLACK_MS))
