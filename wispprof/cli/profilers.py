@@ -190,8 +190,8 @@ def check_pair(
             )
             for one in (*found.lengths, found.ahead)
         ),
-        f"Draft step {found.draft_ms:.1f} ms, the first of a round {found.resume_ms:.1f} ms more; target step "
-        f"{found.target_ms:.1f} ms, round trip {found.rtt_ms:g} ms. The target alone: "
+        f"Draft step {found.draft_ms:.1f} ms, the first of a round {found.resume_ms:.1f} ms more; "
+        f"target step {found.target_ms:.1f} ms, round trip {found.rtt_ms:g} ms. The target alone: "
         f"{found.undrafted_tokens_per_s:.1f} tokens/s. k = ahead: asynchronous drafting.",
     )
     document = {

@@ -126,7 +126,7 @@ class MeasuredSteps(StepTimeEstimator):
         self._decode = _Curve([(n, float(y)) for n, y in zip(new, rising, strict=True)])
         shortest, longest = min(prefill)[0], max(prefill)[0]
         if shortest < longest:
-            slope, base = np.polyfit(*zip(*prefill, strict=True), 1)
+            slope, base = np.polyfit([n for n, _ in prefill], [ms for _, ms in prefill], 1)
             self._prefill = _Curve([(n, float(max(0.0, base + slope * n))) for n in (shortest, longest)])
         else:  # one token costs a step
             whole = statistics.median(ms for _, ms in prefill)

@@ -58,7 +58,7 @@ def rehearse_remote(
     clock: Clock = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> PairTimes:
-    """The server's steps with the answers' own tokens as drafts, then rounds of the draft with as long pauses.
+    """The server's steps with the answers' own tokens as drafts; then rounds of the draft, with such pauses.
 
     Raises the errors of the connection, and :class:`ProtocolError` if the server refuses a session.
     """
