@@ -249,8 +249,8 @@ def run_check(
         draft = load_traced_draft(settings, target.tokenizer)
         trace = acceptance_trace.collect_trace(target, draft, settings, progress)
         paths = _chosen(trace)
-        room = max(len(path.prompt) for path in paths) + settings.path_tokens + settings.depth + 1
-        local = LocalTarget(target, sampling, room, clock)
+        kv_tokens = max(len(path.prompt) for path in paths) + settings.path_tokens + settings.depth + 1
+        local = LocalTarget(target, sampling, kv_tokens, clock)
         times = rehearse(draft.drafter(), local, paths, trace.depth, sampling, clock)
     else:
         from wispprof.profiling.pair_remote import rehearse_remote
