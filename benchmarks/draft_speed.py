@@ -89,7 +89,7 @@ def serve(mode: str, tell: Any, cores: set[int]) -> None:
     """The server on its cores, until it is terminated."""
     if cores:
         os.sched_setaffinity(0, cores)
-    from wispprof.server import run_coalescing, running_server
+    from wispprof.server import running_server
     from wispprof.settings.server_settings import ServerSettings
 
     async def main() -> None:
@@ -103,7 +103,7 @@ def serve(mode: str, tell: Any, cores: set[int]) -> None:
             tell.send(running.split_url)
             await asyncio.Event().wait()
 
-    run_coalescing(main())
+    asyncio.run(main())
 
 
 def share_cores() -> tuple[set[int], set[int]]:

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def summary(
 ) -> dict[str, Any]:
     """Figures of the steps and commits between two times."""
     steps = [(at, items) for at, items in seen["starts"] if begin <= at <= end]
-    cycles = sorted((b[0] - a[0]) * 1000.0 / step_ms for a, b in zip(steps, steps[1:], strict=False))
+    cycles = sorted((b[0] - a[0]) * 1000.0 / step_ms for a, b in pairwise(steps))
     ended = {(edge, length): at for edge, length, at in seen["commits"]}
     arrived = [(edge, length, at) for edge, length, at in got["commits"] if begin <= at <= end]
     latency = sorted((at - ended[edge, length]) * 1000.0 for edge, length, at in arrived)
@@ -119,7 +120,9 @@ def main() -> None:
         for name, code in codes.items():
             row = run(code, step_ms, edges, options.seconds)
             frames = row.pop("frames") / (options.seconds + WARM_S)
-            rows.append({"step_ms": step_ms, "edges": edges, "code": name, "frames_per_s": round(frames)} | row)
+            rows.append(
+                {"step_ms": step_ms, "edges": edges, "code": name, "frames_per_s": round(frames)} | row
+            )
             print(
                 f"{step_ms:>7.0f} {edges:>5} {name:>6} {row['cycle']:>6.3f} {row['cycle_p99']:>6.2f} "
                 f"{row['items']:>6} {row['commits_per_s']:>9} {frames:>8.0f} {row['latency_ms']:>10.2f} "

@@ -14,6 +14,7 @@ Exit code 1 if one token differs. The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import sys
 import time
@@ -31,7 +32,6 @@ def main() -> int:
     from wispprof.engines.torch.engine import TorchEngine
     from wispprof.policies import BATCH_POLICIES
     from wispprof.profiling.prompts import held_out_prompts
-    from wispprof.server import run_coalescing
     from wispprof.testing.lossless import Case, compare, generate_alone, split_outputs
     from wispprof.types import Sampling, ServedModel
 
@@ -48,7 +48,7 @@ def main() -> int:
 
     def split(case: Case) -> list[list[int]]:
         work = split_outputs(engine, model, lambda: TorchDrafter(draft), prompts, size, case, stop)
-        return run_coalescing(work)
+        return asyncio.run(work)
 
     begun = time.perf_counter()
     wanted = generate_alone(target.model, prompts, size, stop)

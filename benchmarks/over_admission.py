@@ -25,7 +25,6 @@ from wispprof.server import (
     Refused,
     ServerSession,
     VerificationServer,
-    run_coalescing,
 )
 from wispprof.server.verification_server import monotonic_ms
 from wispprof.settings.server_settings import ServerSettings
@@ -104,7 +103,7 @@ def main() -> None:
     rows = []
     for policy in ("fcfs", "wispprof"):
         for admit in ("slo", "all"):
-            offered, admitted, met = run_coalescing(offer(admit, policy, seconds, rate))
+            offered, admitted, met = asyncio.run(offer(admit, policy, seconds, rate))
             share = met / max(1, admitted)
             rows.append({"policy": policy, "admit": admit, "attainment": round(share, 3)})
             print(f"{policy:>9} {admit:>9} {offered:>8} {admitted:>8} {met:>5} {share:>10.1%}")

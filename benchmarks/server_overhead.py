@@ -14,6 +14,7 @@ The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import statistics
 import sys
@@ -27,7 +28,7 @@ from websockets.asyncio.client import connect
 from wispprof import protocol
 from wispprof.policies import Limits, ScheduledItem, make_batch_policy
 from wispprof.policies.linear_cost import LinearCost
-from wispprof.server import run_coalescing, running_server
+from wispprof.server import running_server
 from wispprof.sessions.session_state import SessionState
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeEngine
@@ -99,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=400)
     arguments = parser.parse_args()
-    round_ms, ping_ms = run_coalescing(overhead_ms(arguments.rounds))
+    round_ms, ping_ms = asyncio.run(overhead_ms(arguments.rounds))
     added = round_ms - ping_ms
     print(f"round with a free engine {round_ms:.2f} ms, ping {ping_ms:.2f} ms: server adds {added:.2f} ms")
     print(f"{'policy':>18} {'sessions':>8} {'views ms':>9} {'plan ms':>8}")

@@ -53,10 +53,9 @@ WARM_UP, MAX_GROWTH = 0.2, 1.05
 
 
 def main() -> int:
-    from wispprof.server import run_coalescing
 
     arguments = _arguments()
-    summary = run_coalescing(_soak(arguments.minutes * 60.0, arguments.seed))
+    summary = asyncio.run(_soak(arguments.minutes * 60.0, arguments.seed))
     print(json.dumps(summary))
     return 0 if summary["holds"] else 1
 

@@ -22,6 +22,7 @@ from wispprof.edge.edge_runtime import open_edge
 from wispprof.edge.local_api import make_edge_app
 from wispprof.server import running_server
 from wispprof.server.app import make_app
+from wispprof.server.engine_client import EngineClient
 from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.settings.server_settings import ServerSettings
 
@@ -177,7 +178,10 @@ async def main(count: int, seed: int) -> int:
     asked = sample_requests(count, seed)
     settings = ServerSettings(target_id="reference-pair", policy="wispprof", admit="all")
     wrong = 0
-    async with running_server(settings) as running, over(make_app(running.server)) as server:
+    async with (
+        running_server(settings) as running,
+        over(make_app(EngineClient.within(running.server))) as server,
+    ):
         for drafter in ("model", "lookup"):
             edge_settings = EdgeSettings(server=running.split_url, drafter=drafter)
             async with open_edge(edge_settings) as runtime, over(make_edge_app(runtime)) as edge:

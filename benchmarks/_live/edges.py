@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 from _live.scripted_text import text
-
 from wispprof import protocol
 from wispprof.sessions.draft_buffer import DraftBuffer
 
@@ -92,9 +91,7 @@ class Edge(asyncio.Protocol):
             buffer.propose(token if right else (token + 1) % 1000, ACCURACY, DRAFT_MS)
         if (out := buffer.take()) is not None:
             probs = bytes([int(255 * ACCURACY)]) * len(out.tokens)
-            self._send(
-                protocol.Draft(0, out.epoch, out.base, list(out.tokens), probs, out.draft_ms, 1e6)
-            )
+            self._send(protocol.Draft(0, out.epoch, out.base, list(out.tokens), probs, out.draft_ms, 1e6))
         delay = BURST * DRAFT_MS / 1000.0 if self.frames > 3 else self._rng.random() * 0.1
         asyncio.get_running_loop().call_later(delay, self._draft)
 

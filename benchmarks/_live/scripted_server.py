@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from _live.scripted_text import MAX_CONTEXT, VOCAB, text
-
 from wispprof.server import serve
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeEngine
@@ -81,7 +80,12 @@ def main() -> None:
     engine = ScriptedEngine(float(sys.argv[1]))
     items, output = int(sys.argv[2]), Path(sys.argv[3])
     settings = ServerSettings(
-        port=0, max_items=items, max_tokens=16 * items, admit="all", prefix_cache_sessions=0, log_level="error"
+        port=0,
+        max_items=items,
+        max_tokens=16 * items,
+        admit="all",
+        prefix_cache_sessions=0,
+        log_level="error",
     )
 
     def announce(_: Any, port: int) -> None:

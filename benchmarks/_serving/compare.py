@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -13,7 +14,6 @@ from wispprof.bench import simulate_bench
 from wispprof.fitting import load_predictor
 from wispprof.policies.wispprof_settings import WispprofSettings
 from wispprof.reporting.tables import Column, Table
-from wispprof.server import run_coalescing
 from wispprof.simulation import System, system
 
 SYSTEMS = {
@@ -30,9 +30,7 @@ def compare(bed: Bed) -> dict[str, Any]:
     rows: dict[str, list[Run]] = {}
     for load, share in LOADS.items():
         devices = max(1, round(share * bed.near))
-        rows[load] = [
-            run_coalescing(run(bed, name, system(label), devices)) for name, label in SYSTEMS.items()
-        ]
+        rows[load] = [asyncio.run(run(bed, name, system(label), devices)) for name, label in SYSTEMS.items()]
         show(comparison(f"{load} capacity: {devices} devices", rows[load]))
     overhead = {row.name: row.overhead_ms for row in rows["near"]}
     capacity = {
@@ -116,7 +114,7 @@ def ablation(bed: Bed) -> dict[str, Any]:
     for load in ("near", "above"):
         devices = max(1, round(LOADS[load] * bed.near))
         rows = [
-            run_coalescing(run(bed, name, system("wispprof").replace(batching_options=options), devices))
+            asyncio.run(run(bed, name, system("wispprof").replace(batching_options=options), devices))
             for name, options in variants.items()
         ]
         show(comparison(f"wispprof's pieces, {load} capacity: {devices} devices", rows))

@@ -14,7 +14,6 @@ from _serving.bed import Bed, load_of, running
 from _serving.tables import show
 from wispprof.artifacts import AcceptanceTrace, load_trace
 from wispprof.reporting.tables import Column, Table
-from wispprof.server import run_coalescing
 from wispprof.settings.fleet_settings import BenchSettings
 from wispprof.simulation import system
 from wispprof.types import GenerationRequest, Slo
@@ -25,7 +24,7 @@ def interference(bed: Bed, repeats: int) -> dict[str, Any]:
     sessions, length = 12, 1500
     rows = []
     for name in ("fcfs", "wispprof"):
-        runs = [run_coalescing(_interfere(bed, name, sessions, length)) for _ in range(repeats)]
+        runs = [asyncio.run(_interfere(bed, name, sessions, length)) for _ in range(repeats)]
         rows.append((name, *(statistics.median(figures) for figures in zip(*runs, strict=True))))
     columns = (
         Column("policy"),

@@ -146,7 +146,7 @@ def test_every_setting_is_an_option(kind: type[Settings]) -> None:
     [
         ({"port": 70000}, "port must be 0 … 65535, got 70000."),
         ({"max_items": 0}, "max_items must be at least 1, got 0."),
-        ({"coalesce_ms": float("nan")}, "coalesce_ms must be at least 0, got nan."),
+        ({"drain_timeout_ms": float("nan")}, "drain_timeout_ms must be at least 0, got nan."),
         ({"admit": "some"}, "admit must be slo or all, got 'some'."),
         ({"max_new": 1.5}, "max_new must be an integer, got 1.5."),
         ({"live": 1}, "live must be true or false, got 1."),

@@ -17,6 +17,7 @@ from wispprof.edge.local_api import make_edge_app, serve_edge
 from wispprof.errors import WispprofError
 from wispprof.openai_api.tokenizer import ChatTokenizer
 from wispprof.server.app import make_app
+from wispprof.server.engine_client import EngineClient
 from wispprof.server.process import running_server
 from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.settings.server_settings import ServerSettings
@@ -123,7 +124,7 @@ async def test_the_same_seed_gives_the_same_text_split_server_only_and_after_a_r
     settings = ServerSettings(policy="wispprof", admit="all")
     parts = {"engine": engine, "model": engine.served, "tokenizer": ChatTokenizer(LETTERS)}
     async with running_server(settings, **parts) as running:  # type: ignore[arg-type]
-        async with over(make_app(running.server)) as http:
+        async with over(make_app(EngineClient.within(running.server))) as http:
             alone = await openai_client(http).completions.create(**ask)
         link = LinkSettings(LinkModel(2.0))
         async with LinkProxy("127.0.0.1", 0, "127.0.0.1", running.port, link) as proxy:

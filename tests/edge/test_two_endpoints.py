@@ -15,6 +15,7 @@ from wispprof.edge.local_api import make_edge_app
 from wispprof.openai_api import ChatTokenizer
 from wispprof.openai_api.tokenizer import ByteTokenizer
 from wispprof.server.app import make_app
+from wispprof.server.engine_client import EngineClient
 from wispprof.server.process import running_server
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeEngine
@@ -70,7 +71,7 @@ async def endpoints() -> AsyncIterator[tuple[httpx.AsyncClient, httpx.AsyncClien
     async with running_server(settings, engine=engine, model=engine.served, **parts) as running:
         address = running.split_url
         async with (
-            over(make_app(running.server)) as server,
+            over(make_app(EngineClient.within(running.server))) as server,
             fake_runtime(server=address, tokenizer=OtherTemplate()) as runtime,
             over(make_edge_app(runtime)) as edge,
         ):

@@ -14,6 +14,7 @@ from websockets.asyncio.client import connect
 
 from wispprof import protocol
 from wispprof.server import VerificationServer, running_server
+from wispprof.server.engine_client import EngineClient
 from wispprof.server.websocket_endpoint import WebSocketEndpoint
 from wispprof.sessions.draft_buffer import DraftBuffer
 from wispprof.settings.server_settings import ServerSettings
@@ -59,7 +60,7 @@ class Visitor:
     """Sends frames over a connection and opens a new one when it is closed."""
 
     def __init__(self, server: VerificationServer) -> None:
-        self._server = server
+        self._front = EngineClient.within(server)
         self.socket = MemorySocket()
         self.task: asyncio.Task[None] | None = None
         self.thrown_out = 0
@@ -70,7 +71,7 @@ class Visitor:
                 await self.task
                 self.thrown_out += 1
             self.socket = MemorySocket()
-            self.task = asyncio.create_task(WebSocketEndpoint(self._server, self.socket).serve())  # type: ignore[arg-type]
+            self.task = asyncio.create_task(WebSocketEndpoint(self._front, self.socket).serve())  # type: ignore[arg-type]
             self.socket.put(protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, "")))
         self.socket.put(data)
         await asyncio.sleep(0)
@@ -128,7 +129,7 @@ def mutated(dice: random.Random) -> bytes:
 async def bystander(server: VerificationServer) -> None:
     """A correct session on its own connection, meanwhile."""
     socket = MemorySocket()
-    link = asyncio.create_task(WebSocketEndpoint(server, socket).serve())  # type: ignore[arg-type]
+    link = asyncio.create_task(WebSocketEndpoint(EngineClient.within(server), socket).serve())  # type: ignore[arg-type]
     socket.put(protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, "")))
     socket.put(protocol.encode(protocol.Open(0, [1, 2, 3], 25, undrafted=True)))
     commits: list[int] = []

@@ -129,7 +129,7 @@ async def test_connections_of_one_key_are_bounded() -> None:
                     pass
             async with edge(running.split_url, key=OTHER):
                 pass
-        while running.server.edges_by_key[KEY]:
+        while running.front.client.edges_by_key[KEY]:
             await asyncio.sleep(0.001)
         async with edge(running.split_url, key=KEY):
             pass

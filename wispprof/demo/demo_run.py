@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -66,6 +67,7 @@ async def serving(name: str, engine: TorchEngine, measured: Measured) -> AsyncIt
         model=model,
         policy=system(name).make_batching(),
         estimator=measured.estimator,
+        front_process=True,
     ) as running:
         yield running
     if engine.sessions:
@@ -200,7 +202,6 @@ class DemoResult:
 
 def run_demo(settings: DemoSettings, stage: Stage) -> DemoResult:
     """Run every stage and write the report. Artifacts of an earlier demo in ``out`` are replaced."""
-    from wispprof.server import run_coalescing
 
     began = time.monotonic()
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -209,8 +210,8 @@ def run_demo(settings: DemoSettings, stage: Stage) -> DemoResult:
     with _one_core_for_the_fleet():
         measured = measure(settings, stage)
         engine = make_engine(settings, measured)
-        shown = run_coalescing(answer(settings, measured, engine, stage))
-        benches = run_coalescing(compare(settings, measured, engine, stage))
+        shown = asyncio.run(answer(settings, measured, engine, stage))
+        benches = asyncio.run(compare(settings, measured, engine, stage))
     page = write_report(load_run(settings.out), settings.out / "report.html")
     kind = measured.estimator.kind
     return DemoResult(

@@ -7,29 +7,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Response, WebSocket
-from fastapi.responses import JSONResponse
 
-from wispprof import __version__
+from wispprof import __version__, protocol
 from wispprof.openai_api import ApiError, ChatTokenizer
 from wispprof.openai_api.request_guard import RequestGuard
 from wispprof.openai_api.routes import add_openai_routes
 from wispprof.server.admission import Refused
+from wispprof.server.engine_client import EngineClient, FrontSession
 from wispprof.server.frame_checks import check_key
-from wispprof.server.session import ServerSession
-from wispprof.server.verification_server import VerificationServer
 from wispprof.server.websocket_endpoint import WebSocketEndpoint
-from wispprof.sessions.session_state import CommitResult
 from wispprof.types import GenerationRequest, Slo, TokenChunk
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _STATUS = {"busy": 429, "slo": 429, "limit": 429, "draining": 503, "internal": 500, "frame": 400}
 
 
-def make_app(server: VerificationServer, lifespan: Any = None) -> FastAPI:
+def make_app(server: EngineClient, lifespan: Any = None) -> FastAPI:
     """``/v1/split`` for edges, the OpenAI routes, ``/health``, ``/ready``, ``/metrics`` and ``/steps``.
 
     ``lifespan``: for hosts that let the application start and stop the server.
@@ -48,40 +45,25 @@ def make_app(server: VerificationServer, lifespan: Any = None) -> FastAPI:
         await WebSocketEndpoint(server, socket).serve()
 
     @app.get("/health")
-    async def health() -> JSONResponse:
-        body = {"status": server.state, "version": __version__}
-        if server.failure:
-            body["reason"] = server.failure
-        return JSONResponse(body, 503 if server.failure else 200)
+    async def health() -> Response:
+        return await page("health")
 
     @app.get("/ready")
-    async def ready() -> JSONResponse:
-        body = {
-            "ready": server.ready,
-            "status": server.state,
-            "target": server.model.id,
-            "identity": server.model.identity,
-            "policy": server.policy.name,
-            "load_level": server.manager.load_level,
-            "sessions": len(server.manager),
-        }
-        return JSONResponse(body, 200 if server.ready else 503)
+    async def ready() -> Response:
+        return await page("ready")
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(server.metrics_text(), media_type=METRICS_TYPE)
+        return await page("metrics", METRICS_TYPE)
 
     @app.get("/steps")
-    async def steps(since: int = 0) -> JSONResponse:
+    async def steps(since: int = 0) -> Response:
         """Retained steps from number ``since`` on; ``next``: the ``since`` of the next request."""
-        first, records = server.metrics.steps_since(since)
-        return JSONResponse(
-            {
-                "first": first,
-                "next": server.metrics.steps_seen,
-                "steps": [asdict(record) for record in records],
-            }
-        )
+        return await page("steps", argument=since)
+
+    async def page(name: str, media_type: str = "application/json", argument: int = 0) -> Response:
+        answer = await server.query(name, argument)
+        return Response(answer.body, answer.status, media_type=media_type)
 
     if server.tokenizer is not None:
         add_openai_routes(app, SessionBackend(server, server.tokenizer))
@@ -91,7 +73,7 @@ def make_app(server: VerificationServer, lifespan: Any = None) -> FastAPI:
 class SessionBackend:
     """A :class:`~wispprof.openai_api.TextBackend` over one server's sessions."""
 
-    def __init__(self, server: VerificationServer, tokenizer: ChatTokenizer) -> None:
+    def __init__(self, server: EngineClient, tokenizer: ChatTokenizer) -> None:
         self._server = server
         self.tokenizer = tokenizer.for_target(server.model)
         self.defaults = server.model.defaults
@@ -114,13 +96,13 @@ class SessionBackend:
 class SessionGeneration:
     """One request's session and its listener."""
 
-    def __init__(self, server: VerificationServer, request: GenerationRequest, api_key: str) -> None:
+    def __init__(self, server: EngineClient, request: GenerationRequest, api_key: str) -> None:
         self.key = api_key
         self.finished = ""
         self._server = server
         self._request = replace(request, undrafted=True)
-        self._updates: asyncio.Queue[CommitResult | Refused] = asyncio.Queue()
-        self._session: ServerSession | None = None
+        self._updates: asyncio.Queue[protocol.Commit | Refused] = asyncio.Queue()
+        self._session: FrontSession | None = None
 
     @property
     def cached_tokens(self) -> int:
@@ -132,13 +114,11 @@ class SessionGeneration:
     def speculative_decoding(self) -> None:
         """Nobody drafts for an HTTP request."""
 
-    def committed(
-        self, session: ServerSession, commit: CommitResult, verify_ms: float, load_level: int
-    ) -> None:
-        self._updates.put_nowait(commit)
+    def committed(self, session: FrontSession, frame: protocol.Commit) -> None:
+        self._updates.put_nowait(frame)
 
-    def failed(self, session: ServerSession, code: str, message: str, retry_ms: float = 0.0) -> None:
-        self._updates.put_nowait(Refused(code, message, retry_ms=retry_ms))
+    def failed(self, session: FrontSession, problem: Refused) -> None:
+        self._updates.put_nowait(problem)
 
     async def stream(self) -> AsyncGenerator[TokenChunk]:
         try:
@@ -148,7 +128,7 @@ class SessionGeneration:
                 if isinstance(update, Refused):
                     raise update
                 self.finished = update.finished
-                yield TokenChunk(update.tokens, update.logprobs)
+                yield TokenChunk(tuple(update.tokens), tuple(update.logprobs))
         except Refused as err:
             raise _api_error(err) from err
         finally:

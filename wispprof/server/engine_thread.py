@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from wispprof.backends import Engine
-from wispprof.server.coalescing_loop import coalescing
 from wispprof.types import StepInput, VerifyResult
 
 log = logging.getLogger("wispprof.server")
@@ -23,14 +22,11 @@ class EngineThread:
     """Runs engine calls, so that the event loop never waits for a forward pass.
 
     Deferred operations (open, close, rollback) run together, in order, before the next step.
-    ``coalesce_ms``: how long incoming frames may wait unread during a step
-    (:mod:`~wispprof.server.coalescing_loop`).
     """
 
-    def __init__(self, engine: Engine, coalesce_ms: float = 0.0) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.failed_ops = 0
-        self._coalesce_ms = coalesce_ms
         self._deferred_ops: list[Callable[[Engine], None]] = []
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
 
@@ -50,8 +46,7 @@ class EngineThread:
 
     async def step(self, inputs: Sequence[StepInput]) -> tuple[list[VerifyResult], float]:
         """One engine step: its results and its time in ms."""
-        with coalescing(self._coalesce_ms):
-            return await self.call(lambda engine: _timed_step(engine, inputs))
+        return await self.call(lambda engine: _timed_step(engine, inputs))
 
     async def call(self, work: Callable[[Engine], T]) -> T:
         """Run ``work`` in the engine's thread."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from wispprof import protocol
 from wispprof.errors import HandshakeRefused, ProtocolError
-from wispprof.server.verification_server import VerificationServer
+from wispprof.server.engine_client import EngineClient
 from wispprof.types import GenerationRequest, Sampling, ServedModel, Slo
 
 MAX_LOGPROBS = 20
@@ -56,7 +56,7 @@ def check_hello(hello: protocol.Hello, model: ServedModel, allowed: Sequence[str
         )
 
 
-def welcome(server: VerificationServer) -> protocol.Welcome:
+def welcome(server: EngineClient) -> protocol.Welcome:
     """The answer to a valid hello: the target, and how this server serves it."""
     model, defaults = server.model, server.model.defaults
     return protocol.Welcome(
@@ -65,9 +65,9 @@ def welcome(server: VerificationServer) -> protocol.Welcome:
         tokenizer=model.tokenizer,
         max_context=model.max_context,
         max_drafts=server.settings.max_drafts,
-        stream=server.policy.stream,
-        load_level=server.manager.load_level,
-        plan=server.plan.hash if server.plan else "",
+        stream=server.config.stream,
+        load_level=server.load_level,
+        plan=server.config.plan,
         identity=model.identity,
         stop_tokens=list(model.stop_tokens),
         chat_template=model.chat_template,

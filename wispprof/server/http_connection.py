@@ -14,8 +14,7 @@ from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
-
-from wispprof.server.coalescing_loop import EagerWebSocket
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 MIN_BYTES_PER_S = 16_384
 MAX_UNWANTED_BYTES = 1 << 20
@@ -147,7 +146,7 @@ class HttpConnection(H11Protocol):
         self._connections.waiting(self._slot, False)
         super().handle_websocket_upgrade(event)
         successor = self.transport.get_protocol()
-        if isinstance(successor, EagerWebSocket):
+        if isinstance(successor, WebSocketConnection):
             successor.on_lost = lambda: self._connections.release(self._slot)
 
     def pause_writing(self) -> None:
@@ -209,6 +208,16 @@ class HttpConnection(H11Protocol):
         for timer in (self._timer, self._stalled):
             if timer is not None:
                 timer.cancel()
+
+
+class WebSocketConnection(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket protocol; ``on_lost`` is called when the connection is closed."""
+
+    on_lost: Callable[[], None] = staticmethod(lambda: None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.on_lost()
 
 
 def _is_loopback(address: str) -> bool:

@@ -15,21 +15,19 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from wispprof.backends import Engine
-from wispprof.errors import EngineError, RuntimeFault
+from wispprof.errors import EngineError
 from wispprof.openai_api import ChatTokenizer
-from wispprof.server.app import make_app
-from wispprof.server.coalescing_loop import run_coalescing
 from wispprof.server.dashboard import run_dashboard
-from wispprof.server.http_connection import ConnectionLimits
+from wispprof.server.fronts import Front, make_front
 from wispprof.server.startup import build_server, engine_options, served_model
 from wispprof.server.verification_server import VerificationServer
-from wispprof.server.web_server import WebServer, bind, raise_descriptor_limit, server_tls
+from wispprof.server.web_server import bind, handling_signals, raise_descriptor_limit, server_tls
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.types import ServedModel
 
@@ -43,11 +41,12 @@ _FAILED_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """An in-process server and its address."""
+    """A server in this process and its address; ``front`` holds its connections."""
 
     host: str
     port: int
     server: VerificationServer
+    front: Front
 
     @property
     def split_url(self) -> str:
@@ -65,10 +64,11 @@ async def running_server(
     *,
     engine: Engine | None = None,
     model: ServedModel | None = None,
+    front_process: bool = False,
     **parts: Any,
 ) -> AsyncIterator[RunningServer]:
-    """A real server on a free port of this process and event loop. It coalesces frames only under
-    :func:`~wispprof.server.coalescing_loop.run_coalescing`.
+    """A real server on a free port, its engine loop in this process and event loop. ``front_process``: its
+    connections in a process of their own, as :func:`serve` has them.
 
     With ``engine`` and ``model`` no model is loaded; ``parts`` go to :class:`VerificationServer`. On exit
     everything is released, and an exception of the engine loop is raised.
@@ -77,39 +77,21 @@ async def running_server(
     server = build_server(settings, engine, model, **parts)
     listener = bind(settings.host, 0)
     port = listener.getsockname()[1]
-    async with _web_server(server, listener):
-        yield RunningServer(settings.host, port, server)
+    async with _started(server, [make_front(server, listener, front_process)], listener) as [front]:
+        yield RunningServer(settings.host, port, server, front)
 
 
 @contextlib.asynccontextmanager
-async def _web_server(
-    server: VerificationServer, listener: socket.socket, on_signal: Callable[[], None] | None = None
-) -> AsyncIterator[WebServer]:
-    """The server and its web server, started; both are ended on exit."""
-    settings = server.settings
-    web_server = WebServer(
-        make_app(server),
-        listener,
-        ConnectionLimits(
-            settings.max_connections, settings.connections_per_address, settings.request_timeout_ms / 1000.0
-        ),
-        tls=server_tls(settings.tls_cert, settings.tls_key),
-        websockets=True,
-        on_signal=on_signal,
-        on_drop=lambda reason: server.metrics.dropped_connections.labels(reason).inc(),
-    )
+async def _started(
+    server: VerificationServer, fronts: list[Front], listener: socket.socket
+) -> AsyncIterator[list[Front]]:
+    """The server and its fronts, started; all are ended on exit."""
     await server.start()
-    task = asyncio.create_task(web_server.serve(), name="web server")
     try:
-        while not web_server.started and not task.done():
-            await asyncio.sleep(0.002)
-        if task.done():
-            task.result()
-            raise RuntimeFault("The web server ended while starting.")
-        yield web_server
+        await asyncio.gather(*(front.start() for front in fronts))
+        yield fronts
     finally:
-        web_server.request_exit()
-        await task
+        await asyncio.gather(*(front.stop() for front in fronts))
         await server.stop()
         listener.close()
 
@@ -140,7 +122,7 @@ def serve(
     server_tls(settings.tls_cert, settings.tls_key)  # A model loads for minutes: refuse before.
     listener = bind(settings.host, settings.port)
     try:
-        run_coalescing(_serve(settings, listener, announce, parts))
+        asyncio.run(_serve(settings, listener, announce, parts))
     finally:
         listener.close()
 
@@ -158,7 +140,8 @@ async def _serve(
     def on_signal() -> None:
         nonlocal draining
         if draining is not None:
-            web_server.force_exit = True
+            for front in fronts:
+                front.force()
             draining.cancel()
             ended.set()
             return
@@ -175,18 +158,30 @@ async def _serve(
         await asyncio.sleep(_FAILED_S)
         ended.set()
 
-    async with _web_server(server, listener, on_signal) as web_server:
-        freeze_garbage_collector()
-        announce(server, listener.getsockname()[1])
-        tasks = [asyncio.create_task(failure(), name="engine watch")]
-        if settings.live:
-            tasks.append(asyncio.create_task(run_dashboard(server), name="dashboard"))
-        try:
-            await ended.wait()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+    count = settings.fronts if hasattr(socket, "AF_UNIX") else 0
+    fronts = [make_front(server, listener, count > 0) for _ in range(max(1, count))]
+    with handling_signals(on_signal):
+        async with _started(server, fronts, listener):
+            watches = [failure(), *([run_dashboard(server)] if settings.live else [])]
+            await _until_ended(server, listener.getsockname()[1], announce, ended, *watches)
+
+
+async def _until_ended(
+    server: VerificationServer,
+    port: int,
+    announce: Callable[[VerificationServer, int], None],
+    ended: asyncio.Event,
+    *watches: Coroutine[Any, Any, None],
+) -> None:
+    freeze_garbage_collector()
+    announce(server, port)
+    tasks = [asyncio.create_task(watch, name="watch") for watch in watches]
+    try:
+        await ended.wait()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 # --- as tensor-parallel ranks ---------------------------------------------------------------------

@@ -97,8 +97,9 @@ def deployment(
 
         def __serve_build_asgi_app__(self) -> Any:
             from wispprof.server.app import make_app
+            from wispprof.server.engine_client import EngineClient
 
-            return make_app(self.server, lifespan=self._life)
+            return make_app(EngineClient.within(self.server), lifespan=self._life)
 
         @contextlib.asynccontextmanager
         async def _life(self, _: Any) -> AsyncIterator[None]:

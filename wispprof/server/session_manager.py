@@ -30,8 +30,9 @@ _LOAD_EVERY_MS = 25.0
 class SessionManager:
     """Sessions by their engine name, and the prefix cache.
 
-    Set before use: ``wake`` (something changed, the engine loop should plan), ``spend`` (count
-    tokens against an API key: key, tokens, now_ms) and ``load_engine`` (for an engine that is lost).
+    Set before use: ``wake`` (something changed, the engine loop should plan), ``load_changed`` (the load
+    level did), ``spend`` (count tokens against an API key: key, tokens, now_ms) and ``load_engine`` (for an
+    engine that is lost).
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class SessionManager:
         self.load_level = 0
         self.waiting = 0
         self.wake: Callable[[], None] = lambda: None
+        self.load_changed: Callable[[], None] = lambda: None
         self.load_engine: Callable[[], Engine] | None = None
         self.spend: Callable[[str, int, float], None] = lambda key, tokens, now_ms: None
 
@@ -181,7 +183,10 @@ class SessionManager:
             return
         self._next_load_ms = now_ms + _LOAD_EVERY_MS
         cached = [one.state.cached for one in self._sessions.values() if one.opened]
-        self.load_level = load_level(slowdown(self._step_times.estimator, cached), self.load_level)
+        level = load_level(slowdown(self._step_times.estimator, cached), self.load_level)
+        if level != self.load_level:
+            self.load_level = level
+            self.load_changed()
         running = sum(1 for tokens in cached if tokens)
         metrics = self._metrics
         metrics.load.set(self.load_level)

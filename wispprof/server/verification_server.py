@@ -1,6 +1,6 @@
 """The verification server: admits requests, merges drafts, runs the engine loop.
 
-The WebSocket and HTTP endpoints call this object on the event loop, and nothing else of the server.
+The fronts call this object through their :class:`~wispprof.server.engine_host.EngineHost`, on the event loop.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
 
 from wispprof import protocol
@@ -18,6 +17,7 @@ from wispprof.errors import EngineError, RuntimeFault
 from wispprof.openai_api import ChatTokenizer
 from wispprof.policies import BatchPolicy, make_batch_policy
 from wispprof.server.admission import Admission, Refused
+from wispprof.server.engine_host import EngineHost
 from wispprof.server.engine_loop import EngineLoop, StepLimits
 from wispprof.server.engine_thread import EngineThread
 from wispprof.server.metrics import Metrics
@@ -65,11 +65,11 @@ class VerificationServer:
         self.metrics = Metrics()
         self.step_times = StepTimeTracker(estimator)
         self.now_ms = now_ms
-        self.draining = False
+        self._draining = False
         self.started = False
         self.failure = ""
-        self.edges_by_key: Counter[str] = Counter()
-        self._engine_thread = EngineThread(engine, settings.coalesce_ms)
+        self.hosts: list[EngineHost] = []
+        self._engine_thread = EngineThread(engine)
         self.manager = SessionManager(
             settings,
             self._engine_thread,
@@ -89,6 +89,7 @@ class VerificationServer:
             now_ms,
         )
         self.manager.wake = self.loop.wake
+        self.manager.load_changed = self.update_fronts
         self.manager.load_engine = reload
         self.admission = Admission(settings, self.manager, self.step_times, model)
         self.manager.spend = self.admission.budget.spend
@@ -136,6 +137,21 @@ class VerificationServer:
         while len(self.manager) and self.now_ms() < deadline_ms:
             await asyncio.sleep(0.02)
         self._fail_all("draining", "The server is shutting down; resume on another server.")
+
+    @property
+    def draining(self) -> bool:
+        """Whether nothing new is admitted any more."""
+        return self._draining
+
+    @draining.setter
+    def draining(self, value: bool) -> None:
+        self._draining = value
+        self.update_fronts()
+
+    def update_fronts(self) -> None:
+        """Tell the fronts what has changed: draining, load level."""
+        for host in self.hosts:
+            host.update_status()
 
     @property
     def ready(self) -> bool:

@@ -19,8 +19,13 @@ from starlette.types import ASGIApp
 
 from wispprof import protocol
 from wispprof.errors import WispprofError
-from wispprof.server.coalescing_loop import EagerWebSocket
-from wispprof.server.http_connection import ConnectionLimits, Connections, ConnectionSlot, HttpConnection
+from wispprof.server.http_connection import (
+    ConnectionLimits,
+    Connections,
+    ConnectionSlot,
+    HttpConnection,
+    WebSocketConnection,
+)
 
 log = logging.getLogger("wispprof.server")
 
@@ -84,6 +89,22 @@ def within_descriptors(limits: ConnectionLimits) -> ConnectionLimits:
     return replace(limits, max_connections=max(8, min(limits.max_connections, soft - _RESERVED_DESCRIPTORS)))
 
 
+@contextlib.contextmanager
+def handling_signals(on_signal: Callable[[], None]) -> Iterator[None]:
+    """Within, SIGINT and SIGTERM call ``on_signal`` on the running event loop."""
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {one: signal.getsignal(one) for one in signals}
+    for one in signals:
+        # loop.add_signal_handler does not exist on Windows.
+        signal.signal(one, lambda *_: loop.call_soon_threadsafe(on_signal))
+    try:
+        yield
+    finally:
+        for one, handler in previous.items():
+            signal.signal(one, handler)
+
+
 class WebServer(uvicorn.Server):
     """Serves ``app`` on a listening socket until :meth:`request_exit`.
 
@@ -107,7 +128,7 @@ class WebServer(uvicorn.Server):
             log_config=None,
             access_log=False,
             lifespan="off",
-            ws=EagerWebSocket if websockets else "none",
+            ws=WebSocketConnection if websockets else "none",
             ws_max_size=_MAX_MESSAGE_BYTES,
             ws_per_message_deflate=False,
             timeout_graceful_shutdown=5,
@@ -147,22 +168,8 @@ class WebServer(uvicorn.Server):
         self.should_exit = True
         self._exit.set()
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        if self._on_signal is None:
-            yield
-            return
-        loop, on_signal = asyncio.get_running_loop(), self._on_signal
-        signals = (signal.SIGINT, signal.SIGTERM)
-        previous = {one: signal.getsignal(one) for one in signals}
-        for one in signals:
-            # loop.add_signal_handler does not exist on Windows.
-            signal.signal(one, lambda *_: loop.call_soon_threadsafe(on_signal))
-        try:
-            yield
-        finally:
-            for one, handler in previous.items():
-                signal.signal(one, handler)
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._on_signal is None else handling_signals(self._on_signal)
 
     # --- accepting ---
 

@@ -14,12 +14,9 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from wispprof import protocol
 from wispprof.errors import HandshakeRefused, ProtocolError
 from wispprof.server.admission import Refused
-from wispprof.server.coalescing_loop import socket_wait_ms
+from wispprof.server.engine_client import EngineClient, FrontSession
 from wispprof.server.frame_checks import check_draft, check_hello, session_request, welcome
 from wispprof.server.opening_parts import OpeningParts
-from wispprof.server.session import ServerSession
-from wispprof.server.verification_server import VerificationServer
-from wispprof.sessions.session_state import CommitResult
 
 log = logging.getLogger("wispprof.server")
 
@@ -50,22 +47,22 @@ class _CloseConnection(Exception):
 class WebSocketEndpoint:
     """Serves one connection until it closes, then releases its sessions."""
 
-    def __init__(self, server: VerificationServer, socket: WebSocket) -> None:
+    def __init__(self, server: EngineClient, socket: WebSocket) -> None:
         self.key = ""
         self._server = server
         self._socket = socket
-        self._sessions: dict[int, ServerSession] = {}
+        self._sessions: dict[int, FrontSession] = {}
         self._ended: dict[int, None] = {}
         self._outgoing: asyncio.Queue[bytes | None] = asyncio.Queue(server.settings.backlog_frames)
         self._unread_bytes = 0
-        self._parts = OpeningParts(server.admission.max_prompt, server.model.vocab_size)
+        self._parts = OpeningParts(server.config.max_prompt, server.model.vocab_size)
         self._counted = False
         self._problems = 0
         self._slow_reader = asyncio.Event()
 
     async def serve(self) -> None:
         await self._socket.accept()
-        self._server.metrics.connections.inc()
+        self._server.count("connections")
         writer = asyncio.create_task(self._write(), name="edge writer")
         reader = asyncio.create_task(self._read(), name="edge reader")
         slow = asyncio.create_task(self._slow_reader.wait(), name="slow edge")
@@ -93,7 +90,7 @@ class WebSocketEndpoint:
             for task in (reader, writer, slow):
                 task.cancel()
             await asyncio.gather(reader, writer, slow, return_exceptions=True)
-            self._server.metrics.connections.dec()
+            self._server.count("connections", amount=-1.0)
             with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError):
                 await self._socket.close(code)
 
@@ -115,8 +112,7 @@ class WebSocketEndpoint:
                 self._mark_ended(frame.session)
             elif isinstance(frame, protocol.Ping):
                 payload = bytes(min(max(0, frame.reply_bytes), MAX_PONG_BYTES))
-                waited_ms = protocol.brief_ms(socket_wait_ms())
-                self._send(protocol.Pong(frame.number, payload, waited_ms))
+                self._send(protocol.Pong(frame.number, payload))
             else:
                 self._problem(-1, "frame", "The handshake is done already; got another hello.")
                 raise _CloseConnection(1002)
@@ -186,9 +182,11 @@ class WebSocketEndpoint:
             self._mark_ended(number)
             return
         try:
-            self._sessions[number] = self._server.open(session_request(frame, tokens), self, number)
-        except (Refused, ProtocolError) as err:
+            request = session_request(frame, tokens)
+        except ProtocolError as err:
             self._refused(number, err)
+        else:
+            self._sessions[number] = self._server.open(request, self, number)
 
     def _open_part(self, frame: protocol.OpenPart) -> None:
         if frame.session < 0:
@@ -233,36 +231,19 @@ class WebSocketEndpoint:
 
     # --- writing ------------------------------------------------------------------------------
 
-    def committed(
-        self, session: ServerSession, commit: CommitResult, verify_ms: float, load_level: int
-    ) -> None:
+    def committed(self, session: FrontSession, frame: protocol.Commit) -> None:
         if self._sessions.get(session.number) is not session:
             return
-        if commit.finished:
+        if frame.finished:
             self._mark_ended(session.number)
-        self._send(
-            protocol.Commit(
-                session=session.number,
-                epoch=commit.epoch,
-                committed_len=commit.committed_len,
-                tokens=list(commit.tokens),
-                accepted=commit.accepted,
-                drafted=commit.drafted,
-                queue_ms=protocol.brief_ms(commit.queue_ms),
-                verify_ms=protocol.brief_ms(verify_ms),
-                load_level=load_level,
-                finished=commit.finished,
-                logprobs=list(commit.logprobs),
-            )
-        )
+        self._send(frame)
 
-    def failed(self, session: ServerSession, code: str, message: str, retry_ms: float = 0.0) -> None:
+    def failed(self, session: FrontSession, problem: Refused) -> None:
         if self._sessions.get(session.number) is session:
-            self._mark_ended(session.number)
-            self._send(protocol.Problem(session.number, code, message, retry_ms))
+            self._refused(session.number, problem)
 
     def _problem(self, session: int, code: str, message: str) -> None:
-        self._server.metrics.bad_frames.labels(code).inc()
+        self._server.count("bad_frames", code)
         self._problems += 1
         self._send(protocol.Problem(session, code, message))
         if self._problems >= MAX_PROBLEMS:

@@ -145,11 +145,8 @@ class ServerSettings(Settings):
     backlog_frames: int = setting(
         1024, "Unread frames after which a slow reader's connection is closed.", minimum=1
     )
-    coalesce_ms: float = setting(
-        8.0,
-        "Maximum time to coalesce incoming frames during a step; 0 disables.",
-        unit="ms",
-        minimum=0,
+    fronts: int = setting(
+        1, "Processes that hold the connections; 0 holds them in the engine's process.", minimum=0, maximum=64
     )
     drain_timeout_ms: float = setting(
         30_000.0, "Time that sessions have to finish after Ctrl-C or SIGTERM.", unit="ms", minimum=0

@@ -1,0 +1,221 @@
+"""The channel between a front, which holds connections, and the engine process, which holds sessions.
+
+Both directions carry batches of messages in order, each batch one msgpack array. A front that runs within the
+engine process uses the same messages in the same batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar
+
+import msgspec
+
+from wispprof import protocol
+from wispprof.types import GenerationRequest, ServedModel
+
+SPACING_S = 0.001
+"""Least time between two batches of a front: the engine process wakes up for each."""
+
+_LENGTH_BYTES = 4
+
+# --- front to engine ------------------------------------------------------------------------------
+
+
+class SessionOpening(msgspec.Struct, tag="o", array_like=True, frozen=True):
+    """Open a session under ``handle``, the front's own name for it. ``number``: its edge's."""
+
+    handle: int
+    number: int
+    key: str
+    request: GenerationRequest
+
+
+class SessionDrafts(msgspec.Struct, tag="d", array_like=True, frozen=True):
+    """A checked draft frame."""
+
+    handle: int
+    frame: protocol.Draft
+
+
+class SessionClosing(msgspec.Struct, tag="x", array_like=True, frozen=True):
+    """The client ends the session; ``reason`` is ``stop`` if it has all it wants."""
+
+    handle: int
+    reason: str
+
+
+class MetricCount(msgspec.Struct, tag="m", array_like=True, frozen=True):
+    """Add ``amount`` to a metric of the server, under ``label`` if it has labels."""
+
+    metric: str
+    label: str
+    amount: float
+
+
+class FrontReady(msgspec.Struct, tag="r", array_like=True, frozen=True):
+    """The front accepts connections."""
+
+
+class Query(msgspec.Struct, tag="q", array_like=True, frozen=True):
+    """Ask for a page: ``health``, ``ready``, ``metrics`` or ``steps``."""
+
+    number: int
+    page: str
+    argument: int
+
+
+# --- engine to front ------------------------------------------------------------------------------
+
+
+class FrontConfig(msgspec.Struct, tag="f", array_like=True, frozen=True):
+    """What a front must know, its first message. ``settings``: a ``ServerSettings`` in plain types.
+    ``tokenizer``: folder of the tokenizer, empty without one."""
+
+    settings: dict[str, Any]
+    model: ServedModel
+    stream: bool
+    plan: str
+    max_prompt: int
+    tokenizer: str = ""
+
+
+class ServerStatus(msgspec.Struct, tag="t", array_like=True, frozen=True):
+    """Sent when it changes."""
+
+    draining: bool
+    load_level: int
+
+
+class SessionReused(msgspec.Struct, tag="u", array_like=True, frozen=True):
+    """So many prompt tokens came from a cached prefix."""
+
+    handle: int
+    tokens: int
+
+
+class SessionCommit(msgspec.Struct, tag="c", array_like=True, frozen=True):
+    """New tokens of a session. If the frame says ``finished``, the session is gone."""
+
+    handle: int
+    frame: protocol.Commit
+
+
+class SessionFailed(msgspec.Struct, tag="p", array_like=True, frozen=True):
+    """The session was refused or has failed; it is gone. Fields as of :class:`~wispprof.protocol.Problem`."""
+
+    handle: int
+    code: str
+    message: str
+    retry_ms: float
+    tokens_per_s: float
+
+
+class Answer(msgspec.Struct, tag="a", array_like=True, frozen=True):
+    """The page that query ``number`` asked for."""
+
+    number: int
+    status: int
+    body: bytes
+
+
+class Stop(msgspec.Struct, tag="s", array_like=True, frozen=True):
+    """Close all connections and end."""
+
+
+ToEngine = SessionOpening | SessionDrafts | SessionClosing | MetricCount | Query | FrontReady
+ToFront = FrontConfig | ServerStatus | SessionReused | SessionCommit | SessionFailed | Answer | Stop
+
+encode_batch = msgspec.msgpack.Encoder().encode
+to_engine: msgspec.msgpack.Decoder[list[ToEngine]] = msgspec.msgpack.Decoder(list[ToEngine])
+to_front: msgspec.msgpack.Decoder[list[ToFront]] = msgspec.msgpack.Decoder(list[ToFront])
+
+M = TypeVar("M")
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+class BatchWriter(Protocol):
+    """Where batches go."""
+
+    def write(self, data: bytes) -> None: ...
+
+
+class Outbox(Generic[M]):
+    """Messages to one end of the channel. They leave together, ``spacing_s`` after the last batch or with the
+    event loop's next turn."""
+
+    def __init__(self, writer: BatchWriter, spacing_s: float = 0.0) -> None:
+        self._writer = writer
+        self._spacing_s = spacing_s
+        self._messages: list[M] = []
+        self._not_before_s = 0.0
+
+    def put(self, message: M) -> None:
+        if not self._messages:
+            loop = asyncio.get_running_loop()
+            if loop.time() >= self._not_before_s:
+                loop.call_soon(self.flush)
+            else:
+                loop.call_at(self._not_before_s, self.flush)
+        self._messages.append(message)
+
+    def flush(self) -> None:
+        """Send what is held now."""
+        if self._messages:
+            messages, self._messages = self._messages, []
+            if self._spacing_s:
+                self._not_before_s = asyncio.get_running_loop().time() + self._spacing_s
+            self._writer.write(encode_batch(messages))
+
+
+class DirectWriter:
+    """The other end is in this process: batches arrive with the event loop's next turn."""
+
+    def __init__(self, receive: Callable[[bytes], None]) -> None:
+        self._receive = receive
+
+    def write(self, data: bytes) -> None:
+        asyncio.get_running_loop().call_soon(self._receive, data)
+
+
+class SocketWriter(asyncio.Protocol):
+    """One end of a socket pair: each batch after its length."""
+
+    def __init__(self, receive: Callable[[bytes], None], lost: Callable[[], None]) -> None:
+        self.on_batch = receive
+        self.lost = False
+        self._on_lost = lost
+        self._data = bytearray()
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self.lost = True
+        self._on_lost()
+
+    def write(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(len(data).to_bytes(_LENGTH_BYTES, "big") + data)
+
+    def data_received(self, data: bytes) -> None:
+        held = self._data
+        held += data
+        at = 0
+        while len(held) - at >= _LENGTH_BYTES:
+            start = at + _LENGTH_BYTES
+            end = start + int.from_bytes(held[at:start], "big")
+            if end > len(held):
+                break
+            self.on_batch(bytes(held[start:end]))
+            at = end
+        del held[:at]
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()

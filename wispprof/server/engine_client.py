@@ -1,0 +1,173 @@
+"""A front's end of the channel: opens sessions in the engine process and hands on what it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from wispprof import protocol
+from wispprof.openai_api import ChatTokenizer
+from wispprof.server.admission import Refused
+from wispprof.server.channel import (
+    SPACING_S,
+    Answer,
+    BatchWriter,
+    DirectWriter,
+    FrontConfig,
+    FrontReady,
+    MetricCount,
+    Outbox,
+    Query,
+    ServerStatus,
+    SessionClosing,
+    SessionCommit,
+    SessionDrafts,
+    SessionFailed,
+    SessionOpening,
+    SessionReused,
+    Stop,
+    ToEngine,
+    to_front,
+)
+from wispprof.server.engine_host import EngineHost, front_config
+from wispprof.settings.server_settings import ServerSettings
+from wispprof.types import GenerationRequest
+
+if TYPE_CHECKING:
+    from wispprof.server.verification_server import VerificationServer
+
+
+class FrontListener(Protocol):
+    """The WebSocket connection or HTTP request that opened a session. ``key``: its API key."""
+
+    key: str
+
+    def committed(self, session: FrontSession, frame: protocol.Commit) -> None: ...
+
+    def failed(self, session: FrontSession, problem: Refused) -> None:
+        """The session was refused or has failed; nothing of it is left."""
+
+
+@dataclass(slots=True, eq=False)
+class FrontSession:
+    """A session of a front. ``number`` is the listener's name for it, ``handle`` the channel's.
+    ``reused``: prompt tokens that came from a cached prefix, known with the first commit."""
+
+    handle: int
+    number: int
+    listener: FrontListener
+    reused: int = 0
+
+
+class EngineClient:
+    """What the endpoints of a front know of the server.
+
+    ``tokenizer``: for the OpenAI API, which is off without it. ``on_stop``: called when the engine process
+    wants this front to end.
+    """
+
+    def __init__(
+        self,
+        config: FrontConfig,
+        writer: BatchWriter,
+        tokenizer: ChatTokenizer | None,
+        spacing_s: float = SPACING_S,
+    ) -> None:
+        self.config = config
+        self.settings = msgspec.convert(config.settings, ServerSettings, dec_hook=_path)
+        self.model = config.model
+        self.tokenizer = tokenizer
+        self.draining = False
+        self.load_level = 0
+        self.edges_by_key: Counter[str] = Counter()
+        self.on_stop: Callable[[], None] = lambda: None
+        self._outbox: Outbox[ToEngine] = Outbox(writer, spacing_s)
+        self._handles = itertools.count()
+        self._sessions: dict[int, FrontSession] = {}
+        self._queries: dict[int, asyncio.Future[Answer]] = {}
+
+    @classmethod
+    def within(cls, server: VerificationServer) -> EngineClient:
+        """A front of ``server`` within its own process and event loop."""
+        host = EngineHost(server)
+        client = cls(front_config(server), DirectWriter(host.receive), server.tokenizer, 0.0)
+        host.connect(DirectWriter(client.receive))
+        return client
+
+    def ready(self) -> None:
+        """Connections are accepted now."""
+        self._outbox.put(FrontReady())
+
+    def open(self, request: GenerationRequest, listener: FrontListener, number: int = 0) -> FrontSession:
+        """A new session. If it is refused, its listener's ``failed`` says so."""
+        session = FrontSession(next(self._handles), number, listener)
+        self._sessions[session.handle] = session
+        self._outbox.put(SessionOpening(session.handle, number, listener.key, request))
+        return session
+
+    def draft(self, session: FrontSession, frame: protocol.Draft) -> None:
+        """A checked draft frame of its session."""
+        self._outbox.put(SessionDrafts(session.handle, frame))
+
+    def close(self, session: FrontSession, reason: str = "abort") -> None:
+        """End a session; its listener hears no more of it."""
+        if self._sessions.pop(session.handle, None) is not None:
+            self._outbox.put(SessionClosing(session.handle, reason))
+
+    def count(self, metric: str, label: str = "", amount: float = 1.0) -> None:
+        """Add to a metric of the server."""
+        self._outbox.put(MetricCount(metric, label, amount))
+
+    async def query(self, page: str, argument: int = 0) -> Answer:
+        """A page of the engine process."""
+        number = next(self._handles)
+        answer = self._queries[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._outbox.put(Query(number, page, argument))
+            return await answer
+        finally:
+            del self._queries[number]
+
+    def receive(self, data: bytes) -> None:
+        """A batch arrived."""
+        sessions = self._sessions
+        for message in to_front.decode(data):
+            if isinstance(message, SessionCommit):
+                frame = message.frame
+                session = (sessions.pop if frame.finished else sessions.get)(message.handle, None)
+                if session is not None:
+                    session.listener.committed(session, frame)
+            elif isinstance(message, SessionFailed):
+                session = sessions.pop(message.handle, None)
+                if session is not None:
+                    session.listener.failed(session, _refused(message))
+            elif isinstance(message, SessionReused):
+                if message.handle in sessions:
+                    sessions[message.handle].reused = message.tokens
+            elif isinstance(message, ServerStatus):
+                self.draining, self.load_level = message.draining, message.load_level
+            elif isinstance(message, Answer):
+                if message.number in self._queries:
+                    self._queries[message.number].set_result(message)
+            elif isinstance(message, Stop):
+                self.on_stop()
+
+
+def _refused(message: SessionFailed) -> Refused:
+    return Refused(
+        message.code,
+        message.message,
+        retry_ms=message.retry_ms,
+        nearest_tokens_per_s=message.tokens_per_s,
+    )
+
+
+def _path(kind: type, value: object) -> object:
+    return Path(str(value)) if issubclass(kind, Path) else value
