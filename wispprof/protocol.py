@@ -170,11 +170,10 @@ class Ping(msgspec.Struct, tag="i", array_like=True, frozen=True):
 
 
 class Pong(msgspec.Struct, tag="j", array_like=True, frozen=True):
-    """``socket_wait_ms``: time the ping probably waited unread; subtract it from the round trip."""
+    """The answer to a :class:`Ping`."""
 
     number: Int64
     payload: bytes = b""
-    socket_wait_ms: Milliseconds = 0.0
 
 
 EdgeFrame = Hello | OpenPart | Open | Draft | Close | Ping

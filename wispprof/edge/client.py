@@ -333,9 +333,7 @@ class EdgeClient:
         if isinstance(frame, protocol.Pong):
             sent_s = self._ping_sent_s.pop(frame.number, None)
             if sent_s is not None:
-                took_ms = (asyncio.get_running_loop().time() - sent_s) * 1000.0
-                waited_ms = frame.socket_wait_ms
-                self.rtt.add(max(0.0, took_ms - waited_ms) if waited_ms >= 0.0 else took_ms)
+                self.rtt.add((asyncio.get_running_loop().time() - sent_s) * 1000.0)
             return
         if not isinstance(frame, protocol.Commit | protocol.Problem):
             raise ProtocolError(f"Got a second {type(frame).__name__} frame.")

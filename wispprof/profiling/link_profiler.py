@@ -157,7 +157,7 @@ async def _link_rows(
                     "Use smaller sizes or a server of the same version.",
                 )
             if index >= settings.warmup:
-                samples[kind, size].append(round_ms(max(0.0, elapsed - answer.socket_wait_ms)))
+                samples[kind, size].append(round_ms(elapsed))
         if progress is not None:
             progress(index + 1, rounds, "exchanging frames")
     return tuple(

@@ -112,8 +112,8 @@ class SessionFailed(msgspec.Struct, tag="p", array_like=True, frozen=True):
     tokens_per_s: float
 
 
-class Answer(msgspec.Struct, tag="a", array_like=True, frozen=True):
-    """The page that query ``number`` asked for."""
+class Page(msgspec.Struct, tag="a", array_like=True, frozen=True):
+    """What query ``number`` asked for."""
 
     number: int
     status: int
@@ -125,7 +125,7 @@ class Stop(msgspec.Struct, tag="s", array_like=True, frozen=True):
 
 
 ToEngine = SessionOpening | SessionDrafts | SessionClosing | MetricCount | Query | FrontReady
-ToFront = FrontConfig | ServerStatus | SessionReused | SessionCommit | SessionFailed | Answer | Stop
+ToFront = FrontConfig | ServerStatus | SessionReused | SessionCommit | SessionFailed | Page | Stop
 
 encode_batch = msgspec.msgpack.Encoder().encode
 to_engine: msgspec.msgpack.Decoder[list[ToEngine]] = msgspec.msgpack.Decoder(list[ToEngine])

@@ -17,13 +17,13 @@ from wispprof.openai_api import ChatTokenizer
 from wispprof.server.admission import Refused
 from wispprof.server.channel import (
     SPACING_S,
-    Answer,
     BatchWriter,
     DirectWriter,
     FrontConfig,
     FrontReady,
     MetricCount,
     Outbox,
+    Page,
     Query,
     ServerStatus,
     SessionClosing,
@@ -91,7 +91,7 @@ class EngineClient:
         self._outbox: Outbox[ToEngine] = Outbox(writer, spacing_s)
         self._handles = itertools.count()
         self._sessions: dict[int, FrontSession] = {}
-        self._queries: dict[int, asyncio.Future[Answer]] = {}
+        self._queries: dict[int, asyncio.Future[Page]] = {}
 
     @classmethod
     def within(cls, server: VerificationServer) -> EngineClient:
@@ -125,10 +125,11 @@ class EngineClient:
         """Add to a metric of the server."""
         self._outbox.put(MetricCount(metric, label, amount))
 
-    async def query(self, page: str, argument: int = 0) -> Answer:
+    async def query(self, page: str, argument: int = 0) -> Page:
         """A page of the engine process."""
         number = next(self._handles)
-        answer = self._queries[number] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Page] = asyncio.get_running_loop().create_future()
+        self._queries[number] = answer
         try:
             self._outbox.put(Query(number, page, argument))
             return await answer
@@ -153,9 +154,10 @@ class EngineClient:
                     sessions[message.handle].reused = message.tokens
             elif isinstance(message, ServerStatus):
                 self.draining, self.load_level = message.draining, message.load_level
-            elif isinstance(message, Answer):
-                if message.number in self._queries:
-                    self._queries[message.number].set_result(message)
+            elif isinstance(message, Page):
+                waiting = self._queries.get(message.number)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(message)
             elif isinstance(message, Stop):
                 self.on_stop()
 

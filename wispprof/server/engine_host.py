@@ -6,18 +6,18 @@ import asyncio
 import json
 import logging
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from wispprof import __version__, protocol
 from wispprof.server.admission import Refused
 from wispprof.server.channel import (
-    Answer,
     BatchWriter,
     FrontConfig,
     MetricCount,
     Outbox,
+    Page,
     Query,
     ServerStatus,
     SessionClosing,
@@ -121,11 +121,12 @@ class EngineHost:
         if message.metric == "connections":
             self._connections += message.amount
 
-    def _answer(self, query: Query) -> Answer:
+    def _answer(self, query: Query) -> Page:
         server = self.server
         if query.page == "metrics":
-            return Answer(query.number, 200, server.metrics_text())
+            return Page(query.number, 200, server.metrics_text())
         status = 200
+        body: dict[str, Any]
         if query.page == "health":
             body = {"status": server.state, "version": __version__}
             if server.failure:
@@ -146,7 +147,7 @@ class EngineHost:
             first, records = server.metrics.steps_since(query.argument)
             steps = [asdict(record) for record in records]
             body = {"first": first, "next": server.metrics.steps_seen, "steps": steps}
-        return Answer(query.number, status, json.dumps(body).encode())
+        return Page(query.number, status, json.dumps(body).encode())
 
 
 class _HostedSession:

@@ -1,4 +1,4 @@
-"""A front process: ``python -m wispprof.server.front_process LISTENER_FD CHANNEL_FD``."""
+"""A front process. It gets the descriptors of the listening socket and of the channel as arguments."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ def make_web_server(client: EngineClient, listener: socket.socket) -> WebServer:
     )
 
 
-def main(listener_fd: int, channel_fd: int) -> None:
+def main() -> None:
     """Serve connections until the engine process says so, or is gone."""
     for one in (signal.SIGINT, signal.SIGTERM):
         signal.signal(one, signal.SIG_IGN)  # They reach the whole group; the engine process drains.
     raise_descriptor_limit()
-    asyncio.run(_serve(socket.socket(fileno=listener_fd), socket.socket(fileno=channel_fd)))
+    listener, channel = (socket.socket(fileno=int(descriptor)) for descriptor in sys.argv[1:])
+    asyncio.run(_serve(listener, channel))
 
 
 async def _serve(listener: socket.socket, channel: socket.socket) -> None:
@@ -76,7 +77,3 @@ def _tokenizer(folder: str) -> ChatTokenizer | None:
     from wispprof.engines.loading import read_tokenizer
 
     return ChatTokenizer(read_tokenizer(Path(folder)))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))

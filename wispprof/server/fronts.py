@@ -29,6 +29,7 @@ from wispprof.server.verification_server import VerificationServer
 
 log = logging.getLogger("wispprof.server")
 
+_COMMAND = "from wispprof.server.front_process import main; main()"
 _START_S, _STOP_S, _PAUSE_S = 60.0, 8.0, 1.0
 
 
@@ -96,7 +97,7 @@ class FrontProcess:
         package = str(Path(wispprof.__file__).parent.parent)
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "wispprof.server.front_process", *map(str, descriptors)],
+            [sys.executable, "-c", _COMMAND, *map(str, descriptors)],
             pass_fds=descriptors,
             stdin=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},

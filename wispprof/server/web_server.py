@@ -168,8 +168,10 @@ class WebServer(uvicorn.Server):
         self.should_exit = True
         self._exit.set()
 
-    def capture_signals(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._on_signal is None else handling_signals(self._on_signal)
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with contextlib.nullcontext() if self._on_signal is None else handling_signals(self._on_signal):
+            yield
 
     # --- accepting ---
 
