@@ -1,4 +1,4 @@
-"""The engine loop: collect, plan, verify, commit.
+"""The engine loop: collect, plan, verify, commit. What no step depends on waits until the next has begun.
 
 It runs on the event loop, as the merging of drafts does, so session states need no locks. The engine
 works in its own thread.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from wispprof.artifacts.plan import BatchRow, Plan
 from wispprof.errors import EngineError, EngineLost, InputRefused, OutOfKvMemory
@@ -64,6 +65,18 @@ class StepLimits:
         return Limits(items, tokens, chunk, kv_free), row
 
 
+class _EndedStep(NamedTuple):
+    """A step that is committed but not recorded yet; ``row``: the plan's row that limited it."""
+
+    plan: StepPlan
+    shape: BatchShape
+    row: BatchRow | None
+    started_ms: float
+    at_ms: float
+    actual_ms: float
+    committed: int
+
+
 class EngineLoop:
     """Drives the engine, step by step."""
 
@@ -93,8 +106,7 @@ class EngineLoop:
         self._kv_margin = 0
         self._row: BatchRow | None = None
         self._audit_requests: list[asyncio.Future[None]] = []
-        self._last_step: tuple[float, StepRecord] | None = None
-        self._step_started_ms = 0.0
+        self._ended: _EndedStep | None = None
         self.rejected_plans = 0
         self.failed_steps = 0
 
@@ -114,15 +126,15 @@ class EngineLoop:
             await self._serve_audits()
             plan = self.plan(runnable)
             if not plan.items:
-                self._last_step = None
+                self._keep_books()
                 await self._sleep(plan)
                 continue
-            self._note_cycle()
             sessions, inputs = self._step_inputs(plan)
             if inputs:
                 await self.verify(plan, sessions, inputs)
                 # Frames that arrived meanwhile are merged before the next step is planned.
                 await asyncio.sleep(0)
+        self._keep_books()
         await self._manager.begin_step(self._now_ms())
         await self._serve_audits()
 
@@ -154,13 +166,17 @@ class EngineLoop:
     async def verify(
         self, plan: StepPlan, sessions: list[ServerSession], inputs: Sequence[StepInput]
     ) -> None:
-        """One engine step over the planned sessions; then commit."""
+        """One engine step over the planned sessions, then commit. While the engine computes, what the step
+        before has left to do is done."""
+        step = self._engine_thread.step(inputs)
+        started_ms, row = self._now_ms(), self._row
         shape = BatchShape.of(
             (len(one.tokens), session.state.cached, bool(session.state.prompt_left))
             for one, session in zip(inputs, sessions, strict=True)
         )
+        self._keep_books(started_ms)
         try:
-            results, actual_ms = await self._engine_thread.step(inputs)
+            results, actual_ms = await step
         except OutOfKvMemory:
             self._out_of_memory(sessions, shape)
             return
@@ -169,20 +185,35 @@ class EngineLoop:
             return
         self._kv_margin = 0
         self._audited = False
-        committed = self.commit(sessions, results, actual_ms)
-        self._record(plan, shape, actual_ms, committed)
+        now_ms = self._now_ms()
+        committed = self.commit(sessions, results, now_ms, actual_ms)
+        self._ended = _EndedStep(plan, shape, row, started_ms, now_ms, actual_ms, committed)
 
-    def commit(self, sessions: list[ServerSession], results: Sequence[VerifyResult], actual_ms: float) -> int:
-        """Apply every result and notify its listener; returns the number of tokens committed."""
-        now = self._now_ms()
+    def _keep_books(self, next_ms: float | None = None) -> None:
+        """Deliver the commits of the step before, and record it. ``next_ms``: the start of the step that
+        followed at once."""
+        ended, self._ended = self._ended, None
+        self._manager.deliver()
+        if ended is not None:
+            self._record(ended, next_ms)
+        self._manager.measure_load(self._now_ms())
+
+    def commit(
+        self,
+        sessions: list[ServerSession],
+        results: Sequence[VerifyResult],
+        now_ms: float,
+        actual_ms: float,
+    ) -> int:
+        """Apply every result; returns the number of tokens committed. They are delivered later."""
         committed = 0
         for session, result in zip(sessions, results, strict=True):
             try:
-                commit = session.state.apply(result, now)
+                commit = session.state.apply(result, now_ms)
                 committed += len(commit.tokens)
-                self._manager.committed(session, commit, now, actual_ms)
+                self._manager.committed(session, commit, now_ms, actual_ms)
             except Exception:
-                # One session's defect, or its connection's: the others' results are good.
+                # One session's defect: the others' results are good.
                 log.exception("the commit of a session failed")
                 self._manager.end_failed(session)
         return committed
@@ -229,7 +260,7 @@ class EngineLoop:
             await self._step_failed(err, sessions, inputs)
         else:
             self._audited = False
-            self.commit(sessions, results, actual_ms)
+            self.commit(sessions, results, self._now_ms(), actual_ms)
 
     def _step_inputs(self, plan: StepPlan) -> tuple[list[ServerSession], list[StepInput]]:
         now = self._now_ms()
@@ -248,15 +279,18 @@ class EngineLoop:
                 log.exception("policy %s planned an invalid item", self._policy.name)
         return sessions, inputs
 
-    def _record(self, plan: StepPlan, shape: BatchShape, actual_ms: float, committed: int) -> None:
+    def _record(self, ended: _EndedStep, next_ms: float | None) -> None:
+        plan, shape, row, started_ms, at_ms, actual_ms, committed = ended
         p50, bound = plan.p50_ms, plan.bound_ms
         if p50 <= 0 or len(shape.items) != len(plan.items):
             p50, bound = self._step_times.estimator.predict(shape)
         self._step_times.observe(shape, p50, actual_ms)
+        if next_ms is not None:
+            self._step_times.cycle(next_ms - started_ms, p50)
         if self.step_log is not None:
-            self.step_log.append(shape, actual_ms, p50, self._row)
+            self.step_log.append(shape, actual_ms, p50, row)
         record = StepRecord(
-            self._now_ms(),
+            at_ms,
             len(shape.items),
             shape.new_tokens,
             shape.prefill_tokens,
@@ -265,25 +299,15 @@ class EngineLoop:
             actual_ms,
             committed,
             plan.reason,
-            "" if self._row is None else self._row.cell,
+            "" if row is None else row.cell,
         )
-        self._metrics.step(record, self._row)
-        self._last_step = (self._step_started_ms, record)
+        self._metrics.step(record, row)
         if record.prefill_tokens:
             share = record.prefill_tokens / record.new_tokens
             self._step_times.prefilled(record.at_ms, share * actual_ms)
         self._metrics.drift.set(self._step_times.ratio)
         if self._step_times.steps % _DRIFT_EVERY_STEPS == 0:
             self._metrics.drifted(self._step_times.drift)
-
-    def _note_cycle(self) -> None:
-        """A step begins. If no idle time lies between, the cycle of the step before it ends."""
-        now = self._now_ms()
-        if self._last_step is not None:
-            started_ms, record = self._last_step
-            self._step_times.cycle(now - started_ms, record.predicted_ms)
-        self._last_step = None
-        self._step_started_ms = now
 
     def _out_of_memory(self, sessions: list[ServerSession], shape: BatchShape) -> None:
         """KV blocks are coarser than tokens: keep a margin of free tokens, doubled until a step fits."""

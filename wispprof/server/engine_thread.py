@@ -44,14 +44,13 @@ class EngineThread:
             ops, self._deferred_ops = self._deferred_ops, []
             await self.call(lambda engine: self._run(engine, ops))
 
-    async def step(self, inputs: Sequence[StepInput]) -> tuple[list[VerifyResult], float]:
-        """One engine step: its results and its time in ms."""
-        return await self.call(lambda engine: _timed_step(engine, inputs))
+    def step(self, inputs: Sequence[StepInput]) -> asyncio.Future[tuple[list[VerifyResult], float]]:
+        """Begin one engine step: its results and its time in ms."""
+        return self.call(lambda engine: _timed_step(engine, inputs))
 
-    async def call(self, work: Callable[[Engine], T]) -> T:
-        """Run ``work`` in the engine's thread."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, work, self.engine)
+    def call(self, work: Callable[[Engine], T]) -> asyncio.Future[T]:
+        """Begin ``work`` in the engine's thread."""
+        return asyncio.get_running_loop().run_in_executor(self._executor, work, self.engine)
 
     async def replace(self, load: Callable[[], Engine]) -> None:
         """Shut a lost engine down and load another; what was deferred for it is dropped."""

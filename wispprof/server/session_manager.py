@@ -6,6 +6,7 @@ Session states change on the event loop only. Engine operations are deferred and
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable
 
@@ -55,6 +56,7 @@ class SessionManager:
         cached_sessions = settings.prefix_cache_sessions if engine.capabilities.fork else 0
         self._prefix_cache = PrefixCache(cached_sessions, settings.prefix_cache_ttl_ms)
         self._new_sessions: list[ServerSession] = []
+        self._undelivered: list[tuple[ServerSession, CommitResult, float, float]] = []
         self._last_number = 0
         self._audits = 0
         self._next_load_ms = -1.0
@@ -151,9 +153,7 @@ class SessionManager:
         await self._engine_thread.flush_deferred()
         for session in new_sessions:
             self._opened(session)
-        runnable = await self._schedule_kv(now_ms, kv_margin)
-        self._measure_load(now_ms)
-        return runnable
+        return await self._schedule_kv(now_ms, kv_margin)
 
     def _remove_expired(self, now_ms: float) -> None:
         for name in self._prefix_cache.pop_expired(now_ms):
@@ -178,7 +178,8 @@ class SessionManager:
         await self._engine_thread.flush_deferred()
         return {one.name: one for one in plan.runnable if one.name in self._sessions}
 
-    def _measure_load(self, now_ms: float) -> None:
+    def measure_load(self, now_ms: float) -> None:
+        """Update the load level and the gauges of sessions and memory, at times."""
         if now_ms < self._next_load_ms:
             return
         self._next_load_ms = now_ms + _LOAD_EVERY_MS
@@ -200,26 +201,41 @@ class SessionManager:
     def committed(
         self, session: ServerSession, commit: CommitResult, now_ms: float, verify_ms: float
     ) -> None:
-        """Pass a commit on to the listener; removes the session if it ended or is closing."""
+        """What the next step depends on: rollbacks, and sessions that ended or are closing. The rest waits
+        for :meth:`deliver`, which runs while the engine computes."""
         if commit.rollback is not None:
             self._roll_back(session.name, commit.rollback)
         if session.closing:
             self._remove(session, session.closing, now_ms)
-            return
-        if not commit.tokens:
-            return
-        tokens, since_ms = len(commit.tokens), session.last_commit_ms
-        spent = tokens
-        if commit.first:
-            spent = session.state.committed_len - session.reused
-            since_ms = session.state.slo_tracker.opened_ms
-        self.spend(session.listener.key, spent, now_ms)
-        session.last_commit_ms = now_ms
-        session.last_seen_ms = max(session.last_seen_ms, now_ms)
-        self._metrics.commit(commit, now_ms - since_ms)
-        session.listener.committed(session, commit, verify_ms, self.load_level)
-        if commit.finished and session.name in self._sessions:
-            self._remove(session, commit.finished, now_ms)
+        elif commit.tokens:
+            self._undelivered.append((session, commit, now_ms, verify_ms))
+            if commit.finished:
+                self._remove(session, commit.finished, now_ms)
+
+    def deliver(self) -> None:
+        """Hand on what was committed since the last call."""
+        undelivered, self._undelivered = self._undelivered, []
+        for session, commit, now_ms, verify_ms in undelivered:
+            spent, since_ms = len(commit.tokens), session.last_commit_ms
+            if commit.first:
+                # Its length then: the next step may have begun, but has committed nothing.
+                spent = commit.committed_len - session.reused
+                since_ms = session.state.slo_tracker.opened_ms
+            session.last_commit_ms = now_ms
+            session.last_seen_ms = max(session.last_seen_ms, now_ms)
+            self._metrics.commit(commit, now_ms - since_ms)
+            self.spend(session.listener.key, spent, now_ms)
+            try:
+                session.listener.committed(session, commit, verify_ms, self.load_level)
+            except Exception:
+                # One connection's defect: the others' results are good.
+                log.exception("the commit of a session could not be delivered")
+                self._undeliverable(session, now_ms)
+
+    def _undeliverable(self, session: ServerSession, now_ms: float) -> None:
+        with contextlib.suppress(Exception):
+            session.listener.failed(session, "internal", "The server failed on this session; open it again.")
+        self.release(session, now_ms, "internal")
 
     def end_failed(self, session: ServerSession) -> None:
         """The engine cannot compute this session, or its result could not be delivered: end it."""
@@ -300,6 +316,7 @@ class SessionManager:
         cache_prefix: bool = True,
     ) -> None:
         """End a session and tell its listener why."""
+        self.deliver()
         if session.name not in self._sessions:
             return
         if not session.closing:
