@@ -19,8 +19,9 @@ from wispprof.policies.controllers import ConfidenceAcceptance
 from wispprof.policies.cost_model import price_batches
 from wispprof.policies.linear_cost import LinearCost
 from wispprof.settings.shared_settings import LinkModel
-from wispprof.simulation.arrivals import Bursts, Lengths, Poisson, Replay, Request, read_requests
+from wispprof.simulation.arrivals import Bursts, Lengths, Poisson, Replay, Request
 from wispprof.simulation.devices import DeviceProfile, Link
+from wispprof.simulation.request_traces import read_requests
 from wispprof.simulation.scenario import pick
 from wispprof.simulation.step_costs import KvOffload, SimulatedStepTimes, WithoutPrefixCache
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance

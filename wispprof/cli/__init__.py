@@ -50,6 +50,12 @@ COMMANDS = (
     Entry("Measure", "profile", "Show, validate, merge, compare, export and import profiles.", is_group=True),
     Entry("Decide", "fit", "Fit a step-time estimator and a rejection predictor, and score them."),
     Entry("Decide", "plan", "Make a plan, or show, explain, compare and export one.", is_group=True),
+    Entry(
+        "Decide", "fleet", "Rank servers and systems for a fleet by price, and verify the best by simulation."
+    ),
+    Entry(
+        "Decide", "traffic", "Turn recorded requests into an anonymous workload file for `plan` and `fleet`."
+    ),
     Entry("Decide", "simulate", "Simulate a fleet of edges on one server under several policies."),
     Entry("Decide", "reproduce", "Compare published results with the simulator's.", "simulate"),
     Entry("Decide", "report", "Write a self-contained HTML report of a folder of artifacts.", "start"),

@@ -50,6 +50,10 @@ def make(
         list[Path] | None,
         typer.Option(help="Link profile whose round trip is added to those of --rtt; repeatable."),
     ] = None,
+    workload: Annotated[
+        Path | None,
+        typer.Option(help="Workload file: plan for its contexts (see `wispprof traffic`)."),
+    ] = None,
     out: OutputFile = Path("plan.json"),
     as_json: JsonFlag = False,
 ) -> None:
@@ -65,6 +69,12 @@ def make(
     if link:
         measured = tuple(map(link_rtt_ms, link))
         rtts_ms = measured if rtts_ms == PlanSettings().rtts_ms else (*rtts_ms, *measured)
+    if workload is not None:
+        from wispprof.artifacts.workload import load_workload
+
+        seen = load_workload(workload).contexts()
+        given = () if settings.contexts == PlanSettings().contexts else settings.contexts
+        settings = replace(settings, contexts=(*given, *seen))
     settings = replace(
         settings,
         rtts_ms=tuple(sorted(set(rtts_ms))),

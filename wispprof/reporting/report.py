@@ -13,6 +13,7 @@ from wispprof import __version__
 from wispprof.artifacts import ServerProfile, files
 from wispprof.artifacts.manifest import utc_now
 from wispprof.reporting import figures, theme
+from wispprof.reporting.fleet_section import fleet_section
 from wispprof.reporting.plan_section import capacity_curves, plan_section
 from wispprof.reporting.run_folder import Answer, Bench, Run, StepPoint, bench_table
 from wispprof.reporting.tables import Column, Table
@@ -53,13 +54,15 @@ def render_report(run: Run) -> str:
     """The page as HTML: one file without scripts, fonts or images from elsewhere."""
     benches = [Bench.of(document) for document in run.benches]
     answer = Answer.of(run.answer) if run.answer else None
+    fleet = fleet_section(run.fleet)
     return (
         _environment()
         .get_template("report.html")
         .render(
             css_variables=theme.CSS_VARIABLES,
-            headline=verdict(benches) or "What was measured",
-            summary=_summary(run, benches),
+            headline=verdict(benches) or (fleet["headline"] if fleet else "What was measured"),
+            summary=_summary(run, benches) or (fleet["words"][0] if fleet and fleet["words"] else ""),
+            fleet=fleet,
             tiles=_tiles(run, benches, answer),
             policies=_policies(benches),
             answer=answer,
@@ -137,6 +140,15 @@ def _tiles(run: Run, benches: Sequence[Bench], answer: Answer | None) -> list[tu
         errors = run.estimator.report.get("held_out", {}).get(run.estimator.kind, {})
         if "mape" in errors:
             tiles.append(("step time error, held out", f"{errors['mape']:.1f}", "% MAPE"))
+    if run.fleet is not None and (option := run.fleet.best) is not None:
+        tiles += [
+            (f"servers, {option.server}", str(option.bought), f"{run.fleet.spare} spare"),
+            ("price", f"{option.dollars_per_h:,.2f}", "$/h"),
+            ("a million tokens", f"{option.dollars_per_mtoken:,.2f}", "$"),
+        ]
+        met = option.fleet_attainment or option.attainment
+        if met is not None:
+            tiles.append(("SLO attainment, whole fleet", f"{100 * met:.1f}", "%"))
     if answer is not None and isinstance(speed := answer.stats.get("tokens_per_s"), int | float):
         tiles.append(("real edge, alone", f"{speed:,.0f}", "tokens/s"))
     return tiles

@@ -23,7 +23,9 @@ from wispprof.artifacts import (
     read_document,
     trace_hash,
 )
+from wispprof.artifacts.fleet_answer import FLEET_KIND, FleetAnswer, load_fleet
 from wispprof.artifacts.plan import Plan, load_plan
+from wispprof.artifacts.workload import WORKLOAD_KIND
 from wispprof.errors import ArtifactMissing
 from wispprof.reporting.tables import Column, Table
 
@@ -225,6 +227,7 @@ class Run:
     plan: Plan | None = None
     answer: Document | None = None
     capacity: Document | None = None
+    fleet: FleetAnswer | None = None
     benches: tuple[Document, ...] = ()
     sources: tuple[Source, ...] = ()
 
@@ -272,6 +275,7 @@ def load_run(folder: Path) -> Run:
         plan=newest.get("plan"),
         answer=newest.get(ANSWER_KIND),
         capacity=newest.get(CAPACITY_KIND),
+        fleet=newest.get(FLEET_KIND),
         benches=tuple(artifact for source, artifact in entries if source.kind == BENCH_KIND),
         sources=tuple(source for source, _ in entries),
     )
@@ -324,5 +328,7 @@ _READERS: dict[str, Callable[[Path], Any] | None] = {
     BENCH_KIND: None,
     ANSWER_KIND: None,
     CAPACITY_KIND: None,
+    FLEET_KIND: load_fleet,
+    WORKLOAD_KIND: None,
 }
 """Kinds of documents and their readers; ``None``: the document itself."""

@@ -38,7 +38,7 @@ class LoadSettings(Settings):
 
     devices: int = setting(40, "Devices of a closed fleet.", minimum=1)
     arrivals: str = setting(
-        "closed", "closed, poisson, bursts, or a request trace (Azure CSV, Mooncake JSONL)."
+        "closed", "closed, poisson, bursts, or a request trace, as `wispprof traffic` reads them."
     )
     per_s: float = setting(1.0, "Request rate of poisson and bursts.", unit="requests/s", minimum=0)
     speed: float = setting(1.0, "Factor by which a request trace plays faster.", minimum=0.001)

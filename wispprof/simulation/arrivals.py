@@ -1,4 +1,4 @@
-"""Arrival processes and request lengths: closed fleets, Poisson, bursts, replayed request traces.
+"""Arrival processes and request lengths: closed fleets, Poisson, bursts, replayed requests.
 
 All draws come from the caller's generator: one seed gives one load under every policy (common random
 numbers).
@@ -6,18 +6,12 @@ numbers).
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import partial
-from pathlib import Path
 from random import Random
 from typing import NamedTuple, Protocol
 
-from wispprof.errors import ArtifactDamaged, ArtifactMissing
 from wispprof.settings.fleet_settings import LoadSettings
 
 
@@ -165,69 +159,3 @@ class Replay:
                 prompt_tokens=max(1, min(self.max_prompt, request.prompt_tokens)),
                 output_tokens=max(2, min(self.max_output, request.output_tokens)),
             )
-
-
-IMPLAUSIBLE_PER_S = 100.0
-"""Above this rate, fractional timestamps are taken for seconds."""
-AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-
-
-def read_requests(path: str | Path) -> tuple[Request, ...]:
-    """Read a request trace: Azure's CSV (``TIMESTAMP,ContextTokens,GeneratedTokens``) or Mooncake's JSONL
-    (``{"timestamp": ms, "input_length": …, "output_length": …}``). The first line tells which.
-
-    Times start at 0. Raises :class:`ArtifactMissing`, or :class:`ArtifactDamaged` naming the line.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError as err:
-        raise ArtifactMissing(f"There is no request trace at {path}.", "Check the path.") from err
-    except UnicodeDecodeError as err:
-        raise ArtifactDamaged(f"{path} is not a text file.", "Give a CSV or JSONL trace.") from err
-    parse = _mooncake
-    if not lines or not lines[0].lstrip().startswith("{"):
-        names = [name.strip() for name in next(csv.reader(lines[:1]), [])]
-        if not set(AZURE) <= set(names):
-            raise ArtifactDamaged(
-                f"{path} line 1: expected the columns {', '.join(AZURE)}.",
-                "Give a trace in Azure's CSV format or Mooncake's JSONL format.",
-            )
-        parse, lines[0] = partial(_azure, names), ""
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            request = parse(line)
-            if not math.isfinite(request.time_ms) or min(request[1:3]) < 0:
-                raise ValueError("negative or non-finite value")
-        except (ValueError, LookupError, TypeError, OverflowError, RecursionError, csv.Error) as err:
-            raise ArtifactDamaged(f"{path} line {number}: {err!r}.", "Repair or remove that line.") from err
-        rows.append(request)
-    if not rows:
-        raise ArtifactDamaged(f"{path} holds no requests.", "Give a trace with at least one row.")
-    rows.sort()
-    per_s = 1000.0 * len(rows) / max(1.0, rows[-1].time_ms - rows[0].time_ms)
-    if parse is _mooncake and per_s > IMPLAUSIBLE_PER_S and any(r.time_ms % 1.0 for r in rows):
-        raise ArtifactDamaged(
-            f"{path} holds {per_s:,.0f} requests/s if its timestamps are milliseconds.",
-            "Multiply timestamps in seconds by 1,000; round milliseconds to whole numbers.",
-        )
-    return tuple(r._replace(time_ms=r.time_ms - rows[0].time_ms) for r in rows)
-
-
-def _azure(names: list[str], line: str) -> Request:
-    row = dict(zip(names, next(csv.reader([line])), strict=False))
-    when, prompt, output = (row[name] for name in AZURE)
-    time = datetime.fromisoformat(when.strip())
-    # The trace of 2023 states no time zone, that of 2024 does: all times are UTC.
-    return Request(time.replace(tzinfo=time.tzinfo or UTC).timestamp() * 1000.0, int(prompt), int(output))
-
-
-def _mooncake(line: str) -> Request:
-    row = json.loads(line)
-    blocks = tuple(map(int, row.get("hash_ids", ())))
-    return Request(
-        float(row["timestamp"]), int(row["input_length"]), int(row["output_length"]), blocks=blocks
-    )

@@ -21,9 +21,9 @@ from wispprof.simulation.arrivals import (
     OpenLoad,
     Poisson,
     Replay,
-    read_requests,
 )
 from wispprof.simulation.devices import DeviceProfile
+from wispprof.simulation.request_traces import read_requests
 from wispprof.simulation.scenario import SYSTEMS, Scenario, ServerModel, System, system
 from wispprof.simulation.simulated_output import AcceptanceSource
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
@@ -99,6 +99,12 @@ def _server(name: str, notes: list[str]) -> ServerModel:
 
     notes.append(f"server: estimator {name}")
     return ServerModel(load_estimator(Path(name)))
+
+
+def server_of(name: str) -> tuple[ServerModel, str]:
+    """A server by name, and a note on where its times come from."""
+    notes: list[str] = []
+    return _server(name, notes), notes[-1]
 
 
 def _predictor(path: Path | None) -> RejectionPredictor:

@@ -1,0 +1,57 @@
+"""The answer for a fleet in sentences."""
+
+from __future__ import annotations
+
+from wispprof.artifacts.fleet_answer import FleetAnswer, FleetOption
+
+LIMITS = {
+    "kv": "KV memory",
+    "ttft": "first token",
+    "speed": "token speed",
+    "one": "one server is enough",
+    "never": "no number of servers",
+}
+"""What limits an option, by :attr:`~wispprof.artifacts.fleet_answer.FleetOption.bound_by`."""
+
+
+def headline(answer: FleetAnswer) -> str:
+    """What to buy."""
+    best = answer.best
+    if best is None:
+        return f"No candidate meets the SLO for {answer.target:.0%} of the sessions"
+    return (
+        f"Buy {best.bought} × {best.server} and serve with {best.system}: ${best.dollars_per_h:,.2f} an hour"
+    )
+
+
+def in_words(answer: FleetAnswer) -> list[str]:
+    """The answer, its runner-up, and the best without drafts."""
+    best = answer.best
+    lines = [f"{headline(answer)}."]
+    if best is None:
+        return lines
+    lines.append(
+        f"{answer.devices:,} devices send {answer.requests_per_s:.1f} requests/s in the busiest hour. "
+        f"{best.servers} servers are enough, {answer.spare} more may fail. "
+        f"Limit: {LIMITS[best.bound_by]}; tightest class: {best.tightest}."
+    )
+    holding = [o for o in answer.options if o.servers]
+    if len(holding) > 1:
+        other = holding[1]
+        more = other.dollars_per_h / best.dollars_per_h - 1
+        lines.append(
+            f"Runner-up: {other.bought} × {other.server} with {other.system}, "
+            f"${other.dollars_per_h:,.2f} an hour ({more:+.0%})."
+        )
+    alone = next((o for o in holding if o.system == "server-only"), None)
+    if alone is not None and alone is not best:
+        lines.append(_against(best, alone))
+    return lines
+
+
+def _against(best: FleetOption, alone: FleetOption) -> str:
+    saved = 1 - best.dollars_per_h / alone.dollars_per_h
+    return (
+        f"Without any drafts: {alone.bought} × {alone.server}, ${alone.dollars_per_h:,.2f} an hour; "
+        f"{best.system} saves {saved:.0%}."
+    )

@@ -1,0 +1,320 @@
+"""How many of which server, under which system: ranked by price, verified by simulation.
+
+1. The closed model of one server (:mod:`wispprof.planning.replica_model`) estimates how many servers each
+   candidate needs under each system.
+2. From there a search simulates a few servers behind the router, for every system on the candidate that is
+   cheapest by estimate, and for as many more as may be cheaper than the second best.
+3. The best and its runner-up are simulated whole, with other random numbers: with the servers that suffice,
+   and with the spare ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
+
+from wispprof.artifacts.fleet_answer import FleetAnswer, FleetOption
+from wispprof.errors import PlanError
+from wispprof.planning.fleet_file import Candidate, DeviceClass, FleetSpec
+from wispprof.planning.replica_model import ClassLoad, ReplicaModel, Steady, classes_of_tightness
+from wispprof.planning.session_speed import Runs
+from wispprof.settings.planner_settings import FleetSettings
+from wispprof.simulation.arrivals import Lengths
+from wispprof.simulation.routed_fleet import Burst, ClientClass, FleetRun, RequestLengths, RoutedFleet
+from wispprof.simulation.scenario import Client, ServerDraft, ServerModel, system
+from wispprof.simulation.scenario_inputs import server_of
+from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
+from wispprof.simulation.workload_lengths import WorkloadLengths
+from wispprof.types import Slo
+
+Progress = Callable[[str], None]
+
+_PROBE_SEED, _CHECK_SEED = 1, 2
+_LEAST_JUDGED = 50
+_BURSTS = (4.0, 3.0, 2.0, 1.5, 1.25)
+_MS_PER_S, _S_PER_H = 1000.0, 3600.0
+
+
+@dataclass(frozen=True)
+class _Load:
+    """The fleet's requests, for the model and for the simulator. ``day_share``: mean over busiest hour."""
+
+    model: tuple[ClassLoad, ...]
+    simulated: tuple[ClientClass, ...]
+    day_share: float
+
+    @property
+    def per_s(self) -> float:
+        return sum(of.per_s for of in self.model)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(of.per_s * of.output for of in self.model)
+
+
+@dataclass
+class _Search:
+    """One candidate under one system, and what is known of it."""
+
+    spec: FleetSpec
+    candidate: Candidate
+    system: str
+    load: _Load
+    model: ReplicaModel
+    settings: FleetSettings
+    estimate: int = 0
+    servers: int = 0
+    runs: dict[int, FleetRun] = field(default_factory=dict)
+
+    def price_per_h(self, servers: int) -> float:
+        return (servers + self.spec.spare) * self.candidate.gpus * self.candidate.price_per_h
+
+    @property
+    def known_price(self) -> float:
+        """By simulation if there was one, else by estimate."""
+        count = self.servers or self.estimate
+        return self.price_per_h(count) if count else math.inf
+
+    def fleet(self, servers: int) -> RoutedFleet:
+        state = self.model.best(servers)
+        pairs = zip(state.first_ms, state.speeds, strict=True)
+        service = tuple((first, _MS_PER_S / max(speed, 1e-6)) for first, speed in pairs)
+        if not service:  # no steady state: any estimate will do
+            service = tuple((_MS_PER_S, _MS_PER_S / of.slo.tokens_per_s) for of in self.load.model)
+        return RoutedFleet(self.load.simulated, self.model.server, system(self.system), service)
+
+    def run(self, servers: int, executor: Executor | None, progress: Progress) -> FleetRun:
+        """Some of so many servers, simulated once."""
+        if servers not in self.runs:
+            sampled = min(servers, self.settings.sampled)
+            seconds = self.settings.seconds_for(
+                sampled / servers * self.load.per_s, self.settings.probe_sessions
+            )
+            self.runs[servers] = self.fleet(servers).run(
+                servers,
+                seconds,
+                self.settings.warmup_s,
+                _PROBE_SEED,
+                sampled=sampled,
+                executor=executor,
+            )
+            progress(f"{self.candidate.name}, {self.system}, {servers} servers")
+        return self.runs[servers]
+
+    def holds(self, run: FleetRun) -> bool:
+        shares = [run.attainment, *run.class_attainment(_LEAST_JUDGED).values()]
+        return all(share >= self.spec.target for share in shares)
+
+    def search(self, executor: Executor | None, progress: Progress) -> None:
+        """The fewest servers that hold the SLO; 0 if none does."""
+        low, high = 0, 0
+        count = self.estimate
+        while not high or high - low > max(1, round(0.02 * high)):
+            if self.holds(self.run(count, executor, progress)):
+                high = count
+                count = (low + high) // 2 if low else max(1, math.floor(0.8 * count))
+                if high == 1:
+                    break
+            else:
+                low = count
+                if low >= self.candidate.max_servers:
+                    break
+                count = (low + high) // 2 if high else math.ceil(1.25 * count) + 1
+                count = min(count, self.candidate.max_servers)
+        self.servers = high
+        if not high:
+            self.estimate = 0
+
+    def option(self) -> FleetOption:
+        """What is known of it, as a row of the answer."""
+        candidate, count = self.candidate, self.servers or self.estimate
+        run = self.runs.get(count)
+        less = self.runs.get(count - 1) or next((r for n, r in sorted(self.runs.items()) if n < count), None)
+        state = self.model.best(max(1, count))
+        utilisation = run.utilisation if run else 0.0
+        bound_by = "never"
+        if count:
+            bound_by = "one" if count == 1 else self._bound_by(less)
+        return FleetOption(
+            self.system,
+            candidate.name,
+            candidate.gpu,
+            candidate.gpus,
+            count,
+            count + self.spec.spare if count else 0,
+            self.price_per_h(count) if count else 0.0,
+            self._dollars_per_mtoken(count),
+            self._joules_per_token(count, run),
+            run.attainment if run else None,
+            run.class_attainment() if run else {},
+            bound_by,
+            _tightest(run, self.load.model, state),
+            utilisation,
+            run is not None,
+        )
+
+    def _bound_by(self, run: FleetRun | None) -> str:
+        if run is not None and run.missed_by:
+            return max(run.missed_by, key=lambda why: run.missed_by[why])
+        state = self.model.best(max(1, self.estimate - 1))
+        kv_tokens = self.model.server.kv_tokens
+        return "kv" if kv_tokens and state.kv_tokens > 0.8 * kv_tokens else "speed"
+
+    def _dollars_per_mtoken(self, count: int) -> float:
+        tokens_per_h = self.load.tokens_per_s * self.load.day_share * _S_PER_H
+        return self.price_per_h(count) / tokens_per_h * 1e6 if count else 0.0
+
+    def _joules_per_token(self, count: int, run: FleetRun | None) -> float:
+        """At the busiest hour: busy and idle watts of the servers bought, and drafting."""
+        if run is None or not run.tokens:
+            return 0.0
+        candidate = self.candidate
+        busy = run.busy_s / run.server_s * count
+        idle = count + self.spec.spare - busy
+        server_w = candidate.gpus * (busy * candidate.watts + idle * candidate.idle_watts)
+        drafting_w = sum(of.device.draft_w * of.per_s for of in self.load.model) / self.load.per_s
+        return server_w / self.load.tokens_per_s + drafting_w * run.drafting_s / run.tokens
+
+
+def _tightest(run: FleetRun | None, classes: tuple[ClassLoad, ...], state: Steady) -> str:
+    if run is not None and (shares := run.class_attainment(_LEAST_JUDGED)):
+        return min(shares, key=lambda name: shares[name])
+    return classes_of_tightness(classes, state)
+
+
+def plan_fleet(
+    spec: FleetSpec,
+    settings: FleetSettings,
+    executor: Executor | None = None,
+    progress: Progress = lambda doing: None,
+) -> FleetAnswer:
+    """Rank all candidates under all systems. ``progress`` is called after every part, with its name."""
+    load = _load(spec)
+    notes: list[str] = []
+    searches = []
+    for candidate in spec.servers:
+        server = _server(candidate, notes)
+        for name in spec.systems:
+            model = ReplicaModel(server, name, load.model)
+            one = _Search(spec, candidate, name, load, model, settings)
+            one.estimate = model.servers_needed(candidate.max_servers)
+            searches.append(one)
+            progress(f"{candidate.name}, {name}: estimated")
+    for name in spec.systems:
+        of_system = [one for one in searches if one.system == name and one.estimate]
+        if of_system:
+            min(of_system, key=lambda one: one.known_price).search(executor, progress)
+    # Whatever may be cheaper than the second best is simulated, too.
+    while True:
+        done = sorted(s.known_price for s in searches if s.servers)
+        limit = done[min(1, len(done) - 1)] if done else math.inf
+        left = [
+            s for s in searches if s.estimate and not s.runs and s.known_price < limit * settings.optimism
+        ]
+        if not left:
+            break
+        min(left, key=lambda s: s.known_price).search(executor, progress)
+    ranked = sorted(searches, key=lambda s: (s.known_price, not s.runs))
+    options = []
+    for place, one in enumerate(ranked):
+        option = one.option()
+        if place < settings.verified and one.servers:
+            option = _verified(one, option, executor, progress)
+        options.append(option)
+    return FleetAnswer(
+        spec.title,
+        spec.model,
+        tuple(options),
+        tuple(map(_in_words, spec.devices)),
+        sum(of.count for of in spec.devices),
+        load.per_s,
+        spec.target,
+        spec.spare,
+        spec.prices_as_of,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _verified(
+    one: _Search, option: FleetOption, executor: Executor | None, progress: Progress
+) -> FleetOption:
+    """Simulate the whole fleet, without and with the spare servers, and under bursts."""
+    settings, spare = one.settings, one.spec.spare
+    seconds = settings.seconds_for(one.load.per_s, settings.check_sessions)
+
+    def whole(servers: int, burst: Burst | None = None, sampled: int | None = None) -> FleetRun:
+        return one.fleet(servers).run(
+            servers,
+            seconds,
+            settings.warmup_s,
+            _CHECK_SEED,
+            sampled=sampled,
+            burst=burst,
+            executor=executor,
+            progress=lambda: progress(f"{one.candidate.name}, {one.system}: a server of the whole fleet"),
+        )
+
+    exact = whole(one.servers).attainment
+    with_spare = whole(one.servers + spare).attainment if spare else exact
+    bought = one.servers + spare
+    burst = 1.0
+    for factor in _BURSTS:
+        if one.holds(whole(bought, Burst(factor), min(bought, settings.sampled))):
+            burst = factor
+            break
+    return replace(option, fleet_attainment=exact, spare_attainment=with_spare, burst=burst)
+
+
+def _load(spec: FleetSpec) -> _Load:
+    """Every device class split by SLO."""
+    model, simulated = [], []
+    busiest = mean = 0.0
+    for of in spec.devices:
+        workload = spec.workload(of)
+        device, source = of.profile(), SyntheticAcceptance(of.acceptance)
+        lengths: RequestLengths = Lengths(of.prompt, of.output, of.spread, of.spread, reused=of.reused)
+        growth = math.exp(of.spread**2 / 2)  # mean over median of a log-normal
+        prompt, output, reused = of.prompt * growth, of.output * growth, of.reused
+        day_per_h = of.mean_requests_per_h or of.requests_per_h
+        if workload is not None:
+            lengths = WorkloadLengths(workload)
+            prompt, output, reused = workload.mean("prompt"), workload.mean("output"), workload.reused
+            if not of.mean_requests_per_h:
+                day_per_h = of.requests_per_h * workload.mean_per_s / workload.busiest_per_s
+        busiest += of.count * of.requests_per_h * output
+        mean += of.count * day_per_h * output
+        total = sum(of.slos.values())
+        for speed, share in sorted(of.slos.items(), key=lambda pair: float(pair[0])):
+            name = of.name if len(of.slos) == 1 else f"{of.name}, {float(speed):g} tok/s"
+            slo = Slo(float(speed), of.ttft_ms)
+            per_s = of.count * of.requests_per_h / _S_PER_H * share / total
+            runs = Runs.geometric(of.acceptance)
+            model.append(ClassLoad(name, per_s, prompt, output, reused, device, of.rtt_ms, slo, runs))
+            simulated.append(ClientClass(Client(name, device, of.link, slo, source), per_s, lengths))
+    return _Load(tuple(model), tuple(simulated), mean / busiest)
+
+
+def _server(candidate: Candidate, notes: list[str]) -> ServerModel:
+    made, note = server_of(candidate.server)
+    notes.append(f"{candidate.name}: {note}")
+    kv_tokens = candidate.kv_tokens or made.kv_tokens
+    if not kv_tokens:
+        raise PlanError(
+            f"The KV memory of {candidate.name} is unknown.", "Give kv_tokens with it in the fleet's file."
+        )
+    chances = tuple(candidate.draft_acceptance**depth for depth in range(1, 6))
+    draft = ServerDraft(candidate.draft_ms, cum_acceptance=chances)
+    return replace(made, kv_tokens=kv_tokens, draft=draft)
+
+
+def _in_words(of: DeviceClass) -> str:
+    slos = ", ".join(f"{float(s):g} tokens/s ({share:.0%})" for s, share in of.slos.items())
+    lengths = of.workload or f"prompts of {of.prompt:,} and outputs of {of.output:,} tokens (medians)"
+    ttft = f", first token in {of.ttft_ms / 1000:g} s" if of.ttft_ms else ""
+    return (
+        f"{of.count:,} × {of.name}: {of.requests_per_h:g} requests/h each at the busiest hour, "
+        f"{of.device or f'{of.draft_tokens_per_s:g} draft tokens/s'}, {of.rtt_ms:g} ms round trip, "
+        f"{lengths}; SLO {slos}{ttft}"
+    )

@@ -1,0 +1,62 @@
+"""Where drafting pays: every shipped GPU profile × load level, for the drafting of a fleet's first class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from wispprof.artifacts.files import bundle_roots
+from wispprof.artifacts.fleet_answer import PayRow
+from wispprof.artifacts.plan import MODES
+from wispprof.planning.batch_table import sessions_of_levels
+from wispprof.planning.draft_table import EdgeCosts, speed_curve
+from wispprof.planning.fleet_file import FleetSpec
+from wispprof.planning.session_speed import LoadedStepTimes, Runs
+from wispprof.settings.planner_settings import PlanSettings
+from wispprof.simulation.scenario_inputs import server_of
+
+
+def pays_map(spec: FleetSpec, progress: Callable[[str], None] = lambda doing: None) -> tuple[PayRow, ...]:
+    """Rows of all candidates and of every shipped server profile that has an estimator."""
+    of = spec.devices[0]
+    runs = Runs.geometric(of.acceptance)
+    workload = spec.workload(of)
+    context = workload.quantile("context", 0.5) if workload else of.prompt + of.output // 2
+    rows: list[PayRow] = []
+    named = {Path(c.server).name.removesuffix(".estimator.json"): c.server for c in spec.servers}
+    for name, server in {**_shipped(), **named}.items():
+        model, _ = server_of(server)
+        times = LoadedStepTimes(model.estimator, max(1, context))
+        limits = PlanSettings(contexts=(times.cached,), kv_tokens=model.kv_tokens or 0, max_sessions=512)
+        gpu, shape = _parts(name)
+        for level, sessions in sessions_of_levels(times, limits.kv_sessions).items():
+            found = []
+            for mode in MODES:
+                curve = speed_curve(times, sessions, EdgeCosts(of.profile(), of.rtt_ms, mode, runs, runs), 8)
+                best = max(range(1, 9), key=lambda k: curve.mean[k].tokens_per_s)
+                found.append((curve.mean[best].tokens_per_s / curve.mean[0].tokens_per_s, best, mode))
+            gain, k, mode = max(found)
+            rows.append(PayRow(name, gpu, shape, level, sessions, gain, k, mode))
+        progress(f"{name}: where drafting pays")
+    return tuple(rows)
+
+
+def _shipped() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for root in bundle_roots():
+        for path in sorted((root / "profiles").glob("*.estimator.json")):
+            found.setdefault(path.name.removesuffix(".estimator.json"), str(path))
+    return found
+
+
+_GPUS = ("a100-sxm", "h100-sxm", "h200-sxm", "b200-sxm", "l40s")
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """GPU and model in the name of a shipped profile: ``h100-sxm-qwen3-32b-vllm-bf16-tp2``."""
+    gpu = next((g for g in _GPUS if name.startswith(g)), "")
+    if not gpu:
+        return name, ""
+    model, _, rest = name[len(gpu) + 1 :].partition("-vllm-")
+    gpus = rest.rpartition("tp")[2]
+    return (f"{gpus} × {gpu}" if gpus not in ("", "1") else gpu), model
