@@ -98,7 +98,7 @@ def test_arrivals_have_their_rates_and_bursts(spec: FleetSpec) -> None:
     usual = fleet_requests(classes, 1200.0, 3)
     burst = fleet_requests(classes, 1200.0, 3, Burst(3.0))
     assert len(usual) == pytest.approx(2400, rel=0.06)
-    assert len(burst) == pytest.approx(2400 * (1 + 2 * 20 / 120), rel=0.06)
+    assert len(burst) == pytest.approx(2400 * (1 + 2 * 20 / 60), rel=0.06)
     assert {r.client for r in usual} == {0, 1}
 
 

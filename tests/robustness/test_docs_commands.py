@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).parents[1] / "fitting"))
 from synthetic_traces import synthetic_trace
 
 ROOT = Path(__file__).parents[2]
-CHEAP = ("fit", "plan", "report", "profile", "reproduce")
+CHEAP = ("fit", "traffic", "plan", "report", "profile", "reproduce")
 """In the order in which one needs the other's files."""
 
 
@@ -42,6 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for ending in (".jsonl", ".manifest.json"):
             source = bundled_path(f"profiles/epyc-2core-{shipped}{ending}")
             shutil.copy(source, place / "mine" / f"{name}{ending}")
+    rows = "".join(f"2024-05-10 10:00:{n:02d}+00:00,300,40\n" for n in range(20))
+    (place / "seen.csv").write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{rows}")
     model = load_profile(place / "mine" / "server").manifest.model
     trace = replace(synthetic_trace(), target=model.id, tokenizer_hash=model.tokenizer_hash)
     for name in ("trace", "1b-trace", "3b-trace"):

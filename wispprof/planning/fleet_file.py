@@ -63,7 +63,7 @@ class Candidate:
     the price list; ``gpus``: how many a server has (tensor parallel).
 
     ``price_per_h``, ``watts`` and ``idle_watts`` of a GPU, if not those of the price list. ``draft_ms``: a
-    step of the server's own draft model, for server-side speculation; ``draft_acceptance``: of its drafts.
+    step of the server's own draft model, for server-side speculation; its drafts fare as the devices' do.
     """
 
     name: str
@@ -75,8 +75,7 @@ class Candidate:
     idle_watts: float = 0.0
     kv_tokens: int = 0
     max_servers: int = 4096
-    draft_ms: float = 1.5
-    draft_acceptance: float = 0.75
+    draft_ms: float = 3.0
 
 
 @dataclass(frozen=True)

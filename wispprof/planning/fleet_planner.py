@@ -44,6 +44,7 @@ class _Load:
     model: tuple[ClassLoad, ...]
     simulated: tuple[ClientClass, ...]
     day_share: float
+    acceptance: float
 
     @property
     def per_s(self) -> float:
@@ -104,8 +105,10 @@ class _Search:
         return self.runs[servers]
 
     def holds(self, run: FleetRun) -> bool:
-        shares = [run.attainment, *run.class_attainment(_LEAST_JUDGED).values()]
-        return all(share >= self.spec.target for share in shares)
+        """Whether all sessions, and those of each class, meet the target with a standard error to spare: the
+        fewest servers that seem to hold are else those that were lucky."""
+        parts = [(run.met, run.judged), *(p for p in run.by_class.values() if p[1] >= _LEAST_JUDGED)]
+        return all(_surely(met, of) >= self.spec.target for met, of in parts)
 
     def search(self, executor: Executor | None, progress: Progress) -> None:
         """The fewest servers that hold the SLO; 0 if none does."""
@@ -178,6 +181,12 @@ class _Search:
         return server_w / self.load.tokens_per_s + drafting_w * run.drafting_s / run.tokens
 
 
+def _surely(met: int, judged: int) -> float:
+    """The share less its standard error; one more miss is counted, so that none is no proof."""
+    share = met / (judged + 1)
+    return share - math.sqrt(share * (1.0 - share) / (judged + 1))
+
+
 def _tightest(run: FleetRun | None, classes: tuple[ClassLoad, ...], state: Steady) -> str:
     if run is not None and (shares := run.class_attainment(_LEAST_JUDGED)):
         return min(shares, key=lambda name: shares[name])
@@ -195,7 +204,7 @@ def plan_fleet(
     notes: list[str] = []
     searches = []
     for candidate in spec.servers:
-        server = _server(candidate, notes)
+        server = _server(candidate, load.acceptance, notes)
         for name in spec.systems:
             model = ReplicaModel(server, name, load.model)
             one = _Search(spec, candidate, name, load, model, settings)
@@ -293,10 +302,11 @@ def _load(spec: FleetSpec) -> _Load:
             runs = Runs.geometric(of.acceptance)
             model.append(ClassLoad(name, per_s, prompt, output, reused, device, of.rtt_ms, slo, runs))
             simulated.append(ClientClass(Client(name, device, of.link, slo, source), per_s, lengths))
-    return _Load(tuple(model), tuple(simulated), mean / busiest)
+    acceptance = sum(of.acceptance * of.count for of in spec.devices) / sum(of.count for of in spec.devices)
+    return _Load(tuple(model), tuple(simulated), mean / busiest, acceptance)
 
 
-def _server(candidate: Candidate, notes: list[str]) -> ServerModel:
+def _server(candidate: Candidate, acceptance: float, notes: list[str]) -> ServerModel:
     made, note = server_of(candidate.server)
     notes.append(f"{candidate.name}: {note}")
     kv_tokens = candidate.kv_tokens or made.kv_tokens
@@ -304,7 +314,7 @@ def _server(candidate: Candidate, notes: list[str]) -> ServerModel:
         raise PlanError(
             f"The KV memory of {candidate.name} is unknown.", "Give kv_tokens with it in the fleet's file."
         )
-    chances = tuple(candidate.draft_acceptance**depth for depth in range(1, 6))
+    chances = tuple(acceptance**depth for depth in range(1, 6))
     draft = ServerDraft(candidate.draft_ms, cum_acceptance=chances)
     return replace(made, kv_tokens=kv_tokens, draft=draft)
 

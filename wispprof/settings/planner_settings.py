@@ -196,13 +196,13 @@ def weights_of(objective: str) -> dict[str, float]:
 class FleetSettings(Settings):
     """How thoroughly a fleet is simulated."""
 
-    probe_sessions: int = setting(1000, "Sessions that a probe of the search counts, about.", minimum=100)
+    probe_sessions: int = setting(800, "Sessions that a probe of the search counts, about.", minimum=100)
     check_sessions: int = setting(
         4000, "Sessions that the check of the whole fleet counts, about.", minimum=100
     )
     sampled: int = setting(2, "Servers that a probe simulates.", minimum=1)
     warmup_s: float = setting(
-        60.0, "Time at the beginning that is not counted.", unit="s", minimum=0, option="warmup"
+        40.0, "Time at the beginning that is not counted.", unit="s", minimum=0, option="warmup"
     )
     verified: int = setting(2, "Options, from the cheapest on, whose whole fleet is simulated.", minimum=0)
     optimism: float = setting(
@@ -210,5 +210,5 @@ class FleetSettings(Settings):
     )
 
     def seconds_for(self, per_s: float, sessions: int) -> float:
-        """Simulated time in which about so many sessions arrive after the warm-up: 2 to 60 minutes."""
-        return self.warmup_s + min(3600.0, max(120.0, sessions / max(per_s, 1e-9)))
+        """Simulated time in which about so many sessions arrive after the warm-up: 1 to 60 minutes."""
+        return self.warmup_s + min(3600.0, max(60.0, sessions / max(per_s, 1e-9)))

@@ -44,7 +44,7 @@ class Burst:
     """Every ``every_s`` seconds, ``factor`` times the requests for ``length_s`` seconds."""
 
     factor: float = 1.0
-    every_s: float = 120.0
+    every_s: float = 60.0
     length_s: float = 20.0
 
     def rate(self, time_ms: float) -> float:
