@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from wispprof.errors import WispprofError
 from wispprof.profiling.llama_bench import import_results
 from wispprof.settings.profiler_settings import Output
-from wispprof.simulation.arrivals import read_requests
+from wispprof.simulation.request_traces import read_requests
 
 BENCH = {
     "build_commit": "abc123",
