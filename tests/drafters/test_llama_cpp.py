@@ -47,8 +47,11 @@ def model(file, library):
     return GgufModel(file, library=library)
 
 
+@pytest.mark.parametrize("forgets", [True, False], ids=["cuts", "snapshots"])
 @pytest.mark.parametrize("sampling", [Sampling(), WARM], ids=["greedy", "sampled"])
-def test_it_drafts_what_torch_drafts(model, tiny, sampling):
+def test_it_drafts_what_torch_drafts(file, tiny, sampling, forgets):
+    library = FakeLibllama(tiny, forgets=forgets, saves_states=True)
+    model = GgufModel(file, library=library)
     one, other = LlamaCppDrafter(model), TorchDrafter(tiny)
     for drafter in (one, other):
         drafter.open([5, 6, 7, 8], sampling)
@@ -79,6 +82,20 @@ def test_a_step_reads_only_what_is_new(model, library):
     drafter.draft()
     drafter.forward()
     assert library.batches == [1, 1, 1, 1]
+
+
+def test_a_saved_state_spares_reading_the_text_again(file, tiny):
+    library = FakeLibllama(tiny, forgets=False, saves_states=True)
+    drafter = LlamaCppDrafter(GgufModel(file, library=library))
+    drafter.open(list(range(2, 42)), Sampling())
+    drafter.prefill()
+    library.batches.clear()
+    for _ in range(4):
+        drafter.draft()
+    drafter.rollback(42)
+    drafter.extend([9])
+    drafter.draft()
+    assert library.batches == [1, 1, 1, 1, 1]
 
 
 def test_long_texts_are_read_in_bounded_batches(file, library):
@@ -151,7 +168,7 @@ def test_faults_say_what_to_do(model, library, file, tiny, tmp_path):
         short.open(list(range(17)), Sampling())
     with pytest.raises(EngineError, match="at least one"):
         short.open([], Sampling())
-    with pytest.raises(ModelUnsupported, match="recurrent state"):
+    with pytest.raises(ModelUnsupported, match="recurrent state, which this llama"):
         LlamaCppDrafter(GgufModel(file, library=FakeLibllama(tiny, forgets=False)))
     with pytest.raises(ModelMissing, match=r"libllama\.so"):
         load_libllama(tmp_path / "libllama.so")

@@ -76,9 +76,9 @@ def test_another_vocabulary_is_refused() -> None:
     def answers(shift: int) -> Any:
         return lambda path, body: {"tokens": [byte + shift for byte in body["content"].encode()]}
 
-    check_served_vocabulary("here", tokenizer, answers(0))
+    check_served_vocabulary("here", tokenizer, post=answers(0))
     with pytest.raises(ModelError, match="another vocabulary"):
-        check_served_vocabulary("here", tokenizer, answers(1))
+        check_served_vocabulary("here", tokenizer, post=answers(1))
 
 
 def test_faults_of_the_server_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

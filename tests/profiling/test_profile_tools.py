@@ -310,6 +310,7 @@ def test_a_link_profile_finds_delay_and_bandwidth(tmp_path):
     assert load_profile(tmp_path / "l") == profile
     assert link.closed
     summary = profile.manifest.summary
+    assert summary["expected_s"] is None  # nothing was announced
     assert summary["rtt_ms"] == pytest.approx(20.0)
     assert summary["jitter_ms"] == pytest.approx(0.0, abs=1e-3)
     assert summary["uplink_mbit_per_s"] == pytest.approx(0.8, rel=0.01)

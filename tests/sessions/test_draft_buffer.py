@@ -273,3 +273,15 @@ def test_a_perfect_draft_is_never_dropped(seed: int) -> None:
     # A random walk may end before the server verifies any draft.
     assert accepted > 0 or verified == 0
     assert accepted <= verified
+
+
+def test_a_late_draft_of_a_stream_is_no_guess() -> None:
+    buffer = DraftBuffer(PROMPT, stream=True)
+    buffer.propose(1)
+    late = buffer.on_commit(4, [1], 0, drafted=0)
+    assert not late.proactive
+    for token in (2, 3):
+        buffer.propose(token)
+    guessed = buffer.on_commit(6, [2, 3], 1, drafted=1)
+    assert guessed.proactive
+    assert guessed.proactive_hit

@@ -13,9 +13,17 @@ import torch
 
 class FakeLibllama:
     """``texts``: the vocabulary; by default made up. ``forgets``: whether a part of a sequence can be
-    removed. Counts what it loaded and read."""
+    removed; ``saves_states``: whether its state can be put back. Counts what it loaded and read."""
 
-    def __init__(self, loaded: Any, texts: list[str] | None = None, *, forgets: bool = True) -> None:
+    def __init__(
+        self,
+        loaded: Any,
+        texts: list[str] | None = None,
+        *,
+        forgets: bool = True,
+        saves_states: bool = False,
+    ) -> None:
+        self.saves_states = saves_states
         self._loaded = loaded
         size = loaded.info.vocab_size
         self.texts = texts or [f"t{i}" for i in range(size)]
@@ -51,9 +59,6 @@ class FakeLibllama:
 
     def last_complaint(self) -> str:
         return self.complaints[-1].rstrip(".") if self.complaints else ""
-
-    def model_is_recurrent(self, model: int) -> bool:
-        return False
 
     def model_get_vocab(self, model: int) -> int:
         return 1
@@ -102,6 +107,20 @@ class FakeLibllama:
 
     def memory_clear(self, memory: int, data: bool) -> None:
         self._held[memory] = []
+
+    def state_seq_get_size_ext(self, context: int, sequence: int, flags: int) -> int:
+        return 4 * len(self._held[context])
+
+    def state_seq_get_data_ext(self, context: int, data: Any, size: int, sequence: int, flags: int) -> int:
+        tokens = self._held[context]
+        ctypes.memmove(data, (ctypes.c_int32 * len(tokens))(*tokens), size)
+        return size
+
+    def state_seq_set_data_ext(self, context: int, data: Any, size: int, sequence: int, flags: int) -> int:
+        tokens = (ctypes.c_int32 * (size // 4))()
+        ctypes.memmove(tokens, data, size)
+        self._held[context] = list(tokens)
+        return size
 
     def decode(self, context: int, batch: Any) -> int:
         if self.fails:

@@ -35,17 +35,25 @@ class GgufDraft:
 
 @dataclass(frozen=True)
 class ServedDraft:
-    """The draft model of a running ``llama-server``. ``vocab_size``: ids of the target's tokenizer."""
+    """The draft model of a running ``llama-server``. ``vocab_size``: ids of the target's tokenizer.
+    ``server``: what keeps it running, if it runs in this process."""
 
     url: str
     vocab_size: int
     device: str = "cpu"
     note: str = ""
+    key: str = ""
+    server: Any = None
 
 
 def is_llama(draft: str) -> bool:
-    """Whether llama.cpp runs this draft: a ``.gguf`` file, or ``llama-server:URL``."""
+    """Whether llama.cpp runs this draft: ``FILE.gguf``, ``xllamacpp:FILE.gguf`` or ``llama-server:URL``."""
     return draft.endswith(".gguf") or draft.startswith("llama-server:")
+
+
+def draft_folder(draft: str) -> str:
+    """Where a draft of :func:`is_llama` lies, and maybe the target's tokenizer beside it."""
+    return str(Path(draft.removeprefix("xllamacpp:")).parent)
 
 
 def load_llama(draft: str, settings: LlamaSettings, device: str, tokenizer: Any) -> GgufDraft | ServedDraft:
@@ -53,13 +61,20 @@ def load_llama(draft: str, settings: LlamaSettings, device: str, tokenizer: Any)
 
     Raises the errors of loading, and :class:`ModelError` for a server with another vocabulary.
     """
+    from wispprof.drafters import llama_server, xllamacpp_server
+
+    size = max(tokenizer.get_vocab().values()) + 1
+    if draft.startswith(xllamacpp_server.SCHEME):
+        server = xllamacpp_server.XllamacppServer(
+            Path(draft.removeprefix(xllamacpp_server.SCHEME)), settings, device
+        )
+        llama_server.check_served_vocabulary(server.url, tokenizer, server.key)
+        return ServedDraft(server.url, size, key=server.key, server=server)
     if draft.endswith(".gguf"):
         return load_gguf(Path(draft), settings, device, tokenizer)
-    from wispprof.drafters.llama_server import SCHEME, check_served_vocabulary
-
-    url = draft.removeprefix(SCHEME)
-    check_served_vocabulary(url, tokenizer)
-    return ServedDraft(url, max(tokenizer.get_vocab().values()) + 1)
+    url = draft.removeprefix(llama_server.SCHEME)
+    llama_server.check_served_vocabulary(url, tokenizer)
+    return ServedDraft(url, size)
 
 
 def load_gguf(path: Path, settings: LlamaSettings, device: str, tokenizer: Any) -> GgufDraft:
@@ -100,7 +115,7 @@ def _model(model: Any, memory: LookupMemory | None) -> Drafter:
     if isinstance(model, ServedDraft):
         from wispprof.drafters.llama_server import LlamaServerDrafter
 
-        return LlamaServerDrafter(model.url, model.vocab_size)
+        return LlamaServerDrafter(model.url, model.vocab_size, key=model.key)
     if not isinstance(model, GgufDraft):
         from wispprof.drafters.torch_drafter import TorchDrafter
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from wispprof.drafters.core_budget import CoreBudget
 from wispprof.drafters.libllama import Batch, LlamaLibrary, load_libllama
+from wispprof.drafters.llama_snapshots import StateSnapshots
 from wispprof.errors import EngineError, ModelError, ModelMissing, ModelUnsupported
 from wispprof.settings.draft_settings import LlamaSettings
 from wispprof.types import ModelInfo
@@ -41,7 +42,7 @@ class GgufModel:
     """The weights and the vocabulary of a ``.gguf`` file. ``device``: ``cpu`` keeps every layer there.
 
     Raises :class:`ModelMissing` without the file, :class:`ModelError` without libllama or if it cannot
-    load the file, :class:`ModelUnsupported` for a model whose state cannot be rolled back.
+    load the file.
     """
 
     def __init__(
@@ -68,11 +69,6 @@ class GgufModel:
             reason = lib.last_complaint() or "it is damaged, or of an unknown architecture"
             raise ModelError(f"llama.cpp cannot load {path}: {reason}.", "Download the file again.")
         self.weights = _Weights(lib, self.handle)
-        if lib.model_is_recurrent(self.handle):
-            raise ModelUnsupported(
-                f"{path.name} keeps recurrent state, which cannot be rolled back by length.",
-                "Use a transformer as the draft.",
-            )
         self.budget = CoreBudget(self.settings.threads)
         self.vocabulary = lib.model_get_vocab(self.handle)
         self.vocab_size = int(lib.vocab_n_tokens(self.vocabulary))
@@ -162,7 +158,11 @@ class _Buffers:
 
 
 class GgufSequence:
-    """One KV cache over a :class:`GgufModel`, freed with the object. Not thread-safe."""
+    """One KV cache over a :class:`GgufModel`, freed with the object. Not thread-safe.
+
+    Warmed up when made. Raises :class:`ModelUnsupported` if the model cannot forget single tokens and the
+    library cannot save states either.
+    """
 
     def __init__(self, model: GgufModel) -> None:
         self.model = model
@@ -183,6 +183,26 @@ class GgufSequence:
         self._memory = lib.get_memory(self._context)
         self._buffers = _Buffers(self._size)
         self._threads = (0, 0)
+        self._held = 0
+        self._snapshots: StateSnapshots | None = None
+        self._learn_to_forget()
+
+    def _learn_to_forget(self) -> None:
+        """Warm up, and find out how the last token can be forgotten."""
+        self.decode([0, 0], 0)
+        if not self.model.library.memory_seq_rm(self._memory, 0, 1, -1):
+            if self.model.library.saves_states:
+                self._snapshots = StateSnapshots(self.model.library, self._context)
+                self.keep(0)
+                self.decode([0], 0)
+                self.decode([0], 1)
+            if self.keep(1) != 1:
+                self.close()
+                raise ModelUnsupported(
+                    f"{self.model.path.name} keeps recurrent state, which this llama.cpp cannot take back.",
+                    "Use a transformer as the draft, or a llama.cpp of October 2025 or later.",
+                )
+        self.keep(0)
 
     def decode(self, tokens: Sequence[int], start: int) -> None:
         """Read ``tokens`` at positions from ``start`` on; :meth:`logits` are the last one's."""
@@ -209,6 +229,9 @@ class GgufSequence:
         if code:
             reason = "its context is full" if code == _NO_KV_SLOT else f"code {code}"
             raise EngineError(f"llama.cpp failed to decode: {reason}.", "Give a larger --draft-context.")
+        self._held = start + count
+        if self._snapshots is not None and last:
+            self._snapshots.save(self._held)
 
     def logits(self) -> np.ndarray:
         """A copy of the logits (V,) float32 after the last token decoded."""
@@ -217,14 +240,21 @@ class GgufSequence:
             raise EngineError("llama.cpp gave no logits.")
         return np.ctypeslib.as_array(pointer, shape=(self.model.vocab_size,)).copy()
 
-    def keep(self, length: int) -> bool:
-        """Forget everything from position ``length`` on. False if the model cannot forget a part of its
-        state: nothing is held then."""
+    def keep(self, length: int) -> int:
+        """Forget everything from position ``length`` on; returns how many tokens are still held: fewer if the
+        model can only go back to a saved state."""
         lib = self.model.library
-        if lib.memory_seq_rm(self._memory, 0, length, -1):
-            return True
-        lib.memory_clear(self._memory, True)
-        return False
+        if not length:
+            lib.memory_clear(self._memory, True)
+            self._held = 0
+        elif length < self._held:
+            if self._snapshots is not None:
+                self._held = self._snapshots.restore(length)
+            elif lib.memory_seq_rm(self._memory, 0, length, -1):
+                self._held = length
+            else:
+                return self.keep(0)
+        return min(length, self._held)
 
     def close(self) -> None:
         """Free the KV cache now; the sequence must not be used afterwards."""

@@ -90,15 +90,17 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_tokenize": (c_int32, (c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool)),
     "llama_model_n_params": (ctypes.c_uint64, (c_void_p,)),
     "llama_model_n_ctx_train": (c_int32, (c_void_p,)),
-    "llama_model_is_recurrent": (c_bool, (c_void_p,)),
     "llama_model_meta_count": (c_int32, (c_void_p,)),
     "llama_model_meta_key_by_index": (c_int32, (c_void_p, c_int32, c_char_p, ctypes.c_size_t)),
     "llama_model_meta_val_str_by_index": (c_int32, (c_void_p, c_int32, c_char_p, ctypes.c_size_t)),
     "llama_model_meta_val_str": (c_int32, (c_void_p, c_char_p, c_char_p, ctypes.c_size_t)),
     "llama_supports_gpu_offload": (c_bool, ()),
-    "llama_state_seq_get_size": (ctypes.c_size_t, (c_void_p, c_int32)),
-    "llama_state_seq_get_data": (ctypes.c_size_t, (c_void_p, c_void_p, ctypes.c_size_t, c_int32)),
-    "llama_state_seq_set_data": (ctypes.c_size_t, (c_void_p, c_void_p, ctypes.c_size_t, c_int32)),
+}
+_STATE = (c_void_p, c_void_p, ctypes.c_size_t, c_int32, c_uint32)
+_OPTIONAL: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "llama_state_seq_get_size_ext": (ctypes.c_size_t, (c_void_p, c_int32, c_uint32)),
+    "llama_state_seq_get_data_ext": (ctypes.c_size_t, _STATE),
+    "llama_state_seq_set_data_ext": (ctypes.c_size_t, _STATE),
 }
 
 
@@ -106,6 +108,7 @@ class LlamaLibrary:
     """A loaded ``libllama``: its functions are attributes, without the prefix ``llama_``.
 
     Its log goes nowhere; :attr:`complaints` keeps the last warnings and errors for messages of ours.
+    ``saves_states``: whether it can save a part of a sequence's state (October 2025 and later).
     Raises :class:`ModelMissing` without the file, :class:`ModelError` if it is no libllama of mid-2025 or
     later.
     """
@@ -126,6 +129,11 @@ class LlamaLibrary:
                 raise ModelError(
                     f"{path} has no {name}: it is older than July 2025 or no libllama.", INSTALL_HINT
                 ) from None
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name.removeprefix("llama_"), function)
+        self.saves_states = all(hasattr(functions, name) for name in _OPTIONAL)
+        for name, (result, arguments) in _OPTIONAL.items() if self.saves_states else ():
+            function = getattr(functions, name)
             function.restype, function.argtypes = result, arguments
             setattr(self, name.removeprefix("llama_"), function)
         self._log = _LOG(self._note)  # the library keeps the pointer

@@ -9,7 +9,7 @@ import numpy as np
 
 from wispprof.drafters.gguf_model import GgufModel, GgufSequence
 from wispprof.drafters.model_drafter import ModelDrafter
-from wispprof.errors import EngineError, ModelUnsupported
+from wispprof.errors import EngineError
 from wispprof.types import DraftToken, ModelInfo
 
 
@@ -17,8 +17,7 @@ class LlamaCppDrafter(ModelDrafter):
     """One sequence of a :class:`GgufModel`; drafters of the same model share its weights.
 
     ``hidden``: ids that are never proposed, because the target has no such token (see
-    :mod:`~wispprof.drafters.vocabulary`). Raises :class:`ModelUnsupported` if the model cannot forget
-    single tokens (recurrent and hybrid architectures).
+    :mod:`~wispprof.drafters.vocabulary`). Raises :class:`ModelUnsupported` as :class:`GgufSequence` does.
     """
 
     def __init__(self, model: GgufModel, hidden: np.ndarray | None = None) -> None:
@@ -29,18 +28,6 @@ class LlamaCppDrafter(ModelDrafter):
         self._hidden = hidden
         self._sequence = GgufSequence(model)
         self._cached = 0
-        self._probe()
-
-    def _probe(self) -> None:
-        """Warm up, and check that the last token can be forgotten."""
-        self._sequence.decode([0, 0], 0)
-        if not self._sequence.keep(1):
-            self._sequence.close()
-            raise ModelUnsupported(
-                f"{self.model.path.name} keeps recurrent state, which cannot be rolled back by length.",
-                "Use a transformer as the draft.",
-            )
-        self._sequence.keep(0)
 
     def draft(self) -> DraftToken:
         """Propose the next token and append it: one call over all tokens without KV."""
@@ -63,8 +50,7 @@ class LlamaCppDrafter(ModelDrafter):
 
     def _read(self, length: int) -> None:
         """Compute the KV of the first ``length`` tokens, as far as it is missing."""
-        if not self._sequence.keep(self._cached):
-            self._cached = 0
+        self._cached = self._sequence.keep(self._cached)
         try:
             self._sequence.decode(self._tokens[self._cached : length], self._cached)
         except EngineError:

@@ -27,11 +27,11 @@ _FLOOR = -1e4
 _PROBE = "The quick brown fox; def f(x):\n    return x ** 2  # naïve 中文 12345 🙂"
 
 
-def check_served_vocabulary(url: str, tokenizer: Any, post: Any = None) -> None:
+def check_served_vocabulary(url: str, tokenizer: Any, key: str = "", post: Any = None) -> None:
     """Raise :class:`ModelError` unless the server's model cuts a mixed text into the target's token ids."""
     wanted = [int(token) for token in tokenizer(_PROBE, add_special_tokens=False)["input_ids"]]
     body = {"content": _PROBE, "add_special": False}
-    found = (post or _HttpClient(url))("/tokenize", body).get("tokens")
+    found = (post or _HttpClient(url, key))("/tokenize", body).get("tokens")
     if found != wanted:
         raise ModelError(
             f"The model of the llama-server at {url} has another vocabulary than the target.",
@@ -40,11 +40,12 @@ def check_served_vocabulary(url: str, tokenizer: Any, post: Any = None) -> None:
 
 
 class _HttpClient:
-    def __init__(self, url: str, timeout_s: float = 30.0) -> None:
+    def __init__(self, url: str, key: str = "", timeout_s: float = 30.0) -> None:
         import httpx
 
         self._url = url
-        self._client = httpx.Client(base_url=url.rstrip("/"), timeout=timeout_s)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.Client(base_url=url.rstrip("/"), timeout=timeout_s, headers=headers)
 
     def __call__(self, path: str, body: dict[str, Any] | None) -> Any:
         import httpx
@@ -62,14 +63,15 @@ class _HttpClient:
 
 
 class LlamaServerDrafter(Drafter):
-    """``url``: the server's address. ``vocab_size``: the target's; other ids are never proposed.
+    """``url``: the server's address, ``key``: its API key, if it has one. ``vocab_size``: the target's; other
+    ids are never proposed.
 
     ``post(path, body)`` replaces the HTTP client. Raises :class:`ModelError` if no server answers.
     """
 
-    def __init__(self, url: str, vocab_size: int, post: Any = None) -> None:
+    def __init__(self, url: str, vocab_size: int, post: Any = None, key: str = "") -> None:
         self._vocab_size = vocab_size
-        self._post = post or _HttpClient(url)
+        self._post = post or _HttpClient(url, key)
         self._tokens: list[int] = []
         self._sampling = Sampling()
         self.max_context = self._context()

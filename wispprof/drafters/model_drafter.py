@@ -91,9 +91,10 @@ def features_numpy(logits: np.ndarray) -> DraftFeatures:
     """Features of one row of raw logits (V,) float32; does not keep ``logits`` intact."""
     size = len(logits)
     best = int(logits.argmax())
-    top = float(logits[best])
-    spread = float(logits.std())
-    logits -= top
+    # As logits.std(), in fewer passes: vocabularies have 260,000 tokens.
+    centred = logits - logits.mean()
+    spread = (float(centred @ centred) / size) ** 0.5
+    logits -= logits[best]
     weights = np.exp(logits)
     total = float(weights.sum())
     # H = log Z - E[l - top]

@@ -15,8 +15,10 @@ def load_tokenizer(where: str) -> Any:
     """The Hugging Face tokenizer of a folder or hub id. Raises :class:`ModelError` without one."""
     from transformers import AutoTokenizer
 
+    from wispprof.engines.loading import without_length_warning
+
     try:
-        return AutoTokenizer.from_pretrained(where)
+        return without_length_warning(AutoTokenizer.from_pretrained(where))
     except (OSError, ValueError) as err:
         raise ModelError(
             f"There is no tokenizer at {where}.",

@@ -7,11 +7,10 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from wispprof.artifacts import bundled_path
-from wispprof.drafters import is_llama, load_llama, needs_model
+from wispprof.drafters import draft_folder, is_llama, load_llama, needs_model
 from wispprof.drafters.ngram import LookupMemory
 from wispprof.drafters.token_text import load_tokenizer
 from wispprof.edge.client import EdgeClient
@@ -224,7 +223,7 @@ def _load(settings: EdgeSettings, folder: str) -> tuple[Any, Any, str]:
     wanted = needs_model(settings.drafter) or (plugin and bool(settings.draft))
     llama = wanted and is_llama(folder)
     if llama:
-        where = where or str(Path(folder).parent)
+        where = where or draft_folder(folder)
     elif wanted:
         loaded = load_model(folder, dtype=settings.dtype, device=settings.device)
     tokenizer = loaded.tokenizer if loaded is not None and not where else load_tokenizer(where or folder)

@@ -244,6 +244,14 @@ def load_tokenizer(path_or_id: str | Path) -> Any:
         return read_tokenizer(find_model(str(path_or_id)))
 
 
+def without_length_warning(tokenizer: Any) -> Any:
+    """Keep transformers from printing that a text is long: servers and edges check lengths themselves."""
+    warned = getattr(tokenizer, "deprecation_warnings", None)
+    if isinstance(warned, dict):
+        warned["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
+
+
 def read_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model's folder; ``None`` if there is none. Raises :class:`ModelError`."""
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -252,7 +260,7 @@ def read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return without_length_warning(AutoTokenizer.from_pretrained(folder, local_files_only=True))
     except Exception as err:
         raise ModelError(
             f"The tokenizer in {folder} cannot be read: {str(err).splitlines()[0]}",

@@ -118,7 +118,7 @@ async def _profile(
             measure={"sizes": list(settings.sizes)},
         )
         rows = await _link_rows(client, settings, progress, clock)
-    result = SweepResult(rows, clock() - begin, 0.0)
+    result = SweepResult(rows, clock() - begin, None)
     profile = finalize_profile(manifest, result, settings.output, None, link_summary(rows))
     return cast(LinkProfile, profile)
 

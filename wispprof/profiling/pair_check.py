@@ -147,7 +147,9 @@ class _Played:
 
     def __init__(self, trace: AcceptanceTrace, times: PairTimes, rtt_ms: float, seed: int) -> None:
         self._traces = [replace(trace, paths=(path,)) for path in trace.paths if len(path.path) > 1]
-        self._server = ServerModel(times.estimator(), spread=0.0)
+        self._servers = {
+            undrafted: ServerModel(times.estimator(undrafted), spread=0.0) for undrafted in (False, True)
+        }
         self._link = LinkModel(rtt_ms=rtt_ms)
         self._seed = seed
         self._device = DeviceProfile(
@@ -186,7 +188,7 @@ class _Played:
         run = _OneAnswer(
             Scenario(
                 system,
-                self._server,
+                self._servers[system is _UNDRAFTED],
                 ClosedFleet(1),
                 TraceReplay(trace, ConfidenceAcceptance(), 1),
                 devices=((device, 1.0),),

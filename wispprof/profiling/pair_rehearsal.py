@@ -68,13 +68,15 @@ class LocalTarget:
 class PairTimes:
     """Samples in ms. ``first``: first draft steps of a round, which also read what was committed; ``later``:
     the other ones. ``verify``: the target's steps by number of drafts. ``prefill`` and ``draft_prefill``:
-    (prompt tokens, ms) of the target and of the draft."""
+    (prompt tokens, ms) of the target and of the draft. ``undrafted``: tokens of a session without drafts, if
+    they were measured apart from steps."""
 
     first: list[float] = field(default_factory=list)
     later: list[float] = field(default_factory=list)
     verify: dict[int, list[float]] = field(default_factory=dict)
     prefill: list[tuple[int, float]] = field(default_factory=list)
     draft_prefill: list[tuple[int, float]] = field(default_factory=list)
+    undrafted: list[float] = field(default_factory=list)
 
     @property
     def draft_ms(self) -> float:
@@ -101,8 +103,11 @@ class PairTimes:
         """Note a step of the target."""
         self.verify.setdefault(drafts, []).append(ms)
 
-    def estimator(self) -> MeasuredSteps:
-        """The target's step times by what was measured."""
+    def estimator(self, undrafted: bool = False) -> MeasuredSteps:
+        """The target's step times by what was measured; ``undrafted``: of a session without drafts."""
+        if undrafted and self.undrafted:
+            whole = statistics.fmean(self.undrafted)
+            return MeasuredSteps([(1, whole, len(self.undrafted))], self.prefill)
         points = [
             (1 + drafts, statistics.median(samples), len(samples)) for drafts, samples in self.verify.items()
         ]

@@ -68,13 +68,14 @@ def rehearse_remote(
         async with ServerClient.open(server, access, "check-pair", timeout_s) as client:
             lengths = cycle([*range(0, depth + 1, 2), *range(1, depth + 1, 2)])
             for number, path in enumerate(paths):
-                await _verify_answer(client, number, path, lengths, sampling, times)
+                await _verify_answer(client, 2 * number, path, lengths, sampling, times)
+                times.undrafted += await _undrafted_answer(client, 2 * number + 1, path, sampling, clock)
 
     asyncio.run(steps())
     estimator = times.estimator()
     target = _RecordedTarget(paths, lambda drafts: rtt_ms + estimator.step_ms(1 + drafts), sleep)
     drafted = rehearse(drafter, target, paths, depth, sampling, clock)
-    drafted.verify, drafted.prefill = times.verify, times.prefill
+    drafted.verify, drafted.prefill, drafted.undrafted = times.verify, times.prefill, times.undrafted
     return drafted
 
 
@@ -87,24 +88,10 @@ async def _verify_answer(
     times: PairTimes,
 ) -> None:
     """One session whose drafts are right. A server in stream mode takes as many as its policy wants."""
-    await client.send(
-        protocol.Open(
-            number,
-            list(path.prompt),
-            len(path.path),
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-        )
-    )
+    await client.send(_opening(number, path, sampling, undrafted=False))
     welcome = client.welcome
     while True:
-        frame = await client.receive()
-        if isinstance(frame, protocol.Problem):
-            raise ProtocolError(f"The server refused a session: {frame.message}", "")
-        if not isinstance(frame, protocol.Commit) or frame.session != number:
-            continue
+        frame = await _commit(client, number)
         place = frame.committed_len - len(path.prompt)
         if place == len(frame.tokens):
             times.prefill.append((len(path.prompt), frame.queue_ms + frame.verify_ms))
@@ -119,3 +106,39 @@ async def _verify_answer(
         drafts = list(path.path[place : len(path.path) - 1][:count])
         sure = bytes([255]) * len(drafts)
         await client.send(protocol.Draft(number, 0, frame.committed_len, drafts, sure, 0.0, _SLACK_MS))
+
+
+async def _undrafted_answer(
+    client: ServerClient, number: int, path: TracePath, sampling: Sampling, clock: Clock
+) -> list[float]:
+    """Time (ms) of a token after the first, between arrivals of commits: a server that steps without a
+    pause also has to send them meanwhile."""
+    await client.send(_opening(number, path, sampling, undrafted=True))
+    frame = await _commit(client, number)
+    began, later = clock(), 0
+    while not frame.finished:
+        frame = await _commit(client, number)
+        later += len(frame.tokens)
+    return [(clock() - began) * 1000.0 / later] * later if later else []
+
+
+def _opening(number: int, path: TracePath, sampling: Sampling, undrafted: bool) -> protocol.Open:
+    return protocol.Open(
+        number,
+        list(path.prompt),
+        len(path.path),
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        undrafted=undrafted,
+    )
+
+
+async def _commit(client: ServerClient, number: int) -> protocol.Commit:
+    while True:
+        frame = await client.receive()
+        if isinstance(frame, protocol.Problem):
+            raise ProtocolError(f"The server refused a session: {frame.message}", "")
+        if isinstance(frame, protocol.Commit) and frame.session == number:
+            return frame

@@ -112,7 +112,7 @@ def load_traced_draft(settings: TraceSettings, tokenizer: Any = None) -> TracedD
 
     Raises the errors of loading; :class:`ModelError` if there is no tokenizer for a ``.gguf`` draft.
     """
-    from wispprof.drafters import is_llama, load_llama, make_drafter, needs_model
+    from wispprof.drafters import draft_folder, is_llama, load_llama, make_drafter, needs_model
 
     llama = is_llama(settings.draft)
     if not llama and settings.drafter == "model":
@@ -121,7 +121,7 @@ def load_traced_draft(settings: TraceSettings, tokenizer: Any = None) -> TracedD
     from wispprof.engines.loading import tokenizer_hash
 
     if tokenizer is None or settings.tokenizer:
-        where = settings.tokenizer or str(Path(settings.draft).parent if llama else settings.draft)
+        where = settings.tokenizer or (draft_folder(settings.draft) if llama else settings.draft)
         tokenizer = load_tokenizer(where)
     model: Any = None
     if needs_model(settings.drafter):

@@ -51,9 +51,10 @@ class CommitEffect(NamedTuple):
     ``tokens``: newly committed tokens (empty for a duplicate). ``rollback_to``: length the drafter must
     be cut to first, ``None`` to leave it. ``extend``: committed tokens to append to the drafter after that.
     ``hits``: drafts that equal committed tokens. ``accepted``: those of them that the server verified.
-    ``kept``: drafts that still stand. ``proactive``: there was a guess at the target's bonus token;
-    ``proactive_hit``: it was right. ``rejected``: a draft was contradicted. ``wasted_*``: drafts after the
-    first rejected one, dropped with it. ``dropped_*`` count the rejected one too.
+    ``kept``: drafts that still stand. ``proactive``: beyond drafts that were verified and accepted, there was
+    a guess at the target's bonus token; ``proactive_hit``: it was right. ``rejected``: a draft was
+    contradicted. ``wasted_*``: drafts after the first rejected one, dropped with it. ``dropped_*`` count the
+    rejected one too.
     """
 
     tokens: tuple[int, ...] = ()
@@ -222,7 +223,8 @@ class DraftBuffer:
         """
         known = self.committed_len
         start = committed_len - len(tokens)
-        guess = drafted is None or accepted >= drafted
+        # A late draft of a stream that names the next token all the same is no guess beyond a round.
+        guess = drafted is None or (accepted >= drafted and (drafted > 0 or not self.stream))
         if start == known and tokens:
             return self._advance(tuple(tokens), accepted, guess)
         if start > known:

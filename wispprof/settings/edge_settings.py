@@ -101,7 +101,9 @@ class EdgeSettings(Settings):
     llama: LlamaSettings = field(default_factory=LlamaSettings)
     server: str = setting("", "Address of the server; default: start one here on the bundled pair.")
     draft: str = setting(
-        "", "Draft model: folder, hub id, .gguf file or llama-server:URL; default: the bundled one."
+        "",
+        "Draft model: folder, hub id, FILE.gguf, xllamacpp:FILE.gguf or llama-server:URL; default: the "
+        "bundled one.",
     )
     tokenizer: str = setting("", "The target's tokenizer: folder or hub id; default: beside the draft model.")
     drafter: str = setting(

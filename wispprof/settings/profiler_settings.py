@@ -186,7 +186,9 @@ class TraceSettings(Settings):
 
     target: str = setting("", "Target model: folder or hub id; default: the bundled one.", option="model")
     draft: str = setting(
-        "", "Draft model: folder, hub id, .gguf file or llama-server:URL; default: the bundled one."
+        "",
+        "Draft model: folder, hub id, FILE.gguf, xllamacpp:FILE.gguf or llama-server:URL; default: the "
+        "bundled one.",
     )
     tokenizer: str = setting(
         "", "The target's tokenizer for a .gguf draft; default: that of --model, or beside the draft."
