@@ -53,7 +53,7 @@ NAME = "examples.batching_policy:ShortestFirst"
 
 def simulated(policy: str, devices: int = 24) -> tuple[float, float]:
     """(goodput in tokens/s, SLO attainment) of a fleet with prompts of very different lengths."""
-    parts = read_inputs(InputSettings(server="a100-32b"))
+    parts = read_inputs(InputSettings(server="h200-sxm-qwen3-32b-vllm-bf16-tp1"))
     report = wispprof.simulate(
         wispprof.Scenario(
             system=System(policy, policy, "fixed", controller_options={"k": 4}),

@@ -178,7 +178,7 @@ def test_a_value_that_is_not_allowed_ends_a_command(here: Path) -> None:
     [
         (("simulate", "--policy", "wisprof"), "wispprof"),
         (("simulate", "--policy", "centralized"), "server-only"),
-        (("simulate", "--server", "a100-23b"), "a100-32b"),
+        (("simulate", "--server", "h200-sxm-qwen3-32b-vllm-bf16"), "h200-sxm-qwen3-32b-vllm-bf16-tp1"),
         (("reproduce", "specege"), "specedge"),
     ],
 )

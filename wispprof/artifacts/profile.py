@@ -13,7 +13,16 @@ from typing import Generic, TypeVar, cast
 from wispprof.artifacts import files
 from wispprof.artifacts.document import check_schema
 from wispprof.artifacts.manifest import PROFILE_SCHEMA, Manifest
-from wispprof.artifacts.rows import EdgeRow, LinkRow, Row, StepRow, damaged, decode_row, encode_row
+from wispprof.artifacts.rows import (
+    MODELLED,
+    EdgeRow,
+    LinkRow,
+    Row,
+    StepRow,
+    damaged,
+    decode_row,
+    encode_row,
+)
 from wispprof.errors import ArtifactDamaged
 
 FORMAT = "wispprof/profile"
@@ -217,6 +226,23 @@ def _read_rows(data: bytes, manifest: Manifest, rows_file: Path) -> list[Row]:
             f"the file ends here with {len(rows)} rows, the manifest says {manifest.rows}",
         )
     return rows
+
+
+def shipped_servers() -> dict[str, Manifest]:
+    """The manifests of shipped server profiles that were modelled from measured operators, by name."""
+    found: dict[str, Manifest] = {}
+    for root in files.bundle_roots():
+        for path in sorted((root / "profiles").glob("*.manifest.json")):
+            manifest = load_manifest(path)
+            if manifest.kind == "server" and manifest.source == MODELLED:
+                found.setdefault(path.name.removesuffix(".manifest.json"), manifest)
+    return found
+
+
+def estimator_beside(path: Path) -> Path:
+    """Where the estimator of a profile lies: ``NAME.estimator.json``."""
+    rows_file = profile_files(path)[0]
+    return rows_file.with_name(f"{rows_file.stem}.estimator.json")
 
 
 def load_server(path: Path) -> ServerProfile:

@@ -40,7 +40,9 @@ Positive = Annotated[int, Meta(ge=1)]
 NonNegative = Annotated[float, Meta(ge=0)]
 Samples = Annotated[tuple[NonNegative, ...], Meta(min_length=1)]
 Blocks = tuple[tuple[Count, Positive], ...]
-Source = Annotated[str, Meta(pattern="^(measured|published|imported)$")]
+MODELLED = "modelled from measured operators"
+Source = Annotated[str, Meta(pattern=f"^(measured|published|imported|{MODELLED})$")]
+Origins = Annotated[tuple[NonNegative, ...], Meta(max_length=3)]
 StepKind = Annotated[str, Meta(pattern=f"^({'|'.join(STEP_KINDS)})$")]
 EdgeKind = Annotated[str, Meta(pattern=f"^({'|'.join(EDGE_KINDS)})$")]
 LinkKind = Annotated[str, Meta(pattern=f"^({'|'.join(LINK_KINDS)})$")]
@@ -67,8 +69,9 @@ class StepRow(_Timed):
     ``kind``: ``verify`` (pending tokens and drafts), ``prefill`` (prompt chunks alone), ``mixed`` (both),
     ``sentinel`` (the reference workload, repeated through the sweep to show drift).
     ``flags`` mark rows to distrust: ``drift``, ``noisy``, ``throttled``. ``padded_tokens``: tokens that
-    the step computed (graph bucket), 0 if it is not padded. ``source``: ``measured``, or ``published`` or
-    ``imported`` with a ``citation``.
+    the step computed (graph bucket), 0 if it is not padded. ``source``: ``measured``, or ``published``,
+    ``imported`` or ``modelled from measured operators`` with a ``citation``. ``origins`` of a modelled time:
+    its shares from operators that were measured so, interpolated between measurements, and from formulas.
     ``blocks``: of each measurement block, its place in the order of measurement and its number of
     ``samples_ms``; empty for a single block. ``set_aside_ms``: samples taken while the sentinel was off,
     if enough others remained; ``set_aside_blocks``: their blocks.
@@ -86,6 +89,7 @@ class StepRow(_Timed):
     blocks: Blocks = ()
     set_aside_ms: tuple[NonNegative, ...] = ()
     set_aside_blocks: Blocks = ()
+    origins: Origins = ()
 
 
 @dataclass(frozen=True, slots=True)

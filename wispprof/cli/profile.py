@@ -165,6 +165,78 @@ def import_llama_bench(
     finished(profile, out, as_json)
 
 
+@group.command()
+def import_gpu(
+    system: Annotated[str, typer.Option(help="GPU by its name in the tables, as h200_sxm.")],
+    model: Annotated[
+        str, typer.Option(help="Model by its hub id, as Qwen/Qwen3-32B. Nothing is downloaded.")
+    ],
+    tp: Annotated[int, typer.Option(help="GPUs of a replica (tensor parallel): 1, 2, 4 or 8.")] = 1,
+    framework: Annotated[str, typer.Option(help="vllm, trtllm or sglang.")] = "vllm",
+    dtype: Annotated[str, typer.Option(help="Weights: bf16 or fp8.")] = "bf16",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Profile to write; default: the target's name, such as h200-sxm-qwen3-32b-vllm-bf16-tp2.",
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a server profile and its estimator from measured operators of a GPU (extra: gpu-tables)."""
+    from wispprof.cli.console import tracker
+    from wispprof.fitting.pipeline import save_beside
+    from wispprof.profiling.gpu_import import import_profile
+    from wispprof.profiling.operator_tables import GpuTarget
+    from wispprof.settings.profiler_settings import Output
+
+    target = GpuTarget(system, model, tp, framework, dtype)
+    path = out or Path(target.name)
+    with tracker("import-gpu") as report:
+        profile = import_profile(target, Output(path, overwrite=overwrite), report)
+    note(f"wrote {save_beside(profile, path)}")
+    finished(profile, path, as_json)
+
+
+@group.command()
+def gpus(as_json: JsonFlag = False) -> None:
+    """List the GPUs and models that import-gpu knows (extra: gpu-tables), and the profiles that ship."""
+    from wispprof.artifacts.profile import shipped_servers
+    from wispprof.errors import ProfileError
+    from wispprof.profiling import operator_tables
+
+    shipped = shipped_servers()
+    known: dict[str, Any] = {"shipped": sorted(shipped)}
+    columns = "profile|GPUs|framework|KV tokens:,|hash"
+    rows = [
+        (
+            name,
+            f"{manifest.engine.get('tp', 1)} × {manifest.hardware['gpus'][0]['name']}",
+            f"{manifest.engine['backend']} {manifest.engine['version']}",
+            manifest.engine["kv_tokens"],
+            manifest.rows_hash[:16],
+        )
+        for name, manifest in sorted(shipped.items())
+    ]
+    shown: list[Any] = [table("Shipped profiles of GPUs", columns, rows)]
+    try:
+        known["systems"], known["models"] = operator_tables.systems(), operator_tables.models()
+    except ProfileError as err:
+        note(str(err))
+    else:
+        cells = (
+            (s["system"], s["memory_gib"], *(s["versions"].get(f, "–") for f in operator_tables.FRAMEWORKS))
+            for s in known["systems"]
+            if s["versions"]
+        )
+        heads = "|".join(("system", "GiB", *operator_tables.FRAMEWORKS))
+        shown.append(table("GPUs in the tables, and the version measured under each framework", heads, cells))
+        shown.append(f"Models: {', '.join(known['models'])}")
+    result(known, shown, as_json)
+
+
 def _is_trace(path: Path) -> bool:
     if not path.is_file():
         return False

@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from wispprof.artifacts import files, load_server, load_trace, read_document, trace_hash, write_document
+from wispprof.artifacts import (
+    ServerProfile,
+    files,
+    load_server,
+    load_trace,
+    read_document,
+    trace_hash,
+    write_document,
+)
+from wispprof.artifacts.profile import estimator_beside
 from wispprof.artifacts.rows import AcceptanceTrace, StepRow
 from wispprof.errors import FitError
 from wispprof.fitting.controller_replay import Fold, compare_controllers, summarise
@@ -147,6 +156,17 @@ def fit_files(
         result.predictor.save(target, inputs)
         result.files += [target, *write_card(target, predictor_card(result.predictor, inputs))]
     return result
+
+
+def save_beside(profile: ServerProfile, path: Path, coverage: float = FitSettings.coverage) -> Path:
+    """Fit a modelled profile and write its estimator beside it, as ``NAME.estimator.json``.
+
+    Modelled rows have no noise, so the bound covers the error of the fit alone.
+    """
+    target = estimator_beside(path)
+    estimator = fit_estimator(profile.rows, "wispprof", coverage)
+    estimator.save(target, {"profile": profile.hash, "machine": profile.manifest.citation})
+    return target
 
 
 def _save_estimator(out: Path, estimator: FittedEstimator, inputs: dict[str, str]) -> list[Path]:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InputSettings(Settings):
-    """What a simulation is based on. Shipped files or presets replace what is not given."""
+    """What a simulation is based on. Shipped files replace what is not given."""
 
-    server: str = setting("", "Estimator file, or the preset a100-32b or h200-32b.")
+    server: str = setting("", "Estimator or profile, or a shipped GPU, as h200-sxm-qwen3-32b-vllm-bf16-tp1.")
     kv_tokens: int | None = setting(None, "Size of the server's KV cache.", unit="tokens", minimum=1)
     edge: Path | None = setting(None, "Edge profile.")
     draft_tokens_per_s: float = setting(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,9 +9,8 @@ from wispprof.artifacts.files import bundle_roots
 from wispprof.artifacts.plan import load_plan
 from wispprof.artifacts.profile import load_edge
 from wispprof.artifacts.trace import load_trace
-from wispprof.errors import PlanError, suggestion
+from wispprof.errors import PlanError
 from wispprof.policies.controllers import ConfidenceAcceptance
-from wispprof.policies.linear_cost import LinearCost
 from wispprof.settings.fleet_settings import InputSettings, LoadSettings, SimulationSettings
 from wispprof.simulation.arrivals import (
     Bursts,
@@ -25,17 +23,11 @@ from wispprof.simulation.arrivals import (
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.request_traces import read_requests
 from wispprof.simulation.scenario import SYSTEMS, Scenario, ServerModel, System, system
+from wispprof.simulation.server_models import DEFAULT_SERVER, server_of
 from wispprof.simulation.simulated_output import AcceptanceSource
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 from wispprof.simulation.trace_replay import TraceAcceptance
 from wispprof.types import RejectionPredictor, Slo
-
-SERVER_PRESETS: Mapping[str, ServerModel] = {
-    # Weights, row and KV costs from memory bandwidth and matrix rate of the card, 32 B parameters in
-    # bf16 with 8 KV heads: computed, not measured. Profile your own server for real answers.
-    "a100-32b": ServerModel(LinearCost(42.0, row_ms=0.35, kv_ms=0.00017), kv_tokens=200_000),
-    "h200-32b": ServerModel(LinearCost(18.0, row_ms=0.12, kv_ms=0.00006), kv_tokens=250_000),
-}
 
 
 @dataclass(frozen=True)
@@ -49,9 +41,9 @@ class Inputs:
 
 
 def read_inputs(settings: InputSettings) -> Inputs:
-    """Read what is given; what is not comes from shipped files, then from presets.
+    """Read what is given; what is not comes from shipped files.
 
-    Raises the artifact errors, or :class:`PlanError` for an unknown preset.
+    Raises the artifact errors, or :class:`PlanError` for an unknown server.
     """
     notes: list[str] = []
     model = _server(settings.server, notes)
@@ -86,19 +78,10 @@ def read_inputs(settings: InputSettings) -> Inputs:
 def _server(name: str, notes: list[str]) -> ServerModel:
     if not name:
         shipped = _shipped("estimator.json")
-        name = str(shipped) if shipped is not None else "a100-32b"
-    if name in SERVER_PRESETS:
-        notes.append(f"server: preset {name}, computed from data sheets, not measured")
-        return SERVER_PRESETS[name]
-    if not Path(name).exists() and not Path(name).suffix:
-        raise PlanError(
-            f"There is no server preset named {name!r}.",
-            suggestion(name, SERVER_PRESETS, ", or name an estimator file"),
-        )
-    from wispprof.fitting import load_estimator
-
-    notes.append(f"server: estimator {name}")
-    return ServerModel(load_estimator(Path(name)))
+        name = str(shipped) if shipped is not None else DEFAULT_SERVER
+    model, origin = server_of(name)
+    notes.append(origin)
+    return model
 
 
 def server_of(name: str) -> tuple[ServerModel, str]:

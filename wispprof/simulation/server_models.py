@@ -1,0 +1,41 @@
+"""Servers by name: shipped profiles of GPUs, profiles and estimators on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from wispprof.artifacts.files import bundled_path
+from wispprof.artifacts.profile import estimator_beside, load_manifest, profile_files, shipped_servers
+from wispprof.errors import PlanError, suggestion
+from wispprof.simulation.scenario import ServerModel
+
+DEFAULT_SERVER = "h200-sxm-qwen3-32b-vllm-bf16-tp1"
+"""The shipped server that stands in for one that is not given."""
+
+
+def server_of(name: str) -> tuple[ServerModel, str]:
+    """A server, and a note on where its times come from.
+
+    ``name``: a shipped profile of a GPU, a profile that has its estimator beside it, or an estimator file.
+    Of a profile the KV memory and the context of its manifest are taken; an estimator alone has no limits.
+    Raises :class:`PlanError` for an unknown name, and what reading files raises.
+    """
+    from wispprof.fitting import load_estimator
+
+    path = Path(name)
+    known = shipped_servers() if not path.exists() and not path.suffix else {}
+    if known and name not in known:
+        raise PlanError(
+            f"There is no server named {name!r}.", suggestion(name, known, ", or name an estimator file")
+        )
+    if name in known:
+        path = bundled_path(f"profiles/{name}.jsonl")
+    if profile_files(path)[1].exists() and estimator_beside(path).exists():
+        manifest = load_manifest(path)
+        model = ServerModel(
+            load_estimator(estimator_beside(path)),
+            kv_tokens=manifest.engine.get("kv_tokens"),
+            max_context=manifest.model.max_context or ServerModel.max_context,
+        )
+        return model, f"server: {path.stem}, {manifest.source} ({manifest.citation or 'profile'})"
+    return ServerModel(load_estimator(path)), f"server: estimator {name}"
