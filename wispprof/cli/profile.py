@@ -203,6 +203,8 @@ def import_gpu(
 @group.command()
 def gpus(as_json: JsonFlag = False) -> None:
     """List the GPUs and models that import-gpu knows (extra: gpu-tables), and the profiles that ship."""
+    from rich.console import Group
+
     from wispprof.artifacts.profile import shipped_servers
     from wispprof.errors import ProfileError
     from wispprof.profiling import operator_tables
@@ -234,7 +236,7 @@ def gpus(as_json: JsonFlag = False) -> None:
         heads = "|".join(("system", "GiB", *operator_tables.FRAMEWORKS))
         shown.append(table("GPUs in the tables, and the version measured under each framework", heads, cells))
         shown.append(f"Models: {', '.join(known['models'])}")
-    result(known, shown, as_json)
+    result(known, Group(*shown), as_json)
 
 
 def _is_trace(path: Path) -> bool:

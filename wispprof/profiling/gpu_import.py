@@ -74,14 +74,14 @@ def _all_shapes(knots: Sequence[int], max_context: int) -> Iterator[tuple[str, B
     for number in range(_RAGGED):
         sessions = rng.choice((2, 4, 8, 16, 32, 64, 128))
         mean = rng.choice((256, 1024, 4096))
-        items = [
+        ragged = [
             VerifyItem(rng.randint(1, 9), min(int(mean * rng.lognormvariate(0, 0.7)) + 1, max_context - 10))
             for _ in range(sessions)
         ]
         if number % 3 == 0:
-            items.append(VerifyItem(rng.choice((128, 512, 1536)), rng.choice((0, 512, 2048)), True))
-        kind = "mixed" if items[-1].prefill else "verify"
-        yield kind, BatchShape(tuple(sorted(items)))
+            ragged.append(VerifyItem(rng.choice((128, 512, 1536)), rng.choice((0, 512, 2048)), True))
+        kind = "mixed" if ragged[-1].prefill else "verify"
+        yield kind, BatchShape(tuple(sorted(ragged)))
 
 
 def import_profile(target: GpuTarget, output: Output, progress: Progress | None = None) -> ServerProfile:

@@ -2,7 +2,7 @@
 
 - Operators of each token are priced at all rows of the step, the output head at the rows that are sampled:
   every row of a verify item, one of a prompt chunk. Both curves keep the measured row counts as knots, so
-  tile edges stay where they were measured. Where the tables fall, the nearest curve that never falls is taken.
+  tile edges stay where they were measured. Where tables fall, the nearest curve that never falls is taken.
 - Attention of a verify item is the larger of the kernel for several tokens and the decode kernel: a verify
   step reads at least the cache that a decode step reads. Prompt chunks are a launch of their own.
 - The tables know uniform batches only. A ragged launch of n items costs at least its heaviest part alone: the
@@ -40,7 +40,8 @@ def never_falling(values: FloatArray) -> FloatArray:
             mean = (before * others + mean * count) / (others + count)
             count += others
         pools.append((mean, count))
-    return np.exp(np.repeat([m for m, _ in pools], [n for _, n in pools]))
+    result: FloatArray = np.exp(np.repeat([m for m, _ in pools], [n for _, n in pools]))
+    return result
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class OperatorSteps:
         verifying = [i for i in shape.items if not i.prefill]
         sampled = sum(i.new for i in verifying) + len(shape.items) - len(verifying)
         operators = self._tables.tokenwise(shape.new_tokens) + self._tables.output_head(sampled)
-        by_origin = Counter[str]()
+        by_origin: dict[str, float] = dict.fromkeys(Shares._fields, 0.0)
         for _, ms, origin in operators:
             by_origin[origin] += ms
         # The decode kernel alone is interpolated; over a cached prefix the other one is scaled by a formula.
