@@ -24,7 +24,7 @@ from wispprof.settings.planner_settings import FleetSettings
 from wispprof.simulation.arrivals import Lengths
 from wispprof.simulation.routed_fleet import Burst, ClientClass, FleetRun, RequestLengths, RoutedFleet
 from wispprof.simulation.scenario import Client, ServerDraft, ServerModel, system
-from wispprof.simulation.scenario_inputs import server_of
+from wispprof.simulation.server_models import server_of
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 from wispprof.simulation.workload_lengths import WorkloadLengths
 from wispprof.types import Slo

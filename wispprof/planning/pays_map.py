@@ -13,7 +13,7 @@ from wispprof.planning.draft_table import EdgeCosts, speed_curve
 from wispprof.planning.fleet_file import FleetSpec
 from wispprof.planning.session_speed import LoadedStepTimes, Runs
 from wispprof.settings.planner_settings import PlanSettings
-from wispprof.simulation.scenario_inputs import server_of
+from wispprof.simulation.server_models import server_of
 
 
 def pays_map(spec: FleetSpec, progress: Callable[[str], None] = lambda doing: None) -> tuple[PayRow, ...]:

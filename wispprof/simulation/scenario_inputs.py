@@ -84,12 +84,6 @@ def _server(name: str, notes: list[str]) -> ServerModel:
     return model
 
 
-def server_of(name: str) -> tuple[ServerModel, str]:
-    """A server by name, and a note on where its times come from."""
-    notes: list[str] = []
-    return _server(name, notes), notes[-1]
-
-
 def _predictor(path: Path | None) -> RejectionPredictor:
     if path is None:
         return ConfidenceAcceptance()
