@@ -135,7 +135,8 @@ def _path(body: dict[str, Any], where: str) -> TracePath:
     m, depth = len(line.path), line.depth
     try:
         drafts = np.array(line.drafts, dtype=np.int32).reshape(m, depth)
-        features = np.array(line.features, dtype=np.float32).reshape(m, depth, FEATURES)
+        with np.errstate(over="ignore"):  # infinity is refused below
+            features = np.array(line.features, dtype=np.float32).reshape(m, depth, FEATURES)
         accepted = np.array(line.accepted, dtype=np.int32).reshape(m)
     except (ValueError, OverflowError) as err:
         raise damaged(where, str(err)) from None

@@ -28,6 +28,8 @@ _PER_TEST = (
     *("avg_ns", "stddev_ns", "avg_ts", "stddev_ts", "samples_ns", "samples_ts"),
 )
 """Fields that differ between tests of one setting; all others are settings."""
+_SPEEDS = (1e-6, 1e9)
+"""Tokens/s that a test may report."""
 _ENGINE_FACTS = ("n_threads", "n_gpu_layers", "backends", "flash_attn", "type_k", "type_v")
 
 
@@ -139,6 +141,11 @@ def _rows(tests: Sequence[_BenchTest], where: str) -> list[EdgeRow]:
     for test in tests:
         if (test.n_prompt and test.n_gen) or min(test.speeds) <= 0:
             continue
+        for speed in test.speeds:
+            if not _SPEEDS[0] <= speed <= _SPEEDS[1]:
+                raise ArtifactDamaged(
+                    f"{where} says {speed:g} tokens/s.", "Make the file again with: llama-bench -o json."
+                )
         kind = "prefill" if test.n_prompt else "draft_step"
         tokens = test.n_prompt or 1
         # A generation test grows from its depth: on average half of it precedes each token.
