@@ -21,8 +21,9 @@ class FleetOption:
     ``attainment``: share of sessions that meet their SLO with ``servers`` servers, by simulating some of them
     behind the router; ``by_class``: of each device class. ``fleet_attainment`` and ``spare_attainment``: by
     simulating all servers, without and with the spare ones; ``None`` if they were not simulated.
-    ``bound_by``: the limit reached first with one server less: ``kv``, ``ttft``, ``speed``; ``one`` if a
-    single server suffices, ``never`` if no number does. ``tightest``: the class that comes nearest to its
+    ``bound_by``: the limit reached first with one server less: ``kv``, ``ttft``, ``speed``; ``one`` if
+    a single server suffices, ``dear`` if it was given up for its price (``servers`` are then too few),
+    ``never`` if no number does. ``tightest``: the class that comes nearest to its
     limit. ``burst``: the greatest factor of a burst that the bought servers bear, ``None`` if not simulated.
     ``utilisation``: share of time that a server computes. ``simulated``: false if ``servers`` and
     ``attainment`` are estimates of the closed model.
@@ -86,7 +87,7 @@ class FleetAnswer:
     @property
     def best(self) -> FleetOption | None:
         """The cheapest option that holds the SLO."""
-        return next((o for o in self.options if o.bound_by != "never"), None)
+        return next((o for o in self.options if o.bound_by not in ("never", "dear")), None)
 
 
 def save_fleet(answer: FleetAnswer, path: Path) -> str:

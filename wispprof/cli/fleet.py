@@ -75,7 +75,7 @@ def _ranking(answer: FleetAnswer) -> Table:
             o.attainment,
             o.fleet_attainment,
             f"× {o.burst:g}" if o.burst else None,
-            LIMITS[o.bound_by] + ("" if o.simulated or not o.servers else " (estimated)"),
+            LIMITS[o.bound_by] + ("" if o.simulated or o.bound_by in ("never", "dear") else " (estimated)"),
         )
         for o in answer.options
     )

@@ -9,6 +9,7 @@ LIMITS = {
     "ttft": "first token",
     "speed": "token speed",
     "one": "one server is enough",
+    "dear": "needs more, too dear",
     "never": "no number of servers",
 }
 """What limits an option, by :attr:`~wispprof.artifacts.fleet_answer.FleetOption.bound_by`."""
@@ -35,7 +36,7 @@ def in_words(answer: FleetAnswer) -> list[str]:
         f"{best.servers} servers are enough, {answer.spare} more may fail. "
         f"Limit: {LIMITS[best.bound_by]}; tightest class: {best.tightest}."
     )
-    holding = [o for o in answer.options if o.servers]
+    holding = [o for o in answer.options if o.servers and o.bound_by != "dear"]
     if len(holding) > 1:
         other = holding[1]
         more = other.dollars_per_h / best.dollars_per_h - 1

@@ -67,6 +67,7 @@ class _Search:
     settings: FleetSettings
     estimate: int = 0
     servers: int = 0
+    too_dear: bool = False
     runs: dict[int, FleetRun] = field(default_factory=dict)
 
     def price_per_h(self, servers: int) -> float:
@@ -110,8 +111,9 @@ class _Search:
         parts = [(run.met, run.judged), *(p for p in run.by_class.values() if p[1] >= _LEAST_JUDGED)]
         return all(_surely(met, of) >= self.spec.target for met, of in parts)
 
-    def search(self, executor: Executor | None, progress: Progress) -> None:
-        """The fewest servers that hold the SLO; 0 if none does."""
+    def search(self, executor: Executor | None, progress: Progress, dearest: float = math.inf) -> None:
+        """Find the fewest servers that hold the SLO; 0 if none does. Give up (``too_dear``) if a number that
+        does not hold it costs more than ``dearest`` dollars an hour."""
         low, high = 0, 0
         count = self.estimate
         while not high or high - low > max(1, round(0.02 * high)):
@@ -122,6 +124,9 @@ class _Search:
                     break
             else:
                 low = count
+                if not high and self.price_per_h(low) > dearest:
+                    self.too_dear, self.estimate = True, low + 1
+                    return
                 if low >= self.candidate.max_servers:
                     break
                 count = (low + high) // 2 if high else math.ceil(1.25 * count) + 1
@@ -138,7 +143,9 @@ class _Search:
         state = self.model.best(max(1, count))
         utilisation = run.utilisation if run else 0.0
         bound_by = "never"
-        if count:
+        if self.too_dear:
+            bound_by, run = "dear", self.runs[count - 1]
+        elif count:
             bound_by = "one" if count == 1 else self._bound_by(less)
         return FleetOption(
             self.system,
@@ -155,7 +162,7 @@ class _Search:
             bound_by,
             _tightest(run, self.load.model, state),
             utilisation,
-            run is not None,
+            run is not None and not self.too_dear,
         )
 
     def _bound_by(self, run: FleetRun | None) -> str:
@@ -211,10 +218,10 @@ def plan_fleet(
             one.estimate = model.servers_needed(candidate.max_servers)
             searches.append(one)
             progress(f"{candidate.name}, {name}: estimated")
-    for name in spec.systems:
-        of_system = [one for one in searches if one.system == name and one.estimate]
-        if of_system:
-            min(of_system, key=lambda one: one.known_price).search(executor, progress)
+    first = [_cheapest([one for one in searches if one.system == name]) for name in spec.systems]
+    for one in sorted((one for one in first if one is not None), key=lambda one: one.known_price):
+        best = min((s.price_per_h(s.servers) for s in searches if s.servers), default=math.inf)
+        one.search(executor, progress, settings.dearest * best)
     # Whatever may be cheaper than the second best is simulated, too.
     while True:
         done = sorted(s.known_price for s in searches if s.servers)
@@ -224,7 +231,7 @@ def plan_fleet(
         ]
         if not left:
             break
-        min(left, key=lambda s: s.known_price).search(executor, progress)
+        min(left, key=lambda s: s.known_price).search(executor, progress, settings.dearest * limit)
     ranked = sorted(searches, key=lambda s: (s.known_price, not s.runs))
     options = []
     for place, one in enumerate(ranked):
@@ -244,6 +251,11 @@ def plan_fleet(
         spec.prices_as_of,
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _cheapest(searches: list[_Search]) -> _Search | None:
+    estimated = [one for one in searches if one.estimate]
+    return min(estimated, key=lambda one: one.known_price) if estimated else None
 
 
 def _verified(

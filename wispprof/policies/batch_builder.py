@@ -127,6 +127,8 @@ class BatchBuilder:
         Predictions never fall when work is added, so a search finds it. It prices 16 chunks at once,
         because an estimator does that at the cost of one.
         """
+        if self.cost.add(1, session.cached, True).bound_ms > budget_ms:
+            return 0  # most prompts of a long queue; cheaper than a search
         low, high = 0, chunk
         while high - low > 1:
             sizes = np.array(sorted(evenly_spaced(low + 1, high - 1, 16)))

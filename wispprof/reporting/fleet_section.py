@@ -58,7 +58,7 @@ def ranking_table(answer: FleetAnswer) -> Table:
                 None if o.attainment is None else 100 * o.attainment,
                 None if o.fleet_attainment is None else 100 * o.fleet_attainment,
                 f"× {o.burst:g}" if o.burst else "",
-                LIMITS[o.bound_by] + ("" if o.simulated else " (estimate)"),
+                LIMITS[o.bound_by] + ("" if o.simulated or o.bound_by == "dear" else " (estimate)"),
             )
             for o in answer.options
             if o.servers
@@ -72,7 +72,7 @@ def ranking_table(answer: FleetAnswer) -> Table:
 
 def price_front(answer: FleetAnswer) -> str:
     """Dollars for a million tokens against attainment. Empty if nothing was simulated."""
-    shown = [o for o in answer.options if o.servers and o.attainment is not None]
+    shown = [o for o in answer.options if o.simulated]
     if not shown:
         return ""
     systems = list(dict.fromkeys(o.system for o in shown))
