@@ -22,7 +22,7 @@ class FleetOption:
     behind the router; ``by_class``: of each device class. ``fleet_attainment`` and ``spare_attainment``: by
     simulating all servers, without and with the spare ones; ``None`` if they were not simulated.
     ``bound_by``: the limit reached first with one server less: ``kv``, ``ttft``, ``speed``; ``one`` if
-    a single server suffices, ``dear`` if it was given up for its price (``servers`` are then too few),
+    a single server suffices, ``dear`` if it was given up for its price (at least so many ``servers``),
     ``never`` if no number does. ``tightest``: the class that comes nearest to its
     limit. ``burst``: the greatest factor of a burst that the bought servers bear, ``None`` if not simulated.
     ``utilisation``: share of time that a server computes. ``simulated``: false if ``servers`` and

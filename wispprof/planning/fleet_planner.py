@@ -33,6 +33,8 @@ Progress = Callable[[str], None]
 
 _PROBE_SEED, _CHECK_SEED = 1, 2
 _LEAST_JUDGED = 50
+_FAR = 0.2
+"""Shortfall of attainment from which the search takes longer strides."""
 _BURSTS = (4.0, 3.0, 2.0, 1.5, 1.25)
 _MS_PER_S, _S_PER_H = 1000.0, 3600.0
 
@@ -112,24 +114,26 @@ class _Search:
         return all(_surely(met, of) >= self.spec.target for met, of in parts)
 
     def search(self, executor: Executor | None, progress: Progress, dearest: float = math.inf) -> None:
-        """Find the fewest servers that hold the SLO; 0 if none does. Give up (``too_dear``) if a number that
-        does not hold it costs more than ``dearest`` dollars an hour."""
+        """Find the fewest servers that hold the SLO; 0 if none does. Give up (``too_dear``) if it needs
+        so many that they cost more than ``dearest`` dollars an hour."""
         low, high = 0, 0
         count = self.estimate
         while not high or high - low > max(1, round(0.02 * high)):
-            if self.holds(self.run(count, executor, progress)):
+            if not high and self.price_per_h(count) > dearest:
+                self.too_dear, self.estimate = True, count
+                return
+            run = self.run(count, executor, progress)
+            if self.holds(run):
                 high = count
                 count = (low + high) // 2 if low else max(1, math.floor(0.8 * count))
                 if high == 1:
                     break
             else:
                 low = count
-                if not high and self.price_per_h(low) > dearest:
-                    self.too_dear, self.estimate = True, low + 1
-                    return
                 if low >= self.candidate.max_servers:
                     break
-                count = (low + high) // 2 if high else math.ceil(1.25 * count) + 1
+                growth = 1.25 if run.attainment > self.spec.target - _FAR else 1.6
+                count = (low + high) // 2 if high else math.ceil(growth * count) + 1
                 count = min(count, self.candidate.max_servers)
         self.servers = high
         if not high:
@@ -144,7 +148,7 @@ class _Search:
         utilisation = run.utilisation if run else 0.0
         bound_by = "never"
         if self.too_dear:
-            bound_by, run = "dear", self.runs[count - 1]
+            bound_by, run = "dear", None
         elif count:
             bound_by = "one" if count == 1 else self._bound_by(less)
         return FleetOption(
@@ -162,7 +166,7 @@ class _Search:
             bound_by,
             _tightest(run, self.load.model, state),
             utilisation,
-            run is not None and not self.too_dear,
+            run is not None,
         )
 
     def _bound_by(self, run: FleetRun | None) -> str:

@@ -206,7 +206,7 @@ class FleetSettings(Settings):
     )
     verified: int = setting(2, "Options, from the cheapest on, whose whole fleet is simulated.", minimum=0)
     dearest: float = setting(
-        3.0, "Give an option up once it costs more than this times the cheapest.", minimum=1
+        2.0, "Give an option up once it costs more than this times the cheapest.", minimum=1
     )
     optimism: float = setting(
         1.0, "Simulate options that are estimated to cost up to this times the second best.", minimum=0.1
