@@ -23,6 +23,7 @@ from wispprof.simulation.arrivals import Lengths, Request
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.routed_fleet import Burst, fleet_requests, route
 from wispprof.simulation.scenario import ServerModel
+from wispprof.simulation.server_models import server_of
 from wispprof.types import Slo
 
 FAST, SLOW = LinearCost(6.0, row_ms=0.05, kv_ms=2e-5), LinearCost(24.0, row_ms=0.2, kv_ms=8e-5)
@@ -189,3 +190,10 @@ def test_the_command_prints_the_answer(
 def test_lengths_may_share_a_prefix() -> None:
     request = Lengths(1000, 10, reused=0.4).request(Random(0), 5.0, 2)
     assert (request.time_ms, request.client, request.reused) == (5.0, 2, 400)
+
+
+def test_every_example_names_servers_that_are_shipped() -> None:
+    for file in sorted((Path(__file__).parents[2] / "examples" / "fleets").glob("*.toml")):
+        for candidate in read_fleet(file, SYSTEM_NAMES).servers:
+            model, note = server_of(candidate.server)
+            assert model.kv_tokens, note

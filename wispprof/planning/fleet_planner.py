@@ -35,7 +35,7 @@ _PROBE_SEED, _CHECK_SEED = 1, 2
 _LEAST_JUDGED = 50
 _FAR = 0.2
 """Shortfall of attainment from which the search takes longer strides."""
-_BURSTS = (4.0, 3.0, 2.0, 1.5, 1.25)
+_BURSTS = (3.0, 2.0, 1.5)
 _MS_PER_S, _S_PER_H = 1000.0, 3600.0
 
 

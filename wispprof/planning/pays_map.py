@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
-from wispprof.artifacts.files import bundle_roots
 from wispprof.artifacts.fleet_answer import PayRow
 from wispprof.artifacts.plan import MODES
+from wispprof.artifacts.profile import shipped_servers
 from wispprof.planning.batch_table import sessions_of_levels
 from wispprof.planning.draft_table import EdgeCosts, speed_curve
 from wispprof.planning.fleet_file import FleetSpec
@@ -23,9 +22,8 @@ def pays_map(spec: FleetSpec, progress: Callable[[str], None] = lambda doing: No
     workload = spec.workload(of)
     context = workload.quantile("context", 0.5) if workload else of.prompt + of.output // 2
     rows: list[PayRow] = []
-    named = {Path(c.server).name.removesuffix(".estimator.json"): c.server for c in spec.servers}
-    for name, server in {**_shipped(), **named}.items():
-        model, _ = server_of(server)
+    for name in dict.fromkeys((*shipped_servers(), *(c.server for c in spec.servers))):
+        model, _ = server_of(name)
         times = LoadedStepTimes(model.estimator, max(1, context))
         limits = PlanSettings(contexts=(times.cached,), kv_tokens=model.kv_tokens or 0, max_sessions=512)
         gpu, shape = _parts(name)
@@ -39,14 +37,6 @@ def pays_map(spec: FleetSpec, progress: Callable[[str], None] = lambda doing: No
             rows.append(PayRow(name, gpu, shape, level, sessions, gain, k, mode))
         progress(f"{name}: where drafting pays")
     return tuple(rows)
-
-
-def _shipped() -> dict[str, str]:
-    found: dict[str, str] = {}
-    for root in bundle_roots():
-        for path in sorted((root / "profiles").glob("*.estimator.json")):
-            found.setdefault(path.name.removesuffix(".estimator.json"), str(path))
-    return found
 
 
 _GPUS = ("a100-sxm", "h100-sxm", "h200-sxm", "b200-sxm", "l40s")

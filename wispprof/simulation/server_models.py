@@ -23,8 +23,9 @@ def server_of(name: str) -> tuple[ServerModel, str]:
     from wispprof.fitting import load_estimator
 
     path = Path(name)
-    known = shipped_servers() if not path.exists() and not path.suffix else {}
-    if known and name not in known:
+    known = shipped_servers() if not path.exists() else {}
+    # A name may hold a dot (llama-3.1), as a file's does.
+    if known and name not in known and path.suffix not in (".json", ".jsonl"):
         raise PlanError(
             f"There is no server named {name!r}.", suggestion(name, known, ", or name an estimator file")
         )
