@@ -2,6 +2,8 @@
 
 - A step reads the weights (constant) and multiplies each padded token with them (a curve in tokens).
 - It reads the cache (a curve in cached tokens), touches query-key pairs, and waits for its deepest item.
+- An attention kernel computes several query rows of an item about as fast as one once they fill a tile. So
+  the pairs of an item's first rows cost more than those of later ones: min(Σ new·cached, r·Σ cached).
 - Only tokens that are sampled pass the output head, so a prompt token costs less than a draft.
 - Attention groups items of similar context. The totals do not tell how many groups there are; √(items ·
   max_cached) grows as the groups do in measurements. Prompt chunks and decode items form separate groups,
@@ -31,7 +33,9 @@ from wispprof.types import BatchTotals
 
 NEW_KNOTS = 6
 CACHED_KNOTS = 3
-TERMS = 8
+TERMS = 10
+FIRST_ROWS = (2, 4)
+"""Query rows of an item after which its pairs may become cheaper."""
 BUCKET_SHARE = 0.8
 """Share of rows whose padding must follow the buckets before they are used."""
 
@@ -119,9 +123,9 @@ def graph_buckets(data: Observations) -> FloatArray:
 
 
 class PhysicalTerms(LearnedState):
-    """``buckets_`` (b,), ``new_`` and ``cached_`` curves, and ``weights_`` (8,) of the other terms: a step,
-    an item, Σ new·cached, Σ new², the deepest item, a sampled token, √(items · max_cached), and the smaller
-    of a prompt's tokens and the sampled ones."""
+    """``buckets_`` (b,), ``new_`` and ``cached_`` curves, and ``weights_`` (10,) of the other terms: a step,
+    an item, Σ new·cached, Σ new², the deepest item, a sampled token, √(items · max_cached), the smaller of a
+    prompt's tokens and the sampled ones, and the pairs of the first rows."""
 
     buckets_: list[float]
     new_: PiecewiseCurve
@@ -149,6 +153,7 @@ class PhysicalTerms(LearnedState):
             sampled,
             np.sqrt(totals.items * totals.max_cached),
             np.minimum(totals.prefill, sampled),
+            *(np.minimum(totals.sum_new_cached, rows * totals.sum_cached) for rows in FIRST_ROWS),
         ]
         design = np.concatenate(
             [
@@ -175,7 +180,8 @@ class PhysicalTerms(LearnedState):
         """Milliseconds of a batch with so many sampled tokens (see :func:`sampled_tokens`)."""
         new_ms, cached_ms = self.new_(self.padded(totals.sum_new)), self.cached_(totals.sum_cached)
         groups, mixed = sqrt(totals.items * totals.max_cached), min(totals.prefill, sampled)
-        time_ms: float = self._sum(totals, new_ms, cached_ms, sampled, groups, mixed)
+        few, some = (min(totals.sum_new_cached, rows * totals.sum_cached) for rows in FIRST_ROWS)
+        time_ms: float = self._sum(totals, new_ms, cached_ms, sampled, groups, mixed, few, some)
         return time_ms
 
     def p50_many(self, totals: ArrayTotals, sampled: FloatArray) -> FloatArray:
@@ -183,13 +189,22 @@ class PhysicalTerms(LearnedState):
         new_ms = self.new_.many(padded_many(totals.sum_new, np.array(self.buckets_)))
         cached_ms = self.cached_.many(totals.sum_cached)
         groups, mixed = np.sqrt(totals.items * totals.max_cached), np.minimum(totals.prefill, sampled)
-        return np.asarray(self._sum(totals, new_ms, cached_ms, sampled, groups, mixed))
+        few, some = (np.minimum(totals.sum_new_cached, rows * totals.sum_cached) for rows in FIRST_ROWS)
+        return np.asarray(self._sum(totals, new_ms, cached_ms, sampled, groups, mixed, few, some))
 
     def _sum(
-        self, totals: BatchTotals[Any], new_ms: Any, cached_ms: Any, sampled: Any, groups: Any, mixed: Any
+        self,
+        totals: BatchTotals[Any],
+        new_ms: Any,
+        cached_ms: Any,
+        sampled: Any,
+        groups: Any,
+        mixed: Any,
+        few: Any,
+        some: Any,
     ) -> Any:
         """All terms, of one batch or of n: both must round alike."""
         items, _, _, new_cached, new_sq, max_cached, _, _ = totals
-        w0, w1, w2, w3, w4, w5, w6, w7 = self.weights_
+        w0, w1, w2, w3, w4, w5, w6, w7, w8, w9 = self.weights_
         linear_ms = new_ms + cached_ms + w0 + w1 * items + w2 * new_cached + w3 * new_sq + w4 * max_cached
-        return linear_ms + w5 * sampled + w6 * groups + w7 * mixed
+        return linear_ms + w5 * sampled + w6 * groups + w7 * mixed + w8 * few + w9 * some
