@@ -63,7 +63,7 @@ def command(system: str, port: int, eager: bool, estimator: Path | None) -> list
         return [
             *(sys.executable, "-m", "wispprof", "serve", "--engine", "vllm", "--port", str(port)),
             *("--policy", policy, "--kv-tokens", str(1 << 16), "--admit", "all", "--log-level", "warning"),
-            *("--max-context", str(CONTEXT - 1), *more),
+            *("--max-context", str(CONTEXT - 1), "--dtype", "float32", *more),
             *(("--estimator", str(estimator)) if estimator else ()),
         ]
     speculation = {

@@ -81,7 +81,12 @@ def main() -> None:
     args = parser.parse_args()
     arguments = {"max_model_len": 2048, "enforce_eager": args.eager}
     options = EngineOptions(
-        bundled_model("target"), kv_tokens=1 << 16, max_sessions=80, max_drafts=8, arguments=arguments
+        bundled_model("target"),
+        "float32",
+        kv_tokens=1 << 16,
+        max_sessions=80,
+        max_drafts=8,
+        arguments=arguments,
     )
     engine = load_engine("vllm", options).engine
     assert isinstance(engine, VllmEngine)

@@ -6,10 +6,12 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from wispprof.errors import EngineError, OutOfKvMemory
 from wispprof.types import DraftToken, Sampling, StepInput, VerifyResult
+
+T = TypeVar("T")
 
 
 class Drafter(ABC):
@@ -75,6 +77,19 @@ class IntegrityReport(NamedTuple):
 
     errors: dict[str, float]
     tolerance: float
+
+
+class OpenSessions(dict[str, T]):
+    """What an engine holds of each open session, by name; raises :class:`EngineError` for any other."""
+
+    def __missing__(self, session: str) -> T:
+        raise EngineError(f"There is no session {session!r}.", "Open it first.")
+
+    def take(self, session: str) -> T:
+        """Remove a session; returns what was held of it."""
+        held = self[session]
+        del self[session]
+        return held
 
 
 class Engine(ABC):

@@ -158,7 +158,7 @@ def test_both_sides_hold_the_same_text_after_any_history(seed: int) -> None:
 
 def test_the_bundled_tokenizer_s_bytes_are_exact() -> None:
     from wispprof.artifacts import bundled_path
-    from wispprof.drafters.token_text import load_tokenizer
+    from wispprof.engines.tokenizers import load_tokenizer
 
     text = TokenText(load_tokenizer(str(bundled_path("models/reference-pair/target"))))
     for sample in ("def f(x):\n    return x + 1\n", "naïve 中文 🙂 end", " leading  spaces"):

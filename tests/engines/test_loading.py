@@ -12,8 +12,9 @@ import torch
 
 from wispprof.artifacts import bundled_path
 from wispprof.engines import loading
-from wispprof.engines.loading import load_model, load_tokenizer, random_model, tokenizer_hash
+from wispprof.engines.loading import load_model, random_model
 from wispprof.engines.model_shapes import PRESETS
+from wispprof.engines.tokenizers import load_tokenizer, tokenizer_hash
 from wispprof.engines.torch.decoder import FusedDecoder, TransformersDecoder, decoder_for
 from wispprof.errors import ModelError, ModelMissing, ModelUnsupported
 
@@ -166,7 +167,7 @@ def test_auto_takes_an_apple_gpu(monkeypatch):
 
 
 def test_long_texts_are_tokenized_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = load_tokenizer(bundled_path("models/reference-pair/target"))
+    tokenizer = load_tokenizer(str(bundled_path("models/reference-pair/target")))
     tokenizer.model_max_length = 8
     logging.getLogger("transformers").addHandler(caplog.handler)
     try:

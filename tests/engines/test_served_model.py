@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from wispprof.engines.loading import tokenizer_hash
 from wispprof.engines.served_model import (
     chat_template,
     describe_model,
@@ -19,6 +18,7 @@ from wispprof.engines.served_model import (
     read_generation_config,
     stop_tokens,
 )
+from wispprof.engines.tokenizers import tokenizer_hash
 from wispprof.errors import ModelError
 from wispprof.types import GenerationDefaults, ServedModel
 

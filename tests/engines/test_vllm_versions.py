@@ -17,9 +17,9 @@ def installed(monkeypatch: pytest.MonkeyPatch, version: str, functions: dict[str
     monkeypatch.setattr(versions, "changed_functions", lambda: CHANGED(functions))
 
 
-def test_without_vllm_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_vllm_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "installed_vllm", lambda: None)
-    with pytest.raises(EngineError, match=r"vLLM is not installed. Install wispprof\[vllm\]"):
+    with pytest.raises(EngineError, match=r"vLLM is not installed. Run `pip install vllm=="):
         load_engine("vllm", EngineOptions("target"))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from wispprof.edge import EdgeClient, websocket_connections
 from wispprof.edge.draft_device import DraftDevice
 from wispprof.edge.edge_runtime import EdgeRuntime, Prompt
-from wispprof.engines.loading import tokenizer_hash
+from wispprof.engines.tokenizers import tokenizer_hash
 from wispprof.server.process import running_server
 from wispprof.settings.edge_settings import ClientSettings, EdgeSettings
 from wispprof.settings.server_settings import ServerSettings

@@ -285,14 +285,15 @@ def test_conversations_go_through_the_chat_template(tmp_path):
 
 
 def test_other_tokenizers_are_refused_before_weights_are_loaded(monkeypatch):
-    from wispprof.engines import loading
+    from wispprof.engines import loading, model_folder, tokenizers
 
     def load_model(*_):
         raise AssertionError("loaded")
 
     monkeypatch.setattr(loading, "load_model", load_model)
-    monkeypatch.setattr(loading, "load_tokenizer", lambda name: name)
-    monkeypatch.setattr(loading, "tokenizer_hash", lambda tokenizer: tokenizer)
+    monkeypatch.setattr(model_folder, "find_model", lambda name: name)
+    monkeypatch.setattr(tokenizers, "read_tokenizer", lambda folder: folder)
+    monkeypatch.setattr(tokenizers, "tokenizer_hash", lambda tokenizer: tokenizer)
     with pytest.raises(ModelError, match="a and b do not share a tokenizer"):
         trace_pair(TraceSettings(target="x/a", draft="y/b"))
 

@@ -29,7 +29,7 @@ EAGER = {"enforce_eager": True, "max_model_len": 2048}
 
 def vllm_options(target: str = TARGET, **changes) -> EngineOptions:
     arguments = {**EAGER, **changes.pop("arguments", {})}
-    given = {"kv_tokens": 128 * 96, "max_tokens": 4096, "max_sessions": 64, **changes}
+    given = {"dtype": "float32", "kv_tokens": 128 * 96, "max_tokens": 4096, "max_sessions": 64, **changes}
     return EngineOptions(target, arguments=arguments, **given)
 
 

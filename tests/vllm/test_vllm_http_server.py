@@ -23,8 +23,16 @@ def address() -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", TARGET, "--port", str(port)),
-        *("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(1 << 27)),
+        *(sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", TARGET),
+        *(
+            "--port",
+            str(port),
+            "--dtype",
+            "float32",
+            "--enforce-eager",
+            "--kv-cache-memory-bytes",
+            str(1 << 27),
+        ),
     ]
     process = subprocess.Popen(command)
     try:

@@ -1,4 +1,4 @@
-"""The target's tokenizer on the device: loading it, bytes of its tokens, tokens of bytes."""
+"""The target's tokenizer on the device: bytes of its tokens, tokens of bytes."""
 
 from __future__ import annotations
 
@@ -8,23 +8,6 @@ from functools import cached_property
 from typing import Any
 
 from wispprof.engines.byte_level import BYTE_OF_CHAR
-from wispprof.errors import ModelError
-
-
-def load_tokenizer(where: str) -> Any:
-    """The Hugging Face tokenizer of a folder or hub id. Raises :class:`ModelError` without one."""
-    from transformers import AutoTokenizer
-
-    from wispprof.engines.loading import without_length_warning
-
-    try:
-        return without_length_warning(AutoTokenizer.from_pretrained(where))
-    except (OSError, ValueError) as err:
-        raise ModelError(
-            f"There is no tokenizer at {where}.",
-            "Give --tokenizer, a folder or hub id that has the target's.",
-        ) from err
-
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 

@@ -12,12 +12,12 @@ from typing import Any
 from wispprof.artifacts import bundled_path
 from wispprof.drafters import draft_folder, is_llama, load_llama, needs_model
 from wispprof.drafters.ngram import LookupMemory
-from wispprof.drafters.token_text import load_tokenizer
 from wispprof.edge.client import EdgeClient
 from wispprof.edge.connection import ConnectionFactory, ssl_context, websocket_connections
 from wispprof.edge.draft_device import DraftDevice
 from wispprof.edge.generation import Generation
 from wispprof.edge.request_stats import RequestStats
+from wispprof.engines.tokenizers import load_tokenizer, tokenizer_hash
 from wispprof.hardware import energy_meter
 from wispprof.openai_api import ChatTokenizer, TextGeneration, TextOptions
 from wispprof.openai_api.stop_strings import StopStrings
@@ -215,7 +215,7 @@ async def open_edge(settings: EdgeSettings) -> AsyncIterator[EdgeRuntime]:
 
 def _load(settings: EdgeSettings, folder: str) -> tuple[Any, Any, str]:
     """(draft model or ``None``, tokenizer, its hash)."""
-    from wispprof.engines.loading import load_model, tokenizer_hash
+    from wispprof.engines.loading import load_model
 
     loaded: Any = None
     where = settings.tokenizer
@@ -247,6 +247,10 @@ async def _server(settings: EdgeSettings, stack: AsyncExitStack) -> tuple[Connec
         target_id="reference-pair",
         policy="wispprof" if stream else "wisp",
         device=settings.device,
+        engine=settings.engine,
+        vllm_args=settings.vllm_args,
+        vllm_untested=settings.vllm_untested,
+        dtype=settings.dtype,
         admit="all",
     )
     running = await stack.enter_async_context(running_server(server))

@@ -17,17 +17,18 @@ __all__ = ["ENGINES", "EngineOptions", "LoadedEngine", "load_engine"]
 class EngineOptions:
     """What a server asks an engine factory for.
 
-    ``target``: folder or hub id. ``kv_tokens``: size of the KV cache, 0: what memory allows. ``backend``: KV
-    cache layout. ``max_context``: tokens a session may cache, 0: what the model and memory allow.
-    ``full_digest``: identify the target by all bytes of its weights. ``generation_config``: where sampling
-    defaults come from, see :func:`~wispprof.engines.served_model.describe_model`.
+    ``target``: folder or hub id. ``dtype``: ``auto`` is the engine's choice. ``kv_tokens``: size of the KV
+    cache, 0: what memory allows. ``backend``: KV cache layout. ``max_context``: tokens a session may cache,
+    0: what the model and memory allow. ``full_digest``: identify the target by all bytes of its weights.
+    ``generation_config``: where sampling defaults come from, see
+    :func:`~wispprof.engines.served_model.describe_model`.
     ``max_items``, ``max_tokens``: sessions and new tokens of one step. ``max_drafts``: drafts of one session
     in a step. ``prefix_cache``: share the KV of equal prefixes. ``arguments``: passed through to an engine
     that takes its own. ``untested``: accept an engine version that was not tested.
     """
 
     target: str
-    dtype: str = "float32"
+    dtype: str = "auto"
     device: str = "auto"
     kv_tokens: int = 0
     max_sessions: int = 256

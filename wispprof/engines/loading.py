@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from wispprof.engines.model_folder import INCOMPLETE, find_model, weight_files
 from wispprof.engines.model_shapes import PRESETS
 from wispprof.engines.model_weights import check_finite, check_tensors, read_headers, weights_digest
 from wispprof.engines.tensor_parallel import Ranks, load_shard
+from wispprof.engines.tokenizers import quiet_transformers, read_tokenizer, tokenizer_hash
 from wispprof.errors import ModelError, ModelMissing, ModelUnsupported, suggestion
 from wispprof.types import ModelInfo
 
@@ -58,7 +58,8 @@ def load_model(
     """Load a Llama-, Qwen2-, Qwen3- or Mistral-family model.
 
     ``path_or_id``: a folder in Hugging Face layout, or a hub id. The hub is asked only for an id that is
-    not in the local cache, with a short timeout. ``dtype``: ``float32``, ``bfloat16`` or ``float16``.
+    not in the local cache, with a short timeout. ``dtype``: ``float32`` (also as ``auto``), ``bfloat16`` or
+    ``float16``.
     ``device``: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` … ``ranks``: load this rank's shard onto its device
     instead. ``full_digest``: hash all bytes of the weights, not samples, for ``info.weights_hash``.
 
@@ -67,10 +68,11 @@ def load_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    dtype = _named(dtype)
     torch_dtype = _dtype(dtype)
     torch_device = ranks.device if ranks else _device(device)
     folder = find_model(str(path_or_id))
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
         except Exception as err:
@@ -129,9 +131,10 @@ def random_model(
         if config not in PRESETS:
             raise ModelMissing(f"There is no model shape named {config!r}.", suggestion(config, PRESETS))
         config = PRESETS[config]
+    dtype = _named(dtype)
     torch_dtype, torch_device = _dtype(dtype), _device(device)
     fields = {k: v for k, v in config.items() if k not in ("model_type", "name")}
-    with _quiet_transformers():
+    with quiet_transformers():
         made = AutoConfig.for_model(config["model_type"], **fields)
         max_context = check_config(made, name)
         with torch.device("meta"):
@@ -154,17 +157,6 @@ def random_model(
             else:
                 parameter.normal_(0.0, std, generator=generator)
     return _loaded(model, None, name, dtype, f"random:{seed}", max_context)
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """A hash of the vocabulary, token by token, whatever the file format.
-
-    Which tokens are special does not count: a base draft and an instruct target may differ in that.
-    """
-    digest = hashlib.sha256()
-    for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])):
-        digest.update(f"{number}:{token}\n".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()[:16]
 
 
 def _loaded(
@@ -198,6 +190,11 @@ def _loaded(
         kv_bytes_per_token=2 * config.num_hidden_layers * kv_heads * head_dim * _dtype(dtype).itemsize,
     )
     return LoadedModel(model=model, tokenizer=tokenizer, info=info)
+
+
+def _named(dtype: str) -> str:
+    """The name of a dtype; ``auto`` is the one whose steps decide alike in any batch."""
+    return "float32" if dtype == "auto" else dtype
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -238,56 +235,9 @@ def _unreadable(folder: Path, err: Exception) -> ModelError:
     )
 
 
-def load_tokenizer(path_or_id: str | Path) -> Any:
-    """The tokenizer of a model without its weights; ``None`` if the model has none."""
-    with _quiet_transformers():
-        return read_tokenizer(find_model(str(path_or_id)))
-
-
-def without_length_warning(tokenizer: Any) -> Any:
-    """Keep transformers from printing that a text is long: servers and edges check lengths themselves."""
-    warned = getattr(tokenizer, "deprecation_warnings", None)
-    if isinstance(warned, dict):
-        warned["sequence-length-is-longer-than-the-specified-maximum"] = True
-    return tokenizer
-
-
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model's folder; ``None`` if there is none. Raises :class:`ModelError`."""
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if not any((folder / n).is_file() for n in names):
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return without_length_warning(AutoTokenizer.from_pretrained(folder, local_files_only=True))
-    except Exception as err:
-        raise ModelError(
-            f"The tokenizer in {folder} cannot be read: {str(err).splitlines()[0]}",
-            "Download tokenizer.json and tokenizer_config.json again.",
-        ) from err
-
-
 def config_hash(config: Any) -> str:
     """Hash of what in a config decides the architecture."""
     skip = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures"}
     fields = {k: v for k, v in config.to_dict().items() if k not in skip}
     text = json.dumps(fields, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and advice, which would clutter a command's output."""
-    from transformers.utils import logging as library_logging
-
-    logging: Any = library_logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -28,7 +28,7 @@ from wispprof.types import BatchTotals
 
 ROUNDS = (0, 15, 30, 60, 120)
 ALPHAS = (1.0, 0.85, 0.6)
-KNOTS = ((0, 0), (2, 1), (4, 2), (128, 6))
+KNOTS = ((0, 0), (2, 1), (4, 2), (8, 4), (128, 6))
 """Knots of the physical curves in new and cached tokens. Noisy profiles support few; the last choice puts one
 at (almost) every measured row count, which keeps the tile edges of a GPU."""
 MIN_ERROR_RATIO = 0.97

@@ -50,12 +50,13 @@ def check_tokenizers(settings: TraceSettings) -> None:
 
     Raises :class:`ModelError` if they differ. Other drafts than models are compared when they are loaded.
     """
-    from wispprof.engines.loading import load_tokenizer, tokenizer_hash
+    from wispprof.engines.model_folder import find_model
+    from wispprof.engines.tokenizers import read_tokenizer, tokenizer_hash
 
     if settings.draft.endswith(".gguf") or settings.drafter not in ("model", "both"):
         return
     names = (settings.target or bundled_model("target"), settings.draft or bundled_model("draft"))
-    target, draft = (load_tokenizer(name) for name in names)
+    target, draft = (read_tokenizer(find_model(name)) for name in names)
     if target is not None and draft is not None and tokenizer_hash(target) != tokenizer_hash(draft):
         raise _other_tokenizer(*(Path(name).name for name in names))
 

@@ -117,8 +117,7 @@ def load_traced_draft(settings: TraceSettings, tokenizer: Any = None) -> TracedD
     llama = is_llama(settings.draft)
     if not llama and settings.drafter == "model":
         return _TorchTraced(load_pair_model(settings.draft, "draft", settings.dtype, settings.device))
-    from wispprof.drafters.token_text import load_tokenizer
-    from wispprof.engines.loading import tokenizer_hash
+    from wispprof.engines.tokenizers import load_tokenizer, tokenizer_hash
 
     if tokenizer is None or settings.tokenizer:
         where = settings.tokenizer or (draft_folder(settings.draft) if llama else settings.draft)

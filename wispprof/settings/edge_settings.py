@@ -6,9 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wispprof.errors import SettingsError
 from wispprof.settings.draft_settings import LlamaSettings
 from wispprof.settings.fields import Settings, setting
-from wispprof.settings.shared_settings import ServerAccess, device_setting, dtype_setting
+from wispprof.settings.shared_settings import (
+    ServerAccess,
+    device_setting,
+    dtype_setting,
+    engine_setting,
+    vllm_args_setting,
+    vllm_untested_setting,
+)
 from wispprof.settings.sources import named_value
 from wispprof.types import Slo
 
@@ -117,6 +125,9 @@ class EdgeSettings(Settings):
     )
     dtype: str = dtype_setting()
     device: str = device_setting()
+    engine: str = engine_setting()
+    vllm_args: dict[str, Any] = vllm_args_setting()
+    vllm_untested: bool = vllm_untested_setting()
     controller: str = setting(
         "wispprof", "Speculation controller: fixed, sled, wisp, wispprof or one of your own."
     )
@@ -156,6 +167,13 @@ class EdgeSettings(Settings):
     max_tokens: int = setting(
         256, "Maximum tokens to generate if a request names no number.", unit="tokens", minimum=1
     )
+
+    def check_together(self) -> None:
+        if self.server and self.engine != "torch":
+            raise SettingsError(
+                "--engine is of the server that is started here; --server names a running one.",
+                "Omit one of them.",
+            )
 
     @property
     def slo(self) -> Slo:

@@ -14,6 +14,7 @@ from wispprof.settings.shared_settings import (
     backend_setting,
     device_setting,
     dtype_setting,
+    engine_dtype_setting,
     engine_setting,
     vllm_args_setting,
     vllm_untested_setting,
@@ -114,7 +115,7 @@ class ServerProfilerSettings(Settings):
 
     model: str = setting("", "Target model: folder or hub id; default: the bundled one.")
     shape: str = setting("", "Random weights in a known shape instead of --model, such as qwen3-8b.")
-    dtype: str = dtype_setting()
+    dtype: str = engine_dtype_setting()
     device: str = device_setting()
     engine: str = engine_setting()
     vllm_args: dict[str, Any] = vllm_args_setting()
@@ -194,8 +195,11 @@ class TraceSettings(Settings):
         "", "The target's tokenizer for a .gguf draft; default: that of --model, or beside the draft."
     )
     drafter: str = setting("model", "What drafts: model, lookup or both (lookup first).")
-    dtype: str = dtype_setting()
+    dtype: str = engine_dtype_setting()
     device: str = device_setting()
+    engine: str = engine_setting()
+    vllm_args: dict[str, Any] = vllm_args_setting()
+    vllm_untested: bool = vllm_untested_setting()
     llama: LlamaSettings = field(default_factory=LlamaSettings)
     sampling: Sampling = field(default_factory=Sampling)
     prompts: Path | None = setting(

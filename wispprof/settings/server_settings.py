@@ -12,7 +12,7 @@ from wispprof.settings.fields import Settings, setting
 from wispprof.settings.shared_settings import (
     backend_setting,
     device_setting,
-    dtype_setting,
+    engine_dtype_setting,
     engine_setting,
     vllm_args_setting,
     vllm_untested_setting,
@@ -57,7 +57,7 @@ class ServerSettings(Settings):
     tls_key: Path | None = setting(None, "Private key of the certificate (PEM).")
 
     device: str = device_setting()
-    dtype: str = dtype_setting()
+    dtype: str = engine_dtype_setting()
     engine: str = engine_setting()
     vllm_args: dict[str, Any] = vllm_args_setting()
     vllm_untested: bool = vllm_untested_setting()

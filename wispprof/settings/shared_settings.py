@@ -25,6 +25,15 @@ def dtype_setting() -> Any:
     return setting("float32", "Data type of weights and activations: float32, bfloat16 or float16.")
 
 
+def engine_dtype_setting() -> Any:
+    """The field ``dtype`` of whatever runs an engine."""
+    return setting(
+        "auto",
+        "Data type of weights and activations: float32, bfloat16, float16, or auto: float32 on the torch "
+        "engine, on vLLM what its own auto chooses for the model.",
+    )
+
+
 def backend_setting() -> Any:
     """The field ``backend`` of whatever runs an engine."""
     return setting(

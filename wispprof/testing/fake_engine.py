@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from wispprof.backends import Drafter, Engine, EngineCapabilities, IntegrityReport
+from wispprof.backends import Drafter, Engine, EngineCapabilities, IntegrityReport, OpenSessions
 from wispprof.errors import EngineError, InputRefused, OutOfKvMemory
 from wispprof.types import (
     BatchShape,
@@ -135,7 +135,7 @@ class FakeEngine(Engine):
         self._kv_tokens = kv_tokens
         self._step_ms = step_ms
         self._sleep = sleep
-        self._caches: dict[str, _Cache] = {}
+        self._caches: OpenSessions[_Cache] = OpenSessions()
         self._used = 0
         self.steps = 0
 
@@ -184,7 +184,7 @@ class FakeEngine(Engine):
         self._caches[session] = _Cache(sampling)
 
     def fork(self, session: str, child: str, length: int, sampling: Sampling) -> None:
-        parent = self._get(session)
+        parent = self._caches[session]
         if length > len(parent.tokens):
             raise EngineError(f"{session} caches {len(parent.tokens)} tokens, not {length}.")
         if length > self.kv_free:
@@ -195,7 +195,7 @@ class FakeEngine(Engine):
     def step(self, inputs: Sequence[StepInput]) -> list[VerifyResult]:
         self._check_inputs(inputs)
         shape = BatchShape.of(
-            (len(i.tokens), len(self._get(i.session).tokens), not i.needs_logits) for i in inputs
+            (len(i.tokens), len(self._caches[i.session].tokens), not i.needs_logits) for i in inputs
         )
         if shape.new_tokens > self.kv_free:
             raise OutOfKvMemory(f"{shape.new_tokens} new tokens, {self.kv_free} free.")
@@ -226,7 +226,7 @@ class FakeEngine(Engine):
             seen.add(name)
 
     def _verify(self, given: StepInput) -> VerifyResult:
-        cache = self._get(given.session)
+        cache = self._caches[given.session]
         tokens = list(given.tokens)
         first_draft = len(tokens) - given.drafts
         self._append(cache, tokens[:first_draft])
@@ -253,7 +253,7 @@ class FakeEngine(Engine):
         self._used += len(tokens)
 
     def rollback(self, session: str, length: int) -> None:
-        cache = self._get(session)
+        cache = self._caches[session]
         if not 0 <= length <= len(cache.tokens):
             raise EngineError(f"{session} caches {len(cache.tokens)} tokens, not {length}.")
         self._used -= len(cache.tokens) - length
@@ -261,11 +261,10 @@ class FakeEngine(Engine):
         del cache.states[length:]
 
     def close(self, session: str) -> None:
-        self._used -= len(self._get(session).tokens)
-        del self._caches[session]
+        self._used -= len(self._caches.take(session).tokens)
 
     def cached(self, session: str) -> int:
-        return len(self._get(session).tokens)
+        return len(self._caches[session].tokens)
 
     def check_integrity(self, session: str | None = None) -> IntegrityReport:
         if self._used != sum(len(c.tokens) for c in self._caches.values()):
@@ -279,12 +278,6 @@ class FakeEngine(Engine):
             if cache.states and cache.states[-1] != state:
                 raise EngineError(f"The cache of {name} differs from its tokens.")
         return IntegrityReport(dict.fromkeys(self._caches if session is None else [session], 0.0), 0.0)
-
-    def _get(self, session: str) -> _Cache:
-        try:
-            return self._caches[session]
-        except KeyError:
-            raise EngineError(f"No session {session!r} is open.") from None
 
 
 class FakeDrafter(Drafter):

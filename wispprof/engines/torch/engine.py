@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wispprof.backends import Engine, EngineCapabilities, IntegrityReport
+from wispprof.backends import Engine, EngineCapabilities, IntegrityReport, OpenSessions
 from wispprof.engines.loading import LoadedModel
 from wispprof.engines.model_config import FAMILIES
 from wispprof.engines.torch.cuda_graphs import Bucket, StepGraphs
@@ -109,7 +109,7 @@ class TorchEngine(Engine):
         captured = graphs and self._device.type == "cuda" and not loaded.ranks
         if captured and isinstance(self._store, PagedKvStore):
             self._graphs = StepGraphs(self._decoder, self._store, self._device)
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: OpenSessions[_Session] = OpenSessions()
         self._cached_tokens = 0
 
     # --- sessions ------------------------------------------------------------------------------
@@ -122,13 +122,12 @@ class TorchEngine(Engine):
         self._sessions[session] = _Session(self._store.add(), settings)
 
     def close(self, session: str) -> None:
-        closed = self._get(session)
+        closed = self._sessions.take(session)
         self._store.remove(closed.handle)
         self._cached_tokens -= len(closed.tokens)
-        del self._sessions[session]
 
     def rollback(self, session: str, length: int) -> None:
-        held = self._get(session)
+        held = self._sessions[session]
         if not 0 <= length <= len(held.tokens):
             raise EngineError(
                 f"Session {session!r} caches {len(held.tokens)} tokens; it cannot be rolled back to {length}."
@@ -151,7 +150,7 @@ class TorchEngine(Engine):
         The paged backend shares blocks until one side writes. ``private`` copies them at once: sessions that
         share blocks also share cache lines, so their steps are faster than those of unrelated sessions.
         """
-        source = self._get(session)
+        source = self._sessions[session]
         if not 0 <= length <= len(source.tokens):
             raise EngineError(
                 f"Session {session!r} caches {len(source.tokens)} tokens; it cannot be forked at {length}."
@@ -164,11 +163,11 @@ class TorchEngine(Engine):
         self._cached_tokens += length
 
     def cached(self, session: str) -> int:
-        return len(self._get(session).tokens)
+        return len(self._sessions[session].tokens)
 
     def tokens(self, session: str) -> list[int]:
         """A copy of the session's cached tokens."""
-        return list(self._get(session).tokens)
+        return list(self._sessions[session].tokens)
 
     @property
     def sessions(self) -> list[str]:
@@ -255,11 +254,10 @@ class TorchEngine(Engine):
         token_arrays(inputs, self.info.vocab_size)
 
     def _step_sessions(self, inputs: Sequence[StepInput]) -> list[_Session]:
-        try:
-            return [self._sessions[one.session] for one in inputs]
-        except KeyError as err:
-            name = err.args[0]
-            raise InputRefused(name, f"There is no session {name!r}.", "Open it first.") from None
+        for one in inputs:
+            if one.session not in self._sessions:
+                raise InputRefused(one.session, f"There is no session {one.session!r}.", "Open it first.")
+        return [self._sessions[one.session] for one in inputs]
 
     def _forward(
         self, tokens: Sequence[np.ndarray], sizes: StepSizes, handles: np.ndarray
@@ -330,7 +328,7 @@ class TorchEngine(Engine):
                 f"The engine counts {self._cached_tokens} cached tokens; its sessions cache "
                 f"{sum(lengths.values())}."
             )
-        checked = {name: self._get(name) for name in names}
+        checked = {name: self._sessions[name] for name in names}
         held = (
             (name, one.tokens, self._store.read(one.handle, len(one.tokens))) for name, one in checked.items()
         )
@@ -368,12 +366,6 @@ class TorchEngine(Engine):
                 "than the device has left.",
                 "Start with fewer --kv-tokens or fewer --max-sessions.",
             ) from err
-
-    def _get(self, session: str) -> _Session:
-        try:
-            return self._sessions[session]
-        except KeyError:
-            raise EngineError(f"There is no session {session!r}.", "Open it first.") from None
 
     def _check_kv_free(self, tokens: int) -> None:
         if tokens > self.kv_free:

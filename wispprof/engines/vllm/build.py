@@ -85,6 +85,7 @@ def build_core(options: EngineOptions) -> Any:
         raise SettingsError(f"vLLM knows no argument {', '.join(unknown)}.", "See `vllm serve --help`.")
     try:
         config = EngineArgs(**arguments).create_engine_config()
+        _check_rollback(config.model_config, options.target)
         return EngineCore(
             config, Executor.get_class(config), log_stats=not arguments.get("disable_log_stats")
         )
@@ -94,6 +95,16 @@ def build_core(options: EngineOptions) -> Any:
         lines = str(err).strip().splitlines()
         reason = lines[0] if lines else type(err).__name__
         raise EngineError(f"vLLM cannot serve {options.target}: {reason}") from err
+
+
+def _check_rollback(model_config: Any, target: str) -> None:
+    """Refuse a target that cannot be rolled back by length, before its weights are loaded."""
+    if model_config.has_inner_state:
+        raise EngineError(
+            f"{target} keeps recurrent state ({model_config.architecture}), which cannot be rolled back by "
+            "length.",
+            "Use a model with attention only, or --engine vllm-http over a `vllm serve` of it.",
+        )
 
 
 def prepare_environment() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from wispprof.backends import Engine, EngineCapabilities, IntegrityReport
+from wispprof.backends import Engine, EngineCapabilities, IntegrityReport, OpenSessions
 from wispprof.engines.vllm.block_audit import check_blocks
 from wispprof.engines.vllm.grant import Grant
 from wispprof.engines.vllm.request import PENDING, RequestMaker, VllmSession, out_of_blocks, request_maker
@@ -33,7 +33,7 @@ class VllmEngine(Engine):
         config = core.vllm_config
         self._core = core
         self._scheduler: GrantScheduler = core.scheduler
-        self._sessions: dict[str, VllmSession] = {}
+        self._sessions: OpenSessions[VllmSession] = OpenSessions()
         self._lost = ""
         self.info = info
         self._names = 0
@@ -47,13 +47,7 @@ class VllmEngine(Engine):
         groups = core.scheduler.kv_cache_manager.coordinator.single_type_managers
         self.block_tokens = int(groups[0].block_size)
         self._kv_groups = len(groups)
-        kinds = {type(group).__name__ for group in groups}
-        self._full_attention = kinds == {"FullAttentionManager"}
-        if any("Mamba" in kind for kind in kinds):
-            raise EngineError(
-                "The target keeps recurrent state, which cannot be rolled back by length.",
-                "Use a model with attention only.",
-            )
+        self._full_attention = {type(group).__name__ for group in groups} == {"FullAttentionManager"}
         self._prefixes = self._full_attention and bool(config.cache_config.enable_prefix_caching)
         self._make_request: RequestMaker = request_maker(core)
         self._metrics = VllmMetrics(core) if core.log_stats else None
@@ -113,12 +107,11 @@ class VllmEngine(Engine):
         self._sessions[session] = held
 
     def close(self, session: str) -> None:
-        closed = self._get(session)
-        del self._sessions[session]
+        closed = self._sessions.take(session)
         self._core.abort_requests([closed.request.request_id])
 
     def rollback(self, session: str, length: int) -> None:
-        held = self._get(session)
+        held = self._sessions[session]
         request = held.request
         if not 0 <= length <= held.cached:
             raise EngineError(
@@ -145,7 +138,7 @@ class VllmEngine(Engine):
 
     def fork(self, session: str, child: str, length: int, sampling: Sampling | None = None) -> None:
         """As :meth:`Engine.fork`. The child shares whole blocks and computes the rest in its first step."""
-        source = self._get(session)
+        source = self._sessions[session]
         if not self._prefixes:
             super().fork(session, child, length, sampling or source.sampling)
         if not 0 <= length <= source.cached:
@@ -165,7 +158,7 @@ class VllmEngine(Engine):
         self._sessions[child] = forked
 
     def cached(self, session: str) -> int:
-        return self._get(session).cached
+        return self._sessions[session].cached
 
     # --- a step ------------------------------------------------------------------------------------
 
@@ -304,7 +297,7 @@ class VllmEngine(Engine):
         errors: dict[str, float] = {}
         allowed = 0.0
         for name in list(self._sessions) if session is None else [session]:
-            held = self._get(name)
+            held = self._sessions[name]
             computed = held.request.num_computed_tokens
             if not computed:
                 errors[name] = 0.0
@@ -348,7 +341,7 @@ class VllmEngine(Engine):
         if leaked := set(self._sessions) - set(expected):
             raise EngineError(f"The engine holds {len(leaked)} unknown sessions: {sorted(leaked)}.")
         for name, cached in expected.items():
-            if (held := self._get(name)).cached != cached:
+            if (held := self._sessions[name]).cached != cached:
                 raise EngineError(f"The engine caches {held.cached} tokens of {name}, expected {cached}.")
         check_blocks(self._scheduler, [one.request for one in self._sessions.values()])
 
@@ -383,12 +376,6 @@ class VllmEngine(Engine):
         request.skip_reading_prefix_cache = not (reuse and self._prefixes)
         self._scheduler.add_request(request)
         return VllmSession(request, sampling)
-
-    def _get(self, session: str) -> VllmSession:
-        try:
-            return self._sessions[session]
-        except KeyError:
-            raise EngineError(f"There is no session {session!r}.", "Open it first.") from None
 
 
 def _undecided(one: StepInput, held: VllmSession, decided: Mapping[str, tuple[int, ...]]) -> bool:

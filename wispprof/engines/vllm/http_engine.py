@@ -14,11 +14,10 @@ from typing import Any
 
 import httpx
 
-from wispprof.backends import Engine, EngineCapabilities, IntegrityReport
+from wispprof.backends import Engine, EngineCapabilities, IntegrityReport, OpenSessions
 from wispprof.engines import EngineOptions
-from wispprof.engines.loading import read_tokenizer, tokenizer_hash
-from wispprof.engines.model_folder import find_model
 from wispprof.engines.served_model import chat_template, stop_tokens
+from wispprof.engines.tokenizers import load_tokenizer, tokenizer_hash
 from wispprof.errors import EngineError, EngineLost, InputRefused
 from wispprof.types import GenerationDefaults, Sampling, ServedModel, StepInput, VerifyResult
 
@@ -35,7 +34,7 @@ class VllmHttpEngine(Engine):
     def __init__(self, client: httpx.Client, model: str, max_context: int, max_sessions: int) -> None:
         self._client, self._model = client, model
         self._max_context, self._max_sessions = max_context, max_sessions
-        self._tokens: dict[str, list[int]] = {}
+        self._tokens: OpenSessions[list[int]] = OpenSessions()
         self._executor = ThreadPoolExecutor(16, thread_name_prefix="vllm-http")
 
     @property
@@ -121,20 +120,19 @@ class VllmHttpEngine(Engine):
         return choice
 
     def rollback(self, session: str, length: int) -> None:
-        held = self._get(session)
+        held = self._tokens[session]
         if not 0 <= length <= len(held):
             raise EngineError(f"Session {session!r} caches {len(held)} tokens, fewer than {length}.")
         del held[length:]
 
     def close(self, session: str) -> None:
-        self._get(session)
-        del self._tokens[session]
+        self._tokens.take(session)
 
     def cached(self, session: str) -> int:
-        return len(self._get(session))
+        return len(self._tokens[session])
 
     def fork(self, session: str, child: str, length: int, sampling: Sampling | None = None) -> None:
-        held = self._get(session)
+        held = self._tokens[session]
         if length > len(held):
             raise EngineError(f"Session {session!r} caches {len(held)} tokens, fewer than {length}.")
         self.open(child, sampling)
@@ -143,17 +141,11 @@ class VllmHttpEngine(Engine):
     def check_integrity(self, session: str | None = None) -> IntegrityReport:
         """There is no KV of this engine's own to check."""
         names = self.sessions if session is None else [session]
-        return IntegrityReport({name: 0.0 for name in names if self._get(name) is not None}, 0.0)
+        return IntegrityReport({name: 0.0 for name in names if self._tokens[name] is not None}, 0.0)
 
     def shutdown(self) -> None:
         self._executor.shutdown()
         self._client.close()
-
-    def _get(self, session: str) -> list[int]:
-        try:
-            return self._tokens[session]
-        except KeyError:
-            raise EngineError(f"There is no session {session!r}.", "Open it first.") from None
 
 
 def _likeliest(entries: dict[str, dict[str, Any]]) -> int:
@@ -181,7 +173,7 @@ def load_http_engine(
     except (httpx.HTTPError, KeyError, IndexError, ValueError) as err:
         raise EngineError(f"{address} does not answer as a vLLM server: {err}", "Check --target.") from err
     folder = options.arguments.get("tokenizer")
-    tokenizer = read_tokenizer(find_model(str(folder))) if folder else None
+    tokenizer = load_tokenizer(str(folder)) if folder else None
     context = int(served.get("max_model_len") or options.max_context or 4096) - 1
     engine = VllmHttpEngine(client, served["id"], context, options.max_sessions)
     vocabulary = len(tokenizer) if tokenizer is not None else 1 << 20

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from wispprof.engines import EngineOptions
-from wispprof.engines.loading import config_hash, read_tokenizer, tokenizer_hash
+from wispprof.engines.loading import config_hash
 from wispprof.engines.model_folder import find_model, weight_files
 from wispprof.engines.model_shapes import PRESETS
 from wispprof.engines.model_weights import weights_digest
 from wispprof.engines.served_model import describe_model
+from wispprof.engines.tokenizers import read_tokenizer, tokenizer_hash
 from wispprof.errors import ModelMissing, suggestion
 from wispprof.types import ModelInfo, ServedModel
 
