@@ -12,7 +12,7 @@ from fake_pair import drafting, edge, truth
 
 from wispprof.artifacts import bundled_model
 from wispprof.edge import websocket_connections
-from wispprof.engines.loading import load_tokenizer
+from wispprof.engines.tokenizers import load_tokenizer
 from wispprof.openai_api import ChatTokenizer
 from wispprof.server import running_server
 from wispprof.server.channel import Outbox, SessionReused, SocketWriter, Stop, ToFront, to_front

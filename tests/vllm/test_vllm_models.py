@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -10,9 +11,12 @@ from conftest import vllm_options
 from decoding import decode, half_right
 from plain_vllm import plain_vllm
 from tiny_checkpoints import TINY, quantize, write_checkpoint
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from wispprof.engines import load_engine
 from wispprof.engines.vllm.target import provenance
+from wispprof.errors import EngineError
 from wispprof.types import Sampling
 
 LENGTH = 40
@@ -38,6 +42,17 @@ def test_split_text_is_plain_vllm_s(family: str, tmp_path: Path) -> None:
     engine.close("checked")
     engine.audit({})
     engine.shutdown()
+
+
+@pytest.mark.parametrize("family", ["jamba", "qwen3_next"])
+def test_recurrent_state_is_refused_in_one_line(family: str, tmp_path: Path) -> None:
+    """Before weights are looked for: there are none."""
+    config = AutoConfig.for_model(family, num_hidden_layers=4, hidden_size=64, vocab_size=512).to_dict()
+    config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]]
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    with pytest.raises(EngineError, match="keeps recurrent state") as refused:
+        load_engine("vllm", vllm_options(str(tmp_path), arguments={"load_format": "dummy"}))
+    assert "\n" not in str(refused.value)
 
 
 def test_two_ranks_equal_one(own, prompts) -> None:

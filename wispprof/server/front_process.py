@@ -74,6 +74,6 @@ async def _serve(listener: socket.socket, channel: socket.socket) -> None:
 def _tokenizer(folder: str) -> ChatTokenizer | None:
     if not folder:
         return None
-    from wispprof.engines.loading import read_tokenizer
+    from wispprof.engines.tokenizers import read_tokenizer
 
     return ChatTokenizer(read_tokenizer(Path(folder)))
