@@ -130,7 +130,7 @@ class PhysicalTerms(LearnedState):
     buckets_: list[float]
     new_: PiecewiseCurve
     cached_: PiecewiseCurve
-    weights_: Annotated[tuple[NonNegative, ...], Meta(min_length=TERMS, max_length=TERMS)]
+    weights_: Annotated[tuple[NonNegative, ...], Meta(min_length=TERMS - len(FIRST_ROWS), max_length=TERMS)]
 
     def __init__(self, new_knots: int = NEW_KNOTS, cached_knots: int = CACHED_KNOTS) -> None:
         self.new_knots = new_knots
@@ -205,6 +205,7 @@ class PhysicalTerms(LearnedState):
     ) -> Any:
         """All terms, of one batch or of n: both must round alike."""
         items, _, _, new_cached, new_sq, max_cached, _, _ = totals
-        w0, w1, w2, w3, w4, w5, w6, w7, w8, w9 = self.weights_
+        # Estimators of earlier versions have no weights for the first rows.
+        w0, w1, w2, w3, w4, w5, w6, w7, w8, w9 = (*self.weights_, 0.0, 0.0)[:TERMS]
         linear_ms = new_ms + cached_ms + w0 + w1 * items + w2 * new_cached + w3 * new_sq + w4 * max_cached
         return linear_ms + w5 * sampled + w6 * groups + w7 * mixed + w8 * few + w9 * some
