@@ -14,15 +14,17 @@ LIMITS = {
 }
 """What limits an option, by :attr:`~wispprof.artifacts.fleet_answer.FleetOption.bound_by`."""
 
+_SPOKEN = {"server-only": "no drafts", "server-spec": "speculation on the server"}
+"""Systems whose names say little to a reader from outside."""
+
 
 def headline(answer: FleetAnswer) -> str:
     """What to buy."""
     best = answer.best
     if best is None:
         return f"No candidate meets the SLO for {answer.target:.0%} of the sessions"
-    return (
-        f"Buy {best.bought} × {best.server} and serve with {best.system}: ${best.dollars_per_h:,.2f} an hour"
-    )
+    system = _SPOKEN.get(best.system, best.system)
+    return f"Buy {best.bought} × {best.server} and serve with {system}: ${best.dollars_per_h:,.2f} an hour"
 
 
 def in_words(answer: FleetAnswer) -> list[str]:
@@ -41,7 +43,7 @@ def in_words(answer: FleetAnswer) -> list[str]:
         other = holding[1]
         more = other.dollars_per_h / best.dollars_per_h - 1
         lines.append(
-            f"Runner-up: {other.bought} × {other.server} with {other.system}, "
+            f"Runner-up: {other.bought} × {other.server} with {_SPOKEN.get(other.system, other.system)}, "
             f"${other.dollars_per_h:,.2f} an hour ({more:+.0%})."
         )
     alone = next((o for o in holding if o.system == "server-only"), None)
@@ -54,5 +56,5 @@ def _against(best: FleetOption, alone: FleetOption) -> str:
     saved = 1 - best.dollars_per_h / alone.dollars_per_h
     return (
         f"Without any drafts: {alone.bought} × {alone.server}, ${alone.dollars_per_h:,.2f} an hour; "
-        f"{best.system} saves {saved:.0%}."
+        f"{_SPOKEN.get(best.system, best.system)} saves {saved:.0%}."
     )

@@ -21,7 +21,8 @@ def fleet_section(answer: FleetAnswer | None) -> dict[str, Any] | None:
     models = dict.fromkeys(row.model for row in answer.pays)
     return {
         "headline": headline(answer),
-        "words": in_words(answer)[1:],
+        "lead": "".join(in_words(answer)[1:2]),
+        "words": in_words(answer)[2:],
         "classes": answer.classes,
         "ranking": ranking_table(answer),
         "front": price_front(answer),

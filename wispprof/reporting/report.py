@@ -61,7 +61,7 @@ def render_report(run: Run) -> str:
         .render(
             css_variables=theme.CSS_VARIABLES,
             headline=verdict(benches) or (fleet["headline"] if fleet else "What was measured"),
-            summary=_summary(run, benches) or (fleet["words"][0] if fleet and fleet["words"] else ""),
+            summary=_summary(run, benches) or (fleet["lead"] if fleet else ""),
             fleet=fleet,
             tiles=_tiles(run, benches, answer),
             policies=_policies(benches),
