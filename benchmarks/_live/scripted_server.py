@@ -41,7 +41,7 @@ class ScriptedEngine(FakeEngine):
     def sessions(self) -> tuple[str, ...]:
         return tuple(self._lengths)
 
-    def open(self, session: str, sampling: Sampling, tokens: Sequence[int] = ()) -> None:
+    def open(self, session: str, sampling: Sampling, tokens: Sequence[int] = (), owner: str = "") -> None:
         self._edges[session], self._lengths[session] = tokens[0], 0
 
     def step(self, inputs: Sequence[StepInput]) -> list[VerifyResult]:
