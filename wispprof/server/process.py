@@ -34,6 +34,8 @@ from wispprof.types import ServedModel
 log = logging.getLogger("wispprof.server")
 
 _FAILED_S = 1.0
+_SWITCH_S = 0.0005
+"""Longest time that Python work of the event loop keeps the engine's thread from the interpreter lock."""
 
 
 # --- within a test --------------------------------------------------------------------------------
@@ -87,10 +89,13 @@ async def _started(
 ) -> AsyncIterator[list[Front]]:
     """The server and its fronts, started; all are ended on exit."""
     await server.start()
+    switch_s = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_S)
     try:
         await asyncio.gather(*(front.start() for front in fronts))
         yield fronts
     finally:
+        sys.setswitchinterval(switch_s)
         await asyncio.gather(*(front.stop() for front in fronts))
         await server.stop()
         listener.close()
