@@ -53,6 +53,7 @@ def run(code: Path, step_ms: float, edges: int, seconds: float) -> dict[str, Any
         server = subprocess.Popen(
             [sys.executable, "-m", "_live.scripted_server", *arguments],
             env=environment,
+            cwd=folder,  # Python looks there first.
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -63,6 +64,7 @@ def run(code: Path, step_ms: float, edges: int, seconds: float) -> dict[str, Any
             fleet = subprocess.Popen(
                 [sys.executable, "-m", "_live.edges", *fleet_args],
                 env=environment | {"PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent)))},
+                cwd=folder,
             )
             time.sleep(WARM_S + 0.02 * edges**0.5)
             begin, processes = time.monotonic(), [*family(server.pid), fleet.pid]
@@ -110,7 +112,7 @@ def main() -> None:
     if options.cells:
         pairs = (cell.split(":") for cell in options.cells.split(","))
         cells = [(float(step), int(edges)) for step, edges in pairs]
-    codes = {"this": HERE.parent} | ({"other": options.against} if options.against else {})
+    codes = {"this": HERE.parent} | ({"other": options.against.resolve()} if options.against else {})
     print(
         f"{'step ms':>7} {'edges':>5} {'code':>6} {'cycle':>6} {'p99':>6} {'items':>6} {'commits/s':>9} "
         f"{'frames/s':>8} {'latency ms':>10} {'p99':>7}  cpu (server …, edges)"

@@ -83,6 +83,7 @@ def main() -> None:
         port=0,
         max_items=items,
         max_tokens=16 * items,
+        max_waiting=1024,
         admit="all",
         prefix_cache_sessions=0,
         log_level="error",
