@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-WARM_S = 2.5
+WARM_S = 1.0
 
 
 def cpu_seconds(pid: int) -> float:
@@ -60,16 +60,19 @@ def run(code: Path, step_ms: float, edges: int, seconds: float) -> dict[str, Any
         try:
             assert server.stdout is not None
             port = server.stdout.readline().strip()
-            fleet_args = (port, str(edges), str(WARM_S + seconds), str(got))
+            fleet_args = (port, str(edges), str(WARM_S + seconds + 0.5), str(got))
             fleet = subprocess.Popen(
                 [sys.executable, "-m", "_live.edges", *fleet_args],
                 env=environment | {"PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent)))},
                 cwd=folder,
+                stdout=subprocess.PIPE,
             )
-            time.sleep(WARM_S + 0.02 * edges**0.5)
+            assert fleet.stdout is not None
+            fleet.stdout.readline()  # every edge has its first commit
+            time.sleep(WARM_S)
             begin, processes = time.monotonic(), [*family(server.pid), fleet.pid]
             before = [cpu_seconds(pid) for pid in processes]
-            time.sleep(seconds - 1.0)
+            time.sleep(seconds)
             end = time.monotonic()
             spent = [cpu_seconds(pid) - start for pid, start in zip(processes, before, strict=True)]
             if fleet.wait():
@@ -98,7 +101,7 @@ def summary(
         "commits_per_s": round(len(arrived) / (end - begin)),
         "latency_ms": round(statistics.median(latency), 2),
         "latency_p99_ms": round(latency[int(0.99 * len(latency))], 2),
-        "frames": got["frames"],
+        "frames_per_s": round(got["frames"] / got["seconds"]),
     }
 
 
@@ -127,7 +130,7 @@ def main() -> None:
             )
             print(
                 f"{step_ms:>7.0f} {edges:>5} {name:>6} {row['cycle']:>6.3f} {row['cycle_p99']:>6.2f} "
-                f"{row['items']:>6} {row['commits_per_s']:>9} {frames:>8.0f} {row['latency_ms']:>10.2f} "
+                f"{row['items']:>6} {row['commits_per_s']:>9} {row['frames_per_s']:>8} {row['latency_ms']:>10.2f} "
                 f"{row['latency_p99_ms']:>7.2f}  {row['cpu']}",
                 flush=True,
             )

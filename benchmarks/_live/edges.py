@@ -108,11 +108,16 @@ async def run(port: int, count: int, seconds: float, output: Path) -> None:
     edges = [Edge(number) for number in range(count)]
     for edge in edges:
         await loop.create_connection(lambda edge=edge: edge, "127.0.0.1", port)  # type: ignore[misc]
+    while not all(edge.commits or edge.problem for edge in edges):
+        await asyncio.sleep(0.02)
+    print("ready", flush=True)
+    before = sum(edge.frames for edge in edges)
     await asyncio.sleep(seconds)
     problems = [edge.problem for edge in edges if edge.problem]
     assert not problems, problems[0]
     found = {
-        "frames": sum(edge.frames for edge in edges),
+        "frames": sum(edge.frames for edge in edges) - before,
+        "seconds": seconds,
         "commits": [commit for edge in edges for commit in edge.commits],
     }
     output.write_text(json.dumps(found))
