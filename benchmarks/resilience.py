@@ -10,6 +10,8 @@ own seeds, one in four server-only. First they run undisturbed; then the same re
 
 * ``kill``: the server dies by ``kill -9`` once every generation is under way, and another process takes its
   port three seconds later;
+* ``front``: the process that holds the connections dies by ``kill -9``; the server starts another;
+* ``channel``: that process is stopped for two seconds, so the channel to the engine process stalls;
 * ``cut``: every link is cut at once, twice;
 * ``stall``: links deliver nothing for the last two of every five seconds, long enough to meet several.
 
@@ -34,6 +36,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -52,7 +55,7 @@ from wispprof.settings.shared_settings import LinkModel, LinkSettings
 from wispprof.testing.link_emulator import LinkProxy
 from wispprof.types import Sampling
 
-OUTAGE_S = 3.0
+OUTAGE_S, CHANNEL_STALL_S = 3.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,17 @@ async def kill(server: Server, proxy: LinkProxy, edges: list[Edge]) -> int:
     return 1
 
 
+async def front(server: Server, proxy: LinkProxy, edges: list[Edge]) -> int:
+    return server.signal_fronts(signal.SIGKILL)
+
+
+async def channel(server: Server, proxy: LinkProxy, edges: list[Edge]) -> int:
+    stopped = server.signal_fronts(signal.SIGSTOP)
+    await asyncio.sleep(CHANNEL_STALL_S)
+    server.signal_fronts(signal.SIGCONT)
+    return stopped
+
+
 async def cut(server: Server, proxy: LinkProxy, edges: list[Edge]) -> int:
     proxy.cut()
     while not all(e.generation.stats.reopened or e.generation.stats.finished for e in edges):
@@ -119,6 +133,8 @@ async def cut(server: Server, proxy: LinkProxy, edges: list[Edge]) -> int:
 STALLS = LinkSettings(LinkModel(10.0), stall_every_ms=5000.0, stall_ms=2000.0)
 SCENARIOS: dict[str, tuple[Disturb, LinkSettings]] = {
     "kill": (kill, LinkSettings(LinkModel(10.0))),
+    "front": (front, LinkSettings(LinkModel(10.0))),
+    "channel": (channel, LinkSettings(LinkModel(10.0))),
     "cut": (cut, LinkSettings(LinkModel(10.0))),
     "stall": (nothing, STALLS),
 }
@@ -228,8 +244,8 @@ def main() -> None:
     for one in runs:
         if min(one.finished, one.exact) < args.generations:
             raise WispprofError(f"{one.scenario}: a text was lost or changed.")
-        missed = one.scenario in ("kill", "cut") and one.reopened < args.generations
-        if missed or (one.scenario == "stall" and not one.disturbed):
+        missed = one.scenario in ("kill", "front", "cut") and one.reopened < args.generations
+        if missed or (one.scenario in ("channel", "stall") and not one.disturbed):
             raise WispprofError(f"{one.scenario} came too late.", "Raise --tokens.")
 
 

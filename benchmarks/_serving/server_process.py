@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -47,6 +48,15 @@ class Server:
                         return
                 await asyncio.sleep(0.1)
         raise WispprofError("The server did not start.", "Run `wispprof serve` to see why.")
+
+    def signal_fronts(self, number: int) -> int:
+        """Send a signal to the processes that hold the connections; returns how many there are."""
+        assert self._process is not None
+        pid = self._process.pid
+        fronts = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for front in fronts:
+            os.kill(int(front), number)
+        return len(fronts)
 
     def kill(self) -> None:
         """``kill -9``: no farewell."""

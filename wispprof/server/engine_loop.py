@@ -132,8 +132,6 @@ class EngineLoop:
             sessions, inputs = self._step_inputs(plan)
             if inputs:
                 await self.verify(plan, sessions, inputs)
-                # Frames that arrived meanwhile are merged before the next step is planned.
-                await asyncio.sleep(0)
         self._keep_books()
         await self._manager.begin_step(self._now_ms())
         await self._serve_audits()
