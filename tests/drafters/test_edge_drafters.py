@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wispprof.backends import Drafter
-from wispprof.drafters.ngram import LookupDrafter, LookupFirst, LookupMemory
+from wispprof.drafters.lookup_first import LookupFirst
+from wispprof.drafters.ngram import LookupDrafter, LookupMemory
 from wispprof.drafters.replay import ReplayDrafter
 from wispprof.drafters.suffix_index import SuffixIndex
 from wispprof.errors import ProfileError
@@ -217,32 +218,6 @@ def test_the_index_agrees_with_a_plain_search(sequences: list[list[int]], seed: 
         assert after.count(found.token) == max(map(after.count, after))
 
 
-def test_lookup_first_asks_the_surer_one() -> None:
-    def drafted(right: bool) -> list[int]:
-        model = RecordingDrafter()
-        drafter = LookupFirst(LookupDrafter(), model)
-        drafter.open([1, 2, 3, 4, 5], Sampling())
-        for _ in range(40):  # the model alone: nothing in the text to look up
-            at = drafter.length
-            drafter.draft()
-            drafter.rollback(at + right)
-            drafter.extend([100 + at])
-        drafter.extend([1, 2, 3])
-        return [drafter.draft().token]
-
-    assert drafted(right=True) == [99]  # the model is nearly always right
-    assert drafted(right=False) == [4]
-
-
-def test_lookup_first_reads_the_prompt_ahead() -> None:
-    model = RecordingDrafter()
-    drafter = LookupFirst(LookupDrafter(), model)
-    drafter.open([1, 2, 3], Sampling())
-    drafter.extend([4])
-    drafter.prefill()
-    assert model.tokens == [1, 2, 3, 4]
-
-
 class RecordingDrafter(Drafter):
     """A drafter that records what it read, and always proposes 99."""
 
@@ -266,6 +241,79 @@ class RecordingDrafter(Drafter):
 
     def extend(self, tokens) -> None:  # type: ignore[no-untyped-def]
         self.tokens += list(tokens)
+
+
+def test_lookup_first_asks_the_surer_one() -> None:
+    def drafted(right: bool) -> list[int]:
+        model = RecordingDrafter()
+        drafter = LookupFirst(LookupDrafter(), model)
+        drafter.open([1, 2, 3, 4, 5], Sampling())
+        for _ in range(40):  # the model alone: nothing in the text to look up
+            at = drafter.length
+            drafter.draft()
+            drafter.rollback(at + right)
+            drafter.extend([100 + at])
+        drafter.extend([1, 2, 3])
+        return [drafter.draft().token]
+
+    assert drafted(right=True) == [99]  # the model is nearly always right
+    assert drafted(right=False) == [4]
+
+
+class Oracle(RecordingDrafter):
+    """Knows the path; wrong at every position of ``wrong``."""
+
+    def __init__(self, path: list[int], wrong: set[int]) -> None:
+        super().__init__()
+        self._path, self._wrong = path, wrong
+
+    def draft(self) -> DraftToken:
+        place = len(self.tokens)
+        self.tokens.append(-5 if place in self._wrong else self._path[place])
+        return DraftToken(self.tokens[-1], DraftFeatures(0.5, 0.5, 1.0, 1.0))
+
+
+def accepted(drafter: Drafter, path: list[int], k: int = 4) -> float:
+    """Drafts accepted per round along the path."""
+    drafter.open(path[:1], Sampling())
+    right = rounds = 0
+    while drafter.length + k < len(path):
+        at = drafter.length
+        drafts = [drafter.draft().token for _ in range(k) if drafter.can_draft]
+        same = 0
+        while same < len(drafts) and drafts[same] == path[at + same]:
+            same += 1
+        drafter.rollback(at + same)
+        drafter.extend([path[at + same]])
+        right, rounds = right + same, rounds + 1
+    return right / rounds
+
+
+def test_lookup_first_compares_where_both_have_a_proposal() -> None:
+    # Half of the text is new and too hard for the model. The other half repeats itself in part, so that
+    # lookup is right more often than the model overall, and less often than the model there.
+    rng = random.Random(4)
+    path: list[int] = []
+    wrong: set[int] = set()
+    for part in range(60):
+        wrong.update(range(len(path), len(path) + 16))
+        path += range(1000 + 100 * part, 1016 + 100 * part)
+        wrong.update(at for at in range(len(path), len(path) + 24) if rng.random() < 0.1)
+        path += [7 if rng.random() < 0.75 else 8 for _ in range(24)]
+    model = accepted(Oracle(path, wrong), path)
+    lookup = accepted(LookupDrafter(LookupMemory(0)), path)
+    both = accepted(LookupFirst(LookupDrafter(LookupMemory(0)), Oracle(path, wrong)), path)
+    assert lookup < model
+    assert both > 0.95 * model
+
+
+def test_lookup_first_reads_the_prompt_ahead() -> None:
+    model = RecordingDrafter()
+    drafter = LookupFirst(LookupDrafter(), model)
+    drafter.open([1, 2, 3], Sampling())
+    drafter.extend([4])
+    drafter.prefill()
+    assert model.tokens == [1, 2, 3, 4]
 
 
 @settings(max_examples=60, deadline=None)

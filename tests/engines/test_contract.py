@@ -9,7 +9,8 @@ import pytest
 
 from wispprof.backends import Engine, IntegrityReport
 from wispprof.drafters import load_gguf, make_drafter, needs_model
-from wispprof.drafters.ngram import LookupDrafter, LookupFirst
+from wispprof.drafters.lookup_first import LookupFirst
+from wispprof.drafters.ngram import LookupDrafter
 from wispprof.engines import EngineOptions, LoadedEngine, load_engine
 from wispprof.engines.loading import random_model
 from wispprof.engines.torch.engine import TorchEngine

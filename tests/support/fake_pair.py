@@ -10,7 +10,8 @@ import numpy as np
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
 from wispprof.backends import Drafter
 from wispprof.drafters import make_drafter, needs_model
-from wispprof.drafters.ngram import LookupDrafter, LookupFirst
+from wispprof.drafters.lookup_first import LookupFirst
+from wispprof.drafters.ngram import LookupDrafter
 from wispprof.edge import (
     ConnectionFactory,
     EdgeClient,

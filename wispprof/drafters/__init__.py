@@ -137,7 +137,8 @@ def _lookup(model: Any, memory: LookupMemory | None) -> Drafter:
 
 
 def _both(model: Any, memory: LookupMemory | None) -> Drafter:
-    from wispprof.drafters.ngram import LookupDrafter, LookupFirst
+    from wispprof.drafters.lookup_first import LookupFirst
+    from wispprof.drafters.ngram import LookupDrafter
 
     return LookupFirst(LookupDrafter(memory), _model(model, memory))
 

@@ -2,7 +2,7 @@
 
 It searches the request's own text, and what :class:`LookupMemory` keeps of earlier answers on this device.
 Source: prompt lookup decoding (Saxena 2023; transformers' ``prompt_lookup_num_tokens``). A proposal takes
-microseconds, so it needs no draft model; :class:`LookupFirst` combines it with one.
+microseconds, so it needs no draft model; :mod:`~wispprof.drafters.lookup_first` combines it with one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ Kind = tuple[str, int]
 """Where a proposal comes from and how long its match is (its power of two): what is counted together."""
 
 
-class _Found(NamedTuple):
+class Proposal(NamedTuple):
+    """A token, and what kind of proposal it is."""
+
     token: int
     kind: Kind
 
@@ -100,7 +102,7 @@ class LookupDrafter(Drafter):
         self._tokens: list[int] = []
         self._followers: dict[tuple[int, ...], list[int]] = {}
         self._pending: dict[int, Kind] = {}
-        self._found: tuple[int, _Found | None] = (-1, None)
+        self._found: tuple[int, Proposal | None] = (-1, None)
 
     @property
     def length(self) -> int:
@@ -133,6 +135,10 @@ class LookupDrafter(Drafter):
         """Estimated probability that the next proposal is right; 0 without a match."""
         found = self._find()
         return 0.0 if found is None else self._memory.confidence(found.kind)
+
+    def proposal(self) -> Proposal | None:
+        """What would be drafted now; ``None`` without a match."""
+        return self._find()
 
     def append(self, token: int) -> None:
         """Append a token that another drafter proposed."""
@@ -171,7 +177,7 @@ class LookupDrafter(Drafter):
                     self._followers.setdefault(gram, []).append(end)
             self._tokens.append(token)
 
-    def _find(self) -> _Found | None:
+    def _find(self) -> Proposal | None:
         """The best proposal after the text held; remembered until the text changes."""
         length, found = self._found
         if length != len(self._tokens):
@@ -179,14 +185,14 @@ class LookupDrafter(Drafter):
             self._found = (len(self._tokens), found)
         return found
 
-    def _search(self) -> _Found | None:
+    def _search(self) -> Proposal | None:
         own, earlier = self._in_text(), self._in_memory()
         if own is None or earlier is None:
             return own or earlier
         ours, theirs = self._memory.confidence(own.kind), self._memory.confidence(earlier.kind)
         return earlier if theirs > ours else own
 
-    def _in_text(self) -> _Found | None:
+    def _in_text(self) -> Proposal | None:
         tokens = self._tokens
         for size in self._sizes:
             places = self._followers.get(tuple(tokens[-size:]))
@@ -194,98 +200,17 @@ class LookupDrafter(Drafter):
                 place, length = places[-1], size
                 while length < min(DEPTH, place) and tokens[place - length - 1] == tokens[-length - 1]:
                     length += 1
-                return _Found(tokens[place], ("text", length.bit_length()))
+                return Proposal(tokens[place], ("text", length.bit_length()))
         return None
 
-    def _in_memory(self) -> _Found | None:
+    def _in_memory(self) -> Proposal | None:
         if self._index is None:
             return None
         found = self._index.follower(self._tokens[-DEPTH:], _SHORTEST_REMEMBERED)
         if found is None:
             return None
         source = "always" if found.share >= _SURE_SHARE else "often"
-        return _Found(found.token, (source, found.length.bit_length()))
-
-
-class LookupFirst(Drafter):
-    """Drafts by ``lookup`` where it is surer than ``model``, else by ``model``.
-
-    Lookup costs nothing, so it may be a little less sure: it drafts if its confidence reaches the share of
-    the model's drafts that were committed, less a tenth. ``min_confidence``: that share until it is known.
-    The model reads the tokens that lookup proposed when it drafts next, all in one forward.
-    """
-
-    def __init__(self, lookup: LookupDrafter, model: Drafter, min_confidence: float = 0.6) -> None:
-        self.max_context = model.max_context
-        self._lookup = lookup
-        self._model = model
-        self._right, self._judged = 10.0 * min_confidence, 10.0
-        self._pending: set[int] = set()
-        self._unread: list[int] = []
-
-    @property
-    def length(self) -> int:
-        return self._lookup.length
-
-    @property
-    def can_draft(self) -> bool:
-        if self._prefers_lookup():
-            return True
-        self._read()
-        return self._model.can_draft
-
-    def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
-        self._unread = []
-        self._pending.clear()
-        self._lookup.open(tokens, sampling)
-        self._model.open(tokens, sampling)
-
-    def draft(self) -> DraftToken:
-        if self._prefers_lookup():
-            drafted = self._lookup.draft()
-            self._unread.append(drafted.token)
-            return drafted
-        self._read()
-        drafted = self._model.draft()
-        self._pending.add(self._lookup.length)
-        self._lookup.append(drafted.token)
-        return drafted
-
-    def rollback(self, length: int) -> None:
-        if length < self._lookup.length and length in self._pending:
-            self._judged += 1.0
-        self._accepted_before(length)
-        self._pending.clear()
-        self._lookup.rollback(length)
-        known = self._model.length
-        if length < known:
-            self._model.rollback(length)
-            self._unread = []
-        else:
-            del self._unread[length - known :]
-
-    def extend(self, tokens: Sequence[int]) -> None:
-        self._accepted_before(self._lookup.length)
-        self._lookup.extend(tokens)
-        self._unread.extend(tokens)
-
-    def prefill(self) -> None:
-        self._read()
-        self._model.prefill()
-
-    def _prefers_lookup(self) -> bool:
-        return self._lookup.can_draft and self._lookup.confidence() >= self._right / self._judged - 0.1
-
-    def _accepted_before(self, length: int) -> None:
-        right = {position for position in self._pending if position < length}
-        self._pending -= right
-        self._right += len(right)
-        self._judged += len(right)
-
-    def _read(self) -> None:
-        if self._unread:
-            self._model.extend(self._unread)
-            self._unread = []
+        return Proposal(found.token, (source, found.length.bit_length()))
 
 
 def _features(confidence: float) -> DraftFeatures:
