@@ -22,13 +22,14 @@ from wispprof.profiling.acceptance_trace import (
     accepted_lengths,
     collect_trace,
     target_paths,
+    trace_on_engine,
     trace_pair,
     trace_remote,
 )
 from wispprof.profiling.draft_rollout import DraftRollout
 from wispprof.profiling.prompts import held_out_prompts, load_prompts
 from wispprof.profiling.traced_drafter import SequentialTraced
-from wispprof.settings.profiler_settings import TraceSettings
+from wispprof.settings.profiler_settings import TraceEngineSettings, TraceSettings
 from wispprof.types import Sampling, StepInput
 
 WARM = Sampling(0.8, 20, 0.9, seed=5)
@@ -296,6 +297,14 @@ def test_other_tokenizers_are_refused_before_weights_are_loaded(monkeypatch):
     monkeypatch.setattr(tokenizers, "tokenizer_hash", lambda tokenizer: tokenizer)
     with pytest.raises(ModelError, match="a and b do not share a tokenizer"):
         trace_pair(TraceSettings(target="x/a", draft="y/b"))
+
+
+def test_any_engine_generates_the_same_paths():
+    settings = TraceSettings(count=3, batch=2, prompt_tokens=24, path_tokens=12, depth=2)
+    wanted = trace_pair(settings)
+    found = trace_on_engine(TraceEngineSettings(), settings)
+    assert [path.path for path in found.paths] == [path.path for path in wanted.paths]
+    assert (found.target, found.meta["engine"]) == (wanted.target, "torch")
 
 
 def test_prompts_of_a_user(tmp_path):

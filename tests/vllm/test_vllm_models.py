@@ -17,6 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from wispprof.engines import load_engine
 from wispprof.engines.vllm.target import provenance
 from wispprof.errors import EngineError
+from wispprof.profiling.acceptance_trace import trace_pair
+from wispprof.settings.profiler_settings import TraceEngineSettings, TraceSettings
 from wispprof.types import Sampling
 
 LENGTH = 40
@@ -53,6 +55,14 @@ def test_recurrent_state_is_refused_in_one_line(family: str, tmp_path: Path) -> 
     with pytest.raises(EngineError, match="keeps recurrent state") as refused:
         load_engine("vllm", vllm_options(str(tmp_path), arguments={"load_format": "dummy"}))
     assert "\n" not in str(refused.value)
+
+
+def test_a_trace_on_vllm_is_the_own_engine_s() -> None:
+    settings = TraceSettings(
+        count=3, batch=2, prompt_tokens=60, path_tokens=20, depth=2, dtype="float32", sampling=Sampling(0.8)
+    )
+    found = trace_pair(settings, engine=TraceEngineSettings("vllm", {"enforce_eager": True}))
+    assert [path.path for path in found.paths] == [path.path for path in trace_pair(settings).paths]
 
 
 def test_two_ranks_equal_one(own, prompts) -> None:

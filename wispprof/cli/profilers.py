@@ -17,6 +17,7 @@ from wispprof.settings.profiler_settings import (
     LinkProfilerSettings,
     Output,
     ServerProfilerSettings,
+    TraceEngineSettings,
     TraceSettings,
 )
 from wispprof.settings.shared_settings import SamplingSettings, ServerAccess
@@ -133,13 +134,14 @@ def trace(
     settings: TraceSettings,
     sampling: SamplingSettings,
     access: ServerAccess,
+    engine: TraceEngineSettings,
     server: TraceServer = "",
     out: OutputFile = Path("trace.jsonl"),
     as_json: JsonFlag = False,
 ) -> None:
     """Take an acceptance trace of a draft and a target."""
     settings = replace(settings, sampling=sampling.sampling())
-    taken, digest = _take(settings, server, access, out)
+    taken, digest = _take(settings, server, access, out, engine)
     cum_acceptance = taken.cum_acceptance_by_position().tolist()
     shown = table(
         f"Drafts of {taken.draft} accepted by {taken.target}",
@@ -205,7 +207,11 @@ def check_pair(
 
 
 def _take(
-    settings: TraceSettings, server: str, access: ServerAccess, out: Path
+    settings: TraceSettings,
+    server: str,
+    access: ServerAccess,
+    out: Path,
+    engine: TraceEngineSettings = TraceEngineSettings(),
 ) -> tuple[AcceptanceTrace, str]:
     """Take a trace and write it; the trace and its content hash."""
     from wispprof.artifacts import save_trace
@@ -217,7 +223,7 @@ def _take(
         if server:
             taken = trace_remote(RemoteTarget(server, access), settings, report)
         else:
-            taken = trace_pair(settings, report)
+            taken = trace_pair(settings, report, engine)
     digest = save_trace(taken, out)
     note(f"wrote {out}")
     if taken.meta["chat_model"] and settings.prompts is None:

@@ -26,20 +26,29 @@ from wispprof.profiling.link_profiler import ServerClient
 from wispprof.profiling.profile_run import load_pair_model
 from wispprof.profiling.prompts import held_out_prompts, load_prompts
 from wispprof.profiling.traced_drafter import TracedDrafter, as_traced, load_traced_draft
-from wispprof.settings.profiler_settings import TraceSettings
+from wispprof.settings.profiler_settings import TraceEngineSettings, TraceSettings
 from wispprof.settings.shared_settings import ServerAccess
 from wispprof.types import Progress, Sampling, StepInput
 
 if TYPE_CHECKING:
+    from wispprof.backends import Engine
     from wispprof.edge.connection import ConnectionFactory
+    from wispprof.engines import EngineOptions
     from wispprof.engines.loading import LoadedModel
-    from wispprof.engines.torch.engine import TorchEngine
 
 _STEP_TOKENS = 2048
+_BLOCK = 256
+"""KV tokens that a session may take beyond its own: the rest of its last block."""
 
 
-def trace_pair(settings: TraceSettings, progress: Progress | None = None) -> AcceptanceTrace:
+def trace_pair(
+    settings: TraceSettings,
+    progress: Progress | None = None,
+    engine: TraceEngineSettings = TraceEngineSettings(),
+) -> AcceptanceTrace:
     """Load the pair, choose prompts, collect the trace."""
+    if engine.engine != "torch":
+        return trace_on_engine(engine, settings, progress)
     check_tokenizers(settings)
     target = load_pair_model(settings.target, "target", settings.dtype, settings.device)
     return collect_trace(target, load_traced_draft(settings, target.tokenizer), settings, progress)
@@ -83,6 +92,64 @@ def collect_trace(
     )
     target_facts = {"dtype": target.info.dtype, "target_weights": target.info.weights_hash}
     return replace(trace, target=target.info.id, meta={**trace.meta, **target_facts})
+
+
+def trace_on_engine(
+    choice: TraceEngineSettings,
+    settings: TraceSettings,
+    progress: Progress | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> AcceptanceTrace:
+    """As :func:`trace_pair`, with any engine by its name. Raises what loading it raises."""
+    from wispprof.engines import load_engine
+
+    if choice.engine in ("torch", "vllm"):
+        check_tokenizers(settings)
+    loaded = load_engine(choice.engine, _engine_options(choice, settings))
+    try:
+        model = loaded.model
+        draft = load_traced_draft(settings, loaded.tokenizer)
+        _check_pair(model.id, model.tokenizer, model.vocab_size, draft)
+        tokenizer = draft.tokenizer if loaded.tokenizer is None else loaded.tokenizer
+        prompts = _prompts(settings, tokenizer, model.max_context)
+        trace = _assemble(
+            draft,
+            prompts,
+            lambda batch: decoded_paths(loaded.engine, batch, settings, model.stop_tokens),
+            settings,
+            progress,
+            clock,
+        )
+    finally:
+        loaded.engine.shutdown()
+    facts = {"engine": choice.engine, "identity": model.identity}
+    return replace(trace, target=model.id, meta={**trace.meta, **facts})
+
+
+def _engine_options(choice: TraceEngineSettings, settings: TraceSettings) -> EngineOptions:
+    """An engine that holds one batch of paths and no more: the draft may share its device."""
+    from wispprof.engines import EngineOptions
+
+    target = settings.target or bundled_model("target")
+    context = settings.prompt_tokens + settings.path_tokens
+    if choice.engine == "vllm":
+        from wispprof.engines.vllm.target import max_context_of
+
+        context = min(context, max_context_of(target) - 1)
+    return EngineOptions(
+        target,
+        settings.dtype,
+        settings.device,
+        kv_tokens=settings.batch * (context + _BLOCK),
+        max_sessions=settings.batch,
+        max_context=context,
+        max_items=settings.batch,
+        max_tokens=max(_STEP_TOKENS, settings.prompt_tokens),
+        max_drafts=1,
+        prefix_cache=False,
+        arguments=choice.vllm_args,
+        untested=choice.vllm_untested,
+    )
 
 
 def trace_remote(
@@ -182,20 +249,28 @@ def target_paths(
     ends: tuple[int, ...] = ()
     if target.folder is not None:  # random weights have no end
         ends = stop_tokens(read_generation_config(target.folder), target.model.config, target.tokenizer)
+    return decoded_paths(engine, prompts, settings, ends)
+
+
+def decoded_paths(
+    engine: Engine, prompts: Sequence[Sequence[int]], settings: TraceSettings, ends: Sequence[int]
+) -> list[list[int]]:
+    """The path of each prompt, from sessions of ``engine`` that decode together."""
+    length = settings.path_tokens
     names = [str(number) for number in range(len(prompts))]
-    for name in names:
-        engine.open(name, settings.sampling)
+    for name, prompt in zip(names, prompts, strict=True):
+        engine.open(name, settings.sampling, prompt)
     paths = dict(zip(names, _first_tokens(engine, names, prompts), strict=True))
     unfinished = names
     while unfinished := [n for n in unfinished if len(paths[n]) < length and paths[n][-1] not in ends]:
         for outcome in engine.step([StepInput(name, paths[name][-1:]) for name in unfinished]):
             paths[outcome.session].extend(outcome.tokens)
+    for name in names:
+        engine.close(name)
     return [paths[name] for name in names]
 
 
-def _first_tokens(
-    engine: TorchEngine, names: Sequence[str], prompts: Sequence[Sequence[int]]
-) -> list[list[int]]:
+def _first_tokens(engine: Engine, names: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Prefill in steps of a bounded number of tokens."""
     first: list[list[int]] = []
     step: list[StepInput] = []

@@ -197,9 +197,6 @@ class TraceSettings(Settings):
     drafter: str = setting("model", "What drafts: model, lookup or both (lookup first).")
     dtype: str = engine_dtype_setting()
     device: str = device_setting()
-    engine: str = engine_setting()
-    vllm_args: dict[str, Any] = vllm_args_setting()
-    vllm_untested: bool = vllm_untested_setting()
     llama: LlamaSettings = field(default_factory=LlamaSettings)
     sampling: Sampling = field(default_factory=Sampling)
     prompts: Path | None = setting(
@@ -213,3 +210,12 @@ class TraceSettings(Settings):
     depth: int = setting(8, "Draft tokens per position.", minimum=1, maximum=64, option="k")
     batch: int = 16
     seed: int = setting(0, "Seed of prompts and sampling.", minimum=0)
+
+
+@dataclass(frozen=True)
+class TraceEngineSettings(Settings):
+    """Which engine generates the paths of a trace."""
+
+    engine: str = engine_setting()
+    vllm_args: dict[str, Any] = vllm_args_setting()
+    vllm_untested: bool = vllm_untested_setting()
