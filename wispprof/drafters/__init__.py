@@ -115,7 +115,7 @@ def _model(model: Any, memory: LookupMemory | None) -> Drafter:
     if isinstance(model, ServedDraft):
         from wispprof.drafters.llama_server import LlamaServerDrafter
 
-        return LlamaServerDrafter(model.url, model.vocab_size, key=model.key)
+        return LlamaServerDrafter(model.url, model.vocab_size, key=model.key, server=model.server)
     if not isinstance(model, GgufDraft):
         from wispprof.drafters.torch_drafter import TorchDrafter
 

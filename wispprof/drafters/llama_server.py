@@ -64,13 +64,16 @@ class _HttpClient:
 
 class LlamaServerDrafter(Drafter):
     """``url``: the server's address, ``key``: its API key, if it has one. ``vocab_size``: the target's; other
-    ids are never proposed.
+    ids are never proposed. ``server``: kept while this drafter lives, if it runs in this process.
 
     ``post(path, body)`` replaces the HTTP client. Raises :class:`ModelError` if no server answers.
     """
 
-    def __init__(self, url: str, vocab_size: int, post: Any = None, key: str = "") -> None:
+    def __init__(
+        self, url: str, vocab_size: int, post: Any = None, key: str = "", server: Any = None
+    ) -> None:
         self._vocab_size = vocab_size
+        self._server = server
         self._post = post or _HttpClient(url, key)
         self._tokens: list[int] = []
         self._sampling = Sampling()
