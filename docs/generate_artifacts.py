@@ -20,10 +20,12 @@ import numpy as np
 
 from wispprof.artifacts import Document, LinkRow, StepRow, save_trace, write_document
 from wispprof.artifacts.document import SCHEMA
+from wispprof.artifacts.fleet_answer import FleetAnswer
 from wispprof.artifacts.manifest import PROFILE_SCHEMA, Manifest, Provenance
 from wispprof.artifacts.plan import Plan
 from wispprof.artifacts.rows import AcceptanceTrace, EdgeRow, TracePath, encode_row
 from wispprof.artifacts.trace import TRACE_SCHEMA
+from wispprof.artifacts.workload import SeenTraffic
 from wispprof.types import BatchShape, ModelInfo, Sampling
 
 PAGE = Path(__file__).with_name("artifacts.md")
@@ -96,7 +98,7 @@ def render() -> str:
         _code(_trace_lines()),
         _table(AcceptanceTrace),
         _table(TracePath),
-        "## Documents: estimator, predictor, plan, bench, answer\n",
+        "## Documents: estimator, predictor, plan, bench, answer, fleet, workload\n",
         "One JSON object; only `payload` depends on the kind.\n",
         _code(_document()),
         _table(Document),
@@ -105,6 +107,12 @@ def render() -> str:
         "### Payload of a plan\n",
         _table(Plan),
         *(_table(kind) for kind in _rows_of(Plan)),
+        "### Payload of a fleet's answer\n",
+        _table(FleetAnswer),
+        *(_table(kind) for kind in _rows_of(FleetAnswer)),
+        "### Payload of a workload\n",
+        _table(SeenTraffic),
+        *(_table(kind) for kind in _rows_of(SeenTraffic)),
     ]
     return "\n".join(parts).rstrip() + "\n"
 
