@@ -117,7 +117,7 @@ class _Search:
         """Find the fewest servers that hold the SLO; 0 if none does. Give up (``too_dear``) if it needs
         so many that they cost more than ``dearest`` dollars an hour."""
         low, high = 0, 0
-        count = self.estimate
+        count, self.too_dear = self.estimate, False
         while not high or high - low > max(1, round(0.02 * high)):
             if not high and self.price_per_h(count) > dearest:
                 self.too_dear, self.estimate = True, count
@@ -229,7 +229,7 @@ def plan_fleet(
     # Whatever may be cheaper than the second best is simulated, too.
     while True:
         done = sorted(s.known_price for s in searches if s.servers)
-        limit = done[min(1, len(done) - 1)] if done else math.inf
+        limit = done[1] if len(done) > 1 else math.inf  # the answer has a runner-up, if there is one
         left = [
             s for s in searches if s.estimate and not s.runs and s.known_price < limit * settings.optimism
         ]
