@@ -168,11 +168,23 @@ class RequestRefused(RuntimeFault):
 
 
 class ServerBusy(RuntimeFault):
-    """The server takes no more now; ``retry_ms`` says when to ask again."""
+    """The server takes no more now; ``retry_ms`` says when to ask again. ``code``: see
+    :class:`~wispprof.protocol.Problem`. ``nearest_tokens_per_s``: the speed that would be admitted, 0 if speed
+    is not the reason."""
 
-    def __init__(self, message: str, retry_ms: float, hint: str = "") -> None:
+    def __init__(
+        self,
+        message: str,
+        retry_ms: float,
+        hint: str = "",
+        *,
+        code: str = "busy",
+        nearest_tokens_per_s: float = 0.0,
+    ) -> None:
         super().__init__(message, hint)
         self.retry_ms = retry_ms
+        self.code = code
+        self.nearest_tokens_per_s = nearest_tokens_per_s
 
 
 class ServerUnreachable(RuntimeFault):

@@ -19,6 +19,7 @@ from wispprof.edge import Connection, Generation, GenerationRequest
 from wispprof.edge.client import PART_TOKENS, _opening_frames
 from wispprof.edge.server_frames import check_commit
 from wispprof.errors import ProtocolError, RuntimeFault, ServerBusy, SettingsError, WispprofError
+from wispprof.openai_api.api_error import ApiError
 from wispprof.testing.in_process_server import InProcessServer
 from wispprof.testing.virtual_time import run_virtual
 from wispprof.types import TokenLogprob
@@ -184,12 +185,12 @@ def test_a_load_level_out_of_range_is_the_nearest_one() -> None:
         assert bad <= 1
 
 
-@pytest.mark.parametrize("code", ["session", "internal", "busy", "draining", "frame", "made up", ""])
+@pytest.mark.parametrize("code", ["session", "internal", "busy", "draining", "slo", "frame", "made up", ""])
 @pytest.mark.parametrize("retry_ms", [0.0, -1.0, math.nan, math.inf, 1e300])
 def test_endless_problems_end_the_request(code: str, retry_ms: float) -> None:
-    problem = protocol.Problem(0, code, "no", retry_ms)
+    problem = protocol.Problem(0, code, "no", retry_ms, 7.5)
 
-    async def main() -> BaseException:
+    async def main() -> RuntimeFault:
         def tamper(number: int, data: bytes) -> list[bytes]:
             return [protocol.encode(problem)] if number else [data]
 
@@ -205,7 +206,11 @@ def test_endless_problems_end_the_request(code: str, retry_ms: float) -> None:
 
     err = run_virtual(main())
     if abs(retry_ms) < 2.0:
-        assert isinstance(err, ServerBusy) == (code in ("busy", "draining"))
+        assert isinstance(err, ServerBusy) == (code in ("busy", "draining", "slo"))
+    if isinstance(err, ServerBusy):
+        over_http = ApiError.of(err)
+        assert over_http.status == (503 if code == "draining" else 429)
+        assert (over_http.code, over_http.details) == (code, {"nearest_tokens_per_s": 7.5})
 
 
 @pytest.mark.parametrize(

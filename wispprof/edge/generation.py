@@ -343,10 +343,10 @@ class Generation:
         self._internal_errors += code == "internal"
         late = now_ms + wait_ms - self._refused_since_ms > self._client.settings.give_up_ms
         if late or self._internal_errors > _MAX_INTERNAL_ERRORS:
-            if code == "slo":
-                self.failed(ServerBusy(message, retry_ms, "Ask for less speed, or later."))
-            elif busy or (code == "limit" and retry_ms):
-                self.failed(ServerBusy(message, retry_ms))
+            if busy or code == "slo" or (code == "limit" and retry_ms):
+                hint = "Ask for less speed, or later." if code == "slo" else ""
+                nearest = server_frames.nearest_tokens_per_s(problem)
+                self.failed(ServerBusy(message, retry_ms, hint, code=code, nearest_tokens_per_s=nearest))
             elif code in ("limit", "frame"):
                 self.failed(RequestRefused(f"The server refused this request: {message}", code))
             else:

@@ -28,6 +28,12 @@ def retry_ms(problem: protocol.Problem) -> float:
     return min(max(pause_ms, 0.0), MAX_RETRY_MS) if math.isfinite(pause_ms) else 0.0
 
 
+def nearest_tokens_per_s(problem: protocol.Problem) -> float:
+    """The speed that a problem offers; 0 if it offers none."""
+    speed = problem.tokens_per_s
+    return speed if 0.0 < speed < math.inf else 0.0
+
+
 def load_level(level: int) -> int:
     """The nearest load level that exists."""
     return min(max(level, 0), _MAX_LOAD_LEVEL)

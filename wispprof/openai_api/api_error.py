@@ -38,7 +38,10 @@ class ApiError(WispprofError):
         if isinstance(err, RequestRefused):
             return cls(str(err), 400, code=err.code)
         if isinstance(err, ServerBusy):
-            return cls(str(err), 429, retry_ms=err.retry_ms)
+            nearest = err.nearest_tokens_per_s
+            details = {"nearest_tokens_per_s": nearest} if nearest else {}
+            status = 503 if err.code == "draining" else 429
+            return cls(str(err), status, code=err.code, retry_ms=err.retry_ms, **details)
         if isinstance(err, ServerUnreachable):
             return cls(str(err), 503, retry_ms=_UNREACHABLE_RETRY_MS)
         return cls(str(err), 502 if isinstance(err, RuntimeFault) else 400)
