@@ -169,7 +169,7 @@ class RequestRefused(RuntimeFault):
 
 class ServerBusy(RuntimeFault):
     """The server takes no more now; ``retry_ms`` says when to ask again. ``code``: see
-    :class:`~wispprof.protocol.Problem`. ``nearest_tokens_per_s``: the speed that would be admitted, 0 if speed
+    :class:`~wispprof.protocol.Problem`. ``nearest_tokens_per_s``: the admitted speed, 0 if speed
     is not the reason."""
 
     def __init__(
