@@ -8,6 +8,8 @@
 - Attention groups items of similar context. The totals do not tell how many groups there are; √(items ·
   max_cached) grows as the groups do in measurements. Prompt chunks and decode items form separate groups,
   which costs up to the smaller part's tokens.
+- A session that feeds several tokens needs another attention kernel than plain decoding, with a floor of its
+  own.
 
 Every term grows with work and every weight is ≥ 0, so the sum never falls if work is added. If a batch is
 cut to the measured box, sampled tokens are cut by themselves: a difference of two totals could fall.
@@ -33,9 +35,13 @@ from wispprof.types import BatchTotals
 
 NEW_KNOTS = 6
 CACHED_KNOTS = 3
-TERMS = 10
+TERMS = 11
+EARLIER_TERMS = 8
+"""Of estimators fitted by earlier versions; what they lack weighs nothing."""
 FIRST_ROWS = (2, 4)
 """Query rows of an item after which its pairs may become cheaper."""
+MINIMUM_OF_BOTH = 10
+"""Steps of one token a session, and of several, that the term of the latter needs."""
 BUCKET_SHARE = 0.8
 """Share of rows whose padding must follow the buckets before they are used."""
 
@@ -123,14 +129,15 @@ def graph_buckets(data: Observations) -> FloatArray:
 
 
 class PhysicalTerms(LearnedState):
-    """``buckets_`` (b,), ``new_`` and ``cached_`` curves, and ``weights_`` (10,) of the other terms: a step,
+    """``buckets_`` (b,), ``new_`` and ``cached_`` curves, and ``weights_`` (11,) of the other terms: a step,
     an item, Σ new·cached, Σ new², the deepest item, a sampled token, √(items · max_cached), the smaller of a
-    prompt's tokens and the sampled ones, and the pairs of the first rows."""
+    prompt's tokens and the sampled ones, the pairs of the first rows, and a step in which some session feeds
+    several tokens."""
 
     buckets_: list[float]
     new_: PiecewiseCurve
     cached_: PiecewiseCurve
-    weights_: Annotated[tuple[NonNegative, ...], Meta(min_length=TERMS - len(FIRST_ROWS), max_length=TERMS)]
+    weights_: Annotated[tuple[NonNegative, ...], Meta(min_length=EARLIER_TERMS, max_length=TERMS)]
 
     def __init__(self, new_knots: int = NEW_KNOTS, cached_knots: int = CACHED_KNOTS) -> None:
         self.new_knots = new_knots
@@ -144,6 +151,9 @@ class PhysicalTerms(LearnedState):
         new_knots = sorted({*single_token_knots(tokens), *spread_knots(tokens, self.new_knots)})
         cached_knots = spread_knots(totals.sum_cached, self.cached_knots)
         sampled = sampled_tokens(totals)
+        several = totals.max_new > 1
+        if min(several.sum(), (~several).sum()) < MINIMUM_OF_BOTH:
+            several = np.zeros(len(data), dtype=bool)  # it could not be told from the fixed part of a step
         others = [
             np.ones(len(data)),
             totals.items,
@@ -154,6 +164,7 @@ class PhysicalTerms(LearnedState):
             np.sqrt(totals.items * totals.max_cached),
             np.minimum(totals.prefill, sampled),
             *(np.minimum(totals.sum_new_cached, rows * totals.sum_cached) for rows in FIRST_ROWS),
+            several,
         ]
         design = np.concatenate(
             [
@@ -204,8 +215,9 @@ class PhysicalTerms(LearnedState):
         some: Any,
     ) -> Any:
         """All terms, of one batch or of n: both must round alike."""
-        items, _, _, new_cached, new_sq, max_cached, _, _ = totals
-        # Estimators of earlier versions have no weights for the first rows.
-        w0, w1, w2, w3, w4, w5, w6, w7, w8, w9 = (*self.weights_, 0.0, 0.0)[:TERMS]
+        items, _, _, new_cached, new_sq, max_cached, max_new, _ = totals
+        # Estimators of earlier versions have no weights for the last terms.
+        w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, w10 = (*self.weights_, 0.0, 0.0, 0.0)[:TERMS]
         linear_ms = new_ms + cached_ms + w0 + w1 * items + w2 * new_cached + w3 * new_sq + w4 * max_cached
-        return linear_ms + w5 * sampled + w6 * groups + w7 * mixed + w8 * few + w9 * some
+        linear_ms += w5 * sampled + w6 * groups + w7 * mixed + w8 * few + w9 * some
+        return linear_ms + w10 * (max_new > 1)

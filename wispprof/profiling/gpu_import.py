@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from wispprof.artifacts import Manifest, ServerProfile, StepRow, make_profile, save_profile
-from wispprof.artifacts.manifest import command_line, library_versions, utc_now
+from wispprof.artifacts.manifest import library_versions, utc_now
 from wispprof.artifacts.rows import MODELLED
 from wispprof.profiling.operator_steps import OperatorSteps, launch_ms
 from wispprof.profiling.operator_tables import (
@@ -55,6 +55,8 @@ def _all_shapes(knots: Sequence[int], max_context: int) -> Iterator[tuple[str, B
         if rows <= 640:
             items = [(_EDGE_NEW, _EDGE_CACHED)] * whole + [(rest, _EDGE_CACHED)] * (rest > 0)
             yield "verify", BatchShape.of(items)
+        if 8 <= rows <= 256 and rows % 16 in (0, 1):
+            yield "verify", BatchShape.uniform(rows, 1, _EDGE_CACHED)
         if rows >= 256:
             yield "prefill", BatchShape.of([(rows, 0, True)])
     for sessions in _SESSIONS:
@@ -119,7 +121,7 @@ def import_profile(target: GpuTarget, output: Output, progress: Progress | None 
     manifest = Manifest(
         kind="server",
         model=tables.model_info,
-        command=command_line(),
+        command=target.command,
         engine={
             "backend": target.framework,
             "version": tables.tables_version,

@@ -50,6 +50,14 @@ class GpuTarget(NamedTuple):
         model = self.model.rpartition("/")[2].lower().removeprefix("meta-")
         return f"{self.system.replace('_', '-')}-{model}-{self.framework}-{self.dtype}-tp{self.tp}"
 
+    @property
+    def command(self) -> str:
+        """That makes its profile."""
+        return (
+            f"wispprof profile import-gpu --system {self.system} --model {self.model} --tp {self.tp} "
+            f"--framework {self.framework} --dtype {self.dtype}"
+        )
+
 
 class Shares(NamedTuple):
     """Of a step's time by the origin of its operators: a measured point itself, between measured points,

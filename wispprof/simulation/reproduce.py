@@ -24,6 +24,7 @@ from wispprof.simulation.configspec import ConfigChoice, DraftOption, Verifier
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.metrics import Report
 from wispprof.simulation.scenario import Scenario, ServerModel, System, system
+from wispprof.simulation.server_models import server_of
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 from wispprof.types import Slo
 
@@ -82,14 +83,23 @@ def read_setup(name: str) -> dict[str, Any]:
     place = files("wispprof.simulation") / "published" / f"{name}.toml"
     if not place.is_file():
         raise ArtifactMissing(f"There is no published setup named {name!r}.")
-    return tomllib.loads(place.read_text(encoding="utf-8"))
+    setup = tomllib.loads(place.read_text(encoding="utf-8"))
+    tables = setup.get("tables", {})
+    for found in list(setup["assumption"]):
+        if found["name"] in tables.get("of", ()):
+            server = found.get("server", {}) | {"profile": tables["profile"]}
+            again = {"name": f"{found['name']}: {tables['name']}", "why": f"{tables['why']}: {found['why']}"}
+            setup["assumption"].append({**found, **again, "server": server})
+    return setup
 
 
 def linear_server(table: Table, **changes: Any) -> ServerModel:
-    """A server from a ``[server]`` table: linear cost and limits."""
+    """A server from a ``[server]`` table: linear cost and limits. With ``profile`` a shipped GPU profile
+    replaces the cost, not the limits."""
     values = {**table, **changes}
     cost = {f.name: values.pop(f.name) for f in fields(LinearCost) if f.name in values}
-    return ServerModel(LinearCost(**cost), **values)
+    profile = values.pop("profile", "")
+    return ServerModel(server_of(profile)[0].estimator if profile else LinearCost(**cost), **values)
 
 
 def wisp_scenario(setup: Table, kind: str, slo: float, assumption: Table) -> Scenario:
@@ -210,7 +220,12 @@ def _server_only(setup: Mapping[str, Any], assumption: Mapping[str, Any]) -> Sce
     """Drafting on the server: each step first drafts k tokens there. No link, no edge time."""
     step_ms = assumption.get("server_step_ms", setup["draft"]["server_step_ms"])
     k = setup["draft"]["k"]
-    server = linear_server(setup["server"], fixed_ms=setup["server"]["fixed_ms"] + k * step_ms)
+    table = setup["server"] | assumption.get("server", {})
+    drafting_ms = k * step_ms
+    if "profile" in table:  # its steps have no fixed part of their own to add to
+        server = linear_server(table, overhead_ms=table["overhead_ms"] + drafting_ms)
+    else:
+        server = linear_server(table, fixed_ms=table["fixed_ms"] + drafting_ms)
     rounds = system("fcfs").replace(label="server-only", controller_options={"k": k})
     return _specedge_base(setup, rounds, setup["workload"]["batch"], server)
 
@@ -222,7 +237,10 @@ def _specedge(setup: Mapping[str, Any], assumption: Mapping[str, Any]) -> Scenar
         controller_options={"k": draft["k"]}, drafting=DraftingSettings(proactive=ahead)
     )
     base = _specedge_base(
-        setup, pipeline, workload["batch"] * workload["edges_per_batch"], linear_server(setup["server"])
+        setup,
+        pipeline,
+        workload["batch"] * workload["edges_per_batch"],
+        linear_server(setup["server"] | assumption.get("server", {})),
     )
     return replace(
         base,
