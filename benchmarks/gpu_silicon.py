@@ -117,9 +117,12 @@ def percent(errors: list[float]) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.parse_args()
+    parser.add_argument("--framework", choices=("vllm", "trtllm"), help="Only this one.")
+    only = parser.parse_args().framework
     rows, records = read_rows(), []
     for (framework, version, _), dtype in KINDS.items():
+        if only not in (None, framework):
+            continue
         own = [r for r in rows if r.framework == framework]
         learn = [r for r in own if not r.judged]
 
