@@ -5,7 +5,6 @@
 # make check  lint, format, types and import contracts
 # make test-vllm   the tests of the vLLM engine, in an environment of its own with vLLM's CPU build
 # make test-models   a pretrained pair, end to end: SmolLM2-135M and its GGUF as a llama.cpp draft
-# make test-gpu-tables   profiles from the operator tables, with the extra gpu-tables (82 MB)
 # make test-lowest   the suite on the lowest versions that pyproject.toml allows
 # Each makes .venv from requirements.lock first, where it is missing or older than the lock; test-vllm makes
 # .venv-vllm from requirements-vllm.lock.
@@ -18,7 +17,7 @@ ARGS ?=
 # Processes that share the tests: one per core, four at most. Chosen tests do not pay for starting them.
 WORKERS ?= $(if $(ARGS),0,logical)
 
-.PHONY: help demo test fuzz test-vllm test-models test-gpu-tables test-lowest readme check format lock lock-vllm clean
+.PHONY: help demo test fuzz test-vllm test-models test-lowest readme check format lock lock-vllm clean
 .DEFAULT_GOAL := help
 
 help:
@@ -78,18 +77,6 @@ lock-vllm: $(VLLM_READY)
 		echo "import site; site.addsitedir('$$(folder $(VENV))')" > "$$(folder .venv-models)/base.pth"
 	@.venv-models/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.lock
 	@touch $@
-
-# .venv's packages, and the operator tables beside them.
-.venv-gpu-tables/.ready: $(READY)
-	@echo "Installing the operator tables into .venv-gpu-tables (once)"
-	@$(PYTHON) -m venv .venv-gpu-tables
-	@.venv-gpu-tables/bin/python -m pip install --quiet --disable-pip-version-check aiconfigurator-core==0.12.0
-	@folder() { $$1/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'; }; \
-		echo "import site; site.addsitedir('$$(folder $(VENV))')" > "$$(folder .venv-gpu-tables)/base.pth"
-	@touch $@
-
-test-gpu-tables: .venv-gpu-tables/.ready
-	@PYTHONPATH=$(CURDIR) .venv-gpu-tables/bin/python -m pytest -o filterwarnings=default $(or $(ARGS),tests/profiling/test_gpu_tables.py)
 
 test-models: .venv-models/.ready
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-models/bin/python -m pytest tests/models $(ARGS)

@@ -39,7 +39,7 @@ class ApiError(WispprofError):
             return cls(str(err), 400, code=err.code)
         if isinstance(err, ServerBusy):
             nearest = err.nearest_tokens_per_s
-            details = {"nearest_tokens_per_s": nearest} if nearest else {}
+            details: dict[str, Any] = {"nearest_tokens_per_s": nearest} if nearest else {}
             status = 503 if err.code == "draining" else 429
             return cls(str(err), status, code=err.code, retry_ms=err.retry_ms, **details)
         if isinstance(err, ServerUnreachable):

@@ -167,7 +167,7 @@ class OperatorTables:
 
         key = f"{target.dtype}-{target.framework}"
         gemm, cache, attention = _QUANTIZED.get(key, _QUANTIZED[target.dtype])
-        self._modes = {"gemm_quant_mode": gemm, "kvcache_quant_mode": cache}
+        self._modes: dict[str, Any] = {"gemm_quant_mode": gemm, "kvcache_quant_mode": cache}
         try:
             with _quiet():
                 self.tables_version = str(
