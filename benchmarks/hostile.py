@@ -50,7 +50,9 @@ def run_server(keyed: bool, port: Connection) -> None:
 
     configure_logging("error")
     engine = FakeEngine(128, step_ms=lambda shape: 5.0)
-    settings = ServerSettings(port=0, api_keys=(KEY,) if keyed else (), admit="all")
+    # Within one process attacks are felt most, and the fake tokenizer cannot be loaded by another one.
+    keys = (KEY,) if keyed else ()
+    settings = ServerSettings(port=0, api_keys=keys, admit="all", fronts=0)
     tokenizer = ChatTokenizer(ByteTokenizer())
     parts = {"engine": engine, "model": engine.served, "tokenizer": tokenizer}
     serve(settings, lambda server, taken: port.send(taken), **parts)
