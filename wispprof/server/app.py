@@ -59,7 +59,8 @@ def make_app(server: EngineClient, lifespan: Any = None) -> FastAPI:
     @app.get("/steps")
     async def steps(since: int = 0) -> Response:
         """Retained steps from number ``since`` on; ``next``: the ``since`` of the next request."""
-        return await page("steps", argument=since)
+        # The channel to the engine process carries 64 bits.
+        return await page("steps", argument=min(max(since, 0), 1 << 62))
 
     async def page(name: str, media_type: str = "application/json", argument: int = 0) -> Response:
         answer = await server.query(name, argument)
