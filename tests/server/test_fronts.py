@@ -15,7 +15,7 @@ from wispprof.edge import websocket_connections
 from wispprof.engines.tokenizers import load_tokenizer
 from wispprof.openai_api import ChatTokenizer
 from wispprof.server import running_server
-from wispprof.server.channel import Outbox, SessionReused, SocketWriter, Stop, ToFront, to_front
+from wispprof.server.channel import DirectWriter, Outbox, SessionReused, SocketWriter, Stop, ToFront, to_front
 from wispprof.server.fronts import FrontProcess
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeEngine
@@ -94,6 +94,29 @@ async def test_batches_keep_their_order_however_they_are_cut() -> None:
     for byte in bytes(sent):
         end.data_received(bytes([byte]))
     assert got == [*wanted, Stop()]
+
+
+async def test_a_message_that_cannot_be_sent_costs_no_other_one_anything() -> None:
+    batches: list[bytes] = []
+    outbox: Outbox[ToFront] = Outbox(DirectWriter(batches.append))
+    outbox.put(SessionReused(1, 2))
+    with pytest.raises(OverflowError):
+        outbox.put(SessionReused(1, 1 << 64))
+    outbox.put(Stop())
+    while not batches:
+        await asyncio.sleep(0)
+    assert [to_front.decode(batch) for batch in batches] == [[SessionReused(1, 2), Stop()]]
+
+
+@pytest.mark.parametrize("since", [0, -5, 1 << 63, 10**30])
+async def test_steps_since_any_number(since: int) -> None:
+    engine = FakeEngine()
+    async with (
+        running_server(SETTINGS, engine=engine, model=engine.served) as running,
+        httpx.AsyncClient(base_url=running.http_url) as client,
+    ):
+        page = (await client.get(f"/steps?since={since}")).json()
+        assert (page["next"], page["steps"]) == (0, [])
 
 
 @pytest.mark.parametrize("own_process", [False, True])

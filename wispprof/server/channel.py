@@ -7,7 +7,7 @@ engine process uses the same messages in the same batches.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
@@ -127,7 +127,8 @@ class Stop(msgspec.Struct, tag="s", array_like=True, frozen=True):
 ToEngine = SessionOpening | SessionDrafts | SessionClosing | MetricCount | Query | FrontReady
 ToFront = FrontConfig | ServerStatus | SessionReused | SessionCommit | SessionFailed | Page | Stop
 
-encode_batch = msgspec.msgpack.Encoder().encode
+_encode = msgspec.msgpack.Encoder().encode
+_ARRAY_32 = b"\xdd"
 to_engine: msgspec.msgpack.Decoder[list[ToEngine]] = msgspec.msgpack.Decoder(list[ToEngine])
 to_front: msgspec.msgpack.Decoder[list[ToFront]] = msgspec.msgpack.Decoder(list[ToFront])
 
@@ -143,24 +144,35 @@ class BatchWriter(Protocol):
     def write(self, data: bytes) -> None: ...
 
 
+def encode_batch(messages: Sequence[ToEngine | ToFront]) -> bytes:
+    return _batch([_encode(message) for message in messages])
+
+
+def _batch(messages: list[bytes]) -> bytes:
+    """Encoded messages as one msgpack array."""
+    return _ARRAY_32 + len(messages).to_bytes(4, "big") + b"".join(messages)
+
+
 class Outbox(Generic[M]):
     """Messages to one end of the channel. They leave together, ``spacing_s`` after the last batch or with the
-    event loop's next turn."""
+    event loop's next turn. A message is encoded as it comes: one that cannot be costs its sender an exception
+    and no other message of its batch anything."""
 
     def __init__(self, writer: BatchWriter, spacing_s: float = 0.0) -> None:
         self._writer = writer
         self._spacing_s = spacing_s
-        self._messages: list[M] = []
+        self._messages: list[bytes] = []
         self._not_before_s = 0.0
 
     def put(self, message: M) -> None:
+        data = _encode(message)
         if not self._messages:
             loop = asyncio.get_running_loop()
             if loop.time() >= self._not_before_s:
                 loop.call_soon(self.flush)
             else:
                 loop.call_at(self._not_before_s, self.flush)
-        self._messages.append(message)
+        self._messages.append(data)
 
     def flush(self) -> None:
         """Send what is held now."""
@@ -168,7 +180,7 @@ class Outbox(Generic[M]):
             messages, self._messages = self._messages, []
             if self._spacing_s:
                 self._not_before_s = asyncio.get_running_loop().time() + self._spacing_s
-            self._writer.write(encode_batch(messages))
+            self._writer.write(_batch(messages))
 
 
 class DirectWriter:

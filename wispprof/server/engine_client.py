@@ -108,8 +108,8 @@ class EngineClient:
     def open(self, request: GenerationRequest, listener: FrontListener, number: int = 0) -> FrontSession:
         """A new session. If it is refused, its listener's ``failed`` says so."""
         session = FrontSession(next(self._handles), number, listener)
-        self._sessions[session.handle] = session
         self._outbox.put(SessionOpening(session.handle, number, listener.key, request))
+        self._sessions[session.handle] = session
         return session
 
     def draft(self, session: FrontSession, frame: protocol.Draft) -> None:
