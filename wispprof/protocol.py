@@ -8,12 +8,15 @@ committed text) the server ignores that epoch. A stale draft can waste work but 
 from __future__ import annotations
 
 import struct
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import msgspec
 
 from wispprof.errors import ProtocolError
 from wispprof.types import TokenLogprob
+
+if TYPE_CHECKING:
+    from wispprof.sessions.session_state import CommitResult
 
 PROTOCOL_VERSION = 3
 MAX_FRAME_BYTES = 1 << 20
@@ -245,6 +248,23 @@ def _decode(decoder: msgspec.msgpack.Decoder[_F], data: bytes) -> _F:
         return decoder.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError, MemoryError) as err:
         raise ProtocolError(f"Malformed frame: {err}.", "Use a client of the same protocol version.") from err
+
+
+def commit_frame(number: int, commit: CommitResult, verify_ms: float, load_level: int) -> Commit:
+    """What an edge is told of a commit of its session ``number``."""
+    return Commit(
+        number,
+        commit.epoch,
+        commit.committed_len,
+        list(commit.tokens),
+        commit.accepted,
+        commit.drafted,
+        brief_ms(commit.queue_ms),
+        brief_ms(verify_ms),
+        load_level,
+        commit.finished,
+        list(commit.logprobs),
+    )
 
 
 def brief_ms(ms: float) -> float:

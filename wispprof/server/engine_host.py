@@ -168,19 +168,7 @@ class _HostedSession:
             return
         if commit.first and session.reused:
             host.outbox.put(SessionReused(handle, session.reused))
-        frame = protocol.Commit(
-            session.number,
-            commit.epoch,
-            commit.committed_len,
-            list(commit.tokens),
-            commit.accepted,
-            commit.drafted,
-            protocol.brief_ms(commit.queue_ms),
-            protocol.brief_ms(verify_ms),
-            load_level,
-            commit.finished,
-            list(commit.logprobs),
-        )
+        frame = protocol.commit_frame(session.number, commit, verify_ms, load_level)
         host.outbox.put(SessionCommit(handle, frame))
         if commit.finished:
             del host.sessions[handle]

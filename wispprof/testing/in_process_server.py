@@ -229,21 +229,7 @@ class InProcessServer:
             if commit.rollback is not None:
                 self.engine.rollback(state.session, commit.rollback)
             if commit.tokens:
-                connection.reply(
-                    protocol.Commit(
-                        number,
-                        commit.epoch,
-                        commit.committed_len,
-                        list(commit.tokens),
-                        commit.accepted,
-                        commit.drafted,
-                        protocol.brief_ms(commit.queue_ms),
-                        protocol.brief_ms(now_ms - begun_ms),
-                        self._level,
-                        commit.finished,
-                        list(commit.logprobs),
-                    )
-                )
+                connection.reply(protocol.commit_frame(number, commit, now_ms - begun_ms, self._level))
             if commit.finished:
                 self.close_session(state.session)
         await asyncio.sleep(_OVERHEAD_MS / 1000.0)
