@@ -27,6 +27,7 @@ from wispprof.artifacts import (
 )
 from wispprof.artifacts.files import check_writable, write_atomic
 from wispprof.artifacts.manifest import command_line
+from wispprof.artifacts.rows import open_line, seal_line
 from wispprof.errors import (
     ArtifactDamaged,
     ArtifactError,
@@ -142,6 +143,11 @@ def test_traces_round_trip_exactly(tmp_path_factory, seed, n, m, depth):
     assert trace_hash(back) == digest
 
 
+def with_first_feature(line: bytes, value: float) -> bytes:
+    body = open_line(line, "here")
+    return seal_line({**body, "features": [value, *body["features"][1:]]})
+
+
 @pytest.mark.parametrize(
     ("how", "says"),
     [
@@ -153,6 +159,7 @@ def test_traces_round_trip_exactly(tmp_path_factory, seed, n, m, depth):
             "line 3.*changed",
         ),
         (lambda lines: [lines[0].replace(b"target", b"tergat"), *lines[1:]], "line 1.*changed"),
+        (lambda lines: [lines[0], with_first_feature(lines[1], 1e308), *lines[2:]], "line 2.*not finite"),
         (lambda lines: [b"hello\n"], "not an acceptance trace"),
         (lambda lines: [], "not an acceptance trace"),
     ],

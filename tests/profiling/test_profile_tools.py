@@ -228,6 +228,8 @@ def test_llama_bench_results_become_an_edge_profile(tmp_path):
         (json.dumps(BENCH) + "\n{", "JSON"),
         ("[", "JSON"),
         (json.dumps([{**BENCH, "n_gen": "x"}]), "test 1"),
+        (json.dumps([{**BENCH, "samples_ts": [14.0, 1e308]}]), r"1e\+308 tokens/s"),
+        (json.dumps([{**BENCH, "samples_ts": [14.0, 1e-320]}]), "tokens/s"),
     ):
         file.write_text(bad)
         with pytest.raises(ArtifactDamaged, match=says):
