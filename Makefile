@@ -5,6 +5,8 @@
 # make check  lint, format, types and import contracts
 # make test-vllm   the tests of the vLLM engine, in an environment of its own with vLLM's CPU build
 # make test-models   a pretrained pair, end to end: SmolLM2-135M and its GGUF as a llama.cpp draft
+# make docs   the documentation as a site, in out/site
+# make dist   wheel and source archive in dist/, installed and tried in an empty environment, with SBOM and licences
 # make test-lowest   the suite on the lowest versions that pyproject.toml allows
 # Each makes .venv from requirements.lock first, where it is missing or older than the lock; test-vllm makes
 # .venv-vllm from requirements-vllm.lock.
@@ -17,7 +19,7 @@ ARGS ?=
 # Processes that share the tests: one per core, four at most. Chosen tests do not pay for starting them.
 WORKERS ?= $(if $(ARGS),0,logical)
 
-.PHONY: help demo test fuzz test-vllm test-models test-lowest readme check format lock lock-vllm clean
+.PHONY: help demo test fuzz test-vllm test-models test-lowest docs dist readme check format lock lock-vllm lock-release clean
 .DEFAULT_GOAL := help
 
 help:
@@ -81,6 +83,33 @@ lock-vllm: $(VLLM_READY)
 test-models: .venv-models/.ready
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv-models/bin/python -m pytest tests/models $(ARGS)
 
+RELEASE_VENV := .venv-release
+RELEASE_READY := $(RELEASE_VENV)/.ready
+
+$(RELEASE_READY): requirements-release.lock
+	@echo "Installing what builds the site and the release into $(RELEASE_VENV) (once)"
+	@$(PYTHON) -m venv $(RELEASE_VENV)
+	@$(RELEASE_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-release.lock
+	@touch $@
+
+# A warning is an error.
+docs: $(RELEASE_READY)
+	@NO_MKDOCS_2_WARNING=1 $(RELEASE_VENV)/bin/mkdocs build --quiet --strict --config-file tools/docs_site/mkdocs.yml
+	@echo "out/site/index.html"
+
+dist: $(READY) $(RELEASE_READY)
+	@rm -rf dist out/wheel
+	@$(BIN)/hatchling build
+	@$(PYTHON) tools/wheel_walk.py dist/*.whl out/wheel
+	@$(RELEASE_VENV)/bin/cyclonedx-py environment out/wheel/venv --output-file dist/sbom.cdx.json
+	@$(RELEASE_VENV)/bin/pip-licenses --python out/wheel/venv/bin/python --order license --format markdown > dist/licenses.md
+	@ls -l dist
+
+lock-release: $(RELEASE_READY)
+	@{ sed -n 1p requirements-release.lock; $(RELEASE_VENV)/bin/python -m pip freeze | LC_ALL=C sort -f; } > requirements-release.lock.tmp
+	@mv requirements-release.lock.tmp requirements-release.lock
+	@touch $(RELEASE_READY)
+
 # The suite on the lowest versions that pyproject.toml allows. TORCH=2.13.0: with that torch instead.
 test-lowest:
 	@$(PYTHON) -m venv .venv-lowest
@@ -111,5 +140,5 @@ lock: $(READY)
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .venv-models out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(RELEASE_VENV) .venv-models out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,6 +6,8 @@ none of them; a test compares its lines with the commands' own help.
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wispprof import __version__
-from wispprof.cli.console import GuardedGroup, known_options
+from wispprof.cli.console import USAGE, GuardedGroup, known_options
 from wispprof.settings.sources import ENV_PREFIX, read_config
 
 if TYPE_CHECKING:
@@ -125,7 +127,11 @@ def show_overview(group: Any, context: Any) -> None:
     usage = Text.assemble((f"{head}: ", "bold yellow"), (rest, "bold"))
     console.print(Padding(usage, 1))
     console.print(Padding(Text(group.help or ""), (0, 1, 1, 1)))
-    records = [p.get_help_record(context) for p in group.get_params(context)]
+    parameters = group.get_params(context)
+    for parameter in parameters:
+        if "completion" in (parameter.name or ""):
+            parameter.show_envvar = False
+    records = [p.get_help_record(context) for p in parameters]
     options = [(Text(names, _NAME), Text(text)) for names, text in filter(None, records)]
     console.print(_panel("Options", options, max(len(names) for names, _ in options)))
     width = max(len(entry.name) for entry in COMMANDS)
@@ -160,8 +166,7 @@ class Tool(GuardedGroup):
 app = typer.Typer(
     name="wispprof",
     cls=Tool,
-    no_args_is_help=True,
-    add_completion=False,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings={"auto_envvar_prefix": ENV_PREFIX, "help_option_names": ["-h", "--help"]},
 )
@@ -195,6 +200,29 @@ def _root(
     if found.sections:
         found.check(known_options(context.command))
     context.default_map = _by_command(found.sections)
+    if context.invoked_subcommand is None:
+        _first_run(context)
+
+
+def on_terminal() -> bool:
+    """Whether someone can answer questions."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def _first_run(context: typer.Context) -> None:
+    """Without a command: a menu on a terminal, the overview elsewhere."""
+    if not on_terminal():
+        context.command.format_help(context, context.make_formatter())
+        raise typer.Exit(USAGE)
+    from wispprof.cli.first_run import choose
+
+    for arguments in choose(
+        lambda question, default: typer.prompt(question, default, show_default=bool(default))
+    ):
+        typer.echo(f"\n$ wispprof {shlex.join(arguments)}")
+        code = context.command.main(arguments, prog_name="wispprof", standalone_mode=False)
+        if isinstance(code, int) and code:
+            raise typer.Exit(code)
 
 
 def _by_command(sections: Any) -> dict[str, Any]:
