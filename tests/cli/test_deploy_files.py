@@ -1,4 +1,4 @@
-"""The unit, container and compose files in ``examples/deploy/``: they parse, and so do the commands in them."""
+"""Unit, container and compose files in ``examples/deploy/``: they parse, and so do the commands in them."""
 
 from __future__ import annotations
 
