@@ -4,8 +4,8 @@
 
 The environment gets the versions of ``requirements.lock``. Commands come from the README's section "Your
 laptop and your server", with the bundled pair in place of ``TARGET`` and ``DRAFT`` and with quick grids. The
-walk ends with a chat request to the edge. It fails at the first command that fails, or if the wheel is too large:
-:data:`LIMIT_MB`.
+walk ends with a chat request to the edge. It fails at the first command that fails, and for a wheel of more
+than :data:`LIMIT_MB`.
 """
 
 from __future__ import annotations
