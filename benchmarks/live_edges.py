@@ -8,8 +8,9 @@ cycle takes beyond that, an accelerator would idle: handing over results, commit
 whatever keeps the interpreter busy at that moment. Edges live in another process, hold real draft buffers,
 send real frames, and check every token. Each drafts at 100 tokens/s, of which 80 % are right.
 
-``cycle``: start of a step to the start of the next, over the engine's time. ``latency``: end of a step to the
-arrival of its commit at the edge. ``cpu``: share of one core, by process. The last line is JSON.
+``cycle``: start of a step to the start of the next, over the engine's time. ``gap``: end of a step to the
+start of the next, both in the engine's thread. ``latency``: end of a step to its commit's arrival at the edge.
+``cpu``: share of one core, by process. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -89,15 +90,18 @@ def summary(
     seen: dict[str, Any], got: dict[str, Any], step_ms: float, begin: float, end: float
 ) -> dict[str, Any]:
     """Figures of the steps and commits between two times."""
-    steps = [(at, items) for at, items in seen["starts"] if begin <= at <= end]
+    steps = [one for one in seen["steps"] if begin <= one[0] <= end]
     cycles = sorted((b[0] - a[0]) * 1000.0 / step_ms for a, b in pairwise(steps))
+    gaps = sorted((b[0] - a[1]) * 1000.0 for a, b in pairwise(steps))
     ended = {(edge, length): at for edge, length, at in seen["commits"]}
     arrived = [(edge, length, at) for edge, length, at in got["commits"] if begin <= at <= end]
     latency = sorted((at - ended[edge, length]) * 1000.0 for edge, length, at in arrived)
     return {
         "cycle": round(statistics.median(cycles), 3),
         "cycle_p99": round(cycles[int(0.99 * len(cycles))], 3),
-        "items": round(statistics.mean(items for _, items in steps), 1),
+        "gap_ms": round(statistics.median(gaps), 2),
+        "gap_p99_ms": round(gaps[int(0.99 * len(gaps))], 2),
+        "items": round(statistics.mean(items for _, _, items in steps), 1),
         "commits_per_s": round(len(arrived) / (end - begin)),
         "latency_ms": round(statistics.median(latency), 2),
         "latency_p99_ms": round(latency[int(0.99 * len(latency))], 2),
@@ -117,8 +121,8 @@ def main() -> None:
         cells = [(float(step), int(edges)) for step, edges in pairs]
     codes = {"this": HERE.parent} | ({"other": options.against.resolve()} if options.against else {})
     print(
-        f"{'step ms':>7} {'edges':>5} {'code':>6} {'cycle':>6} {'p99':>6} {'items':>6} {'commits/s':>9} "
-        f"{'frames/s':>8} {'latency ms':>10} {'p99':>7}  cpu (server …, edges)"
+        f"{'step ms':>7} {'edges':>5} {'code':>6} {'cycle':>6} {'p99':>6} {'gap ms':>6} {'p99':>6} "
+        f"{'items':>6} {'commits/s':>9} {'frames/s':>8} {'latency ms':>10} {'p99':>7}  cpu (server …, edges)"
     )
     rows = []
     for step_ms, edges in cells:
@@ -127,6 +131,7 @@ def main() -> None:
             rows.append({"step_ms": step_ms, "edges": edges, "code": name} | row)
             print(
                 f"{step_ms:>7.0f} {edges:>5} {name:>6} {row['cycle']:>6.3f} {row['cycle_p99']:>6.2f} "
+                f"{row['gap_ms']:>6.2f} {row['gap_p99_ms']:>6.2f} "
                 f"{row['items']:>6} {row['commits_per_s']:>9} {row['frames_per_s']:>8} "
                 f"{row['latency_ms']:>10.2f} {row['latency_p99_ms']:>7.2f}  {row['cpu']}",
                 flush=True,

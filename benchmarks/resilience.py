@@ -11,9 +11,12 @@ own seeds, one in four server-only. First they run undisturbed; then the same re
 * ``kill``: the server dies by ``kill -9`` once every generation is under way, and another process takes its
   port three seconds later;
 * ``front``: the process that holds the connections dies by ``kill -9``; the server starts another;
-* ``channel``: that process is stopped for two seconds, so the channel to the engine process stalls;
+* ``engine``: the process with the model and the sessions dies by ``kill -9``; the server starts another, and
+  the connections stay;
+* ``channel``: the process that holds the connections is stopped for two seconds, so the channel to the engine
+  process stalls;
 * ``cut``: every link is cut at once, twice;
-* ``stall``: links deliver nothing for the last two of every five seconds, long enough to meet several.
+* ``stall``: links deliver nothing for the second half of every two seconds.
 
 ``outage`` is another trial, in cycles. A server dies with a generation under way and stays away for three
 times the edge's give-up time. The generation and a request made meanwhile must end with a clear error. Once
@@ -115,6 +118,10 @@ async def front(server: Server, proxy: LinkProxy, edges: list[Edge]) -> int:
     return server.signal_fronts(signal.SIGKILL)
 
 
+async def engine(server: Server, proxy: LinkProxy, edges: list[Edge]) -> int:
+    return server.signal_engine(signal.SIGKILL)
+
+
 async def channel(server: Server, proxy: LinkProxy, edges: list[Edge]) -> int:
     stopped = server.signal_fronts(signal.SIGSTOP)
     await asyncio.sleep(CHANNEL_STALL_S)
@@ -130,10 +137,11 @@ async def cut(server: Server, proxy: LinkProxy, edges: list[Edge]) -> int:
     return 2 * len(edges)
 
 
-STALLS = LinkSettings(LinkModel(10.0), stall_every_ms=5000.0, stall_ms=2000.0)
+STALLS = LinkSettings(LinkModel(10.0), stall_every_ms=2000.0, stall_ms=1000.0)
 SCENARIOS: dict[str, tuple[Disturb, LinkSettings]] = {
     "kill": (kill, LinkSettings(LinkModel(10.0))),
     "front": (front, LinkSettings(LinkModel(10.0))),
+    "engine": (engine, LinkSettings(LinkModel(10.0))),
     "channel": (channel, LinkSettings(LinkModel(10.0))),
     "cut": (cut, LinkSettings(LinkModel(10.0))),
     "stall": (nothing, STALLS),
@@ -244,7 +252,7 @@ def main() -> None:
     for one in runs:
         if min(one.finished, one.exact) < args.generations:
             raise WispprofError(f"{one.scenario}: a text was lost or changed.")
-        missed = one.scenario in ("kill", "front", "cut") and one.reopened < args.generations
+        missed = one.scenario in ("kill", "front", "engine", "cut") and one.reopened < args.generations
         if missed or (one.scenario in ("channel", "stall") and not one.disturbed):
             raise WispprofError(f"{one.scenario} came too late.", "Raise --tokens.")
 

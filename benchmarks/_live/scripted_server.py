@@ -2,8 +2,8 @@
 
     python -m _live.scripted_server STEP_MS MAX_ITEMS OUTPUT
 
-It prints its port, serves until SIGTERM, and writes what its engine saw to OUTPUT: the start of each step,
-and (edge, committed length, end of the step) of each commit.
+It prints its port, serves until SIGTERM, and writes what its engine saw to OUTPUT: start, end and items of
+each step, and (edge, committed length, end of the step) of each commit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class ScriptedEngine(FakeEngine):
     def __init__(self, period_ms: float) -> None:
         super().__init__(VOCAB, max_context=MAX_CONTEXT, kv_tokens=1 << 30)
         self.period_s = period_ms / 1000.0
-        self.starts: list[tuple[float, int]] = []
+        self.steps: list[tuple[float, float, int]] = []
         self.commits: list[tuple[int, int, float]] = []
         self._edges: dict[str, int] = {}
         self._lengths: dict[str, int] = {}
@@ -62,8 +62,8 @@ class ScriptedEngine(FakeEngine):
             else:
                 results.append(VerifyResult(name, 0, ()))
             lengths[name] = start + accepted
-        self.starts.append((begin, len(inputs)))
         time.sleep(max(0.0, end - time.monotonic()))
+        self.steps.append((begin, time.monotonic(), len(inputs)))
         return results
 
     def rollback(self, session: str, length: int) -> None:
@@ -93,7 +93,7 @@ def main() -> None:
         print(port, flush=True)
 
     serve(settings, announce, engine=engine, model=engine.served)
-    output.write_text(json.dumps({"starts": engine.starts, "commits": engine.commits}))
+    output.write_text(json.dumps({"steps": engine.steps, "commits": engine.commits}))
 
 
 if __name__ == "__main__":

@@ -51,12 +51,21 @@ class Server:
 
     def signal_fronts(self, number: int) -> int:
         """Send a signal to the processes that hold the connections; returns how many there are."""
+        return self._signal(number, fronts=True)
+
+    def signal_engine(self, number: int) -> int:
+        """Send a signal to the engine process; returns how many there are."""
+        return self._signal(number, fronts=False)
+
+    def _signal(self, number: int, fronts: bool) -> int:
         assert self._process is not None
         pid = self._process.pid
-        fronts = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        for front in fronts:
-            os.kill(int(front), number)
-        return len(fronts)
+        sent = 0
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            if (b"front_process" in Path(f"/proc/{child}/cmdline").read_bytes()) is fronts:
+                os.kill(int(child), number)
+                sent += 1
+        return sent
 
     def kill(self) -> None:
         """``kill -9``: no farewell."""

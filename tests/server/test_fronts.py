@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 
 import httpx
 import pytest
-from fake_pair import drafting, edge, truth
+from fake_pair import Letters, drafting, edge, truth
 
 from wispprof.artifacts import bundled_model
 from wispprof.edge import websocket_connections
@@ -16,7 +18,7 @@ from wispprof.engines.tokenizers import load_tokenizer
 from wispprof.openai_api import ChatTokenizer
 from wispprof.server import running_server
 from wispprof.server.channel import DirectWriter, Outbox, SessionReused, SocketWriter, Stop, ToFront, to_front
-from wispprof.server.fronts import FrontProcess
+from wispprof.server.fronts import FrontProcesses, can_leave_process
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeEngine
 from wispprof.types import BatchShape
@@ -32,8 +34,9 @@ async def test_a_killed_front_is_started_again_and_edges_resume() -> None:
     engine = FakeEngine(step_ms=slow)
     prompts = [[1, 2, n] for n in range(6)]
     async with running_server(SETTINGS, engine=engine, model=engine.served, front_process=True) as running:
-        front, metrics = running.front, running.server.metrics
-        assert isinstance(front, FrontProcess)
+        metrics = running.server.metrics
+        assert isinstance(running.front, FrontProcesses)
+        [front] = running.front.processes
         killed = front.pid
         async with edge(websocket_connections(running.split_url)) as client:
             generations = [drafting(client, prompt, max_new=160) for prompt in prompts]
@@ -128,9 +131,35 @@ async def test_a_front_ends_with_its_server(own_process: bool) -> None:
         url, front = running.http_url, running.front
         async with httpx.AsyncClient() as client:
             assert (await client.get(f"{url}/ready")).status_code == 200
-    if isinstance(front, FrontProcess):
+    if isinstance(front, FrontProcesses):
         with pytest.raises(ProcessLookupError):
-            os.kill(front.pid, 0)
+            os.kill(front.processes[0].pid, 0)
     async with httpx.AsyncClient() as client:
         with pytest.raises(httpx.ConnectError):
             await client.get(f"{url}/ready")
+
+
+_LOADS_TOKENIZER = """
+import sys
+from pathlib import Path
+from wispprof.artifacts import bundled_model
+from wispprof.server import front_process
+front_process.without_torch()
+tokenizer = front_process._tokenizer(str(bundled_model("target")))
+assert len(tokenizer.encode("def f(x):")) > 2
+print(sum(name.split(".")[0] == "torch" and module is not None for name, module in sys.modules.items()))
+"""
+
+
+def test_a_front_process_loads_its_tokenizer_without_torch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _LOADS_TOKENIZER], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["0"]
+    assert not done.stderr
+
+
+def test_a_tokenizer_that_cannot_be_saved_stays_in_the_engine_process() -> None:
+    assert can_leave_process(None)
+    assert can_leave_process(ChatTokenizer(load_tokenizer(bundled_model("target"))))
+    assert not can_leave_process(ChatTokenizer(Letters()))

@@ -36,6 +36,7 @@ class MemorySocket:
         self.sent: list[bytes] = []
         self.news = asyncio.Event()
         self.closed: int | None = None
+        self.scope: dict[str, Any] = {}
 
     async def accept(self) -> None: ...
 

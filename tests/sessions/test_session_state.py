@@ -222,8 +222,7 @@ def test_a_session_that_ran_ahead_can_wait() -> None:
     assert session.view(10.0).deadline_ms == 110.0
     give(session, truth(session.tokens, 3))
     step_input = session.step_input(ScheduledItem("s", drafts=3), 20.0)
-    done = session.apply(answer(session, step_input), 30.0)
-    assert done.late_ms == -80.0
+    session.apply(answer(session, step_input), 30.0)
     assert session.view(30.0).deadline_ms == 10.0 + 5 * 100.0
 
 
@@ -304,7 +303,7 @@ def sound(session: SessionState) -> None:
     assert counters.drafted == counters.accepted + counters.matched + counters.wasted + len(
         session.pending_drafts
     )
-    assert len(session.pending_drafts) == len(session.pending_acceptance_probs) <= session.max_pending_drafts
+    assert len(session.pending_drafts) == len(session.drafts.acceptance_probs) <= session.max_pending_drafts
     assert session.cached <= session.committed_len
 
 
@@ -353,9 +352,9 @@ def test_duplicates_change_nothing_in_any_order(tokens, cuts, random) -> None:
     for start, end in repeats:
         give(often, tokens[start:end], base=often.committed_len + min(start, len(tokens)))
         assert often.counters.drafted == len(tokens)
-    assert (often.pending_drafts, often.pending_acceptance_probs) == (
+    assert (often.pending_drafts, often.drafts.acceptance_probs) == (
         once.pending_drafts,
-        once.pending_acceptance_probs,
+        once.drafts.acceptance_probs,
     )
     assert often.counters.drafted == once.counters.drafted
 
@@ -395,4 +394,4 @@ def test_frames_of_hostile_content_are_counted_and_dropped() -> None:
     with pytest.raises(ValueError):
         session.merge(1, 5, [1, 2], [0.5], 0.0, 0.0, 0.0)
     session.merge(2, session.committed_len, [1, 2], [math.nan, 7.0], 0.0, 0.0, 0.0)
-    assert session.pending_acceptance_probs == [0.0, 1.0]
+    assert session.drafts.acceptance_probs == [0.0, 1.0]

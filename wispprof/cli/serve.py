@@ -37,7 +37,9 @@ def serve(settings: ServerSettings, scaling: ReplicaSettings) -> None:
     for path in (settings.estimator, settings.plan, settings.tls_cert, settings.tls_key):
         if path is not None and not path.exists():
             raise fail(f"There is no file {path}.", "Check the path.")
-    if os.environ.get("RANK") is None:
+    from wispprof.server.supervisor import can_supervise, is_engine_process, supervise
+
+    if os.environ.get("RANK") is None and not is_engine_process():
         chosen = {name: getattr(settings, name) for name in ("host", "port", "tls_cert", "tls_key")}
         require(DoctorContext(**chosen), port, *([tls] if settings.tls_cert else []))
     from wispprof.server import serve as run
@@ -54,6 +56,10 @@ def serve(settings: ServerSettings, scaling: ReplicaSettings) -> None:
         _serve_replicas(settings, scaling)
         return
     if settings.tensor_parallel == 1 or settings.engine != "torch":
+        if can_supervise(settings) and not is_engine_process():
+            if code := supervise(settings):
+                raise typer.Exit(code)
+            return
         note(f"loading {settings.target or BUNDLED} …")
         run(settings, announce)
         return

@@ -21,17 +21,20 @@ from wispprof.policies.wispprof_settings import WispprofSettings
 from wispprof.types import BatchTotals, StepTimeEstimator
 
 _ACCEPTANCE_PROBS, _CACHED = column("acceptance_probs"), column("cached")
+_STANDING = column("standing")
 _MIN_ROW_MS = 1e-12
 """Keeps the order among rows that cost nothing, whose value per ms would be infinite."""
 _MIN_STEP_MS = 1e-9
 
 
 class SessionColumns(NamedTuple):
-    """Pending drafts and contexts of n sessions as columns; ``lengths`` (n,): pending drafts of each."""
+    """Pending drafts and contexts of n sessions as columns; ``lengths`` (n,): pending drafts of each;
+    ``standing`` (n,): probability that they still stand when the step begins."""
 
     acceptance_probs: list[tuple[float, ...]]
     cached: IntArray
     lengths: IntArray
+    standing: FloatArray
 
     @classmethod
     def of(cls, sessions: Sequence[SessionView]) -> SessionColumns:
@@ -41,19 +44,20 @@ class SessionColumns(NamedTuple):
             acceptance_probs,
             np.fromiter(map(_CACHED, sessions), np.int64, count),
             np.fromiter(map(len, acceptance_probs), np.int64, count),
+            np.fromiter(map(_STANDING, sessions), np.float64, count),
         )
 
     def take(self, idx: IntArray) -> SessionColumns:
         """The columns of the sessions at ``idx``."""
         acceptance_probs = [self.acceptance_probs[i] for i in idx.tolist()]
-        return SessionColumns(acceptance_probs, self.cached[idx], self.lengths[idx])
+        return SessionColumns(acceptance_probs, self.cached[idx], self.lengths[idx], self.standing[idx])
 
     def marginal_costs(
         self, cache: MarginalCostCache, estimator: StepTimeEstimator, max_items: int
     ) -> MarginalCosts:
         """Marginal costs around a batch of these sessions, represented by their mean."""
         count = len(self.acceptance_probs)
-        drafts, cached = int(self.lengths.sum()) // count, int(self.cached.sum()) // count
+        drafts, cached = int(self.lengths @ self.standing) // count, int(self.cached.sum()) // count
         return cache.get(estimator, min(count, max_items), 1 + drafts, cached)
 
     def cum_acceptance(self) -> tuple[BoolArray, FloatArray]:
@@ -66,6 +70,7 @@ class SessionColumns(NamedTuple):
         total = int(self.lengths.sum())
         probs = chain.from_iterable(self.acceptance_probs)
         cum_acceptance[exists] = np.fromiter(probs, np.float64, total)
+        cum_acceptance[:, 0] *= self.standing
         np.multiply.accumulate(cum_acceptance, axis=1, out=cum_acceptance)
         return exists, cum_acceptance
 
@@ -84,8 +89,8 @@ class BatchArrays(NamedTuple):
     Per draft (N,): ``session_idx``; ``depth``: its index among the session's drafts; ``cum_acceptance``:
     P(this draft and all before it accepted).
     Per session (n,): ``tail_acceptance``: P(all its drafts accepted); ``undrafted_ms``: step time that
-    it adds without drafts, of which ``read_ms`` for the item and its KV; ``row_ms``: one more draft;
-    ``weight``: value of one of its tokens.
+    it adds without drafts, of which ``read_ms`` for the item and its KV; ``row_ms``: expected time of one
+    more draft, which is fed only if the drafts stand (``standing``); ``weight``: value of one of its tokens.
     """
 
     cached: IntArray
@@ -97,6 +102,7 @@ class BatchArrays(NamedTuple):
     undrafted_ms: FloatArray
     read_ms: FloatArray
     row_ms: FloatArray
+    standing: FloatArray
     weight: FloatArray
     fixed_ms: float
 
@@ -104,7 +110,7 @@ class BatchArrays(NamedTuple):
     def of(cls, columns: SessionColumns, costs: MarginalCosts, weight: FloatArray) -> BatchArrays:
         cached, lengths = columns.cached, columns.lengths
         count, total = len(lengths), int(lengths.sum())
-        tail_acceptance = np.ones(count)
+        tail_acceptance = columns.standing
         if total:
             exists, cumulative = columns.cum_acceptance()
             tail_acceptance = cumulative[:, -1]
@@ -124,7 +130,8 @@ class BatchArrays(NamedTuple):
             tail_acceptance,
             read_ms + row_ms,
             read_ms,
-            row_ms,
+            row_ms * columns.standing,
+            columns.standing,
             weight,
             costs.fixed_ms,
         )
@@ -142,14 +149,15 @@ class DraftRanking(NamedTuple):
     """M drafts of a step's sessions in falling order of value per ms.
 
     A *cutoff* j schedules the first j drafts; these are always leading drafts of their sessions.
-    ``order``, ``session_idx``, ``depth`` (M,): index into :class:`BatchArrays`, and its columns in this
-    order.
+    ``order``, ``session_idx``, ``depth``, ``standing`` (M,): index into :class:`BatchArrays`, and its columns
+    in this order.
     ``value``, ``cost_ms`` (M + 1,): weighted expected tokens and linear step time at the cutoffs 0 … M.
     """
 
     order: IntArray
     session_idx: IntArray
     depth: IntArray
+    standing: FloatArray
     value: FloatArray
     cost_ms: FloatArray
 
@@ -178,7 +186,8 @@ class DraftRanking(NamedTuple):
         cost_ms[1:] = arrays.row_ms[session_idx]
         np.add.accumulate(value, out=value)
         np.add.accumulate(cost_ms, out=cost_ms)
-        return cls(order, session_idx, arrays.depth[order], value, cost_ms)
+        standing = arrays.standing[session_idx]
+        return cls(order, session_idx, arrays.depth[order], standing, value, cost_ms)
 
     def best(self) -> tuple[int, float]:
         """(the cutoff with the highest rate by linear costs, the smallest of equals; that rate)."""
@@ -193,23 +202,24 @@ class DraftRanking(NamedTuple):
     def totals(
         self, cutoffs: IntArray, cached: IntArray, scheduled: BoolArray, undrafted: BoolArray | None = None
     ) -> BatchTotals[Any]:
-        """Totals (m,) of the steps at the cutoffs (m,), all with the same scheduled sessions.
+        """Expected totals (m,) of the steps at the cutoffs (m,), all with the same scheduled sessions.
 
         If ``undrafted`` (n,) is given, the last of m + 1 totals is its step, in which nobody has drafts.
         """
         cached_of = cached * scheduled
         items, sum_cached = int(np.count_nonzero(scheduled)), int(cached_of.sum())
-        # The undrafted step, then what each draft adds: integers, so exact in any order.
+        # The undrafted step, then what each draft adds.
+        new, max_new = np.empty(len(self.value)), np.empty(len(self.value))
         new_cached, new_sq = np.empty(len(self.value)), np.empty(len(self.value))
-        max_new = np.empty(len(self.value))
-        new_cached[0], new_sq[0], max_new[0] = sum_cached, items, 1.0
-        new_cached[1:] = cached_of[self.session_idx]
+        new[0], new_cached[0], new_sq[0], max_new[0] = items, sum_cached, items, 1.0
+        new[1:] = self.standing
+        new_cached[1:] = cached_of[self.session_idx] * self.standing
         np.add(self.depth, 2, out=max_new[1:])
-        new_sq[1:] = 2.0 * max_new[1:] - 1.0
+        new_sq[1:] = (2.0 * max_new[1:] - 1.0) * self.standing
         count = len(cutoffs)
         totals = BatchTotals.empty(count if undrafted is None else count + 1)
         totals.items[:] = items
-        np.add(cutoffs, items, out=totals.sum_new[:count])
+        totals.sum_new[:count] = np.add.accumulate(new)[cutoffs]
         totals.sum_cached[:] = sum_cached
         totals.sum_new_cached[:count] = np.add.accumulate(new_cached)[cutoffs]
         totals.sum_new_sq[:count] = np.add.accumulate(new_sq)[cutoffs]

@@ -33,6 +33,8 @@ class SessionView(NamedTuple):
     ``due_acceptance_probs``: expected acceptance probabilities of the drafts that are due.
     ``committed``: tokens generated so far.
     ``slo_unreachable``: no schedule can meet its SLO any more.
+    ``standing``: P(the pending drafts still stand when the step begins): below 1 if a step that verifies
+    those before them is under way. If they do not, the session has none.
     """
 
     session: str
@@ -48,6 +50,7 @@ class SessionView(NamedTuple):
     due_acceptance_probs: tuple[float, ...] = ()
     committed: int = 0
     slo_unreachable: bool = False
+    standing: float = 1.0
 
 
 def column(name: str) -> Callable[[SessionView], Any]:

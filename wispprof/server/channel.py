@@ -158,11 +158,23 @@ class Outbox(Generic[M]):
     event loop's next turn. A message is encoded as it comes: one that cannot be costs its sender an exception
     and no other message of its batch anything."""
 
-    def __init__(self, writer: BatchWriter, spacing_s: float = 0.0) -> None:
+    def __init__(self, writer: BatchWriter | None, spacing_s: float = 0.0) -> None:
         self._writer = writer
         self._spacing_s = spacing_s
         self._messages: list[bytes] = []
         self._not_before_s = 0.0
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    def connect(self, writer: BatchWriter | None) -> None:
+        """Messages go to another writer; with ``None`` they wait for the next."""
+        self._writer = writer
+        self.flush()
+
+    def clear(self) -> None:
+        """Drop what is held."""
+        self._messages.clear()
 
     def put(self, message: M) -> None:
         data = _encode(message)
@@ -176,7 +188,7 @@ class Outbox(Generic[M]):
 
     def flush(self) -> None:
         """Send what is held now."""
-        if self._messages:
+        if self._messages and self._writer is not None:
             messages, self._messages = self._messages, []
             if self._spacing_s:
                 self._not_before_s = asyncio.get_running_loop().time() + self._spacing_s
@@ -194,21 +206,26 @@ class DirectWriter:
 
 
 class SocketWriter(asyncio.Protocol):
-    """One end of a socket pair: each batch after its length."""
+    """One end of a socket: each batch after its length."""
 
-    def __init__(self, receive: Callable[[bytes], None], lost: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        receive: Callable[[bytes], None],
+        lost: Callable[[], None],
+        made: Callable[[], None] = lambda: None,
+    ) -> None:
         self.on_batch = receive
-        self.lost = False
         self._on_lost = lost
+        self._on_made = made
         self._data = bytearray()
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
+        self._on_made()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
-        self.lost = True
         self._on_lost()
 
     def write(self, data: bytes) -> None:

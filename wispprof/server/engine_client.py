@@ -66,11 +66,17 @@ class FrontSession:
     reused: int = 0
 
 
+MAX_HELD = 50_000
+"""Messages that wait for an engine process that restarts; with more of them new sessions are refused."""
+
+_RESTARTS = Refused("draining", "The engine restarts; the session can go on soon.", retry_ms=250.0)
+
+
 class EngineClient:
     """What the endpoints of a front know of the server.
 
     ``tokenizer``: for the OpenAI API, which is off without it. ``on_stop``: called when the engine process
-    wants this front to end.
+    wants this front to end. ``restarting``: the engine process is gone, and the next has not come yet.
     """
 
     def __init__(
@@ -86,12 +92,14 @@ class EngineClient:
         self.tokenizer = tokenizer
         self.draining = False
         self.load_level = 0
+        self.restarting = False
         self.edges_by_key: Counter[str] = Counter()
         self.on_stop: Callable[[], None] = lambda: None
         self._outbox: Outbox[ToEngine] = Outbox(writer, spacing_s)
         self._handles = itertools.count()
         self._sessions: dict[int, FrontSession] = {}
         self._queries: dict[int, asyncio.Future[Page]] = {}
+        self._connections = 0.0
 
     @classmethod
     def within(cls, server: VerificationServer) -> EngineClient:
@@ -105,9 +113,32 @@ class EngineClient:
         """Connections are accepted now."""
         self._outbox.put(FrontReady())
 
+    def lost(self) -> None:
+        """The engine process is gone, and its sessions with it: their listeners are told to open them again.
+        What is asked for meanwhile waits for the next engine process."""
+        self.restarting = True
+        self._outbox.connect(None)
+        self._outbox.clear()
+        sessions, self._sessions = self._sessions, {}
+        for session in sessions.values():
+            session.listener.failed(session, _RESTARTS)
+        for number, answer in self._queries.items():
+            if not answer.done():
+                answer.set_result(_restarting(number))
+
+    def back(self, writer: BatchWriter) -> None:
+        """Another engine process took the place of the lost one."""
+        self.restarting = False
+        if self._connections:
+            self._outbox.put(MetricCount("connections", "", self._connections))
+        self._outbox.connect(writer)
+
     def open(self, request: GenerationRequest, listener: FrontListener, number: int = 0) -> FrontSession:
         """A new session. If it is refused, its listener's ``failed`` says so."""
         session = FrontSession(next(self._handles), number, listener)
+        if self.restarting and len(self._outbox) >= MAX_HELD:
+            asyncio.get_running_loop().call_soon(listener.failed, session, _RESTARTS)
+            return session
         self._outbox.put(SessionOpening(session.handle, number, listener.key, request))
         self._sessions[session.handle] = session
         return session
@@ -123,11 +154,17 @@ class EngineClient:
 
     def count(self, metric: str, label: str = "", amount: float = 1.0) -> None:
         """Add to a metric of the server."""
+        if metric == "connections":
+            self._connections += amount
+            if self.restarting:
+                return  # The next engine process is told the sum.
         self._outbox.put(MetricCount(metric, label, amount))
 
     async def query(self, page: str, argument: int = 0) -> Page:
         """A page of the engine process."""
         number = next(self._handles)
+        if self.restarting:
+            return _restarting(number)
         answer: asyncio.Future[Page] = asyncio.get_running_loop().create_future()
         self._queries[number] = answer
         try:
@@ -160,6 +197,10 @@ class EngineClient:
                     waiting.set_result(message)
             elif isinstance(message, Stop):
                 self.on_stop()
+
+
+def _restarting(number: int) -> Page:
+    return Page(number, 503, b'{"status": "restarting", "ready": false}')
 
 
 def _refused(message: SessionFailed) -> Refused:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from dataclasses import asdict
@@ -40,16 +39,12 @@ log = logging.getLogger("wispprof.server")
 
 
 class EngineHost:
-    """Serves the sessions of one front.
-
-    ``answered``: the front accepts connections (:attr:`accepts`), or has ended.
-    """
+    """Serves the sessions of one front. ``accepts``: the front accepts connections."""
 
     def __init__(self, server: VerificationServer) -> None:
         self.server = server
         self.outbox: Outbox[ToFront]
         self.accepts = False
-        self.answered = asyncio.Event()
         self.sessions: dict[int, ServerSession] = {}
         self._connections = 0.0
         self._status = ServerStatus(False, 0)
@@ -80,7 +75,6 @@ class EngineHost:
                 self.outbox.put(self._answer(message))
             else:
                 self.accepts = True
-                self.answered.set()
 
     def lost(self) -> None:
         """The front is gone, and its connections with it."""
@@ -88,7 +82,6 @@ class EngineHost:
         if self in server.hosts:
             server.hosts.remove(self)
         self.accepts = False
-        self.answered.set()
         sessions, self.sessions = self.sessions, {}
         for session in sessions.values():
             server.close(session)
@@ -104,6 +97,7 @@ class EngineHost:
 
     def stop(self) -> None:
         self.outbox.put(Stop())
+        self.outbox.flush()
 
     def _open(self, message: SessionOpening) -> None:
         listener = _HostedSession(self, message.handle, message.key)

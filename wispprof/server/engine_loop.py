@@ -1,6 +1,10 @@
-"""The engine loop: collect, plan, verify, commit. What no step depends on waits until the next has begun.
+"""The engine loop: collect, plan, verify, commit.
 
-It runs on the event loop, as the merging of drafts does, so session states need no locks. The engine
+While a step runs, the policy plans the next one from what it expects of this one's result
+(:mod:`~wispprof.sessions.plan_ahead`). When the step is done, the planned items are cut to what was really
+accepted, and the next step begins at once. Commits leave, and steps are recorded, while it runs.
+
+The loop runs on the event loop, as the merging of drafts does, so session states need no locks. The engine
 works in its own thread.
 """
 
@@ -9,18 +13,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from wispprof.artifacts.plan import BatchRow, Plan
+from wispprof.artifacts.plan import BatchRow
 from wispprof.errors import EngineError, EngineLost, InputRefused, OutOfKvMemory
-from wispprof.policies import BatchPolicy, Limits, StepPlan, make_batch_policy
+from wispprof.policies import BatchPolicy, StepPlan, make_batch_policy
+from wispprof.policies.interface import SessionView
 from wispprof.server.engine_thread import EngineThread
-from wispprof.server.metrics import Metrics, StepRecord
+from wispprof.server.metrics import Metrics
 from wispprof.server.session import ServerSession
 from wispprof.server.session_manager import SessionManager
+from wispprof.server.step_limits import StepLimits
 from wispprof.server.step_log import StepLog
+from wispprof.server.step_recorder import EndedStep, StepRecorder
 from wispprof.server.step_time_tracker import StepTimeTracker
-from wispprof.settings.server_settings import ServerSettings
+from wispprof.sessions.session_state import CommitResult
 from wispprof.types import BatchShape, StepInput, VerifyResult
 
 log = logging.getLogger("wispprof.server")
@@ -28,57 +35,31 @@ log = logging.getLogger("wispprof.server")
 IDLE_MS = 1_000.0
 """Longest sleep of an idle loop, which then removes expired sessions and audits the engine once."""
 
-_DRIFT_EVERY_STEPS = 32
+_LEAD_MS = 0.5
+"""A plan is ready so long before its step can begin, besides twice the time that planning takes."""
+
+_EMPTY = BatchShape(())
 
 
-class StepLimits:
-    """What a step may hold: the settings, tightened by the plan's row for the fastest SLO class that
-    is open, the load level, and the sessions' mean context (a step's KV reads follow the mean)."""
-
-    def __init__(self, settings: ServerSettings, plan: Plan | None, manager: SessionManager) -> None:
-        self._plan = plan
-        self._settings = settings
-        self._manager = manager
-        self._rows: dict[tuple[float, int, int], BatchRow] = {}
-
-    @property
-    def row(self) -> BatchRow | None:
-        """The plan's row in force; ``None`` without a plan."""
-        if self._plan is None:
-            return None
-        states = [one.state for one in self._manager.sessions]
-        speed = max((state.slo.tokens_per_s for state in states), default=1.0)
-        mean = sum(state.committed_len for state in states) // len(states) if states else None
-        key = (speed, self._manager.load_level, self._plan.nearest_context(mean))
-        if key not in self._rows:
-            self._rows[key] = self._plan.batch_row(*key)
-        return self._rows[key]
-
-    def get(self, kv_free: int) -> tuple[Limits, BatchRow | None]:
-        """The limits of a step that starts now, and the plan's row they follow."""
-        settings, row = self._settings, self.row
-        items, tokens, chunk = settings.max_items, settings.max_tokens, settings.prefill_chunk
-        if row is not None:
-            items = max(1, min(items, row.max_items))
-            tokens = max(1, min(tokens, row.token_budget))
-            chunk = max(1, min(chunk, row.prefill_chunk))
-        return Limits(items, tokens, chunk, kv_free), row
-
-
-class _EndedStep(NamedTuple):
-    """A step that is committed but not recorded yet; ``row``: the plan's row that limited it."""
+@dataclass(slots=True, eq=False)
+class _RunningStep:
+    """A step under way. ``shape`` and its predicted times are known soon after it began; ``ahead``: the plan
+    of the step that follows, with the plan's row that limits it."""
 
     plan: StepPlan
-    shape: BatchShape
     row: BatchRow | None
+    sessions: list[ServerSession]
+    inputs: list[StepInput]
     started_ms: float
-    at_ms: float
-    actual_ms: float
-    committed: int
+    results: asyncio.Future[tuple[list[VerifyResult], float]]
+    shape: BatchShape = _EMPTY
+    p50_ms: float = 0.0
+    bound_ms: float = 0.0
+    ahead: tuple[StepPlan, BatchRow | None] | None = None
 
 
 class EngineLoop:
-    """Drives the engine, step by step."""
+    """Drives the engine, step by step. ``plan_ahead``: plan a step while the one before it runs."""
 
     def __init__(
         self,
@@ -89,8 +70,8 @@ class EngineLoop:
         metrics: Metrics,
         limits: StepLimits,
         now_ms: Callable[[], float],
+        plan_ahead: bool = True,
     ) -> None:
-        self.step_log: StepLog | None = None
         self._manager = manager
         self._engine_thread = engine_thread
         self._policy = policy
@@ -98,17 +79,28 @@ class EngineLoop:
         self._policy_errors: set[str] = set()
         self._step_times = step_times
         self._metrics = metrics
+        self._recorder = StepRecorder(step_times, metrics)
         self._limits = limits
         self._now_ms = now_ms
+        self._plans_ahead = plan_ahead
+        self._plan_ms = 0.0
         self._wake_event = asyncio.Event()
         self._stopping = False
         self._audited = True
         self._kv_margin = 0
-        self._row: BatchRow | None = None
         self._audit_requests: list[asyncio.Future[None]] = []
-        self._ended: _EndedStep | None = None
+        self._ended: EndedStep | None = None
         self.rejected_plans = 0
         self.failed_steps = 0
+
+    @property
+    def step_log(self) -> StepLog | None:
+        """Where the shape and time of every step go."""
+        return self._recorder.step_log
+
+    @step_log.setter
+    def step_log(self, step_log: StepLog | None) -> None:
+        self._recorder.step_log = step_log
 
     def wake(self) -> None:
         """A frame or request arrived, or a session ended."""
@@ -124,30 +116,48 @@ class EngineLoop:
             self._wake_event.clear()
             runnable = await self._manager.begin_step(self._now_ms(), self._kv_margin)
             await self._serve_audits()
-            plan = self.plan(runnable)
+            plan, row = self.plan(runnable)
+            step = self._begin(plan, row)
             if not plan.items:
                 self._keep_books()
                 await self._sleep(plan)
-                continue
-            sessions, inputs = self._step_inputs(plan)
-            if inputs:
-                await self.verify(plan, sessions, inputs)
+            while step is not None:
+                self._after_begin(step)
+                step = await self._finish(step)
         self._keep_books()
         await self._manager.begin_step(self._now_ms())
         await self._serve_audits()
 
-    def plan(self, runnable: dict[str, ServerSession]) -> StepPlan:
-        """What the policy puts into the next step; server-only if the policy raises."""
+    # --- planning -----------------------------------------------------------------------------
+
+    def plan(self, runnable: dict[str, ServerSession]) -> tuple[StepPlan, BatchRow | None]:
+        """What goes into a step that starts now, and the plan's row that limits it."""
         now = self._now_ms()
         views = [session.state.view(now) for session in runnable.values()]
-        kv_free = max(0, self._engine_thread.engine.kv_free - self._kv_margin)
-        limits, self._row = self._limits.get(kv_free)
+        return self._ask_policy(now, views, self._engine_thread.engine.kv_free - self._kv_margin)
+
+    def _plan_ahead(self, step: _RunningStep) -> None:
+        """Plan the step after this one, from what is expected at its end."""
+        begun_ms = self._now_ms()
+        end_ms = max(begun_ms, step.started_ms + self._step_times.ratio * step.p50_ms)
+        margin = self._kv_margin + step.shape.new_tokens
+        expected = self._manager.expected(begun_ms, end_ms, margin)
+        if expected is not None:
+            step.ahead = self._ask_policy(end_ms, *expected)
+        # The slowest of late, so that plans are ready in time.
+        self._plan_ms = max(self._now_ms() - begun_ms, 0.95 * self._plan_ms)
+
+    def _ask_policy(
+        self, at_ms: float, views: list[SessionView], kv_free: int
+    ) -> tuple[StepPlan, BatchRow | None]:
+        """The policy's plan; server-only if it raises."""
+        limits, row = self._limits.get(max(0, kv_free))
         estimator = self._step_times.estimator
         try:
-            return self._policy.plan(now, views, estimator, limits)
+            return self._policy.plan(at_ms, views, estimator, limits), row
         except Exception as err:
             self._policy_failed(err)
-        return self._fallback_policy.plan(now, views, estimator, limits)
+        return self._fallback_policy.plan(at_ms, views, estimator, limits), row
 
     def _policy_failed(self, err: Exception) -> None:
         kind = type(err).__name__
@@ -161,31 +171,110 @@ class EngineLoop:
                 exc_info=err,
             )
 
-    async def verify(
-        self, plan: StepPlan, sessions: list[ServerSession], inputs: Sequence[StepInput]
-    ) -> None:
-        """One engine step over the planned sessions, then commit. While the engine computes, what the step
-        before has left to do is done."""
-        step = self._engine_thread.step(inputs)
-        started_ms, row = self._now_ms(), self._row
-        shape = BatchShape.of(
+    # --- a step -------------------------------------------------------------------------------
+
+    def _begin(
+        self, plan: StepPlan, row: BatchRow | None, planned_ahead: bool = False
+    ) -> _RunningStep | None:
+        """Begin a step in the engine's thread; ``None`` if no item of its plan can take part."""
+        now, get = self._now_ms(), self._manager.get
+        sessions: list[ServerSession] = []
+        inputs: list[StepInput] = []
+        for item in plan.items:
+            session = get(item.session)
+            if planned_ahead:
+                # It may have ended, or lost its drafts, in the step before.
+                if session is None or session.closing or not self._manager.open_in_time(session):
+                    continue
+                step_input = session.state.planned_input(item, now)
+                if step_input is None:
+                    continue
+            else:
+                try:
+                    if session is None:
+                        raise ValueError(f"{item.session} is not a session")
+                    step_input = session.state.step_input(item, now)
+                except ValueError:
+                    # The policy's defect; the other sessions still advance.
+                    self.rejected_plans += 1
+                    log.exception("policy %s planned an invalid item", self._policy.name)
+                    continue
+            sessions.append(session)
+            inputs.append(step_input)
+        if not inputs:
+            return None
+        results = self._engine_thread.step(inputs)
+        return _RunningStep(plan, row, sessions, inputs, now, results)
+
+    def _after_begin(self, step: _RunningStep) -> None:
+        """What the step before left to do, now that the engine computes; and when to plan the next."""
+        self._keep_books(step.started_ms)
+        step.shape = shape = BatchShape.of(
             (len(one.tokens), session.state.cached, bool(session.state.prompt_left))
-            for one, session in zip(inputs, sessions, strict=True)
+            for one, session in zip(step.inputs, step.sessions, strict=True)
         )
-        self._keep_books(started_ms)
+        step.p50_ms, step.bound_ms = self._step_times.estimator.predict(shape)
+
+    async def _finish(self, step: _RunningStep) -> _RunningStep | None:
+        """Wait for a step, begin the one planned meanwhile, then commit. Returns the step begun, if any."""
+        timer = self._schedule_plan(step) if self._plans_ahead else None
         try:
-            results, actual_ms = await step
+            results, actual_ms = await step.results
         except OutOfKvMemory:
-            self._out_of_memory(sessions, shape)
-            return
+            self._out_of_memory(step.sessions, step.shape)
+            return None
         except Exception as err:
-            await self._step_failed(err, sessions, inputs)
-            return
+            await self._step_failed(err, step.sessions, step.inputs)
+            return None
+        finally:
+            if timer is not None:
+                timer.cancel()
+        now_ms = self._now_ms()
+        commits, failed = _advance(step.sessions, results, now_ms)
+        following = None
+        if step.ahead is not None and not self._stopping and not self._audit_requests:
+            following = self._begin(*step.ahead, planned_ahead=True)
         self._kv_margin = 0
         self._audited = False
-        now_ms = self._now_ms()
-        committed = self.commit(sessions, results, now_ms, actual_ms)
-        self._ended = _EndedStep(plan, shape, row, started_ms, now_ms, actual_ms, committed)
+        committed = self._commit(commits, failed, now_ms, actual_ms)
+        self._ended = EndedStep(
+            step.plan.reason,
+            step.shape,
+            step.row,
+            step.started_ms,
+            now_ms,
+            actual_ms,
+            step.p50_ms,
+            step.bound_ms,
+            committed,
+        )
+        return following
+
+    def _schedule_plan(self, step: _RunningStep) -> asyncio.TimerHandle:
+        """Plan as late as possible, because every acceptance and frame known by then is worth knowing."""
+        early_ms = self._step_times.early_ratio * step.p50_ms - 2.0 * self._plan_ms - _LEAD_MS
+        delay_ms = step.started_ms + early_ms - self._now_ms()
+        return asyncio.get_running_loop().call_later(max(0.0, delay_ms) / 1000.0, self._plan_ahead, step)
+
+    def _commit(
+        self,
+        commits: list[tuple[ServerSession, CommitResult]],
+        failed: list[ServerSession],
+        now_ms: float,
+        actual_ms: float,
+    ) -> int:
+        """Returns the number of tokens committed. They are delivered later."""
+        committed = 0
+        for session, commit in commits:
+            committed += len(commit.tokens)
+            try:
+                self._manager.committed(session, commit, now_ms, actual_ms)
+            except Exception:
+                log.exception("the commit of a session failed")
+                failed.append(session)
+        for session in failed:
+            self._manager.end_failed(session)
+        return committed
 
     def _keep_books(self, next_ms: float | None = None) -> None:
         """Deliver the commits of the step before, and record it. ``next_ms``: the start of the step that
@@ -193,28 +282,10 @@ class EngineLoop:
         ended, self._ended = self._ended, None
         self._manager.deliver()
         if ended is not None:
-            self._record(ended, next_ms)
+            self._recorder.record(ended, next_ms)
         self._manager.measure_load(self._now_ms())
 
-    def commit(
-        self,
-        sessions: list[ServerSession],
-        results: Sequence[VerifyResult],
-        now_ms: float,
-        actual_ms: float,
-    ) -> int:
-        """Apply every result; returns the number of tokens committed. They are delivered later."""
-        committed = 0
-        for session, result in zip(sessions, results, strict=True):
-            try:
-                commit = session.state.apply(result, now_ms)
-                committed += len(commit.tokens)
-                self._manager.committed(session, commit, now_ms, actual_ms)
-            except Exception:
-                # One session's defect: the others' results are good.
-                log.exception("the commit of a session failed")
-                self._manager.end_failed(session)
-        return committed
+    # --- a step that failed -------------------------------------------------------------------
 
     async def _step_failed(
         self, err: Exception, sessions: list[ServerSession], inputs: Sequence[StepInput]
@@ -258,54 +329,8 @@ class EngineLoop:
             await self._step_failed(err, sessions, inputs)
         else:
             self._audited = False
-            self.commit(sessions, results, self._now_ms(), actual_ms)
-
-    def _step_inputs(self, plan: StepPlan) -> tuple[list[ServerSession], list[StepInput]]:
-        now = self._now_ms()
-        sessions: list[ServerSession] = []
-        inputs: list[StepInput] = []
-        for member in plan.items:
-            session = self._manager.get(member.session)
-            try:
-                if session is None:
-                    raise ValueError(f"{member.session} is not a session")
-                inputs.append(session.state.step_input(member, now))
-                sessions.append(session)
-            except ValueError:
-                # The policy's defect; the other sessions still advance.
-                self.rejected_plans += 1
-                log.exception("policy %s planned an invalid item", self._policy.name)
-        return sessions, inputs
-
-    def _record(self, ended: _EndedStep, next_ms: float | None) -> None:
-        plan, shape, row, started_ms, at_ms, actual_ms, committed = ended
-        p50, bound = plan.p50_ms, plan.bound_ms
-        if p50 <= 0 or len(shape.items) != len(plan.items):
-            p50, bound = self._step_times.estimator.predict(shape)
-        self._step_times.observe(shape, p50, actual_ms)
-        if next_ms is not None:
-            self._step_times.cycle(next_ms - started_ms, p50)
-        if self.step_log is not None:
-            self.step_log.append(shape, actual_ms, p50, row)
-        record = StepRecord(
-            at_ms,
-            len(shape.items),
-            shape.new_tokens,
-            shape.prefill_tokens,
-            p50,
-            bound,
-            actual_ms,
-            committed,
-            plan.reason,
-            "" if row is None else row.cell,
-        )
-        self._metrics.step(record, row)
-        if record.prefill_tokens:
-            share = record.prefill_tokens / record.new_tokens
-            self._step_times.prefilled(record.at_ms, share * actual_ms)
-        self._metrics.drift.set(self._step_times.ratio)
-        if self._step_times.steps % _DRIFT_EVERY_STEPS == 0:
-            self._metrics.drifted(self._step_times.drift)
+            now_ms = self._now_ms()
+            self._commit(*_advance(sessions, results, now_ms), now_ms, actual_ms)
 
     def _out_of_memory(self, sessions: list[ServerSession], shape: BatchShape) -> None:
         """KV blocks are coarser than tokens: keep a margin of free tokens, doubled until a step fits."""
@@ -318,6 +343,8 @@ class EngineLoop:
             return
         self._kv_margin = min(free, max(64, 2 * margin, shape.new_tokens // 2 + margin))
         log.warning("out of KV memory at %d new tokens; margin %d", shape.new_tokens, self._kv_margin)
+
+    # --- between two steps --------------------------------------------------------------------
 
     async def audit(self) -> None:
         """Check engine against sessions between two steps; raises :class:`EngineError`."""
@@ -353,3 +380,18 @@ class EngineLoop:
                 except EngineLost:
                     await self._manager.reload()
                 self._audited = True
+
+
+def _advance(
+    sessions: list[ServerSession], results: Sequence[VerifyResult], now_ms: float
+) -> tuple[list[tuple[ServerSession, CommitResult]], list[ServerSession]]:
+    """Take the results into the sessions' states; returns what they commit, and the sessions that cannot."""
+    commits, failed = [], []
+    for session, result in zip(sessions, results, strict=True):
+        try:
+            commits.append((session, session.state.apply(result, now_ms)))
+        except Exception:
+            # One session's defect: the others' results are good.
+            log.exception("the result of a session does not fit it")
+            failed.append(session)
+    return commits, failed

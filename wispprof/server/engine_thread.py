@@ -27,7 +27,7 @@ class EngineThread:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.failed_ops = 0
-        self._deferred_ops: list[Callable[[Engine], None]] = []
+        self._deferred_ops: list[tuple[Callable[[Engine], None], Callable[[], None] | None]] = []
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
 
     @property
@@ -35,17 +35,26 @@ class EngineThread:
         """Deferred operations that have not run."""
         return len(self._deferred_ops)
 
-    def defer(self, operation: Callable[[Engine], None]) -> None:
-        """Queue an operation for :meth:`flush_deferred`."""
-        self._deferred_ops.append(operation)
+    def defer(self, operation: Callable[[Engine], None], done: Callable[[], None] | None = None) -> None:
+        """Queue an operation for :meth:`flush_deferred`; ``done`` is called on the event loop after it."""
+        self._deferred_ops.append((operation, done))
 
-    async def flush_deferred(self) -> None:
-        if self._deferred_ops:
-            ops, self._deferred_ops = self._deferred_ops, []
-            await self.call(lambda engine: self._run(engine, ops))
+    def flush_deferred(self) -> asyncio.Future[None]:
+        """Begin the deferred operations."""
+        ops, self._deferred_ops = self._deferred_ops, []
+        if not ops:
+            nothing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            nothing.set_result(None)
+            return nothing
+        running = self.call(lambda engine: self._run(engine, [operation for operation, _ in ops]))
+        for done in [done for _, done in ops if done is not None]:
+            running.add_done_callback(lambda _, done=done: done())
+        return running
 
     def step(self, inputs: Sequence[StepInput]) -> asyncio.Future[tuple[list[VerifyResult], float]]:
-        """Begin one engine step: its results and its time in ms."""
+        """Begin the deferred operations, then one engine step: its results and its time in ms."""
+        if self._deferred_ops:
+            self.flush_deferred()
         return self.call(lambda engine: _timed_step(engine, inputs))
 
     def call(self, work: Callable[[Engine], T]) -> asyncio.Future[T]:

@@ -1,13 +1,15 @@
-"""A front process. It gets the descriptors of the listening socket and of the channel as arguments."""
+"""A front process. Its arguments: the listening socket's descriptor, and the address of the channel."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import os
 import signal
 import socket
 import sys
 from pathlib import Path
+
+import msgspec
 
 from wispprof.openai_api import ChatTokenizer
 from wispprof.server.app import make_app
@@ -34,41 +36,115 @@ def make_web_server(client: EngineClient, listener: socket.socket) -> WebServer:
 
 
 def main() -> None:
-    """Serve connections until the engine process says so, or is gone."""
+    """Serve connections until the engine process says so, or the process that started this one is gone."""
     for one in (signal.SIGINT, signal.SIGTERM):
         signal.signal(one, signal.SIG_IGN)  # They reach the whole group; the engine process drains.
+    without_torch()
     raise_descriptor_limit()
-    listener, channel = (socket.socket(fileno=int(descriptor)) for descriptor in sys.argv[1:])
-    asyncio.run(_serve(listener, channel))
+    asyncio.run(_Front(socket.socket(fileno=int(sys.argv[1])), sys.argv[2]).serve())
 
 
-async def _serve(listener: socket.socket, channel: socket.socket) -> None:
-    batches: asyncio.Queue[bytes] = asyncio.Queue()
-    ended = asyncio.Event()
-    writer = SocketWriter(batches.put_nowait, ended.set)
-    channel.setblocking(False)
-    await asyncio.get_running_loop().create_connection(lambda: writer, sock=channel)
-    [config] = to_front.decode(await batches.get())
-    assert isinstance(config, FrontConfig)
-    client = EngineClient(config, writer, _tokenizer(config.tokenizer))
-    configure_logging(client.settings.log_level, quiet=client.settings.live)
-    client.on_stop = ended.set
-    web_server = make_web_server(client, listener)
-    task = asyncio.create_task(web_server.serve(), name="web server")
-    while not web_server.started and not task.done():
-        await asyncio.sleep(0.002)
-    client.ready()
-    while not batches.empty():
-        client.receive(batches.get_nowait())
-    writer.on_batch = client.receive
-    waiting = asyncio.create_task(ended.wait(), name="end of the engine process")
-    await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
-    web_server.force_exit = writer.lost
-    web_server.request_exit()
-    await task
-    waiting.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await waiting
+def without_torch() -> None:
+    """Let tokenizers load without torch: transformers imports it if it can, which takes seconds."""
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    sys.modules["torch"] = None  # type: ignore[assignment]
+
+
+class _Front:
+    def __init__(self, listener: socket.socket, address: str) -> None:
+        self._listener = listener
+        self._address = address
+        self._ended = asyncio.Event()
+        self._orphaned = False
+
+    def _parent_ended(self) -> None:
+        asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+        self._orphaned = True
+        self._ended.set()
+
+    async def serve(self) -> None:
+        # The parent holds the other end of this pipe and writes nothing.
+        asyncio.get_running_loop().add_reader(sys.stdin.fileno(), self._parent_ended)
+        joined = await self._join()
+        if joined is None:
+            return
+        config, channel = joined
+        client = EngineClient(config, channel.writer, _tokenizer(config.tokenizer))
+        configure_logging(client.settings.log_level, quiet=client.settings.live)
+        client.on_stop = self._ended.set
+        web_server = make_web_server(client, self._listener)
+        serving = asyncio.create_task(web_server.serve(), name="web server")
+        while not web_server.started and not serving.done():
+            await asyncio.sleep(0.002)
+        while not serving.done():
+            client.ready()
+            channel.forward(client)
+            await _first(channel.lost, self._ended, serving)
+            if self._ended.is_set():
+                break
+            client.lost()
+            joined = await self._join()
+            if joined is None or not _same(joined[0], config):
+                web_server.force_exit = True
+                break  # Another target, say: edges must say hello again.
+            channel = joined[1]
+            client.back(channel.writer)
+        web_server.force_exit |= self._orphaned or channel.lost.is_set()
+        web_server.request_exit()
+        await serving
+        if not self._ended.is_set():
+            sys.exit(1)  # Start another front.
+
+    async def _join(self) -> tuple[FrontConfig, _Channel] | None:
+        """Connect to the engine process; ``None`` if this front has to end. Waits while it restarts."""
+        loop = asyncio.get_running_loop()
+        while not self._ended.is_set():
+            channel = _Channel()
+            try:
+                await loop.create_unix_connection(lambda made=channel: made.writer, self._address)  # type: ignore[misc]
+            except OSError:
+                await asyncio.sleep(0.05)
+                continue
+            await _first(channel.arrived, channel.lost, self._ended)
+            if channel.arrived.is_set():
+                [config] = to_front.decode(channel.batches.pop(0))
+                assert isinstance(config, FrontConfig)
+                return config, channel
+            channel.writer.close()
+        return None
+
+
+class _Channel:
+    """A connection to the engine process; batches wait until there is a client for them."""
+
+    def __init__(self) -> None:
+        self.batches: list[bytes] = []
+        self.arrived = asyncio.Event()
+        self.lost = asyncio.Event()
+        self.writer = SocketWriter(self._hold, self.lost.set)
+
+    def _hold(self, data: bytes) -> None:
+        self.batches.append(data)
+        self.arrived.set()
+
+    def forward(self, client: EngineClient) -> None:
+        for data in self.batches:
+            client.receive(data)
+        self.writer.on_batch = client.receive
+
+
+async def _first(*events: asyncio.Event | asyncio.Task[None]) -> None:
+    """Wait for the first of them."""
+    tasks = [asyncio.ensure_future(one.wait() if isinstance(one, asyncio.Event) else one) for one in events]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task, one in zip(tasks, events, strict=True):
+        if task is not one:
+            task.cancel()
+
+
+def _same(config: FrontConfig, other: FrontConfig) -> bool:
+    """Whether connections may stay. The tokenizer's folder is another one in each engine process."""
+    return msgspec.structs.replace(config, tokenizer="") == msgspec.structs.replace(other, tokenizer="")
 
 
 def _tokenizer(folder: str) -> ChatTokenizer | None:

@@ -1,8 +1,8 @@
-"""Fronts of a server: within its process, or as a process of their own on the same listening socket.
+"""Fronts of a server: within its process, or as processes of their own on the same listening socket.
 
 A front holds connections: WebSocket, HTTP, TLS, keys, checks of frames, text. Reading and writing frames then
-takes no time from the engine loop. A front process that dies is started again; its edges reconnect and
-resume.
+takes no time from the engine loop. Front processes join the engine process over a Unix socket. One that ends
+is started again; its edges reconnect and resume.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import contextlib
 import logging
 import os
 import socket
-import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Protocol
 
@@ -30,7 +30,9 @@ from wispprof.server.verification_server import VerificationServer
 log = logging.getLogger("wispprof.server")
 
 _COMMAND = "from wispprof.server.front_process import main; main()"
-_START_S, _STOP_S, _PAUSE_S = 60.0, 8.0, 1.0
+_START_S, _STOP_S = 60.0, 8.0
+_MAX_FAILURES, _PAUSE_S, _STEADY_S = 3, 0.5, 60.0
+"""A front process that fails so often in a row, each time within ``_STEADY_S``, is not started again."""
 
 
 class Front(Protocol):
@@ -43,10 +45,6 @@ class Front(Protocol):
 
     def force(self) -> None:
         """Let :meth:`stop` wait for no connection."""
-
-
-def make_front(server: VerificationServer, listener: socket.socket, own_process: bool) -> Front:
-    return FrontProcess(server, listener) if own_process else LocalFront(server, listener)
 
 
 class LocalFront:
@@ -74,85 +72,169 @@ class LocalFront:
         self._web_server.force_exit = True
 
 
-class FrontProcess:
-    """A front in a process of its own."""
+class JoiningFronts:
+    """Front processes that join the engine process, and join the next one if this one is lost.
 
-    def __init__(self, server: VerificationServer, listener: socket.socket) -> None:
+    ``channel``: the Unix socket that they connect to. ``count``: how many must have joined to start.
+    """
+
+    def __init__(self, server: VerificationServer, channel: socket.socket, count: int) -> None:
         self._server = server
-        self._listener = listener
+        self._channel = channel
+        self._count = count
         self._tokenizer = _saved(server.tokenizer)
-        self._host: EngineHost | None = None
-        self._writer: SocketWriter | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._joining: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._joining = await loop.create_unix_server(self._join, sock=self._channel)
+        try:
+            async with asyncio.timeout(_START_S):
+                while sum(host.accepts for host in self._server.hosts) < self._count:
+                    self._check()
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            raise RuntimeFault(f"No connection is accepted after {_START_S:g} s.") from None
+
+    def _check(self) -> None:
+        """Raise :class:`RuntimeFault` if there is no use in waiting."""
+
+    def _join(self) -> SocketWriter:
+        host = EngineHost(self._server)
+        config = encode_batch([front_config(self._server, self._tokenizer)])
+
+        def joined() -> None:
+            writer.write(config)
+            host.connect(writer)
+
+        writer = SocketWriter(host.receive, host.lost, joined)
+        return writer
+
+    async def stop(self) -> None:
+        """The front processes close their connections and end by themselves."""
+        for host in self._server.hosts:
+            host.stop()
+        await asyncio.sleep(0)
+        if self._joining is not None:
+            self._joining.close()
+
+    def force(self) -> None: ...
+
+
+class FrontProcesses(JoiningFronts):
+    """Front processes that this engine process starts and ends."""
+
+    def __init__(self, server: VerificationServer, listener: socket.socket, count: int) -> None:
+        self._folder, channel = channel_socket()
+        super().__init__(server, channel, count)
+        address = channel.getsockname()
+        self.processes = [FrontProcess(listener, address) for _ in range(count)]
+
+    async def start(self) -> None:
+        for process in self.processes:
+            await process.start()
+        await super().start()
+
+    def _check(self) -> None:
+        for process in self.processes:
+            process.check()
+
+    async def stop(self) -> None:
+        await super().stop()
+        await asyncio.gather(*(process.stop() for process in self.processes))
+        self._folder.cleanup()
+
+    def force(self) -> None:
+        for process in self.processes:
+            process.force()
+
+
+class FrontProcess:
+    """A front process, kept alive. It ends with the process that started it."""
+
+    def __init__(self, listener: socket.socket, address: str) -> None:
+        self._listener = listener
+        self._address = address
+        self._process: asyncio.subprocess.Process | None = None
+        self._keeping: asyncio.Task[None] | None = None
         self._stopping = False
-        self._restart: asyncio.Task[None] | None = None
 
     @property
     def pid(self) -> int:
         return self._process.pid if self._process is not None else 0
 
     async def start(self) -> None:
-        ours, theirs = socket.socketpair()
-        descriptors = self._listener.fileno(), theirs.fileno()
+        self._process = await self._spawn()
+        self._keeping = asyncio.create_task(self._keep(self._process), name="front process")
+
+    async def _spawn(self) -> asyncio.subprocess.Process:
         package = str(Path(wispprof.__file__).parent.parent)
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _COMMAND, *map(str, descriptors)],
-            pass_fds=descriptors,
-            stdin=subprocess.DEVNULL,
+        descriptor = self._listener.fileno()
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", _COMMAND, str(descriptor), self._address),
+            pass_fds=(descriptor,),
+            stdin=asyncio.subprocess.PIPE,  # At its end the front knows that this process is gone.
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         )
-        theirs.close()
-        ours.setblocking(False)
-        host = self._host = EngineHost(self._server)
-        writer = self._writer = SocketWriter(host.receive, self._lost)
-        await asyncio.get_running_loop().create_connection(lambda: writer, sock=ours)
-        writer.write(encode_batch([front_config(self._server, self._tokenizer)]))
-        host.connect(writer)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_START_S):
-                await host.answered.wait()
-        if not host.accepts:
-            raise RuntimeFault("The front process ended while starting.", "See its messages above.")
 
-    async def stop(self) -> None:
+    async def _keep(self, process: asyncio.subprocess.Process) -> None:
+        failures = 0
+        while True:
+            begun_s = time.monotonic()
+            code = await process.wait()
+            if self._stopping or code == 0:
+                return
+            failures = failures + 1 if code > 0 and time.monotonic() - begun_s < _STEADY_S else 0
+            if failures == _MAX_FAILURES:
+                raise RuntimeFault(
+                    f"The front process ended {failures} times in a row, the last time with code {code}.",
+                    "See its messages above.",
+                )
+            log.error("the front process ended with code %d; starting another", code)
+            await asyncio.sleep(_PAUSE_S * failures)
+            self._process = process = await self._spawn()
+
+    def check(self) -> None:
+        """Raise :class:`RuntimeFault` if it is not started again any more."""
+        if self._keeping is not None and self._keeping.done():
+            self._keeping.result()
+
+    async def stop(self, told: bool = True) -> None:
+        """Let it end. ``told``: the engine process has told it to; otherwise it drops its connections."""
         self._stopping = True
-        if self._restart is not None:
-            self._restart.cancel()
-        if self._process is None or self._host is None or self._writer is None:
+        process, keeping = self._process, self._keeping
+        if process is None or keeping is None:
             return
-        self._host.stop()
-        try:
-            await asyncio.to_thread(self._process.wait, _STOP_S)
-        except subprocess.TimeoutExpired:
-            self.force()
-            await asyncio.to_thread(self._process.wait)
-        self._writer.close()
+        if not told and process.stdin is not None:
+            process.stdin.close()
+        if process.returncode is None:
+            try:
+                await asyncio.wait_for(process.wait(), _STOP_S)
+            except TimeoutError:
+                self.force()
+                await process.wait()
+        keeping.cancel()
+        with contextlib.suppress(asyncio.CancelledError, RuntimeFault):
+            await keeping
 
     def force(self) -> None:
-        if self._process is not None:
+        if self._process is not None and self._process.returncode is None:
             self._process.kill()
 
-    def _lost(self) -> None:
-        if self._host is not None:
-            self._host.lost()
-        if not self._stopping and self._restart is None:
-            log.error("the front process ended; starting another")
-            self._restart = asyncio.create_task(self._start_again(), name="restart front")
 
-    async def _start_again(self) -> None:
-        try:
-            while True:
-                if self._process is not None:
-                    await asyncio.to_thread(self._process.wait)
-                try:
-                    await self.start()
-                    return
-                except RuntimeFault as err:
-                    log.critical("%s Trying again.", err)
-                    await asyncio.sleep(_PAUSE_S)
-        finally:
-            self._restart = None
+def channel_socket() -> tuple[tempfile.TemporaryDirectory[str], socket.socket]:
+    """A listening Unix socket for front processes, and its folder, which only this user may enter."""
+    folder = tempfile.TemporaryDirectory(prefix="wispprof-")
+    channel = socket.socket(socket.AF_UNIX)
+    channel.bind(str(Path(folder.name, "channel")))
+    channel.listen(64)
+    return folder, channel
+
+
+def can_leave_process(tokenizer: ChatTokenizer | None) -> bool:
+    """Whether another process can load the tokenizer."""
+    return tokenizer is None or hasattr(tokenizer.tokenizer, "save_pretrained")
 
 
 def _saved(tokenizer: ChatTokenizer | None) -> str:

@@ -24,8 +24,9 @@ from wispprof.backends import Engine
 from wispprof.errors import EngineError
 from wispprof.openai_api import ChatTokenizer
 from wispprof.server.dashboard import run_dashboard
-from wispprof.server.fronts import Front, make_front
+from wispprof.server.fronts import Front, FrontProcesses, JoiningFronts, LocalFront, can_leave_process
 from wispprof.server.startup import build_server, engine_options, served_model
+from wispprof.server.supervisor import Supervised
 from wispprof.server.verification_server import VerificationServer
 from wispprof.server.web_server import bind, handling_signals, raise_descriptor_limit, server_tls
 from wispprof.settings.server_settings import ServerSettings
@@ -79,26 +80,28 @@ async def running_server(
     server = build_server(settings, engine, model, **parts)
     listener = bind(settings.host, 0)
     port = listener.getsockname()[1]
-    async with _started(server, [make_front(server, listener, front_process)], listener) as [front]:
+    front = FrontProcesses(server, listener, 1) if front_process else LocalFront(server, listener)
+    async with _started(server, front, listener):
         yield RunningServer(settings.host, port, server, front)
 
 
 @contextlib.asynccontextmanager
 async def _started(
-    server: VerificationServer, fronts: list[Front], listener: socket.socket
-) -> AsyncIterator[list[Front]]:
-    """The server and its fronts, started; all are ended on exit."""
+    server: VerificationServer, front: Front, listener: socket.socket | None
+) -> AsyncIterator[None]:
+    """The server and its front, started; both are ended on exit."""
     await server.start()
     switch_s = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_S)
     try:
-        await asyncio.gather(*(front.start() for front in fronts))
-        yield fronts
+        await front.start()
+        yield
     finally:
         sys.setswitchinterval(switch_s)
-        await asyncio.gather(*(front.stop() for front in fronts))
+        await front.stop()
         await server.stop()
-        listener.close()
+        if listener is not None:
+            listener.close()
 
 
 # --- as a process ---------------------------------------------------------------------------------
@@ -125,28 +128,44 @@ def serve(
     """
     raise_descriptor_limit()
     server_tls(settings.tls_cert, settings.tls_key)  # A model loads for minutes: refuse before.
-    listener = bind(settings.host, settings.port)
+    supervised = Supervised.take()
+    listener = bind(settings.host, settings.port) if supervised is None else None
     try:
-        asyncio.run(_serve(settings, listener, announce, parts))
+        asyncio.run(_serve(settings, listener, supervised, announce, parts))
     finally:
-        listener.close()
+        if listener is not None:
+            listener.close()
+
+
+def _make_front(
+    server: VerificationServer, listener: socket.socket | None, supervised: Supervised | None
+) -> Front:
+    count = server.settings.fronts if hasattr(socket, "AF_UNIX") else 0
+    if supervised is not None:
+        return JoiningFronts(server, supervised.channel, count)
+    assert listener is not None
+    if count and not can_leave_process(server.tokenizer):
+        log.warning("The tokenizer cannot be saved for front processes: serving with --fronts 0.")
+        count = 0
+    return FrontProcesses(server, listener, count) if count else LocalFront(server, listener)
 
 
 async def _serve(
     settings: ServerSettings,
-    listener: socket.socket,
+    listener: socket.socket | None,
+    supervised: Supervised | None,
     announce: Callable[[VerificationServer, int], None],
     parts: dict[str, Any],
 ) -> None:
     server = build_server(settings, **parts)
+    front = _make_front(server, listener, supervised)
     ended = asyncio.Event()
     draining: asyncio.Task[None] | None = None
 
     def on_signal() -> None:
         nonlocal draining
         if draining is not None:
-            for front in fronts:
-                front.force()
+            front.force()
             draining.cancel()
             ended.set()
             return
@@ -163,12 +182,13 @@ async def _serve(
         await asyncio.sleep(_FAILED_S)
         ended.set()
 
-    count = settings.fronts if hasattr(socket, "AF_UNIX") else 0
-    fronts = [make_front(server, listener, count > 0) for _ in range(max(1, count))]
     with handling_signals(on_signal):
-        async with _started(server, fronts, listener):
+        async with _started(server, front, listener):
             watches = [failure(), *([run_dashboard(server)] if settings.live else [])]
-            await _until_ended(server, listener.getsockname()[1], announce, ended, *watches)
+            port = settings.port if listener is None else listener.getsockname()[1]
+            if supervised is not None:
+                port = supervised.ready(ended.set)
+            await _until_ended(server, port, announce, ended, *watches)
 
 
 async def _until_ended(

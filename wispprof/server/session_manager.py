@@ -11,17 +11,20 @@ import logging
 from collections.abc import Callable, Iterable
 
 from wispprof.backends import Engine
-from wispprof.errors import EngineError, OutOfKvMemory
+from wispprof.errors import EngineError
 from wispprof.policies import load_level, slowdown
+from wispprof.policies.interface import SessionView
+from wispprof.server.engine_operations import audit_engine, fork_in_engine, open_in_engine, probe_engine
 from wispprof.server.engine_thread import EngineThread
 from wispprof.server.kv_scheduler import schedule_kv
 from wispprof.server.metrics import Metrics
 from wispprof.server.prefix_cache import PrefixCache
 from wispprof.server.session import ServerSession, SessionListener
 from wispprof.server.step_time_tracker import StepTimeTracker
+from wispprof.sessions.plan_ahead import expected_view
 from wispprof.sessions.session_state import CommitResult, SessionState
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.types import GenerationRequest, Sampling, StepInput
+from wispprof.types import GenerationRequest
 
 log = logging.getLogger("wispprof.server")
 
@@ -106,23 +109,37 @@ class SessionManager:
         self.wake()
         return session
 
-    def _open_in_engine(self, session: ServerSession) -> None:
+    def _open_new(self) -> None:
+        """Defer the opening of new sessions in the engine."""
+        new_sessions, self._new_sessions = self._new_sessions, []
+        for session in new_sessions:
+            if session.name in self._sessions:
+                self._engine_thread.defer(self._opening(session), lambda one=session: self._opened(one))
+
+    def _opening(self, session: ServerSession) -> Callable[[Engine], None]:
         owner = self._owner(session)
         prefix = self._prefix_cache.find(owner, session.state.tokens)
         if prefix is None:
-            self._engine_thread.defer(lambda engine: _open(engine, session, owner))
-            return
+            return lambda engine: open_in_engine(engine, session, owner)
         parent, length, take_over = prefix.session, prefix.length, prefix.whole
         if take_over:
             # The new session holds all that the cached one held.
             self._prefix_cache.remove(parent)
-        self._engine_thread.defer(lambda engine: _fork(engine, session, owner, parent, length, take_over))
+        return lambda engine: fork_in_engine(engine, session, owner, parent, length, take_over)
 
     def _owner(self, session: ServerSession) -> str:
         """Whose prefixes a session shares: its key's. A server without keys serves one user."""
         return session.listener.key if self._settings.api_keys else ""
 
+    def open_in_time(self, session: ServerSession) -> bool:
+        """Whether the engine has opened a session that was new when its step was planned."""
+        if not session.opened and session.in_engine:
+            self._opened(session)
+        return session.opened
+
     def _opened(self, session: ServerSession) -> None:
+        if session.opened:
+            return
         if session.name not in self._sessions:
             # Closed while the engine's thread was opening it.
             if session.in_engine:
@@ -146,20 +163,36 @@ class SessionManager:
         """Open, close and evict sessions in the engine; returns the sessions that may be batched.
         ``kv_margin``: KV tokens to leave free."""
         self._remove_expired(now_ms)
-        new_sessions, self._new_sessions = self._new_sessions, []
-        for session in new_sessions:
-            if session.name in self._sessions:
-                self._open_in_engine(session)
+        self._open_new()
         await self._engine_thread.flush_deferred()
-        for session in new_sessions:
-            self._opened(session)
         return await self._schedule_kv(now_ms, kv_margin)
+
+    def expected(self, now_ms: float, end_ms: float, kv_margin: int) -> tuple[list[SessionView], int] | None:
+        """What to expect of the sessions when the step under way ends, and the KV tokens that are free then;
+        ``None`` if memory is short, so that someone must wait. New sessions are opened with the next step.
+
+        ``kv_margin``: KV tokens that are not free then, though the engine may say so.
+        """
+        self._remove_expired(now_ms)
+        self._open_new()
+        expected = [expected_view(one.state, now_ms, end_ms) for one in self._sessions.values()]
+        views = [view for view in expected if view is not None]
+        needed = sum([view.prompt_left or 1 for view in views])
+        free = self._engine_thread.engine.kv_free - kv_margin
+        while needed > free:
+            held = self._prefix_cache.tokens
+            if not held:
+                return None
+            self._drop_oldest_prefix()
+            free += held - self._prefix_cache.tokens
+        return views, free
 
     def _remove_expired(self, now_ms: float) -> None:
         for name in self._prefix_cache.pop_expired(now_ms):
             self._close_in_engine(name)
         deadline = now_ms - self._settings.idle_ttl_ms
-        for session in [one for one in self._sessions.values() if one.last_seen_ms < deadline]:
+        expired = [one for one in self._sessions.values() if one.last_seen_ms < deadline]
+        for session in [one for one in expired if not one.state.in_flight]:
             idle_ms = now_ms - session.last_seen_ms
             self.fail(session, "session", f"No data for this session for {idle_ms:,.0f} ms.")
 
@@ -282,16 +315,8 @@ class SessionManager:
         """Compute one token of a new session. Raises :class:`EngineError` if the engine cannot."""
         self._last_number += 1
         name = f"probe-{self._last_number}"
-
-        def step(engine: Engine) -> None:
-            engine.open(name, Sampling(), [0])
-            engine.step([StepInput(name, [0])])
-            engine.close(name)
-
         try:
-            await self._engine_thread.call(step)
-        except OutOfKvMemory:
-            await self._engine_thread.call(lambda engine: name in engine.sessions and engine.close(name))
+            await self._engine_thread.call(lambda engine: probe_engine(engine, name))
         except Exception as err:
             raise EngineError(f"The engine is lost: {err}", "Restart the server.") from err
 
@@ -371,28 +396,4 @@ class SessionManager:
         names = sorted(expected)
         checked = names[self._audits % len(names)] if names and not full else None
         self._audits += 1
-        await self._engine_thread.call(lambda engine: _audit(engine, expected, checked))
-
-
-def _open(engine: Engine, session: ServerSession, owner: str) -> None:
-    engine.open(session.name, session.sampling, session.state.tokens, owner)
-    session.in_engine = True
-
-
-def _fork(
-    engine: Engine, session: ServerSession, owner: str, parent: str, length: int, take_over: bool
-) -> None:
-    try:
-        engine.fork(parent, session.name, length, session.sampling)
-        session.in_engine = True
-        session.reused = length
-    except OutOfKvMemory:
-        _open(engine, session, owner)
-    finally:
-        if take_over:
-            engine.close(parent)
-
-
-def _audit(engine: Engine, expected: dict[str, int], checked: str | None) -> None:
-    engine.check_integrity(checked)
-    engine.audit(expected)
+        await self._engine_thread.call(lambda engine: audit_engine(engine, expected, checked))

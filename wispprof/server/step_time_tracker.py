@@ -22,6 +22,8 @@ _COVERAGE = 0.95
 _PREFILL_WINDOW_MS = 10_000.0
 _CORRECT_EVERY_STEPS = 16
 _REPORT_EVERY_STEPS = 128
+_RATIOS_EVERY = 8
+_EARLY = 0.05
 _MIN_CORRECTION = 0.005
 """Smaller corrections leave the estimator unchanged, so that policies keep what they cached of it."""
 
@@ -80,6 +82,8 @@ class StepTimeTracker:
     """``fitted``: the estimator to start from; ``None`` fits one to this server's steps.
 
     Only a :class:`FittedEstimator` is corrected and watched; any other estimator is used as it is.
+    ``ratio`` and ``early_ratio``: median and 5 % quantile of measured / predicted time over the last steps, 1
+    before the first.
     """
 
     def __init__(
@@ -96,6 +100,7 @@ class StepTimeTracker:
         self._reported_cells: set[Cell] = set()
         self._report_from_step = 0
         self._ratios: deque[float] = deque(maxlen=window)
+        self.ratio = self.early_ratio = 1.0
         self._cycles: deque[tuple[float, float]] = deque(maxlen=window)
         self._prefills: deque[tuple[float, float]] = deque(maxlen=8 * window)
         self.steps = 0
@@ -127,10 +132,9 @@ class StepTimeTracker:
             self._prefills.popleft()
         return sum(ms for _, ms in self._prefills) / _PREFILL_WINDOW_MS
 
-    @property
-    def ratio(self) -> float:
-        """Median of measured / predicted time over the last steps; 1 before the first."""
-        return float(np.median(self._ratios)) if self._ratios else 1.0
+    def _update_quantiles(self) -> None:
+        early, middle = np.quantile(np.array(self._ratios), (_EARLY, 0.5))
+        self.early_ratio, self.ratio = float(early), float(middle)
 
     @property
     def drift(self) -> DriftStatus | None:
@@ -150,6 +154,8 @@ class StepTimeTracker:
         self.steps += 1
         if predicted_ms > 0:
             self._ratios.append(actual_ms / predicted_ms)
+            if len(self._ratios) < _RATIOS_EVERY or self.steps % _RATIOS_EVERY == 0:
+                self._update_quantiles()
         if self._online is not None:
             self._online.observe(shape, actual_ms)
         if self._monitor is not None:

@@ -18,11 +18,12 @@ from wispprof.openai_api import ChatTokenizer
 from wispprof.policies import BatchPolicy, make_batch_policy
 from wispprof.server.admission import Admission, Refused
 from wispprof.server.engine_host import EngineHost
-from wispprof.server.engine_loop import EngineLoop, StepLimits
+from wispprof.server.engine_loop import EngineLoop
 from wispprof.server.engine_thread import EngineThread
 from wispprof.server.metrics import Metrics
 from wispprof.server.session import ServerSession, SessionListener
 from wispprof.server.session_manager import SessionManager
+from wispprof.server.step_limits import StepLimits
 from wispprof.server.step_log import StepLog
 from wispprof.server.step_time_tracker import StepTimeTracker, warmup_shapes
 from wispprof.settings.server_settings import ServerSettings
@@ -87,6 +88,7 @@ class VerificationServer:
             self.metrics,
             self._limits,
             now_ms,
+            settings.plan_ahead,
         )
         self.manager.wake = self.loop.wake
         self.manager.load_changed = self.update_fronts

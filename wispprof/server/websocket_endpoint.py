@@ -16,6 +16,7 @@ from wispprof.errors import HandshakeRefused, ProtocolError
 from wispprof.server.admission import Refused
 from wispprof.server.engine_client import EngineClient, FrontSession
 from wispprof.server.frame_checks import check_draft, check_hello, session_request, welcome
+from wispprof.server.http_connection import WebSocketConnection
 from wispprof.server.opening_parts import OpeningParts
 
 log = logging.getLogger("wispprof.server")
@@ -59,6 +60,7 @@ class WebSocketEndpoint:
         self._counted = False
         self._problems = 0
         self._slow_reader = asyncio.Event()
+        self._connection = WebSocketConnection.of(socket.scope)
 
     async def serve(self) -> None:
         await self._socket.accept()
@@ -98,6 +100,8 @@ class WebSocketEndpoint:
 
     async def _read(self) -> None:
         await self._handshake()
+        if self._connection is not None:
+            self._connection.on_message = self._take_draft
         while True:
             frame = await self._receive()
             if isinstance(frame, protocol.Draft):
@@ -168,6 +172,21 @@ class WebSocketEndpoint:
         except ProtocolError as err:
             self._problem(-1, "frame", str(err))
             raise _CloseConnection(1002) from err
+
+    def _take_draft(self, data: bytes) -> bool:
+        """Pass a valid draft frame of an open session on, which nearly every message is."""
+        try:
+            frame = protocol.decode_edge(data)
+            if (
+                not isinstance(frame, protocol.Draft)
+                or (session := self._sessions.get(frame.session)) is None
+            ):
+                return False
+            check_draft(frame, self._server.model.vocab_size)
+        except ProtocolError:
+            return False
+        self._server.draft(session, frame)
+        return True
 
     def _open(self, frame: protocol.Open) -> None:
         number = frame.session
@@ -252,6 +271,9 @@ class WebSocketEndpoint:
 
     def _send(self, frame: protocol.ServerFrame) -> None:
         data = protocol.encode(frame)
+        connection = self._connection
+        if not self._unread_bytes and connection is not None and connection.send_now(data):
+            return
         if self._unread_bytes > MAX_UNREAD_BYTES or self._outgoing.full():
             self._slow_reader.set()
             return
@@ -259,9 +281,10 @@ class WebSocketEndpoint:
         self._outgoing.put_nowait(data)
 
     async def _write(self) -> None:
+        """Send the frames that a slow reader makes wait."""
         while (data := await self._outgoing.get()) is not None:
-            self._unread_bytes -= len(data)
             await self._socket.send_bytes(data)
+            self._unread_bytes -= len(data)
 
     async def _flush(self, writer: asyncio.Task[None]) -> None:
         """Let the queued frames leave, a problem above all, within a second."""

@@ -103,6 +103,10 @@ class DraftArrivals:
         probs = () if length is None else tuple(self._acceptance_probs[: max(1, round(length))])
         return last_ms + wait_ms, probs, last_ms + _OVERDUE * wait_ms
 
+    def next_ms(self, arrival_ms: float) -> float | None:
+        """When the frame after one that comes at ``arrival_ms`` is expected; ``None`` if unknown."""
+        return None if self._gap_ms is None else arrival_ms + self._gap_ms
+
 
 @dataclass(slots=True, eq=False)
 class PendingDrafts:
@@ -199,11 +203,7 @@ class PendingDrafts:
         """Compare with newly committed tokens, of which ``accepted`` were verified drafts; keep what
         agrees."""
         counters, pending = self.counters, self.tokens
-        agreed = 0
-        for ours, theirs in zip(committed, pending, strict=False):
-            if ours != theirs:
-                break
-            agreed += 1
+        agreed = common_prefix(list(committed), pending)
         contradicted = agreed < len(committed) and agreed < len(pending)
         counters.accepted += accepted
         if self.withdrawn:

@@ -25,9 +25,8 @@ class CommitResult(NamedTuple):
 
     ``accepted`` of ``drafted`` verified drafts stand. ``finished`` is "" while the session goes on, else
     ``stop``, ``length`` or ``context``. ``rollback``: if the commit was cut short, the length that the
-    engine's cache must be cut to. ``first``: this commit holds the session's first token. ``late_ms``:
-    by how much the commit missed its deadline (negative: early). ``logprobs``: one per token, if the
-    session asked for them.
+    engine's cache must be cut to. ``first``: this commit holds the session's first token.
+    ``logprobs``: one per token, if the session asked for them.
     """
 
     session: str
@@ -40,13 +39,12 @@ class CommitResult(NamedTuple):
     finished: str = ""
     rollback: int | None = None
     first: bool = False
-    late_ms: float = -math.inf
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-# A running step: tokens in the input, drafts among them, whether logits are needed; and as they were when the
-# step began: the epoch, the deadline, and since when the session waited.
-_Flight = tuple[int, int, bool, int, float, float]
+Flight = tuple[int, int, bool, int, float]
+"""A session's part of a running step: tokens fed, drafts among them, whether logits are needed, the epoch
+when it began, and how long the session had waited for it (ms)."""
 
 
 class SessionState:
@@ -57,7 +55,8 @@ class SessionState:
     committed). ``stream``: the server may advance the session at any time; otherwise (round mode) only
     once its round has arrived. ``undrafted`` sessions are always ready. ``max_pending_drafts`` equals the
     draft-ahead limit of the edge, so a correct edge never exceeds it. ``floor_ms``: the least time any
-    token can take, for ``slo_unreachable``.
+    token can take, for ``slo_unreachable``. ``advances_alone``: it may advance at any time, not only with a
+    round of its edge. ``waiting_from_ms``: since when it waits: its request, its round, or its last commit.
     """
 
     def __init__(
@@ -95,18 +94,18 @@ class SessionState:
         self.stop = frozenset(stop)
         self.stream = stream
         self.undrafted = undrafted
+        self.advances_alone = stream or undrafted
         self.cached = cached
         self.floor_ms = floor_ms
         self.finished = ""
         self.max_pending_drafts = max_pending_drafts
-        self._drafts = PendingDrafts(max_pending_drafts)
+        self.drafts = PendingDrafts(max_pending_drafts)
         self.slo_tracker = SloTracker(slo, now_ms)
-        self._started = False
-        self._waiting_from_ms = now_ms
+        self.started = False
+        self.waiting_from_ms = now_ms
         self._round_at = -1
         self._round_deadline_ms = math.inf
-        self._flight: _Flight | None = None
-        self._started_ms = math.nan
+        self.flight: Flight | None = None
         self._view: SessionView | None = None
         self._view_until_ms = math.inf
 
@@ -123,16 +122,11 @@ class SessionState:
     @property
     def pending_drafts(self) -> list[int]:
         """Drafts held beyond the committed length."""
-        return self._drafts.tokens
-
-    @property
-    def pending_acceptance_probs(self) -> list[float]:
-        """Of each of them, given those before it."""
-        return self._drafts.acceptance_probs
+        return self.drafts.tokens
 
     @property
     def counters(self) -> DraftCounters:
-        return self._drafts.counters
+        return self.drafts.counters
 
     @property
     def prompt_left(self) -> int:
@@ -142,24 +136,18 @@ class SessionState:
         was taken away, prefills up to and with its last token, which emits.
         """
         left = len(self.tokens) - self.cached
-        return left if left > 1 or not self._started else 0
+        return left if left > 1 or not self.started else 0
 
     @property
     def ready(self) -> bool:
         """Whether it can be scheduled in the next step."""
-        if self.finished or self._flight is not None:
+        if self.finished or self.flight is not None:
             return False
-        free = self.stream or self.undrafted or not self._started
-        return free or self._round_at >= len(self.tokens)
+        return self.advances_alone or not self.started or self._round_at >= len(self.tokens)
 
     @property
     def in_flight(self) -> bool:
-        return self._flight is not None
-
-    @property
-    def waiting_from_ms(self) -> float:
-        """Since when it waits: its request, its round, or its last commit."""
-        return self._waiting_from_ms
+        return self.flight is not None
 
     @property
     def tokens_left(self) -> int:
@@ -185,7 +173,7 @@ class SessionState:
         the edge has left for this round (round mode). Idempotent; never changes what will be committed, and
         never raises on a frame's content.
         """
-        drafts = self._drafts
+        drafts = self.drafts
         if len(acceptance_prob) != len(tokens):
             raise ValueError(
                 f"{len(tokens)} drafts came with {len(acceptance_prob)} acceptance probabilities."
@@ -205,7 +193,7 @@ class SessionState:
         deadline = now_ms + slack_ms if math.isfinite(slack_ms) else math.inf
         if self._round_at < len(self.tokens):
             self._round_at = len(self.tokens)
-            self._waiting_from_ms = now_ms
+            self.waiting_from_ms = now_ms
             self._round_deadline_ms = deadline
         elif deadline < self._round_deadline_ms:
             self._round_deadline_ms = deadline
@@ -221,7 +209,7 @@ class SessionState:
     def _make_view(self, now_ms: float) -> SessionView:
         slo_tracker, committed, cached = self.slo_tracker, len(self.tokens), self.cached
         prompt_left = committed - cached
-        if prompt_left == 1 and self._started:
+        if prompt_left == 1 and self.started:
             prompt_left = 0
         tokens_left = self._end - committed
         unreachable_ms = slo_tracker.slo_unreachable_from_ms(tokens_left, self.floor_ms)
@@ -231,7 +219,7 @@ class SessionState:
         due_ms: float | None = None
         due_acceptance_probs: tuple[float, ...] = ()
         if drafting and not prompt_left:
-            due_ms, due_acceptance_probs, expires_ms = self._drafts.arrivals.due(now_ms)
+            due_ms, due_acceptance_probs, expires_ms = self.drafts.arrivals.due(now_ms)
             if expires_ms < until_ms:
                 until_ms = expires_ms
         self._view_until_ms = until_ms
@@ -242,10 +230,10 @@ class SessionState:
             self.session,
             slo_tracker.slo,
             cached,
-            self._waiting_from_ms,
+            self.waiting_from_ms,
             self.deadline_ms,
             prompt_left,
-            tuple(self._drafts.acceptance_probs[:useful]),
+            tuple(self.drafts.acceptance_probs[:useful]),
             self.ready,
             drafting,
             due_ms,
@@ -257,67 +245,97 @@ class SessionState:
     @property
     def deadline_ms(self) -> float:
         """When the next commit must leave the server to meet the SLO."""
-        rounds = self._started and not (self.stream or self.undrafted)
-        return self._round_deadline_ms if rounds else self.slo_tracker.deadline_ms
+        if self.advances_alone or not self.started:
+            return self.slo_tracker.deadline_ms
+        return self._round_deadline_ms
 
     def step_input(self, item: ScheduledItem, now_ms: float = math.nan) -> StepInput:
         """The engine's input for a scheduled item; :meth:`apply` or :meth:`cancel` must follow.
 
         Raises ``ValueError`` if the policy planned an item that the session cannot take.
         """
-        if self._flight is not None or self.finished:
+        if self.flight is not None or self.finished:
             raise ValueError(f"Session {self.session} is in a step already, or has ended.")
-        left = self.prompt_left
-        if left:
-            if item.drafts or not 0 < item.prefill <= left:
-                raise ValueError(f"{item} does not fit a session with {left} prompt tokens left.")
-            fed = self.tokens[self.cached : self.cached + item.prefill]
-            drafts, needs_logits = 0, item.prefill == left
+        fitting = self.fitted(item)
+        if fitting is not item:
+            left, useful = self.prompt_left, self.useful_drafts
+            raise ValueError(f"{item} does not fit: {left} prompt tokens are left, {useful} drafts useful.")
+        return self._begin(item, now_ms)
+
+    def planned_input(self, item: ScheduledItem, now_ms: float) -> StepInput | None:
+        """As :meth:`step_input`, for an item that was planned while the session was in the step before: cut
+        to what the session has now, ``None`` if it cannot take part."""
+        fitting = self.fitted(item) if self.ready else None
+        return None if fitting is None else self._begin(fitting, now_ms)
+
+    def fitted(self, item: ScheduledItem) -> ScheduledItem | None:
+        """What of an item the session can take; ``None`` if none of it."""
+        _, drafts, prefill = item
+        left = len(self.tokens) - self.cached
+        if left > 1 or not self.started:
+            if drafts or prefill < 1:
+                return None
+            return item if prefill <= left else ScheduledItem(self.session, 0, left)
+        if prefill or drafts < 0:
+            return None
+        if drafts and drafts > (useful := self.useful_drafts):
+            return ScheduledItem(self.session, useful)
+        return item
+
+    @property
+    def useful_drafts(self) -> int:
+        """Pending drafts that a step can use: the target's own token always comes on top."""
+        held = len(self.drafts.tokens)
+        return min(held, self._end - len(self.tokens) - 1) if held else 0
+
+    def _begin(self, item: ScheduledItem, now_ms: float) -> StepInput:
+        tokens, pending = self.tokens, self.drafts
+        _, drafts, prefill = item
+        needs_logits = True
+        if prefill:
+            fed = tokens[self.cached : self.cached + prefill]
+            needs_logits = self.cached + prefill == len(tokens)
         else:
-            pending_drafts, drafts, needs_logits = self._drafts.tokens, item.drafts, True
-            useful = min(len(pending_drafts), self.tokens_left - 1) if pending_drafts else 0
-            if item.prefill or not 0 <= drafts <= useful:
-                raise ValueError(f"{item} does not fit a session with {useful} useful drafts.")
-            fed = [self.tokens[-1], *pending_drafts[:drafts]] if drafts else self.tokens[-1:]
-            self._drafts.counters.cut_drafts += useful - drafts
-        waiting_from_ms = self._waiting_from_ms
-        self._flight = (len(fed), drafts, needs_logits, self._drafts.epoch, self.deadline_ms, waiting_from_ms)
-        self._drafts.withdrawn = False
-        self._started_ms = now_ms
+            fed = tokens[-1:]
+            if drafts:
+                fed += pending.tokens[:drafts]
+            pending.counters.cut_drafts += self.useful_drafts - drafts
+        queue_ms = max(0.0, now_ms - self.waiting_from_ms)
+        self.flight = (len(fed), drafts, needs_logits, pending.epoch, queue_ms)
+        pending.withdrawn = False
         self._view = None
         return StepInput(self.session, fed, drafts, needs_logits)
 
     def cancel(self) -> None:
         """The step did not happen: nothing was fed."""
-        self._flight = None
+        self.flight = None
         self._view = None
 
     def apply(self, result: VerifyResult, now_ms: float) -> CommitResult:
         """Commit what the engine decided, cut where the session ends, and reconcile the pending drafts."""
-        flight = self._flight
+        flight = self.flight
         if flight is None:
             raise ValueError(f"Session {self.session} is in no step.")
-        fed, drafts, needs_logits, epoch, deadline_ms, queued_from_ms = flight
+        fed, drafts, needs_logits, epoch, queue_ms = flight
         accepted, decided = result.accepted, result.tokens
         if len(decided) != (accepted + 1 if needs_logits else 0):
             raise ValueError(f"{result} does not match an input with needs_logits={needs_logits}.")
-        self._flight = None
+        self.flight = None
         self._view = None
         self.cached += fed - drafts + accepted
-        queue_ms = max(0.0, self._started_ms - queued_from_ms)
         if not needs_logits:
             return CommitResult(self.session, epoch, self.committed_len, (), 0, 0, queue_ms)
         first = self.slo_tracker.first_ms is None
         tokens = self._append(decided)
         accepted = min(accepted, len(tokens))
         self.slo_tracker.commit(len(tokens), now_ms)
-        pending = self._drafts
+        pending = self.drafts
         pending.reconcile(tokens, accepted, now_ms)
         pending.counters.steps += 1
         if self.finished:
             pending.clear()
-        self._started = True
-        self._waiting_from_ms = now_ms
+        self.started = True
+        self.waiting_from_ms = now_ms
         committed_len, rollback = len(self.tokens), None
         if self.cached > committed_len:
             rollback = self.cached = committed_len
@@ -332,12 +350,11 @@ class SessionState:
             self.finished,
             rollback,
             first,
-            now_ms - deadline_ms,
             result.logprobs[: len(tokens)],
         )
 
     def _append(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
-        if not self.stop and len(tokens) < self.tokens_left:
+        if not self.stop and len(tokens) < self._end - len(self.tokens):
             self.tokens += tokens
             self.generated += len(tokens)
             return tokens
@@ -358,9 +375,9 @@ class SessionState:
 
     def abandon(self) -> None:
         """The client has left: pending drafts count as wasted, nothing more is committed."""
-        self._flight = None
+        self.flight = None
         self._view = None
-        self._drafts.clear()
+        self.drafts.clear()
         self.finished = self.finished or "abandoned"
 
     # --- its KV cache ---
@@ -368,14 +385,14 @@ class SessionState:
     def adopted(self, cached: int) -> None:
         """Before its first step: the engine already holds the first ``cached`` tokens (a cached prefix).
         At least one token is left to feed."""
-        if self._started or self._flight is not None or not 0 <= cached < len(self.tokens):
+        if self.started or self.flight is not None or not 0 <= cached < len(self.tokens):
             raise ValueError(f"Cannot adopt {cached} cached tokens now.")
         self.cached = cached
         self._view = None
 
     def evicted(self, cached: int = 0) -> None:
         """The engine keeps only the first ``cached`` tokens of it: the rest is prefilled again."""
-        if self._flight is not None or not 0 <= cached <= self.cached:
+        if self.flight is not None or not 0 <= cached <= self.cached:
             raise ValueError(f"Cannot cut {self.cached} cached tokens to {cached} now.")
         self.cached = cached
         self._view = None

@@ -42,6 +42,12 @@ class SloTracker:
         self._since_first += tokens
         self.deadline_ms = first_ms + (self._since_first + 1) * self._tpot_ms
 
+    def deadline_after(self, tokens: float, now_ms: float) -> float:
+        """The deadline once so many more tokens were committed at ``now_ms``."""
+        if self.first_ms is None:
+            return now_ms + tokens * self._tpot_ms
+        return self.deadline_ms + tokens * self._tpot_ms
+
     def slo_unreachable_from_ms(self, tokens_left: int, floor_ms: float) -> float:
         """The time from which the SLO cannot be met any more.
 

@@ -185,7 +185,8 @@ class ServerModel:
     ``draft``: the draft model of systems with ``server_drafts``. ``prefix_tokens``: KV of ended sessions that
     is kept beside ``kv_tokens`` for requests with equal blocks.
 
-    ``overhead_ms``: what the engine loop adds to each step (collecting, deciding, sending). ``spread``: see
+    ``overhead_ms``: what the engine loop adds to each step (collecting, deciding, sending). ``plan_ahead``:
+    a step is planned while the one before it runs, ``overhead_ms`` before that may end. ``spread``: see
     :class:`~wispprof.simulation.step_costs.SimulatedStepTimes`. ``prefill_chunk``: most prompt tokens a
     step takes.
     """
@@ -197,6 +198,7 @@ class ServerModel:
     prefill_chunk: int = 512
     max_context: int = 131_072
     overhead_ms: float = 0.5
+    plan_ahead: bool = True
     spread: float | None = None
     host_kv_ms: float | None = None
     preempt: bool = False

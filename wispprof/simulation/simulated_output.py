@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from wispprof.types import DraftToken, RejectionPredictor, Sampling
+from wispprof.types import DraftToken, RejectionPredictor, Sampling, StepInput, VerifyResult
 
 PROMPT_TOKEN = 7
 """Only the length of a prompt matters: every prompt token is this one."""
@@ -90,6 +90,20 @@ class SimulatedOutput:
         while place < last and proposals[place].token == path[place]:
             place += 1
         return place - start
+
+    def verify(self, step_input: StepInput, committed_len: int) -> VerifyResult:
+        """The target's decision after ``committed_len`` tokens: drafts that agree with its path, and one
+        token more."""
+        if not step_input.needs_logits:
+            return VerifyResult(step_input.session, 0, ())
+        path, place = self.path, committed_len - self.prompt_tokens
+        accepted, drafts = 0, step_input.drafts
+        if drafts:
+            tokens = step_input.tokens
+            first = len(tokens) - drafts
+            while accepted < drafts and tokens[first + accepted] == path[place + accepted]:
+                accepted += 1
+        return VerifyResult(step_input.session, accepted, tuple(path[place : place + accepted + 1]))
 
 
 class AcceptanceSource(Protocol):

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING
 
 from wispprof.policies.cost_model import load_level, slowdown
-from wispprof.policies.interface import BatchPolicy, Limits, StepPlan
+from wispprof.policies.interface import BatchPolicy, Limits, SessionView, StepPlan
 from wispprof.sessions.draft_buffer import Outgoing
+from wispprof.sessions.plan_ahead import expected_view
 from wispprof.sessions.session_state import SessionState
 from wispprof.simulation.arrivals import BLOCK_TOKENS, Request
 from wispprof.simulation.devices import COMMIT_BYTES, TOKEN_BYTES
 from wispprof.simulation.scenario import ServerModel
 from wispprof.simulation.simulated_edge import SimulatedEdge
 from wispprof.simulation.step_costs import KvOffload, PrefixBlocks, SimulatedStepTimes, WithoutPrefixCache
-from wispprof.types import Sampling, StepInput, StepTimeEstimator, VerifyResult
+from wispprof.types import Sampling, StepInput, StepTimeEstimator
 
 if TYPE_CHECKING:
     from wispprof.simulation.event_loop import Simulation
@@ -63,6 +65,7 @@ class SimulatedServer:
         self._preempted: set[str] = set()
         self._prefixes = PrefixBlocks(model.prefix_tokens)
         self._busy = False
+        self._ahead: StepPlan | None = None  # of the next step, made while one runs
         self._wake = 0
         self._level = 0
         self._steps = 0
@@ -203,25 +206,58 @@ class SimulatedServer:
             return
         self._wake += 1
         self._collect(now_ms)
-        model = self._model
-        if model.preempt:
+        if self._model.preempt:
             self._preempt()
         if self._sim.system.server_drafts:
             self._draft(now_ms)
-        limits = Limits(
-            model.max_items, model.max_tokens, model.prefill_chunk, self._kv_tokens - self._kv_used
-        )
         views = [session.view(now_ms) for session in self._sessions.values()]
-        if self._preempted:
-            views = [view for view in views if view.session not in self._preempted]
-        plan = self._policy.plan(now_ms, views, self._estimator, limits)
+        plan = self._plan(now_ms, views, self._kv_tokens - self._kv_used)
         if plan.items:
-            self._step(now_ms, plan, limits)
+            self._step(now_ms, plan)
             return
         if plan.wake_ms is not None:
             self._sim.schedule(max(plan.wake_ms, now_ms + 1e-3), self._on_wake, self._wake)
         for edge in self._streaming.values():
             self._wait_for_frame(edge)
+
+    def _plan(self, now_ms: float, views: list[SessionView], kv_free: int) -> StepPlan:
+        model = self._model
+        if self._preempted:
+            views = [view for view in views if view.session not in self._preempted]
+        limits = Limits(model.max_items, model.max_tokens, model.prefill_chunk, kv_free)
+        plan = self._policy.plan(now_ms, views, self._estimator, limits)
+        rows = sum(item.prefill or 1 + item.drafts for item in plan.items)
+        if (
+            len(plan.items) > limits.max_items
+            or rows > min(limits.max_tokens, limits.kv_free)
+            or sum(item.prefill for item in plan.items) > limits.prefill_chunk
+        ):
+            raise PolicyViolation(f"{self._policy.name} exceeded {limits} with {rows} rows.")
+        return plan
+
+    def _plan_ahead(self, now_ms: float, running: tuple[float, int]) -> None:
+        """Plan the next step from what is expected at the end of the running one."""
+        end_ms, rows = running
+        self._collect(now_ms)
+        expected = [expected_view(session, now_ms, end_ms) for session in self._sessions.values()]
+        views = [view for view in expected if view is not None]
+        kv_free = self._kv_tokens - self._kv_used - rows
+        # If memory is short, the end of the step decides who runs.
+        if views and kv_free > sum(view.prompt_left or 1 for view in views):
+            self._ahead = self._plan(end_ms, views, kv_free)
+
+    def _planned_ahead(self) -> StepPlan | None:
+        """The next step as planned, cut to what its sessions have now; ``None`` if it must be planned now."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return None
+        items = []
+        for planned in ahead.items:
+            session = self._sessions.get(planned.session)
+            item = session.fitted(planned) if session is not None and session.ready else None
+            if item is not None:
+                items.append(item)
+        return replace(ahead, items=tuple(items)) if items else None
 
     def _wait_for_frame(self, edge: SimulatedEdge) -> None:
         """While the engine is idle, the arrival of an edge's next frame is an event."""
@@ -243,7 +279,7 @@ class SimulatedServer:
         if wake == self._wake:
             self._decide(now_ms)
 
-    def _step(self, now_ms: float, plan: StepPlan, limits: Limits) -> None:
+    def _step(self, now_ms: float, plan: StepPlan) -> None:
         items: list[tuple[int, int, bool]] = []
         inputs: list[StepInput] = []
         sessions = self._sessions
@@ -251,9 +287,7 @@ class SimulatedServer:
         for item in plan.items:
             session = sessions.get(item.session)
             if session is None or session.in_flight:
-                raise PolicyViolation(
-                    f"{self._policy.name} planned {item.session} twice, or it is no session."
-                )
+                raise PolicyViolation(f"{self._policy.name} planned {item.session} twice, or it is none.")
             cached, chunk = session.cached, item.prefill
             step_input = session.step_input(item, now_ms)
             new = len(step_input.tokens)
@@ -261,14 +295,9 @@ class SimulatedServer:
             inputs.append(step_input)
             rows += new
             prefill += chunk
-        if (
-            len(items) > limits.max_items
-            or rows > min(limits.max_tokens, limits.kv_free)
-            or prefill > limits.prefill_chunk
-        ):
-            raise PolicyViolation(f"{self._policy.name} exceeded {limits} with {rows} rows.")
-        p50_ms, took_ms = self._times.sample(items)
-        if self._sim.system.server_drafts:
+        p50_ms, took_ms, early_ms = self._times.sample(items)
+        server_drafts = self._sim.system.server_drafts
+        if server_drafts:
             drafts = max(step_input.drafts for step_input in inputs)
             took_ms += self._model.draft.added_ms(drafts, len(inputs))
         host_ms = self._model.host_kv_ms
@@ -283,6 +312,10 @@ class SimulatedServer:
         counters.predicted_ms += p50_ms
         counters.rows += rows
         counters.prefill_rows += prefill
+        if self._model.plan_ahead and not server_drafts:
+            plan_ms = now_ms + max(0.0, early_ms - self._overhead_ms)
+            if plan_ms < now_ms + took_ms:
+                self._sim.schedule(plan_ms, self._plan_ahead, (now_ms + p50_ms, rows))
         self._sim.schedule(now_ms + took_ms, self._done, (inputs, took_ms, now_ms))
 
     def _done(self, now_ms: float, ran: tuple[list[StepInput], float, float]) -> None:
@@ -302,7 +335,7 @@ class SimulatedServer:
             key = step_input.session
             session, edge = sessions[key], edges[key]
             before = session.cached
-            commit = session.apply(_decided(step_input, session, edge), now_ms)
+            commit = session.apply(edge.output.verify(step_input, len(session.tokens)), now_ms)
             kv_used += session.cached - before
             count = len(commit.tokens)
             if not count:
@@ -340,7 +373,12 @@ class SimulatedServer:
 
     def _free(self, now_ms: float, _: None) -> None:
         self._busy = False
-        self._decide(now_ms)
+        self._collect(now_ms)
+        plan = self._planned_ahead()
+        if plan is not None:
+            self._step(now_ms, plan)
+        else:
+            self._decide(now_ms)
 
     def _update_load_level(self) -> int:
         cached = [s.cached for s in self._sessions.values() if not s.prompt_left]
@@ -361,18 +399,3 @@ class SimulatedServer:
             e.output.prompt_tokens + e.record.output_tokens for e in self._edges.values()
         )
         assert self._kv_used <= self._kv_tokens
-
-
-def _decided(step_input: StepInput, session: SessionState, edge: SimulatedEdge) -> VerifyResult:
-    """The target's decision: drafts that agree with its path, and one more token."""
-    if not step_input.needs_logits:
-        return VerifyResult(step_input.session, 0, ())
-    path = edge.output.path
-    place = len(session.tokens) - edge.output.prompt_tokens
-    accepted, drafts = 0, step_input.drafts
-    if drafts:
-        tokens = step_input.tokens
-        first = len(tokens) - drafts
-        while accepted < drafts and tokens[first + accepted] == path[place + accepted]:
-            accepted += 1
-    return VerifyResult(step_input.session, accepted, tuple(path[place : place + accepted + 1]))
