@@ -9,7 +9,7 @@ whatever keeps the interpreter busy at that moment. Edges live in another proces
 send real frames, and check every token. Each drafts at 100 tokens/s, of which 80 % are right.
 
 ``cycle``: start of a step to the start of the next, over the engine's time. ``gap``: end of a step to the
-start of the next, both in the engine's thread. ``latency``: end of a step to its commit's arrival at the edge.
+start of the next, both in its thread. ``latency``: end of a step to its commit's arrival at the edge.
 ``cpu``: share of one core, by process. The last line is JSON.
 """
 

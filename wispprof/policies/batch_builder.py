@@ -82,9 +82,11 @@ class BatchBuilder:
         return True
 
     def add_decodes(self, sessions: list[SessionView], drafts: list[int]) -> None:
-        """Add decoding sessions, each once, that fit the limits together."""
+        """Add decoding sessions, each once, that fit the limits together. The price is that of the drafts that
+        are expected to stand."""
         names = [s.session for s in sessions]
-        self.cost = self.cost.add_all([k + 1 for k in drafts], [s.cached for s in sessions])
+        new_tokens = [1 + round(k * s.standing) for k, s in zip(drafts, sessions, strict=True)]
+        self.cost = self.cost.add_all(new_tokens, [s.cached for s in sessions])
         self.items += map(ScheduledItem, names, drafts)
         self._scheduled.update(names)
         new = len(drafts) + sum(drafts)
