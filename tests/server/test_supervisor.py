@@ -16,6 +16,7 @@ from fake_pair import drafting, edge, truth
 
 from wispprof.edge import websocket_connections
 from wispprof.engines import EngineOptions, LoadedEngine
+from wispprof.errors import ModelError
 from wispprof.testing.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds processes in /proc")
@@ -30,7 +31,7 @@ def load_fake(options: EngineOptions) -> LoadedEngine:
 
 
 def load_nothing(options: EngineOptions) -> LoadedEngine:
-    raise ValueError("There is no such engine.")
+    raise ModelError("There is no such engine.")
 
 
 class Serving:
@@ -125,5 +126,5 @@ async def test_an_engine_process_that_dies_again_and_again_is_given_up() -> None
 async def test_an_engine_that_cannot_be_loaded_is_not_tried_again() -> None:
     async with serving("load_nothing") as server:
         assert await server.process.wait() == 1
-        await server.says("There is no such engine")
+        await server.says("error:.*no such engine")
         assert not any("starting another" in line for line in server.lines)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wispprof.cli.console import console, fail, note, result, table, tracker, warn
+from wispprof.cli.console import FAULT, console, fail, note, result, table, tracker, warn
 from wispprof.cli.options import JsonFlag, with_settings
+from wispprof.errors import WispprofError
 from wispprof.settings.fleet_settings import BenchSettings
 from wispprof.settings.server_settings import ReplicaSettings, ServerSettings
 
@@ -37,32 +40,56 @@ def serve(settings: ServerSettings, scaling: ReplicaSettings) -> None:
     for path in (settings.estimator, settings.plan, settings.tls_cert, settings.tls_key):
         if path is not None and not path.exists():
             raise fail(f"There is no file {path}.", "Check the path.")
-    from wispprof.server.supervisor import can_supervise, is_engine_process, supervise
-
-    if os.environ.get("RANK") is None and not is_engine_process():
+    if os.environ.get("RANK") is None:
         chosen = {name: getattr(settings, name) for name in ("host", "port", "tls_cert", "tls_key")}
         require(DoctorContext(**chosen), port, *([tls] if settings.tls_cert else []))
     from wispprof.server import serve as run
     from wispprof.server.logs import configure_logging
+    from wispprof.server.supervisor import can_supervise, supervise
 
     configure_logging(settings.log_level, quiet=settings.live)
+    if scaling.ray:
+        _serve_replicas(settings, scaling)
+        return
+    if settings.tensor_parallel > 1 and settings.engine == "torch":
+        _serve_ranks(settings)
+        return
+    note(f"loading {settings.target or BUNDLED} …")
+    if can_supervise(settings):
+        supervise(settings, (sys.executable, "-c", _ENGINE_PROCESS))
+    else:
+        run(settings, _announcing(settings))
 
+
+_ENGINE_PROCESS = "from wispprof.cli.serve import engine_process; engine_process()"
+
+
+def engine_process() -> None:
+    """Run the engine process of ``serve``, for its supervisor."""
+    from wispprof.server import serve as run
+    from wispprof.server.logs import configure_logging
+    from wispprof.server.supervisor import Supervised
+
+    supervised = Supervised.take()
+    settings = supervised.settings
+    configure_logging(settings.log_level, quiet=settings.live)
+    try:
+        run(settings, _announcing(settings), supervised=supervised)
+    except WispprofError as err:
+        supervised.failed(err)
+        raise SystemExit(FAULT) from None
+
+
+def _announcing(settings: ServerSettings) -> Callable[[VerificationServer, int], None]:
     def announce(server: VerificationServer, taken: int) -> None:
         console().print(_resolved(server, settings, taken))
         scheme = "wss" if settings.tls_cert is not None else "ws"
         note(f"ready: {scheme}://{settings.host}:{taken}/v1/split (Ctrl-C drains)")
 
-    if scaling.ray:
-        _serve_replicas(settings, scaling)
-        return
-    if settings.tensor_parallel == 1 or settings.engine != "torch":
-        if can_supervise(settings) and not is_engine_process():
-            if code := supervise(settings):
-                raise typer.Exit(code)
-            return
-        note(f"loading {settings.target or BUNDLED} …")
-        run(settings, announce)
-        return
+    return announce
+
+
+def _serve_ranks(settings: ServerSettings) -> None:
     from wispprof.server.process import launch_ranks, serve_ranks
 
     rank = os.environ.get("RANK")
@@ -71,7 +98,7 @@ def serve(settings: ServerSettings, scaling: ReplicaSettings) -> None:
         return
     if rank == "0":
         note(f"loading {settings.target or BUNDLED} …")
-    serve_ranks(settings, announce)
+    serve_ranks(settings, _announcing(settings))
 
 
 def _serve_replicas(settings: ServerSettings, scaling: ReplicaSettings) -> None:

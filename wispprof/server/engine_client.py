@@ -7,10 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
-
-import msgspec
 
 from wispprof import protocol
 from wispprof.openai_api import ChatTokenizer
@@ -37,7 +34,7 @@ from wispprof.server.channel import (
     to_front,
 )
 from wispprof.server.engine_host import EngineHost, front_config
-from wispprof.settings.server_settings import ServerSettings
+from wispprof.server.plain_settings import read_settings
 from wispprof.types import GenerationRequest
 
 if TYPE_CHECKING:
@@ -87,7 +84,7 @@ class EngineClient:
         spacing_s: float = SPACING_S,
     ) -> None:
         self.config = config
-        self.settings = msgspec.convert(config.settings, ServerSettings, dec_hook=_path)
+        self.settings = read_settings(config.settings)
         self.model = config.model
         self.tokenizer = tokenizer
         self.draining = False
@@ -210,7 +207,3 @@ def _refused(message: SessionFailed) -> Refused:
         retry_ms=message.retry_ms,
         nearest_tokens_per_s=message.tokens_per_s,
     )
-
-
-def _path(kind: type, value: object) -> object:
-    return Path(str(value)) if issubclass(kind, Path) else value

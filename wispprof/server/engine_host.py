@@ -7,8 +7,6 @@ import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from wispprof import __version__, protocol
 from wispprof.server.admission import Refused
 from wispprof.server.channel import (
@@ -29,6 +27,7 @@ from wispprof.server.channel import (
     ToFront,
     to_engine,
 )
+from wispprof.server.plain_settings import plain_settings
 from wispprof.server.session import ServerSession
 from wispprof.sessions.session_state import CommitResult
 
@@ -176,7 +175,7 @@ class _HostedSession:
 def front_config(server: VerificationServer, tokenizer: str = "") -> FrontConfig:
     """The first message to a front of ``server``."""
     return FrontConfig(
-        msgspec.to_builtins(server.settings, enc_hook=str),
+        plain_settings(server.settings),
         server.model,
         server.policy.stream,
         server.plan.hash if server.plan else "",

@@ -168,14 +168,12 @@ class FrontProcess:
         self._keeping = asyncio.create_task(self._keep(self._process), name="front process")
 
     async def _spawn(self) -> asyncio.subprocess.Process:
-        package = str(Path(wispprof.__file__).parent.parent)
-        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         descriptor = self._listener.fileno()
         return await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", _COMMAND, str(descriptor), self._address),
             pass_fds=(descriptor,),
             stdin=asyncio.subprocess.PIPE,  # At its end the front knows that this process is gone.
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=child_environment(),
         )
 
     async def _keep(self, process: asyncio.subprocess.Process) -> None:
@@ -206,8 +204,8 @@ class FrontProcess:
         process, keeping = self._process, self._keeping
         if process is None or keeping is None:
             return
-        if not told and process.stdin is not None:
-            process.stdin.close()
+        if not told:
+            self.force()
         if process.returncode is None:
             try:
                 await asyncio.wait_for(process.wait(), _STOP_S)
@@ -221,6 +219,13 @@ class FrontProcess:
     def force(self) -> None:
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a process that is to import this package."""
+    package = str(Path(wispprof.__file__).parent.parent)
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def channel_socket() -> tuple[tempfile.TemporaryDirectory[str], socket.socket]:

@@ -119,16 +119,18 @@ def freeze_garbage_collector() -> None:
 def serve(
     settings: ServerSettings,
     announce: Callable[[VerificationServer, int], None],
+    *,
+    supervised: Supervised | None = None,
     **parts: Any,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain; a second signal ends at once. Blocks.
 
-    ``announce`` is called with the server and its port once requests are admitted. ``parts``: see
+    ``announce`` is called with the server and its port once requests are admitted. ``supervised``: this is
+    the engine process of a supervisor, which holds the socket and the fronts. ``parts``: see
     :func:`~wispprof.server.startup.build_server`.
     """
     raise_descriptor_limit()
     server_tls(settings.tls_cert, settings.tls_key)  # A model loads for minutes: refuse before.
-    supervised = Supervised.take()
     listener = bind(settings.host, settings.port) if supervised is None else None
     try:
         asyncio.run(_serve(settings, listener, supervised, announce, parts))
@@ -185,9 +187,9 @@ async def _serve(
     with handling_signals(on_signal):
         async with _started(server, front, listener):
             watches = [failure(), *([run_dashboard(server)] if settings.live else [])]
-            port = settings.port if listener is None else listener.getsockname()[1]
             if supervised is not None:
-                port = supervised.ready(ended.set)
+                supervised.ready(ended.set)
+            port = supervised.port if listener is None else listener.getsockname()[1]
             await _until_ended(server, port, announce, ended, *watches)
 
 
