@@ -82,8 +82,8 @@ class BatchBuilder:
         return True
 
     def add_decodes(self, sessions: list[SessionView], drafts: list[int]) -> None:
-        """Add decoding sessions, each once, that fit the limits together. Drafts are priced as far as they are
-        expected to stand."""
+        """Add decoding sessions, each once, that fit the limits together. Drafts are priced as far as they
+        are expected to stand."""
         names = [s.session for s in sessions]
         new_tokens = [1 + round(k * s.standing) for k, s in zip(drafts, sessions, strict=True)]
         self.cost = self.cost.add_all(new_tokens, [s.cached for s in sessions])

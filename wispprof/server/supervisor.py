@@ -1,8 +1,8 @@
 """The process behind ``wispprof serve``: it holds the listening socket and keeps the others alive.
 
-The engine process and the fronts are processes of their own. If the engine process dies, the fronts keep their
-connections and wait; another engine process takes its place, and edges reopen their sessions with the tokens
-they have.
+The engine process and the fronts are processes of their own. If the engine process dies, the fronts keep
+their connections and wait; another engine process takes its place, and edges reopen their sessions with the
+tokens they have.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def can_supervise(settings: ServerSettings) -> bool:
 def supervise(settings: ServerSettings, command: Sequence[str]) -> None:
     """Serve until SIGTERM or Ctrl-C has ended the engine process. Blocks.
 
-    ``command`` starts an engine process, which calls :meth:`Supervised.take`. Raises :class:`EngineError` if it
-    cannot start, or dies again and again.
+    ``command`` starts an engine process, which calls :meth:`Supervised.take`. Raises :class:`EngineError` if
+    it cannot start, or dies again and again.
     """
     raise_descriptor_limit()
     server_tls(settings.tls_cert, settings.tls_key)  # A model loads for minutes: refuse before.
