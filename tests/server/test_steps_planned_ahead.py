@@ -52,7 +52,7 @@ class WatchingPolicy(WispprofPolicy):
 async def test_a_step_is_planned_while_another_runs(plan_ahead: bool) -> None:
     engine = WatchedEngine(64, step_ms=lambda shape: 4.0)
     policy = WatchingPolicy(engine)
-    settings = ServerSettings(admit="all", plan_ahead=plan_ahead, prefill_chunk=16)
+    settings = ServerSettings(admit="all", plan_late=not plan_ahead, prefill_chunk=16)
     async with (
         running_server(settings, engine=engine, model=engine.served, policy=policy) as running,
         edge(running.split_url) as one,

@@ -88,7 +88,7 @@ class VerificationServer:
             self.metrics,
             self._limits,
             now_ms,
-            settings.plan_ahead,
+            not settings.plan_late,
         )
         self.manager.wake = self.loop.wake
         self.manager.load_changed = self.update_fronts

@@ -82,7 +82,9 @@ class ServerSettings(Settings):
     max_items: int = setting(64, "Maximum sessions in a step.", minimum=1)
     max_tokens: int = setting(1024, "Maximum new tokens in a step.", unit="tokens", minimum=1)
     prefill_chunk: int = setting(256, "Maximum prompt tokens in a step.", unit="tokens", minimum=1)
-    plan_ahead: bool = setting(True, "Plan a step while the one before it runs, from its expected result.")
+    plan_late: bool = setting(
+        False, "Plan each step when it begins, not while the one before it runs from what that may bring."
+    )
     max_drafts: int = setting(
         32, "Maximum pending draft tokens per session.", unit="tokens", minimum=1, maximum=64
     )
