@@ -184,7 +184,7 @@ class EngineLoop:
             session = get(item.session)
             if planned_ahead:
                 # It may have ended, or lost its drafts, in the step before.
-                if session is None or session.closing or not self._manager.open_in_time(session):
+                if session is None or session.closing or not session.opened:
                     continue
                 step_input = session.state.planned_input(item, now)
                 if step_input is None:
@@ -229,6 +229,8 @@ class EngineLoop:
         finally:
             if timer is not None:
                 timer.cancel()
+        if step.ahead is not None and self._manager.opening:
+            await self._engine_thread.flush_deferred()
         now_ms = self._now_ms()
         commits, failed = _advance(step.sessions, results, now_ms)
         following = None

@@ -36,7 +36,8 @@ class SessionManager:
 
     Set before use: ``wake`` (something changed, the engine loop should plan), ``load_changed`` (the load
     level did), ``spend`` (count tokens against an API key: key, tokens, now_ms) and ``load_engine`` (for an
-    engine that is lost).
+    engine that is lost). ``waiting``: sessions that wait for memory. ``opening``: sessions whose opening in
+    the engine is deferred or under way.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class SessionManager:
         self.greedy_only = engine.capabilities.greedy_only
         self.load_level = 0
         self.waiting = 0
+        self.opening = 0
         self.wake: Callable[[], None] = lambda: None
         self.load_changed: Callable[[], None] = lambda: None
         self.load_engine: Callable[[], Engine] | None = None
@@ -114,6 +116,7 @@ class SessionManager:
         new_sessions, self._new_sessions = self._new_sessions, []
         for session in new_sessions:
             if session.name in self._sessions:
+                self.opening += 1
                 self._engine_thread.defer(self._opening(session), lambda one=session: self._opened(one))
 
     def _opening(self, session: ServerSession) -> Callable[[Engine], None]:
@@ -131,15 +134,8 @@ class SessionManager:
         """Whose prefixes a session shares: its key's. A server without keys serves one user."""
         return session.listener.key if self._settings.api_keys else ""
 
-    def open_in_time(self, session: ServerSession) -> bool:
-        """Whether the engine has opened a session that was new when its step was planned."""
-        if not session.opened and session.in_engine:
-            self._opened(session)
-        return session.opened
-
     def _opened(self, session: ServerSession) -> None:
-        if session.opened:
-            return
+        self.opening -= 1
         if session.name not in self._sessions:
             # Closed while the engine's thread was opening it.
             if session.in_engine:
@@ -299,6 +295,7 @@ class SessionManager:
             raise EngineError("The engine is lost.", "Restart the server.")
         log.warning("the engine is lost: loading it again, %d sessions prefill", len(self._sessions))
         await self._engine_thread.replace(self.load_engine)
+        self.opening = 0
         while self._prefix_cache.pop_oldest() is not None:
             pass
         for session in list(self._sessions.values()):
