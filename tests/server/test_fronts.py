@@ -18,7 +18,7 @@ from wispprof.engines.tokenizers import load_tokenizer
 from wispprof.openai_api import ChatTokenizer
 from wispprof.server import running_server
 from wispprof.server.channel import DirectWriter, Outbox, SessionReused, SocketWriter, Stop, ToFront, to_front
-from wispprof.server.fronts import FrontProcesses, can_leave_process
+from wispprof.server.fronts import FrontProcesses, TokenizerStays
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeEngine
 from wispprof.types import BatchShape
@@ -159,7 +159,14 @@ def test_a_front_process_loads_its_tokenizer_without_torch() -> None:
     assert not done.stderr
 
 
-def test_a_tokenizer_that_cannot_be_saved_stays_in_the_engine_process() -> None:
-    assert can_leave_process(None)
-    assert can_leave_process(ChatTokenizer(load_tokenizer(bundled_model("target"))))
-    assert not can_leave_process(ChatTokenizer(Letters()))
+async def test_a_tokenizer_that_cannot_be_saved_stays_in_the_engine_process() -> None:
+    engine = FakeEngine()
+    with pytest.raises(TokenizerStays):
+        async with running_server(
+            SETTINGS,
+            engine=engine,
+            model=engine.served,
+            tokenizer=ChatTokenizer(Letters()),
+            front_process=True,
+        ):
+            raise AssertionError("it serves")

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from fake_pair import drafting, edge, truth
+from fake_pair import Letters, drafting, edge, truth
 
 from wispprof.edge import websocket_connections
 from wispprof.engines import EngineOptions, LoadedEngine
@@ -28,6 +28,11 @@ def load_fake(options: EngineOptions) -> LoadedEngine:
     """An engine plugin."""
     engine = FakeEngine(step_ms=lambda shape: 3.0)
     return LoadedEngine(engine, engine.served, None)
+
+
+def load_letters(options: EngineOptions) -> LoadedEngine:
+    engine = FakeEngine()
+    return LoadedEngine(engine, engine.served, Letters())
 
 
 def load_nothing(options: EngineOptions) -> LoadedEngine:
@@ -128,3 +133,12 @@ async def test_an_engine_that_cannot_be_loaded_is_not_tried_again() -> None:
         assert await server.process.wait() == 1
         await server.says("error:.*no such engine")
         assert not any("starting another" in line for line in server.lines)
+
+
+async def test_a_tokenizer_that_cannot_be_saved_means_no_front_process() -> None:
+    async with serving("load_letters") as server:
+        await server.says("serving with --fronts 0")
+        await server.says("ready: ws://")
+        assert server.children(front=True) == server.children(front=False) == []
+        server.process.send_signal(signal.SIGTERM)
+        assert await server.process.wait() == 0

@@ -44,6 +44,7 @@ def serve(settings: ServerSettings, scaling: ReplicaSettings) -> None:
         chosen = {name: getattr(settings, name) for name in ("host", "port", "tls_cert", "tls_key")}
         require(DoctorContext(**chosen), port, *([tls] if settings.tls_cert else []))
     from wispprof.server import serve as run
+    from wispprof.server.fronts import TokenizerStays
     from wispprof.server.logs import configure_logging
     from wispprof.server.supervisor import can_supervise, supervise
 
@@ -56,9 +57,13 @@ def serve(settings: ServerSettings, scaling: ReplicaSettings) -> None:
         return
     note(f"loading {settings.target or BUNDLED} …")
     if can_supervise(settings):
-        supervise(settings, (sys.executable, "-c", _ENGINE_PROCESS))
-    else:
-        run(settings, _announcing(settings))
+        try:
+            supervise(settings, (sys.executable, "-c", _ENGINE_PROCESS))
+            return
+        except TokenizerStays as err:
+            note(str(err))
+            settings = replace(settings, fronts=0)
+    run(settings, _announcing(settings))
 
 
 _ENGINE_PROCESS = "from wispprof.cli.serve import engine_process; engine_process()"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 import wispprof
-from wispprof.errors import RuntimeFault
+from wispprof.errors import RuntimeFault, WispprofError
 from wispprof.openai_api import ChatTokenizer
 from wispprof.server.channel import SocketWriter, encode_batch
 from wispprof.server.engine_client import EngineClient
@@ -33,6 +33,13 @@ _COMMAND = "from wispprof.server.front_process import main; main()"
 _START_S, _STOP_S = 60.0, 8.0
 _MAX_FAILURES, _PAUSE_S, _STEADY_S = 3, 0.5, 60.0
 """A front process that fails so often in a row, each time within ``_STEADY_S``, is not started again."""
+
+
+class TokenizerStays(WispprofError):
+    """The tokenizer cannot be saved, so no other process can load it."""
+
+    def __init__(self) -> None:
+        super().__init__("The tokenizer cannot be saved for front processes: serving with --fronts 0.")
 
 
 class Front(Protocol):
@@ -237,15 +244,13 @@ def channel_socket() -> tuple[tempfile.TemporaryDirectory[str], socket.socket]:
     return folder, channel
 
 
-def can_leave_process(tokenizer: ChatTokenizer | None) -> bool:
-    """Whether another process can load the tokenizer."""
-    return tokenizer is None or hasattr(tokenizer.tokenizer, "save_pretrained")
-
-
 def _saved(tokenizer: ChatTokenizer | None) -> str:
-    """A folder from which another process can load the tokenizer, for as long as this process lives."""
+    """A folder from which another process can load the tokenizer, for as long as this process lives. Raises
+    :class:`TokenizerStays`."""
     if tokenizer is None:
         return ""
+    if not hasattr(tokenizer.tokenizer, "save_pretrained"):
+        raise TokenizerStays
     folder = tempfile.TemporaryDirectory(prefix="wispprof-tokenizer-")
     _folders.append(folder)
     tokenizer.tokenizer.save_pretrained(folder.name)

@@ -24,7 +24,7 @@ from wispprof.backends import Engine
 from wispprof.errors import EngineError
 from wispprof.openai_api import ChatTokenizer
 from wispprof.server.dashboard import run_dashboard
-from wispprof.server.fronts import Front, FrontProcesses, JoiningFronts, LocalFront, can_leave_process
+from wispprof.server.fronts import Front, FrontProcesses, JoiningFronts, LocalFront, TokenizerStays
 from wispprof.server.startup import build_server, engine_options, served_model
 from wispprof.server.supervisor import Supervised
 from wispprof.server.verification_server import VerificationServer
@@ -146,10 +146,12 @@ def _make_front(
     if supervised is not None:
         return JoiningFronts(server, supervised.channel, count)
     assert listener is not None
-    if count and not can_leave_process(server.tokenizer):
-        log.warning("The tokenizer cannot be saved for front processes: serving with --fronts 0.")
-        count = 0
-    return FrontProcesses(server, listener, count) if count else LocalFront(server, listener)
+    if count:
+        try:
+            return FrontProcesses(server, listener, count)
+        except TokenizerStays as err:
+            log.warning("%s", err)
+    return LocalFront(server, listener)
 
 
 async def _serve(

@@ -20,7 +20,7 @@ from typing import NamedTuple, Self
 import msgspec
 
 from wispprof.errors import EngineError, WispprofError
-from wispprof.server.fronts import FrontProcess, channel_socket, child_environment
+from wispprof.server.fronts import FrontProcess, TokenizerStays, channel_socket, child_environment
 from wispprof.server.plain_settings import plain_settings, read_settings
 from wispprof.server.web_server import bind, handling_signals, raise_descriptor_limit, server_tls
 from wispprof.settings.server_settings import ServerSettings
@@ -35,10 +35,11 @@ _LENGTH_BYTES = 4
 
 
 class _Failure(msgspec.Struct, frozen=True):
-    """Why an engine process ends; an empty message: it is ready."""
+    """Why an engine process ends; an empty message: it is ready. ``kind``: name of the exception's class."""
 
     message: str = ""
     hint: str = ""
+    kind: str = ""
 
 
 class Supervised(NamedTuple):
@@ -72,7 +73,7 @@ class Supervised(NamedTuple):
 
     def failed(self, err: WispprofError) -> None:
         """Let the supervisor say why this process ends."""
-        self._tell(_Failure(err.args[0], err.hint))
+        self._tell(_Failure(err.args[0], err.hint, type(err).__name__))
 
     def _tell(self, what: _Failure) -> None:
         with contextlib.suppress(OSError):
@@ -88,7 +89,7 @@ def supervise(settings: ServerSettings, command: Sequence[str]) -> None:
     """Serve until SIGTERM or Ctrl-C has ended the engine process. Blocks.
 
     ``command`` starts an engine process, which calls :meth:`Supervised.take`. Raises :class:`EngineError` if
-    it cannot start, or dies again and again.
+    it cannot start, or dies again and again, and :class:`TokenizerStays` if it cannot serve that way.
     """
     raise_descriptor_limit()
     server_tls(settings.tls_cert, settings.tls_key)  # A model loads for minutes: refuse before.
@@ -146,6 +147,8 @@ class _Supervisor:
             served |= ready_s is not None
             if not served:
                 message = why.message or f"The engine process ended with status {code} while starting."
+                if why.kind == TokenizerStays.__name__:
+                    raise TokenizerStays
                 raise EngineError(message, why.hint)
             steady = ready_s is not None and time.monotonic() - ready_s >= _STEADY_S
             failures = 1 if steady else failures + 1
