@@ -124,6 +124,7 @@ class JoiningFronts:
         await asyncio.sleep(0)
         if self._joining is not None:
             self._joining.close()
+        self._channel.close()
 
     def force(self) -> None: ...
 
@@ -133,7 +134,12 @@ class FrontProcesses(JoiningFronts):
 
     def __init__(self, server: VerificationServer, listener: socket.socket, count: int) -> None:
         self._folder, channel = channel_socket()
-        super().__init__(server, channel, count)
+        try:
+            super().__init__(server, channel, count)
+        except TokenizerStays:
+            channel.close()
+            self._folder.cleanup()
+            raise
         address = channel.getsockname()
         self.processes = [FrontProcess(listener, address) for _ in range(count)]
 
