@@ -35,7 +35,7 @@ from wispprof.types import ServedModel
 log = logging.getLogger("wispprof.server")
 
 _FAILED_S = 1.0
-_SWITCH_S = 0.0005
+_SWITCH_S = 0.0001
 """Longest time that Python work of the event loop keeps the engine's thread from the interpreter lock."""
 
 
