@@ -9,8 +9,6 @@ import socket
 import sys
 from pathlib import Path
 
-import msgspec
-
 from wispprof.openai_api import ChatTokenizer
 from wispprof.server.app import make_app
 from wispprof.server.channel import FrontConfig, SocketWriter, to_front
@@ -84,7 +82,7 @@ class _Front:
                 break
             client.lost()
             joined = await self._join()
-            if joined is None or not _same(joined[0], config):
+            if joined is None or joined[0] != config:
                 web_server.force_exit = True
                 break  # Another target, say: edges must say hello again.
             channel = joined[1]
@@ -140,11 +138,6 @@ async def _first(*events: asyncio.Event | asyncio.Task[None]) -> None:
     for task, one in zip(tasks, events, strict=True):
         if task is not one:
             task.cancel()
-
-
-def _same(config: FrontConfig, other: FrontConfig) -> bool:
-    """Whether connections may stay. The tokenizer's folder is another one in each engine process."""
-    return msgspec.structs.replace(config, tokenizer="") == msgspec.structs.replace(other, tokenizer="")
 
 
 def _tokenizer(folder: str) -> ChatTokenizer | None:

@@ -89,7 +89,7 @@ class JoiningFronts:
         self._server = server
         self._channel = channel
         self._count = count
-        self._tokenizer = _saved(server.tokenizer)
+        self._tokenizer = _saved(server.tokenizer, Path(channel.getsockname()).with_name("tokenizer"))
         self._joining: asyncio.Server | None = None
 
     async def start(self) -> None:
@@ -242,7 +242,8 @@ def child_environment() -> dict[str, str]:
 
 
 def channel_socket() -> tuple[tempfile.TemporaryDirectory[str], socket.socket]:
-    """A listening Unix socket for front processes, and its folder, which only this user may enter."""
+    """A listening Unix socket for front processes, and its folder, which only this user may enter. The
+    tokenizer is saved there, too."""
     folder = tempfile.TemporaryDirectory(prefix="wispprof-")
     channel = socket.socket(socket.AF_UNIX)
     channel.bind(str(Path(folder.name, "channel")))
@@ -250,17 +251,12 @@ def channel_socket() -> tuple[tempfile.TemporaryDirectory[str], socket.socket]:
     return folder, channel
 
 
-def _saved(tokenizer: ChatTokenizer | None) -> str:
-    """A folder from which another process can load the tokenizer, for as long as this process lives. Raises
+def _saved(tokenizer: ChatTokenizer | None, folder: Path) -> str:
+    """Save the tokenizer for other processes; returns its folder, empty without a tokenizer. Raises
     :class:`TokenizerStays`."""
     if tokenizer is None:
         return ""
     if not hasattr(tokenizer.tokenizer, "save_pretrained"):
         raise TokenizerStays
-    folder = tempfile.TemporaryDirectory(prefix="wispprof-tokenizer-")
-    _folders.append(folder)
-    tokenizer.tokenizer.save_pretrained(folder.name)
-    return folder.name
-
-
-_folders: list[tempfile.TemporaryDirectory[str]] = []
+    tokenizer.tokenizer.save_pretrained(folder)
+    return str(folder)
