@@ -125,7 +125,8 @@ class EngineClient:
 
     def back(self, writer: BatchWriter) -> None:
         """Another engine process took the place of the lost one."""
-        self.restarting = False
+        self.restarting = self.draining = False
+        self.load_level = 0
         if self._connections:
             self._outbox.put(MetricCount("connections", "", self._connections))
         self._outbox.connect(writer)
