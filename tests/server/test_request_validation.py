@@ -221,6 +221,16 @@ async def test_a_bad_request_costs_only_itself(running: RunningServer) -> None:
         assert one.stray == [protocol.Pong(3, bytes(10))]
 
 
+async def test_frames_of_every_length_arrive(running: RunningServer) -> None:
+    sizes = [0, 100, 130, 300, 1 << 15, 1 << 16]
+    async with edge(running.split_url, key="right-right-right") as one:
+        for number, size in enumerate(sizes):
+            await one.send(protocol.Ping(number, b"", size))
+        while len(one.stray) < len(sizes):
+            await asyncio.sleep(0.001)
+        assert one.stray == [protocol.Pong(number, bytes(size)) for number, size in enumerate(sizes)]
+
+
 async def test_too_many_problems_end_the_connection(running: RunningServer) -> None:
     bad = protocol.encode(protocol.Draft(1, 0, 0, [], b"", 0.0, 0.0))
     answers, closed = await exchange(running, GOOD, *[bad] * 80)
