@@ -80,7 +80,8 @@ def test_in_round_mode_a_session_waits_for_its_edge() -> None:
     session.merge(0, session.committed_len, [70], [0.9], 20.0, 100.0, 4.0)
     view = expected_view(session, 20.0, 30.0)
     assert view is not None
-    assert view.ready
+    assert view == session.view(30.0)
+    assert view.acceptance_probs == (0.9,)
     session.step_input(ScheduledItem(NAME, drafts=1), 30.0)
     view = expected_view(session, 35.0, 40.0)
     assert view is not None

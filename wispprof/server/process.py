@@ -80,7 +80,11 @@ async def running_server(
     server = build_server(settings, engine, model, **parts)
     listener = bind(settings.host, 0)
     port = listener.getsockname()[1]
-    front = FrontProcesses(server, listener, 1) if front_process else LocalFront(server, listener)
+    try:
+        front = FrontProcesses(server, listener, 1) if front_process else LocalFront(server, listener)
+    except TokenizerStays:
+        listener.close()
+        raise
     async with _started(server, front, listener):
         yield RunningServer(settings.host, port, server, front)
 

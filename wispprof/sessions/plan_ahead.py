@@ -24,11 +24,10 @@ def expected_view(state: SessionState, now_ms: float, end_ms: float) -> SessionV
     left = state.prompt_left
     prompt_left = 0 if emits or not left else left - fed
     drafting = state.stream and not state.undrafted
-    probs: list[float] = []
+    probs: list[float] = [] if prompt_left else pending.acceptance_probs
     due_ms: float | None = None
     due_probs: tuple[float, ...] = ()
     if drafting and not prompt_left:
-        probs = pending.acceptance_probs
         due_ms, due_probs, _ = pending.arrivals.due(now_ms)
         if due_ms is not None and due_ms <= end_ms:
             probs = [*probs, *due_probs][: pending.limit]
