@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wispprof.policies.interface import ScheduledItem
-from wispprof.sessions.plan_ahead import expected_view
+from wispprof.sessions.plan_ahead import expected_view, next_input
 from wispprof.sessions.session_state import SessionState
-from wispprof.types import Slo, VerifyResult
+from wispprof.types import Slo, StepInput, VerifyResult
 
 NAME = "s"
 
@@ -126,10 +126,16 @@ def test_a_planned_item_is_cut_to_what_the_session_has(
     view = expected_view(session, 35.0, 40.0)
     assert view is not None
     plan = ScheduledItem(NAME, drafts=len(view.acceptance_probs))
+    planned = next_input(session, plan)
+    assert planned is not None
     follows = held[accepted] if agrees and accepted == drafts and len(held) > drafts else 1
-    session.apply(VerifyResult(NAME, accepted, (*held[:accepted], follows)), 40.0)
-    given_input = session.planned_input(plan, 40.0)
+    result = VerifyResult(NAME, accepted, (*held[:accepted], follows))
+    given_input = planned.after(result)
     assert given_input is not None
+    session.apply(result, 40.0)
+    assert given_input.tokens[1:] == session.pending_drafts[: given_input.drafts]
+    session.begin(given_input, 40.0)
+    assert not session.drafts.withdrawn
     if follows == 1:
         assert (given_input.drafts, list(given_input.tokens)) == (0, [1])
         if accepted < drafts or len(held) > drafts:
@@ -140,14 +146,66 @@ def test_a_planned_item_is_cut_to_what_the_session_has(
         assert given_input.drafts == len(view.acceptance_probs)
 
 
-def test_a_planned_item_of_a_session_that_ended_takes_no_part() -> None:
+@pytest.mark.parametrize("result", [None, VerifyResult(NAME, 0, (7,)), VerifyResult(NAME, 3, (1,))])
+def test_a_session_that_ended_or_has_no_result_takes_no_part(result: VerifyResult | None) -> None:
     session = decoding(stop=(7,))
     session.step_input(ScheduledItem(NAME), 30.0)
-    assert session.planned_input(ScheduledItem(NAME), 30.0) is None  # its step is not done
-    session.apply(VerifyResult(NAME, 0, (7,)), 40.0)
-    assert session.planned_input(ScheduledItem(NAME), 40.0) is None
-    fresh = make(prompt=10)
-    assert fresh.planned_input(ScheduledItem(NAME, drafts=1), 0.0) is None
-    cut = fresh.planned_input(ScheduledItem(NAME, prefill=99), 0.0)
-    assert cut is not None
-    assert len(cut.tokens) == 10
+    planned = next_input(session, ScheduledItem(NAME))
+    assert planned is not None
+    assert planned.after(result) is None
+    other = planned.after(VerifyResult(NAME, 0, (8,)))
+    assert other == StepInput(NAME, [8])
+
+
+def test_the_last_tokens_need_no_more_drafts_than_are_left() -> None:
+    session = decoding(max_new=5)
+    give(session, [0.9] * 6)
+    held = list(session.pending_drafts)
+    session.step_input(ScheduledItem(NAME, drafts=1), 30.0)
+    planned = next_input(session, ScheduledItem(NAME, drafts=4))
+    assert planned is not None
+    result = VerifyResult(NAME, 1, tuple(held[:2]))
+    given_input = planned.after(result)
+    session.apply(result, 40.0)
+    # Two tokens are left: one draft, and the target's own.
+    assert session.tokens_left == 2
+    assert given_input == StepInput(NAME, held[1:3], 1)
+    assert planned.after(VerifyResult(NAME, 1, (*held[:2],) * 2)) is None
+
+
+def test_prompt_chunks_follow_each_other() -> None:
+    session = make(prompt=10)
+    session.step_input(ScheduledItem(NAME, prefill=4), 0.0)
+    planned = next_input(session, ScheduledItem(NAME, prefill=4))
+    assert planned is not None
+    assert planned.after(None) == StepInput(NAME, [4, 5, 6, 7], 0, False)
+    last = next_input(session, ScheduledItem(NAME, prefill=99))
+    assert last is not None
+    assert last.after(None) == StepInput(NAME, [4, 5, 6, 7, 8, 9], 0, True)
+    assert next_input(session, ScheduledItem(NAME, drafts=1)) is None
+    waiting = make(prompt=3)
+    fresh = next_input(waiting, ScheduledItem(NAME, prefill=3))
+    assert fresh is not None
+    assert fresh.after(None) == StepInput(NAME, [0, 1, 2])
+
+
+def test_drafts_that_left_while_the_step_was_prepared_count_once() -> None:
+    session = decoding()
+    give(session, [0.9, 0.9, 0.9])
+    held = list(session.pending_drafts)
+    session.step_input(ScheduledItem(NAME, drafts=1), 30.0)
+    planned = next_input(session, ScheduledItem(NAME, drafts=1))
+    assert planned is not None
+    # The edge withdraws its drafts: a new epoch.
+    session.merge(1, session.committed_len, [99], [0.5], 35.0, 0.0, 4.0)
+    result = VerifyResult(NAME, 1, tuple(held[:2]))
+    given_input = planned.after(result)
+    assert given_input is not None
+    assert list(given_input.tokens) == held[1:3]
+    session.apply(result, 40.0)
+    session.begin(given_input, 40.0)
+    session.apply(VerifyResult(NAME, 1, (held[2], 5)), 50.0)
+    counters = session.counters
+    pending = len(session.pending_drafts)
+    assert counters.drafted == counters.accepted + counters.matched + counters.wasted + pending == 4
+    assert counters.accepted == 2

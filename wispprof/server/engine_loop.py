@@ -1,11 +1,11 @@
 """The engine loop: collect, plan, verify, commit.
 
 While a step runs, the policy plans the next one from what it expects of this one's result
-(:mod:`~wispprof.sessions.plan_ahead`). When the step is done, the planned items are cut to what was really
-accepted, and the next step begins at once. Commits leave, and steps are recorded, while it runs.
+(:mod:`~wispprof.sessions.plan_ahead`). When the step is done, the engine's thread cuts the planned items to
+what was really accepted and begins the next step, without a word to the event loop
+(:mod:`~wispprof.server.running_step`). Session states follow, and commits leave, while that step runs.
 
-The loop runs on the event loop, as the merging of drafts does, so session states need no locks. The engine
-works in its own thread.
+The loop runs on the event loop, as the merging of drafts does, so session states need no locks.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from wispprof.artifacts.plan import BatchRow
-from wispprof.errors import EngineError, EngineLost, InputRefused, OutOfKvMemory
+from wispprof.errors import EngineLost, OutOfKvMemory
 from wispprof.policies import BatchPolicy, StepPlan, make_batch_policy
 from wispprof.policies.interface import SessionView
-from wispprof.server.engine_thread import EngineThread
+from wispprof.server.engine_thread import EngineThread, finish_operations
+from wispprof.server.failed_steps import FailedSteps
 from wispprof.server.metrics import Metrics
+from wispprof.server.running_step import PreparedStep, RunningStep
 from wispprof.server.session import ServerSession
 from wispprof.server.session_manager import SessionManager
 from wispprof.server.step_limits import StepLimits
@@ -37,25 +38,6 @@ IDLE_MS = 1_000.0
 
 _LEAD_MS = 0.5
 """A plan is ready so long before its step can begin, besides twice the time that planning takes."""
-
-_EMPTY = BatchShape(())
-
-
-@dataclass(slots=True, eq=False)
-class _RunningStep:
-    """A step under way. ``shape`` and its predicted times are known soon after it began; ``ahead``: the plan
-    of the step that follows, with the plan's row that limits it."""
-
-    plan: StepPlan
-    row: BatchRow | None
-    sessions: list[ServerSession]
-    inputs: list[StepInput]
-    started_ms: float
-    results: asyncio.Future[tuple[list[VerifyResult], float]]
-    shape: BatchShape = _EMPTY
-    p50_ms: float = 0.0
-    bound_ms: float = 0.0
-    ahead: tuple[StepPlan, BatchRow | None] | None = None
 
 
 class EngineLoop:
@@ -90,8 +72,14 @@ class EngineLoop:
         self._kv_margin = 0
         self._audit_requests: list[asyncio.Future[None]] = []
         self._ended: EndedStep | None = None
+        self._prepared: PreparedStep | None = None
+        self._failed = FailedSteps(manager, engine_thread, metrics, self._commit_part)
         self.rejected_plans = 0
-        self.failed_steps = 0
+
+    @property
+    def failed_steps(self) -> int:
+        """Steps that raised."""
+        return self._failed.count
 
     @property
     def step_log(self) -> StepLog | None:
@@ -104,6 +92,12 @@ class EngineLoop:
 
     def wake(self) -> None:
         """A frame or request arrived, or a session ended."""
+        self._wake_event.set()
+
+    def drafts_arrived(self, session: ServerSession) -> None:
+        """A draft frame was merged."""
+        if session.planned and self._prepared is not None:
+            self._prepared.renew(session)
         self._wake_event.set()
 
     def stop(self) -> None:
@@ -136,16 +130,43 @@ class EngineLoop:
         views = [session.state.view(now) for session in runnable.values()]
         return self._ask_policy(now, views, self._engine_thread.engine.kv_free - self._kv_margin)
 
-    def _plan_ahead(self, step: _RunningStep) -> None:
-        """Plan the step after this one, from what is expected at its end."""
+    def _plan_ahead(self, step: RunningStep) -> None:
+        """Prepare the step after this one, from what is expected at its end."""
+        if self._stopping or self._audit_requests or step.results.done():
+            return
         begun_ms = self._now_ms()
         end_ms = max(begun_ms, step.started_ms + self._step_times.ratio * step.p50_ms)
         margin = self._kv_margin + step.shape.new_tokens
         expected = self._manager.expected(begun_ms, end_ms, margin)
         if expected is not None:
-            step.ahead = self._ask_policy(end_ms, *expected)
+            plan, row = self._ask_policy(end_ms, *expected)
+            if plan.items:
+                step.prepared = self._prepare(plan, row)
         # The slowest of late, so that plans are ready in time.
         self._plan_ms = max(self._now_ms() - begun_ms, 0.95 * self._plan_ms)
+
+    def _prepare(self, plan: StepPlan, row: BatchRow | None) -> PreparedStep:
+        thread = self._engine_thread
+        results = asyncio.get_running_loop().create_future()
+        prepared = PreparedStep(plan, row, results, thread.take_deferred(), thread, self._now_ms)
+        for item in plan.items:
+            session = self._manager.get(item.session)
+            if session is not None and not session.closing:
+                prepared.add(session, item)
+        self._prepared = prepared
+        return prepared
+
+    def _release_prepared(self, step: RunningStep) -> None:
+        """The step after this one has begun, or will not: close who left meanwhile."""
+        self._prepared, prepared = None, step.prepared
+        if prepared is None:
+            return
+        if not prepared.taken:
+            self._engine_thread.defer_again(prepared.ops)
+        for session in prepared.sessions:
+            session.planned = False
+            if session.closing:
+                self._manager.release(session, self._now_ms(), session.closing)
 
     def _ask_policy(
         self, at_ms: float, views: list[SessionView], kv_free: int
@@ -173,40 +194,30 @@ class EngineLoop:
 
     # --- a step -------------------------------------------------------------------------------
 
-    def _begin(
-        self, plan: StepPlan, row: BatchRow | None, planned_ahead: bool = False
-    ) -> _RunningStep | None:
+    def _begin(self, plan: StepPlan, row: BatchRow | None) -> RunningStep | None:
         """Begin a step in the engine's thread; ``None`` if no item of its plan can take part."""
-        now, get = self._now_ms(), self._manager.get
+        now = self._now_ms()
         sessions: list[ServerSession] = []
         inputs: list[StepInput] = []
         for item in plan.items:
-            session = get(item.session)
-            if planned_ahead:
-                # It may have ended, or lost its drafts, in the step before.
-                if session is None or session.closing or not session.opened:
-                    continue
-                step_input = session.state.planned_input(item, now)
-                if step_input is None:
-                    continue
-            else:
-                try:
-                    if session is None:
-                        raise ValueError(f"{item.session} is not a session")
-                    step_input = session.state.step_input(item, now)
-                except ValueError:
-                    # The policy's defect; the other sessions still advance.
-                    self.rejected_plans += 1
-                    log.exception("policy %s planned an invalid item", self._policy.name)
-                    continue
-            sessions.append(session)
-            inputs.append(step_input)
+            session = self._manager.get(item.session)
+            try:
+                if session is None:
+                    raise ValueError(f"{item.session} is not a session")
+                inputs.append(session.state.step_input(item, now))
+                sessions.append(session)
+            except ValueError:
+                # The policy's defect; the other sessions still advance.
+                self.rejected_plans += 1
+                log.exception("policy %s planned an invalid item", self._policy.name)
         if not inputs:
             return None
-        results = self._engine_thread.step(inputs)
-        return _RunningStep(plan, row, sessions, inputs, now, results)
+        results = asyncio.get_running_loop().create_future()
+        step = RunningStep(plan, row, sessions, inputs, now, results)
+        self._engine_thread.begin(step)
+        return step
 
-    def _after_begin(self, step: _RunningStep) -> None:
+    def _after_begin(self, step: RunningStep) -> None:
         """What the step before left to do, now that the engine computes; and when to plan the next."""
         self._keep_books(step.started_ms)
         step.shape = shape = BatchShape.of(
@@ -215,30 +226,33 @@ class EngineLoop:
         )
         step.p50_ms, step.bound_ms = self._step_times.estimator.predict(shape)
 
-    async def _finish(self, step: _RunningStep) -> _RunningStep | None:
-        """Wait for a step, begin the one planned meanwhile, then commit. Returns the step begun, if any."""
+    async def _finish(self, step: RunningStep) -> RunningStep | None:
+        """Wait for a step, then commit. Returns the step that has followed at once, if any."""
         timer = self._schedule_plan(step) if self._plans_ahead else None
         try:
             results, actual_ms = await step.results
         except OutOfKvMemory:
             self._out_of_memory(step.sessions, step.shape)
+            self._release_prepared(step)
             return None
         except Exception as err:
-            await self._step_failed(err, step.sessions, step.inputs)
+            self._release_prepared(step)
+            await self._failed.recover(err, step.sessions, step.inputs)
             return None
         finally:
             if timer is not None:
                 timer.cancel()
-        if step.ahead is not None and self._manager.opening:
-            await self._engine_thread.flush_deferred()
-        now_ms = self._now_ms()
-        commits, failed = _advance(step.sessions, results, now_ms)
-        following = None
-        if step.ahead is not None and not self._stopping and not self._audit_requests:
-            following = self._begin(*step.ahead, planned_ahead=True)
-        self._kv_margin = 0
-        self._audited = False
+        now_ms, following = self._now_ms(), step.following
+        commits, failed = self._advance(step.sessions, results, now_ms)
+        if step.prepared is not None and step.prepared.taken:
+            finish_operations(step.prepared.ops)
+        if following is not None:
+            for session, step_input in zip(following.sessions, following.inputs, strict=True):
+                if not session.state.finished:
+                    session.state.begin(step_input, following.started_ms)
         committed = self._commit(commits, failed, now_ms, actual_ms)
+        self._release_prepared(step)
+        self._kv_margin = 0
         self._ended = EndedStep(
             step.plan.reason,
             step.shape,
@@ -252,7 +266,7 @@ class EngineLoop:
         )
         return following
 
-    def _schedule_plan(self, step: _RunningStep) -> asyncio.TimerHandle:
+    def _schedule_plan(self, step: RunningStep) -> asyncio.TimerHandle:
         """Plan as late as possible, because every acceptance and frame known by then is worth knowing."""
         early_ms = self._step_times.early_ratio * step.p50_ms - 2.0 * self._plan_ms - _LEAD_MS
         delay_ms = step.started_ms + early_ms - self._now_ms()
@@ -266,6 +280,7 @@ class EngineLoop:
         actual_ms: float,
     ) -> int:
         """Returns the number of tokens committed. They are delivered later."""
+        self._audited = False
         committed = 0
         for session, commit in commits:
             committed += len(commit.tokens)
@@ -278,6 +293,28 @@ class EngineLoop:
             self._manager.end_failed(session)
         return committed
 
+    def _advance(
+        self, sessions: list[ServerSession], results: Sequence[VerifyResult], now_ms: float
+    ) -> tuple[list[tuple[ServerSession, CommitResult]], list[ServerSession]]:
+        """Take the results into the sessions' states; returns what they commit, and the sessions that
+        cannot."""
+        commits, failed = [], []
+        for session, result in zip(sessions, results, strict=True):
+            if session.state.in_flight:  # or it was ended during the step
+                try:
+                    commits.append((session, session.state.apply(result, now_ms)))
+                except Exception:
+                    # One session's defect: the others' results are good.
+                    log.exception("the result of a session does not fit it")
+                    failed.append(session)
+        return commits, failed
+
+    def _commit_part(
+        self, sessions: list[ServerSession], results: Sequence[VerifyResult], actual_ms: float
+    ) -> None:
+        now_ms = self._now_ms()
+        self._commit(*self._advance(sessions, results, now_ms), now_ms, actual_ms)
+
     def _keep_books(self, next_ms: float | None = None) -> None:
         """Deliver the commits of the step before, and record it. ``next_ms``: the start of the step that
         followed at once."""
@@ -286,53 +323,6 @@ class EngineLoop:
         if ended is not None:
             self._recorder.record(ended, next_ms)
         self._manager.measure_load(self._now_ms())
-
-    # --- a step that failed -------------------------------------------------------------------
-
-    async def _step_failed(
-        self, err: Exception, sessions: list[ServerSession], inputs: Sequence[StepInput]
-    ) -> None:
-        """End the session that made the step fail. The others lose nothing: they advance here, or in the
-        next step. Raises :class:`EngineError` if the engine is lost."""
-        self.failed_steps += 1
-        self._metrics.failed_steps.inc()
-        log.error("engine step of %d inputs failed", len(inputs), exc_info=err)
-        if isinstance(err, EngineLost):
-            await self._manager.reload()
-            return
-        if isinstance(err, InputRefused):
-            for session in sessions:
-                session.state.cancel()
-            at_fault = [session for session in sessions if session.name == err.session]
-            for session in at_fault:
-                self._manager.end_failed(session)
-            if at_fault:
-                return
-        if not isinstance(err, EngineError):
-            await self._manager.restore(sessions)
-        if len(sessions) == 1:
-            self._manager.end_failed(sessions[0])
-            if not isinstance(err, EngineError):
-                await self._manager.probe()
-            return
-        middle = len(sessions) // 2
-        for part in (slice(None, middle), slice(middle, None)):
-            if all(session.state.in_flight for session in sessions[part]):
-                await self._verify_part(sessions[part], inputs[part])
-
-    async def _verify_part(self, sessions: list[ServerSession], inputs: Sequence[StepInput]) -> None:
-        """Half of a step that failed, as a step of its own."""
-        try:
-            results, actual_ms = await self._engine_thread.step(inputs)
-        except OutOfKvMemory:
-            for session in sessions:
-                session.state.cancel()
-        except Exception as err:
-            await self._step_failed(err, sessions, inputs)
-        else:
-            self._audited = False
-            now_ms = self._now_ms()
-            self._commit(*_advance(sessions, results, now_ms), now_ms, actual_ms)
 
     def _out_of_memory(self, sessions: list[ServerSession], shape: BatchShape) -> None:
         """KV blocks are coarser than tokens: keep a margin of free tokens, doubled until a step fits."""
@@ -382,18 +372,3 @@ class EngineLoop:
                 except EngineLost:
                     await self._manager.reload()
                 self._audited = True
-
-
-def _advance(
-    sessions: list[ServerSession], results: Sequence[VerifyResult], now_ms: float
-) -> tuple[list[tuple[ServerSession, CommitResult]], list[ServerSession]]:
-    """Take the results into the sessions' states; returns what they commit, and the sessions that cannot."""
-    commits, failed = [], []
-    for session, result in zip(sessions, results, strict=True):
-        try:
-            commits.append((session, session.state.apply(result, now_ms)))
-        except Exception:
-            # One session's defect: the others' results are good.
-            log.exception("the result of a session does not fit it")
-            failed.append(session)
-    return commits, failed

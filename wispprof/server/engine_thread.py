@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from wispprof.backends import Engine
 from wispprof.types import StepInput, VerifyResult
@@ -16,6 +16,17 @@ from wispprof.types import StepInput, VerifyResult
 log = logging.getLogger("wispprof.server")
 
 T = TypeVar("T")
+DeferredOps = list[tuple[Callable[[Engine], None], Callable[[], None] | None]]
+
+
+class Step(Protocol):
+    """A step of the engine's thread. ``results``: its results and its time in ms."""
+
+    inputs: list[StepInput]
+    results: asyncio.Future[tuple[list[VerifyResult], float]]
+
+    def follow(self, results: list[VerifyResult]) -> Step | None:
+        """The step that follows at once, if any. Called in the engine's thread; must not raise."""
 
 
 class EngineThread:
@@ -27,7 +38,7 @@ class EngineThread:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.failed_ops = 0
-        self._deferred_ops: list[tuple[Callable[[Engine], None], Callable[[], None] | None]] = []
+        self._deferred_ops: DeferredOps = []
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
 
     @property
@@ -36,25 +47,37 @@ class EngineThread:
         return len(self._deferred_ops)
 
     def defer(self, operation: Callable[[Engine], None], done: Callable[[], None] | None = None) -> None:
-        """Queue an operation for :meth:`flush_deferred`; ``done`` is called on the event loop after it."""
+        """Queue an operation for the time before the next step; ``done`` is called on the event loop after
+        it."""
         self._deferred_ops.append((operation, done))
+
+    def take_deferred(self) -> DeferredOps:
+        """The deferred operations, for a step that runs them itself."""
+        ops, self._deferred_ops = self._deferred_ops, []
+        return ops
+
+    def defer_again(self, ops: DeferredOps) -> None:
+        """Operations that were taken, but not run."""
+        self._deferred_ops = ops + self._deferred_ops
 
     def flush_deferred(self) -> asyncio.Future[None]:
         """Begin the deferred operations."""
-        ops, self._deferred_ops = self._deferred_ops, []
+        ops = self.take_deferred()
         if not ops:
             nothing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             nothing.set_result(None)
             return nothing
-        running = self.call(lambda engine: self._run(engine, [operation for operation, _ in ops]))
-        for done in [done for _, done in ops if done is not None]:
-            running.add_done_callback(lambda _, done=done: done())
+        running = self.call(lambda engine: self.run_operations(ops))
+        running.add_done_callback(lambda _: finish_operations(ops))
         return running
 
+    def begin(self, step: Step) -> None:
+        """Begin the deferred operations, then a step and those that follow it."""
+        self.flush_deferred()
+        self._executor.submit(self._run_steps, asyncio.get_running_loop(), step)
+
     def step(self, inputs: Sequence[StepInput]) -> asyncio.Future[tuple[list[VerifyResult], float]]:
-        """Begin the deferred operations, then one engine step: its results and its time in ms."""
-        if self._deferred_ops:
-            self.flush_deferred()
+        """Begin one engine step that none follows: its results and its time in ms."""
         return self.call(lambda engine: _timed_step(engine, inputs))
 
     def call(self, work: Callable[[Engine], T]) -> asyncio.Future[T]:
@@ -76,10 +99,22 @@ class EngineThread:
         """End the thread after the call under way."""
         self._executor.shutdown(wait=True)
 
-    def _run(self, engine: Engine, ops: list[Callable[[Engine], None]]) -> None:
-        for operation in ops:
+    def _run_steps(self, loop: asyncio.AbstractEventLoop, step: Step | None) -> None:
+        while step is not None:
             try:
-                operation(engine)
+                results, took_ms = _timed_step(self.engine, step.inputs)
+            except BaseException as err:
+                loop.call_soon_threadsafe(_fail, step.results, err)
+                return
+            following = step.follow(results)
+            loop.call_soon_threadsafe(_set, step.results, (results, took_ms))
+            step = following
+
+    def run_operations(self, ops: DeferredOps) -> None:
+        """Run deferred operations, in the engine's thread."""
+        for operation, _ in ops:
+            try:
+                operation(self.engine)
             except Exception:
                 # One session's failure must not cost the others their step; the audit reports it.
                 self.failed_ops += 1
@@ -90,3 +125,20 @@ def _timed_step(engine: Engine, inputs: Sequence[StepInput]) -> tuple[list[Verif
     begin = time.perf_counter()
     results = engine.step(inputs)
     return results, (time.perf_counter() - begin) * 1000.0
+
+
+def finish_operations(ops: DeferredOps) -> None:
+    """Tell those who wait for deferred operations that they have run."""
+    for _, done in ops:
+        if done is not None:
+            done()
+
+
+def _set(future: asyncio.Future[Any], result: object) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _fail(future: asyncio.Future[Any], err: BaseException) -> None:
+    if not future.done():
+        future.set_exception(err)

@@ -31,7 +31,7 @@ class ServerSession:
 
     ``in_engine``: the engine has opened it (set in the engine's thread), with ``reused`` tokens of a
     cached prefix. ``opened``: the event loop has seen that. ``closing``: reason to close it after the
-    step under way. ``last_seen_ms``: the latest frame or commit.
+    step under way. ``planned``: the next step holds it already. ``last_seen_ms``: the latest frame or commit.
     """
 
     state: SessionState
@@ -42,6 +42,7 @@ class ServerSession:
     in_engine: bool = False
     opened: bool = False
     closing: str = ""
+    planned: bool = False
     reused: int = 0
     last_commit_ms: float = 0.0
 

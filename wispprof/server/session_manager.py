@@ -36,8 +36,7 @@ class SessionManager:
 
     Set before use: ``wake`` (something changed, the engine loop should plan), ``load_changed`` (the load
     level did), ``spend`` (count tokens against an API key: key, tokens, now_ms) and ``load_engine`` (for an
-    engine that is lost). ``waiting``: sessions that wait for memory. ``opening``: sessions whose opening in
-    the engine is deferred or under way.
+    engine that is lost). ``waiting``: sessions that wait for memory.
     """
 
     def __init__(
@@ -68,7 +67,6 @@ class SessionManager:
         self.greedy_only = engine.capabilities.greedy_only
         self.load_level = 0
         self.waiting = 0
-        self.opening = 0
         self.wake: Callable[[], None] = lambda: None
         self.load_changed: Callable[[], None] = lambda: None
         self.load_engine: Callable[[], Engine] | None = None
@@ -116,7 +114,6 @@ class SessionManager:
         new_sessions, self._new_sessions = self._new_sessions, []
         for session in new_sessions:
             if session.name in self._sessions:
-                self.opening += 1
                 self._engine_thread.defer(self._opening(session), lambda one=session: self._opened(one))
 
     def _opening(self, session: ServerSession) -> Callable[[Engine], None]:
@@ -135,7 +132,6 @@ class SessionManager:
         return session.listener.key if self._settings.api_keys else ""
 
     def _opened(self, session: ServerSession) -> None:
-        self.opening -= 1
         if session.name not in self._sessions:
             # Closed while the engine's thread was opening it.
             if session.in_engine:
@@ -188,7 +184,7 @@ class SessionManager:
             self._close_in_engine(name)
         deadline = now_ms - self._settings.idle_ttl_ms
         expired = [one for one in self._sessions.values() if one.last_seen_ms < deadline]
-        for session in [one for one in expired if not one.state.in_flight]:
+        for session in [one for one in expired if not (one.state.in_flight or one.planned)]:
             idle_ms = now_ms - session.last_seen_ms
             self.fail(session, "session", f"No data for this session for {idle_ms:,.0f} ms.")
 
@@ -235,7 +231,8 @@ class SessionManager:
         if commit.rollback is not None:
             self._roll_back(session.name, commit.rollback)
         if session.closing:
-            self._remove(session, session.closing, now_ms)
+            if not session.state.in_flight:
+                self._remove(session, session.closing, now_ms)
         elif commit.tokens:
             self._undelivered.append((session, commit, now_ms, verify_ms))
             if commit.finished:
@@ -295,7 +292,6 @@ class SessionManager:
             raise EngineError("The engine is lost.", "Restart the server.")
         log.warning("the engine is lost: loading it again, %d sessions prefill", len(self._sessions))
         await self._engine_thread.replace(self.load_engine)
-        self.opening = 0
         while self._prefix_cache.pop_oldest() is not None:
             pass
         for session in list(self._sessions.values()):
@@ -323,7 +319,7 @@ class SessionManager:
         """The listener ends the session; a step under way is finished first."""
         if session.name not in self._sessions:
             return
-        if session.state.in_flight:
+        if session.state.in_flight or session.planned:
             session.closing = reason
         else:
             self._remove(session, reason, now_ms)

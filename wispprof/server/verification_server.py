@@ -221,7 +221,7 @@ class VerificationServer:
             frame.slack_ms,
             frame.draft_ms,
         )
-        self.loop.wake()
+        self.loop.drafts_arrived(session)
 
     def close(self, session: ServerSession, reason: str = "abort") -> None:
         """The listener ends a session; ``reason`` is ``stop`` if it has all it wants."""

@@ -1,13 +1,16 @@
-"""Planning a step while the one before it runs: what to expect of its sessions.
+"""Planning a step while the one before it runs: what to expect of its sessions, and what they then feed.
 
-Pure, and the same in the server and in the simulator. :func:`expected_view` is what the policy sees. When the
-step before is done, :meth:`SessionState.planned_input` cuts each planned item to what its session really has.
+Pure. :func:`expected_view` is what the policy sees. :func:`next_input` keeps what a planned item feeds, until
+the results of the running step cut it to the drafts that stand.
 """
 
 from __future__ import annotations
 
-from wispprof.policies.interface import SessionView
+from typing import NamedTuple
+
+from wispprof.policies.interface import ScheduledItem, SessionView
 from wispprof.sessions.session_state import SessionState
+from wispprof.types import StepInput, VerifyResult
 
 
 def expected_view(state: SessionState, now_ms: float, end_ms: float) -> SessionView | None:
@@ -57,3 +60,65 @@ def expected_view(state: SessionState, now_ms: float, end_ms: float) -> SessionV
         end_ms >= tracker.slo_unreachable_from_ms(state.tokens_left, state.floor_ms),
         standing,
     )
+
+
+class KnownInput(NamedTuple):
+    """An input that no result of the running step changes."""
+
+    step_input: StepInput
+
+    def after(self, result: VerifyResult | None) -> StepInput | None:
+        """The input, whatever the running step decides."""
+        return self.step_input
+
+
+class Continuation(NamedTuple):
+    """What a session of the running step feeds in the next one.
+
+    ``follows``: its drafts after those in the running step. The first must be the token that the target
+    decides after them; the others are fed. ``in_step``: drafts in the running step. ``tokens_left``: the most
+    tokens that the running step may commit.
+    """
+
+    session: str
+    follows: list[int]
+    in_step: int
+    tokens_left: int
+    stop: frozenset[int]
+
+    def after(self, result: VerifyResult | None) -> StepInput | None:
+        """The input after the running step's result; ``None`` if that ends the session, or is no result."""
+        if result is None:
+            return None
+        accepted, decided = result.accepted, result.tokens
+        count = len(decided)
+        if count != accepted + 1 or count >= self.tokens_left or accepted > self.in_step:
+            return None
+        if self.stop and not self.stop.isdisjoint(decided):
+            return None
+        follows = self.follows
+        if accepted == self.in_step and follows and follows[0] == decided[-1]:
+            fed = follows[: self.tokens_left - count]
+            return StepInput(self.session, fed, len(fed) - 1, True)
+        return StepInput(self.session, list(decided[-1:]), 0, True)
+
+
+def next_input(state: SessionState, item: ScheduledItem) -> KnownInput | Continuation | None:
+    """What a planned item feeds once the running step is done; ``None`` if the session cannot take it."""
+    flight, pending = state.flight, state.drafts
+    if flight is None:
+        fitting = state.fitted(item) if state.ready else None
+        return None if fitting is None else KnownInput(state.input_of(fitting))
+    fed, in_step, emits = flight[:3]
+    if not emits:
+        start = state.cached + fed
+        left = len(state.tokens) - start
+        chunk = min(item.prefill, left)
+        if item.drafts or chunk < 1:
+            return None
+        return KnownInput(StepInput(state.session, state.tokens[start : start + chunk], 0, chunk == left))
+    if item.prefill or not state.advances_alone:
+        return None
+    # Drafts that came after those in the step had been withdrawn do not follow them.
+    follows = [] if pending.withdrawn and in_step else pending.tokens[in_step : in_step + 1 + item.drafts]
+    return Continuation(state.session, follows, in_step, state.tokens_left, state.stop)

@@ -256,17 +256,12 @@ class SessionState:
         """
         if self.flight is not None or self.finished:
             raise ValueError(f"Session {self.session} is in a step already, or has ended.")
-        fitting = self.fitted(item)
-        if fitting is not item:
+        if self.fitted(item) is not item:
             left, useful = self.prompt_left, self.useful_drafts
             raise ValueError(f"{item} does not fit: {left} prompt tokens are left, {useful} drafts useful.")
-        return self._begin(item, now_ms)
-
-    def planned_input(self, item: ScheduledItem, now_ms: float) -> StepInput | None:
-        """As :meth:`step_input`, for an item that was planned while the session was in the step before: cut
-        to what the session has now, ``None`` if it cannot take part."""
-        fitting = self.fitted(item) if self.ready else None
-        return None if fitting is None else self._begin(fitting, now_ms)
+        step_input = self.input_of(item)
+        self.begin(step_input, now_ms)
+        return step_input
 
     def fitted(self, item: ScheduledItem) -> ScheduledItem | None:
         """What of an item the session can take; ``None`` if none of it."""
@@ -288,23 +283,24 @@ class SessionState:
         held = len(self.drafts.tokens)
         return min(held, self._end - len(self.tokens) - 1) if held else 0
 
-    def _begin(self, item: ScheduledItem, now_ms: float) -> StepInput:
-        tokens, pending = self.tokens, self.drafts
+    def input_of(self, item: ScheduledItem) -> StepInput:
+        """The engine's input for an item that fits."""
         _, drafts, prefill = item
-        needs_logits = True
         if prefill:
-            fed = tokens[self.cached : self.cached + prefill]
-            needs_logits = self.cached + prefill == len(tokens)
-        else:
-            fed = tokens[-1:]
-            if drafts:
-                fed += pending.tokens[:drafts]
-            pending.counters.cut_drafts += self.useful_drafts - drafts
+            fed = self.tokens[self.cached : self.cached + prefill]
+            return StepInput(self.session, fed, 0, self.cached + prefill == len(self.tokens))
+        return StepInput(self.session, self.tokens[-1:] + self.drafts.tokens[:drafts], drafts, True)
+
+    def begin(self, step_input: StepInput, now_ms: float) -> None:
+        """A step with this input has begun. Drafts in it may have left the session since it was made."""
+        _, fed, drafts, needs_logits = step_input
+        pending = self.drafts
         queue_ms = max(0.0, now_ms - self.waiting_from_ms)
         self.flight = (len(fed), drafts, needs_logits, pending.epoch, queue_ms)
-        pending.withdrawn = False
         self._view = None
-        return StepInput(self.session, fed, drafts, needs_logits)
+        pending.withdrawn = bool(drafts) and pending.tokens[:drafts] != list(fed[-drafts:])
+        if not pending.withdrawn and pending.tokens and not self.prompt_left:
+            pending.counters.cut_drafts += max(0, self.useful_drafts - drafts)
 
     def cancel(self) -> None:
         """The step did not happen: nothing was fed."""
