@@ -18,6 +18,9 @@ from wispprof.types import GenerationRequest, ServedModel
 SPACING_S = 0.001
 """Least time between two batches of a front: the engine process wakes up for each."""
 
+FULL_BATCH = 32
+"""So many messages of the engine process leave at once: a front writes them while the next are made."""
+
 _LENGTH_BYTES = 4
 
 # --- front to engine ------------------------------------------------------------------------------
@@ -154,9 +157,9 @@ def _batch(messages: list[bytes]) -> bytes:
 
 
 class Outbox(Generic[M]):
-    """Messages to one end of the channel. They leave together, ``spacing_s`` after the last batch or with the
-    event loop's next turn. A message is encoded as it comes: one that cannot be costs its sender an exception
-    and no other message of its batch anything."""
+    """Messages to one end of the channel. They leave together, ``spacing_s`` after the last batch, or with
+    the event loop's next turn and as soon as a batch is full. A message is encoded as it comes: one that
+    cannot be costs its sender an exception and no other message of its batch anything."""
 
     def __init__(self, writer: BatchWriter | None, spacing_s: float = 0.0) -> None:
         self._writer = writer
@@ -185,6 +188,8 @@ class Outbox(Generic[M]):
             else:
                 loop.call_at(self._not_before_s, self.flush)
         self._messages.append(data)
+        if len(self._messages) == FULL_BATCH and not self._spacing_s:
+            self.flush()
 
     def flush(self) -> None:
         """Send what is held now."""
