@@ -10,7 +10,7 @@ import ipaddress
 from collections import Counter
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -234,7 +234,7 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
     def handle_connect(self, event: Any) -> None:
         super().handle_connect(event)
         if hasattr(self, "scope"):
-            self.scope["extensions"][_EXTENSION] = self  # type: ignore[typeddict-item]
+            self.scope["extensions"][_EXTENSION] = cast(Any, self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

@@ -195,7 +195,9 @@ async def _serve(
             watches = [failure(), *([run_dashboard(server)] if settings.live else [])]
             if supervised is not None:
                 supervised.ready(ended.set)
-            port = supervised.port if listener is None else listener.getsockname()[1]
+            port = settings.port if supervised is None else supervised.port
+            if listener is not None:
+                port = listener.getsockname()[1]
             await _until_ended(server, port, announce, ended, *watches)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from wispprof.backends import Engine
 from wispprof.errors import EngineError
@@ -114,7 +115,7 @@ class SessionManager:
         new_sessions, self._new_sessions = self._new_sessions, []
         for session in new_sessions:
             if session.name in self._sessions:
-                self._engine_thread.defer(self._opening(session), lambda one=session: self._opened(one))
+                self._engine_thread.defer(self._opening(session), partial(self._opened, session))
 
     def _opening(self, session: ServerSession) -> Callable[[Engine], None]:
         owner = self._owner(session)
