@@ -239,11 +239,11 @@ class SimulatedServer:
         """Plan the next step from what is expected at the end of the running one."""
         end_ms, rows = running
         self._collect(now_ms)
-        expected = [expected_view(session, now_ms, end_ms) for session in self._sessions.values()]
-        views = [view for view in expected if view is not None]
+        sessions = self._sessions.values()
+        views = list(filter(None, [expected_view(session, now_ms, end_ms) for session in sessions]))
         kv_free = self._kv_tokens - self._kv_used - rows
         # If memory is short, the end of the step decides who runs.
-        if views and kv_free > sum(view.prompt_left or 1 for view in views):
+        if kv_free > sum(view.prompt_left or 1 for view in views):
             self._ahead = self._plan(end_ms, views, kv_free)
 
     def _planned_ahead(self) -> StepPlan | None:
@@ -296,8 +296,7 @@ class SimulatedServer:
             rows += new
             prefill += chunk
         p50_ms, took_ms, early_ms = self._times.sample(items)
-        server_drafts = self._sim.system.server_drafts
-        if server_drafts:
+        if server_drafts := self._sim.system.server_drafts:
             drafts = max(step_input.drafts for step_input in inputs)
             took_ms += self._model.draft.added_ms(drafts, len(inputs))
         host_ms = self._model.host_kv_ms
