@@ -59,7 +59,8 @@ class EngineCapabilities:
     ``families``: model types (``config.model_type``) it serves. ``trees``: verifies draft trees besides
     chains. ``graphs``: runs steps as captured graphs, so times follow padded sizes. ``fork``: supports
     :meth:`Engine.fork`. ``max_drafts``: of one input. ``max_context``: tokens a session may cache.
-    ``greedy_only``: refuses a temperature and log-probabilities.
+    ``greedy_only``: refuses a temperature and log-probabilities. ``dtype``: what it computes in, with
+    quantisation if there is any; empty if unknown.
     """
 
     families: tuple[str, ...] | Literal["any"]
@@ -70,6 +71,7 @@ class EngineCapabilities:
     graphs: bool = False
     fork: bool = False
     greedy_only: bool = False
+    dtype: str = ""
 
 
 class IntegrityReport(NamedTuple):

@@ -7,19 +7,17 @@ import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from wispprof.artifacts import AcceptanceTrace, bundled_path, load_trace, save_trace
+from wispprof.artifacts import AcceptanceTrace, bundled_model, load_trace, save_trace
 from wispprof.bench import FleetProcess, LoadMix
+from wispprof.engines import EngineOptions, LoadedEngine, load_engine
 from wispprof.fitting import FittedEstimator, load_estimator
 from wispprof.settings.fleet_settings import BenchSettings
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation import ServerModel
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.types import BatchShape
-
-if TYPE_CHECKING:
-    from wispprof.engines.torch.engine import TorchEngine
 
 LOADS = {"below": 0.6, "near": 1.0, "above": 1.5}
 CLASSES = (0.2125, 0.425, 0.6375, 0.85)
@@ -34,13 +32,11 @@ PROMPT = 96
 class Bed:
     """What every run needs. ``mix``: devices and SLO classes; ``rtt_ms`` of the emulated link."""
 
-    engine: TorchEngine
+    loaded: LoadedEngine
     estimator: FittedEstimator
     predictor: Path
     trace_file: Path
     trace: AcceptanceTrace
-    tokenizer: str
-    vocab: int
     near: int
     requests: int
     mix: LoadMix
@@ -51,8 +47,11 @@ class Bed:
     fleet: FleetProcess
 
 
-def artifacts(folder: Path, quick: bool, long: bool) -> None:
-    """Profile the server, take a trace, fit: into ``folder``. ``long``: paths that outlast a long prompt."""
+def artifacts(folder: Path, arguments: argparse.Namespace) -> None:
+    """Profile the server, take a trace, fit: into ``folder``. Call it in another process: vLLM runs once in
+    one."""
+    import torch
+
     from wispprof.engines.loading import load_model
     from wispprof.fitting.pipeline import fit_files
     from wispprof.profiling.acceptance_trace import collect_trace
@@ -65,8 +64,9 @@ def artifacts(folder: Path, quick: bool, long: bool) -> None:
         TraceSettings,
     )
 
-    target = load_model(str(bundled_path("models/reference-pair/target")))
-    draft = load_model(str(bundled_path("models/reference-pair/draft")))
+    torch.set_num_threads(arguments.threads)
+    # Paths that outlast a long prompt.
+    quick, long = arguments.quick, arguments.interference
     axes = Axes(
         items=(1, 4, 8, 16) if quick else (1, 2, 4, 8, 16),
         new=(1, 3, 7),
@@ -87,25 +87,36 @@ def artifacts(folder: Path, quick: bool, long: bool) -> None:
         drift=0.6,
     )
     output = Output(folder / "server", overwrite=True)
-    profile_server(ServerProfilerSettings(axes=axes, sweep=sweep, output=output), loaded=target)
+    profile_server(
+        ServerProfilerSettings(
+            engine=arguments.engine, dtype="float32", axes=axes, sweep=sweep, output=output
+        )
+    )
     count, path = (8, 48) if quick else (24, 72)
     path = 192 if long else path
     settings = TraceSettings(count=count, prompt_tokens=PROMPT, path_tokens=path, depth=8)
+    target, draft = load_model(bundled_model("target")), load_model(bundled_model("draft"))
     save_trace(collect_trace(target, draft, settings), folder / "trace.jsonl")
     fit_files(folder, [folder / "server"], [folder / "trace.jsonl"])
 
 
 def make_bed(folder: Path, arguments: argparse.Namespace, fleet: FleetProcess) -> Bed:
     """The engine, and a load scaled to it by the estimator."""
-    from wispprof.engines.loading import load_model
-    from wispprof.engines.torch.engine import TorchEngine
-
     estimator = load_estimator(folder / "estimator.json")
     trace = load_trace(folder / "trace.jsonl")
-    target = load_model(str(bundled_path("models/reference-pair/target")))
     most = math.ceil(max(LOADS.values()) * arguments.devices)
-    engine = TorchEngine(target, kv_tokens=4096 + 512 * most, max_sessions=2 * most + 16)
-    engine.warm_up()
+    loaded = load_engine(
+        arguments.engine,
+        EngineOptions(
+            bundled_model("target"),
+            "float32",
+            kv_tokens=4096 + 512 * most,
+            max_sessions=2 * most + 16,
+            max_items=MAX_ITEMS,
+            max_tokens=MAX_TOKENS,
+            prefix_cache=False,
+        ),
+    )
     near, new = arguments.devices, min(len(p.path) for p in trace.paths)
     prompt = round(statistics.fmean(len(p.prompt) for p in trace.paths))
     step_ms = estimator.predict(BatchShape.uniform(near, 1, prompt + new // 2))[0]
@@ -117,13 +128,11 @@ def make_bed(folder: Path, arguments: argparse.Namespace, fleet: FleetProcess) -
     )
     speeds = tuple(float(f"{share * alone:.3g}") for share in CLASSES)
     return Bed(
-        engine,
+        loaded,
         estimator,
         folder / "predictor.json",
         folder / "trace.jsonl",
         trace,
-        target.info.tokenizer_hash,
-        target.info.vocab_size,
         near,
         arguments.requests,
         LoadMix(kinds, speeds),
@@ -155,11 +164,11 @@ def server_model(bed: Bed, overhead_ms: float, pace: float = 1.0, spread: float 
     fitted = bed.estimator
     return ServerModel(
         fitted.with_scale(fitted.p50_scale * pace, fitted.bound_scale * pace),
-        bed.engine.kv_free,
+        bed.loaded.engine.kv_free,
         MAX_ITEMS,
         MAX_TOKENS,
         CHUNK,
-        bed.engine.max_context,
+        bed.loaded.model.max_context,
         overhead_ms,
         spread or None,
     )
@@ -167,15 +176,14 @@ def server_model(bed: Bed, overhead_ms: float, pace: float = 1.0, spread: float 
 
 def running(bed: Bed, policy: Any) -> Any:
     from wispprof.server import running_server
-    from wispprof.settings.server_settings import ServerProfilerSettings
-    from wispprof.types import ServedModel
+    from wispprof.settings.server_settings import ServerSettings
 
-    model = ServedModel("pair", bed.tokenizer, bed.vocab, bed.engine.max_context)
-    settings = ServerProfilerSettings(
+    settings = ServerSettings(
         admit="all",
         prefix_cache_sessions=0,
         max_items=MAX_ITEMS,
         max_tokens=MAX_TOKENS,
         prefill_chunk=CHUNK,
     )
-    return running_server(settings, engine=bed.engine, model=model, policy=policy, estimator=bed.estimator)
+    engine, model, _ = bed.loaded
+    return running_server(settings, engine=engine, model=model, policy=policy, estimator=bed.estimator)

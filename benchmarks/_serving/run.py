@@ -96,7 +96,7 @@ async def run(bed: Bed, name: str, what: System, devices: int) -> Run:
         seen = served.server.loop.step_log = Steps()
         real = await bed.fleet.bench(load, served.split_url, bed.trace_file)
         steps = list(records)
-    if not real.lossless or bed.engine.sessions:
+    if not real.lossless or bed.loaded.engine.sessions:
         raise SystemExit(f"{name}: texts differ from the target's own, or sessions were left")
     gaps = busy_gaps(steps, policy.rested_ms)
     overhead_ms = statistics.median(gaps) if gaps else LOOP_MS

@@ -190,6 +190,30 @@ def test_models_that_are_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (base.status, "ends a text with <|im_end|>" in base.message) == ("warn", True)
 
 
+def test_vllm_that_is_missing_untested_or_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from wispprof.engines.vllm import versions
+
+    chosen = replace(HEALTHY, engine="vllm")
+    monkeypatch.setattr(versions, "installed_vllm", lambda: None)
+    assert one(doctor.vllm, HEALTHY).status == "skip"
+    assert_fault(one(doctor.vllm, chosen), "not installed", "pip install vllm==")
+    monkeypatch.setattr(versions, "installed_vllm", lambda: "9.9")
+    monkeypatch.setattr(versions, "changed_functions", list)
+    assert_fault(one(doctor.vllm, HEALTHY), "9.9", "--vllm-untested", status="warn")
+    monkeypatch.setattr(versions, "changed_functions", lambda: ["step(self)"])
+    assert_fault(one(doctor.vllm, HEALTHY), "step(self)")
+
+
+def test_vllm_on_a_cpu_without_intels_openmp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from wispprof.engines.vllm import cpu_process
+
+    monkeypatch.setattr(cpu_process, "on_cpu_build", lambda: True)
+    monkeypatch.setattr(cpu_process, "openmp_library", lambda: None)
+    assert_fault(one(doctor.vllm_on_cpu, HEALTHY), "pip install intel-openmp", status="warn")
+    monkeypatch.setattr(cpu_process, "openmp_library", lambda: tmp_path / "libiomp5.so")
+    assert one(doctor.vllm_on_cpu, HEALTHY).status == "ok"
+
+
 # --- the command ------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wispprof.cli.console import FAULT, console, fail, note, result, table, tracker, warn
+from wispprof.cli.engine_process import prepare_process
 from wispprof.cli.options import JsonFlag, with_settings
 from wispprof.errors import WispprofError
 from wispprof.settings.fleet_settings import BenchSettings
@@ -37,6 +38,7 @@ def serve(settings: ServerSettings, scaling: ReplicaSettings) -> None:
     from wispprof.doctor.findings import DoctorContext, require
     from wispprof.doctor.serving_checks import port, tls
 
+    prepare_process(settings.engine, settings.vllm_args, settings.tensor_parallel)
     for path in (settings.estimator, settings.plan, settings.tls_cert, settings.tls_key):
         if path is not None and not path.exists():
             raise fail(f"There is no file {path}.", "Check the path.")
@@ -141,7 +143,7 @@ def _resolved(server: VerificationServer, settings: ServerSettings, port: int) -
         limits = f"{row.max_items} items, {row.token_budget} tokens, prefill chunk {row.prefill_chunk}"
         limits += f" (plan row {row.tokens_per_s:g} tokens/s, load {row.load_level}; adapts to load)"
     rows: dict[str, Any] = {
-        "target": f"{server.model.id} ({settings.dtype}, context {server.model.max_context})",
+        "target": f"{server.model.id} ({server.dtype}, context {server.model.max_context})",
         "tokenizer": server.model.tokenizer[:16] or "none",
         "policy": f"{server.policy.name} ({'stream' if server.policy.stream else 'round'} mode)",
         "estimator": estimator,

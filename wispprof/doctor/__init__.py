@@ -15,9 +15,9 @@ from wispprof.doctor.machine_checks import (
     output_folder,
     sensors,
     threads,
-    vllm,
 )
 from wispprof.doctor.serving_checks import api_keys, engine, models, port, server, tls, tokenizers
+from wispprof.doctor.vllm_checks import vllm, vllm_on_cpu, vllm_target
 
 CHECKS: tuple[Check, ...] = (
     installation,
@@ -28,10 +28,12 @@ CHECKS: tuple[Check, ...] = (
     clock,
     sensors,
     open_files,
+    vllm,
+    vllm_on_cpu,
     models,
     tokenizers,
     engine,
-    vllm,
+    vllm_target,
     port,
     api_keys,
     tls,

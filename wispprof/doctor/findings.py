@@ -6,13 +6,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from wispprof.errors import WispprofError
 from wispprof.settings.draft_settings import LlamaSettings
 from wispprof.settings.fields import Settings, setting
 from wispprof.settings.server_settings import ServerSettings
-from wispprof.settings.shared_settings import ServerAccess
+from wispprof.settings.shared_settings import ServerAccess, engine_setting, vllm_args_setting
 
 Status = Literal["ok", "warn", "fail", "skip"]
 
@@ -38,6 +38,8 @@ class DoctorContext(Settings):
     access: ServerAccess = field(default_factory=ServerAccess)
     llama: LlamaSettings = field(default_factory=LlamaSettings)
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    engine: str = engine_setting()
+    vllm_args: dict[str, Any] = vllm_args_setting()
     target: str = setting("", "Target model; default: the bundled one.")
     draft: str = setting("", "Draft model or .gguf file; default: the bundled one.")
     host: str = setting(ServerSettings.host, "Address a server would listen on.")

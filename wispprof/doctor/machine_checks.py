@@ -50,25 +50,6 @@ def installation(_: DoctorContext) -> Finding:
     return Finding("ok", f"wispprof {own}, Python {python}, {len(needed)} required packages")
 
 
-def vllm(_: DoctorContext) -> Finding:
-    """``--engine vllm`` can use the installed vLLM, if there is one."""
-    from wispprof.engines.vllm.build import prepare_environment
-    from wispprof.engines.vllm.versions import TESTED_VERSIONS, check_vllm, installed_vllm
-
-    installed = installed_vllm()
-    if installed is None:
-        return Finding("skip", "vLLM is not installed; only --engine vllm needs it")
-    prepare_environment()
-    check_vllm(untested=True)
-    if installed.split("+")[0] in TESTED_VERSIONS:
-        return Finding("ok", f"vLLM {installed}")
-    return Finding(
-        "warn",
-        f"vLLM {installed} was not tested with --engine vllm, but has the functions it needs.",
-        f"Install vLLM {TESTED_VERSIONS[-1]}, or serve with --vllm-untested.",
-    )
-
-
 def devices(_: DoctorContext) -> Finding:
     """Torch can use the GPUs of this machine."""
     import torch

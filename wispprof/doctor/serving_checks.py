@@ -9,7 +9,7 @@ import stat
 import time
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from wispprof.artifacts import bundled_model
@@ -30,6 +30,23 @@ def _load(path: str) -> Any:
     from wispprof.engines.loading import load_model
 
     return load_model(path, device="cpu")
+
+
+class _Target(NamedTuple):
+    """The target as its engine loads it."""
+
+    info: ModelInfo
+    tokenizer: Any
+
+
+def _target(context: DoctorContext) -> _Target:
+    if context.engine == "vllm":
+        from wispprof.doctor.vllm_checks import load_vllm
+
+        on_vllm = load_vllm(context)
+        return _Target(on_vllm.engine.info, on_vllm.tokenizer)
+    loaded = _load(_paths(context)[0])
+    return _Target(loaded.info, loaded.tokenizer)
 
 
 @cache
@@ -55,7 +72,7 @@ def _describe(side: str, info: Any) -> str:
 
 def models(context: DoctorContext) -> Finding:
     """Target and draft load (default: the bundled pair), and the draft is the smaller one."""
-    target, draft = _load(_paths(context)[0]).info, _draft_info(context)
+    target, draft = _target(context).info, _draft_info(context)
     if draft.parameters >= target.parameters:
         return Finding(
             "warn",
@@ -70,7 +87,7 @@ def tokenizers(context: DoctorContext) -> Finding:
     """Draft and target use the same tokenizer."""
     if _paths(context)[1].endswith(".gguf"):
         return _gguf_vocabulary(context)
-    loaded = [_load(path) for path in _paths(context)]
+    loaded = [_target(context), _load(_paths(context)[1])]
     target, draft = (one.info for one in loaded)
     for side, info in (("target", target), ("draft", draft)):
         if not info.tokenizer_hash:
@@ -101,7 +118,7 @@ def _gguf_vocabulary(context: DoctorContext) -> Finding:
     from wispprof.drafters.vocabulary import match_vocabulary
 
     target, draft = _paths(context)
-    tokenizer = _load(target).tokenizer
+    tokenizer = _target(context).tokenizer
     if tokenizer is None:
         return Finding(
             "fail", f"The target {target} has no tokenizer in its folder.", "Copy its files there."
@@ -118,6 +135,8 @@ def _gguf_vocabulary(context: DoctorContext) -> Finding:
 
 def engine(context: DoctorContext) -> Finding:
     """A forward pass of the target gives finite logits, twice the same."""
+    if context.engine != "torch":
+        return Finding("skip", "only with --engine torch")
     import torch
 
     loaded = _load(_paths(context)[0])

@@ -199,6 +199,11 @@ class VerificationServer:
         """KV tokens not in use."""
         return self._engine_thread.engine.kv_free
 
+    @property
+    def dtype(self) -> str:
+        """What the engine computes in; the setting if the engine does not say."""
+        return self._engine_thread.engine.capabilities.dtype or self.settings.dtype
+
     def open(self, request: GenerationRequest, listener: SessionListener, number: int = 0) -> ServerSession:
         """Admit a request. Raises :class:`~wispprof.server.admission.Refused`."""
         try:

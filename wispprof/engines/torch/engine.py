@@ -182,6 +182,7 @@ class TorchEngine(Engine):
             max_sessions=self.max_sessions,
             graphs=self._graphs is not None,
             fork=True,
+            dtype=self.info.dtype,
         )
 
     @property

@@ -14,6 +14,7 @@ from wispprof.backends import Engine, EngineCapabilities, IntegrityReport, OpenS
 from wispprof.engines.vllm.block_audit import check_blocks
 from wispprof.engines.vllm.grant import Grant
 from wispprof.engines.vllm.request import PENDING, RequestMaker, VllmSession, out_of_blocks, request_maker
+from wispprof.engines.vllm.target import arithmetic
 from wispprof.engines.vllm.vllm_metrics import VllmMetrics
 from wispprof.errors import EngineError, EngineLost, InputRefused, OutOfKvMemory
 from wispprof.sampling.sampler import UNDECIDED, bounded
@@ -64,6 +65,7 @@ class VllmEngine(Engine):
             max_sessions=self.max_sessions,
             graphs=not self._core.vllm_config.model_config.enforce_eager,
             fork=self._prefixes,
+            dtype=arithmetic(self._core.vllm_config),
         )
 
     @property

@@ -52,7 +52,7 @@ def read_target(core: Any, options: EngineOptions) -> tuple[ModelInfo, ServedMod
         config,
         tokenizer,
         weights=weights,
-        dtype=_arithmetic(core.vllm_config),
+        dtype=arithmetic(core.vllm_config),
         vocabulary=info.tokenizer_hash,
         max_context=info.max_context,
         generation_config=options.generation_config,
@@ -60,8 +60,9 @@ def read_target(core: Any, options: EngineOptions) -> tuple[ModelInfo, ServedMod
     return info, served, tokenizer
 
 
-def _arithmetic(config: Any) -> str:
-    """All that changes the text besides the weights: dtype, and quantisation of weights and KV, if any."""
+def arithmetic(config: Any) -> str:
+    """All that changes the text besides the weights: dtype, and quantisation of weights and KV, if any.
+    ``config``: a ``VllmConfig``."""
     parts = [
         str(config.model_config.dtype).removeprefix("torch."),
         config.model_config.quantization,

@@ -1,0 +1,116 @@
+"""The servers that are compared, each as its own defaults run it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+from wispprof.artifacts import bundled_model
+
+TARGET, DRAFT = bundled_model("target"), bundled_model("draft")
+SYSTEMS = {
+    "a": "vLLM, undrafted",
+    "b": "vLLM, draft model on the server",
+    "c": "vLLM, n-grams",
+    "d": "wispprof on vLLM, server-only",
+    "e": "wispprof on vLLM, drafting edges",
+}
+CONTEXT, START_S = 2048, 300.0
+OPENMP = Path(sys.prefix) / "lib" / "libiomp5.so"
+"""The OpenMP library that vLLM asks for on CPUs; its packages bring it."""
+
+
+@dataclass(frozen=True)
+class ServerChoice:
+    """What all servers share. ``speculation``: drafts of vLLM's own; ``estimator``: of wispprof."""
+
+    max_sessions: int
+    speculation: int = 4
+    eager: bool = False
+    estimator: Path | None = None
+
+
+def command(system: str, port: int, choice: ServerChoice) -> list[str]:
+    """The command line of a server."""
+    if system in "de":
+        policy = "server-only" if system == "d" else "wispprof"
+        return [
+            *(sys.executable, "-m", "wispprof", "serve", "--engine", "vllm", "--port", str(port)),
+            *("--policy", policy, "--kv-tokens", str(1 << 17), "--admit", "all", "--log-level", "warning"),
+            *("--max-context", str(CONTEXT - 1), "--dtype", "float32"),
+            *("--max-items", str(choice.max_sessions)),
+            *(("--vllm-arg", "enforce_eager=true") if choice.eager else ()),
+            *(("--estimator", str(choice.estimator)) if choice.estimator else ()),
+        ]
+    speculation = {
+        "b": {"method": "draft_model", "model": DRAFT, "num_speculative_tokens": choice.speculation},
+        "c": {"method": "ngram", "num_speculative_tokens": choice.speculation, "prompt_lookup_max": 4},
+    }.get(system)
+    return [
+        *(sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", TARGET),
+        *("--port", str(port), "--dtype", "float32", "--max-model-len", str(CONTEXT)),
+        *("--max-num-seqs", str(choice.max_sessions), "--kv-cache-memory-bytes", str(1 << 30)),
+        *("--served-model-name", "target"),
+        *(("--speculative-config", json.dumps(speculation)) if speculation else ()),
+        *(("--enforce-eager",) if choice.eager else ()),
+    ]
+
+
+@dataclass(frozen=True)
+class PeerServer:
+    """A server that answers."""
+
+    system: str
+    address: str
+    process: psutil.Process
+
+    def cpu_s(self) -> float:
+        """CPU seconds of the process and its children, so far."""
+        total = 0.0
+        for one in [self.process, *self.process.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = one.cpu_times()
+                total += times.user + times.system
+        return total
+
+
+@contextlib.contextmanager
+def serving(system: str, choice: ServerChoice, log: Path) -> Iterator[PeerServer]:
+    """A server of a system, until the block ends."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    environment = {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", **os.environ}
+    if OPENMP.exists():
+        environment.setdefault("LD_PRELOAD", str(OPENMP))
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command(system, port, choice), stdout=out, stderr=subprocess.STDOUT, env=environment
+        )
+    try:
+        deadline = time.monotonic() + START_S
+        while True:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"({system}) did not start: {log.read_text()[-2000:]}")
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).status_code == 200:
+                    break
+            time.sleep(0.5)
+        yield PeerServer(system, f"127.0.0.1:{port}", psutil.Process(process.pid))
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
