@@ -71,6 +71,10 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.requests = arguments.requests or (2 if arguments.quick else 4)
 
+    if arguments.engine == "vllm":
+        from wispprof.engines.vllm.cpu_process import restart_for_cpu
+
+        restart_for_cpu()
     # The fleet has the last core to itself; threads started from here on keep to the others.
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if len(cores) > 1:
