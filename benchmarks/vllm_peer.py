@@ -118,21 +118,20 @@ def run(args: argparse.Namespace, traces: dict[float, Path], file: Path) -> list
     spawn = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack, file.open("a") as out:
         pool = stack.enter_context(ProcessPoolExecutor(1, spawn, keep_to_last_core))
-        servers = {}
-        for system in sorted({cell[3] for cell in missing}):
-            log = args.out / f"{system}.log"
-            servers[system] = stack.enter_context(serving(system, choice, log))
-            # Once without counting: the first steps of a shape compile, and a policy learns.
-            for path in traces.values():
-                for devices in args.devices:
-                    warm = Load(path, devices, 1, args.tokens, tuple(args.slo), args.rtt, args.device)
-                    measure(servers[system], warm, pool)
+        servers = stack.enter_context(serving(sorted({cell[3] for cell in missing}), choice, args.out))
+        print(f"{len(servers)} servers started after {time.monotonic() - began:.0f} s", flush=True)
+        # Once without counting: the first steps of a shape compile, and a policy learns.
+        for server, path in itertools.product(servers.values(), traces.values()):
+            warm = Load(path, max(args.devices), 1, args.tokens, tuple(args.slo), args.rtt, args.device)
+            measure(server, warm, pool)
         print(f"{len(servers)} servers ready after {time.monotonic() - began:.0f} s", flush=True)
         for cell in missing:
             if time.monotonic() - began > 60 * args.minutes:
                 print("time is up; the same command goes on")
                 break
             _, temperature, devices, system = cell
+            if system not in servers:
+                continue
             load = Load(
                 *(traces[temperature], devices, args.requests, args.tokens),
                 *(tuple(args.slo), args.rtt, args.device),

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def command(system: str, port: int, choice: ServerChoice) -> list[str]:
         policy = "server-only" if system == "d" else "wispprof"
         return [
             *(sys.executable, "-m", "wispprof", "serve", "--engine", "vllm", "--port", str(port)),
-            *("--policy", policy, "--kv-tokens", str(1 << 17), "--admit", "all", "--log-level", "warning"),
+            *("--policy", policy, "--kv-tokens", str(1 << 15), "--admit", "all", "--log-level", "warning"),
             *("--max-context", str(CONTEXT - 1), "--dtype", "float32"),
             *("--max-items", str(choice.max_sessions)),
             *(("--vllm-arg", "enforce_eager=true") if choice.eager else ()),
@@ -60,7 +60,7 @@ def command(system: str, port: int, choice: ServerChoice) -> list[str]:
     return [
         *(sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", TARGET),
         *("--port", str(port), "--dtype", "float32", "--max-model-len", str(CONTEXT)),
-        *("--max-num-seqs", str(choice.max_sessions), "--kv-cache-memory-bytes", str(1 << 30)),
+        *("--max-num-seqs", str(choice.max_sessions), "--kv-cache-memory-bytes", str(1 << 29)),
         *("--served-model-name", "target"),
         *(("--speculative-config", json.dumps(speculation)) if speculation else ()),
         *(("--enforce-eager",) if choice.eager else ()),
@@ -73,7 +73,13 @@ class PeerServer:
 
     system: str
     address: str
-    process: psutil.Process
+    process: psutil.Popen
+
+    def answers(self) -> bool:
+        """Whether it is healthy."""
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.get(f"http://{self.address}/health", timeout=2).status_code == 200
+        return False
 
     def cpu_s(self) -> float:
         """CPU seconds of the process and its children, so far."""
@@ -86,31 +92,39 @@ class PeerServer:
 
 
 @contextlib.contextmanager
-def serving(system: str, choice: ServerChoice, log: Path) -> Iterator[PeerServer]:
-    """A server of a system, until the block ends."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+def serving(systems: Sequence[str], choice: ServerChoice, logs: Path) -> Iterator[dict[str, PeerServer]]:
+    """Servers of these systems, started together, until the block ends. One that does not start is left out,
+    and its log is printed."""
     environment = {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", **os.environ}
     if OPENMP.exists():
         environment.setdefault("LD_PRELOAD", str(OPENMP))
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command(system, port, choice), stdout=out, stderr=subprocess.STDOUT, env=environment
-        )
-    try:
+    with contextlib.ExitStack() as stack:
+        started = {}
+        for system in systems:
+            with socket.create_server(("127.0.0.1", 0)) as probe:
+                port = probe.getsockname()[1]
+            log = stack.enter_context((logs / f"{system}.log").open("w"))
+            process = psutil.Popen(
+                command(system, port, choice), stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+            started[system] = PeerServer(system, f"127.0.0.1:{port}", process)
+        stack.callback(_stop, list(started.values()))
         deadline = time.monotonic() + START_S
-        while True:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"({system}) did not start: {log.read_text()[-2000:]}")
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).status_code == 200:
-                    break
-            time.sleep(0.5)
-        yield PeerServer(system, f"127.0.0.1:{port}", psutil.Process(process.pid))
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
+        for system, server in list(started.items()):
+            while system in started and not server.answers():
+                if server.process.poll() is not None or time.monotonic() > deadline:
+                    print(f"({system}) did not start: {(logs / f'{system}.log').read_text()[-3000:]}")
+                    del started[system]
+                time.sleep(0.5)
+        yield started
+
+
+def _stop(servers: list[PeerServer]) -> None:
+    """End servers and their children."""
+    processes = [p for one in servers for p in (one.process, *one.process.children(recursive=True))]
+    for one in servers:
+        one.process.terminate()
+    _, left = psutil.wait_procs(processes, timeout=20)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-            process.wait()

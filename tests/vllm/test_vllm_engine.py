@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from conftest import TARGET
 from decoding import decode
 
 from wispprof.backends import Engine
+from wispprof.doctor import DoctorContext, examine, models, tokenizers, vllm, vllm_checks, vllm_target
+from wispprof.engines import LoadedEngine
+from wispprof.engines.tokenizers import read_tokenizer
 from wispprof.engines.vllm.versions import changed_functions
 from wispprof.errors import EngineError, EngineLost, InputRefused, OutOfKvMemory
 from wispprof.types import Sampling, StepInput
@@ -215,3 +221,14 @@ def test_vllm_s_own_metrics_are_told(engine) -> None:
     assert running.endswith(" 2.0")
     assert 'model_name="target"' in running
     assert all(line.startswith(("#", "vllm:")) for line in lines)
+
+
+def test_doctor_says_what_the_target_runs_on(served, engine, monkeypatch) -> None:
+    loaded = LoadedEngine(engine, served[1], read_tokenizer(Path(TARGET)))
+    monkeypatch.setattr(vllm_checks, "load_vllm", lambda context: loaded)
+    context = DoctorContext(engine="vllm")
+    found = {one.check: one for one in examine(context, (vllm, vllm_target, models, tokenizers))}
+    assert {one.status for one in found.values()} == {"ok"}, found
+    assert found["vllm"].message.startswith("vLLM 0.32.0, tested")
+    for part in ("target in float32 on cpu", "CPU_ATTN", "eager", "blocks of 128"):
+        assert part in found["vllm target"].message
