@@ -186,6 +186,23 @@ def test_a_slow_disk_costs_the_quick_grid_no_shapes(tiny, monkeypatch):
         )
 
 
+def test_another_engine_loads_the_target_alone_and_in_its_own_time(tiny, monkeypatch):
+    clock = CountedTime(monkeypatch)
+
+    def load(asked, axes, sweep, clock):
+        clock.now += 60 * profiler_settings.QUICK_MINUTES
+        return server_profiler._torch_engine(asked, tiny, axes, sweep, clock)
+
+    monkeypatch.setattr("wispprof.profiling.vllm_profile.load_profiled_vllm", load)
+    monkeypatch.setattr(server_profiler, "_load", lambda asked: pytest.fail("the torch engine loaded it too"))
+    monkeypatch.setattr(server_profiler, "load_axes", lambda name: AXES)
+    quick = profiler_settings.ServerProfilerSettings(engine="vllm", sweep=SWEEP)
+    profile = server_profiler.profile_server(quick, clock=clock)
+    whole = server_profiler.plan_server(settings(), loaded=tiny, clock=clock)
+    measured = {row.key for row in profile.rows if row.kind != "sentinel"}
+    assert measured == {workload.key for workload in whole.workloads}
+
+
 def test_a_slow_machine_gets_the_shapes_that_a_fit_needs(tiny, monkeypatch):
     """The quick grid's own time may not leave too few. Negative control: a time that was asked for may."""
     assert server_profiler.QUICK_SHAPES > MINIMUM_SHAPES
