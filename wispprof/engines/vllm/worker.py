@@ -82,6 +82,8 @@ class NoiseRejectionSampler(nn.Module):
         drafts = np.asarray(metadata.num_draft_tokens)
         chosen = self._rows.decide(logits, drafts + 1)
         count, width = len(drafts), int(drafts.max(initial=0)) + 1
+        if width == 1:
+            return _sampler_output(chosen[:, None])
         rows = drafts + 1
         inside = np.arange(int(rows.sum())) - np.repeat(np.cumsum(rows) - rows, rows)
         device = logits.device
@@ -89,13 +91,12 @@ class NoiseRejectionSampler(nn.Module):
         column = torch.from_numpy(inside).to(device)
         decided = torch.full((count, width), -1, dtype=torch.int64, device=device)
         decided[request, column] = chosen
-        if width > 1:
-            proposed = torch.full((count, width), -2, dtype=torch.int64, device=device)
-            proposed_rows = torch.from_numpy(np.flatnonzero(inside < np.repeat(drafts, rows))).to(device)
-            proposed[request[proposed_rows], column[proposed_rows]] = metadata.draft_token_ids.long()
-            # A row is valid if the target agreed with every draft before it.
-            agreed = (decided == proposed)[:, :-1].int().cumprod(1)
-            decided[:, 1:].masked_fill_(agreed == 0, -1)
+        proposed = torch.full((count, width), -2, dtype=torch.int64, device=device)
+        proposed_rows = torch.from_numpy(np.flatnonzero(inside < np.repeat(drafts, rows))).to(device)
+        proposed[request[proposed_rows], column[proposed_rows]] = metadata.draft_token_ids.long()
+        # A row is valid if the target agreed with every draft before it.
+        agreed = (decided == proposed)[:, :-1].int().cumprod(1)
+        decided[:, 1:].masked_fill_(agreed == 0, -1)
         return _sampler_output(decided)
 
 
