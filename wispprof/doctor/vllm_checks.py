@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from functools import cache
 from typing import Any
 
@@ -91,7 +92,8 @@ def load_vllm(context: DoctorContext) -> Any:
 def _load(target: str, arguments: tuple[tuple[str, Any], ...]) -> Any:
     from wispprof.engines import EngineOptions, load_engine
 
-    return load_engine(
-        "vllm",
-        EngineOptions(target, max_sessions=4, max_items=4, arguments=dict(arguments), untested=True),
-    )
+    options = EngineOptions(target, max_sessions=4, max_items=4, arguments=dict(arguments), untested=True)
+    loaded = load_engine("vllm", options)
+    # The checks that need it are not the last to run.
+    atexit.register(loaded.engine.shutdown)
+    return loaded
