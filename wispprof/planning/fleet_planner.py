@@ -36,6 +36,7 @@ _LEAST_JUDGED = 50
 _FAR = 0.2
 """Shortfall of attainment from which the search takes longer strides."""
 _BURSTS = (3.0, 2.0, 1.5)
+_BURSTS_S = 2 * Burst.every_s
 _MS_PER_S, _S_PER_H = 1000.0, 3600.0
 
 
@@ -103,6 +104,7 @@ class _Search:
                 _PROBE_SEED,
                 sampled=sampled,
                 executor=executor,
+                target=self.spec.target,
             )
             progress(f"{self.candidate.name}, {self.system}, {servers} servers")
         return self.runs[servers]
@@ -267,26 +269,30 @@ def _verified(
 ) -> FleetOption:
     """Simulate the whole fleet, without and with the spare servers, and under bursts."""
     settings, spare = one.settings, one.spec.spare
-    seconds = settings.seconds_for(one.load.per_s, settings.check_sessions)
+    name = f"{one.candidate.name}, {one.system}"
 
-    def whole(servers: int, burst: Burst | None = None, sampled: int | None = None) -> FleetRun:
+    def run(servers: int, seconds: float, doing: str, burst: float = 0.0) -> FleetRun:
         return one.fleet(servers).run(
             servers,
             seconds,
             settings.warmup_s,
             _CHECK_SEED,
-            sampled=sampled,
-            burst=burst,
+            sampled=settings.sampled if burst else None,
+            burst=Burst(burst) if burst else None,
             executor=executor,
-            progress=lambda: progress(f"{one.candidate.name}, {one.system}: a server of the whole fleet"),
+            progress=lambda: progress(f"{name}: {doing}"),
+            target=one.spec.target if burst else None,
         )
 
-    exact = whole(one.servers).attainment
-    with_spare = whole(one.servers + spare).attainment if spare else exact
-    bought = one.servers + spare
+    def whole(servers: int, sessions: int) -> float:
+        seconds = settings.seconds_for(one.load.per_s, sessions)
+        return run(servers, seconds, "a server of the whole fleet").attainment
+
+    exact = whole(one.servers, settings.check_sessions)
+    with_spare = whole(one.servers + spare, settings.probe_sessions) if spare else exact
     burst = 1.0
     for factor in _BURSTS:
-        if one.holds(whole(bought, Burst(factor), min(bought, settings.sampled))):
+        if one.holds(run(one.servers + spare, settings.warmup_s + _BURSTS_S, f"bursts × {factor:g}", factor)):
             burst = factor
             break
     return replace(option, fleet_attainment=exact, spare_attainment=with_spare, burst=burst)

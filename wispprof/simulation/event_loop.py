@@ -18,6 +18,7 @@ from wispprof.simulation.simulated_output import mix
 from wispprof.simulation.simulated_server import SimulatedServer
 
 _RETRY_MS = 1000.0
+_JUDGE_EVERY_MS = 2000.0
 
 
 class Simulation:
@@ -53,6 +54,8 @@ class Simulation:
         warm_ms = self.scenario.warmup_s * 1000.0
         if warm_ms > 0:
             self.schedule(warm_ms, self._warm, None)
+        if self.scenario.most_missed is not None:
+            self.schedule(warm_ms + _JUDGE_EVERY_MS, self._judge, self.scenario.most_missed)
         heap, pop, end_ms = self._heap, heappop, self.end_ms
         events = 0
         # Reference counting frees everything here; the cycle collector would only cost time.
@@ -194,6 +197,16 @@ class Simulation:
         self.counted_from_ms = now_ms
         self.counters = Counters()
         self._before = {(r.device, r.number): r.tokens for r in self.records if r.tokens}
+
+    def _judge(self, now_ms: float, most_missed: int) -> None:
+        """End the run if too many sessions have missed their SLO."""
+        from_ms = self.counted_from_ms
+        counted = [r for r in self.records if not (r.done and r.last_ms < from_ms)]
+        if sum(r.surely_missed(now_ms) for r in counted) > most_missed:
+            self.end_ms = now_ms
+            self._heap.clear()
+        else:
+            self.schedule(now_ms + _JUDGE_EVERY_MS, self._judge, most_missed)
 
     def _catch_up(self, now_ms: float) -> None:
         """Work out the drafting of every edge up to now, so that it is counted in the right window."""

@@ -56,6 +56,19 @@ class SessionRecord:
             return "kv" if self.admitted_ms - self.arrival_ms > (first_ms - self.arrival_ms) / 2 else "ttft"
         return "speed"
 
+    def surely_missed(self, now_ms: float) -> bool:
+        """Whether the SLO is missed whatever comes later."""
+        slo, first_ms = self.slo, self.first_ms
+        if self.refused:
+            return True
+        if slo.ttft_ms is not None and (now_ms if math.isnan(first_ms) else first_ms) > (
+            self.arrival_ms + slo.ttft_ms
+        ):
+            return True
+        last_ms = self.last_ms if self.done else now_ms
+        tokens = self.tokens if self.done else self.output_tokens
+        return last_ms - first_ms > (tokens - 1) * slo.tpot_ms * (1 + 1e-9)  # false before the first token
+
     def slo_met(self, now_ms: float) -> bool | None:
         """Whether the session met its SLO; ``None`` if it has too few tokens to judge and does not lag."""
         slo = self.slo

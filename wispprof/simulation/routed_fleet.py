@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from random import Random
 from typing import Protocol
@@ -169,9 +169,15 @@ class RoutedFleet:
         burst: Burst | None = None,
         executor: Executor | None = None,
         progress: Callable[[], None] | None = None,
+        target: float | None = None,
     ) -> FleetRun:
-        """Simulate all servers, or ``sampled`` of them."""
+        """Simulate all servers, or ``sampled`` of them. With ``target``, they end early once their attainment
+        cannot reach it any more."""
         scenarios = self.scenarios(servers, seconds, warmup_s, seed, burst)[:sampled]
+        if target is not None:
+            requests = sum(len(one.load.recorded) for one in scenarios if isinstance(one.load, Replay))
+            most_missed = math.ceil((1.0 - target) * requests)
+            scenarios = [replace(one, most_missed=most_missed) for one in scenarios]
         found = map(simulate, scenarios) if executor is None else executor.map(simulate, scenarios)
         reports = []
         for report in found:

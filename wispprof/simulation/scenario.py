@@ -229,7 +229,8 @@ class Scenario:
     ``devices``, ``links`` and ``slos`` are mixes: values with weights, dealt to devices by their number, so
     a larger fleet holds the smaller one. Requests that name one of the ``clients`` do not take part in them.
     Sessions that were asked for in the first ``warmup_s`` seconds are
-    served but not counted.
+    served but not counted. A run ends early once more than ``most_missed`` of the counted sessions have
+    missed their SLO for certain.
     """
 
     system: System
@@ -243,6 +244,7 @@ class Scenario:
     seconds: float = SimulationSettings.seconds
     warmup_s: float = SimulationSettings.warmup_s
     seed: int = SimulationSettings.seed
+    most_missed: int | None = None
     meta: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
