@@ -23,10 +23,15 @@ BURSTGPT = (
     "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
     "5,ChatGPT,472,18,490,Conversation log\n45,GPT-4,1087,230,1317,API log\n"
 )
+# As `vllm bench serve --save-detailed` of vLLM 0.32 writes it (without its sums and percentiles).
 VLLM = {
+    "backend": "openai",
+    "total_input_tokens": 24,
     "start_times": [10.0, 11.5, 12.0],
     "input_lens": [7, 8, 9],
     "output_lens": [3, 0, 5],
+    "ttfts": [0.1, 0.0, 0.1],
+    "itls": [[0.01, 0.01], [], [0.01, 0.01, 0.01, 0.01]],
     "errors": ["", "x", ""],
 }
 GUIDELLM_OLD = {
@@ -40,34 +45,87 @@ GUIDELLM_OLD = {
         }
     ]
 }
+# As GuideLLM 0.8.1 and aiperf 0.13.0 write their rows (without what is empty or a duration).
 GUIDELLM = {
     "benchmarks": [
         {
             "requests": {
                 "successful": [
                     {
-                        "info": {"timings": {"request_start": 9.0}},
-                        "input_metrics": {"text_tokens": 21},
-                        "output_metrics": {"text_tokens": 4},
+                        "type_": "generative_request_stats",
+                        "request_id": "r1",
+                        "info": {
+                            "status": "completed",
+                            "timings": {"request_start": 9.0, "resolve_end": 12.1},
+                        },
+                        "input_metrics": {"text_tokens": 21, "total_tokens": 21},
+                        "output_metrics": {"text_tokens": 4, "total_tokens": 4},
+                        "request_start_time": 9.0,
+                        "request_end_time": 12.0,
+                        "prompt_tokens": 21,
+                        "output_tokens": 4,
+                        "total_tokens": 25,
                     }
-                ]
+                ],
+                "incomplete": [],
+                "errored": [],
             }
         }
     ]
 }
+AIPERF_ENDS = [
+    ("warmup", False, {}),
+    ("profiling", False, {}),
+    ("profiling", False, {"error": {"code": 504, "type": "Timeout", "message": "x"}}),
+    ("profiling", False, {}),
+    ("profiling", True, {}),
+]
 AIPERF = "".join(
     json.dumps(
         {
-            "metadata": {"session_num": n, "request_start_ns": 1_764_400_000_000_000_000 + n * 500_000_000},
-            "metrics": {
-                "input_sequence_length": {"value": 550 + n, "unit": "tokens"},
-                "output_sequence_length": {"value": 90, "unit": "tokens"},
+            "metadata": {
+                "session_num": n,
+                "conversation_id": f"s{n}",
+                "turn_index": 0,
+                "request_start_ns": 1_764_400_000_000_000_000 + n * 500_000_000,
+                "request_end_ns": 1_764_400_001_000_000_000 + n * 500_000_000,
+                "worker_id": "worker_1",
+                "record_processor_id": "record_processor_1",
+                "benchmark_phase": phase,
+                "was_cancelled": cancelled,
+                "context_overflow_skip": False,
+                "agent_depth": 0,
             },
-            "error": "timeout" if n == 1 else None,
+            "metrics": {
+                "input_sequence_length": {"value": 549 + n, "unit": "tokens"},
+                "output_sequence_length": {"value": 90, "unit": "tokens"},
+                "time_to_first_token": {"value": 12.5, "unit": "ms"},
+            },
+            **error,
         }
     )
     + "\n"
-    for n in range(3)
+    for n, (phase, cancelled, error) in enumerate(AIPERF_ENDS)
+)
+
+
+REQUEST_LOG = "".join(
+    json.dumps(
+        {
+            "arrival_s": 1_764_400_000.0 + 0.5 * n,
+            "prompt": 1030,
+            "output": 0 if resumed is None else 40,
+            "prefix": [11, 12 + n],
+            "drafted": [20, 10],
+            "accepted": [15, 5],
+            "end": "length",
+            "tokens_per_s": 8.0,
+            "rtt_ms": 20.0 + n,
+        }
+        | ({"resumed": resumed} if resumed else {})
+    )
+    + "\n"
+    for n, resumed in enumerate((0, 0, 12, None))
 )
 
 
@@ -80,6 +138,7 @@ AIPERF = "".join(
         (json.dumps(GUIDELLM_OLD), "guidellm", [(0.0, 12, 6)]),
         (json.dumps(GUIDELLM), "guidellm", [(0.0, 21, 4)]),
         (AIPERF, "aiperf", [(0.0, 550, 90), (1000.0, 552, 90)]),
+        (REQUEST_LOG, "wispprof", [(0.0, 1030, 40), (500.0, 1030, 40)]),
     ],
 )
 def test_every_format_is_recognised(
@@ -96,6 +155,8 @@ def test_every_format_is_recognised(
     "text",
     [
         json.dumps({**VLLM, "start_times": []}),
+        json.dumps({"total_input_tokens": 24}),
+        REQUEST_LOG + '{"arrival_s": 1.0}\n',
         json.dumps({**VLLM, "input_lens": [1]}),
         json.dumps({"benchmarks": [{}]}),
         '{"neither": 1}',
@@ -125,6 +186,20 @@ def test_a_workload_counts_and_nothing_else(tmp_path: Path) -> None:
     save_workload(found, tmp_path / "workload.json")
     assert load_workload(tmp_path / "workload.json") == found
     assert "azure.csv" not in (tmp_path / "workload.json").read_text()
+
+
+def test_a_request_log_tells_links_slos_and_acceptance(tmp_path: Path) -> None:
+    file = tmp_path / "requests.jsonl"
+    file.write_text(REQUEST_LOG * 3)
+    found = workload_of([file])
+    assert found.source == "wispprof"
+    assert found.slos == {"8": 12}
+    assert found.rtts_ms == (20.0, 22.0, 23.0)
+    assert found.cum_acceptance == (0.75, 0.5)
+    assert found.reused == pytest.approx((512 * 7 + 512 * 4) / (1030 * 6), rel=0.35)
+    slower = workload_of([file])
+    file.write_text(REQUEST_LOG.replace('"rtt_ms": 2', '"rtt_ms": 4') * 3)
+    assert [c.figure for c in changes(slower, workload_of([file]))] == ["round trip, p50"]
 
 
 def test_lengths_are_drawn_as_they_were_seen(tmp_path: Path) -> None:

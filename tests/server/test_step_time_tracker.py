@@ -180,10 +180,7 @@ def test_the_step_log_appends_after_a_restart_and_refuses_a_folder(tmp_path: Pat
 class FullDisk:
     """A file that cannot be written."""
 
-    def __enter__(self) -> FullDisk:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
+    def close(self) -> None: ...
 
     def write(self, text: str) -> int:
         raise OSError(28, "No space left on device")

@@ -52,7 +52,7 @@ def make(
     ] = None,
     workload: Annotated[
         Path | None,
-        typer.Option(help="Workload file: plan for its contexts (see `wispprof traffic`)."),
+        typer.Option(help="Workload file: plan for its contexts, SLOs and round trips (`wispprof traffic`)."),
     ] = None,
     out: OutputFile = Path("plan.json"),
     as_json: JsonFlag = False,
@@ -72,9 +72,13 @@ def make(
     if workload is not None:
         from wispprof.artifacts.workload import load_workload
 
-        seen = load_workload(workload).contexts()
-        given = () if settings.contexts == PlanSettings().contexts else settings.contexts
-        settings = replace(settings, contexts=(*given, *seen))
+        seen, default = load_workload(workload), PlanSettings()
+        given = () if settings.contexts == default.contexts else settings.contexts
+        settings = replace(settings, contexts=(*given, *seen.contexts()))
+        if seen.slos and settings.slos == default.slos:
+            settings = replace(settings, slos=tuple(map(float, seen.slos)))
+        if seen.rtts_ms and rtts_ms == default.rtts_ms:
+            rtts_ms = tuple(round(ms, 1) for ms in seen.rtts_ms)
     settings = replace(
         settings,
         rtts_ms=tuple(sorted(set(rtts_ms))),

@@ -149,6 +149,7 @@ def _resolved(server: VerificationServer, settings: ServerSettings, port: int) -
         "estimator": estimator,
         "plan": f"{settings.plan} ({server.plan.hash[:12]})" if server.plan else "none",
         "step log": str(settings.step_log or "none"),
+        "request log": str(settings.request_log or "none"),
         "KV cache": f"{server.manager.kv_total} tokens",
         "ranks": settings.tensor_parallel,
         "address": f"{settings.host}:{port}{' (TLS)' if settings.tls_cert else ''}",

@@ -15,7 +15,8 @@ def traffic(
     files: Annotated[
         list[Path],
         typer.Argument(
-            help="Azure, BurstGPT or Mooncake traces, or result files of vLLM, GuideLLM or aiperf."
+            help="Request logs of `serve`, traces of Azure, BurstGPT or Mooncake, or result files of vLLM, "
+            "GuideLLM or aiperf."
         ),
     ],
     since: Annotated[
@@ -45,6 +46,13 @@ def traffic(
         ),
         ("contexts to plan for", ", ".join(f"{c:,}" for c in found.contexts())),
     ]
+    if found.slos:
+        rows.append(("requests by SLO, tokens/s", ", ".join(f"{s}: {n:,}" for s, n in found.slos.items())))
+    if found.rtts_ms:
+        rows.append(("round trip, p10 / p50 / p90", " / ".join(f"{ms:.1f} ms" for ms in found.rtts_ms)))
+    if found.cum_acceptance:
+        shares = ", ".join(f"{share:.2f}" for share in found.cum_acceptance[:8])
+        rows.append(("accepted with all before, by depth", shares))
     differing = changes(before, found) if before is not None else []
     shown = table(f"Traffic ({found.source})", "figure|value", rows, "Lengths in tokens, to within a bin.")
     document = {"workload": found, "contexts": found.contexts(), "changes": [c._asdict() for c in differing]}

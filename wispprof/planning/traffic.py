@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 from wispprof.artifacts.workload import BIN_RATIO, HOURS, LEAST_COUNT, LengthBin, SeenTraffic
 from wispprof.errors import PlanError
 from wispprof.simulation.arrivals import BLOCK_TOKENS, Request
-from wispprof.simulation.request_traces import read_trace
+from wispprof.simulation.request_traces import WISPPROF, read_clients, read_trace
 
+LEAST_ROUNDS = 50
+"""Rounds of a depth from which its acceptance is known."""
 _HOUR_MS, _WINDOW_MS = 3.6e6, 10_000.0
 
 
@@ -34,8 +37,9 @@ def workload_of(paths: Sequence[Path]) -> SeenTraffic:
     spans_ms = [max(1.0, requests[-1].time_ms) for requests, _ in recorded]
     hours = sum(spans_ms) / _HOUR_MS
     mean = 1000.0 * len(every) / sum(spans_ms)
+    source = names.pop()
     return SeenTraffic(
-        names.pop(),
+        source,
         len(every),
         hours,
         mean,
@@ -44,7 +48,29 @@ def workload_of(paths: Sequence[Path]) -> SeenTraffic:
         _by_hour(recorded),
         _bins(every),
         _reused(every),
+        *(_clients(paths) if source == WISPPROF else ({}, (), ())),
     )
+
+
+def _clients(paths: Sequence[Path]) -> tuple[dict[str, int], tuple[float, ...], tuple[float, ...]]:
+    """(requests by SLO, percentiles of round trips, cumulative acceptance by depth) of request logs. SLOs of
+    fewer than :data:`LEAST_COUNT` requests, and depths of few rounds, are left out."""
+    clients = [client for path in paths for client in read_clients(path)]
+    slos = Counter(f"{client.tokens_per_s:g}" for client in clients if client.tokens_per_s > 0)
+    rtts_ms = sorted(client.rtt_ms for client in clients if not math.isnan(client.rtt_ms))
+    seen: tuple[float, ...] = ()
+    if len(rtts_ms) >= LEAST_COUNT:
+        seen = tuple(rtts_ms[round(q * (len(rtts_ms) - 1))] for q in (0.1, 0.5, 0.9))
+    drafted, accepted = (
+        [sum(depth) for depth in zip_longest(*columns, fillvalue=0)]
+        for columns in (((c.drafted for c in clients)), (c.accepted for c in clients))
+    )
+    shares: list[float] = []
+    for of, right in zip_longest(drafted, accepted, fillvalue=0):
+        if of < LEAST_ROUNDS:
+            break
+        shares.append(min(right / of, shares[-1] if shares else 1.0))
+    return {name: n for name, n in sorted(slos.items()) if n >= LEAST_COUNT}, seen, tuple(shares)
 
 
 def _busiest_per_s(requests: Sequence[Request], span_ms: float) -> float:
@@ -133,6 +159,14 @@ class WorkloadChange(NamedTuple):
         return self.after / self.before if self.before else math.nan
 
 
+def _median(rtts_ms: Sequence[float]) -> float:
+    return rtts_ms[1] if rtts_ms else 0.0
+
+
+def _first(shares: Sequence[float]) -> float:
+    return shares[0] if shares else 0.0
+
+
 def changes(before: SeenTraffic, after: SeenTraffic, tolerance: float = 0.1) -> list[WorkloadChange]:
     """Figures that decide a plan and differ by more than ``tolerance``."""
     pairs = [
@@ -140,6 +174,8 @@ def changes(before: SeenTraffic, after: SeenTraffic, tolerance: float = 0.1) -> 
         ("requests/s, busiest hour", before.busiest_per_s, after.busiest_per_s),
         ("burst (10 s, p99 over mean)", before.burst, after.burst),
         ("reused share of prompts", before.reused, after.reused),
+        ("round trip, p50", _median(before.rtts_ms), _median(after.rtts_ms)),
+        ("accepted first drafts", _first(before.cum_acceptance), _first(after.cum_acceptance)),
     ]
     for what in ("prompt", "output", "context"):
         pairs += [

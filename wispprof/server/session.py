@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from wispprof.server.request_log import DepthCounts
 from wispprof.sessions.session_state import CommitResult, SessionState
 from wispprof.types import Sampling
 
@@ -32,6 +33,7 @@ class ServerSession:
     ``in_engine``: the engine has opened it (set in the engine's thread), with ``reused`` tokens of a
     cached prefix. ``opened``: the event loop has seen that. ``closing``: reason to close it after the
     step under way. ``planned``: the next step holds it already. ``last_seen_ms``: the latest frame or commit.
+    ``depths``: for the request log, if there is one. ``resumed``: output tokens that it was opened with.
     """
 
     state: SessionState
@@ -45,6 +47,8 @@ class ServerSession:
     planned: bool = False
     reused: int = 0
     last_commit_ms: float = 0.0
+    depths: DepthCounts | None = None
+    resumed: int = 0
 
     @property
     def name(self) -> str:

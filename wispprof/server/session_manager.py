@@ -20,6 +20,7 @@ from wispprof.server.engine_thread import EngineThread
 from wispprof.server.kv_scheduler import schedule_kv
 from wispprof.server.metrics import Metrics
 from wispprof.server.prefix_cache import PrefixCache
+from wispprof.server.request_log import DepthCounts, EndedRequest, RequestLog
 from wispprof.server.session import ServerSession, SessionListener
 from wispprof.server.step_time_tracker import StepTimeTracker
 from wispprof.sessions.plan_ahead import expected_view
@@ -36,8 +37,8 @@ class SessionManager:
     """Sessions by their engine name, and the prefix cache.
 
     Set before use: ``wake`` (something changed, the engine loop should plan), ``load_changed`` (the load
-    level did), ``spend`` (count tokens against an API key: key, tokens, now_ms) and ``load_engine`` (for an
-    engine that is lost). ``waiting``: sessions that wait for memory.
+    level did), ``spend`` (count tokens against an API key: key, tokens, now_ms), ``load_engine`` (for an
+    engine that is lost) and ``request_log``. ``waiting``: sessions that wait for memory.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class SessionManager:
         self.wake: Callable[[], None] = lambda: None
         self.load_changed: Callable[[], None] = lambda: None
         self.load_engine: Callable[[], Engine] | None = None
+        self.request_log: RequestLog | None = None
         self.spend: Callable[[str, int, float], None] = lambda key, tokens, now_ms: None
 
     def __len__(self) -> int:
@@ -104,7 +106,16 @@ class SessionManager:
             undrafted=request.undrafted,
             max_pending_drafts=self._settings.max_drafts,
         )
-        session = ServerSession(state, request.sampling, listener, number, now_ms, last_commit_ms=now_ms)
+        session = ServerSession(
+            state,
+            request.sampling,
+            listener,
+            number,
+            now_ms,
+            last_commit_ms=now_ms,
+            depths=None if self.request_log is None else DepthCounts(),
+            resumed=request.generated,
+        )
         self._sessions[name] = session
         self._new_sessions.append(session)
         self.wake()
@@ -235,6 +246,8 @@ class SessionManager:
             if not session.state.in_flight:
                 self._remove(session, session.closing, now_ms)
         elif commit.tokens:
+            if session.depths is not None:
+                session.depths.add(commit.drafted, commit.accepted)
             self._undelivered.append((session, commit, now_ms, verify_ms))
             if commit.finished:
                 self._remove(session, commit.finished, now_ms)
@@ -354,6 +367,9 @@ class SessionManager:
             met_slo = None  # An aborted session counts only if it had missed its SLO already.
         e2e_ms = max(0.0, now_ms - state.slo_tracker.opened_ms)
         self._metrics.ended(state.slo, state.counters, reason, met_slo, e2e_ms)
+        if self.request_log is not None and session.depths is not None:
+            owner = self._owner(session)
+            self.request_log.put(EndedRequest(state, session.depths, session.resumed, owner, reason))
         if not session.opened:
             return  # Never opened, or being opened now: see _opened.
         evicted = [session.name]

@@ -21,6 +21,7 @@ from wispprof.server.engine_host import EngineHost
 from wispprof.server.engine_loop import EngineLoop
 from wispprof.server.engine_thread import EngineThread
 from wispprof.server.metrics import Metrics
+from wispprof.server.request_log import RequestLog
 from wispprof.server.session import ServerSession, SessionListener
 from wispprof.server.session_manager import SessionManager
 from wispprof.server.step_limits import StepLimits
@@ -113,6 +114,9 @@ class VerificationServer:
             log.info("no estimator given: calibrated on %d steps of this server", len(rows))
         if self.settings.step_log is not None:
             self.loop.step_log = StepLog(self.settings.step_log)
+        if self.settings.request_log is not None:
+            offset_ms = time.time() * 1000.0 - self.now_ms()
+            self.manager.request_log = RequestLog(self.settings.request_log, lambda ms: ms + offset_ms)
         self._task = asyncio.create_task(self.loop.run(), name="engine loop")
         self._task.add_done_callback(self._loop_ended)
         self.started = True
@@ -131,6 +135,8 @@ class VerificationServer:
             self._engine_thread.stop()
             if self.loop.step_log is not None:
                 await asyncio.to_thread(self.loop.step_log.close)
+            if self.manager.request_log is not None:
+                await asyncio.to_thread(self.manager.request_log.close)
 
     async def drain(self, timeout_ms: float) -> None:
         """Admit nothing new and let sessions finish; after ``timeout_ms`` fail those that are left."""

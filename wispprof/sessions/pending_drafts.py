@@ -55,12 +55,16 @@ class DraftArrivals:
 
     Two waits are measured separately: the gap between frames of one epoch, and the recovery from a
     contradicting commit to the first frame of the next epoch, which adds the link's round trip.
+    ``rtt_ms``: the least such recovery without the frame's drafting time, ``inf`` before the first.
     """
+
+    rtt_ms: float = math.inf
 
     _last_ms: float | None = None
     _gap_ms: float | None = None
     _recover_ms: float | None = None
     _recovering: bool = False
+    _answers_commit: bool = False
     _length: float | None = None
     _acceptance_probs: list[float] = field(default_factory=list)
 
@@ -72,6 +76,8 @@ class DraftArrivals:
                 mean_ms = self._recover_ms
                 self._recover_ms = gap_ms if mean_ms is None else mean_ms + _WEIGHT * (gap_ms - mean_ms)
                 self._recovering = False
+                if self._answers_commit:
+                    self.rtt_ms = min(self.rtt_ms, max(0.0, gap_ms - draft_ms))
             else:
                 mean_ms = self._gap_ms
                 self._gap_ms = gap_ms if mean_ms is None else mean_ms + _WEIGHT * (gap_ms - mean_ms)
@@ -85,9 +91,11 @@ class DraftArrivals:
             means[index] = mean + _WEIGHT * (value - mean)
         means += acceptance_prob[len(means) :]
 
-    def contradicted(self, now_ms: float) -> None:
-        """A commit left at ``now_ms`` that sends the edge back: drafting restarts from there."""
+    def contradicted(self, now_ms: float, by_commit: bool) -> None:
+        """A commit that left at ``now_ms`` (or before, unless ``by_commit``) sends the edge back: drafting
+        restarts from there."""
         self._recovering = True
+        self._answers_commit = by_commit
         self._last_ms = now_ms
 
     def due(self, now_ms: float) -> tuple[float | None, tuple[float, ...], float]:
@@ -193,11 +201,12 @@ class PendingDrafts:
         self.tokens.clear()
         self.acceptance_probs.clear()
 
-    def contradicted(self, now_ms: float) -> None:
-        """The drafts differ from committed text: drop them, and refuse frames of this epoch from now on."""
+    def contradicted(self, now_ms: float, by_commit: bool = False) -> None:
+        """The drafts differ from committed text: drop them, and refuse frames of this epoch from now on.
+        ``by_commit``: from text that is committed now."""
         self.clear()
         self._min_epoch = self.epoch + 1
-        self.arrivals.contradicted(now_ms)
+        self.arrivals.contradicted(now_ms, by_commit)
 
     def reconcile(self, committed: Sequence[int], accepted: int, now_ms: float) -> None:
         """Compare with newly committed tokens, of which ``accepted`` were verified drafts; keep what
@@ -214,6 +223,6 @@ class PendingDrafts:
             counters.matched += agreed - accepted
         if contradicted:
             del pending[:agreed]
-            self.contradicted(now_ms)
+            self.contradicted(now_ms, by_commit=True)
         elif agreed:
             del pending[:agreed], self.acceptance_probs[:agreed]

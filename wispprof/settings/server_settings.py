@@ -33,6 +33,11 @@ class ServerSettings(Settings):
     step_log: Path | None = setting(
         None, "File to append the shape and time of every step to, for `wispprof fit --update`."
     )
+    request_log: Path | None = setting(
+        None,
+        "File to append a line for every ended request to, for `wispprof traffic`: lengths, SLO, round trip "
+        "and acceptance, no texts; at most 64 MiB, and as much again in FILE.1.",
+    )
     policy: str = setting(
         "wispprof",
         "Batching policy: server-only, fcfs, sled, specedge, wisp, wispprof or one of your own.",

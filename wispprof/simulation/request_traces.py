@@ -8,6 +8,7 @@
 | vLLM (JSON) | ``start_times``, ``input_lens``, ``output_lens`` | ``bench serve --save-detailed`` |
 | GuideLLM (JSON) | ``benchmarks`` with ``requests`` | ``guidellm benchmark --output-path`` |
 | aiperf (JSONL) | ``metadata`` and ``metrics`` | ``profile_export.jsonl`` |
+| wispprof (JSONL) | ``arrival_s``, ``prefix`` | ``serve --request-log`` |
 
 Only times, lengths and block ids are read, never texts.
 """
@@ -20,7 +21,7 @@ import math
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from wispprof.errors import ArtifactDamaged, ArtifactMissing
 from wispprof.simulation.arrivals import Request
@@ -29,6 +30,7 @@ IMPLAUSIBLE_PER_S = 100.0
 """Above this rate, fractional timestamps are taken for seconds."""
 AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
+WISPPROF = "wispprof"
 _DAMAGE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, csv.Error)
 
 Numbered = Iterator[tuple[int, Request]]
@@ -75,7 +77,7 @@ def read_trace(path: str | Path) -> tuple[str, tuple[Request, ...], float]:
             f"{path} holds {per_s:,.0f} requests/s if its timestamps are milliseconds.",
             "Multiply timestamps in seconds by 1,000; round milliseconds to whole numbers.",
         )
-    dated = begun_ms / 1000.0 if name in ("azure", "guidellm", "aiperf") else math.nan
+    dated = begun_ms / 1000.0 if name in ("azure", "guidellm", "aiperf", WISPPROF) else math.nan
     return name, tuple(r._replace(time_ms=r.time_ms - begun_ms) for r in rows), dated
 
 
@@ -99,6 +101,8 @@ def _reader(path: Path, text: str) -> tuple[str, Callable[[str], Numbered]]:
             raise ArtifactDamaged(f"{path} line 1: {err!r}.", "Repair or remove that line.") from err
         if "metrics" in head and "metadata" in head:
             return "aiperf", _lines(_aiperf)
+        if "arrival_s" in head and "prefix" in head:
+            return WISPPROF, _lines(_wispprof)
         if "timestamp" in head:
             return "mooncake", _lines(_mooncake)
         return _document(path, text)
@@ -109,7 +113,8 @@ def _reader(path: Path, text: str) -> tuple[str, Callable[[str], Numbered]]:
         return "burstgpt", _table(names, _burstgpt)
     raise ArtifactDamaged(
         f"{path} line 1: expected the columns {', '.join(AZURE)}, those of BurstGPT, or JSON.",
-        "Give a trace of Azure, BurstGPT or Mooncake, or a result file of vLLM, GuideLLM or aiperf.",
+        "Give a trace of Azure, BurstGPT or Mooncake, a request log of `wispprof serve`, or a result file of "
+        "vLLM, GuideLLM or aiperf.",
     )
 
 
@@ -120,7 +125,7 @@ def _document(path: Path, text: str) -> tuple[str, Callable[[str], Numbered]]:
         raise ArtifactDamaged(f"{path} line 1: {err}.", "Repair the file.") from err
     if isinstance(document, dict) and "benchmarks" in document:
         return "guidellm", lambda _: _guidellm(document)
-    if isinstance(document, dict) and "input_lens" in document:
+    if isinstance(document, dict) and {"input_lens", "total_input_tokens"} & document.keys():
         if not document.get("start_times"):
             raise ArtifactDamaged(
                 f"{path} holds no start_times.", "Run `vllm bench serve` with --save-detailed."
@@ -184,12 +189,47 @@ def _mooncake(row: dict[str, Any]) -> Request:
     )
 
 
-def _aiperf(row: dict[str, Any]) -> Request | None:
-    if row.get("error"):
+def _wispprof(row: dict[str, Any]) -> Request | None:
+    if row.get("resumed") or not row["output"]:
         return None
-    metrics = row["metrics"]
+    blocks = tuple(map(int, row["prefix"]))
+    return Request(float(row["arrival_s"]) * 1000.0, int(row["prompt"]), int(row["output"]), blocks=blocks)
+
+
+class SeenClient(NamedTuple):
+    """What a request log says of a request besides :class:`Request`. ``tokens_per_s``: its SLO, 0 for none.
+    ``rtt_ms``: NaN if it was never seen. ``drafted``, ``accepted``: rounds by depth, from 1 on."""
+
+    tokens_per_s: float
+    rtt_ms: float
+    drafted: tuple[int, ...]
+    accepted: tuple[int, ...]
+
+
+def read_clients(path: Path) -> list[SeenClient]:
+    """Every line of a request log; raises :class:`ArtifactDamaged` naming the line."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                counts = (tuple(map(int, row[name])) for name in ("drafted", "accepted"))
+                speed, rtt_ms = float(row.get("tokens_per_s", 0.0)), float(row.get("rtt_ms", math.nan))
+                found.append(SeenClient(speed, rtt_ms, *counts))
+            except _DAMAGE as err:
+                raise ArtifactDamaged(
+                    f"{path} line {number}: {err!r}.", "Repair or remove that line."
+                ) from err
+    return found
+
+
+def _aiperf(row: dict[str, Any]) -> Request | None:
+    metadata, metrics = row["metadata"], row["metrics"]
+    left_out = metadata.get("benchmark_phase") == "warmup" or metadata.get("was_cancelled")
+    if row.get("error") or left_out:
+        return None
     prompt, output = (metrics[f"{side}_sequence_length"]["value"] for side in ("input", "output"))
-    return Request(row["metadata"]["request_start_ns"] / 1e6, int(prompt), int(output))
+    return Request(metadata["request_start_ns"] / 1e6, int(prompt), int(output))
 
 
 def _vllm(document: dict[str, Any]) -> Numbered:
@@ -200,14 +240,11 @@ def _vllm(document: dict[str, Any]) -> Numbered:
 
 
 def _guidellm(document: dict[str, Any]) -> Numbered:
-    """Successful requests of all benchmarks in the file. Versions before 0.4 name the fields otherwise."""
+    """Successful requests of all benchmarks in the file. Versions before 0.4 name the start otherwise."""
     number = 0
     for benchmark in document["benchmarks"]:
         for row in benchmark["requests"]["successful"]:
             number += 1
-            if "input_metrics" in row:
-                start_s = row["info"]["timings"]["request_start"]
-                prompt, output = (row[f"{side}_metrics"]["text_tokens"] for side in ("input", "output"))
-            else:
-                start_s, prompt, output = row["start_time"], row["prompt_tokens"], row["output_tokens"]
-            yield number, Request(float(start_s) * 1000.0, int(prompt), int(output))
+            start_s = row["request_start_time"] if "request_start_time" in row else row["start_time"]
+            prompt, output = int(row["prompt_tokens"]), int(row["output_tokens"])
+            yield number, Request(float(start_s) * 1000.0, prompt, output)
