@@ -63,7 +63,8 @@ class Candidate:
     the price list; ``gpus``: how many a server has (tensor parallel).
 
     ``price_per_h``, ``watts`` and ``idle_watts`` of a GPU, if not those of the price list. ``draft_ms``: a
-    step of the server's own draft model, for server-side speculation; its drafts fare as the devices' do.
+    step of the server's own draft model, for server-side speculation (0: as its profile says); its drafts
+    fare as the devices' do.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Candidate:
     idle_watts: float = 0.0
     kv_tokens: int = 0
     max_servers: int = 4096
-    draft_ms: float = 3.0
+    draft_ms: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -337,7 +337,7 @@ def _server(candidate: Candidate, acceptance: float, notes: list[str]) -> Server
             f"The KV memory of {candidate.name} is unknown.", "Give kv_tokens with it in the fleet's file."
         )
     chances = tuple(acceptance**depth for depth in range(1, 6))
-    draft = ServerDraft(candidate.draft_ms, cum_acceptance=chances)
+    draft = ServerDraft(candidate.draft_ms or made.draft.draft_ms, made.draft.row_ms, cum_acceptance=chances)
     return replace(made, kv_tokens=kv_tokens, draft=draft)
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 from wispprof.artifacts import Manifest, ServerProfile, StepRow, make_profile, save_profile
 from wispprof.artifacts.manifest import library_versions, utc_now
 from wispprof.artifacts.rows import MODELLED
+from wispprof.errors import ProfileError
 from wispprof.profiling.operator_steps import OperatorSteps, launch_ms
 from wispprof.profiling.operator_tables import (
     PACKAGE,
@@ -34,6 +35,9 @@ _CHUNKS = (128, 512, 2048, 8192)
 _EDGE_CACHED, _EDGE_NEW = 128, 5
 _RAGGED = 36
 _SEED = 0
+DRAFT_MODEL = "Qwen/Qwen3-0.6B"
+"""The smallest model of the tables: stands for a draft model that runs on one GPU of the server."""
+_DRAFT_SESSIONS, _DRAFT_CACHED = 128, 512
 LEAST_CACHED = 131_072
 """Cached tokens of a step that every profile covers, also where memory holds fewer."""
 
@@ -137,6 +141,7 @@ def import_profile(target: GpuTarget, output: Output, progress: Progress | None 
             "tables_hash": digest,
             **composition_checks(steps),
             "origins": _mean_origins(rows),
+            "draft_step": draft_step(target),
         },
         versions={**library_versions(), PACKAGE: package_version()},
         started=started,
@@ -148,6 +153,18 @@ def import_profile(target: GpuTarget, output: Output, progress: Progress | None 
     if output.path is not None:
         save_profile(profile, output.path)
     return profile
+
+
+def draft_step(target: GpuTarget) -> dict[str, Any]:
+    """A decode step of :data:`DRAFT_MODEL` on one of the server's GPUs: ``ms`` for one session, ``row_ms`` for
+    each further one. Empty if the tables lack it."""
+    try:
+        tables = OperatorTables(target._replace(model=DRAFT_MODEL, tp=1))
+    except ProfileError:
+        return {}
+    alone, all_ms = (tables.decode_step(n, _DRAFT_CACHED) for n in (1, _DRAFT_SESSIONS))
+    row_ms = max(0.0, (all_ms - alone) / (_DRAFT_SESSIONS - 1))
+    return {"model": DRAFT_MODEL, "ms": round(alone, 4), "row_ms": round(row_ms, 5)}
 
 
 def _mean_origins(rows: Sequence[StepRow]) -> dict[str, float]:

@@ -168,6 +168,16 @@ class OperatorTables:
         key = f"{target.dtype}-{target.framework}"
         gemm, cache, attention = _QUANTIZED.get(key, _QUANTIZED[target.dtype])
         self._modes: dict[str, Any] = {"gemm_quant_mode": gemm, "kvcache_quant_mode": cache}
+        self._experts: dict[str, Any] = {}
+        if self._config.get("num_experts"):
+            if target.dtype != "bf16":
+                raise ProfileError(
+                    f"The tables' {target.dtype} times of the experts of {target.model} are up to four times "
+                    "those in bf16.",
+                    "Use --dtype bf16.",
+                )
+            # As vLLM does by default: every GPU holds a slice of each expert.
+            self._experts = {"moe_tp_size": target.tp, "moe_ep_size": 1, "moe_quant_mode": gemm}
         try:
             with _quiet():
                 self.tables_version = str(
@@ -181,44 +191,73 @@ class OperatorTables:
                     tp_size=target.tp,
                     fmha_quant_mode=attention,
                     **self._modes,
+                    **self._experts,
                 )
-                context, _ = self._engine.run_static_per_op(batch_size=1, isl=16, osl=2, prefix=8)
+                self._engine.run_static_per_op(batch_size=1, isl=16, osl=2, prefix=8)
+                names, last, gemms = self._operators()
         except Exception as err:
             raise ProfileError(
                 f"The tables cannot price {target.model} on {target.tp} × {target.system} under "
-                f"{target.framework} in {target.dtype}: {str(err).splitlines()[0]}",
+                f"{target.framework} in {target.dtype}: {str(err).splitlines()[0].partition(' at /')[0]}",
                 "See `wispprof profile gpus` for what there is.",
             ) from err
-        names = [name for name, *_ in context]
-        if names.count("context_attention") != 1 or "context_logits_gemm" not in names:
+        if names.count("context_attention") != 1 or "generation_logits_gemm" not in last:
             raise ProfileError(
                 f"{target.model} does not have plain attention (its operators: {', '.join(names)}).",
-                "Import a dense model with grouped-query attention, such as Qwen/Qwen3-32B.",
+                "Import a model with grouped-query attention alone, such as Qwen/Qwen3-32B or "
+                "Qwen/Qwen3-30B-A3B.",
             )
         self._attention = [names.index("context_attention")]
-        self._head = [names.index("context_logits_gemm")]
-        self._tokenwise = [i for i in range(len(names)) if i not in self._attention + self._head]
-        self._gemms, self._grid = self._table_points(gemm)
+        # Lists of models with experts have the output head among the operators of a decode step alone.
+        head = [i for i, name in enumerate(names) if name == "context_logits_gemm"]
+        self._tokenwise = [i for i in range(len(names)) if i not in self._attention + head]
+        self._head, self._decode_head = head, [last.index("generation_logits_gemm")]
+        self._gemms, self._grid = gemms, self._measured_gemms(gemm)
 
-    def _table_points(self, gemm: str) -> tuple[dict[str, tuple[int, int]], dict[Any, Any]]:
-        """(columns, depth) of each GEMM by name, and the measured GEMMs as rows → columns → depths."""
-        from aiconfigurator_core.sdk import common, perf_database
+    @functools.cached_property
+    def _config(self) -> dict[str, Any]:
+        from aiconfigurator_core.sdk.utils import get_model_config_from_model_path
+
+        with _quiet():
+            return dict(get_model_config_from_model_path(self.target.model))
+
+    def _operators(self) -> tuple[list[str], list[str], dict[str, tuple[int, int]]]:
+        """Names of the operators of a prompt and of a decode step, and (columns, depth) of each GEMM."""
         from aiconfigurator_core.sdk.config_builders import build_model_config
-        from aiconfigurator_core.sdk.engine_table_view import fetch_table_view
         from aiconfigurator_core.sdk.models import get_model
+
+        target, experts = self.target, self._experts
+        config = build_model_config(
+            target.tp,
+            1,
+            1,
+            experts.get("moe_tp_size", 1),
+            experts.get("moe_ep_size", 1),
+            moe_quant_mode=experts.get("moe_quant_mode"),
+            **self._modes,
+        )
+        model = get_model(target.model, config, target.framework)
+        lists, gemms = [], {}
+        for operators in (model.context_ops, model.generation_ops):
+            names = []
+            for operator in operators:
+                ((kind, spec),) = json.loads(operator._spec_json()).items()
+                names.append(spec["name"])
+                if kind == "Gemm":
+                    gemms[spec["name"]] = (spec["n"], spec["k"])
+            lists.append(names)
+        return lists[0], lists[1], gemms
+
+    def _measured_gemms(self, gemm: str) -> dict[Any, Any]:
+        """Measured GEMMs as rows → columns → depths."""
+        from aiconfigurator_core.sdk import common, perf_database
+        from aiconfigurator_core.sdk.engine_table_view import fetch_table_view
 
         target = self.target
         with _quiet():
-            config = build_model_config(target.tp, 1, 1, 1, 1, **self._modes)
-            operators = get_model(target.model, config, target.framework).context_ops
             database = perf_database.get_database(target.system, target.framework, self.tables_version)
-            table = fetch_table_view(database, "_gemm_data")[common.GEMMQuantMode[gemm]]
-        shapes = {}
-        for operator in operators:
-            spec = json.loads(operator._spec_json()).get("Gemm")
-            if spec is not None:
-                shapes[spec["name"]] = (spec["n"], spec["k"])
-        return shapes, table
+            table: dict[Any, Any] = fetch_table_view(database, "_gemm_data")[common.GEMMQuantMode[gemm]]
+        return table
 
     @functools.cached_property
     def measured_rows(self) -> tuple[int, ...]:
@@ -231,10 +270,16 @@ class OperatorTables:
 
     def output_head(self, rows: int) -> list[tuple[str, float, str]]:
         """(name, ms, origin) of the output head over so many sampled rows."""
-        return self._evaluate(self._head, rows)
+        if self._head:
+            return self._evaluate(self._head, rows)
+        return self._named(
+            self._engine.evaluate_generation_ops(self._decode_head, batch_size=rows, s=1), rows
+        )
 
     def _evaluate(self, indices: list[int], rows: int) -> list[tuple[str, float, str]]:
-        priced = self._engine.evaluate_context_ops(indices, batch_size=1, s=rows, x=rows)
+        return self._named(self._engine.evaluate_context_ops(indices, batch_size=1, s=rows, x=rows), rows)
+
+    def _named(self, priced: list[Any], rows: int) -> list[tuple[str, float, str]]:
         return [(name, ms, self._origin(name, source, rows)) for name, ms, _, source in priced]
 
     def _origin(self, name: str, source: str, rows: int) -> str:
@@ -258,6 +303,11 @@ class OperatorTables:
         _, priced = self._engine.run_static_per_op(batch_size=items, isl=max(cached, 1), osl=2)
         return next(float(ms) for name, ms, *_ in priced if name == "generation_attention")
 
+    def decode_step(self, items: int, cached: int) -> float:
+        """Milliseconds of a plain decode step of ``items`` sessions over ``cached`` tokens each."""
+        _, priced = self._engine.run_static_per_op(batch_size=items, isl=cached, osl=2)
+        return sum(float(ms) for _, ms, *_ in priced)
+
     @functools.cached_property
     def memory(self) -> GpuMemory:
         """KV memory of a replica by the package's memory model at the framework's default share."""
@@ -278,6 +328,7 @@ class OperatorTables:
                     memory_fraction_value=MEMORY_SHARE,
                     tp_size=target.tp,
                     **self._modes,
+                    **self._experts,
                 )
             return GpuMemory(
                 int(found["total_kv_size_tokens"]), int(found["memory_breakdown"]["weights_bytes"])
@@ -290,21 +341,21 @@ class OperatorTables:
 
     @functools.cached_property
     def model_info(self) -> ModelInfo:
-        """Sizes of the model by its config."""
-        from aiconfigurator_core.sdk.utils import get_model_config_from_model_path
-
-        with _quiet():
-            config = get_model_config_from_model_path(self.target.model)
+        """Sizes of the model by its config; parameters count every expert."""
+        config = self._config
         raw = config["raw_config"]
         layers, heads, width = config["layers"], config["n_kv"], config["d"]
         hidden, inner, queries = config["hidden_size"], config["inter_size"], config["n"]
         attention = hidden * width * (2 * queries + 2 * heads)
+        mlp = 3 * hidden * inner
+        if experts := config.get("num_experts"):
+            mlp = experts * (3 * hidden * config["moe_inter_size"] + hidden)
         tables = config["vocab"] * hidden * (1 if raw.get("tie_word_embeddings") else 2)
         bytes_each = 1 if self._modes["kvcache_quant_mode"] == "fp8" else 2
         return ModelInfo(
             id=self.target.model,
             dtype={"bf16": "bfloat16"}.get(self.target.dtype, self.target.dtype),
-            parameters=layers * (attention + 3 * hidden * inner) + tables,
+            parameters=layers * (attention + mlp) + tables,
             family=str(raw.get("model_type", "")),
             config_hash=content_hash(json.dumps(raw, sort_keys=True).encode()).removeprefix("blake2b:")[:16],
             max_context=int(config["context"]),

@@ -7,7 +7,7 @@ from pathlib import Path
 from wispprof.artifacts.files import bundled_path
 from wispprof.artifacts.profile import estimator_beside, load_manifest, profile_files, shipped_servers
 from wispprof.errors import PlanError, suggestion
-from wispprof.simulation.scenario import ServerModel
+from wispprof.simulation.scenario import ServerDraft, ServerModel
 
 DEFAULT_SERVER = "h200-sxm-qwen3-32b-vllm-bf16-tp1"
 """The shipped server that stands in for one that is not given."""
@@ -17,7 +17,8 @@ def server_of(name: str) -> tuple[ServerModel, str]:
     """A server, and a note on where its times come from.
 
     ``name``: a shipped profile of a GPU, a profile that has its estimator beside it, or an estimator file.
-    Of a profile the KV memory and the context of its manifest are taken; an estimator alone has no limits.
+    Of a profile's manifest its KV memory, its context and the step of a draft model are taken; an estimator
+    alone has no limits.
     Raises :class:`PlanError` for an unknown name, and what reading files raises.
     """
     from wispprof.fitting import load_estimator
@@ -33,10 +34,18 @@ def server_of(name: str) -> tuple[ServerModel, str]:
         path = bundled_path(f"profiles/{name}.jsonl")
     if profile_files(path)[1].exists() and estimator_beside(path).exists():
         manifest = load_manifest(path)
+        note = f"server: {path.stem}, {manifest.source} ({manifest.citation or 'profile'})"
+        draft = ServerDraft()
+        if step := manifest.summary.get("draft_step"):
+            draft = ServerDraft(float(step["ms"]), float(step["row_ms"]))
+            note += (
+                f"; server-side drafts: {step['model']}, {step['ms']:.1f} ms + {step['row_ms']:.3f} a session"
+            )
         model = ServerModel(
             load_estimator(estimator_beside(path)),
             kv_tokens=manifest.engine.get("kv_tokens"),
             max_context=manifest.model.max_context or ServerModel.max_context,
+            draft=draft,
         )
-        return model, f"server: {path.stem}, {manifest.source} ({manifest.citation or 'profile'})"
+        return model, note
     return ServerModel(load_estimator(path)), f"server: estimator {name}"
