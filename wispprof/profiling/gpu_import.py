@@ -156,8 +156,8 @@ def import_profile(target: GpuTarget, output: Output, progress: Progress | None 
 
 
 def draft_step(target: GpuTarget) -> dict[str, Any]:
-    """A decode step of :data:`DRAFT_MODEL` on one of the server's GPUs: ``ms`` for one session, ``row_ms`` for
-    each further one. Empty if the tables lack it."""
+    """A decode step of :data:`DRAFT_MODEL` on one of the server's GPUs: ``ms`` alone, ``row_ms`` more for
+    each further session. Empty if the tables lack it."""
     try:
         tables = OperatorTables(target._replace(model=DRAFT_MODEL, tp=1))
     except ProfileError:
