@@ -217,9 +217,20 @@ def test_verdicts_name_what_makes_the_difference() -> None:
 
 def test_every_published_choice_of_configspec_is_met() -> None:
     found = reproduce_configspec()
-    assert len(found.figures) == 2 * 4 + 6 * 5
+    assert len(found.figures) == 1 + 2 * 4 + 6 * 5
     for figure in found.figures:
         assert found.verdict(figure) == "met: paper's search", figure
+
+
+def test_load_moves_the_constant_of_configspec_and_its_choices() -> None:
+    figures = {figure.name: figure.simulated for figure in reproduce_configspec().figures}
+    loads = ("one session", "128 sessions", "256 sessions")
+    constant, *times = (figures["T_verify at K = 5, s"][name] for name in ("paper's search", *loads))
+    assert times == sorted(times)
+    assert times[0] < 0.1 * constant < times[2]
+    lengths = [figures["Jetson AGX Orin, best goodput: K"][name] for name in ("paper's search", *loads)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] == 8 > lengths[-1]
 
 
 def test_what_ends_early_ends_its_workers() -> None:

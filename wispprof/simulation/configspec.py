@@ -71,9 +71,9 @@ class ConfigChoice(NamedTuple):
 
 @dataclass(frozen=True)
 class Verifier:
-    """The server: its time T for a round, and its price p per drafted token that it verifies."""
+    """The server: its time T for a round (or T by K), and its price p per drafted token that it verifies."""
 
-    verify_s: float
+    verify_s: float | Mapping[int, float]
     dollars_per_token: float
     bill_bonus: bool = False
 
@@ -81,9 +81,10 @@ class Verifier:
         """The three figures of one option at one draft length. Cost is infinite if nothing is billed."""
         tokens = option.accepted(k) + 1.0
         draft_s = k / option.tokens_per_s
+        verify_s = self.verify_s if isinstance(self.verify_s, float) else self.verify_s[k]
         billed = (k + self.bill_bonus) * self.dollars_per_token
         return Scores(
-            tokens / (draft_s + self.verify_s),
+            tokens / (draft_s + verify_s),
             tokens / billed if billed > 0 else math.inf,
             option.draft_w * draft_s / tokens,
         )

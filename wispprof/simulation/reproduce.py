@@ -284,10 +284,14 @@ def reproduce_configspec(
 ) -> ReproducedTable:
     """ConfigSpec's choices for Llama-3.1-70B: chosen and scored by its formulas. Nothing is simulated.
 
-    The choice itself counts: a K or a draft model other than the published one shows as its own figure.
+    The choice itself counts: a K or a draft model other than the published one shows as its own figure. Its
+    constant verification time stands beside what a shipped profile makes of it under load.
     """
     setup = read_setup("configspec")
-    figures: list[Figure] = []
+    verify_s = {a["name"]: _verify_s(setup, a) for a in setup["assumption"]}
+    constant, at = setup["verify_s"], setup["shown_k"]
+    shown = {name: t if isinstance(t, float) else t[at] for name, t in verify_s.items()}
+    figures = [Figure(f"T_verify at K = {at}, s", constant, shown)]
     for done, row in enumerate(setup["published"], start=1):
         options = [
             DraftOption(
@@ -299,7 +303,7 @@ def reproduce_configspec(
         ]
         choices = {
             a["name"]: Verifier(
-                setup["verify_s"], setup["dollars_per_token"], a.get("bill_bonus", False)
+                verify_s[a["name"]], setup["dollars_per_token"], a.get("bill_bonus", False)
             ).best(options, row["objective"], a.get("lengths", setup["lengths"]))
             for a in setup["assumption"]
         }
@@ -315,6 +319,20 @@ def reproduce_configspec(
         if progress is not None:
             progress(done, where)
     return _comparison(setup, tuple(figures))
+
+
+def _verify_s(setup: Mapping[str, Any], assumption: Mapping[str, Any]) -> float | dict[int, float]:
+    """Verification time of a round: the paper's constant, or by K the step of a shipped profile with so many
+    sessions, after half a step until it begins."""
+    sessions = assumption.get("sessions")
+    if sessions is None:
+        return float(setup["verify_s"])
+    estimator = server_of(setup["profile"])[0].estimator
+    cached = [setup["cached"]] * sessions
+    return {
+        k: 1.5 * estimator.start().add_all([1 + k] * sessions, cached).p50_ms / 1000.0
+        for k in setup["lengths"]
+    }
 
 
 def _choice_figures(choice: ConfigChoice, draft: str) -> tuple[float, float, float, float, float]:
