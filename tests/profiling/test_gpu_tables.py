@@ -17,8 +17,11 @@ from wispprof.artifacts.files import bundled_path
 from wispprof.artifacts.profile import estimator_beside, shipped_servers
 from wispprof.artifacts.rows import MODELLED
 from wispprof.cli import app
+from wispprof.errors import ProfileError
 from wispprof.fitting import load_estimator
+from wispprof.profiling.gpu_import import draft_step
 from wispprof.profiling.operator_steps import AttentionSurface, launch_ms, never_falling
+from wispprof.profiling.operator_tables import GpuTarget, OperatorTables
 from wispprof.simulation.server_models import server_of
 from wispprof.types import BatchShape, VerifyItem
 
@@ -114,3 +117,39 @@ def test_the_tables_give_the_shipped_profile(tmp_path) -> None:  # type: ignore[
     times = {row.key: row.median_ms for row in made.rows}
     for less, more in itertools.pairwise(f"{n}x(5@512)" for n in (1, 4, 16, 64, 128)):
         assert times[less] <= times[more]
+
+
+@pytest.mark.skipif(not HAS_TABLES, reason="needs the extra gpu-tables")
+def test_experts_are_operators_of_each_token() -> None:
+    tables = OperatorTables(GpuTarget("a100_sxm", "Qwen/Qwen3-30B-A3B"))
+    assert tables.model_info.parameters == pytest.approx(30.5e9, rel=0.01)
+    times = {rows: {n: ms for n, ms, _ in tables.tokenwise(rows)} for rows in (1, 64, 512)}
+    experts = [times[rows]["context_moe"] for rows in times]
+    # Few tokens wake few experts; all are read long before the step is bound by arithmetic.
+    assert experts[1] > 4 * experts[0]
+    assert experts[2] < 2 * experts[1]
+    assert all(experts[i] > 0.5 * sum(times[rows].values()) for i, rows in enumerate(times))
+    ((name, alone, _),) = tables.output_head(1)
+    ((_, many, _),) = tables.output_head(512)
+    assert name == "generation_logits_gemm"
+    assert 0 < alone < many
+
+
+@pytest.mark.skipif(not HAS_TABLES, reason="needs the extra gpu-tables")
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        (GpuTarget("h200_sxm", "Qwen/Qwen3-30B-A3B", dtype="fp8"), "those in bf16"),
+        (GpuTarget("a100_sxm", "deepseek-ai/DeepSeek-V3", 8), "cannot price|plain attention"),
+    ],
+)
+def test_what_the_tables_lack_is_refused(target: GpuTarget, says: str) -> None:
+    with pytest.raises(ProfileError, match=says):
+        OperatorTables(target)
+
+
+@pytest.mark.skipif(not HAS_TABLES, reason="needs the extra gpu-tables")
+def test_a_draft_step_grows_with_its_sessions() -> None:
+    step = draft_step(GpuTarget("a100_sxm", "Qwen/Qwen3-32B", 2))
+    assert 0.5 < step["ms"] < 5.0
+    assert 0 < step["row_ms"] < 0.1

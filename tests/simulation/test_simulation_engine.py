@@ -44,6 +44,17 @@ def test_equal_scenarios_give_equal_reports(name: str) -> None:
     assert one.sessions > 0
 
 
+def test_a_run_ends_once_too_many_sessions_have_missed_for_certain() -> None:
+    slow = fleet("fcfs", 40, slos=((Slo(30.0, 800.0), 1.0),), seconds=12.0)
+    whole, short = simulate(slow), simulate(replace(slow, most_missed=3))
+    assert short.seconds < 0.5 * whole.seconds
+    missed = [round(r.sessions * r.violations) for r in (whole, short)]
+    assert 3 < missed[1] < missed[0]
+    # What ends no run changes none.
+    lenient = simulate(replace(slow, most_missed=10_000))
+    assert (lenient.attainment, lenient.counters) == (whole.attainment, whole.counters)
+
+
 def test_another_seed_gives_another_run() -> None:
     assert repr(simulate(fleet("fcfs"))) != repr(simulate(fleet("fcfs", seed=1)))
 
