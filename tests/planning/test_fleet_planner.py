@@ -139,7 +139,7 @@ def test_a_fleet_is_ranked_verified_and_written(spec: FleetSpec, tmp_path: Path)
     assert load_fleet(tmp_path / "fleet.json") == answer
     section = fleet_section(answer)
     assert section is not None
-    assert section["headline"].startswith(f"Buy {best.bought} ×")
+    assert section["headline"].startswith(f"Buy {best.bought} server")
     cells = section["pays"][0].cells
     assert cells[(0.0, 0)].heat is not None
     assert cells[(0.0, 4)].heat is None

@@ -24,7 +24,11 @@ def headline(answer: FleetAnswer) -> str:
     if best is None:
         return f"No candidate meets the SLO for {answer.target:.0%} of the sessions"
     system = _SPOKEN.get(best.system, best.system)
-    return f"Buy {best.bought} × {best.server} and serve with {system}: ${best.dollars_per_h:,.2f} an hour"
+    return f"Buy {_servers(best)} and serve with {system}: ${best.dollars_per_h:,.2f} an hour"
+
+
+def _servers(option: FleetOption) -> str:
+    return f"{option.bought} server{'s'[: option.bought != 1]} ({option.server})"
 
 
 def in_words(answer: FleetAnswer) -> list[str]:
@@ -43,7 +47,7 @@ def in_words(answer: FleetAnswer) -> list[str]:
         other = holding[1]
         more = other.dollars_per_h / best.dollars_per_h - 1
         lines.append(
-            f"Runner-up: {other.bought} × {other.server} with {_SPOKEN.get(other.system, other.system)}, "
+            f"Runner-up: {_servers(other)} with {_SPOKEN.get(other.system, other.system)}, "
             f"${other.dollars_per_h:,.2f} an hour ({more:+.0%})."
         )
     alone = next((o for o in holding if o.system == "server-only"), None)
@@ -55,6 +59,6 @@ def in_words(answer: FleetAnswer) -> list[str]:
 def _against(best: FleetOption, alone: FleetOption) -> str:
     saved = 1 - best.dollars_per_h / alone.dollars_per_h
     return (
-        f"Without any drafts: {alone.bought} × {alone.server}, ${alone.dollars_per_h:,.2f} an hour; "
+        f"Without any drafts: {_servers(alone)}, ${alone.dollars_per_h:,.2f} an hour; "
         f"{_SPOKEN.get(best.system, best.system)} saves {saved:.0%}."
     )

@@ -36,7 +36,7 @@ _LEAST_JUDGED = 50
 _FAR = 0.2
 """Shortfall of attainment from which the search takes longer strides."""
 _BURSTS = (3.0, 2.0, 1.5)
-_BURSTS_S = 2 * Burst.every_s
+_BURSTS_S = 2 * Burst().every_s
 _MS_PER_S, _S_PER_H = 1000.0, 3600.0
 
 

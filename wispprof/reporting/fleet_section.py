@@ -45,7 +45,7 @@ def ranking_table(answer: FleetAnswer) -> Table:
             Column("energy", "J/token", 2, best="min"),
             Column("SLO met", "%", 1),
             Column("whole fleet", "%", 1),
-            Column("burst"),
+            Column("burst", "×", 1),
             Column("limit"),
         ),
         tuple(
@@ -58,7 +58,7 @@ def ranking_table(answer: FleetAnswer) -> Table:
                 o.joules_per_token or None,
                 None if o.attainment is None else 100 * o.attainment,
                 None if o.fleet_attainment is None else 100 * o.fleet_attainment,
-                f"× {o.burst:g}" if o.burst else "",
+                o.burst,
                 LIMITS[o.bound_by] + ("" if o.simulated or o.bound_by == "dear" else " (estimate)"),
             )
             for o in answer.options
