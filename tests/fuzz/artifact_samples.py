@@ -37,6 +37,7 @@ from wispprof.fitting.estimator import ESTIMATOR_KINDS, model_class
 from wispprof.fitting.evaluation import assemble
 from wispprof.fitting.observations import Observations, read_step_log
 from wispprof.fitting.rejection_predictor import PREDICTOR_KINDS, fit_scorer, load_predictor
+from wispprof.simulation.request_traces import read_clients, read_requests
 from wispprof.types import BatchShape, ModelInfo
 
 sys.path.append(str(Path(__file__).parents[1] / "fitting"))
@@ -92,7 +93,16 @@ def write_samples(folder: Path) -> dict[str, tuple[Path, Reader]]:
     lines = ['{"shape": [[5, 128, false], [64, 0, true]], "ms": 12.5}\n'] * 2
     (folder / "steps.jsonl").write_text("".join(lines))
     samples["step log"] = (folder / "steps.jsonl", read_step_log)
+    request = (
+        '{"arrival_s": 5.5, "prompt": 600, "output": 9, "prefix": [7], "drafted": [2], "accepted": [1]}\n'
+    )
+    (folder / "requests.jsonl").write_text(request * 2)
+    samples["request log"] = (folder / "requests.jsonl", _request_log)
     return samples
+
+
+def _request_log(path: Path) -> Any:
+    return read_requests(path), read_clients(path)
 
 
 def _resume(path: Path) -> Any:

@@ -34,6 +34,7 @@ NAMES = (
     "bench",
     "journal",
     "step log",
+    "request log",
 )
 SEALED = ("server rows", "edge rows", "link rows", "trace", "journal")
 MANIFESTS = tuple(n for n in NAMES if n.endswith("manifest"))

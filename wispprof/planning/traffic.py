@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,15 +60,13 @@ def _clients(paths: Sequence[Path]) -> tuple[dict[str, int], tuple[float, ...], 
     seen: tuple[float, ...] = ()
     if len(rtts_ms) >= LEAST_COUNT:
         seen = tuple(rtts_ms[round(q * (len(rtts_ms) - 1))] for q in (0.1, 0.5, 0.9))
-    drafted, accepted = (
-        [sum(depth) for depth in zip_longest(*columns, fillvalue=0)]
-        for columns in (((c.drafted for c in clients)), (c.accepted for c in clients))
-    )
+    drafted, accepted = Counter[int](), Counter[int]()
+    for client in clients:
+        drafted.update(dict(enumerate(client.drafted)))
+        accepted.update(dict(enumerate(client.accepted)))
     shares: list[float] = []
-    for of, right in zip_longest(drafted, accepted, fillvalue=0):
-        if of < LEAST_ROUNDS:
-            break
-        shares.append(min(right / of, shares[-1] if shares else 1.0))
+    while drafted[depth := len(shares)] >= LEAST_ROUNDS:
+        shares.append(min(accepted[depth] / drafted[depth], shares[-1] if shares else 1.0))
     return {name: n for name, n in sorted(slos.items()) if n >= LEAST_COUNT}, seen, tuple(shares)
 
 

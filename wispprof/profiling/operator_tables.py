@@ -237,9 +237,10 @@ class OperatorTables:
             **self._modes,
         )
         model = get_model(target.model, config, target.framework)
-        lists, gemms = [], {}
+        lists: list[list[str]] = []
+        gemms: dict[str, tuple[int, int]] = {}
         for operators in (model.context_ops, model.generation_ops):
-            names = []
+            names: list[str] = []
             for operator in operators:
                 ((kind, spec),) = json.loads(operator._spec_json()).items()
                 names.append(spec["name"])

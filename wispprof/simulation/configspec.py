@@ -81,7 +81,7 @@ class Verifier:
         """The three figures of one option at one draft length. Cost is infinite if nothing is billed."""
         tokens = option.accepted(k) + 1.0
         draft_s = k / option.tokens_per_s
-        verify_s = self.verify_s if isinstance(self.verify_s, float) else self.verify_s[k]
+        verify_s = self.verify_s[k] if isinstance(self.verify_s, Mapping) else self.verify_s
         billed = (k + self.bill_bonus) * self.dollars_per_token
         return Scores(
             tokens / (draft_s + verify_s),

@@ -89,7 +89,8 @@ def read_setup(name: str) -> dict[str, Any]:
         if found["name"] in tables.get("of", ()):
             server = found.get("server", {}) | {"profile": tables["profile"]}
             again = {"name": f"{found['name']}: {tables['name']}", "why": f"{tables['why']}: {found['why']}"}
-            setup["assumption"].append({**found, **again, "server": server})
+            changed = tables.get("change", {}).get(found["name"], {})
+            setup["assumption"].append({**found, **again, "server": server, **changed})
     return setup
 
 
@@ -290,7 +291,7 @@ def reproduce_configspec(
     setup = read_setup("configspec")
     verify_s = {a["name"]: _verify_s(setup, a) for a in setup["assumption"]}
     constant, at = setup["verify_s"], setup["shown_k"]
-    shown = {name: t if isinstance(t, float) else t[at] for name, t in verify_s.items()}
+    shown = {name: t[at] if isinstance(t, dict) else t for name, t in verify_s.items()}
     figures = [Figure(f"T_verify at K = {at}, s", constant, shown)]
     for done, row in enumerate(setup["published"], start=1):
         options = [

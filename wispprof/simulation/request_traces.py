@@ -213,9 +213,16 @@ def read_clients(path: Path) -> list[SeenClient]:
         if line.strip():
             try:
                 row = json.loads(line)
-                counts = (tuple(map(int, row[name])) for name in ("drafted", "accepted"))
+                drafted, accepted = (tuple(map(int, row[name])) for name in ("drafted", "accepted"))
                 speed, rtt_ms = float(row.get("tokens_per_s", 0.0)), float(row.get("rtt_ms", math.nan))
-                found.append(SeenClient(speed, rtt_ms, *counts))
+                if (
+                    min(0, *drafted, *accepted) < 0
+                    or not 0 <= speed < math.inf
+                    or rtt_ms < 0
+                    or rtt_ms == math.inf
+                ):
+                    raise ValueError("negative or non-finite value")
+                found.append(SeenClient(speed, rtt_ms, drafted, accepted))
             except _DAMAGE as err:
                 raise ArtifactDamaged(
                     f"{path} line {number}: {err!r}.", "Repair or remove that line."
