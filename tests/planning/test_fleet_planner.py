@@ -21,7 +21,7 @@ from wispprof.reporting.fleet_section import fleet_section
 from wispprof.settings.planner_settings import FleetSettings
 from wispprof.simulation.arrivals import Lengths, Request
 from wispprof.simulation.devices import DeviceProfile
-from wispprof.simulation.routed_fleet import Burst, fleet_requests, route
+from wispprof.simulation.routed_fleet import Burst, FleetRun, fleet_requests, route
 from wispprof.simulation.scenario import ServerModel
 from wispprof.simulation.server_models import server_of
 from wispprof.types import Slo
@@ -57,7 +57,9 @@ server = "slow"
 gpu = "l40s"
 kv_tokens = 60000
 """
-QUICK = FleetSettings(probe_sessions=150, check_sessions=200, sampled=1, warmup_s=10.0)
+QUICK = FleetSettings(
+    probe_sessions=100, check_sessions=100, sampled=1, confirming=2, verified=1, warmup_s=10.0
+)
 
 
 @pytest.fixture
@@ -65,6 +67,7 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FleetSpec:
     """Servers by name, without files."""
     made = {"fast": ServerModel(FAST), "slow": ServerModel(SLOW)}
     monkeypatch.setattr(fleet_planner, "server_of", lambda name: (made[name], "modelled"))
+    monkeypatch.setattr(fleet_planner, "_BURSTS_S", 60.0)
     (tmp_path / "fleet.toml").write_text(FLEET)
     return read_fleet(tmp_path / "fleet.toml", SYSTEM_NAMES)
 
@@ -179,8 +182,8 @@ def test_the_command_prints_the_answer(
     spec: FleetSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    options = ["--probe-sessions", "150", "--check-sessions", "200", "--sampled", "1", "--warmup", "10"]
-    done = CliRunner().invoke(app, ["fleet", "fleet.toml", "--jobs", "1", *options])
+    options = "--probe-sessions 100 --check-sessions 100 --sampled 1 --confirming 1 --verified 1 --warmup 10"
+    done = CliRunner().invoke(app, ["fleet", "fleet.toml", "--jobs", "1", *options.split()])
     assert done.exit_code == 0, done.output
     assert "Buy " in done.output
     assert "Runner-up" in done.output
@@ -197,3 +200,35 @@ def test_every_example_names_servers_that_are_shipped() -> None:
         for candidate in read_fleet(file, SYSTEM_NAMES).servers:
             model, note = server_of(candidate.server)
             assert model.kv_tokens, note
+
+
+def test_servers_that_differ_leave_the_attainment_uncertain() -> None:
+    alike = FleetRun(by_server=((95, 100), (95, 100), (95, 100)))
+    apart = FleetRun(by_server=((100, 100), (100, 100), (85, 100)))
+    assert alike.attainment == apart.attainment == 0.95
+    assert alike.server_error == 0.0
+    assert apart.server_error == pytest.approx(0.05)
+    assert FleetRun(by_server=((9, 10),)).server_error == 0.0
+
+
+def test_a_fleet_that_misses_the_target_gets_more_servers(
+    spec: FleetSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[int] = []
+    plain = fleet_planner._verified
+
+    def too_few(one: fleet_planner._Search, *others: object) -> object:
+        if one.servers > 1 and not searched:
+            searched.append(one.servers)
+            one.servers = 1
+        return plain(one, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fleet_planner, "_verified", too_few)
+    answer = fleet_planner.plan_fleet(
+        replace(spec, servers=spec.servers[1:], systems=("server-only",)), QUICK
+    )
+    (option,) = answer.options
+    assert searched
+    assert option.servers > 1
+    assert option.fleet_attainment is not None
+    assert option.fleet_attainment >= spec.target

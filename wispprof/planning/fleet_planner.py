@@ -35,6 +35,8 @@ _PROBE_SEED, _CHECK_SEED = 1, 2
 _LEAST_JUDGED = 50
 _FAR = 0.2
 """Shortfall of attainment from which the search takes longer strides."""
+_TOLERANCE = 0.02
+"""Of the number of servers."""
 _BURSTS = (3.0, 2.0, 1.5)
 _BURSTS_S = 2 * Burst().every_s
 _MS_PER_S, _S_PER_H = 1000.0, 3600.0
@@ -90,10 +92,10 @@ class _Search:
             service = tuple((_MS_PER_S, _MS_PER_S / of.slo.tokens_per_s) for of in self.load.model)
         return RoutedFleet(self.load.simulated, self.model.server, system(self.system), service)
 
-    def run(self, servers: int, executor: Executor | None, progress: Progress) -> FleetRun:
-        """Some of so many servers, simulated once."""
-        if servers not in self.runs:
-            sampled = min(servers, self.settings.sampled)
+    def run(self, servers: int, executor: Executor | None, progress: Progress, sampled: int = 0) -> FleetRun:
+        """Some of so many servers, ``sampled`` or a probe's; simulated once."""
+        sampled = min(servers, sampled or self.settings.sampled)
+        if servers not in self.runs or len(self.runs[servers].by_server) < sampled:
             seconds = self.settings.seconds_for(
                 sampled / servers * self.load.per_s, self.settings.probe_sessions
             )
@@ -113,18 +115,21 @@ class _Search:
         """Whether all sessions, and those of each class, meet the target with a standard error to spare: the
         fewest servers that seem to hold are else those that were lucky."""
         parts = [(run.met, run.judged), *(p for p in run.by_class.values() if p[1] >= _LEAST_JUDGED)]
-        return all(_surely(met, of) >= self.spec.target for met, of in parts)
+        steady = run.attainment - run.server_error >= self.spec.target
+        return steady and all(_surely(met, of) >= self.spec.target for met, of in parts)
 
     def search(self, executor: Executor | None, progress: Progress, dearest: float = math.inf) -> None:
         """Find the fewest servers that hold the SLO; 0 if none does. Give up (``too_dear``) if it needs
         so many that they cost more than ``dearest`` dollars an hour."""
         low, high = 0, 0
         count, self.too_dear = self.estimate, False
-        while not high or high - low > max(1, round(0.02 * high)):
+        while not high or high - low > max(1, round(_TOLERANCE * high)):
             if not high and self.price_per_h(count) > dearest:
                 self.too_dear, self.estimate = True, count
                 return
             run = self.run(count, executor, progress)
+            if self.holds(run):
+                run = self.run(count, executor, progress, self.settings.confirming)
             if self.holds(run):
                 high = count
                 count = (low + high) // 2 if low else max(1, math.floor(0.8 * count))
@@ -238,17 +243,18 @@ def plan_fleet(
         if not left:
             break
         min(left, key=lambda s: s.known_price).search(executor, progress, settings.dearest * limit)
-    ranked = sorted(searches, key=lambda s: (s.known_price, not s.runs))
-    options = []
-    for place, one in enumerate(ranked):
-        option = one.option()
-        if place < settings.verified and one.servers:
-            option = _verified(one, option, executor, progress)
-        options.append(option)
+    verified: dict[int, FleetOption] = {}
+    while True:
+        ranked = sorted(searches, key=lambda s: (s.known_price, not s.runs))
+        unverified = [s for s in ranked[: settings.verified] if s.servers and id(s) not in verified]
+        if not unverified:
+            break
+        # It may turn out to need more servers, and another be cheaper then.
+        verified[id(unverified[0])] = _verified(unverified[0], executor, progress)
     return FleetAnswer(
         spec.title,
         spec.model,
-        tuple(options),
+        tuple(verified.get(id(one)) or one.option() for one in ranked),
         tuple(map(_in_words, spec.devices)),
         sum(of.count for of in spec.devices),
         load.per_s,
@@ -264,10 +270,9 @@ def _cheapest(searches: list[_Search]) -> _Search | None:
     return min(estimated, key=lambda one: one.known_price) if estimated else None
 
 
-def _verified(
-    one: _Search, option: FleetOption, executor: Executor | None, progress: Progress
-) -> FleetOption:
-    """Simulate the whole fleet, without and with the spare servers, and under bursts."""
+def _verified(one: _Search, executor: Executor | None, progress: Progress) -> FleetOption:
+    """Simulate the whole fleet, without and with the spare servers, and under bursts. A fleet that misses the
+    target gets more servers."""
     settings, spare = one.settings, one.spec.spare
     name = f"{one.candidate.name}, {one.system}"
 
@@ -288,14 +293,18 @@ def _verified(
         seconds = settings.seconds_for(one.load.per_s, sessions)
         return run(servers, seconds, "a server of the whole fleet").attainment
 
-    exact = whole(one.servers, settings.check_sessions)
+    while (exact := whole(one.servers, settings.check_sessions)) < one.spec.target:
+        if one.servers >= one.candidate.max_servers:
+            break
+        one.servers += max(1, round(_TOLERANCE * one.servers))
+        one.run(one.servers, executor, progress, settings.confirming)
     with_spare = whole(one.servers + spare, settings.probe_sessions) if spare else exact
     burst = 1.0
     for factor in _BURSTS:
         if one.holds(run(one.servers + spare, settings.warmup_s + _BURSTS_S, f"bursts × {factor:g}", factor)):
             burst = factor
             break
-    return replace(option, fleet_attainment=exact, spare_attainment=with_spare, burst=burst)
+    return replace(one.option(), fleet_attainment=exact, spare_attainment=with_spare, burst=burst)
 
 
 def _load(spec: FleetSpec) -> _Load:

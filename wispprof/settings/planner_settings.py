@@ -201,6 +201,7 @@ class FleetSettings(Settings):
         4000, "Sessions that the check of the whole fleet counts, about.", minimum=100
     )
     sampled: int = setting(2, "Servers that a probe simulates.", minimum=1)
+    confirming: int = setting(8, "Servers that are simulated where a probe met the SLO.", minimum=1)
     warmup_s: float = setting(
         40.0, "Time at the beginning that is not counted.", unit="s", minimum=0, option="warmup"
     )

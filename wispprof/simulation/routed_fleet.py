@@ -98,10 +98,10 @@ def route(
 
 @dataclass(frozen=True)
 class FleetRun:
-    """Simulated servers of a fleet, summed up. ``attainment`` is NaN if no session was judged."""
+    """Simulated servers of a fleet, summed up; ``by_server`` and ``by_class``: (sessions that met their SLO,
+    judged). ``attainment`` is NaN if no session was judged."""
 
-    met: int = 0
-    judged: int = 0
+    by_server: tuple[tuple[int, int], ...] = ()
     by_class: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     missed_by: Mapping[str, int] = field(default_factory=dict)
     tokens: float = 0.0
@@ -110,8 +110,26 @@ class FleetRun:
     drafting_s: float = 0.0
 
     @property
+    def met(self) -> int:
+        return sum(met for met, _ in self.by_server)
+
+    @property
+    def judged(self) -> int:
+        return sum(of for _, of in self.by_server)
+
+    @property
     def attainment(self) -> float:
         return self.met / self.judged if self.judged else math.nan
+
+    @property
+    def server_error(self) -> float:
+        """Standard error of the attainment from server to server: sessions of one server share its queue. 0
+        with fewer than two."""
+        count, share = len(self.by_server), self.attainment
+        if count < 2 or not self.judged:
+            return 0.0
+        squares = sum((met - share * of) ** 2 for met, of in self.by_server)
+        return math.sqrt(squares * count / (count - 1)) / self.judged
 
     @property
     def utilisation(self) -> float:
@@ -190,16 +208,18 @@ class RoutedFleet:
 def sum_up(reports: Sequence[Report]) -> FleetRun:
     """One run of several servers' reports."""
     by_class: dict[str, tuple[int, int]] = {}
+    by_server: list[tuple[int, int]] = []
     missed_by: dict[str, int] = {}
     for report in reports:
+        pairs = report.judged_by_client.values()
+        by_server.append((sum(met for met, _ in pairs), sum(of for _, of in pairs)))
         for name, (met, of) in report.judged_by_client.items():
             before = by_class.get(name, (0, 0))
             by_class[name] = (before[0] + met, before[1] + of)
         for why, count in report.missed_by.items():
             missed_by[why] = missed_by.get(why, 0) + count
     return FleetRun(
-        sum(met for met, _ in by_class.values()),
-        sum(of for _, of in by_class.values()),
+        tuple(by_server),
         by_class,
         missed_by,
         sum(r.throughput * r.seconds for r in reports),
