@@ -28,7 +28,11 @@ def headline(answer: FleetAnswer) -> str:
 
 
 def _servers(option: FleetOption) -> str:
-    return f"{option.bought} server{'s'[: option.bought != 1]} ({option.server})"
+    return f"{_count(option.bought)} ({option.server})"
+
+
+def _count(servers: int) -> str:
+    return f"{servers} server{'s'[: servers != 1]}"
 
 
 def in_words(answer: FleetAnswer) -> list[str]:
@@ -37,9 +41,10 @@ def in_words(answer: FleetAnswer) -> list[str]:
     lines = [f"{headline(answer)}."]
     if best is None:
         return lines
+    enough = "is enough" if best.servers == 1 else "are enough"
     lines.append(
         f"{answer.devices:,} devices send {answer.requests_per_s:.1f} requests/s in the busiest hour. "
-        f"{best.servers} servers are enough, {answer.spare} more may fail. "
+        f"{_count(best.servers)} {enough}, {answer.spare} more may fail. "
         f"Limit: {LIMITS[best.bound_by]}; tightest class: {best.tightest}."
     )
     holding = [o for o in answer.options if o.servers and o.bound_by != "dear"]

@@ -24,7 +24,7 @@ class LineLog(Generic[Record]):
     """Appends what :meth:`encode` makes of each record to ``path``. Once the file holds ``max_bytes`` (0: no
     limit) it is renamed to ``path`` with ``.1``, in place of the last one so named.
 
-    A disk error ends the log, not the server; :attr:`error` holds it. Raises :class:`WispprofError` if
+    An error ends the log, not the server; :attr:`error` holds it. Raises :class:`WispprofError` if
     the file cannot be opened. ``name``: as in the option that asks for it.
     """
 
@@ -83,6 +83,6 @@ class LineLog(Generic[Record]):
                     self.written += 1
             finally:
                 self._file.close()
-        except OSError as err:
-            self.error = err.strerror or str(err)
+        except Exception as err:
+            self.error = getattr(err, "strerror", None) or str(err)
             log.error("the %s %s ended: %s", self.name, self.path, self.error)

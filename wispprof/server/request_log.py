@@ -75,7 +75,7 @@ class RequestLog(LineLog[EndedRequest]):
     def encode(self, record: EndedRequest) -> dict[str, Any]:
         state, depths = record.state, record.depths
         prompt = len(state.tokens) - state.generated
-        slo, rtt_ms = state.slo, state.rtt_ms
+        slo, rtt_ms = state.slo, state.drafts.arrivals.rtt_ms
         deepest = max((d for d, n in enumerate(depths.drafted, start=1) if n), default=0)
         line: dict[str, Any] = {
             "arrival_s": round(self._unix_ms(state.slo_tracker.opened_ms) / 1000.0, 3),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from wispprof.server.request_log import DepthCounts
@@ -33,7 +33,7 @@ class ServerSession:
     ``in_engine``: the engine has opened it (set in the engine's thread), with ``reused`` tokens of a
     cached prefix. ``opened``: the event loop has seen that. ``closing``: reason to close it after the
     step under way. ``planned``: the next step holds it already. ``last_seen_ms``: the latest frame or commit.
-    ``depths``: for the request log, if there is one. ``resumed``: output tokens that it was opened with.
+    ``depths``: for the request log. ``resumed``: output tokens that it was opened with.
     """
 
     state: SessionState
@@ -47,7 +47,7 @@ class ServerSession:
     planned: bool = False
     reused: int = 0
     last_commit_ms: float = 0.0
-    depths: DepthCounts | None = None
+    depths: DepthCounts = field(default_factory=DepthCounts)
     resumed: int = 0
 
     @property

@@ -20,7 +20,7 @@ from wispprof.server.engine_thread import EngineThread
 from wispprof.server.kv_scheduler import schedule_kv
 from wispprof.server.metrics import Metrics
 from wispprof.server.prefix_cache import PrefixCache
-from wispprof.server.request_log import DepthCounts, EndedRequest, RequestLog
+from wispprof.server.request_log import EndedRequest, RequestLog
 from wispprof.server.session import ServerSession, SessionListener
 from wispprof.server.step_time_tracker import StepTimeTracker
 from wispprof.sessions.plan_ahead import expected_view
@@ -106,16 +106,8 @@ class SessionManager:
             undrafted=request.undrafted,
             max_pending_drafts=self._settings.max_drafts,
         )
-        session = ServerSession(
-            state,
-            request.sampling,
-            listener,
-            number,
-            now_ms,
-            last_commit_ms=now_ms,
-            depths=None if self.request_log is None else DepthCounts(),
-            resumed=request.generated,
-        )
+        session = ServerSession(state, request.sampling, listener, number, now_ms, last_commit_ms=now_ms)
+        session.resumed = request.generated
         self._sessions[name] = session
         self._new_sessions.append(session)
         self.wake()
@@ -246,8 +238,7 @@ class SessionManager:
             if not session.state.in_flight:
                 self._remove(session, session.closing, now_ms)
         elif commit.tokens:
-            if session.depths is not None:
-                session.depths.add(commit.drafted, commit.accepted)
+            session.depths.add(commit.drafted, commit.accepted)
             self._undelivered.append((session, commit, now_ms, verify_ms))
             if commit.finished:
                 self._remove(session, commit.finished, now_ms)
@@ -367,9 +358,9 @@ class SessionManager:
             met_slo = None  # An aborted session counts only if it had missed its SLO already.
         e2e_ms = max(0.0, now_ms - state.slo_tracker.opened_ms)
         self._metrics.ended(state.slo, state.counters, reason, met_slo, e2e_ms)
-        if self.request_log is not None and session.depths is not None:
-            owner = self._owner(session)
-            self.request_log.put(EndedRequest(state, session.depths, session.resumed, owner, reason))
+        if self.request_log is not None:
+            ended = EndedRequest(state, session.depths, session.resumed, self._owner(session), reason)
+            self.request_log.put(ended)
         if not session.opened:
             return  # Never opened, or being opened now: see _opened.
         evicted = [session.name]

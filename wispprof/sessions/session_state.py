@@ -129,11 +129,6 @@ class SessionState:
         return self.drafts.counters
 
     @property
-    def rtt_ms(self) -> float:
-        """See :class:`~wispprof.sessions.pending_drafts.DraftArrivals`."""
-        return self._drafts.arrivals.rtt_ms
-
-    @property
     def prompt_left(self) -> int:
         """Tokens to prefill before the next one can be decided; 0 while decoding.
 
