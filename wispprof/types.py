@@ -213,25 +213,35 @@ class DraftToken(NamedTuple):
     features: DraftFeatures
 
 
+MAX_TREE_NODES = 64
+"""Drafts of a draft tree, so that a node's ancestors fit into one integer."""
+
+
 class StepInput(NamedTuple):
     """One session's tokens in one engine step.
 
     ``tokens`` are appended to the session's cached tokens; the last ``drafts`` of them are proposals.
     With ``needs_logits`` the target's own token is computed after each of the last ``drafts + 1`` tokens.
     Without it (a prompt chunk before the last one) nothing is decided and ``drafts`` must be 0.
+
+    ``parents`` makes the drafts a tree of at most :data:`MAX_TREE_NODES`, for engines whose capabilities
+    include ``trees``. ``parents[i]`` is the number of the draft that draft ``i`` follows, less than ``i``,
+    or -1 if it follows the last token that is not a draft. Without ``parents`` each draft follows the one
+    before it.
     """
 
     session: str
     tokens: Sequence[int]
     drafts: int = 0
     needs_logits: bool = True
+    parents: Sequence[int] = ()
 
 
 class VerifyResult(NamedTuple):
     """What a step decided for one input: the accepted drafts, then the target's own next token.
 
     ``accepted`` is ``len(tokens) - 1``, or 0 with no tokens if the input did not need logits. The session
-    then caches its input up to the last accepted draft. The target's own token is not cached yet:
+    then caches its input up to the last accepted draft; of a tree only the accepted path. The target's own token is not cached yet:
     the next input of the session must begin with it. ``logprobs``: one per token, if the session's
     sampling asks for them.
     """

@@ -5,6 +5,7 @@ Run as a process of its own: within the tests the kernels may be loaded for Trit
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -17,12 +18,12 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
-from wispprof.engines.torch.triton_attention import _merge_splits_kernel, _split_kv_kernel
+from wispprof.engines.torch.triton_attention import _merge_splits_kernel, _split_kv_kernel, num_warps
 
 # Qwen3-8B: 32 query heads over 8 KV heads of 128.
 SPLIT_KV = {"GROUP": 4, "DIM": 128, "BLOCK_SIZE": 64, "KEY_TILE": 64, "SPLITS": 16}
 MERGE_SPLITS = {"DIM": 128, "SPLITS": 16}
-INDICES = ("query_start_loc", "seq_lens", "block_tables")
+INDICES = ("query_start_loc", "seq_lens", "block_tables", "tree_starts")
 DIVISIBLE_BY_16 = ("q_token", "q_head", "kv_block", "kv_slot", "kv_head", "heads")
 
 
@@ -30,18 +31,22 @@ def main() -> None:
     found: dict[str, dict[str, int]] = {}
     for cap in (80, 89, 90, 100):
         for dtype in ("bf16", "fp16"):
-            for tile in (16, 64):
-                constants = SPLIT_KV | {"QUERY_TILE": tile}
-                found[f"split sm_{cap} {dtype} {tile}"] = figures(_split_kv_kernel, dtype, constants, cap)
+            for tile, trees in itertools.product((16, 64), (False, True)):
+                constants = SPLIT_KV | {"QUERY_TILE": tile, "TREES": trees}
+                name = f"{'tree' if trees else 'split'} sm_{cap} {dtype} {tile}"
+                found[name] = figures(_split_kv_kernel, dtype, constants, cap, num_warps(tile))
             found[f"merge sm_{cap} {dtype}"] = figures(_merge_splits_kernel, dtype, MERGE_SPLITS, cap)
     print(json.dumps(found))
 
 
-def figures(kernel: Any, dtype: str, constants: dict[str, int], cap: int) -> dict[str, int]:
+def figures(
+    kernel: Any, dtype: str, constants: dict[str, int], cap: int, warps: int = 4
+) -> dict[str, int]:
     """Registers a thread, spilled bytes, bytes of shared memory, with the arguments of a served step."""
     types = dict.fromkeys(kernel.arg_names, "i32") | {"scale": "fp32"}
     types |= dict.fromkeys(("q", "keys", "values", "out"), f"*{dtype}")
     types |= dict.fromkeys(("partial", "stats"), "*fp32") | dict.fromkeys(INDICES, "*i32")
+    types |= {"ancestors": "*i64"}
     types |= dict.fromkeys(constants, "constexpr")
     place = kernel.arg_names.index
     aligned = [n for n in kernel.arg_names if types[n].startswith("*") or n in DIVISIBLE_BY_16]
@@ -51,7 +56,7 @@ def figures(kernel: Any, dtype: str, constants: dict[str, int], cap: int) -> dic
         {(place(name),): value for name, value in constants.items()},
         {(place(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", cap, 32))
+    compiled = triton.compile(source, target=GPUTarget("cuda", cap, 32), options={"num_warps": warps})
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])

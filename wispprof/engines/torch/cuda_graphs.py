@@ -1,4 +1,4 @@
-"""Steps as captured CUDA graphs: one per bucket of tokens and of new tokens per input.
+"""Steps as captured CUDA graphs: one per bucket of tokens, of new tokens per input, and of draft trees or none.
 
 A small step on a GPU is bound by its kernel launches; a graph launches all of them at once and pads the
 step to its bucket. All that varies between steps lies in one static buffer, which one copy fills.
@@ -17,16 +17,20 @@ from torch import Tensor
 from wispprof.engines.torch.block_table import NULL_BLOCK, NULL_SLOT
 from wispprof.engines.torch.decoder import Decoder
 from wispprof.engines.torch.paged_kv import AttentionMetadata, PagedKvStore
+from wispprof.types import MAX_TREE_NODES
 
 TOKEN_BUCKETS = (4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)
 NEW_TOKEN_BUCKETS = (1, 8, 16)
+TREE_TOKEN_BUCKETS = (16, MAX_TREE_NODES + 1)
 
 
 class Bucket(NamedTuple):
-    """Sizes a graph is captured for: tokens of the step, maximum new tokens of an input."""
+    """Sizes a graph is captured for: tokens of the step, maximum new tokens of an input; ``trees``: some
+    inputs may hold draft trees."""
 
     tokens: int
     max_new: int
+    trees: bool = False
 
 
 class _Views(NamedTuple):
@@ -35,20 +39,21 @@ class _Views(NamedTuple):
     ids: Any
     positions: Any
     slot_mapping: Any
+    ancestors: Any
     query_start_loc: Any
     seq_lens: Any
     token_to_input: Any
+    tree_starts: Any
     block_tables: Any
 
     @classmethod
     def of(cls, words: Tensor, tokens: int, width: int) -> _Views:
         """Split an int64 buffer: the int64 inputs first, then the int32 inputs, two to a word."""
-        ids, positions, slot_mapping = torch.split(words[: 3 * tokens], tokens)
-        narrow = words[3 * tokens :].view(torch.int32)
-        sizes = [tokens + 1, tokens, tokens, tokens * width]
-        starts, lengths, inputs, tables, _ = torch.split(narrow, [*sizes, len(narrow) - sum(sizes)])
-        tables = tables.view(tokens, width)
-        return cls(ids, positions, slot_mapping, starts, lengths, inputs, tables)
+        wide = torch.split(words[: 4 * tokens], tokens)
+        narrow = words[4 * tokens :].view(torch.int32)
+        sizes = [tokens + 1, tokens, tokens, tokens, tokens * width]
+        *rows, tables, _ = torch.split(narrow, [*sizes, len(narrow) - sum(sizes)])
+        return cls(*wide, *rows, tables.view(tokens, width))
 
 
 class _Static(NamedTuple):
@@ -75,11 +80,12 @@ class StepGraphs:
         self._graphs: dict[Bucket, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory: Any = None
 
-    def bucket(self, new: np.ndarray) -> Bucket | None:
+    def bucket(self, new: np.ndarray, trees: bool = False) -> Bucket | None:
         """The bucket of a step with these new tokens per input; ``None`` if none is large enough."""
         tokens = next((t for t in TOKEN_BUCKETS if t >= int(new.sum())), None)
-        max_new = next((n for n in NEW_TOKEN_BUCKETS if n >= int(new.max())), None)
-        return None if tokens is None or max_new is None else Bucket(tokens, max_new)
+        sizes = TREE_TOKEN_BUCKETS if trees else NEW_TOKEN_BUCKETS
+        max_new = next((n for n in sizes if n >= int(new.max())), None)
+        return None if tokens is None or max_new is None else Bucket(tokens, max_new, trees)
 
     def run(
         self, bucket: Bucket, ids: np.ndarray, positions: np.ndarray, arrays: dict[str, np.ndarray]
@@ -101,7 +107,10 @@ class StepGraphs:
 
     @torch.inference_mode()
     def capture_all(self, max_tokens: int) -> None:
-        """Capture every bucket up to ``max_tokens``, so that no served step has to."""
+        """Capture every bucket of chains up to ``max_tokens``, so that no served step has to.
+
+        Those of draft trees are captured when first needed: most servers never see one.
+        """
         empty = np.empty(0, dtype=np.int64)
         arrays: dict[str, np.ndarray] = {
             "slot_mapping": empty,
@@ -134,15 +143,21 @@ class StepGraphs:
 
     def _make_static(self, bucket: Bucket) -> _Static:
         tokens, width = bucket.tokens, self._store.tables.width
-        words = 3 * tokens + (3 * tokens + 1 + tokens * width + 1) // 2
+        words = 4 * tokens + (4 * tokens + 1 + tokens * width + 1) // 2
         with torch.inference_mode(False):
             host = torch.zeros(words, dtype=torch.int64, pin_memory=self._device.type == "cuda")
             device = torch.zeros(words, dtype=torch.int64, device=self._device)
         views = _Views.of(device, tokens, width)
         metadata = AttentionMetadata(
-            *views[2:],
+            views.slot_mapping,
+            views.query_start_loc,
+            views.seq_lens,
+            views.token_to_input,
+            views.block_tables,
             max_query_len=bucket.max_new,
             max_seq_len=min(width * self._store.block_size, self._store.max_context),
+            tree_starts=views.tree_starts if bucket.trees else None,
+            ancestors=views.ancestors if bucket.trees else None,
         )
         host_views = _Views(*(view.numpy() for view in _Views.of(host, tokens, width)))
         self._static[bucket] = _Static(host, host_views, device, views, metadata)
@@ -164,3 +179,7 @@ def _fill(host: _Views, ids: np.ndarray, positions: np.ndarray, arrays: dict[str
     host.token_to_input[used:] = np.arange(inputs, padded)
     host.block_tables[:inputs, : arrays["block_tables"].shape[1]] = arrays["block_tables"]
     host.block_tables[inputs:padded, 0] = NULL_BLOCK
+    if "ancestors" in arrays:
+        host.ancestors[:used] = arrays["ancestors"]
+        host.tree_starts[:inputs] = arrays["tree_starts"]
+        host.tree_starts[inputs:] = host.seq_lens[inputs:]

@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wispprof.engines.torch.draft_tree import NO_TREES, DraftTree, Trees
 from wispprof.engines.torch.kv_store import (
     KvGeometry,
     KvPlan,
     KvStore,
-    causal_mask,
+    additive_mask,
+    causal,
     grouped_attention,
 )
 from wispprof.errors import EngineError, OutOfKvMemory
@@ -243,6 +245,12 @@ class DenseKvStore(KvStore):
     def truncate(self, handle: int, length: int) -> None:
         """Nothing to do: values beyond a length are masked and later overwritten."""
 
+    def move(self, handles: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> None:
+        for handle in np.unique(handles).tolist():
+            row = self._pools[self._pool_of[handle]].data[:, :, int(self._row_of[handle])]
+            mine = handles == handle
+            row[:, :, :, targets[mine]] = row[:, :, :, sources[mine]]
+
     def clear(self, handle: int, start: int, stop: int) -> None:
         pool = self._pools[self._pool_of[handle]]
         pool.data[:, :, int(self._row_of[handle]), :, start:stop] = 0
@@ -273,7 +281,9 @@ class DenseKvStore(KvStore):
 
     # --- a step --------------------------------------------------------------------------------
 
-    def plan(self, handles: np.ndarray, cached: np.ndarray, new: np.ndarray) -> DenseKvPlan:
+    def plan(
+        self, handles: np.ndarray, cached: np.ndarray, new: np.ndarray, trees: Trees = NO_TREES
+    ) -> DenseKvPlan:
         pools, rows = self._pool_of[handles], self._row_of[handles]
         if len(handles) == 1:
             order = np.zeros(1, dtype=np.int64)
@@ -292,15 +302,16 @@ class DenseKvStore(KvStore):
                 rows[group_order],
                 cached[group_order],
                 new[group_order],
+                {place: trees[i] for place, i in enumerate(group_order.tolist()) if i in trees},
             )
             groups.append(group)
             start = group.stop
         return DenseKvPlan(order, groups, self._scale)
 
     def _group(
-        self, pool: _Pool, start: int, rows: np.ndarray, cached: np.ndarray, new: np.ndarray
+        self, pool: _Pool, start: int, rows: np.ndarray, cached: np.ndarray, new: np.ndarray, trees: Trees
     ) -> _Group:
-        """``rows`` ascend. All index arithmetic of the step happens here, none in the layers."""
+        """``rows`` ascend; ``trees`` by place in the group. All index arithmetic of the step happens here, none in the layers."""
         kv_heads, heads = self._geometry.kv_heads, self._geometry.heads
         count, total, max_new = len(rows), int(new.sum()), int(new.max())
         length = int((cached + new).max())
@@ -328,7 +339,14 @@ class DenseKvStore(KvStore):
             last_seen = np.zeros((span, max_new), dtype=np.int64)
             last_seen[local] = np.minimum(cached[:, None] + np.arange(max_new), (cached + new - 1)[:, None])
             if last_seen.min() < length - 1:
-                mask = causal_mask(self._to_device(last_seen), length, heads // kv_heads, self._dtype)
+                seen = causal(self._to_device(last_seen), length)
+                if trees:
+                    hidden = [
+                        _hidden(tree, int(cached[i]), int(new[i]), int(local[i]) * max_new, length)
+                        for i, tree in trees.items()
+                    ]
+                    seen.view(-1)[self._to_device(np.concatenate(hidden))] = False
+                mask = additive_mask(seen, heads // kv_heads, self._dtype)
         return _Group(
             pool=pool,
             start=start,
@@ -346,3 +364,10 @@ class DenseKvStore(KvStore):
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def _hidden(tree: DraftTree, cached: int, new: int, first_row: int, length: int) -> np.ndarray:
+    """Flat places in a mask (…, length) where a node would see one that is not its ancestor."""
+    root = new - len(tree.parents)
+    nodes, others = tree.hidden()
+    return (first_row + root + nodes) * length + cached + root + others

@@ -24,6 +24,7 @@ from wispprof.engines.model_config import FAMILIES
 from wispprof.engines.torch.cuda_graphs import Bucket, StepGraphs
 from wispprof.engines.torch.decoder import Decoder, decoder_for
 from wispprof.engines.torch.dense_kv import DenseKvStore
+from wispprof.engines.torch.draft_tree import Trees, draft_trees
 from wispprof.engines.torch.integrity import compare_with_prefill
 from wispprof.engines.torch.kv_store import KvGeometry, KvStore, kv_layout
 from wispprof.engines.torch.paged_kv import PagedKvStore
@@ -180,6 +181,7 @@ class TorchEngine(Engine):
             max_context=self.max_context,
             max_drafts=self.max_context - 1,
             max_sessions=self.max_sessions,
+            trees=self.attention != "varlen",
             graphs=self._graphs is not None,
             fork=True,
             dtype=self.info.dtype,
@@ -216,12 +218,14 @@ class TorchEngine(Engine):
         sessions = self._step_sessions(inputs)
         sizes = StepSizes.of(inputs, [len(s.tokens) for s in sessions], self.max_context)
         tokens = token_arrays(inputs, self.info.vocab_size)
+        trees = self._trees(inputs)
         self._check_kv_free(int(sizes.new.sum()))
         handles = np.fromiter((s.handle for s in sessions), np.int64, len(sessions))
         self._store.allocate(handles, sizes.cached, sizes.cached + sizes.new)
         try:
-            batch, bucket, hidden = self._forward(tokens, sizes, handles)
+            batch, bucket, hidden = self._forward(tokens, sizes, handles, trees)
             decision = self._decide(batch, sizes, sessions, hidden)
+            self._keep_paths(handles, sizes, decision)
             spoiled = decision.spoiled(batch, sizes, hidden)
             for one in spoiled:
                 self._store.clear(int(handles[one.number]), one.start, one.stop)
@@ -253,6 +257,14 @@ class TorchEngine(Engine):
         cached = [len(one.tokens) for one in self._step_sessions(inputs)]
         StepSizes.of(inputs, cached, self.max_context)
         token_arrays(inputs, self.info.vocab_size)
+        self._trees(inputs)
+
+    def _trees(self, inputs: Sequence[StepInput]) -> Trees:
+        trees = draft_trees(inputs)
+        if trees and not self.capabilities.trees:
+            name = inputs[next(iter(trees))].session
+            raise InputRefused(name, f"{self.attention!r} attention verifies no draft trees.", "Feed chains.")
+        return trees
 
     def _step_sessions(self, inputs: Sequence[StepInput]) -> list[_Session]:
         for one in inputs:
@@ -261,17 +273,17 @@ class TorchEngine(Engine):
         return [self._sessions[one.session] for one in inputs]
 
     def _forward(
-        self, tokens: Sequence[np.ndarray], sizes: StepSizes, handles: np.ndarray
+        self, tokens: Sequence[np.ndarray], sizes: StepSizes, handles: np.ndarray, trees: Trees
     ) -> tuple[VerifyBatch, Bucket | None, Tensor]:
         """The packed step, the graph bucket it ran in, and its hidden states, padding last."""
-        bucket = self._graphs.bucket(sizes.new) if self._graphs else None
+        bucket = self._graphs.bucket(sizes.new, bool(trees)) if self._graphs else None
         if self._graphs and bucket:
             assert isinstance(self._store, PagedKvStore)
-            batch = VerifyBatch.pack(tokens, sizes, np.arange(len(tokens)))
-            arrays = self._store.metadata_arrays(handles, sizes.cached, sizes.new)
+            batch = VerifyBatch.pack(tokens, sizes, np.arange(len(tokens)), trees)
+            arrays = self._store.metadata_arrays(handles, sizes.cached, sizes.new, trees)
             return batch, bucket, self._graphs.run(bucket, batch.ids, batch.positions, arrays)
-        plan = self._store.plan(handles, sizes.cached, sizes.new)
-        batch = VerifyBatch.pack(tokens, sizes, plan.order)
+        plan = self._store.plan(handles, sizes.cached, sizes.new, trees)
+        batch = VerifyBatch.pack(tokens, sizes, plan.order, trees)
         ids, positions = self._to_device(batch.ids), self._to_device(batch.positions)
         return batch, None, self._decoder.forward(ids, positions, plan.attend)
 
@@ -296,6 +308,15 @@ class TorchEngine(Engine):
             chosen = self._ranks.broadcast_tokens(chosen)
         return StepDecision.of(batch, logits, chosen)
 
+    def _keep_paths(self, handles: np.ndarray, sizes: StepSizes, decision: StepDecision) -> None:
+        """Make the KV of each tree's accepted nodes contiguous, behind its root."""
+        moves = []
+        for i, path in decision.paths.items():
+            first = int(sizes.cached[i] + sizes.new[i] - sizes.logit_rows[i]) + 1
+            moves += [(handles[i], first + n, first + d) for d, n in enumerate(path) if n != d]
+        if moves:
+            self._store.move(*np.array(moves).T)
+
     def _commit(
         self,
         inputs: Sequence[StepInput],
@@ -306,14 +327,14 @@ class TorchEngine(Engine):
         results = []
         chosen = decision.chosen.tolist()
         for i, (one, session) in enumerate(zip(inputs, sessions, strict=True)):
-            count, row = decision.accepted[i], decision.first[i]
+            count = decision.accepted[i]
             rejected = one.drafts - count
-            kept = len(one.tokens) - rejected
-            session.tokens.extend(int(t) for t in one.tokens[:kept])
-            self._cached_tokens += kept
+            tokens = tuple([chosen[row] for row in decision.rows(i)]) if one.needs_logits else ()
+            session.tokens.extend(int(t) for t in one.tokens[: len(one.tokens) - one.drafts])
+            session.tokens.extend(tokens[:count])
+            self._cached_tokens += len(one.tokens) - rejected
             if rejected:
                 self._store.truncate(session.handle, len(session.tokens))
-            tokens = tuple(chosen[row : row + count + 1]) if one.needs_logits else ()
             results.append(VerifyResult(one.session, count, tokens, logprobs.get(i, ())))
         return results
 

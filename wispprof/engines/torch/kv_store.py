@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wispprof.engines.torch.draft_tree import NO_TREES, Trees
 from wispprof.errors import EngineError
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q (T, heads, d), k (T, kv_heads, d), v (T, kv_heads, d)) → (T, heads · d). Writes k and v of the
-step's T packed tokens behind the cached tokens of each input, then attends causally."""
+step's T packed tokens behind the cached tokens of each input, then attends: causally, or as a draft tree
+tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +67,20 @@ class KvStore(ABC):
         """
 
     @abstractmethod
-    def plan(self, handles: np.ndarray, cached: np.ndarray, new: np.ndarray) -> KvPlan:
-        """Arrange a step that adds ``new`` tokens to ``cached`` ones, after :meth:`allocate`."""
+    def plan(
+        self, handles: np.ndarray, cached: np.ndarray, new: np.ndarray, trees: Trees = NO_TREES
+    ) -> KvPlan:
+        """Arrange a step that adds ``new`` tokens to ``cached`` ones, after :meth:`allocate`.
+
+        ``trees``: by number of the input; the last of its new tokens are the nodes.
+        """
+
+    @abstractmethod
+    def move(self, handles: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> None:
+        """Copy the KV of tokens ``sources`` (n,) to the places ``targets`` of the same handles (n,).
+
+        Everything is read before anything is written. Targets lie where :meth:`allocate` has unshared.
+        """
 
     @abstractmethod
     def fork(self, source: int, length: int, private: bool = False) -> int:
@@ -116,12 +130,16 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scal
     return out.reshape(batch, new, heads * dim)
 
 
-def causal_mask(last: Tensor, length: int, group: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask (B, 1, N·group, length): a token sees positions up to its ``last`` (B, N)."""
-    seen = torch.arange(length, device=last.device) <= last[:, :, None]
-    mask = torch.zeros(seen.shape, dtype=dtype, device=last.device)
+def causal(last: Tensor, length: int) -> Tensor:
+    """What tokens see, (B, N, length) bool: places up to their ``last`` (B, N)."""
+    return torch.arange(length, device=last.device) <= last[:, :, None]
+
+
+def additive_mask(seen: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """``seen`` (B, N, L) as a mask (B, 1, N·group, L) to add to scores."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     mask.masked_fill_(~seen, -torch.inf)
-    batch, new, _ = mask.shape
+    batch, new, length = mask.shape
     if group > 1:
         mask = mask[:, :, None].expand(batch, new, group, length)
     return mask.reshape(batch, 1, new * group, length)

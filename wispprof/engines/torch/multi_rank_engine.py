@@ -59,7 +59,7 @@ class _Fork(msgspec.Struct, array_like=True, tag="f"):
 
 
 class _Step(msgspec.Struct, array_like=True, tag="s"):
-    inputs: list[tuple[str, list[int], int, bool]]
+    inputs: list[tuple[str, list[int], int, bool, list[int]]]
 
 
 class _Check(msgspec.Struct, array_like=True, tag="i"):
@@ -143,9 +143,11 @@ class MultiRankEngine(Engine):
             return []
         # Before anything is sent: what cannot be sent must not end the group.
         self._engine.check_inputs(inputs)
-        self._command(
-            _Step([(i.session, [int(t) for t in i.tokens], i.drafts, i.needs_logits) for i in inputs])
-        )
+        plain = [
+            (i.session, [int(t) for t in i.tokens], i.drafts, i.needs_logits, [int(p) for p in i.parents])
+            for i in inputs
+        ]
+        self._command(_Step(plain))
         return self._on_all_ranks(lambda: self._engine.step(inputs))
 
     def check_integrity(self, session: str | None = None) -> IntegrityReport:

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from wispprof.engines.torch.block_table import BlockTables
+from wispprof.engines.torch.draft_tree import NO_TREES, Trees
 from wispprof.engines.torch.kv_store import (
     KvGeometry,
     KvStore,
-    causal_mask,
+    additive_mask,
+    causal,
     grouped_attention,
 )
 from wispprof.errors import EngineError, OutOfKvMemory
@@ -40,6 +42,9 @@ class AttentionMetadata:
     ``block_tables`` (B, W) int32. ``max_query_len`` and ``max_seq_len`` bound new tokens and length of
     every input. Padding tokens belong to inputs of their own and write to the null block; their outputs are
     dropped.
+
+    With draft trees: ``tree_starts`` (B,) int32, place of an input's first node, or its length if it has
+    none. ``ancestors`` (T,) int64: bit j of a node's row is set if it sees node j of its tree.
     """
 
     slot_mapping: Tensor
@@ -49,6 +54,8 @@ class AttentionMetadata:
     block_tables: Tensor
     max_query_len: int
     max_seq_len: int
+    tree_starts: Tensor | None = None
+    ancestors: Tensor | None = None
 
 
 class PagedKvPlan:
@@ -139,22 +146,28 @@ class PagedKvStore(KvStore):
     def truncate(self, handle: int, length: int) -> None:
         self.tables.truncate(handle, length)
 
+    def move(self, handles: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> None:
+        slots = self._data.flatten(2, 3)
+        slots[:, :, self._slots(handles, targets)] = slots[:, :, self._slots(handles, sources)]
+
     def clear(self, handle: int, start: int, stop: int) -> None:
-        slots = self.tables.slots(np.full(stop - start, handle), np.arange(start, stop))
-        self._data.view(*self._data.shape[:2], -1, *self._data.shape[4:])[
-            :, :, torch.from_numpy(slots).to(self._device)
-        ] = 0
+        slots = self._slots(np.full(stop - start, handle), np.arange(start, stop))
+        self._data.flatten(2, 3)[:, :, slots] = 0
 
     def read(self, handle: int, length: int) -> Tensor:
-        slots = self.tables.slots(np.full(length, handle), np.arange(length))
-        flat = self._data.flatten(2, 3)[:, :, torch.from_numpy(slots).to(self._device)]
-        return flat.transpose(2, 3).contiguous()
+        slots = self._slots(np.full(length, handle), np.arange(length))
+        return self._data.flatten(2, 3)[:, :, slots].transpose(2, 3).contiguous()
+
+    def _slots(self, handles: np.ndarray, positions: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.tables.slots(handles, positions)).to(self._device)
 
     def check(self, lengths: dict[int, int]) -> None:
         self.tables.check(lengths)
 
-    def plan(self, handles: np.ndarray, cached: np.ndarray, new: np.ndarray) -> PagedKvPlan:
-        arrays = self.metadata_arrays(handles, cached, new)
+    def plan(
+        self, handles: np.ndarray, cached: np.ndarray, new: np.ndarray, trees: Trees = NO_TREES
+    ) -> PagedKvPlan:
+        arrays = self.metadata_arrays(handles, cached, new, trees)
         metadata = AttentionMetadata(
             **{name: torch.from_numpy(a).to(self._device) for name, a in arrays.items()},
             max_query_len=int(new.max()),
@@ -163,19 +176,28 @@ class PagedKvStore(KvStore):
         return self.plan_from(metadata)
 
     def metadata_arrays(
-        self, handles: np.ndarray, cached: np.ndarray, new: np.ndarray
+        self, handles: np.ndarray, cached: np.ndarray, new: np.ndarray, trees: Trees = NO_TREES
     ) -> dict[str, np.ndarray]:
         """The tensors of :class:`AttentionMetadata` as arrays, unpadded, tokens in the inputs' order."""
+        lengths = cached + new
         ends = np.cumsum(new)
         positions = np.arange(int(ends[-1])) + np.repeat(cached - (ends - new), new)
         width = max(1, int(self.tables.count[handles].max()))
-        return {
+        arrays = {
             "slot_mapping": self.tables.slots(np.repeat(handles, new), positions),
             "query_start_loc": np.concatenate([[0], ends]).astype(np.int32),
-            "seq_lens": (cached + new).astype(np.int32),
+            "seq_lens": lengths.astype(np.int32),
             "token_to_input": np.repeat(np.arange(len(handles), dtype=np.int32), new),
             "block_tables": self.tables.table[handles, :width].copy(),
         }
+        if trees:
+            arrays["tree_starts"] = lengths.astype(np.int32)
+            arrays["ancestors"] = np.zeros(len(positions), dtype=np.int64)
+            for i, tree in trees.items():
+                nodes = len(tree.parents)
+                arrays["tree_starts"][i] -= nodes
+                arrays["ancestors"][ends[i] - nodes : ends[i]] = tree.ancestors
+        return arrays
 
     def plan_from(self, metadata: AttentionMetadata) -> PagedKvPlan:
         """A plan over given tensors, such as the static inputs of a captured graph."""
@@ -193,7 +215,13 @@ class _Gather:
         within = torch.minimum(steps[None], (new - 1).clamp(min=0)[:, None])
         self._pad = (starts[:-1, None] + within).clamp(max=len(x.slot_mapping) - 1).flatten()
         last_seen = ((lengths - new)[:, None] + within).clamp(min=0)
-        self._mask = causal_mask(last_seen, x.max_seq_len, group, dtype)
+        seen = causal(last_seen, x.max_seq_len)
+        if x.tree_starts is not None and x.ancestors is not None:
+            node = torch.arange(x.max_seq_len, device=lengths.device) - x.tree_starts[:, None]
+            bits = x.ancestors[self._pad].view(len(lengths), -1, 1)
+            # Beyond an input's last node nothing is seen, so any bit will do.
+            seen &= (node < 0)[:, None] | ((bits >> node.clamp(0, 63)[:, None]) & 1).bool()
+        self._mask = additive_mask(seen, group, dtype)
         inputs = x.token_to_input.long()
         offset = torch.arange(len(inputs), device=inputs.device) - starts[inputs]
         self._unpad = inputs * x.max_query_len + offset.clamp(0, x.max_query_len - 1)

@@ -34,7 +34,7 @@ def without_spoiled_drafts(inputs: Sequence[StepInput], spoiled: Sequence[Spoile
     """
     again = list(inputs)
     for number in [one.number for one in spoiled if one.refused]:
-        name, tokens, drafts, _ = inputs[number]
+        name, tokens, drafts, *_ = inputs[number]
         if not drafts:
             raise InputRefused(
                 name,
@@ -48,17 +48,33 @@ def without_spoiled_drafts(inputs: Sequence[StepInput], spoiled: Sequence[Spoile
 class StepDecision(NamedTuple):
     """``logits`` (rows, V) and the target's tokens ``chosen`` (rows,), negative where they are not finite.
 
-    ``accepted`` and ``first``: accepted drafts and first row of each input.
+    ``accepted`` and ``first``: accepted drafts and first row of each input. ``paths``: accepted nodes of
+    each tree, by number of its input.
     """
 
     logits: Tensor
     chosen: np.ndarray
     accepted: list[int]
     first: list[int]
+    paths: dict[int, list[int]]
 
     @classmethod
     def of(cls, batch: VerifyBatch, logits: Tensor, chosen: np.ndarray) -> StepDecision:
-        return cls(logits, chosen, batch.accepted(chosen).tolist(), batch.first_rows().tolist())
+        accepted, first = batch.accepted(chosen).tolist(), batch.first_rows().tolist()
+        paths = {}
+        for i, tree in batch.trees.items():
+            tokens = batch.ids[batch.drafts(i)].tolist()
+            after = chosen[first[i] : first[i] + len(tokens) + 1].tolist()
+            paths[i] = tree.accepted_path(tokens, after)
+            accepted[i] = len(paths[i])
+        return cls(logits, chosen, accepted, first, paths)
+
+    def rows(self, number: int) -> Sequence[int]:
+        """Rows of the tokens that were decided for an input that needs logits."""
+        first = self.first[number]
+        if (path := self.paths.get(number)) is not None:
+            return [first, *(first + 1 + node for node in path)]
+        return range(first, first + self.accepted[number] + 1)
 
     def spoiled(self, batch: VerifyBatch, sizes: StepSizes, hidden: Tensor) -> list[Spoiled]:
         """Inputs with values that are not finite.
@@ -80,8 +96,8 @@ class StepDecision(NamedTuple):
                 rows = self.chosen[self.first[i] : self.first[i] + count]
                 if rows.min() < 0:
                     start, stop = int(sizes.cached[i]), int(sizes.cached[i] + sizes.new[i])
-                    refused = bool(rows[: self.accepted[i] + 1].min() < 0)
-                    if not refused:  # behind a wrong draft, which is dropped anyway
+                    refused = bool(self.chosen[self.rows(i)].min() < 0)
+                    if not refused:  # of a wrong draft or behind it, which is dropped anyway
                         start = stop - count + 1 + self.accepted[i]
                     found.append(Spoiled(i, start, stop, refused))
         return found
@@ -91,7 +107,7 @@ class StepDecision(NamedTuple):
     ) -> dict[int, tuple[TokenLogprob, ...]]:
         """Log-probabilities of what each input decided, for those whose sampling asks."""
         asked = {
-            i: range(self.first[i], self.first[i] + self.accepted[i] + 1)
+            i: self.rows(i)
             for i, sampling in enumerate(samplings)
             if sampling.logprobs is not None and logit_rows[i]
         }

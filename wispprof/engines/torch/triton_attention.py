@@ -30,7 +30,7 @@ def num_splits(tokens: int, kv_heads: int, processors: int, max_seq_len: int) ->
 
 
 def paged_attention(q: Tensor, keys: Tensor, values: Tensor, x: AttentionMetadata, scale: float) -> Tensor:
-    """Causal attention of packed queries over paged keys and values.
+    """Attention of packed queries over paged keys and values, causal but for nodes of draft trees.
 
     ``q`` (T, heads, d); ``keys`` and ``values`` (blocks, block_size, kv_heads, d), d a power of two, at
     least 16. Returns (T, heads · d). Every packed token must belong to an input of ``x``.
@@ -45,15 +45,22 @@ def paged_attention(q: Tensor, keys: Tensor, values: Tensor, x: AttentionMetadat
     partial = torch.empty((tokens, heads, splits, dim), dtype=torch.float32, device=q.device)
     stats = torch.empty((tokens, heads, splits, 2), dtype=torch.float32, device=q.device)
     out = torch.empty((tokens, heads * dim), dtype=q.dtype, device=q.device)
+    trees = x.tree_starts is not None
     _split_kv_kernel[(len(x.seq_lens), kv_heads, query_tiles * splits)](
-        q, keys, values, x.query_start_loc, x.seq_lens, x.block_tables, partial, stats,
+        q, keys, values, x.query_start_loc, x.seq_lens, x.block_tables,
+        x.tree_starts if trees else x.seq_lens, x.ancestors if trees else x.slot_mapping, partial, stats,
         scale, q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), keys.stride(2),
         x.block_tables.stride(0), heads,
         GROUP=group, DIM=dim, BLOCK_SIZE=block_size, QUERY_TILE=query_tile, KEY_TILE=_KEY_TILE,
-        SPLITS=splits,
+        SPLITS=splits, TREES=trees, num_warps=num_warps(query_tile),
     )  # fmt: skip
     _merge_splits_kernel[(tokens, heads)](partial, stats, out, heads, DIM=dim, SPLITS=splits)
     return out
+
+
+def num_warps(query_tile: int) -> int:
+    """Warps of a program: a tile of 64 rows over four would need more registers than there are."""
+    return 8 if query_tile > 32 else 4
 
 
 def _processors(device: torch.device) -> int:
@@ -65,11 +72,11 @@ def _processors(device: torch.device) -> int:
 # Triton reads a kernel's annotations: only its own may stand there.
 @triton.jit
 def _split_kv_kernel(
-    q, keys, values, query_start_loc, seq_lens, block_tables, partial, stats,
+    q, keys, values, query_start_loc, seq_lens, block_tables, tree_starts, ancestors, partial, stats,
     scale, q_token, q_head, kv_block, kv_slot, kv_head,
     table_row, heads,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, QUERY_TILE: tl.constexpr,
-    KEY_TILE: tl.constexpr, SPLITS: tl.constexpr,
+    KEY_TILE: tl.constexpr, SPLITS: tl.constexpr, TREES: tl.constexpr,
 ):  # fmt: skip
     """Unnormalized outputs, maxima and sums of one input, KV head, query tile and split of the keys."""
     item = tl.program_id(0)
@@ -90,6 +97,9 @@ def _split_kv_kernel(
     q_at = (start + token).to(tl.int64)[:, None] * q_token + q_heads[:, None] * q_head + dims[None, :]
     query = tl.load(q + q_at, mask=valid[:, None], other=0.0)
     last_seen = length - new + token
+    if TREES:
+        tree_start = tl.load(tree_starts + item)
+        seen_nodes = tl.load(ancestors + start + token, mask=valid, other=0)
     share = tl.cdiv(tl.cdiv(length, SPLITS), KEY_TILE) * KEY_TILE
     low = split * share
     high = tl.minimum(length, low + share)
@@ -105,6 +115,10 @@ def _split_kv_kernel(
         k = tl.load(keys + kv_at, mask=inside[:, None], other=0.0)
         scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
         seen = inside[None, :] & (position[None, :] <= last_seen[:, None])
+        if TREES:
+            node = position - tree_start
+            bit = (seen_nodes[:, None] >> (node & 63)[None, :]) & 1
+            seen = seen & ((node < 0)[None, :] | (bit != 0))
         scores = tl.where(seen, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from wispprof.engines.torch.draft_tree import NO_TREES, Trees
 from wispprof.errors import InputRefused
 from wispprof.types import BatchShape, StepInput, VerifyItem
 
@@ -81,9 +82,9 @@ class StepSizes(NamedTuple):
 class VerifyBatch(NamedTuple):
     """Inputs packed one after another in ``order`` (n,).
 
-    ``ids`` and ``positions`` (tokens,): of every packed token. ``logit_tokens`` (rows,): packed tokens whose
+    ``ids`` and ``positions`` (tokens,): of every packed token; nodes of a tree stand at their depth. ``logit_tokens`` (rows,): packed tokens whose
     logits are needed, the last drafts + 1 of an input. ``starts`` and ``ends`` (n,): first and last + 1 row
-    of each packed input.
+    of each packed input. ``trees``: by number of their input.
     """
 
     order: np.ndarray
@@ -92,21 +93,33 @@ class VerifyBatch(NamedTuple):
     logit_tokens: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
+    trees: Trees
 
     @classmethod
-    def pack(cls, tokens: Sequence[np.ndarray], sizes: StepSizes, order: np.ndarray) -> VerifyBatch:
+    def pack(
+        cls, tokens: Sequence[np.ndarray], sizes: StepSizes, order: np.ndarray, trees: Trees = NO_TREES
+    ) -> VerifyBatch:
         new, rows = sizes.new[order], sizes.logit_rows[order]
         ids = np.concatenate([tokens[i] for i in order.tolist()])
         token_ends, row_ends = np.cumsum(new), np.cumsum(rows)
         positions = np.arange(len(ids)) + np.repeat(sizes.cached[order] - (token_ends - new), new)
         logit_tokens = np.arange(int(row_ends[-1])) + np.repeat(token_ends - row_ends, rows)
-        return cls(order, ids, positions, logit_tokens, row_ends - rows, row_ends)
+        packed = cls(order, ids, positions, logit_tokens, row_ends - rows, row_ends, trees)
+        for number, tree in trees.items():
+            nodes = packed.drafts(number)
+            positions[nodes] = positions[nodes.start - 1] + tree.depths
+        return packed
 
     def first_rows(self) -> np.ndarray:
         """First row of each input (n,), in the order of the inputs."""
         first = np.empty(len(self.order), dtype=np.int64)
         first[self.order] = self.starts
         return first
+
+    def drafts(self, number: int) -> slice:
+        """Packed places of the drafts of an input that needs logits."""
+        place = int(np.flatnonzero(self.order == number)[0])
+        return slice(*(self.logit_tokens[[self.starts[place], self.ends[place] - 1]] + 1).tolist())
 
     def last_tokens(self, inputs: np.ndarray, sizes: StepSizes) -> np.ndarray:
         """Packed place of the last token of each of these input numbers."""
@@ -115,7 +128,7 @@ class VerifyBatch(NamedTuple):
         return np.asarray(ends[inputs] - 1)
 
     def accepted(self, chosen: np.ndarray) -> np.ndarray:
-        """Number of leading drafts of each input (n,) that equal the target's tokens ``chosen`` (rows,).
+        """Number of leading drafts of each chain (n,) that equal the target's tokens ``chosen`` (rows,).
 
         Row r holds the target's token after packed token ``logit_tokens[r]``; the draft in question is the
         packed token behind that one. The last row of an input has no draft: every count ends there.
