@@ -143,9 +143,10 @@ class Engine(ABC):
     def step(self, inputs: Sequence[StepInput]) -> list[VerifyResult]:
         """Run one forward pass over all inputs; results come in their order.
 
-        A session may appear once. Raises :class:`InputRefused` for an input that is invalid or whose logits
-        are not finite where a token must be decided, and :class:`OutOfKvMemory` if the inputs need more
-        than :attr:`kv_free`. Nothing has changed then.
+        A session may appear once. Draft trees need :attr:`EngineCapabilities.trees`. Raises
+        :class:`InputRefused` for an input that is invalid or whose logits are not finite where a token must
+        be decided, and :class:`OutOfKvMemory` if the inputs need more than :attr:`kv_free`. Nothing has
+        changed then.
         """
 
     @abstractmethod

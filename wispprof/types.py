@@ -241,9 +241,9 @@ class VerifyResult(NamedTuple):
     """What a step decided for one input: the accepted drafts, then the target's own next token.
 
     ``accepted`` is ``len(tokens) - 1``, or 0 with no tokens if the input did not need logits. The session
-    then caches its input up to the last accepted draft; of a tree only the accepted path. The target's own token is not cached yet:
-    the next input of the session must begin with it. ``logprobs``: one per token, if the session's
-    sampling asks for them.
+    then caches its input up to the last accepted draft; of a tree only the accepted path. The target's own
+    token is not cached yet: the next input of the session must begin with it. ``logprobs``: one per token, if
+    the session's sampling asks for them.
     """
 
     session: str

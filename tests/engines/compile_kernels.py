@@ -39,9 +39,7 @@ def main() -> None:
     print(json.dumps(found))
 
 
-def figures(
-    kernel: Any, dtype: str, constants: dict[str, int], cap: int, warps: int = 4
-) -> dict[str, int]:
+def figures(kernel: Any, dtype: str, constants: dict[str, int], cap: int, warps: int = 4) -> dict[str, int]:
     """Registers a thread, spilled bytes, bytes of shared memory, with the arguments of a served step."""
     types = dict.fromkeys(kernel.arg_names, "i32") | {"scale": "fp32"}
     types |= dict.fromkeys(("q", "keys", "values", "out"), f"*{dtype}")

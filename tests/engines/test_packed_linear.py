@@ -9,7 +9,7 @@ from torch import nn
 from wispprof.engines.loading import random_model
 from wispprof.engines.torch import packed_linear
 from wispprof.engines.torch.engine import TorchEngine
-from wispprof.engines.torch.packed_linear import PackedLinear, can_pack, pad_rows, should_prepack
+from wispprof.engines.torch.packed_linear import PackedLinear, can_pack, pad_rows, rows_to_pack
 from wispprof.types import Sampling, StepInput
 
 pytestmark = pytest.mark.skipif(
@@ -22,11 +22,14 @@ def test_products_equal_a_plain_product_for_any_number_of_rows(bias: bool) -> No
     torch.manual_seed(0)
     weight = torch.randn(96, 40)
     offset = torch.randn(96) if bias else None
-    product = PackedLinear(weight, offset, pack=True)
+    product = PackedLinear(weight, offset, fewest=1)
     for rows in (1, 2, 3, 16, 17, 65, 200, 257):
         x = torch.randn(rows, 40)
         wanted = x.double() @ weight.double().T + (0 if offset is None else offset.double())
         torch.testing.assert_close(product(x).double(), wanted, atol=1e-4, rtol=1e-4)
+        residual = torch.randn(rows, 96)
+        added = product.add_to(residual, x).double()
+        torch.testing.assert_close(added, residual + wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_rows_are_filled_up_to_few_numbers_by_little() -> None:
@@ -38,24 +41,28 @@ def test_rows_are_filled_up_to_few_numbers_by_little() -> None:
     assert 5 * len({pad_rows(rows) for rows in range(2, 2049)}) < 1024
 
 
-def test_all_but_lone_rows_are_multiplied_with_the_copy() -> None:
-    """Negative control: a weight changed behind its back changes single rows and leaves the others."""
+@pytest.mark.parametrize("fewest", [1, 2])
+def test_from_the_fewest_rows_on_the_copy_is_used(fewest: int) -> None:
+    """Negative control: a weight changed behind its back changes fewer rows and leaves the others."""
     torch.manual_seed(0)
     weight = torch.randn(96, 40)
-    product = PackedLinear(weight, None, pack=True)
-    one, few = torch.randn(1, 40), torch.randn(4, 40)
-    before = product(few)
+    product = PackedLinear(weight, None, fewest)
+    inputs = [torch.randn(rows, 40) for rows in (1, 4)]
+    before = [product(x) for x in inputs]
     weight += 1.0
-    torch.testing.assert_close(product(few), before)
-    torch.testing.assert_close(product(one), one @ weight.T, atol=1e-4, rtol=1e-4)
+    for x, old in zip(inputs, before, strict=True):
+        wanted = old if len(x) >= fewest else x @ weight.T
+        torch.testing.assert_close(product(x), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_only_small_float32_models_on_a_cpu_are_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not can_pack(torch.zeros(4, 4, dtype=torch.bfloat16))
     model = nn.Linear(8, 8)
-    assert should_prepack(model)
+    assert rows_to_pack(model) == 2
+    monkeypatch.setattr(packed_linear, "MAX_CACHED_BYTES", 100)
+    assert rows_to_pack(model) == 1
     monkeypatch.setattr(packed_linear, "MAX_PACKED_BYTES", 100)
-    assert not should_prepack(model)
+    assert rows_to_pack(model) == 0
 
 
 def test_an_engine_decides_alike_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Steps as captured CUDA graphs: one per bucket of tokens, of new tokens per input, and of draft trees or none.
+"""Steps as captured CUDA graphs: one per bucket of tokens and of new tokens per input, with trees or without.
 
 A small step on a GPU is bound by its kernel launches; a graph launches all of them at once and pads the
 step to its bucket. All that varies between steps lies in one static buffer, which one copy fills.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from wispprof.engines.model_config import CLASSES
 from wispprof.engines.tensor_parallel import Ranks
 from wispprof.engines.torch.kv_store import Attend
-from wispprof.engines.torch.packed_linear import PackedLinear, should_prepack
+from wispprof.engines.torch.packed_linear import PackedLinear, rows_to_pack
 from wispprof.errors import ModelUnsupported
 
 ATTENTION = "wispprof"
@@ -145,11 +145,13 @@ class FusedDecoder:
         self._ranks = ranks
         shards = ranks.size if ranks else 1
         self._embed: Tensor = model.model.embed_tokens.weight
-        pack = should_prepack(model)
+        pack = rows_to_pack(model)
         self._head = PackedLinear(model.lm_head.weight, model.lm_head.bias, pack)
         self._norm: Tensor = model.model.norm.weight
         self._rotary = model.model.rotary_emb
         self._eps = float(config.rms_norm_eps)
+        self._eps_tensor = torch.tensor(self._eps)
+        self._on_cpu = self._embed.device.type == "cpu" and self._embed.dtype == torch.float32
         attention = model.model.layers[0].self_attn
         self.scale = float(attention.scaling)
         self._dim = int(attention.head_dim)
@@ -188,38 +190,50 @@ class FusedDecoder:
             self._table = self._rotary_table(min(max(length, 2 * have), max(self._max, length)))
 
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        heads, kv_heads, dim, eps = self._heads, self._kv_heads, self._dim, self._eps
+        heads, kv_heads, dim = self._heads, self._kv_heads, self._dim
         rotated, half = heads + kv_heads, dim // 2
         tokens = ids.shape[0]
-        reduce = self._ranks.all_reduce if self._ranks else _identity
+        add = _add if self._ranks is None else self._add_ranks
         angles = self._table.index_select(0, positions)
         cos, sin = angles[:, 0], angles[:, 1]
         x = self._embed.index_select(0, ids)
-        width = (x.shape[-1],)
         for number, b in enumerate(self._blocks):
-            h = torch.rms_norm(x, width, b.norm1, eps)
+            h = self._normed(x, b.norm1)
             qkv = b.qkv(h).view(tokens, rotated + kv_heads, dim)
             if b.q_norm is not None and b.k_norm is not None:
-                q = torch.rms_norm(qkv[:, :heads], (dim,), b.q_norm, eps)
-                k = torch.rms_norm(qkv[:, heads:rotated], (dim,), b.k_norm, eps)
+                q = self._normed(qkv[:, :heads], b.q_norm)
+                k = self._normed(qkv[:, heads:rotated], b.k_norm)
                 qk = torch.cat((q, k), 1)
             else:
                 qk = qkv[:, :rotated]
             qk = torch.addcmul(qk * cos, torch.roll(qk, half, -1), sin)
             a = attend(number, qk[:, :heads], qk[:, heads:], qkv[:, rotated:])
-            x = x + reduce(b.out(a))
-            h = torch.rms_norm(x, width, b.norm2, eps)
+            x = add(b.out, x, a)
+            h = self._normed(x, b.norm2)
             gate, up = b.gate_up(h).chunk(2, -1)
-            x = x + reduce(b.down(F.silu(gate) * up))
-        return torch.rms_norm(x, width, self._norm, eps)
+            x = add(b.down, x, F.silu(gate).mul_(up))
+        return self._normed(x, self._norm)
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm over the last dimension. In float32 on a CPU torch's own takes twice as many operators."""
+        width = x.shape[-1]
+        if not self._on_cpu:
+            return torch.rms_norm(x, (width,), weight, self._eps)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.addcmul(self._eps_tensor, norm, norm, value=1 / width).rsqrt_()
+        return (x * scale).mul_(weight)
+
+    def _add_ranks(self, product: PackedLinear, residual: Tensor, x: Tensor) -> Tensor:
+        assert self._ranks is not None
+        return residual + self._ranks.all_reduce(product(x))
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = self._head(hidden)
         return self._ranks.all_gather_columns(logits, self._vocab) if self._ranks else logits
 
 
-def _identity(x: Tensor) -> Tensor:
-    return x
+def _add(product: PackedLinear, residual: Tensor, x: Tensor) -> Tensor:
+    return product.add_to(residual, x)
 
 
 def _linears(layer: Any) -> list[nn.Module]:
@@ -227,7 +241,7 @@ def _linears(layer: Any) -> list[nn.Module]:
     return [a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj]
 
 
-def _block(layer: Any, pack: bool) -> _Block:
+def _block(layer: Any, pack: int) -> _Block:
     a, m = layer.self_attn, layer.mlp
     return _Block(
         norm1=layer.input_layernorm.weight,

@@ -26,6 +26,7 @@ from wispprof.engines.torch.kv_store import (
     additive_mask,
     causal,
     grouped_attention,
+    one_token_attention,
 )
 from wispprof.errors import EngineError, OutOfKvMemory
 
@@ -45,8 +46,8 @@ class _Pool:
         self._dtype, self._device = dtype, device
         self.rows = 0
         self.data = torch.empty(0)
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.slots: tuple[Tensor, ...] = ()
+        """Keys, then values of each layer, one row per token and head: (rows · kv_heads · capacity, d)."""
 
     def grow(self, rows: int) -> None:
         """Have at least ``rows`` rows; stored values stay."""
@@ -69,26 +70,24 @@ class _Pool:
         if kept:
             data[:, :, :kept] = self.data[:, :, :kept]
         self.data, self.rows = data, rows
-        self.keys = [data[layer, 0] for layer in range(layers)]
-        self.values = [data[layer, 1] for layer in range(layers)]
+        self.slots = data.view(2 * layers, -1, dim).unbind()
 
 
 @dataclass(slots=True)
 class _Group:
-    """Inputs that are attended together: packed tokens ``start:stop``, ``span`` rows from ``first``.
+    """Inputs that are attended together: packed tokens ``start:stop``, ``span`` rows of the pool.
 
-    ``write``: flat places of new keys and values. ``gather``: rows to copy, ``None`` if read in place.
-    ``pad`` and ``unpad``: indices from packed to padded tokens and back, ``None`` if the group needs no
-    padding.
+    ``write``: slots of new keys and values. ``cached``: keys, then values of each layer, as attention takes
+    them. ``gather``: rows of these to copy, ``None`` if read in place. ``pad`` and ``unpad``: indices from
+    packed to padded tokens and back, ``None`` if the group needs no padding.
     """
 
     pool: _Pool
     start: int
     stop: int
     new: int
-    length: int
     write: Tensor
-    first: int
+    cached: tuple[Tensor, ...]
     span: int
     gather: Tensor | None
     pad: Tensor | None
@@ -115,20 +114,22 @@ class DenseKvPlan(KvPlan):
         return torch.cat(parts)
 
     def _attend(self, g: _Group, layer: int, q: Tensor, k: Tensor, v: Tensor, dim: int) -> Tensor:
-        keys, values = g.pool.keys[layer], g.pool.values[layer]
-        keys.view(-1, dim).index_copy_(0, g.write, k.reshape(-1, dim))
-        values.view(-1, dim).index_copy_(0, g.write, v.reshape(-1, dim))
-        if g.gather is None:
-            rows = slice(g.first, g.first + g.span)
-            keys, values = keys[rows, :, : g.length], values[rows, :, : g.length]
-        else:
-            keys = keys[:, :, : g.length].index_select(0, g.gather)
-            values = values[:, :, : g.length].index_select(0, g.gather)
+        at = 2 * layer
+        g.pool.slots[at].index_copy_(0, g.write, k.reshape(-1, dim))
+        g.pool.slots[at + 1].index_copy_(0, g.write, v.reshape(-1, dim))
+        keys, values = g.cached[at], g.cached[at + 1]
+        if g.gather is not None:
+            keys, values = keys.index_select(0, g.gather), values.index_select(0, g.gather)
         heads = q.shape[1]
         if g.pad is not None:
             q = q.index_select(0, g.pad)
-        out = grouped_attention(q.reshape(g.span, g.new, heads, dim), keys, values, g.mask, self._scale)
-        out = out.view(g.span * g.new, heads * dim)
+        if g.new == 1:
+            keys, values = keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)
+            out = one_token_attention(q, keys, values, g.mask, self._scale)
+        else:
+            padded = q.reshape(g.span, g.new, heads, dim)
+            out = grouped_attention(padded, keys, values, g.mask, self._scale)
+            out = out.view(g.span * g.new, heads * dim)
         return out if g.unpad is None else out.index_select(0, g.unpad)
 
 
@@ -311,7 +312,10 @@ class DenseKvStore(KvStore):
     def _group(
         self, pool: _Pool, start: int, rows: np.ndarray, cached: np.ndarray, new: np.ndarray, trees: Trees
     ) -> _Group:
-        """``rows`` ascend; ``trees`` by place in the group. All index arithmetic of the step happens here, none in the layers."""
+        """``rows`` ascend; ``trees`` by place in the group.
+
+        All index arithmetic of the step happens here, none in the layers.
+        """
         kv_heads, heads = self._geometry.kv_heads, self._geometry.heads
         count, total, max_new = len(rows), int(new.sum()), int(new.max())
         length = int((cached + new).max())
@@ -323,9 +327,9 @@ class DenseKvStore(KvStore):
         first, span = int(rows[0]), int(rows[-1] - rows[0]) + 1
         in_place = span <= _MAX_ROWS_PER_INPUT * count
         if in_place:
-            local = rows - first
+            local, read = rows - first, slice(first, first + span)
         else:
-            span, local = count, np.arange(count)
+            span, local, read = count, np.arange(count), slice(None)
         exact = span == count and total == count * max_new
         pad = unpad = None
         if not exact:
@@ -347,14 +351,15 @@ class DenseKvStore(KvStore):
                     ]
                     seen.view(-1)[self._to_device(np.concatenate(hidden))] = False
                 mask = additive_mask(seen, heads // kv_heads, self._dtype)
+                if max_new == 1:
+                    mask = mask.expand(-1, kv_heads, -1, -1).flatten(0, 1)
         return _Group(
             pool=pool,
             start=start,
             stop=start + total,
             new=max_new,
-            length=length,
             write=self._to_device(write),
-            first=first,
+            cached=pool.data[:, :, read, :, :length].flatten(0, 1).unbind(),
             span=span,
             gather=None if in_place else self._to_device(rows),
             pad=pad,

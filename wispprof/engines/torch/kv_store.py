@@ -130,9 +130,30 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scal
     return out.reshape(batch, new, heads * dim)
 
 
+def one_token_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """As :func:`grouped_attention` for inputs of one token each, in plain batched products.
+
+    ``q`` (B, heads, d); transposed ``keys`` (B·kv_heads, d, L), ``values`` (B·kv_heads, L, d), possibly
+    strided; ``mask`` additive (B·kv_heads, g, L). Returns (B, heads · d). Such steps are bound by reading KV,
+    which the products do faster than the fused kernel.
+    """
+    tokens, heads, dim = q.shape
+    rows = q.reshape(len(keys), -1, dim)
+    if mask is None:
+        scores = torch.baddbmm(rows[:1, :1, :1], rows, keys, beta=0, alpha=scale)
+    else:
+        scores = torch.baddbmm(mask, rows, keys, alpha=scale)
+    return torch.bmm(scores.softmax(-1), values).view(tokens, heads * dim)
+
+
 def causal(last: Tensor, length: int) -> Tensor:
     """What tokens see, (B, N, length) bool: places up to their ``last`` (B, N)."""
     return torch.arange(length, device=last.device) <= last[:, :, None]
+
+
+def causal_mask(last: Tensor, length: int, group: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask (B, 1, N·group, length): a token sees places up to its ``last`` (B, N)."""
+    return additive_mask(causal(last, length), group, dtype)
 
 
 def additive_mask(seen: Tensor, group: int, dtype: torch.dtype) -> Tensor:

@@ -82,9 +82,10 @@ class StepSizes(NamedTuple):
 class VerifyBatch(NamedTuple):
     """Inputs packed one after another in ``order`` (n,).
 
-    ``ids`` and ``positions`` (tokens,): of every packed token; nodes of a tree stand at their depth. ``logit_tokens`` (rows,): packed tokens whose
-    logits are needed, the last drafts + 1 of an input. ``starts`` and ``ends`` (n,): first and last + 1 row
-    of each packed input. ``trees``: by number of their input.
+    ``ids`` and ``positions`` (tokens,): of every packed token; nodes of a tree stand at their depth.
+    ``logit_tokens`` (rows,): packed tokens whose logits are needed, the last drafts + 1 of an input.
+    ``starts`` and ``ends`` (n,): first and last + 1 row of each packed input. ``trees``: by number of their
+    input.
     """
 
     order: np.ndarray
