@@ -79,7 +79,8 @@ class _Group:
 
     ``write``: slots of new keys and values. ``cached``: keys, then values of each layer, as attention takes
     them. ``gather``: rows of these to copy, ``None`` if read in place. ``pad`` and ``unpad``: indices from
-    packed to padded tokens and back, ``None`` if the group needs no padding.
+    packed to padded tokens and back, ``None`` if the group needs no padding. ``single``: by
+    :func:`~wispprof.engines.torch.kv_store.one_token_attention`.
     """
 
     pool: _Pool
@@ -93,6 +94,7 @@ class _Group:
     pad: Tensor | None
     unpad: Tensor | None
     mask: Tensor | None
+    single: bool
 
 
 class DenseKvPlan(KvPlan):
@@ -123,9 +125,8 @@ class DenseKvPlan(KvPlan):
         heads = q.shape[1]
         if g.pad is not None:
             q = q.index_select(0, g.pad)
-        if g.new == 1:
-            keys, values = keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)
-            out = one_token_attention(q, keys, values, g.mask, self._scale)
+        if g.single:
+            out = one_token_attention(q, keys.flatten(0, -3), values.flatten(0, -3), g.mask, self._scale)
         else:
             padded = q.reshape(g.span, g.new, heads, dim)
             out = grouped_attention(padded, keys, values, g.mask, self._scale)
@@ -338,6 +339,11 @@ class DenseKvStore(KvStore):
             place = np.repeat(local * max_new, new) + within
             source[place] = np.arange(total)
             pad, unpad = self._to_device(source), self._to_device(place)
+        # In a narrower dtype the plain products would round the scores.
+        single = max_new == 1 and self._dtype == torch.float32
+        cached_kv = pool.data[:, :, read, :, :length].flatten(0, 1)
+        if single and in_place:
+            cached_kv = cached_kv.flatten(1, 2)
         mask = None
         if count > 1 or max_new > 1:
             last_seen = np.zeros((span, max_new), dtype=np.int64)
@@ -351,7 +357,7 @@ class DenseKvStore(KvStore):
                     ]
                     seen.view(-1)[self._to_device(np.concatenate(hidden))] = False
                 mask = additive_mask(seen, heads // kv_heads, self._dtype)
-                if max_new == 1:
+                if single:
                     mask = mask.expand(-1, kv_heads, -1, -1).flatten(0, 1)
         return _Group(
             pool=pool,
@@ -359,12 +365,13 @@ class DenseKvStore(KvStore):
             stop=start + total,
             new=max_new,
             write=self._to_device(write),
-            cached=pool.data[:, :, read, :, :length].flatten(0, 1).unbind(),
+            cached=cached_kv.unbind(),
             span=span,
             gather=None if in_place else self._to_device(rows),
             pad=pad,
             unpad=unpad,
             mask=mask,
+            single=single,
         )
 
     def _to_device(self, array: np.ndarray) -> Tensor:

@@ -133,12 +133,12 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scal
 def one_token_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """As :func:`grouped_attention` for inputs of one token each, in plain batched products.
 
-    ``q`` (B, heads, d); transposed ``keys`` (B·kv_heads, d, L), ``values`` (B·kv_heads, L, d), possibly
-    strided; ``mask`` additive (B·kv_heads, g, L). Returns (B, heads · d). Such steps are bound by reading KV,
-    which the products do faster than the fused kernel.
+    ``q`` (B, heads, d); ``keys`` and ``values`` (B·kv_heads, L, d), possibly strided; ``mask`` additive
+    (B·kv_heads, g, L). Returns (B, heads · d). Such steps are bound by reading KV, which the products do
+    faster than the fused kernel.
     """
     tokens, heads, dim = q.shape
-    rows = q.reshape(len(keys), -1, dim)
+    rows, keys = q.reshape(len(keys), -1, dim), keys.transpose(1, 2)
     if mask is None:
         scores = torch.baddbmm(rows[:1, :1, :1], rows, keys, beta=0, alpha=scale)
     else:
