@@ -34,7 +34,7 @@ from wispprof.artifacts import bundled_model
 from wispprof.engines.loading import LoadedModel, load_model
 from wispprof.engines.torch.engine import TorchEngine
 from wispprof.profiling.prompts import held_out_prompts
-from wispprof.sampling.position_noise import gumbel, position_keys
+from wispprof.sampling.candidates import noise_ranked, ranks_of
 from wispprof.types import Sampling, StepInput
 
 WIDTH = 16
@@ -50,8 +50,7 @@ class TargetPath(NamedTuple):
 
     def ranks(self, ranking: str) -> np.ndarray:
         """(m,): rank of the target's token among the draft's candidates, WIDTH if it is not among them."""
-        hit = self.candidates[ranking] == np.array(self.tokens)[:, None]
-        return np.where(hit.any(1), hit.argmax(1), WIDTH)
+        return ranks_of(self.tokens, self.candidates[ranking])
 
 
 class Shape(NamedTuple):
@@ -160,13 +159,10 @@ def trace(
         target.close(name)
         text = prompt + texts[name]
         logits = draft.model(torch.tensor([text[:-1]])).logits[0, len(prompt) - 1 :].float()
-        scaled = logits / temperature if temperature else logits
-        noised = scaled
-        if temperature:
-            keys = position_keys([number] * size, np.arange(len(prompt), len(text)))
-            noised = scaled + gumbel(torch.from_numpy(keys.view(np.int32)), torch.arange(logits.shape[1]))
-        ranked = {"probability": scaled, "noise": noised}
-        candidates = {ranking: scores.topk(WIDTH).indices.numpy() for ranking, scores in ranked.items()}
+        sampling = Sampling(temperature, seed=number)
+        noised, _ = noise_ranked(logits, np.arange(len(prompt), len(text)), sampling, WIDTH)
+        likeliest = logits.topk(WIDTH).indices
+        candidates = {"probability": likeliest.numpy(), "noise": noised.numpy()}
         paths.append(TargetPath(prompt, texts[name], candidates))
     return paths
 

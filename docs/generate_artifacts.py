@@ -62,6 +62,8 @@ ARRAYS = {
     ("TracePath", "drafts"): "int (m, K)",
     ("TracePath", "features"): "float (m, K, 4)",
     ("TracePath", "accepted"): "int (m,)",
+    ("TracePath", "target_ranks"): "int (m,) or none",
+    ("TracePath", "candidate_probs"): "float (m, W) or none",
 }
 BOUNDS = {
     "NonNegative": "float ≥ 0",
@@ -171,6 +173,8 @@ def _trace_lines() -> str:
         drafts=np.array([[9], [30]], dtype=np.int32),
         features=np.array([[[0.75, 0.5, 1.5, 2.0]], [[0.5, 1.25, 0.25, 2.0]]], dtype=np.float32),
         accepted=np.array([1, 0], dtype=np.int32),
+        target_ranks=np.array([0, 2], dtype=np.int32),
+        candidate_probs=np.array([[0.75, 0.125], [0.5, 0.25]], dtype=np.float32),
     )
     trace = AcceptanceTrace("target", "draft", "5fc2c47ba1d9cbcb", Sampling(), (path,))
     with tempfile.TemporaryDirectory() as folder:

@@ -28,6 +28,7 @@ from wispprof.artifacts import (
 from wispprof.artifacts.files import check_writable, write_atomic
 from wispprof.artifacts.manifest import command_line
 from wispprof.artifacts.rows import open_line, seal_line
+from wispprof.artifacts.trace import quantized
 from wispprof.errors import (
     ArtifactDamaged,
     ArtifactError,
@@ -104,8 +105,12 @@ def test_damaged_documents(tmp_path):
 # --- traces -------------------------------------------------------------------------------------
 
 
-def make_path(seed, n, m, depth):
+def make_path(seed, n, m, depth, width=0):
     rng = np.random.default_rng(seed)
+    ranked = (None, None)
+    if width:
+        ranks = rng.integers(0, width + 1, m).astype(np.int32)
+        ranked = (ranks, quantized(rng.uniform(0, 1, (m, width))))
     scale = 10.0 ** rng.integers(-30, 30, (m, depth, 4))
     return TracePath(
         tuple(int(t) for t in rng.integers(0, 5000, n)),
@@ -113,6 +118,7 @@ def make_path(seed, n, m, depth):
         rng.integers(0, 5000, (m, depth)).astype(np.int32),
         (rng.normal(size=(m, depth, 4)) * scale).astype(np.float32),
         rng.integers(0, depth + 1, m).astype(np.int32),
+        *ranked,
     )
 
 
@@ -128,6 +134,12 @@ def same(a, b):
             np.array_equal(getattr(a, n), getattr(b, n)) and getattr(a, n).dtype == getattr(b, n).dtype
             for n in ("drafts", "features", "accepted")
         )
+        and all(
+            np.array_equal(getattr(a, n), getattr(b, n))
+            if getattr(a, n) is not None
+            else getattr(b, n) is None
+            for n in ("target_ranks", "candidate_probs")
+        )
     )
 
 
@@ -135,7 +147,8 @@ def same(a, b):
 @settings(max_examples=60, deadline=None)
 def test_traces_round_trip_exactly(tmp_path_factory, seed, n, m, depth):
     file = tmp_path_factory.mktemp("trace") / "t.jsonl"
-    trace = make_trace(make_path(seed, n, m, depth), make_path(seed + 1, n, m, depth), note="x")
+    ranked = make_path(seed + 1, n, m, depth, width=16 if m else 0)
+    trace = make_trace(make_path(seed, n, m, depth), ranked, note="x")
     digest = save_trace(trace, file)
     back = load_trace(file)
     assert all(same(a, b) for a, b in zip(trace.paths, back.paths, strict=True))
@@ -169,6 +182,25 @@ def test_damaged_traces_name_line_and_fault(tmp_path, how, says):
     save_trace(make_trace(*(make_path(s, 3, 9, 4) for s in range(3))), file)
     file.write_bytes(b"".join(how(file.read_bytes().splitlines(keepends=True))))
     with pytest.raises(ArtifactDamaged, match=says):
+        load_trace(file)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_ranks": [17] * 9},
+        {"target_ranks": [0] * 8},
+        {"candidate_probs": [1] * 17},
+        {"candidate_probs": []},
+        {"candidate_probs": [10_001] * 144},
+    ],
+)
+def test_candidates_that_do_not_fit_their_path_are_damage(tmp_path, change):
+    file = tmp_path / "t.jsonl"
+    save_trace(make_trace(make_path(0, 3, 9, 4, width=16)), file)
+    head, line = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(head + seal_line({**open_line(line, "here"), **change}))
+    with pytest.raises(ArtifactDamaged, match=r"line 2.*(target_ranks|reshape)"):
         load_trace(file)
 
 

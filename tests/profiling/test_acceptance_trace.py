@@ -29,6 +29,8 @@ from wispprof.profiling.acceptance_trace import (
 from wispprof.profiling.draft_rollout import DraftRollout
 from wispprof.profiling.prompts import held_out_prompts, load_prompts
 from wispprof.profiling.traced_drafter import SequentialTraced
+from wispprof.sampling.candidates import noise_ranked, ranks_of
+from wispprof.sampling.sampler import filtered_probs, sample_tokens
 from wispprof.settings.profiler_settings import TraceEngineSettings, TraceSettings
 from wispprof.types import Sampling, StepInput
 
@@ -330,3 +332,48 @@ def test_prompts_of_a_user(tmp_path):
         load_prompts(plain, Letters(), 3, 20)
     with pytest.raises(ModelError, match="tokenizer"):
         load_prompts(plain, None, 3, 20)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), WARM, Sampling(1.0, seed=3)])
+def test_candidates_begin_with_the_drafted_token(draft, sampling):
+    ids = text(60)
+    rollout = DraftRollout(draft)
+    rollout._rows = 16  # several blocks
+    drafts, _ = rollout.run(ids, 20, 2, sampling)
+    candidates, probs = rollout.candidates(ids, 20, sampling, 8)
+    assert candidates.shape == probs.shape == (40, 8)
+    assert (candidates[:, 0] == drafts[:, 0]).all()
+    assert all(len(set(row)) == 8 for row in candidates.tolist())
+
+
+@pytest.mark.parametrize("sampling", [WARM, Sampling(1.0, seed=3)])
+def test_candidates_are_what_the_noise_chooses_one_after_another(sampling):
+    """Each candidate is what would be drawn if the ones before it could not be."""
+    logits = torch.randn(20, 50, generator=torch.Generator().manual_seed(1)) * 3
+    positions = np.arange(100, 120)
+    probs = filtered_probs(logits, sampling)
+    ids, found = noise_ranked(logits, positions, sampling, 4)
+    torch.testing.assert_close(found, probs.gather(1, ids))
+    # The filters are the same for every candidate, so only the temperature remains.
+    left = torch.where(probs > 0, logits, -torch.inf)
+    plain = Sampling(sampling.temperature, seed=sampling.seed)
+    for rank in range(4):
+        possible = left.isfinite().any(1)
+        chosen = sample_tokens(left[possible], positions[possible], [plain] * int(possible.sum()))
+        assert (chosen == ids[possible, rank]).all()
+        left = left.scatter(1, ids[:, rank : rank + 1], -torch.inf)
+
+
+def test_a_trace_keeps_the_ranks_of_the_path(target, tmp_path):
+    """The target as its own draft is always right: rank 0 everywhere."""
+    settings = TraceSettings(count=2, path_tokens=12, depth=2, sampling=WARM)
+    prompts = [text(9), text(14, 1)]
+    same = collect_trace(target, target, settings, prompts=prompts)
+    assert all((path.target_ranks == 0).all() for path in same.paths)
+    assert all(path.candidate_probs.shape == (12, 16) for path in same.paths)
+    save_trace(same, tmp_path / "t.jsonl")
+    back = load_trace(tmp_path / "t.jsonl")
+    assert all(
+        (a.candidate_probs == b.candidate_probs).all() for a, b in zip(same.paths, back.paths, strict=True)
+    )
+    assert ranks_of([4, 7], np.array([[3, 4], [5, 6]])).tolist() == [1, 2]

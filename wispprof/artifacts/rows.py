@@ -149,6 +149,11 @@ class TracePath:
     (m, K, 4) are those of :class:`~wispprof.types.DraftFeatures`; ``accepted`` (m,) is the length of
     the proposal's prefix that equals the path (proposals past the end of the path are not counted,
     so rows with ``i + K > m`` are censored).
+
+    For draft trees, if the draft is a model on PyTorch: ``candidate_probs`` (m, W) are the draft's
+    probabilities of its first W candidates at each position, ranked by the position's noise;
+    ``target_ranks`` (m,) is the rank of the path's token among them, W if it is not one of them. A node of a
+    tree is accepted if its parent is and its rank is the target's.
     """
 
     prompt: tuple[int, ...]
@@ -156,6 +161,8 @@ class TracePath:
     drafts: np.ndarray
     features: np.ndarray
     accepted: np.ndarray
+    target_ranks: np.ndarray | None = None
+    candidate_probs: np.ndarray | None = None
 
     @property
     def depth(self) -> int:

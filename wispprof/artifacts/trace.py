@@ -1,12 +1,13 @@
 """Acceptance traces on disk: a header line, then one sealed line per path. Exact round trip.
 
-Features are float32 and written with the fewest digits that give the same float32 back.
+Features are float32 and written with the fewest digits that give the same float32 back. Probabilities of
+candidates are written as integers, in steps of :data:`PROB_STEP`; earlier traces have none.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from wispprof.types import Sampling
 TRACE_SCHEMA = 1
 FORMAT = "wispprof/trace"
 FEATURES = 4
+PROB_STEP = 1e-4
 
 
 def trace_hash(trace: AcceptanceTrace) -> str:
@@ -104,6 +106,8 @@ class _PathLine:
     accepted: list[Count]
     drafts: list[int]
     features: list[float]
+    target_ranks: list[Count] = field(default_factory=list)
+    candidate_probs: list[Count] = field(default_factory=list)
 
 
 def _body(trace: AcceptanceTrace) -> bytes:
@@ -126,6 +130,11 @@ def _line(path: TracePath) -> bytes:
         "accepted": path.accepted.tolist(),
         "drafts": path.drafts.reshape(-1).tolist(),
     }
+    if path.target_ranks is not None and path.candidate_probs is not None:
+        if path.target_ranks.shape != (m,) or path.candidate_probs.shape[:1] != (m,):
+            raise ValueError("a trace path needs target_ranks (m,) and candidate_probs (m, W)")
+        head["target_ranks"] = path.target_ranks.tolist()
+        head["candidate_probs"] = np.rint(path.candidate_probs.reshape(-1) / PROB_STEP).astype(int).tolist()
     text = json.dumps(head, separators=(",", ":"))
     return seal_text(f'{text[:-1]},"features":[{numbers}]}}')
 
@@ -144,4 +153,26 @@ def _path(body: dict[str, Any], where: str) -> TracePath:
         raise damaged(where, "'features' are not finite")
     if m and accepted.max() > depth:
         raise damaged(where, "'accepted' is outside 0 … depth")
-    return TracePath(line.prompt, line.path, drafts, features, accepted)
+    ranks, probs = _candidates(line, where)
+    return TracePath(line.prompt, line.path, drafts, features, accepted, ranks, probs)
+
+
+def quantized(probs: np.ndarray) -> np.ndarray:
+    """Probabilities as a trace file keeps them, float32."""
+    return np.asarray(np.rint(probs / PROB_STEP) * PROB_STEP, dtype=np.float32)
+
+
+def _candidates(line: _PathLine, where: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+    if not line.target_ranks and not line.candidate_probs:
+        return None, None
+    m = len(line.path)
+    ranks = np.array(line.target_ranks, dtype=np.int32)
+    try:
+        whole = np.array(line.candidate_probs, dtype=np.int64).reshape(m, -1)
+    except (ValueError, OverflowError) as err:
+        raise damaged(where, str(err)) from None
+    if len(ranks) != m or not whole.size or whole.max() * PROB_STEP > 1 + PROB_STEP / 2:
+        raise damaged(where, "'target_ranks' and 'candidate_probs' do not fit the path")
+    if ranks.max() > whole.shape[1]:
+        raise damaged(where, "'target_ranks' is outside 0 … W")
+    return ranks, quantized(whole * PROB_STEP)

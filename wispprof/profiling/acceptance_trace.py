@@ -19,6 +19,7 @@ import numpy as np
 
 from wispprof.artifacts import AcceptanceTrace, TracePath, bundled_model
 from wispprof.artifacts.manifest import command_line
+from wispprof.artifacts.trace import quantized
 from wispprof.engines.served_model import read_generation_config, stop_tokens
 from wispprof.errors import ModelError, ProfileError, ProtocolError, ServerBusy
 from wispprof.hardware import fingerprint
@@ -26,6 +27,7 @@ from wispprof.profiling.link_profiler import ServerClient
 from wispprof.profiling.profile_run import load_pair_model
 from wispprof.profiling.prompts import held_out_prompts, load_prompts
 from wispprof.profiling.traced_drafter import TracedDrafter, as_traced, load_traced_draft
+from wispprof.sampling.candidates import ranks_of
 from wispprof.settings.profiler_settings import TraceEngineSettings, TraceSettings
 from wispprof.settings.shared_settings import ServerAccess
 from wispprof.types import Progress, Sampling, StepInput
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from wispprof.engines import EngineOptions
     from wispprof.engines.loading import LoadedModel
 
+CANDIDATES = 16
+"""Candidates of each position whose probabilities a trace keeps."""
 _STEP_TOKENS = 2048
 _BLOCK = 256
 """KV tokens that a session may take beyond its own: the rest of its last block."""
@@ -205,9 +209,12 @@ def _assemble(
         generated += len(batch)
         for prompt, path in zip(batch, paths, strict=True):
             report(len(traced) + generated, total, "the draft's proposals at every position")
-            drafts, features = draft.run([*prompt, *path], len(prompt), settings.depth, settings.sampling)
+            text = [*prompt, *path]
+            drafts, features = draft.run(text, len(prompt), settings.depth, settings.sampling)
             accepted = accepted_lengths(drafts, path)
-            traced.append(TracePath(tuple(prompt), tuple(path), drafts, features, accepted))
+            found = draft.candidates(text, len(prompt), settings.sampling, CANDIDATES)
+            ranked = (None, None) if found is None else (ranks_of(path, found[0]), quantized(found[1]))
+            traced.append(TracePath(tuple(prompt), tuple(path), drafts, features, accepted, *ranked))
     report(total, total, "done")
     return AcceptanceTrace(
         target="",

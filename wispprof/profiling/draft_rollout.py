@@ -20,6 +20,7 @@ from wispprof.engines.loading import LoadedModel
 from wispprof.engines.torch.decoder import Decoder, decoder_for
 from wispprof.engines.torch.kv_store import Attend, causal_mask, grouped_attention
 from wispprof.errors import EngineError
+from wispprof.sampling.candidates import noise_ranked
 from wispprof.sampling.sampler import sample_tokens
 from wispprof.types import Sampling
 
@@ -76,6 +77,24 @@ class DraftRollout:
             contexts = torch.arange(first + start, first + stop, device=self._device)
             self._roll(shared, hidden[block], contexts, sampling, drafts[block], features[block])
         return drafts, features
+
+    @torch.inference_mode()
+    def candidates(
+        self, tokens: Sequence[int], first: int, sampling: Sampling, width: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The draft's first candidates (m, width) at each position from ``first``, and their probabilities.
+
+        See :func:`~wispprof.sampling.candidates.noise_ranked`.
+        """
+        _, hidden = self._read(tokens[:-1], first - 1)
+        ids, probs = [], []
+        for start in range(0, len(hidden), self._rows):
+            logits = self._decoder.logits(hidden[start : start + self._rows])
+            positions = np.arange(first + start, first + start + len(logits))
+            found = noise_ranked(logits, positions, sampling, width)
+            ids.append(found[0].cpu().numpy())
+            probs.append(found[1].cpu().numpy())
+        return np.concatenate(ids), np.concatenate(probs)
 
     def _roll(
         self,

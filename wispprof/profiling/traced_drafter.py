@@ -44,6 +44,11 @@ class TracedDrafter(Protocol):
         Row ``i`` continues ``tokens[: first + i]``.
         """
 
+    def candidates(
+        self, tokens: Sequence[int], first: int, sampling: Sampling, width: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Candidates (m, width) by the noise of each position, and their probabilities, if known."""
+
 
 class _TorchTraced:
     def __init__(self, loaded: LoadedModel) -> None:
@@ -52,7 +57,8 @@ class _TorchTraced:
         info = loaded.info
         self.id, self.vocab_size, self.tokenizer = info.id, info.vocab_size, loaded.tokenizer
         self.tokenizer_hash, self.weights_hash = info.tokenizer_hash, info.weights_hash
-        self.run = DraftRollout(loaded).run
+        rollout = DraftRollout(loaded)
+        self.run, self.candidates = rollout.run, rollout.candidates
         self._loaded = loaded
 
     def drafter(self) -> Drafter:
@@ -75,6 +81,11 @@ class SequentialTraced:
 
     def drafter(self) -> Drafter:
         return self._drafter
+
+    def candidates(
+        self, tokens: Sequence[int], first: int, sampling: Sampling, width: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        return None  # a drafter names one token at a time
 
     def run(
         self, tokens: Sequence[int], first: int, depth: int, sampling: Sampling
