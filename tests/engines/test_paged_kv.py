@@ -11,6 +11,7 @@ import torch
 from wispprof.engines.loading import random_model
 from wispprof.engines.torch.block_table import BlockTables
 from wispprof.engines.torch.dense_kv import DenseKvStore
+from wispprof.engines.torch.draft_tree import NO_TREES, DraftTree, Trees
 from wispprof.engines.torch.engine import TorchEngine
 from wispprof.engines.torch.kv_store import KvGeometry
 from wispprof.engines.torch.paged_kv import PagedKvStore
@@ -103,18 +104,22 @@ NEW = np.array([7, 1, 5, 33, 2])
 
 
 SHAPES = [(4, 2, 16), (8, 1, 32), (3, 3, 8)]
-CASES = [(*shape, block_size, "gather") for shape in SHAPES for block_size in (16, 64)]
+TREES = {0: DraftTree.of([-1, -1, 0, 1, 0]), 3: DraftTree.of([-1, *(node // 3 - 1 for node in range(1, 30))])}
+CASES = [
+    (*s, block_size, "gather", trees) for s in SHAPES for block_size, trees in ((16, NO_TREES), (64, TREES))
+]
 # Triton's interpreter is slow, and the kernel needs heads of at least 16 dimensions.
-CASES += [(*shape, 64, "triton") for shape in SHAPES[:2]]
+CASES += [(*SHAPES[0], 64, "triton", TREES), (*SHAPES[1], 64, "triton", NO_TREES)]
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size", "attention"), CASES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block_size", "attention", "trees"), CASES)
 def test_paged_attention_equals_dense_attention(
     heads: int,
     kv_heads: int,
     dim: int,
     block_size: int,
     attention: str,
+    trees: Trees,
 ) -> None:
     if attention == "triton":
         pytest.importorskip("triton")
@@ -135,7 +140,7 @@ def test_paged_attention_equals_dense_attention(
                 store.plan(one, zero, all_new).attend(0, query, past[0], past[1])
         store.allocate(handles, CACHED, CACHED + NEW)
         paged.attention = attention  # for the step in question alone
-        plan = store.plan(handles, CACHED, NEW)
+        plan = store.plan(handles, CACHED, NEW, trees)
         # Into the store's packed order and back.
         parts = [np.arange(int(n)) + int(s) for n, s in zip(NEW, np.cumsum(NEW) - NEW, strict=True)]
         order = torch.from_numpy(np.concatenate([parts[i] for i in plan.order]))

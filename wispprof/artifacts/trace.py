@@ -134,7 +134,8 @@ def _line(path: TracePath) -> bytes:
         if path.target_ranks.shape != (m,) or path.candidate_probs.shape[:1] != (m,):
             raise ValueError("a trace path needs target_ranks (m,) and candidate_probs (m, W)")
         head["target_ranks"] = path.target_ranks.tolist()
-        head["candidate_probs"] = np.rint(path.candidate_probs.reshape(-1) / PROB_STEP).astype(int).tolist()
+        probs = path.candidate_probs.reshape(-1).astype(np.float64)
+        head["candidate_probs"] = np.rint(probs / PROB_STEP).astype(int).tolist()
     text = json.dumps(head, separators=(",", ":"))
     return seal_text(f'{text[:-1]},"features":[{numbers}]}}')
 
@@ -159,7 +160,7 @@ def _path(body: dict[str, Any], where: str) -> TracePath:
 
 def quantized(probs: np.ndarray) -> np.ndarray:
     """Probabilities as a trace file keeps them, float32."""
-    return np.asarray(np.rint(probs / PROB_STEP) * PROB_STEP, dtype=np.float32)
+    return (np.rint(probs.astype(np.float64) / PROB_STEP) * PROB_STEP).astype(np.float32)
 
 
 def _candidates(line: _PathLine, where: str) -> tuple[np.ndarray | None, np.ndarray | None]:
