@@ -6,6 +6,7 @@
 What is compared. A verify step of 16 sessions, 5 new tokens each, over contexts from 128 to 1,024:
 
 - engine       one ragged forward on the KV store (the subject)
+- trees        the same with the drafts of each session as a binary tree
 - loop         a python loop of single-session forwards, each with transformers' own cache: reads all
                weights 16 times, and multiplies 5 rows at a time
 - dense        one batched forward of 16 x 5 tokens at one equal context (the same sum of cached tokens),
@@ -17,15 +18,16 @@ The physics. A step costs the weights once (2 flops per parameter and token, and
 attention: 4 * heads * head_dim flops per query-key pair and layer, and reading each session's keys and values
 once. On few cores a step of 80 tokens is bound by arithmetic; the loop's 5-row products run at a fraction of
 that rate. The arms take turns, so that whatever else the machine does hits all of them; `median` is over all
-turns, `quiet` the 10th percentile. On CUDA the step is also divided by its roofline: bytes over the measured
-bandwidth, or flops over the measured matrix rate, whichever is longer; with graphs and without. The last line
-is JSON.
+turns, `quiet` the 10th percentile. The engine's steps are also divided by their roofline: on CUDA bytes over
+the measured bandwidth, or flops over the measured matrix rate, whichever is longer, with graphs and without;
+on a CPU flops over the rate of a layer's widest product at this many rows. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -38,6 +40,7 @@ import torch
 from wispprof.engines.loading import LoadedModel, load_model, random_model
 from wispprof.engines.model_shapes import PRESETS
 from wispprof.engines.torch.engine import TorchEngine
+from wispprof.engines.torch.packed_linear import PackedLinear
 from wispprof.types import BatchShape, StepInput
 
 Arm = Callable[[], None]
@@ -54,11 +57,12 @@ def main() -> None:
     equal = round(sum(contexts) / items)
     arms: dict[str, Arm] = {}
     rng = np.random.default_rng(0)
-    kv_tokens = 2 * items * (args.longest + args.equal + 2 * new)
+    kv_tokens = 2 * items * (2 * args.longest + args.equal + 3 * new)
 
     limits = {"kv_tokens": kv_tokens, "max_sessions": 4 * items}
     engine = TorchEngine(loaded, **limits, attention=args.attention)
     arms["engine"] = engine_arm(engine, "ragged", contexts, new, rng)
+    arms["trees"] = engine_arm(engine, "trees", contexts, new, rng, trees=True)
     arms[f"engine@{args.equal}"] = engine_arm(engine, "equal", [args.equal] * items, new, rng)
     if device.type == "cuda":
         plain = TorchEngine(loaded, **limits, attention=args.attention, graphs=False)
@@ -69,17 +73,19 @@ def main() -> None:
         arms["dense"] = dense_arm(loaded, items, equal, new, rng)
         arms[f"dense@{args.equal}"] = dense_arm(loaded, items, args.equal, new, rng)
 
+    rate = 0.0 if device.type == "cuda" else cpu_rate(loaded, items * new)
     times = interleave(arms, args.repeats, device)
     medians = {name: statistics.median(t) for name, t in times.items()}
     quiet = {name: float(np.quantile(t, 0.1)) for name, t in times.items()}
     roof = {}
+    bandwidth = math.inf
     if device.type == "cuda":
         bandwidth, rate = device_rates(loaded.dtype)
-        print(f"measured: {bandwidth / 1e9:.0f} GB/s, {rate / 1e12:.0f} TFLOP/s", file=sys.stderr)
-        for name in arms:
-            if name.startswith("engine"):
-                shape = [args.equal] * items if "@" in name else contexts
-                roof[name] = roofline_ms(loaded, BatchShape.of([(new, c) for c in shape]), bandwidth, rate)
+    print(f"measured: {bandwidth / 1e9:.0f} GB/s, {rate / 1e9:.0f} GFLOP/s", file=sys.stderr)
+    for name in arms:
+        if name.startswith(("engine", "trees")):
+            shape = [args.equal] * items if "@" in name else contexts
+            roof[name] = roofline_ms(loaded, BatchShape.of([(new, c) for c in shape]), bandwidth, rate)
     print_table(loaded, args, medians, quiet, roof)
     print(json.dumps(summary(loaded, args, medians, quiet, roof)))
 
@@ -112,7 +118,12 @@ def load(args: argparse.Namespace) -> LoadedModel:
 
 
 def engine_arm(
-    engine: TorchEngine, name: str, contexts: list[int], new: int, rng: np.random.Generator
+    engine: TorchEngine,
+    name: str,
+    contexts: list[int],
+    new: int,
+    rng: np.random.Generator,
+    trees: bool = False,
 ) -> Arm:
     vocab = engine.info.vocab_size
     names = [f"{name} {i}" for i in range(len(contexts))]
@@ -121,7 +132,8 @@ def engine_arm(
         for start in range(0, cached, 512):
             size = min(512, cached - start)
             engine.step([StepInput(session, rng.integers(0, vocab, size).tolist(), needs_logits=False)])
-    inputs = [StepInput(s, rng.integers(0, vocab, new).tolist(), new - 1) for s in names]
+    parents = [node // 2 - 1 for node in range(new - 1)] if trees else []
+    inputs = [StepInput(s, rng.integers(0, vocab, new).tolist(), new - 1, True, parents) for s in names]
 
     def run() -> None:
         engine.step(inputs)
@@ -182,6 +194,20 @@ def interleave(arms: dict[str, Arm], repeats: int, device: torch.device) -> dict
             if turn >= 2:
                 times[name].append((time.perf_counter() - began) * 1e3)
     return times
+
+
+@torch.inference_mode()
+def cpu_rate(loaded: LoadedModel, rows: int) -> float:
+    """Measured flops/s of the product of ``rows`` rows with the gate and up weights of a layer."""
+    config = loaded.model.config
+    weight = torch.randn(2 * config.intermediate_size, config.hidden_size, dtype=loaded.dtype)
+    product, x = PackedLinear(weight, fewest=1), torch.randn(rows, config.hidden_size, dtype=loaded.dtype)
+    taken = []
+    for _ in range(100):
+        began = time.perf_counter()
+        product(x)
+        taken.append(time.perf_counter() - began)
+    return 2 * rows * weight.numel() / statistics.median(taken)
 
 
 def device_rates(dtype: torch.dtype) -> tuple[float, float]:
@@ -255,6 +281,7 @@ def summary(
         "device": str(loaded.device),
         "threads": torch.get_num_threads(),
         "repeats": args.repeats,
+        "trees_over_engine": round(medians["trees"] / medians["engine"], 3),
         "median_ms": {k: round(v, 3) for k, v in medians.items()},
         "quiet_ms": {k: round(v, 3) for k, v in quiet.items()},
     }

@@ -54,17 +54,25 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int
     return found
 
 
+def test_no_kernel_needs_more_registers_and_spills_than_before(figures: dict[str, dict[str, int]]) -> None:
+    compiled = set()
+    for name, found in figures.items():
+        kernel, arch, tile, _ = name.split()
+        registers, stored, loaded = BOUNDS[kernel, arch, int(tile)]
+        assert found["registers"] <= registers, name
+        assert found["spill_stores"] <= stored, name
+        assert found["spill_loads"] <= loaded, name
+        compiled.add((kernel, arch, int(tile)))
+    assert compiled == set(BOUNDS)
+
+
+@pytest.mark.parametrize("kernel", ["chain", "tree"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize(("kernel", "arch", "tile"), BOUNDS)
-def test_a_kernel_needs_no_more_registers_and_spills_than_before(
-    figures: dict[str, dict[str, int]], kernel: str, arch: str, tile: int, dtype: str
+def test_verification_leaves_room_for_three_blocks_of_threads(
+    figures: dict[str, dict[str, int]], kernel: str, dtype: str
 ) -> None:
-    found = figures[" ".join([kernel, arch, dtype, *([str(tile)] if tile else [])])]
-    registers, stored, loaded = BOUNDS[kernel, arch, tile]
-    assert found["registers"] <= registers
-    assert found["spill_stores"] <= stored
-    assert found["spill_loads"] <= loaded
-
-
-def test_every_compiled_kernel_has_a_bound(figures: dict[str, dict[str, int]]) -> None:
-    assert len(figures) == 2 * len(BOUNDS)
+    """16 rows of 128 dimensions: 65,536 registers hold three blocks of 128 threads at 168 each."""
+    for arch in ("sm_80", "sm_89", "sm_90", "sm_100"):
+        found = figures[f"{kernel} {arch} 16 {dtype}"]
+        assert found["registers"] <= 168
+        assert found["spill_stores"] == found["spill_loads"] == 0
