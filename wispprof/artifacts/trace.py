@@ -160,7 +160,7 @@ def _path(body: dict[str, Any], where: str) -> TracePath:
 
 def quantized(probs: np.ndarray) -> np.ndarray:
     """Probabilities as a trace file keeps them, float32."""
-    return (np.rint(probs.astype(np.float64) / PROB_STEP) * PROB_STEP).astype(np.float32)
+    return np.asarray(np.rint(probs.astype(np.float64) / PROB_STEP) * PROB_STEP, dtype=np.float32)
 
 
 def _candidates(line: _PathLine, where: str) -> tuple[np.ndarray | None, np.ndarray | None]:

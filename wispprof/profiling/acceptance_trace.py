@@ -213,8 +213,9 @@ def _assemble(
             drafts, features = draft.run(text, len(prompt), settings.depth, settings.sampling)
             accepted = accepted_lengths(drafts, path)
             found = draft.candidates(text, len(prompt), settings.sampling, CANDIDATES)
-            ranked = (None, None) if found is None else (ranks_of(path, found[0]), quantized(found[1]))
-            traced.append(TracePath(tuple(prompt), tuple(path), drafts, features, accepted, *ranked))
+            ranks = None if found is None else ranks_of(path, found[0])
+            probs = None if found is None else quantized(found[1])
+            traced.append(TracePath(tuple(prompt), tuple(path), drafts, features, accepted, ranks, probs))
     report(total, total, "done")
     return AcceptanceTrace(
         target="",

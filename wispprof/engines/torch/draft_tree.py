@@ -40,7 +40,8 @@ class DraftTree(NamedTuple):
         """Pairs (i, j), j < i: node i does not see node j, although j stands before it in the cache."""
         nodes = np.arange(len(self.parents))
         unrelated = self.ancestors[:, None] >> nodes & 1 == 0
-        return np.nonzero(unrelated & (nodes < nodes[:, None]))
+        seers, others = np.nonzero(unrelated & (nodes < nodes[:, None]))
+        return seers, others
 
     def accepted_path(self, tokens: Sequence[int], chosen: Sequence[int]) -> list[int]:
         """Nodes that the target agrees with, from a child of the root downwards.
