@@ -49,7 +49,7 @@ class ScriptedEngine(FakeEngine):
         end = begin + self.period_s
         edges, lengths = self._edges, self._lengths
         results = []
-        for name, tokens, drafts, needs_logits in inputs:
+        for name, tokens, drafts, needs_logits, *_ in inputs:
             edge, fed = edges[name], len(tokens) - drafts
             start = lengths[name] + fed
             accepted = 0

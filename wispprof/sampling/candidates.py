@@ -42,4 +42,4 @@ def noise_ranked(
 def ranks_of(tokens: Sequence[int], candidates: np.ndarray) -> np.ndarray:
     """Rank of each token (m,) among the candidates of its position (m, W), W if it is not one; int32."""
     hit = candidates == np.asarray(tokens)[:, None]
-    return np.where(hit.any(1), hit.argmax(1), candidates.shape[1]).astype(np.int32)
+    return np.asarray(np.where(hit.any(1), hit.argmax(1), candidates.shape[1]), dtype=np.int32)

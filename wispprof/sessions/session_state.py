@@ -293,7 +293,7 @@ class SessionState:
 
     def begin(self, step_input: StepInput, now_ms: float) -> None:
         """A step with this input has begun. Drafts in it may have left the session since it was made."""
-        _, fed, drafts, needs_logits = step_input
+        _, fed, drafts, needs_logits, _ = step_input
         pending = self.drafts
         queue_ms = max(0.0, now_ms - self.waiting_from_ms)
         self.flight = (len(fed), drafts, needs_logits, pending.epoch, queue_ms)

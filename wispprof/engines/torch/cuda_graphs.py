@@ -49,11 +49,13 @@ class _Views(NamedTuple):
     @classmethod
     def of(cls, words: Tensor, tokens: int, width: int) -> _Views:
         """Split an int64 buffer: the int64 inputs first, then the int32 inputs, two to a word."""
-        wide = torch.split(words[: 4 * tokens], tokens)
+        ids, positions, slot_mapping, ancestors = torch.split(words[: 4 * tokens], tokens)
         narrow = words[4 * tokens :].view(torch.int32)
         sizes = [tokens + 1, tokens, tokens, tokens, tokens * width]
-        *rows, tables, _ = torch.split(narrow, [*sizes, len(narrow) - sum(sizes)])
-        return cls(*wide, *rows, tables.view(tokens, width))
+        parts = torch.split(narrow, [*sizes, len(narrow) - sum(sizes)])
+        starts, lengths, inputs, tree_starts, tables = parts[:5]
+        tables = tables.view(tokens, width)
+        return cls(ids, positions, slot_mapping, ancestors, starts, lengths, inputs, tree_starts, tables)
 
 
 class _Static(NamedTuple):

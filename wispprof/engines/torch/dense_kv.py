@@ -382,4 +382,4 @@ def _hidden(tree: DraftTree, cached: int, new: int, first_row: int, length: int)
     """Flat places in a mask (…, length) where a node would see one that is not its ancestor."""
     root = new - len(tree.parents)
     nodes, others = tree.hidden()
-    return (first_row + root + nodes) * length + cached + root + others
+    return np.asarray((first_row + root + nodes) * length + cached + root + others)
