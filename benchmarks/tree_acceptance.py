@@ -81,15 +81,15 @@ class Shape(NamedTuple):
 def best_shape(rates: np.ndarray, rows: int) -> Shape:
     """The tree of ``rows`` nodes with the most accepted tokens if the target takes rank r at rate r."""
     shape = Shape([], [])
-    frontier = [(-rates[0], -1, 0)]
+    open_nodes = [(-rates[0], -1, 0)]
     while len(shape.parents) < rows:
-        negative, parent, rank = heapq.heappop(frontier)
+        negative, parent, rank = heapq.heappop(open_nodes)
         node = len(shape.parents)
         shape.parents.append(parent)
         shape.ranks.append(rank)
-        heapq.heappush(frontier, (negative * rates[0], node, 0))
+        heapq.heappush(open_nodes, (negative * rates[0], node, 0))
         if rank + 1 < WIDTH and rates[rank] > 0:
-            heapq.heappush(frontier, (negative / rates[rank] * rates[rank + 1], parent, rank + 1))
+            heapq.heappush(open_nodes, (negative / rates[rank] * rates[rank + 1], parent, rank + 1))
     return shape
 
 

@@ -213,10 +213,6 @@ class DraftToken(NamedTuple):
     features: DraftFeatures
 
 
-MAX_TREE_NODES = 64
-"""Drafts of a draft tree, so that a node's ancestors fit into one integer."""
-
-
 class StepInput(NamedTuple):
     """One session's tokens in one engine step.
 
@@ -224,10 +220,8 @@ class StepInput(NamedTuple):
     With ``needs_logits`` the target's own token is computed after each of the last ``drafts + 1`` tokens.
     Without it (a prompt chunk before the last one) nothing is decided and ``drafts`` must be 0.
 
-    ``parents`` makes the drafts a tree of at most :data:`MAX_TREE_NODES`, for engines whose capabilities
-    include ``trees``. ``parents[i]`` is the number of the draft that draft ``i`` follows, less than ``i``,
-    or -1 if it follows the last token that is not a draft. Without ``parents`` each draft follows the one
-    before it.
+    ``parents`` makes the drafts a tree of at most 64 nodes, for engines whose capabilities include
+    ``trees``: draft ``i`` follows draft ``parents[i]`` < ``i``, or at -1 the last token that is no draft.
     """
 
     session: str

@@ -14,12 +14,12 @@ from scipy import stats
 
 from wispprof.engines.loading import LoadedModel, random_model
 from wispprof.engines.torch.cuda_graphs import StepGraphs
-from wispprof.engines.torch.draft_tree import DraftTree
+from wispprof.engines.torch.draft_tree import MAX_TREE_NODES, DraftTree
 from wispprof.engines.torch.engine import TorchEngine
 from wispprof.engines.torch.paged_kv import PagedKvStore
 from wispprof.errors import EngineError, InputRefused
 from wispprof.sampling.sampler import filtered_probs
-from wispprof.types import MAX_TREE_NODES, Sampling, StepInput
+from wispprof.types import Sampling, StepInput
 
 BACKENDS = ("dense", "paged", "graphs")
 VOCAB = 96

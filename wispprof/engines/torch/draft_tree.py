@@ -14,7 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from wispprof.errors import InputRefused
-from wispprof.types import MAX_TREE_NODES, StepInput
+from wispprof.types import StepInput
+
+MAX_TREE_NODES = 64
+"""So that a node's ancestors fit into one integer."""
 
 
 class DraftTree(NamedTuple):
