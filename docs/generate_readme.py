@@ -43,6 +43,7 @@ def record_of(folder: Path) -> dict[str, Any]:
         "made": run.benches[-1].provenance.created[:10],
         "seconds": _seconds(run.server.manifest.started, run.benches[-1].provenance.created),
         "verdict": verdict(benches),
+        "turns": int(benches[0].figure("turns") or 1),
         "load": benches[0].load,
         "systems": {bench.policy: {name: bench.figure(name) for _, name, _ in COLUMNS} for bench in benches},
     }
@@ -73,6 +74,7 @@ def parts(record: dict[str, Any]) -> dict[str, str]:
                 f"Measured on {record['machine']} in {record['seconds']:.0f} s ({record['made']}): "
                 f"{load['devices']} replayed",
                 f"devices over a {load['rtt_ms']:g} ms link, with SLOs of {classes} tokens/s in turn.",
+                f"The policies took {record['turns']} turns each.",
                 "",
                 f"| policy | {head} |",
                 "|" + "---|" * (len(COLUMNS) + 1),

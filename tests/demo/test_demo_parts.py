@@ -26,8 +26,12 @@ LINEAR = cast(Any, Linear())
 
 
 def test_slo_classes_are_shares_of_the_server_only_speed() -> None:
-    settings = DemoSettings(devices=8, shares=(0.5, 1.0))
-    assert slo_classes(settings, LINEAR) == (50.0, 100.0)
+    settings = DemoSettings(shares=(0.5, 1.2))
+    assert slo_classes(settings, 101.0) == (50.0, 120.0)
+
+
+def test_chance_does_not_decide_whether_the_server_alone_meets_an_slo() -> None:
+    assert all(abs(share - 1.0) >= 0.2 - 1e-9 for share in DemoSettings().shares)
 
 
 def test_the_ttft_slo_follows_from_the_prompts_and_is_at_least_500_ms() -> None:
@@ -39,7 +43,7 @@ def test_the_ttft_slo_follows_from_the_prompts_and_is_at_least_500_ms() -> None:
 def test_quick_is_less_of_everything() -> None:
     full, quick = DemoSettings(), DemoSettings.quick()
     assert quick.systems == full.systems, "the comparison stays whole"
-    assert quick.shares == full.shares
+    assert (quick.shares, quick.rounds) == (full.shares, full.rounds)
     for name in ("prompts", "prompt_tokens", "path_tokens", "requests", "max_new"):
         assert getattr(quick, name) < getattr(full, name)
 
@@ -70,6 +74,7 @@ def result(mismatches: float) -> DemoResult:
     return DemoResult(
         answer=Answer("p", (), {"tokens_per_s": 3.0}),
         benches=(Bench("wisp", {}, figures),),
+        order="wisp",
         report=Path("r.html"),
         seconds=1.0,
         estimator_mape=2.0,

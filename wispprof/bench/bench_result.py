@@ -135,6 +135,27 @@ def summarise(
     return BenchResult(policy, load, figures, tuple(steps), tuple(results), dict(errors))
 
 
+def pool_results(turns: Sequence[BenchResult]) -> BenchResult:
+    """The results of one system in several turns under one load, as one result.
+
+    Rates are over the turns' time together. Figures that only the server gave are means over the turns.
+    """
+    results = [result for turn in turns for result in turn.results]
+    steps = [step for turn in turns for step in turn.steps]
+    seconds = sum(turn.figures["seconds"] for turn in turns)
+
+    def wire_bytes(name: str) -> int:
+        sent = (turn.figures[name] * turn.figures["tokens_per_s"] * turn.figures["seconds"] for turn in turns)
+        return round(sum(count for count in sent if math.isfinite(count)))
+
+    traffic = wire_bytes("up_bytes_per_token"), wire_bytes("down_bytes_per_token")
+    pooled = summarise(turns[0].policy, turns[0].load, results, seconds, steps, {}, traffic)
+    for name in turns[0].figures.keys() - pooled.figures.keys():
+        values = [turn.figures[name] for turn in turns if name in turn.figures]
+        pooled.figures[name] = sum(values) / len(values)
+    return pooled
+
+
 def _step_figures(steps: Sequence[StepSample]) -> dict[str, float]:
     if not steps:
         return {}

@@ -72,6 +72,7 @@ def _show_demo(result: DemoResult) -> None:
     out.print(text)
     out.print()
     out.print(to_rich(bench_table(result.benches, brief=True)))
+    out.print(Text(f"By goodput: {result.order} (≈: not decided)."))
     out.print(Text(f"{result.verdict}.", style="bold"))
     out.print(f"Report: {result.report}", markup=False, highlight=False)
 

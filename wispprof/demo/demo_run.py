@@ -6,18 +6,28 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wispprof.artifacts import write_document
-from wispprof.demo.measure_machine import DemoSettings, Measured, Stage, first_token_ms, measure, slo_classes
+from wispprof.demo.measure_machine import (
+    DemoSettings,
+    Measured,
+    Stage,
+    first_token_ms,
+    measure,
+    plan_load,
+    slo_classes,
+)
+from wispprof.demo.turns import benches_of, ranking, turn_order
 from wispprof.errors import EngineError
 from wispprof.reporting import (
     ANSWER_KIND,
     BENCH_KIND,
+    SERVER_ONLY,
     Answer,
     Bench,
     TextSpan,
@@ -28,15 +38,19 @@ from wispprof.reporting import (
 from wispprof.simulation.scenario import system
 
 if TYPE_CHECKING:
+    from wispprof.bench import BenchResult
     from wispprof.engines.torch.engine import TorchEngine
     from wispprof.server.process import RunningServer
+    from wispprof.settings.fleet_settings import BenchSettings
 
 
 TARGET_NAME = "reference-pair"
+_NO_SLO = 0.01
+"""Tokens/s of an SLO that every session meets."""
 
 
 def make_engine(settings: DemoSettings, measured: Measured) -> TorchEngine:
-    """Create the engine that all servers of the demo share, one after the other."""
+    """Create an engine over the target's weights, with a KV cache of its own."""
     from wispprof.engines.torch.engine import TorchEngine
 
     longest = settings.prompt_tokens + max(settings.max_new, settings.path_tokens) + 64
@@ -121,54 +135,94 @@ def _merge_spans(spans: list[TextSpan]) -> tuple[TextSpan, ...]:
     return tuple(TextSpan("".join(span.text for span in group), origin) for origin, group in groups)
 
 
-async def compare(
-    settings: DemoSettings, measured: Measured, engine: TorchEngine, stage: Stage
-) -> list[Bench]:
-    """Run the same load under every system, one after the other; writes ``bench-SYSTEM.json``.
-
-    The replayed edges run in a process of their own, so that their drafting takes no time from the server.
-    """
-    from wispprof.bench import FleetProcess
+def load_of(
+    settings: DemoSettings, measured: Measured, name: str, slo_classes: tuple[float, ...], number: int = 0
+) -> BenchSettings:
+    """The load of a system's turn: the same requests in every round ``number``, started at other times."""
     from wispprof.settings.fleet_settings import BenchSettings
     from wispprof.settings.shared_settings import LinkModel
 
-    benches = []
+    return BenchSettings(
+        system=name,
+        devices=settings.devices,
+        device=(replace(measured.device, draft_ms=round(measured.device.draft_ms, 2)),),
+        tokens_per_s=slo_classes,
+        ttft_ms=first_token_ms(settings, measured.estimator),
+        requests=settings.requests,
+        hold=True,
+        max_new=settings.max_new,
+        link=LinkModel(rtt_ms=settings.rtt_ms),
+        predictor=measured.predictor,
+        ramp_ms=settings.ramp_ms,
+        seed=settings.seed + number,
+    )
+
+
+async def server_only_speed(
+    settings: DemoSettings, measured: Measured, engine: TorchEngine, stage: Stage
+) -> float:
+    """Tokens/s of a session under server-only serving of the demo's load: the median of a whole turn.
+
+    A turn before it warms up. No SLO binds in either.
+    """
+    from wispprof.bench import FleetProcess
+
+    report = stage("measure the server alone")
+    load = load_of(settings, measured, SERVER_ONLY, (_NO_SLO,))
     with FleetProcess() as fleet:
-        for name in settings.systems:
-            load = BenchSettings(
-                system=name,
-                devices=settings.devices,
-                device=(replace(measured.device, draft_ms=round(measured.device.draft_ms, 2)),),
-                tokens_per_s=slo_classes(settings, measured.estimator),
-                ttft_ms=first_token_ms(settings, measured.estimator),
-                requests=settings.requests,
-                hold=True,
-                max_new=settings.max_new,
-                link=LinkModel(rtt_ms=settings.rtt_ms),
-                predictor=measured.predictor,
-                seed=settings.seed,
-            )
-            report = stage(f"bench {name}")
-            async with serving(name, engine, measured) as running:
-                result = await fleet.bench(load, running.split_url, settings.out / "trace.jsonl", report)
-            bench = Bench.of_result(result)
-            write_document(
-                settings.out / f"bench-{name}.json",
-                BENCH_KIND,
-                asdict(bench),
-                {"trace": measured.plan.inputs["trace"]},
-            )
-            benches.append(bench)
-    return benches
+        async with serving(SERVER_ONLY, engine, measured) as running:
+            for _ in range(2):
+                turn = await fleet.bench(load, running.split_url, settings.out / "trace.jsonl", report)
+    return 1000.0 / turn.figures["tpot_p50_ms"]
+
+
+async def compare(
+    settings: DemoSettings, measured: Measured, slo_classes: tuple[float, ...], stage: Stage
+) -> tuple[list[Bench], str]:
+    """Run the same load under every system in turns; writes ``bench-SYSTEM.json``. Returns the benches and
+    the systems' order.
+
+    All servers run throughout, each on an engine of its own over the same weights. One is asked at a time.
+    The replayed edges run in a process of their own, so that their drafting takes no time from the server.
+    """
+    from wispprof.bench import FleetProcess
+
+    rounds: dict[str, list[BenchResult]] = {name: [] for name in settings.systems}
+    report = stage("compare in turns")
+    total = len(settings.systems) * settings.rounds
+    async with AsyncExitStack() as stack:
+        fleet = stack.enter_context(FleetProcess())
+        urls = {
+            name: (
+                await stack.enter_async_context(serving(name, make_engine(settings, measured), measured))
+            ).split_url
+            for name in settings.systems
+        }
+        for done, (number, name) in enumerate(turn_order(settings.systems, settings.rounds)):
+            report(done, total, name)
+            load = load_of(settings, measured, name, slo_classes, number)
+            rounds[name].append(await fleet.bench(load, urls[name], settings.out / "trace.jsonl"))
+        report(total, total, ranking(rounds))
+    benches = benches_of(rounds, SERVER_ONLY)
+    for bench in benches:
+        write_document(
+            settings.out / f"bench-{bench.policy}.json",
+            BENCH_KIND,
+            asdict(bench),
+            {"trace": measured.inputs["trace"]},
+        )
+    return benches, ranking(rounds)
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Results of the demo; ``report``: path of the HTML page. ``flagged``: share of the server profile's
-    rows that were measured under drift, noise or throttling."""
+    """Results of the demo; ``order``: the systems by goodput, see :func:`~wispprof.demo.turns.ranking`.
+    ``report``: path of the HTML page. ``flagged``: share of the server profile's rows that were measured
+    under drift, noise or throttling."""
 
     answer: Answer
     benches: tuple[Bench, ...]
+    order: str
     report: Path
     seconds: float
     estimator_mape: float
@@ -186,9 +240,18 @@ class DemoResult:
 
     def record(self) -> dict[str, Any]:
         """Scalar results, the last line of the demo's output."""
-        names = ("goodput_tokens_per_s", "attainment", "tokens_per_s", "accepted_per_round")
+        names = (
+            "goodput_tokens_per_s",
+            "goodput_ratio",
+            "goodput_ratio_low",
+            "goodput_ratio_high",
+            "attainment",
+            "tokens_per_s",
+            "accepted_per_round",
+        )
         return {
             "verdict": self.verdict,
+            "order": self.order,
             "lossless": self.lossless,
             "systems": {b.policy: {name: b.figure(name) for name in names} for b in self.benches},
             "answer_tokens_per_s": self.answer.stats.get("tokens_per_s"),
@@ -210,13 +273,17 @@ def run_demo(settings: DemoSettings, stage: Stage) -> DemoResult:
     with _one_core_for_the_fleet():
         measured = measure(settings, stage)
         engine = make_engine(settings, measured)
+        alone = asyncio.run(server_only_speed(settings, measured, engine, stage))
+        classes = slo_classes(settings, alone)
+        plan_load(settings, measured, classes, stage)
         shown = asyncio.run(answer(settings, measured, engine, stage))
-        benches = asyncio.run(compare(settings, measured, engine, stage))
+        benches, order = asyncio.run(compare(settings, measured, classes, stage))
     page = write_report(load_run(settings.out), settings.out / "report.html")
     kind = measured.estimator.kind
     return DemoResult(
         answer=shown,
         benches=tuple(benches),
+        order=order,
         report=page,
         seconds=time.monotonic() - began,
         estimator_mape=float(measured.estimator.report["held_out"][kind]["mape"]),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wispprof.artifacts import AcceptanceTrace, EdgeProfile, ServerProfile, bundled_path, save_trace
-from wispprof.artifacts.plan import Plan, load_plan, save_plan
+from wispprof.artifacts.plan import save_plan
 from wispprof.errors import FitError
 from wispprof.fitting import FittedEstimator
 from wispprof.fitting.pipeline import fit_files
@@ -45,10 +45,11 @@ class DemoSettings:
 
     ``axes`` and ``sweep``: batch shapes and precision of the server profile; its drift limit is higher than
     usual, because a demo runs beside other programs. The trace has ``prompts`` of ``prompt_tokens``, paths
-    of ``path_tokens`` and drafts of ``depth`` tokens. ``devices`` replayed edges make ``requests`` each.
-    ``shares``: SLO classes as shares of the predicted server-only speed at this number of sessions.
-    ``systems`` are compared over an emulated link of ``rtt_ms``. ``answer``: sampling of the shown answer,
-    because small models repeat themselves under greedy decoding; everything else is greedy.
+    of ``path_tokens`` and drafts of ``depth`` tokens. ``devices`` replayed edges make ``requests``
+    each in a turn, started within ``ramp_ms``. ``systems`` take turns for ``rounds``, over an emulated
+    link of ``rtt_ms``. ``shares``: SLO classes as shares of the speed that server-only serving reaches with
+    them; none is near 1, where chance decides whether the server alone meets it. ``answer``: sampling of the
+    shown answer, because small models repeat themselves under greedy decoding; everything else is greedy.
     """
 
     out: Path = DEMO_FOLDER
@@ -78,10 +79,12 @@ class DemoSettings:
     depth: int = 8
     systems: tuple[str, ...] = ("server-only", "sled", "wisp", "wispprof")
     devices: int = 8
+    rounds: int = 5
     requests: int = 3
     max_new: int = 64
-    shares: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
+    shares: tuple[float, ...] = (0.3, 0.55, 0.8, 1.2)
     rtt_ms: float = 5.0
+    ramp_ms: float = 200.0
     seed: int = 0
 
     @classmethod
@@ -97,7 +100,7 @@ class DemoSettings:
             path_tokens=64,
             answer_tokens=64,
             requests=2,
-            max_new=40,
+            max_new=48,
         )
 
     @property
@@ -111,7 +114,7 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class Measured:
-    """Models, artifacts and fits that the serving half uses."""
+    """Models, artifacts and fits that the serving half uses. ``inputs``: hashes of profiles and trace."""
 
     target: LoadedModel
     server: ServerProfile
@@ -120,11 +123,11 @@ class Measured:
     trace: AcceptanceTrace
     estimator: FittedEstimator
     predictor: Path
-    plan: Plan
+    inputs: dict[str, str]
 
 
 def measure(settings: DemoSettings, stage: Stage) -> Measured:
-    """Profile both sides, record an acceptance trace, fit and plan. Writes every artifact to ``out``."""
+    """Profile both sides, record an acceptance trace and fit. Writes every artifact to ``out``."""
     from wispprof.engines.loading import load_model
     from wispprof.profiling.acceptance_trace import collect_trace
     from wispprof.profiling.edge_profiler import profile_edge
@@ -171,39 +174,42 @@ def measure(settings: DemoSettings, stage: Stage) -> Measured:
     if fitted.estimator is None or fitted.predictor is None:
         raise FitError("No estimator or predictor was fitted.", "Profile and trace again.")
 
-    device = DeviceProfile.from_rows(DEVICE, edge.rows)
-    plan = make_plan(
-        fitted.estimator,
-        [device],
-        trace,
-        PlanSettings(
-            rtts_ms=(1.0, 5.0, 20.0, 50.0, 100.0),
-            slos=slo_classes(settings, fitted.estimator),
-            k_max=settings.depth,
-            contexts=(settings.prompt_tokens + settings.path_tokens // 2,),
-            max_sessions=64,
-        ),
-        inputs={"profile": server.hash, "edge": edge.hash, "trace": trace_hash},
-        progress=stage("plan"),
-    )
-    save_plan(plan, out / "plan.json")
     return Measured(
         target,
         server,
         edge,
-        device,
+        DeviceProfile.from_rows(DEVICE, edge.rows),
         trace,
         fitted.estimator,
         out / "predictor.json",
-        load_plan(out / "plan.json"),
+        {"profile": server.hash, "edge": edge.hash, "trace": trace_hash},
     )
 
 
-def slo_classes(settings: DemoSettings, estimator: FittedEstimator) -> tuple[float, ...]:
-    """SLO classes of the load in tokens/s, ascending, rounded to two digits."""
-    cached = settings.prompt_tokens + settings.max_new // 2
-    # Predicted tokens/s of a session in server-only serving.
-    alone = 1000.0 / estimator.predict(BatchShape.uniform(settings.devices, 1, cached))[0]
+def plan_load(
+    settings: DemoSettings, measured: Measured, slo_classes: tuple[float, ...], stage: Stage
+) -> None:
+    """Plan for this device and these SLO classes; writes ``plan.json``."""
+    plan = make_plan(
+        measured.estimator,
+        [measured.device],
+        measured.trace,
+        PlanSettings(
+            rtts_ms=(1.0, 5.0, 20.0, 50.0, 100.0),
+            slos=slo_classes,
+            k_max=settings.depth,
+            contexts=(settings.prompt_tokens + settings.path_tokens // 2,),
+            max_sessions=64,
+        ),
+        inputs=measured.inputs,
+        progress=stage("plan"),
+    )
+    save_plan(plan, settings.out / "plan.json")
+
+
+def slo_classes(settings: DemoSettings, alone: float) -> tuple[float, ...]:
+    """SLO classes of the load in tokens/s, ascending, rounded to two digits. ``alone``: tokens/s of a session
+    in server-only serving."""
     return tuple(float(f"{share * alone:.2g}") for share in settings.shares)
 
 

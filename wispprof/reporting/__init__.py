@@ -1,6 +1,6 @@
 """Tables, plots and one self-contained HTML report. Imports no torch."""
 
-from wispprof.reporting.report import render_report, to_html, verdict, write_report
+from wispprof.reporting.report import SERVER_ONLY, render_report, to_html, verdict, write_report
 from wispprof.reporting.run_folder import (
     ANSWER_KIND,
     BENCH_KIND,
@@ -17,6 +17,7 @@ __all__ = [
     "ANSWER_KIND",
     "BENCH_KIND",
     "CAPACITY_KIND",
+    "SERVER_ONLY",
     "Answer",
     "Bench",
     "Column",

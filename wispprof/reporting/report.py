@@ -92,17 +92,25 @@ def verdict(benches: Sequence[Bench]) -> str:
         return f"Under this load only split serving met an SLO, with {best.policy}"
     if best.goodput <= 0:
         return "Split serving does not pay here: only the server alone met an SLO"
-    ratio = best.goodput / server_only.goodput
-    if ratio > 1 + EQUAL_GOODPUT_MARGIN:
+    ratio = best.figure("goodput_ratio") or best.goodput / server_only.goodput
+    low, high = best.figure("goodput_ratio_low"), best.figure("goodput_ratio_high")
+    if low is None or high is None:
+        decided, sure = abs(ratio - 1.0) > EQUAL_GOODPUT_MARGIN, ""
+    else:
+        decided, sure = not low <= 1.0 <= high, f" (95 % interval of the ratio: {low:.2f} to {high:.2f})"
+    if not decided and sure:
+        return f"Undecided: {best.policy} delivers {ratio:.2f} × the goodput of the server alone{sure}"
+    if not decided:
+        return f"Here {best.policy} and the server alone deliver the same goodput"
+    if ratio > 1.0:
         return (
-            f"Split serving pays here: {best.policy} delivers {ratio:.2f} × the goodput of the server alone"
+            f"Split serving pays here: {best.policy} delivers {ratio:.2f} × the goodput of the server "
+            f"alone{sure}"
         )
-    if ratio < 1 - EQUAL_GOODPUT_MARGIN:
-        return (
-            f"Split serving does not pay here: the server alone delivers {1 / ratio:.2f} × the "
-            f"goodput of {best.policy}"
-        )
-    return f"Here {best.policy} and the server alone deliver the same goodput"
+    return (
+        f"Split serving does not pay here: the server alone delivers {1 / ratio:.2f} × the goodput of "
+        f"{best.policy}{sure}"
+    )
 
 
 def _summary(run: Run, benches: Sequence[Bench]) -> str:

@@ -177,6 +177,9 @@ class Bench:
 
 _COLUMNS: dict[str, Column] = {
     "goodput_tokens_per_s": Column("goodput", "tok/s", best="max"),
+    "goodput_ratio": Column("× server", "alone", 2),
+    "goodput_ratio_low": Column("95 %", "from", 2),
+    "goodput_ratio_high": Column("interval", "to", 2),
     "attainment": Column("met SLO", "sessions", 0, percent=True, best="max"),
     "tokens_per_s": Column("all", "tok/s", best="max"),
     "ttft_p50_ms": Column("TTFT p50", "ms", 0, best="min"),
@@ -188,7 +191,14 @@ _COLUMNS: dict[str, Column] = {
     "step_p50_ms": Column("step", "p50 ms"),
     "step_error": Column("step", "error", 0, percent=True, best="min"),
 }
-_NOT_BRIEF = ("ttft_p95_ms", "tpot_p95_ms", "wasted_share", "step_p50_ms")
+_NOT_BRIEF = (
+    "goodput_ratio_low",
+    "goodput_ratio_high",
+    "ttft_p95_ms",
+    "tpot_p95_ms",
+    "wasted_share",
+    "step_p50_ms",
+)
 
 
 def bench_table(benches: Sequence[Bench], title: str = "", brief: bool = False) -> Table:
