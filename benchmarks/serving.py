@@ -6,11 +6,11 @@
     python benchmarks/serving.py --interference   # a 1,500-token prompt arrives while 12 sessions decode
     python benchmarks/serving.py --engine vllm    # on vLLM, in an environment that has it
 
-Physics. One engine (the bundled target, real forward passes) serves one system after the other; replay
-edges propose what the draft would have proposed, after the time their device takes, over an emulated link.
-The fleet runs in a process of its own, and one core is left to it. Cores share more than they show (caches,
-power, often one physical core), so a CPU burner of the lowest priority keeps that core busy throughout,
-profile included: a step costs the same whatever the fleet does.
+Physics. One engine (the bundled target, real forward passes) serves one system after the other, in turns;
+replay edges propose what the draft would have proposed, after the time their device takes, over an emulated
+link. The fleet and the server's front run in processes of their own, and one core is left to them. Cores
+share more than they show (caches, power, often one physical core). A CPU burner of the lowest priority keeps
+that core busy throughout, profile included: a step costs the same whatever the fleet does.
 
 Server-only serving gives each of n sessions ``v(n) = new / (new * step(n) + n * prompt)`` tokens/s, by the
 fitted estimator: its own steps, and everybody's prompts in between. The fastest of four SLO classes (in the
@@ -26,8 +26,9 @@ in percent of the real ones. Capacity is the simulator's: most devices at 95 % a
 
 "pace" is measured over fitted time of all steps of a run. On a quiet machine it is 1; where neighbours or
 heat slowed the machine during one run it says which rows not to compare, and the simulator is given the
-estimator at that pace and spread, as the server's own drift correction does (``--as-fitted``: not). A machine
-whose pace wanders cannot compare systems one after the other; "even" columns do: all simulated at pace 1.
+estimator at that pace and spread, as the server's own drift correction does (``--as-fitted``: not). Systems
+take turns at each load, so that a pace that wanders meets them alike; "even" columns are all simulated at
+pace 1.
 
 The last line is JSON.
 """
@@ -65,11 +66,13 @@ def main() -> None:
         "--run", type=Path, help="folder with estimator, predictor and trace; made there if missing"
     )
     parser.add_argument("--devices", type=int, default=10, help="the fleet near capacity")
-    parser.add_argument("--requests", type=int, default=0, help="per device")
+    parser.add_argument("--rounds", type=int, default=0, help="turns of each system at each load")
+    parser.add_argument("--requests", type=int, default=0, help="per device and turn")
     parser.add_argument("--repeats", type=int, default=3, help="of the interference")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     arguments = parser.parse_args()
-    arguments.requests = arguments.requests or (2 if arguments.quick else 4)
+    arguments.rounds = arguments.rounds or (1 if arguments.quick else 2)
+    arguments.requests = arguments.requests or (2 if arguments.quick else 3)
 
     if arguments.engine == "vllm":
         from wispprof.engines.vllm.cpu_process import restart_for_cpu
@@ -91,7 +94,7 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 pool.submit(artifacts, folder, arguments).result()
-        bed = make_bed(folder, arguments, fleet)
+        bed = make_bed(folder, arguments, fleet, apart)
         mape = bed.estimator.report["held_out"][bed.estimator.kind]["mape"]
         print(
             f"estimator {bed.estimator.kind}, held-out MAPE {mape:.1f} %; SLO classes "

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import statistics
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wispprof.artifacts import AcceptanceTrace, bundled_model, load_trace, save_trace
 from wispprof.bench import FleetProcess, LoadMix
@@ -18,6 +21,9 @@ from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation import ServerModel
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.types import BatchShape
+
+if TYPE_CHECKING:
+    from wispprof.server.process import RunningServer
 
 LOADS = {"below": 0.6, "near": 1.0, "above": 1.5}
 CLASSES = (0.2125, 0.425, 0.6375, 0.85)
@@ -38,6 +44,7 @@ class Bed:
     trace_file: Path
     trace: AcceptanceTrace
     near: int
+    rounds: int
     requests: int
     mix: LoadMix
     rtt_ms: float
@@ -45,6 +52,7 @@ class Bed:
     max_new: int
     as_fitted: bool
     fleet: FleetProcess
+    apart: Sequence[int]
 
 
 def artifacts(folder: Path, arguments: argparse.Namespace) -> None:
@@ -100,8 +108,10 @@ def artifacts(folder: Path, arguments: argparse.Namespace) -> None:
     fit_files(folder, [folder / "server"], [folder / "trace.jsonl"])
 
 
-def make_bed(folder: Path, arguments: argparse.Namespace, fleet: FleetProcess) -> Bed:
-    """The engine, and a load scaled to it by the estimator."""
+def make_bed(
+    folder: Path, arguments: argparse.Namespace, fleet: FleetProcess, apart: Sequence[int] = ()
+) -> Bed:
+    """The engine, and a load scaled to it by the estimator. ``apart``: cores of the fleet and of fronts."""
     estimator = load_estimator(folder / "estimator.json")
     trace = load_trace(folder / "trace.jsonl")
     most = math.ceil(max(LOADS.values()) * arguments.devices)
@@ -134,6 +144,7 @@ def make_bed(folder: Path, arguments: argparse.Namespace, fleet: FleetProcess) -
         folder / "trace.jsonl",
         trace,
         near,
+        arguments.rounds,
         arguments.requests,
         LoadMix(kinds, speeds),
         round(0.3 * step_ms, 1),
@@ -141,6 +152,7 @@ def make_bed(folder: Path, arguments: argparse.Namespace, fleet: FleetProcess) -
         new,
         arguments.as_fitted,
         fleet,
+        apart,
     )
 
 
@@ -174,7 +186,9 @@ def server_model(bed: Bed, overhead_ms: float, pace: float = 1.0, spread: float 
     )
 
 
-def running(bed: Bed, policy: Any) -> Any:
+@asynccontextmanager
+async def running(bed: Bed, policy: Any) -> AsyncIterator[RunningServer]:
+    """A server on the bed's engine; its front runs beside the fleet, on the cores that are left to it."""
     from wispprof.server import running_server
     from wispprof.settings.server_settings import ServerSettings
 
@@ -186,4 +200,14 @@ def running(bed: Bed, policy: Any) -> Any:
         prefill_chunk=CHUNK,
     )
     engine, model, _ = bed.loaded
-    return running_server(settings, engine=engine, model=model, policy=policy, estimator=bed.estimator)
+    async with running_server(
+        settings,
+        engine=engine,
+        model=model,
+        policy=policy,
+        estimator=bed.estimator,
+        front_process=True,
+    ) as served:
+        for process in served.front.processes if bed.apart else ():
+            os.sched_setaffinity(process.pid, bed.apart)
+        yield served

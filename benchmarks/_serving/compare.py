@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -30,7 +29,7 @@ def compare(bed: Bed) -> dict[str, Any]:
     rows: dict[str, list[Run]] = {}
     for load, share in LOADS.items():
         devices = max(1, round(share * bed.near))
-        rows[load] = [asyncio.run(run(bed, name, system(label), devices)) for name, label in SYSTEMS.items()]
+        rows[load] = run(bed, {name: system(label) for name, label in SYSTEMS.items()}, devices)
         show(comparison(f"{load} capacity: {devices} devices", rows[load]))
     overhead = {row.name: row.overhead_ms for row in rows["near"]}
     capacity = {
@@ -113,10 +112,10 @@ def ablation(bed: Bed) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for load in ("near", "above"):
         devices = max(1, round(LOADS[load] * bed.near))
-        rows = [
-            asyncio.run(run(bed, name, system("wispprof").replace(batching_options=options), devices))
-            for name, options in variants.items()
-        ]
+        systems = {
+            name: system("wispprof").replace(batching_options=options) for name, options in variants.items()
+        }
+        rows = run(bed, systems, devices)
         show(comparison(f"wispprof's pieces, {load} capacity: {devices} devices", rows))
         found[load] = [record(row) for row in rows]
     return {"ablation": found}

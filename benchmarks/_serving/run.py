@@ -1,16 +1,19 @@
-"""One system at one load: served for real, then simulated."""
+"""Systems at one load: served for real in turns, then simulated."""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
 import statistics
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from _serving.bed import LOOP_MS, Bed, load_of, running, server_model
 from wispprof.bench import BenchResult, SimulatedBench, simulate_bench
+from wispprof.bench.bench_result import pool_results
 from wispprof.fitting import FittedEstimator, load_predictor
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation import System
@@ -87,9 +90,19 @@ class Steps:
         return Pace(mean, statistics.stdev(off))
 
 
-async def run(bed: Bed, name: str, what: System, devices: int) -> Run:
-    """Serve the load for real, then simulate it."""
-    load = load_of(bed, what.label, devices)
+@dataclass(frozen=True)
+class Turn:
+    """A load served once: what its users saw, the steps of the server, and the gaps between busy ones."""
+
+    real: BenchResult
+    steps: list[Any]
+    seen: Steps
+    gaps: list[float]
+
+
+async def serve(bed: Bed, name: str, what: System, devices: int, number: int = 0) -> Turn:
+    """Serve the load for real. ``number``: of the round; its devices start at other times."""
+    load = replace(load_of(bed, what.label, devices), seed=number)
     policy = Watched(what.make_batching())
     async with running(bed, policy) as served:
         records = served.server.metrics.steps = deque(maxlen=1 << 17)
@@ -98,7 +111,25 @@ async def run(bed: Bed, name: str, what: System, devices: int) -> Run:
         steps = list(records)
     if not real.lossless or bed.loaded.engine.sessions:
         raise SystemExit(f"{name}: texts differ from the target's own, or sessions were left")
-    gaps = busy_gaps(steps, policy.rested_ms)
+    return Turn(real, steps, seen, busy_gaps(steps, policy.rested_ms))
+
+
+def run(bed: Bed, systems: Mapping[str, System], devices: int) -> list[Run]:
+    """Every system under one load: for real in turns, every other round backwards, then simulated."""
+    turns: dict[str, list[Turn]] = {name: [] for name in systems}
+    for number in range(bed.rounds):
+        for name in list(systems)[:: -1 if number % 2 else 1]:
+            turns[name].append(asyncio.run(serve(bed, name, systems[name], devices, number)))
+    return [simulated_beside(bed, name, systems[name], devices, served) for name, served in turns.items()]
+
+
+def simulated_beside(bed: Bed, name: str, what: System, devices: int, turns: list[Turn]) -> Run:
+    """The turns of a system as one run, and the simulator's answer."""
+    load = load_of(bed, what.label, devices)
+    real = pool_results([turn.real for turn in turns])
+    seen = Steps()
+    seen.rows = [row for turn in turns for row in turn.seen.rows]
+    gaps = [gap for turn in turns for gap in turn.gaps]
     overhead_ms = statistics.median(gaps) if gaps else LOOP_MS
     pace = Pace(1.0, 0.0) if bed.as_fitted else seen.pace(bed.estimator)
     rtt_ms = statistics.median(result.stats.rtt_ms for result in real.results)
@@ -114,7 +145,7 @@ async def run(bed: Bed, name: str, what: System, devices: int) -> Run:
         devices,
         real,
         simulated(pace),
-        statistics.fmean(s.actual_ms for s in steps),
+        statistics.fmean(step.actual_ms for turn in turns for step in turn.steps),
         pace.mean,
         overhead_ms,
         rtt_ms,
