@@ -1,5 +1,4 @@
-"""The simulated server: admits sessions by KV memory and runs the batching policy whenever the engine is
-idle.
+"""The simulated server: admits sessions by KV memory, runs the batching policy if the engine is idle.
 
 Sessions (:class:`~wispprof.sessions.session_state.SessionState`) and policies are the runtime's own. The
 engine only takes time: the estimate of the batch shape times a residual.
