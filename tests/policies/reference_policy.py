@@ -46,6 +46,7 @@ class ReferencePolicy:
     settings: WispprofSettings = field(default_factory=WispprofSettings)
     between_ms: float = 0.0
     backlog: float = 0.0
+    prompt_ms: float = 0.0
     last: tuple[float, float] | None = None
 
     def plan(
@@ -76,9 +77,11 @@ class ReferencePolicy:
                     drafts = choice.keep[s.session]
                     step.join(s, ScheduledItem(s.session, drafts=drafts))
                     won.append(expected_tokens(s.acceptance_probs[:drafts]))
+        decode_ms, gain = step.price()[0], sum(won) / len(won) if won else 1.0
         if prompts:
-            gain = sum(won) / len(won) if won else 1.0
             read_prompts(step, now_ms, prompts, choice.seen, gain, self.settings)
+        if won:
+            self.prompt_ms += 0.05 * ((step.price()[0] - decode_ms) / gain - self.prompt_ms)
         fed = sum(m.prefill for m in step.scheduled.values())
         waiting = sum(s.prompt_left for s in prompts) > fed
         self.backlog += 0.05 * (float(waiting) - self.backlog)
@@ -104,7 +107,7 @@ class ReferencePolicy:
         costs = linear_costs(estimator, decode, free_slots)
         extra_ms = max(0.0, self.between_ms) - self.backlog * costs.fixed
         around = costs._replace(fixed=max(0.0, costs.fixed + extra_ms))
-        weight = self.weights(now_ms, decode, costs)
+        weight = self.weights(now_ms, decode, costs, estimator)
         ranking = self.ranking(decode, around, weight)
 
         # By linear costs: the length that makes the highest rate, and that rate.
@@ -167,22 +170,27 @@ class ReferencePolicy:
 
         return sorted(sessions, key=rank)
 
-    def weights(self, now_ms: float, decode: Sequence[SessionView], costs: Costs) -> dict[str, float]:
+    def weights(
+        self, now_ms: float, decode: Sequence[SessionView], costs: Costs, estimator: StepTimeEstimator
+    ) -> dict[str, float]:
         """What a token of each session is worth."""
         settings, step_ms = self.settings, costs.bound
-        undrafted_ms = costs.fixed + max(0.0, self.between_ms)
-        undrafted_ms += sum(costs.spent(s, 0) for s in decode)
+        undrafted_ms = price(decode, {s.session: 0 for s in decode}, estimator)
+        undrafted_ms += max(0.0, self.between_ms) + self.prompt_ms
         weight, urgency = {}, {}
         for s in decode:
             slack_ms, token_ms = s.deadline_ms - now_ms, 1000.0 / s.slo.tokens_per_s
             # Two steps in hand: not behind at all; as many late: all the way.
             behind = min(max(0.5 - slack_ms / (4.0 * step_ms), 0.0), 1.0)
             weight[s.session] = 1.0 + (settings.lag_weight - 1.0) * behind * settings.weigh_lag
-            # In full one step before the deadline, not at all three steps before it.
-            urgency[s.session] = min(max((3.0 - slack_ms / step_ms) / 2.0, 0.0), 1.0) ** 2
-            ahead = slack_ms >= 0.15 * token_ms * s.committed
-            # Steps without drafts that leave nothing to spare boost nobody.
-            if s.slo_unreachable or token_ms < 1.15 * undrafted_ms or ahead:
+            # Steps without drafts would take so long to the end, and leave so much of the time until it.
+            needed_ms = s.tokens_left * undrafted_ms
+            spare_ms = slack_ms + (s.tokens_left - 1) * token_ms - needed_ms
+            error_ms = settings.boost_error * needed_ms
+            first, last = settings.boost_full_steps, settings.boost_none_steps
+            urgency[s.session] = min(max((last - slack_ms / step_ms) / (last - first), 0.0), 1.0) ** 2
+            ahead = slack_ms >= settings.boost_ahead_share * token_ms * s.committed
+            if s.slo_unreachable or spare_ms < -error_ms or ahead:
                 urgency[s.session] = 0.0
         together = settings.slo_boost_weight * len(decode) / max(1.0, sum(urgency.values()))
         for s in decode:

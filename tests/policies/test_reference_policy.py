@@ -101,6 +101,7 @@ def worlds(draw: st.DrawFn) -> World:
                 due_acceptance_probs=(draw(probabilities),) if due and not prompt else (),
                 committed=draw(st.sampled_from((0, 20, 400))),
                 slo_unreachable=last and draw(st.integers(0, 4)) == 0,
+                tokens_left=draw(st.sampled_from((1, 8, 60, 1 << 20))),
             )
         )
     later = draw(st.lists(st.floats(1.0, 60.0), max_size=2))

@@ -244,11 +244,23 @@ def test_a_session_behind_an_slo_that_undrafted_steps_would_meet_is_boosted():
     assert sum(drafts) < 15
 
 
+def test_a_session_is_boosted_as_long_as_undrafted_steps_may_still_meet_its_slo():
+    """Undrafted steps take 29.6 ms. At 31 tokens/s they gain 2.7 ms a token on a lag of 300 ms."""
+    late = {"deadline_ms": -300.0, "committed": 60}
+    usual = boosted(31.0, {}, slo_boost=False)
+    assert boosted(31.0, late | {"tokens_left": 80}) != usual
+    assert boosted(31.0, late | {"tokens_left": 30}) == usual
+    # Of 80 tokens at 33 tokens/s, 0.7 ms each is too little, but within the error of the estimate.
+    assert boosted(33.0, late | {"tokens_left": 80}) != usual
+    assert boosted(33.0, late | {"tokens_left": 80}, boost_error=0.0) == usual
+
+
 @pytest.mark.parametrize(
     ("speed", "behind"),
     [
         pytest.param(60.0, {}, id="undrafted steps would miss it too"),
         pytest.param(25.0, {"slo_unreachable": True}, id="slo_unreachable"),
+        pytest.param(25.0, {"tokens_left": 1, "deadline_ms": -40.0}, id="too few tokens left to catch up"),
         pytest.param(25.0, {"deadline_ms": 400.0}, id="well ahead so far"),
         pytest.param(4.0, {"deadline_ms": 240.0, "committed": 1}, id="just begun"),
     ],

@@ -33,6 +33,7 @@ class SessionView(NamedTuple):
     ``due_acceptance_probs``: expected acceptance probabilities of the drafts that are due.
     ``committed``: tokens generated so far.
     ``slo_unreachable``: no schedule can meet its SLO any more.
+    ``tokens_left``: most tokens that it may still commit; very many if unknown.
     ``standing``: P(the pending drafts still stand when the step begins): below 1 if a step that verifies
     those before them is under way. If they do not, the session has none.
     """
@@ -50,6 +51,7 @@ class SessionView(NamedTuple):
     due_acceptance_probs: tuple[float, ...] = ()
     committed: int = 0
     slo_unreachable: bool = False
+    tokens_left: int = 1 << 20
     standing: float = 1.0
 
 

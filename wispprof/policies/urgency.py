@@ -14,7 +14,7 @@ from wispprof.policies.wispprof_settings import WispprofSettings
 
 _DEADLINE, _ARRIVED = column("deadline_ms"), column("arrived_ms")
 _SLO_UNREACHABLE, _COMMITTED = column("slo_unreachable"), column("committed")
-_SPEED = attrgetter("slo.tokens_per_s")
+_SPEED, _TOKENS_LEFT = attrgetter("slo.tokens_per_s"), column("tokens_left")
 
 
 class Urgency(NamedTuple):
@@ -65,17 +65,23 @@ class Urgency(NamedTuple):
     def slo_boost(
         self, sessions: list[SessionView], undrafted_ms: float, step_ms: float, settings: WispprofSettings
     ) -> FloatArray:
-        """How much each session (n,) needs short steps, 0 … 1: more, the nearer its next deadline.
+        """How much each session (n,) needs short steps, 0 … 1.
 
-        0 if its SLO is unreachable, if steps of ``undrafted_ms`` (everybody advances by one token) do
-        not meet it with a margin, or if the session is well ahead: its next drafts make up for a long step.
-        ``step_ms``: time of a step with the pending drafts.
+        ``undrafted_ms``: what it takes until everybody has advanced by one token, prompts included. To the
+        end of its generation a session needs that for each token left. The SLO must allow that time, give or
+        take what the estimate may be off. The boost then grows as the next deadline comes near.
+
+        0 if the SLO is unreachable, whatever the schedule or by undrafted steps, or if the session is well
+        ahead: its next drafts make up for a long step. ``step_ms``: time of a step with the pending drafts.
         """
         count = len(sessions)
         token_ms = 1000.0 / np.fromiter(map(_SPEED, sessions), np.float64, count)
         generation_ms = token_ms * np.fromiter(map(_COMMITTED, sessions), np.float64, count)
+        left = np.fromiter(map(_TOKENS_LEFT, sessions), np.float64, count)
+        spare_ms = self.slack_ms - token_ms + left * (token_ms - undrafted_ms)
+        error_ms = settings.boost_error * undrafted_ms * left
         boosted = (
-            (token_ms >= settings.boost_margin * undrafted_ms)
+            (spare_ms >= -error_ms)
             & ~self.slo_unreachable
             & (self.slack_ms < settings.boost_ahead_share * generation_ms)
         )

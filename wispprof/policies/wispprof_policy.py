@@ -75,6 +75,7 @@ class WispprofPolicy:
     _costs: MarginalCostCache = field(default_factory=MarginalCostCache, init=False, repr=False)
     _prompt_backlog: float = field(default=0.0, init=False, repr=False)
     _overhead_ms: float = field(default=0.0, init=False, repr=False)
+    _prompt_ms: float = field(default=0.0, init=False, repr=False)
     _last_step: tuple[float, float] | None = field(default=None, init=False, repr=False)
 
     def plan(
@@ -91,9 +92,10 @@ class WispprofPolicy:
         if running:
             decodes = self._choose_decodes(now_ms, running, estimator, limits)
             batch.add_decodes(decodes.sessions, decodes.drafts)
+        decode_ms = batch.cost.p50_ms
         if prompts:
             add_prompts(batch, now_ms, prompts, decodes.candidates, decodes.tokens, self.settings)
-        self._observe_backlog(batch, prompts)
+        self._observe_prompts(batch, prompts, decode_ms, decodes)
         if not batch.items:
             wake_ms = min(decodes.wake_ms, now_ms + self.settings.max_wait_ms)
             return no_batch(now_ms, wake_ms, "waiting for drafts")
@@ -114,8 +116,17 @@ class WispprofPolicy:
             self._overhead_ms += self.settings.ewma_weight * (overhead_ms - self._overhead_ms)
             self._last_step = None
 
-    def _observe_backlog(self, batch: BatchBuilder, prompts: list[SessionView]) -> None:
-        """Average the share of steps after which prompt tokens are still waiting."""
+    def _observe_prompts(
+        self, batch: BatchBuilder, prompts: list[SessionView], decode_ms: float, decodes: _Decodes
+    ) -> None:
+        """Average the share of steps after which prompt tokens are still waiting, and the time of prompts per
+        token that each session advances.
+
+        ``decode_ms``: time of the step without its prompts.
+        """
+        if decodes.sessions:
+            prompt_ms = (batch.cost.p50_ms - decode_ms) / decodes.tokens
+            self._prompt_ms += self.settings.ewma_weight * (prompt_ms - self._prompt_ms)
         fed = sum([item.prefill for item in batch.items]) if prompts else 0
         backlog = sum([s.prompt_left for s in prompts]) > fed
         self._prompt_backlog += self.settings.ewma_weight * (float(backlog) - self._prompt_backlog)
@@ -130,7 +141,7 @@ class WispprofPolicy:
         # While prompts wait, steps run anyway, so decoding does not pay their fixed part.
         extra_ms = max(0.0, self._overhead_ms) - self._prompt_backlog * costs.fixed_ms
         fixed_ms = max(0.0, costs.fixed_ms + extra_ms)
-        weight = self._weights(sessions, urgency, columns, costs)
+        weight = self._weights(sessions, urgency, columns, costs, estimator)
         arrays = BatchArrays.of(columns, costs._replace(fixed_ms=fixed_ms), weight)
         everyone = np.ones(len(sessions), dtype=bool)
         ranking = DraftRanking.of(arrays, everyone)
@@ -195,7 +206,12 @@ class WispprofPolicy:
         return running, urgency, columns, costs
 
     def _weights(
-        self, sessions: list[SessionView], urgency: Urgency, columns: SessionColumns, costs: MarginalCosts
+        self,
+        sessions: list[SessionView],
+        urgency: Urgency,
+        columns: SessionColumns,
+        costs: MarginalCosts,
+        estimator: StepTimeEstimator,
     ) -> FloatArray:
         """Value (n,) of a token of each session."""
         settings, step_ms = self.settings, costs.all_bound_ms
@@ -203,15 +219,20 @@ class WispprofPolicy:
         if settings.weigh_lag:
             weight += (settings.lag_weight - 1.0) * urgency.lag(step_ms, settings.lag_steps)
         if settings.slo_boost:
-            read_ms, row_ms = costs.per_item(columns.cached)
-            undrafted_ms = costs.fixed_ms + max(0.0, self._overhead_ms)
-            undrafted_ms += float((read_ms + row_ms).sum())
+            undrafted_ms = self._undrafted_ms(columns, estimator)
+            undrafted_ms += max(0.0, self._overhead_ms) + self._prompt_ms
             boost = urgency.slo_boost(sessions, undrafted_ms, step_ms, settings)
             boost_weight = settings.slo_boost_weight * len(sessions) / max(1.0, float(boost.sum()))
             weight = np.maximum(weight, 1.0 + boost_weight * boost)
         if settings.deprioritize:
             weight[urgency.slo_unreachable] = settings.slo_unreachable_weight
         return weight
+
+    @staticmethod
+    def _undrafted_ms(columns: SessionColumns, estimator: StepTimeEstimator) -> float:
+        """Time of a step in which every session advances by one token."""
+        new = np.ones((1, len(columns.cached)), np.int64)
+        return float(price_batches(estimator, new, columns.cached)[0][0])
 
     @staticmethod
     def _waiting_pays(

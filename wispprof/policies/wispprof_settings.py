@@ -30,8 +30,8 @@ class WispprofSettings:
 
     lag_weight: float = 4.0
     """Weight of a token of a session that lags far; others weigh 1. Measured: 8 changes nothing."""
-    slo_boost_weight: float = 2.5
-    """Combined weight of boosted sessions over that of all others. Measured: 6 to 1,000 meet fewer SLOs."""
+    slo_boost_weight: float = 5.0
+    """Combined weight of boosted sessions over that of all others. Measured: 2.5 meets fewer SLOs."""
     slo_unreachable_weight: float = 1.0
     """Weight of a token of a session whose SLO is unreachable. Measured: 0.25 costs 8 to 10 % of goodput."""
     starvation_steps: float = 8.0
@@ -42,8 +42,8 @@ class WispprofSettings:
     lag_steps: float = 2.0
     """Lag is 0 with so many steps of slack and 1 when as many steps late. Derived: symmetric about on
     time."""
-    boost_margin: float = 1.15
-    """An SLO is boosted if undrafted steps beat it by this factor. Measured: 1 costs up to 6 % of goodput."""
+    boost_error: float = 0.15
+    """Error allowed for in the time that undrafted steps need. Chosen: what real runs differ by."""
     boost_full_steps: float = 1.0
     """Boost in full if the deadline is this many steps away. Derived: the next step decides."""
     boost_none_steps: float = 3.0

@@ -58,6 +58,7 @@ def expected_view(state: SessionState, now_ms: float, end_ms: float) -> SessionV
         () if due_ms is None else due_probs,
         state.generated + round(tokens),
         end_ms >= tracker.slo_unreachable_from_ms(state.tokens_left, state.floor_ms),
+        tokens_left,
         standing,
     )
 

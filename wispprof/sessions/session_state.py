@@ -240,6 +240,7 @@ class SessionState:
             due_acceptance_probs,
             self.generated,
             slo_unreachable,
+            tokens_left,
         )
 
     @property
