@@ -8,12 +8,13 @@ committed text) the server ignores that epoch. A stale draft can waste work but 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import msgspec
 
 from wispprof.errors import ProtocolError
-from wispprof.types import TokenLogprob
+from wispprof.types import GenerationRequest, TokenLogprob
 
 if TYPE_CHECKING:
     from wispprof.sessions.session_state import CommitResult
@@ -248,6 +249,29 @@ def _decode(decoder: msgspec.msgpack.Decoder[_F], data: bytes) -> _F:
         return decoder.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError, MemoryError) as err:
         raise ProtocolError(f"Malformed frame: {err}.", "Use a client of the same protocol version.") from err
+
+
+def open_frame(request: GenerationRequest, committed: Sequence[int], undrafted: bool) -> Open:
+    """The frame that opens a generation, or resumes it from its ``committed`` tokens, the prompt included. The
+    caller fills in ``session``."""
+    sampling, prompt_tokens = request.sampling, len(request.tokens)
+    return Open(
+        session=0,
+        tokens=list(committed),
+        max_new=request.max_new,
+        generated=len(committed) - prompt_tokens,
+        tokens_per_s=0.0 if request.slo.best_effort else request.slo.tokens_per_s,
+        ttft_ms=request.slo.ttft_ms,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        stop=list(request.stop_tokens),
+        undrafted=undrafted,
+        min_p=sampling.min_p,
+        min_new=max(0, sampling.min_length - prompt_tokens),
+        logprobs=sampling.logprobs,
+    )
 
 
 def commit_frame(number: int, commit: CommitResult, verify_ms: float, load_level: int) -> Commit:

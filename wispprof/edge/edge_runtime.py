@@ -17,6 +17,7 @@ from wispprof.edge.connection import ConnectionFactory, ssl_context, websocket_c
 from wispprof.edge.draft_device import DraftDevice
 from wispprof.edge.generation import Generation
 from wispprof.edge.request_stats import RequestStats
+from wispprof.edge.round_record import RoundWatch
 from wispprof.engines.tokenizers import load_tokenizer, tokenizer_hash
 from wispprof.hardware import energy_meter
 from wispprof.openai_api import ChatTokenizer, TextGeneration, TextOptions
@@ -46,8 +47,8 @@ class Reply:
     """One answer while it is generated: iterate over its text, then read the rest.
 
     ``finished``: ``stop`` (a stop token or string), ``length`` or ``context``. ``verified`` turns
-    false if the draft model had to go on alone. A
-    :class:`~wispprof.openai_api.TokenGeneration`.
+    false if the draft model had to go on alone. Set before it begins: ``watch`` reports the rounds;
+    ``drafting`` false leaves the device out. A :class:`~wispprof.openai_api.TokenGeneration`.
     """
 
     cached_tokens = None
@@ -61,6 +62,9 @@ class Reply:
         self.tokens: list[int] = []
         self.finished = ""
         self.verified = True
+        self.watch: RoundWatch | None = None
+        self.drafting = True
+        self.generation: Generation | None = None
 
     async def text(self) -> AsyncGenerator[str]:
         """Pieces of the answer as they are committed."""
@@ -101,7 +105,10 @@ class Reply:
                 controller,
                 runtime.drafting,
                 fallback=runtime.settings.fallback == "draft",
+                watch=self.watch,
             )
+            self.generation = generation
+            generation.set_drafting(self.drafting)
             self.stats = generation.stats
             async with aclosing(generation.stream()) as source:
                 async for chunk in source:

@@ -21,7 +21,8 @@ from wispprof.edge.client import EdgeClient
 from wispprof.edge.connection import Traffic
 from wispprof.edge.draft_worker import CatchUp, DraftStep, DraftWorker
 from wispprof.edge.request_stats import RequestStats
-from wispprof.errors import RequestRefused, RuntimeFault, ServerBusy, ServerUnreachable
+from wispprof.edge.round_record import RoundWatch
+from wispprof.errors import RuntimeFault, ServerUnreachable
 from wispprof.policies.interface import Controller
 from wispprof.sessions.draft_buffer import DraftBuffer
 from wispprof.sessions.edge_session import EdgeSession
@@ -45,7 +46,8 @@ class Generation:
     """One request. Without ``worker`` and ``controller`` the session is undrafted (server-only).
 
     ``fallback``: if no server can be reached any more, continue with the draft model alone and mark its
-    tokens; otherwise the error is raised. Run it once, by :meth:`run` or by iterating :meth:`stream`.
+    tokens; otherwise the error is raised. ``watch`` reports the rounds. Run it once, by :meth:`run` or by
+    iterating :meth:`stream`.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Generation:
         settings: DraftingSettings | None = None,
         *,
         fallback: bool = False,
+        watch: RoundWatch | None = None,
     ) -> None:
         if (worker is None) != (controller is None):
             raise ValueError("A drafting session needs both a worker and a controller.")
@@ -66,6 +69,8 @@ class Generation:
         self.stats = RequestStats(drafting=worker is not None)
         self._client = client
         self._worker = worker
+        self._controller = controller
+        self._watch = watch
         self._undrafted = worker is None
         self._settings = settings = settings or DraftingSettings()
         self._fallback = fallback and worker is not None
@@ -236,6 +241,21 @@ class Generation:
         if not self._finished:
             self._client.reopen(self._number)
 
+    def set_drafting(self, on: bool) -> None:
+        """Stop drafting, or go on with it. The session is opened again from its committed tokens: without
+        drafts the server advances it by itself. Changes nothing without a draft model, and after it failed."""
+        if self._worker is None or self.stats.draft_fault or on is not self._undrafted:
+            return
+        self._undrafted = not on
+        if on:
+            assert self._controller is not None
+            self._session.scheduler.resume(self._controller)
+        else:
+            self._session.scheduler.stop()
+        if self._number >= 0 and not self._finished:
+            self._client.reopen(self._number)
+        self._wake.set()
+
     def _send_due(self) -> None:
         now_ms = _now_ms()
         frame = self._session.next_frame(now_ms) if self._client.up else None
@@ -272,6 +292,8 @@ class Generation:
             stats.drafted += 1
             stats.draft_ms += step.draft_ms
             stats.draft_only += 1
+            if self._watch is not None:
+                self._watch.unverified(_now_ms() - stats.begun_ms, stats)
             self._chunks.put_nowait(TokenChunk((step.drafted.token,), verified=False))
             if step.drafted.token in stop:
                 self._finished = "stop"
@@ -284,25 +306,7 @@ class Generation:
     def opening(self) -> protocol.Open:
         self._openings += 1
         self._fruitless += 1
-        request, buffer = self.request, self.buffer
-        sampling = request.sampling
-        return protocol.Open(
-            session=0,
-            tokens=list(buffer.committed),
-            max_new=request.max_new,
-            generated=buffer.committed_len - len(request.tokens),
-            tokens_per_s=0.0 if request.slo.best_effort else request.slo.tokens_per_s,
-            ttft_ms=request.slo.ttft_ms,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            stop=list(request.stop_tokens),
-            undrafted=self._undrafted,
-            min_p=sampling.min_p,
-            min_new=max(0, sampling.min_length - len(request.tokens)),
-            logprobs=sampling.logprobs,
-        )
+        return protocol.open_frame(self.request, self.buffer.committed, self._undrafted)
 
     def committed(self, commit: protocol.Commit) -> None:
         """Take in a commit. Raises :class:`ProtocolError` if no correct server sends it."""
@@ -311,6 +315,7 @@ class Generation:
         end = len(self.request.tokens) + self.request.max_new
         server_frames.check_commit(commit, end, self._vocab_size)
         now_ms, server_ms = _now_ms(), commit.queue_ms + commit.verify_ms
+        held = self.buffer.drafts if self._watch is not None else ()
         effect = self._session.on_commit(
             now_ms, commit.committed_len, commit.tokens, commit.accepted, commit.drafted, server_ms
         )
@@ -326,6 +331,9 @@ class Generation:
             stats.verify_ms += commit.verify_ms
             stats.dropped += effect.dropped_tokens
             stats.dropped_ms += effect.dropped_ms
+            if self._watch is not None:
+                rtt_ms, drafting = self._client.rtt.mean_ms, not self._undrafted
+                self._watch.committed(effect, held, commit, stats, rtt_ms, drafting)
             known = len(commit.tokens) - len(effect.tokens)
             self._chunks.put_nowait(TokenChunk(effect.tokens, tuple(commit.logprobs[known:])))
         if commit.finished or self.buffer.committed_len == end:
@@ -333,7 +341,7 @@ class Generation:
         self._wake.set()
 
     def refused(self, problem: protocol.Problem) -> None:
-        code, message, now_ms = problem.code, problem.message[:500], _now_ms()
+        code, now_ms = problem.code, _now_ms()
         retry_ms = server_frames.retry_ms(problem)
         busy = code in ("busy", "draining")
         wait_ms = max(_REOPEN_MS.get(code, math.inf), retry_ms)
@@ -343,14 +351,7 @@ class Generation:
         self._internal_errors += code == "internal"
         late = now_ms + wait_ms - self._refused_since_ms > self._client.settings.give_up_ms
         if late or self._internal_errors > _MAX_INTERNAL_ERRORS:
-            if busy or code == "slo" or (code == "limit" and retry_ms):
-                hint = "Ask for less speed, or later." if code == "slo" else ""
-                nearest = server_frames.nearest_tokens_per_s(problem)
-                self.failed(ServerBusy(message, retry_ms, hint, code=code, nearest_tokens_per_s=nearest))
-            elif code in ("limit", "frame"):
-                self.failed(RequestRefused(f"The server refused this request: {message}", code))
-            else:
-                self.failed(RuntimeFault(f"The server refused this request: {message}"))
+            self.failed(server_frames.refusal(problem))
             return
         if self._reopening is not None:
             self._reopening.cancel()

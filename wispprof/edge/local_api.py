@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from wispprof.edge.edge_runtime import EdgeRuntime, Prompt, Reply, open_edge
+from wispprof.edge.playground import add_playground
 from wispprof.edge.request_stats import EdgeMetrics
 from wispprof.errors import WispprofError
 from wispprof.openai_api import ChatTokenizer
@@ -48,7 +49,7 @@ async def serve_edge(
 
 
 def make_edge_app(runtime: EdgeRuntime, allowed_hosts: Sequence[str] = ()) -> FastAPI:
-    """The application: the OpenAI routes, ``/health``, ``/ready`` and ``/metrics``. Responses carry a
+    """The application: the OpenAI routes, the playground, ``/health``, ``/ready`` and ``/metrics``. Responses carry a
     ``wispprof`` object with the request's statistics. ``allowed_hosts``: as
     :class:`~wispprof.openai_api.request_guard.RequestGuard` has it."""
     app = FastAPI(title="wispprof edge", docs_url=None, redoc_url=None)
@@ -69,7 +70,9 @@ def make_edge_app(runtime: EdgeRuntime, allowed_hosts: Sequence[str] = ()) -> Fa
         metrics.link(runtime.client)
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    add_openai_routes(app, EdgeBackend(runtime, metrics))
+    backend = EdgeBackend(runtime, metrics)
+    add_openai_routes(app, backend)
+    add_playground(app, runtime, backend)
     return app
 
 

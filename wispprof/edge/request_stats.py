@@ -32,6 +32,7 @@ class EnergyShares:
 
     def __init__(self, meter: EnergyMeter) -> None:
         self.sensor = meter.sensor
+        self.present = meter.present
         self._meter = meter
         self._running: list[EnergyShare] = []
 

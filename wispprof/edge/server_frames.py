@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from wispprof import protocol
-from wispprof.errors import ProtocolError, SettingsError
+from wispprof.errors import ProtocolError, RequestRefused, RuntimeFault, ServerBusy, SettingsError
 from wispprof.types import GenerationRequest, TokenLogprob
 
 MAX_RETRY_MS = 60_000.0
@@ -32,6 +32,17 @@ def nearest_tokens_per_s(problem: protocol.Problem) -> float:
     """The speed that a problem offers; 0 if it offers none."""
     speed = problem.tokens_per_s
     return speed if 0.0 < speed < math.inf else 0.0
+
+
+def refusal(problem: protocol.Problem) -> RuntimeFault:
+    """The error with which a refused request ends."""
+    code, message, pause_ms = problem.code, problem.message[:500], retry_ms(problem)
+    if code in ("busy", "draining", "slo") or (code == "limit" and pause_ms):
+        hint = "Ask for less speed, or later." if code == "slo" else ""
+        nearest = nearest_tokens_per_s(problem)
+        return ServerBusy(message, pause_ms, hint, code=code, nearest_tokens_per_s=nearest)
+    message = f"The server refused this request: {message}"
+    return RequestRefused(message, code) if code in ("limit", "frame") else RuntimeFault(message)
 
 
 def load_level(level: int) -> int:

@@ -56,6 +56,11 @@ class CompletionResponse:
             "model": model,
         }
 
+    @property
+    def id(self) -> str:
+        """The ``id`` of the response and of each of its chunks."""
+        return str(self._base["id"])
+
     # --- the whole response -----------------------------------------------------------------------
 
     def full(self, choices: Sequence[Choice]) -> dict[str, Any]:

@@ -31,11 +31,13 @@ class TextOptions:
 class TextPiece(NamedTuple):
     """Text that is final now, and the tokens that arrived. Text that may begin a stop string, or that ends
     within a character, comes with a later piece. ``logprobs``: one per token; ``None`` where the target gave
-    none, because nobody asked or because a draft model went on alone."""
+    none, because nobody asked or because a draft model went on alone. ``texts``: what each token made final;
+    together, ``text``."""
 
     text: str
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]
+    texts: tuple[str, ...] = ()
 
 
 class TextGeneration:
@@ -99,12 +101,13 @@ class TextGeneration:
             if is_stop and token in self._options.reported_stop_tokens:
                 self.stop_reason = token
             if is_stop and not self._options.include_stop and self._filter is None:
+                texts.append("")
                 continue
             texts.append(self._text_of(token, visible=self._options.include_stop or not is_stop))
             if self._filter is not None and self._filter.hit:
                 break
         logprobs = chunk.logprobs[:used] or (None,) * used
-        return TextPiece("".join(texts), chunk.tokens[:used], logprobs)
+        return TextPiece("".join(texts), chunk.tokens[:used], logprobs, tuple(texts))
 
     def _text_of(self, token: int, visible: bool) -> str:
         stop_filter = self._filter

@@ -132,6 +132,11 @@ class DraftScheduler:
         """Draft and send nothing any more."""
         self._controller = None
 
+    def resume(self, controller: Controller) -> None:
+        """Draft and send again, after :meth:`stop`."""
+        self._controller = controller
+        self.reset()
+
     def committed(self, effect: CommitEffect, drafted: int) -> None:
         """A commit changed the buffer; the server verified ``drafted`` of our drafts for it."""
         gone = len(self._features) if effect.rejected else len(effect.tokens)
