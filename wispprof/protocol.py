@@ -252,7 +252,7 @@ def _decode(decoder: msgspec.msgpack.Decoder[_F], data: bytes) -> _F:
 
 
 def open_frame(request: GenerationRequest, committed: Sequence[int], undrafted: bool) -> Open:
-    """The frame that opens a generation, or resumes it from its ``committed`` tokens, the prompt included. The
+    """The frame that opens a generation, or resumes it from its ``committed`` tokens, prompt included. The
     caller fills in ``session``."""
     sampling, prompt_tokens = request.sampling, len(request.tokens)
     return Open(

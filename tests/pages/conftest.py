@@ -21,7 +21,9 @@ def browser() -> Iterator[Browser]:
     if found is None:
         pytest.fail("No Chromium. On Debian: apt-get install chromium; or set CHROMIUM to its path.")
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", "--js-flags=--expose-gc"])
+        opened = playwright.chromium.launch(
+            executable_path=found, args=["--no-sandbox"]
+        )
         yield opened
         opened.close()
 
@@ -34,13 +36,18 @@ def new_page(browser: Browser) -> Iterator[Callable[..., Page]]:
 
     def make(width: int = 1280, height: int = 820, scheme: str = "light", touch: bool = False) -> Page:
         context = browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=touch  # type: ignore[arg-type]
+            viewport={"width": width, "height": height},
+            color_scheme=scheme,
+            has_touch=touch,  # type: ignore[arg-type]
         )
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(15_000)
         page.on("pageerror", lambda err: errors.append(str(err)))
-        page.on("console", lambda message: errors.append(message.text) if _is_fault(message.text, message.type) else None)
+        page.on(
+            "console",
+            lambda message: errors.append(message.text) if _is_fault(message.text, message.type) else None,
+        )
         return page
 
     yield make

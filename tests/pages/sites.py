@@ -1,4 +1,4 @@
-"""An edge's playground and a server's page in a thread of their own, so that a test may wait for a browser."""
+"""An edge and its server in a thread of their own, so that a test may wait for a browser."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Site:
 def site(
     step_ms: float = 4.0, keys: tuple[str, ...] = (), give_up_ms: float = 30_000.0, drafter: str = "model"
 ) -> Iterator[Site]:
-    """A server of :class:`ScriptedEngine`, an edge behind a link to it, and the edge's local API at ``url``."""
+    """A server of :class:`ScriptedEngine` and, behind a link, an edge whose local API is at ``url``."""
     started: Future[Site] = Future()
     ended = threading.Event()
 
@@ -105,10 +105,14 @@ async def _running(
         stack.callback(device.close)
         client_settings = ClientSettings(backoff_ms=20.0, backoff_max_ms=100.0, give_up_ms=give_up_ms)
         if keys:
-            client_settings = replace(client_settings, access=replace(client_settings.access, api_key=keys[0]))
+            client_settings = replace(
+                client_settings, access=replace(client_settings.access, api_key=keys[0])
+            )
         connect = websocket_connections(f"127.0.0.1:{proxy.port}")
         client = await stack.enter_async_context(EdgeClient(connect, client_settings))
-        edge_settings = EdgeSettings(drafter=drafter, server=f"127.0.0.1:{proxy.port}", client=client_settings)
+        edge_settings = EdgeSettings(
+            drafter=drafter, server=f"127.0.0.1:{proxy.port}", client=client_settings
+        )
         runtime = EdgeRuntime(edge_settings, tokenizer, device, client)
         listener = bind("127.0.0.1", 0)
         web_server = WebServer(make_edge_app(runtime), listener)

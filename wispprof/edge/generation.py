@@ -243,7 +243,7 @@ class Generation:
 
     def set_drafting(self, on: bool) -> None:
         """Stop drafting, or go on with it. The session is opened again from its committed tokens: without
-        drafts the server advances it by itself. Changes nothing without a draft model, and after it failed."""
+        drafts the server advances it by itself. Changes nothing without a draft model that works."""
         if self._worker is None or self.stats.draft_fault or on is not self._undrafted:
             return
         self._undrafted = not on

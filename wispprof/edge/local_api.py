@@ -49,8 +49,8 @@ async def serve_edge(
 
 
 def make_edge_app(runtime: EdgeRuntime, allowed_hosts: Sequence[str] = ()) -> FastAPI:
-    """The application: the OpenAI routes, the playground, ``/health``, ``/ready`` and ``/metrics``. Responses carry a
-    ``wispprof`` object with the request's statistics. ``allowed_hosts``: as
+    """The application: the OpenAI routes, the playground, ``/health``, ``/ready`` and ``/metrics``. Responses
+    carry a ``wispprof`` object with the request's statistics. ``allowed_hosts``: as
     :class:`~wispprof.openai_api.request_guard.RequestGuard` has it."""
     app = FastAPI(title="wispprof edge", docs_url=None, redoc_url=None)
     app.add_middleware(RequestGuard, allowed_hosts=allowed_hosts)

@@ -17,8 +17,8 @@ ACCEPTED, MATCHED, TARGET, UNVERIFIED = "accepted", "matched", "target", "unveri
 class TokenOrigin(NamedTuple):
     """How a token came.
 
-    ``kind``: ``accepted`` (drafted here, verified), ``matched`` (the target's own; the unverified draft there is
-    the same), ``target`` (the target's own) or ``unverified`` (of a draft model without a server).
+    ``kind``: ``accepted`` (drafted here, verified), ``matched`` (the target's own; the unverified draft there
+    is the same), ``target`` (the target's own) or ``unverified`` (of a draft model without a server).
     ``acceptance_prob``: of the verified draft that stood there; ``None`` without one. ``draft``: the token
     that this device held instead of the target's; ``None`` if it held none.
     """
@@ -49,7 +49,7 @@ class RoundRecord(NamedTuple):
 
 
 def origins(effect: CommitEffect, held: Sequence[Held], drafted: int) -> tuple[TokenOrigin, ...]:
-    """Origin of each token of a commit. ``held``: the drafts before it, of which ``drafted`` were verified."""
+    """Origin of each token of a commit. ``held``: the drafts before it; ``drafted`` of them were verified."""
     made: list[TokenOrigin] = []
     for index, token in enumerate(effect.tokens):
         draft = held[index] if index < len(held) else None

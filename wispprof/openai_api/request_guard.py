@@ -14,8 +14,10 @@ from wispprof.openai_api.api_error import ApiError
 
 MAX_BODY_BYTES = 8 << 20
 _MAX_HELD_BYTES = 64 << 20
-_WITHOUT_KEY = frozenset({"/health", "/ready", "/metrics", "/steps", "/v1/split"})
-"""Paths that are open to all; edges show their key in their first frame."""
+_WITHOUT_KEY = frozenset({"/", "/health", "/ready", "/metrics", "/steps", "/v1/split"})
+"""Paths that are open to all; edges show their key in their first frame. The page at ``/`` holds no data."""
+
+_PARTS_WITHOUT_KEY = ("/pages/", "/steps/")
 
 
 def bearer_key(headers: Headers) -> str:
@@ -65,7 +67,8 @@ class RequestGuard:
 
     def _check(self, path: str, headers: Headers) -> None:
         if self._accepts_key is not None:
-            if path not in _WITHOUT_KEY and not self._accepts_key(bearer_key(headers)):
+            public = path in _WITHOUT_KEY or path.startswith(_PARTS_WITHOUT_KEY)
+            if not public and not self._accepts_key(bearer_key(headers)):
                 raise _Refused(ApiError("Invalid API key.", 401, code="invalid_api_key"))
             return
         host, origin = headers.get("host", ""), headers.get("origin")

@@ -1,4 +1,4 @@
-"""Pages for people, as package data: the edge's playground and the server's page. Nothing comes from elsewhere.
+"""Pages in the browser, as package data: the playground of an edge, and the page of a server.
 
 Plain HTML, CSS and JavaScript modules, without a build step. A page holds no data of the server; its script
 fetches them, with the key if there is one.

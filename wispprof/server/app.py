@@ -6,16 +6,18 @@ Every OpenAI request is a server-only session of the engine loop.
 from __future__ import annotations
 
 import asyncio
+import gzip
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
-from fastapi import FastAPI, Response, WebSocket
+from fastapi import FastAPI, Request, Response, WebSocket
 
 from wispprof import __version__, protocol
 from wispprof.openai_api import ApiError, ChatTokenizer
 from wispprof.openai_api.request_guard import RequestGuard
 from wispprof.openai_api.routes import add_openai_routes
+from wispprof.pages import add_page
 from wispprof.server.admission import Refused
 from wispprof.server.engine_client import EngineClient, FrontSession
 from wispprof.server.frame_checks import check_key
@@ -27,7 +29,8 @@ _STATUS = {"busy": 429, "slo": 429, "limit": 429, "draining": 503, "internal": 5
 
 
 def make_app(server: EngineClient, lifespan: Any = None) -> FastAPI:
-    """``/v1/split`` for edges, the OpenAI routes, ``/health``, ``/ready``, ``/metrics`` and ``/steps``.
+    """``/v1/split`` for edges, the OpenAI routes, ``/health``, ``/ready``, ``/metrics``, ``/steps``, and the
+    server's page at ``/`` with its data at ``/dashboard``.
 
     ``lifespan``: for hosts that let the application start and stop the server.
     """
@@ -61,6 +64,23 @@ def make_app(server: EngineClient, lifespan: Any = None) -> FastAPI:
         """Retained steps from number ``since`` on; ``next``: the ``since`` of the next request."""
         # The channel to the engine process carries 64 bits.
         return await page("steps", argument=min(max(since, 0), 1 << 62))
+
+    @app.get("/steps/{number}")
+    async def step(number: int) -> Response:
+        """One retained step."""
+        return await page("step", argument=min(max(number, 0), 1 << 62))
+
+    @app.get("/dashboard")
+    async def dashboard(request: Request, since: int = 0) -> Response:
+        """What the server's page shows: state, sessions, and steps from number ``since`` on."""
+        answer = await server.query("dashboard", min(max(since, 0), 1 << 62))
+        headers = {"cache-control": "no-store", "vary": "accept-encoding"}
+        if "gzip" not in request.headers.get("accept-encoding", ""):
+            return Response(answer.body, headers=headers, media_type="application/json")
+        headers["content-encoding"] = "gzip"
+        return Response(gzip.compress(answer.body, 1), headers=headers, media_type="application/json")
+
+    add_page(app, "server")
 
     async def page(name: str, media_type: str = "application/json", argument: int = 0) -> Response:
         answer = await server.query(name, argument)
@@ -96,6 +116,8 @@ class SessionBackend:
 
 class SessionGeneration:
     """One request's session and its listener."""
+
+    kind = "api"
 
     def __init__(self, server: EngineClient, request: GenerationRequest, api_key: str) -> None:
         self.key = api_key

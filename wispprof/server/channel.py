@@ -27,12 +27,14 @@ _LENGTH_BYTES = 4
 
 
 class SessionOpening(msgspec.Struct, tag="o", array_like=True, frozen=True):
-    """Open a session under ``handle``, the front's own name for it. ``number``: its edge's."""
+    """Open a session under ``handle``, the front's own name for it. ``number``: its edge's; ``kind``: what
+    kind of client, for the page of the server."""
 
     handle: int
     number: int
     key: str
     request: GenerationRequest
+    kind: str = ""
 
 
 class SessionDrafts(msgspec.Struct, tag="d", array_like=True, frozen=True):
@@ -62,7 +64,7 @@ class FrontReady(msgspec.Struct, tag="r", array_like=True, frozen=True):
 
 
 class Query(msgspec.Struct, tag="q", array_like=True, frozen=True):
-    """Ask for a page: ``health``, ``ready``, ``metrics`` or ``steps``."""
+    """Ask for a page: ``health``, ``ready``, ``metrics``, ``steps``, ``step`` or ``dashboard``."""
 
     number: int
     page: str

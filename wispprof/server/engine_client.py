@@ -42,9 +42,11 @@ if TYPE_CHECKING:
 
 
 class FrontListener(Protocol):
-    """The WebSocket connection or HTTP request that opened a session. ``key``: its API key."""
+    """The WebSocket connection or HTTP request that opened a session. ``key``: its API key. ``kind``: the
+    name that an edge gave at hello, or ``api``."""
 
     key: str
+    kind: str
 
     def committed(self, session: FrontSession, frame: protocol.Commit) -> None: ...
 
@@ -137,7 +139,7 @@ class EngineClient:
         if self.restarting and len(self._outbox) >= MAX_HELD:
             asyncio.get_running_loop().call_soon(listener.failed, session, _RESTARTS)
             return session
-        self._outbox.put(SessionOpening(session.handle, number, listener.key, request))
+        self._outbox.put(SessionOpening(session.handle, number, listener.key, request, listener.kind))
         self._sessions[session.handle] = session
         return session
 

@@ -28,6 +28,7 @@ from wispprof.server.channel import (
     to_engine,
 )
 from wispprof.server.plain_settings import plain_settings
+from wispprof.server.server_state import server_state
 from wispprof.server.session import ServerSession
 from wispprof.sessions.session_state import CommitResult
 
@@ -99,7 +100,7 @@ class EngineHost:
         self.outbox.flush()
 
     def _open(self, message: SessionOpening) -> None:
-        listener = _HostedSession(self, message.handle, message.key)
+        listener = _HostedSession(self, message.handle, message.key, message.kind)
         try:
             session = self.server.open(message.request, listener, message.number)
         except Refused as err:
@@ -118,6 +119,8 @@ class EngineHost:
         server = self.server
         if query.page == "metrics":
             return Page(query.number, 200, server.metrics_text())
+        if query.page == "dashboard":
+            return Page(query.number, 200, server_state(server, query.argument))
         status = 200
         body: dict[str, Any]
         if query.page == "health":
@@ -136,6 +139,11 @@ class EngineHost:
                 "load_level": server.manager.load_level,
                 "sessions": len(server.manager),
             }
+        elif query.page == "step":
+            first, records = server.metrics.steps_since(query.argument)
+            held = bool(records) and first == query.argument
+            status = 200 if held else 404
+            body = {"step": first, **asdict(records[0])} if held else {"first": first}
         else:
             first, records = server.metrics.steps_since(query.argument)
             steps = [asdict(record) for record in records]
@@ -146,10 +154,11 @@ class EngineHost:
 class _HostedSession:
     """The listener of one session of a front."""
 
-    __slots__ = ("_handle", "_host", "key")
+    __slots__ = ("_handle", "_host", "key", "kind")
 
-    def __init__(self, host: EngineHost, handle: int, key: str) -> None:
+    def __init__(self, host: EngineHost, handle: int, key: str, kind: str) -> None:
         self.key = key
+        self.kind = kind
         self._host = host
         self._handle = handle
 

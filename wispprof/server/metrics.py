@@ -29,7 +29,8 @@ def slo_class(slo: Slo) -> str:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step. ``row``: the plan's row that limited it."""
+    """One step of ``items`` sessions, ``prefill_items`` of which fed prompts. ``row``: the plan's row that
+    limited it."""
 
     at_ms: float
     items: int
@@ -41,6 +42,16 @@ class StepRecord:
     committed: int
     reason: str
     row: str = ""
+    prefill_items: int = 0
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens that decoding sessions fed besides their drafts, one each."""
+        return self.items - self.prefill_items
+
+    @property
+    def draft_tokens(self) -> int:
+        return self.new_tokens - self.prefill_tokens - self.own_tokens
 
 
 class Metrics:
@@ -52,6 +63,8 @@ class Metrics:
         self.steps: deque[StepRecord] = deque(maxlen=keep_steps)
         self.sessions_met_slo = 0
         self.sessions_ended = 0
+        self.attainment: dict[str, list[int]] = {}
+        self.drafts = DraftCounters()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"wispprof:{name}", text, labels, registry=self.registry)
@@ -80,6 +93,8 @@ class Metrics:
         self.policy_errors = counter(
             "policy_errors", "Steps planned without the policy because it raised.", "kind"
         )
+        self.open_sessions = gauge("sessions", "Open sessions.", "slo_class", "kind")
+        self.slack = gauge("slo_slack_seconds", "Least time left until a token is due.", "slo_class")
         self.connections = gauge("connections", "Open edge connections.")
         self.dropped_connections = counter(
             "connections_dropped", "Connections closed by a limit, by reason.", "reason"
@@ -105,6 +120,7 @@ class Metrics:
         self.drafted = counter("spec_decode_num_draft_tokens", "Draft tokens received.")
         self.verified = counter("spec_decode_num_verified_tokens", "Draft tokens verified.")
         self.accepted = counter("spec_decode_num_accepted_tokens", "Draft tokens accepted.")
+        self.matched = counter("draft_tokens_matched", "Draft tokens committed before they were verified.")
         self.wasted = counter("draft_tokens_wasted", "Draft tokens contradicted or rolled back.")
         self.cut_drafts = counter("draft_tokens_cut", "Draft tokens the policy left out of a step.")
         self.dropped = counter("draft_tokens_dropped", "Draft tokens refused on arrival.", "reason")
@@ -164,13 +180,16 @@ class Metrics:
         self.success.labels(reason).inc()
         self.drafted.inc(counters.drafted)
         self.accepted.inc(counters.accepted)
+        self.matched.inc(counters.matched)
         self.wasted.inc(counters.wasted)
         self.cut_drafts.inc(counters.cut_drafts)
         for cause, count in counters.dropped.items():
             self.dropped.labels(cause).inc(count)
+        self.drafts.add(counters)
         self.e2e.observe(e2e_ms / 1000.0)
         if met_slo is None:
             return
+        self.attainment.setdefault(slo_class(slo), [0, 0])[not met_slo] += 1
         self.sessions_ended += 1
         self.sessions_met_slo += met_slo
         (self.attained if met_slo else self.violations).labels(slo_class(slo)).inc()

@@ -11,12 +11,14 @@ from wispprof.types import Sampling
 
 
 class SessionListener(Protocol):
-    """The WebSocket connection or HTTP request that opened a session. ``key``: its API key.
+    """The WebSocket connection or HTTP request that opened a session. ``key``: its API key. ``kind``: the
+    name that an edge gave at hello, or ``api``.
 
     Methods run on the event loop and must not block.
     """
 
     key: str
+    kind: str
 
     def committed(
         self, session: ServerSession, commit: CommitResult, verify_ms: float, load_level: int

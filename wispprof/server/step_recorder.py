@@ -55,6 +55,7 @@ class StepRecorder:
             ended.committed,
             ended.reason,
             "" if row is None else row.cell,
+            sum(1 for item in shape.items if item.prefill) if shape.prefill_tokens else 0,
         )
         self._metrics.step(record, row)
         if record.prefill_tokens:

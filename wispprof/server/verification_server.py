@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Callable
 
@@ -22,6 +23,7 @@ from wispprof.server.engine_loop import EngineLoop
 from wispprof.server.engine_thread import EngineThread
 from wispprof.server.metrics import Metrics
 from wispprof.server.request_log import RequestLog
+from wispprof.server.server_state import update_gauges
 from wispprof.server.session import ServerSession, SessionListener
 from wispprof.server.session_manager import SessionManager
 from wispprof.server.step_limits import StepLimits
@@ -43,7 +45,7 @@ class VerificationServer:
 
     ``estimator``: a fitted one, or ``None`` to fit this server's own steps. ``plan``: its batching table
     limits the steps, besides the settings. ``tokenizer``: for the OpenAI API, which is off without it.
-    ``reload``: loads an engine that is lost once more.
+    ``reload``: loads an engine that is lost once more. ``run_id`` tells one run of a server from the next.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class VerificationServer:
         self.started = False
         self.failure = ""
         self.hosts: list[EngineHost] = []
+        self.run_id = secrets.token_hex(4)
         self._engine_thread = EngineThread(engine)
         self.manager = SessionManager(
             settings,
@@ -100,6 +103,7 @@ class VerificationServer:
 
     def metrics_text(self) -> bytes:
         """What ``/metrics`` returns: the server's metrics, then the engine's own."""
+        update_gauges(self)
         return self.metrics.text() + self._engine_thread.engine.metrics_text()
 
     # --- starting and stopping ----------------------------------------------------------------

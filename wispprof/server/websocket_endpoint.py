@@ -32,6 +32,9 @@ MAX_PONG_BYTES = 1 << 16
 MAX_UNREAD_BYTES = 1 << 20
 """Bytes that may wait for a slow reader; a connection with more is closed."""
 
+MAX_KIND = 40
+"""Characters of an edge's name that tell its kind."""
+
 MAX_HELLO_BYTES = 1 << 14
 
 _INTERNAL = 1011
@@ -50,6 +53,7 @@ class WebSocketEndpoint:
 
     def __init__(self, server: EngineClient, socket: WebSocket) -> None:
         self.key = ""
+        self.kind = "edge"
         self._server = server
         self._socket = socket
         self._sessions: dict[int, FrontSession] = {}
@@ -144,6 +148,7 @@ class WebSocketEndpoint:
             self._problem(-1, "draining", "The server is shutting down. Try another server.")
             raise _CloseConnection(1012)
         self.key = hello.key
+        self.kind = hello.edge[:MAX_KIND] or "edge"
         self._count_connection()
         self._send(welcome(server))
 

@@ -48,6 +48,17 @@ class DraftCounters:
     dropped: Counter[str] = field(default_factory=Counter)
     frames: Counter[str] = field(default_factory=Counter)
 
+    def add(self, other: DraftCounters) -> None:
+        """Count what another session counted."""
+        self.drafted += other.drafted
+        self.accepted += other.accepted
+        self.matched += other.matched
+        self.wasted += other.wasted
+        self.cut_drafts += other.cut_drafts
+        self.steps += other.steps
+        self.dropped.update(other.dropped)
+        self.frames.update(other.frames)
+
 
 @dataclass(slots=True, eq=False)
 class DraftArrivals:
