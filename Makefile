@@ -7,6 +7,7 @@
 # make test-models   a pretrained pair, end to end: SmolLM2-135M and its GGUF as a llama.cpp draft
 # make docs   the documentation as a site, in out/site
 # make dist   wheel and source archive in dist/, installed and tried in an empty environment, with SBOM and licences
+# make test-pages   the pages in a real browser (Debian: apt-get install chromium); PICTURES=1 takes the pictures of the docs
 # make test-lowest   the suite on the lowest versions that pyproject.toml allows
 # Each makes .venv from requirements.lock first, where it is missing or older than the lock; test-vllm makes
 # .venv-vllm from requirements-vllm.lock.
@@ -19,7 +20,7 @@ ARGS ?=
 # Processes that share the tests: one per core, four at most. Chosen tests do not pay for starting them.
 WORKERS ?= $(if $(ARGS),0,logical)
 
-.PHONY: help demo test fuzz test-vllm test-models test-lowest docs dist readme check format lock lock-vllm lock-release clean
+.PHONY: help demo test fuzz test-vllm test-models test-pages test-lowest docs dist readme check format lock lock-vllm lock-release clean
 .DEFAULT_GOAL := help
 
 help:
@@ -110,6 +111,19 @@ lock-release: $(RELEASE_READY)
 	@mv requirements-release.lock.tmp requirements-release.lock
 	@touch $(RELEASE_READY)
 
+# .venv's packages, and Playwright and axe-core beside them. The browser is the system's.
+.venv-pages/.ready: $(READY) requirements-pages.lock
+	@$(PYTHON) -m venv .venv-pages
+	@folder() { $$1/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'; }; \
+		echo "import site; site.addsitedir('$$(folder $(VENV))')" > "$$(folder .venv-pages)/base.pth"
+	@.venv-pages/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-pages.lock
+	@touch $@
+
+test-pages: .venv-pages/.ready
+	@test -n "$$CHROMIUM" || command -v chromium || command -v chromium-browser || command -v google-chrome \
+		|| { echo "error: no Chromium. On Debian: apt-get install chromium. Elsewhere set CHROMIUM to its path." >&2; exit 1; }
+	@OMP_NUM_THREADS=1 .venv-pages/bin/python -m pytest $(if $(ARGS),$(ARGS),tests/pages)
+
 # The suite on the lowest versions that pyproject.toml allows. TORCH=2.13.0: with that torch instead.
 test-lowest:
 	@$(PYTHON) -m venv .venv-lowest
@@ -141,4 +155,5 @@ lock: $(READY)
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(RELEASE_VENV) .venv-models out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .venv-models .venv-pages out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,9 +21,7 @@ def browser() -> Iterator[Browser]:
     if found is None:
         pytest.fail("No Chromium. On Debian: apt-get install chromium; or set CHROMIUM to its path.")
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(
-            executable_path=found, args=["--no-sandbox"]
-        )
+        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield opened
         opened.close()
 

@@ -29,25 +29,18 @@ SCRIPTS = {
 
 
 class ScriptedTarget(FakeTarget):
-    """After ``NAME»`` it writes :data:`SCRIPTS` ``[NAME]``, then the end. States number the texts so far."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._texts: list[bytes] = [b""]
-        self._numbers: dict[bytes, int] = {b"": 0}
+    """After ``NAME»`` it writes :data:`SCRIPTS` ``[NAME]``, then the end. Its state is the text so far, the
+    digits of a number."""
 
     def start(self, sampling: Sampling) -> int:
-        return 0
+        return 1
 
     def feed(self, state: int, token: int) -> int:
-        text = self._texts[state] + bytes([token])
-        if text not in self._numbers:
-            self._numbers[text] = len(self._texts)
-            self._texts.append(text)
-        return self._numbers[text]
+        return state << 8 | token
 
     def next(self, state: int) -> int:
-        before, _, written = self._texts[state].rpartition(CUE.encode())
+        text = state.to_bytes(state.bit_length() // 8 + 1, "big")[1:]
+        before, _, written = text.rpartition(CUE.encode())
         script = SCRIPTS.get(before.rpartition(b"\n")[2].decode("utf-8", "replace"), "").encode()
         return script[len(written)] if len(written) < len(script) else END
 

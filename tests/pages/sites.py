@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -59,16 +59,16 @@ class Site:
 
 
 @contextmanager
-def site(
-    step_ms: float = 4.0, keys: tuple[str, ...] = (), give_up_ms: float = 30_000.0, drafter: str = "model"
-) -> Iterator[Site]:
-    """A server of :class:`ScriptedEngine` and, behind a link, an edge whose local API is at ``url``."""
-    started: Future[Site] = Future()
+def threaded(
+    make: Callable[[], AbstractAsyncContextManager[T]],
+) -> Iterator[tuple[T, asyncio.AbstractEventLoop]]:
+    """What ``make()`` yields, entered in the event loop of a thread; and that loop."""
+    started: Future[tuple[T, asyncio.AbstractEventLoop]] = Future()
     ended = threading.Event()
 
     async def main() -> None:
-        async with _running(step_ms, keys, give_up_ms, drafter) as made:
-            started.set_result(made)
+        async with make() as made:
+            started.set_result((made, asyncio.get_running_loop()))
             await asyncio.to_thread(ended.wait)
 
     def run() -> None:
@@ -86,6 +86,15 @@ def site(
     finally:
         ended.set()
         thread.join(30)
+
+
+@contextmanager
+def site(
+    step_ms: float = 4.0, keys: tuple[str, ...] = (), give_up_ms: float = 30_000.0, drafter: str = "model"
+) -> Iterator[Site]:
+    """A server of :class:`ScriptedEngine` and, behind a link, an edge whose local API is at ``url``."""
+    with threaded(lambda: _running(step_ms, keys, give_up_ms, drafter)) as (made, loop):
+        yield replace(made, loop=loop)
 
 
 @asynccontextmanager

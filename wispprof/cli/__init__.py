@@ -62,7 +62,7 @@ COMMANDS = (
     Entry("Decide", "reproduce", "Compare published results with the simulator's.", "simulate"),
     Entry("Decide", "report", "Write a self-contained HTML report of a folder of artifacts.", "start"),
     Entry("Run", "serve", "Verify the drafts of many edges with one target model."),
-    Entry("Run", "edge", "Serve an OpenAI-compatible API on this device."),
+    Entry("Run", "edge", "Serve an OpenAI-compatible API on this device, and a page to chat on."),
     Entry("Run", "generate", "Generate text: this device drafts, the server verifies.", "edge"),
     Entry("Run", "chat", "Chat with the target; an empty line or Ctrl-D ends.", "edge"),
     Entry("Run", "bench", "Load a running server with replayed edges; print their metrics.", "serve"),

@@ -76,9 +76,9 @@ def chat(
 
 @with_settings
 def edge(settings: EdgeSettings, api: LocalApiSettings) -> None:
-    """Serve an OpenAI-compatible API on this device.
+    """Serve an OpenAI-compatible API on this device, and a page to chat on.
 
-    It answers /v1/chat/completions, /v1/completions and /v1/models.
+    It answers /v1/chat/completions, /v1/completions and /v1/models; the page is at /.
     """
     prepare_process(settings.engine, settings.vllm_args)
     import asyncio
@@ -90,7 +90,7 @@ def edge(settings: EdgeSettings, api: LocalApiSettings) -> None:
     from wispprof.edge.local_api import serve_edge
 
     def announce(runtime: EdgeRuntime, url: str) -> None:
-        console.note(f"{runtime.model} answers at {url}/v1 (Ctrl-C ends)")
+        console.note(f"{runtime.model} answers at {url}/v1; playground: {url} (Ctrl-C ends)")
 
     asyncio.run(serve_edge(settings, api.host, api.port, announce, api.allowed_hosts))
 

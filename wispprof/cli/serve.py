@@ -91,7 +91,9 @@ def _announcing(settings: ServerSettings) -> Callable[[VerificationServer, int],
     def announce(server: VerificationServer, taken: int) -> None:
         console().print(_resolved(server, settings, taken))
         scheme = "wss" if settings.tls_cert is not None else "ws"
-        note(f"ready: {scheme}://{settings.host}:{taken}/v1/split (Ctrl-C drains)")
+        address = f"{settings.host}:{taken}"
+        page = f"{scheme.replace('ws', 'http')}://{address}"
+        note(f"ready: {scheme}://{address}/v1/split; page: {page} (Ctrl-C drains)")
 
     return announce
 
