@@ -60,7 +60,12 @@ COMMANDS = (
     ),
     Entry("Decide", "simulate", "Simulate a fleet of edges on one server under several policies."),
     Entry("Decide", "reproduce", "Compare published results with the simulator's.", "simulate"),
-    Entry("Decide", "report", "Write a self-contained HTML report of a folder of artifacts.", "start"),
+    Entry(
+        "Decide",
+        "report",
+        "Write an HTML report of a folder of artifacts, or of two side by side.",
+        "start",
+    ),
     Entry("Run", "serve", "Verify the drafts of many edges with one target model."),
     Entry("Run", "edge", "Serve an OpenAI-compatible API on this device, and a page to chat on."),
     Entry("Run", "generate", "Generate text: this device drafts, the server verifies.", "edge"),

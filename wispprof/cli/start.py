@@ -111,11 +111,24 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="File to write; default: report.html in the folder.")
     ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Two folders A and B: write them side by side.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write a self-contained HTML report of a folder of artifacts."""
-    from wispprof.reporting import load_run, write_report
+    """Write an HTML report of a folder of artifacts, or of two side by side.
 
+    The report is one file, which loads nothing.
+    """
+    from wispprof.reporting import load_run, write_comparison, write_report
+
+    if compare is not None:
+        runs = [load_run(folder) for folder in compare]
+        file = write_comparison(*runs, out or compare[1] / "comparison.html")
+        names = {name: one.names() for name, one in zip("ab", runs, strict=True)}
+        size = f"{file} ({file.stat().st_size / 1024:.0f} KiB)"
+        console.result({"report": file, **names}, size, as_json)
+        return
     loaded = load_run(run)
     stale = loaded.stale()
     if stale:

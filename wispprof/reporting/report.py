@@ -24,7 +24,8 @@ EQUAL_GOODPUT_MARGIN = 0.03
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The templates of the pages."""
     return Environment(
         loader=PackageLoader("wispprof.reporting"),
         autoescape=True,
@@ -36,7 +37,7 @@ def _environment() -> Environment:
 
 def page_macros() -> Any:
     """The macros of ``templates/macros.html`` as functions that return HTML."""
-    return _environment().get_template("macros.html").module
+    return environment().get_template("macros.html").module
 
 
 def to_html(table: Table) -> str:
@@ -56,7 +57,7 @@ def render_report(run: Run) -> str:
     answer = Answer.of(run.answer) if run.answer else None
     fleet = fleet_section(run.fleet)
     return (
-        _environment()
+        environment()
         .get_template("report.html")
         .render(
             css_variables=theme.CSS_VARIABLES,
@@ -119,12 +120,13 @@ def _summary(run: Run, benches: Sequence[Bench]) -> str:
         parts.append(f"{benches[0].load_text()}; the same engine and load under every policy.")
     profile = run.server or run.edge
     if profile is not None:
-        machine = _machine(profile.manifest.hardware)
+        machine = machine_name(profile.manifest.hardware)
         parts.append(f"Measured on {machine} with {profile.manifest.model.id}.")
     return " ".join(parts)
 
 
-def _machine(hardware: dict[str, Any]) -> str:
+def machine_name(hardware: dict[str, Any]) -> str:
+    """Board or CPU, cores and GPUs."""
     name = hardware.get("board") or hardware.get("cpu") or hardware.get("arch") or "this machine"
     gpus = [str(gpu.get("name")) for gpu in hardware.get("gpus") or ()]
     return ", ".join([str(name), f"{hardware.get('cores', '?')} cores", *gpus])
@@ -258,7 +260,7 @@ def _provenance(run: Run) -> dict[str, Any]:
         manifest, model = profile.manifest, profile.manifest.model
         settings = (f"{k} {v}" for k, v in manifest.engine.items() if not isinstance(v, dict))
         facts += [
-            (f"{side}: machine", _machine(manifest.hardware)),
+            (f"{side}: machine", machine_name(manifest.hardware)),
             (f"{side}: model", f"{model.id} {model.dtype}, {model.parameters / 1e6:.1f} M parameters"),
             (f"{side}: engine", ", ".join(settings)),
             (f"{side}: command", manifest.command),
