@@ -61,6 +61,14 @@ def test_the_page_is_well_formed_and_self_contained(page: str) -> None:
         assert reference in found.ids
 
 
+def test_figures_stand_over_their_data(page: str) -> None:
+    parts = page.split("<summary>The figure as a table</summary>")
+    assert len(parts) == 4
+    for before, after in zip(parts, parts[1:], strict=False):
+        assert "<svg" in before
+        assert after[: after.index("</table>")].count("<tr>") > 2
+
+
 def test_figures_take_their_colours_from_the_page(page: str) -> None:
     figures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     assert len(figures) == 4

@@ -154,7 +154,7 @@ def acceptance_by_position(trace: AcceptanceTrace) -> str:
     prompt are not independent.
     """
     cum_acceptance = trace.cum_acceptance_by_position()
-    low, high = _bootstrap(trace)
+    low, high = bootstrap(trace)
     position = np.arange(1, len(cum_acceptance) + 1)
     before = np.concatenate([[1.0], cum_acceptance[:-1]])
     given = np.divide(cum_acceptance, before, out=np.full_like(cum_acceptance, np.nan), where=before > 0)
@@ -201,7 +201,8 @@ def acceptance_by_position(trace: AcceptanceTrace) -> str:
         return theme.svg(figure, "acceptance", "Share of draft tokens accepted by position")
 
 
-def _bootstrap(trace: AcceptanceTrace, draws: int = 400) -> tuple[np.ndarray, np.ndarray]:
+def bootstrap(trace: AcceptanceTrace, draws: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    """(2.5th, 97.5th percentile) of the cumulative acceptance, each (depth,)."""
     per_path = [p.accepted[: p.scored_rows()] for p in trace.paths if p.scored_rows()]
     hits = np.array([[(a > j).sum() for j in range(trace.depth)] for a in per_path], dtype=float)
     rows = np.array([len(a) for a in per_path], dtype=float)

@@ -208,15 +208,32 @@ class _Capacities:
     systems: list[_SystemCapacity]
 
 
+def capacity_points(document: Document) -> Table:
+    """What :func:`capacity_curves` draws."""
+    found = _capacities(document)
+    rows = tuple(
+        (system.system, devices, share, devices == system.devices)
+        for system in found.systems
+        for devices, share in sorted(system.probes)
+    )
+    columns = Column("system"), Column("devices"), Column("met their SLO", percent=True), Column("capacity")
+    return Table("", columns, rows)
+
+
+def _capacities(document: Document) -> _Capacities:
+    found: _Capacities = files.convert(
+        document.payload, _Capacities, "capacities", "Run `wispprof simulate --capacity --out` again."
+    )
+    return found
+
+
 def capacity_curves(document: Document) -> str:
     """Share of sessions that met their SLO over the number of devices, one line per system.
 
     ``document`` comes from ``simulate --capacity --out``. Points are the simulated fleet sizes; a system's
     capacity is its last point above the line. Raises :class:`ArtifactDamaged` for another document.
     """
-    found: _Capacities = files.convert(
-        document.payload, _Capacities, "capacities", "Run `wispprof simulate --capacity --out` again."
-    )
+    found = _capacities(document)
     limit = 1.0 - found.violations
     curves = [
         (s.system, s.devices, [(n, share) for n, share in s.probes if share is not None])

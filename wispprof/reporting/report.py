@@ -13,8 +13,9 @@ from wispprof import __version__
 from wispprof.artifacts import ServerProfile, files
 from wispprof.artifacts.manifest import utc_now
 from wispprof.reporting import figures, theme
+from wispprof.reporting.figure_tables import acceptance_table, step_table, surface_table
 from wispprof.reporting.fleet_section import fleet_section
-from wispprof.reporting.plan_section import capacity_curves, plan_section
+from wispprof.reporting.plan_section import capacity_curves, capacity_points, plan_section
 from wispprof.reporting.run_folder import Answer, Bench, Run, StepPoint, bench_table
 from wispprof.reporting.tables import Column, Table
 from wispprof.types import StepTimeEstimator
@@ -176,7 +177,10 @@ def _surface(run: Run) -> dict[str, Any] | None:
     rows = run.server.rows
     svg = figures.latency_surface(rows, run.estimator)
     flagged = sum(bool(row.flags) for row in rows)
-    return {"svg": svg, "rows": len(rows), "flagged": flagged} if svg else None
+    if not svg:
+        return None
+    data = surface_table(rows, run.estimator)
+    return {"svg": svg, "rows": len(rows), "flagged": flagged, "data": data}
 
 
 def _accuracy(run: Run, benches: Sequence[Bench]) -> dict[str, Any] | None:
@@ -207,7 +211,8 @@ def _accuracy(run: Run, benches: Sequence[Bench]) -> dict[str, Any] | None:
         note="Errors on shapes that were held out whole. "
         f"Median repeat noise of a row: {estimator.report.get('repeat_noise_percent', 0):.2f} %.",
     )
-    return {"svg": svg, "held_out": held_out if held_out.rows else None}
+    data = step_table(points) if points else None
+    return {"svg": svg, "data": data, "held_out": held_out if held_out.rows else None}
 
 
 def _profile_points(profile: ServerProfile | None, estimator: StepTimeEstimator) -> list[StepPoint]:
@@ -216,7 +221,7 @@ def _profile_points(profile: ServerProfile | None, estimator: StepTimeEstimator)
     return [StepPoint(*estimator.predict(row.shape), row.median_ms, figures.PROFILE) for row in profile.rows]
 
 
-def _acceptance(run: Run) -> dict[str, str] | None:
+def _acceptance(run: Run) -> dict[str, Any] | None:
     trace = run.trace
     if trace is None or not (positions := sum(p.scored_rows() for p in trace.paths)):
         return None
@@ -228,14 +233,15 @@ def _acceptance(run: Run) -> dict[str, str] | None:
         f"left out. A round of {trace.depth} drafts commits {committed:.2f} tokens on average. "
         "Bars: 95 % interval over prompts."
     )
-    return {"svg": figures.acceptance_by_position(trace), "note": note}
+    return {"svg": figures.acceptance_by_position(trace), "note": note, "data": acceptance_table(trace)}
 
 
-def _capacity(run: Run) -> dict[str, str] | None:
+def _capacity(run: Run) -> dict[str, Any] | None:
     if run.capacity is None:
         return None
     load = str(run.capacity.payload.get("load", ""))
-    return {"svg": capacity_curves(run.capacity), "load": load}
+    svg = capacity_curves(run.capacity)
+    return {"svg": svg, "load": load, "data": capacity_points(run.capacity)}
 
 
 def _provenance(run: Run) -> dict[str, Any]:
