@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,7 @@ def test_the_page_is_well_formed_and_self_contained(page: str) -> None:
 def test_figures_stand_over_their_data(page: str) -> None:
     parts = page.split("<summary>The figure as a table</summary>")
     assert len(parts) == 4
-    for before, after in zip(parts, parts[1:], strict=False):
+    for before, after in pairwise(parts):
         assert "<svg" in before
         assert after[: after.index("</table>")].count("<tr>") > 2
 
