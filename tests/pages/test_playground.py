@@ -228,14 +228,14 @@ def test_a_slow_server_of_three_tokens_a_second(new_page: NewPage) -> None:
 def test_the_key_stays_in_the_edge(new_page: NewPage) -> None:
     with site(keys=(KEY,)) as keyed:
         page = new_page()
-        bodies: list[str] = []
-        page.on("response", lambda one: bodies.append(one.url + str(one.headers)))
+        headers: list[str] = []
+        page.on("response", lambda one: headers.append(one.url + str(one.headers)))
         page.goto(keyed.url)
         ask(page, "short")
         done(page)
         status = urllib.request.urlopen(f"{keyed.url}/playground/status").read().decode()
-        assert len(bodies) > 5
-        assert KEY not in "".join(bodies) + page.content() + status
+        assert len(headers) > 5
+        assert KEY not in "".join(headers) + page.content() + status
 
 
 def test_everything_comes_from_the_edge_under_a_strict_policy(edge: Site, new_page: NewPage) -> None:

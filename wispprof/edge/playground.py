@@ -22,6 +22,7 @@ from wispprof import __version__
 from wispprof.edge.edge_runtime import EdgeRuntime, Reply
 from wispprof.edge.round_record import RoundRecord, RoundWatch, TokenOrigin
 from wispprof.errors import WispprofError
+from wispprof.hardware import EnergyMeter
 from wispprof.openai_api import ApiError, ChatTokenizer
 from wispprof.openai_api.choice_stream import ChoiceStream
 from wispprof.openai_api.prepared_request import PreparedRequest, prepare
@@ -114,7 +115,7 @@ def _description(runtime: EdgeRuntime) -> dict[str, Any]:
         "max_context": runtime.max_context,
         "max_tokens": settings.max_tokens,
         "energy_sensor": device.energy.sensor,
-        "energy": device.energy.present,
+        "energy": device.energy.sensor != EnergyMeter.sensor,
     }
 
 

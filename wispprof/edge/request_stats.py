@@ -32,7 +32,6 @@ class EnergyShares:
 
     def __init__(self, meter: EnergyMeter) -> None:
         self.sensor = meter.sensor
-        self.present = meter.present
         self._meter = meter
         self._running: list[EnergyShare] = []
 
