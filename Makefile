@@ -120,7 +120,7 @@ lock-release: $(RELEASE_READY)
 	@touch $@
 
 test-pages: .venv-pages/.ready
-	@test -n "$$CHROMIUM" || command -v chromium || command -v chromium-browser || command -v google-chrome \
+	@test -n "$$CHROMIUM" || for name in chromium chromium-browser google-chrome; do command -v $$name; done | grep -q . \
 		|| { echo "error: no Chromium. On Debian: apt-get install chromium. Elsewhere set CHROMIUM to its path." >&2; exit 1; }
 	@OMP_NUM_THREADS=1 .venv-pages/bin/python -m pytest $(if $(ARGS),$(ARGS),tests/pages)
 
