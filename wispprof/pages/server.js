@@ -11,7 +11,7 @@ const REASONS = {
   finished: "came after the end",
 };
 const count = (value) => ({ n: number(value, 0) });
-let next = 0, run = "", paused = false, key = sessionStorage.getItem("wispprof key") ?? "", lastSessions = null;
+let next = 0, run = "", wholeFrom = 0, paused = false, key = sessionStorage.getItem("wispprof key") ?? "", lastSessions = null;
 
 const chart = new StepChart(byId("steps"), byId("rows"), showStep);
 const drawSlack = canvas(byId("slack"), slackStrip);
@@ -54,7 +54,7 @@ byId("login").addEventListener("submit", (event) => {
   byId("key").value = "";
   sessionStorage.setItem("wispprof key", key);
   byId("login").hidden = true;
-  tick();
+  tick().then(openPermalink);
 });
 
 byId("pause").addEventListener("click", () => {
@@ -89,6 +89,7 @@ function show(data) {
   setText("what", `${data.target} · ${data.policy}, ${data.asynchronous ? "asynchronous" : "synchronous"}`);
   setText("version", `wispprof ${data.version}`);
   chart.add(data.steps, data.now_ms);
+  if (data.steps.every > 1) wholeFrom = data.now_ms; // Sums over thinned steps would be too small.
   figures(data);
   const alarm = data.drift.re_profile ? data.drift.reason : "";
   byId("alarm").hidden = !alarm;
@@ -104,17 +105,16 @@ function show(data) {
   stepRows();
 }
 
-function figures({ sessions, waiting, steps, estimator, kv, load_level, drift, classes, plan }) {
-  const recent = chart.recent(WINDOW_MS), sum = (of) => recent.reduce((total, one) => total + of(one), 0);
+function figures({ sessions, waiting, estimator, kv, load_level, drift, classes, plan }) {
+  const recent = chart.recent(WINDOW_MS).filter((one) => one.at > wholeFrom), sum = (of) => recent.reduce((total, one) => total + of(one), 0);
   const span = recent.length ? chart.now - recent[0].at + recent[0].actual : NaN;
   const middle = recent.map((one) => one.actual).sort((a, b) => a - b)[recent.length >> 1];
-  const whole = steps.every === 1;
   setText("f-sessions", number(sessions.all, 0));
   setText("f-waiting", waiting ? `${waiting} wait for memory` : "none waits for memory");
-  setText("f-speed", whole ? number((1000 * sum((one) => one.committed)) / span, 0) : "–");
+  setText("f-speed", number((1000 * sum((one) => one.committed)) / span, 0));
   setText("f-per-step", recent.length ? `${number(sum((one) => one.committed) / recent.length, 1)} a step` : "no step");
   setText("f-step", ms(middle));
-  setText("f-busy", recent.length && whole ? `engine ${percent(Math.min(1, sum((one) => one.actual) / span))} busy` : "");
+  setText("f-busy", recent.length ? `engine ${percent(Math.min(1, sum((one) => one.actual) / span))} busy` : "");
   const bounded = recent.filter((one) => one.bound > 0);
   setText("f-over", percent(bounded.filter((one) => one.actual > one.bound).length / bounded.length));
   setText("f-estimator", `${estimator === "learning" ? "learns its own steps" : "fitted estimator"}${plan ? ", plan" : ""}`);
@@ -206,7 +206,7 @@ function showStep(step) {
 
 async function openPermalink() {
   const wanted = new URLSearchParams(location.hash.slice(1)), named = wanted.get("step");
-  if (named === null) return;
+  if (named === null || !run) return;
   const response = await fetch(`/steps/${Number(named)}`), found = await response.json();
   if (!response.ok || wanted.get("run") !== run) {
     byId("step").hidden = false;
@@ -221,4 +221,4 @@ async function openPermalink() {
 }
 
 addEventListener("hashchange", openPermalink);
-tick().then(() => run && openPermalink());
+tick().then(openPermalink);
