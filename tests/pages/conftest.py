@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 from sites import Site, site
 
@@ -72,6 +74,7 @@ def picture() -> Callable[[Page, str], None]:
     def save(page: Page, name: str) -> None:
         if os.environ.get("PICTURES"):
             PICTURES.mkdir(exist_ok=True)
-            page.screenshot(path=PICTURES / f"{name}.png")
+            image = Image.open(BytesIO(page.screenshot()))
+            image.quantize(96, dither=Image.Dither.NONE).save(PICTURES / f"{name}.png", optimize=True)
 
     return save
