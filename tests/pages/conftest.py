@@ -75,6 +75,6 @@ def picture() -> Callable[[Page, str], None]:
         if os.environ.get("PICTURES"):
             PICTURES.mkdir(exist_ok=True)
             image = Image.open(BytesIO(page.screenshot()))
-            image.quantize(96, dither=Image.Dither.NONE).save(PICTURES / f"{name}.png", optimize=True)
+            image.quantize(256, dither=Image.Dither.NONE).save(PICTURES / f"{name}.png", optimize=True)
 
     return save

@@ -1,7 +1,11 @@
-"""A target that answers with a given text, byte by byte, so that a page can be shown what no model writes."""
+"""A target that answers with a given text, so that a page can be shown what no model writes.
+
+Tokens are bytes; of one text, words.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,35 +25,68 @@ HOSTILE = (
     "👩‍👩‍👧‍👦 🏳️‍🌈 é ﷽ 日本語 \u202eevil\u202c\n"
     "```python\ndef f(x):\n\treturn '</pre><b>' + x  # ```\n```\nand `code` & entities &lt;b&gt;\n"
 )
+EXPLANATION = """\
+A small model on your device proposes the next few words, and the large model on the server reads them \
+all at once. It keeps the longest prefix that it would have written itself, and adds one word of its own. \
+So the text is exactly the large model’s, but it arrives several words at a time.
+
+In Python, one round is short:
+
+```python
+drafts = draft_model.propose(text, k=4)
+accepted, own = target.verify(text, drafts)
+text += drafts[:accepted] + [own]
+```
+
+Where the small model is often right, most words come from your device."""
 SCRIPTS = {
+    "explain": EXPLANATION,
     "hostile": HOSTILE,
     "short": "The quick brown fox jumps over the lazy dog.",
     "long": "".join(f"{n} bottles of beer on the wall. " for n in range(100))[:2000],
 }
 
 
+WORDS = sorted({word.encode() for word in re.findall(r"\s*\w+|\s*\W", EXPLANATION)})
+TOKENS = {
+    name: [256 + WORDS.index(word.encode()) for word in re.findall(r"\s*\w+|\s*\W", script)]
+    if name == "explain"
+    else list(script.encode())
+    for name, script in SCRIPTS.items()
+}
+VOCAB = 256 + len(WORDS)
+
+
 class ScriptedTarget(FakeTarget):
-    """After ``NAME»`` it writes :data:`SCRIPTS` ``[NAME]``, then the end. Its state is the text so far, the
+    """After ``NAME»`` it writes :data:`SCRIPTS` ``[NAME]``, then the end. Its state is the tokens so far, the
     digits of a number."""
+
+    def __init__(self) -> None:
+        super().__init__(VOCAB)
 
     def start(self, sampling: Sampling) -> int:
         return 1
 
     def feed(self, state: int, token: int) -> int:
-        return state << 8 | token
+        return state << 16 | token
 
     def next(self, state: int) -> int:
-        text = state.to_bytes(state.bit_length() // 8 + 1, "big")[1:]
-        before, _, written = text.rpartition(CUE.encode())
-        script = SCRIPTS.get(before.rpartition(b"\n")[2].decode("utf-8", "replace"), "").encode()
-        return script[len(written)] if len(written) < len(script) else END
+        digits = state.to_bytes(state.bit_length() // 8 + 1, "big")
+        digits = digits[digits.index(1) + 1 :]
+        tokens = [digits[at] << 8 | digits[at + 1] for at in range(0, len(digits), 2)]
+        cue = list(CUE.encode())
+        end = next(at for at in range(len(tokens), 0, -1) if tokens[at - len(cue) : at] == cue)
+        question = bytes(token for token in tokens[: end - len(cue)] if token < 256)
+        script = TOKENS.get(question.rpartition(b"\n")[2].decode("utf-8", "replace"), [])
+        written = len(tokens) - end
+        return script[written] if written < len(script) else END
 
 
 class ScriptedEngine(FakeEngine):
     """An engine of it whose steps take ``step_ms``."""
 
     def __init__(self, step_ms: float) -> None:
-        super().__init__(step_ms=lambda shape: step_ms)
+        super().__init__(VOCAB, step_ms=lambda shape: step_ms)
         self.target = ScriptedTarget()
 
 
@@ -60,10 +97,16 @@ class ScriptedDevice(DraftDevice):
         return FakeDrafter(ScriptedTarget(), 0.8)
 
 
-class BytesWithEnd(ByteTokenizer):
-    """Bytes, of which one ends an answer."""
+class ScriptedTokenizer(ByteTokenizer):
+    """Bytes, of which one ends an answer, and the words of one text."""
 
     eos_token_id = END
 
+    def get_vocab(self) -> dict[str, int]:
+        return super().get_vocab() | {word.decode(): 256 + at for at, word in enumerate(WORDS)}
+
     def decode(self, tokens: Sequence[int], **options: Any) -> str:
-        return super().decode([token for token in tokens if token != END])
+        data = b"".join(
+            WORDS[token - 256] if token > 255 else bytes([token]) for token in tokens if token != END
+        )
+        return data.decode("utf-8", "replace")

@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from scripted_text import END, BytesWithEnd, ScriptedDevice, ScriptedEngine
+from scripted_text import END, ScriptedDevice, ScriptedEngine, ScriptedTokenizer
 
 from wispprof.edge import EdgeClient, websocket_connections
 from wispprof.edge.edge_runtime import EdgeRuntime
@@ -101,7 +101,7 @@ def site(
 async def _running(
     step_ms: float, keys: tuple[str, ...], give_up_ms: float, drafter: str
 ) -> AsyncIterator[Site]:
-    tokenizer = BytesWithEnd()
+    tokenizer = ScriptedTokenizer()
     engine = ScriptedEngine(step_ms)
     model = replace(engine.served, id="scripted-target", stop_tokens=(END,))
     settings = ServerSettings(admit="all", api_keys=keys)

@@ -61,6 +61,25 @@ def test_an_answer_is_coloured_by_origin_and_equals_the_api(edge: Site, new_page
     assert page.locator("#round-rows tr").count() > 1
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_an_answer_in_prose_and_code(new_page: NewPage, picture: Picture, scheme: str) -> None:
+    with site(step_ms=30.0) as slower:
+        page = new_page(scheme=scheme)
+        page.goto(slower.url)
+        page.locator("#drafting").uncheck()
+        ask(page, "short")
+        done(page)
+        page.locator("#drafting").check()
+        ask(page, "explain")
+        done(page, 2)
+        assert body_text(page) == SCRIPTS["explain"]
+        assert page.locator(".answer .code").count() == 1
+        page.locator(".message").first.evaluate("e => e.hidden = true")
+        page.locator(".answer").last.locator(".t.target").nth(1).hover()
+        expect(page.locator("#tip")).to_be_visible()
+        picture(page, f"playground-{scheme}")
+
+
 def test_openai_clients_see_nothing_of_the_playground(edge: Site) -> None:
     body = {"messages": [{"role": "user", "content": "short" + CUE}], "temperature": 0, "stream": True}
     request = urllib.request.Request(f"{edge.url}/v1/chat/completions", json.dumps(body).encode())
@@ -122,7 +141,7 @@ def test_without_a_server_the_page_says_so_and_tries_again(new_page: NewPage, pi
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_hostile_text_is_only_text(edge: Site, new_page: NewPage, picture: Picture, scheme: str) -> None:
+def test_hostile_text_is_only_text(edge: Site, new_page: NewPage, scheme: str) -> None:
     page = new_page(scheme=scheme)
     page.goto(edge.url)
     page.locator("details summary", has_text="Options").click()
@@ -136,7 +155,6 @@ def test_hostile_text_is_only_text(edge: Site, new_page: NewPage, picture: Pictu
     assert code.count() == 1
     assert str(code.evaluate("e => e.textContent")).startswith("```python\ndef f(x)")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    picture(page, f"playground-{scheme}")
     assert not faults(page)
 
 
@@ -199,7 +217,7 @@ def test_with_the_keyboard_alone(edge: Site, new_page: NewPage) -> None:
 def test_on_a_phone(edge: Site, new_page: NewPage, picture: Picture) -> None:
     page = new_page(width=390, height=844, touch=True)
     page.goto(edge.url)
-    ask(page, "short")
+    ask(page, "explain")
     done(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.locator(".answer .t.accepted").first.tap()

@@ -42,6 +42,7 @@ function showStatus(status) {
   setText("draft", status.drafter === "none" ? "none (server-only)" : `${status.drafter}, ${status.controller}`);
   byId("draft").title = status.draft;
   setText("server", status.server);
+  byId("max-tokens").placeholder = status.max_tokens;
   if (!status.energy) setText("energy", "no sensor");
   byId("drafting").disabled = status.drafter === "none";
   if (status.drafter === "none") byId("drafting").checked = false;
@@ -61,7 +62,8 @@ function ask(text) {
 function body() {
   const wanted = [...messages], system = byId("system").value, seed = byId("seed").value, top = Number(byId("top").value);
   if (system) wanted.unshift({ role: "system", content: system });
-  const made = { messages: wanted, temperature: Number(byId("temperature").value), max_tokens: Number(byId("max-tokens").value) };
+  const made = { messages: wanted, temperature: Number(byId("temperature").value) }, most = byId("max-tokens").value;
+  if (most !== "") made.max_tokens = Number(most);
   if (seed !== "") made.seed = Number(seed);
   return top ? { ...made, logprobs: true, top_logprobs: top } : made;
 }
