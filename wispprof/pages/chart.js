@@ -28,10 +28,10 @@ export function canvas(element, draw) {
   return redraw;
 }
 
-/** A round number at or above ``value``: 1, 2 or 5 times a power of ten. */
+/** A round number at or above ``value``. */
 export function ceiling(value) {
   const power = 10 ** Math.floor(Math.log10(Math.max(value, 1e-6)));
-  return [1, 2, 5, 10].map((step) => step * power).find((top) => top >= value * 0.999);
+  return [1, 1.5, 2, 3, 4, 6, 8, 10].map((step) => step * power).find((top) => top >= value * 0.999);
 }
 
 /** Horizontal lines with their values at the left. */

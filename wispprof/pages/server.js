@@ -159,7 +159,7 @@ function slackStrip(context, width, height) {
   const of = lastSessions, at = [];
   of?.slack_ms.forEach((slack, i) => { if (slack !== null) at.push([of.class[i], slack]); });
   const classes = [...new Set(at.map(([name]) => name))].sort((a, b) => a - b).slice(0, 5);
-  const left = 52, limit = ceiling(Math.max(100, ...at.map(([, slack]) => Math.abs(slack))));
+  const left = 62, limit = ceiling(Math.max(100, ...at.map(([, slack]) => Math.abs(slack))));
   const x = (slack) => left + ((slack + limit) / (2 * limit)) * (width - left - 1), bottom = height - 18;
   context.strokeStyle = color("line");
   context.fillStyle = color("muted");
@@ -170,7 +170,7 @@ function slackStrip(context, width, height) {
     context.lineTo(Math.round(x(value)) + 0.5, bottom);
     context.stroke();
     context.textAlign = align;
-    context.fillText(value < 0 ? `${value} ms, late` : value ? `${value} ms early` : "due now", x(value), height - 4);
+    context.fillText(value < 0 ? `${number(-value, 0)} ms late` : value ? `${number(value, 0)} ms early` : "due now", x(value), height - 4);
   }
   const step = (bottom - 8) / Math.max(1, classes.length);
   classes.forEach((name, line) => {

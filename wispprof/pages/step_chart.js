@@ -2,7 +2,7 @@
 
 import { canvas, ceiling, color, grid } from "./chart.js";
 
-const WINDOW_MS = 60_000, LEFT = 52, MOST = 12_000;
+const LONGEST_MS = 60_000, SHORTEST_MS = 10_000, LEFT = 62, MOST = 12_000;
 
 export class StepChart {
   /** ``chosen(step)`` is called with the step that a reader chooses. */
@@ -36,9 +36,14 @@ export class StepChart {
       prefill: prefill_tokens[i], drafts: draft_tokens[i], own: own_tokens[i], committed: committed[i],
     }));
     this.now = now;
-    const old = this.steps.findIndex((one) => one.at > now - 2 * WINDOW_MS);
+    const old = this.steps.findIndex((one) => one.at > now - 2 * LONGEST_MS);
     this.steps.splice(0, Math.max(old, this.steps.length - MOST, 0));
     this.draw();
+  }
+
+  /** How far back the chart reaches: up to a minute, less while there is less to show. */
+  get window() {
+    return Math.min(LONGEST_MS, Math.max(SHORTEST_MS, this.now - (this.steps[0]?.at ?? this.now)));
   }
 
   /** Steps of the last ``ms``, the oldest first. */
@@ -49,11 +54,11 @@ export class StepChart {
   }
 
   #x(at, width) {
-    return LEFT + (1 - (this.now - at) / WINDOW_MS) * (width - LEFT);
+    return LEFT + (1 - (this.now - at) / this.window) * (width - LEFT);
   }
 
   #nearest(x) {
-    const width = this.times.clientWidth, shown = this.recent(WINDOW_MS);
+    const width = this.times.clientWidth, shown = this.recent(this.window);
     return shown.reduce((best, one) => (best && Math.abs(this.#x(best.at, width) - x) <= Math.abs(this.#x(one.at, width) - x) ? best : one), null);
   }
 
@@ -75,14 +80,15 @@ export class StepChart {
   #seconds(context, width, y) {
     context.fillStyle = color("muted");
     context.textBaseline = "alphabetic";
-    for (const [share, words] of [[0, "60 s ago"], [0.5, "30 s"], [1, "now"]]) {
+    const seconds = Math.round(this.window / 1000);
+    for (const [share, words] of [[0, `${seconds} s ago`], [0.5, `${Math.round(seconds / 2)} s`], [1, "now"]]) {
       context.textAlign = share === 1 ? "right" : share ? "center" : "left";
       context.fillText(words, LEFT + share * (width - LEFT), y);
     }
   }
 
   #times(context, width, height) {
-    const shown = this.recent(WINDOW_MS), top = 10, high = height - top - 22;
+    const shown = this.recent(this.window), top = 10, high = height - top - 22;
     const sorted = shown.map((one) => Math.max(one.actual, one.bound)).sort((a, b) => a - b);
     // One slow step must not flatten the others: what is beyond the limit stands at the edge.
     const limit = ceiling(Math.max(1, 1.15 * (sorted[Math.floor(0.98 * (sorted.length - 1))] ?? 1)));
@@ -115,7 +121,7 @@ export class StepChart {
         context.fillRect(x - 1, y(one.actual) - 1, 2, 2);
       }
     }
-    if (this.step && this.step.at > this.now - WINDOW_MS) {
+    if (this.step && this.step.at > this.now - this.window) {
       const x = this.#x(this.step.at, width);
       context.strokeStyle = color("blue");
       context.strokeRect(x - 5, y(this.step.actual) - 5, 10, 10);
@@ -123,7 +129,7 @@ export class StepChart {
   }
 
   #rows(context, width, height) {
-    const shown = this.recent(WINDOW_MS), top = 8, high = height - top - 6;
+    const shown = this.recent(this.window), top = 8, high = height - top - 6;
     const limit = ceiling(Math.max(4, ...shown.map((one) => one.prefill + one.drafts + one.own)));
     grid(context, LEFT, top, width - LEFT, high, limit, "rows", 2);
     // A bar for every other pixel: the mean of its steps.
