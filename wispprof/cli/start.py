@@ -123,11 +123,10 @@ def report(
     from wispprof.reporting import load_run, write_comparison, write_report
 
     if compare is not None:
-        runs = [load_run(folder) for folder in compare]
-        file = write_comparison(*runs, out or compare[1] / "comparison.html")
-        names = {name: one.names() for name, one in zip("ab", runs, strict=True)}
+        a, b = map(load_run, compare)
+        file = write_comparison(a, b, out or compare[1] / "comparison.html")
         size = f"{file} ({file.stat().st_size / 1024:.0f} KiB)"
-        console.result({"report": file, **names}, size, as_json)
+        console.result({"report": file, "a": a.names(), "b": b.names()}, size, as_json)
         return
     loaded = load_run(run)
     stale = loaded.stale()

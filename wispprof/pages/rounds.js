@@ -89,15 +89,16 @@ export class Rounds {
     const left = 54, bottom = 14, top = 8, high = height - top - bottom, bar = (width - left) / SHOWN;
     const limit = ceiling(Math.max(10, ...this.last.map((r) => PARTS.reduce((sum, part) => sum + r[part], 0))));
     grid(context, left, top, width - left, high, limit, "ms");
+    const colors = Object.fromEntries(PARTS.map((part) => [part, color(`s-${part}`)])), off = color("line");
     this.last.forEach((round, i) => {
       let y = top + high;
       for (const part of PARTS) {
         const size = (round[part] / limit) * high;
-        context.fillStyle = color(`s-${part}`);
+        context.fillStyle = colors[part];
         context.fillRect(left + i * bar + 0.5, y - size, Math.max(1, bar - 1), size);
         y -= size;
       }
-      context.fillStyle = color(round.drafting ? "s-draft" : "line");
+      context.fillStyle = round.drafting ? colors.draft : off;
       context.fillRect(left + i * bar + 0.5, height - bottom + 5, Math.max(1, bar - 1), 4);
     });
   }

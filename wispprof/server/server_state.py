@@ -53,7 +53,7 @@ def server_state(server: VerificationServer, since: int = 0) -> bytes:
         "kv": {
             "total": manager.kv_total,
             "free": server.kv_free,
-            "prefix": int(metrics.prefix_cache.collect()[0].samples[0].value),
+            "prefix": int(next(iter(metrics.prefix_cache.collect())).samples[0].value),
         },
         "drift": {
             "ratio": round(times.ratio, 4),
