@@ -51,15 +51,15 @@ class RoundRecord(NamedTuple):
 def origins(effect: CommitEffect, held: Sequence[Held], drafted: int) -> tuple[TokenOrigin, ...]:
     """Origin of each token of a commit. ``held``: the drafts before it; ``drafted`` of them were verified."""
     made: list[TokenOrigin] = []
-    for index, token in enumerate(effect.tokens):
-        draft = held[index] if index < len(held) else None
-        probability = draft.acceptance_prob if draft is not None and index < drafted else None
+    for index in range(len(effect.tokens)):
+        # The edge may have drafted anew since, so what it holds need not be what was verified.
+        probability = held[index].acceptance_prob if index < min(drafted, len(held)) else None
         if index < effect.accepted:
-            made.append(TokenOrigin(ACCEPTED, probability))
-        elif draft is not None and index <= effect.hits and draft.token == token:
+            made.append(TokenOrigin(ACCEPTED, probability if index < effect.hits else None))
+        elif index < effect.hits:
             made.append(TokenOrigin(MATCHED))
-        elif draft is not None and index == effect.hits:
-            made.append(TokenOrigin(TARGET, probability, draft.token))
+        elif index == effect.hits < len(held):
+            made.append(TokenOrigin(TARGET, probability, held[index].token))
         else:
             made.append(TokenOrigin(TARGET))
     return tuple(made)
