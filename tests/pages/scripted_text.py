@@ -75,7 +75,7 @@ class ScriptedTarget(FakeTarget):
         digits = digits[digits.index(1) + 1 :]
         tokens = [digits[at] << 8 | digits[at + 1] for at in range(0, len(digits), 2)]
         cue = list(CUE.encode())
-        end = next(at for at in range(len(tokens), 0, -1) if tokens[at - len(cue) : at] == cue)
+        end = next((at for at in range(len(tokens), 0, -1) if tokens[at - len(cue) : at] == cue), 0)
         question = bytes(token for token in tokens[: end - len(cue)] if token < 256)
         script = TOKENS.get(question.rpartition(b"\n")[2].decode("utf-8", "replace"), [])
         written = len(tokens) - end

@@ -56,7 +56,7 @@ def render_comparison(a: Run, b: Run) -> str:
     """The page as HTML: one file without scripts, fonts or images from elsewhere."""
     benches = [[Bench.of(document) for document in run.benches] for run in (a, b)]
     made = (
-        _benches(*benches),
+        _benches(benches[0], benches[1]),
         _steps(a, b),
         _acceptance(a, b),
         _estimators(a, b),
@@ -69,7 +69,7 @@ def render_comparison(a: Run, b: Run) -> str:
         .get_template("comparison.html")
         .render(
             css_variables=theme.CSS_VARIABLES,
-            headline=_headline(*benches, sections),
+            headline=_headline(benches[0], benches[1], sections),
             facts=_facts(a, b),
             sections=sections,
             names=(str(a.folder), str(b.folder)),
