@@ -68,11 +68,12 @@ def edge() -> Iterator[Site]:
 
 
 @pytest.fixture
-def picture() -> Callable[[Page, str], None]:
-    """Save a screenshot, if PICTURES=1 asks for them."""
+def picture() -> Callable[..., None]:
+    """Save a screenshot, if PICTURES=1 asks for them. ``after_ms``: when the page is worth it."""
 
-    def save(page: Page, name: str) -> None:
+    def save(page: Page, name: str, after_ms: float = 0) -> None:
         if os.environ.get("PICTURES"):
+            page.wait_for_timeout(after_ms)
             PICTURES.mkdir(exist_ok=True)
             image = Image.open(BytesIO(page.screenshot()))
             image.quantize(256, dither=Image.Dither.NONE).save(PICTURES / f"{name}.png", optimize=True)

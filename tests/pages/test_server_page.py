@@ -14,7 +14,7 @@ from scripted_server import KINDS, busy_server
 from sites import KEY, threaded
 
 NewPage = Callable[..., Page]
-Picture = Callable[[Page, str], None]
+Picture = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,7 @@ def test_the_page_shows_what_the_server_does(
     expect(page.locator("#drafts tr").first).to_contain_text("drafted")
     expect(page.locator("#f-speed")).not_to_have_text("–")
     expect(page.locator("#f-attainment")).not_to_have_text("–", timeout=20_000)
-    page.wait_for_timeout(4_000 if scheme == "light" else 1_000)
-    picture(page, f"server-{scheme}")
+    picture(page, f"server-{scheme}", 9_000)
     assert not faults(page)
 
 
