@@ -38,7 +38,7 @@ async def busy_server(sessions: int, keys: tuple[str, ...] = ()) -> AsyncIterato
             kind = list(KINDS)[number % len(KINDS)]
             client_settings = ClientSettings(name=kind)
             if keys:
-                access = replace(client_settings.access, api_key=keys[0])
+                access = replace(client_settings.access, key=keys[0])
                 client_settings = replace(client_settings, access=access)
             connect = websocket_connections(running.split_url)
             client = await stack.enter_async_context(EdgeClient(connect, client_settings))

@@ -55,11 +55,16 @@ TOKENS = {
     for name, script in SCRIPTS.items()
 }
 VOCAB = 256 + len(WORDS)
+_NAMES = list(SCRIPTS)
+_LONGEST = 1 << 20
 
 
 class ScriptedTarget(FakeTarget):
-    """After ``NAME»`` it writes :data:`SCRIPTS` ``[NAME]``, then the end. Its state is the tokens so far, the
-    digits of a number."""
+    """After ``NAME»`` it writes :data:`SCRIPTS` ``[NAME]``, then the end.
+
+    Its state while it writes is a number below 0: of the script and of the tokens written. Before that it is
+    the line so far, a token in each 16 bits.
+    """
 
     def __init__(self) -> None:
         super().__init__(VOCAB)
@@ -68,18 +73,27 @@ class ScriptedTarget(FakeTarget):
         return 1
 
     def feed(self, state: int, token: int) -> int:
-        return state << 16 | token
+        if state < 0:
+            if token == self.next(state):
+                return state - 1
+            state = 1
+        if token == ord("\n"):
+            return 1
+        line = state << 16 | token
+        cue = CUE.encode()
+        if line & 0xFFFFFFFF == cue[0] << 16 | cue[1]:
+            digits = state.to_bytes(state.bit_length() // 8 + 1, "big")[2:-2:2]
+            name = digits.decode("utf-8", "replace")
+            if name in _NAMES:
+                return -_LONGEST * _NAMES.index(name) - 1
+        return line
 
     def next(self, state: int) -> int:
-        digits = state.to_bytes(state.bit_length() // 8 + 1, "big")
-        digits = digits[digits.index(1) + 1 :]
-        tokens = [digits[at] << 8 | digits[at + 1] for at in range(0, len(digits), 2)]
-        cue = list(CUE.encode())
-        end = next((at for at in range(len(tokens), 0, -1) if tokens[at - len(cue) : at] == cue), 0)
-        question = bytes(token for token in tokens[: end - len(cue)] if token < 256)
-        script = TOKENS.get(question.rpartition(b"\n")[2].decode("utf-8", "replace"), [])
-        written = len(tokens) - end
-        return script[written] if written < len(script) else END
+        if state > 0:
+            return END
+        script, written = divmod(-state - 1, _LONGEST)
+        tokens = TOKENS[_NAMES[script]]
+        return tokens[written] if written < len(tokens) else END
 
 
 class ScriptedEngine(FakeEngine):

@@ -114,9 +114,7 @@ async def _running(
         stack.callback(device.close)
         client_settings = ClientSettings(backoff_ms=20.0, backoff_max_ms=100.0, give_up_ms=give_up_ms)
         if keys:
-            client_settings = replace(
-                client_settings, access=replace(client_settings.access, api_key=keys[0])
-            )
+            client_settings = replace(client_settings, access=replace(client_settings.access, key=keys[0]))
         connect = websocket_connections(f"127.0.0.1:{proxy.port}")
         client = await stack.enter_async_context(EdgeClient(connect, client_settings))
         edge_settings = EdgeSettings(
