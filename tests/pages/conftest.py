@@ -68,6 +68,12 @@ def edge() -> Iterator[Site]:
 
 
 @pytest.fixture
+def quick() -> Iterator[Site]:
+    with site(step_ms=0.5) as made:
+        yield made
+
+
+@pytest.fixture
 def picture() -> Callable[..., None]:
     """Save a screenshot, if PICTURES=1 asks for them. ``after_ms``: when the page is worth it."""
 

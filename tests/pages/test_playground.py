@@ -169,15 +169,15 @@ def test_hostile_questions_are_only_text(edge: Site, new_page: NewPage) -> None:
     assert page.title() == "wispprof playground"
 
 
-def test_two_thousand_tokens_and_flat_memory(edge: Site, new_page: NewPage) -> None:
+def test_two_thousand_tokens_and_flat_memory(quick: Site, new_page: NewPage) -> None:
     page = new_page()
-    page.goto(edge.url)
+    page.goto(quick.url)
     page.locator("details summary", has_text="Options").click()
     page.locator("#max-tokens").fill("2000")
     devtools = page.context.new_cdp_session(page)
     devtools.send("Performance.enable")
     sizes, nodes = [], []
-    for _ in range(4):
+    for _ in range(3):
         ask(page, "long")
         done(page)
         assert body_text(page) == SCRIPTS["long"]
