@@ -74,7 +74,11 @@ def parts(record: dict[str, Any]) -> dict[str, str]:
                 f"Measured on {record['machine']} in {record['seconds']:.0f} s ({record['made']}): "
                 f"{load['devices']} replayed",
                 f"devices over a {load['rtt_ms']:g} ms link, with SLOs of {classes} tokens/s in turn.",
-                f"The policies took {record['turns']} turns each.",
+                *(
+                    [f"The policies took {record['turns']} turns each over the same requests."]
+                    if record["turns"] > 1
+                    else []
+                ),
                 "",
                 f"| policy | {head} |",
                 "|" + "---|" * (len(COLUMNS) + 1),
