@@ -13,6 +13,7 @@ WispprofError
 ├── ProfileError             measurements that cannot be trusted or fitted
 │   └── PhysicsViolation     times do not vary with shape as they must
 ├── FitError                 rows that no estimator should be fitted on
+│   └── TooFewOutcomes       too few accepted or rejected drafts for a predictor
 ├── PlanError                inputs of a plan contradict each other
 ├── PluginError              a policy, estimator, drafter or engine that cannot be found by name
 ├── EngineError              the verifier engine was asked for something impossible
@@ -111,6 +112,16 @@ class PhysicsViolation(ProfileError):
 
 class FitError(WispprofError):
     """Rows that no estimator should be fitted on."""
+
+
+class TooFewOutcomes(FitError):
+    """A trace with too few accepted or too few rejected drafts for a rejection predictor."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            message,
+            "Take a longer trace, or serve without a predictor: edges then use the draft's own confidence.",
+        )
 
 
 class PlanError(WispprofError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,25 @@ def test_everything_is_written_and_explained(folder: Path) -> None:
     card = (out / "estimator.card.md").read_text()
     assert "| wisp-linear |" in card
     assert json.loads((out / "estimator.card.json").read_text())["inputs"].keys() == {"profile"}
+
+
+def test_a_trace_with_too_few_rejections_leaves_the_estimator(folder: Path) -> None:
+    whole = synthetic_trace(16, 48)
+    sure = tuple(replace(p, accepted=np.full_like(p.accepted, p.depth)) for p in whole.paths)
+    save_trace(replace(whole, paths=sure), folder / "sure.jsonl")
+    out, trace = folder / "sure", ("--trace", str(folder / "sure.jsonl"))
+    server = ("--server", str(folder / "server.jsonl"), "--estimator", "wisp-linear")
+    code, shown, faults = _run(*server, *trace, "--out", str(out), "--json")
+    assert code == 0, faults
+    [note] = json.loads(shown)["notes"]
+    assert "0 rejected" in note
+    assert "the draft's own confidence" in note
+    assert "0 rejected" in faults
+    assert (out / "estimator.json").exists()
+    assert not (out / "predictor.json").exists()
+    code, _, faults = _run(*trace, "--out", str(out))
+    assert code == 1  # nothing was fitted
+    assert "draft's own confidence" in " ".join(faults.split())
 
 
 def test_update_recalibrates_in_place(folder: Path) -> None:

@@ -10,7 +10,7 @@ from wispprof.engines.loading import random_model
 from wispprof.errors import ProfileError
 from wispprof.profiling import pair_check
 from wispprof.profiling.pair_check import check_trace, run_check
-from wispprof.profiling.pair_rehearsal import MeasuredSteps, PairTimes, rehearse
+from wispprof.profiling.pair_rehearsal import PairTimes, measured_steps, rehearse
 from wispprof.profiling.pair_remote import _RecordedTarget
 from wispprof.settings.profiler_settings import TraceSettings
 from wispprof.testing.fake_engine import FakeDrafter, FakeTarget
@@ -124,7 +124,7 @@ def test_rounds_of_every_length_are_timed_in_turn() -> None:
 
 
 def test_steps_rise_with_their_tokens() -> None:
-    steps = MeasuredSteps([(1, 12.0, 1), (2, 10.0, 3), (4, 20.0, 1)], [(10, 30.0), (20, 50.0)])
+    steps = measured_steps([(1, 12.0, 1), (2, 10.0, 3), (4, 20.0, 1)], [(10, 30.0), (20, 50.0)])
     assert steps.step_ms(1) == steps.step_ms(2) == pytest.approx(10.5)
     assert steps.step_ms(3) == pytest.approx(15.25)
     assert steps.start().add(40, 0, True).p50_ms == pytest.approx(90.0)

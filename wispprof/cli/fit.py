@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from wispprof.cli.console import emit_json, note, output, table, tracker
+from wispprof.cli.console import emit_json, note, output, table, tracker, warn
 from wispprof.cli.options import JsonFlag, with_settings
 from wispprof.settings.planner_settings import FitSettings
 
@@ -40,6 +40,9 @@ def fit(settings: FitSettings, as_json: JsonFlag = False) -> None:
     if fitted.predictor is not None:
         explained = explain_predictor(fitted.predictor)
         document["predictor"] = {**fitted.predictor.report, "explanation": explained}
+    document["notes"] = fitted.notes
+    for line in fitted.notes:
+        warn(line)
     document["files"] = [str(f) for f in fitted.files]
     if as_json:
         emit_json(document)

@@ -181,7 +181,7 @@ def check_pair(
         found = run_check(settings, RemoteTarget(server, access) if server else None, rtt_ms, report)
     shown = table(
         f"Rounds with these drafts, over {found.prompts} prompts (95 %)",
-        "k|accepted per round:.2f|from:.2f|to:.2f|verify ms:.1f|tokens/s:.1f|from:.1f|to:.1f",
+        "k|accepted per round:.2f|from:.2f|to:.2f|verify ms:.1f|tokens/s:.1f|from:.1f|to:.1f|later:.1f",
         (
             (
                 one.name,
@@ -192,12 +192,14 @@ def check_pair(
                 one.tokens_per_s,
                 one.slow,
                 one.fast,
+                one.later_tokens_per_s,
             )
             for one in (*found.lengths, found.ahead)
         ),
         f"Draft step {found.draft_ms:.1f} ms, the first of a round {found.resume_ms:.1f} ms more; "
         f"target step {found.target_ms:.1f} ms, round trip {found.rtt_ms:g} ms. The target alone: "
-        f"{found.undrafted_tokens_per_s:.1f} tokens/s. k = ahead: asynchronous drafting.",
+        f"{found.undrafted_tokens_per_s:.1f} tokens/s, later {found.undrafted_later_tokens_per_s:.1f}. k = "
+        "ahead: asynchronous drafting. later: tokens/s after the first token, as a plan counts them.",
     )
     document = {
         **asdict(found),

@@ -26,10 +26,10 @@ def _paths(context: DoctorContext) -> tuple[str, str]:
 
 
 @cache
-def _load(path: str) -> Any:
+def _load(path: str, draft: bool = False) -> Any:
     from wispprof.engines.loading import load_model
 
-    return load_model(path, device="cpu")
+    return load_model(path, device="cpu", draft=draft)
 
 
 class _Target(NamedTuple):
@@ -61,7 +61,7 @@ def _draft_info(context: DoctorContext) -> ModelInfo:
     if draft.endswith(".gguf"):
         info: ModelInfo = _gguf(draft, context.llama).info
         return info
-    loaded: ModelInfo = _load(draft).info
+    loaded: ModelInfo = _load(draft, draft=True).info
     return loaded
 
 
@@ -87,7 +87,7 @@ def tokenizers(context: DoctorContext) -> Finding:
     """Draft and target use the same tokenizer."""
     if _paths(context)[1].endswith(".gguf"):
         return _gguf_vocabulary(context)
-    loaded = [_target(context), _load(_paths(context)[1])]
+    loaded = [_target(context), _load(_paths(context)[1], draft=True)]
     target, draft = (one.info for one in loaded)
     for side, info in (("target", target), ("draft", draft)):
         if not info.tokenizer_hash:

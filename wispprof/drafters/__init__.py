@@ -117,9 +117,9 @@ def _model(model: Any, memory: LookupMemory | None) -> Drafter:
 
         return LlamaServerDrafter(model.url, model.vocab_size, key=model.key, server=model.server)
     if not isinstance(model, GgufDraft):
-        from wispprof.drafters.torch_drafter import TorchDrafter
+        from wispprof.drafters.torch_drafter import torch_drafter
 
-        return TorchDrafter(model)
+        return torch_drafter(model)
     from wispprof.drafters.llama_cpp import LlamaCppDrafter
 
     if model.match.same:

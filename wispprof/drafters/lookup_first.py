@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,8 +15,8 @@ _PRIOR = 4.0
 _BEFORE = 6.0
 """Proposals of this answer that all earlier ones weigh."""
 _LONGEST = 200.0
-_CURIOSITY = 0.3
-"""How much better lookup must look before the model was tried in this answer; trying it judges both."""
+_MARGIN = 1.0
+"""Standard errors by which lookup must be better: of two shares that are equal, the larger one is luck."""
 
 
 class _Share:
@@ -41,6 +42,11 @@ class _Share:
     def rate(self) -> float:
         before = self._right / self._judged
         return (self._right_now + _BEFORE * before) / (self.judged_now + _BEFORE)
+
+    @property
+    def variance(self) -> float:
+        """Of :attr:`rate`, as if the proposals that it rests on were independent."""
+        return self.rate * (1.0 - self.rate) / (self.judged_now + min(_BEFORE, self._judged))
 
 
 class _Tried(NamedTuple):
@@ -137,7 +143,8 @@ class LookupFirst(Drafter):
         if found is None:
             return False
         lookup, model = self._shares(found.kind)
-        return lookup.rate >= model.rate + _CURIOSITY / (1.0 + model.judged_now)
+        unsure = math.sqrt(lookup.variance + model.variance)
+        return lookup.rate - model.rate >= _MARGIN * unsure
 
     def _shares(self, kind: Kind) -> tuple[_Share, _Share]:
         if kind not in self._of_lookup:

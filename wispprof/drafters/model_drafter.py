@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -87,16 +88,25 @@ class ModelDrafter(Drafter):
             )
 
 
+@lru_cache(maxsize=4)
+def _ones(size: int) -> np.ndarray:
+    return np.ones(size, dtype=np.float32)
+
+
 def features_numpy(logits: np.ndarray) -> DraftFeatures:
-    """Features of one row of raw logits (V,) float32; does not keep ``logits`` intact."""
+    """Features of one row of raw logits (V,) float32; does not keep ``logits`` intact.
+
+    Vocabularies have 260,000 tokens, so sums are products with ones (a third of the time), and nothing is
+    passed over twice.
+    """
     size = len(logits)
+    ones = _ones(size)
     best = int(logits.argmax())
-    # As logits.std(), in fewer passes: vocabularies have 260,000 tokens.
-    centred = logits - logits.mean()
-    spread = (float(centred @ centred) / size) ** 0.5
     logits -= logits[best]
+    mean = float(logits @ ones) / size
+    spread = max(0.0, float(logits @ logits) / size - mean * mean) ** 0.5
     weights = np.exp(logits)
-    total = float(weights.sum())
+    total = float(weights @ ones)
     # H = log Z - E[l - top]
     entropy = float(np.log(total)) - float(weights @ logits) / total
     logits[best] = -np.inf
@@ -105,21 +115,10 @@ def features_numpy(logits: np.ndarray) -> DraftFeatures:
 
 
 def features_torch(logits: Tensor) -> Tensor:
-    """The same for rows (n, V) on any device: (n, 4) float64 on the CPU, in the order of the fields."""
+    """The same for rows (n, V) on any device: (n, 4) float32 there, in the order of the fields."""
     rows = logits.float()
     log_p = rows.log_softmax(-1)
     p = log_p.exp()
     two = rows.topk(2, dim=-1).values
-    return (
-        torch.stack(
-            (
-                p.amax(-1),
-                -(p * log_p).sum(-1).clamp(max=0.0),
-                two[:, 0] - two[:, 1],
-                rows.std(-1, correction=0),
-            ),
-            -1,
-        )
-        .cpu()
-        .double()
-    )  # Apple GPUs have no float64
+    entropy = -(p * log_p).sum(-1).clamp(max=0.0)
+    return torch.stack((p.amax(-1), entropy, two[:, 0] - two[:, 1], rows.std(-1, correction=0)), -1)

@@ -232,7 +232,7 @@ def _load(settings: EdgeSettings, folder: str) -> tuple[Any, Any, str]:
     if llama:
         where = where or draft_folder(folder)
     elif wanted:
-        loaded = load_model(folder, dtype=settings.dtype, device=settings.device)
+        loaded = load_model(folder, dtype=settings.dtype, device=settings.device, draft=True)
     tokenizer = loaded.tokenizer if loaded is not None and not where else load_tokenizer(where or folder)
     if llama:
         loaded = load_llama(folder, settings.llama, settings.device, tokenizer)

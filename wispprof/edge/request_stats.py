@@ -267,7 +267,8 @@ class RequestStats:
         parts = [f"{self.tokens} tokens"]
         if self.first_ms is not None:
             parts.append(f"{self.tokens_per_s:.1f} tokens/s")
-            parts.append(f"first after {self.first_ms:.0f} ms")
+            then = f", then {1000.0 / self.tpot_ms:.1f} tokens/s" if self.tpot_ms else ""
+            parts.append(f"first after {self.first_ms:.0f} ms{then}")
         if self.rounds and self.drafted:
             parts.append(f"accepted {self.accepted_per_round:.2f} per round ({self.rounds} rounds)")
             share = self.wasted_ms / self.draft_ms if self.draft_ms else 0.0

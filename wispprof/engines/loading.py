@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from wispprof.engines.model_config import FAMILIES, check_config
+from wispprof.engines.model_config import FAMILIES, check_config, check_draft_config
 from wispprof.engines.model_folder import INCOMPLETE, find_model, weight_files
 from wispprof.engines.model_shapes import PRESETS
 from wispprof.engines.model_weights import check_finite, check_tensors, read_headers, weights_digest
@@ -28,7 +28,8 @@ class LoadedModel:
     """A transformers causal LM in evaluation mode, its tokenizer (``None`` without one), its identity.
 
     With ``ranks``, ``model`` holds this rank's shard; ``info`` describes the whole model. ``folder``: where
-    its files are, ``None`` for random weights.
+    its files are, ``None`` for random weights. ``servable``: the engine computes this family exactly;
+    otherwise it can only draft.
     """
 
     model: Any
@@ -36,6 +37,7 @@ class LoadedModel:
     info: ModelInfo
     ranks: Ranks | None = None
     folder: Path | None = None
+    servable: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -54,8 +56,10 @@ def load_model(
     device: str = "auto",
     ranks: Ranks | None = None,
     full_digest: bool = False,
+    draft: bool = False,
 ) -> LoadedModel:
-    """Load a Llama-, Qwen2-, Qwen3- or Mistral-family model.
+    """Load a Llama-, Qwen2-, Qwen3- or Mistral-family model; as a ``draft``, of any family whose cache can
+    be cut.
 
     ``path_or_id``: a folder in Hugging Face layout, or a hub id. The hub is asked only for an id that is
     not in the local cache, with a short timeout. ``dtype``: ``float32`` (also as ``auto``), ``bfloat16`` or
@@ -77,17 +81,25 @@ def load_model(
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
         except Exception as err:
             raise _unreadable(folder, err) from err
-        max_context = check_config(config, str(path_or_id))
+        try:
+            max_context, servable = check_config(config, str(path_or_id)), True
+        except ModelUnsupported:
+            if not draft:
+                raise
+            max_context, servable = check_draft_config(config, str(path_or_id)), False
         files = weight_files(folder)
         model: Any
         parameters = None
         try:
-            _check_weights(str(path_or_id), files, config)
-            if ranks is None:
+            if not servable:
+                model = _any_family(folder, str(path_or_id), torch_dtype)
+            elif ranks is None:
+                _check_weights(str(path_or_id), files, config)
                 model = AutoModelForCausalLM.from_pretrained(
                     folder, dtype=torch_dtype, local_files_only=True, use_safetensors=True
                 )
             else:
+                _check_weights(str(path_or_id), files, config)
                 model, parameters = load_shard(folder, config, torch_dtype, ranks)
         except ModelError:
             raise
@@ -99,7 +111,28 @@ def load_model(
     name = folder.name if Path(path_or_id).expanduser().is_dir() else str(path_or_id)
     weights = weights_digest(files, full_digest)
     loaded = _loaded(model, tokenizer, name, dtype, weights, max_context, parameters)
-    return replace(loaded, ranks=ranks, folder=folder)
+    if not servable:
+        from wispprof.engines.torch.croppable_cache import check_croppable
+
+        check_croppable(loaded.model, str(path_or_id))
+    return replace(loaded, ranks=ranks, folder=folder, servable=servable)
+
+
+def _any_family(folder: Path, name: str, dtype: torch.dtype) -> Any:
+    """A model of any family, with all of its weights. Raises :class:`ModelError` if some are missing."""
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if wrong:
+        raise ModelError(
+            f"The weights of {name} do not fit its config: {', '.join(wrong[:4])} are missing or of another "
+            "shape.",
+            INCOMPLETE,
+        )
+    return model
 
 
 def _check_weights(name: str, files: list[Path], config: Any) -> None:
@@ -170,16 +203,16 @@ def _loaded(
 ) -> LoadedModel:
     model.eval()
     model.requires_grad_(False)
-    config = model.config
+    config = model.config.get_text_config()
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     info = ModelInfo(
         id=name,
-        family=config.model_type,
+        family=model.config.model_type,
         parameters=parameters or sum(p.numel() for p in model.parameters()),
         dtype=dtype,
-        config_hash=config_hash(config),
+        config_hash=config_hash(model.config),
         weights_hash=weights,
         tokenizer_hash=tokenizer_hash(tokenizer) if tokenizer is not None else "",
         max_context=max_context,

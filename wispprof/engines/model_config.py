@@ -11,6 +11,8 @@ FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 CLASSES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
 
 _MAX_CONTEXT = 1 << 24
+_UNKNOWN_CONTEXT = 1 << 15
+"""Longest context of a draft whose config names none."""
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 _SIZES = (
     "vocab_size",
@@ -73,6 +75,21 @@ def check_config(config: Any, name: str) -> int:
     _check_window(config, name, max_context)
     _check_rope(config, name)
     return max_context
+
+
+def check_draft_config(config: Any, name: str) -> int:
+    """The longest context of a draft of any family. Raises :class:`ModelUnsupported` for what is no causal
+    language model, or runs code of its own."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelUnsupported(f"{name} is an encoder-decoder model.", "Use a decoder-only draft.")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelUnsupported(
+            f"{name} has quantized weights, which drafts on torch do not support.",
+            "Use a copy in float32, bfloat16 or float16, or a GGUF of it.",
+        )
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    usable = isinstance(longest, int) and not isinstance(longest, bool) and longest > 0
+    return min(int(longest), _MAX_CONTEXT) if usable else _UNKNOWN_CONTEXT
 
 
 def _family_hint() -> str:

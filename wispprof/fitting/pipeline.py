@@ -20,7 +20,7 @@ from wispprof.artifacts import (
 )
 from wispprof.artifacts.profile import estimator_beside
 from wispprof.artifacts.rows import AcceptanceTrace, StepRow
-from wispprof.errors import FitError
+from wispprof.errors import FitError, TooFewOutcomes
 from wispprof.fitting.controller_replay import Fold, compare_controllers, summarise
 from wispprof.fitting.drift import recalibrate
 from wispprof.fitting.estimator import ESTIMATOR_KINDS, FittedEstimator, load_estimator
@@ -43,11 +43,12 @@ REPLAY_FOLDS = 5
 
 @dataclass
 class FitResult:
-    """The fitted artifacts and the files that were written."""
+    """The fitted artifacts and the files that were written. ``notes``: what was left out, and why."""
 
     estimator: FittedEstimator | None = None
     predictor: FittedPredictor | None = None
     files: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,11 @@ def fit_files(
     coverage: float = FitSettings.coverage,
     seed: int = FitSettings.seed,
 ) -> FitResult:
-    """Fit an estimator, a predictor or both; writes them and their model cards to ``out``."""
+    """Fit an estimator, a predictor or both; writes them and their model cards to ``out``.
+
+    Beside an estimator, a trace with too few outcomes gives no predictor but a note; alone it raises
+    :class:`TooFewOutcomes`.
+    """
     if not server and not trace:
         raise FitError("There is nothing to fit.", "Name a server profile, a trace, or both.")
     result = FitResult()
@@ -145,7 +150,12 @@ def fit_files(
         _check_pair(loaded, traces)
         result.estimator = fit_estimator(loaded.rows, kind, coverage)
     if traces:
-        result.predictor = fit_predictor(traces, predictor_kind, seed)
+        try:
+            result.predictor = fit_predictor(traces, predictor_kind, seed)
+        except TooFewOutcomes as err:
+            if loaded is None:
+                raise
+            result.notes.append(f"No predictor: {err}")
     if loaded is not None and result.estimator is not None:
         result.files += _save_estimator(out, result.estimator, loaded.inputs)
     if result.predictor is not None:

@@ -19,7 +19,7 @@ from wispprof import plugins
 from wispprof.artifacts.document import from_plain, load_fitted, write_document
 from wispprof.artifacts.manifest import Provenance
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
-from wispprof.errors import FitError
+from wispprof.errors import FitError, TooFewOutcomes
 from wispprof.fitting.batch_totals import FloatArray
 from wispprof.fitting.rejection_scorers import (
     BoostedTrees,
@@ -192,7 +192,7 @@ def fit_predictor(
 
 def _calibrate(scorer: Scorer, rows: TokenRows) -> Calibration:
     if np.unique(rows.accepted).size < 2:
-        raise FitError("All draft tokens of one part have one outcome.", "Take a longer trace.")
+        raise TooFewOutcomes("All draft tokens of the prompts that calibrate have one outcome.")
     return Calibration.fit(scorer.score_many(rows.features, rows.depth), rows.accepted)
 
 

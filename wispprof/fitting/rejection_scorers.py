@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from wispprof.artifacts.document import LearnedState
 from wispprof.artifacts.rows import TracePath
-from wispprof.errors import FitError
+from wispprof.errors import FitError, TooFewOutcomes
 from wispprof.fitting.batch_totals import FloatArray
 from wispprof.types import DraftFeatures
 
@@ -93,9 +93,8 @@ def split_prompts(
     for path in paths:
         by_prompt.setdefault(path.prompt, []).append(path)
     if len(by_prompt) < MINIMUM_PROMPTS:
-        raise FitError(
-            f"{len(by_prompt)} distinct prompts are too few to hold some out; {MINIMUM_PROMPTS} are needed.",
-            "Take a trace over more prompts.",
+        raise TooFewOutcomes(
+            f"{len(by_prompt)} distinct prompts are too few to hold some out; {MINIMUM_PROMPTS} are needed."
         )
     groups = list(by_prompt.values())
     order = np.random.default_rng(seed).permutation(len(groups))
@@ -116,10 +115,9 @@ def check_classes(rows: TokenRows) -> None:
     rejected = int((~rows.accepted).sum())
     kept = len(rows) - rejected
     if min(rejected, kept) < MINIMUM_REJECTIONS:
-        raise FitError(
+        raise TooFewOutcomes(
             f"{rejected} rejected and {kept} accepted draft tokens are too few of one kind to learn "
-            f"from; {MINIMUM_REJECTIONS} of each are needed.",
-            "Take a longer trace.",
+            f"from; {MINIMUM_REJECTIONS} of each are needed."
         )
     if bool((np.ptp(rows.features, axis=0) == 0).all()):
         raise FitError("No feature of the draft tokens varies.", "Take the trace anew.")

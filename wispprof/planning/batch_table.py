@@ -209,7 +209,7 @@ class _MixedClasses:
         self._resume_ms = edge.device.resume_ms
         self._rtt_ms = edge.rtt_ms
         self._stream = edge.mode == "stream"
-        self._slow = edge.slow
+        self._slow, self._gain = edge.slow, edge.gain
         self._mean_lengths = edge.mean.lengths().tolist()
         self._slow_lengths = edge.slow.lengths().tolist()
         self._k_max = k_max
@@ -244,7 +244,7 @@ class _MixedClasses:
             commits = renewal(self._slow_lengths, step_ms, k, self._draft_ms, self._rtt_ms)[0]
         else:
             commits = 1.0 + sum(self._slow.cumulative[:k])
-        return 1000.0 * commits / self._round_ms(k, step_ms, count)
+        return 1000.0 * commits / self._round_ms(k, step_ms, count) * self._gain(k).speed
 
     def _step_ms(self, ks: Sequence[int], shares: Sequence[float], count: int) -> float:
         """Step time at these draft lengths: fixed point of step time and batch."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from wispprof.artifacts.plan import DraftRow
 from wispprof.planning.objective import Figures, choose
+from wispprof.planning.replayed_gains import Gain
 from wispprof.planning.session_speed import (
     LoadedStepTimes,
     Runs,
@@ -24,13 +25,18 @@ _MAX_DRAFT_AHEAD = 32
 @dataclass(frozen=True, slots=True)
 class EdgeCosts:
     """Device, link, mode and acceptance of identical sessions. ``slow``: runs of the slow session, which
-    decides SLO attainment."""
+    decides SLO attainment. ``gains``: by k, what the formulas leave out; empty without a trace."""
 
     device: DeviceProfile
     rtt_ms: float
     mode: str
     mean: Runs
     slow: Runs
+    gains: tuple[Gain, ...] = ()
+
+    def gain(self, k: int) -> Gain:
+        """That of ``k`` drafts."""
+        return self.gains[k] if self.gains else Gain()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,7 @@ def speed_curve(times: LoadedStepTimes, sessions: int, edge: EdgeCosts, k_max: i
     pause."""
     draft_ms, rtt_ms = edge.device.step_ms(times.cached), edge.rtt_ms
     resume_ms = 0.0 if edge.mode == "stream" else edge.device.resume_ms
-    undrafted = undrafted_speed(times, sessions)
+    undrafted = edge.gain(0).of(undrafted_speed(times, sessions))
     slow_lengths = edge.slow.lengths().tolist()
     speeds, slow_speeds = [undrafted], [undrafted.tokens_per_s]
     for k in range(1, k_max + 1):
@@ -62,6 +68,7 @@ def speed_curve(times: LoadedStepTimes, sessions: int, edge: EdgeCosts, k_max: i
         else:
             speed = stream_speed(times, sessions, k, draft_ms, rtt_ms, edge.mean)
             slow_commits = renewal(slow_lengths, speed.step_ms, k, draft_ms, rtt_ms)[0]
+        speed = edge.gain(k).of(speed)
         speeds.append(speed)
         slow_speeds.append(slow_commits / speed.round_ms * 1000.0)
     rows = tuple(times.row_ms(p.items, p.rows) for p in speeds)

@@ -22,6 +22,7 @@ from wispprof.errors import PlanError
 from wispprof.planning.batch_table import batch_row, break_even_row, capacity_row, mix_row, sessions_of_levels
 from wispprof.planning.draft_table import EdgeCosts, draft_row, speed_curve
 from wispprof.planning.objective import choice_rows
+from wispprof.planning.replayed_gains import Gain, replayed_gains, sampled_answers
 from wispprof.planning.session_speed import LoadedStepTimes, Runs, runs_of_trace
 from wispprof.policies.cost_model import LOAD_BOUNDS, LOAD_LEVELS
 from wispprof.settings.planner_settings import PlanSettings
@@ -51,6 +52,7 @@ def make_plan(
     settings = settings or PlanSettings()
     fleet = _checked(devices, settings)
     runs = {d.name: _runs(d.name, acceptance, settings) for d in fleet}
+    samples = {d.name: _sample(d.name, acceptance) for d in fleet}
     contexts = sorted(set(settings.contexts))
     total = len(contexts) * len(fleet) * len(settings.rtts_ms) * len(MODES)
     tables = _Tables()
@@ -59,6 +61,7 @@ def make_plan(
             LoadedStepTimes(estimator, context),
             fleet,
             runs,
+            samples,
             replace(settings, contexts=(context,)),
             tables,
             lambda name: progress(tables.done, total, name) if progress is not None else None,
@@ -97,6 +100,7 @@ def _plan_context(
     times: LoadedStepTimes,
     fleet: list[DeviceProfile],
     runs: Mapping[str, tuple[Runs, Runs]],
+    samples: Mapping[str, AcceptanceTrace | None],
     settings: PlanSettings,
     tables: _Tables,
     progress: Callable[[str], None],
@@ -106,9 +110,13 @@ def _plan_context(
         raise PlanError("The estimator predicts 0 ms for a step.", "Fit it again.")
     levels = sessions_of_levels(times, settings.kv_sessions)
     for device in fleet:
+        sample = samples[device.name]
         for rtt_ms in settings.rtts_ms:
             for mode in MODES:
-                edge = EdgeCosts(device, rtt_ms, mode, *runs[device.name])
+                gains: tuple[Gain, ...] = ()
+                if sample is not None:
+                    gains = replayed_gains(sample, times, device, rtt_ms, mode, settings.k_max)
+                edge = EdgeCosts(device, rtt_ms, mode, *runs[device.name], gains)
                 for level, sessions in levels.items():
                     cell = speed_curve(times, sessions, edge, settings.k_max)
                     tables.draft += [draft_row(cell, device, level, s, settings) for s in settings.slos]
@@ -175,6 +183,15 @@ def _runs(
     if name not in acceptance:
         raise PlanError(f"There is no acceptance trace for {name!r}.", "Give --trace for it.")
     return runs_of_trace(acceptance[name], settings.violations)
+
+
+def _sample(
+    name: str, acceptance: AcceptanceTrace | Mapping[str, AcceptanceTrace] | Runs
+) -> AcceptanceTrace | None:
+    """Answers of a device's trace to serve again; ``None`` for :class:`Runs`."""
+    if isinstance(acceptance, Runs):
+        return None
+    return sampled_answers(acceptance if isinstance(acceptance, AcceptanceTrace) else acceptance[name])
 
 
 def plan_files(

@@ -181,13 +181,13 @@ class _Device:
 def _torch_device(settings: EdgeProfilerSettings, loaded: LoadedModel | None) -> _Device:
     import torch
 
-    from wispprof.drafters.torch_drafter import TorchDrafter
+    from wispprof.drafters.torch_drafter import torch_drafter
 
     if loaded is None:
         loaded = load_pair_model(settings.draft, "draft", settings.dtype, settings.device)
     device = loaded.device
     return _Device(
-        TorchDrafter(loaded),
+        torch_drafter(loaded),
         loaded.info,
         {"backend": "torch", "device": str(device), "threads": torch.get_num_threads()},
         synchronizer(device),

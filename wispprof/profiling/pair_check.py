@@ -15,20 +15,21 @@ import numpy as np
 
 from wispprof.artifacts import AcceptanceTrace, TracePath
 from wispprof.errors import ProfileError
-from wispprof.policies.controllers import ConfidenceAcceptance
 from wispprof.profiling.pair_rehearsal import LocalTarget, PairTimes, rehearse
 from wispprof.profiling.profile_run import load_pair_model
 from wispprof.profiling.traced_drafter import load_traced_draft
-from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.settings.profiler_settings import TraceSettings
-from wispprof.settings.shared_settings import LinkModel
-from wispprof.simulation.arrivals import ClosedFleet, Request
+from wispprof.simulation.answer_replay import (
+    STREAM,
+    UNDRAFTED,
+    AnswerCounts,
+    AnswerReplay,
+    rounds_of,
+    total,
+)
 from wispprof.simulation.devices import DeviceProfile
-from wispprof.simulation.event_loop import Simulation
-from wispprof.simulation.scenario import Scenario, ServerModel, System
-from wispprof.simulation.simulated_edge import SimulatedEdge
-from wispprof.simulation.trace_replay import TraceReplay
-from wispprof.types import Progress, Slo
+from wispprof.simulation.scenario import System
+from wispprof.types import Progress
 
 if TYPE_CHECKING:
     from wispprof.profiling.acceptance_trace import RemoteTarget
@@ -37,15 +38,14 @@ _RESAMPLES = 2000
 _REHEARSED = 6
 """Answers along which rounds are timed."""
 _BISECTIONS = 12
-_UNDRAFTED = System("undrafted", "server-only")
-_STREAM = System("stream", "wispprof", "wispprof", drafting=DraftingSettings())
 
 
 @dataclass(frozen=True)
 class DraftLength:
     """``k`` drafts a round; 0: asynchronous drafting, whose controller chooses. ``accepted`` per round (per
     commit), and the speed of whole answers, their first token's wait included. ``low`` and ``high``,
-    ``slow`` and ``fast``: the intervals in which their means lie at 95 %."""
+    ``slow`` and ``fast``: the intervals in which their means lie at 95 %. ``later_tokens_per_s``: the speed
+    after the first token, of which plans and SLOs speak."""
 
     k: int
     accepted: float
@@ -54,6 +54,7 @@ class DraftLength:
     tokens_per_s: float
     slow: float
     fast: float
+    later_tokens_per_s: float
 
     @property
     def name(self) -> str:
@@ -68,6 +69,7 @@ class PairCheck:
 
     ``target_ms``: one decode step of one session; ``verify_ms[k]``: one with k drafts. ``draft_ms``: a
     draft step; ``resume_ms``: what the first of a round takes longer. ``rtt_ms``: assumed.
+    ``undrafted_*``: speeds of the target alone.
     ``break_even_draft_ms``: draft step with which drafting is as fast as the target alone, 0 if no device is
     fast enough; ``None`` if drafting pays as it is.
     """
@@ -81,6 +83,7 @@ class PairCheck:
     verify_ms: tuple[float, ...]
     rtt_ms: float
     undrafted_tokens_per_s: float
+    undrafted_later_tokens_per_s: float
     break_even_draft_ms: float | None = None
 
     @property
@@ -119,92 +122,68 @@ def check_trace(trace: AcceptanceTrace, times: PairTimes, rtt_ms: float, seed: i
     if not any(len(path.path) > 1 for path in trace.paths):
         raise ProfileError("The trace's answers are too short for a round.", "Give more --path-tokens.")
     played = _Played(trace, times, rtt_ms, seed)
-    undrafted = played.serve(_UNDRAFTED, 0)
-    lengths = tuple(played.serve(_rounds(k), k) for k in range(1, trace.depth + 1))
+    undrafted = played.serve(UNDRAFTED, 0)
+    lengths = tuple(played.serve(rounds_of(k), k) for k in range(1, trace.depth + 1))
     estimator = times.estimator()
     found = PairCheck(
         len(trace.paths),
         lengths,
-        played.serve(_STREAM, 0),
+        played.serve(STREAM, 0),
         times.draft_ms,
         times.resume_ms,
         times.target_ms,
         tuple(estimator.step_ms(1 + k) for k in range(trace.depth + 1)),
         rtt_ms,
         undrafted.tokens_per_s,
+        undrafted.later_tokens_per_s,
     )
     if found.worthwhile:
         return found
     return replace(found, break_even_draft_ms=played.break_even(found))
 
 
-def _rounds(k: int) -> System:
-    return System(f"k={k}", "fcfs", "fixed", controller_options={"k": k}, drafting=DraftingSettings())
-
-
 class _Played:
     """A trace's answers, served one after the other to one device."""
 
     def __init__(self, trace: AcceptanceTrace, times: PairTimes, rtt_ms: float, seed: int) -> None:
-        self._traces = [replace(trace, paths=(path,)) for path in trace.paths if len(path.path) > 1]
-        self._servers = {
-            undrafted: ServerModel(times.estimator(undrafted), spread=0.0) for undrafted in (False, True)
-        }
-        self._link = LinkModel(rtt_ms=rtt_ms)
+        self._steps = {undrafted: times.estimator(undrafted) for undrafted in (False, True)}
         self._seed = seed
-        self._device = DeviceProfile(
-            "device",
-            draft_ms=max(times.draft_ms, 1e-3),
-            resume_ms=times.resume_ms,
-            prefill_ms_per_token=times.draft_prefill_ms_per_token,
+        self._replay = AnswerReplay(
+            trace,
+            DeviceProfile(
+                "device",
+                draft_ms=max(times.draft_ms, 1e-3),
+                resume_ms=times.resume_ms,
+                prefill_ms_per_token=times.draft_prefill_ms_per_token,
+            ),
+            rtt_ms,
         )
 
     def serve(self, system: System, k: int, speed: float = 1.0) -> DraftLength:
         """``speed``: factor on the draft's times."""
-        device = replace(
-            self._device, draft_ms=self._device.draft_ms * speed, resume_ms=self._device.resume_ms * speed
-        )
-        counts = np.array([self._answer(system, trace, device) for trace in self._traces])
-        generator = np.random.default_rng(self._seed)
-        picks = generator.integers(0, len(counts), (_RESAMPLES, len(counts)))
-        sums = counts[picks].sum(1)
-        low, high = np.quantile(sums[:, 0] / np.maximum(1.0, sums[:, 1]), (0.025, 0.975))
-        slow, fast = np.quantile(1000.0 * sums[:, 2] / sums[:, 3], (0.025, 0.975))
-        accepted, rounds, tokens, ms = counts.sum(0)
+        device = self._replay.device
+        device = replace(device, draft_ms=device.draft_ms * speed, resume_ms=device.resume_ms * speed)
+        answers = replace(self._replay, device=device).serve(system, self._steps[system is UNDRAFTED])
+        found, generator = total(answers), np.random.default_rng(self._seed)
+        picks = generator.integers(0, len(answers), (_RESAMPLES, len(answers)))
+        resampled = [AnswerCounts(*sums) for sums in np.array(answers)[picks].sum(1).tolist()]
+        accepted = [sums.accepted / max(1.0, sums.rounds) for sums in resampled]
+        low, high = np.quantile(accepted, (0.025, 0.975))
+        slow, fast = np.quantile([sums.tokens_per_s for sums in resampled], (0.025, 0.975))
         return DraftLength(
             k,
-            float(accepted / max(1.0, rounds)),
+            found.accepted / max(1.0, found.rounds),
             float(low),
             float(high),
-            float(1000.0 * tokens / ms),
+            found.tokens_per_s,
             float(slow),
             float(fast),
+            found.later_tokens_per_s,
         )
-
-    def _answer(
-        self, system: System, trace: AcceptanceTrace, device: DeviceProfile
-    ) -> tuple[float, float, float, float]:
-        """(accepted, rounds, tokens, ms) of one answer."""
-        run = _OneAnswer(
-            Scenario(
-                system,
-                self._servers[system is _UNDRAFTED],
-                ClosedFleet(1),
-                TraceReplay(trace, ConfidenceAcceptance(), 1),
-                devices=((device, 1.0),),
-                links=((self._link, 1.0),),
-                slos=((Slo.of(None, None), 1.0),),
-                seconds=86_400.0,
-                warmup_s=0.0,
-            )
-        )
-        run.run()
-        [record], counters = run.records, run.counters
-        return counters.accepted, counters.rounds, record.tokens, record.last_ms - record.arrival_ms
 
     def break_even(self, found: PairCheck) -> float:
         """Draft step (ms) with which the best way of drafting is as fast as the target alone."""
-        ways = [(_rounds(one.k), one.k) for one in found.lengths] + [(_STREAM, 0)]
+        ways = [(rounds_of(one.k), one.k) for one in found.lengths] + [(STREAM, 0)]
 
         def pays(speed: float) -> bool:
             return any(
@@ -217,19 +196,7 @@ class _Played:
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2.0
             low, high = (middle, high) if pays(max(middle, 1e-3)) else (low, middle)
-        return low * self._device.draft_ms
-
-
-class _OneAnswer(Simulation):
-    """One request of one device, along the only path of its trace."""
-
-    def _load(self) -> None:
-        source = self.scenario.acceptance
-        assert isinstance(source, TraceReplay)
-        self.schedule(0.0, self._request, (0, 0, Request(0.0, *source.lengths(0, 0))))
-
-    def ended(self, now_ms: float, edge: SimulatedEdge) -> None:
-        self.end_ms = now_ms
+        return low * self._replay.device.draft_ms
 
 
 def run_check(

@@ -18,7 +18,8 @@ import numpy as np
 
 from wispprof.artifacts import TracePath
 from wispprof.backends import Drafter
-from wispprof.types import BatchCost, Sampling, StepInput, StepTimeEstimator
+from wispprof.simulation.answer_replay import SessionSteps
+from wispprof.types import Sampling, StepInput
 
 if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
@@ -103,50 +104,38 @@ class PairTimes:
         """Note a step of the target."""
         self.verify.setdefault(drafts, []).append(ms)
 
-    def estimator(self, undrafted: bool = False) -> MeasuredSteps:
+    def estimator(self, undrafted: bool = False) -> SessionSteps:
         """The target's step times by what was measured; ``undrafted``: of a session without drafts."""
         if undrafted and self.undrafted:
             whole = statistics.fmean(self.undrafted)
-            return MeasuredSteps([(1, whole, len(self.undrafted))], self.prefill)
+            return measured_steps([(1, whole, len(self.undrafted))], self.prefill)
         points = [
             (1 + drafts, statistics.median(samples), len(samples)) for drafts, samples in self.verify.items()
         ]
-        return MeasuredSteps(points, self.prefill)
+        return measured_steps(points, self.prefill)
 
 
-class MeasuredSteps(StepTimeEstimator):
+def measured_steps(
+    points: Sequence[tuple[int, float, int]], prefill: Sequence[tuple[int, float]]
+) -> SessionSteps:
     """Steps of one session by its new tokens: an isotonic fit of medians, lines between and beyond.
 
     ``points``: (new tokens, median ms, samples). ``prefill``: (prompt tokens, ms); the line through them
     prices prompts.
     """
+    from sklearn.isotonic import IsotonicRegression
 
-    def __init__(
-        self, points: Sequence[tuple[int, float, int]], prefill: Sequence[tuple[int, float]]
-    ) -> None:
-        from sklearn.isotonic import IsotonicRegression
-
-        new, ms, samples = zip(*sorted(points), strict=True)
-        rising = IsotonicRegression().fit_transform(new, ms, sample_weight=samples)
-        self._decode = _Curve([(n, float(y)) for n, y in zip(new, rising, strict=True)])
-        shortest, longest = min(prefill)[0], max(prefill)[0]
-        if shortest < longest:
-            slope, base = np.polyfit([n for n, _ in prefill], [ms for _, ms in prefill], 1)
-            self._prefill = _Curve([(n, float(max(0.0, base + slope * n))) for n in (shortest, longest)])
-        else:  # one token costs a step
-            whole = statistics.median(ms for _, ms in prefill)
-            self._prefill = _Curve([(1, min(whole, self._decode(1))), (max(2, longest), whole)])
-
-    @property
-    def coverage(self) -> float:
-        return 0.5
-
-    def step_ms(self, new: int) -> float:
-        """A step with ``new`` tokens, drafts included."""
-        return self._decode(new)
-
-    def start(self) -> BatchCost:
-        return _OneSession(self._decode, self._prefill, 0, 0)
+    new, ms, samples = zip(*sorted(points), strict=True)
+    rising = IsotonicRegression().fit_transform(new, ms, sample_weight=samples)
+    decode = _Curve([(n, float(y)) for n, y in zip(new, rising, strict=True)])
+    shortest, longest = min(prefill)[0], max(prefill)[0]
+    if shortest < longest:
+        slope, base = np.polyfit([n for n, _ in prefill], [ms for _, ms in prefill], 1)
+        whole = _Curve([(n, float(max(0.0, base + slope * n))) for n in (shortest, longest)])
+    else:  # one token costs a step
+        middle = statistics.median(ms for _, ms in prefill)
+        whole = _Curve([(1, min(middle, decode(1))), (max(2, longest), middle)])
+    return SessionSteps(decode, whole)
 
 
 class _Curve:
@@ -160,26 +149,6 @@ class _Curve:
             slope = (y[-1] - y[0]) / (x[-1] - x[0])
             return float(y[-1] + slope * (new - x[-1]))
         return float(np.interp(new, x, y))
-
-
-class _OneSession(BatchCost):
-    __slots__ = ("_decode", "_new", "_prefill", "_prompt")
-
-    def __init__(self, decode: _Curve, prefill: _Curve, new: int, prompt: int) -> None:
-        self._decode, self._prefill, self._new, self._prompt = decode, prefill, new, prompt
-
-    @property
-    def p50_ms(self) -> float:
-        decoding = self._decode(self._new) if self._new else 0.0
-        return decoding + (self._prefill(self._prompt) if self._prompt else 0.0)
-
-    @property
-    def bound_ms(self) -> float:
-        return self.p50_ms
-
-    def add(self, new: int, cached: int, prefill: bool = False) -> BatchCost:
-        more = (0, new) if prefill else (new, 0)
-        return _OneSession(self._decode, self._prefill, self._new + more[0], self._prompt + more[1])
 
 
 def rehearse(

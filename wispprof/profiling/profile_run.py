@@ -123,10 +123,10 @@ def resumed_header(output: Output) -> Mapping[str, Any]:
 
 
 def load_pair_model(name: str, role: str, dtype: str, device: str) -> LoadedModel:
-    """The named model; without a name the bundled ``target`` or ``draft``."""
+    """The named model; without a name the bundled one. ``role``: ``target`` or ``draft``."""
     from wispprof.engines.loading import load_model
 
-    return load_model(name or bundled_model(role), dtype, device)
+    return load_model(name or bundled_model(role), dtype, device, draft=role == "draft")
 
 
 def synchronizer(device: Any) -> Callable[[], None]:

@@ -115,7 +115,14 @@ def as_traced(draft: LoadedModel | TracedDrafter) -> TracedDrafter:
     """A loaded torch model, or what can be traced already."""
     from wispprof.engines.loading import LoadedModel
 
-    return _TorchTraced(draft) if isinstance(draft, LoadedModel) else draft
+    if not isinstance(draft, LoadedModel):
+        return draft
+    if draft.servable:
+        return _TorchTraced(draft)
+    from wispprof.drafters.torch_drafter import AnyFamilyDrafter
+
+    info = draft.info
+    return SequentialTraced(AnyFamilyDrafter(draft), info.id, draft.tokenizer, info.tokenizer_hash)
 
 
 def load_traced_draft(settings: TraceSettings, tokenizer: Any = None) -> TracedDrafter:
@@ -127,7 +134,7 @@ def load_traced_draft(settings: TraceSettings, tokenizer: Any = None) -> TracedD
 
     llama = is_llama(settings.draft)
     if not llama and settings.drafter == "model":
-        return _TorchTraced(load_pair_model(settings.draft, "draft", settings.dtype, settings.device))
+        return as_traced(load_pair_model(settings.draft, "draft", settings.dtype, settings.device))
     from wispprof.engines.tokenizers import load_tokenizer, tokenizer_hash
 
     if tokenizer is None or settings.tokenizer:
