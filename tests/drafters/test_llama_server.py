@@ -59,6 +59,18 @@ def test_tokens_are_drawn_with_the_position_s_noise(sampling: Sampling) -> None:
     assert served.asked[1][1]["n_predict"] == 0
 
 
+@pytest.mark.parametrize(
+    ("sampling", "asked"),
+    [(Sampling(), 32), (Sampling(0.8), 512), (Sampling(0.8, top_k=40), 40), (Sampling(0.8, top_k=4000), 512)],
+)
+def test_a_draw_needs_more_candidates_than_the_likeliest(sampling: Sampling, asked: int) -> None:
+    served = Served()
+    drafter = LlamaServerDrafter("", VOCABULARY, served)
+    drafter.open([1, 2, 3], sampling)
+    drafter.draft()
+    assert served.asked[-1][1]["n_probs"] == asked
+
+
 def test_ids_beyond_the_target_s_are_never_proposed() -> None:
     drafter = LlamaServerDrafter("", 8, Served())
     drafter.open([1, 2], Sampling())

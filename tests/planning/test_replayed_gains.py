@@ -10,7 +10,7 @@ from fake_pair import hash_trace
 from wispprof.artifacts import AcceptanceTrace
 from wispprof.planning import make_plan
 from wispprof.planning.draft_table import EdgeCosts, speed_curve
-from wispprof.planning.replayed_gains import Gain, replayed_gains, sampled_answers
+from wispprof.planning.replayed_gains import Gain, SampledAnswers, replayed_gains, sampled_answers
 from wispprof.planning.session_speed import LoadedStepTimes, runs_of_trace
 from wispprof.settings.planner_settings import PlanSettings
 from wispprof.simulation.answer_replay import STREAM, UNDRAFTED, AnswerReplay, SessionSteps, rounds_of, total
@@ -52,13 +52,19 @@ def few(accuracy: float) -> AcceptanceTrace:
     return hash_trace(paths=6, length=40, depth=6, accuracy=accuracy)
 
 
+def sampled(accuracy: float) -> SampledAnswers:
+    sample = sampled_answers(few(accuracy))
+    assert sample is not None
+    return sample
+
+
 @pytest.mark.parametrize("rtt_ms", [1.0, 40.0])
 def test_a_session_alone_is_planned_as_it_is_served(rtt_ms: float) -> None:
     trace = few(0.8)
     settings = PlanSettings(rtts_ms=(rtt_ms,), slos=(4.0,), k_max=5, contexts=(CONTEXT,), max_sessions=4)
     plan = make_plan(Steps(), [DEVICE], trace, settings)
     steps = SessionSteps(lambda new: 18.0 + 2.0 * new, lambda prompt: 20.0)
-    replay = AnswerReplay(trace, DEVICE, rtt_ms)
+    replay = AnswerReplay(AnswerReplay.of(trace), DEVICE, rtt_ms)
 
     def served(system: object) -> float:
         return total(replay.serve(system, steps)).later_tokens_per_s  # type: ignore[arg-type]
@@ -73,10 +79,10 @@ def test_a_session_alone_is_planned_as_it_is_served(rtt_ms: float) -> None:
 def test_drafts_made_while_a_round_is_out_count() -> None:
     """With drafts that are always right, the next round is drafted while the last one is verified."""
     times = LoadedStepTimes(Steps(), CONTEXT)
-    sure = replayed_gains(few(1.0), times, DEVICE, 40.0, "round", 4)
+    sure = replayed_gains(sampled(1.0), times, DEVICE, 40.0, "round", 4)
     assert all(gain.speed > 1.05 for gain in sure[1:])
     assert sure[4].speed > 1.3
-    never = replayed_gains(few(0.0), times, DEVICE, 40.0, "round", 4)
+    never = replayed_gains(sampled(0.0), times, DEVICE, 40.0, "round", 4)
     assert all(gain.speed < 1.05 for gain in never[1:])
     assert never[2].drafted > 2.0  # they are made all the same
 
@@ -99,7 +105,8 @@ def test_some_answers_stand_for_many() -> None:
     many = hash_trace(paths=40, length=30, depth=4)
     sample = sampled_answers(many)
     assert sample is not None
-    assert len(sample.paths) == 8
-    assert len({many.paths.index(path) // 5 for path in sample.paths}) == 8
+    assert len(sample.answers) == 8
+    prompts = [sample.answers.lengths(0, number)[0] for number in range(8)]
+    assert prompts == [len(path.prompt) for path in many.paths[::5]]
     short = hash_trace(paths=2, length=3, depth=4)
     assert sampled_answers(short) is None

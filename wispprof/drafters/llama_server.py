@@ -15,11 +15,12 @@ import numpy as np
 
 from wispprof.backends import Drafter
 from wispprof.errors import EngineError, ModelError
-from wispprof.sampling.sampler import sample_tokens_numpy
+from wispprof.sampling.sampler import MIN_TEMPERATURE, sample_tokens_numpy
 from wispprof.types import DraftFeatures, DraftToken, Sampling
 
 SCHEME = "llama-server:"
-_CANDIDATES = 32
+_GREEDY, _DRAWN = 32, 512
+"""Tokens asked for: greedy, where the rest only counts in the features, and where the draw may take any."""
 _FLOOR = -1e4
 """Logit of the tokens that the server does not return."""
 
@@ -77,6 +78,7 @@ class LlamaServerDrafter(Drafter):
         self._post = post or _HttpClient(url, key)
         self._tokens: list[int] = []
         self._sampling = Sampling()
+        self._candidates = _GREEDY
         self.max_context = self._context()
 
     @property
@@ -85,6 +87,8 @@ class LlamaServerDrafter(Drafter):
 
     def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
         self._tokens, self._sampling = [int(token) for token in tokens], sampling
+        drawn = min(_DRAWN, max(_GREEDY, sampling.top_k)) if sampling.top_k else _DRAWN
+        self._candidates = drawn if sampling.temperature >= MIN_TEMPERATURE else _GREEDY
 
     def draft(self) -> DraftToken:
         found = self._complete(1)
@@ -120,7 +124,7 @@ class LlamaServerDrafter(Drafter):
         body = {
             "prompt": list(self._tokens),
             "n_predict": count,
-            "n_probs": _CANDIDATES,
+            "n_probs": self._candidates,
             "temperature": 0.0,
             "cache_prompt": True,
             "return_tokens": True,

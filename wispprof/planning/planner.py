@@ -22,7 +22,7 @@ from wispprof.errors import PlanError
 from wispprof.planning.batch_table import batch_row, break_even_row, capacity_row, mix_row, sessions_of_levels
 from wispprof.planning.draft_table import EdgeCosts, draft_row, speed_curve
 from wispprof.planning.objective import choice_rows
-from wispprof.planning.replayed_gains import Gain, replayed_gains, sampled_answers
+from wispprof.planning.replayed_gains import Gain, SampledAnswers, replayed_gains, sampled_answers
 from wispprof.planning.session_speed import LoadedStepTimes, Runs, runs_of_trace
 from wispprof.policies.cost_model import LOAD_BOUNDS, LOAD_LEVELS
 from wispprof.settings.planner_settings import PlanSettings
@@ -100,7 +100,7 @@ def _plan_context(
     times: LoadedStepTimes,
     fleet: list[DeviceProfile],
     runs: Mapping[str, tuple[Runs, Runs]],
-    samples: Mapping[str, AcceptanceTrace | None],
+    samples: Mapping[str, SampledAnswers | None],
     settings: PlanSettings,
     tables: _Tables,
     progress: Callable[[str], None],
@@ -187,7 +187,7 @@ def _runs(
 
 def _sample(
     name: str, acceptance: AcceptanceTrace | Mapping[str, AcceptanceTrace] | Runs
-) -> AcceptanceTrace | None:
+) -> SampledAnswers | None:
     """Answers of a device's trace to serve again; ``None`` for :class:`Runs`."""
     if isinstance(acceptance, Runs):
         return None

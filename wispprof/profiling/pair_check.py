@@ -149,7 +149,7 @@ class _Played:
         self._steps = {undrafted: times.estimator(undrafted) for undrafted in (False, True)}
         self._seed = seed
         self._replay = AnswerReplay(
-            trace,
+            AnswerReplay.of(trace),
             DeviceProfile(
                 "device",
                 draft_ms=max(times.draft_ms, 1e-3),

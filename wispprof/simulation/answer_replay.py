@@ -101,33 +101,37 @@ class AnswerCounts(NamedTuple):
 
 @dataclass(frozen=True)
 class AnswerReplay:
-    """Answers of ``trace`` with two tokens and more. ``overhead_ms``: of the server between steps."""
+    """``answers``: those of :meth:`of`, read once for all replays. ``overhead_ms``: of the server between
+    steps."""
 
-    trace: AcceptanceTrace
+    answers: TraceReplay
     device: DeviceProfile
     rtt_ms: float
     overhead_ms: float = ServerModel.overhead_ms
 
+    @staticmethod
+    def of(trace: AcceptanceTrace) -> TraceReplay:
+        """The answers of a trace with two tokens and more."""
+        paths = tuple(path for path in trace.paths if len(path.path) > 1)
+        return TraceReplay(replace(trace, paths=paths), ConfidenceAcceptance(), 1)
+
     def serve(self, system: System, steps: StepTimeEstimator) -> list[AnswerCounts]:
         """Serve every answer; times are exact, without spread."""
-        server = ServerModel(steps, spread=0.0, overhead_ms=self.overhead_ms)
-        paths = [path for path in self.trace.paths if len(path.path) > 1]
-        return [self._answer(system, server, replace(self.trace, paths=(path,))) for path in paths]
-
-    def _answer(self, system: System, server: ServerModel, trace: AcceptanceTrace) -> AnswerCounts:
-        run = _OneAnswer(
-            Scenario(
-                system,
-                server,
-                ClosedFleet(1),
-                TraceReplay(trace, ConfidenceAcceptance(), 1),
-                devices=((self.device, 1.0),),
-                links=((LinkModel(rtt_ms=self.rtt_ms), 1.0),),
-                slos=((Slo.of(None, None), 1.0),),
-                seconds=86_400.0,
-                warmup_s=0.0,
-            )
+        scenario = Scenario(
+            system,
+            ServerModel(steps, spread=0.0, overhead_ms=self.overhead_ms),
+            ClosedFleet(1),
+            self.answers,
+            devices=((self.device, 1.0),),
+            links=((LinkModel(rtt_ms=self.rtt_ms), 1.0),),
+            slos=((Slo.of(None, None), 1.0),),
+            seconds=86_400.0,
+            warmup_s=0.0,
         )
+        return [self._answer(scenario, number) for number in range(len(self.answers))]
+
+    def _answer(self, scenario: Scenario, number: int) -> AnswerCounts:
+        run = _OneAnswer(scenario, number)
         run.run()
         [record], counters = run.records, run.counters
         return AnswerCounts(
@@ -148,12 +152,16 @@ def total(answers: list[AnswerCounts]) -> AnswerCounts:
 
 
 class _OneAnswer(Simulation):
-    """One request of one device, along the only path of its trace."""
+    """One request of one device, along one path of its trace."""
+
+    def __init__(self, scenario: Scenario, answer: int) -> None:
+        super().__init__(scenario)
+        self._answer = answer
 
     def _load(self) -> None:
-        source = self.scenario.acceptance
+        source, number = self.scenario.acceptance, self._answer
         assert isinstance(source, TraceReplay)
-        self.schedule(0.0, self._request, (0, 0, Request(0.0, *source.lengths(0, 0))))
+        self.schedule(0.0, self._request, (0, number, Request(0.0, *source.lengths(0, number))))
 
     def ended(self, now_ms: float, edge: SimulatedEdge) -> None:
         self.end_ms = now_ms

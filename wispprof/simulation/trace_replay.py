@@ -85,6 +85,10 @@ class TraceReplay:
         self._devices = devices
         self._known: dict[int, _Segment] = {}
 
+    def __len__(self) -> int:
+        """Number of paths."""
+        return len(self._paths)
+
     def lengths(self, device: int, number: int) -> tuple[int, int]:
         """Prompt and path tokens of a device's request."""
         path = self._paths[self._index(device, number)]
