@@ -57,6 +57,18 @@ def test_a_verified_draft_costs_what_was_measured() -> None:
     assert dear.lengths[2].tokens_per_s < 0.75 * cheap.lengths[2].tokens_per_s
 
 
+def test_steps_that_do_the_work_of_several_are_served_as_they_came() -> None:
+    """A long step that a commit overtakes delays the next round; equal steps of the same mean do not."""
+    verify = {k: [50.0] for k in range(4)}
+
+    def served(later: list[float]) -> float:
+        taken = PairTimes([20.0], later, verify, [(2, 50.0)], [(2, 0.0)])
+        return check_trace(trace([1, 0, 2, 0] * 12), taken, 20.0).lengths[2].tokens_per_s
+
+    even, uneven = served([20.0]), served([1.0, 1.0, 1.0, 77.0])
+    assert uneven < 0.97 * even
+
+
 def test_where_nothing_is_proposed_nothing_is_verified() -> None:
     silent = path([0] * 20)
     silent.drafts[:] = -1

@@ -154,6 +154,7 @@ class _Played:
                 "device",
                 draft_ms=max(times.draft_ms, 1e-3),
                 resume_ms=times.resume_ms,
+                steps_ms=tuple(max(ms, 1e-3) for ms in times.later),
                 prefill_ms_per_token=times.draft_prefill_ms_per_token,
             ),
             rtt_ms,
@@ -162,7 +163,12 @@ class _Played:
     def serve(self, system: System, k: int, speed: float = 1.0) -> DraftLength:
         """``speed``: factor on the draft's times."""
         device = self._replay.device
-        device = replace(device, draft_ms=device.draft_ms * speed, resume_ms=device.resume_ms * speed)
+        device = replace(
+            device,
+            draft_ms=device.draft_ms * speed,
+            resume_ms=device.resume_ms * speed,
+            steps_ms=tuple(ms * speed for ms in device.steps_ms),
+        )
         answers = replace(self._replay, device=device).serve(system, self._steps[system is UNDRAFTED])
         found, generator = total(answers), np.random.default_rng(self._seed)
         picks = generator.integers(0, len(answers), (_RESAMPLES, len(answers)))

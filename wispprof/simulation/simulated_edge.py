@@ -207,7 +207,7 @@ class SimulatedEdge:
         now_ms, cost_ms = step
         position = session.buffer.length
         drafting_ms, steps = counters.drafting_ms, 0
-        constant_cost = not device.draft_ms_per_ktoken and not device.resume_ms
+        constant_cost = not (device.draft_ms_per_ktoken or device.resume_ms or device.steps_ms)
         while now_ms <= until_ms:
             token = draft()
             if token.token < 0:
