@@ -122,9 +122,10 @@ def _any_family(folder: Path, name: str, dtype: torch.dtype) -> Any:
     """A model of any family, with all of its weights. Raises :class:`ModelError` if some are missing."""
     from transformers import AutoModelForCausalLM
 
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
+    model, report = loaded
     wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if wrong:
         raise ModelError(

@@ -22,36 +22,52 @@ _PROBE, _KEPT = 12, 5
 """Tokens of the check; how many of them it keeps."""
 
 
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+class GrowingLayer(DynamicLayer):
     """Keys and values (1, heads, n, d) at the beginning of buffers that double when full."""
 
     _buffers: tuple[Tensor, Tensor] | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         held = self.get_seq_length()
         stop = held + key_states.shape[-2]
-        if self._buffers is None or stop > self._buffers[0].shape[-2]:
-            self._grow(key_states, value_states, held, stop)
-        assert self._buffers is not None
-        keys, values = self._buffers
+        keys, values = self._room(key_states, value_states, held, stop)
         keys[:, :, held:stop], values[:, :, held:stop] = key_states, value_states
-        self.keys, self.values = keys[:, :, :stop], values[:, :, :stop]
-        return self.keys, self.values
+        self._hold(stop)
+        return keys[:, :, :stop], values[:, :, :stop]
 
     def cut(self, length: int) -> None:
         """Keep the first ``length`` tokens."""
-        if self.is_initialized and self.get_seq_length() > length:
-            self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+        if self.get_seq_length() > length:
+            self._hold(length)
 
-    def _grow(self, keys: Tensor, values: Tensor, held: int, stop: int) -> None:
+    def kept(self, length: int) -> Tensor:
+        """A copy of keys and values (2, heads, length, d)."""
+        assert self._buffers is not None
+        return torch.stack([part[0, :, :length] for part in self._buffers])
+
+    def _hold(self, length: int) -> None:
+        assert self._buffers is not None
+        self.keys, self.values = (part[:, :, :length] for part in self._buffers)
+
+    def _room(self, keys: Tensor, values: Tensor, held: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Buffers for ``stop`` tokens, the first ``held`` of them kept."""
+        old = self._buffers
+        if old is not None and stop <= old[0].shape[-2]:
+            return old
         capacity = max(_FIRST, 2 * held, stop)
-        fresh = tuple(part.new_empty((*part.shape[:2], capacity, part.shape[-1])) for part in (keys, values))
-        if held:
-            for new, old in zip(fresh, (self.keys, self.values), strict=True):
-                new[:, :, :held] = old
-        self._buffers = fresh[0], fresh[1]
+        fresh = (
+            keys.new_empty((*keys.shape[:2], capacity, keys.shape[-1])),
+            values.new_empty((*values.shape[:2], capacity, values.shape[-1])),
+        )
+        if old is not None:
+            for new, before in zip(fresh, old, strict=True):
+                new[:, :, :held] = before[:, :, :held]
+        self._buffers = fresh
+        return fresh
 
 
 class CroppableForward:
@@ -66,7 +82,7 @@ class CroppableForward:
 
     def cut(self, length: int) -> None:
         """Keep the KV of the first ``length`` tokens."""
-        for layer in self._cache.layers:
+        for layer in self._layers():
             layer.cut(length)
 
     def __call__(self, tokens: Sequence[int]) -> Tensor:
@@ -78,8 +94,12 @@ class CroppableForward:
 
     def kv(self, length: int) -> list[Tensor]:
         """Copies of keys and values (2, heads, length, d) by layer, for integrity checks."""
-        layers = [layer for layer in self._cache.layers if layer.is_initialized]
-        return [torch.stack((one.keys[0, :, :length], one.values[0, :, :length])) for one in layers]
+        return [layer.kept(length) for layer in self._layers()]
+
+    def _layers(self) -> list[GrowingLayer]:
+        """Those that hold KV; some models share that of one layer with others."""
+        layers: list[Any] = self._cache.layers
+        return [layer for layer in layers if layer.is_initialized]
 
 
 @torch.inference_mode()
