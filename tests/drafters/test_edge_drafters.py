@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wispprof.backends import Drafter
-from wispprof.drafters.lookup_first import LookupFirst
+from wispprof.drafters.lookup_first import LookupFirst, _Tried
 from wispprof.drafters.ngram import LookupDrafter, LookupMemory
 from wispprof.drafters.replay import ReplayDrafter
 from wispprof.drafters.suffix_index import SuffixIndex
@@ -305,6 +305,24 @@ def test_lookup_first_compares_where_both_have_a_proposal() -> None:
     both = accepted(LookupFirst(LookupDrafter(LookupMemory(0)), Oracle(path, wrong)), path)
     assert lookup < model
     assert both > 0.95 * model
+
+
+def test_luck_does_not_decide_between_lookup_and_model() -> None:
+    def asked(lookup: float, model: float, rounds: int) -> bool:
+        """Whether lookup drafts after so many rounds in which these shares of both proposals were right."""
+        drafter = LookupFirst(LookupDrafter(LookupMemory(0)), RecordingDrafter())
+        drafter.open([1, 2, 3, 4, 1, 2, 3], Sampling())
+        found = drafter._lookup.proposal()
+        assert found is not None
+        for number in range(rounds):
+            right = [int((number + 1) * share) > int(number * share) for share in (lookup, model)]
+            drafter._judge(_Tried(found.kind, 4 if right[0] else 5, 4 if right[1] else 5), 4)
+        return drafter.draft().token == found.token
+
+    assert not asked(0.6, 0.5, 10)
+    assert not asked(0.5, 0.5, 100)
+    assert asked(0.9, 0.5, 10)
+    assert asked(0.65, 0.5, 60)
 
 
 def test_lookup_first_reads_the_prompt_ahead() -> None:
