@@ -61,7 +61,7 @@ def test_tokens_are_drawn_with_the_position_s_noise(sampling: Sampling) -> None:
 
 @pytest.mark.parametrize(
     ("sampling", "asked"),
-    [(Sampling(), 32), (Sampling(0.8), 512), (Sampling(0.8, top_k=40), 40), (Sampling(0.8, top_k=4000), 512)],
+    [(Sampling(), 32), (Sampling(0.8), 128), (Sampling(0.8, top_k=40), 40), (Sampling(0.8, top_k=4000), 128)],
 )
 def test_a_draw_needs_more_candidates_than_the_likeliest(sampling: Sampling, asked: int) -> None:
     served = Served()

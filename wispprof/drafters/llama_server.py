@@ -19,7 +19,7 @@ from wispprof.sampling.sampler import MIN_TEMPERATURE, sample_tokens_numpy
 from wispprof.types import DraftFeatures, DraftToken, Sampling
 
 SCHEME = "llama-server:"
-_GREEDY, _DRAWN = 32, 512
+_GREEDY, _DRAWN = 32, 128
 """Tokens asked for: greedy, where the rest only counts in the features, and where the draw may take any."""
 _FLOOR = -1e4
 """Logit of the tokens that the server does not return."""
