@@ -66,7 +66,7 @@ def test_steps_that_do_the_work_of_several_are_served_as_they_came() -> None:
         return check_trace(trace([1, 0, 2, 0] * 12), taken, 20.0).lengths[2].tokens_per_s
 
     even, uneven = served([20.0]), served([1.0, 1.0, 1.0, 77.0])
-    assert uneven < 0.97 * even
+    assert uneven < 0.99 * even
 
 
 def test_where_nothing_is_proposed_nothing_is_verified() -> None:
