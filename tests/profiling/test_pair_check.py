@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 import pytest
 
@@ -11,8 +13,11 @@ from wispprof.errors import ProfileError
 from wispprof.profiling import pair_check
 from wispprof.profiling.pair_check import check_trace, run_check
 from wispprof.profiling.pair_rehearsal import PairTimes, measured_steps, rehearse
-from wispprof.profiling.pair_remote import _RecordedTarget
+from wispprof.profiling.pair_remote import _RecordedTarget, rehearse_remote
+from wispprof.server.process import running_server
 from wispprof.settings.profiler_settings import TraceSettings
+from wispprof.settings.server_settings import ServerSettings
+from wispprof.settings.shared_settings import ServerAccess
 from wispprof.testing.fake_engine import FakeDrafter, FakeTarget
 from wispprof.types import Sampling
 
@@ -141,3 +146,34 @@ def test_steps_rise_with_their_tokens() -> None:
     assert steps.step_ms(3) == pytest.approx(15.25)
     assert steps.start().add(40, 0, True).p50_ms == pytest.approx(90.0)
     assert steps.start().add(40, 0, True).add(1, 9).bound_ms == pytest.approx(100.5)
+
+
+async def test_a_servers_steps_are_timed_while_the_device_drafts() -> None:
+    answer = FakeTarget()
+    paths = [
+        TracePath(
+            prompt, tuple(answer.generate(prompt, 8)), np.zeros((8, 2)), np.zeros((8, 2, 4)), np.zeros(8)
+        )
+        for prompt in ((1, 2, 3), (4, 5, 6, 7))
+    ]
+    paused: list[float] = []
+    async with running_server(ServerSettings(policy="fcfs", device="cpu", admit="all")) as server:
+        taken = await asyncio.to_thread(
+            rehearse_remote,
+            server.split_url,
+            ServerAccess(),
+            FakeDrafter(answer),
+            paths,
+            2,
+            Sampling(),
+            5.0,
+            sleep=paused.append,
+        )
+    assert 0 in taken.verify
+    assert all(ms > 0 for samples in taken.verify.values() for ms in samples)
+    assert [tokens for tokens, _ in taken.prefill] == [3, 4]  # each prompt once, before its KV is kept
+    assert len(taken.undrafted) == 2 * 7
+    assert taken.first
+    assert min(paused) > 0.005  # the round trip at least
+    estimator = taken.estimator()
+    assert estimator.step_ms(2) >= estimator.step_ms(1) > 0

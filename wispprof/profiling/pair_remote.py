@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import cycle
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, cycle
 
 from wispprof import protocol
 from wispprof.artifacts import TracePath
@@ -58,24 +60,39 @@ def rehearse_remote(
     clock: Clock = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> PairTimes:
-    """The server's steps with the answers' own tokens as drafts; then rounds of the draft, with such pauses.
+    """The server's steps with the answers' own tokens as drafts, and rounds of the draft, at the same time: a
+    server and a device that share a machine slow each other. Sessions without drafts come first, alone.
 
     Raises the errors of the connection, and :class:`ProtocolError` if the server refuses a session.
     """
-    times = PairTimes()
+    lone, warm, busy, drafting = PairTimes(), PairTimes(), PairTimes(), threading.Event()
+    numbers, lengths = count(), cycle([*range(0, depth + 1, 2), *range(1, depth + 1, 2)])
 
-    async def steps() -> None:
+    async def alone() -> None:
         async with ServerClient.open(server, access, "check-pair", timeout_s) as client:
-            lengths = cycle([*range(0, depth + 1, 2), *range(1, depth + 1, 2)])
-            for number, path in enumerate(paths):
-                await _verify_answer(client, 2 * number, path, lengths, sampling, times)
-                times.undrafted += await _undrafted_answer(client, 2 * number + 1, path, sampling, clock)
+            for path in paths:
+                await _undrafted_answer(client, next(numbers), path, sampling, lone, clock)
+            await _verify_answer(client, next(numbers), paths[0], lengths, sampling, warm)
 
-    asyncio.run(steps())
-    estimator = times.estimator()
-    target = _RecordedTarget(paths, lambda drafts: rtt_ms + estimator.step_ms(1 + drafts), sleep)
-    drafted = rehearse(drafter, target, paths, depth, sampling, clock)
-    drafted.verify, drafted.prefill, drafted.undrafted = times.verify, times.prefill, times.undrafted
+    async def together() -> None:
+        async with ServerClient.open(server, access, "check-pair", timeout_s) as client:
+            for number, path in enumerate(cycle(paths)):
+                if number >= len(paths) and not drafting.is_set():
+                    return
+                await _verify_answer(client, next(numbers), path, lengths, sampling, busy)
+
+    asyncio.run(alone())
+    first = warm.estimator()
+    target = _RecordedTarget(paths, lambda drafts: rtt_ms + first.step_ms(1 + drafts), sleep)
+    drafting.set()
+    with ThreadPoolExecutor(1) as pool:
+        steps = pool.submit(asyncio.run, together())
+        try:
+            drafted = rehearse(drafter, target, paths, depth, sampling, clock)
+        finally:
+            drafting.clear()
+        steps.result()
+    drafted.verify, drafted.prefill, drafted.undrafted = busy.verify, lone.prefill, lone.undrafted
     return drafted
 
 
@@ -102,24 +119,26 @@ async def _verify_answer(
         if frame.accepted < frame.drafted:  # near ties: the answer went another way, so no drafts are known
             await client.send(protocol.Close(number))
             return
-        count = welcome.max_drafts if welcome.stream else next(lengths)
-        drafts = list(path.path[place : len(path.path) - 1][:count])
+        most = welcome.max_drafts if welcome.stream else next(lengths)
+        drafts = list(path.path[place : len(path.path) - 1][:most])
         sure = bytes([255]) * len(drafts)
         await client.send(protocol.Draft(number, 0, frame.committed_len, drafts, sure, 0.0, _SLACK_MS))
 
 
 async def _undrafted_answer(
-    client: ServerClient, number: int, path: TracePath, sampling: Sampling, clock: Clock
-) -> list[float]:
-    """Time (ms) of a token after the first, between arrivals of commits: a server that steps without a
+    client: ServerClient, number: int, path: TracePath, sampling: Sampling, times: PairTimes, clock: Clock
+) -> None:
+    """Its prefill, and the time of a later token between arrivals of commits: a server that steps without a
     pause also has to send them meanwhile."""
     await client.send(_opening(number, path, sampling, undrafted=True))
     frame = await _commit(client, number)
+    times.prefill.append((len(path.prompt), frame.queue_ms + frame.verify_ms))
     began, later = clock(), 0
     while not frame.finished:
         frame = await _commit(client, number)
         later += len(frame.tokens)
-    return [(clock() - began) * 1000.0 / later] * later if later else []
+    if later:
+        times.undrafted += [(clock() - began) * 1000.0 / later] * later
 
 
 def _opening(number: int, path: TracePath, sampling: Sampling, undrafted: bool) -> protocol.Open:
