@@ -87,7 +87,7 @@ class AnyFamilyDrafter(TorchModelDrafter):
     """Any causal model of transformers whose cache can be cut, by the model's own forward."""
 
     def __init__(self, loaded: LoadedModel, max_context: int | None = None) -> None:
-        from wispprof.engines.torch.croppable_cache import CroppableForward
+        from wispprof.engines.croppable_cache import CroppableForward
 
         super().__init__(loaded, max_context)
         self._run = CroppableForward(loaded.model)

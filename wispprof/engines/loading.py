@@ -112,7 +112,7 @@ def load_model(
     weights = weights_digest(files, full_digest)
     loaded = _loaded(model, tokenizer, name, dtype, weights, max_context, parameters)
     if not servable:
-        from wispprof.engines.torch.croppable_cache import check_croppable
+        from wispprof.engines.croppable_cache import check_croppable
 
         check_croppable(loaded.model, str(path_or_id))
     return replace(loaded, ranks=ranks, folder=folder, servable=servable)
