@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from wispprof.drafters import make_drafter
 from wispprof.drafters.torch_drafter import AnyFamilyDrafter, TorchDrafter, features_and_token
-from wispprof.engines.loading import LoadedModel, load_model
 from wispprof.engines.croppable_cache import check_croppable
+from wispprof.engines.loading import LoadedModel, load_model
 from wispprof.errors import EngineError, ModelError, ModelUnsupported
 from wispprof.sampling.sampler import sample_tokens
 from wispprof.types import Sampling
