@@ -22,7 +22,7 @@ _PROBE, _KEPT = 12, 5
 """Tokens of the check; how many of them it keeps."""
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values (1, heads, n, d) at the beginning of buffers that double when full."""
 
     _buffers: tuple[Tensor, Tensor] | None = None

@@ -88,8 +88,9 @@ def check_draft_config(config: Any, name: str) -> int:
             "Use a copy in float32, bfloat16 or float16, or a GGUF of it.",
         )
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    usable = isinstance(longest, int) and not isinstance(longest, bool) and longest > 0
-    return min(int(longest), _MAX_CONTEXT) if usable else _UNKNOWN_CONTEXT
+    if not isinstance(longest, int) or isinstance(longest, bool) or longest <= 0:
+        return _UNKNOWN_CONTEXT
+    return min(longest, _MAX_CONTEXT)
 
 
 def _family_hint() -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from wispprof.artifacts.rows import AcceptanceTrace
+from wispprof.artifacts.rows import AcceptanceTrace, TracePath
 from wispprof.planning.session_speed import (
     LoadedStepTimes,
     Runs,
@@ -71,7 +71,8 @@ def sampled_answers(trace: AcceptanceTrace) -> SampledAnswers | None:
     """Some of the answers, from the whole of the trace; ``None`` if none is long enough."""
     paths = [path for path in trace.paths if path.scored_rows() > 0 and len(path.path) > 1]
     count = min(len(paths), _ANSWERS)
-    chosen, tokens = [], 0
+    chosen: list[TracePath] = []
+    tokens = 0
     for number in range(count):
         path = paths[number * len(paths) // count]
         if chosen and tokens + len(path.path) > _TOKENS:

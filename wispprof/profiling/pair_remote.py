@@ -65,13 +65,13 @@ def rehearse_remote(
 
     Raises the errors of the connection, and :class:`ProtocolError` if the server refuses a session.
     """
-    lone, warm, busy, drafting = PairTimes(), PairTimes(), PairTimes(), threading.Event()
+    undrafted, warm, busy, drafting = PairTimes(), PairTimes(), PairTimes(), threading.Event()
     numbers, lengths = count(), cycle([*range(0, depth + 1, 2), *range(1, depth + 1, 2)])
 
     async def alone() -> None:
         async with ServerClient.open(server, access, "check-pair", timeout_s) as client:
             for path in paths:
-                await _undrafted_answer(client, next(numbers), path, sampling, lone, clock)
+                await _undrafted_answer(client, next(numbers), path, sampling, undrafted, clock)
             await _verify_answer(client, next(numbers), paths[0], lengths, sampling, warm)
 
     async def together() -> None:
@@ -92,7 +92,7 @@ def rehearse_remote(
         finally:
             drafting.clear()
         steps.result()
-    drafted.verify, drafted.prefill, drafted.undrafted = busy.verify, lone.prefill, lone.undrafted
+    drafted.verify, drafted.prefill, drafted.undrafted = busy.verify, undrafted.prefill, undrafted.undrafted
     return drafted
 
 

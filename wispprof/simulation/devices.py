@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from types import MappingProxyType
+from typing import Any
 
 from wispprof.artifacts import bundled_path
 from wispprof.artifacts.profile import rested_share, resume_ms
@@ -53,7 +54,7 @@ class DeviceProfile:
         return self.resume_ms * rested_share(rested_ms)
 
     @classmethod
-    def from_speed(cls, name: str, tokens_per_s: float, **more: float) -> DeviceProfile:
+    def from_speed(cls, name: str, tokens_per_s: float, **more: Any) -> DeviceProfile:
         """From a drafting speed alone."""
         return cls(name, draft_ms=1000.0 / tokens_per_s, **more)
 
