@@ -54,6 +54,18 @@ def test_sessions_cache_what_they_were_fed(engine: Engine) -> None:
     assert engine.kv_free == engine.kv_tokens
 
 
+def test_a_tree_is_verified_or_refused(engine: Engine) -> None:
+    engine.open("a", Sampling())
+    engine.step([StepInput("a", PROMPT)])
+    branched = StepInput("a", [1, 2, 3], drafts=2, parents=(-1, -1))
+    if engine.capabilities.trees:
+        assert len(engine.step([branched])[0].tokens) <= 2
+        return
+    with pytest.raises(InputRefused, match="not trees"):
+        engine.step([branched])
+    engine.audit({"a": len(PROMPT)})
+
+
 def test_a_refused_call_changes_nothing(engine: Engine) -> None:
     engine.open("a", Sampling())
     engine.step([StepInput("a", PROMPT)])

@@ -224,10 +224,9 @@ def test_a_fleet_that_misses_the_target_gets_more_servers(
         return plain(one, *others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(fleet_planner, "_verified", too_few)
-    answer = fleet_planner.plan_fleet(
-        replace(spec, servers=spec.servers[1:], systems=("server-only",)), QUICK
-    )
-    (option,) = answer.options
+    many = tuple(replace(of, count=400) for of in spec.devices)
+    needy = replace(spec, servers=spec.servers[1:], systems=("server-only",), devices=many)
+    (option,) = fleet_planner.plan_fleet(needy, QUICK).options
     assert searched
     assert option.servers > 1
     assert option.fleet_attainment is not None

@@ -215,6 +215,8 @@ class FakeEngine(Engine):
                 raise InputRefused(name, f"Session {name!r} may appear in a step only once.")
             if not 0 <= given.drafts < new or (given.drafts and not given.needs_logits):
                 raise InputRefused(name, f"Session {name!r}: {new} tokens with {given.drafts} drafts.")
+            if given.parents:
+                raise InputRefused(name, f"{name}: this engine verifies chains of drafts, not trees.")
             if len(self._caches[name].tokens) + new > self._max_context:
                 raise InputRefused(name, f"{name} would exceed {self._max_context} tokens.")
             if not all(0 <= token < self.target.vocab for token in given.tokens):

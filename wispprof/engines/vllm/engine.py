@@ -218,6 +218,8 @@ class VllmEngine(Engine):
             err = f"{fed} tokens cannot end with {one.drafts} drafts"
         elif one.drafts and not one.needs_logits:
             err = "drafts need logits"
+        elif one.parents:
+            err = "vLLM verifies chains of drafts, not trees"
         elif one.drafts > self.max_drafts:
             err = f"{one.drafts} drafts exceed the maximum of {self.max_drafts}"
         elif held.cached + fed > self.max_context:

@@ -76,6 +76,8 @@ class VllmHttpEngine(Engine):
                 raise InputRefused(one.session, f"There is no session {one.session!r}.", "Open it first.")
             if len(one.tokens) <= one.drafts or len(held) + len(one.tokens) > self._max_context:
                 raise InputRefused(one.session, f"Session {one.session!r}: these tokens do not fit.")
+            if one.parents:
+                raise InputRefused(one.session, "vLLM verifies chains of drafts, not trees.")
         if len({one.session for one in inputs}) < len(inputs):
             raise InputRefused(inputs[-1].session, "A session appears twice in one step.")
         decided = list(self._executor.map(self._decide, inputs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from wispprof.engines import EngineOptions
 from wispprof.engines.loading import config_hash
 from wispprof.engines.model_folder import find_model, weight_files
 from wispprof.engines.model_shapes import PRESETS
-from wispprof.engines.model_weights import weights_digest
+from wispprof.engines.model_weights import read_headers, weights_digest
 from wispprof.engines.served_model import describe_model
 from wispprof.engines.tokenizers import read_tokenizer, tokenizer_hash
 from wispprof.errors import ModelMissing, suggestion
@@ -25,7 +26,10 @@ def read_target(core: Any, options: EngineOptions) -> tuple[ModelInfo, ServedMod
     folder = find_model(options.target)
     tokenizer = read_tokenizer(folder)
     dummy = core.vllm_config.load_config.load_format == "dummy"
-    weights = "random:dummy" if dummy else weights_digest(weight_files(folder), options.full_digest)
+    files = [] if dummy else weight_files(folder)
+    weights = "random:dummy" if dummy else weights_digest(files, options.full_digest)
+    # By the files, if there are any: vLLM's CPU build keeps packed weights outside the module's parameters.
+    stored = sum(math.prod(tensor.shape) for tensor in read_headers(files).values())
     parallel = core.vllm_config.parallel_config
     heads = model_config.get_total_num_kv_heads()
     specs = [group.kv_cache_spec for group in core.scheduler.kv_cache_config.kv_cache_groups]
@@ -34,7 +38,7 @@ def read_target(core: Any, options: EngineOptions) -> tuple[ModelInfo, ServedMod
     info = ModelInfo(
         id=Path(options.target).name or options.target,
         family=config.model_type,
-        parameters=int(sum(core.collective_rpc("wispprof_parameters"))),
+        parameters=stored or int(sum(core.collective_rpc("wispprof_parameters"))),
         dtype=str(model_config.dtype).removeprefix("torch."),
         config_hash=config_hash(config),
         weights_hash=weights,
