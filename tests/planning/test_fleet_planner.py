@@ -224,7 +224,7 @@ def test_a_fleet_that_misses_the_target_gets_more_servers(
         return plain(one, *others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(fleet_planner, "_verified", too_few)
-    many = tuple(replace(of, count=800) for of in spec.devices)
+    many = tuple(replace(of, count=500) for of in spec.devices)
     needy = replace(spec, servers=spec.servers[1:], systems=("server-only",), devices=many)
     (option,) = fleet_planner.plan_fleet(needy, QUICK).options
     assert searched
