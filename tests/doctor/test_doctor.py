@@ -165,7 +165,7 @@ def test_a_missing_model(tmp_path: Path) -> None:
 def test_models_that_are_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    def loaded(path: str) -> object:
+    def loaded(path: str, draft: bool = False) -> object:
         pairs = {"big": (9, "a"), "small": (1, "a"), "other": (1, "b"), "bare": (1, ""), "base": (1, "a")}
         size, tokenizer = pairs[path]
         info = SimpleNamespace(id=path, family="llama", parameters=size, tokenizer_hash=tokenizer)

@@ -44,6 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy(source, place / "mine" / f"{name}{ending}")
     rows = "".join(f"2024-05-10 10:00:{n:02d}+00:00,300,40\n" for n in range(20))
     (place / "seen.csv").write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{rows}")
+    logged = '{"arrival_s": %d, "prompt": 300, "output": 40, "drafted": [20, 12], "accepted": [15, 8]}\n'
+    (place / "requests.jsonl").write_text("".join(logged % n for n in range(20)))
     model = load_profile(place / "mine" / "server").manifest.model
     trace = replace(synthetic_trace(), target=model.id, tokenizer_hash=model.tokenizer_hash)
     for name in ("trace", "1b-trace", "3b-trace"):

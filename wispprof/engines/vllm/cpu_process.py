@@ -27,9 +27,10 @@ def on_cpu_build() -> bool:
 
     for name in DISTRIBUTIONS:
         try:
-            return name.endswith("-cpu") or "+cpu" in version(name)
+            installed = version(name)
         except PackageNotFoundError:
             continue
+        return name.endswith("-cpu") or "+cpu" in installed
     return False
 
 
