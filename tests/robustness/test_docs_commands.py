@@ -5,6 +5,7 @@ The measured files of the pages (``mine/…``) are the shipped profiles and a ma
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -44,8 +45,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy(source, place / "mine" / f"{name}{ending}")
     rows = "".join(f"2024-05-10 10:00:{n:02d}+00:00,300,40\n" for n in range(20))
     (place / "seen.csv").write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{rows}")
-    logged = '{"arrival_s": %d, "prompt": 300, "output": 40, "drafted": [20, 12], "accepted": [15, 8]}\n'
-    (place / "requests.jsonl").write_text("".join(logged % n for n in range(20)))
+    seen = {"prompt": 300, "output": 40, "prefix": [7], "drafted": [20, 12], "accepted": [15, 8]}
+    logged = [json.dumps({"arrival_s": n} | seen) + "\n" for n in range(20)]
+    (place / "requests.jsonl").write_text("".join(logged))
     model = load_profile(place / "mine" / "server").manifest.model
     trace = replace(synthetic_trace(), target=model.id, tokenizer_hash=model.tokenizer_hash)
     for name in ("trace", "1b-trace", "3b-trace"):
