@@ -33,7 +33,7 @@ def body(text: str, most: int = 60, **more: object) -> dict[str, object]:
 async def playground(kind: str = "model", step_ms: float = 2.0) -> AsyncIterator[httpx.AsyncClient]:
     """The local API of an edge, over a socket: events arrive as they are sent."""
     engine = FakeEngine(step_ms=lambda shape: step_ms)
-    settings = ServerSettings(policy="fcfs", admit="all")
+    settings = ServerSettings(admit="all")
     async with (
         running_server(settings, engine=engine, model=engine.served) as running,
         fake_runtime(kind, server=running.split_url) as runtime,

@@ -100,6 +100,4 @@ async def test_drafted_answers_are_the_targets_own(
     for question, (_, stats) in zip(QUESTIONS[chosen], found, strict=True):
         print(f"{question[:24]!r}: {stats.line()}")
         assert stats.sent > 0, (question, stats.draft_note)
-        # Of an answer of a few words one or two drafts are verified in time: they may all be wrong.
-        assert stats.accepted > 0 or stats.verified_drafts < 4, (question, stats.draft_note)
-    assert sum(stats.accepted for _, stats in found) > len(found)
+        assert stats.accepted > 0, (question, stats.draft_note)

@@ -148,8 +148,8 @@ async def fifteen_and_one(
         while len(running.server.manager):
             await asyncio.sleep(0.001)
         await running.server.check_integrity()
-    # Sessions that were in the first steps may wait for their drafts in a later one.
-    assert steps.most >= OTHERS - 4
+    # The session that was stepped alone first may wait for its drafts in the next step.
+    assert steps.most >= OTHERS - 1
 
 
 @pytest.mark.parametrize("kind", POISON)
