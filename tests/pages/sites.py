@@ -90,7 +90,7 @@ def threaded(
 
 @contextmanager
 def site(
-    step_ms: float = 25.0, keys: tuple[str, ...] = (), give_up_ms: float = 30_000.0, drafter: str = "model"
+    step_ms: float = 4.0, keys: tuple[str, ...] = (), give_up_ms: float = 30_000.0, drafter: str = "model"
 ) -> Iterator[Site]:
     """A server of :class:`ScriptedEngine` and, behind a link, an edge whose local API is at ``url``."""
     with threaded(lambda: _running(step_ms, keys, give_up_ms, drafter)) as (made, loop):

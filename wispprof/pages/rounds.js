@@ -38,7 +38,8 @@ export class Rounds {
   /** Take a round in; returns its number. */
   add(round) {
     this.count += 1;
-    for (const token of round.tokens) this.kinds[token.origin] += 1;
+    // The legend counts what can be seen: the token that ends a text shows nothing.
+    for (const token of round.tokens) if (token.text) this.kinds[token.origin] += 1;
     const same = this.before === round.drafting;
     if (!this.skip && same) {
       const speed = this.speed[round.drafting];

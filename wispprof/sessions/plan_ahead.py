@@ -12,10 +12,9 @@ from wispprof.policies.interface import ScheduledItem, SessionView
 from wispprof.sessions.session_state import SessionState
 from wispprof.types import StepInput, VerifyResult
 
-
 LEAST_ITEMS = 5
-"""A step of fewer items is not followed by a planned one: planning so few takes a fraction of a millisecond, and
-to know what was accepted, and which drafts are about to arrive, is worth more."""
+"""A step of fewer items is not followed by a planned one: planning so few takes a fraction of a millisecond,
+and to know what was accepted, and which drafts are about to arrive, is worth more."""
 
 
 def expected_view(state: SessionState, now_ms: float, end_ms: float) -> SessionView | None:
