@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
 from wispprof.errors import EngineError, OutOfKvMemory
-from wispprof.types import DraftToken, Sampling, StepInput, VerifyResult
+from wispprof.token_tree import TokenTree
+from wispprof.types import DraftFeatures, DraftToken, Sampling, StepInput, VerifyResult
 
 T = TypeVar("T")
 
@@ -50,6 +51,39 @@ class Drafter(ABC):
 
     def prefill(self) -> None:  # noqa: B027
         """Read the tokens held now rather than with the next :meth:`draft`. Does nothing by default."""
+
+
+class DraftCandidate(NamedTuple):
+    """A token that a draft model would propose at a position, one of several in falling order of *logits / T
+    + the position's noise*. ``prob``: its probability under the request's sampling; greedy, at temperature 1.
+    """
+
+    token: int
+    prob: float
+
+
+class Continuations(NamedTuple):
+    """A draft model's first candidates after a node of a tree, best first, and the features of its logits."""
+
+    candidates: list[DraftCandidate]
+    features: DraftFeatures
+
+
+class TreeDrafter(Drafter):
+    """A drafter that proposes tokens after several nodes of a tree in one forward.
+
+    A tree hangs at the tokens held. Its nodes get KV as they are expanded, beside the sequence.
+    :meth:`extend` with a path of expanded nodes keeps their KV; :meth:`rollback` and :meth:`open` forget the
+    tree.
+    """
+
+    @abstractmethod
+    def expand(self, tree: TokenTree, nodes: Sequence[int], width: int) -> list[Continuations]:
+        """The first ``width`` candidates after each of ``nodes``, in one forward.
+
+        :data:`~wispprof.token_tree.ROOT` is the sequence held itself. The parent of a node was expanded
+        before, or is the root. The tree only grows between calls, until the sequence changes.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,6 +125,16 @@ class RoundContext(NamedTuple):
     committed_len: int = 0
 
 
+class TreeShape(NamedTuple):
+    """Bounds of a round's draft tree: ``nodes`` in all, ``depth``, children of a node (``width``), and nodes
+    expanded in one forward of the draft model (``beams``). The default is a chain of one."""
+
+    nodes: int = 1
+    depth: int = 1
+    width: int = 1
+    beams: int = 1
+
+
 class Controller(Protocol):
     """Speculation controller: one object per session, which may keep state between rounds."""
 
