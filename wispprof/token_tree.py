@@ -11,6 +11,9 @@ from collections.abc import Iterator, Sequence
 
 ROOT = -1
 MAX_NODES = 64
+"""Most nodes that a step verifies of one session."""
+HELD_NODES = 256
+"""Most nodes that an edge holds: those of a round, and those that they displaced."""
 
 
 class TokenTree:
@@ -22,8 +25,8 @@ class TokenTree:
     __slots__ = ("_child", "acceptance_probs", "cum_acceptance", "depths", "limit", "parents", "tokens")
 
     def __init__(self, limit: int = MAX_NODES) -> None:
-        if not 0 <= limit <= MAX_NODES:
-            raise ValueError(f"A tree holds at most {MAX_NODES} nodes, got a limit of {limit}.")
+        if not 0 <= limit <= HELD_NODES:
+            raise ValueError(f"A tree holds at most {HELD_NODES} nodes, got a limit of {limit}.")
         self.limit = limit
         self.tokens: list[int] = []
         self.parents: list[int] = []

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wispprof.policies.interface import TreeShape
-from wispprof.sessions.tree_growth import add_candidates, next_nodes
-from wispprof.token_tree import ROOT, TokenTree
+from wispprof.sessions.tree_growth import add_candidates, next_nodes, round_nodes
+from wispprof.token_tree import HELD_NODES, ROOT, TokenTree
 
 Drawn = list[tuple[int, int, float]]
 DRAWN = st.lists(st.tuples(st.integers(0, 80), st.integers(0, 4), st.floats(0, 1)), max_size=40)
@@ -70,7 +70,7 @@ def test_a_known_child_is_found_and_a_full_tree_takes_none() -> None:
     st.lists(st.floats(0.01, 1), min_size=4, max_size=4),
 )
 def test_growth_stays_within_the_shape_and_ends(shape: TreeShape, weights: list[float]) -> None:
-    tree, expanded = TokenTree(), set[int]()
+    tree, expanded = TokenTree(HELD_NODES), set[int]()
     probs = sorted((weight / sum(weights) for weight in weights), reverse=True)
     forwards = 0
     while nodes := next_nodes(tree, expanded, shape):
@@ -79,10 +79,34 @@ def test_growth_stays_within_the_shape_and_ends(shape: TreeShape, weights: list[
         expanded.update(nodes)
         add_candidates(tree, [(node, [1, 2, 3, 4], probs) for node in nodes], shape)
         forwards += 1
-    assert forwards <= shape.nodes + 1
-    assert len(tree) <= shape.nodes
+    assert forwards <= shape.nodes * shape.depth + 1
+    assert len(round_nodes(tree, shape)) <= shape.nodes
     assert max(tree.depths) <= shape.depth
     assert all(len(list(tree.children(node))) <= shape.width for node in range(-1, len(tree)))
+    if shape.beams == 4 and len(tree) < HELD_NODES:
+        assert sent_acceptance(tree, shape) == pytest.approx(best_acceptance(shape, probs))
+
+
+def sent_acceptance(tree: TokenTree, shape: TreeShape) -> float:
+    return sum(tree.cum_acceptance[node] for node in round_nodes(tree, shape))
+
+
+def best_acceptance(shape: TreeShape, probs: list[float]) -> float:
+    """Expected accepted tokens of the best tree of this shape: all nodes there could be, the likeliest."""
+    level, found = [1.0], list[float]()
+    for _ in range(shape.depth):
+        level = sorted((a * p for a in level for p in probs[: shape.width]), reverse=True)[: shape.nodes]
+        found += level
+    return sum(sorted(found, reverse=True)[: shape.nodes])
+
+
+def test_a_likely_node_displaces_an_unlikely_one() -> None:
+    """Greedy filling would keep the unlikely siblings of the first forward."""
+    tree, expanded, shape = TokenTree(HELD_NODES), set[int](), TreeShape(nodes=4, depth=9, width=4, beams=2)
+    while nodes := next_nodes(tree, expanded, shape):
+        expanded.update(nodes)
+        add_candidates(tree, [(node, [1, 2, 3, 4], [0.9, 0.05, 0.02, 0.01]) for node in nodes], shape)
+    assert [tree.spelled(node) for node in round_nodes(tree, shape)] == [[1] * n for n in (1, 2, 3, 4)]
 
 
 def test_a_chain_grows_node_by_node() -> None:

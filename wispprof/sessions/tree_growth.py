@@ -1,29 +1,33 @@
 """How a draft tree grows: always below the nodes that are likeliest to be accepted. Pure.
 
-One forward of the draft model expands several nodes at once. Their candidates become nodes in falling order
-of cumulative acceptance probability, as long as the shape allows (SpecEdge section 4.1, Sequoia).
+One forward of the draft model expands several nodes at once. Candidates that are not among the likeliest
+``nodes`` of the shape are left out, so a likely node deep down displaces an unlikely one above it (SpecEdge
+section 4.1, SpecExec, Sequoia). The tree then holds more nodes than a round sends: :func:`round_nodes` says
+which those are.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from wispprof.policies.interface import TreeShape
 from wispprof.token_tree import ROOT, TokenTree
 
 
-def next_nodes(tree: TokenTree, expanded: frozenset[int] | set[int], shape: TreeShape) -> list[int]:
-    """Nodes to expand in the next forward, likeliest first; none if the tree is complete.
+def next_nodes(tree: TokenTree, expanded: Container[int], shape: TreeShape) -> list[int]:
+    """Nodes to expand in the next forward, likeliest first; none if the tree is complete: what follows a node
+    outside the likeliest ``shape.nodes`` is outside, too.
 
     ``expanded``: nodes (and :data:`ROOT`) whose candidates are known.
     """
     if ROOT not in expanded:
         return [ROOT]
-    if len(tree) >= min(shape.nodes, tree.limit):
+    if tree.full:
         return []
     depths, cum_acceptance = tree.depths, tree.cum_acceptance
-    leaves = [node for node in range(len(tree)) if node not in expanded and depths[node] < shape.depth]
+    inside = round_nodes(tree, shape) if len(tree) > shape.nodes else range(len(tree))
+    leaves = [node for node in inside if node not in expanded and depths[node] < shape.depth]
     return heapq.nsmallest(shape.beams, leaves, key=lambda node: (-cum_acceptance[node], node))
 
 
@@ -35,19 +39,27 @@ def add_candidates(
 ) -> list[int]:
     """Take the best candidates after some nodes into the tree; returns the new nodes.
 
-    ``found``: (node, candidate tokens, P(each is the target's | the node was accepted)). A candidate whose
-    cumulative acceptance probability is below ``least`` is left out.
+    ``found``: (node, candidate tokens, P(each is the target's | the node was accepted)). A candidate is left
+    out if its cumulative acceptance probability is below ``least``, or not above that of ``shape.nodes``
+    nodes which the tree has already.
     """
+    nodes, cum_acceptance = shape.nodes, tree.cum_acceptance
+    if len(tree) >= nodes:
+        least = max(least, heapq.nlargest(nodes, cum_acceptance)[-1])
     offers: list[tuple[float, int, int, int, float]] = []
     for node, tokens, probs in found:
-        above = 1.0 if node == ROOT else tree.cum_acceptance[node]
+        above = 1.0 if node == ROOT else cum_acceptance[node]
         for rank, (token, prob) in enumerate(zip(tokens[: shape.width], probs, strict=False)):
             if above * prob >= least and prob > 0.0:
                 offers.append((-above * prob, node, rank, token, prob))
-    left = min(shape.nodes, tree.limit) - len(tree)
     added: list[int] = []
-    for _, node, _, token, prob in sorted(offers)[: max(0, left)]:
+    for _, node, _, token, prob in sorted(offers)[:nodes]:
         known = len(tree)
         if tree.add(node, token, prob) == known:
             added.append(known)
     return added
+
+
+def round_nodes(tree: TokenTree, shape: TreeShape) -> list[int]:
+    """The nodes that a round of this shape sends, likeliest first, a parent before its children."""
+    return tree.best_first()[: shape.nodes]
