@@ -111,7 +111,7 @@ def run(step_ms: float, edges: int, viewers: int, seconds: float) -> dict[str, A
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait()
-        steps = [at for at, _ in json.loads(seen.read_text())["starts"] if begin <= at <= end]
+        steps = [at for at, *_ in json.loads(seen.read_text())["steps"] if begin <= at <= end]
     cycles = [(b - a) * 1000.0 / step_ms for a, b in pairwise(steps)]
     answers = [ms for one in looking for ms in one.answers_ms]
     return {

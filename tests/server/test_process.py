@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
-import gc
 import inspect
 import json
 import logging
 import socket
-from collections.abc import Callable
 from typing import get_args, get_type_hints
 
 import httpx
@@ -26,7 +23,6 @@ from wispprof.errors import EngineError, WispprofError
 from wispprof.server import VerificationServer, running_server
 from wispprof.server.dashboard import dashboard_table
 from wispprof.server.logs import JsonLines, configure_logging
-from wispprof.server.process import freeze_garbage_collector
 from wispprof.server.web_server import bind
 from wispprof.settings.fields import declared
 from wispprof.settings.server_settings import ServerSettings
@@ -213,15 +209,3 @@ def test_a_server_that_was_not_started_is_not_ready() -> None:
     engine = FakeEngine(64)
     server = VerificationServer(engine, engine.served, NOTHING)
     assert not server.ready
-
-
-def test_what_is_frozen_is_collected_at_exit(monkeypatch: pytest.MonkeyPatch) -> None:
-    at_exit: list[Callable[[], object]] = []
-    monkeypatch.setattr(atexit, "register", at_exit.append)
-    freeze_garbage_collector()
-    try:
-        assert gc.get_freeze_count()
-    finally:
-        for function in at_exit:
-            function()
-    assert not gc.get_freeze_count()

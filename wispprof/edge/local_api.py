@@ -15,7 +15,7 @@ from wispprof.errors import WispprofError
 from wispprof.openai_api import ChatTokenizer
 from wispprof.openai_api.request_guard import RequestGuard
 from wispprof.openai_api.routes import add_openai_routes
-from wispprof.server.process import freeze_garbage_collector
+from wispprof.server.garbage_collector import calm_garbage_collector
 from wispprof.server.web_server import WebServer, bind
 from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.settings.server_settings import is_loopback
@@ -40,7 +40,7 @@ async def serve_edge(
         async with open_edge(settings) as runtime:
             app = make_edge_app(runtime, allowed_hosts)
             web_server = WebServer(app, listener, on_signal=lambda: web_server.request_exit())
-            freeze_garbage_collector()
+            calm_garbage_collector()
             shown = f"[{host}]" if ":" in host else host
             announce(runtime, f"http://{shown}:{listener.getsockname()[1]}")
             await web_server.serve()

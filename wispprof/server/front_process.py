@@ -13,6 +13,7 @@ from wispprof.openai_api import ChatTokenizer
 from wispprof.server.app import make_app
 from wispprof.server.channel import FrontConfig, SocketWriter, to_front
 from wispprof.server.engine_client import EngineClient
+from wispprof.server.garbage_collector import calm_garbage_collector
 from wispprof.server.http_connection import ConnectionLimits
 from wispprof.server.logs import configure_logging
 from wispprof.server.web_server import WebServer, raise_descriptor_limit, server_tls
@@ -74,6 +75,7 @@ class _Front:
         serving = asyncio.create_task(web_server.serve(), name="web server")
         while not web_server.started and not serving.done():
             await asyncio.sleep(0.002)
+        calm_garbage_collector()
         while not serving.done():
             client.ready()
             channel.forward(client)

@@ -7,9 +7,7 @@ started it already. Rank 0 serves, the others follow it.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -25,6 +23,7 @@ from wispprof.errors import EngineError
 from wispprof.openai_api import ChatTokenizer
 from wispprof.server.dashboard import run_dashboard
 from wispprof.server.fronts import Front, FrontProcesses, JoiningFronts, LocalFront, TokenizerStays
+from wispprof.server.garbage_collector import calm_garbage_collector
 from wispprof.server.startup import build_server, engine_options, served_model
 from wispprof.server.supervisor import Supervised
 from wispprof.server.verification_server import VerificationServer
@@ -109,15 +108,6 @@ async def _started(
 
 
 # --- as a process ---------------------------------------------------------------------------------
-
-
-def freeze_garbage_collector() -> None:
-    """Exclude what is loaded from garbage collection until the process exits: models and libraries are half
-    a million objects that stay to the end, and a full collection that visits them stops the server."""
-    gc.collect()
-    gc.freeze()
-    # Libraries report what is still frozen then as leaked.
-    atexit.register(gc.unfreeze)
 
 
 def serve(
@@ -208,7 +198,7 @@ async def _until_ended(
     ended: asyncio.Event,
     *watches: Coroutine[Any, Any, None],
 ) -> None:
-    freeze_garbage_collector()
+    calm_garbage_collector()
     announce(server, port)
     tasks = [asyncio.create_task(watch, name="watch") for watch in watches]
     try:
