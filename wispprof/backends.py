@@ -73,8 +73,9 @@ class TreeDrafter(Drafter):
     """A drafter that proposes tokens after several nodes of a tree in one forward.
 
     A tree hangs at the tokens held. Its nodes get KV as they are expanded, beside the sequence.
-    :meth:`extend` with a path of expanded nodes keeps their KV; :meth:`rollback` and :meth:`open` forget the
-    tree.
+    :meth:`extend` with a path of expanded nodes keeps their KV, and that of the subtree after it, which
+    :meth:`TokenTree.below <wispprof.token_tree.TokenTree.below>` describes. :meth:`draft`, :meth:`rollback`
+    and :meth:`open` forget the tree. A node is known by the tokens it spells, not by its number.
     """
 
     @abstractmethod
@@ -82,7 +83,8 @@ class TreeDrafter(Drafter):
         """The first ``width`` candidates after each of ``nodes``, in one forward.
 
         :data:`~wispprof.token_tree.ROOT` is the sequence held itself. The parent of a node was expanded
-        before, or is the root. The tree only grows between calls, until the sequence changes.
+        before, or is the root. The first candidate is what :meth:`draft` would propose there; fewer than
+        ``width`` if the vocabulary has no more.
         """
 
 

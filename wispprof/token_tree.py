@@ -95,13 +95,27 @@ class TokenTree:
 
     def below(self, node: int) -> TokenTree:
         """The subtree that follows ``node``, as a tree of its own. ``acceptance_probs`` stay."""
-        kept, moved = TokenTree(self.limit), {node: ROOT}
-        for child, parent in enumerate(self.parents):
-            if child > node and parent in moved:
-                added = kept.add(moved[parent], self.tokens[child], self.acceptance_probs[child])
-                assert added is not None
-                moved[child] = added
+        return self._made_of(self.descendants(node), node)
+
+    def only(self, nodes: Sequence[int]) -> TokenTree:
+        """The tree of some nodes, each after its parent, renumbered in their order."""
+        return self._made_of(nodes, ROOT)
+
+    def _made_of(self, nodes: Sequence[int], root: int) -> TokenTree:
+        kept, moved = TokenTree(self.limit), {root: ROOT}
+        for node in nodes:
+            added = kept.add(moved[self.parents[node]], self.tokens[node], self.acceptance_probs[node])
+            assert added is not None
+            moved[node] = added
         return kept
+
+    def descendants(self, node: int) -> list[int]:
+        """All nodes that follow ``node``, in the order in which they came."""
+        found = {node}
+        for child, parent in enumerate(self.parents):
+            if parent in found:
+                found.add(child)
+        return sorted(found - {node})
 
     def best_first(self) -> list[int]:
         """All nodes in falling order of cumulative acceptance, a parent before its children: any leading

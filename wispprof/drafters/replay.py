@@ -6,12 +6,22 @@ device. A session must start from a prompt of the trace, and the target must fol
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
-from wispprof.backends import Drafter
+from wispprof.backends import Continuations, DraftCandidate, Drafter, TreeDrafter
 from wispprof.errors import ProfileError
+from wispprof.token_tree import ROOT, TokenTree
 from wispprof.types import DraftFeatures, DraftToken, Sampling
+
+
+def replay_drafter(trace: AcceptanceTrace | Sequence[TracePath]) -> ReplayDrafter:
+    """A replay that can draft trees if every path has the candidates of its positions."""
+    paths = trace.paths if isinstance(trace, AcceptanceTrace) else trace
+    trees = all(path.target_ranks is not None for path in paths)
+    return ReplayTreeDrafter(paths) if trees else ReplayDrafter(paths)
 
 
 class ReplayDrafter(Drafter):
@@ -100,3 +110,61 @@ class ReplayDrafter(Drafter):
         while self._row < len(held) and held[self._row] == path[self._row]:
             self._row += 1
         return self._row
+
+
+class ReplayTreeDrafter(ReplayDrafter, TreeDrafter):
+    """Replays draft trees, from a trace with ``target_ranks`` and ``candidate_probs``.
+
+    On the path the target's token stands at its recorded rank, and probabilities are the recorded ones. A
+    trace names only the draft's first choice beside it: the other candidates are invented, always the same
+    after the same text. After a wrong token the recorded draft goes on, or an invented one, with the
+    probabilities and features of the path there. Raises :class:`ProfileError` for a trace without ranks.
+    """
+
+    def __init__(self, trace: AcceptanceTrace | Sequence[TracePath]) -> None:
+        super().__init__(trace)
+        if any(path.target_ranks is None for path in self._by_prompt.values()):
+            raise ProfileError(
+                "The trace does not record the draft's candidates.",
+                "Take it anew with a draft model on PyTorch.",
+            )
+
+    def expand(self, tree: TokenTree, nodes: Sequence[int], width: int) -> list[Continuations]:
+        """See :class:`~wispprof.backends.TreeDrafter`; no candidates after the end of the path."""
+        return [self._after([] if node == ROOT else tree.spelled(node), width) for node in nodes]
+
+    def _after(self, spelled: list[int], width: int) -> Continuations:
+        path, text = self._opened(), self._held + spelled
+        position, truth = len(text), path.path
+        right = next(
+            (i for i, pair in enumerate(zip(text, truth, strict=False)) if pair[0] != pair[1]), position
+        )
+        row = min(right, len(truth) - 1)
+        depth = min(position - right, path.depth - 1)
+        features = path.features_at(row, depth)
+        if position >= len(truth):
+            return Continuations([], features)
+        assert path.target_ranks is not None
+        assert path.candidate_probs is not None
+        probs = path.candidate_probs[position].tolist()
+        tokens: list[int] = []
+        excluded = {truth[position]}
+        recorded = path.drafts[right].tolist()
+        if text[right : right + path.depth] == recorded[: position - right]:
+            tokens.append(recorded[depth])
+            excluded.add(tokens[0])
+        tokens += islice(_invented(text, path, excluded), len(probs))
+        if right == position:
+            rank = int(path.target_ranks[position])
+            tokens = [token for token in tokens if token != truth[position]]
+            if rank < len(probs):
+                tokens.insert(rank, truth[position])
+        pairs = zip(tokens, probs[:width], strict=False)
+        return Continuations([DraftCandidate(token, prob) for token, prob in pairs], features)
+
+
+def _invented(text: Sequence[int], path: TracePath, excluded: set[int]) -> Iterator[int]:
+    """Token ids of the path's own range that follow from ``text``, none twice and none of ``excluded``."""
+    size = 1 + max(*path.prompt, *path.path, int(path.drafts.max()))
+    first = zlib.crc32(repr(text).encode())
+    return (token for offset in range(size) if (token := (first + offset) % size) not in excluded)

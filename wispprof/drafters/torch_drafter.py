@@ -1,18 +1,25 @@
-"""Draft models on PyTorch: one sequence each, whose KV is cut at a rollback."""
+"""Draft models on PyTorch: one sequence each, whose KV is cut at a rollback, and a tree after it."""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from wispprof.backends import Continuations, DraftCandidate, TreeDrafter
 from wispprof.drafters.model_drafter import ModelDrafter, features_torch
 from wispprof.engines.loading import LoadedModel
 from wispprof.engines.torch.decoder import Decoder, decoder_for
-from wispprof.engines.torch.kv_store import causal_mask, grouped_attention
-from wispprof.sampling.sampler import sample_tokens
-from wispprof.types import DraftFeatures, DraftToken, ModelInfo
+from wispprof.engines.torch.draft_tree import DraftTree
+from wispprof.engines.torch.kv_store import additive_mask, causal, causal_mask, grouped_attention
+from wispprof.sampling.candidates import noise_ranked
+from wispprof.sampling.sampler import UNDECIDED, sample_tokens
+from wispprof.token_tree import ROOT, TokenTree
+from wispprof.types import DraftFeatures, DraftToken, ModelInfo, Sampling
 
 _PREFILL_CHUNK = 512
 
@@ -107,8 +114,12 @@ class AnyFamilyDrafter(TorchModelDrafter):
         return last
 
 
-class TorchDrafter(TorchModelDrafter):
-    """A model of a family that the engine serves, over one static KV cache that doubles when full."""
+class TorchDrafter(TorchModelDrafter, TreeDrafter):
+    """A model of a family that the engine serves, over one static KV cache that doubles when full.
+
+    The KV of expanded nodes stands in the rows after the sequence, in the order of ``_expanded``. While
+    there is any, every token of the sequence has KV.
+    """
 
     def __init__(self, loaded: LoadedModel, max_context: int | None = None) -> None:
         super().__init__(loaded, max_context)
@@ -120,20 +131,76 @@ class TorchDrafter(TorchModelDrafter):
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._capacity = 0
+        self._expanded = TokenTree()
         self._grow(min(256, self.max_context))
 
     def cached_kv(self) -> Tensor:
-        """A copy of cached keys and values (layers, 2, kv_heads, n, d), for integrity checks."""
-        n = self._cached
+        """A copy of cached keys and values (layers, 2, kv_heads, n, d), for integrity checks: of the
+        sequence, then of expanded nodes."""
+        n = self._cached + len(self._expanded)
         layers = zip(self._keys, self._values, strict=True)
         return torch.stack([torch.stack((k[0, :, :n], v[0, :, :n])) for k, v in layers])
+
+    def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
+        self._expanded = TokenTree()
+        super().open(tokens, sampling)
+
+    def draft(self) -> DraftToken:
+        """Propose the next token and append it: one forward over all tokens without KV. Forgets the tree."""
+        self._expanded = TokenTree()
+        return super().draft()
+
+    def rollback(self, length: int) -> None:
+        self._expanded = TokenTree()
+        super().rollback(length)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append committed tokens. Expanded nodes that spell the first of them keep their KV. If these are
+        all tokens, so do the expanded nodes below."""
+        super().extend(tokens)
+        if tokens and len(self._expanded):
+            path = self._expanded.walk(tokens)
+            below = self._expanded.descendants(path[-1]) if len(path) == len(tokens) else []
+            self._keep([*path, *below])
+            self._cached += len(path)
+            self._expanded = self._expanded.below(path[-1]) if below else TokenTree()
+
+    @torch.inference_mode()
+    def expand(self, tree: TokenTree, nodes: Sequence[int], width: int) -> list[Continuations]:
+        """See :class:`~wispprof.backends.TreeDrafter`. Raises :class:`EngineError` if a candidate would
+        outgrow the context, ``ValueError`` for a node whose parent was not expanded."""
+        total, depths = len(self._tokens), [0 if node == ROOT else tree.depths[node] for node in nodes]
+        self._check(total + max(depths) + 1)
+        # Set aside: if the forward fails, no node has KV.
+        expanded, self._expanded = self._expanded, TokenTree()
+        if len(expanded) + len(nodes) > expanded.limit:
+            known = [place for place in range(len(expanded)) if _spells(tree, expanded.spelled(place))]
+            self._keep(known)
+            expanded = expanded.only(known)
+        places = {node: _place(tree, node, expanded) for node in nodes if node != ROOT}
+        while total - self._cached > _PREFILL_CHUNK:
+            self._forward(self._cached, self._cached + _PREFILL_CHUNK)
+        first = min(self._cached, total - 1) if ROOT in nodes else self._cached
+        if places:
+            hidden = self._forward_tree(first, list(places.values()), expanded)
+        else:
+            hidden = self._forward(first, total)
+        row_of = {ROOT: total - first - 1}
+        row_of |= {node: total - first + number for number, node in enumerate(places)}
+        logits = self._logits(hidden[[row_of[node] for node in nodes]])
+        found = noise_ranked(logits, [total + depth for depth in depths], self._sampling, width)
+        # One transfer fetches all; float32 holds ids below 2**24 exactly.
+        rows = torch.cat((features_torch(logits), found[0].float(), found[1]), 1).tolist()
+        if not all(math.isfinite(value) for row in rows for value in row):
+            self._check_drawn(UNDECIDED)
+        self._expanded = expanded
+        return [_continuations(row) for row in rows]
 
     def _logits(self, last: Tensor) -> Tensor:
         return self._decoder.logits(last)
 
     def _forward(self, start: int, stop: int) -> Tensor:
-        if stop > self._capacity:
-            self._grow(min(max(stop, 2 * self._capacity), self.max_context))
+        self._reserve(stop, min(2 * self._capacity, self.max_context))
         new = stop - start
         ids = torch.tensor(self._tokens[start:stop], device=self._device)
         positions = torch.arange(start, stop, device=self._device)
@@ -153,15 +220,90 @@ class TorchDrafter(TorchModelDrafter):
         self._cached = stop
         return hidden
 
+    def _forward_tree(self, first: int, places: list[int], expanded: TokenTree) -> Tensor:
+        """The sequence from ``first`` on, then the nodes at ``places`` of ``expanded``, in one forward.
+
+        A node sees the sequence, its ancestors and itself. Returns one row for each.
+        """
+        total = len(self._tokens)
+        stop = total + len(expanded)
+        self._reserve(stop, 2 * self._capacity)
+        sequence = range(first, total)
+        ids = [*self._tokens[first:], *(expanded.tokens[place] for place in places)]
+        positions = [*sequence, *(total - 1 + expanded.depths[place] for place in places)]
+        slots = [*sequence, *(total + place for place in places)]
+        fed, at, rows = torch.tensor([ids, positions, slots], device=self._device).unbind()
+        ancestors = DraftTree.of(expanded.parents).ancestors[places]
+        related = (ancestors[:, None] >> np.arange(len(expanded)) & 1).astype(bool)
+        mask = None
+        if len(sequence) or not related.all():
+            seen = causal(at.clamp(max=total - 1)[None], stop)
+            seen[0, len(sequence) :, total:] = torch.from_numpy(related).to(self._device)
+            mask = additive_mask(seen, self._group, self._dtype)
+        keys, values, scale = self._keys, self._values, self._decoder.scale
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache_k, cache_v = keys[layer], values[layer]
+            cache_k[0].index_copy_(1, rows, k.transpose(0, 1))
+            cache_v[0].index_copy_(1, rows, v.transpose(0, 1))
+            out = grouped_attention(q[None], cache_k[:, :, :stop], cache_v[:, :, :stop], mask, scale)
+            return out[0]
+
+        hidden = self._decoder.forward(fed, at, attend)
+        self._cached = total
+        return hidden
+
+    @torch.inference_mode()
+    def _keep(self, places: Sequence[int]) -> None:
+        """Move the KV of expanded nodes, in rising order, to the first rows after those with KV."""
+        first = next((row for row, place in enumerate(places) if row != place), len(places))
+        if first == len(places):
+            return
+        begin = self._cached
+        moved = torch.tensor([begin + place for place in places[first:]], device=self._device)
+        for cache in (*self._keys, *self._values):
+            cache[0, :, begin + first : begin + len(places)] = cache[0].index_select(1, moved)
+
+    def _reserve(self, rows: int, generous: int) -> None:
+        """Have at least so many rows; ``generous``: how many to have if there are too few."""
+        if rows > self._capacity:
+            self._grow(max(rows, generous))
+
     # Ordinary tensors, so that they can be written in and out of inference mode.
     @torch.inference_mode(False)
     def _grow(self, capacity: int) -> None:
         shape = (1, self.info.kv_heads, capacity, self.info.head_dim)
+        kept = self._capacity
         for cache in (self._keys, self._values):
             fresh = [
                 torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in range(self.info.layers)
             ]
             for old, new in zip(cache, fresh, strict=False):
-                new[:, :, : self._cached] = old[:, :, : self._cached]
+                new[:, :, :kept] = old
             cache[:] = fresh
         self._capacity = capacity
+
+
+def _place(tree: TokenTree, node: int, expanded: TokenTree) -> int:
+    """The number of ``node`` among expanded nodes, which it joins if it is not one of them."""
+    *above, token = tree.spelled(node)
+    path = expanded.walk(above)
+    if len(path) < len(above):
+        raise ValueError(f"The parent of node {node} was not expanded.")
+    place = expanded.add(path[-1] if path else ROOT, token, 1.0)
+    if place is None:
+        raise ValueError(f"At most {expanded.limit} nodes can be expanded.")
+    return place
+
+
+def _spells(tree: TokenTree, tokens: Sequence[int]) -> bool:
+    return len(tree.walk(tokens)) == len(tokens)
+
+
+def _continuations(row: Sequence[float]) -> Continuations:
+    """From four features, then ids, then probabilities of the candidates."""
+    size = len(DraftFeatures._fields)
+    width = (len(row) - size) // 2
+    ids, probs = row[size : size + width], row[size + width :]
+    candidates = [DraftCandidate(int(token), prob) for token, prob in zip(ids, probs, strict=True)]
+    return Continuations(candidates, DraftFeatures(*row[:size]))

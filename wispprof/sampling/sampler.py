@@ -29,7 +29,7 @@ UNDECIDED = -1
 
 _MAX_TEMPERATURE = 1e30
 # Most nuclei are far smaller; rows that need more candidates are drawn again among more.
-_CANDIDATES = 64
+CANDIDATES = 64
 
 
 def bounded(sampling: Sampling, vocab_size: int) -> Sampling:
@@ -56,7 +56,7 @@ def sample_tokens(
     :data:`UNDECIDED` for a row with NaN or positive infinity, or without any finite logit.
     """
     if any(s.min_length for s in samplings):
-        logits = _mask_stop_tokens(logits, positions, samplings)
+        logits = mask_stop_tokens(logits, positions, samplings)
     # A NaN counts as the largest, so the largest logit tells for the whole row.
     largest, best = logits.max(-1)
     rows = [i for i, s in enumerate(samplings) if s.temperature >= MIN_TEMPERATURE]
@@ -69,7 +69,7 @@ def sample_tokens(
     return best.masked_fill_((largest - largest) != 0, UNDECIDED)
 
 
-def _mask_stop_tokens(
+def mask_stop_tokens(
     logits: Tensor, positions: Sequence[int] | np.ndarray, samplings: Sequence[Sampling]
 ) -> Tensor:
     """A copy without the stop tokens of rows before their minimum length."""
@@ -95,27 +95,29 @@ def _draw(logits: Tensor, rows: list[int], positions: np.ndarray, chosen: Sequen
     device = logits.device
     keys = torch.from_numpy(words).to(device)
     picked = logits if len(rows) == len(logits) else logits[rows]
-    temperatures = torch.tensor([_divisor(s) for s in chosen], dtype=torch.float32, device=device)
+    temperatures = torch.tensor([divisor(s) for s in chosen], dtype=torch.float32, device=device)
     scaled = picked.float() / temperatures[:, None]
-    filtered = [i for i, s in enumerate(chosen) if _has_filter(s)]
+    filtered = [i for i, s in enumerate(chosen) if has_filter(s)]
     if not filtered:
         return _draw_all(scaled, keys)
     if len(filtered) == len(chosen):
-        return _draw_filtered(scaled, keys, chosen, _CANDIDATES)
-    plain = [i for i, s in enumerate(chosen) if not _has_filter(s)]
+        return _draw_filtered(scaled, keys, chosen, CANDIDATES)
+    plain = [i for i, s in enumerate(chosen) if not has_filter(s)]
     tokens = torch.empty(len(chosen), dtype=torch.int64, device=device)
     tokens[plain] = _draw_all(scaled[plain], keys[plain])
     tokens[filtered] = _draw_filtered(
-        scaled[filtered], keys[filtered], [chosen[i] for i in filtered], _CANDIDATES
+        scaled[filtered], keys[filtered], [chosen[i] for i in filtered], CANDIDATES
     )
     return tokens
 
 
-def _divisor(sampling: Sampling) -> float:
+def divisor(sampling: Sampling) -> float:
+    """What logits are divided by."""
     return min(sampling.temperature, _MAX_TEMPERATURE)
 
 
-def _has_filter(sampling: Sampling) -> bool:
+def has_filter(sampling: Sampling) -> bool:
+    """Whether tokens are drawn from a part of the vocabulary."""
     return sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
 
 
@@ -135,6 +137,29 @@ def _draw_all(scaled: Tensor, keys: Tensor) -> Tensor:
 
 def _draw_filtered(scaled: Tensor, keys: Tensor, samplings: Sequence[Sampling], width: int) -> Tensor:
     """Draw among the ``width`` most likely tokens; rows whose filter may keep more are drawn again."""
+    values, ids, keep = likeliest_kept(scaled, samplings, width)
+    scores = (values + gumbel(keys, ids)).masked_fill(~keep, -torch.inf)
+    tokens = ids.gather(1, scores.argmax(1, keepdim=True))[:, 0]
+    if ids.shape[1] == scaled.shape[1]:
+        return tokens
+    # Undecided if the last candidate stays: more tokens may belong to the filtered set.
+    last = keep[:, -1]
+    undecided = [i for i, stays in enumerate(last.tolist()) if stays]
+    if undecided:
+        tokens[undecided] = _draw_filtered(
+            scaled[undecided], keys[undecided], [samplings[i] for i in undecided], ids.shape[1] * 8
+        )
+    return tokens
+
+
+def likeliest_kept(
+    scaled: Tensor, samplings: Sequence[Sampling], width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The likeliest tokens of each row of ``scaled`` (n, V), logits over the temperature, most likely first.
+
+    Values and ids (n, m), ``m`` at least ``width`` unless the vocabulary is smaller, and bool (n, m): which
+    of them the filters keep. If the last is kept, the filters may keep more.
+    """
     vocab = scaled.shape[1]
     # All of a top-k must be candidates: the top-p after it is a share of their mass.
     width = min(vocab, max(width, *(min(s.top_k, vocab) + 1 for s in samplings)))
@@ -157,18 +182,7 @@ def _draw_filtered(scaled: Tensor, keys: Tensor, samplings: Sequence[Sampling], 
     keep &= (mass - probs) < top_p[:, None]
     keep &= values >= values[:, :1] + min_p[:, None]
     keep[:, 0] = True
-    scores = (values + gumbel(keys, ids)).masked_fill(~keep, -torch.inf)
-    tokens = ids.gather(1, scores.argmax(1, keepdim=True))[:, 0]
-    if width == vocab:
-        return tokens
-    # Undecided if the last candidate stays: more tokens may belong to the filtered set.
-    last = keep[:, -1]
-    undecided = [i for i, stays in enumerate(last.tolist()) if stays]
-    if undecided:
-        tokens[undecided] = _draw_filtered(
-            scaled[undecided], keys[undecided], [samplings[i] for i in undecided], width * 8
-        )
-    return tokens
+    return values, ids, keep
 
 
 def sample_tokens_numpy(logits: np.ndarray, position: int, sampling: Sampling) -> int:
@@ -182,12 +196,12 @@ def sample_tokens_numpy(logits: np.ndarray, position: int, sampling: Sampling) -
     if sampling.temperature < MIN_TEMPERATURE:
         return best
     keys = position_keys([sampling.seed], [position])
-    scaled = logits.astype(np.float32) / np.float32(_divisor(sampling))
-    if not _has_filter(sampling):
+    scaled = logits.astype(np.float32) / np.float32(divisor(sampling))
+    if not has_filter(sampling):
         return int((gumbel_numpy(keys, np.arange(len(scaled)))[0] + scaled).argmax())
     vocab = len(scaled)
     top_k, top_p = min(sampling.top_k or vocab, vocab), _mass(sampling)
-    width = max(_CANDIDATES, min(sampling.top_k, vocab) + 1)
+    width = max(CANDIDATES, min(sampling.top_k, vocab) + 1)
     while True:
         width = min(width, vocab)
         ids = np.argpartition(scaled, vocab - width)[vocab - width :]
@@ -232,7 +246,7 @@ def filtered_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     """
     if sampling.temperature < MIN_TEMPERATURE:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    scaled = logits.float() / _divisor(sampling)
+    scaled = logits.float() / divisor(sampling)
     if sampling.top_k:
         floor = scaled.topk(min(sampling.top_k, scaled.shape[-1])).values[:, -1:]
         scaled = scaled.masked_fill(scaled < floor, -torch.inf)
