@@ -93,29 +93,24 @@ class TokenTree:
         """Tokens from the root to ``node``."""
         return [self.tokens[one] for one in self.path(node)]
 
-    def below(self, node: int) -> TokenTree:
-        """The subtree that follows ``node``, as a tree of its own. ``acceptance_probs`` stay."""
-        return self._made_of(self.descendants(node), node)
-
-    def only(self, nodes: Sequence[int]) -> TokenTree:
-        """The tree of some nodes, each after its parent, renumbered in their order."""
-        return self._made_of(nodes, ROOT)
-
-    def _made_of(self, nodes: Sequence[int], root: int) -> TokenTree:
-        kept, moved = TokenTree(self.limit), {root: ROOT}
-        for node in nodes:
-            added = kept.add(moved[self.parents[node]], self.tokens[node], self.acceptance_probs[node])
-            assert added is not None
-            moved[node] = added
-        return kept
-
     def descendants(self, node: int) -> list[int]:
-        """All nodes that follow ``node``, in the order in which they came."""
-        found = {node}
-        for child, parent in enumerate(self.parents):
-            if parent in found:
-                found.add(child)
-        return sorted(found - {node})
+        """All nodes that follow ``node``, a parent before its children."""
+        found, inside = [], {node}
+        for child in range(node + 1, len(self.parents)):
+            if self.parents[child] in inside:
+                inside.add(child)
+                found.append(child)
+        return found
+
+    def below(self, node: int) -> TokenTree:
+        """The subtree that follows ``node``, as a tree of its own: its :meth:`descendants`, numbered from 0.
+        ``acceptance_probs`` stay."""
+        kept, moved = TokenTree(self.limit), {node: ROOT}
+        for child in self.descendants(node):
+            added = kept.add(moved[self.parents[child]], self.tokens[child], self.acceptance_probs[child])
+            assert added is not None
+            moved[child] = added
+        return kept
 
     def best_first(self) -> list[int]:
         """All nodes in falling order of cumulative acceptance, a parent before its children: any leading

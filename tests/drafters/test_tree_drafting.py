@@ -12,7 +12,7 @@ from wispprof.backends import Continuations
 from wispprof.drafters.torch_drafter import TorchDrafter
 from wispprof.engines.loading import LoadedModel, random_model
 from wispprof.errors import EngineError
-from wispprof.token_tree import MAX_NODES, ROOT, TokenTree
+from wispprof.token_tree import HELD_NODES, ROOT, TokenTree
 from wispprof.types import Sampling
 
 VOCABULARY = 96
@@ -183,12 +183,13 @@ def test_a_whole_tree_that_outgrows_the_rows_of_the_cache(loaded: LoadedModel, p
     text = np.random.default_rng(0).integers(0, VOCABULARY, 250).tolist()
     drafter = TorchDrafter(loaded)
     drafter.open(text, Sampling())
-    tree = TokenTree()
-    for token in range(MAX_NODES):
-        tree.add(ROOT, token, 0.5)
-    found = drafter.expand(tree, range(MAX_NODES), VOCABULARY)
-    for node in (0, 40, 63):
-        check_node(plain, text, [node], found[node], Sampling())
+    tree = TokenTree(HELD_NODES)
+    for number in range(HELD_NODES):
+        tree.add(number // 64 - 1, number % 64, 0.5)
+    assert tree.full
+    found = drafter.expand(tree, range(HELD_NODES), VOCABULARY)
+    for node in (0, 40, 63, 255):
+        check_node(plain, text, tree.spelled(node), found[node], Sampling())
     # Another tree at the same place: the nodes of the first that it lacks give way.
     other = TokenTree()
     other.add(ROOT, 63, 0.5)

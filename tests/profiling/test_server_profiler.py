@@ -235,7 +235,15 @@ def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
         now += 1e-6
         return now
 
+    forward_tree = TorchDrafter._forward_tree
+
+    def counted_nodes(drafter, first, places, expanded):
+        nonlocal now
+        now += 0.004 + 0.001 * (len(places) - 1)
+        return forward_tree(drafter, first, places, expanded)
+
     monkeypatch.setattr(TorchDrafter, "_forward", counted)
+    monkeypatch.setattr(TorchDrafter, "_forward_tree", counted_nodes)
     axes = edge_profiler.EdgeAxes((16, 64), (16, 32), 64, burst_s=0.1, sustained_s=0.2, rounds=(16,))
     rests = []
     monkeypatch.setitem(drafter_runner.EDGE_GRIDS, "quick", axes)
@@ -259,6 +267,7 @@ def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
         "catch_up",
         "round",
         "forward",
+        "nodes",
         "prefill",
         "controller",
         "burst",
@@ -268,6 +277,8 @@ def test_an_edge_profile_from_end_to_end(tiny, monkeypatch, tmp_path):
     assert {row.context for row in profile.of_kind("draft_step")} == {16, 64}
     assert profile.draft_ms(40) == pytest.approx(4.0, rel=1e-3)
     assert profile.resume_ms(40) == pytest.approx(0.0, abs=1e-2)
+    assert [profile.extra_nodes_ms(n) for n in (1, 3, 16, 20)] == pytest.approx([0, 2, 15, 19], abs=1e-2)
+    assert profile.manifest.summary["extra_node_ms"] == pytest.approx(1.0, rel=1e-2)
     [rested] = profile.of_kind("round")
     assert (rested.tokens, rested.rested_ms) == (4, 20.0)
     assert len(rests) > len(rested.samples_ms)
@@ -283,7 +294,7 @@ def test_edge_workloads_do_what_their_kind_says(tiny):
     drafter = TorchDrafter(tiny)
     rests = []
     runner = edge_profiler.DrafterRunner(drafter, 96, Sampling(), sleep=rests.append)
-    for workload in edge_profiler.edge_workloads(drafter_runner.EDGE_GRIDS["quick"], 256):
+    for workload in edge_profiler.edge_workloads(drafter_runner.EDGE_GRIDS["quick"], 300, True):
         runner.prepare(workload)
         rests.clear()
         for _ in range(3):
@@ -295,6 +306,9 @@ def test_edge_workloads_do_what_their_kind_says(tiny):
         if workload.kind in ("draft_step", "forward"):
             assert drafter.length == workload.subject.context
             assert drafter.cached_kv().shape[3] == workload.subject.context
+        if workload.kind == "nodes":  # over the middle context, and forgotten after each forward
+            assert (drafter.length, drafter.cached_kv().shape[3]) == (256, 256)
+            assert workload.subject.tokens in (1, 2, 4, 8, 16)
         if workload.kind == "catch_up":  # over as many tokens as a draft step, two of them unread
             assert drafter.length == workload.subject.context
             assert drafter.cached_kv().shape[3] == workload.subject.context - workload.subject.tokens
@@ -361,6 +375,9 @@ def test_an_edge_that_does_not_draft_is_refused():
     lazy = [row("d", "draft_step", 64, (0.1,)), row("f", "forward", 64, (4.0,))]
     with pytest.raises(PhysicsViolation, match="without doing its work"):
         check_edge(lazy)
+    one, many = row("1", "nodes", 64, (4.0,), 1), row("16", "nodes", 64, (1.0,), 16)
+    with pytest.raises(PhysicsViolation, match="all its nodes"):
+        check_edge([one, many])
     deaf = [row("a", "prefill", 0, (4.0,), 64), row("b", "prefill", 0, (4.0,), 512)]
     with pytest.raises(PhysicsViolation, match="ignore its prompt"):
         check_edge(deaf)

@@ -26,6 +26,7 @@ EDGE_KINDS = (
     "catch_up",
     "round",
     "forward",
+    "nodes",
     "prefill",
     "controller",
     "burst",
@@ -99,9 +100,10 @@ class EdgeRow(_Timed):
     ``kind``: ``draft_step`` (one token over ``context`` cached, features included), ``catch_up`` (the same
     after ``tokens`` were read first, as after a fully accepted round), ``round`` (``tokens`` drafted one by
     one by a device that was idle for ``rested_ms`` before; the rest is not in the samples), ``forward``
-    (the bare forward pass of a step), ``prefill`` (``tokens`` at once over ``context``), ``controller``
-    (one decision), ``burst`` and ``sustained`` (a drafted token within a short and a long window),
-    ``energy`` (``energy_j`` per drafted token; ``None`` without a sensor).
+    (the bare forward pass of a step), ``nodes`` (``tokens`` nodes of a draft tree in one forward, and the
+    candidates after each; none for a drafter of chains), ``prefill`` (``tokens`` at once over ``context``),
+    ``controller`` (one decision), ``burst`` and ``sustained`` (a drafted token within a short and a long
+    window), ``energy`` (``energy_j`` per drafted token; ``None`` without a sensor).
     ``blocks``, ``set_aside_ms`` and ``set_aside_blocks`` as in :class:`StepRow`.
     """
 

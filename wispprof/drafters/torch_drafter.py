@@ -14,11 +14,10 @@ from wispprof.backends import Continuations, DraftCandidate, TreeDrafter
 from wispprof.drafters.model_drafter import ModelDrafter, features_torch
 from wispprof.engines.loading import LoadedModel
 from wispprof.engines.torch.decoder import Decoder, decoder_for
-from wispprof.engines.torch.draft_tree import DraftTree
 from wispprof.engines.torch.kv_store import additive_mask, causal, causal_mask, grouped_attention
 from wispprof.sampling.candidates import noise_ranked
 from wispprof.sampling.sampler import UNDECIDED, sample_tokens
-from wispprof.token_tree import ROOT, TokenTree
+from wispprof.token_tree import HELD_NODES, ROOT, TokenTree
 from wispprof.types import DraftFeatures, DraftToken, ModelInfo, Sampling
 
 _PREFILL_CHUNK = 512
@@ -131,7 +130,7 @@ class TorchDrafter(TorchModelDrafter, TreeDrafter):
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._capacity = 0
-        self._expanded = TokenTree()
+        self._expanded = TokenTree(HELD_NODES)
         self._grow(min(256, self.max_context))
 
     def cached_kv(self) -> Tensor:
@@ -142,28 +141,28 @@ class TorchDrafter(TorchModelDrafter, TreeDrafter):
         return torch.stack([torch.stack((k[0, :, :n], v[0, :, :n])) for k, v in layers])
 
     def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
-        self._expanded = TokenTree()
+        self._expanded = TokenTree(HELD_NODES)
         super().open(tokens, sampling)
 
     def draft(self) -> DraftToken:
         """Propose the next token and append it: one forward over all tokens without KV. Forgets the tree."""
-        self._expanded = TokenTree()
+        self._expanded = TokenTree(HELD_NODES)
         return super().draft()
 
     def rollback(self, length: int) -> None:
-        self._expanded = TokenTree()
+        self._expanded = TokenTree(HELD_NODES)
         super().rollback(length)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append committed tokens. Expanded nodes that spell the first of them keep their KV. If these are
         all tokens, so do the expanded nodes below."""
         super().extend(tokens)
-        if tokens and len(self._expanded):
+        if len(tokens) and len(self._expanded):
             path = self._expanded.walk(tokens)
             below = self._expanded.descendants(path[-1]) if len(path) == len(tokens) else []
             self._keep([*path, *below])
             self._cached += len(path)
-            self._expanded = self._expanded.below(path[-1]) if below else TokenTree()
+            self._expanded = self._expanded.below(path[-1]) if below else TokenTree(HELD_NODES)
 
     @torch.inference_mode()
     def expand(self, tree: TokenTree, nodes: Sequence[int], width: int) -> list[Continuations]:
@@ -172,11 +171,9 @@ class TorchDrafter(TorchModelDrafter, TreeDrafter):
         total, depths = len(self._tokens), [0 if node == ROOT else tree.depths[node] for node in nodes]
         self._check(total + max(depths) + 1)
         # Set aside: if the forward fails, no node has KV.
-        expanded, self._expanded = self._expanded, TokenTree()
+        expanded, self._expanded = self._expanded, TokenTree(HELD_NODES)
         if len(expanded) + len(nodes) > expanded.limit:
-            known = [place for place in range(len(expanded)) if _spells(tree, expanded.spelled(place))]
-            self._keep(known)
-            expanded = expanded.only(known)
+            expanded = self._keep_only(tree, expanded)
         places = {node: _place(tree, node, expanded) for node in nodes if node != ROOT}
         while total - self._cached > _PREFILL_CHUNK:
             self._forward(self._cached, self._cached + _PREFILL_CHUNK)
@@ -233,8 +230,9 @@ class TorchDrafter(TorchModelDrafter, TreeDrafter):
         positions = [*sequence, *(total - 1 + expanded.depths[place] for place in places)]
         slots = [*sequence, *(total + place for place in places)]
         fed, at, rows = torch.tensor([ids, positions, slots], device=self._device).unbind()
-        ancestors = DraftTree.of(expanded.parents).ancestors[places]
-        related = (ancestors[:, None] >> np.arange(len(expanded)) & 1).astype(bool)
+        related = np.zeros((len(places), len(expanded)), dtype=bool)
+        for row, place in enumerate(places):
+            related[row, expanded.path(place)] = True
         mask = None
         if len(sequence) or not related.all():
             seen = causal(at.clamp(max=total - 1)[None], stop)
@@ -252,6 +250,16 @@ class TorchDrafter(TorchModelDrafter, TreeDrafter):
         hidden = self._decoder.forward(fed, at, attend)
         self._cached = total
         return hidden
+
+    def _keep_only(self, tree: TokenTree, expanded: TokenTree) -> TokenTree:
+        """Forget the expanded nodes that ``tree`` lacks; returns the others."""
+        texts = ((place, expanded.spelled(place)) for place in range(len(expanded)))
+        known = [place for place, text in texts if len(tree.walk(text)) == len(text)]
+        self._keep(known)
+        kept = TokenTree(HELD_NODES)
+        for token, parent in zip(*expanded.part(known), strict=True):
+            kept.add(parent, token, 1.0)
+        return kept
 
     @torch.inference_mode()
     def _keep(self, places: Sequence[int]) -> None:
@@ -294,10 +302,6 @@ def _place(tree: TokenTree, node: int, expanded: TokenTree) -> int:
     if place is None:
         raise ValueError(f"At most {expanded.limit} nodes can be expanded.")
     return place
-
-
-def _spells(tree: TokenTree, tokens: Sequence[int]) -> bool:
-    return len(tree.walk(tokens)) == len(tokens)
 
 
 def _continuations(row: Sequence[float]) -> Continuations:

@@ -107,6 +107,12 @@ def explain_predictor(predictor: FittedPredictor) -> str:
     text.append(
         f"Its probabilities are off by {100 * own['ece']:.1f} points on average (expected calibration error)."
     )
+    if known := report.get("candidates"):
+        text.append(
+            f"For draft trees it rates {known['width']} candidates of a position: log loss "
+            f"{known['log_loss']:.3f}, {100 * known['ece']:.1f} points off; the draft's own probabilities "
+            f"have {known['plain_log_loss']:.3f}, and are {100 * known['plain_ece']:.1f} off."
+        )
     return " ".join(text)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -21,6 +21,12 @@ from wispprof.artifacts.manifest import Provenance
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
 from wispprof.errors import FitError, TooFewOutcomes
 from wispprof.fitting.batch_totals import FloatArray
+from wispprof.fitting.candidate_acceptance import (
+    CandidateModel,
+    CandidateRows,
+    candidate_rows,
+    fit_candidates,
+)
 from wispprof.fitting.rejection_scorers import (
     BoostedTrees,
     MarginLogistic,
@@ -32,6 +38,7 @@ from wispprof.fitting.rejection_scorers import (
     split_prompts,
     token_rows,
 )
+from wispprof.policies.controllers import share_rejection
 from wispprof.types import DraftFeatures
 
 KIND = "predictor"
@@ -101,11 +108,15 @@ class Calibration:
 
 @dataclass(frozen=True)
 class FittedPredictor:
-    """A calibrated rejection predictor. Make one with :func:`fit_predictor`."""
+    """A calibrated rejection predictor. Make one with :func:`fit_predictor`.
+
+    ``candidates``: of a position's further candidates; ``None`` if the traces did not record them.
+    """
 
     scorer: Scorer
     calibration: Calibration
     report: dict[str, Any] = field(default_factory=dict)
+    candidates: CandidateModel | None = None
 
     @property
     def kind(self) -> str:
@@ -117,6 +128,31 @@ class FittedPredictor:
     def acceptance_prob_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
         return self.calibration.many(self.scorer.score_many(np.asarray(features, float), depth))
 
+    def candidate_acceptance(
+        self, features: DraftFeatures, probs: Sequence[float] | np.ndarray, depth: int
+    ) -> np.ndarray:
+        """P(the target's token is this candidate), (w,).
+
+        Without a model of those after the first, they share its rejection as the draft's own probabilities
+        do. See :class:`~wispprof.policies.interface.CandidatePredictor`.
+        """
+        first = np.array(self.acceptance_prob(features, depth))
+        return self._rate_others(first, np.array(features), np.asarray(probs, float), depth)
+
+    def candidate_acceptance_batch(
+        self, features: np.ndarray, probs: np.ndarray, depth: np.ndarray
+    ) -> np.ndarray:
+        first, rows = self.acceptance_prob_batch(features, depth), np.asarray(features, float)
+        return self._rate_others(first, rows, np.asarray(probs, float), depth)
+
+    def _rate_others(
+        self, first: FloatArray, features: FloatArray, probs: FloatArray, depth: Any
+    ) -> FloatArray:
+        if self.candidates is None:
+            return share_rejection(first, probs)
+        others = (1 - first[..., None]) * self.candidates.shares(features, probs, depth)
+        return np.concatenate((first[..., None], others), -1)[..., : probs.shape[-1]]
+
     def save(
         self, path: Path, inputs: dict[str, str] | None = None, provenance: Provenance | None = None
     ) -> str:
@@ -127,6 +163,8 @@ class FittedPredictor:
             "calibration": asdict(self.calibration),
             "report": self.report,
         }
+        if self.candidates is not None:
+            payload["candidates"] = self.candidates.payload()
         return write_document(Path(path), KIND, payload, inputs, provenance)
 
 
@@ -138,7 +176,9 @@ def load_predictor(path: Path) -> FittedPredictor:
 def _from_payload(kind: str, payload: dict[str, Any]) -> FittedPredictor:
     scorer = _scorer_class(kind).from_payload(payload["scorer"])
     calibration = from_plain(payload["calibration"], Calibration)
-    return FittedPredictor(scorer, calibration, dict(payload.get("report", {})))
+    known = payload.get("candidates")
+    candidates = None if known is None else CandidateModel.from_payload(known)
+    return FittedPredictor(scorer, calibration, dict(payload.get("report", {})), candidates)
 
 
 def _scorer_class(kind: str) -> type[Scorer]:
@@ -165,10 +205,12 @@ def fit_predictor(
     Three fifths of the prompts train the scorer, a fifth calibrates it, a fifth tests it; ``.report``
     holds the figures. ``auto`` keeps the kind of least log loss, cross-validated by prompt on the first
     four fifths.
+    If the traces record the draft's candidates, those after the first get a model of their own.
     Raises :class:`FitError` for too few prompts or tokens of one outcome, and for traces of two pairs.
     """
     paths = paths_of(traces)
-    learn, tune, test = (token_rows(part) for part in split_prompts(paths, seed=seed))
+    parts = split_prompts(paths, seed=seed)
+    learn, tune, test = map(token_rows, parts)
     check_classes(learn)
     tried = tuple(kinds) if kind == "auto" else (kind,)
     fitted: dict[str, FittedPredictor] = {}
@@ -187,7 +229,11 @@ def fit_predictor(
             "tokens": {"learn": len(learn), "tune": len(tune), "test": len(test)},
         }
     )
-    return fitted[best]
+    chosen = replace(fitted[best], candidates=fit_candidates(*parts[:2]))
+    held_out = candidate_rows(parts[2])
+    if chosen.candidates is not None and held_out is not None:
+        chosen.report["candidates"] = judge_candidates(chosen, held_out)
+    return chosen
 
 
 def _calibrate(scorer: Scorer, rows: TokenRows) -> Calibration:
@@ -263,6 +309,23 @@ def judge(predictor: FittedPredictor, rows: TokenRows, recall: float = 0.8) -> d
     if len(good) and len(bad):
         report["auc"] = auc(good, bad)
         report["false_acceptance"] = float((bad >= np.quantile(good, 1 - recall)).mean())
+    return report
+
+
+def judge_candidates(predictor: FittedPredictor, rows: CandidateRows) -> dict[str, Any]:
+    """Log loss of which candidate the target takes, or none, and expected calibration error over all
+    candidates; beside both, what the draft's own probabilities (``plain``) give."""
+    judged = {
+        "": predictor.candidate_acceptance_batch(rows.features, rows.probs, rows.depth),
+        "plain_": rows.probs,
+    }
+    right = rows.rank[:, None] == np.arange(rows.probs.shape[1])
+    report: dict[str, Any] = {"rows": len(rows.rank), "width": rows.probs.shape[1]}
+    for name, probs in judged.items():
+        outcomes = np.column_stack([probs, 1 - probs.sum(axis=1)])
+        chosen = outcomes[np.arange(len(rows.rank)), rows.rank]
+        report[f"{name}log_loss"] = float(-np.log(np.clip(chosen, MIN_PROBABILITY, 1)).mean())
+        report[f"{name}ece"] = expected_calibration_error(probs.ravel(), right.ravel())
     return report
 
 

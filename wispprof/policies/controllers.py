@@ -7,6 +7,7 @@ draft roughly calibrated, and for any draft a good ranking.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,24 @@ class ConfidenceAcceptance:
     def acceptance_prob_batch(self, features: np.ndarray, depth: np.ndarray) -> np.ndarray:
         clipped: np.ndarray = np.clip(np.asarray(features)[:, 0], self.low, self.high)
         return clipped
+
+    def candidate_acceptance(
+        self, features: DraftFeatures, probs: Sequence[float] | np.ndarray, depth: int
+    ) -> np.ndarray:
+        return share_rejection(np.array(self.acceptance_prob(features, depth)), np.asarray(probs, float))
+
+    def candidate_acceptance_batch(
+        self, features: np.ndarray, probs: np.ndarray, depth: np.ndarray
+    ) -> np.ndarray:
+        return share_rejection(self.acceptance_prob_batch(features, depth), np.asarray(probs, float))
+
+
+def share_rejection(first: np.ndarray, probs: np.ndarray) -> np.ndarray:
+    """Acceptance probabilities (…, w) of candidates from the first one's (…) and the draft's ``probs``:
+    if the target rejects the first, it takes the others in proportion to these."""
+    left = np.maximum(1.0 - probs[..., :1], probs[..., 1:].sum(-1, keepdims=True))
+    others = (1.0 - first[..., None]) * probs[..., 1:] / np.maximum(left, 1e-9)
+    return np.concatenate((first[..., None], others), -1)[..., : probs.shape[-1]]
 
 
 class FixedController:

@@ -6,12 +6,14 @@ the same objects. All times are milliseconds on the caller's clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
-from wispprof.types import DraftFeatures, Slo, StepTimeEstimator
+import numpy as np
+
+from wispprof.types import DraftFeatures, RejectionPredictor, Slo, StepTimeEstimator
 
 # --- server: which sessions advance in the next step ----------------------------------------------
 
@@ -123,6 +125,25 @@ class RoundContext(NamedTuple):
     draft_ahead: int = 0
     slo: Slo | None = None
     committed_len: int = 0
+
+
+class CandidatePredictor(RejectionPredictor, Protocol):
+    """A rejection predictor that also rates a position's further candidates, for draft trees."""
+
+    def candidate_acceptance(
+        self, features: DraftFeatures, probs: Sequence[float] | np.ndarray, depth: int
+    ) -> np.ndarray:
+        """P(the target's token is this candidate | the parent was accepted), (w,).
+
+        ``features`` of the position; ``probs`` (w,): the draft's, as in
+        :class:`~wispprof.backends.DraftCandidate`, best candidate first; ``depth`` counted from 0. The first
+        is :meth:`acceptance_prob`, the sum is at most 1, and none depends on the candidates after it.
+        """
+
+    def candidate_acceptance_batch(
+        self, features: np.ndarray, probs: np.ndarray, depth: np.ndarray
+    ) -> np.ndarray:
+        """The same for rows (n, 4), probabilities (n, w) and depths (n,); returns (n, w)."""
 
 
 class TreeShape(NamedTuple):

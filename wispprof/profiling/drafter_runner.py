@@ -15,6 +15,7 @@ from wispprof.policies.controllers import WispController
 from wispprof.policies.interface import RoundContext
 from wispprof.profiling.shape_grid import load_grid
 from wispprof.profiling.workload import Workload
+from wispprof.token_tree import HELD_NODES, ROOT, TokenTree
 from wispprof.types import DraftFeatures, Sampling
 
 ROUND = 8
@@ -23,6 +24,8 @@ CATCH_UP = 2
 """Unread tokens after a fully accepted round: its last draft, and the target's own token."""
 ROUND_DRAFTS = 4
 """Tokens of a ``round``: by the last of them, the effect of the rest is over."""
+NODE_CANDIDATES = 4
+"""Candidates after each node of a forward over ``nodes``."""
 _DECISIONS = 200
 
 
@@ -39,7 +42,7 @@ class EdgePoint:
 class EdgeAxes:
     """``contexts``: of draft steps. ``chunks``: of prefill, over nothing and over ``chunk_context``.
     ``burst_s``, ``sustained_s``: steady drafting, 0 for none. ``rounds``: contexts of rounds after
-    ``rest_ms``."""
+    ``rest_ms``. ``nodes``: of a draft tree in one forward, over the middle one of ``contexts``."""
 
     contexts: tuple[int, ...]
     chunks: tuple[int, ...]
@@ -48,6 +51,7 @@ class EdgeAxes:
     sustained_s: float
     rounds: tuple[int, ...] = ()
     rest_ms: float = 20.0
+    nodes: tuple[int, ...] = (1, 2, 4, 8, 16)
 
 
 EDGE_GRIDS: dict[str, EdgeAxes] = {
@@ -112,6 +116,10 @@ class DrafterRunner:
         elif workload.kind == "catch_up":
             restored_len, unread = max(1, context - point.tokens), self._random_tokens(point.tokens)
             self._run = drafter.draft
+        elif workload.kind == "nodes":
+            siblings = TokenTree(HELD_NODES)
+            nodes = [siblings.add(ROOT, token, 1.0) for token in range(point.tokens)]
+            self._run = lambda: drafter.expand(siblings, nodes, NODE_CANDIDATES)
         elif workload.kind == "round":
             self._run = lambda: self._draft(point.tokens)
         else:
@@ -191,14 +199,17 @@ def _controller_decisions() -> Callable[[], None]:
     return decide
 
 
-def edge_workloads(axes: EdgeAxes, max_context: int) -> list[Workload[EdgePoint]]:
-    """Every point that fits into the draft's context."""
+def edge_workloads(axes: EdgeAxes, max_context: int, trees: bool = False) -> list[Workload[EdgePoint]]:
+    """Every point that fits into the draft's context. ``trees``: the drafter drafts trees."""
     workloads = [_workload("controller", EdgePoint(0))]
     for context in axes.contexts:
         if context + ROUND < max_context:
             workloads += [_workload(kind, EdgePoint(context)) for kind in ("draft_step", "forward")]
             if context > CATCH_UP:
                 workloads.append(_workload("catch_up", EdgePoint(context, CATCH_UP)))
+    middle = axes.contexts[len(axes.contexts) // 2] if axes.contexts else 0
+    if trees and 0 < middle + 2 < max_context:
+        workloads += [_workload("nodes", EdgePoint(middle, nodes)) for nodes in axes.nodes]
     for context in axes.rounds:
         if context + ROUND < max_context:
             point = EdgePoint(context, ROUND_DRAFTS, axes.rest_ms)

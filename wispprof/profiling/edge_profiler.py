@@ -1,8 +1,9 @@
 """profile-edge: what drafting costs on this device.
 
-Measures draft steps by context length (with features and sampling), the bare forward, rounds after a
-rest, prefill speed and the controller's own time. Then it drafts steadily: a burst, and a longer
-sustained window in which the device warms up. Energy is measured over the longer one.
+Measures draft steps by context length (with features and sampling), the bare forward, several nodes of a
+draft tree in one forward, rounds after a rest, prefill speed and the controller's own time. Then it drafts
+steadily: a burst, and a longer sustained window in which the device warms up. Energy is measured over the
+longer one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from wispprof.artifacts import EdgeProfile, EdgeRow, RowJournal
 from wispprof.artifacts.profile import resume_ms
-from wispprof.backends import Drafter
+from wispprof.backends import Drafter, TreeDrafter
 from wispprof.hardware import energy_meter, sensors
 from wispprof.profiling.drafter_runner import (
     ROUND,
@@ -230,7 +231,8 @@ def _set_up(
         synchronize=device.synchronize,
         sleep=sleep,
     )
-    workloads = edge_workloads(axes, device.model.max_context)
+    trees = isinstance(device.drafter, TreeDrafter)
+    workloads = edge_workloads(axes, device.model.max_context, trees)
     steps = [workload for workload in workloads if workload.kind == "draft_step"]
     sentinel = replace(steps[len(steps) // 2], key="sentinel", kind="sentinel")
     return ProfilerSetup(
@@ -248,7 +250,8 @@ def _set_up(
 
 
 def _summary(rows: Sequence[EdgeRow], sensor: str) -> dict[str, Any]:
-    """Tokens/s in a burst, sustained and of prefill; J per drafted token; ms that a rest adds to a round."""
+    """Tokens/s in a burst, sustained and of prefill; J per drafted token; ms that a rest adds to a round, and
+    that each further node adds to a forward."""
     summary: dict[str, Any] = {"energy_sensor": sensor}
     for row in rows:
         if row.kind in ("burst", "sustained"):
@@ -259,6 +262,10 @@ def _summary(rows: Sequence[EdgeRow], sensor: str) -> dict[str, Any]:
     if rounds:
         added = statistics.median(resume_ms(rows, context) for context in rounds)
         summary["resume_ms"] = round(added, 3)
+    nodes = sorted((row.tokens, row.median_ms) for row in rows if row.kind == "nodes")
+    if len(nodes) > 1:
+        (fewest, least_ms), (most, most_ms) = nodes[0], nodes[-1]
+        summary["extra_node_ms"] = round((most_ms - least_ms) / (most - fewest), 4)
     prefills = [row for row in rows if row.kind == "prefill"]
     if prefills:
         best = max(row.tokens / row.median_ms for row in prefills)

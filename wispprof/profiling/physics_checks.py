@@ -69,8 +69,8 @@ def check_physics(rows: Sequence[StepRow], model: ModelInfo) -> PhysicsReport:
 
 
 def check_edge(rows: Sequence[EdgeRow]) -> None:
-    """Check that a draft step takes as long as its forward, a round as its steps, and that longer prompts
-    take longer. Compares fastest samples. Raises :class:`PhysicsViolation`."""
+    """Check that a draft step takes as long as its forward, a round as its steps, many nodes as one, and that
+    longer prompts take longer. Compares fastest samples. Raises :class:`PhysicsViolation`."""
     steps = {row.context: row for row in rows if row.kind == "draft_step"}
     bare = {row.context: row for row in rows if row.kind == "forward"}
     pairs = [(steps[c], bare[c]) for c in steps if c in bare]
@@ -90,6 +90,13 @@ def check_edge(rows: Sequence[EdgeRow]) -> None:
                 f"{min(row.samples_ms):.3f} ms, one step {min(step.samples_ms):.3f} ms.",
                 "The round is probably timed without doing all its steps.",
             )
+    nodes = sorted((row for row in rows if row.kind == "nodes"), key=lambda row: row.tokens)
+    if nodes and min(nodes[-1].samples_ms) < 0.5 * min(nodes[0].samples_ms):
+        raise PhysicsViolation(
+            f"A forward of {nodes[-1].tokens} nodes takes {min(nodes[-1].samples_ms):.3f} ms, one of "
+            f"{nodes[0].tokens} takes {min(nodes[0].samples_ms):.3f} ms.",
+            "The forward is probably timed without computing all its nodes.",
+        )
     prefills = sorted((r for r in rows if r.kind == "prefill" and not r.context), key=lambda row: row.tokens)
     if len(prefills) >= 2 and prefills[-1].tokens >= 4 * prefills[0].tokens:
         short, long = prefills[0], prefills[-1]
