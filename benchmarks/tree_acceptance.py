@@ -2,6 +2,7 @@
 
     python benchmarks/tree_acceptance.py             # the bundled pair
     python benchmarks/tree_acceptance.py --target FOLDER --draft FOLDER
+    python benchmarks/tree_acceptance.py --target FOLDER --without-layers 8 20
 
 Chain, probability-ranked tree and noise-ranked tree have equal rows. A node's children are the draft's first
 candidates at its position. They are ranked by probability, as in SpecExec, or by logits / T plus the
@@ -11,8 +12,13 @@ noise.
 A tree's shape is the best one under rates by rank that do not depend on the position (Sequoia, arXiv
 2402.12374). Rates come from half of the prompts, the table from the other half. Only nodes on the target's
 own path are accepted, and the draft's candidates along that path are known, so any tree can be replayed. The
-rounds of three prompts are also run on the engine, with whole trees, and must accept the same tokens. A draft
-forward computes one level of a tree. Prints a table and one JSON line.
+rounds of some prompts are also run on the engine, with whole trees, and must accept the same tokens. A draft
+forward computes one level of a tree.
+
+`grown` is what an edge does: a torch drafter expands the likeliest nodes, a quarter of the rows in each
+forward, and a predictor fitted on the first half of the prompts rates their candidates. Each round sends the
+likeliest nodes. `--without-layers FIRST END` makes a draft of the target by leaving those layers out.
+Prints a table and one JSON line.
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ import heapq
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,10 +38,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from wispprof.artifacts import bundled_model
+from wispprof.drafters.torch_drafter import TorchDrafter
 from wispprof.engines.loading import LoadedModel, load_model
 from wispprof.engines.torch.engine import TorchEngine
+from wispprof.fitting import FittedPredictor, fit_predictor
+from wispprof.policies.interface import TreeShape
+from wispprof.profiling.acceptance_trace import collect_trace
 from wispprof.profiling.prompts import held_out_prompts
 from wispprof.sampling.candidates import noise_ranked, ranks_of
+from wispprof.sessions.tree_growth import add_candidates, next_nodes, round_nodes
+from wispprof.settings.profiler_settings import TraceSettings
+from wispprof.token_tree import HELD_NODES, TokenTree
 from wispprof.types import Sampling, StepInput
 
 WIDTH = 16
@@ -113,6 +127,50 @@ def replay(paths: Sequence[TargetPath], ranking: str, shape: Shape) -> float:
     return accepted / rounds
 
 
+def grown(
+    drafter: TorchDrafter,
+    paths: dict[int, TargetPath],
+    temperature: float,
+    predictor: FittedPredictor,
+    rows: int,
+) -> tuple[float, float]:
+    """(accepted tokens, draft forwards) a round of trees that a drafter grows. ``paths``: by their seed."""
+    shape = TreeShape(nodes=rows, depth=WIDTH, width=8, beams=max(1, rows // 4))
+    rounds = accepted = forwards = 0
+    for seed, path in paths.items():
+        drafter.open(path.prompt, Sampling(temperature, seed=seed))
+        at = 0
+        while at < len(path.tokens):
+            tree, expanded = TokenTree(HELD_NODES), set[int]()
+            while nodes := next_nodes(tree, expanded, shape):
+                found = []
+                for node, after in zip(nodes, drafter.expand(tree, nodes, shape.width), strict=True):
+                    probs = [candidate.prob for candidate in after.candidates]
+                    depth = tree.depths[node] if node >= 0 else 0
+                    rated = predictor.candidate_acceptance(after.features, probs, depth).tolist()
+                    found.append((node, [candidate.token for candidate in after.candidates], rated))
+                expanded.update(nodes)
+                add_candidates(tree, found, shape)
+                forwards += 1
+            sent = set(round_nodes(tree, shape))
+            taken = sum(node in sent for node in tree.walk(path.tokens[at:]))
+            drafter.extend(path.tokens[at : at + taken + 1])
+            rounds, accepted, at = rounds + 1, accepted + taken, at + taken + 1
+    return accepted / rounds, forwards / rounds
+
+
+def without_layers(loaded: LoadedModel, first: int, end: int) -> LoadedModel:
+    """The model without some of its layers. Changes ``loaded``."""
+    decoder = loaded.model.model
+    kept = [layer for number, layer in enumerate(decoder.layers) if not first <= number < end]
+    for number, layer in enumerate(kept):
+        layer.self_attn.layer_idx = number
+    decoder.layers = torch.nn.ModuleList(kept)
+    loaded.model.config.num_hidden_layers = len(kept)
+    info = replace(loaded.info, id=f"{loaded.info.id} without layers {first}-{end - 1}", layers=len(kept))
+    return replace(loaded, info=info)
+
+
 def check_on_engine(
     engine: TorchEngine, path: TargetPath, sampling: Sampling, ranking: str, shape: Shape
 ) -> int:
@@ -173,32 +231,46 @@ def main() -> int:
     )
     parser.add_argument("--target", default=bundled_model("target"))
     parser.add_argument("--draft", default=bundled_model("draft"))
+    parser.add_argument("--without-layers", type=int, nargs=2, metavar=("FIRST", "END"))
     parser.add_argument("--prompts", type=int, default=60)
+    parser.add_argument("--checked", type=int, default=3, help="prompts whose rounds the engine repeats")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rows", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8, 1.0])
     args = parser.parse_args()
-    target, draft = (load_model(name, dtype="float32", device="cpu") for name in (args.target, args.draft))
+    target = load_model(args.target, dtype="float32", device="cpu")
+    cut = args.without_layers
+    draft = load_model(args.target if cut else args.draft, dtype="float32", device="cpu")
+    if cut:
+        draft = without_layers(draft, *cut)
     prompts = held_out_prompts(target.tokenizer, args.prompts, 48)
     engine = TorchEngine(target, kv_tokens=args.prompts * (48 + 2 * args.tokens), max_sessions=args.prompts)
+    drafter = TorchDrafter(draft)
     rows_out, wrong = [], 0
     print(f"{target.info.id} and {draft.info.id}: accepted tokens a round (and a draft forward)\n")
-    print(f"{'T':>4} {'rows':>4} {'chain':>15} {'by probability':>15} {'by noise':>15}   depths")
+    print(
+        f"{'T':>4} {'rows':>4} {'chain':>15} {'by probability':>15} {'by noise':>15} {'grown':>15}   forwards"
+    )
     for temperature in args.temperatures:
         paths = trace(engine, draft, prompts, args.tokens, temperature)
         half = len(paths) // 2
+        settings = TraceSettings(path_tokens=args.tokens, sampling=Sampling(temperature, seed=args.prompts))
+        learnt = fit_predictor(collect_trace(target, draft, settings, prompts=prompts[:half]))
+        print(f"     candidates of held-out prompts: {learnt.report.get('candidates')}")
         for rows in args.rows:
             arms = {"chain": ("noise", chain(rows))}
             for ranking in ("probability", "noise"):
                 arms[ranking] = (ranking, best_shape(rates_by_rank(paths[:half], ranking), rows))
             found = {name: replay(paths[half:], *arm) for name, arm in arms.items()}
-            depths = {name: shape.depth for name, (_, shape) in arms.items()}
-            for number in range(half, half + 3):
+            forwards: dict[str, float] = {name: shape.depth for name, (_, shape) in arms.items()}
+            tested = dict(enumerate(paths[half:], half))
+            found["grown"], forwards["grown"] = grown(drafter, tested, temperature, learnt, rows)
+            for number in range(half, half + args.checked):
                 sampling = Sampling(temperature, seed=number)
                 wrong += check_on_engine(engine, paths[number], sampling, *arms["noise"])
-            cells = "".join(f"{found[n]:8.2f} ({found[n] / depths[n]:4.2f})" for n in arms)
-            print(f"{temperature:4.1f} {rows:4d} {cells}   {' '.join(str(depths[n]) for n in arms)}")
-            row = {"temperature": temperature, "rows": rows, "accepted": found, "depth": depths}
+            cells = "".join(f"{found[n]:9.2f} ({found[n] / forwards[n]:4.2f})" for n in found)
+            print(f"{temperature:4.1f} {rows:4d} {cells}   {' '.join(f'{f:.3g}' for f in forwards.values())}")
+            row = {"temperature": temperature, "rows": rows, "accepted": found, "forwards": forwards}
             rows_out.append(row)
     print(f"\nRounds on the engine that differ from the replay: {wrong}")
     print(json.dumps({"benchmark": "tree_acceptance", "wrong": wrong, "rows": rows_out}))

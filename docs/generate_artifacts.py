@@ -55,8 +55,8 @@ keys are written as `***`.
 
 ESTIMATOR = """An estimator's payload holds its step-time model (`kind` and `step_model`), the box of shapes
 that was measured (`domain`), the bound's factors with their coverage, and the report of its held-out
-evaluation. A predictor's payload holds its kind, its scorer and its calibration. If its traces record the draft's
-candidates, `candidates` holds the model of those after the first.
+evaluation. A predictor's payload holds its kind, its scorer and its calibration. If its traces record the
+draft's candidates, `candidates` holds the model of those after the first.
 """
 
 ARRAYS = {

@@ -97,8 +97,8 @@ def fit_candidates(learn: Sequence[TracePath], tune: Sequence[TracePath]) -> Can
     rows = candidate_rows([*learn, *tune])
     if rows is None:
         return None
-    others = (rows.rank > 0) & (rows.rank < rows.probs.shape[1])
-    if others.sum() < MINIMUM_REJECTIONS or (rows.rank == rows.probs.shape[1]).sum() < MINIMUM_REJECTIONS:
+    right, wrong = (rows.rank > 0) & (rows.rank < rows.probs.shape[1]), rows.rank > 1
+    if min(right.sum(), wrong.sum()) < MINIMUM_REJECTIONS:
         return None
     return CandidateModel().fit(rows)
 

@@ -42,7 +42,7 @@ class EdgePoint:
 class EdgeAxes:
     """``contexts``: of draft steps. ``chunks``: of prefill, over nothing and over ``chunk_context``.
     ``burst_s``, ``sustained_s``: steady drafting, 0 for none. ``rounds``: contexts of rounds after
-    ``rest_ms``. ``nodes``: of a draft tree in one forward, over the middle one of ``contexts``."""
+    ``rest_ms``. ``nodes``: of a draft tree in one forward, over a middle one of ``contexts``."""
 
     contexts: tuple[int, ...]
     chunks: tuple[int, ...]
@@ -202,13 +202,13 @@ def _controller_decisions() -> Callable[[], None]:
 def edge_workloads(axes: EdgeAxes, max_context: int, trees: bool = False) -> list[Workload[EdgePoint]]:
     """Every point that fits into the draft's context. ``trees``: the drafter drafts trees."""
     workloads = [_workload("controller", EdgePoint(0))]
-    for context in axes.contexts:
-        if context + ROUND < max_context:
-            workloads += [_workload(kind, EdgePoint(context)) for kind in ("draft_step", "forward")]
-            if context > CATCH_UP:
-                workloads.append(_workload("catch_up", EdgePoint(context, CATCH_UP)))
-    middle = axes.contexts[len(axes.contexts) // 2] if axes.contexts else 0
-    if trees and 0 < middle + 2 < max_context:
+    contexts = [context for context in axes.contexts if context + ROUND < max_context]
+    for context in contexts:
+        workloads += [_workload(kind, EdgePoint(context)) for kind in ("draft_step", "forward")]
+        if context > CATCH_UP:
+            workloads.append(_workload("catch_up", EdgePoint(context, CATCH_UP)))
+    if trees and contexts:
+        middle = contexts[len(contexts) // 2]
         workloads += [_workload("nodes", EdgePoint(middle, nodes)) for nodes in axes.nodes]
     for context in axes.rounds:
         if context + ROUND < max_context:
