@@ -53,7 +53,8 @@ class Welcome(msgspec.Struct, tag="w", array_like=True, frozen=True):
     """The server's answer to a valid hello.
 
     ``identity``, ``stop_tokens``, ``chat_template``, the sampling defaults and ``vocab_size`` (0: unknown)
-    are the target's, as in :class:`~wispprof.types.ServedModel`.
+    are the target's, as in :class:`~wispprof.types.ServedModel`. ``trees``: its engine verifies draft trees;
+    other servers refuse them.
     """
 
     protocol: Int64
@@ -72,6 +73,7 @@ class Welcome(msgspec.Struct, tag="w", array_like=True, frozen=True):
     top_p: float = 1.0
     min_p: float = 0.0
     vocab_size: Position = 0
+    trees: bool = False
 
 
 class OpenPart(msgspec.Struct, tag="q", array_like=True, frozen=True):
@@ -114,7 +116,9 @@ class Draft(msgspec.Struct, tag="d", array_like=True, frozen=True):
 
     ``acceptance_prob``: one byte per token, 255 if it is certain to be accepted given those before
     it. In round mode the frame is the whole round, even if it is empty. ``slack_ms``: time the edge
-    has left, from the frame's arrival, before this round must be answered.
+    has left, from the frame's arrival, before this round must be answered. ``parents``: empty for a chain;
+    else one byte per token, 0 if it follows the text before ``base``, i + 1 if it follows token i < its own
+    number of this frame.
     """
 
     session: SessionNumber
@@ -124,6 +128,7 @@ class Draft(msgspec.Struct, tag="d", array_like=True, frozen=True):
     acceptance_prob: bytes
     draft_ms: float
     slack_ms: float
+    parents: Annotated[bytes, msgspec.Meta(max_length=MAX_DRAFTS)] = b""
 
 
 class Commit(msgspec.Struct, tag="c", array_like=True, frozen=True):
@@ -205,7 +210,7 @@ def encode(frame: EdgeFrame | ServerFrame) -> bytes:
             _short(frame.draft_ms),
             _short(frame.slack_ms),
         )
-        return _encoder.encode(("d", *body))
+        return _encoder.encode(("d", *body, frame.parents) if frame.parents else ("d", *body))
     if isinstance(frame, Commit):
         counts = (frame.session, frame.epoch, frame.committed_len, frame.tokens, frame.accepted)
         times = (frame.drafted, _short(frame.queue_ms), _short(frame.verify_ms))
@@ -294,6 +299,16 @@ def commit_frame(number: int, commit: CommitResult, verify_ms: float, load_level
 def brief_ms(ms: float) -> float:
     """A time rounded for a frame: to whole ms from 16 ms on, below to sixteenths (exact in float32)."""
     return round(ms) if abs(ms) >= 16.0 else round(16.0 * ms) / 16.0
+
+
+def parent_bytes(parents: Sequence[int]) -> bytes:
+    """Parents of a tree's nodes (-1: the text before them) as :class:`Draft` carries them."""
+    return bytes(parent + 1 for parent in parents)
+
+
+def parents_of(frame: Draft) -> list[int]:
+    """The parents that a draft frame carries, -1 for the text before it; none for a chain."""
+    return [byte - 1 for byte in frame.parents]
 
 
 def acceptance_byte(probability: float) -> int:

@@ -179,7 +179,7 @@ def served_pair(max_context: int = 96) -> Iterator[ServedPair]:
     thread, stack = LoopThread(), AsyncExitStack()
 
     async def start() -> tuple[str, str, str]:
-        engine = FakeEngine(max_context=max_context)
+        engine = FakeEngine(max_context=max_context, trees=True)
         options = ServerSettings(policy="wispprof", admit="all")
         tokenizer = ChatTokenizer(LETTERS)
         running = await stack.enter_async_context(

@@ -63,7 +63,9 @@ def _plausible(dice: random.Random, name: str) -> object:
         return dice.choice(_REALS)
     if name == "protocol":
         return dice.choice([protocol.PROTOCOL_VERSION] * 7 + [0])
-    if name in ("stream", "undrafted"):
+    if name == "parents":  # often of a tree, though rarely of as many nodes as there are tokens
+        return bytes(dice.randrange(node + 1) for node in range(dice.choice((0, 0, 1, 2, 3, 4, 8))))
+    if name in ("stream", "undrafted", "trees"):
         return dice.random() < 0.5
     if name in ("acceptance_prob", "payload"):
         return dice.randbytes(dice.randrange(12))

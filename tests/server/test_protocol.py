@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from random import Random
 
 import msgspec
 import pytest
@@ -29,12 +30,22 @@ edge_frames = st.one_of(
     st.builds(protocol.Hello, int64, names, names, names, names, names),
     st.builds(protocol.Open, numbers, tokens, int64, int64, floats, st.none() | floats),
     st.builds(protocol.OpenPart, numbers, tokens),
-    st.builds(protocol.Draft, numbers, positions, positions, tokens, st.binary(max_size=20), floats, floats),
+    st.builds(
+        protocol.Draft,
+        numbers,
+        positions,
+        positions,
+        tokens,
+        st.binary(max_size=20),
+        floats,
+        floats,
+        st.binary(max_size=20),
+    ),
     st.builds(protocol.Close, numbers),
     st.builds(protocol.Ping, int64, st.binary(max_size=50), int64),
 )
 server_frames = st.one_of(
-    st.builds(protocol.Welcome, int64, names, names, positions, counts, st.booleans()),
+    st.builds(protocol.Welcome, int64, names, names, positions, counts, st.booleans(), trees=st.booleans()),
     st.builds(
         protocol.Commit,
         numbers,
@@ -136,6 +147,17 @@ def test_a_stream_of_single_drafts_and_commits_is_small() -> None:
     commit = protocol.Commit(3, 17, 701, [4000], 0, 1, protocol.brief_ms(0.02), protocol.brief_ms(22.4))
     assert len(protocol.encode(commit)) == 16
     assert protocol.decode_server(protocol.encode(commit)) == commit
+
+
+@given(st.lists(st.integers(0, 1 << 17), max_size=64), st.randoms())
+def test_a_node_of_a_tree_takes_one_byte_more(tokens: list[int], random: Random) -> None:
+    parents = [random.randrange(-1, node) if node else -1 for node in range(len(tokens))]
+    chain = protocol.Draft(3, 17, 700, tokens, bytes(len(tokens)), 16.0, 0)
+    tree = msgspec.structs.replace(chain, parents=protocol.parent_bytes(parents))
+    more = len(protocol.encode(tree)) - len(protocol.encode(chain))
+    assert more == (2 + len(tokens) if tokens else 0)  # two for the field
+    assert protocol.decode_edge(protocol.encode(tree)) == tree
+    assert protocol.parents_of(tree) == parents
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False, width=32))

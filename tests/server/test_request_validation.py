@@ -66,6 +66,12 @@ def test_whole_keys_are_compared() -> None:
         {"base": -1},
         {"epoch": -1},
         {"base": 1 << 40},
+        {"parents": b"\x00\x00"},
+        {"parents": b"\x01"},
+        {"parents": b"\xff"},
+        {"tokens": [1, 2], "acceptance_prob": bytes(2), "parents": b"\x00"},
+        {"tokens": [1, 2], "acceptance_prob": bytes(2), "parents": b"\x00\x02"},
+        {"tokens": [], "acceptance_prob": b"", "parents": b"\x00"},
     ],
 )
 def test_drafts_no_correct_edge_sends(changes: dict[str, Any]) -> None:
@@ -73,7 +79,14 @@ def test_drafts_no_correct_edge_sends(changes: dict[str, Any]) -> None:
     frame = protocol.Draft(session=0, draft_ms=1.0, slack_ms=1.0, **{**valid, **changes})
     data = protocol.encode(frame)
     with pytest.raises(ProtocolError):
-        check_draft(cast(protocol.Draft, protocol.decode_edge(data)), 100)
+        check_draft(cast(protocol.Draft, protocol.decode_edge(data)), 100, trees=True)
+
+
+def test_trees_are_for_engines_that_verify_them() -> None:
+    frame = protocol.Draft(0, 0, 3, [1, 2], bytes(2), 1.0, 1.0, parents=b"\x00\x00")
+    check_draft(frame, 100, trees=True)
+    with pytest.raises(ProtocolError, match="verifies chains"):
+        check_draft(frame, 100)
 
 
 @pytest.mark.parametrize(

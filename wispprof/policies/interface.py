@@ -26,7 +26,9 @@ class SessionView(NamedTuple):
     pending drafts.
 
     ``cached``: tokens with KV.
-    ``acceptance_probs``: of each pending draft, P(accepted | all before it accepted).
+    ``acceptance_probs``: of each pending draft, P(accepted | all before it accepted). Of a tree, its nodes in
+    falling order of cumulative acceptance, each relative to the node before: the running products are
+    P(accepted) here too, and the first j nodes are the best tree of j.
     ``ready``: may be scheduled now. Round mode: its round has arrived, or it has no first token yet.
     Stream mode: always.
     ``arrived_ms``: when it became ready, or when its request arrived.

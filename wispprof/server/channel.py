@@ -76,7 +76,7 @@ class Query(msgspec.Struct, tag="q", array_like=True, frozen=True):
 
 class FrontConfig(msgspec.Struct, tag="f", array_like=True, frozen=True):
     """What a front must know, its first message. ``settings``: a ``ServerSettings`` in plain types.
-    ``tokenizer``: folder of the tokenizer, empty without one."""
+    ``tokenizer``: folder of the tokenizer, empty without one. ``trees``: the engine verifies draft trees."""
 
     settings: dict[str, Any]
     model: ServedModel
@@ -84,6 +84,7 @@ class FrontConfig(msgspec.Struct, tag="f", array_like=True, frozen=True):
     plan: str
     max_prompt: int
     tokenizer: str = ""
+    trees: bool = False
 
 
 class ServerStatus(msgspec.Struct, tag="t", array_like=True, frozen=True):

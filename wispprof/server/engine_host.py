@@ -190,4 +190,5 @@ def front_config(server: VerificationServer, tokenizer: str = "") -> FrontConfig
         server.plan.hash if server.plan else "",
         server.admission.max_prompt,
         tokenizer,
+        server.trees,
     )

@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import math
 from collections.abc import Sequence
+from operator import gt
 
 from wispprof import protocol
 from wispprof.errors import HandshakeRefused, ProtocolError
@@ -76,6 +77,7 @@ def welcome(server: EngineClient) -> protocol.Welcome:
         top_p=defaults.top_p,
         min_p=defaults.min_p,
         vocab_size=model.vocab_size,
+        trees=server.config.trees,
     )
 
 
@@ -117,15 +119,20 @@ def session_request(frame: protocol.Open, tokens: tuple[int, ...] = ()) -> Gener
     )
 
 
-def check_draft(frame: protocol.Draft, vocab_size: int) -> None:
-    """Raise :class:`ProtocolError` on drafts that no correct edge sends."""
-    tokens, probs = frame.tokens, frame.acceptance_prob
+def check_draft(frame: protocol.Draft, vocab_size: int, trees: bool = False) -> None:
+    """Raise :class:`ProtocolError` on drafts that no correct edge sends. ``trees``: the engine verifies
+    them."""
+    tokens, probs, parents = frame.tokens, frame.acceptance_prob, frame.parents
     if len(probs) != len(tokens):
         reason = f"{len(tokens)} drafts with {len(probs)} acceptance bytes"
     elif tokens and (min(tokens) < 0 or max(tokens) >= vocab_size):
         reason = f"a token outside the vocabulary of {vocab_size}"
     elif not 0.0 <= frame.draft_ms < math.inf:
         reason = f"{frame.draft_ms} ms of drafting"
+    elif parents and not trees:
+        reason = "a tree, but this server's engine verifies chains"
+    elif parents and (len(parents) != len(tokens) or any(map(gt, parents, range(len(parents))))):
+        reason = f"parents {list(parents)} of {len(tokens)} drafts"
     else:
         return
     raise ProtocolError(f"Invalid draft frame: {reason}.", "Use a client of the same protocol version.")

@@ -9,7 +9,7 @@ It is anonymous: lengths, times and counts, no texts, keys or addresses.
 | ``tokens_per_s``, ``ttft_ms`` | its SLO; absent if it asked for none |
 | ``prefix`` | salted ids of the prompt's whole blocks of 512 tokens: equal ids, equal text up to there |
 | ``rtt_ms`` | least time from a commit to the drafts that answer it, less their drafting; absent if unseen |
-| ``drafted``, ``accepted`` | by depth d, from 1: rounds with at least d drafts verified, and accepted |
+| ``drafted``, ``accepted`` | by depth d, from 1: rounds with drafts verified to depth d, and accepted |
 | ``end`` | why it ended |
 | ``resumed`` | output tokens that an earlier session of the same request had committed; absent if none |
 

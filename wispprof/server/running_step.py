@@ -12,7 +12,7 @@ from wispprof.policies import StepPlan
 from wispprof.policies.interface import ScheduledItem
 from wispprof.server.engine_thread import DeferredOps, EngineThread
 from wispprof.server.session import ServerSession
-from wispprof.sessions.plan_ahead import Continuation, KnownInput, next_input
+from wispprof.sessions.plan_ahead import Continuation, KnownInput, TreeContinuation, next_input
 from wispprof.types import BatchShape, StepInput, VerifyResult
 
 log = logging.getLogger("wispprof.server")
@@ -84,7 +84,7 @@ class PreparedStep:
     now_ms: Callable[[], float]
     taken: bool = False
     _items: dict[str, tuple[ServerSession, ScheduledItem]] = field(default_factory=dict)
-    _inputs: dict[str, KnownInput | Continuation | _Opening] = field(default_factory=dict)
+    _inputs: dict[str, KnownInput | Continuation | TreeContinuation | _Opening] = field(default_factory=dict)
 
     def add(self, session: ServerSession, item: ScheduledItem) -> None:
         """Let a session take part, if it can. It is not closed before this step is done."""

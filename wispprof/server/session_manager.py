@@ -238,7 +238,7 @@ class SessionManager:
             if not session.state.in_flight:
                 self._remove(session, session.closing, now_ms)
         elif commit.tokens:
-            session.depths.add(commit.drafted, commit.accepted)
+            session.depths.add(commit.depth, commit.accepted)
             self._undelivered.append((session, commit, now_ms, verify_ms))
             if commit.finished:
                 self._remove(session, commit.finished, now_ms)

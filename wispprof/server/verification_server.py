@@ -210,6 +210,11 @@ class VerificationServer:
         return self._engine_thread.engine.kv_free
 
     @property
+    def trees(self) -> bool:
+        """Whether the engine verifies draft trees."""
+        return self._engine_thread.engine.capabilities.trees
+
+    @property
     def dtype(self) -> str:
         """What the engine computes in; the setting if the engine does not say."""
         return self._engine_thread.engine.capabilities.dtype or self.settings.dtype
@@ -235,6 +240,7 @@ class VerificationServer:
             now,
             frame.slack_ms,
             frame.draft_ms,
+            protocol.parents_of(frame) if frame.parents else (),
         )
         self.loop.drafts_arrived(session)
 

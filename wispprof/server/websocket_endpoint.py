@@ -187,7 +187,7 @@ class WebSocketEndpoint:
                 or (session := self._sessions.get(frame.session)) is None
             ):
                 return False
-            check_draft(frame, self._server.model.vocab_size)
+            check_draft(frame, self._server.model.vocab_size, self._server.config.trees)
         except ProtocolError:
             return False
         self._server.draft(session, frame)
@@ -236,7 +236,7 @@ class WebSocketEndpoint:
                 self._problem(frame.session, "session", "This session is not open. Open it first.")
             return
         try:
-            check_draft(frame, self._server.model.vocab_size)
+            check_draft(frame, self._server.model.vocab_size, self._server.config.trees)
         except ProtocolError as err:
             self._problem(frame.session, "frame", str(err))
             return

@@ -36,13 +36,15 @@ class Held(NamedTuple):
 
 
 class Outgoing(NamedTuple):
-    """Content of one draft frame. ``draft_ms``: drafting time of its tokens."""
+    """Content of one draft frame. ``draft_ms``: drafting time of its tokens. ``parents``: of each node of a
+    tree, -1 for the text before ``base``; none for a chain."""
 
     epoch: int
     base: int
     tokens: tuple[int, ...]
     acceptance_prob: tuple[float, ...]
     draft_ms: float
+    parents: tuple[int, ...] = ()
 
 
 class CommitEffect(NamedTuple):

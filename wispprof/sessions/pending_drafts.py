@@ -8,6 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from wispprof.sessions.pending_tree import FrameTree, as_tree, best_part, graft, successive, trunk
+from wispprof.token_tree import MAX_NODES, ROOT, TokenTree
+
 _WEIGHT = 0.25
 _OVERDUE = 2.0
 """A frame later than this many times the usual wait is no longer expected at a known time."""
@@ -36,7 +39,8 @@ class DraftCounters:
     (they may be verified later). ``dropped``: tokens refused by merge, by reason; ``frames`` likewise
     counts the frames. Reasons: ``epoch`` (old), ``contradiction`` (differs from committed text), ``gap``
     (begins beyond the pending drafts), ``conflict`` (differs from them within one epoch), ``overflow``,
-    ``finished``.
+    ``finished``. Of a tree, nodes that follow another text than the committed one count as
+    ``contradiction`` too, even if others stand.
     """
 
     drafted: int = 0
@@ -132,6 +136,10 @@ class PendingDrafts:
     """The drafts themselves: ``tokens`` and their ``acceptance_probs``, from the committed length on.
 
     At most ``limit`` are held. ``withdrawn``: the drafts left while the engine verified them.
+
+    ``tree``: the drafts if they have branches, else ``None``. ``tokens`` are its nodes in best-first order
+    then, so that steps take them from the front as they do with a chain, and ``acceptance_probs`` are
+    :func:`~wispprof.sessions.pending_tree.successive`.
     """
 
     limit: int
@@ -141,6 +149,8 @@ class PendingDrafts:
     arrivals: DraftArrivals = field(default_factory=DraftArrivals)
     epoch: int = 0
     withdrawn: bool = False
+    tree: TokenTree | None = None
+    _order: list[int] = field(default_factory=list)
     _min_epoch: int = 0
 
     def merge(
@@ -152,10 +162,14 @@ class PendingDrafts:
         acceptance_prob: Sequence[float],
         now_ms: float,
         draft_ms: float,
+        parents: Sequence[int] = (),
+        depth: int = MAX_NODES,
     ) -> str:
         """Take in drafts that begin at position ``base``; returns why some were dropped, or "".
 
-        A newer epoch drops the drafts that are held.
+        A newer epoch drops the drafts that are held. With ``parents`` the frame is a tree, which is merged by
+        path: a token that differs from a draft that is held stands beside it. ``depth``: of the deepest node
+        that is any use.
         """
         count = len(tokens)
         if epoch != self.epoch or epoch < self._min_epoch:
@@ -163,6 +177,9 @@ class PendingDrafts:
                 return self.drop("epoch", count)
             self.clear()
             self.epoch = epoch
+        if parents or self.tree is not None:
+            frame = FrameTree.of(tokens, parents, acceptance_prob)
+            return self._merge_tree(committed, base, frame, depth, now_ms, draft_ms)
         committed_len, held = len(committed), len(self.tokens)
         if base == committed_len + held and count <= self.limit - held:
             # Nearly every frame: the next drafts, none of them known yet.
@@ -184,6 +201,87 @@ class PendingDrafts:
         lost = count - known - len(tokens[fresh])
         self._append(tokens[fresh], acceptance_prob[fresh], now_ms, draft_ms)
         return self.drop("overflow", lost) if lost else ""
+
+    def _merge_tree(
+        self, committed: list[int], base: int, frame: FrameTree, depth: int, now_ms: float, draft_ms: float
+    ) -> str:
+        count, behind = len(frame.tokens), len(committed) - base
+        tree, path = self.tree, list[int]()
+        if tree is None:
+            held, limit = self.tokens[:depth], min(self.limit, MAX_NODES)
+            if len(held) > limit:
+                return self.drop("overflow", count)
+            tree = as_tree(held, self.acceptance_probs[:depth], limit)
+        else:
+            tree = tree.below(ROOT)  # a copy: a step that is planned may read the one that is held
+        at = ROOT
+        if behind > 0:
+            path, contradicted = frame.spell(committed[base : base + count + 1] if base >= 0 else ())
+            if contradicted or base < 0:
+                self.contradicted(now_ms)
+                return self.drop("contradiction", count)
+            if len(path) < behind:
+                return ""  # a late frame: all of it was decided
+        elif behind < 0:
+            known = trunk(tree)
+            if -behind > len(known):
+                return self.drop("gap", count)
+            at = known[-behind - 1]
+        grafted = graft(tree, at, frame, path[-1] if path else ROOT, path, depth)
+        added = grafted.added
+        if added:
+            self.counters.wasted += len(self.tokens) + len(added) - len(tree)
+            self.counters.drafted += len(added)
+            self._hold(tree)
+            above = 1.0 if at == ROOT else tree.cum_acceptance[at] or 1.0
+            fresh = sorted((tree.cum_acceptance[node] / above for node in added), reverse=True)
+            self.arrivals.arrived(now_ms, successive(fresh), draft_ms)
+        dropped = self.drop("contradiction", grafted.foreign) if grafted.foreign else ""
+        return self.drop("overflow", grafted.excess) if grafted.excess else dropped
+
+    def _hold(self, tree: TokenTree) -> None:
+        """Hold these drafts, those without branches as a chain."""
+        if tree.is_chain:
+            self.tree, self._order = None, []
+            self.tokens, self.acceptance_probs = list(tree.tokens), list(tree.acceptance_probs)
+            return
+        self.tree, self._order = tree, tree.best_first()
+        self.tokens = [tree.tokens[node] for node in self._order]
+        self.acceptance_probs = successive([tree.cum_acceptance[node] for node in self._order])
+
+    def useful(self, depth: int, context_left: int) -> int:
+        """Leading drafts that a step can use if ``depth`` of them can be accepted and ``context_left`` cached.
+        No node of a tree is deeper, but there may be more of them."""
+        held = len(self.tokens)
+        return min(held, context_left if self.tree is not None else depth) if held else 0
+
+    def parents(self, drafts: int) -> Sequence[int]:
+        """Of the first ``drafts`` tokens, as in :class:`~wispprof.types.StepInput`: empty if they are a
+        chain."""
+        if self.tree is None:
+            return ()
+        return best_part(self.tree, drafts, self._order)[1]
+
+    def after(self, drafts: int) -> list[float]:
+        """Acceptance probabilities of what is held beyond a step with the first ``drafts`` of a tree, if the
+        likeliest node left is the target's own token: that is the next one in order."""
+        if self.tree is None or drafts >= len(self._order):
+            return []
+        kept = self.tree.below(self._order[drafts])
+        return successive([kept.cum_acceptance[node] for node in kept.best_first()])
+
+    def holds(self, tokens: Sequence[int], parents: Sequence[int]) -> bool:
+        """Whether drafts in a step are held still."""
+        tree = self.tree
+        if tree is None:
+            return not parents and self.tokens[: len(tokens)] == list(tokens)
+        nodes: list[int] = []
+        for token, parent in zip(tokens, parents or range(ROOT, len(tokens) - 1), strict=True):
+            node = tree.child(ROOT if parent == ROOT else nodes[parent], token)
+            if node is None:
+                return False
+            nodes.append(node)
+        return True
 
     def _append(
         self, tokens: Sequence[int], acceptance_prob: Sequence[float], now_ms: float, draft_ms: float
@@ -211,6 +309,7 @@ class PendingDrafts:
         self.withdrawn = True
         self.tokens.clear()
         self.acceptance_probs.clear()
+        self.tree = None
 
     def contradicted(self, now_ms: float, by_commit: bool = False) -> None:
         """The drafts differ from committed text: drop them, and refuse frames of this epoch from now on.
@@ -222,9 +321,17 @@ class PendingDrafts:
     def reconcile(self, committed: Sequence[int], accepted: int, now_ms: float) -> None:
         """Compare with newly committed tokens, of which ``accepted`` were verified drafts; keep what
         agrees."""
-        counters, pending = self.counters, self.tokens
-        agreed = common_prefix(list(committed), pending)
-        contradicted = agreed < len(committed) and agreed < len(pending)
+        counters, pending, tree = self.counters, self.tokens, self.tree
+        if tree is not None:
+            path = tree.walk(committed)
+            agreed, last = len(path), path[-1] if path else ROOT
+            contradicted = agreed < len(committed) and last in tree.parents
+            kept = tree.below(last) if agreed == len(committed) else TokenTree(tree.limit)
+            counters.wasted += len(tree) - agreed - len(kept)
+            self._hold(kept)
+        else:
+            agreed = common_prefix(list(committed), pending)
+            contradicted = agreed < len(committed) and agreed < len(pending)
         counters.accepted += accepted
         if self.withdrawn:
             # These drafts were counted as wasted when they left.
@@ -233,7 +340,8 @@ class PendingDrafts:
         else:
             counters.matched += agreed - accepted
         if contradicted:
-            del pending[:agreed]
+            if tree is None:
+                del pending[:agreed]
             self.contradicted(now_ms, by_commit=True)
-        elif agreed:
+        elif agreed and tree is None:
             del pending[:agreed], self.acceptance_probs[:agreed]

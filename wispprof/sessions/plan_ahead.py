@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from wispprof.policies.interface import ScheduledItem, SessionView
+from wispprof.sessions.pending_tree import best_part
 from wispprof.sessions.session_state import SessionState
+from wispprof.token_tree import TokenTree
 from wispprof.types import StepInput, VerifyResult
 
 LEAST_ITEMS = 5
@@ -21,7 +23,7 @@ def expected_view(state: SessionState, now_ms: float, end_ms: float) -> SessionV
     """What to expect of a session at ``end_ms``, when the step under way ends; ``None`` if it ends, too.
 
     The drafts beyond those in that step, and those due by then, are seen as if the former were all accepted:
-    they stand with probability ``standing``, or are gone.
+    they stand with probability ``standing``, or are gone. Of a tree, what follows its likeliest next node.
     """
     flight, tracker, pending = state.flight, state.slo_tracker, state.drafts
     fed, in_step, emits = (0, 0, False) if flight is None else flight[:3]
@@ -37,7 +39,8 @@ def expected_view(state: SessionState, now_ms: float, end_ms: float) -> SessionV
     if drafting and not prompt_left:
         due_ms, due_probs, _ = pending.arrivals.due(now_ms)
         if due_ms is not None and due_ms <= end_ms:
-            probs = [*probs, *due_probs][: pending.limit]
+            if pending.tree is None:
+                probs = [*probs, *due_probs][: pending.limit]
             due_ms = pending.arrivals.next_ms(due_ms)
     tokens, standing = 0.0, 1.0
     if emits:
@@ -47,7 +50,7 @@ def expected_view(state: SessionState, now_ms: float, end_ms: float) -> SessionV
             tokens += standing
         if len(probs) > in_step:
             standing *= probs[in_step]
-        probs = probs[in_step + 1 :]
+        probs = probs[in_step + 1 :] if pending.tree is None or not probs else pending.after(in_step)
     return SessionView(
         state.session,
         tracker.slo,
@@ -55,7 +58,7 @@ def expected_view(state: SessionState, now_ms: float, end_ms: float) -> SessionV
         end_ms if emits else state.waiting_from_ms,
         tracker.deadline_after(tokens, end_ms) if emits else state.deadline_ms,
         prompt_left,
-        tuple(probs[: tokens_left - 1]),
+        tuple(probs if pending.tree is not None else probs[: tokens_left - 1]),
         state.advances_alone or bool(prompt_left) or (flight is None and state.ready),
         drafting,
         due_ms,
@@ -108,7 +111,31 @@ class Continuation(NamedTuple):
         return StepInput(self.session, list(decided[-1:]), 0, True)
 
 
-def next_input(state: SessionState, item: ScheduledItem) -> KnownInput | Continuation | None:
+class TreeContinuation(NamedTuple):
+    """A :class:`Continuation` of a session whose drafts are a tree: what follows the tokens decided, at most
+    ``drafts`` nodes. ``context_left``: the most tokens that may be cached beyond those committed before."""
+
+    tree: TokenTree
+    drafts: int
+    context_left: int
+    undrafted: Continuation
+
+    def after(self, result: VerifyResult | None) -> StepInput | None:
+        """The input after the running step's result; ``None`` if that ends the session, or is no result."""
+        step_input = self.undrafted.after(result)
+        if step_input is None or result is None:
+            return None
+        path = self.tree.walk(result.tokens)
+        if len(path) < len(result.tokens):
+            return step_input
+        most = min(self.drafts, self.context_left - len(path))
+        tokens, parents = best_part(self.tree.below(path[-1]), max(0, most))
+        return StepInput(step_input.session, [*step_input.tokens, *tokens], len(tokens), True, parents)
+
+
+def next_input(
+    state: SessionState, item: ScheduledItem
+) -> KnownInput | Continuation | TreeContinuation | None:
     """What a planned item feeds once the running step is done; ``None`` if the session cannot take it."""
     flight, pending = state.flight, state.drafts
     if flight is None:
@@ -124,6 +151,10 @@ def next_input(state: SessionState, item: ScheduledItem) -> KnownInput | Continu
         return KnownInput(StepInput(state.session, state.tokens[start : start + chunk], 0, chunk == left))
     if item.prefill or not state.advances_alone:
         return None
+    if pending.tree is not None:
+        undrafted = Continuation(state.session, [], in_step, state.tokens_left, state.stop)
+        context_left = state.max_context - len(state.tokens) - 1
+        return TreeContinuation(pending.tree, item.drafts, context_left, undrafted)
     # Drafts that came after those in the step had been withdrawn do not follow them.
     follows = [] if pending.withdrawn and in_step else pending.tokens[in_step : in_step + 1 + item.drafts]
     return Continuation(state.session, follows, in_step, state.tokens_left, state.stop)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from wispprof.policies.interface import ScheduledItem, SessionView
 from wispprof.sessions.pending_drafts import DraftCounters, PendingDrafts
+from wispprof.sessions.pending_tree import deepest
 from wispprof.sessions.slo import SloTracker
 from wispprof.types import Slo, StepInput, TokenLogprob, VerifyResult
 
@@ -23,9 +24,9 @@ from wispprof.types import Slo, StepInput, TokenLogprob, VerifyResult
 class CommitResult(NamedTuple):
     """What a step changed. ``tokens`` is empty after a prompt chunk that was not the last.
 
-    ``accepted`` of ``drafted`` verified drafts stand. ``finished`` is "" while the session goes on, else
-    ``stop``, ``length`` or ``context``. ``rollback``: if the commit was cut short, the length that the
-    engine's cache must be cut to. ``first``: this commit holds the session's first token.
+    ``accepted`` of ``drafted`` verified drafts stand; the deepest had ``depth``. ``finished`` is "" while the
+    session goes on, else ``stop``, ``length`` or ``context``. ``rollback``: if the commit was cut short, the
+    length that the engine's cache must be cut to. ``first``: this commit holds the session's first token.
     ``logprobs``: one per token, if the session asked for them.
     """
 
@@ -40,11 +41,12 @@ class CommitResult(NamedTuple):
     rollback: int | None = None
     first: bool = False
     logprobs: tuple[TokenLogprob, ...] = ()
+    depth: int = 0
 
 
-Flight = tuple[int, int, bool, int, float]
+Flight = tuple[int, int, bool, int, float, int]
 """A session's part of a running step: tokens fed, drafts among them, whether logits are needed, the epoch
-when it began, and how long the session had waited for it (ms)."""
+when it began, how long the session had waited for it (ms), and the depth of the deepest draft."""
 
 
 class SessionState:
@@ -121,7 +123,7 @@ class SessionState:
 
     @property
     def pending_drafts(self) -> list[int]:
-        """Drafts held beyond the committed length."""
+        """Drafts held beyond the committed length; those of a tree in best-first order."""
         return self.drafts.tokens
 
     @property
@@ -165,22 +167,23 @@ class SessionState:
         now_ms: float,
         slack_ms: float,
         draft_ms: float,
+        parents: Sequence[int] = (),
     ) -> str:
-        """Merge a draft frame by position; returns why some of it was dropped, "" if nothing was (see
-        :class:`~wispprof.sessions.pending_drafts.DraftCounters`).
+        """Merge a draft frame by position, a tree by path; returns why some of it was dropped, "" if nothing
+        was (see :class:`~wispprof.sessions.pending_drafts.DraftCounters`).
 
         ``acceptance_prob``: P(accepted | those before were), one float per token. ``slack_ms``: the time that
-        the edge has left for this round (round mode). Idempotent; never changes what will be committed, and
-        never raises on a frame's content.
+        the edge has left for this round (round mode). ``parents``: of a tree, as in
+        :class:`~wispprof.types.StepInput`. Idempotent; never changes what will be committed, and never raises
+        on a frame's content.
         """
         drafts = self.drafts
         if len(acceptance_prob) != len(tokens):
-            raise ValueError(
-                f"{len(tokens)} drafts came with {len(acceptance_prob)} acceptance probabilities."
-            )
+            raise ValueError(f"{len(tokens)} drafts with {len(acceptance_prob)} acceptance probabilities.")
         if self.finished:
             return drafts.drop("finished", len(tokens))
-        dropped = drafts.merge(self.tokens, epoch, base, tokens, acceptance_prob, now_ms, draft_ms)
+        frame = (epoch, base, tokens, acceptance_prob, now_ms, draft_ms, parents)
+        dropped = drafts.merge(self.tokens, *frame, self._end - len(self.tokens) - 1)
         if dropped != "epoch":
             self._view = None
             if not self.stream and base >= len(self.tokens):
@@ -224,7 +227,7 @@ class SessionState:
                 until_ms = expires_ms
         self._view_until_ms = until_ms
         # The target's own token always comes on top, so the last token needs no draft.
-        useful = 0 if prompt_left else tokens_left - 1
+        useful = 0 if prompt_left else self.useful_drafts
         # By position, as everything that is made once a commit: keywords triple its cost.
         return SessionView(
             self.session,
@@ -260,8 +263,7 @@ class SessionState:
         if self.fitted(item) is not item:
             left, useful = self.prompt_left, self.useful_drafts
             raise ValueError(f"{item} does not fit: {left} prompt tokens are left, {useful} drafts useful.")
-        step_input = self.input_of(item)
-        self.begin(step_input, now_ms)
+        self.begin(step_input := self.input_of(item), now_ms)
         return step_input
 
     def fitted(self, item: ScheduledItem) -> ScheduledItem | None:
@@ -281,8 +283,8 @@ class SessionState:
     @property
     def useful_drafts(self) -> int:
         """Pending drafts that a step can use: the target's own token always comes on top."""
-        held = len(self.drafts.tokens)
-        return min(held, self._end - len(self.tokens) - 1) if held else 0
+        following = len(self.tokens) + 1
+        return self.drafts.useful(self._end - following, self.max_context - following)
 
     def input_of(self, item: ScheduledItem) -> StepInput:
         """The engine's input for an item that fits."""
@@ -290,16 +292,18 @@ class SessionState:
         if prefill:
             fed = self.tokens[self.cached : self.cached + prefill]
             return StepInput(self.session, fed, 0, self.cached + prefill == len(self.tokens))
-        return StepInput(self.session, self.tokens[-1:] + self.drafts.tokens[:drafts], drafts, True)
+        fed = self.tokens[-1:] + self.drafts.tokens[:drafts]
+        return StepInput(self.session, fed, drafts, True, self.drafts.parents(drafts))
 
     def begin(self, step_input: StepInput, now_ms: float) -> None:
         """A step with this input has begun. Drafts in it may have left the session since it was made."""
-        _, fed, drafts, needs_logits, _ = step_input
+        _, fed, drafts, needs_logits, parents = step_input
         pending = self.drafts
         queue_ms = max(0.0, now_ms - self.waiting_from_ms)
-        self.flight = (len(fed), drafts, needs_logits, pending.epoch, queue_ms)
+        depth = deepest(parents) if parents else drafts
+        self.flight = (len(fed), drafts, needs_logits, pending.epoch, queue_ms, depth)
         self._view = None
-        pending.withdrawn = bool(drafts) and pending.tokens[:drafts] != list(fed[-drafts:])
+        pending.withdrawn = bool(drafts) and not pending.holds(fed[-drafts:], parents)
         if not pending.withdrawn and pending.tokens and not self.prompt_left:
             pending.counters.cut_drafts += max(0, self.useful_drafts - drafts)
 
@@ -313,7 +317,7 @@ class SessionState:
         flight = self.flight
         if flight is None:
             raise ValueError(f"Session {self.session} is in no step.")
-        fed, drafts, needs_logits, epoch, queue_ms = flight
+        fed, drafts, needs_logits, epoch, queue_ms, depth = flight
         accepted, decided = result.accepted, result.tokens
         if len(decided) != (accepted + 1 if needs_logits else 0):
             raise ValueError(f"{result} does not match an input with needs_logits={needs_logits}.")
@@ -348,6 +352,7 @@ class SessionState:
             rollback,
             first,
             result.logprobs[: len(tokens)],
+            depth,
         )
 
     def _append(self, tokens: tuple[int, ...]) -> tuple[int, ...]:

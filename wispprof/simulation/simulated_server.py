@@ -92,9 +92,8 @@ class SimulatedServer:
         session = self._sessions.get(edge.key)
         if session is None:
             return
-        session.merge(
-            frame.epoch, frame.base, frame.tokens, frame.acceptance_prob, now_ms, slack_ms, frame.draft_ms
-        )
+        epoch, base, tokens, probs, draft_ms, parents = frame
+        session.merge(epoch, base, tokens, probs, now_ms, slack_ms, draft_ms, parents)
         if not self._busy:
             self._decide(now_ms)
 
@@ -108,8 +107,8 @@ class SimulatedServer:
             if outbox and outbox[0][0] <= now_ms:
                 merge = sessions[key].merge
                 while outbox and outbox[0][0] <= now_ms:
-                    arrived_ms, (epoch, base, tokens, acceptance_prob, draft_ms) = outbox.popleft()
-                    merge(epoch, base, tokens, acceptance_prob, arrived_ms, math.inf, draft_ms)
+                    arrived_ms, (epoch, base, tokens, probs, draft_ms, parents) = outbox.popleft()
+                    merge(epoch, base, tokens, probs, arrived_ms, math.inf, draft_ms, parents)
 
     def _admit(self, now_ms: float) -> None:
         model = self._model

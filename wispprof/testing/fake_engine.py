@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from wispprof.backends import Drafter, Engine, EngineCapabilities, IntegrityReport, OpenSessions
 from wispprof.errors import EngineError, InputRefused, OutOfKvMemory
+from wispprof.token_tree import ROOT
 from wispprof.types import (
     BatchShape,
     DraftFeatures,
@@ -106,7 +107,7 @@ class FakeEngine(Engine):
     """A verifier engine of :class:`FakeTarget`.
 
     ``step_ms(shape)``: how long a step takes, by default no time; ``sleep`` (seconds) spends it.
-    ``stop_tokens``, ``chat_template`` and ``defaults`` are the model's own.
+    ``stop_tokens``, ``chat_template`` and ``defaults`` are the model's own. ``trees``: verifies draft trees.
 
     >>> engine = FakeEngine()
     >>> engine.open("a", Sampling())
@@ -126,8 +127,10 @@ class FakeEngine(Engine):
         stop_tokens: tuple[int, ...] = (),
         chat_template: str = "",
         defaults: GenerationDefaults | None = None,
+        trees: bool = False,
     ) -> None:
         self.target = FakeTarget(vocab)
+        self._trees = trees
         self._stop_tokens = stop_tokens
         self._chat_template = chat_template
         self._defaults = defaults or GenerationDefaults()
@@ -150,6 +153,7 @@ class FakeEngine(Engine):
             max_context=self._max_context,
             max_drafts=self._max_context - 1,
             max_sessions=1 << 20,
+            trees=self._trees,
             fork=True,
         )
 
@@ -215,8 +219,11 @@ class FakeEngine(Engine):
                 raise InputRefused(name, f"Session {name!r} may appear in a step only once.")
             if not 0 <= given.drafts < new or (given.drafts and not given.needs_logits):
                 raise InputRefused(name, f"Session {name!r}: {new} tokens with {given.drafts} drafts.")
-            if given.parents:
+            if given.parents and not self._trees:
                 raise InputRefused(name, f"{name}: this engine verifies chains of drafts, not trees.")
+            early = all(ROOT <= parent < node for node, parent in enumerate(given.parents))
+            if len(given.parents) not in (0, given.drafts) or not early:
+                raise InputRefused(name, f"{name}: {list(given.parents)} are no parents of a tree.")
             if len(self._caches[name].tokens) + new > self._max_context:
                 raise InputRefused(name, f"{name} would exceed {self._max_context} tokens.")
             if not all(0 <= token < self.target.vocab for token in given.tokens):
@@ -236,14 +243,18 @@ class FakeEngine(Engine):
             return VerifyResult(given.session, 0, ())
         out: list[int] = []
         logprobs: list[TokenLogprob] = []
-        for draft in [*tokens[first_draft:], None]:
+        child: dict[tuple[int, int], int] = {}
+        parents = given.parents or range(ROOT, given.drafts - 1)
+        for number, step in enumerate(zip(parents, tokens[first_draft:], strict=True)):
+            child.setdefault(step, number)
+        node: int | None = ROOT
+        while node is not None:
             state, sampling = cache.states[-1], cache.sampling
             out.append(self.target.choose(state, len(cache.tokens), sampling))
             if sampling.logprobs is not None:
                 logprobs.append(self.target.logprob(state, out[-1], sampling.logprobs))
-            if draft != out[-1]:
-                break
-            self._append(cache, [draft])
+            if (node := child.get((node, out[-1]))) is not None:
+                self._append(cache, out[-1:])
         return VerifyResult(given.session, len(out) - 1, tuple(out), tuple(logprobs))
 
     def _append(self, cache: _Cache, tokens: Sequence[int]) -> None:

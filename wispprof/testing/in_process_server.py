@@ -37,8 +37,8 @@ class InProcessServer:
     """Serves ``engine`` with ``policy``; a step takes ``step_ms(shape)``, by default the estimator's median.
 
     Edges connect with :attr:`connect`; while :attr:`refuse` is true, that fails. Set :attr:`identity`
-    and :attr:`vocab_size` to tell the edges those of the target. Of the engine, only ``open``, ``step``,
-    ``rollback`` and ``close`` are called.
+    and :attr:`vocab_size` to tell the edges those of the target. Of the engine, only ``capabilities``,
+    ``open``, ``step``, ``rollback`` and ``close`` are used.
 
     >>> from wispprof.edge import EdgeClient, Generation, GenerationRequest
     >>> from wispprof.policies import make_batch_policy
@@ -129,6 +129,7 @@ class InProcessServer:
                         self.policy.stream,
                         identity=self.identity,
                         vocab_size=self.vocab_size,
+                        trees=self.engine.capabilities.trees,
                     )
                 )
             case protocol.Ping():
@@ -148,6 +149,7 @@ class InProcessServer:
                         now_ms,
                         frame.slack_ms,
                         frame.draft_ms,
+                        protocol.parents_of(frame),
                     )
             case protocol.Close():
                 self.close_session(connection.names.pop(frame.session, ""))
