@@ -241,8 +241,9 @@ class Engine(ABC):
         """Metrics of the backend itself, in Prometheus' text format. None by default."""
         return b""
 
-    def warm_up(self) -> None:  # noqa: B027
-        """Pay for lazy initialization before the first real step. Does nothing by default."""
+    def warm_up(self, every_size: bool = False) -> None:  # noqa: B027
+        """Pay for lazy initialization before the first real step, for ``every_size`` of a decode step rather
+        than for a few. Does nothing by default."""
 
     def shutdown(self) -> None:  # noqa: B027
         """Release processes and devices. The engine is not used afterwards. Does nothing by default."""

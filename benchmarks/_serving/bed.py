@@ -127,6 +127,7 @@ def make_bed(
             prefix_cache=False,
         ),
     )
+    loaded.engine.warm_up(every_size=True)
     near, new = arguments.devices, min(len(p.path) for p in trace.paths)
     prompt = round(statistics.fmean(len(p.prompt) for p in trace.paths))
     step_ms = estimator.predict(BatchShape.uniform(near, 1, prompt + new // 2))[0]

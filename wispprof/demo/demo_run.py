@@ -58,7 +58,7 @@ def make_engine(settings: DemoSettings, measured: Measured) -> TorchEngine:
     engine = TorchEngine(
         measured.target, kv_tokens=2 * settings.devices * longest + 2048, max_sessions=sessions
     )
-    engine.warm_up()
+    engine.warm_up(every_size=True)
     return engine
 
 

@@ -11,7 +11,7 @@ drafter-invariant speculative decoding".
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,6 +30,7 @@ UNDECIDED = -1
 _MAX_TEMPERATURE = 1e30
 # Most nuclei are far smaller; rows that need more candidates are drawn again among more.
 CANDIDATES = 64
+_CACHED_LOGITS = 1 << 16
 
 
 def bounded(sampling: Sampling, vocab_size: int) -> Sampling:
@@ -47,12 +48,20 @@ def bounded(sampling: Sampling, vocab_size: int) -> Sampling:
     return sampling if within == sampling else within
 
 
+Draw = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(logits (n, V), temperatures (n,), keys (n, 2)) to tokens (n,), without filters."""
+
+
 def sample_tokens(
-    logits: Tensor, positions: Sequence[int] | np.ndarray, samplings: Sequence[Sampling]
+    logits: Tensor,
+    positions: Sequence[int] | np.ndarray,
+    samplings: Sequence[Sampling],
+    draw: Draw | None = None,
 ) -> Tensor:
     """The target's own tokens, (n,) int64 on the device of ``logits`` (n, V).
 
-    ``positions[i]``: position of the token that row ``i`` decides; ``samplings[i]``: its settings.
+    ``positions[i]``: position of the token that row ``i`` decides; ``samplings[i]``: its settings. ``draw``:
+    :func:`draw_unfiltered` in another form, such as compiled.
     :data:`UNDECIDED` for a row with NaN or positive infinity, or without any finite logit.
     """
     if any(s.min_length for s in samplings):
@@ -61,7 +70,8 @@ def sample_tokens(
     largest, best = logits.max(-1)
     rows = [i for i, s in enumerate(samplings) if s.temperature >= MIN_TEMPERATURE]
     if rows:
-        drawn = _draw(logits, rows, np.asarray(positions)[rows], [samplings[i] for i in rows])
+        chosen = [samplings[i] for i in rows]
+        drawn = _draw(logits, rows, np.asarray(positions)[rows], chosen, draw or _draw_in_parts)
         if len(rows) == len(samplings):
             best = drawn
         else:
@@ -89,25 +99,25 @@ def mask_stop_tokens(
     return masked
 
 
-def _draw(logits: Tensor, rows: list[int], positions: np.ndarray, chosen: Sequence[Sampling]) -> Tensor:
+def _draw(
+    logits: Tensor, rows: list[int], positions: np.ndarray, chosen: Sequence[Sampling], draw: Draw
+) -> Tensor:
     """Tokens of ``rows``, whose temperature is not 0."""
     words = position_keys([s.seed for s in chosen], positions).view(np.int32)
     device = logits.device
     keys = torch.from_numpy(words).to(device)
     picked = logits if len(rows) == len(logits) else logits[rows]
     temperatures = torch.tensor([divisor(s) for s in chosen], dtype=torch.float32, device=device)
-    scaled = picked.float() / temperatures[:, None]
     filtered = [i for i, s in enumerate(chosen) if has_filter(s)]
     if not filtered:
-        return _draw_all(scaled, keys)
+        return draw(picked, temperatures, keys)
     if len(filtered) == len(chosen):
-        return _draw_filtered(scaled, keys, chosen, CANDIDATES)
+        return _draw_filtered(picked.float() / temperatures[:, None], keys, chosen, CANDIDATES)
     plain = [i for i, s in enumerate(chosen) if not has_filter(s)]
     tokens = torch.empty(len(chosen), dtype=torch.int64, device=device)
-    tokens[plain] = _draw_all(scaled[plain], keys[plain])
-    tokens[filtered] = _draw_filtered(
-        scaled[filtered], keys[filtered], [chosen[i] for i in filtered], CANDIDATES
-    )
+    tokens[plain] = draw(picked[plain], temperatures[plain], keys[plain])
+    scaled = picked[filtered].float() / temperatures[filtered, None]
+    tokens[filtered] = _draw_filtered(scaled, keys[filtered], [chosen[i] for i in filtered], CANDIDATES)
     return tokens
 
 
@@ -130,9 +140,19 @@ def _mass(sampling: Sampling) -> float:
     return sampling.top_p if sampling.top_p < 1 else 2.0
 
 
-def _draw_all(scaled: Tensor, keys: Tensor) -> Tensor:
-    ids = torch.arange(scaled.shape[1], device=scaled.device)
-    return gumbel(keys, ids).add_(scaled).argmax(-1)
+def draw_unfiltered(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
+    """``argmax(logits / T + noise)`` of each row: logits (n, V), temperatures (n,), keys (n, 2) int32."""
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    return gumbel(keys, ids).add_(logits.float() / temperatures[:, None]).argmax(-1)
+
+
+def _draw_in_parts(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
+    """The same; on a CPU so few rows at a time that they stay in its cache through some 25 operations."""
+    rows = max(1, _CACHED_LOGITS // logits.shape[1])
+    if logits.device.type != "cpu" or len(logits) <= rows:
+        return draw_unfiltered(logits, temperatures, keys)
+    parts = zip(logits.split(rows), temperatures.split(rows), keys.split(rows), strict=True)
+    return torch.cat([draw_unfiltered(*part) for part in parts])
 
 
 def _draw_filtered(scaled: Tensor, keys: Tensor, samplings: Sequence[Sampling], width: int) -> Tensor:

@@ -81,6 +81,7 @@ def warn_about_other_machines(settings: ServerSettings) -> list[str]:
 def load_engine(settings: ServerSettings) -> LoadedEngine:
     """The engine that the settings name, the identity of its target, and the tokenizer."""
     loaded = engines.load_engine(settings.engine, engine_options(settings))
+    loaded.engine.warm_up(every_size=True)
     return loaded._replace(model=served_model(settings, loaded.model))
 
 

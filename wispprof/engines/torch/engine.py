@@ -27,9 +27,11 @@ from wispprof.engines.torch.dense_kv import DenseKvStore
 from wispprof.engines.torch.draft_tree import Trees, draft_trees
 from wispprof.engines.torch.integrity import compare_with_prefill
 from wispprof.engines.torch.kv_store import KvGeometry, KvStore, kv_layout
+from wispprof.engines.torch.packed_linear import WARM_ROWS
 from wispprof.engines.torch.paged_kv import PagedKvStore
 from wispprof.engines.torch.step_decision import StepDecision, without_spoiled_drafts
 from wispprof.engines.torch.verify_batch import StepSizes, VerifyBatch, token_arrays
+from wispprof.engines.warm_up import FEW_ROWS, warm_up
 from wispprof.errors import EngineError, InputRefused, OutOfKvMemory
 from wispprof.sampling.sampler import bounded, sample_tokens
 from wispprof.types import (
@@ -356,24 +358,12 @@ class TorchEngine(Engine):
         )
         return compare_with_prefill(self._decoder, self._geometry, self._dtype, held)
 
-    def warm_up(self) -> None:
-        """Run a few small steps, and capture all graphs, so that no served step pays for it."""
-        names = [f"\0warm-up {i}" for i in range(min(3, self.max_sessions - len(self._sessions)))]
-        free = self.kv_free // max(1, len(names))
-        for name in names:
-            self.open(name)
-        try:
-            for size in (8, 1, 5, 1):
-                if size > min(free, self.max_context - 15):
-                    break
-                self.step([StepInput(name, [0] * size, drafts=size - 1) for name in names])
-                for name in names:
-                    self.rollback(name, 0)
-            if self._graphs:
-                self._graphs.capture_all(max_tokens=16 * self.max_sessions)
-        finally:
-            for name in names:
-                self.close(name)
+    def warm_up(self, every_size: bool = False) -> None:
+        """Run small steps, and capture all graphs, so that no served step pays for it."""
+        rows = WARM_ROWS if every_size and self._device.type == "cpu" else FEW_ROWS
+        warm_up(self, rows, longest=min(16, self.max_context))
+        if self._graphs:
+            self._graphs.capture_all(max_tokens=16 * self.max_sessions)
         self.last_step = None
 
     def _make_store(self, attention: str, keep_memory: bool) -> KvStore:

@@ -51,6 +51,9 @@ def pad_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
+WARM_ROWS = sorted({pad_rows(rows) for rows in range(1, 129)})
+"""Numbers of rows whose kernels are compiled before serving: those of decode steps."""
+
 if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
     # Looked up once: an operator's overload costs less to call than the packet that resolves it.
     _linear: Any = torch.ops.mkldnn._linear_pointwise.default

@@ -16,12 +16,16 @@ from wispprof.engines.vllm.grant import Grant
 from wispprof.engines.vllm.request import PENDING, RequestMaker, VllmSession, out_of_blocks, request_maker
 from wispprof.engines.vllm.target import arithmetic
 from wispprof.engines.vllm.vllm_metrics import VllmMetrics
+from wispprof.engines.warm_up import FEW_ROWS, SESSIONS, warm_up
 from wispprof.errors import EngineError, EngineLost, InputRefused, OutOfKvMemory
 from wispprof.sampling.sampler import UNDECIDED, bounded
 from wispprof.types import ModelInfo, Sampling, StepInput, TokenLogprob, VerifyResult
 
 if TYPE_CHECKING:
     from wispprof.engines.vllm.scheduler import GrantScheduler
+
+_WARM_ROWS = 128
+"""A number of rows takes five or six of the 1,024 kernels that oneDNN keeps."""
 
 
 class VllmEngine(Engine):
@@ -349,20 +353,10 @@ class VllmEngine(Engine):
                 raise EngineError(f"The engine caches {held.cached} tokens of {name}, expected {cached}.")
         check_blocks(self._scheduler, [one.request for one in self._sessions.values()])
 
-    def warm_up(self) -> None:
-        """Run a few small steps, so that no served step pays for lazy initialization."""
-        names = [f"\0warm-up {i}" for i in range(min(3, self.max_items, self.max_sessions))]
-        for name in names:
-            self.open(name)
-        try:
-            most = min(self.max_drafts + 1, self.max_tokens // max(1, len(names)))
-            for size in (min(8, most), 1, min(5, most), 1):
-                self.step([StepInput(name, [0] * size, drafts=size - 1) for name in names])
-                for name in names:
-                    self.rollback(name, 0)
-        finally:
-            for name in names:
-                self.close(name)
+    def warm_up(self, every_size: bool = False) -> None:
+        on_cpu = self._core.vllm_config.device_config.device_type == "cpu"
+        longest = min(self.max_drafts + 1, self.max_tokens // SESSIONS)
+        warm_up(self, range(1, _WARM_ROWS + 1) if every_size and on_cpu else FEW_ROWS, longest)
 
     def metrics_text(self) -> bytes:
         return b"" if self._metrics is None else self._metrics.text()
