@@ -151,7 +151,7 @@ def _draw_in_parts(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor
     rows = max(1, _CACHED_LOGITS // logits.shape[1])
     if logits.device.type != "cpu" or len(logits) <= rows:
         return draw_unfiltered(logits, temperatures, keys)
-    parts = zip(logits.split(rows), temperatures.split(rows), keys.split(rows), strict=True)
+    parts = zip(*(torch.split(one, rows) for one in (logits, temperatures, keys)), strict=True)
     return torch.cat([draw_unfiltered(*part) for part in parts])
 
 
