@@ -2,6 +2,9 @@
 
 While all drafts equal the target's path, the proposal at a position depends on the position alone. From
 the first difference on, the draft model follows a wrong path.
+
+For draft trees an output also knows the draft's candidates by rank: which of them the target takes at each
+position, and how probable each is.
 """
 
 from __future__ import annotations
@@ -10,10 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from wispprof.token_tree import ROOT, TokenTree
 from wispprof.types import DraftToken, RejectionPredictor, Sampling, StepInput, VerifyResult
 
 PROMPT_TOKEN = 7
 """Only the length of a prompt matters: every prompt token is this one."""
+WRONG_TOKEN = 1 << 24
+"""A wrong candidate of rank r is the token ``WRONG_TOKEN + r``."""
 
 
 @dataclass(slots=True, eq=False)
@@ -22,12 +28,18 @@ class SimulatedOutput:
 
     ``path``: output tokens of the target. ``proposals[i]``: the draft for output position ``i`` after
     the true prefix. ``off_path[i]``: the drafts after a wrong proposal at ``i``; the last one repeats.
+
+    For trees, else empty: ``ranks[i]``, rank of the target's token among the draft's candidates at output
+    position ``i`` (a number beyond them if it is none of them), and ``candidates[i]``, P(the target takes
+    rank 0, 1, …). Off the path, a node has the candidates of its position on it.
     """
 
     prompt_tokens: int
     path: Sequence[int]
     proposals: Sequence[DraftToken]
     off_path: Sequence[Sequence[DraftToken]]
+    ranks: Sequence[int] = ()
+    candidates: Sequence[Sequence[float]] = ()
     length: int = field(init=False)
     """Tokens held, committed and drafted."""
     _wrong_from: int = field(default=-1, init=False)
@@ -91,6 +103,33 @@ class SimulatedOutput:
             place += 1
         return place - start
 
+    def expand(
+        self, tree: TokenTree, nodes: Sequence[int], width: int, committed_len: int
+    ) -> list[tuple[int, list[int], Sequence[float]]]:
+        """One forward over nodes of a tree that hangs at the first ``committed_len`` tokens: (node, candidate
+        tokens, P(the target takes each | the node was accepted))."""
+        found = []
+        start, last = committed_len - self.prompt_tokens, len(self.path) - 1
+        for node in nodes:
+            place = min(last, start + (0 if node == ROOT else tree.depths[node]))
+            probs = self.candidates[place]
+            tokens = list(range(WRONG_TOKEN, WRONG_TOKEN + min(width, len(probs))))
+            rank = self.ranks[place]
+            if rank < len(tokens) and self._right(tree, node, start):
+                tokens[rank] = self.path[place]
+            found.append((node, tokens, probs))
+        return found
+
+    def _right(self, tree: TokenTree, node: int, start: int) -> bool:
+        """Whether a node spells the path from output position ``start`` on."""
+        path, last = self.path, len(self.path)
+        while node != ROOT:
+            place = start + tree.depths[node] - 1
+            if place >= last or tree.tokens[node] != path[place]:
+                return False
+            node = tree.parents[node]
+        return True
+
     def verify(self, step_input: StepInput, committed_len: int) -> VerifyResult:
         """The target's decision after ``committed_len`` tokens: drafts that agree with its path, and one
         token more."""
@@ -98,7 +137,21 @@ class SimulatedOutput:
             return VerifyResult(step_input.session, 0, ())
         path, place = self.path, committed_len - self.prompt_tokens
         accepted, drafts = 0, step_input.drafts
-        if drafts:
+        if step_input.parents:
+            child = {
+                (parent, token): node
+                for node, (parent, token) in enumerate(
+                    zip(step_input.parents, step_input.tokens[len(step_input.tokens) - drafts :], strict=True)
+                )
+            }
+            node: int | None = ROOT
+            while place + accepted < len(path):
+                node = child.get((node, path[place + accepted]))  # type: ignore[arg-type]
+                if node is None:
+                    break
+                accepted += 1
+            accepted = min(accepted, len(path) - place - 1)
+        elif drafts:
             tokens = step_input.tokens
             first = len(tokens) - drafts
             while accepted < drafts and tokens[first + accepted] == path[place + accepted]:

@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from wispprof.policies.controllers import ConfidenceAcceptance
+from wispprof.simulation.candidate_ranks import LATER_RANKS, rank_rates
 from wispprof.simulation.simulated_output import SimulatedOutput
 from wispprof.types import DraftFeatures, DraftToken, RejectionPredictor
 
@@ -25,6 +26,9 @@ class SyntheticAcceptance:
     ``logit(q)`` with Gaussian noise of standard deviation ``noise`` and returns the calibrated
     probability given that. At noise 0 it knows ``q`` (not the outcome); at large noise it knows only the
     mean.
+
+    For draft trees, a wrong first candidate is replaced by one of later rank at the rates of
+    :data:`~wispprof.simulation.candidate_ranks.LATER_RANKS`.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class SyntheticAcceptance:
         self._edges, self._levels = _calibration(acceptance, concentration, noise)
         self._right = [DraftToken(_RIGHT, features) for features in self._levels]
         self._wrong = [DraftToken(_WRONG, features) for features in self._levels]
+        self._candidates = [rank_rates(features.confidence) for features in self._levels]
+        self._later = np.cumsum(LATER_RANKS)
 
     def output(self, seed: Sequence[int], prompt_tokens: int, output_tokens: int) -> SimulatedOutput:
         rng = np.random.default_rng([s & 0xFFFFFFFF for s in seed])
@@ -60,8 +66,18 @@ class SyntheticAcceptance:
             self._right[i] if ok else missed
             for i, ok, missed in zip(levels, right.tolist(), wrong, strict=True)
         ]
+        # Draws for trees come last: chains see the same outputs without them.
+        later = 1 + np.searchsorted(self._later, rng.random(output_tokens))
+        ranks = np.where(right, 0, later).tolist()
         # After a wrong draft, confidence goes on like on the path.
-        return SimulatedOutput(prompt_tokens, [_RIGHT] * output_tokens, proposals, OffPath(wrong))
+        return SimulatedOutput(
+            prompt_tokens,
+            [_RIGHT] * output_tokens,
+            proposals,
+            OffPath(wrong),
+            ranks,
+            [self._candidates[i] for i in levels],
+        )
 
     def _draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
         a = self.acceptance * self.concentration

@@ -10,6 +10,7 @@ import numpy as np
 
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
 from wispprof.errors import ProfileError
+from wispprof.simulation.candidate_ranks import Candidates, calibrated_candidates
 from wispprof.simulation.simulated_output import SimulatedOutput, mix
 from wispprof.types import DraftFeatures, DraftToken, RejectionPredictor
 
@@ -33,11 +34,14 @@ class MemoPredictor:
 
 
 class _Segment(NamedTuple):
-    """The scored part of one trace path, as plain lists."""
+    """The scored part of one trace path, as plain lists. ``ranks`` and ``candidates`` are empty if the trace
+    has none."""
 
     path: list[int]
     proposals: list[DraftToken]
     off_path: list[list[DraftToken]]
+    ranks: list[int]
+    candidates: Candidates
 
 
 class TraceAcceptance:
@@ -50,7 +54,8 @@ class TraceAcceptance:
 
     def __init__(self, trace: AcceptanceTrace, predictor: RejectionPredictor) -> None:
         self.predictor: RejectionPredictor = MemoPredictor(predictor)
-        segments = (_segment(path, path.scored_rows()) for path in trace.paths)
+        known = calibrated_candidates(trace) or [()] * len(trace.paths)
+        segments = (_segment(p, p.scored_rows(), c) for p, c in zip(trace.paths, known, strict=True))
         self._segments = [s for s in segments if s.path]
         if not self._segments:
             raise ProfileError(
@@ -63,13 +68,17 @@ class TraceAcceptance:
         path: list[int] = []
         proposals: list[DraftToken] = []
         off_path: list[list[DraftToken]] = []
+        ranks: list[int] = []
+        candidates: list[Sequence[float]] = []
         while len(path) < output_tokens:
             segment = rng.choice(self._segments)
             start = rng.randrange(len(segment.path)) if not path else 0
             path += segment.path[start:]
             proposals += segment.proposals[start:]
             off_path += segment.off_path[start:]
-        return SimulatedOutput(prompt_tokens, path[:output_tokens], proposals, off_path)
+            ranks += segment.ranks[start:]
+            candidates += segment.candidates[start:]
+        return SimulatedOutput(prompt_tokens, path[:output_tokens], proposals, off_path, ranks, candidates)
 
 
 class TraceReplay:
@@ -82,6 +91,7 @@ class TraceReplay:
     def __init__(self, trace: AcceptanceTrace, predictor: RejectionPredictor, devices: int) -> None:
         self.predictor: RejectionPredictor = MemoPredictor(predictor)
         self._paths = trace.paths
+        self._candidates = calibrated_candidates(trace) or [()] * len(trace.paths)
         self._devices = devices
         self._known: dict[int, _Segment] = {}
 
@@ -100,14 +110,21 @@ class TraceReplay:
         whole = self._known.get(index)
         if whole is None:
             path = self._paths[index]
-            whole = self._known[index] = _segment(path, len(path.path))
-        return SimulatedOutput(prompt_tokens, whole.path[:output_tokens], whole.proposals, whole.off_path)
+            whole = self._known[index] = _segment(path, len(path.path), self._candidates[index])
+        return SimulatedOutput(
+            prompt_tokens,
+            whole.path[:output_tokens],
+            whole.proposals,
+            whole.off_path,
+            whole.ranks,
+            whole.candidates,
+        )
 
     def _index(self, device: int, number: int) -> int:
         return (number * self._devices + device) % len(self._paths)
 
 
-def _segment(path: TracePath, rows: int) -> _Segment:
+def _segment(path: TracePath, rows: int, candidates: Candidates) -> _Segment:
     drafted = [
         [
             DraftToken(int(token), DraftFeatures(*features))
@@ -118,5 +135,9 @@ def _segment(path: TracePath, rows: int) -> _Segment:
         )
     ]
     return _Segment(
-        list(map(int, path.path[:rows])), [row[0] for row in drafted], [row[1:] or row for row in drafted]
+        list(map(int, path.path[:rows])),
+        [row[0] for row in drafted],
+        [row[1:] or row for row in drafted],
+        [] if path.target_ranks is None else path.target_ranks[:rows].tolist(),
+        candidates[:rows],
     )
