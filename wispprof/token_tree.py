@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 ROOT = -1
 MAX_NODES = 64
 """Most nodes that a step verifies of one session."""
-HELD_NODES = 256
-"""Most nodes that an edge holds: those of a round, and those that they displaced."""
+HELD_NODES = 1024
+"""Most nodes that an edge holds: those of a round, those that they displaced, and those drafted ahead."""
 
 
 class TokenTree:
@@ -115,7 +115,7 @@ class TokenTree:
     def best_first(self) -> list[int]:
         """All nodes in falling order of cumulative acceptance, a parent before its children: any leading
         part is a tree, the one with the most expected accepted tokens for its size."""
-        return sorted(range(len(self.tokens)), key=lambda node: (-self.cum_acceptance[node], node))
+        return sorted(range(len(self.tokens)), key=self.cum_acceptance.__getitem__, reverse=True)
 
     def part(self, nodes: Sequence[int]) -> tuple[list[int], list[int]]:
         """(tokens, parents) of some nodes that form a tree, each after its parent, renumbered from 0."""

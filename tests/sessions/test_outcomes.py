@@ -1,4 +1,4 @@
-"""Drafting ahead for outcomes: what was prepared is what would have been drafted, and only the likeliest is."""
+"""Drafting ahead for outcomes: what was prepared is what would have been drafted."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def spelled(edge: EdgeTree) -> set[tuple[int, ...]]:
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=5, max_size=5), max_size=6), st.integers(0, 6))
-def test_a_prepared_round_is_the_round_that_would_have_been_drafted(ranks: list[list[int]], ahead: int) -> None:
+def test_a_prepared_round_is_the_round_that_would_have_been_drafted(
+    ranks: list[list[int]], ahead: int
+) -> None:
     """The target takes the candidates of these ranks, 3: none of them."""
     edge, text = EdgeTree(SHAPE), [1]
     for taken in ranks:
@@ -63,7 +65,7 @@ def test_a_prepared_round_is_the_round_that_would_have_been_drafted(ranks: list[
                 break
         moved = edge.commit(commit, SHAPE)
         text += commit
-        assert (moved is not None) == (ROOT in edge.known)
+        assert moved is not None or ROOT not in edge.known
 
 
 def test_the_likeliest_outcomes_are_prepared_first() -> None:

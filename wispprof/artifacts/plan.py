@@ -66,7 +66,8 @@ class DraftRow:
     the slow session meets ``tokens_per_s``. ``nearest_tokens_per_s``: the fastest SLO that the cell
     meets with any k.
     ``energy_j_per_token``: of drafting; ``dollars_per_mtoken``: of a million committed tokens, 0 without
-    prices.
+    prices. ``nodes``, ``depth``, ``width`` and ``beams``: the draft tree to use instead of a chain, 0 for
+    none; every other figure is that of the best chain.
     """
 
     device: str
@@ -93,6 +94,10 @@ class DraftRow:
     energy_by_k: tuple[float, ...] = ()
     dollars_by_k: tuple[float, ...] = ()
     context: int = 0
+    nodes: int = 0
+    depth: int = 0
+    width: int = 0
+    beams: int = 0
 
     @property
     def cell(self) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from wispprof.policies.interface import RoundContext
+from wispprof.policies.interface import RoundContext, TreeShape
 from wispprof.types import DraftFeatures, RejectionPredictor
 
 
@@ -93,6 +93,27 @@ class SledController(FixedController):
 
     def go_on(self, depth: int, features: DraftFeatures) -> bool:
         return super().go_on(depth, features) and features.confidence >= self.threshold
+
+
+class SpecEdgeController(FixedController):
+    """Trees of one shape, SpecEdge's (arXiv 2505.17052): in each of ``depth`` forwards of the draft model at
+    most ``beams`` nodes get ``width`` children, and the best ``nodes`` of all are sent."""
+
+    name = "specedge"
+
+    def __init__(
+        self,
+        nodes: int = 32,
+        depth: int = 4,
+        width: int = 16,
+        beams: int = 32,
+        predictor: RejectionPredictor | None = None,
+    ) -> None:
+        super().__init__(depth, predictor)
+        self._shape = TreeShape(nodes, depth, width, beams)
+
+    def shape(self, context: RoundContext) -> TreeShape | None:
+        return self._shape
 
 
 class WispController(FixedController):

@@ -174,3 +174,13 @@ class Controller(Protocol):
 
     def finish(self, drafted: int, accepted: int) -> None:
         """Learn the result of the round."""
+
+
+def tree_shape(controller: Controller, context: RoundContext) -> TreeShape | None:
+    """The tree that a controller wants next; ``None`` for a chain (:meth:`Controller.begin`).
+
+    A controller may have a method ``shape(context) -> TreeShape | None``; others draft chains.
+    """
+    choose = getattr(controller, "shape", None)
+    found: TreeShape | None = choose(context) if choose is not None else None
+    return found

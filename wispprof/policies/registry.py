@@ -10,7 +10,12 @@ from typing import Any
 from wispprof import plugins
 from wispprof.errors import PlanError, suggestion
 from wispprof.policies.baselines import FcfsPolicy, ServerOnlyPolicy, SledPolicy, SpecEdgePolicy
-from wispprof.policies.controllers import FixedController, SledController, WispController
+from wispprof.policies.controllers import (
+    FixedController,
+    SledController,
+    SpecEdgeController,
+    WispController,
+)
 from wispprof.policies.interface import BatchPolicy, Controller
 from wispprof.policies.stopping import WispprofController
 from wispprof.policies.wisp_policy import WispPolicy
@@ -34,6 +39,7 @@ _POLICIES: Mapping[str, Callable[..., BatchPolicy]] = {
 _CONTROLLERS: Mapping[str, Callable[..., Controller]] = {
     "fixed": FixedController,
     "sled": SledController,
+    "specedge": SpecEdgeController,
     "wisp": WispController,
     "wispprof": WispprofController,
 }

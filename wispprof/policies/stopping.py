@@ -10,6 +10,9 @@ reply to what was sent can be back, and while the cumulative acceptance probabil
 step. If the server hardly ever accepts its drafts, the edge stops drafting for a while.
 
 The plan limits both: its k or draft-ahead is the maximum, and its k = 0 is obeyed.
+
+*Trees* replace the chain of either mode where a forward over several nodes takes about as long as one over a
+single node (:meth:`WispprofController.shape`).
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from collections.abc import Callable
 
 from wispprof.artifacts.plan import DraftRow, Plan
 from wispprof.policies.controllers import ConfidenceAcceptance
-from wispprof.policies.interface import RoundContext
+from wispprof.policies.interface import RoundContext, TreeShape
+from wispprof.policies.tree_shapes import best_shape, best_stream_shape, rank_rates
 from wispprof.types import DraftFeatures, RejectionPredictor
 
 DraftRowLookup = Callable[[RoundContext], DraftRow | None]
@@ -31,6 +35,7 @@ _PRIOR = 0.7
 """Acceptance probability at each depth before any draft was seen."""
 _TRIAL_COMMITS = 40
 """Commits after which a stream is judged. Measured: by 16, one accepted token in twenty looks like none."""
+_FREE_ROWS_LEVEL = 1
 _PAUSE_COMMITS = 12
 """Commits for which a stream pauses if drafting did not pay, doubling up to 8 times this."""
 
@@ -67,7 +72,8 @@ class WispprofController:
     most drafts of a round. ``draft_ahead_max``: farthest draft-ahead of a stream.
     ``min_cum_acceptance``: least cumulative acceptance probability worth a draft step. ``min_accepted``:
     accepted drafts per commit below which a stream pauses. ``hysteresis``: relative gain in rate that a
-    new k needs, so that k does not flap.
+    new k needs, so that k does not flap. ``node_ms``: what each further node adds to a forward of the draft
+    model; ``None``: the drafter, or the server, has no trees.
     """
 
     name = "wispprof"
@@ -83,6 +89,7 @@ class WispprofController:
         min_cum_acceptance: float = 0.01,
         min_accepted: float = 0.02,
         hysteresis: float = 0.03,
+        node_ms: float | None = None,
     ) -> None:
         self.predictor = predictor or ConfidenceAcceptance()
         self.rows = rows
@@ -93,6 +100,7 @@ class WispprofController:
         self.min_cum_acceptance = min_cum_acceptance
         self.min_accepted = min_accepted
         self.hysteresis = hysteresis
+        self.node_ms = node_ms
         self.k = 0
         self._prob_by_depth = [_PRIOR] * k_max
         self._pending_probs: list[float] = []  # of the drafts that are not decided yet
@@ -104,6 +112,38 @@ class WispprofController:
         self._drafted = self._accepted = self._commits = 0
         self._pause_left = 0
         self._next_pause = _PAUSE_COMMITS
+        self._shapes: dict[tuple[int, ...], TreeShape | None] = {}
+
+    def shape(self, context: RoundContext) -> TreeShape | None:
+        """The tree to draft where nodes of the device and rows of the server are cheap; ``None``: a chain.
+
+        A plan's row decides by the server's own costs. Without one, rows count as free up to load level
+        :data:`_FREE_ROWS_LEVEL`, beyond which trees are not worth their rows.
+        """
+        node_ms = self.node_ms
+        row = self.rows(context) if self.rows is not None else None
+        if node_ms is None or (row is not None and not row.nodes):
+            return None
+        if row is not None:
+            return TreeShape(row.nodes, row.depth, row.width, row.beams)
+        if context.load_level > _FREE_ROWS_LEVEL:
+            return None
+        # Shapes are the same for times that differ by 5 %.
+        times = (context.draft_ms, context.rtt_ms + context.server_ms)
+        key = tuple(round(20.0 * math.log(max(time_ms, 0.1))) for time_ms in times)
+        if key not in self._shapes:
+            draft_ms, wait_ms = (math.exp(place / 20.0) for place in key)
+            rates = rank_rates(self._prob_by_depth[0])
+
+            def forward_ms(nodes: int) -> float:
+                return draft_ms + node_ms * (nodes - 1)
+
+            if self.stream:
+                self._shapes[key] = best_stream_shape(rates, forward_ms, wait_ms)
+            else:
+                shape = best_shape(rates, forward_ms, wait_ms, lambda rows: 0.0).shape
+                self._shapes[key] = shape if shape.beams > 1 else None
+        return self._shapes[key]
 
     def begin(self, context: RoundContext) -> int:
         self.row = self.rows(context) if self.rows is not None else None

@@ -1,9 +1,9 @@
 """The draft tree of an edge: grown for a round, and ahead of the outcomes of the round that is out. Pure.
 
-An *outcome* of a round is how many of its drafts are accepted, and the target's token after them. Both are one
-node: a child, not sent, of a sent node or of the text. Its probability is its cumulative acceptance. While a
-round is out, an idle device expands the likeliest outcomes and what follows them, several in one forward. If
-one of them happens, its tree is there at once.
+An *outcome* of a round is how many of its drafts are accepted, and the target's token after them. Both are
+one node: a child, not sent, of a sent node or of the text. Its probability is its cumulative acceptance.
+While a round is out, an idle device expands the likeliest outcomes and what follows them, several in one
+forward. If one of them happens, its tree is there at once.
 
 SpecEdge's proactive drafting prepares one outcome (:data:`BEST_GUESS`); an enumeration of chains prepares
 several, each without branches (:data:`ENUMERATION`).
@@ -28,7 +28,7 @@ class OutcomeDrafting:
     """What is prepared while a round is out: at most ``outcomes`` outcomes (0: the device waits), trees of
     at most ``width`` children a node after each, expanded to ``depth`` tokens from the outcome's on."""
 
-    outcomes: int = HELD_NODES
+    outcomes: int = 1 << 20
     width: int = 16
     depth: int = 16
 
@@ -130,14 +130,14 @@ class EdgeTree:
     def commit(self, tokens: Sequence[int], shape: TreeShape) -> dict[int, int] | None:
         """Move to the text after newly committed ``tokens``; the next round has this ``shape``.
 
-        Returns the new number of each node that stays (:data:`~wispprof.token_tree.ROOT` included), or
-        ``None`` if nothing after ``tokens`` was drafted: the tree is empty then.
+        Returns the new number of each node that stays, the one that became the root included, or ``None`` if
+        ``tokens`` were not drafted. If the root is :attr:`known`, the round was prepared in part at least.
         """
         path, old, known = self.tree.walk(tokens), self.tree, self.known
         self.shape, self.tree, self.known, self.sent = shape, TokenTree(HELD_NODES), {}, []
         self._options = None
         self._beyond.clear()
-        if len(path) < len(tokens) or path[-1] not in known:
+        if not path or len(path) < len(tokens):
             return None
         moved = {path[-1]: ROOT}
         for node in (path[-1], *range(path[-1] + 1, len(old))):

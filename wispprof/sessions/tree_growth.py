@@ -45,7 +45,7 @@ def add_candidates(
     """
     nodes, cum_acceptance = shape.nodes, tree.cum_acceptance
     if len(tree) >= nodes:
-        least = max(least, heapq.nlargest(nodes, cum_acceptance)[-1])
+        least = max(least, sorted(cum_acceptance)[-nodes])
     offers: list[tuple[float, int, int, int, float]] = []
     for node, tokens, probs in found:
         above = 1.0 if node == ROOT else cum_acceptance[node]

@@ -13,20 +13,11 @@ from numpy.typing import NDArray
 
 from wispprof.artifacts.rows import AcceptanceTrace
 
-_SHARES = "423 178 84 56 48 26 25 17 16 14 8 11 5 8 5"
-LATER_RANKS = tuple(int(share) / 1000 for share in _SHARES.split())
-"""P(the target takes rank 1, 2, … 15 | not rank 0): bundled pair, T = 0.8, 6,144 positions. At T = 0 and 1 the
-first share is 0.442 and 0.370. What is missing to 1 is none of the 16."""
 _BINS = 12
 _PRIOR = 2.0
 """Observations that the mean over all positions counts for in each bin."""
 
 Candidates = Sequence[Sequence[float]]
-
-
-def rank_rates(first: float) -> tuple[float, ...]:
-    """P(the target takes rank 0, 1, …) if it takes rank 0 with probability ``first``."""
-    return (first, *((1.0 - first) * share for share in LATER_RANKS))
 
 
 def trace_rates(trace: AcceptanceTrace) -> tuple[float, ...]:

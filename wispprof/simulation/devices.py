@@ -31,6 +31,7 @@ class DeviceProfile:
     ``draft_w`` and ``idle_w``: power while drafting and while waiting. ``resume_ms``: what an idle time
     adds to the next draft step. ``steps_ms``: draft steps as they followed each other, instead of
     ``draft_ms``, because a drafter that goes by way of the text does the work of several steps in one.
+    ``node_ms``: each further node of a draft tree in one forward; ``None``: it drafts chains only.
     """
 
     name: str = "device"
@@ -42,12 +43,17 @@ class DeviceProfile:
     idle_w: float = 0.0
     resume_ms: float = 0.0
     steps_ms: tuple[float, ...] = ()
+    node_ms: float | None = None
 
     def step_ms(self, context: int) -> float:
         """One draft token over ``context`` tokens, the controller's decision included."""
         steps = self.steps_ms
         draft_ms = steps[context % len(steps)] if steps else self.draft_ms
         return draft_ms + self.draft_ms_per_ktoken * context / 1000.0 + self.controller_ms
+
+    def forward_ms(self, context: int, nodes: int) -> float:
+        """One forward over ``nodes`` nodes of a draft tree, the controller's decision included."""
+        return self.step_ms(context) + (self.node_ms or 0.0) * (nodes - 1)
 
     def resuming_ms(self, rested_ms: float) -> float:
         """What a draft step takes longer if the device was idle for ``rested_ms`` before it."""
@@ -90,7 +96,17 @@ class DeviceProfile:
             prefill_ms_per_token=statistics.median(prefill) if prefill else 0.0,
             draft_w=statistics.median(energies) if energies else 0.0,
             resume_ms=statistics.median(added) if added else 0.0,
+            node_ms=_node_ms(kinds.get("nodes", [])),
         )
+
+
+def _node_ms(rows: list[EdgeRow]) -> float | None:
+    """Time of one more node in a forward: the dearest that was measured, so that no choice counts on less."""
+    points = sorted((row.tokens, row.median_ms) for row in rows)
+    if len(points) < 2:
+        return None
+    first, first_ms = points[0]
+    return max(0.0, max((ms - first_ms) / (nodes - first) for nodes, ms in points[1:]))
 
 
 def _line(points: list[tuple[int, float]]) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from wispprof.errors import PlanError, suggestion
 from wispprof.policies.controllers import ConfidenceAcceptance, FixedController
 from wispprof.policies.interface import BatchPolicy, Controller, RoundContext
 from wispprof.policies.registry import make_batch_policy, make_controller
+from wispprof.sessions.outcomes import LIKELIEST, OutcomeDrafting
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.settings.fleet_settings import SimulationSettings
 from wispprof.settings.shared_settings import LinkModel
@@ -32,6 +33,7 @@ T = TypeVar("T")
 
 _WAITS = DraftingSettings(proactive=0)
 _PROACTIVE = DraftingSettings(proactive=8)
+_TREES = DraftingSettings(proactive=0, draft_ahead=64)
 # WISP with slack counted over the whole generation: a session that is ahead may use the time later. The paper
 # leaves this open.
 _CARRIES = DraftingSettings(proactive=0, carry=True)
@@ -44,7 +46,8 @@ class System:
     ``drafting``: how far edges draft ahead (``proactive``: in round mode, while a round is out).
     ``prefix_cache``: the server keeps KV between rounds. ``clairvoyant``: edges know how many of their
     drafts will be accepted. ``server_drafts``: the server drafts for its sessions, see
-    :class:`ServerDraft`. ``label`` is its name in tables.
+    :class:`ServerDraft`. ``trees``: edges draft trees if their controller, device and acceptance have any,
+    and prepare ``ahead`` of a round that is out. ``label`` is its name in tables.
     """
 
     label: str
@@ -56,17 +59,24 @@ class System:
     clairvoyant: bool = False
     drafting: DraftingSettings = _WAITS
     server_drafts: bool = False
+    trees: bool = False
+    ahead: OutcomeDrafting = LIKELIEST
 
     def make_batching(self) -> BatchPolicy:
         return make_batch_policy(self.batching, **self.batching_options)
 
-    def make_controller(self, predictor: RejectionPredictor, output: SimulatedOutput) -> Controller | None:
+    def make_controller(
+        self, predictor: RejectionPredictor, output: SimulatedOutput, device: DeviceProfile
+    ) -> Controller | None:
         """One session's controller; ``None`` for sessions that never draft."""
         if self.clairvoyant:
             return _Clairvoyant(output, **self.controller_options)
         if self.controller is None:
             return None
-        return make_controller(self.controller, predictor, **self.controller_options)
+        options = dict(self.controller_options)
+        if self.trees and self.controller == "wispprof" and output.candidates:
+            options["node_ms"] = device.node_ms
+        return make_controller(self.controller, predictor, **options)
 
     def replace(self, **changes: Any) -> System:
         """A variant, e.g. ``system("wisp").replace(label="wisp k=4", controller_options={"k_max": 4})``."""
@@ -107,6 +117,7 @@ SYSTEMS: Mapping[str, System] = {
         System("wisp", "wisp", "wisp"),
         System("wisp-carry", "wisp", "wisp", drafting=_CARRIES),
         System("wispprof", "wispprof", "wispprof"),
+        System("wispprof-trees", "wispprof", "wispprof", drafting=_TREES, trees=True),
         System("clairvoyant", "wispprof", clairvoyant=True),
         System("clairvoyant-rounds", "fcfs", clairvoyant=True),
     )

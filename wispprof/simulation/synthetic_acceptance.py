@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from wispprof.policies.controllers import ConfidenceAcceptance
-from wispprof.simulation.candidate_ranks import LATER_RANKS, rank_rates
+from wispprof.policies.tree_shapes import LATER_RANKS, rank_rates
 from wispprof.simulation.simulated_output import SimulatedOutput
 from wispprof.types import DraftFeatures, DraftToken, RejectionPredictor
 
@@ -28,7 +28,7 @@ class SyntheticAcceptance:
     mean.
 
     For draft trees, a wrong first candidate is replaced by one of later rank at the rates of
-    :data:`~wispprof.simulation.candidate_ranks.LATER_RANKS`.
+    :data:`~wispprof.policies.tree_shapes.LATER_RANKS`.
     """
 
     def __init__(
