@@ -170,7 +170,6 @@ class SimulatedTreeEdge:
             self.next_ms = now_ms + self._forward_ms(len(nodes))
 
     def _send(self, now_ms: float) -> None:
-        self._epoch += 1
         frame = self._frame(self._edge.tree.best_first()[:MAX_NODES])
         self.outbox.append((self.sim.send(now_ms, self.link, len(frame.tokens)), frame))
 
@@ -185,6 +184,7 @@ class SimulatedTreeEdge:
         draft_ms, self._draft_ms = self._draft_ms, 0.0
         chain = parents == list(range(ROOT, len(nodes) - 1))
         up = () if chain else tuple(parents)
+        self._epoch += 1  # a frame replaces what the server holds
         return Outgoing(self._epoch, self._committed_len, tuple(tokens), probs, draft_ms, up)
 
     def _cost_ms(self, nodes: int) -> float:
