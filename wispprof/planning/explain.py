@@ -95,6 +95,11 @@ def _choice(row: DraftRow, undrafted: float, objective: str) -> list[str]:
         f"{undrafted:.3g} without drafts; {row.commits:.2f} tokens per commit, one every "
         f"{row.round_ms:.3g} ms."
     ]
+    if row.nodes:
+        lines.append(
+            f"A tree is faster than this chain: {row.beams} nodes a forward, {row.depth} deep. The edge drafts "
+            "it if the server verifies trees."
+        )
     if drafted != row.k:
         why = "but it misses the SLO" if objective == "goodput" else f"but the objective is {objective}"
         lines.append(f"k = {drafted} would be faster on average ({best:.3g}), {why}.")

@@ -24,8 +24,10 @@ from wispprof.planning.draft_table import EdgeCosts, draft_row, speed_curve
 from wispprof.planning.objective import choice_rows
 from wispprof.planning.replayed_gains import Gain, SampledAnswers, replayed_gains, sampled_answers
 from wispprof.planning.session_speed import LoadedStepTimes, Runs, runs_of_trace
+from wispprof.planning.tree_choice import with_tree
 from wispprof.policies.cost_model import LOAD_BOUNDS, LOAD_LEVELS
 from wispprof.settings.planner_settings import PlanSettings
+from wispprof.simulation.candidate_ranks import trace_rates
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.types import Progress, StepTimeEstimator
 
@@ -53,6 +55,7 @@ def make_plan(
     fleet = _checked(devices, settings)
     runs = {d.name: _runs(d.name, acceptance, settings) for d in fleet}
     samples = {d.name: _sample(d.name, acceptance) for d in fleet}
+    ranks = {d.name: _ranks(d.name, acceptance) for d in fleet}
     contexts = sorted(set(settings.contexts))
     total = len(contexts) * len(fleet) * len(settings.rtts_ms) * len(MODES)
     tables = _Tables()
@@ -62,6 +65,7 @@ def make_plan(
             fleet,
             runs,
             samples,
+            ranks,
             replace(settings, contexts=(context,)),
             tables,
             lambda name: progress(tables.done, total, name) if progress is not None else None,
@@ -101,6 +105,7 @@ def _plan_context(
     fleet: list[DeviceProfile],
     runs: Mapping[str, tuple[Runs, Runs]],
     samples: Mapping[str, SampledAnswers | None],
+    ranks: Mapping[str, tuple[float, ...]],
     settings: PlanSettings,
     tables: _Tables,
     progress: Callable[[str], None],
@@ -110,7 +115,7 @@ def _plan_context(
         raise PlanError("The estimator predicts 0 ms for a step.", "Fit it again.")
     levels = sessions_of_levels(times, settings.kv_sessions)
     for device in fleet:
-        sample = samples[device.name]
+        sample, rates = samples[device.name], ranks[device.name]
         for rtt_ms in settings.rtts_ms:
             for mode in MODES:
                 gains: tuple[Gain, ...] = ()
@@ -119,7 +124,8 @@ def _plan_context(
                 edge = EdgeCosts(device, rtt_ms, mode, *runs[device.name], gains)
                 for level, sessions in levels.items():
                     cell = speed_curve(times, sessions, edge, settings.k_max)
-                    tables.draft += [draft_row(cell, device, level, s, settings) for s in settings.slos]
+                    rows = [draft_row(cell, device, level, s, settings) for s in settings.slos]
+                    tables.draft += [with_tree(row, rates, device, cell, times) for row in rows]
                     tables.break_even.append(break_even_row(times, edge, level, sessions, settings))
                 tables.capacity += [capacity_row(times, edge, s, settings) for s in settings.slos]
                 tables.mixes += [mix_row(times, edge, mix, settings) for mix in settings.mixes_or_equal]
@@ -192,6 +198,15 @@ def _sample(
     if isinstance(acceptance, Runs):
         return None
     return sampled_answers(acceptance if isinstance(acceptance, AcceptanceTrace) else acceptance[name])
+
+
+def _ranks(
+    name: str, acceptance: AcceptanceTrace | Mapping[str, AcceptanceTrace] | Runs
+) -> tuple[float, ...]:
+    """How often the target takes each of the draft's candidates; none for :class:`Runs`."""
+    if isinstance(acceptance, Runs):
+        return ()
+    return trace_rates(acceptance if isinstance(acceptance, AcceptanceTrace) else acceptance[name])
 
 
 def plan_files(

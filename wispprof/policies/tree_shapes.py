@@ -27,8 +27,8 @@ _SHARES = "423 178 84 56 48 26 25 17 16 14 8 11 5 8 5"
 LATER_RANKS = tuple(int(share) / 1000 for share in _SHARES.split())
 """P(the target takes rank 1, 2, … 15 | not rank 0): bundled pair, T = 0.8, 6,144 positions. At T = 0 and 1
 the first share is 0.442 and 0.370. What is missing to 1 is none of the 16."""
-MIN_GAIN = 1.02
-"""What a tree must gain over the best chain. Below it the model decides by its own error."""
+MIN_GAIN = 1.05
+"""What a tree must gain over the best chain. Below it the model would decide by its own error."""
 
 
 class Growth(NamedTuple):
@@ -123,7 +123,7 @@ def best_shape(
         if choice.tokens_per_ms > best.tokens_per_ms:
             best = choice
     least = best.tokens_per_ms * min_gain
-    for nodes in (n for n in NODES if n <= max_nodes):
+    for nodes in (n for n in NODES if n <= max_nodes and rates):
         server_ms = rtt_ms + step_ms(1 + nodes)
         for beams in (b for b in BEAMS if b <= nodes):
             for depth in (d for d in DEPTHS if d <= min(max_depth, nodes)):

@@ -16,6 +16,7 @@ from typing import Any
 
 from wispprof.errors import ArtifactMissing
 from wispprof.policies.linear_cost import LinearCost
+from wispprof.sessions.outcomes import BEST_GUESS, WAIT, OutcomeDrafting
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
@@ -220,15 +221,17 @@ def reproduce_specedge(executor: Executor | None = None, progress: Progress | No
 def _server_only(setup: Mapping[str, Any], assumption: Mapping[str, Any]) -> Scenario:
     """Drafting on the server: each step first drafts k tokens there. No link, no edge time."""
     step_ms = assumption.get("server_step_ms", setup["draft"]["server_step_ms"])
-    k = setup["draft"]["k"]
+    k, tree = setup["draft"]["k"], assumption.get("tree")
     table = setup["server"] | assumption.get("server", {})
-    drafting_ms = k * step_ms
+    drafting_ms = (tree["depth"] if tree else k) * step_ms
     if "profile" in table:  # its steps have no fixed part of their own to add to
         server = linear_server(table, overhead_ms=table["overhead_ms"] + drafting_ms)
     else:
         server = linear_server(table, fixed_ms=table["fixed_ms"] + drafting_ms)
     rounds = system("fcfs").replace(label="server-only", controller_options={"k": k})
-    return _specedge_base(setup, rounds, setup["workload"]["batch"], server)
+    if tree:
+        rounds = _with_trees(rounds, tree, WAIT)
+    return _specedge_base(setup, assumption, rounds, setup["workload"]["batch"], server)
 
 
 def _specedge(setup: Mapping[str, Any], assumption: Mapping[str, Any]) -> Scenario:
@@ -237,28 +240,44 @@ def _specedge(setup: Mapping[str, Any], assumption: Mapping[str, Any]) -> Scenar
     pipeline = system("specedge").replace(
         controller_options={"k": draft["k"]}, drafting=DraftingSettings(proactive=ahead)
     )
+    if tree := assumption.get("tree"):
+        # The best guess, as deep as the public settings say.
+        guess = replace(BEST_GUESS, width=tree["width"], depth=assumption.get("proactive", tree["proactive"]))
+        pipeline = _with_trees(pipeline, tree, guess if guess.depth else WAIT)
     base = _specedge_base(
         setup,
+        assumption,
         pipeline,
         workload["batch"] * workload["edges_per_batch"],
         linear_server(setup["server"] | assumption.get("server", {})),
     )
     return replace(
         base,
-        devices=((DeviceProfile("RTX 4090", draft_ms=draft["edge_step_ms"]), 1.0),),
+        devices=((DeviceProfile("RTX 4090", draft_ms=draft["edge_step_ms"], node_ms=0.0), 1.0),),
         links=((LinkModel(setup["link"]["rtt_ms"]), 1.0),),
     )
 
 
-def _specedge_base(setup: Mapping[str, Any], chosen: System, sequences: int, server: Any) -> Scenario:
+def _with_trees(chosen: System, tree: Mapping[str, Any], ahead: OutcomeDrafting) -> System:
+    """The system with SpecEdge's trees: ``nodes``, ``depth``, ``width`` and ``beams``."""
+    shape = {name: tree[name] for name in ("nodes", "depth", "width", "beams")}
+    held = DraftingSettings(proactive=0, draft_ahead=tree["nodes"])
+    return chosen.replace(
+        controller="specedge", controller_options=shape, trees=True, ahead=ahead, drafting=held
+    )
+
+
+def _specedge_base(
+    setup: Mapping[str, Any], assumption: Mapping[str, Any], chosen: System, sequences: int, server: Any
+) -> Scenario:
     workload, run = setup["workload"], setup["run"]
     lengths = Lengths(workload["prompt"], workload["output"], output_sigma=workload["output_sigma"])
     return Scenario(
         chosen,
         server,
         ClosedFleet(sequences, lengths),
-        SyntheticAcceptance(**setup["acceptance"]),
-        devices=((DeviceProfile("none", draft_ms=0.0), 1.0),),
+        SyntheticAcceptance(**(setup["acceptance"] | assumption.get("acceptance", {}))),
+        devices=((DeviceProfile("none", draft_ms=0.0, node_ms=0.0), 1.0),),
         links=((LinkModel(0.0), 1.0),),
         slos=((Slo(1.0), 1.0),),
         **run,
