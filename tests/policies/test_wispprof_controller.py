@@ -9,6 +9,7 @@ from depth_acceptance import DepthAcceptance
 
 from wispprof.artifacts.plan import DraftRow, Plan
 from wispprof.policies import RoundContext, make_controller
+from wispprof.policies.interface import TreeShape, tree_shape
 from wispprof.policies.stopping import PlannedRows
 from wispprof.types import DraftFeatures, Slo
 
@@ -120,3 +121,25 @@ def test_a_stream_that_never_pays_rests_and_tries_again():
     for _ in range(60):
         assert drafted(paying) > 0
         paying.finish(8, 3)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_trees_where_nodes_and_rows_are_cheap(stream):
+    def shape(node_ms, context=CONTEXT, rows=None):
+        controller = make_controller("wispprof", sure(0.7), stream=stream, node_ms=node_ms, rows=rows)
+        return tree_shape(controller, context)
+
+    assert shape(None) is None
+    assert shape(10.0) is None
+    assert shape(0.05).beams > 1
+    # Under load, rows are dear; a plan knows what they cost.
+    assert shape(0.05, CONTEXT._replace(load_level=3)) is None
+    assert shape(0.05, rows=lambda context: ROW) is None
+    planned = replace(ROW, nodes=32, depth=5, width=8, beams=4)
+    assert shape(0.05, CONTEXT._replace(load_level=3), lambda context: planned) == TreeShape(32, 5, 8, 4)
+    assert shape(None, rows=lambda context: planned) is None
+
+
+def test_only_controllers_of_trees_name_a_shape():
+    assert tree_shape(make_controller("specedge", nodes=16), CONTEXT) == TreeShape(16, 4, 16, 32)
+    assert tree_shape(make_controller("fixed", k=3), CONTEXT) is None
