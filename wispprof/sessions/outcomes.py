@@ -96,10 +96,13 @@ class EdgeTree:
                     continue
                 self._outcomes += 1
             node = self.tree.add(parent, token, prob)
-            if node is None or node in self.known:
+            if node is None:
                 continue
             self._beyond[node] = beyond
-            chosen.append(node)
+            if node in self.known:  # expanded for the round, then displaced
+                self._offer(node, ahead)
+            else:
+                chosen.append(node)
         return chosen
 
     def add_ahead(self, found: Iterable[Found], ahead: OutcomeDrafting) -> None:
