@@ -95,14 +95,13 @@ class EdgeTree:
                 if self._outcomes >= ahead.outcomes:
                     continue
                 self._outcomes += 1
-            node = self.tree.add(parent, token, prob)
-            if node is None:
-                continue
-            self._beyond[node] = beyond
-            if node in self.known:  # expanded for the round, then displaced
-                self._offer(node, ahead)
+            added = self.tree.add(parent, token, prob)
+            assert added is not None  # it is not full
+            self._beyond[added] = beyond
+            if added in self.known:  # expanded for the round, then displaced
+                self._offer(added, ahead)
             else:
-                chosen.append(node)
+                chosen.append(added)
         return chosen
 
     def add_ahead(self, found: Iterable[Found], ahead: OutcomeDrafting) -> None:
