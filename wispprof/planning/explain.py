@@ -97,8 +97,8 @@ def _choice(row: DraftRow, undrafted: float, objective: str) -> list[str]:
     ]
     if row.nodes:
         lines.append(
-            f"A tree is faster than this chain: {row.beams} nodes a forward, {row.depth} deep. The edge drafts "
-            "it if the server verifies trees."
+            f"A tree is faster than this chain: {row.beams} nodes a forward, {row.depth} deep. "
+            "The edge drafts it if the server verifies trees."
         )
     if drafted != row.k:
         why = "but it misses the SLO" if objective == "goodput" else f"but the objective is {objective}"
