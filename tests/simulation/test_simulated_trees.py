@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from wispprof.artifacts.rows import AcceptanceTrace, TracePath
+from wispprof.artifacts.rows import AcceptanceTrace, EdgeRow, TracePath
 from wispprof.policies.controllers import ConfidenceAcceptance
 from wispprof.policies.interface import TreeShape
 from wispprof.policies.linear_cost import LinearCost
@@ -148,3 +148,12 @@ def test_candidates_of_a_trace_are_calibrated_by_rank() -> None:
     plain = replace(trace_of(ranks, probs).paths[0], target_ranks=None, candidate_probs=None)
     chains = TraceAcceptance(replace(trace_of(ranks, probs), paths=(plain,)), ConfidenceAcceptance())
     assert not chains.output((0,), 5, 100).candidates
+
+
+def test_a_profile_gives_the_dearest_node() -> None:
+    """A choice must not count on less than was measured."""
+    steps = EdgeRow("s", "draft_step", 100, (4.0,))
+    nodes = [EdgeRow(f"n{n}", "nodes", 100, (ms,), tokens=n) for n, ms in ((1, 5.0), (4, 5.6), (16, 11.0))]
+    assert DeviceProfile.from_rows("gpu", [steps, *nodes]).node_ms == pytest.approx(0.4)
+    assert DeviceProfile.from_rows("gpu", [steps]).node_ms is None
+    assert DeviceProfile("gpu", draft_ms=4.0, node_ms=0.4).forward_ms(0, 6) == pytest.approx(6.0)
