@@ -138,7 +138,8 @@ class Simulation:
         """The device of a generation; one that drafts trees if its controller wants them."""
         system, stream, device = self.system, self._stream, client.device
         controller = system.make_controller(client.acceptance.predictor, output, device)
-        if system.trees and controller is not None and output.candidates:
+        able = device.node_ms is not None and bool(output.candidates)
+        if system.trees and controller is not None and able:
             context = RoundContext(device.step_ms(record.prompt_tokens), client.link.mean_rtt_ms, 0.0)
             if tree_shape(controller, context) is not None:
                 return SimulatedTreeEdge(

@@ -16,7 +16,7 @@ from wispprof.errors import PlanError, suggestion
 from wispprof.policies.controllers import ConfidenceAcceptance, FixedController
 from wispprof.policies.interface import BatchPolicy, Controller, RoundContext
 from wispprof.policies.registry import make_batch_policy, make_controller
-from wispprof.sessions.outcomes import LIKELIEST, OutcomeDrafting
+from wispprof.sessions.outcomes import BEST_GUESS, LIKELIEST, OutcomeDrafting
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.settings.fleet_settings import SimulationSettings
 from wispprof.settings.shared_settings import LinkModel
@@ -114,6 +114,7 @@ SYSTEMS: Mapping[str, System] = {
         _SLED_THRESHOLD.replace(label="sled-threshold-nocache", prefix_cache=False),
         System("fcfs", "fcfs", "fixed", controller_options={"k": 4}),
         System("specedge", "specedge", "fixed", controller_options={"k": 5}, drafting=_PROACTIVE),
+        System("specedge-trees", "specedge", "specedge", drafting=_TREES, trees=True, ahead=BEST_GUESS),
         System("wisp", "wisp", "wisp"),
         System("wisp-carry", "wisp", "wisp", drafting=_CARRIES),
         System("wispprof", "wispprof", "wispprof"),
