@@ -15,10 +15,12 @@ own path are accepted, and the draft's candidates along that path are known, so 
 rounds of some prompts are also run on the engine, with whole trees, and must accept the same tokens. A draft
 forward computes one level of a tree.
 
-`grown` is what an edge does: a torch drafter expands the likeliest nodes, a quarter of the rows in each
-forward, and a predictor fitted on the first half of the prompts rates their candidates. Each round sends the
-likeliest nodes. `--without-layers FIRST END` makes a draft of the target by leaving those layers out.
-Prints a table and one JSON line.
+`grown` is what an edge does: a torch drafter expands the likeliest nodes, and a predictor fitted on the first
+half of the prompts rates their candidates. Each round sends the likeliest nodes. A forward expands as many as
+are worth it, or at most a quarter of the rows (`grown/4`).
+
+`--without-layers FIRST END` makes a draft of the target by leaving those layers out. Prints a table and one
+JSON line.
 """
 
 from __future__ import annotations
@@ -133,9 +135,10 @@ def grown(
     temperature: float,
     predictor: FittedPredictor,
     rows: int,
+    beams: int,
 ) -> tuple[float, float]:
     """(accepted tokens, draft forwards) a round of trees that a drafter grows. ``paths``: by their seed."""
-    shape = TreeShape(nodes=rows, depth=WIDTH, width=8, beams=max(1, rows // 4))
+    shape = TreeShape(nodes=rows, depth=WIDTH, width=8, beams=beams)
     rounds = accepted = forwards = 0
     for seed, path in paths.items():
         drafter.open(path.prompt, Sampling(temperature, seed=seed))
@@ -248,9 +251,8 @@ def main() -> int:
     drafter = TorchDrafter(draft)
     rows_out, wrong = [], 0
     print(f"{target.info.id} and {draft.info.id}: accepted tokens a round (and a draft forward)\n")
-    print(
-        f"{'T':>4} {'rows':>4} {'chain':>15} {'by probability':>15} {'by noise':>15} {'grown':>15}   forwards"
-    )
+    names = ("chain", "by probability", "by noise", "grown/4", "grown")
+    print(f"{'T':>4} {'rows':>4}{''.join(f'{name:>16}' for name in names)}   forwards")
     for temperature in args.temperatures:
         paths = trace(engine, draft, prompts, args.tokens, temperature)
         half = len(paths) // 2
@@ -264,7 +266,8 @@ def main() -> int:
             found = {name: replay(paths[half:], *arm) for name, arm in arms.items()}
             forwards: dict[str, float] = {name: shape.depth for name, (_, shape) in arms.items()}
             tested = dict(enumerate(paths[half:], half))
-            found["grown"], forwards["grown"] = grown(drafter, tested, temperature, learnt, rows)
+            for name, beams in (("grown/4", max(1, rows // 4)), ("grown", rows)):
+                found[name], forwards[name] = grown(drafter, tested, temperature, learnt, rows, beams)
             for number in range(half, half + args.checked):
                 sampling = Sampling(temperature, seed=number)
                 wrong += check_on_engine(engine, paths[number], sampling, *arms["noise"])
