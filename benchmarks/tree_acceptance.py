@@ -237,6 +237,7 @@ def main() -> int:
     parser.add_argument("--without-layers", type=int, nargs=2, metavar=("FIRST", "END"))
     parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--checked", type=int, default=3, help="prompts whose rounds the engine repeats")
+    parser.add_argument("--grown", type=int, default=30, help="prompts whose trees are grown; 0: none")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rows", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8, 1.0])
@@ -256,18 +257,23 @@ def main() -> int:
     for temperature in args.temperatures:
         paths = trace(engine, draft, prompts, args.tokens, temperature)
         half = len(paths) // 2
-        settings = TraceSettings(path_tokens=args.tokens, sampling=Sampling(temperature, seed=args.prompts))
-        learnt = fit_predictor(collect_trace(target, draft, settings, prompts=prompts[:half]))
-        print(f"     candidates of held-out prompts: {learnt.report.get('candidates')}")
+        learnt = None
+        if args.grown:
+            settings = TraceSettings(
+                path_tokens=args.tokens, sampling=Sampling(temperature, seed=args.prompts)
+            )
+            learnt = fit_predictor(collect_trace(target, draft, settings, prompts=prompts[:half]))
+            print(f"     candidates of held-out prompts: {learnt.report.get('candidates')}")
         for rows in args.rows:
             arms = {"chain": ("noise", chain(rows))}
             for ranking in ("probability", "noise"):
                 arms[ranking] = (ranking, best_shape(rates_by_rank(paths[:half], ranking), rows))
             found = {name: replay(paths[half:], *arm) for name, arm in arms.items()}
             forwards: dict[str, float] = {name: shape.depth for name, (_, shape) in arms.items()}
-            tested = dict(enumerate(paths[half:], half))
-            for name, beams in (("grown/4", max(1, rows // 4)), ("grown", rows)):
-                found[name], forwards[name] = grown(drafter, tested, temperature, learnt, rows, beams)
+            if learnt is not None:
+                tested = dict(enumerate(paths[half : half + args.grown], half))
+                for name, beams in (("grown/4", max(1, rows // 4)), ("grown", rows)):
+                    found[name], forwards[name] = grown(drafter, tested, temperature, learnt, rows, beams)
             for number in range(half, half + args.checked):
                 sampling = Sampling(temperature, seed=number)
                 wrong += check_on_engine(engine, paths[number], sampling, *arms["noise"])

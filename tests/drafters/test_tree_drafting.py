@@ -213,9 +213,10 @@ def test_what_a_tree_may_not_ask_for(loaded: LoadedModel, monkeypatch: pytest.Mo
         drafter.expand(tree, [2], 2)
     assert len(drafter._expanded) == 2
     logits = drafter._decoder.logits
-    monkeypatch.setattr(drafter._decoder, "logits", lambda hidden: logits(hidden) * torch.nan)
-    with pytest.raises(EngineError, match="finite"):
+    for bad in (torch.nan, torch.inf):
+        monkeypatch.setattr(drafter._decoder, "logits", lambda hidden, bad=bad: logits(hidden) * bad)
+        with pytest.raises(EngineError, match="finite"):
+            drafter.expand(tree, [0], 2)
+        monkeypatch.undo()
+        assert drafter._cached == len(drafter._expanded) == 0
         drafter.expand(tree, [0], 2)
-    monkeypatch.undo()
-    assert drafter._cached == len(drafter._expanded) == 0
-    drafter.expand(tree, [0], 2)

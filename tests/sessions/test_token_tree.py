@@ -109,6 +109,16 @@ def test_a_likely_node_displaces_an_unlikely_one() -> None:
     assert [tree.spelled(node) for node in round_nodes(tree, shape)] == [[1] * n for n in (1, 2, 3, 4)]
 
 
+def test_no_forward_is_spent_on_what_a_round_cannot_send() -> None:
+    """Nothing that follows the least likely node of a full round can displace another."""
+    tree, shape = TokenTree(), TreeShape(nodes=2, depth=9, width=2, beams=2)
+    assert next_nodes(tree, set(), shape) == [ROOT]
+    add_candidates(tree, [(ROOT, [1, 2], [0.6, 0.3])], shape)
+    assert next_nodes(tree, {ROOT}, shape) == [0]
+    assert next_nodes(tree, {ROOT}, shape._replace(nodes=3)) == [0, 1]
+    assert next_nodes(tree, {ROOT}, shape._replace(nodes=1)) == []
+
+
 def test_a_chain_grows_node_by_node() -> None:
     tree, expanded, shape = TokenTree(), set[int](), TreeShape(nodes=3, depth=3)
     while nodes := next_nodes(tree, expanded, shape):

@@ -73,21 +73,6 @@ class EdgeProfile(_Measured[EdgeRow]):
             )
         return step_ms
 
-    def extra_nodes_ms(self, nodes: int) -> float | None:
-        """Milliseconds that ``nodes`` nodes of a draft tree in one forward take beyond a single one.
-
-        Interpolated between the numbers that were measured, and beyond them at the rate of the last two.
-        ``None`` for a device that drafts chains only, or whose profile does not tell.
-        """
-        points = [(row.tokens, row.median_ms) for row in of_kind(self.rows, "nodes")]
-        if len(points) < 2:
-            return None
-        (low, low_ms), (high, high_ms) = next(
-            (pair for pair in itertools.pairwise(points) if nodes <= pair[1][0]), (points[-2], points[-1])
-        )
-        at_ms = low_ms + (nodes - low) / (high - low) * (high_ms - low_ms)
-        return max(0.0, at_ms - points[0][1])
-
     def resume_ms(self, context: int, rested_ms: float = math.inf) -> float:
         """Milliseconds that a rest of ``rested_ms`` adds to the drafting after it."""
         return resume_ms(self.rows, context) * rested_share(rested_ms)

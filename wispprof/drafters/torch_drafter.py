@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wispprof.backends import Continuations, DraftCandidate, TreeDrafter
-from wispprof.drafters.model_drafter import ModelDrafter, features_torch
+from wispprof.drafters.model_drafter import ModelDrafter, features_numpy, features_torch
 from wispprof.engines.loading import LoadedModel
 from wispprof.engines.torch.decoder import Decoder, decoder_for
 from wispprof.engines.torch.kv_store import additive_mask, causal, causal_mask, grouped_attention
@@ -186,8 +186,7 @@ class TorchDrafter(TorchModelDrafter, TreeDrafter):
         row_of |= {node: total - first + number for number, node in enumerate(places)}
         logits = self._logits(hidden[[row_of[node] for node in nodes]])
         found = noise_ranked(logits, [total + depth for depth in depths], self._sampling, width)
-        # One transfer fetches all; float32 holds ids below 2**24 exactly.
-        rows = torch.cat((features_torch(logits), found[0].float(), found[1]), 1).tolist()
+        rows = _features_and_candidates(logits, *found)
         if not all(math.isfinite(value) for row in rows for value in row):
             self._check_drawn(UNDECIDED)
         self._expanded = expanded
@@ -304,8 +303,19 @@ def _place(tree: TokenTree, node: int, expanded: TokenTree) -> int:
     return place
 
 
+def _features_and_candidates(logits: Tensor, ids: Tensor, probs: Tensor) -> list[list[float]]:
+    """By row of ``logits``, which are not kept intact: four features, then ids and probabilities."""
+    if logits.device.type == "cpu":
+        with np.errstate(invalid="ignore"):  # the caller looks for what is not finite
+            features = [features_numpy(row) for row in logits.float().numpy()]
+        return [[*f, *i, *p] for f, i, p in zip(features, ids.tolist(), probs.tolist(), strict=True)]
+    # One transfer fetches all; float32 holds ids below 2**24 exactly.
+    rows: list[list[float]] = torch.cat((features_torch(logits), ids.float(), probs), 1).tolist()
+    return rows
+
+
 def _continuations(row: Sequence[float]) -> Continuations:
-    """From four features, then ids, then probabilities of the candidates."""
+    """From a row of :func:`_features_and_candidates`."""
     size = len(DraftFeatures._fields)
     width = (len(row) - size) // 2
     ids, probs = row[size : size + width], row[size + width :]

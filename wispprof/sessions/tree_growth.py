@@ -26,7 +26,9 @@ def next_nodes(tree: TokenTree, expanded: Container[int], shape: TreeShape) -> l
     if tree.full:
         return []
     depths, cum_acceptance = tree.depths, tree.cum_acceptance
-    inside = round_nodes(tree, shape) if len(tree) > shape.nodes else range(len(tree))
+    inside = round_nodes(tree, shape)
+    if len(inside) == shape.nodes:
+        inside.pop()  # what follows the least likely node is less likely still
     leaves = [node for node in inside if node not in expanded and depths[node] < shape.depth]
     return heapq.nsmallest(shape.beams, leaves, key=lambda node: (-cum_acceptance[node], node))
 
