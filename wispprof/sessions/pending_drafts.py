@@ -250,8 +250,8 @@ class PendingDrafts:
         self.acceptance_probs = successive([tree.cum_acceptance[node] for node in self._order])
 
     def useful(self, depth: int, context_left: int) -> int:
-        """Leading drafts that a step can use if ``depth`` of them can be accepted and ``context_left`` cached.
-        No node of a tree is deeper, but there may be more of them."""
+        """Leading drafts that a step can use: at most ``depth`` can be accepted, ``context_left`` cached. No
+        node of a tree is deeper, but there may be more of them."""
         held = len(self.tokens)
         return min(held, context_left if self.tree is not None else depth) if held else 0
 
