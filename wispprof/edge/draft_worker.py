@@ -15,9 +15,11 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from wispprof.backends import Drafter
+from wispprof.backends import Continuations, Drafter, TreeDrafter
 from wispprof.errors import EngineError
 from wispprof.sessions.pending_drafts import common_prefix
+from wispprof.sessions.tree_rounds import TreeStep
+from wispprof.token_tree import ROOT
 from wispprof.types import DraftToken, Sampling
 
 _T = TypeVar("_T")
@@ -38,6 +40,13 @@ class DraftStep(NamedTuple):
     draft_ms: float
 
 
+class TreeForward(NamedTuple):
+    """What one forward found after some nodes of a tree, and the time it took."""
+
+    found: list[Continuations]
+    draft_ms: float
+
+
 class CatchUp(NamedTuple):
     """``tokens`` of the text were read instead of drafting; more may be unread."""
 
@@ -46,7 +55,11 @@ class CatchUp(NamedTuple):
 
 
 class DraftWorker(Protocol):
-    """Runs the drafter of one session, one call at a time. If a call raises, drafting ends."""
+    """Runs the drafter of one session, one call at a time. If a call raises, drafting ends.
+
+    A worker whose drafter offers draft trees has a true attribute ``trees``, and a method ``expand``, see
+    :class:`ThreadWorker`.
+    """
 
     async def open(self, tokens: Sequence[int], sampling: Sampling) -> None:
         """Prefill these committed tokens."""
@@ -98,6 +111,20 @@ class _SyncedDrafter:
         drafted = self.drafter.draft()
         self.held.append(drafted.token)
         return drafted, read
+
+    @property
+    def trees(self) -> bool:
+        return isinstance(self.drafter, TreeDrafter)
+
+    def expand(self, sequence: Sequence[int], step: TreeStep) -> tuple[list[Continuations] | None, int]:
+        """What follows nodes of a tree after ``sequence`` (``None``: the context is full), and the number of
+        tokens that were read."""
+        deepest = max((step.tree.depths[node] for node in step.nodes if node != ROOT), default=0)
+        if len(sequence) + deepest >= self._max_context:
+            return None, 0
+        assert isinstance(self.drafter, TreeDrafter)
+        read = self._sync(sequence)
+        return self.drafter.expand(step.tree, step.nodes, step.width), read
 
     def _sync(self, sequence: Sequence[int]) -> int:
         """Make the drafter hold ``sequence``; returns the number of tokens it read."""
@@ -178,6 +205,16 @@ class ThreadWorker:
         wanted = list(sequence)
         return await self._call(lambda: self._step(wanted))
 
+    @property
+    def trees(self) -> bool:
+        """Whether :meth:`expand` is supported."""
+        return self._synced.trees
+
+    async def expand(self, sequence: Sequence[int], step: TreeStep) -> TreeForward | CatchUp | None:
+        """Sync the drafter with ``sequence`` and continue nodes of a tree after it; ``None``: no proposal."""
+        wanted = list(sequence)
+        return await self._call(lambda: self._expand(wanted, step))
+
     async def _call(self, work: Callable[[], _T]) -> _T:
         def run() -> _T:
             self._running = True
@@ -193,12 +230,25 @@ class ThreadWorker:
             self.stuck = self._running
             raise EngineError(f"No draft within {self._timeout_ms:,.0f} ms.") from None
 
-    def _step(self, sequence: list[int]) -> DraftStep | CatchUp | None:
-        begun, synced = time.perf_counter(), self._synced
+    def _catch_up(self, sequence: list[int], begun: float) -> CatchUp | None:
+        synced = self._synced
         if synced.unread(sequence) > _READ_WITH_DRAFT and len(sequence) < synced.drafter.max_context:
             read = synced.read(sequence, PIECE)
             return CatchUp(read, (time.perf_counter() - begun) * 1000.0)
-        drafted, _ = synced.draft(sequence)
+        return None
+
+    def _expand(self, sequence: list[int], step: TreeStep) -> TreeForward | CatchUp | None:
+        begun = time.perf_counter()
+        if (caught_up := self._catch_up(sequence, begun)) is not None:
+            return caught_up
+        found, _ = self._synced.expand(sequence, step)
+        return None if found is None else TreeForward(found, (time.perf_counter() - begun) * 1000.0)
+
+    def _step(self, sequence: list[int]) -> DraftStep | CatchUp | None:
+        begun = time.perf_counter()
+        if (caught_up := self._catch_up(sequence, begun)) is not None:
+            return caught_up
+        drafted, _ = self._synced.draft(sequence)
         if drafted is None:
             return None
         return DraftStep(drafted, (time.perf_counter() - begun) * 1000.0)
@@ -234,14 +284,25 @@ class TimedWorker:
 
     async def step(self, sequence: Sequence[int]) -> DraftStep | None:
         drafted, read = self._synced.draft(sequence)
-        if drafted is None:
-            return None
+        return None if drafted is None else DraftStep(drafted, await self._spend_step(len(sequence), read))
+
+    @property
+    def trees(self) -> bool:
+        """Whether :meth:`expand` is supported."""
+        return self._synced.trees
+
+    async def expand(self, sequence: Sequence[int], step: TreeStep) -> TreeForward | None:
+        """Continue nodes of a tree in the time of a draft step."""
+        found, read = self._synced.expand(sequence, step)
+        return None if found is None else TreeForward(found, await self._spend_step(len(sequence), read))
+
+    async def _spend_step(self, context: int, read: int) -> float:
         # Every step reads one token anyway.
-        cost_ms = self._step_ms(len(sequence)) + self._read_ms * max(0, read - 1)
+        cost_ms = self._step_ms(context) + self._read_ms * max(0, read - 1)
         began_s = self._start_s(asyncio.get_running_loop().time())
         cost_ms += self._resuming_ms((began_s - self._ended_s) * 1000.0)
         await self._spend(cost_ms)
-        return DraftStep(drafted, cost_ms)
+        return cost_ms
 
     async def _spend(self, cost_ms: float) -> None:
         loop = asyncio.get_running_loop()

@@ -19,13 +19,15 @@ from wispprof import protocol
 from wispprof.edge import server_frames
 from wispprof.edge.client import EdgeClient
 from wispprof.edge.connection import Traffic
-from wispprof.edge.draft_worker import CatchUp, DraftStep, DraftWorker
+from wispprof.edge.draft_results import StepResult, is_foreign, take_step
+from wispprof.edge.draft_worker import CatchUp, DraftWorker
 from wispprof.edge.request_stats import RequestStats
 from wispprof.edge.round_record import RoundWatch
 from wispprof.errors import RuntimeFault, ServerUnreachable
 from wispprof.policies.interface import Controller
 from wispprof.sessions.draft_buffer import DraftBuffer
 from wispprof.sessions.edge_session import EdgeSession
+from wispprof.sessions.tree_rounds import TreeStep
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.types import GenerationRequest, TokenChunk
 
@@ -75,8 +77,12 @@ class Generation:
         self._settings = settings = settings or DraftingSettings()
         self._fallback = fallback and worker is not None
         if client.welcome is not None:
-            draft_ahead = min(settings.draft_ahead, client.welcome.max_drafts)
-            settings = replace(settings, draft_ahead=draft_ahead)
+            most = client.welcome.max_drafts
+            settings = replace(
+                settings,
+                draft_ahead=min(settings.draft_ahead, most),
+                tree_nodes=min(settings.tree_nodes, most),
+            )
         self._session = EdgeSession(
             request.tokens,
             request.max_new,
@@ -85,6 +91,7 @@ class Generation:
             controller,
             stop=request.stop_tokens,
             stream=self._stream_mode(),
+            trees=self._trees,
         )
         self._number = -1
         self._finished = ""
@@ -112,7 +119,7 @@ class Generation:
         """Generate to the end; raises what ended it early."""
         session, worker, request = self._session, self._worker, self.request
         self.stats.begun_ms = begun_ms = _now_ms()
-        step: asyncio.Task[DraftStep | CatchUp | None] | None = None
+        step: asyncio.Task[StepResult] | None = None
         prefill: asyncio.Task[None] | None = None
         try:
             self._number = self._client.open(self)
@@ -135,8 +142,7 @@ class Generation:
                     now_ms = _now_ms()
                     if step is None and prefill is None and session.may_draft(now_ms):
                         begun_ms = now_ms
-                        session.begin_step()
-                        step = self._spawn(worker.step(self.buffer.sequence()))
+                        step = self._spawn(self._draft(worker, session.begin_step()))
                 await self._wake.wait()
             alone = self._fallback and isinstance(self._err, ServerUnreachable) and not self._undrafted
             running = {task for task in (prefill, step) if task is not None}
@@ -181,9 +187,9 @@ class Generation:
         stats.declined = self._session.scheduler.declined
         stats.rtt_ms = self._client.rtt.mean_ms
         stats.up_bytes, stats.down_bytes = self.traffic.up_bytes, self.traffic.down_bytes
-        left = self.buffer.drafts
-        stats.dropped += len(left)
-        stats.dropped_ms += sum(held.draft_ms for held in left)
+        dropped, dropped_ms = self.buffer.undecided
+        stats.dropped += dropped
+        stats.dropped_ms += dropped_ms
         self._chunks.put_nowait(None)
 
     # --- drafting ---
@@ -194,41 +200,17 @@ class Generation:
         else:
             self.stats.prefill_ms = _now_ms() - self.stats.begun_ms
 
-    def _end_step(self, task: asyncio.Task[DraftStep | CatchUp | None], begun_ms: float) -> None:
-        stats, session = self.stats, self._session
+    async def _draft(self, worker: DraftWorker, tree_step: TreeStep | None) -> StepResult:
+        sequence = self.buffer.sequence()
+        if tree_step is None:
+            return await worker.step(sequence)
+        return await worker.expand(sequence, tree_step)  # type: ignore[attr-defined, no-any-return]
+
+    def _end_step(self, task: asyncio.Task[StepResult], begun_ms: float) -> None:
         if (err := task.exception()) is not None:
             self._stop_drafting(err)
             return
-        step = task.result()
-        if isinstance(step, CatchUp):
-            stats.caught_up(step.tokens, step.read_ms)
-            return
-        if step is None:
-            stats.no_proposal += 1
-            session.scheduler.nothing_to_draft()
-            return
-        stats.drafted += 1
-        stats.draft_ms += step.draft_ms
-        if self._foreign(step):
-            # Nothing can be drafted after it until the text goes on.
-            stats.dropped += 1
-            stats.dropped_ms += step.draft_ms
-            session.scheduler.nothing_to_draft()
-            return
-        waited_ms = max(0.0, _now_ms() - begun_ms - step.draft_ms)
-        wasted_ms = session.end_step(lambda: step.drafted, step.draft_ms, waited_ms)
-        if wasted_ms is not None:
-            stats.late += 1
-            stats.dropped += 1
-            stats.dropped_ms += step.draft_ms
-            stats.wasted_ms += wasted_ms
-
-    def _foreign(self, step: DraftStep) -> bool:
-        """Whether the draft is outside the target's vocabulary, which counts it."""
-        token = step.drafted.token
-        foreign = token < 0 or 0 < self._vocab_size <= token
-        self.stats.foreign += foreign
-        return foreign
+        take_step(self._session, self.stats, task.result(), _now_ms() - begun_ms, self._vocab_size)
 
     def _stop_drafting(self, err: BaseException) -> None:
         """The draft model failed: the server continues without drafts."""
@@ -269,6 +251,7 @@ class Generation:
             bytes(protocol.acceptance_byte(p) for p in frame.acceptance_prob),
             round(frame.draft_ms),
             math.floor(self._session.sent(frame, now_ms)),
+            protocol.parent_bytes(frame.parents),
         )
         if self._client.draft(message):
             self.stats.sent += len(frame.tokens)
@@ -286,7 +269,7 @@ class Generation:
                 return False
             if isinstance(step, CatchUp):
                 continue
-            if step is None or self._foreign(step):
+            if step is None or is_foreign(stats, step.drafted.token, self._vocab_size):
                 break
             sequence.append(step.drafted.token)
             stats.drafted += 1
@@ -363,7 +346,9 @@ class Generation:
         self.stats.reopened = self._openings - 1
         if self._fruitless > _MAX_FRUITLESS:
             self.failed(RuntimeFault(f"The server answered {_MAX_FRUITLESS} openings without a token."))
-        self._session.reopened(self._stream_mode())
+        dropped, dropped_ms = self._session.reopened(self._stream_mode(), self._trees)
+        self.stats.dropped += dropped
+        self.stats.dropped_ms += dropped_ms
         self._wake.set()
 
     def lost(self) -> None:
@@ -379,6 +364,13 @@ class Generation:
         """The target's, 0 if unknown."""
         target = self._client.target
         return target.vocab_size if target is not None else 0
+
+    @property
+    def _trees(self) -> bool:
+        """Whether rounds may be trees: by the settings, the draft model and the server."""
+        welcome = self._client.welcome
+        able = getattr(self._worker, "trees", False) and welcome is not None and welcome.trees
+        return able and self._settings.tree_nodes > 0
 
     def _stream_mode(self) -> bool:
         chosen = self._settings.stream

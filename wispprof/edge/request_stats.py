@@ -69,7 +69,7 @@ class RequestStats:
     ``rounds``: commits after the first token. ``drafted``: tokens drafted. ``accepted``: verified and
     kept. ``wasted_ms``: edge time spent on drafts after the first rejected one; ``dropped_ms`` and
     ``dropped``: all drafts that ended in no committed token, the rejected ones included.
-    ``offered_by_position[j]``: verified rounds with at least j+1 drafts; ``accepted_by_position[j]``:
+    ``offered_by_position[j]``: verified rounds with drafts j+1 deep; ``accepted_by_position[j]``:
     those in which the first j+1 were accepted. ``proactive_hits`` of ``proactive_guesses``: how often a
     guess at the target's own token was right. ``draft_only``: tokens that no server confirmed.
     ``energy_j``: the request's share (:class:`EnergyShares`); ``None`` without a sensor.
@@ -129,7 +129,7 @@ class RequestStats:
             self.rounds += 1
             self.verified_drafts += drafted
             self.accepted += effect.accepted
-            self._by_position(drafted, effect.accepted)
+            self._by_position(effect.depth or drafted, effect.accepted)
         self.last_ms = at
         self.tokens += len(effect.tokens)
         self.wasted_ms += effect.wasted_ms

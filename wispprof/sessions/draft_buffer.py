@@ -12,6 +12,9 @@ committed length, and nothing more until a commit answers. What is drafted meanw
 section 4.2): it continues the fully accepted round, and its first token guesses the target's bonus
 token. Opening a session counts as an outstanding round, because the end of the prefill commits a token.
 
+A round may be a tree: ``begin_tree``, growth of ``round_tree``, ``take_tree``. The drafter then mirrors the
+committed tokens alone, and the tree hangs at them. What follows the committed path stands.
+
 Stream mode (asynchronous drafting): ``take`` returns what has not been sent yet. Drafting continues up to
 ``draft_ahead_limit`` drafts beyond the committed length.
 
@@ -24,6 +27,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from wispprof.errors import ProtocolError
+from wispprof.sessions.round_tree import RoundTree
+from wispprof.token_tree import HELD_NODES
 
 
 class Held(NamedTuple):
@@ -56,7 +61,8 @@ class CommitEffect(NamedTuple):
     ``kept``: drafts that still stand. ``proactive``: beyond drafts that were verified and accepted, there was
     a guess at the target's bonus token; ``proactive_hit``: it was right. ``rejected``: a draft was
     contradicted. ``wasted_*``: drafts after the first rejected one, dropped with it. ``dropped_*`` count the
-    rejected one too.
+    rejected one too. Of a tree, ``wasted_*`` are all nodes beside the committed path but the rejected one;
+    ``depth``: of the deepest node verified.
     """
 
     tokens: tuple[int, ...] = ()
@@ -71,6 +77,7 @@ class CommitEffect(NamedTuple):
     wasted_ms: float = 0.0
     wasted_tokens: int = 0
     dropped_ms: float = 0.0
+    depth: int = 0
 
     @property
     def dropped_tokens(self) -> int:
@@ -86,7 +93,8 @@ class DraftBuffer:
 
     Read only: ``committed_len``; ``sent``, the position up to which drafts were sent, never below
     ``committed_len``; ``epoch``; ``waiting``: a round (or the prefill) is outstanding in round mode, no
-    commit came yet in stream mode.
+    commit came yet in stream mode; ``round_tree``: the drafts, if they are a tree; ``moved``: new numbers of
+    its nodes that outlasted the last commit.
     """
 
     def __init__(
@@ -112,6 +120,8 @@ class DraftBuffer:
         self._tokens: list[int] = []
         self._acceptance_probs: list[float] = []
         self._draft_ms: list[float] = []
+        self.round_tree: RoundTree | None = None
+        self.moved: dict[int, int] = {}
         self.sent = self.committed_len
         self._capacity = self._draft_capacity()
 
@@ -151,11 +161,24 @@ class DraftBuffer:
         left = self._capacity - len(self._tokens)
         return left if left > 0 else 0
 
+    @property
+    def depth_left(self) -> int:
+        """Depth of the deepest node that a tree may have: by the end of the generation."""
+        return HELD_NODES if self.end is None else max(0, self.end - 1 - self.committed_len)
+
     def _draft_capacity(self) -> int:
         """Most drafts beyond the current committed length."""
         if self.end is None:
             return self.draft_ahead_limit
         return min(self.draft_ahead_limit, self.end - 1 - self.committed_len)
+
+    @property
+    def undecided(self) -> tuple[int, float]:
+        """(Drafts held in any form, their drafting time)."""
+        tree = self.round_tree
+        if tree is None:
+            return len(self._tokens), sum(self._draft_ms)
+        return len(tree.tree), tree.draft_ms
 
     def sequence(self) -> list[int]:
         """What a drafter in step with this buffer holds: committed tokens, then drafts."""
@@ -211,6 +234,38 @@ class DraftBuffer:
             sum(self._draft_ms[first:last]),
         )
 
+    def begin_tree(self) -> RoundTree:
+        """The tree of the round that is drafted now; drafts that are held become its first path."""
+        tree = self.round_tree
+        if tree is None:
+            self.round_tree = tree = RoundTree(self._tokens, self._acceptance_probs, self._draft_ms)
+            tree.sent.update(range(self.sent - self.committed_len))
+            self._tokens, self._acceptance_probs, self._draft_ms = [], [], []
+        return tree
+
+    def drop_tree(self) -> tuple[int, float]:
+        """Give the tree up; returns (nodes dropped, their drafting time)."""
+        dropped = self.undecided if self.round_tree is not None else (0, 0.0)
+        self.round_tree, self.moved = None, {}
+        return dropped
+
+    def take_tree(self, nodes: Sequence[int]) -> Outgoing | None:
+        """As :meth:`take`, for a round of these nodes of the tree, each after its parent."""
+        tree = self.round_tree
+        if self.waiting or tree is None:
+            return None
+        self.waiting = True
+        tokens, parents, probs, draft_ms = tree.send(nodes)
+        branches = parents != list(range(-1, len(parents) - 1))
+        return Outgoing(
+            self.epoch,
+            self.committed_len,
+            tuple(tokens),
+            tuple(probs),
+            draft_ms,
+            tuple(parents) if branches else (),
+        )
+
     def on_commit(
         self, committed_len: int, tokens: Sequence[int], accepted: int = 0, drafted: int | None = None
     ) -> CommitEffect:
@@ -228,7 +283,7 @@ class DraftBuffer:
         # A late draft of a stream that names the next token all the same is no guess beyond a round.
         guess = drafted is None or (accepted >= drafted and (drafted > 0 or not self.stream))
         if start == known and tokens:
-            return self._advance(tuple(tokens), accepted, guess)
+            return self._advance(tuple(tokens), accepted, guess, drafted)
         if start > known:
             raise ProtocolError(
                 f"A commit starts at position {start}, beyond the committed length {known}.",
@@ -243,15 +298,46 @@ class DraftBuffer:
         if committed_len <= known:
             return CommitEffect()
         new = tuple(tokens[known - start :])
-        return self._advance(new, max(0, accepted - max(0, overlap)), guess)
+        return self._advance(new, max(0, accepted - max(0, overlap)), guess, drafted)
 
     def reopened(self) -> None:
         """The session was opened anew from :attr:`committed`: the server holds none of our drafts."""
         self.sent = self.committed_len
         self.waiting = True
+        if self.round_tree is not None:
+            self.round_tree.lost()
 
-    def _advance(self, new: tuple[int, ...], accepted: int, guess: bool) -> CommitEffect:
+    def _advance_tree(
+        self, tree: RoundTree, new: tuple[int, ...], accepted: int, drafted: int | None
+    ) -> CommitEffect:
+        self._committed += new
+        self.sent = self.committed_len = self.committed_len + len(new)
+        self._capacity = self._draft_capacity()
+        done = tree.commit(new, drafted)
+        self.moved = done.moved
+        if done.hits < len(new):
+            self.round_tree = None
+        self.epoch += done.rejected or done.contradicted
+        return CommitEffect(
+            new,
+            None,
+            new,
+            done.hits,
+            accepted,
+            len(tree.tree),
+            done.proactive,
+            done.proactive and done.hits == len(new),
+            done.rejected,
+            done.wasted_ms,
+            done.dropped - done.rejected,
+            done.dropped_ms,
+            done.depth,
+        )
+
+    def _advance(self, new: tuple[int, ...], accepted: int, guess: bool, drafted: int | None) -> CommitEffect:
         self.waiting = False
+        if self.round_tree is not None:
+            return self._advance_tree(self.round_tree, new, accepted, drafted)
         held = self._tokens
         drafts, count = len(held), len(new)
         both = drafts if drafts < count else count

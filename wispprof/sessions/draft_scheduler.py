@@ -2,7 +2,8 @@
 
 Round mode. A round begins with the drafts that are held already (a proactive hit). The controller judges them
 one by one as if just drafted, then drafting continues until it stops, and the round leaves. Meanwhile up to
-``proactive`` more tokens are drafted beyond it.
+``proactive`` more tokens are drafted beyond it. :mod:`~wispprof.sessions.tree_rounds` replaces that by a tree
+where it may.
 
 Stream mode. Drafting continues in bursts. A burst that reaches its length is followed by the next. One that
 the controller ends early, or does not want to begin, pauses drafting until the next commit: what follows a
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 from wispprof.policies.interface import Controller, RoundContext
 from wispprof.sessions.draft_buffer import CommitEffect, DraftBuffer, Outgoing
+from wispprof.sessions.tree_rounds import TreeRounds
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.types import DraftFeatures, DraftToken
 
@@ -31,6 +33,7 @@ class DraftScheduler:
         controller: Controller | None,
         settings: DraftingSettings,
         stop: Sequence[int] = (),
+        trees: bool = False,
     ) -> None:
         self._buffer = buffer
         self._controller = controller
@@ -44,6 +47,8 @@ class DraftScheduler:
         self._exhausted = False  # the drafter has nothing to propose
         self._worthwhile = True  # round: the controller drafted at all last time
         self._group = 1
+        self.tree_rounds = TreeRounds(buffer, settings, self._stop)
+        self.tree_rounds.allowed = trees
         self.declined = 0  # rounds and bursts for which the controller chose no draft
 
     # --- drafting ---
@@ -56,7 +61,13 @@ class DraftScheduler:
         and guessed right, the step has used the remaining wait; otherwise it delays the next round.
         """
         buffer = self._buffer
-        if self._controller is None or self._exhausted or buffer.capacity_left == 0:
+        if self._controller is None:
+            return False
+        if buffer.round_tree is not None:
+            if buffer.waiting:
+                return self._worthwhile and self.tree_rounds.may_go_on(left_ms, draft_ms)
+            return self._budget is not None and not self._exhausted and bool(self.tree_rounds.next_nodes())
+        if self._exhausted or buffer.capacity_left == 0:
             return False
         if self._stop and self._ends_with_stop():
             return False
@@ -183,11 +194,18 @@ class DraftScheduler:
         if buffer.waiting:
             return None
         if self._budget is None:
-            self._budget = controller.begin(context_of(buffer.draft_ahead))
+            context = context_of(buffer.draft_ahead)
+            self._budget = controller.begin(context)
             self._judged = 0
             self._closed = self._budget <= 0
             self._worthwhile = not self._closed
             self.declined += self._closed
+            if self.tree_rounds.begin(controller, context, self._budget):
+                self._features.clear()
+        if buffer.round_tree is not None:
+            if (frame := self.tree_rounds.due(self._exhausted)) is not None:
+                self.reset()
+            return frame
         while not self._closed and self._judged < buffer.draft_ahead:
             self._closed = not self._judge(self._judged) or self._judged >= self._budget
         if not self._closed and not self._no_next_draft():

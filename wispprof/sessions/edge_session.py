@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from wispprof.backends import Continuations
 from wispprof.policies.interface import Controller, RoundContext
 from wispprof.sessions.draft_buffer import CommitEffect, DraftBuffer, Outgoing
 from wispprof.sessions.draft_scheduler import DraftScheduler
 from wispprof.sessions.edge_timing import EdgeTiming
+from wispprof.sessions.pending_tree import in_order
+from wispprof.sessions.tree_rounds import TreeStep
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.types import DraftToken, Slo
 
@@ -22,9 +25,9 @@ class EdgeSession:
     """One generation: which drafts it holds, when it drafts and sends, what its link and server take.
 
     ``tokens``: the prompt. ``max_new``: most tokens to generate. ``controller`` ``None``: the session never
-    drafts (server-only). The driver keeps ``rtt_ms`` and ``load_level`` up to date. At most one draft
-    step runs at a time; a commit may arrive while it runs. ``step_overtaken``: such a commit decided the
-    step's position.
+    drafts (server-only). ``trees``: drafter and server support draft trees. The driver keeps ``rtt_ms`` and
+    ``load_level`` up to date. At most one draft step runs at a time; a commit may arrive while it runs.
+    ``step_overtaken``: such a commit decided the step's position.
     """
 
     def __init__(
@@ -38,10 +41,11 @@ class EdgeSession:
         stop: Sequence[int] = (),
         stream: bool = False,
         rtt_ms: float = 0.0,
+        trees: bool = False,
     ) -> None:
         end = len(tokens) + max_new
         self.buffer = DraftBuffer(tokens, stream=stream, draft_ahead_limit=settings.draft_ahead, end=end)
-        self.scheduler = DraftScheduler(self.buffer, controller, settings, stop)
+        self.scheduler = DraftScheduler(self.buffer, controller, settings, stop, trees and not stream)
         self.timing = EdgeTiming(slo, settings.carry)
         self.rtt_ms = rtt_ms
         self.load_level = 0
@@ -61,10 +65,20 @@ class EdgeSession:
             return scheduler.may_draft()
         return scheduler.may_draft(timing.left_ms(now_ms, self.rtt_ms), timing.draft_ms)
 
-    def begin_step(self) -> None:
-        """A draft step for the next position begins."""
+    def begin_step(self) -> TreeStep | None:
+        """A draft step begins: for the next position, or for the nodes of the tree step that is returned."""
         self._step_epoch = self.buffer.epoch
         self.step_overtaken = False
+        return self.scheduler.tree_rounds.step()
+
+    def end_tree_step(
+        self, found: Sequence[Continuations], draft_ms: float, waited_ms: float = 0.0
+    ) -> int | None:
+        """The running tree step ended with what it found after each node; returns the number of new nodes.
+        ``None`` if a commit has overtaken it, so that nothing of it is left. See :meth:`end_step`."""
+        self.timing.drafted(draft_ms, waited_ms)
+        self._mean_draft_ms = math.nan
+        return self.scheduler.tree_rounds.grown(found, draft_ms)
 
     def end_step(
         self, draft: Callable[[], DraftToken], draft_ms: float, waited_ms: float = 0.0
@@ -77,7 +91,7 @@ class EdgeSession:
         """
         self.timing.drafted(draft_ms, waited_ms)
         self._mean_draft_ms = math.nan
-        if self.step_overtaken:
+        if self.step_overtaken or self.buffer.round_tree is not None:
             return draft_ms if self.buffer.epoch != self._step_epoch else 0.0
         token = draft()
         self.buffer.propose(token.token, 1.0, draft_ms)
@@ -120,7 +134,10 @@ class EdgeSession:
         self.timing.sent(now_ms)
         if self.buffer.stream:
             return 0.0
-        return self.timing.slack_ms(frame.acceptance_prob, now_ms, self.rtt_ms)
+        probs: Sequence[float] = frame.acceptance_prob
+        if frame.parents:
+            probs = in_order(probs, frame.parents)
+        return self.timing.slack_ms(probs, now_ms, self.rtt_ms)
 
     def _context(self, draft_ahead: int) -> RoundContext:
         return self.timing.context(self.rtt_ms, self.load_level, draft_ahead, self.buffer.committed_len)
@@ -151,11 +168,15 @@ class EdgeSession:
             if effect.rejected or effect.extend:
                 self.step_overtaken = True
             self.scheduler.committed(effect, drafted)
+            self.scheduler.tree_rounds.committed()
         return effect
 
-    def reopened(self, stream: bool) -> None:
-        """The session was opened anew from its committed tokens; ``stream``: the server's mode now."""
+    def reopened(self, stream: bool, trees: bool = False) -> tuple[int, float]:
+        """The session was opened anew from its committed tokens; ``stream``: the server's mode now;
+        ``trees``: as at first. Returns (drafts dropped for it, their drafting time)."""
         self._mean_draft_ms = math.nan
         self.buffer.stream = stream
         self.buffer.reopened()
         self.scheduler.reset()
+        self.scheduler.tree_rounds.allowed = trees and not stream
+        return (0, 0.0) if trees and not stream else self.buffer.drop_tree()

@@ -108,6 +108,14 @@ def best_part(tree: TokenTree, count: int, order: Sequence[int] = ()) -> tuple[l
     return tokens, () if parents == list(range(ROOT, len(parents) - 1)) else parents
 
 
+def in_order(acceptance_probs: Sequence[float], parents: Sequence[int]) -> list[float]:
+    """:func:`successive` of nodes by their ``acceptance_probs``, each given its parent."""
+    cum: list[float] = []
+    for prob, parent in zip(acceptance_probs, parents, strict=True):
+        cum.append(prob if parent == ROOT else prob * cum[parent])
+    return successive(sorted(cum, reverse=True))
+
+
 def successive(cum_acceptance: Sequence[float]) -> list[float]:
     """Cumulative acceptance in best-first order as probabilities of each node given the one before it.
 

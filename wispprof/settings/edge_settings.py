@@ -78,6 +78,20 @@ class DraftingSettings(Settings):
         "Draft tokens beyond a round that is being verified (synchronous drafting); 0 waits.",
         minimum=0,
     )
+    tree_nodes: int = setting(
+        0,
+        "Maximum nodes of a round's draft tree (synchronous drafting), if the server and the draft model "
+        "support trees; 0 drafts chains.",
+        minimum=0,
+        maximum=64,
+    )
+    tree_depth: int = setting(
+        16, "Maximum depth of a draft tree; at most the controller's draft length.", minimum=1
+    )
+    tree_width: int = setting(4, "Maximum children of a node of a draft tree; 1 is a chain.", minimum=1)
+    tree_beams: int = setting(
+        4, "Maximum nodes of a draft tree that one forward of the draft model continues.", minimum=1
+    )
     frame_share: float = setting(
         0.25,
         "Largest share of the round trip that drafting one frame may take (asynchronous drafting).",
