@@ -2,10 +2,12 @@
 
 50 held-out prompts × 64 tokens over the real WebSocket: greedy output against transformers' own
 ``generate`` for k = 0, 1, 4, 8 and batches of 1 to 16 sessions, and sampled output (T = 0.8, top-p 0.9)
-against the undrafted run of the same seed, under every batching policy. Float32: in bfloat16 the batch
-shape itself moves logits near ties.
+against the undrafted run of the same seed, under every batching policy. Then draft trees of 4 and 16 nodes,
+beside chains and prompts: greedy, T = 0.8 and T = 1. Float32: in bfloat16 the batch shape itself moves logits
+near ties.
 
     python benchmarks/lossless.py                      # everything
+    python benchmarks/lossless.py --trees              # only the draft trees
     python benchmarks/lossless.py --prompts 8 --tokens 24
 
 Exit code 1 if one token differs. The last line is JSON.
@@ -52,28 +54,45 @@ def main() -> int:
 
     begun = time.perf_counter()
     wanted = generate_alone(target.model, prompts, size, stop)
-    print(f"{'sampling':>9} {'policy':>18} {'k':>2} {'batch':>5} {'tokens':>7} {'wrong':>5} first")
+    columns = f"{'sampling':>9} {'policy':>18} {'k':>2} {'nodes':>5} {'batch':>5} {'tokens':>7} {'wrong':>5}"
+    print(f"{columns} first")
     rows = []
 
     def check(name: str, case: Case, right: list[list[int]]) -> None:
         verdict = compare(split(case), right)
         rows.append(verdict.lossless)
         print(
-            f"{name:>9} {case.policy:>18} {case.k:>2} {case.sessions:>5} {verdict.tokens:>7} "
-            f"{verdict.wrong:>5} {verdict.first or ''}",
+            f"{name:>9} {case.policy:>18} {case.k:>2} {case.tree_nodes:>5} {case.sessions:>5} "
+            f"{verdict.tokens:>7} {verdict.wrong:>5} {verdict.first or ''}",
             flush=True,
         )
 
-    for k in (0, 1, 4, 8):
-        check("greedy", Case(k, 16), wanted)
-    for sessions in (1, 5):
-        check("greedy", Case(4, sessions, "wisp"), wanted)
+    def chains() -> None:
+        for k in (0, 1, 4, 8):
+            check("greedy", Case(k, 16), wanted)
+        for sessions in (1, 5):
+            check("greedy", Case(4, sessions, "wisp"), wanted)
+        for policy in BATCH_POLICIES:
+            check("T=0.8", Case(4, 16, policy, sampled), right)
+        for k in (1, 8):
+            check("T=0.8", Case(k, 16, "wispprof", sampled), right)
+
+    def trees() -> None:
+        hot = Sampling(temperature=1.0, seed=2)
+        right_of = {
+            "greedy": (Sampling(), wanted),
+            "T=0.8": (sampled, right),
+            "T=1": (hot, split(Case(0, 16, "fcfs", hot))),
+        }
+        for name, (sampling, texts) in right_of.items():
+            for nodes, sessions, policy in ((4, 16, "wisp"), (16, 16, "wisp"), (16, 5, "wispprof")):
+                check(name, Case(8, sessions, policy, sampling, nodes), texts)
+
     sampled = Sampling(temperature=0.8, top_p=0.9, seed=1)
     right = split(Case(0, 16, "fcfs", sampled))
-    for policy in BATCH_POLICIES:
-        check("T=0.8", Case(4, 16, policy, sampled), right)
-    for k in (1, 8):
-        check("T=0.8", Case(k, 16, "wispprof", sampled), right)
+    if not arguments.trees:
+        chains()
+    trees()
 
     spoiled = [list(tokens) for tokens in wanted]
     spoiled[-1][-1] += 1
@@ -98,6 +117,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--draft", default="", help="folder or hub id (default: bundled)")
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--trees", action="store_true", help="only the draft trees")
     return parser.parse_args()
 
 

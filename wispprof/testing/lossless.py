@@ -29,12 +29,22 @@ from wispprof.types import Sampling, ServedModel
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One run: draft length ``k`` (0: undrafted), sessions at a time, batching policy, sampling."""
+    """One run: draft length ``k`` (0: undrafted), sessions at a time, batching policy, sampling.
+
+    With ``tree_nodes`` two sessions of three draft trees of so many nodes, ``k`` deep, in round mode.
+    """
 
     k: int
     sessions: int
     policy: str = "wispprof"
     sampling: Sampling = field(default_factory=Sampling)
+    tree_nodes: int = 0
+
+    def drafting(self, number: int) -> DraftingSettings:
+        """Settings of session ``number``."""
+        nodes = self.tree_nodes if number % 3 else 0
+        stream = False if self.tree_nodes else None
+        return DraftingSettings(stream=stream, draft_ahead=2 * self.k, proactive=self.k, tree_nodes=nodes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +133,7 @@ async def split_outputs(
                             ),
                             ThreadWorker(drafter(), executor) if drafting and drafter else None,
                             make_controller("fixed", k=case.k) if drafting else None,
-                            DraftingSettings(draft_ahead=2 * case.k, proactive=case.k),
+                            case.drafting(number),
                         )
                         await generation.run()
                         out[number] = list(generation.output)
