@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wispprof.policies.controllers import FixedController
-from wispprof.policies.interface import RoundContext, ScheduledItem, TreeShape
+from wispprof.policies.interface import Controller, RoundContext, ScheduledItem, TreeShape
+from wispprof.policies.stopping import WispprofController
 from wispprof.sessions.draft_buffer import CommitEffect, Outgoing
 from wispprof.sessions.edge_session import EdgeSession
 from wispprof.sessions.round_tree import RoundTree
@@ -30,9 +31,9 @@ TREES = DraftingSettings(tree_nodes=8, tree_depth=6, tree_width=3, tree_beams=3,
 class ShapedController(FixedController):
     """Asks for a shape of its own."""
 
-    wanted = TreeShape()
+    wanted: TreeShape | None = TreeShape()
 
-    def shape(self, context: RoundContext) -> TreeShape:
+    def shape(self, context: RoundContext) -> TreeShape | None:
         return self.wanted
 
 
@@ -260,8 +261,8 @@ def test_a_drafter_that_forgets_the_subtree_is_noticed() -> None:
 # --- the parts ---
 
 
-def started(controller: FixedController, drafting: DraftingSettings = TREES) -> EdgeSession:
-    session = EdgeSession(PROMPT, 40, Slo(10.0), drafting, controller, trees=True)
+def started(controller: Controller, rtt_ms: float = 0.0) -> EdgeSession:
+    session = EdgeSession(PROMPT, 40, Slo(10.0), TREES, controller, trees=True, rtt_ms=rtt_ms)
     session.on_commit(0.0, 5, [7], 0, 0, 1.0)
     return session
 
@@ -274,10 +275,15 @@ def test_a_controller_may_choose_the_shape_and_settings_bound_it() -> None:
     step = session.begin_step()
     assert step is not None
     assert (step.nodes, step.width) == ([ROOT], 3)
-    controller.wanted = TreeShape(nodes=5, depth=5)  # a chain
-    chain = started(controller)
-    assert chain.next_frame(1.0) is None
-    assert chain.begin_step() is None
+    for a_chain in (TreeShape(nodes=5, depth=5), None):
+        controller.wanted = a_chain
+        chain = started(controller)
+        assert chain.next_frame(1.0) is None
+        assert chain.begin_step() is None
+    # This one does not know what nodes cost.
+    planned = started(WispprofController(stream=False), rtt_ms=200.0)
+    assert planned.next_frame(1.0) is None
+    assert planned.begin_step() is not None
     controller.k = 0
     none = started(controller)
     frame = none.next_frame(1.0)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from wispprof.backends import Continuations
 from wispprof.policies.controllers import ConfidenceAcceptance
-from wispprof.policies.interface import Controller, RoundContext, TreeShape
+from wispprof.policies.interface import Controller, RoundContext, TreeShape, tree_shape
 from wispprof.sessions.draft_buffer import DraftBuffer, Outgoing
 from wispprof.sessions.round_tree import RateCandidates
 from wispprof.sessions.tree_growth import round_nodes
@@ -28,9 +28,10 @@ class TreeStep(NamedTuple):
 class TreeRounds:
     """Grows the tree of a session's round.
 
-    ``allowed``: the drafter offers trees and the server verifies them. A controller may offer
-    ``shape(context)``, a :class:`TreeShape`; else the settings give it, as deep as the controller's draft
-    length. Settings bound every shape. A shape without branches is drafted as a chain.
+    ``allowed``: the drafter offers trees and the server verifies them. A controller that knows what nodes
+    cost (``node_ms``) names the shape, see :func:`~wispprof.policies.interface.tree_shape`. For others the
+    settings do, as deep as the controller's draft length. Settings bound every shape. A shape without
+    branches is drafted as a chain.
     """
 
     def __init__(self, buffer: DraftBuffer, settings: DraftingSettings, stop: Collection[int]) -> None:
@@ -60,9 +61,12 @@ class TreeRounds:
         return True
 
     def _shape_of(self, controller: Controller, context: RoundContext, budget: int) -> TreeShape:
-        settings, offered = self._settings, getattr(controller, "shape", None)
+        settings = self._settings
         most = TreeShape(settings.tree_nodes, settings.tree_depth, settings.tree_width, settings.tree_beams)
-        shape = most._replace(depth=budget) if offered is None else offered(context)
+        decides = hasattr(controller, "shape") and getattr(controller, "node_ms", 0.0) is not None
+        shape = tree_shape(controller, context) if decides else most._replace(depth=budget)
+        if shape is None:
+            return _NONE
         nodes, depth, width, beams = map(min, shape, most)
         return TreeShape(nodes, min(depth, self._buffer.depth_left), width, beams)
 
