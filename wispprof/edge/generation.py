@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -142,7 +142,9 @@ class Generation:
                     now_ms = _now_ms()
                     if step is None and prefill is None and session.may_draft(now_ms):
                         begun_ms = now_ms
-                        step = self._spawn(self._draft(worker, session.begin_step()))
+                        # Both now: a commit may come before the task runs.
+                        tree_step, sequence = session.begin_step(), self.buffer.sequence()
+                        step = self._spawn(self._draft(worker, tree_step, sequence))
                 await self._wake.wait()
             alone = self._fallback and isinstance(self._err, ServerUnreachable) and not self._undrafted
             running = {task for task in (prefill, step) if task is not None}
@@ -200,8 +202,9 @@ class Generation:
         else:
             self.stats.prefill_ms = _now_ms() - self.stats.begun_ms
 
-    async def _draft(self, worker: DraftWorker, tree_step: TreeStep | None) -> StepResult:
-        sequence = self.buffer.sequence()
+    async def _draft(
+        self, worker: DraftWorker, tree_step: TreeStep | None, sequence: Sequence[int]
+    ) -> StepResult:
         if tree_step is None:
             return await worker.step(sequence)
         return await worker.expand(sequence, tree_step)  # type: ignore[attr-defined, no-any-return]
