@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wispprof.policies.interface import ScheduledItem
-from wispprof.sessions.plan_ahead import expected_view, next_input, worth_planning_after
+from wispprof.sessions.plan_ahead import expected_view, next_input
 from wispprof.sessions.session_state import SessionState
 from wispprof.types import Slo, StepInput, VerifyResult
 
@@ -209,13 +209,3 @@ def test_drafts_that_left_while_the_step_was_prepared_count_once() -> None:
     pending = len(session.pending_drafts)
     assert counters.drafted == counters.accepted + counters.matched + counters.wasted + pending == 4
     assert counters.accepted == 2
-
-
-def test_a_step_of_few_sessions_is_planned_ahead_only_if_none_drafts() -> None:
-    def one(**kwargs: bool) -> SessionState:
-        return SessionState("s", [1, 2], slo=Slo(10.0), max_new=8, max_context=64, now_ms=0.0, **kwargs)
-
-    drafting, undrafted = one(stream=True), one(stream=True, undrafted=True)
-    assert worth_planning_after([undrafted])
-    assert not worth_planning_after([undrafted, drafting])
-    assert worth_planning_after([drafting] * 5)

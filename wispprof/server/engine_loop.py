@@ -28,7 +28,7 @@ from wispprof.server.step_limits import StepLimits
 from wispprof.server.step_log import StepLog
 from wispprof.server.step_recorder import EndedStep, StepRecorder
 from wispprof.server.step_time_tracker import StepTimeTracker
-from wispprof.sessions.plan_ahead import worth_planning_after
+from wispprof.sessions.plan_ahead import LEAST_ITEMS
 from wispprof.sessions.session_state import CommitResult
 from wispprof.types import BatchShape, StepInput, VerifyResult
 
@@ -229,7 +229,7 @@ class EngineLoop:
 
     async def _finish(self, step: RunningStep) -> RunningStep | None:
         """Wait for a step, then commit. Returns the step that has followed at once, if any."""
-        ahead = self._plans_ahead and worth_planning_after([session.state for session in step.sessions])
+        ahead = self._plans_ahead and len(step.sessions) >= LEAST_ITEMS
         timer = self._schedule_plan(step) if ahead else None
         try:
             results, actual_ms = await step.results

@@ -6,7 +6,6 @@ the results of the running step cut it to the drafts that stand.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import NamedTuple
 
 from wispprof.policies.interface import ScheduledItem, SessionView
@@ -15,16 +14,9 @@ from wispprof.sessions.session_state import SessionState
 from wispprof.token_tree import TokenTree
 from wispprof.types import StepInput, VerifyResult
 
-_LEAST_DRAFTING = 5
-
-
-def worth_planning_after(step: Collection[SessionState]) -> bool:
-    """Whether a step of these sessions is followed by a planned one.
-
-    If few sessions draft, it is not: planning them takes a fraction of a millisecond, and to know what was
-    accepted, and which drafts are about to arrive, is worth more. Without drafts there is nothing to know.
-    """
-    return len(step) >= _LEAST_DRAFTING or not any(one.stream and not one.undrafted for one in step)
+LEAST_ITEMS = 5
+"""A step of fewer items is not followed by a planned one: planning so few takes a fraction of a millisecond,
+and to know what was accepted, and which drafts are about to arrive, is worth more."""
 
 
 def expected_view(state: SessionState, now_ms: float, end_ms: float) -> SessionView | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from wispprof.policies.cost_model import load_level, slowdown
 from wispprof.policies.interface import BatchPolicy, Limits, SessionView, StepPlan
 from wispprof.sessions.draft_buffer import Outgoing
-from wispprof.sessions.plan_ahead import expected_view, worth_planning_after
+from wispprof.sessions.plan_ahead import LEAST_ITEMS, expected_view
 from wispprof.sessions.session_state import SessionState
 from wispprof.simulation.arrivals import BLOCK_TOKENS, Request
 from wispprof.simulation.devices import COMMIT_BYTES, TOKEN_BYTES
@@ -308,8 +308,7 @@ class SimulatedServer:
         counters.predicted_ms += p50_ms
         counters.rows += rows
         counters.prefill_rows += prefill
-        ahead = self._model.plan_ahead and not server_drafts
-        if ahead and worth_planning_after([sessions[one.session] for one in inputs]):
+        if self._model.plan_ahead and not server_drafts and len(inputs) >= LEAST_ITEMS:
             plan_ms = now_ms + max(0.0, early_ms - self._overhead_ms)
             if plan_ms < now_ms + took_ms:
                 self._sim.schedule(plan_ms, self._plan_ahead, (now_ms + p50_ms, rows))
