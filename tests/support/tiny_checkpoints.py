@@ -57,7 +57,10 @@ def write_checkpoint(family: str, folder: Path) -> str:
 
 def quantize(checkpoint: str) -> None:
     """Rewrite a checkpoint with int8 weights per channel and int8 activations per token
-    (``compressed-tensors``), which vLLM's CPU build computes in int8."""
+    (``compressed-tensors``), which vLLM's CPU build computes in int8.
+
+    Activations have a zero point: on a CPU with AMX, vLLM takes those without one in bfloat16 only.
+    """
     path = Path(checkpoint)
     tensors = load_file(path / "model.safetensors")
     for name in [n for n in tensors if n.endswith("_proj.weight")]:
@@ -75,7 +78,7 @@ def quantize(checkpoint: str) -> None:
             "group_0": {
                 "targets": ["Linear"],
                 "weights": {**kind, "strategy": "channel", "dynamic": False},
-                "input_activations": {**kind, "strategy": "token", "dynamic": True},
+                "input_activations": {**kind, "symmetric": False, "strategy": "token", "dynamic": True},
             }
         },
     }
