@@ -18,14 +18,15 @@ FEW_ROWS = (24, 3, 15, 3)
 _LONGEST_S = 6.0
 
 
-def warm_up(engine: Engine, rows: Iterable[int], longest: int) -> None:
-    """Run sampled steps of these numbers of rows, at most ``longest`` an input, for a few seconds at most.
+def warm_up(engine: Engine, rows: Iterable[int], longest: int, most: int = SESSIONS) -> None:
+    """Run sampled steps of these numbers of rows, for a few seconds at most. ``longest``: tokens of an input;
+    ``most``: inputs of a step.
 
     On a CPU, oneDNN compiles kernels for each number of rows at the first step that has it, which takes 2 to
     4 ms longer. Beside steps of a large model that is nothing, and few of them fit into the time.
     """
     free = engine.capabilities.max_sessions - len(engine.sessions)
-    names = [f"\0warm-up {i}" for i in range(min(SESSIONS, free))]
+    names = [f"\0warm-up {i}" for i in range(min(SESSIONS, most, free))]
     end_s = time.monotonic() + _LONGEST_S
     try:
         for name in names:

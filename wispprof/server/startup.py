@@ -40,6 +40,9 @@ def build_server(
         log.warning(line)
     if engine is None or model is None:
         engine, model, tokenizer = load_engine(settings)
+        engine.warm_up(
+            every_size=True
+        )  # What it compiles stays with the process, also if it is loaded again.
         parts.setdefault("reload", lambda: load_engine(settings).engine)
         if tokenizer is not None:
             parts.setdefault("tokenizer", ChatTokenizer(tokenizer))
@@ -81,7 +84,6 @@ def warn_about_other_machines(settings: ServerSettings) -> list[str]:
 def load_engine(settings: ServerSettings) -> LoadedEngine:
     """The engine that the settings name, the identity of its target, and the tokenizer."""
     loaded = engines.load_engine(settings.engine, engine_options(settings))
-    loaded.engine.warm_up(every_size=True)
     return loaded._replace(model=served_model(settings, loaded.model))
 
 

@@ -356,7 +356,8 @@ class VllmEngine(Engine):
     def warm_up(self, every_size: bool = False) -> None:
         on_cpu = self._core.vllm_config.device_config.device_type == "cpu"
         longest = min(self.max_drafts + 1, self.max_tokens // SESSIONS)
-        warm_up(self, range(1, _WARM_ROWS + 1) if every_size and on_cpu else FEW_ROWS, longest)
+        rows = range(1, _WARM_ROWS + 1) if every_size and on_cpu else FEW_ROWS
+        warm_up(self, rows, longest, most=self.max_items)
 
     def metrics_text(self) -> bytes:
         return b"" if self._metrics is None else self._metrics.text()
