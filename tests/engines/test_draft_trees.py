@@ -14,11 +14,12 @@ from scipy import stats
 
 from wispprof.engines.loading import LoadedModel, random_model
 from wispprof.engines.torch.cuda_graphs import StepGraphs
-from wispprof.engines.torch.draft_tree import MAX_TREE_NODES, DraftTree
+from wispprof.engines.torch.draft_tree import DraftTree
 from wispprof.engines.torch.engine import TorchEngine
 from wispprof.engines.torch.paged_kv import PagedKvStore
 from wispprof.errors import EngineError, InputRefused
 from wispprof.sampling.sampler import filtered_probs
+from wispprof.token_tree import MAX_NODES
 from wispprof.types import Sampling, StepInput
 
 BACKENDS = ("dense", "paged", "graphs")
@@ -97,11 +98,11 @@ def test_a_tree_of_the_most_nodes(backend: str) -> None:
     engine = make(LLAMA, backend, kv_tokens=500, max_sessions=2)
     dice = random.Random(1)
     text = [dice.randrange(VOCAB) for _ in range(30)]
-    drafts = [dice.randrange(VOCAB) for _ in range(MAX_TREE_NODES)]
+    drafts = [dice.randrange(VOCAB) for _ in range(MAX_NODES)]
     # A long path through even nodes, so that the last bit has many ancestors.
-    parents = [max(-1, node - 2) for node in range(MAX_TREE_NODES)]
+    parents = [max(-1, node - 2) for node in range(MAX_NODES)]
     engine.open("a")
-    engine.step([StepInput("a", text + drafts, MAX_TREE_NODES, True, parents)], keep_logits=True)
+    engine.step([StepInput("a", text + drafts, MAX_NODES, True, parents)], keep_logits=True)
     for node in (0, 1, 62, 63):
         expected = last_logits(LLAMA, text + [drafts[i] for i in path_to(parents, node)])
         assert (engine.last_logits[0][node + 1] - expected).abs().max() < 1e-4
@@ -219,7 +220,7 @@ def test_accepted_nodes_left_in_their_places_are_noticed(
 
 
 @settings(max_examples=200)
-@given(parents=st.integers(1, MAX_TREE_NODES).flatmap(
+@given(parents=st.integers(1, MAX_NODES).flatmap(
     lambda n: st.tuples(*(st.integers(-1, node - 1) for node in range(n)))
 ))  # fmt: skip
 def test_ancestors_and_depths_are_those_of_the_path(parents: tuple[int, ...]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tree_replay import replayed_rounds
 
 from wispprof.artifacts.rows import AcceptanceTrace, EdgeRow, TracePath
 from wispprof.policies.controllers import ConfidenceAcceptance
@@ -21,7 +22,6 @@ from wispprof.simulation.scenario import SYSTEMS, Scenario, ServerModel, System
 from wispprof.simulation.simulated_output import SimulatedOutput
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 from wispprof.simulation.trace_replay import TraceAcceptance
-from wispprof.simulation.tree_replay import replayed_rounds
 from wispprof.types import Sampling, Slo
 
 GPU = DeviceProfile("gpu", draft_ms=4.0, node_ms=0.02)

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from wispprof.engines.torch.block_table import NULL_BLOCK, NULL_SLOT
 from wispprof.engines.torch.decoder import Decoder
-from wispprof.engines.torch.draft_tree import MAX_TREE_NODES
 from wispprof.engines.torch.paged_kv import AttentionMetadata, PagedKvStore
+from wispprof.token_tree import MAX_NODES
 
 TOKEN_BUCKETS = (4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 256, 384, 512)
 NEW_TOKEN_BUCKETS = (1, 8, 16)
-TREE_TOKEN_BUCKETS = (16, MAX_TREE_NODES + 1)
+TREE_TOKEN_BUCKETS = (16, MAX_NODES + 1)
 
 
 class Bucket(NamedTuple):

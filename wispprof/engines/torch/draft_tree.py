@@ -14,10 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from wispprof.errors import InputRefused
+from wispprof.token_tree import MAX_NODES  # A node's ancestors fit into one integer.
 from wispprof.types import StepInput
-
-MAX_TREE_NODES = 64
-"""So that a node's ancestors fit into one integer."""
 
 
 class DraftTree(NamedTuple):
@@ -72,11 +70,11 @@ def draft_trees(inputs: Sequence[StepInput]) -> dict[int, DraftTree]:
         if not len(one.parents):
             continue
         parents = [int(parent) for parent in one.parents]
-        if len(parents) != one.drafts or len(parents) > MAX_TREE_NODES:
+        if len(parents) != one.drafts or len(parents) > MAX_NODES:
             raise InputRefused(
                 one.session,
                 f"Session {one.session!r}: {len(parents)} parents for {one.drafts} drafts; a tree needs one "
-                f"for each of at most {MAX_TREE_NODES}.",
+                f"for each of at most {MAX_NODES}.",
             )
         if not all(-1 <= parent < node for node, parent in enumerate(parents)):
             raise InputRefused(
