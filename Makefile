@@ -157,6 +157,5 @@ lock: $(READY)
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(RELEASE_VENV) .venv-models out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -rf $(VENV) $(VLLM_VENV) .venv-models .venv-pages out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(RELEASE_VENV) .venv-models .venv-pages out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

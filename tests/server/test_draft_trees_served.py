@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -72,14 +73,16 @@ async def with_trees(
 
 
 class Watched:
-    """Counts an engine's trees with branches, and the nodes accepted of them."""
+    """Counts an engine's trees with branches, and the nodes accepted of them. ``step_ms`` more a step: the
+    drafts of the next one are there before it begins."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, step_ms: float = 0.0) -> None:
         self.trees = self.accepted = 0
-        self._step = engine.step
+        self._step, self._step_ms = engine.step, step_ms
         engine.step = self.step  # type: ignore[method-assign]
 
     def step(self, inputs: Sequence[StepInput]) -> list[VerifyResult]:
+        time.sleep(self._step_ms / 1000.0)
         results = self._step(inputs)
         for given, result in zip(inputs, results, strict=True):
             if given.parents:
@@ -120,7 +123,7 @@ async def served(
 
 @pytest.mark.parametrize("policy", BATCH_POLICIES)
 async def test_every_policy_serves_trees(policy: str) -> None:
-    engine = FakeEngine(VOCAB, trees=True, step_ms=lambda shape: 2.0)
+    engine = FakeEngine(VOCAB, trees=True, step_ms=lambda shape: 5.0)
     watched = Watched(engine)
     alone, found = await served(engine, engine.served, policy, Sampling())
     assert alone == [engine.target.generate(prompt, MAX_NEW) for prompt in PROMPTS]
@@ -137,7 +140,7 @@ async def test_the_torch_engine_says_the_same_with_trees(policy: str, sampling: 
     loaded = random_model("tiny-llama", seed=3, device="cpu")
     engine = TorchEngine(loaded, kv_tokens=4096, max_sessions=32)
     model = ServedModel("tiny", "", loaded.info.vocab_size, engine.max_context)
-    watched = Watched(engine)
+    watched = Watched(engine, step_ms=10.0)
     alone, found = await served(engine, model, policy, sampling)
     assert found == alone
     assert watched.accepted > watched.trees // 2 >= (10 if policy == "wisp" else 0)
