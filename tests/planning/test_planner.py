@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -63,6 +64,22 @@ class Step(StepTimeEstimator):
         return Step(self.fixed * factor, self.row * factor, self.kv * factor)
 
 
+class Tiles(Step):
+    """20 ms for each tile of 64 rows."""
+
+    def start(self) -> Batch:
+        return TileBatch(self)
+
+
+class TileBatch(Batch):
+    @property
+    def p50_ms(self) -> float:
+        return 20.0 * math.ceil(self.rows / 64)
+
+    def add(self, new: int, cached: int, prefill: bool = False) -> TileBatch:
+        return TileBatch(self.step, self.rows + new)
+
+
 SMALL = PlanSettings(rtts_ms=(5.0, 80.0), slos=(4.0, 12.0), k_max=6, contexts=(1000,), max_sessions=96)
 LAPTOP = DeviceProfile.from_speed("laptop", 60.0, draft_w=20.0)
 PI = DeviceProfile.from_speed("pi", 8.0, draft_w=6.0)
@@ -97,6 +114,24 @@ def test_round_counts_draft_link_and_step():
     assert pace.commits == pytest.approx(1 + 0.5 + 0.25)
     rested = round_speed(times, 1, 2, 5.0, 30.0, Runs.geometric(0.5), resume_ms=4.0)
     assert rested.round_ms == pytest.approx(pace.round_ms + 4)
+
+
+def test_a_batch_that_varies_pays_for_the_edge_above_its_mean():
+    times = LoadedStepTimes(Tiles(), 0)
+    assert times.p50_ms(15, 4) == 20.0
+    assert times.mean_ms(15, 4, 15) == 20.0
+    assert 20.0 < times.mean_ms(15, 4, 60) < 30.0
+    flat = LoadedStepTimes(Step(), 0)
+    assert flat.mean_ms(15, 4, 60) == pytest.approx(flat.p50_ms(15, 4))
+
+
+def test_a_draft_costs_what_the_step_saves_without_it():
+    """Not the edge that lies behind the last draft."""
+    times = LoadedStepTimes(Tiles(), 0)
+    assert times.row_ms(16, 4) == 0.0
+    assert times.row_ms(16, 5) == pytest.approx(20.0 / (16 * 4))
+    assert LoadedStepTimes(Step(), 0).row_ms(16, 4.5) == pytest.approx(Step().row)
+    assert LoadedStepTimes(Step(), 0).row_ms(3, 1.0) == pytest.approx(Step().row)
 
 
 def test_a_plan_counts_what_a_rest_adds_in_round_mode_alone():

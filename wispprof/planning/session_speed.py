@@ -16,6 +16,7 @@ The estimator prices steps at the resulting batch. Step time and batch are itera
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -142,11 +143,22 @@ class LoadedStepTimes:
             time += part_new * grown * (items / low_items)
         return time
 
+    def mean_ms(self, items: float, new: float, most: int) -> float:
+        """Mean over batches of ``items`` ≥ 1 items on average, where each of ``most`` sessions takes part by
+        itself. A staircase costs such a batch more than one of exactly that size."""
+        spread = math.sqrt(3.0 * items * max(0.0, 1.0 - items / most))
+        if not spread:
+            return self.p50_ms(items, new)
+        # Gauss-Hermite, three points.
+        few, many = max(1.0, items - spread), min(float(most), items + spread)
+        outer = self.p50_ms(few, new) + self.p50_ms(many, new)
+        return (4.0 * self.p50_ms(items, new) + outer) / 6.0
+
     def row_ms(self, items: float, new: float) -> float:
-        """Time of one more token of one item, averaged over two more of every item (a staircase has no useful
-        derivative)."""
-        count, width = max(1, round(items)), max(1, int(new))
-        return (self.uniform(count, width + 2)[0] - self.uniform(count, width)[0]) / (2 * count)
+        """Time of one token of one item beyond its first, averaged over those of ``new`` tokens: what a step
+        saves for each draft that is not sent. A staircase has no useful derivative."""
+        new = max(2.0, new)
+        return (self.p50_ms(items, new) - self.p50_ms(items, 1.0)) / (items * (new - 1.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +206,7 @@ def round_speed(
     commits = 1.0 + sum(runs.cumulative[:k])
     away = k * draft_ms + resume_ms + rtt_ms
     items = 1.0
-    step = times.p50_ms(items, 1 + k)
+    step = times.mean_ms(items, 1 + k, sessions)
     for _ in range(_ITERATIONS):
         # On average a round waits for half of a running step, if another session runs one.
         busy = min(1.0, (sessions - 1) * step / (away + step)) if sessions > 1 else 0.0
@@ -203,7 +215,7 @@ def round_speed(
         if abs(wanted - items) <= _TOLERANCE * items:
             break
         items += 0.5 * (wanted - items)
-        step = times.p50_ms(items, 1 + k)
+        step = times.mean_ms(items, 1 + k, sessions)
     busy = min(1.0, (sessions - 1) * step / (away + step)) if sessions > 1 else 0.0
     round_ms = away + step * (1.0 + 0.5 * busy)
     return SessionSpeed(commits / round_ms, commits, round_ms, step, 1.0 + k, items, k / commits)
