@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from wispprof.artifacts.trace import load_trace
 from wispprof.policies.controllers import ConfidenceAcceptance
-from wispprof.sessions.outcomes import BEST_GUESS, ENUMERATION, LIKELIEST, WAIT
+from wispprof.settings.edge_settings import BEST_GUESS, ENUMERATION, LIKELIEST, WAIT
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
 from wispprof.simulation.devices import DeviceProfile
@@ -102,7 +102,8 @@ def outcome_cells(args: argparse.Namespace) -> Iterator[tuple[Cell, dict[str, fl
         if known is None:
             found = {}
             for name, ahead in AHEAD.items():
-                report = cell.run(ROUNDS.replace(ahead=ahead), args.acceptance)
+                drafting = replace(ROUNDS.drafting, ahead=ahead)
+                report = cell.run(ROUNDS.replace(drafting=drafting), args.acceptance)
                 counters = report.counters
                 found[name] = report.throughput
                 found[f"{name} hits"] = counters.proactive_hits / max(1, counters.proactive)

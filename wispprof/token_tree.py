@@ -112,6 +112,16 @@ class TokenTree:
             moved[child] = added
         return kept
 
+    def shared(self, other: TokenTree) -> int:
+        """Number of nodes that both trees spell."""
+        place = {ROOT: ROOT}
+        for node, step in enumerate(zip(other.parents, other.tokens, strict=True)):
+            above = place.get(step[0])
+            known = None if above is None else self._child.get((above, step[1]))
+            if known is not None:
+                place[node] = known
+        return len(place) - 1
+
     def best_first(self) -> list[int]:
         """All nodes in falling order of cumulative acceptance, a parent before its children: any leading
         part is a tree, the one with the most expected accepted tokens for its size."""

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from fake_pair import drafting, edge, linear_cost, truth
 from fake_tree_drafter import FakeTreeDrafter
 
+from wispprof.artifacts import Manifest, make_profile, save_profile
+from wispprof.artifacts.plan import DraftRow
+from wispprof.artifacts.rows import EdgeRow
 from wispprof.backends import Continuations
 from wispprof.drafters.torch_drafter import TorchDrafter
 from wispprof.edge import EdgeClient, Generation, GenerationRequest, TimedWorker, websocket_connections
 from wispprof.edge.draft_worker import ThreadWorker
+from wispprof.edge.edge_runtime import _node_cost
 from wispprof.engines.loading import random_model
 from wispprof.engines.torch.engine import TorchEngine
 from wispprof.policies import make_batch_policy, make_controller
 from wispprof.server import running_server
-from wispprof.settings.edge_settings import DraftingSettings
+from wispprof.settings.edge_settings import DraftingSettings, EdgeSettings
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeEngine, FakeTarget
 from wispprof.testing.in_process_server import InProcessServer
 from wispprof.testing.virtual_time import run_virtual
 from wispprof.token_tree import TokenTree
-from wispprof.types import Sampling, ServedModel
+from wispprof.types import ModelInfo, Sampling, ServedModel
 
 TREES = DraftingSettings(tree_nodes=12, tree_width=3, tree_beams=4, proactive=0)
 SAMPLINGS = [Sampling(), Sampling(0.8, seed=5), Sampling(1.0, seed=6)]
@@ -137,6 +143,109 @@ def test_a_failing_drafter_ends_drafting_alone() -> None:
     one = run_virtual(main())
     assert list(one.output) == truth((1, 2, 3), 60)
     assert "the device is gone" in one.stats.draft_fault
+
+
+# --- plans and measured speed ---
+
+
+def planned_row(mode: str, nodes: int) -> DraftRow:
+    shape = {"nodes": nodes, "depth": 8, "width": 4, "beams": 4} if nodes else {}
+    figures = dict.fromkeys(
+        ("expected_tokens_per_s", "slow_tokens_per_s", "round_ms", "step_ms", "commits", "draft_ms"), 10.0
+    )
+    return DraftRow(
+        device="laptop",
+        rtt_ms=10.0,
+        load_level=0,
+        tokens_per_s=4.0,
+        mode=mode,
+        k=4,
+        stop=0.02,
+        draft_ahead=8,
+        server_tokens_per_ms=0.01,
+        feasible=True,
+        nearest_tokens_per_s=10.0,
+        **figures,
+        **shape,
+    )
+
+
+def obeys(mode: str, **options: object) -> Generation:
+    """One answer of an edge whose controller and drafter know trees, settings of trees left alone."""
+
+    async def main() -> Generation:
+        policy = "wisp" if mode == "round" else "wispprof"
+        async with server(policy=policy) as host, edge(host.connect) as client:
+            one = Generation(
+                client,
+                GenerationRequest((1, 2, 3), 60, Sampling(0.8, seed=5)),
+                TimedWorker(FakeTreeDrafter(FakeTarget(), 0.6), lambda context: 5.0, node_ms=0.05),
+                make_controller("wispprof", stream=mode == "stream", **options),
+                DraftingSettings(),
+            )
+            await one.run()
+            return one
+
+    one = run_virtual(main())
+    assert list(one.output) == truth((1, 2, 3), 60, Sampling(0.8, seed=5))
+    accounts(one)
+    return one
+
+
+@pytest.mark.parametrize("mode", ["round", "stream"])
+def test_a_plans_tree_is_drafted_and_its_row_is_named(mode: str) -> None:
+    tree = obeys(mode, rows=lambda context: planned_row(mode, 16), node_ms=math.inf)
+    chain = obeys(mode, rows=lambda context: planned_row(mode, 0), node_ms=0.05)
+    assert tree.stats.trees > 5
+    assert chain.stats.trees == 0
+    assert tree.stats.plan_row == chain.stats.plan_row == f"laptop/10/0/4/{mode}"
+    assert tree.stats.summary()["plan_row"] == f"laptop/10/0/4/{mode}"
+    assert tree.stats.rounds < chain.stats.rounds
+
+
+@pytest.mark.parametrize("mode", ["round", "stream"])
+def test_the_measured_cost_of_nodes_decides_without_a_plan(mode: str) -> None:
+    assert obeys(mode, node_ms=0.05).stats.trees > 5
+    for node_ms in (math.inf, None):
+        one = obeys(mode, node_ms=node_ms)
+        assert (one.stats.trees, one.stats.plan_row) == (0, "")
+    dear = obeys(mode, node_ms=50.0).stats
+    if mode == "stream":
+        assert dear.trees == 0
+    else:  # the siblings that a forward over a single node finds are free
+        assert len(dear.offered_by_position) == 1
+
+
+def test_the_profile_of_a_device_says_what_nodes_cost(tmp_path: Path) -> None:
+    file = tmp_path / "pi.jsonl"
+    rows = [EdgeRow("s", "draft_step", 100, (4.0,))]
+    rows += [EdgeRow(f"n{n}", "nodes", 100, (4.0 + 0.5 * n,), tokens=n) for n in (1, 4)]
+    save_profile(make_profile(Manifest("edge", ModelInfo("draft", tokenizer_hash="hash")), rows), file)
+    assert _node_cost(EdgeSettings(profile=file)) == {"node_ms": pytest.approx(0.5)}
+    assert _node_cost(EdgeSettings(plan=file)) == {"node_ms": math.inf}
+    assert _node_cost(EdgeSettings()) == {}
+
+
+# --- asynchronous trees ---
+
+
+@pytest.mark.parametrize("policy", ["wispprof", "fcfs", "sled", "specedge", "wisp", "server-only"])
+def test_trees_beside_chains_under_every_policy(policy: str) -> None:
+    settings = DraftingSettings(tree_nodes=24, tree_width=3, proactive=8, draft_ahead=24)
+
+    async def main() -> list[Generation]:
+        async with server(policy=policy) as host, edge(host.connect) as client:
+            found = [with_trees(client, (n, 2, 3), settings, Sampling(1.0, seed=n)) for n in range(4)]
+            found += [drafting(client, (n, 2, 3), sampling=Sampling(1.0, seed=n)) for n in range(4, 7)]
+            await asyncio.gather(*(one.run() for one in found))
+            return found
+
+    found = run_virtual(main())
+    for number, one in enumerate(found):
+        length = 60 if number < 4 else 48
+        assert list(one.output) == truth((number, 2, 3), length, Sampling(1.0, seed=number))
+        accounts(one)
+    assert all(one.stats.trees > 5 for one in found[:4])
 
 
 # --- models ---

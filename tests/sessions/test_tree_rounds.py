@@ -16,9 +16,9 @@ from wispprof.policies.interface import Controller, RoundContext, ScheduledItem,
 from wispprof.policies.stopping import WispprofController
 from wispprof.sessions.draft_buffer import CommitEffect, Outgoing
 from wispprof.sessions.edge_session import EdgeSession
-from wispprof.sessions.round_tree import RoundTree
+from wispprof.sessions.edge_tree import EdgeTree, RatedCandidates
 from wispprof.sessions.session_state import CommitResult, SessionState
-from wispprof.sessions.tree_rounds import TreeStep
+from wispprof.sessions.tree_drafting import TreeStep
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.testing.fake_engine import FakeEngine, FakeTarget
 from wispprof.token_tree import ROOT
@@ -41,12 +41,20 @@ class Pair:
     """An edge and its server, with a link that the dice decide about."""
 
     def __init__(
-        self, dice: random.Random, drafting: DraftingSettings, accuracy: float, max_new: int
+        self,
+        dice: random.Random,
+        drafting: DraftingSettings,
+        accuracy: float,
+        max_new: int,
+        stream: bool = False,
     ) -> None:
         target, sampling = FakeTarget(VOCAB), Sampling()
         self.dice = dice
         self.drafting = drafting
         self.max_new = max_new
+        self.stream = stream
+        self.server_ms = 1.0 if stream else 20.0  # so long that outcomes are prepared
+        self.moves = [self.draft, self.send, self.serve, self.draft] + stream * 3 * [self.draft, self.send]
         self.drafter = FakeTreeDrafter(target, accuracy)
         self.drafter.open(PROMPT, sampling)
         self.held = list(PROMPT)
@@ -57,6 +65,7 @@ class Pair:
             drafting,
             FixedController(6),
             stop=(STOP,),
+            stream=stream,
             trees=drafting.tree_nodes > 0,
         )
         self.engine = FakeEngine(VOCAB, trees=True)
@@ -83,6 +92,7 @@ class Pair:
             now_ms=self.now,
             generated=len(tokens) - len(PROMPT),
             stop=(STOP,),
+            stream=self.stream,
         )
         self.frames.clear()
         self.commits.clear()
@@ -90,7 +100,7 @@ class Pair:
     def reconnect(self) -> None:
         self.engine.close(self.name)
         self.open()
-        dropped, _ = self.edge.reopened(False, self.drafting.tree_nodes > 0)
+        dropped, _ = self.edge.reopened(self.stream, self.drafting.tree_nodes > 0)
         self.dropped += dropped
 
     # --- the edge ---
@@ -119,7 +129,7 @@ class Pair:
             self.dropped += edge.end_step(lambda: token, 4.0) is not None
         else:
             found = self.drafter.expand(self.step.tree, self.step.nodes, self.step.width)
-            self.drafted += edge.end_tree_step(found, 4.0) or 0
+            edge.end_tree_step(found, 4.0)
 
     def send(self) -> None:
         frame = self.edge.next_frame(self.now)
@@ -131,7 +141,7 @@ class Pair:
 
     def take(self, commit: CommitResult) -> CommitEffect:
         effect = self.edge.on_commit(
-            self.now, commit.committed_len, commit.tokens, commit.accepted, commit.drafted, 1.0
+            self.now, commit.committed_len, commit.tokens, commit.accepted, commit.drafted, self.server_ms
         )
         assert effect is not None
         self.hits += effect.hits
@@ -180,12 +190,13 @@ class Pair:
     def sound(self) -> None:
         counters, buffer = self.server.counters, self.edge.buffer
         pending = len(self.server.pending_drafts)
+        self.drafted += buffer.new_nodes()
         assert counters.drafted == counters.accepted + counters.matched + counters.wasted + pending
         assert self.drafted == self.hits + self.dropped + buffer.undecided[0]
-        held = buffer.round_tree
+        held = buffer.tree
         if held is not None:
             assert buffer.draft_ahead == 0
-            assert held.expanded <= {ROOT, *range(len(held.tree))}
+            assert held.known.keys() <= {ROOT, *range(len(held.tree))}
             assert held.sent <= set(range(len(held.tree)))
             assert max(held.tree.depths, default=0) <= buffer.depth_left
 
@@ -194,7 +205,7 @@ class Pair:
         while not self.server.finished or self.commits:
             self.now += 1.0
             before = self.edge.buffer.committed_len
-            for move in dice.choices((self.draft, self.send, self.serve, self.draft), k=3):
+            for move in dice.choices(self.moves, k=3):
                 move()
             while self.commits and dice.random() < 0.7:
                 commit = self.commits.pop(0)
@@ -214,17 +225,41 @@ def wanted(count: int) -> list[int]:
     return text[: text.index(STOP) + 1] if STOP in text else text
 
 
-def pair(seed: int, drafting: DraftingSettings = TREES, accuracy: float = 0.6, max_new: int = 40) -> Pair:
-    return Pair(random.Random(seed), drafting, accuracy, max_new)
+def pair(
+    seed: int,
+    drafting: DraftingSettings = TREES,
+    accuracy: float = 0.6,
+    max_new: int = 40,
+    stream: bool = False,
+) -> Pair:
+    return Pair(random.Random(seed), drafting, accuracy, max_new, stream)
 
 
-@given(st.integers(0, 1 << 40), st.sampled_from([0.0, 0.4, 0.8, 1.0]), st.integers(1, 60), st.integers(0, 20))
+@pytest.mark.parametrize("stream", [False, True])
+@given(
+    seed=st.integers(0, 1 << 40),
+    accuracy=st.sampled_from([0.0, 0.4, 0.8, 1.0]),
+    max_new=st.integers(1, 60),
+    nodes=st.integers(0, 20),
+)
 @settings(max_examples=150, deadline=None)
 def test_any_interleaving_gives_the_targets_text(
-    seed: int, accuracy: float, max_new: int, nodes: int
+    stream: bool, seed: int, accuracy: float, max_new: int, nodes: int
 ) -> None:
-    one = pair(seed, replace(TREES, tree_nodes=nodes, proactive=seed % 6), accuracy, max_new)
+    drafting = replace(TREES, tree_nodes=nodes, proactive=seed % 6)
+    one = pair(seed, drafting, accuracy, max_new, stream)
     assert one.run() == wanted(max_new)
+
+
+def test_a_streams_trees_go_on_where_its_chains_are_lost() -> None:
+    trees = [pair(seed, stream=True) for seed in range(30)]
+    chains = [pair(seed, replace(TREES, tree_nodes=0), stream=True) for seed in range(30)]
+    for one in (*trees, *chains):
+        assert one.run() == wanted(40)
+    assert sum(one.branches for one in trees) > 100
+    assert not any(one.branches for one in chains)
+    assert sum(one.rounds for one in trees) < 0.9 * sum(one.rounds for one in chains)
+    assert sum(one.server.counters.wasted for one in trees) < sum(one.drafted for one in trees)
 
 
 def test_trees_are_sent_and_what_stands_of_them_is_kept() -> None:
@@ -291,11 +326,14 @@ def test_a_controller_may_choose_the_shape_and_settings_bound_it() -> None:
     assert (frame.tokens, none.scheduler.declined) == ((), 1)
 
 
-def test_without_settings_server_or_round_mode_drafts_are_chains() -> None:
+def test_without_settings_or_server_drafts_are_chains() -> None:
     for drafting, more in (
         (replace(TREES, tree_nodes=0), {"trees": True}),
         (TREES, {"trees": False}),
-        (TREES, {"trees": True, "stream": True}),
+        (TREES, {"trees": False, "stream": True}),
+        (replace(TREES, tree_nodes=None), {"trees": True}),
+        (replace(TREES, tree_nodes=None), {"trees": True, "stream": True}),
+        (replace(TREES, tree_width=1), {"trees": True, "stream": True}),
         (replace(TREES, tree_width=1), {"trees": True}),
     ):
         session = EdgeSession(PROMPT, 40, Slo(10.0), drafting, FixedController(6), **more)
@@ -306,16 +344,16 @@ def test_without_settings_server_or_round_mode_drafts_are_chains() -> None:
 
 
 def test_a_commit_moves_the_subtree_and_its_times() -> None:
-    one = RoundTree([1, 2, 3], [0.9, 0.8, 0.7], [1.0, 2.0, 4.0])
+    one = EdgeTree([1, 2, 3], [0.9, 0.8, 0.7], [1.0, 2.0, 4.0])
     one.tree.add(0, 5, 0.1)
     one.tree.add(3, 6, 0.5)
     one._draft_ms += [8.0, 16.0]
-    one.expanded = {ROOT, 0, 1, 3}
+    one.known = dict.fromkeys((ROOT, 0, 1, 3), RatedCandidates())
     one.send([0, 1, 3])
     done = one.commit([1, 2], 2)
     assert (done.hits, done.rejected, done.dropped, done.dropped_ms, done.depth) == (2, False, 2, 24.0, 2)
-    assert (one.tree.tokens, one.expanded, one.sent, one.draft_ms) == ([3], {ROOT}, set(), 4.0)
+    assert (one.tree.tokens, set(one.known), one.sent, one.draft_ms) == ([3], {ROOT}, set(), 4.0)
     assert done.moved == {1: ROOT, 2: 0}
     done = one.commit([4], 1)
-    assert (done.rejected, done.contradicted, done.proactive) == (True, False, True)
+    assert (done.rejected, done.proactive) == (True, False)
     assert len(one.tree) == 0

@@ -12,7 +12,7 @@ from wispprof.artifacts.rows import AcceptanceTrace, EdgeRow, TracePath
 from wispprof.policies.controllers import ConfidenceAcceptance
 from wispprof.policies.interface import TreeShape
 from wispprof.policies.linear_cost import LinearCost
-from wispprof.sessions.outcomes import BEST_GUESS, ENUMERATION, LIKELIEST, WAIT
+from wispprof.settings.edge_settings import BEST_GUESS, ENUMERATION, LIKELIEST, WAIT, OutcomeDrafting
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
 from wispprof.simulation.devices import DeviceProfile
@@ -32,6 +32,10 @@ ROUNDS = TREES.replace(
     controller="specedge",
     controller_options=dict(zip(("nodes", "depth", "width", "beams"), SHAPE, strict=True)),
 )
+
+
+def rounds(ahead: OutcomeDrafting) -> System:
+    return ROUNDS.replace(drafting=replace(ROUNDS.drafting, ahead=ahead))
 
 
 def scenario(
@@ -54,7 +58,7 @@ def run(system: System, device: DeviceProfile = GPU, **more: float) -> Report:
     return simulate(scenario(system, device, **more))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("system", [TREES, ROUNDS, ROUNDS.replace(ahead=WAIT)])
+@pytest.mark.parametrize("system", [TREES, ROUNDS, rounds(WAIT)])
 def test_every_token_is_the_targets_own(system: System) -> None:
     simulation = Simulation(scenario(system))
     simulation.run()
@@ -74,7 +78,7 @@ def test_rounds_accept_what_the_replay_says() -> None:
     source = SyntheticAcceptance(0.7)
     outputs = [source.output((0, device, 0), 50, 60) for device in range(2)]
     replayed = replayed_rounds(outputs, SHAPE)
-    system = ROUNDS.replace(ahead=WAIT)
+    system = rounds(WAIT)
     simulation = Simulation(replace(scenario(system), load=ClosedFleet(2, Lengths(50, 60), 1e9, 100.0)))
     simulation.run()
     # The first token comes from the prefill, so rounds begin one later.
@@ -115,9 +119,9 @@ def test_trees_win_where_rows_are_cheap() -> None:
 
 @pytest.mark.parametrize("rtt_ms", [5.0, 60.0])
 def test_drafting_ahead_never_costs(rtt_ms: float) -> None:
-    waits = run(ROUNDS.replace(ahead=WAIT), rtt_ms=rtt_ms).throughput
+    waits = run(rounds(WAIT), rtt_ms=rtt_ms).throughput
     for ahead in (BEST_GUESS, ENUMERATION, LIKELIEST):
-        assert run(ROUNDS.replace(ahead=ahead), rtt_ms=rtt_ms).throughput >= 0.99 * waits
+        assert run(rounds(ahead), rtt_ms=rtt_ms).throughput >= 0.99 * waits
     likeliest = run(ROUNDS, rtt_ms=rtt_ms)
     assert likeliest.counters.proactive_hits > 0.4 * likeliest.counters.proactive
     if rtt_ms > 50.0:

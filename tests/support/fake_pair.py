@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import numpy as np
+from fake_tree_drafter import FakeTreeDrafter
 
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
 from wispprof.backends import Drafter
@@ -29,6 +30,7 @@ from wispprof.settings.edge_settings import ClientSettings, DraftingSettings, Ed
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeDrafter, FakeEngine, FakeTarget
 from wispprof.testing.in_process_server import InProcessServer
+from wispprof.token_tree import ROOT, TokenTree
 from wispprof.types import Sampling
 
 
@@ -39,7 +41,9 @@ def linear_cost(fixed_ms: float = 8.0) -> LinearCost:
 
 def in_process(policy: str = "fcfs", cost: LinearCost | None = None, **options: object) -> InProcessServer:
     """A server of the hash target; enter it with ``async with``."""
-    return InProcessServer(FakeEngine(), make_batch_policy(policy, **options), cost or linear_cost())
+    return InProcessServer(
+        FakeEngine(trees=True), make_batch_policy(policy, **options), cost or linear_cost()
+    )
 
 
 def truth(prompt: Sequence[int], count: int, sampling: Sampling | None = None) -> list[int]:
@@ -85,9 +89,12 @@ def edge(connect: ConnectionFactory, **settings: object) -> EdgeClient:
     return EdgeClient(connect, ClientSettings(**settings))  # type: ignore[arg-type]
 
 
-def hash_trace(paths: int = 4, length: int = 40, depth: int = 6, accuracy: float = 0.75) -> AcceptanceTrace:
-    """The acceptance trace that profiling would record of the hash pair."""
+def hash_trace(
+    paths: int = 4, length: int = 40, depth: int = 6, accuracy: float = 0.75, ranks: bool = False
+) -> AcceptanceTrace:
+    """The acceptance trace that profiling would record of the hash pair; with ``ranks``, for draft trees."""
     target = FakeTarget()
+    trees = FakeTreeDrafter(target, accuracy)
     made = []
     for number in range(paths):
         prompt = tuple((number * 31 + i * 7) % 256 for i in range(5 + number))
@@ -96,8 +103,14 @@ def hash_trace(paths: int = 4, length: int = 40, depth: int = 6, accuracy: float
         drafts = np.zeros((length, depth), dtype=np.int32)
         features = np.zeros((length, depth, 4), dtype=np.float32)
         accepted = np.zeros(length, dtype=np.int32)
+        target_ranks, probs = np.zeros(length, dtype=np.int32), np.zeros((length, 6), dtype=np.float32)
         for row in range(length):
             drafter.open((*prompt, *path[:row]), Sampling())
+            trees.open((*prompt, *path[:row]), Sampling())
+            [after] = trees.expand(TokenTree(), [ROOT], 6)
+            tokens = [candidate.token for candidate in after.candidates]
+            target_ranks[row] = tokens.index(path[row]) if path[row] in tokens else len(tokens)
+            probs[row] = [accuracy, *((1.0 - accuracy) / 2.0**rank for rank in range(1, 6))]
             good = True
             for place in range(depth):
                 drafted = drafter.draft()
@@ -105,7 +118,10 @@ def hash_trace(paths: int = 4, length: int = 40, depth: int = 6, accuracy: float
                 features[row, place] = drafted.features
                 good = good and row + place < length and drafted.token == path[row + place]
                 accepted[row] += good
-        made.append(TracePath(prompt, path, drafts, features, accepted))
+            if ranks:  # features that do not give the rank away
+                features[row] = after.features._replace(confidence=accuracy)
+        of_trees = (target_ranks, probs) if ranks else ()
+        made.append(TracePath(prompt, path, drafts, features, accepted, *of_trees))
     return AcceptanceTrace("hash", "hash-draft", "", Sampling(), tuple(made))
 
 
@@ -132,10 +148,10 @@ class HashDevice(DraftDevice):
     """A device whose model is the hash drafter."""
 
     def _make(self) -> Drafter:
-        if not needs_model(self.kind):
+        if not needs_model(self.kind) and self.kind != "trees":
             return make_drafter(self.kind)
-        drafter = FakeDrafter(FakeTarget(), 0.8)
-        return drafter if self.kind == "model" else LookupFirst(LookupDrafter(), drafter)
+        drafter = (FakeDrafter if self.kind != "trees" else FakeTreeDrafter)(FakeTarget(), 0.8)
+        return drafter if self.kind in ("model", "trees") else LookupFirst(LookupDrafter(), drafter)
 
 
 LETTERS = Letters()
@@ -152,7 +168,7 @@ async def fake_runtime(
     """An edge of the hash pair, ready to answer; without ``server`` it gets one of its own."""
     async with AsyncExitStack() as stack:
         if not server:
-            engine = FakeEngine()
+            engine = FakeEngine(trees=True)
             settings = ServerSettings(policy=policy, admit="all")
             own = running_server(settings, engine=engine, model=engine.served)
             server = (await stack.enter_async_context(own)).split_url
@@ -160,4 +176,5 @@ async def fake_runtime(
         stack.callback(device.close)
         connect = websocket_connections(server)
         client = await stack.enter_async_context(edge(connect, backoff_ms=5.0))
-        yield EdgeRuntime(EdgeSettings(drafter=kind), tokenizer, device, client)
+        drafting = DraftingSettings(tree_nodes=16) if kind == "trees" else DraftingSettings()
+        yield EdgeRuntime(EdgeSettings(drafter=kind, drafting=drafting), tokenizer, device, client)

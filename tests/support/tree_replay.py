@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from wispprof.policies.interface import TreeShape
-from wispprof.sessions.outcomes import EdgeTree
+from wispprof.sessions.edge_tree import EdgeTree
+from wispprof.sessions.tree_growth import round_nodes
 from wispprof.simulation.simulated_output import SimulatedOutput
 from wispprof.token_tree import ROOT
 
@@ -35,11 +36,12 @@ def replayed_rounds(outputs: Iterable[SimulatedOutput], shape: TreeShape) -> Rep
             raise ValueError("The outputs do not know the draft's candidates.")
         place, last = 0, len(output.path) - 1
         while place < last:
-            edge, at = EdgeTree(shape), output.prompt_tokens + place
-            while wanted := edge.next_nodes():
-                edge.add(output.expand(edge.tree, wanted, len(output.candidates[0]), at))
+            edge, at = EdgeTree(), output.prompt_tokens + place
+            while wanted := edge.next_nodes(shape):
+                found = output.expand(edge.tree, wanted, len(output.candidates[0]), at)
+                edge.grow(list(zip(wanted, found, strict=True)), shape)
                 forwards += 1
-            sent = set(edge.send())
+            sent = set(round_nodes(edge.tree, shape))
             node: int | None = ROOT
             taken = 0
             while place + taken < last:

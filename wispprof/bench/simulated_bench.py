@@ -16,8 +16,9 @@ from wispprof.errors import WispprofError
 from wispprof.settings.fleet_settings import BenchSettings
 from wispprof.simulation.arrivals import ClosedFleet, Request
 from wispprof.simulation.devices import DeviceProfile
-from wispprof.simulation.event_loop import AnyEdge, Simulation
+from wispprof.simulation.event_loop import Simulation
 from wispprof.simulation.scenario import DEVICE_STEP, SLO_STEP, Scenario, ServerModel, System, pick
+from wispprof.simulation.simulated_edge import SimulatedEdge
 from wispprof.simulation.trace_replay import TraceReplay
 from wispprof.types import RejectionPredictor, Slo
 
@@ -80,7 +81,7 @@ class _BenchSimulation(Simulation):
         prompt, path = self._source.lengths(*key)
         self._request(now_ms, (*key, Request(now_ms, prompt, min(self._offered.max_new, path))))
 
-    def ended(self, now_ms: float, edge: AnyEdge) -> None:
+    def ended(self, now_ms: float, edge: SimulatedEdge) -> None:
         load, made = self._offered, edge.record.number + 1
         self._finished_devices += made == load.requests
         if self._finished_devices == load.devices:

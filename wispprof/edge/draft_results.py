@@ -50,13 +50,10 @@ def _take_forward(
         )
         for after in step.found
     ]
-    added = session.end_tree_step(found, step.draft_ms, waited_ms)
-    if added is None:
+    if not session.end_tree_step(found, step.draft_ms, waited_ms):
         stats.late += 1
         stats.dropped_ms += step.draft_ms
         stats.wasted_ms += step.draft_ms
-    else:
-        stats.drafted += added
 
 
 def is_foreign(stats: RequestStats, token: int, vocab_size: int) -> bool:

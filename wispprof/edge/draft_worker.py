@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from wispprof.backends import Continuations, Drafter, TreeDrafter
 from wispprof.errors import EngineError
 from wispprof.sessions.pending_drafts import common_prefix
-from wispprof.sessions.tree_rounds import TreeStep
+from wispprof.sessions.tree_drafting import TreeStep
 from wispprof.token_tree import ROOT
 from wispprof.types import DraftToken, Sampling
 
@@ -259,7 +259,7 @@ class TimedWorker:
 
     ``step_ms(context)``: time of a draft step at a context length. ``read_ms``: extra time per prompt or
     committed token that the draft model reads. ``resuming_ms(rested_ms)``: extra time of a step after an
-    idle period.
+    idle period. ``node_ms``: of each further node of a tree in one forward.
 
     If a timer fires late, the next back-to-back step is shortened by the delay. A run of steps then takes the
     device's time.
@@ -271,8 +271,10 @@ class TimedWorker:
         step_ms: Callable[[int], float],
         read_ms: float = 0.0,
         resuming_ms: Callable[[float], float] = lambda rested_ms: 0.0,
+        node_ms: float = 0.0,
     ) -> None:
         self._synced = _SyncedDrafter(drafter)
+        self._node_ms = node_ms
         self._step_ms = step_ms
         self._read_ms = read_ms
         self._resuming_ms = resuming_ms
@@ -284,7 +286,9 @@ class TimedWorker:
 
     async def step(self, sequence: Sequence[int]) -> DraftStep | None:
         drafted, read = self._synced.draft(sequence)
-        return None if drafted is None else DraftStep(drafted, await self._spend_step(len(sequence), read))
+        if drafted is None:
+            return None
+        return DraftStep(drafted, await self._spend_step(self._step_ms(len(sequence)), read))
 
     @property
     def trees(self) -> bool:
@@ -292,13 +296,16 @@ class TimedWorker:
         return self._synced.trees
 
     async def expand(self, sequence: Sequence[int], step: TreeStep) -> TreeForward | None:
-        """Continue nodes of a tree in the time of a draft step."""
+        """Continue nodes of a tree in the time of a draft step, and ``node_ms`` for each but one."""
         found, read = self._synced.expand(sequence, step)
-        return None if found is None else TreeForward(found, await self._spend_step(len(sequence), read))
+        if found is None:
+            return None
+        forward_ms = self._step_ms(len(sequence)) + self._node_ms * (len(step.nodes) - 1)
+        return TreeForward(found, await self._spend_step(forward_ms, read))
 
-    async def _spend_step(self, context: int, read: int) -> float:
+    async def _spend_step(self, step_ms: float, read: int) -> float:
         # Every step reads one token anyway.
-        cost_ms = self._step_ms(context) + self._read_ms * max(0, read - 1)
+        cost_ms = step_ms + self._read_ms * max(0, read - 1)
         began_s = self._start_s(asyncio.get_running_loop().time())
         cost_ms += self._resuming_ms((began_s - self._ended_s) * 1000.0)
         await self._spend(cost_ms)

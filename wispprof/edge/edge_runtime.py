@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from wispprof.engines.tokenizers import load_tokenizer, tokenizer_hash
 from wispprof.hardware import energy_meter
 from wispprof.openai_api import ChatTokenizer, TextGeneration, TextOptions
 from wispprof.openai_api.stop_strings import StopStrings
+from wispprof.policies.registry import TREE_CONTROLLERS
 from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.types import GenerationRequest, RejectionPredictor, Sampling, ServedModel, Slo, TokenChunk
 
@@ -197,8 +199,11 @@ async def open_edge(settings: EdgeSettings) -> AsyncIterator[EdgeRuntime]:
         loaded, tokenizer, digest = _load(settings, folder)
         connect, stream = await _server(settings, stack)
         options = settings.controller_options
-        if settings.controller == "wispprof" and settings.drafter != "none":
-            options.update(_plan_rows(settings, stream))
+        if settings.drafter != "none":
+            if settings.controller == "wispprof":
+                options.update(_plan_rows(settings, stream))
+            if settings.controller in TREE_CONTROLLERS:
+                options = _node_cost(settings) | options
         meter = energy_meter(str(loaded.device) if loaded is not None else "cpu")
         device = DraftDevice(
             settings.drafter,
@@ -280,6 +285,16 @@ def _plan_rows(settings: EdgeSettings, stream: bool | None) -> dict[str, Any]:
 
     mode = settings.mode or ("round" if stream is False else "stream")
     return {"rows": PlannedRows(load_plan(settings.plan), settings.plan_device, mode)}
+
+
+def _node_cost(settings: EdgeSettings) -> dict[str, Any]:
+    """What each further node of a draft tree costs, by the device's profile."""
+    if settings.profile is None:
+        # A plan may name trees all the same.
+        return {"node_ms": math.inf} if settings.plan is not None else {}
+    from wispprof.simulation.devices import device_of
+
+    return {"node_ms": device_of(str(settings.profile)).node_ms}
 
 
 def generate(prompt: str, settings: EdgeSettings | None = None, sampling: Sampling | None = None) -> str:

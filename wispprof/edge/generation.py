@@ -22,13 +22,14 @@ from wispprof.edge.connection import Traffic
 from wispprof.edge.draft_results import StepResult, is_foreign, take_step
 from wispprof.edge.draft_worker import CatchUp, DraftWorker
 from wispprof.edge.request_stats import RequestStats
-from wispprof.edge.round_record import RoundWatch
+from wispprof.edge.round_record import RoundWatch, held_by
 from wispprof.errors import RuntimeFault, ServerUnreachable
 from wispprof.policies.interface import Controller
 from wispprof.sessions.draft_buffer import DraftBuffer
 from wispprof.sessions.edge_session import EdgeSession
-from wispprof.sessions.tree_rounds import TreeStep
+from wispprof.sessions.tree_drafting import TreeStep
 from wispprof.settings.edge_settings import DraftingSettings
+from wispprof.token_tree import MAX_NODES
 from wispprof.types import GenerationRequest, TokenChunk
 
 log = logging.getLogger("wispprof.edge")
@@ -76,13 +77,10 @@ class Generation:
         self._undrafted = worker is None
         self._settings = settings = settings or DraftingSettings()
         self._fallback = fallback and worker is not None
+        most = MAX_NODES
         if client.welcome is not None:
-            most = client.welcome.max_drafts
-            settings = replace(
-                settings,
-                draft_ahead=min(settings.draft_ahead, most),
-                tree_nodes=min(settings.tree_nodes, most),
-            )
+            most = min(most, client.welcome.max_drafts)
+            settings = replace(settings, draft_ahead=min(settings.draft_ahead, most))
         self._session = EdgeSession(
             request.tokens,
             request.max_new,
@@ -92,6 +90,7 @@ class Generation:
             stop=request.stop_tokens,
             stream=self._stream_mode(),
             trees=self._trees,
+            max_drafts=most,
         )
         self._number = -1
         self._finished = ""
@@ -189,6 +188,9 @@ class Generation:
         stats.declined = self._session.scheduler.declined
         stats.rtt_ms = self._client.rtt.mean_ms
         stats.up_bytes, stats.down_bytes = self.traffic.up_bytes, self.traffic.down_bytes
+        row = getattr(self._controller, "row", None)
+        stats.plan_row = "" if row is None else row.cell
+        stats.drafted += self.buffer.new_nodes()
         dropped, dropped_ms = self.buffer.undecided
         stats.dropped += dropped
         stats.dropped_ms += dropped_ms
@@ -214,6 +216,7 @@ class Generation:
             self._stop_drafting(err)
             return
         take_step(self._session, self.stats, task.result(), _now_ms() - begun_ms, self._vocab_size)
+        self.stats.drafted += self.buffer.new_nodes()
 
     def _stop_drafting(self, err: BaseException) -> None:
         """The draft model failed: the server continues without drafts."""
@@ -258,6 +261,7 @@ class Generation:
         )
         if self._client.draft(message):
             self.stats.sent += len(frame.tokens)
+            self.stats.trees += bool(frame.parents)
 
     async def _draft_alone(self) -> bool:
         """Without a server, continue with the draft model, unverified. Returns whether that worked."""
@@ -301,7 +305,7 @@ class Generation:
         end = len(self.request.tokens) + self.request.max_new
         server_frames.check_commit(commit, end, self._vocab_size)
         now_ms, server_ms = _now_ms(), commit.queue_ms + commit.verify_ms
-        held = self.buffer.drafts if self._watch is not None else ()
+        held = held_by(self.buffer) if self._watch is not None else ()
         effect = self._session.on_commit(
             now_ms, commit.committed_len, commit.tokens, commit.accepted, commit.drafted, server_ms
         )
@@ -370,10 +374,10 @@ class Generation:
 
     @property
     def _trees(self) -> bool:
-        """Whether rounds may be trees: by the settings, the draft model and the server."""
+        """Whether drafts may be trees: by the settings, the draft model and the server."""
         welcome = self._client.welcome
         able = getattr(self._worker, "trees", False) and welcome is not None and welcome.trees
-        return able and self._settings.tree_nodes > 0
+        return able and self._settings.tree_nodes != 0
 
     def _stream_mode(self) -> bool:
         chosen = self._settings.stream

@@ -73,6 +73,7 @@ class RequestStats:
     those in which the first j+1 were accepted. ``proactive_hits`` of ``proactive_guesses``: how often a
     guess at the target's own token was right. ``draft_only``: tokens that no server confirmed.
     ``energy_j``: the request's share (:class:`EnergyShares`); ``None`` without a sensor.
+    ``trees``: frames of drafts with branches. ``plan_row``: the plan's row that was obeyed last.
 
     What kept the device from drafting (:attr:`draft_note` says it in words): ``late``: draft steps that a
     commit overtook. ``foreign``: drafts outside the target's vocabulary, which are not sent.
@@ -91,6 +92,8 @@ class RequestStats:
     rounds: int = 0
     drafted: int = 0
     sent: int = 0
+    trees: int = 0
+    plan_row: str = ""
     verified_drafts: int = 0
     accepted: int = 0
     draft_ms: float = 0.0

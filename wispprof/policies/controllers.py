@@ -13,7 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from wispprof.policies.interface import RoundContext, TreeShape
+from wispprof.policies.tree_shapes import MeasuredShapes
 from wispprof.types import DraftFeatures, RejectionPredictor
+
+_ACCEPTANCE = 0.7
+"""Of the draft's first candidate, where nothing says more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,10 @@ class SledController(FixedController):
 
 class SpecEdgeController(FixedController):
     """Trees of one shape, SpecEdge's (arXiv 2505.17052): in each of ``depth`` forwards of the draft model at
-    most ``beams`` nodes get ``width`` children, and the best ``nodes`` of all are sent."""
+    most ``beams`` nodes get ``width`` children, and the best ``nodes`` of all are sent.
+
+    With ``node_ms``, what each further node adds to a forward, that shape is a bound: trees take the shape
+    within it that is fastest by what the edge measures."""
 
     name = "specedge"
 
@@ -108,12 +115,17 @@ class SpecEdgeController(FixedController):
         width: int = 16,
         beams: int = 32,
         predictor: RejectionPredictor | None = None,
+        node_ms: float | None = None,
     ) -> None:
         super().__init__(depth, predictor)
+        self.node_ms = node_ms or 0.0
         self._shape = TreeShape(nodes, depth, width, beams)
+        self._measured = None if node_ms is None else MeasuredShapes(node_ms, False, self._shape)
 
     def shape(self, context: RoundContext) -> TreeShape | None:
-        return self._shape
+        if self._measured is None:
+            return self._shape
+        return self._measured.choose(context, _ACCEPTANCE)
 
 
 class WispController(FixedController):

@@ -117,7 +117,8 @@ class RoundContext(NamedTuple):
 
     ``draft_ms``: time of one draft step now. ``rtt_ms``: round-trip time of the link. ``server_ms``: recent
     queue and verify time. ``load_level``: as the server last reported. ``draft_ahead``: drafts beyond the
-    committed length. ``committed_len``: the session's context, prompt included.
+    committed length. ``committed_len``: the session's context, prompt included. ``timed``: ``draft_ms`` was
+    measured, not guessed.
     """
 
     draft_ms: float
@@ -127,6 +128,7 @@ class RoundContext(NamedTuple):
     draft_ahead: int = 0
     slo: Slo | None = None
     committed_len: int = 0
+    timed: bool = True
 
 
 class CandidatePredictor(RejectionPredictor, Protocol):

@@ -46,6 +46,8 @@ _CONTROLLERS: Mapping[str, Callable[..., Controller]] = {
 
 BATCH_POLICIES: tuple[str, ...] = tuple(_POLICIES)
 CONTROLLERS: tuple[str, ...] = tuple(_CONTROLLERS)
+TREE_CONTROLLERS = ("specedge", "wispprof")
+"""Those with an option ``node_ms``: what each further node of a draft tree costs the device."""
 
 
 def make_batch_policy(name: str, **options: Any) -> BatchPolicy:

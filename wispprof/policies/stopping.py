@@ -25,7 +25,7 @@ from collections.abc import Callable
 from wispprof.artifacts.plan import DraftRow, Plan
 from wispprof.policies.controllers import ConfidenceAcceptance
 from wispprof.policies.interface import RoundContext, TreeShape
-from wispprof.policies.tree_shapes import best_shape, best_stream_shape, rank_rates
+from wispprof.policies.tree_shapes import MeasuredShapes
 from wispprof.types import DraftFeatures, RejectionPredictor
 
 DraftRowLookup = Callable[[RoundContext], DraftRow | None]
@@ -35,7 +35,6 @@ _PRIOR = 0.7
 """Acceptance probability at each depth before any draft was seen."""
 _TRIAL_COMMITS = 40
 """Commits after which a stream is judged. Measured: by 16, one accepted token in twenty looks like none."""
-_FREE_ROWS_LEVEL = 1
 _PAUSE_COMMITS = 12
 """Commits for which a stream pauses if drafting did not pay, doubling up to 8 times this."""
 
@@ -73,7 +72,7 @@ class WispprofController:
     ``min_cum_acceptance``: least cumulative acceptance probability worth a draft step. ``min_accepted``:
     accepted drafts per commit below which a stream pauses. ``hysteresis``: relative gain in rate that a
     new k needs, so that k does not flap. ``node_ms``: what each further node adds to a forward of the draft
-    model; ``None``: the drafter, or the server, has no trees.
+    model, ``inf`` if only a plan may name trees; ``None``: the drafter, or the server, has none.
     """
 
     name = "wispprof"
@@ -112,38 +111,20 @@ class WispprofController:
         self._drafted = self._accepted = self._commits = 0
         self._pause_left = 0
         self._next_pause = _PAUSE_COMMITS
-        self._shapes: dict[tuple[int, ...], TreeShape | None] = {}
+        self._shapes = None if node_ms is None else MeasuredShapes(node_ms, stream)
 
     def shape(self, context: RoundContext) -> TreeShape | None:
         """The tree to draft where nodes of the device and rows of the server are cheap; ``None``: a chain.
 
-        A plan's row decides by the server's own costs. Without one, rows count as free up to load level
-        :data:`_FREE_ROWS_LEVEL`, beyond which trees are not worth their rows.
+        A plan's row decides by the server's own costs; without one,
+        :class:`~wispprof.policies.tree_shapes.MeasuredShapes`.
         """
-        node_ms = self.node_ms
+        if self._shapes is None:
+            return None
         row = self.rows(context) if self.rows is not None else None
-        if node_ms is None or (row is not None and not row.nodes):
-            return None
         if row is not None:
-            return TreeShape(row.nodes, row.depth, row.width, row.beams)
-        if context.load_level > _FREE_ROWS_LEVEL:
-            return None
-        # Shapes are the same for times that differ by 5 %.
-        times = (context.draft_ms, context.rtt_ms + context.server_ms)
-        key = tuple(round(20.0 * math.log(max(time_ms, 0.1))) for time_ms in times)
-        if key not in self._shapes:
-            draft_ms, wait_ms = (math.exp(place / 20.0) for place in key)
-            rates = rank_rates(self._prob_by_depth[0])
-
-            def forward_ms(nodes: int) -> float:
-                return draft_ms + node_ms * (nodes - 1)
-
-            if self.stream:
-                self._shapes[key] = best_stream_shape(rates, forward_ms, wait_ms)
-            else:
-                shape = best_shape(rates, forward_ms, wait_ms, lambda rows: 0.0).shape
-                self._shapes[key] = shape if shape.beams > 1 else None
-        return self._shapes[key]
+            return TreeShape(row.nodes, row.depth, row.width, row.beams) if row.nodes else None
+        return self._shapes.choose(context, self._prob_by_depth[0])
 
     def begin(self, context: RoundContext) -> int:
         self.row = self.rows(context) if self.rows is not None else None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from wispprof.policies.interface import TreeShape
+from wispprof.policies.interface import RoundContext, TreeShape
 from wispprof.token_tree import MAX_NODES
 
 Milliseconds = Callable[[int], float]
@@ -29,6 +29,8 @@ LATER_RANKS = tuple(int(share) / 1000 for share in _SHARES.split())
 the first share is 0.442 and 0.370. What is missing to 1 is none of the 16."""
 MIN_GAIN = 1.05
 """What a tree must gain over the best chain. Below it the model would decide by its own error."""
+LARGEST = TreeShape(MAX_NODES, DEPTHS[-1], WIDTH, BEAMS[-1])
+_FREE_ROWS_LEVEL = 1
 
 
 class Growth(NamedTuple):
@@ -149,8 +151,8 @@ def best_stream_shape(
     """The shape of an asynchronous session's tree; ``None``: a chain is at least as good.
 
     A session whose drafts were rejected waits one round trip and step, ``window_ms``, for new ones. Compared
-    is what a tree, and a chain, grown in that time is expected to have accepted, and in half of it: a slow
-    forward must not cost depth. The server takes from either as many as its step pays for.
+    is what a tree, and a chain, grown in that time is expected to have accepted, and in half and twice of it:
+    slow forwards must not cost depth. The server takes from either as many as its step pays for.
     """
     chain_ms = forward_ms(1) if draft_ms is None else draft_ms
     best, most = None, min_gain
@@ -158,7 +160,7 @@ def best_stream_shape(
         shape = TreeShape(STREAM_NODES, depth, WIDTH, beams)
         growth = grow(tuple(rates), shape, 2 * depth)
         gain = math.inf
-        for time_ms in (window_ms, window_ms / 2.0):
+        for time_ms in (window_ms / 2.0, window_ms, 2.0 * window_ms):
             drafts = max(1, min(depth, int(time_ms / max(chain_ms, 1e-6))))
             forwards = min(len(growth.expanded), max(1, int(time_ms / max(forward_ms(beams), 1e-6))))
             chain = sum(rates[0] ** d for d in range(1, drafts + 1))
@@ -166,3 +168,43 @@ def best_stream_shape(
         if gain > most:
             best, most = shape, gain
     return best
+
+
+class MeasuredShapes:
+    """The fastest shape by what the edge measures: its draft step, the link and the server. Rows of the
+    server count as free up to load level ``_FREE_ROWS_LEVEL``; beyond it trees are not worth them.
+
+    ``node_ms``: what each further node adds to a forward; ``inf``: not measured. ``bounds``: of a round's
+    shape.
+    """
+
+    def __init__(self, node_ms: float, stream: bool, bounds: TreeShape = LARGEST) -> None:
+        self.node_ms = node_ms
+        self._stream = stream
+        self._bounds = bounds
+        self._shapes: dict[tuple[int, ...], TreeShape | None] = {}
+
+    def choose(self, context: RoundContext, acceptance_prob: float) -> TreeShape | None:
+        """``acceptance_prob``: of the draft's first candidate; ``None``: a chain is at least as good."""
+        if math.isinf(self.node_ms) or not context.timed or context.load_level > _FREE_ROWS_LEVEL:
+            return None
+        # Shapes are the same for times that differ by 5 %, and rates by a fiftieth.
+        times = (context.draft_ms, context.rtt_ms + context.server_ms)
+        key = (round(50 * acceptance_prob), *(round(20.0 * math.log(max(ms, 0.1))) for ms in times))
+        if key not in self._shapes:
+            rates = rank_rates(key[0] / 50)
+            draft_ms, wait_ms = (math.exp(place / 20.0) for place in key[1:])
+            self._shapes[key] = self._best(rates, draft_ms, wait_ms)
+        return self._shapes[key]
+
+    def _best(self, rates: Sequence[float], draft_ms: float, wait_ms: float) -> TreeShape | None:
+        def forward_ms(nodes: int) -> float:
+            return draft_ms + self.node_ms * (nodes - 1)
+
+        if self._stream:
+            return best_stream_shape(rates, forward_ms, wait_ms)
+        most = self._bounds
+        shape = best_shape(
+            rates, forward_ms, wait_ms, lambda rows: 0.0, max_nodes=most.nodes, max_depth=most.depth
+        ).shape
+        return TreeShape(*map(min, shape, most)) if shape.beams > 1 else None

@@ -12,8 +12,9 @@ committed length, and nothing more until a commit answers. What is drafted meanw
 section 4.2): it continues the fully accepted round, and its first token guesses the target's bonus
 token. Opening a session counts as an outstanding round, because the end of the prefill commits a token.
 
-A round may be a tree: ``begin_tree``, growth of ``round_tree``, ``take_tree``. The drafter then mirrors the
-committed tokens alone, and the tree hangs at them. What follows the committed path stands.
+Drafts may be a tree: ``begin_tree``, growth of ``tree``, ``take_tree``. The drafter then mirrors the
+committed tokens alone, and the tree hangs at them. What follows the committed path stands. Each of its
+frames has an epoch of its own, and so replaces what the server holds.
 
 Stream mode (asynchronous drafting): ``take`` returns what has not been sent yet. Drafting continues up to
 ``draft_ahead_limit`` drafts beyond the committed length.
@@ -27,7 +28,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from wispprof.errors import ProtocolError
-from wispprof.sessions.round_tree import RoundTree
+from wispprof.sessions.edge_tree import EdgeTree
 from wispprof.token_tree import HELD_NODES
 
 
@@ -93,7 +94,7 @@ class DraftBuffer:
 
     Read only: ``committed_len``; ``sent``, the position up to which drafts were sent, never below
     ``committed_len``; ``epoch``; ``waiting``: a round (or the prefill) is outstanding in round mode, no
-    commit came yet in stream mode; ``round_tree``: the drafts, if they are a tree; ``moved``: new numbers of
+    commit came yet in stream mode; ``tree``: the drafts, if they are a tree; ``moved``: new numbers of
     its nodes that outlasted the last commit.
     """
 
@@ -120,7 +121,8 @@ class DraftBuffer:
         self._tokens: list[int] = []
         self._acceptance_probs: list[float] = []
         self._draft_ms: list[float] = []
-        self.round_tree: RoundTree | None = None
+        self.tree: EdgeTree | None = None
+        self._added = 0
         self.moved: dict[int, int] = {}
         self.sent = self.committed_len
         self._capacity = self._draft_capacity()
@@ -175,7 +177,7 @@ class DraftBuffer:
     @property
     def undecided(self) -> tuple[int, float]:
         """(Drafts held in any form, their drafting time)."""
-        tree = self.round_tree
+        tree = self.tree
         if tree is None:
             return len(self._tokens), sum(self._draft_ms)
         return len(tree.tree), tree.draft_ms
@@ -234,27 +236,42 @@ class DraftBuffer:
             sum(self._draft_ms[first:last]),
         )
 
-    def begin_tree(self) -> RoundTree:
-        """The tree of the round that is drafted now; drafts that are held become its first path."""
-        tree = self.round_tree
-        if tree is None:
-            self.round_tree = tree = RoundTree(self._tokens, self._acceptance_probs, self._draft_ms)
-            tree.sent.update(range(self.sent - self.committed_len))
+    def begin_tree(self) -> EdgeTree:
+        """The tree that is drafted from now on; drafts that are held become its first path."""
+        if self.tree is None:
+            self.tree = EdgeTree(self._tokens, self._acceptance_probs, self._draft_ms)
+            self.tree.sent.update(range(self.sent - self.committed_len))
             self._tokens, self._acceptance_probs, self._draft_ms = [], [], []
-        return tree
+        return self.tree
 
     def drop_tree(self) -> tuple[int, float]:
-        """Give the tree up; returns (nodes dropped, their drafting time)."""
-        dropped = self.undecided if self.round_tree is not None else (0, 0.0)
-        self.round_tree, self.moved = None, {}
+        """Give the tree up, if there is one; returns (nodes dropped, their drafting time)."""
+        if self.tree is None:
+            return 0, 0.0
+        dropped = self.undecided
+        self._leave_tree()
         return dropped
 
+    def _leave_tree(self) -> None:
+        assert self.tree is not None
+        self._added += self.tree.added
+        self.tree, self.moved = None, {}
+        self.epoch += 1
+
+    def new_nodes(self) -> int:
+        """Nodes that trees gained since the last call."""
+        added, self._added = self._added, 0
+        if self.tree is not None:
+            added, self.tree.added = added + self.tree.added, 0
+        return added
+
     def take_tree(self, nodes: Sequence[int]) -> Outgoing | None:
-        """As :meth:`take`, for a round of these nodes of the tree, each after its parent."""
-        tree = self.round_tree
-        if self.waiting or tree is None:
+        """As :meth:`take`, for these nodes of the tree, each after its parent."""
+        tree = self.tree
+        if tree is None or (self.waiting and not self.stream):
             return None
         self.waiting = True
+        self.epoch += 1
         tokens, parents, probs, draft_ms = tree.send(nodes)
         branches = parents != list(range(-1, len(parents) - 1))
         return Outgoing(
@@ -304,11 +321,11 @@ class DraftBuffer:
         """The session was opened anew from :attr:`committed`: the server holds none of our drafts."""
         self.sent = self.committed_len
         self.waiting = True
-        if self.round_tree is not None:
-            self.round_tree.lost()
+        if self.tree is not None:
+            self.tree.lost()
 
     def _advance_tree(
-        self, tree: RoundTree, new: tuple[int, ...], accepted: int, drafted: int | None
+        self, tree: EdgeTree, new: tuple[int, ...], accepted: int, drafted: int | None
     ) -> CommitEffect:
         self._committed += new
         self.sent = self.committed_len = self.committed_len + len(new)
@@ -316,8 +333,7 @@ class DraftBuffer:
         done = tree.commit(new, drafted)
         self.moved = done.moved
         if done.hits < len(new):
-            self.round_tree = None
-        self.epoch += done.rejected or done.contradicted
+            self._leave_tree()
         return CommitEffect(
             new,
             None,
@@ -326,7 +342,7 @@ class DraftBuffer:
             accepted,
             len(tree.tree),
             done.proactive,
-            done.proactive and done.hits == len(new),
+            done.proactive_hit,
             done.rejected,
             done.wasted_ms,
             done.dropped - done.rejected,
@@ -336,8 +352,8 @@ class DraftBuffer:
 
     def _advance(self, new: tuple[int, ...], accepted: int, guess: bool, drafted: int | None) -> CommitEffect:
         self.waiting = False
-        if self.round_tree is not None:
-            return self._advance_tree(self.round_tree, new, accepted, drafted)
+        if self.tree is not None:
+            return self._advance_tree(self.tree, new, accepted, drafted)
         held = self._tokens
         drafts, count = len(held), len(new)
         both = drafts if drafts < count else count

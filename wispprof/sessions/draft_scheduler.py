@@ -2,12 +2,14 @@
 
 Round mode. A round begins with the drafts that are held already (a proactive hit). The controller judges them
 one by one as if just drafted, then drafting continues until it stops, and the round leaves. Meanwhile up to
-``proactive`` more tokens are drafted beyond it. :mod:`~wispprof.sessions.tree_rounds` replaces that by a tree
-where it may.
+``proactive`` more tokens are drafted beyond it.
 
 Stream mode. Drafting continues in bursts. A burst that reaches its length is followed by the next. One that
 the controller ends early, or does not want to begin, pauses drafting until the next commit: what follows a
 doubtful token is probably waste.
+
+In both modes a tree may replace the chain (:mod:`~wispprof.sessions.tree_drafting`): from the next round on,
+or in stream mode from the next commit on.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from collections.abc import Callable, Sequence
 
 from wispprof.policies.interface import Controller, RoundContext
 from wispprof.sessions.draft_buffer import CommitEffect, DraftBuffer, Outgoing
-from wispprof.sessions.tree_rounds import TreeRounds
+from wispprof.sessions.tree_drafting import TreeDrafting
 from wispprof.settings.edge_settings import DraftingSettings
+from wispprof.token_tree import MAX_NODES
 from wispprof.types import DraftFeatures, DraftToken
 
 ContextOf = Callable[[int], RoundContext]
@@ -34,6 +37,7 @@ class DraftScheduler:
         settings: DraftingSettings,
         stop: Sequence[int] = (),
         trees: bool = False,
+        max_drafts: int = MAX_NODES,
     ) -> None:
         self._buffer = buffer
         self._controller = controller
@@ -45,10 +49,11 @@ class DraftScheduler:
         self._rated = 0  # stream: leading drafts whose acceptance probability is known
         self._closed = False  # round: complete; stream: paused until a commit
         self._exhausted = False  # the drafter has nothing to propose
+        self._committed = True  # stream: the next burst is the first after a commit
         self._worthwhile = True  # round: the controller drafted at all last time
         self._group = 1
-        self.tree_rounds = TreeRounds(buffer, settings, self._stop)
-        self.tree_rounds.allowed = trees
+        self.trees = TreeDrafting(buffer, settings, self._stop, max_drafts)
+        self.trees.allowed = trees
         self.declined = 0  # rounds and bursts for which the controller chose no draft
 
     # --- drafting ---
@@ -63,10 +68,11 @@ class DraftScheduler:
         buffer = self._buffer
         if self._controller is None:
             return False
-        if buffer.round_tree is not None:
-            if buffer.waiting:
-                return self._worthwhile and self.tree_rounds.may_go_on(left_ms, draft_ms)
-            return self._budget is not None and not self._exhausted and bool(self.tree_rounds.next_nodes())
+        if buffer.tree is not None:
+            if buffer.waiting and not buffer.stream:
+                return self._worthwhile and self.trees.may_go_on(left_ms, draft_ms)
+            drafting = self._budget is not None and not self._closed and not self._exhausted
+            return drafting and bool(self.trees.next_nodes())
         if self._exhausted or buffer.capacity_left == 0:
             return False
         if self._stop and self._ends_with_stop():
@@ -163,6 +169,7 @@ class DraftScheduler:
         self._judged = 0
         self._closed = False
         self._exhausted = False
+        self._committed = True
 
     def _all_accepted_prob(self) -> float:
         """P(all held drafts are accepted); for unsent ones, the draft's confidence stands in."""
@@ -200,10 +207,9 @@ class DraftScheduler:
             self._closed = self._budget <= 0
             self._worthwhile = not self._closed
             self.declined += self._closed
-            if self.tree_rounds.begin(controller, context, self._budget):
-                self._features.clear()
-        if buffer.round_tree is not None:
-            if (frame := self.tree_rounds.due(self._exhausted)) is not None:
+            self._begin_tree(context)
+        if buffer.tree is not None:
+            if (frame := self.trees.due(self._exhausted)) is not None:
                 self.reset()
             return frame
         while not self._closed and self._judged < buffer.draft_ahead:
@@ -216,6 +222,14 @@ class DraftScheduler:
 
     def _stream_due(self, context_of: ContextOf, hold: bool) -> Outgoing | None:
         held = self._buffer.draft_ahead
+        if self.trees.allowed or self._buffer.tree is not None:
+            if self._committed:
+                self._committed = False
+                self._begin_burst(context := context_of(held))
+                self._begin_tree(context)
+                held = self._buffer.draft_ahead
+            if self._buffer.tree is not None:
+                return self.trees.due(self._exhausted or self._closed, hold)
         while not self._closed:
             budget = self._budget
             if budget is None:
@@ -246,6 +260,14 @@ class DraftScheduler:
         self.declined += self._closed
         share = self._settings.frame_share * context.rtt_ms / max(context.draft_ms, 1e-3)
         self._group = int(max(1, min(share, self._settings.frame_max)))
+
+    def _begin_tree(self, context: RoundContext) -> None:
+        """After the controller's budget: let a tree replace the chain, if it may and pays."""
+        assert self._controller is not None
+        assert self._budget is not None
+        if self.trees.begin(self._controller, context, self._budget):
+            self._features.clear()
+            self._rated = 0
 
     def _judge(self, index: int) -> bool:
         """Let the controller judge the held draft at ``index``; returns whether to go on."""

@@ -15,9 +15,11 @@ from wispprof.policies.interface import Controller, RoundContext
 from wispprof.sessions.draft_buffer import CommitEffect, DraftBuffer, Outgoing
 from wispprof.sessions.draft_scheduler import DraftScheduler
 from wispprof.sessions.edge_timing import EdgeTiming
+from wispprof.sessions.edge_tree import RatedCandidates
 from wispprof.sessions.pending_tree import in_order
-from wispprof.sessions.tree_rounds import TreeStep
+from wispprof.sessions.tree_drafting import TreeStep
 from wispprof.settings.edge_settings import DraftingSettings
+from wispprof.token_tree import MAX_NODES
 from wispprof.types import DraftToken, Slo
 
 
@@ -25,7 +27,8 @@ class EdgeSession:
     """One generation: which drafts it holds, when it drafts and sends, what its link and server take.
 
     ``tokens``: the prompt. ``max_new``: most tokens to generate. ``controller`` ``None``: the session never
-    drafts (server-only). ``trees``: drafter and server support draft trees. The driver keeps ``rtt_ms`` and
+    drafts (server-only). ``trees``: drafter and server support draft trees, of which the server holds
+    ``max_drafts`` nodes. The driver keeps ``rtt_ms`` and
     ``load_level`` up to date. At most one draft step runs at a time; a commit may arrive while it runs.
     ``step_overtaken``: such a commit decided the step's position.
     """
@@ -42,10 +45,11 @@ class EdgeSession:
         stream: bool = False,
         rtt_ms: float = 0.0,
         trees: bool = False,
+        max_drafts: int = MAX_NODES,
     ) -> None:
         end = len(tokens) + max_new
         self.buffer = DraftBuffer(tokens, stream=stream, draft_ahead_limit=settings.draft_ahead, end=end)
-        self.scheduler = DraftScheduler(self.buffer, controller, settings, stop, trees and not stream)
+        self.scheduler = DraftScheduler(self.buffer, controller, settings, stop, trees, max_drafts)
         self.timing = EdgeTiming(slo, settings.carry)
         self.rtt_ms = rtt_ms
         self.load_level = 0
@@ -63,22 +67,26 @@ class EdgeSession:
         scheduler, timing = self.scheduler, self.timing
         if self.buffer.stream:
             return scheduler.may_draft()
-        return scheduler.may_draft(timing.left_ms(now_ms, self.rtt_ms), timing.draft_ms)
+        left_ms = timing.left_ms if self.buffer.tree is None else timing.until_commit_ms
+        return scheduler.may_draft(left_ms(now_ms, self.rtt_ms), timing.draft_ms)
 
     def begin_step(self) -> TreeStep | None:
         """A draft step begins: for the next position, or for the nodes of the tree step that is returned."""
         self._step_epoch = self.buffer.epoch
         self.step_overtaken = False
-        return self.scheduler.tree_rounds.step()
+        return self.scheduler.trees.step()
 
-    def end_tree_step(
-        self, found: Sequence[Continuations], draft_ms: float, waited_ms: float = 0.0
-    ) -> int | None:
-        """The running tree step ended with what it found after each node; returns the number of new nodes.
-        ``None`` if a commit has overtaken it, so that nothing of it is left. See :meth:`end_step`."""
-        self.timing.drafted(draft_ms, waited_ms)
+    def end_tree_step(self, found: Sequence[Continuations], draft_ms: float, waited_ms: float = 0.0) -> bool:
+        """The running tree step ended with what it found after each node; returns ``False`` if a commit has
+        overtaken it, so that nothing of it is left. See :meth:`end_step`."""
+        return self.grow_tree(self.scheduler.trees.rate(found), draft_ms, waited_ms)
+
+    def grow_tree(self, found: Sequence[RatedCandidates], draft_ms: float, waited_ms: float = 0.0) -> bool:
+        """:meth:`end_tree_step` with candidates whose acceptance probabilities are known."""
+        trees = self.scheduler.trees
+        self.timing.drafted(max(0.0, draft_ms - trees.node_ms * (len(found) - 1)), waited_ms)
         self._mean_draft_ms = math.nan
-        return self.scheduler.tree_rounds.grown(found, draft_ms)
+        return trees.grown(found, draft_ms)
 
     def end_step(
         self, draft: Callable[[], DraftToken], draft_ms: float, waited_ms: float = 0.0
@@ -91,7 +99,7 @@ class EdgeSession:
         """
         self.timing.drafted(draft_ms, waited_ms)
         self._mean_draft_ms = math.nan
-        if self.step_overtaken or self.buffer.round_tree is not None:
+        if self.step_overtaken or self.buffer.tree is not None:
             return draft_ms if self.buffer.epoch != self._step_epoch else 0.0
         token = draft()
         self.buffer.propose(token.token, 1.0, draft_ms)
@@ -125,7 +133,8 @@ class EdgeSession:
         """The draft frame to send now, if one is due; :meth:`sent` must follow."""
         buffer = self.buffer
         # With nothing unsent there is nothing to hold.
-        hold = buffer.stream and buffer.unsent > 0 and self.timing.may_hold(now_ms, self.rtt_ms)
+        unsent = buffer.stream and (buffer.unsent > 0 or buffer.tree is not None)
+        hold = unsent and self.timing.may_hold(now_ms, self.rtt_ms)
         return self.scheduler.due(self._context, hold)
 
     def sent(self, frame: Outgoing, now_ms: float) -> float:
@@ -168,7 +177,7 @@ class EdgeSession:
             if effect.rejected or effect.extend:
                 self.step_overtaken = True
             self.scheduler.committed(effect, drafted)
-            self.scheduler.tree_rounds.committed()
+            self.scheduler.trees.committed()
         return effect
 
     def reopened(self, stream: bool, trees: bool = False) -> tuple[int, float]:
@@ -178,5 +187,5 @@ class EdgeSession:
         self.buffer.stream = stream
         self.buffer.reopened()
         self.scheduler.reset()
-        self.scheduler.tree_rounds.allowed = trees and not stream
-        return (0, 0.0) if trees and not stream else self.buffer.drop_tree()
+        self.scheduler.trees.allowed = trees
+        return (0, 0.0) if trees else self.buffer.drop_tree()

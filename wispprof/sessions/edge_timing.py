@@ -71,15 +71,14 @@ class EdgeTiming:
             self._due_ms += tokens * self._slo.tpot_ms
         self._budget_from_ms = self._due_ms if self._carry else now_ms
 
-    def left_ms(self, now_ms: float, rtt_ms: float) -> float:
-        """Time until the commit of the last frame is expected; ``inf`` before anything was sent.
+    def until_commit_ms(self, now_ms: float, rtt_ms: float) -> float:
+        """Time until the commit of the last frame is expected; negative if it is overdue, ``inf`` before
+        anything was sent."""
+        return math.inf if self._sent_ms is None else self._sent_ms + rtt_ms + self.server_ms - now_ms
 
-        At least a quarter of the usual wait, also if the commit is overdue.
-        """
-        if self._sent_ms is None:
-            return math.inf
-        usual_ms = rtt_ms + self.server_ms
-        return max(self._sent_ms + usual_ms - now_ms, usual_ms / 4.0)
+    def left_ms(self, now_ms: float, rtt_ms: float) -> float:
+        """:meth:`until_commit_ms`, and at least a quarter of the usual wait, also if it is overdue."""
+        return max(self.until_commit_ms(now_ms, rtt_ms), (rtt_ms + self.server_ms) / 4.0)
 
     def may_hold(self, now_ms: float, rtt_ms: float) -> bool:
         """Stream mode: whether drafts that wait for the next one still reach the same server step.
@@ -108,7 +107,14 @@ class EdgeTiming:
         """The controller's context of a round."""
         # By position: keywords cost more than the rest of the call.
         return RoundContext(
-            self.draft_ms, rtt_ms, self.server_ms, load_level, draft_ahead, self._slo, committed_len
+            self.draft_ms,
+            rtt_ms,
+            self.server_ms,
+            load_level,
+            draft_ahead,
+            self._slo,
+            committed_len,
+            self._drafted,
         )
 
     def slack_ms(self, acceptance_prob: Sequence[float], now_ms: float, rtt_ms: float) -> float:

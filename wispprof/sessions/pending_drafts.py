@@ -167,16 +167,25 @@ class PendingDrafts:
     ) -> str:
         """Take in drafts that begin at position ``base``; returns why some were dropped, or "".
 
-        A newer epoch drops the drafts that are held. With ``parents`` the frame is a tree, which is merged by
-        path: a token that differs from a draft that is held stands beside it. ``depth``: of the deepest node
-        that is any use.
+        A newer epoch drops the drafts that are held; what it repeats of a tree counts once. With ``parents``
+        the frame is a tree, which is merged by path: a token that differs from a draft that is held stands
+        beside it. ``depth``: of the deepest node that is any use.
         """
         count = len(tokens)
         if epoch != self.epoch or epoch < self._min_epoch:
             if epoch < max(self._min_epoch, self.epoch):
                 return self.drop("epoch", count)
+            replaced = self.tree
             self.clear()
             self.epoch = epoch
+            if replaced is not None:
+                rest = (tokens, acceptance_prob, now_ms, draft_ms, parents, depth)
+                dropped = self.merge(committed, epoch, base, *rest)
+                now = self.tree or as_tree(self.tokens, self.acceptance_probs, len(self.tokens))
+                repeated = replaced.shared(now)
+                self.counters.drafted -= repeated
+                self.counters.wasted -= repeated
+                return dropped
         if parents or self.tree is not None:
             frame = FrameTree.of(tokens, parents, acceptance_prob)
             return self._merge_tree(committed, base, frame, depth, now_ms, draft_ms)
@@ -334,9 +343,10 @@ class PendingDrafts:
             contradicted = agreed < len(committed) and agreed < len(pending)
         counters.accepted += accepted
         if self.withdrawn:
-            # These drafts were counted as wasted when they left.
-            counters.wasted -= accepted
-            counters.matched += agreed
+            # Verified drafts were counted as wasted when they left, unless they are held again.
+            again = min(accepted, agreed)
+            counters.wasted -= accepted - again
+            counters.matched += agreed - again
         else:
             counters.matched += agreed - accepted
         if contradicted:

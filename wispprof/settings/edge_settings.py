@@ -66,10 +66,29 @@ class ClientSettings(Settings):
 
 
 @dataclass(frozen=True, slots=True)
+class OutcomeDrafting:
+    """What a device prepares of a draft tree while a round is out: at most ``outcomes`` outcomes (0: it
+    waits), trees of at most ``width`` children a node after each, expanded to ``depth`` tokens from the
+    outcome's on."""
+
+    outcomes: int = 1 << 20
+    width: int = 16
+    depth: int = 16
+
+
+WAIT = OutcomeDrafting(0)
+BEST_GUESS = OutcomeDrafting(1)
+ENUMERATION = OutcomeDrafting(8, 1)
+LIKELIEST = OutcomeDrafting()
+
+
+@dataclass(frozen=True, slots=True)
 class DraftingSettings(Settings):
-    """How far an edge drafts. ``stream`` overrides the server's mode; ``None`` follows it."""
+    """How far an edge drafts. ``stream`` overrides the server's mode; ``None`` follows it. ``ahead``: what it
+    prepares of draft trees; ``None``: nothing without ``proactive`` drafts, else the likeliest outcomes."""
 
     stream: bool | None = None
+    ahead: OutcomeDrafting | None = None
     draft_ahead: int = setting(
         24, "Maximum draft tokens an edge may keep ahead of the committed text.", minimum=0
     )
@@ -78,19 +97,27 @@ class DraftingSettings(Settings):
         "Draft tokens beyond a round that is being verified (synchronous drafting); 0 waits.",
         minimum=0,
     )
-    tree_nodes: int = setting(
-        0,
-        "Maximum nodes of a round's draft tree (synchronous drafting), if the server and the draft model "
-        "support trees; 0 drafts chains.",
+    tree_nodes: int | None = setting(
+        None,
+        "Maximum nodes of a draft tree, if the server and the draft model support trees; 0 drafts chains. "
+        "Default: what the plan or the controller chooses.",
         minimum=0,
         maximum=64,
     )
-    tree_depth: int = setting(
-        16, "Maximum depth of a draft tree; at most the controller's draft length.", minimum=1
+    tree_depth: int | None = setting(
+        None, "Maximum depth of a draft tree; default: what the controller chooses.", minimum=1
     )
-    tree_width: int = setting(4, "Maximum children of a node of a draft tree; 1 is a chain.", minimum=1)
-    tree_beams: int = setting(
-        4, "Maximum nodes of a draft tree that one forward of the draft model continues.", minimum=1
+    tree_width: int | None = setting(
+        None,
+        "Maximum children of a node of a draft tree; 1 is a chain. Default: what the controller chooses, "
+        "else 4.",
+        minimum=1,
+    )
+    tree_beams: int | None = setting(
+        None,
+        "Maximum nodes of a draft tree that one forward of the draft model continues; default: what the "
+        "controller chooses, else 4.",
+        minimum=1,
     )
     frame_share: float = setting(
         0.25,
@@ -114,7 +141,8 @@ class EdgeSettings(Settings):
     """Everything an edge command can be told.
 
     An empty ``server`` starts one in this process on the bundled target. ``plan_device`` names the rows of
-    ``plan`` that the ``wispprof`` controller obeys. ``fallback="draft"`` goes on with the draft model alone
+    ``plan`` that the ``wispprof`` controller obeys; ``profile`` lets it choose draft trees without one.
+    ``fallback="draft"`` goes on with the draft model alone
     if no server can be reached.
     """
 
@@ -143,7 +171,7 @@ class EdgeSettings(Settings):
     vllm_args: dict[str, Any] = vllm_args_setting()
     vllm_untested: bool = vllm_untested_setting()
     controller: str = setting(
-        "wispprof", "Speculation controller: fixed, sled, wisp, wispprof or one of your own."
+        "wispprof", "Speculation controller: fixed, sled, specedge, wisp, wispprof or one of your own."
     )
     k: int | None = setting(
         None, "Draft length of the fixed controller, maximum draft length of others.", minimum=0
@@ -158,6 +186,9 @@ class EdgeSettings(Settings):
     predictor: Path | None = setting(None, "Rejection predictor made by `wispprof fit`.")
     plan: Path | None = setting(None, "Plan that the controller wispprof obeys.")
     plan_device: str = setting("", "Name of this device in the plan.")
+    profile: Path | None = setting(
+        None, "Profile of this device, made by `wispprof profile-edge`: says what a draft tree's nodes cost."
+    )
     mode: str = setting(
         "",
         "round (synchronous drafting) or stream (asynchronous); default: what the server runs.",

@@ -19,8 +19,9 @@ from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation.arrivals import ClosedFleet, Request
 from wispprof.simulation.devices import DeviceProfile
-from wispprof.simulation.event_loop import AnyEdge, Simulation
+from wispprof.simulation.event_loop import Simulation
 from wispprof.simulation.scenario import Scenario, ServerModel, System
+from wispprof.simulation.simulated_edge import SimulatedEdge
 from wispprof.simulation.trace_replay import TraceReplay
 from wispprof.types import BatchCost, Slo, StepTimeEstimator
 
@@ -162,5 +163,5 @@ class _OneAnswer(Simulation):
         assert isinstance(source, TraceReplay)
         self.schedule(0.0, self._request, (0, number, Request(0.0, *source.lengths(0, number))))
 
-    def ended(self, now_ms: float, edge: AnyEdge) -> None:
+    def ended(self, now_ms: float, edge: SimulatedEdge) -> None:
         self.end_ms = now_ms

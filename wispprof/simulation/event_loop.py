@@ -8,18 +8,15 @@ from heapq import heappop, heappush
 from random import Random
 from typing import Any
 
-from wispprof.policies.interface import RoundContext, tree_shape
 from wispprof.sessions.draft_buffer import CommitEffect, Outgoing
 from wispprof.simulation.arrivals import ClosedFleet, Request
 from wispprof.simulation.devices import DRAFT_BYTES, OPEN_BYTES, TOKEN_BYTES, Link
 from wispprof.simulation.metrics import Counters, Report, SessionRecord, summarise
 from wispprof.simulation.scenario import DEVICE_STEP, LINK_STEP, SLO_STEP, Client, Scenario, pick
 from wispprof.simulation.simulated_edge import SimulatedEdge
-from wispprof.simulation.simulated_output import SimulatedOutput, mix
+from wispprof.simulation.simulated_output import mix
 from wispprof.simulation.simulated_server import SimulatedServer
-from wispprof.simulation.simulated_tree_edge import SimulatedTreeEdge
 
-AnyEdge = SimulatedEdge | SimulatedTreeEdge
 _RETRY_MS = 1000.0
 _JUDGE_EVERY_MS = 2000.0
 
@@ -36,7 +33,7 @@ class Simulation:
         self.counted_from_ms = 0.0
         self.counters = Counters()
         self.records: list[SessionRecord] = []
-        self._live: dict[str, AnyEdge] = {}  # generations that are not over yet
+        self._live: dict[str, SimulatedEdge] = {}  # generations that are not over yet
         self.events = 0
         self._heap: list[tuple[float, int, Callable[[float, Any], None], Any]] = []
         self._number = 0
@@ -119,35 +116,25 @@ class Simulation:
             link = self._links[device] = Link(client.link, Random(mix((scenario.seed, 5, device))))
         source = client.acceptance
         output = source.output((scenario.seed, device, number), request.prompt_tokens, request.output_tokens)
-        edge = self._edge(f"{device}.{number}", record, client, link, output, request)
+        system, kind = self.system, client.device
+        edge = SimulatedEdge(
+            self,
+            f"{device}.{number}",
+            record,
+            kind,
+            link,
+            output,
+            system.make_controller(source.predictor, output, kind),
+            self._stream,
+            system.drafting,
+            system.trees and kind.node_ms is not None and bool(output.candidates),
+            request,
+        )
         size = OPEN_BYTES + TOKEN_BYTES * request.prompt_tokens
         self.counters.up_bytes += size
         self.schedule(link.up(now_ms, size), self.server.open, edge)
         edge.begin(now_ms)
         self._live[edge.key] = edge
-
-    def _edge(
-        self,
-        key: str,
-        record: SessionRecord,
-        client: Client,
-        link: Link,
-        output: SimulatedOutput,
-        request: Request,
-    ) -> AnyEdge:
-        """The device of a generation; one that drafts trees if its controller wants them."""
-        system, stream, device = self.system, self._stream, client.device
-        controller = system.make_controller(client.acceptance.predictor, output, device)
-        able = device.node_ms is not None and bool(output.candidates)
-        if system.trees and controller is not None and able:
-            context = RoundContext(device.step_ms(record.prompt_tokens), client.link.mean_rtt_ms, 0.0)
-            if tree_shape(controller, context) is not None:
-                return SimulatedTreeEdge(
-                    self, key, record, device, link, output, controller, stream, system.ahead, request
-                )
-        return SimulatedEdge(
-            self, key, record, device, link, output, controller, stream, system.drafting, request
-        )
 
     def _client(self, device: int, request: Request) -> Client:
         """Who sends a request: one of the scenario's clients, or what its mixes deal to the device."""
@@ -162,7 +149,7 @@ class Simulation:
             scenario.acceptance,
         )
 
-    def ended(self, now_ms: float, edge: AnyEdge) -> None:
+    def ended(self, now_ms: float, edge: SimulatedEdge) -> None:
         """A generation ended at its device; a device of a closed fleet thinks, then sends the next
         request."""
         del self._live[edge.key]
@@ -180,7 +167,7 @@ class Simulation:
 
     # --- what edges report ---
 
-    def send_round(self, now_ms: float, edge: AnyEdge, frame: Outgoing, slack_ms: float) -> None:
+    def send_round(self, now_ms: float, edge: SimulatedEdge, frame: Outgoing, slack_ms: float) -> None:
         """A whole round leaves the edge."""
         arrives_ms = self.send(now_ms, edge.link, len(frame.tokens))
         self.schedule(arrives_ms, self.server.draft, (edge, frame, slack_ms))

@@ -16,8 +16,7 @@ from typing import Any
 
 from wispprof.errors import ArtifactMissing
 from wispprof.policies.linear_cost import LinearCost
-from wispprof.sessions.outcomes import BEST_GUESS, WAIT, OutcomeDrafting
-from wispprof.settings.edge_settings import DraftingSettings
+from wispprof.settings.edge_settings import BEST_GUESS, WAIT, DraftingSettings, OutcomeDrafting
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
 from wispprof.simulation.capacity_search import capacity, run_all
@@ -261,10 +260,8 @@ def _specedge(setup: Mapping[str, Any], assumption: Mapping[str, Any]) -> Scenar
 def _with_trees(chosen: System, tree: Mapping[str, Any], ahead: OutcomeDrafting) -> System:
     """The system with SpecEdge's trees: ``nodes``, ``depth``, ``width`` and ``beams``."""
     shape = {name: tree[name] for name in ("nodes", "depth", "width", "beams")}
-    held = DraftingSettings(proactive=0, draft_ahead=tree["nodes"])
-    return chosen.replace(
-        controller="specedge", controller_options=shape, trees=True, ahead=ahead, drafting=held
-    )
+    held = DraftingSettings(proactive=0, draft_ahead=tree["nodes"], ahead=ahead)
+    return chosen.replace(controller="specedge", controller_options=shape, trees=True, drafting=held)
 
 
 def _specedge_base(

@@ -16,8 +16,7 @@ from wispprof.errors import PlanError, suggestion
 from wispprof.policies.controllers import ConfidenceAcceptance, FixedController
 from wispprof.policies.interface import BatchPolicy, Controller, RoundContext
 from wispprof.policies.registry import make_batch_policy, make_controller
-from wispprof.sessions.outcomes import BEST_GUESS, LIKELIEST, OutcomeDrafting
-from wispprof.settings.edge_settings import DraftingSettings
+from wispprof.settings.edge_settings import BEST_GUESS, LIKELIEST, DraftingSettings
 from wispprof.settings.fleet_settings import SimulationSettings
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation.arrivals import ClosedFleet, OpenLoad
@@ -33,7 +32,8 @@ T = TypeVar("T")
 
 _WAITS = DraftingSettings(proactive=0)
 _PROACTIVE = DraftingSettings(proactive=8)
-_TREES = DraftingSettings(proactive=0, draft_ahead=64)
+_TREES = DraftingSettings(proactive=0, draft_ahead=64, ahead=LIKELIEST)
+_TREES_BEST_GUESS = replace(_TREES, ahead=BEST_GUESS)
 # WISP with slack counted over the whole generation: a session that is ahead may use the time later. The paper
 # leaves this open.
 _CARRIES = DraftingSettings(proactive=0, carry=True)
@@ -46,8 +46,8 @@ class System:
     ``drafting``: how far edges draft ahead (``proactive``: in round mode, while a round is out).
     ``prefix_cache``: the server keeps KV between rounds. ``clairvoyant``: edges know how many of their
     drafts will be accepted. ``server_drafts``: the server drafts for its sessions, see
-    :class:`ServerDraft`. ``trees``: edges draft trees if their controller, device and acceptance have any,
-    and prepare ``ahead`` of a round that is out. ``label`` is its name in tables.
+    :class:`ServerDraft`. ``trees``: edges draft trees if their controller, device and acceptance have any.
+    ``label`` is its name in tables.
     """
 
     label: str
@@ -60,7 +60,6 @@ class System:
     drafting: DraftingSettings = _WAITS
     server_drafts: bool = False
     trees: bool = False
-    ahead: OutcomeDrafting = LIKELIEST
 
     def make_batching(self) -> BatchPolicy:
         return make_batch_policy(self.batching, **self.batching_options)
@@ -114,7 +113,7 @@ SYSTEMS: Mapping[str, System] = {
         _SLED_THRESHOLD.replace(label="sled-threshold-nocache", prefix_cache=False),
         System("fcfs", "fcfs", "fixed", controller_options={"k": 4}),
         System("specedge", "specedge", "fixed", controller_options={"k": 5}, drafting=_PROACTIVE),
-        System("specedge-trees", "specedge", "specedge", drafting=_TREES, trees=True, ahead=BEST_GUESS),
+        System("specedge-trees", "specedge", "specedge", drafting=_TREES_BEST_GUESS, trees=True),
         System("wisp", "wisp", "wisp"),
         System("wisp-carry", "wisp", "wisp", drafting=_CARRIES),
         System("wispprof", "wispprof", "wispprof"),

@@ -1,7 +1,7 @@
 """The edge's side of one simulated generation: a driver of the runtime's own ``EdgeSession``.
 
 The device profile gives the time of a draft step, the link that of a frame. A step that has begun always
-ends.
+ends. Each forward of a draft tree is a step.
 
 To keep events few, drafting is worked out late. In round mode nothing can arrive while a round is
 drafted: it is worked out at once, and proactive drafts when the commit arrives. In stream mode only an
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from wispprof.policies.interface import Controller
 from wispprof.sessions.draft_buffer import Outgoing
 from wispprof.sessions.edge_session import EdgeSession
+from wispprof.sessions.edge_tree import RatedCandidates
 from wispprof.sessions.session_state import CommitResult
 from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.simulation.arrivals import Request
@@ -37,7 +38,7 @@ _Step = tuple[float, float]
 
 @dataclass(slots=True, eq=False)
 class SimulatedEdge:
-    """One generation on one device. ``controller`` ``None``: it never drafts.
+    """One generation on one device. ``controller`` ``None``: it never drafts. ``trees``: it may draft trees.
 
     Stream mode: ``next_ms``, when it next acts by itself (``inf``: not before a commit); ``outbox``: frames
     that have left, with the time of their arrival at the server, in order.
@@ -52,14 +53,16 @@ class SimulatedEdge:
     controller: Controller | None
     stream: bool
     drafting: InitVar[DraftingSettings]
+    trees: InitVar[bool]
     request: Request
     next_ms: float = field(default=math.inf, init=False)
     outbox: deque[tuple[float, Outgoing]] = field(default_factory=deque, init=False)
     _session: EdgeSession = field(init=False)
     _running: _Step | None = field(default=None, init=False)
+    _found: list[RatedCandidates] | None = field(default=None, init=False)
     _free_ms: float = field(default=0.0, init=False)
 
-    def __post_init__(self, drafting: DraftingSettings) -> None:
+    def __post_init__(self, drafting: DraftingSettings, trees: bool) -> None:
         self._session = EdgeSession(
             self.output.prompt,
             self.record.output_tokens,
@@ -68,6 +71,7 @@ class SimulatedEdge:
             self.controller,
             stream=self.stream,
             rtt_ms=self.link.profile.mean_rtt_ms,
+            trees=trees,
         )
 
     @property
@@ -139,7 +143,10 @@ class SimulatedEdge:
                 now_ms = max(now_ms, self._free_ms)
                 if not session.may_draft(now_ms):
                     return
-                now_ms, frame = self._draft_round(now_ms)
+                if session.buffer.tree is not None:
+                    self._running = self._begin_step(now_ms)
+                else:
+                    now_ms, frame = self._draft_round(now_ms)
         self._free_ms = max(now_ms, self._free_ms)
         self.sim.send_round(now_ms, self, frame, session.sent(frame, now_ms))
 
@@ -186,18 +193,17 @@ class SimulatedEdge:
 
     def advance(self, until_ms: float) -> None:
         """Work out what it has done up to and with ``until_ms``."""
-        now_ms = self.next_ms
-        if now_ms > until_ms:
-            return
-        step, session = self._running, self._session
-        # Only the first of its steps can have been overtaken: no commit comes while this runs.
-        if step is None or session.step_overtaken or not session.scheduler.may_draft():
-            self.next_ms, self._running = math.inf, None
-            if step is not None:
-                self._end_step(step)
-            step = self._stream_on(now_ms)
-        if step is not None and step[0] <= until_ms:
-            self._draft_on(step, until_ms)
+        while self.next_ms <= until_ms:
+            now_ms, step, session = self.next_ms, self._running, self._session
+            # Only the first of its steps can have been overtaken: no commit comes while this runs.
+            grows = session.buffer.tree is not None or self._found is not None
+            if step is None or grows or session.step_overtaken or not session.scheduler.may_draft():
+                self.next_ms, self._running = math.inf, None
+                if step is not None:
+                    self._end_step(step)
+                step = self._stream_on(now_ms)
+            if step is not None and step[0] <= until_ms and self._found is None:
+                self._draft_on(step, until_ms)
 
     def _draft_on(self, step: _Step, until_ms: float) -> None:
         """Draft step after draft step up to and with ``until_ms``; ``step`` is the first of them."""
@@ -251,19 +257,28 @@ class SimulatedEdge:
     # --- both modes ---
 
     def _begin_step(self, now_ms: float) -> _Step:
-        session = self._session
-        session.begin_step()
-        cost_ms = self.device.step_ms(session.buffer.length)
+        session, nodes = self._session, 1
+        context = session.buffer.length
+        if (step := session.begin_step()) is not None:
+            output, nodes = self.output, len(step.nodes)
+            if output.length > context:
+                output.rollback(context)
+            self._found = output.expand(step.tree, step.nodes, len(output.candidates[0]), context)
+        cost_ms = self.device.forward_ms(context, nodes)
         if self.device.resume_ms:
             cost_ms += self.device.resuming_ms(now_ms - self._free_ms)
         self._free_ms = done_ms = now_ms + cost_ms
         counters = self.sim.counters
-        counters.drafted += 1
+        counters.drafted += nodes
         counters.drafting_ms += cost_ms
         return done_ms, cost_ms
 
     def _end_step(self, step: _Step) -> None:
-        session = self._session
+        session, found = self._session, self._found
+        if found is not None:
+            self._found = None
+            session.grow_tree(found, step[1])
+            return
         if not session.step_overtaken and self.output.proposes_nothing():
             self._nothing_to_draft(drafted=False)
             return

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from wispprof.sessions.edge_tree import RatedCandidates
 from wispprof.token_tree import ROOT, TokenTree
 from wispprof.types import DraftToken, RejectionPredictor, Sampling, StepInput, VerifyResult
 
@@ -105,9 +106,8 @@ class SimulatedOutput:
 
     def expand(
         self, tree: TokenTree, nodes: Sequence[int], width: int, committed_len: int
-    ) -> list[tuple[int, list[int], Sequence[float]]]:
-        """One forward over nodes of a tree that hangs at the first ``committed_len`` tokens: (node, candidate
-        tokens, P(the target takes each | the node was accepted))."""
+    ) -> list[RatedCandidates]:
+        """One forward over nodes of a tree that hangs at the first ``committed_len`` tokens."""
         found = []
         start, last = committed_len - self.prompt_tokens, len(self.path) - 1
         for node in nodes:
@@ -117,7 +117,7 @@ class SimulatedOutput:
             rank = self.ranks[place]
             if rank < len(tokens) and self._right(tree, node, start):
                 tokens[rank] = self.path[place]
-            found.append((node, tokens, probs))
+            found.append(RatedCandidates(tokens, probs))
         return found
 
     def _right(self, tree: TokenTree, node: int, start: int) -> bool:

@@ -24,7 +24,8 @@ from wispprof.simulation.step_costs import KvOffload, PrefixBlocks, SimulatedSte
 from wispprof.types import Sampling, StepInput, StepTimeEstimator
 
 if TYPE_CHECKING:
-    from wispprof.simulation.event_loop import AnyEdge, Simulation
+    from wispprof.simulation.event_loop import Simulation
+    from wispprof.simulation.simulated_edge import SimulatedEdge
 
 _UNLIMITED = 1 << 40
 _LEVEL_EVERY = 16
@@ -48,9 +49,9 @@ class SimulatedServer:
         self._times = SimulatedStepTimes(self._estimator, model.spread, rng)
         self._overhead_ms = max(model.overhead_ms, _INSTANT_MS)
         self._sessions: dict[str, SessionState] = {}
-        self._edges: dict[str, AnyEdge] = {}
-        self._streaming: dict[str, AnyEdge] = {}  # those of them that draft ahead in stream mode
-        self._queue: deque[AnyEdge] = deque()
+        self._edges: dict[str, SimulatedEdge] = {}
+        self._streaming: dict[str, SimulatedEdge] = {}  # those of them that draft ahead in stream mode
+        self._queue: deque[SimulatedEdge] = deque()
         self._reserved = 0
         self._kv_used = 0
         self._kv_tokens = model.kv_tokens if model.kv_tokens is not None else _UNLIMITED
@@ -73,7 +74,7 @@ class SimulatedServer:
 
     # --- frames arrive ---
 
-    def open(self, now_ms: float, edge: AnyEdge) -> None:
+    def open(self, now_ms: float, edge: SimulatedEdge) -> None:
         """An opening frame arrived. Sessions are admitted in order of arrival, by the KV of their whole
         generation."""
         need = edge.output.prompt_tokens + edge.record.output_tokens
@@ -85,7 +86,7 @@ class SimulatedServer:
         self._admit(now_ms)
         self._decide(now_ms)
 
-    def draft(self, now_ms: float, sent: tuple[AnyEdge, Outgoing, float]) -> None:
+    def draft(self, now_ms: float, sent: tuple[SimulatedEdge, Outgoing, float]) -> None:
         """A round arrived."""
         edge, frame, slack_ms = sent
         session = self._sessions.get(edge.key)
@@ -256,13 +257,13 @@ class SimulatedServer:
                 items.append(item)
         return replace(ahead, items=tuple(items)) if items else None
 
-    def _wait_for_frame(self, edge: AnyEdge) -> None:
+    def _wait_for_frame(self, edge: SimulatedEdge) -> None:
         """While the engine is idle, the arrival of an edge's next frame is an event."""
         when = edge.outbox[0][0] if edge.outbox else edge.next_ms
         if when < math.inf:
             self._sim.schedule(when, self._on_idle_frame, (self._wake, edge))
 
-    def _on_idle_frame(self, now_ms: float, who: tuple[int, AnyEdge]) -> None:
+    def _on_idle_frame(self, now_ms: float, who: tuple[int, SimulatedEdge]) -> None:
         wake, edge = who
         if wake != self._wake:
             return
