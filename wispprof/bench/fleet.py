@@ -26,7 +26,7 @@ from wispprof.bench.bench_result import (
     StepWatch,
     summarise,
 )
-from wispprof.drafters.replay import ReplayDrafter
+from wispprof.drafters.replay import ReplayDrafter, replay_drafter
 from wispprof.edge.client import EdgeClient
 from wispprof.edge.connection import ConnectionFactory, server_url, ssl_context, websocket_connections
 from wispprof.edge.draft_worker import TimedWorker
@@ -240,9 +240,16 @@ class _Fleet:
             if stream is None:
                 stream = bool(client.welcome and client.welcome.stream)
             options.setdefault("stream", stream)
+            if self.system.trees:
+                options.setdefault("node_ms", device.node_ms)
         controller = make_controller(self.controller, self.predictor, **options)
+        trees = self.system.trees and device.node_ms is not None
         worker = TimedWorker(
-            ReplayDrafter([path]), device.step_ms, device.prefill_ms_per_token, device.resuming_ms
+            replay_drafter([path]) if trees else ReplayDrafter([path]),
+            device.step_ms,
+            device.prefill_ms_per_token,
+            device.resuming_ms,
+            device.node_ms or 0.0,
         )
         return worker, controller
 
