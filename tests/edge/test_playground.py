@@ -13,11 +13,11 @@ import pytest
 from fake_pair import fake_runtime, text_of
 
 from wispprof.edge.local_api import make_edge_app
-from wispprof.edge.round_record import ACCEPTED, MATCHED, TARGET, TokenOrigin, origins
+from wispprof.edge.round_record import ACCEPTED, MATCHED, TARGET, TokenOrigin, held_by, likeliest, origins
 from wispprof.pages import CONTENT_SECURITY_POLICY, page_files
 from wispprof.server.process import running_server
 from wispprof.server.web_server import WebServer, bind
-from wispprof.sessions.draft_buffer import DraftBuffer
+from wispprof.sessions.draft_buffer import CommitEffect, DraftBuffer
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeEngine
 
@@ -32,7 +32,7 @@ def body(text: str, most: int = 60, **more: object) -> dict[str, object]:
 @asynccontextmanager
 async def playground(kind: str = "model", step_ms: float = 2.0) -> AsyncIterator[httpx.AsyncClient]:
     """The local API of an edge, over a socket: events arrive as they are sent."""
-    engine = FakeEngine(step_ms=lambda shape: step_ms)
+    engine = FakeEngine(step_ms=lambda shape: step_ms, trees=True)
     settings = ServerSettings(admit="all")
     async with (
         running_server(settings, engine=engine, model=engine.served) as running,
@@ -92,6 +92,25 @@ async def test_the_stream_tells_how_each_token_came() -> None:
         assert all(one["accepted"] <= one["drafted"] for one in rounds)
         assert sum(one["round_ms"] for one in rounds) == pytest.approx(rounds[-1]["at_ms"], abs=1.0)
         assert sum(one["draft_ms"] for one in rounds) <= stats["draft_ms"] + 0.01 * len(rounds)
+
+
+async def test_tokens_of_trees_come_with_their_alternatives() -> None:
+    async with playground("trees", step_ms=5.0) as http:
+        found = await chat(http, body("hello"))
+        made = tokens(found)
+        assert "".join(token["text"] for token in made) == text_of("hello", 60)
+        stats = found[-1][1]["stats"]
+        assert stats["trees"] > 3
+        accepted = [token for token in made if token["origin"] == ACCEPTED]
+        assert len(accepted) == stats["accepted"] > 10
+        assert all(0 < token["acceptance_prob"] <= 1 for token in accepted)
+        beside = [token for token in made if token.get("alternatives")]
+        assert len(beside) > 10
+        for token in beside:
+            probs = [prob for _, prob in token["alternatives"]]
+            assert probs == sorted(probs, reverse=True)
+            assert token["text"] not in [text for text, _ in token["alternatives"]]
+        assert any(data["pending"] for name, data in found if name == "round")
 
 
 async def test_drafting_is_switched_while_it_writes() -> None:
@@ -213,3 +232,24 @@ def test_origins_of_a_commit() -> None:
     assert commit([7, 8], [7, 8], 1, 1) == [TokenOrigin(ACCEPTED, 0.5), TokenOrigin(MATCHED)]
     assert commit([7], [3], 0, 0) == [TokenOrigin(TARGET, None, 7)]
     assert commit([], [3], 0, 0) == [TokenOrigin(TARGET)]
+
+
+def test_origins_of_a_tree() -> None:
+    """7 or 5 or 6, after 7 again 8 or 9, of which 6 and 9 were not sent."""
+    buffer = DraftBuffer([0], stream=True)
+    tree = buffer.begin_tree().tree
+    for parent, token, prob in ((-1, 5, 0.2), (-1, 7, 0.5), (-1, 6, 0.1), (1, 8, 0.6), (1, 9, 0.3)):
+        tree.add(parent, token, prob)
+    buffer.tree._draft_ms = [1.0] * 5
+    assert likeliest(buffer) == [7, 8]
+    buffer.take_tree([1, 3, 0])
+
+    def commit(committed: list[int], accepted: int) -> list[TokenOrigin]:
+        held, effect = held_by(buffer), CommitEffect(tuple(committed), accepted=accepted)
+        return list(origins(effect, held, 3))
+
+    first = TokenOrigin(ACCEPTED, 0.5, None, ((5, 0.2),))
+    assert commit([7, 8, 4], 2) == [first, TokenOrigin(ACCEPTED, 0.6), TokenOrigin(TARGET)]
+    assert commit([7, 4], 1) == [first, TokenOrigin(TARGET, 0.6, 8)]
+    assert commit([7, 9], 1) == [first, TokenOrigin(MATCHED, None, None, ((8, 0.6),))]
+    assert commit([3], 0) == [TokenOrigin(TARGET, 0.5, 7, ((5, 0.2),))]

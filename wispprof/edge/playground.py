@@ -20,7 +20,7 @@ from fastapi.responses import Response, StreamingResponse
 
 from wispprof import __version__
 from wispprof.edge.edge_runtime import EdgeRuntime, Reply
-from wispprof.edge.round_record import RoundRecord, RoundWatch, TokenOrigin
+from wispprof.edge.round_record import RoundRecord, RoundWatch, TokenOrigin, likeliest
 from wispprof.errors import WispprofError
 from wispprof.hardware import EnergyMeter
 from wispprof.openai_api import ApiError, ChatTokenizer
@@ -197,6 +197,10 @@ class _View:
             made["acceptance_prob"] = round(origin.acceptance_prob, 4)
         if origin.draft is not None:
             made["draft"] = self._shown(origin.draft)
+        if origin.alternatives:
+            made["alternatives"] = [
+                [self._shown(token), round(prob, 4)] for token, prob in origin.alternatives
+            ]
         if logprob is not None:
             made["prob"] = round(math.exp(min(0.0, logprob.logprob)), 6)
             made["top"] = [
@@ -220,11 +224,11 @@ class _View:
         return made
 
     def _pending_text(self) -> str:
-        """Text of the drafts beyond the committed tokens."""
+        """Text of the drafts beyond the committed tokens; of a tree, the likeliest."""
         generation = self._answer.reply.generation
         if generation is None:
             return ""
-        drafts = [held.token for held in generation.buffer.drafts]
+        drafts = likeliest(generation.buffer)
         before = generation.buffer.committed[-_CONTEXT_TOKENS:]
         return self._tokenizer.detokenizer(before).push(drafts) if drafts else ""
 

@@ -109,6 +109,7 @@ function showTip(span, token) {
   if (token.draft !== undefined) lines.push(el("p", {}, "This device drafted ", el("code", {}, visible(token.draft)), " instead."));
   const rows = [];
   if (token.acceptance_prob !== undefined) rows.push(["expected acceptance", percent(token.acceptance_prob)]);
+  for (const [text, prob] of token.alternatives ?? []) rows.push([`also drafted ${visible(text)}`, percent(prob)]);
   if (token.prob !== undefined) rows.push(["target’s probability", percent(token.prob)]);
   for (const [text, prob] of token.top ?? [])
     if (text !== token.text) rows.push([visible(text), prob < 0.01 ? "< 1 %" : percent(prob)]);
