@@ -22,7 +22,7 @@ from wispprof.settings.edge_settings import OutcomeDrafting
 from wispprof.token_tree import HELD_NODES, ROOT, TokenTree
 
 _KEPT_NODES = HELD_NODES // 2
-"""Most nodes that outlast a commit, so that the tree has room to grow."""
+"""Most nodes that outlast a commit, so that the tree can grow."""
 
 
 class RatedCandidates(NamedTuple):
