@@ -3,11 +3,12 @@
 50 held-out prompts × 64 tokens over the real WebSocket: greedy output against transformers' own
 ``generate`` for k = 0, 1, 4, 8 and batches of 1 to 16 sessions, and sampled output (T = 0.8, top-p 0.9)
 against the undrafted run of the same seed, under every batching policy. Then draft trees of 4 and 16 nodes,
-beside chains and prompts: greedy, T = 0.8 and T = 1. Float32: in bfloat16 the batch shape itself moves logits
-near ties.
+in rounds and asynchronously, beside chains and prompts: greedy, T = 0.8 and T = 1. Float32: in bfloat16 the
+batch shape itself moves logits near ties.
 
     python benchmarks/lossless.py                      # everything
     python benchmarks/lossless.py --trees              # only the draft trees
+    python benchmarks/lossless.py --trees --sampling T=1
     python benchmarks/lossless.py --prompts 8 --tokens 24
 
 Exit code 1 if one token differs. The last line is JSON.
@@ -68,6 +69,7 @@ def main() -> int:
         )
 
     def chains() -> None:
+        right = split(Case(0, 16, "fcfs", sampled))
         for k in (0, 1, 4, 8):
             check("greedy", Case(k, 16), wanted)
         for sessions in (1, 5):
@@ -79,17 +81,14 @@ def main() -> int:
 
     def trees() -> None:
         hot = Sampling(temperature=1.0, seed=2)
-        right_of = {
-            "greedy": (Sampling(), wanted),
-            "T=0.8": (sampled, right),
-            "T=1": (hot, split(Case(0, 16, "fcfs", hot))),
-        }
-        for name, (sampling, texts) in right_of.items():
+        for name, sampling in (("greedy", Sampling()), ("T=0.8", sampled), ("T=1", hot)):
+            if name not in arguments.sampling:
+                continue
+            texts = wanted if name == "greedy" else split(Case(0, 16, "fcfs", sampling))
             for nodes, sessions, policy in ((4, 16, "wisp"), (16, 16, "wisp"), (16, 5, "wispprof")):
                 check(name, Case(8, sessions, policy, sampling, nodes), texts)
 
     sampled = Sampling(temperature=0.8, top_p=0.9, seed=1)
-    right = split(Case(0, 16, "fcfs", sampled))
     if not arguments.trees:
         chains()
     trees()
@@ -118,6 +117,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--trees", action="store_true", help="only the draft trees")
+    samplings = ("greedy", "T=0.8", "T=1")
+    parser.add_argument("--sampling", nargs="+", choices=samplings, default=samplings, help="of the trees")
     return parser.parse_args()
 
 

@@ -136,7 +136,7 @@ def test_every_setting_is_an_option(kind: type[Settings]) -> None:
     command = group.commands["serve" if kind in (ServerSettings, ReplicaSettings) else "edge"]
     reachable = {parameter.name for parameter in command.params}
     assert {each.key for each in declared(kind)} <= reachable
-    derived = {"tokenizer", "offline_ok"} if kind is ClientSettings else {"stream", "client"}
+    derived = {"tokenizer", "offline_ok"} if kind is ClientSettings else {"stream", "ahead", "client"}
     names = {each.name for each in declared(kind)} | {name for name, _ in nested(kind)} | derived
     assert {each.name for each in fields(kind)} <= names  # type: ignore[arg-type]
 

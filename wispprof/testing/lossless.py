@@ -31,7 +31,7 @@ from wispprof.types import Sampling, ServedModel
 class Case:
     """One run: draft length ``k`` (0: undrafted), sessions at a time, batching policy, sampling.
 
-    With ``tree_nodes`` two sessions of three draft trees of so many nodes, ``k`` deep, in round mode.
+    With ``tree_nodes`` two sessions of three draft trees of so many nodes, in the policy's mode.
     """
 
     k: int
@@ -43,8 +43,7 @@ class Case:
     def drafting(self, number: int) -> DraftingSettings:
         """Settings of session ``number``."""
         nodes = self.tree_nodes if number % 3 else 0
-        stream = False if self.tree_nodes else None
-        return DraftingSettings(stream=stream, draft_ahead=2 * self.k, proactive=self.k, tree_nodes=nodes)
+        return DraftingSettings(draft_ahead=2 * self.k, proactive=self.k, tree_nodes=nodes)
 
 
 @dataclass(frozen=True, slots=True)
