@@ -30,6 +30,9 @@ _NONE = TreeShape(0, 0, 0, 0)
 _CHILDREN = _BEAMS = 4
 _AHEAD = 4
 """A stream's tree holds so many times the nodes that it sends."""
+_WORTH_A_FRAME = 0.2
+"""A stream sends its likeliest nodes again once those that the server lacks are expected to add so many
+accepted tokens, or no more are drafted."""
 _LEAST = 0.002
 """A stream expands no node of less cumulative acceptance."""
 
@@ -197,6 +200,9 @@ class TreeDrafting:
             return buffer.take_tree(round_nodes(held.tree, self._shape)) if complete else None
         if not self._fresh or (hold and not complete):
             return None
-        self._fresh = False
         nodes = held.tree.best_first()[: self._most]
-        return None if held.sent.issuperset(nodes) else buffer.take_tree(nodes)
+        gain = sum(held.tree.cum_acceptance[node] for node in nodes if node not in held.sent)
+        if 0.0 < gain < _WORTH_A_FRAME and not complete:
+            return None
+        self._fresh = False
+        return buffer.take_tree(nodes) if gain else None
