@@ -24,11 +24,13 @@ are the simulator's for the same requests along the same texts, with that server
 loop overhead and the round trip that the edges measured, the mean of three seeds; "±" is their difference
 in percent of the real ones. Capacity is the simulator's: most devices at 95 % attainment.
 
-"pace" is measured over fitted time of all steps of a run. On a quiet machine it is 1; where neighbours or
-heat slowed the machine during one run it says which rows not to compare, and the simulator is given the
-estimator at that pace and spread, as the server's own drift correction does (``--as-fitted``: not). Systems
-take turns at each load, so that a pace that wanders meets them alike; "even" columns are all simulated at
-pace 1.
+A shared machine's speed wanders. Before each turn some undrafted steps are timed, one after the other; their
+measured over fitted time, "machine", says how slow it has become. SLOs, draft steps and link of that turn are
+as much slower, and its figures are given in the time of the profile's machine. A turn in which the machine's
+speed changes by more than 15 % is repeated, twice at most. Systems take turns at each load. "pace" is what is
+left: measured over fitted time of all steps of a run, over "machine". It is 1 if a step costs in serving what
+it costs alone; the simulator is given the estimator at that pace and spread, as the server's own drift
+correction does (``--as-fitted``: neither). "even" columns are all simulated at pace 1.
 
 The last line is JSON.
 """

@@ -6,9 +6,10 @@ import argparse
 import math
 import os
 import statistics
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from wispprof.settings.fleet_settings import BenchSettings
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation import ServerModel
 from wispprof.simulation.devices import DeviceProfile
-from wispprof.types import BatchShape
+from wispprof.types import BatchShape, Sampling, StepInput
 
 if TYPE_CHECKING:
     from wispprof.server.process import RunningServer
@@ -31,6 +32,7 @@ CLASSES = (0.2125, 0.425, 0.6375, 0.85)
 DRAFT_SHARES = {"fast": 0.15, "medium": 0.4, "slow": 1.0}
 MAX_ITEMS, MAX_TOKENS, CHUNK = 64, 1024, 256
 LOOP_MS = 2.0
+REFERENCE_STEPS = 16
 PROMPT = 96
 
 
@@ -157,19 +159,41 @@ def make_bed(
     )
 
 
-def load_of(bed: Bed, label: str, devices: int) -> BenchSettings:
+def load_of(bed: Bed, label: str, devices: int, slowdown: float = 1.0) -> BenchSettings:
+    """The load of ``devices``, as it is on a machine that has become ``slowdown`` times as slow."""
+    profiles = tuple(replace(kind, draft_ms=kind.draft_ms * slowdown) for kind in bed.mix.profiles)
+    mix = LoadMix(profiles, tuple(speed / slowdown for speed in bed.mix.speeds))
     return BenchSettings(
         system=label,
         devices=devices,
-        device=bed.mix.device(devices),
-        tokens_per_s=bed.mix.tokens_per_s(devices),
-        ttft_ms=bed.ttft_ms,
+        device=mix.device(devices),
+        tokens_per_s=mix.tokens_per_s(devices),
+        ttft_ms=bed.ttft_ms * slowdown,
         requests=bed.requests,
         hold=True,
         max_new=bed.max_new,
-        link=LinkModel(rtt_ms=bed.rtt_ms),
+        link=LinkModel(rtt_ms=bed.rtt_ms * slowdown),
         predictor=bed.predictor,
     )
+
+
+def slowdown_now(bed: Bed) -> float:
+    """Measured over fitted time of undrafted steps, one after the other, at this moment."""
+    engine, names = bed.loaded.engine, [f"reference {number}" for number in range(bed.near)]
+    prompt = list(range(1, PROMPT + 1))
+    for name in names:
+        engine.open(name, Sampling())
+        engine.step([StepInput(name, prompt, needs_logits=False)])
+    ratios = []
+    for number in range(REFERENCE_STEPS):
+        begin = time.perf_counter()
+        engine.step([StepInput(name, [number + 1]) for name in names])
+        took_ms = (time.perf_counter() - begin) * 1000.0
+        shape = BatchShape.uniform(len(names), 1, PROMPT + number)
+        ratios.append(took_ms / bed.estimator.predict(shape)[0])
+    for name in names:
+        engine.close(name)
+    return statistics.median(ratios)
 
 
 def server_model(bed: Bed, overhead_ms: float, pace: float = 1.0, spread: float | None = None) -> ServerModel:

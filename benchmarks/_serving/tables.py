@@ -52,6 +52,7 @@ def comparison(title: str, rows: list[Run]) -> Table:
             Column("±", "%", digits=0),
             Column("loop", "ms"),
             Column("pace", digits=2),
+            Column("machine", digits=2),
             Column("SLO met", "even", percent=True, digits=0, best="max"),
             Column("goodput", "even", best="max"),
         ),
@@ -65,6 +66,7 @@ def comparison(title: str, rows: list[Run]) -> Table:
                 ),
                 row.overhead_ms,
                 row.pace,
+                row.slowdown,
                 row.even.attainment,
                 row.even.goodput_tokens_per_s,
             )
@@ -86,6 +88,7 @@ def record(row: Run) -> dict[str, Any]:
         "ttft_p95_ms": round(row.figures["ttft_p95_ms"], 1),
         "overhead_ms": round(row.overhead_ms, 2),
         "pace": round(row.pace, 3),
+        "slowdown": round(row.slowdown, 3),
         "rtt_ms": round(row.rtt_ms, 2),
         "even_attainment": round(row.even.attainment, 4),
         "even_goodput": round(row.even.goodput_tokens_per_s, 2),
