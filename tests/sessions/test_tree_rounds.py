@@ -343,6 +343,24 @@ def test_without_settings_or_server_drafts_are_chains() -> None:
         assert session.begin_step() is None
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_controller_may_change_between_trees_and_chains(stream: bool) -> None:
+    """No node is lost on the way: what is left of a tree is used up before a chain begins."""
+    dice = random.Random(5)
+
+    class Fickle(ShapedController):
+        def shape(self, context: RoundContext) -> TreeShape | None:
+            return TreeShape(12, 5, 3, 3) if dice.random() < 0.5 else None
+
+    frames = 0
+    for seed in range(20):
+        one = pair(seed, stream=stream)
+        one.edge.scheduler.resume(Fickle(6))
+        assert one.run() == wanted(40)
+        frames += one.branches
+    assert frames > 20
+
+
 def test_a_commit_moves_the_subtree_and_its_times() -> None:
     one = EdgeTree([1, 2, 3], [0.9, 0.8, 0.7], [1.0, 2.0, 4.0])
     one.tree.add(0, 5, 0.1)

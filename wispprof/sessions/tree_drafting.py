@@ -73,12 +73,12 @@ class TreeDrafting:
 
     def begin(self, controller: Controller, context: RoundContext, budget: int) -> bool:
         """A round begins, or a commit came in stream mode, and the controller drafts up to ``budget`` tokens;
-        returns whether they are a tree. A tree that is left of the last round is gone on with."""
+        returns whether they are a tree. What is left of a tree is used up first."""
         buffer = self._buffer
         held = buffer.tree
         self._shape = self._shape_of(controller, context, budget) if budget > 0 and self.allowed else _NONE
         branches = self._shape.width > 1 and self._shape.nodes > 1
-        if not branches and (held is None or buffer.stream or not len(held.tree)):
+        if not branches and (held is None or not len(held.tree)):
             buffer.drop_tree()
             return False
         node_ms = getattr(controller, "node_ms", None) or 0.0
