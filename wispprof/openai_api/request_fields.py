@@ -125,7 +125,10 @@ FIELDS: tuple[RequestField, ...] = (
     _refused("truncation_side"),
     _refused("repetition_detection"),
     _refused("watermarking", False),
-    _refused("cache_salt", note="Prefixes are shared only within an API key."),
+    _refused(
+        "cache_salt",
+        note="Prefixes are shared only within an API key ([Security](../SECURITY.md#what-is-not)).",
+    ),
     _refused("priority", 0),
     _refused("kv_transfer_params", {}),
     _refused("ec_transfer_params", {}),
