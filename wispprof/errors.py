@@ -107,7 +107,11 @@ class ProfileError(WispprofError):
 
 
 class PhysicsViolation(ProfileError):
-    """Measured times do not vary with shape as they must."""
+    """Measured times do not vary with shape as they must. ``keys``: rows that contradict each other."""
+
+    def __init__(self, message: str, hint: str = "", keys: Iterable[str] = ()) -> None:
+        super().__init__(message, hint)
+        self.keys = frozenset(keys)
 
 
 class FitError(WispprofError):

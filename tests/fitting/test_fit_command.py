@@ -80,6 +80,22 @@ def test_a_trace_with_too_few_rejections_leaves_the_estimator(folder: Path) -> N
     assert "draft's own confidence" in " ".join(faults.split())
 
 
+def test_step_times_known_too_roughly_are_named(folder: Path) -> None:
+    """Every row gets a second half of samples that took four times as long."""
+    rows = [
+        replace(
+            row, samples_ms=(*row.samples_ms * 2, *(4 * ms for ms in row.samples_ms * 2)), flags=("noisy",)
+        )
+        for row in synthetic_rows(60)
+    ]
+    save_profile(make_profile(Manifest("server", ModelInfo("small")), rows), folder / "busy.jsonl")
+    found = fit_files(folder / "busy", [folder / "busy.jsonl"], kind="wisp-linear")
+    [note] = found.notes
+    assert note.startswith("Half of the step times are known to ± ")
+    assert "(60 of 60 rows are noisy)" in note
+    assert fit_files(folder / "calm", [folder / "server.jsonl"], kind="wisp-linear").notes == []
+
+
 def test_update_recalibrates_in_place(folder: Path) -> None:
     out = folder / "updated"
     fit_files(out, [folder / "server.jsonl"], kind="wisp-linear")

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from wispprof.artifacts import bundled_path, save_trace
+from wispprof.artifacts import EdgeRow, Manifest, bundled_path, make_profile, save_profile, save_trace
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
 from wispprof.cli import app
 from wispprof.fitting.batch_totals import EMPTY
 from wispprof.fitting.conformal import LEVELS, RatioBound
 from wispprof.fitting.estimator import Domain, FittedEstimator
 from wispprof.fitting.step_time_models import WispLinear
-from wispprof.types import BatchTotals, Sampling
+from wispprof.types import BatchTotals, ModelInfo, Sampling
 
 
 @pytest.fixture
@@ -106,3 +106,32 @@ def test_bad_input_is_one_clear_line(folder, more, word, code):
     assert result.exit_code == code
     assert word in result.output.replace("\n", " ")
     assert not (folder / "plan.json").exists()
+
+
+def edge_profile(folder, name, spread):
+    """Draft steps of 10 ms whose samples differ by ``spread`` either way; one of two rows is flagged."""
+    samples = tuple(10.0 * (1 + spread * side) for side in (-1, 0, 1) for _ in range(6))
+    rows = [
+        EdgeRow("sentinel", "sentinel", 256, samples, flags=("noisy",), order=0),
+        EdgeRow("draft_step 1@256", "draft_step", 256, samples, flags=("noisy",), order=1),
+        EdgeRow("draft_step 1@1024", "draft_step", 1024, samples, order=2),
+    ]
+    manifest = Manifest("edge", ModelInfo("draft", tokenizer_hash="tok"))
+    save_profile(make_profile(manifest, rows), folder / name)
+    return folder / f"{name}.jsonl"
+
+
+def test_a_draft_step_known_too_roughly_is_named_by_plan_and_explain(folder):
+    noisy, calm = edge_profile(folder, "noisy", 0.6), edge_profile(folder, "calm", 0.1)
+    made = make(folder, "--edge", f"phone={noisy}", "--edge", f"tablet={calm}", "--json")
+    assert made.exit_code == 0, made.output
+    said = (
+        "The draft step of phone is known to ± 60% only (1 of 2 rows are noisy), so its draft lengths are a "
+        "guess. Run `wispprof profile-edge` again on an idle machine."
+    )
+    notes = json.loads(made.stdout)["notes"]
+    assert said in notes
+    assert not any("The draft step of tablet" in note for note in notes)
+    cell = ("--plan", folder / "plan.json", "--json")
+    assert said in json.loads(call("plan", "explain", "phone/20/0/4", *cell).stdout)["words"]
+    assert said not in json.loads(call("plan", "explain", "tablet/20/0/4", *cell).stdout)["words"]

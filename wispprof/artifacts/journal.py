@@ -20,6 +20,15 @@ from wispprof.errors import ArtifactDamaged, ArtifactError
 FORMAT = "wispprof/journal"
 
 
+def check_no_rows(path: Path) -> None:
+    """Raise :class:`ArtifactError` if a sweep left its journal here."""
+    if path.is_file() and path.stat().st_size > 0:
+        raise ArtifactError(
+            f"{path} holds rows of an unfinished sweep.",
+            "Go on with --resume, or start over with --overwrite.",
+        )
+
+
 class RowJournal:
     """Append-only rows of one sweep. Use as a context manager.
 
@@ -48,11 +57,8 @@ class RowJournal:
         try:
             self._lock()
             exists = self.path.stat().st_size > 0
-            if exists and not resume and not overwrite:
-                raise ArtifactError(
-                    f"{self.path} holds rows of an unfinished sweep.",
-                    "Go on with --resume, or start over with --overwrite.",
-                )
+            if not resume and not overwrite:
+                check_no_rows(self.path)
             if not exists or not resume or not self._recover(first):
                 self._file.truncate(0)
                 self._write(first)

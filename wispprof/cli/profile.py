@@ -46,9 +46,9 @@ def validate(
     profiles: Annotated[list[Path], typer.Argument(help="Profiles or traces.")], as_json: JsonFlag = False
 ) -> None:
     """Check that files are complete, unmodified and physically possible; exit code 1 if not."""
-    from wispprof.artifacts import ServerProfile, load_profile, load_trace
+    from wispprof.artifacts import EdgeProfile, ServerProfile, load_profile, load_trace
     from wispprof.errors import ArtifactError, ProfileError
-    from wispprof.profiling.physics_checks import check_physics
+    from wispprof.profiling.physics_checks import check_edge, check_physics
 
     verdicts: dict[str, str] = {}
     for path in profiles:
@@ -59,6 +59,8 @@ def validate(
                 loaded = load_profile(_found_profile(path))
                 if isinstance(loaded, ServerProfile):
                     check_physics(loaded.rows, loaded.manifest.model)
+                if isinstance(loaded, EdgeProfile):
+                    check_edge(loaded.rows)
             verdicts[str(path)] = "good"
         except (ArtifactError, ProfileError) as err:
             verdicts[str(path)] = str(err)
@@ -291,7 +293,7 @@ _FACTS = {
 
 def _print_profile(profile: Profile, everything: bool) -> None:
     from wispprof.artifacts import StepRow
-    from wispprof.profiling.measurement_log import half_width
+    from wispprof.artifacts.median_interval import half_width
 
     manifest = profile.manifest
     machine = manifest.hardware.get("board") or manifest.hardware.get("cpu") or "unknown machine"

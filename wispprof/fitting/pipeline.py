@@ -18,6 +18,7 @@ from wispprof.artifacts import (
     trace_hash,
     write_document,
 )
+from wispprof.artifacts.median_interval import ROUGH, known_to, noisy_count
 from wispprof.artifacts.profile import estimator_beside
 from wispprof.artifacts.rows import AcceptanceTrace, StepRow
 from wispprof.errors import FitError, TooFewOutcomes
@@ -149,6 +150,7 @@ def fit_files(
     if loaded is not None:
         _check_pair(loaded, traces)
         result.estimator = fit_estimator(loaded.rows, kind, coverage)
+        result.notes += _noise(loaded.rows)
     if traces:
         try:
             result.predictor = fit_predictor(traces, predictor_kind, seed)
@@ -166,6 +168,17 @@ def fit_files(
         result.predictor.save(target, inputs)
         result.files += [target, *write_card(target, predictor_card(result.predictor, inputs))]
     return result
+
+
+def _noise(rows: Sequence[StepRow]) -> list[str]:
+    """A note if step times are known too roughly to plan by them."""
+    width = known_to([row for row in rows if row.kind != "sentinel"])
+    if width <= ROUGH:
+        return []
+    return [
+        f"Half of the step times are known to ± {width:.0%} at best ({noisy_count(rows)}). Run "
+        "`wispprof profile-server` again on an idle machine."
+    ]
 
 
 def save_beside(profile: ServerProfile, path: Path, coverage: float = FitSettings.coverage) -> Path:

@@ -45,6 +45,7 @@ def explain(plan: Plan, cell: str) -> list[str]:
             f"A million tokens cost {_money(row.dollars_per_mtoken)} of server and edge time"
             + (f", undrafted {_money(row.dollars_by_k[0])}." if row.k else ".")
         )
+    lines += [note for note in plan.notes if row.device in note.split()]
     return lines + _drafts(plan, row)
 
 

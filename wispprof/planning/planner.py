@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from wispprof.artifacts import load_edge, load_link, load_trace, read_document, trace_hash
+from wispprof.artifacts import EdgeProfile, load_edge, load_link, load_trace, read_document, trace_hash
+from wispprof.artifacts.median_interval import ROUGH, known_to, noisy_count
 from wispprof.artifacts.plan import (
     MODES,
     BatchRow,
@@ -241,6 +242,7 @@ def plan_files(
         trace = named.get(name, shared)
         if trace is not None:
             notes += _check_pair(name, profile.manifest.model.tokenizer_hash, trace)
+        notes += _noise(name, profile)
         devices.append(DeviceProfile.from_rows(name, profile.rows))
     for entry in speeds:
         name, speed, watts = _speed(entry)
@@ -299,6 +301,17 @@ def _check_pair(name: str, tokenizer: str, trace: AcceptanceTrace) -> list[str]:
             "Profile the draft model of the trace, or record a trace with this draft model.",
         )
     return []
+
+
+def _noise(name: str, profile: EdgeProfile) -> list[str]:
+    """A note if the draft step is known too roughly to choose draft lengths by it."""
+    width = known_to(profile.of_kind("draft_step"))
+    if width <= ROUGH:
+        return []
+    return [
+        f"The draft step of {name} is known to ± {width:.0%} only ({noisy_count(profile.rows)}), so its "
+        "draft lengths are a guess. Run `wispprof profile-edge` again on an idle machine."
+    ]
 
 
 def _split(entry: str) -> tuple[str, Path]:

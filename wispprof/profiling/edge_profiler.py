@@ -151,10 +151,11 @@ def profile_edge(
             result.rows, journal, lambda done, what: report(made + done, made + windows.count, what)
         )
         report(made + windows.count, made + windows.count, "done")
-        check_edge(rows)
         return rows, _summary(rows, windows.sensor)
 
-    profile = collect_profile(setup, settings.output, finish=finish, clock=clock, progress=report_sweep)
+    profile = collect_profile(
+        setup, settings.output, check=check_edge, finish=finish, clock=clock, progress=report_sweep
+    )
     return cast(EdgeProfile, profile)
 
 

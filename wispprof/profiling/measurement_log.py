@@ -10,54 +10,19 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from wispprof.artifacts.median_interval import half_width, interval_rank
+from wispprof.artifacts.median_interval import median_interval as median_interval
 from wispprof.artifacts.rows import EdgeRow, LinkRow, Row
 
-_MAX_EXACT_SAMPLES = 1000
-"""Above, the normal approximation of the binomial is used: 2.0**n overflows, and the rank differs by one at
-most."""
 _MIN_INTERVAL_SAMPLES = 6
 """With fewer samples no order statistics bracket the median with 95 % confidence."""
 _MIN_CLEAN_SAMPLES = 3
 """Undisturbed samples from which a median is better without the disturbed ones."""
 _NORMAL = statistics.NormalDist()
-
-
-@functools.cache
-def _interval_rank(n: int, confidence: float) -> int:
-    """Largest r so that the r-th smallest and r-th largest of n samples bracket the median; 0 without one.
-
-    The number of samples below the median is binomial(n, 1/2).
-    """
-    if n > _MAX_EXACT_SAMPLES:
-        z = _NORMAL.inv_cdf((1 + confidence) / 2)
-        return math.floor((n - z * math.sqrt(n)) / 2)
-    below, rank = 0.0, 0
-    while True:
-        below += math.comb(n, rank) / 2.0**n
-        if 2 * below > 1 - confidence:
-            return rank
-        rank += 1
-
-
-def median_interval(samples: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Order-statistic confidence interval of the median; infinite with fewer than six samples."""
-    rank = _interval_rank(len(samples), confidence) if samples else 0
-    if rank == 0:
-        return -math.inf, math.inf
-    ordered = sorted(samples)
-    return ordered[rank - 1], ordered[-rank]
-
-
-def half_width(samples: Sequence[float], confidence: float = 0.95) -> float:
-    """Half the width of the interval, relative to the median; infinite if the interval is."""
-    low, high = median_interval(samples, confidence)
-    median = statistics.median(samples) if samples else 0.0
-    return (high - low) / 2 / median if median > 0 else math.inf
 
 
 def relative_spread(samples: Sequence[float]) -> float:
@@ -76,7 +41,7 @@ def samples_needed(spread: float, target: float, min_samples: int, max_samples: 
     """Samples of normal noise (``spread``: standard deviation over median) until :func:`half_width` is
     expected below ``target``; between ``min_samples`` and ``max_samples``."""
     for n in range(max(_MIN_INTERVAL_SAMPLES, min_samples), max_samples):
-        if spread * _expected_score(_interval_rank(n, 0.95), n) <= target:
+        if spread * _expected_score(interval_rank(n, 0.95), n) <= target:
             return n
     return max_samples
 

@@ -80,7 +80,8 @@ def check_edge(rows: Sequence[EdgeRow]) -> None:
         raise PhysicsViolation(
             f"A draft step over {step.context} tokens takes {min(step.samples_ms):.3f} ms, its bare "
             f"forward {min(forward.samples_ms):.3f} ms.",
-            "The draft step is probably timed without doing its work.",
+            _doubt("The draft step is probably timed without doing its work", step, forward),
+            (row.key for pair in cheaper for row in pair),
         )
     for row in (row for row in rows if row.kind == "round" and row.context in steps):
         step = steps[row.context]
@@ -88,14 +89,16 @@ def check_edge(rows: Sequence[EdgeRow]) -> None:
             raise PhysicsViolation(
                 f"A round of {row.tokens} draft steps over {row.context} tokens takes "
                 f"{min(row.samples_ms):.3f} ms, one step {min(step.samples_ms):.3f} ms.",
-                "The round is probably timed without doing all its steps.",
+                _doubt("The round is probably timed without doing all its steps", row, step),
+                (row.key, step.key),
             )
     nodes = sorted((row for row in rows if row.kind == "nodes"), key=lambda row: row.tokens)
     if nodes and min(nodes[-1].samples_ms) < 0.5 * min(nodes[0].samples_ms):
         raise PhysicsViolation(
             f"A forward of {nodes[-1].tokens} nodes takes {min(nodes[-1].samples_ms):.3f} ms, one of "
             f"{nodes[0].tokens} takes {min(nodes[0].samples_ms):.3f} ms.",
-            "The forward is probably timed without computing all its nodes.",
+            _doubt("The forward is probably timed without computing all its nodes", nodes[0], nodes[-1]),
+            (nodes[0].key, nodes[-1].key),
         )
     prefills = sorted((r for r in rows if r.kind == "prefill" and not r.context), key=lambda row: row.tokens)
     if len(prefills) >= 2 and prefills[-1].tokens >= 4 * prefills[0].tokens:
@@ -104,7 +107,8 @@ def check_edge(rows: Sequence[EdgeRow]) -> None:
             raise PhysicsViolation(
                 f"Prefilling {long.tokens} tokens takes {min(long.samples_ms):.3f} ms, {short.tokens} take "
                 f"{min(short.samples_ms):.3f} ms.",
-                "The backend seems to ignore its prompt: do not trust these times.",
+                _doubt("The backend seems to ignore its prompt", short, long),
+                (short.key, long.key),
             )
 
 
@@ -136,7 +140,8 @@ def _growth(rows: Sequence[StepRow], model: ModelInfo) -> float | None:
         raise PhysicsViolation(
             f"{heavy.key} does {max(work) / min(work):.0f} times the work of {light.key} and takes only "
             f"{ratio:.2f} times its time.",
-            _doubt("batch", light, heavy),
+            _doubt("The backend seems to ignore its batch", light, heavy),
+            (light.key, heavy.key),
         )
     return ratio
 
@@ -165,19 +170,21 @@ def _memory(rows: Sequence[StepRow], model: ModelInfo) -> float | None:
         raise PhysicsViolation(
             f"{long.key} reads {share:.1f} times the weights' bytes in KV more than {short.key} and takes "
             f"only {ratio:.2f} times its time.",
-            _doubt("cache", short, long),
+            _doubt("The backend seems to ignore its cache", short, long),
+            (short.key, long.key),
         )
     return ratio
 
 
-def _doubt(what: str, *rows: StepRow) -> str:
+def _disturbed(row: EdgeRow | StepRow) -> bool:
+    return not {"noisy", "drift"}.isdisjoint(row.flags)
+
+
+def _doubt(fault: str, *rows: EdgeRow | StepRow) -> str:
     """Hint for times that do not vary. Disturbed rows may be the reason."""
-    if any({"noisy", "drift"} & set(row.flags) for row in rows):
-        return (
-            f"The backend seems to ignore its {what}, or the machine was too busy to tell: measure "
-            "again when it is quiet."
-        )
-    return f"The backend seems to ignore its {what}: do not trust these times."
+    if any(map(_disturbed, rows)):
+        return f"{fault}, or the machine was too busy to tell: measure again when it is quiet."
+    return f"{fault}: do not trust these times."
 
 
 def _order(rows: Sequence[StepRow], model: ModelInfo) -> float | None:
@@ -192,6 +199,7 @@ def _order(rows: Sequence[StepRow], model: ModelInfo) -> float | None:
         raise PhysicsViolation(
             f"Over {len(rows)} shapes, time and work are barely related (rank correlation {value:.2f}).",
             "The backend seems to ignore its batch, or the machine is too disturbed to measure on.",
+            (row.key for row in rows if _disturbed(row)),
         )
     return value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from wispprof.artifacts import Manifest, Profile, RowJournal, bundled_model, files, make_profile, save_profile
-from wispprof.artifacts.journal import journal_header
+from wispprof.artifacts.journal import check_no_rows, journal_header
 from wispprof.artifacts.manifest import command_line, library_versions, utc_now
 from wispprof.artifacts.profile import profile_files
 from wispprof.artifacts.rows import Row
-from wispprof.errors import ArtifactError
+from wispprof.errors import ArtifactError, PhysicsViolation
 from wispprof.hardware import fingerprint, sensors
 from wispprof.profiling.measurement_log import drift_summary
 from wispprof.profiling.sweep import Sweep, SweepResult
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from wispprof.engines.loading import LoadedModel
 
 Subject = TypeVar("Subject")
+
+_MEASURE_AGAIN = 5
+"""How often rows that contradict each other are measured again."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def collect_profile(
     setup: ProfilerSetup[Any],
     output: Output,
     *,
+    check: Callable[[Sequence[Any]], object],
     finish: Callable[[SweepResult, RowJournal | None], tuple[tuple[Row, ...], dict[str, Any]]],
     clock: Callable[[], float] = time.perf_counter,
     progress: Progress | None = None,
@@ -80,14 +85,15 @@ def collect_profile(
 ) -> Profile:
     """Run the sweep, finish, and (with an output path) write the profile.
 
-    ``finish``: measures and checks after the sweep; returns all rows and additions to the manifest's
-    summary. If it raises, the journal is kept.
+    ``check``: raises :class:`PhysicsViolation` for impossible times; rows that contradict each other are
+    measured again first. ``finish``: measures after the sweep; returns all rows and additions to the
+    manifest's summary. If one raises, the journal is kept.
     """
     manifest = begin_manifest(
         setup.kind, setup.model, setup.sweep, engine=setup.engine, measure=setup.measure
     )
     with _open_journal(output, manifest) as journal:
-        result = Sweep(
+        sweep = Sweep(
             setup.runner,
             setup.workloads,
             setup.sweep,
@@ -99,10 +105,37 @@ def collect_profile(
             cost=setup.cost,
             budget_s=budget_s,
             spare=setup.spare,
-        ).run()
+        )
+        result = _checked(sweep, sweep.run(), check)
         rows, summary = finish(result, journal)
         setup.close()
         return finalize_profile(manifest, replace(result, rows=rows), output, journal, summary)
+
+
+def _checked(sweep: Sweep[Any], result: SweepResult, check: Callable[[Sequence[Any]], object]) -> SweepResult:
+    """The rows that pass ``check``. A busy machine makes times contradict each other: measure those again."""
+    for attempt in itertools.count():
+        try:
+            check(result.rows)
+            break
+        except PhysicsViolation as err:
+            again = sweep.measure_again(err.keys) if attempt < _MEASURE_AGAIN else None
+            if again is None:
+                raise _with_remedy(err, result.rows) from None
+            result = again
+    return result
+
+
+def _with_remedy(err: PhysicsViolation, rows: Sequence[Row]) -> PhysicsViolation:
+    references = [row for row in rows if row.kind == "sentinel"]
+    off = sum("drift" in row.flags for row in references)
+    if not off:
+        return err
+    busy = (
+        f"The machine was busy: {off} of {len(references)} reference measurements deviated. When it is "
+        "idle, --resume measures these shapes again; --overwrite starts over."
+    )
+    return PhysicsViolation(err.args[0], f"{err.hint} {busy}", err.keys)
 
 
 def check_output(output: Output) -> None:
@@ -111,6 +144,8 @@ def check_output(output: Output) -> None:
         return
     rows_file = profile_files(output.path)[0]
     files.check_writable(rows_file)
+    if not output.resume and not output.overwrite:
+        check_no_rows(journal_path(output.path))
     if rows_file.exists() and not journal_path(output.path).exists() and not output.overwrite:
         raise ArtifactError(f"{rows_file} exists.", "Choose another --out, or replace it with --overwrite.")
 

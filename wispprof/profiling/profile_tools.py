@@ -20,9 +20,10 @@ from typing import Any
 
 from wispprof.artifacts import Profile, StepRow, make_profile
 from wispprof.artifacts.manifest import command_line
+from wispprof.artifacts.median_interval import half_width, median_interval
 from wispprof.artifacts.rows import LinkRow, Row
 from wispprof.errors import ProfileError
-from wispprof.profiling.measurement_log import half_width, median_interval, relative_spread
+from wispprof.profiling.measurement_log import relative_spread
 from wispprof.types import ModelInfo
 
 FALSE_DISCOVERY_RATE = 0.05

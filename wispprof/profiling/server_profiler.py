@@ -94,6 +94,7 @@ def profile_server(
     profile = collect_profile(
         setup,
         settings.output,
+        check=lambda rows: check_physics(rows, setup.model),
         finish=finish,
         clock=clock,
         progress=progress,

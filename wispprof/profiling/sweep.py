@@ -11,16 +11,17 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from wispprof.artifacts.journal import RowJournal
+from wispprof.artifacts.median_interval import half_width
 from wispprof.artifacts.rows import Row
 from wispprof.errors import EngineError
 from wispprof.hardware import Sensors
-from wispprof.profiling.measurement_log import MeasurementLog, half_width
+from wispprof.profiling.measurement_log import MeasurementLog
 from wispprof.profiling.sweep_cost import CostModel
 from wispprof.profiling.workload import Runner, Workload, format_duration, run_repeatedly
 from wispprof.settings.profiler_settings import SweepSettings
@@ -90,10 +91,13 @@ class Sweep(Generic[Subject]):
         self._blocks_since_reference = settings.sentinel_every
         self._blocks_done = 0
         self._last_estimate: tuple[float, int, float] | None = None
+        self._begin = 0.0
+        self._announced_s: float | None = None
 
     def run(self) -> SweepResult:
-        begin = self._clock()
+        self._begin = begin = self._clock()
         announced_s = min(self._remaining()[1], self._budget_s) if self._has_pilot else None
+        self._announced_s = announced_s
         deadline = begin + self._budget_s
         refine_until = deadline
         if announced_s is not None:
@@ -106,10 +110,32 @@ class Sweep(Generic[Subject]):
                     self._measure_pass(unfinished, deadline, deadline)
             if self._blocks_done:
                 self._measure_sentinel()
+        return self._result()
+
+    def measure_again(self, keys: Collection[str]) -> SweepResult | None:
+        """After :meth:`run`: one more block of each of these workloads. ``None`` if none fits the budget."""
+        deadline, done = self._begin + self._budget_s, self._blocks_done
+        samples = self._settings.block + self._settings.warmup
+        with _no_garbage_collection():
+            for workload in (workload for workload in self._workloads if workload.key in keys):
+                if not self._fits(workload, deadline, samples):
+                    continue
+                self._measure_sentinel()
+                status = f"measuring again  {workload.key}"
+                self._progress(self._blocks_done, self._blocks_done + 1, status)
+                self._measure_block(workload, self._settings.warmup, self._settings.block)
+                self._blocks_done += 1
+            if self._blocks_done == done:
+                return None
+            self._measure_sentinel()
+        return self._result()
+
+    def _result(self) -> SweepResult:
         self._progress(self._blocks_done, self._blocks_done, "done")
         rows = self._log.rows(self._settings.min_samples, self._settings.target)
         missing = sum(self._log.block_count(key) == 0 for key in self._out_of_time)
-        return SweepResult(rows, self._clock() - begin, announced_s, self._refused, missing)
+        seconds = self._clock() - self._begin
+        return SweepResult(rows, seconds, self._announced_s, self._refused, missing)
 
     def _measure_pass(
         self, unfinished: list[Workload[Subject]], deadline: float, refine_until: float
@@ -121,7 +147,8 @@ class Sweep(Generic[Subject]):
         for workload in chosen:
             if self._is_finished(workload):
                 continue  # a newer reference measurement cleared its blocks
-            if not self._fits(workload, deadline if self._below_min(workload) else refine_until):
+            until = deadline if self._below_min(workload) else refine_until
+            if not self._fits(workload, until, self._block(workload) + self._warmup(workload)):
                 self._out_of_time.add(workload.key)
                 continue
             if self._blocks_since_reference >= self._settings.sentinel_every:
@@ -169,11 +196,11 @@ class Sweep(Generic[Subject]):
     def _is_spent(self, samples: Sequence[float]) -> bool:
         return sum(samples) / 1000 > self._settings.max_workload_s
 
-    def _fits(self, workload: Workload[Subject], until: float) -> bool:
-        """Whether a block and the last reference measurement end before ``until``."""
+    def _fits(self, workload: Workload[Subject], until: float, samples: int) -> bool:
+        """Whether a block of ``samples`` and the last reference measurement end before ``until``."""
         if until == math.inf:
             return True
-        need_s = self._cost.block_s(workload, self._block(workload) + self._warmup(workload))
+        need_s = self._cost.block_s(workload, samples)
         if self._sentinel is not None:
             references = 2 if self._blocks_since_reference >= self._settings.sentinel_every else 1
             need_s += references * self._cost.reference_s(self._sentinel)

@@ -16,9 +16,10 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from wispprof.artifacts.median_interval import half_width
 from wispprof.errors import EngineError
 from wispprof.hardware import Sensors
-from wispprof.profiling.measurement_log import half_width, relative_spread, samples_needed
+from wispprof.profiling.measurement_log import relative_spread, samples_needed
 from wispprof.profiling.workload import MIN_BLOCK_SAMPLES, Runner, RunSamples, Workload, run_repeatedly
 from wispprof.settings.profiler_settings import SweepSettings
 
