@@ -10,6 +10,7 @@ from fake_pair import hash_trace
 from typer.testing import CliRunner
 
 from wispprof.artifacts import save_trace
+from wispprof.artifacts.plan import DraftRow, Plan, load_plan, save_plan
 from wispprof.cli import app
 
 RUN = CliRunner()
@@ -33,6 +34,25 @@ def test_mistakes_are_one_clear_line(arguments: list[str], code: int, said: str)
     assert said in " ".join(result.stderr.split())
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
+
+
+def test_a_device_that_the_plan_does_not_know_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    save_plan(Plan((_row("laptop:1b", 20.0), _row("laptop:3b", 40.0), _row("phone", 60.0)), ()), file)
+    given = ["edge", "--draft", "/no/such/folder", "--plan", str(file), "--plan-device"]
+    result = RUN.invoke(app, [*given, "macbook"])
+    assert result.exit_code == 1
+    said = " ".join(result.stderr.split())
+    assert "The plan has no device 'macbook'. It has laptop:1b, laptop:3b, phone." in said
+    assert "no model folder" in " ".join(RUN.invoke(app, [*given, "laptop"]).stderr.split())
+    plan = load_plan(file)
+    assert [plan.device_for(name) for name in ("phone", "laptop:1b")] == ["phone", "laptop:1b"]
+    assert plan.device_for("laptop") == "laptop:3b"  # the slowest draft of this machine
+    assert plan.device_for("") == "phone"
+
+
+def _row(device: str, draft_ms: float) -> DraftRow:
+    return DraftRow(device, 20.0, 0, 4.0, "stream", 1, 0.1, 2, *(1.0,) * 5, draft_ms, 1.0, True, 4.0)
 
 
 def test_bench_names_what_it_cannot_use(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ async def run(plan: Plan, mode: str, folder: Path) -> Seen:
         ) as running,
         edge(websocket_connections(running.split_url)) as client,
     ):
-        rows = _plan_rows(EdgeSettings(plan=file, plan_device="laptop", mode=mode), None)
+        rows = _plan_rows(EdgeSettings(mode=mode), (load_plan(file), "laptop"), None)
         generations = [
             drafting(
                 client,

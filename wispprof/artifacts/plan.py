@@ -277,6 +277,17 @@ class Plan:
             context=context,
         )
 
+    def device_for(self, name: str) -> str:
+        """The device whose rows ``name`` gets: its own. If it is empty, or a machine with several draft
+        models, those of the slowest draft. Raises :class:`PlanError` for a name that the plan does not know.
+        """
+        if name in self.devices:
+            return name
+        like = [r for r in self.draft if not name or machine_of(r.device) == machine_of(name)]
+        if not like:
+            raise PlanError(f"The plan has no device {name!r}.", f"It has {', '.join(self.devices)}.")
+        return max(like, key=lambda r: r.draft_ms).device
+
     def draft_row(
         self,
         device: str,

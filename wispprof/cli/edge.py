@@ -14,6 +14,8 @@ from wispprof.settings.edge_settings import EdgeSettings, LocalApiSettings
 from wispprof.settings.shared_settings import LinkSettings, SamplingSettings
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from wispprof.edge.edge_runtime import EdgeRuntime, Prompt
 
 
@@ -90,9 +92,30 @@ def edge(settings: EdgeSettings, api: LocalApiSettings) -> None:
     from wispprof.edge.local_api import serve_edge
 
     def announce(runtime: EdgeRuntime, url: str) -> None:
+        console.console().print(_resolved(runtime))
         console.note(f"{runtime.model} answers at {url}/v1; playground: {url} (Ctrl-C ends)")
 
     asyncio.run(serve_edge(settings, api.host, api.port, announce, api.allowed_hosts))
+
+
+def _resolved(runtime: EdgeRuntime) -> Table:
+    """What this edge obeys."""
+    settings = runtime.settings
+    mode = settings.mode or "the server's"
+    plan = f"{settings.plan}, rows of {runtime.plan_device}" if settings.plan else "none"
+    if settings.plan and settings.controller != "wispprof":
+        plan = f"not used by the controller {settings.controller}"
+    rows: dict[str, Any] = {
+        "server": settings.server or "started here",
+        "target": runtime.model,
+        "name": settings.client.name or "none",
+        "drafter": settings.drafter,
+        "draft": settings.draft or "bundled",
+        "controller": f"{settings.controller} (mode: {mode})",
+        "plan": plan,
+        "predictor": settings.predictor or "none: the draft's own confidence",
+    }
+    return console.table("wispprof edge", "setting|value", rows.items())
 
 
 @with_settings

@@ -8,7 +8,7 @@ import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wispprof.artifacts import bundled_path
 from wispprof.drafters import draft_folder, is_llama, load_llama, needs_model
@@ -26,6 +26,9 @@ from wispprof.openai_api.stop_strings import StopStrings
 from wispprof.policies.registry import TREE_CONTROLLERS
 from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.types import GenerationRequest, RejectionPredictor, Sampling, ServedModel, Slo, TokenChunk
+
+if TYPE_CHECKING:
+    from wispprof.artifacts.plan import Plan
 
 log = logging.getLogger("wispprof.edge")
 
@@ -124,12 +127,19 @@ class Reply:
 
 
 class EdgeRuntime:
-    """Tokenizer, device and client together; made by :func:`open_edge`."""
+    """Tokenizer, device and client together; made by :func:`open_edge`. ``plan_device``: the device of the
+    plan whose rows are obeyed."""
 
     def __init__(
-        self, settings: EdgeSettings, tokenizer: Any, device: DraftDevice, client: EdgeClient
+        self,
+        settings: EdgeSettings,
+        tokenizer: Any,
+        device: DraftDevice,
+        client: EdgeClient,
+        plan_device: str = "",
     ) -> None:
         self.settings = settings
+        self.plan_device = plan_device
         self._local_tokenizer = self._tokenizer = ChatTokenizer(tokenizer)
         self._target: ServedModel | None = None
         self.device = device
@@ -195,13 +205,14 @@ async def open_edge(settings: EdgeSettings) -> AsyncIterator[EdgeRuntime]:
     only at the first request where ``fallback`` is ``draft``).
     """
     async with AsyncExitStack() as stack:
+        planned = _plan(settings)
         folder = settings.draft or str(bundled_path(BUNDLED_DRAFT))
         loaded, tokenizer, digest = _load(settings, folder)
         connect, stream = await _server(settings, stack)
         options = settings.controller_options
         if settings.drafter != "none":
-            if settings.controller == "wispprof":
-                options.update(_plan_rows(settings, stream))
+            if settings.controller == "wispprof" and planned is not None:
+                options.update(_plan_rows(settings, planned, stream))
             if settings.controller in TREE_CONTROLLERS:
                 options = _node_cost(settings) | options
         meter = energy_meter(str(loaded.device) if loaded is not None else "cpu")
@@ -221,7 +232,7 @@ async def open_edge(settings: EdgeSettings) -> AsyncIterator[EdgeRuntime]:
             replace(settings.client, tokenizer=digest, offline_ok=settings.fallback == "draft"),
         )
         await stack.enter_async_context(client)
-        runtime = EdgeRuntime(settings, tokenizer, device, client)
+        runtime = EdgeRuntime(settings, tokenizer, device, client, planned[1] if planned else "")
         yield runtime
 
 
@@ -277,14 +288,21 @@ def _predictor(settings: EdgeSettings) -> RejectionPredictor | None:
     return load_predictor(settings.predictor)
 
 
-def _plan_rows(settings: EdgeSettings, stream: bool | None) -> dict[str, Any]:
+def _plan(settings: EdgeSettings) -> tuple[Plan, str] | None:
+    """The plan and the device whose rows this edge obeys; raises :class:`PlanError` without such a device."""
     if settings.plan is None:
-        return {}
+        return None
     from wispprof.artifacts.plan import load_plan
+
+    plan = load_plan(settings.plan)
+    return plan, plan.device_for(settings.plan_device)
+
+
+def _plan_rows(settings: EdgeSettings, planned: tuple[Plan, str], stream: bool | None) -> dict[str, Any]:
     from wispprof.policies.stopping import PlannedRows
 
     mode = settings.mode or ("round" if stream is False else "stream")
-    return {"rows": PlannedRows(load_plan(settings.plan), settings.plan_device, mode)}
+    return {"rows": PlannedRows(*planned, mode)}
 
 
 def _node_cost(settings: EdgeSettings) -> dict[str, Any]:
