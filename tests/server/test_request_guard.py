@@ -68,6 +68,21 @@ async def test_open_paths_and_the_right_key_pass() -> None:
     assert await ask(keyed(), Reads(b"", length=0), "/health") == (200, b"")
 
 
+@pytest.mark.parametrize("path", ["/metrics", "/steps", "/steps/7"])
+async def test_monitoring_takes_a_key_beyond_loopback(path: str) -> None:
+    nothing = Reads(b"", length=0)
+    assert (await ask(keyed(), nothing, path))[0] == 200
+    guarded = keyed(monitoring_needs_key=True)
+    status, body = await ask(guarded, nothing, path)
+    assert (status, b"This server needs an API key" in body) == (401, True)
+    status, body = await ask(guarded, nothing, path, authorization="Bearer wrong")
+    assert (status, b"Invalid API key" in body) == (401, True)
+    assert (await ask(guarded, Reads(b"", length=0), path, authorization="Bearer right"))[0] == 200
+    assert [
+        (await ask(guarded, Reads(b"", length=0), open_path))[0] for open_path in ("/", "/health", "/ready")
+    ] == [200] * 3
+
+
 async def test_a_body_over_the_limit_is_refused_when_it_is_known() -> None:
     guard = keyed(max_body_bytes=10)
     declared = Reads(b"x" * 11, length=11)

@@ -35,7 +35,11 @@ def hello(**changes: Any) -> protocol.Hello:
         ({"protocol": 99}, f"protocol {protocol.PROTOCOL_VERSION}"),
         ({"tokenizer": "other"}, "tokenizer"),
         ({"target": "small"}, "'big'"),
-        ({"key": "wrong"}, "API key"),
+        ({"key": "wrong"}, "Invalid API key"),
+        (
+            {"key": ""},
+            "needs an API key. Give --key, or set the command's variable, such as WISPPROF_EDGE_KEY",
+        ),
     ],
 )
 def test_hello_must_match(changes: dict[str, Any], says: str) -> None:

@@ -12,6 +12,8 @@ import pytest
 
 from wispprof.edge import EdgeClient, Generation, GenerationRequest, websocket_connections
 from wispprof.server import server_state as module
+from wispprof.server.app import make_app
+from wispprof.server.engine_client import EngineClient
 from wispprof.server.metrics import Metrics, StepRecord
 from wispprof.server.process import RunningServer, running_server
 from wispprof.settings.edge_settings import ClientSettings
@@ -63,6 +65,21 @@ async def test_the_page_data_of_a_running_server(front_process: bool) -> None:
         assert 'wispprof:sessions{kind="phone",slo_class="1"} 1.0' in metrics
         assert 'wispprof:slo_slack_seconds{slo_class="1"}' in metrics
         await stream.aclose()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+async def test_metrics_and_steps_need_the_key_beyond_loopback(host: str) -> None:
+    key, engine = "k" * 16, FakeEngine()
+    settings = ServerSettings(host=host, api_keys=(key,), admit="all")
+    async with running_server(settings, engine=engine, model=engine.served) as running:
+        transport = httpx.ASGITransport(make_app(EngineClient.within(running.server)))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+            for path in ("/metrics", "/steps", "/steps/0"):
+                found = 404 if path == "/steps/0" else 200  # no step so far
+                shown = await http.get(path, headers={"authorization": f"Bearer {key}"})
+                assert shown.status_code == found, path
+                assert (await http.get(path)).status_code == (401 if host == "0.0.0.0" else found), path
+            assert [(await http.get(path)).status_code for path in ("/health", "/ready", "/")] == [200] * 3
 
 
 def record(number: int) -> StepRecord:

@@ -210,10 +210,12 @@ class HandleWatch:
 class MetricsWatch:
     """Reads step-time sums from a server's ``/metrics`` and, if available, single steps from its ``/steps``.
 
-    ``ssl``: context for ``https://``; by default the system's certificate authorities.
+    ``ssl``: context for ``https://``; by default the system's certificate authorities. ``key``: API key,
+    which a server beyond loopback asks for.
     """
 
-    def __init__(self, split_url: str, ssl: SSLContext | None = None) -> None:
+    def __init__(self, split_url: str, ssl: SSLContext | None = None, key: str = "") -> None:
+        self._headers = {"authorization": f"Bearer {key}"} if key else {}
         parts = urlsplit(split_url)
         scheme = "https" if parts.scheme == "wss" else "http"
         self._url = f"{scheme}://{parts.netloc}"
@@ -267,7 +269,7 @@ class MetricsWatch:
         try:
             verify = self._verify
             async with httpx.AsyncClient(timeout=5.0, trust_env=False, verify=verify) as client:
-                answer = await client.get(self._url + path)
+                answer = await client.get(self._url + path, headers=self._headers)
         except httpx.HTTPError:
             return None
         return answer if answer.is_success else None

@@ -36,7 +36,7 @@ from wispprof.policies import make_controller
 from wispprof.policies.interface import Controller
 from wispprof.settings.edge_settings import ClientSettings
 from wispprof.settings.fleet_settings import BenchSettings
-from wispprof.settings.shared_settings import LinkSettings
+from wispprof.settings.shared_settings import LinkSettings, ServerAccess
 from wispprof.simulation.devices import DEVICES, DeviceProfile
 from wispprof.simulation.scenario import system
 from wispprof.testing.link_emulator import emulate_link
@@ -111,7 +111,7 @@ class _Fleet:
             raise ProfileError("The trace has no paths.", "Record one with `wispprof profile-edge`.")
         self.settings = settings
         self.trace = trace
-        self.connect, self.watch = _resolve_server(server, watch, settings.access.ca_file)
+        self.connect, self.watch = _resolve_server(server, watch, settings.access)
         self.system = system(settings.system)
         if self.system.clairvoyant:
             raise WispprofError(
@@ -288,12 +288,12 @@ def offered_load(settings: BenchSettings) -> dict[str, Any]:
 
 
 def _resolve_server(
-    server: str | RunningServer | ConnectionFactory, watch: StepWatch | None, ca_file: Path | None
+    server: str | RunningServer | ConnectionFactory, watch: StepWatch | None, access: ServerAccess
 ) -> tuple[ConnectionFactory, StepWatch | None]:
     if isinstance(server, str):
         url = server_url(server)
-        tls = ssl_context(ca_file)
-        return websocket_connections(url, ssl=tls), watch or MetricsWatch(url, tls)
+        tls = ssl_context(access.ca_file)
+        return websocket_connections(url, ssl=tls), watch or MetricsWatch(url, tls, access.key)
     if callable(server):
         return server, watch
     return websocket_connections(server.split_url), watch or HandleWatch(server)

@@ -14,10 +14,9 @@ from wispprof.openai_api.api_error import ApiError
 
 MAX_BODY_BYTES = 8 << 20
 _MAX_HELD_BYTES = 64 << 20
-_WITHOUT_KEY = frozenset({"/", "/health", "/ready", "/metrics", "/steps", "/v1/split"})
+_WITHOUT_KEY = frozenset({"/", "/health", "/ready", "/v1/split"})
 """Paths that are open to all; edges show their key in their first frame. The page at ``/`` holds no data."""
-
-_PARTS_WITHOUT_KEY = ("/pages/", "/steps/")
+_MONITORING = frozenset({"/metrics", "/steps"})
 
 
 def bearer_key(headers: Headers) -> str:
@@ -26,9 +25,16 @@ def bearer_key(headers: Headers) -> str:
     return key.strip() if scheme.lower() == "bearer" else ""
 
 
+def invalid_key(key: str) -> ApiError:
+    """The refusal of a request that shows ``key``, or none."""
+    message = "Invalid API key." if key else "This server needs an API key (Authorization: Bearer KEY)."
+    return ApiError(message, 401, code="invalid_api_key")
+
+
 class RequestGuard:
     """ASGI middleware. The application gets a request once its whole body has arrived.
 
+    ``monitoring_needs_key``: ``/metrics`` and ``/steps`` need a key too.
     ``accepts_key``: ``None`` if no key is needed. Only then ``Host`` and ``Origin`` must name this machine or
     one of ``allowed_hosts``: otherwise a web page could reach the API through the user's browser, by its own
     requests or by a name that it lets resolve to this machine (DNS rebinding). A page does not know a key.
@@ -40,8 +46,11 @@ class RequestGuard:
         accepts_key: Callable[[str], bool] | None = None,
         allowed_hosts: Sequence[str] = (),
         max_body_bytes: int = MAX_BODY_BYTES,
+        monitoring_needs_key: bool = False,
     ) -> None:
         self._app = app
+        self._open = _WITHOUT_KEY if monitoring_needs_key else _WITHOUT_KEY | _MONITORING
+        self._open_parts = ("/pages/",) if monitoring_needs_key else ("/pages/", "/steps/")
         self._accepts_key = accepts_key
         self._allowed_hosts = frozenset(host.lower() for host in allowed_hosts)
         self._max_body_bytes = max_body_bytes
@@ -67,9 +76,10 @@ class RequestGuard:
 
     def _check(self, path: str, headers: Headers) -> None:
         if self._accepts_key is not None:
-            public = path in _WITHOUT_KEY or path.startswith(_PARTS_WITHOUT_KEY)
-            if not public and not self._accepts_key(bearer_key(headers)):
-                raise _Refused(ApiError("Invalid API key.", 401, code="invalid_api_key"))
+            public = path in self._open or path.startswith(self._open_parts)
+            key = bearer_key(headers)
+            if not public and not self._accepts_key(key):
+                raise _Refused(invalid_key(key))
             return
         host, origin = headers.get("host", ""), headers.get("origin")
         if host and not self._allowed(_host_name(f"//{host}")):

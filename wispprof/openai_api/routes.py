@@ -22,7 +22,7 @@ from wispprof.openai_api.choice_stream import ChoicePiece, ChoiceStream
 from wispprof.openai_api.prepared_request import PreparedRequest, prepare
 from wispprof.openai_api.request_body import ChatCompletionRequest, CompletionRequest, RequestBody
 from wispprof.openai_api.request_fields import CHAT, COMPLETIONS
-from wispprof.openai_api.request_guard import bearer_key
+from wispprof.openai_api.request_guard import bearer_key, invalid_key
 from wispprof.openai_api.response_body import DONE, HEARTBEAT, Choice, event, usage
 from wispprof.openai_api.text_backend import TextBackend
 
@@ -136,7 +136,7 @@ def _authorize(backend: TextBackend, request: Request) -> str:
     """The request's API key; raises :class:`ApiError` unless the backend accepts it."""
     key = bearer_key(request.headers)
     if not backend.accepts_key(key):
-        raise ApiError("Invalid API key.", 401, code="invalid_api_key")
+        raise invalid_key(key)
     return key
 
 

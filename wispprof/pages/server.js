@@ -64,14 +64,16 @@ byId("pause").addEventListener("click", () => {
   if (paused) setState("wait", "paused");
 });
 
-byId("json").addEventListener("click", async (event) => {
+async function download(event, path, type, file) {
   if (!key) return;
   event.preventDefault(); // A link cannot carry the key.
-  const data = new Blob([await (await ask("/dashboard")).text()], { type: "application/json" });
-  const link = el("a", { href: URL.createObjectURL(data), download: "dashboard.json" });
+  const data = new Blob([await (await ask(path)).text()], { type });
+  const link = el("a", { href: URL.createObjectURL(data), download: file });
   link.click();
   URL.revokeObjectURL(link.href);
-});
+}
+byId("json").addEventListener("click", (event) => download(event, "/dashboard", "application/json", "dashboard.json"));
+byId("metrics").addEventListener("click", (event) => download(event, "/metrics", "text/plain", "metrics.txt"));
 
 // --- showing ---
 
@@ -207,7 +209,7 @@ function showStep(step) {
 async function openPermalink() {
   const wanted = new URLSearchParams(location.hash.slice(1)), named = wanted.get("step");
   if (named === null || !run) return;
-  const response = await fetch(`/steps/${Number(named)}`), found = await response.json();
+  const response = await ask(`/steps/${Number(named)}`), found = await response.json();
   if (!response.ok || wanted.get("run") !== run) {
     byId("step").hidden = false;
     setText("step-title", `Step ${named} is not held any more.`);

@@ -22,6 +22,7 @@ from wispprof.server.admission import Refused
 from wispprof.server.engine_client import EngineClient, FrontSession
 from wispprof.server.frame_checks import check_key
 from wispprof.server.websocket_endpoint import WebSocketEndpoint
+from wispprof.settings.server_settings import is_loopback
 from wispprof.types import GenerationRequest, Slo, TokenChunk
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -41,6 +42,7 @@ def make_app(server: EngineClient, lifespan: Any = None) -> FastAPI:
         accepts_key=(lambda key: check_key(key, settings.api_keys)) if settings.api_keys else None,
         allowed_hosts=settings.allowed_hosts,
         max_body_bytes=settings.max_body_bytes,
+        monitoring_needs_key=not is_loopback(settings.host),
     )
 
     @app.websocket("/v1/split")

@@ -36,6 +36,11 @@ def check_hello(hello: protocol.Hello, model: ServedModel, allowed: Sequence[str
             "Install the same wispprof version on both sides.",
         )
     if not check_key(hello.key, allowed):
+        if not hello.key:
+            raise HandshakeRefused(
+                "This server needs an API key.",
+                "Give --key, or set the command's variable, such as WISPPROF_EDGE_KEY.",
+            )
         raise HandshakeRefused("Invalid API key.", "Use a key of this server.")
     if hello.target and hello.target != model.id:
         raise HandshakeRefused(
