@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import sys
 import time
@@ -41,7 +42,8 @@ def main() -> int:
     pair = "models/reference-pair/"
     target = load_model(arguments.target or bundled_path(pair + "target"))
     draft = load_model(arguments.draft or bundled_path(pair + "draft"))
-    prompts = held_out_prompts(target.tokenizer, arguments.prompts, 48)
+    last = arguments.skip + arguments.prompts
+    prompts = held_out_prompts(target.tokenizer, last, 48)[arguments.skip :]
     eos = target.tokenizer.eos_token_id
     stop = [] if eos is None else [int(eos)]
     size = arguments.tokens
@@ -53,14 +55,27 @@ def main() -> int:
         work = split_outputs(engine, model, lambda: TorchDrafter(draft), prompts, size, case, stop)
         return asyncio.run(work)
 
+    samplings = {
+        "greedy": Sampling(),
+        "T=0.8": Sampling(temperature=0.8, top_p=0.9, seed=1),
+        "T=1": Sampling(temperature=1.0, seed=2),
+    }
+
+    @functools.cache
+    def wanted(name: str) -> list[list[int]]:
+        """The texts without drafts."""
+        if name == "greedy":
+            return generate_alone(target.model, prompts, size, stop)
+        return split(Case(0, 16, "fcfs", samplings[name]))
+
     begun = time.perf_counter()
-    wanted = generate_alone(target.model, prompts, size, stop)
     columns = f"{'sampling':>9} {'policy':>18} {'k':>2} {'nodes':>5} {'batch':>5} {'tokens':>7} {'wrong':>5}"
     print(f"{columns} first")
     rows = []
 
-    def check(name: str, case: Case, right: list[list[int]]) -> None:
-        verdict = compare(split(case), right)
+    def check(name: str, k: int, sessions: int, policy: str = "wispprof", nodes: int = 0) -> None:
+        case = Case(k, sessions, policy, samplings[name], nodes)
+        verdict = compare(split(case), wanted(name))
         rows.append(verdict.lossless)
         print(
             f"{name:>9} {case.policy:>18} {case.k:>2} {case.tree_nodes:>5} {case.sessions:>5} "
@@ -69,33 +84,25 @@ def main() -> int:
         )
 
     def chains() -> None:
-        right = split(Case(0, 16, "fcfs", sampled))
         for k in (0, 1, 4, 8):
-            check("greedy", Case(k, 16), wanted)
+            check("greedy", k, 16)
         for sessions in (1, 5):
-            check("greedy", Case(4, sessions, "wisp"), wanted)
+            check("greedy", 4, sessions, "wisp")
         for policy in BATCH_POLICIES:
-            check("T=0.8", Case(4, 16, policy, sampled), right)
+            check("T=0.8", 4, 16, policy)
         for k in (1, 8):
-            check("T=0.8", Case(k, 16, "wispprof", sampled), right)
+            check("T=0.8", k, 16)
 
-    def trees() -> None:
-        hot = Sampling(temperature=1.0, seed=2)
-        for name, sampling in (("greedy", Sampling()), ("T=0.8", sampled), ("T=1", hot)):
-            if name not in arguments.sampling:
-                continue
-            texts = wanted if name == "greedy" else split(Case(0, 16, "fcfs", sampling))
-            for nodes, sessions, policy in ((4, 16, "wisp"), (16, 16, "wisp"), (16, 5, "wispprof")):
-                check(name, Case(8, sessions, policy, sampling, nodes), texts)
-
-    sampled = Sampling(temperature=0.8, top_p=0.9, seed=1)
     if not arguments.trees:
         chains()
-    trees()
+    for name in arguments.sampling:
+        for nodes, sessions, policy in ((4, 16, "wisp"), (16, 16, "wisp"), (16, 5, "wispprof")):
+            check(name, 8, sessions, policy, nodes)
 
-    spoiled = [list(tokens) for tokens in wanted]
+    right = wanted(arguments.sampling[-1])
+    spoiled = [list(tokens) for tokens in right]
     spoiled[-1][-1] += 1
-    control = compare(spoiled, wanted)
+    control = compare(spoiled, right)
     print(f"negative control: one corrupted token of {control.tokens} is seen: {not control.lossless}")
     lossless = all(rows) and not control.lossless
     summary = {
@@ -115,6 +122,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--target", default="", help="folder or hub id (default: bundled)")
     parser.add_argument("--draft", default="", help="folder or hub id (default: bundled)")
     parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--skip", type=int, default=0, help="leave out the first prompts: a run in pieces")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--trees", action="store_true", help="only the draft trees")
     samplings = ("greedy", "T=0.8", "T=1")
