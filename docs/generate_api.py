@@ -61,7 +61,8 @@ A response holds, beside OpenAI's fields, `metrics` in the form of vLLM's per-re
 `time_to_first_token_ms`, `generation_time_ms`, `mean_itl_ms`, `tokens_per_second`, and from an edge
 `speculative_decoding` (`mean_acceptance_length`, `draft_acceptance_rate`, `acceptance_histogram`,
 `num_spec_steps`, `num_accepted_draft_tokens`, `num_draft_tokens`, `num_spec_tokens`). An edge adds
-`wispprof`, the statistics of the request. In a stream both come with the last chunk of a choice. With
+`wispprof`, the [statistics of the request](metrics.md#statistics-of-an-answer).
+In a stream both come with the last chunk of a choice. With
 several choices each choice has its own.
 
 An edge's `/metrics` has the counters `vllm:spec_decode_num_drafts`, `…_num_draft_tokens`,

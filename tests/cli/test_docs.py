@@ -24,7 +24,7 @@ USAGE_ERRORS = (typer.BadParameter.__mro__[1], AssertionError)
 BEFORE = r"(?: {4}|)(?:\w+=\S+ |torchrun .* --no-python )?"
 
 
-@pytest.mark.parametrize("page", ["api", "architecture", "cli", "config", "artifacts"])
+@pytest.mark.parametrize("page", ["api", "architecture", "cli", "config", "artifacts", "metrics"])
 def test_generated_pages_are_up_to_date(page: str) -> None:
     made = runpy.run_path(str(ROOT / "docs" / f"generate_{page}.py"))["render"]()
     assert (ROOT / "docs" / f"{page}.md").read_text() == made, f"run docs/generate_{page}.py"

@@ -135,6 +135,16 @@ def test_statistics_say_what_kept_the_device_from_drafting(
     assert found.summary()["draft_note"] == found.draft_note
 
 
+def test_mostly_declined_rounds_are_named_though_some_drafts_were_accepted() -> None:
+    found = RequestStats(drafting=True, rounds=343, declined=253, drafted=333, accepted=56, sent=300)
+    found.plan_row = "laptop/20/0/4/stream/512"
+    said = "mostly chose k = 0 (253 times by plan row laptop/20/0/4/stream/512)"
+    assert said in found.draft_note
+    assert said in found.line()
+    assert found.draft_obstacle == ""  # drafts were accepted: not a request without any
+    assert RequestStats(drafting=True, rounds=343, declined=171, drafted=333, accepted=56).draft_note == ""
+
+
 # --- the device -----------------------------------------------------------------------------------
 
 

@@ -83,7 +83,8 @@ def test_the_detector_raises_one_alarm_with_the_ratio(estimator: FittedEstimator
         monitor.observe(*stream.step())
     alarms = [s for s in (monitor.observe(*stream.step(1.2)) for _ in range(400)) if s]
     assert len(alarms) == 1
-    assert "longer than predicted: re-profile" in alarms[0].reason
+    assert "longer than fitted" in alarms[0].reason
+    assert alarms[0].reason.endswith("Check the machine's load; if it is as usual, re-profile.")
     assert "20 %" in monitor.status().reason or "19 %" in monitor.status().reason
 
 

@@ -16,6 +16,7 @@ from wispprof.server.app import make_app
 from wispprof.server.engine_client import EngineClient
 from wispprof.server.metrics import Metrics, StepRecord
 from wispprof.server.process import RunningServer, running_server
+from wispprof.sessions.pending_drafts import DraftCounters
 from wispprof.settings.edge_settings import ClientSettings
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.testing.fake_engine import FakeEngine
@@ -82,6 +83,19 @@ async def test_metrics_and_steps_need_the_key_beyond_loopback(host: str) -> None
             assert [(await http.get(path)).status_code for path in ("/health", "/ready", "/")] == [200] * 3
 
 
+def test_sessions_without_an_slo_do_not_count_as_met() -> None:
+    metrics, counters = Metrics(), DraftCounters()
+    for slo, met in ((Slo.of(None), True), (Slo.of(None), True), (Slo(4.0), False), (Slo(4.0), True)):
+        metrics.ended(slo, counters, "stop", met, 100.0)
+    assert metrics.attainment == {"4": [1, 1]}
+    assert (metrics.sessions_met_slo, metrics.sessions_ended) == (1, 2)
+    text = metrics.text().decode()
+    assert 'slo_attained_total{slo_class="4"} 1.0' in text
+    assert 'slo_class="none"' not in text
+    metrics.ended(Slo.of(None, 500.0), counters, "stop", True, 100.0)
+    assert metrics.attainment["none"] == [1, 0]
+
+
 def record(number: int) -> StepRecord:
     return StepRecord(123_456.0 + 5.0 * number, 200, 420, 20, 12.345, 15.678, 13.21, 380, "full", "", 2)
 
@@ -109,7 +123,7 @@ def crowd(sessions: int, steps: int) -> Any:
     return SimpleNamespace(
         manager=manager, metrics=metrics, step_times=times, now_ms=lambda: 124_456.0, run_id="abcd1234",
         state="ok", model=engine.served, policy=SimpleNamespace(name="wispprof", stream=True), plan=None,
-        kv_free=1 << 19,
+        batch_row=None, kv_free=1 << 19,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -111,6 +112,26 @@ def test_policies_get_the_corrected_bound_and_the_log_names_the_cells(
         assert found["wispprof:re_profile_cell_ratio", str(cell)] == pytest.approx(ratio)
         assert ratio > 1.1
     assert found["wispprof:step_time_bound_scale", ""] == pytest.approx(status.bound_scale)
+
+
+def test_an_alarm_that_lasts_is_reported_ever_more_rarely(
+    estimator: FittedEstimator, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every look finds one more shape that drifted; in 20,000 steps that makes 8 lines, not 156."""
+    clock, [shape] = StepTimeTracker(estimator), shapes(1, 6)
+    cells: list[tuple[str, float]] = []
+
+    def status() -> SimpleNamespace:
+        cells.append((f"shape {len(cells)}", 2.0))
+        return SimpleNamespace(re_profile=True, reason="re-profile", cells=tuple(cells))
+
+    clock._monitor = SimpleNamespace(  # type: ignore[assignment]
+        observe=lambda shape, ms: None, corrected=lambda: estimator, status=status
+    )
+    with caplog.at_level(logging.WARNING, "wispprof.server"):
+        for _ in range(20_000):
+            clock.observe(shape, 1.0, 1.0)
+    assert len(caplog.records) == 8
 
 
 def test_negative_control_steps_as_profiled_log_nothing(

@@ -229,7 +229,7 @@ class RequestStats:
 
     @property
     def draft_note(self) -> str:
-        """:attr:`draft_obstacle` in words."""
+        """:attr:`draft_obstacle` in words; without one, whether the controller mostly chose k = 0."""
         commit_ms = (self.tpot_ms or 0.0) * (self.tokens - self.first_tokens) / max(1, self.rounds)
         late = f"No draft was in time: a commit took {commit_ms:.0f} ms, a round trip {self.rtt_ms:.0f} ms, "
         if self.prefill_ms is None:
@@ -239,14 +239,16 @@ class RequestStats:
         else:
             step_ms = self.draft_ms / self.drafted
             late += f"a draft step {step_ms:.0f} ms, the draft model's prefill {self.prefill_ms:.0f} ms."
+        by = f" by plan row {self.plan_row}" if self.plan_row else ""
+        mostly = f"The speculation controller or its plan mostly chose k = 0 ({self.declined} times{by})."
         return {
-            "": "",
+            "": mostly if 2 * self.declined > self.rounds else "",
             "off": "Server-only: this device does not draft.",
             "fault": f"Drafting stopped: {self.draft_fault}",
             "vocabulary": f"{self.foreign} drafts were outside the target's vocabulary.",
             "rejected": f"The target rejected all {self.verified_drafts} drafts.",
             "late": late,
-            "controller": f"The speculation controller or its plan chose k = 0 ({self.declined} times).",
+            "controller": f"The speculation controller or its plan chose k = 0 ({self.declined} times{by}).",
             "no_proposal": "The drafter had nothing to propose.",
         }[self.draft_obstacle]
 
@@ -287,7 +289,7 @@ class RequestStats:
             parts.append(f"reopened {self.reopened}x")
         if self.draft_only:
             parts.append(f"{self.draft_only} tokens UNVERIFIED (draft alone)")
-        if self.draft_obstacle not in ("", "off"):
+        if self.draft_note and self.draft_obstacle != "off":
             parts.append(self.draft_note)
         return " · ".join(parts)
 
@@ -306,6 +308,7 @@ _SUMS: dict[str, tuple[str, Callable[[RequestStats], float]]] = {
     "drafted_tokens": ("Tokens drafted.", lambda s: s.drafted),
     "accepted_tokens": ("Drafts verified and accepted.", lambda s: s.accepted),
     "late_drafts": ("Draft steps that a commit overtook.", lambda s: s.late),
+    "declined_rounds": ("Rounds and bursts with k = 0.", lambda s: s.declined),
     "foreign_drafts": ("Drafts outside the target's vocabulary.", lambda s: s.foreign),
     "draft_faults": ("Requests in which the draft model failed.", lambda s: bool(s.draft_fault)),
     "draft_seconds": ("Time spent drafting.", lambda s: s.draft_ms / 1000.0),
@@ -329,7 +332,7 @@ class EdgeMetrics:
     """Prometheus metrics of one edge, in a registry of their own."""
 
     def __init__(self) -> None:
-        registry = self._registry = CollectorRegistry()
+        registry = self.registry = CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"wispprof_edge_{name}", text, labels, registry=registry)
@@ -388,4 +391,4 @@ class EdgeMetrics:
 
     def text(self) -> bytes:
         """What /metrics answers."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)

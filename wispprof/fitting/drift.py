@@ -243,10 +243,13 @@ class DriftMonitor:
         if abs(percent) >= 50 * self.settings.min_change:
             side = "longer" if percent >= 0 else "shorter"
             where = f" ({named})" if named else ""
-            return f"Steps take {abs(percent):.0f} % {side} than predicted: re-profile{where}."
+            return f"Steps take {abs(percent):.0f} % {side} than fitted{where}. {_REMEDY}"
         if named:
-            return f"Steps of some shapes take other times than predicted: re-profile ({named})."
-        return "Steps took other times than predicted for a while: re-profile."
+            return f"Steps of some shapes take other times than fitted ({named}). {_REMEDY}"
+        return f"Steps took other times than fitted for a while. {_REMEDY}"
+
+
+_REMEDY = "Check the machine's load; if it is as usual, re-profile."
 
 
 MINIMUM_STEPS = 50

@@ -107,7 +107,7 @@ function show(data) {
   stepRows();
 }
 
-function figures({ sessions, waiting, estimator, kv, load_level, drift, classes, plan }) {
+function figures({ refused, sessions, waiting, estimator, kv, load_level, drift, classes, plan_row }) {
   const recent = chart.recent(WINDOW_MS).filter((one) => one.at > wholeFrom), sum = (of) => recent.reduce((total, one) => total + of(one), 0);
   const span = recent.length ? chart.now - recent[0].at + recent[0].actual : NaN;
   const middle = recent.map((one) => one.actual).sort((a, b) => a - b)[recent.length >> 1];
@@ -119,24 +119,30 @@ function figures({ sessions, waiting, estimator, kv, load_level, drift, classes,
   setText("f-busy", recent.length ? `engine ${percent(Math.min(1, sum((one) => one.actual) / span))} busy` : "");
   const bounded = recent.filter((one) => one.bound > 0);
   setText("f-over", percent(bounded.filter((one) => one.actual > one.bound).length / bounded.length));
-  setText("f-estimator", `${estimator === "learning" ? "learns its own steps" : "fitted estimator"}${plan ? ", plan" : ""}`);
+  setText("f-estimator", `${estimator === "learning" ? "learns its own steps" : "fitted estimator"}${plan_row ? `, plan row ${plan_row}` : ""}`);
   const met = classes.reduce((all, one) => all + one.met, 0), missed = classes.reduce((all, one) => all + one.missed, 0);
   setText("f-attainment", percent(met / (met + missed)));
-  setText("f-ended", `${number(met + missed, 0)} ended`);
+  const turnedAway = Object.values(refused).reduce((all, one) => all + one, 0);
+  setText("f-ended", `${number(met + missed, 0)} ended${turnedAway ? `, ${number(turnedAway, 0)} refused` : ""}`);
   setText("f-kv", percent(1 - kv.free / kv.total));
   setText("f-kv-more", `of ${number(kv.total, 0)} tokens`);
   setText("f-load", String(load_level));
   setText("f-drift", number(drift.ratio, 2));
-  setText("f-bound", drift.bound_scale === null ? "no drift monitor" : `bound × ${number(drift.bound_scale, 2)}`);
+  setText("f-bound", drift.bound_scale === null ? "no drift monitor" : `after correction; bound × ${number(drift.bound_scale, 2)}`);
 }
 
 function drafts({ drafted, accepted, matched, wasted, cut, dropped }) {
   const rows = [
     ["drafted", drafted], ["accepted", accepted], ["committed before they were verified", matched], ["contradicted or withdrawn", wasted],
-    ["left out of a step by the policy", cut],
+  ];
+  const beside = [
+    ["left out of a step by the policy, once or more", cut],
     ...Object.entries(dropped).map(([reason, tokens]) => [`refused: ${REASONS[reason] ?? reason}`, tokens]),
   ];
-  fillTable(byId("drafts"), rows.map(([name, tokens]) => [name, count(tokens), { n: percent(tokens / drafted) }]));
+  fillTable(byId("drafts"), [
+    ...rows.map(([name, tokens]) => [name, count(tokens), { n: percent(tokens / drafted) }]),
+    ...beside.map(([name, tokens]) => [`beside: ${name}`, count(tokens), { n: "" }]),
+  ]);
 }
 
 function sessions(of) {

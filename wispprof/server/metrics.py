@@ -176,7 +176,8 @@ class Metrics:
     def ended(
         self, slo: Slo, counters: DraftCounters, reason: str, met_slo: bool | None, e2e_ms: float
     ) -> None:
-        """A session ended. ``met_slo``: ``None`` if it does not count towards attainment."""
+        """A session ended. ``met_slo``: ``None`` if it does not count towards attainment; neither does one
+        without an SLO."""
         self.success.labels(reason).inc()
         self.drafted.inc(counters.drafted)
         self.accepted.inc(counters.accepted)
@@ -187,7 +188,7 @@ class Metrics:
             self.dropped.labels(cause).inc(count)
         self.drafts.add(counters)
         self.e2e.observe(e2e_ms / 1000.0)
-        if met_slo is None:
+        if met_slo is None or (slo.best_effort and slo.ttft_ms is None):
             return
         self.attainment.setdefault(slo_class(slo), [0, 0])[not met_slo] += 1
         self.sessions_ended += 1

@@ -47,7 +47,13 @@ def server_state(server: VerificationServer, since: int = 0) -> bytes:
         "policy": server.policy.name,
         "asynchronous": server.policy.stream,
         "estimator": "learning" if times.learning else "fitted",
+        "refused": {
+            sample.labels["code"]: int(sample.value)
+            for sample in next(iter(metrics.refused.collect())).samples
+            if sample.name.endswith("_total")
+        },
         "plan": bool(server.plan),
+        "plan_row": server.batch_row.cell if server.batch_row is not None else "",
         "load_level": manager.load_level,
         "waiting": manager.waiting,
         "kv": {

@@ -21,7 +21,8 @@ log = logging.getLogger("wispprof.server")
 _COVERAGE = 0.95
 _PREFILL_WINDOW_MS = 10_000.0
 _CORRECT_EVERY_STEPS = 16
-_REPORT_EVERY_STEPS = 128
+_REPORT_AFTER_STEPS = 128
+"""Steps after an alarm until shapes that drifted since are reported too; doubles with each report."""
 _RATIOS_EVERY = 8
 _EARLY = 0.05
 _MIN_CORRECTION = 0.005
@@ -98,7 +99,7 @@ class StepTimeTracker:
             DriftMonitor(fitted, drift or DriftSettings()) if isinstance(fitted, FittedEstimator) else None
         )
         self._reported_cells: set[Cell] = set()
-        self._report_from_step = 0
+        self._report_from_step, self._report_after = 0, _REPORT_AFTER_STEPS
         self._ratios: deque[float] = deque(maxlen=window)
         self.ratio = self.early_ratio = 1.0
         self._cycles: deque[tuple[float, float]] = deque(maxlen=window)
@@ -188,4 +189,5 @@ class StepTimeTracker:
         if self._report_from_step == 0 or due:
             log.warning("%s", status.reason)
             self._reported_cells |= cells
-            self._report_from_step = self.steps + _REPORT_EVERY_STEPS
+            self._report_from_step = self.steps + self._report_after
+            self._report_after *= 2

@@ -1,0 +1,131 @@
+"""Write docs/metrics.md from the metrics and the statistics themselves: ``python docs/generate_metrics.py``.
+
+A test compares the page with what this makes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from wispprof.edge.request_stats import EdgeMetrics, RequestStats
+from wispprof.server.metrics import Metrics
+
+PAGE = Path(__file__).with_name("metrics.md")
+HEAD = """# Metrics and statistics
+
+Made by `python docs/generate_metrics.py` from the metrics themselves.
+
+| where | what |
+|---|---|
+| server, `/metrics` | [metrics for Prometheus](#server); a [Grafana dashboard](grafana/wispprof.json) |
+| edge, `/metrics` | [metrics for Prometheus](#edge) |
+| edge, each answer | the object `wispprof`: [statistics of the request](#statistics-of-an-answer) |
+
+Counters end in `_total` when they are read, histograms in `_bucket`, `_sum` and `_count`.
+
+## Alerts
+
+SLO attainment below 95 %:
+
+```promql
+sum(rate(wispprof:slo_attained_total[10m]))
+  / (sum(rate(wispprof:slo_attained_total[10m])) + sum(rate(wispprof:slo_violations_total[10m])))
+  < 0.95
+```
+
+Step times that no longer match the profile, see [serve.md](serve.md#notice-drift):
+
+```promql
+wispprof:re_profile > 0
+```
+
+Steps that failed, or requests refused because their SLO cannot be met:
+
+```promql
+rate(wispprof:failed_steps_total[5m]) > 0
+rate(wispprof:requests_refused_total{code="slo"}[5m]) > 0
+```
+
+Sessions without an SLO count neither as met nor as missed.
+"""
+STATISTICS_HEAD = """
+## Statistics of an answer
+
+A round ends with a commit after the first token. Two figures have different denominators:
+`accepted_per_round` divides by all rounds, those without drafts included.
+`metrics.speculative_decoding.mean_acceptance_length` divides by the rounds that verified drafts, and counts
+the target's own token too, as vLLM does.
+
+| field | meaning |
+|---|---|"""
+STATISTICS = {
+    "drafting": "whether this device drafts",
+    "first_ms": "time to the first commit, from the request",
+    "last_ms": "time to the last commit, from the request",
+    "tokens": "committed tokens",
+    "draft_only": "tokens of the draft model alone, which no server confirmed (`--fallback draft`)",
+    "rounds": "commits after the first token",
+    "drafted": "tokens drafted",
+    "sent": "drafts sent to the server",
+    "trees": "frames of drafts with branches",
+    "plan_row": "row of the plan that was obeyed last: device/round trip/load level/SLO/mode/context",
+    "verified_drafts": "drafts that the server verified",
+    "accepted": "drafts verified and kept",
+    "draft_ms": "time spent drafting",
+    "wasted_ms": "of it, on drafts after the first rejected one",
+    "dropped": "drafts that ended in no committed token, the rejected ones included",
+    "dropped_ms": "time spent on those",
+    "proactive_guesses": "guesses at the target's own token, to draft on while a round is verified",
+    "proactive_hits": "guesses that were right",
+    "queue_ms": "time that rounds waited on the server for a step, in all",
+    "verify_ms": "time of the steps that verified them, in all",
+    "rtt_ms": "round trip of the link",
+    "up_bytes": "bytes sent",
+    "down_bytes": "bytes received",
+    "reopened": "how often the session was opened again after a lost link",
+    "late": "draft steps that a commit overtook",
+    "foreign": "drafts outside the target's vocabulary, which are not sent",
+    "no_proposal": "draft steps in which the drafter had nothing to propose",
+    "declined": "rounds and bursts for which the controller or its plan chose k = 0",
+    "prefill_ms": "the draft model's prefill; `null` until it ends",
+    "catch_up": "committed tokens that the draft model read without drafting",
+    "catch_up_ms": "time of that",
+    "draft_fault": "why drafting stopped; empty if it did not",
+    "finished": "why the answer ended",
+    "energy_j": "the request's share of the device's energy; `null` without a sensor",
+    "offered_by_position": "verified rounds with at least 1, 2, … drafts",
+    "accepted_by_position": "rounds of these in which the first 1, 2, … drafts were accepted",
+    "tokens_per_s": "committed tokens over the whole request",
+    "ttft_ms": "time to the first token",
+    "tpot_ms": "mean time per token after the first commit",
+    "accepted_per_round": "`accepted` ÷ `rounds`",
+    "queue_ms_per_round": "`queue_ms` ÷ `rounds`",
+    "verify_ms_per_round": "`verify_ms` ÷ `rounds`",
+    "energy_j_per_token": "`energy_j` ÷ tokens",
+    "draft_note": "in words: what kept this device from drafting, or that k = 0 was chosen for most rounds",
+}
+"""Every key of :meth:`~wispprof.edge.request_stats.RequestStats.summary`, in its order."""
+
+
+def render() -> str:
+    """The page as Markdown."""
+    assert list(STATISTICS) == list(RequestStats().summary())
+    parts = [HEAD, "## Server\n", *_table(Metrics().registry), "\n## Edge\n", *_table(EdgeMetrics().registry)]
+    parts += [STATISTICS_HEAD, *(f"| `{name}` | {text} |" for name, text in STATISTICS.items()), ""]
+    return "\n".join(parts)
+
+
+def _table(registry: CollectorRegistry) -> list[str]:
+    rows = ["| metric | type | labels | meaning |", "|---|---|---|---|"]
+    for collector in registry._collector_to_names:
+        [described] = collector.describe()
+        labels = ", ".join(f"`{label}`" for label in collector._labelnames)
+        text = described.documentation.removesuffix(".")
+        rows.append(f"| `{described.name}` | {described.type} | {labels} | {text} |")
+    return rows
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
