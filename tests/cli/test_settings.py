@@ -77,6 +77,15 @@ def test_a_wrong_file_is_one_clear_line(here: Path, text: str, expected: str) ->
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_file_in_the_working_folder_is_named_if_it_sets_something(here: Path) -> None:
+    file = here / "wispprof.toml"
+    file.write_text("[fit]\nseed = 3\n")
+    said = f"settings of [fit] from {file}"
+    assert said in RUNNER.invoke(app, ["fit"]).stderr.replace("\n", "")
+    assert "settings of" not in RUNNER.invoke(app, ["--config", str(file), "fit"]).stderr
+    assert "settings of" not in RUNNER.invoke(app, ["plan"]).stderr
+
+
 def test_a_named_file_must_be_there(here: Path) -> None:
     done = RUNNER.invoke(app, ["--config", "nowhere.toml", "fit"])
     assert done.exit_code == console.FAULT

@@ -128,7 +128,7 @@ async def test_a_request_beyond_the_context_is_refused_alone() -> None:
 
 
 @pytest.mark.parametrize("policy", ["wisp", "wispprof"])
-async def test_sessions_resume_on_a_restarted_server(policy: str) -> None:
+async def test_sessions_resume_on_a_restarted_server(policy: str, caplog: pytest.LogCaptureFixture) -> None:
     """The first server dies in the middle of 20 generations; another one takes its place."""
     where = ""
 
@@ -151,6 +151,9 @@ async def test_sessions_resume_on_a_restarted_server(policy: str) -> None:
     assert all(stat.reopened >= 1 for stat in stats)
     for prompt, generation in zip(prompts, made, strict=True):
         assert list(generation.output) == truth(prompt, 64)
+    said = [record.getMessage() for record in caplog.records if record.name == "wispprof.edge"]
+    assert said[0] == "no link to the server: connecting"
+    assert "the link to the server is up, after" in said[1]
 
 
 async def test_a_first_opening_is_no_reopening() -> None:

@@ -20,6 +20,7 @@ from wispprof.errors import (
     ServerUnreachable,
     WispprofError,
 )
+from wispprof.openai_api.api_error import ApiError
 from wispprof.openai_api.routes import StreamTiming
 from wispprof.openai_api.tokenizer import ByteTokenizer
 from wispprof.types import GenerationDefaults, Slo, TokenChunk
@@ -407,3 +408,12 @@ async def test_a_short_prompt_does_not_wait_for_long_ones() -> None:
         finally:
             held.set()
         assert set(await asyncio.gather(*long)) == {400}
+
+
+def test_refusals_name_the_fields_of_a_request() -> None:
+    """The same refusal reaches edges, whose users give options."""
+    said = "Request --slo 29.23, omit --slo, or start the server with `serve --admit all`."
+    assert ApiError(said, 429).body()["error"]["message"] == (
+        "Request tokens_per_s 29.23, omit tokens_per_s, or start the server with `serve --admit all`."
+    )
+    assert ApiError("omit --ttft and x--slo").body()["error"]["message"] == "omit ttft_ms and x--slo"

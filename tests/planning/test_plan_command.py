@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from wispprof.artifacts import EdgeRow, Manifest, bundled_path, make_profile, save_profile, save_trace
+from wispprof.artifacts.plan import load_plan
 from wispprof.artifacts.rows import AcceptanceTrace, TracePath
 from wispprof.cli import app
 from wispprof.fitting.batch_totals import EMPTY
 from wispprof.fitting.conformal import LEVELS, RatioBound
 from wispprof.fitting.estimator import Domain, FittedEstimator
 from wispprof.fitting.step_time_models import WispLinear
+from wispprof.planning.explain import explain
 from wispprof.types import BatchTotals, ModelInfo, Sampling
 
 
@@ -135,3 +138,18 @@ def test_a_draft_step_known_too_roughly_is_named_by_plan_and_explain(folder):
     cell = ("--plan", folder / "plan.json", "--json")
     assert said in json.loads(call("plan", "explain", "phone/20/0/4", *cell).stdout)["words"]
     assert said not in json.loads(call("plan", "explain", "tablet/20/0/4", *cell).stdout)["words"]
+
+
+def test_a_missing_estimator_names_the_command_that_makes_one(folder):
+    (folder / "estimator.json").unlink()
+    said = " ".join(make(folder).stderr.split())
+    assert "Check the path, or make it with `wispprof fit`." in said
+
+
+def test_a_capacity_without_drafts_is_one_number(folder):
+    assert make(folder).exit_code == 0
+    loaded = load_plan(folder / "plan.json")
+    rows = tuple(replace(row, k=0, split=row.server_only - 1) for row in loaded.capacity)
+    words = " ".join(explain(replace(loaded, capacity=rows), loaded.draft[0].cell))
+    assert f": {rows[0].server_only} devices without drafts (" in words
+    assert "k = 0" not in words.partition("Capacity if all")[2].partition(".")[0]

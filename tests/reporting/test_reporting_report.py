@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -51,6 +52,15 @@ def test_every_section_is_there(page: str) -> None:
     assert "def &lt;f&gt;:" in text
     assert "a &amp; b" in text
     assert "a &lt;cpu&gt;" in text
+
+
+def test_reference_measurements_are_no_shapes(folder: Path) -> None:
+    run = load_run(folder)
+    assert run.server is not None
+    reference = replace(run.server.rows[0], key="sentinel", kind="sentinel", flags=("drift",), order=99)
+    server = make_profile(run.server.manifest, [*run.server.rows, *[reference] * 3])
+    assert "medians of 24 measured shapes" in render_report(replace(run, server=server))
+    assert "0 rows carry a flag" in render_report(replace(run, server=server))
 
 
 def test_the_page_is_well_formed_and_self_contained(page: str) -> None:

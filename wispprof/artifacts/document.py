@@ -69,6 +69,10 @@ def write_document(
     return digest
 
 
+_MADE_BY = {"estimator": "fit", "predictor": "fit", "plan": "plan"}
+"""The command that writes a document, by its kind."""
+
+
 def read_document(path: Path, kind: str) -> Document:
     """Read a document of ``kind``.
 
@@ -77,7 +81,9 @@ def read_document(path: Path, kind: str) -> Document:
     """
     path = Path(path)
     where = f"{kind} {path}"
-    value = files.parse_json(files.read_bytes(path, kind), where)
+    maker = _MADE_BY.get(kind)
+    hint = f"Check the path, or make it with `wispprof {maker}`." if maker else "Check the path."
+    value = files.parse_json(files.read_bytes(path, kind, hint), where)
     if not isinstance(value, dict) or not str(value.get("format")).startswith(_PREFIX):
         raise ArtifactDamaged(f"{path} is not a file of wispprof.", f"Name a {kind} file.")
     found = str(value["format"]).removeprefix(_PREFIX)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wispprof import __version__
-from wispprof.cli.console import USAGE, GuardedGroup, known_options
+from wispprof.cli.console import USAGE, GuardedGroup, known_options, note
 from wispprof.settings.sources import ENV_PREFIX, read_config
 
 if TYPE_CHECKING:
@@ -204,6 +204,8 @@ def _root(
     found = read_config(config)
     if found.sections:
         found.check(known_options(context.command))
+    if config is None and (context.invoked_subcommand or "").replace("-", "_") in found.sections:
+        note(f"settings of [{context.invoked_subcommand}] from {found.path}")
     context.default_map = _by_command(found.sections)
     if context.invoked_subcommand is None:
         _first_run(context)

@@ -202,6 +202,7 @@ class EdgeClient:
         """A new connection, however long that takes; fails sessions meanwhile as :class:`EdgeClient` says."""
         loop, settings = asyncio.get_running_loop(), self.settings
         attempt, minimum_ms = 0, pause_ms
+        log.warning("no link to the server: connecting")
         while True:
             await self._pause(pause_ms, minimum_ms)
             self._opened.clear()
@@ -229,6 +230,7 @@ class EdgeClient:
                     self._fail(waiting, self.fault)
             else:
                 self.fault = None
+                log.warning("the link to the server is up, after %.1f s", loop.time() - lost_s)
                 return connection
 
     async def _pause(self, pause_ms: float, minimum_ms: float) -> None:

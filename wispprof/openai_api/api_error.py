@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from wispprof.errors import RequestRefused, RuntimeFault, ServerBusy, ServerUnreachable, WispprofError
 
 _UNREACHABLE_RETRY_MS = 5_000.0
+_FIELDS = {"--slo": "tokens_per_s", "--ttft": "ttft_ms"}
+"""Options of commands that messages name, and what a request calls them."""
+_OPTIONS = re.compile(r"(?<!\S)--(?:slo|ttft)\b")
 
 
 class ApiError(WispprofError):
@@ -51,7 +55,7 @@ class ApiError(WispprofError):
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         default = "invalid_request_error" if self.status < 500 else "server_error"
         error = {
-            "message": str(self),
+            "message": _OPTIONS.sub(lambda found: _FIELDS[found[0]], str(self)),
             "type": kinds.get(self.status, default),
             "param": self.param,
             "code": self.code,

@@ -175,8 +175,9 @@ def _capacity(plan: Plan, row: DraftRow) -> list[str]:
     """How many such devices fit: all of this class, and in the mixes that contain it."""
     where = (row.device, row.rtt_ms, row.mode, row.context)
     lines = [
-        f"Capacity if all have an SLO of {row.tokens_per_s:g} tokens/s: {alone.split} devices with "
-        f"k = {alone.k}, {alone.server_only} without drafts ({_LIMITS[alone.bound_by]})."
+        f"Capacity if all have an SLO of {row.tokens_per_s:g} tokens/s: "
+        + (f"{alone.split} devices with k = {alone.k}, " if alone.k else "")
+        + f"{alone.server_only} {'' if alone.k else 'devices '}without drafts ({_LIMITS[alone.bound_by]})."
         for alone in plan.capacity
         if (alone.device, alone.rtt_ms, alone.mode, alone.context) == where
         and alone.tokens_per_s == row.tokens_per_s

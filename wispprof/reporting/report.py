@@ -174,7 +174,7 @@ def _policies(benches: Sequence[Bench]) -> dict[str, Any] | None:
 def _surface(run: Run) -> dict[str, Any] | None:
     if run.server is None or run.estimator is None:
         return None
-    rows = run.server.rows
+    rows = [row for row in run.server.rows if row.kind != "sentinel"]
     svg = figures.latency_surface(rows, run.estimator)
     flagged = sum(bool(row.flags) for row in rows)
     if not svg:
