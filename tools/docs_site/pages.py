@@ -54,7 +54,7 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Lead the links of a page in ``docs/`` to what the site has in their place."""
     uri = page.file.src_uri
-    return markdown if page.file.generated_by else _relink(markdown, f"docs/{uri}", uri)
+    return _titled(markdown if page.file.generated_by else _relink(markdown, f"docs/{uri}", uri))
 
 
 def _targets(text: str, page: str) -> list[tuple[re.Match[str], str]]:
@@ -89,6 +89,16 @@ def _relink(text: str, page: str, name: str) -> str:
         return f"{found[1]}{relpath(site, here)}{found[3]}"
 
     return _LINK.sub(lead, text)
+
+
+def _titled(text: str) -> str:
+    """``text`` whose links name pages by title, not by file."""
+
+    def titled(found: re.Match[str]) -> str:
+        file = ROOT / "docs" / found[1]
+        return f"[{file.read_text().partition(chr(10))[0].lstrip('# ')}](" if file.is_file() else found[0]
+
+    return re.sub(r"\[(?:docs/)?([\w-]+\.md)\]\(", titled, text)
 
 
 def _source_page(source: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -282,8 +283,8 @@ def _profile_document(profile: Profile) -> dict[str, Any]:
 
 
 _FACTS = {
-    "seconds": "time, s",
-    "expected_s": "announced, s",
+    "seconds": "seconds taken",
+    "expected_s": "seconds announced",
     "noisy_rows": "noisy rows",
     "out_of_time": "not measured in time",
     "left_out": "left out of the grid",
@@ -310,14 +311,19 @@ def _print_profile(profile: Profile, everything: bool) -> None:
             row.kind,
             row.shape.key() if isinstance(row, StepRow) else row.key,
             row.median_ms,
-            100 * half_width(row.samples_ms),
+            100 * width if (width := half_width(row.samples_ms)) < math.inf else None,
             len(row.samples_ms),
             " ".join(row.flags),
         )
         for row in rows
     )
     columns = f"kind|{subject}|median ms:.4g|± %:.1f|samples|flags"
-    output().print(table(title, columns, cells))
+    few = (
+        ""
+        if manifest.source != "measured"
+        else "± %: 95 % interval of the median; none of fewer than 6 samples."
+    )
+    output().print(table(title, columns, cells, few))
     skip = ("drift", "physics", "refused")
     facts = [(k, v) for k, v in manifest.summary.items() if k not in skip and v is not None]
     if facts:
