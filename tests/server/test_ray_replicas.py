@@ -10,6 +10,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,14 @@ from typer.testing import CliRunner
 
 from wispprof.cli import app
 from wispprof.errors import RuntimeFault
-from wispprof.server.ray_replicas import METRIC, LoadLevelPolicy, deployment, target_replicas
+from wispprof.server.metrics import Metrics
+from wispprof.server.ray_replicas import (
+    METRIC,
+    LoadLevelPolicy,
+    _serve_metrics,
+    deployment,
+    target_replicas,
+)
 from wispprof.settings.server_settings import ServerSettings
 
 HAVE_RAY = importlib.util.find_spec("ray") is not None
@@ -31,6 +39,23 @@ def test_more_load_never_means_fewer_replicas(recorded: list[float]) -> None:
     less = target_replicas(recorded, now, 0.5, 2.0)
     more = target_replicas([min(4.0, level + 0.7) for level in recorded], now, 0.5, 2.0)
     assert more >= less >= 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_replicas_metrics_take_the_key_beyond_loopback(host: str) -> None:
+    key = "k" * 16
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = ServerSettings(host=host, port=port - 1, api_keys=(key,))
+    listener = _serve_metrics(SimpleNamespace(metrics=Metrics()), settings, 0)
+    try:
+        url, shown = f"http://127.0.0.1:{port}/metrics", {"authorization": f"Bearer {key}"}
+        with httpx.Client(trust_env=False) as http:
+            assert http.get(url).status_code == (401 if host == "0.0.0.0" else 200)
+            assert "wispprof:load_level" in http.get(url, headers=shown).text
+    finally:
+        listener.shutdown()
+        listener.server_close()
 
 
 @given(levels)

@@ -12,10 +12,17 @@ import math
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from socketserver import ThreadingMixIn
 from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from starlette.datastructures import Headers
 
 from wispprof.errors import RuntimeFault
+from wispprof.openai_api.request_guard import bearer_key
 from wispprof.policies.cost_model import LOAD_LEVELS
+from wispprof.server.frame_checks import check_key
+from wispprof.server.web_server import server_tls
 from wispprof.settings.server_settings import ServerSettings
 
 NAME = "wispprof"
@@ -198,14 +205,40 @@ def _gpus(settings: ServerSettings) -> float:
 
 
 def _serve_metrics(server: Any, settings: ServerSettings, rank: int) -> Any:
-    """Serve a replica's own /metrics, on the server's port + 1 + rank: the proxy has only one."""
-    from prometheus_client import start_http_server
+    """Serve a replica's own /metrics, on the server's port + 1 + rank: the proxy has only one.
 
-    port = settings.port + 1 + rank
+    With TLS, and beyond loopback with an API key, as the server's own.
+    """
+    from prometheus_client import make_wsgi_app
+
+    port, metrics = settings.port + 1 + rank, make_wsgi_app(server.metrics.registry)
+
+    def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        key = bearer_key(Headers({"authorization": environ.get("HTTP_AUTHORIZATION", "")}))
+        if settings.loopback or check_key(key, settings.api_keys):
+            return metrics(environ, start_response)
+        start_response("401 Unauthorized", [("WWW-Authenticate", "Bearer")])
+        return [b""]
+
     try:
-        listener, _ = start_http_server(port, settings.host, registry=server.metrics.registry)
+        listener = make_server(settings.host, port, guarded, _MetricsServer, _Quiet)
     except OSError as err:
         log.warning("no metrics of replica %d: port %d: %s", rank, port, err.strerror)
         return None
-    log.info("metrics of replica %d: http://%s:%d/metrics", rank, settings.host, port)
+    if tls := server_tls(settings.tls_cert, settings.tls_key):
+        listener.socket = tls.wrap_socket(listener.socket, server_side=True, do_handshake_on_connect=False)
+    threading.Thread(target=listener.serve_forever, daemon=True, name="metrics").start()
+    scheme = "https" if settings.tls_cert is not None else "http"
+    log.info("metrics of replica %d: %s://%s:%d/metrics", rank, scheme, settings.host, port)
     return listener
+
+
+class _MetricsServer(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Quiet(WSGIRequestHandler):
+    timeout = 10.0
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Scrapes are not logged."""
