@@ -128,7 +128,7 @@ def test_an_estimator_that_was_wrong_from_the_first_step_is_reported(
     stream, monitor = Stream(11), DriftMonitor(estimator)
     fired = [monitor.observe(*stream.step(1.6)) for _ in range(200)]
     status = next(status for status in fired if status is not None)
-    assert "longer than predicted" in status.reason
+    assert "longer than fitted" in status.reason
     near = DriftMonitor(estimator)
     assert all(near.observe(*stream.step(1.03)) is None for _ in range(2000))
 
