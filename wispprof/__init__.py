@@ -11,6 +11,11 @@ The Python API, in the order of use (each name is imported when it is first used
     running_server(ServerSettings(...)), serve                        a verification server
     open_edge(EdgeSettings(...)), generate                            a draft client
 
+Settings take all options of a command by name, a remote server's key included::
+
+    edge = EdgeSettings.of(server="gpu-box:8200", key="...", max_tokens=64, slo=8.0)
+    print(generate("def read_config(path):", edge, Sampling(temperature=0.8, seed=1)))
+
 ``examples/`` shows each. Errors are :class:`WispprofError` and its subclasses (:mod:`wispprof.errors`).
 """
 

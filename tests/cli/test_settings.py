@@ -170,6 +170,20 @@ def test_a_value_that_is_not_allowed_is_named(given: dict[str, Any], message: st
     assert str(err.value) == message
 
 
+def test_settings_are_made_of_options_by_name() -> None:
+    made = EdgeSettings.of(server="box:1", key="secret key", slo=3.0, draft_ahead=5, threads=2)
+    access, drafting = made.client.access, made.drafting
+    assert (made.server, access.key, made.tokens_per_s) == ("box:1", "secret key", 3.0)
+    assert (drafting.draft_ahead, made.llama.threads) == (5, 2)
+    assert EdgeSettings.of() == EdgeSettings()
+    assert EdgeSettings.of(tokens_per_s=3.0) == EdgeSettings.of(slo=3.0) != EdgeSettings()
+    with pytest.raises(SettingsError, match="no option 'keys'") as caught:
+        EdgeSettings.of(keys="x")
+    assert "key" in caught.value.hint
+    with pytest.raises(SettingsError, match="draft_ahead must be"):
+        EdgeSettings.of(draft_ahead=-1)
+
+
 def test_secrets_are_not_printed() -> None:
     settings = ServerSettings(api_keys=("a-secret-of-16-chars",))
     assert "a-secret" not in repr(settings)

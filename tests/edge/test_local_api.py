@@ -71,6 +71,21 @@ async def test_the_openai_client_completes_streamed_and_whole() -> None:
         assert len(chunks) > 4
 
 
+async def test_a_request_switches_drafting_off() -> None:
+    async with api() as http:
+        client = openai_client(http)
+        asked = {"model": "hash-256", "prompt": "abc", "max_tokens": 40, "temperature": 0}
+        found = [
+            await client.completions.create(**asked, extra_body={"drafting": drafting})
+            for drafting in (True, False)
+        ]
+        assert [whole.choices[0].text for whole in found] == [text_of("abc", 40)] * 2
+        drafted, alone = (whole.model_extra["wispprof"] for whole in found)
+        assert drafted["drafting"] is True
+        assert (alone["drafting"], alone["drafted"], alone["sent"]) == (False, 0, 0)
+        assert "by the request" in alone["draft_note"]
+
+
 async def test_chat_with_stop_strings_seed_and_max_tokens() -> None:
     async with api() as http:
         client = openai_client(http)

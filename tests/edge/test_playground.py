@@ -142,7 +142,9 @@ async def test_it_can_begin_without_drafts() -> None:
         found = await chat(http, body("alone", 20), "?drafting=false")
         assert "".join(token["text"] for token in tokens(found)) == text_of("alone", 20)
         assert {token["origin"] for token in tokens(found)} == {TARGET}
-        assert found[-1][1]["stats"]["sent"] == 0
+        stats = found[-1][1]["stats"]
+        assert (stats["sent"], stats["drafting"]) == (0, False)
+        assert "Drafting was off" in stats["draft_note"]
 
 
 async def test_an_edge_without_a_draft_model_answers_too() -> None:

@@ -54,6 +54,7 @@ CHANGES: dict[str, Any] = {
     "stream_options": {"include_usage": True},
     "tokens_per_s": 3.0,
     "ttft_ms": 80.0,
+    "drafting": False,
 }
 NEEDS = {
     "top_logprobs": {"logprobs": True},

@@ -279,7 +279,7 @@ def test_a_late_draft_of_a_stream_is_no_guess() -> None:
     buffer = DraftBuffer(PROMPT, stream=True)
     buffer.propose(1)
     late = buffer.on_commit(4, [1], 0, drafted=0)
-    assert not late.proactive
+    assert (late.proactive, late.proactive_hit) == (False, False)
     for token in (2, 3):
         buffer.propose(token)
     guessed = buffer.on_commit(6, [2, 3], 1, drafted=1)

@@ -129,7 +129,7 @@ def _python_api() -> str:
             plain = module.startswith("wispprof.settings.")
             parts.append(_section(f"{module}.{attribute or name}", merge_init_into_class=not plain, **named))
             if plain:
-                parts.append("Fields, with types and defaults: [settings](config.md).\n")
+                parts.append(f"`{name}.of(…)` takes all options by the names of the [settings](config.md).\n")
     parts += ["## Errors\n", _section("wispprof.errors", show_root_heading=False, heading_level=3)]
     return "\n".join(parts)
 

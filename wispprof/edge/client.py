@@ -391,7 +391,7 @@ def _opening_frames(number: int, listener: GenerationListener) -> list[bytes]:
 def _unreachable(down_ms: float, err: LinkLost) -> ServerUnreachable:
     return ServerUnreachable(
         f"No server for {down_ms / 1000:.1f} s. {err}".rstrip(),
-        "Start one with `wispprof serve`, or check the address.",
+        "Start one with `wispprof serve`, check the address, or wait longer (`--give-up-ms`).",
     )
 
 

@@ -235,6 +235,7 @@ class Generation:
         if self._worker is None or self.stats.draft_fault or on is not self._undrafted:
             return
         self._undrafted = not on
+        self.stats.drafting = on or self._number >= 0
         if on:
             assert self._controller is not None
             self._session.scheduler.resume(self._controller)

@@ -123,7 +123,9 @@ class EdgeBackend:
             slo=request.slo,
             stop_tokens=request.stop_tokens,
         )
-        return CountedReply(self._runtime, prompt, self._metrics)
+        reply = CountedReply(self._runtime, prompt, self._metrics)
+        reply.drafting = not request.undrafted
+        return reply
 
 
 class CountedReply(Reply):

@@ -47,7 +47,7 @@ class ApiError(WispprofError):
             status = 503 if err.code == "draining" else 429
             return cls(str(err), status, code=err.code, retry_ms=err.retry_ms, **details)
         if isinstance(err, ServerUnreachable):
-            return cls(str(err), 503, retry_ms=_UNREACHABLE_RETRY_MS)
+            return cls(str(err), 503, code="server_unreachable", retry_ms=_UNREACHABLE_RETRY_MS)
         return cls(str(err), 502 if isinstance(err, RuntimeFault) else 400)
 
     def body(self) -> dict[str, Any]:

@@ -150,4 +150,5 @@ def _generation_request(
         stop_tokens=stop_tokens,
         vocab_size=backend.tokenizer.vocab_size,
     )
-    return GenerationRequest(tokens, max_new, sampling, body.slo(backend.default_slo), tuple(stop_tokens))
+    slo = body.slo(backend.default_slo)
+    return GenerationRequest(tokens, max_new, sampling, slo, tuple(stop_tokens), undrafted=not body.drafting)

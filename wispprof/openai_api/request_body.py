@@ -80,6 +80,7 @@ class RequestBody(BaseModel, ABC):
     stream_options: dict[str, Any] = {}
     tokens_per_s: Speed | None = None
     ttft_ms: Milliseconds | None = None
+    drafting: bool = True
 
     @property
     def max_new(self) -> int | None:

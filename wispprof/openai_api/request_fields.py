@@ -79,6 +79,7 @@ FIELDS: tuple[RequestField, ...] = (
     # This project's own.
     _honoured("tokens_per_s", "SLO: token speed asked for."),
     _honoured("ttft_ms", "SLO: time to the first token."),
+    _honoured("drafting", "False: no drafts for this answer. A server's own endpoint never drafts."),
     # Refused: they would change the text, the prompt or the response.
     _refused("frequency_penalty", 0),
     _refused("presence_penalty", 0),

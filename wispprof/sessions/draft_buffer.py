@@ -389,4 +389,5 @@ class DraftBuffer:
             del held[:count], self._acceptance_probs[:count], self._draft_ms[:count]
         if self.sent < committed_len:
             self.sent = committed_len
-        return CommitEffect(new, None, new[hits:], hits, accepted, drafts - both, proactive, hits == count)
+        hit = proactive and hits == count
+        return CommitEffect(new, None, new[hits:], hits, accepted, drafts - both, proactive, hit)

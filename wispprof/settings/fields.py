@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from wispprof.errors import SettingsError, nearest
 
@@ -103,6 +103,21 @@ class Settings:
 
     __slots__ = ()
 
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        """Defaults but for some fields, wherever they are nested, by their own names or by those of the
+        command line with ``_`` for ``-``. Raises :class:`SettingsError` for a name that is none.
+
+        >>> from wispprof.settings.edge_settings import EdgeSettings
+        >>> EdgeSettings.of(server="gpu-box:8200", give_up_ms=5000.0).client.give_up_ms
+        5000.0
+        """
+        known = _keys(cls)
+        for name in options:
+            if name not in known:
+                raise SettingsError(f"{cls.__name__} has no option {name!r}.", nearest(name, sorted(known)))
+        return _with(cls(), options)
+
     def __post_init__(self) -> None:
         for each in declared(type(self)):
             each.check(getattr(self, each.name))
@@ -110,6 +125,9 @@ class Settings:
 
     def check_together(self) -> None:
         """Raise :class:`SettingsError` if values that are allowed alone contradict each other."""
+
+
+S = TypeVar("S", bound=Settings)
 
 
 def declared(kind: Any) -> tuple[Declared, ...]:
@@ -120,6 +138,21 @@ def declared(kind: Any) -> tuple[Declared, ...]:
 def nested(kind: Any) -> tuple[tuple[str, type[Settings]], ...]:
     """Fields of a settings class that are settings themselves."""
     return _nested(kind)
+
+
+def _keys(kind: type[Settings]) -> set[str]:
+    inner = (_keys(type_) for _, type_ in nested(kind))
+    return {name for each in declared(kind) for name in (each.key, each.name)}.union(*inner)
+
+
+def _with(base: S, options: Mapping[str, Any]) -> S:
+    values = {
+        each.name: options[name]
+        for each in declared(type(base))
+        for name in {each.key, each.name} & options.keys()
+    }
+    values |= {name: _with(getattr(base, name), options) for name, _ in nested(type(base))}
+    return replace(base, **values)  # type: ignore[type-var]
 
 
 @cache
