@@ -4,7 +4,7 @@ import { Answer, hideTip } from "./answer.js";
 import { byId, el, ms, number, percent, serverEvents, setText } from "./dom.js";
 import { Rounds } from "./rounds.js";
 
-const EXAMPLES = ["Explain speculative decoding to a colleague.", "Write a function that reverses a list.", "Count from one to thirty."];
+const EXAMPLES = ["Explain speculative decoding to a colleague.", "Write a function that reverses a list.", "def fibonacci(n):"];
 const STATES = {
   ok: ["ok", "linked"],
   reconnecting: ["wait", "server lost, reconnecting"],
