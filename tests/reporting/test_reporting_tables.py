@@ -48,6 +48,28 @@ def test_the_brief_comparison_fits_a_terminal() -> None:
     assert "step" in text
 
 
+NUMBERS = (12345.678, 0.5, None, 7.0, 1234.5, 3.25, 99.9, 100.0, 2.0, 1234567)
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_numbers_stay_whole_where_text_must_wrap(width: int) -> None:
+    columns = (Column("the figure"), *(Column(f"a long header {i}") for i in range(9)), Column("why"))
+    name, why = "cost efficiency of the pair, in thousand tokens", "within ten percent of the paper " * 3
+    table = Table("", columns, ((name, *NUMBERS[:9], why), (name, *NUMBERS[1:], "blake2b:0123456789abcdef")))
+    with open("/dev/null", "w") as null:
+        console = Console(width=width, record=True, file=null)
+        shown = to_rich(table)
+        shown.padding = 0
+        console.print(shown)
+        console.print(shown)  # drawing changes nothing
+    text = console.export_text()
+    first, second = text[: len(text) // 2], text[len(text) // 2 :]
+    assert first == second
+    assert "…" not in text
+    words = text.split()
+    assert all(words.count(Column("").text(value)) >= 2 for value in NUMBERS)
+
+
 def test_equal_values_have_no_best() -> None:
     table = Table("", (Column("x"), Column("y", best="min")), (("a", 1), ("b", 1)))
     assert "best" not in to_html(table)

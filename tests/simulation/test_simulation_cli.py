@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -13,7 +16,7 @@ from typer.testing import CliRunner
 
 from wispprof.cli import app
 from wispprof.cli.simulate import comparison_table
-from wispprof.simulation.reproduce import Figure, ReproducedTable
+from wispprof.simulation.reproduce import Figure, ReproducedTable, read_setup
 
 QUICK = ["--devices", "3", "--seconds", "4", "--warmup", "1", "--prompt", "20", "--output", "12"]
 
@@ -87,6 +90,30 @@ def test_a_comparison_fits_eighty_columns() -> None:
     assert "no: D +15%" not in console.file.getvalue()  # type: ignore[attr-defined]
     console.print(comparison_table(replace(far, within=0.01)))
     assert "no: C -10%" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("paper", ["specedge", "wisp", "configspec"])
+def test_each_paper_fits_eighty_columns_with_every_number(paper: str) -> None:
+    setup = read_setup(paper)
+    names = {one["name"]: "why" for one in setup["assumption"]}
+    figures = tuple(
+        Figure(f"cost efficiency of 8B on A100, thousand tokens/$, {i}", 1234.5, dict.fromkeys(names, 11.23))
+        for i in range(2)
+    )
+    found = ReproducedTable(setup["title"], setup["citation"], setup["within"], names, figures)
+    console = Console(width=80, file=StringIO())
+    console.print(comparison_table(found))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    assert text.split().count("11.2") == 2 * len(names)
+    assert text.split().count("1234") == 2
+
+
+def test_without_a_terminal_lines_are_long() -> None:
+    code = "from wispprof.cli.console import console, output; print(output().width, console().width)"
+    plain = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    seen = subprocess.run([sys.executable, "-c", code], env=plain, capture_output=True, text=True, check=True)
+    assert seen.stdout.split() == ["160", "160"]
 
 
 def test_configspec_as_json() -> None:

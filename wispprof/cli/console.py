@@ -34,22 +34,29 @@ if TYPE_CHECKING:
 FAULT, USAGE, INTERRUPTED = 1, 2, 130
 PLAIN_PROGRESS_S = 10.0
 """Interval of progress lines without a terminal."""
+UNLIMITED_WIDTH = 160
+"""Characters of a line without a terminal and without ``COLUMNS``."""
 
 
 @cache
 def console() -> Console:
     """The stderr console: progress, notes and errors."""
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False)
+    return _console(stderr=True)
 
 
 @cache
 def output() -> Console:
-    """The stdout console: results as tables and text."""
+    """The stdout console: results as tables and text. In a pipe or a file nothing needs to fit a screen."""
+    return _console(stderr=False)
+
+
+def _console(stderr: bool) -> Console:
     from rich.console import Console
 
-    return Console(highlight=False)
+    made = Console(stderr=stderr, highlight=False)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = UNLIMITED_WIDTH
+    return made
 
 
 def result(document: Any, shown: RenderableType, as_json: bool) -> None:

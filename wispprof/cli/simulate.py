@@ -199,8 +199,10 @@ def comparison_table(found: ReproducedTable) -> RenderableType:
     legend = Grid.grid(padding=(0, 1))
     for name, why in found.assumptions.items():
         legend.add_row(letters[name], f"[bold]{name}[/bold]: {why}")
+    shown = table(f"{found.title} ({found.citation})", columns, rows)
+    shown.padding = 0  # ten setups within 80 characters
     return Group(
-        table(f"{found.title} ({found.citation})", columns, rows),
+        shown,
         legend,
         f"\nwithin {found.within:.0%}: the setups that differ from the paper by no more, or the nearest.",
     )

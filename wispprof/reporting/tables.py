@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from rich.table import Table as RichTable
+    from wispprof.reporting.terminal_table import TerminalTable
 
 Cell = str | float | int | bool | None
 MISSING = "–"
@@ -82,28 +82,18 @@ def _number(value: Cell) -> float | None:
     return float(value)
 
 
-def to_rich(table: Table) -> RichTable:
+def to_rich(table: Table) -> TerminalTable:
     """The table for a terminal; the best of a column is bold green."""
-    from rich import box
-    from rich.table import Table as RichTable
     from rich.text import Text
 
-    shown = RichTable(
-        title=table.title or None,
-        caption=table.note or None,
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        title_style="bold",
-        caption_justify="left",
-        header_style="bold",
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    from wispprof.reporting.terminal_table import TerminalTable
+
+    shown = TerminalTable(table.title, table.note, [_floor(table, i) for i in range(len(table.columns))])
     for index, column in enumerate(table.columns):
         header = Text(column.name)
         if column.unit:
             header.append(f"\n{column.unit}", style="dim")
-        shown.add_column(header, justify="right" if table.is_number(index) else "left", no_wrap=index == 0)
+        shown.add_column(header, justify="right" if table.is_number(index) else "left", overflow="fold")
     for number, row in enumerate(table.rows):
         shown.add_row(
             *(
@@ -112,3 +102,14 @@ def to_rich(table: Table) -> RichTable:
             )
         )
     return shown
+
+
+def _floor(table: Table, index: int) -> int:
+    """Characters that a column of numbers needs: its longest number, or word; 0 for a column of text."""
+    if not table.is_number(index):
+        return 0
+    column = table.columns[index]
+    cells = [row[index] for row in table.rows]
+    numbers = [column.text(value) for value in cells if not isinstance(value, str)]
+    words = " ".join((column.name, column.unit, *(value for value in cells if isinstance(value, str))))
+    return max(map(len, (*numbers, *words.split())))
