@@ -28,10 +28,18 @@ def explain_estimator(estimator: FittedEstimator) -> str:
     chosen = report["chosen"]
     own = errors[chosen]
     noise = report["repeat_noise_percent"]
-    text = [
-        f"{report['shapes']} batch shapes ({report['samples']} timed steps) were fitted; whole shapes "
-        "were held out in turn, so every error is on shapes outside the training data."
-    ]
+    sources = report.get("sources", ["measured"])
+    measured = sources == ["measured"]
+    held_out = "whole shapes were held out in turn, so every error is on shapes outside the training data"
+    if measured:
+        text = [f"{report['shapes']} batch shapes ({report['samples']} timed steps) were fitted; {held_out}."]
+    else:
+        text = [
+            f"Not all of these steps were timed: {report['shapes']} batch shapes are "
+            f"{' and '.join(sources)}. "
+            "Errors say how well the form fits these times, not how near they are to real hardware; "
+            f"{held_out}."
+        ]
     flagged = report["flagged_rows"]
     if flagged["left_out"]:
         text.append(f"{flagged['left_out']} drifted or throttled rows were left out.")
@@ -67,15 +75,20 @@ def explain_estimator(estimator: FittedEstimator) -> str:
     text.append(
         f"Half of the shapes are predicted within {own['median_ape']:.1f} % and nine of ten within "
         f"{own['p90_ape']:.1f} %, on average {abs(own['bias']):.1f} % too "
-        f"{'high' if own['bias'] >= 0 else 'low'}. Repeating a measurement moves its median by about "
-        f"{noise:.1f} %, and no estimator can be more accurate than that."
+        f"{'high' if own['bias'] >= 0 else 'low'}."
     )
+    if measured:
+        text.append(
+            f"Repeating a measurement moves its median by about {noise:.1f} %, and no estimator can be more "
+            "accurate than that."
+        )
     factors = estimator.ratio.at(estimator.coverage)
+    what, adjective = ("steps", "measured") if measured else ("the fitted times, not of real steps", "fitted")
     text.append(
         f"The bound lies {100 * (min(factors) - 1):.1f} to {100 * (max(factors) - 1):.1f} % above the "
-        f"median, by regime, and covers {100 * estimator.coverage:g} % of steps. Outside the measured "
-        f"box of shapes, the excess over the box is multiplied by {estimator.inflation:g} in the bound, "
-        "and the prediction is flagged."
+        f"median, by regime, and covers {100 * estimator.coverage:g} % of {what}. Outside the "
+        f"{adjective} box of shapes, the excess over the box is multiplied by {estimator.inflation:g} in "
+        "the bound, and the prediction is flagged."
     )
     update = report.get("update")
     if update:
@@ -166,7 +179,7 @@ def estimator_card(estimator: FittedEstimator, inputs: dict[str, str]) -> Card:
         "wider one; all regimes share the quantiles in units of it.",
         "",
         *_table(
-            "Measured domain",
+            "Fitted domain" if "sources" in report else "Measured domain",
             "total, from, to",
             zip(domain.low._fields, domain.low, domain.high, strict=True),
         ),
@@ -215,6 +228,8 @@ def _card(
     **more: object,
 ) -> Card:
     listed = [f"- {name}: `{digest}`" for name, digest in inputs.items()]
+    for name in ("sources", "citations"):
+        listed += [f"- {name.removesuffix('s')}: {value}" for value in fitted.report.get(name, ())]
     made_from = ["## Made from", "", *listed, ""] if listed else []
     text = "\n".join([f"# {title}", "", explanation, "", *sections, *made_from])
     document = {"kind": fitted.kind, "explanation": explanation, "report": fitted.report}

@@ -123,9 +123,21 @@ def fit_estimator(
         "coverage": coverage,
         "flagged_rows": {"kept": data.flagged, "left_out": data.left_out},
         "drift_percent": float(100 * (np.exp(data.drift) - 1)),
+        **_origin(() if isinstance(rows, Observations) else rows),
     }
     fitted[best].report.update(report)
     return fitted[best]
+
+
+def _origin(rows: Sequence[StepRow]) -> dict[str, list[str]]:
+    """``sources`` and ``citations`` of rows that were not measured here; empty if all were."""
+    foreign = [row for row in rows if row.source != "measured"]
+    if not foreign:
+        return {}
+    return {
+        "sources": sorted({row.source for row in rows}),
+        "citations": sorted({row.citation for row in foreign}),
+    }
 
 
 def fit_files(

@@ -231,7 +231,8 @@ def plan_files(
     notes: list[str] = []
     if machine := document.inputs.get("machine"):
         inputs["machine"] = machine
-        notes.append(f"Server times were measured on {machine}.")
+        sources = fitted.report.get("sources", ["measured"])
+        notes.append(f"Server times are of {machine}: {' and '.join(sources)}.")
     shared, named = _traces(traces, inputs)
     devices: list[DeviceProfile] = []
     for entry in edges:

@@ -209,7 +209,11 @@ def _accuracy(run: Run, benches: Sequence[Bench]) -> dict[str, Any] | None:
             for kind, found in estimator.report.get("held_out", {}).items()
         ),
         note="Errors on shapes that were held out whole. "
-        f"Median repeat noise of a row: {estimator.report.get('repeat_noise_percent', 0):.2f} %.",
+        + (
+            f"The times are {' and '.join(estimator.report['sources'])}."
+            if "sources" in estimator.report
+            else f"Median repeat noise of a row: {estimator.report.get('repeat_noise_percent', 0):.2f} %."
+        ),
     )
     data = step_table(points) if points else None
     return {"svg": svg, "data": data, "held_out": held_out if held_out.rows else None}
