@@ -131,3 +131,32 @@ def test_fitting_imports_no_torch(folder: Path) -> None:
         "kind='wisp-linear')\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_fit_on_modelled_times_never_calls_them_measured(tmp_path: Path) -> None:
+    """By the name of a shipped profile, which plan, simulate and profile take too."""
+    name = "a100-sxm-llama-3.1-8b-vllm-bf16-tp1"
+    code, out, err = _run("--server", name, "--estimator", "wisp-linear", "--out", str(tmp_path))
+    assert code == 0, err
+    card = (tmp_path / "estimator.card.md").read_text()
+    for text in (card, " ".join(out.split())):
+        assert "232 batch shapes are modelled from measured operators" in text
+        assert "not how near they are to real hardware" in text
+        assert "Repeating a measurement" not in text
+        assert "timed steps" not in text
+    assert "## Fitted domain" in card
+    assert "- source: modelled from measured operators" in card
+    assert "- citation: aiconfigurator-core 0.12.0: a100_sxm" in card
+    data = json.loads((tmp_path / "estimator.card.json").read_text())
+    assert data["report"]["sources"] == ["modelled from measured operators"]
+    assert len(data["report"]["citations"]) >= 1
+
+
+def test_the_card_of_measured_times_is_as_before(folder: Path, tmp_path: Path) -> None:
+    fit_files(tmp_path, [folder / "server.jsonl"], kind="wisp-linear")
+    card = (tmp_path / "estimator.card.md").read_text()
+    assert "60 batch shapes (" in card
+    assert "timed steps) were fitted" in card
+    assert "Repeating a measurement moves its median" in card
+    assert "## Measured domain" in card
+    assert "source" not in card

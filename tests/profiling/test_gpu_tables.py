@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,14 +15,16 @@ from typer.testing import CliRunner
 
 from wispprof.artifacts import load_server
 from wispprof.artifacts.files import bundled_path
-from wispprof.artifacts.profile import estimator_beside, shipped_servers
+from wispprof.artifacts.profile import estimator_beside, load_edge, shipped_servers
 from wispprof.artifacts.rows import MODELLED
 from wispprof.cli import app
-from wispprof.errors import ProfileError
+from wispprof.errors import ArtifactMissing, PlanError, ProfileError
 from wispprof.fitting import load_estimator
 from wispprof.profiling.gpu_import import draft_step
 from wispprof.profiling.operator_steps import AttentionSurface, launch_ms, never_falling
 from wispprof.profiling.operator_tables import GpuTarget, OperatorTables
+from wispprof.settings.fleet_settings import InputSettings
+from wispprof.simulation.scenario_inputs import read_inputs
 from wispprof.simulation.server_models import server_of
 from wispprof.types import BatchShape, VerifyItem
 
@@ -85,6 +88,45 @@ def test_the_estimator_keeps_the_tile_edges_of_the_profile() -> None:
 
     flat, edge = step(128) / step(96), step(160) / step(128)
     assert flat < 1.06 < 1.25 < edge
+
+
+def test_shares_of_modelled_times_are_said_wherever_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = "9 % measured, 77 % interpolated, 14 % formula"
+    name = "a100-sxm-qwen3-32b-vllm-bf16-tp2"
+    assert shares in server_of(name)[1]
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = CliRunner().invoke(app, ["profile", "show", name]).stdout
+    assert shares in " ".join(shown.split())
+    assert "2 × a100_sxm" in " ".join(shown.split())
+    for word in ("∞", "{", "naive_split", "unknown machine"):
+        assert word not in shown
+    monkeypatch.setitem(sys.modules, "aiconfigurator_core", None)
+    listed = CliRunner().invoke(app, ["profile", "gpus"]).stdout
+    assert "…" not in listed
+    assert "interpolated" in listed
+    assert "0.14.0" in listed
+
+
+def test_a_shipped_profile_is_read_by_its_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_edge(Path("rpi-5")).manifest.hardware["board"] == "Raspberry Pi 5"
+    assert load_server(Path("h100-sxm-llama-3.1-8b-vllm-bf16-tp1")).manifest.source == MODELLED
+    with pytest.raises(ArtifactMissing, match=r"other/rpi-5"):
+        load_edge(Path("other/rpi-5"))
+    with pytest.raises(ArtifactMissing, match=r"rpi-6") as caught:
+        load_edge(Path("rpi-6"))
+    assert "rpi-5" in caught.value.hint
+    inputs = read_inputs(InputSettings(edge=Path("rpi-5")))
+    assert inputs.device.name == "rpi-5"
+    assert any("rpi-5, published (derived from ConfigSpec" in note for note in inputs.notes)
+
+
+def test_an_unknown_server_names_those_near_it_alone() -> None:
+    with pytest.raises(PlanError) as caught:
+        server_of("a100")
+    assert "a100-sxm-llama-3.1-8b-vllm-bf16-tp1" in caught.value.hint
+    assert "h100-sxm" not in caught.value.hint
+    assert "wispprof profile gpus" in caught.value.hint
 
 
 @pytest.mark.parametrize("arguments", [["import-gpu", "--system", "h200_sxm", "--model", "Qwen/Qwen3-32B"]])

@@ -124,3 +124,9 @@ class Manifest:
     citation: str = ""
     rows: int = 0
     rows_hash: str = ""
+
+
+def origin_shares(manifest: Manifest) -> str:
+    """``9 % measured, 77 % interpolated, 14 % formula``: the shares of a modelled step's time; else empty."""
+    origins = manifest.summary.get("origins", {})
+    return ", ".join(f"{share:.0%}".replace("%", " %") + f" {name}" for name, share in origins.items())

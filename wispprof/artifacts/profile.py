@@ -23,7 +23,7 @@ from wispprof.artifacts.rows import (
     decode_row,
     encode_row,
 )
-from wispprof.errors import ArtifactDamaged
+from wispprof.errors import ArtifactDamaged, nearest
 
 FORMAT = "wispprof/profile"
 RESTED_MS = 6.0
@@ -147,6 +147,21 @@ def profile_files(path: Path) -> tuple[Path, Path]:
     return path.with_name(f"{name}.jsonl"), path.with_name(f"{name}.manifest.json")
 
 
+def found_profile(path: Path) -> Path:
+    """``path``, or the shipped profile of that name if there is no such file."""
+    rows_file, manifest_file = profile_files(path)
+    if len(path.parts) > 1 or rows_file.exists() or manifest_file.exists():
+        return path
+    shipped = (root / "profiles" / rows_file.name for root in files.bundle_roots())
+    return next((file for file in shipped if file.exists()), path)
+
+
+def _shipped() -> list[str]:
+    """Names of all shipped profiles."""
+    found = (root.joinpath("profiles").glob("*.manifest.json") for root in files.bundle_roots())
+    return sorted({path.name.removesuffix(".manifest.json") for path in itertools.chain(*found)})
+
+
 def rows_hash(rows: Iterable[Row]) -> str:
     """Hash of the rows as they are written."""
     return files.content_hash(b"".join(encode_row(row) for row in rows))
@@ -172,11 +187,12 @@ def save_profile(profile: Profile, path: Path) -> str:
 
 
 def load_manifest(path: Path) -> Manifest:
-    """The manifest alone; raises as :func:`load_profile` does."""
-    manifest_file = profile_files(Path(path))[1]
-    data = files.read_bytes(
-        manifest_file, "profile manifest", "Name a profile, or make one with profile-server or -edge."
-    )
+    """The manifest alone; takes names and raises as :func:`load_profile` does."""
+    manifest_file = profile_files(found_profile(Path(path)))[1]
+    hint = "Name a profile, or make one with profile-server or -edge."
+    if not manifest_file.exists():
+        hint = f"{nearest(str(path), _shipped())} {hint}".lstrip()
+    data = files.read_bytes(manifest_file, "profile manifest", hint)
     document = files.parse_json(data, f"manifest {manifest_file}")
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ArtifactDamaged(f"{manifest_file} is not a profile's manifest.", "Name a profile.")
@@ -186,12 +202,12 @@ def load_manifest(path: Path) -> Manifest:
 
 
 def load_profile(path: Path) -> Profile:
-    """Read and check a profile.
+    """Read and check a profile: a file, or a shipped one by its name.
 
     Raises :class:`ArtifactMissing`, :class:`ArtifactTooNew`, or :class:`ArtifactDamaged` whose message
     names the line and the fault: torn, changed, out of order, repeated, or missing at the end.
     """
-    path = Path(path)
+    path = found_profile(Path(path))
     rows_file = profile_files(path)[0]
     manifest = load_manifest(path)
     data = files.read_bytes(rows_file, "profile rows", "Restore the .jsonl beside the manifest.")

@@ -14,6 +14,7 @@ from wispprof.settings.sources import named_value
 
 if TYPE_CHECKING:
     from wispprof.artifacts import EdgeProfile, LinkProfile, Profile, ServerProfile
+    from wispprof.artifacts.manifest import Manifest
     from wispprof.artifacts.rows import EdgeRow, LinkRow, StepRow
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Name of the profile to write.")]
@@ -25,7 +26,7 @@ group = typer.Typer(help="Show, validate, merge, compare, export and import prof
 
 @group.command()
 def show(
-    profile: Annotated[Path, typer.Argument(help="A profile.")],
+    profile: Annotated[Path, typer.Argument(help="A profile, or the name of a shipped one.")],
     rows: Annotated[bool, typer.Option("--rows", help="Every row, also the reference workload.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -33,7 +34,7 @@ def show(
     from wispprof.artifacts import load_profile
     from wispprof.profiling.profile_tools import row_record
 
-    loaded = load_profile(_found_profile(profile))
+    loaded = load_profile(profile)
     if as_json:
         document = _profile_document(loaded)
         document["rows"] = [row_record(row) for row in loaded.rows]
@@ -57,7 +58,7 @@ def validate(
             if _is_trace(path):
                 load_trace(path)
             else:
-                loaded = load_profile(_found_profile(path))
+                loaded = load_profile(path)
                 if isinstance(loaded, ServerProfile):
                     check_physics(loaded.rows, loaded.manifest.model)
                 if isinstance(loaded, EdgeProfile):
@@ -85,7 +86,7 @@ def merge(
 
     if profile_files(out)[0].exists() and not overwrite:
         raise fail(f"{profile_files(out)[0]} exists.", "Choose another --out, or add --overwrite.")
-    merged = merge_profiles([load_profile(_found_profile(path)) for path in profiles])
+    merged = merge_profiles([load_profile(path) for path in profiles])
     save_profile(merged, out)
     finished(merged, out, as_json)
 
@@ -107,8 +108,8 @@ def diff(
     from wispprof.profiling.profile_tools import diff_profiles
 
     found = diff_profiles(
-        load_profile(_found_profile(before)),
-        load_profile(_found_profile(after)),
+        load_profile(before),
+        load_profile(after),
         tolerance,
         absolute=absolute,
     )
@@ -138,14 +139,14 @@ def diff(
 
 @group.command()
 def export(
-    profile: Annotated[Path, typer.Argument(help="A profile.")],
+    profile: Annotated[Path, typer.Argument(help="A profile, or the name of a shipped one.")],
     to: Annotated[Path, typer.Argument(help="A file in .csv or .parquet.")],
 ) -> None:
     """Write a profile's rows as a table for other tools."""
     from wispprof.artifacts import load_profile
     from wispprof.profiling.profile_tools import export_rows
 
-    count = export_rows(load_profile(_found_profile(profile)), to)
+    count = export_rows(load_profile(profile), to)
     note(f"wrote {count} rows to {to}")
 
 
@@ -208,20 +209,21 @@ def gpus(as_json: JsonFlag = False) -> None:
     """List the GPUs and models that import-gpu knows (extra: gpu-tables), and the profiles that ship."""
     from rich.console import Group
 
+    from wispprof.artifacts.manifest import origin_shares
     from wispprof.artifacts.profile import shipped_servers
     from wispprof.errors import ProfileError
     from wispprof.profiling import operator_tables
 
     shipped = shipped_servers()
     known: dict[str, Any] = {"shipped": sorted(shipped)}
-    columns = "profile|GPUs|framework|KV tokens:,|hash"
+    columns = "profile|GPUs|framework|KV tokens:,|step time"
     rows = [
         (
             name,
             f"{manifest.engine.get('tp', 1)} × {manifest.hardware['gpus'][0]['name']}",
             f"{manifest.engine['backend']} {manifest.engine['version']}",
             manifest.engine["kv_tokens"],
-            manifest.rows_hash[:16],
+            origin_shares(manifest),
         )
         for name, manifest in sorted(shipped.items())
     ]
@@ -288,16 +290,23 @@ _FACTS = {
     "noisy_rows": "noisy rows",
     "out_of_time": "not measured in time",
     "left_out": "left out of the grid",
+    "weight_bytes_per_gpu": "bytes of weights on a GPU",
+    "tables_hash": "tables",
+    "split": "largest error of a batch priced as two groups",
+    "naive_split": "the same if the attention of both is added",
+    "rows_moved": "curves by rows moved by at most",
+    "head_moved": "output head moved by at most",
 }
 """What the fields of a manifest's summary are called in print."""
 
 
 def _print_profile(profile: Profile, everything: bool) -> None:
     from wispprof.artifacts import StepRow
+    from wispprof.artifacts.manifest import origin_shares
     from wispprof.artifacts.median_interval import half_width
 
     manifest = profile.manifest
-    machine = manifest.hardware.get("board") or manifest.hardware.get("cpu") or "unknown machine"
+    machine = manifest.hardware.get("board") or manifest.hardware.get("cpu") or _gpus(manifest)
     model = " ".join(filter(None, (manifest.model.id, manifest.model.dtype)))
     title = f"{manifest.kind} profile: {model} on {machine}"
     if manifest.source != "measured":
@@ -324,12 +333,25 @@ def _print_profile(profile: Profile, everything: bool) -> None:
         else "± %: 95 % interval of the median; none of fewer than 6 samples."
     )
     output().print(table(title, columns, cells, few))
-    skip = ("drift", "physics", "refused")
+    skip = ("drift", "physics", "refused", "origins", "draft_step")
     facts = [(k, v) for k, v in manifest.summary.items() if k not in skip and v is not None]
     if facts:
         output().print("  ".join(f"{_FACTS.get(k, k)}: {v}" for k, v in facts), markup=False)
+    if shares := origin_shares(manifest):
+        output().print(f"step time: {shares}", markup=False)
+    if step := manifest.summary.get("draft_step"):
+        line = (
+            f"draft step on the server: {step['model']}, {step['ms']:.2f} ms + {step['row_ms']:.3f} a session"
+        )
+        output().print(line, markup=False)
     if manifest.citation:
         output().print(manifest.citation, markup=False)
+
+
+def _gpus(manifest: Manifest) -> str:
+    """The GPUs of a machine that has no other name."""
+    found = (f"{gpu.get('count', 1)} × {gpu['name']}" for gpu in manifest.hardware.get("gpus", ()))
+    return ", ".join(found) or "unknown machine"
 
 
 def _size(row: StepRow | EdgeRow | LinkRow) -> int:
@@ -338,17 +360,3 @@ def _size(row: StepRow | EdgeRow | LinkRow) -> int:
     if isinstance(row, StepRow):
         return row.shape.attention_pairs
     return row.context if isinstance(row, EdgeRow) else row.payload_bytes
-
-
-def _found_profile(path: Path) -> Path:
-    """A profile at this path, or the shipped one of that name."""
-    from wispprof.artifacts import bundled_path
-    from wispprof.artifacts.profile import profile_files
-    from wispprof.errors import ArtifactMissing
-
-    if profile_files(path)[1].exists() or len(path.parts) > 1:
-        return path
-    try:
-        return bundled_path(f"profiles/{profile_files(path)[0].name}")
-    except ArtifactMissing:
-        return path

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from wispprof.artifacts.files import bundle_roots
 from wispprof.artifacts.plan import load_plan
-from wispprof.artifacts.profile import load_edge
+from wispprof.artifacts.profile import load_edge, profile_files
 from wispprof.artifacts.trace import load_trace
 from wispprof.errors import PlanError
 from wispprof.policies.controllers import ConfidenceAcceptance
@@ -54,8 +54,9 @@ def read_inputs(settings: InputSettings) -> Inputs:
     if edge is not None:
         profile = load_edge(edge)
         tokenizer = profile.manifest.model.tokenizer_hash
-        device = DeviceProfile.from_rows(edge.stem, profile.rows)
-        notes.append(f"edge: profile {edge}")
+        device = DeviceProfile.from_rows(profile_files(edge)[0].stem, profile.rows)
+        manifest = profile.manifest
+        notes.append(f"edge: profile {edge}, {manifest.source} ({manifest.citation or 'profile'})")
     else:
         device = DeviceProfile.from_speed("edge", settings.draft_tokens_per_s)
         notes.append(f"edge: {settings.draft_tokens_per_s:g} draft tokens/s (no profile given)")

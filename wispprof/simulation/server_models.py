@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 
 from wispprof.artifacts.files import bundled_path
+from wispprof.artifacts.manifest import origin_shares
 from wispprof.artifacts.profile import estimator_beside, load_manifest, profile_files, shipped_servers
-from wispprof.errors import PlanError, suggestion
+from wispprof.errors import PlanError
 from wispprof.simulation.scenario import ServerDraft, ServerModel
 
 DEFAULT_SERVER = "h200-sxm-qwen3-32b-vllm-bf16-tp1"
@@ -27,14 +30,14 @@ def server_of(name: str) -> tuple[ServerModel, str]:
     known = shipped_servers() if not path.exists() else {}
     # A name may hold a dot (llama-3.1), as a file's does.
     if known and name not in known and path.suffix not in (".json", ".jsonl"):
-        raise PlanError(
-            f"There is no server named {name!r}.", suggestion(name, known, ", or name an estimator file")
-        )
+        raise PlanError(f"There is no server named {name!r}.", _hint(name, known))
     if name in known:
         path = bundled_path(f"profiles/{name}.jsonl")
     if profile_files(path)[1].exists() and estimator_beside(path).exists():
         manifest = load_manifest(path)
         note = f"server: {path.stem}, {manifest.source} ({manifest.citation or 'profile'})"
+        if shares := origin_shares(manifest):
+            note += f": {shares}"
         draft = ServerDraft()
         if step := manifest.summary.get("draft_step"):
             draft = ServerDraft(float(step["ms"]), float(step["row_ms"]))
@@ -49,3 +52,12 @@ def server_of(name: str) -> tuple[ServerModel, str]:
         )
         return model, note
     return ServerModel(load_estimator(path)), f"server: estimator {name}"
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    """The names that resemble ``name``, not all of them; where the list is."""
+    options = sorted(known)
+    start = name.replace("_", "-").lower()
+    near = [option for option in options if start in option] or get_close_matches(name, options, 3, 0.3)
+    named = f"Use {' or '.join(near)}. " if near else ""
+    return f"{named}`wispprof profile gpus` lists all names; or name an estimator file."
