@@ -7,7 +7,8 @@ from importlib.metadata import EntryPoint, EntryPoints
 import pytest
 
 from wispprof import plugins
-from wispprof.errors import PluginError
+from wispprof.errors import PlanError, PluginError
+from wispprof.simulation.scenario import system
 
 BUILTIN = {"wisp": dict}
 
@@ -52,3 +53,12 @@ def test_an_error_names_what_is_wrong(name: str, says: str) -> None:
 
 def test_another_group_does_not_see_it(installed: None) -> None:
     assert plugins.names("engines", {}) == ()
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_mistyped_system_gets_the_installed_names_too() -> None:
+    with pytest.raises(PlanError) as caught:
+        system("mina")
+    assert "Did you mean 'mine'?" in caught.value.hint
+    assert " mine, " in caught.value.hint
+    assert " sled, " in caught.value.hint

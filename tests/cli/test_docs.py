@@ -15,6 +15,7 @@ import typer
 from wispprof.cli import app
 from wispprof.errors import WispprofError
 from wispprof.simulation.devices import device_of
+from wispprof.simulation.scenario import names as builtin_systems
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,6 +36,19 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_class_is_in_the_module_that_is_linked(page: Path) -> None:
+    for name, module in re.findall(r"`([A-Z]\w+)` in\s\[[^]]*\]\(([^)#]+\.py)\)", page.read_text()):
+        assert f"class {name}" in (page.parent / module).read_text(), f"{page.name}: {name} in {module}"
+
+
+def test_the_page_lists_every_system_that_can_be_simulated() -> None:
+    text = (ROOT / "docs" / "simulate.md").read_text().split("## Systems")[1].split("\n## ")[0]
+    assert set(re.findall(r"`([a-z-]+)`", text)) - {"compare", "--policy", "--compare"} >= set(
+        builtin_systems()
+    )
 
 
 def commands_in(page: Path) -> list[str]:

@@ -13,12 +13,14 @@ from wispprof.policies.controllers import ConfidenceAcceptance
 from wispprof.policies.interface import TreeShape
 from wispprof.policies.linear_cost import LinearCost
 from wispprof.settings.edge_settings import BEST_GUESS, ENUMERATION, LIKELIEST, WAIT, OutcomeDrafting
+from wispprof.settings.fleet_settings import SimulationSettings
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation.arrivals import ClosedFleet, Lengths
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.event_loop import Simulation, simulate
 from wispprof.simulation.metrics import Report
 from wispprof.simulation.scenario import SYSTEMS, Scenario, ServerModel, System
+from wispprof.simulation.scenario_inputs import scenarios_of
 from wispprof.simulation.simulated_output import SimulatedOutput
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 from wispprof.simulation.trace_replay import TraceAcceptance
@@ -161,3 +163,11 @@ def test_a_profile_gives_the_dearest_node() -> None:
     assert DeviceProfile.from_rows("gpu", [steps, *nodes]).node_ms == pytest.approx(0.4)
     assert DeviceProfile.from_rows("gpu", [steps]).node_ms is None
     assert DeviceProfile("gpu", draft_ms=4.0, node_ms=0.4).forward_ms(0, 6) == pytest.approx(6.0)
+
+
+def test_a_system_of_trees_that_drafts_chains_says_why() -> None:
+    both = SimulationSettings(systems=("wispprof-trees", "specedge-trees", "wispprof"))
+    scenarios, notes = scenarios_of(both)
+    why = "drafts chains: no edge profile times several nodes a forward"
+    assert [note for note in notes if "chains" in note] == [f"wispprof-trees {why}", f"specedge-trees {why}"]
+    assert [scenario.system.label for scenario in scenarios] == list(both.systems)

@@ -57,8 +57,13 @@ class SimulationSettings(Settings):
     inputs: InputSettings = field(default_factory=InputSettings)
     load: LoadSettings = field(default_factory=LoadSettings)
     link: LinkModel = field(default_factory=LinkModel)
-    systems: tuple[str, ...] = setting(("wispprof",), "System to simulate; repeatable.", option="policy")
-    compare: bool = setting(False, "Simulate all systems.")
+    systems: tuple[str, ...] = setting(
+        ("wispprof",),
+        "System to simulate, such as wispprof, wisp, sled, specedge, fcfs, server-only, or a batching policy "
+        "as MODULE:NAME; repeatable.",
+        option="policy",
+    )
+    compare: bool = setting(False, "Simulate all built-in systems; takes minutes.")
     capacity: bool = setting(False, "Search the most devices within --violations instead.")
     violations: float = setting(
         PlanSettings().violations, "Share of sessions that may miss their SLO.", minimum=0, maximum=0.99

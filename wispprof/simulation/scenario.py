@@ -128,6 +128,11 @@ limits a step, synchronous if cache reads do. ``sled`` is short for ``sled-thres
 _ALIASES = {"sled": "sled-threshold", "sled-nocache": "sled-threshold-nocache"}
 
 
+def names() -> tuple[str, ...]:
+    """Every name that :func:`system` knows: systems, then batching policies of installed packages."""
+    return tuple(dict.fromkeys((*SYSTEMS, *_ALIASES, *plugins.names("policies", {}))))
+
+
 def system(name: str) -> System:
     """A system by label, or one of a batching policy by its plugin name (an entry point, or
     ``module:Class``).
@@ -142,7 +147,7 @@ def system(name: str) -> System:
     if ":" not in name and name not in plugins.names("policies", {}):
         raise PlanError(
             f"There is no system named {name!r} to simulate.",
-            suggestion(name, SYSTEMS, ", or a batching policy as MODULE:NAME"),
+            suggestion(name, names(), ", or a batching policy as MODULE:NAME"),
         )
     if make_batch_policy(name).stream:
         return System(name, name, "wispprof")

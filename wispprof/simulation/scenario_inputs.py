@@ -134,7 +134,20 @@ def scenarios_of(settings: SimulationSettings) -> tuple[list[Scenario], tuple[st
         )
         for name in (SYSTEMS if settings.compare else settings.systems)
     ]
-    return scenarios, inputs.notes
+    notes = (_chains_only(scenario) for scenario in scenarios)
+    return scenarios, (*inputs.notes, *filter(None, notes))
+
+
+def _chains_only(scenario: Scenario) -> str:
+    """Why a system of trees drafts chains here; empty if it drafts trees, or is none of trees."""
+    if not scenario.system.trees:
+        return ""
+    reasons = []
+    if all(device.node_ms is None for device, _ in scenario.devices):
+        reasons.append("no edge profile times several nodes a forward")
+    if not scenario.acceptance.output((0,), 1, 2).candidates:
+        reasons.append("the trace holds no ranks")
+    return f"{scenario.system.label} drafts chains: {' and '.join(reasons)}" if reasons else ""
 
 
 def with_plan(system: System, plan: Path | None, device: str) -> System:
