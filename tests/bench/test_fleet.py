@@ -12,6 +12,7 @@ from fake_pair import hash_trace, in_process, linear_cost
 from wispprof.bench import BenchResult, run_bench
 from wispprof.bench.bench_result import RequestResult, summarise
 from wispprof.bench.fleet import run_high_res
+from wispprof.cli.serve import undrafted
 from wispprof.edge import RequestStats
 from wispprof.errors import WispprofError
 from wispprof.server.process import running_server
@@ -178,3 +179,13 @@ def test_a_held_load_lets_fast_devices_continue_until_the_slow_ones_finish() -> 
     assert min(made[1], made[3]) == 2
     assert min(made[0], made[2]) > 2
     assert held.figures["tokens_per_s"] > ends.figures["tokens_per_s"]
+
+
+def test_a_check_of_texts_without_accepted_drafts_is_called_vacuous() -> None:
+    made = virtual(BenchSettings(system="wisp", devices=2, device=(DEVICES["fast"],), requests=1), "wisp")
+    assert made.figures["accepted_per_round"] > 0
+    none = dataclasses.replace(made, figures={**made.figures, "accepted_per_round": 0.0})
+    undefined = dataclasses.replace(made, figures={**made.figures, "accepted_per_round": float("nan")})
+    alone = dataclasses.replace(none, policy="server-only")
+    assert undrafted([made, alone]) == []
+    assert undrafted([none, undefined]) == ["wisp", "wisp"]

@@ -15,8 +15,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from wispprof.cli import app
+from wispprof.cli.console import output
 from wispprof.cli.simulate import comparison_table
+from wispprof.settings.fleet_settings import SimulationSettings
 from wispprof.simulation.reproduce import Figure, ReproducedTable, read_setup
+from wispprof.simulation.scenario_inputs import scenarios_of
 
 QUICK = ["--devices", "3", "--seconds", "4", "--warmup", "1", "--prompt", "20", "--output", "12"]
 
@@ -31,6 +34,34 @@ def test_two_systems_give_one_document() -> None:
     document = json.loads(found.stdout)
     assert [r["system"] for r in document["runs"]] == ["fcfs", "wisp"]
     assert all(r["throughput"] > 0 for r in document["runs"])
+
+
+def test_the_warm_up_follows_the_time_and_eighty_columns_hold_the_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    output.cache_clear()
+    found = run(
+        "simulate", *QUICK[:4], *QUICK[6:], "--policy", "fcfs", "--policy", "sled-nocache", "--jobs", "1"
+    )
+    output.cache_clear()
+    assert found.exit_code == 0, found.output
+    assert max(map(len, found.stdout.splitlines())) <= 80
+    assert "…" not in found.stdout
+    assert {"goodput", "accepted"} <= set(found.stdout.split())
+    assert SimulationSettings(seconds=20).uncounted_s == pytest.approx(20 / 6)
+    assert SimulationSettings().uncounted_s == 20.0
+
+
+def test_a_controller_replaces_that_of_edges_which_draft() -> None:
+    ways = ("fcfs", "server-only", "wispprof")
+    controller = "wispprof.policies.controllers:FixedController"
+    scenarios, _ = scenarios_of(SimulationSettings(systems=ways, controller=controller))
+    assert [scenario.system.controller for scenario in scenarios] == [controller, None, controller]
+    assert scenarios[0].system.label == f"fcfs with {controller}"
+    found = run("simulate", *QUICK, "--policy", "fcfs", "--controller", "magic", "--jobs", "1")
+    assert found.exit_code == 1
+    assert "magic" in found.output
 
 
 def test_capacity_and_a_replayed_trace(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def _capacities(scenarios: list[Any], violations: float, jobs: int | None) -> tu
 
     wide = jobs or os.cpu_count() or 1
     rows, found = [], []
-    with workers(wide) as executor, tracker("capacity") as report:
+    with workers(wide) as executor, tracker("capacity", eta=False) as report:
         for scenario in scenarios:
             answer = capacity(
                 scenario,
@@ -128,8 +128,7 @@ def _report_table(reports: list[Report]) -> Table:
     )
     shown = table(
         "Simulated fleet",
-        "system|SLO\nmet:.1%|good-\nput:.0f|TTFT\np50:.0f|\np95:.0f|TPOT\np50|\np95|\nstep|"
-        "ac-\ncepted|\nwasted:.1%",
+        "system|SLO met:.1%|goodput:.0f|TTFT p50:.0f|TTFT p95:.0f|TPOT p50|TPOT p95|step|accepted|wasted:.1%",
         rows,
         "goodput: tokens/s of sessions that met their SLO; TTFT, TPOT (at the device) and mean step "
         "in ms; accepted: drafts per round; wasted: share of drafting time.",
@@ -143,7 +142,11 @@ def reproduce(
     jobs: Jobs = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Compare published results with the simulator's."""
+    """Compare published results with the simulator's.
+
+    configspec takes seconds, specedge minutes. wisp searches 50 capacities and takes far longer: give it all
+    cores (--jobs), and time.
+    """
     from wispprof.errors import PlanError, suggestion
     from wispprof.simulation.capacity_search import workers
     from wispprof.simulation.reproduce import PAPERS
@@ -151,7 +154,7 @@ def reproduce(
     make = PAPERS.get(paper)
     if make is None:
         raise PlanError(f"There is no paper {paper!r}.", suggestion(paper, PAPERS))
-    with workers(jobs) as executor, tracker(f"reproduce {paper}") as report:
+    with workers(jobs) as executor, tracker(f"reproduce {paper}", eta=False) as report:
         found = make(executor, lambda done, word: report(done, status=word))
     result(_comparison(found), comparison_table(found), as_json)
 

@@ -63,6 +63,9 @@ class SimulationSettings(Settings):
         "as MODULE:NAME; repeatable.",
         option="policy",
     )
+    controller: str = setting(
+        "", "Speculation controller of the edges, by name or MODULE:NAME; default: the system's."
+    )
     compare: bool = setting(False, "Simulate all built-in systems; takes minutes.")
     capacity: bool = setting(False, "Search the most devices within --violations instead.")
     violations: float = setting(
@@ -76,14 +79,23 @@ class SimulationSettings(Settings):
     )
     plan: Path | None = setting(None, "Plan that the edges of wispprof obey.")
     seconds: float = setting(120.0, "Simulated time.", unit="s", minimum=1)
-    warmup_s: float = setting(
-        20.0, "Time at the beginning that is not counted.", unit="s", minimum=0, option="warmup"
+    warmup_s: float | None = setting(
+        None,
+        "Time at the beginning that is not counted; default: a sixth of --seconds.",
+        unit="s",
+        minimum=0,
+        option="warmup",
     )
     seed: int = setting(0, "Seed; equal seeds give equal runs.")
     out: Path | None = setting(None, "With --capacity: file for the curves, which `wispprof report` draws.")
 
+    @property
+    def uncounted_s(self) -> float:
+        """Time at the beginning that is not counted."""
+        return self.seconds / 6 if self.warmup_s is None else self.warmup_s
+
     def check_together(self) -> None:
-        if self.warmup_s >= self.seconds:
+        if self.uncounted_s >= self.seconds:
             raise SettingsError("--warmup must be shorter than --seconds.")
         if self.capacity and self.load.arrivals != "closed":
             raise PlanError("--capacity needs a closed fleet.", "Omit --arrivals.")

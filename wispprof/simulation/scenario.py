@@ -258,7 +258,7 @@ class Scenario:
     slos: tuple[tuple[Slo, float], ...] = ((Slo(4.0), 1.0),)
     clients: tuple[Client, ...] = ()
     seconds: float = SimulationSettings.seconds
-    warmup_s: float = SimulationSettings.warmup_s
+    warmup_s: float = 20.0
     seed: int = SimulationSettings.seed
     most_missed: int | None = None
     meta: dict[str, str] = field(default_factory=dict)

@@ -121,7 +121,7 @@ def scenarios_of(settings: SimulationSettings) -> tuple[list[Scenario], tuple[st
     load = load_of(settings.load)
     scenarios = [
         Scenario(
-            with_plan(system(name), settings.plan, inputs.device.name),
+            with_plan(_controlled(system(name), settings.controller), settings.plan, inputs.device.name),
             inputs.server,
             load,
             inputs.acceptance,
@@ -129,13 +129,21 @@ def scenarios_of(settings: SimulationSettings) -> tuple[list[Scenario], tuple[st
             links=((settings.link, 1.0),),
             slos=tuple((Slo(speed, settings.ttft_ms), 1.0) for speed in settings.tokens_per_s),
             seconds=settings.seconds,
-            warmup_s=settings.warmup_s,
+            warmup_s=settings.uncounted_s,
             seed=settings.seed,
         )
         for name in (SYSTEMS if settings.compare else settings.systems)
     ]
     notes = (_chains_only(scenario) for scenario in scenarios)
     return scenarios, (*inputs.notes, *filter(None, notes))
+
+
+def _controlled(chosen: System, controller: str) -> System:
+    """The system with edges that draft by another controller, if they draft at all."""
+    if not controller or chosen.controller is None:
+        return chosen
+    label = f"{chosen.label} with {controller}"
+    return chosen.replace(label=label, controller=controller, controller_options={})
 
 
 def _chains_only(scenario: Scenario) -> str:

@@ -59,5 +59,5 @@ def _hint(name: str, known: Iterable[str]) -> str:
     options = sorted(known)
     start = name.replace("_", "-").lower()
     near = [option for option in options if start in option] or get_close_matches(name, options, 3, 0.3)
-    named = f"Use {' or '.join(near)}. " if near else ""
+    named = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
     return f"{named}`wispprof profile gpus` lists all names; or name an estimator file."
