@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import typer
 
+from wispprof.artifacts.profile import load_manifest
 from wispprof.cli import app
 from wispprof.errors import WispprofError
 from wispprof.simulation.devices import device_of
+from wispprof.simulation.reproduce import PAPERS, read_setup
 from wispprof.simulation.scenario import names as builtin_systems
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +51,21 @@ def test_the_page_lists_every_system_that_can_be_simulated() -> None:
     assert set(re.findall(r"`([a-z-]+)`", text)) - {"compare", "--policy", "--compare"} >= set(
         builtin_systems()
     )
+
+
+def test_the_papers_page_names_each_paper_by_its_number() -> None:
+    text = (ROOT / "docs" / "papers.md").read_text()
+    for paper in PAPERS:
+        number = re.search(r"arXiv (\d{4}\.\d{5})", read_setup(paper)["citation"])
+        assert number is not None, paper
+        assert f"arxiv.org/abs/{number[1]}" in text, paper
+
+
+def test_every_shipped_edge_profile_is_listed() -> None:
+    text = (ROOT / "docs" / "simulate.md").read_text()
+    for file in (ROOT / "profiles").glob("*.manifest.json"):
+        if load_manifest(file).kind == "edge":
+            assert f"`{file.name.removesuffix('.manifest.json').removesuffix('-8b')}`" in text, file.name
 
 
 def commands_in(page: Path) -> list[str]:
