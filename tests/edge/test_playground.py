@@ -144,7 +144,7 @@ async def test_it_can_begin_without_drafts() -> None:
         assert {token["origin"] for token in tokens(found)} == {TARGET}
         stats = found[-1][1]["stats"]
         assert (stats["sent"], stats["drafting"]) == (0, False)
-        assert "Drafting was off" in stats["draft_note"]
+        assert "drafting was off" in stats["draft_note"]
 
 
 async def test_an_edge_without_a_draft_model_answers_too() -> None:

@@ -94,7 +94,7 @@ def test_keys_and_certificate_of_the_pages_serve(tmp_path: Path, monkeypatch: py
     )
     checks = (doctor.api_keys, doctor.tls)
     assert {found.status for found in doctor.examine(context, checks)} == {"fail"}
-    lines = re.findall(r"^((?:openssl|cp) .*)$", page, re.M)
+    lines = re.findall(r"^((?:openssl|cp|for user) .*)$", page, re.M)
     assert len(lines) == 3
     for line in lines:
         subprocess.run(["bash", "-c", line], check=True, capture_output=True, timeout=60)

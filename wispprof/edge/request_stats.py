@@ -243,7 +243,7 @@ class RequestStats:
         mostly = f"The speculation controller or its plan mostly chose k = 0 ({self.declined} times{by})."
         return {
             "": mostly if 2 * self.declined > self.rounds else "",
-            "off": "Drafting was off, by the request or because this device has no draft model.",
+            "off": "Server-only: drafting was off, by the request or because this device has no draft model.",
             "fault": f"Drafting stopped: {self.draft_fault}",
             "vocabulary": f"{self.foreign} drafts were outside the target's vocabulary.",
             "rejected": f"The target rejected all {self.verified_drafts} drafts.",
