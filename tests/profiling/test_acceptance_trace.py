@@ -27,7 +27,7 @@ from wispprof.profiling.acceptance_trace import (
     trace_remote,
 )
 from wispprof.profiling.draft_rollout import DraftRollout
-from wispprof.profiling.prompts import held_out_prompts, load_prompts
+from wispprof.profiling.prompts import held_out_prompts, load_prompts, read_prompts
 from wispprof.profiling.traced_drafter import SequentialTraced, load_traced_draft
 from wispprof.sampling.candidates import noise_ranked, ranks_of
 from wispprof.sampling.sampler import filtered_probs, sample_tokens
@@ -273,7 +273,9 @@ def test_conversations_go_through_the_chat_template(tmp_path):
 
     chats = tmp_path / "chats.jsonl"
     chats.write_text(line(("user", "hi"), ("assistant", "cut")) + line(("user", "x" * 90)) + line())
-    [ids] = load_prompts(chats, Chat(), 9, 40)
+    found = read_prompts(chats, Chat(), 9, 40)
+    [ids] = found.ids
+    assert (found.cut, found.left_out) == (0, 1)
     assert "".join(map(chr, ids)) == "<uhi>\x07"
     with pytest.raises(ProfileError, match="longer than 4 tokens"):
         load_prompts(chats, Chat(), 9, 4)
@@ -312,9 +314,10 @@ def test_any_engine_generates_the_same_paths():
 def test_prompts_of_a_user(tmp_path):
     lines = tmp_path / "p.jsonl"
     lines.write_text('{"prompt": "abc"}\n\n{"text": "defghi"}\n"jk"\n')
-    found = load_prompts(lines, Letters(), 9, 4)
-    assert sorted(map(len, found)) == [3, 4, 4]
-    assert {prompt[0] for prompt in found} == {7}  # as in serving, whatever the model was trained with
+    found = read_prompts(lines, Letters(), 9, 4)
+    assert sorted(map(len, found.ids)) == [3, 4, 4]
+    assert (found.cut, found.left_out) == (1, 0)
+    assert {prompt[0] for prompt in found.ids} == {7}  # as in serving, whatever the model was trained with
     lines.write_text('{"prompt": "abc"}\n{"prompt": 4}\n')
     with pytest.raises(ArtifactDamaged, match="line 2"):
         load_prompts(lines, Letters(), 9, 4)

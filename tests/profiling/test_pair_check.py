@@ -11,9 +11,10 @@ from wispprof.artifacts import AcceptanceTrace, TracePath
 from wispprof.engines.loading import random_model
 from wispprof.errors import ProfileError
 from wispprof.profiling import pair_check
-from wispprof.profiling.pair_check import check_trace, run_check
+from wispprof.profiling.pair_check import PairCheck, check_trace, run_check
 from wispprof.profiling.pair_rehearsal import PairTimes, measured_steps, rehearse
 from wispprof.profiling.pair_remote import _RecordedTarget, rehearse_remote
+from wispprof.profiling.prompts import ChosenPrompts
 from wispprof.server.process import running_server
 from wispprof.settings.profiler_settings import TraceSettings
 from wispprof.settings.server_settings import ServerSettings
@@ -38,7 +39,7 @@ def trace(*accepted: list[int]) -> AcceptanceTrace:
 
 def times(draft_ms: float = 10.0, target_ms: float = 50.0, added_ms: float = 0.0) -> PairTimes:
     verify = {k: [target_ms + added_ms * k] for k in range(4)}
-    return PairTimes([draft_ms], [draft_ms], verify, [(2, target_ms)], [(2, 0.0)])
+    return PairTimes([draft_ms], [draft_ms], [], verify, [(2, target_ms)], [(2, 0.0)])
 
 
 def test_rounds_follow_the_answers_to_their_end() -> None:
@@ -67,11 +68,27 @@ def test_steps_that_do_the_work_of_several_are_served_as_they_came() -> None:
     verify = {k: [50.0] for k in range(4)}
 
     def served(later: list[float]) -> float:
-        taken = PairTimes([20.0], later, verify, [(2, 50.0)], [(2, 0.0)])
+        taken = PairTimes([20.0], later, [], verify, [(2, 50.0)], [(2, 0.0)])
         return check_trace(trace([1, 0, 2, 0] * 12), taken, 20.0).lengths[2].tokens_per_s
 
     even, uneven = served([20.0]), served([1.0, 1.0, 1.0, 77.0])
     assert uneven < 0.99 * even
+
+
+def test_a_device_on_the_servers_machine_drafts_slower_while_the_server_computes() -> None:
+    verify = {k: [50.0] for k in range(4)}
+
+    def served(beside: list[float]) -> PairCheck:
+        taken = PairTimes([10.0], [10.0], beside, verify, [(2, 50.0)], [(2, 0.0)])
+        return check_trace(trace([3] * 40), taken, 0.0)
+
+    apart, sharing = served([10.0]), served([30.0])
+    assert served([]) == served([5.0]) == apart  # nothing was measured; a busy server makes no device faster
+    # Rounds of three after a right guess at the target's own token. Beside the server, 50 ms hold that guess
+    # and two thirds of a draft; its rest and two more drafts at full speed take 30 ms.
+    assert sharing.lengths[2].later_tokens_per_s == pytest.approx(4000 / 80.5, rel=0.02)
+    assert apart.lengths[2].later_tokens_per_s > 1.4 * sharing.lengths[2].later_tokens_per_s
+    assert sharing.ahead.accepted < 0.5 * apart.ahead.accepted
 
 
 def test_where_nothing_is_proposed_nothing_is_verified() -> None:
@@ -115,15 +132,17 @@ def test_a_pair_is_traced_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "wispprof.profiling.traced_drafter.load_pair_model", lambda name, role, *more: pair[role]
     )
-    monkeypatch.setattr(
-        "wispprof.profiling.acceptance_trace._prompts", lambda *more: [[5, 6, 7, 8], [9, 10, 11, 12]]
-    )
+    chosen = ChosenPrompts([[5, 6, 7, 8], [9, 10, 11, 12]], cut=1, left_out=2)
+    monkeypatch.setattr("wispprof.profiling.acceptance_trace.choose_prompts", lambda *more: chosen)
     settings = TraceSettings(path_tokens=12, depth=2)
     found = run_check(settings, clock=lambda: next(ticks) * 0.004)
     assert found.prompts == 2
     assert [one.k for one in found.lengths] == [1, 2]
     assert found.draft_ms == found.target_ms == pytest.approx(4.0)
     assert found.verify_ms == pytest.approx((4.0, 4.0, 4.0))
+    assert found.prompt_warning.startswith(
+        "1 prompts were cut to 128 tokens and 2 longer conversations were left out, so answers differ"
+    )
 
 
 def test_rounds_of_every_length_are_timed_in_turn() -> None:
@@ -171,7 +190,12 @@ async def test_a_servers_steps_are_timed_while_the_device_drafts() -> None:
         )
     assert 0 in taken.verify
     assert all(ms > 0 for samples in taken.verify.values() for ms in samples)
-    assert [tokens for tokens, _ in taken.prefill] == [3, 4]  # each prompt once, before its KV is kept
+    # Each prompt as long as it is, but turned, so that no KV of its beginning is held.
+    assert [tokens for tokens, _ in taken.prefill] == [3, 4]
+    assert [tokens for tokens, _ in taken.undrafted_prefill] == [3, 4]
+    assert [tokens for tokens, _ in taken.draft_prefill] == [3, 4]
+    assert taken.beside
+    assert taken.server_slowdown >= 1.0
     assert len(taken.undrafted) == 2 * 7
     assert taken.first
     assert min(paused) > 0.005  # the round trip at least

@@ -208,6 +208,8 @@ def check_pair(
         "verdict": found.verdict,
     }
     result(document, shown, as_json)
+    if found.prompt_warning:
+        warn(found.prompt_warning)
     note(found.verdict)
 
 
@@ -222,6 +224,7 @@ def _take(
     from wispprof.artifacts import save_trace
     from wispprof.artifacts.files import check_writable
     from wispprof.profiling.acceptance_trace import RemoteTarget, trace_pair, trace_remote
+    from wispprof.profiling.prompts import prompt_warning
 
     check_writable(out)
     with tracker("trace") as report:
@@ -231,6 +234,8 @@ def _take(
             taken = trace_pair(settings, report, engine)
     digest = save_trace(taken, out)
     note(f"wrote {out}")
+    if said := prompt_warning(taken.meta, settings.prompt_tokens):
+        warn(said)
     if taken.meta["chat_model"] and settings.prompts is None:
         warn(
             "this is a chat model, and it was traced on source code without its template: acceptance in "

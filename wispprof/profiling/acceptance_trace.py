@@ -25,7 +25,7 @@ from wispprof.errors import ModelError, ProfileError, ProtocolError, ServerBusy
 from wispprof.hardware import fingerprint
 from wispprof.profiling.link_profiler import ServerClient
 from wispprof.profiling.profile_run import load_pair_model
-from wispprof.profiling.prompts import held_out_prompts, load_prompts
+from wispprof.profiling.prompts import ChosenPrompts, choose_prompts
 from wispprof.profiling.traced_drafter import TracedDrafter, as_traced, load_traced_draft
 from wispprof.sampling.candidates import ranks_of
 from wispprof.settings.profiler_settings import TraceEngineSettings, TraceSettings
@@ -89,10 +89,9 @@ def collect_trace(
     """
     draft = as_traced(draft)
     _check_pair(target.info.id, target.info.tokenizer_hash, target.info.vocab_size, draft)
-    if prompts is None:
-        prompts = _prompts(settings, target.tokenizer, target.info.max_context)
+    chosen = _chosen(prompts, settings, target.tokenizer, target.info.max_context)
     trace = _assemble(
-        draft, prompts, lambda batch: target_paths(target, batch, settings), settings, progress, clock
+        draft, chosen, lambda batch: target_paths(target, batch, settings), settings, progress, clock
     )
     target_facts = {"dtype": target.info.dtype, "target_weights": target.info.weights_hash}
     return replace(trace, target=target.info.id, meta={**trace.meta, **target_facts})
@@ -115,10 +114,9 @@ def trace_on_engine(
         draft = load_traced_draft(settings, loaded.tokenizer)
         _check_pair(model.id, model.tokenizer, model.vocab_size, draft)
         tokenizer = draft.tokenizer if loaded.tokenizer is None else loaded.tokenizer
-        prompts = _prompts(settings, tokenizer, model.max_context)
         trace = _assemble(
             draft,
-            prompts,
+            choose_prompts(settings, tokenizer, model.max_context),
             lambda batch: decoded_paths(loaded.engine, batch, settings, model.stop_tokens),
             settings,
             progress,
@@ -174,13 +172,11 @@ def trace_remote(
     draft = as_traced(draft) if draft is not None else load_traced_draft(settings)
     welcome = server.greet(connect)
     _check_pair(welcome.target, welcome.tokenizer, draft.vocab_size, draft)
-    if prompts is None:
-        prompts = _prompts(settings, draft.tokenizer, welcome.max_context)
     own = getattr(draft.tokenizer, "eos_token_id", None)
     ends = welcome.stop_tokens or ([] if own is None else [own])
     trace = _assemble(
         draft,
-        prompts,
+        _chosen(prompts, settings, draft.tokenizer, welcome.max_context),
         lambda batch: server.paths(batch, settings.sampling, settings.path_tokens, ends, connect),
         settings,
         progress,
@@ -189,9 +185,18 @@ def trace_remote(
     return replace(trace, target=welcome.target, meta={**trace.meta, "server": server.server})
 
 
+def _chosen(
+    prompts: Sequence[Sequence[int]] | None, settings: TraceSettings, tokenizer: Any, context: int
+) -> ChosenPrompts:
+    """``prompts`` as they were given, or those of the settings."""
+    if prompts is None:
+        return choose_prompts(settings, tokenizer, context)
+    return ChosenPrompts([list(prompt) for prompt in prompts])
+
+
 def _assemble(
     draft: TracedDrafter,
-    prompts: Sequence[Sequence[int]],
+    chosen: ChosenPrompts,
     paths_of: Callable[[Sequence[Sequence[int]]], list[list[int]]],
     settings: TraceSettings,
     progress: Progress | None,
@@ -200,6 +205,7 @@ def _assemble(
     """Per batch: the target's paths, then the draft's proposals along them."""
     begin = clock()
     report = progress or (lambda done, whole, status: None)
+    prompts = chosen.ids
     total, generated = 2 * len(prompts), 0
     traced: list[TracePath] = []
     for start in range(0, len(prompts), settings.batch):
@@ -225,6 +231,7 @@ def _assemble(
         paths=tuple(traced),
         meta={
             "prompts": settings.prompts.name if settings.prompts else "held-out sources",
+            **chosen.facts,
             "chat_model": bool(getattr(draft.tokenizer, "chat_template", None)),
             "draft_weights": draft.weights_hash,
             "command": command_line(),
@@ -379,13 +386,6 @@ def accepted_lengths(drafts: np.ndarray, path: Sequence[int]) -> np.ndarray:
     padded = np.concatenate((np.asarray(path, dtype=np.int64), np.full(depth, -1)))
     truth = np.lib.stride_tricks.sliding_window_view(padded, depth)[:m]
     return np.asarray((drafts == truth).cumprod(axis=1).sum(axis=1), dtype=np.int32)
-
-
-def _prompts(settings: TraceSettings, tokenizer: Any, context: int) -> list[list[int]]:
-    size = min(settings.prompt_tokens, context - settings.path_tokens)
-    if settings.prompts is None:
-        return held_out_prompts(tokenizer, settings.count, size, settings.seed)
-    return load_prompts(settings.prompts, tokenizer, settings.count, size, settings.seed)
 
 
 def _check_pair(target: str, tokenizer_hash: str, vocabulary: int, draft: TracedDrafter) -> None:

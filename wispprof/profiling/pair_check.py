@@ -17,6 +17,7 @@ from wispprof.artifacts import AcceptanceTrace, TracePath
 from wispprof.errors import ProfileError
 from wispprof.profiling.pair_rehearsal import LocalTarget, PairTimes, rehearse
 from wispprof.profiling.profile_run import load_pair_model
+from wispprof.profiling.prompts import prompt_warning
 from wispprof.profiling.traced_drafter import load_traced_draft
 from wispprof.settings.profiler_settings import TraceSettings
 from wispprof.simulation.answer_replay import (
@@ -70,6 +71,7 @@ class PairCheck:
     ``target_ms``: one decode step of one session; ``verify_ms[k]``: one with k drafts. ``draft_ms``: a
     draft step; ``resume_ms``: what the first of a round takes longer. ``rtt_ms``: assumed.
     ``undrafted_*``: speeds of the target alone.
+    ``prompt_warning``: whether prompts were not traced as they are served, or "".
     ``break_even_draft_ms``: draft step with which drafting is as fast as the target alone, 0 if no device is
     fast enough; ``None`` if drafting pays as it is.
     """
@@ -84,6 +86,7 @@ class PairCheck:
     rtt_ms: float
     undrafted_tokens_per_s: float
     undrafted_later_tokens_per_s: float
+    prompt_warning: str = ""
     break_even_draft_ms: float | None = None
 
     @property
@@ -155,6 +158,7 @@ class _Played:
                 draft_ms=max(times.draft_ms, 1e-3),
                 resume_ms=times.resume_ms,
                 steps_ms=tuple(max(ms, 1e-3) for ms in times.later),
+                server_slowdown=times.server_slowdown,
                 prefill_ms_per_token=times.draft_prefill_ms_per_token,
             ),
             rtt_ms,
@@ -243,7 +247,8 @@ def run_check(
             timeout_s=server.timeout_s,
             clock=clock,
         )
-    return check_trace(trace, times, rtt_ms, settings.seed)
+    found = check_trace(trace, times, rtt_ms, settings.seed)
+    return replace(found, prompt_warning=prompt_warning(trace.meta, settings.prompt_tokens))
 
 
 def _chosen(trace: AcceptanceTrace) -> Sequence[TracePath]:

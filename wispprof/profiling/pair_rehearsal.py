@@ -68,16 +68,19 @@ class LocalTarget:
 @dataclass
 class PairTimes:
     """Samples in ms. ``first``: first draft steps of a round, which also read what was committed; ``later``:
-    the other ones. ``verify``: the target's steps by number of drafts. ``prefill`` and ``draft_prefill``:
-    (prompt tokens, ms) of the target and of the draft. ``undrafted``: tokens of a session without drafts, if
-    they were measured apart from steps."""
+    the other ones; ``beside``: such steps while the target computed, if that was measured. ``verify``: the
+    target's steps by number of drafts. ``prefill`` and ``draft_prefill``: (prompt tokens, ms) of the target
+    and of the draft. ``undrafted`` and ``undrafted_prefill``: tokens and prompts of a session without drafts,
+    if they were measured apart."""
 
     first: list[float] = field(default_factory=list)
     later: list[float] = field(default_factory=list)
+    beside: list[float] = field(default_factory=list)
     verify: dict[int, list[float]] = field(default_factory=dict)
     prefill: list[tuple[int, float]] = field(default_factory=list)
     draft_prefill: list[tuple[int, float]] = field(default_factory=list)
     undrafted: list[float] = field(default_factory=list)
+    undrafted_prefill: list[tuple[int, float]] = field(default_factory=list)
 
     @property
     def draft_ms(self) -> float:
@@ -89,6 +92,13 @@ class PairTimes:
     def resume_ms(self) -> float:
         """What the first draft step of a round takes longer."""
         return max(0.0, statistics.fmean(self.first) - self.draft_ms) if self.first else 0.0
+
+    @property
+    def server_slowdown(self) -> float:
+        """How many times longer a draft step takes while the target computes; never below 1."""
+        if not (self.beside and self.later):
+            return 1.0
+        return max(1.0, statistics.fmean(self.beside) / self.draft_ms)
 
     @property
     def draft_prefill_ms_per_token(self) -> float:
@@ -108,7 +118,7 @@ class PairTimes:
         """The target's step times by what was measured; ``undrafted``: of a session without drafts."""
         if undrafted and self.undrafted:
             whole = statistics.fmean(self.undrafted)
-            return measured_steps([(1, whole, len(self.undrafted))], self.prefill)
+            return measured_steps([(1, whole, len(self.undrafted))], self.undrafted_prefill or self.prefill)
         points = [
             (1 + drafts, statistics.median(samples), len(samples)) for drafts, samples in self.verify.items()
         ]

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count, cycle
 
 from wispprof import protocol
@@ -60,8 +61,10 @@ def rehearse_remote(
     clock: Clock = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> PairTimes:
-    """The server's steps with the answers' own tokens as drafts, and rounds of the draft, at the same time: a
-    server and a device that share a machine slow each other. Sessions without drafts come first, alone.
+    """Times of a server and of this device, which slow each other if they share a machine: asynchronous
+    drafting never rests, and a synchronous edge drafts on while its round is out. So the server's steps are
+    timed while the device drafts without a pause. Draft steps are timed beside them, and in rounds during
+    which the server rests. Sessions without drafts come first, alone.
 
     Raises the errors of the connection, and :class:`ProtocolError` if the server refuses a session.
     """
@@ -71,8 +74,23 @@ def rehearse_remote(
     async def alone() -> None:
         async with ServerClient.open(server, access, "check-pair", timeout_s) as client:
             for path in paths:
+                prompt = _turned(path.prompt, 2)
+                ms = await _prefill_ms(client, next(numbers), prompt, sampling)
+                undrafted.undrafted_prefill.append((len(prompt), ms))
                 await _undrafted_answer(client, next(numbers), path, sampling, undrafted, clock)
             await _verify_answer(client, next(numbers), paths[0], lengths, sampling, warm)
+            warm.prefill = undrafted.undrafted_prefill
+
+    async def openings() -> None:
+        async with ServerClient.open(server, access, "check-pair", timeout_s) as client:
+            for path in paths:
+                prompt = _turned(path.prompt, 1)
+                ms, draft_ms = await asyncio.gather(
+                    _prefill_ms(client, next(numbers), prompt, sampling),
+                    asyncio.to_thread(_draft_prefill_ms, drafter, prompt, sampling, clock),
+                )
+                busy.prefill.append((len(prompt), ms))
+                busy.draft_prefill.append((len(prompt), draft_ms))
 
     async def together() -> None:
         async with ServerClient.open(server, access, "check-pair", timeout_s) as client:
@@ -82,18 +100,48 @@ def rehearse_remote(
                 await _verify_answer(client, next(numbers), path, lengths, sampling, busy)
 
     asyncio.run(alone())
+    asyncio.run(openings())
     first = warm.estimator()
-    target = _RecordedTarget(paths, lambda drafts: rtt_ms + first.step_ms(1 + drafts), sleep)
+    rested = _RecordedTarget(paths, lambda drafts: rtt_ms + first.step_ms(1 + drafts), sleep)
+    found = rehearse(drafter, rested, paths[: -(-len(paths) // 2)], depth, sampling, clock)
     drafting.set()
     with ThreadPoolExecutor(1) as pool:
         steps = pool.submit(asyncio.run, together())
         try:
-            drafted = rehearse(drafter, target, paths, depth, sampling, clock)
+            restless = _RecordedTarget(paths, lambda drafts: 0.0, lambda seconds: None)
+            beside = rehearse(drafter, restless, paths, depth, sampling, clock)
         finally:
             drafting.clear()
         steps.result()
-    drafted.verify, drafted.prefill, drafted.undrafted = busy.verify, undrafted.prefill, undrafted.undrafted
-    return drafted
+    return replace(
+        found,
+        beside=beside.later,
+        verify=busy.verify,
+        prefill=busy.prefill,
+        draft_prefill=busy.draft_prefill,
+        undrafted=undrafted.undrafted,
+        undrafted_prefill=undrafted.undrafted_prefill,
+    )
+
+
+def _turned(prompt: Sequence[int], by: int) -> list[int]:
+    """The prompt from another token on: as long, and no server holds KV of its beginning."""
+    by %= len(prompt)
+    return [*prompt[by:], *prompt[:by]]
+
+
+async def _prefill_ms(client: ServerClient, number: int, prompt: Sequence[int], sampling: Sampling) -> float:
+    """A session that ends with its first token."""
+    await client.send(_opening(number, prompt, 1, sampling, undrafted=True))
+    frame = await _commit(client, number)
+    return frame.queue_ms + frame.verify_ms
+
+
+def _draft_prefill_ms(drafter: Drafter, prompt: Sequence[int], sampling: Sampling, clock: Clock) -> float:
+    begin = clock()
+    drafter.open(prompt, sampling)
+    drafter.prefill()
+    return (clock() - begin) * 1000.0
 
 
 async def _verify_answer(
@@ -105,14 +153,12 @@ async def _verify_answer(
     times: PairTimes,
 ) -> None:
     """One session whose drafts are right. A server in stream mode takes as many as its policy wants."""
-    await client.send(_opening(number, path, sampling, undrafted=False))
+    await client.send(_opening(number, path.prompt, len(path.path), sampling, undrafted=False))
     welcome = client.welcome
     while True:
         frame = await _commit(client, number)
         place = frame.committed_len - len(path.prompt)
-        if place == len(frame.tokens):
-            times.prefill.append((len(path.prompt), frame.queue_ms + frame.verify_ms))
-        else:
+        if place > len(frame.tokens):  # not the first, whose prompt the server may hold in its KV cache
             times.verified(frame.drafted, frame.queue_ms + frame.verify_ms)
         if frame.finished:
             return
@@ -128,11 +174,10 @@ async def _verify_answer(
 async def _undrafted_answer(
     client: ServerClient, number: int, path: TracePath, sampling: Sampling, times: PairTimes, clock: Clock
 ) -> None:
-    """Its prefill, and the time of a later token between arrivals of commits: a server that steps without a
-    pause also has to send them meanwhile."""
-    await client.send(_opening(number, path, sampling, undrafted=True))
+    """The time of a later token between arrivals of commits: a server that steps without a pause also has to
+    send them meanwhile."""
+    await client.send(_opening(number, path.prompt, len(path.path), sampling, undrafted=True))
     frame = await _commit(client, number)
-    times.prefill.append((len(path.prompt), frame.queue_ms + frame.verify_ms))
     began, later = clock(), 0
     while not frame.finished:
         frame = await _commit(client, number)
@@ -141,11 +186,13 @@ async def _undrafted_answer(
         times.undrafted += [(clock() - began) * 1000.0 / later] * later
 
 
-def _opening(number: int, path: TracePath, sampling: Sampling, undrafted: bool) -> protocol.Open:
+def _opening(
+    number: int, prompt: Sequence[int], most: int, sampling: Sampling, undrafted: bool
+) -> protocol.Open:
     return protocol.Open(
         number,
-        list(path.prompt),
-        len(path.path),
+        list(prompt),
+        most,
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,

@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import random
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wispprof.errors import ArtifactDamaged, ArtifactMissing, ModelError, ProfileError
+
+if TYPE_CHECKING:
+    from wispprof.settings.profiler_settings import TraceSettings
 
 HELD_OUT_PERCENT = 4
 MAX_FILE_BYTES = 400_000
@@ -85,7 +88,47 @@ def held_out_prompts(tokenizer: Any, count: int, tokens: int, seed: int = 0) -> 
     return _excerpts(tokenizer, texts, count, tokens, seed)
 
 
+@dataclass(frozen=True)
+class ChosenPrompts:
+    """``ids``: token ids of each prompt. ``cut``: how many of them are only the beginning of a longer one.
+    ``left_out``: conversations that were too long."""
+
+    ids: list[list[int]]
+    cut: int = 0
+    left_out: int = 0
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """For the trace's ``meta``."""
+        return {"cut_prompts": self.cut, "left_out_prompts": self.left_out}
+
+
+def choose_prompts(settings: TraceSettings, tokenizer: Any, context: int) -> ChosenPrompts:
+    """The prompts of a trace whose target has this ``context``."""
+    size = min(settings.prompt_tokens, context - settings.path_tokens)
+    if settings.prompts is None:
+        return ChosenPrompts(held_out_prompts(tokenizer, settings.count, size, settings.seed))
+    return read_prompts(settings.prompts, tokenizer, settings.count, size, settings.seed)
+
+
+def prompt_warning(meta: Mapping[str, object], tokens: int) -> str:
+    """What a trace's ``meta`` says of prompts that were not traced as they are served; "" if all were."""
+    said = []
+    if cut := meta.get("cut_prompts"):
+        said.append(f"{cut} prompts were cut to {tokens} tokens")
+    if left_out := meta.get("left_out_prompts"):
+        said.append(f"{left_out} longer conversations were left out")
+    if not said:
+        return ""
+    return f"{' and '.join(said)}, so answers differ from those that are served. Give more --prompt-tokens."
+
+
 def load_prompts(path: Path, tokenizer: Any, count: int, tokens: int, seed: int = 0) -> list[list[int]]:
+    """Token ids of a user's prompts, see :func:`read_prompts`."""
+    return read_prompts(path, tokenizer, count, tokens, seed).ids
+
+
+def read_prompts(path: Path, tokenizer: Any, count: int, tokens: int, seed: int = 0) -> ChosenPrompts:
     """A user's prompts, ``count`` at most.
 
     A ``.jsonl`` file has a ``prompt`` or ``text`` per line, cut to ``tokens``, or a conversation
@@ -101,19 +144,21 @@ def load_prompts(path: Path, tokenizer: Any, count: int, tokens: int, seed: int 
     except UnicodeDecodeError:
         raise ArtifactDamaged(f"{path} is not UTF-8 text.", "Give text or JSON lines.") from None
     if path.suffix != ".jsonl":
-        return _excerpts(tokenizer, [text], count, tokens, seed)
-    prompts, too_long = [], 0
+        return ChosenPrompts(_excerpts(tokenizer, [text], count, tokens, seed))
+    prompts: list[tuple[list[int], bool]] = []
+    too_long = 0
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         prompt = _parse_prompt(line, f"{path} line {number}")
         if isinstance(prompt, str):
-            ids = _encode_as_served(tokenizer, prompt)[:tokens]
+            whole = _encode_as_served(tokenizer, prompt)
+            ids = whole[:tokens]
         else:
-            ids = _encode_chat(tokenizer, prompt, f"{path} line {number}")
+            whole = ids = _encode_chat(tokenizer, prompt, f"{path} line {number}")
             too_long += len(ids) > tokens
         if 0 < len(ids) <= tokens:
-            prompts.append(ids)
+            prompts.append((ids, len(ids) < len(whole)))
     if not prompts and too_long:
         raise ProfileError(
             f"All conversations of {path} are longer than {tokens} tokens.", "Give more --prompt-tokens."
@@ -121,7 +166,8 @@ def load_prompts(path: Path, tokenizer: Any, count: int, tokens: int, seed: int 
     if not prompts:
         raise ProfileError(f"{path} contains no prompts.", _EXAMPLE_HINT)
     random.Random(seed).shuffle(prompts)
-    return prompts[:count]
+    chosen = prompts[:count]
+    return ChosenPrompts([ids for ids, _ in chosen], sum(cut for _, cut in chosen), too_long)
 
 
 def _parse_prompt(line: str, where: str) -> str | list[dict[str, Any]]:

@@ -31,6 +31,7 @@ class DeviceProfile:
     ``draft_w`` and ``idle_w``: power while drafting and while waiting. ``resume_ms``: what an idle time
     adds to the next draft step. ``steps_ms``: draft steps as they followed each other, instead of
     ``draft_ms``, because a drafter that goes by way of the text does the work of several steps in one.
+    ``server_slowdown``: factor on draft steps while the server computes, of a device on its machine.
     ``node_ms``: each further node of a draft tree in one forward; ``None``: it drafts chains only.
     """
 
@@ -43,6 +44,7 @@ class DeviceProfile:
     idle_w: float = 0.0
     resume_ms: float = 0.0
     steps_ms: tuple[float, ...] = ()
+    server_slowdown: float = 1.0
     node_ms: float | None = None
 
     def step_ms(self, context: int) -> float:

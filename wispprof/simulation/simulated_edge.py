@@ -176,7 +176,7 @@ class SimulatedEdge:
         return now_ms, frame
 
     def _catch_up(self, now_ms: float) -> None:
-        """Work out what was drafted while the round was out, up to now."""
+        """Work out what was drafted while the round was out and the server computed, up to now."""
         running, self._running = self._running, None
         while True:
             if running is None:
@@ -214,6 +214,7 @@ class SimulatedEdge:
         position = session.buffer.length
         drafting_ms, steps = counters.drafting_ms, 0
         constant_cost = not (device.draft_ms_per_ktoken or device.resume_ms or device.steps_ms)
+        slowdown = device.server_slowdown
         while now_ms <= until_ms:
             token = draft()
             if token.token < 0:
@@ -230,7 +231,7 @@ class SimulatedEdge:
                     break
             position += 1
             if not constant_cost:
-                cost_ms = device.step_ms(position)
+                cost_ms = device.step_ms(position) * slowdown
             now_ms += cost_ms
             steps += 1
             drafting_ms += cost_ms
@@ -257,6 +258,7 @@ class SimulatedEdge:
     # --- both modes ---
 
     def _begin_step(self, now_ms: float) -> _Step:
+        """Begin a step while the server computes: a round is out, or drafting is asynchronous."""
         session, nodes = self._session, 1
         context = session.buffer.length
         if (step := session.begin_step()) is not None:
@@ -264,7 +266,7 @@ class SimulatedEdge:
             if output.length > context:
                 output.rollback(context)
             self._found = output.expand(step.tree, step.nodes, len(output.candidates[0]), context)
-        cost_ms = self.device.forward_ms(context, nodes)
+        cost_ms = self.device.forward_ms(context, nodes) * self.device.server_slowdown
         if self.device.resume_ms:
             cost_ms += self.device.resuming_ms(now_ms - self._free_ms)
         self._free_ms = done_ms = now_ms + cost_ms
