@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -101,3 +102,16 @@ def test_features_by_hand() -> None:
     expected = (p.max(), -(p * np.log(p)).sum(), 1.0, row.std())
     np.testing.assert_allclose(features_torch(torch.tensor(row)[None])[0], expected, rtol=1e-5)
     np.testing.assert_allclose(features_numpy(row.copy()), expected, rtol=1e-5)
+
+
+def test_features_of_one_row_do_not_depend_on_the_row_before() -> None:
+    rows = [np.random.default_rng(size).standard_normal(size).astype(np.float32) for size in (9, 300, 9, 40)]
+    wanted = features_torch(torch.tensor(rows[2])[None])[0]
+    for row in rows[:2]:
+        features_numpy(row.copy())
+    np.testing.assert_allclose(features_numpy(rows[2].copy()), wanted, rtol=1e-5)
+    for row in rows[3:]:
+        features_numpy(row.copy())
+    with ThreadPoolExecutor(2) as pool:  # threads of two devices
+        found = list(pool.map(features_numpy, [row.copy() for row in rows * 50]))
+    assert found == [features_numpy(row.copy()) for row in rows * 50]

@@ -167,7 +167,8 @@ def test_steps_rise_with_their_tokens() -> None:
     assert steps.start().add(40, 0, True).add(1, 9).bound_ms == pytest.approx(100.5)
 
 
-async def test_a_servers_steps_are_timed_while_the_device_drafts() -> None:
+@pytest.mark.parametrize("policy", ["fcfs", "wispprof"])
+async def test_a_servers_steps_are_timed_while_the_device_drafts(policy: str) -> None:
     answer = FakeTarget()
     paths = [
         TracePath(
@@ -176,7 +177,7 @@ async def test_a_servers_steps_are_timed_while_the_device_drafts() -> None:
         for prompt in ((1, 2, 3), (4, 5, 6, 7))
     ]
     paused: list[float] = []
-    async with running_server(ServerSettings(policy="fcfs", device="cpu", admit="all")) as server:
+    async with running_server(ServerSettings(policy=policy, device="cpu", admit="all")) as server:
         taken = await asyncio.to_thread(
             rehearse_remote,
             server.split_url,
@@ -189,6 +190,7 @@ async def test_a_servers_steps_are_timed_while_the_device_drafts() -> None:
             sleep=paused.append,
         )
     assert 0 in taken.verify
+    assert max(taken.verify) <= 3
     assert all(ms > 0 for samples in taken.verify.values() for ms in samples)
     # Each prompt as long as it is, but turned, so that no KV of its beginning is held.
     assert [tokens for tokens, _ in taken.prefill] == [3, 4]

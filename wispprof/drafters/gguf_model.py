@@ -234,11 +234,12 @@ class GgufSequence:
             self._snapshots.save(self._held)
 
     def logits(self) -> np.ndarray:
-        """A copy of the logits (V,) float32 after the last token decoded."""
+        """The logits (V,) float32 after the last token decoded: llama.cpp's own memory until the next decode,
+        free to be written to. Copies of such size cost as many page faults as they have pages."""
         pointer = self.model.library.get_logits_ith(self._context, -1)
         if not pointer:
             raise EngineError("llama.cpp gave no logits.")
-        return np.ctypeslib.as_array(pointer, shape=(self.model.vocab_size,)).copy()
+        return np.ctypeslib.as_array(pointer, shape=(self.model.vocab_size,))
 
     def keep(self, length: int) -> int:
         """Forget everything from position ``length`` on; returns how many tokens are still held: fewer if the

@@ -39,7 +39,7 @@ class LlamaCppDrafter(ModelDrafter):
             self._read(len(self._tokens) - 1)
 
     def forward(self) -> np.ndarray:
-        """One step without features and sampling: a copy of the logits (V,) float32."""
+        """One step without features and sampling: the logits (V,) float32, valid until the next one."""
         self._cached = min(self._cached, len(self._tokens) - 1)
         self._read(len(self._tokens))
         return self._sequence.logits()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -93,6 +94,21 @@ def _ones(size: int) -> np.ndarray:
     return np.ones(size, dtype=np.float32)
 
 
+class _Scratch(threading.local):
+    """Memory for weights, kept by each thread: fresh memory of this size costs a page fault for each page."""
+
+    def __init__(self) -> None:
+        self._weights = np.empty(0, dtype=np.float32)
+
+    def weights(self, size: int) -> np.ndarray:
+        if len(self._weights) != size:
+            self._weights = np.empty(size, dtype=np.float32)
+        return self._weights
+
+
+_scratch = _Scratch()
+
+
 def features_numpy(logits: np.ndarray) -> DraftFeatures:
     """Features of one row of raw logits (V,) float32; does not keep ``logits`` intact.
 
@@ -105,7 +121,7 @@ def features_numpy(logits: np.ndarray) -> DraftFeatures:
     logits -= logits[best]
     mean = float(logits @ ones) / size
     spread = max(0.0, float(logits @ logits) / size - mean * mean) ** 0.5
-    weights = np.exp(logits)
+    weights = np.exp(logits, out=_scratch.weights(size))
     total = float(weights @ ones)
     # H = log Z - E[l - top]
     entropy = float(np.log(total)) - float(weights @ logits) / total

@@ -152,9 +152,9 @@ async def _verify_answer(
     sampling: Sampling,
     times: PairTimes,
 ) -> None:
-    """One session whose drafts are right. A server in stream mode takes as many as its policy wants."""
+    """One session whose drafts are right. A server in stream mode does not wait for them: while they travel,
+    it commits the first of them by itself."""
     await client.send(_opening(number, path.prompt, len(path.path), sampling, undrafted=False))
-    welcome = client.welcome
     while True:
         frame = await _commit(client, number)
         place = frame.committed_len - len(path.prompt)
@@ -165,7 +165,7 @@ async def _verify_answer(
         if frame.accepted < frame.drafted:  # near ties: the answer went another way, so no drafts are known
             await client.send(protocol.Close(number))
             return
-        most = welcome.max_drafts if welcome.stream else next(lengths)
+        most = next(lengths) + client.welcome.stream
         drafts = list(path.path[place : len(path.path) - 1][:most])
         sure = bytes([255]) * len(drafts)
         await client.send(protocol.Draft(number, 0, frame.committed_len, drafts, sure, 0.0, _SLACK_MS))
