@@ -104,6 +104,8 @@ def test_shares_of_modelled_times_are_said_wherever_one_is_used(monkeypatch: pyt
     listed = CliRunner().invoke(app, ["profile", "gpus"]).stdout
     assert "…" not in listed
     assert "interpolated" in listed
+    assert set(shipped_servers()) <= set(listed.split())
+    assert max(map(len, listed.splitlines())) <= 80
     assert "0.14.0" in listed
 
 

@@ -216,11 +216,10 @@ def gpus(as_json: JsonFlag = False) -> None:
 
     shipped = shipped_servers()
     known: dict[str, Any] = {"shipped": sorted(shipped)}
-    columns = "profile|GPUs|framework|KV tokens:,|step time"
+    columns = "profile|framework|KV tokens:,|step time"
     rows = [
         (
             name,
-            f"{manifest.engine.get('tp', 1)} × {manifest.hardware['gpus'][0]['name']}",
             f"{manifest.engine['backend']} {manifest.engine['version']}",
             manifest.engine["kv_tokens"],
             origin_shares(manifest),

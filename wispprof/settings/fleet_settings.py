@@ -23,7 +23,7 @@ class InputSettings(Settings):
 
     server: str = setting("", "Estimator or profile, or a shipped GPU, as h200-sxm-qwen3-32b-vllm-bf16-tp1.")
     kv_tokens: int | None = setting(None, "Size of the server's KV cache.", unit="tokens", minimum=1)
-    edge: Path | None = setting(None, "Edge profile.")
+    edge: Path | None = setting(None, "Edge profile: a file, or a shipped one by name, as rpi-5.")
     draft_tokens_per_s: float = setting(
         60.0, "Drafting speed without a profile.", unit="tokens/s", minimum=0.01, option="draft-speed"
     )
