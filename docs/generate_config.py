@@ -72,7 +72,8 @@ def _row(command: str, parameter: Any, field: Declared) -> str:
         default = " ".join(map(str, default))
     shown = "" if default in (None, "") or default is False else f"`{default}`"
     allowed = ", ".join(filter(None, of.choices)) or of.bounds
-    return f"| `{entry}` | `{variable}` | {shown} | {of.unit} | {allowed} | {of.help} |"
+    variables = " or ".join(f"`{name}`" for name in (variable, of.variable) if name)
+    return f"| `{entry}` | {variables} | {shown} | {of.unit} | {allowed} | {of.help} |"
 
 
 if __name__ == "__main__":

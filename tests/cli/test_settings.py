@@ -124,6 +124,24 @@ def test_settings_come_from_file_environment_and_options(here: Path) -> None:
     assert replace(settings.client, ping_ms=2000.0, name="") == ClientSettings()
 
 
+def test_a_key_for_all_commands_yields_to_the_key_of_one(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    @with_settings
+    def probe(access: ServerAccess) -> None:
+        seen.append(access.key)
+
+    made = typer.Typer(context_settings={"auto_envvar_prefix": "WISPPROF"})
+    made.callback()(lambda: None)
+    made.command("probe")(probe)
+    monkeypatch.setenv("WISPPROF_KEY", "common")
+    RUNNER.invoke(made, ["probe"])
+    monkeypatch.setenv("WISPPROF_PROBE_KEY", "own")
+    RUNNER.invoke(made, ["probe"])
+    RUNNER.invoke(made, ["probe", "--key", "typed"])
+    assert seen == ["common", "own", "typed"]
+
+
 def test_without_any_source_settings_are_their_defaults(here: Path) -> None:
     assert edge_seen() == EdgeSettings()
 

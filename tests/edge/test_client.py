@@ -186,10 +186,12 @@ async def test_links_are_cut_by_a_proxy_in_between() -> None:
             assert client.rtt.least_ms >= 2.0
 
 
-async def test_nobody_there() -> None:
+async def test_nobody_there(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ServerUnreachable, match="No server answers at"):
-        async with edge(websocket_connections("127.0.0.1:9"), give_up_ms=50.0):
+        async with edge(websocket_connections("127.0.0.1:9"), give_up_ms=50.0, backoff_ms=5.0):
             pass
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "wispprof.edge"]
+    assert said.startswith("no server yet: trying for 0 s (No server answers at")
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def hello(**changes: Any) -> protocol.Hello:
         ({"key": "wrong"}, "Invalid API key"),
         (
             {"key": ""},
-            "needs an API key. Give --key, or set the command's variable, such as WISPPROF_EDGE_KEY",
+            "needs an API key. Give --key, or set WISPPROF_KEY",
         ),
     ],
 )

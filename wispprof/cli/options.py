@@ -22,6 +22,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from wispprof.settings.fields import Declared, Settings, declared, nested
+from wispprof.settings.sources import ENV_PREFIX
 
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
@@ -50,7 +51,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
             for field, default in _flattened(groups[name]):
                 assert field.key in fields or field.key not in options, field.key
                 fields.setdefault(field.key, field)
-                options.setdefault(field.key, _option(field, default))
+                options.setdefault(field.key, _option(field, default, command.__name__))
         else:
             assert name not in fields, f"{command.__name__}: {name} is a setting, too"
             options[name] = parameter.replace(annotation=kind, kind=Parameter.KEYWORD_ONLY)
@@ -89,13 +90,14 @@ def _built(base: Settings, given: Mapping[str, Any]) -> Settings:
     return replace(base, **values)  # type: ignore[type-var]
 
 
-def _option(field: Declared, default: Any) -> Parameter:
+def _option(field: Declared, default: Any, command: str) -> Parameter:
     of = field.setting
     kind: Any = field.kind
     named = re.search(rf"(?<!\w){re.escape(of.unit)}(?!\w)", of.help)
     if field.many:
         kind, default = list[kind], list(default)
     numeric = field.kind in (int, float)
+    own = f"{ENV_PREFIX}_{command}_{field.key}".upper()
     option = typer.Option(
         f"--{field.key.replace('_', '-')}",
         help=of.help if named else f"{of.help[:-1]} ({of.unit}).",
@@ -103,6 +105,7 @@ def _option(field: Declared, default: Any) -> Parameter:
         max=of.maximum if numeric else None,
         metavar="|".join(filter(None, of.choices)) or None,
         show_default=not of.secret and bool(default or numeric),
+        envvar=[own, of.variable] if of.variable else None,
     )
     if field.optional:
         kind = kind | None

@@ -21,7 +21,7 @@ import msgspec
 from wispprof import protocol
 from wispprof.edge import handshake, server_frames
 from wispprof.edge.connection import Connection, ConnectionFactory, LinkLost, RttMeter, Traffic
-from wispprof.errors import ProtocolError, RuntimeFault, ServerUnreachable, SettingsError
+from wispprof.errors import ProtocolError, RuntimeFault, SettingsError
 from wispprof.settings.edge_settings import ClientSettings
 from wispprof.types import ServedModel
 
@@ -57,9 +57,9 @@ class GenerationListener(Protocol):
 class EdgeClient:
     """Connects to a server and stays connected inside ``async with``.
 
-    Entering raises :class:`HandshakeRefused`, or :class:`ServerUnreachable` after ``give_up_ms``; with
-    ``offline_ok`` the latter fails sessions instead. The client restores a lost link for as long as it
-    runs. After ``give_up_ms`` without a server, open sessions fail; a session opened later fails if one more
+    Entering raises :class:`HandshakeRefused`, or :class:`~wispprof.errors.ServerUnreachable` after
+    ``give_up_ms``; with ``offline_ok`` the latter fails sessions instead. The client restores a lost link for
+    as long as it runs. After ``give_up_ms`` without a server, open sessions fail; a session opened later fails if one more
     attempt does. If the server then serves another target, open sessions fail: none continues on it.
 
     ``target_changes``: reconnects that found another target. ``bad_frames``: invalid frames received.
@@ -190,12 +190,14 @@ class EdgeClient:
                 pause_ms = max(self._pause_ms(attempt), err.retry_ms)
                 attempt += 1
                 down_ms = (loop.time() - begun_s) * 1000.0
-                fault = _unreachable(down_ms, err)
+                fault = handshake.unreachable(down_ms, err)
                 if self.settings.offline_ok:
                     self.fault = fault
                     return None
                 if down_ms + pause_ms > self.settings.give_up_ms:
                     raise fault from err
+                if attempt == 1:
+                    log.warning("no server yet: trying for %.0f s (%s)", self.settings.give_up_ms / 1000.0, err)
             await asyncio.sleep(pause_ms / 1000.0)
 
     async def _reconnect(self, lost_s: float, pause_ms: float) -> Connection:
@@ -225,7 +227,7 @@ class EdgeClient:
                 if not isinstance(fault, LinkLost) or fault.final:
                     self.fault = fault
                 elif self.fault is not None or down_ms + pause_ms > settings.give_up_ms:
-                    self.fault = _unreachable(down_ms, fault)
+                    self.fault = handshake.unreachable(down_ms, fault)
                 if self.fault is not None:
                     self._fail(waiting, self.fault)
             else:
@@ -386,13 +388,6 @@ def _opening_frames(number: int, listener: GenerationListener) -> list[bytes]:
         return [*map(protocol.encode, parts), protocol.encode(last)]
     except (OverflowError, TypeError, ValueError) as err:
         raise SettingsError(f"The request does not fit into a frame: {err}.", "Correct its numbers.") from err
-
-
-def _unreachable(down_ms: float, err: LinkLost) -> ServerUnreachable:
-    return ServerUnreachable(
-        f"No server for {down_ms / 1000:.1f} s. {err}".rstrip(),
-        "Start one with `wispprof serve`, check the address, or wait longer (`--give-up-ms`).",
-    )
 
 
 def _internal(err: Exception) -> RuntimeFault:

@@ -9,7 +9,7 @@ from typing import NoReturn
 from wispprof import protocol
 from wispprof.edge.connection import Connection, LinkLost, Traffic
 from wispprof.edge.server_frames import HINT, MAX_DRAFTED, MAX_POSITION, retry_ms
-from wispprof.errors import HandshakeRefused, ProtocolError, RuntimeFault
+from wispprof.errors import HandshakeRefused, ProtocolError, RuntimeFault, ServerUnreachable
 from wispprof.settings.edge_settings import ClientSettings
 from wispprof.types import GenerationDefaults, ServedModel
 
@@ -131,4 +131,12 @@ def refusal() -> HandshakeRefused:
     """The end of an answer whose target is gone."""
     return HandshakeRefused(
         "The server no longer serves the target that began this answer.", "Send the request again."
+    )
+
+
+def unreachable(down_ms: float, err: LinkLost) -> ServerUnreachable:
+    """The end of a wait for a server."""
+    return ServerUnreachable(
+        f"No server for {down_ms / 1000:.1f} s. {err}".rstrip(),
+        "Start one with `wispprof serve`, check the address, or wait longer (`--give-up-ms`).",
     )

@@ -39,7 +39,7 @@ def check_hello(hello: protocol.Hello, model: ServedModel, allowed: Sequence[str
         if not hello.key:
             raise HandshakeRefused(
                 "This server needs an API key.",
-                "Give --key, or set the command's variable, such as WISPPROF_EDGE_KEY.",
+                "Give --key, or set WISPPROF_KEY.",
             )
         raise HandshakeRefused("Invalid API key.", "Use a key of this server.")
     if hello.target and hello.target != model.id:

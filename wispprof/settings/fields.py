@@ -25,7 +25,8 @@ class FieldInfo:
     """What a field says of itself. ``option``: its name outside Python, if that is not the field's.
 
     ``secret`` values are kept out of ``repr``, messages and help. ``parse`` reads one text of the command
-    line; a field that is a tuple or a mapping gets the results of all of them.
+    line; a field that is a tuple or a mapping gets the results of all of them. ``variable``: environment
+    variable that every command with the field reads if its own is not set.
     """
 
     help: str
@@ -36,6 +37,7 @@ class FieldInfo:
     option: str = ""
     secret: bool = False
     parse: Callable[[str], Any] | None = None
+    variable: str = ""
 
     @property
     def bounds(self) -> str:

@@ -65,7 +65,7 @@ def vllm_untested_setting() -> Any:
 class ServerAccess(Settings):
     """What a client shows a server, and whom it trusts."""
 
-    key: str = setting("", "API key of the server.", secret=True)
+    key: str = setting("", "API key of the server.", secret=True, variable="WISPPROF_KEY")
     ca_file: Path | None = setting(None, "Certificate authority for wss://; default: the system's.")
 
 
