@@ -25,6 +25,25 @@ OUTER = {
     "examples/README.md": "examples.md",
     "examples/deploy/README.md": "deploy-files.md",
 }
+RELATED = (
+    "artifacts.ServerProfile",
+    "artifacts.EdgeProfile",
+    "artifacts.AcceptanceTrace",
+    "fitting.FittedEstimator",
+    "fitting.FittedPredictor",
+    "artifacts.plan.Plan",
+    "simulation.System",
+    "simulation.arrivals.ClosedFleet",
+    "simulation.arrivals.Poisson",
+    "simulation.arrivals.Replay",
+    "simulation.arrivals.Lengths",
+    "simulation.devices.DeviceProfile",
+    "settings.shared_settings.LinkModel",
+    "simulation.synthetic_acceptance.SyntheticAcceptance",
+    "simulation.trace_replay.TraceAcceptance",
+    "simulation.Report",
+)
+"""What the public names take and return, shown behind them."""
 LANGUAGES = {".py": "python", ".toml": "toml", ".service": "ini", ".yaml": "yaml", ".Dockerfile": "docker"}
 STYLE = ".md-grid { max-width: 76rem } .md-typeset table:not([class]) { font-size: .68rem }\n"
 _LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)]*)?\))")
@@ -130,6 +149,8 @@ def _python_api() -> str:
             parts.append(_section(f"{module}.{attribute or name}", merge_init_into_class=not plain, **named))
             if plain:
                 parts.append(f"`{name}.of(…)` takes all options by the names of the [settings](config.md).\n")
+    parts.append("## Records and parts\n\nWhat the functions above take and return.\n")
+    parts += [_section(f"wispprof.{name}", heading=f"wispprof.{name}", heading_level=3) for name in RELATED]
     parts += ["## Errors\n", _section("wispprof.errors", show_root_heading=False, heading_level=3)]
     return "\n".join(parts)
 
