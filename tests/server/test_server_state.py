@@ -93,7 +93,7 @@ def test_sessions_without_an_slo_do_not_count_as_met() -> None:
     assert 'slo_attained_total{slo_class="4"} 1.0' in text
     assert 'slo_class="none"' not in text
     metrics.ended(Slo.of(None, 500.0), counters, "stop", True, 100.0)
-    assert metrics.attainment["none"] == [1, 0]
+    assert metrics.attainment["ttft"] == [1, 0]
 
 
 def record(number: int) -> StepRecord:

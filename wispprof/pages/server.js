@@ -166,7 +166,8 @@ function stepRows() {
 function slackStrip(context, width, height) {
   const of = lastSessions, at = [];
   of?.slack_ms.forEach((slack, i) => { if (slack !== null) at.push([of.class[i], slack]); });
-  const classes = [...new Set(at.map(([name]) => name))].sort((a, b) => a - b).slice(0, 5);
+  const speed = (name) => Number(name) || Infinity;
+  const classes = [...new Set(at.map(([name]) => name))].sort((a, b) => speed(a) - speed(b)).slice(0, 5);
   const left = 62, limit = ceiling(Math.max(100, ...at.map(([, slack]) => Math.abs(slack))));
   const x = (slack) => left + ((slack + limit) / (2 * limit)) * (width - left - 1), bottom = height - 18;
   context.strokeStyle = color("line");

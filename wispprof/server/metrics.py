@@ -23,8 +23,11 @@ _ACCEPTED = tuple(float(n) for n in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32))
 
 
 def slo_class(slo: Slo) -> str:
-    """Label of an SLO: its token speed, ``8`` or ``2.5``, or ``none``."""
-    return "none" if slo.best_effort else f"{slo.tokens_per_s:g}"
+    """Label of an SLO: its token speed, ``8`` or ``2.5``; without one ``ttft`` if only the first token has a
+    deadline, else ``none``."""
+    if slo.best_effort:
+        return "none" if slo.ttft_ms is None else "ttft"
+    return f"{slo.tokens_per_s:g}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,7 +151,8 @@ def _classes(
             mine["unreachable"] += now_ms >= unreachable_ms
     for label, (met, missed) in server.metrics.attainment.items():
         entry(label).update(met=met, missed=missed)
-    return sorted(found.values(), key=lambda one: math.inf if one["class"] == "none" else float(one["class"]))
+    unpaced = ("ttft", "none")
+    return sorted(found.values(), key=lambda one: math.inf if one["class"] in unpaced else float(one["class"]))
 
 
 def _kind_names(sessions: Sequence[ServerSession]) -> set[str]:
