@@ -25,6 +25,7 @@ SYSTEMS = {
     "c": "vLLM, n-grams",
     "d": "wispprof on vLLM, server-only",
     "e": "wispprof on vLLM, drafting edges",
+    "f": "vLLM, undrafted, synchronous scheduling",
 }
 CONTEXT, START_S = 2048, 300.0
 OPENMP = Path(sys.prefix) / "lib" / "libiomp5.so"
@@ -63,6 +64,7 @@ def command(system: str, port: int, choice: ServerChoice) -> list[str]:
         *("--max-num-seqs", str(choice.max_sessions), "--kv-cache-memory-bytes", str(1 << 29)),
         *("--served-model-name", "target"),
         *(("--speculative-config", json.dumps(speculation)) if speculation else ()),
+        *(("--no-async-scheduling",) if system == "f" else ()),
         *(("--enforce-eager",) if choice.eager else ()),
     ]
 

@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 import pytest
 
+from wispprof.server import running_server
 from wispprof.server.garbage_collector import FULL_EVERY_S, calm_garbage_collector
+from wispprof.testing.fake_engine import FakeEngine
 from wispprof.testing.virtual_time import run_virtual
 
 
@@ -47,3 +49,14 @@ def test_full_collections_come_once_a_minute_and_what_is_frozen_is_freed_at_exit
             function()
     assert seen == [False, True, False, True]
     assert not gc.get_freeze_count()
+
+
+async def test_an_ended_server_keeps_no_engine_in_memory() -> None:
+    """FastAPI remembers the endpoints of past applications, and they know their front."""
+    engine = FakeEngine(64)
+    kept = weakref.ref(engine)
+    async with running_server(engine=engine, model=engine.served):
+        pass
+    del engine
+    gc.collect()
+    assert kept() is None

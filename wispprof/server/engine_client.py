@@ -125,6 +125,12 @@ class EngineClient:
             if not answer.done():
                 answer.set_result(_restarting(number))
 
+    def end(self) -> None:
+        """Send what is held, and let go of the server: what still refers to this front (FastAPI keeps the
+        endpoints of past applications) must not keep a model in memory."""
+        self._outbox.flush()
+        self._outbox.connect(None)
+
     def back(self, writer: BatchWriter) -> None:
         """Another engine process took the place of the lost one."""
         self.restarting = self.draining = False

@@ -74,6 +74,7 @@ class LocalFront:
         self._web_server.request_exit()
         if self._task is not None:
             await self._task
+        self.client.end()
 
     def force(self) -> None:
         self._web_server.force_exit = True
