@@ -5,13 +5,16 @@ A name is one of three things, tried in this order:
 - a built-in, such as ``wisp``;
 - an entry point of an installed package, in the group ``wispprof.policies``, ``wispprof.controllers``,
   ``wispprof.estimators``, ``wispprof.predictors``, ``wispprof.drafters`` or ``wispprof.engines``;
-- ``module:attribute``, such as ``my_package.batching:MyPolicy``.
+- ``module:attribute``, such as ``my_package.batching:MyPolicy``; the module is installed, or a file in the
+  working folder.
 
 See docs/extending.md.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -58,7 +61,7 @@ def _imported(load_one: Callable[[], Any], group: str, name: str) -> Callable[..
         made = load_one()
     except (ImportError, AttributeError) as err:
         raise PluginError(
-            f"Cannot load {name!r} for {group}: {err}.", "Install its package, or check the name."
+            f"Cannot load {name!r} for {group}: {err}.", "Check the name; install its package, or run where its file lies."
         ) from err
     if not callable(made):
         raise PluginError(f"{name!r} is not a class or function.", "Name a class or a function.")
@@ -66,6 +69,8 @@ def _imported(load_one: Callable[[], Any], group: str, name: str) -> Callable[..
 
 
 def _attribute(module: str, attribute: str) -> Any:
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # The console script's path does not have it, unlike that of `python -m`.
     made: Any = import_module(module)
     for part in attribute.split("."):
         made = getattr(made, part)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +35,13 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_name_resolves(name: str, found: str) -> None:
     assert plugins.load("policies", name, BUILTIN).__name__ == found  # type: ignore[attr-defined]
+
+
+def test_a_file_in_the_working_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_policy_of_mine.py").write_text("class Least: ...")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [one for one in sys.path if one])
+    assert plugins.load("policies", "a_policy_of_mine:Least", BUILTIN).__name__ == "Least"  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("installed")

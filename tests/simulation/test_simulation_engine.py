@@ -254,14 +254,17 @@ def test_a_request_that_can_never_fit_is_refused_and_others_go_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "plan",
+    ("plan", "said"),
     [
-        lambda s: (ScheduledItem(s[0].session), ScheduledItem(s[0].session)),
-        lambda s: (ScheduledItem("nobody"),),
-        lambda s: tuple(ScheduledItem(v.session, prefill=v.prompt_left) for v in s if v.prompt_left),
+        (lambda s: (ScheduledItem(s[0].session), ScheduledItem(s[0].session)), "planned .* twice|drafts"),
+        (lambda s: (ScheduledItem("nobody"),), "planned nobody twice, or it is none"),
+        (
+            lambda s: tuple(ScheduledItem(v.session, prefill=v.prompt_left) for v in s if v.prompt_left),
+            "broken planned .* where prefill_chunk is 128",
+        ),
     ],
 )
-def test_a_policy_beyond_its_limits_is_caught(plan) -> None:  # type: ignore[no-untyped-def]
+def test_a_policy_beyond_its_limits_is_caught(plan, said: str) -> None:  # type: ignore[no-untyped-def]
     """Negative control: the check that guards every other run can fire."""
 
     class Broken:
@@ -272,7 +275,7 @@ def test_a_policy_beyond_its_limits_is_caught(plan) -> None:  # type: ignore[no-
 
     sim = Simulation(fleet("fcfs", 3, load=ClosedFleet(3, Lengths(600, 8), ramp_ms=1.0)))
     sim.server._policy = Broken()
-    with pytest.raises((PolicyViolation, ValueError)):
+    with pytest.raises((PolicyViolation, ValueError), match=said):
         sim.run()
 
 

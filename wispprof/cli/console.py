@@ -140,6 +140,7 @@ def progress(eta: bool = True) -> Progress:
         *((TextColumn("ETA"), TimeRemainingColumn()) if eta else ()),
         TextColumn("{task.fields[status]}", style="dim", markup=False),
         console=console(),
+        disable=not console().is_terminal,
     )
 
 
@@ -210,7 +211,7 @@ def guard() -> Iterator[None]:
         code = USAGE if isinstance(err, SettingsError) else FAULT
         raise fail(message, err.hint, code) from err
     except KeyboardInterrupt as stop:
-        console().print("Interrupted. Complete files and rows remain.", style="yellow")
+        console().print("Interrupted.", style="yellow")
         raise typer.Exit(INTERRUPTED) from stop
     except BrokenPipeError:  # whoever reads the output has left, such as `head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for what is flushed at exit

@@ -12,6 +12,7 @@ from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING
 
+from wispprof.errors import PluginError
 from wispprof.policies.cost_model import load_level, slowdown
 from wispprof.policies.interface import BatchPolicy, Limits, SessionView, StepPlan
 from wispprof.sessions.draft_buffer import Outgoing
@@ -32,7 +33,7 @@ _LEVEL_EVERY = 16
 _INSTANT_MS = 1e-6
 
 
-class PolicyViolation(RuntimeError):
+class PolicyViolation(PluginError):
     """A batching policy exceeded its limits, or planned a session twice or one that it was not given."""
 
 
@@ -225,12 +226,10 @@ class SimulatedServer:
         limits = Limits(model.max_items, model.max_tokens, model.prefill_chunk, kv_free)
         plan = self._policy.plan(now_ms, views, self._estimator, limits)
         rows = sum(item.prefill or 1 + item.drafts for item in plan.items)
-        if (
-            len(plan.items) > limits.max_items
-            or rows > min(limits.max_tokens, limits.kv_free)
-            or sum(item.prefill for item in plan.items) > limits.prefill_chunk
-        ):
-            raise PolicyViolation(f"{self._policy.name} exceeded {limits} with {rows} rows.")
+        prefill = sum(item.prefill for item in plan.items)
+        for name, planned in zip(Limits.__slots__, (len(plan.items), rows, prefill, rows), strict=True):
+            if planned > (limit := getattr(limits, name)):
+                raise PolicyViolation(f"{self._policy.name} planned {planned} where {name} is {limit}.")
         return plan
 
     def _plan_ahead(self, now_ms: float, running: tuple[float, int]) -> None:
