@@ -117,6 +117,26 @@ def test_more_load_or_a_slower_server_never_needs_fewer() -> None:
     assert never.servers_needed() == 0
 
 
+def test_an_estimate_simulates_nothing(spec: FleetSpec) -> None:
+    answer = fleet_planner.plan_fleet(spec, replace(QUICK, estimate=True))
+    assert answer.complete
+    assert not any(option.simulated for option in answer.options)
+    prices = [o.dollars_per_h for o in answer.options if o.servers]
+    assert len(prices) == 4
+    assert prices == sorted(prices)
+
+
+def test_ctrl_c_leaves_what_is_known(spec: FleetSpec) -> None:
+    def stop(doing: str) -> None:
+        if doing.endswith("servers"):
+            raise KeyboardInterrupt
+
+    answer = fleet_planner.plan_fleet(spec, QUICK, progress=stop)
+    assert not answer.complete
+    assert sum(option.simulated for option in answer.options) == 1
+    assert all(option.servers for option in answer.options)
+
+
 def test_a_fleet_is_ranked_verified_and_written(spec: FleetSpec, tmp_path: Path) -> None:
     told: list[str] = []
     answer = fleet_planner.plan_fleet(spec, QUICK, progress=told.append)

@@ -69,7 +69,8 @@ class PayRow:
 @dataclass(frozen=True)
 class FleetAnswer:
     """``options``: cheapest first; those that hold no SLO last. ``classes``: device classes in words.
-    ``target``: the attainment asked for. ``prices_as_of``: date of the price list."""
+    ``target``: the attainment asked for. ``prices_as_of``: date of the price list. ``complete``: false if it
+    was interrupted; what was not simulated by then is an estimate."""
 
     title: str
     model: str
@@ -83,6 +84,7 @@ class FleetAnswer:
     pays: tuple[PayRow, ...] = ()
     notes: tuple[str, ...] = ()
     inputs: dict[str, str] = field(default_factory=dict)
+    complete: bool = True
 
     @property
     def best(self) -> FleetOption | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wispprof.cli.console import note, output, result, table, tracker
+from wispprof.cli.console import INTERRUPTED, note, output, result, table, tracker
 from wispprof.cli.options import Jobs, JsonFlag, OutputFile, with_settings
 from wispprof.settings.planner_settings import FleetSettings
 
@@ -29,7 +29,11 @@ def fleet(
     out: OutputFile = Path("fleet.json"),
     as_json: JsonFlag = False,
 ) -> None:
-    """Rank servers and systems for a fleet by price, and verify the best by simulation."""
+    """Rank servers and systems for a fleet by price, and verify the best by simulation.
+
+    Takes minutes to half an hour, by the number of requests; --estimate takes seconds. Ctrl-C prints what is
+    known by then.
+    """
     from dataclasses import replace
 
     from wispprof.artifacts.fleet_answer import load_fleet, save_fleet
@@ -41,7 +45,7 @@ def fleet(
     from wispprof.simulation.capacity_search import workers
 
     spec = read_fleet(description, SYSTEM_NAMES, prices)
-    with workers(jobs) as executor, tracker("fleet") as report:
+    with workers(jobs) as executor, tracker("fleet", eta=False) as report:
         done = 0
 
         def progress(doing: str) -> None:
@@ -50,7 +54,7 @@ def fleet(
             report(done, status=doing)
 
         answer = plan_fleet(spec, settings, executor, progress)
-        if pays:
+        if pays and answer.complete:
             answer = replace(answer, pays=pays_map(spec, progress))
     save_fleet(answer, out)
     note(f"wrote {out}")
@@ -59,6 +63,9 @@ def fleet(
     if not as_json:
         for line in (*in_words(answer), *answer.notes):
             output().print(line, markup=False)
+    if not answer.complete:
+        note("Interrupted: what was not simulated by then is an estimate.")
+        raise typer.Exit(INTERRUPTED)
 
 
 def _ranking(answer: FleetAnswer) -> Table:

@@ -219,7 +219,8 @@ def plan_fleet(
     executor: Executor | None = None,
     progress: Progress = lambda doing: None,
 ) -> FleetAnswer:
-    """Rank all candidates under all systems. ``progress`` is called after every part, with its name."""
+    """Rank all candidates under all systems. ``progress`` is called after every part, with its name. After
+    Ctrl-C the answer has what is known by then."""
     load = _load(spec)
     notes: list[str] = []
     searches = []
@@ -231,11 +232,41 @@ def plan_fleet(
             one.estimate = model.servers_needed(candidate.max_servers)
             searches.append(one)
             progress(f"{candidate.name}, {name}: estimated")
-    first = [_cheapest([one for one in searches if one.system == name]) for name in spec.systems]
+    verified: dict[int, FleetOption] = {}
+    complete = True
+    try:
+        if not settings.estimate:
+            _search(searches, settings, executor, progress)
+            _verify(searches, settings, executor, progress, verified)
+    except KeyboardInterrupt:
+        complete = False
+    return FleetAnswer(
+        spec.title,
+        spec.model,
+        tuple(verified.get(id(one)) or one.option() for one in _ranked(searches)),
+        tuple(map(_in_words, spec.devices)),
+        sum(of.count for of in spec.devices),
+        load.per_s,
+        spec.target,
+        spec.spare,
+        spec.prices_as_of,
+        notes=tuple(dict.fromkeys(notes)),
+        complete=complete,
+    )
+
+
+def _ranked(searches: list[_Search]) -> list[_Search]:
+    return sorted(searches, key=lambda s: (s.known_price, not s.runs))
+
+
+def _search(
+    searches: list[_Search], settings: FleetSettings, executor: Executor | None, progress: Progress
+) -> None:
+    """Simulate each system on its cheapest candidate, and whatever may be cheaper than the second best."""
+    first = [_cheapest([one for one in searches if one.system == name]) for name in dict.fromkeys(s.system for s in searches)]
     for one in sorted((one for one in first if one is not None), key=lambda one: one.known_price):
         best = min((s.price_per_h(s.servers) for s in searches if s.servers), default=math.inf)
         one.search(executor, progress, settings.dearest * best)
-    # Whatever may be cheaper than the second best is simulated, too.
     while True:
         done = sorted(s.known_price for s in searches if s.servers)
         limit = done[1] if len(done) > 1 else math.inf  # the answer has a runner-up, if there is one
@@ -245,26 +276,23 @@ def plan_fleet(
         if not left:
             break
         min(left, key=lambda s: s.known_price).search(executor, progress, settings.dearest * limit)
-    verified: dict[int, FleetOption] = {}
+
+
+def _verify(
+    searches: list[_Search],
+    settings: FleetSettings,
+    executor: Executor | None,
+    progress: Progress,
+    verified: dict[int, FleetOption],
+) -> None:
+    """Simulate the whole fleet of the best and its runner-up. One may turn out to need more servers, and another
+    be cheaper then."""
     while True:
-        ranked = sorted(searches, key=lambda s: (s.known_price, not s.runs))
-        unverified = [s for s in ranked[: settings.verified] if s.servers and id(s) not in verified]
+        best = _ranked(searches)[: settings.verified]
+        unverified = [s for s in best if s.servers and id(s) not in verified]
         if not unverified:
             break
-        # It may turn out to need more servers, and another be cheaper then.
         verified[id(unverified[0])] = _verified(unverified[0], executor, progress)
-    return FleetAnswer(
-        spec.title,
-        spec.model,
-        tuple(verified.get(id(one)) or one.option() for one in ranked),
-        tuple(map(_in_words, spec.devices)),
-        sum(of.count for of in spec.devices),
-        load.per_s,
-        spec.target,
-        spec.spare,
-        spec.prices_as_of,
-        notes=tuple(dict.fromkeys(notes)),
-    )
 
 
 def _cheapest(searches: list[_Search]) -> _Search | None:

@@ -196,6 +196,7 @@ def weights_of(objective: str) -> dict[str, float]:
 class FleetSettings(Settings):
     """How thoroughly a fleet is simulated."""
 
+    estimate: bool = setting(False, "Rank by the closed model alone, in seconds; nothing is simulated.")
     probe_sessions: int = setting(600, "Sessions that a probe of the search counts, about.", minimum=100)
     check_sessions: int = setting(
         4000, "Sessions that the check of the whole fleet counts, about.", minimum=100
