@@ -12,7 +12,6 @@ import asyncio
 from dataclasses import dataclass
 
 import wispprof
-from wispprof.edge.edge_runtime import Prompt
 from wispprof.policies.batch_builder import RETRY_MS, BatchBuilder, no_batch, ready_sessions
 from wispprof.policies.interface import Limits, SessionView, StepPlan
 from wispprof.settings.fleet_settings import InputSettings
@@ -73,7 +72,7 @@ async def served(policy: str, prompt: str) -> str:
     async with wispprof.running_server(wispprof.ServerSettings(policy=policy)) as server:
         settings = wispprof.EdgeSettings(server=f"127.0.0.1:{server.port}", max_tokens=32)
         async with wispprof.open_edge(settings) as edge:
-            reply = edge.reply(Prompt(edge.tokenizer.encode(prompt), 32, wispprof.Sampling()))
+            reply = edge.reply(wispprof.Prompt(edge.tokenizer.encode(prompt), 32, wispprof.Sampling()))
             return "".join([piece async for piece in reply.text()])
 
 

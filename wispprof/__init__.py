@@ -21,6 +21,7 @@ Settings take all options of a command by name, a remote server's key included::
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from wispprof.errors import WispprofError
 if TYPE_CHECKING:
     from wispprof.artifacts import load_profile, load_trace
     from wispprof.artifacts.plan import load_plan, save_plan
-    from wispprof.edge.edge_runtime import generate, open_edge
+    from wispprof.edge.edge_runtime import Prompt, generate, open_edge
     from wispprof.engines.loading import load_model
     from wispprof.fitting import load_estimator, load_predictor
     from wispprof.fitting.pipeline import fit_files as fit
@@ -56,6 +57,7 @@ __all__ = [
     "EdgeProfilerSettings",
     "EdgeSettings",
     "PlanSettings",
+    "Prompt",
     "Sampling",
     "Scenario",
     "ServerModel",
@@ -90,6 +92,7 @@ _WHERE = {
     "EdgeProfilerSettings": "wispprof.settings.profiler_settings",
     "EdgeSettings": "wispprof.settings.edge_settings",
     "PlanSettings": "wispprof.settings.planner_settings",
+    "Prompt": "wispprof.edge.edge_runtime",
     "Sampling": "wispprof.types",
     "Scenario": "wispprof.simulation",
     "ServerModel": "wispprof.simulation",
@@ -125,6 +128,9 @@ def __getattr__(name: str) -> Any:
     module, _, attribute = where.partition(":")
     made = globals()[name] = getattr(import_module(module), attribute or name)
     return made
+
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # Who imports this decides what is printed.
 
 
 def __dir__() -> list[str]:

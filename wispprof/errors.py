@@ -48,8 +48,13 @@ class WispprofError(Exception):
         return f"{message} {self.hint}".rstrip() if self.hint else message
 
 
-_OTHER_NAMES = {"centralized": "server-only", "autoregressive": "server-only"}
-"""Names from papers for what has another name here."""
+_OTHER_NAMES = {
+    "centralized": "server-only",
+    "autoregressive": "server-only",
+    "slo": "tokens_per_s",
+    "ttft": "ttft_ms",
+}
+"""Names from papers, and of options, for what has another name."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

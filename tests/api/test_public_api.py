@@ -10,7 +10,7 @@ import pytest
 import wispprof
 
 NAMES = """
-    BatchShape EdgeProfilerSettings EdgeSettings PlanSettings Sampling Scenario ServerModel
+    BatchShape EdgeProfilerSettings EdgeSettings PlanSettings Prompt Sampling Scenario ServerModel
     ServerProfilerSettings ServerSettings Slo TraceSettings WispprofError __version__ fit generate
     load_estimator load_model load_plan load_predictor load_profile load_trace open_edge plan profile_edge
     profile_server running_server save_plan serve simulate system trace

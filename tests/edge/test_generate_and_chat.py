@@ -8,7 +8,9 @@ import pytest
 from fake_pair import fake_runtime, text_of
 from typer.testing import CliRunner, Result
 
+import wispprof
 from wispprof.cli import app
+from wispprof.errors import SettingsError
 from wispprof.settings.edge_settings import EdgeSettings
 from wispprof.types import Sampling
 
@@ -33,6 +35,11 @@ def test_generate_streams_the_text_and_one_line_of_statistics(run) -> None:  # t
     assert result.exit_code == 0, result.stderr
     assert result.stdout == text_of("abc", 20) + "\n"
     assert result.stderr.startswith("20 tokens")
+
+
+async def test_generate_blocks_and_so_refuses_to_run_under_an_event_loop() -> None:
+    with pytest.raises(SettingsError, match="Use `async with open_edge"):
+        wispprof.generate("abc")
 
 
 def test_generate_makes_one_document_and_honours_its_options(run) -> None:  # type: ignore[no-untyped-def]

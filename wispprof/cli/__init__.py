@@ -6,6 +6,7 @@ none of them; a test compares its lines with the commands' own help.
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from collections.abc import Iterator, MutableMapping
@@ -201,6 +202,7 @@ def _root(
     ] = False,
 ) -> None:
     """Measure, fit, plan and run split speculative LLM serving."""
+    logging.basicConfig(format="%(message)s")
     found = read_config(config)
     if found.sections:
         found.check(known_options(context.command))

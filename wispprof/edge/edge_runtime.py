@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -21,6 +22,7 @@ from wispprof.edge.request_stats import RequestStats
 from wispprof.edge.round_record import RoundWatch
 from wispprof.engines.tokenizers import load_tokenizer, tokenizer_hash
 from wispprof.hardware import energy_meter
+from wispprof.errors import SettingsError
 from wispprof.openai_api import ChatTokenizer, TextGeneration, TextOptions
 from wispprof.openai_api.stop_strings import StopStrings
 from wispprof.policies.registry import TREE_CONTROLLERS
@@ -201,6 +203,12 @@ class EdgeRuntime:
 async def open_edge(settings: EdgeSettings) -> AsyncIterator[EdgeRuntime]:
     """Load what drafts, find or start the server, connect.
 
+    >>> async with open_edge(EdgeSettings.of(server="gpu-box:8200")) as edge:  # doctest: +SKIP
+    ...     reply = edge.reply(Prompt(edge.tokenizer.encode("def read_config(path):"), 64, Sampling()))
+    ...     async for piece in reply.text():
+    ...         print(piece, end="", flush=True)
+    ...     print(reply.stats.summary())
+
     Raises what loading raises, :class:`HandshakeRefused`, and :class:`ServerUnreachable` (the latter
     only at the first request where ``fallback`` is ``draft``).
     """
@@ -321,6 +329,10 @@ def generate(prompt: str, settings: EdgeSettings | None = None, sampling: Sampli
     Loads the draft, connects, and closes both again; use :func:`open_edge` for more than one request.
     Raises what :func:`open_edge` raises.
     """
+
+    with contextlib.suppress(RuntimeError):
+        asyncio.get_running_loop()
+        raise SettingsError("generate() blocks, and an event loop runs here.", "Use `async with open_edge(…)`.")
 
     async def main() -> str:
         async with open_edge(settings or EdgeSettings()) as runtime:

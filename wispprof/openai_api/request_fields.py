@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from wispprof.errors import nearest
 from wispprof.openai_api.api_error import ApiError
 
 CHAT, COMPLETIONS = "chat", "completions"
@@ -162,7 +163,9 @@ def honoured_fields(endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
     for name, value in body.items():
         field = _KNOWN.get((endpoint, name))
         if field is None:
-            raise ApiError(f"Unknown field {name[:100]!r}.", param=name[:100], code="unknown_parameter")
+            near = nearest(name[:100], [known for at, known in _KNOWN if at == endpoint])
+            said = f"Unknown field {name[:100]!r}. {near}".rstrip()
+            raise ApiError(said, param=name[:100], code="unknown_parameter")
         if value is None or field.use == "ignored":
             continue
         if field.use == "honoured":
