@@ -16,9 +16,13 @@ import itertools
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from wispprof.artifacts import bundled_model
 from wispprof.engines import EngineOptions, load_engine

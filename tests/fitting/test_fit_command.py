@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 from wispprof.artifacts import Manifest, make_profile, save_profile, save_trace
 from wispprof.cli import app
-from wispprof.errors import FitError
+from wispprof.errors import FitError, TooFewOutcomes
 from wispprof.fitting import load_estimator, load_predictor
 from wispprof.fitting.pipeline import fit_files
+from wispprof.fitting.rejection_scorers import token_rows
 from wispprof.types import ModelInfo
 
 
@@ -58,7 +59,7 @@ def test_everything_is_written_and_explained(folder: Path) -> None:
     assert load_predictor(out / "predictor.json").kind == "threshold"
     card = (out / "estimator.card.md").read_text()
     assert "| wisp-linear |" in card
-    assert json.loads((out / "estimator.card.json").read_text())["inputs"].keys() == {"profile"}
+    assert json.loads((out / "estimator.card.json").read_text())["inputs"].keys() == {"profile", "model"}
 
 
 def test_a_trace_with_too_few_rejections_leaves_the_estimator(folder: Path) -> None:
@@ -75,6 +76,9 @@ def test_a_trace_with_too_few_rejections_leaves_the_estimator(folder: Path) -> N
     assert "0 rejected" in faults
     assert (out / "estimator.json").exists()
     assert not (out / "predictor.json").exists()
+    short = tuple(replace(p, path=p.path[:1], accepted=p.accepted[:1]) for p in whole.paths)
+    with pytest.raises(TooFewOutcomes, match="No answer is longer than a proposal"):
+        token_rows(short)
     code, _, faults = _run(*trace, "--out", str(out))
     assert code == 1  # nothing was fitted
     assert "draft's own confidence" in " ".join(faults.split())

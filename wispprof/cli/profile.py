@@ -27,7 +27,7 @@ group = typer.Typer(help="Show, validate, merge, compare, export and import prof
 @group.command()
 def show(
     profile: Annotated[Path, typer.Argument(help="A profile, or the name of a shipped one.")],
-    rows: Annotated[bool, typer.Option("--rows", help="Every row, also the reference workload.")] = False,
+    rows: Annotated[bool, typer.Option("--rows", help="Every row, also ragged shapes and the reference workload.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Print a profile with its origin."""
@@ -297,11 +297,11 @@ _FACTS = {
     "head_moved": "output head moved by at most",
 }
 """What the fields of a manifest's summary are called in print."""
+_SHARES = ("split", "naive_split", "rows_moved", "head_moved")
 
 
 def _print_profile(profile: Profile, everything: bool) -> None:
     from wispprof.artifacts import StepRow
-    from wispprof.artifacts.manifest import origin_shares
     from wispprof.artifacts.median_interval import half_width
 
     manifest = profile.manifest
@@ -310,10 +310,14 @@ def _print_profile(profile: Profile, everything: bool) -> None:
     title = f"{manifest.kind} profile: {model} on {machine}"
     if manifest.source != "measured":
         title += f" ({manifest.source})"
+    _print_origin(manifest)
     subject = "shape" if manifest.kind == "server" else "workload"
     rows = [row for row in profile.rows if everything or row.kind != "sentinel"]
+    left_out = 0
     if not everything:
         rows.sort(key=lambda row: (row.kind, _size(row), row.key))
+        shown = [row for row in rows if not isinstance(row, StepRow) or "+" not in row.shape.key()]
+        rows, left_out = shown, len(rows) - len(shown)
     cells = (
         (
             row.kind,
@@ -326,16 +330,20 @@ def _print_profile(profile: Profile, everything: bool) -> None:
         for row in rows
     )
     columns = f"kind|{subject}|median ms:.4g|± %:.1f|samples|flags"
-    few = (
-        ""
-        if manifest.source != "measured"
-        else "± %: 95 % interval of the median; none of fewer than 6 samples."
-    )
-    output().print(table(title, columns, cells, few))
-    skip = ("drift", "physics", "refused", "origins", "draft_step")
-    facts = [(k, v) for k, v in manifest.summary.items() if k not in skip and v is not None]
-    if facts:
-        output().print("  ".join(f"{_FACTS.get(k, k)}: {v}" for k, v in facts), markup=False)
+    below = []
+    if manifest.source == "measured":
+        below.append("± %: 95 % interval of the median; none of fewer than 6 samples.")
+    if left_out:
+        below.append(f"{left_out} shapes of unequal sessions are not shown: --rows prints all.")
+    output().print(table(title, columns, cells, " ".join(below)))
+
+
+def _print_origin(manifest: Manifest) -> None:
+    """Where the rows come from, and what the profiler found besides."""
+    from wispprof.artifacts.manifest import origin_shares
+
+    if manifest.citation:
+        output().print(f"{manifest.source}: {manifest.citation}", markup=False)
     if shares := origin_shares(manifest):
         output().print(f"step time: {shares}", markup=False)
     if step := manifest.summary.get("draft_step"):
@@ -343,8 +351,14 @@ def _print_profile(profile: Profile, everything: bool) -> None:
             f"draft step on the server: {step['model']}, {step['ms']:.2f} ms + {step['row_ms']:.3f} a session"
         )
         output().print(line, markup=False)
-    if manifest.citation:
-        output().print(manifest.citation, markup=False)
+    skip = ("drift", "physics", "refused", "origins", "draft_step")
+    facts = [(k, v) for k, v in manifest.summary.items() if k not in skip and v is not None]
+    if facts:
+        output().print("  ".join(f"{_FACTS.get(k, k)}: {_fact(k, v)}" for k, v in facts), markup=False)
+
+
+def _fact(key: str, value: Any) -> str:
+    return f"{value:.2g} of the time" if key in _SHARES else str(value)
 
 
 def _gpus(manifest: Manifest) -> str:

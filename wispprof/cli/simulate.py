@@ -32,10 +32,26 @@ def simulate(settings: SimulationSettings, jobs: Jobs = None, as_json: JsonFlag 
         note(line)
     run = _capacities if settings.capacity else _runs
     document, shown = run(scenarios, settings.violations, jobs)
+    load = _load(settings)
     if settings.out is not None:
-        _write_curves(settings, document, notes)
-    document["inputs"] = list(notes)
+        _write_curves(settings, document, f"{load} {'; '.join(notes) or 'no files'}.")
+    document |= {"load": load, "inputs": list(notes)}
+    shown.caption = f"{load} {shown.caption or ''}".rstrip()
     result(document, shown, as_json)
+
+
+def _load(settings: SimulationSettings) -> str:
+    """What was simulated, in a sentence."""
+    speeds, load = ", ".join(f"{speed:g}" for speed in settings.tokens_per_s), settings.load
+    who = f"{load.devices} devices" if load.arrivals == "closed" else f"arrivals {load.arrivals}"
+    if settings.capacity:
+        who = "Closed fleets"
+    ttft = f", first token in {settings.ttft_ms:g} ms" if settings.ttft_ms else ""
+    return (
+        f"{who}, SLO of {speeds} tokens/s{ttft}, round trip {settings.link.rtt_ms:g} ms, prompts of "
+        f"{load.prompt} and outputs of {load.output} tokens (medians), {settings.seconds:g} s of which "
+        f"{settings.uncounted_s:g} are not counted, seed {settings.seed}."
+    )
 
 
 def _runs(scenarios: list[Any], violations: float, jobs: int | None) -> tuple[dict[str, Any], Table]:
@@ -85,18 +101,12 @@ def _capacities(scenarios: list[Any], violations: float, jobs: int | None) -> tu
     return {"capacities": found}, table(f"Capacity within {violations:.0%} violations", columns, rows)
 
 
-def _write_curves(settings: SimulationSettings, document: Mapping[str, Any], notes: tuple[str, ...]) -> None:
+def _write_curves(settings: SimulationSettings, document: Mapping[str, Any], load: str) -> None:
     """Write the curves of a capacity search as an artifact that ``wispprof report`` draws."""
     from wispprof.artifacts import write_document
     from wispprof.reporting import CAPACITY_KIND
 
     assert settings.out is not None
-    speeds = ", ".join(f"{speed:g}" for speed in settings.tokens_per_s)
-    load = (
-        f"SLO of {speeds} tokens/s, round trip {settings.link.rtt_ms:g} ms, prompts of "
-        f"{settings.load.prompt} and outputs of {settings.load.output} tokens (medians), "
-        f"{settings.seconds:g} s each; {'; '.join(notes) or 'no files'}."
-    )
     systems = [
         {
             "system": c["system"],
@@ -131,7 +141,8 @@ def _report_table(reports: list[Report]) -> Table:
         "system|SLO met:.1%|goodput:.0f|TTFT p50:.0f|TTFT p95:.0f|TPOT p50|TPOT p95|step|accepted|wasted:.1%",
         rows,
         "goodput: tokens/s of sessions that met their SLO; TTFT, TPOT (at the device) and mean step "
-        "in ms; accepted: drafts per round; wasted: share of drafting time.",
+        "in ms; accepted: drafts per round (asynchronous drafting: per step); wasted: share "
+        "of drafting time. Compare with server-only: not all of a gain is due to drafts.",
     )
     shown.padding = 0  # ten columns within 80 characters
     return shown
@@ -144,8 +155,8 @@ def reproduce(
 ) -> None:
     """Compare published results with the simulator's.
 
-    configspec takes seconds, specedge minutes. wisp searches 50 capacities and takes far longer: give it all
-    cores (--jobs), and time.
+    configspec takes seconds, specedge a minute. wisp searches 50 capacities: half an hour on one core, less with
+    more (--jobs). Nothing is written; --json prints what a file may keep.
     """
     from wispprof.errors import PlanError, suggestion
     from wispprof.simulation.capacity_search import workers
@@ -207,7 +218,8 @@ def comparison_table(found: ReproducedTable) -> RenderableType:
     return Group(
         shown,
         legend,
-        f"\nwithin {found.within:.0%}: the setups that differ from the paper by no more, or the nearest.",
+        f"\nwithin {found.within:.0%}: the setups that differ from the paper by no more; if there is none, "
+        "the nearest one and by how much it differs.",
     )
 
 

@@ -38,7 +38,7 @@ def explain_estimator(estimator: FittedEstimator) -> str:
             f"Not all of these steps were timed: {report['shapes']} batch shapes are "
             f"{' and '.join(sources)}. "
             "Errors say how well the form fits these times, not how near they are to real hardware; "
-            f"{held_out}."
+            f"{held_out}. Source: {'; '.join(report.get('citations', ['unknown']))}."
         ]
     flagged = report["flagged_rows"]
     if flagged["left_out"]:
@@ -74,8 +74,7 @@ def explain_estimator(estimator: FittedEstimator) -> str:
         text.append(f"`{chosen}` was requested; its mean held-out error is {own['mape']:.1f} %.")
     text.append(
         f"Half of the shapes are predicted within {own['median_ape']:.1f} % and nine of ten within "
-        f"{own['p90_ape']:.1f} %, on average {abs(own['bias']):.1f} % too "
-        f"{'high' if own['bias'] >= 0 else 'low'}."
+        f"{own['p90_ape']:.1f} %, {_on_average(own['bias'])}."
     )
     if measured:
         text.append(
@@ -98,6 +97,12 @@ def explain_estimator(estimator: FittedEstimator) -> str:
             f"{update['before']['mape']:.1f} to {update['after']['mape']:.1f} %."
         )
     return " ".join(text)
+
+
+def _on_average(bias: float) -> str:
+    if abs(bias) < 0.05:
+        return "on average neither too high nor too low"
+    return f"on average {abs(bias):.1f} % too {'high' if bias > 0 else 'low'}"
 
 
 def explain_predictor(predictor: FittedPredictor) -> str:

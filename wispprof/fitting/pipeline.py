@@ -75,6 +75,7 @@ def load_server_rows(paths: Sequence[Path]) -> ServerRows:
     for path in paths:
         profile = load_server(path)
         manifest, model, name = profile.manifest, profile.manifest.model, Path(path).name
+        inputs["model"] = model.id
         identities[name] = " ".join(filter(None, (model.id, model.dtype, model.config_hash)))
         inputs[f"profile:{name}" if len(paths) > 1 else "profile"] = profile.hash
         device = str(manifest.engine.get("device", ""))

@@ -60,7 +60,7 @@ def token_rows(paths: Sequence[TracePath]) -> TokenRows:
     """Label every draft token whose predecessors in the proposal were all accepted.
 
     Proposals that run past the end of their path are left out: their outcome is unknown.
-    Raises :class:`FitError` for features that are not finite.
+    Raises :class:`FitError` for features that are not finite, :class:`TooFewOutcomes` for short answers.
     """
     features, depths, labels, prompts = [], [], [], []
     for number, path in enumerate(paths):
@@ -75,10 +75,7 @@ def token_rows(paths: Sequence[TracePath]) -> TokenRows:
         labels.append((depth < lengths)[reached])
         prompts.append(np.full(int(reached.sum()), number))
     if not features:
-        raise FitError(
-            "The acceptance trace has no proposal whose outcome is known.",
-            "Take a trace with paths longer than its draft depth.",
-        )
+        raise TooFewOutcomes("No answer is longer than a proposal, so no outcome of a draft is known.")
     table = np.concatenate(features)
     if not np.isfinite(table).all():
         raise FitError("The acceptance trace has features that are not finite.", "Take it anew.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from wispprof.artifacts.files import bundled_path
 from wispprof.artifacts.workload import SeenTraffic, load_workload
-from wispprof.errors import ArtifactMissing, PlanError, suggestion
+from wispprof.errors import ArtifactMissing, PlanError, nearest, suggestion
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation.devices import DeviceProfile, device_of
 
@@ -117,7 +117,7 @@ def read_fleet(path: Path, systems: tuple[str, ...], prices: Path | None = None)
         raise PlanError(f"{path} has an unknown entry {min(document)!r}.", "See docs/fleet.md.")
     for of in devices:
         _check_device(of, path)
-    priced = tuple(_priced(server, listed.get("gpus", {}), prices or Path(PRICES)) for server in servers)
+    priced = tuple(_priced(server, listed.get("gpus", {}), prices or bundled_path(PRICES)) for server in servers)
     if not 0 < target <= 1 or spare < 0:
         raise PlanError(f"{path}: target must be a share above 0, and spare at least 0.", "Correct them.")
     as_of = str(listed.get("as_of", ""))
@@ -173,9 +173,10 @@ def _priced(server: Candidate, gpus: dict[str, Any], prices: Path) -> Candidate:
     price = server.price_per_h or float(listed.get("price_per_h", 0.0))
     watts = server.watts or float(listed.get("watts", 0.0))
     if price <= 0 or watts <= 0:
+        near = nearest(server.gpu, gpus)
         raise PlanError(
             f"{prices} has no price and watts for the GPU {server.gpu!r} of {server.name!r}.",
-            "Add them there, or give price_per_h and watts with the server.",
+            f"{near} It has {', '.join(gpus)}. Or give price_per_h and watts with the server.".lstrip(),
         )
     idle = server.idle_watts or float(listed.get("idle_watts", 0.0))
     return replace(server, price_per_h=price, watts=watts, idle_watts=idle)

@@ -76,6 +76,7 @@ class _Search:
     servers: int = 0
     too_dear: bool = False
     runs: dict[int, FleetRun] = field(default_factory=dict)
+    confirmed: set[int] = field(default_factory=set)
 
     def price_per_h(self, servers: int) -> float:
         return (servers + self.spec.spare) * self.candidate.gpus * self.candidate.price_per_h
@@ -94,17 +95,22 @@ class _Search:
             service = tuple((_MS_PER_S, _MS_PER_S / of.slo.tokens_per_s) for of in self.load.model)
         return RoutedFleet(self.load.simulated, self.model.server, system(self.system), service)
 
-    def run(self, servers: int, executor: Executor | None, progress: Progress, sampled: int = 0) -> FleetRun:
-        """Some of so many servers, ``sampled`` or a probe's; simulated once. More servers than a probe's are
-        simulated as long as the check of the whole fleet: queues for KV memory build up over minutes."""
-        sessions = self.settings.check_sessions if sampled else self.settings.probe_sessions
-        sampled = min(servers, sampled or self.settings.sampled)
-        if servers not in self.runs or len(self.runs[servers].by_server) < sampled:
-            seconds = self.settings.seconds_for(sampled / servers * self.load.per_s, sessions)
+    def run(
+        self, servers: int, executor: Executor | None, progress: Progress, confirm: bool = False
+    ) -> FleetRun:
+        """Some of so many servers; simulated once. To ``confirm`` what a probe says takes more servers, as long
+        as the check of the whole fleet: queues for KV memory build up over minutes."""
+        settings, per_s = self.settings, self.load.per_s
+        if servers not in self.runs or (confirm and servers not in self.confirmed):
+            sampled = min(servers, settings.confirming if confirm else settings.sampled)
+            seconds = settings.seconds_for(sampled / servers * per_s, settings.probe_sessions)
+            if confirm:
+                seconds = max(seconds, settings.seconds_for(per_s, settings.check_sessions))
+                self.confirmed.add(servers)
             self.runs[servers] = self.fleet(servers).run(
                 servers,
                 seconds,
-                self.settings.warmup_s,
+                settings.warmup_s,
                 _PROBE_SEED,
                 sampled=sampled,
                 executor=executor,
@@ -131,7 +137,7 @@ class _Search:
                 return
             run = self.run(count, executor, progress)
             if self.holds(run):
-                run = self.run(count, executor, progress, self.settings.confirming)
+                run = self.run(count, executor, progress, confirm=True)
             if self.holds(run):
                 high = count
                 count = (low + high) // 2 if low else max(1, math.floor(0.8 * count))
@@ -324,7 +330,7 @@ def _verified(one: _Search, executor: Executor | None, progress: Progress) -> Fl
         return run(servers, seconds, "a server of the whole fleet").attainment
 
     def settled(exact: float) -> bool:
-        promised = one.run(one.servers, executor, progress, settings.confirming).attainment
+        promised = one.run(one.servers, executor, progress, confirm=True).attainment
         return exact >= one.spec.target and abs(exact - promised) <= _AGREEMENT
 
     while not settled(exact := whole(one.servers, settings.check_sessions)):

@@ -84,6 +84,27 @@ class ServerClient:
             ) from None
         return protocol.decode_server(data)
 
+    async def ping(self, number: int, up: int, down: int, clock: Callable[[], float]) -> float:
+        """Milliseconds of one exchange of ``up`` bytes for ``down``; raises :class:`ProtocolError`."""
+        from wispprof import protocol
+
+        frame = protocol.encode(protocol.Ping(number, bytes(up), down))
+        begin = clock()
+        await self.link.send(frame)
+        answer = await self.receive()
+        elapsed_ms = (clock() - begin) * 1000.0
+        if not isinstance(answer, protocol.Pong) or answer.number != number:
+            raise ProtocolError(
+                f"The server answered a ping with {type(answer).__name__}.",
+                "Use a server of the same version.",
+            )
+        if len(answer.payload) != down:
+            raise ProtocolError(
+                f"The server sent {len(answer.payload)} bytes instead of {down}.",
+                "Use smaller sizes or a server of the same version.",
+            )
+        return elapsed_ms
+
 
 def profile_link(
     settings: LinkProfilerSettings,
@@ -141,21 +162,7 @@ async def _link_rows(
         for kind, size in plan:
             number += 1
             up, down = (size if kind == "uplink" else 0), (size if kind == "downlink" else 0)
-            frame = protocol.encode(protocol.Ping(number, bytes(up), down))
-            begin = clock()
-            await client.link.send(frame)
-            answer = await client.receive()
-            elapsed = (clock() - begin) * 1000
-            if not isinstance(answer, protocol.Pong) or answer.number != number:
-                raise ProtocolError(
-                    f"The server answered a ping with {type(answer).__name__}.",
-                    "Use a server of the same version.",
-                )
-            if len(answer.payload) != down:
-                raise ProtocolError(
-                    f"The server sent {len(answer.payload)} bytes instead of {down}.",
-                    "Use smaller sizes or a server of the same version.",
-                )
+            elapsed = await client.ping(number, up, down, clock)
             if index >= settings.warmup:
                 samples[kind, size].append(round_ms(elapsed))
         if progress is not None:

@@ -20,6 +20,7 @@ from wispprof.settings.shared_settings import ServerAccess
 from wispprof.types import Sampling
 
 _SLACK_MS = 10_000.0
+_PINGS = 5
 
 
 class _RecordedTarget:
@@ -78,7 +79,8 @@ def rehearse_remote(
                 ms = await _prefill_ms(client, next(numbers), prompt, sampling)
                 undrafted.undrafted_prefill.append((len(prompt), ms))
                 await _undrafted_answer(client, next(numbers), path, sampling, undrafted, clock)
-            await _verify_answer(client, next(numbers), paths[0], lengths, sampling, warm)
+            link_ms = min([await client.ping(n, 0, 0, clock) for n in range(_PINGS)])
+            await _verify_answer(client, next(numbers), paths[0], lengths, sampling, warm, link_ms, clock)
             warm.prefill = undrafted.undrafted_prefill
 
     async def openings() -> None:
@@ -94,10 +96,11 @@ def rehearse_remote(
 
     async def together() -> None:
         async with ServerClient.open(server, access, "check-pair", timeout_s) as client:
+            link_ms = min([await client.ping(n, 0, 0, clock) for n in range(_PINGS)])
             for number, path in enumerate(cycle(paths)):
                 if number >= len(paths) and not drafting.is_set():
                     return
-                await _verify_answer(client, next(numbers), path, lengths, sampling, busy)
+                await _verify_answer(client, next(numbers), path, lengths, sampling, busy, link_ms, clock)
 
     asyncio.run(alone())
     asyncio.run(openings())
@@ -151,15 +154,22 @@ async def _verify_answer(
     lengths: Iterator[int],
     sampling: Sampling,
     times: PairTimes,
+    link_ms: float,
+    clock: Clock,
 ) -> None:
-    """One session whose drafts are right. A server in stream mode does not wait for them: while they travel,
-    it commits the first of them by itself."""
+    """One session whose drafts are right. Drafts leave at once, so from commit to commit passes what a round
+    takes besides the drafting: the step, and whatever else server and device do for it, less the link's
+    ``link_ms``. A server in stream mode does not wait for drafts: while they travel, it commits the first of
+    them by itself."""
     await client.send(_opening(number, path.prompt, len(path.path), sampling, undrafted=False))
+    travel_ms, before = 0.0 if client.welcome.stream else link_ms, clock()
     while True:
         frame = await _commit(client, number)
-        place = frame.committed_len - len(path.prompt)
+        place, now = frame.committed_len - len(path.prompt), clock()
         if place > len(frame.tokens):  # not the first, whose prompt the server may hold in its KV cache
-            times.verified(frame.drafted, frame.queue_ms + frame.verify_ms)
+            round_ms = (now - before) * 1000.0 - travel_ms
+            times.verified(frame.drafted, max(round_ms, frame.queue_ms + frame.verify_ms))
+        before = now
         if frame.finished:
             return
         if frame.accepted < frame.drafted:  # near ties: the answer went another way, so no drafts are known

@@ -248,6 +248,11 @@ def _capacity(run: Run) -> dict[str, Any] | None:
     return {"svg": svg, "load": load, "data": capacity_points(run.capacity)}
 
 
+def _input(name: str, value: str) -> str:
+    """A hash says nothing to a reader; other values do."""
+    return name if value.startswith("blake2b:") else f"{name} {value}"
+
+
 def _provenance(run: Run) -> dict[str, Any]:
     sources = Table(
         "",
@@ -258,7 +263,7 @@ def _provenance(run: Run) -> dict[str, Any]:
                 source.kind,
                 source.hash.removeprefix("blake2b:")[:16],
                 source.created[:19].replace("T", " "),
-                ", ".join(sorted(source.inputs)),
+                ", ".join(_input(name, source.inputs[name]) for name in sorted(source.inputs)),
             )
             for source in sorted(run.sources, key=lambda s: (s.created, s.file))
         ),

@@ -325,8 +325,8 @@ def reproduce_configspec(
             for a in setup["assumption"]
         }
         where = f"{row['device']}, best {row['objective']}"
-        wanted = {f"{row['draft']} chosen": 1.0, "K": row["k"], "tokens/s": row["goodput"]}
-        wanted |= {"K tokens/$": row["cost"], "J/token": row.get("energy", math.nan)}
+        wanted = {f"{row['draft']} chosen (1: yes)": 1.0, "length K": row["k"], "tokens/s": row["goodput"]}
+        wanted |= {"1,000 tokens/$": row["cost"], "J/token": row.get("energy", math.nan)}
         given = {name: _choice_figures(choice, row["draft"]) for name, choice in choices.items()}
         figures += [
             Figure(f"{where}: {label}", value, {n: g[place] for n, g in given.items()})
