@@ -158,9 +158,9 @@ class Close(msgspec.Struct, tag="x", array_like=True, frozen=True):
 class Problem(msgspec.Struct, tag="p", array_like=True, frozen=True):
     """Something was refused. ``session`` is -1 if it concerns the connection, which then closes.
 
-    Codes: ``hello``, ``model`` (another target than asked for), ``frame``, ``session``, ``limit``, ``busy``,
-    ``slo``, ``draining``, ``internal``. ``retry_ms``: when to try again. ``tokens_per_s``: the speed that
-    would be admitted, 0 if speed is not the reason.
+    Codes: ``hello``, ``key``, ``model`` (another target than asked for), ``frame``, ``session``, ``limit``,
+    ``busy``, ``slo``, ``draining``, ``internal``. ``retry_ms``: when to try again. ``tokens_per_s``: the
+    speed that would be admitted, 0 if speed is not the reason.
     """
 
     session: SessionNumber

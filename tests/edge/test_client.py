@@ -57,24 +57,26 @@ async def test_sampled_text_is_the_same_split_or_server_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "said", "code"),
     [
-        ({"tokenizer": "other"}, "okenizer"),
-        ({"tokenizer": "hash", "target": "other"}, "other"),
-        ({"tokenizer": "hash", "key": "wrong"}, "key"),
-        ({"tokenizer": "hash", "key": ""}, "key"),
+        ({"tokenizer": "other"}, "okenizer", "hello"),
+        ({"tokenizer": "hash", "target": "other"}, "other", "model"),
+        ({"tokenizer": "hash", "key": "wrong"}, "key", "key"),
+        ({"tokenizer": "hash", "key": ""}, "key", "key"),
     ],
     ids=["tokenizer", "target", "key", "no key"],
 )
 async def test_a_wrong_edge_is_refused_at_hello_with_the_reason(
-    settings: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+    settings: dict[str, Any], said: str, code: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with hash_server(api_keys=(KEY,)) as running:
         given: dict[str, Any] = {**settings, "access": ServerAccess(settings.get("key", KEY))}
         given.pop("key", None)
-        with pytest.raises(HandshakeRefused, match=said):
+        with pytest.raises(HandshakeRefused, match=said) as refused:
             async with edge(websocket_connections(running.split_url), **given):
                 pass
+        assert refused.value.code == code
+        assert refused.value.hint
         (told,) = [r.getMessage() for r in caplog.records if r.name == "wispprof.server"]
         assert told.startswith("refused an edge at hello")
         assert said in told
@@ -192,6 +194,29 @@ async def test_nobody_there(caplog: pytest.LogCaptureFixture) -> None:
             pass
     (said,) = [record.getMessage() for record in caplog.records if record.name == "wispprof.edge"]
     assert said.startswith("no server yet: trying for 0 s (No server answers at")
+
+
+async def test_a_server_that_was_connected_is_not_said_to_be_no_websocket_server() -> None:
+    """Neither while it closes connections, nor while it answers 503."""
+    answers = [b"", b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n"]
+
+    async def leaving(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answers[0])
+        writer.close()
+
+    async with hash_server() as running:
+        connect, port = websocket_connections(running.split_url), running.port
+        await (await connect()).close()
+    async with await asyncio.start_server(leaving, running.host, port):
+        with pytest.raises(LinkLost, match="closed the connection before it answered") as lost:
+            await connect()
+        assert "TLS" not in str(lost.value)
+        with pytest.raises(LinkLost, match="TLS"):  # here it may be the reason
+            await websocket_connections(running.split_url)()
+        answers.pop(0)
+        with pytest.raises(LinkLost, match=r"takes no connections now \(HTTP 503\)"):
+            await connect()
 
 
 @pytest.mark.parametrize(

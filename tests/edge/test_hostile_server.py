@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from wispprof import protocol
 from wispprof.edge import Connection, Generation, GenerationRequest
-from wispprof.edge.client import PART_TOKENS, _opening_frames
+from wispprof.edge.opening_frames import PART_TOKENS, opening_frames
 from wispprof.edge.server_frames import check_commit
 from wispprof.errors import ProtocolError, RuntimeFault, ServerBusy, SettingsError, WispprofError
 from wispprof.openai_api.api_error import ApiError
@@ -380,7 +380,7 @@ def test_long_openings_leave_in_parts_that_fit_a_frame(monkeypatch: pytest.Monke
 
     for count in (1, PART_TOKENS, PART_TOKENS + 1, 250_000):
         listener = Listener(count)
-        data = _opening_frames(7, listener)  # type: ignore[arg-type]
+        data = opening_frames(7, listener.opening())
         frames = [protocol.decode_edge(frame) for frame in data]
         assert max(map(len, data)) <= protocol.MAX_FRAME_BYTES / 2
         assert [token for frame in frames for token in frame.tokens] == listener.tokens  # type: ignore[union-attr]
@@ -388,7 +388,7 @@ def test_long_openings_leave_in_parts_that_fit_a_frame(monkeypatch: pytest.Monke
         assert [type(frame) for frame in frames[:-1]] == [protocol.OpenPart] * (len(frames) - 1)
         assert isinstance(frames[-1], protocol.Open)
 
-    monkeypatch.setattr("wispprof.edge.client.PART_TOKENS", 16)
+    monkeypatch.setattr("wispprof.edge.opening_frames.PART_TOKENS", 16)
 
     async def main() -> None:
         async with in_process() as server, edge(server.connect) as client:

@@ -280,7 +280,7 @@ class FakeLink:
         frame = protocol.decode_edge(data)
         if isinstance(frame, protocol.Hello):
             if self.wrong == "key":
-                self.answers.append(protocol.Problem(-1, "hello", "unknown key"))
+                self.answers.append(protocol.Problem(-1, "key", "unknown key"))
             else:
                 self.answers.append(protocol.Welcome(1, "tiny", "tok", 256, 8, True))
             return

@@ -170,7 +170,7 @@ GOOD = protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, "", "", "right-
         ([protocol.encode(protocol.Hello(9, ""))], "hello", "protocol"),
         (
             [protocol.encode(protocol.Hello(protocol.PROTOCOL_VERSION, "", "", "no"))],
-            "hello",
+            "key",
             "API key",
         ),
         ([GOOD, b"\x93\x01"], "frame", "Malformed"),

@@ -16,19 +16,15 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Protocol
 
-import msgspec
-
 from wispprof import protocol
 from wispprof.edge import handshake, server_frames
 from wispprof.edge.connection import Connection, ConnectionFactory, LinkLost, RttMeter, Traffic
-from wispprof.errors import ProtocolError, RuntimeFault, SettingsError
+from wispprof.edge.opening_frames import opening_frames
+from wispprof.errors import ProtocolError, RuntimeFault
 from wispprof.settings.edge_settings import ClientSettings
 from wispprof.types import ServedModel
 
 log = logging.getLogger("wispprof.edge")
-
-PART_TOKENS = 1 << 16
-"""Most tokens in one frame of an opening: 5 bytes each at most, so less than a third of a frame."""
 
 
 class GenerationListener(Protocol):
@@ -59,8 +55,8 @@ class EdgeClient:
 
     Entering raises :class:`HandshakeRefused`, or :class:`~wispprof.errors.ServerUnreachable` after
     ``give_up_ms``; with ``offline_ok`` the latter fails sessions instead. The client restores a lost link for
-    as long as it runs. After ``give_up_ms`` without a server, open sessions fail; a session opened later fails if one more
-    attempt does. If the server then serves another target, open sessions fail: none continues on it.
+    as long as it runs. After ``give_up_ms`` without a server, open sessions fail; one that is opened later
+    fails if one more attempt does. If the server then serves another target, open sessions fail.
 
     ``target_changes``: reconnects that found another target. ``bad_frames``: invalid frames received.
     """
@@ -85,6 +81,7 @@ class EdgeClient:
         self._task: asyncio.Task[None] | None = None
         self._opened = asyncio.Event()
         self._last_received_s = 0.0
+        self._draining_until_s = 0.0
         self._ping_sent_s: dict[int, float] = {}
         self._pings = 0
         self._random = random.Random()
@@ -115,6 +112,11 @@ class EdgeClient:
         still wait."""
         return self._up
 
+    @property
+    def draining(self) -> bool:
+        """Whether this server refused a session because it shuts down: sessions wait for the next one."""
+        return self._up and asyncio.get_running_loop().time() < self._draining_until_s
+
     # --- sessions ---
 
     def open(self, listener: GenerationListener) -> int:
@@ -125,7 +127,7 @@ class EdgeClient:
         if self._task is None:
             raise RuntimeFault("The edge client is closed.", "Use it inside `async with`.")
         number = self._next
-        frames = _opening_frames(number, listener) if self._up else []
+        frames = opening_frames(number, listener.opening()) if self._up else []
         self._next += 1
         self._listeners[number] = listener
         self._post_all(frames, listener)
@@ -151,7 +153,7 @@ class EdgeClient:
 
     def _reopen(self, number: int, listener: GenerationListener) -> None:
         try:
-            self._post_all(_opening_frames(number, listener), listener)
+            self._post_all(opening_frames(number, listener.opening()), listener)
             listener.reopened()
         except Exception as err:
             self._fail([number], _internal(err))
@@ -187,17 +189,18 @@ class EdgeClient:
             except LinkLost as err:
                 if err.final:
                     raise
-                pause_ms = max(self._pause_ms(attempt), err.retry_ms)
-                attempt += 1
                 down_ms = (loop.time() - begun_s) * 1000.0
                 fault = handshake.unreachable(down_ms, err)
                 if self.settings.offline_ok:
                     self.fault = fault
                     return None
-                if down_ms + pause_ms > self.settings.give_up_ms:
+                pause_ms = self._pause_left_ms(attempt, err.retry_ms, down_ms)
+                if pause_ms is None:
                     raise fault from err
+                attempt += 1
                 if attempt == 1:
-                    log.warning("no server yet: trying for %.0f s (%s)", self.settings.give_up_ms / 1000.0, err)
+                    give_up_s = self.settings.give_up_ms / 1000.0
+                    log.warning("no server yet: trying for %.0f s (%s)", give_up_s, err)
             await asyncio.sleep(pause_ms / 1000.0)
 
     async def _reconnect(self, lost_s: float, pause_ms: float) -> Connection:
@@ -220,15 +223,19 @@ class EdgeClient:
             except Exception as err:
                 fault = err if isinstance(err, RuntimeFault) else LinkLost(f"Cannot connect: {err!r:.200}")
                 retry_ms = fault.retry_ms if isinstance(fault, LinkLost) else 0.0
-                pause_ms = max(self._pause_ms(attempt), retry_ms)
+                down_ms = (loop.time() - lost_s) * 1000.0
+                pause_left_ms = self._pause_left_ms(attempt, retry_ms, down_ms)
+                pause_ms = pause_left_ms or max(self._pause_ms(attempt), retry_ms)
                 minimum_ms = max(min(pause_ms, settings.backoff_ms), retry_ms)
                 attempt += 1
-                down_ms = (loop.time() - lost_s) * 1000.0
+                failing = self.fault is not None
                 if not isinstance(fault, LinkLost) or fault.final:
                     self.fault = fault
-                elif self.fault is not None or down_ms + pause_ms > settings.give_up_ms:
+                elif failing or pause_left_ms is None:
                     self.fault = handshake.unreachable(down_ms, fault)
                 if self.fault is not None:
+                    if not failing:
+                        log.warning("requests fail until a server answers: %.500s", self.fault)
                     self._fail(waiting, self.fault)
             else:
                 self.fault = None
@@ -246,6 +253,13 @@ class EdgeClient:
         settings = self.settings
         wait_ms = min(settings.backoff_max_ms, settings.backoff_ms * 2.0 ** min(attempt, 16))
         return wait_ms * (1.0 + settings.backoff_jitter * (2.0 * self._random.random() - 1.0))
+
+    def _pause_left_ms(self, attempt: int, retry_ms: float, down_ms: float) -> float | None:
+        """The next pause; the last attempt is at ``give_up_ms``. ``None`` if none is left."""
+        left_ms = self.settings.give_up_ms - down_ms
+        if left_ms < max(1.0, retry_ms):
+            return None
+        return max(min(self._pause_ms(attempt), left_ms), retry_ms)
 
     async def _hello(self) -> Connection:
         """Connect and exchange hello and welcome."""
@@ -269,6 +283,7 @@ class EdgeClient:
             log.warning("the server serves %s now", handshake.name_target(welcome))
             self._fail(list(self._listeners), handshake.refusal())
         self.welcome, self._identity = welcome, welcome.identity
+        self._draining_until_s = 0.0
         self.target = handshake.served_model(welcome)
         self.load_level = server_frames.load_level(welcome.load_level)
 
@@ -353,6 +368,9 @@ class EdgeClient:
                 self.load_level = server_frames.load_level(frame.load_level)
                 listener.committed(frame)
             else:
+                if frame.code == "draining" and not frame.retry_ms:
+                    now_s = asyncio.get_running_loop().time()
+                    self._draining_until_s = now_s + self.settings.give_up_ms / 1000.0
                 listener.refused(frame)
         except Exception as err:
             self.bad_frames += isinstance(err, ProtocolError)
@@ -373,21 +391,6 @@ class EdgeClient:
             silent_ms = (loop.time() - max(self._last_received_s, oldest_s)) * 1000.0
             if silent_ms > settings.dead_ms:
                 raise LinkLost(f"No data received for {silent_ms:,.0f} ms.")
-
-
-def _opening_frames(number: int, listener: GenerationListener) -> list[bytes]:
-    """The opening of a session as frames, several for a long one. Raises :class:`SettingsError` if a value
-    does not fit into a frame."""
-    opening = listener.opening()
-    tokens = opening.tokens
-    cut = (len(tokens) - 1) // PART_TOKENS * PART_TOKENS
-    starts = range(0, cut, PART_TOKENS)
-    parts = [protocol.OpenPart(number, tokens[start : start + PART_TOKENS]) for start in starts]
-    try:
-        last = msgspec.structs.replace(opening, session=number, tokens=tokens[cut:])
-        return [*map(protocol.encode, parts), protocol.encode(last)]
-    except (OverflowError, TypeError, ValueError) as err:
-        raise SettingsError(f"The request does not fit into a frame: {err}.", "Correct its numbers.") from err
 
 
 def _internal(err: Exception) -> RuntimeFault:

@@ -175,6 +175,8 @@ def websocket_connections(
     secure = url.startswith("wss:")
     ssl_context = (ssl or tls.create_default_context()) if secure else None
 
+    was_connected = False
+
     async def connect() -> Connection:
         from websockets.asyncio.client import connect
         from websockets.exceptions import (
@@ -184,6 +186,7 @@ def websocket_connections(
             WebSocketException,
         )
 
+        nonlocal was_connected
         try:
             socket = await connect(
                 url,
@@ -206,17 +209,23 @@ def websocket_connections(
                 True,
             ) from err
         except InvalidStatus as err:
+            status = err.response.status_code
+            if was_connected or status == 503:  # the server or a proxy before it: going away, or starting
+                raise LinkLost(f"{url} takes no connections now (HTTP {status}).") from err
             raise LinkLost(
-                f"{url} answered HTTP {err.response.status_code} instead of a WebSocket.",
+                f"{url} answered HTTP {status} instead of a WebSocket.",
                 "Check that the address is that of `wispprof serve`.",
             ) from err
         except InvalidMessage as err:
+            if was_connected:
+                raise LinkLost(f"{url} closed the connection before it answered.") from err
             raise LinkLost(
-                f"{url} is not a WebSocket server.",
+                f"{url} did not answer as a WebSocket server.",
                 "Check the address." if secure else "If the server uses TLS, use wss://HOST:PORT.",
             ) from err
         except (OSError, TimeoutError, WebSocketException) as err:
             raise LinkLost(f"No server answers at {url}: {err or type(err).__name__}.") from err
+        was_connected = True
         return _WebSocket(socket)
 
     return connect

@@ -184,11 +184,12 @@ class EdgeRuntime:
         """What /health and /ready say of the link. ``status``: ``ok``, ``reconnecting`` (requests wait),
         or ``unavailable`` (they fail at once, or are answered by the draft model alone)."""
         client = self.client
-        status = "ok" if client.up else "reconnecting" if client.fault is None else "unavailable"
+        serves = client.up and not client.draining
+        status = "ok" if serves else "reconnecting" if client.up or client.fault is None else "unavailable"
         error = "" if client.up or client.fault is None else str(client.fault)
         return {
             "status": status,
-            "ready": client.up or self.settings.fallback == "draft",
+            "ready": serves or self.settings.fallback == "draft",
             "link": client.up,
             "rtt_ms": client.rtt.mean_ms,
             "target": self.model,

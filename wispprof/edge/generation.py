@@ -21,6 +21,7 @@ from wispprof.edge.client import EdgeClient
 from wispprof.edge.connection import Traffic
 from wispprof.edge.draft_results import StepResult, is_foreign, take_step
 from wispprof.edge.draft_worker import CatchUp, DraftWorker
+from wispprof.edge.reopening import Reopening
 from wispprof.edge.request_stats import RequestStats
 from wispprof.edge.round_record import RoundWatch, held_by
 from wispprof.errors import RuntimeFault, ServerUnreachable
@@ -33,11 +34,6 @@ from wispprof.token_tree import MAX_NODES
 from wispprof.types import GenerationRequest, TokenChunk
 
 log = logging.getLogger("wispprof.edge")
-
-_REOPEN_MS = {"busy": 200.0, "draining": 500.0, "session": 0.0, "internal": 200.0}
-_MAX_INTERNAL_ERRORS = 3
-_MAX_FRUITLESS = 16
-"""Openings in a row without a token in between, after which the request fails."""
 
 _LAST_STEP_S = 1.0
 """How long the end of an answer waits for the draft step under way."""
@@ -97,11 +93,7 @@ class Generation:
         self._err: RuntimeFault | None = None
         self._wake = asyncio.Event()
         self._chunks: asyncio.Queue[TokenChunk | None] = asyncio.Queue()
-        self._reopening: asyncio.TimerHandle | None = None
-        self._openings = 0
-        self._fruitless = 0
-        self._internal_errors = 0
-        self._refused_since_ms: float | None = None
+        self._reopening = Reopening(client, self.failed)
 
     @property
     def buffer(self) -> DraftBuffer:
@@ -180,8 +172,7 @@ class Generation:
         return task
 
     def _end(self) -> None:
-        if self._reopening is not None:
-            self._reopening.cancel()
+        self._reopening.cancel()
         self._client.close(self._number, tell=not self._finished)
         stats = self.stats
         stats.finished = self._finished
@@ -295,8 +286,7 @@ class Generation:
     # --- calls of the client (wispprof.edge.client.GenerationListener) ---
 
     def opening(self) -> protocol.Open:
-        self._openings += 1
-        self._fruitless += 1
+        self._reopening.opening()
         return protocol.open_frame(self.request, self.buffer.committed, self._undrafted)
 
     def committed(self, commit: protocol.Commit) -> None:
@@ -314,8 +304,7 @@ class Generation:
             self._client.reopen(self._number)
             return
         if effect.tokens:
-            self._fruitless = 0
-            self._refused_since_ms = None
+            self._reopening.answered()
             stats = self.stats
             stats.commit(effect, now_ms, commit.drafted)
             stats.queue_ms += commit.queue_ms
@@ -332,34 +321,18 @@ class Generation:
         self._wake.set()
 
     def refused(self, problem: protocol.Problem) -> None:
-        code, now_ms = problem.code, _now_ms()
-        retry_ms = server_frames.retry_ms(problem)
-        busy = code in ("busy", "draining")
-        wait_ms = max(_REOPEN_MS.get(code, math.inf), retry_ms)
-        if self._refused_since_ms is None:
-            self._refused_since_ms = now_ms
-        self._fruitless -= busy
-        self._internal_errors += code == "internal"
-        late = now_ms + wait_ms - self._refused_since_ms > self._client.settings.give_up_ms
-        if late or self._internal_errors > _MAX_INTERNAL_ERRORS:
-            self.failed(server_frames.refusal(problem))
-            return
-        if self._reopening is not None:
-            self._reopening.cancel()
-        self._reopening = asyncio.get_running_loop().call_later(
-            wait_ms / 1000.0, self._client.reopen, self._number
-        )
+        self._reopening.refused(self._number, problem)
 
     def reopened(self) -> None:
-        self.stats.reopened = self._openings - 1
-        if self._fruitless > _MAX_FRUITLESS:
-            self.failed(RuntimeFault(f"The server answered {_MAX_FRUITLESS} openings without a token."))
+        self._reopening.reopened()
+        self.stats.reopened = self._reopening.openings - 1
         dropped, dropped_ms = self._session.reopened(self._stream_mode(), self._trees)
         self.stats.dropped += dropped
         self.stats.dropped_ms += dropped_ms
         self._wake.set()
 
     def lost(self) -> None:
+        self._reopening.lost(self._number)
         self._wake.set()
 
     def failed(self, err: RuntimeFault) -> None:

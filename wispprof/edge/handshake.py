@@ -63,7 +63,13 @@ def _raise_refusal(problem: protocol.Problem, known: str) -> NoReturn:
         raise TargetChanged(message)
     if problem.code in _RETRYABLE_CODES:
         raise LinkLost(f"The server is {problem.code}: {message}", retry_ms=retry_ms(problem))
-    raise HandshakeRefused(f"The server refused this edge: {message}")
+    raise refused_hello(problem)
+
+
+def refused_hello(problem: protocol.Problem) -> HandshakeRefused:
+    """The error that a problem at hello means. What follows its first sentence is the hint."""
+    reason, end, hint = problem.message[:500].partition(". ")
+    return HandshakeRefused(f"The server refused this edge: {reason}{end}".rstrip(), hint, problem.code[:40])
 
 
 def check_welcome(welcome: protocol.Welcome, tokenizer: str) -> None:

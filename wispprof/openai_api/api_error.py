@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from wispprof.errors import RequestRefused, RuntimeFault, ServerBusy, ServerUnreachable, WispprofError
+from wispprof.errors import (
+    HandshakeRefused,
+    RequestRefused,
+    RuntimeFault,
+    ServerBusy,
+    ServerUnreachable,
+    WispprofError,
+)
 
 _UNREACHABLE_RETRY_MS = 5_000.0
 _FIELDS = {"--slo": "tokens_per_s", "--ttft": "ttft_ms"}
@@ -48,6 +55,8 @@ class ApiError(WispprofError):
             return cls(str(err), status, code=err.code, retry_ms=err.retry_ms, **details)
         if isinstance(err, ServerUnreachable):
             return cls(str(err), 503, code="server_unreachable", retry_ms=_UNREACHABLE_RETRY_MS)
+        if isinstance(err, HandshakeRefused):
+            return cls(str(err), 502, code=err.code)
         return cls(str(err), 502 if isinstance(err, RuntimeFault) else 400)
 
     def body(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from wispprof.artifacts import LinkProfile, LinkRow
-from wispprof.errors import HandshakeRefused, ProtocolError, ServerUnreachable
+from wispprof.errors import ProtocolError, ServerUnreachable
 from wispprof.profiling.profile_run import begin_manifest, finalize_profile
 from wispprof.profiling.sweep import SweepResult
 from wispprof.profiling.workload import round_ms
@@ -49,6 +49,7 @@ class ServerClient:
         """
         from wispprof import protocol
         from wispprof.edge.connection import ssl_context, websocket_connections
+        from wispprof.edge.handshake import refused_hello
 
         if connect is None:
             connect = websocket_connections(server, ssl=ssl_context(access.ca_file))
@@ -59,7 +60,7 @@ class ServerClient:
             await client.send(hello)
             answer = await client.receive()
             if isinstance(answer, protocol.Problem):
-                raise HandshakeRefused(f"The server refused: {answer.message}", "")
+                raise refused_hello(answer)
             if not isinstance(answer, protocol.Welcome):
                 raise ProtocolError("The server did not answer the greeting.", "Is it a wispprof server?")
             client.welcome = answer

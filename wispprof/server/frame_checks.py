@@ -40,8 +40,9 @@ def check_hello(hello: protocol.Hello, model: ServedModel, allowed: Sequence[str
             raise HandshakeRefused(
                 "This server needs an API key.",
                 "Give --key, or set WISPPROF_KEY.",
+                "key",
             )
-        raise HandshakeRefused("Invalid API key.", "Use a key of this server.")
+        raise HandshakeRefused("Invalid API key.", "Use a key of this server.", "key")
     if hello.target and hello.target != model.id:
         raise HandshakeRefused(
             f"This server verifies {model.id!r}, not {hello.target!r}.",
