@@ -27,28 +27,76 @@ Counters end in `_total` when they are read, histograms in `_bucket`, `_sum` and
 
 ## Alerts
 
-SLO attainment below 95 %:
+A rule file for Prometheus (`rule_files` in `prometheus.yml`):
+
+```yaml
+groups:
+  - name: wispprof
+    rules:
+      - alert: WispprofSloAttainment
+        expr: |
+          sum(rate(wispprof:slo_attained_total[10m]))
+            / (sum(rate(wispprof:slo_attained_total[10m])) + sum(rate(wispprof:slo_violations_total[10m])))
+            < 0.95
+        for: 5m
+        annotations: { summary: "Fewer than 95 % of the sessions that ended in 10 minutes met their SLO" }
+      - alert: WispprofRefusals
+        expr: sum(rate(wispprof:requests_refused_total{code=~"slo|busy"}[5m])) > 0
+        for: 5m
+        annotations: { summary: "Requests are refused: their SLO cannot be met, or the server is full" }
+      - alert: WispprofStepTimeDrift
+        expr: wispprof:re_profile > 0
+        for: 10m
+        annotations: { summary: "Step times no longer match the profile" }
+      - alert: WispprofFailedSteps
+        expr: rate(wispprof:failed_steps_total[5m]) > 0
+        annotations: { summary: "Engine steps fail" }
+```
+
+[serve.md](serve.md#notice-drift) says what to do about drift. Both counters of an SLO class exist from its
+first session on, so the first alert fires even if every session misses. Sessions without an SLO count neither
+as met nor as missed.
+
+Sessions that the server refused do not count there; the simulator counts them as misses. To compare with a
+simulation, count refusals too. An edge repeats a request that is refused as `busy`, and each time counts:
 
 ```promql
 sum(rate(wispprof:slo_attained_total[10m]))
-  / (sum(rate(wispprof:slo_attained_total[10m])) + sum(rate(wispprof:slo_violations_total[10m])))
+  / (sum(rate(wispprof:slo_attained_total[10m])) + sum(rate(wispprof:slo_violations_total[10m]))
+     + (sum(rate(wispprof:requests_refused_total{code=~"slo|busy"}[10m])) or vector(0)))
   < 0.95
 ```
+"""
+DROP_REASONS = """
+Values of `reason` in `wispprof:draft_tokens_dropped`, by the rules of
+[wire.md](wire.md#drafts-never-change-the-text):
 
-Step times that no longer match the profile, see [serve.md](serve.md#notice-drift):
+| reason | the draft tokens |
+|---|---|
+| `epoch` | were sent before the edge discarded its drafts; a commit had contradicted them, for example |
+| `contradiction` | differ from committed text: the edge had not received the commit yet |
+| `gap` | begin beyond the drafts that the server holds |
+| `conflict` | differ from drafts of the same epoch that the server holds |
+| `overflow` | exceed the drafts that the server holds for one session (`--max-drafts`) |
+| `finished` | arrived after the last token of the session |
 
-```promql
-wispprof:re_profile > 0
-```
+Each other draft token (`spec_decode_num_draft_tokens`) becomes one of `spec_decode_num_accepted_tokens`,
+`draft_tokens_matched` and `draft_tokens_wasted`. Those of `draft_tokens_cut` may be verified later. For one
+device, give its edge a `--name`: `kinds` in `/dashboard` has these counts by name, also for ten minutes after
+the last session of that name.
+"""
+UNDRAFTED_REASONS = """
+Values of `reason` in `wispprof_edge_undrafted_requests`. `draft_note` of an answer says the same in words.
 
-Steps that failed, or requests refused because their SLO cannot be met:
-
-```promql
-rate(wispprof:failed_steps_total[5m]) > 0
-rate(wispprof:requests_refused_total{code="slo"}[5m]) > 0
-```
-
-Sessions without an SLO count neither as met nor as missed.
+| reason | why no draft was accepted |
+|---|---|
+| `off` | drafting was off: by the request, or because the device has no draft model |
+| `fault` | the draft model failed or exceeded `--draft-timeout-ms` |
+| `vocabulary` | drafts were outside the target's vocabulary |
+| `rejected` | the target rejected all drafts |
+| `late` | commits overtook the drafts: the device, its prefill or the link is slow beside the server |
+| `controller` | the controller or its plan chose k = 0: drafts would not pay |
+| `no_proposal` | the drafter had nothing to propose, for example a lookup without a match |
 """
 STATISTICS_HEAD = """
 ## Statistics of an answer
@@ -57,6 +105,8 @@ A round ends with a commit after the first token. Two figures have different den
 `accepted_per_round` divides by all rounds, those without drafts included.
 `metrics.speculative_decoding.mean_acceptance_length` divides by the rounds that verified drafts, and counts
 the target's own token too, as vLLM does.
+
+Each drafted token has one fate: `drafted` = `accepted` + `matched` + `dropped` + `draft_only`.
 
 | field | meaning |
 |---|---|"""
@@ -73,6 +123,7 @@ STATISTICS = {
     "plan_row": "row of the plan that was obeyed last: device/round trip/load level/SLO/mode/context",
     "verified_drafts": "drafts that the server verified",
     "accepted": "drafts verified and kept",
+    "matched": "drafts that were right, but committed before they were verified",
     "draft_ms": "time spent drafting",
     "wasted_ms": "of it, on drafts after the first rejected one",
     "dropped": "drafts that ended in no committed token, the rejected ones included",
@@ -104,7 +155,8 @@ STATISTICS = {
     "queue_ms_per_round": "`queue_ms` ÷ `rounds`",
     "verify_ms_per_round": "`verify_ms` ÷ `rounds`",
     "energy_j_per_token": "`energy_j` ÷ tokens",
-    "draft_note": "in words: what kept this device from drafting, or that k = 0 was chosen for most rounds",
+    "draft_note": "in words: why no draft was accepted, that k = 0 was chosen for most rounds, or what "
+    "became of the drafts if most were not accepted",
 }
 """Every key of :meth:`~wispprof.edge.request_stats.RequestStats.summary`, in its order."""
 
@@ -112,7 +164,8 @@ STATISTICS = {
 def render() -> str:
     """The page as Markdown."""
     assert list(STATISTICS) == list(RequestStats().summary())
-    parts = [HEAD, "## Server\n", *_table(Metrics().registry), "\n## Edge\n", *_table(EdgeMetrics().registry)]
+    parts = [HEAD, "## Server\n", *_table(Metrics().registry), DROP_REASONS]
+    parts += ["## Edge\n", *_table(EdgeMetrics().registry), UNDRAFTED_REASONS.rstrip()]
     parts += [STATISTICS_HEAD, *(f"| `{name}` | {text} |" for name, text in STATISTICS.items()), ""]
     return "\n".join(parts)
 

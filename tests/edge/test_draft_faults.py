@@ -142,7 +142,20 @@ def test_mostly_declined_rounds_are_named_though_some_drafts_were_accepted() -> 
     assert said in found.draft_note
     assert said in found.line()
     assert found.draft_obstacle == ""  # drafts were accepted: not a request without any
-    assert RequestStats(drafting=True, rounds=343, declined=171, drafted=333, accepted=56).draft_note == ""
+    assert RequestStats(drafting=True, rounds=343, declined=171, drafted=333, accepted=256).draft_note == ""
+
+
+def test_what_became_of_drafts_is_said_if_most_were_not_accepted() -> None:
+    found = RequestStats(drafting=True, rounds=40, drafted=73, accepted=15, dropped=41, matched=17, late=6)
+    found.verified_drafts = 23
+    assert found.draft_note == (
+        "15 of 73 drafts were accepted; 27 followed a rejected draft or the last token, "
+        "17 were committed before they were verified, 8 were rejected, 6 were overtaken by a commit."
+    )
+    assert found.draft_note in found.line()
+    assert found.draft_obstacle == ""
+    found.accepted, found.dropped = 37, 19
+    assert found.draft_note == ""
 
 
 # --- the device -----------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import asyncio
 
 import pytest
 from fake_pair import drafting, edge, in_process, linear_cost, plain, truth
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from wispprof.edge import Generation, RequestStats
 from wispprof.errors import ProtocolError, ServerUnreachable
@@ -88,12 +90,49 @@ def test_a_server_only_session_sends_nothing_but_its_opening() -> None:
 def test_accounting_adds_up() -> None:
     for _, stats in run_virtual(fleet("wispprof", 3, accuracy=0.7)):
         # Every draft is committed, dropped, or overtaken by a commit that agreed with it.
-        assert stats.accepted <= stats.drafted - stats.dropped
+        assert stats.drafted == stats.accepted + stats.matched + stats.dropped
         assert stats.draft_ms == pytest.approx(5.0 * stats.drafted)
         assert stats.wasted_ms <= stats.dropped_ms <= stats.draft_ms
         assert stats.accepted_by_position[0] <= stats.offered_by_position[0] <= stats.rounds
         assert sum(stats.accepted_by_position) == stats.accepted
         assert sum(stats.offered_by_position) == stats.verified_drafts
+
+
+@given(
+    accuracy=st.floats(0.0, 1.0),
+    draft_ms=st.floats(0.5, 60.0),
+    proactive=st.integers(0, 8),
+    k=st.integers(0, 8),
+    policy=st.sampled_from(["fcfs", "wisp", "wispprof"]),
+    cuts=st.lists(st.floats(0.01, 0.6), max_size=3),
+    end=st.sampled_from(["full", "stop", "cancel"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_each_draft_is_accepted_matched_or_dropped(
+    accuracy: float, draft_ms: float, proactive: int, k: int, policy: str, cuts: list[float], end: str
+) -> None:
+    """Over random live runs: links that are cut, drafting that is switched, requests that are cancelled."""
+
+    async def main() -> RequestStats:
+        async with in_process(policy) as server, edge(server.connect, backoff_ms=5.0) as client:
+            generation = drafting(
+                client, PROMPTS[0], max_new=80, k=k, accuracy=accuracy, draft_ms=draft_ms, proactive=proactive
+            )
+            task = asyncio.create_task(generation.run())
+            for number, pause_s in enumerate(cuts):
+                await asyncio.sleep(pause_s)
+                server.cut()
+                if end == "stop":
+                    generation.set_drafting(bool(number % 2))
+            if end == "cancel":
+                await asyncio.sleep(0.2)
+                task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            return generation.stats
+
+    stats = run_virtual(main())
+    assert stats.drafted == stats.accepted + stats.matched + stats.dropped
+    assert min(stats.accepted, stats.matched, stats.dropped) >= 0
 
 
 def test_proactive_drafting_gains_and_never_lowers_acceptance() -> None:
@@ -260,6 +299,7 @@ def test_a_lost_server_ends_the_request_unless_the_draft_may_go_on() -> None:
     assert not any(marks[verified:])
     stats = generation.stats
     assert stats.tokens + stats.draft_only == 48
+    assert stats.drafted == stats.accepted + stats.matched + stats.dropped + stats.draft_only
     # What was committed is the target's; only what is marked may differ.
     assert list(generation.output) == truth(PROMPTS[0], 48)[: stats.tokens]
     assert "UNVERIFIED" in stats.line()

@@ -6,7 +6,8 @@ import pytest
 from fake_pair import fake_runtime
 
 from wispprof.edge.edge_runtime import Prompt
-from wispprof.edge.request_stats import EnergyShares, RequestStats
+from wispprof.edge.energy_shares import EnergyShares
+from wispprof.edge.request_stats import RequestStats
 from wispprof.hardware import EnergyMeter, EnergyReading
 from wispprof.sessions.draft_buffer import CommitEffect
 from wispprof.types import Sampling

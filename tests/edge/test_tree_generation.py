@@ -56,8 +56,8 @@ def accounts(generation: Generation) -> None:
     """Every node was committed or dropped."""
     stats = generation.stats
     assert stats.accepted <= stats.verified_drafts <= stats.sent
-    assert stats.drafted - stats.dropped <= stats.tokens
-    assert stats.dropped <= stats.drafted
+    assert stats.drafted == stats.accepted + stats.matched + stats.dropped
+    assert min(stats.accepted, stats.matched, stats.dropped) >= 0
     assert 0.0 <= stats.wasted_ms <= stats.dropped_ms <= stats.draft_ms + 1e-6
     assert not stats.draft_fault
 

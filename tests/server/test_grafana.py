@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from wispprof.server.metrics import Metrics
 
 FILE = Path(__file__).parents[2] / "docs" / "grafana" / "wispprof.json"
@@ -32,6 +34,15 @@ def labels_by_sample() -> dict[str, set[str]]:
             for suffix in SUFFIXES[family.type]:
                 found[family.name + suffix] = set(metric._labelnames)
     return found
+
+
+def test_the_alerts_of_the_docs_name_metrics_that_exist() -> None:
+    page = FILE.parents[1].joinpath("metrics.md").read_text()
+    [rules] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    expressions = [rule["expr"] for rule in yaml.safe_load(rules)["groups"][0]["rules"]]
+    expressions += re.findall(r"```promql\n(.*?)```", page, re.DOTALL)
+    assert len(expressions) == 5
+    assert set(re.findall(r"wispprof:\w+", " ".join(expressions))) <= labels_by_sample().keys()
 
 
 def test_every_expression_names_metrics_and_labels_that_exist() -> None:

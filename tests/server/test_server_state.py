@@ -13,6 +13,7 @@ import pytest
 from wispprof.edge import EdgeClient, Generation, GenerationRequest, websocket_connections
 from wispprof.server import server_state as module
 from wispprof.server.app import make_app
+from wispprof.server.device_kinds import MAX_KINDS, DeviceKinds
 from wispprof.server.engine_client import EngineClient
 from wispprof.server.metrics import Metrics, StepRecord
 from wispprof.server.process import RunningServer, running_server
@@ -45,7 +46,8 @@ async def test_the_page_data_of_a_running_server(front_process: bool) -> None:
         await Generation(client, GenerationRequest((4, 5), 8, Sampling(), slo)).run()
         data = await served(http, running, "/dashboard")
         assert data["kinds"][0] | {"tokens": 0} == {
-            "kind": "phone", "open": 1, "drafting": 0, "drafted": 0, "accepted": 0, "tokens": 0,
+            "kind": "phone", "open": 1, "drafting": 0, "tokens": 0,
+            "drafted": 0, "accepted": 0, "matched": 0, "wasted": 0, "cut": 0, "dropped": {},
         }  # fmt: skip
         [only] = data["classes"]
         assert (only["class"], only["open"], only["met"], only["missed"]) == ("1", 1, 1, 0)
@@ -85,12 +87,20 @@ async def test_metrics_and_steps_need_the_key_beyond_loopback(host: str) -> None
 
 def test_sessions_without_an_slo_do_not_count_as_met() -> None:
     metrics, counters = Metrics(), DraftCounters()
+    for slo in (Slo.of(None), Slo(9.0)):
+        metrics.opened(slo)
     for slo, met in ((Slo.of(None), True), (Slo.of(None), True), (Slo(4.0), False), (Slo(4.0), True)):
         metrics.ended(slo, counters, "stop", met, 100.0)
     assert metrics.attainment == {"4": [1, 1]}
     assert (metrics.sessions_met_slo, metrics.sessions_ended) == (1, 2)
     text = metrics.text().decode()
     assert 'slo_attained_total{slo_class="4"} 1.0' in text
+    # Both counters exist before anything is counted: an alert on their rates sees the first miss.
+    assert 'slo_attained_total{slo_class="9"} 0.0' in text
+    assert 'slo_violations_total{slo_class="9"} 0.0' in text
+    # What is not known is no number.
+    for name in ("time_drift_ratio", "time_bound_scale", "time_bound_coverage"):
+        assert f"step_{name} NaN" in text
     assert 'slo_class="none"' not in text
     metrics.ended(Slo.of(None, 500.0), counters, "stop", True, 100.0)
     assert metrics.attainment["ttft"] == [1, 0]
@@ -160,9 +170,30 @@ def test_clients_cannot_flood_the_metrics_with_kinds() -> None:
         session.listener.kind = f"x{number}"
     module.update_gauges(server)
     samples = server.metrics.open_sessions.collect()[0].samples
-    assert len({one.labels["kind"] for one in samples}) == module.MAX_KINDS + 1
+    assert len({one.labels["kind"] for one in samples}) == MAX_KINDS + 1
     assert sum(one.value for one in samples) == 400
-    assert len(json.loads(module.server_state(server))["kinds"]) == module.MAX_KINDS + 1
+    assert len(json.loads(module.server_state(server))["kinds"]) == MAX_KINDS + 1
+
+
+def test_a_kind_stays_for_ten_minutes_after_its_last_session() -> None:
+    """With what became of its drafts; in number no more kinds than are named."""
+    sessions = crowd(3 * 40, 0).manager.sessions
+    kinds = DeviceKinds()
+    for number, session in enumerate(sessions):
+        session.listener.kind = f"x{number % 40}"
+        session.state.counters.drafted, session.state.counters.wasted = 5, 3
+        session.state.counters.dropped["epoch"] = 2
+        kinds.ended(session, 1000.0 + number)
+    shown = kinds.table([], 601_000.0 + 40)
+    assert len(shown) == MAX_KINDS
+    assert shown[0] == {
+        "kind": "x39", "open": 0, "drafting": 0, "tokens": 0,
+        "drafted": 5, "accepted": 0, "matched": 0, "wasted": 3, "cut": 0, "dropped": {"epoch": 2},
+    }  # fmt: skip
+    [open_again, *_] = kinds.table(sessions[-1:], 601_000.0)
+    assert (open_again["kind"], open_again["open"], open_again["drafted"]) == ("x39", 1, 10)
+    assert len(kinds.table([], 601_000.0 + 110)) == 10
+    assert kinds.table([], 602_000.0) == []
 
 
 async def test_nothing_is_computed_unless_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from wispprof.backends import Drafter
 from wispprof.drafters import GgufDraft, make_drafter
 from wispprof.drafters.ngram import LookupMemory
 from wispprof.edge.draft_worker import CatchUp, DraftStep, DraftThread, DraftWorker, ThreadWorker
-from wispprof.edge.request_stats import EnergyShares
+from wispprof.edge.energy_shares import EnergyShares
 from wispprof.hardware import EnergyMeter
 from wispprof.policies.interface import Controller
 from wispprof.sessions.pending_drafts import common_prefix

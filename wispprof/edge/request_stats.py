@@ -1,9 +1,9 @@
-"""Statistics of an edge: of one request, of a device's energy, and of all requests for Prometheus."""
+"""Statistics of an edge: of one request, and of all requests for Prometheus."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
@@ -11,68 +11,23 @@ from typing import Any, Protocol
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from wispprof.edge.client import EdgeClient
-from wispprof.hardware import EnergyMeter
 from wispprof.sessions.draft_buffer import CommitEffect
 from wispprof.types import Slo, TokenChunk
-
-
-@dataclass(slots=True, eq=False)
-class EnergyShare:
-    """One request's share of the energy, in joules; ``None`` without a sensor."""
-
-    energy_j: float | None = 0.0
-
-
-class EnergyShares:
-    """Divides a device's energy equally among the requests that run at the same time.
-
-    The meter measures one window at a time. A window ends whenever a request begins or ends. Energy used
-    while no request runs is not counted.
-    """
-
-    def __init__(self, meter: EnergyMeter) -> None:
-        self.sensor = meter.sensor
-        self._meter = meter
-        self._running: list[EnergyShare] = []
-
-    @contextmanager
-    def share(self) -> Iterator[EnergyShare]:
-        """Run a request inside ``with``; its share is complete afterwards."""
-        mine = EnergyShare()
-        self._divide()
-        self._running.append(mine)
-        try:
-            self._meter.begin()
-            yield mine
-        finally:
-            self._divide()
-            self._running.remove(mine)
-            if self._running:
-                self._meter.begin()
-
-    def _divide(self) -> None:
-        """End the window, if one is open, and add its energy to the running requests."""
-        if not self._running:
-            return
-        used = self._meter.end().energy_j
-        for one in self._running:
-            if used is None or one.energy_j is None:
-                one.energy_j = None
-            else:
-                one.energy_j += used / len(self._running)
 
 
 @dataclass(slots=True)
 class RequestStats:
     """Statistics of one request. Times are ms since the request began.
 
-    ``rounds``: commits after the first token. ``drafted``: tokens drafted. ``accepted``: verified and
-    kept. ``wasted_ms``: edge time spent on drafts after the first rejected one; ``dropped_ms`` and
-    ``dropped``: all drafts that ended in no committed token, the rejected ones included.
+    ``rounds``: commits after the first token. ``drafted``: tokens drafted; at the end each of them is one of
+    ``accepted`` (verified and kept), ``matched`` (committed before it was verified), ``dropped`` (ended in no
+    committed token, the rejected ones included) and ``draft_only``. ``wasted_ms``: edge time spent on drafts
+    after the first rejected one; ``dropped_ms``: on all that were dropped.
     ``offered_by_position[j]``: verified rounds with drafts j+1 deep; ``accepted_by_position[j]``:
     those in which the first j+1 were accepted. ``proactive_hits`` of ``proactive_guesses``: how often a
     guess at the target's own token was right. ``draft_only``: tokens that no server confirmed.
-    ``energy_j``: the request's share (:class:`EnergyShares`); ``None`` without a sensor.
+    ``energy_j``: the request's share (:class:`~wispprof.edge.energy_shares.EnergyShares`); ``None`` without
+    a sensor.
     ``trees``: frames of drafts with branches. ``plan_row``: the plan's row that was obeyed last.
 
     What kept the device from drafting (:attr:`draft_note` says it in words): ``late``: draft steps that a
@@ -96,6 +51,7 @@ class RequestStats:
     plan_row: str = ""
     verified_drafts: int = 0
     accepted: int = 0
+    matched: int = 0
     draft_ms: float = 0.0
     wasted_ms: float = 0.0
     dropped: int = 0
@@ -128,10 +84,12 @@ class RequestStats:
         if self.first_ms is None:
             self.first_ms = at
             self.first_tokens = len(effect.tokens)
+            self.matched += effect.hits
         else:
             self.rounds += 1
             self.verified_drafts += drafted
             self.accepted += effect.accepted
+            self.matched += effect.hits - effect.accepted
             self._by_position(effect.depth or drafted, effect.accepted)
         self.last_ms = at
         self.tokens += len(effect.tokens)
@@ -228,8 +186,27 @@ class RequestStats:
         return "no_proposal" if self.no_proposal else ""
 
     @property
+    def _unused(self) -> str:
+        """What became of the drafts that were not accepted, if those are most of them."""
+        if 2 * self.accepted >= self.drafted:
+            return ""
+        fates = {"were committed before they were verified": self.matched}
+        left = self.dropped
+        for fate, count in (
+            ("were rejected", self.verified_drafts - self.accepted),
+            ("were overtaken by a commit", self.late),
+            ("were outside the target's vocabulary", self.foreign),
+        ):
+            fates[fate] = min(count, left)
+            left -= fates[fate]
+        fates["followed a rejected draft or the last token"] = left
+        told = [f"{n} {fate}" for fate, n in sorted(fates.items(), key=lambda one: -one[1]) if n > 0]
+        return f"{self.accepted} of {self.drafted} drafts were accepted; {', '.join(told)}." if told else ""
+
+    @property
     def draft_note(self) -> str:
-        """:attr:`draft_obstacle` in words; without one, whether the controller mostly chose k = 0."""
+        """:attr:`draft_obstacle` in words; without one, whether the controller mostly chose k = 0, or what
+        became of the drafts if most were not accepted."""
         commit_ms = (self.tpot_ms or 0.0) * (self.tokens - self.first_tokens) / max(1, self.rounds)
         late = f"No draft was in time: a commit took {commit_ms:.0f} ms, a round trip {self.rtt_ms:.0f} ms, "
         if self.prefill_ms is None:
@@ -242,7 +219,7 @@ class RequestStats:
         by = f" by plan row {self.plan_row}" if self.plan_row else ""
         mostly = f"The speculation controller or its plan mostly chose k = 0 ({self.declined} times{by})."
         return {
-            "": mostly if 2 * self.declined > self.rounds else "",
+            "": mostly if 2 * self.declined > self.rounds else self._unused,
             "off": "Server-only: drafting was off, by the request or because this device has no draft model.",
             "fault": f"Drafting stopped: {self.draft_fault}",
             "vocabulary": f"{self.foreign} drafts were outside the target's vocabulary.",
@@ -307,6 +284,8 @@ _SUMS: dict[str, tuple[str, Callable[[RequestStats], float]]] = {
     "unverified_tokens": ("Tokens of the draft model alone.", lambda s: s.draft_only),
     "drafted_tokens": ("Tokens drafted.", lambda s: s.drafted),
     "accepted_tokens": ("Drafts verified and accepted.", lambda s: s.accepted),
+    "matched_drafts": ("Drafts committed before they were verified.", lambda s: s.matched),
+    "dropped_drafts": ("Drafts that ended in no committed token.", lambda s: s.dropped),
     "late_drafts": ("Draft steps that a commit overtook.", lambda s: s.late),
     "declined_rounds": ("Rounds and bursts with k = 0.", lambda s: s.declined),
     "foreign_drafts": ("Drafts outside the target's vocabulary.", lambda s: s.foreign),

@@ -5,6 +5,7 @@ Seconds in metric names and values, milliseconds in arguments.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from wispprof.artifacts.plan import BatchRow
 from wispprof.fitting.drift import DriftStatus
+from wispprof.server.device_kinds import DeviceKinds
 from wispprof.sessions.pending_drafts import DraftCounters
 from wispprof.sessions.session_state import CommitResult
 from wispprof.types import Slo
@@ -20,6 +22,11 @@ _STEP = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0,
 _LATENCY = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _GAP = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0)
 _ACCEPTED = tuple(float(n) for n in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32))
+
+
+def counts_towards_slo(slo: Slo) -> bool:
+    """Whether there is anything to meet or to miss."""
+    return not slo.best_effort or slo.ttft_ms is not None
 
 
 def slo_class(slo: Slo) -> str:
@@ -68,6 +75,7 @@ class Metrics:
         self.sessions_ended = 0
         self.attainment: dict[str, list[int]] = {}
         self.drafts = DraftCounters()
+        self.kinds = DeviceKinds()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"wispprof:{name}", text, labels, registry=self.registry)
@@ -88,10 +96,15 @@ class Metrics:
         self.wrong_cells = gauge(
             "re_profile_cell_ratio", "Actual / fitted step time of drifted shapes.", "cell"
         )
-        self.bound_scale = gauge("step_time_bound_scale", "Current correction of the bound.")
-        self.bound_coverage = gauge(
-            "step_time_bound_coverage", "Share of the last steps under their corrected bound."
+        self.bound_scale = gauge(
+            "step_time_bound_scale", "Current correction of the bound; NaN while unknown."
         )
+        self.bound_coverage = gauge(
+            "step_time_bound_coverage",
+            "Share of the last steps under their corrected bound; NaN while unknown.",
+        )
+        for unknown in (self.drift, self.bound_scale, self.bound_coverage):
+            unknown.set(math.nan)
         self.failed_steps = counter("failed_steps", "Engine steps that raised.")
         self.policy_errors = counter(
             "policy_errors", "Steps planned without the policy because it raised.", "kind"
@@ -165,6 +178,12 @@ class Metrics:
         for cell, ratio in status.cells:
             self.wrong_cells.labels(str(cell)).set(ratio)
 
+    def opened(self, slo: Slo) -> None:
+        """A session opens. Both counters of its SLO class exist from now on: a rate needs a first value."""
+        if counts_towards_slo(slo):
+            self.attained.labels(slo_class(slo))
+            self.violations.labels(slo_class(slo))
+
     def commit(self, commit: CommitResult, since_ms: float) -> None:
         """A commit ``since_ms`` after the request (first token) or the session's last commit."""
         self.queue.observe(commit.queue_ms / 1000.0)
@@ -190,8 +209,8 @@ class Metrics:
         for cause, count in counters.dropped.items():
             self.dropped.labels(cause).inc(count)
         self.drafts.add(counters)
-        self.e2e.observe(e2e_ms / 1000.0)
-        if met_slo is None or (slo.best_effort and slo.ttft_ms is None):
+        self.e2e.observe(max(0.0, e2e_ms) / 1000.0)
+        if met_slo is None or not counts_towards_slo(slo):
             return
         self.attainment.setdefault(slo_class(slo), [0, 0])[not met_slo] += 1
         self.sessions_ended += 1

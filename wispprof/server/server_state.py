@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from wispprof import __version__
+from wispprof.server.device_kinds import OTHER, draft_counts, named_kinds
 from wispprof.server.metrics import StepRecord, slo_class
 from wispprof.server.session import ServerSession
 from wispprof.sessions.pending_drafts import DraftCounters
@@ -26,9 +27,6 @@ MAX_STEPS = 200
 
 MAX_SESSIONS = 200
 """Most sessions in one answer: those with the least slack."""
-
-MAX_KINDS = 16
-_OTHER = "other"
 
 
 def server_state(server: VerificationServer, since: int = 0) -> bytes:
@@ -70,7 +68,7 @@ def server_state(server: VerificationServer, since: int = 0) -> bytes:
         },
         "steps": _steps(metrics.steps_seen, *metrics.steps_since(since)),
         "classes": _classes(server, sessions, slacks),
-        "kinds": _kinds(sessions),
+        "kinds": metrics.kinds.table(sessions, now_ms),
         "drafts": _drafts(metrics.drafts, sessions),
         "sessions": {"all": len(sessions), **_session_columns(sessions, slacks)},
     }
@@ -83,11 +81,11 @@ def update_gauges(server: VerificationServer) -> None:
     sessions = list(server.manager.sessions)
     counts: dict[tuple[str, str], int] = defaultdict(int)
     least: dict[str, float] = {}
-    kinds = _kind_names(sessions)
+    kinds = named_kinds(sessions)
     for session in sessions:
         label = slo_class(session.state.slo)
         kind = session.listener.kind
-        counts[label, kind if kind in kinds else _OTHER] += 1
+        counts[label, kind if kind in kinds else OTHER] += 1
         slack_ms = _slack_ms(session, now_ms)
         if slack_ms is not None:
             least[label] = min(least.get(label, math.inf), slack_ms)
@@ -152,48 +150,17 @@ def _classes(
     for label, (met, missed) in server.metrics.attainment.items():
         entry(label).update(met=met, missed=missed)
     unpaced = ("ttft", "none")
-    return sorted(found.values(), key=lambda one: math.inf if one["class"] in unpaced else float(one["class"]))
-
-
-def _kind_names(sessions: Sequence[ServerSession]) -> set[str]:
-    """The kinds that are named; clients choose them, so there is a limit."""
-    counts: dict[str, int] = defaultdict(int)
-    for session in sessions:
-        counts[session.listener.kind] += 1
-    return set(sorted(counts, key=lambda kind: -counts[kind])[:MAX_KINDS])
-
-
-def _kinds(sessions: Sequence[ServerSession]) -> list[dict[str, Any]]:
-    """Open sessions by the kind of their device, and what became of its drafts."""
-    named = _kind_names(sessions)
-    found: dict[str, dict[str, Any]] = {}
-    for session in sessions:
-        kind = session.listener.kind if session.listener.kind in named else _OTHER
-        empty = {"kind": kind, "open": 0, "drafting": 0, "drafted": 0, "accepted": 0, "tokens": 0}
-        mine = found.setdefault(kind, empty)
-        counters = session.state.counters
-        mine["open"] += 1
-        mine["drafting"] += not session.state.undrafted
-        mine["drafted"] += counters.drafted
-        mine["accepted"] += counters.accepted
-        mine["tokens"] += session.state.generated
-    return sorted(found.values(), key=lambda one: (-one["open"], one["kind"]))
+    last = math.inf
+    return sorted(found.values(), key=lambda one: last if one["class"] in unpaced else float(one["class"]))
 
 
 def _drafts(ended: DraftCounters, sessions: Sequence[ServerSession]) -> dict[str, Any]:
-    """What became of all drafts since the start; ``dropped`` by the reason of their refusal."""
+    """What became of all drafts since the start."""
     total = DraftCounters()
     total.add(ended)
     for session in sessions:
         total.add(session.state.counters)
-    return {
-        "drafted": total.drafted,
-        "accepted": total.accepted,
-        "matched": total.matched,
-        "wasted": total.wasted,
-        "cut": total.cut_drafts,
-        "dropped": dict(total.dropped),
-    }
+    return draft_counts(total)
 
 
 def _session_columns(

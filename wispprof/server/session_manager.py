@@ -7,6 +7,7 @@ Session states change on the event loop only. Engine operations are deferred and
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -62,7 +63,7 @@ class SessionManager:
         self._prefix_cache = PrefixCache(cached_sessions, settings.prefix_cache_ttl_ms)
         self._new_sessions: list[ServerSession] = []
         self._undelivered: list[tuple[ServerSession, CommitResult, float, float]] = []
-        self._last_number = 0
+        self._numbers = itertools.count(1)
         self._audits = 0
         self._next_load_ms = -1.0
         self.kv_total = engine.kv_free
@@ -91,8 +92,7 @@ class SessionManager:
         self, request: GenerationRequest, listener: SessionListener, number: int, now_ms: float
     ) -> ServerSession:
         """A new session; the next step opens it in the engine."""
-        self._last_number += 1
-        name = f"s{self._last_number}"
+        name = f"s{next(self._numbers)}"
         state = SessionState(
             name,
             request.tokens,
@@ -109,6 +109,7 @@ class SessionManager:
         session = ServerSession(state, request.sampling, listener, number, now_ms, last_commit_ms=now_ms)
         session.resumed = request.generated
         self._sessions[name] = session
+        self._metrics.opened(request.slo)
         self._new_sessions.append(session)
         self.wake()
         return session
@@ -311,8 +312,7 @@ class SessionManager:
 
     async def probe(self) -> None:
         """Compute one token of a new session. Raises :class:`EngineError` if the engine cannot."""
-        self._last_number += 1
-        name = f"probe-{self._last_number}"
+        name = f"probe-{next(self._numbers)}"
         try:
             await self._engine_thread.call(lambda engine: probe_engine(engine, name))
         except Exception as err:
@@ -356,8 +356,8 @@ class SessionManager:
         met_slo: bool | None = state.slo_tracker.met(now_ms)
         if reason not in ("stop", "length", "context") and met_slo:
             met_slo = None  # An aborted session counts only if it had missed its SLO already.
-        e2e_ms = max(0.0, now_ms - state.slo_tracker.opened_ms)
-        self._metrics.ended(state.slo, state.counters, reason, met_slo, e2e_ms)
+        self._metrics.ended(state.slo, state.counters, reason, met_slo, now_ms - state.slo_tracker.opened_ms)
+        self._metrics.kinds.ended(session, now_ms)
         if self.request_log is not None:
             ended = EndedRequest(state, session.depths, session.resumed, self._owner(session), reason)
             self.request_log.put(ended)
