@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from wispprof.artifacts import save_trace
 from wispprof.artifacts.plan import DraftRow, Plan, load_plan, save_plan
 from wispprof.cli import app
+from wispprof.cli.edge import link_in_words
+from wispprof.settings.shared_settings import LinkModel, LinkSettings
 
 RUN = CliRunner()
 
@@ -34,6 +36,16 @@ def test_mistakes_are_one_clear_line(arguments: list[str], code: int, said: str)
     assert said in " ".join(result.stderr.split())
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
+
+
+def test_an_emulated_link_says_all_that_it_does() -> None:
+    plain = LinkSettings(LinkModel(120.0))
+    assert link_in_words(plain) == "round trip 120 ms"
+    bad = LinkSettings(LinkModel(120.0, jitter_ms=30.0, loss=0.02, up_mbps=5.0), 1000.0, 50.0, 9000.0)
+    assert link_in_words(bad) == (
+        "round trip 120 ms, jitter 30 ms each way on average, 2 % of frames 200 ms late, "
+        "Mbit/s up 5, down unlimited, 50 ms of silence every 1000 ms, cut every 9000 ms"
+    )
 
 
 def test_a_device_that_the_plan_does_not_know_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -412,8 +412,8 @@ async def test_a_short_prompt_does_not_wait_for_long_ones() -> None:
 
 def test_refusals_name_the_fields_of_a_request() -> None:
     """The same refusal reaches edges, whose users give options."""
-    said = "Request --slo 29.23, omit --slo, or start the server with `serve --admit all`."
+    said = "Request --slo 29.23, or omit --slo."
     assert ApiError(said, 429).body()["error"]["message"] == (
-        "Request tokens_per_s 29.23, omit tokens_per_s, or start the server with `serve --admit all`."
+        "Request tokens_per_s 29.23, or omit tokens_per_s."
     )
     assert ApiError("omit --ttft and x--slo").body()["error"]["message"] == "omit ttft_ms and x--slo"

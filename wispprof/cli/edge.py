@@ -136,11 +136,28 @@ def link(
 
     async def main() -> None:
         async with LinkProxy(host, port, far_host, int(far_port), settings) as proxy:
-            rtt_ms = settings.link.rtt_ms
-            console.note(f"{host}:{proxy.port} leads to {target} over {rtt_ms:g} ms (Ctrl-C ends)")
+            console.note(f"{host}:{proxy.port} leads to {target}: {link_in_words(settings)} (Ctrl-C ends)")
             await asyncio.Event().wait()
 
     asyncio.run(main())
+
+
+def link_in_words(settings: LinkSettings) -> str:
+    """What an emulated link does to frames."""
+    link = settings.link
+    said = [f"round trip {link.rtt_ms:g} ms"]
+    if link.jitter_ms:
+        said.append(f"jitter {link.jitter_ms:g} ms each way on average")
+    if link.loss:
+        said.append(f"{100 * link.loss:g} % of frames {link.retransmission_ms:g} ms late")
+    if link.up_mbps or link.down_mbps:
+        up, down = (f"{mbps:g}" if mbps else "unlimited" for mbps in (link.up_mbps, link.down_mbps))
+        said.append(f"Mbit/s up {up}, down {down}")
+    if settings.stall_ms:
+        said.append(f"{settings.stall_ms:g} ms of silence every {settings.stall_every_ms:g} ms")
+    if settings.cut_every_ms:
+        said.append(f"cut every {settings.cut_every_ms:g} ms")
+    return ", ".join(said)
 
 
 async def _answer(runtime: EdgeRuntime, request: Prompt, show: bool) -> dict[str, Any]:

@@ -38,9 +38,8 @@ def refusal(problem: protocol.Problem) -> RuntimeFault:
     """The error with which a refused request ends."""
     code, message, pause_ms = problem.code, problem.message[:500], retry_ms(problem)
     if code in ("busy", "draining", "slo") or (code == "limit" and pause_ms):
-        hint = "Ask for less speed, or later." if code == "slo" else ""
         nearest = nearest_tokens_per_s(problem)
-        return ServerBusy(message, pause_ms, hint, code=code, nearest_tokens_per_s=nearest)
+        return ServerBusy(message, pause_ms, code=code, nearest_tokens_per_s=nearest)
     message = f"The server refused this request: {message}"
     return RequestRefused(message, code) if code in ("limit", "frame") else RuntimeFault(message)
 

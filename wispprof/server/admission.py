@@ -14,7 +14,6 @@ from wispprof.types import BatchCost, GenerationRequest, ServedModel, Slo, StepT
 
 _MAX_TOKEN = 1 << 31
 _BURST_S = 20.0
-_NO_SLO = "omit --slo, or start the server with `serve --admit all`"
 _MAX_TPOT_MS = 60_000.0
 """A speed below one token per minute is not worth offering."""
 
@@ -227,7 +226,7 @@ class Admission:
             raise Refused(
                 "busy",
                 "The server is full: it can guarantee no token speed now.",
-                f"Retry later, {_NO_SLO}.",
+                "Retry later, or omit --slo.",
                 retry_ms=self._retry_ms(),
             )
         for _ in range(24):
@@ -241,7 +240,7 @@ class Admission:
             "slo",
             f"The server cannot guarantee {slo.tokens_per_s:g} tokens/s now; "
             f"{nearest:g} tokens/s is possible.",
-            f"Request --slo {nearest:g}, {_NO_SLO}.",
+            f"Request --slo {nearest:g}, or omit --slo.",
             retry_ms=self._retry_ms(),
             nearest_tokens_per_s=nearest,
         )
