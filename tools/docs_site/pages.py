@@ -44,7 +44,7 @@ RELATED = (
     "simulation.Report",
 )
 """What the public names take and return, shown behind them."""
-LANGUAGES = {".py": "python", ".toml": "toml", ".service": "ini", ".yaml": "yaml", ".Dockerfile": "docker"}
+LANGUAGES = {".py": "python", ".toml": "toml", ".yaml": "yaml", ".Dockerfile": "docker"}
 STYLE = ".md-grid { max-width: 76rem } .md-typeset table:not([class]) { font-size: .68rem }\n"
 _LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)]*)?\))")
 

@@ -73,6 +73,7 @@ COMMANDS = (
     Entry("Run", "chat", "Chat with the target; an empty line or Ctrl-D ends.", "edge"),
     Entry("Run", "bench", "Load a running server with replayed edges; print their metrics.", "serve"),
     Entry("Run", "link", "Emulate a link: a proxy with delay, jitter, loss and stalls.", "edge"),
+    Entry("Run", "service", "Print a systemd unit that runs this installation."),
 )
 
 
