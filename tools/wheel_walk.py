@@ -1,6 +1,6 @@
 """Install a built wheel into an empty environment and run the README's commands from it.
 
-    python tools/wheel_walk.py dist/wispprof-0.2.0-py3-none-any.whl out/wheel
+    python tools/wheel_walk.py dist/wispprof-0.3.0-py3-none-any.whl out/wheel
 
 The environment gets the versions of ``requirements.lock``. Commands come from the README's section "Your
 laptop and your server", with the bundled pair in place of ``TARGET`` and ``DRAFT`` and with quick grids. The

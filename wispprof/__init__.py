@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from wispprof.simulation import Scenario, ServerModel, simulate, system
     from wispprof.types import BatchShape, Sampling, Slo
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "BatchShape",

@@ -61,7 +61,8 @@ def _imported(load_one: Callable[[], Any], group: str, name: str) -> Callable[..
         made = load_one()
     except (ImportError, AttributeError) as err:
         raise PluginError(
-            f"Cannot load {name!r} for {group}: {err}.", "Check the name; install its package, or run where its file lies."
+            f"Cannot load {name!r} for {group}: {err}.",
+            "Check the name; install its package, or run where its file lies.",
         ) from err
     if not callable(made):
         raise PluginError(f"{name!r} is not a class or function.", "Name a class or a function.")

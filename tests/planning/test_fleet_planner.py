@@ -14,6 +14,7 @@ from wispprof.cli import app
 from wispprof.errors import PlanError
 from wispprof.planning import fleet_planner
 from wispprof.planning.fleet_file import FleetSpec, read_fleet
+from wispprof.planning.fleet_load import fleet_load
 from wispprof.planning.replica_model import SYSTEM_NAMES, ClassLoad, ReplicaModel
 from wispprof.planning.session_speed import Runs
 from wispprof.policies.linear_cost import LinearCost
@@ -98,7 +99,7 @@ def test_a_router_balances_and_loses_nothing() -> None:
 
 
 def test_arrivals_have_their_rates_and_bursts(spec: FleetSpec) -> None:
-    classes = fleet_planner._load(spec).simulated
+    classes = fleet_load(spec).simulated
     usual = fleet_requests(classes, 1200.0, 3)
     burst = fleet_requests(classes, 1200.0, 3, Burst(3.0))
     assert len(usual) == pytest.approx(2400, rel=0.06)

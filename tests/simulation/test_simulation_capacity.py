@@ -228,7 +228,9 @@ def test_load_moves_the_constant_of_configspec_and_its_choices() -> None:
     constant, *times = (figures["T_verify at K = 5, s"][name] for name in ("paper's search", *loads))
     assert times == sorted(times)
     assert times[0] < 0.1 * constant < times[2]
-    lengths = [figures["Jetson AGX Orin, best goodput: length K"][name] for name in ("paper's search", *loads)]
+    lengths = [
+        figures["Jetson AGX Orin, best goodput: length K"][name] for name in ("paper's search", *loads)
+    ]
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[0] == 8 > lengths[-1]
 

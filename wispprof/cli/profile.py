@@ -27,7 +27,9 @@ group = typer.Typer(help="Show, validate, merge, compare, export and import prof
 @group.command()
 def show(
     profile: Annotated[Path, typer.Argument(help="A profile, or the name of a shipped one.")],
-    rows: Annotated[bool, typer.Option("--rows", help="Every row, also ragged shapes and the reference workload.")] = False,
+    rows: Annotated[
+        bool, typer.Option("--rows", help="Every row, also ragged shapes and the reference workload.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Print a profile with its origin."""

@@ -155,8 +155,8 @@ def reproduce(
 ) -> None:
     """Compare published results with the simulator's.
 
-    configspec takes seconds, specedge a minute. wisp searches 50 capacities: half an hour on one core, less with
-    more (--jobs). Nothing is written; --json prints what a file may keep.
+    configspec takes seconds, specedge a minute. wisp searches 50 capacities: half an hour on one core, less
+    with more (--jobs). Nothing is written; --json prints what a file may keep.
     """
     from wispprof.errors import PlanError, suggestion
     from wispprof.simulation.capacity_search import workers

@@ -21,8 +21,8 @@ from wispprof.edge.generation import Generation
 from wispprof.edge.request_stats import RequestStats
 from wispprof.edge.round_record import RoundWatch
 from wispprof.engines.tokenizers import load_tokenizer, tokenizer_hash
-from wispprof.hardware import energy_meter
 from wispprof.errors import SettingsError
+from wispprof.hardware import energy_meter
 from wispprof.openai_api import ChatTokenizer, TextGeneration, TextOptions
 from wispprof.openai_api.stop_strings import StopStrings
 from wispprof.policies.registry import TREE_CONTROLLERS
@@ -333,7 +333,9 @@ def generate(prompt: str, settings: EdgeSettings | None = None, sampling: Sampli
 
     with contextlib.suppress(RuntimeError):
         asyncio.get_running_loop()
-        raise SettingsError("generate() blocks, and an event loop runs here.", "Use `async with open_edge(…)`.")
+        raise SettingsError(
+            "generate() blocks, and an event loop runs here.", "Use `async with open_edge(…)`."
+        )
 
     async def main() -> str:
         async with open_edge(settings or EdgeSettings()) as runtime:

@@ -117,7 +117,9 @@ def read_fleet(path: Path, systems: tuple[str, ...], prices: Path | None = None)
         raise PlanError(f"{path} has an unknown entry {min(document)!r}.", "See docs/fleet.md.")
     for of in devices:
         _check_device(of, path)
-    priced = tuple(_priced(server, listed.get("gpus", {}), prices or bundled_path(PRICES)) for server in servers)
+    priced = tuple(
+        _priced(server, listed.get("gpus", {}), prices or bundled_path(PRICES)) for server in servers
+    )
     if not 0 < target <= 1 or spare < 0:
         raise PlanError(f"{path}: target must be a share above 0, and spare at least 0.", "Correct them.")
     as_of = str(listed.get("as_of", ""))

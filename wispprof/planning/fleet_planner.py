@@ -17,17 +17,13 @@ from dataclasses import dataclass, field, replace
 
 from wispprof.artifacts.fleet_answer import FleetAnswer, FleetOption
 from wispprof.errors import PlanError
-from wispprof.planning.fleet_file import Candidate, DeviceClass, FleetSpec
+from wispprof.planning.fleet_file import Candidate, FleetSpec
+from wispprof.planning.fleet_load import FleetLoad, fleet_load, in_words
 from wispprof.planning.replica_model import ClassLoad, ReplicaModel, Steady, classes_of_tightness
-from wispprof.planning.session_speed import Runs
 from wispprof.settings.planner_settings import FleetSettings
-from wispprof.simulation.arrivals import Lengths
-from wispprof.simulation.routed_fleet import Burst, ClientClass, FleetRun, RequestLengths, RoutedFleet
-from wispprof.simulation.scenario import Client, ServerDraft, ServerModel, system
+from wispprof.simulation.routed_fleet import Burst, FleetRun, RoutedFleet
+from wispprof.simulation.scenario import ServerDraft, ServerModel, system
 from wispprof.simulation.server_models import server_of
-from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
-from wispprof.simulation.workload_lengths import WorkloadLengths
-from wispprof.types import Slo
 
 Progress = Callable[[str], None]
 
@@ -38,28 +34,10 @@ _FAR = 0.2
 _TOLERANCE = 0.02
 """Of the number of servers."""
 _AGREEMENT = 0.01
-"""Two simulations of a fleet whose attainment differs by more stand at a cliff: chance decides what users get."""
+"""If the attainment of two simulations of a fleet differs by more, chance decides what users get."""
 _BURSTS = (3.0, 2.0, 1.5)
 _BURSTS_S = 2 * Burst().every_s
 _MS_PER_S, _S_PER_H = 1000.0, 3600.0
-
-
-@dataclass(frozen=True)
-class _Load:
-    """The fleet's requests, for the model and for the simulator. ``day_share``: mean over busiest hour."""
-
-    model: tuple[ClassLoad, ...]
-    simulated: tuple[ClientClass, ...]
-    day_share: float
-    acceptance: float
-
-    @property
-    def per_s(self) -> float:
-        return sum(of.per_s for of in self.model)
-
-    @property
-    def tokens_per_s(self) -> float:
-        return sum(of.per_s * of.output for of in self.model)
 
 
 @dataclass
@@ -69,7 +47,7 @@ class _Search:
     spec: FleetSpec
     candidate: Candidate
     system: str
-    load: _Load
+    load: FleetLoad
     model: ReplicaModel
     settings: FleetSettings
     estimate: int = 0
@@ -98,8 +76,8 @@ class _Search:
     def run(
         self, servers: int, executor: Executor | None, progress: Progress, confirm: bool = False
     ) -> FleetRun:
-        """Some of so many servers; simulated once. To ``confirm`` what a probe says takes more servers, as long
-        as the check of the whole fleet: queues for KV memory build up over minutes."""
+        """Some of so many servers; simulated once. ``confirm`` what a probe says: more servers, as long as
+        the check of the whole fleet, because queues for KV memory build up over minutes."""
         settings, per_s = self.settings, self.load.per_s
         if servers not in self.runs or (confirm and servers not in self.confirmed):
             sampled = min(servers, settings.confirming if confirm else settings.sampled)
@@ -227,7 +205,7 @@ def plan_fleet(
 ) -> FleetAnswer:
     """Rank all candidates under all systems. ``progress`` is called after every part, with its name. After
     Ctrl-C the answer has what is known by then."""
-    load = _load(spec)
+    load = fleet_load(spec)
     notes: list[str] = []
     searches = []
     for candidate in spec.servers:
@@ -250,7 +228,7 @@ def plan_fleet(
         spec.title,
         spec.model,
         tuple(verified.get(id(one)) or one.option() for one in _ranked(searches)),
-        tuple(map(_in_words, spec.devices)),
+        tuple(map(in_words, spec.devices)),
         sum(of.count for of in spec.devices),
         load.per_s,
         spec.target,
@@ -269,7 +247,10 @@ def _search(
     searches: list[_Search], settings: FleetSettings, executor: Executor | None, progress: Progress
 ) -> None:
     """Simulate each system on its cheapest candidate, and whatever may be cheaper than the second best."""
-    first = [_cheapest([one for one in searches if one.system == name]) for name in dict.fromkeys(s.system for s in searches)]
+    first = [
+        _cheapest([one for one in searches if one.system == name])
+        for name in dict.fromkeys(s.system for s in searches)
+    ]
     for one in sorted((one for one in first if one is not None), key=lambda one: one.known_price):
         best = min((s.price_per_h(s.servers) for s in searches if s.servers), default=math.inf)
         one.search(executor, progress, settings.dearest * best)
@@ -291,8 +272,8 @@ def _verify(
     progress: Progress,
     verified: dict[int, FleetOption],
 ) -> None:
-    """Simulate the whole fleet of the best and its runner-up. One may turn out to need more servers, and another
-    be cheaper then."""
+    """Simulate the whole fleet of the best and its runner-up. One may turn out to need more servers, and
+    another be cheaper then."""
     while True:
         best = _ranked(searches)[: settings.verified]
         unverified = [s for s in best if s.servers and id(s) not in verified]
@@ -330,8 +311,8 @@ def _verified(one: _Search, executor: Executor | None, progress: Progress) -> Fl
         return run(servers, seconds, "a server of the whole fleet").attainment
 
     def settled(exact: float) -> bool:
-        promised = one.run(one.servers, executor, progress, confirm=True).attainment
-        return exact >= one.spec.target and abs(exact - promised) <= _AGREEMENT
+        planned = one.run(one.servers, executor, progress, confirm=True).attainment
+        return exact >= one.spec.target and abs(exact - planned) <= _AGREEMENT
 
     while not settled(exact := whole(one.servers, settings.check_sessions)):
         if one.servers >= one.candidate.max_servers:
@@ -346,36 +327,6 @@ def _verified(one: _Search, executor: Executor | None, progress: Progress) -> Fl
     return replace(one.option(), fleet_attainment=exact, spare_attainment=with_spare, burst=burst)
 
 
-def _load(spec: FleetSpec) -> _Load:
-    """Every device class split by SLO."""
-    model, simulated = [], []
-    busiest = mean = 0.0
-    for of in spec.devices:
-        workload = spec.workload(of)
-        device, source = of.profile(), SyntheticAcceptance(of.acceptance)
-        lengths: RequestLengths = Lengths(of.prompt, of.output, of.spread, of.spread, reused=of.reused)
-        growth = math.exp(of.spread**2 / 2)  # mean over median of a log-normal
-        prompt, output, reused = of.prompt * growth, of.output * growth, of.reused
-        day_per_h = of.mean_requests_per_h or of.requests_per_h
-        if workload is not None:
-            lengths = WorkloadLengths(workload)
-            prompt, output, reused = workload.mean("prompt"), workload.mean("output"), workload.reused
-            if not of.mean_requests_per_h:
-                day_per_h = of.requests_per_h * workload.mean_per_s / workload.busiest_per_s
-        busiest += of.count * of.requests_per_h * output
-        mean += of.count * day_per_h * output
-        total = sum(of.slos.values())
-        for speed, share in sorted(of.slos.items(), key=lambda pair: float(pair[0])):
-            name = of.name if len(of.slos) == 1 else f"{of.name}, {float(speed):g} tok/s"
-            slo = Slo(float(speed), of.ttft_ms)
-            per_s = of.count * of.requests_per_h / _S_PER_H * share / total
-            runs = Runs.geometric(of.acceptance)
-            model.append(ClassLoad(name, per_s, prompt, output, reused, device, of.rtt_ms, slo, runs))
-            simulated.append(ClientClass(Client(name, device, of.link, slo, source), per_s, lengths))
-    acceptance = sum(of.acceptance * of.count for of in spec.devices) / sum(of.count for of in spec.devices)
-    return _Load(tuple(model), tuple(simulated), mean / busiest, acceptance)
-
-
 def _server(candidate: Candidate, acceptance: float, notes: list[str]) -> ServerModel:
     made, note = server_of(candidate.server)
     notes.append(f"{candidate.name}: {note}")
@@ -387,14 +338,3 @@ def _server(candidate: Candidate, acceptance: float, notes: list[str]) -> Server
     chances = tuple(acceptance**depth for depth in range(1, 6))
     draft = ServerDraft(candidate.draft_ms or made.draft.draft_ms, made.draft.row_ms, cum_acceptance=chances)
     return replace(made, kv_tokens=kv_tokens, draft=draft)
-
-
-def _in_words(of: DeviceClass) -> str:
-    slos = ", ".join(f"{float(s):g} tokens/s ({share:.0%})" for s, share in of.slos.items())
-    lengths = of.workload or f"prompts of {of.prompt:,} and outputs of {of.output:,} tokens (medians)"
-    ttft = f", first token in {of.ttft_ms / 1000:g} s" if of.ttft_ms else ""
-    return (
-        f"{of.count:,} × {of.name}: {of.requests_per_h:g} requests/h each at the busiest hour, "
-        f"{of.device or f'{of.draft_tokens_per_s:g} draft tokens/s'}, {of.rtt_ms:g} ms round trip, "
-        f"{lengths}; SLO {slos}{ttft}"
-    )

@@ -66,9 +66,9 @@ def column(name: str) -> Callable[[SessionView], Any]:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits of one step: at most ``max_items`` sessions, ``max_tokens`` rows (prompt tokens; drafts and one of
-    each session) of which ``prefill_chunk`` are of prompts, all sessions together. ``kv_free``: cache tokens
-    that are not in use; every row takes one."""
+    """Limits of one step: at most ``max_items`` sessions and ``max_tokens`` rows (prompt tokens; drafts and
+    one of each session), of which ``prefill_chunk`` are of prompts, all sessions together. ``kv_free``: cache
+    tokens that are not in use; every row takes one."""
 
     max_items: int
     max_tokens: int

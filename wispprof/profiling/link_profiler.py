@@ -152,7 +152,6 @@ async def _link_rows(
     clock: Callable[[], float],
 ) -> tuple[LinkRow, ...]:
     """Exchange small frames for the round trip, and larger ones up and down."""
-    from wispprof import protocol
 
     plan = [("rtt", 0)]
     plan += [(kind, size) for size in settings.sizes for kind in ("uplink", "downlink")]
