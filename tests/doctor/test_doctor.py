@@ -166,7 +166,14 @@ def test_models_that_are_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
     def loaded(path: str, draft: bool = False) -> object:
-        pairs = {"big": (9, "a"), "small": (1, "a"), "other": (1, "b"), "bare": (1, ""), "base": (1, "a")}
+        pairs = {
+            "big": (9, "a"),
+            "twin": (9, "a"),
+            "small": (1, "a"),
+            "other": (1, "b"),
+            "bare": (1, ""),
+            "base": (1, "a"),
+        }
         size, tokenizer = pairs[path]
         info = SimpleNamespace(id=path, family="llama", parameters=size, tokenizer_hash=tokenizer)
         ends = SimpleNamespace(eos_token="<|end|>" if path == "base" else "<|im_end|>")
@@ -184,6 +191,10 @@ def test_models_that_are_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert one(doctor.tokenizers, both("big", "small")).status == "ok"
     assert_fault(one(doctor.models, both("small", "big")), "smaller draft", status="warn")
+    assert_fault(one(doctor.models, both("big", "twin")), "smaller draft", status="warn")
+    quantised = SimpleNamespace(info=loaded("twin").info)  # type: ignore[attr-defined]
+    monkeypatch.setattr(serving_checks, "_gguf", lambda path, settings: quantised)
+    assert one(doctor.models, both("big", "big.gguf")).status == "ok"
     assert_fault(one(doctor.tokenizers, both("big", "other")), "different tokenizers")
     assert_fault(one(doctor.tokenizers, both("big", "bare")), "no tokenizer")
     base = one(doctor.tokenizers, both("big", "base"))

@@ -71,9 +71,11 @@ def _describe(side: str, info: Any) -> str:
 
 
 def models(context: DoctorContext) -> Finding:
-    """Target and draft load (default: the bundled pair), and the draft is the smaller one."""
+    """Target and draft load (default: the bundled pair), and the draft is the smaller one, or the target's own
+    quantisation."""
     target, draft = _target(context).info, _draft_info(context)
-    if draft.parameters >= target.parameters:
+    quantised = draft.parameters == target.parameters and _paths(context)[1].endswith(".gguf")
+    if draft.parameters >= target.parameters and not quantised:
         return Finding(
             "warn",
             f"The draft ({draft.parameters:,} parameters) is not smaller than the target "
