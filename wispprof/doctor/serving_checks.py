@@ -71,8 +71,8 @@ def _describe(side: str, info: Any) -> str:
 
 
 def models(context: DoctorContext) -> Finding:
-    """Target and draft load (default: the bundled pair), and the draft is the smaller one, or the target's own
-    quantisation."""
+    """Target and draft load (default: the bundled pair), and the draft is the smaller one, or the target's
+    own quantisation."""
     target, draft = _target(context).info, _draft_info(context)
     quantised = draft.parameters == target.parameters and _paths(context)[1].endswith(".gguf")
     if draft.parameters >= target.parameters and not quantised:
