@@ -168,7 +168,7 @@ def test_models_that_are_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(path: str, draft: bool = False) -> object:
         pairs = {
             "big": (9, "a"),
-            "twin": (9, "a"),
+            "equal": (9, "a"),
             "small": (1, "a"),
             "other": (1, "b"),
             "bare": (1, ""),
@@ -191,8 +191,8 @@ def test_models_that_are_no_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert one(doctor.tokenizers, both("big", "small")).status == "ok"
     assert_fault(one(doctor.models, both("small", "big")), "smaller draft", status="warn")
-    assert_fault(one(doctor.models, both("big", "twin")), "smaller draft", status="warn")
-    quantised = SimpleNamespace(info=loaded("twin").info)  # type: ignore[attr-defined]
+    assert_fault(one(doctor.models, both("big", "equal")), "smaller draft", status="warn")
+    quantised = SimpleNamespace(info=loaded("equal").info)  # type: ignore[attr-defined]
     monkeypatch.setattr(serving_checks, "_gguf", lambda path, settings: quantised)
     assert one(doctor.models, both("big", "big.gguf")).status == "ok"
     assert_fault(one(doctor.tokenizers, both("big", "other")), "different tokenizers")

@@ -62,7 +62,7 @@ class Poisoned(FakeEngine):
 class Listener:
     """Takes the commits of one session."""
 
-    key = ""
+    key = kind = ""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []

@@ -136,6 +136,8 @@ class _Search:
         """What is known of it, as a row of the answer."""
         candidate, count = self.candidate, self.servers or self.estimate
         run = self.runs.get(count)
+        if self.runs and not self.servers and not self.too_dear and count:  # interrupted: all missed so far
+            count, run = max(count, max(self.runs) + 1), None
         less = self.runs.get(count - 1) or next((r for n, r in sorted(self.runs.items()) if n < count), None)
         state = self.model.best(max(1, count))
         utilisation = run.utilisation if run else 0.0
