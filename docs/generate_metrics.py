@@ -33,6 +33,10 @@ A rule file for Prometheus (`rule_files` in `prometheus.yml`):
 groups:
   - name: wispprof
     rules:
+      - alert: WispprofDown
+        expr: up{job="wispprof"} == 0
+        for: 1m
+        annotations: { summary: "The server does not answer (name its scrape job wispprof)" }
       - alert: WispprofSloAttainment
         expr: |
           sum(rate(wispprof:slo_attained_total[10m]))
@@ -54,8 +58,8 @@ groups:
 ```
 
 [serve.md](serve.md#notice-drift) says what to do about drift. Both counters of an SLO class exist from its
-first session on, so the first alert fires even if every session misses. Sessions without an SLO count neither
-as met nor as missed.
+first session on, so the alert fires even if every session misses. With few sessions in ten minutes one miss
+fires it: widen the window. Sessions without an SLO count neither as met nor as missed.
 
 Sessions that the server refused do not count there; the simulator counts them as misses. To compare with a
 simulation, count refusals too. An edge repeats a request that is refused as `busy`, and each time counts:

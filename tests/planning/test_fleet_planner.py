@@ -134,6 +134,7 @@ def test_ctrl_c_leaves_what_is_known(spec: FleetSpec) -> None:
 
     answer = fleet_planner.plan_fleet(spec, QUICK, progress=stop)
     assert not answer.complete
+    assert answer.notes[0].startswith("Interrupted")
     assert not any(option.simulated for option in answer.options)  # one probe decides nothing
     assert all(option.servers for option in answer.options)
 

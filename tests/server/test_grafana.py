@@ -41,7 +41,7 @@ def test_the_alerts_of_the_docs_name_metrics_that_exist() -> None:
     [rules] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     expressions = [rule["expr"] for rule in yaml.safe_load(rules)["groups"][0]["rules"]]
     expressions += re.findall(r"```promql\n(.*?)```", page, re.DOTALL)
-    assert len(expressions) == 5
+    assert len(expressions) == 6
     assert set(re.findall(r"wispprof:\w+", " ".join(expressions))) <= labels_by_sample().keys()
 
 

@@ -64,7 +64,6 @@ def fleet(
         for line in (*in_words(answer), *answer.notes):
             output().print(line, markup=False)
     if not answer.complete:
-        note("Interrupted: what was not simulated by then is an estimate.")
         raise typer.Exit(INTERRUPTED)
 
 

@@ -200,7 +200,8 @@ class RequestStats:
             fates[fate] = min(count, left)
             left -= fates[fate]
         fates["followed a rejected draft or the last token"] = left
-        told = [f"{n} {fate}" for fate, n in sorted(fates.items(), key=lambda one: -one[1]) if n > 0]
+        ranked = sorted(fates.items(), key=lambda one: -one[1])
+        told = [f"{n} {fate if n > 1 else fate.replace('were', 'was', 1)}" for fate, n in ranked if n > 0]
         return f"{self.accepted} of {self.drafted} drafts were accepted; {', '.join(told)}." if told else ""
 
     @property

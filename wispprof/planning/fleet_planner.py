@@ -226,6 +226,7 @@ def plan_fleet(
             _verify(searches, settings, executor, progress, verified)
     except KeyboardInterrupt:
         complete = False
+        notes.insert(0, "Interrupted: what was not simulated by then is an estimate.")
     return FleetAnswer(
         spec.title,
         spec.model,
