@@ -46,7 +46,7 @@ def llamacpp(monkeypatch: pytest.MonkeyPatch) -> type[LlamaCpp]:
 
 
 async def test_requests_share_one_model(llamacpp: type[LlamaCpp]) -> None:
-    engine = FakeEngine()
+    engine = FakeEngine(step_ms=lambda shape: 5.0)  # or an answer may end before a draft is there
     settings = ServerSettings(admit="all")
     loaded = GgufDraft(object(), LETTERS, VocabularyMatch(True, None, ""))  # type: ignore[arg-type]
     device = DraftDevice("model", "fixed", {"k": 3}, loaded=loaded)
