@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from wispprof.settings.edge_settings import ClientSettings, EdgeSettings
 from wispprof.settings.server_settings import ServerSettings
 from wispprof.types import Sampling
 
-TOKENS = 100
+TOKENS, LEAST = 100, 40
+"""Length of an answer. With a temperature, the few drafts of a very short one may all be wrong."""
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -29,6 +31,8 @@ async def answer(
     runtime: EdgeRuntime, question: str, sampling: Sampling, tokens_wanted: int
 ) -> tuple[list[int], Any]:
     tokens = runtime.tokenizer.chat([{"role": "user", "content": question}])
+    stop = runtime.tokenizer.stop_tokens
+    sampling = replace(sampling, min_length=len(tokens) + min(LEAST, tokens_wanted), stop_tokens=stop)
     reply = runtime.reply(Prompt(tokens, tokens_wanted, sampling))
     async for _ in reply.stream():
         pass
