@@ -15,7 +15,7 @@ from wispprof.server import server_state as module
 from wispprof.server.app import make_app
 from wispprof.server.device_kinds import MAX_KINDS, DeviceKinds
 from wispprof.server.engine_client import EngineClient
-from wispprof.server.metrics import Metrics, StepRecord
+from wispprof.server.metrics import MAX_SLO_CLASSES, Metrics, StepRecord
 from wispprof.server.process import RunningServer, running_server
 from wispprof.sessions.pending_drafts import DraftCounters
 from wispprof.settings.edge_settings import ClientSettings
@@ -83,6 +83,15 @@ async def test_metrics_and_steps_need_the_key_beyond_loopback(host: str) -> None
                 assert shown.status_code == found, path
                 assert (await http.get(path)).status_code == (401 if host == "0.0.0.0" else found), path
             assert [(await http.get(path)).status_code for path in ("/health", "/ready", "/")] == [200] * 3
+
+
+def test_clients_cannot_make_counters_without_end() -> None:
+    metrics = Metrics()
+    for speed in range(1, 3 * MAX_SLO_CLASSES):
+        metrics.opened(Slo(float(speed)))
+        metrics.ended(Slo(float(speed)), DraftCounters(), "stop", True, 100.0)
+    assert len(metrics.attainment) == MAX_SLO_CLASSES + 1
+    assert metrics.attainment["other"] == [2 * MAX_SLO_CLASSES - 1, 0]
 
 
 def test_sessions_without_an_slo_do_not_count_as_met() -> None:

@@ -16,9 +16,10 @@ from wispprof.cli.console import USAGE, fail, note
 _CONFIG = "/srv/wispprof/wispprof.toml"
 _EDGE_CONFIG = "%h/.config/wispprof.toml"
 _NEXT = {
-    "server": "save it as /etc/systemd/system/wispprof.service, then: sudo systemctl enable --now wispprof",
+    "server": "save it as /etc/systemd/system/wispprof.service, then: "
+    "sudo systemctl daemon-reload && sudo systemctl enable --now wispprof",
     "edge": "save it as ~/.config/systemd/user/wispprof-edge.service, then: "
-    "systemctl --user enable --now wispprof-edge",
+    "systemctl --user daemon-reload && systemctl --user enable --now wispprof-edge",
 }
 
 

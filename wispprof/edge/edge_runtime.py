@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -330,9 +329,11 @@ def generate(prompt: str, settings: EdgeSettings | None = None, sampling: Sampli
     Loads the draft, connects, and closes both again; use :func:`open_edge` for more than one request.
     Raises what :func:`open_edge` raises.
     """
-
-    with contextlib.suppress(RuntimeError):
+    try:
         asyncio.get_running_loop()
+    except RuntimeError:
+        pass
+    else:
         raise SettingsError(
             "generate() blocks, and an event loop runs here.", "Use `async with open_edge(…)`."
         )

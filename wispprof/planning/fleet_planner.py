@@ -123,6 +123,7 @@ class _Search:
                     break
             else:
                 low = count
+                self.estimate = max(self.estimate, low + 1)
                 if low >= self.candidate.max_servers:
                     break
                 growth = 1.25 if run.attainment > self.spec.target - _FAR else 1.6
@@ -135,9 +136,7 @@ class _Search:
     def option(self) -> FleetOption:
         """What is known of it, as a row of the answer."""
         candidate, count = self.candidate, self.servers or self.estimate
-        run = self.runs.get(count)
-        if self.runs and not self.servers and not self.too_dear and count:  # interrupted: all missed so far
-            count, run = max(count, max(self.runs) + 1), None
+        run = self.runs.get(self.servers)
         less = self.runs.get(count - 1) or next((r for n, r in sorted(self.runs.items()) if n < count), None)
         state = self.model.best(max(1, count))
         utilisation = run.utilisation if run else 0.0

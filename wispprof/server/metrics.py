@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from wispprof.artifacts.plan import BatchRow
 from wispprof.fitting.drift import DriftStatus
-from wispprof.server.device_kinds import DeviceKinds
+from wispprof.server.device_kinds import OTHER, DeviceKinds
 from wispprof.sessions.pending_drafts import DraftCounters
 from wispprof.sessions.session_state import CommitResult
 from wispprof.types import Slo
@@ -22,6 +22,9 @@ _STEP = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0,
 _LATENCY = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _GAP = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0)
 _ACCEPTED = tuple(float(n) for n in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32))
+
+MAX_SLO_CLASSES = 64
+"""Most SLO classes that are counted by name; further ones are ``other``."""
 
 
 def counts_towards_slo(slo: Slo) -> bool:
@@ -74,6 +77,7 @@ class Metrics:
         self.sessions_met_slo = 0
         self.sessions_ended = 0
         self.attainment: dict[str, list[int]] = {}
+        self._classes: set[str] = set()
         self.drafts = DraftCounters()
         self.kinds = DeviceKinds()
 
@@ -181,8 +185,16 @@ class Metrics:
     def opened(self, slo: Slo) -> None:
         """A session opens. Both counters of its SLO class exist from now on: a rate needs a first value."""
         if counts_towards_slo(slo):
-            self.attained.labels(slo_class(slo))
-            self.violations.labels(slo_class(slo))
+            label = self._counted_class(slo)
+            self.attained.labels(label)
+            self.violations.labels(label)
+
+    def _counted_class(self, slo: Slo) -> str:
+        """The label of an SLO in counters, which stay: clients choose it, so there is a limit."""
+        label = slo_class(slo)
+        if len(self._classes) < MAX_SLO_CLASSES:
+            self._classes.add(label)
+        return label if label in self._classes else OTHER
 
     def commit(self, commit: CommitResult, since_ms: float) -> None:
         """A commit ``since_ms`` after the request (first token) or the session's last commit."""
@@ -212,10 +224,11 @@ class Metrics:
         self.e2e.observe(max(0.0, e2e_ms) / 1000.0)
         if met_slo is None or not counts_towards_slo(slo):
             return
-        self.attainment.setdefault(slo_class(slo), [0, 0])[not met_slo] += 1
+        label = self._counted_class(slo)
+        self.attainment.setdefault(label, [0, 0])[not met_slo] += 1
         self.sessions_ended += 1
         self.sessions_met_slo += met_slo
-        (self.attained if met_slo else self.violations).labels(slo_class(slo)).inc()
+        (self.attained if met_slo else self.violations).labels(label).inc()
 
     def text(self) -> bytes:
         """The text that ``/metrics`` returns."""

@@ -149,7 +149,7 @@ def _classes(
             mine["unreachable"] += now_ms >= unreachable_ms
     for label, (met, missed) in server.metrics.attainment.items():
         entry(label).update(met=met, missed=missed)
-    unpaced = ("ttft", "none")
+    unpaced = ("ttft", "none", OTHER)
     last = math.inf
     return sorted(found.values(), key=lambda one: last if one["class"] in unpaced else float(one["class"]))
 
