@@ -8,9 +8,10 @@
 
 Physics. One engine (the bundled target, real forward passes) serves one system after the other, in turns;
 replay edges propose what the draft would have proposed, after the time their device takes, over an emulated
-link. The fleet and the server's front run in processes of their own, and one core is left to them. Cores
-share more than they show (caches, power, often one physical core). A CPU burner of the lowest priority keeps
-that core busy throughout, profile included: a step costs the same whatever the fleet does.
+link. One core is left to the fleet, the server's front and its event loop, as the host of an accelerator is;
+the engine's thread has the other cores. Cores share more than they show (caches, power, often one physical
+core). A CPU burner of the lowest priority keeps that core busy throughout, profile included: a step costs the
+same whatever the fleet does.
 
 Server-only serving gives each of n sessions ``v(n) = new / (new * step(n) + n * prompt)`` tokens/s, by the
 fitted estimator: its own steps, and everybody's prompts in between. The fastest of four SLO classes (in the
@@ -76,13 +77,10 @@ def main() -> None:
     arguments.rounds = arguments.rounds or (1 if arguments.quick else 2)
     arguments.requests = arguments.requests or (2 if arguments.quick else 3)
 
-    if arguments.engine == "vllm":
-        from wispprof.engines.vllm.cpu_process import restart_for_cpu
-
-        restart_for_cpu()
-    # The fleet has the last core to itself; threads started from here on keep to the others.
+    # The fleet has the last core to itself; threads started from here on keep to the others. vLLM's worker
+    # leaves that core by itself.
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if len(cores) > 1:
+    if len(cores) > 1 and arguments.engine == "torch":
         os.sched_setaffinity(0, cores[:-1])
 
     import torch

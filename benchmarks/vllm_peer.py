@@ -3,7 +3,7 @@
 (a) vLLM's API server, undrafted; (b) with its draft model on the server; (c) with n-gram speculation;
 (d) wispprof on vLLM, server-only over HTTP; (e) wispprof on vLLM with replayed drafting edges, whose drafts
 come from the draft model and from lookup. (f), if named in ``--systems``, is (a) with synchronous
-scheduling: like (d) it ends step n before it plans step n + 1. All serve the same target and prompts to
+scheduling: like (d) it ends step n before it plans step n + 1 (vLLM's CPU build always does). All serve the same target and prompts to
 closed fleets of devices with SLO classes. A request counts towards goodput if its tokens after the first
 came at its SLO's speed.
 
@@ -92,7 +92,12 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
     return cells
 
 
+IDLE_S = 1.5
+"""vLLM's processes wait actively for a second after their last work. The next server has the cores then."""
+
+
 def measure(server: PeerServer, load: Load, pool: ProcessPoolExecutor) -> Row:
+    time.sleep(IDLE_S)
     before = server.cpu_s()
     found = pool.submit(run_load, server.system, server.address, load).result()
     used = server.cpu_s() - before

@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import statistics
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -213,7 +214,9 @@ def server_model(bed: Bed, overhead_ms: float, pace: float = 1.0, spread: float 
 
 @asynccontextmanager
 async def running(bed: Bed, policy: Any) -> AsyncIterator[RunningServer]:
-    """A server on the bed's engine; its front runs beside the fleet, on the cores that are left to it."""
+    """A server on the bed's engine. Its engine thread computes on the engine's cores; its event loop and its
+    front run beside the fleet, as the host of an accelerator does."""
+    from wispprof.engines.torch.engine import TorchEngine
     from wispprof.server import running_server
     from wispprof.settings.server_settings import ServerSettings
 
@@ -233,6 +236,19 @@ async def running(bed: Bed, policy: Any) -> AsyncIterator[RunningServer]:
         estimator=bed.estimator,
         front_process=True,
     ) as served:
-        for process in served.front.processes if bed.apart else ():
+        if not bed.apart:
+            yield served
+            return
+        await served.server.loop.audit()  # the engine's thread exists from its first call on
+        compute = os.sched_getaffinity(0)
+        # vLLM computes in a process of its own: this one's engine thread is its host.
+        in_thread = compute if isinstance(engine, TorchEngine) else bed.apart
+        [engine_thread] = [one for one in threading.enumerate() if one.name.startswith("engine_")]
+        os.sched_setaffinity(engine_thread.native_id or 0, in_thread)
+        for process in served.front.processes:
             os.sched_setaffinity(process.pid, bed.apart)
-        yield served
+        os.sched_setaffinity(0, bed.apart)  # of this thread: the event loop
+        try:
+            yield served
+        finally:
+            os.sched_setaffinity(0, compute)

@@ -17,7 +17,7 @@ from wispprof.cli import COMMANDS, app, console
 from wispprof.errors import ArtifactMissing
 
 RUNNER = CliRunner()
-NO_COMMANDS = {"__init__", "console", "engine_process", "first_run", "options"}
+NO_COMMANDS = {"__init__", "console", "first_run", "options"}
 HEAVY = ("torch", "transformers", "fastapi", "sklearn", "pandas", "matplotlib", "lightgbm")
 
 

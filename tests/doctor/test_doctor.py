@@ -216,12 +216,12 @@ def test_vllm_that_is_missing_untested_or_changed(monkeypatch: pytest.MonkeyPatc
 
 
 def test_vllm_on_a_cpu_without_intels_openmp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from wispprof.engines.vllm import cpu_process
+    from wispprof.engines.vllm import cpu_workers
 
-    monkeypatch.setattr(cpu_process, "on_cpu_build", lambda: True)
-    monkeypatch.setattr(cpu_process, "openmp_library", lambda: None)
+    monkeypatch.setattr(cpu_workers, "on_cpu_build", lambda: True)
+    monkeypatch.setattr(cpu_workers, "openmp_library", lambda: None)
     assert_fault(one(doctor.vllm_on_cpu, HEALTHY), "pip install intel-openmp", status="warn")
-    monkeypatch.setattr(cpu_process, "openmp_library", lambda: tmp_path / "libiomp5.so")
+    monkeypatch.setattr(cpu_workers, "openmp_library", lambda: tmp_path / "libiomp5.so")
     assert one(doctor.vllm_on_cpu, HEALTHY).status == "ok"
 
 

@@ -262,6 +262,11 @@ def test_a_request_that_can_never_fit_is_refused_and_others_go_on() -> None:
             lambda s: tuple(ScheduledItem(v.session, prefill=v.prompt_left) for v in s if v.prompt_left),
             "broken planned .* where prefill_chunk is 128",
         ),
+        (
+            lambda s: tuple(ScheduledItem(v.session, prefill=min(100, v.prompt_left)) for v in (s[0], s[0])),
+            "planned .* twice",
+        ),
+        (lambda s: s[99], r"broken raised IndexError: .* \(.*test_simulation_engine\.py:\d+\)"),
     ],
 )
 def test_a_policy_beyond_its_limits_is_caught(plan, said: str) -> None:  # type: ignore[no-untyped-def]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wispprof.cli import console
-from wispprof.cli.engine_process import prepare_process
 from wispprof.cli.options import JsonFlag, with_settings
 from wispprof.settings.edge_settings import EdgeSettings, LocalApiSettings
 from wispprof.settings.shared_settings import LinkSettings, SamplingSettings
@@ -31,7 +30,6 @@ def generate(
 
     Streams, then prints one line of statistics.
     """
-    prepare_process(settings.engine, settings.vllm_args)
     import asyncio
 
     from wispprof.edge.edge_runtime import Prompt, open_edge
@@ -54,7 +52,6 @@ def chat(
     system: Annotated[str, typer.Option(help="System message.")] = "",
 ) -> None:
     """Chat with the target; an empty line or Ctrl-D ends."""
-    prepare_process(settings.engine, settings.vllm_args)
     import asyncio
 
     from wispprof.edge.edge_runtime import Prompt, open_edge
@@ -82,7 +79,6 @@ def edge(settings: EdgeSettings, api: LocalApiSettings) -> None:
 
     It answers /v1/chat/completions, /v1/completions and /v1/models; the page is at /.
     """
-    prepare_process(settings.engine, settings.vllm_args)
     import asyncio
 
     from wispprof.doctor.findings import DoctorContext, require

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wispprof.cli.console import INTERRUPTED, console, note, result, table, tracker, warn
-from wispprof.cli.engine_process import prepare_process
 from wispprof.cli.options import JsonFlag, OutputFile, with_settings
 from wispprof.cli.profile import Out, Overwrite, finished
 from wispprof.settings.profiler_settings import (
@@ -47,7 +46,6 @@ def profile_server(
     as_json: JsonFlag = False,
 ) -> None:
     """Time ragged batch shapes on the engine."""
-    prepare_process(settings.engine, settings.vllm_args)
     from wispprof.profiling import server_profiler
     from wispprof.profiling.shape_grid import load_axes, override_axes
 
@@ -142,7 +140,6 @@ def trace(
     as_json: JsonFlag = False,
 ) -> None:
     """Take an acceptance trace of a draft and a target."""
-    prepare_process(engine.engine, engine.vllm_args)
     settings = replace(settings, sampling=sampling.sampling())
     taken, digest = _take(settings, server, access, out, engine)
     cum_acceptance = taken.cum_acceptance_by_position().tolist()

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from wispprof.cli.console import FAULT, console, fail, note, result, table, tracker, warn
-from wispprof.cli.engine_process import prepare_process
 from wispprof.cli.options import JsonFlag, with_settings
 from wispprof.errors import WispprofError
 from wispprof.settings.fleet_settings import BenchSettings
@@ -38,7 +37,6 @@ def serve(settings: ServerSettings, scaling: ReplicaSettings) -> None:
     from wispprof.doctor.findings import DoctorContext, require
     from wispprof.doctor.serving_checks import port, tls
 
-    prepare_process(settings.engine, settings.vllm_args, settings.tensor_parallel)
     for path in (settings.estimator, settings.plan, settings.tls_cert, settings.tls_key):
         if path is not None and not path.exists():
             raise fail(f"There is no file {path}.", "Check the path.")

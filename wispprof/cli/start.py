@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from wispprof.cli import console
-from wispprof.cli.engine_process import prepare_process
 from wispprof.cli.options import JsonFlag, with_settings
 from wispprof.doctor.findings import DoctorContext
 from wispprof.settings.shared_settings import DEMO_FOLDER
@@ -83,7 +82,6 @@ def doctor(context: DoctorContext, as_json: JsonFlag = False) -> None:
 
     Each finding says what to do. Exit code 1 if a check fails.
     """
-    prepare_process(context.engine, context.vllm_args)
     from rich.text import Text
 
     from wispprof.doctor import CHECKS, Finding, examine

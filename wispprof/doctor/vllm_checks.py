@@ -1,4 +1,4 @@
-"""Checks of ``--engine vllm``: version, functions, the process on a CPU, and the target on it."""
+"""Checks of ``--engine vllm``: version, functions, the workers on a CPU, and the target on it."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def vllm(context: DoctorContext) -> Finding:
 
 
 def vllm_on_cpu(context: DoctorContext) -> Finding:
-    """On a CPU, vLLM runs with Intel's OpenMP and leaves a core to everything else."""
-    from wispprof.engines.vllm.cpu_process import ALLOCATOR, on_cpu_build, openmp_library
+    """On a CPU, vLLM's workers run with Intel's OpenMP."""
+    from wispprof.engines.vllm.cpu_workers import on_cpu_build, openmp_library
 
     if not on_cpu_build():
         return Finding("skip", "only for vLLM's CPU build")
@@ -45,9 +45,7 @@ def vllm_on_cpu(context: DoctorContext) -> Finding:
             "Intel's OpenMP is not installed; steps of few tokens take up to half as long again.",
             "Run `pip install intel-openmp`; --engine vllm then preloads it.",
         )
-    threads = context.environ.get("OMP_NUM_THREADS", "as many as leave a core free")
-    allocator = "" if ALLOCATOR in preloaded else f"; vLLM also advises to preload {ALLOCATOR}"
-    return Finding("ok", f"{library or preloaded}, compute threads: {threads}{allocator}")
+    return Finding("ok", f"workers preload {library or preloaded}")
 
 
 def vllm_target(context: DoctorContext) -> Finding:

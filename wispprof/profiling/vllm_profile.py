@@ -35,8 +35,6 @@ def load_profiled_vllm(
     settings: ServerProfilerSettings, axes: Axes, sweep: SweepSettings, clock: Callable[[], float]
 ) -> ProfiledEngine:
     """vLLM with limits that fit the grid."""
-    import torch
-
     from wispprof.engines.vllm.engine import VllmEngine
     from wispprof.engines.vllm.target import max_context_of, provenance, write_shape
 
@@ -81,6 +79,5 @@ def load_profiled_vllm(
         "max_sessions": sessions,
         "max_context": engine.max_context,
         "device": settings.device,
-        "threads": torch.get_num_threads(),
     }
     return ProfiledEngine(VllmRunner(engine, seed=sweep.seed, clock=clock), engine.info, workloads, record)

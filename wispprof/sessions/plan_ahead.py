@@ -6,6 +6,7 @@ the results of the running step cut it to the drafts that stand.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from wispprof.policies.interface import ScheduledItem, SessionView
@@ -15,8 +16,27 @@ from wispprof.token_tree import TokenTree
 from wispprof.types import StepInput, VerifyResult
 
 LEAST_ITEMS = 5
-"""A step of fewer items is not followed by a planned one: planning so few takes a fraction of a millisecond,
-and to know what was accepted, and which drafts are about to arrive, is worth more."""
+"""A step of fewer items, of which one gets drafts, is not followed by a planned one: planning so few takes a
+fraction of a millisecond, and to know what was accepted, and which drafts are about to arrive, is worth
+more."""
+
+_UNDRAFTED_LEAD_MS, _UNDRAFTED_LEAD_SHARE = 3.0, 0.25
+
+
+def may_plan_ahead(states: Collection[SessionState]) -> bool:
+    """Whether a step of these sessions is followed by a planned one."""
+    return len(states) >= LEAST_ITEMS or none_drafts(states)
+
+
+def none_drafts(states: Iterable[SessionState]) -> bool:
+    """Whether these sessions get no drafts. Waiting then tells only who else has arrived."""
+    return all(state.undrafted for state in states)
+
+
+def undrafted_lead_ms(step_ms: float) -> float:
+    """How long before the end of a step without drafts the next one is planned, at least: so that a busy
+    event loop is not too late."""
+    return min(_UNDRAFTED_LEAD_MS, _UNDRAFTED_LEAD_SHARE * step_ms)
 
 
 def expected_view(state: SessionState, now_ms: float, end_ms: float) -> SessionView | None:

@@ -7,6 +7,7 @@ engine only takes time: the estimate of the batch shape times a residual.
 from __future__ import annotations
 
 import math
+import traceback
 from collections import deque
 from dataclasses import replace
 from random import Random
@@ -16,7 +17,7 @@ from wispprof.errors import PluginError
 from wispprof.policies.cost_model import load_level, slowdown
 from wispprof.policies.interface import BatchPolicy, Limits, SessionView, StepPlan
 from wispprof.sessions.draft_buffer import Outgoing
-from wispprof.sessions.plan_ahead import LEAST_ITEMS, expected_view
+from wispprof.sessions.plan_ahead import expected_view, may_plan_ahead, none_drafts, undrafted_lead_ms
 from wispprof.sessions.session_state import SessionState
 from wispprof.simulation.arrivals import BLOCK_TOKENS, Request
 from wispprof.simulation.devices import COMMIT_BYTES, TOKEN_BYTES
@@ -224,11 +225,20 @@ class SimulatedServer:
         if self._preempted:
             views = [view for view in views if view.session not in self._preempted]
         limits = Limits(model.max_items, model.max_tokens, model.prefill_chunk, kv_free)
-        plan = self._policy.plan(now_ms, views, self._estimator, limits)
+        try:
+            plan = self._policy.plan(now_ms, views, self._estimator, limits)
+        except Exception as err:
+            where = traceback.extract_tb(err.__traceback__)[-1]
+            raise PolicyViolation(
+                f"{self._policy.name} raised {type(err).__name__}: {err} ({where.filename}:{where.lineno}).",
+                "A server would serve such a step without drafts.",
+            ) from err
         rows = sum(item.prefill or 1 + item.drafts for item in plan.items)
         prefill = sum(item.prefill for item in plan.items)
         for name, planned in zip(Limits.__slots__, (len(plan.items), rows, prefill, rows), strict=True):
             if planned > (limit := getattr(limits, name)):
+                if twice := _twice(plan):
+                    raise PolicyViolation(f"{self._policy.name} planned {twice} twice.")
                 raise PolicyViolation(f"{self._policy.name} planned {planned} where {name} is {limit}.")
         return plan
 
@@ -308,8 +318,12 @@ class SimulatedServer:
         counters.predicted_ms += p50_ms
         counters.rows += rows
         counters.prefill_rows += prefill
-        if self._model.plan_ahead and not server_drafts and len(inputs) >= LEAST_ITEMS:
-            plan_ms = now_ms + max(0.0, early_ms - self._overhead_ms)
+        states = [sessions[step_input.session] for step_input in inputs]
+        if self._model.plan_ahead and not server_drafts and may_plan_ahead(states):
+            lead_ms = self._overhead_ms
+            if none_drafts(states):
+                lead_ms = max(lead_ms, undrafted_lead_ms(early_ms))
+            plan_ms = now_ms + max(0.0, early_ms - lead_ms)
             if plan_ms < now_ms + took_ms:
                 self._sim.schedule(plan_ms, self._plan_ahead, (now_ms + p50_ms, rows))
         self._sim.schedule(now_ms + took_ms, self._done, (inputs, took_ms, now_ms))
@@ -395,3 +409,9 @@ class SimulatedServer:
             e.output.prompt_tokens + e.record.output_tokens for e in self._edges.values()
         )
         assert self._kv_used <= self._kv_tokens
+
+
+def _twice(plan: StepPlan) -> str:
+    """A session that stands twice in a plan; empty if there is none."""
+    names = [item.session for item in plan.items]
+    return next((name for number, name in enumerate(names) if name in names[:number]), "")

@@ -15,9 +15,8 @@ __all__ = ["load_vllm_engine"]
 
 def load_vllm_engine(options: EngineOptions) -> tuple[VllmEngine, ServedModel, Any]:
     """A warm engine, its target's identity, and the tokenizer (``None`` without one)."""
-    from wispprof.engines.vllm.build import build_core, prepare_environment
+    from wispprof.engines.vllm.build import build_core
 
-    prepare_environment()
     core = build_core(options)
     # These modules import vLLM, which reads its environment then.
     from wispprof.engines.vllm.engine import VllmEngine

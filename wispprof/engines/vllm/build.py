@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wispprof.engines.vllm.cpu_workers import prepare_workers
 from wispprof.engines.vllm.versions import check_vllm
 from wispprof.errors import EngineError, SettingsError, WispprofError
 
@@ -24,7 +27,7 @@ _OWN_ARGUMENTS = ("model", "scheduler_cls", "worker_extension_cls", "speculative
 
 def engine_arguments(options: EngineOptions) -> dict[str, Any]:
     """Arguments of vLLM's ``EngineArgs``; ``options.arguments`` override what is not this engine's own."""
-    given = {name.replace("-", "_"): value for name, value in options.arguments.items()}
+    given = _given(options)
     if refused := sorted(set(given) & set(_OWN_ARGUMENTS)):
         raise SettingsError(f"--vllm-arg cannot set {', '.join(refused)}.", "wispprof sets it.")
     arguments: dict[str, Any] = {
@@ -61,6 +64,14 @@ def engine_arguments(options: EngineOptions) -> dict[str, Any]:
     return arguments
 
 
+def _given(options: EngineOptions) -> dict[str, Any]:
+    return {name.replace("-", "_"): value for name, value in options.arguments.items()}
+
+
+def _ranks(given: Mapping[str, Any]) -> int:
+    return math.prod(int(given.get(f"{kind}_parallel_size", 1)) for kind in ("tensor", "pipeline"))
+
+
 def _share_of_ram() -> int:
     """Bytes of KV on a CPU: vLLM would take nearly all memory."""
     import psutil
@@ -74,7 +85,7 @@ def build_core(options: EngineOptions) -> Any:
     Raises :class:`EngineError` if this vLLM lacks a function or cannot serve the target, and
     :class:`SettingsError` for an argument that vLLM does not know.
     """
-    prepare_environment()
+    prepare_environment(_ranks(_given(options)))
     check_vllm(options.untested)
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.core import EngineCore
@@ -107,10 +118,9 @@ def _check_rollback(model_config: Any, target: str) -> None:
         )
 
 
-def prepare_environment() -> None:
-    """Settings that vLLM reads from the environment when it is imported; what the user set stays."""
+def prepare_environment(ranks: int = 1) -> None:
+    """Settings that vLLM reads from the environment when it is imported or starts its ``ranks`` workers; what
+    the user set stays."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # The engine core runs on a thread of this process.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    prepare_workers(ranks)

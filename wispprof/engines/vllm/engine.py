@@ -277,7 +277,7 @@ class VllmEngine(Engine):
         """One step of vLLM: what it decided, by request."""
         self._scheduler.grants = grants
         try:
-            outputs, _ = self._core.step()
+            outputs = self._execute()
         except Exception as err:
             self._lost = f"vLLM failed in a step: {type(err).__name__}: {err}"
             raise EngineLost(self._lost, "Load the engine again and prefill its sessions.") from err
@@ -286,6 +286,17 @@ class VllmEngine(Engine):
         return {
             one.request_id: tuple(one.new_token_ids) for output in outputs.values() for one in output.outputs
         }
+
+    def _execute(self) -> dict[int, Any]:
+        """As ``EngineCore.step``, which sends the workers their second call when the first has ended."""
+        executor = self._core.model_executor
+        scheduled = self._scheduler.schedule()
+        forward = executor.execute_model(scheduled, non_block=True)
+        sampling = executor.sample_tokens(None, non_block=True)
+        # Without sampling, or if the forward pass failed, there is nothing in ``sampling``.
+        output = forward.result() or sampling.result()
+        found: dict[int, Any] = self._scheduler.update_from_output(scheduled, output)
+        return found
 
     def _logprobs(
         self, inputs: Sequence[StepInput], sessions: Sequence[VllmSession]

@@ -98,6 +98,7 @@ def provenance(core: Any) -> dict[str, Any]:
         "graph_mode": "none" if eager else str(getattr(compilation.cudagraph_mode, "name", "none")).lower(),
         "compiled": not eager,
         "quantization": config.model_config.quantization or "none",
+        "threads": core.collective_rpc("wispprof_threads")[0],
         "ranks": int(config.parallel_config.tensor_parallel_size),
         "kv_dtype": str(config.cache_config.cache_dtype),
         "block_tokens": int(core.scheduler.block_size),

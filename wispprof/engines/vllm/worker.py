@@ -146,6 +146,10 @@ class WorkerExtension:
         """Class of the model runner."""
         return type(self.model_runner).__name__
 
+    def wispprof_threads(self) -> int:
+        """Compute threads of this rank on a CPU."""
+        return torch.get_num_threads()
+
     def wispprof_parameters(self) -> int:
         """Parameters of this rank's shard."""
         return sum(one.numel() for one in self.model_runner.get_model().parameters())
