@@ -3,9 +3,9 @@
 (a) vLLM's API server, undrafted; (b) with its draft model on the server; (c) with n-gram speculation;
 (d) wispprof on vLLM, server-only over HTTP; (e) wispprof on vLLM with replayed drafting edges, whose drafts
 come from the draft model and from lookup. (f), if named in ``--systems``, is (a) with synchronous
-scheduling: like (d) it ends step n before it plans step n + 1 (vLLM's CPU build always does). All serve the same target and prompts to
-closed fleets of devices with SLO classes. A request counts towards goodput if its tokens after the first
-came at its SLO's speed.
+scheduling: like (d) it ends step n before it plans step n + 1; vLLM's CPU build always does. All serve the
+same target and prompts to closed fleets of devices with SLO classes. A request counts towards goodput if its
+tokens after the first came at its SLO's speed.
 
 All servers run throughout, each as its own defaults run it, and the loads take turns over them, so that a
 machine that becomes slower does so for all. vLLM leaves one core to other processes, and so does wispprof;

@@ -82,7 +82,7 @@ Values of `reason` in `wispprof:draft_tokens_dropped`, by the rules of
 | `gap` | begin beyond the drafts that the server holds |
 | `conflict` | differ from drafts of the same epoch that the server holds |
 | `overflow` | exceed the drafts that the server holds for one session (`--max-drafts`) |
-| `finished` | arrived after the last token of the session |
+| `finished` | arrived after the last token of the session, before it was closed. Later ones are not counted |
 
 Each other draft token (`spec_decode_num_draft_tokens`) becomes one of `spec_decode_num_accepted_tokens`,
 `draft_tokens_matched` and `draft_tokens_wasted`. Those of `draft_tokens_cut` may be verified later. For one
@@ -165,12 +165,26 @@ STATISTICS = {
 """Every key of :meth:`~wispprof.edge.request_stats.RequestStats.summary`, in its order."""
 
 
+SAME_DRAFTS = """
+The same drafts on both sides:
+
+| of an answer | of the server |
+|---|---|
+| `sent` | `spec_decode_num_draft_tokens` and `draft_tokens_dropped`, and those that arrived too late |
+| `verified_drafts` | `spec_decode_num_verified_tokens` |
+| `accepted` | `spec_decode_num_accepted_tokens` |
+| `matched` | `draft_tokens_matched`, and those that were not sent yet |
+| `dropped` | `draft_tokens_wasted` and `draft_tokens_dropped`, and those that were not sent |
+| `wasted_ms` | none: the device's own time |
+"""
+
+
 def render() -> str:
     """The page as Markdown."""
     assert list(STATISTICS) == list(RequestStats().summary())
     parts = [HEAD, "## Server\n", *_table(Metrics().registry), DROP_REASONS]
     parts += ["## Edge\n", *_table(EdgeMetrics().registry), UNDRAFTED_REASONS.rstrip()]
-    parts += [STATISTICS_HEAD, *(f"| `{name}` | {text} |" for name, text in STATISTICS.items()), ""]
+    parts += [STATISTICS_HEAD, *(f"| `{name}` | {text} |" for name, text in STATISTICS.items()), SAME_DRAFTS]
     return "\n".join(parts)
 
 

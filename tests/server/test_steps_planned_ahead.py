@@ -70,6 +70,24 @@ async def test_a_step_is_planned_while_another_runs(plan_ahead: bool) -> None:
     assert (policy.ahead > policy.plans // 4) if plan_ahead else policy.ahead == 0
 
 
+@pytest.mark.parametrize("drafting", [True, False])
+async def test_few_sessions_are_planned_ahead_if_none_gets_drafts(drafting: bool) -> None:
+    """Who gets drafts is better planned with them."""
+    engine = WatchedEngine(64, step_ms=lambda shape: 10.0)
+    policy = WatchingPolicy(engine)
+    async with (
+        running_server(ServerSettings(), engine=engine, model=engine.served, policy=policy) as running,
+        edge(running.split_url) as one,
+    ):
+        drafter = FakeDrafter(engine.target, 0.6)
+        k = 4 if drafting else 0
+        texts = await asyncio.gather(
+            *(one.generate(n, prompt, 30, k=k, drafter=drafter) for n, prompt in enumerate(PROMPTS[:2]))
+        )
+    assert texts == [engine.target.generate(prompt, 30) for prompt in PROMPTS[:2]]
+    assert policy.ahead == 0 if drafting else policy.ahead > policy.plans // 2
+
+
 async def test_short_memory_is_shared_as_before() -> None:
     engine = FakeEngine(64, kv_tokens=120, step_ms=lambda shape: 2.0)
     settings = ServerSettings(admit="all", prefill_chunk=16, prefix_cache_sessions=2)

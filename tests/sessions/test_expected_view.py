@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wispprof.policies.interface import ScheduledItem
-from wispprof.sessions.plan_ahead import expected_view, next_input
+from wispprof.sessions.plan_ahead import (
+    LEAST_ITEMS,
+    expected_view,
+    may_plan_ahead,
+    next_input,
+    undrafted_lead_ms,
+)
 from wispprof.sessions.session_state import SessionState
 from wispprof.types import Slo, StepInput, VerifyResult
 
@@ -36,6 +42,15 @@ def give(session: SessionState, probs: list[float], now_ms: float = 20.0) -> Non
     base = session.committed_len + len(session.pending_drafts)
     tokens = [50 + base + i for i in range(len(probs))]
     session.merge(0, base, tokens, probs, now_ms, 0.0, 10.0)
+
+
+def test_a_step_without_drafts_is_planned_ahead_however_small() -> None:
+    drafted, undrafted = decoding(), decoding(undrafted=True)
+    assert may_plan_ahead([undrafted])
+    assert not may_plan_ahead([undrafted, drafted])
+    assert may_plan_ahead([drafted] * LEAST_ITEMS)
+    # A quarter of a short step, 3 ms of a long one.
+    assert [undrafted_lead_ms(ms) for ms in (4.0, 12.0, 30.0)] == [1.0, 3.0, 3.0]
 
 
 def test_drafts_beyond_those_in_the_step_stand_if_all_before_them_do() -> None:

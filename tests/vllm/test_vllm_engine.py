@@ -156,29 +156,40 @@ def test_damaged_kv_is_found(engine, cached: int) -> None:
     engine.open("a", Sampling())
     engine.step([StepInput("a", LONG[:cached])])
     engine.check_integrity()
-    runner = engine.core.model_executor.driver_worker.worker.model_runner
     block = engine._scheduler.blocks_held(engine._sessions["a"].request)[0][0]
-    cache = runner.kv_caches[1]
-    kept = cache[block].clone()
-    cache[block] *= 1.01
+
+    def damage(worker) -> None:
+        cache = worker.model_runner.kv_caches[1]
+        worker.kept = cache[block].clone()
+        cache[block] *= 1.01
+
+    def mend(worker) -> None:
+        worker.model_runner.kv_caches[1][block] = worker.kept
+
+    engine.core.collective_rpc(damage)
     with pytest.raises(EngineError, match="Cached KV differs"):
         engine.check_integrity()
-    cache[block] = kept
+    engine.core.collective_rpc(mend)
     engine.check_integrity()
 
 
-def test_a_failed_step_loses_the_engine(engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_step_loses_the_engine(engine) -> None:
     engine.open("a", Sampling())
 
-    def fail(*args, **kwargs):
-        raise RuntimeError("device is gone")
+    def break_runner(worker) -> None:
+        def fail(*args, **kwargs):
+            raise RuntimeError("device is gone")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.core.model_executor, "execute_model", fail)
+        worker.model_runner.execute_model = fail
+
+    def mend_runner(worker) -> None:
+        del worker.model_runner.execute_model
+
+    engine.core.collective_rpc(break_runner)
+    for _ in range(2):
         with pytest.raises(EngineLost, match="device is gone"):
             engine.step([StepInput("a", PROMPT)])
-    with pytest.raises(EngineLost, match="device is gone"):
-        engine.step([StepInput("a", PROMPT)])
+    engine.core.collective_rpc(mend_runner)
     engine._lost = ""
 
 
@@ -186,25 +197,29 @@ def test_this_vllm_has_every_function() -> None:
     assert changed_functions() == []
 
 
-def test_logits_that_are_not_finite_name_their_session(engine, own, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_are_not_finite_name_their_session(engine, own) -> None:
     """The others go on as if nothing had been."""
     wanted = decode(own, [PROMPT, LONG], 6)
     for name, prompt in (("a", PROMPT), ("b", LONG)):
         engine.open(name, Sampling(), prompt)
         engine.step([StepInput(name, prompt[:-1], needs_logits=False)])
     inputs = [StepInput("a", PROMPT[-1:]), StepInput("b", LONG[-1:])]
-    runner = engine.core.model_executor.driver_worker.worker.model_runner
-    decide = runner.rejection_sampler._rows.decide
+    spoiled = engine._sessions["b"].request.request_id
 
-    def spoil(logits, rows):
-        names = runner.input_batch.req_ids
-        logits[names.index(engine._sessions["b"].request.request_id)] = float("nan")
-        return decide(logits, rows)
+    def spoil(worker) -> None:
+        rows = worker._wispprof_rows
+        decide = rows.decide
 
-    with monkeypatch.context() as patch:
-        patch.setattr(runner.rejection_sampler._rows, "decide", spoil)
-        with pytest.raises(InputRefused, match="not finite") as refused:
-            engine.step(inputs)
+        def decide_spoiled(logits, counts):
+            rows.decide = decide
+            logits[worker.model_runner.input_batch.req_ids.index(spoiled)] = float("nan")
+            return decide(logits, counts)
+
+        rows.decide = decide_spoiled
+
+    engine.core.collective_rpc(spoil)
+    with pytest.raises(InputRefused, match="not finite") as refused:
+        engine.step(inputs)
     assert refused.value.session == "b"
     engine.audit({"a": len(PROMPT) - 1, "b": len(LONG) - 1})
     assert [continuation(engine, n, p, 6) for n, p in (("a", PROMPT), ("b", LONG))] == wanted
