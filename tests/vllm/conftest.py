@@ -21,6 +21,8 @@ from wispprof.engines.vllm.engine import VllmEngine
 from wispprof.types import ServedModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Plain vLLM runs in this process.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 prepare_environment()
 
 TARGET = bundled_model("target")

@@ -34,7 +34,9 @@ def test_split_text_is_plain_vllm_s(family: str, tmp_path: Path) -> None:
     prompts = [[dice.randrange(2, 500) for _ in range(dice.choice((3, 60, 200)))] for _ in range(8)]
     wanted = plain_vllm(prompts, LENGTH, folder, max_model_len=512)
     assert len({tuple(text) for text in wanted}) == len(prompts)
-    options = vllm_options(folder, arguments={"max_model_len": 512}, max_drafts=8)
+    # Without a worker process, which takes as long to start as all the rest.
+    arguments = {"max_model_len": 512, "distributed_executor_backend": "uni"}
+    options = vllm_options(folder, arguments=arguments, max_drafts=8)
     engine = load_engine("vllm", options).engine
     drafts = half_right(wanted, 8, 512)
     found = decode(engine, prompts, LENGTH, drafts=drafts, chunk=33, members=lambda n: dice.random() < 0.6)

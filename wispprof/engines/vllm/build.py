@@ -59,6 +59,8 @@ def engine_arguments(options: EngineOptions) -> dict[str, Any]:
     if options.kv_tokens and "num_gpu_blocks_override" not in given:
         size = int(given.get("block_size") or (_CPU_BLOCK if on_cpu else _GPU_BLOCK))
         arguments["num_gpu_blocks_override"] = -(-options.kv_tokens // size) + 1
+    if on_cpu:
+        arguments.setdefault("distributed_executor_backend", "mp")
     if on_cpu and not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & set(given):
         arguments["kv_cache_memory_bytes"] = _share_of_ram()
     return arguments
