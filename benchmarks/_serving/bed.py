@@ -6,7 +6,6 @@ import argparse
 import math
 import os
 import statistics
-import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -14,9 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from _serving.timed_engine import TimedEngine
 from wispprof.artifacts import AcceptanceTrace, bundled_model, load_trace, save_trace
 from wispprof.bench import FleetProcess, LoadMix
 from wispprof.engines import EngineOptions, LoadedEngine, load_engine
+from wispprof.engines.engine_process import load_engine_process
 from wispprof.fitting import FittedEstimator, load_estimator
 from wispprof.settings.fleet_settings import BenchSettings
 from wispprof.settings.shared_settings import LinkModel
@@ -118,7 +119,9 @@ def make_bed(
     estimator = load_estimator(folder / "estimator.json")
     trace = load_trace(folder / "trace.jsonl")
     most = math.ceil(max(LOADS.values()) * arguments.devices)
-    loaded = load_engine(
+    load = load_engine_process if arguments.engine == "torch" else load_engine
+    os.environ.setdefault("OMP_NUM_THREADS", str(arguments.threads))
+    loaded = load(
         arguments.engine,
         EngineOptions(
             bundled_model("target"),
@@ -130,6 +133,9 @@ def make_bed(
             prefix_cache=False,
         ),
     )
+    if arguments.timed:
+        timed = TimedEngine(trace, estimator, loaded.model, loaded.engine.kv_tokens)
+        loaded = loaded._replace(engine=timed)
     loaded.engine.warm_up(every_size=True)
     near, new = arguments.devices, min(len(p.path) for p in trace.paths)
     prompt = round(statistics.fmean(len(p.prompt) for p in trace.paths))
@@ -214,9 +220,7 @@ def server_model(bed: Bed, overhead_ms: float, pace: float = 1.0, spread: float 
 
 @asynccontextmanager
 async def running(bed: Bed, policy: Any) -> AsyncIterator[RunningServer]:
-    """A server on the bed's engine. Its engine thread computes on the engine's cores; its event loop and its
-    front run beside the fleet, as the host of an accelerator does."""
-    from wispprof.engines.torch.engine import TorchEngine
+    """A server on the bed's engine; its front runs beside the fleet, on the cores that are left to it."""
     from wispprof.server import running_server
     from wispprof.settings.server_settings import ServerSettings
 
@@ -236,19 +240,6 @@ async def running(bed: Bed, policy: Any) -> AsyncIterator[RunningServer]:
         estimator=bed.estimator,
         front_process=True,
     ) as served:
-        if not bed.apart:
-            yield served
-            return
-        await served.server.loop.audit()  # the engine's thread exists from its first call on
-        compute = os.sched_getaffinity(0)
-        # vLLM computes in a process of its own: this one's engine thread is its host.
-        in_thread = compute if isinstance(engine, TorchEngine) else bed.apart
-        [engine_thread] = [one for one in threading.enumerate() if one.name.startswith("engine_")]
-        os.sched_setaffinity(engine_thread.native_id or 0, in_thread)
-        for process in served.front.processes:
+        for process in served.front.processes if bed.apart else ():
             os.sched_setaffinity(process.pid, bed.apart)
-        os.sched_setaffinity(0, bed.apart)  # of this thread: the event loop
-        try:
-            yield served
-        finally:
-            os.sched_setaffinity(0, compute)
+        yield served

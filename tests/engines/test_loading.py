@@ -159,11 +159,11 @@ def test_tokenizer_hash_sees_the_vocabulary() -> None:
 def test_auto_takes_an_apple_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert loading._device("auto").type == "mps"
+    assert loading.choose_device("auto").type == "mps"
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert loading._device("auto").type == "cpu"
+    assert loading.choose_device("auto").type == "cpu"
     with pytest.raises(ModelError, match="no Apple GPU"):
-        loading._device("mps")
+        loading.choose_device("mps")
 
 
 def test_long_texts_are_tokenized_without_a_word(caplog: pytest.LogCaptureFixture) -> None:

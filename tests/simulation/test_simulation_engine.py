@@ -12,10 +12,10 @@ from wispprof.settings.edge_settings import DraftingSettings
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation import SYSTEMS, Scenario, ServerModel, simulate, system
 from wispprof.simulation.arrivals import Bursts, ClosedFleet, Lengths, Poisson
+from wispprof.simulation.checked_plan import PolicyViolation
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.event_loop import Simulation
 from wispprof.simulation.metrics import Report
-from wispprof.simulation.simulated_server import PolicyViolation
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
 from wispprof.types import Slo
 

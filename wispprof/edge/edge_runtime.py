@@ -279,6 +279,7 @@ async def _server(settings: EdgeSettings, stack: AsyncExitStack) -> tuple[Connec
         policy="wispprof" if stream else "wisp",
         device=settings.device,
         engine=settings.engine,
+        in_process=True,  # for one user's requests, another process only takes time to start
         vllm_args=settings.vllm_args,
         vllm_untested=settings.vllm_untested,
         dtype=settings.dtype,

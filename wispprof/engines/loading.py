@@ -74,7 +74,7 @@ def load_model(
 
     dtype = _named(dtype)
     torch_dtype = _dtype(dtype)
-    torch_device = ranks.device if ranks else _device(device)
+    torch_device = ranks.device if ranks else choose_device(device)
     folder = find_model(str(path_or_id))
     with quiet_transformers():
         try:
@@ -166,7 +166,7 @@ def random_model(
             raise ModelMissing(f"There is no model shape named {config!r}.", suggestion(config, PRESETS))
         config = PRESETS[config]
     dtype = _named(dtype)
-    torch_dtype, torch_device = _dtype(dtype), _device(device)
+    torch_dtype, torch_device = _dtype(dtype), choose_device(device)
     fields = {k: v for k, v in config.items() if k not in ("model_type", "name")}
     with quiet_transformers():
         made = AutoConfig.for_model(config["model_type"], **fields)
@@ -237,7 +237,8 @@ def _dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The torch device of a ``--device``. Raises :class:`ModelError` if it is not here."""
     if name == "auto":
         return torch.device(
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -10,6 +10,7 @@ from wispprof import engines
 from wispprof.artifacts import bundled_model
 from wispprof.backends import Engine
 from wispprof.engines import EngineOptions, LoadedEngine
+from wispprof.engines.engine_process import can_separate, load_engine_process
 from wispprof.openai_api import ChatTokenizer
 from wispprof.server.verification_server import VerificationServer
 from wispprof.settings.server_settings import ServerSettings
@@ -44,6 +45,7 @@ def build_server(
             every_size=True
         )  # What it compiles stays with the process, also if it is loaded again.
         parts.setdefault("reload", lambda: load_engine(settings).engine)
+        parts["owns_engine"] = True
         if tokenizer is not None:
             parts.setdefault("tokenizer", ChatTokenizer(tokenizer))
     return VerificationServer(engine, model, fitted_settings(settings, engine), **parts)
@@ -83,8 +85,18 @@ def warn_about_other_machines(settings: ServerSettings) -> list[str]:
 
 def load_engine(settings: ServerSettings) -> LoadedEngine:
     """The engine that the settings name, the identity of its target, and the tokenizer."""
-    loaded = engines.load_engine(settings.engine, engine_options(settings))
+    load = load_engine_process if _separate(settings) else engines.load_engine
+    loaded = load(settings.engine, engine_options(settings))
     return loaded._replace(model=served_model(settings, loaded.model))
+
+
+def _separate(settings: ServerSettings) -> bool:
+    """Whether the engine gets a process of its own. On a GPU that is unmeasured; vLLM's has workers."""
+    if settings.engine != "torch" or settings.in_process or not can_separate():
+        return False
+    from wispprof.engines.loading import choose_device
+
+    return choose_device(settings.device).type == "cpu"
 
 
 def engine_options(settings: ServerSettings) -> EngineOptions:

@@ -45,7 +45,8 @@ class VerificationServer:
 
     ``estimator``: a fitted one, or ``None`` to fit this server's own steps. ``plan``: its batching table
     limits the steps, besides the settings. ``tokenizer``: for the OpenAI API, which is off without it.
-    ``reload``: loads an engine that is lost once more. ``run_id`` tells one run of a server from the next.
+    ``reload``: loads an engine that is lost once more. ``owns_engine``: it is shut down with the server.
+    ``run_id`` tells one run of a server from the next.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class VerificationServer:
         plan: Plan | None = None,
         tokenizer: ChatTokenizer | None = None,
         reload: Callable[[], Engine] | None = None,
+        owns_engine: bool = False,
         now_ms: Callable[[], float] = monotonic_ms,
     ) -> None:
         self.settings = settings
@@ -75,6 +77,7 @@ class VerificationServer:
         self.hosts: list[EngineHost] = []
         self.run_id = secrets.token_hex(4)
         self._engine_thread = EngineThread(engine)
+        self._owns_engine = owns_engine
         self.manager = SessionManager(
             settings,
             self._engine_thread,
@@ -137,6 +140,8 @@ class VerificationServer:
             await self.manager.clear_prefix_cache()
         finally:
             self._engine_thread.stop()
+            if self._owns_engine:
+                await asyncio.to_thread(self._engine_thread.engine.shutdown)
             if self.loop.step_log is not None:
                 await asyncio.to_thread(self.loop.step_log.close)
             if self.manager.request_log is not None:

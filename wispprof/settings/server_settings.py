@@ -64,6 +64,10 @@ class ServerSettings(Settings):
     device: str = device_setting()
     dtype: str = engine_dtype_setting()
     engine: str = engine_setting()
+    in_process: bool = setting(
+        False,
+        "Run the torch engine in the server's process also on a CPU. By default it has one of its own there.",
+    )
     vllm_args: dict[str, Any] = vllm_args_setting()
     vllm_untested: bool = vllm_untested_setting()
     backend: str = backend_setting()

@@ -7,19 +7,18 @@ engine only takes time: the estimate of the batch shape times a residual.
 from __future__ import annotations
 
 import math
-import traceback
 from collections import deque
 from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING
 
-from wispprof.errors import PluginError
 from wispprof.policies.cost_model import load_level, slowdown
 from wispprof.policies.interface import BatchPolicy, Limits, SessionView, StepPlan
 from wispprof.sessions.draft_buffer import Outgoing
 from wispprof.sessions.plan_ahead import expected_view, may_plan_ahead, none_drafts, undrafted_lead_ms
 from wispprof.sessions.session_state import SessionState
 from wispprof.simulation.arrivals import BLOCK_TOKENS, Request
+from wispprof.simulation.checked_plan import PolicyViolation, checked_plan
 from wispprof.simulation.devices import COMMIT_BYTES, TOKEN_BYTES
 from wispprof.simulation.scenario import ServerModel
 from wispprof.simulation.step_costs import KvOffload, PrefixBlocks, SimulatedStepTimes, WithoutPrefixCache
@@ -32,10 +31,6 @@ if TYPE_CHECKING:
 _UNLIMITED = 1 << 40
 _LEVEL_EVERY = 16
 _INSTANT_MS = 1e-6
-
-
-class PolicyViolation(PluginError):
-    """A batching policy exceeded its limits, or planned a session twice or one that it was not given."""
 
 
 class SimulatedServer:
@@ -225,22 +220,7 @@ class SimulatedServer:
         if self._preempted:
             views = [view for view in views if view.session not in self._preempted]
         limits = Limits(model.max_items, model.max_tokens, model.prefill_chunk, kv_free)
-        try:
-            plan = self._policy.plan(now_ms, views, self._estimator, limits)
-        except Exception as err:
-            where = traceback.extract_tb(err.__traceback__)[-1]
-            raise PolicyViolation(
-                f"{self._policy.name} raised {type(err).__name__}: {err} ({where.filename}:{where.lineno}).",
-                "A server would serve such a step without drafts.",
-            ) from err
-        rows = sum(item.prefill or 1 + item.drafts for item in plan.items)
-        prefill = sum(item.prefill for item in plan.items)
-        for name, planned in zip(Limits.__slots__, (len(plan.items), rows, prefill, rows), strict=True):
-            if planned > (limit := getattr(limits, name)):
-                if twice := _twice(plan):
-                    raise PolicyViolation(f"{self._policy.name} planned {twice} twice.")
-                raise PolicyViolation(f"{self._policy.name} planned {planned} where {name} is {limit}.")
-        return plan
+        return checked_plan(self._policy, now_ms, views, self._estimator, limits)
 
     def _plan_ahead(self, now_ms: float, running: tuple[float, int]) -> None:
         """Plan the next step from what is expected at the end of the running one."""
@@ -409,9 +389,3 @@ class SimulatedServer:
             e.output.prompt_tokens + e.record.output_tokens for e in self._edges.values()
         )
         assert self._kv_used <= self._kv_tokens
-
-
-def _twice(plan: StepPlan) -> str:
-    """A session that stands twice in a plan; empty if there is none."""
-    names = [item.session for item in plan.items]
-    return next((name for number, name in enumerate(names) if name in names[:number]), "")
