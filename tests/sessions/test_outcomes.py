@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from wispprof.policies.interface import TreeShape
@@ -58,6 +58,7 @@ def spelled(edge: EdgeTree) -> set[tuple[int, ...]]:
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=5, max_size=5), max_size=6), st.integers(0, 6))
+@example([[0] * 5] * 2, 5)  # drafted ahead beyond the depth of a round
 def test_a_prepared_round_is_the_round_that_would_have_been_drafted(
     ranks: list[list[int]], ahead: int
 ) -> None:

@@ -47,7 +47,7 @@ def load_engine_process(name: str, options: EngineOptions) -> LoadedEngine:
             [sys.executable, "-c", _COMMAND, str(theirs.fileno())],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": _import_path()},
+            env=child_environment(),
             process_group=0,  # Ctrl-C is for the process that holds the sessions
         )
     pipe = Connection(ours.detach())
@@ -56,9 +56,11 @@ def load_engine_process(name: str, options: EngineOptions) -> LoadedEngine:
     return LoadedEngine(engine, model, read_tokenizer(find_model(options.target)))
 
 
-def _import_path() -> str:
+def child_environment() -> dict[str, str]:
+    """The environment of a process that is to import this package."""
     package = str(Path(wispprof.__file__).parent.parent)
-    return os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 class EngineProcess(Engine):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import socket
 import sys
 import tempfile
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-import wispprof
+from wispprof.engines.engine_process import child_environment
 from wispprof.errors import RuntimeFault, WispprofError
 from wispprof.openai_api import ChatTokenizer
 from wispprof.server.channel import SocketWriter, encode_batch
@@ -233,13 +232,6 @@ class FrontProcess:
     def force(self) -> None:
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
-
-
-def child_environment() -> dict[str, str]:
-    """The environment of a process that is to import this package."""
-    package = str(Path(wispprof.__file__).parent.parent)
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def channel_socket() -> tuple[tempfile.TemporaryDirectory[str], socket.socket]:

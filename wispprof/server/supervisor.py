@@ -19,8 +19,9 @@ from typing import NamedTuple, Self
 
 import msgspec
 
+from wispprof.engines.engine_process import child_environment
 from wispprof.errors import EngineError, WispprofError
-from wispprof.server.fronts import FrontProcess, TokenizerStays, channel_socket, child_environment
+from wispprof.server.fronts import FrontProcess, TokenizerStays, channel_socket
 from wispprof.server.plain_settings import plain_settings, read_settings
 from wispprof.server.web_server import bind, handling_signals, raise_descriptor_limit, server_tls
 from wispprof.settings.server_settings import ServerSettings

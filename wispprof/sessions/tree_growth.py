@@ -43,11 +43,13 @@ def add_candidates(
 
     ``found``: (node, candidate tokens, P(each is the target's | the node was accepted)). A candidate is left
     out if its cumulative acceptance probability is below ``least``, or not above that of ``shape.nodes``
-    nodes which the tree has already.
+    nodes within ``shape.depth`` which the tree has already.
     """
     nodes, cum_acceptance = shape.nodes, tree.cum_acceptance
-    if len(tree) >= nodes:
-        least = max(least, sorted(cum_acceptance)[-nodes])
+    # Deeper ones, drafted ahead of an earlier round, are not for this one.
+    inside = [prob for prob, depth in zip(cum_acceptance, tree.depths, strict=True) if depth <= shape.depth]
+    if 0 < nodes <= len(inside):
+        least = max(least, sorted(inside)[-nodes])
     offers: list[tuple[float, int, int, int, float]] = []
     for node, tokens, probs in found:
         above = 1.0 if node == ROOT else cum_acceptance[node]
@@ -64,4 +66,5 @@ def add_candidates(
 
 def round_nodes(tree: TokenTree, shape: TreeShape) -> list[int]:
     """The nodes that a round of this shape sends, likeliest first, a parent before its children."""
-    return tree.best_first()[: shape.nodes]
+    depths = tree.depths
+    return [node for node in tree.best_first() if depths[node] <= shape.depth][: shape.nodes]
