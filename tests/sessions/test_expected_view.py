@@ -10,9 +10,9 @@ from wispprof.policies.interface import ScheduledItem
 from wispprof.sessions.plan_ahead import (
     LEAST_ITEMS,
     expected_view,
+    lead_ms,
     may_plan_ahead,
     next_input,
-    undrafted_lead_ms,
 )
 from wispprof.sessions.session_state import SessionState
 from wispprof.types import Slo, StepInput, VerifyResult
@@ -50,7 +50,9 @@ def test_a_step_without_drafts_is_planned_ahead_however_small() -> None:
     assert not may_plan_ahead([undrafted, drafted])
     assert may_plan_ahead([drafted] * LEAST_ITEMS)
     # A quarter of a short step, 3 ms of a long one.
-    assert [undrafted_lead_ms(ms) for ms in (4.0, 12.0, 30.0)] == [1.0, 3.0, 3.0]
+    assert [lead_ms([undrafted], ms, 0.5) for ms in (4.0, 12.0, 30.0)] == [1.0, 3.0, 3.0]
+    assert lead_ms([undrafted], 4.0, 1.5) == 1.5
+    assert lead_ms([undrafted, drafted], 30.0, 0.5) == 0.5
 
 
 def test_drafts_beyond_those_in_the_step_stand_if_all_before_them_do() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 
 from wispprof.engines import EngineOptions, LoadedEngine
 from wispprof.errors import ModelMissing
@@ -29,5 +28,5 @@ def make(options: EngineOptions) -> LoadedEngine:
     """An engine of ``options.kv_tokens`` tokens; none if that is 1."""
     if options.kv_tokens == 1:
         raise ModelMissing("There are no weights.", "Find some.")
-    engine = SmallEngine(96, max_context=256, kv_tokens=options.kv_tokens, sleep=time.sleep)
+    engine = SmallEngine(96, max_context=256, kv_tokens=options.kv_tokens)
     return LoadedEngine(engine, engine.served, None)

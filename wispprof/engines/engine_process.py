@@ -1,8 +1,9 @@
 """An engine in a process of its own, behind the same contract.
 
 Its Python code then shares no interpreter lock with the event loop, the policy and the sessions of the
-server. Calls go over a socket, one at a time; what the event loop reads between them (``kv_free``) comes with
-every answer. The process ends with the one that started it.
+server. Calls go, pickled, over a socket without a name that these two processes alone hold, one at a time.
+What the event loop reads between them (``kv_free``) comes with every answer. The process ends with the one
+that started it.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from wispprof.server.step_limits import StepLimits
 from wispprof.server.step_log import StepLog
 from wispprof.server.step_recorder import EndedStep, StepRecorder
 from wispprof.server.step_time_tracker import StepTimeTracker
-from wispprof.sessions.plan_ahead import may_plan_ahead, none_drafts, undrafted_lead_ms
-from wispprof.sessions.session_state import CommitResult
+from wispprof.sessions.plan_ahead import lead_ms, may_plan_ahead
+from wispprof.sessions.session_state import CommitResult, SessionState
 from wispprof.types import BatchShape, StepInput, VerifyResult
 
 log = logging.getLogger("wispprof.server")
@@ -231,7 +231,7 @@ class EngineLoop:
         """Wait for a step, then commit. Returns the step that has followed at once, if any."""
         states = [session.state for session in step.sessions]
         ahead = self._plans_ahead and may_plan_ahead(states)
-        timer = self._schedule_plan(step) if ahead else None
+        timer = self._schedule_plan(step, states) if ahead else None
         try:
             results, actual_ms = await step.results
         except OutOfKvMemory:
@@ -269,13 +269,11 @@ class EngineLoop:
         )
         return following
 
-    def _schedule_plan(self, step: RunningStep) -> asyncio.TimerHandle:
+    def _schedule_plan(self, step: RunningStep, states: list[SessionState]) -> asyncio.TimerHandle:
         """Plan as late as possible, because every acceptance and frame known by then is worth knowing."""
         early_ms = self._step_times.early_ratio * step.p50_ms
-        lead_ms = 2.0 * self._plan_ms + _LEAD_MS
-        if none_drafts(session.state for session in step.sessions):
-            lead_ms = max(lead_ms, undrafted_lead_ms(early_ms))
-        delay_ms = step.started_ms + early_ms - lead_ms - self._now_ms()
+        ahead_ms = lead_ms(states, early_ms, 2.0 * self._plan_ms + _LEAD_MS)
+        delay_ms = step.started_ms + early_ms - ahead_ms - self._now_ms()
         return asyncio.get_running_loop().call_later(max(0.0, delay_ms) / 1000.0, self._plan_ahead, step)
 
     def _commit(

@@ -6,7 +6,7 @@ the results of the running step cut it to the drafts that stand.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import NamedTuple
 
 from wispprof.policies.interface import ScheduledItem, SessionView
@@ -25,18 +25,21 @@ _UNDRAFTED_LEAD_MS, _UNDRAFTED_LEAD_SHARE = 3.0, 0.25
 
 def may_plan_ahead(states: Collection[SessionState]) -> bool:
     """Whether a step of these sessions is followed by a planned one."""
-    return len(states) >= LEAST_ITEMS or none_drafts(states)
+    return len(states) >= LEAST_ITEMS or _undrafted(states)
 
 
-def none_drafts(states: Iterable[SessionState]) -> bool:
-    """Whether these sessions get no drafts. Waiting then tells only who else has arrived."""
+def lead_ms(states: Collection[SessionState], step_ms: float, plan_ms: float) -> float:
+    """How long before the end of a step of ``step_ms`` the next one is planned: ``plan_ms``, which planning
+    takes. Earlier if none of its sessions gets drafts: waiting then tells only who else has arrived, and a
+    busy event loop is in time.
+    """
+    if not _undrafted(states):
+        return plan_ms
+    return max(plan_ms, min(_UNDRAFTED_LEAD_MS, _UNDRAFTED_LEAD_SHARE * step_ms))
+
+
+def _undrafted(states: Collection[SessionState]) -> bool:
     return all(state.undrafted for state in states)
-
-
-def undrafted_lead_ms(step_ms: float) -> float:
-    """How long before the end of a step without drafts the next one is planned, at least: so that a busy
-    event loop is not too late."""
-    return min(_UNDRAFTED_LEAD_MS, _UNDRAFTED_LEAD_SHARE * step_ms)
 
 
 def expected_view(state: SessionState, now_ms: float, end_ms: float) -> SessionView | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from wispprof.policies.cost_model import load_level, slowdown
 from wispprof.policies.interface import BatchPolicy, Limits, SessionView, StepPlan
 from wispprof.sessions.draft_buffer import Outgoing
-from wispprof.sessions.plan_ahead import expected_view, may_plan_ahead, none_drafts, undrafted_lead_ms
+from wispprof.sessions.plan_ahead import expected_view, lead_ms, may_plan_ahead
 from wispprof.sessions.session_state import SessionState
 from wispprof.simulation.arrivals import BLOCK_TOKENS, Request
 from wispprof.simulation.checked_plan import PolicyViolation, checked_plan
@@ -300,10 +300,7 @@ class SimulatedServer:
         counters.prefill_rows += prefill
         states = [sessions[step_input.session] for step_input in inputs]
         if self._model.plan_ahead and not server_drafts and may_plan_ahead(states):
-            lead_ms = self._overhead_ms
-            if none_drafts(states):
-                lead_ms = max(lead_ms, undrafted_lead_ms(early_ms))
-            plan_ms = now_ms + max(0.0, early_ms - lead_ms)
+            plan_ms = now_ms + max(0.0, early_ms - lead_ms(states, early_ms, self._overhead_ms))
             if plan_ms < now_ms + took_ms:
                 self._sim.schedule(plan_ms, self._plan_ahead, (now_ms + p50_ms, rows))
         self._sim.schedule(now_ms + took_ms, self._done, (inputs, took_ms, now_ms))

@@ -61,8 +61,8 @@ def engine_arguments(options: EngineOptions) -> dict[str, Any]:
         arguments["num_gpu_blocks_override"] = -(-options.kv_tokens // size) + 1
     if on_cpu:
         arguments.setdefault("distributed_executor_backend", "mp")
-    if on_cpu and not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & set(given):
-        arguments["kv_cache_memory_bytes"] = _share_of_ram()
+        if not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & set(given):
+            arguments["kv_cache_memory_bytes"] = _share_of_ram()
     return arguments
 
 
