@@ -2,6 +2,7 @@
 
     python benchmarks/regret.py                      # 240 cells
     python benchmarks/regret.py --cells 24           # an evenly spread part of them
+    python benchmarks/regret.py --fitted             # 90 cells on fitted estimators
     python benchmarks/regret.py --capacity           # and how many devices it carries beside wisp
 
 The grid: round trip x fleet size x SLO x device, on an A100-like server with short contexts and an
@@ -11,6 +12,10 @@ in hindsight by goodput: tokens/s of sessions that met their SLO.
 Regret is the share of that goodput which ``wispprof`` does not reach. The ceiling is the better of two
 clairvoyants, which draft exactly what will be accepted. Fleet sizes are shares of what server-only serving
 carries at the cell's SLO by its linear cost, so loads from light to beyond capacity are all there.
+
+``--fitted`` takes two shipped profiles instead, and estimators fitted to them: a CPU, whose attention is
+padded to the longest context and whose rows cost from the first one on, and an H100. A policy that is only
+tried on linear costs may misread what a fitted estimator says.
 
 Choosing the best of many in hindsight picks their luck too. A cell whose regret is above 2 % is therefore
 run again with other seeds, ``wispprof`` against the rival that was chosen, until ``--seeds`` runs or a mean
@@ -32,6 +37,8 @@ Prints one line a cell as they come, a summary, and one JSON line last.
 from __future__ import annotations
 
 import argparse
+import bisect
+import functools
 import itertools
 import json
 import math
@@ -43,6 +50,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from wispprof.artifacts.files import bundled_path
+from wispprof.artifacts.profile import estimator_beside
+from wispprof.fitting import load_estimator
+from wispprof.fitting.pipeline import fit_estimator, load_server_rows
 from wispprof.policies.linear_cost import LinearCost
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation import Scenario, ServerModel, System, simulate, system
@@ -50,7 +61,7 @@ from wispprof.simulation.arrivals import ClosedFleet, Lengths
 from wispprof.simulation.capacity_search import capacity, pool
 from wispprof.simulation.devices import DeviceProfile
 from wispprof.simulation.synthetic_acceptance import SyntheticAcceptance
-from wispprof.types import Slo
+from wispprof.types import BatchShape, Slo, StepTimeEstimator
 
 SERVERS = {
     "a100": LinearCost(42.0, row_ms=0.35, kv_ms=0.00017),
@@ -61,6 +72,9 @@ SPEEDS = (15.0, 60.0, 150.0)
 SLOS = (4.0, 8.0)
 LOADS = (0.3, 0.8, 1.0, 1.2, 1.6)
 SETUPS = (("a100", 600), ("h200", 6000))
+CPU, H100 = "xeon-2core-reference-pair", "h100-sxm-llama-3.1-8b-vllm-bf16-tp1"
+FITTED_SETUPS = ((CPU, 100, (15.0, 30.0)), (H100, 2000, (25.0,)))
+FITTED_RTTS = (20.0, 100.0)
 OUTPUT = 100
 ALLOWED = 0.02
 
@@ -75,6 +89,16 @@ RIVALS = (
 )
 OURS = system("wispprof")
 CEILINGS = tuple(map(system, ("clairvoyant", "clairvoyant-rounds")))
+
+
+@functools.cache
+def server(name: str) -> StepTimeEstimator:
+    """The step times of a server of the grid."""
+    if name in SERVERS:
+        return SERVERS[name]
+    profile = bundled_path(f"profiles/{name}.jsonl")
+    beside = estimator_beside(profile)
+    return load_estimator(beside) if beside.exists() else fit_estimator(load_server_rows([profile]).rows)
 
 
 @dataclass(frozen=True)
@@ -93,16 +117,28 @@ class Cell:
     @property
     def devices(self) -> int:
         """``load`` times what server-only serving carries: decode and prompt rows within the pace."""
-        cost = SERVERS[self.server]
-        each = cost.row_ms * (1 + self.context / OUTPUT) + cost.kv_ms * self.context
-        return max(2, round(self.load * (1000.0 / self.slo - cost.fixed_ms) / each))
+        return max(2, round(self.load * self._carried()))
+
+    def _carried(self) -> float:
+        if self.server in SERVERS:
+            cost = SERVERS[self.server]
+            each = cost.row_ms * (1 + self.context / OUTPUT) + cost.kv_ms * self.context
+            return (1000.0 / self.slo - cost.fixed_ms) / each
+        estimator, chunk = server(self.server), min(self.context, 512)
+        prompt_ms = estimator.predict(BatchShape.of([(chunk, 0, True)]))[0] * self.context / chunk
+
+        def token_ms(sessions: int) -> float:
+            step_ms = estimator.predict(BatchShape.uniform(sessions, 1, self.context))[0]
+            return step_ms + sessions * prompt_ms / OUTPUT
+
+        return float(bisect.bisect_right(range(1, 2048), 1000.0 / self.slo, key=token_ms))
 
     def scenario(self, chosen: System, seed: int = 0) -> Scenario:
         """This cell served by one system."""
         device = DeviceProfile.from_speed("edge", self.draft_tokens_per_s)
         return Scenario(
             chosen,
-            ServerModel(SERVERS[self.server]),
+            ServerModel(server(self.server)),
             ClosedFleet(self.devices, Lengths(self.context, OUTPUT, 0.0, 0.3)),
             SyntheticAcceptance(0.75),
             devices=((device, 1.0),),
@@ -210,9 +246,13 @@ def spread(
 
 def grid(options: argparse.Namespace, loads: Iterable[float]) -> list[Cell]:
     """The cells asked for."""
+    setups = FITTED_SETUPS if options.fitted else tuple((*setup, SLOS) for setup in SETUPS)
     every = [
-        Cell(server, context, rtt, load, slo, speed, options.seconds, options.seeds)
-        for (server, context), rtt, load, slo, speed in itertools.product(SETUPS, RTTS, loads, SLOS, SPEEDS)
+        Cell(name, context, rtt, load, slo, speed, options.seconds, options.seeds)
+        for name, context, slos in setups
+        for rtt, load, slo, speed in itertools.product(
+            FITTED_RTTS if options.fitted else RTTS, loads, slos, SPEEDS
+        )
     ]
     # A step prime to the grids' sizes: any part of a run has visited every axis.
     count = min(options.cells or len(every), len(every))
@@ -223,6 +263,7 @@ def main() -> None:
     """Run the grid or a part of it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cells", type=int, default=0, help="how many cells (default: all)")
+    parser.add_argument("--fitted", action="store_true", help="servers with fitted estimators")
     parser.add_argument("--seconds", type=float, default=40.0)
     parser.add_argument("--seeds", type=int, default=5, help="most runs of a cell in doubt")
     parser.add_argument("--capacity", action="store_true", help="search capacities too")

@@ -122,20 +122,15 @@ class ReferencePolicy:
             out, wake_ms = self.waiters(
                 now_ms, decode, keep, rate, around, costs.bound, weight, estimator, starved
             )
-        if settings.deprioritize and 0 < sum(s.slo_unreachable for s in decode) < len(decode):
-            poor = []
-            for s in decode:
-                won = expected_tokens(s.acceptance_probs[: keep[s.session]]) * weight[s.session]
-                spent = around.spent(s, keep[s.session])
-                if s.slo_unreachable and s.session not in starved and won < rate * spent:
-                    poor.append((s.session, spent))
-            if sum(spent for _, spent in poor) > costs.fixed:
-                out = out | {name for name, _ in poor}
-        members = [s for s in decode if s.session not in out]
+        eligible = decode
+        if settings.deprioritize:
+            able = self.able(now_ms, decode, keep, estimator) | starved
+            eligible = [s for s in decode if s.session in able]
+        members = [s for s in eligible if s.session not in out]
         if not members:
             if (wake_ms - now_ms) * rate < 0.1 * sum(weight.values()):
                 return Choice({}, decode, wake_ms)
-            members = decode
+            members = eligible
 
         token_limit = min(limits.max_tokens, limits.kv_free)
         most = min(free_slots, token_limit)
@@ -150,8 +145,8 @@ class ReferencePolicy:
             candidates = [candidates[-1]]
             if settings.undrafted_candidate and ranked:
                 candidates.insert(0, drafts_of(members, []))
-        if settings.undrafted_candidate and len(members) < len(decode):
-            candidates.append(drafts_of(self.by_need(now_ms, decode, costs.bound)[:most], []))
+        if settings.undrafted_candidate and len(members) < len(eligible):
+            candidates.append(drafts_of(self.by_need(now_ms, eligible, costs.bound)[:most], []))
         values = [value_of(decode, c, weight, estimator, extra_ms) for c in candidates]
         chosen = candidates[values.index(max(values))]
         return Choice(chosen, decode, wake_ms, weight, extra_ms)
@@ -175,22 +170,17 @@ class ReferencePolicy:
     ) -> dict[str, float]:
         """What a token of each session is worth."""
         settings, step_ms = self.settings, costs.bound
-        undrafted_ms = price(decode, {s.session: 0 for s in decode}, estimator)
-        undrafted_ms += max(0.0, self.between_ms) + self.prompt_ms
+        undrafted_ms = price(decode, {s.session: 0 for s in decode}, estimator) + self.around_ms
         weight, urgency = {}, {}
         for s in decode:
             slack_ms, token_ms = s.deadline_ms - now_ms, 1000.0 / s.slo.tokens_per_s
             # Two steps in hand: not behind at all; as many late: all the way.
             behind = min(max(0.5 - slack_ms / (4.0 * step_ms), 0.0), 1.0)
             weight[s.session] = 1.0 + (settings.lag_weight - 1.0) * behind * settings.weigh_lag
-            # Steps without drafts would take so long to the end, and leave so much of the time until it.
-            needed_ms = s.tokens_left * undrafted_ms
-            spare_ms = slack_ms + (s.tokens_left - 1) * token_ms - needed_ms
-            error_ms = settings.boost_error * needed_ms
             first, last = settings.boost_full_steps, settings.boost_none_steps
             urgency[s.session] = min(max((last - slack_ms / step_ms) / (last - first), 0.0), 1.0) ** 2
             ahead = slack_ms >= settings.boost_ahead_share * token_ms * s.committed
-            if s.slo_unreachable or spare_ms < -error_ms or ahead:
+            if self.tolerated_ms(now_ms, s) < undrafted_ms or ahead:
                 urgency[s.session] = 0.0
         together = settings.slo_boost_weight * len(decode) / max(1.0, sum(urgency.values()))
         for s in decode:
@@ -200,6 +190,44 @@ class ReferencePolicy:
             if settings.deprioritize and s.slo_unreachable:
                 weight[s.session] = settings.slo_unreachable_weight
         return weight
+
+    @property
+    def around_ms(self) -> float:
+        """What advancing everybody by a token takes besides the step's decodes."""
+        return max(0.0, self.between_ms) + self.prompt_ms
+
+    def tolerated_ms(self, now_ms: float, s: SessionView) -> float:
+        """So long may a token take from now to the last one, if the SLO is to be met; an error allowed for."""
+        if s.slo_unreachable:
+            return -math.inf
+        token_ms = 1000.0 / s.slo.tokens_per_s
+        return (token_ms + (s.deadline_ms - now_ms - token_ms) / s.tokens_left) / (
+            1.0 - self.settings.slo_error
+        )
+
+    def able(
+        self, now_ms: float, decode: Sequence[SessionView], keep: Keep, estimator: StepTimeEstimator
+    ) -> set[str]:
+        """As many sessions as meet their SLO together; all if steps with everybody make nobody late."""
+        everybody = {s.session for s in decode}
+        undrafted_ms = price(decode, {s.session: 0 for s in decode}, estimator)
+        tolerated = {s.session: self.tolerated_ms(now_ms, s) for s in decode}
+        reachable = [s.session for s in decode if not s.slo_unreachable]
+        if all(tolerated[name] >= undrafted_ms + self.around_ms for name in reachable):
+            return everybody
+        tokens = sum(expected_tokens(s.acceptance_probs[: keep[s.session]]) for s in decode) / len(decode)
+        gain = min(1.0, price(decode, keep, estimator) / tokens / undrafted_ms)
+        allowed_ms = {name: ms - self.around_ms for name, ms in tolerated.items()}
+        falling = sorted(decode, key=lambda s: -allowed_ms[s.session])
+        able: set[str] = set()
+        for count in range(1, len(falling) + 1):
+            first = {s.session: 0 for s in falling[:count]}
+            step_ms = price(falling[:count], first, estimator) * gain
+            if step_ms <= allowed_ms[falling[count - 1].session]:
+                able = set(first)
+        if not able or all(allowed_ms[name] >= step_ms for name in reachable):
+            return everybody
+        return able
 
     @staticmethod
     def ranking(

@@ -46,7 +46,7 @@ def rounded_up(value: int, digits: int) -> int:
 
 
 def linear_costs(estimator: StepTimeEstimator, sessions: Sequence[SessionView], free_slots: int) -> Costs:
-    """Secants over half the mean batch: so many items more, one item so much wider, one so much deeper."""
+    """Secants over half the mean batch: so many items more, one so much wider, one as deep as the others."""
     count = len(sessions)
     items = rounded_up(min(count, free_slots), 5)
     new = 1 + sum(len(s.acceptance_probs) for s in sessions) // count
@@ -55,15 +55,15 @@ def linear_costs(estimator: StepTimeEstimator, sessions: Sequence[SessionView], 
     def price(*more: tuple[int, int]) -> float:
         return estimator.predict(BatchShape.of([(new, cached)] * items + list(more)))[0]
 
-    span, far = max(4, items // 2), max(256, 2 * cached)
+    span, cached = max(4, items // 2), max(64, cached)
     base = price()
     narrow = (price(*[(1, 0)] * span) - base) / span
     wide = price((span, 0)) - base
-    deep = price((1, far)) - price((1, 0))
-    deep_wide = price((span, far)) - price((span, 0))
+    deep = price((1, cached)) - price((1, 0))
+    deep_wide = price((span, cached)) - price((span, 0))
     row = max(0.0, (wide - narrow) / (span - 1))
-    pair = max(0.0, (deep_wide - deep) / ((span - 1) * far))
-    item, kv = max(0.0, narrow - row), max(0.0, deep / far - pair)
+    pair = max(0.0, (deep_wide - deep) / ((span - 1) * cached))
+    item, kv = max(0.0, narrow - row), max(0.0, deep / cached - pair)
     fixed = max(0.0, base - items * (item + new * (row + pair * cached) + kv * cached))
     bound = estimator.predict(BatchShape.uniform(items, new, cached))[1]
     return Costs(fixed, item, row, pair, kv, bound)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from synthetic_step import SyntheticEstimator
 from wispprof.policies import BATCH_POLICIES, Limits, SessionView, make_batch_policy
 from wispprof.policies.cost_model import MarginalCosts, expected_tokens, mean_costs, price_batches
 from wispprof.policies.draft_selection import BatchArrays, DraftRanking, SessionColumns
-from wispprof.types import BatchShape, Slo
+from wispprof.types import BatchCost, BatchShape, Slo, StepTimeEstimator
 
 LIMITS = Limits(64, 4096, 512, 1 << 20)
 
@@ -252,7 +253,7 @@ def test_a_session_is_boosted_as_long_as_undrafted_steps_may_still_meet_its_slo(
     assert boosted(31.0, late | {"tokens_left": 30}) == usual
     # Of 80 tokens at 33 tokens/s, 0.7 ms each is too little, but within the error of the estimate.
     assert boosted(33.0, late | {"tokens_left": 80}) != usual
-    assert boosted(33.0, late | {"tokens_left": 80}, boost_error=0.0) == usual
+    assert boosted(33.0, late | {"tokens_left": 80}, slo_error=0.0) == usual
 
 
 @pytest.mark.parametrize(
@@ -271,7 +272,7 @@ def test_who_needs_no_boost_or_gains_nothing_by_it_does_not_shorten_steps(speed,
 
 def test_sessions_with_unreachable_slos_give_way_but_do_not_starve():
     unreachable = [stream(f"miss{i}", slo_unreachable=True, deadline_ms=-900.0) for i in range(6)]
-    reachable = [stream(f"reach{i}", deadline_ms=-5.0) for i in range(6)]
+    reachable = [stream(f"reach{i}", deadline_ms=-5.0, slo=Slo(50.0)) for i in range(6)]
     estimator = SyntheticEstimator(fixed=2.0, row=2.0)
     plan = make_batch_policy("wispprof").plan(0.0, unreachable + reachable, estimator, LIMITS)
     assert {m.session[:5] for m in plan.items} == {"reach"}
@@ -287,7 +288,7 @@ def test_sessions_with_unreachable_slos_that_cost_much_give_way_but_do_not_starv
     unreachable = [
         stream(f"miss{i}", slo_unreachable=True, deadline_ms=-900.0, cached=8000) for i in range(6)
     ]
-    reachable = [stream(f"reach{i}", deadline_ms=-5.0, cached=100) for i in range(6)]
+    reachable = [stream(f"reach{i}", deadline_ms=-5.0, cached=100, slo=Slo(50.0)) for i in range(6)]
     estimator = SyntheticEstimator(fixed=2.0, row=0.5, kv=1e-3)
     plan = make_batch_policy("wispprof").plan(0.0, unreachable + reachable, estimator, LIMITS)
     assert {m.session[:5] for m in plan.items} == {"reach"}
@@ -299,12 +300,44 @@ def test_sessions_with_unreachable_slos_that_cost_much_give_way_but_do_not_starv
     }
 
 
-def test_sessions_with_unreachable_slos_that_cost_little_advance_with_the_rest():
+def test_sessions_with_unreachable_slos_advance_with_the_rest_if_nobody_misses_an_slo_by_it():
     unreachable = [stream(f"miss{i}", slo_unreachable=True, deadline_ms=-900.0) for i in range(6)]
     reachable = [stream(f"reach{i}", deadline_ms=-5.0) for i in range(2)]
     estimator = SyntheticEstimator(fixed=8.0, row=1.0, kv=0.0)
     plan = make_batch_policy("wispprof").plan(0.0, unreachable + reachable, estimator, LIMITS)
     assert len(plan.items) == 8
+
+
+@pytest.mark.parametrize(
+    ("speed", "most"),
+    [
+        pytest.param(33.0, 20, id="with everybody each token takes 30 ms: nobody gives way"),
+        pytest.param(50.0, 13, id="20 ms, and an error of 15 %: 23.5 ms, thirteen sessions"),
+        pytest.param(1000.0, 20, id="nobody's SLO can be met: nobody gives way"),
+    ],
+)
+def test_in_overload_as_many_sessions_advance_as_meet_their_slo(speed, most):
+    """A step takes 10 ms and 1 ms a session; every token of every session is still to come."""
+    sessions = [
+        stream(f"s{i}", slo=Slo(speed), deadline_ms=1000.0 / speed - 0.1 * i, tokens_left=100, cached=0)
+        for i in range(20)
+    ]
+    estimator = SyntheticEstimator(fixed=10.0, row=1.0, kv=0.0)
+    plan = make_batch_policy("wispprof").plan(0.0, sessions, estimator, LIMITS)
+    assert [m.session for m in plan.items] == [f"s{i}" for i in range(most)]
+
+
+def test_in_overload_drafts_let_more_sessions_meet_their_slo():
+    """Two sure drafts each make a token take half as long."""
+    sessions = [
+        stream(
+            f"s{i}", slo=Slo(50.0), deadline_ms=20.0, tokens_left=100, cached=0, acceptance_probs=(1.0,) * 2
+        )
+        for i in range(20)
+    ]
+    estimator = SyntheticEstimator(fixed=10.0, row=1.0, kv=0.0)
+    plan = make_batch_policy("wispprof").plan(0.0, sessions, estimator, LIMITS)
+    assert len(plan.items) == 20
 
 
 def test_who_takes_part_whatever_it_is_worth_does_not_count_among_those_who_wait():
@@ -367,3 +400,42 @@ def test_batches_are_priced_alike_by_totals_and_one_by_one():
     one_by_one = price_batches(estimator, new, cached)
     at_once = price_batches(ByTotals(kv=1e-3), new, cached)
     assert np.allclose(one_by_one, at_once)
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedBatch(BatchCost):
+    """A step whose attention is padded to the longest context."""
+
+    items: int = 0
+    rows: int = 0
+    longest: int = 0
+
+    @property
+    def p50_ms(self) -> float:
+        if not self.items:
+            return 0.0
+        return 8.0 + 0.25 * self.rows + 0.002 * self.items * self.longest + 0.01 * self.longest
+
+    @property
+    def bound_ms(self) -> float:
+        return self.p50_ms
+
+    def add(self, new: int, cached: int, prefill: bool = False) -> PaddedBatch:
+        return PaddedBatch(self.items + 1, self.rows + new, max(self.longest, cached))
+
+
+class PaddedEstimator(StepTimeEstimator):
+    coverage = 0.95
+
+    def start(self) -> BatchCost:
+        return PaddedBatch()
+
+
+@pytest.mark.parametrize("items", [1, 4, 16, 48])
+@pytest.mark.parametrize("cached", [100, 300, 2000])
+def test_a_session_is_charged_for_its_own_share_of_padded_attention(items, cached):
+    """Sessions of equal contexts: one of them less saves its rows and its padding, no more."""
+    costs = mean_costs(PaddedEstimator(), items, 3, cached)
+    each_ms = costs.item_ms + cached * costs.kv_ms + 3 * (costs.row_ms + cached * costs.pair_ms)
+    assert each_ms == pytest.approx(3 * 0.25 + 0.002 * cached)
+    assert costs.fixed_ms == pytest.approx(8.0 + 0.01 * cached)

@@ -121,9 +121,11 @@ class MarginalCostCache:
 def mean_costs(estimator: StepTimeEstimator, items: int, new: int, cached: int) -> MarginalCosts:
     """Marginal costs around ``items`` equal items of ``new`` tokens over ``cached``.
 
-    Secants over half the batch, because a staircase (CUDA graph buckets) has no useful derivative.
+    Secants over half the batch, because a staircase (CUDA graph buckets) has no useful derivative. No context
+    is longer than the batch's own: engines pad attention to the longest, so one that is longer would be
+    charged for what it adds to all the others.
     """
-    span, far = max(4, items // 2), max(256, 2 * cached)
+    span, context = max(4, items // 2), max(64, cached)
     tokens = np.zeros((7, items + span + 1), dtype=np.int64)
     tokens[:6, :items] = new
     tokens[1, items:-1] = 1
@@ -132,17 +134,18 @@ def mean_costs(estimator: StepTimeEstimator, items: int, new: int, cached: int) 
     tokens[4, items] = 1
     tokens[5, -1] = span
     tokens[6, 0] = new
-    contexts = np.repeat([cached, 0, far], [items, span, 1])
+    contexts = np.repeat([context, 0, context], [items, span, 1])
     p50, bound = (prices.tolist() for prices in price_batches(estimator, tokens, contexts))
     base = p50[0]
     narrow, wide = (p50[1] - base) / span, p50[2] - base
     deep, deep_wide = p50[3] - p50[4], p50[5] - p50[2]
-    # narrow = item + row, wide = item + span·row; deep = far·(kv + pair), deep_wide = far·(kv + span·pair)
+    # narrow = item + row, wide = item + span·row;
+    # deep = context·(kv + pair), deep_wide = context·(kv + span·pair)
     row = max(0.0, (wide - narrow) / (span - 1))
-    pair = max(0.0, (deep_wide - deep) / ((span - 1) * far))
+    pair = max(0.0, (deep_wide - deep) / ((span - 1) * context))
     item = max(0.0, narrow - row)
-    kv = max(0.0, deep / far - pair)
-    used = items * (item + new * (row + pair * cached) + kv * cached)
+    kv = max(0.0, deep / context - pair)
+    used = items * (item + new * (row + pair * context) + kv * context)
     return MarginalCosts(max(0.0, base - used), item, row, pair, kv, bound[6], bound[0])
 
 
