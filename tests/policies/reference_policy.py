@@ -197,7 +197,7 @@ class ReferencePolicy:
         return max(0.0, self.between_ms) + self.prompt_ms
 
     def tolerated_ms(self, now_ms: float, s: SessionView) -> float:
-        """So long may a token take from now to the last one, if the SLO is to be met; an error allowed for."""
+        """So long may a token take, from now to the last, if the SLO is to be met; an error allowed for."""
         if s.slo_unreachable:
             return -math.inf
         token_ms = 1000.0 / s.slo.tokens_per_s
