@@ -123,9 +123,8 @@ class ReferencePolicy:
                 now_ms, decode, keep, rate, around, costs.bound, weight, estimator, starved
             )
         eligible = decode
-        if settings.deprioritize:
-            able = self.able(now_ms, decode, keep, estimator) | starved
-            eligible = [s for s in decode if s.session in able]
+        if settings.deprioritize and self.overloaded(now_ms, decode, estimator):
+            eligible = [s for s in decode if not s.slo_unreachable or s.session in starved]
         members = [s for s in eligible if s.session not in out]
         if not members:
             if (wake_ms - now_ms) * rate < 0.1 * sum(weight.values()):
@@ -180,7 +179,11 @@ class ReferencePolicy:
             first, last = settings.boost_full_steps, settings.boost_none_steps
             urgency[s.session] = min(max((last - slack_ms / step_ms) / (last - first), 0.0), 1.0) ** 2
             ahead = slack_ms >= settings.boost_ahead_share * token_ms * s.committed
-            if self.tolerated_ms(now_ms, s) < undrafted_ms or ahead:
+            if (
+                s.slo_unreachable
+                or self.tolerated_ms(now_ms, s) < undrafted_ms * (1.0 - settings.boost_error)
+                or ahead
+            ):
                 urgency[s.session] = 0.0
         together = settings.slo_boost_weight * len(decode) / max(1.0, sum(urgency.values()))
         for s in decode:
@@ -197,37 +200,14 @@ class ReferencePolicy:
         return max(0.0, self.between_ms) + self.prompt_ms
 
     def tolerated_ms(self, now_ms: float, s: SessionView) -> float:
-        """So long may a token take, from now to the last, if the SLO is to be met; an error allowed for."""
-        if s.slo_unreachable:
-            return -math.inf
+        """So long may a token take, from now to the last, if the SLO is to be met."""
         token_ms = 1000.0 / s.slo.tokens_per_s
-        return (token_ms + (s.deadline_ms - now_ms - token_ms) / s.tokens_left) / (
-            1.0 - self.settings.slo_error
-        )
+        return token_ms + (s.deadline_ms - now_ms - token_ms) / s.tokens_left
 
-    def able(
-        self, now_ms: float, decode: Sequence[SessionView], keep: Keep, estimator: StepTimeEstimator
-    ) -> set[str]:
-        """As many sessions as meet their SLO together; all if steps with everybody make nobody late."""
-        everybody = {s.session for s in decode}
-        undrafted_ms = price(decode, {s.session: 0 for s in decode}, estimator)
-        tolerated = {s.session: self.tolerated_ms(now_ms, s) for s in decode}
-        reachable = [s.session for s in decode if not s.slo_unreachable]
-        if all(tolerated[name] >= undrafted_ms + self.around_ms for name in reachable):
-            return everybody
-        tokens = sum(expected_tokens(s.acceptance_probs[: keep[s.session]]) for s in decode) / len(decode)
-        gain = min(1.0, price(decode, keep, estimator) / tokens / undrafted_ms)
-        allowed_ms = {name: ms - self.around_ms for name, ms in tolerated.items()}
-        falling = sorted(decode, key=lambda s: -allowed_ms[s.session])
-        able: set[str] = set()
-        for count in range(1, len(falling) + 1):
-            first = {s.session: 0 for s in falling[:count]}
-            step_ms = price(falling[:count], first, estimator) * gain
-            if step_ms <= allowed_ms[falling[count - 1].session]:
-                able = set(first)
-        if not able or all(allowed_ms[name] >= step_ms for name in reachable):
-            return everybody
-        return able
+    def overloaded(self, now_ms: float, decode: Sequence[SessionView], estimator: StepTimeEstimator) -> bool:
+        """Whether steps with everybody, without drafts, are too long for a session that may still make it."""
+        undrafted_ms = price(decode, {s.session: 0 for s in decode}, estimator) + self.around_ms
+        return any(self.tolerated_ms(now_ms, s) < undrafted_ms for s in decode if not s.slo_unreachable)
 
     @staticmethod
     def ranking(

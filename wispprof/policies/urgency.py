@@ -62,17 +62,14 @@ class Urgency(NamedTuple):
         lag = 0.5 - self.slack_ms / (2.0 * lag_steps * step_ms)
         return np.minimum(np.maximum(lag, 0.0), 1.0)
 
-    def tolerated_ms(self, sessions: list[SessionView], error: float) -> FloatArray:
+    def tolerated_ms(self, sessions: list[SessionView]) -> FloatArray:
         """Longest mean time per token, to the end of its generation, with which each session (n,) meets its
-        SLO; −∞ if that is unreachable. ``error``: share by which the time it is compared with may be too
-        long.
+        SLO; −∞ if that is unreachable.
         """
         count = len(sessions)
         token_ms = 1000.0 / np.fromiter(map(_SPEED, sessions), np.float64, count)
         left = np.fromiter(map(_TOKENS_LEFT, sessions), np.float64, count)
-        tolerated: FloatArray = (token_ms + (self.slack_ms - token_ms) / np.maximum(left, 1.0)) / (
-            1.0 - error
-        )
+        tolerated: FloatArray = token_ms + (self.slack_ms - token_ms) / np.maximum(left, 1.0)
         tolerated[self.slo_unreachable] = -math.inf
         return tolerated
 

@@ -7,8 +7,8 @@ A step is planned in this order (switches and constants: :class:`WispprofSetting
    until it is back on time. A session whose SLO is unreachable has a constant weight.
 2. **Ranking.** Drafts in falling order of weighted expected tokens per ms, by linear costs.
 3. **Waiting.** A session whose next draft is due stays out if that saves more than it loses.
-4. **Overload.** If steps with everybody would make sessions miss their SLO, as many sessions as can meet it
-   go on, those with most time per token first. The others give way, but do not starve.
+4. **Overload.** If undrafted steps with everybody would make a session miss its SLO, those whose SLO is
+   unreachable stay out. They do not starve.
 5. **Cutoff.** The estimator prices the step with the first 0, 1, 2, … drafts of the ranking, and the
    undrafted step of the most urgent sessions. The highest rate wins.
 6. **Prefill.** Prompt chunks join as far as the running sessions' SLOs allow.
@@ -63,26 +63,6 @@ def _split_ready(sessions: list[SessionView]) -> tuple[list[SessionView], list[S
     if not any(prompt_left):
         return ready, []
     return list(compress(ready, map(not_, prompt_left))), list(compress(ready, prompt_left))
-
-
-def _can_meet(
-    tolerated_ms: FloatArray, cached: IntArray, gain: float, estimator: StepTimeEstimator
-) -> BoolArray:
-    """The most sessions (n,) that meet their SLOs if they alone take part; all of them if none needs that.
-
-    ``tolerated_ms`` (n,): longest time in which each must advance by one token. That takes ``gain`` times an
-    undrafted step.
-    """
-    everyone = np.ones(len(cached), dtype=bool)
-    order = (-tolerated_ms).argsort(kind="stable")
-    tolerated_ms = tolerated_ms[order]
-    step_ms = estimator.start().add_in_turn(everyone.astype(np.int64), cached[order])[0] * gain
-    meets = step_ms <= tolerated_ms
-    if not meets.any() or not (np.isfinite(tolerated_ms) & (tolerated_ms < step_ms[-1])).any():
-        return everyone
-    found = ~everyone
-    found[order[: int(meets.nonzero()[0][-1]) + 1]] = True
-    return found
 
 
 @dataclass
@@ -164,11 +144,10 @@ class WispprofPolicy:
         undrafted_ms = float(
             price_batches(estimator, np.ones((1, len(sessions)), np.int64), columns.cached)[0][0]
         )
-        around_ms = max(0.0, self._overhead_ms) + self._prompt_ms
-        tolerated_ms = urgency.tolerated_ms(sessions, settings.slo_error)
-        weight = self._weights(
-            sessions, urgency, tolerated_ms >= undrafted_ms + around_ms, costs.all_bound_ms
-        )
+        undrafted_ms += max(0.0, self._overhead_ms) + self._prompt_ms
+        tolerated_ms = urgency.tolerated_ms(sessions)
+        meets_undrafted = tolerated_ms >= undrafted_ms * (1.0 - settings.boost_error)
+        weight = self._weights(sessions, urgency, meets_undrafted, costs.all_bound_ms)
         arrays = BatchArrays.of(columns, costs._replace(fixed_ms=fixed_ms), weight)
         everyone = np.ones(len(sessions), dtype=bool)
         ranking = DraftRanking.of(arrays, everyone)
@@ -185,14 +164,9 @@ class WispprofPolicy:
             if wait.waiting.any() and self._waiting_pays(arrays, drafts, wait, estimator):
                 scheduled, wake_ms = ~wait.waiting, wait.due_ms
         eligible = everyone
-        if (
-            settings.deprioritize
-            and (tolerated_ms[~urgency.slo_unreachable] < undrafted_ms + around_ms).any()
-        ):
-            drafted_ms = float(price_batches(estimator, drafts[None] + 1, columns.cached)[0][0])
-            token_ms = drafted_ms / float(arrays.expected_tokens(drafts).mean())
-            gain = min(1.0, token_ms / undrafted_ms)
-            eligible = _can_meet(tolerated_ms - around_ms, columns.cached, gain, estimator) | urgency.starved
+        lost = urgency.slo_unreachable
+        if settings.deprioritize and lost.any() and (tolerated_ms[~lost] < undrafted_ms).any():
+            eligible = ~lost | urgency.starved
             scheduled = scheduled & eligible
         if not scheduled.any():
             idle_tokens = (wake_ms - now_ms) * rate if math.isfinite(wake_ms) else math.inf
