@@ -122,14 +122,20 @@ class ReferencePolicy:
             out, wake_ms = self.waiters(
                 now_ms, decode, keep, rate, around, costs.bound, weight, estimator, starved
             )
-        eligible = decode
-        if settings.deprioritize and self.overloaded(now_ms, decode, estimator):
-            eligible = [s for s in decode if not s.slo_unreachable or s.session in starved]
-        members = [s for s in eligible if s.session not in out]
+        if settings.deprioritize and 0 < sum(s.slo_unreachable for s in decode) < len(decode):
+            poor = []
+            for s in decode:
+                won = expected_tokens(s.acceptance_probs[: keep[s.session]]) * weight[s.session]
+                spent = around.spent(s, keep[s.session])
+                if s.slo_unreachable and s.session not in starved and won < rate * spent:
+                    poor.append((s.session, spent))
+            if sum(spent for _, spent in poor) > costs.fixed:
+                out = out | {name for name, _ in poor}
+        members = [s for s in decode if s.session not in out]
         if not members:
             if (wake_ms - now_ms) * rate < 0.1 * sum(weight.values()):
                 return Choice({}, decode, wake_ms)
-            members = eligible
+            members = decode
 
         token_limit = min(limits.max_tokens, limits.kv_free)
         most = min(free_slots, token_limit)
@@ -144,8 +150,8 @@ class ReferencePolicy:
             candidates = [candidates[-1]]
             if settings.undrafted_candidate and ranked:
                 candidates.insert(0, drafts_of(members, []))
-        if settings.undrafted_candidate and len(members) < len(eligible):
-            candidates.append(drafts_of(self.by_need(now_ms, eligible, costs.bound)[:most], []))
+        if settings.undrafted_candidate and len(members) < len(decode):
+            candidates.append(drafts_of(self.by_need(now_ms, decode, costs.bound)[:most], []))
         values = [value_of(decode, c, weight, estimator, extra_ms) for c in candidates]
         chosen = candidates[values.index(max(values))]
         return Choice(chosen, decode, wake_ms, weight, extra_ms)
@@ -169,21 +175,22 @@ class ReferencePolicy:
     ) -> dict[str, float]:
         """What a token of each session is worth."""
         settings, step_ms = self.settings, costs.bound
-        undrafted_ms = price(decode, {s.session: 0 for s in decode}, estimator) + self.around_ms
+        undrafted_ms = price(decode, {s.session: 0 for s in decode}, estimator)
+        undrafted_ms += max(0.0, self.between_ms) + self.prompt_ms
         weight, urgency = {}, {}
         for s in decode:
             slack_ms, token_ms = s.deadline_ms - now_ms, 1000.0 / s.slo.tokens_per_s
             # Two steps in hand: not behind at all; as many late: all the way.
             behind = min(max(0.5 - slack_ms / (4.0 * step_ms), 0.0), 1.0)
             weight[s.session] = 1.0 + (settings.lag_weight - 1.0) * behind * settings.weigh_lag
+            # Steps without drafts would take so long to the end, and leave so much of the time until it.
+            needed_ms = s.tokens_left * undrafted_ms
+            spare_ms = slack_ms + (s.tokens_left - 1) * token_ms - needed_ms
+            error_ms = settings.boost_error * needed_ms
             first, last = settings.boost_full_steps, settings.boost_none_steps
             urgency[s.session] = min(max((last - slack_ms / step_ms) / (last - first), 0.0), 1.0) ** 2
             ahead = slack_ms >= settings.boost_ahead_share * token_ms * s.committed
-            if (
-                s.slo_unreachable
-                or self.tolerated_ms(now_ms, s) < undrafted_ms * (1.0 - settings.boost_error)
-                or ahead
-            ):
+            if s.slo_unreachable or spare_ms < -error_ms or ahead:
                 urgency[s.session] = 0.0
         together = settings.slo_boost_weight * len(decode) / max(1.0, sum(urgency.values()))
         for s in decode:
@@ -193,21 +200,6 @@ class ReferencePolicy:
             if settings.deprioritize and s.slo_unreachable:
                 weight[s.session] = settings.slo_unreachable_weight
         return weight
-
-    @property
-    def around_ms(self) -> float:
-        """What advancing everybody by a token takes besides the step's decodes."""
-        return max(0.0, self.between_ms) + self.prompt_ms
-
-    def tolerated_ms(self, now_ms: float, s: SessionView) -> float:
-        """So long may a token take, from now to the last, if the SLO is to be met."""
-        token_ms = 1000.0 / s.slo.tokens_per_s
-        return token_ms + (s.deadline_ms - now_ms - token_ms) / s.tokens_left
-
-    def overloaded(self, now_ms: float, decode: Sequence[SessionView], estimator: StepTimeEstimator) -> bool:
-        """Whether steps with everybody, without drafts, are too long for a session that may still make it."""
-        undrafted_ms = price(decode, {s.session: 0 for s in decode}, estimator) + self.around_ms
-        return any(self.tolerated_ms(now_ms, s) < undrafted_ms for s in decode if not s.slo_unreachable)
 
     @staticmethod
     def ranking(

@@ -62,34 +62,29 @@ class Urgency(NamedTuple):
         lag = 0.5 - self.slack_ms / (2.0 * lag_steps * step_ms)
         return np.minimum(np.maximum(lag, 0.0), 1.0)
 
-    def tolerated_ms(self, sessions: list[SessionView]) -> FloatArray:
-        """Longest mean time per token, to the end of its generation, with which each session (n,) meets its
-        SLO; −∞ if that is unreachable.
-        """
-        count = len(sessions)
-        token_ms = 1000.0 / np.fromiter(map(_SPEED, sessions), np.float64, count)
-        left = np.fromiter(map(_TOKENS_LEFT, sessions), np.float64, count)
-        tolerated: FloatArray = token_ms + (self.slack_ms - token_ms) / np.maximum(left, 1.0)
-        tolerated[self.slo_unreachable] = -math.inf
-        return tolerated
-
     def slo_boost(
-        self,
-        sessions: list[SessionView],
-        meets_undrafted: BoolArray,
-        step_ms: float,
-        settings: WispprofSettings,
+        self, sessions: list[SessionView], undrafted_ms: float, step_ms: float, settings: WispprofSettings
     ) -> FloatArray:
-        """How much each session (n,) needs short steps, 0 … 1. It grows as the next deadline comes near.
+        """How much each session (n,) needs short steps, 0 … 1.
 
-        ``meets_undrafted`` (n,): whether undrafted steps would meet its SLO; else 0. ``step_ms``: time of a
-        step with the pending drafts. 0 also for a session well ahead: its next drafts make up for a long
-        step.
+        ``undrafted_ms``: what it takes until everybody has advanced by one token, prompts included. To the
+        end of its generation a session needs that for each token left. The SLO must allow that time, give or
+        take what the estimate may be off. The boost then grows as the next deadline comes near.
+
+        0 if the SLO is unreachable, whatever the schedule or by undrafted steps, or if the session is well
+        ahead: its next drafts make up for a long step. ``step_ms``: time of a step with the pending drafts.
         """
         count = len(sessions)
         token_ms = 1000.0 / np.fromiter(map(_SPEED, sessions), np.float64, count)
         generation_ms = token_ms * np.fromiter(map(_COMMITTED, sessions), np.float64, count)
-        boosted = meets_undrafted & (self.slack_ms < settings.boost_ahead_share * generation_ms)
+        left = np.fromiter(map(_TOKENS_LEFT, sessions), np.float64, count)
+        spare_ms = self.slack_ms - token_ms + left * (token_ms - undrafted_ms)
+        error_ms = settings.boost_error * undrafted_ms * left
+        boosted = (
+            (spare_ms >= -error_ms)
+            & ~self.slo_unreachable
+            & (self.slack_ms < settings.boost_ahead_share * generation_ms)
+        )
         first, last = settings.boost_full_steps, settings.boost_none_steps
         nearness = (last - self.slack_ms / max(step_ms, 1e-9)) / (last - first)
         boost: FloatArray = boosted * np.minimum(np.maximum(nearness, 0.0), 1.0) ** 2

@@ -7,8 +7,8 @@ A step is planned in this order (switches and constants: :class:`WispprofSetting
    until it is back on time. A session whose SLO is unreachable has a constant weight.
 2. **Ranking.** Drafts in falling order of weighted expected tokens per ms, by linear costs.
 3. **Waiting.** A session whose next draft is due stays out if that saves more than it loses.
-4. **Overload.** If undrafted steps with everybody would make a session miss its SLO, those whose SLO is
-   unreachable stay out. They do not starve.
+4. **Deprioritizing.** Sessions whose SLO is unreachable stay out if their tokens do not pay and together they
+   would add more than the fixed part of a later step of their own.
 5. **Cutoff.** The estimator prices the step with the first 0, 1, 2, … drafts of the ranking, and the
    undrafted step of the most urgent sessions. The highest rate wins.
 6. **Prefill.** Prompt chunks join as far as the running sessions' SLOs allow.
@@ -141,13 +141,7 @@ class WispprofPolicy:
         # While prompts wait, steps run anyway, so decoding does not pay their fixed part.
         extra_ms = max(0.0, self._overhead_ms) - self._prompt_backlog * costs.fixed_ms
         fixed_ms = max(0.0, costs.fixed_ms + extra_ms)
-        undrafted_ms = float(
-            price_batches(estimator, np.ones((1, len(sessions)), np.int64), columns.cached)[0][0]
-        )
-        undrafted_ms += max(0.0, self._overhead_ms) + self._prompt_ms
-        tolerated_ms = urgency.tolerated_ms(sessions)
-        meets_undrafted = tolerated_ms >= undrafted_ms * (1.0 - settings.boost_error)
-        weight = self._weights(sessions, urgency, meets_undrafted, costs.all_bound_ms)
+        weight = self._weights(sessions, urgency, columns, costs, estimator)
         arrays = BatchArrays.of(columns, costs._replace(fixed_ms=fixed_ms), weight)
         everyone = np.ones(len(sessions), dtype=bool)
         ranking = DraftRanking.of(arrays, everyone)
@@ -163,16 +157,13 @@ class WispprofPolicy:
             wait = should_wait(now_ms, sessions, arrays, drafts, rate, slack_ms, costs.all_bound_ms, settings)
             if wait.waiting.any() and self._waiting_pays(arrays, drafts, wait, estimator):
                 scheduled, wake_ms = ~wait.waiting, wait.due_ms
-        eligible = everyone
-        lost = urgency.slo_unreachable
-        if settings.deprioritize and lost.any() and (tolerated_ms[~lost] < undrafted_ms).any():
-            eligible = ~lost | urgency.starved
-            scheduled = scheduled & eligible
+        if settings.deprioritize:
+            scheduled = self._deprioritize(scheduled, arrays, drafts, rate, urgency, costs.fixed_ms)
         if not scheduled.any():
             idle_tokens = (wake_ms - now_ms) * rate if math.isfinite(wake_ms) else math.inf
             if idle_tokens < float(weight.sum()) * settings.idle_value:
                 return _Decodes([], [], sessions, wake_ms)
-            scheduled = eligible
+            scheduled = everyone
 
         token_limit = min(limits.max_tokens, limits.kv_free)
         item_limit = min(limits.max_items, token_limit)
@@ -181,8 +172,8 @@ class WispprofPolicy:
         if items < len(sessions) or len(ranking.order) > token_limit - items:
             ranking = ranking.restrict(arrays, scheduled, token_limit - items)
         undrafted = None
-        if settings.undrafted_candidate and items < np.count_nonzero(eligible):
-            undrafted = urgency.most_urgent(eligible, item_limit)
+        if settings.undrafted_candidate and items < len(sessions):
+            undrafted = urgency.most_urgent(everyone, item_limit)
         scheduled, drafts = self._best_cutoff(arrays, ranking, scheduled, undrafted, estimator, extra_ms)
         chosen = scheduled.nonzero()[0]
         tokens = float(arrays.expected_tokens(drafts)[chosen].sum()) / len(chosen)
@@ -215,21 +206,33 @@ class WispprofPolicy:
         return running, urgency, columns, costs
 
     def _weights(
-        self, sessions: list[SessionView], urgency: Urgency, meets_undrafted: BoolArray, step_ms: float
+        self,
+        sessions: list[SessionView],
+        urgency: Urgency,
+        columns: SessionColumns,
+        costs: MarginalCosts,
+        estimator: StepTimeEstimator,
     ) -> FloatArray:
-        """Value (n,) of a token of each session. ``meets_undrafted`` and ``step_ms`` as in
-        :meth:`Urgency.slo_boost`."""
-        settings = self.settings
+        """Value (n,) of a token of each session."""
+        settings, step_ms = self.settings, costs.all_bound_ms
         weight = np.ones(len(sessions))
         if settings.weigh_lag:
             weight += (settings.lag_weight - 1.0) * urgency.lag(step_ms, settings.lag_steps)
         if settings.slo_boost:
-            boost = urgency.slo_boost(sessions, meets_undrafted, step_ms, settings)
+            undrafted_ms = self._undrafted_ms(columns, estimator)
+            undrafted_ms += max(0.0, self._overhead_ms) + self._prompt_ms
+            boost = urgency.slo_boost(sessions, undrafted_ms, step_ms, settings)
             boost_weight = settings.slo_boost_weight * len(sessions) / max(1.0, float(boost.sum()))
             weight = np.maximum(weight, 1.0 + boost_weight * boost)
         if settings.deprioritize:
             weight[urgency.slo_unreachable] = settings.slo_unreachable_weight
         return weight
+
+    @staticmethod
+    def _undrafted_ms(columns: SessionColumns, estimator: StepTimeEstimator) -> float:
+        """Time of a step in which every session advances by one token."""
+        new = np.ones((1, len(columns.cached)), np.int64)
+        return float(price_batches(estimator, new, columns.cached)[0][0])
 
     @staticmethod
     def _waiting_pays(
@@ -243,6 +246,28 @@ class WispprofPolicy:
         p50 = price_batches(estimator, new, arrays.cached)[0]
         linear_ms = float((arrays.undrafted_ms + drafts * arrays.row_ms)[wait.waiting].sum())
         return float(p50[0] - p50[1]) - linear_ms + wait.margin_ms > 0.0
+
+    @staticmethod
+    def _deprioritize(
+        scheduled: BoolArray,
+        arrays: BatchArrays,
+        drafts: IntArray,
+        rate: float,
+        urgency: Urgency,
+        fixed_ms: float,
+    ) -> BoolArray:
+        """The scheduled sessions without those whose SLO is unreachable and whose tokens do not pay.
+
+        They need a step of their own later, with its fixed part. That must cost less than what they add to
+        this one, or they starve for nothing.
+        """
+        unreachable = urgency.slo_unreachable
+        if not unreachable.any() or unreachable.all():
+            return scheduled
+        cost_ms = arrays.undrafted_ms + drafts * arrays.row_ms
+        value = arrays.expected_tokens(drafts) * arrays.weight
+        out = unreachable & ~urgency.starved & (value < rate * cost_ms)
+        return scheduled & ~out if float(cost_ms[out].sum()) > fixed_ms else scheduled
 
     def _best_cutoff(
         self,

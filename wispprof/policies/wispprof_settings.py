@@ -24,7 +24,7 @@ class WispprofSettings:
     size_prefill: bool = True
     """Size prompt chunks by the SLOs of the running sessions, instead of always taking a full chunk."""
     deprioritize: bool = True
-    """In overload, let sessions whose SLO is unreachable give way to the others."""
+    """Let sessions whose SLO is unreachable give way to the others."""
     undrafted_candidate: bool = True
     """Always consider the undrafted step, so that a step is never worse than server-only serving."""
 
