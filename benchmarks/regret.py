@@ -50,10 +50,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wispprof.artifacts.files import bundled_path
+from wispprof.artifacts import bundled_path, load_server
 from wispprof.artifacts.profile import estimator_beside
 from wispprof.fitting import load_estimator
-from wispprof.fitting.pipeline import fit_estimator, load_server_rows
+from wispprof.fitting.pipeline import fit_estimator
 from wispprof.policies.linear_cost import LinearCost
 from wispprof.settings.shared_settings import LinkModel
 from wispprof.simulation import Scenario, ServerModel, System, simulate, system
@@ -98,7 +98,7 @@ def server(name: str) -> StepTimeEstimator:
         return SERVERS[name]
     profile = bundled_path(f"profiles/{name}.jsonl")
     beside = estimator_beside(profile)
-    return load_estimator(beside) if beside.exists() else fit_estimator(load_server_rows([profile]).rows)
+    return load_estimator(beside) if beside.exists() else fit_estimator(load_server(profile).rows)
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,8 @@ class Cell:
         return max(2, round(self.load * self._carried()))
 
     def _carried(self) -> float:
+        """Sessions that undrafted steps, and a prompt for every ``OUTPUT`` tokens, carry at the SLO's speed.
+        A linear cost gives them in closed form."""
         if self.server in SERVERS:
             cost = SERVERS[self.server]
             each = cost.row_ms * (1 + self.context / OUTPUT) + cost.kv_ms * self.context
