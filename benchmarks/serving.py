@@ -36,7 +36,8 @@ as much slower, and its figures are given in the time of the profile's machine. 
 speed changes by more than 15 % is repeated, twice at most. Systems take turns at each load. "pace" is what is
 left: measured over fitted time of all steps of a run, over "machine". It is 1 if a step costs in serving what
 it costs alone; the simulator is given the estimator at that pace and spread, as the server's own drift
-correction does (``--as-fitted``: neither). "even" columns are all simulated at pace 1.
+correction does (``--as-fitted``: neither). "even" columns are all simulated at pace 1. The last row of the
+last table is a ceiling: the simulated goodput if edges knew which drafts the target will accept.
 
 The last line is JSON.
 """

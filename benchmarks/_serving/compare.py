@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 from _serving.bed import LOADS, Bed, load_of, server_model
-from _serving.run import Run, run
+from _serving.run import Run, ceiling, run
 from _serving.tables import comparison, record, show
 from wispprof.bench import simulate_bench
 from wispprof.fitting import load_predictor
@@ -35,7 +36,8 @@ def compare(bed: Bed) -> dict[str, Any]:
     capacity = {
         name: simulated_capacity(bed, system(label), overhead[name]) for name, label in SYSTEMS.items()
     }
-    lines = tuple(
+    ceilings = {load: ceiling(bed, _of(rows[load], "wispprof")) for load in LOADS}
+    lines: list[tuple[Any, ...]] = [
         (
             name,
             capacity[name],
@@ -43,20 +45,22 @@ def compare(bed: Bed) -> dict[str, Any]:
             *(_even(_of(rows[load], name)) for load in LOADS),
         )
         for name in SYSTEMS
-    )
+    ]
+    lines.append(("drafts known beforehand", math.nan, *[math.nan] * len(LOADS), *ceilings.values()))
     columns = (
         Column("system"),
         Column("capacity (sim)", "devices", best="max"),
         *(Column(f"goodput {load}", "tok/s", best="max") for load in LOADS),
         *(Column(f"even {load}", "tok/s", best="max") for load in LOADS),
     )
-    show(Table("Capacity and goodput", columns, lines))
+    show(Table("Capacity and goodput", columns, tuple(lines)))
     return {
         "loads": {load: [record(r) for r in found] for load, found in rows.items()},
         "capacity_simulated": capacity,
         "wispprof_over_wisp_capacity": round(capacity["wispprof"] / max(1, capacity["wisp"]), 3),
         "wispprof_over_best_other_goodput": _over_best(rows, _goodput),
         "wispprof_over_best_other_goodput_even": _over_best(rows, _even),
+        "ceiling_even": {load: round(goodput, 2) for load, goodput in ceilings.items()},
     }
 
 

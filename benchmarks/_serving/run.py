@@ -16,10 +16,9 @@ from wispprof.bench import BenchResult, SimulatedBench, simulate_bench
 from wispprof.bench.bench_result import pool_results
 from wispprof.fitting import FittedEstimator, load_predictor
 from wispprof.settings.shared_settings import LinkModel
-from wispprof.simulation import System
+from wispprof.simulation import System, system
 from wispprof.types import BatchShape
 
-EVEN_SPREAD = 0.1
 STEADY, TRIES = 1.15, 3
 """Most that the machine's speed may change in a turn; turns until one is taken all the same."""
 
@@ -35,6 +34,10 @@ class Pace(NamedTuple):
     def median(self) -> float:
         """Of a log-normal ratio with this mean and spread."""
         return self.mean * math.exp(-(self.spread**2) / 2)
+
+
+EVEN = Pace(1.0, 0.1)
+"""Of the "even" columns: the profile's own."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,6 @@ def run(bed: Bed, systems: Mapping[str, System], devices: int) -> list[Run]:
 
 def simulated_beside(bed: Bed, name: str, what: System, devices: int, turns: list[Turn]) -> Run:
     """The turns of a system as one run, and the simulator's answer."""
-    load = load_of(bed, what.label, devices)
     real = pool_results([turn.real for turn in turns])
     slowdown = statistics.fmean(turn.slowdown for turn in turns)
     seen = Steps()
@@ -154,24 +156,40 @@ def simulated_beside(bed: Bed, name: str, what: System, devices: int, turns: lis
     overhead_ms = statistics.median(gaps) if gaps else LOOP_MS
     pace = Pace(1.0, 0.0) if bed.as_fitted else seen.pace(bed.estimator)
     rtt_ms = statistics.median(result.stats.rtt_ms for result in real.results) / slowdown
-    predictor = load_predictor(bed.predictor)
-
-    def simulated(pace: Pace) -> SimulatedBench:
-        server = server_model(bed, overhead_ms, pace.median, pace.spread)
-        link = LinkModel(rtt_ms)
-        return simulate_bench(replace(load, link=link), bed.mix, what, server, bed.trace, predictor)
-
     return Run(
         name,
         devices,
         real,
-        simulated(pace),
+        simulated(bed, what, devices, overhead_ms, rtt_ms, pace),
         statistics.fmean(ms for _, ms in seen.rows),
         pace.mean,
         overhead_ms,
         rtt_ms,
-        simulated(Pace(1.0, EVEN_SPREAD)),
+        simulated(bed, what, devices, overhead_ms, rtt_ms),
         slowdown,
+    )
+
+
+def simulated(
+    bed: Bed,
+    what: System,
+    devices: int,
+    overhead_ms: float,
+    rtt_ms: float,
+    pace: Pace = EVEN,
+) -> SimulatedBench:
+    """The load of ``devices`` in the simulator, by default at the profile's own pace."""
+    server = server_model(bed, overhead_ms, pace.median, pace.spread)
+    load = replace(load_of(bed, what.label, devices), link=LinkModel(rtt_ms))
+    return simulate_bench(load, bed.mix, what, server, bed.trace, load_predictor(bed.predictor))
+
+
+def ceiling(bed: Bed, beside: Run) -> float:
+    """Goodput "even" of the better clairvoyant: its edges draft exactly what the target will accept. The
+    server's overhead and the link are those of ``beside``."""
+    return max(
+        simulated(bed, system(label), beside.devices, beside.overhead_ms, beside.rtt_ms).goodput_tokens_per_s
+        for label in ("clairvoyant", "clairvoyant-rounds")
     )
 
 

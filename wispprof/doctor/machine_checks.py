@@ -70,7 +70,10 @@ def devices(_: DoctorContext) -> Finding:
             f"torch {torch.__version__} cannot use the {machine.gpus[0].name}.",
             "Install the CUDA build of torch for its driver (see docs/install.md).",
         )
-    return Finding("ok", f"{machine.title}; no GPU, using the CPU backend")
+    from wispprof.engines.torch.ragged_attention import kernel
+
+    attention = "C" if kernel() is not None else "torch (faster with a C compiler, such as gcc)"
+    return Finding("ok", f"{machine.title}; no GPU, using the CPU backend, attention in {attention}")
 
 
 def threads(context: DoctorContext) -> Finding:

@@ -191,8 +191,9 @@ class TorchEngine(Engine):
 
     @property
     def attention(self) -> str:
-        """``dense``, or one of :data:`~wispprof.engines.torch.paged_kv.ATTENTIONS`."""
-        return self._store.attention if isinstance(self._store, PagedKvStore) else "dense"
+        """``ragged`` (in C) or ``dense`` (torch's), or one of
+        :data:`~wispprof.engines.torch.paged_kv.ATTENTIONS`."""
+        return self._store.attention
 
     @property
     def kv_tokens(self) -> int:

@@ -47,7 +47,7 @@ def compare_with_prefill(
 
 def _prefill(decoder: Decoder, geometry: KvGeometry, tokens: list[int], like: Tensor) -> Tensor:
     """KV of tokens, computed in a store of its own with the dtype and device of ``like``."""
-    store = DenseKvStore(geometry, decoder.scale, like.dtype, like.device)
+    store = DenseKvStore(geometry, decoder.scale, like.dtype, like.device, native=False)
     handle = np.array([store.add()])
     for start in range(0, len(tokens), _CHUNK):
         ids = np.array(tokens[start : start + _CHUNK])

@@ -48,8 +48,11 @@ class KvPlan(Protocol):
 class KvStore(ABC):
     """Keys and values of up to ``max_sessions`` handles and ``kv_tokens`` tokens in all.
 
-    Any handles within both limits fit: the store must cope with fragmentation.
+    Any handles within both limits fit: the store must cope with fragmentation. ``attention``: the name of
+    what attends.
     """
+
+    attention: str
 
     @abstractmethod
     def add(self) -> int:
