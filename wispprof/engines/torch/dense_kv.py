@@ -13,6 +13,8 @@ Pools begin as zeros and masked scores are −∞, so values beyond a session's 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -39,12 +41,10 @@ class DenseKvPlan(KvPlan):
             parts.insert(0, self._ragged)
         if len(parts) == 1:
             return parts[0].attend(layer, q, k, v)
-        out, start = [], 0
-        for part in parts:
-            a, b = start, part.stop
-            out.append(part.attend(layer, q[a:b], k[a:b], v[a:b]))
-            start = b
-        return torch.cat(out)
+        bounds = pairwise([0, *(part.stop for part in parts)])
+        return torch.cat(
+            [part.attend(layer, q[a:b], k[a:b], v[a:b]) for part, (a, b) in zip(parts, bounds, strict=True)]
+        )
 
 
 class DenseKvStore(KvStore):

@@ -32,7 +32,7 @@ _MAX_ROWS_PER_INPUT = 1.25
 
 @dataclass(slots=True)
 class PaddedGroup:
-    """Inputs that are attended together: packed tokens ``start:stop``, ``span`` rows of the pool.
+    """Inputs that are attended together: packed tokens up to ``stop``, ``span`` rows of the pool.
 
     ``write``: slots of new keys and values. ``cached``: keys, then values of each layer, as attention takes
     them. ``gather``: rows of these to copy, ``None`` if read in place. ``pad`` and ``unpad``: indices from
@@ -41,7 +41,6 @@ class PaddedGroup:
     """
 
     pool: KvPool
-    start: int
     stop: int
     new: int
     write: Tensor
@@ -168,7 +167,6 @@ class PaddedGroups(NamedTuple):
                     mask = mask.expand(-1, kv_heads, -1, -1).flatten(0, 1)
         return PaddedGroup(
             pool=pool,
-            start=start,
             stop=start + total,
             new=max_new,
             write=self._to_device(write),
