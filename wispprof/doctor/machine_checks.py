@@ -72,7 +72,8 @@ def devices(_: DoctorContext) -> Finding:
         )
     from wispprof.engines.torch.ragged_attention import kernel
 
-    attention = "C" if kernel() is not None else "torch (faster with a C compiler, such as gcc)"
+    missing = kernel().missing
+    attention = f"torch; in C it is faster, but {missing}" if missing else "C"
     return Finding("ok", f"{machine.title}; no GPU, using the CPU backend, attention in {attention}")
 
 

@@ -229,11 +229,13 @@ class DenseKvStore(KvStore):
         place = {number: at for at, number in enumerate(order.tolist())}
         placed = {place[number]: tree for number, tree in trees.items()}
         pools, rows = self._pool_of[handles], self._row_of[handles]
+        capacity = np.where(pools < 0, 0, self._capacities[pools])
         ragged = RaggedInputs.of(
             new[:count],
             cached[:count],
-            self._capacities[pools[:count]],
+            capacity[:count],
             self._addresses(pools[:count], rows[:count]),
+            [pool.data for pool in self._pools],
             {at: tree for at, tree in placed.items() if at < count},
             self._scale,
         )

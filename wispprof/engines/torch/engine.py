@@ -238,7 +238,7 @@ class TorchEngine(Engine):
         except BaseException as err:
             for handle, length in zip(handles.tolist(), sizes.cached.tolist(), strict=True):
                 self._store.truncate(handle, length)
-            if isinstance(err, torch.OutOfMemoryError) and not self._ranks:
+            if isinstance(err, torch.OutOfMemoryError | MemoryError) and not self._ranks:
                 raise OutOfKvMemory(
                     f"A step of {int(sizes.new.sum())} new tokens does not fit into the device's memory.",
                     "Start with fewer --kv-tokens or fewer --max-tokens.",

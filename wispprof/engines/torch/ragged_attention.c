@@ -22,16 +22,18 @@ static inline vec load(const float *p) { return *(const vec *)p; }
 static inline vec all(float x) { return x - (vec){0}; }
 static inline vec select_(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
 
-/* exp(x) for x <= 0, to float32's precision: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes). */
+/* exp(x) for x <= 0, to float32's precision: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes).
+ * NaN stays NaN. */
 static inline vec exp_(vec x) {
-    vec bounded = select_(x > all(-87.0f), x, all(-87.0f));
+    ivec tiny = x <= all(-87.0f);
+    vec bounded = select_(tiny, all(-87.0f), x);
     vec n = (bounded * 1.44269504f + 12582912.0f) - 12582912.0f;
     vec f = bounded - n * 0.693359375f + n * 2.12194440e-4f;
     vec p = ((((1.9875691500e-4f * f + 1.3981999507e-3f) * f + 8.3334519073e-3f) * f + 4.1665795894e-2f) * f
              + 1.6666665459e-1f) * f + 5.0000001201e-1f;
     ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
     vec result = (p * f * f + f + 1.0f) * (vec)power;
-    return (vec)((ivec)result & (ivec)(x > all(-87.0f)));
+    return (vec)((ivec)result & ~tiny);
 }
 
 /* scores[j][lane] of `length` keys; queries[d][lane]. */
