@@ -5,8 +5,8 @@
     python benchmarks/serving_twin.py out/bed --misses   # and every missed request
 
 Physics. Devices, SLO classes, link and requests are those of ``serving.py``. A step takes the estimate times
-a residual (10 %) times a wander (12 %), which fades over a second: a machine with neighbours. Policies know
-the estimate alone. So this shows what an estimator's error at run time costs in SLO attainment.
+a residual (10 %) times a wander (``--wander``), which fades over a second: a machine with neighbours. Policies
+know the estimate alone. So this shows what an estimator's error at run time costs in SLO attainment.
 
 A row per system: attainment and goodput in tokens/s by number of devices, means over the seeds.
 """
@@ -39,28 +39,29 @@ from wispprof.simulation.scenario import Scenario
 from wispprof.simulation.trace_replay import TraceReplay
 from wispprof.types import BatchShape, Slo, VerifyItem
 
-OVERHEAD_MS, SPREAD, WANDER, FADES_MS = 1.5, 0.1, 0.12, 1000.0
+OVERHEAD_MS, SPREAD, FADES_MS = 1.5, 0.1, 1000.0
 
 
 @dataclass
 class WanderingStepTimes:
-    """Takes the place of ``SimulatedStepTimes``."""
+    """Takes the place of ``SimulatedStepTimes``. ``wander``: its spread; ``now``: where it is, in spreads."""
 
     estimator: Any
     rng: Random
-    wander: float = 0.0
+    wander: float
+    now: float = 0.0
 
     def sample(self, items: list[tuple[int, int, bool]]) -> tuple[float, float, float]:
         """(median, drawn, 5 % quantile) ms of a step."""
         p50, _ = self.estimator.predict(BatchShape(tuple(map(VerifyItem._make, items))))
-        took_ms = p50 * math.exp(SPREAD * self.rng.gauss(0, 1) + WANDER * self.wander)
+        took_ms = p50 * math.exp(SPREAD * self.rng.gauss(0, 1) + self.wander * self.now)
         kept = math.exp(-took_ms / FADES_MS)
-        self.wander = kept * self.wander + math.sqrt(1 - kept * kept) * self.rng.gauss(0, 1)
-        return p50, took_ms, p50 * math.exp(-1.645 * math.hypot(SPREAD, WANDER))
+        self.now = kept * self.now + math.sqrt(1 - kept * kept) * self.rng.gauss(0, 1)
+        return p50, took_ms, p50 * math.exp(-1.645 * math.hypot(SPREAD, self.wander))
 
 
 def simulated(
-    folder: Path, near: int, name: str, devices: int, seed: int
+    folder: Path, near: int, name: str, devices: int, seed: int, wander: float
 ) -> tuple[list[SessionRecord], float]:
     """The finished requests of one run, and its seconds."""
     estimator, trace = load_estimator(folder / "estimator.json"), load_trace(folder / "trace.jsonl")
@@ -94,7 +95,8 @@ def simulated(
         source,
     )
     rng = Random(7919 * seed + 11)
-    run.server._times = WanderingStepTimes(estimator, rng, rng.gauss(0, 1))  # type: ignore[assignment]
+    times = WanderingStepTimes(estimator, rng, wander, rng.gauss(0, 1))
+    run.server._times = times  # type: ignore[assignment]
     run.run()
     records = [r for r in run.records if r.done and r.last_ms <= run.over_ms]
     begun_ms = min(r.arrival_ms for r in records)
@@ -107,6 +109,7 @@ def main() -> None:
     parser.add_argument("--near", type=int, default=10, help="devices near server-only capacity")
     parser.add_argument("--devices", type=int, nargs="*", default=[6, 10, 15, 18, 22])
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--wander", type=float, default=12.0, help="spread of the machine's speed, percent")
     parser.add_argument("--systems", nargs="*", default=["server-only", "wisp", "fcfs", "wispprof"])
     parser.add_argument("--misses", action="store_true", help="list missed requests")
     options = parser.parse_args()
@@ -115,7 +118,9 @@ def main() -> None:
         for devices in options.devices:
             attainment, goodput = [], []
             for seed in range(options.seeds):
-                records, seconds = simulated(options.run, options.near, name, devices, seed)
+                records, seconds = simulated(
+                    options.run, options.near, name, devices, seed, options.wander / 100.0
+                )
                 met = [r for r in records if r.slo_met(r.last_ms)]
                 attainment.append(len(met) / len(records))
                 goodput.append(sum(r.tokens for r in met) / seconds)

@@ -190,7 +190,12 @@ class ReferencePolicy:
             first, last = settings.boost_full_steps, settings.boost_none_steps
             urgency[s.session] = min(max((last - slack_ms / step_ms) / (last - first), 0.0), 1.0) ** 2
             ahead = slack_ms >= settings.boost_ahead_share * token_ms * s.committed
-            if s.slo_unreachable or spare_ms < -error_ms or ahead:
+            # So long it has taken since its first token, and would take to its last at that speed.
+            known, so_far_ms = settings.boost_speed_tokens, token_ms * s.committed - slack_ms
+            usual_ms = (so_far_ms + known * undrafted_ms) / (max(s.committed - 1, 0) + known)
+            usual_ms *= (1.0 + settings.boost_error) * s.tokens_left
+            on_time = usual_ms <= slack_ms + (s.tokens_left - 1) * token_ms
+            if s.slo_unreachable or spare_ms < -error_ms or on_time or ahead:
                 urgency[s.session] = 0.0
         together = settings.slo_boost_weight * len(decode) / max(1.0, sum(urgency.values()))
         for s in decode:

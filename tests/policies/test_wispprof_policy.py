@@ -255,6 +255,16 @@ def test_a_session_is_boosted_as_long_as_undrafted_steps_may_still_meet_its_slo(
     assert boosted(33.0, late | {"tokens_left": 80}, boost_error=0.0) == usual
 
 
+def test_a_session_is_boosted_unless_its_speed_so_far_meets_its_slo_with_something_to_spare():
+    """Nine tokens in 320 ms, 40 ms allowed for each: 32.7 with eight undrafted steps counted in."""
+    close = {"deadline_ms": 80.0, "committed": 10, "tokens_left": 60}
+    options = {"boost_ahead_share": 0.3, "boost_none_steps": 4.0}
+    usual = boosted(25.0, close, slo_boost=False)
+    assert boosted(25.0, close, **options) == usual
+    # In 380 ms, 36.3 with those: 15 % more is too slow.
+    assert boosted(25.0, close | {"deadline_ms": 20.0}, **options) != usual
+
+
 @pytest.mark.parametrize(
     ("speed", "behind"),
     [
@@ -263,6 +273,7 @@ def test_a_session_is_boosted_as_long_as_undrafted_steps_may_still_meet_its_slo(
         pytest.param(25.0, {"tokens_left": 1, "deadline_ms": -40.0}, id="too few tokens left to catch up"),
         pytest.param(25.0, {"deadline_ms": 400.0}, id="well ahead so far"),
         pytest.param(4.0, {"deadline_ms": 240.0, "committed": 1}, id="just begun"),
+        pytest.param(25.0, {"deadline_ms": 50.0, "committed": 10}, id="fast enough so far"),
     ],
 )
 def test_who_needs_no_boost_or_gains_nothing_by_it_does_not_shorten_steps(speed, behind):

@@ -71,17 +71,26 @@ class Urgency(NamedTuple):
         end of its generation a session needs that for each token left. The SLO must allow that time, give or
         take what the estimate may be off. The boost then grows as the next deadline comes near.
 
-        0 if the SLO is unreachable, whatever the schedule or by undrafted steps, or if the session is well
-        ahead: its next drafts make up for a long step. ``step_ms``: time of a step with the pending drafts.
+        0 if the SLO is unreachable, whatever the schedule or by undrafted steps; if the session meets it at
+        its speed so far, even if that falls as much short; or if it is well ahead: its next drafts make up
+        for a long step.
+        ``step_ms``: time of a step with the pending drafts.
         """
         count = len(sessions)
         token_ms = 1000.0 / np.fromiter(map(_SPEED, sessions), np.float64, count)
-        generation_ms = token_ms * np.fromiter(map(_COMMITTED, sessions), np.float64, count)
+        committed = np.fromiter(map(_COMMITTED, sessions), np.float64, count)
         left = np.fromiter(map(_TOKENS_LEFT, sessions), np.float64, count)
-        spare_ms = self.slack_ms - token_ms + left * (token_ms - undrafted_ms)
+        generation_ms = token_ms * committed
+        allowed_ms = self.slack_ms - token_ms + left * token_ms  # until its last token is due
+        spare_ms = allowed_ms - left * undrafted_ms
         error_ms = settings.boost_error * undrafted_ms * left
+        # Time per token so far. The first tokens say little: some are counted that take undrafted steps.
+        known = settings.boost_speed_tokens
+        so_far_ms = generation_ms - self.slack_ms + known * undrafted_ms
+        so_far_ms /= np.maximum(committed - 1.0, 0.0) + known
         boosted = (
             (spare_ms >= -error_ms)
+            & ((1.0 + settings.boost_error) * so_far_ms * left > allowed_ms)
             & ~self.slo_unreachable
             & (self.slack_ms < settings.boost_ahead_share * generation_ms)
         )
