@@ -5,8 +5,8 @@
     python benchmarks/serving_twin.py out/bed --misses   # and every missed request
 
 Physics. Devices, SLO classes, link and requests are those of ``serving.py``. A step takes the estimate times
-a residual (10 %) times a wander (``--wander``), which fades over a second: a machine with neighbours. Policies
-know the estimate alone. So this shows what an estimator's error at run time costs in SLO attainment.
+a residual (10 %) times a wander (``--wander``), which fades over a second: a machine with neighbours.
+Policies know the estimate alone. So this shows what an estimator's error at run time costs in SLO attainment.
 
 A row per system: attainment and goodput in tokens/s by number of devices, means over the seeds.
 """

@@ -220,8 +220,9 @@ def server_model(bed: Bed, overhead_ms: float, pace: float = 1.0, spread: float 
 
 @asynccontextmanager
 async def running(bed: Bed, policy: Any) -> AsyncIterator[RunningServer]:
-    """A server on the bed's engine; its front runs beside the fleet, on the cores that are left to it."""
+    """A server on the bed's engine. Its front runs beside the fleet, on the cores that are left to it."""
     from wispprof.server import running_server
+    from wispprof.server.garbage_collector import calm_garbage_collector
     from wispprof.settings.server_settings import ServerSettings
 
     settings = ServerSettings(
@@ -242,4 +243,5 @@ async def running(bed: Bed, policy: Any) -> AsyncIterator[RunningServer]:
     ) as served:
         for process in served.front.processes if bed.apart else ():
             os.sched_setaffinity(process.pid, bed.apart)
-        yield served
+        with calm_garbage_collector():
+            yield served

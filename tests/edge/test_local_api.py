@@ -253,7 +253,6 @@ async def test_a_served_edge_answers_over_a_socket_and_ends_when_cancelled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("wispprof.edge.local_api.open_edge", lambda settings: fake_runtime("none"))
-    monkeypatch.setattr("wispprof.edge.local_api.calm_garbage_collector", lambda: None)
     announced: asyncio.Queue[str] = asyncio.Queue()
     served = serve_edge(EdgeSettings(), "127.0.0.1", 0, lambda _, url: announced.put_nowait(url))
     task = asyncio.create_task(served)

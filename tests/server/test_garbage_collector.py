@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import gc
 import weakref
-from collections.abc import Callable
-
-import pytest
 
 from wispprof.server import running_server
 from wispprof.server.garbage_collector import FULL_EVERY_S, calm_garbage_collector
@@ -21,33 +17,25 @@ class Cycle:
         self.itself = self
 
 
-def test_full_collections_come_once_a_minute_and_what_is_frozen_is_freed_at_exit(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    at_exit: list[Callable[[], object]] = []
-    monkeypatch.setattr(atexit, "register", at_exit.append)
+def test_full_collections_come_once_a_minute_and_in_the_end_all_is_as_before() -> None:
     thresholds, seen = gc.get_threshold(), []
 
     async def serve() -> None:
-        calm_garbage_collector()
-        assert gc.get_freeze_count()
-        for _ in range(2):
-            garbage = Cycle()
-            old = weakref.ref(garbage)
-            gc.collect(1)  # It lives, and so joins the oldest generation.
-            del garbage
-            await asyncio.sleep(0.4 * FULL_EVERY_S)
-            seen.append(old() is None)
-            await asyncio.sleep(0.6 * FULL_EVERY_S)
-            seen.append(old() is None)
+        with calm_garbage_collector():
+            assert gc.get_freeze_count()
+            for _ in range(2):
+                garbage = Cycle()
+                old = weakref.ref(garbage)
+                gc.collect(1)  # It lives, and so joins the oldest generation.
+                del garbage
+                await asyncio.sleep(0.4 * FULL_EVERY_S)
+                seen.append(old() is None)
+                await asyncio.sleep(0.8 * FULL_EVERY_S)
+                seen.append(old() is None)
 
-    try:
-        run_virtual(serve())
-    finally:
-        gc.set_threshold(*thresholds)
-        for function in at_exit:
-            function()
+    run_virtual(serve())
     assert seen == [False, True, False, True]
+    assert gc.get_threshold() == thresholds
     assert not gc.get_freeze_count()
 
 

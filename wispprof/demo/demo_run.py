@@ -68,6 +68,7 @@ async def serving(name: str, engine: TorchEngine, measured: Measured) -> AsyncIt
 
     All systems get the same estimator and step limits, so that the comparison is fair.
     """
+    from wispprof.server.garbage_collector import calm_garbage_collector
     from wispprof.server.process import running_server
     from wispprof.settings.server_settings import ServerSettings
     from wispprof.types import ServedModel
@@ -83,7 +84,8 @@ async def serving(name: str, engine: TorchEngine, measured: Measured) -> AsyncIt
         estimator=measured.estimator,
         front_process=True,
     ) as running:
-        yield running
+        with calm_garbage_collector():
+            yield running
     if engine.sessions:
         raise EngineError(
             f"{name} left {len(engine.sessions)} sessions open in the engine.",

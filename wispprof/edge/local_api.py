@@ -40,10 +40,10 @@ async def serve_edge(
         async with open_edge(settings) as runtime:
             app = make_edge_app(runtime, allowed_hosts)
             web_server = WebServer(app, listener, on_signal=lambda: web_server.request_exit())
-            calm_garbage_collector()
-            shown = f"[{host}]" if ":" in host else host
-            announce(runtime, f"http://{shown}:{listener.getsockname()[1]}")
-            await web_server.serve()
+            with calm_garbage_collector():
+                shown = f"[{host}]" if ":" in host else host
+                announce(runtime, f"http://{shown}:{listener.getsockname()[1]}")
+                await web_server.serve()
     finally:
         listener.close()
 

@@ -75,20 +75,20 @@ class _Front:
         serving = asyncio.create_task(web_server.serve(), name="web server")
         while not web_server.started and not serving.done():
             await asyncio.sleep(0.002)
-        calm_garbage_collector()
-        while not serving.done():
-            client.ready()
-            channel.forward(client)
-            await _first(channel.lost, self._ended, serving)
-            if self._ended.is_set():
-                break
-            client.lost()
-            joined = await self._join()
-            if joined is None or joined[0] != config:
-                web_server.force_exit = True
-                break  # Another target, say: edges must say hello again.
-            channel = joined[1]
-            client.back(channel.writer)
+        with calm_garbage_collector():
+            while not serving.done():
+                client.ready()
+                channel.forward(client)
+                await _first(channel.lost, self._ended, serving)
+                if self._ended.is_set():
+                    break
+                client.lost()
+                joined = await self._join()
+                if joined is None or joined[0] != config:
+                    web_server.force_exit = True
+                    break  # Another target, say: edges must say hello again.
+                channel = joined[1]
+                client.back(channel.writer)
         web_server.force_exit |= self._orphaned or channel.lost.is_set()
         web_server.request_exit()
         await serving

@@ -198,15 +198,15 @@ async def _until_ended(
     ended: asyncio.Event,
     *watches: Coroutine[Any, Any, None],
 ) -> None:
-    calm_garbage_collector()
-    announce(server, port)
-    tasks = [asyncio.create_task(watch, name="watch") for watch in watches]
-    try:
-        await ended.wait()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    with calm_garbage_collector():
+        announce(server, port)
+        tasks = [asyncio.create_task(watch, name="watch") for watch in watches]
+        try:
+            await ended.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 # --- as tensor-parallel ranks ---------------------------------------------------------------------
