@@ -31,6 +31,7 @@ COLUMNS = (
 
 def record_of(folder: Path) -> dict[str, Any]:
     """The figures of the run in ``folder`` that the README shows."""
+    from wispprof.hardware.machine_info import cores_text
     from wispprof.reporting import Bench, load_run, verdict
 
     run = load_run(folder)
@@ -39,7 +40,7 @@ def record_of(folder: Path) -> dict[str, Any]:
         raise SystemExit(f"error: {folder} is not the folder of a complete demo. Run `wispprof demo`.")
     hardware = run.server.manifest.hardware
     return {
-        "machine": f"{hardware['cores']} cores of {hardware['cpu'] or hardware['arch']}",
+        "machine": f"{cores_text(hardware['cores'])} of {hardware['cpu'] or hardware['arch']}",
         "made": run.benches[-1].provenance.created[:10],
         "seconds": _seconds(run.server.manifest.started, run.benches[-1].provenance.created),
         "verdict": verdict(benches),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 
 from wispprof.demo import DemoResult
+from wispprof.demo.core_sets import running_on, two_sets_of_cores
 from wispprof.demo.demo_run import _merge_spans
 from wispprof.demo.measure_machine import DemoSettings, first_token_ms, slo_classes
 from wispprof.reporting import Answer, Bench, TextSpan
@@ -87,3 +90,20 @@ def test_the_record_is_plain_and_says_whether_texts_differ() -> None:
     assert result(0.0).record()["lossless"] is True
     assert result(1.0).record()["lossless"] is False
     assert result(0.0).record()["systems"]["wisp"]["accepted_per_round"] is None
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not pin")
+def test_engines_and_edges_have_cores_of_their_own_and_all_is_as_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    with two_sets_of_cores() as (engine_cores, fleet_cores):
+        assert set(engine_cores) | set(fleet_cores) == (cores if len(cores) > 1 else set())
+        assert len(fleet_cores) == (len(cores) > 1)
+        assert os.environ["OMP_NUM_THREADS"] == str(torch.get_num_threads())
+        with running_on(fleet_cores):
+            assert os.sched_getaffinity(0) == (set(fleet_cores) or cores)
+    assert os.sched_getaffinity(0) == cores
+    assert torch.get_num_threads() == threads
+    assert "OMP_NUM_THREADS" not in os.environ

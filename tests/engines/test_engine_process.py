@@ -158,3 +158,14 @@ async def test_sessions_survive_a_killed_engine(monkeypatch: pytest.MonkeyPatch)
         assert running.server.loop.failed_steps == 1
         await running.server.check_integrity()
     assert set(psutil.Process().children()) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system does not pin")
+def test_it_runs_on_the_cores_it_is_given() -> None:
+    core, before = max(os.sched_getaffinity(0)), set(psutil.Process().children())
+    loaded = load_engine_process("small_engine:make", OPTIONS, [core])
+    try:
+        [process] = set(psutil.Process().children()) - before
+        assert {tuple(os.sched_getaffinity(thread.id)) for thread in process.threads()} == {(core,)}
+    finally:
+        loaded.engine.shutdown()

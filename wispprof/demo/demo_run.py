@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wispprof.artifacts import write_document
+from wispprof.demo.core_sets import running_on, two_sets_of_cores
 from wispprof.demo.measure_machine import (
     DemoSettings,
     Measured,
@@ -38,68 +38,83 @@ from wispprof.reporting import (
 from wispprof.simulation.scenario import system
 
 if TYPE_CHECKING:
-    from wispprof.bench import BenchResult
-    from wispprof.engines.torch.engine import TorchEngine
+    from wispprof.bench import BenchResult, FleetProcess
+    from wispprof.engines import LoadedEngine
     from wispprof.server.process import RunningServer
     from wispprof.settings.fleet_settings import BenchSettings
+    from wispprof.settings.server_settings import ServerSettings
 
 
-TARGET_NAME = "reference-pair"
 _NO_SLO = 0.01
 """Tokens/s of an SLO that every session meets."""
 
 
-def make_engine(settings: DemoSettings, measured: Measured) -> TorchEngine:
-    """Create an engine over the target's weights, with a KV cache of its own."""
-    from wispprof.engines.torch.engine import TorchEngine
+def server_settings(settings: DemoSettings) -> ServerSettings:
+    """Of every server: all sessions are admitted and fit into memory."""
+    from wispprof.settings.server_settings import ServerSettings
 
     longest = settings.prompt_tokens + max(settings.max_new, settings.path_tokens) + 64
-    sessions = 4 * settings.devices
-    engine = TorchEngine(
-        measured.target, kv_tokens=2 * settings.devices * longest + 2048, max_sessions=sessions
+    return ServerSettings(
+        target=str(settings.target),
+        kv_tokens=2 * settings.devices * longest + 2048,
+        max_sessions=4 * settings.devices,
+        admit="all",
+        prefix_cache_sessions=0,
     )
-    engine.warm_up(every_size=True)
-    return engine
+
+
+def load_engines(
+    settings: DemoSettings, cores: list[int], stack: ExitStack, stage: Stage
+) -> dict[str, LoadedEngine]:
+    """An engine for each system's server, loaded as ``wispprof serve`` does; ``stack`` shuts them down."""
+    from wispprof.server.startup import load_engine
+
+    report = stage("load the servers")
+    engines: dict[str, LoadedEngine] = {}
+    for name in settings.systems:
+        report(len(engines), len(settings.systems), name)
+        engines[name] = load_engine(server_settings(settings), cores)
+        stack.callback(engines[name].engine.shutdown)
+        engines[name].engine.warm_up(every_size=True)
+    report(len(engines), len(engines), "")
+    return engines
 
 
 @asynccontextmanager
-async def serving(name: str, engine: TorchEngine, measured: Measured) -> AsyncIterator[RunningServer]:
+async def serving(
+    name: str, settings: DemoSettings, loaded: LoadedEngine, measured: Measured
+) -> AsyncIterator[RunningServer]:
     """A server on a loopback port with the batching policy of system ``name``.
 
     All systems get the same estimator and step limits, so that the comparison is fair.
     """
     from wispprof.server.garbage_collector import calm_garbage_collector
     from wispprof.server.process import running_server
-    from wispprof.settings.server_settings import ServerSettings
-    from wispprof.types import ServedModel
 
-    info = measured.target.info
-    model = ServedModel(TARGET_NAME, info.tokenizer_hash, info.vocab_size, engine.max_context)
-    settings = ServerSettings(admit="all", prefix_cache_sessions=0, max_sessions=256)
     async with running_server(
-        settings,
-        engine=engine,
-        model=model,
+        server_settings(settings),
+        engine=loaded.engine,
+        model=loaded.model,
         policy=system(name).make_batching(),
         estimator=measured.estimator,
         front_process=True,
     ) as running:
         with calm_garbage_collector():
             yield running
-    if engine.sessions:
+    if loaded.engine.sessions:
         raise EngineError(
-            f"{name} left {len(engine.sessions)} sessions open in the engine.",
+            f"{name} left {len(loaded.engine.sessions)} sessions open in the engine.",
             "This is a defect: please report it.",
         )
 
 
-async def answer(settings: DemoSettings, measured: Measured, engine: TorchEngine, stage: Stage) -> Answer:
+async def answer(settings: DemoSettings, measured: Measured, loaded: LoadedEngine, stage: Stage) -> Answer:
     """Generate an answer with a real draft model and server; writes ``answer.json``."""
     from wispprof.edge.edge_runtime import Prompt, open_edge
     from wispprof.settings.edge_settings import EdgeSettings
 
     report = stage("answer a prompt")
-    async with serving("wispprof", engine, measured) as running:
+    async with serving("wispprof", settings, loaded, measured) as running:
         edge = EdgeSettings(
             server=running.split_url,
             draft=str(settings.draft),
@@ -161,42 +176,40 @@ def load_of(
 
 
 async def server_only_speed(
-    settings: DemoSettings, measured: Measured, engine: TorchEngine, stage: Stage
+    settings: DemoSettings, measured: Measured, loaded: LoadedEngine, fleet: FleetProcess, stage: Stage
 ) -> float:
     """Tokens/s of a session under server-only serving of the demo's load: the median of a whole turn.
 
     A turn before it warms up. No SLO binds in either.
     """
-    from wispprof.bench import FleetProcess
-
     report = stage("measure the server alone")
     load = load_of(settings, measured, SERVER_ONLY, (_NO_SLO,))
-    with FleetProcess() as fleet:
-        async with serving(SERVER_ONLY, engine, measured) as running:
-            for _ in range(2):
-                turn = await fleet.bench(load, running.split_url, settings.out / "trace.jsonl", report)
+    async with serving(SERVER_ONLY, settings, loaded, measured) as running:
+        for _ in range(2):
+            turn = await fleet.bench(load, running.split_url, settings.out / "trace.jsonl", report)
     return 1000.0 / turn.figures["tpot_p50_ms"]
 
 
 async def compare(
-    settings: DemoSettings, measured: Measured, slo_classes: tuple[float, ...], stage: Stage
+    settings: DemoSettings,
+    measured: Measured,
+    engines: dict[str, LoadedEngine],
+    slo_classes: tuple[float, ...],
+    fleet: FleetProcess,
+    stage: Stage,
 ) -> tuple[list[Bench], str]:
     """Run the same load under every system in turns; writes ``bench-SYSTEM.json``. Returns the benches and
     the systems' order.
 
-    All servers run throughout, each on an engine of its own over the same weights. One is asked at a time.
-    The replayed edges run in a process of their own, so that their drafting takes no time from the server.
+    All servers run throughout, each on an engine of its own. One is asked at a time.
     """
-    from wispprof.bench import FleetProcess
-
     rounds: dict[str, list[BenchResult]] = {name: [] for name in settings.systems}
     report = stage("compare in turns")
     total = len(settings.systems) * settings.rounds
     async with AsyncExitStack() as stack:
-        fleet = stack.enter_context(FleetProcess())
         urls = {
             name: (
-                await stack.enter_async_context(serving(name, make_engine(settings, measured), measured))
+                await stack.enter_async_context(serving(name, settings, engines[name], measured))
             ).split_url
             for name in settings.systems
         }
@@ -267,19 +280,27 @@ class DemoResult:
 
 def run_demo(settings: DemoSettings, stage: Stage) -> DemoResult:
     """Run every stage and write the report. Artifacts of an earlier demo in ``out`` are replaced."""
+    from wispprof.bench import FleetProcess
+    from wispprof.testing import CpuBurner
 
     began = time.monotonic()
     settings.out.mkdir(parents=True, exist_ok=True)
     for old in settings.out.glob("bench-*.json"):
         old.unlink()  # of systems that this run may not include
-    with _one_core_for_the_fleet():
-        measured = measure(settings, stage)
-        engine = make_engine(settings, measured)
-        alone = asyncio.run(server_only_speed(settings, measured, engine, stage))
-        classes = slo_classes(settings, alone)
-        plan_load(settings, measured, classes, stage)
-        shown = asyncio.run(answer(settings, measured, engine, stage))
-        benches, order = asyncio.run(compare(settings, measured, classes, stage))
+    with ExitStack() as stack:
+        engine_cores, fleet_cores = stack.enter_context(two_sets_of_cores())
+        fleet = stack.enter_context(FleetProcess(fleet_cores))
+        # Each system is to find the same machine, however much its edges draft.
+        stack.enter_context(CpuBurner(fleet_cores))
+        with running_on(engine_cores):
+            measured = measure(settings, stage)
+        engines = load_engines(settings, engine_cores, stack, stage)
+        with running_on(fleet_cores):
+            alone = asyncio.run(server_only_speed(settings, measured, engines[SERVER_ONLY], fleet, stage))
+            classes = slo_classes(settings, alone)
+            plan_load(settings, measured, classes, stage)
+            shown = asyncio.run(answer(settings, measured, engines["wispprof"], stage))
+            benches, order = asyncio.run(compare(settings, measured, engines, classes, fleet, stage))
     page = write_report(load_run(settings.out), settings.out / "report.html")
     kind = measured.estimator.kind
     return DemoResult(
@@ -292,16 +313,3 @@ def run_demo(settings: DemoSettings, stage: Stage) -> DemoResult:
         cum_acceptance=tuple(float(s) for s in measured.trace.cum_acceptance_by_position()),
         flagged=sum(bool(row.flags) for row in measured.server.rows) / len(measured.server.rows),
     )
-
-
-@contextmanager
-def _one_core_for_the_fleet() -> Iterator[None]:
-    """Leave one core to the replayed edges: the server is measured and serves with one thread less."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(before, (os.cpu_count() or 1) - 1)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

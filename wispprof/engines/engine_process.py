@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,9 @@ def can_separate() -> bool:
     return hasattr(os, "fork") and usable_cores() > 1
 
 
-def load_engine_process(name: str, options: EngineOptions) -> LoadedEngine:
-    """As :func:`~wispprof.engines.load_engine`, with the engine in a process of its own."""
+def load_engine_process(name: str, options: EngineOptions, cores: Collection[int] = ()) -> LoadedEngine:
+    """As :func:`~wispprof.engines.load_engine`, with the engine in a process of its own, on these ``cores``
+    if the system pins (none: all)."""
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
@@ -52,6 +53,8 @@ def load_engine_process(name: str, options: EngineOptions) -> LoadedEngine:
             env=child_environment(),
             process_group=0,  # Ctrl-C is for the process that holds the sessions
         )
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(process.pid, cores)
     pipe = Connection(ours.detach())
     engine = EngineProcess(process, pipe)
     model = engine.load(name, options)

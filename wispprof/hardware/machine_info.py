@@ -69,7 +69,7 @@ class Fingerprint:
         """Short description: ``Raspberry Pi 5, 4 cores, 8 GiB``."""
         name = self.board or self.cpu or self.arch
         gpus = "".join(f", {gpu.name}" for gpu in self.gpus)
-        return f"{name}, {self.cores} cores, {self.memory_gib} GiB{gpus}"
+        return f"{name}, {cores_text(self.cores)}, {self.memory_gib} GiB{gpus}"
 
     def as_dict(self) -> dict[str, Any]:
         """For a manifest, hash included."""
@@ -102,6 +102,11 @@ def _read(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:
         return ""
+
+
+def cores_text(cores: object) -> str:
+    """A number of cores in words."""
+    return f"{cores} core" if cores == 1 else f"{cores} cores"
 
 
 def usable_cores() -> int:
@@ -187,7 +192,7 @@ def compute_device_name(device: str, hardware: Mapping[str, Any] | None = None) 
         place = device.partition(":")[2]
         return gpus[int(place)] if place.isdigit() and int(place) < len(gpus) else gpus[0]
     cpu, cores = facts.get("cpu", ""), facts.get("cores", 0)
-    return f"{cpu}, {cores} cores" if cpu and cores else str(cpu or facts.get("board", ""))
+    return f"{cpu}, {cores_text(cores)}" if cpu and cores else str(cpu or facts.get("board", ""))
 
 
 def machine_mismatch(what: str, made_on: str, used_on: str) -> str | None:

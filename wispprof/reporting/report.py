@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from wispprof import __version__
 from wispprof.artifacts import ServerProfile, files
 from wispprof.artifacts.manifest import utc_now
+from wispprof.hardware.machine_info import cores_text
 from wispprof.reporting import figures, theme
 from wispprof.reporting.figure_tables import acceptance_table, step_table, surface_table
 from wispprof.reporting.fleet_section import fleet_section
@@ -130,7 +131,7 @@ def machine_name(hardware: dict[str, Any]) -> str:
     """Board or CPU, cores and GPUs."""
     name = hardware.get("board") or hardware.get("cpu") or hardware.get("arch") or "this machine"
     gpus = [str(gpu.get("name")) for gpu in hardware.get("gpus") or ()]
-    return ", ".join([str(name), f"{hardware.get('cores', '?')} cores", *gpus])
+    return ", ".join([str(name), cores_text(hardware.get("cores", "?")), *gpus])
 
 
 def _tiles(run: Run, benches: Sequence[Bench], answer: Answer | None) -> list[tuple[str, str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -83,10 +84,16 @@ def warn_about_other_machines(settings: ServerSettings) -> list[str]:
     return [line for line in lines if line]
 
 
-def load_engine(settings: ServerSettings) -> LoadedEngine:
-    """The engine that the settings name, the identity of its target, and the tokenizer."""
-    load = load_engine_process if _separate(settings) else engines.load_engine
-    loaded = load(settings.engine, engine_options(settings))
+def load_engine(settings: ServerSettings, cores: Collection[int] = ()) -> LoadedEngine:
+    """The engine that the settings name, the identity of its target, and the tokenizer.
+
+    ``cores``: of an engine in a process of its own; none: all.
+    """
+    name, options = settings.engine, engine_options(settings)
+    if _separate(settings):
+        loaded = load_engine_process(name, options, cores)
+    else:
+        loaded = engines.load_engine(name, options)
     return loaded._replace(model=served_model(settings, loaded.model))
 
 
