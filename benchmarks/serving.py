@@ -102,8 +102,9 @@ def main() -> None:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 pool.submit(artifacts, folder, arguments).result()
         bed = make_bed(folder, arguments, fleet, apart)
-        if apart:
-            os.sched_setaffinity(0, apart)  # The engine has its cores to itself, in a process of its own.
+        if cores:
+            # On a CPU the engine computes in another process and has its cores to itself.
+            os.sched_setaffinity(0, cores if torch.cuda.is_available() or not apart else apart)
         mape = bed.estimator.report["held_out"][bed.estimator.kind]["mape"]
         print(
             f"estimator {bed.estimator.kind}, held-out MAPE {mape:.1f} %; SLO classes "

@@ -281,6 +281,7 @@ class DemoResult:
 def run_demo(settings: DemoSettings, stage: Stage) -> DemoResult:
     """Run every stage and write the report. Artifacts of an earlier demo in ``out`` are replaced."""
     from wispprof.bench import FleetProcess
+    from wispprof.engines.engine_process import EngineProcess
     from wispprof.testing import CpuBurner
 
     began = time.monotonic()
@@ -295,7 +296,9 @@ def run_demo(settings: DemoSettings, stage: Stage) -> DemoResult:
         with running_on(engine_cores):
             measured = measure(settings, stage)
         engines = load_engines(settings, engine_cores, stack, stage)
-        with running_on(fleet_cores):
+        # An engine on a GPU is not in a process of its own, and its kernels need a free core to start from.
+        separate = all(isinstance(loaded.engine, EngineProcess) for loaded in engines.values())
+        with running_on(fleet_cores if separate else engine_cores):
             alone = asyncio.run(server_only_speed(settings, measured, engines[SERVER_ONLY], fleet, stage))
             classes = slo_classes(settings, alone)
             plan_load(settings, measured, classes, stage)
