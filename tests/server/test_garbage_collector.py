@@ -30,7 +30,7 @@ def test_full_collections_come_once_a_minute_and_in_the_end_all_is_as_before() -
                 del garbage
                 await asyncio.sleep(0.4 * FULL_EVERY_S)
                 seen.append(old() is None)
-                await asyncio.sleep(0.8 * FULL_EVERY_S)
+                await asyncio.sleep(0.61 * FULL_EVERY_S)
                 seen.append(old() is None)
 
     run_virtual(serve())

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from wispprof.hardware.machine_info import usable_cores
+
 
 @contextmanager
 def two_sets_of_cores() -> Iterator[tuple[list[int], list[int]]]:
@@ -18,7 +20,7 @@ def two_sets_of_cores() -> Iterator[tuple[list[int], list[int]]]:
 
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     before, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
-    threads = max(1, min(before, (os.cpu_count() or 1) - 1))
+    threads = max(1, min(before, usable_cores() - 1))
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of the engines' processes
     try:

@@ -72,9 +72,8 @@ class Urgency(NamedTuple):
         take what the estimate may be off. The boost then grows as the next deadline comes near.
 
         0 if the SLO is unreachable, whatever the schedule or by undrafted steps; if the session meets it at
-        its speed so far, even if that falls as much short; or if it is well ahead: its next drafts make up
-        for a long step.
-        ``step_ms``: time of a step with the pending drafts.
+        its speed so far, give or take as much; or if it is well ahead: its next drafts make up for a long
+        step. ``step_ms``: time of a step with the pending drafts.
         """
         count = len(sessions)
         token_ms = 1000.0 / np.fromiter(map(_SPEED, sessions), np.float64, count)
